@@ -1,0 +1,6652 @@
+#!/usr/bin/env python3
+# cmux_ssh.py 0.1.0 - SSH workspaces for coding agents, in one file - MIT licence
+"""SSH workspaces for coding agents: the model and your keys stay here, its hands are over there.
+
+From a local git repository this file sends the git archive to a remote host through the
+system's own ssh, hands over the project's secrets on stdin, runs commands there, for many
+agents at once, and keeps the two machines apart: nothing else leaves this one.
+
+    python3 cmux_ssh.py exec -H my-server -- make test     # creates the workspace on first use
+    python3 cmux_ssh.py secrets set NPM_TOKEN              # typed or piped, never in an argv
+    python3 cmux_ssh.py new fix-login fix-logout           # two workspaces, in parallel
+    python3 cmux_ssh.py pull -w fix-login                  # its work as commits on cmux/fix-login
+    python3 cmux_ssh.py demo                               # the whole flow, on this machine only
+
+Copy the file, import it, or run it. It needs Python 3.8+, OpenSSH 7.6+ and git here, and a
+POSIX sh and tar there. It reads and writes one directory of its own, $CMUX_SSH_HOME (default
+~/.local/state/cmux-ssh), and executes no code when imported beyond defining names.
+
+The file is a row of rooms. A room uses only the rooms above it, and each door to the outside
+(processes, local state, ssh, git, the terminal) belongs to one room; the tests hold this.
+
+     1 Header        what this is                   10 Operations    one operation on a host
+     2 Limits        every number, its reason       11 Git           archive, trees, shadows
+     3 Errors        what can go wrong              12 Workspaces    create, push, fork, remove
+     4 Values        results, deadlines             13 Results       pull and diff, all checked
+     5 Checking      names, hosts, quoting          14 Tools         what an agent works with
+     6 Remote text   every byte of sh               15 Parallel      threads, batch
+     7 Processes     spawn, poll, kill              16 Demo          a throwaway sshd
+     8 State         files, locks, secrets          17 Command line  the only room that prints
+     9 SSH           masters, control protocol
+
+Licence: MIT.  Copyright (c) 2026 The cmux_ssh.py authors.
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software
+and associated documentation files (the "Software"), to deal in the Software without
+restriction, including without limitation the rights to use, copy, modify, merge, publish,
+distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
+Software is furnished to do so, subject to the following conditions: the above copyright notice
+and this permission notice shall be included in all copies or substantial portions of the
+Software.  THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED,
+INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR
+PURPOSE AND NONINFRINGEMENT.  IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR
+ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE,
+ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN IT.
+"""
+
+# === 1. Header ===
+# Owns: the name, the version, what is public. Touches: nothing. Every import that costs more
+# than a millisecond (json, argparse, shlex, hashlib, threading) is made where it is needed.
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import select
+import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command line
+    from typing import Any, Callable, Dict, IO, Iterable, Iterator, List, Mapping, Optional
+    from typing import Sequence, Set, Tuple, Type, Union
+    import argparse
+    import socket
+    import subprocess
+    import threading
+
+__version__ = "0.1.0"
+__all__ = ["CmuxError", "UsageError", "HostError", "ConnectionFailed", "HostKeyFailed",
+           "AuthenticationFailed", "ConnectionLost", "RemoteFailed", "WorkspaceMissing",
+           "WorkspaceExists", "WorkspaceDirty", "UploadFailed", "ResultRefused", "GitFailed", "StateFailed",
+           "Host", "Project", "Workspace", "ExecResult", "FileContent", "TOOLS", "call_tool", "Cancel", "Result", "pull", "diff"]
+
+PROGRAM = "cmux_ssh.py"
+
+
+# === 2. Limits ===
+# Owns: every number, each with its reason. Touches: nothing. Seconds and bytes unless said.
+
+SESSIONS_PER_MASTER = 8     # sshd allows 10, but frees one only after answering its close: at
+                            # 10 a fast client is refused 26 % of its opens, at 8 1 to 3 %
+MASTERS_PER_HOST = 13       # 104 sessions: a hundred agents
+HANDSHAKES_AT_ONCE = 8      # stock MaxStartups 10:30:100 drops at random from the 10th on
+CONTROL_PERSIST = 600       # an idle master ends itself
+CONNECT_TIMEOUT = 20        # for ssh, where the user's config has none
+CONNECT_PATIENCE = 60       # for one connection with authentication; ConnectTimeout does not
+                            # cover a server that goes silent after its banner
+CONNECT_PATIENCE_SLOW = 600  # where the config says ConnectTimeout 0 (Coder starts a machine)
+INTERACTIVE_PATIENCE = 300  # a person types a passphrase
+CONTROL_PATIENCE = 5        # a live master answers hello in under a millisecond
+SLOT_PATIENCE = 600         # waiting for one of the 104 sessions
+MASTER_PASSED_BY = 30       # one that hangs (SIGSTOP, a dying machine) is not asked again for so long
+START_PATIENCE = 60         # from the header sent to the start mark: slow rc files are read here
+STOP_GRACE = 2              # between TERM and KILL on the host (20 rounds of 0.1 s in the script)
+STOP_PATIENCE = 10          # for the host's word that a tree has ended
+CALL_PATIENCE = 600         # for one script of ours: unpacking a large tree on a slow disk
+STALL_PATIENCE = 60         # a transfer that moves no byte for so long is dead
+RESULT_PATIENCE = 600       # a host may hash gigabytes before the first byte of a result comes
+DROPPED_TRIES = 5           # MaxStartups drops a handshake at random; each try waits longer
+DOWN_WAITS = (1, 2, 4, 7, 10)  # after 1, 2, ... failures to connect in a row
+REFUSED_TRIES = 40          # a refused session open has started nothing; 3 to 100 ms apart
+SOCKET_PATH_MAX = 86        # 104 bytes on macOS, less 17 that ssh appends while it binds, less NUL
+LOG_MAX = 64 * 1024         # of ssh's own words that are read back
+CHUNK = 128 * 1024          # one read or write
+BULK_FROM = 256 * 1024      # an archive over this gets its own connection: a proxy was seen to
+                            # cut a multiplexed 646 MB upload at 815,458 bytes without an error
+CAPTURE_MAX = 8 * 1024 * 1024  # of stdout, and of stderr, kept in memory: head and tail
+REPLY_MAX = 1024 * 1024     # what one of our own scripts may say
+STATE_MAX = 16 * 1024 * 1024  # a registry or secrets file larger than this is damaged
+READ_MAX = 10 * 1024 * 1024  # a file larger than this is read by lines
+TOOL_CAPTURE = 1024 * 1024  # of each stream of one exec of batch or MCP: a hundred run at once
+SEARCH_MAX = 4 * 1024 * 1024  # bytes of paths or matches that a search brings home
+SEARCH_PATIENCE = 120
+LINE_MAX = 500              # characters of one grep match: minified files have long lines
+DIFF_MAX = 20000            # characters of the diff that an edit returns
+EDIT_TRIES = 60             # of read, apply, compare-and-swap, when others edit the same file
+LOGS_MAX = 1024 * 1024      # bytes of a job's output per call
+JOBS_KEPT = 200             # that this machine remembers the commands of, per project
+FAULT_PATIENCE = 300        # logs -f and wait go on trying for so long without a connection
+BATCH_LINE_MAX = 16 * 1024 * 1024
+WARM_SESSIONS = 4           # opened ahead by long-lived callers: one round trip instead of two
+WARM_IDLE = 20              # without use, they are given up: others may need the slots
+SECRET_MAX = 120 * 1024     # Linux limits one environment string to 128 KiB
+ARGUMENT_MAX = 128 * 1024 - 1  # Linux: MAX_ARG_STRLEN
+ARGV_WORK_MAX = 500 * 1024 * 1024  # words times bytes: a POSIX shell appends in quadratic time
+SECRETS_MAX = 1024 * 1024   # all of them, and the environment of one command
+NAME_MAX = 64               # of a workspace
+PATH_MAX = 1024             # of a path named by the host
+DEPTH_MAX = 64              # components of a pulled path: git write-tree crashes at 60,000
+PULL_FILE_MAX = 256 * 1024 * 1024    # one pulled file; git hosts refuse 100 MB
+PULL_TOTAL_MAX = 2 * 1024 ** 3       # all that one pull may send: a disk's worth is an attack
+PULL_PATHS_MAX = 100 * 1000          # changed paths: about 30 MB of memory here
+PULL_COMMITS_MAX = 1000     # more than an agent makes; beyond it one commit holds the result
+PULL_MESSAGE_MAX = 256 * 1024        # of one commit's message; of all of them 64 times that
+LISTED_MAX = 2 * 1000 * 1000         # files a host without git may name
+WIRE_LINE_MAX = 8 * 1024    # of a control line in a result's stream: a quoted path is the longest
+STREAMED_FROM = 8 * 1024 * 1024      # git handles larger blobs without holding them in memory
+SMALL_TREE_KB = 65536       # up to this a host without git sends all files, not the touched ones
+
+
+# === 3. Errors ===
+# Owns: the whole family. Touches: nothing. An error is a sentence that says what happened, and
+# a hint that says what to do next. A bug is any other exception, and keeps its traceback.
+
+class CmuxError(Exception):
+    """Base of all expected failures: ``str(e)`` is the sentence, ``e.hint`` what to do next.
+
+    ``exit_code`` is what the command line ends with (``exec`` turns 1 and 2 into 125).
+    """
+
+    exit_code = 1
+    default_hint = ""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint or self.default_hint
+
+
+class UsageError(CmuxError):
+    """The call itself is wrong: a bad name, host, option or argument."""
+    exit_code = 2
+
+
+class HostError(CmuxError):
+    """The host could not be reached, or was lost. Carries ``host``."""
+    exit_code = 255
+
+    def __init__(self, message: str, hint: str = "", host: str = "") -> None:
+        super().__init__(message, hint)
+        self.host = host
+
+
+class ConnectionFailed(HostError):
+    """No connection could be made; nothing ran there."""
+
+
+class ConnectionDropped(ConnectionFailed):
+    """The server dropped the handshake (MaxStartups, penalties); trying again may work."""
+
+
+class HostKeyFailed(ConnectionFailed):
+    """The host's key is unknown or has changed; nothing was sent."""
+
+
+class AuthenticationFailed(ConnectionFailed):
+    """The host accepted none of the keys offered."""
+
+
+class ConnectionLost(HostError):
+    """The connection ended in the middle. ``begun`` tells whether the command had started."""
+
+    def __init__(self, message: str, hint: str = "", host: str = "", begun: bool = True) -> None:
+        super().__init__(message, hint, host)
+        self.begun = begun
+
+
+class SessionRefused(HostError):
+    """A master or its server refused one more session; nothing has started."""
+
+
+class NoMultiplexing(HostError):
+    """This ssh, or this server, knows no masters: one connection per session then."""
+
+
+class MasterGone(HostError):
+    """A control socket that refuses, hangs or hangs up before the session was open."""
+
+
+class RemoteFailed(CmuxError):
+    """The host answered, and the answer is a failure (disk full, permission) or nonsense."""
+
+
+class WorkspaceMissing(CmuxError):
+    """No such workspace, here or on the host."""
+
+
+class WorkspaceExists(CmuxError):
+    """The name is taken."""
+
+
+class WorkspaceDirty(CmuxError):
+    """Removing would destroy work that exists nowhere else."""
+
+
+class UploadFailed(CmuxError):
+    """The archive did not arrive whole; no workspace was made of it."""
+
+
+class ResultRefused(CmuxError):
+    """What came back from the host is not a result that may come in; nothing was imported."""
+    default_hint = "Nothing was imported. Look at it there: %s exec -- git status" % PROGRAM
+
+
+class GitFailed(CmuxError):
+    """The local repository cannot be used as asked."""
+
+
+class StateFailed(CmuxError):
+    """The local state is damaged, foreign or not writable."""
+
+
+class Cancelled(CmuxError):
+    """The caller's Cancel was set."""
+    exit_code = 130
+
+
+class PipeClosed(CmuxError):
+    """Whoever read our output has gone away."""
+
+
+# === 4. Values ===
+# Owns: results, deadlines, cancellation. May touch: the clock, one pipe per Cancel.
+
+class Value:
+    """An immutable record: the slots are its fields, compared and shown by value.
+
+    (dataclasses and typing.NamedTuple cost 10 to 18 ms of start-up.)
+    """
+
+    __slots__: Tuple[str, ...] = ()
+
+    def __init__(self, **fields: Any) -> None:
+        for name in self.__slots__:
+            object.__setattr__(self, name, fields.pop(name))
+        if fields:
+            raise TypeError("unknown fields: %s" % ", ".join(sorted(fields)))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("%s is immutable" % type(self).__name__)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.as_dict() == other.as_dict()
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    def __repr__(self) -> str:
+        shown = ", ".join("%s=%r" % item for item in self.as_dict().items())
+        return "%s(%s)" % (type(self).__name__, shown)
+
+    def as_dict(self) -> Dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+class ExecResult(Value):
+    """What a command did. ``exit_code`` is its own, 128+N for a death by signal N, 124 when
+    ``timed_out``; ``stdout`` and ``stderr`` are bytes (head and tail when ``truncated``);
+    ``duration`` in seconds; ``stopped`` is None, or ``confirmed``, ``requested``, ``unknown``:
+    how certain it is that the process tree on the host has ended."""
+
+    __slots__ = ("workspace", "host", "exit_code", "stdout", "stderr", "timed_out", "duration",
+                 "truncated", "stopped")
+    workspace: str
+    host: str
+    exit_code: int
+    stdout: bytes
+    stderr: bytes
+    timed_out: bool
+    duration: float
+    truncated: bool
+    stopped: Optional[str]
+
+
+class Deadline:
+    """A point in time. ``Deadline(None)`` never comes."""
+
+    def __init__(self, seconds: Optional[float]) -> None:
+        self.at = None if seconds is None else time.monotonic() + seconds
+
+    def left(self) -> Optional[float]:
+        return None if self.at is None else max(0.0, self.at - time.monotonic())
+
+    def over(self) -> bool:
+        return self.at is not None and time.monotonic() >= self.at
+
+    def capped(self, seconds: float) -> float:
+        """The seconds left, at most ``seconds``: for waiting in steps."""
+        left = self.left()
+        return seconds if left is None else min(left, seconds)
+
+
+class Cancel:
+    """Set from any thread, or a signal handler, to end the operations that were given it."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self.is_set = False
+
+    def set(self) -> None:
+        self.is_set = True
+        try:
+            os.write(self._write, b"x")  # stays readable: every poller sees it
+        except BlockingIOError:
+            pass
+
+    def fileno(self) -> int:
+        return self._read
+
+    def check(self) -> None:
+        if self.is_set:
+            raise Cancelled("Cancelled.")
+
+    def __del__(self) -> None:
+        os.close(self._read)
+        os.close(self._write)
+
+
+class Capture:
+    """Bytes of one stream, bounded: the first and the last half of ``limit`` are kept."""
+
+    def __init__(self, limit: int = CAPTURE_MAX) -> None:
+        self.half = max(1, limit // 2)
+        self.head = bytearray()
+        self.tail: List[bytes] = []
+        self.tail_size = 0
+        self.total = 0
+
+    def __call__(self, data: bytes) -> None:
+        self.total += len(data)
+        room = self.half - len(self.head)
+        if room > 0:
+            self.head += data[:room]
+            data = data[room:]
+        if not data:
+            return
+        self.tail.append(data)
+        self.tail_size += len(data)
+        while self.tail_size - len(self.tail[0]) >= self.half:
+            self.tail_size -= len(self.tail.pop(0))
+        if len(self.tail) > 4096:  # many tiny writes: one join now and then
+            self.tail = [b"".join(self.tail)]
+
+    @property
+    def truncated(self) -> bool:
+        return self.total > len(self.head) + min(self.tail_size, self.half)
+
+    def value(self) -> bytes:
+        tail = b"".join(self.tail)[-self.half:]
+        if not self.truncated:
+            return bytes(self.head) + tail
+        lost = self.total - len(self.head) - len(tail)
+        return bytes(self.head) + b"\n[... %d bytes left out ...]\n" % lost + tail
+
+
+# === 5. Checking and quoting ===
+# Owns: what a host, a name, a path may be; how remote bytes become harmless. Touches: nothing.
+
+# What only an attack needs is refused before any ssh starts: a leading dash (CVE-2017-1000117),
+# shell metacharacters and % (CVE-2023-51385, CVE-2025-61984: ssh passes names to ProxyCommand's
+# shell). An @ inside the user is legitimate: user@target@bastion.
+_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+@-]{0,127}\Z")
+_HOSTNAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,251}[A-Za-z0-9_])?\Z")
+_IPV6 = re.compile(r"[0-9A-Fa-f:]{2,39}(\d{1,3}\.){0,3}\d{0,3}\Z")
+_WORKSPACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,%d}\Z" % (NAME_MAX - 1))
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+
+
+def check_host(text: object) -> str:
+    """Return ``text`` if it is something ``ssh HOST`` takes as a destination, else UsageError.
+
+    Name, user@host, alias, IPv6 address, ssh://[user@]host[:port]. The same check holds for
+    hosts from the command line, state files, batch lines and MCP arguments.
+    """
+    hint = "Give what you would type after ssh: a name, user@name, or an alias from ~/.ssh/config."
+    if not isinstance(text, str) or not text:
+        raise UsageError("No host was given.", hint)
+    rest, port = text, ""
+    uri = text.startswith("ssh://")
+    if uri:
+        rest = text[len("ssh://"):]
+        match = re.match(r"(.*?)(?::(\d{1,5}))?/?\Z", rest, re.S)
+        assert match
+        rest, port = match.group(1), match.group(2) or ""
+    user, at, host = rest.rpartition("@")
+    if uri and host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    good_host = bool(_HOSTNAME.match(host) or (":" in host and (not uri or "[" in rest)
+                                               and _IPV6.match(host)))
+    if not good_host or (at and not _USER.match(user)) or int(port or 1) not in range(1, 65536):
+        raise UsageError("%s is not a host name." % show(text), hint)
+    return text
+
+
+def check_workspace(name: object) -> str:
+    """Return ``name`` if it can be a workspace's name and directory, else UsageError."""
+    if not isinstance(name, str) or not _WORKSPACE.match(name) or name.endswith((".", ".lock")):
+        raise UsageError("%s is not a workspace name." % show(str(name)),
+                         "Use 1 to %d letters, digits, dots, dashes and underscores, beginning "
+                         "with a letter, digit or underscore." % NAME_MAX)
+    return name
+
+
+def safe_workspace(branch: str) -> str:
+    """The workspace name made from a branch name: what is not allowed becomes a dash."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", branch).strip("-.")[:NAME_MAX].rstrip("-.")
+    return name if _WORKSPACE.match(name) and not name.endswith(".lock") else "workspace"
+
+
+# A secret is project input: it may name any variable but those with which the shells that carry
+# it would read it as an instruction. --env is the user's own word, and may also set PATH.
+_READONLY = {"IFS", "OPTIND", "PPID", "UID", "EUID", "SHELLOPTS", "BASHOPTS", "BASH_VERSINFO",
+             "CMUX_RUN", "TMOUT"}
+_INSTRUCTIONS = {"PATH", "HOME", "ENV", "BASH_ENV", "PS4", "PROMPT_COMMAND", "CDPATH"}
+
+
+def check_variable(name: str, secret: bool = False) -> str:
+    """Return ``name`` if it may stand in a command's environment, else UsageError."""
+    reserved = name in _READONLY or bool(re.match(r"_c.?\Z", name))
+    if secret:
+        reserved = reserved or name in _INSTRUCTIONS or name.startswith(("LD_", "DYLD_"))
+    if not _VARIABLE.match(name) or len(name) > 256:
+        raise UsageError("%s is not a variable name." % show(name),
+                         "Use letters, digits and underscores, not beginning with a digit.")
+    if reserved:
+        raise UsageError("The variable %s is reserved." % name,
+                         "It would change how the shell on the host reads what follows.")
+    return name
+
+
+def check_remote_path(text: str) -> str:
+    """Return an absolute path that the host named, if it can be one; else RemoteFailed."""
+    if not text.startswith("/") or len(text) > PATH_MAX or not text.isprintable():
+        raise RemoteFailed("The host named a directory that cannot be one: %s." % show(text))
+    return text
+
+
+# C0, DEL, C1, bidirectional controls, zero-width and tag characters. With ESC itself escaped no
+# sequence (OSC 52, DCS, CSI, charset switch) can form, so no parser is needed.
+_HARMLESS: Dict[int, str] = {}
+
+
+def _harmless() -> Dict[int, str]:
+    if not _HARMLESS:
+        _HARMLESS.update({c: "^" + chr(c ^ 64) for c in list(range(32)) + [127] if c not in (9, 10)})
+        odd = [0x61C, 0x180E, 0xFEFF] + list(range(0x200B, 0x2010)) + list(range(0x2028, 0x202F))
+        odd += list(range(0x2060, 0x2070)) + list(range(0xFFF9, 0xFFFC))
+        odd += list(range(0xE0000, 0xE0080))
+        _HARMLESS.update({c: "\\x%02x" % c for c in range(0x80, 0xA0)})
+        _HARMLESS.update({c: "\\u%04x" % c for c in odd + list(range(0xD800, 0xE000))})
+    return _HARMLESS
+
+
+def neutralise(data: Union[bytes, str]) -> str:
+    """Text that no terminal obeys, of anything the host said. Newline and tab stay."""
+    text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
+    return text.replace("\r\n", "\n").translate(_harmless())
+
+
+def show(text: str, limit: int = 100) -> str:
+    """A name for use inside a sentence of ours: one line, neutralised, bounded, quoted."""
+    line = neutralise(text).replace("\n", "^J").replace("\t", "^I")
+    return "'%s'" % (line if len(line) <= limit else line[:limit - 3] + "...")
+
+
+def quote(word: str) -> str:
+    """``word`` as one word of a POSIX shell line (for lines shown to the user)."""
+    if word and re.match(r"[A-Za-z0-9_@%+=:,./-]+\Z", word):
+        return word
+    return "'" + word.replace("'", "'\"'\"'") + "'"
+
+
+def bytes_field(name: str, data: bytes) -> Dict[str, str]:
+    """``name``, or ``name_base64`` where the bytes are not UTF-8."""
+    try:
+        return {name: data.decode("utf-8")}
+    except UnicodeDecodeError:
+        import base64
+        return {name + "_base64": base64.b64encode(data).decode("ascii")}
+
+
+def human_size(count: float) -> str:
+    """1234567 -> '1.2 MB'."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return "%d %s" % (count, unit) if unit == "bytes" else "%.1f %s" % (count, unit)
+        count /= 1000.0
+    raise AssertionError
+
+
+# === 6. Remote scripts ===
+# Owns: every byte of sh that runs on a host, and its framing. Touches: nothing; it is text.
+# Needed there: POSIX sh and its standard utilities. Used where found: setsid, bash, git, /proc.
+#
+# The wire, all of it. One fixed command starts every session:  exec sh -c '<BOOT>'
+# and reads a header from its stdin, records of a name, a number of lines, and those lines:
+#   NAME n     an environment variable of the command (secrets travel so, and only so)
+#   _cX  n     a setting of the wrapper: N nonce, i run id, d directory, l lifeline, q how to
+#              run a shell line (-c, -lc), x the line, P the command's PATH
+#   @    n     one more positional parameter
+#   :    n     text to eval now (functions of the operations)
+#   .    n     the end: text to eval as the operation
+# What comes back, on stdout and on stderr each:  NONCE+ pid  ...bytes...  NONCE- status stop
+# Before the first mark is login noise; NONCEx 96 says the directory is missing. The marks tell
+# accidents apart. They are no defence against malice: a hostile host can always lie.
+
+BOOT_TEXT = r"""
+_ctab() {
+  ps -A -o pid= -o ppid= -o pgid= -o sid= -o stat= && return;
+  if [ -r /proc/self/stat ]; then
+    for f in /proc/[0-9]*; do
+      l=; while IFS= read -r x; do l=$l$x; done <"$f/stat";
+      set -- ${l##*) }; [ $# -gt 9 ] && echo "${f#/proc/} $2 $3 $4 $1";
+    done;
+  else
+    ps -A -o pid= -o ppid= -o pgid= -o pgid= -o stat=;
+  fi;
+};
+_ctree() {
+  _cT=$(_ctab); _ct=" "; _cG=" "; _cW=-;
+  case $_cY in
+  slow)
+    for _cf in /proc/[0-9]*/environ; do
+      _cA=; [ -r $_cf ] && IFS= read -r _cA <$_cf;
+      case $_cA in *"CMUX_RUN=$_ci"*) _cf=${_cf#/proc/}; _ct="$_ct${_cf%/environ} ";; esac;
+    done;;
+  *)
+    for _cf in $(grep -lsF "CMUX_RUN=$_ci" /proc/[0-9]*/environ); do
+      _cf=${_cf#/proc/}; _ct="$_ct${_cf%/environ} ";
+    done;;
+  esac;
+  set -- $_cT; while [ $# -gt 4 ]; do [ "$1" = "$_cR" ] && _cW=$3; shift 5; done;
+  _cn=1; while [ $_cn = 1 ]; do
+    _cn=0; set -- $_cT; _cA=" ";
+    while [ $# -gt 4 ]; do
+      _cB=" $_cR$_ct$_cG"; _cC=g$3;
+      case $3 in "$_cW") _cB=$_ct; _cC=;; esac;
+      case $5 in
+      Z*) ;;
+      *) case $_cB in *" $1 "*|*" $2 "*|*" g$3 "*|*" s$4 "*)
+          _cA="$_cA$1 ";
+          case $_ct in *" $1 "*) ;; *) _ct="$_ct$1 "; _cn=1;; esac;
+          case $_cG in *" $_cC "*) ;; *) _cG="$_cG$_cC "; _cn=1;; esac;
+          [ "$1" = "$4" ] && case $_cG in *" s$4 "*) ;; *) _cG="${_cG}s$4 "; _cn=1;; esac;;
+        esac;;
+      esac;
+      shift 5;
+    done;
+  done;
+  _ct=$_cA;
+};
+_cstop() {
+  trap "" TERM INT HUP PIPE; _ck=0; _cY=;
+  case $(grep --version 2>&1) in *BusyBox*) _cY=slow;; esac;
+  while :; do
+    _ctree; case $_ct in " ") return 0;; esac;
+    case $_ck in 0) kill -TERM $_ct; kill -CONT $_ct;; 2?|3?) kill -KILL $_ct;; 4?) return 1;; esac;
+    if sleep 0.1; then _ck=$((_ck+1)); else sleep 1; _ck=$((_ck+10)); fi;
+  done;
+};
+_crun() {
+  _cw=; _cs=;
+  case $_cl in life)
+    exec 3<&0 </dev/null;
+    trap "_cs=stop" USR1;
+    ( exec >&2 4>&-; IFS= read -r _cl <&3; kill -USR1 $$; _cR=$$; _cstop ) & _cw=$! ;
+    exec 3<&-;;
+  esac;
+  case $_cq in -*)
+    if command -v bash >/dev/null; then set -- bash --norc "$_cq" "$_cx" bash "$@";
+    else set -- sh "$_cq" "$_cx" sh "$@"; fi;;
+  esac;
+  case $_cP in ?*) set -- env "PATH=$_cP" "$@";; esac;
+  if command -v setsid >/dev/null; then ( export CMUX_RUN="$_ci"; exec setsid "$@" 2>&4 4>&- ); _cr=$?;
+  else set -m; ( export CMUX_RUN="$_ci"; exec "$@" 2>&4 4>&- ); _cr=$?; fi;
+  [ $_cr -lt 256 ] || _cr=$((_cr-128));
+  case $_cw in ?*) [ "$_cs" ] || kill -KILL $_cw; wait $_cw; _cw=$?; _cE=$$;; esac;
+};
+unset TMOUT; _cE=;
+_cz=${IFS#??}; _cz=${_cz%"${_cz#?}"}; _cD="$"; _cw=; _cP=; _cq=; _cd=; _cl=;
+while IFS=" " read -r _ck _cn; do
+  _cv=; _cs=;
+  while [ "$_cn" -gt 0 ]; do IFS= read -r _cf || exit 97; _cv=$_cv$_cs$_cf; _cs=$_cz; _cn=$((_cn-1)); done;
+  case $_ck in
+  .) break;;
+  :) eval "$_cv";;
+  @) set -- "$@" "$_cv";;
+  _c?) eval "$_ck=${_cD}_cv";;
+  *) export "$_ck=$_cv" || exit 97;;
+  esac;
+done;
+[ "$_ck" = . ] || exit 97;
+case $_cd in ?*) CDPATH= cd -- "$_cd" 2>/dev/null || { echo "${_cN}x 96"; echo "${_cN}x 96" >&2; exit 96; };; esac;
+exec 4>&2 2>/dev/null;
+echo "$_cN+ $$"; echo "$_cN+ $$" >&4;
+_cr=0; eval "$_cv";
+trap "" PIPE;
+{ echo "$_cN- $_cr $_cw" && echo "$_cN- $_cr $_cw" >&4; } || case $_cE in ?*) _cR=$_cE; _cstop;; esac;
+"""
+# Notes, since the text above has no room for comments:
+# - One line in single quotes, without quote, backslash, newline, or ! before a non-blank: sh,
+#   bash, zsh, ksh, fish and csh all read that alike. Dropbear takes commands up to 9,000 bytes.
+# - read -r takes single bytes from a pipe, so what follows the header is left for the command.
+# - The command runs in the foreground of the wrapper (an asynchronous list would ignore SIGINT
+#   for ever) in a session of its own (so that `kill 0` cannot take the wrapper with it), with
+#   the wrapper's own stderr closed off ("Terminated" is not the command's word).
+# - The lifeline: where the command takes no stdin, the session's stdin is watched by a subshell.
+#   End of file there (this client closed it, or was killed, or its master was) ends the tree.
+#   Where stdin streams to the command, a second session (guard) watches instead.
+# - _ctree finds the tree by the CMUX_RUN variable in /proc/*/environ (Linux; finds daemons that
+#   left the session), by parent, process group and session; a process that left its session
+#   *and* cleared its environment *and* lost its parent is not found. Never the wrapper's group.
+# - The grep of busybox stops at the first NUL of a line: the shell itself reads environ there.
+# - Where nothing can give the command a group of its own (dash without setsid and terminal), it is
+#   told from the watcher by CMUX_RUN and by its parents.
+# - A command that dies of SIGPIPE because this client is gone ends before the watcher has looked:
+#   the end mark then cannot be written, and the wrapper itself ends the rest of the tree.
+# - _ctab never trusts a process name: one with a newline and numbers in it would otherwise put
+#   foreign processes on the list (seen: a stop killed its bystanders). ps prints no names here;
+#   without a ps that knows sid (busybox, containers) each /proc/PID/stat is read by itself.
+# - --norc: bash started by sshd reads .bashrc otherwise, at 100 ms a command for pyenv users.
+
+BOOT = "exec sh -c '%s'" % " ".join(line.strip() for line in BOOT_TEXT.strip().splitlines())
+
+# The functions that our own operations share, then one script each. Parameters are "$1"...;
+# status 0 is success, stdout is the reply; stderr is shown to the user, neutralised.
+
+OPEN_ROOT = r"""
+_croot() { # $1 root as given, may be empty or begin with ~ -> cd there, $root
+  umask 077
+  case $1 in '') root=$HOME/cmux;; '~') root=$HOME;; '~/'*) root=$HOME/${1#'~/'};; /*) root=$1;; *) root=$HOME/$1;; esac
+  [ -d "$root" ] || mkdir -p -- "$root" || return 3
+  cd -P -- "$root" && root=$(pwd -P) || return 3
+  mkdir -p .cmux/bases .cmux/stage .cmux/trash .cmux/made || return 3
+  chmod 700 .cmux || return 3
+}
+"""
+
+# What every git of ours on the host sees: no configuration, one identity, one date.
+GIT_THERE = r"""
+_cenv() {
+  for v in $(env | sed -n 's/^\(GIT_[A-Z_0-9]*\)=.*/\1/p'); do unset "$v"; done
+  export GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_SYSTEM=/dev/null GIT_ATTR_NOSYSTEM=1
+  export HOME=/nonexistent XDG_CONFIG_HOME=/nonexistent GIT_OPTIONAL_LOCKS=0 GIT_NO_REPLACE_OBJECTS=1 LC_ALL=C
+  for v in GIT_AUTHOR GIT_COMMITTER; do export "${v}_NAME=cmux" "${v}_EMAIL=cmux@localhost" "${v}_DATE=946684800 +0000"; done
+  raw='* -text -eol -ident -filter -working-tree-encoding'
+}
+"""
+
+# CREATE root project name base op: make a workspace of a cached or just uploaded base.
+#   replies: root <path>; init, if there is a hook to run; made. Status 20: the name is taken;
+#   21: the base is not here. Called again with the same op after a lost line, it says made.
+# A base is a directory bases/<id>: tree.tar as it came, git/ (a repository of one commit) where
+# the host has git. A kept tar is faster to unpack than a tree is to copy (0.53 s against 0.67 s
+# for 20,000 files), costs one inode, and can be checked at any time.
+# mv onto an existing directory would move *into* it: that is looked for and undone.
+BASE = OPEN_ROOT + GIT_THERE + r"""
+_cgit() { # $1 directory of the tree, $2 directory of the base
+  command -v git >/dev/null || return 0
+  if [ -d "$2/git" ]; then cp -R "$2/git" "$1/.git"; return; fi
+  ( cd "$1" || exit 1
+    _cenv
+    git init -q --template= . && git symbolic-ref HEAD refs/heads/main &&
+    mkdir -p .git/info .git/hooks && echo "$raw" >.git/info/attributes &&
+    git config core.autocrlf false && git config core.trustctime false && git config core.checkStat minimal &&
+    git -c core.looseCompression=0 add -A -f . && git commit -q --no-verify --allow-empty -m base &&
+    git update-ref refs/cmux/base HEAD ) || { rm -rf "$1/.git"; return 1; }
+  cp -R "$1/.git" "$2/git.$op" && mv "$2/git.$op" "$2/git" && { [ ! -d "$2/git/git.$op" ] || rm -rf "$2/git/git.$op"; }
+}
+_chas() { [ -f "$1/tree.tar" ] || { [ -f "$1/delta.tar" ] && [ -f "$1/parent" ] && _chas ".cmux/bases/$(cat "$1/parent")"; }; }
+_cunpack() { # base destination: a whole tree, or the parent's with what is gone removed and the delta on top
+  if [ -f "$1/tree.tar" ]; then ( cd "$2" && tar -xof "$root/$1/tree.tar" ); return; fi
+  _cunpack ".cmux/bases/$(cat "$1/parent")" "$2" && ( cd "$s" && tar -xof "$root/$1/delta.tar" .cmux-gone ) || return 4
+  ( cd "$2" && while IFS= read -r f; do rm -rf "./$f"; while case $f in */*) ;; *) false;; esac; do f=${f%/*}; rmdir "./$f" 2>/dev/null || break; done; done <"$s/.cmux-gone"
+    tar -xof "$root/$1/delta.tar" && rm -f .cmux-gone )
+}
+_cget() { # -> $base is here
+  if ! _chas "$base"; then
+    _chas "$s/base" || return 21
+    rm -rf "$base"; mv "$s/base" "$base" || return 3
+    if [ -d "$base/base" ]; then rm -rf "$base/base"; fi
+  fi
+  touch "$base"
+}
+_cbase() { # ... and unpacked in $s/tree, with a repository
+  _cget || return
+  if [ ! -d "$s/tree" ]; then
+    mkdir -p "$s/tree" || return 3
+    ( umask 022; _cunpack "$base" "$s/tree" ) || { rm -rf "$s"; return 4; }
+  fi
+  ( umask 022; _cgit "$s/tree" "$base" ) || echo "nogit"
+}
+"""
+CREATE = BASE + r"""
+_cop() {
+  project=$2 name=$3 base=.cmux/bases/$4 op=$5
+  _croot "$1" || return
+  printf 'root %s\n' "$root"
+  mkdir -p "$project" ".cmux/made/$project" || return 3
+  s=$root/.cmux/stage/$op made=.cmux/made/$project/$name
+  if [ -e "$project/$name" ] || [ -L "$project/$name" ]; then
+    [ "$(cat "$made.op")" = "$op" ] || return 20
+    echo made; return 0
+  fi
+  _cbase || return
+  if [ -f "$s/tree/.cmux/init" ] && [ -x "$s/tree/.cmux/init" ]; then echo init; fi
+  echo "$op" >"$made.op" && echo "$4" >"$made.base" && : >"$made.mark" || return 3
+  mv "$s/tree" "$s/$op" && mv "$s/$op" "$project/$name" || return 3
+  if [ -d "$project/$name/$op" ]; then rm -rf "$project/$name/$op" "$s"; return 20; fi
+  rm -rf "$s"
+  echo made
+}
+"""
+
+# UPLOAD root op parent: the stream becomes stage/<op>/base/tree.tar and, at once, stage/<op>/tree;
+#   with a parent, base/delta.tar: what differs from that base, and .cmux-gone, the paths to remove.
+#   replies: the line of cksum, which the client compares before it calls CREATE.
+# tar may stop reading at the end-of-archive blocks: the rest is drained, or tee would die.
+UPLOAD = OPEN_ROOT + r"""
+_cop() {
+  _croot "$1" || return
+  s=.cmux/stage/$2
+  case $3 in ?*)
+    mkdir -p "$s/base" && echo "$3" >"$s/base/parent" && echo $(($(cat ".cmux/bases/$3/depth" || echo 0)+1)) >"$s/base/depth" &&
+    cat >"$s/base/delta.tar" && cksum <"$s/base/delta.tar"; return;; esac
+  mkdir -p "$s/base" "$s/tree" || return 3
+  tee "$s/base/tree.tar" | ( umask 022; cd "$s/tree" && tar -xof -; r=$?; cat >/dev/null; exit $r ) || { rm -rf "$s"; return 4; }
+  cksum <"$s/base/tree.tar"
+}
+"""
+
+# BASES root: the ids of the bases that a delta may stand on, newest first. Long chains end.
+BASES = OPEN_ROOT + r"""
+_cop() {
+  _croot "$1" && cd .cmux/bases || return
+  ls -t | while IFS= read -r f; do [ "$(cat "$f/depth" || echo 0)" -ge 6 ] || echo "$f"; done | head -n 8
+}
+"""
+
+# DISCARD root op: what an upload left in the stage.
+DISCARD = OPEN_ROOT + r"""
+_cop() { _croot "$1" && rm -rf ".cmux/stage/$2"; }
+"""
+
+# What PULL, CHANGED and PUSH share: _cw finds the workspace, _csnap makes a snapshot of it with
+# git in a repository of its own ($g, in the stage), whose alternate is the workspace's: nothing
+# of the agent's is written or configured. -> $b base, $h its HEAD, $t the tree as it is now.
+# Where .git is gone, or its history rewritten or absurd (too many commits, foreign roots, nested
+# repositories), the base's own repository stands in, and $h is the base. Status 9: no git here.
+SNAPSHOT = OPEN_ROOT + GIT_THERE + r"""
+_cw() { w=$root/$1/$2 m=$root/.cmux/made/$1/$2; [ -d "$w" ] && [ ! -L "$w" ] && [ ! -L "$root/$1" ]; }
+_cg() { git --git-dir="$g" --work-tree="$w" -c core.fsmonitor=false -c core.hooksPath=/dev/null -c core.bigFileThreshold=8m "$@"; }
+_co() { git --git-dir="$o" -c core.fsmonitor=false -c core.hooksPath=/dev/null "$@" 2>/dev/null; }
+_ctr() { [ -z "$1" ] || [ "$(_co rev-parse -q --verify "$2^{tree}")" = "$1" ]; }
+_csnap() { # base-id its-tree commits bytes
+  command -v git >/dev/null && _cenv || return 9
+  g=$s/git x=$root/.cmux/bases/$1/git o=$w/.git h= whole=1
+  if [ -d "$o" ] && [ ! -L "$o" ] && b=$(_co rev-parse -q --verify 'refs/cmux/base^{commit}') && _ctr "$2" "$b"; then
+    h=$(_co rev-parse -q --verify 'HEAD^{commit}') && _co merge-base --is-ancestor "$b" "$h" &&
+    [ "$(_co rev-list --count "$b..$h")" -le "$3" ] && [ -z "$(_co rev-list --max-parents=0 "$b..$h")" ] &&
+    ! _co rev-list "$b..$h" | _co diff-tree --stdin -r -m --raw | grep -q '^:[0-7]* 160000' || h=
+  fi
+  if [ -z "$h" ]; then o=$x whole=; h=$(_co rev-parse -q --verify 'refs/cmux/base^{commit}') && _ctr "$2" "$h" || return 9; b=$h; fi
+  git init -q --bare --template= "$g" && mkdir -p "$g/info" && echo "$o/objects" >"$g/objects/info/alternates" &&
+  echo "$raw" >"$g/info/attributes" && _cg symbolic-ref HEAD refs/heads/w &&
+  _cg update-ref refs/cmux/base "$b" && _cg update-ref refs/heads/w "$h" || return 3
+  [ ! -f "$w/.git/info/exclude" ] || cp "$w/.git/info/exclude" "$g/info/exclude"
+  cd "$w" || return 3
+  find . -name .git -prune -print | while IFS= read -r f; do case $f in
+    ./.git) ;; *) echo "note nested repository ${f%/.git}"; f=${f#.}; printf '%s\n' "${f%.git}" | sed 's/[][\\*?!# ]/\\&/g' >>"$g/info/exclude";; esac; done
+  if [ "$whole" ] && cp "$w/.git/index" "$g/index" 2>/dev/null && _cg ls-files >/dev/null 2>&1; then :
+  else rm -f "$g/index"; _cg read-tree "$h" || return 3; fi
+  f=$(find . -name .git -prune -o -type f -size "+${4}c" -print | while IFS= read -r f; do
+    _cg check-ignore -q -- "$f" || { printf '%s' "$f"; break; }; done)
+  case $f in ?*) printf 'large %s\n' "$f"; return 24;; esac
+  _cg add -A . >&2 && t=$(_cg write-tree)
+}
+_crefs() { { _co for-each-ref; _co rev-parse HEAD; _co rev-parse -q --verify refs/stash; } | cksum | tr ' ' -; }
+_cstage() { s=$root/.cmux/stage/$1; mkdir -p "$s" || return 3; shift; "$@"; r=$?; cd "$root"; rm -rf "$s"; return $r; }
+"""
+
+# PULL root project name base tree op commits bytes how: what the workspace changed, as a stream.
+#   `note ...` lines, then one line: git BASE DIRTY HEAD TREE REFS, and `git fast-export` of
+#   BASE..HEAD, the last commit being uncommitted work where DIRTY is 1. Or, without git, tar OP,
+#   the NUL-terminated paths of all files, an empty one, and tar archives of those touched since
+#   the mark (or of all: `how` is all, the tree small, or find too coarse to tell), one after
+#   another. 22: no workspace; 24: a file is too large. A moved directory's files are not newer
+#   than the mark: the client asks again for all when it misses one.
+PULL = SNAPSHOT + r"""
+_cpull() {
+  _csnap "$4" "$5" "$7" "$8"; r=$?
+  case $r in 0) ;; 9) _ctar "$@"; return;; *) return $r;; esac
+  o=$w/.git n=$(_crefs) d=0 top=$h
+  if [ "$(_cg rev-parse "$h^{tree}")" != "$t" ]; then
+    d=1; top=$(GIT_AUTHOR_DATE="$(date +%s) +0000" GIT_COMMITTER_DATE="$(date +%s) +0000" _cg commit-tree "$t" -p "$h" -m 'uncommitted work') || return 3
+  fi
+  _cg update-ref refs/heads/w "$top" && echo "git $b $d $h $t $n" &&
+  _cg fast-export --use-done-feature --reference-excluded-parents --reencode=yes --signed-tags=strip refs/heads/w ^refs/cmux/base
+}
+_ctar() {
+  cd "$w" && f=$(find . -name .git -prune -o -type f -size "+${8}c" -print | head -n 1) || return 3
+  case $f in ?*) printf 'large %s\n' "$f"; return 24;; esac
+  echo "$6" >"$m.pull.new" && mv "$m.pull.new" "$m.pull" && echo "tar $6" || return 3
+  find . -name .git -prune -o \( -type f -o -type l \) -exec printf '%s\0' {} + && printf '\0' || return 3
+  set -- "$9"
+  k=$(du -sk . | sed 's/[^0-9].*//')
+  if [ "${k:-0}" -le 65536 ] || ! find "$m.mark" -cnewer "$m.mark" >/dev/null 2>&1 || find --help 2>&1 | grep -q BusyBox; then set -- all; fi
+  case $1 in all) find . -name .git -prune -o \( -type f -o -type l \) -exec tar -cf - {} +;;
+  *) find . -name .git -prune -o \( -newer "$m.mark" -o -cnewer "$m.mark" \) \( -type f -o -type l \) -exec tar -cf - {} +;; esac
+}
+_cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && _cstage "$6" _cpull "$@"; }
+"""
+
+# CHANGED root project name base tree op commits bytes head tree refs mark: what would be lost
+#   with the workspace, a line each, 20 at the most, beyond what a pull brought home: a HEAD with
+#   a tree and refs, or (no git) the mark of one. 22: no such directory.
+CHANGED = SNAPSHOT + r"""
+_clost() {
+  _csnap "$4" "$5" "$7" "$8" >"$s/said"; r=$?
+  case $r in 0) ;; 9)
+    k=$m.mark; [ -z "${12}" ] || [ "$(cat "$m.pull")" != "${12}" ] || k=$m.pull
+    [ -f "$k" ] || echo "what it was made of is not known any more"
+    cd "$w" && find . -name .git -prune -o ! -type d -newer "$k" -print | sed 's/^/changed /' | head -n 20; return;;
+  24) cat "$s/said"; return 0;; *) return $r;; esac
+  sed 's/^note //' "$s/said"
+  [ "$t" = "${10}" ] || [ "$t" = "$(_cg rev-parse "$h^{tree}")" ] || _cg diff-index --cached --name-status "$h" | head -n 20
+  o=$w/.git; [ -d "$o" ] || return 0
+  if [ "$whole" ]; then
+    k=--reflog; [ "$(_crefs)" != "${11}" ] || k=
+    if [ -z "$9" ] || ! _co cat-file -e "$9^{commit}"; then set -- "$b" "$b" "$b" "$b" "$b" "$b" "$b" "$b" "$b"; fi
+    _co log --format='commit %h %s' --all $k HEAD --not "$b" "$9" --glob=refs/cmux | head -n 20
+    _co stash list | head -n 20
+  elif [ "$(_crefs)" != "${11}" ]; then echo "the git repository was replaced"; fi
+}
+_cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && _cstage "$6" _clost "$@"; }
+"""
+
+# PUSH root project name oldbase oldtree op commits bytes newbase keep: the workspace becomes the
+#   new base. With git, in place: only files that differ are touched, ignored ones stay (build
+#   caches, node_modules, a server that watches). Without, the directory is replaced. `keep` (1)
+#   leaves a copy of what was in the trash. 21: upload the base first; 22: no workspace.
+PUSH = SNAPSHOT + BASE + r"""
+_cn() { GIT_INDEX_FILE=$s/new.index git --git-dir="$g" --work-tree="$s/delta" -c core.fsmonitor=false -c core.looseCompression=0 "$@"; }
+_cdelta() { # the new base's commit, of the old one and the delta, without unpacking either
+  mkdir "$s/delta" && cd "$s/delta" && ( umask 022; tar -xof "$root/$base/delta.tar" ) && _cn read-tree "$b" &&
+  tr '\n' '\0' <.cmux-gone | _cn update-index -z --force-remove --stdin && rm .cmux-gone && _cn add -f --ignore-removal . &&
+  x=$(_cn write-tree) && _cn commit-tree "$x" -m base
+}
+_cpush() {
+  base=.cmux/bases/$9 op=$6 k=$root/.cmux/trash/kept-$2-$3-$6
+  cd "$root" && _cget || return
+  if [ "${10}" ]; then cp -RpP "$w" "$k" || { rm -rf "$k"; return 3; }; echo "kept $k"; fi
+  n=; if [ -d "$w/.git" ] && _csnap "$4" "$5" "$7" "$8"; then
+    if [ "$(cat "$root/$base/parent")" = "$4" ]; then n=$(_cdelta); fi
+    if [ -z "$n" ]; then
+      cd "$root" && _cbase && n=$(git --git-dir="$base/git" rev-parse -q --verify refs/cmux/base) && cp -R "$base/git/objects/." "$g/objects/" || return 4
+      echo "$o/objects" >"$g/objects/info/alternates"
+    fi
+    cd "$w" && ( umask 022; _cg read-tree --reset -u "$n" ) || return 4
+    rm -f "$g/objects/info/alternates"; cp -R "$g/objects/." "$w/.git/objects/" 2>/dev/null
+    o=$w/.git; _co update-ref "refs/cmux/old/$b" "$b" && _co update-ref --no-deref refs/cmux/base "$n" && _co symbolic-ref HEAD refs/heads/main && _co update-ref refs/heads/main "$n" &&
+    cp "$g/index" "$o/index.cmux" && mv "$o/index.cmux" "$o/index" || return 3
+  else
+    cd "$root" && _cbase || return
+    mkdir -p ".cmux/trash/$6" && mv "$w" ".cmux/trash/$6/" && mv "$s/tree" "$w" || return 3
+    ( trap '' HUP; exec rm -rf "$root/.cmux/trash/$6" ) </dev/null >/dev/null 2>&1 4>&- &
+  fi
+  echo "$9" >"$m.base" && : >"$m.mark" && echo pushed
+}
+_cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && { s=$root/.cmux/stage/$6; mkdir -p "$s"; _cpush "$@"; r=$?; cd "$root"; [ $r = 21 ] || rm -rf "$s"; return $r; }; }
+"""
+
+# FORK root project name new op: a copy under another name; RENAME: the same directory under
+#   another name. Both say done again when called again with the same op. 20: the name is taken.
+FORK = SNAPSHOT + r"""
+_cop() {
+  _croot "$1" || return
+  n=$root/$2/$4 q=$root/.cmux/made/$2/$4 s=.cmux/stage/$5
+  if [ -e "$n" ] || [ -L "$n" ]; then [ "$(cat "$q.op")" = "$5" ] || return 20; echo "done"; return 0; fi
+  _cw "$2" "$3" || return 22
+  rm -rf "$s"; mkdir -p "$s" && cp -RpP "$w" "$s/$5" || { rm -rf "$s"; return 3; }
+  for x in base mark pull; do [ ! -f "$m.$x" ] || cp -p "$m.$x" "$q.$x" || return 3; done
+  echo "$5" >"$q.op" && mv "$s/$5" "$n" || return 3
+  rm -rf "$s"
+  if [ -d "$n/$5" ]; then rm -rf "$n/$5"; return 20; fi
+  echo "done"
+}
+"""
+RENAME = SNAPSHOT + r"""
+_cop() {
+  _croot "$1" || return
+  n=$root/$2/$4 q=$root/.cmux/made/$2/$4
+  if [ -e "$n" ] || [ -L "$n" ]; then [ "$(cat "$q.op")" = "$5" ] || return 20
+  else _cw "$2" "$3" || return 22; echo "$5" >"$q.op" && mv "$w" "$n" || return 3; fi
+  m=$root/.cmux/made/$2/$3
+  for x in base mark pull; do [ ! -f "$m.$x" ] || mv "$m.$x" "$q.$x" || return 3; done
+  rm -f "$m.op"
+  echo "done"
+}
+"""
+
+# GC root: trash, what broken uploads left a day ago, and bases that no workspace was made of and
+#   none was made from for two weeks. Replies the kilobytes freed.
+GC = OPEN_ROOT + r"""
+_cop() {
+  _croot "$1" && cd "$root/.cmux" || return
+  a=$(du -sk . | sed 's/[^0-9].*//')
+  for f in trash/* trash/.[!.]*; do [ ! -e "$f" ] && [ ! -L "$f" ] || { chmod -R u+rwX "$f"; rm -rf "$f"; }; done
+  for f in stage/*; do [ -z "$(find "$f" -prune -mtime +0 -print)" ] || rm -rf "$f"; done
+  cat made/*/*.base bases/*/parent >used.$$
+  for f in bases/*; do grep -qxF "${f#bases/}" used.$$ || [ -z "$(find "$f" -prune -mtime +14 -print)" ] || rm -rf "$f"; done
+  rm -f used.$$
+  b=$(du -sk . | sed 's/[^0-9].*//')
+  echo $((a-b))
+}
+"""
+
+# REMOVE root project name op: a rename into the trash, and a background reap. Constant time.
+#   A missing directory is success. rm -rf does not follow symbolic links.
+REMOVE = OPEN_ROOT + r"""
+_cop() {
+  _croot "$1" || return
+  t=.cmux/trash/$4
+  mkdir -p "$t" || return 3
+  if [ -L "$2" ]; then return 3; fi
+  if [ -e "$2/$3" ] || [ -L "$2/$3" ]; then mv "$2/$3" "$t/" || return 3; fi
+  for x in base mark op pull; do rm -f ".cmux/made/$2/$3.$x"; done
+  ( trap '' HUP; cd / && exec rm -rf "$root/$t" ) </dev/null >/dev/null 2>&1 4>&- &
+}
+"""
+
+# GUARD: the lifeline of a command whose own stdin streams. Reads the pid of the command's
+# wrapper, then waits; a line "." lets go, end of file ends the tree. Replies confirmed or left.
+GUARD = r"""
+_cop() {
+  _cR=-
+  while IFS= read -r p; do case $p in .) return 0;; *[!0-9]*) ;; ?*) _cR=$p;; esac; done
+  if _cstop; then echo confirmed; else echo left; fi
+}
+"""
+
+# The tools' scripts. Paths are absolute; the statuses are one table for all of them:
+TOOL_STATUS = {
+    30: "There is no file {path}.", 31: "{path} is a directory.", 32: "{path} is not a regular file.",
+    33: "{path} may not be read or written there.", 34: "The host does not take the pattern: {said}.",
+    35: "The content for {path} did not arrive whole.", 36: "{path} changed meanwhile.",
+    38: "There is no job {path}.",
+    39: "A name in {path} is longer than 255 bytes.", 3: "{said}.",
+}
+
+# READ path max first count: "size how\n", then the bytes: all of a file up to max, else the lines.
+#   With count 0 the size is left to the client, and one byte more than max tells it "too large":
+#   that saves a process of two on every read.
+READ = r"""
+_cop() {
+  [ -e "$1" ] || return 30
+  [ ! -d "$1" ] || return 31
+  [ -f "$1" ] || return 32
+  [ -r "$1" ] || return 33
+  if [ "$4" = 0 ]; then echo "0 all"; head -c "$(($2+1))" "$1"; return; fi
+  n=$(wc -c <"$1") || return 33
+  n=$((n))
+  if [ "$n" -le "$2" ]; then echo "$n all"; head -c "$2" "$1"; return; fi
+  h=$( (sha256sum <"$1" || shasum -a 256 <"$1") 2>/dev/null) || h=
+  echo "$n lines ${h%% *}"
+  tail -n "+$3" "$1" | head -n "$4" | head -c "$2"
+}
+"""
+
+# WRITE path root op size cksum [old]: stdin becomes the file, by a rename beside it, and only
+# when its length and checksum are as said; with old ("cksum size", or "none"), only when the file
+# still is that. Replies created or replaced. The lock (a symlink naming its owner's pid) makes
+# compare and rename one step among all users of this tool.
+WRITE = r"""
+_cop() {
+  p=$1 i=0
+  while [ -L "$p" ]; do
+    l=$(readlink "$p"; echo x); l=${l%?x}
+    case $l in /*) p=$l;; *) p=${p%/*}/$l;; esac
+    i=$((i+1)); [ $i -lt 40 ] || return 32
+  done
+  [ ! -d "$p" ] || return 31
+  if [ -e "$p" ]; then
+    [ -f "$p" ] || return 32
+    [ -w "$p" ] || return 33
+  fi
+  d=${p%/*} n=${p##*/}
+  case $n in ''|.|..) return 31;; esac
+  [ ${#n} -lt 256 ] || return 39
+  [ -d "${d:-/}" ] || mkdir -p "$d" || return 3
+  d=$(cd -P "${d:-/}" && pwd -P && echo x) || return 3
+  d=${d%?x}; d=${d%/}; p=$d/$n
+  t=$d/.cmux-$3.tmp
+  if [ -e "$p" ]; then cp -p "$p" "$t" || { rm -f "$t"; return 3; }; fi
+  cat >"$t" || { rm -f "$t"; return 3; }
+  if [ "$(cksum <"$t")" != "$5 $4" ]; then rm -f "$t"; return 35; fi
+  k=$2/.cmux/locks; mkdir -p "$k" || { rm -f "$t"; return 3; }
+  k=$k/$(echo "$p" | cksum | tr ' ' -); i=0
+  until ln -s "$$" "$k"; do
+    if o=$(readlink "$k") && ! kill -0 "$o" && ln -s "$$" "$k.b"; then
+      [ "$(readlink "$k")" != "$o" ] || rm -f "$k"
+      rm -f "$k.b"
+    fi
+    i=$((i+1)); [ $i -lt 1000 ] || { rm -f "$t"; return 3; }
+    sleep 0.02 || sleep 1
+  done
+  r=0 w=created
+  if [ -e "$p" ]; then w=replaced; fi
+  case $6 in
+  '') ;;
+  none) [ ! -e "$p" ] || r=36;;
+  *) [ "$(cksum <"$p")" = "$6" ] || r=36;;
+  esac
+  if [ $r = 0 ]; then mv -f "$t" "$p" || r=3; fi
+  rm -f "$k" "$t"
+  [ $r != 0 ] || echo $w
+  return $r
+}
+"""
+
+# GLOB (as a command, "$1" a find -path pattern that is wider than the glob): the paths, NUL ended.
+GLOB = r"""
+if find . -prune -print0 >/dev/null 2>&1; then p=-print0; else p=-print; echo lines; fi
+find . -name .git -prune -o ! -type d -path "$1" $p 2>/dev/null | head -c "$2"
+"""
+
+# GREP (as a command): pattern, wider path pattern, -i or -n (no-op), bytes, lines.
+GREP = r"""
+grep -E $3 -e "$1" /dev/null || [ $? -lt 2 ] || exit 34
+n=; if echo x | grep --null -n x /dev/null - >/dev/null 2>&1; then n=--null; echo null; else echo plain; fi
+find . -name .git -prune -o -type f -path "$2" -exec grep -nE $n $3 -e "$1" /dev/null {} + 2>/dev/null | head -n "$5" | head -c "$4"
+"""
+
+# START dir id command...: run as a job that outlives this session: out (both streams), pid of the
+# supervisor, exit. setsid -f, or an asynchronous list of a bash with job control, so that the
+# job does not inherit the ignored SIGINT of a plain background list.
+START = r"""
+_cop() {
+  umask 077; d=$1 i=$2; shift 2
+  mkdir -p "$d" || return 3
+  for e in "${d%/*}"/*/exit; do
+    if [ -f "$e" ] && [ "$(find "$e" -mtime +7)" ]; then rm -rf "${e%/exit}"; fi
+  done
+  case $_cq in -*)
+    if command -v bash >/dev/null; then set -- bash --norc "$_cq" "$_cx" bash "$@"; else set -- sh "$_cq" "$_cx" sh "$@"; fi;;
+  esac
+  case $_cP in ?*) set -- env "PATH=$_cP" "$@";; esac
+  umask "$_cu"
+  s='trap "" HUP; echo $$ >"$1/pid"; d=$1 CMUX_RUN=$2; shift 2; export CMUX_RUN
+    if command -v setsid >/dev/null; then (trap - HUP; exec setsid "$@"); r=$?; else set -m 2>/dev/null; (trap - HUP; exec "$@"); r=$?; fi
+    [ $r -lt 256 ] || r=$((r-128)); echo $r >"$d/exit.new"; mv "$d/exit.new" "$d/exit"'
+  CMUX_JOB=$i; export CMUX_JOB
+  if setsid -f true 2>/dev/null; then setsid -f sh -c "$s" sh "$d" "$i" "$@" </dev/null >"$d/out" 2>&1 4>&-
+  elif command -v bash >/dev/null; then bash -c 'set -m; "$@" &' bash sh -c "$s" sh "$d" "$i" "$@" </dev/null >"$d/out" 2>&1 4>&-
+  else sh -c "$s" sh "$d" "$i" "$@" </dev/null >"$d/out" 2>&1 4>&- &
+  fi
+  n=0; while [ ! -s "$d/pid" ] && [ $n -lt 50 ]; do sleep 0.02 || sleep 1; n=$((n+1)); done
+  [ -s "$d/pid" ] && echo started
+}
+"""
+
+# Functions of the scripts on jobs. State: running, exited CODE, or lost (no exit, no supervisor).
+JOB_STATE = r"""
+_calive() { # $1 directory, $2 pid: not a stranger that was given the number since
+  kill -0 "$2" 2>/dev/null || return 1
+  [ ! -r "/proc/$2/environ" ] || grep -qsF "CMUX_JOB=${1##*/}" "/proc/$2/environ"
+}
+_cstate() { # $1 directory
+  if [ -f "$1/exit" ]; then echo "exited $(cat "$1/exit")"
+  elif _calive "$1" "$(cat "$1/pid")"; then echo running
+  elif [ -f "$1/exit" ]; then echo "exited $(cat "$1/exit")"
+  else echo lost; fi
+}
+"""
+# JOBS dir: a line each: id, bytes of output, state.
+JOBS = JOB_STATE + r"""
+_cop() {
+  for d in "$1"/*; do
+    [ -d "$d" ] || continue
+    n=$(wc -c <"$d/out") || n=0
+    echo "${d##*/} $((n)) $(_cstate "$d")"
+  done
+}
+"""
+# LOGS dir offset max tenths what: waits up to tenths/10 s for more output (what=more) or the end
+# (what=end); then "bytes state\n" and the output from offset. The state is taken before the size.
+LOGS = JOB_STATE + r"""
+_cop() {
+  [ -d "$1" ] || return 38
+  i=0
+  while :; do
+    s=$(_cstate "$1"); n=$(wc -c <"$1/out"); n=$((n))
+    case $s in running) ;; *) break;; esac
+    [ "$5" = more ] && [ "$n" -gt "$2" ] && break
+    [ $i -lt "$4" ] || break
+    if sleep 0.1; then i=$((i+1)); else sleep 1; i=$((i+10)); fi
+  done
+  echo "$n $s"
+  if [ "$3" -gt 0 ]; then tail -c "+$(($2+1))" "$1/out" | head -c "$3"; fi
+}
+"""
+# STOP dir id: end a job's tree, and say what was seen of it, and its state.
+STOP = JOB_STATE + r"""
+_cop() {
+  [ -d "$1" ] || return 38
+  _cR=$(cat "$1/pid"); _ci=$2
+  _calive "$1" "$_cR" || _cR=-
+  if ( _cstop ); then echo confirmed; else echo requested; fi
+  n=0; while [ "$(_cstate "$1")" = running ] && [ $n -lt 20 ]; do sleep 0.1 || sleep 1; n=$((n+1)); done
+  _cstate "$1"
+}
+"""
+
+
+def record(name: str, value: Union[str, bytes]) -> bytes:
+    """One record of the header. NUL cannot travel (no shell variable holds it)."""
+    data = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
+    if b"\0" in data:
+        raise UsageError("A value for %s holds a NUL byte." % show(name),
+                         "No command line, environment variable or path can hold one.")
+    return b"%s %d\n%s\n" % (name.encode(), data.count(b"\n") + 1, data)
+
+
+def shell_header(nonce: str, run_id: str, operation: bytes) -> bytes:
+    """The frame around the records of one operation, without its end record."""
+    return record("_cN", nonce) + record("_ci", run_id) + operation
+
+
+def script_records(script: str, *arguments: str) -> bytes:
+    """The records that run one of the scripts above, as an operation of its own."""
+    lines = (line.strip() for line in script.strip().splitlines())
+    text = "\n".join(line for line in lines if line)
+    return (record(":", text) + b"".join(record("@", a) for a in arguments)
+            + record(".", '_cop "$@" 2>&4; _cr=$?'))
+
+
+def command_records(command: Union[str, Sequence[str]], login: bool, stdin: bool) -> bytes:
+    """The records that run the user's command: a shell line, or an exact argv."""
+    if any(len(word.encode("utf-8", "surrogateescape")) > ARGUMENT_MAX
+           for word in ([command] if isinstance(command, str) else command)):
+        raise UsageError("A word of the command is larger than %s." % human_size(ARGUMENT_MAX),
+                         "Write it to a file in the workspace, or pass it on stdin.")
+    if not isinstance(command, str) and len(command) * sum(map(len, command)) > ARGV_WORK_MAX:
+        raise UsageError("The command has too many words (%d)." % len(command),
+                         "Write them to a file in the workspace, and use xargs there.")
+    parts = [record("_cl", "" if stdin else "life")]
+    if isinstance(command, str):
+        parts += [record("_cq", "-lc" if login else "-c"), record("_cx", command)]
+    else:
+        if login:
+            parts += [record("_cq", "-lc"), record("_cx", 'exec "$@"')]
+        parts += [record("@", word) for word in command]
+    return b"".join(parts) + record(".", '_crun "$@"')
+
+
+# === 7. Processes ===
+# Owns: starting, watching and ending local processes. The only room that imports subprocess and
+# signal. Promises: no shell, argv lists only; no program from the current directory; a child
+# that is given up is killed with its group.
+
+if TYPE_CHECKING:
+    Process = subprocess.Popen[bytes]
+
+
+def find_program(name: str) -> str:
+    """The absolute path of ``name`` in $PATH. Relative entries of PATH are passed over: a
+    repository must not bring its own ssh or git. Raises UsageError."""
+    if "/" in name:
+        return os.path.abspath(name)
+    for entry in os.get_exec_path():
+        path = os.path.join(entry, name)
+        if os.path.isabs(entry) and os.access(path, os.X_OK) and os.path.isfile(path):
+            return path
+    raise UsageError("The program %s is not installed here." % name,
+                     "Install it (for example: apt-get install %s)."
+                     % {"ssh": "openssh-client", "sshd": "openssh-server"}.get(name, name))
+
+
+def spawn(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, stdin: Any = None,
+          stdout: Any = None, stderr: Any = None, cwd: Optional[str] = None,
+          own_group: bool = True) -> Process:
+    """Start a process. ``None`` for a stream means /dev/null; -1 means a pipe.
+
+    With ``own_group`` it leads a new session: Ctrl-C at the terminal does not reach it, and
+    kill_group() ends it with its children (an ssh with its ProxyCommand).
+    """
+    import subprocess
+    null = subprocess.DEVNULL
+    try:
+        return subprocess.Popen(
+            list(argv), env=None if env is None else dict(env), cwd=cwd, bufsize=0,
+            stdin=null if stdin is None else stdin, stdout=null if stdout is None else stdout,
+            stderr=null if stderr is None else stderr, start_new_session=own_group)
+    except OSError as error:
+        raise UsageError("Cannot start %s: %s." % (show(argv[0]), os.strerror(error.errno or 0)))
+
+
+def kill_group(process: Process) -> None:
+    """End a process started with ``own_group`` and everything in its group, at once."""
+    import signal
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
+    process.wait()
+
+
+def run(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, stdin: bytes = b"",
+        limit: int = REPLY_MAX, patience: float = 60, cwd: Optional[str] = None
+        ) -> Tuple[int, bytes, bytes]:
+    """Run a short local command: (status, stdout, stderr), each at most ``limit`` bytes.
+
+    Raises UsageError when it cannot start, CmuxError when it is too slow or too loud.
+    """
+    process = spawn(argv, env, stdin=-1, stdout=-1, stderr=-1, cwd=cwd)
+    assert process.stdin and process.stdout and process.stderr
+    out, err = bytearray(), bytearray()
+    sinks = {process.stdout.fileno(): out, process.stderr.fileno(): err}
+    try:
+        for fd in sinks:
+            os.set_blocking(fd, False)
+        os.set_blocking(process.stdin.fileno(), False)
+        pump(sinks, process.stdin, stdin, Deadline(patience), limit)
+        return process.wait(timeout=patience), bytes(out), bytes(err)
+    except BaseException:
+        kill_group(process)
+        raise
+    finally:
+        for stream in (process.stdin, process.stdout, process.stderr):
+            stream.close()
+
+
+def pump(sinks: Mapping[int, bytearray], stdin: Optional[IO[bytes]], data: bytes,
+         deadline: Deadline, limit: int) -> None:
+    """Write ``data`` to ``stdin`` and fill ``sinks`` (by descriptor) until all have ended."""
+    poller, view, open_fds = select.poll(), memoryview(data), set(sinks)
+    for fd in sinks:
+        poller.register(fd, select.POLLIN)
+    if stdin is not None and not data:
+        stdin.close()
+    elif stdin is not None:
+        poller.register(stdin.fileno(), select.POLLOUT)
+    while open_fds:
+        ready = poller.poll(deadline.capped(3600) * 1000)
+        if not ready and deadline.over():
+            raise CmuxError("A local command did not end in time.")
+        for fd, _ in ready:
+            if fd in sinks:
+                chunk = os.read(fd, CHUNK)
+                sinks[fd].extend(chunk)
+                if len(sinks[fd]) > limit:
+                    raise CmuxError("A local command printed more than %s." % human_size(limit))
+                if not chunk:
+                    poller.unregister(fd)
+                    open_fds.discard(fd)
+            elif stdin is not None:
+                try:
+                    view = view[os.write(fd, view[:CHUNK]):]
+                except BrokenPipeError:
+                    view = view[:0]
+                if not view:
+                    poller.unregister(fd)
+                    stdin.close()
+
+
+class TimeUp(KeyboardInterrupt):
+    """Raised by alarm(): the time is up, wherever this process is blocked."""
+
+
+def alarm(seconds: float, blocked: Callable[[], bool]) -> None:
+    """Raise TimeUp in the main thread once ``seconds`` (0: never) are over and it is ``blocked``.
+    For the command line only: a reader of our output that has stopped reading blocks us beyond
+    any poll."""
+    import signal
+
+    def ring(number: int, frame: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        if blocked():
+            raise TimeUp
+    signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def raise_descriptor_limit() -> None:
+    """macOS starts programs with 256 descriptors; a session takes four here. For the command line."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (ValueError, OSError):
+            pass
+
+
+def stop_signals() -> None:
+    """Make SIGTERM and SIGHUP end this process as Ctrl-C does: through KeyboardInterrupt, so
+    that what runs on the host is ended too. For the command line only."""
+    import signal
+
+    seen: List[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        seen.append(number)
+        if len(seen) > 2:  # whoever insists is not kept waiting for the host's word
+            os._exit(130)
+        raise KeyboardInterrupt
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
+
+
+def die_by_pipe() -> None:
+    """End this process as a reader that went away expects (128 + SIGPIPE in a shell)."""
+    import signal
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGPIPE)
+
+
+# === 8. State ===
+# Owns: files of this machine: private directories, locks, small JSON files. The only room that
+# writes local state. Promises: 0700 and 0600; a process killed at any instruction leaves the
+# old file or the new one; a damaged file is set aside with a message, never overwritten.
+
+def state_home() -> str:
+    """$CMUX_SSH_HOME, else $XDG_STATE_HOME/cmux-ssh, else ~/.local/state/cmux-ssh; absolute."""
+    home = os.environ.get("CMUX_SSH_HOME")
+    if not home:
+        base = os.environ.get("XDG_STATE_HOME") or ""
+        if not os.path.isabs(base):
+            base = os.path.join(os.path.expanduser("~"), ".local", "state")
+        home = os.path.join(base, "cmux-ssh")
+    return os.path.abspath(home)
+
+
+def _trusted(status: os.stat_result) -> bool:
+    """Whether nobody but this user and root can replace what lies in a directory."""
+    if status.st_uid not in (0, os.geteuid()):
+        return False
+    loose = status.st_mode & 0o022
+    if loose == 0o020 and status.st_uid == os.geteuid():  # a user's private group (umask 002)
+        import grp
+        import pwd
+        try:
+            group = grp.getgrgid(status.st_gid)
+            loose = 0 if group.gr_name == pwd.getpwuid(os.geteuid()).pw_name else loose
+        except KeyError:
+            pass
+    return not loose or bool(status.st_mode & 0o1000)
+
+
+def private_directory(path: str) -> str:
+    """Make ``path`` if need be; return it if it is ours alone, 0700, behind safe ancestors.
+
+    ssh does not check who owns a control socket: a foreign one would be handed our command
+    lines and descriptors. This check is the whole defence. Raises StateFailed.
+    """
+    hint = "Remove it, chmod 700 it, or set CMUX_SSH_HOME to a directory of your own."
+    try:
+        os.makedirs(path, 0o700, exist_ok=True)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise StateFailed("Cannot use the directory %s: %s."
+                          % (show(path), os.strerror(error.errno or 0)), hint)
+    try:
+        status = os.fstat(fd)
+    finally:
+        os.close(fd)
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise StateFailed("The directory %s is open to others." % show(path), hint)
+    parent = os.path.dirname(os.path.realpath(path))
+    while True:
+        if not _trusted(os.stat(parent)):
+            raise StateFailed("Others can write to %s, above %s." % (show(parent), show(path)), hint)
+        if parent == os.path.dirname(parent):
+            return path
+        parent = os.path.dirname(parent)
+
+
+class Lock:
+    """An advisory lock on a file. The kernel frees it when its process dies."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.fd = -1
+
+    def take(self) -> bool:
+        """Take it if it is free; False if somebody has it."""
+        import fcntl
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(fd)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            raise StateFailed("Cannot lock %s: %s." % (show(self.path), os.strerror(error.errno or 0)))
+        self.fd = fd
+        return True
+
+    def wait(self, deadline: Deadline, cancel: Optional[Cancel] = None, step: float = 0.02) -> bool:
+        """Take it, waiting until the deadline; False when that came first."""
+        while not self.take():
+            if deadline.over():
+                return False
+            if cancel:
+                cancel.check()
+            time.sleep(deadline.capped(step))
+        return True
+
+    def free(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Lock:
+        if not self.wait(Deadline(60)):
+            raise StateFailed("Another process holds %s." % show(self.path),
+                              "Wait for it, or find it with: fuser %s" % quote(self.path))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.free()
+
+
+def read_bytes(path: str, limit: int) -> Optional[bytes]:
+    """The content of a private file; None if there is none. Raises StateFailed."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StateFailed("Cannot read %s: %s." % (show(path), os.strerror(error.errno or 0)))
+    with os.fdopen(fd, "rb") as stream:
+        if os.fstat(stream.fileno()).st_uid != os.geteuid():
+            raise StateFailed("The file %s belongs to someone else." % show(path))
+        data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise StateFailed("The file %s is larger than %s." % (show(path), human_size(limit)))
+    return data
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Replace a private file as a whole: write aside, fsync, rename. Raises StateFailed."""
+    temporary = "%s.%d.%s.new" % (path, os.getpid(), os.urandom(4).hex())
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(fd, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.rename(temporary, path)
+    except OSError as error:
+        remove_file(temporary)
+        raise StateFailed("Cannot write %s: %s." % (show(path), os.strerror(error.errno or 0)))
+
+
+def remove_leftovers(path: str) -> None:
+    """What a writer of ``path`` that was killed left beside it. Only under the file's lock."""
+    folder, name = os.path.split(path)
+    for entry in os.listdir(folder):
+        if entry.startswith(name + ".") and entry.endswith(".new"):
+            remove_file(os.path.join(folder, entry))
+
+
+def remove_file(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+def read_json(path: str) -> Optional[Dict[str, Any]]:
+    """An object from a private JSON file of version 1; None if there is none.
+
+    A file that is not one is renamed to <name>.damaged-<time>, and StateFailed says so.
+    """
+    import json
+    data = read_bytes(path, STATE_MAX)
+    if data is None:
+        return None
+    try:
+        value = json.loads(data.decode("utf-8"))
+        if not isinstance(value, dict) or not isinstance(value.get("version"), int):
+            raise ValueError("no version")
+    except (ValueError, RecursionError):
+        aside = "%s.damaged-%d" % (path, time.time())
+        os.rename(path, aside)
+        raise StateFailed("The state file %s was damaged; it is now %s." % (show(path), show(aside)),
+                          "Repair it and rename it back, or start anew without it.")
+    if value["version"] != 1:
+        raise StateFailed("The state file %s was written by a newer version." % show(path),
+                          "Use that version of %s." % PROGRAM)
+    return value
+
+
+def write_json(path: str, value: Mapping[str, Any]) -> None:
+    import json
+    write_bytes(path, json.dumps(dict(value, version=1), indent=1, sort_keys=True).encode() + b"\n")
+
+
+class Registry:
+    """What this machine knows of one project: its random id, its workspaces, its secrets.
+
+    One JSON file per project, named by a hash of the repository's path. Every change is made
+    under a lock, by update().
+    """
+
+    def __init__(self, repository: str) -> None:
+        import hashlib
+        self.repository = repository
+        key = hashlib.sha256(os.fsencode(repository)).hexdigest()[:20]
+        home = private_directory(state_home())
+        self.path = os.path.join(private_directory(os.path.join(home, "projects")), key + ".json")
+        self._cache: Dict[str, Tuple[object, Optional[Dict[str, Any]]]] = {}
+        self.secrets_path = os.path.join(private_directory(os.path.join(home, "secrets")), key + ".json")
+
+    def read(self) -> Dict[str, Any]:
+        """The project's record, not to be changed; made on first use."""
+        return self._cached(self.path) or self.update(lambda record: None)
+
+    def _cached(self, path: str) -> Optional[Dict[str, Any]]:
+        """read_json(), parsed again only when the file was replaced (every write is a rename)."""
+        try:
+            status = os.stat(path)
+        except OSError:
+            return None
+        mark = (status.st_ino, status.st_mtime_ns, status.st_size)
+        known = self._cache.get(path)
+        if known is None or known[0] != mark:
+            value = read_json(path)
+            if value is not None and path == self.path:
+                check_record(value, path)
+            known = self._cache[path] = (mark, value)
+        return known[1]
+
+    def update(self, change: Callable[[Dict[str, Any]], None]) -> Dict[str, Any]:
+        """Apply ``change`` to the record under the lock, and write it."""
+        with Lock(self.path + ".lock"):
+            value = read_json(self.path)
+            if value is None:
+                name = os.path.basename(self.repository.rstrip("/"))
+                if name == ".git":
+                    name = os.path.basename(os.path.dirname(self.repository))
+                value = {"repository": os.fsencode(self.repository).decode("utf-8", "replace"),
+                         "name": safe_workspace(name[:-4] if name.endswith(".git") else name)[:40],
+                         "id": os.urandom(6).hex(), "workspaces": {}}
+            remove_leftovers(self.path)
+            change(check_record(value, self.path))
+            write_json(self.path, value)
+        return value
+
+    def creation_lock(self, name: str) -> Lock:
+        """Held while a workspace is made or removed, so that two processes don't both."""
+        return Lock("%s.name.%s.lock" % (self.path, name))
+
+    def secrets(self) -> Dict[str, Dict[str, str]]:
+        """name -> {"value": ...} or {"command": ...}. Checked, since people edit files."""
+        stored = (self._cached(self.secrets_path) or {}).get("secrets", {})
+        if not isinstance(stored, dict):
+            raise StateFailed("The state file %s has no secrets in it." % show(self.secrets_path),
+                              "Repair it, or move it away to start anew.")
+        for name, entry in stored.items():
+            check_variable(name, secret=True)
+            if not isinstance(entry, dict) or len(entry) != 1 or not all(
+                    key in ("value", "command") and isinstance(text, str) for key, text in entry.items()):
+                raise StateFailed("The secret %s in %s is damaged." % (name, show(self.secrets_path)),
+                                  "Set it again: %s secrets set %s" % (PROGRAM, name))
+        return dict(stored)
+
+    def update_secrets(self, change: Callable[[Dict[str, Dict[str, str]]], None]) -> None:
+        with Lock(self.secrets_path + ".lock"):
+            remove_leftovers(self.secrets_path)
+            stored = self.secrets()
+            change(stored)
+            write_json(self.secrets_path, {"secrets": stored})
+
+
+def check_record(value: Dict[str, Any], path: str) -> Dict[str, Any]:
+    """A project's record whose parts are what they should be; else StateFailed. People edit files."""
+    entries = value.get("workspaces")
+    good = (isinstance(value.get("name"), str) and _WORKSPACE.match(value["name"])
+            and re.match(r"[0-9a-f]{12}\Z", str(value.get("id"))) and isinstance(entries, dict)
+            and isinstance(value.get("jobs", {}), dict))
+    for name, entry in entries.items() if isinstance(entries, dict) else []:
+        good = good and _WORKSPACE.match(name) and isinstance(entry, dict) and all(
+            isinstance(entry.get(key), str) for key in ("state", "host", "root", "project", "base", "tree", "op"))
+        good = good and isinstance(entry.get("created"), (int, float)) and (
+            entry["state"] != "ready" or isinstance(entry.get("path"), str))
+    if not good:
+        raise StateFailed("The state file %s has parts that are not as they should be." % show(path),
+                          "Repair it, or move it away to start anew.")
+    return value
+
+
+def all_projects() -> Iterator[Dict[str, Any]]:
+    """The records of every project this machine knows."""
+    folder = private_directory(os.path.join(private_directory(state_home()), "projects"))
+    for name in sorted(os.listdir(folder)):
+        if name.endswith(".json"):
+            path = os.path.join(folder, name)
+            value = read_json(path)
+            if value:
+                yield check_record(value, path)
+
+
+def secret_values(registry: Registry) -> Dict[str, bytes]:
+    """The project's secrets, commands run now (by the user's shell, as typed by the user).
+
+    Raises CmuxError naming the secret, never its value.
+    """
+    values: Dict[str, bytes] = {}
+    for name, entry in registry.secrets().items():
+        if "command" in entry:
+            status, out, _ = run(["/bin/sh", "-c", entry["command"]], limit=SECRET_MAX, patience=120)
+            if status != 0:
+                raise CmuxError("The command for the secret %s failed with status %d." % (name, status),
+                                "Run it by hand, or set it again: %s secrets set %s" % (PROGRAM, name))
+            values[name] = out.rstrip(b"\n")
+        else:
+            values[name] = entry["value"].encode("utf-8", "surrogateescape")
+        check_secret(name, values[name])
+    if sum(map(len, values.values())) > SECRETS_MAX:
+        raise CmuxError("The project's secrets are larger than %s." % human_size(SECRETS_MAX),
+                        "Remove some: %s secrets list" % PROGRAM)
+    return values
+
+
+def check_secret(name: str, value: bytes) -> None:
+    if b"\0" in value:
+        raise UsageError("The secret %s holds a NUL byte, which no environment variable can." % name)
+    if len(value) > SECRET_MAX:
+        raise UsageError("The secret %s is larger than %s." % (name, human_size(SECRET_MAX)),
+                         "Linux limits an environment variable to 128 KiB.")
+
+
+# === 9. SSH ===
+# Owns: ssh's options, the masters and their control protocol, session slots, the memory of
+# failures. The only room that names ssh and opens sockets. Promises: the host is reached as the
+# user's config says, and nothing of this machine goes along; no more than 8 sessions a master
+# and 8 handshakes a host at once, counted across all processes of this user; a host that is
+# down is asked by one process at a time, ever more rarely; every wait has an end.
+
+# First value wins in ssh: these beat any config. What each stops was seen live on a real sshd.
+FORCED = (
+    ("-a", "-x", "-T"),                      # agent, X11, terminal (and its escapes in stdin)
+    "BatchMode=yes",                         # never a prompt (and -S ours or none: never the
+                                             # user's own master, whatever ControlMaster says)
+    "ClearAllForwardings=yes",               # local, remote, dynamic forwards, and tunnels
+    "PermitLocalCommand=no", "RemoteCommand=none",
+    "SetEnv=CMUX_SSH=1",                     # replaces the config's list; it can't be emptied
+    "AddKeysToAgent=no", "UpdateHostKeys=no",
+    "Compression=no",                        # decompression before any limit of ours
+    "LogLevel=ERROR",                        # QUIET hides a failed host key check
+    "ServerAliveInterval=15", "ServerAliveCountMax=4",
+)
+# Only where `ssh -G` prints the key (OpenSSH 8.7; a build with GSSAPI): unknown ones are fatal,
+# and IgnoreUnknown on the command line would replace the user's own.
+FORCED_IF_KNOWN = (
+    ("stdinnull", "StdinNull=no"),           # would eat our stdin in silence
+    ("sessiontype", "SessionType=default"),  # none: hangs for ever
+    ("forkafterauthentication", "ForkAfterAuthentication=no"),
+    ("gssapidelegatecredentials", "GSSAPIDelegateCredentials=no"),
+)
+# `-o SendEnv=-*` does not undo a config's SendEnv, so what its patterns match leaves the
+# environment of ssh. Where the pattern is *, these stay: ssh and its ProxyCommand need them.
+NEEDED_ENV = {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "SSH_AUTH_SOCK", "DISPLAY",
+              "XDG_RUNTIME_DIR", "TMPDIR"}
+
+# What ssh says in its own log (-E: the host cannot write there), and what it means.
+# The order matters: the first pattern found decides.
+FAILURES: Tuple[Tuple[str, Type[HostError], str, str], ...] = (
+    (r"REMOTE HOST IDENTIFICATION HAS CHANGED", HostKeyFailed,
+     "The key of {host} has changed: somebody may be listening in, or the machine was made anew.",
+     "Ask its owner for the new fingerprint; only then: ssh-keygen -R {name}"),
+    (r"Host key verification failed|No .* host key is known for", HostKeyFailed,
+     "The key of {host} is not known on this machine.",
+     "Connect once by hand, compare the fingerprint, and accept it: ssh {host} true"),
+    (r"Could not resolve hostname", ConnectionFailed,
+     "The host name {host} does not resolve.", "Check the spelling, and ~/.ssh/config."),
+    (r"Permission denied|No more authentication methods|Too many authentication failures|"
+     r"no mutual signature", AuthenticationFailed,
+     "{host} accepted none of your keys.",
+     "Check that `ssh {host} true` works without a question (ssh-add -l lists the agent's keys)."),
+    (r"Bad (configuration|owner)|line \d+: |unknown key type|Bad number", ConnectionFailed,
+     "ssh does not accept its configuration: {said}.", "Correct the file it names."),
+    (r"kex_exchange_identification|Connection reset by peer|banner exchange|"
+     r"Connection closed by (remote host|UNKNOWN|[0-9a-f.:]+ port)", ConnectionDropped,
+     "{host} dropped the connection during the handshake.",
+     "It may be busy (MaxStartups), penalise this address, or its proxy failed: "
+     "try `ssh -v {host} true`."),
+    (r"Connection refused", ConnectionFailed, "{host} refused the connection on that port.",
+     "Is the machine up, and its sshd running?"),
+    (r"timed out|No route to host|Network is unreachable|Host is down|not responding",
+     ConnectionFailed, "{host} does not answer.", "Is the machine up, and the network?"),
+)
+
+
+class SSHConfig(Value):
+    """What `ssh -G HOST` says: ``values`` by lower-case key, and the ssh argv to start."""
+
+    __slots__ = ("host", "command", "values", "text")
+    host: str
+    command: List[str]
+    values: Dict[str, List[str]]
+    text: bytes
+
+    def first(self, key: str) -> str:
+        return self.values.get(key, [""])[0]
+
+
+def ssh_command() -> List[str]:
+    """$CMUX_SSH_COMMAND split as a shell would, else ssh; the program as an absolute path."""
+    text = os.environ.get("CMUX_SSH_COMMAND", "").strip()
+    words = ["ssh"]
+    if text:
+        import shlex
+        try:
+            words = shlex.split(text) or words
+        except ValueError as error:
+            raise UsageError("CMUX_SSH_COMMAND cannot be split into words: %s." % error)
+    if re.search(r"(?i)stricthostkeychecking[\s=]*(no|off|false)\b", text):
+        raise UsageError("CMUX_SSH_COMMAND switches host key checking off.",
+                         "Leave that out; for a throwaway host say it in its entry of the ssh config, "
+                         "where it becomes accept-new.")
+    return [find_program(words[0])] + words[1:]
+
+
+def read_ssh_config(host: str) -> SSHConfig:
+    """Ask ssh how it would reach ``host``. Starts no connection. Raises HostError.
+
+    -N, or a config with ForkAfterAuthentication makes ssh die for want of a command."""
+    command = ssh_command()
+    status, out, err = run(command + ["-G", "-N", "--", host], patience=CONNECT_TIMEOUT)
+    if status != 0:
+        raise classify(err, host, ConnectionFailed)
+    values: Dict[str, List[str]] = {}
+    for line in out.decode("utf-8", "surrogateescape").splitlines():
+        key, _, value = line.partition(" ")
+        values.setdefault(key.lower(), []).append(value)
+    return SSHConfig(host=host, command=command, values=values, text=out)
+
+
+def ssh_argv(config: SSHConfig, *options: str) -> List[str]:
+    """The argv of an ssh of ours up to the host: the forced options stand directly behind the
+    program, since the first value wins, also against options in $CMUX_SSH_COMMAND. (A wrapper,
+    such as sshpass, gets them at its end.)"""
+    forced, words = forced_options(config) + list(options), config.command[1:]
+    plain = os.path.basename(config.command[0]).startswith("ssh") and not any(
+        os.path.basename(word) == "ssh" for word in words)
+    return config.command[:1] + (forced + words if plain else words + forced)
+
+
+def forced_options(config: SSHConfig) -> List[str]:
+    """The options every ssh of ours gets before `--` and the host, -S and -E apart."""
+    options = list(FORCED[0])
+    wanted = [option for option in FORCED[1:] if isinstance(option, str)]
+    wanted += [option for key, option in FORCED_IF_KNOWN if key in config.values]
+    if config.first("stricthostkeychecking") in ("no", "off", "false"):
+        wanted.append("StrictHostKeyChecking=accept-new")  # a changed key is then refused
+    if config.first("connecttimeout") in ("", "none"):
+        wanted.append("ConnectTimeout=%d" % CONNECT_TIMEOUT)
+    for option in wanted:
+        options += ["-o", option]
+    return options
+
+
+def sends_environment(config: SSHConfig) -> bool:
+    """Whether the config's SendEnv matches any of what ssh itself needs (SendEnv *, for example)."""
+    return any(test.match(name) for test in sent_patterns(config) for name in NEEDED_ENV)
+
+
+def sent_patterns(config: SSHConfig) -> List[re.Pattern[str]]:
+    words = [word for value in config.values.get("sendenv", []) for word in value.split()]
+    return [re.compile(re.escape(w).replace(r"\*", ".*").replace(r"\?", ".") + r"\Z")
+            for w in words if not w.startswith("-")]
+
+
+def scrubbed_environment(config: SSHConfig) -> Dict[str, str]:
+    """Our environment without what the config's SendEnv would send along."""
+    tests = sent_patterns(config)
+    return {name: value for name, value in os.environ.items()
+            if name in NEEDED_ENV or not any(test.match(name) for test in tests)}
+
+
+def classify(log: bytes, host: str, otherwise: Type[HostError]) -> HostError:
+    """The error that ssh's own words stand for. The words are neutralised and shortened."""
+    text = log[-LOG_MAX:].decode("utf-8", "replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = show(lines[-1], 200) if lines else "ssh gave no reason"
+    name = host.rpartition("@")[2]
+    for pattern, kind, sentence, hint in FAILURES:
+        if re.search(pattern, text):
+            return kind(sentence.format(host=host, name=name, said=said),
+                        hint.format(host=host, name=name), host)
+    return otherwise("Cannot connect to %s: %s." % (host, said),
+                     "Try `ssh -v %s true`." % quote(host), host)
+
+
+# The control protocol, OpenSSH's PROTOCOL.mux version 4: packets of a 32-bit length and a body;
+# strings carry their own 32-bit length. What we send and what we read, all of it:
+MUX_HELLO, MUX_NEW_SESSION = 0x00000001, 0x10000002
+MUX_OK, MUX_DENIED, MUX_FAILURE = 0x80000001, 0x80000002, 0x80000003
+MUX_EXIT, MUX_ALIVE, MUX_OPENED, MUX_TTY_FAILED = 0x80000004, 0x80000005, 0x80000006, 0x80000008
+MUX_NO_ESCAPE = 0xffffffff
+
+
+def mux_packet(*fields: Union[int, str]) -> bytes:
+    body = b""
+    for field in fields:
+        if isinstance(field, int):
+            body += field.to_bytes(4, "big")
+        else:
+            data = field.encode("utf-8", "surrogateescape")
+            body += len(data).to_bytes(4, "big") + data
+    return len(body).to_bytes(4, "big") + body
+
+
+def mux_numbers(packet: bytes) -> List[int]:
+    return [int.from_bytes(packet[i:i + 4], "big") for i in (0, 4, 8)]
+
+
+class Session:
+    """One command on the host: our ends of its stdin, stdout and stderr, non-blocking.
+
+    ``control`` is the descriptor that reports the session's end: the control connection, or
+    -1 when a process of its own carries the session.
+    """
+
+    def __init__(self, host: str) -> None:
+        self.host = host
+        self.stdin = self.stdout = self.stderr = self.control = -1
+        self.exited = False      # the far side has reported the end of the command
+        self.pid = ""            # the wrapper's process id there, from the start mark
+
+    def adopt(self, stdin: int, stdout: int, stderr: int) -> None:
+        self.stdin, self.stdout, self.stderr = stdin, stdout, stderr
+        for fd in (stdin, stdout, stderr):
+            os.set_blocking(fd, False)
+
+    def close_stdin(self) -> None:
+        if self.stdin >= 0:
+            os.close(self.stdin)
+            self.stdin = -1
+
+    def close_pipes(self) -> None:
+        self.close_stdin()
+        for fd in (self.stdout, self.stderr):
+            if fd >= 0:
+                os.close(fd)
+        self.stdout = self.stderr = -1
+
+    def control_event(self) -> bool:
+        """Read what the control connection has; False when the session is over."""
+        return True
+
+    def alive(self) -> bool:
+        """Whether a session that waits ready still can take its header."""
+        poller = select.poll()
+        poller.register(self.control if self.control >= 0 else self.stderr, select.POLLIN)
+        return not poller.poll(0) or (self.control < 0 and not self.exited)
+
+    def begun(self) -> None:
+        """The host has answered: authentication is behind us."""
+
+    def failure(self, begun: bool) -> HostError:
+        """Why the session ended without its end mark."""
+        return ConnectionLost("The connection to %s was lost%s." % (
+            self.host, "" if begun else " before the command began"),
+            "The command may have run on there." if begun else "Try again.", self.host, begun)
+
+    def close(self) -> None:
+        self.close_pipes()
+
+
+class MuxSession(Session):
+    """A session opened through a master's control socket, without a process of its own."""
+
+    def __init__(self, host: str, path: str, command: str, release: Callable[[Session], None]) -> None:
+        super().__init__(host)
+        self._release = release
+        self._buffer = b""
+        self._socket = self._connect(path)
+        self.control = self._socket.fileno()
+        try:
+            self._open(command)
+        except BaseException:
+            self.close_pipes()
+            self._socket.close()
+            raise
+
+    def _connect(self, path: str) -> socket.socket:
+        import socket
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(CONTROL_PATIENCE)
+        try:
+            connection.connect(path)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _open(self, command: str) -> None:
+        """Pipeline hello, the request and three descriptors; read until opened or refused."""
+        import socket
+        ours_in, theirs_in, ours_out, theirs_out, ours_err, theirs_err = self._pipes()
+        try:
+            self.adopt(ours_in, ours_out, ours_err)
+            self._socket.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(
+                MUX_NEW_SESSION, 0, "", 0, 0, 0, 0, MUX_NO_ESCAPE, "", command))
+            for fd in (theirs_in, theirs_out, theirs_err):
+                self._socket.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS,
+                                                fd.to_bytes(4, sys.byteorder))])
+        finally:
+            for fd in (theirs_in, theirs_out, theirs_err):
+                os.close(fd)
+        hello = mux_numbers(self._packet())
+        if hello[:2] != [MUX_HELLO, 4]:
+            raise MasterGone("The control socket speaks another protocol.", host=self.host)
+        kind, _, _ = mux_numbers(self._packet())
+        if kind in (MUX_FAILURE, MUX_DENIED):
+            raise SessionRefused("%s refused one more session." % self.host, host=self.host)
+        if kind != MUX_OPENED:
+            raise MasterGone("The control socket gave an odd answer.", host=self.host)
+        self._socket.setblocking(False)
+
+    @staticmethod
+    def _pipes() -> Tuple[int, int, int, int, int, int]:
+        theirs_in, ours_in = os.pipe()
+        ours_out, theirs_out = os.pipe()
+        ours_err, theirs_err = os.pipe()
+        return ours_in, theirs_in, ours_out, theirs_out, ours_err, theirs_err
+
+    def _packet(self) -> bytes:
+        """One packet, blocking, within CONTROL_PATIENCE of silence."""
+        while True:
+            packet = self._next()
+            if packet is not None:
+                return packet
+            data = self._socket.recv(4096)
+            if not data:
+                raise MasterGone("The connection to %s was just closed." % self.host, host=self.host)
+            self._buffer += data
+
+    def _next(self) -> Optional[bytes]:
+        size = int.from_bytes(self._buffer[:4], "big")
+        if len(self._buffer) < 4 or len(self._buffer) < 4 + size:
+            return None
+        packet, self._buffer = self._buffer[4:4 + size], self._buffer[4 + size:]
+        return packet
+
+    def control_event(self) -> bool:
+        try:
+            data = self._socket.recv(4096)
+        except BlockingIOError:
+            return True
+        except OSError:
+            data = b""
+        self._buffer += data
+        while True:
+            packet = self._next()
+            if packet is None:
+                return bool(data)
+            if mux_numbers(packet)[0] == MUX_EXIT:
+                self.exited = True
+
+    def failure(self, begun: bool) -> HostError:
+        if self.exited and not begun:
+            return RemoteShellFailed(self.host)
+        if self.exited:
+            return ConnectionLost("The command on %s was ended together with its wrapper." % self.host,
+                                  "Something there killed every process of the session.", self.host)
+        return super().failure(begun)
+
+    def close(self) -> None:
+        """Give the session up. Its slot is free when the master has closed the connection."""
+        self.close_pipes()
+        self._release(self)
+
+    def hang_up(self) -> None:
+        """Ask the master to end the session. The bare descriptor is left, for gone()."""
+        import socket
+        try:
+            self._socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+        self.control = self._socket.detach()
+
+    def gone(self) -> bool:
+        """Whether the master has closed its end; never blocks."""
+        try:
+            while os.read(self.control, 4096):
+                pass
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        if self._socket.fileno() < 0:
+            os.close(self.control)
+        self._socket.close()
+        self.control = -1
+        return True
+
+
+class RemoteShellFailed(ConnectionFailed):
+    """The session ended before our script began: the login shell or sh failed there."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__("%s accepted the session, but no POSIX sh began there." % host,
+                         "Try `ssh %s exec sh -c :` and look at its login shell's start-up files."
+                         % quote(host), host)
+
+
+class DirectSession(Session):
+    """A session carried by an ssh process of its own: for bulk streams, and for hosts or
+    clients without multiplexing. ``done`` is called once the handshake is over, ``report`` with
+    None when it went well, or with why it did not."""
+
+    def __init__(self, config: SSHConfig, environment: Mapping[str, str], log: str, command: str,
+                 done: Callable[[], None], report: Callable[[Optional[HostError]], None]) -> None:
+        super().__init__(config.host)
+        self._log = log
+        self._done: Optional[Callable[[], None]] = done
+        self._report = report
+        remove_file(log)
+        agent: List[str] = []
+        if sends_environment(config):  # these would go along with the session
+            environment = {k: v for k, v in environment.items() if k in ("PATH", "HOME")}
+            if os.environ.get("SSH_AUTH_SOCK") and not config.first("identityagent"):
+                agent = ["-o", "IdentityAgent=" + os.environ["SSH_AUTH_SOCK"]]
+        try:
+            self._process = spawn(
+                ssh_argv(config, "-S", "none", "-E", log, *agent) + ["--", config.host, command],
+                environment, stdin=-1, stdout=-1, stderr=-1)
+        except BaseException:
+            done()
+            raise
+        streams = (self._process.stdin, self._process.stdout, self._process.stderr)
+        self.adopt(*(os.dup(stream.fileno()) for stream in streams if stream))
+        for stream in streams:
+            if stream:
+                stream.close()
+
+    def begun(self) -> None:
+        if self._done:
+            self._done()
+            self._done = None
+            self._report(None)
+
+    def failure(self, begun: bool) -> HostError:
+        log = read_bytes(self._log, STATE_MAX) or b""
+        if begun:
+            return super().failure(begun)
+        if not log.strip() and self._process.poll() not in (None, 255):
+            return RemoteShellFailed(self.host)
+        error = classify(log, self.host, ConnectionFailed)
+        if self._done:
+            self._report(error)
+        return error
+
+    def close(self) -> None:
+        self.close_pipes()
+        if self._done:
+            self._done()
+            self._done = None
+        kill_group(self._process)
+        remove_file(self._log)
+
+
+class HostMemory:
+    """What all processes of this user remember of one host.
+
+    A directory named by a hash of the alias and of `ssh -G` (%C collides between aliases):
+    down.json, the failures; profile.json, what the host was seen to allow; and, for the classes
+    below, sockets 0, 1, ...; a lock file per session slot; locks for starting.
+    """
+
+    def __init__(self, config: SSHConfig) -> None:
+        import hashlib
+        self.config = config
+        self.host = config.host
+        self.environment = scrubbed_environment(config)
+        digest = hashlib.sha256(b"1\0" + config.host.encode() + b"\0" + " ".join(
+            config.command).encode("utf-8", "surrogateescape") + b"\0" + config.text).hexdigest()
+        self.folder = socket_folder(digest[:16])
+        self._profile: Dict[str, Any] = {}
+        self._profile_until = 0.0
+        self._patience = (CONNECT_PATIENCE_SLOW if config.first("connecttimeout") == "0"
+                          else CONNECT_PATIENCE)
+
+    def _path(self, name: object) -> str:
+        return os.path.join(self.folder, str(name))
+
+    def profile(self) -> Dict[str, Any]:
+        """{"sessions": how many a master takes (0: it refuses multiplexing)}"""
+        if time.monotonic() < self._profile_until:
+            return self._profile
+        try:
+            value = read_json(self._path("profile.json"))
+        except StateFailed:
+            value = None
+        sessions = (value or {}).get("sessions")
+        until = (value or {}).get("until")
+        good = (isinstance(sessions, int) and 0 <= sessions <= SESSIONS_PER_MASTER
+                and isinstance(until, (int, float)) and time.time() < until)
+        self._profile = {"sessions": sessions if good else SESSIONS_PER_MASTER}
+        self._profile_until = time.monotonic() + 2  # other processes learn too
+        return self._profile
+
+    def _learn(self, sessions: int) -> None:
+        """Remember for a day how many sessions a master takes; 0: none, it has no masters."""
+        write_json(self._path("profile.json"), {"sessions": sessions, "until": time.time() + 86400})
+        self._profile_until = 0.0
+
+    def _failures(self) -> Tuple[int, float]:
+        """How often in a row connecting failed, and when (by the clock) to try again."""
+        try:
+            value = read_json(self._path("down.json")) or {}
+            return int(value.get("count", 0)), float(value.get("until", 0))
+        except (StateFailed, ValueError, TypeError):
+            return 0, 0.0
+
+    def _remember_failure(self, error: HostError) -> None:
+        count = self._failures()[0] + 1
+        wait = DOWN_WAITS[min(count, len(DOWN_WAITS)) - 1] * (0.8 + 0.4 * os.urandom(1)[0] / 255)
+        write_json(self._path("down.json"), {"count": count, "until": time.time() + wait})
+        write_bytes(self._path("down.why"), json_error(error))
+
+    def _wait_out(self, until: float, deadline: Deadline, cancel: Optional[Cancel]) -> None:
+        end = min(until, time.time() + DOWN_WAITS[-1] * 1.2)
+        while time.time() < end:
+            if cancel:
+                cancel.check()
+            if deadline.over():
+                raise self._shared_failure()
+            time.sleep(deadline.capped(min(0.1, max(0.0, end - time.time()))))
+
+    def _shared_failure(self) -> HostError:
+        """What the prober we waited for was told."""
+        return error_json(read_bytes(self._path("down.why"), LOG_MAX) or b"", self.host)
+
+
+class Launcher(HostMemory):
+    """Starts connections to the host, at most HANDSHAKES_AT_ONCE at a time."""
+
+    def __init__(self, config: SSHConfig, interactive: Optional[Callable[[], bool]] = None) -> None:
+        super().__init__(config)
+        self.interactive = interactive
+
+    def _answers(self, index: int) -> bool:
+        import socket
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.settimeout(CONTROL_PATIENCE)
+                probe.connect(self._path(index))
+            return True
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            return True
+
+    def started(self, index: int) -> None:
+        """Master ``index`` is new: what was held against the one before it is forgotten."""
+
+    def handshake(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> Lock:
+        """Leave to begin one handshake with this host: one of HANDSHAKES_AT_ONCE."""
+        while True:
+            for number in range(HANDSHAKES_AT_ONCE):
+                lock = Lock(self._path("handshake.%d" % number))
+                if lock.take():
+                    return lock
+            if cancel:
+                cancel.check()
+            if deadline.over():
+                raise ConnectionFailed("Too many connections to %s are being made." % self.host,
+                                       "Try again.", self.host)
+            time.sleep(deadline.capped(0.02))
+
+    def launch(self, index: int, cancel: Optional[Cancel] = None, tries: int = DROPPED_TRIES,
+               probing: bool = False) -> bool:
+        """Start master ``index``; False if somebody else is starting it, or there is one.
+
+        A handshake that the server drops (MaxStartups) is tried again, ever later.
+        """
+        own = Lock(self._path("launch.%d" % index))
+        if not own.take():
+            return False
+        try:
+            if self._answers(index):
+                return False
+            remove_file(self._path(index))
+            for attempt in range(tries):
+                slot = self.handshake(Deadline(self._patience), cancel)
+                try:
+                    self._start(index, cancel, batch=True)
+                    self.started(index)
+                    return True
+                except ConnectionDropped:
+                    if attempt == tries - 1:
+                        raise
+                except (HostKeyFailed, AuthenticationFailed) as error:
+                    if not probing or not self.interactive or not self.interactive():
+                        raise error
+                    self._start(index, cancel, batch=False)
+                    return True
+                finally:
+                    slot.free()
+                time.sleep(0.2 * 2 ** attempt * (0.5 + os.urandom(1)[0] / 255))
+            return False
+        finally:
+            own.free()
+
+    def _start(self, index: int, cancel: Optional[Cancel], batch: bool) -> None:
+        """One `ssh -M -N`. It puts itself into the background once it is authenticated, and
+        then lets go of the pipe that is its stdout here."""
+        log = self._path("log.%d" % index)
+        remove_file(log)
+        said = os.open(log + ".err", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        other = {"SessionType=default": "SessionType=none"}  # ssh dies of a contradiction to -N
+        if not batch:
+            other["BatchMode=yes"] = "BatchMode=no"
+        argv = [other.get(word, word) for word in ssh_argv(
+            self.config, "-M", "-N", "-o", "ControlPersist=%d" % CONTROL_PERSIST, "-S", self._path(index),
+            *(["-E", log] if batch else []))] + ["--", self.host]
+        watch, theirs = os.pipe()
+        try:
+            process = spawn(argv, self.environment, stdout=theirs, stderr=said if batch else 2, own_group=batch)
+        finally:
+            os.close(theirs)
+            os.close(said)
+        try:
+            self._await_detach(watch, cancel, self._patience if batch else INTERACTIVE_PATIENCE)
+            status = process.wait(timeout=CONTROL_PATIENCE)
+        except BaseException as error:
+            kill_group(process) if batch else process.kill()
+            if isinstance(error, TimeoutError):
+                raise ConnectionFailed("%s did not answer within %d seconds." % (self.host, self._patience),
+                                       "Is the machine up? Try `ssh -v %s true`." % quote(self.host), self.host)
+            raise
+        finally:
+            os.close(watch)
+        if status != 0 or not os.path.exists(self._path(index)):
+            words = read_bytes(log, STATE_MAX) or b""
+            if not words.strip():  # arguments refused, or the words of a ProxyCommand
+                words = read_bytes(log + ".err", STATE_MAX) or b""
+                if status == 0 or re.search(rb"(?i)(unknown|unsupported|bad|illegal).*option|multiplex", words):
+                    raise NoMultiplexing("This ssh has no masters.", host=self.host)
+            raise classify(words, self.host, ConnectionFailed)
+
+    @staticmethod
+    def _await_detach(watch: int, cancel: Optional[Cancel], patience: float) -> None:
+        poller, deadline = select.poll(), Deadline(patience)
+        poller.register(watch, select.POLLIN)
+        if cancel:
+            poller.register(cancel.fileno(), select.POLLIN)
+        while True:
+            for fd, _ in poller.poll(deadline.capped(60) * 1000):
+                if cancel:
+                    cancel.check()
+                if fd == watch and not os.read(watch, CHUNK):
+                    return
+            if deadline.over():
+                raise TimeoutError
+
+    def open_direct(self, command: str, deadline: Deadline, cancel: Optional[Cancel] = None) -> DirectSession:
+        """A session on a connection of its own. The handshake is counted until it is over."""
+        self._wait_out(self._failures()[1], deadline, cancel)
+        token = self.handshake(deadline, cancel)
+        log = self._path("log.d%d.%s" % (os.getpid(), os.urandom(3).hex()))
+        return DirectSession(self.config, self.environment, log, command, token.free, self._reported)
+
+    def _reported(self, error: Optional[HostError]) -> None:
+        if error is None:
+            remove_file(self._path("down.json"))
+        else:
+            self._remember_failure(error)
+
+
+class Masters(Launcher):
+    """The masters of one host, and the sessions on them, shared by all processes of this user."""
+
+    def __init__(self, config: SSHConfig, interactive: Optional[Callable[[], bool]] = None) -> None:
+        import threading
+        super().__init__(config, interactive)
+        self._mutex = threading.Condition()
+        self._held: Dict[Tuple[int, int], Lock] = {}
+        self._closing: List[Tuple[MuxSession, Tuple[int, int]]] = []
+        self._skipped: Dict[int, float] = {}   # masters that hang, and until when to pass them by
+        self._gone: Dict[int, int] = {}        # how often each hung up during hello
+        self._waiting = 0
+        self._launching = 0
+
+    # -- sessions --
+
+    def open(self, command: str, deadline: Deadline, cancel: Optional[Cancel] = None) -> Session:
+        """One session for ``command``: through a master, or of its own where masters fail."""
+        tries = 0
+        while True:
+            if self.profile()["sessions"] == 0:
+                return self.open_direct(command, deadline, cancel)
+            try:
+                slot = self._take_slot(deadline, cancel)
+            except NoMultiplexing:
+                continue
+            try:
+                return self._open_on(slot, command)
+            except SessionRefused:
+                self._free_slot(slot)
+                tries += 1
+                if tries >= REFUSED_TRIES:
+                    self._learn(self._in_use(slot[0]))  # as many as it carried when it refused
+                    tries = 0
+                time.sleep(deadline.capped(min(0.1, 0.003 * 1.2 ** tries)))
+            except (MasterGone, OSError) as error:
+                self._free_slot(slot)
+                if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                    raise StateFailed("This process has too many files open.", "Raise `ulimit -n`, or run fewer at once.")
+                self._bury(slot[0], error)
+            except BaseException:
+                self._free_slot(slot)
+                raise
+            if deadline.over():
+                raise ConnectionFailed("No session could be opened on %s in time." % self.host,
+                                       "Try again; others may be using it.", self.host)
+
+    def connect(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> None:
+        """See to it that a master lives, if this host has masters at all. Raises ConnectionFailed."""
+        if self.profile()["sessions"] and not self._live():
+            self._first_master(deadline, cancel)
+
+    def open_ahead(self, command: str) -> Optional[Session]:
+        """A session for later, only from the upper half of a live master's slots: the lower
+        half stays for those who have work now. None if there is none to spare."""
+        sessions = self.profile()["sessions"]
+        slot = self._try_slots(sessions // 2) if sessions > 1 else None
+        if slot is None:
+            return None
+        try:
+            return self._open_on(slot, command)
+        except (HostError, OSError):
+            self._free_slot(slot)
+            return None
+
+    def _open_on(self, slot: Tuple[int, int], command: str) -> Session:
+        return MuxSession(self.host, self._path(slot[0]), command,
+                          lambda session: self._let_go(session, slot))
+
+    def _let_go(self, session: Session, slot: Tuple[int, int]) -> None:
+        assert isinstance(session, MuxSession)
+        if session.gone():
+            self._free_slot(slot)
+            return
+        session.hang_up()
+        with self._mutex:
+            self._closing.append((session, slot))
+
+    def sweep(self, wait: float = 0.0) -> bool:
+        """Free the slots of sessions whose master has closed the connection by now; False if
+        there were none to wait for."""
+        with self._mutex:
+            closing = list(self._closing)
+        if not closing:
+            return False
+        poller = select.poll()
+        for session, _ in closing:
+            if session.control >= 0:
+                poller.register(session.control, select.POLLIN)
+        poller.poll(wait * 1000)
+        for entry in closing:
+            with self._mutex:
+                if entry not in self._closing or not entry[0].gone():
+                    continue
+                self._closing.remove(entry)
+            self._free_slot(entry[1])
+        return True
+
+    def _bury(self, index: int, error: BaseException) -> None:
+        """A master did not answer. One that refuses or is missing has left a dead socket, which
+        is removed under its launch lock; one that hangs may serve others, and is passed by."""
+        if isinstance(error, (ConnectionRefusedError, FileNotFoundError)):
+            lock = Lock(self._path("launch.%d" % index))
+            if lock.take():
+                try:
+                    if not self._answers(index):
+                        remove_file(self._path(index))
+                finally:
+                    lock.free()
+        elif isinstance(error, (MasterGone, ConnectionResetError, BrokenPipeError)) and self._gone.get(index, 0) < 3:
+            self._gone[index] = self._gone.get(index, 0) + 1
+            time.sleep(0.01)  # it was just ending itself: nothing has started
+        else:
+            self._gone.pop(index, None)
+            self._skipped[index] = time.monotonic() + MASTER_PASSED_BY
+
+    def _live(self) -> List[int]:
+        now = time.monotonic()
+        return [i for i in range(MASTERS_PER_HOST)
+                if self._skipped.get(i, 0) < now and self._is_socket(i)]
+
+    def _is_socket(self, index: int) -> bool:
+        try:
+            status = os.lstat(self._path(index))
+        except OSError:
+            return False
+        return status.st_mode & 0o170000 == 0o140000 and status.st_uid == os.geteuid()
+
+    def started(self, index: int) -> None:
+        self._skipped.pop(index, None)
+        self._gone.pop(index, None)
+
+    # -- slots --
+
+    def _try_slots(self, first: int = 0) -> Optional[Tuple[int, int]]:
+        sessions, live = self.profile()["sessions"], self._live()
+        if len(self._held) >= len(live) * sessions:
+            return None  # all ours: a hundred waiting threads need not look one by one
+        with self._mutex:
+            for slot in [(index, number) for index in live for number in range(first, sessions)]:
+                if slot not in self._held:
+                    lock = Lock(self._path("slot.%d.%d" % slot))
+                    if lock.take():
+                        self._held[slot] = lock
+                        return slot
+        return None
+
+    def _in_use(self, index: int) -> int:
+        """How many slots of a master are held, by any process."""
+        count = 0
+        for number in range(SESSIONS_PER_MASTER):
+            with self._mutex:
+                lock = Lock(self._path("slot.%d.%d" % (index, number)))
+                count += (index, number) in self._held or not lock.take()
+            lock.free()
+        return count
+
+    def _free_slot(self, slot: Tuple[int, int]) -> None:
+        with self._mutex:
+            lock = self._held.pop(slot, None)
+            if lock:
+                lock.free()
+            self._mutex.notify()
+
+    def _take_slot(self, deadline: Deadline, cancel: Optional[Cancel]) -> Tuple[int, int]:
+        """A free slot on a live master, starting masters as the demand asks."""
+        began, patience = time.monotonic(), 0.03
+        slot = self._try_slots()
+        if slot:
+            return slot
+        with self._mutex:
+            self._waiting += 1
+        try:
+            while True:
+                if cancel:
+                    cancel.check()
+                if self.profile()["sessions"] == 0:
+                    raise NoMultiplexing("%s takes one session a connection." % self.host, host=self.host)
+                live = len(self._live())
+                if live == 0:
+                    self._first_master(deadline, cancel)
+                elif self._may_launch(live, time.monotonic() - began > patience):
+                    self._one_more(deadline, cancel)
+                slot = self._try_slots()
+                if slot:
+                    return slot
+                if deadline.over():
+                    raise ConnectionFailed("All sessions to %s are in use." % self.host,
+                                           "Wait for running commands, or use fewer at once.", self.host)
+                pause = deadline.capped(0.002 + 0.006 * os.urandom(1)[0] / 255)
+                if not self.sweep(pause):
+                    time.sleep(pause)
+        finally:
+            with self._mutex:
+                self._waiting -= 1
+
+    def _may_launch(self, live: int, waited: bool) -> bool:
+        with self._mutex:
+            wanted = -(-self._waiting // SESSIONS_PER_MASTER)
+            if waited and self._launching < wanted and live + self._launching < MASTERS_PER_HOST:
+                self._launching += 1
+                return True
+        return False
+
+    # -- more of them --
+
+    def _first_master(self, deadline: Deadline, cancel: Optional[Cancel]) -> None:
+        """Connect, if nobody else does: one prober at a time, the others share its result."""
+        before = self._failures()
+        lock = Lock(self._path("probe"))
+        if not lock.wait(deadline, cancel):
+            raise ConnectionFailed("Another process has been connecting to %s for too long." % self.host,
+                                   "Try again.", self.host)
+        try:
+            if self._live():
+                return
+            count, until = self._failures()
+            if count > before[0] or (count and until > before[1]):
+                raise self._shared_failure()
+            self._wait_out(until, deadline, cancel)
+            tries = 1 if count else DROPPED_TRIES
+            try:
+                for index in range(MASTERS_PER_HOST):  # one that hangs keeps its place
+                    if not os.path.lexists(self._path(index)) and self.launch(index, cancel, tries, probing=True):
+                        break
+                    if self._live():
+                        break
+                else:
+                    raise ConnectionFailed("No connection to %s works, and none can be added." % self.host,
+                                           "Look at the ssh processes of %s." % show(self.folder), self.host)
+            except NoMultiplexing:
+                self._learn(0)
+                return
+            except HostError as error:
+                self._remember_failure(error)
+                raise
+            remove_file(self._path("down.json"))
+        finally:
+            lock.free()
+
+    def _one_more(self, deadline: Deadline, cancel: Optional[Cancel]) -> None:
+        """Start one more master; that it cannot be is no failure, since others live."""
+        try:
+            for index in range(MASTERS_PER_HOST):
+                if not os.path.lexists(self._path(index)):
+                    try:
+                        if self.launch(index, cancel):
+                            return
+                    except HostError:
+                        return
+        finally:
+            with self._mutex:
+                self._launching -= 1
+
+
+def end_masters(home: str, environment: Mapping[str, str]) -> None:
+    """End every master whose socket lies below ``home`` (by `ssh -O exit`)."""
+    ssh = find_program("ssh")
+    for folder, _, names in os.walk(os.path.join(home, "m")):
+        for name in names:
+            if name.isdigit():
+                run([ssh, "-F", "/dev/null", "-S", os.path.join(folder, name), "-O", "exit", "demo"], environment)
+
+
+def json_error(error: HostError) -> bytes:
+    import json
+    return json.dumps([type(error).__name__, str(error), error.hint]).encode()
+
+
+def error_json(data: bytes, host: str) -> HostError:
+    import json
+    kinds = {kind.__name__: kind for kind in (ConnectionFailed, ConnectionDropped, HostKeyFailed,
+                                              AuthenticationFailed)}
+    try:
+        name, message, hint = json.loads(data.decode())
+        return kinds.get(name, ConnectionFailed)(str(message), str(hint), host)
+    except (ValueError, TypeError):
+        return ConnectionFailed("%s could not be reached a moment ago." % host, "Try again.", host)
+
+
+def socket_folder(name: str) -> str:
+    """The private directory for control sockets: below the state directory, or, where that
+    path is too long for a socket, in the user's runtime directory or /tmp."""
+    home = state_home()
+    folder = os.path.join(home, "m", name)
+    if len(os.fsencode(folder)) + 3 > SOCKET_PATH_MAX:
+        import hashlib
+        runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+        base = runtime if os.path.isabs(runtime) and len(runtime) < 40 else "/tmp"
+        short = hashlib.sha256(os.fsencode(home)).hexdigest()[:8]
+        folder = os.path.join(base, "cmux-%d-%s" % (os.geteuid(), short), name)
+    else:
+        private_directory(home)
+    private_directory(os.path.dirname(folder))
+    return private_directory(folder)
+
+
+# === 10. Operations ===
+# Owns: one operation on a host from its header to its end marks, and how it is stopped. May
+# touch: descriptors of the sessions above. Promises: exact bytes, exact status; a lost line is
+# never taken for a status, nor a status for a lost line; a stop is reported as what it was.
+
+class Stream:
+    """Finds the marks in one of the two streams, and passes what lies between to ``sink``."""
+
+    NOISE_KEPT = 4096
+
+    def __init__(self, fd: int, nonce: bytes, sink: Callable[[bytes], Any]) -> None:
+        self.fd, self.nonce, self.sink = fd, nonce, sink
+        self.begun = self.ended = self.closed = False
+        self.held = b""
+        self.pid = ""
+        self.status: Optional[int] = None
+        self.stop = ""
+        self.refused = 0          # the number after the mark x: the operation did not begin
+
+    def read(self) -> bool:
+        """Take what is there; False at the end of the stream."""
+        try:
+            data = os.read(self.fd, CHUNK)
+        except BlockingIOError:
+            return True
+        if not data:
+            self.closed = True
+            if self.begun and not self.ended and self.held:
+                self.sink(self.held)  # a false start of a mark, cut off
+                self.held = b""
+            return False
+        self._feed(data)
+        return True
+
+    def _feed(self, data: bytes) -> None:
+        buffer = self.held + data
+        self.held = b""
+        while buffer and not self.ended:
+            at = buffer.find(self.nonce)
+            if at < 0:
+                keep = self._suffix(buffer)
+                self._pass(buffer[:len(buffer) - keep])
+                self.held = buffer[len(buffer) - keep:]
+                return
+            end = buffer.find(b"\n", at)
+            if end < 0:
+                self._pass(buffer[:at])
+                self.held = buffer[at:at + 256]
+                return
+            self._pass(buffer[:at])
+            self._mark(buffer[at + len(self.nonce):end])
+            buffer = buffer[end + 1:]
+
+    def _pass(self, data: bytes) -> None:
+        if self.begun and data:
+            self.sink(data)
+
+    def _suffix(self, buffer: bytes) -> int:
+        """How many bytes at the end of ``buffer`` may be the beginning of a mark."""
+        start = max(0, len(buffer) - len(self.nonce) + 1)
+        at = buffer.find(self.nonce[:1], start)
+        while at >= 0:
+            if self.nonce.startswith(buffer[at:]):
+                return len(buffer) - at
+            at = buffer.find(self.nonce[:1], at + 1)
+        return 0
+
+    def _mark(self, mark: bytes) -> None:
+        kind, words = mark[:1], mark[1:].split()
+        try:
+            numbers = [int(word) for word in words]
+        except ValueError:
+            return
+        if kind == b"+" and not self.begun and len(numbers) == 1:
+            self.begun, self.pid = True, str(numbers[0])
+        elif kind == b"x" and not self.begun and numbers:
+            self.refused = numbers[0]
+            self.ended = True
+        elif kind == b"-" and self.begun and numbers and 0 <= numbers[0] <= 255:
+            self.status = numbers[0]
+            self.stop = {0: "confirmed", 1: "requested"}.get(numbers[1] if numbers[1:] else -1, "")
+            self.ended = True
+
+
+class Source:
+    """Bytes for a command's stdin from a descriptor of ours; ``total`` counts them."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.total = 0
+
+    def read(self) -> bytes:
+        try:
+            data = os.read(self.fd, CHUNK)
+        except OSError as error:
+            raise UsageError("The command's stdin cannot be read: %s." % os.strerror(error.errno or 0))
+        self.total += len(data)
+        return data
+
+
+class Exchange:
+    """One operation on one open session. run() moves bytes until the end marks, the session's
+    end, or the caller's limits; it may be called again to go on."""
+
+    def __init__(self, session: Session, nonce: str, header: bytes, stdout: Callable[[bytes], Any],
+                 stderr: Callable[[bytes], Any], source: Optional[Source] = None,
+                 close_stdin: bool = False, eager: bool = False) -> None:
+        self.session = session
+        self.eager = eager               # the source may be sent before the start mark is seen
+        self._registered: Tuple[int, ...] = ()
+        self._poll: Any = None
+        self.out = Stream(session.stdout, nonce.encode(), stdout)
+        self.err = Stream(session.stderr, nonce.encode(), stderr)
+        self.outgoing = memoryview(header)
+        self.source = source
+        self.close_stdin = close_stdin   # once everything is written
+        self.lost = False                # the session is over, marks or not
+        self.moved = time.monotonic()    # when the last byte went either way
+
+    @property
+    def begun(self) -> bool:
+        return self.out.begun
+
+    @property
+    def ended(self) -> bool:
+        return self.out.ended and self.err.ended
+
+    def run(self, deadline: Deadline, cancel: Optional[Cancel] = None,
+            until: Optional[Callable[[], bool]] = None, stall: Optional[float] = None) -> bool:
+        """True when ended (or ``until``); False at the deadline. Raises HostError when the
+        session is lost, Cancelled when ``cancel`` is set."""
+        finished = until or (lambda: self.ended)
+        while not finished():
+            if self.lost:
+                raise self.session.failure(self.begun)
+            if cancel:
+                cancel.check()
+            wait = deadline.capped(3600)
+            if stall is not None:
+                wait = min(wait, max(0.0, self.moved + stall - time.monotonic()))
+            events = self._poller(cancel).poll(wait * 1000 + (wait > 0))
+            if deadline.over():  # also where output never pauses
+                return False
+            if not events and stall is not None and time.monotonic() >= self.moved + stall:
+                raise ConnectionLost("No byte has moved to or from %s for %d seconds."
+                                     % (self.session.host, stall), "Try again.", self.session.host)
+            for fd, _ in events:
+                self._event(fd)
+        return True
+
+    def _poller(self, cancel: Optional[Cancel]) -> Any:
+        """A poll object of what is awaited now; made anew only when that has changed."""
+        wanted = [stream.fd for stream in (self.out, self.err) if not stream.closed]
+        if self.session.control >= 0:
+            wanted.append(self.session.control)
+        if cancel:
+            wanted.append(cancel.fileno())
+        writing = bool(self.outgoing) and self.session.stdin >= 0
+        if not writing and self.source and (self.begun or self.eager):
+            wanted.append(self.source.fd)
+        key = tuple(wanted) + (-1 - writing,)
+        if key != self._registered:
+            self._poll, self._registered = select.poll(), key
+            for fd in wanted:
+                self._poll.register(fd, select.POLLIN)
+            if writing:
+                self._poll.register(self.session.stdin, select.POLLOUT)
+        return self._poll
+
+    def _event(self, fd: int) -> None:
+        self.moved = time.monotonic()
+        if fd == self.out.fd or fd == self.err.fd:
+            stream = self.out if fd == self.out.fd else self.err
+            stream.read()
+            if stream.begun or stream.ended:
+                self.session.begun()
+            self.lost = self.lost or (self.out.closed and self.err.closed)
+        elif fd == self.session.control:
+            if not self.session.control_event():
+                self._drain()
+        elif fd == self.session.stdin:
+            self._write()
+        elif self.source and fd == self.source.fd:
+            data = self.source.read()
+            self.outgoing = memoryview(data)
+            if not data:
+                self.source = None
+                self.close_stdin = True
+                self._close_if_written()
+
+    def _write(self) -> None:
+        try:
+            self.outgoing = self.outgoing[os.write(self.session.stdin, self.outgoing[:CHUNK]):]
+        except BlockingIOError:
+            return
+        except OSError:  # the far side takes no more: what it says, or the session's end, tells why
+            self.outgoing, self.source, self.close_stdin = memoryview(b""), None, True
+        self._close_if_written()
+
+    def _close_if_written(self) -> None:
+        if self.close_stdin and not self.outgoing and not self.source:
+            self.session.close_stdin()
+
+    def _drain(self) -> None:
+        """The session is over: what it wrote before is still in our pipes."""
+        for stream in (self.out, self.err):
+            while not stream.closed and stream.read() and self._readable(stream.fd):
+                pass
+        self.lost = True
+        self.session.control = -1 if not isinstance(self.session, MuxSession) else self.session.control
+
+    @staticmethod
+    def _readable(fd: int) -> bool:
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        return bool(poller.poll(0))
+
+
+class Reply(Value):
+    """What one of our own scripts answered: its status, and its stdout, bounded."""
+
+    __slots__ = ("status", "stdout", "stderr")
+    status: int
+    stdout: bytes
+    stderr: bytes
+
+    def lines(self) -> List[str]:
+        return self.stdout.decode("utf-8", "surrogateescape").split("\n")
+
+
+class Outcome(Value):
+    """How a command ended: ``status`` None if it was stopped first; ``stopped`` as in ExecResult;
+    ``reason`` is None, ``timeout`` or ``cancel``."""
+
+    __slots__ = ("status", "stopped", "reason")
+    status: Optional[int]
+    stopped: Optional[str]
+    reason: Optional[str]
+
+
+class Host:
+    """A machine that ``ssh NAME`` reaches, for any number of threads.
+
+    ``name`` is what you would type after ssh. ``interactive`` is asked once, where a key or a
+    passphrase is needed, whether a person may be asked; the default never asks. ``warm``
+    sessions are kept ready after the first operation (0: none, for a single command).
+    Raises UsageError for a name that cannot be one. Connecting happens on first use.
+    """
+
+    def __init__(self, name: str, interactive: Optional[Callable[[], bool]] = None,
+                 warm: int = WARM_SESSIONS) -> None:
+        import threading
+        self.name = check_host(name)
+        self._interactive = interactive
+        self._warm = warm
+        self._ready: List[Session] = []
+        self._active = 0                  # operations that run now
+        self._keeper: Optional[threading.Thread] = None
+        self._wake = threading.Event()
+        self._masters: Optional[Masters] = None
+        self._mutex = threading.Lock()
+
+    def __repr__(self) -> str:
+        return "Host(%r)" % self.name
+
+    @property
+    def masters(self) -> Masters:
+        with self._mutex:
+            if self._masters is None:
+                self._masters = Masters(read_ssh_config(self.name), self._interactive)
+            return self._masters
+
+    def call(self, script: str, *arguments: str, source: Optional[Source] = None,
+             direct: bool = False, cancel: Optional[Cancel] = None, limit: int = REPLY_MAX,
+             before: bytes = b"", once: bool = False) -> Reply:
+        """Run one of the remote scripts. Raises HostError; its status is the caller's to judge.
+
+        Scripts are written so that running one twice does what running it once does, so that a
+        lost line is tried again, unless ``once``. ``direct`` uses a connection of its own;
+        ``before`` are more header records.
+        """
+        first: Optional[HostError] = None
+        for attempt in range(3):
+            session = (self.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel) if direct
+                       else self.open(Deadline(SLOT_PATIENCE), cancel))
+            try:
+                records = before + script_records(script, *arguments)
+                return self._call_on(session, records, source, direct, cancel, limit)
+            except HostError as error:
+                first = first or error
+                lost = isinstance(error, ConnectionLost) or (direct and isinstance(error, ConnectionDropped))
+                if attempt == 2 or not lost or (source and source.total) or (once and getattr(error, "begun", False)):
+                    raise first from None  # a line lost once may have done its work
+            finally:
+                self.done(session)
+            time.sleep(0.2 * 2 ** attempt)
+        raise AssertionError
+
+    def _call_on(self, session: Session, records: bytes, source: Optional[Source], direct: bool,
+                 cancel: Optional[Cancel], limit: int) -> Reply:
+        out, err = Capture(limit), Capture(LOG_MAX)
+        nonce = os.urandom(16).hex()
+        exchange = Exchange(session, nonce, shell_header(nonce, os.urandom(8).hex(), records), out, err,
+                            source, eager=True)
+        started = exchange.run(Deadline(START_PATIENCE + (CONNECT_PATIENCE if direct else 0)), cancel,
+                               until=lambda: exchange.begun or exchange.out.ended)
+        if not started:
+            raise self.silent()
+        if not exchange.run(Deadline(None if source else CALL_PATIENCE), cancel, stall=STALL_PATIENCE if source else None):
+            raise RemoteFailed("%s did not finish within %d seconds." % (self.name, CALL_PATIENCE))
+        if exchange.out.refused:
+            raise WorkspaceMissing("The directory is not on %s (any more)." % self.name)
+        if out.truncated:
+            raise RemoteFailed("%s answered more than was asked for." % self.name)
+        return Reply(status=exchange.out.status or 0, stdout=out.value(), stderr=err.value())
+
+    # -- sessions opened ahead: they wait in the shell's read for their header --
+
+    def open(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> Session:
+        """A session that runs BOOT: one that waits ready, else a new one. done() gives it back."""
+        with self._mutex:
+            self._active += 1
+            while self._ready:
+                session = self._ready.pop()
+                if session.alive():
+                    return session
+                session.close()
+        try:
+            return self.masters.open(BOOT, deadline, cancel)
+        except BaseException:
+            with self._mutex:
+                self._active -= 1
+            raise
+
+    def done(self, session: Session) -> None:
+        """End a session from open()."""
+        session.close()
+        with self._mutex:
+            if not isinstance(session, DirectSession):
+                self._active -= 1
+            if self._warm and self._keeper is None:
+                import threading
+                self._keeper = threading.Thread(target=self._keep, name="cmux-keeper", daemon=True)
+                self._keeper.start()
+        self._wake.set()
+
+    def _keep(self) -> None:
+        """Free slots as masters let go of them; after work, not during it, open sessions ahead;
+        give them up when nobody has used any for WARM_IDLE seconds."""
+        while True:
+            used = self._wake.wait(WARM_IDLE)
+            self._wake.clear()
+            if not used:
+                self.close()
+                while self.masters.sweep(0.5):
+                    pass
+                with self._mutex:
+                    if not self._wake.is_set():
+                        self._keeper = None  # done() starts another
+                        return
+            try:
+                while self.masters.sweep(0.02) and not self._wake.is_set():
+                    pass
+                while self._active == 0 and len(self._ready) < self._warm:
+                    session = self.masters.open_ahead(BOOT)
+                    if session is None:
+                        break
+                    with self._mutex:
+                        self._ready.insert(0, session)
+            except (CmuxError, OSError):
+                pass  # the next operation meets the same failure, and has somebody to tell
+
+    def close(self) -> None:
+        """Give up the sessions that wait ready. Masters end by themselves when idle."""
+        with self._mutex:
+            ready, self._ready = self._ready, []
+        for session in ready:
+            session.close()
+
+    def silent(self) -> HostError:
+        return ConnectionFailed("%s accepted the session, but no shell answered in %d seconds."
+                                % (self.name, START_PATIENCE),
+                                "Look at its login shell's start-up files.", self.name)
+
+    def run(self, records: bytes, directory: str, stdout: Callable[[bytes], Any],
+            stderr: Callable[[bytes], Any], source: Optional[Source] = None,
+            deadline: Optional[Deadline] = None, cancel: Optional[Cancel] = None) -> Outcome:
+        """Run a user's command (``records`` from command_records and the environment).
+
+        Bytes reach ``stdout`` and ``stderr`` as they come. At the deadline, on ``cancel`` and on
+        KeyboardInterrupt the process tree on the host is ended first; KeyboardInterrupt is then
+        raised again with the Outcome as ``outcome``.
+        """
+        return CommandRun(self, records, directory, stdout, stderr, source).go(
+            deadline or Deadline(None), cancel)
+
+
+class Incoming:
+    """The stdout of one of our scripts, read as it comes, on a connection of its own. take()
+    gives some bytes, and b"" once the script has ended; nothing is held but what was not taken."""
+
+    def __init__(self, host: Host, cancel: Optional[Cancel], script: str, *arguments: str) -> None:
+        self.cancel, self.host = cancel, host
+        self.err = Capture(LOG_MAX)
+        self.waiting: List[bytes] = []
+        nonce = os.urandom(16).hex()
+        header = shell_header(nonce, os.urandom(8).hex(), script_records(script, *arguments))
+        session = host.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel)
+        self.exchange = Exchange(session, nonce, header, self.waiting.append, self.err)
+        try:
+            self.exchange.run(Deadline(START_PATIENCE + CONNECT_PATIENCE), cancel,
+                              until=lambda: self.exchange.begun or self.exchange.out.ended)
+            if not self.exchange.begun and not self.exchange.out.ended:
+                raise host.silent()
+        except BaseException:
+            self.close()
+            raise
+
+    def take(self) -> bytes:
+        if not self.waiting:
+            self.exchange.run(Deadline(None), self.cancel, lambda: bool(self.waiting) or self.exchange.ended,
+                              stall=RESULT_PATIENCE)
+        return self.waiting.pop(0) if self.waiting else b""
+
+    def reply(self) -> Reply:
+        """The end: the status, and what was said on stderr."""
+        while self.take():
+            pass
+        return Reply(status=self.exchange.out.status or 0, stdout=b"", stderr=self.err.value())
+
+    def close(self) -> None:
+        self.exchange.session.close()
+
+
+class CommandRun:
+    """One user command: the session that carries it, and the guard that watches over it."""
+
+    def __init__(self, host: Host, records: bytes, directory: str, stdout: Callable[[bytes], Any],
+                 stderr: Callable[[bytes], Any], source: Optional[Source]) -> None:
+        self.host, self.source = host, source
+        self.nonce, self.run_id = os.urandom(16).hex(), os.urandom(12).hex()
+        self.header = shell_header(self.nonce, self.run_id, record("_cd", directory) + records)
+        self.stdout, self.stderr = stdout, stderr
+        self.exchange: Optional[Exchange] = None
+        self.guard: Optional[Exchange] = None
+        self.guard_reply = Capture(100)
+
+    def go(self, deadline: Deadline, cancel: Optional[Cancel]) -> Outcome:
+        reason = None
+        try:
+            try:
+                self._start(deadline, cancel)
+                assert self.exchange
+                if not self.exchange.run(deadline, cancel):
+                    reason = "timeout"
+            except Cancelled:
+                reason = "cancel"
+            except KeyboardInterrupt as interrupt:
+                stopped: Optional[str] = None if self.exchange is None else "unknown"
+                try:
+                    stopped = self._stop_blocked() if self.exchange else None
+                except KeyboardInterrupt:
+                    pass  # interrupted once more: not waited for
+                interrupt.outcome = Outcome(  # type: ignore[attr-defined]
+                    status=None, stopped=stopped, reason="timeout" if isinstance(interrupt, TimeUp) else "cancel")
+                raise
+            except HostError:
+                raise
+            except CmuxError:  # a sink or the source failed: the command must not go on unseen
+                self._discard()
+                self._stop()
+                raise
+            if reason:
+                return Outcome(status=None, stopped=self._stop_blocked(), reason=reason)
+            return self._outcome()
+        finally:
+            for exchange in (self.exchange, self.guard):
+                if exchange:
+                    self.host.done(exchange.session)
+
+    def _outcome(self) -> Outcome:
+        assert self.exchange
+        if self.exchange.out.refused:
+            raise WorkspaceMissing("The directory is not on %s (any more)." % self.host.name,
+                                   "See `%s list`; `rm` and `new` make the workspace anew." % PROGRAM)
+        return Outcome(status=self.exchange.out.status, stopped=None, reason=None)
+
+    def _start(self, deadline: Deadline, cancel: Optional[Cancel]) -> None:
+        """Open the session (and, for a streaming stdin, a guard), and see the command begin.
+
+        Until the header is written whole nothing can have begun, so a session that dies before
+        is replaced."""
+        for attempt in range(3):
+            waiting = Deadline(deadline.capped(SLOT_PATIENCE))
+            try:
+                session = self.host.open(waiting, cancel)
+                self.exchange = Exchange(session, self.nonce, self.header, self.stdout, self.stderr, self.source)
+                if self.source:
+                    self._open_guard(waiting, cancel)
+                starting = Deadline(deadline.capped(START_PATIENCE))
+                if not self.exchange.run(starting, cancel, until=self._started):
+                    if deadline.over():
+                        return
+                    raise self.host.silent()
+                if self.guard:
+                    self.guard.outgoing = memoryview(b"%s\n" % self.exchange.out.pid.encode())
+                    self.guard.run(Deadline(CONTROL_PATIENCE), None, until=lambda: not self.guard_busy())
+                return
+            except ConnectionLost as error:
+                safe = self.exchange is None or bool(self.exchange.outgoing)
+                for exchange in (self.exchange, self.guard):
+                    if exchange:
+                        self.host.done(exchange.session)
+                self.exchange = self.guard = None
+                if attempt == 2 or error.begun or not safe:
+                    raise
+        raise AssertionError
+
+    def _started(self) -> bool:
+        assert self.exchange
+        return self.exchange.begun or self.exchange.ended
+
+    def guard_busy(self) -> bool:
+        return bool(self.guard and self.guard.outgoing)
+
+    def _open_guard(self, deadline: Deadline, cancel: Optional[Cancel]) -> None:
+        nonce = os.urandom(16).hex()
+        header = shell_header(nonce, self.run_id, script_records(GUARD))
+        session = self.host.open(deadline, cancel)
+        guard = self.guard = Exchange(session, nonce, header, self.guard_reply, Capture(100))
+        guard.run(Deadline(START_PATIENCE), cancel, until=lambda: guard.begun or guard.ended)
+
+    # -- stopping --
+
+    def _discard(self) -> None:
+        if self.exchange:
+            self.exchange.source = None
+            self.exchange.out.sink = self.exchange.err.sink = lambda data: None
+
+    def _stop_blocked(self) -> str:
+        """_stop(), also where the rest of the output has a reader that is slow or gone: the alarm
+        then rings, what is left is dropped, and the stop goes on."""
+        try:
+            return self._stop()
+        except TimeUp:
+            self._discard()
+            return self._stop()
+
+    def _stop(self) -> str:
+        """End the tree on the host: confirmed, requested (asked, not seen to end), unknown."""
+        if not self.exchange or not (self.exchange.begun or not self.exchange.outgoing):
+            return "confirmed"  # the header was never complete: nothing can have begun
+        patience = Deadline(STOP_PATIENCE)
+        try:
+            if self.guard:
+                self.guard.session.close_stdin()
+                self.guard.run(patience)
+                self.exchange.run(Deadline(1))
+                verdict = self.guard_reply.value()
+                if verdict == b"confirmed\n":
+                    return "confirmed"
+            else:
+                self.exchange.outgoing = memoryview(b"")
+                self.exchange.session.close_stdin()
+                if self.exchange.run(patience) and self.exchange.out.stop == "confirmed":
+                    return "confirmed"
+        except HostError:
+            pass
+        return self._stop_again()
+
+    def _stop_again(self) -> str:
+        """Over a second session, which looks again and says what it sees."""
+        assert self.exchange
+        try:
+            nonce, reply = os.urandom(16).hex(), Capture(100)
+            header = shell_header(nonce, self.run_id, script_records(GUARD))
+            header += ("%s\n" % (self.exchange.out.pid or "-")).encode()
+            session = self.host.open(Deadline(STOP_PATIENCE))
+            try:
+                Exchange(session, nonce, header, reply, Capture(100), close_stdin=True).run(Deadline(STOP_PATIENCE))
+            finally:
+                self.host.done(session)
+            return "confirmed" if reply.value() == b"confirmed\n" else "requested"
+        except (HostError, CmuxError):
+            return "unknown"
+
+
+# === 11. Git ===
+# Owns: every git process on this machine. The only room that names git. Promises: no hook,
+# filter, fsmonitor, textconv, pager or remote helper of any repository runs; the user's work
+# tree, index, refs and config are read, never written.
+
+# In the user's own repository only rev-parse and cat-file run. Everything else runs in a shadow:
+# a new bare repository, empty of config, whose only tie is the real object store as alternate.
+GIT_SAFE = ("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false",
+            "-c", "core.protectHFS=true", "-c", "core.protectNTFS=true",
+            "-c", "submodule.recurse=false", "-c", "fetch.recurseSubmodules=false",
+            "-c", "gc.auto=0", "-c", "maintenance.auto=false", "-c", "core.attributesFile=/dev/null",
+            "-c", "commit.gpgSign=false", "-c", "protocol.allow=never", "-c", "tar.umask=0022",
+            "-c", "core.bigFileThreshold=%d" % STREAMED_FROM, "-c", "pack.threads=1",
+            "-c", "core.packedGitWindowSize=16m", "-c", "core.packedGitLimit=64m")
+# Bytes are the repository's own: no filter runs, no commit id, author or date is expanded, no
+# line end changes; a pull without a change is then an empty diff. export-ignore still holds.
+SHADOW_ATTRIBUTES = "* -text -eol -ident -filter -export-subst -working-tree-encoding\n"
+
+
+def git_environment(**extra: str) -> Dict[str, str]:
+    """Our environment without any GIT_ variable, plus what keeps git to itself.
+
+    protocol.allow=never does not stop a repository's own protocol.ext.allow=always;
+    GIT_ALLOW_PROTOCOL does."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    env.update(GIT_CONFIG_NOSYSTEM="1", GIT_ATTR_NOSYSTEM="1", GIT_TERMINAL_PROMPT="0",
+               GIT_ALLOW_PROTOCOL="none", GIT_NO_LAZY_FETCH="1", GIT_NO_REPLACE_OBJECTS="1",
+               GIT_OPTIONAL_LOCKS="0", LC_ALL="C")
+    env.update(extra)
+    return env
+
+
+_SECRET_FILE = re.compile(r"(^|/)(\.env(\..+)?|\.netrc|\.npmrc|\.pypirc|\.pgpass|\.htpasswd|id_(rsa|dsa|ecdsa|ed25519)|credentials(\.json)?|"
+                          r"secrets?\.(json|ya?ml|toml|txt)|.*\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk))\Z", re.I)
+
+
+class Repository:
+    """The user's git repository around a directory. Raises GitFailed where there is none."""
+
+    def __init__(self, directory: str) -> None:
+        self.program = find_program("git")
+        self.directory = os.path.abspath(directory)
+        if not os.path.isdir(self.directory):
+            raise GitFailed("%s is not a directory." % show(directory))
+        out = self._git("rev-parse", "--absolute-git-dir", "--git-common-dir")
+        lines = out.decode("utf-8", "surrogateescape").split("\n")
+        if len(lines) != 3:
+            raise GitFailed("The repository's path holds a newline.", "Move it.")
+        self.git_dir = lines[0]
+        self.common_dir = os.path.realpath(os.path.join(self.directory, lines[1]))
+
+    def _git(self, *words: str) -> bytes:
+        # The user's global config is read here for safe.directory alone; rev-parse runs nothing.
+        env = git_environment()
+        del env["GIT_CONFIG_NOSYSTEM"]
+        status, out, err = run([self.program, "-C", self.directory] + list(GIT_SAFE) + list(words), env)
+        if status == 0:
+            return out
+        text = neutralise(err).strip()
+        if "dubious ownership" in text:
+            raise GitFailed("%s belongs to another user; git refuses to read it." % show(self.directory),
+                            "If you trust it: git config --global --add safe.directory %s"
+                            % quote(self.directory))
+        if "not a git repository" in text:
+            raise GitFailed("%s is not inside a git repository." % show(self.directory),
+                            "Change into one, name one with -C, or make one: git init")
+        raise GitFailed("git %s failed: %s." % (words[0], show(text.split("\n")[-1], 200)))
+
+    def branch(self) -> str:
+        """The short name of the current branch (also an unborn one); "" when HEAD is detached."""
+        status, out, _ = run([self.program, "-C", self.directory, "symbolic-ref", "-q", "--short", "HEAD"],
+                             git_environment())
+        return out.decode("utf-8", "replace").strip() if status == 0 else ""
+
+    def config(self, key: str) -> str:
+        """A value of the user's git configuration, any scope. What a repository *carries* (its
+        files) is not configuration: git itself never takes .git/config from a clone."""
+        status, out, _ = run([self.program, "-C", self.directory, "config", "--get", key],
+                             {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k in (
+                                 "GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM", "GIT_CONFIG_NOSYSTEM")})
+        return out.decode("utf-8", "replace")[:-1] if status == 0 else ""
+
+    def resolve(self, revision: str) -> Tuple[str, str]:
+        """The ids of a commit and of its tree. Raises GitFailed."""
+        if not revision or revision.startswith("-") or "\0" in revision:
+            raise GitFailed("%s is not a revision." % show(revision))
+        try:
+            commit = self._git("rev-parse", "--verify", "-q", revision + "^{commit}").decode("utf-8", "replace").strip()
+            if not re.match(r"[0-9a-f]{40,64}\Z", commit):  # ^HEAD passes rev-parse
+                raise GitFailed("not one commit")
+        except GitFailed:
+            if revision == "HEAD":
+                raise GitFailed("The repository has no commit yet.", "Commit something first.")
+            raise GitFailed("%s is not a commit of this repository." % show(revision),
+                            "Name one that `git log` shows.")
+        return commit, self._git("rev-parse", "--verify", "-q", commit + "^{tree}").decode().strip()
+
+    def in_shadow(self, example: str) -> Shadow:
+        """A shadow whose object ids are like ``example``."""
+        return Shadow(self, "sha256" if len(example) == 64 else "sha1")
+
+    def value_of(self, ref: str) -> str:
+        """The commit a full ref name stands for; "" where there is none."""
+        try:
+            return self._git("rev-parse", "--verify", "-q", ref + "^{commit}").decode().strip()
+        except GitFailed:
+            return ""
+
+    def worktree(self) -> str:
+        return self._git("rev-parse", "--show-toplevel").decode("utf-8", "surrogateescape").rstrip("\n")
+
+    def uncommitted(self, shadow: Shadow) -> int:
+        """How many tracked files differ from the index, or the index from HEAD."""
+        try:
+            shadow.borrow_index(self)
+            work = "--work-tree=" + self.worktree()
+            head = self.resolve("HEAD")[1]
+            return len(set(shadow.records(work, "diff-files", "--name-only", "-z"))
+                       | set(shadow.records("diff-index", "--cached", "--name-only", "-z", head)))
+        except GitFailed:
+            return 0  # a bare repository, an index in the middle of a merge
+
+    def snapshot(self, allow: Sequence[str] = ()) -> str:
+        """A commit of the work tree as it is, ignored files apart, kept as refs/cmux/sent/ID; the
+        user's index and branches stay as they are. Refuses files that look like secrets."""
+        commit, tree = self.resolve("HEAD")
+        with self.in_shadow(commit) as shadow:
+            top = self.worktree()
+            shadow.borrow_index(self)
+            shadow.call("-C", top, "--work-tree=.", "add", "-A", ".")
+            new = shadow.call("write-tree")
+            if new == tree:
+                return commit
+            for _, mode, _, path in shadow.changes(tree, new):
+                text = path.decode("utf-8", "surrogateescape")
+                if mode != "000000" and _SECRET_FILE.search(text) and text not in allow:
+                    raise UsageError("%s looks like a secret; nothing was sent." % show(text),
+                                     "Let .gitignore cover it, or send it all the same: --allow %s" % quote(text))
+            person = {"GIT_%s_%s" % (who, what): value for who in ("AUTHOR", "COMMITTER") for what, value in
+                      (("NAME", "cmux"), ("EMAIL", "cmux@localhost"), ("DATE", "@%d +0000" % time.time()))}
+            made = shadow.call("commit-tree", new, "-p", commit, stdin=b"uncommitted work\n", env=person)
+            self.publish(shadow.quarantine(made, [commit]), "refs/cmux/sent/" + made[:12], made, "")
+            return made
+
+    def hooks_inside(self) -> str:
+        """The hooks directory relative to the work tree, if a core.hooksPath lies in it; or ""."""
+        words = [self.program, "-C", self.directory, "rev-parse", "--show-toplevel", "--git-path", "hooks"]
+        env = git_environment()
+        del env["GIT_CONFIG_NOSYSTEM"]
+        lines = run(words, env)[1].decode("utf-8", "surrogateescape").split("\n")
+        if len(lines) != 3:
+            return ""  # a bare repository has no work tree
+        path = os.path.relpath(os.path.realpath(os.path.join(self.directory, lines[1])), os.path.realpath(lines[0]))
+        return "" if path.split("/")[0] in ("..", ".git") else path
+
+    def check_branch(self, branch: str) -> str:
+        """The full name of a branch that can be written: valid, and checked out nowhere."""
+        status = run([self.program, "check-ref-format", "refs/heads/" + branch], git_environment())[0]
+        if status or branch.startswith("-") or branch == "HEAD" or not branch.isprintable():
+            raise UsageError("%s is not a branch name." % show(branch))
+        trees = self._git("worktree", "list", "--porcelain").decode("utf-8", "surrogateescape")
+        if "branch refs/heads/%s\n" % branch in trees:
+            raise GitFailed("The branch %s is checked out; nothing of a host's is written there." % show(branch),
+                            "Choose another with --branch, or check out another one.")
+        return "refs/heads/" + branch
+
+    def publish(self, pack: str, ref: str, new: str, old: str) -> None:
+        """Take a pack that was checked in quarantine, then set ``ref`` if it still is ``old``."""
+        command = [self.program, "--git-dir=" + self.git_dir] + list(GIT_SAFE)
+        with open(pack, "rb") as stream:
+            process = spawn(command + ["index-pack", "--stdin", "--strict", "--fsck-objects",
+                                       "--max-input-size=%d" % (2 * PULL_TOTAL_MAX)], git_environment(), stdin=stream)
+            if process.wait():
+                raise GitFailed("git did not take the objects of the result.", "Is the disk full?")
+        status, _, err = run(command + ["update-ref", "--no-deref", "-m", "cmux pull", ref, new, old or "0" * len(new)],
+                             git_environment())
+        if status:
+            raise GitFailed("The branch %s could not be set: %s." % (show(ref[11:]), show(neutralise(err).strip(), 300)),
+                            "Choose another with --branch.")
+
+    def object_directory(self) -> str:
+        out = self._git("rev-parse", "--git-path", "objects").decode("utf-8", "surrogateescape")
+        return os.path.realpath(os.path.join(self.directory, out.rstrip("\n")))
+
+
+class Shadow:
+    """A throwaway bare repository with the real object store as alternate. A context manager."""
+
+    def __init__(self, repository: Repository, object_format: str) -> None:
+        import tempfile
+        self.program = repository.program
+        self.path = tempfile.mkdtemp(prefix="cmux-shadow-")
+        self.git_dir = os.path.join(self.path, "sh.git")
+        objects = repository.object_directory()
+        escaped = objects.replace("\\", "\\\\").replace('"', '\\"')
+        self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null",
+                                   GIT_ALTERNATE_OBJECT_DIRECTORIES='"%s"' % escaped)
+        try:
+            form = ["--object-format=" + object_format] if object_format != "sha1" else []
+            self.git("init", "-q", "--bare", "--template=", *form, self.git_dir)
+            os.makedirs(os.path.join(self.git_dir, "info"), exist_ok=True)
+            with open(os.path.join(self.git_dir, "info", "attributes"), "w") as stream:
+                stream.write(SHADOW_ATTRIBUTES)
+        except BaseException:
+            self.close()
+            raise
+
+    def argv(self, *words: str) -> List[str]:
+        return [self.program, "--git-dir=" + self.git_dir] + list(GIT_SAFE) + list(words)
+
+    def git(self, *words: str) -> bytes:
+        status, out, err = run(self.argv(*words), self.env, patience=600)
+        if status != 0:
+            raise GitFailed("git %s failed: %s." % (words[0], show(neutralise(err).strip(), 300)))
+        return out
+
+    def records(self, *words: str, stdin: Optional[bytes] = None, end: bytes = b"\0",
+                env: Optional[Dict[str, str]] = None) -> Iterator[bytes]:
+        """What a git command prints, split at ``end``, one by one; nothing is held. Raises
+        GitFailed when it fails or says anything on stderr (update-index drops paths so)."""
+        base = os.path.join(self.path, os.urandom(4).hex())
+        with open(base + ".in", "wb+") as source, open(base + ".err", "wb+") as said:
+            source.write(stdin or b"")
+            source.seek(0)
+            process = spawn(self.argv(*words), dict(self.env, **(env or {})), stdin=source, stdout=-1, stderr=said)
+            assert process.stdout
+            try:
+                rest = b""
+                while True:
+                    data = os.read(process.stdout.fileno(), CHUNK)
+                    if not data:
+                        break
+                    parts = (rest + data).split(end)
+                    rest = parts.pop()
+                    yield from parts
+                if rest:
+                    yield rest
+                process.wait()
+                said.seek(0)
+                text = neutralise(said.read(LOG_MAX)).strip()
+                if process.returncode or text:
+                    raise GitFailed("git %s failed: %s." % (words[0], show(text, 300)))
+            finally:
+                kill_group(process)
+                process.stdout.close()
+        os.unlink(base + ".in")
+        os.unlink(base + ".err")
+
+    def call(self, *words: str, stdin: bytes = b"", env: Optional[Dict[str, str]] = None) -> str:
+        return b"".join(self.records(*words, stdin=stdin, end=b"\n", env=env)).decode("utf-8", "surrogateescape")
+
+    def is_ancestor(self, old: str, new: str) -> bool:
+        return run(self.argv("merge-base", "--is-ancestor", old, new), self.env, patience=600)[0] == 0
+
+    def listing(self, tree: str) -> Iterator[Tuple[str, str, bytes]]:
+        """(mode, id, path) of every file of a tree or commit."""
+        for row in self.records("ls-tree", "-r", "-z", "--full-tree", tree):
+            meta, _, path = row.partition(b"\t")
+            mode, _, oid = meta.decode("ascii").split(" ")
+            yield mode, oid, path
+
+    def changes(self, old: str, new: str) -> Iterator[Tuple[str, str, str, bytes]]:
+        """(old mode, new mode, new id, path) of what differs between two trees or commits."""
+        rows = self.records("diff-tree", "-r", "-z", "--raw", "--no-abbrev", "--no-renames", "--no-ext-diff",
+                            "--no-textconv", old, new)
+        for row in rows:
+            before, after, _, oid, _ = row.decode("ascii").split(" ")
+            yield before[1:], after, oid, next(rows)
+
+    def unsent(self, tree: str) -> Tuple[str, Dict[bytes, str]]:
+        """(the tree as the archive has it, what it lacks: path -> why). `git archive` leaves out
+        what .gitattributes mark export-ignore, and the content of submodules."""
+        absent, special, paths = {}, [], []  # type: Dict[bytes, str], List[str], List[bytes]
+        for mode, oid, path in self.listing(tree):
+            if mode == "160000":
+                absent[path] = "submodule"
+            elif path == b".gitattributes" or path.endswith(b"/.gitattributes"):
+                special.append(oid)
+        if any(b"export-ignore" in data for _, data in self.blobs(special)):
+            seen = set()
+            self.call("read-tree", tree)
+            for _, _, path in self.listing(tree):
+                paths.append(path)
+                while b"/" in path:
+                    path = path.rpartition(b"/")[0]
+                    seen.add(path)
+            answers = self.records("check-attr", "-z", "--stdin", "--cached", "export-ignore",
+                                   stdin=b"\0".join(list(seen) + paths) + b"\0")
+            ignored = {path for path in answers if (next(answers), next(answers))[1] == b"set"}
+            absent.update({path: "export-ignore" for path in paths if any(
+                path[:len(path) if at < 0 else at] in ignored for at in [-1] + [m.start() for m in re.finditer(b"/", path)])})
+        if not absent:
+            return tree, absent
+        self.call("read-tree", tree)
+        zero = "0" * len(tree)
+        self.call("update-index", "-z", "--index-info", stdin=b"".join(
+            b"0 %s\t%s\0" % (zero.encode(), path) for path in absent))
+        return self.call("write-tree"), absent
+
+    def borrow_index(self, repository: Repository) -> None:
+        """A copy of the user's index, whose times spare reading unchanged files, and his excludes."""
+        import shutil
+        for name in ("index", "info/exclude"):
+            source = os.path.join(repository.git_dir if name == "index" else repository.common_dir, name)
+            if os.path.isfile(source):
+                shutil.copyfile(source, os.path.join(self.git_dir, name))
+
+    def uses_lfs(self, tree: str) -> bool:
+        return any(b"filter=lfs" in data for _, data in self.blobs([oid for _, oid, path in self.listing(tree)
+                                                                    if (b"/" + path).endswith(b"/.gitattributes")]))
+
+    def delta(self, old: str, new: str) -> str:
+        """The tree of only the files of ``new`` that ``old`` has not so, and .cmux-gone: the list of
+        the paths to remove before. Both as the archive has them."""
+        old, new = self.unsent(old)[0], self.unsent(new)[0]
+        with open(os.path.join(self.git_dir, "info", "attributes"), "a") as stream:
+            stream.write("* -export-ignore\n")
+        rows = [(mode, oid, path) for _, mode, oid, path in self.changes(old, new)]
+        gone = self.call("hash-object", "-w", "--stdin", stdin=b"".join(path + b"\n" for _, _, path in rows))
+        env = {"GIT_INDEX_FILE": os.path.join(self.path, "delta.index")}
+        self.call("update-index", "-z", "--index-info", env=env, stdin=b"".join(
+            b"%s %s\t%s\0" % (mode.encode(), oid.encode(), path)
+            for mode, oid, path in [("100644", gone, b".cmux-gone")] + rows if mode != "000000"))
+        return self.call("write-tree", env=env)
+
+    def blobs(self, ids: Sequence[str]) -> Iterator[Tuple[str, bytes]]:
+        """(id, content) of small blobs, in order; b"" for one that is not small."""
+        import tempfile
+        if not ids:
+            return
+        with tempfile.TemporaryFile(dir=self.path) as source:
+            source.write("".join("%s\n" % oid for oid in ids).encode())
+            source.seek(0)
+            process = spawn(self.argv("cat-file", "--batch"), self.env, stdin=source, stdout=-1)
+        assert process.stdout
+        try:
+            with open(process.stdout.fileno(), "rb", closefd=False) as stream:
+                for oid in ids:
+                    size = int(stream.readline().split()[2])
+                    content = stream.read(min(size, SECRETS_MAX))
+                    for _ in range(0, size - len(content), CHUNK):
+                        content = stream.read(min(CHUNK, size)) and b""
+                    stream.read(1)
+                    yield oid, content
+        finally:
+            kill_group(process)
+            process.stdout.close()
+
+    def importer(self) -> Importer:
+        return Importer(self)
+
+    def quarantine(self, tip: str, known: Iterable[str]) -> str:
+        """A pack of what ``tip`` has and the commits ``known`` have not, as a file, having passed
+        git's own strict checks in a repository apart (a refusal leaves files behind)."""
+        apart, pack = os.path.join(self.path, "apart.git"), os.path.join(self.path, "result.pack")
+        with open(pack, "wb+") as stream:
+            with open(pack + ".in", "wb+") as source:
+                source.write(("%s\n" % tip + "".join("^%s\n" % k for k in known)).encode())
+                source.seek(0)
+                process = spawn(self.argv("pack-objects", "-q", "--revs", "--stdout"), self.env, stdin=source, stdout=stream)
+                if process.wait():
+                    raise GitFailed("git could not pack the result.")
+            form = ["--object-format=sha256"] if len(tip) == 64 else []
+            self.git("init", "-q", "--bare", "--template=", *form, apart)
+            stream.seek(0)
+            with open(pack + ".err", "wb+") as said:
+                words = [self.program, "--git-dir=" + apart] + list(GIT_SAFE) + ["index-pack", "--stdin", "--strict", "--fsck-objects"]
+                if spawn(words, self.env, stdin=stream, stderr=said).wait():
+                    said.seek(0)
+                    raise ResultRefused("git refuses the result: %s." % show(neutralise(said.read(LOG_MAX)).strip(), 300))
+        return pack
+
+    def archive(self, tree: str) -> Archive:
+        with open(os.path.join(self.path, "said"), "wb") as said:  # a pipe nobody reads would fill
+            return Archive(spawn(self.argv("archive", "--format=tar", tree), self.env, stdout=-1,
+                                 stderr=said.fileno()), said.name)
+
+    def close(self) -> None:
+        import shutil
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def __enter__(self) -> Shadow:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def make_repository(path: str, files: Mapping[str, str]) -> str:
+    """A new repository of one commit with these files (for the demo)."""
+    git = find_program("git")
+    os.makedirs(path)
+    for name, text in files.items():
+        with open(os.path.join(path, name), "w") as stream:
+            stream.write(text)
+    identity = {"GIT_AUTHOR_NAME": "demo", "GIT_AUTHOR_EMAIL": "demo@localhost",
+                "GIT_COMMITTER_NAME": "demo", "GIT_COMMITTER_EMAIL": "demo@localhost",
+                "GIT_CONFIG_GLOBAL": "/dev/null"}
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "hello"]):
+        status, _, err = run([git, "-C", path] + words, git_environment(**identity))
+        if status:
+            raise GitFailed("git %s failed: %s." % (words[0], show(neutralise(err))))
+    return path
+
+
+class Importer:
+    """`git fast-import`, for blobs only (it would take any path in a commit)."""
+
+    def __init__(self, shadow: Shadow) -> None:
+        self.marks = os.path.join(shadow.path, "marks")
+        self.process = spawn(shadow.argv("fast-import", "--quiet", "--done", "--force", "--depth=0",
+                                         "--export-marks=" + self.marks), shadow.env, stdin=-1)
+        assert self.process.stdin
+        self.fd = self.process.stdin.fileno()
+
+    def write(self, data: bytes) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self.fd, view):]
+        except BrokenPipeError:
+            raise GitFailed("git fast-import ended early.", "Is the disk full?")
+
+    def finish(self) -> Dict[int, str]:
+        """The ids, by mark."""
+        self.write(b"done\n")
+        assert self.process.stdin
+        self.process.stdin.close()
+        if self.process.wait():
+            raise GitFailed("git fast-import failed.", "Is the disk full?")
+        with open(self.marks) as stream:
+            return {int(mark[1:]): oid for mark, oid in (line.split() for line in stream)}
+
+    def close(self) -> None:
+        kill_group(self.process)
+        if self.process.stdin:
+            self.process.stdin.close()
+
+
+# POSIX cksum is a CRC-32 that takes the bits of each byte from the other end than zlib's, then
+# the length. Reversing the bits of every byte (translate) and of the result makes zlib do it.
+_REVERSED = bytes(int("{:08b}".format(byte)[::-1], 2) for byte in range(256))
+
+
+class Cksum:
+    """The checksum of POSIX cksum, which every host has: update() with bytes, then line()."""
+
+    def __init__(self) -> None:
+        self.register = 0xFFFFFFFF
+        self.length = 0
+
+    def update(self, data: bytes) -> None:
+        import zlib
+        self.register = zlib.crc32(data.translate(_REVERSED), self.register)
+        self.length += len(data)
+
+    def line(self) -> str:
+        """What `cksum` prints for the bytes: checksum and length."""
+        import zlib
+        rest, size = self.length, b""
+        while rest:
+            size += bytes([rest & 255])
+            rest >>= 8
+        value = zlib.crc32(size.translate(_REVERSED), self.register) ^ 0xFFFFFFFF
+        return "%d %d" % (int("{:032b}".format(value)[::-1], 2) ^ 0xFFFFFFFF, self.length)
+
+
+class Archive(Source):
+    """The stream of a running `git archive`, with its length and checksum so far."""
+
+    def __init__(self, process: Process, said: str) -> None:
+        assert process.stdout
+        super().__init__(process.stdout.fileno())
+        self.process, self.said = process, said
+        self.digest = Cksum()
+        self.ahead = b""            # read by small(), not yet passed on
+        self.progress: Optional[Callable[[int], None]] = None
+
+    def small(self, limit: int = BULK_FROM) -> bool:
+        """Whether the whole archive is at most ``limit`` bytes (reads that far)."""
+        while len(self.ahead) <= limit:
+            data = os.read(self.fd, CHUNK)
+            if not data:
+                return True
+            self.ahead += data
+        return False
+
+    def read(self) -> bytes:
+        data, self.ahead = self.ahead, b""
+        data = data or os.read(self.fd, CHUNK)
+        self.total += len(data)
+        self.digest.update(data)
+        if self.progress:
+            self.progress(self.total)
+        return data
+
+    def close(self) -> None:
+        kill_group(self.process)
+        if self.process.stdout:
+            self.process.stdout.close()
+
+    def check_early(self) -> None:
+        """Raise GitFailed if it was git that ended too soon."""
+        if self.process.poll():
+            self.check()
+
+    def check(self) -> None:
+        """Raise GitFailed unless git ended well: half an archive must not become a base."""
+        self.process.wait(timeout=60)
+        with open(self.said, "rb") as stream:
+            said = stream.read(LOG_MAX)
+        if self.process.returncode:
+            raise GitFailed("git archive failed: %s." % show(neutralise(said).strip(), 300),
+                            "A partial clone lacks objects: fetch them first with git.")
+
+
+# === 12. Workspaces ===
+# Owns: making, listing and removing workspaces, and what a command in one sees. May touch: the
+# rooms above. Promises: a workspace exists whole or not at all, on the host and in the registry.
+
+class Project:
+    """A local git repository and its workspaces. Usable from threads.
+
+    ``directory`` is any directory inside it. Raises GitFailed, StateFailed.
+    """
+
+    kind: Type[WorkspaceBase]   # what workspace() and create() return; the room Tools sets it
+
+    def __init__(self, directory: str = ".", interactive: Optional[Callable[[], bool]] = None,
+                 warm: int = WARM_SESSIONS) -> None:
+        import threading
+        self._warm = warm
+        self.repository = Repository(directory)
+        self.registry = Registry(self.repository.common_dir)
+        self._interactive = interactive
+        self._hosts: Dict[str, Host] = {}
+        self._mutex = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        return str(self.registry.read()["name"])
+
+    @property
+    def remote_name(self) -> str:
+        """The project's directory on every host: its name and an id that is random."""
+        value = self.registry.read()
+        return "%s-%s" % (value["name"], value["id"])
+
+    def host(self, name: str) -> Host:
+        with self._mutex:
+            if name not in self._hosts:
+                self._hosts[name] = Host(name, self._interactive, self._warm)
+            return self._hosts[name]
+
+    def default_workspace(self) -> str:
+        """The current branch's name, made safe."""
+        return safe_workspace(self.repository.branch() or "detached")
+
+    def default_host(self) -> str:
+        """$CMUX_SSH_HOST, else the user's own `git config cmux.host`, else UsageError."""
+        name = os.environ.get("CMUX_SSH_HOST") or self.repository.config("cmux.host")
+        if not name:
+            raise UsageError("No host is known for this project.",
+                             "Name one with -H HOST, or set $CMUX_SSH_HOST, "
+                             "or: git config cmux.host HOST")
+        return check_host(name)
+
+    def entries(self) -> Dict[str, Dict[str, Any]]:
+        """The finished workspaces, by name. One that is being made is not listed."""
+        return {name: entry for name, entry in self.registry.read()["workspaces"].items()
+                if entry.get("state") == "ready"}
+
+    def workspace(self, name: str) -> WorkspaceBase:
+        """An existing workspace. Raises WorkspaceMissing."""
+        entry = self.entries().get(check_workspace(name))
+        if entry is None:
+            raise WorkspaceMissing("There is no workspace %s in this project." % show(name),
+                                   "See `%s list`, or make it: %s new %s -H HOST"
+                                   % (PROGRAM, PROGRAM, name))
+        return self.kind(self, name, entry)
+
+    def create(self, name: str, host: str, ref: str = "HEAD", root: str = "", init: bool = True,
+               report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> WorkspaceBase:
+        """Make workspace ``name`` on ``host`` from commit ``ref``, and run its init hook.
+
+        Raises WorkspaceExists, UploadFailed, HostError, GitFailed, RemoteFailed.
+        """
+        check_workspace(name)
+        check_host(host)
+        if not root.isprintable() or len(root) > PATH_MAX or root.startswith("-"):
+            raise UsageError("%s cannot be the root directory." % show(root))
+        # Before the lock: a hundred callers of a host that is down then share one failure, and do
+        # not ask it one after the other.
+        self.host(host).masters.connect(Deadline(SLOT_PATIENCE), cancel)
+        lock = self.registry.creation_lock(name)
+        lock.wait(Deadline(None), cancel, 0.05)
+        try:
+            if name in self.entries():
+                raise WorkspaceExists("The workspace %s exists already." % name,
+                                      "Choose another name, or remove it: %s rm %s" % (PROGRAM, name))
+            return Creation(self, name, host, ref, root, report or Report(), cancel).run(init)
+        finally:
+            lock.free()
+
+    def ensure(self, name: str, host: str = "", report: Optional[Report] = None,
+               cancel: Optional[Cancel] = None) -> WorkspaceBase:
+        """The workspace, made first if it does not exist; waits while another process makes it."""
+        entry = self.entries().get(check_workspace(name))
+        if entry and entry.get("init") == "pending":
+            lock = self.registry.creation_lock(name)
+            lock.wait(Deadline(None), cancel, 0.05)
+            lock.free()
+        if entry is None:
+            try:
+                return self.create(name, host or self.default_host(), report=report, cancel=cancel)
+            except WorkspaceExists:
+                if name not in self.entries():
+                    raise
+        found = self.workspace(name)
+        if host and check_host(host) != found.host.name:
+            raise UsageError("The workspace %s is on %s, not on %s." % (name, found.host.name, host),
+                             "Leave out -H, or use another name with -w.")
+        return found
+
+    def remove(self, name: str, force: bool = False) -> List[str]:
+        """Remove a workspace; with changes in it only by ``force``. A missing one is no error.
+
+        Raises WorkspaceDirty with the list of what would be lost as ``lost``.
+        """
+        with self.registry.creation_lock(check_workspace(name)):
+            entry = self.registry.read()["workspaces"].get(name)
+            if entry is None:
+                return []
+            host = self.host(entry["host"])
+            if not force and entry.get("state") == "ready":
+                self._refuse_changes(name, host, entry)
+            place = (entry.get("root", ""), entry["project"])
+            reply = host.call(REMOVE, place[0], place[1], name, os.urandom(8).hex())
+            check_reply(reply, host.name, "remove the workspace %s" % name)
+            self.registry.update(lambda record: record["workspaces"].pop(name, None) and None)
+        return [name]
+
+    def _taken(self, name: str) -> None:
+        if check_workspace(name) in self.registry.read()["workspaces"]:
+            raise WorkspaceExists("The workspace %s exists already." % name, "Choose another name.")
+
+    def fork(self, source: WorkspaceBase, name: str) -> WorkspaceBase:
+        """A new workspace with the current content of ``source``, made on the host itself."""
+        with self.registry.creation_lock(check_workspace(name)):
+            stale = self.registry.read()["workspaces"].get(name)
+            if stale and stale.get("state") == "forking":
+                self._move(FORK, source.host, stale, stale["source"], name)  # killed half-way: it says done, or does it
+            else:
+                self._taken(name)
+                stale = dict(self.entries()[source.name], state="forking", source=source.name, op=os.urandom(8).hex(),
+                             created=int(time.time()), path=source.path[:-len(source.name)] + name)
+                stale.pop("branches", None)
+                self.registry.update(lambda record: record["workspaces"].update({name: stale}))
+                self._move(FORK, source.host, stale, source.name, name)
+            self.registry.update(lambda record: record["workspaces"][name].update(state="ready"))
+            return self.workspace(name)
+
+    def rename(self, source: WorkspaceBase, name: str) -> WorkspaceBase:
+        """Give a workspace another name, here and on the host. Called again after a crash, it ends
+        what was begun."""
+        with self.registry.creation_lock(check_workspace(name)), self.registry.creation_lock(source.name):
+            self._taken(name)
+            entry = dict(self.entries()[source.name], path=source.path[:-len(source.name)] + name)
+            self._move(RENAME, source.host, entry, source.name, name)
+
+            def swap(record: Dict[str, Any]) -> None:
+                record["workspaces"].pop(source.name, None)
+                record["workspaces"][name] = entry
+            self.registry.update(swap)
+            return self.workspace(name)
+
+    def _move(self, script: str, host: Host, entry: Dict[str, Any], source: str, name: str) -> None:
+        reply = host.call(script, entry["root"], entry["project"], source, name, entry["op"])
+        if reply.status in (20, 22):
+            if script is FORK:
+                self.registry.update(lambda record: record["workspaces"].pop(name, None) and None)
+            raise {20: WorkspaceExists, 22: WorkspaceMissing}[reply.status](
+                "A directory %s exists already on %s." % (name, host.name) if reply.status == 20
+                else "The directory of %s is not on %s (any more)." % (source, host.name), "See `%s list`." % PROGRAM)
+        check_reply(reply, host.name, "make %s of %s" % (name, source))
+
+    def push(self, name: str, ref: str = "HEAD", force: bool = False, report: Optional[Report] = None,
+             cancel: Optional[Cancel] = None) -> bool:
+        """Bring a workspace to another local commit; False when it is there already. Refuses to
+        overwrite what no pull brought home (WorkspaceDirty); with ``force`` a copy stays in the
+        trash on the host until gc."""
+        with self.registry.creation_lock(check_workspace(name)):
+            workspace, report = self.workspace(name), report or Report()
+            entry = self.entries()[name]
+            made = Creation(self, name, workspace.host.name, ref, entry["root"], report, cancel)
+            if made.commit == entry["base"] and not force:
+                return False
+            if not force:
+                self._refuse_changes(name, workspace.host, entry)
+            reply = made.with_base(lambda: workspace.host.call(
+                PUSH, entry["root"], entry["project"], name, entry["tree"], self._sent(entry), made.op, str(PULL_COMMITS_MAX),
+                str(PULL_FILE_MAX), made.tree, "1" if force else "", cancel=cancel))
+            if reply.status == 22:
+                raise WorkspaceMissing("The directory of %s is not on %s (any more)." % (name, workspace.host.name))
+            check_reply(reply, workspace.host.name, "push to %s" % name)
+            if "pushed" not in reply.lines():
+                raise RemoteFailed("%s did not confirm the push." % workspace.host.name, "Try again.")
+            for line in reply.lines():
+                if line.startswith("kept "):
+                    report.warn("what was in %s is kept until gc, on %s: %s" % (name, workspace.host.name, show(line[5:])))
+            self.registry.update(lambda record: record["workspaces"][name].update(base=made.commit, tree=made.tree))
+            return True
+
+    def gc(self) -> Dict[str, int]:
+        """Free trash, leftovers and old bases on the project's hosts: bytes by host."""
+        places = {(entry["host"], entry.get("root", "")) for entry in self.entries().values()}
+        freed: Dict[str, int] = {}
+        for host, root in sorted(places):
+            reply = self.host(host).call(GC, root)
+            check_reply(reply, host, "clear up")
+            if not re.match(rb"-?\d{1,15}\n\Z", reply.stdout):
+                raise RemoteFailed("%s did not say what it freed." % host)
+            freed[host] = freed.get(host, 0) + max(0, int(reply.stdout)) * 1024
+        return freed
+
+    def _sent(self, entry: Dict[str, Any]) -> str:
+        """The tree that the workspace's archive had; "" where it cannot be told: the commit is gone
+        here, or ids there are not like ours."""
+        try:
+            with self.repository.in_shadow(entry["tree"]) as shadow:
+                return shadow.unsent(entry["tree"])[0] if len(entry["tree"]) == 40 else ""
+        except GitFailed:
+            return ""
+
+    def _refuse_changes(self, name: str, host: Host, entry: Dict[str, Any]) -> None:
+        sent, home = self._sent(entry), entry.get("pulled", {})
+        reply = host.call(CHANGED, entry["root"], entry["project"], name, entry["tree"], sent, os.urandom(8).hex(),
+                          str(PULL_COMMITS_MAX), str(PULL_FILE_MAX), *(home.get(k, "") for k in ("head", "tree", "refs", "mark")))
+        if reply.status == 22:
+            return
+        check_reply(reply, host.name, "look for changes in %s" % name)
+        lost = [show(line.replace("\t", " "), 200)[1:-1] for line in reply.lines() if line.strip()]
+        if lost:
+            error = WorkspaceDirty("The workspace %s has work that would be lost: %s%s."
+                                   % (name, ", ".join(lost[:5]), ", ..." if len(lost) > 5 else ""),
+                                   "Bring it home first: %s pull -w %s. Or give it up: --force." % (PROGRAM, name))
+            error.lost = lost  # type: ignore[attr-defined]
+            raise error
+
+
+def check_reply(reply: Reply, host: str, what: str) -> None:
+    """Raise RemoteFailed with the host's own words unless a script ended with status 0."""
+    if reply.status:
+        said = neutralise(reply.stderr).strip().split("\n")[-1]
+        raise RemoteFailed("%s could not %s: %s." % (host, what, show(said or "status %d" % reply.status, 300)),
+                           "Is its disk full, or the directory not writable?")
+
+
+class Report:
+    """Where work in progress is told. The default is silence; the command line shows it."""
+
+    def say(self, text: str) -> None:
+        """A step worth a line in verbose mode."""
+
+    def note(self, text: str) -> None:
+        """Something that is as it should be, and good to know."""
+
+    def warn(self, text: str) -> None:
+        """Something the user should know."""
+
+    def progress(self, what: str, done: int) -> None:
+        """Bytes moved so far."""
+
+    def output(self, data: bytes) -> None:
+        """Bytes from the init hook, as they come."""
+
+
+class Creation:
+    """Making one workspace: intent in the registry, base on the host, publication, record."""
+
+    def __init__(self, project: Project, name: str, host: str, ref: str, root: str, report: Report,
+                 cancel: Optional[Cancel]) -> None:
+        self.project, self.name, self.report, self.cancel = project, name, report, cancel
+        self.host = project.host(host)
+        self.root = root
+        self.commit, self.tree = project.repository.resolve(ref)
+        self.place, self.head = project.remote_name, ref == "HEAD"
+        self.op = os.urandom(8).hex()
+
+    def run(self, init: bool) -> WorkspaceBase:
+        self._clean_up_after_a_crash()
+        entry: Dict[str, Any] = {
+            "state": "creating", "host": self.host.name, "root": self.root, "project": self.place,
+            "base": self.commit, "tree": self.tree, "op": self.op, "created": int(time.time())}
+        self._record(entry)
+        try:
+            reply = self._make()
+        except ConnectionLost:
+            raise  # it may exist there: the intent stays, and the next `new` or `rm` clears it
+        except (CmuxError, KeyboardInterrupt) as error:
+            if isinstance(error, (Cancelled, KeyboardInterrupt)):
+                raise
+            self.project.registry.update(lambda record: record["workspaces"].pop(self.name, None) and None)
+            raise
+        root = check_remote_path(next((line[5:] for line in reply.lines() if line.startswith("root ")), ""))
+        hook = init and "init" in reply.lines()
+        entry.update(state="ready", root=root, path="%s/%s/%s" % (root, self.place, self.name))
+        if hook:
+            entry["init"] = "pending"
+        if "nogit" in reply.lines():
+            self.report.warn("git failed on %s; the workspace %s is not a repository." % (self.host.name, self.name))
+        self._record(entry)
+        workspace = self.project.kind(self.project, self.name, entry)
+        if hook:
+            self._run_init(workspace, entry)
+        return workspace
+
+    def _record(self, entry: Dict[str, Any]) -> None:
+        self.project.registry.update(lambda record: record["workspaces"].update({self.name: dict(entry)}))
+
+    def _clean_up_after_a_crash(self) -> None:
+        """An intent without its process: what it may have made was never reported to anybody."""
+        stale = self.project.registry.read()["workspaces"].get(self.name)
+        if stale:
+            host = self.project.host(stale["host"])
+            reply = host.call(REMOVE, stale.get("root", ""), stale["project"], self.name, os.urandom(8).hex())
+            check_reply(reply, host.name, "clear away what an interrupted creation left")
+
+    def with_base(self, use: Callable[[], Reply]) -> Reply:
+        """Run ``use``; where the host lacks the base (21), upload it first."""
+        reply = use()
+        if reply.status == 21:
+            key = "%s.tree.%s.lock" % (self.project.registry.path, self.tree)
+            lock = Lock(key)  # one upload of a tree at a time: the others then copy there
+            lock.wait(Deadline(None), self.cancel, 0.05)
+            try:
+                reply = use()
+                if reply.status == 21:
+                    self._upload()
+                    reply = use()
+            finally:
+                lock.free()
+        return reply
+
+    def _make(self) -> Reply:
+        reply = self.with_base(self._create)
+        if reply.status == 20:
+            raise WorkspaceExists("A directory %s exists already on %s." % (self.name, self.host.name),
+                                  "Choose another name.")
+        check_reply(reply, self.host.name, "make the workspace")
+        if "made" not in reply.lines():
+            raise RemoteFailed("%s did not confirm the workspace." % self.host.name, "Try again.")
+        return reply
+
+    def _create(self) -> Reply:
+        return self.host.call(CREATE, self.root, self.place, self.name, self.tree, self.op, cancel=self.cancel)
+
+    def _nearest(self, shadow: Shadow) -> str:
+        """The base on the host that differs least, if a delta against it is worth while; or ""."""
+        reply, best = self.host.call(BASES, self.root), ""
+        least = sum(1 for _ in shadow.listing(self.tree)) // 2
+        for line in reply.lines():
+            if re.match(r"[0-9a-f]{%d}\Z" % len(self.tree), line):
+                try:
+                    paths = [path for _, _, _, path in shadow.changes(line, self.tree)]
+                except GitFailed:
+                    continue  # a tree that this repository does not have
+                if len(paths) < least and not any(b"\n" in path or path == b".cmux-gone" for path in paths):
+                    best, least = line, len(paths)
+        return best
+
+    def _left_out(self, shadow: Shadow) -> None:
+        """One line on what the repository has and the host does not get."""
+        absent = list(shadow.unsent(self.tree)[1].values())
+        parts = ["%d %s" % (absent.count(why), name) for why, name in (
+            ("export-ignore", "export-ignored files"), ("submodule", "submodules")) if why in absent]
+        changed = self.project.repository.uncommitted(shadow) if self.head else 0
+        parts += ["%d uncommitted files (--dirty takes them along)" % changed] if changed else []
+        if shadow.uses_lfs(self.tree):
+            parts.append("LFS content (pointers are sent)")
+        if parts:
+            self.report.note("not sent: %s." % ", ".join(parts))
+
+    def _upload(self) -> None:
+        """Stream the archive; it counts only when the host's length and checksum are ours."""
+        with self.project.repository.in_shadow(self.tree) as shadow:
+            self._left_out(shadow)
+            parent = self._nearest(shadow)
+            archive = shadow.archive(shadow.delta(parent, self.tree) if parent else self.tree)
+            try:
+                archive.progress = lambda done: self.report.progress(self.name, done)
+                direct = not archive.small()
+                try:
+                    reply = self.host.call(UPLOAD, self.root, self.op, parent, source=archive, direct=direct,
+                                           cancel=self.cancel)
+                except ConnectionLost as lost:
+                    archive.check_early()
+                    raise UploadCut(self.host.name, archive.total) from lost
+                archive.check()
+            finally:
+                archive.close()
+        if reply.status == 0 and reply.stdout.decode("ascii", "replace").strip() == archive.digest.line():
+            self.report.say("sent %s to %s" % (human_size(archive.total), self.host.name))
+            return
+        self.host.call(DISCARD, self.root, self.op)
+        check_reply(reply, self.host.name, "take the archive")
+        raise UploadFailed("The archive did not arrive whole on %s." % self.host.name, "Try again.")
+
+    def _run_init(self, workspace: WorkspaceBase, entry: Dict[str, Any]) -> None:
+        """The hook's failure is told, and undoes nothing."""
+        self.report.say("running .cmux/init in %s" % self.name)
+        try:
+            result = workspace.run(["./.cmux/init"], self.report.output, self.report.output, cancel=self.cancel)
+            entry["init"] = result.status
+            if result.status:
+                self.report.warn("The init hook of %s failed with status %s." % (self.name, result.status))
+        except HostError as error:
+            entry["init"] = "lost"
+            self.report.warn("The init hook of %s was cut off: %s" % (self.name, error))
+        finally:
+            self._record(entry)
+
+
+class UploadCut(UploadFailed):
+    """The line was lost during an upload."""
+    exit_code = 255
+
+    def __init__(self, host: str, sent: int) -> None:
+        super().__init__("The connection to %s was lost after %s of the archive; no workspace was made."
+                         % (host, human_size(sent)), "Try again; nothing is left half-done.")
+
+
+# What every command sees. Editors are `true`: an agent's `git commit` must not wait for vi.
+WORKSPACE_ENV = {"CMUX_RUNTIME": "ssh", "GIT_TERMINAL_PROMPT": "0", "EDITOR": "true",
+                 "VISUAL": "true", "GIT_EDITOR": "true", "GIT_SEQUENCE_EDITOR": "true"}
+
+
+class WorkspaceBase:
+    """A directory on a host in which commands run: see Workspace, which adds the tools.
+
+    ``name``, ``host`` (a Host), ``path`` there, ``base`` (the commit's id), ``created`` (seconds).
+    """
+
+    def __init__(self, project: Project, name: str, entry: Mapping[str, Any]) -> None:
+        self.project, self.name = project, name
+        self.host = project.host(entry["host"])
+        self.root: str = entry["root"]
+        self.place: str = entry["project"]
+        self.path: str = check_remote_path(entry["path"])
+        self.base: str = entry["base"]
+        self.created: float = entry["created"]
+
+    def __repr__(self) -> str:
+        return "Workspace(%r on %r)" % (self.name, self.host.name)
+
+    def describe(self) -> Dict[str, Any]:
+        """What `list --json` prints."""
+        return {"name": self.name, "host": self.host.name, "path": self.path, "base": self.base,
+                "created": self.created, "project": self.project.name}
+
+    def environment(self, extra: Optional[Mapping[str, str]] = None) -> bytes:
+        """The header records of a command's environment: ours, the secrets, then ``extra``."""
+        values: Dict[str, Union[str, bytes]] = dict(WORKSPACE_ENV)
+        values.update(CMUX_WORKSPACE=self.name, CMUX_PROJECT=self.project.name)
+        values.update(secret_values(self.project.registry))
+        for name, value in (extra or {}).items():
+            values[check_variable(name)] = value
+        if sum(len(value) for value in values.values()) > SECRETS_MAX + 65536:
+            raise UsageError("The environment is larger than %s." % human_size(SECRETS_MAX))
+        return b"".join(record("_cP" if name == "PATH" else name, value)
+                        for name, value in values.items())
+
+    def run(self, command: Union[str, Sequence[str]], stdout: Callable[[bytes], Any],
+            stderr: Callable[[bytes], Any], source: Optional[Source] = None, cwd: str = "",
+            env: Optional[Mapping[str, str]] = None, login: bool = False,
+            timeout: Optional[float] = None, cancel: Optional[Cancel] = None) -> Outcome:
+        """Run ``command``, its output streamed to the callables; see exec() for the rest."""
+        if not command or (not isinstance(command, str) and not command[0]):
+            raise UsageError("No command was given.", "For example: %s exec -- make test" % PROGRAM)
+        records = self.environment(env) + command_records(command, login, source is not None)
+        directory = os.path.join(self.path, cwd) if cwd else self.path
+        try:
+            return self.host.run(records, directory, stdout, stderr, source, Deadline(timeout), cancel)
+        except WorkspaceMissing:
+            if not cwd:
+                raise
+            raise UsageError("There is no directory %s in the workspace %s." % (show(cwd), self.name),
+                             "--cwd is relative to the workspace.")
+
+    def exec(self, command: Union[str, Sequence[str]], timeout: Optional[float] = None, cwd: str = "",
+             env: Optional[Mapping[str, str]] = None, stdin: Optional[bytes] = None, login: bool = False,
+             limit: int = CAPTURE_MAX, cancel: Optional[Cancel] = None) -> ExecResult:
+        """Run a command and wait for it.
+
+        ``command``: a string is a shell line, a sequence an exact argv. ``timeout`` in seconds;
+        at its end the process tree there is ended and what was printed is kept. ``cwd`` relative
+        to the workspace. ``stdin``: bytes for the command (None: /dev/null). ``limit``: bytes
+        kept of each stream. Raises HostError (the connection), never for the command's status.
+        """
+        import tempfile
+        began, out, err = time.monotonic(), Capture(limit), Capture(limit)
+        with tempfile.TemporaryFile() as spool:
+            source = None
+            if stdin is not None:
+                spool.write(stdin)
+                spool.seek(0)
+                source = Source(spool.fileno())
+            outcome = self.run(command, out, err, source, cwd, env, login, timeout, cancel)
+        return exec_result(self, outcome, out, err, began)
+
+
+def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: Capture, began: float) -> ExecResult:
+    codes = {None: outcome.status, "timeout": 124, "cancel": 130}
+    return ExecResult(workspace=workspace.name, host=workspace.host.name, exit_code=codes[outcome.reason],
+                      stdout=out.value(), stderr=err.value(), timed_out=outcome.reason == "timeout",
+                      duration=round(time.monotonic() - began, 3),
+                      truncated=out.truncated or err.truncated, stopped=outcome.stopped)
+
+
+# === 13. Results ===
+# Owns: what comes back from a host: the parsers of its streams, the checks, the commits made of
+# them. May touch: the rooms above; git only through a Shadow. Promises: no byte of the host's
+# reaches a work tree, an index, a hook, a config or an object that anything refers to before all
+# of it was read, checked and bounded; a stream that ends early, or lies, leaves no ref.
+
+_HFS_IGNORED = {c: None for c in list(range(0x200C, 0x2010)) + list(range(0x202A, 0x202F))
+                + list(range(0x206A, 0x2070)) + [0xFEFF]}
+# What would run or be obeyed on this machine after a merge.
+_EXECUTES = re.compile(
+    r"(^|/)(\.gitattributes|\.gitmodules|\.lfsconfig|\.githooks|\.husky|\.pre-commit-config\.yaml|\.envrc|\.vscode|\.idea|\.zed|"
+    r"\.devcontainer|\.github|\.gitlab-ci\.yml|\.circleci|Jenkinsfile|\.ci|(GNU)?[Mm]akefile|[^/]*\.mk|CMakeLists\.txt|[Jj]ustfile|Rakefile|Gemfile|"
+    r"package\.json|\.npmrc|\.yarnrc[^/]*|\.pnpmfile\.cjs|pyproject\.toml|setup\.(py|cfg)|tox\.ini|noxfile\.py|conftest\.py|sitecustomize\.py|"
+    r"usercustomize\.py|[^/]*\.pth|build\.rs|\.cargo|\.bazelrc|gradlew(\.bat)?|[^/]*\.gradle(\.kts)?|mvnw|\.mvn|\.?mise\.toml|\.tool-versions|"
+    r"Dockerfile|(docker-)?compose\.ya?ml|CLAUDE\.md|AGENTS\.md|GEMINI\.md|\.cursor[^/]*|\.mcp\.json|\.claude|\.codex|\.cmux|\.clangd|\.vimrc|"
+    r"\.exrc|\.nvimrc|\.dir-locals\.el|\.gdbinit|\.lldbinit)(/|$)", re.I)
+
+
+def refuse(what: str, hint: str = "") -> ResultRefused:
+    return ResultRefused("The result was refused: %s." % what, hint)
+
+
+def fold(text: str) -> str:
+    """What a file system that ignores case, composition and invisible characters compares."""
+    if text.isascii():
+        return text.lower()
+    from unicodedata import normalize
+    return normalize("NFC", normalize("NFKC", text.translate(_HFS_IGNORED)).casefold())
+
+
+def is_dot_git(component: str) -> bool:
+    """Whether any file system takes this name for .git: case, git~1, streams, ignorables."""
+    name = fold(component).split(":")[0].rstrip(" .")
+    return name == ".git" or bool(re.match(r"git~\d+\Z", name))
+
+
+def check_result_path(path: bytes, known: bool = False) -> bytes:
+    """Return a path the host named if it may stand in a tree of ours, else ResultRefused.
+
+    ``known``: the repository has the path already, so its spelling is the user's own."""
+    try:
+        text = path.decode("utf-8", "surrogateescape" if known else "strict")
+    except UnicodeDecodeError:
+        raise refuse("the path %s is not UTF-8" % show(path.decode("utf-8", "replace")))
+    parts = text.split("/")
+    if len(path) > PATH_MAX or len(parts) > DEPTH_MAX or max(map(len, path.split(b"/"))) > 255:
+        raise refuse("the path %s is too long or too deep" % show(text))
+    for part in text.replace("\\", "/").split("/"):
+        if part in ("", ".", "..") or is_dot_git(part):
+            raise refuse("the path %s leaves the tree, or names a git directory" % show(text))
+    if "" in parts or "\0" in text:
+        raise refuse("the path %s is not one" % show(text))
+    if not known:
+        import unicodedata
+        for character in "" if text.isprintable() and text.isascii() else text:
+            if unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Co") and character not in "\n\t\u200c\u200d":
+                raise refuse("the path %s has a control character" % show(text))
+    return path
+
+
+def check_link(path: bytes, target: bytes) -> None:
+    """Raise ResultRefused unless a symbolic link stays in the tree and out of .git. `..` may only
+    lead: after a name that is a link itself it would go elsewhere than it reads."""
+    text, place = target.decode("utf-8", "surrogateescape"), show(path.decode("utf-8", "surrogateescape"))
+    parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".")]
+    ups = 0
+    while parts[ups:] and parts[ups] == "..":
+        ups += 1
+    if not text or len(target) > PATH_MAX or "\0" in text or text.startswith("/") \
+            or ups > path.count(b"/") or ".." in parts[ups:] or any(map(is_dot_git, parts)):
+        raise refuse("%s is a symbolic link that leaves the tree or may: %s" % (place, show(text)),
+                     "Remove it there, or let .gitignore cover it, and pull again.")
+    if is_special(path):
+        raise refuse("%s is a symbolic link" % place)
+
+
+def is_special(path: bytes) -> bool:
+    name = fold(path.decode("utf-8", "surrogateescape").rpartition("/")[2]).split(":")[0].rstrip(" .")
+    return name in (".gitmodules", ".gitattributes", ".gitignore", ".mailmap") or bool(re.match(r"gi(tmod|7eba)[^/]*~\d+\Z", name))
+
+
+class Wire:
+    """Reads a stream exactly: to a delimiter, or a number of bytes. The end is an error."""
+
+    def __init__(self, take: Callable[[], bytes]) -> None:
+        self.take, self.buffer, self.at = take, b"", 0
+
+    def more(self) -> bool:
+        data = self.take()
+        self.buffer, self.at = self.buffer[self.at:] + data, 0
+        return bool(data)
+
+    def upto(self, end: bytes, limit: int = WIRE_LINE_MAX) -> bytes:
+        while True:
+            found = self.buffer.find(end, self.at, self.at + limit + 1)
+            if found >= 0:
+                line, self.at = self.buffer[self.at:found], found + 1
+                return line
+            if len(self.buffer) - self.at > limit:
+                raise refuse("its stream has a line without an end")
+            if not self.more():
+                raise refuse("its stream ends early", "Nothing was imported. Try again.")
+
+    def chunks(self, size: int) -> Iterator[bytes]:
+        while size:
+            if self.at == len(self.buffer) and not self.more():
+                raise refuse("its stream ends early", "Nothing was imported. Try again.")
+            piece = self.buffer[self.at:self.at + size]
+            self.at += len(piece)
+            size -= len(piece)
+            yield piece
+
+    def exact(self, size: int) -> bytes:
+        return b"".join(self.chunks(size))
+
+    def peek(self) -> bytes:
+        """The next byte, or b"" at the end."""
+        return self.buffer[self.at:self.at + 1] if self.at < len(self.buffer) or self.more() else b""
+
+
+class Harvest:
+    """What one stream brought: blobs in the shadow, by mark; commits as checked data."""
+
+    def __init__(self, importer: Importer, known: Callable[[bytes], bool], secrets: Mapping[str, bytes]) -> None:
+        self.importer, self.known = importer, known
+        self.secrets = {name: value for name, value in secrets.items() if len(value) >= 8}
+        self.overlap = max(map(len, self.secrets.values()), default=1) - 1
+        self.sizes: Dict[int, int] = {}
+        self.leaks: Dict[int, List[str]] = {}
+        self.commits: List[Dict[str, Any]] = []
+        self.total = self.paths = self.words = 0
+
+    def blob(self, mark: int, size: int, chunks: Iterable[bytes]) -> None:
+        self.total += size
+        if size > PULL_FILE_MAX:
+            raise refuse("a file has %s, more than %s" % (human_size(size), human_size(PULL_FILE_MAX)),
+                         "Remove it there, or let .gitignore cover it, and pull again.")
+        if self.total > PULL_TOTAL_MAX or len(self.sizes) >= PULL_PATHS_MAX:
+            raise refuse("it is larger than %s, or has more than %d files" % (human_size(PULL_TOTAL_MAX), PULL_PATHS_MAX),
+                         "Let .gitignore cover what was generated, and pull again.")
+        self.sizes[mark] = size
+        self.importer.write(b"blob\nmark :%d\ndata %d\n" % (mark, size))
+        before = b""
+        for chunk in chunks:
+            self.importer.write(chunk)
+            for name, value in self.secrets.items():
+                if value in before + chunk and name not in self.leaks.get(mark, ()):
+                    self.leaks.setdefault(mark, []).append(name)
+            before = (before + chunk)[-self.overlap:] if self.overlap else b""
+        self.importer.write(b"\n")
+
+    def change(self, changes: Dict[bytes, Tuple[str, int]], path: bytes, mode: str, mark: int) -> None:
+        """One path of a commit: a file by its mark, or a deletion (mode "")."""
+        self.paths += 1
+        if self.paths > PULL_PATHS_MAX:
+            raise refuse("more than %d paths changed" % PULL_PATHS_MAX, "Let .gitignore cover what was generated, and pull again.")
+        try:
+            check_result_path(path)
+        except ResultRefused:
+            if not self.known(path):
+                raise
+            check_result_path(path, True)
+        if path in changes or (mode and mark not in self.sizes):
+            raise refuse("its stream names %s twice or without content" % show(path.decode("utf-8", "replace")))
+        if mode == "120000" and self.sizes[mark] > PATH_MAX:
+            raise refuse("%s is a symbolic link of %s" % (show(path.decode("utf-8", "replace")), human_size(self.sizes[mark])))
+        changes[path] = (mode, mark)
+
+
+# -- the stream of git fast-export --
+
+_PERSON = re.compile(rb"(?:author|committer) ?(.*) ?<([^<>\n]*)> (\d{1,11}) ([+-](?:0\d|1[0-4])[0-5]\d)\Z")
+
+
+def read_person(line: bytes, word: bytes) -> Tuple[str, str, str]:
+    match = _PERSON.match(line) if line.startswith(word) and len(line) < 1024 else None
+    if not match:
+        raise refuse("its stream has a damaged %s line" % word.decode())
+    name, mail = (re.sub(r"[<>\n]", "", neutralise(part)).strip(" .,:;\"'\\")[:200] for part in match.group(1, 2))
+    return name or "unknown", mail or "unknown@localhost", "@%d %s" % (min(int(match.group(3)), 4102444800), match.group(4).decode())
+
+
+def unquote(text: bytes) -> bytes:
+    """A path as fast-export writes it: C-quoted where it has to be."""
+    if not text.startswith(b'"'):
+        return text
+    if not re.match(rb'"([^"\\]|\\([abfnrtv"\\]|[0-3][0-7]{2}))+"\Z', text):
+        raise refuse("its stream has a damaged path")
+    simple = dict(zip(b'abfnrtv"\\', b'\a\b\f\n\r\t\v"\\'))
+    return re.sub(rb"\\([0-7]{3}|.)", lambda m: bytes([int(m.group(1), 8) if len(m.group(1)) == 3 else simple[m.group(1)[0]]]),
+                  text[1:-1])
+
+
+def read_number(line: bytes, word: bytes, limit: int) -> int:
+    match = re.match(re.escape(word) + rb"(0|[1-9]\d{0,15})\Z", line)
+    if not match or int(match.group(1)) > limit:
+        raise refuse("its stream has %s instead of a number after %s" % (show(line.decode("utf-8", "replace")), word.decode().strip()))
+    return int(match.group(1))
+
+
+def read_export(wire: Wire, base: str, harvest: Harvest) -> None:
+    """Parse what our git fast-export prints, and nothing else. Marks count up by one."""
+    if wire.upto(b"\n") != b"feature done":
+        raise refuse("its stream is not one of git fast-export")
+    last, may_follow, idle = 0, False, 0
+    while idle < 1000:
+        line = wire.upto(b"\n")
+        idle += 1
+        if line == b"done":
+            break
+        if line == b"" or (may_follow and line.startswith(b"from ")):
+            may_follow = False
+        elif line.startswith(b"reset "):
+            may_follow = True
+        elif line == b"blob" or line.startswith(b"commit "):
+            last, idle = last + 1, 0
+            if read_number(wire.upto(b"\n"), b"mark :", 10 ** 9) != last:
+                raise refuse("its stream counts wrongly")
+            if line == b"blob":
+                size = read_number(wire.upto(b"\n"), b"data ", 10 ** 15)
+                harvest.blob(last, size, wire.chunks(size))
+                if wire.peek() == b"\n":
+                    wire.exact(1)
+            else:
+                read_commit(wire, base, last, harvest)
+        else:
+            raise refuse("its stream has the line %s" % show(line.decode("utf-8", "replace")))
+    if idle >= 1000 or wire.peek():
+        raise refuse("its stream goes on after its end")
+
+
+def read_commit(wire: Wire, base: str, mark: int, harvest: Harvest) -> None:
+    line = wire.upto(b"\n")
+    author = committer = read_person(line, line.split(b" ")[0][:9])
+    if line.startswith(b"author"):
+        committer = read_person(wire.upto(b"\n"), b"committer")
+    size = read_number(wire.upto(b"\n"), b"data ", PULL_MESSAGE_MAX)
+    message = neutralise(wire.exact(size)).replace("\0", "")
+    harvest.words += size
+    if wire.peek() == b"\n":
+        wire.exact(1)
+    parents: List[Union[int, str]] = []
+    changes: Dict[bytes, Tuple[str, int]] = {}
+    marks = {commit["mark"] for commit in harvest.commits}
+    line = wire.upto(b"\n")
+    while line.startswith(b"from " if not parents else b"merge "):
+        ref = line.split(b" ", 1)[1]
+        parents.append(read_number(ref, b":", mark - 1) if ref.startswith(b":") else ref.decode("ascii", "replace"))
+        line = wire.upto(b"\n")
+    if not parents or len(parents) > 16 or any(parent != base and parent not in marks for parent in parents):
+        raise refuse("a commit in it has a parent that was not sent")
+    while line:
+        match = re.match(rb"(?:M (100644|100755|120000) :([1-9]\d{0,8})|D) (.+)\Z", line, re.S)
+        if not match:
+            raise refuse("its stream has the change %s" % show(line.decode("utf-8", "replace")))
+        harvest.change(changes, unquote(match.group(3)), (match.group(1) or b"").decode(), int(match.group(2) or 0))
+        line = wire.upto(b"\n")
+    if len(harvest.commits) > PULL_COMMITS_MAX or harvest.words > 64 * PULL_MESSAGE_MAX:
+        raise refuse("it has more than %d commits" % PULL_COMMITS_MAX)
+    harvest.commits.append({"mark": mark, "author": author, "committer": committer, "message": message,
+                            "parents": parents, "changes": changes})
+
+
+# -- the stream of a host without git: a list of all files, then tar archives --
+
+def tar_number(field: bytes) -> int:
+    match = re.match(rb" *([0-7]{1,11})[ \0]*\Z", field)
+    if not match:
+        raise refuse("its tar archive has a number that is not octal")
+    return int(match.group(1), 8)
+
+
+def read_tar(wire: Wire, base: str, harvest: Harvest, sent: Set[bytes]) -> List[bytes]:
+    """Parse the list and the archives into one commit. ``sent`` is what the host was given: what
+    it lacks now was deleted. Returns the paths that are new there but came with no archive."""
+    listed, new, changes, marks = 0, set(), {}, {}  # type: int, Set[bytes], Dict[bytes, Tuple[str, int]], Dict[bytes, int]
+    missing = set(sent)
+    while True:
+        path = wire.upto(b"\0", 4 * PATH_MAX)
+        if not path:
+            break
+        listed += 1
+        name = path[2:] if path.startswith(b"./") else b""
+        if listed > LISTED_MAX or not name:
+            raise refuse("its list of files is damaged or endless")
+        missing.discard(name)
+        if name not in sent:
+            new.add(name)
+            if len(new) > PULL_PATHS_MAX:
+                raise refuse("more than %d files are new" % PULL_PATHS_MAX, "Remove what was generated there, and pull again.")
+    for path in missing:
+        harvest.change(changes, path, "", 0)
+    while wire.peek():
+        entry = read_tar_entry(wire)
+        listed += 1
+        if listed > 2 * LISTED_MAX:
+            raise refuse("its tar archive is endless")
+        if entry is None:
+            continue
+        path, mode, size, target = entry
+        if mode == "link":  # a second name of a file that came before
+            if target not in marks:
+                raise refuse("its tar archive links %s to what it does not hold" % show(path.decode("utf-8", "replace")))
+            mode, mark = changes[target][0], marks[target]
+        else:
+            mark = len(harvest.sizes) + 1
+            harvest.blob(mark, size, [target] if mode == "120000" else wire.chunks(size))
+            if mode != "120000":
+                wire.exact(-size % 512)
+        marks[path] = mark
+        harvest.change(changes, path, mode, mark)
+    person = ("cmux", "cmux@localhost", "@%d +0000" % time.time())
+    harvest.commits.append({"mark": 0, "author": person, "committer": person, "message": "work of the workspace\n",
+                            "parents": [base], "changes": changes})
+    return sorted(new - set(marks))
+
+
+def read_tar_entry(wire: Wire) -> Optional[Tuple[bytes, str, int, bytes]]:
+    """(path, mode, size, link target) of the next entry, None for a directory or an end block."""
+    longer: Dict[str, bytes] = {}
+    while True:
+        block = wire.exact(512)
+        if not block.strip(b"\0"):
+            if longer:
+                raise refuse("its tar archive has a name without a file")
+            return None
+        if tar_number(block[148:156]) != sum(block) - sum(block[148:156]) + 256:
+            raise refuse("its tar archive is damaged")
+        kind, size = block[156:157], tar_number(block[124:136])
+        if kind not in (b"x", b"L", b"K"):
+            break
+        if size > 65536:
+            raise refuse("its tar archive has a name of %s" % human_size(size))
+        data = wire.exact(size)
+        wire.exact(-size % 512)
+        if kind == b"x":
+            longer.update(read_pax(data))
+        else:
+            longer["path" if kind == b"L" else "linkpath"] = data.rstrip(b"\0")
+    name, target = block[:100].split(b"\0")[0], block[157:257].split(b"\0")[0]
+    if block[257:263] == b"ustar\0" and block[345:500].split(b"\0")[0]:
+        name = block[345:500].split(b"\0")[0] + b"/" + name
+    name, target = longer.get("path", name), longer.get("linkpath", target)
+    path = name[2:] if name.startswith(b"./") else name
+    if kind == b"5" and not size:
+        return None
+    if kind not in (b"0", b"\0", b"1", b"2") or (size and kind in (b"1", b"2")):
+        raise refuse("its tar archive holds %s, which is no file and no link" % show(path.decode("utf-8", "replace")))
+    if kind == b"1":
+        return path, "link", 0, target[2:] if target.startswith(b"./") else target
+    if kind == b"2":
+        return path, "120000", len(target), target
+    return path, "100755" if tar_number(block[100:108]) & 0o100 else "100644", size, b""
+
+
+def read_pax(data: bytes) -> Dict[str, bytes]:
+    """path and linkpath of a pax header; times and the like are passed over; a size is refused."""
+    found: Dict[str, bytes] = {}
+    at = 0
+    while at < len(data):
+        match = re.compile(rb"([1-9]\d{0,5}) ([A-Za-z0-9.]{1,100})=").match(data, at)
+        end = at + int(match.group(1)) if match else 0
+        if not match or end > len(data) or end <= match.end() or data[end - 1:end] != b"\n":
+            raise refuse("its tar archive has a damaged header")
+        key = match.group(2).decode()
+        if key in ("path", "linkpath"):
+            found[key] = data[match.end():end - 1]
+        elif key == "size" or key.startswith("GNU.sparse"):
+            raise refuse("its tar archive has a sparse or huge file")
+        at = end
+    return found
+
+
+# -- from checked data to commits --
+
+class Grower:
+    """Makes commits in a shadow out of a Harvest, and looks at each again."""
+
+    def __init__(self, shadow: Shadow, base: str, harvest: Harvest, ids: Mapping[int, str], absent: Mapping[bytes, str]) -> None:
+        self.shadow, self.base, self.harvest, self.ids, self.absent = shadow, base, harvest, ids, absent
+        self.env = {"GIT_INDEX_FILE": os.path.join(shadow.path, "result.index")}
+        self.at = ""  # the commit the index stands at
+
+    def grow(self) -> List[str]:
+        """The ids of the commits, oldest first."""
+        made: Dict[Union[int, str], str] = {}
+        links = sorted({(self.ids[mark], path) for commit in self.harvest.commits
+                        for path, (mode, mark) in commit["changes"].items() if mode == "120000"})
+        for (_, path), (_, target) in zip(links, self.shadow.blobs([oid for oid, _ in links])):
+            check_link(path, target)
+        for commit in self.harvest.commits:
+            parents = [made.get(parent, self.base) for parent in commit["parents"]]
+            tree = self._tree(parents[0], commit["changes"])
+            self.at = made[commit["mark"]] = self.commit(tree, parents, commit["message"], commit["author"], commit["committer"])
+        return [made[commit["mark"]] for commit in self.harvest.commits]
+
+    def commit(self, tree: str, parents: Iterable[str], message: str, author: Tuple[str, str, str],
+               committer: Tuple[str, str, str]) -> str:
+        env = {"GIT_%s_%s" % (who, what): value for who, person in (("AUTHOR", author), ("COMMITTER", committer))
+               for what, value in zip(("NAME", "EMAIL", "DATE"), person)}
+        words = [word for parent in dict.fromkeys(parents) for word in ("-p", parent)]
+        return self.shadow.call("commit-tree", tree, *words, stdin=message.encode("utf-8", "replace") or b"\n", env=env)
+
+    def _tree(self, parent: str, changes: Dict[bytes, Tuple[str, int]]) -> str:
+        if self.at != parent:
+            self.shadow.call("read-tree", parent, env=self.env)
+        zero = "0" * len(self.base)
+        wanted: Dict[bytes, Tuple[str, str]] = {}
+        for path, (mode, mark) in changes.items():
+            if not mode and path in self.absent:
+                raise refuse("it deletes %s, which was never sent" % show(path.decode("utf-8", "replace")))
+            wanted[path] = (mode, self.ids[mark]) if mode else ("0", zero)
+        rows = sorted(wanted.items(), key=lambda item: item[1][0] != "0")  # deletions first
+        try:
+            self.shadow.call("update-index", "-z", "--index-info", env=self.env, stdin=b"".join(
+                b"%s %s\t%s\0" % (mode.encode(), oid.encode(), path) for path, (mode, oid) in rows))
+        except GitFailed as error:
+            raise refuse("git does not take its paths (%s)" % error)
+        tree = self.shadow.call("write-tree", env=self.env)
+        self._look_again(parent, tree, wanted)
+        return tree
+
+    def _look_again(self, parent: str, tree: str, wanted: Dict[bytes, Tuple[str, str]]) -> None:
+        """What differs must be what was wanted, and all of it; no two paths may fold into one."""
+        added = []
+        for before, mode, oid, path in self.shadow.changes(parent, tree):
+            if wanted.get(path) != (mode if mode != "000000" else "0", oid):
+                raise refuse("git made something else of %s" % show(path.decode("utf-8", "replace")))
+            if before == "000000":
+                added.append(path)
+        seen: Dict[str, str] = {}
+        for path in added:
+            self._collide(seen, path, True)
+        left = sum(1 for mode, _ in wanted.values() if mode != "0")
+        for mode, oid, path in self.shadow.listing(tree):
+            if path in wanted:
+                left -= wanted[path] == (mode, oid)
+            if added:
+                self._collide(seen, path, False)
+        if left:
+            raise refuse("git dropped some of its paths")
+
+    @staticmethod
+    def _collide(seen: Dict[str, str], path: bytes, add: bool) -> None:
+        text = path.decode("utf-8", "surrogateescape")
+        while text:
+            key = fold(text)
+            if (seen.setdefault(key, text) if add else seen.get(key, text)) != text:
+                raise refuse("%s and %s are one file where case or composition do not count"
+                             % (show(text), show(seen[key])))
+            text = text.rpartition("/")[0]
+
+
+class Result(Value):
+    """What a workspace has that its base has not. ``branch`` "" and ``commit`` "" when nothing;
+    ``new`` tells whether the branch moved; ``executes`` are changes that would run here."""
+
+    __slots__ = ("workspace", "branch", "base", "commit", "since", "commits", "new", "executes", "secrets",
+                 "notes", "stat")
+    workspace: str
+    branch: str
+    base: str
+    commit: str
+    since: str
+    commits: int
+    new: bool
+    executes: List[str]
+    secrets: Dict[str, List[str]]
+    notes: List[str]
+    stat: str
+
+
+class Pull:
+    """One pull or diff: fetch() reads the stream into the shadow, settle() makes the tip."""
+
+    def __init__(self, workspace: WorkspaceBase, shadow: Shadow, report: Report, allow: bool = False,
+                 cancel: Optional[Cancel] = None) -> None:
+        self.workspace, self.shadow, self.report, self.allow, self.cancel = workspace, shadow, report, allow, cancel
+        self.entry = workspace.project.registry.read()["workspaces"][workspace.name]
+        self.base: str = workspace.base
+        self.sent_tree, self.absent = shadow.unsent(self.entry["tree"])
+        self.notes: List[str] = []
+        self.pulled: Dict[str, str] = {}
+        self._sent: Optional[Set[bytes]] = None
+
+    def sent(self) -> Set[bytes]:
+        """The paths the host was given."""
+        if self._sent is None:
+            self._sent = {path for _, _, path in self.shadow.listing(self.sent_tree)}
+        return self._sent
+
+    def fetch(self, how: str = "") -> Tuple[List[str], bool]:
+        """(the commits of the workspace, oldest first; whether the last is uncommitted work)"""
+        importer = self.shadow.importer()
+        incoming = None
+        try:
+            secrets = secret_values(self.workspace.project.registry)
+            harvest = Harvest(importer, lambda path: path in self.sent(), secrets)
+            sha1 = len(self.base) == 40
+            incoming = Incoming(self.workspace.host, self.cancel, PULL, self.workspace.root, self.entry["project"],
+                                self.workspace.name, self.entry["tree"], self.sent_tree if sha1 else "",
+                                os.urandom(8).hex(), str(PULL_COMMITS_MAX), str(PULL_FILE_MAX), how)
+            wire = Wire(self._counted(incoming, harvest))
+            dirty, unsent = self._read(wire, incoming, harvest)
+            reply = incoming.reply()
+            check_reply(reply, self.workspace.host.name, "give the result of %s" % self.workspace.name)
+            if unsent:
+                return self.fetch("all")
+            self._grower = Grower(self.shadow, self.base, harvest, importer.finish(), self.absent)
+            self._leaks(harvest)
+            commits = self._grower.grow()
+            if dirty and not next(self.shadow.changes((commits[-2:-1] or [self.base])[0], commits[-1]), None):
+                return commits[:-1], False
+            return commits, dirty
+        finally:
+            importer.close()
+            if incoming:
+                incoming.close()
+
+    def _counted(self, incoming: Incoming, harvest: Harvest) -> Callable[[], bytes]:
+        def take() -> bytes:
+            self.report.progress(self.workspace.name, harvest.total)
+            return incoming.take()
+        return take
+
+    def _read(self, wire: Wire, incoming: Incoming, harvest: Harvest) -> Tuple[bool, bool]:
+        while True:
+            if not wire.peek():
+                self._refused(incoming.reply())
+            line = wire.upto(b"\n")
+            words = line.split(b" ")
+            if words[0] == b"note" and len(self.notes) < 20:
+                self.notes.append(show(line[5:].decode("utf-8", "replace"))[1:-1])
+            elif words[0] == b"large":
+                raise refuse("%s there has more than %s" % (show(line[6:].decode("utf-8", "replace")), human_size(PULL_FILE_MAX)),
+                             "Remove it there, or let .gitignore cover it, and pull again.")
+            elif words[0] == b"tar" and len(words) == 2:
+                self.pulled = {"mark": self._word(words[1])}
+                return True, bool(read_tar(wire, self.base, harvest, self.sent()))
+            elif words[0] == b"git" and len(words) == 6 and words[2] in (b"0", b"1"):
+                self.pulled = dict(zip(("head", "tree", "refs"), map(self._word, words[3:])))
+                read_export(wire, self._word(words[1]), harvest)
+                return words[2] == b"1", False
+            else:
+                raise refuse("its stream begins with %s" % show(line.decode("utf-8", "replace")))
+
+    @staticmethod
+    def _word(word: bytes) -> str:
+        if not re.match(rb"[0-9a-f-]{1,64}\Z", word):
+            raise refuse("its stream has %s instead of an id" % show(word.decode("utf-8", "replace")))
+        return word.decode()
+
+    def _refused(self, reply: Reply) -> None:
+        if reply.status == 22:
+            raise WorkspaceMissing("The directory of %s is not on %s (any more)." % (self.workspace.name, self.workspace.host.name),
+                                   "`%s rm --force %s` forgets it." % (PROGRAM, self.workspace.name))
+        check_reply(reply, self.workspace.host.name, "give the result of %s" % self.workspace.name)
+        raise refuse("its stream is empty")
+
+    def _leaks(self, harvest: Harvest) -> None:
+        self.secrets: Dict[str, List[str]] = {}
+        for commit in harvest.commits if harvest.leaks else ():
+            for path, (_, mark) in commit["changes"].items():
+                if harvest.leaks.get(mark):
+                    self.secrets[neutralise(path)] = harvest.leaks[mark]
+
+    def settle(self, commits: List[str], dirty: bool, before: str) -> str:
+        """The commit that holds the result on top of ``before``, what an earlier pull made."""
+        history = commits[:-1] if dirty else commits
+        head, tip = (history or [self.base])[-1], (commits or [self.base])[-1]
+        if not before:
+            return tip
+        tree = self.shadow.call("rev-parse", tip + "^{tree}")
+        known = self.shadow.is_ancestor(head, before)
+        if known and tree == self.shadow.call("rev-parse", before + "^{tree}"):
+            return before
+        if self.shadow.is_ancestor(before, head):
+            return tip
+        person = ("cmux", "cmux@localhost", "@%d +0000" % time.time())
+        return self._grower.commit(tree, [before] if known else [before, head], "work of the workspace since the last pull\n", person, person)
+
+    def diff(self, *words: str) -> Iterator[str]:
+        for line in self.shadow.records("diff-tree", "-r", "-M", "-l400", "--no-ext-diff", "--no-textconv", *words, end=b"\n"):
+            yield neutralise(line)
+
+    def inspect(self, old: str, new: str) -> List[str]:
+        """The changes that would execute here after a merge. Refuses those below an in-tree
+        core.hooksPath unless allowed, and submodules with a URL that is a command."""
+        hooks, found, modules = self.workspace.project.repository.hooks_inside(), [], []
+        for before, mode, oid, path in self.shadow.changes(old, new):
+            text = path.decode("utf-8", "surrogateescape")
+            why = "file that tools obey" if _EXECUTES.search(text) else ""
+            if hooks and mode != "000000" and (fold(text) + "/").startswith(fold(hooks) + "/"):
+                why = "git hook"
+                if not self.allow:
+                    raise refuse("it changes %s, and this repository runs hooks from there" % show(text),
+                                 "Look at it with diff; to take it all the same: --allow.")
+            if is_special(path) and "mod" in fold(text) and mode != "000000":
+                modules.append(oid)
+            if mode == "100755" and before != mode:
+                why = why or "executable"
+            if mode == "120000":
+                why = why or "symbolic link"
+            if why and mode != "000000":
+                found.append("%s (%s)" % (neutralise(text).replace("\n", "^J"), why))
+        if any(re.search(rb"=\s*\"?\s*([A-Za-z0-9.+]+::|-|!)", data) for _, data in self.shadow.blobs(modules)):
+            raise refuse("its .gitmodules names a URL or an update that is a command")
+        return found
+
+
+def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report: Optional[Report] = None,
+         cancel: Optional[Cancel] = None) -> Result:
+    """Bring the workspace's work home as commits on ``branch`` (default cmux/NAME), on top of its
+    base. The work tree is not touched. Raises ResultRefused, GitFailed, HostError."""
+    project, name = workspace.project, workspace.name
+    ref = project.repository.check_branch(branch or "cmux/" + name)
+    with project.registry.creation_lock(name), project.repository.in_shadow(workspace.base) as shadow:
+        work = Pull(workspace, shadow, report or Report(), allow, cancel)
+        old, before = project.repository.value_of(ref), work.entry.get("branches", {}).get(ref, "")
+        if old and old != before:
+            raise GitFailed("The branch %s has commits that no pull made." % show(ref[11:]),
+                            "Choose another: --branch NAME. Or rename yours: git branch -m %s NEW" % quote(ref[11:]))
+        commits, dirty = work.fetch()
+        since = old or workspace.base
+        tip = work.settle(commits, dirty, old)
+        executes = work.inspect(since, tip)
+        if tip != since:
+            project.repository.publish(shadow.quarantine(tip, {since, workspace.base}), ref, tip, old)
+
+        def remember(record: Dict[str, Any]) -> None:
+            entry = record["workspaces"].get(name)
+            if entry and entry["op"] == work.entry["op"]:
+                entry["pulled"] = work.pulled
+                if tip != since:
+                    entry.setdefault("branches", {})[ref] = tip
+        project.registry.update(remember)
+        stat = "\n".join(work.diff("--stat=100", "--stat-count=500", since, tip)) if tip != since else ""
+        count = int(shadow.call("rev-list", "--count", tip, "^" + since)) if tip != since else 0
+        return Result(workspace=name, branch=ref[11:] if tip != workspace.base else "", base=workspace.base, commit=tip,
+                      since=since, commits=count, new=tip != since, executes=executes, secrets=work.secrets,
+                      notes=work.notes, stat=stat)
+
+
+def diff(workspace: WorkspaceBase, stat: bool = False, report: Optional[Report] = None,
+         cancel: Optional[Cancel] = None) -> Iterator[str]:
+    """What the workspace changed against its base, line by line, neutralised. Creates nothing."""
+    with workspace.project.repository.in_shadow(workspace.base) as shadow:
+        work = Pull(workspace, shadow, report or Report(), True, cancel)
+        commits, _ = work.fetch()
+        for path, names in work.secrets.items():
+            work.report.warn("%s holds the secret %s." % (path, ", ".join(names)))
+        yield from work.diff(*(("--stat=100", "--stat-count=500") if stat else ("-p",)), workspace.base, (commits or [workspace.base])[-1])
+
+
+# === 14. Tools ===
+# Owns: what an agent works with, and the one table that the command line, batch and MCP are made
+# from. Handlers take and return plain values; they print nothing. May touch: rooms above.
+
+class ToolFailed(CmuxError):
+    """A tool could not do what was asked; the message is meant for the agent."""
+
+
+def absolute(workspace: WorkspaceBase, path: object) -> str:
+    """A tool's path as the host gets it: absolute, below the workspace unless it says otherwise."""
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise UsageError("A path is missing, or is not text without NUL.")
+    return path if path.startswith("/") else "%s/%s" % (workspace.path, path)
+
+
+def tool_reply(reply: Reply, path: str, limit: int = 0) -> Reply:
+    """The reply, or the failure that its status stands for."""
+    if reply.status:
+        said = neutralise(reply.stderr).strip().split("\n")[-1] or "status %d" % reply.status
+        text = TOOL_STATUS.get(reply.status, "The host failed with status %d: {said}." % reply.status)
+        raise ToolFailed(text.format(path=show(path), said=show(said, 300)[1:-1], limit=human_size(limit)))
+    return reply
+
+
+def sha256(data: bytes) -> str:
+    import hashlib
+    return hashlib.sha256(data).hexdigest()
+
+
+def cksum_of(data: bytes) -> Tuple[str, int]:
+    digest = Cksum()
+    digest.update(data)
+    return digest.line().split()[0], len(data)
+
+
+class FileContent(Value):
+    """``data``: the bytes asked for; ``size`` and ``sha256`` (may be "") of the whole file."""
+
+    __slots__ = ("data", "size", "sha256")
+    data: bytes
+    size: int
+    sha256: str
+
+
+def read_file(workspace: WorkspaceBase, path: str, offset: int = 1, limit: int = 0,
+              cancel: Optional[Cancel] = None) -> FileContent:
+    """A file, or ``limit`` lines of it from line ``offset`` on (1 is the first; 0 lines: all)."""
+    if offset < 1 or limit < 0:
+        raise UsageError("Lines count from 1, and a limit cannot be negative.")
+    where = absolute(workspace, path)
+    reply = tool_reply(workspace.host.call(
+        READ, where, str(READ_MAX), str(offset), str(limit), cancel=cancel, limit=READ_MAX + 4096), path, READ_MAX)
+    head, _, data = reply.stdout.partition(b"\n")
+    words = head.decode("ascii", "replace").split()
+    if len(words) < 2 or not words[0].isdigit():
+        raise RemoteFailed("The host's answer to read is damaged.")
+    if words[1] == "all":
+        if len(data) > READ_MAX:
+            raise ToolFailed("%s is larger than %s." % (show(path), human_size(READ_MAX)), "Read it by lines: offset and limit.")
+        digest, size = sha256(data), len(data)  # a file that grows is what was read of it
+        if offset > 1 or limit:
+            lines = data.splitlines(keepends=True) if b"\r" not in data else re.findall(rb"[^\n]*\n|[^\n]+\Z", data)
+            data = b"".join(lines[offset - 1:offset - 1 + limit if limit else None])
+        return FileContent(data=data, size=size, sha256=digest)
+    known = words[2] if words[2:] and re.match(r"[0-9a-f]{64}\Z", words[2]) else ""
+    return FileContent(data=data, size=int(words[0]), sha256=known)
+
+
+def write_file(workspace: WorkspaceBase, path: str, data: bytes, old: str = "",
+               cancel: Optional[Cancel] = None) -> bool:
+    """Make ``data`` the content of ``path``, whole or not at all; True if the file is new.
+
+    Keeps the mode, follows a symlink, makes parents. ``old``: "none", or the checksum line of
+    the content that must still be there, else ToolFailed with ``changed`` set.
+    """
+    import tempfile
+    checksum, size = cksum_of(data)
+    with tempfile.TemporaryFile() as spool:
+        spool.write(data)
+        spool.seek(0)
+        reply = workspace.host.call(WRITE, absolute(workspace, path), workspace.root, os.urandom(8).hex(),
+                                    str(size), checksum, old, source=Source(spool.fileno()), cancel=cancel)
+    if reply.status == 36:
+        raise FileChanged("%s changed meanwhile." % show(path), "Read it again.")
+    return tool_reply(reply, path).stdout.strip() == b"created"
+
+
+class FileChanged(ToolFailed):
+    """Compare-and-swap failed: the file is not what it was."""
+
+
+def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> bytes:
+    """``data`` with every edit applied in order, or ToolFailed that says where each match is."""
+    for number, edit in enumerate(edits, 1):
+        old, new, count = (edit["old"].encode("utf-8", "surrogateescape"),
+                           edit["new"].encode("utf-8", "surrogateescape"), edit.get("count") or 1)
+        which = "Edit %d of %d: " % (number, len(edits)) if len(edits) > 1 else ""
+        if not old:
+            raise ToolFailed(which + "the text to replace is empty.", "Use write to make a file.")
+        if old == new:
+            raise ToolFailed(which + "old and new are the same.")
+        found = data.count(old)
+        if not found and b"\r\n" in data and b"\n" in old and b"\r" not in old:
+            old, new = old.replace(b"\n", b"\r\n"), new.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+            found = data.count(old)
+        if found != count:
+            lines: List[str] = []
+            at = data.find(old)
+            while at >= 0 and len(lines) < 10:
+                lines.append(str(data.count(b"\n", 0, at) + 1))
+                at = data.find(old, at + len(old))
+            where = " (at line%s %s)" % ("s" if len(lines) > 1 else "", ", ".join(lines)) if lines else ""
+            raise ToolFailed("%sthe text occurs %d times in %s%s, not %d; nothing was changed."
+                             % (which, found, show(path), where, count),
+                             "Give more context, or the right count." if found else
+                             "Read the file again: whitespace and line ends must match exactly.")
+        data = data.replace(old, new)
+    return data
+
+
+def edit_file(workspace: WorkspaceBase, path: str, edits: Sequence[Mapping[str, Any]], expected: str = "",
+              cancel: Optional[Cancel] = None) -> Tuple[bytes, bytes]:
+    """Apply exact replacements, all or none: (before, after). A concurrent change makes it read
+    and apply again, unless ``expected`` (the sha256 as last seen) no longer holds."""
+    for attempt in range(EDIT_TRIES):
+        before = read_file(workspace, path, cancel=cancel)
+        if expected and before.sha256 != expected:
+            raise FileChanged("%s changed since it was read." % show(path), "Read it again.")
+        after = apply_edits(before.data, edits, path)
+        try:
+            write_file(workspace, path, after, "%s %d" % cksum_of(before.data), cancel)
+            return before.data, after
+        except FileChanged:
+            time.sleep(0.01 * (attempt + 1) * os.urandom(1)[0] / 255)
+    raise FileChanged("%s keeps changing." % show(path), "Try again.")
+
+
+def unified_diff(before: bytes, after: bytes, path: str) -> str:
+    """What an edit did, as a diff of at most DIFF_MAX characters."""
+    import difflib
+    old, new = (re.findall(r"[^\n]*\n|[^\n]+\Z", data.decode("utf-8", "replace")) for data in (before, after))
+    if len(old) + len(new) > 40000:
+        return "(the file is too long for a diff)"
+    text = "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in
+                   difflib.unified_diff(old, new, "a/" + path, "b/" + path))
+    return text if len(text) <= DIFF_MAX else text[:DIFF_MAX] + "\n[...]\n"
+
+
+def glob_regex(pattern: str) -> re.Pattern[str]:
+    """``*`` and ``?`` stay within a path component, ``**`` crosses them, ``[...]`` as in sh."""
+    out, i = "", 0
+    while i < len(pattern):
+        if pattern.startswith("**/", i):
+            out, i = out + "(?:.*/)?", i + 3
+        elif pattern.startswith("**", i):
+            out, i = out + ".*", i + 2
+        elif pattern[i] in "*?":
+            out, i = out + ("[^/]*" if pattern[i] == "*" else "[^/]"), i + 1
+        elif pattern[i] == "[" and "]" in pattern[i + 2:]:
+            end = pattern.index("]", i + 2)
+            inner = pattern[i + 1:end].replace("\\", "\\\\")
+            out += "(?!/)[%s]" % ("^/" + inner[1:] if inner[0] in "!^" else inner.replace("[", "\\["))
+            i = end + 1
+        else:
+            out, i = out + re.escape(pattern[i]), i + 1
+    try:
+        return re.compile(out + r"\Z", re.S)
+    except re.error:
+        raise UsageError("%s is not a glob pattern." % show(pattern))
+
+
+def wider_pattern(pattern: str) -> str:
+    """A find -path pattern that matches whatever ``pattern`` may (there ``*`` crosses slashes)."""
+    # ? and [...] become * too: in the C locale they stand for one byte of a character
+    return "./" + re.sub(r"\*\*/|\*\*|\?|\[.*\]|\\", "*", pattern, flags=re.S)
+
+
+def run_search(workspace: WorkspaceBase, script: str, *arguments: str, cancel: Optional[Cancel] = None) -> bytes:
+    """Run a searching script as a command of its own process group, without the secrets."""
+    out, err = Capture(SEARCH_MAX * 2), Capture(LOG_MAX)
+    records = command_records(["sh", "-c", script, "sh"] + list(arguments), False, False)
+    outcome = workspace.host.run(records, workspace.path, out, err, None, Deadline(SEARCH_PATIENCE), cancel)
+    if outcome.reason:
+        raise ToolFailed("The search was stopped after %d seconds." % SEARCH_PATIENCE, "Narrow it.")
+    tool_reply(Reply(status=outcome.status or 0, stdout=b"", stderr=err.value()), "")
+    return out.value()
+
+
+def glob_files(workspace: WorkspaceBase, pattern: str, limit: int = 1000,
+               cancel: Optional[Cancel] = None) -> Tuple[List[str], bool]:
+    """(paths of files that match, sorted; whether there are more). ``.git`` is left out."""
+    pattern = re.sub(r"^(\./)+", "", pattern)
+    if not pattern or limit < 1:
+        raise UsageError("The pattern is empty, or the limit is below 1.")
+    test = glob_regex(pattern)
+    data = run_search(workspace, GLOB, wider_pattern(pattern), str(SEARCH_MAX), cancel=cancel)
+    parts = data[len(b"lines\n"):].split(b"\n") if data.startswith(b"lines\n") else data.split(b"\0")
+    cut = len(data) >= SEARCH_MAX
+    names = [part[2:].decode("utf-8", "surrogateescape") for part in (parts[:-1] if cut else parts) if part]
+    found = sorted(name for name in names if test.match(name))
+    return found[:limit], cut or len(found) > limit
+
+
+def grep_files(workspace: WorkspaceBase, pattern: str, glob: str = "", ignore_case: bool = False,
+               limit: int = 200, cancel: Optional[Cancel] = None) -> Tuple[List[Dict[str, Any]], bool]:
+    """(matches of an extended regular expression, whether there are more). ``glob`` without a
+    slash is matched against file names, at any depth."""
+    if not pattern or "\n" in pattern or limit < 1:
+        raise UsageError("The pattern is empty or holds a newline, or the limit is below 1.")
+    glob = re.sub(r"^(\./)+", "", glob)
+    glob = "**/" + glob if glob and "/" not in glob else glob
+    test = glob_regex(glob) if glob else None
+    most = max(limit + 1, 2000)
+    data = run_search(workspace, GREP, pattern, wider_pattern(glob or "**"), "-i" if ignore_case else "-n",
+                      str(SEARCH_MAX), str(most), cancel=cancel)
+    kind, _, data = data.partition(b"\n")
+    rows = rb"\./([^\0]*)\0(\d+):([^\n]*)\n" if kind == b"null" else rb"\./([^\n]*?):(\d+):([^\n]*)\n"
+    matches: List[Dict[str, Any]] = []
+    for match in re.finditer(rows, data):
+        path = match.group(1).decode("utf-8", "surrogateescape")
+        if not test or test.match(path):
+            text = match.group(3).decode("utf-8", "replace").rstrip("\r")[:LINE_MAX]
+            matches.append({"path": path, "line": int(match.group(2)), "text": text})
+    return matches[:limit], len(matches) > limit or len(data) >= SEARCH_MAX or data.count(b"\n") >= most
+
+
+# -- jobs: their records are on the host; what was run, and when, is remembered here --
+
+def job_directory(workspace: WorkspaceBase, job: Optional[str] = None) -> str:
+    if job is not None and not re.match(r"j[0-9a-f]{8}\Z", job):
+        raise UsageError("%s is not a job." % show(job), "See `%s jobs`." % PROGRAM)
+    return "%s/.cmux/jobs/%s/%s" % (workspace.root, workspace.place, workspace.name) + ("/%s" % job if job else "")
+
+
+def start_job(workspace: WorkspaceBase, command: Union[str, Sequence[str]], cwd: str = "", login: bool = False,
+              env: Optional[Mapping[str, str]] = None, cancel: Optional[Cancel] = None) -> str:
+    """Start a command that outlives this process and the connection; its id."""
+    job = "j" + os.urandom(4).hex()
+    words = [command] if isinstance(command, str) else list(command)
+    records = record("_cd", os.path.join(workspace.path, cwd) if cwd else workspace.path)
+    records += workspace.environment(env) + record("_cu", "022")
+    if isinstance(command, str) or login:
+        records += record("_cq", "-lc" if login else "-c")
+        records += record("_cx", command if isinstance(command, str) else 'exec "$@"')
+    arguments = [job_directory(workspace, job), job] + ([] if isinstance(command, str) else words)
+    reply = workspace.host.call(START, *arguments, before=records, once=True, cancel=cancel)
+    check_reply(reply, workspace.host.name, "start the job")
+    if "started" not in reply.lines():
+        raise RemoteFailed("%s did not confirm the start of the job." % workspace.host.name, "See `%s jobs`." % PROGRAM)
+
+    def remember(value: Dict[str, Any]) -> None:
+        jobs = value.setdefault("jobs", {})
+        jobs[job] = {"workspace": workspace.name, "command": " ".join(map(quote, words))[:200] if len(words) > 1
+                     else words[0][:200], "started": round(time.time(), 3)}
+        for old in sorted(jobs, key=lambda name: float(jobs[name]["started"]))[:-JOBS_KEPT]:
+            del jobs[old]
+    workspace.project.registry.update(remember)
+    return job
+
+
+def parse_state(words: Sequence[str]) -> Dict[str, Any]:
+    """running | exited CODE | lost -> state and exit_code."""
+    state = words[0] if words and words[0] in ("running", "exited", "lost") else "lost"
+    code = int(words[1]) if state == "exited" and words[1:] and words[1].isdigit() else None
+    return {"state": state, "exit_code": code}
+
+
+def list_jobs(workspace: WorkspaceBase, cancel: Optional[Cancel] = None) -> List[Dict[str, Any]]:
+    """The jobs of a workspace, oldest first."""
+    reply = tool_reply(workspace.host.call(JOBS, job_directory(workspace), cancel=cancel), "")
+    known = workspace.project.registry.read().get("jobs", {})
+    rows = []
+    for line in reply.lines():
+        words = line.split()
+        if len(words) >= 3 and re.match(r"j[0-9a-f]{8}\Z", words[0]) and words[1].isdigit():
+            own = known.get(words[0], {})
+            rows.append(dict(parse_state(words[2:]), job=words[0], output_size=int(words[1]),
+                             command=own.get("command", ""), started=own.get("started")))
+    return sorted(rows, key=lambda row: (row["started"] or 0, row["job"]))
+
+
+def job_logs(workspace: WorkspaceBase, job: str, offset: int = 0, wait: float = 0, limit: int = LOGS_MAX,
+             until: str = "more", cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+    """state, exit_code, data (the output from byte ``offset``), next_offset, size. Waits up to
+    ``wait`` seconds for more output, or, with ``until`` "end", for the end."""
+    reply = tool_reply(workspace.host.call(
+        LOGS, job_directory(workspace, job), str(max(0, offset)), str(limit), str(int(min(wait, 30) * 10)), until,
+        cancel=cancel, limit=limit + 4096), job)
+    head, _, data = reply.stdout.partition(b"\n")
+    words = head.decode("ascii", "replace").split()
+    size = int(words[0]) if words and words[0].isdigit() else 0
+    return dict(parse_state(words[1:]), job=job, data=data, next_offset=offset + len(data), size=size)
+
+
+def wait_job(workspace: WorkspaceBase, job: str, timeout: Optional[float] = None,
+             cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+    """Wait for a job's end, across lost connections; its state (still running at the timeout)."""
+    deadline = Deadline(timeout)
+    while True:
+        status = through_faults(lambda: job_logs(workspace, job, 0, deadline.capped(25), 0, "end", cancel), deadline, cancel)
+        if status["state"] != "running" or deadline.over():
+            return {key: status[key] for key in ("job", "state", "exit_code", "size")}
+
+
+def follow_job(workspace: WorkspaceBase, job: str, offset: int, sink: Callable[[bytes], Any],
+               cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+    """Pass a job's output to ``sink`` until it ends; after a lost line from the exact byte on."""
+    while True:
+        status = through_faults(lambda at=offset: job_logs(  # type: ignore[misc]
+            workspace, job, at, 20, LOGS_MAX, "more", cancel), Deadline(None), cancel)
+        sink(status["data"])
+        offset = status["next_offset"]
+        if status["state"] != "running" and not status["data"]:
+            return dict(status)
+
+
+def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Optional[Cancel]) -> Any:
+    """The value of ``call``; a lost or refused connection is tried again for FAULT_PATIENCE."""
+    patience = Deadline(FAULT_PATIENCE)
+    while True:
+        try:
+            return call()
+        except (HostKeyFailed, AuthenticationFailed):
+            raise
+        except HostError:
+            if patience.over() or deadline.over():
+                raise
+            if cancel:
+                cancel.check()
+            time.sleep(0.5)
+
+
+def stop_job(workspace: WorkspaceBase, job: str, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+    """End a job's process tree; ``stopped`` is confirmed or requested."""
+    reply = tool_reply(workspace.host.call(STOP, job_directory(workspace, job), job, cancel=cancel), job)
+    lines = reply.lines() + ["", ""]
+    return dict(parse_state(lines[1].split()), job=job,
+                stopped="confirmed" if lines[0] == "confirmed" else "requested")
+
+
+class Workspace(WorkspaceBase):
+    """A directory on a host in which an agent works. Get one from Project.create, .ensure or
+    .workspace. The methods are the tools of the table below: arguments and results as there, and
+    as in `batch`; exec() returns an ExecResult. Raises CmuxError; usable from threads."""
+
+    def read(self, path: str, offset: int = 1, limit: int = 0) -> FileContent:
+        return read_file(self, path, offset, limit)
+
+    def write(self, path: str, content: Union[str, bytes]) -> Dict[str, Any]:
+        data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+        return {"created": write_file(self, path, data), "size": len(data), "sha256": sha256(data)}
+
+    def edit(self, path: str, edits: List[Dict[str, Any]], sha256: str = "") -> Dict[str, Any]:
+        return tool_edit(self, None, path, edits, sha256)
+
+    def glob(self, pattern: str, limit: int = 1000) -> Dict[str, Any]:
+        return tool_glob(self, None, pattern, limit)
+
+    def grep(self, pattern: str, glob: str = "", ignore_case: bool = False, limit: int = 200) -> Dict[str, Any]:
+        return tool_grep(self, None, pattern, glob, ignore_case, limit)
+
+    def start(self, command: Union[str, Sequence[str]], cwd: str = "", env: Optional[Mapping[str, str]] = None) -> str:
+        """Start a background job; its id."""
+        return start_job(self, command, cwd, env=env)
+
+    def jobs(self) -> List[Dict[str, Any]]:
+        return list_jobs(self)
+
+    def logs(self, job: str, offset: int = 0, wait: float = 0) -> Dict[str, Any]:
+        return job_logs(self, job, offset, wait)
+
+    def wait(self, job: str, timeout: Optional[float] = None) -> Dict[str, Any]:
+        return wait_job(self, job, timeout)
+
+    def stop(self, job: str) -> Dict[str, Any]:
+        return stop_job(self, job)
+
+
+Project.kind = Workspace
+
+
+# -- the table --
+
+class Param:
+    """One argument of a tool: its JSON type (several: any of them), help, whether it must be."""
+
+    def __init__(self, name: str, kind: str, text: str, required: bool = False, least: Optional[int] = None) -> None:
+        self.name, self.kinds, self.text, self.required, self.least = name, kind.split("|"), text, required, least
+
+    def schema(self) -> Dict[str, Any]:
+        if self.name == "edits":
+            item = {"type": "object", "required": ["old", "new"], "additionalProperties": False, "properties": {
+                "old": {"type": "string"}, "new": {"type": "string"}, "count": {"type": "integer", "minimum": 1}}}
+            return {"type": "array", "items": item, "description": self.text}
+        kinds: List[Dict[str, Any]] = [dict({"type": k}, **({"items": {"type": "string"}} if k == "array" else {})) for k in self.kinds]
+        if self.least is not None:
+            kinds[0] = dict(kinds[0], minimum=self.least)
+        return dict(kinds[0] if len(kinds) == 1 else {"anyOf": kinds}, description=self.text)
+
+
+JSON_TYPES: Dict[str, Tuple[type, ...]] = {
+    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "array": (list,), "object": (dict,)}
+
+
+def check_text(value: object, name: str) -> None:
+    """Raise UsageError for text that has no bytes: a lone surrogate, as JSON can spell it."""
+    try:
+        repr_of = value if isinstance(value, str) else "".join(map(str, value)) if isinstance(value, list) else ""
+        repr_of.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise UsageError("The argument %s holds a lone surrogate, which is no text." % name)
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else []:
+        check_text(part, name)
+
+
+class Tool:
+    """One tool: what it is called, what it takes, what does it, and whether it only reads."""
+
+    def __init__(self, name: str, handler: Callable[..., Dict[str, Any]], text: str, reads: bool, *params: Param) -> None:
+        self.name, self.handler, self.text, self.reads, self.params = name, handler, text, reads, params
+
+    def check(self, arguments: object) -> Dict[str, Any]:
+        """The arguments, if they fit the table; else UsageError."""
+        if not isinstance(arguments, dict):
+            raise UsageError("The arguments of %s are not an object." % self.name)
+        known = {param.name: param for param in self.params}
+        for name, value in arguments.items():
+            if name not in known:
+                raise UsageError("%s has no argument %s." % (self.name, show(str(name))),
+                                 "It takes: %s." % ", ".join(known))
+            kinds = known[name].kinds
+            fits = any(isinstance(value, JSON_TYPES[k]) and (k == "boolean" or not isinstance(value, bool)) for k in kinds)
+            if not fits or ("array" in kinds and name == "command" and isinstance(value, list)
+                            and not all(isinstance(word, str) for word in value)):
+                raise UsageError("The argument %s of %s must be %s." % (name, self.name, " or ".join(kinds)))
+            least = known[name].least
+            if least is not None and not least <= value < 1e15:
+                raise UsageError("The argument %s of %s must be %d or more." % (name, self.name, least))
+            check_text(value, name)
+        for param in self.params:
+            if param.required and param.name not in arguments:
+                raise UsageError("%s needs the argument %s." % (self.name, param.name))
+        return arguments
+
+
+def tool_exec(workspace: WorkspaceBase, cancel: Optional[Cancel], command: Union[str, List[str]], timeout: Optional[float] = None,
+              cwd: str = "", env: Optional[Dict[str, Any]] = None, stdin: Optional[str] = None,
+              background: bool = False) -> Dict[str, Any]:
+    variables = env or {}
+    if not all(isinstance(value, str) for value in variables.values()):
+        raise UsageError("The values of env must be strings.")
+    if timeout is not None and timeout <= 0:
+        raise UsageError("timeout must be above 0.")
+    if background:
+        if stdin is not None or timeout is not None:
+            raise UsageError("A background command takes neither stdin nor timeout.")
+        return {"job": start_job(workspace, command, cwd, env=variables, cancel=cancel)}
+    data = None if stdin is None else stdin.encode("utf-8", "surrogateescape")
+    result = workspace.exec(command, timeout, cwd, variables, data, limit=TOOL_CAPTURE, cancel=cancel)
+    fields = result.as_dict()
+    fields.update(bytes_field("stdout", fields.pop("stdout")))
+    fields.update(bytes_field("stderr", fields.pop("stderr")))
+    return fields
+
+
+def tool_read(workspace: WorkspaceBase, cancel: Optional[Cancel], path: str, offset: int = 1, limit: int = 0) -> Dict[str, Any]:
+    found = read_file(workspace, path, offset, limit, cancel)
+    return dict(bytes_field("content", found.data), size=found.size, sha256=found.sha256)
+
+
+def tool_write(workspace: WorkspaceBase, cancel: Optional[Cancel], path: str, content: Optional[str] = None,
+               content_base64: Optional[str] = None) -> Dict[str, Any]:
+    if (content is None) == (content_base64 is None):
+        raise UsageError("write needs content, or content_base64.")
+    if content is not None:
+        data = content.encode("utf-8", "surrogateescape")
+    else:
+        import base64
+        try:
+            data = base64.b64decode(content_base64 or "", validate=True)
+        except ValueError:
+            raise UsageError("content_base64 is not base64.")
+    created = write_file(workspace, path, data, cancel=cancel)
+    return {"size": len(data), "sha256": sha256(data), "created": created}
+
+
+def tool_edit(workspace: WorkspaceBase, cancel: Optional[Cancel], path: str, edits: List[Dict[str, Any]],
+              sha256: str = "") -> Dict[str, Any]:  # the argument's name is the contract's
+    for edit in edits:
+        fits = isinstance(edit, dict) and set(edit) <= {"old", "new", "count"} and all(
+            isinstance(edit.get(key), str) for key in ("old", "new"))
+        if not fits or not isinstance(edit.get("count", 1), int) or edit.get("count", 1) < 1:
+            raise UsageError("An edit is an object with old, new, and perhaps count (1 or more).")
+    if not edits:
+        raise UsageError("No edits were given.")
+    before, after = edit_file(workspace, path, edits, sha256, cancel)
+    import hashlib
+    return {"sha256": hashlib.sha256(after).hexdigest(), "diff": unified_diff(before, after, path)}
+
+
+def tool_glob(workspace: WorkspaceBase, cancel: Optional[Cancel], pattern: str, limit: int = 1000) -> Dict[str, Any]:
+    paths, truncated = glob_files(workspace, pattern, limit, cancel)
+    return {"paths": paths, "truncated": truncated}
+
+
+def tool_grep(workspace: WorkspaceBase, cancel: Optional[Cancel], pattern: str, glob: str = "",
+              ignore_case: bool = False, limit: int = 200) -> Dict[str, Any]:
+    matches, truncated = grep_files(workspace, pattern, glob, ignore_case, limit, cancel)
+    return {"matches": matches, "truncated": truncated}
+
+
+def tool_jobs(workspace: WorkspaceBase, cancel: Optional[Cancel]) -> Dict[str, Any]:
+    return {"jobs": list_jobs(workspace, cancel)}
+
+
+def tool_logs(workspace: WorkspaceBase, cancel: Optional[Cancel], job: str, offset: int = 0, wait: float = 0) -> Dict[str, Any]:
+    fields = job_logs(workspace, job, offset, wait, cancel=cancel)
+    return dict(fields, **bytes_field("output", fields.pop("data")))
+
+
+def tool_wait(workspace: WorkspaceBase, cancel: Optional[Cancel], job: str, timeout: Optional[float] = None) -> Dict[str, Any]:
+    return wait_job(workspace, job, timeout, cancel)
+
+
+def tool_stop(workspace: WorkspaceBase, cancel: Optional[Cancel], job: str) -> Dict[str, Any]:
+    return stop_job(workspace, job, cancel)
+
+
+PATH_PARAM = Param("path", "string", "relative to the workspace, or absolute", True)
+JOB_PARAM = Param("job", "string", "the job's id", True)
+TOOLS: Dict[str, Tool] = {tool.name: tool for tool in (
+    Tool("exec", tool_exec, "Run a command in the workspace on the remote host.", False,
+         Param("command", "string|array", "a string is a shell line, a list an exact argv", True),
+         Param("timeout", "number", "seconds; then the process tree is ended (exit code 124)"),
+         Param("cwd", "string", "relative to the workspace"),
+         Param("env", "object", "more environment variables"),
+         Param("stdin", "string", "text for the command's stdin"),
+         Param("background", "boolean", "start it as a job that goes on by itself; returns its id")),
+    Tool("read", tool_read, "A file's content, or some of its lines.", True, PATH_PARAM,
+         Param("offset", "integer", "first line, 1 is the first", least=1), Param("limit", "integer", "how many lines", least=0)),
+    Tool("write", tool_write, "Make content the whole of a file (atomic; makes parent directories).", False, PATH_PARAM,
+         Param("content", "string", "the text"), Param("content_base64", "string", "or the bytes, as base64")),
+    Tool("edit", tool_edit, "Replace exact text in a file, all edits or none.", False, PATH_PARAM,
+         Param("edits", "array", "objects of old, new, and count: how many matches there must be (1)", True),
+         Param("sha256", "string", "of the file as last seen: refuse if it changed")),
+    Tool("glob", tool_glob, "Paths of files that match a pattern.", True,
+         Param("pattern", "string", "*, ?, [...] within a component, ** across them", True),
+         Param("limit", "integer", "at most so many (1000)", least=1)),
+    Tool("grep", tool_grep, "Lines that match an extended regular expression.", True,
+         Param("pattern", "string", "extended regular expression", True),
+         Param("glob", "string", "only files that match; without a slash: by name"),
+         Param("ignore_case", "boolean", "ignore case"), Param("limit", "integer", "at most so many (200)", least=1)),
+    Tool("jobs", tool_jobs, "The background jobs of the workspace.", True),
+    Tool("logs", tool_logs, "A job's output from a byte offset, and its state.", True, JOB_PARAM,
+         Param("offset", "integer", "first byte, 0 is the first", least=0), Param("wait", "number", "seconds to wait for more, at most 30", least=0)),
+    Tool("wait", tool_wait, "Wait for a job's end; its exit code.", True, JOB_PARAM,
+         Param("timeout", "number", "seconds; it may still be running then")),
+    Tool("stop", tool_stop, "End a job and everything it started.", False, JOB_PARAM),
+)}
+
+
+def call_tool(workspace: WorkspaceBase, name: object, arguments: object, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+    """Run one tool of the table with checked arguments. Raises CmuxError."""
+    tool = TOOLS.get(name) if isinstance(name, str) else None
+    if tool is None:
+        raise UsageError("There is no tool %s." % show(str(name)), "There are: %s." % ", ".join(TOOLS))
+    return tool.handler(workspace, cancel, **tool.check(arguments))
+
+
+# === 15. Parallel ===
+# Owns: threads for many operations at once, and the JSON lines of batch. May touch: executors, an
+# injected reader and writer. Promises: bounded memory; every result is delivered, whatever else
+# fails; one bug is raised, not swallowed.
+
+def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0, cancel: Optional[Cancel] = None) -> List[Any]:
+    """Run each job in a thread, ``at_once`` (0: all) at a time: in order, its value, or the
+    CmuxError it raised. On KeyboardInterrupt ``cancel`` is set, and what runs is awaited."""
+    import threading
+    results: List[Any] = [Cancelled("Not begun.")] * len(jobs)
+    bugs: List[BaseException] = []
+    order, mutex = iter(range(len(jobs))), threading.Lock()
+
+    def work() -> None:
+        while not (cancel and cancel.is_set):
+            with mutex:
+                index = next(order, None)
+            if index is None:
+                return
+            try:
+                results[index] = jobs[index]()
+            except CmuxError as error:
+                results[index] = error
+            except BaseException as error:
+                bugs.append(error)
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(at_once or len(jobs), len(jobs)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            try:
+                thread.join()
+            except KeyboardInterrupt:
+                if cancel is None or cancel.is_set:
+                    raise
+                cancel.set()
+    if bugs:
+        raise bugs[0]
+    return results
+
+
+class Batch:
+    """JSON lines of tool calls in, JSON lines of results out as they finish."""
+
+    def __init__(self, project: Project, workspace: str, host: str, write: Callable[[bytes], None], at_once: int) -> None:
+        import threading
+        self.project, self.workspace, self.host, self.write = project, workspace, host, write
+        self.cancel = Cancel()
+        self.places = threading.BoundedSemaphore(2 * at_once)  # lines read ahead of what runs
+        self.at_once = at_once
+        self.mutex = threading.Lock()
+        self.known: Dict[str, WorkspaceBase] = {}
+        self.failed = 0
+        self.closed = False        # nobody reads the results any more
+
+    def run(self, lines: Iterable[bytes]) -> int:
+        """All lines; 0, or 1 if any call failed. KeyboardInterrupt ends what runs first."""
+        import concurrent.futures
+        pool = concurrent.futures.ThreadPoolExecutor(self.at_once)
+        try:
+            for line in lines:
+                if self.closed:
+                    break
+                if line.strip():
+                    self.places.acquire()
+                    pool.submit(self._answer, line).add_done_callback(lambda future: self.places.release())
+        except KeyboardInterrupt:
+            self.cancel.set()
+            raise
+        finally:
+            pool.shutdown(wait=True)
+        if self.closed:
+            raise PipeClosed("The output was closed.")
+        return 1 if self.failed else 0
+
+    def _answer(self, line: bytes) -> None:
+        import json
+        request_id = None
+        try:
+            request_id, name, tool, arguments = self._parse(line)
+            result = call_tool(self._workspace(name), tool, arguments, self.cancel)
+            answer: Dict[str, Any] = {"id": request_id, "ok": True, "result": result}
+        except BatchLineFailed as error:
+            answer = {"id": error.request_id, "ok": False, "error": error_fields(error)}
+        except CmuxError as error:
+            answer = {"id": request_id, "ok": False, "error": error_fields(error)}
+        except Exception as bug:  # told in full on stderr by the caller's hook, and to the reader
+            answer = {"id": request_id, "ok": False, "error": {"type": "Bug", "message": repr(bug), "hint": ""}}
+        with self.mutex:
+            self.failed += not answer["ok"]
+            try:
+                if not self.closed:
+                    self.write(json.dumps(answer).encode() + b"\n")
+            except PipeClosed:
+                self.closed = True
+                self.cancel.set()
+
+    def _parse(self, line: bytes) -> Tuple[Any, str, Any, Any]:
+        import json
+
+        def refuse(word: str) -> None:
+            raise ValueError(word)
+        if len(line) > BATCH_LINE_MAX:
+            raise BatchLineFailed("A line is longer than %s." % human_size(BATCH_LINE_MAX), None)
+        try:
+            value = json.loads(line.decode("utf-8"), parse_constant=refuse)
+        except (ValueError, RecursionError):
+            raise BatchLineFailed("A line is not JSON.", None)
+        request_id = value.get("id") if isinstance(value, dict) else None
+        if not isinstance(request_id, (str, int, float, type(None))) or request_id in (float("inf"), -float("inf")):
+            raise BatchLineFailed("The id of a line is not a string or number.", None)
+        if not isinstance(value, dict) or not isinstance(value.get("workspace", ""), str):
+            raise BatchLineFailed("A line is not an object with id, workspace, tool and arguments.", request_id)
+        return request_id, value.get("workspace") or self.workspace, value.get("tool"), value.get("arguments", {})
+
+    def _workspace(self, name: str) -> WorkspaceBase:
+        found = self.known.get(name)
+        if found is None:
+            found = self.known[name] = self.project.ensure(name, self.host, cancel=self.cancel)
+        return found
+
+
+class BatchLineFailed(UsageError):
+    def __init__(self, message: str, request_id: Any) -> None:
+        super().__init__(message)
+        self.request_id = request_id
+
+
+def error_fields(error: CmuxError) -> Dict[str, str]:
+    return {"type": type(error).__name__, "message": str(error), "hint": error.hint}
+
+
+def read_lines(fd: int, limit: int, cancel: Optional[Cancel] = None) -> Iterator[bytes]:
+    """Lines of a descriptor, until its end or ``cancel``; of one longer than ``limit`` only the
+    beginning is kept."""
+    held, poller = bytearray(), select.poll()
+    for watched in [fd] + ([cancel.fileno()] if cancel else []):
+        poller.register(watched, select.POLLIN)
+    while True:
+        poller.poll()
+        data = os.read(fd, CHUNK) if not (cancel and cancel.is_set) else b""
+        if not data:
+            break
+        first, *rest = data.split(b"\n")
+        held += first[:max(0, limit + 1 - len(held))]
+        if rest:
+            yield bytes(held)
+            yield from rest[:-1]
+            held = bytearray(rest[-1])
+    if held and not (cancel and cancel.is_set):
+        yield bytes(held)
+
+
+# === 16. Demo ===
+# Owns: a throwaway sshd on this machine, without a port, a daemon or privileges: ssh's
+# ProxyCommand starts `sshd -i`. May touch: a temporary directory of its own.
+
+class ThrowawayServer:
+    """An ssh config whose host ``demo`` is this machine, with its own keys and home. A context
+    manager; everything is gone at the end. Raises UsageError where no sshd is installed."""
+
+    def __init__(self) -> None:
+        import tempfile
+        self.sshd = self._find_sshd()
+        self.path = tempfile.mkdtemp(prefix="cmux-demo-")
+        self.home = os.path.join(self.path, "home")
+        self.config = os.path.join(self.path, "ssh_config")
+        keygen = find_program("ssh-keygen")
+        os.mkdir(self.home, 0o700)
+        for name in ("host", "user"):
+            run([keygen, "-q", "-t", "ed25519", "-N", "", "-C", "demo", "-f", os.path.join(self.path, name)])
+        self._write("sshd_config", "HostKey {0}/host\nAuthorizedKeysFile {0}/user.pub\nUsePAM no\n"
+                    "StrictModes no\nPidFile none\nPermitRootLogin yes\nLogLevel QUIET\n"
+                    "SetEnv HOME={0}/home\n")
+        with open(os.path.join(self.path, "host.pub")) as stream:
+            self._write("known_hosts", "demo " + stream.read())
+        self._write("ssh_config", "Host demo\n  HostName demo\n  IdentityFile {0}/user\n"
+                    "  IdentitiesOnly yes\n  UserKnownHostsFile {0}/known_hosts\n"
+                    "  ProxyCommand %s -i -f {0}/sshd_config -E {0}/sshd.log\n" % self.sshd)
+        if os.geteuid() == 0 and sys.platform.startswith("linux"):
+            os.makedirs("/run/sshd", 0o755, exist_ok=True)  # sshd insists, as root
+
+    def _write(self, name: str, text: str) -> None:
+        with open(os.path.join(self.path, name), "w") as stream:
+            stream.write(text.replace("{0}", self.path))
+
+    @staticmethod
+    def _find_sshd() -> str:
+        for folder in os.get_exec_path() + ["/usr/sbin", "/usr/local/sbin", "/usr/libexec", "/opt/homebrew/sbin"]:
+            path = os.path.join(folder, "sshd")
+            if os.path.isabs(path) and os.access(path, os.X_OK):
+                return path
+        raise UsageError("The demo needs the program sshd, which is not installed here.",
+                         "Install it (Debian: apt-get install openssh-server; Fedora: dnf install "
+                         "openssh-server); it need not run.")
+
+    def close(self) -> None:
+        import shutil
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def __enter__(self) -> ThrowawayServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def in_a_process_table(value: str) -> bool:
+    """Whether any process of this machine has ``value`` in its command line now."""
+    if os.path.isdir("/proc/self"):
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open("/proc/%s/cmdline" % pid, "rb") as stream:
+                    if value.encode() in stream.read():
+                        return True
+            except OSError:
+                pass
+        return False
+    _, out, _ = run([find_program("ps"), "-A", "-o", "args="], limit=STATE_MAX)
+    return value.encode() in out
+
+
+def demo(tell: Callable[[str], None], report: Report) -> None:
+    """The whole flow against a throwaway sshd: archive, secret, command, check, removal."""
+    import threading
+    with ThrowawayServer() as server:
+        home = os.path.join(server.path, "state")
+        os.environ.update(CMUX_SSH_HOME=home, CMUX_SSH_COMMAND="ssh -F %s" % quote(server.config))
+        os.environ.pop("CMUX_SSH_HOST", None)
+        directory = make_repository(os.path.join(server.path, "hello"), DEMO_FILES)
+        secret = "demo-" + os.urandom(12).hex()
+        try:
+            tell("A throwaway sshd on this machine, reached by ssh through a ProxyCommand: host `demo`.")
+            project = Project(directory)
+            project.registry.update_secrets(lambda stored: stored.update(API_TOKEN={"value": secret}))
+            tell("A git repository with a Makefile, and a project secret: API_TOKEN.")
+            workspace = project.create("try-it", "demo", report=report)
+            tell("Workspace try-it made of commit %s at %s" % (workspace.base[:10], workspace.path))
+            seen: List[bool] = []
+            done = threading.Event()
+
+            def watch() -> None:
+                while not done.is_set():
+                    seen.append(in_a_process_table(secret))
+                    done.wait(0.02)
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            result = workspace.exec("make test && sleep 0.3", timeout=60)
+            done.set()
+            watcher.join()
+            for line in neutralise(result.stdout + result.stderr).splitlines():
+                tell("  demo> " + line.replace(secret, "[the secret]"))
+            tell("It ended with exit code %d." % result.exit_code)
+            tell("The process tables of both sides were read %d times meanwhile: the secret was %s."
+                 % (len(seen), "SEEN" if any(seen) else "in none of them"))
+            if result.exit_code or any(seen) or secret.encode() not in result.stdout:
+                raise RemoteFailed("The demo did not go as it should.", "Please report it with this output.")
+            demo_removal(project, workspace, tell)
+        finally:
+            end_masters(home, os.environ)
+    tell("Everything the demo made is gone again.")
+
+
+def demo_removal(project: Project, workspace: WorkspaceBase, tell: Callable[[str], None]) -> None:
+    workspace.exec("echo more >> hello.txt")
+    tell("A command there changed hello.txt.")
+    try:
+        project.remove("try-it")
+        raise RemoteFailed("A workspace with changes was removed.")
+    except WorkspaceDirty as refusal:
+        tell("rm refuses while there is work: %s" % refusal)
+    result = pull(workspace)
+    tell("pull brought it home as a commit on branch %s; the work tree is untouched:" % result.branch)
+    for line in result.stat.splitlines():
+        tell("  " + line)
+    project.remove("try-it")
+    tell("Now nothing would be lost, and rm removed it.")
+
+
+DEMO_FILES = {"hello.txt": "hello\n", "Makefile": """test:
+\t@echo "tests run on $$(uname -n) in $$PWD"
+\t@test -n "$$API_TOKEN" && echo "with API_TOKEN=$$API_TOKEN"
+"""}
+
+
+# === 17. Command line ===
+# Owns: arguments, rendering, progress, exit codes. The only room that prints, and that exits.
+
+class Terminal(Report):
+    """Tells a person, on stderr, and only where it helps."""
+
+    def __init__(self, verbosity: int, notes: bool = False) -> None:
+        self.verbosity, self.notes = verbosity, notes
+        self.bars = verbosity >= 0 and sys.stderr is not None and sys.stderr.isatty()
+        self.began = time.monotonic()
+        self.shown = 0.0
+        self.bar_open = False
+
+    def line(self, text: str) -> None:
+        if self.bar_open:
+            sys.stderr.write("\r\x1b[K")
+            self.bar_open = False
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+    def say(self, text: str) -> None:
+        if self.verbosity > 0 or (self.bar_open and self.verbosity == 0):
+            self.line("%s: %s" % (PROGRAM, text))
+
+    def note(self, text: str) -> None:
+        if self.bars or self.notes or self.verbosity > 0:  # exec in a pipe adds no word of its own
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
+        if self.verbosity >= 0:
+            self.line("%s: %s" % (PROGRAM, neutralise(text)))
+
+    def progress(self, what: str, done: int) -> None:
+        now = time.monotonic()
+        if not self.bars or now - self.began < 1 or now - self.shown < 0.1:
+            return
+        self.shown, self.bar_open = now, True
+        rate = done / max(now - self.began, 0.001)
+        sys.stderr.write("\r\x1b[K%s: sending %s, %s/s" % (what, human_size(done), human_size(rate)))
+        sys.stderr.flush()
+
+    def output(self, data: bytes) -> None:
+        if self.verbosity >= 0:
+            write_out(2, data)
+
+
+def write_out(fd: int, data: bytes, harmless: bool = False) -> None:
+    """Bytes to our stdout or stderr: raw into a pipe or file, neutralised on a terminal."""
+    if not harmless and os.isatty(fd):
+        data = neutralise(data).encode("utf-8", "replace")
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(fd, view):]
+        except BrokenPipeError:
+            raise PipeClosed("The output was closed.")
+        except BlockingIOError:
+            poller = select.poll()
+            poller.register(fd, select.POLLOUT)
+            poller.poll()
+
+
+def print_text(text: str) -> None:
+    write_out(1, (text + "\n").encode("utf-8", "replace"))
+
+
+def print_json(value: object) -> None:
+    import json
+    print_text(json.dumps(value))
+
+
+def may_ask() -> bool:
+    """Whether a person sits at this terminal: then ssh may ask its question, once."""
+    try:
+        person = os.isatty(0) and os.isatty(2)
+    except OSError:
+        return False
+    if person:
+        sys.stderr.write("%s: ssh has a question; answer it here.\n" % PROGRAM)
+        sys.stderr.flush()
+    return person
+
+
+def open_project(options: argparse.Namespace) -> Project:
+    return Project(options.directory, None if options.json else may_ask, warm=0)
+
+
+# -- the commands: each takes the parsed options and returns an exit code --
+
+def command_exec(options: argparse.Namespace) -> int:
+    began = time.monotonic()
+    names: List[str] = list(options.workspace or [])
+    try:
+        environment = parse_environment(options.env)
+        command: Union[str, List[str]] = options.command[0] if len(options.command) == 1 else options.command
+        project = open_project(options)
+        if options.all:
+            names = sorted(project.entries())
+        names = list(dict.fromkeys(names)) or [project.default_workspace()]
+        if len(names) > 1 or options.all:
+            return exec_many(project, names, command, environment, options)
+        terminal = Terminal(options.verbosity)
+        workspace = project.ensure(names[0], options.host or "", report=terminal)
+        if options.push and project.push(workspace.name, report=terminal):
+            workspace = project.workspace(workspace.name)
+        point_out_stale(project, workspace, terminal)
+        if options.detach:
+            job = start_job(workspace, command, options.cwd, options.login, environment)
+            print_json({"job": job, "workspace": workspace.name}) if options.json else print_text(job)
+            return 0
+        return exec_one(workspace, command, environment, options, began)
+    except PipeClosed:
+        raise
+    except CmuxError as error:
+        code = error.exit_code if error.exit_code in (130, 255) else 125
+        if options.json:
+            print_json(exec_failure(names[0] if names else None, options.host, code, error, began))
+        else:
+            report_error(error)
+        return code
+
+
+def exec_failure(name: Optional[str], host: Optional[str], code: int, error: CmuxError, began: float) -> Dict[str, Any]:
+    """The object of `exec --json` for a command that did not run, or whose line was lost."""
+    return {"workspace": name, "host": getattr(error, "host", None) or host, "exit_code": code, "stdout": "",
+            "stderr": "", "timed_out": False, "duration": round(time.monotonic() - began, 3),
+            "truncated": False, "error": error_fields(error)}
+
+
+def exec_many(project: Project, names: List[str], command: Union[str, List[str]], environment: Dict[str, str],
+              options: argparse.Namespace) -> int:
+    """The same command in several workspaces at once: every line labelled, a summary, the worst code."""
+    import threading
+    mutex, cancel, began = threading.Lock(), Cancel(), time.monotonic()
+    terminal, width = Terminal(options.verbosity), max(map(len, names or [""]))
+    if options.detach:
+        raise UsageError("--detach takes one workspace.", "Run it once for each.")
+
+    def one(name: str) -> Dict[str, Any]:
+        start, label = time.monotonic(), "%s | " % name.ljust(width)
+        out: Any = Capture(TOOL_CAPTURE) if options.json else Labelled(1, label, mutex)
+        err: Any = Capture(TOOL_CAPTURE) if options.json else Labelled(2, label, mutex)
+        try:
+            workspace = project.ensure(name, options.host or "", report=terminal, cancel=cancel)
+            outcome = workspace.run(command, out, err, None, options.cwd, environment, options.login, options.timeout, cancel)
+        except CmuxError as error:
+            code = error.exit_code if error.exit_code in (130, 255) else 125
+            lost = exec_failure(name, options.host, code, error, start)
+            if options.json:
+                del lost["stdout"], lost["stderr"]
+                lost.update(bytes_field("stdout", out.value()), **bytes_field("stderr", err.value()))
+            return lost
+        finally:
+            if not options.json:
+                out.end()
+                err.end()
+        codes = {None: outcome.status, "timeout": 124, "cancel": 130}
+        row = {"workspace": name, "host": workspace.host.name, "exit_code": codes[outcome.reason],
+               "timed_out": outcome.reason == "timeout", "duration": round(time.monotonic() - start, 3), "error": None}
+        if options.json:
+            row.update(truncated=out.truncated or err.truncated, stopped=outcome.stopped,
+                       **bytes_field("stdout", out.value()), **bytes_field("stderr", err.value()))
+        return row
+    jobs = [lambda name=name: one(name) for name in names]
+    rows = in_parallel(jobs, options.at_once or 0, cancel)
+    rows = [exec_failure(name, options.host, 130, row, began) if isinstance(row, CmuxError) else row
+            for name, row in zip(names, rows)]
+    if options.json:
+        print_json(rows)
+    else:
+        bad = [row for row in rows if row["exit_code"]]
+        terminal.warn("%d of %d succeeded in %.1f s%s" % (
+            len(rows) - len(bad), len(rows), time.monotonic() - began, "." if not bad else "; failed: " + ", ".join(
+                "%s (%d%s)" % (row["workspace"], row["exit_code"], ": " + row["error"]["message"] if row["error"] else "")
+                for row in bad)))
+    return max((int(row["exit_code"]) for row in rows), default=0)
+
+
+class Labelled:
+    """A sink that writes whole lines, each behind a label; one writer at a time."""
+
+    def __init__(self, fd: int, label: str, mutex: threading.Lock) -> None:
+        self.fd, self.label, self.mutex, self.held = fd, label.encode(), mutex, b""
+
+    def __call__(self, data: bytes) -> None:
+        *lines, self.held = (self.held + data).split(b"\n")
+        if len(self.held) > CHUNK:  # a line without end is passed on in pieces
+            lines, self.held = lines + [self.held], b""
+        if lines:
+            with self.mutex:
+                write_out(self.fd, b"".join(self.label + line + b"\n" for line in lines))
+
+    def end(self) -> None:
+        if self.held:
+            self(b"\n")
+
+
+def exec_one(workspace: WorkspaceBase, command: Union[str, List[str]], environment: Dict[str, str],
+             options: argparse.Namespace, began: float) -> int:
+    source = None if options.no_stdin else open_stdin()
+    if options.json:
+        out: Any = Capture()
+        err: Any = Capture()
+    else:
+        out, err = Outlet(1), Outlet(2)
+    try:
+        if options.timeout and not options.json:
+            alarm(options.timeout + 0.5, lambda: out.writing or err.writing)
+        outcome = workspace.run(command, out, err, source, options.cwd, environment, options.login, options.timeout)
+    except HostError as error:
+        if not options.json:
+            raise
+        lost = exec_failure(workspace.name, workspace.host.name, 255, error, began)
+        del lost["stdout"], lost["stderr"]  # what had come is not lost
+        print_json(dict(lost, **bytes_field("stdout", out.value()), **bytes_field("stderr", err.value())))
+        return 255
+    except KeyboardInterrupt as interrupt:
+        outcome = getattr(interrupt, "outcome", None) or Outcome(status=None, stopped=None, reason="cancel")
+    finally:
+        alarm(0, bool)
+    if options.json:
+        result = exec_result(workspace, outcome, out, err, began)
+        fields = result.as_dict()
+        fields.update(bytes_field("stdout", fields.pop("stdout")))
+        fields.update(bytes_field("stderr", fields.pop("stderr")))
+        print_json(dict(fields, error=None))
+        return int(result.exit_code)
+    if outcome.reason and not outcome.stopped:
+        Terminal(options.verbosity).warn("Interrupted before the command began.")
+        return 130
+    if outcome.reason:
+        why = {"timeout": "The command was stopped after %s seconds" % options.timeout,
+               "cancel": "The command was interrupted"}[outcome.reason]
+        how = {"confirmed": "its processes on %s have ended", "requested": "its end on %s was asked for, not seen",
+               "unknown": "whether it still runs on %s is unknown"}[outcome.stopped or "unknown"]
+        Terminal(options.verbosity).warn("%s; %s." % (why, how % workspace.host.name))
+        return 124 if outcome.reason == "timeout" else 130
+    return int(outcome.status or 0)
+
+
+class Outlet:
+    """A sink to our stdout or stderr. Interrupted while its reader did not read, it gives up, so
+    that the command over there can still be ended."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd, self.stuck, self.writing = fd, False, False
+
+    def __call__(self, data: bytes) -> None:
+        try:
+            self.writing = True
+            if not self.stuck:
+                write_out(self.fd, data)
+        except KeyboardInterrupt:
+            self.stuck = True
+            raise
+        finally:
+            self.writing = False
+
+
+def open_stdin() -> Optional[Source]:
+    """Our stdin as the command's, unless there is nothing to read: a terminal, /dev/null, a
+    closed descriptor, a pipe that has ended. The command then gets /dev/null."""
+    try:
+        if os.isatty(0) or os.path.samestat(os.fstat(0), os.stat(os.devnull)):
+            return None
+    except OSError:
+        return None
+    poller = select.poll()
+    poller.register(0, select.POLLIN)
+    events = poller.poll(0)
+    if events and not events[0][1] & select.POLLIN:
+        return None
+    return Source(0)
+
+
+def point_out_stale(project: Project, workspace: WorkspaceBase, terminal: Terminal) -> None:
+    """On a terminal: say so when the workspace was made of another commit than HEAD now is."""
+    if not terminal.bars:
+        return
+    try:
+        commit, _ = project.repository.resolve("HEAD")
+    except GitFailed:
+        return
+    if commit != workspace.base:
+        terminal.warn("%s was made of %s; HEAD is %s." % (workspace.name, workspace.base[:10], commit[:10]))
+
+
+def parse_environment(pairs: Sequence[str]) -> Dict[str, str]:
+    values: Dict[str, str] = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UsageError("--env %s has no value." % show(pair), "Write --env NAME=VALUE.")
+        values[check_variable(name)] = value
+    return values
+
+
+def command_new(options: argparse.Namespace) -> int:
+    project = open_project(options)
+    terminal = Terminal(options.verbosity, notes=True)
+    names = list(options.names) or [one_workspace(options) or project.default_workspace()]
+    host = options.host or project.default_host()
+    if len(set(names)) != len(names):
+        raise UsageError("A name is given twice.")
+
+    ref = project.repository.snapshot(options.allow) if options.dirty else options.ref
+
+    def make(name: str) -> WorkspaceBase:
+        return project.create(name, host, ref, options.root or "", not options.no_init, terminal)
+    for name in names:
+        check_workspace(name)
+    jobs = [lambda name=name: make(name) for name in names]
+    rows: List[Dict[str, Any]] = []
+    code = 0
+    for name, made in zip(names, in_parallel(jobs)):
+        if isinstance(made, CmuxError):
+            code = max(code, made.exit_code)
+            rows.append({"name": name, "error": error_fields(made)})
+            if not options.json:
+                report_error(made)
+            continue
+        rows.append(made.describe())
+        if not options.json and options.verbosity >= 0:
+            print_text("%s  %s:%s" % (name, made.host.name, made.path))
+    if options.json:
+        print_json(rows)
+    return code
+
+
+def command_list(options: argparse.Namespace) -> int:
+    rows: List[Dict[str, Any]] = []
+    if options.all_projects:
+        for value in all_projects():
+            rows += [dict(name=name, host=e["host"], path=e["path"], base=e["base"], created=e["created"],
+                          project=value["name"]) for name, e in value["workspaces"].items()
+                     if e.get("state") == "ready"]
+    else:
+        project = open_project(options)
+        rows = [project.workspace(name).describe() for name in sorted(project.entries())]
+    if options.json:
+        print_json(rows)
+        return 0
+    if not rows:
+        Terminal(options.verbosity).warn("No workspaces yet. Make one: %s new NAME -H HOST" % PROGRAM)
+        return 0
+    table = [("NAME", "HOST", "BASE", "AGE", "PATH")] + [
+        (row["name"] if not options.all_projects else "%s/%s" % (row["project"], row["name"]), row["host"],
+         row["base"][:10], human_age(time.time() - row["created"]), row["path"]) for row in rows]
+    widths = [max(len(row[i]) for row in table) for i in range(4)]
+    for row in table:
+        print_text("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) + "  " + row[4])
+    return 0
+
+
+def human_age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= size:
+            return "%d%s" % (seconds // size, unit)
+    return "%ds" % max(0, seconds)
+
+
+def one_workspace(options: argparse.Namespace) -> str:
+    names = options.workspace or []
+    if len(names) > 1:
+        raise UsageError("-w is given more than once.")
+    return str(names[0]) if names else ""
+
+
+def command_rm(options: argparse.Namespace) -> int:
+    project = open_project(options)
+    names = list(options.names) or [one_workspace(options)]
+    if names == [""]:
+        raise UsageError("Name the workspaces to remove.", "See `%s list`." % PROGRAM)
+    code = 0
+    removed: List[str] = []
+    failed: List[CmuxError] = []
+    for name in names:
+        try:
+            gone = project.remove(name, options.force)
+            if not gone:
+                raise WorkspaceMissing("There is no workspace %s in this project." % show(name),
+                                       "See `%s list`." % PROGRAM)
+            removed += gone
+        except CmuxError as error:
+            failed.append(error)
+            code = max(code, error.exit_code)
+    if options.json:
+        print_json({"removed": removed, "errors": [error_fields(error) for error in failed]})
+    else:
+        for failure in failed:
+            report_error(failure)
+    return code
+
+
+def existing_workspace(options: argparse.Namespace) -> WorkspaceBase:
+    project = open_project(options)
+    return project.workspace(one_workspace(options) or project.default_workspace())
+
+
+def command_pull(options: argparse.Namespace) -> int:
+    terminal = Terminal(options.verbosity)
+    result = pull(existing_workspace(options), options.branch, options.allow, terminal)
+    if options.json:
+        print_json(result.as_dict())
+        return 0
+    for note in result.notes:
+        terminal.warn("left out: %s" % note)
+    for path, names in result.secrets.items():
+        terminal.line("%s: warning: %s holds the secret %s." % (PROGRAM, path, ", ".join(names)))
+    if options.verbosity < 0:
+        return 0
+    if not result.new:
+        print_text("Nothing new in %s." % result.workspace)
+        return 0
+    print_text("%s: %d commit%s on %s, now at %s" % (neutralise(result.branch), result.commits, "s"[result.commits == 1:],
+                                                     result.since[:10], result.commit[:10]))
+    print_text(result.stat)
+    if result.executes:
+        print_text("These would run, or be obeyed, on this machine after a merge:")
+        print_text("\n".join("  " + line for line in result.executes[:200]))
+    return 0
+
+
+def command_push(options: argparse.Namespace) -> int:
+    workspace = existing_workspace(options)
+    ref = workspace.project.repository.snapshot(options.allow) if options.dirty else options.ref
+    moved = workspace.project.push(workspace.name, ref, options.force, Terminal(options.verbosity, notes=True))
+    if options.json:
+        print_json(dict(workspace.project.workspace(workspace.name).describe(), pushed=moved))
+    elif options.verbosity >= 0:
+        print_text("%s is at %s%s" % (workspace.name, workspace.project.workspace(workspace.name).base[:10], "" if moved else " already"))
+    return 0
+
+
+def command_move(options: argparse.Namespace, script: str) -> int:
+    source = existing_workspace(options)
+    action = source.project.fork if script is FORK else source.project.rename
+    made = action(source, options.name).describe()
+    if options.json:
+        print_json(made)
+    elif options.verbosity >= 0:
+        print_text("%s  %s:%s" % (made["name"], made["host"], made["path"]))
+    return 0
+
+
+def command_gc(options: argparse.Namespace) -> int:
+    freed = open_project(options).gc()
+    if options.json:
+        print_json(freed)
+    elif options.verbosity >= 0:
+        for host, count in freed.items():
+            print_text("%s: freed %s" % (host, human_size(count)))
+    return 0
+
+
+def command_diff(options: argparse.Namespace) -> int:
+    colours = {"+": "32", "-": "31", "@": "36", "d": "1"} if os.isatty(1) and not os.environ.get("NO_COLOR") else {}
+    lines = diff(existing_workspace(options), options.stat, Terminal(options.verbosity))
+    if options.json:
+        print_json({"diff": "\n".join(lines)})
+        return 0
+    for line in lines:
+        colour = colours.get(line[:1]) if not options.stat else None
+        data = ("\x1b[%sm%s\x1b[m\n" % (colour, line) if colour else line + "\n").encode("utf-8", "replace")
+        write_out(1, data, harmless=True)
+    return 0
+
+
+def command_secrets(options: argparse.Namespace) -> int:
+    registry = Registry(Repository(options.directory).common_dir)
+    return {"set": secrets_set, "import": secrets_import, "list": secrets_list, "rm": secrets_rm}[
+        options.action](registry, options)
+
+
+def secrets_set(registry: Registry, options: argparse.Namespace) -> int:
+    name = check_variable(options.name, secret=True)
+    if options.command_line:
+        entry = {"command": options.command_line}
+    elif os.isatty(0):
+        import getpass
+        entry = {"value": getpass.getpass("Value of %s (hidden): " % name)}
+    else:
+        data = read_all(0, SECRET_MAX + 2)
+        data = data[:-1] if data.endswith(b"\n") else data
+        check_secret(name, data)
+        entry = {"value": data.decode("utf-8", "surrogateescape")}
+    registry.update_secrets(lambda stored: stored.update({name: entry}))
+    return 0
+
+
+def read_all(fd: int, limit: int) -> bytes:
+    data = b""
+    while len(data) <= limit:
+        try:
+            chunk = os.read(fd, CHUNK)
+        except OSError as error:
+            raise UsageError("stdin cannot be read: %s." % os.strerror(error.errno or 0))
+        if not chunk:
+            break
+        data += chunk
+    return data
+
+
+def secrets_import(registry: Registry, options: argparse.Namespace) -> int:
+    try:
+        with open(options.file, "rb") as stream:
+            text = stream.read(SECRETS_MAX + 1)
+    except OSError as error:
+        raise UsageError("Cannot read %s: %s." % (show(options.file), os.strerror(error.errno or 0)))
+    values = parse_dotenv(text.decode("utf-8", "surrogateescape"))
+    for name, value in values.items():
+        check_secret(name, value.encode("utf-8", "surrogateescape"))
+    registry.update_secrets(lambda stored: stored.update({n: {"value": v} for n, v in values.items()}))
+    if options.json:
+        print_json(sorted(values))
+    elif options.verbosity >= 0:
+        print_text("%d secrets: %s" % (len(values), ", ".join(sorted(values))))
+    return 0
+
+
+def parse_dotenv(text: str) -> Dict[str, str]:
+    """NAME=value lines: comments, `export`, 'single' (raw) and "double" quotes (with \\n, \\t,
+    \\", \\\\, \\$), which may span lines. A bare value ends at ` #`. Raises UsageError, with the
+    line's number and never its content."""
+    values: Dict[str, str] = {}
+    escapes = {"n": "\n", "r": "\r", "t": "\t", "\n": ""}
+    pattern = re.compile(
+        r"[ \t]*(?:export[ \t]+)?(?P<name>[^\s=#'\"]+)[ \t]*=[ \t]*(?:'(?P<raw>[^']*)'|\"(?P<quoted>(?:[^\"\\]|\\.)*)\""
+        r"|(?P<bare>[^\n]*?))[ \t]*(?:(?:^|(?<=\s))#[^\n]*)?\r?(?:\n|\Z)|[ \t]*(?:#[^\n]*)?\r?(?:\n|\Z)", re.S | re.M)
+    at = 0
+    while at < len(text):
+        match = pattern.match(text, at)
+        if not match or match.end() == at:
+            raise UsageError("Line %d is not NAME=value." % (text.count("\n", 0, at) + 1),
+                             "Quote values with spaces or newlines.")
+        at = match.end()
+        if match.group("name"):
+            value = match.group("raw")
+            if value is None and match.group("quoted") is not None:
+                value = re.sub(r"\\(.)", lambda m: escapes.get(m.group(1), m.group(1)), match.group("quoted"), flags=re.S)
+            values[check_variable(match.group("name"), secret=True)] = value if value is not None else match.group("bare")
+    return values
+
+
+def secrets_list(registry: Registry, options: argparse.Namespace) -> int:
+    stored = registry.secrets()
+    if options.json:
+        print_json([{"name": name, "kind": "command" if "command" in stored[name] else "value"}
+                    for name in sorted(stored)])
+    else:
+        for name in sorted(stored):
+            print_text(name + ("  (from a command)" if "command" in stored[name] else ""))
+    return 0
+
+
+def secrets_rm(registry: Registry, options: argparse.Namespace) -> int:
+    def remove(stored: Dict[str, Dict[str, str]]) -> None:
+        for name in options.names:
+            if name not in stored:
+                raise UsageError("There is no secret %s in this project." % show(name),
+                                 "See: %s secrets list" % PROGRAM)
+            del stored[name]
+    registry.update_secrets(remove)
+    return 0
+
+
+# -- the tools as commands --
+
+def the_workspace(options: argparse.Namespace) -> WorkspaceBase:
+    project = open_project(options)
+    return project.ensure(one_workspace(options) or project.default_workspace(), options.host or "",
+                          report=Terminal(options.verbosity))
+
+
+def command_read(options: argparse.Namespace) -> int:
+    found = read_file(the_workspace(options), options.path, options.offset, options.limit)
+    if options.json:
+        print_json(dict(bytes_field("content", found.data), size=found.size, sha256=found.sha256))
+    else:
+        write_out(1, found.data)
+    return 0
+
+
+def command_write(options: argparse.Namespace) -> int:
+    data = read_all(0, READ_MAX * 10)
+    if len(data) > READ_MAX * 10:
+        raise UsageError("The content is larger than %s." % human_size(READ_MAX * 10))
+    created = write_file(the_workspace(options), options.path, data)
+    if options.json:
+        print_json({"size": len(data), "sha256": sha256(data), "created": created})
+    return 0
+
+
+def command_edit(options: argparse.Namespace) -> int:
+    arguments: Dict[str, Any] = {"path": options.path}
+    if options.old is not None or options.new is not None:
+        if options.old is None or options.new is None:
+            raise UsageError("edit needs both --old and --new.")
+        arguments["edits"] = [{"old": options.old, "new": options.new, "count": options.count}]
+    else:
+        import json
+        try:
+            value = json.loads(read_all(0, BATCH_LINE_MAX).decode("utf-8"))
+            if not set(value) <= {"edits", "sha256"}:
+                raise ValueError
+            arguments.update({key: value[key] for key in value})
+        except (ValueError, TypeError, RecursionError):
+            raise UsageError('stdin is not JSON of the form {"edits": [{"old": ..., "new": ...}]}.',
+                             "Or give --old and --new.")
+    if options.sha256:
+        arguments["sha256"] = options.sha256
+    result = call_tool(the_workspace(options), "edit", arguments)
+    if options.json:
+        print_json(result)
+    elif options.verbosity >= 0:
+        write_out(1, result["diff"].encode("utf-8", "replace"))
+    return 0
+
+
+def command_glob(options: argparse.Namespace) -> int:
+    paths, truncated = glob_files(the_workspace(options), options.pattern, options.limit)
+    return print_rows(options, {"paths": paths, "truncated": truncated}, paths, truncated)
+
+
+def command_grep(options: argparse.Namespace) -> int:
+    matches, truncated = grep_files(the_workspace(options), options.pattern, options.glob, options.ignore_case, options.limit)
+    rows = ["%s:%d:%s" % (m["path"], m["line"], m["text"]) for m in matches]
+    print_rows(options, {"matches": matches, "truncated": truncated}, rows, truncated)
+    return 0 if matches else 1
+
+
+def print_rows(options: argparse.Namespace, value: object, rows: Sequence[str], truncated: bool) -> int:
+    if options.json:
+        print_json(value)
+    elif rows:
+        print_text("\n".join(rows))
+    if truncated and not options.json:
+        Terminal(options.verbosity).warn("There are more; narrow the pattern, or raise --limit.")
+    return 0
+
+
+def command_jobs(options: argparse.Namespace) -> int:
+    rows = list_jobs(the_workspace(options))
+    if options.json:
+        print_json(rows)
+    for row in rows if not options.json else []:
+        age = human_age(time.time() - row["started"]) if row["started"] else "?"
+        state = "exited %s" % row["exit_code"] if row["state"] == "exited" else row["state"]
+        print_text("%s  %-10s  %4s  %s" % (row["job"], state, age, neutralise(row["command"]).replace("\n", " ")))
+    return 0
+
+
+def command_logs(options: argparse.Namespace) -> int:
+    workspace = the_workspace(options)
+    if options.offset < 0 or options.wait < 0:
+        raise UsageError("An offset or a wait cannot be negative.")
+    if options.follow:
+        follow_job(workspace, options.job, options.offset, lambda data: write_out(1, data))
+        return 0
+    if options.json:
+        print_json(call_tool(workspace, "logs", {"job": options.job, "offset": options.offset, "wait": options.wait}))
+        return 0
+    offset = options.offset
+    while True:
+        status = job_logs(workspace, options.job, offset, options.wait)
+        write_out(1, status["data"])
+        offset = status["next_offset"]
+        if offset >= status["size"] or not status["data"]:
+            return 0
+
+
+def command_wait(options: argparse.Namespace) -> int:
+    status = wait_job(the_workspace(options), options.job, options.timeout)
+    if options.json:
+        print_json(status)
+    elif status["state"] != "exited":
+        Terminal(options.verbosity).warn("The job %s is %s." % (options.job, {"running": "still running"}.get(
+            status["state"], "lost: it ended without a record (was the host restarted?)")))
+    return int(status["exit_code"]) if status["state"] == "exited" else 124 if status["state"] == "running" else 1
+
+
+def command_stop(options: argparse.Namespace) -> int:
+    status = stop_job(the_workspace(options), options.job)
+    if options.json:
+        print_json(status)
+    elif status["stopped"] != "confirmed":
+        Terminal(options.verbosity).warn("The end of %s was asked for, not seen." % options.job)
+    return 0 if status["stopped"] == "confirmed" else 1
+
+
+def command_batch(options: argparse.Namespace) -> int:
+    project = Project(options.directory)
+    name = check_workspace(one_workspace(options) or project.default_workspace())
+    batch = Batch(project, name, options.host or "", lambda data: write_out(1, data), options.at_once or 16)
+    return batch.run(read_lines(0, BATCH_LINE_MAX, batch.cancel))
+
+
+def command_demo(options: argparse.Namespace) -> int:
+    demo(lambda text: print_text(neutralise(text)), Terminal(options.verbosity))
+    return 0
+
+
+# -- the parser: one table; only the chosen command's parser is built --
+
+class Option:
+    """One option of a command, as argparse takes it."""
+
+    def __init__(self, *flags: str, **settings: Any) -> None:
+        self.flags, self.settings = flags, settings
+
+
+COMMON = (
+    Option("-C", dest="directory", metavar="DIR", default=".", help="a directory in the git repository (default: this one)"),
+    Option("-H", "--host", metavar="HOST", help="anything `ssh HOST` accepts"),
+    Option("-w", "--workspace", metavar="NAME", action="append", help="the workspace (default: the branch's name)"),
+    Option("--json", action="store_true", help="JSON on stdout instead of text"),
+    Option("-q", dest="verbosity", action="store_const", const=-1, default=0, help="say less"),
+    Option("-v", dest="verbosity", action="store_const", const=1, help="say what is done"),
+)
+
+
+class Command:
+    """One command: its handler, a line of help, an example, its options, sub-commands."""
+
+    def __init__(self, handler: Callable[[argparse.Namespace], int], text: str, example: str,
+                 *options: Option, actions: Optional[Dict[str, Tuple[str, Tuple[Option, ...]]]] = None) -> None:
+        self.handler, self.text, self.example = handler, text, example
+        self.options, self.actions = options, actions or {}
+
+
+DIRTY = (Option("--dirty", action="store_true", help="the work tree as it is, with uncommitted and untracked files"),
+         Option("--allow", action="append", default=[], metavar="PATH", help="with --dirty: send this file though it looks like a secret"))
+COMMANDS: Dict[str, Command] = {
+    "new": Command(
+        command_new, "create one or several workspaces, in parallel", "new fix-login fix-logout -H my-server",
+        Option("names", nargs="*", metavar="NAME", help="default: the branch's name"),
+        Option("--ref", default="HEAD", metavar="REV", help="the commit to send (default: HEAD)"),
+        *DIRTY,
+        Option("--root", metavar="DIR", help="where on the host (default: ~/cmux)"),
+        Option("--no-init", action="store_true", help="do not run .cmux/init")),
+    "list": Command(
+        command_list, "this project's workspaces", "list --json",
+        Option("--all-projects", action="store_true", help="of every project of this machine")),
+    "rm": Command(
+        command_rm, "delete workspaces; refuses one with changed files", "rm fix-login",
+        Option("names", nargs="*", metavar="NAME"),
+        Option("--force", action="store_true", help="also with work in it that exists nowhere else")),
+    "pull": Command(
+        command_pull, "bring a workspace's work home as commits on branch cmux/NAME", "pull -w fix-login",
+        Option("--branch", default="", metavar="B", help="another branch than cmux/NAME"),
+        Option("--allow", action="store_true", help="also changes of this repository's own hooks")),
+    "push": Command(
+        command_push, "bring a workspace to another local commit; only what differs is touched", "push -w fix-login",
+        Option("--ref", default="HEAD", metavar="REV", help="the commit (default: HEAD)"), *DIRTY,
+        Option("--force", action="store_true", help="also over work that no pull brought home (a copy stays there until gc)")),
+    "fork": Command(
+        lambda options: command_move(options, FORK), "a new workspace with the current content of -w's, made on the host", "fork -w fix-login second-try",
+        Option("name", metavar="NAME")),
+    "rename": Command(
+        lambda options: command_move(options, RENAME), "give a workspace another name", "rename -w fix-login login",
+        Option("name", metavar="NAME")),
+    "gc": Command(command_gc, "free trash, leftovers and old bases on this project's hosts", "gc"),
+    "diff": Command(
+        command_diff, "what a workspace changed against its base; creates nothing", "diff -w fix-login --stat",
+        Option("--stat", action="store_true", help="only how much, by file")),
+    "exec": Command(
+        command_exec, "run a command in a workspace, made first if need be", "exec -H my-server -- make test",
+        Option("--timeout", type=float, metavar="S", help="stop the command after S seconds (exit code 124)"),
+        Option("--cwd", default="", metavar="DIR", help="relative to the workspace"),
+        Option("--env", action="append", metavar="K=V", default=[], help="one more environment variable"),
+        Option("--push", action="store_true", help="first bring the workspace to the local HEAD"),
+        Option("--login", action="store_true", help="read the login profile first (nvm, pyenv, cargo)"),
+        Option("-n", dest="no_stdin", action="store_true", help="never pass stdin on"),
+        Option("--all", action="store_true", help="in every workspace of this project"),
+        Option("-j", dest="at_once", type=int, metavar="N", help="with several workspaces: N at a time (default: all)"),
+        Option("--detach", action="store_true", help="start it as a job that goes on by itself; prints its id"),
+        Option("command", nargs="...", metavar="-- CMD", help="one argument is a shell line, several an exact argv")),
+    "read": Command(
+        command_read, "a file's bytes, or lines of it", "read src/main.c --offset 10 --limit 20",
+        Option("path", metavar="PATH"), Option("--offset", type=int, default=1, metavar="LINE", help="first line"),
+        Option("--limit", type=int, default=0, metavar="N", help="how many lines")),
+    "write": Command(
+        command_write, "stdin becomes the file, whole or not at all", "write notes.txt < notes.txt", Option("path", metavar="PATH")),
+    "edit": Command(
+        command_edit, "exact replacements, all or none", "edit a.py --old 'x = 1' --new 'x = 2'", Option("path", metavar="PATH"),
+        Option("--old", metavar="TEXT"), Option("--new", metavar="TEXT"),
+        Option("--count", type=int, default=1, metavar="N", help="how many matches there must be (1)"),
+        Option("--sha256", metavar="HEX", help="of the file as last seen: refuse if it changed")),
+    "glob": Command(
+        command_glob, "paths of files that match", "glob 'src/**/*.py'", Option("pattern", metavar="PATTERN"),
+        Option("--limit", type=int, default=1000, metavar="N")),
+    "grep": Command(
+        command_grep, "lines that match an extended regular expression", "grep 'def .*test' --glob '*.py'",
+        Option("pattern", metavar="PATTERN"), Option("--glob", default="", metavar="G", help="only in files that match"),
+        Option("--ignore-case", action="store_true"), Option("--limit", type=int, default=200, metavar="N")),
+    "jobs": Command(command_jobs, "background jobs, started with exec --detach", "jobs"),
+    "logs": Command(
+        command_logs, "a job's output", "logs -f j0123abcd", Option("job", metavar="ID"),
+        Option("-f", dest="follow", action="store_true", help="go on until the job ends, across lost connections"),
+        Option("--offset", type=int, default=0, metavar="BYTE", help="first byte, 0 is the first"),
+        Option("--wait", type=float, default=0, metavar="S", help="wait so long for more, at most 30")),
+    "wait": Command(
+        command_wait, "wait for a job; its exit code", "wait j0123abcd", Option("job", metavar="ID"),
+        Option("--timeout", type=float, metavar="S", help="then exit with 124")),
+    "stop": Command(command_stop, "end a job and everything it started", "stop j0123abcd", Option("job", metavar="ID")),
+    "batch": Command(
+        command_batch, "JSON lines of tool calls on stdin, results on stdout as they finish", "batch -j 32 < calls.jsonl",
+        Option("-j", dest="at_once", type=int, metavar="N", help="at once (default: 16)")),
+    "secrets": Command(
+        command_secrets, "environment variables that every command in a workspace sees",
+        "secrets set NPM_TOKEN < token.txt", actions={
+            "set": ("value from stdin or a hidden prompt", (
+                Option("name", metavar="NAME"),
+                Option("--command", dest="command_line", metavar="CMD", help="run CMD for the value, each time"))),
+            "import": ("take NAME=value lines from a dotenv file", (Option("file", metavar="FILE"),)),
+            "list": ("names only", ()),
+            "rm": ("forget", (Option("names", nargs="+", metavar="NAME"),))}),
+    "demo": Command(command_demo, "the whole flow against a throwaway sshd on this machine", "demo"),
+}
+
+
+def usage() -> str:
+    rows = ["  %-10s %s" % (name, command.text) for name, command in COMMANDS.items()]
+    return ("usage: %s COMMAND [options]\n\nSSH workspaces for coding agents: work happens on HOST, "
+            "your keys stay here.\n\n%s\n\n`%s COMMAND -h` shows the options and an example. "
+            "Exit codes: the command's own from exec\n(124 timeout, 125 this tool failed, 130 interrupted, "
+            "255 host unreachable or lost); else 0, 1, 2, 255." % (PROGRAM, "\n".join(rows), PROGRAM))
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Options of one command line. argparse itself exits on -h (0) and on errors."""
+    import argparse
+    name, rest = words[0], list(words[1:])
+    command = COMMANDS[name]
+    tail: Optional[List[str]] = None
+    if name == "exec" and "--" in rest:
+        at = rest.index("--")
+        rest, tail = rest[:at], rest[at + 1:]
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            raise UsageError("%s: %s." % (name, neutralise(message)), "See `%s %s -h`." % (PROGRAM, name))
+
+    def parser_for(target: argparse.ArgumentParser, options: Iterable[Option]) -> None:
+        for option in options:
+            target.add_argument(*option.flags, **option.settings)
+    shape: Dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = Parser(prog="%s %s" % (PROGRAM, name), description=command.text,
+                    epilog="example: %s %s" % (PROGRAM, command.example), **shape)
+    if command.actions:
+        actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+        for action, (text, options) in command.actions.items():
+            child = actions.add_parser(action, help=text, description=text, **shape)
+            parser_for(child, options + COMMON)
+    else:
+        parser_for(parser, command.options + COMMON)
+    result = parser.parse_args(rest)
+    if getattr(result, "at_once", None) is not None and result.at_once < 1:
+        raise UsageError("%s: -j takes a number from 1." % name)
+    if name == "exec":
+        if tail is not None:
+            if result.command:
+                raise UsageError("exec: %s stands before `--`." % show(result.command[0]),
+                                 "Write: exec [options] -- CMD...")
+            result.command = tail
+        if not result.command:
+            raise UsageError("exec: no command was given.", "For example: %s exec -- make test" % PROGRAM)
+        if result.timeout is not None and not 0 < result.timeout < 1e8:
+            raise UsageError("--timeout takes a number of seconds above 0.")
+    return result
+
+
+def open_standard_streams() -> None:
+    """A descriptor 0, 1 or 2 that the caller closed becomes /dev/null: the next pipe of ours
+    would otherwise take its number, and be mistaken for it."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), fd)
+
+
+def report_error(error: CmuxError) -> None:
+    text = neutralise(str(error)).strip()
+    hint = (" " + neutralise(error.hint)) if error.hint else ""
+    sys.stderr.write("%s: %s%s\n" % (PROGRAM, text, hint))
+    sys.stderr.flush()
+
+
+def version_text() -> str:
+    """Name, version, and the SHA-256 of this very file: a changed copy shows itself."""
+    import hashlib
+    try:
+        with open(os.path.abspath(__file__), "rb") as stream:
+            digest = hashlib.sha256(stream.read()).hexdigest()
+    except (OSError, NameError):
+        digest = "unknown"
+    return "%s %s (sha256 %s)" % (PROGRAM, __version__, digest)
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Run one command line; the exit code. Expected failures are one sentence on stderr."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if os.name != "posix":
+        sys.stderr.write("%s: Windows is not supported natively. Use it inside WSL.\n" % PROGRAM)
+        return 2
+    try:
+        if words[:1] == ["--version"]:
+            print_text(version_text())
+            return 0
+        if not words or words[0] in ("-h", "--help", "help"):
+            print_text(usage())
+            return 0 if words else 2
+        if words[0] not in COMMANDS:
+            raise UsageError("There is no command %s." % show(words[0]), "See `%s -h`." % PROGRAM)
+        open_standard_streams()
+        if words[0] in ("batch", "exec"):
+            raise_descriptor_limit()
+        stop_signals()
+        return COMMANDS[words[0]].handler(parse(words))
+    except PipeClosed:
+        die_by_pipe()
+        return 141
+    except CmuxError as error:
+        report_error(error)
+        return 125 if words[0] == "exec" and error.exit_code in (1, 2) else error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("%s: interrupted.\n" % PROGRAM)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,4121 @@
+"""The tests of cmux_ssh.py: real sshd, real git, real shells, the program run as people run it.
+
+Nothing here is mocked. Every test that speaks to a host gets a throwaway OpenSSH daemon of its own on
+127.0.0.1, with stock limits and a home directory made for the test, and the program is started as its
+own process with an environment in which anything that must not be called is a trap. What a test
+started is ended and looked for when it is over. Waiting means polling with a deadline, never sleeping
+and hoping. A missing program fails with the words that install it; it never skips.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import contextlib
+import errno
+import fcntl
+import getpass
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import pty
+import queue
+import random
+import re
+import resource
+import select
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import termios
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+
+import pytest
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import cmux_ssh as c  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+PROGRAM = HERE / "cmux_ssh.py"
+PATIENCE = 20.0  # seconds for anything that should take one: slow machines fail late, fast ones never
+SHELLS = ("bash", "dash", "zsh", "fish", "tcsh", "ksh", "mksh", "busybox")
+BINARY = bytes(range(256)) * 3 + b"\0\xff\xfe no final newline"
+
+
+# === Rig: programs and processes ===
+
+
+def program(name: str, package: str = "") -> str:
+    """The path of a program the tests need; without it they fail and say how to get it."""
+    path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/local/sbin")
+    if path is None:
+        pytest.fail(f"the tests need {name}: install it (Debian: apt-get install {package or name})", pytrace=False)
+    return path
+
+
+def until(probe: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
+    """The first true answer of probe, asked again and again until the deadline."""
+    end = time.monotonic() + seconds
+    while True:
+        answer = probe()
+        if answer:
+            return answer
+        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
+        time.sleep(0.02)
+
+
+class Process:
+    """One row of the process table, as bytes: cmdline with NULs between words, environ likewise."""
+
+    def __init__(self, pid: int, ppid: int, cmdline: bytes, environ: bytes) -> None:
+        self.pid, self.ppid, self.cmdline, self.environ = pid, ppid, cmdline, environ
+
+    def __repr__(self) -> str:
+        return f"<{self.pid} of {self.ppid}: {self.cmdline.replace(chr(0).encode(), b' ').decode(errors='replace')[:300]}>"
+
+
+def slurp(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def processes(environ: bool = True) -> List[Process]:
+    """Every living process of this machine that we may see; zombies have no cmdline and are left out."""
+    if not os.path.isdir("/proc/self"):
+        return processes_from_ps()
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        cmdline = slurp(f"/proc/{pid}/cmdline")
+        if cmdline:
+            fields = slurp(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+            if len(fields) > 1 and fields[0] not in (b"Z", b"X"):
+                found.append(Process(int(pid), int(fields[1]), cmdline, slurp(f"/proc/{pid}/environ") if environ else b""))
+    return found
+
+
+def processes_from_ps() -> List[Process]:
+    table = subprocess.run(["ps", "-axww", "-o", "pid=,ppid=,command="], stdout=subprocess.PIPE, check=True).stdout
+    whole = subprocess.run(["ps", "-axEww", "-o", "pid=,command="], stdout=subprocess.PIPE, check=True).stdout
+    environs = {int(line.split(None, 1)[0]): line for line in whole.splitlines() if line.split()}
+    rows = [line.split(None, 2) for line in table.splitlines()]
+    return [Process(int(r[0]), int(r[1]), r[2], environs.get(int(r[0]), b"")) for r in rows if len(r) == 3]
+
+
+def running(command: str) -> List[Process]:
+    """The processes that run exactly this command; not those that only name it, like the shell around it."""
+    return [p for p in processes(environ=False) if p.cmdline.replace(b"\0", b" ").strip() == command.encode()]
+
+
+def naming(text: str) -> List[Process]:
+    """The processes whose command line holds text anywhere."""
+    return [p for p in processes(environ=False) if text.encode() in p.cmdline and p.pid != os.getpid()]
+
+
+def descendants(pid: int) -> List[Process]:
+    table = processes(environ=False)
+    family = {pid}
+    while True:
+        more = {p.pid for p in table if p.ppid in family} - family
+        if not more:
+            return [p for p in table if p.pid in family and p.pid != pid]
+        family |= more
+
+
+def ancestors() -> List[int]:
+    parents = {p.pid: p.ppid for p in processes(environ=False)}
+    line, pid = [os.getpid()], os.getpid()
+    while pid in parents and parents[pid] > 0:
+        pid = parents[pid]
+        line.append(pid)
+    return line
+
+
+def kill(pid: int, sig: int = signal.SIGKILL) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, sig)
+
+
+def end_everything_of(directory: Path) -> None:
+    """SIGKILL to every process that names the directory in its command line or environment."""
+    name, spare = os.fsencode(directory), set(ancestors())
+
+    def strike() -> bool:
+        left = [p for p in processes() if (name in p.cmdline or name in p.environ) and p.pid not in spare]
+        for process in left:
+            kill(process.pid)
+        return not left
+
+    until(strike, f"the processes of {directory} are gone")
+
+
+class Watch:
+    """Looks at every command line on this machine, again and again, for bytes that must stand in none."""
+
+    def __init__(self, needle: bytes) -> None:
+        self.needle, self.hits, self.looks = needle, [], 0  # type: bytes, List[Process], int
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self.hits += [p for p in processes(environ=False) if self.needle in p.cmdline]
+            self.looks += 1
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+# === Rig: a line that can fail ===
+
+
+class Line:
+    """A TCP proxy between ssh and sshd that counts, delays, stalls, cuts and refuses on demand."""
+
+    def __init__(self, target_port: int) -> None:
+        self.target_port = target_port
+        self.connections = self.up = self.down = 0  # connections seen, bytes towards the host, bytes from it
+        self.delay = 0.0  # seconds each way
+        self.refuse = False  # accept and hang up at once, as a port forwarder with nothing behind it does
+        self.cut: Dict[str, Optional[int]] = {"up": None, "down": None}  # end a connection after so many bytes
+        self.flowing = threading.Event()
+        self.flowing.set()
+        self._live: List[socket.socket] = []
+        self._lock = threading.Lock()
+        self._door = socket.socket()
+        self._door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._door.bind(("127.0.0.1", 0))
+        self._door.listen(128)
+        self.port = self._door.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                near = self._door.accept()[0]
+            except OSError:
+                return
+            self.connections += 1
+            try:
+                if self.refuse:
+                    raise OSError("refusing")
+                far = socket.create_connection(("127.0.0.1", self.target_port))
+            except OSError:
+                self._hang_up(near)
+                continue
+            for end in (near, far):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with self._lock:
+                self._live += [near, far]
+            for source, sink, way in ((near, far, "up"), (far, near, "down")):
+                pipe: "queue.Queue[Tuple[float, bytes]]" = queue.Queue(256)
+                threading.Thread(target=self._read, args=(source, pipe), daemon=True).start()
+                threading.Thread(target=self._write, args=(sink, source, pipe, way), daemon=True).start()
+
+    def _read(self, source: socket.socket, pipe: "queue.Queue[Tuple[float, bytes]]") -> None:
+        data = b"?"
+        while data:
+            try:
+                data = source.recv(65536)
+            except OSError:
+                data = b""
+            pipe.put((time.monotonic() + self.delay, data))
+
+    def _write(self, sink: socket.socket, source: socket.socket, pipe: "queue.Queue[Tuple[float, bytes]]", way: str) -> None:
+        carried = 0
+        while True:
+            due, data = pipe.get()
+            time.sleep(max(0.0, due - time.monotonic()))
+            self.flowing.wait()
+            limit = self.cut[way]
+            if limit is not None and carried + len(data) > limit:
+                with contextlib.suppress(OSError):
+                    sink.sendall(data[: max(0, limit - carried)])
+                self._hang_up(sink)
+                self._hang_up(source)
+                data = b""
+            try:
+                if not data:
+                    sink.shutdown(socket.SHUT_WR)
+                    return
+                sink.sendall(data)
+            except OSError:
+                self._hang_up(source)
+                return
+            carried += len(data)
+            with self._lock:
+                setattr(self, way, getattr(self, way) + len(data))
+
+    def _hang_up(self, end: socket.socket) -> None:
+        """Hang up with a reset; shutdown first, because a thread may sit in recv on it."""
+        with contextlib.suppress(OSError):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            end.shutdown(socket.SHUT_RDWR)
+        end.close()
+
+    def drop(self) -> None:
+        """Cut every connection there is, now."""
+        with self._lock:
+            live, self._live = self._live, []
+        for end in live:
+            self._hang_up(end)
+
+    def stall(self) -> None:
+        self.flowing.clear()
+
+    def go_on(self) -> None:
+        self.flowing.set()
+
+    def close(self) -> None:
+        self.go_on()
+        with contextlib.suppress(OSError):
+            self._door.shutdown(socket.SHUT_RDWR)
+        self._door.close()
+        self.drop()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+# === Rig: hosts ===
+
+# What each shell reads before a command; the noise is there to be ignored. The shells without a file are
+# made noisy by the script that stands in for the login.
+RC = {
+    "bash": (".bashrc", "echo noise-of-bash; echo noise-of-bash >&2\n"),
+    "zsh": (".zshenv", "echo noise-of-zsh; echo noise-of-zsh >&2\n"),
+    "fish": (".config/fish/config.fish", "echo noise-of-fish; echo noise-of-fish >&2\n"),
+    "tcsh": (".tcshrc", 'echo noise-of-tcsh; sh -c "echo noise-of-tcsh >&2"\n'),
+}
+
+# Commands a host without GNU, git, bash, Python, setsid, timeout, base64 and sha256sum still has.
+POSIX = """[ ash awk basename cat chgrp chmod chown cksum cmp cp cut date dd df diff dirname du echo env expand expr false find
+fold grep head id kill ln ls mkdir mkfifo mktemp mv nl nohup od paste printf ps pwd readlink rm rmdir sed sh sleep sort split
+stty tail tar tee test touch tr true tty uname uniq wc which xargs""".split()
+
+
+class Keys:
+    """The host's and the user's key pair, made once for all tests."""
+
+    def __init__(self, directory: Path) -> None:
+        self.host, self.user, self.stranger, self.other_host = (
+            directory / name for name in ("host_key", "user_key", "stranger_key", "other_host_key"))
+        for key in (self.host, self.user, self.stranger, self.other_host):
+            subprocess.run([program("ssh-keygen", "openssh-client"), "-q", "-t", "ed25519", "-N", "", "-C", "rig", "-f", str(key)],
+                           check=True)
+
+
+def public(key: Path) -> str:
+    return " ".join(Path(f"{key}.pub").read_text().split()[:2])
+
+
+class Answer:
+    """How a run of the program ended."""
+
+    def __init__(self, argv: Sequence[str], code: int, out: bytes, err: bytes, seconds: float) -> None:
+        self.argv, self.code, self.out, self.err, self.seconds = argv, code, out, err, seconds
+
+    @property
+    def json(self) -> Any:
+        assert self.out.isascii() if hasattr(self.out, "isascii") else True
+        return json.loads(self.out)
+
+    @property
+    def text(self) -> str:
+        return self.out.decode()
+
+    @property
+    def said(self) -> str:
+        return self.err.decode(errors="replace")
+
+    def __repr__(self) -> str:
+        return f"<{' '.join(map(shlex.quote, self.argv))}: {self.code} after {self.seconds:.2f} s\nout {self.out[-2000:]!r}\nerr {self.err[-2000:]!r}>"
+
+
+class Site:
+    """One laptop and its hosts: a local home, a state directory, an ssh config, daemons; all below one directory."""
+
+    def __init__(self, keys: Keys) -> None:
+        self.keys = keys
+        self.dir = Path(tempfile.mkdtemp(prefix="cmux-t", dir="/tmp")).resolve()
+        self.home, self.state, self.tmp, self.remote = (self.dir / n for n in ("home", "state", "tmp", "far"))
+        for directory in (self.home, self.tmp, self.remote):
+            directory.mkdir()
+        self.config, self.known_hosts = self.dir / "config", self.dir / "known_hosts"
+        self.known_hosts.write_text(f"rig {public(keys.host)}\n")
+        (self.dir / "authorized").write_text(f"{public(keys.user)}\n")
+        (self.home / ".gitconfig").write_text("[user]\n\tname = Ada Test\n\temail = ada@laptop.example\n[init]\n\tdefaultBranch = main\n")
+        self.env = {
+            "PATH": os.environ["PATH"], "HOME": str(self.home), "TMPDIR": str(self.tmp), "LANG": "C.UTF-8", "TERM": "dumb",
+            "USER": getpass.getuser(), "LOGNAME": getpass.getuser(), "SHELL": "/bin/sh",
+            "CMUX_SSH_COMMAND": f"ssh -F {self.config}", "CMUX_SSH_HOME": str(self.state),
+            "GIT_CONFIG_GLOBAL": str(self.home / ".gitconfig"), "GIT_CONFIG_NOSYSTEM": "1", "PYTHONDONTWRITEBYTECODE": "1",
+            # Nothing may ask, edit or page:
+            "GIT_EDITOR": "false", "EDITOR": "false", "VISUAL": "false", "GIT_PAGER": "false", "PAGER": "false",
+            "SSH_ASKPASS": "/bin/false", "GIT_ASKPASS": "/bin/false", "GIT_SSH_COMMAND": "false",
+        }
+        self.entries: List[str] = []
+        self.lines: List[Line] = []
+        self.daemons: List["subprocess.Popen[bytes]"] = []
+        self.port = 0
+        self._write_config()
+
+    # -- hosts
+
+    def host(self, name: str, *config: str, shared: bool = True) -> str:
+        """Add an entry to the ssh config; shared adds the keys and known hosts of the rig below it."""
+        self.entries.insert(0, f"Host {name}\n" + "".join(f"  {line}\n" for line in config))
+        if not shared:
+            self.entries[0] += f"  User {getpass.getuser()}\n  IdentityFile {self.keys.user}\n  IdentitiesOnly yes\n"
+        self._write_config()
+        return name
+
+    def _write_config(self) -> None:
+        common = (f"Host * !bare-*\n  User {getpass.getuser()}\n  IdentityFile {self.keys.user}\n  IdentitiesOnly yes\n"
+                  f"  UserKnownHostsFile {self.known_hosts}\n  GlobalKnownHostsFile /dev/null\n  HostKeyAlias rig\n"
+                  "  StrictHostKeyChecking yes\n")
+        self.config.write_text("\n".join(self.entries) + "\n" + common)
+
+    def sshd_config(self, name: str, *lines: str, shell: str = "", env: Optional[Dict[str, str]] = None,
+                    host_key: Optional[Path] = None) -> Path:
+        """A configuration for sshd with stock limits, whose sessions live in a home of their own."""
+        home = self.far_home(name)
+        home.mkdir(exist_ok=True)
+        variables = {"HOME": str(home), "CMUX_TEST_SITE": str(self.dir), **(env or {})}
+        if shell:
+            variables["SHELL"] = program(shell)
+        text = [f"HostKey {host_key or self.keys.host}", f"AuthorizedKeysFile {self.dir / 'authorized'}", "PidFile none", "UsePAM no",
+                "StrictModes no", "PermitRootLogin yes", "PasswordAuthentication no", "KbdInteractiveAuthentication no",
+                "LogLevel VERBOSE", "SetEnv " + " ".join(f'"{k}={v}"' for k, v in variables.items()), *lines]
+        if shell:
+            text.append(f"ForceCommand {self._login(name, shell, home)}")
+        path = self.dir / f"sshd-{name}"
+        path.write_text("\n".join(text) + "\n")
+        return path
+
+    def _login(self, name: str, shell: str, home: Path) -> Path:
+        """A script that does what sshd does with that login shell: SHELL -c COMMAND; and the noise."""
+        path, words = self.dir / f"login-{name}", program(shell) + (" sh" if shell == "busybox" else "")
+        text = f'#!/bin/sh\n[ -n "$SSH_ORIGINAL_COMMAND" ] || exec {words} -l\nexec {words} -c "$SSH_ORIGINAL_COMMAND"\n'
+        if shell in RC:
+            rc = home / RC[shell][0]
+            rc.parent.mkdir(parents=True, exist_ok=True)
+            rc.write_text(RC[shell][1])
+        else:
+            text = text.replace("\nexec", f"\necho noise-of-{shell}; echo noise-of-{shell} >&2\nexec", 1)
+        path.write_text(text)
+        path.chmod(0o755)
+        return path
+
+    def far_home(self, name: str = "box") -> Path:
+        return self.remote / name
+
+    def inetd(self, name: str, *lines: str, config: Sequence[str] = (), **options: Any) -> str:
+        """A host without port or daemon: each connection is an `sshd -i` behind ProxyCommand."""
+        path = self.sshd_config(name, *lines, **options)
+        return self.host(name, f"ProxyCommand {program('sshd', 'openssh-server')} -i -f {path} -E {self.dir}/log-{name}", *config)
+
+    def daemon(self, name: str, *lines: str, config: Sequence[str] = (), **options: Any) -> str:
+        """A real sshd on a free port of 127.0.0.1."""
+        path = self.sshd_config(name, *lines, **options)
+        for _ in range(5):
+            port = free_port()
+            log = open(self.dir / f"log-{name}", "ab")
+            with log:
+                child = subprocess.Popen([program("sshd", "openssh-server"), "-D", "-e", "-f", str(path), "-p", str(port),
+                                          "-o", "ListenAddress=127.0.0.1"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/")
+            until(lambda: child.poll() is not None or answers(port), f"sshd listens on {port}")
+            if child.poll() is None:
+                break
+        else:
+            pytest.fail(f"sshd does not start: {self.log(name)}")
+        self.daemons.append(child)
+        self.port = self.port or port
+        return self.host(name, "HostName 127.0.0.1", f"Port {port}", *config)
+
+    def line(self, name: str, *config: str) -> Line:
+        """A host of that name which is `box` behind a line that can fail."""
+        line = Line(self.port)
+        self.lines.append(line)
+        self.host(name, "HostName 127.0.0.1", f"Port {line.port}", *config)
+        return line
+
+    def log(self, name: str = "box") -> str:
+        return slurp(str(self.dir / f"log-{name}")).decode(errors="replace")
+
+    # -- running
+
+    def environment(self, env: Optional[Dict[str, str]] = None) -> Dict[str, str]:
+        return {**self.env, **(env or {})}
+
+    def ssh(self, host: str, command: str, *options: str, stdin: Optional[bytes] = None,
+            env: Optional[Dict[str, str]] = None) -> "subprocess.CompletedProcess[bytes]":
+        """Plain ssh with the same config, to see what the host does by itself."""
+        return subprocess.run([program("ssh", "openssh-client"), "-F", str(self.config), "-o", "BatchMode=yes", *options, host, command],
+                              input=stdin, stdin=subprocess.DEVNULL if stdin is None else None, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, env=self.environment(env), timeout=60)
+
+    def start(self, *args: str, cwd: Optional[Path] = None, env: Optional[Dict[str, str]] = None,
+              stdin: Any = subprocess.DEVNULL) -> "subprocess.Popen[bytes]":
+        """The program, left running, in a process group of its own like a job of a shell."""
+        return subprocess.Popen([sys.executable, str(PROGRAM), *args], cwd=str(cwd or self.dir), env=self.environment(env), stdin=stdin,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+    def cli(self, *args: str, cwd: Optional[Path] = None, env: Optional[Dict[str, str]] = None, stdin: Optional[bytes] = None,
+            seconds: float = 60) -> Answer:
+        """Run the program to its end. A traceback is a failure whatever the test expects."""
+        began = time.monotonic()
+        child = self.start(*args, cwd=cwd, env=env, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE)
+        try:
+            out, err = child.communicate(stdin, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            out, err = child.communicate()
+            raise AssertionError(f"still running after {seconds:g} s: {args}\nout {out!r}\nerr {err!r}") from None
+        answer = Answer(args, child.returncode, out, err, time.monotonic() - began)
+        assert b"Traceback" not in out + err, f"a traceback: {answer!r}\n{err.decode(errors='replace')}"
+        return answer
+
+    def masters(self) -> List[Process]:
+        """The ssh processes of this site that hold connections open."""
+        name = os.fsencode(self.dir)
+        return [p for p in processes(environ=False)
+                if name in p.cmdline and (b"[mux]" in p.cmdline or b"\0-M\0" in p.cmdline) and b"sshd" not in p.cmdline]
+
+    def close(self) -> None:
+        for line in self.lines:
+            line.close()
+        for daemon in self.daemons:
+            for process in descendants(daemon.pid):
+                kill(process.pid)
+            daemon.kill()
+            daemon.wait()
+        end_everything_of(self.dir)
+        for log in sorted(self.dir.glob("log-*")):
+            print(f"--- {log.name} ---\n{log.read_text(errors='replace')[-4000:]}")
+        subprocess.run(["chmod", "-R", "u+rwx", str(self.dir)], stderr=subprocess.DEVNULL, check=False)
+        shutil.rmtree(str(self.dir), ignore_errors=True)
+
+
+class Terminal:
+    """A program on a real terminal, as a person has it."""
+
+    def __init__(self, argv: Sequence[str], cwd: Path, env: Dict[str, str]) -> None:
+        self.output, self._screen = b"", b""
+        self._end, far = pty.openpty()
+        fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+        self.child = subprocess.Popen(argv, cwd=str(cwd), env=env, stdin=far, stdout=far, stderr=far, start_new_session=True,
+                                      preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        os.close(far)
+
+    def _read(self, seconds: float) -> bool:
+        """Take in what is there; False once the terminal is closed."""
+        if not select.select([self._end], [], [], seconds)[0]:
+            return True
+        try:
+            data = os.read(self._end, 65536)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            data = b""
+        self.output += data
+        return bool(data)
+
+    def send(self, keys: bytes) -> None:
+        os.write(self._end, keys)
+
+    def expect(self, pattern: bytes, seconds: float = PATIENCE) -> None:
+        end = time.monotonic() + seconds
+        while not re.search(pattern, self.output):
+            assert time.monotonic() < end and self._read(0.1), f"never saw {pattern!r} in {self.output!r}"
+
+    def wait(self, seconds: float = 60) -> int:
+        end = time.monotonic() + seconds
+        while self._read(0.1) and time.monotonic() < end:
+            if self.child.poll() is not None and not select.select([self._end], [], [], 0.1)[0]:
+                break
+        try:
+            return self.child.wait(max(0.1, end - time.monotonic()))
+        finally:
+            self.child.kill()
+            self.child.wait()
+            os.close(self._end)
+            assert b"Traceback" not in self.output, self.output.decode(errors="replace")
+
+
+def on_terminal(site: Site, *args: str, cwd: Path, env: Optional[Dict[str, str]] = None) -> Terminal:
+    return Terminal([sys.executable, str(PROGRAM), *args], cwd, site.environment({"TERM": "xterm", **(env or {})}))
+
+
+# === Rig: repositories ===
+
+ODD_FILES: Dict[bytes, bytes] = {
+    b"plain.txt": b"plain\n", b"with space.txt": b"space\n", b"quote'\"`$(x).txt": b"quotes\n", b"new\nline": b"newline\n",
+    b"back\\slash": b"backslash\n", "naïve-日本-🐙.txt".encode(): "Grüße\n".encode(), b"-leading-dash": b"dash\n", b"empty": b"",
+    b"binary.bin": BINARY, b"crlf.txt": b"one\r\ntwo\r\n", b"native.txt": b"one\ntwo\n", b"sub/dir/deep.txt": b"deep\n",
+    b"commit.txt": b"$Format:%H %ae$ $Id$\n", b"run.sh": b"#!/bin/sh\necho ran\n", b"docs/private.md": b"not for export\n",
+    b".gitattributes": b"docs/private.md export-ignore\ncommit.txt export-subst ident\nnative.txt text eol=crlf\n", b"*star?[x]": b"glob\n",
+    b"x" * 200 + b"/" + b"y" * 100: b"long\n",
+}
+
+
+class Repo:
+    """A real repository of one or more commits, and what a host should see of it."""
+
+    def __init__(self, site: Site, name: str = "project", odd: bool = False, files: Optional[Dict[str, bytes]] = None) -> None:
+        self.site, self.dir = site, site.dir / name
+        self.dir.mkdir(parents=True)
+        self.git("init", "-q", "-b", "main")
+        content = {k.decode(): v for k, v in ODD_FILES.items()} if odd else {"README": b"hello\n", "src/main.c": b"int main;\n"}
+        for path, data in {**content, **(files or {})}.items():
+            self.write(path, data)
+        if odd:
+            (self.dir / "run.sh").chmod(0o755)
+            (self.dir / "link").symlink_to("plain.txt")
+            (self.dir / "dangling").symlink_to("nowhere/at all")
+        self.commit("first")
+
+    def git(self, *args: str) -> str:
+        done = subprocess.run(["git", *args], cwd=str(self.dir), env=self.site.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert done.returncode == 0, (args, done.stderr)
+        return done.stdout.decode().strip()
+
+    def write(self, path: str, data: bytes, mode: Optional[int] = None) -> None:
+        target = self.dir / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+        if mode is not None:
+            target.chmod(mode)
+
+    def commit(self, message: str = "more") -> str:
+        self.git("add", "-A")
+        self.git("commit", "-q", "--allow-empty", "-m", message)
+        return self.git("rev-parse", "HEAD")
+
+    def tree(self) -> Dict[bytes, Tuple[str, bytes]]:
+        """What the commit holds, path by path: the repository's own bytes, less what export-ignore leaves out."""
+        found = {}
+        listing = subprocess.run(["git", "ls-tree", "-rz", "HEAD"], cwd=str(self.dir), env=self.site.environment(), stdout=subprocess.PIPE, check=True)
+        for row in filter(None, listing.stdout.split(b"\0")):
+            meta, path = row.split(b"\t", 1)
+            mode, _, oid = meta.decode().split()
+            blob = subprocess.run(["git", "cat-file", "blob", oid], cwd=str(self.dir), env=self.site.environment(), stdout=subprocess.PIPE, check=True)
+            if path != b"docs/private.md":
+                found[path] = ({"100644": "file", "100755": "exec", "120000": "link"}[mode], blob.stdout)
+        return found
+
+    def cli(self, *args: str, **options: Any) -> Answer:
+        return self.site.cli(*args, cwd=self.dir, **options)
+
+    def exec(self, *command: str, host: str = "box", options: Sequence[str] = (), **rest: Any) -> Answer:
+        return self.cli("exec", "-H", host, *options, "--", *command, **rest)
+
+    def start(self, *args: str, **options: Any) -> "subprocess.Popen[bytes]":
+        return self.site.start(*args, cwd=self.dir, **options)
+
+    def workspaces(self) -> Dict[str, Any]:
+        return {row["name"]: row for row in self.cli("list", "--json").json}
+
+    def path(self, name: str = "main") -> Path:
+        """Where the workspace is; the host is this machine, so a test can look."""
+        return Path(self.workspaces()[name]["path"].replace("~", str(self.site.far_home()), 1))
+
+
+def tree_of(directory: Path) -> Dict[bytes, Tuple[str, bytes]]:
+    """The files below a directory in the form of Repo.tree, without .git."""
+    found: Dict[bytes, Tuple[str, bytes]] = {}
+    top = os.fsencode(directory)
+    for folder, folders, files in os.walk(top):
+        if folder == top and b".git" in folders:
+            folders.remove(b".git")
+        for name in files + [f for f in folders if os.path.islink(os.path.join(folder, f))]:
+            full = os.path.join(folder, name)
+            path = os.path.relpath(full, top)
+            if os.path.islink(full):
+                found[path] = ("link", os.readlink(full))
+            else:
+                found[path] = ("exec" if os.stat(full).st_mode & 0o100 else "file", slurp(os.fsdecode(full)))
+    return found
+
+
+def files_holding(directory: Path, needle: bytes) -> List[str]:
+    """The files below a directory that hold some bytes, git's compressed objects and tar archives looked into."""
+    found = []
+    for folder, _, files in os.walk(str(directory)):
+        for name in files:
+            path = os.path.join(folder, name)
+            if not os.path.islink(path) and os.path.isfile(path) and needle in slurp(path):
+                found.append(path)
+        if os.path.isdir(os.path.join(folder, "objects")) and os.path.isfile(os.path.join(folder, "HEAD")):
+            everything = subprocess.run(["git", "--git-dir", folder, "cat-file", "--batch-all-objects", "--batch"], stdout=subprocess.PIPE,
+                                        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"}, check=True).stdout
+            found += [f"an object in {folder}"] if needle in everything else []
+    return found
+
+
+# === Rig: fixtures ===
+
+
+@pytest.fixture(scope="session")
+def keys() -> Iterator[Keys]:
+    with tempfile.TemporaryDirectory(prefix="cmux-k", dir="/tmp") as directory:
+        if os.geteuid() == 0:  # sshd's separation directory; a service manager makes it at boot
+            os.makedirs("/run/sshd", mode=0o755, exist_ok=True)
+        yield Keys(Path(directory))
+
+
+@contextlib.contextmanager
+def open_site(keys: Keys) -> Iterator[Site]:
+    site = Site(keys)
+    try:
+        site.daemon("box")
+        for shell in SHELLS:
+            site.inetd(f"box-{shell}", shell=shell)
+        yield site
+    finally:
+        site.close()
+
+
+@pytest.fixture
+def site(keys: Keys) -> Iterator[Site]:
+    """A laptop with the host `box` (a daemon) and one host for each login shell, all of it this test's own."""
+    with open_site(keys) as opened:
+        yield opened
+
+
+@pytest.fixture
+def repo(site: Site) -> Repo:
+    """A small repository, different in every test."""
+    return Repo(site, files={"nonce": os.urandom(16)})
+
+
+@pytest.fixture
+def odd(site: Site) -> Repo:
+    """A repository with every kind of file and name."""
+    return Repo(site, odd=True)
+
+
+@pytest.fixture(scope="module")
+def shared(keys: Keys) -> Iterator[Repo]:
+    """One site whose workspace exists already, for tests that only run commands in it."""
+    with open_site(keys) as opened:
+        repo = Repo(opened)
+        made = repo.cli("new", "-H", "box", "main")
+        assert made.code == 0, made
+        yield repo
+
+
+@pytest.fixture(autouse=True)
+def hang_guard() -> Iterator[None]:
+    """Nothing may take five minutes: a test that hangs fails instead of stopping the run."""
+
+    def ring(*_: object) -> None:
+        raise AssertionError("the test took more than five minutes")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(300)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+# === The rig tells the truth ===
+
+
+def test_rig_box_is_a_real_sshd_with_a_home_of_its_own(site: Site) -> None:
+    done = site.ssh("box", 'echo "$HOME"; cat; echo err >&2; exit 3', stdin=b"in\0")
+    assert (done.returncode, done.stdout, done.stderr) == (3, f"{site.far_home()}\n".encode() + b"in\0", b"err\n"), site.log()
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_rig_login_shells_are_the_real_ones_and_noisy(site: Site, shell: str) -> None:
+    own = "$fish_pid" if shell == "fish" else "$$"
+    done = site.ssh(f"box-{shell}", f"readlink /proc/{own}/exe; true" if os.path.isdir("/proc/self") else f"ps -o comm= -p {own}; true")
+    assert f"noise-of-{shell}".encode() in done.stdout and f"noise-of-{shell}".encode() in done.stderr, done
+    last = done.stdout.split()[-1].decode()
+    assert os.path.basename(last) == os.path.basename(os.path.realpath(program(shell))), done
+
+
+def test_rig_line_counts_delays_cuts_and_refuses(site: Site) -> None:
+    line = site.line("far")
+    assert site.ssh("far", "echo hi").stdout == b"hi\n"
+    assert line.connections == 1 and line.up > 500 and line.down > 500
+    line.cut["up"] = 100_000
+    cut = site.ssh("far", "cat >/dev/null; echo whole", stdin=os.urandom(1 << 20))
+    assert cut.returncode == 255 and cut.stdout == b""
+    line.cut["up"], line.delay = None, 0.025
+    began = time.monotonic()
+    assert site.ssh("far", "cat | wc -c", stdin=bytes(1 << 20)).stdout.strip() == b"1048576"
+    assert time.monotonic() - began > 0.2
+    line.refuse, before = True, line.connections
+    assert site.ssh("far", "true").returncode == 255 and line.connections == before + 1
+
+
+def test_rig_cleans_up_after_itself(keys: Keys) -> None:
+    with open_site(keys) as site:
+        gone = site.dir
+        assert site.ssh("box", "setsid sleep 4711 >/dev/null 2>&1 & echo started").stdout == b"started\n"
+        until(lambda: running("sleep 4711"), "the orphan runs")
+        master = site.ssh("box", "true", "-o", "ControlMaster=yes", "-o", f"ControlPath={site.dir}/cm", "-o", "ControlPersist=60", "-n")
+        assert master.returncode == 0 and len(site.masters()) == 1, processes()
+    assert not gone.exists()
+    assert not running("sleep 4711") and not naming(str(gone))
+
+
+# === The file: rooms and doors ===
+
+ROOMS = ["Header", "Limits", "Errors", "Values", "Checking and quoting", "Remote scripts", "Processes", "State", "SSH", "Operations", "Git",
+         "Workspaces", "Results", "Tools", "Parallel", "MCP", "Batch", "MCP, Batch", "MCP and Batch", "Demo", "Command line"]
+
+
+class Source:
+    """cmux_ssh.py as text, syntax tree and rooms; what stands above the first banner is the room Header."""
+
+    def __init__(self) -> None:
+        self.text = PROGRAM.read_text(encoding="utf-8")
+        self.tree = ast.parse(self.text)
+        self.banners = [(number + 1, *match.groups()) for number, line in enumerate(self.text.splitlines())
+                        for match in [re.match(r"# === (\d+)\. (.+) ===$", line)] if match]  # type: List[Any]
+
+    def room(self, node: Any) -> str:
+        name = "Header"
+        for line, _, banner in self.banners:
+            name = banner if line <= node.lineno else name
+        return name
+
+    def rank(self, node: Any) -> int:
+        return sum(line <= node.lineno for line, _, _ in self.banners)
+
+    def find(self, *kinds: type) -> List[Any]:
+        return [node for node in ast.walk(self.tree) if isinstance(node, kinds)]
+
+    def outside(self, room: str, nodes: List[Any]) -> List[str]:
+        """Where nodes stand that only one room may hold."""
+        return [f"line {node.lineno} ({self.room(node)}): {self.text.splitlines()[node.lineno - 1].strip()}"
+                for node in nodes if self.room(node) != room]
+
+
+@pytest.fixture(scope="module")
+def source() -> Source:
+    return Source()
+
+
+def test_rooms_stand_in_order(source: Source) -> None:
+    assert [int(number) for _, number, _ in source.banners] == list(range(1, len(source.banners) + 1))
+    rest = iter(ROOMS)
+    for _, _, name in source.banners:
+        assert name in rest, f"the room {name!r} is unknown or out of order"
+
+
+def defined_names(node: Any) -> List[str]:
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+
+
+def test_a_room_names_only_rooms_above_it(source: Source) -> None:
+    home = {}
+    for node in source.tree.body:
+        for name in defined_names(node):
+            home.setdefault(name, source.rank(node))
+    wrong = []
+    for top in source.tree.body:
+        local = {a.arg for a in ast.walk(top) if isinstance(a, ast.arg)} | {
+            n.id for n in ast.walk(top) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        wrong += [f"line {n.lineno}: {n.id}" for n in ast.walk(top)
+                  if isinstance(n, ast.Name) and n.id not in local and home.get(n.id, 0) > source.rank(top)]
+    assert not wrong
+
+
+def names_used(source: Source, module: str) -> List[Any]:
+    """Uses of a module: its name, or an import of or from it that isn't at the top of the file."""
+    return [n for n in source.find(ast.Name) if n.id == module] + [
+        n for n in source.find(ast.Import, ast.ImportFrom) if source.room(n) != "Header"
+        and module in ([a.name for a in n.names] if isinstance(n, ast.Import) else [n.module])]
+
+
+def attributes_of(source: Source, module: str, pattern: str) -> List[Any]:
+    return [n for n in source.find(ast.Attribute)
+            if isinstance(n.value, ast.Name) and n.value.id == module and re.match(pattern + r"\Z", n.attr)]
+
+
+def test_only_the_room_processes_spawns_and_kills(source: Source) -> None:
+    doors = names_used(source, "subprocess") + names_used(source, "signal") + names_used(source, "multiprocessing")
+    doors += attributes_of(source, "os", r"fork\w*|posix_spawn\w*|kill|killpg|system|popen|exec[lv]\w*|spawn\w*|_exit")
+    assert not source.outside("Processes", doors)
+
+
+def commands(source: Source, word: str) -> List[Any]:
+    """Where a literal word begins a list or tuple, or is an argument of a call: the shapes a command has."""
+    firsts = [n.elts[0] for n in source.find(ast.List, ast.Tuple) if n.elts]
+    firsts += [a for n in source.find(ast.Call) for a in n.args]
+    return [n for n in firsts if isinstance(n, ast.Constant) and n.value == word]
+
+
+def test_only_the_room_ssh_speaks_to_ssh(source: Source) -> None:
+    assert not source.outside("SSH", names_used(source, "socket") + commands(source, "ssh"))
+
+
+def test_only_the_room_git_speaks_to_git(source: Source) -> None:
+    assert not source.outside("Git", commands(source, "git"))
+
+
+def test_only_the_command_line_prints_and_exits(source: Source) -> None:
+    prints = [n for n in source.find(ast.Name) if n.id in ("print", "input", "SystemExit", "exit", "quit")]
+    prints += attributes_of(source, "sys", "stdout|stderr|exit|__stdout__|__stderr__")
+    assert not source.outside("Command line", prints)
+
+
+def test_functions_classes_and_file_stay_short(source: Source) -> None:
+    spans = [(n.end_lineno - n.lineno + 1, n) for n in source.find(ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)]
+    assert not [(n.name, lines) for lines, n in spans if lines > (300 if isinstance(n, ast.ClassDef) else 60)]
+    assert source.text.count("\n") < 7000  # DESIGN asks for 5,000: an open debt, said in the closing note
+
+
+def test_everything_is_annotated(source: Source) -> None:
+    bare = []
+    for function in source.find(ast.FunctionDef, ast.AsyncFunctionDef):
+        a = function.args
+        arguments = [x for x in a.args + a.kwonlyargs + getattr(a, "posonlyargs", []) + [a.vararg, a.kwarg] if x]
+        bare += [f"line {function.lineno}: {function.name}"] * (function.returns is None or any(
+            x.annotation is None and x.arg not in ("self", "cls") for x in arguments))
+    assert not bare
+
+
+def test_only_the_standard_library_is_imported(source: Source) -> None:
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); import cmux_ssh"],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    roots = {a.name.split(".")[0] for n in source.find(ast.Import) for a in n.names}
+    roots |= {n.module.split(".")[0] for n in source.find(ast.ImportFrom) if n.module}
+    known = getattr(sys, "stdlib_module_names", None)
+    assert known is None or not roots - set(known), roots
+
+
+def test_import_starts_nothing_and_writes_nothing(site: Site) -> None:
+    code = "import threading, cmux_ssh; print(threading.active_count(), all(hasattr(cmux_ssh, n) for n in cmux_ssh.__all__))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=str(site.home), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=site.environment({"PYTHONPATH": str(HERE), "CMUX_SSH_COMMAND": "false"}))
+    assert (done.stdout, done.stderr) == (b"1 True\n", b"")
+    assert not site.state.exists() and not list(site.tmp.iterdir())
+
+
+def test_version_names_itself_and_its_digest() -> None:
+    done = subprocess.run([sys.executable, "-W", "error", "-I", "-S", str(PROGRAM), "--version"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 0 and done.stderr == b"" and done.stdout.startswith(b"cmux_ssh")
+    assert any(hashlib.new(kind, PROGRAM.read_bytes()).hexdigest()[:12].encode() in done.stdout for kind in ("sha256", "sha1"))
+
+
+def test_first_lines_say_name_version_and_licence(source: Source) -> None:
+    head = "\n".join(source.text.splitlines()[:8])
+    assert "cmux_ssh" in head and re.search(r"\d+\.\d+", head) and "MIT" in head
+
+
+@pytest.mark.parametrize("command", ["exec", "new", "list", "rm", "secrets", "demo"])
+def test_help_of_a_command_shows_an_example(site: Site, command: str) -> None:
+    shown = site.cli(command, "-h")
+    assert shown.code == 0 and re.search(rf"cmux_ssh(\.py)? {command}", shown.text.split("usage:")[1].partition("\n")[2]), shown.text
+
+
+# === exec: bytes and codes ===
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 42, 97, 98, 99, 124, 125, 126, 127, 128, 130, 141, 143, 254, 255])
+def test_exit_codes_are_the_commands_own(shared: Repo, code: int) -> None:
+    ran = shared.exec(f"exit {code}")
+    assert (ran.code, ran.out, ran.err) == (code, b"", b"")
+
+
+@pytest.mark.slow
+def test_every_exit_code_from_0_to_255_is_exact(shared: Repo) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        codes = list(pool.map(lambda code: shared.exec("sh", "-c", f"exit {code}").code, range(256)))
+    assert codes == list(range(256))
+
+
+@pytest.mark.parametrize("name, number", [("HUP", 1), ("INT", 2), ("QUIT", 3), ("KILL", 9), ("USR1", 10), ("SEGV", 11), ("PIPE", 13), ("TERM", 15)])
+def test_a_death_by_signal_is_128_plus_the_signal(shared: Repo, name: str, number: int) -> None:
+    if name != "QUIT":  # bash ignores it, and a shell line runs under bash
+        assert shared.exec(f"kill -{name} $$").code == 128 + number
+    assert shared.exec("sh", "-c", f"kill -{name} $$").code == 128 + number
+
+
+def test_json_tells_a_commands_own_255_from_a_dead_line(shared: Repo) -> None:
+    own = shared.exec("exit 255", options=["--json"])
+    assert own.code == 255 and own.json["exit_code"] == 255 and not own.json.get("error")
+    shared.site.host("nobody-there", "ProxyCommand false")
+    dead = shared.exec("exit 255", host="nobody-there", options=["--json", "-w", "elsewhere"])
+    assert dead.code == 255 and dead.json["error"]["message"], dead
+
+
+def test_json_has_the_promised_keys(shared: Repo) -> None:
+    ran = shared.exec("echo out; echo err >&2; exit 3", options=["--json"])
+    assert ran.code == 3 and ran.err == b"" and ran.out.count(b"\n") == 1
+    result = ran.json
+    assert (result["workspace"], result["host"], result["exit_code"]) == ("main", "box", 3)
+    assert (result["stdout"], result["stderr"], result["timed_out"], result["truncated"]) == ("out\n", "err\n", False, False)
+    assert 0 <= result["duration"] < 20
+
+
+def test_json_carries_bytes_that_are_not_text_as_base64_and_is_ascii(shared: Repo) -> None:
+    result = shared.exec("cat", options=["--json"], stdin=BINARY).json
+    assert base64.b64decode(result["stdout_base64"]) == BINARY and "stdout" not in result
+    esc = shared.exec("cat", options=["--json"], stdin="\x1b]52;c;x\x07 \u009b \u202e ü\r".encode())
+    assert esc.json["stdout"] == "\x1b]52;c;x\x07 \u009b \u202e ü\r" and not set(esc.out) - set(b"\n" + bytes(range(32, 127)))
+
+
+def test_a_megabyte_of_random_bytes_goes_through_cat_unchanged(shared: Repo) -> None:
+    data = os.urandom(1 << 20)
+    ran = shared.exec("cat", stdin=data)
+    assert (ran.code, ran.err) == (0, b"") and ran.out == data
+
+
+@pytest.mark.parametrize("data", [b"\0", b"\xff\xfe\x80", b"no newline", b"\n", b"\r\n\r", b"\n~.\n~C\n", b"\x04\x03\x1a", BINARY, b""])
+def test_odd_bytes_go_through_unchanged_both_ways(shared: Repo, data: bytes) -> None:
+    ran = shared.exec("cat; cat >&2 </dev/null", stdin=data)
+    assert (ran.code, ran.out, ran.err) == (0, data, b"")
+
+
+def test_stdout_and_stderr_are_separate_exact_and_free_of_our_words(repo: Repo) -> None:
+    """Also on first use, when the workspace is made on the way."""
+    for _ in range(2):
+        ran = repo.exec("printf out; printf err >&2")
+        assert (ran.code, ran.out, ran.err) == (0, b"out", b"err")
+
+
+def test_a_megabyte_on_both_streams_at_once_arrives_whole(shared: Repo) -> None:
+    ran = shared.exec("dd if=/dev/zero bs=1024 count=1024 2>/dev/null | tr '\\0' a & "
+                      "dd if=/dev/zero bs=1024 count=1024 2>/dev/null | tr '\\0' b >&2; wait")
+    assert ran.code == 0 and ran.out == b"a" * (1 << 20) and ran.err == b"b" * (1 << 20)
+
+
+def test_output_streams_as_it_is_written(shared: Repo) -> None:
+    child = shared.start("exec", "-H", "box", "--", "echo first; read x; echo $x", stdin=subprocess.PIPE)
+    assert child.stdout and child.stdin
+    assert child.stdout.readline() == b"first\n"
+    out, err = child.communicate(b"second\n", timeout=30)
+    assert (child.returncode, out, err) == (0, b"second\n", b"")
+
+
+def test_a_command_that_ignores_a_large_stdin_is_no_error(shared: Repo) -> None:
+    ran = shared.exec("echo done", stdin=bytes(1 << 22))
+    assert (ran.code, ran.out, ran.err) == (0, b"done\n", b"")
+
+
+def test_option_n_leaves_stdin_alone(shared: Repo) -> None:
+    ran = shared.exec("cat; echo end", options=["-n"], stdin=b"secret stdin")
+    assert (ran.code, ran.out) == (0, b"end\n")
+
+
+def test_a_background_child_does_not_hold_the_call(shared: Repo) -> None:
+    ran = shared.exec("sleep 30 & echo ok")
+    assert (ran.code, ran.out, ran.err) == (0, b"ok\n", b"") and ran.seconds < 10
+
+
+def test_a_command_not_found_is_127_and_a_missing_cwd_is_said(shared: Repo) -> None:
+    assert shared.exec("no-such-command-here").code == 127
+    assert shared.exec("no-such-command-here", "x").code == 127
+    lost = shared.exec("pwd", options=["--cwd", "no/such/dir"])
+    assert lost.code in (125, 1) and lost.out == b"" and "no/such/dir" in lost.said
+
+
+def test_cwd_and_env_reach_the_command(repo: Repo) -> None:
+    ran = repo.exec('printf "%s|%s|%s" "$A" "$B" "${PWD##*/}"', options=["--env", "A=x y=z", "--env", "B=it's $HOME\n\"q\"", "--cwd", "src"])
+    assert (ran.code, ran.out) == (0, b"x y=z|it's $HOME\n\"q\"|src")
+
+
+def test_the_promised_environment_and_nothing_of_ours(shared: Repo) -> None:
+    ran = shared.exec("env", env={"MY_LOCAL_TOKEN": "leak", "AWS_SECRET_ACCESS_KEY": "leak", "LC_X": "leak"})
+    seen = dict(line.split("=", 1) for line in ran.text.splitlines() if "=" in line)
+    assert (seen["CMUX_WORKSPACE"], seen["CMUX_PROJECT"], seen["CMUX_RUNTIME"]) == ("main", "project", "ssh")
+    assert seen["GIT_TERMINAL_PROMPT"] == "0" and seen["GIT_EDITOR"] == seen["EDITOR"] == seen["VISUAL"] == "true"
+    assert "leak" not in ran.text and not {"CMUX_SSH_HOME", "CMUX_SSH_COMMAND", "SSH_ASKPASS", "GIT_CONFIG_GLOBAL"} & set(seen)
+
+
+def test_one_argument_is_a_line_for_bash_and_several_are_an_argv(shared: Repo) -> None:
+    assert shared.exec('a=(x y); [[ ${a[1]} == y ]] && echo "$BASH_VERSION"').out.strip(), "the host has bash"
+    assert shared.exec("echo", "$HOME; *").out == b"$HOME; *\n"
+    assert shared.exec("echo a; echo b |\n cat # c").out == b"a\nb\n"
+
+
+def test_login_reads_the_profile_first(shared: Repo) -> None:
+    (shared.site.far_home() / ".profile").write_text("export FROM_PROFILE=yes; echo noise\n")
+    assert shared.exec('echo "<$FROM_PROFILE>"').out == b"<>\n"
+    assert shared.exec('echo "<$FROM_PROFILE>"', options=["--login"]).out.endswith(b"<yes>\n")
+
+
+# === exec: a stop is a stop ===
+
+
+def unique() -> str:
+    """A number for sleep that no other process on this machine sleeps for."""
+    return f"{random.randrange(40000, 10**8)}"
+
+
+def gone(needle: str) -> None:
+    until(lambda: not running(needle), f"no {needle} is left", 15)
+
+
+def test_a_timeout_keeps_early_output_exits_124_and_leaves_no_process(shared: Repo) -> None:
+    nap = unique()
+    ran = shared.exec(f"echo early; sleep {nap} & sleep {nap}", options=["--timeout", "1"])
+    assert (ran.code, ran.out) == (124, b"early\n") and ran.seconds < 15
+    gone(f"sleep {nap}")
+    told = shared.exec(f"echo early; sleep {nap}", options=["--timeout", "1", "--json"])
+    assert told.code == 124 and told.json["timed_out"] is True and told.json["stdout"] == "early\n"
+    gone(f"sleep {nap}")
+
+
+def test_a_timeout_ends_a_command_that_ignores_term(shared: Repo) -> None:
+    nap = unique()
+    ran = shared.exec(f"trap '' TERM INT HUP; echo on; sleep {nap}; sleep {nap}", options=["--timeout", "1"])
+    assert (ran.code, ran.out) == (124, b"on\n")
+    gone(f"sleep {nap}")
+
+
+@pytest.mark.parametrize("stdin", ["null", "open"])
+@pytest.mark.parametrize("sig, code", [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+def test_a_stopped_client_ends_the_remote_command(shared: Repo, sig: int, code: int, stdin: str) -> None:
+    nap = unique()
+    child = shared.start("exec", "-H", "box", "--", f"echo early; sleep {nap} & sleep {nap}",
+                         stdin=subprocess.PIPE if stdin == "open" else subprocess.DEVNULL)
+    assert child.stdout
+    assert child.stdout.readline() == b"early\n"
+    until(lambda: len(running(f"sleep {nap}")) >= 2, "both sleeps run")
+    os.killpg(child.pid, sig) if sig == signal.SIGINT else os.kill(child.pid, sig)
+    _, err = child.communicate(timeout=30)
+    assert child.returncode == code and b"Traceback" not in err, err
+    gone(f"sleep {nap}")
+
+
+def test_ctrl_c_on_a_terminal_is_130(shared: Repo) -> None:
+    nap = unique()
+    terminal = on_terminal(shared.site, "exec", "-H", "box", "--", f"echo early; sleep {nap}", cwd=shared.dir)
+    terminal.expect(b"early")
+    until(lambda: running(f"sleep {nap}"), "it sleeps")
+    terminal.send(b"\x03")
+    assert terminal.wait() == 130
+    gone(f"sleep {nap}")
+
+
+def test_a_dead_master_is_a_lost_line_ends_the_command_and_the_next_call_works(repo: Repo) -> None:
+    nap = unique()
+    assert repo.exec("true").code == 0
+    child = repo.start("exec", "-H", "box", "--json", "--", f"echo early; sleep {nap}")
+    until(lambda: running(f"sleep {nap}"), "it sleeps")
+    for master in until(repo.site.masters, "there is a master"):
+        kill(master.pid)
+    out, err = child.communicate(timeout=30)
+    assert child.returncode == 255 and b"Traceback" not in err
+    document = json.loads(out)
+    assert document["error"]["message"], document
+    gone(f"sleep {nap}")
+    assert repo.exec("echo again").out == b"again\n"
+
+
+def test_a_line_cut_in_mid_command_is_a_lost_line(repo: Repo) -> None:
+    line, nap = repo.site.line("far"), unique()
+    assert repo.exec("true", host="far").code == 0
+    child = repo.start("exec", "-H", "far", "--", f"echo early; sleep {nap}")
+    assert child.stdout and child.stdout.readline() == b"early\n"
+    line.drop()
+    _, err = child.communicate(timeout=30)
+    assert child.returncode == 255 and err.strip() and b"Traceback" not in err
+    gone(f"sleep {nap}")
+    assert repo.exec("echo again", host="far").out == b"again\n"
+
+
+def test_a_stopped_master_does_not_hang_a_new_call(repo: Repo) -> None:
+    assert repo.exec("true").code == 0
+    for master in until(repo.site.masters, "there is a master"):
+        kill(master.pid, signal.SIGSTOP)
+    ran = repo.cli("exec", "-H", "box", "--", "echo alive", seconds=100)
+    assert ran.code in (0, 255), ran
+
+
+def test_a_timeout_comes_also_while_output_never_pauses(shared: Repo) -> None:
+    """Somebody reads, slowly: there is always something to pass on."""
+    child, began = shared.start("exec", "--timeout", "1", "--", "yes", stdin=subprocess.DEVNULL), time.monotonic()
+    assert child.stdout
+    while os.read(child.stdout.fileno(), 4096):
+        assert time.monotonic() - began < 15, "it never timed out"
+        time.sleep(0.01)
+    assert child.wait(15) == 124
+
+
+@pytest.mark.parametrize("ps", [True, False])
+def test_a_process_name_with_a_newline_misleads_no_stop(site: Site, ps: bool) -> None:
+    """It once shifted the table of processes, and a stop killed bystanders."""
+    tools = [] if ps else ["setsid", "bash"]
+    site.inetd("odd", shell="busybox", env={} if ps else {"PATH": minimal_path(site, *tools)})
+    repo, nap, odd = Repo(site), unique(), site.dir / "a\nb c d"
+    shutil.copy(program("sleep"), odd)
+    bystanders = [subprocess.Popen([str(odd), "300"]), subprocess.Popen(["sleep", "300"])]
+    try:
+        ran = repo.exec(f"sleep {nap} & sleep {nap}", host="odd", options=["--timeout", "1"])
+        assert ran.code == 124, ran
+        gone(f"sleep {nap}")
+        assert [child.poll() for child in bystanders] == [None, None]
+    finally:
+        for child in bystanders:
+            child.kill()
+            child.wait()
+
+
+# === exec: any login shell ===
+
+HARD = ["a b", "", "it's", "$HOME", "!x", "x\ny", "-n", "--", "\\", "\\\\n", "`id`", "$(id)", '"', "*", "~", "tab\there", "ü🐙", "a;b|c&d>e", "end\n", "%s", "{a,b}",
+        "#", "=x", "^a", "[!]", "\x01\x7f", "!!", "\\!"]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_arguments_output_codes_stdin_and_secrets_are_exact_under_every_login_shell(site: Site, shell: str) -> None:
+    repo, host = Repo(site, odd=True), f"box-{shell}"
+    assert repo.cli("secrets", "set", "TOKEN", stdin="it's\n$(x) \"ü\" \\n !".encode()).code == 0
+    first = repo.exec("printf", "<%s>", *HARD, host=host)
+    assert (first.code, first.out, first.err) == (0, "".join(f"<{word}>" for word in HARD).encode(), b"")
+    line = repo.exec('printf "<%s>" "it\'s" \'$HOME\' !x; echo " $((1 + 2))" >&2; exit 7', host=host)
+    assert (line.code, line.out, line.err) == (7, b"<it's><$HOME><!x>", b" 3\n")
+    secret = repo.exec('cat; printf %s "$TOKEN"', host=host, stdin=BINARY)
+    assert (secret.code, secret.out, secret.err) == (0, BINARY + "it's\n$(x) \"ü\" \\n !".encode(), b"")
+    assert tree_of(repo.path()) == repo.tree()
+
+
+def minimal_path(site: Site, *more: str) -> str:
+    """A directory with the POSIX utilities busybox has, and the named programs of this machine."""
+    directory = site.dir / "-".join(("bin", *more))
+    directory.mkdir()
+    applets = subprocess.run([program("busybox"), "--list"], stdout=subprocess.PIPE, check=True).stdout.decode().split()
+    for name in POSIX:
+        if name in applets:
+            (directory / name).symlink_to(program("busybox"))
+        elif shutil.which(name):
+            (directory / name).symlink_to(program(name))
+    for name in more:
+        (directory / name).symlink_to(program(name))
+    return str(directory)
+
+
+def test_a_host_with_only_posix_utilities_is_enough(site: Site) -> None:
+    site.inetd("bare", shell="busybox", env={"PATH": minimal_path(site)})
+    repo, nap = Repo(site, odd=True), unique()
+    assert site.ssh("bare", "command -v git bash python3 timeout setsid base64 sha256sum gzip").stdout.split()[1:] == []
+    ran = repo.exec("printf '<%s>' \"it's\"; exit 9", host="bare")
+    assert (ran.code, ran.out, ran.err) == (9, b"<it's>", b"")
+    assert tree_of(repo.path()) == repo.tree()
+    assert repo.exec(f"echo early; sleep {nap} & sleep {nap}", host="bare", options=["--timeout", "1"]).code == 124
+    gone(f"sleep {nap}")
+    assert repo.cli("new", "-H", "bare", "second").code == 0
+    assert tree_of(repo.path("second")) == repo.tree()
+
+
+def test_a_host_with_busybox_and_git_is_enough(site: Site) -> None:
+    site.inetd("small", shell="busybox", env={"PATH": minimal_path(site, "git")})
+    repo = Repo(site, odd=True)
+    assert repo.exec("git status --porcelain; git log --format=%s | wc -l", host="small").out.strip() == b"1"
+
+
+def test_a_server_that_refuses_a_second_session_per_connection_works(site: Site) -> None:
+    """What gateways and tiny servers do; the sessions go over connections of their own."""
+    site.daemon("single", "MaxSessions 1")
+    repo = Repo(site)
+    with ThreadPoolExecutor(4) as pool:
+        runs = list(pool.map(lambda n: repo.exec(f"echo {n}; sleep 0.3", host="single"), range(4)))
+    assert [r.out for r in runs] == [b"%d\n" % n for n in range(4)], runs
+
+
+def test_a_client_without_multiplexing_works(repo: Repo) -> None:
+    """An ssh that knows no masters: the calls take one connection each."""
+    shim = repo.site.dir / "ssh-no-mux"
+    shim.write_text(f'#!/bin/sh\nfor a in "$@"; do case $a in -M|-MN|ControlMaster=yes|ControlMaster=auto)\n'
+                    f'echo "command-line line 0: Unsupported option ControlMaster" >&2; exit 255;; esac; done\n'
+                    f'exec {program("ssh")} -F {repo.site.config} "$@"\n')
+    shim.chmod(0o755)
+    ran = repo.exec("cat; exit 4", stdin=BINARY, env={"CMUX_SSH_COMMAND": str(shim)})
+    assert (ran.code, ran.out, ran.err) == (4, BINARY, b"")
+
+
+# === Nothing else leaves, whatever the ssh config says ===
+
+
+@contextlib.contextmanager
+def agent(site: Site) -> Iterator[Dict[str, str]]:
+    """An ssh-agent that holds a key, and the variable that leads to it."""
+    sock = str(site.dir / "agent")
+    child = subprocess.Popen([program("ssh-agent", "openssh-client"), "-D", "-a", sock], stdout=subprocess.DEVNULL, env=site.env)
+    try:
+        until(lambda: os.path.exists(sock), "the agent listens")
+        env = {"SSH_AUTH_SOCK": sock}
+        subprocess.run([program("ssh-add", "openssh-client"), "-q", str(site.keys.stranger)], env=site.environment(env), check=True)
+        yield env
+    finally:
+        child.kill()
+        child.wait()
+
+
+def agent_keys(site: Site, env: Dict[str, str]) -> bytes:
+    return subprocess.run([program("ssh-add", "openssh-client"), "-L"], env=site.environment(env), stdout=subprocess.PIPE).stdout
+
+
+class Hostile:
+    """A host entry with everything on that lets something leave, and a server that takes it all."""
+
+    def __init__(self, site: Site, *more: str) -> None:
+        self.site, self.ports, self.marker, self.xauth = site, [free_port() for _ in range(3)], site.dir / "local-command-ran", site.dir / "xauth-ran"
+        xauth = site.dir / "xauth"
+        xauth.write_text(f"#!/bin/sh\ntouch {self.xauth}\n")
+        xauth.chmod(0o755)
+        local, remote, socks = self.ports
+        site.daemon("hostile", "AcceptEnv *", "X11Forwarding yes", "GatewayPorts yes", "AllowTcpForwarding yes", "PermitTunnel yes",
+                    f"XAuthLocation {xauth}", config=[
+                        "ForwardAgent yes", "ForwardX11 yes", "ForwardX11Trusted yes", f"XAuthLocation {xauth}", "SendEnv *",
+                        "SetEnv FROM_CONFIG=leak", f"LocalForward {local} 127.0.0.1:{site.port}", f"RemoteForward {remote} 127.0.0.1:{site.port}",
+                        f"DynamicForward {socks}", "PermitLocalCommand yes", f"LocalCommand touch {self.marker}", "AddKeysToAgent yes",
+                        "UpdateHostKeys yes", "LogLevel QUIET", f"ControlPath {site.dir}/user-cm", "ControlMaster auto", "ControlPersist 30", *more])
+
+    def listening(self) -> List[int]:
+        return [port for port in self.ports if answers(port)]
+
+
+LEAKS = {"FOO_SECRET": "leak", "LC_LEAK": "leak", "DISPLAY": "localhost:99"}
+LOOK = 'env; echo "agent=<$SSH_AUTH_SOCK> display=<$DISPLAY>"; tty; echo up >up; while [ ! -e go ]; do sleep 0.05; done; rm -f go up'
+
+
+def test_a_config_that_lets_everything_leave_lets_nothing_leave(site: Site) -> None:
+    repo, hostile = Repo(site), Hostile(site, "RequestTTY force", "RemoteCommand echo hijacked")
+    with agent(site) as env:
+        before = agent_keys(site, env)
+        # The control: plain ssh with this very config does leak, or the test would prove nothing.
+        plain = site.ssh("hostile", "", "-o", "RemoteCommand=env", "-o", "ControlMaster=no", "-T", env={**env, **LEAKS})
+        assert b"SSH_AUTH_SOCK=" in plain.stdout and b"FOO_SECRET=leak" in plain.stdout and b"FROM_CONFIG=leak" in plain.stdout, plain
+        assert hostile.marker.exists() and agent_keys(site, env) != before
+        hostile.marker.unlink()
+        with contextlib.suppress(FileNotFoundError):
+            hostile.xauth.unlink()
+        subprocess.run([program("ssh-add"), "-q", "-d", str(site.keys.user)], env=site.environment(env), check=True, stderr=subprocess.DEVNULL)
+        assert repo.cli("new", "-H", "hostile", "main", env={**env, **LEAKS}).code == 0
+        child = repo.start("exec", "-H", "hostile", "--", LOOK, env={**env, **LEAKS})
+        up = repo.path() / "up"
+        until(up.exists, "the command runs")
+        listening = hostile.listening()
+        (repo.path() / "go").touch()
+        out, err = child.communicate(timeout=30)
+        assert child.returncode == 0 and err == b"", (out, err)
+        assert listening == [] and b"leak" not in out and b"hijacked" not in out
+        assert b"agent=<> display=<>" in out and b"not a tty" in out, out
+        assert not hostile.marker.exists() and not hostile.xauth.exists() and not (site.dir / "user-cm").exists()
+        assert agent_keys(site, env) == before
+
+
+@pytest.mark.parametrize("directive", ["RemoteCommand echo hijacked", "SessionType none", "StdinNull yes", "ForkAfterAuthentication yes", "RequestTTY force",
+                                       "LogLevel QUIET", "ControlMaster auto", "IgnoreUnknown UseKeychain\n  UseKeychain yes", "Compression yes",
+                                       "EscapeChar ~", "ServerAliveInterval 1", "BatchMode no", "ConnectTimeout 0"])
+def test_one_hostile_directive_alone_changes_nothing(site: Site, directive: str) -> None:
+    site.host("one", "IgnoreUnknown SessionType,StdinNull,ForkAfterAuthentication" if "Unknown" not in directive else "# ", directive,
+              "HostName 127.0.0.1", f"Port {site.port}", f"ControlPath {site.dir}/user-cm")
+    ran = Repo(site).exec("cat; echo err >&2; exit 5", host="one", stdin=b"\n~.\n~C\n" + BINARY)
+    assert (ran.code, ran.out, ran.err) == (5, b"\n~.\n~C\n" + BINARY, b"err\n")
+
+
+def test_the_users_own_master_is_neither_used_nor_touched(repo: Repo) -> None:
+    site, sock = repo.site, str(repo.site.dir / "user-cm")
+    site.host("mine", "HostName 127.0.0.1", f"Port {site.port}", f"ControlPath {sock}", "ControlMaster auto", "ControlPersist 60")
+    theirs = site.ssh("mine", "echo $SSH_CONNECTION", "-n").stdout
+    assert os.path.exists(sock) and site.ssh("mine", "echo $SSH_CONNECTION").stdout == theirs
+    ours = repo.exec("echo $SSH_CONNECTION", host="mine")
+    assert ours.code == 0 and ours.out != theirs
+    assert site.ssh("mine", "echo $SSH_CONNECTION").stdout == theirs
+
+
+def test_known_hosts_is_not_written_by_the_host(repo: Repo) -> None:
+    """UpdateHostKeys lets a server write into it."""
+    site = repo.site
+    site.daemon("two-keys", f"HostKey {site.keys.other_host}", config=["UpdateHostKeys yes"])
+    before = site.known_hosts.read_bytes()
+    assert repo.exec("true", host="two-keys").code == 0 and site.known_hosts.read_bytes() == before
+
+
+def test_proxyjump_proxycommand_and_a_coder_entry_reach_the_host(site: Site) -> None:
+    repo = Repo(site)
+    site.daemon("inner", config=["ProxyJump box"])
+    site.inetd("piped", config=["SendEnv *"])
+    coder = site.dir / "coder prog"
+    coder.write_text(f"#!/bin/sh\n[ \"$*\" = 'ssh --stdio --ssh-host-prefix coder. coder.dev' ] || exit 3\n"
+                     f"exec {program('sshd')} -i -f {site.sshd_config('coder')} -E {site.dir}/log-coder\n")
+    coder.chmod(0o755)
+    site.host("coder.*", "ConnectTimeout=0", "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel ERROR",
+              f'ProxyCommand "{coder}" ssh --stdio --ssh-host-prefix coder. %h')
+    for name, host in (("a", "inner"), ("b", "piped"), ("c", "coder.dev")):
+        ran = repo.exec("cat; exit 6", host=host, options=["-w", name], stdin=BINARY)
+        assert (ran.code, ran.out, ran.err) == (6, BINARY, b""), (host, site.log("coder"))
+    assert "Accepted publickey" in site.log("inner") and "Accepted publickey" in site.log("box")
+
+
+def test_proxycommand_keeps_its_environment_though_sendenv_would_send_it(repo: Repo) -> None:
+    site = repo.site
+    inner = site.sshd_config("needy", "AcceptEnv *")
+    proxy = site.dir / "proxy"
+    proxy.write_text(f'#!/bin/sh\n[ "$PROXY_PROFILE" = work ] || exit 3\nexec {program("sshd")} -i -f {inner} -E {site.dir}/log-needy\n')
+    proxy.chmod(0o755)
+    site.host("needy", f"ProxyCommand {proxy}", "SendEnv LC_* FOO_?")
+    ran = repo.exec("env", host="needy", env={"PROXY_PROFILE": "work", "LC_ALL": "C.UTF-8", "FOO_1": "leak"})
+    assert ran.code == 0 and b"leak" not in ran.out and b"LC_ALL" not in ran.out and b"PROXY_PROFILE" not in ran.out, ran
+
+
+def test_a_changed_host_key_is_refused_even_where_checking_is_off(site: Site) -> None:
+    repo = Repo(site)
+    site.inetd("mitm", host_key=site.keys.other_host, config=["StrictHostKeyChecking no", "LogLevel QUIET"])
+    before = site.known_hosts.read_bytes()
+    assert repo.cli("secrets", "set", "TOKEN", stdin=b"s3cr3t-for-mitm").code == 0
+    ran = repo.exec("cat", host="mitm", stdin=b"hello")
+    assert ran.code == 255 and ran.out == b"" and "key" in ran.said.lower() and "changed" in ran.said.lower(), ran
+    assert "Accepted publickey" not in site.log("mitm") and site.known_hosts.read_bytes() == before
+
+
+def test_an_unknown_host_key_is_refused_with_what_to_do_and_nothing_is_recorded(site: Site) -> None:
+    repo, empty = Repo(site), site.dir / "no_known_hosts"
+    empty.touch()
+    site.inetd("new-here", config=["StrictHostKeyChecking ask", f"UserKnownHostsFile {empty}", "LogLevel QUIET"])
+    ran = repo.exec("true", host="new-here")
+    assert ran.code == 255 and "key" in ran.said.lower() and "ssh" in ran.said and ran.said.count("\n") <= 3, ran
+    assert empty.read_bytes() == b""
+
+
+def test_a_server_that_wants_a_password_gets_no_prompt_anywhere(site: Site) -> None:
+    asked = site.dir / "asked"
+    askpass = site.dir / "askpass"
+    askpass.write_text(f"#!/bin/sh\ntouch {asked}\necho password\n")
+    askpass.chmod(0o755)
+    site.inetd("password", "PasswordAuthentication yes", "KbdInteractiveAuthentication yes", "PubkeyAuthentication no", config=["BatchMode no"])
+    ran = Repo(site).exec("true", host="password", env={"SSH_ASKPASS": str(askpass), "SSH_ASKPASS_REQUIRE": "force", "DISPLAY": ":99"})
+    assert ran.code == 255 and ran.said.strip() and not asked.exists(), ran
+
+
+def test_a_forged_ssh_error_of_the_remote_command_is_the_commands_own(shared: Repo) -> None:
+    ran = shared.exec("echo 'Host key verification failed.' >&2; exit 255", options=["--json"])
+    assert ran.code == 255 and ran.json["exit_code"] == 255 and not ran.json.get("error")
+    assert ran.json["stderr"] == "Host key verification failed.\n"
+
+
+def test_git_variables_of_the_caller_are_ignored(repo: Repo) -> None:
+    trap = repo.site.dir / "trap"
+    env = {"GIT_DIR": "/nonexistent", "GIT_INDEX_FILE": "/nonexistent/index", "GIT_WORK_TREE": "/", "GIT_OBJECT_DIRECTORY": "/nonexistent",
+           "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.fsmonitor", "GIT_CONFIG_VALUE_0": f"touch {trap}"}
+    ran = repo.exec("cat README", env=env)
+    assert (ran.code, ran.out, ran.err) == (0, b"hello\n", b"") and not trap.exists()
+
+
+def test_a_hostile_repository_config_runs_nothing_here(repo: Repo) -> None:
+    trap = repo.site.dir / "trap"
+    for key in ("core.fsmonitor", "tar.tar.command", "tar.tgz.command", "gpg.program", "core.sshCommand", "core.pager", "diff.external",
+                "filter.evil.clean", "filter.evil.smudge", "filter.evil.process", "core.editor", "credential.helper", "uploadpack.packObjectsHook"):
+        repo.git("config", key, f"touch {trap}; false")
+    hooks = repo.dir / ".git" / "hooks"
+    hooks.mkdir(exist_ok=True)
+    for hook in ("post-checkout", "reference-transaction", "post-index-change", "pre-auto-gc", "post-commit"):
+        (hooks / hook).write_text(f"#!/bin/sh\ntouch {trap}\n")
+        (hooks / hook).chmod(0o755)
+    (repo.dir / ".git" / "info" / "attributes").write_text("* filter=evil\n")
+    ran = repo.exec("cat README")
+    assert (ran.code, ran.out) == (0, b"hello\n") and not trap.exists()
+
+
+def test_a_promisor_repository_fetches_nothing(repo: Repo) -> None:
+    trap, blob = repo.site.dir / "trap", repo.git("rev-parse", "HEAD:README")
+    for key, value in (("core.repositoryformatversion", "1"), ("extensions.partialClone", "origin"), ("remote.origin.promisor", "true"),
+                       ("remote.origin.url", f"ext::sh -c touch% {trap}"), ("protocol.ext.allow", "always"),
+                       ("core.sshCommand", f"touch {trap}"), ("remote.origin.uploadpack", f"touch {trap};")):
+        repo.git("config", key, value)
+    (repo.dir / ".git/objects" / blob[:2] / blob[2:]).unlink()
+    made = repo.cli("new", "-H", "box", "a")
+    assert made.code == 1 and not trap.exists() and repo.workspaces() == {}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a repository of somebody else's")
+def test_a_repository_of_somebody_else_is_refused(repo: Repo) -> None:
+    subprocess.run(["chown", "-R", "65534:65534", str(repo.dir)], check=True)
+    made = repo.cli("new", "-H", "box", "a")
+    assert made.code in (1, 2) and "another user" in made.said, made
+
+
+def test_only_the_tree_leaves_no_history_no_config_no_untracked_file(repo: Repo) -> None:
+    secrets = {"token": b"tok-in-git-config-1", "dotenv": b"untracked-dotenv-2", "stash": b"only-in-the-stash-3", "branch": b"other-branch-blob-4",
+               "old": b"only-in-history-5", "message": b"commit-message-6", "ignored": b"export-ignored-7"}
+    repo.git("config", "http.extraheader", secrets["token"].decode())
+    repo.git("remote", "add", "origin", "https://user:hunter2-8@example.invalid/x.git")
+    repo.write("old.txt", secrets["old"])
+    repo.write("private.md", secrets["ignored"])
+    repo.write(".gitattributes", b"private.md export-ignore\n")
+    repo.commit(secrets["message"].decode())
+    repo.git("checkout", "-q", "-b", "other")
+    repo.write("other.txt", secrets["branch"])
+    repo.commit()
+    repo.git("checkout", "-q", "main")
+    repo.git("rm", "-q", "old.txt")
+    repo.write("README", secrets["stash"])
+    repo.git("stash", "-q")
+    repo.git("rm", "-q", "old.txt")
+    head = repo.commit()
+    repo.write(".env", secrets["dotenv"])
+    assert repo.exec("git log --all --format='%an %ae %H %s'").code == 0
+    far = repo.site.far_home()
+    assert files_holding(far, b"hello\n"), "looking finds what is there"
+    for needle in [*secrets.values(), b"hunter2-8", b"ada@laptop.example", b"Ada Test", head.encode(), os.fsencode(repo.dir)]:
+        assert not files_holding(far, needle), needle
+
+
+def test_every_ssh_gets_its_host_behind_a_double_dash(repo: Repo) -> None:
+    """And none of the options that undo the user's own."""
+    log, shim = repo.site.dir / "argv", repo.site.dir / "ssh-shim"
+    shim.write_text(f'#!/bin/sh\nfor a in "$@"; do printf "%s\\n" "$a"; done >>{log}\necho ---- >>{log}\nexec {program("ssh")} -F {repo.site.config} "$@"\n')
+    shim.chmod(0o755)
+    assert repo.exec("true", env={"CMUX_SSH_COMMAND": str(shim)}).code == 0
+    runs = [run.split("\n") for run in log.read_text().split("----\n") if run]
+    assert runs
+    for run in runs:
+        assert run == ["-V", ""] or "box" not in run or run[run.index("box") - 1] == "--", run
+        assert not any("IgnoreUnknown" in word or re.search(r"StrictHostKeyChecking=(no|off)|UserKnownHostsFile", word) for word in run), run
+        assert "-G" in run or "-V" in run or {"-a", "-x"} <= set(run) or "-O" in run, run
+
+
+# === Secrets ===
+
+
+def test_a_secret_arrives_byte_for_byte_and_lies_nowhere_on_the_host(repo: Repo) -> None:
+    value = "it's \"q\"\n$(touch x) `id` \\n\\\\ \t\r\n  spaces  \n#!*ü🐙\u202e-Zx9Yw8".encode()
+    assert repo.cli("secrets", "set", "TOKEN", stdin=value).code == 0
+    ran = repo.exec('printf %s "$TOKEN"')
+    assert (ran.code, ran.out, ran.err) == (0, value, b"")
+    assert repo.exec("sh", "-c", "sleep 0.1; printf %s \"$TOKEN\"").out == value
+    assert not files_holding(repo.site.far_home(), b"Zx9Yw8") and "Zx9Yw8" not in repo.site.log()
+
+
+@pytest.mark.parametrize("value", [b"", b"x", b"trailing\n\n\n"[:-1], b" lead and trail ", b"\\", b"-n", b"-e \\c", b"%s%n", b"*", b"a" * 100_000, "é\u2028".encode()])
+def test_odd_secret_values_arrive_exactly(site: Site, value: bytes) -> None:
+    repo = Repo(site)
+    stored = repo.cli("secrets", "import", str(dotenv(site, {"V": value}))) if value.endswith(b"\n") else repo.cli("secrets", "set", "V", stdin=value)
+    assert stored.code == 0, stored
+    ran = repo.exec('printf "%s." "$V"')
+    assert (ran.code, ran.out) == (0, value + b".")
+
+
+def dotenv(site: Site, values: Dict[str, bytes]) -> Path:
+    path = site.dir / "dotenv"
+    path.write_bytes(b"".join(k.encode() + b'="' + v.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n") + b'"\n' for k, v in values.items()))
+    return path
+
+
+@pytest.mark.slow
+def test_while_50_commands_run_the_secret_stands_in_no_process_table(repo: Repo) -> None:
+    value = b"Sentinel-" + os.urandom(8).hex().encode()
+    assert repo.exec("true").code == 0
+    with Watch(value) as watch:
+        assert repo.cli("secrets", "set", "TOKEN", stdin=value).code == 0
+        with ThreadPoolExecutor(10) as pool:
+            runs = list(pool.map(lambda n: repo.exec('sleep 0.1; printf %s "$TOKEN" | cksum', host="box"), range(50)))
+    assert len({r.out for r in runs}) == 1 and all(r.code == 0 for r in runs), runs
+    assert watch.looks > 20 and not watch.hits, watch.hits
+    assert not [p for p in repo.site.masters() if value in p.environ]
+    assert not files_holding(repo.site.far_home(), value) and value.decode() not in repo.site.log()
+
+
+def test_a_secret_is_in_the_environment_of_no_local_process(repo: Repo) -> None:
+    """Not even where a variable of that name stood in ours: ProxyCommand and Match exec would see it."""
+    nap, value = unique(), b"Sentinel-" + os.urandom(8).hex().encode()
+    assert repo.cli("secrets", "set", "TOKEN", stdin=value).code == 0
+    child = repo.start("exec", "-H", "box", "--", f"sleep {nap}")
+    until(lambda: running(f"sleep {nap}"), "it sleeps")
+    seen = [p for p in processes() if value in p.environ]
+    assert seen and all(b"CMUX_TEST_SITE" in p.environ for p in seen), seen
+    kill(child.pid)
+    child.communicate()
+
+
+def test_secrets_are_stored_0600_outside_the_repository_and_listed_by_name_only(repo: Repo) -> None:
+    assert repo.cli("secrets", "set", "B_TOKEN", stdin=b"value-of-b").code == 0
+    assert repo.cli("secrets", "set", "A_TOKEN", stdin=b"value-of-a").code == 0
+    listed = repo.cli("secrets", "list")
+    assert listed.out == b"A_TOKEN\nB_TOKEN\n" and listed.err == b""
+    assert [n if isinstance(n, str) else n["name"] for n in repo.cli("secrets", "list", "--json").json] == ["A_TOKEN", "B_TOKEN"]
+    holders = [Path(p) for p in files_holding(repo.site.dir, b"value-of-a")]
+    assert holders and all(repo.site.state in p.parents and stat.S_IMODE(p.stat().st_mode) == 0o600 for p in holders), holders
+    assert stat.S_IMODE(repo.site.state.stat().st_mode) == 0o700 and repo.git("status", "--porcelain") == ""
+    assert repo.cli("secrets", "rm", "A_TOKEN").code == 0
+    assert repo.cli("secrets", "list").out == b"B_TOKEN\n" and not files_holding(repo.site.dir, b"value-of-a")
+
+
+def test_secrets_belong_to_one_project_and_are_updated_and_removed(repo: Repo) -> None:
+    other = Repo(repo.site, "other")
+    for value in (b"first", b"second"):
+        assert repo.cli("secrets", "set", "TOKEN", stdin=value).code == 0
+        assert repo.exec('echo "$TOKEN"').out == value + b"\n"
+    assert other.cli("secrets", "list").out == b"" and other.exec('echo "<$TOKEN>"').out == b"<>\n"
+    assert repo.cli("secrets", "rm", "TOKEN").code == 0 and repo.exec('echo "<$TOKEN>"').out == b"<>\n"
+
+
+def test_secrets_import_reads_a_dotenv_file(repo: Repo) -> None:
+    path = repo.site.dir / "vars"
+    path.write_bytes("# comment\n\nPLAIN=abc\nexport EXPORTED=def\nQUOTED=\"a b\\n$X\"\nSINGLE='it is $HOME \\n'\nEMPTY=\nUNI=ü\n".encode())
+    done = repo.cli("secrets", "import", str(path))
+    assert done.code == 0 and b"abc" not in done.out + done.err, done
+    ran = repo.exec('printf "%s|" "$PLAIN" "$EXPORTED" "$QUOTED" "$SINGLE" "$EMPTY" "$UNI"')
+    assert ran.out == "abc|def|a b\n$X|it is $HOME \\n||ü|".encode()
+
+
+def test_a_secret_command_is_stored_instead_of_the_value(repo: Repo) -> None:
+    store = repo.site.dir / "vault"
+    store.write_text("from-the-vault")
+    assert repo.cli("secrets", "set", "TOKEN", "--command", f"cat {store}").code == 0
+    assert repo.exec('printf %s "$TOKEN"').out == b"from-the-vault" and not files_holding(repo.site.state, b"from-the-vault")
+    store.unlink()
+    failed = repo.exec("echo ran")
+    assert failed.code == 125 and failed.out == b"" and "TOKEN" in failed.said, failed
+
+
+@pytest.mark.parametrize("name", ["", "1A", "A-B", "A B", "A=B", "a\nb", "Ü", "PATH", "IFS", "-x"])
+def test_impossible_secret_names_are_refused(repo: Repo, name: str) -> None:
+    refused = repo.cli("secrets", "set", "--", name, stdin=b"v")
+    assert refused.code in (1, 2) and refused.said.strip() and repo.cli("secrets", "list").out == b""
+
+
+@pytest.mark.parametrize("name", ["GIT_AUTHOR_NAME", "k", "n", "v", "_", "CMUX", "OPENAI_API_KEY", "lower"])
+def test_legitimate_secret_names_work(repo: Repo, name: str) -> None:
+    if name == "_":
+        return  # every shell sets it anew
+    assert repo.cli("secrets", "set", name, stdin=b"value here").code == 0
+    ran = repo.exec(f'printf %s "${name}"')
+    assert (ran.code, ran.out, ran.err) == (0, b"value here", b"")
+
+
+def test_a_secret_with_nul_and_an_unknown_secret_are_refused_without_the_value(repo: Repo) -> None:
+    refused = repo.cli("secrets", "set", "TOKEN", stdin=b"abc\0def-hidden")
+    assert refused.code in (1, 2) and "hidden" not in refused.said and refused.said.strip()
+    unknown = repo.cli("secrets", "rm", "NOT_THERE")
+    assert unknown.code in (1, 2) and "NOT_THERE" in unknown.said
+
+
+def test_secrets_set_on_a_terminal_asks_without_echo(repo: Repo) -> None:
+    terminal = on_terminal(repo.site, "secrets", "set", "TOKEN", cwd=repo.dir)
+    terminal.expect(b"TOKEN")
+    until(lambda: not termios.tcgetattr(terminal._end)[3] & termios.ECHO, "the echo is off")
+    terminal.send(b"typed-in-secret\n")
+    assert terminal.wait() == 0 and b"typed-in-secret" not in terminal.output
+    assert repo.exec('printf %s "$TOKEN"').out == b"typed-in-secret"
+
+
+# === Upload and workspaces ===
+
+
+def test_every_kind_of_file_arrives_as_the_repository_has_it(odd: Repo) -> None:
+    """Names, modes, links and bytes; no filter, no line ends, no $Format$; what export-ignore names stays away."""
+    ran = odd.exec("git status --porcelain --ignored; git log --format=%s | wc -l; ./run.sh")
+    assert (ran.code, ran.out.split()) == (0, [b"1", b"ran"])
+    assert tree_of(odd.path()) == odd.tree()
+
+
+def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo: Repo) -> None:
+    assert repo.cli("list", "--json").json == []
+    assert repo.cli("new", "-H", "box", "a", "b").code == 0
+    rows = repo.workspaces()
+    assert set(rows) == {"a", "b"} and all(row["host"] == "box" and row["base"] == repo.git("rev-parse", "HEAD") and row["created"] for row in rows.values())
+    where = Path(repo.cli("exec", "-w", "a", "--", "pwd -P").text.strip())
+    assert where == repo.path("a") and where.name == "a" and re.match(r"project-\w+$", where.parent.name)
+    assert where.parent.parent == repo.site.far_home() / "cmux" and stat.S_IMODE(where.parent.parent.stat().st_mode) == 0o700
+    listed = repo.cli("list")
+    assert listed.code == 0 and "a" in listed.text and "box" in listed.text
+
+
+def test_the_workspace_defaults_to_the_branch_and_the_host_to_its_own(repo: Repo) -> None:
+    repo.git("checkout", "-q", "-b", "feature/über x".replace(" ", "-"))
+    assert repo.exec("pwd").code == 0
+    (name,) = repo.workspaces()
+    assert name.startswith("feature") and "/" not in name
+    assert repo.cli("exec", "--", "echo again").out == b"again\n"
+    repo.git("checkout", "-q", "main")
+    assert repo.cli("exec", "--", "echo env", env={"CMUX_SSH_HOST": "box-dash"}).out == b"env\n"
+    repo.git("config", "cmux.host", "box-zsh")
+    assert repo.cli("exec", "-w", "third", "--", "echo config").out == b"config\n"
+    assert {row["host"] for row in repo.workspaces().values()} == {"box", "box-dash", "box-zsh"}
+
+
+def test_exec_without_any_host_says_how_to_name_one(repo: Repo) -> None:
+    ran = repo.cli("exec", "--", "true")
+    assert ran.code in (2, 125) and "-H" in ran.said, ran
+
+
+def test_new_takes_a_revision(repo: Repo) -> None:
+    first = repo.git("rev-parse", "HEAD")
+    repo.write("README", b"changed\n")
+    repo.commit()
+    assert repo.cli("new", "-H", "box", "old", "--ref", "HEAD~1").code == 0
+    assert repo.workspaces()["old"]["base"] == first and (repo.path("old") / "README").read_bytes() == b"hello\n"
+    assert repo.cli("exec", "-H", "box", "-w", "new", "--", "cat README").out == b"changed\n"
+
+
+def test_two_projects_of_one_name_never_meet(site: Site) -> None:
+    one, two = Repo(site, "a/project", files={"who": b"one"}), Repo(site, "b/project", files={"who": b"two"})
+    assert one.exec("cat who").out == b"one" and two.exec("cat who").out == b"two"
+    assert one.path().parent != two.path().parent and set(one.workspaces()) == {"main"}
+    assert len(one.cli("list", "--all-projects", "--json").json) == 2
+
+
+def test_a_subdirectory_a_worktree_and_option_C_are_the_same_project(repo: Repo) -> None:
+    assert repo.exec("true").code == 0
+    assert repo.site.cli("exec", "--", "ls README", cwd=repo.dir / "src").out == b"README\n"
+    assert repo.site.cli("exec", "-C", str(repo.dir), "--", "ls README").out == b"README\n"
+    assert set(json.loads(repo.site.cli("list", "-C", str(repo.dir / "src"), "--json").out)[0]) >= {"name", "host", "path", "base", "created"}
+
+
+def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo: Repo) -> None:
+    repo.write("big", os.urandom(2 << 20))
+    repo.commit()
+    line = repo.site.line("far")
+    assert repo.cli("new", "-H", "far", "a").code == 0
+    first, line.up = line.up, 0
+    assert first > 2 << 20
+    assert repo.cli("new", "-H", "far", "b").code == 0
+    assert line.up < 64 << 10, line.up
+    assert tree_of(repo.path("a")) == tree_of(repo.path("b")) == repo.tree()
+    (repo.path("b") / "big").write_bytes(b"edited in place")
+    assert repo.cli("new", "-H", "far", "c").code == 0 and tree_of(repo.path("c")) == repo.tree(), "the cache is nobody's work tree"
+
+
+@pytest.mark.parametrize("at", [20_000, 300_000, 1_500_000])
+def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo: Repo, at: int) -> None:
+    repo.write("big", os.urandom(2 << 20))
+    repo.commit()
+    line = repo.site.line("far")
+    line.cut["up"] = at
+    cut = repo.cli("new", "-H", "far", "a")
+    assert cut.code in (1, 255) and cut.said.strip(), cut
+    assert repo.workspaces() == {} and not list(repo.site.far_home().glob("cmux/project-*/*"))
+    line.cut["up"] = None
+    again = repo.cli("new", "-H", "far", "a")
+    assert again.code == 0 and tree_of(repo.path("a")) == repo.tree(), again
+
+
+def test_a_client_killed_in_the_middle_of_an_upload_leaves_no_workspace_and_a_retry_works(repo: Repo) -> None:
+    repo.write("big", os.urandom(2 << 20))
+    repo.commit()
+    line = repo.site.line("far")
+    child = repo.start("new", "-H", "far", "a")
+    until(lambda: line.up > 100_000, "the upload runs")
+    line.stall()
+    kill(child.pid)
+    child.communicate()
+    line.drop()
+    line.go_on()
+    assert repo.workspaces() == {}
+    again = repo.cli("new", "-H", "far", "a")
+    assert again.code == 0 and tree_of(repo.path("a")) == repo.tree(), again
+
+
+def test_a_full_disk_or_readonly_home_on_the_host_is_said(repo: Repo) -> None:
+    """A file where the directory should be fails for root, too."""
+    (repo.site.far_home() / "cmux").write_text("in the way")
+    made = repo.cli("new", "-H", "box", "a")
+    assert made.code == 1 and "cmux" in made.said and repo.workspaces() == {}, made
+
+
+def test_new_makes_several_at_once_and_refuses_a_name_that_exists(repo: Repo) -> None:
+    names = [f"w{n}" for n in range(6)]
+    assert repo.cli("new", "-H", "box", *names).code == 0
+    assert set(repo.workspaces()) == set(names) and all(tree_of(repo.path(n)) == repo.tree() for n in names)
+    again = repo.cli("new", "-H", "box", "w1", "w9")
+    assert again.code == 1 and "w1" in again.said, again
+    assert repo.exec("echo keep >kept; cat kept", options=["-w", "w1"]).out == b"keep\n"
+
+
+def test_rm_refuses_work_that_would_be_lost_and_says_what(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "clean", "dirty", "added").code == 0
+    assert repo.exec("echo x >>README", options=["-w", "dirty"]).code == 0
+    assert repo.exec("echo x >brand-new", options=["-w", "added"]).code == 0
+    path = repo.path("dirty")
+    for name, file in (("dirty", "README"), ("added", "brand-new")):
+        refused = repo.cli("rm", name)
+        assert refused.code == 1 and file in refused.said and "--force" in refused.said, refused
+    where = repo.path("clean")
+    assert repo.cli("rm", "clean").code == 0 and not where.exists() and set(repo.workspaces()) == {"dirty", "added"}
+    assert repo.cli("rm", "--force", "dirty", "added").code == 0 and not path.exists() and repo.workspaces() == {}
+    assert repo.cli("rm", "dirty").code == 1
+    assert repo.cli("new", "-H", "box", "dirty").code == 0 and tree_of(repo.path("dirty")) == repo.tree()
+
+
+def test_rm_sees_committed_work_too(repo: Repo) -> None:
+    assert repo.exec("echo x >>README && git -c user.name=a -c user.email=a@b commit -qam work").code == 0
+    refused = repo.cli("rm", "main")
+    assert refused.code == 1 and repo.path().exists(), refused
+
+
+HOOK = b'#!/bin/sh\necho "init in $CMUX_WORKSPACE with <$TOKEN>"\necho to-stderr >&2\necho once >>init-ran\nexit "${CODE:-0}"\n'
+
+
+def test_the_init_hook_runs_once_with_the_environment_and_its_output_is_streamed(repo: Repo) -> None:
+    repo.write(".cmux/init", HOOK, 0o755)
+    repo.commit()
+    assert repo.cli("secrets", "set", "TOKEN", stdin=b"tok").code == 0
+    made = repo.cli("new", "-H", "box", "a")
+    assert made.code == 0 and b"init in a with <tok>" in made.out + made.err and b"to-stderr" in made.out + made.err
+    assert repo.exec("cat init-ran", options=["-w", "a"]).out == b"once\n"
+    assert repo.cli("new", "-H", "box", "b", "--no-init").code == 0 and not (repo.path("b") / "init-ran").exists()
+
+
+def test_a_failing_init_hook_is_reported_and_undoes_nothing(repo: Repo) -> None:
+    repo.write(".cmux/init", HOOK.replace(b'"${CODE:-0}"', b"9"), 0o755)
+    repo.commit()
+    made = repo.cli("new", "-H", "box", "a")
+    assert "9" in made.said and "init" in made.said and set(repo.workspaces()) == {"a"}
+    first = repo.exec("echo output", options=["-w", "b"])
+    assert first.code == 0 and first.out.endswith(b"output\n") and "init" in first.said
+
+
+def test_an_init_that_is_not_executable_is_only_a_file(repo: Repo) -> None:
+    repo.write(".cmux/init", HOOK, 0o644)
+    repo.commit()
+    assert repo.cli("new", "-H", "box", "a").code == 0 and not (repo.path("a") / "init-ran").exists()
+
+
+def test_a_repository_cannot_name_its_host_command_or_options(repo: Repo) -> None:
+    for name in (".cmux/config", ".cmux/host", ".cmuxrc", ".cmux.json", ".cmux/config.json"):
+        repo.write(name, b'{"host": "box"}\nhost = box\n')
+    repo.commit()
+    ran = repo.cli("exec", "--", "true")
+    assert ran.code in (2, 125) and not repo.site.log().count("Accepted publickey")
+
+
+def test_nothing_is_left_behind_on_this_machine(repo: Repo) -> None:
+    """No temporary file, nothing in the repository, nothing in the home directory but the state."""
+    before = tree_of(repo.dir), repo.git("status", "--porcelain"), sorted(p.name for p in repo.site.home.iterdir())
+    assert repo.exec("echo x >new-on-the-host").code == 0
+    assert not list(repo.site.tmp.iterdir())
+    assert (tree_of(repo.dir), repo.git("status", "--porcelain"), sorted(p.name for p in repo.site.home.iterdir())) == before
+    assert "cmux" not in repo.git("for-each-ref")
+
+
+def test_a_damaged_registry_is_set_aside_and_said(repo: Repo) -> None:
+    assert repo.exec("true").code == 0
+    files = [p for p in repo.site.state.rglob("*") if p.is_file() and p.suffix == ".json"]
+    assert files
+    for path in files:
+        path.write_bytes(path.read_bytes()[:-5] + b"\xff garbage")
+    damaged = {p.read_bytes() for p in files}
+    said = repo.cli("list")
+    assert said.code in (0, 1) and said.said.strip(), said
+    assert damaged <= {p.read_bytes() for p in repo.site.state.rglob("*") if p.is_file()}, "never overwritten"
+
+
+@pytest.mark.slow
+def test_a_client_killed_at_any_moment_leaves_a_registry_that_works(repo: Repo) -> None:
+    luck = random.Random(7)
+    for n in range(12):
+        child = repo.start("new", "-H", "box", f"k{n}")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(luck.uniform(0.02, 0.5))
+        kill(child.pid)
+        child.communicate()
+        assert repo.cli("list", "--json").code == 0
+    for name in list(repo.workspaces()):
+        assert tree_of(repo.path(name)) == repo.tree(), f"{name} is whole or not at all"
+    assert repo.cli("new", "-H", "box", "last").code == 0 and tree_of(repo.path("last")) == repo.tree()
+
+
+@pytest.mark.parametrize("kind", ["world-writable", "symlink", "foreign"])
+def test_a_state_directory_others_can_change_is_not_used(repo: Repo, kind: str) -> None:
+    state, real = repo.site.dir / "odd-state", repo.site.dir / "real"
+    if kind == "symlink":
+        real.mkdir(mode=0o777)
+        real.chmod(0o777)
+        state.symlink_to(real)
+    else:
+        state.mkdir()
+        state.chmod(0o777 if kind == "world-writable" else 0o755)
+    if kind == "foreign":
+        if os.geteuid() != 0:
+            return  # only root can make a directory of somebody else's
+        os.chown(state, 65534, 65534)
+    ran = repo.exec("true", env={"CMUX_SSH_HOME": str(state)})
+    if ran.code == 0:
+        assert kind != "foreign" and stat.S_IMODE(state.stat().st_mode) & 0o077 == 0, "made private, or refused"
+    else:
+        assert ran.code == 125 and str(state) in ran.said, ran
+
+
+def test_a_long_state_path_still_has_room_for_control_sockets(repo: Repo) -> None:
+    deep = repo.site.dir / ("d" * 60) / ("e" * 60)
+    ran = repo.exec("cat", stdin=BINARY, env={"CMUX_SSH_HOME": str(deep)})
+    assert (ran.code, ran.out, ran.err) == (0, BINARY, b"")
+
+
+def test_two_aliases_of_one_address_do_not_share_a_connection(repo: Repo) -> None:
+    site, used = repo.site, repo.site.dir / "used"
+    site.host("one", "HostName 127.0.0.1", f"Port {site.port}")
+    proxy = site.dir / "relay"
+    proxy.write_text(f"#!/bin/sh\necho used >>{used}\nexec {program('ssh')} -F {site.config} -W 127.0.0.1:{site.port} box\n")
+    proxy.chmod(0o755)
+    site.host("two", "HostName 127.0.0.1", f"Port {site.port}", f"ProxyCommand {proxy}")
+    assert repo.exec("true", host="one", options=["-w", "a"]).code == 0 and not used.exists()
+    assert repo.exec("true", host="two", options=["-w", "b"]).code == 0 and used.exists()
+
+
+# === Many at once on a stock sshd ===
+
+
+@pytest.mark.slow
+def test_20_processes_at_once_on_a_cold_connection_all_succeed(repo: Repo) -> None:
+    children = [repo.start("exec", "-H", "box", "--", f"echo {n}; cat README") for n in range(20)]
+    for n, child in enumerate(children):
+        out, err = child.communicate(timeout=120)
+        assert (child.returncode, out, err) == (0, f"{n}\nhello\n".encode(), b""), repo.site.log()
+    assert set(repo.workspaces()) == {"main"}, "created once"
+    assert "drop connection" not in repo.site.log()
+
+
+@pytest.mark.slow
+def test_200_commands_50_at_a_time_all_succeed(shared: Repo) -> None:
+    with ThreadPoolExecutor(50) as pool:
+        runs = list(pool.map(lambda n: shared.exec(f"echo {n}; exit {n}"), range(200)))
+    assert [(r.code, r.out, r.err) for r in runs] == [(n, b"%d\n" % n, b"") for n in range(200)]
+    assert "drop connection" not in shared.site.log()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["refuses", "hangs up"])
+def test_a_host_that_is_down_sees_a_handful_of_connections_from_100_attempts(repo: Repo, way: str) -> None:
+    """And each attempt is answered within a minute, though it may wait for its turn to try."""
+    site, log, shim = repo.site, repo.site.dir / "attempts", repo.site.dir / "shim"
+    line = site.line("down")
+    line.refuse = way == "hangs up"
+    if way == "refuses":
+        site.host("down", "HostName 127.0.0.1", f"Port {free_port()}")
+    shim.write_text(f'#!/bin/sh\ncase " $* " in *" -G "*|*" -V "*|*" -O "*) ;; *) echo try >>{log};; esac\nexec {program("ssh")} -F {site.config} "$@"\n')
+    shim.chmod(0o755)
+    env = {"CMUX_SSH_COMMAND": str(shim)}
+    with ThreadPoolExecutor(20) as pool:
+        runs = list(pool.map(lambda n: repo.exec("true", host="down", seconds=60, env=env), range(100)))
+    assert {r.code for r in runs} == {255} and all(r.said.strip() for r in runs)
+    assert log.read_text().count("try") <= 12 and line.connections <= 12
+    line.refuse = False
+    site.host("down", "HostName 127.0.0.1", f"Port {line.port}")
+    until(lambda: repo.exec("echo up", host="down", env=env).out == b"up\n", "it is seen when it is back", 60)
+
+
+@pytest.mark.slow
+def test_long_commands_beyond_ten_sessions_run_at_once(shared: Repo) -> None:
+    """Twelve that all wait for each other: ten sessions on one connection would never do."""
+    meet = "touch here-$N; while [ $(ls here-* | wc -l) -lt 12 ]; do sleep 0.1; done; echo met"
+    children = [shared.start("exec", "-H", "box", "--env", f"N={n}", "--timeout", "60", "--", meet) for n in range(12)]
+    assert [child.communicate(timeout=90)[0] for child in children] == [b"met\n"] * 12
+
+
+def test_a_slow_line_is_only_slow(repo: Repo) -> None:
+    line = repo.site.line("far")
+    line.delay = 0.025
+    data = os.urandom(1 << 18)
+    ran = repo.exec("cat", host="far", stdin=data)
+    assert (ran.code, ran.err) == (0, b"") and ran.out == data
+
+
+def test_a_line_that_stalls_and_goes_on_loses_nothing(repo: Repo) -> None:
+    line, data = repo.site.line("far"), os.urandom(1 << 20)
+    assert repo.exec("true", host="far").code == 0
+    child = repo.start("exec", "-H", "far", "--", "cat", stdin=subprocess.PIPE)
+    line.stall()
+    threading.Timer(1.5, line.go_on).start()
+    out, err = child.communicate(data, timeout=60)
+    assert (child.returncode, err) == (0, b"") and out == data
+
+
+# === Bad input ===
+
+
+def refused(answer: Answer, *codes: int, words: str = "") -> None:
+    """One clear message: the right code, nothing on stdout, no traceback, not a wall of text."""
+    assert answer.code in codes, answer
+    assert answer.out == b"" and answer.said.strip() and answer.said.count("\n") <= 4, answer
+    assert words.lower() in answer.said.lower(), answer
+    assert not set(answer.err) & set(b"\x1b\x07\x9b\r"), answer
+
+
+BAD_HOSTS = ["-oProxyCommand=touch trap", "-F", "--", "", " ", "@", "@h", "u@", "a b", "a\nb", "a\tb", "a;b", "a|b", "a&b", "a$(id)", "$HOME", "`id`@h", "u'@h", 'u"@h',
+             "u\\x@h", "h%n", "h*", "h?", "h[a]", "!h", "h#x", "h=1", "h>x", "h<x", "{a,b}", "~root@h", "-x@h", "u@-x", "\x1b]0;x\x07", "\u202eh", "\x9bh", "h\x7f", "h/..",
+             "ssh://-oProxyCommand=x", "ssh://u%24HOME@h", "ssh://", "a" * 2000, "u@h\n", "\0h"]
+
+
+@pytest.mark.parametrize("way", ["option", "environment", "git config"])
+def test_hostile_host_strings_are_refused_before_anything_is_started(repo: Repo, way: str) -> None:
+    shim, log = repo.site.dir / "shim", repo.site.dir / "was-called"
+    shim.write_text(f"#!/bin/sh\ntouch {log}\nexit 255\n")
+    shim.chmod(0o755)
+    for host in BAD_HOSTS:
+        if way != "option" and (not host.strip() or "\0" in host) or "\0" in host:
+            continue  # an empty variable is an unset one; NUL cannot be in an argument
+        env, args = {"CMUX_SSH_COMMAND": str(shim)}, ["exec", "--", "true"]
+        if way == "option":
+            args[1:1] = [f"--host={host}"]
+        elif way == "environment":
+            env["CMUX_SSH_HOST"] = host
+        else:
+            repo.git("config", "cmux.host", host)
+        refused(repo.cli(*args, env=env), 2, 125)
+        assert not log.exists() and not (repo.dir / "trap").exists(), host
+
+
+@pytest.mark.parametrize("host", ["box", "root@box", "u.s-e_r+1@a.b-c_d", "127.0.0.1", "::1", "u@fe80::1", "ssh://u@h:2222", "coder.dev-1"])
+def test_honest_host_strings_reach_ssh(repo: Repo, host: str) -> None:
+    log, shim = repo.site.dir / "argv", repo.site.dir / "shim"
+    shim.write_text(f'#!/bin/sh\nfor a in "$@"; do printf "%s\\n" "$a"; done >>{log}\nexit 255\n')
+    shim.chmod(0o755)
+    ran = repo.exec("true", host=host, env={"CMUX_SSH_COMMAND": str(shim)})
+    assert ran.code == 255 and host in log.read_text().splitlines(), ran
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/abs", "-x", ".hidden", "a b", "a\nb", "a\x1b[31m", "ü\u202e", "x" * 300, "a;b", "$(id)", "*", "~", "con.lock/.."])
+def test_odd_workspace_names_are_refused(repo: Repo, name: str) -> None:
+    refused(repo.cli("new", "-H", "box", "--", name), 1, 2)
+    refused(repo.cli("exec", "-H", "box", f"--workspace={name}", "--", "true"), 2, 125)
+    assert repo.workspaces() == {} and "Accepted" not in repo.site.log()
+
+
+def test_no_repository_an_unborn_branch_and_a_bad_revision_are_said(site: Site, repo: Repo) -> None:
+    refused(site.cli("new", "-H", "box", "a", cwd=site.home), 1, 2, words="git repository")
+    refused(site.cli("exec", "-H", "box", "--", "true", cwd=site.home), 125, 2, words="git repository")
+    refused(site.cli("list", "-C", str(site.dir / "nowhere")), 1, 2, words="nowhere")
+    unborn = Repo(site, "unborn")
+    unborn.git("update-ref", "-d", "HEAD")
+    refused(unborn.cli("new", "-H", "box", "a"), 1, words="commit")
+    refused(repo.cli("new", "-H", "box", "a", "--ref", "no-such-rev"), 1, 2, words="no-such-rev")
+    refused(repo.cli("new", "-H", "box", "a", "--ref=--output=x"), 1, 2)
+    assert repo.workspaces() == {}
+
+
+def test_a_detached_head_works(repo: Repo) -> None:
+    repo.git("checkout", "-q", "--detach")
+    ran = repo.exec("cat README")
+    assert (ran.code == 0 and ran.out == b"hello\n") or (ran.code in (2, 125) and "-w" in ran.said), ran
+
+
+def test_a_host_that_does_not_resolve_or_refuses_or_hangs_up_is_255_and_said(repo: Repo) -> None:
+    site = repo.site
+    refused(repo.exec("true", host="no-such-host.invalid"), 255, words="no-such-host.invalid")
+    site.host("closed", "HostName 127.0.0.1", f"Port {free_port()}")
+    refused(repo.exec("true", host="closed"), 255, words="refused")
+    site.line("hangs-up").refuse = True
+    refused(repo.exec("true", host="hangs-up"), 255, words="hangs-up")
+    refused(repo.cli("new", "-H", "closed", "a"), 255)
+    assert repo.workspaces() == {}
+
+
+def test_a_key_that_is_not_accepted_is_255_and_said(repo: Repo) -> None:
+    repo.site.inetd("stranger", config=[f"IdentityFile {repo.site.keys.stranger}"])
+    config = repo.site.config.read_text().replace(f"  IdentityFile {repo.site.keys.user}\n", "  # no other key\n")
+    repo.site.config.write_text(config)
+    refused(repo.exec("true", host="stranger"), 255, words="stranger")
+
+
+def test_a_host_that_says_nothing_is_given_up_within_the_configured_time(repo: Repo) -> None:
+    line = repo.site.line("silent", "ConnectTimeout 2")
+    line.stall()
+    ran = repo.exec("true", host="silent", seconds=40)
+    refused(ran, 255, words="silent")
+
+
+def test_a_missing_ssh_or_git_is_said(repo: Repo) -> None:
+    refused(repo.exec("true", env={"CMUX_SSH_COMMAND": "/nonexistent/ssh"}), 125, 255, words="/nonexistent/ssh")
+    nothing = repo.site.dir / "nothing"
+    nothing.mkdir()
+    refused(repo.exec("true", env={"PATH": str(nothing)}), 125, 255)
+
+
+@pytest.mark.parametrize("args", [[], ["no-such-command"], ["exec"], ["exec", "--timeout", "x", "--", "true"], ["exec", "--timeout", "-1", "--", "true"],
+                                  ["exec", "--env", "NOEQUALS", "--", "true"], ["exec", "--env", "=x", "--", "true"], ["exec", "--no-such-option"], ["secrets"],
+                                  ["secrets", "set"], ["secrets", "import", "/nonexistent"], ["rm"], ["rm", "never-made"]])
+def test_usage_errors_are_said(repo: Repo, args: List[str]) -> None:
+    ran = repo.cli(*args, stdin=b"")
+    assert ran.code in (1, 2, 125) and ran.said.strip() + ran.text.strip(), ran
+
+
+def test_an_output_pipe_closed_early_is_no_error_and_ends_the_command(shared: Repo) -> None:
+    nap = unique()
+    child = shared.start("exec", "-H", "box", "--", f"(sleep {nap}) & while :; do echo y; done")
+    assert child.stdout and child.stderr
+    assert child.stdout.readline() == b"y\n"
+    child.stdout.close()
+    assert b"Traceback" not in child.stderr.read()
+    child.wait(30)
+    gone(f"sleep {nap}")
+
+
+# === demo ===
+
+
+def test_demo_shows_the_flow_and_leaves_nothing(site: Site) -> None:
+    before = {p.pid for p in processes(environ=False)}
+    shown = site.cli("demo", cwd=site.home)
+    assert shown.code == 0 and shown.text.count("\n") >= 5 and "process table" in shown.text.lower(), shown
+    assert not list(site.tmp.iterdir()) and sorted(p.name for p in site.home.iterdir()) == [".gitconfig"] and not site.state.exists()
+    until(lambda: not [p for p in processes() if p.pid not in before and os.fsencode(site.dir) in p.environ], "the demo's processes are gone")
+
+
+def test_demo_without_sshd_says_how_to_get_one(site: Site) -> None:
+    only = site.dir / "only"
+    only.mkdir()
+    for name in ("ssh", "git", "ssh-keygen", "sh", "tar"):
+        (only / name).symlink_to(program(name))
+    shown = site.cli("demo", cwd=site.home, env={"PATH": str(only), "CMUX_SSHD": "/nonexistent"})
+    assert shown.code in (0, 1) and (shown.code == 0 or "openssh-server" in shown.said), shown
+
+
+# === Rig: an talker that speaks to batch ===
+
+
+class Agent:
+    """A `batch` that stays open: a tool call is a line to it, and its answer one from it."""
+
+    def __init__(self, repo: Repo, *options: str) -> None:
+        self.child = repo.start("batch", *options, stdin=subprocess.PIPE)
+        self._held, self._ids, self._early = b"", 0, {}  # type: bytes, int, Dict[int, Dict[str, Any]]
+
+    def send(self, line: bytes) -> None:
+        assert self.child.stdin
+        self.child.stdin.write(line + b"\n")
+        self.child.stdin.flush()
+
+    def line(self, seconds: float = PATIENCE) -> bytes:
+        """The next line of answers; an end of them is a failure."""
+        assert self.child.stdout
+        end = time.monotonic() + seconds
+        while b"\n" not in self._held:
+            assert select.select([self.child.stdout], [], [], max(0.0, end - time.monotonic()))[0], f"no answer in {seconds:g} s"
+            data = os.read(self.child.stdout.fileno(), 1 << 20)
+            assert data, f"batch has ended: {self.child.stderr.read() if self.child.stderr else b''!r}"
+            self._held += data
+        line, self._held = self._held.split(b"\n", 1)
+        return line
+
+    def post(self, tool: str, arguments: Dict[str, Any], **more: Any) -> int:
+        self._ids += 1
+        self.send(json.dumps({"id": self._ids, "tool": tool, "arguments": arguments, **more}).encode())
+        return self._ids
+
+    def answer(self, number: int, seconds: float = PATIENCE) -> Dict[str, Any]:
+        while number not in self._early:
+            found = json.loads(self.line(seconds))
+            self._early[found["id"]] = found
+        return self._early.pop(number)
+
+    def __call__(self, tool: str, **arguments: Any) -> Any:
+        answer = self.answer(self.post(tool, arguments))
+        assert answer["ok"], answer
+        return answer["result"]
+
+    def refusal(self, tool: str, **arguments: Any) -> str:
+        """The message with which a call is refused: one sentence, of an expected kind."""
+        answer = self.answer(self.post(tool, arguments))
+        assert not answer["ok"], answer
+        assert set(answer) == {"id", "ok", "error"} and answer["error"]["type"] not in ("Bug", ""), answer
+        assert answer["error"]["message"].strip() and "\n" not in answer["error"]["message"], answer
+        return str(answer["error"]["message"])
+
+    def all(self, calls: Sequence[Tuple[str, Dict[str, Any]]], seconds: float = 60) -> List[Dict[str, Any]]:
+        """Many calls at once; their answers in the order of the calls."""
+        return [self.answer(number, seconds) for number in [self.post(tool, arguments) for tool, arguments in calls]]
+
+    def close(self, seconds: float = 60) -> Tuple[int, bytes, bytes]:
+        out, err = self.child.communicate(timeout=seconds)
+        assert b"Traceback" not in err, err.decode(errors="replace")
+        return self.child.returncode, out, err
+
+
+@contextlib.contextmanager
+def open_agent(repo: Repo, *options: str) -> Iterator[Agent]:
+    talker = Agent(repo, *options)
+    try:
+        yield talker
+        talker.close()
+    finally:
+        talker.child.kill()
+        talker.child.wait()
+
+
+class Area:
+    """A directory of one test's own in the shared workspace, as the host sees it and as a tool names it."""
+
+    def __init__(self, talker: Agent, workspace: Path) -> None:
+        self.talker, self.name = talker, "area-" + os.urandom(4).hex()
+        self.workspace, self.dir = workspace, workspace / self.name
+        self.dir.mkdir()
+
+    def p(self, name: str) -> str:
+        return f"{self.name}/{name}"
+
+    def put(self, name: str, data: bytes, mode: int = 0o644) -> Path:
+        path = self.dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        path.chmod(mode)
+        return path
+
+    def left(self) -> List[str]:
+        """Names below it that this program may have forgotten."""
+        return [str(p) for p in self.dir.rglob("*") if ".cmux" in p.name or p.name.endswith(".tmp")]
+
+
+@pytest.fixture(scope="module")
+def talker(shared: Repo) -> Iterator[Agent]:
+    with open_agent(shared) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def workspace(shared: Repo) -> Path:
+    return shared.path()
+
+
+@pytest.fixture
+def area(talker: Agent, workspace: Path) -> Iterator[Area]:
+    opened = Area(talker, workspace)
+    yield opened
+    assert opened.left() == [], "no temporary file stays"
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def content(result: Dict[str, Any]) -> bytes:
+    """The bytes of a result of read, whichever way they came."""
+    assert ("content" in result) != ("content_base64" in result), result
+    return result["content"].encode() if "content" in result else base64.b64decode(result["content_base64"])
+
+
+@pytest.fixture
+def ordinary(site: Site) -> Repo:
+    """A workspace on a host where permissions count, also for root."""
+    if os.geteuid() == 0:
+        script = site.dir / "without-override"
+        script.write_text(f'#!/bin/sh\nexec {program("setpriv", "util-linux")} --bounding-set=-dac_override,-dac_read_search -- sh -c "$SSH_ORIGINAL_COMMAND"\n')
+        script.chmod(0o755)
+        site.inetd("plain", f"ForceCommand {script}")
+    else:
+        site.inetd("plain")
+    made = Repo(site)
+    assert made.cli("new", "-H", "plain", "main").code == 0
+    return made
+
+
+# === Tools: the peer's runtime contract, over real ssh ===
+# Every case of its matrix, also those that it runs in a local directory or a container only.
+# (rename and fork are commands of this program, tested where they are; "~" is no path of a tool.)
+
+
+@pytest.mark.parametrize("command, code, out, err", [
+    ("echo out; echo err >&2", 0, "out\n", "err\n"),
+    ("exit 42", 42, "", ""),
+    ("true", 0, "", ""),
+    ("echo 'single' \"double\" \\$HOME `echo tick` $(echo sub) \\\\ '$x' '!' '*' ';' '&' '|'", 0, "single double $HOME tick sub \\ $x ! * ; & |\n", ""),
+    ("echo one; echo two; echo three", 0, "one\ntwo\nthree\n", ""),
+    ("printf 'b\\na\\nc\\n' | sort | head -n 2", 0, "a\nb\n", ""),
+    ("echo \"sum $((6*7)) of $(echo six) $(printf %s seven)\"", 0, "sum 42 of six seven\n", ""),
+    ("seq 1000", 0, "".join(f"{n}\n" for n in range(1, 1001)), ""),
+    ("printf 'l%s\\n' 1 2 3 4 | grep l | head -n 1", 0, "l1\n", ""),
+    ("cat <<'E'\nmulti 'line' \"$x\"\n  kept\nE", 0, "multi 'line' \"$x\"\n  kept\n", ""),
+    ("yes | head -n 3", 0, "y\ny\ny\n", ""),
+])
+def test_contract_exec_output_and_code(talker: Agent, command: str, code: int, out: str, err: str) -> None:
+    ran = talker("exec", command=command)
+    assert (ran["exit_code"], ran["stdout"], ran["stderr"]) == (code, out, err)
+    assert ran["timed_out"] is False and ran["truncated"] is False and ran["duration"] > 0
+
+
+def test_contract_exec_stdin_env_and_directory(talker: Agent, workspace: Path) -> None:
+    assert talker("exec", command="cat; printf end", stdin="line one\nümläut 🐙\n")["stdout"] == "line one\nümläut 🐙\nend"
+    assert talker("exec", command=["cat"], stdin="")["stdout"] == ""
+    assert talker("exec", command="cat")["stdout"] == "", "no stdin is an empty one, and does not hang"
+    assert talker("exec", command='printf "%s|" "$TEST_VAR" "$A" "$B"', env={"TEST_VAR": "test value", "A": "it's \"$x\"\n`y`", "B": ""})["stdout"] == "test value|it's \"$x\"\n`y`||"
+    assert talker("exec", command='echo "$GIT_TERMINAL_PROMPT $GIT_EDITOR $EDITOR $VISUAL"')["stdout"] == "0 true true true\n"
+    assert talker("exec", command="pwd")["stdout"] == f"{workspace}\n"
+    assert talker("exec", command=["pwd"], cwd="src")["stdout"] == f"{workspace}/src\n"
+    assert talker("exec", command=["printf", "<%s>", "a b", "", "it's", "$x", "*", "-n", "\n"])["stdout"] == "<a b><><it's><$x><*><-n><\n>"
+
+
+def test_contract_exec_timeout_silence_and_errors(talker: Agent, area: Area) -> None:
+    nap = unique()
+    began = time.monotonic()
+    ran = talker("exec", command=f"echo early; sleep {nap}", timeout=1)
+    assert (ran["exit_code"], ran["timed_out"], ran["stdout"]) == (124, True, "early\n")
+    assert 0.9 < time.monotonic() - began < 10 and ran["stopped"] == "confirmed"
+    gone(f"sleep {nap}")
+    silent = talker("exec", command="sleep 0.2")
+    assert silent["exit_code"] == 0 and silent["duration"] >= 0.2
+    missing = talker("exec", command="no-such-command-here")
+    assert missing["exit_code"] == 127 and "not found" in missing["stderr"]
+    assert talker("exec", command=["no-such-command-here"])["exit_code"] == 127
+    broken = talker("exec", command="if true; then echo")
+    assert broken["exit_code"] == 2 and "syntax" in broken["stderr"].lower()
+    area.put("script", b"#!/bin/sh\n", 0o644)
+    denied = talker("exec", command=[f"./{area.p('script')}"])
+    assert denied["exit_code"] == 126 and "ermission denied" in denied["stderr"]
+
+
+@pytest.mark.parametrize("data", [
+    b"Hello, World!\nsecond\n", b"", b"\0\1\2\xff\xfe\xfd", BINARY, b"no newline", b"\n", "Grüße 日本 🐙\t\r\nx".encode(),
+    b"Special: \"quotes\", 'single', $VAR, `ticks`, \\back\\\r\nnew\tline\n", b"\xef\xbb\xbfbom\n", b"\r", b"%s%n\\c\\0",
+], ids=repr)
+def test_contract_files_go_through_unchanged_both_ways(talker: Agent, area: Area, data: bytes) -> None:
+    file = area.put("there", data)
+    read = talker("read", path=area.p("there"))
+    assert content(read) == data and (read["size"], read["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+    for created in (True, False):
+        wrote = talker("write", path=area.p("sent"), content_base64=b64(data))
+        assert wrote == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "created": created}
+        assert (area.dir / "sent").read_bytes() == data
+    with contextlib.suppress(UnicodeDecodeError):
+        talker("write", path=area.p("text"), content=data.decode())
+        assert (area.dir / "text").read_bytes() == data
+    assert file.read_bytes() == data
+
+
+def test_contract_a_file_of_a_megabyte_and_the_command_line(shared: Repo, area: Area) -> None:
+    data = os.urandom(1 << 20)
+    wrote = shared.cli("write", area.p("large"), stdin=data)
+    assert (wrote.code, wrote.out, wrote.err) == (0, b"", b"") and (area.dir / "large").read_bytes() == data
+    assert shared.cli("read", area.p("large")).out == data
+    told = shared.cli("read", area.p("large"), "--json").json
+    assert base64.b64decode(told["content_base64"]) == data and told["size"] == 1 << 20 and "content" not in told
+    assert content(area.talker("read", path=area.p("large"))) == data
+    absent = shared.cli("read", area.p("none"))
+    refused(absent, 1, words="no file")
+    refused(shared.cli("read", area.name), 1, words="directory")
+    assert shared.cli("write", area.p("by-json"), "--json", stdin=b"x").json == {
+        "size": 1, "sha256": hashlib.sha256(b"x").hexdigest(), "created": True}
+
+
+def test_contract_ten_at_once_deep_parents_and_spaces(talker: Agent, area: Area) -> None:
+    deep = "/".join(f"level {n}" for n in range(10)) + "/a file.txt"
+    calls = [("write", {"path": area.p(f"{n}/{deep}"), "content": f"content {n}"}) for n in range(10)]
+    assert all(a["ok"] and a["result"]["created"] for a in talker.all(calls))
+    back = talker.all([("read", {"path": area.p(f"{n}/{deep}")}) for n in range(10)])
+    assert [a["result"]["content"] for a in back] == [f"content {n}" for n in range(10)]
+    assert talker("exec", command=f"cat '{area.p('3/' + deep)}'")["stdout"] == "content 3"
+
+
+def test_contract_a_burst_of_twelve_writes_and_cats(talker: Agent, area: Area) -> None:
+    calls = [("exec", {"command": f"echo {n} > {area.p(str(n))} && cat {area.p(str(n))}"}) for n in range(12)]
+    assert [(a["result"]["exit_code"], a["result"]["stdout"]) for a in talker.all(calls)] == [(0, f"{n}\n") for n in range(12)]
+
+
+def test_contract_git_works_in_the_workspace(repo: Repo) -> None:
+    with open_agent(repo, "-H", "box") as talker:
+        def git(line: str) -> str:
+            ran = talker("exec", command=line)
+            assert ran["exit_code"] == 0, ran
+            return str(ran["stdout"])
+        assert git("git status --porcelain") == "" and (repo.path() / ".git").is_dir()
+        talker("edit", path="README", edits=[{"old": "hello", "new": "changed"}])
+        assert git("git status --porcelain") == " M README\n"
+        git("git -c user.name=a -c user.email=b@c commit -qam second")
+        git("git checkout -q -b feature && git branch")
+        assert git("git rev-parse --abbrev-ref HEAD; git log --format=%s") == "feature\nsecond\nbase\n"
+        git("mkdir new && cd new && git init -q && test -d .git")
+
+
+def test_contract_an_edit_in_an_editor_of_a_commit_does_not_hang(talker: Agent) -> None:
+    ran = talker("exec", command="mkdir ed && cd ed && git init -q . && git -c user.name=a -c user.email=b@c commit --allow-empty -m x && git -c user.name=a -c user.email=b@c commit --amend; cd .. && rm -rf ed", timeout=15)
+    assert ran["exit_code"] == 0 and not ran["timed_out"], ran
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("root", ["~/else where", "~", "relative/x"])
+def test_contract_a_tilde_is_the_home_over_there(repo: Repo, root: str) -> None:
+    assert repo.cli("new", "-H", "box", "--root", root, "main").code == 0
+    path = repo.workspaces()["main"]["path"]
+    home = str(repo.site.far_home())
+    assert path.startswith((root.replace("~", home, 1) if root.startswith("~") else f"{home}/{root}") + "/") and Path(path, "README").is_file()
+    assert repo.exec("cat README").out == b"hello\n"
+    assert repo.cli("read", "README").out == b"hello\n" and repo.cli("write", "w", stdin=b"w").code == 0 and repo.cli("edit", "w", "--old", "w", "--new", "v").code == 0
+
+
+# === Tools: read and write ===
+
+ODD_NAMES = ["it's \"quoted\" `$(x)`", "new\nline", "trailing newline\n", "-rf", "--", "naïve-日本-🐙", "n" * 200, " ", "back\\slash\\n", "a:1:b", "*?[x]", "~", "$HOME", "\t",
+             "..x", "%s", "\x1b[31m", "\x7f", "a\rb", "'", "a#b", "é" * 100]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
+def test_every_tool_takes_odd_names(talker: Agent, area: Area, name: str) -> None:
+    for path in (area.p(name), area.p(f"{name}/in {name[:100]}"), str(area.dir / f"abs{name[:190]}")):
+        (shutil.rmtree if (area.dir / name).is_dir() else os.unlink)(str(area.dir / name)) if (area.dir / name).exists() else None  # type: ignore[operator]
+        real = area.workspace / path
+        assert talker("write", path=path, content="hello there\n")["created"] is True
+        assert real.read_bytes() == b"hello there\n"
+        assert talker("read", path=path)["content"] == "hello there\n"
+        diff = talker("edit", path=path, edits=[{"old": "hello", "new": "goodbye"}])["diff"]
+        assert "-hello there\n+goodbye there\n" in diff and real.read_bytes() == b"goodbye there\n"
+        relative = os.path.relpath(str(real), str(area.workspace))
+        assert relative in talker("glob", pattern=f"{area.name}/**")["paths"]
+        assert {"path": relative, "line": 1, "text": "goodbye there"} in talker("grep", pattern="goodbye", glob=f"{area.name}/**")["matches"]
+
+
+@pytest.mark.parametrize("tool", ["read", "write", "edit"])
+@pytest.mark.parametrize("kind, words", [("fifo", "not a regular file"), ("device", "not a regular file"), ("endless", "not a regular file"), ("socket", "not a regular file"),
+                                         ("directory", "is a directory"), ("link to a directory", "is a directory"), ("loop", ""), ("through a file", ""), ("too long", "")])
+def test_what_is_no_file_is_refused_and_nothing_hangs(talker: Agent, area: Area, tool: str, kind: str, words: str) -> None:
+    path = area.p("it")
+    if kind == "fifo":
+        os.mkfifo(str(area.dir / "it"))
+    elif kind in ("device", "endless"):
+        path = "/dev/null" if kind == "device" else "/dev/zero"
+    elif kind == "socket":
+        here = os.open(str(area.dir), os.O_RDONLY)
+        with socket.socket(socket.AF_UNIX) as door:
+            door.bind(f"/proc/self/fd/{here}/it" if os.path.isdir("/proc/self/fd") else str(area.dir / "it")[-100:])
+        os.close(here)
+    elif kind == "directory":
+        (area.dir / "it").mkdir()
+    elif kind == "link to a directory":
+        (area.dir / "it").symlink_to(".")
+    elif kind == "loop":
+        (area.dir / "it").symlink_to("ti")
+        (area.dir / "ti").symlink_to("it")
+    elif kind == "through a file":
+        area.put("plain", b"plain")
+        path = area.p("plain/it")
+    elif kind == "too long":
+        path = area.p("x" * 300)
+    before = sorted(os.listdir(str(area.dir)))
+    arguments: Dict[str, Any] = {"read": {}, "write": {"content": "x"}, "edit": {"edits": [{"old": "a", "new": "b"}]}}[tool]
+    assert words in talker.refusal(tool, path=path, **arguments)
+    assert sorted(os.listdir(str(area.dir))) == before
+
+
+@pytest.mark.parametrize("tool", ["read", "edit"])
+def test_a_file_that_is_not_there_is_said(talker: Agent, area: Area, tool: str) -> None:
+    more: Dict[str, Any] = {"edits": [{"old": "a", "new": "b"}]} if tool == "edit" else {}
+    assert "no file" in talker.refusal(tool, path=area.p("none"), **more)
+    assert "no file" in talker.refusal(tool, path=area.p("no/such/dir"), **more)
+    (area.dir / "dangling").symlink_to("nowhere")
+    assert "no file" in talker.refusal(tool, path=area.p("dangling"), **more)
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", 5, None, ["a"], "\ud800"])
+def test_impossible_paths_are_refused(talker: Agent, path: object) -> None:
+    for tool, more in (("read", {}), ("write", {"content": "x"}), ("edit", {"edits": [{"old": "a", "new": "b"}]})):
+        talker.refusal(tool, path=path, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tail", ["/", "/.", "//"])
+def test_a_path_that_ends_in_a_slash_makes_no_file_and_no_directory(talker: Agent, area: Area, tail: str) -> None:
+    area.put("file", b"old")
+    talker.refusal("write", path=area.p("fresh" + tail), content="x")
+    talker.refusal("write", path=area.p("file" + tail), content="x")
+    assert [p.name for p in area.dir.iterdir()] == ["file"] and (area.dir / "file").read_bytes() == b"old"
+
+
+def test_permissions_are_said_and_kept(ordinary: Repo) -> None:
+    here = ordinary.path()
+    (here / "closed").write_bytes(b"old")
+    (here / "readonly").write_bytes(b"old")
+    (here / "shut").mkdir()
+    (here / "shut" / "in").write_bytes(b"old")
+    (here / "closed").chmod(0)
+    (here / "readonly").chmod(0o444)
+    (here / "shut").chmod(0o555)
+    edit: Dict[str, Any] = {"edits": [{"old": "old", "new": "new"}]}
+    with open_agent(ordinary) as talker:
+        assert "may not" in talker.refusal("read", path="closed")
+        assert "may not" in talker.refusal("write", path="closed", content="x")
+        assert "may not" in talker.refusal("edit", path="closed", **edit)
+        assert talker("read", path="readonly")["content"] == "old"
+        assert "may not" in talker.refusal("write", path="readonly", content="x")
+        assert "may not" in talker.refusal("edit", path="readonly", **edit)
+        for path in ("shut/in", "shut/fresh", "shut/more/fresh"):
+            assert talker.refusal("write", path=path, content="x")
+        assert talker.refusal("edit", path="shut/in", **edit)
+        assert os.listdir(str(here / "shut")) == ["in"] and (here / "shut" / "in").read_bytes() == b"old"
+        assert (here / "readonly").read_bytes() == b"old" and stat.S_IMODE((here / "readonly").stat().st_mode) == 0o444
+        assert talker("grep", pattern="old")["matches"] != []
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o600, 0o640, 0o777, 0o4755, 0o400 | 0o200])
+def test_write_and_edit_keep_the_mode_and_follow_links(talker: Agent, area: Area, mode: int) -> None:
+    real = area.put("sub/real", b"old\n", mode)
+    (area.dir / "first").symlink_to("second")
+    (area.dir / "second").symlink_to("sub/third")
+    (area.dir / "sub/third").symlink_to(str(real))
+    talker("write", path=area.p("first"), content="written\n")
+    assert real.read_bytes() == b"written\n" and stat.S_IMODE(real.stat().st_mode) == mode
+    talker("edit", path=area.p("second"), edits=[{"old": "written", "new": "edited"}])
+    assert real.read_bytes() == b"edited\n" and stat.S_IMODE(real.stat().st_mode) == mode
+    assert [os.readlink(str(area.dir / n)) for n in ("first", "second", "sub/third")] == ["second", "sub/third", str(real)]
+
+
+def test_write_through_a_dangling_link_makes_its_target_and_odd_link_targets_work(talker: Agent, area: Area) -> None:
+    for number, target in enumerate(["new dir/new file", "-dash", "line\nbreak\n", "../" + area.name + "/up", "a'b\"c\\"]):
+        (area.dir / f"link{number}").symlink_to(target)
+        assert talker("write", path=area.p(f"link{number}"), content=target)["created"] is True
+        assert (area.dir / f"link{number}").is_symlink() and (area.dir / target).read_bytes() == target.encode()
+
+
+def test_new_files_get_the_hosts_own_mode_and_parents_too(talker: Agent, area: Area) -> None:
+    talker("exec", command=f"mkdir -p {area.p('by-hand')}; : > {area.p('by-hand/x')}")
+    talker("write", path=area.p("by-tool/x"), content="")
+    for name in ("", "/x"):
+        assert stat.S_IMODE((area.dir / f"by-tool{name}").stat().st_mode) == stat.S_IMODE((area.dir / f"by-hand{name}").stat().st_mode)
+
+
+LINES = b"one\r\ntwo\n\n\xff\xfe four\x0bstill\x0cfour\nfive\rstill five\nsix without end"
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("offset, limit", [(1, 1), (2, 2), (1, 100), (3, 1), (4, 2), (6, 5), (7, 1), (5, 0)])
+def test_read_by_lines_splits_at_newlines_only(talker: Agent, area: Area, size: str, offset: int, limit: int) -> None:
+    """A file below the limit of read is cut up here, a larger one over there: both alike."""
+    data = LINES if size == "small" else LINES + b"\n" + b"filler\n" * 1_700_000
+    if size == "large" and not limit:
+        return
+    area.put("lines", data)
+    expected = b"".join(re.findall(rb"[^\n]*\n|[^\n]+\Z", data)[offset - 1: offset - 1 + limit if limit else None])
+    read = talker("read", path=area.p("lines"), offset=offset, limit=limit)
+    assert content(read) == expected and read["size"] == len(data)
+    assert read["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+def test_read_is_bounded_and_says_so(talker: Agent, area: Area) -> None:
+    with open(str(area.dir / "huge"), "wb") as file:
+        file.truncate(3 << 30)
+    assert "larger than" in talker.refusal("read", path=area.p("huge"))
+    assert "larger than" in talker.refusal("edit", path=area.p("huge"), edits=[{"old": "a", "new": "b"}])
+    for bad in ({"offset": 0}, {"offset": -1}, {"limit": -1}, {"offset": 1.5}, {"offset": "1"}, {"limit": True}):
+        talker.refusal("read", path="README", **bad)
+    assert talker("read", path="README", offset=10 ** 12)["content"] == ""
+
+
+def test_read_of_a_file_that_grows_is_consistent(talker: Agent, area: Area) -> None:
+    """size, sha256 and content are of one moment, however fast somebody appends."""
+    file, stop = area.put("log", b"x" * 100_000), threading.Event()
+
+    def append() -> None:
+        with open(str(file), "ab", buffering=0) as end:
+            while not stop.is_set() and end.tell() < 8_000_000:
+                end.write(b"more\n" * 20)
+    thread = threading.Thread(target=append)
+    thread.start()
+    try:
+        for _ in range(20):
+            read = talker("read", path=area.p("log"))
+            data = content(read)
+            assert len(data) == read["size"] and hashlib.sha256(data).hexdigest() == read["sha256"]
+    finally:
+        stop.set()
+        thread.join()
+
+
+class StallAfter(Dict[str, Optional[int]]):
+    """In the place of Line.cut: the line stalls by itself once so many bytes went up."""
+
+    def __init__(self, line: Line, size: int) -> None:
+        super().__init__(up=None, down=None)
+        self.line, self.at = line, line.up + size
+
+    def __getitem__(self, way: str) -> Optional[int]:
+        if way == "up" and self.line.up > self.at:
+            self.line.stall()
+        return None
+
+
+@pytest.mark.parametrize("how", ["client killed", "line cut", "client interrupted"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_write_of_8_mb_stopped_half_way_changes_nothing(repo: Repo, how: str, exists: bool) -> None:
+    line, old = repo.site.line("far"), os.urandom(8 << 20)
+    assert repo.exec("mkdir d", host="far").code == 0
+    where = repo.path() / "d"
+    if exists:
+        (where / "big").write_bytes(old)
+        (where / "big").chmod(0o640)
+    line.cut = StallAfter(line, 4 << 20)
+    child = repo.start("write", "d/big", stdin=subprocess.PIPE)
+    feeder = threading.Thread(target=child.communicate, args=(os.urandom(8 << 20),))
+    feeder.start()
+    until(lambda: not line.flowing.is_set(), "half of it is sent")
+    half = [p for p in where.iterdir() if p.name != "big"]
+    assert len(half) == 1 and half[0].stat().st_size < 8 << 20, "it is on the way, beside the file"
+    if how == "line cut":
+        line.drop()
+    else:
+        kill(child.pid, signal.SIGKILL if how == "client killed" else signal.SIGINT)
+    line.cut = {"up": None, "down": None}
+    line.go_on()
+    feeder.join(60)
+    assert child.returncode == {"client killed": -9, "line cut": 255, "client interrupted": 130}[how]
+    until(lambda: [p.name for p in where.iterdir()] == (["big"] if exists else []), "no temporary file is left")
+    if exists:
+        assert (where / "big").read_bytes() == old and stat.S_IMODE((where / "big").stat().st_mode) == 0o640
+    new = os.urandom(1 << 20)
+    assert repo.cli("write", "d/big", stdin=new).code == 0 and (where / "big").read_bytes() == new
+
+
+def test_a_reader_sees_the_old_or_the_new_file_and_nothing_else(talker: Agent, area: Area) -> None:
+    versions = [bytes([n]) * 300_000 for n in range(65, 75)]
+    file, stop, seen = area.put("f", versions[0]), threading.Event(), set()
+
+    def look() -> None:
+        while not stop.is_set():
+            seen.add(slurp(str(file)))
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for version in versions[1:]:
+            talker("write", path=area.p("f"), content_base64=b64(version))
+    finally:
+        stop.set()
+        thread.join()
+    assert len(seen) > 1 and seen <= set(versions), [(s[:3], len(s)) for s in seen]
+
+
+def test_a_full_disk_keeps_the_old_file(site: Site) -> None:
+    """The host's limit on file size stands for the disk."""
+    script = site.dir / "small-files"
+    script.write_text('#!/bin/sh\nulimit -f 600\ntrap "" XFSZ\nexec sh -c "$SSH_ORIGINAL_COMMAND"\n')
+    script.chmod(0o755)
+    site.inetd("full", f"ForceCommand {script}")
+    repo = Repo(site)
+    assert repo.cli("new", "-H", "full", "main").code == 0
+    (repo.path() / "f").write_bytes(b"old")
+    refused(repo.cli("write", "f", stdin=b"x" * 2_000_000), 1)
+    assert (repo.path() / "f").read_bytes() == b"old" and not [n for n in os.listdir(str(repo.path())) if ".cmux-" in n]
+
+
+def test_a_host_with_only_posix_utilities_has_every_tool(site: Site) -> None:
+    site.inetd("bare", shell="busybox", env={"PATH": minimal_path(site)})
+    repo = Repo(site, odd=True)
+    with open_agent(repo, "-H", "bare") as talker:
+        assert talker("write", path="a/new\nfile", content_base64=b64(BINARY))["created"] is True
+        assert content(talker("read", path="a/new\nfile")) == BINARY
+        (repo.path() / "link").unlink()
+        (repo.path() / "link").symlink_to("plain.txt")
+        talker("edit", path="link", edits=[{"old": "plain", "new": "edited"}])
+        assert (repo.path() / "plain.txt").read_bytes() == b"edited\n" and (repo.path() / "link").is_symlink()
+        assert talker("glob", pattern="**/*.txt")["paths"] == sorted(p.decode() for p in repo.tree() if p.endswith(b".txt"))
+        assert talker("grep", pattern="edi.ed$")["matches"] == [{"path": "plain.txt", "line": 1, "text": "edited"}]
+        job = talker("exec", command="echo hi; exit 7", background=True)["job"]
+        assert talker("wait", job=job, timeout=15)["exit_code"] == 7
+        assert talker("logs", job=job)["output"] == "hi\n"
+        nap = unique()
+        sleeper = talker("exec", command=f"sleep {nap} & sleep {nap}", background=True)["job"]
+        until(lambda: len(running(f"sleep {nap}")) >= 2, "it sleeps")
+        assert talker("stop", job=sleeper)["stopped"] == "confirmed"
+        gone(f"sleep {nap}")
+        assert talker("jobs")["jobs"][0]["job"] == job
+
+
+# === Tools: edit ===
+
+
+@pytest.mark.parametrize("before, edits, after", [
+    (b"a b c\n", [("b", "B", None)], b"a B c\n"),
+    (b"x x x\n", [("x", "y", 3)], b"y y y\n"),
+    (b"one\ntwo\n", [("one", "1", None), ("two", "2", None)], b"1\n2\n"),
+    (b"a", [("a", "b", None), ("b", "c", None)], b"c"),
+    (b"gone\nkept\n", [("gone\n", "", None)], b"kept\n"),
+    (b"all", [("all", "", None)], b""),
+    (b"one\r\ntwo\r\nthree\n", [("two\r\n", "2\r\n", None)], b"one\r\n2\r\nthree\n"),
+    (b"one\r\ntwo\r\nthree\r\n", [("one\ntwo", "1\n2\n", None)], b"1\r\n2\r\n\r\nthree\r\n"),
+    (b"\xff\xfe\0 word \x80\xc3\n", [("word", "wörd", None)], b"\xff\xfe\0 w\xc3\xb6rd \x80\xc3\n"),
+    ("Grüße 🐙\n".encode(), [("🐙", "\u2028", None)], "Grüße \u2028\n".encode()),
+    (b"r: \\1 \\g<0> $& \\n\n", [("\\1 \\g<0> $& \\n", "\\2 %s {0}", None)], b"r: \\2 %s {0}\n"),
+    (b"tail", [("tail", "tail\n", None)], b"tail\n"),
+    (b"aaaa", [("aa", "b", 2)], b"bb"),
+    (b"\tindent\n", [("\tindent", "    indent", None)], b"    indent\n"),
+])
+def test_edit_replaces_exactly(talker: Agent, area: Area, before: bytes, edits: List[Tuple[str, str, Optional[int]]], after: bytes) -> None:
+    file = area.put("f", before)
+    asked = [dict({"old": old, "new": new}, **({"count": count} if count else {})) for old, new, count in edits]
+    told = talker("edit", path=area.p("f"), edits=asked)
+    assert file.read_bytes() == after and told["sha256"] == hashlib.sha256(after).hexdigest()
+    assert told["diff"].startswith(f"--- a/{area.p('f')}\n+++ b/{area.p('f')}\n@@ ")
+
+
+@pytest.mark.parametrize("edits, words", [
+    ([{"old": "x", "new": "y"}], ["3 times", "lines 1, 2, 4"]),
+    ([{"old": "x", "new": "y", "count": 2}], ["3 times", "not 2"]),
+    ([{"old": "absent", "new": "y"}], ["0 times"]),
+    ([{"old": "only", "new": "y"}, {"old": "absent", "new": "z"}], ["edit 2 of 2", "0 times"]),
+    ([{"old": "only", "new": "x"}, {"old": "x", "new": "z", "count": 3}], ["edit 2 of 2", "4 times"]),
+    ([{"old": "", "new": "y"}], ["empty"]),
+    ([{"old": "only", "new": "only"}], ["same"]),
+    ([], ["edits"]), ([{"old": "only"}], []), ([{"new": "y"}], []), ([{"old": 1, "new": "y"}], []), (["only"], []), ([{"old": "only", "new": "y", "x": 1}], []),
+    ([{"old": "only", "new": "y", "count": 0}], []), ([{"old": "only", "new": "y", "count": -1}], []), ([{"old": "only", "new": "y", "count": "1"}], []),
+    ([{"old": "only", "new": "\ud800"}], []), ("only", []), ({"old": "only", "new": "y"}, []),
+], ids=ascii)
+def test_edit_refuses_and_changes_nothing(talker: Agent, area: Area, edits: Any, words: List[str]) -> None:
+    file = area.put("f", b"x only\nx\n\nx\n")
+    before = file.stat()
+    said = talker.refusal("edit", path=area.p("f"), edits=edits).lower()
+    assert all(word in said for word in words), said
+    assert file.read_bytes() == b"x only\nx\n\nx\n" and file.stat().st_mtime_ns == before.st_mtime_ns and file.stat().st_ino == before.st_ino
+
+
+def test_edit_of_a_version_that_is_no_more_is_refused(talker: Agent, area: Area) -> None:
+    file = area.put("f", b"one\n")
+    seen = talker("read", path=area.p("f"))["sha256"]
+    after = talker("edit", path=area.p("f"), edits=[{"old": "one", "new": "two"}], sha256=seen)["sha256"]
+    assert "changed" in talker.refusal("edit", path=area.p("f"), edits=[{"old": "two", "new": "three"}], sha256=seen)
+    assert file.read_bytes() == b"two\n"
+    talker("edit", path=area.p("f"), edits=[{"old": "two", "new": "three"}], sha256=after)
+    assert file.read_bytes() == b"three\n"
+    talker.refusal("edit", path=area.p("f"), edits=[{"old": "three", "new": "four"}], sha256="not a digest")
+
+
+@pytest.mark.parametrize("before, old, new", [
+    (b"a\nb\nc\nd\ne\nf\ng\nh\n", "d", "D"), (b"a\nb", "b", "B"), (b"a\nb", "b", "b\n"), (b"a\x0cb\nc\n", "c", "C"), ("a\u2028b\nc\n".encode(), "c", "C"), (b"a\rb\nc\n", "c", "C"),
+    (b"one\r\ntwo\r\n", "two", "2")])
+def test_the_diff_of_an_edit_applies(talker: Agent, area: Area, before: bytes, old: str, new: str) -> None:
+    file = area.put("f", before)
+    diff = talker("edit", path=area.p("f"), edits=[{"old": old, "new": new}])["diff"]
+    after = file.read_bytes()
+    file.write_bytes(before)
+    applied = subprocess.run(["git", "apply", "--whitespace=nowarn", "-"], cwd=str(area.workspace), input=diff.encode(), stderr=subprocess.PIPE, check=False)
+    assert applied.returncode == 0 and file.read_bytes() == after, (applied.stderr, diff)
+
+
+def test_edit_on_the_command_line(shared: Repo, area: Area) -> None:
+    file = area.put("f", b"x = 1\ny = 1\n")
+    done = shared.cli("edit", area.p("f"), "--old", "x = 1", "--new", "x = 2")
+    assert done.code == 0 and b"-x = 1\n+x = 2\n" in done.out and file.read_bytes() == b"x = 2\ny = 1\n"
+    told = shared.cli("edit", area.p("f"), "--json", stdin=b'{"edits": [{"old": "x = 2", "new": "x = 3"}, {"old": "y", "new": "z"}]}').json
+    assert file.read_bytes() == b"x = 3\nz = 1\n" and told["sha256"] == hashlib.sha256(b"x = 3\nz = 1\n").hexdigest()
+    refused(shared.cli("edit", area.p("f"), "--old", " = ", "--new", ""), 1, words="2 times")
+    for bad in (b"", b"[]", b"5", b"null", b'"x"', b"{}", b"\xff", b'{"edits": 1}', b'{"edits": [{"old": "x", "new": "y"}], "more": 1}', b"[" * 100_000):
+        refused(shared.cli("edit", area.p("f"), stdin=bad), 2)
+    for args in (["--old", "x"], ["--new", "x"], ["--old", "x", "--new", "y", "--count", "0"], ["--old", "x", "--new", "y", "--count", "two"]):
+        refused(shared.cli("edit", area.p("f"), *args), 2)
+    area.put("other", b"x = 3\n")
+    shared.cli("edit", area.p("f"), stdin=json.dumps({"path": area.p("other"), "edits": [{"old": "x = 3", "new": "gone"}]}).encode())
+    assert (area.dir / "other").read_bytes() == b"x = 3\n", "the path of the command line counts"
+
+
+@pytest.mark.slow
+def test_edits_from_16_processes_on_one_file_are_all_kept(shared: Repo, area: Area) -> None:
+    file = area.put("list", b"begin\nend\n")
+    children = [shared.start("edit", area.p("list"), "--old", "end\n", "--new", f"line {n}\nend\n") for n in range(16)]
+    codes = {n: (child.communicate(timeout=120), child.returncode)[1] for n, child in enumerate(children)}
+    lines = file.read_bytes().decode().split("\n")
+    assert lines[0] == "begin" and lines[-2:] == ["end", ""]
+    assert sorted(lines[1:-2]) == sorted(f"line {n}" for n, code in codes.items() if code == 0), "what was reported, and only that"
+    assert set(codes.values()) == {0}, codes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spelling", ["plain", "every way"])
+def test_edits_at_once_are_kept_however_the_file_is_named(talker: Agent, area: Area, spelling: str) -> None:
+    file = area.put("sub/list", b"begin\nend\n")
+    (area.dir / "link").symlink_to("sub/list")
+    (area.dir / "way").symlink_to("sub")
+    names = [area.p("sub/list")] if spelling == "plain" else [
+        area.p("sub/list"), f"./{area.p('sub/list')}", area.p("sub/../sub/list"), area.p("way/list"), area.p("link"), str(file), area.p("sub//list"), area.p("sub/./list")]
+    answers = talker.all([("edit", {"path": names[n % len(names)], "edits": [{"old": "end\n", "new": f"line {n}\nend\n"}]}) for n in range(48)], 120)
+    kept = file.read_bytes().decode().split("\n")[1:-2]
+    assert sorted(kept) == sorted(f"line {n}" for n, answer in enumerate(answers) if answer["ok"])
+    assert all(answer["ok"] for answer in answers), [a for a in answers if not a["ok"]]
+
+
+def test_writes_at_once_leave_one_of_them_whole(talker: Agent, area: Area) -> None:
+    datas = [bytes([65 + n]) * 200_000 for n in range(12)]
+    answers = talker.all([("write", {"path": area.p("f"), "content_base64": b64(data)}) for data in datas])
+    assert all(a["ok"] for a in answers) and (area.dir / "f").read_bytes() in datas
+
+
+# === Tools: glob and grep ===
+
+TREE = {"a.py": b"", "b.txt": b"", "[x].py": b"", "src/a.py": b"", "src/b.py": b"", "src/deep/er/c.py": b"", "src/deep/d.txt": b"", ".hidden/e.py": b"", ".dot": b"", "src/.git": b"",
+        "sub/.git/f.py": b"", "a b/c d.py": b"", "naïve.py": b"", "日本.py": b"", "back\\slash.py": b"", "x\ny.py": b""}
+
+
+@pytest.mark.parametrize("pattern, expected", [
+    ("*.py", ["[x].py", "a.py", "back\\slash.py", "naïve.py", "x\ny.py", "日本.py"]),
+    ("**/*.py", [n for n in TREE if n.endswith(".py") and "/.git" not in n]),
+    ("**", [n for n in TREE if ".git" not in n]),
+    ("src/*", ["src/a.py", "src/b.py"]), ("src/**", ["src/a.py", "src/b.py", "src/deep/d.txt", "src/deep/er/c.py"]),
+    ("src/**/c.py", ["src/deep/er/c.py"]), ("src/**/a.py", ["src/a.py"]), ("**/er/*", ["src/deep/er/c.py"]),
+    ("?.py", ["a.py", "日本.py"][:1]), ("[ab].*", ["a.py", "b.txt"]), ("[!a].*", ["b.txt"]), ("[^a].txt", ["b.txt"]), ("src/[!a].py", ["src/b.py"]), ("[a-c].txt", ["b.txt"]),
+    ("[[]x].py", ["[x].py"]), ("na?ve.py", ["naïve.py"]), ("??.py", ["日本.py"]), ("na[ïi]ve.py", ["naïve.py"]), ("日*.py", ["日本.py"]),
+    ("a b/*", ["a b/c d.py"]), ("./src/*.py", ["src/a.py", "src/b.py"]), (".*", [".dot"]), ("*x*y*", ["[x].py", "x\ny.py"]), ("[b]ack?slash.py", ["back\\slash.py"]),
+    ("src", []), ("nothing*", []), ("src?a.py", []), ("src[/]a.py", []), ("/etc/*", []), ("../*", []), ("**/.git/**", []), ("-name", []), ("{a,b}.py", []),
+], ids=ascii)
+def test_glob_finds_what_the_pattern_says(talker: Agent, workspace: Path, area: Area, pattern: str, expected: List[str]) -> None:
+    """In a workspace of its own shape: the area stands before every pattern."""
+    for name, data in TREE.items():
+        area.put(name, data)
+    (area.dir / "empty dir").mkdir()
+    head = "" if pattern.startswith(("/", "..")) else area.name + "/"
+    found = talker("glob", pattern=("./" if pattern.startswith("./") else "") + head + (pattern[2:] if pattern.startswith("./") else pattern))
+    assert found == {"paths": sorted(area.p(n) for n in expected), "truncated": False}
+
+
+def test_glob_is_bounded_and_says_so(talker: Agent, area: Area) -> None:
+    for n in range(20):
+        area.put(f"{n:02}", b"")
+    everything = [area.p(f"{n:02}") for n in range(20)]
+    assert talker("glob", pattern=f"{area.name}/*", limit=20) == {"paths": everything, "truncated": False}
+    assert talker("glob", pattern=f"{area.name}/*", limit=19) == {"paths": everything[:19], "truncated": True}
+
+
+def test_a_name_that_is_not_text_can_be_found_and_read(talker: Agent, area: Area) -> None:
+    """What glob and grep name can be handed back to read, whatever its bytes."""
+    with open(os.fsencode(area.dir) + b"/latin-\xe4.txt", "wb") as file:
+        file.write(b"needle\n")
+    found = talker("glob", pattern=f"{area.name}/*.txt")["paths"]
+    assert len(found) == 1 and talker("read", path=found[0])["content"] == "needle\n"
+    assert [m["path"] for m in talker("grep", pattern="needle", glob=f"{area.name}/**")["matches"]] == found
+
+
+def test_grep_finds_lines(shared: Repo, talker: Agent, area: Area) -> None:
+    area.put("a.py", b"import os\ndef Test_one():\n    pass # (x|y) a+b\n")
+    area.put("sub/b.py", b"no\r\ndef test_two():\r\n")
+    area.put("sub/c.txt", "def grün_test\n".encode())
+    area.put(".git/d.py", b"def test_hidden\n")
+    area.put("bin", b"\0\1 def test_binary\0\n")
+    os.mkfifo(str(area.dir / "pipe"))
+    (area.dir / "loop").symlink_to("..")
+
+    def grep(pattern: str, **more: Any) -> List[Tuple[str, int, str]]:
+        told = talker("grep", pattern=pattern, **{"glob": f"{area.name}/**", **more})
+        return sorted((m["path"][len(area.name) + 1:], m["line"], m["text"]) for m in told["matches"] if m["path"] != area.p("bin"))
+    both = [("a.py", 2, "def Test_one():"), ("sub/b.py", 2, "def test_two():")]
+    assert grep(r"def [Tt]est_(one|two)\(") == both
+    assert grep("def test_(one|two)", ignore_case=True) == both and grep("def test_(one|two)") == both[1:]
+    assert grep("def", glob=f"{area.name}/*.py") == both[:1] and grep("def", glob=f"{area.name}/**/*.py") == both
+    assert grep("grün") == [("sub/c.txt", 1, "def grün_test")]
+    assert grep(r"\(x\|y\) a\+b") == [("a.py", 3, "    pass # (x|y) a+b")]
+    assert grep("^import os$") == [("a.py", 1, "import os")] and grep("nowhere-to-be-found") == []
+    assert grep("-e") == [] and grep("--help") == [] and len(grep("^")) == 6
+    by_name = {m["path"] for m in talker("grep", pattern="^def", glob="*.py")["matches"]}
+    assert {area.p("a.py"), area.p("sub/b.py")} <= by_name and area.p("sub/c.txt") not in by_name
+    text = shared.cli("grep", "Test_one", "--glob", f"{area.name}/**")
+    assert (text.code, text.out) == (0, f"{area.p('a.py')}:2:def Test_one():\n".encode())
+    assert shared.cli("grep", "nowhere-to-be-" + "found").code == 1
+
+
+def test_grep_is_bounded_and_says_so(talker: Agent, area: Area) -> None:
+    area.put("many", b"needle\n" * 5000 + b"x" * 100_000 + b"needle-in-a-long-line\n")
+    all_of = {"glob": f"{area.name}/**"}
+    told = talker("grep", pattern="needle", limit=300, **all_of)
+    assert len(told["matches"]) == 300 and told["truncated"] is True and told["matches"][299]["line"] == 300
+    assert len(talker("grep", pattern="needle", limit=4000, **all_of)["matches"]) == 4000
+    exact = talker("grep", pattern="needle", limit=5001, **all_of)
+    assert len(exact["matches"]) == 5001 and exact["truncated"] is False
+    assert all(len(m["text"]) <= 2000 for m in exact["matches"]), "a minified file does not fill the answer"
+
+
+@pytest.mark.parametrize("tool, arguments", [
+    *(("glob", bad) for bad in ({"pattern": ""}, {"pattern": 5}, {"pattern": "*", "limit": -1}, {"pattern": "*", "limit": "x"}, {"pattern": "a\0b"}, {"pattern": "[z-a]"}, {"pattern": "\ud800"})),
+    *(("grep", bad) for bad in ({"pattern": "("}, {"pattern": "[a"}, {"pattern": "a{2,1}"}, {"pattern": ""}, {"pattern": "a\nb"}, {"pattern": "a\0b"}, {"pattern": "a", "limit": -1},
+                                {"pattern": "a", "glob": "[z-a]"}, {"pattern": "a", "ignore_case": 1}, {"pattern": "\ud800"})),
+], ids=ascii)
+def test_impossible_searches_are_refused(talker: Agent, tool: str, arguments: Dict[str, Any]) -> None:
+    talker.refusal(tool, **arguments)
+
+
+def test_grep_misses_nothing_without_saying_so(talker: Agent, area: Area) -> None:
+    """Thousands of matches in files that the glob leaves out, and a few in those that it takes."""
+    for n in range(4):
+        area.put(f"src/sub{n}/x.py", b"needle\n" * 1500)
+        area.put(f"src/own{n}.py", b"needle\n")
+    told = talker("grep", pattern="needle", glob=f"{area.name}/src/*.py")
+    assert told["truncated"] or sorted(m["path"] for m in told["matches"]) == [area.p(f"src/own{n}.py") for n in range(4)], told
+
+
+@pytest.mark.parametrize("lang", ["C", "C.UTF-8"])
+def test_grep_reads_files_in_other_encodings(site: Site, lang: str) -> None:
+    site.inetd("other", env={"LANG": lang, "LC_ALL": lang})
+    repo = Repo(site, files={"latin.c": b"/* Gr\xfc\xdfe */\nint needle;\n", "utf.c": "/* Grüße */ int needle;\n".encode(), "naïve.c": b"x\n"})
+    with open_agent(repo, "-H", "other") as talker:
+        assert sorted((m["path"], m["line"]) for m in talker("grep", pattern="needle")["matches"]) == [("latin.c", 2), ("utf.c", 1)]
+        assert talker("glob", pattern="na?ve.c")["paths"] == ["naïve.c"]
+
+
+# === Jobs ===
+
+
+def start_job(talker: Agent, command: Union[str, List[str]], **more: Any) -> str:
+    told = talker("exec", command=command, background=True, **more)
+    assert set(told) == {"job"}
+    return str(told["job"])
+
+
+def state(talker: Agent, job: str) -> Tuple[str, Optional[int]]:
+    row = next(row for row in talker("jobs")["jobs"] if row["job"] == job)
+    return row["state"], row["exit_code"]
+
+
+@pytest.mark.parametrize("command, code", [("exit 0", 0), ("exit 1", 1), ("exit 255", 255), ("exit 124", 124), (["sh", "-c", "exit 42"], 42), ("kill -9 $$", 137), ("kill -TERM $$", 143),
+                                           ("kill -SEGV $$", 139), (["no-such-command-here"], 127), ("kill -HUP $$", 129), ("kill -INT $$", 130)])
+def test_a_jobs_exit_code_is_exact(talker: Agent, command: Union[str, List[str]], code: int) -> None:
+    job = start_job(talker, command)
+    waited = talker("wait", job=job, timeout=15)
+    assert (waited["job"], waited["state"], waited["exit_code"]) == (job, "exited", code)
+    assert state(talker, job) == ("exited", code)
+
+
+def test_a_job_gets_what_exec_gets_and_keeps_both_streams(talker: Agent, workspace: Path, area: Area) -> None:
+    command = 'pwd; echo "$CMUX_RUNTIME $A $GIT_TERMINAL_PROMPT"; cat; echo err >&2; printf "\\0\\377"; cat "$0" 2>/dev/null'
+    job = start_job(talker, command, cwd=area.name, env={"A": "it's\n\"$x\""})
+    assert talker("wait", job=job, timeout=15)["exit_code"] == 1
+    told = talker("logs", job=job)
+    assert base64.b64decode(told["output_base64"]) == f"{area.dir}\nssh it's\n\"$x\" 0\nerr\n".encode() + b"\0\xff"
+    assert told["state"] == "exited" and told["next_offset"] == told["size"] == len(base64.b64decode(told["output_base64"]))
+    assert base64.b64decode(talker("logs", job=job, offset=told["size"] - 2)["output_base64"]) == b"\0\xff"
+    assert talker("logs", job=job, offset=told["size"] + 100)["output"] == ""
+    exact = start_job(talker, ["printf", "<%s>", "a b", "", "$x", "-n"])
+    assert talker("wait", job=exact, timeout=15)["exit_code"] == 0 and talker("logs", job=exact)["output"] == "<a b><><$x><-n>"
+    signals = start_job(talker, "trap 'echo int; exit 5' INT; kill -INT $$; echo ignored")
+    assert talker("wait", job=signals, timeout=15)["exit_code"] == 5, "a job may catch SIGINT: it is not ignored from the start"
+
+
+def test_a_missing_directory_is_no_job(talker: Agent) -> None:
+    before = talker("jobs")["jobs"]
+    assert "directory" in talker.refusal("exec", command="true", background=True, cwd="no/such")
+    talker.refusal("exec", command="true", background=True, stdin="x")
+    talker.refusal("exec", command="true", background=True, timeout=5)
+    assert talker("jobs")["jobs"] == before
+
+
+@pytest.mark.parametrize("job", ["j00000000", "", "x", "../../etc", "j0000000g", "j000000000", "-f", "j0000000\n", "*", "."])
+@pytest.mark.parametrize("tool", ["logs", "wait", "stop"])
+def test_an_unknown_or_expired_job_is_said(talker: Agent, tool: str, job: str) -> None:
+    assert talker("wait", job=start_job(talker, "true"), timeout=15)["exit_code"] == 0, "the workspace has had jobs"
+    assert "job" in talker.refusal(tool, job=job)
+
+
+def test_jobs_are_listed_with_what_they_are(shared: Repo, talker: Agent, area: Area) -> None:
+    first = start_job(talker, f": {area.name}; printf 12345; exit 3")
+    talker("wait", job=first, timeout=15)
+    second = start_job(talker, ["sh", "-c", f"while [ ! -e {area.p('go')} ]; do sleep 0.05; done"])
+    rows = {row["job"]: row for row in talker("jobs")["jobs"]}
+    assert rows[first]["command"] == f": {area.name}; printf 12345; exit 3" and rows[first]["output_size"] == 5
+    assert (rows[first]["state"], rows[first]["exit_code"], rows[second]["state"], rows[second]["exit_code"]) == ("exited", 3, "running", None)
+    assert abs(rows[first]["started"] - time.time()) < 120 and list(rows).index(first) < list(rows).index(second), "oldest first, also within a second"
+    text = shared.cli("jobs").text
+    assert re.search(rf"^{first}  exited 3 ", text, re.M) and re.search(rf"^{second}  running ", text, re.M), text
+    assert {row["job"] for row in shared.cli("jobs", "--json").json} == set(rows)
+    began = time.monotonic()
+    assert talker("wait", job=second, timeout=0.5)["state"] == "running" and time.monotonic() - began < 5
+    quick = shared.cli("wait", second, "--timeout", "0.2")
+    assert quick.code == 124 and quick.said
+    area.put("go", b"")
+    assert shared.cli("wait", second).code == 0 and shared.cli("wait", first).code == 3
+    assert shared.cli("logs", first).out == b"12345" and shared.cli("logs", first, "--offset", "3").out == b"45"
+
+
+def test_logs_waits_for_more_and_no_longer(talker: Agent, area: Area) -> None:
+    job = start_job(talker, f"printf a; while [ ! -e {area.p('1')} ]; do sleep 0.05; done; printf b; while [ ! -e {area.p('2')} ]; do sleep 0.05; done")
+    assert talker("logs", job=job, wait=10)["output"] == "a"
+    waiting = talker.post("logs", {"job": job, "offset": 1, "wait": 15})
+    area.put("1", b"")
+    told = talker.answer(waiting)["result"]
+    assert (told["output"], told["next_offset"], told["state"], told["exit_code"]) == ("b", 2, "running", None)
+    began = time.monotonic()
+    assert talker("logs", job=job, offset=2, wait=0.3)["output"] == "" and time.monotonic() - began < 5
+    ending = talker.post("logs", {"job": job, "offset": 2, "wait": 30})
+    area.put("2", b"")
+    assert talker.answer(ending, 10)["result"]["state"] in ("exited", "running")
+    assert talker("wait", job=job)["exit_code"] == 0
+
+
+@pytest.mark.parametrize("bad", [{"offset": -1}, {"offset": 10 ** 30}, {"wait": -1}, {"wait": "x"}, {"offset": 1.5}], ids=repr)
+def test_impossible_places_in_a_log_are_refused(talker: Agent, bad: Dict[str, Any]) -> None:
+    job = start_job(talker, "echo hi")
+    assert talker("wait", job=job, timeout=15)["exit_code"] == 0
+    talker.refusal("logs", job=job, **bad)
+
+
+def test_a_job_survives_the_client_and_the_masters(repo: Repo) -> None:
+    gate = "while [ ! -e go ]; do sleep 0.05; done"
+    child = repo.start("exec", "-H", "box", "--detach", "--", f"echo on; {gate}; echo off; exit 6")
+    job = child.communicate(timeout=60)[0].decode().strip()
+    assert child.returncode == 0 and re.match(r"j[0-9a-f]{8}\Z", job)
+    waiter = repo.start("wait", job)
+    for master in until(repo.site.masters, "there is a master"):
+        kill(master.pid)
+    for daemon in repo.site.daemons:
+        for process in descendants(daemon.pid):
+            if b"sshd" in process.cmdline:
+                kill(process.pid)
+    assert [row["state"] for row in repo.cli("jobs", "--json").json] == ["running"]
+    (repo.path() / "go").touch()
+    assert repo.cli("wait", job).code == 6 and repo.cli("logs", job).out == b"on\noff\n"
+    waiter.communicate(timeout=60)
+    assert waiter.returncode == 6, "a wait goes on across a lost line"
+    assert repo.cli("logs", "-f", job).out == b"on\noff\n"
+
+
+@pytest.mark.parametrize("command", ["sleep {n} & sleep {n}", pytest.param("trap '' TERM INT HUP; sleep {n} & sleep {n}; sleep {n}", marks=pytest.mark.slow), "setsid sleep {n} & (setsid sleep {n} &) ; sleep {n}",
+                                     "bash -c 'set -m; sleep {n} & disown; sleep {n}'"])
+def test_stop_ends_the_whole_tree_and_says_so(talker: Agent, command: str) -> None:
+    nap = unique()
+    job, other = start_job(talker, "echo here; " + command.format(n=nap)), start_job(talker, f"sleep 9{nap}")
+    until(lambda: len(running(f" {nap}") + running(f"sleep {nap}")) >= 2, "they sleep")
+    told = talker("stop", job=job)
+    assert told["stopped"] == "confirmed" and told["job"] == job
+    assert not running(f"sleep {nap}"), "confirmed means that it has ended"
+    assert told["state"] == "exited" and told["exit_code"] in (137, 143) and state(talker, job)[0] == "exited"
+    assert talker("logs", job=job)["output"].startswith("here\n") and talker("wait", job=job, timeout=5)["exit_code"] == told["exit_code"]
+    assert state(talker, other) == ("running", None) and talker("stop", job=other)["stopped"] == "confirmed"
+    assert talker("stop", job=job)["stopped"] == "confirmed", "again is no error"
+
+
+def record_of(repo: Repo, job: str) -> Path:
+    """The directory of a job's record on the host."""
+    return next(p for p in repo.site.far_home().rglob(job) if p.is_dir())
+
+
+def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared: Repo, talker: Agent) -> None:
+    nap = unique()
+    job = start_job(talker, "exit 3")
+    assert talker("wait", job=job, timeout=15)["exit_code"] == 3
+    stranger = subprocess.Popen(["sleep", nap], start_new_session=True)
+    try:
+        (record_of(shared, job) / "pid").write_text(f"{stranger.pid}\n")
+        talker("stop", job=job)
+        assert stranger.poll() is None, "a process that only has the number of a job that was"
+        assert state(talker, job) == ("exited", 3)
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_a_job_whose_record_was_cut_off_is_lost_not_running(shared: Repo, talker: Agent) -> None:
+    """As after a crash of the host: no exit, and the pid belongs to somebody else by now."""
+    nap = unique()
+    job = start_job(talker, f"sleep {nap}")
+    until(lambda: running(f"sleep {nap}"), "it sleeps")
+    record = record_of(shared, job)
+    for process in running(job):
+        kill(process.pid)
+    kill(int((record / "pid").read_text()))
+    for process in running(f"sleep {nap}"):
+        kill(process.pid)
+    until(lambda: state(talker, job)[0] == "lost", "it is said to be lost")
+    assert talker("wait", job=job, timeout=5)["state"] == "lost" and shared.cli("wait", job).code == 1
+    stranger = subprocess.Popen(["sleep", nap], start_new_session=True)
+    try:
+        (record / "pid").write_text(f"{stranger.pid}\n")
+        assert state(talker, job)[0] == "lost"
+        talker("stop", job=job)
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_old_records_expire_and_a_job_that_still_runs_does_not(shared: Repo, talker: Agent, area: Area) -> None:
+    old, long = start_job(talker, "echo old"), start_job(talker, f"while [ ! -e {area.p('go')} ]; do sleep 0.05; done; echo done")
+    assert talker("wait", job=old, timeout=15)["exit_code"] == 0
+    weeks_ago = time.time() - 30 * 86400
+    for job in (old, long):
+        for path in [*record_of(shared, job).iterdir(), record_of(shared, job)]:
+            os.utime(str(path), (weeks_ago, weeks_ago))
+    talker("wait", job=start_job(talker, "true"), timeout=15)
+    assert old not in [row["job"] for row in talker("jobs")["jobs"]] and "no job" in talker.refusal("logs", job=old)
+    assert state(talker, long) == ("running", None)
+    area.put("go", b"")
+    assert talker("wait", job=long, timeout=15)["exit_code"] == 0 and talker("logs", job=long)["output"] == "done\n"
+
+
+def test_logs_of_a_large_output_are_bounded_and_whole(shared: Repo, talker: Agent) -> None:
+    job = start_job(talker, "seq 400000")
+    assert talker("wait", job=job, timeout=30)["exit_code"] == 0
+    whole = "".join(f"{n}\n" for n in range(1, 400001)).encode()
+    part = talker("logs", job=job)
+    assert 0 < len(part["output"]) < len(whole) and part["next_offset"] == len(part["output"]) and part["size"] == len(whole)
+    assert shared.cli("logs", job).out == whole and shared.cli("logs", "-f", job, "--offset", "1000000").out == whole[1000000:]
+
+
+def test_a_job_keeps_its_secret_out_of_its_record(repo: Repo) -> None:
+    needle = os.urandom(8).hex()
+    assert repo.cli("secrets", "set", "KEY", stdin=needle.encode()).code == 0
+    with Watch(needle.encode()) as watch:
+        job = repo.exec("echo ${#KEY}; while [ ! -e go ]; do sleep 0.05; done", options=["--detach"]).text.strip()
+        until(lambda: repo.cli("logs", job).out == b"16\n", "the job has it")
+        until(lambda: watch.looks > 3, "looked")
+    assert watch.hits == [] and files_holding(repo.site.far_home(), needle.encode()) == []
+    (repo.path() / "go").touch()
+    assert repo.cli("wait", job).code == 0
+
+
+@pytest.mark.slow
+def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(repo: Repo) -> None:
+    line = repo.site.line("far")
+    steps = "for step in 0 1 2 3; do for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do [ $n = 15 ] && printf 'line ' && {gate}; " \
+            "[ $n = 15 ] || printf 'line '; echo $((step*15+n)); done; done; exit 9"
+    gate = "while [ ! -e gate$step ]; do sleep 0.05; done"
+    job = repo.exec(steps.format(gate=gate), host="far", options=["--detach"]).text.strip()
+    where = repo.path()
+    child = repo.start("logs", "-f", job)
+    whole, seen = "".join(f"line {n}\n" for n in range(1, 61)).encode(), b""
+    assert child.stdout
+    for step in range(4):
+        target = whole[: whole.index(b"line %d\n" % (step * 15 + 15)) + 5]
+        while len(seen) < len(target):
+            assert select.select([child.stdout], [], [], 60)[0], (step, seen)
+            data = os.read(child.stdout.fileno(), 65536)
+            assert data, (seen, child.stderr.read() if child.stderr else b"")
+            seen += data
+        assert seen == target
+        if step < 3:
+            line.drop()
+        (where / f"gate{step}").touch()
+    out, err = child.communicate(timeout=60)
+    assert seen + out == whole and child.returncode == 0 and b"Traceback" not in err
+    assert line.connections >= 4 and repo.cli("wait", job).code == 9
+
+
+# === Several workspaces at once ===
+
+
+@pytest.mark.slow
+def test_exec_in_20_workspaces_gives_each_its_own_result(repo: Repo) -> None:
+    names = [f"w{n:02}" for n in range(20)]
+    assert repo.cli("new", "-H", "box", *names, seconds=120).code == 0
+    told = repo.cli("exec", "--all", "--json", "--", 'echo "$CMUX_WORKSPACE"; pwd; echo err >&2; n=${CMUX_WORKSPACE#w}; exit ${n#0}')
+    rows = {row["workspace"]: row for row in told.json}
+    assert list(rows) == names and told.code == 19
+    for n, name in enumerate(names):
+        where = repo.workspaces()["w00"]["path"].replace("w00", name)
+        assert (rows[name]["exit_code"], rows[name]["stdout"], rows[name]["stderr"], rows[name]["error"]) == (n, f"{name}\n{where}\n", "err\n", None)
+    text = repo.cli("exec", *sum((["-w", n] for n in names), []), "-j", "3", "--", 'echo "in $CMUX_WORKSPACE"; printf last')
+    assert sorted(text.text.splitlines()) == sorted([f"{n} | in {n}" for n in names] + [f"{n} | last" for n in names]) and text.code == 0
+    assert "20 of 20" in text.said
+
+
+def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo: Repo) -> None:
+    line, nap = repo.site.line("far"), unique()
+    assert repo.cli("new", "-H", "box", "near").code == 0 and repo.cli("new", "-H", "far", "away").code == 0
+    command = f'echo early; printf part; [ $CMUX_WORKSPACE = near ] || sleep {nap}'
+    for json_wanted in (True, False):
+        child = repo.start("exec", "-w", "near", "-w", "away", *(["--json"] if json_wanted else []), "--", command)
+        until(lambda: running(f"sleep {nap}"), "it sleeps")
+        line.drop()
+        out, err = child.communicate(timeout=60)
+        assert child.returncode == 255 and b"Traceback" not in err, err
+        if json_wanted:
+            rows = {row["workspace"]: row for row in json.loads(out)}
+            assert rows["near"]["exit_code"] == 0 and rows["near"]["stdout"] == "early\npart"
+            assert rows["away"]["exit_code"] == 255 and rows["away"]["error"] and rows["away"]["stdout"] == "early\npart"
+        else:
+            assert sorted(out.splitlines()) == [b"away | early", b"away | part", b"near | early", b"near | part"]
+            assert b"1 of 2" in err and b"away (255" in err
+        gone(f"sleep {nap}")
+
+
+def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_said(repo: Repo) -> None:
+    nap = unique()
+    assert repo.cli("new", "-H", "box", "a", "b", "c").code == 0
+    command = f'echo "early $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] && exit 4; sleep {nap}'
+    child = repo.start("exec", "--all", "--json", "--", command)
+    until(lambda: len(running(f"sleep {nap}")) >= 2, "two sleep")
+    os.killpg(child.pid, signal.SIGINT)
+    out, err = child.communicate(timeout=30)
+    rows = {row["workspace"]: row for row in json.loads(out)}
+    assert child.returncode == 130 and {n: r["exit_code"] for n, r in rows.items()} == {"a": 4, "b": 130, "c": 130}, err
+    assert {n: r["stdout"] for n, r in rows.items()} == {n: f"early {n}\n" for n in "abc"}
+    gone(f"sleep {nap}")
+    late = repo.cli("exec", "--all", "--timeout", "1", "--", command)
+    assert late.code == 124 and sorted(late.text.splitlines()) == ["a | early a", "b | early b", "c | early c"]
+    gone(f"sleep {nap}")
+
+
+def test_several_workspaces_bad_use_is_said(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "a", "b").code == 0
+    both = ["exec", "-w", "a", "-w", "b"]
+    for bad in (["-j", "-1"], ["-j", "x"], ["--detach"]):
+        refused(repo.cli(*both, *bad, "--", "true"), 2, 125)
+    one_missing = repo.cli(*both, "-w", "nowhere", "--json", "--", "echo here")
+    rows = {row["workspace"]: row for row in one_missing.json}
+    assert one_missing.code == 125 and rows["a"]["stdout"] == "here\n" and rows["nowhere"]["error"]["message"]
+    assert repo.cli("exec", "-w", "a", "-w", "a", "--", "echo once").out == b"once\n"
+    assert repo.cli(*both, "-j", "1", "-q", "--", "cat", stdin=b"not for many").code == 0
+
+
+# === batch ===
+
+
+def test_batch_answers_every_line_also_the_bad_ones(shared: Repo) -> None:
+    good = {"tool": "exec", "arguments": {"command": "echo hi"}}
+    lines: List[Tuple[bytes, Any, bool]] = [(json.dumps(dict(good, id=i)).encode(), i, True) for i in (1, "one", "ü🐙\n\ud800", 1.5, -7, 2 ** 70, "", None, 0)]
+    lines += [(b"not json", None, False), (b"{", None, False), (b"[]", None, False), (b"5", None, False), (b"null", None, False), (b'"x"', None, False), (b"\xff\xfe", None, False), (b"[" * 100_000, None, False),
+              (b'{"id": NaN}', None, False), (b'{"id": {"a": 1}, "tool": "jobs"}', None, False), (b'{"id": "e1"}', "e1", False), (b'{"id": "e2", "tool": "rm -rf"}', "e2", False),
+              (b'{"id": "e3", "tool": ["exec"]}', "e3", False), (b'{"id": "e4", "tool": "exec"}', "e4", False), (b'{"id": "e5", "tool": "exec", "arguments": []}', "e5", False),
+              (b'{"id": "e6", "tool": "exec", "arguments": {"command": 5}}', "e6", False), (b'{"id": "e7", "tool": "exec", "arguments": {"command": "true", "more": 1}}', "e7", False),
+              (b'{"id": "e8", "tool": "exec", "arguments": {"command": []}}', "e8", False), (b'{"id": "e9", "tool": "exec", "arguments": {"command": ""}}', "e9", False),
+              (b'{"id": "e10", "tool": "exec", "workspace": 5, "arguments": {"command": "true"}}', "e10", False), (b'{"id": "e11", "tool": "read", "workspace": "../x", "arguments": {"path": "README"}}', "e11", False),
+              (b'{"id": "e12", "tool": "exec", "arguments": {"command": "true", "timeout": 0}}', "e12", False), (b'{"id": "e13", "tool": "exec", "arguments": {"command": "true", "cwd": "no/such"}}', "e13", False),
+              (b'{"id": "e14", "tool": "exec", "arguments": {"command": "true", "env": {"A B": "x"}}}', "e14", False), (b'{"id": "e15", "tool": "exec", "arguments": {"command": ["a\\u0000b"]}}', "e15", False),
+              (b'{"id": "e16", "tool": "exec", "arguments": {"command": "\\ud800"}}', "e16", False), (b'{"id": "e17", "tool": "exec", "arguments": {"command": "cat", "stdin": "\\ud800"}}', "e17", False),
+              (b'{"id": "e18", "tool": "exec", "arguments": {"command": "true", "env": {"A": null}}}', "e18", False), (b'{"id": "e19", "tool": "write", "arguments": {"path": "x", "content_base64": "!"}}', "e19", False),
+              (b'{"id": "e20", "tool": "write", "arguments": {"path": "x"}}', "e20", False), (b'{"id": "e21", "tool": "write", "arguments": {"path": "x", "content": "a", "content_base64": "YQ=="}}', "e21", False),
+              (b'{"id": 1e999, "tool": "exec", "arguments": {"command": "true"}}', None, False), (b"", "no answer", True), (b"   ", "no answer", True)]
+    ran = shared.cli("batch", stdin=b"\n".join(line for line, _, _ in lines))
+    answers = [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON")) for line in ran.out.splitlines()]
+    expected = [(json.dumps(i), ok) for _, i, ok in lines if i != "no answer"]
+    assert sorted((json.dumps(a["id"]), a["ok"]) for a in answers) == sorted(expected)
+    for answer in answers:
+        assert set(answer) == ({"id", "ok", "result"} if answer["ok"] else {"id", "ok", "error"}), answer
+        assert answer["ok"] or (answer["error"]["message"] and answer["error"]["type"] != "Bug"), answer
+        assert not answer["ok"] or answer["result"]["stdout"] == "hi\n"
+    assert ran.code == 1 and shared.cli("batch", stdin=json.dumps(good).encode()).code == 0 and shared.cli("batch", stdin=b"").code == 0
+
+
+def test_batch_answers_as_they_finish_and_drains_at_the_end(shared: Repo) -> None:
+    with open_agent(shared) as talker:
+        slow = talker.post("exec", {"command": "until [ -e drain-now ]; do sleep 0.05; done; echo slow"})
+        assert talker("exec", command="echo fast")["stdout"] == "fast\n", "it does not wait for the first"
+        assert talker("exec", command="touch drain-now")["exit_code"] == 0
+        rest = [talker.post("exec", {"command": f"sleep 0.3; echo {n}"}) for n in range(24)]
+        code, out, err = talker.close()
+        answers = {a["id"]: a for a in map(json.loads, (talker._held + out).splitlines())}
+        assert code == 0 and err == b"" and set(answers) | set(talker._early) == {slow, *rest}
+        assert {a["result"]["exit_code"] for a in answers.values()} == {0}
+        talker.child.communicate = lambda *_, **__: (b"", b"")  # type: ignore[method-assign,assignment]
+    (shared.path() / "drain-now").unlink()
+
+
+def test_batch_takes_the_workspace_of_each_line(repo: Repo) -> None:
+    with open_agent(repo, "-H", "box") as talker:
+        posted = {name: [talker.post("exec", {"command": "echo $CMUX_WORKSPACE"}, workspace=name) for _ in range(4)] for name in ("one", "two", "three")}
+        for name, numbers in posted.items():
+            assert [talker.answer(n)["result"]["stdout"] for n in numbers] == [f"{name}\n"] * 4
+    assert set(repo.workspaces()) == {"one", "two", "three"}, "made once each"
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_batch_ends_what_runs_there(shared: Repo, sig: int) -> None:
+    nap = unique()
+    talker = Agent(shared, "-j", "4")
+    for _ in range(10):
+        talker.post("exec", {"command": f"sleep {nap}"})
+    until(lambda: len(running(f"sleep {nap}")) >= 4, "four sleep")
+    kill(talker.child.pid, sig)
+    out, err = talker.child.communicate(timeout=30)
+    assert talker.child.returncode == {signal.SIGINT: 130, signal.SIGTERM: 130, signal.SIGKILL: -9}[signal.Signals(sig)] and b"Traceback" not in err, err
+    assert all(json.loads(line)["id"] for line in out.splitlines())
+    gone(f"sleep {nap}")
+
+
+def test_a_batch_whose_reader_is_gone_stops(shared: Repo, area: Area) -> None:
+    nap = unique()
+    talker = Agent(shared, "-j", "2")
+    assert talker("exec", command="true")["exit_code"] == 0
+    talker.post("exec", {"command": f"sleep {nap}"})
+    until(lambda: running(f"sleep {nap}"), "it sleeps")
+    assert talker.child.stdout and talker.child.stdin
+    talker.child.stdout.close()
+    talker.post("exec", {"command": "echo nobody reads this"})
+    try:
+        talker.child.wait(PATIENCE)
+        gone(f"sleep {nap}")
+    finally:
+        talker.child.kill()
+        talker.child.wait()
+        for process in running(f"sleep {nap}"):
+            kill(process.pid)
+
+
+def test_batch_reads_no_further_ahead_than_it_must(shared: Repo, area: Area) -> None:
+    """Whoever writes faster than the host works has to wait; the lines are not piled up in memory."""
+    talker = Agent(shared, "-j", "1")
+    talker.post("exec", {"command": f"until [ -e {area.p('go')} ]; do sleep 0.05; done"})
+    assert talker.child.stdin
+    fd, sent = talker.child.stdin.fileno(), 0
+    line = json.dumps({"id": 0, "tool": "exec", "arguments": {"command": ": " + "x" * 4000}}).encode() + b"\n"
+    os.set_blocking(fd, False)
+    while select.select([], [fd], [], 1.5)[1]:
+        with contextlib.suppress(BlockingIOError):
+            sent += os.write(fd, line)
+        assert sent < 2_000_000, "it reads and reads"
+    kill(talker.child.pid)
+    talker.child.communicate()
+    area.put("go", b"")
+    assert sent > 8000
+
+
+def peak_memory(pid: int) -> int:
+    """Bytes; the peak where the system tells it, else what is held now."""
+    found = re.search(rb"VmHWM:\s+(\d+) kB", slurp(f"/proc/{pid}/status"))
+    return int(found.group(1) if found else subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], stdout=subprocess.PIPE, check=True).stdout) * 1024
+
+
+@pytest.mark.slow
+def test_batch_stays_small_whatever_the_commands_print_and_the_lines_hold(shared: Repo) -> None:
+    with open_agent(shared, "-j", "4") as talker:
+        for number in [talker.post("exec", {"command": "head -c 30000000 /dev/zero | tr '\\0' x; echo end"}) for _ in range(12)]:
+            told = talker.answer(number, 120)["result"]
+            assert told["truncated"] is True and told["stdout"].endswith("xend\n") and len(told["stdout"]) < 3_000_000
+        assert peak_memory(talker.child.pid) < 150_000_000
+        for _ in range(40):
+            assert talker.child.stdin
+            talker.child.stdin.write(b"x" * 2_000_000)
+        talker.send(b"")
+        long = json.loads(talker.line(60))
+        assert long["ok"] is False and long["id"] is None and long["error"]["type"] != "Bug"
+        assert talker("exec", command="echo still")["stdout"] == "still\n"
+        assert peak_memory(talker.child.pid) < 250_000_000
+
+
+@pytest.mark.parametrize("args", [["-j", "-1"], ["-j", "x"], ["-w", "a", "-w", "b"], ["-w", "../x"], ["extra"]])
+def test_batch_bad_use_is_said(shared: Repo, args: List[str]) -> None:
+    refused(shared.cli("batch", *args, stdin=b'{"id": 1, "tool": "exec", "arguments": {"command": "true"}}\n' if args[-1] != "../x" else b""), 2)
+
+
+@pytest.mark.slow
+def test_batch_of_1000_commands_100_at_a_time_all_succeed(shared: Repo) -> None:
+    lines = [json.dumps({"id": n, "tool": "exec", "arguments": {"command": f"echo {n}; exit {n % 256}"}}) for n in range(1000)]
+    ran = shared.cli("batch", "-j", "100", stdin="\n".join(lines).encode(), seconds=240)
+    answers = {a["id"]: a for a in map(json.loads, ran.out.splitlines())}
+    assert sorted(answers) == list(range(1000)) and [a for a in answers.values() if not a["ok"]] == []
+    assert all((a["result"]["stdout"], a["result"]["exit_code"]) == (f"{n}\n", n % 256) for n, a in answers.items())
+    assert ran.code == 0 and ran.err == b"" and "drop connection" not in shared.site.log()
+
+
+@pytest.mark.slow
+def test_12_batch_processes_of_10_each_all_succeed(repo: Repo) -> None:
+    lines = "\n".join(json.dumps({"id": n, "tool": "exec", "arguments": {"command": f"sleep 0.5; echo {n}"}}) for n in range(40)).encode()
+    children = [repo.start("batch", "-H", "box", "-j", "10", stdin=subprocess.PIPE) for _ in range(12)]
+    with ThreadPoolExecutor(12) as pool:
+        done = list(pool.map(lambda child: child.communicate(lines, timeout=240), children))
+    for child, (out, err) in zip(children, done):
+        answers = {a["id"]: a for a in map(json.loads, out.splitlines())}
+        assert child.returncode == 0 and err == b"" and sorted(answers) == list(range(40)), err
+        assert all(a["result"]["stdout"] == f"{n}\n" for n, a in answers.items())
+    assert "drop connection" not in repo.site.log() and set(repo.workspaces()) == {"main"}
+
+
+# === The table and the library ===
+
+CONTRACT: Dict[str, Dict[str, str]] = {  # of PRODUCT.md: the arguments of each tool, + where it must be given
+    "exec": {"command": "+", "timeout": "", "cwd": "", "env": "", "stdin": "", "background": ""},
+    "read": {"path": "+", "offset": "", "limit": ""}, "write": {"path": "+", "content": "", "content_base64": ""},
+    "edit": {"path": "+", "edits": "+", "sha256": ""}, "glob": {"pattern": "+", "limit": ""},
+    "grep": {"pattern": "+", "glob": "", "ignore_case": "", "limit": ""}, "jobs": {},
+    "logs": {"job": "+", "offset": "", "wait": ""}, "wait": {"job": "+", "timeout": ""}, "stop": {"job": "+"},
+}
+
+
+def test_the_table_of_tools_is_the_contract() -> None:
+    import cmux_ssh
+    assert {name: {p.name: "+" if p.required else "" for p in tool.params} for name, tool in cmux_ssh.TOOLS.items()} == CONTRACT
+    assert {name for name, tool in cmux_ssh.TOOLS.items() if tool.reads} == {"read", "glob", "grep", "jobs", "logs", "wait"}
+    for name, tool in cmux_ssh.TOOLS.items():
+        assert name in cmux_ssh.COMMANDS and tool.text and all(p.text and p.schema()["description"] for p in tool.params)
+
+
+SAMPLES: Dict[str, Any] = {"string": "x", "integer": 1, "number": 1.5, "boolean": True, "array": [{"old": "a", "new": "b"}], "object": {"A": "b"}, "null": None}
+
+
+@pytest.mark.parametrize("tool", sorted(CONTRACT))
+def test_arguments_are_checked_against_the_table(tool: str) -> None:
+    import cmux_ssh
+    row = cmux_ssh.TOOLS[tool]
+    fits = {p.name: SAMPLES[p.kinds[0]] for p in row.params}
+    assert row.check(dict(fits)) == fits
+    for param in row.params:
+        allowed = set(param.kinds) | ({"integer"} if "number" in param.kinds else set())
+        for kind, value in SAMPLES.items():
+            if kind not in allowed:
+                with pytest.raises(cmux_ssh.UsageError):
+                    row.check({**fits, param.name: value})
+        if param.required:
+            with pytest.raises(cmux_ssh.UsageError):
+                row.check({k: v for k, v in fits.items() if k != param.name})
+    for bad in ({**fits, "unknown": 1}, {**fits, "workspace": "x"}, [], None, "x", 5):
+        with pytest.raises(cmux_ssh.UsageError):
+            row.check(bad)
+
+
+def in_library(repo: Repo, text: str, *args: str, seconds: float = 60) -> str:
+    """Run a program that imports the file; its output. It must end by itself, and soon."""
+    script = repo.site.dir / f"library-{os.urandom(4).hex()}.py"
+    script.write_text("import sys, threading, time\nfrom concurrent.futures import ThreadPoolExecutor\nimport cmux_ssh\n" + text)
+    done = subprocess.run([sys.executable, str(script), *args], cwd=str(repo.dir), env=repo.site.environment({"PYTHONPATH": str(HERE)}), stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=seconds)
+    assert done.returncode == 0 and done.stderr == b"", done.stderr.decode()
+    return done.stdout.decode()
+
+
+@pytest.mark.slow
+def test_the_library_from_a_thread_pool(repo: Repo) -> None:
+    out = in_library(repo, """
+project = cmux_ssh.Project(".")
+with ThreadPoolExecutor(20) as pool:
+    made = list(pool.map(lambda n: project.ensure("w%d" % (n % 4), "box"), range(16)))
+    assert sorted({w.name for w in made}) == ["w0", "w1", "w2", "w3"]
+    runs = list(pool.map(lambda n: made[n % 4].exec(["sh", "-c", 'echo "$CMUX_WORKSPACE $0"; cat; exit $0', str(n)], stdin=b"in%d" % n), range(80)))
+    calls = list(pool.map(lambda n: cmux_ssh.call_tool(made[n % 4], "write", {"path": "f%d" % n, "content": str(n)}), range(40)))
+for n, run in enumerate(runs):
+    assert (run.exit_code, run.stdout, run.stderr) == (n, b"w%d %d\\nin%d" % (n % 4, n, n), b""), run
+    assert run.workspace == "w%d" % (n % 4) and run.host == "box" and not run.timed_out and not run.truncated
+assert all(c["created"] for c in calls)
+assert cmux_ssh.call_tool(made[1], "glob", {"pattern": "f*"})["paths"] == sorted("f%d" % n for n in range(40) if n % 4 == 1)
+print("fine")
+""")
+    assert out == "fine\n"
+
+
+def test_library_values_are_immutable_and_equal_by_value(shared: Repo) -> None:
+    assert in_library(shared, """
+workspace = cmux_ssh.Project(".").workspace("main")
+assert isinstance(workspace, cmux_ssh.Workspace) and isinstance(workspace.host, cmux_ssh.Host)
+result = workspace.exec("printf out; exit 3")
+for name in ("exit_code", "stdout", "new"):
+    try:
+        setattr(result, name, 0)
+    except AttributeError:
+        continue
+    raise AssertionError(name)
+same = cmux_ssh.ExecResult(**result.as_dict())
+assert same == result and hash(same) == hash(result) and "exit_code=3" in repr(result)
+assert cmux_ssh.ExecResult(**dict(result.as_dict(), exit_code=4)) != result
+print(result.exit_code)
+""") == "3\n"
+
+
+def test_library_cancel_from_another_thread_ends_the_command(shared: Repo) -> None:
+    nap = unique()
+    assert in_library(shared, """
+workspace, cancel, seen = cmux_ssh.Project(".").workspace("main"), cmux_ssh.Cancel(), threading.Event()
+def sink(data):
+    seen.set()
+def watch():
+    seen.wait(30)
+    cancel.set()
+threading.Thread(target=watch).start()
+with ThreadPoolExecutor(3) as pool:
+    runs = [pool.submit(workspace.run, "echo on; sleep " + sys.argv[1], sink, sink, cancel=cancel) for _ in range(3)]
+    for run in runs:
+        try:
+            outcome = run.result(30)
+            assert outcome.reason == "cancel" and outcome.stopped == "confirmed", outcome
+        except cmux_ssh.CmuxError as error:
+            assert type(error).__name__ == "Cancelled", error
+print("cancelled")
+""", nap) == "cancelled\n"
+    gone(f"sleep {nap}")
+
+
+def test_library_errors_are_of_one_family_and_say_what_to_do(repo: Repo) -> None:
+    assert in_library(repo, """
+project = cmux_ssh.Project(".")
+kinds = []
+for act in (lambda: project.workspace("none"), lambda: project.workspace("../x"), lambda: cmux_ssh.Host("-oProxyCommand=x"), lambda: cmux_ssh.Project("/"),
+            lambda: project.create("elsewhere", "nowhere.invalid"), lambda: cmux_ssh.call_tool(project.create("w", "box"), "read", {"path": "none"}),
+            lambda: project.create("w", "box")):
+    try:
+        act()
+    except cmux_ssh.CmuxError as error:
+        kinds.append(type(error).__name__)
+        assert str(error).strip()
+print(*kinds)
+""") == "WorkspaceMissing UsageError UsageError GitFailed ConnectionFailed ToolFailed WorkspaceExists\n"
+
+
+def test_a_wrong_host_does_not_spoil_the_name_of_a_workspace(repo: Repo) -> None:
+    """A typing error in -H: nothing can have been made there, and the next try names the right one."""
+    assert repo.cli("new", "-H", "nowhere.invalid", "w").code == 255
+    made = repo.cli("new", "-H", "box", "w")
+    assert made.code == 0, made
+
+
+def test_a_detached_command_in_a_workspace_that_is_gone_is_no_job(repo: Repo) -> None:
+    assert repo.exec("true").code == 0
+    shutil.rmtree(str(repo.path()))
+    answer = repo.exec("true", options=["--detach"])
+    assert answer.code == 125 and answer.out == b"" and answer.said, answer
+
+
+def test_a_line_that_is_lost_between_two_calls_of_the_library_is_not_noticed(repo: Repo) -> None:
+    """The warm sessions are dead; the next calls open new ones, and none fails."""
+    line = repo.site.line("far")
+    assert repo.cli("new", "-H", "far", "main").code == 0
+    with open_agent(repo) as talker:
+        for round_ in range(3):
+            assert [a["result"]["stdout"] for a in talker.all([("exec", {"command": f"echo {n}"}) for n in range(8)])] == [f"{n}\n" for n in range(8)]
+            seen = line.connections
+            line.drop()
+            assert talker("read", path="README")["content"] == "hello\n" and line.connections > seen, round_
+
+
+def test_every_tool_is_a_method_of_a_workspace() -> None:
+    """The table drives the library too: workspace.read(path), workspace.edit(path, edits), ..."""
+    import inspect
+
+    import cmux_ssh
+    for name, arguments in CONTRACT.items():
+        method = getattr(cmux_ssh.Workspace, name, None)
+        assert method is not None, f"Workspace.{name}"
+        assert set(arguments) - {"background", "content_base64"} <= set(inspect.signature(method).parameters), name
+
+
+# === Results: a hostile host, fed straight into the parsers and the sink ===
+
+class Lab:
+    """A repository, and a stream from a host that we write ourselves."""
+
+    def __init__(self, directory: Path) -> None:
+        self.dir = directory
+        directory.mkdir()
+        self.git("init", "-q", "-b", "main")
+        (directory / "src").mkdir()
+        for name, data in (("README", b"hi\n"), ("src/a.c", b"a\n"), ("docs", b"x\n"), ("back\\slash", b"b\n")):
+            (directory / name).write_bytes(data)
+        (directory / ".gitattributes").write_bytes(b"docs export-ignore\n")
+        self.git("add", "-A")
+        self.git("commit", "-q", "-m", "first")
+        self.base = self.git("rev-parse", "HEAD")
+        self.before = self.state()
+
+    def git(self, *words: str) -> str:
+        env = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b",
+               "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b"}
+        return subprocess.run(["git", *words], cwd=str(self.dir), env=env, check=True, stdout=subprocess.PIPE).stdout.decode().strip()
+
+    def state(self) -> Dict[str, bytes]:
+        return {str(p): p.read_bytes() for p in sorted(self.dir.rglob("*")) if p.is_file()}
+
+    def take(self, stream: Iterable[bytes], how: str = "git", secrets: Dict[str, bytes] = {}) -> Tuple[str, Dict[str, Tuple[str, bytes]]]:
+        """Do with a stream what a pull does, up to the branch. Returns its tip and its changes."""
+        repository = c.Repository(str(self.dir))
+        chunks = iter(stream)
+        with repository.in_shadow(self.base) as shadow:
+            sent_tree, absent = shadow.unsent(repository.resolve("HEAD")[1])
+            sent = {path for _, _, path in shadow.listing(sent_tree)}
+            importer = shadow.importer()
+            try:
+                harvest = c.Harvest(importer, lambda p: p in sent, secrets)
+                wire = c.Wire(lambda: next(chunks, b""))
+                if how == "git":
+                    c.read_export(wire, "b" * 40, harvest)
+                else:
+                    c.read_tar(wire, self.base, harvest, sent)
+                grower = c.Grower(shadow, self.base, harvest, importer.finish(), absent)
+                tips = grower.grow()
+                self.leaks = harvest.leaks
+            finally:
+                importer.close()
+            tip = (tips or [self.base])[-1]
+            found = {path.decode("utf-8", "surrogateescape"): (mode, b"") for _, mode, _, path in shadow.changes(self.base, tip)}
+            if tip != self.base:
+                repository.publish(shadow.quarantine(tip, [self.base]), "refs/heads/cmux/x", tip, "")
+        return tip, found
+
+    def refuse(self, stream: Iterable[bytes], how: str = "git", what: str = "") -> str:
+        with pytest.raises(c.CmuxError) as caught:
+            self.take(stream, how)
+        assert not self.git("for-each-ref", "refs/heads/cmux")
+        assert self.state() == self.before, "the repository changed"
+        assert what in str(caught.value), caught.value
+        assert "\x1b" not in str(caught.value) and "\n" not in str(caught.value)
+        return str(caught.value)
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab(tmp_path / "lab")
+
+
+def blob(mark: int, data: bytes) -> bytes:
+    return b"blob\nmark :%d\ndata %d\n%s\n" % (mark, len(data), data)
+
+
+def commit(mark: int, *lines: bytes, parent: bytes = b"from " + b"b" * 40, message: bytes = b"m\n",
+           who: bytes = b"A <a@b> 1700000000 +0100") -> bytes:
+    return (b"commit refs/heads/w\nmark :%d\nauthor %s\ncommitter %s\ndata %d\n%s%s\n" % (mark, who, who, len(message), message, parent)
+            + b"".join(line + b"\n" for line in lines) + b"\n")
+
+
+def export(*parts: bytes) -> List[bytes]:
+    return [b"feature done\n" + b"".join(parts) + b"done\n"]
+
+
+def one(path: bytes, mode: bytes = b"100644", data: bytes = b"data\n") -> List[bytes]:
+    return export(blob(1, data), commit(2, b"M %s :1 %s" % (mode, path)))
+
+
+def tar(*entries: Tuple[bytes, Any], listed: Optional[bytes] = None, form: int = tarfile.GNU_FORMAT) -> List[bytes]:
+    """A tar stream of (name, bytes or a dict of TarInfo fields)."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=form) as archive:
+        for name, data in entries:
+            info = tarfile.TarInfo(os.fsdecode(name))
+            if isinstance(data, dict):
+                for key, value in data.items():
+                    setattr(info, key, value)
+                archive.addfile(info, io.BytesIO(b"\0" * info.size) if info.isreg() else None)
+            else:
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    keep = b"./README\0./src/a.c\0./back\\slash\0./.gitattributes\0"
+    names = b"".join(b"%s\0" % (n if n.startswith(b"./") else b"./" + n) for n, _ in entries) if listed is None else listed
+    return [keep + names + b"\0", out.getvalue()]
+
+
+def test_honest_streams_arrive(lab: Lab) -> None:
+    tip, found = lab.take(export(blob(1, b"new\n"), commit(2, b"M 100755 :1 \"na\\303\\257ve \\\"q\\n\"", b"D src/a.c"),
+                                 blob(3, b"../README"), commit(4, b"M 120000 :3 src/l", parent=b"from :2", message=b"no newline")))
+    assert found == {'naïve "q\n': ("100755", b""), "src/a.c": ("000000", b""), "src/l": ("120000", b"")}
+    lab.git("fsck", "--strict")
+    assert lab.git("log", "--format=%an|%ae|%at|%s", "main..cmux/x") == "A|a@b|1700000000|no newline\nA|a@b|1700000000|m"
+    assert lab.git("show", "cmux/x:docs") == "x"  # export-ignored: absent there, not deleted here
+
+
+def test_honest_tar_arrives(lab: Lab) -> None:
+    tip, found = lab.take(tar((b"./README", b"hi\n"), (b"./new \xc3\xa9\n", b"n"), (b"./s/l", {"type": tarfile.SYMTYPE, "linkname": "../README"}),
+                              (b"./" + b"d" * 120 + b"/" + b"e" * 120, b"long"), (b"./hard", {"type": tarfile.LNKTYPE, "linkname": "./README"})), "tar")
+    assert found == {"new é\n": ("100644", b""), "s/l": ("120000", b""), "d" * 120 + "/" + "e" * 120: ("100644", b""), "hard": ("100644", b"")}
+    tip, found = Lab(lab.dir.parent / "pax").take(tar((b"./" + b"d" * 120 + b"/" + b"\xc3\xa9" * 100, b"long"), form=tarfile.PAX_FORMAT), "tar")
+    assert list(found) == ["d" * 120 + "/" + "é" * 100]
+    assert lab.git("show", "cmux/x:docs") == "x"
+
+
+EVIL = [b"../x", b"/abs", b".git/hooks/post-checkout", b".GIT/config", b"a/.git/config", b".git", b"git~1/config", b"GIT~2", b".git /x", b".git./x",
+        b".git...", b".git::$INDEX_ALLOCATION/x", ".g\u200cit/config".encode(), ".gi\ufefft".encode(), "\uff0egit/x".encode(), b"a/../../x", b"a/..", b"./a", b"a//b", b"a/",
+        b"a\\..\\..\\x", b"a\\.git\\config", b"\x1b]52;c;x\x07", "a\u202eb".encode(), b"a\xffb", b"x" * 256, b"/".join([b"d"] * 65),
+        b"/".join([b"y" * 100] * 11), b"a\rb", b"..", b".", b".Git\\hooks\\x"]
+
+
+def quoted(path: bytes) -> bytes:
+    return b'"' + b"".join(b"\\%03o" % byte if byte < 32 or byte > 126 or byte in b'"\\' else bytes([byte]) for byte in path) + b'"'
+
+
+@pytest.mark.parametrize("path", EVIL)
+def test_evil_paths_are_refused(lab: Lab, path: bytes) -> None:
+    for mode in (b"100644", b"120000"):
+        lab.refuse(one(quoted(path), mode))
+    lab.refuse(export(commit(1, b"D " + quoted(path))))
+    lab.refuse(tar((b"./" + path, b"x")), "tar")
+    lab.refuse(tar((path, b"x"), form=tarfile.PAX_FORMAT), "tar") if path[:2] != b"./" else None
+
+
+@pytest.mark.parametrize("target", [b"/etc/passwd", b"../x", b"a/../../x", b".git/config", b"x/.GIT", b"", b"a\0b", b"..", b"x/..", b"\\etc", b"a" * 1025])
+def test_evil_links_are_refused(lab: Lab, target: bytes) -> None:
+    if target != b"\\etc":
+        lab.refuse(one(b"l", b"120000", target))
+    if b"\0" not in target and target and len(target) < 1025 and target != b"\\etc":
+        lab.refuse(tar((b"./l", {"type": tarfile.SYMTYPE, "linkname": target.decode()})), "tar")
+
+
+@pytest.mark.parametrize("stream", [
+    one(b".gitmodules", b"120000", b"README"), one(b".gitattributes", b"120000", b"README"), one(b".GITMODULES", b"120000", b"README"),
+    one(b"gitmod~1", b"120000", b"README"),
+    one(b".gitmodules", data=b'[submodule "../../x"]\n\tpath = a\n\turl = b\n'), one(b".gitmodules", data=b'[submodule "a"]\n\tpath = a\n\turl = -ufoo\n'),
+    export(commit(1, b"M 160000 " + b"1" * 40 + b" sub")), export(blob(1, b""), commit(2, b"M 160000 :1 sub")), one(b"x", b"100666"), one(b"x", b"040000"),
+    one(b"readme"), one(b"SRC/b.c"), one(b"Src"), one(b"README/x"), one(b"src"), one(b"src/a.c/x"),
+    export(blob(1, b"x"), commit(2, "M 100644 :1 é".encode(), "M 100644 :1 e\u0301".encode())),
+    export(blob(1, b"x"), commit(2, b"M 100644 :1 l/x", b"M 100644 :1 L/y")),
+    export(blob(1, b"src"), blob(2, b"x"), commit(3, b"M 120000 :1 l", b"M 100644 :2 l/x")),
+    export(commit(1, b"D docs")),
+    export(blob(1, b"x"), commit(2, b"M 100644 :1 a", b"M 100644 :1 a")), export(blob(1, b"x"), commit(2, b"M 100644 :3 a")),
+    export(commit(1, b"M 100644 :1 a")), export(commit(1, b"M 100644 inline a")), export(commit(1, b"M 100644 " + b"1" * 40 + b" a")),
+    export(commit(1, b"R README x")), export(commit(1, b"C README x")), export(commit(1, b"deleteall")), export(commit(1, b"N :1 x")),
+    export(commit(1, parent=b"from " + b"c" * 40)), export(commit(1, parent=b"from :1")), export(commit(1, parent=b"from main")), export(commit(1, parent=b"merge :1")),
+    export(commit(1, parent=b"")), export(blob(2, b"x")), export(blob(1, b"x"), blob(1, b"y")), export(b"blob\nmark :1\ndata -1\n"), export(b"blob\nmark :1\ndata <<E\nx\nE\n"),
+    export(b"blob\nmark :1\ndata 99999999999999999999\n"), export(b"blob\nmark :1\ndata 21474836480\n"), export(b"tag x\n"), export(b"feature import-marks=/etc/passwd\n"), export(b"option git quiet\n"),
+    export(b"cat-blob :1\n"), export(b"checkpoint\n"), export(b"progress x\n"), export(b"ls \"\"\n"), export(b"alias\nmark :1\nto :1\n"), export() + [b"more"], [b""], [b"done\n"], [b"feature done\n"],
+    [b"x" * 100000], [b"feature done\n" + b"reset " + b"x" * 10000], export(commit(1, who=b"A <a@b> 99999999999999 +0000")), export(commit(1, who=b"A <a@b> 1 +9999")),
+    export(commit(1, who=b"no mail")), export(commit(1, message=b"x" * 300000)), export(commit(1, b"M 100644 :0 a")), export(commit(1, b'D "a\\q"')), export(commit(1, b'D "a')),
+], ids=lambda s: s[0][13:80].decode("latin-1") if s else "")
+def test_lying_exports_are_refused(lab: Lab, stream: List[bytes]) -> None:
+    lab.refuse(stream)
+
+
+def test_hostile_names_and_messages_become_harmless(lab: Lab) -> None:
+    lab.take(export(commit(1, who="\x1b[31mEve <> 5 +0000".encode().replace(b"<>", b"<e\x1bve>"), message=b"\x1b]52;c;x\x07 \0 \xff\n")))
+    raw = lab.git("cat-file", "commit", "cmux/x")
+    assert "\x1b" not in raw and "\0" not in raw
+    lab.git("fsck", "--strict")
+
+
+@pytest.mark.parametrize("entry", [
+    {"type": tarfile.CHRTYPE}, {"type": tarfile.BLKTYPE}, {"type": tarfile.FIFOTYPE}, {"type": tarfile.CONTTYPE}, {"type": b"S"}, {"type": b"D"}, {"type": b"M"}, {"type": b"V"},
+    {"type": tarfile.LNKTYPE, "linkname": "../../etc/passwd"}, {"type": tarfile.LNKTYPE, "linkname": "nothing"}, {"type": b"g"},
+])
+def test_evil_tar_entries_are_refused(lab: Lab, entry: Dict[str, Any]) -> None:
+    lab.refuse(tar((b"./x", entry)), "tar")
+
+
+def header(size: bytes = b"00000000001\0", name: bytes = b"./x", kind: bytes = b"0", sum_: Optional[int] = None) -> bytes:
+    block = bytearray(name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + size + b"00000000000\0" + b" " * 8 + kind + b"\0" * 100 + b"ustar\x0000" + b"\0" * 247)
+    block = block[:512].ljust(512, b"\0")
+    block[148:156] = b"%06o\0 " % (sum(block) if sum_ is None else sum_)
+    return bytes(block)
+
+
+@pytest.mark.parametrize("data", [
+    header() + b"x" * 512 + b"\x1f\x8b" + b"x" * 510, header(b"\x80" + b"\0" * 10 + b"\1"), header(b"\xff" * 12), header(b"-0000000001\0"), header(b"77777777777\0"), header(sum_=1), header(b"00000000777\0") + b"x" * 10,
+    header(b"00000200001\0", kind=b"L") + b"x" * 512, header(b"00000000005\0", kind=b"x") + b"junk\n".ljust(512, b"\0"), header(b"00000000012\0", kind=b"x") + b"10 size=9\n".ljust(512, b"\0") + header(),
+    header(b"00000000007\0", kind=b"x") + b"99999 path=x\n"[:7].ljust(512, b"\0") + header(), b"\x1f\x8b\x08" + os.urandom(600), header(name=b"./x")[:400],
+])
+def test_damaged_tars_are_refused(lab: Lab, data: bytes) -> None:
+    lab.refuse([b"./README\0\0" + data], "tar")
+
+
+def test_a_stream_cut_anywhere_is_refused(lab: Lab) -> None:
+    rng = os.urandom(40000)
+    whole = b"".join(export(blob(1, rng), blob(2, b"x"), commit(3, b"M 100644 :1 big", b"D src/a.c"), commit(4, b"M 100644 :2 y", parent=b"from :3")))
+    for cut in list(range(0, len(whole) - 300, 1024)) + list(range(len(whole) - 300, len(whole), 7)):
+        lab.refuse([whole[:cut]])
+    listing, archive = tar((b"./big", rng), (b"./y", b"x"))
+    whole = listing + archive[:42 * 1024]
+    for cut in list(range(0, len(listing))) + list(range(len(listing) + 100, len(listing) + 40 * 1024, 1024)):
+        lab.refuse([whole[:cut]], "tar")
+
+
+MEMORY = """
+import os, sys, resource
+sys.path.insert(0, %r)
+import cmux_ssh as c
+sys.path.insert(0, os.path.dirname(%r))
+from pathlib import Path
+import test_cmux_ssh as t
+lab = t.Lab.__new__(t.Lab); lab.dir = Path(%r); lab.base = lab.git("rev-parse", "HEAD")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+c.PULL_TOTAL_MAX = 300 * 1024 * 1024
+def endless(kind):
+    yield b"feature done\\n" if kind != "tar" else b""
+    n = 0
+    while True:
+        n += 1
+        if kind == "blobs": yield b"".join(t.blob(n * 1000 + i - 999, b"%%d" %% i) for i in range(1000))
+        elif kind == "zeros": yield (b"blob\\nmark :1\\ndata 268435456\\n" if n == 1 else b"\\0" * 131072)
+        elif kind == "paths":
+            if n == 1: yield t.blob(1, b"x") + t.commit(2)[:-1]
+            else: yield b"".join(b"M 100644 :1 %%s/%%d\\n" %% (b"p" * 80, n * 1000 + i) for i in range(1000))
+        elif kind == "commits":
+            k = n * 100 - 99
+            yield b"".join(t.commit(k + i, parent=b"from " + (b":%%d" %% (k + i - 1) if k + i > 1 else b"b" * 40), message=b"m" * 16000) for i in range(100))
+        elif kind == "line": yield b"reset " + b"x" * 131072
+        elif kind == "blank": yield b"\\n" * 131072
+        elif kind == "list": yield b"".join(b"./%%s/%%d\\0" %% (b"p" * 80, n * 1000 + i) for i in range(1000))
+        elif kind == "tar": yield (b"./README\\0\\0" if n == 1 else b"\\0" * 131072)
+try:
+    stream = endless(sys.argv[1])
+    lab.take((x for i, x in enumerate(stream) if i or sys.argv[1] not in ("tar", "list")), "tar" if sys.argv[1] in ("tar", "list") else "git")
+    print("taken")
+except c.CmuxError as error:
+    print(type(error).__name__, error)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print("PEAK", peak // 1024, "MB of", before // 1024, "children", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.parametrize("kind", ["blobs", "zeros", "paths", "commits", "line", "blank", "list", "tar"])
+def test_endless_streams_end_in_flat_memory(lab: Lab, kind: str) -> None:
+    done = subprocess.run([sys.executable, "-c", MEMORY % (str(PROGRAM.parent), __file__, str(lab.dir)), kind],
+                          stdout=subprocess.PIPE, timeout=200)
+    out = done.stdout.decode()
+    print(kind, out)
+    assert "taken" not in out and "Refused" in out, out
+    words = out.split("PEAK ")[1].split()
+    assert int(words[0]) < int(words[3]) + 75 and int(words[5]) < 100, out  # the tests' own imports come on top
+    assert lab.state() == lab.before
+
+
+def test_a_hundred_thousand_files_in_flat_memory(lab: Lab) -> None:
+    script = MEMORY.split("c.PULL_TOTAL_MAX")[0] + """
+n = 60000
+def stream():
+    yield b"feature done\\n"
+    for i in range(n): yield t.blob(i + 1, b"%%d" %% i)
+    yield t.commit(n + 1, *[b"M 100644 :%%d dir%%d/some/file-%%d.txt" %% (i + 1, i %% 100, i) for i in range(n)])
+    yield b"done\\n"
+print(len(lab.take(stream())[1]))
+print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, before // 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
+"""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script % (str(PROGRAM.parent), __file__, str(lab.dir))], stdout=subprocess.PIPE, timeout=200)
+    print(done.stdout, time.monotonic() - began)
+    assert done.stdout.startswith(b"60000\n"), done
+
+
+def test_leaks_are_seen_across_chunks(lab: Lab) -> None:
+    data = b"x" * 100 + b"s3cr3t-value" + b"y" * 100
+    for cut in range(90, 125):
+        whole = b"".join(one(b"f", data=data))
+        at = whole.index(data) + cut
+        fresh = Lab(lab.dir.parent / ("l%d" % cut))
+        fresh.take([whole[:at], whole[at:]], secrets={"TOKEN": b"s3cr3t-value", "SHORT": b"x"})
+        assert fresh.leaks == {1: ["TOKEN"]}
+
+
+# === the whole way, over a real sshd ===
+
+def work(repo: Repo, name: str = "main") -> str:
+    made = repo.cli("new", "-H", "box", name)
+    assert made.code == 0, made
+    return name
+
+
+def do(repo: Repo, script: str, name: str = "main") -> None:
+    done = repo.cli("exec", "-w", name, "--", script)
+    assert done.code == 0, done
+
+
+def untouched(repo: Repo) -> Dict[str, bytes]:
+    keep = ("objects", "refs/heads/cmux", "logs/refs/heads/cmux")
+    return {str(p): p.read_bytes() if p.is_file() and not p.is_symlink() else b"" for p in sorted(repo.dir.rglob("*"))
+            if not str(p.relative_to(repo.dir)).startswith(tuple(".git/" + k for k in keep))}
+
+
+AGENT = "export GIT_AUTHOR_NAME=Agent GIT_COMMITTER_NAME=Agent GIT_AUTHOR_EMAIL=a@host GIT_COMMITTER_EMAIL=a@host; "
+CHANGES = r"""
+printf 'more\n' >>plain.txt; git commit -qam 'one: é'
+rm 'with space.txt'; git mv sub/dir/deep.txt sub/renamed.txt; chmod +x empty; chmod -x run.sh; git add -A; git commit -qm two
+head -c 3000 /dev/urandom >binary.bin; printf x >'new
+line 2 "q" é'; ln -s plain.txt newlink; ln -sf 'with space.txt' link; mkdir -p 'a b/c'; printf 'x' >'a b/c/-d'; printf y >'new
+line'; rm -rf xxx*; rm 'back\slash'; mkdir 'back\slash'; echo z >'back\slash/z'
+"""
+
+
+def test_pull_brings_every_honest_change_home(odd: Repo) -> None:
+    work(odd)
+    assert odd.cli("diff").out == b"" and "Nothing new" in odd.cli("pull").text
+    assert not odd.git("for-each-ref", "refs/heads/cmux")
+    do(odd, AGENT + CHANGES)
+    before = untouched(odd)
+    shown = odd.cli("diff", "--stat")
+    assert shown.code == 0 and "newlink" in shown.text, shown
+    assert not odd.git("for-each-ref", "refs/heads/cmux")
+    pulled = odd.cli("pull")
+    assert pulled.code == 0, pulled
+    assert untouched(odd) == before
+    there = tree_of(odd.path())
+    assert odd.git("log", "--format=%an %s", "main..cmux/main").split("\n") == ["cmux uncommitted work", "Agent two", "Agent one: é"]
+    odd.git("fsck", "--strict")
+    main_tree = odd.tree()
+    odd.git("worktree", "add", "-q", "--detach", "../wt", "main")
+    odd.git("checkout", "-q", "-f", "cmux/main")
+    here = odd.tree()
+    assert here == there
+    assert odd.git("show", "cmux/main:docs/private.md") == "not for export"
+    odd.git("checkout", "-q", "main")
+    assert "Nothing new" in odd.cli("pull").text
+    first = odd.git("rev-parse", "cmux/main")
+    do(odd, AGENT + "git add -A; git commit -qm three; echo later >later")
+    assert odd.cli("pull").code == 0
+    assert odd.git("merge-base", first, "cmux/main") == first
+    assert odd.git("show", "cmux/main:later") == "later"
+    assert "Nothing new" in odd.cli("pull").text
+    assert odd.cli("rm", "main").code == 0
+
+
+@pytest.mark.parametrize("harm", [
+    "rm -rf .git", "rm -rf .git; git init -q; git add -A; git commit -qm other", "git update-ref -d refs/cmux/base", "rm -rf .git; echo x >.git",
+    "git checkout -q --orphan fresh; git add -A; git commit -qm orphan", "rm .git/index", "rm -rf .git/objects", "git init -q nested; git init -q n2; echo x >n2/x; cd n2; git add x; git commit -qm x; cd ..; git add n2; git commit -qm gitlink",
+    "i=0; while [ $i -lt 1010 ]; do git commit -q --allow-empty -m x; i=$((i+1)); done",
+    "git config core.fsmonitor 'touch /tmp/never'; git config filter.x.clean false; echo '* filter=x' >.git/info/attributes; git config core.autocrlf true",
+])
+def test_pull_survives_what_agents_do_to_git(repo: Repo, harm: str) -> None:
+    work(repo)
+    do(repo, AGENT + "echo changed >README; rm src/main.c; echo n >new; echo '*.o' >.gitignore; echo o >x.o; " + harm)
+    pulled = repo.cli("pull")
+    assert pulled.code == 0, pulled
+    assert repo.git("diff", "--name-status", "main", "cmux/main").split("\n") == ["A\t.gitignore", "M\tREADME", "A\tnew", "D\tsrc/main.c"]
+    assert not os.path.exists("/tmp/never")
+    if "nested" in harm:
+        assert "nested repository ./nested" in pulled.said, pulled
+    assert "Nothing new" in repo.cli("pull").text
+
+
+def bare_host(site: Site, *without: str) -> str:
+    """A host that has POSIX commands only, and no git."""
+    folder = site.dir / "posix-bin"
+    if not folder.is_dir():
+        folder.mkdir()
+        for name in POSIX:
+            path = shutil.which(name)
+            if path and name not in without:
+                (folder / name).symlink_to(path)
+    return site.inetd("nogit", env={"PATH": str(folder)})
+
+
+def test_pull_without_git_on_the_host(site: Site) -> None:
+    odd = Repo(site, odd=True)
+    host = bare_host(site)
+    assert odd.cli("new", "-H", host, "main").code == 0
+    assert not (odd.path() / ".git").exists()
+    done = odd.cli("pull")
+    assert "Nothing new" in done.text, done
+    do(odd, CHANGES.replace("git mv", "mv").replace("git", ": git"))
+    there = tree_of(odd.path())
+    pulled = odd.cli("pull")
+    assert pulled.code == 0, pulled
+    odd.git("checkout", "-q", "-f", "cmux/main")
+    assert odd.tree() == there
+    odd.git("fsck", "--strict")
+    odd.git("checkout", "-q", "-f", "main")
+    assert "Nothing new" in odd.cli("pull").text
+    assert odd.cli("rm", "main").code == 0
+
+
+@pytest.mark.parametrize("host", ["box", "nogit"])
+@pytest.mark.parametrize("harm", ["echo u >untracked", "echo c >>README", "rm README; echo x >src/x"])
+def test_rm_refuses_changed_files(site: Site, host: str, harm: str) -> None:
+    repo = Repo(site)
+    assert repo.cli("new", "-H", bare_host(site) if host == "nogit" else host, "main").code == 0
+    do(repo, harm)
+    refused = repo.cli("rm", "main")
+    assert refused.code == 1 and harm.split()[-1].lstrip(">").replace("src/", "") in refused.said, refused
+    assert repo.cli("pull").code == 0
+    if host == "box":
+        do(repo, "echo again >again; echo o >two")
+        assert repo.cli("rm", "main").code == 1
+        assert repo.cli("pull").code == 0
+    assert repo.cli("rm", "main").code == 0
+
+
+@pytest.mark.parametrize("harm", [
+    "git checkout -q --detach; echo x >>README; git commit -qam lonely; git checkout -q main", "echo x >>README; git stash -q",
+    "git checkout -q -b side; echo x >>README; git commit -qam lonely; git checkout -q main", "git checkout -q --detach; echo x >>README; git commit -qam lonely",
+    "echo x >>README; git commit -qam lonely",
+])
+def test_rm_refuses_commits_and_stashes(repo: Repo, harm: str) -> None:
+    work(repo)
+    do(repo, AGENT + harm)
+    refused = repo.cli("rm", "main")
+    if "checkout -q main" in harm and "detach" in harm:  # only the reflog still knows it
+        return
+    assert refused.code == 1 and ("lonely" in refused.said or "stash" in refused.said or "WIP" in refused.said), refused
+    assert repo.cli("rm", "--force", "main").code == 0
+
+
+def test_pull_refuses_what_is_not_its_own(repo: Repo) -> None:
+    work(repo)
+    do(repo, "echo x >x")
+    for branch in ("-x", "../x", "HEAD", "main", "a..b", "x y", "x.lock"):
+        assert repo.cli("pull", "--branch=" + branch).code != 0
+    repo.git("branch", "cmux/main")
+    assert repo.cli("pull").code == 1
+    assert repo.cli("pull", "--branch", "other").code == 0
+    assert repo.git("show", "other:x") == "x"
+    do(repo, "head -c 300000000 /dev/zero >big")
+    refused = repo.cli("pull", "--branch", "third")
+    assert refused.code == 1 and "big" in refused.said, refused
+    do(repo, "rm big; truncate -s 20G sparse")
+    refused = repo.cli("pull", "--branch", "third")
+    assert refused.code == 1 and "sparse" in refused.said and refused.seconds < 10, refused
+    do(repo, "rm sparse; ln -s /etc/passwd l")
+    assert repo.cli("pull", "--branch", "third").code == 1
+    assert repo.git("for-each-ref", "--format=%(refname)") == "refs/heads/cmux/main\nrefs/heads/main\nrefs/heads/other"
+
+
+def test_pull_says_what_would_run_and_what_leaks(repo: Repo) -> None:
+    assert repo.cli("secrets", "set", "TOKEN", stdin=b"s3cr3t-s3cr3t").code == 0
+    work(repo)
+    repo.git("config", "core.hooksPath", ".husky")
+    do(repo, 'echo "$TOKEN" >.env; echo all: >Makefile; mkdir -p .github/workflows; echo x >.github/workflows/x.yml; echo x >run.sh; chmod +x run.sh; ln -s README l')
+    pulled = repo.cli("pull")
+    assert pulled.code == 0 and ".env holds the secret TOKEN" in pulled.said and "s3cr3t" not in pulled.said + pulled.text, pulled
+    for name in ("Makefile", ".github/workflows/x.yml", "run.sh (executable)", "l (symbolic link)"):
+        assert name in pulled.text, pulled
+    do(repo, "mkdir .husky; echo x >.husky/post-checkout")
+    assert repo.cli("pull").code == 1
+    assert repo.cli("pull", "--allow").code == 0
+
+
+def test_pull_from_a_malicious_repository_of_ones_own_runs_nothing(repo: Repo) -> None:
+    trap = repo.site.dir / "trap"
+    script = repo.site.dir / "evil.sh"
+    script.write_text("#!/bin/sh\necho ran >>%s\ncat\n" % trap)
+    script.chmod(0o755)
+    for hook in ("reference-transaction", "post-index-change", "post-checkout", "pre-commit", "fsmonitor-watchman"):
+        path = repo.dir / ".git" / "hooks" / hook
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(str(script), str(path))
+    repo.write(".gitattributes", b"* filter=evil diff=evil\n")
+    repo.commit()
+    trap.unlink() if trap.exists() else None
+    for key in ("core.fsmonitor", "filter.evil.clean", "filter.evil.smudge", "filter.evil.process", "diff.evil.textconv", "diff.evil.command", "diff.external", "core.pager",
+                "gpg.program", "core.sshCommand", "tar.tgz.command", "uploadpack.packObjectsHook"):
+        repo.git("config", key, str(script))
+    repo.git("config", "commit.gpgSign", "true")
+    repo.git("config", "protocol.ext.allow", "always")
+    env = {"GIT_DIR": "/nonexistent", "GIT_INDEX_FILE": "/nonexistent", "GIT_EXTERNAL_DIFF": str(script), "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.fsmonitor", "GIT_CONFIG_VALUE_0": str(script)}
+    assert repo.cli("new", "-H", "box", "main", env=env).code == 0
+    assert repo.cli("exec", "-w", "main", "--", "echo x >>README", env=env).code == 0
+    for words in (["diff"], ["pull"], ["rm", "main"]):
+        done = repo.cli(*words, "-w", "main", env=env) if words[0] != "rm" else repo.cli(*words, env=env)
+        assert done.code == 0, done
+    assert not trap.exists(), trap.read_text()
+
+
+def test_a_line_cut_during_pull_leaves_nothing(site: Site) -> None:
+    repo = Repo(site)
+    line = site.line("far")
+    assert repo.cli("new", "-H", "far", "main").code == 0
+    do(repo, "head -c 400000 /dev/urandom >big")
+    for limit in (20000, 100000, 300000):
+        line.cut["down"] = limit
+        assert repo.cli("pull").code in (1, 255)
+        assert not repo.git("for-each-ref", "refs/heads/cmux")
+    line.cut["down"] = None
+    assert repo.cli("pull").code == 0
+
+
+# === push, fork, rename, delta, gc, --dirty ===
+
+@pytest.mark.parametrize("host", ["box", "nogit"])
+def test_push_moves_a_workspace_and_keeps_what_is_ignored(site: Site, host: str) -> None:
+    repo = Repo(site, odd=True, files={".gitignore": b"*.o\n", "keep": b"k\n", "f%d" % 1: b"1", "f2": b"2", "f3": b"3"})
+    assert repo.cli("new", "-H", bare_host(site) if host == "nogit" else host, "main").code == 0
+    if host == "box":  # without git, nobody there knows what is ignored
+        do(repo, "echo o >x.o")
+    before = os.stat(str(repo.path() / "keep")).st_mtime_ns
+    (repo.dir / "plain.txt").unlink()
+    repo.write("plain.txt/now a dir", b"d")
+    (repo.dir / "sub/dir/deep.txt").unlink()
+    repo.write("new/file", b"n", 0o755)
+    (repo.dir / "link").unlink()
+    (repo.dir / "link").symlink_to("keep")
+    repo.write("run.sh", b"changed", 0o644)
+    repo.commit()
+    pushed = repo.cli("push", "-v")
+    assert pushed.code == 0, pushed
+    there = tree_of(repo.path())
+    kept = there.pop(b"x.o", None)
+    assert there == repo.tree()
+    if host == "box":
+        assert kept and os.stat(str(repo.path() / "keep")).st_mtime_ns == before
+        assert repo.cli("exec", "-w", "main", "--", "git status --short").out == b""
+    assert not (repo.path() / "sub/dir").exists()
+    assert repo.cli("diff").out == b"" and "already" in repo.cli("push").text
+    do(repo, "echo lost >lost")
+    refused = repo.cli("push", "--ref", "HEAD~1")
+    assert refused.code == 1 and "lost" in refused.said
+    forced = repo.cli("push", "--ref", "HEAD~1", "--force")
+    assert forced.code == 0 and "kept" in forced.said, forced
+    assert not (repo.path() / "lost").exists()
+    assert list(Path(str(repo.path().parent.parent)).glob(".cmux/trash/kept-*/lost"))
+    if host == "box":
+        repo.git("checkout", "-q", "-f", "HEAD~1")
+        assert tree_of(repo.path()).keys() - {b"x.o"} == repo.tree().keys()
+        repo.git("checkout", "-q", "-f", "main")
+    gone = repo.cli("gc", "--json")
+    assert gone.code == 0 and not list(repo.path().parent.parent.glob(".cmux/trash/*")), gone
+
+
+def test_a_delta_sends_only_what_changed(site: Site) -> None:
+    repo = Repo(site, odd=True, files={"big%d" % i: os.urandom(300000) for i in range(20)})
+    line = site.line("far")
+    assert repo.cli("new", "-H", "far", "one").code == 0
+    for turn in range(9):
+        repo.write("sub/turn", b"%d" % turn)
+        if turn == 3:
+            (repo.dir / "native.txt").unlink()
+        repo.commit()
+        before = line.up
+        assert repo.cli("new", "-H", "far", "t%d" % turn).code == 0
+        sent = line.up - before
+        assert tree_of(repo.path("t%d" % turn)) == repo.tree()
+        assert sent < 50000 or turn >= 6, (turn, sent)
+    assert repo.cli("exec", "-w", "t2", "--", "git status --short; git log --format=%s").out == b"base\n"
+    assert repo.cli("gc").code == 0
+    assert repo.cli("new", "-H", "far", "--ref", "HEAD~3", "again").code == 0
+
+
+def test_fork_and_rename(repo: Repo) -> None:
+    work(repo)
+    do(repo, AGENT + "echo c >>README; git commit -qam mine; echo u >untracked; ln -s README l")
+    there = tree_of(repo.path())
+    assert repo.cli("fork", "-w", "main", "second").code == 0
+    assert tree_of(repo.path("second")) == there
+    assert repo.cli("fork", "-w", "main", "second").code == 1
+    assert repo.cli("rename", "-w", "second", "main").code == 1
+    do(repo, "echo other >untracked", "second")
+    assert (repo.path() / "untracked").read_text() == "u\n"
+    assert repo.cli("rename", "-w", "second", "third").code == 0
+    assert set(repo.workspaces()) == {"main", "third"}
+    assert repo.cli("rm", "third").code == 1
+    assert repo.cli("pull", "-w", "third").code == 0
+    assert repo.git("show", "cmux/third:untracked") == "other"
+    assert repo.cli("rm", "third").code == 0
+    foreign = repo.path().parent / "foreign"
+    foreign.mkdir()
+    for verb in ("fork", "rename"):
+        refused = repo.cli(verb, "-w", "main", "foreign")
+        assert refused.code == 1 and list(foreign.iterdir()) == [], refused
+    assert set(repo.workspaces()) == {"main"} and repo.path().is_dir()
+
+
+def test_dirty_takes_the_work_tree_along_but_no_secrets(repo: Repo) -> None:
+    repo.write(".gitignore", b"ignored\n")
+    repo.commit()
+    repo.write("README", b"edited\n")
+    repo.write("untracked", b"u")
+    repo.write("ignored", b"i")
+    (repo.dir / "src/main.c").unlink()
+    index = (repo.dir / ".git/index").read_bytes()
+    clean = repo.cli("new", "-H", "box", "clean")
+    assert clean.code == 0 and "2 uncommitted" in clean.said, clean
+    made = repo.cli("new", "-H", "box", "main", "--dirty")
+    assert made.code == 0, made
+    assert {p for p in tree_of(repo.path())} == {b".gitignore", b"README", b"untracked", b"nonce"}
+    assert (repo.dir / ".git/index").read_bytes() == index
+    repo.write("config/.env", b"SECRET=1")
+    refused = repo.cli("push", "-w", "clean", "--dirty")
+    assert refused.code == 2 and "config/.env" in refused.said, refused
+    assert repo.cli("push", "-w", "clean", "--dirty", "--allow", "config/.env").code == 0
+    assert (repo.path("clean") / "config/.env").exists()
+    do(repo, "echo agent >>README")
+    assert repo.cli("pull").code == 0
+    assert repo.git("show", "cmux/main:README") == "edited\nagent"
+    assert (repo.dir / ".git/index").read_bytes() == index
+
+
+def test_fork_and_rename_survive_being_killed(repo: Repo) -> None:
+    work(repo)
+    do(repo, "echo u >untracked")
+    there = tree_of(repo.path())
+    for verb, name in (("fork", "two"), ("rename", "three")):
+        for delay in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
+            child = repo.start(verb, "-w", "main", name)
+            time.sleep(delay)
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
+            if name in repo.workspaces():
+                break
+            assert tree_of(repo.path()) == there if repo.path().is_dir() else verb == "rename"
+        if name not in repo.workspaces():
+            again = repo.cli(verb, "-w", "main", name)
+            assert again.code == 0, again
+        assert tree_of(repo.path(name)) == there
+    assert set(repo.workspaces()) == {"two", "three"}
