@@ -124,7 +124,7 @@ MCP_AT_ONCE = 32            # calls that run
 MCP_PENDING = 64            # calls that run or wait; more are refused, so that memory has a bound
 MCP_KEPT = 64               # commands left running after the soft timeout, as jobs of the server
 MCP_LOG_MAX = 64 * 1024 * 1024  # bytes of output kept of each of them
-MCP_PROGRESS = 5            # seconds between notifications of progress
+MCP_PROGRESS = 2            # seconds between notifications of progress
 MCP_GRACE = 2               # after the end of input, for calls that are about to end
 WARM_SESSIONS = 4           # opened ahead by long-lived callers: one round trip instead of two
 WARM_IDLE = 20              # without use, they are given up: others may need the slots
@@ -1008,7 +1008,8 @@ _cop() {
 # WRITE path root op size cksum [old]: stdin becomes the file, by a rename beside it, and only
 # when its length and checksum are as said; with old ("cksum size", or "none"), only when the file
 # still is that. Replies created or replaced. The lock (a symlink naming its owner's pid) makes
-# compare and rename one step among all users of this tool.
+# compare and rename one step among all users of this tool. cp (for mode and owner) is tried again:
+# GNU's gives up on a file that another writer's rename replaces under it.
 WRITE = r"""
 _cop() {
   p=$1 i=0
@@ -1029,7 +1030,9 @@ _cop() {
   d=$(cd -P "${d:-/}" && pwd -P && echo x) || return 3
   d=${d%?x}; d=${d%/}; p=$d/$n
   t=$d/.cmux-$3.tmp
-  if [ -e "$p" ]; then cp -p "$p" "$t" || { rm -f "$t"; return 3; }; fi
+  i=0; while [ -e "$p" ] && ! cp -p "$p" "$t" 2>"$t.err"; do
+    i=$((i+1)); [ $i -lt 50 ] || { cat "$t.err" >&2; rm -f "$t" "$t.err"; return 3; }
+  done; rm -f "$t.err"
   cat >"$t" || { rm -f "$t"; return 3; }
   if [ "$(cksum <"$t")" != "$5 $4" ]; then rm -f "$t"; return 35; fi
   k=$2/.cmux/locks; mkdir -p "$k" || { rm -f "$t"; return 3; }
@@ -5465,31 +5468,35 @@ def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0, cancel: Opt
     import threading
     results: List[Any] = [Cancelled("Not begun.")] * len(jobs)
     bugs: List[BaseException] = []
-    order, mutex = iter(range(len(jobs))), threading.Lock()
+    order, mutex, ended = iter(range(len(jobs))), threading.Lock(), threading.Event()
+    count = min(at_once or len(jobs), len(jobs))
+    left = [count]
 
     def work() -> None:
         while not (cancel and cancel.is_set):
             with mutex:
                 index = next(order, None)
             if index is None:
-                return
+                break
             try:
                 results[index] = jobs[index]()
             except CmuxError as error:
                 results[index] = error
             except BaseException as error:
                 bugs.append(error)
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(at_once or len(jobs), len(jobs)))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        while thread.is_alive():
-            try:
-                thread.join()
-            except KeyboardInterrupt:
-                if cancel is None or cancel.is_set:
-                    raise
-                cancel.set()
+        with mutex:
+            left[0] -= 1
+            if not left[0]:
+                ended.set()
+    for _ in range(count):
+        threading.Thread(target=work, daemon=True).start()
+    while left[0]:  # not join(): Ctrl-C in it may take a running thread for ended (seen on 3.9)
+        try:
+            ended.wait(1)
+        except KeyboardInterrupt:
+            if cancel is None or cancel.is_set:
+                raise
+            cancel.set()
     if bugs:
         raise bugs[0]
     return results

@@ -3142,7 +3142,7 @@ def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo: R
 def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_said(repo: Repo) -> None:
     nap = unique()
     assert repo.cli("new", "-H", "box", "a", "b", "c").code == 0
-    command = f'echo "early $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] && exit 4; sleep {nap}'
+    command = f'echo "early $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] && exit 4; sleep 1; sleep {nap}'
     child = repo.start("exec", "--all", "--json", "--", command)
     until(lambda: len(running(f"sleep {nap}")) >= 2, "two sleep")
     os.killpg(child.pid, signal.SIGINT)
@@ -3151,7 +3151,7 @@ def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_sa
     assert child.returncode == 130 and {n: r["exit_code"] for n, r in rows.items()} == {"a": 4, "b": 130, "c": 130}, err
     assert {n: r["stdout"] for n, r in rows.items()} == {n: f"early {n}\n" for n in "abc"}
     gone(f"sleep {nap}")
-    late = repo.cli("exec", "--all", "--timeout", "1", "--", command)
+    late = repo.cli("exec", "--all", "--timeout", "2", "--", command)
     assert late.code == 124 and sorted(late.text.splitlines()) == ["a | early a", "b | early b", "c | early c"]
     gone(f"sleep {nap}")
 
