@@ -5745,54 +5745,30 @@ class ProtocolError(CmuxError):
         self.code, self.data = code, data
 
 
-class McpServer:
-    """One MCP server on one stdio: lines in by run(), lines out by ``write``.
+class JsonRpc:
+    """JSON-RPC 2.0 by lines: messages in by run(), out by ``write``; request() is the subclass's."""
 
-    Bound to ``workspace``, made on ``host`` at the first call if need be; with ``manage`` the
-    workspace commands are tools too, and every tool takes a ``workspace``. ``soft``: seconds after
-    which a running command is left to itself and its call answered with a job. Such a job lives in
-    this process (commands begun with background=true live on the host, and outlive it).
-    """
-
-    def __init__(self, project: Project, workspace: str, host: str, write: Callable[[bytes], None],
-                 manage: bool = False, soft: float = MCP_SOFT) -> None:
+    def __init__(self, write: Callable[[bytes], None]) -> None:
         import threading
-        self.project, self.workspace, self.host, self.write = project, workspace, host, write
-        self.manage, self.soft = manage, soft
-        self.tools = dict(TOOLS, **MANAGE_TOOLS) if manage else TOOLS
-        self.veil = Veil(project)
+        self.write = write
         self.mutex = threading.Lock()
         self.calls: Dict[Union[str, int], Call] = {}
-        self.running: Dict[str, Running] = {}
         self.version = ""           # of the handshake era, once agreed
         self.closed = False         # nobody reads our output any more
 
-    # -- lines in, lines out --
+    def request(self, number: Union[str, int], method: str, params: Any, reply: Callable[..., None]) -> None:
+        """Answer by ``reply(result)``, now or later from another thread, or raise ProtocolError."""
+        raise NotImplementedError
 
-    def run(self, lines: Iterable[bytes]) -> int:
-        """Serve until the end of input; then end what runs in the foreground. Returns 0."""
-        import concurrent.futures
-        self.pool = concurrent.futures.ThreadPoolExecutor(MCP_AT_ONCE)
-        try:
-            for line in lines:
-                if self.closed:
-                    break
-                if line.strip():
-                    self._line(line)
-            grace = Deadline(0 if self.closed else MCP_GRACE)
-            while self.calls and not grace.over():
-                time.sleep(0.01)
-        finally:
-            for call in list(self.calls.values()):
-                call.cancel.set()
-            for command in list(self.running.values()):
-                command.cancel.set()
-            self.pool.shutdown(wait=True)
-            for command in list(self.running.values()):
-                command.wait(STOP_PATIENCE, Cancel())
-        return 0
+    def read(self, lines: Iterable[bytes]) -> None:
+        """Take messages until the end of input; calls may run on then."""
+        for line in lines:
+            if self.closed:
+                break
+            if line.strip():
+                self._line(line)
 
-    def _send(self, message: Union[Dict[str, Any], List[Any]]) -> None:
+    def send(self, message: Union[Dict[str, Any], List[Any]]) -> None:
         import json
         data = json.dumps(message).encode("ascii") + b"\n"  # ASCII: U+2028 is a line end to some
         with self.mutex:
@@ -5817,13 +5793,13 @@ class McpServer:
             except (ValueError, RecursionError):
                 raise ProtocolError(-32700, "A line is not JSON.")
             if not isinstance(value, list):
-                self._message(value, self._send)
+                self._message(value, self.send)
             elif value and self.version in ("", "2025-03-26", "2024-11-05"):
                 self._batch(value)
             else:
                 raise ProtocolError(-32600, "Batches are not part of this protocol version." if value else "An empty batch.")
         except ProtocolError as error:
-            self._send(error_message(None, error))
+            self.send(error_message(None, error))
 
     def _batch(self, messages: List[Any]) -> None:
         """Answered by one array, once the last of its requests is."""
@@ -5836,7 +5812,7 @@ class McpServer:
                 answers.append(message)
                 last = len(answers) == asked
             if last:
-                self._send(answers)
+                self.send(answers)
         for message in messages:
             try:
                 self._message(message, collect)
@@ -5859,7 +5835,7 @@ class McpServer:
         def reply(result: Optional[Dict[str, Any]] = None, error: Optional[ProtocolError] = None) -> None:
             send({"jsonrpc": "2.0", "id": number, "result": result} if error is None else error_message(number, error))
         try:
-            self._request(number, method, params, reply)
+            self.request(number, method, params, reply)
         except ProtocolError as error:
             reply(error=error)
 
@@ -5869,9 +5845,45 @@ class McpServer:
             call.reply = lambda *_, **__: None  # nothing more is to be sent for it
             call.cancel.set()
 
-    # -- methods --
 
-    def _request(self, number: Union[str, int], method: str, params: Any, reply: Callable[..., None]) -> None:
+class McpServer(JsonRpc):
+    """One MCP server on one stdio.
+
+    Bound to ``workspace``, made on ``host`` at the first call if need be; with ``manage`` the
+    workspace commands are tools too, and every tool takes a ``workspace``. ``soft``: seconds after
+    which a running command is left to itself and its call answered with a job. Such a job lives in
+    this process (commands begun with background=true live on the host, and outlive it).
+    """
+
+    def __init__(self, project: Project, workspace: str, host: str, write: Callable[[bytes], None],
+                 manage: bool = False, soft: float = MCP_SOFT) -> None:
+        super().__init__(write)
+        self.project, self.workspace, self.host = project, workspace, host
+        self.manage, self.soft = manage, soft
+        self.tools = dict(TOOLS, **MANAGE_TOOLS) if manage else TOOLS
+        self.veil = Veil(project)
+        self.running: Dict[str, Running] = {}
+
+    def run(self, lines: Iterable[bytes]) -> int:
+        """Serve until the end of input; then end what runs in the foreground. Returns 0."""
+        import concurrent.futures
+        self.pool = concurrent.futures.ThreadPoolExecutor(MCP_AT_ONCE)
+        try:
+            self.read(lines)
+            grace = Deadline(0 if self.closed else MCP_GRACE)
+            while self.calls and not grace.over():
+                time.sleep(0.01)
+        finally:
+            for call in list(self.calls.values()):
+                call.cancel.set()
+            for command in list(self.running.values()):
+                command.cancel.set()
+            self.pool.shutdown(wait=True)
+            for command in list(self.running.values()):
+                command.wait(STOP_PATIENCE, Cancel())
+        return 0
+
+    def request(self, number: Union[str, int], method: str, params: Any, reply: Callable[..., None]) -> None:
         meta = params.get("_meta", {}) if isinstance(params, dict) else None
         if not isinstance(meta, dict):
             raise ProtocolError(-32602, "The parameters are not an object.")
@@ -6004,7 +6016,7 @@ class McpServer:
 
     def _progress(self, call: Call, seconds: float, text: str) -> None:
         if call.token is not None and not call.cancel.is_set:
-            self._send({"jsonrpc": "2.0", "method": "notifications/progress", "params": {
+            self.send({"jsonrpc": "2.0", "method": "notifications/progress", "params": {
                 "progressToken": call.token, "progress": round(seconds, 1), "message": text}})
 
     def _on_running(self, call: Call, tool: str, command: Running, arguments: Dict[str, Any]) -> Dict[str, Any]:
