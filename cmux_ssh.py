@@ -19,15 +19,16 @@ POSIX sh and tar there. It reads and writes one directory of its own, $CMUX_SSH_
 The file is a row of rooms. A room uses only the rooms above it, and each door to the outside
 (processes, local state, ssh, git, the terminal) belongs to one room; the tests hold this.
 
-     1 Header        what this is                   10 Operations    one operation on a host
-     2 Limits        every number, its reason       11 Git           archive, trees, shadows
-     3 Errors        what can go wrong              12 Workspaces    create, push, fork, remove
-     4 Values        results, deadlines             13 Results       pull and diff, all checked
-     5 Checking      names, hosts, quoting          14 Tools         what an agent works with
-     6 Remote text   every byte of sh               15 Parallel      threads, batch
-     7 Processes     spawn, poll, kill              16 MCP           the tools for any agent
-     8 State         files, locks, secrets          17 Demo          a throwaway sshd
-     9 SSH           masters, control protocol      18 Command line  the only room that prints
+     1 Header        what this is                   11 Git           archive, trees, shadows
+     2 Limits        every number, its reason       12 Workspaces    create, push, fork, remove
+     3 Errors        what can go wrong              13 Results       pull and diff, all checked
+     4 Values        results, deadlines             14 Tools         what an agent works with
+     5 Checking      names, hosts, quoting          15 Parallel      threads, batch
+     6 Remote text   every byte of sh               16 MCP           the tools for any agent
+     7 Processes     spawn, poll, kill              17 Demo          a throwaway sshd
+     8 State         files, locks, secrets          18 Doctor        what is wrong, and its fix
+     9 SSH           masters, control protocol      19 Command line  the only room that prints
+    10 Operations    one operation on a host
 
 Licence: MIT.  Copyright (c) 2026 The cmux_ssh.py authors.
 Permission is hereby granted, free of charge, to any person obtaining a copy of this software
@@ -1153,6 +1154,38 @@ _cop() {
 """
 
 
+# HANDOVER dir: stdin goes to whoever opens the FIFO dir/f first (a shell on a terminal), through
+# kernel memory: it lies on no disk. Nobody for 30 s: it is given up.
+HANDOVER = r"""
+_cop() {
+  umask 077; mkdir "$1" && mkfifo "$1/f" || return 3
+  echo ready
+  ( sleep 30; rm -rf "$1"; kill $$ ) >/dev/null 2>&1 4>&- & _cw=$!
+  cat >"$1/f"; kill $_cw; rm -rf "$1"
+}
+"""
+# PROBE root op: facts about the host, a word and its value a line; stdin is a tar archive of the
+# one file probe, to see that tar extracts.
+PROBE = OPEN_ROOT + r"""
+_cop() {
+  echo "system $(uname -sm)"; echo "shell ${SHELL:-unknown}"; echo "time $(date +%s)"
+  _croot "$1" || { echo "readonly $1"; return 0; }
+  echo "root $root"
+  t=.cmux/stage/$2; mkdir -p "$t" || { echo "readonly $root"; return 0; }
+  if command -v tar >/dev/null; then
+    ( cd "$t" && tar -xof - && [ -s probe ] ) && echo "tar $(tar --version | head -n 1)"
+  fi
+  cat >/dev/null; rm -rf "$t"
+  for p in git bash setsid ps; do if command -v $p >/dev/null; then echo "has $p"; fi; done
+  if command -v git >/dev/null; then echo "git $(git --version)"; fi
+  set -- $(df -Pk . | tail -n 1); echo "free $4"
+  set -- $(df -Pi . | tail -n 1); echo "inodes $4"
+}
+"""
+# What the self-test of secrets runs: is the value of CMUX_PROBE in any process's argv?
+SEEN = r"""t=$(ps -A -o args= || cat /proc/[0-9]*/cmdline | tr '\0' ' '); case $t in *"$CMUX_PROBE"*) echo seen;; ?*) echo unseen;; esac"""
+
+
 def record(name: str, value: Union[str, bytes]) -> bytes:
     """One record of the header. NUL cannot travel (no shell variable holds it)."""
     data = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
@@ -1234,6 +1267,20 @@ def spawn(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, stdin: A
             stderr=null if stderr is None else stderr, start_new_session=own_group)
     except OSError as error:
         raise UsageError("Cannot start %s: %s." % (show(argv[0]), os.strerror(error.errno or 0)))
+
+
+def attach(argv: Sequence[str], env: Mapping[str, str]) -> int:
+    """Run a program on this terminal, and leave the terminal as it was, whatever ends the program."""
+    import termios
+    saved = termios.tcgetattr(0)
+    process = spawn(argv, env, stdin=0, stdout=1, stderr=2, own_group=False)
+    try:
+        return process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+        termios.tcsetattr(0, termios.TCSADRAIN, saved)
 
 
 def kill_group(process: Process) -> None:
@@ -2521,6 +2568,36 @@ class Masters(Launcher):
                 return True
         return False
 
+    # -- for a person --
+
+    def on_terminal(self, command: str, deadline: Deadline) -> Tuple[List[str], Callable[[], None]]:
+        """(the argv of an ssh that runs ``command`` on this terminal, what to call when it has ended).
+        Escape characters are off: a pasted ~C would open forwards."""
+        self.connect(deadline)
+        path, done = "none", self.handshake(deadline).free
+        if self.profile()["sessions"]:
+            done()
+            slot = self._take_slot(deadline, None)
+            path, done = self._path(slot[0]), lambda: self._free_slot(slot)
+        words = ssh_argv(self.config, "-S", path, "-e", "none", *(["-o", "ProxyCommand=false"] if path != "none" else []))
+        return ["-t" if word == "-T" else word for word in words] + ["--", self.host, command], done
+
+    def count_sessions(self, command: str, most: int) -> int:
+        """How many more sessions a living master takes now, up to ``most``."""
+        opened: List[MuxSession] = []
+        try:
+            while len(opened) < most:
+                opened.append(MuxSession(self.host, self._path(self._live()[0]), command, lambda session: None))
+        except (HostError, OSError, IndexError):
+            pass
+        for session in opened:
+            session.close_pipes()
+            session.hang_up()
+        ended = Deadline(CONTROL_PATIENCE)
+        while not all([session.gone() for session in opened if session.control >= 0]) and not ended.over():
+            time.sleep(0.01)
+        return len(opened)
+
     # -- more of them --
 
     def _first_master(self, deadline: Deadline, cancel: Optional[Cancel]) -> None:
@@ -2570,6 +2647,20 @@ class Masters(Launcher):
         finally:
             with self._mutex:
                 self._launching -= 1
+
+
+def look_closely(config: SSHConfig, command: str, patience: float) -> Tuple[int, str, bytes]:
+    """Run ``command`` over a connection of its own with ssh's debugging words: (status, those words,
+    what else was on stderr: a ProxyCommand's). For diagnosis; never asks."""
+    import tempfile
+    with tempfile.NamedTemporaryFile(prefix="cmux-doctor-") as log:
+        argv = ssh_argv(config, "-S", "none", "-v", "-E", log.name) + ["--", config.host, command]
+        try:
+            status, _, said = run(argv, scrubbed_environment(config), limit=STATE_MAX, patience=patience)
+        except CmuxError:
+            status, said = 255, b""
+        words = read_bytes(log.name, STATE_MAX) or b""
+        return status, words.decode("utf-8", "replace"), said
 
 
 def end_masters(home: str, environment: Mapping[str, str]) -> None:
@@ -4224,6 +4315,46 @@ class WorkspaceBase:
             sinks = [lambda data, keep=keep: (keep(data), tee and tee(data)) for keep in (out, err)]
             outcome = self.run(command, sinks[0], sinks[1], source, cwd, env, login, timeout, cancel)
         return exec_result(self, outcome, out, err, began)
+
+
+    def shell(self) -> int:
+        """The user's login shell there, on this terminal; its exit status.
+
+        The terminal is the session's stdin, so the secrets come another way: a second session
+        writes them into a FIFO that the shell reads once. They are in no argv and on no disk.
+        """
+        import tempfile
+        import threading
+        secrets = secret_values(self.project.registry)
+        values = dict(secrets, CMUX_RUNTIME=b"ssh", CMUX_WORKSPACE=self.name.encode(), CMUX_PROJECT=self.project.name.encode())
+        lines = [b"%s=%s; export %s\n" % (name.encode(), shell_word(value), name.encode()) for name, value in values.items()]
+        lines.append(b'cd %s || exit 96\nexec "${SHELL:-/bin/sh}" -l\n' % shell_word(self.path.encode("utf-8", "surrogateescape")))
+        place, cancel = "/tmp/cmux-" + os.urandom(12).hex(), Cancel()
+        command = "exec sh -c 'while test ! -p %s/f; do sleep 0.1 || sleep 1; done; . %s/f'" % (place, place)
+        with tempfile.TemporaryFile() as spool:
+            spool.write(b"".join(lines))
+            spool.seek(0)
+
+            def hand_over() -> None:
+                try:
+                    self.host.call(HANDOVER, place, source=Source(spool.fileno()), cancel=cancel, once=True)
+                except CmuxError:
+                    pass  # the shell then waits in vain, and says so below
+            helper = threading.Thread(target=hand_over, daemon=True)
+            masters = self.host.masters
+            argv, done = masters.on_terminal(command, Deadline(SLOT_PATIENCE))
+            helper.start()
+            try:
+                return attach(argv, dict(masters.environment, TERM=os.environ.get("TERM", "dumb")))
+            finally:
+                done()
+                cancel.set()
+                helper.join(STOP_PATIENCE)
+
+
+def shell_word(value: bytes) -> bytes:
+    """Bytes as one word of a POSIX shell."""
+    return b"'" + value.replace(b"'", b"'\"'\"'") + b"'"
 
 
 def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: Capture, began: float) -> ExecResult:
@@ -6296,7 +6427,200 @@ DEMO_FILES = {"hello.txt": "hello\n", "Makefile": """test:
 """}
 
 
-# === 18. Command line ===
+# === 18. Doctor ===
+# Owns: looking at this machine's setup and at one host, and saying what each finding means. May
+# touch: the rooms above. Promises: every finding in one sentence, every bad one with its fix; nothing
+# is left on the host; what ssh or the host said is neutralised and bounded.
+
+class Finding(Value):
+    """One line of doctor. ``state``: ok; note (good to know); fix (works, could be better); bad (the
+    host cannot be used so); dead (it cannot be reached)."""
+
+    __slots__ = ("state", "what", "text", "fix")
+    state: str
+    what: str
+    text: str
+    fix: str
+
+
+def finding(state: str, what: str, text: str, fix: str = "") -> Finding:
+    return Finding(state=state, what=what, text=neutralise(text)[:1000], fix=neutralise(fix)[:1000])
+
+
+# What `ssh -G` may show, the value that lets it happen, and what it is.
+LEAKS = (
+    ("forwardagent", r"(?!no\Z)", "your agent (ForwardAgent)"), ("forwardx11", "yes", "your display (ForwardX11)"),
+    ("sendenv", "", "environment variables (SendEnv)"), ("setenv", "", "set variables (SetEnv)"),
+    ("localforward", "", "a local port (LocalForward)"), ("remoteforward", "", "a remote port (RemoteForward)"),
+    ("dynamicforward", "", "a proxy (DynamicForward)"), ("tunnel", r"(?!false\Z|no\Z)", "a network (Tunnel)"),
+    ("gssapidelegatecredentials", "yes", "Kerberos tickets (GSSAPIDelegateCredentials)"),
+    ("permitlocalcommand", "yes", "a command run here (LocalCommand)"), ("remotecommand", r"(?!none\Z)", "another command (RemoteCommand)"),
+    ("stricthostkeychecking", "no|off|false", "an unchecked host (StrictHostKeyChecking; a changed key is refused all the same)"),
+)
+
+
+def examine_here() -> Iterator[Finding]:
+    """What can be said without any host."""
+    said = neutralise(run([ssh_command()[0], "-V"], patience=CONNECT_TIMEOUT)[2]).strip()
+    version = re.search(r"OpenSSH_(?:for_Windows_)?(\d+)\.(\d+)", said)
+    old = version is not None and (int(version.group(1)), int(version.group(2))) < (7, 6)
+    yield finding("fix" if old or not version else "ok", "ssh", said[:100], "OpenSSH 7.6 or newer is needed here." if old or not version else "")
+    yield finding("ok", "python", "%d.%d.%d" % sys.version_info[:3])
+    yield finding("ok", "state", "%s is private" % private_directory(state_home()))
+
+
+def examine_config(config: SSHConfig) -> Finding:
+    """What the user's config would let out, had it its way."""
+    leaks = [text for key, value, text in LEAKS if any(re.match(value, said) for said in config.values.get(key, []))]
+    if not leaks:
+        return finding("ok", "config", "nothing in your ssh config would leave this machine")
+    return finding("ok", "config", "forced off here, though your ssh config has it: " + ", ".join(leaks))
+
+
+def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
+    """Why the connection failed, from ssh's debugging words and its ProxyCommand's."""
+    plain = "\n".join(line for line in words.split("\n") if not line.startswith(("debug1:", "OpenSSH_")))
+    error = classify(plain.encode() or said, config.host, ConnectionFailed)
+    text, fix, proxy = str(error), error.hint, config.first("proxycommand")
+    key = re.search(r"Server host key: (\S+ SHA256:\S+)", words)
+    last = neutralise(said).strip().split("\n")[-1][:300]
+    if isinstance(error, HostKeyFailed) and key:
+        text += " It offers %s." % key.group(1)
+    elif isinstance(error, AuthenticationFailed):
+        offered = re.findall(r"Offering public key: (.*?) (?:RSA|DSA|ECDSA|ED25519)\S* ", words)
+        takes = re.findall(r"Authentications that can continue: (\S+)", words)
+        text += " It takes: %s. Offered: %s." % (takes[-1] if takes else "nothing", ", ".join(offered) or "no key at all")
+        if takes and "publickey" not in takes[-1]:
+            fix = "Ask its owner to allow keys: passwords cannot be typed here."
+        elif not os.environ.get("SSH_AUTH_SOCK"):
+            fix = "No agent runs here (SSH_AUTH_SOCK is not set): start one and ssh-add your key, or name it with IdentityFile."
+        elif not any("agent" in line for line in re.findall(r"Offering public key: .*", words)):
+            fix = "Your agent holds no key that was offered: ssh-add it, or name it with IdentityFile."
+    elif proxy not in ("", "none") and re.search(r"(?i)coder", proxy + last) and re.search(r"(?i)log ?in|logged|signed|session|401|token", last):
+        text, fix = "Coder does not let you in: %s" % last, "Run: coder login"
+    elif proxy not in ("", "none") and isinstance(error, ConnectionDropped):
+        text, fix = "The ProxyCommand ended without a connection%s" % (": " + last if last else "."), "Run it by hand: %s" % proxy[:300]
+    elif re.search(r"Not allowed at this time|penalt", words + plain):
+        text, fix = "%s penalises this address for failed logins before." % config.host, "Wait some minutes; each try makes it longer."
+    return finding("dead", "connect", text, fix)
+
+
+def probe_archive() -> bytes:
+    import io
+    import tarfile
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        entry = tarfile.TarInfo("probe")
+        entry.size = 3
+        archive.addfile(entry, io.BytesIO(b"ok\n"))
+    return data.getvalue()
+
+
+def examine_programs(host: Host, root: str) -> Iterator[Finding]:
+    """What the host has, and whether its disk takes files."""
+    import tempfile
+    with tempfile.TemporaryFile() as spool:
+        spool.write(probe_archive())
+        spool.seek(0)
+        reply = host.call(PROBE, root, os.urandom(8).hex(), source=Source(spool.fileno()))
+    facts: Dict[str, str] = {}
+    has = set()
+    for line in reply.lines()[:50]:
+        word, _, rest = line.partition(" ")
+        facts.setdefault(word, rest[:200])
+        has.update([rest] if word == "has" else [])
+    yield finding("ok", "system", "%s, login shell %s" % (facts.get("system", "unknown"), facts.get("shell", "unknown")))
+    if "readonly" in facts or reply.status:
+        said = neutralise(reply.stderr).strip().split("\n")[-1]
+        yield finding("bad", "directory", "%s cannot be written: %s" % (facts.get("readonly") or "~/cmux", said), "Make it writable, or choose another with new --root DIR.")
+        return
+    if "tar" in facts:
+        yield finding("ok", "tar", facts["tar"] or "there")
+    else:
+        yield finding("bad", "tar", "there is no tar that extracts", "Install tar there.")
+    if "git" in has:
+        yield finding("ok", "git", facts.get("git", "there"))
+    else:
+        yield finding("fix", "git", "there is none: no commits in workspaces, and push replaces the directory", "Install git there.")
+    lacking = sorted({"bash", "setsid", "ps"} - has)
+    if lacking:
+        yield finding("note", "programs", "without %s; nothing needs them" % ", ".join(lacking))
+    free, inodes = ([int(facts.get(k, "")) if facts.get(k, "").isdigit() else -1 for k in ("free", "inodes")])
+    short = 0 <= free < 512 * 1024 or 0 <= inodes < 10000
+    yield finding("fix" if short else "ok", "disk", "%s free%s in %s" % (
+        human_size(free * 1024) if free >= 0 else "unknown", ", %d inodes" % inodes if inodes >= 0 else "", facts.get("root", "")),
+        "Free some: %s gc, or choose another place with new --root DIR." % PROGRAM if short else "")
+    if facts.get("time", "").isdigit() and abs(int(facts["time"]) - time.time()) > 120:
+        yield finding("fix", "clock", "its clock is off by %d s" % (int(facts["time"]) - time.time()), "make and git go by file times: set it.")
+
+
+def examine_speed(host: Host) -> Iterator[Finding]:
+    """Multiplexing and latency."""
+    masters = host.masters
+    if masters.profile()["sessions"] == 0:
+        yield finding("fix", "sessions", "one a connection: every operation connects anew", "Its server refuses multiplexing (MaxSessions 1?); raise it if you can.")
+    else:
+        count = masters.count_sessions(BOOT, 12)
+        yield finding("ok" if count >= SESSIONS_PER_MASTER else "fix", "sessions", "%s on one connection; %d are used" % (
+            "12 or more" if count >= 12 else count, min(count, SESSIONS_PER_MASTER)), "" if count >= SESSIONS_PER_MASTER else "MaxSessions 10 in its sshd_config is the usual.")
+    times = []
+    for _ in range(5):
+        began = time.monotonic()
+        host.call("_cop() { :; }")
+        times.append(time.monotonic() - began)
+    yield finding("ok", "latency", "%.0f ms for one operation (median of 5)" % (sorted(times)[2] * 1000))
+
+
+def examine_secrets(host: Host) -> Finding:
+    """A secret of this moment, handed over as every secret is: does any process table show it?"""
+    value, out = os.urandom(16).hex(), Capture(1000)
+    records = record("CMUX_PROBE", value) + command_records(["sh", "-c", SEEN + "; sleep 0.3 || sleep 1"], False, False)
+    here: List[bool] = []
+
+    def look(data: bytes) -> None:
+        out(data)
+        here.append(in_a_process_table(value))
+    host.run(records, "/", look, lambda data: None, deadline=Deadline(30))
+    if any(here) or out.value().startswith(b"seen"):
+        return finding("bad", "secrets", "a secret showed in a process table %s" % ("here" if any(here) else "there"), "Do not use this host, and report this.")
+    if not out.value().startswith(b"unseen"):
+        return finding("note", "secrets", "the host shows no process table to look into")
+    return finding("ok", "secrets", "a secret handed over shows in no process table, here or there")
+
+
+def doctor(name: str, root: str = "") -> Iterator[Finding]:
+    """Examine this machine, and, unless ``name`` is "", that host."""
+    yield from examine_here()
+    if not name:
+        yield finding("note", "host", "none was named", "Name one: %s doctor HOST" % PROGRAM)
+        return
+    host = Host(name, warm=0)
+    try:
+        config = host.masters.config
+        yield examine_config(config)
+        began = time.monotonic()
+        patience = CONNECT_PATIENCE_SLOW if config.first("connecttimeout") == "0" else CONNECT_PATIENCE
+        status, words, said = look_closely(config, "exec sh -c :", patience)
+        used = re.search(r"Authenticated to .* using \"(.{1,60}?)\"", words)
+        if not used:
+            yield explain(config, words, said)
+            return
+        server, key = re.search(r"remote software version (\S{1,80})", words), re.search(r"Server accepts key: (.{1,300}?)(?: explicit)?(?: agent)?\s*\n", words)
+        yield finding("ok", "connect", "%s in %.2f s, by %s%s" % (server.group(1) if server else "a server", time.monotonic() - began, used.group(1),
+                                                                  " with " + key.group(1) if key else ""))
+        if status:
+            yield finding("bad", "shell", "no POSIX sh began there (status %d)" % status, "Look at the login shell's start-up files: ssh %s exec sh -c :" % name)
+            return
+        yield from examine_programs(host, root)
+        yield from examine_speed(host)
+        yield examine_secrets(host)
+    except HostError as error:
+        yield finding("dead", "connect", str(error), error.hint)
+    except CmuxError as error:
+        yield finding("bad", "host", str(error), error.hint)
+
+
+# === 19. Command line ===
 # Owns: arguments, rendering, progress, exit codes. The only room that prints, and that exits.
 
 class Terminal(Report):
@@ -6356,6 +6680,15 @@ def write_out(fd: int, data: bytes, harmless: bool = False) -> None:
             poller = select.poll()
             poller.register(fd, select.POLLOUT)
             poller.poll()
+
+
+def in_colour() -> bool:
+    return os.isatty(1) and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def terminal_width() -> int:
+    import shutil
+    return shutil.get_terminal_size().columns if os.isatty(1) else 1 << 16
 
 
 def print_text(text: str) -> None:
@@ -6752,7 +7085,7 @@ def command_gc(options: argparse.Namespace) -> int:
 
 
 def command_diff(options: argparse.Namespace) -> int:
-    colours = {"+": "32", "-": "31", "@": "36", "d": "1"} if os.isatty(1) and not os.environ.get("NO_COLOR") else {}
+    colours = {"+": "32", "-": "31", "@": "36", "d": "1"} if in_colour() else {}
     lines = diff(existing_workspace(options), options.stat, Terminal(options.verbosity))
     if options.json:
         print_json({"diff": "\n".join(lines)})
@@ -7003,6 +7336,41 @@ def command_mcp(options: argparse.Namespace) -> int:
     return server.run(read_lines(0, BATCH_LINE_MAX))
 
 
+def command_doctor(options: argparse.Namespace) -> int:
+    name, root = options.target or options.host or "", ""
+    try:
+        project = open_project(options)
+        entry = project.entries().get(one_workspace(options) or project.default_workspace(), {})
+        name = name or entry.get("host") or project.default_host()
+        root = entry.get("root", "") if entry.get("host") == name else ""
+    except CmuxError:  # outside a repository, or none is known: what is here can be said all the same
+        name = name or os.environ.get("CMUX_SSH_HOST", "")
+    rows = []
+    colours = {"ok": "32", "note": "36", "fix": "33", "bad": "31", "dead": "31"} if in_colour() else {}
+    for row in doctor(check_host(name) if name else "", root):
+        rows.append(row.as_dict())
+        if not options.json and (options.verbosity >= 0 or row.state in ("bad", "dead")):
+            import textwrap
+            text = row.text.rstrip(".") + (". " + row.fix if row.fix else "")
+            lines = textwrap.wrap(text, max(40, terminal_width() - 18), break_on_hyphens=False) or [""]
+            state = row.state.ljust(5)
+            write_out(1, ("%s %-10s  %s\n" % ("\x1b[%sm%s\x1b[m" % (colours[row.state], state) if colours else state, row.what,
+                                             ("\n" + " " * 18).join(lines))).encode("utf-8", "replace"), harmless=True)
+    if options.json:
+        print_json(rows)
+    states = {row["state"] for row in rows}
+    return 255 if "dead" in states else 1 if "bad" in states else 0
+
+
+def command_shell(options: argparse.Namespace) -> int:
+    if not (os.isatty(0) and os.isatty(1)):
+        raise UsageError("shell needs a terminal.", "In a pipe or a script use: %s exec -- CMD" % PROGRAM)
+    project, terminal = open_project(options), Terminal(options.verbosity)
+    workspace = project.ensure(one_workspace(options) or project.default_workspace(), options.host or "", report=terminal)
+    terminal.warn("the host now writes to this terminal as it likes, escape sequences included; exit ends it.")
+    return workspace.shell()
+
+
 def command_demo(options: argparse.Namespace) -> int:
     demo(lambda text: print_text(neutralise(text)), Terminal(options.verbosity))
     return 0
@@ -7127,6 +7495,10 @@ COMMANDS: Dict[str, Command] = {
             "import": ("take NAME=value lines from a dotenv file", (Option("file", metavar="FILE"),)),
             "list": ("names only", ()),
             "rm": ("forget", (Option("names", nargs="+", metavar="NAME"),))}),
+    "shell": Command(command_shell, "an interactive shell in a workspace", "shell -w fix-login"),
+    "doctor": Command(
+        command_doctor, "what is wrong with a host or this machine, and how to mend it", "doctor my-server",
+        Option("target", nargs="?", default="", metavar="HOST", help="default: the workspace's host")),
     "demo": Command(command_demo, "the whole flow against a throwaway sshd on this machine", "demo"),
 }
 

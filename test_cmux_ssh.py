@@ -795,7 +795,7 @@ def test_rig_cleans_up_after_itself(keys: Keys) -> None:
 # === The file: rooms and doors ===
 
 ROOMS = ["Header", "Limits", "Errors", "Values", "Checking and quoting", "Remote scripts", "Processes", "State", "SSH", "Operations", "Git",
-         "Workspaces", "Results", "Tools", "Parallel", "MCP", "Demo", "Command line"]
+         "Workspaces", "Results", "Tools", "Parallel", "MCP", "Demo", "Doctor", "Command line"]
 
 
 class Source:
