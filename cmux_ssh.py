@@ -5766,8 +5766,10 @@ MCP_INSTRUCTIONS = (
     "{room} characters, and say how to get the rest. Values of the project's secrets are in the environment of "
     "commands; in results they are masked.")
 # What a terminal would obey is no use to a model, and colours cost it tokens: sequences go whole.
-_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\|\Z)?|[ -/]*[0-~])|"
-                      r"\x9b[0-?]*[ -/]*[@-~]|[\x90\x98\x9d-\x9f][^\x07\x1b\x9c]*(?:[\x07\x9c]|\x1b\\|\Z)?")
+# One without its end takes no more than its line: it would hide all that follows.
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)?|[ -/]*[0-~])|"
+                      r"\x9b[0-?]*[ -/]*[@-~]|[\x90\x98\x9d-\x9f][^\x07\x1b\x9c\n]*(?:[\x07\x9c]|\x1b\\)?")
+_CUT = re.compile(rb"(\s?\[\.\.\.(?: [^\]\n]{0,60})?\]\s?)")  # what Capture, an edit's diff and row_text put where they cut
 
 
 def clip(text: str, room: int) -> Tuple[str, int]:
@@ -5781,41 +5783,70 @@ def clip(text: str, room: int) -> Tuple[str, int]:
 
 class Veil:
     """Makes text from the host fit for a model: secret values masked, then escapes and characters
-    that no one sees taken out. A value is masked as it was sent, not in other spellings of it."""
+    that no one sees taken out. A value is masked as it was sent, also where a cut went through it,
+    not in other spellings of it: what a command does to hide a value from this, it can do."""
 
     def __init__(self, project: Project) -> None:
-        self.project = project
-
-    def masks(self) -> List[Tuple[bytes, bytes]]:
-        """(value, what to show), longest first. Values below four bytes would mask half of all text."""
-        known = dict(self.project.handed_over)
-        for name, entry in self.project.registry.secrets().items():
+        known = dict(project.handed_over)
+        for name, entry in project.registry.secrets().items():
             known[entry.get("value", "").encode("utf-8", "surrogateescape")] = name
         for value, name in list(known.items()):  # a key shown with other line ends or an indent
             known.update({line.strip(): name for line in value.split(b"\n") if len(line.strip()) >= 16})
-        return sorted(((value, b"[secret %s]" % name.encode()) for value, name in known.items() if len(value) >= 4),
-                      key=lambda item: -len(item[0]))
+        # (value, what to show), longest first. Values below four bytes would mask half of all text.
+        self.masks = sorted(((value, b"[secret %s]" % name.encode()) for value, name in known.items() if len(value) >= 4),
+                            key=lambda item: -len(item[0]))
 
-    def clean(self, data: Union[bytes, str]) -> str:
+    def clean(self, data: Union[bytes, str], begun: bool = False) -> str:
+        """``begun``: the data begin somewhere in a stream, perhaps within a secret."""
         raw = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
-        for value, shown in self.masks():
+        for value, shown in self.masks:
             raw = raw.replace(value, shown)
-        return neutralise(_ESCAPES.sub("", raw.decode("utf-8", "replace")))
+        plain = _ESCAPES.sub("", raw.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+        for value, shown in self.masks if plain != raw else []:  # again: grep --color puts its codes into the middle of one
+            plain = plain.replace(value, shown)
+        pieces = _CUT.split(plain)  # text, cut, text, cut, ..., text
+        for i in range(0, len(pieces), 2):
+            if i or begun:
+                pieces[i] = self._edge(pieces[i], True)
+            if i < len(pieces) - 1:
+                pieces[i] = self._edge(pieces[i], False)
+        return neutralise(b"".join(pieces))
+
+    def _edge(self, data: bytes, first: bool) -> bytes:
+        """``data`` with what a cut left of a secret masked, at its first or its last end. Below four
+        bytes it tells nothing."""
+        sizes = [(overlap(data, value, first), shown) for value, shown in self.masks]
+        size, shown = max(sizes, default=(0, b""))
+        return data if size < 4 else shown + data[size:] if first else data[:-size] + shown
 
     def begun(self, data: bytes) -> int:
-        """How many bytes at the end may be the beginning of a secret: they wait for the next piece."""
-        return max((size for value, _ in self.masks() for size in range(1, min(len(value), len(data) + 1))
-                    if data.endswith(value[:size])), default=0)
+        """How many bytes at the end may be the beginning of a secret, or of a character: they wait
+        for the next piece."""
+        import codecs
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(data[-4:])
+        return max([len(decoder.getstate()[0])] + [overlap(data, value, False) for value, _ in self.masks])
+
+
+def overlap(data: bytes, value: bytes, first: bool) -> int:
+    """The bytes at one end of ``data`` that are the other end of ``value``, and not all of it."""
+    if first:
+        data, value = data[:len(value)][::-1], value[::-1]
+    tail = data[max(0, len(data) - len(value) + 1):]
+    at = tail.find(value[:1])
+    while at >= 0 and not value.startswith(tail[at:]):
+        at = tail.find(value[:1], at + 1)
+    return len(tail) - at if at >= 0 else 0
 
 
 class Running:
-    """A command in a thread of its own, so that a call may leave it running and come back as a job.
-    What it prints is kept for logs, up to MCP_LOG_MAX bytes."""
+    """Work in a thread of its own, so that a call may leave it going and come back: a command, whose
+    output is kept for logs (up to MCP_LOG_MAX bytes), or the making of a workspace."""
 
-    def __init__(self, workspace: WorkspaceBase, arguments: Dict[str, Any]) -> None:
+    def __init__(self, work: Callable[[Running], Dict[str, Any]], workspace: str = "", command: object = "") -> None:
         import tempfile
         import threading
-        self.workspace, self.command = workspace, arguments.get("command", "")
+        self.work, self.workspace, self.command = work, workspace, str(command)[:200]
         self.id, self.began = "r" + os.urandom(4).hex(), time.time()
         self.cancel, self.news = Cancel(), threading.Condition()
         self.spool: IO[bytes] = tempfile.SpooledTemporaryFile(CHUNK)
@@ -5823,18 +5854,18 @@ class Running:
         self.ended = False
         self.result: Dict[str, Any] = {}
         self.error: Optional[BaseException] = None
-        threading.Thread(target=self._work, args=(arguments,), name="cmux-run", daemon=True).start()
+        threading.Thread(target=self._work, name="cmux-run", daemon=True).start()
 
-    def _work(self, arguments: Dict[str, Any]) -> None:
+    def _work(self) -> None:
         try:
-            self.result = tool_exec(self.workspace, self.cancel, tee=self._take, **arguments)
+            self.result = self.work(self)
         except BaseException as error:
             self.error = error
         with self.news:
             self.ended = True
             self.news.notify_all()
 
-    def _take(self, data: bytes) -> None:
+    def take(self, data: bytes) -> None:
         with self.news:
             if self.size < MCP_LOG_MAX:
                 self.spool.seek(self.size)
@@ -5850,6 +5881,13 @@ class Running:
                 self.news.wait(deadline.capped(0.2))
         return self.ended
 
+    def value(self) -> Dict[str, Any]:
+        """What came of it, when it has ended; raises what it raised."""
+        self.spool.close()
+        if self.error:
+            raise self.error
+        return self.result
+
     def status(self) -> Dict[str, Any]:
         state = "running" if not self.ended else "lost" if self.error else "exited"
         row = {"job": self.id, "state": state, "exit_code": self.result.get("exit_code"), "size": self.size}
@@ -5862,10 +5900,10 @@ class Running:
 
 
 class Call:
-    """A tools/call that runs: how to end it, and where progress goes."""
+    """A tools/call that runs: how to end it, where progress goes, whether the client gave it up."""
 
     def __init__(self, reply: Callable[..., None], token: Union[str, int, None]) -> None:
-        self.reply, self.token, self.cancel = reply, token, Cancel()
+        self.reply, self.token, self.cancel, self.dropped = reply, token, Cancel(), False
 
 
 class ProtocolError(CmuxError):
@@ -5877,11 +5915,12 @@ class ProtocolError(CmuxError):
 
 
 class JsonRpc:
-    """JSON-RPC 2.0 by lines: messages in by run(), out by ``write``; request() is the subclass's."""
+    """JSON-RPC 2.0 by lines: messages in by read(), out by ``write``, which is given a Cancel too,
+    set when this is about to end; request() is the subclass's."""
 
-    def __init__(self, write: Callable[[bytes], None]) -> None:
+    def __init__(self, write: Callable[[bytes, Cancel], None]) -> None:
         import threading
-        self.write = write
+        self.write, self.ending = write, Cancel()
         self.mutex = threading.Lock()
         self.calls: Dict[Union[str, int], Call] = {}
         self.version = ""           # of the handshake era, once agreed
@@ -5899,13 +5938,16 @@ class JsonRpc:
             if line.strip():
                 self._line(line)
 
-    def send(self, message: Union[Dict[str, Any], List[Any]]) -> None:
+    def send(self, message: Union[Dict[str, Any], List[Any], None]) -> None:
         import json
         data = json.dumps(message).encode("ascii") + b"\n"  # ASCII: U+2028 is a line end to some
         with self.mutex:
             try:
-                if not self.closed:
-                    self.write(data)
+                if not self.closed and message:
+                    self.write(data, self.ending)
+            except KeyboardInterrupt:
+                self.closed = True  # half a line may be out: nothing can follow it
+                raise
             except PipeClosed:
                 self.closed = True
                 for call in list(self.calls.values()):
@@ -5925,55 +5967,59 @@ class JsonRpc:
                 raise ProtocolError(-32700, "A line is not JSON.")
             if not isinstance(value, list):
                 self._message(value, self.send)
-            elif value and self.version in ("", "2025-03-26", "2024-11-05"):
-                self._batch(value)
+            elif self.version not in ("", "2025-03-26", "2024-11-05"):
+                raise ProtocolError(-32600, "Batches are not part of this protocol version.")
+            elif not 0 < len(value) <= MCP_PENDING:
+                raise ProtocolError(-32600, "A batch holds 1 to %d messages." % MCP_PENDING)
             else:
-                raise ProtocolError(-32600, "Batches are not part of this protocol version." if value else "An empty batch.")
+                self._batch(value)
         except ProtocolError as error:
             self.send(error_message(None, error))
 
     def _batch(self, messages: List[Any]) -> None:
-        """Answered by one array, once the last of its requests is."""
+        """Answered by one array, once every message has said its own answer, or that it has none."""
         answers: List[Any] = []
-        asked = sum(1 for m in messages if not isinstance(m, dict) or "id" in m and "method" in m
-                    or not {"method", "result", "error"} & set(m) or not isinstance(m.get("method", ""), str))
+        left = [len(messages)]
 
-        def collect(message: Dict[str, Any]) -> None:
+        def collect(message: Optional[Dict[str, Any]]) -> None:
             with self.mutex:
-                answers.append(message)
-                last = len(answers) == asked
+                answers.extend([message] if message else [])
+                left[0] -= 1
+                last = not left[0]
             if last:
                 self.send(answers)
         for message in messages:
-            try:
-                self._message(message, collect)
-            except ProtocolError as error:
-                collect(error_message(None, error))
+            self._message(message, collect)
 
-    def _message(self, message: Any, send: Callable[[Dict[str, Any]], None]) -> None:
-        if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
-            raise ProtocolError(-32600, "A message is not a JSON-RPC 2.0 object.")
-        method, number, params = message.get("method"), message.get("id"), message.get("params", {})
-        if method is None and ("result" in message or "error" in message):
-            return  # an answer to what we never asked
-        if not isinstance(method, str) or ("id" in message and (isinstance(number, bool) or not isinstance(number, (str, int)))):
-            raise ProtocolError(-32600, "A message has no method, or an id that is neither text nor a whole number.")
-        if number is None:
-            if method == "notifications/cancelled" and isinstance(params, dict):
-                self._cancelled(params.get("requestId"))
-            return
+    def _message(self, message: Any, send: Callable[[Optional[Dict[str, Any]]], None]) -> None:
+        """Call ``send`` once, now or later: with the answer, or None where there is to be none."""
+        number = None
 
         def reply(result: Optional[Dict[str, Any]] = None, error: Optional[ProtocolError] = None) -> None:
-            send({"jsonrpc": "2.0", "id": number, "result": result} if error is None else error_message(number, error))
+            send(error_message(number, error) if error else None if result is None else {"jsonrpc": "2.0", "id": number, "result": result})
         try:
-            self.request(number, method, params, reply)
+            if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
+                raise ProtocolError(-32600, "A message is not a JSON-RPC 2.0 object.")
+            method, asked, params = message.get("method"), message.get("id"), message.get("params", {})
+            if method is None and ("result" in message or "error" in message):
+                return reply()  # an answer to what we never asked
+            if not isinstance(method, str) or ("id" in message and (isinstance(asked, bool) or not isinstance(asked, (str, int)))):
+                raise ProtocolError(-32600, "A message has no method, or an id that is neither text nor a whole number.")
+            number = asked
+            if number is not None:
+                return self.request(number, method, params, reply)
+            if method == "notifications/cancelled" and isinstance(params, dict):
+                self._cancelled(params.get("requestId"))
+            reply()
         except ProtocolError as error:
             reply(error=error)
+        except Exception as bug:  # no input ends the server
+            reply(error=defect(bug))
 
     def _cancelled(self, number: object) -> None:
-        call = self.calls.get(number) if isinstance(number, (str, int)) else None
+        call = self.calls.get(number) if isinstance(number, (str, int)) and not isinstance(number, bool) else None
         if call:
-            call.reply = lambda *_, **__: None  # nothing more is to be sent for it
+            call.dropped = True  # nothing more is to be sent for it
             call.cancel.set()
 
 
@@ -5983,17 +6029,20 @@ class McpServer(JsonRpc):
     Bound to ``workspace``, made on ``host`` at the first call if need be; with ``manage`` the
     workspace commands are tools too, and every tool takes a ``workspace``. ``soft``: seconds after
     which a running command is left to itself and its call answered with a job. Such a job lives in
-    this process (commands begun with background=true live on the host, and outlive it).
+    this process (commands begun with background=true live on the host, and outlive it): to begin
+    every command as a job of the host, with files for its output there, would double what a call costs.
     """
 
-    def __init__(self, project: Project, workspace: str, host: str, write: Callable[[bytes], None],
+    def __init__(self, project: Project, workspace: str, host: str, write: Callable[[bytes, Cancel], None],
                  manage: bool = False, soft: float = MCP_SOFT) -> None:
         super().__init__(write)
         self.project, self.workspace, self.host = project, workspace, host
         self.manage, self.soft = manage, soft
         self.tools = dict(TOOLS, **MANAGE_TOOLS) if manage else TOOLS
-        self.veil = Veil(project)
         self.running: Dict[str, Running] = {}
+        self.making: Dict[str, Running] = {}    # workspaces, by name
+        place = host or (project.entries().get(workspace) or {}).get("host") or "configured for it"
+        self.instructions = MCP_INSTRUCTIONS.format(name=workspace, host=place, soft=soft, room=MCP_ROOM)
 
     def run(self, lines: Iterable[bytes]) -> int:
         """Serve until the end of input; then end what runs in the foreground. Returns 0."""
@@ -6005,13 +6054,15 @@ class McpServer(JsonRpc):
             while self.calls and not grace.over():
                 time.sleep(0.01)
         finally:
+            self.ending.set()
             for call in list(self.calls.values()):
                 call.cancel.set()
-            for command in list(self.running.values()):
-                command.cancel.set()
+            works = list(self.running.values()) + list(self.making.values())
+            for work in works:
+                work.cancel.set()
             self.pool.shutdown(wait=True)
-            for command in list(self.running.values()):
-                command.wait(STOP_PATIENCE, Cancel())
+            for work in works:
+                work.wait(STOP_PATIENCE, Cancel())
         return 0
 
     def request(self, number: Union[str, int], method: str, params: Any, reply: Callable[..., None]) -> None:
@@ -6020,9 +6071,11 @@ class McpServer(JsonRpc):
             raise ProtocolError(-32602, "The parameters are not an object.")
         asked = meta.get(MCP_META + "protocolVersion")
         stateless = asked is not None or method == "server/discover"
+        if not isinstance(asked, (str, type(None))):
+            raise ProtocolError(-32602, "The protocol version is not text.")
         if asked is not None and asked not in MCP_STATELESS:
             raise ProtocolError(-32022, "This protocol version is not spoken here.", {
-                "supported": list(MCP_STATELESS + MCP_HANDSHAKE), "requested": asked})
+                "supported": list(MCP_STATELESS + MCP_HANDSHAKE), "requested": asked[:64]})
         if asked is not None and not isinstance(meta.get(MCP_META + "clientCapabilities"), dict):
             raise ProtocolError(-32602, "_meta has no %sclientCapabilities." % MCP_META)
 
@@ -6037,12 +6090,12 @@ class McpServer(JsonRpc):
             answer(dict(fresh, tools=[self._describe(tool) for tool in self.tools.values()]))
         elif method == "server/discover":
             answer(dict(fresh, supportedVersions=list(MCP_STATELESS + MCP_HANDSHAKE), capabilities={"tools": {}},
-                        instructions=self._instructions()))
+                        instructions=self.instructions))
         elif method == "initialize" and not stateless:
             wanted = params.get("protocolVersion")
             self.version = wanted if wanted in MCP_HANDSHAKE else MCP_HANDSHAKE[0]
             answer({"protocolVersion": self.version, "capabilities": {"tools": {}}, "serverInfo": self._info(),
-                    "instructions": self._instructions()})
+                    "instructions": self.instructions})
         elif method == "ping" and not stateless:
             answer({})
         else:
@@ -6050,10 +6103,6 @@ class McpServer(JsonRpc):
 
     def _info(self) -> Dict[str, str]:
         return {"name": "cmux-ssh", "title": "SSH workspace %s" % self.workspace, "version": __version__}
-
-    def _instructions(self) -> str:
-        host = self.host or (self.project.entries().get(self.workspace) or {}).get("host") or "configured for it"
-        return MCP_INSTRUCTIONS.format(name=self.workspace, host=host, soft=self.soft, room=MCP_ROOM)
 
     def _describe(self, tool: Tool) -> Dict[str, Any]:
         properties = {param.name: param.schema() for param in tool.params}
@@ -6082,17 +6131,23 @@ class McpServer(JsonRpc):
 
     def _call(self, number: Union[str, int], call: Call, tool: Tool, arguments: Any) -> None:
         error: Optional[ProtocolError] = None
+        text, failed = "", False
         try:
             call.cancel.check()
-            text, failed = self._tool(call, tool, arguments), False
+            text = self._tool(call, tool, arguments)
         except CmuxError as failure:
-            text, failed = self.veil.clean(" ".join(filter(None, (str(failure), failure.hint)))), True
+            text, failed = self._failure(failure), True
         except Exception as bug:
-            import traceback
-            traceback.print_exc()  # stderr: the client's log
-            error = ProtocolError(-32603, "A defect of this server: %s." % type(bug).__name__)
+            error = defect(bug)
         self.calls.pop(number, None)
-        call.reply({"content": [{"type": "text", "text": text[:MCP_ROOM * 2]}], "isError": failed} if error is None else None, error)
+        answer = {"content": [{"type": "text", "text": text[:MCP_ROOM * 2]}], "isError": failed}
+        call.reply(answer if error is None and not call.dropped else None, None if call.dropped else error)
+
+    def _failure(self, failure: CmuxError) -> str:
+        try:
+            return Veil(self.project).clean(" ".join(filter(None, (str(failure), failure.hint))))
+        except CmuxError as state:  # the secrets cannot be read: nothing else can be shown
+            return "%s %s" % (state, state.hint)
 
     def _tool(self, call: Call, tool: Tool, arguments: Any) -> str:
         name = self.workspace
@@ -6101,12 +6156,14 @@ class McpServer(JsonRpc):
             arguments = {key: value for key, value in arguments.items() if key != "workspace"}
         arguments = tool.check(arguments)
         if tool.name in MANAGE_TOOLS:
-            return self._shown(tool.name, "this machine", tool.handler(self, call.cancel, **arguments))
-        workspace = self.project.ensure(name, self.host if name == self.workspace else "", cancel=call.cancel)
+            work = Running(lambda work: tool.handler(self, work.cancel, **arguments))
+            self._follow(call, work, 1e9)
+            return self._shown(tool.name, "this machine", work.value())
+        workspace = self._workspace(call, name)
         if tool.name == "exec" and not arguments.get("background"):
             result = self._exec(call, workspace, arguments)
-        elif arguments.get("job") in self.running:
-            result = self._on_running(call, tool.name, self.running[arguments["job"]], arguments)
+        elif str(arguments.get("job", "")).startswith("r"):
+            result = self._on_running(call, tool.name, self._kept(arguments["job"]), arguments)
         elif tool.name == "logs":
             result = job_logs(workspace, arguments["job"], arguments.get("offset", 0),
                               min(arguments.get("wait", 0), self.soft), MCP_ROOM, cancel=call.cancel)
@@ -6115,27 +6172,57 @@ class McpServer(JsonRpc):
         else:
             result = tool.handler(workspace, call.cancel, **arguments)
         if tool.name == "jobs":
-            result["jobs"] += [dict(r.status(), command=str(r.command)[:200]) for r in self.running.values() if r.workspace.name == name]
+            result["jobs"] += [dict(r.status(), command=r.command) for r in self.running.values() if r.workspace == name]
         return self._shown(tool.name, workspace.host.name, result, arguments)
+
+    def _workspace(self, call: Call, name: str) -> WorkspaceBase:
+        """It, made if need be: once for all calls, and on beyond the end of any one of them, or a
+        client with a timeout of its own would begin a long upload again and again."""
+        entry, host = self.project.entries().get(name), self.host if name == self.workspace else ""
+        if entry and entry.get("init") != "pending":
+            return self.project.ensure(name, host)
+        with self.mutex:
+            making = self.making.get(name)
+            if making is None or making.ended:
+                making = self.making[name] = Running(lambda work: {"it": self.project.ensure(name, host, cancel=work.cancel)})
+        if not self._follow(call, making, self.soft, "the workspace is being made", False):
+            raise ToolFailed("The workspace %s is still being made." % name, "That goes on: call again.")
+        found: WorkspaceBase = making.value()["it"]
+        return found
+
+    def _follow(self, call: Call, work: Running, soft: float, words: str = "running", own: bool = True) -> bool:
+        """Wait for the end of ``work``, with progress; False after ``soft`` seconds. A cancelled call
+        takes with it what is its own."""
+        began = time.monotonic()
+        while not work.wait(min(MCP_PROGRESS, began + soft - time.monotonic()), call.cancel):
+            seconds = time.monotonic() - began
+            if call.cancel.is_set:
+                if own:
+                    work.cancel.set()
+                    work.wait(STOP_PATIENCE * 3, Cancel())
+                raise Cancelled("Cancelled.")
+            if seconds >= soft:
+                break
+            self._progress(call, seconds, "%s for %d s, %s of output" % (words, seconds, human_size(work.size)))
+        return work.ended
 
     def _exec(self, call: Call, workspace: WorkspaceBase, arguments: Dict[str, Any]) -> Dict[str, Any]:
         """The result, or, after the soft timeout, a job that goes on."""
-        command, began = Running(workspace, arguments), time.monotonic()
-        while not command.wait(min(MCP_PROGRESS, began + self.soft - time.monotonic()), call.cancel):
-            seconds = time.monotonic() - began
-            if call.cancel.is_set:
-                command.cancel.set()
-                command.wait(STOP_PATIENCE * 3, Cancel())
-                raise Cancelled("Cancelled.")
-            if seconds >= self.soft:
-                self._keep(command)
-                return dict(command.status(), note="it goes on; follow it with logs, wait and stop, by this job id, "
-                            "while this server lives", data=command.logs(0, MCP_ROOM), next_offset=min(command.size, MCP_ROOM))
-            self._progress(call, seconds, "running for %d s, %s of output" % (seconds, human_size(command.size)))
-        command.spool.close()
-        if command.error:
-            raise command.error
-        return command.result
+        if sum(1 for other in list(self.running.values()) if not other.ended) >= MCP_KEPT:
+            raise ToolFailed("%d commands go on already." % MCP_KEPT, "See jobs, and stop some.")
+        command = Running(lambda work: tool_exec(workspace, work.cancel, tee=work.take, **arguments), workspace.name, arguments["command"])
+        if self._follow(call, command, self.soft):
+            return command.value()
+        self._keep(command)
+        return dict(command.status(), note="it goes on; follow it with logs, wait and stop, by this job id, "
+                    "while this server lives", data=command.logs(0, MCP_ROOM), next_offset=min(command.size, MCP_ROOM))
+
+    def _kept(self, job: str) -> Running:
+        found = self.running.get(job)
+        if found is None:
+            raise ToolFailed("There is no job %s any more: such a job ends with the server that began it." % show(job),
+                             "Run the command again, with background=true if it takes long.")
+        return found
 
     def _keep(self, command: Running) -> None:
         """At most MCP_KEPT of them: the oldest that has ended makes room."""
@@ -6155,7 +6242,8 @@ class McpServer(JsonRpc):
         if tool == "stop":
             command.cancel.set()
             command.wait(STOP_PATIENCE * 3, call.cancel)
-            return dict(command.status(), stopped=command.result.get("stopped") or "confirmed")
+            ended = command.ended and not command.error
+            return dict(command.status(), stopped=command.result.get("stopped") or ("confirmed" if ended else "requested"))
         if tool == "wait":
             command.wait(min(arguments.get("timeout", self.soft), self.soft), call.cancel)
             return command.status()
@@ -6168,23 +6256,25 @@ class McpServer(JsonRpc):
     def _shown(self, tool: str, host: str, result: Dict[str, Any], arguments: Optional[Dict[str, Any]] = None) -> str:
         """Facts first, then what the host said, fenced by a word it cannot know."""
         import base64
-        facts, parts = [], []
+        facts, parts, veil = [], [], Veil(self.project)
         if "data" in result:
-            held = self.veil.begun(result["data"]) if result.get("state") == "running" else 0
-            result = dict(result, output=result["data"][:len(result["data"]) - held], next_offset=result["next_offset"] - held)
+            data, more = result["data"], result["state"] == "running" or result["next_offset"] < result["size"]
+            held = veil.begun(data) if more else 0
+            held = 0 if held == len(data) >= MCP_ROOM else held  # a secret longer than a page
+            result = dict(result, output=data[:len(data) - held], next_offset=result["next_offset"] - held)
         for key, value in result.items():
             if key.endswith("_base64"):
                 key, value = key[:-7], base64.b64decode(value)
             if key in MCP_BODIES:
                 parts.append((key, value))
             elif value is not None and key not in ("data", "workspace", "host"):
-                facts.append("%s: %s" % (key, self.veil.clean(str(value)).replace("\n", " ")[:500]))
+                facts.append("%s: %s" % (key, veil.clean(str(value)).replace("\n", " ")[:500]))
         fence, room, body = os.urandom(4).hex(), MCP_ROOM, []
         for key, value in sorted(parts, key=lambda part: MCP_BODIES.index(part[0])):
             if isinstance(value, list):
                 value = "\n".join(map(row_text, value))
-            text, lost = clip(self.veil.clean(value), room) if tool != "read" else self._page(
-                self.veil.clean(value), (arguments or {}).get("offset", 1), facts)
+            value = veil.clean(value, key == "output")
+            text, lost = clip(value, room) if tool != "read" else self._page(value, (arguments or {}).get("offset", 1), facts)
             room = max(room - len(text), MCP_ROOM // 8)
             if text:
                 body.append("--- %s\n%s" % (key, text))
@@ -6207,6 +6297,12 @@ class McpServer(JsonRpc):
         return shown, 0
 
 
+def defect(bug: Exception) -> ProtocolError:
+    import traceback
+    traceback.print_exc()  # stderr: the client's log
+    return ProtocolError(-32603, "A defect of this server: %s." % type(bug).__name__)
+
+
 def error_message(number: Union[str, int, None], error: ProtocolError) -> Dict[str, Any]:
     fields: Dict[str, Any] = {"code": error.code, "message": str(error)}
     return {"jsonrpc": "2.0", "id": number, "error": dict(fields, data=error.data) if error.data else fields}
@@ -6217,7 +6313,8 @@ def row_text(row: Any) -> str:
     if not isinstance(row, dict):
         return str(row)
     if "text" in row:
-        return "%s:%d:%s" % (row["path"], row["line"], row["text"])
+        cut = " [... cut]" if len(row["text"]) >= LINE_MAX else ""
+        return "%s:%d:%s%s" % (row["path"], row["line"], row["text"], cut)
     return "  ".join("%s=%s" % (key, value) for key, value in row.items() if value not in (None, ""))
 
 
@@ -6689,6 +6786,24 @@ def in_colour() -> bool:
 def terminal_width() -> int:
     import shutil
     return shutil.get_terminal_size().columns if os.isatty(1) else 1 << 16
+
+
+def answer_out(data: bytes, ending: Cancel) -> None:
+    """Bytes to stdout, for whoever asks on stdin. When he has closed that, or it is ``ending``, and
+    he reads no more, they are given up."""
+    poller, wait = select.poll(), None
+    for fd, event in ((1, select.POLLOUT), (0, 0), (ending.fileno(), select.POLLIN)):  # of stdin only its end
+        poller.register(fd, event)
+    while data:
+        if 1 in dict(poller.poll(wait)):
+            write_out(1, data[:4096])  # what poll() has promised room for
+            data = data[4096:]
+        elif wait:
+            raise PipeClosed("Nobody reads the answers.")
+        else:
+            wait = MCP_GRACE * 1000
+            poller.unregister(0)
+            poller.unregister(ending.fileno())
 
 
 def print_text(text: str) -> None:
@@ -7332,7 +7447,7 @@ def command_mcp(options: argparse.Namespace) -> int:
     if not 0 < options.soft_timeout < 1e8:
         raise UsageError("--soft-timeout takes a number of seconds above 0.")
     host = check_host(options.host) if options.host else ""
-    server = McpServer(project, name, host, lambda data: write_out(1, data), options.manage, options.soft_timeout)
+    server = McpServer(project, name, host, answer_out, options.manage, options.soft_timeout)
     return server.run(read_lines(0, BATCH_LINE_MAX))
 
 
