@@ -1189,7 +1189,7 @@ _cop() {
   fi
   cat >/dev/null; rm -rf "$t"
   for p in git bash setsid ps; do if command -v $p >/dev/null; then echo "has $p"; fi; done
-  if command -v git >/dev/null; then echo "git $(git --version)"; fi
+  if command -v git >/dev/null; then echo "version $(git --version)"; fi
   set -- $(df -Pk . | tail -n 1); echo "free $4"
   set -- $(df -Pi . | tail -n 1); echo "inodes $4"
 }
@@ -6658,7 +6658,7 @@ def examine_here() -> Iterator[Finding]:
     said = neutralise(run([ssh_command()[0], "-V"], patience=CONNECT_TIMEOUT)[2]).strip()
     version = re.search(r"OpenSSH_(?:for_Windows_)?(\d+)\.(\d+)", said)
     old = version is not None and (int(version.group(1)), int(version.group(2))) < (7, 6)
-    yield finding("fix" if old or not version else "ok", "ssh", said[:100], "OpenSSH 7.6 or newer is needed here." if old or not version else "")
+    yield finding("fix" if old or not version else "ok", "ssh here", said[:100], "OpenSSH 7.6 or newer is needed here." if old or not version else "")
     yield finding("ok", "python", "%d.%d.%d" % sys.version_info[:3])
     yield finding("ok", "state", "%s is private" % private_directory(state_home()))
 
@@ -6733,9 +6733,9 @@ def examine_programs(host: Host, root: str) -> Iterator[Finding]:
     else:
         yield finding("bad", "tar", "there is no tar that extracts", "Install tar there.")
     if "git" in has:
-        yield finding("ok", "git", facts.get("git", "there"))
+        yield finding("ok", "git there", facts.get("version", "there"))
     else:
-        yield finding("fix", "git", "there is none: no commits in workspaces, and push replaces the directory", "Install git there.")
+        yield finding("fix", "git there", "there is none: no commits in workspaces, and push replaces the directory", "Install git there.")
     lacking = sorted({"bash", "setsid", "ps"} - has)
     if lacking:
         yield finding("note", "programs", "without %s; nothing needs them" % ", ".join(lacking))

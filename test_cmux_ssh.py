@@ -4525,7 +4525,7 @@ def test_doctor_finds_a_good_host_good_and_leaves_nothing_there(repo: Repo) -> N
     before = sorted(str(p) for p in repo.site.far_home().rglob("*"))
     found = repo.cli("doctor", "box", "--json")
     assert found.code == 0 and {row["state"] for row in found.json} == {"ok"}, found
-    assert {"ssh", "python", "state", "config", "connect", "system", "tar", "git", "disk", "sessions", "latency", "secrets"} == set(states(found))
+    assert {"ssh here", "python", "state", "config", "connect", "system", "tar", "git there", "disk", "sessions", "latency", "secrets"} == set(states(found))
     text = {row["what"]: row["text"] for row in found.json}
     assert "publickey" in text["connect"] and str(repo.site.keys.user) in text["connect"] and text["sessions"].startswith("10 ")
     assert sorted(str(p) for p in repo.site.far_home().rglob("*")) == before
@@ -4576,7 +4576,7 @@ def test_doctor_explains_what_is_wrong_and_its_fix(site: Site, trouble: str, cod
 
 def test_doctor_without_a_host_looks_at_this_machine_only(site: Site) -> None:
     found = site.cli("doctor", "--json")
-    assert found.code == 0 and states(found) == {"ssh": "ok", "python": "ok", "state": "ok", "host": "note"}
+    assert found.code == 0 and states(found) == {"ssh here": "ok", "python": "ok", "state": "ok", "host": "note"}
     assert site.cli("doctor", "-oProxyCommand=x").code == 2 and site.cli("doctor", "a b").code == 2
 
 
