@@ -21,7 +21,7 @@ demo:  ## the whole flow against a throwaway sshd on this machine
 	$(PYTHON) cmux_ssh.py demo
 
 test: $(VENV)/ok  ## run the tests (make test ARGS="-k upload -x")
-	$(call need,ssh git sshd zsh fish tcsh mksh ksh busybox,openssh-client git openssh-server zsh fish tcsh mksh ksh busybox)
+	$(call need,ssh git sshd zsh fish tcsh mksh ksh busybox dropbear tinysshd bsdtar unshare,openssh-client git openssh-server zsh fish tcsh mksh ksh busybox dropbear-bin tinysshd libarchive-tools util-linux)
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 test-pythons:  ## the tests under every Python on this machine; the oldest and the newest run all of them

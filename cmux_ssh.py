@@ -51,6 +51,7 @@ ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEAL
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import select
@@ -63,6 +64,8 @@ if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command
     from typing import Sequence, Set, Tuple, Type, Union
     import argparse
     import socket
+    from typing import TypeVar
+    AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
     import subprocess
     import threading
 
@@ -116,9 +119,13 @@ LINE_MAX = 500              # characters of one grep match: minified files have 
 DIFF_MAX = 20000            # characters of the diff that an edit returns
 EDIT_TRIES = 60             # of read, apply, compare-and-swap, when others edit the same file
 LOGS_MAX = 1024 * 1024      # bytes of a job's output per call
+HISTORY_MAX = 2 * 1024 * 1024  # bytes of a project's history; then it becomes the older of two files
+HISTORY_LINE = 1024         # bytes of one line: one write appends it whole
 JOBS_KEPT = 200             # that this machine remembers the commands of, per project
 FAULT_PATIENCE = 300        # logs -f and wait go on trying for so long without a connection
 BATCH_LINE_MAX = 16 * 1024 * 1024
+TOP_EVERY = 2               # seconds between two looks at the hosts
+TOP_PATIENCE = 10           # for a single look
 MCP_SOFT = 45               # seconds; desktop clients give a call up at 60
 MCP_ROOM = 18000            # characters of a result; Claude Code warns at 10,000 tokens
 MCP_AT_ONCE = 32            # calls that run
@@ -1114,9 +1121,14 @@ _cstate() { # $1 directory
   else echo lost; fi
 }
 """
-# JOBS dir: a line each: id, bytes of output, state.
+# JOBS dir [path]: a line each: id, bytes of output, state; with the workspace's path first how many
+# files git sees as changed in it ("-" where there is no git).
 JOBS = JOB_STATE + r"""
 _cop() {
+  if [ $# -gt 1 ]; then
+    echo "changed $( (cd "$2" && git rev-parse --git-dir >/dev/null &&
+      git --no-optional-locks -c core.fsmonitor=false status --porcelain | wc -l) || echo -)"
+  fi
   for d in "$1"/*; do
     [ -d "$d" ] || continue
     n=$(wc -c <"$d/out") || n=0
@@ -1177,7 +1189,7 @@ _cop() {
   fi
   cat >/dev/null; rm -rf "$t"
   for p in git bash setsid ps; do if command -v $p >/dev/null; then echo "has $p"; fi; done
-  if command -v git >/dev/null; then echo "git $(git --version)"; fi
+  if command -v git >/dev/null; then echo "version $(git --version)"; fi
   set -- $(df -Pk . | tail -n 1); echo "free $4"
   set -- $(df -Pi . | tail -n 1); echo "inodes $4"
 }
@@ -1662,6 +1674,85 @@ class Registry:
             stored = self.secrets()
             change(stored)
             write_json(self.secrets_path, {"secrets": stored})
+
+
+class History:
+    """What was done in a project, a JSON line an operation, and what runs now, a locked file each.
+
+    Many processes append at once: O_APPEND and one short write. It never fails its caller.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self.path = registry.path[:-len(".json")] + ".history"
+        self.running = registry.path[:-len(".json")] + ".running"
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        import json
+        line = json.dumps(row)
+        if len(line) > HISTORY_LINE:  # the detail has been bounded by its author: odd names can still swell
+            line = json.dumps(dict(row, detail=""))
+        try:
+            fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(fd, line.encode("ascii") + b"\n")
+                full = os.fstat(fd).st_size > HISTORY_MAX
+            finally:
+                os.close(fd)
+            lock = Lock(self.path + ".lock")
+            if full and lock.take():
+                if os.stat(self.path).st_size > HISTORY_MAX:
+                    os.rename(self.path, self.path + ".1")
+                lock.free()
+        except (OSError, StateFailed):
+            pass
+
+    def rows(self) -> Iterator[Dict[str, Any]]:
+        """Oldest first. A torn or damaged line is passed over."""
+        import json
+        for path in (self.path + ".1", self.path):
+            for line in (read_bytes(path, STATE_MAX) or b"").split(b"\n"):
+                try:
+                    row = json.loads(line.decode("ascii"))
+                    if isinstance(row, dict) and isinstance(row.get("time"), (int, float)) and isinstance(row.get("operation"), str):
+                        yield row
+                except ValueError:
+                    pass
+
+    def begin(self, row: Mapping[str, Any]) -> Optional[Lock]:
+        """A record that lasts until end(), or until this process dies."""
+        import json
+        try:
+            os.makedirs(self.running, 0o700, exist_ok=True)
+            lock = Lock(os.path.join(self.running, "%d.%s" % (os.getpid(), os.urandom(4).hex())))
+            if lock.take():
+                os.write(lock.fd, json.dumps(row).encode("ascii"))
+                return lock
+        except (OSError, StateFailed):
+            pass
+        return None
+
+    @staticmethod
+    def end(lock: Optional[Lock]) -> None:
+        if lock:
+            remove_file(lock.path)
+            lock.free()
+
+    def now(self) -> List[Dict[str, Any]]:
+        """What runs now, oldest first. Records of processes that died are cleared away."""
+        import json
+        rows = []
+        for name in os.listdir(self.running) if os.path.isdir(self.running) else []:
+            lock = Lock(os.path.join(self.running, name))
+            try:
+                if lock.take():
+                    self.end(lock)
+                    continue
+                row = json.loads((read_bytes(lock.path, 64 * 1024) or b"").decode("ascii"))
+                if isinstance(row, dict) and isinstance(row.get("time"), (int, float)):
+                    rows.append(row)
+            except (OSError, StateFailed, ValueError):
+                pass
+        return sorted(rows, key=lambda row: float(row["time"]))
 
 
 def check_record(value: Dict[str, Any], path: str) -> Dict[str, Any]:
@@ -2944,6 +3035,10 @@ class Outcome(Value):
     stopped: Optional[str]
     reason: Optional[str]
 
+    @property
+    def exit_code(self) -> int:
+        return {"timeout": 124, "cancel": 130}.get(self.reason or "", self.status or 0)
+
 
 class Host:
     """A machine that ``ssh NAME`` reaches, for any number of threads.
@@ -3812,6 +3907,48 @@ class Archive(Source):
 # Owns: making, listing and removing workspaces, and what a command in one sees. May touch: the
 # rooms above. Promises: a workspace exists whole or not at all, on the host and in the registry.
 
+class Logged:
+    """One operation as the history tells it: a context manager. Operations inside another of the
+    same thread are part of it. ``size`` counts its bytes; ``code`` is its exit code unless it raises."""
+
+    def __init__(self, project: Project, operation: str, workspace: str, host: str = "", detail: object = "") -> None:
+        self.project = project
+        self.row: Dict[str, Any] = {"operation": operation, "workspace": workspace, "host": host}
+        self.detail, self.code, self.size, self.began = detail, 0, 0, 0.0
+        self.thread, self.lock = 0, None  # type: int, Optional[Lock]
+
+    def __enter__(self) -> Logged:
+        import _thread
+        if _thread.get_ident() not in self.project.logging:
+            self.thread, self.began = _thread.get_ident(), time.monotonic()
+            self.project.logging.add(self.thread)
+            self.row = dict(self.row, time=round(time.time(), 3), detail=self.project.detail(self.detail))
+            if self.row["operation"] in ("exec", "new", "push", "pull", "diff", "shell"):
+                self.lock = self.project.history.begin(self.row)
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self.thread:
+            self.project.logging.discard(self.thread)
+            code = self.code if error is None else getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+            self.project.history.append(dict(self.row, duration=round(time.monotonic() - self.began, 3), exit_code=code, bytes=self.size))
+            self.project.history.end(self.lock)
+
+
+def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0) -> Callable[[AnyFunction], AnyFunction]:
+    """For functions of a workspace whose next argument is worth telling; ``size`` of the result and
+    the arguments."""
+    def decorate(function: AnyFunction) -> AnyFunction:
+        @functools.wraps(function)
+        def call(workspace: WorkspaceBase, *args: Any, **kwargs: Any) -> Any:
+            with Logged(workspace.project, operation, workspace.name, workspace.host.name, args[0] if args else "") as entry:
+                result = function(workspace, *args, **kwargs)
+                entry.size = size(result, *args)
+                return result
+        return call  # type: ignore[return-value]
+    return decorate
+
+
 class Project:
     """A local git repository and its workspaces. Usable from threads.
 
@@ -3830,6 +3967,8 @@ class Project:
         self._hosts: Dict[str, Host] = {}
         self._mutex = threading.Lock()
         self.handed_over: Dict[bytes, str] = {}   # values of secrets sent by this process -> name
+        self.history = History(self.registry)
+        self.logging: Set[int] = set()            # threads in the middle of a logged operation
 
     def hand_over(self, secrets: Mapping[str, bytes]) -> None:
         """Remember what a command is given, for masking. The oldest make room: one that is fetched
@@ -3838,6 +3977,18 @@ class Project:
             self.handed_over.update({value: name for name, value in secrets.items()})
             for value in list(self.handed_over)[:-1000]:
                 del self.handed_over[value]
+
+    def detail(self, what: object) -> str:
+        """A command, path or pattern for the history: no secret's value, one line, bounded."""
+        text = what if isinstance(what, str) else " ".join(quote(str(word)) for word in what) if isinstance(what, (list, tuple)) else ""
+        try:
+            stored = {entry.get("value", ""): name for name, entry in self.registry.secrets().items()}
+        except CmuxError:
+            return ""
+        stored.update({value.decode("utf-8", "surrogateescape"): name for value, name in list(self.handed_over.items())})
+        for value in sorted(filter(None, stored), key=len, reverse=True):
+            text = text.replace(value, "[secret %s]" % stored[value])
+        return show(text, 200)[1:-1]
 
     @property
     def name(self) -> str:
@@ -3901,7 +4052,11 @@ class Project:
             if name in self.entries():
                 raise WorkspaceExists("The workspace %s exists already." % name,
                                       "Choose another name, or remove it: %s rm %s" % (PROGRAM, name))
-            return Creation(self, name, host, ref, root, report or Report(), cancel).run(init)
+            with Logged(self, "new", name, host, ref) as entry:
+                creation = Creation(self, name, host, ref, root, report or Report(), cancel)
+                workspace = creation.run(init)
+                entry.size = creation.sent
+                return workspace
         finally:
             lock.free()
 
@@ -3935,12 +4090,12 @@ class Project:
             if entry is None:
                 return []
             host = self.host(entry["host"])
-            if not force and entry.get("state") == "ready":
-                self._refuse_changes(name, host, entry)
-            place = (entry.get("root", ""), entry["project"])
-            reply = host.call(REMOVE, place[0], place[1], name, os.urandom(8).hex())
-            check_reply(reply, host.name, "remove the workspace %s" % name)
-            self.registry.update(lambda record: record["workspaces"].pop(name, None) and None)
+            with Logged(self, "rm", name, host.name, "--force" if force else ""):
+                if not force and entry.get("state") == "ready":
+                    self._refuse_changes(name, host, entry)
+                reply = host.call(REMOVE, entry.get("root", ""), entry["project"], name, os.urandom(8).hex())
+                check_reply(reply, host.name, "remove the workspace %s" % name)
+                self.registry.update(lambda record: record["workspaces"].pop(name, None) and None)
         return [name]
 
     def _taken(self, name: str) -> None:
@@ -3978,7 +4133,8 @@ class Project:
             return self.workspace(name)
 
     def _move(self, script: str, host: Host, entry: Dict[str, Any], source: str, name: str) -> None:
-        reply = host.call(script, entry["root"], entry["project"], source, name, entry["op"])
+        with Logged(self, "fork" if script is FORK else "rename", source, host.name, name):
+            reply = host.call(script, entry["root"], entry["project"], source, name, entry["op"])
         if reply.status in (20, 22):
             if script is FORK:
                 self.registry.update(lambda record: record["workspaces"].pop(name, None) and None)
@@ -3998,11 +4154,13 @@ class Project:
             made = Creation(self, name, workspace.host.name, ref, entry["root"], report, cancel)
             if made.commit == entry["base"] and not force:
                 return False
-            if not force:
-                self._refuse_changes(name, workspace.host, entry)
-            reply = made.with_base(lambda: workspace.host.call(
-                PUSH, entry["root"], entry["project"], name, entry["tree"], self._sent(entry), made.op, str(PULL_COMMITS_MAX),
-                str(PULL_FILE_MAX), made.tree, "1" if force else "", cancel=cancel))
+            with Logged(self, "push", name, workspace.host.name, ref) as log:
+                if not force:
+                    self._refuse_changes(name, workspace.host, entry)
+                reply = made.with_base(lambda: workspace.host.call(
+                    PUSH, entry["root"], entry["project"], name, entry["tree"], self._sent(entry), made.op, str(PULL_COMMITS_MAX),
+                    str(PULL_FILE_MAX), made.tree, "1" if force else "", cancel=cancel))
+                log.size = made.sent
             if reply.status == 22:
                 raise WorkspaceMissing("The directory of %s is not on %s (any more)." % (name, workspace.host.name))
             check_reply(reply, workspace.host.name, "push to %s" % name)
@@ -4019,7 +4177,8 @@ class Project:
         places = {(entry["host"], entry.get("root", "")) for entry in self.entries().values()}
         freed: Dict[str, int] = {}
         for host, root in sorted(places):
-            reply = self.host(host).call(GC, root)
+            with Logged(self, "gc", "", host):
+                reply = self.host(host).call(GC, root)
             check_reply(reply, host, "clear up")
             if not re.match(rb"-?\d{1,15}\n\Z", reply.stdout):
                 raise RemoteFailed("%s did not say what it freed." % host)
@@ -4089,6 +4248,7 @@ class Creation:
         self.commit, self.tree = project.repository.resolve(ref)
         self.place, self.head = project.remote_name, ref == "HEAD"
         self.op = os.urandom(8).hex()
+        self.sent = 0               # bytes of the archive
 
     def run(self, init: bool) -> WorkspaceBase:
         self._clean_up_after_a_crash()
@@ -4203,6 +4363,7 @@ class Creation:
             finally:
                 archive.close()
         if reply.status == 0 and reply.stdout.decode("ascii", "replace").strip() == archive.digest.line():
+            self.sent = archive.total
             self.report.say("sent %s to %s" % (human_size(archive.total), self.host.name))
             return
         self.host.call(DISCARD, self.root, self.op)
@@ -4238,6 +4399,15 @@ WORKSPACE_ENV = {"CMUX_RUNTIME": "ssh", "GIT_TERMINAL_PROMPT": "0", "EDITOR": "t
                  "VISUAL": "true", "GIT_EDITOR": "true", "GIT_SEQUENCE_EDITOR": "true"}
 
 
+def state_of(entry: Mapping[str, Any]) -> str:
+    """What is known here, without asking the host: ready; pulled, when a pull brought work home;
+    init running, init failed."""
+    init = entry.get("init")
+    if init not in (None, 0):
+        return "init running" if init == "pending" else "init failed"
+    return "pulled" if entry.get("pulled") else "ready"
+
+
 class WorkspaceBase:
     """A directory on a host in which commands run: see Workspace, which adds the tools.
 
@@ -4252,6 +4422,7 @@ class WorkspaceBase:
         self.path: str = check_remote_path(entry["path"])
         self.base: str = entry["base"]
         self.created: float = entry["created"]
+        self.state = state_of(entry)
 
     def __repr__(self) -> str:
         return "Workspace(%r on %r)" % (self.name, self.host.name)
@@ -4259,7 +4430,7 @@ class WorkspaceBase:
     def describe(self) -> Dict[str, Any]:
         """What `list --json` prints."""
         return {"name": self.name, "host": self.host.name, "path": self.path, "base": self.base,
-                "created": self.created, "project": self.project.name}
+                "created": self.created, "project": self.project.name, "state": self.state}
 
     def environment(self, extra: Optional[Mapping[str, str]] = None) -> bytes:
         """The header records of a command's environment: ours, the secrets, then ``extra``."""
@@ -4284,13 +4455,21 @@ class WorkspaceBase:
             raise UsageError("No command was given.", "For example: %s exec -- make test" % PROGRAM)
         records = self.environment(env) + command_records(command, login, source is not None)
         directory = os.path.join(self.path, cwd) if cwd else self.path
-        try:
-            return self.host.run(records, directory, stdout, stderr, source, Deadline(timeout), cancel)
-        except WorkspaceMissing:
-            if not cwd:
-                raise
-            raise UsageError("There is no directory %s in the workspace %s." % (show(cwd), self.name),
-                             "--cwd is relative to the workspace.")
+        with Logged(self.project, "exec", self.name, self.host.name, command) as entry:
+            def counted(sink: Callable[[bytes], Any]) -> Callable[[bytes], None]:
+                def take(data: bytes) -> None:
+                    entry.size += len(data)
+                    sink(data)
+                return take
+            try:
+                outcome = self.host.run(records, directory, counted(stdout), counted(stderr), source, Deadline(timeout), cancel)
+            except WorkspaceMissing:
+                if not cwd:
+                    raise
+                raise UsageError("There is no directory %s in the workspace %s." % (show(cwd), self.name),
+                                 "--cwd is relative to the workspace.")
+            entry.code = outcome.exit_code
+            return outcome
 
     def exec(self, command: Union[str, Sequence[str]], timeout: Optional[float] = None, cwd: str = "",
              env: Optional[Mapping[str, str]] = None, stdin: Optional[bytes] = None, login: bool = False,
@@ -4317,6 +4496,7 @@ class WorkspaceBase:
         return exec_result(self, outcome, out, err, began)
 
 
+    @logged("shell")
     def shell(self) -> int:
         """The user's login shell there, on this terminal; its exit status.
 
@@ -4358,8 +4538,7 @@ def shell_word(value: bytes) -> bytes:
 
 
 def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: Capture, began: float) -> ExecResult:
-    codes = {None: outcome.status, "timeout": 124, "cancel": 130}
-    return ExecResult(workspace=workspace.name, host=workspace.host.name, exit_code=codes[outcome.reason],
+    return ExecResult(workspace=workspace.name, host=workspace.host.name, exit_code=outcome.exit_code,
                       stdout=out.value(), stderr=err.value(), timed_out=outcome.reason == "timeout",
                       duration=round(time.monotonic() - began, 3),
                       truncated=out.truncated or err.truncated, stopped=outcome.stopped)
@@ -4975,6 +5154,7 @@ class Pull:
         return found
 
 
+@logged("pull")
 def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report: Optional[Report] = None,
          cancel: Optional[Cancel] = None) -> Result:
     """Bring the workspace's work home as commits on ``branch`` (default cmux/NAME), on top of its
@@ -5011,7 +5191,7 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report
 def diff(workspace: WorkspaceBase, stat: bool = False, report: Optional[Report] = None,
          cancel: Optional[Cancel] = None) -> Iterator[str]:
     """What the workspace changed against its base, line by line, neutralised. Creates nothing."""
-    with workspace.project.repository.in_shadow(workspace.base) as shadow:
+    with Logged(workspace.project, "diff", workspace.name, workspace.host.name), workspace.project.repository.in_shadow(workspace.base) as shadow:
         work = Pull(workspace, shadow, report or Report(), True, cancel)
         commits, _ = work.fetch()
         for path, names in work.secrets.items():
@@ -5063,6 +5243,7 @@ class FileContent(Value):
     sha256: str
 
 
+@logged("read", lambda found, *args: len(found.data))
 def read_file(workspace: WorkspaceBase, path: str, offset: int = 1, limit: int = 0,
               cancel: Optional[Cancel] = None) -> FileContent:
     """A file, or ``limit`` lines of it from line ``offset`` on (1 is the first; 0 lines: all)."""
@@ -5087,6 +5268,7 @@ def read_file(workspace: WorkspaceBase, path: str, offset: int = 1, limit: int =
     return FileContent(data=data, size=int(words[0]), sha256=known)
 
 
+@logged("write", lambda created, path, data, *args: len(data))
 def write_file(workspace: WorkspaceBase, path: str, data: bytes, old: str = "",
                cancel: Optional[Cancel] = None) -> bool:
     """Make ``data`` the content of ``path``, whole or not at all; True if the file is new.
@@ -5139,6 +5321,7 @@ def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> b
     return data
 
 
+@logged("edit", lambda pair, *args: len(pair[1]))
 def edit_file(workspace: WorkspaceBase, path: str, edits: Sequence[Mapping[str, Any]], expected: str = "",
               cancel: Optional[Cancel] = None) -> Tuple[bytes, bytes]:
     """Apply exact replacements, all or none: (before, after). A concurrent change makes it read
@@ -5207,6 +5390,7 @@ def run_search(workspace: WorkspaceBase, script: str, *arguments: str, cancel: O
     return out.value()
 
 
+@logged("glob")
 def glob_files(workspace: WorkspaceBase, pattern: str, limit: int = 1000,
                cancel: Optional[Cancel] = None) -> Tuple[List[str], bool]:
     """(paths of files that match, sorted; whether there are more). ``.git`` is left out."""
@@ -5222,6 +5406,7 @@ def glob_files(workspace: WorkspaceBase, pattern: str, limit: int = 1000,
     return found[:limit], cut or len(found) > limit
 
 
+@logged("grep")
 def grep_files(workspace: WorkspaceBase, pattern: str, glob: str = "", ignore_case: bool = False,
                limit: int = 200, cancel: Optional[Cancel] = None) -> Tuple[List[Dict[str, Any]], bool]:
     """(matches of an extended regular expression, whether there are more). ``glob`` without a
@@ -5253,6 +5438,7 @@ def job_directory(workspace: WorkspaceBase, job: Optional[str] = None) -> str:
     return "%s/.cmux/jobs/%s/%s" % (workspace.root, workspace.place, workspace.name) + ("/%s" % job if job else "")
 
 
+@logged("start")
 def start_job(workspace: WorkspaceBase, command: Union[str, Sequence[str]], cwd: str = "", login: bool = False,
               env: Optional[Mapping[str, str]] = None, cancel: Optional[Cancel] = None) -> str:
     """Start a command that outlives this process and the connection; its id."""
@@ -5286,9 +5472,13 @@ def parse_state(words: Sequence[str]) -> Dict[str, Any]:
     return {"state": state, "exit_code": code}
 
 
+@logged("jobs")
 def list_jobs(workspace: WorkspaceBase, cancel: Optional[Cancel] = None) -> List[Dict[str, Any]]:
     """The jobs of a workspace, oldest first."""
-    reply = tool_reply(workspace.host.call(JOBS, job_directory(workspace), cancel=cancel), "")
+    return parse_jobs(workspace, tool_reply(workspace.host.call(JOBS, job_directory(workspace), cancel=cancel), ""))
+
+
+def parse_jobs(workspace: WorkspaceBase, reply: Reply) -> List[Dict[str, Any]]:
     known = workspace.project.registry.read().get("jobs", {})
     rows = []
     for line in reply.lines():
@@ -5300,6 +5490,7 @@ def list_jobs(workspace: WorkspaceBase, cancel: Optional[Cancel] = None) -> List
     return sorted(rows, key=lambda row: (row["started"] or 0, row["job"]))
 
 
+@logged("logs", lambda status, *args: len(status["data"]))
 def job_logs(workspace: WorkspaceBase, job: str, offset: int = 0, wait: float = 0, limit: int = LOGS_MAX,
              until: str = "more", cancel: Optional[Cancel] = None) -> Dict[str, Any]:
     """state, exit_code, data (the output from byte ``offset``), next_offset, size. Waits up to
@@ -5313,6 +5504,7 @@ def job_logs(workspace: WorkspaceBase, job: str, offset: int = 0, wait: float = 
     return dict(parse_state(words[1:]), job=job, data=data, next_offset=offset + len(data), size=size)
 
 
+@logged("wait")
 def wait_job(workspace: WorkspaceBase, job: str, timeout: Optional[float] = None,
              cancel: Optional[Cancel] = None) -> Dict[str, Any]:
     """Wait for a job's end, across lost connections; its state (still running at the timeout)."""
@@ -5323,6 +5515,7 @@ def wait_job(workspace: WorkspaceBase, job: str, timeout: Optional[float] = None
             return {key: status[key] for key in ("job", "state", "exit_code", "size")}
 
 
+@logged("logs")
 def follow_job(workspace: WorkspaceBase, job: str, offset: int, sink: Callable[[bytes], Any],
                cancel: Optional[Cancel] = None) -> Dict[str, Any]:
     """Pass a job's output to ``sink`` until it ends; after a lost line from the exact byte on."""
@@ -5351,6 +5544,7 @@ def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Optional
             time.sleep(0.5)
 
 
+@logged("stop")
 def stop_job(workspace: WorkspaceBase, job: str, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
     """End a job's process tree; ``stopped`` is confirmed or requested."""
     reply = tool_reply(workspace.host.call(STOP, job_directory(workspace, job), job, cancel=cancel), job)
@@ -6561,7 +6755,7 @@ def examine_here() -> Iterator[Finding]:
     said = neutralise(run([ssh_command()[0], "-V"], patience=CONNECT_TIMEOUT)[2]).strip()
     version = re.search(r"OpenSSH_(?:for_Windows_)?(\d+)\.(\d+)", said)
     old = version is not None and (int(version.group(1)), int(version.group(2))) < (7, 6)
-    yield finding("fix" if old or not version else "ok", "ssh", said[:100], "OpenSSH 7.6 or newer is needed here." if old or not version else "")
+    yield finding("fix" if old or not version else "ok", "ssh here", said[:100], "OpenSSH 7.6 or newer is needed here." if old or not version else "")
     yield finding("ok", "python", "%d.%d.%d" % sys.version_info[:3])
     yield finding("ok", "state", "%s is private" % private_directory(state_home()))
 
@@ -6636,9 +6830,9 @@ def examine_programs(host: Host, root: str) -> Iterator[Finding]:
     else:
         yield finding("bad", "tar", "there is no tar that extracts", "Install tar there.")
     if "git" in has:
-        yield finding("ok", "git", facts.get("git", "there"))
+        yield finding("ok", "git there", facts.get("version", "there"))
     else:
-        yield finding("fix", "git", "there is none: no commits in workspaces, and push replaces the directory", "Install git there.")
+        yield finding("fix", "git there", "there is none: no commits in workspaces, and push replaces the directory", "Install git there.")
     lacking = sorted({"bash", "setsid", "ps"} - has)
     if lacking:
         yield finding("note", "programs", "without %s; nothing needs them" % ", ".join(lacking))
@@ -6900,8 +7094,7 @@ def exec_many(project: Project, names: List[str], command: Union[str, List[str]]
             if not options.json:
                 out.end()
                 err.end()
-        codes = {None: outcome.status, "timeout": 124, "cancel": 130}
-        row = {"workspace": name, "host": workspace.host.name, "exit_code": codes[outcome.reason],
+        row = {"workspace": name, "host": workspace.host.name, "exit_code": outcome.exit_code,
                "timed_out": outcome.reason == "timeout", "duration": round(time.monotonic() - start, 3), "error": None}
         if options.json:
             row.update(truncated=out.truncated or err.truncated, stopped=outcome.stopped,
@@ -7073,12 +7266,178 @@ def command_new(options: argparse.Namespace) -> int:
     return code
 
 
+def print_table(rows: Sequence[Sequence[str]], flexible: int = -1) -> None:
+    """Columns in line; on a terminal the column ``flexible`` is cut so that a row fits its width."""
+    print_text("\n".join(table_lines(rows, terminal_width(), flexible)))
+
+
+def table_lines(rows: Sequence[Sequence[str]], width: int, flexible: int = -1) -> List[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    spare = width - sum(widths) - 2 * (len(widths) - 1)
+    if spare < 0:
+        widths[flexible] = max(8, widths[flexible] + spare)
+
+    def cell(text: str, size: int) -> str:
+        return text.ljust(size) if len(text) <= size else text[:size - 3] + "..."
+    return ["  ".join(cell(neutralise(text).replace("\n", " "), size) for text, size in zip(row, widths)).rstrip() for row in rows]
+
+
+def command_history(options: argparse.Namespace) -> int:
+    project = open_project(options)
+    name = one_workspace(options)
+    rows = [row for row in project.history.rows() if name in ("", row.get("workspace"))]
+    rows = rows[-options.count:] if options.count > 0 else rows
+    if options.json:
+        import json
+        for row in rows:
+            print_text(json.dumps(row))
+        return 0
+    table = [("WHEN", "WORKSPACE", "WHAT", "TOOK", "CODE", "BYTES", "DETAIL")]
+    for row in rows:
+        table.append((time.strftime("%m-%d %H:%M:%S", time.localtime(row["time"])), str(row.get("workspace", "")), row["operation"],
+                      human_time(row.get("duration") or 0), str(row.get("exit_code", "")), human_size(row.get("bytes") or 0) if row.get("bytes") else "",
+                      str(row.get("detail", ""))))
+    if rows:
+        print_table(table)
+    else:
+        Terminal(options.verbosity).warn("Nothing is on record yet.")
+    return 0
+
+
+class Top:
+    """What `top` knows of each workspace: asked for side by side, so that no host holds up the others."""
+
+    def __init__(self, project: Project) -> None:
+        self.project = project
+        self.seen: Dict[str, Dict[str, Any]] = {}
+        self.asked: Set[str] = set()
+
+    def ask(self) -> None:
+        """Start asking every host that has answered its last question."""
+        import threading
+        for name in self.project.entries():
+            if name not in self.asked:
+                self.asked.add(name)
+                threading.Thread(target=self._look, args=(name,), daemon=True).start()
+
+    def _look(self, name: str) -> None:
+        try:
+            workspace = self.project.workspace(name)
+            reply = tool_reply(workspace.host.call(JOBS, job_directory(workspace), workspace.path), name)
+            changed = re.match(r"changed +(\d{1,9})\n", reply.stdout.decode("ascii", "replace"))
+            jobs = [job for job in parse_jobs(workspace, reply) if job["state"] == "running"]
+            self.seen[name] = {"changed": int(changed.group(1)) if changed else None, "jobs": jobs, "error": None}
+        except CmuxError as error:
+            self.seen[name] = dict(self.seen.get(name, {"changed": None, "jobs": []}), error=str(error))
+        finally:
+            self.asked.discard(name)
+
+    def rows(self) -> List[Dict[str, Any]]:
+        now, last = time.time(), {}
+        for row in self.project.history.rows():
+            if row["operation"] == "exec":
+                last[row.get("workspace")] = row.get("exit_code")
+        running = self.project.history.now()
+        rows = []
+        for name, entry in sorted(self.project.entries().items()):
+            seen = self.seen.get(name, {"changed": None, "jobs": [], "error": None})
+            doing = [{"what": row["operation"], "detail": str(row.get("detail", "")), "for": round(now - row["time"], 1)}
+                     for row in running if row.get("workspace") == name]
+            doing += [{"what": job["job"], "detail": job["command"], "for": round(now - job["started"], 1) if job["started"] else None} for job in seen["jobs"]]
+            rows.append({"workspace": name, "host": entry["host"], "changed": seen["changed"], "last_exit_code": last.get(name),
+                         "running": doing, "error": seen["error"]})
+        return rows
+
+    def lines(self, width: int) -> List[str]:
+        table = [("WORKSPACE", "HOST", "CHANGED", "LAST", "FOR", "RUNNING")]
+        for row in self.rows():
+            cells = [row["workspace"], row["host"], "-" if row["changed"] is None else str(row["changed"]),
+                     "-" if row["last_exit_code"] is None else str(row["last_exit_code"])]
+            doing = row["running"] or [{"for": None, "detail": row["error"] or "", "what": ""}]
+            for at, item in enumerate(doing):
+                what = item["detail"] if item["what"] in ("", "exec") else "%s %s" % (item["what"], item["detail"])
+                table.append(tuple((cells if at == 0 else [""] * 4) + [human_age(item["for"]) if item["for"] is not None else "", what]))
+        return table_lines(table, width)
+
+
+def command_top(options: argparse.Namespace) -> int:
+    project = open_project(options)
+    top = Top(project)
+    top.ask()
+    if options.json or not (os.isatty(0) and os.isatty(1)):
+        patience = Deadline(TOP_PATIENCE)
+        while top.asked and not patience.over():
+            time.sleep(0.02)
+        print_json(top.rows()) if options.json else print_text("\n".join(top.lines(1 << 16)))
+        return 0
+    import termios
+    import tty
+    saved = termios.tcgetattr(0)
+    write_out(1, b"\x1b[?1049h\x1b[?25l", harmless=True)  # the other screen, no cursor
+    try:
+        tty.setcbreak(0)
+        while True:
+            import shutil
+            size = shutil.get_terminal_size()
+            lines = ["%s: %s  (q leaves)" % (project.name, time.strftime("%H:%M:%S")), ""] + top.lines(size.columns)
+            text = "".join("\x1b[K%s\r\n" % line for line in lines[:size.lines - 1])
+            write_out(1, ("\x1b[H%s\x1b[J" % text).encode("utf-8", "replace"), harmless=True)
+            if select.select([0], [], [], TOP_EVERY)[0] and os.read(0, 1) in (b"q", b"Q", b"", b"\x03"):
+                return 0
+            top.ask()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        termios.tcsetattr(0, termios.TCSADRAIN, saved)
+        write_out(1, b"\x1b[?25h\x1b[?1049l", harmless=True)
+
+
+def command_completion(options: argparse.Namespace) -> int:
+    """The script for one shell, made from the table of commands. Names come from `list -q`, which
+    connects to nothing."""
+    words = {name: [flag for option in command.options + COMMON for flag in option.flags if flag.startswith("-")]
+             for name, command in COMMANDS.items()}
+    more = {name: list(command.actions) or (list(COMPLETIONS) if name == "completion" else []) for name, command in COMMANDS.items()}
+    if options.shell == "fish":
+        rows = ["complete -c cmux_ssh.py -f -n __fish_use_subcommand -a %s -d %s" % (name, quote(c.text)) for name, c in COMMANDS.items()]
+        for name, command in COMMANDS.items():
+            seen = "-n '__fish_seen_subcommand_from %s'" % name
+            for option in command.options + COMMON:
+                flags = " ".join("-l " + f[2:] if f.startswith("--") else "-s " + f[1:] for f in option.flags if f.startswith("-"))
+                if flags:
+                    names = " -x -a '(cmux_ssh.py list -q 2>/dev/null)'" if "-w" in option.flags else ""
+                    rows.append("complete -c cmux_ssh.py %s %s%s" % (seen, flags, names))
+            if name in ("rm", "fork", "rename") or more[name]:
+                rows.append("complete -c cmux_ssh.py -f %s -a %s" % (seen, quote(" ".join(more[name]) or "(cmux_ssh.py list -q 2>/dev/null)")))
+        print_text("\n".join(rows))
+        return 0
+    cases = "\n".join("    %s) words='%s';;" % (name, " ".join(words[name] + more[name])) for name in COMMANDS)
+    print_text(COMPLETIONS[options.shell] % {"commands": " ".join(COMMANDS), "cases": cases})
+    return 0
+
+
+# bash; zsh reads the same function through its bashcompinit. `complete -o default`: file names else.
+_BASH = r"""_cmux_ssh() {
+  local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} me=${COMP_WORDS[0]} words=
+  COMPREPLY=()
+  case $prev in -w|--workspace|rm) words=$("$me" list -q 2>/dev/null);; esac
+  if [ "$COMP_CWORD" = 1 ]; then words='%(commands)s'; fi
+  if [ -z "$words" ]; then case ${COMP_WORDS[1]} in
+%(cases)s
+  esac; fi
+  COMPREPLY=($(compgen -W "$words" -- "$cur"))
+}
+complete -o default -F _cmux_ssh cmux_ssh.py ./cmux_ssh.py
+"""
+COMPLETIONS = {"bash": _BASH, "zsh": "autoload -U +X bashcompinit && bashcompinit\n" + _BASH, "fish": ""}
+
+
 def command_list(options: argparse.Namespace) -> int:
     rows: List[Dict[str, Any]] = []
     if options.all_projects:
         for value in all_projects():
             rows += [dict(name=name, host=e["host"], path=e["path"], base=e["base"], created=e["created"],
-                          project=value["name"]) for name, e in value["workspaces"].items()
+                          project=value["name"], state=state_of(e)) for name, e in value["workspaces"].items()
                      if e.get("state") == "ready"]
     else:
         project = open_project(options)
@@ -7089,13 +7448,17 @@ def command_list(options: argparse.Namespace) -> int:
     if not rows:
         Terminal(options.verbosity).warn("No workspaces yet. Make one: %s new NAME -H HOST" % PROGRAM)
         return 0
-    table = [("NAME", "HOST", "BASE", "AGE", "PATH")] + [
+    if options.verbosity < 0:
+        print_text("\n".join(str(row["name"]) for row in rows))
+        return 0
+    print_table([("NAME", "HOST", "BASE", "AGE", "STATE", "PATH")] + [
         (row["name"] if not options.all_projects else "%s/%s" % (row["project"], row["name"]), row["host"],
-         row["base"][:10], human_age(time.time() - row["created"]), row["path"]) for row in rows]
-    widths = [max(len(row[i]) for row in table) for i in range(4)]
-    for row in table:
-        print_text("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) + "  " + row[4])
+         row["base"][:10], human_age(time.time() - row["created"]), row["state"], row["path"]) for row in rows])
     return 0
+
+
+def human_time(seconds: float) -> str:
+    return "%d ms" % (seconds * 1000) if seconds < 1 else "%.1f s" % seconds if seconds < 100 else human_age(seconds)
 
 
 def human_age(seconds: float) -> str:
@@ -7610,6 +7973,13 @@ COMMANDS: Dict[str, Command] = {
             "import": ("take NAME=value lines from a dotenv file", (Option("file", metavar="FILE"),)),
             "list": ("names only", ()),
             "rm": ("forget", (Option("names", nargs="+", metavar="NAME"),))}),
+    "history": Command(
+        command_history, "what was done: every operation with time, duration, exit code and bytes", "history -w fix-login",
+        Option("-n", dest="count", type=int, default=50, metavar="N", help="the last N (50; 0: all)")),
+    "top": Command(command_top, "a live view of the workspaces and what runs in them", "top"),
+    "completion": Command(
+        command_completion, "the completion script for a shell", 'completion bash >> ~/.bashrc',
+        Option("shell", choices=["bash", "zsh", "fish"])),
     "shell": Command(command_shell, "an interactive shell in a workspace", "shell -w fix-login"),
     "doctor": Command(
         command_doctor, "what is wrong with a host or this machine, and how to mend it", "doctor my-server",

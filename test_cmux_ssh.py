@@ -4511,3 +4511,213 @@ def test_mcp_the_official_sdk_works(shared: Repo, mode: str) -> None:
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode().split()[2:] == MCP_TOOLS and done.stdout.split()[1] == (b"2025-11-25" if mode == "legacy" else b"2026-07-28")
     until(lambda: not running("sleep 4242.25"), "the end of the cancelled command")
+
+
+# === doctor and shell ===
+
+
+def states(answer: Answer) -> Dict[str, str]:
+    return {row["what"]: row["state"] for row in answer.json}
+
+
+def test_doctor_finds_a_good_host_good_and_leaves_nothing_there(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    before = sorted(str(p) for p in repo.site.far_home().rglob("*"))
+    found = repo.cli("doctor", "box", "--json")
+    assert found.code == 0 and {row["state"] for row in found.json} == {"ok"}, found
+    assert {"ssh here", "python", "state", "config", "connect", "system", "tar", "git there", "disk", "sessions", "latency", "secrets"} == set(states(found))
+    text = {row["what"]: row["text"] for row in found.json}
+    assert "publickey" in text["connect"] and str(repo.site.keys.user) in text["connect"] and text["sessions"].startswith("10 ")
+    assert sorted(str(p) for p in repo.site.far_home().rglob("*")) == before
+    plain = repo.cli("doctor")
+    assert plain.code == 0 and plain.out.count(b"ok ") == 12
+    assert repo.cli("exec", "--", "echo still").out == b"still\n"
+
+
+def test_doctor_says_what_the_config_would_let_out(site: Site) -> None:
+    Hostile(site, "RequestTTY force", "RemoteCommand echo hijacked")
+    found = site.cli("doctor", "hostile", "--json")
+    config = next(row["text"] for row in found.json if row["what"] == "config")
+    assert found.code == 0, found
+    for word in ("ForwardAgent", "ForwardX11", "SendEnv", "SetEnv", "LocalForward", "RemoteForward", "DynamicForward", "LocalCommand", "RemoteCommand"):
+        assert word in config
+
+
+@pytest.mark.parametrize("trouble, code, words", [
+    ("unresolved", 255, "does not resolve"), ("closed", 255, "refused"), ("unknown key", 255, "ssh-ed25519 SHA256:"), ("changed key", 255, "ssh-keygen -R"),
+    ("no key", 255, "SSH_AUTH_SOCK"), ("password only", 255, "allow keys"), ("proxy", 255, "my proxy is broken"), ("coder", 255, "coder login"),
+    ("bad config", 255, "Correct the file"), ("no sh", 1, "start-up files"), ("readonly", 1, "cannot be written"), ("no tar", 1, "Install tar"),
+    ("single", 0, "MaxSessions"), ("no git", 0, "Install git")])
+def test_doctor_explains_what_is_wrong_and_its_fix(site: Site, trouble: str, code: int, words: str) -> None:
+    """Each in one sentence, with the documented exit code; what makes the host unusable is no 'fix'."""
+    name = site.host("h", "HostName no-such-host.invalid") if trouble == "unresolved" else (
+        site.host("h", "HostName 127.0.0.1", f"Port {free_port()}")) if trouble == "closed" else (
+        site.inetd("h", host_key=site.keys.other_host, config=["StrictHostKeyChecking no"] if trouble == "changed key" else ["HostKeyAlias new"])
+    ) if trouble.endswith("d key") or trouble.endswith("n key") else (
+        site.inetd("h", f"RevokedKeys {site.keys.user}.pub")) if trouble == "no key" else (
+        site.inetd("h", "Match all", "PubkeyAuthentication no", "PasswordAuthentication yes")) if trouble == "password only" else (
+        site.host("h", "ProxyCommand sh -c 'echo my proxy is broken >&2; exit 1'")) if trouble == "proxy" else (
+        site.host("h", "ProxyCommand sh -c 'echo You are not logged in. >&2; exit 1' coder ssh --stdio h")) if trouble == "coder" else (
+        site.host("h", "Frobnicate yes")) if trouble == "bad config" else (
+        site.inetd("h", "ForceCommand exit 3")) if trouble == "no sh" else (
+        site.daemon("h", "MaxSessions 1")) if trouble == "single" else (
+        site.inetd("h", shell="busybox", env={"PATH": minimal_path(site)} if trouble == "no git" else {}))
+    if trouble == "no tar":
+        path = Path(minimal_path(site))
+        (path / "tar").unlink()
+        site.inetd("h", shell="busybox", env={"PATH": str(path)})
+    if trouble == "readonly":
+        site.inetd("h", env={"HOME": "/proc/nowhere"})
+    found = site.cli("doctor", name, "--json")
+    assert found.code == code, found
+    row = next(row for row in found.json if row["state"] in ({255: ["dead"], 1: ["bad"], 0: ["fix"]}[code]))
+    assert words in row["text"] + " " + row["fix"] and row["fix"] and "\n" not in row["text"] + row["fix"], row
+
+
+def test_doctor_without_a_host_looks_at_this_machine_only(site: Site) -> None:
+    found = site.cli("doctor", "--json")
+    assert found.code == 0 and states(found) == {"ssh here": "ok", "python": "ok", "state": "ok", "host": "note"}
+    assert site.cli("doctor", "-oProxyCommand=x").code == 2 and site.cli("doctor", "a b").code == 2
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "tcsh", "ksh", "dash"])
+def test_shell_is_the_login_shell_in_the_workspace_with_the_secrets(site: Site, shell: str) -> None:
+    repo, value = Repo(site), "s%s'$x" % os.urandom(6).hex()
+    assert repo.cli("secrets", "set", "TOKEN", stdin=value.encode()).code == 0
+    terminal = on_terminal(site, "shell", "-H", f"box-{shell}", cwd=repo.dir)
+    terminal.expect(b"as it likes")
+    terminal.send(b"env | egrep '^(TOKEN|CMUX_WORKSPACE)=' | sort; pwd; tty; cat README\r")
+    terminal.expect(rb"CMUX_WORKSPACE=main\s+TOKEN=" + re.escape(value.encode()) + rb"\s+\S+/main\s+/dev/\S+\s+hello")
+    assert not naming(value), "in no argv"
+    assert files_holding(site.remote, value.encode()) == [] and not list(Path("/tmp").glob("cmux-" + "[0-9a-f]" * 24))
+    terminal.send(b"exit 7\r")
+    assert terminal.wait() == 7
+
+
+def test_shell_needs_a_terminal_and_leaves_it_as_it_was(repo: Repo) -> None:
+    refused = repo.cli("shell", "-H", "box")
+    assert refused.code == 2 and "exec" in refused.said and not repo.workspaces()
+    line = repo.site.line("far")
+    terminal = on_terminal(repo.site, "shell", "-H", "far", cwd=repo.dir)
+    terminal.expect(b"as it likes")
+    terminal.send(b"stty -echo; echo re''ady\r")
+    terminal.expect(b"ready")
+    assert not termios.tcgetattr(terminal._end)[3] & termios.ICANON, "it is raw while the shell runs"
+    line.drop()
+    until(lambda: terminal.child.poll() is not None, "its end")
+    assert termios.tcgetattr(terminal._end)[3] & termios.ICANON
+    assert terminal.wait() == 255
+
+
+# === Servers other than OpenSSH ===
+
+
+def other_server(site: Site, kind: str) -> str:
+    """Dropbear or tinyssh with a home of its own: both look for keys in the passwd home, so that
+    directory is mounted over, in a mount namespace of the server's own."""
+    home = site.far_home(kind)
+    (home / ".ssh").mkdir(parents=True)
+    (home / ".ssh/authorized_keys").write_text(public(site.keys.user) + "\n")
+    (home / ".ssh/authorized_keys").chmod(0o600)
+    (home / ".ssh").chmod(0o700)
+    home.chmod(0o700)
+    real = os.path.expanduser("~" + getpass.getuser())
+    hidden = f"{program('unshare', 'util-linux')} {'-m' if os.geteuid() == 0 else '-rm'} sh -c 'mount --bind {home} {real} && exec \"$@\"' sh "
+    if kind == "dropbear":
+        key = site.dir / "dropbear-key"
+        subprocess.run([program("dropbearconvert", "dropbear-bin"), "openssh", "dropbear", str(site.keys.host), str(key)], check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        port = free_port()
+        with open(site.dir / "log-dropbear", "ab") as log:
+            site.daemons.append(subprocess.Popen(shlex.split(hidden) + [program("dropbear", "dropbear-bin"), "-F", "-E", "-s", "-r", str(key), "-p",
+                                                                        f"127.0.0.1:{port}", "-P", str(site.dir / "pid")], stderr=log, stdin=subprocess.DEVNULL))
+        until(lambda: answers(port), "dropbear listens")
+        return site.host(kind, "HostName 127.0.0.1", f"Port {port}")
+    made = site.dir / "tinyssh-keys"
+    subprocess.run([program("tinysshd-makekey", "tinysshd"), "-q", str(made)], check=True)
+    shown = subprocess.run([program("tinysshd-printkey", "tinysshd"), str(made)], check=True, stdout=subprocess.PIPE).stdout.decode()
+    with open(site.known_hosts, "a") as known:
+        known.writelines(f"tiny {line}\n" for line in shown.splitlines() if line.startswith("ssh-ed25519"))
+    start = site.dir / "tinyssh"
+    start.write_text(f"#!/bin/sh\nexec {hidden}{program('tinysshd')} -l {made} 2>>{site.dir}/log-tinyssh\n")
+    start.chmod(0o755)
+    return site.host(kind, f"ProxyCommand {start}", "HostKeyAlias tiny")
+
+
+@pytest.mark.parametrize("kind", ["dropbear", "tinyssh"])
+def test_the_main_job_works_on_servers_that_are_not_openssh(site: Site, kind: str) -> None:
+    host, repo, nap = other_server(site, kind), Repo(site, odd=True), unique()
+    assert repo.cli("secrets", "set", "TOKEN", stdin=b"it's $x").code == 0
+    ran = repo.exec("printf '<%s>' \"$TOKEN\"; echo oh >&2; exit 9", host=host)
+    assert (ran.code, ran.out, ran.err) == (9, b"<it's $x>", b"oh\n"), ran
+    assert repo.exec("exit 255", host=host).code == 255 and repo.exec("kill -9 $$", host=host).code == 137
+    big = os.urandom(1 << 20)
+    assert repo.exec("cat", host=host, stdin=big).out == big
+    late = repo.exec(f"echo early; sleep {nap} & sleep {nap}", host=host, options=["--timeout", "1"])
+    assert late.code == 124 and late.out == b"early\n"
+    gone(f"sleep {nap}")
+    assert repo.cli("write", "made", stdin=big).code == 0 and repo.cli("read", "made").out == big
+    assert repo.cli("edit", "plain.txt", "--old", "plain", "--new", "edited").code == 0
+    job = repo.cli("exec", "--detach", "--", "echo in; exit 6").text.strip()
+    assert repo.cli("wait", job).code == 6 and repo.cli("logs", job).out == b"in\n"
+    with ThreadPoolExecutor(12) as pool:
+        assert [r.out for r in pool.map(lambda n: repo.exec(f"echo {n}", host=host), range(12))] == [b"%d\n" % n for n in range(12)]
+    pulled = repo.cli("pull")
+    assert pulled.code == 0 and repo.git("show", "cmux/main:plain.txt") == "edited", pulled
+    repo.commit("next")
+    assert repo.cli("push").code == 0 and repo.cli("diff").out == b""
+    assert repo.cli("rm", "main").code == 0 and not repo.workspaces()
+    assert site.cli("doctor", host, "--json").code == 0
+
+
+@pytest.mark.parametrize("tar", ["bsdtar", "busybox"])
+def test_every_kind_of_tar_unpacks_the_same(site: Site, tar: str) -> None:
+    path = Path(minimal_path(site, "git"))
+    (path / "tar").unlink()
+    (path / "tar").symlink_to(program(tar, {"bsdtar": "libarchive-tools"}.get(tar, tar)))
+    site.inetd("other", shell="busybox", env={"PATH": str(path)})
+    repo = Repo(site, odd=True)
+    assert repo.cli("new", "-H", "other", "main").code == 0
+    assert tree_of(repo.path()) == repo.tree()
+    do = repo.cli("exec", "--", "echo agent >>plain.txt; rm empty; echo n >'new file'")
+    assert do.code == 0 and repo.cli("pull").code == 0
+    assert repo.git("diff", "--name-status", "main", "cmux/main").split("\n") == ["D\tempty", "A\tnew file", "M\tplain.txt"]
+    repo.write("plain.txt", b"mine\n")
+    repo.commit()
+    assert repo.cli("push").code == 0 and tree_of(repo.path()) == repo.tree()
+
+
+@pytest.mark.parametrize("name", ["home with space", "it's \"home\" $(x)", "-home", "h\u00f6me"])
+def test_a_home_with_any_name_works(site: Site, name: str) -> None:
+    home = site.remote / name
+    home.mkdir()
+    wrapper = site.dir / "wrap"
+    wrapper.write_text(f"#!/bin/sh\nHOME={shlex.quote(str(home))}; export HOME\nexec sh -c \"$SSH_ORIGINAL_COMMAND\"\n")
+    wrapper.chmod(0o755)
+    site.inetd("strange", f"ForceCommand {wrapper}")
+    repo = Repo(site, odd=True)
+    ran = repo.exec("pwd; echo x >made", host="strange")
+    assert ran.code == 0 and name in ran.text, ran
+    assert repo.cli("read", "made").out == b"x\n" and repo.cli("pull").code == 0 and repo.git("show", "cmux/main:made") == "x"
+    assert repo.cli("exec", "--", "true").code == 0 and repo.cli("rm", "main").code == 0
+
+
+@pytest.mark.parametrize("what", ["bytes", "inodes"])
+def test_a_full_disk_on_the_host_is_said_and_leaves_nothing_half(site: Site, what: str) -> None:
+    """A small tmpfs of its own, mounted in a namespace around an sshd -i."""
+    home = site.far_home("small")
+    site.inetd("small")
+    entry = site.entries[0]
+    start = site.dir / "start-small"
+    command = re.search(r"ProxyCommand (.*)", entry).group(1)  # type: ignore[union-attr]
+    held = site.dir / "held"
+    held.mkdir()
+    unshare = f"{program('unshare', 'util-linux')} {'-m' if os.geteuid() == 0 else '-rm'}"
+    start.write_text(f"#!/bin/sh\nexec {unshare} sh -c 'mount -t tmpfs -o {'size=600k' if what == 'bytes' else 'nr_inodes=40'} none {home} && exec {command}'\n")
+    start.chmod(0o755)
+    site.entries[0] = entry.replace(command, str(start))
+    site._write_config()
+    repo = Repo(site, files={f"f{n}": os.urandom(40000) for n in range(60)})
+    made = repo.cli("new", "-H", "small", "main")
+    assert made.code == 1 and re.search("(?i)disk|space", made.said), made
+    assert repo.workspaces() == {}
