@@ -1,6 +1,6 @@
 """Part of the tests of the MCP server: what an attack on it found. To be appended to test_cmux_ssh.py."""
 from test_cmux_ssh import *
-from test_cmux_ssh import META, MODERN, Mcp, open_mcp
+from test_cmux_ssh import MODERN, Mcp, open_mcp
 
 
 # -- what it must mask --
@@ -44,11 +44,11 @@ def test_mcp_a_secret_in_a_long_line_is_masked_where_grep_cuts_it(site: Site) ->
 def test_mcp_a_secret_where_the_capture_is_cut_is_masked(site: Site) -> None:
     repo, value = Repo(site), "tok-" + os.urandom(20).hex()
     assert repo.cli("secrets", "set", "TOKEN", stdin=value.encode()).code == 0
-    half = c.TOOL_CAPTURE // 2
-    with open_mcp(repo, "-H", "box") as client:  # colours are taken out, so the cut comes near
-        text = client("exec", command=f"yes \"$(printf '\\033[31m\\033[')m\" | tr -d '\\n' | head -c {half // 9 * 9 - 9}; echo; echo AAAA; echo $TOKEN | head -c 99; "
-                                      f"head -c {half * 3} /dev/zero | tr '\\0' y")
-        assert value[:8] not in text
+    colours = (c.TOOL_CAPTURE // 2 - 12) // 5 * 5   # taken out, so that the cut comes near the beginning
+    with open_mcp(repo, "-H", "box") as client:
+        text = client("exec", command=f"yes \"$(printf '\\033[31m')\" | tr -d '\\n' | head -c {colours}; printf begin-$TOKEN; "
+                                      f"head -c {c.TOOL_CAPTURE} /dev/zero | tr '\\0' y; printf end")
+        assert "begin-" in text and value[:4] not in text and "bytes left out" in text
 
 
 # -- what it must outlive --
@@ -169,7 +169,7 @@ def test_mcp_a_job_of_an_earlier_server_is_not_there_and_says_what_to_do(mcp: Mc
 
 
 def test_mcp_pages_of_logs_join_without_a_broken_character(mcp: Mcp) -> None:
-    job = job_of(mcp("exec", command="i=0; while [ $i -lt 9000 ]; do printf 'a\\303\\251\\342\\202\\254'; i=$((i+1)); done", background=True))
+    job = job_of(mcp("exec", command="printf x; i=0; while [ $i -lt 9000 ]; do printf 'a\\303\\251\\342\\202\\254'; i=$((i+1)); done", background=True))
     mcp("wait", job=job)
     whole, offset = "", 0
     while True:
@@ -178,4 +178,4 @@ def test_mcp_pages_of_logs_join_without_a_broken_character(mcp: Mcp) -> None:
         if not piece:
             break
         whole, offset = whole + piece.group(1), int(re.search(r"next_offset: (\d+)", text).group(1))  # type: ignore[union-attr]
-    assert whole == "aé€" * 9000
+    assert whole == "x" + "aé€" * 9000
