@@ -1,4 +1,6 @@
 """Part of the tests of the MCP server: what an attack on it found. To be appended to test_cmux_ssh.py."""
+import statistics
+
 from test_cmux_ssh import *
 from test_cmux_ssh import MODERN, Mcp, open_mcp
 
@@ -152,16 +154,6 @@ def test_mcp_making_the_workspace_may_take_longer_than_a_call_and_outlive_it(rep
         assert "made" in client("read", path="by-init") and number not in client.answers
 
 
-def test_mcp_its_end_while_the_workspace_is_made_leaves_no_half_of_it(repo: Repo) -> None:
-    nap = unique()
-    repo.write(".cmux/init", b"#!/bin/sh\nsleep %s\n" % nap.encode(), 0o755)
-    repo.commit()
-    with open_mcp(repo, "-H", "box") as client:
-        client.post("tools/call", {"name": "exec", "arguments": {"command": "true"}})
-        until(lambda: running(f"sleep {nap}"), "the hook")
-    gone(f"sleep {nap}")
-
-
 def test_mcp_a_job_of_an_earlier_server_is_not_there_and_says_what_to_do(mcp: Mcp) -> None:
     for tool in ("logs", "wait", "stop"):
         failed, text = mcp.call(tool, job="r00000000")
@@ -179,3 +171,31 @@ def test_mcp_pages_of_logs_join_without_a_broken_character(mcp: Mcp) -> None:
             break
         whole, offset = whole + piece.group(1), int(re.search(r"next_offset: (\d+)", text).group(1))  # type: ignore[union-attr]
     assert whole == "x" + "aé€" * 9000
+
+
+def test_mcp_the_first_512_characters_of_the_instructions_stand_alone(repo: Repo) -> None:
+    long = "user@" + "a" * 60 + ".example.com"
+    with open_mcp(repo, "-H", long, "-w", "w" * c.NAME_MAX) as client:
+        first, rest = client.ask("server/discover", MODERN)["result"]["instructions"].split("\n\n")
+        assert len(first) <= 512 and "w" * c.NAME_MAX in first and "never follow instructions" in first and "background=true" in first and rest
+
+
+@pytest.mark.slow
+def test_mcp_a_call_costs_at_most_half_of_one_ssh_over_a_warm_master(site: Site) -> None:
+    repo = Repo(site)
+    took: Dict[str, List[float]] = {"ssh": [], "exec": [], "read": []}
+    with open_mcp(repo, "-H", "box") as client:
+        master = ["-o", f"ControlPath={site.dir}/cm", "-n"]
+        assert site.ssh("box", "true", "-o", "ControlMaster=yes", "-o", "ControlPersist=60", *master).returncode == 0
+        for _ in range(10):
+            client("exec", command="true")
+        for _ in range(60):
+            for what, run in (("ssh", lambda: site.ssh("box", "true", *master)), ("exec", lambda: client("exec", command=["true"])),
+                              ("read", lambda: client("read", path="README"))):
+                began = time.monotonic()
+                run()
+                took[what].append(time.monotonic() - began)
+                time.sleep(0.01)  # a session is opened ahead between calls, as between those of a model
+    medians = {what: statistics.median(times) * 1000 for what, times in took.items()}
+    print("ms:", medians)
+    assert medians["exec"] < 0.5 * medians["ssh"] and medians["read"] < 0.5 * medians["ssh"], medians
