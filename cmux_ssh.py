@@ -100,8 +100,11 @@ STOP_PATIENCE = 10          # for the host's word that a tree has ended
 CALL_PATIENCE = 600         # for one script of ours: unpacking a large tree on a slow disk
 STALL_PATIENCE = 60         # a transfer that moves no byte for so long is dead
 RESULT_PATIENCE = 600       # a host may hash gigabytes before the first byte of a result comes
-DROPPED_TRIES = 5           # MaxStartups drops a handshake at random; each try waits longer
-DOWN_WAITS = (1, 2, 4, 7, 10)  # after 1, 2, ... failures to connect in a row
+DROPPED_WAITS = (0.2, 0.4, 0.8, 1.6)  # MaxStartups drops a handshake at random
+TURNED_AWAY_WAITS = (0.3, 1, 5, 15, 30)  # OpenSSH 9.8 and later say the same words for MaxStartups
+                            # and for a penalty, which lasts 15 s or more; being turned away adds none
+DOWN_WAITS = (1, 2, 4, 7, 10)  # after 1, 2, ... failures to connect in a row. A refused key costs 5 s
+                            # of penalty, enforced from 15 s on: so spaced, it never gets there
 REFUSED_TRIES = 40          # a refused session open has started nothing; 3 to 100 ms apart
 SOCKET_PATH_MAX = 86        # 104 bytes on macOS, less 17 that ssh appends while it binds, less NUL
 LOG_MAX = 64 * 1024         # of ssh's own words that are read back
@@ -192,6 +195,10 @@ class ConnectionFailed(HostError):
 
 class ConnectionDropped(ConnectionFailed):
     """The server dropped the handshake (MaxStartups, penalties); trying again may work."""
+
+
+class TurnedAway(ConnectionDropped):
+    """The server takes nobody from this address for now, and says so."""
 
 
 class HostKeyFailed(ConnectionFailed):
@@ -1840,6 +1847,7 @@ FORCED_IF_KNOWN = (
     ("sessiontype", "SessionType=default"),  # none: hangs for ever
     ("forkafterauthentication", "ForkAfterAuthentication=no"),
     ("gssapidelegatecredentials", "GSSAPIDelegateCredentials=no"),
+    ("logverbose", "LogVerbose=kex.c:kex_exchange_identification():*"),  # why a server hangs up: see read_log
 )
 # `-o SendEnv=-*` does not undo a config's SendEnv, so what its patterns match leaves the
 # environment of ssh. Where the pattern is *, these stay: ssh and its ProxyCommand need them.
@@ -1873,6 +1881,13 @@ FAILURES: Tuple[Tuple[str, Type[HostError], str, str], ...] = (
     (r"timed out|No route to host|Network is unreachable|Host is down|not responding",
      ConnectionFailed, "{host} does not answer.", "Is the machine up, and the network?"),
 )
+
+
+# LogVerbose makes ssh log, as debug1, what a server says before its keys are known; of that we look
+# for two things. The words with which OpenSSH 9.8 and later turn an address away, and servers that
+# end the whole connection when sessions come and go at once (Dropbear's issues 173, 321).
+TURNED_AWAY = re.compile(rb"banner line \d+: Not allowed at this time\Z")
+BREAKS_WHEN_SHARED = re.compile(rb"remote software version dropbear_20(22\.8[23]|24\.8[45])\b")
 
 
 class SSHConfig(Value):
@@ -1976,9 +1991,29 @@ def classify(log: bytes, host: str, otherwise: Type[HostError]) -> HostError:
                      "Try `ssh -v %s true`." % quote(host), host)
 
 
+def read_log(path: str) -> Tuple[bytes, List[bytes]]:
+    """(ssh's own words, what the server said of itself). Only the former may be believed: the server
+    can say "Host key verification failed" too."""
+    own: List[bytes] = []
+    heard: List[bytes] = []
+    for line in (read_bytes(path, STATE_MAX) or b"").split(b"\n"):
+        said = re.match(rb"debug1: \S*kex_exchange_identification\(\):\d+ \([^()]*\): (.*)", line)
+        (heard if said else own).append(said.group(1) if said else line)
+    return b"\n".join(line for line in own if not line.startswith(b"debug1: ")), heard
+
+
+def failure_in(words: bytes, heard: List[bytes], host: str) -> HostError:
+    """Why a connection failed, from read_log()."""
+    error = classify(words, host, ConnectionFailed)
+    if isinstance(error, ConnectionDropped) and any(TURNED_AWAY.match(line) for line in heard):
+        return TurnedAway("%s turns this address away: too many connections, or a penalty for failed logins." % host,
+                          "Wait before the next try: a penalty lasts from 15 seconds to 10 minutes, and each refused key adds to it.", host)
+    return error
+
+
 # The control protocol, OpenSSH's PROTOCOL.mux version 4: packets of a 32-bit length and a body;
 # strings carry their own 32-bit length. What we send and what we read, all of it:
-MUX_HELLO, MUX_NEW_SESSION = 0x00000001, 0x10000002
+MUX_HELLO, MUX_NEW_SESSION, MUX_TERMINATE = 0x00000001, 0x10000002, 0x10000005
 MUX_OK, MUX_DENIED, MUX_FAILURE = 0x80000001, 0x80000002, 0x80000003
 MUX_EXIT, MUX_ALIVE, MUX_OPENED, MUX_TTY_FAILED = 0x80000004, 0x80000005, 0x80000006, 0x80000008
 MUX_NO_ESCAPE = 0xffffffff
@@ -2227,13 +2262,13 @@ class DirectSession(Session):
             self._report(None)
 
     def failure(self, begun: bool) -> HostError:
-        log = read_bytes(self._log, STATE_MAX) or b""
+        words, heard = read_log(self._log)
         if begun:
             return super().failure(begun)
-        if not log.strip() and self._process.poll() not in (None, 255):
+        if not words.strip() and self._process.poll() not in (None, 255):
             return RemoteShellFailed(self.host)
-        error = classify(log, self.host, ConnectionFailed)
-        if self._done:
+        error = failure_in(words, heard, self.host)
+        if self._done and not isinstance(error, ConnectionDropped):  # again() reports those
             self._report(error)
         return error
 
@@ -2271,24 +2306,24 @@ class HostMemory:
         return os.path.join(self.folder, str(name))
 
     def profile(self) -> Dict[str, Any]:
-        """{"sessions": how many a master takes (0: it refuses multiplexing)}"""
+        """{"sessions": how many a master takes (0: it refuses multiplexing), "handshakes": at once}"""
         if time.monotonic() < self._profile_until:
             return self._profile
         try:
             value = read_json(self._path("profile.json"))
         except StateFailed:
             value = None
-        sessions = (value or {}).get("sessions")
-        until = (value or {}).get("until")
-        good = (isinstance(sessions, int) and 0 <= sessions <= SESSIONS_PER_MASTER
-                and isinstance(until, (int, float)) and time.time() < until)
-        self._profile = {"sessions": sessions if good else SESSIONS_PER_MASTER}
+        until, limits = (value or {}).get("until"), {"sessions": SESSIONS_PER_MASTER, "handshakes": HANDSHAKES_AT_ONCE}
+        if isinstance(until, (int, float)) and time.time() < until:
+            seen = {key: (value or {}).get(key) for key in limits}
+            limits.update({key: n for key, n in seen.items() if isinstance(n, int) and 0 <= n <= limits[key]})
+        self._profile = limits
         self._profile_until = time.monotonic() + 2  # other processes learn too
         return self._profile
 
-    def _learn(self, sessions: int) -> None:
-        """Remember for a day how many sessions a master takes; 0: none, it has no masters."""
-        write_json(self._path("profile.json"), {"sessions": sessions, "until": time.time() + 86400})
+    def _learn(self, **limits: int) -> None:
+        """Remember for a day what the host was seen to allow."""
+        write_json(self._path("profile.json"), dict(self.profile(), until=time.time() + 86400, **limits))
         self._profile_until = 0.0
 
     def _failures(self) -> Tuple[int, float]:
@@ -2306,13 +2341,20 @@ class HostMemory:
         write_bytes(self._path("down.why"), json_error(error))
 
     def _wait_out(self, until: float, deadline: Deadline, cancel: Optional[Cancel]) -> None:
-        end = min(until, time.time() + DOWN_WAITS[-1] * 1.2)
-        while time.time() < end:
+        if not self._pause(min(until - time.time(), DOWN_WAITS[-1] * 1.2), deadline, cancel):
+            raise self._shared_failure()
+
+    @staticmethod
+    def _pause(seconds: float, deadline: Deadline, cancel: Optional[Cancel]) -> bool:
+        """Sleep; False if the deadline comes first."""
+        end = Deadline(max(0.0, seconds))
+        while not end.over():
             if cancel:
                 cancel.check()
             if deadline.over():
-                raise self._shared_failure()
-            time.sleep(deadline.capped(min(0.1, max(0.0, end - time.time()))))
+                return False
+            time.sleep(deadline.capped(end.capped(0.1)))
+        return True
 
     def _shared_failure(self) -> HostError:
         """What the prober we waited for was told."""
@@ -2321,6 +2363,8 @@ class HostMemory:
 
 class Launcher(HostMemory):
     """Starts connections to the host, at most HANDSHAKES_AT_ONCE at a time."""
+
+    tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait; the command line sets it
 
     def __init__(self, config: SSHConfig, interactive: Optional[Callable[[], bool]] = None) -> None:
         super().__init__(config)
@@ -2344,7 +2388,7 @@ class Launcher(HostMemory):
     def handshake(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> Lock:
         """Leave to begin one handshake with this host: one of HANDSHAKES_AT_ONCE."""
         while True:
-            for number in range(HANDSHAKES_AT_ONCE):
+            for number in range(max(1, self.profile()["handshakes"])):
                 lock = Lock(self._path("handshake.%d" % number))
                 if lock.take():
                     return lock
@@ -2355,11 +2399,28 @@ class Launcher(HostMemory):
                                        "Try again.", self.host)
             time.sleep(deadline.capped(0.02))
 
-    def launch(self, index: int, cancel: Optional[Cancel] = None, tries: int = DROPPED_TRIES,
-               probing: bool = False) -> bool:
+    def again(self, error: HostError, attempt: int, deadline: Deadline, cancel: Optional[Cancel] = None) -> bool:
+        """After a handshake that the server dropped, so that nothing ran there: wait, then True; False
+        when it is not worth another try. A server that takes fewer at once than we make (Dropbear: 5
+        from one address) is given half as many."""
+        away = isinstance(error, TurnedAway)
+        waits = TURNED_AWAY_WAITS if away else DROPPED_WAITS
+        if attempt == 0:
+            self._learn(handshakes=max(2, self.profile()["handshakes"] // 2))
+        if attempt < len(waits):
+            pause = waits[attempt] * (1 if attempt > 1 and away else 0.5 + os.urandom(1)[0] / 255)
+            if pause >= 5:
+                self.tell("%s turns this address away for now; trying again in %d seconds" % (self.host, pause))
+            if pause <= deadline.capped(pause) and self._pause(pause, deadline, cancel):
+                return True
+        self._remember_failure(error)
+        return False
+
+    def launch(self, index: int, deadline: Deadline, cancel: Optional[Cancel] = None, probing: bool = False,
+               once: bool = False) -> bool:
         """Start master ``index``; False if somebody else is starting it, or there is one.
 
-        A handshake that the server drops (MaxStartups) is tried again, ever later.
+        A handshake that the server drops (MaxStartups) is tried again, ever later, unless ``once``.
         """
         own = Lock(self._path("launch.%d" % index))
         if not own.take():
@@ -2368,14 +2429,16 @@ class Launcher(HostMemory):
             if self._answers(index):
                 return False
             remove_file(self._path(index))
-            for attempt in range(tries):
+            for attempt in range(100):
                 slot = self.handshake(Deadline(self._patience), cancel)
                 try:
                     self._start(index, cancel, batch=True)
                     self.started(index)
                     return True
-                except ConnectionDropped:
-                    if attempt == tries - 1:
+                except ConnectionDropped as error:
+                    slot.free()
+                    last = once and not isinstance(error, TurnedAway)
+                    if not self.again(error, 99 if last else attempt, deadline, cancel):
                         raise
                 except (HostKeyFailed, AuthenticationFailed) as error:
                     if not probing or not self.interactive or not self.interactive():
@@ -2384,7 +2447,6 @@ class Launcher(HostMemory):
                     return True
                 finally:
                     slot.free()
-                time.sleep(0.2 * 2 ** attempt * (0.5 + os.urandom(1)[0] / 255))
             return False
         finally:
             own.free()
@@ -2418,13 +2480,29 @@ class Launcher(HostMemory):
             raise
         finally:
             os.close(watch)
+        words, heard = read_log(log)
         if status != 0 or not os.path.exists(self._path(index)):
-            words = read_bytes(log, STATE_MAX) or b""
             if not words.strip():  # arguments refused, or the words of a ProxyCommand
                 words = read_bytes(log + ".err", STATE_MAX) or b""
                 if status == 0 or re.search(rb"(?i)(unknown|unsupported|bad|illegal).*option|multiplex", words):
                     raise NoMultiplexing("This ssh has no masters.", host=self.host)
-            raise classify(words, self.host, ConnectionFailed)
+            raise failure_in(words, heard, self.host)
+        if any(BREAKS_WHEN_SHARED.search(line) for line in heard):
+            self._end(index)
+            raise NoMultiplexing("This server ends the connection when sessions come and go at once.", host=self.host)
+
+    def _end(self, index: int) -> None:
+        """Ask a master to end."""
+        import socket
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
+            control.settimeout(CONTROL_PATIENCE)
+            try:
+                control.connect(self._path(index))
+                control.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(MUX_TERMINATE, 0))
+                while control.recv(4096):
+                    pass
+            except OSError:
+                pass
 
     @staticmethod
     def _await_detach(watch: int, cancel: Optional[Cancel], patience: float) -> None:
@@ -2487,7 +2565,7 @@ class Masters(Launcher):
                 self._free_slot(slot)
                 tries += 1
                 if tries >= REFUSED_TRIES:
-                    self._learn(self._in_use(slot[0]))  # as many as it carried when it refused
+                    self._learn(sessions=self._in_use(slot[0]))  # as many as it carried when it refused
                     tries = 0
                 time.sleep(deadline.capped(min(0.1, 0.003 * 1.2 ** tries)))
             except (MasterGone, OSError) as error:
@@ -2654,7 +2732,8 @@ class Masters(Launcher):
     def _may_launch(self, live: int, waited: bool) -> bool:
         with self._mutex:
             wanted = -(-self._waiting // SESSIONS_PER_MASTER)
-            if waited and self._launching < wanted and live + self._launching < MASTERS_PER_HOST:
+            if (waited and self._launching < wanted and live + self._launching < MASTERS_PER_HOST
+                    and time.time() >= self._failures()[1]):  # who was just turned away does not knock
                 self._launching += 1
                 return True
         return False
@@ -2705,10 +2784,9 @@ class Masters(Launcher):
             if count > before[0] or (count and until > before[1]):
                 raise self._shared_failure()
             self._wait_out(until, deadline, cancel)
-            tries = 1 if count else DROPPED_TRIES
             try:
                 for index in range(MASTERS_PER_HOST):  # one that hangs keeps its place
-                    if not os.path.lexists(self._path(index)) and self.launch(index, cancel, tries, probing=True):
+                    if not os.path.lexists(self._path(index)) and self.launch(index, deadline, cancel, True, count > 0):
                         break
                     if self._live():
                         break
@@ -2716,24 +2794,28 @@ class Masters(Launcher):
                     raise ConnectionFailed("No connection to %s works, and none can be added." % self.host,
                                            "Look at the ssh processes of %s." % show(self.folder), self.host)
             except NoMultiplexing:
-                self._learn(0)
+                self._learn(sessions=0)
                 return
             except HostError as error:
-                self._remember_failure(error)
+                if not isinstance(error, ConnectionDropped):  # again() remembers those
+                    self._remember_failure(error)
                 raise
             remove_file(self._path("down.json"))
         finally:
             lock.free()
 
     def _one_more(self, deadline: Deadline, cancel: Optional[Cancel]) -> None:
-        """Start one more master; that it cannot be is no failure, since others live."""
+        """Start one more master; that it cannot be is no failure, since others live, but no process
+        tries again at once."""
         try:
             for index in range(MASTERS_PER_HOST):
                 if not os.path.lexists(self._path(index)):
                     try:
-                        if self.launch(index, cancel):
+                        if self.launch(index, Deadline(0), cancel):
                             return
-                    except HostError:
+                    except HostError as error:
+                        if not isinstance(error, ConnectionDropped):
+                            self._remember_failure(error)
                         return
         finally:
             with self._mutex:
@@ -2770,7 +2852,7 @@ def json_error(error: HostError) -> bytes:
 
 def error_json(data: bytes, host: str) -> HostError:
     import json
-    kinds = {kind.__name__: kind for kind in (ConnectionFailed, ConnectionDropped, HostKeyFailed,
+    kinds = {kind.__name__: kind for kind in (ConnectionFailed, ConnectionDropped, TurnedAway, HostKeyFailed,
                                               AuthenticationFailed)}
     try:
         name, message, hint = json.loads(data.decode())
@@ -3082,7 +3164,7 @@ class Host:
         ``before`` are more header records.
         """
         first: Optional[HostError] = None
-        for attempt in range(3):
+        for attempt in range(10):
             session = (self.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel) if direct
                        else self.open(Deadline(SLOT_PATIENCE), cancel))
             try:
@@ -3090,8 +3172,9 @@ class Host:
                 return self._call_on(session, records, source, direct, cancel, limit)
             except HostError as error:
                 first = first or error
-                lost = isinstance(error, ConnectionLost) or (direct and isinstance(error, ConnectionDropped))
-                if attempt == 2 or not lost or (source and source.total) or (once and getattr(error, "begun", False)):
+                if isinstance(error, ConnectionDropped) and self.masters.again(error, attempt, Deadline(SLOT_PATIENCE), cancel):
+                    continue
+                if attempt >= 2 or not isinstance(error, ConnectionLost) or (source and source.total) or (once and getattr(error, "begun", False)):
                     raise first from None  # a line lost once may have done its work
             finally:
                 self.done(session)
@@ -3103,7 +3186,7 @@ class Host:
         out, err = Capture(limit), Capture(LOG_MAX)
         nonce = os.urandom(16).hex()
         exchange = Exchange(session, nonce, shell_header(nonce, os.urandom(8).hex(), records), out, err,
-                            source, eager=True)
+                            source, eager=not isinstance(session, DirectSession))  # a dropped handshake takes none of it along
         started = exchange.run(Deadline(START_PATIENCE + (CONNECT_PATIENCE if direct else 0)), cancel,
                                until=lambda: exchange.begun or exchange.out.ended)
         if not started:
@@ -3205,18 +3288,21 @@ class Incoming:
         self.cancel, self.host = cancel, host
         self.err = Capture(LOG_MAX)
         self.waiting: List[bytes] = []
-        nonce = os.urandom(16).hex()
-        header = shell_header(nonce, os.urandom(8).hex(), script_records(script, *arguments))
-        session = host.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel)
-        self.exchange = Exchange(session, nonce, header, self.waiting.append, self.err)
-        try:
-            self.exchange.run(Deadline(START_PATIENCE + CONNECT_PATIENCE), cancel,
-                              until=lambda: self.exchange.begun or self.exchange.out.ended)
-            if not self.exchange.begun and not self.exchange.out.ended:
-                raise host.silent()
-        except BaseException:
-            self.close()
-            raise
+        for attempt in range(10):
+            nonce = os.urandom(16).hex()
+            header = shell_header(nonce, os.urandom(8).hex(), script_records(script, *arguments))
+            session = host.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel)
+            self.exchange = Exchange(session, nonce, header, self.waiting.append, self.err)
+            try:
+                self.exchange.run(Deadline(START_PATIENCE + CONNECT_PATIENCE), cancel,
+                                  until=lambda: self.exchange.begun or self.exchange.out.ended)
+                if not self.exchange.begun and not self.exchange.out.ended:
+                    raise host.silent()
+                return
+            except BaseException as error:
+                self.close()
+                if not isinstance(error, ConnectionDropped) or not host.masters.again(error, attempt, Deadline(SLOT_PATIENCE), cancel):
+                    raise
 
     def take(self) -> bytes:
         if not self.waiting:
@@ -3292,7 +3378,7 @@ class CommandRun:
 
         Until the header is written whole nothing can have begun, so a session that dies before
         is replaced."""
-        for attempt in range(3):
+        for attempt in range(10):
             waiting = Deadline(deadline.capped(SLOT_PATIENCE))
             try:
                 session = self.host.open(waiting, cancel)
@@ -3308,13 +3394,16 @@ class CommandRun:
                     self.guard.outgoing = memoryview(b"%s\n" % self.exchange.out.pid.encode())
                     self.guard.run(Deadline(CONTROL_PATIENCE), None, until=lambda: not self.guard_busy())
                 return
-            except ConnectionLost as error:
-                safe = self.exchange is None or bool(self.exchange.outgoing)
+            except (ConnectionLost, ConnectionDropped) as error:
+                opened, safe = self.exchange is not None, self.exchange is None or bool(self.exchange.outgoing)
                 for exchange in (self.exchange, self.guard):
                     if exchange:
                         self.host.done(exchange.session)
                 self.exchange = self.guard = None
-                if attempt == 2 or error.begun or not safe:
+                if isinstance(error, ConnectionDropped):
+                    if not opened or not self.host.masters.again(error, attempt, waiting, cancel):
+                        raise
+                elif attempt >= 2 or error.begun or not safe:
                     raise
         raise AssertionError
 
@@ -6907,6 +6996,7 @@ def may_ask() -> bool:
 
 
 def open_project(options: argparse.Namespace) -> Project:
+    Launcher.tell = Terminal(options.verbosity).note
     return Project(options.directory, None if options.json else may_ask, warm=0)
 
 
