@@ -682,7 +682,7 @@ OPEN_ROOT = r"""
 _croot() { # $1 root as given, may be empty or begin with ~ -> cd there, $root
   umask 077
   case $1 in '') root=$HOME/cmux;; '~') root=$HOME;; '~/'*) root=$HOME/${1#'~/'};; /*) root=$1;; *) root=$HOME/$1;; esac
-  [ -d "$root" ] || mkdir -p -- "$root" || return 3
+  [ -d "$root" ] || { mkdir -p -- "$root" && fresh=1; } || return 3
   cd -P -- "$root" && root=$(pwd -P) || return 3
   mkdir -p .cmux/bases .cmux/stage .cmux/trash .cmux/made || return 3
   chmod 700 .cmux || return 3
@@ -1173,16 +1173,20 @@ _cop() {
 """
 
 
-# HANDOVER dir: stdin goes to whoever opens the FIFO dir/f first (a shell on a terminal), through
-# kernel memory: it lies on no disk. Nobody for 30 s: it is given up.
-HANDOVER = r"""
+# HANDOVER root op: stdin goes to whoever opens the FIFO first (a shell on a terminal), through kernel
+# memory: it lies on no disk. The FIFO stands below .cmux, 0700: in /tmp a stranger, who can see its
+# name in the process table, could put one of his there. Nobody for 60 s: it is given up.
+HANDOVER = OPEN_ROOT + r"""
 _cop() {
-  umask 077; mkdir "$1" && mkfifo "$1/f" || return 3
+  _croot "$1" && cd .cmux/stage && mkdir "$2" && mkfifo "$2/f" || return 3
   echo ready
-  ( sleep 30; rm -rf "$1"; kill $$ ) >/dev/null 2>&1 4>&- & _cw=$!
-  cat >"$1/f"; kill $_cw; rm -rf "$1"
+  ( n=0; while [ $n -lt 60 ] && kill -0 $$; do sleep 1; n=$((n+1)); done; rm -rf "$2"; [ $n -lt 60 ] || kill $$ ) >/dev/null 2>&1 4>&- &
+  cat >"$2/f"; rm -rf "$2"
 }
 """
+# What the shell on the terminal runs first. The path is octal digits: every login shell reads them
+# alike. Not `. FIFO`, of which bash 3.2 (macOS) reads nothing.
+TAKEOVER = """exec sh -c 'eval "$(cat "$(printf "%s")")"'"""
 # PROBE root op: facts about the host, a word and its value a line; stdin is a tar archive of the
 # one file probe, to see that tar extracts.
 PROBE = OPEN_ROOT + r"""
@@ -1199,6 +1203,7 @@ _cop() {
   if command -v git >/dev/null; then echo "version $(git --version)"; fi
   set -- $(df -Pk . | tail -n 1); echo "free $4"
   set -- $(df -Pi . | tail -n 1); echo "inodes $4"
+  [ -z "$fresh" ] || { cd /; rmdir "$root"/.cmux/* "$root/.cmux" "$root"; }
 }
 """
 # What the self-test of secrets runs: is the value of CMUX_PROBE in any process's argv?
@@ -1288,18 +1293,26 @@ def spawn(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, stdin: A
         raise UsageError("Cannot start %s: %s." % (show(argv[0]), os.strerror(error.errno or 0)))
 
 
-def attach(argv: Sequence[str], env: Mapping[str, str]) -> int:
-    """Run a program on this terminal, and leave the terminal as it was, whatever ends the program."""
+def attach(argv: Sequence[str], env: Mapping[str, str]) -> Optional[int]:
+    """Run a program on this terminal; its exit status, None if a signal ended it. The terminal is
+    left as it was, whatever ends the program. Where this process is killed, a guard that notices
+    ends the program, which puts the terminal right itself."""
     import termios
     saved = termios.tcgetattr(0)
     process = spawn(argv, env, stdin=0, stdout=1, stderr=2, own_group=False)
+    guard = spawn(["/bin/sh", "-c", 'read _ || kill "$1"', "sh", str(process.pid)], stdin=-1)
     try:
-        return process.wait()
+        status = process.wait()
+        return status if status >= 0 else None
     finally:
         if process.poll() is None:
             process.terminate()
             process.wait()
-        termios.tcsetattr(0, termios.TCSADRAIN, saved)
+        guard.communicate(b"\n")
+        try:
+            termios.tcsetattr(0, termios.TCSADRAIN, saved)
+        except termios.error:
+            pass  # the terminal itself has gone
 
 
 def kill_group(process: Process) -> None:
@@ -2299,7 +2312,7 @@ class HostMemory:
         self.folder = socket_folder(digest[:16])
         self._profile: Dict[str, Any] = {}
         self._profile_until = 0.0
-        self._patience = (CONNECT_PATIENCE_SLOW if config.first("connecttimeout") == "0"
+        self.patience = (CONNECT_PATIENCE_SLOW if config.first("connecttimeout") == "0"
                           else CONNECT_PATIENCE)
 
     def _path(self, name: object) -> str:
@@ -2430,7 +2443,7 @@ class Launcher(HostMemory):
                 return False
             remove_file(self._path(index))
             for attempt in range(100):
-                slot = self.handshake(Deadline(self._patience), cancel)
+                slot = self.handshake(Deadline(self.patience), cancel)
                 try:
                     self._start(index, cancel, batch=True)
                     self.started(index)
@@ -2470,12 +2483,12 @@ class Launcher(HostMemory):
             os.close(theirs)
             os.close(said)
         try:
-            self._await_detach(watch, cancel, self._patience if batch else INTERACTIVE_PATIENCE)
+            self._await_detach(watch, cancel, self.patience if batch else INTERACTIVE_PATIENCE)
             status = process.wait(timeout=CONTROL_PATIENCE)
         except BaseException as error:
             kill_group(process) if batch else process.kill()
             if isinstance(error, TimeoutError):
-                raise ConnectionFailed("%s did not answer within %d seconds." % (self.host, self._patience),
+                raise ConnectionFailed("%s did not answer within %d seconds." % (self.host, self.patience),
                                        "Is the machine up? Try `ssh -v %s true`." % quote(self.host), self.host)
             raise
         finally:
@@ -2740,17 +2753,19 @@ class Masters(Launcher):
 
     # -- for a person --
 
-    def on_terminal(self, command: str, deadline: Deadline) -> Tuple[List[str], Callable[[], None]]:
-        """(the argv of an ssh that runs ``command`` on this terminal, what to call when it has ended).
-        Escape characters are off: a pasted ~C would open forwards."""
+    def on_terminal(self, command: str, deadline: Deadline) -> Tuple[List[str], Callable[[], None], Callable[[], None]]:
+        """(the argv of an ssh that runs ``command`` on this terminal; what to call when it has begun
+        there; when it has ended). Escape characters are off: a pasted ~C would open forwards."""
         self.connect(deadline)
-        path, done = "none", self.handshake(deadline).free
         if self.profile()["sessions"]:
-            done()
             slot = self._take_slot(deadline, None)
-            path, done = self._path(slot[0]), lambda: self._free_slot(slot)
-        words = ssh_argv(self.config, "-S", path, "-e", "none", *(["-o", "ProxyCommand=false"] if path != "none" else []))
-        return ["-t" if word == "-T" else word for word in words] + ["--", self.host, command], done
+            options = ["-S", self._path(slot[0]), "-o", "ProxyCommand=false"]
+            begun, ended = lambda: None, lambda: self._free_slot(slot)
+        else:
+            options, ended = ["-S", "none"], self.handshake(deadline).free
+            begun = ended
+        words = ["-t" if word == "-T" else word for word in ssh_argv(self.config, "-e", "none", *options)]
+        return words + ["--", self.host, command], begun, ended
 
     def count_sessions(self, command: str, most: int) -> int:
         """How many more sessions a living master takes now, up to ``most``."""
@@ -2822,16 +2837,19 @@ class Masters(Launcher):
                 self._launching -= 1
 
 
-def look_closely(config: SSHConfig, command: str, patience: float) -> Tuple[int, str, bytes]:
+def look_closely(masters: Masters, command: str) -> Tuple[int, str, bytes]:
     """Run ``command`` over a connection of its own with ssh's debugging words: (status, those words,
-    what else was on stderr: a ProxyCommand's). For diagnosis; never asks."""
+    what else was on stderr: a ProxyCommand's). For diagnosis; never asks, and is tried once."""
     import tempfile
+    config, leave = masters.config, masters.handshake(Deadline(masters.patience))
     with tempfile.NamedTemporaryFile(prefix="cmux-doctor-") as log:
         argv = ssh_argv(config, "-S", "none", "-v", "-E", log.name) + ["--", config.host, command]
         try:
-            status, _, said = run(argv, scrubbed_environment(config), limit=STATE_MAX, patience=patience)
+            status, _, said = run(argv, scrubbed_environment(config), limit=STATE_MAX, patience=masters.patience)
         except CmuxError:
             status, said = 255, b""
+        finally:
+            leave.free()
         words = read_bytes(log.name, STATE_MAX) or b""
         return status, words.decode("utf-8", "replace"), said
 
@@ -4586,39 +4604,45 @@ class WorkspaceBase:
 
 
     @logged("shell")
-    def shell(self) -> int:
-        """The user's login shell there, on this terminal; its exit status.
+    def shell(self) -> Optional[int]:
+        """The user's login shell there, on this terminal; its exit status, None if it was cut off.
 
         The terminal is the session's stdin, so the secrets come another way: a second session
         writes them into a FIFO that the shell reads once. They are in no argv and on no disk.
         """
-        import tempfile
         import threading
-        secrets = secret_values(self.project.registry)
-        values = dict(secrets, CMUX_RUNTIME=b"ssh", CMUX_WORKSPACE=self.name.encode(), CMUX_PROJECT=self.project.name.encode())
+        values = dict(secret_values(self.project.registry), CMUX_RUNTIME=b"ssh", CMUX_WORKSPACE=self.name.encode(),
+                      CMUX_PROJECT=self.project.name.encode())
         lines = [b"%s=%s; export %s\n" % (name.encode(), shell_word(value), name.encode()) for name, value in values.items()]
-        lines.append(b'cd %s || exit 96\nexec "${SHELL:-/bin/sh}" -l\n' % shell_word(self.path.encode("utf-8", "surrogateescape")))
-        place, cancel = "/tmp/cmux-" + os.urandom(12).hex(), Cancel()
-        command = "exec sh -c 'while test ! -p %s/f; do sleep 0.1 || sleep 1; done; . %s/f'" % (place, place)
-        with tempfile.TemporaryFile() as spool:
-            spool.write(b"".join(lines))
-            spool.seek(0)
+        where, place = os.fsencode(self.path), os.urandom(8).hex()
+        lines.append(b'cd %s || exit 96\nexec "${SHELL:-/bin/sh}" -l\n' % shell_word(where))
+        fifo = os.path.dirname(os.path.dirname(where)) + b"/.cmux/stage/%s/f" % place.encode()
+        masters, nonce, ready = self.host.masters, os.urandom(16).hex(), Capture(100)
+        session = self.host.open(Deadline(SLOT_PATIENCE))
+        try:
+            header = shell_header(nonce, os.urandom(8).hex(), script_records(HANDOVER, self.root, place))
+            exchange = Exchange(session, nonce, header + b"".join(lines), ready, ready, close_stdin=True)
+            if not exchange.run(Deadline(START_PATIENCE), until=lambda: bool(ready.total) or exchange.ended) or ready.value() != b"ready\n":
+                raise RemoteFailed("%s could not prepare a shell: %s" % (self.host.name, show(neutralise(ready.value()), 200)))
+            argv, begun, ended = masters.on_terminal(TAKEOVER % "".join("\\%03o" % byte for byte in fifo), Deadline(SLOT_PATIENCE))
+        except BaseException:
+            self.host.done(session)
+            raise
 
-            def hand_over() -> None:
-                try:
-                    self.host.call(HANDOVER, place, source=Source(spool.fileno()), cancel=cancel, once=True)
-                except CmuxError:
-                    pass  # the shell then waits in vain, and says so below
-            helper = threading.Thread(target=hand_over, daemon=True)
-            masters = self.host.masters
-            argv, done = masters.on_terminal(command, Deadline(SLOT_PATIENCE))
-            helper.start()
+        def hand_over() -> None:
             try:
-                return attach(argv, dict(masters.environment, TERM=os.environ.get("TERM", "dumb")))
-            finally:
-                done()
-                cancel.set()
-                helper.join(STOP_PATIENCE)
+                exchange.run(Deadline(SLOT_PATIENCE))
+            except CmuxError:
+                pass  # the shell over there has nothing to read then, and ends
+            begun()
+            self.host.done(session)
+        helper = threading.Thread(target=hand_over, daemon=True)
+        helper.start()
+        try:
+            return attach(argv, dict(masters.environment, TERM=os.environ.get("TERM", "dumb")))
+        finally:
+            ended()
+            helper.join(CONTROL_PATIENCE)
 
 
 def shell_word(value: bytes) -> bytes:
@@ -6882,8 +6906,7 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
         config = host.masters.config
         yield examine_config(config)
         began = time.monotonic()
-        patience = CONNECT_PATIENCE_SLOW if config.first("connecttimeout") == "0" else CONNECT_PATIENCE
-        status, words, said = look_closely(config, "exec sh -c :", patience)
+        status, words, said = look_closely(host.masters, "exec sh -c :")
         used = re.search(r"Authenticated to .* using \"(.{1,60}?)\"", words)
         if not used:
             yield explain(config, words, said)
@@ -7821,7 +7844,19 @@ def command_shell(options: argparse.Namespace) -> int:
     project, terminal = open_project(options), Terminal(options.verbosity)
     workspace = project.ensure(one_workspace(options) or project.default_workspace(), options.host or "", report=terminal)
     terminal.warn("the host now writes to this terminal as it likes, escape sequences included; exit ends it.")
-    return workspace.shell()
+    status = None
+    try:
+        status = workspace.shell()
+    finally:
+        if status in (None, 255) and os.isatty(1):  # a full-screen program had no time to tidy up
+            write_out(1, TIDY, harmless=True)
+    if status in (None, 255):
+        terminal.warn("the connection to %s was cut, or its shell ended with 255." % workspace.host.name)
+    return 255 if status is None else status
+
+
+# Out of the alternate screen; mouse, paste and application modes off; cursor and colours as usual.
+TIDY = b"\x1b[?1047l\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b[?1l\x1b>\x1b[?25h\x1b[m\r\n"
 
 
 def command_demo(options: argparse.Namespace) -> int:
