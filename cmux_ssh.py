@@ -100,8 +100,11 @@ STOP_PATIENCE = 10          # for the host's word that a tree has ended
 CALL_PATIENCE = 600         # for one script of ours: unpacking a large tree on a slow disk
 STALL_PATIENCE = 60         # a transfer that moves no byte for so long is dead
 RESULT_PATIENCE = 600       # a host may hash gigabytes before the first byte of a result comes
-DROPPED_TRIES = 5           # MaxStartups drops a handshake at random; each try waits longer
-DOWN_WAITS = (1, 2, 4, 7, 10)  # after 1, 2, ... failures to connect in a row
+DROPPED_WAITS = (0.2, 0.4, 0.8, 1.6)  # MaxStartups drops a handshake at random
+TURNED_AWAY_WAITS = (0.3, 1, 5, 15, 30)  # OpenSSH 9.8 and later say the same words for MaxStartups
+                            # and for a penalty, which lasts 15 s or more; being turned away adds none
+DOWN_WAITS = (1, 2, 4, 7, 10)  # after 1, 2, ... failures to connect in a row. A refused key costs 5 s
+                            # of penalty, enforced from 15 s on: so spaced, it never gets there
 REFUSED_TRIES = 40          # a refused session open has started nothing; 3 to 100 ms apart
 SOCKET_PATH_MAX = 86        # 104 bytes on macOS, less 17 that ssh appends while it binds, less NUL
 LOG_MAX = 64 * 1024         # of ssh's own words that are read back
@@ -192,6 +195,10 @@ class ConnectionFailed(HostError):
 
 class ConnectionDropped(ConnectionFailed):
     """The server dropped the handshake (MaxStartups, penalties); trying again may work."""
+
+
+class TurnedAway(ConnectionDropped):
+    """The server takes nobody from this address for now, and says so."""
 
 
 class HostKeyFailed(ConnectionFailed):
@@ -675,7 +682,7 @@ OPEN_ROOT = r"""
 _croot() { # $1 root as given, may be empty or begin with ~ -> cd there, $root
   umask 077
   case $1 in '') root=$HOME/cmux;; '~') root=$HOME;; '~/'*) root=$HOME/${1#'~/'};; /*) root=$1;; *) root=$HOME/$1;; esac
-  [ -d "$root" ] || mkdir -p -- "$root" || return 3
+  [ -d "$root" ] || { mkdir -p -- "$root" && fresh=1; } || return 3
   cd -P -- "$root" && root=$(pwd -P) || return 3
   mkdir -p .cmux/bases .cmux/stage .cmux/trash .cmux/made || return 3
   chmod 700 .cmux || return 3
@@ -1166,16 +1173,20 @@ _cop() {
 """
 
 
-# HANDOVER dir: stdin goes to whoever opens the FIFO dir/f first (a shell on a terminal), through
-# kernel memory: it lies on no disk. Nobody for 30 s: it is given up.
-HANDOVER = r"""
+# HANDOVER root op: stdin goes to whoever opens the FIFO first (a shell on a terminal), through kernel
+# memory: it lies on no disk. The FIFO stands below .cmux, 0700: in /tmp a stranger, who can see its
+# name in the process table, could put one of his there. Nobody for 60 s: it is given up.
+HANDOVER = OPEN_ROOT + r"""
 _cop() {
-  umask 077; mkdir "$1" && mkfifo "$1/f" || return 3
+  _croot "$1" && cd .cmux/stage && mkdir "$2" && mkfifo "$2/f" || return 3
   echo ready
-  ( sleep 30; rm -rf "$1"; kill $$ ) >/dev/null 2>&1 4>&- & _cw=$!
-  cat >"$1/f"; kill $_cw; rm -rf "$1"
+  ( n=0; while [ $n -lt 60 ] && kill -0 $$; do sleep 1; n=$((n+1)); done; rm -rf "$2"; [ $n -lt 60 ] || kill $$ ) >/dev/null 2>&1 4>&- &
+  cat >"$2/f"; rm -rf "$2"
 }
 """
+# What the shell on the terminal runs first. The path is octal digits: every login shell reads them
+# alike. Not `. FIFO`, of which bash 3.2 (macOS) reads nothing.
+TAKEOVER = """exec sh -c 'eval "$(cat "$(printf "%s")")"'"""
 # PROBE root op: facts about the host, a word and its value a line; stdin is a tar archive of the
 # one file probe, to see that tar extracts.
 PROBE = OPEN_ROOT + r"""
@@ -1192,6 +1203,7 @@ _cop() {
   if command -v git >/dev/null; then echo "version $(git --version)"; fi
   set -- $(df -Pk . | tail -n 1); echo "free $4"
   set -- $(df -Pi . | tail -n 1); echo "inodes $4"
+  [ -z "$fresh" ] || { cd /; rmdir "$root"/.cmux/* "$root/.cmux" "$root"; }
 }
 """
 # What the self-test of secrets runs: is the value of CMUX_PROBE in any process's argv?
@@ -1281,18 +1293,26 @@ def spawn(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, stdin: A
         raise UsageError("Cannot start %s: %s." % (show(argv[0]), os.strerror(error.errno or 0)))
 
 
-def attach(argv: Sequence[str], env: Mapping[str, str]) -> int:
-    """Run a program on this terminal, and leave the terminal as it was, whatever ends the program."""
+def attach(argv: Sequence[str], env: Mapping[str, str]) -> Optional[int]:
+    """Run a program on this terminal; its exit status, None if a signal ended it. The terminal is
+    left as it was, whatever ends the program. Where this process is killed, a guard that notices
+    ends the program, which puts the terminal right itself."""
     import termios
     saved = termios.tcgetattr(0)
     process = spawn(argv, env, stdin=0, stdout=1, stderr=2, own_group=False)
+    guard = spawn(["/bin/sh", "-c", 'read _ || kill "$1"', "sh", str(process.pid)], stdin=-1)
     try:
-        return process.wait()
+        status = process.wait()
+        return status if status >= 0 else None
     finally:
         if process.poll() is None:
             process.terminate()
             process.wait()
-        termios.tcsetattr(0, termios.TCSADRAIN, saved)
+        guard.communicate(b"\n")
+        try:
+            termios.tcsetattr(0, termios.TCSADRAIN, saved)
+        except termios.error:
+            pass  # the terminal itself has gone
 
 
 def kill_group(process: Process) -> None:
@@ -1840,6 +1860,7 @@ FORCED_IF_KNOWN = (
     ("sessiontype", "SessionType=default"),  # none: hangs for ever
     ("forkafterauthentication", "ForkAfterAuthentication=no"),
     ("gssapidelegatecredentials", "GSSAPIDelegateCredentials=no"),
+    ("logverbose", "LogVerbose=kex.c:kex_exchange_identification():*"),  # why a server hangs up: see read_log
 )
 # `-o SendEnv=-*` does not undo a config's SendEnv, so what its patterns match leaves the
 # environment of ssh. Where the pattern is *, these stay: ssh and its ProxyCommand need them.
@@ -1873,6 +1894,13 @@ FAILURES: Tuple[Tuple[str, Type[HostError], str, str], ...] = (
     (r"timed out|No route to host|Network is unreachable|Host is down|not responding",
      ConnectionFailed, "{host} does not answer.", "Is the machine up, and the network?"),
 )
+
+
+# LogVerbose makes ssh log, as debug1, what a server says before its keys are known; of that we look
+# for two things. The words with which OpenSSH 9.8 and later turn an address away, and servers that
+# end the whole connection when sessions come and go at once (Dropbear's issues 173, 321).
+TURNED_AWAY = re.compile(rb"banner line \d+: Not allowed at this time\Z")
+BREAKS_WHEN_SHARED = re.compile(rb"remote software version dropbear_20(22\.8[23]|24\.8[45])\b")
 
 
 class SSHConfig(Value):
@@ -1976,9 +2004,29 @@ def classify(log: bytes, host: str, otherwise: Type[HostError]) -> HostError:
                      "Try `ssh -v %s true`." % quote(host), host)
 
 
+def read_log(path: str) -> Tuple[bytes, List[bytes]]:
+    """(ssh's own words, what the server said of itself). Only the former may be believed: the server
+    can say "Host key verification failed" too."""
+    own: List[bytes] = []
+    heard: List[bytes] = []
+    for line in (read_bytes(path, STATE_MAX) or b"").split(b"\n"):
+        said = re.match(rb"debug1: \S*kex_exchange_identification\(\):\d+ \([^()]*\): (.*)", line)
+        (heard if said else own).append(said.group(1) if said else line)
+    return b"\n".join(line for line in own if not line.startswith(b"debug1: ")), heard
+
+
+def failure_in(words: bytes, heard: List[bytes], host: str) -> HostError:
+    """Why a connection failed, from read_log()."""
+    error = classify(words, host, ConnectionFailed)
+    if isinstance(error, ConnectionDropped) and any(TURNED_AWAY.match(line) for line in heard):
+        return TurnedAway("%s turns this address away: too many connections, or a penalty for failed logins." % host,
+                          "Wait before the next try: a penalty lasts from 15 seconds to 10 minutes, and each refused key adds to it.", host)
+    return error
+
+
 # The control protocol, OpenSSH's PROTOCOL.mux version 4: packets of a 32-bit length and a body;
 # strings carry their own 32-bit length. What we send and what we read, all of it:
-MUX_HELLO, MUX_NEW_SESSION = 0x00000001, 0x10000002
+MUX_HELLO, MUX_NEW_SESSION, MUX_TERMINATE = 0x00000001, 0x10000002, 0x10000005
 MUX_OK, MUX_DENIED, MUX_FAILURE = 0x80000001, 0x80000002, 0x80000003
 MUX_EXIT, MUX_ALIVE, MUX_OPENED, MUX_TTY_FAILED = 0x80000004, 0x80000005, 0x80000006, 0x80000008
 MUX_NO_ESCAPE = 0xffffffff
@@ -2227,13 +2275,13 @@ class DirectSession(Session):
             self._report(None)
 
     def failure(self, begun: bool) -> HostError:
-        log = read_bytes(self._log, STATE_MAX) or b""
+        words, heard = read_log(self._log)
         if begun:
             return super().failure(begun)
-        if not log.strip() and self._process.poll() not in (None, 255):
+        if not words.strip() and self._process.poll() not in (None, 255):
             return RemoteShellFailed(self.host)
-        error = classify(log, self.host, ConnectionFailed)
-        if self._done:
+        error = failure_in(words, heard, self.host)
+        if self._done and not isinstance(error, ConnectionDropped):  # again() reports those
             self._report(error)
         return error
 
@@ -2264,31 +2312,31 @@ class HostMemory:
         self.folder = socket_folder(digest[:16])
         self._profile: Dict[str, Any] = {}
         self._profile_until = 0.0
-        self._patience = (CONNECT_PATIENCE_SLOW if config.first("connecttimeout") == "0"
+        self.patience = (CONNECT_PATIENCE_SLOW if config.first("connecttimeout") == "0"
                           else CONNECT_PATIENCE)
 
     def _path(self, name: object) -> str:
         return os.path.join(self.folder, str(name))
 
     def profile(self) -> Dict[str, Any]:
-        """{"sessions": how many a master takes (0: it refuses multiplexing)}"""
+        """{"sessions": how many a master takes (0: it refuses multiplexing), "handshakes": at once}"""
         if time.monotonic() < self._profile_until:
             return self._profile
         try:
             value = read_json(self._path("profile.json"))
         except StateFailed:
             value = None
-        sessions = (value or {}).get("sessions")
-        until = (value or {}).get("until")
-        good = (isinstance(sessions, int) and 0 <= sessions <= SESSIONS_PER_MASTER
-                and isinstance(until, (int, float)) and time.time() < until)
-        self._profile = {"sessions": sessions if good else SESSIONS_PER_MASTER}
+        until, limits = (value or {}).get("until"), {"sessions": SESSIONS_PER_MASTER, "handshakes": HANDSHAKES_AT_ONCE}
+        if isinstance(until, (int, float)) and time.time() < until:
+            seen = {key: (value or {}).get(key) for key in limits}
+            limits.update({key: n for key, n in seen.items() if isinstance(n, int) and 0 <= n <= limits[key]})
+        self._profile = limits
         self._profile_until = time.monotonic() + 2  # other processes learn too
         return self._profile
 
-    def _learn(self, sessions: int) -> None:
-        """Remember for a day how many sessions a master takes; 0: none, it has no masters."""
-        write_json(self._path("profile.json"), {"sessions": sessions, "until": time.time() + 86400})
+    def _learn(self, **limits: int) -> None:
+        """Remember for a day what the host was seen to allow."""
+        write_json(self._path("profile.json"), dict(self.profile(), until=time.time() + 86400, **limits))
         self._profile_until = 0.0
 
     def _failures(self) -> Tuple[int, float]:
@@ -2306,13 +2354,20 @@ class HostMemory:
         write_bytes(self._path("down.why"), json_error(error))
 
     def _wait_out(self, until: float, deadline: Deadline, cancel: Optional[Cancel]) -> None:
-        end = min(until, time.time() + DOWN_WAITS[-1] * 1.2)
-        while time.time() < end:
+        if not self._pause(min(until - time.time(), DOWN_WAITS[-1] * 1.2), deadline, cancel):
+            raise self._shared_failure()
+
+    @staticmethod
+    def _pause(seconds: float, deadline: Deadline, cancel: Optional[Cancel]) -> bool:
+        """Sleep; False if the deadline comes first."""
+        end = Deadline(max(0.0, seconds))
+        while not end.over():
             if cancel:
                 cancel.check()
             if deadline.over():
-                raise self._shared_failure()
-            time.sleep(deadline.capped(min(0.1, max(0.0, end - time.time()))))
+                return False
+            time.sleep(deadline.capped(end.capped(0.1)))
+        return True
 
     def _shared_failure(self) -> HostError:
         """What the prober we waited for was told."""
@@ -2321,6 +2376,8 @@ class HostMemory:
 
 class Launcher(HostMemory):
     """Starts connections to the host, at most HANDSHAKES_AT_ONCE at a time."""
+
+    tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait; the command line sets it
 
     def __init__(self, config: SSHConfig, interactive: Optional[Callable[[], bool]] = None) -> None:
         super().__init__(config)
@@ -2344,7 +2401,7 @@ class Launcher(HostMemory):
     def handshake(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> Lock:
         """Leave to begin one handshake with this host: one of HANDSHAKES_AT_ONCE."""
         while True:
-            for number in range(HANDSHAKES_AT_ONCE):
+            for number in range(max(1, self.profile()["handshakes"])):
                 lock = Lock(self._path("handshake.%d" % number))
                 if lock.take():
                     return lock
@@ -2355,11 +2412,28 @@ class Launcher(HostMemory):
                                        "Try again.", self.host)
             time.sleep(deadline.capped(0.02))
 
-    def launch(self, index: int, cancel: Optional[Cancel] = None, tries: int = DROPPED_TRIES,
-               probing: bool = False) -> bool:
+    def again(self, error: HostError, attempt: int, deadline: Deadline, cancel: Optional[Cancel] = None) -> bool:
+        """After a handshake that the server dropped, so that nothing ran there: wait, then True; False
+        when it is not worth another try. A server that takes fewer at once than we make (Dropbear: 5
+        from one address) is given half as many."""
+        away = isinstance(error, TurnedAway)
+        waits = TURNED_AWAY_WAITS if away else DROPPED_WAITS
+        if attempt == 0:
+            self._learn(handshakes=max(2, self.profile()["handshakes"] // 2))
+        if attempt < len(waits):
+            pause = waits[attempt] * (1 if attempt > 1 and away else 0.5 + os.urandom(1)[0] / 255)
+            if pause >= 5:
+                self.tell("%s turns this address away for now; trying again in %d seconds" % (self.host, pause))
+            if pause <= deadline.capped(pause) and self._pause(pause, deadline, cancel):
+                return True
+        self._remember_failure(error)
+        return False
+
+    def launch(self, index: int, deadline: Deadline, cancel: Optional[Cancel] = None, probing: bool = False,
+               once: bool = False) -> bool:
         """Start master ``index``; False if somebody else is starting it, or there is one.
 
-        A handshake that the server drops (MaxStartups) is tried again, ever later.
+        A handshake that the server drops (MaxStartups) is tried again, ever later, unless ``once``.
         """
         own = Lock(self._path("launch.%d" % index))
         if not own.take():
@@ -2368,14 +2442,16 @@ class Launcher(HostMemory):
             if self._answers(index):
                 return False
             remove_file(self._path(index))
-            for attempt in range(tries):
-                slot = self.handshake(Deadline(self._patience), cancel)
+            for attempt in range(100):
+                slot = self.handshake(Deadline(self.patience), cancel)
                 try:
                     self._start(index, cancel, batch=True)
                     self.started(index)
                     return True
-                except ConnectionDropped:
-                    if attempt == tries - 1:
+                except ConnectionDropped as error:
+                    slot.free()
+                    last = once and not isinstance(error, TurnedAway)
+                    if not self.again(error, 99 if last else attempt, deadline, cancel):
                         raise
                 except (HostKeyFailed, AuthenticationFailed) as error:
                     if not probing or not self.interactive or not self.interactive():
@@ -2384,7 +2460,6 @@ class Launcher(HostMemory):
                     return True
                 finally:
                     slot.free()
-                time.sleep(0.2 * 2 ** attempt * (0.5 + os.urandom(1)[0] / 255))
             return False
         finally:
             own.free()
@@ -2408,23 +2483,39 @@ class Launcher(HostMemory):
             os.close(theirs)
             os.close(said)
         try:
-            self._await_detach(watch, cancel, self._patience if batch else INTERACTIVE_PATIENCE)
+            self._await_detach(watch, cancel, self.patience if batch else INTERACTIVE_PATIENCE)
             status = process.wait(timeout=CONTROL_PATIENCE)
         except BaseException as error:
             kill_group(process) if batch else process.kill()
             if isinstance(error, TimeoutError):
-                raise ConnectionFailed("%s did not answer within %d seconds." % (self.host, self._patience),
+                raise ConnectionFailed("%s did not answer within %d seconds." % (self.host, self.patience),
                                        "Is the machine up? Try `ssh -v %s true`." % quote(self.host), self.host)
             raise
         finally:
             os.close(watch)
+        words, heard = read_log(log)
         if status != 0 or not os.path.exists(self._path(index)):
-            words = read_bytes(log, STATE_MAX) or b""
             if not words.strip():  # arguments refused, or the words of a ProxyCommand
                 words = read_bytes(log + ".err", STATE_MAX) or b""
                 if status == 0 or re.search(rb"(?i)(unknown|unsupported|bad|illegal).*option|multiplex", words):
                     raise NoMultiplexing("This ssh has no masters.", host=self.host)
-            raise classify(words, self.host, ConnectionFailed)
+            raise failure_in(words, heard, self.host)
+        if any(BREAKS_WHEN_SHARED.search(line) for line in heard):
+            self._end(index)
+            raise NoMultiplexing("This server ends the connection when sessions come and go at once.", host=self.host)
+
+    def _end(self, index: int) -> None:
+        """Ask a master to end."""
+        import socket
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
+            control.settimeout(CONTROL_PATIENCE)
+            try:
+                control.connect(self._path(index))
+                control.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(MUX_TERMINATE, 0))
+                while control.recv(4096):
+                    pass
+            except OSError:
+                pass
 
     @staticmethod
     def _await_detach(watch: int, cancel: Optional[Cancel], patience: float) -> None:
@@ -2487,7 +2578,7 @@ class Masters(Launcher):
                 self._free_slot(slot)
                 tries += 1
                 if tries >= REFUSED_TRIES:
-                    self._learn(self._in_use(slot[0]))  # as many as it carried when it refused
+                    self._learn(sessions=self._in_use(slot[0]))  # as many as it carried when it refused
                     tries = 0
                 time.sleep(deadline.capped(min(0.1, 0.003 * 1.2 ** tries)))
             except (MasterGone, OSError) as error:
@@ -2654,24 +2745,27 @@ class Masters(Launcher):
     def _may_launch(self, live: int, waited: bool) -> bool:
         with self._mutex:
             wanted = -(-self._waiting // SESSIONS_PER_MASTER)
-            if waited and self._launching < wanted and live + self._launching < MASTERS_PER_HOST:
+            if (waited and self._launching < wanted and live + self._launching < MASTERS_PER_HOST
+                    and time.time() >= self._failures()[1]):  # who was just turned away does not knock
                 self._launching += 1
                 return True
         return False
 
     # -- for a person --
 
-    def on_terminal(self, command: str, deadline: Deadline) -> Tuple[List[str], Callable[[], None]]:
-        """(the argv of an ssh that runs ``command`` on this terminal, what to call when it has ended).
-        Escape characters are off: a pasted ~C would open forwards."""
+    def on_terminal(self, command: str, deadline: Deadline) -> Tuple[List[str], Callable[[], None], Callable[[], None]]:
+        """(the argv of an ssh that runs ``command`` on this terminal; what to call when it has begun
+        there; when it has ended). Escape characters are off: a pasted ~C would open forwards."""
         self.connect(deadline)
-        path, done = "none", self.handshake(deadline).free
         if self.profile()["sessions"]:
-            done()
             slot = self._take_slot(deadline, None)
-            path, done = self._path(slot[0]), lambda: self._free_slot(slot)
-        words = ssh_argv(self.config, "-S", path, "-e", "none", *(["-o", "ProxyCommand=false"] if path != "none" else []))
-        return ["-t" if word == "-T" else word for word in words] + ["--", self.host, command], done
+            options = ["-S", self._path(slot[0]), "-o", "ProxyCommand=false"]
+            begun, ended = lambda: None, lambda: self._free_slot(slot)
+        else:
+            options, ended = ["-S", "none"], self.handshake(deadline).free
+            begun = ended
+        words = ["-t" if word == "-T" else word for word in ssh_argv(self.config, "-e", "none", *options)]
+        return words + ["--", self.host, command], begun, ended
 
     def count_sessions(self, command: str, most: int) -> int:
         """How many more sessions a living master takes now, up to ``most``."""
@@ -2705,10 +2799,9 @@ class Masters(Launcher):
             if count > before[0] or (count and until > before[1]):
                 raise self._shared_failure()
             self._wait_out(until, deadline, cancel)
-            tries = 1 if count else DROPPED_TRIES
             try:
                 for index in range(MASTERS_PER_HOST):  # one that hangs keeps its place
-                    if not os.path.lexists(self._path(index)) and self.launch(index, cancel, tries, probing=True):
+                    if not os.path.lexists(self._path(index)) and self.launch(index, deadline, cancel, True, count > 0):
                         break
                     if self._live():
                         break
@@ -2716,40 +2809,47 @@ class Masters(Launcher):
                     raise ConnectionFailed("No connection to %s works, and none can be added." % self.host,
                                            "Look at the ssh processes of %s." % show(self.folder), self.host)
             except NoMultiplexing:
-                self._learn(0)
+                self._learn(sessions=0)
                 return
             except HostError as error:
-                self._remember_failure(error)
+                if not isinstance(error, ConnectionDropped):  # again() remembers those
+                    self._remember_failure(error)
                 raise
             remove_file(self._path("down.json"))
         finally:
             lock.free()
 
     def _one_more(self, deadline: Deadline, cancel: Optional[Cancel]) -> None:
-        """Start one more master; that it cannot be is no failure, since others live."""
+        """Start one more master; that it cannot be is no failure, since others live, but no process
+        tries again at once."""
         try:
             for index in range(MASTERS_PER_HOST):
                 if not os.path.lexists(self._path(index)):
                     try:
-                        if self.launch(index, cancel):
+                        if self.launch(index, Deadline(0), cancel):
                             return
-                    except HostError:
+                    except HostError as error:
+                        if not isinstance(error, ConnectionDropped):
+                            self._remember_failure(error)
                         return
         finally:
             with self._mutex:
                 self._launching -= 1
 
 
-def look_closely(config: SSHConfig, command: str, patience: float) -> Tuple[int, str, bytes]:
+def look_closely(masters: Masters, command: str) -> Tuple[int, str, bytes]:
     """Run ``command`` over a connection of its own with ssh's debugging words: (status, those words,
-    what else was on stderr: a ProxyCommand's). For diagnosis; never asks."""
+    what else was on stderr: a ProxyCommand's). For diagnosis; never asks, and is tried once."""
     import tempfile
+    config, leave = masters.config, masters.handshake(Deadline(masters.patience))
     with tempfile.NamedTemporaryFile(prefix="cmux-doctor-") as log:
         argv = ssh_argv(config, "-S", "none", "-v", "-E", log.name) + ["--", config.host, command]
         try:
-            status, _, said = run(argv, scrubbed_environment(config), limit=STATE_MAX, patience=patience)
+            status, _, said = run(argv, scrubbed_environment(config), limit=STATE_MAX, patience=masters.patience)
         except CmuxError:
             status, said = 255, b""
+        finally:
+            leave.free()
         words = read_bytes(log.name, STATE_MAX) or b""
         return status, words.decode("utf-8", "replace"), said
 
@@ -2770,7 +2870,7 @@ def json_error(error: HostError) -> bytes:
 
 def error_json(data: bytes, host: str) -> HostError:
     import json
-    kinds = {kind.__name__: kind for kind in (ConnectionFailed, ConnectionDropped, HostKeyFailed,
+    kinds = {kind.__name__: kind for kind in (ConnectionFailed, ConnectionDropped, TurnedAway, HostKeyFailed,
                                               AuthenticationFailed)}
     try:
         name, message, hint = json.loads(data.decode())
@@ -3082,7 +3182,7 @@ class Host:
         ``before`` are more header records.
         """
         first: Optional[HostError] = None
-        for attempt in range(3):
+        for attempt in range(10):
             session = (self.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel) if direct
                        else self.open(Deadline(SLOT_PATIENCE), cancel))
             try:
@@ -3090,8 +3190,9 @@ class Host:
                 return self._call_on(session, records, source, direct, cancel, limit)
             except HostError as error:
                 first = first or error
-                lost = isinstance(error, ConnectionLost) or (direct and isinstance(error, ConnectionDropped))
-                if attempt == 2 or not lost or (source and source.total) or (once and getattr(error, "begun", False)):
+                if isinstance(error, ConnectionDropped) and self.masters.again(error, attempt, Deadline(SLOT_PATIENCE), cancel):
+                    continue
+                if attempt >= 2 or not isinstance(error, ConnectionLost) or (source and source.total) or (once and getattr(error, "begun", False)):
                     raise first from None  # a line lost once may have done its work
             finally:
                 self.done(session)
@@ -3103,7 +3204,7 @@ class Host:
         out, err = Capture(limit), Capture(LOG_MAX)
         nonce = os.urandom(16).hex()
         exchange = Exchange(session, nonce, shell_header(nonce, os.urandom(8).hex(), records), out, err,
-                            source, eager=True)
+                            source, eager=not isinstance(session, DirectSession))  # a dropped handshake takes none of it along
         started = exchange.run(Deadline(START_PATIENCE + (CONNECT_PATIENCE if direct else 0)), cancel,
                                until=lambda: exchange.begun or exchange.out.ended)
         if not started:
@@ -3205,18 +3306,21 @@ class Incoming:
         self.cancel, self.host = cancel, host
         self.err = Capture(LOG_MAX)
         self.waiting: List[bytes] = []
-        nonce = os.urandom(16).hex()
-        header = shell_header(nonce, os.urandom(8).hex(), script_records(script, *arguments))
-        session = host.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel)
-        self.exchange = Exchange(session, nonce, header, self.waiting.append, self.err)
-        try:
-            self.exchange.run(Deadline(START_PATIENCE + CONNECT_PATIENCE), cancel,
-                              until=lambda: self.exchange.begun or self.exchange.out.ended)
-            if not self.exchange.begun and not self.exchange.out.ended:
-                raise host.silent()
-        except BaseException:
-            self.close()
-            raise
+        for attempt in range(10):
+            nonce = os.urandom(16).hex()
+            header = shell_header(nonce, os.urandom(8).hex(), script_records(script, *arguments))
+            session = host.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel)
+            self.exchange = Exchange(session, nonce, header, self.waiting.append, self.err)
+            try:
+                self.exchange.run(Deadline(START_PATIENCE + CONNECT_PATIENCE), cancel,
+                                  until=lambda: self.exchange.begun or self.exchange.out.ended)
+                if not self.exchange.begun and not self.exchange.out.ended:
+                    raise host.silent()
+                return
+            except BaseException as error:
+                self.close()
+                if not isinstance(error, ConnectionDropped) or not host.masters.again(error, attempt, Deadline(SLOT_PATIENCE), cancel):
+                    raise
 
     def take(self) -> bytes:
         if not self.waiting:
@@ -3292,7 +3396,7 @@ class CommandRun:
 
         Until the header is written whole nothing can have begun, so a session that dies before
         is replaced."""
-        for attempt in range(3):
+        for attempt in range(10):
             waiting = Deadline(deadline.capped(SLOT_PATIENCE))
             try:
                 session = self.host.open(waiting, cancel)
@@ -3308,13 +3412,16 @@ class CommandRun:
                     self.guard.outgoing = memoryview(b"%s\n" % self.exchange.out.pid.encode())
                     self.guard.run(Deadline(CONTROL_PATIENCE), None, until=lambda: not self.guard_busy())
                 return
-            except ConnectionLost as error:
-                safe = self.exchange is None or bool(self.exchange.outgoing)
+            except (ConnectionLost, ConnectionDropped) as error:
+                opened, safe = self.exchange is not None, self.exchange is None or bool(self.exchange.outgoing)
                 for exchange in (self.exchange, self.guard):
                     if exchange:
                         self.host.done(exchange.session)
                 self.exchange = self.guard = None
-                if attempt == 2 or error.begun or not safe:
+                if isinstance(error, ConnectionDropped):
+                    if not opened or not self.host.masters.again(error, attempt, waiting, cancel):
+                        raise
+                elif attempt >= 2 or error.begun or not safe:
                     raise
         raise AssertionError
 
@@ -4497,39 +4604,45 @@ class WorkspaceBase:
 
 
     @logged("shell")
-    def shell(self) -> int:
-        """The user's login shell there, on this terminal; its exit status.
+    def shell(self) -> Optional[int]:
+        """The user's login shell there, on this terminal; its exit status, None if it was cut off.
 
         The terminal is the session's stdin, so the secrets come another way: a second session
         writes them into a FIFO that the shell reads once. They are in no argv and on no disk.
         """
-        import tempfile
         import threading
-        secrets = secret_values(self.project.registry)
-        values = dict(secrets, CMUX_RUNTIME=b"ssh", CMUX_WORKSPACE=self.name.encode(), CMUX_PROJECT=self.project.name.encode())
+        values = dict(secret_values(self.project.registry), CMUX_RUNTIME=b"ssh", CMUX_WORKSPACE=self.name.encode(),
+                      CMUX_PROJECT=self.project.name.encode())
         lines = [b"%s=%s; export %s\n" % (name.encode(), shell_word(value), name.encode()) for name, value in values.items()]
-        lines.append(b'cd %s || exit 96\nexec "${SHELL:-/bin/sh}" -l\n' % shell_word(self.path.encode("utf-8", "surrogateescape")))
-        place, cancel = "/tmp/cmux-" + os.urandom(12).hex(), Cancel()
-        command = "exec sh -c 'while test ! -p %s/f; do sleep 0.1 || sleep 1; done; . %s/f'" % (place, place)
-        with tempfile.TemporaryFile() as spool:
-            spool.write(b"".join(lines))
-            spool.seek(0)
+        where, place = os.fsencode(self.path), os.urandom(8).hex()
+        lines.append(b'cd %s || exit 96\nexec "${SHELL:-/bin/sh}" -l\n' % shell_word(where))
+        fifo = os.path.dirname(os.path.dirname(where)) + b"/.cmux/stage/%s/f" % place.encode()
+        masters, nonce, ready = self.host.masters, os.urandom(16).hex(), Capture(100)
+        session = self.host.open(Deadline(SLOT_PATIENCE))
+        try:
+            header = shell_header(nonce, os.urandom(8).hex(), script_records(HANDOVER, self.root, place))
+            exchange = Exchange(session, nonce, header + b"".join(lines), ready, ready, close_stdin=True)
+            if not exchange.run(Deadline(START_PATIENCE), until=lambda: bool(ready.total) or exchange.ended) or ready.value() != b"ready\n":
+                raise RemoteFailed("%s could not prepare a shell: %s" % (self.host.name, show(neutralise(ready.value()), 200)))
+            argv, begun, ended = masters.on_terminal(TAKEOVER % "".join("\\%03o" % byte for byte in fifo), Deadline(SLOT_PATIENCE))
+        except BaseException:
+            self.host.done(session)
+            raise
 
-            def hand_over() -> None:
-                try:
-                    self.host.call(HANDOVER, place, source=Source(spool.fileno()), cancel=cancel, once=True)
-                except CmuxError:
-                    pass  # the shell then waits in vain, and says so below
-            helper = threading.Thread(target=hand_over, daemon=True)
-            masters = self.host.masters
-            argv, done = masters.on_terminal(command, Deadline(SLOT_PATIENCE))
-            helper.start()
+        def hand_over() -> None:
             try:
-                return attach(argv, dict(masters.environment, TERM=os.environ.get("TERM", "dumb")))
-            finally:
-                done()
-                cancel.set()
-                helper.join(STOP_PATIENCE)
+                exchange.run(Deadline(SLOT_PATIENCE))
+            except CmuxError:
+                pass  # the shell over there has nothing to read then, and ends
+            begun()
+            self.host.done(session)
+        helper = threading.Thread(target=hand_over, daemon=True)
+        helper.start()
+        try:
+            return attach(argv, dict(masters.environment, TERM=os.environ.get("TERM", "dumb")))
+        finally:
+            ended()
+            helper.join(CONTROL_PATIENCE)
 
 
 def shell_word(value: bytes) -> bytes:
@@ -6889,8 +7002,7 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
         config = host.masters.config
         yield examine_config(config)
         began = time.monotonic()
-        patience = CONNECT_PATIENCE_SLOW if config.first("connecttimeout") == "0" else CONNECT_PATIENCE
-        status, words, said = look_closely(config, "exec sh -c :", patience)
+        status, words, said = look_closely(host.masters, "exec sh -c :")
         used = re.search(r"Authenticated to .* using \"(.{1,60}?)\"", words)
         if not used:
             yield explain(config, words, said)
@@ -7021,6 +7133,7 @@ def may_ask() -> bool:
 
 
 def open_project(options: argparse.Namespace) -> Project:
+    Launcher.tell = Terminal(options.verbosity).note
     return Project(options.directory, None if options.json else may_ask, warm=0)
 
 
@@ -7845,7 +7958,19 @@ def command_shell(options: argparse.Namespace) -> int:
     project, terminal = open_project(options), Terminal(options.verbosity)
     workspace = project.ensure(one_workspace(options) or project.default_workspace(), options.host or "", report=terminal)
     terminal.warn("the host now writes to this terminal as it likes, escape sequences included; exit ends it.")
-    return workspace.shell()
+    status = None
+    try:
+        status = workspace.shell()
+    finally:
+        if status in (None, 255) and os.isatty(1):  # a full-screen program had no time to tidy up
+            write_out(1, TIDY, harmless=True)
+    if status in (None, 255):
+        terminal.warn("the connection to %s was cut, or its shell ended with 255." % workspace.host.name)
+    return 255 if status is None else status
+
+
+# Out of the alternate screen; mouse, paste and application modes off; cursor and colours as usual.
+TIDY = b"\x1b[?1047l\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b[?1l\x1b>\x1b[?25h\x1b[m\r\n"
 
 
 def command_demo(options: argparse.Namespace) -> int:
