@@ -488,6 +488,11 @@ def check_remote_path(text: str) -> str:
     return text
 
 
+def number(text: str) -> int:
+    """A count that the host named; -1 if it is none. (int() takes '\u00b2' for none, and 5000 digits ill.)"""
+    return int(text) if re.match(r"[0-9]{1,15}\Z", text) else -1
+
+
 # C0, DEL, C1, bidirectional controls, zero-width and tag characters. With ESC itself escaped no
 # sequence (OSC 52, DCS, CSI, charset switch) can form, so no parser is needed.
 _HARMLESS: Dict[int, str] = {}
@@ -845,7 +850,7 @@ _cpull() {
   case $r in 0) ;; 9) _ctar "$@"; return;; *) return $r;; esac
   o=$w/.git n=$(_crefs) d=0 top=$h
   if [ "$(_cg rev-parse "$h^{tree}")" != "$t" ]; then
-    d=1; top=$(GIT_AUTHOR_DATE="$(date +%s) +0000" GIT_COMMITTER_DATE="$(date +%s) +0000" _cg commit-tree "$t" -p "$h" -m 'uncommitted work') || return 3
+    d=1; top=$(GIT_AUTHOR_DATE="@$(date +%s) +0000" GIT_COMMITTER_DATE="@$(date +%s) +0000" _cg commit-tree "$t" -p "$h" -m 'uncommitted work') || return 3
   fi
   _cg update-ref refs/heads/w "$top" && echo "git $b $d $h $t $n" &&
   _cg fast-export --use-done-feature --reference-excluded-parents --reencode=yes --signed-tags=strip refs/heads/w ^refs/cmux/base
@@ -2971,13 +2976,26 @@ class Stream:
             return
         if kind == b"+" and not self.begun and len(numbers) == 1:
             self.begun, self.pid = True, str(numbers[0])
-        elif kind == b"x" and not self.begun and numbers:
+        elif kind == b"x" and not self.begun and numbers and numbers[0] > 0:
             self.refused = numbers[0]
             self.ended = True
         elif kind == b"-" and self.begun and numbers and 0 <= numbers[0] <= 255:
             self.status = numbers[0]
             self.stop = {0: "confirmed", 1: "requested"}.get(numbers[1] if numbers[1:] else -1, "")
             self.ended = True
+
+
+class Bounded(Capture):
+    """A Capture for what a script of ours says: far more of it than there can be is a flood, and an end of it."""
+
+    def __init__(self, limit: int, most: int) -> None:
+        super().__init__(limit)
+        self.most = most
+
+    def __call__(self, data: bytes) -> None:
+        super().__call__(data)
+        if self.total > self.most:
+            raise RemoteFailed("The host answered more than was asked for.")
 
 
 class Source:
@@ -3201,7 +3219,7 @@ class Host:
 
     def _call_on(self, session: Session, records: bytes, source: Optional[Source], direct: bool,
                  cancel: Optional[Cancel], limit: int) -> Reply:
-        out, err = Capture(limit), Capture(LOG_MAX)
+        out, err = Bounded(limit, limit), Bounded(LOG_MAX, STATE_MAX)
         nonce = os.urandom(16).hex()
         exchange = Exchange(session, nonce, shell_header(nonce, os.urandom(8).hex(), records), out, err,
                             source, eager=not isinstance(session, DirectSession))  # a dropped handshake takes none of it along
@@ -3213,8 +3231,6 @@ class Host:
             raise RemoteFailed("%s did not finish within %d seconds." % (self.name, CALL_PATIENCE))
         if exchange.out.refused:
             raise WorkspaceMissing("The directory is not on %s (any more)." % self.name)
-        if out.truncated:
-            raise RemoteFailed("%s answered more than was asked for." % self.name)
         return Reply(status=exchange.out.status or 0, stdout=out.value(), stderr=err.value())
 
     # -- sessions opened ahead: they wait in the shell's read for their header --
@@ -3304,7 +3320,7 @@ class Incoming:
 
     def __init__(self, host: Host, cancel: Optional[Cancel], script: str, *arguments: str) -> None:
         self.cancel, self.host = cancel, host
-        self.err = Capture(LOG_MAX)
+        self.err = Bounded(LOG_MAX, STATE_MAX)
         self.waiting: List[bytes] = []
         for attempt in range(10):
             nonce = os.urandom(16).hex()
@@ -5183,13 +5199,15 @@ class Pull:
         return take
 
     def _read(self, wire: Wire, incoming: Incoming, harvest: Harvest) -> Tuple[bool, bool]:
+        noted = 0
         while True:
             if not wire.peek():
                 self._refused(incoming.reply())
             line = wire.upto(b"\n")
             words = line.split(b" ")
-            if words[0] == b"note" and len(self.notes) < 20:
-                self.notes.append(show(line[5:].decode("utf-8", "replace"))[1:-1])
+            if words[0] == b"note" and noted < PULL_PATHS_MAX:
+                noted += 1
+                self.notes += [show(line[5:].decode("utf-8", "replace"))[1:-1]] if noted <= 20 else []
             elif words[0] == b"large":
                 raise refuse("%s there has more than %s" % (show(line[6:].decode("utf-8", "replace")), human_size(PULL_FILE_MAX)),
                              "Remove it there, or let .gitignore cover it, and pull again.")
@@ -5367,7 +5385,7 @@ def read_file(workspace: WorkspaceBase, path: str, offset: int = 1, limit: int =
         READ, where, str(READ_MAX), str(offset), str(limit), cancel=cancel, limit=READ_MAX + 4096), path, READ_MAX)
     head, _, data = reply.stdout.partition(b"\n")
     words = head.decode("ascii", "replace").split()
-    if len(words) < 2 or not words[0].isdigit():
+    if len(words) < 2 or number(words[0]) < 0:
         raise RemoteFailed("The host's answer to read is damaged.")
     if words[1] == "all":
         if len(data) > READ_MAX:
@@ -5378,7 +5396,7 @@ def read_file(workspace: WorkspaceBase, path: str, offset: int = 1, limit: int =
             data = b"".join(lines[offset - 1:offset - 1 + limit if limit else None])
         return FileContent(data=data, size=size, sha256=digest)
     known = words[2] if words[2:] and re.match(r"[0-9a-f]{64}\Z", words[2]) else ""
-    return FileContent(data=data, size=int(words[0]), sha256=known)
+    return FileContent(data=data, size=number(words[0]), sha256=known)
 
 
 @logged("write", lambda created, path, data, *args: len(data))
@@ -5494,7 +5512,7 @@ def wider_pattern(pattern: str) -> str:
 
 def run_search(workspace: WorkspaceBase, script: str, *arguments: str, cancel: Optional[Cancel] = None) -> bytes:
     """Run a searching script as a command of its own process group, without the secrets."""
-    out, err = Capture(SEARCH_MAX * 2), Capture(LOG_MAX)
+    out, err = Bounded(SEARCH_MAX * 2, SEARCH_MAX * 2), Bounded(LOG_MAX, STATE_MAX)
     records = command_records(["sh", "-c", script, "sh"] + list(arguments), False, False)
     outcome = workspace.host.run(records, workspace.path, out, err, None, Deadline(SEARCH_PATIENCE), cancel)
     if outcome.reason:
@@ -5533,7 +5551,7 @@ def grep_files(workspace: WorkspaceBase, pattern: str, glob: str = "", ignore_ca
     data = run_search(workspace, GREP, pattern, wider_pattern(glob or "**"), "-i" if ignore_case else "-n",
                       str(SEARCH_MAX), str(most), cancel=cancel)
     kind, _, data = data.partition(b"\n")
-    rows = rb"\./([^\0]*)\0(\d+):([^\n]*)\n" if kind == b"null" else rb"\./([^\n]*?):(\d+):([^\n]*)\n"
+    rows = rb"\./([^\0]*)\0(\d{1,15}):([^\n]*)\n" if kind == b"null" else rb"\./([^\n]*?):(\d{1,15}):([^\n]*)\n"
     matches: List[Dict[str, Any]] = []
     for match in re.finditer(rows, data):
         path = match.group(1).decode("utf-8", "surrogateescape")
@@ -5581,8 +5599,10 @@ def start_job(workspace: WorkspaceBase, command: Union[str, Sequence[str]], cwd:
 def parse_state(words: Sequence[str]) -> Dict[str, Any]:
     """running | exited CODE | lost -> state and exit_code."""
     state = words[0] if words and words[0] in ("running", "exited", "lost") else "lost"
-    code = int(words[1]) if state == "exited" and words[1:] and words[1].isdigit() else None
-    return {"state": state, "exit_code": code}
+    code = number(words[1]) if state == "exited" and words[1:] else -1
+    if state == "exited" and not 0 <= code <= 255:
+        state = "lost"  # 256 would leave this process as a 0
+    return {"state": state, "exit_code": code if state == "exited" else None}
 
 
 @logged("jobs")
@@ -5596,9 +5616,9 @@ def parse_jobs(workspace: WorkspaceBase, reply: Reply) -> List[Dict[str, Any]]:
     rows = []
     for line in reply.lines():
         words = line.split()
-        if len(words) >= 3 and re.match(r"j[0-9a-f]{8}\Z", words[0]) and words[1].isdigit():
+        if len(words) >= 3 and re.match(r"j[0-9a-f]{8}\Z", words[0]) and number(words[1]) >= 0:
             own = known.get(words[0], {})
-            rows.append(dict(parse_state(words[2:]), job=words[0], output_size=int(words[1]),
+            rows.append(dict(parse_state(words[2:]), job=words[0], output_size=number(words[1]),
                              command=own.get("command", ""), started=own.get("started")))
     return sorted(rows, key=lambda row: (row["started"] or 0, row["job"]))
 
@@ -5613,7 +5633,7 @@ def job_logs(workspace: WorkspaceBase, job: str, offset: int = 0, wait: float = 
         cancel=cancel, limit=limit + 4096), job)
     head, _, data = reply.stdout.partition(b"\n")
     words = head.decode("ascii", "replace").split()
-    size = int(words[0]) if words and words[0].isdigit() else 0
+    size = max(0, number(words[0])) if words else 0
     return dict(parse_state(words[1:]), job=job, data=data, next_offset=offset + len(data), size=size)
 
 
@@ -6948,13 +6968,14 @@ def examine_programs(host: Host, root: str) -> Iterator[Finding]:
     lacking = sorted({"bash", "setsid", "ps"} - has)
     if lacking:
         yield finding("note", "programs", "without %s; nothing needs them" % ", ".join(lacking))
-    free, inodes = ([int(facts.get(k, "")) if facts.get(k, "").isdigit() else -1 for k in ("free", "inodes")])
+    free, inodes = ([number(facts.get(k, "")) for k in ("free", "inodes")])
     short = 0 <= free < 512 * 1024 or 0 <= inodes < 10000
     yield finding("fix" if short else "ok", "disk", "%s free%s in %s" % (
         human_size(free * 1024) if free >= 0 else "unknown", ", %d inodes" % inodes if inodes >= 0 else "", facts.get("root", "")),
         "Free some: %s gc, or choose another place with new --root DIR." % PROGRAM if short else "")
-    if facts.get("time", "").isdigit() and abs(int(facts["time"]) - time.time()) > 120:
-        yield finding("fix", "clock", "its clock is off by %d s" % (int(facts["time"]) - time.time()), "make and git go by file times: set it.")
+    clock = number(facts.get("time", ""))
+    if clock >= 0 and abs(clock - time.time()) > 120:
+        yield finding("fix", "clock", "its clock is off by %d s" % (clock - time.time()), "make and git go by file times: set it.")
 
 
 def examine_speed(host: Host) -> Iterator[Finding]:
