@@ -8,8 +8,8 @@ measure time, memory or the whole machine) run last, here, with nothing beside t
 CMUX_TEST_WORKERS says how many processes; 0 or 1: none but this one. Warnings of workers are not relayed.
 """
 
-import json
 import os
+import pickle
 import queue
 import signal
 import subprocess
@@ -21,6 +21,15 @@ import pytest
 
 CHANNEL = "CMUX_TEST_CHANNEL"  # in a worker's environment: the descriptors it reads tests from and reports to
 AHEAD = 2  # tests a worker has at a time: the one it runs, and the next, which says what fixtures to keep
+
+
+def read_all(pipe):
+    """What the other side pickled, until it is gone."""
+    while True:
+        try:
+            yield pickle.load(pipe)
+        except (EOFError, pickle.UnpicklingError):
+            return
 
 
 class Worker:
@@ -39,16 +48,16 @@ class Worker:
         threading.Thread(target=self._listen, args=(answers,), daemon=True).start()
 
     def _listen(self, answers):
-        with open(self._reports, encoding="utf-8") as lines:
-            for line in lines:
-                answers.put((self, json.loads(line)))
+        with open(self._reports, "rb") as reports:
+            for report in read_all(reports):
+                answers.put((self, report))
         answers.put((self, None))
 
     def order(self, item):
         """The next test to run; None: no more."""
         self.todo += [item] if item else []
         try:
-            os.write(self._orders, (json.dumps(item and item.nodeid) + "\n").encode())
+            os.write(self._orders, pickle.dumps(item and item.nodeid))
         except OSError:
             pass  # it died; its end is reported
 
@@ -121,13 +130,13 @@ def as_told(session, items, orders, reports):
     session.config.pluginmanager.register(Listener())
     for channel in (orders, reports):
         os.set_inheritable(channel, False)
-    with open(orders, encoding="utf-8") as lines, open(reports, "w", encoding="utf-8") as out:
-        following = (names.get(json.loads(line)) for line in lines)
+    with open(orders, "rb") as told, open(reports, "wb") as out:
+        following = map(names.get, read_all(told))
         item = next(following, None)
         while item:
             after = next(following, None)
             hook.pytest_runtest_protocol(item=item, nextitem=after)
-            out.write(json.dumps(said) + "\n")
+            pickle.dump(said, out)
             out.flush()
             said.clear()
             item = after
