@@ -20,9 +20,9 @@ demo:  ## the whole flow against a throwaway sshd on this machine
 	$(call need,ssh git sshd,openssh-client git openssh-server)
 	$(PYTHON) cmux_ssh.py demo
 
-test: $(VENV)/ok  ## run the tests (make test ARGS="-k upload -x")
+test: $(VENV)/ok  ## run the tests in a few processes (make test ARGS="-k upload -x"; CMUX_TEST_WORKERS=1: in one)
 	$(call need,ssh git sshd zsh fish tcsh mksh ksh busybox dropbear tinysshd bsdtar unshare,openssh-client git openssh-server zsh fish tcsh mksh ksh busybox dropbear-bin tinysshd libarchive-tools util-linux)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python .ci/parallel.py $(ARGS)
 
 test-pythons:  ## the tests under every Python on this machine; the oldest and the newest run all of them
 	@.ci/pythons | while read -r all py; do echo "=== $$py"; \

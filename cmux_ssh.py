@@ -1050,9 +1050,9 @@ _cop() {
   d=$(cd -P "${d:-/}" && pwd -P && echo x) || return 3
   d=${d%?x}; d=${d%/}; p=$d/$n
   t=$d/.cmux-$3.tmp
-  i=0; while [ -e "$p" ] && ! cp -p "$p" "$t" 2>"$t.err"; do
-    i=$((i+1)); [ $i -lt 50 ] || { cat "$t.err" >&2; rm -f "$t" "$t.err"; return 3; }
-  done; rm -f "$t.err"
+  i=0; while [ -e "$p" ] && ! l=$(cp -p "$p" "$t" 2>&1); do
+    i=$((i+1)); [ $i -lt 9 ] || { echo "$l" >&2; rm -f "$t"; return 3; }
+  done
   cat >"$t" || { rm -f "$t"; return 3; }
   if [ "$(cksum <"$t")" != "$5 $4" ]; then rm -f "$t"; return 35; fi
   k=$2/.cmux/locks; mkdir -p "$k" || { rm -f "$t"; return 3; }

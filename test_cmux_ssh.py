@@ -41,7 +41,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 import pytest
 
@@ -959,9 +959,12 @@ def test_exit_codes_are_the_commands_own(shared: Repo, code: int) -> None:
 
 @pytest.mark.slow
 def test_every_exit_code_from_0_to_255_is_exact(shared: Repo) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        codes = list(pool.map(lambda code: shared.exec("sh", "-c", f"exit {code}").code, range(256)))
-    assert codes == list(range(256))
+    """Those that mean something here through a process each, all through one."""
+    for code in (0, 1, 2, 3, 77, 96, *range(123, 132), 137, 143, 254, 255):
+        assert shared.exec("sh", "-c", f"exit {code}").code == code
+    lines = [json.dumps({"id": n, "tool": "exec", "arguments": {"command": f"exit {n}"}}) for n in range(256)]
+    answers = map(json.loads, shared.cli("batch", stdin="\n".join(lines).encode()).out.splitlines())
+    assert {a["id"]: a["result"]["exit_code"] for a in answers} == {n: n for n in range(256)}
 
 
 @pytest.mark.parametrize("name, number", [("HUP", 1), ("INT", 2), ("QUIT", 3), ("KILL", 9), ("USR1", 10), ("SEGV", 11), ("PIPE", 13), ("TERM", 15)])
@@ -4584,12 +4587,18 @@ def test_doctor_without_a_host_looks_at_this_machine_only(site: Site) -> None:
 def test_shell_is_the_login_shell_in_the_workspace_with_the_secrets(site: Site, shell: str) -> None:
     repo, value = Repo(site), "s%s'$x" % os.urandom(6).hex()
     assert repo.cli("secrets", "set", "TOKEN", stdin=value.encode()).code == 0
+
+    def places() -> Set[Path]:
+        return set(Path("/tmp").glob("cmux-" + "[0-9a-f]" * 24))
+
+    before = places()
     terminal = on_terminal(site, "shell", "-H", f"box-{shell}", cwd=repo.dir)
     terminal.expect(b"as it likes")
     terminal.send(b"env | egrep '^(TOKEN|CMUX_WORKSPACE)=' | sort; pwd; tty; cat README\r")
     terminal.expect(rb"CMUX_WORKSPACE=main\s+TOKEN=" + re.escape(value.encode()) + rb"\s+\S+/main\s+/dev/\S+\s+hello")
     assert not naming(value), "in no argv"
-    assert files_holding(site.remote, value.encode()) == [] and not list(Path("/tmp").glob("cmux-" + "[0-9a-f]" * 24))
+    assert files_holding(site.remote, value.encode()) == []
+    until(lambda: places() <= before, "the way the secrets came is gone")  # another test's may be there for a moment
     terminal.send(b"exit 7\r")
     assert terminal.wait() == 7
 
@@ -4661,7 +4670,8 @@ def test_the_main_job_works_on_servers_that_are_not_openssh(site: Site, kind: st
     job = repo.cli("exec", "--detach", "--", "echo in; exit 6").text.strip()
     assert repo.cli("wait", job).code == 6 and repo.cli("logs", job).out == b"in\n"
     with ThreadPoolExecutor(12) as pool:
-        assert [r.out for r in pool.map(lambda n: repo.exec(f"echo {n}", host=host), range(12))] == [b"%d\n" % n for n in range(12)]
+        runs = list(pool.map(lambda n: repo.exec(f"echo {n}", host=host), range(12)))
+    assert [r.out for r in runs] == [b"%d\n" % n for n in range(12)], runs
     pulled = repo.cli("pull")
     assert pulled.code == 0 and repo.git("show", "cmux/main:plain.txt") == "edited", pulled
     repo.commit("next")
