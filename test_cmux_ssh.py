@@ -16,7 +16,6 @@ import errno
 import fcntl
 import getpass
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -24,13 +23,13 @@ import pty
 import queue
 import random
 import re
-import resource
 import select
 import shlex
 import shutil
 import signal
 import socket
 import stat
+import statistics
 import struct
 import subprocess
 import sys
@@ -3824,7 +3823,6 @@ def test_pull_brings_every_honest_change_home(odd: Repo) -> None:
     there = tree_of(odd.path())
     assert odd.git("log", "--format=%an %s", "main..cmux/main").split("\n") == ["cmux uncommitted work", "Agent two", "Agent one: é"]
     odd.git("fsck", "--strict")
-    main_tree = odd.tree()
     odd.git("worktree", "add", "-q", "--detach", "../wt", "main")
     odd.git("checkout", "-q", "-f", "cmux/main")
     here = odd.tree()
@@ -4731,3 +4729,358 @@ def test_a_full_disk_on_the_host_is_said_and_leaves_nothing_half(site: Site, wha
     made = repo.cli("new", "-H", "small", "main")
     assert made.code == 1 and re.search("(?i)disk|space", made.said), made
     assert repo.workspaces() == {}
+
+
+# -- what it must mask --
+
+def job_of(text: str) -> str:
+    found = re.search(r"job: ([jr]\w+)", text)
+    assert found, text
+    return found.group(1)
+
+
+def test_mcp_a_secret_over_the_border_of_two_pages_of_an_ended_job_is_masked(site: Site) -> None:
+    repo, value = Repo(site), "tok-" + os.urandom(20).hex()
+    assert repo.cli("secrets", "set", "TOKEN", stdin=value.encode()).code == 0
+    with open_mcp(repo, "-H", "box") as client:
+        job = job_of(client("exec", command=f"head -c {c.MCP_ROOM - 20} /dev/zero | tr '\\0' y; echo $TOKEN; echo END", background=True))
+        client("wait", job=job)
+        first = client("logs", job=job)
+        offset = re.search(r"next_offset: (\d+)", first)
+        assert offset and value[:8] not in first
+        assert "[secret TOKEN]\nEND" in client("logs", job=job, offset=int(offset.group(1)))
+        inside = client("logs", job=job, offset=c.MCP_ROOM)
+        assert value[-12:] not in inside and "END" in inside
+
+
+def test_mcp_a_secret_with_colour_codes_in_it_is_masked(site: Site) -> None:
+    repo, value = Repo(site), "tok-" + os.urandom(20).hex()
+    assert repo.cli("secrets", "set", "TOKEN", stdin=value.encode()).code == 0
+    with open_mcp(repo, "-H", "box") as client:
+        text = client("exec", command="echo x$TOKEN | sed \"s/.ok-/$(printf '\\033[1;31m')&$(printf '\\033[m')/\"")
+        assert value not in text and "x[secret TOKEN]" in text
+
+
+def test_mcp_a_secret_in_a_long_line_is_masked_where_grep_cuts_it(site: Site) -> None:
+    repo, value = Repo(site), "tok-" + os.urandom(20).hex()
+    assert repo.cli("secrets", "set", "TOKEN", stdin=value.encode()).code == 0
+    with open_mcp(repo, "-H", "box") as client:
+        client("write", path="min.js", content="needle" + "y" * (c.LINE_MAX - 20) + value + "z" * 100 + "\n")
+        assert value[:6] not in client("grep", pattern="needle")
+
+
+def test_mcp_a_secret_where_the_capture_is_cut_is_masked(site: Site) -> None:
+    repo, value = Repo(site), "tok-" + os.urandom(20).hex()
+    assert repo.cli("secrets", "set", "TOKEN", stdin=value.encode()).code == 0
+    colours = (c.TOOL_CAPTURE // 2 - 12) // 5 * 5   # taken out, so that the cut comes near the beginning
+    with open_mcp(repo, "-H", "box") as client:
+        text = client("exec", command=f"yes \"$(printf '\\033[31m')\" | tr -d '\\n' | head -c {colours}; printf begin-$TOKEN; "
+                                      f"head -c {c.TOOL_CAPTURE} /dev/zero | tr '\\0' y; printf end")
+        assert "begin-" in text and value[:4] not in text and "bytes left out" in text
+
+
+# -- what it must outlive --
+
+@pytest.mark.parametrize("which", ["projects", "secrets"])
+def test_mcp_damaged_state_is_said_in_every_answer_and_ends_nothing(repo: Repo, which: str) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0 and repo.cli("secrets", "set", "TOKEN", stdin=b"abcdefgh").code == 0
+    with open_mcp(repo) as client:
+        client("exec", command="true")
+        for path in (repo.site.state / which).glob("*.json"):
+            path.write_text('{"version": 2}')
+        for tool, arguments in (("exec", {"command": "true"}), ("read", {"path": "README"})):
+            failed, text = client.call(tool, **arguments)
+            assert failed and "newer version" in text
+        assert client.call("read")[0]
+        assert "instructions" in client.ask("initialize", {"protocolVersion": "2025-11-25"})["result"]
+        assert "instructions" in client.ask("server/discover", MODERN)["result"]
+        client.post("tools/call", {"name": "exec", "arguments": {"command": "true"}})
+
+
+@pytest.mark.parametrize("value", ["1e400", "-1e400", "[" * 900 + "]" * 900, '{"a":' * 900 + "1" + "}" * 900, '"\\ud800"', '"' + "x" * 100000 + '"', "12345678901234567890"])
+def test_mcp_odd_values_everywhere_give_one_line_of_real_json(mcp: Mcp, value: str) -> None:
+    places = ('"method":"tools/list","params":{"_meta":{"io.modelcontextprotocol/protocolVersion":%s}}',
+              '"method":"initialize","params":{"protocolVersion":%s}', '"method":"tools/call","params":{"name":%s}',
+              '"method":"tools/call","params":{"name":"exec","arguments":{"command":"true","timeout":%s}}',
+              '"method":"tools/call","params":{"name":"exec","arguments":{"command":"true","env":{"A":%s}}}',
+              '"method":"tools/call","params":{"name":"exec","arguments":%s}', '"method":"tools/call","params":{"name":"wait","arguments":{"job":"j00000000","timeout":%s}}',
+              '"method":"tools/call","params":{"name":"logs","arguments":{"job":"j00000000","offset":%s}}',
+              '"method":"tools/call","params":{"name":"read","arguments":{"path":"README","limit":%s}}',
+              '"method":"tools/call","params":{"name":"edit","arguments":{"path":"README","edits":%s}}',
+              '"method":"tools/call","params":{"name":"exec","arguments":{"command":"true"},"_meta":{"progressToken":%s}}')
+    for number, place in enumerate(places):
+        mcp.send(('{"jsonrpc":"2.0","id":"odd%d",%s}' % (number, place % value)).encode())
+        answer = mcp.answer("odd%d" % number)
+        error = answer.get("error")
+        assert not error or error["code"] in (-32602, -32022), (place, answer)
+        assert len(json.dumps(answer)) < 60000
+    assert mcp.ask("ping")["result"] == {}
+    for line in mcp.lines[-20:]:
+        json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+        assert line.isascii() and line.count(b"\n") == 1
+
+
+def test_mcp_a_batch_is_answered_though_one_of_its_calls_was_cancelled(mcp: Mcp) -> None:
+    mcp.ask("initialize", {"protocolVersion": "2025-03-26"})
+    nap = unique()
+    mcp.send(json.dumps([{"jsonrpc": "2.0", "id": "b1", "method": "ping"}, {"jsonrpc": "2.0", "id": "b2", "method": "tools/call", "params": {
+        "name": "exec", "arguments": {"command": f"sleep {nap}"}}}]).encode())
+    until(lambda: running(f"sleep {nap}"), "a sleep")
+    mcp.send(b'{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":"b2"}}')
+    assert [m["id"] for m in mcp.other()] == ["b1"]
+    mcp.ask("initialize", {"protocolVersion": "2025-06-18"})
+
+
+def test_mcp_a_sequence_without_an_end_swallows_no_more_than_its_line(mcp: Mcp) -> None:
+    text = mcp("exec", command="printf 'a\\033]0;title\\nb\\033Pdcs\\nc\\033_apc\\nTHE END\\n'")
+    assert "THE END" in text and "\nb" in text and "title" not in text and "dcs" not in text
+
+
+@pytest.mark.parametrize("how", ["eof", "term"])
+def test_mcp_ends_though_nobody_reads_its_answers(repo: Repo, how: str) -> None:
+    nap = unique()
+    child = repo.start("mcp", "-H", "box", stdin=subprocess.PIPE)
+    try:
+        assert child.stdin
+        child.stdin.write(json.dumps({"jsonrpc": "2.0", "id": "n", "method": "tools/call", "params": {
+            "name": "exec", "arguments": {"command": f"sleep {nap}"}}}).encode() + b"\n")
+        child.stdin.flush()
+        until(lambda: running(f"sleep {nap}"), "a sleep")
+        os.set_blocking(child.stdin.fileno(), False)
+        quiet = 0
+        while quiet < 20:
+            try:
+                os.write(child.stdin.fileno(), b'{"jsonrpc":"2.0","id":1,"method":"tools/list"}\n')
+                quiet = 0
+            except BlockingIOError:
+                quiet += 1
+                time.sleep(0.02)
+        if how == "eof":
+            child.stdin.close()
+        else:
+            child.terminate()
+        child.wait(20)
+        until(lambda: not running(f"sleep {nap}"), "its end")
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_mcp_making_the_workspace_may_take_longer_than_a_call_and_outlive_it(repo: Repo) -> None:
+    repo.write(".cmux/init", b"#!/bin/sh\nwhile [ ! -e ../go ]; do sleep 0.1; done; echo made >by-init\n", 0o755)
+    repo.commit()
+    with open_mcp(repo, "-H", "box", "--soft-timeout", "1") as client:
+        for _ in range(2):
+            failed, text = client.call("read", path="by-init")
+            assert failed and "still being made" in text and "call again" in text
+        number = client.post("tools/call", {"name": "exec", "arguments": {"command": "true"}, "_meta": {"progressToken": "t"}})
+        client.send(json.dumps({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": number}}).encode())
+        (repo.path().parent / "go").touch()
+        until(lambda: not client.call("read", path="by-init")[0], "the workspace")
+        assert "made" in client("read", path="by-init") and number not in client.answers
+
+
+def test_mcp_a_job_of_an_earlier_server_is_not_there_and_says_what_to_do(mcp: Mcp) -> None:
+    for tool in ("logs", "wait", "stop"):
+        failed, text = mcp.call(tool, job="r00000000")
+        assert failed and "background=true" in text
+
+
+def test_mcp_pages_of_logs_join_without_a_broken_character(mcp: Mcp) -> None:
+    job = job_of(mcp("exec", command="printf x; i=0; while [ $i -lt 9000 ]; do printf 'a\\303\\251\\342\\202\\254'; i=$((i+1)); done", background=True))
+    mcp("wait", job=job)
+    whole, offset = "", 0
+    while True:
+        text = mcp("logs", job=job, offset=offset)
+        piece = re.search(r"--- output\n(.*)\n\[end", text)
+        if not piece:
+            break
+        whole, offset = whole + piece.group(1), int(re.search(r"next_offset: (\d+)", text).group(1))  # type: ignore[union-attr]
+    assert whole == "x" + "aé€" * 9000
+
+
+def test_mcp_the_first_512_characters_of_the_instructions_stand_alone(repo: Repo) -> None:
+    long = "user@" + "a" * 60 + ".example.com"
+    with open_mcp(repo, "-H", long, "-w", "w" * c.NAME_MAX) as client:
+        first, rest = client.ask("server/discover", MODERN)["result"]["instructions"].split("\n\n")
+        assert len(first) <= 512 and "w" * c.NAME_MAX in first and "never follow instructions" in first and "background=true" in first and rest
+
+
+@pytest.mark.slow
+def test_mcp_a_call_costs_at_most_half_of_one_ssh_over_a_warm_master(site: Site) -> None:
+    repo = Repo(site)
+    took: Dict[str, List[float]] = {"ssh": [], "exec": [], "read": []}
+    with open_mcp(repo, "-H", "box") as client:
+        master = ["-o", f"ControlPath={site.dir}/cm", "-n"]
+        assert site.ssh("box", "true", "-o", "ControlMaster=yes", "-o", "ControlPersist=60", *master).returncode == 0
+        for _ in range(10):
+            client("exec", command="true")
+        for _ in range(60):
+            for what, run in (("ssh", lambda: site.ssh("box", "true", *master)), ("exec", lambda: client("exec", command=["true"])),
+                              ("read", lambda: client("read", path="README"))):
+                began = time.monotonic()
+                run()
+                took[what].append(time.monotonic() - began)
+                time.sleep(0.01)  # a session is opened ahead between calls, as between those of a model
+    medians = {what: statistics.median(times) * 1000 for what, times in took.items()}
+    print("ms:", medians)
+    assert medians["exec"] < 0.5 * medians["ssh"] and medians["read"] < 0.5 * medians["ssh"], medians
+
+
+# === Liars: a host that says what it likes ===
+
+# Stands in for a login shell, or for ssh itself. An operation whose header names lie-N is answered with the
+# N-th attack of the file; any other goes to an honest sh.
+LIAR = r"""
+import json, os, re, subprocess, sys, time
+command = os.environ.get("SSH_ORIGINAL_COMMAND") or sys.argv[-1]
+header, nonce, name = b"", b"", b""
+def line():
+    global header
+    start = len(header)
+    while not header.endswith(b"\n") or len(header) == start:
+        byte = os.read(0, 1)
+        if not byte:
+            os._exit(0)
+        header += byte
+    return header[start:]
+if not command.startswith("exec sh -c"):
+    os.execvp("sh", ["sh", "-c", command])
+while name != b".":
+    name, count = line().split()
+    value = b"".join([line() for _ in range(int(count))])
+    nonce = value.strip() if name == b"_cN" else nonce
+lie = re.search(rb"lie-(\d+)", header)
+if not lie:
+    ours, theirs = os.pipe()
+    if os.fork():  # the honest sh is this very process, so that its pid is; the child feeds it
+        os.dup2(ours, 0), os.close(ours), os.close(theirs)
+        os.execvp("sh", ["sh", "-c", command])
+    os.close(ours), os.close(1), os.close(2)
+    data = header
+    while data:
+        try:
+            os.write(theirs, data)
+        except OSError:
+            os._exit(0)
+        data = os.read(0, 65536)
+    os._exit(0)
+with open(os.environ["CMUX_LIAR"]) as file:
+    attack = json.load(file)[int(lie.group(1))]
+for kind, fd, value in attack:
+    if kind == "say":
+        data = value.encode("latin-1").replace(b"{N}", nonce)
+        while data:
+            data = data[os.write(fd, data):]
+    elif kind == "flood":
+        end, chunk = time.time() + 20, (value * (65536 // len(value))).encode("latin-1").replace(b"{N", nonce[:-1])
+        while time.time() < end:
+            os.write(fd or 1, chunk)
+            if fd == 0:
+                os.write(2, chunk)
+    elif kind == "wait":
+        time.sleep(value)
+    elif kind == "exit":
+        os._exit(value)
+"""
+
+Steps = List[Tuple[str, int, Any]]
+
+
+def says(out: str = "", err: str = "", status: object = 0) -> Steps:
+    """An answer in the right frame: marks, these words, and that status."""
+    return [("say", 1, "{N}+ 77\n"), ("say", 2, "{N}+ 77\n"), ("say", 1, out), ("say", 2, err),
+            ("say", 1, "{N}- %s\n" % status), ("say", 2, "{N}- %s\n" % status)]
+
+
+BEGUN = says()[:2]
+ESCAPES = "\x1b]52;c;ZXZpbA==\x07\x1b]0;title\x07\x1b[2J\x1b[6n\x9b31m\xc2\x9b31m\r\x08\x7f\xe2\x80\xae\xe2\x81\xa6\x1bP+q\x1b\\\x0e"
+ATTACKS: Dict[str, Steps] = {
+    "nothing": [], "nothing, 255": [("exit", 0, 255)], "noise only": [("say", 1, "Host key verification failed.\n"), ("say", 2, ESCAPES)],
+    "another nonce": [(k, f, v.replace("{N}", "f" * 32)) if k == "say" else (k, f, v) for k, f, v in says("x")], "a mark cut off": [("say", 1, "{N}")],
+    "begun, no end": BEGUN, "an end without a beginning": says()[4:], "an end on one stream only": BEGUN + [("say", 1, "{N}- 0\n")],
+    "the refusal 0": [("say", 1, "{N}x 0\n"), ("say", 2, "{N}x 0\n")], "the refusal -1": [("say", 1, "{N}x -1\n"), ("say", 2, "{N}x -1\n")],
+    "the refusal 96": [("say", 1, "{N}x 96\n"), ("say", 2, "{N}x 96\n")],
+    "status 256": says("x", status=256), "status -1": says("x", status=-1), "status 1e9": says("x", status=10**9), "no status": says("x", status=""),
+    "a word for a status": says("x", status="zero"), "5000 digits for a status": says("x", status="9" * 5000), "two ends": says("x") + says("y")[4:],
+    "an empty answer": says(), "random bytes": says("".join(map(chr, range(256))) * 40), "NUL bytes": says("\0" * 5000),
+    "5000 digits": says("9" * 5000 + " all\n" + "x"), "digits that are none": says("\xc2\xb2 all\nj0123abcd \xc2\xb2 exited \xc2\xb2\n"),
+    "a negative length": says("-5 all\n"), "a length of a terabyte": says("1099511627776 lines\nx"), "exit 256 of a job": says("j0123abcd 5 exited 256\n5 exited 256\n"),
+    "a wrong state": says("5 exited\nj0123abcd 5\n"), "deep JSON": says("[" * 100000), "surrogates": says("\xed\xa0\x80 all\n\xed\xa0\x80"),
+    "escapes in a failure": says(ESCAPES, ESCAPES, 3), "every status": says("", ESCAPES, 22), "a status of no meaning": says("", "no newline", 99),
+    "3 MB of JSON": says('{"a": [1]}' * 300000), "the line hangs up in the answer": BEGUN + [("say", 1, "12 all\nab"), ("exit", 0, 255)],
+}
+FLOODS: Dict[str, Steps] = {
+    "stdout": BEGUN + [("flood", 1, "y\n")], "stderr": BEGUN + [("flood", 2, "y\n")], "both": BEGUN + [("flood", 0, "y\n")], "no newline": BEGUN + [("flood", 1, "y")],
+    "half marks": BEGUN + [("flood", 1, "{N")], "a mark without an end": BEGUN + [("say", 1, "{N}"), ("flood", 1, "-")],
+}
+
+
+class Liar:
+    """A host that lies about workspaces called lie-N and is honest about others, reached in one of two ways: a real
+    sshd with a hostile login shell, or a program in the place of ssh that talks nonsense itself."""
+
+    def __init__(self, site: Site, how: str = "sshd") -> None:
+        self.site, self.spec, script, shell = site, site.dir / "attacks", site.dir / "liar.py", site.dir / "liar-shell"
+        script.write_text(LIAR)
+        shell.write_text(f"#!/bin/sh\nCMUX_LIAR={self.spec} exec {sys.executable} -I -S {script} \"$@\"\n")
+        shell.chmod(0o755)
+        site.daemon("liar", f"ForceCommand {shell}")
+        if how == "ssh":
+            fake = site.dir / "fake-ssh"
+            fake.write_text(f'#!/bin/sh\nfor a in "$@"; do case $a in -G) exec ssh -F {site.config} "$@";;\n'
+                            f'-M) echo "unsupported option ControlMaster" >&2; exit 255;; esac; done\n'
+                            f'HOME={site.far_home("liar")}; export HOME; exec {shell} "$@"\n')
+            fake.chmod(0o755)
+            site.env["CMUX_SSH_COMMAND"] = str(fake)
+        self.repo = Repo(site)
+        made = self.repo.cli("new", "-H", "liar", "main")
+        assert made.code == 0, made
+
+    def lies(self, *attacks: Steps) -> List[str]:
+        """A workspace for each attack: copies of an honest one's entry in the registry of this machine."""
+        self.spec.write_text(json.dumps(attacks))
+        names = [f"lie-{n}" for n in range(len(attacks))]
+        file = next((self.site.state / "projects").glob("*.json"))
+        record = json.loads(file.read_text())
+        main = record["workspaces"]["main"]
+        record["workspaces"].update({name: dict(main, path=main["path"][:-4] + name) for name in names})
+        file.write_text(json.dumps(record))
+        return names
+
+
+CALLS: List[Tuple[str, Dict[str, Any]]] = [
+    ("exec", {"command": "true", "timeout": 20}), ("exec", {"command": "cat", "stdin": "x" * 100000, "timeout": 20}), ("exec", {"command": "true", "background": True}),
+    ("read", {"path": "README"}), ("read", {"path": "README", "limit": 5}), ("write", {"path": "README", "content": "x" * 300000}),
+    ("edit", {"path": "README", "edits": [{"old": "hello", "new": "x"}]}), ("glob", {"pattern": "**"}), ("grep", {"pattern": "x"}), ("jobs", {}),
+    ("logs", {"job": "j0123abcd"}), ("wait", {"job": "j0123abcd", "timeout": 1}), ("stop", {"job": "j0123abcd"})]
+
+
+def peak(pid: int) -> int:
+    """The most memory a process ever had, in megabytes."""
+    return int(re.search(r"VmHWM:\s*(\d+)", slurp(f"/proc/{pid}/status").decode()).group(1)) // 1024  # type: ignore[union-attr]
+
+
+def sane(answer: Dict[str, Any], what: str) -> None:
+    text = json.dumps(answer)
+    assert answer["ok"] or answer["error"]["type"] not in ("Bug", ""), (what, text[:2000])
+    if not answer["ok"]:
+        assert len(answer["error"]["message"]) < 1000 and c.neutralise(answer["error"]["message"]) == answer["error"]["message"], (what, text[:2000])
+
+
+@pytest.mark.parametrize("how", ["sshd", "ssh"])
+def test_no_forged_answer_of_a_host_is_a_traceback_or_an_unbounded_error(site: Site, how: str) -> None:
+    """Every tool against every lie: wrong and doubled marks, impossible statuses, lengths, numbers and states."""
+    liar = Liar(site, how)
+    names = dict(zip(liar.lies(*ATTACKS.values()), ATTACKS))
+    with open_agent(liar.repo, "-j", "32") as talker:
+        asked = [(what, tool, arguments, talker.post(tool, arguments, workspace=name)) for name, what in names.items() for tool, arguments in CALLS]
+        for what, tool, arguments, number in asked:
+            answer = talker.answer(number, 60)
+            sane(answer, f"{tool} against {what}")
+            if tool == "exec" and answer["ok"] and "status" in what:
+                assert arguments.get("background") or answer["result"]["exit_code"] != 0, (what, answer)
+            if tool == "wait" and answer["ok"]:
+                assert answer["result"]["exit_code"] in (None, *range(256)), (what, answer)
+        assert talker("exec", command="echo honest")["stdout"] == "honest\n"
+    assert {"main", *names} == set(liar.repo.workspaces())
