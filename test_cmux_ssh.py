@@ -794,7 +794,7 @@ def test_rig_cleans_up_after_itself(keys: Keys) -> None:
 # === The file: rooms and doors ===
 
 ROOMS = ["Header", "Limits", "Errors", "Values", "Checking and quoting", "Remote scripts", "Processes", "State", "SSH", "Operations", "Git",
-         "Workspaces", "Results", "Tools", "Parallel", "MCP", "Demo", "Doctor", "Command line"]
+         "Workspaces", "Results", "Tools", "Parallel", "MCP", "Demo", "Doctor", "Bench", "Command line"]
 
 
 class Source:
@@ -4906,27 +4906,6 @@ def test_mcp_the_first_512_characters_of_the_instructions_stand_alone(repo: Repo
         assert len(first) <= 512 and "w" * c.NAME_MAX in first and "never follow instructions" in first and "background=true" in first and rest
 
 
-@pytest.mark.slow
-def test_mcp_a_call_costs_at_most_half_of_one_ssh_over_a_warm_master(site: Site) -> None:
-    repo = Repo(site)
-    took: Dict[str, List[float]] = {"ssh": [], "exec": [], "read": []}
-    with open_mcp(repo, "-H", "box") as client:
-        master = ["-o", f"ControlPath={site.dir}/cm", "-n"]
-        assert site.ssh("box", "true", "-o", "ControlMaster=yes", "-o", "ControlPersist=60", *master).returncode == 0
-        for _ in range(10):
-            client("exec", command="true")
-        for _ in range(60):
-            for what, run in (("ssh", lambda: site.ssh("box", "true", *master)), ("exec", lambda: client("exec", command=["true"])),
-                              ("read", lambda: client("read", path="README"))):
-                began = time.monotonic()
-                run()
-                took[what].append(time.monotonic() - began)
-                time.sleep(0.01)  # a session is opened ahead between calls, as between those of a model
-    medians = {what: statistics.median(times) * 1000 for what, times in took.items()}
-    print("ms:", medians)
-    assert medians["exec"] < 0.5 * medians["ssh"] and medians["read"] < 0.5 * medians["ssh"], medians
-
-
 # === Liars: a host that says what it likes ===
 
 # Stands in for a login shell, or for ssh itself. An operation whose header names lie-N is answered with the
@@ -5068,19 +5047,39 @@ def sane(answer: Dict[str, Any], what: str) -> None:
         assert len(answer["error"]["message"]) < 1000 and c.neutralise(answer["error"]["message"]) == answer["error"]["message"], (what, text[:2000])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["sshd", "ssh"])
 def test_no_forged_answer_of_a_host_is_a_traceback_or_an_unbounded_error(site: Site, how: str) -> None:
     """Every tool against every lie: wrong and doubled marks, impossible statuses, lengths, numbers and states."""
     liar = Liar(site, how)
     names = dict(zip(liar.lies(*ATTACKS.values()), ATTACKS))
-    with open_agent(liar.repo, "-j", "32") as talker:
-        asked = [(what, tool, arguments, talker.post(tool, arguments, workspace=name)) for name, what in names.items() for tool, arguments in CALLS]
-        for what, tool, arguments, number in asked:
-            answer = talker.answer(number, 60)
-            sane(answer, f"{tool} against {what}")
-            if tool == "exec" and answer["ok"] and "status" in what:
-                assert arguments.get("background") or answer["result"]["exit_code"] != 0, (what, answer)
-            if tool == "wait" and answer["ok"]:
-                assert answer["result"]["exit_code"] in (None, *range(256)), (what, answer)
+    with open_agent(liar.repo, "-j", "16") as talker:
+        for name, what in names.items():
+            calls = CALLS if how == "sshd" else CALLS[::4]  # each starts a Python of its own there
+            for tool, arguments, number in [(tool, arguments, talker.post(tool, arguments, workspace=name)) for tool, arguments in calls]:
+                answer = talker.answer(number, 60)
+                sane(answer, f"{tool} against {what}")
+                if tool == "exec" and answer["ok"] and "status" in what:
+                    assert arguments.get("background") or answer["result"]["exit_code"] != 0, (what, answer)
+                if tool == "wait" and answer["ok"]:
+                    assert answer["result"]["exit_code"] in (None, *range(256)), (what, answer)
         assert talker("exec", command="echo honest")["stdout"] == "honest\n"
     assert {"main", *names} == set(liar.repo.workspaces())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flood", FLOODS)
+def test_a_host_that_floods_is_cut_off_in_little_memory(site: Site, flood: str) -> None:
+    liar = Liar(site)
+    name = liar.lies(FLOODS[flood])[0]
+    with open_agent(liar.repo, "-j", "16") as talker:
+        began = time.monotonic()
+        asked = [(tool, talker.post(tool, dict(arguments, timeout=2) if tool == "exec" and "background" not in arguments else arguments, workspace=name))
+                 for tool, arguments in CALLS]
+        for tool, number in asked:
+            answer = talker.answer(number, 60)
+            sane(answer, f"{tool} against {flood}")
+            assert not answer["ok"] or tool == "exec" and answer["result"]["timed_out"], (tool, answer)
+        assert time.monotonic() - began < 45
+        assert peak(talker.child.pid) < 200, "megabytes"
+        assert talker("exec", command="echo honest")["stdout"] == "honest\n"
