@@ -537,6 +537,14 @@ def bytes_field(name: str, data: bytes) -> Dict[str, str]:
         return {name + "_base64": base64.b64encode(data).decode("ascii")}
 
 
+def field_bytes(name: str, fields: Mapping[str, str]) -> bytes:
+    """The bytes that bytes_field() told."""
+    if name in fields:
+        return fields[name].encode("utf-8")
+    import base64
+    return base64.b64decode(fields[name + "_base64"])
+
+
 def human_size(count: float) -> str:
     """1234567 -> '1.2 MB'."""
     for unit in ("bytes", "kB", "MB", "GB"):
@@ -7115,7 +7123,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 class Row(Value):
-    """One kind of work. ``by`` maps a contender ("ssh", "master", "cmux") to its Spread; ``ratio`` is
+    """One kind of work. ``by`` maps a contender ("plain" ssh, over a "master", "cmux") to its Spread; ``ratio`` is
     what DESIGN.md's section 8 puts a bar to, and ``reached`` is None where it sets none."""
     __slots__ = ("work", "unit", "by", "ratio", "bar", "reached")
     work: str
@@ -7247,7 +7255,7 @@ class Bench:
         """``bar``: "0.25 x" of the master, at least so much where more is better; "1.05 round trips"
         on a simulated line; "2 ms" at most."""
         number, kind = float(bar.split()[0]) if bar else 0.0, bar.partition(" ")[2]
-        ours, floor = by["cmux"].median, by.get("master") or by.get("ssh")
+        ours, floor = by["cmux"].median, by.get("master") or by.get("plain")
         ratio = (ours / (self.rtt * 1000) if kind == "round trips" else ours / floor.median if floor else None)
         value = ratio if kind in ("x", "round trips") else ours
         reached = None if not bar or value is None else value >= number if unit.endswith("/s") else value <= number
@@ -7258,7 +7266,7 @@ class Bench:
 
     def rows(self) -> Iterator[Row]:
         yield self.row("first command, connection included", "ms", 6, "", {
-            "ssh": lambda: self.ssh(self.fresh, "true"), "cmux": lambda: self.ours_cold() * 1000})
+            "plain": lambda: self.ssh(self.fresh, "true"), "cmux": lambda: self.ours_cold() * 1000})
         yield self.row("new workspace, %s in %d files" % (human_size(BENCH_FILE * self.count()), self.count()), "ms", 5, "1.2 x",
                        {"master": self.archive_over_ssh, "cmux": lambda: self.made(self.new_root())})
         self.workspace: Workspace = self.project.create("bench", self.server, root=self.new_root())  # type: ignore[assignment]
@@ -8125,7 +8133,7 @@ def secrets_rm(registry: Registry, options: argparse.Namespace) -> int:
     return 0
 
 
-# -- the tools as commands --
+# -- the tools as commands: the table of tools gives their arguments, TOOL_TEXT what a person reads --
 
 def the_workspace(options: argparse.Namespace) -> WorkspaceBase:
     project = open_project(options)
@@ -8133,13 +8141,15 @@ def the_workspace(options: argparse.Namespace) -> WorkspaceBase:
                           report=Terminal(options.verbosity))
 
 
-def command_read(options: argparse.Namespace) -> int:
-    found = read_file(the_workspace(options), options.path, options.offset, options.limit)
+def command_tool(name: str, options: argparse.Namespace) -> int:
+    given = {param.name: getattr(options, param.name) for param in TOOLS[name].params}
+    arguments = TOOLS[name].check({key: value for key, value in given.items() if value is not None})
+    result = call_tool(the_workspace(options), name, arguments)
     if options.json:
-        print_json(dict(bytes_field("content", found.data), size=found.size, sha256=found.sha256))
+        print_json(result["jobs"] if name == "jobs" else result)
     else:
-        write_out(1, found.data)
-    return 0
+        TOOL_TEXT[name](result, Terminal(options.verbosity))
+    return TOOL_CODE[name](result) if name in TOOL_CODE else 0
 
 
 def command_write(options: argparse.Namespace) -> int:
@@ -8178,75 +8188,64 @@ def command_edit(options: argparse.Namespace) -> int:
     return 0
 
 
-def command_glob(options: argparse.Namespace) -> int:
-    paths, truncated = glob_files(the_workspace(options), options.pattern, options.limit)
-    return print_rows(options, {"paths": paths, "truncated": truncated}, paths, truncated)
+def text_read(result: Dict[str, Any], terminal: Terminal) -> None:
+    write_out(1, field_bytes("content", result))
 
 
-def command_grep(options: argparse.Namespace) -> int:
-    matches, truncated = grep_files(the_workspace(options), options.pattern, options.glob, options.ignore_case, options.limit)
-    rows = ["%s:%d:%s" % (m["path"], m["line"], m["text"]) for m in matches]
-    print_rows(options, {"matches": matches, "truncated": truncated}, rows, truncated)
-    return 0 if matches else 1
+def text_rows(rows: List[str], truncated: bool, terminal: Terminal) -> None:
+    if rows:
+        write_out(1, "\n".join(rows + [""]).encode("utf-8", "surrogateescape"))  # names are bytes
+    if truncated:
+        terminal.warn("There are more; narrow the pattern, or raise --limit.")
 
 
-def print_rows(options: argparse.Namespace, value: object, rows: Sequence[str], truncated: bool) -> int:
-    if options.json:
-        print_json(value)
-    elif rows:
-        print_text("\n".join(rows))
-    if truncated and not options.json:
-        Terminal(options.verbosity).warn("There are more; narrow the pattern, or raise --limit.")
-    return 0
-
-
-def command_jobs(options: argparse.Namespace) -> int:
-    rows = list_jobs(the_workspace(options))
-    if options.json:
-        print_json(rows)
-    for row in rows if not options.json else []:
+def text_jobs(result: Dict[str, Any], terminal: Terminal) -> None:
+    for row in result["jobs"]:
         age = human_age(time.time() - row["started"]) if row["started"] else "?"
         state = "exited %s" % row["exit_code"] if row["state"] == "exited" else row["state"]
         print_text("%s  %-10s  %4s  %s" % (row["job"], state, age, neutralise(row["command"]).replace("\n", " ")))
-    return 0
+
+
+def text_wait(result: Dict[str, Any], terminal: Terminal) -> None:
+    if result["state"] != "exited":
+        terminal.warn("The job %s is %s." % (result["job"], {"running": "still running"}.get(
+            result["state"], "lost: it ended without a record (was the host restarted?)")))
+
+
+def text_stop(result: Dict[str, Any], terminal: Terminal) -> None:
+    if result["stopped"] != "confirmed":
+        terminal.warn("The end of %s was asked for, not seen." % result["job"])
+
+
+TOOL_TEXT: Dict[str, Callable[[Dict[str, Any], Terminal], None]] = {
+    "read": text_read, "jobs": text_jobs, "wait": text_wait, "stop": text_stop,
+    "glob": lambda result, terminal: text_rows(result["paths"], result["truncated"], terminal),
+    "grep": lambda result, terminal: text_rows(
+        ["%(path)s:%(line)d:%(text)s" % match for match in result["matches"]], result["truncated"], terminal),
+}
+# What they end with, where that is not 0.
+TOOL_CODE: Dict[str, Callable[[Dict[str, Any]], int]] = {
+    "grep": lambda result: 0 if result["matches"] else 1,
+    "stop": lambda result: 0 if result["stopped"] == "confirmed" else 1,
+    "wait": lambda result: int(result["exit_code"]) if result["state"] == "exited" else 124 if result["state"] == "running" else 1,
+}
 
 
 def command_logs(options: argparse.Namespace) -> int:
+    if options.json and not options.follow:
+        return command_tool("logs", options)
+    offset, wait = options.offset or 0, options.wait or 0
+    TOOLS["logs"].check({"job": options.job, "offset": offset, "wait": wait})
     workspace = the_workspace(options)
-    if options.offset < 0 or options.wait < 0:
-        raise UsageError("An offset or a wait cannot be negative.")
     if options.follow:
-        follow_job(workspace, options.job, options.offset, lambda data: write_out(1, data))
+        follow_job(workspace, options.job, offset, lambda data: write_out(1, data))
         return 0
-    if options.json:
-        print_json(call_tool(workspace, "logs", {"job": options.job, "offset": options.offset, "wait": options.wait}))
-        return 0
-    offset = options.offset
     while True:
-        status = job_logs(workspace, options.job, offset, options.wait)
+        status = job_logs(workspace, options.job, offset, wait)
         write_out(1, status["data"])
         offset = status["next_offset"]
         if offset >= status["size"] or not status["data"]:
             return 0
-
-
-def command_wait(options: argparse.Namespace) -> int:
-    status = wait_job(the_workspace(options), options.job, options.timeout)
-    if options.json:
-        print_json(status)
-    elif status["state"] != "exited":
-        Terminal(options.verbosity).warn("The job %s is %s." % (options.job, {"running": "still running"}.get(
-            status["state"], "lost: it ended without a record (was the host restarted?)")))
-    return int(status["exit_code"]) if status["state"] == "exited" else 124 if status["state"] == "running" else 1
-
-
-def command_stop(options: argparse.Namespace) -> int:
-    status = stop_job(the_workspace(options), options.job)
-    if options.json:
-        print_json(status)
-    elif status["stopped"] != "confirmed":
-        Terminal(options.verbosity).warn("The end of %s was asked for, not seen." % options.job)
-    return 0 if status["stopped"] == "confirmed" else 1
 
 
 def command_batch(options: argparse.Namespace) -> int:
@@ -8347,7 +8346,7 @@ def command_bench(options: argparse.Namespace) -> int:
 
 def bench_cells(row: Row) -> Tuple[str, ...]:
     cells = [row.work]
-    for name in ("ssh", "master", "cmux"):
+    for name in ("plain", "master", "cmux"):
         found = row.by.get(name)
         digits = "%.0f" if found and found.median >= 100 else "%.1f" if found and found.median >= 10 else "%.2f"
         cells.append("%s %s (%s-%s)" % (digits % found.median, row.unit, digits % found.low, digits % found.high) if found else "")
@@ -8394,6 +8393,22 @@ class Command:
                  *options: Option, actions: Optional[Dict[str, Tuple[str, Tuple[Option, ...]]]] = None) -> None:
         self.handler, self.text, self.example = handler, text, example
         self.options, self.actions = options, actions or {}
+
+
+def tool_command(name: str, text: str, example: str, handler: Optional[Callable[[argparse.Namespace], int]] = None,
+                 *more: Option) -> Command:
+    """A tool of the table as a command: what it must have is a word, what it may have an option."""
+    options = []
+    for param in TOOLS[name].params:
+        if param.name in ("content", "content_base64", "edits"):
+            continue  # come on stdin, or as --old and --new
+        settings: Dict[str, Any] = {"help": param.text}
+        if param.kinds == ["boolean"]:
+            settings["action"] = "store_true"
+        else:
+            settings.update(metavar=param.name.upper(), type={"integer": int, "number": float}.get(param.kinds[0], str))
+        options.append(Option(param.name if param.required else "--" + param.name.replace("_", "-"), **settings))
+    return Command(handler or functools.partial(command_tool, name), text, example, *options, *more)
 
 
 DIRTY = (Option("--dirty", action="store_true", help="the work tree as it is, with uncommitted and untracked files"),
@@ -8443,34 +8458,19 @@ COMMANDS: Dict[str, Command] = {
         Option("-j", dest="at_once", type=int, metavar="N", help="with several workspaces: N at a time (default: all)"),
         Option("--detach", action="store_true", help="start it as a job that goes on by itself; prints its id"),
         Option("command", nargs="...", metavar="-- CMD", help="one argument is a shell line, several an exact argv")),
-    "read": Command(
-        command_read, "a file's bytes, or lines of it", "read src/main.c --offset 10 --limit 20",
-        Option("path", metavar="PATH"), Option("--offset", type=int, default=1, metavar="LINE", help="first line"),
-        Option("--limit", type=int, default=0, metavar="N", help="how many lines")),
-    "write": Command(
-        command_write, "stdin becomes the file, whole or not at all", "write notes.txt < notes.txt", Option("path", metavar="PATH")),
-    "edit": Command(
-        command_edit, "exact replacements, all or none", "edit a.py --old 'x = 1' --new 'x = 2'", Option("path", metavar="PATH"),
-        Option("--old", metavar="TEXT"), Option("--new", metavar="TEXT"),
-        Option("--count", type=int, default=1, metavar="N", help="how many matches there must be (1)"),
-        Option("--sha256", metavar="HEX", help="of the file as last seen: refuse if it changed")),
-    "glob": Command(
-        command_glob, "paths of files that match", "glob 'src/**/*.py'", Option("pattern", metavar="PATTERN"),
-        Option("--limit", type=int, default=1000, metavar="N")),
-    "grep": Command(
-        command_grep, "lines that match an extended regular expression", "grep 'def .*test' --glob '*.py'",
-        Option("pattern", metavar="PATTERN"), Option("--glob", default="", metavar="G", help="only in files that match"),
-        Option("--ignore-case", action="store_true"), Option("--limit", type=int, default=200, metavar="N")),
-    "jobs": Command(command_jobs, "background jobs, started with exec --detach", "jobs"),
-    "logs": Command(
-        command_logs, "a job's output", "logs -f j0123abcd", Option("job", metavar="ID"),
-        Option("-f", dest="follow", action="store_true", help="go on until the job ends, across lost connections"),
-        Option("--offset", type=int, default=0, metavar="BYTE", help="first byte, 0 is the first"),
-        Option("--wait", type=float, default=0, metavar="S", help="wait so long for more, at most 30")),
-    "wait": Command(
-        command_wait, "wait for a job; its exit code", "wait j0123abcd", Option("job", metavar="ID"),
-        Option("--timeout", type=float, metavar="S", help="then exit with 124")),
-    "stop": Command(command_stop, "end a job and everything it started", "stop j0123abcd", Option("job", metavar="ID")),
+    "read": tool_command("read", "a file's bytes, or lines of it", "read src/main.c --offset 10 --limit 20"),
+    "write": tool_command("write", "stdin becomes the file, whole or not at all", "write notes.txt < notes.txt", command_write),
+    "edit": tool_command(
+        "edit", "exact replacements, all or none", "edit a.py --old 'x = 1' --new 'x = 2'", command_edit,
+        Option("--old", metavar="TEXT", help="without --old and --new: JSON with edits on stdin"), Option("--new", metavar="TEXT"),
+        Option("--count", type=int, default=1, metavar="N", help="how many matches there must be (1)")),
+    "glob": tool_command("glob", "paths of files that match", "glob 'src/**/*.py'"),
+    "grep": tool_command("grep", "lines that match an extended regular expression", "grep 'def .*test' --glob '*.py'"),
+    "jobs": tool_command("jobs", "background jobs, started with exec --detach", "jobs"),
+    "logs": tool_command("logs", "a job's output", "logs -f j0123abcd", command_logs, Option(
+        "-f", dest="follow", action="store_true", help="go on until the job ends, across lost connections")),
+    "wait": tool_command("wait", "wait for a job; its exit code (124: it still runs)", "wait j0123abcd"),
+    "stop": tool_command("stop", "end a job and everything it started", "stop j0123abcd"),
     "batch": Command(
         command_batch, "JSON lines of tool calls on stdin, results on stdout as they finish", "batch -j 32 < calls.jsonl",
         Option("-j", dest="at_once", type=int, metavar="N", help="at once (default: 16)")),
