@@ -3175,6 +3175,7 @@ class Outcome(Value):
 
     @property
     def exit_code(self) -> int:
+        """The status, 124 after a timeout, 130 after a cancel."""
         return {"timeout": 124, "cancel": 130}.get(self.reason or "", self.status or 0)
 
 
@@ -7329,7 +7330,7 @@ class Bench:
             "ssh": lambda: self.ssh(self.fresh, "true"), "cmux": lambda: self.ours_cold() * 1000})
         yield self.row("new workspace, %s in %d files" % (human_size(BENCH_FILE * self.count()), self.count()), "ms", 5, "1.2 x",
                        {"master": self.archive_over_ssh, "cmux": lambda: self.made(self.new_root())})
-        self.workspace: Workspace = self.project.create("bench", self.server, root=self.new_root())
+        self.workspace = self.project.create("bench", self.server, root=self.new_root())
         yield self.row("second workspace of the same commit", "ms", 5, "1.2 x", {
             "master": lambda: self.ssh(self.over, "cp -a %s %s" % (quote(self.workspace.path), self.new_root())),
             "cmux": lambda: self.made(self.workspace.root)})

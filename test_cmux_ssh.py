@@ -923,11 +923,29 @@ def test_only_the_standard_library_is_imported(source: Source) -> None:
 
 
 def test_import_starts_nothing_and_writes_nothing(site: Site) -> None:
-    code = "import threading, cmux_ssh; print(threading.active_count(), all(hasattr(cmux_ssh, n) for n in cmux_ssh.__all__))"
+    code = """
+import decimal, gc, locale, os, signal, sys, threading, warnings
+def world():
+    umask = os.umask(0o22)
+    os.umask(umask)
+    return (threading.active_count(), dict(os.environ), os.getcwd(), umask, list(sys.path), sys.excepthook, threading.excepthook, sys.stdout, sys.stderr,
+            locale.setlocale(locale.LC_ALL), list(warnings.filters), [signal.getsignal(n) for n in range(1, 32)], sorted(os.listdir("/dev/fd")),
+            sys.getrecursionlimit(), sys.getswitchinterval(), gc.isenabled(), gc.callbacks, sys.getprofile(), sys.gettrace())
+before = world()
+import cmux_ssh
+print(world() == before, all(hasattr(cmux_ssh, n) for n in cmux_ssh.__all__), len(set(cmux_ssh.__all__)) == len(cmux_ssh.__all__))
+"""
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=str(site.home), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           env=site.environment({"PYTHONPATH": str(HERE), "CMUX_SSH_COMMAND": "false"}))
-    assert (done.stdout, done.stderr) == (b"1 True\n", b"")
+    assert (done.stdout, done.stderr) == (b"True True True\n", b"")
     assert not site.state.exists() and not list(site.tmp.iterdir())
+
+
+def test_the_head_lists_the_rooms_as_they_stand(source: Source) -> None:
+    rows = re.findall(r"(?:^ {4}| {2})([ \d]\d) (\w+(?: \w+)?) {2,}\S", source.text.split('"""')[1], re.M)
+    told = sorted((int(number), name) for number, name in rows)
+    assert [number for number, _ in told] == [int(number) for _, number, _ in source.banners]
+    assert all(banner.startswith(name) for (_, name), (_, _, banner) in zip(told, source.banners)), told
 
 
 def test_version_names_itself_and_its_digest() -> None:
@@ -3486,6 +3504,114 @@ def test_every_tool_is_a_method_of_a_workspace() -> None:
         method = getattr(cmux_ssh.Workspace, name, None)
         assert method is not None, f"Workspace.{name}"
         assert set(arguments) - {"background", "content_base64"} <= set(inspect.signature(method).parameters), name
+
+
+# === In other people's programs ===
+
+# The default Python, and the oldest and newest that pyenv has.
+PYTHONS = [sys.executable] + [str(p) for v in ("3.8", "3.13") for p in sorted(Path("~/.pyenv/versions").expanduser().glob(v + ".*/bin/python3"))[-1:]]
+WAYS = ["-I", "-O", "-OO", "-W error -X dev -bb", "-m", "zip", "zipimport", "stdin"]
+
+
+def ways_to_run(way: str, directory: Path) -> List[str]:
+    """What follows the Python: the file run in that way, or what holds it."""
+    import zipfile
+    if way == "-m":
+        return ["-m", "cmux_ssh"]
+    if way == "stdin":
+        return ["-"]
+    if not way.startswith("zip"):
+        return [*way.split(), str(PROGRAM)]
+    packed = directory / f"cmux-{os.urandom(4).hex()}.zip"
+    with zipfile.ZipFile(str(packed), "w") as archive:
+        archive.write(str(PROGRAM), "cmux_ssh.py")
+        archive.writestr("__main__.py", "import sys, cmux_ssh\nsys.exit(cmux_ssh.main())\n")
+    return [str(packed)] if way == "zip" else ["-c", f"import sys; sys.path.insert(0, {str(packed)!r}); import cmux_ssh; sys.exit(cmux_ssh.main())"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("python", PYTHONS, ids=[str(n) for n in range(len(PYTHONS))])
+def test_it_runs_however_python_is_given_it(shared: Repo, python: str, way: str) -> None:
+    def run(*words: str) -> Tuple[int, bytes, bytes]:
+        done = subprocess.run([python, *ways_to_run(way, shared.site.dir), *words], cwd=str(shared.dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              input=PROGRAM.read_bytes() if way == "stdin" else b"", timeout=60,  # `cat cmux_ssh.py | python3 - ...`
+                              env=shared.site.environment({"PYTHONPATH": str(HERE)} if way == "-m" else {}))
+        return done.returncode, done.stdout, done.stderr
+    digest = b"unknown" if way == "stdin" else hashlib.sha256(PROGRAM.read_bytes()).hexdigest().encode()
+    assert run("--version") == (0, f"cmux_ssh.py {c.__version__} (sha256 ".encode() + digest + b")\n", b"")
+    assert run("exec", "--", "echo out; echo err >&2; cat; exit 7") == (7, b"out\n", b"err\n")
+    assert run("exec", "--json", "--timeout", "0.5", "--", "sleep 60")[0] == 124
+    code, out, err = run("exec", "-w", "../x", "--", "true")
+    assert code == 125 and out == b"" and err.count(b"\n") == 1, err
+
+
+def test_two_copies_in_one_process_do_not_disturb_each_other(repo: Repo) -> None:
+    """Two programs that vendor it, in one interpreter and with one state directory."""
+    for name in ("one", "two"):
+        (repo.site.dir / name).mkdir()
+        shutil.copy(str(PROGRAM), str(repo.site.dir / name / "vendored.py"))
+    assert in_library(repo, """
+import importlib.util
+def load(name):
+    spec = importlib.util.spec_from_file_location("vendor_" + name, sys.argv[1] + "/" + name + "/vendored.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+copies = [load("one"), load("two")]
+assert copies[0].CmuxError is not copies[1].CmuxError and copies[0].__file__ != copies[1].__file__
+projects = [copy.Project(".") for copy in copies]
+projects[0].set_secret("TOKEN", "s3cret-of-both")
+with ThreadPoolExecutor(24) as pool:
+    made = list(pool.map(lambda n: projects[n % 2].ensure("w%d" % (n // 2 % 2), "box"), range(8)))
+    assert sorted(w.name for w in made) == ["w0"] * 4 + ["w1"] * 4
+    def work(n):
+        workspace = made[n % 8]
+        run = workspace.exec("echo $CMUX_WORKSPACE $TOKEN %d; sleep 0.0%d; exit %d" % (n, n % 7, n % 200))
+        workspace.write("f%d" % n, str(n))
+        return run.stdout, run.exit_code, workspace.read("f%d" % n).data
+    for n, found in enumerate(pool.map(work, range(160))):
+        assert found == (b"w%d s3cret-of-both %d\\n" % (n // 2 % 2, n), n % 200, b"%d" % n), (n, found)
+cancels = [copy.Cancel() for copy in copies]
+with ThreadPoolExecutor(2) as pool:
+    naps = [pool.submit(made[n].exec, "sleep 1.5; echo slept", cancel=cancels[n]) for n in range(2)]
+    cancels[0].set()
+    assert naps[0].result().exit_code == 130 and naps[1].result().stdout == b"slept\\n"
+for copy, project in zip(copies, projects):
+    try:
+        project.create("w0", "box")
+    except copy.WorkspaceExists:
+        print("exists")
+assert projects[0].remove("w0", force=True) == ["w0"] and "w0" not in projects[1].entries()
+""", str(repo.site.dir)) == "exists\nexists\n"
+
+
+def public_callables() -> Iterator[Tuple[str, Any]]:
+    """What __all__ promises, and the methods and properties of its classes."""
+    for name in c.__all__:
+        value = getattr(c, name)
+        yield name, value
+        if isinstance(value, type):
+            for method in dir(value):
+                member = getattr(value, method)
+                if not method.startswith("_") and (callable(member) or isinstance(member, property)) and not hasattr(Exception, method):
+                    yield f"{name}.{method}", member
+
+
+def test_every_public_name_says_what_it_is() -> None:
+    data = {"TOOLS"}  # a dict, told in the README
+    short = [name for name, value in public_callables() if name not in data and len((getattr(value, "__doc__", None) or "").split()) < 3]
+    assert not short
+    raised = {name for name in c.__all__ if isinstance(getattr(c, name), type) and issubclass(getattr(c, name), c.CmuxError)}
+    assert {"CmuxError", "UsageError", "HostError", "ToolFailed", "WorkspaceDirty"} <= raised
+
+
+def test_what_is_raised_is_public(source: Source) -> None:
+    """Or a kind of something public, for those who catch by name; except what only the program's own protocols raise."""
+    family = [kind for kind in (getattr(c, node.name, None) for node in source.find(ast.ClassDef)) if isinstance(kind, type) and issubclass(kind, c.CmuxError)]
+    assert len(family) > 20
+    public = {kind for kind in family if kind.__name__ in c.__all__} - {c.CmuxError}
+    assert [kind.__name__ for kind in family if not public & set(kind.__mro__) and kind is not c.CmuxError] == ["PipeClosed", "ProtocolError"]
 
 
 # === Results: a hostile host, fed straight into the parsers and the sink ===
