@@ -3614,6 +3614,238 @@ def test_what_is_raised_is_public(source: Source) -> None:
     assert [kind.__name__ for kind in family if not public & set(kind.__mro__) and kind is not c.CmuxError] == ["PipeClosed", "ProtocolError"]
 
 
+# === The README ===
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+NOT_HERE = ("claude ", "codex ", "coder ")  # programs of others, which this machine need not have
+
+
+def blocks(language: str) -> List[str]:
+    found = re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+    assert found, language
+    return found
+
+
+def table(head: str) -> List[List[str]]:
+    """The rows of the README's table whose first column is called that, and which begins the nearest to the top."""
+    text = README[README.index(f"\n| {head} |") + 1:].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert len({len(row) for row in rows}) == 1 and set(rows[1][0]) == {"-"}, rows
+    return rows[2:]
+
+
+def ticked(text: str) -> List[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+class Reader:
+    """Somebody who does in a repository what the README says; each `shop` is a project of its own."""
+
+    def __init__(self, site: Site) -> None:
+        self.site, self.count = site, 0
+        for name in ("my-server", "second-server", "third-server", "coder.my-workspace"):
+            site.host(name, "HostName 127.0.0.1", f"Port {site.port}")
+        bin_ = site.dir / "reader"
+        bin_.mkdir()
+        (bin_ / "python3").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+        (bin_ / "python3").chmod(0o755)
+        self.env = site.environment({"PATH": f"{bin_}:{site.env['PATH']}", "PYTHONPATH": str(HERE)})
+
+    def shop(self) -> Repo:
+        self.count += 1
+        repo = Repo(self.site, f"{self.count}/shop", files={"Makefile": b"test:\n\t@echo 'test_login ... ok'; echo 'test_logout ... ok'\n"})
+        shutil.copy(str(PROGRAM), str(repo.dir))
+        (repo.dir / ".git/info/exclude").write_text("cmux_ssh.py\nvendor\n")
+        return repo
+
+    def do(self, repo: Repo, script: str) -> Tuple[int, str]:
+        """Under bash, as typed; what it shows. The far home is shown as Ada's."""
+        done = subprocess.run(["bash", "-c", script], cwd=str(repo.dir), env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=120)
+        return done.returncode, done.stdout.decode().replace(str(self.site.far_home()), "/home/ada")
+
+
+@pytest.fixture
+def reader(site: Site) -> Reader:
+    return Reader(site)
+
+
+def without_chance(text: str) -> List[str]:
+    """Lines, without the ids, ages and durations that differ from run to run; parallel work ends in any order."""
+    text = re.sub(r"\b[0-9a-f]{10,}\b", "ID", text)
+    text = re.sub(r"\b\d+(\.\d+)?(?= ?m?s\b)", "N", text)
+    return sorted(re.sub(" +", " ", line).strip() for line in text.splitlines())
+
+
+def test_readme_transcripts_are_what_happens(reader: Reader) -> None:
+    seen = 0
+    for block in blocks("console"):
+        repo = reader.shop()
+        for command, shown in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.M):
+            said = reader.do(repo, command)[1]
+            told, found = without_chance(shown), without_chance(said)
+            seen += len(told)
+            assert len(told) == len(found) and all(re.fullmatch(re.escape(line).replace(r"\.\.\.", ".*"), other) for line, other in zip(told, found)), (
+                f"$ {command}\n{said}")
+    assert seen > 15
+
+
+def test_readme_shell_commands_run(reader: Reader) -> None:
+    for block in blocks("sh"):
+        here = "".join(line + "\n" for line in block.splitlines() if not line.startswith(NOT_HERE))
+        code, said = reader.do(reader.shop(), "set -e\n" + here)
+        assert code == 0 and not re.search(r"^cmux_ssh\.py: (?!\d+ of)", said, re.M), said
+    for line in README.splitlines():
+        if line.startswith("    make "):
+            assert re.search(rf"^{line.split()[1]}:", (HERE / "Makefile").read_text(), re.M), line
+
+
+def test_readme_python_example_prints_what_it_says(reader: Reader) -> None:
+    program, = blocks("python")
+    told = re.findall(r"^ *print\(.*\) +# (.*)$", program, re.M)
+    repo = reader.shop()
+    (reader.site.dir / "example.py").write_text(program)
+    done = subprocess.run([sys.executable, "-W", "error", str(reader.site.dir / "example.py")], cwd=str(repo.dir), env=reader.env, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b""), done.stderr.decode()
+    assert done.stdout.decode().splitlines() == told and len(told) == program.count("print(") > 4
+    assert repo.workspaces() == {} and repo.git("show", "cmux/try-it:notes.txt") == "bye"
+
+
+def words_for_us(line: Sequence[str]) -> List[str]:
+    """What follows cmux_ssh.py in a command line."""
+    return list(line[[word.rsplit("/")[-1] for word in line].index("cmux_ssh.py") + 1:])
+
+
+def test_readme_settings_of_mcp_clients_are_real_ones() -> None:
+    servers = [server for block in blocks("json") for group in json.loads(block).values() for server in group.values()]
+    lines = [[server["command"], *server["args"]] for server in servers]
+    lines += [shlex.split(line.partition(" -- ")[2]) for block in blocks("sh") for line in block.splitlines() if " mcp add " in line]
+    assert len(lines) == 4
+    for line in lines:
+        options = c.parse(words_for_us(line))
+        assert line[0] == "python3" and line[1].startswith("/") and (options.host, options.workspace, options.manage) == ("my-server", ["fix-login"], False), line
+        assert options.directory.startswith("/")
+    section, key, value = re.fullmatch(r"\[(\S+)\]\n(\w+) = (.*)\n", blocks("toml")[0]).groups()  # type: ignore[union-attr]
+    assert (section, key, json.loads(value)) == ("mcp_servers.box", "env_vars", ["SSH_AUTH_SOCK"])
+
+
+def flags_of(command: str) -> Set[str]:
+    row = c.COMMANDS[command]
+    options = [*row.options, *c.COMMON, *(option for _, more in row.actions.values() for option in more)]
+    return {flag for option in options for flag in option.flags if flag.startswith("-")}
+
+
+def test_readme_commands_are_the_parsers() -> None:
+    told: Dict[str, List[str]] = {}
+    for usage, text in table("command"):
+        name = ticked(usage)[0].split()[0]
+        assert name not in told, name
+        told[name] = ticked(usage)
+        flags = {word for tick in ticked(text) for word in re.findall(r"(?<!\S)--?[a-zA-Z][a-z-]*", tick)}
+        assert flags <= flags_of(name), (name, flags - flags_of(name))
+    assert set(told) == set(c.COMMANDS)
+    assert [word.split()[-1] for word in told["secrets"]] == list(c.COMMANDS["secrets"].actions)
+    assert [word.split()[-1] for word in told["completion"]] == c.COMMANDS["completion"].options[0].settings["choices"]
+    for name, row in c.COMMANDS.items():
+        takes = [option.settings["metavar"] for option in row.options if not option.flags[0].startswith("-") and "metavar" in option.settings]
+        assert name == "secrets" or all(metavar.split()[-1] in told[name][0] for metavar in takes), (name, takes)
+
+
+def test_readme_options_exist() -> None:
+    others = {"--strict", "--fsck-objects", "--global", "--check", "--quiet", "--short"}  # of mypy, git and sha256sum
+    known = set.union(*map(flags_of, c.COMMANDS)) | {"--version"} | others
+    told = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", README))
+    assert told <= known, told - known
+    every = {flag for name in c.COMMANDS for flag in flags_of(name) if flag.startswith("--")}
+    assert len(every & told) > 15
+
+
+def test_readme_tools_are_the_table_and_answer_so(shared: Repo) -> None:
+    rows = {ticked(name)[0]: (re.sub(r"\([^)]*\)", "", takes), gives) for name, takes, gives in table("tool")}
+    assert {name: set(ticked(takes.split(" of ")[0])) | set(re.findall(r"`(sha256)` of the file", takes)) for name, (takes, _) in rows.items()} == {
+        name: {param.name for param in tool.params} for name, tool in c.TOOLS.items()}
+    with open_agent(shared) as talker:
+        talker("write", path="of-readme", content="one\n")
+        job = talker("exec", command="exit 3", background=True)["job"]
+        calls = {"exec": {"command": "true"}, "read": {"path": "of-readme"}, "write": {"path": "of-readme", "content": "one\n"},
+                 "edit": {"path": "of-readme", "edits": [{"old": "one", "new": "two"}]}, "glob": {"pattern": "*"}, "grep": {"pattern": "."}, "jobs": {},
+                 "logs": {"job": job}, "wait": {"job": job}, "stop": {"job": job}}
+        for name, arguments in calls.items():
+            result = talker(name, **arguments)
+            text, _, inner = re.sub(r"; with .*", "", rows[name][1]).partition(" (objects of ")
+            rest = inner.partition(")")
+            assert set(ticked(text)) | set(ticked(rest[2])) == set(result), (name, result)
+            if inner:
+                assert set(ticked(rest[0])) == set(result[ticked(text)[0]][0]), (name, result)
+
+
+def test_readme_exit_codes_are_real(repo: Repo) -> None:
+    def interrupted() -> int:
+        child = repo.start("exec", "-H", "box", "--", "echo up; sleep 60")
+        assert child.stdout and child.stdout.readline() == b"up\n"
+        child.send_signal(signal.SIGINT)
+        child.communicate(timeout=30)
+        return child.returncode
+
+    assert repo.exec("true").code == 0
+    job = repo.cli("exec", "--detach", "--", "exit 77").text.strip()
+    nap = repo.cli("exec", "--detach", "--", "sleep 30").text.strip()
+    found = {
+        ("exec", "0 to 255"): (repo.exec("exit 77").code, 77), ("exec", "124"): (repo.exec("sleep 60", options=["--timeout", "0.3"]).code, 124),
+        ("exec", "125"): (repo.exec("true", options=["--cwd", "none"]).code, 125), ("exec", "130"): (interrupted(), 130),
+        ("exec", "255"): (repo.exec("true", host="nowhere.invalid", options=["-w", "x"]).code, 255),
+        ("wait", "0 to 255"): (repo.cli("wait", job).code, 77), ("the others", "0"): (repo.cli("list").code, 0),
+        ("the others", "1"): (repo.cli("read", "none").code, 1), ("the others", "2"): (repo.cli("list", "--none").code, 2),
+        ("the others", "130, 255"): (repo.cli("new", "-H", "nowhere.invalid", "x").code, 255)}
+    assert all(code == told for code, told in found.values()), found
+    of, rows = "", set()
+    for name, code, _ in table("of"):
+        of = name.strip("`") or of
+        rows.add((of, code))
+    assert rows == set(found)
+    assert repo.exec("kill -9 $$").code == 128 + 9 and repo.cli("wait", nap, "--timeout", "0.3").code == 124 and repo.cli("grep", "no such text").code == 1
+    failed = repo.exec("true", host="nowhere.invalid", options=["-w", "x", "--json"])
+    assert failed.json["error"] and repo.exec("exit 255", options=["--json"]).json["error"] is None
+    assert repo.cli("batch", stdin=b'{"tool": "none"}\n').code == 1 and repo.cli("stop", nap).code == 0
+
+
+def cases(name: str) -> int:
+    """How many tests one function of this file is."""
+    marks = [mark for mark in getattr(globals()[name], "pytestmark", []) if mark.name == "parametrize"]
+    count = 1
+    for mark in marks:
+        count *= len(mark.args[1])
+    return count
+
+
+def test_readme_names_tests_that_exist_and_counts_their_cases() -> None:
+    told = set(re.findall(r"\btest_\w+", README.split("## The ten promises")[1])) - {"test_cmux_ssh"}
+    assert not [name for name in told if not callable(globals().get(name))]
+    promises = table("promise")
+    assert [int(row[0].strip("* ").split(".")[0]) for row in promises] == list(range(1, 11))
+    assert all("`test_" in tests or "table below" in tests for _, _, tests in promises)
+    wrong = [f"{what[:60]}: {number}, and they are {sum(map(cases, ticked(tests)))}" for head in ("hosts", "faults", "liars")
+             for what, number, _, tests in table(head) if int(number) != sum(map(cases, ticked(tests)))]
+    assert not wrong, "\n".join(wrong)
+    assert f"| {len(ATTACKS)} forged answers to each of {len(CALLS)} calls" in README and f"| {len(FLOODS)} endless floods" in README
+
+
+def test_readme_numbers_and_names_are_the_codes() -> None:
+    text = " ".join(README.split())
+    assert f"cut to {c.MCP_ROOM:,} characters" in text and f"after {c.MCP_SOFT} s (`--soft-timeout`)" in text
+    assert f"versions from {c.MCP_HANDSHAKE[-1]} to {c.MCP_STATELESS[0]} are served" in text
+    assert f"At most {c.SESSIONS_PER_MASTER} sessions a connection, {c.MASTERS_PER_HOST} connections a host and {c.HANDSHAKES_AT_ONCE} handshakes" in text
+    assert set(re.findall(r"`(workspace_\w+)`", README)) == set(c.MANAGE_TOOLS)
+    assert "`-j N` is how many run at once (16)" in text and f"cmux_ssh.py {c.__version__} (sha256" in text
+    public = {name.partition("(")[0][len("cmux_ssh."):] for name in re.findall(r"cmux_ssh\.[A-Za-z_]\w*\b(?!\.)", README)} - {"py"}
+    assert public <= set(c.__all__) | {"__all__"}, public
+    undocumented = {name for name in c.__all__ if not re.search(rf"\b{name}\b", README) and not getattr(c, name).__doc__}
+    assert not undocumented
+    speed = README.partition("<!-- bench -->\n")[2].partition("<!-- /bench -->")[0]
+    assert re.search(r"^\d{4}-\d\d-\d\d, \d+ cores, Python 3\.\d+", speed, re.M), "paste the output of bench, with its first line"
+
+
 # === Results: a hostile host, fed straight into the parsers and the sink ===
 
 class Lab:
