@@ -925,6 +925,7 @@ def test_only_the_standard_library_is_imported(source: Source) -> None:
 def test_import_starts_nothing_and_writes_nothing(site: Site) -> None:
     code = """
 import decimal, gc, locale, os, signal, sys, threading, warnings
+os.umask(0o77)  # what this process has may come from an import of its parent
 def world():
     umask = os.umask(0o22)
     os.umask(umask)
@@ -939,6 +940,12 @@ print(world() == before, all(hasattr(cmux_ssh, n) for n in cmux_ssh.__all__), le
                           env=site.environment({"PYTHONPATH": str(HERE), "CMUX_SSH_COMMAND": "false"}))
     assert (done.stdout, done.stderr) == (b"True True True\n", b"")
     assert not site.state.exists() and not list(site.tmp.iterdir())
+
+
+def test_assertions_do_no_work_that_python_O_would_leave_out(source: Source) -> None:
+    """They tell mypy what is known; what a host or a user can bring about is raised."""
+    calls = [call for node in source.find(ast.Assert) for call in ast.walk(node.test) if isinstance(call, (ast.Call, ast.NamedExpr, ast.Compare))]
+    assert all(isinstance(call, ast.Call) and getattr(call.func, "id", "") == "isinstance" for call in calls), [call.lineno for call in calls]
 
 
 def test_the_head_lists_the_rooms_as_they_stand(source: Source) -> None:
