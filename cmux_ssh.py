@@ -24,11 +24,11 @@ The file is a row of rooms. A room uses only the rooms above it, and each door t
      3 Errors        what can go wrong              13 Results       pull and diff, all checked
      4 Values        results, deadlines             14 Tools         what an agent works with
      5 Checking      names, hosts, quoting          15 Parallel      threads, batch
-     6 Remote text   every byte of sh               16 MCP           the tools for any agent
+     6 Remote        scripts: every byte of sh      16 MCP           the tools for any agent
      7 Processes     spawn, poll, kill              17 Demo          a throwaway sshd
      8 State         files, locks, secrets          18 Doctor        what is wrong, and its fix
-     9 SSH           masters, control protocol      19 Command line  the only room that prints
-    10 Operations    one operation on a host
+     9 SSH           masters, control protocol      19 Bench         next to plain ssh, in one run
+    10 Operations    one operation on a host        20 Command line  the only room that prints
 
 Licence: MIT.  Copyright (c) 2026 The cmux_ssh.py authors.
 Permission is hereby granted, free of charge, to any person obtaining a copy of this software
@@ -70,10 +70,13 @@ if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command
     import threading
 
 __version__ = "0.1.0"
-__all__ = ["CmuxError", "UsageError", "HostError", "ConnectionFailed", "HostKeyFailed",
-           "AuthenticationFailed", "ConnectionLost", "RemoteFailed", "WorkspaceMissing",
-           "WorkspaceExists", "WorkspaceDirty", "UploadFailed", "ResultRefused", "GitFailed", "StateFailed",
-           "Host", "Project", "Workspace", "ExecResult", "FileContent", "TOOLS", "call_tool", "Cancel", "Result", "pull", "diff"]
+__all__ = [  # the promise: these names, their arguments and their fields stay within a major version
+    "Project", "Workspace", "Host", "Report", "Cancel", "pull", "diff", "call_tool", "TOOLS", "Tool", "main",
+    "ExecResult", "Outcome", "FileContent", "Result",
+    "CmuxError", "UsageError", "HostError", "ConnectionFailed", "ConnectionDropped", "HostKeyFailed",
+    "AuthenticationFailed", "ConnectionLost", "RemoteFailed", "WorkspaceMissing", "WorkspaceExists",
+    "WorkspaceDirty", "UploadFailed", "ResultRefused", "GitFailed", "StateFailed", "ToolFailed", "FileChanged",
+    "Cancelled"]
 
 PROGRAM = "cmux_ssh.py"
 
@@ -242,7 +245,8 @@ class WorkspaceExists(CmuxError):
 
 
 class WorkspaceDirty(CmuxError):
-    """Removing would destroy work that exists nowhere else."""
+    """Removing or pushing would destroy work that exists nowhere else; ``lost`` lists it."""
+    lost: Sequence[str] = ()
 
 
 class UploadFailed(CmuxError):
@@ -263,7 +267,7 @@ class StateFailed(CmuxError):
 
 
 class Cancelled(CmuxError):
-    """The caller's Cancel was set."""
+    """The caller's Cancel was set. Of a command, run() and exec() tell that in their result instead."""
     exit_code = 130
 
 
@@ -302,6 +306,7 @@ class Value:
         return "%s(%s)" % (type(self).__name__, shown)
 
     def as_dict(self) -> Dict[str, Any]:
+        """The fields, by name."""
         return {name: getattr(self, name) for name in self.__slots__}
 
 
@@ -343,7 +348,9 @@ class Deadline:
 
 
 class Cancel:
-    """Set from any thread, or a signal handler, to end the operations that were given it."""
+    """Set from any thread, or a signal handler, to end the operations that were given it: the process
+    tree on the host is ended first. run() then returns an Outcome of reason ``cancel``, exec() exit
+    code 130; all else raises Cancelled. It stays set: make a new one for what comes after."""
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe()
@@ -351,6 +358,7 @@ class Cancel:
         self.is_set = False
 
     def set(self) -> None:
+        """End what was given this, now and later. Returns at once; ``is_set`` tells."""
         self.is_set = True
         try:
             os.write(self._write, b"x")  # stays readable: every poller sees it
@@ -358,9 +366,11 @@ class Cancel:
             pass
 
     def fileno(self) -> int:
+        """Readable once it is set, for select and poll."""
         return self._read
 
     def check(self) -> None:
+        """Raise Cancelled if it is set."""
         if self.is_set:
             raise Cancelled("Cancelled.")
 
@@ -433,8 +443,7 @@ def check_host(text: object) -> str:
     if uri:
         rest = text[len("ssh://"):]
         match = re.match(r"(.*?)(?::(\d{1,5}))?/?\Z", rest, re.S)
-        assert match
-        rest, port = match.group(1), match.group(2) or ""
+        rest, port = (match.group(1), match.group(2) or "") if match else ("", "")
     user, at, host = rest.rpartition("@")
     if uri and host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
@@ -3174,6 +3183,7 @@ class Outcome(Value):
 
     @property
     def exit_code(self) -> int:
+        """The status, 124 after a timeout, 130 after a cancel."""
         return {"timeout": 124, "cancel": 130}.get(self.reason or "", self.status or 0)
 
 
@@ -3204,6 +3214,7 @@ class Host:
 
     @property
     def masters(self) -> Masters:
+        """The connections; `ssh -G` is asked once, at the first use."""
         with self._mutex:
             if self._masters is None:
                 self._masters = Masters(read_ssh_config(self.name), self._interactive)
@@ -3316,6 +3327,7 @@ class Host:
             session.close()
 
     def silent(self) -> HostError:
+        """The error for a host that took the session and said nothing."""
         return ConnectionFailed("%s accepted the session, but no shell answered in %d seconds."
                                 % (self.name, START_PATIENCE),
                                 "Look at its login shell's start-up files.", self.name)
@@ -4064,7 +4076,7 @@ class Logged:
     """One operation as the history tells it: a context manager. Operations inside another of the
     same thread are part of it. ``size`` counts its bytes; ``code`` is its exit code unless it raises."""
 
-    def __init__(self, project: Project, operation: str, workspace: str, host: str = "", detail: object = "") -> None:
+    def __init__(self, project: ProjectBase, operation: str, workspace: str, host: str = "", detail: object = "") -> None:
         self.project = project
         self.row: Dict[str, Any] = {"operation": operation, "workspace": workspace, "host": host}
         self.detail, self.code, self.size, self.began = detail, 0, 0, 0.0
@@ -4102,11 +4114,8 @@ def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0) -
     return decorate
 
 
-class Project:
-    """A local git repository and its workspaces. Usable from threads.
-
-    ``directory`` is any directory inside it. Raises GitFailed, StateFailed.
-    """
+class ProjectBase:
+    """A local git repository and its workspaces: see Project, whose workspaces have the tools."""
 
     kind: Type[WorkspaceBase]   # what workspace() and create() return; the room Tools sets it
 
@@ -4143,8 +4152,22 @@ class Project:
             text = text.replace(value, "[secret %s]" % stored[value])
         return show(text, 200)[1:-1]
 
+    def set_secret(self, name: str, value: Union[str, bytes, None]) -> None:
+        """Store what every command of this project sees as the environment variable ``name``, in a
+        0600 file on this machine; None forgets it. Raises UsageError, StateFailed."""
+        check_variable(name, secret=True)
+        data = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
+        check_secret(name, data or b"")
+
+        def change(stored: Dict[str, Dict[str, str]]) -> None:
+            stored.pop(name, None)
+            if data is not None:
+                stored[name] = {"value": data.decode("utf-8", "surrogateescape")}
+        self.registry.update_secrets(change)
+
     @property
     def name(self) -> str:
+        """The project's name: its directory's, made safe."""
         return str(self.registry.read()["name"])
 
     @property
@@ -4154,6 +4177,7 @@ class Project:
         return "%s-%s" % (value["name"], value["id"])
 
     def host(self, name: str) -> Host:
+        """The Host of that name, the same for all workspaces of this object. Raises UsageError."""
         with self._mutex:
             if name not in self._hosts:
                 self._hosts[name] = Host(name, self._interactive, self._warm)
@@ -4188,9 +4212,10 @@ class Project:
 
     def create(self, name: str, host: str, ref: str = "HEAD", root: str = "", init: bool = True,
                report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> WorkspaceBase:
-        """Make workspace ``name`` on ``host`` from commit ``ref``, and run its init hook.
+        """Make workspace ``name`` on ``host`` from commit ``ref``, below ``root`` there (default ~/cmux), and
+        run its init hook unless ``init`` is false: a hook that fails is told to ``report`` and undoes nothing.
 
-        Raises WorkspaceExists, UploadFailed, HostError, GitFailed, RemoteFailed.
+        Raises WorkspaceExists, UploadFailed, HostError, GitFailed, RemoteFailed, Cancelled.
         """
         check_workspace(name)
         check_host(host)
@@ -4215,7 +4240,8 @@ class Project:
 
     def ensure(self, name: str, host: str = "", report: Optional[Report] = None,
                cancel: Optional[Cancel] = None) -> WorkspaceBase:
-        """The workspace, made first if it does not exist; waits while another process makes it."""
+        """The workspace, made first from HEAD if it does not exist, on ``host`` (default: default_host());
+        waits while another process makes it. Raises as create() does, and UsageError if it is elsewhere."""
         entry = self.entries().get(check_workspace(name))
         if entry and entry.get("init") == "pending":
             lock = self.registry.creation_lock(name)
@@ -4234,10 +4260,8 @@ class Project:
         return found
 
     def remove(self, name: str, force: bool = False) -> List[str]:
-        """Remove a workspace; with changes in it only by ``force``. A missing one is no error.
-
-        Raises WorkspaceDirty with the list of what would be lost as ``lost``.
-        """
+        """Remove a workspace; with work in it that no pull brought home only by ``force``. What was removed:
+        [name], or [] when there is none. Raises WorkspaceDirty, HostError, RemoteFailed."""
         with self.registry.creation_lock(check_workspace(name)):
             entry = self.registry.read()["workspaces"].get(name)
             if entry is None:
@@ -4256,7 +4280,8 @@ class Project:
             raise WorkspaceExists("The workspace %s exists already." % name, "Choose another name.")
 
     def fork(self, source: WorkspaceBase, name: str) -> WorkspaceBase:
-        """A new workspace with the current content of ``source``, made on the host itself."""
+        """A new workspace with the current content of ``source``, made on the host itself. Raises
+        WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed."""
         with self.registry.creation_lock(check_workspace(name)):
             stale = self.registry.read()["workspaces"].get(name)
             if stale and stale.get("state") == "forking":
@@ -4272,8 +4297,8 @@ class Project:
             return self.workspace(name)
 
     def rename(self, source: WorkspaceBase, name: str) -> WorkspaceBase:
-        """Give a workspace another name, here and on the host. Called again after a crash, it ends
-        what was begun."""
+        """Give a workspace another name, here and on the host; the new object (the old one is of no more
+        use). Called again after a crash, it ends what was begun. Raises as fork() does."""
         with self.registry.creation_lock(check_workspace(name)), self.registry.creation_lock(source.name):
             self._taken(name)
             entry = dict(self.entries()[source.name], path=source.path[:-len(source.name)] + name)
@@ -4300,7 +4325,7 @@ class Project:
              cancel: Optional[Cancel] = None) -> bool:
         """Bring a workspace to another local commit; False when it is there already. Refuses to
         overwrite what no pull brought home (WorkspaceDirty); with ``force`` a copy stays in the
-        trash on the host until gc."""
+        trash on the host until gc. Raises as create() does, too."""
         with self.registry.creation_lock(check_workspace(name)):
             workspace, report = self.workspace(name), report or Report()
             entry = self.entries()[name]
@@ -4326,7 +4351,8 @@ class Project:
             return True
 
     def gc(self) -> Dict[str, int]:
-        """Free trash, leftovers and old bases on the project's hosts: bytes by host."""
+        """Free trash, leftovers and old bases on the project's hosts: bytes by host. Raises HostError,
+        RemoteFailed."""
         places = {(entry["host"], entry.get("root", "")) for entry in self.entries().values()}
         freed: Dict[str, int] = {}
         for host, root in sorted(places):
@@ -4359,7 +4385,7 @@ class Project:
             error = WorkspaceDirty("The workspace %s has work that would be lost: %s%s."
                                    % (name, ", ".join(lost[:5]), ", ..." if len(lost) > 5 else ""),
                                    "Bring it home first: %s pull -w %s. Or give it up: --force." % (PROGRAM, name))
-            error.lost = lost  # type: ignore[attr-defined]
+            error.lost = lost
             raise error
 
 
@@ -4393,7 +4419,7 @@ class Report:
 class Creation:
     """Making one workspace: intent in the registry, base on the host, publication, record."""
 
-    def __init__(self, project: Project, name: str, host: str, ref: str, root: str, report: Report,
+    def __init__(self, project: ProjectBase, name: str, host: str, ref: str, root: str, report: Report,
                  cancel: Optional[Cancel]) -> None:
         self.project, self.name, self.report, self.cancel = project, name, report, cancel
         self.host = project.host(host)
@@ -4567,7 +4593,7 @@ class WorkspaceBase:
     ``name``, ``host`` (a Host), ``path`` there, ``base`` (the commit's id), ``created`` (seconds).
     """
 
-    def __init__(self, project: Project, name: str, entry: Mapping[str, Any]) -> None:
+    def __init__(self, project: ProjectBase, name: str, entry: Mapping[str, Any]) -> None:
         self.project, self.name = project, name
         self.host = project.host(entry["host"])
         self.root: str = entry["root"]
@@ -4581,7 +4607,7 @@ class WorkspaceBase:
         return "Workspace(%r on %r)" % (self.name, self.host.name)
 
     def describe(self) -> Dict[str, Any]:
-        """What `list --json` prints."""
+        """What `list --json` prints of it; ``created`` in seconds since 1970."""
         return {"name": self.name, "host": self.host.name, "path": self.path, "base": self.base,
                 "created": self.created, "project": self.project.name, "state": self.state}
 
@@ -4603,7 +4629,8 @@ class WorkspaceBase:
             stderr: Callable[[bytes], Any], source: Optional[Source] = None, cwd: str = "",
             env: Optional[Mapping[str, str]] = None, login: bool = False,
             timeout: Optional[float] = None, cancel: Optional[Cancel] = None) -> Outcome:
-        """Run ``command``, its output streamed to the callables; see exec() for the rest."""
+        """Run ``command``, its output streamed to the callables (which may raise to end it); see exec() for
+        the rest. ``source`` is for the command line: it streams a descriptor into the command's stdin."""
         if not command or (not isinstance(command, str) and not command[0]):
             raise UsageError("No command was given.", "For example: %s exec -- make test" % PROGRAM)
         records = self.environment(env) + command_records(command, login, source is not None)
@@ -4634,7 +4661,7 @@ class WorkspaceBase:
         at its end the process tree there is ended and what was printed is kept. ``cwd`` relative
         to the workspace. ``stdin``: bytes for the command (None: /dev/null). ``limit``: bytes
         kept of each stream. ``tee`` is given the bytes of both as they come. Raises HostError (the
-        connection), never for the command's status.
+        connection), UsageError and WorkspaceMissing, never for the command's status.
         """
         import tempfile
         began, out, err = time.monotonic(), Capture(limit), Capture(limit)
@@ -5719,42 +5746,84 @@ def stop_job(workspace: WorkspaceBase, job: str, cancel: Optional[Cancel] = None
 class Workspace(WorkspaceBase):
     """A directory on a host in which an agent works. Get one from Project.create, .ensure or
     .workspace. The methods are the tools of the table below: arguments and results as there, and
-    as in `batch`; exec() returns an ExecResult. Raises CmuxError; usable from threads."""
+    as in `batch`; exec() returns an ExecResult. Usable from threads. All raise HostError when the host
+    cannot be reached, UsageError for a wrong argument, RemoteFailed for an answer that makes no sense.
+    A path is relative to the workspace, or absolute; bytes that are no UTF-8 stand in a str as Python's
+    surrogateescape has them.
+    """
 
     def read(self, path: str, offset: int = 1, limit: int = 0) -> FileContent:
+        """A file's bytes; or its lines from ``offset`` on (1 is the first), ``limit`` of them (0: all).
+        Raises ToolFailed: no such file, no permission, not a plain file, or over 10 MiB without a limit."""
         return read_file(self, path, offset, limit)
 
     def write(self, path: str, content: Union[str, bytes]) -> Dict[str, Any]:
+        """Make ``content`` (a str as UTF-8) the whole file, or change nothing; the mode stays, a symlink is
+        followed, directories are made. ``created``, ``size`` (bytes), ``sha256``. Raises ToolFailed."""
         data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
         return {"created": write_file(self, path, data), "size": len(data), "sha256": sha256(data)}
 
     def edit(self, path: str, edits: List[Dict[str, Any]], sha256: str = "") -> Dict[str, Any]:
+        """Replace exact text: each edit has ``old``, ``new``, and ``count``, how many matches there must be
+        (1). All are applied or none: ``sha256`` of the file now, ``diff``. With the argument ``sha256``, of
+        the file as last seen, a file that changed is refused (FileChanged). Raises ToolFailed."""
         return tool_edit(self, None, path, edits, sha256)
 
     def glob(self, pattern: str, limit: int = 1000) -> Dict[str, Any]:
+        """Files that match (``*`` and ``?`` within a component, ``**`` across them): ``paths``, sorted;
+        ``truncated`` if there are more than ``limit``. Raises ToolFailed after two minutes."""
         return tool_glob(self, None, pattern, limit)
 
     def grep(self, pattern: str, glob: str = "", ignore_case: bool = False, limit: int = 200) -> Dict[str, Any]:
+        """Lines that match an extended regular expression, in files that match ``glob``: ``matches`` (each
+        ``path``, ``line`` from 1, ``text`` of up to 500 characters), ``truncated``. Raises ToolFailed."""
         return tool_grep(self, None, pattern, glob, ignore_case, limit)
 
     def start(self, command: Union[str, Sequence[str]], cwd: str = "", env: Optional[Mapping[str, str]] = None) -> str:
-        """Start a background job; its id."""
+        """Start a background job, which outlives this process and the connection; its id. Raises
+        WorkspaceMissing."""
         return start_job(self, command, cwd, env=env)
 
     def jobs(self) -> List[Dict[str, Any]]:
+        """The jobs, oldest first: ``job`` (its id), ``state`` (running, exited or lost), ``exit_code`` (None
+        unless exited), ``output_size`` (bytes), and, if begun from this machine, ``command``, ``started``
+        (seconds since 1970)."""
         return list_jobs(self)
 
     def logs(self, job: str, offset: int = 0, wait: float = 0) -> Dict[str, Any]:
+        """Output of a job from byte ``offset`` on, at most 1 MiB: ``data`` (bytes), ``next_offset``, ``size``,
+        ``job``, ``state``, ``exit_code``. Waits up to ``wait`` seconds (30 at most) for more. Raises
+        ToolFailed when there is no such job."""
         return job_logs(self, job, offset, wait)
 
     def wait(self, job: str, timeout: Optional[float] = None) -> Dict[str, Any]:
+        """Wait for a job's end, across lost connections, ``timeout`` seconds at most: ``job``, ``state``,
+        ``exit_code``, ``size``. Raises ToolFailed when there is no such job."""
         return wait_job(self, job, timeout)
 
     def stop(self, job: str) -> Dict[str, Any]:
+        """End a job and everything it started: ``job``, ``state``, ``exit_code``, and ``stopped``: confirmed,
+        or requested where the end was not seen. Raises ToolFailed when there is no such job."""
         return stop_job(self, job)
 
 
-Project.kind = Workspace
+class Project(ProjectBase):
+    """A local git repository and its workspaces. Usable from threads; make one and keep it.
+
+    ``directory`` is any directory inside it. ``interactive`` is asked, where a key or a passphrase is
+    needed, whether a person may be asked on the terminal (default: never). ``warm`` sessions are kept
+    ready on each host. Raises GitFailed, StateFailed.
+    """
+
+    kind = Workspace
+    if TYPE_CHECKING:
+        def workspace(self, name: str) -> Workspace: ...
+        def create(self, name: str, host: str, ref: str = "HEAD", root: str = "", init: bool = True,
+                   report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> Workspace: ...
+        def ensure(self, name: str, host: str = "", report: Optional[Report] = None,
+                   cancel: Optional[Cancel] = None) -> Workspace: ...
+        def fork(self, source: WorkspaceBase, name: str) -> Workspace: ...
+        def rename(self, source: WorkspaceBase, name: str) -> Workspace: ...
 
 
 # -- the table --
@@ -6860,7 +6929,7 @@ def demo(tell: Callable[[str], None], report: Report) -> None:
         try:
             tell("A throwaway sshd on this machine, reached by ssh through a ProxyCommand: host `demo`.")
             project = Project(directory)
-            project.registry.update_secrets(lambda stored: stored.update(API_TOKEN={"value": secret}))
+            project.set_secret("API_TOKEN", secret)
             tell("A git repository with a Makefile, and a project secret: API_TOKEN.")
             workspace = project.create("try-it", "demo", report=report)
             tell("Workspace try-it made of commit %s at %s" % (workspace.base[:10], workspace.path))
@@ -7269,7 +7338,7 @@ class Bench:
             "plain": lambda: self.ssh(self.fresh, "true"), "cmux": lambda: self.ours_cold() * 1000})
         yield self.row("new workspace, %s in %d files" % (human_size(BENCH_FILE * self.count()), self.count()), "ms", 5, "1.2 x",
                        {"master": self.archive_over_ssh, "cmux": lambda: self.made(self.new_root())})
-        self.workspace: Workspace = self.project.create("bench", self.server, root=self.new_root())  # type: ignore[assignment]
+        self.workspace = self.project.create("bench", self.server, root=self.new_root())
         yield self.row("second workspace of the same commit", "ms", 5, "1.2 x", {
             "master": lambda: self.ssh(self.over, "cp -a %s %s" % (quote(self.workspace.path), self.new_root())),
             "cmux": lambda: self.made(self.workspace.root)})
@@ -7294,7 +7363,8 @@ class Bench:
     def ours_upload(self) -> None:
         with open(self.bulk, "rb") as stream:
             outcome = self.workspace.run(["sh", "-c", "cat >/dev/null"], Capture(0), Capture(0), source=Source(stream.fileno()))
-        assert outcome.status == 0, outcome
+        if outcome.status:
+            raise RemoteFailed("The upload to measure failed with %d." % outcome.status)
 
     def delta(self) -> Row:
         """One changed file: the bytes that travel, from the operation's own count."""
@@ -7332,7 +7402,10 @@ class Bench:
 
     def command_line_rows(self) -> Iterator[Row]:
         """Next to ssh over a master and starting Python, as any program in Python must."""
-        here, words = os.path.abspath(__file__), ["exec", "-n", "-C", self.tree, "-w", "bench", "--", "true"]
+        here, words = os.path.abspath(globals().get("__file__", "")), ["exec", "-n", "-C", self.tree, "-w", "bench", "--", "true"]
+
+        if not os.path.isfile(here):
+            return  # in a zip, or read from stdin
 
         def plain() -> None:
             self.ssh(self.over, "true")
@@ -8577,11 +8650,9 @@ def report_error(error: CmuxError) -> None:
 
 def version_text() -> str:
     """Name, version, and the SHA-256 of this very file: a changed copy shows itself."""
-    import hashlib
     try:
-        with open(os.path.abspath(__file__), "rb") as stream:
-            digest = hashlib.sha256(stream.read()).hexdigest()
-    except (OSError, NameError):
+        digest = sha256(globals()["__loader__"].get_data(__file__))  # of a zip, too
+    except (OSError, NameError, AttributeError):
         digest = "unknown"
     return "%s %s (sha256 %s)" % (PROGRAM, __version__, digest)
 

@@ -927,11 +927,36 @@ def test_only_the_standard_library_is_imported(source: Source) -> None:
 
 
 def test_import_starts_nothing_and_writes_nothing(site: Site) -> None:
-    code = "import threading, cmux_ssh; print(threading.active_count(), all(hasattr(cmux_ssh, n) for n in cmux_ssh.__all__))"
+    code = """
+import decimal, gc, locale, os, signal, sys, threading, warnings
+os.umask(0o77)  # what this process has may come from an import of its parent
+def world():
+    umask = os.umask(0o22)
+    os.umask(umask)
+    return (threading.active_count(), dict(os.environ), os.getcwd(), umask, list(sys.path), sys.excepthook, threading.excepthook, sys.stdout, sys.stderr,
+            locale.setlocale(locale.LC_ALL), list(warnings.filters), [signal.getsignal(n) for n in range(1, 32)], sorted(os.listdir("/dev/fd")),
+            sys.getrecursionlimit(), sys.getswitchinterval(), gc.isenabled(), gc.callbacks, sys.getprofile(), sys.gettrace())
+before = world()
+import cmux_ssh
+print(world() == before, all(hasattr(cmux_ssh, n) for n in cmux_ssh.__all__), len(set(cmux_ssh.__all__)) == len(cmux_ssh.__all__))
+"""
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=str(site.home), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           env=site.environment({"PYTHONPATH": str(HERE), "CMUX_SSH_COMMAND": "false"}))
-    assert (done.stdout, done.stderr) == (b"1 True\n", b"")
+    assert (done.stdout, done.stderr) == (b"True True True\n", b"")
     assert not site.state.exists() and not list(site.tmp.iterdir())
+
+
+def test_assertions_do_no_work_that_python_O_would_leave_out(source: Source) -> None:
+    """They tell mypy what is known; what a host or a user can bring about is raised."""
+    calls = [call for node in source.find(ast.Assert) for call in ast.walk(node.test) if isinstance(call, (ast.Call, ast.NamedExpr, ast.Compare))]
+    assert all(isinstance(call, ast.Call) and getattr(call.func, "id", "") == "isinstance" for call in calls), [call.lineno for call in calls]
+
+
+def test_the_head_lists_the_rooms_as_they_stand(source: Source) -> None:
+    rows = re.findall(r"(?:^ {4}| {2})([ \d]\d) (\w+(?: \w+)?) {2,}\S", source.text.split('"""')[1], re.M)
+    told = sorted((int(number), name) for number, name in rows)
+    assert [number for number, _ in told] == [int(number) for _, number, _ in source.banners]
+    assert all(banner.startswith(name) for (_, name), (_, _, banner) in zip(told, source.banners)), told
 
 
 def test_version_names_itself_and_its_digest() -> None:
@@ -3490,6 +3515,346 @@ def test_every_tool_is_a_method_of_a_workspace() -> None:
         method = getattr(cmux_ssh.Workspace, name, None)
         assert method is not None, f"Workspace.{name}"
         assert set(arguments) - {"background", "content_base64"} <= set(inspect.signature(method).parameters), name
+
+
+# === In other people's programs ===
+
+# The default Python, and the oldest and newest that pyenv has.
+PYTHONS = [sys.executable] + [str(p) for v in ("3.8", "3.13") for p in sorted(Path("~/.pyenv/versions").expanduser().glob(v + ".*/bin/python3"))[-1:]]
+WAYS = ["-I", "-O", "-OO", "-W error -X dev -bb", "-m", "zip", "zipimport", "stdin"]
+
+
+def ways_to_run(way: str, directory: Path) -> List[str]:
+    """What follows the Python: the file run in that way, or what holds it."""
+    import zipfile
+    if way == "-m":
+        return ["-m", "cmux_ssh"]
+    if way == "stdin":
+        return ["-"]
+    if not way.startswith("zip"):
+        return [*way.split(), str(PROGRAM)]
+    packed = directory / f"cmux-{os.urandom(4).hex()}.zip"
+    with zipfile.ZipFile(str(packed), "w") as archive:
+        archive.write(str(PROGRAM), "cmux_ssh.py")
+        archive.writestr("__main__.py", "import sys, cmux_ssh\nsys.exit(cmux_ssh.main())\n")
+    return [str(packed)] if way == "zip" else ["-c", f"import sys; sys.path.insert(0, {str(packed)!r}); import cmux_ssh; sys.exit(cmux_ssh.main())"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("python", PYTHONS, ids=[str(n) for n in range(len(PYTHONS))])
+def test_it_runs_however_python_is_given_it(shared: Repo, python: str, way: str) -> None:
+    def run(*words: str) -> Tuple[int, bytes, bytes]:
+        done = subprocess.run([python, *ways_to_run(way, shared.site.dir), *words], cwd=str(shared.dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              input=PROGRAM.read_bytes() if way == "stdin" else b"", timeout=60,  # `cat cmux_ssh.py | python3 - ...`
+                              env=shared.site.environment({"PYTHONPATH": str(HERE)} if way == "-m" else {}))
+        return done.returncode, done.stdout, done.stderr
+    digest = b"unknown" if way == "stdin" else hashlib.sha256(PROGRAM.read_bytes()).hexdigest().encode()
+    assert run("--version") == (0, f"cmux_ssh.py {c.__version__} (sha256 ".encode() + digest + b")\n", b"")
+    assert run("exec", "--", "echo out; echo err >&2; cat; exit 7") == (7, b"out\n", b"err\n")
+    assert run("exec", "--json", "--timeout", "0.5", "--", "sleep 60")[0] == 124
+    code, out, err = run("exec", "-w", "../x", "--", "true")
+    assert code == 125 and out == b"" and err.count(b"\n") == 1, err
+
+
+def test_two_copies_in_one_process_do_not_disturb_each_other(repo: Repo) -> None:
+    """Two programs that vendor it, in one interpreter and with one state directory."""
+    for name in ("one", "two"):
+        (repo.site.dir / name).mkdir()
+        shutil.copy(str(PROGRAM), str(repo.site.dir / name / "vendored.py"))
+    assert in_library(repo, """
+import importlib.util
+def load(name):
+    spec = importlib.util.spec_from_file_location("vendor_" + name, sys.argv[1] + "/" + name + "/vendored.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+copies = [load("one"), load("two")]
+assert copies[0].CmuxError is not copies[1].CmuxError and copies[0].__file__ != copies[1].__file__
+projects = [copy.Project(".") for copy in copies]
+projects[0].set_secret("TOKEN", "s3cret-of-both")
+with ThreadPoolExecutor(24) as pool:
+    made = list(pool.map(lambda n: projects[n % 2].ensure("w%d" % (n // 2 % 2), "box"), range(8)))
+    assert sorted(w.name for w in made) == ["w0"] * 4 + ["w1"] * 4
+    def work(n):
+        workspace = made[n % 8]
+        run = workspace.exec("echo $CMUX_WORKSPACE $TOKEN %d; sleep 0.0%d; exit %d" % (n, n % 7, n % 200))
+        workspace.write("f%d" % n, str(n))
+        return run.stdout, run.exit_code, workspace.read("f%d" % n).data
+    for n, found in enumerate(pool.map(work, range(160))):
+        assert found == (b"w%d s3cret-of-both %d\\n" % (n // 2 % 2, n), n % 200, b"%d" % n), (n, found)
+cancels = [copy.Cancel() for copy in copies]
+with ThreadPoolExecutor(2) as pool:
+    naps = [pool.submit(made[n].exec, "sleep 1.5; echo slept", cancel=cancels[n]) for n in range(2)]
+    cancels[0].set()
+    assert naps[0].result().exit_code == 130 and naps[1].result().stdout == b"slept\\n"
+for copy, project in zip(copies, projects):
+    try:
+        project.create("w0", "box")
+    except copy.WorkspaceExists:
+        print("exists")
+assert projects[0].remove("w0", force=True) == ["w0"] and "w0" not in projects[1].entries()
+""", str(repo.site.dir)) == "exists\nexists\n"
+
+
+def public_callables() -> Iterator[Tuple[str, Any]]:
+    """What __all__ promises, and the methods and properties of its classes."""
+    for name in c.__all__:
+        value = getattr(c, name)
+        yield name, value
+        if isinstance(value, type):
+            for method in dir(value):
+                member = getattr(value, method)
+                if not method.startswith("_") and (callable(member) or isinstance(member, property)) and not hasattr(Exception, method):
+                    yield f"{name}.{method}", member
+
+
+def test_every_public_name_says_what_it_is() -> None:
+    data = {"TOOLS"}  # a dict, told in the README
+    short = [name for name, value in public_callables() if name not in data and len((getattr(value, "__doc__", None) or "").split()) < 3]
+    assert not short
+    raised = {name for name in c.__all__ if isinstance(getattr(c, name), type) and issubclass(getattr(c, name), c.CmuxError)}
+    assert {"CmuxError", "UsageError", "HostError", "ToolFailed", "WorkspaceDirty"} <= raised
+
+
+def test_what_is_raised_is_public(source: Source) -> None:
+    """Or a kind of something public, for those who catch by name; except what only the program's own protocols raise."""
+    family = [kind for kind in (getattr(c, node.name, None) for node in source.find(ast.ClassDef)) if isinstance(kind, type) and issubclass(kind, c.CmuxError)]
+    assert len(family) > 20
+    public = {kind for kind in family if kind.__name__ in c.__all__} - {c.CmuxError}
+    assert [kind.__name__ for kind in family if not public & set(kind.__mro__) and kind is not c.CmuxError] == ["PipeClosed", "ProtocolError"]
+
+
+# === The README ===
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+NOT_HERE = ("claude ", "codex ", "coder ")  # programs of others, which this machine need not have
+
+
+def blocks(language: str) -> List[str]:
+    found = re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+    assert found, language
+    return found
+
+
+def table(head: str) -> List[List[str]]:
+    """The rows of the README's table whose first column is called that, and which begins the nearest to the top."""
+    text = README[README.index(f"\n| {head} |") + 1:].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert len({len(row) for row in rows}) == 1 and set(rows[1][0]) == {"-"}, rows
+    return rows[2:]
+
+
+def ticked(text: str) -> List[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+class Reader:
+    """Somebody who does in a repository what the README says; each `shop` is a project of its own."""
+
+    def __init__(self, site: Site) -> None:
+        self.site, self.count = site, 0
+        for name in ("my-server", "second-server", "third-server", "coder.my-workspace"):
+            site.host(name, "HostName 127.0.0.1", f"Port {site.port}")
+        bin_ = site.dir / "reader"
+        bin_.mkdir()
+        (bin_ / "python3").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+        (bin_ / "python3").chmod(0o755)
+        self.env = site.environment({"PATH": f"{bin_}:{site.env['PATH']}", "PYTHONPATH": str(HERE)})
+
+    def shop(self) -> Repo:
+        self.count += 1
+        repo = Repo(self.site, f"{self.count}/shop", files={"Makefile": b"test:\n\t@echo 'test_login ... ok'; echo 'test_logout ... ok'\n"})
+        shutil.copy(str(PROGRAM), str(repo.dir))
+        (repo.dir / ".git/info/exclude").write_text("cmux_ssh.py\nvendor\n")
+        return repo
+
+    def do(self, repo: Repo, script: str) -> Tuple[int, str]:
+        """Under bash, as typed; what it shows. The far home is shown as Ada's."""
+        done = subprocess.run(["bash", "-c", script], cwd=str(repo.dir), env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=120)
+        return done.returncode, done.stdout.decode().replace(str(self.site.far_home()), "/home/ada")
+
+
+@pytest.fixture
+def reader(site: Site) -> Reader:
+    return Reader(site)
+
+
+def without_chance(text: str) -> List[str]:
+    """Lines, without the ids, ages and durations that differ from run to run; parallel work ends in any order."""
+    text = re.sub(r"\b[0-9a-f]{10,}\b", "ID", text)
+    text = re.sub(r"\b\d+(\.\d+)?(?= ?m?s\b)", "N", text)
+    return sorted(re.sub(" +", " ", line).strip() for line in text.splitlines())
+
+
+def test_readme_transcripts_are_what_happens(reader: Reader) -> None:
+    seen = 0
+    for block in blocks("console"):
+        repo = reader.shop()
+        for command, shown in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.M):
+            said = reader.do(repo, command)[1]
+            told, found = without_chance(shown), without_chance(said)
+            seen += len(told)
+            assert len(told) == len(found) and all(re.fullmatch(re.escape(line).replace(r"\.\.\.", ".*"), other) for line, other in zip(told, found)), (
+                f"$ {command}\n{said}")
+    assert seen > 15
+
+
+def test_readme_shell_commands_run(reader: Reader) -> None:
+    for block in blocks("sh"):
+        here = "".join(line + "\n" for line in block.splitlines() if not line.startswith(NOT_HERE))
+        code, said = reader.do(reader.shop(), "set -e\n" + here)
+        assert code == 0 and not re.search(r"^cmux_ssh\.py: (?!\d+ of)", said, re.M), said
+    for line in README.splitlines():
+        if line.startswith("    make "):
+            assert re.search(rf"^{line.split()[1]}:", (HERE / "Makefile").read_text(), re.M), line
+
+
+def test_readme_python_example_prints_what_it_says(reader: Reader) -> None:
+    program, = blocks("python")
+    told = re.findall(r"^ *print\(.*\) +# (.*)$", program, re.M)
+    repo = reader.shop()
+    (reader.site.dir / "example.py").write_text(program)
+    done = subprocess.run([sys.executable, "-W", "error", str(reader.site.dir / "example.py")], cwd=str(repo.dir), env=reader.env, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b""), done.stderr.decode()
+    assert done.stdout.decode().splitlines() == told and len(told) == program.count("print(") > 4
+    assert repo.workspaces() == {} and repo.git("show", "cmux/try-it:notes.txt") == "bye"
+
+
+def words_for_us(line: Sequence[str]) -> List[str]:
+    """What follows cmux_ssh.py in a command line."""
+    return list(line[[word.rsplit("/")[-1] for word in line].index("cmux_ssh.py") + 1:])
+
+
+def test_readme_settings_of_mcp_clients_are_real_ones() -> None:
+    servers = [server for block in blocks("json") for group in json.loads(block).values() for server in group.values()]
+    lines = [[server["command"], *server["args"]] for server in servers]
+    lines += [shlex.split(line.partition(" -- ")[2]) for block in blocks("sh") for line in block.splitlines() if " mcp add " in line]
+    assert len(lines) == 4
+    for line in lines:
+        options = c.parse(words_for_us(line))
+        assert line[0] == "python3" and line[1].startswith("/") and (options.host, options.workspace, options.manage) == ("my-server", ["fix-login"], False), line
+        assert options.directory.startswith("/")
+    section, key, value = re.fullmatch(r"\[(\S+)\]\n(\w+) = (.*)\n", blocks("toml")[0]).groups()  # type: ignore[union-attr]
+    assert (section, key, json.loads(value)) == ("mcp_servers.box", "env_vars", ["SSH_AUTH_SOCK"])
+
+
+def flags_of(command: str) -> Set[str]:
+    row = c.COMMANDS[command]
+    options = [*row.options, *c.COMMON, *(option for _, more in row.actions.values() for option in more)]
+    return {flag for option in options for flag in option.flags if flag.startswith("-")}
+
+
+def test_readme_commands_are_the_parsers() -> None:
+    told: Dict[str, List[str]] = {}
+    for usage, text in table("command"):
+        name = ticked(usage)[0].split()[0]
+        assert name not in told, name
+        told[name] = ticked(usage)
+        flags = {word for tick in ticked(text) for word in re.findall(r"(?<!\S)--?[a-zA-Z][a-z-]*", tick)}
+        assert flags <= flags_of(name), (name, flags - flags_of(name))
+    assert set(told) == set(c.COMMANDS)
+    assert [word.split()[-1] for word in told["secrets"]] == list(c.COMMANDS["secrets"].actions)
+    assert [word.split()[-1] for word in told["completion"]] == c.COMMANDS["completion"].options[0].settings["choices"]
+    for name, row in c.COMMANDS.items():
+        takes = [option.settings["metavar"] for option in row.options if not option.flags[0].startswith("-") and "metavar" in option.settings]
+        assert name == "secrets" or all(metavar.split()[-1] in told[name][0] for metavar in takes), (name, takes)
+
+
+def test_readme_options_exist() -> None:
+    others = {"--strict", "--fsck-objects", "--global", "--check", "--quiet", "--short"}  # of mypy, git and sha256sum
+    known = set.union(*map(flags_of, c.COMMANDS)) | {"--version"} | others
+    told = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", README))
+    assert told <= known, told - known
+    every = {flag for name in c.COMMANDS for flag in flags_of(name) if flag.startswith("--")}
+    assert len(every & told) > 15
+
+
+def test_readme_tools_are_the_table_and_answer_so(shared: Repo) -> None:
+    rows = {ticked(name)[0]: (re.sub(r"\([^)]*\)", "", takes), gives) for name, takes, gives in table("tool")}
+    assert {name: set(ticked(takes.split(" of ")[0])) | set(re.findall(r"`(sha256)` of the file", takes)) for name, (takes, _) in rows.items()} == {
+        name: {param.name for param in tool.params} for name, tool in c.TOOLS.items()}
+    with open_agent(shared) as talker:
+        talker("write", path="of-readme", content="one\n")
+        job = talker("exec", command="exit 3", background=True)["job"]
+        calls = {"exec": {"command": "true"}, "read": {"path": "of-readme"}, "write": {"path": "of-readme", "content": "one\n"},
+                 "edit": {"path": "of-readme", "edits": [{"old": "one", "new": "two"}]}, "glob": {"pattern": "*"}, "grep": {"pattern": "."}, "jobs": {},
+                 "logs": {"job": job}, "wait": {"job": job}, "stop": {"job": job}}
+        for name, arguments in calls.items():
+            result = talker(name, **arguments)
+            text, _, inner = re.sub(r"; with .*", "", rows[name][1]).partition(" (objects of ")
+            rest = inner.partition(")")
+            assert set(ticked(text)) | set(ticked(rest[2])) == set(result), (name, result)
+            if inner:
+                assert set(ticked(rest[0])) == set(result[ticked(text)[0]][0]), (name, result)
+
+
+def test_readme_exit_codes_are_real(repo: Repo) -> None:
+    def interrupted() -> int:
+        child = repo.start("exec", "-H", "box", "--", "echo up; sleep 60")
+        assert child.stdout and child.stdout.readline() == b"up\n"
+        child.send_signal(signal.SIGINT)
+        child.communicate(timeout=30)
+        return child.returncode
+
+    assert repo.exec("true").code == 0
+    job = repo.cli("exec", "--detach", "--", "exit 77").text.strip()
+    nap = repo.cli("exec", "--detach", "--", "sleep 30").text.strip()
+    found = {
+        ("exec", "0 to 255"): (repo.exec("exit 77").code, 77), ("exec", "124"): (repo.exec("sleep 60", options=["--timeout", "0.3"]).code, 124),
+        ("exec", "125"): (repo.exec("true", options=["--cwd", "none"]).code, 125), ("exec", "130"): (interrupted(), 130),
+        ("exec", "255"): (repo.exec("true", host="nowhere.invalid", options=["-w", "x"]).code, 255),
+        ("wait", "0 to 255"): (repo.cli("wait", job).code, 77), ("the others", "0"): (repo.cli("list").code, 0),
+        ("the others", "1"): (repo.cli("read", "none").code, 1), ("the others", "2"): (repo.cli("list", "--none").code, 2),
+        ("the others", "130, 255"): (repo.cli("new", "-H", "nowhere.invalid", "x").code, 255)}
+    assert all(code == told for code, told in found.values()), found
+    of, rows = "", set()
+    for name, code, _ in table("of"):
+        of = name.strip("`") or of
+        rows.add((of, code))
+    assert rows == set(found)
+    assert repo.exec("kill -9 $$").code == 128 + 9 and repo.cli("wait", nap, "--timeout", "0.3").code == 124 and repo.cli("grep", "no such text").code == 1
+    failed = repo.exec("true", host="nowhere.invalid", options=["-w", "x", "--json"])
+    assert failed.json["error"] and repo.exec("exit 255", options=["--json"]).json["error"] is None
+    assert repo.cli("batch", stdin=b'{"tool": "none"}\n').code == 1 and repo.cli("stop", nap).code == 0
+
+
+def cases(name: str) -> int:
+    """How many tests one function of this file is."""
+    marks = [mark for mark in getattr(globals()[name], "pytestmark", []) if mark.name == "parametrize"]
+    count = 1
+    for mark in marks:
+        count *= len(mark.args[1])
+    return count
+
+
+def test_readme_names_tests_that_exist_and_counts_their_cases() -> None:
+    told = set(re.findall(r"\btest_\w+", README.split("## The ten promises")[1])) - {"test_cmux_ssh"}
+    assert not [name for name in told if not callable(globals().get(name))]
+    promises = table("promise")
+    assert [int(row[0].strip("* ").split(".")[0]) for row in promises] == list(range(1, 11))
+    assert all("`test_" in tests or "table below" in tests for _, _, tests in promises)
+    wrong = [f"{what[:60]}: {number}, and they are {sum(map(cases, ticked(tests)))}" for head in ("hosts", "faults", "liars")
+             for what, number, _, tests in table(head) if int(number) != sum(map(cases, ticked(tests)))]
+    assert not wrong, "\n".join(wrong)
+    assert f"| {len(ATTACKS)} forged answers to each of {len(CALLS)} calls" in README and f"| {len(FLOODS)} endless floods" in README
+
+
+def test_readme_numbers_and_names_are_the_codes() -> None:
+    text = " ".join(README.split())
+    assert f"cut to {c.MCP_ROOM:,} characters" in text and f"after {c.MCP_SOFT} s (`--soft-timeout`)" in text
+    assert f"versions from {c.MCP_HANDSHAKE[-1]} to {c.MCP_STATELESS[0]} are served" in text
+    assert f"At most {c.SESSIONS_PER_MASTER} sessions a connection, {c.MASTERS_PER_HOST} connections a host and {c.HANDSHAKES_AT_ONCE} handshakes" in text
+    assert set(re.findall(r"`(workspace_\w+)`", README)) == set(c.MANAGE_TOOLS)
+    assert "`-j N` is how many run at once (16)" in text and f"cmux_ssh.py {c.__version__} (sha256" in text
+    public = {name.partition("(")[0][len("cmux_ssh."):] for name in re.findall(r"cmux_ssh\.[A-Za-z_]\w*\b(?!\.)", README)} - {"py"}
+    assert public <= set(c.__all__) | {"__all__"}, public
+    undocumented = {name for name in c.__all__ if not re.search(rf"\b{name}\b", README) and not getattr(c, name).__doc__}
+    assert not undocumented
+    speed = README.partition("<!-- bench -->\n")[2].partition("<!-- /bench -->")[0]
+    assert re.search(r"^\d{4}-\d\d-\d\d, \d+ cores, Python 3\.\d+", speed, re.M), "paste the output of bench, with its first line"
 
 
 # === Results: a hostile host, fed straight into the parsers and the sink ===
