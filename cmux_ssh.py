@@ -728,6 +728,8 @@ _cenv() {
 # A base is a directory bases/<id>: tree.tar as it came, git/ (a repository of one commit) where
 # the host has git. A kept tar is faster to unpack than a tree is to copy (0.53 s against 0.67 s
 # for 20,000 files), costs one inode, and can be checked at any time.
+# Files "big" from one byte on go into one pack as they are: a third of the time of a file for each object,
+# and a repository that is copied in a twentieth of it.
 # mv onto an existing directory would move *into* it: that is looked for and undone.
 BASE = OPEN_ROOT + GIT_THERE + r"""
 _cgit() { # $1 directory of the tree, $2 directory of the base
@@ -738,8 +740,8 @@ _cgit() { # $1 directory of the tree, $2 directory of the base
     git init -q --template= . && git symbolic-ref HEAD refs/heads/main &&
     mkdir -p .git/info .git/hooks && echo "$raw" >.git/info/attributes &&
     git config core.autocrlf false && git config core.trustctime false && git config core.checkStat minimal &&
-    git -c core.looseCompression=0 add -A -f . && git commit -q --no-verify --allow-empty -m base &&
-    git update-ref refs/cmux/base HEAD ) || { rm -rf "$1/.git"; return 1; }
+    git -c core.compression=0 -c core.bigFileThreshold=1 add -A -f . && x=$(git write-tree) && x=$(git commit-tree "$x" -m base) &&
+    git update-ref HEAD "$x" && git update-ref refs/cmux/base "$x" ) || { rm -rf "$1/.git"; return 1; }
   cp -R "$1/.git" "$2/git.$op" && mv "$2/git.$op" "$2/git" && { [ ! -d "$2/git/git.$op" ] || rm -rf "$2/git/git.$op"; }
 }
 _chas() { [ -f "$1/tree.tar" ] || { [ -f "$1/delta.tar" ] && [ -f "$1/parent" ] && _chas ".cmux/bases/$(cat "$1/parent")"; }; }
