@@ -195,6 +195,8 @@ class Line:
         self.target_port = target_port
         self.connections = self.up = self.down = 0  # connections seen, bytes towards the host, bytes from it
         self.delay = 0.0  # seconds each way
+        self.rate = float("inf")  # bytes a second each way, of all connections together
+        self._free = {"up": 0.0, "down": 0.0}  # when each way has sent what it was given
         self.refuse = False  # accept and hang up at once, as a port forwarder with nothing behind it does
         self.cut: Dict[str, Optional[int]] = {"up": None, "down": None}  # end a connection after so many bytes
         self.flowing = threading.Event()
@@ -244,6 +246,9 @@ class Line:
         carried = 0
         while True:
             due, data = pipe.get()
+            with self._lock:
+                self._free[way] = max(self._free[way], time.monotonic()) + len(data) / self.rate
+                due = max(due, self._free[way])
             time.sleep(max(0.0, due - time.monotonic()))
             self.flowing.wait()
             limit = self.cut[way]
