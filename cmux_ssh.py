@@ -7598,20 +7598,21 @@ class Live(Terminal):
         if self.paused or self.closed.is_set():
             return
         columns, rows = screen_size()
-        lines = [line[:columns - 1] for line in self._lines(max(1, rows - 2))]
+        lines = self._lines(columns - 1, max(1, rows - 2))
         up = b"\r" + b"\x1b[A" * (self.drawn - 1)
         write_out(2, up + "\n".join("%s\x1b[K" % line for line in lines).encode("utf-8", "replace") + b"\x1b[J", harmless=True)
         self.drawn = len(lines)
 
-    def _lines(self, room: int) -> List[str]:
+    def _lines(self, columns: int, room: int) -> List[str]:
         """A line for each workspace; where that is too many, for those at work, and a count."""
         lanes, rest = list(self.lanes.items()), []  # type: List[Tuple[str, Tuple[str, float]]], List[str]
         if len(lanes) > room:
             busy = [name for name, (doing, _) in lanes if doing and name not in self.ended]
-            rest = ["%d of %d ended, %d failed, %d at work" % (len(self.ended), len(lanes), sum(
-                self.lanes[name][0] != "done" for name in self.ended), len(busy))]
+            rest = [("%d of %d ended, %d failed, %d at work" % (len(self.ended), len(lanes), sum(
+                self.lanes[name][0] != "done" for name in list(self.ended)), len(busy)))[:columns]]
             lanes = [(name, self.lanes[name]) for name in busy[:room - 1]]
-        return ["%s  %s" % (name.ljust(self.width), self._doing(name, *lane)) for name, lane in lanes] + rest
+        texts = [(name.ljust(self.width), self._doing(name, *lane)) for name, lane in lanes]
+        return [("%s  %s" % (name[:max(8, columns - len(text) - 2)], text))[:columns] for name, text in texts] + rest
 
     def _doing(self, name: str, doing: str, since: float) -> str:
         if name in self.ended or not doing or "/s" in doing:

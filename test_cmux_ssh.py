@@ -38,6 +38,7 @@ import tempfile
 import termios
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
@@ -781,6 +782,9 @@ def test_rig_line_counts_delays_cuts_and_refuses(site: Site) -> None:
     began = time.monotonic()
     assert site.ssh("far", "cat | wc -c", stdin=bytes(1 << 20)).stdout.strip() == b"1048576"
     assert time.monotonic() - began > 0.2
+    line.delay, line.rate, began = 0.0, 1e6, time.monotonic()
+    assert site.ssh("far", "cat | wc -c", stdin=bytes(1 << 20)).stdout.strip() == b"1048576"
+    assert time.monotonic() - began > 1
     line.refuse, before = True, line.connections
     assert site.ssh("far", "true").returncode == 255 and line.connections == before + 1
 
@@ -1746,6 +1750,127 @@ def test_a_client_killed_in_the_middle_of_an_upload_leaves_no_workspace_and_a_re
     assert repo.workspaces() == {}
     again = repo.cli("new", "-H", "far", "a")
     assert again.code == 0 and tree_of(repo.path("a")) == repo.tree(), again
+
+
+def source_text(size: int) -> bytes:
+    """Lines that compress as source text does, to a fifth or so, and are no two times the same."""
+    words = [os.urandom(3).hex() for _ in range(200)]
+    text = "".join("    %s = %s(%s, %s)\n" % tuple(random.choice(words) for _ in range(4)) for _ in range(size // 30))
+    return text.encode()[:size]
+
+
+@pytest.fixture
+def tuned(site: Site, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Other limits for the program from now on."""
+    def tune(**limits: float) -> None:
+        path = site.dir / "tuned.py"
+        path.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport cmux_ssh as c\n" + "".join(
+            f"assert c.{name}; c.{name} = float('{value}')\n" for name, value in limits.items()) + "sys.exit(c.main())\n")
+        monkeypatch.setattr(sys.modules[__name__], "PROGRAM", path)
+    return tune
+
+
+def test_on_a_slow_line_a_large_archive_and_a_large_delta_travel_compressed_and_arrive_whole(repo: Repo) -> None:
+    for name in "abcdef":
+        repo.write(name, source_text(1 << 20))
+    repo.commit()
+    line = repo.site.line("far")
+    line.rate = 4e6
+    made = repo.cli("new", "-v", "-H", "far", "w")
+    assert made.code == 0 and "compressed to" in made.said and tree_of(repo.path("w")) == repo.tree(), made
+    assert line.up < 4 << 20, line.up
+    repo.write("new", source_text(3 << 20))
+    repo.commit()
+    line.up = 0
+    pushed = repo.cli("push", "-v", "-w", "w")
+    assert pushed.code == 0 and "compressed to" in pushed.said and tree_of(repo.path("w")) == repo.tree(), pushed
+    assert line.up < 2.5 * (1 << 20), line.up
+
+
+@pytest.mark.parametrize("fast, gzip, level", [(True, True, False), (False, True, True), (False, False, False)])
+def test_the_first_piece_decides_how_the_rest_goes(tmp_path: Path, fast: bool, gzip: bool, level: bool) -> None:
+    data = source_text(3 << 20)
+    (tmp_path / "data").write_bytes(data)
+    archive = c.Archive(subprocess.Popen(["cat", str(tmp_path / "data")], stdout=subprocess.PIPE), os.devnull)
+    try:
+        assert archive.piece() == str(c.FIRST_PIECE)
+        assert archive.read() == data[:c.FIRST_PIECE] and archive.waits
+        archive.heard(b"gzip\nfir")
+        assert archive.waits
+        archive.began = time.monotonic() - c.FIRST_PIECE / c.FAST_LINE * (0.01 if fast else 1.1) + (1 if fast else 0)
+        archive.heard(b"gzip\n" * gzip + b"first\n")
+        rest = b"".join(iter(archive.read, b""))
+        word, _, rest = rest.partition(b"\n")
+        assert not archive.waits and word == (b"gzip" if level else b"plain")
+        assert (zlib.decompress(rest, 31) if level else rest) == data[c.FIRST_PIECE:]
+        assert archive.digest.length == len(data) and archive.total < len(data) * (0.7 if level else 1.1)
+        assert archive.digest.line() == subprocess.run(["cksum"], input=data, stdout=subprocess.PIPE).stdout.decode().strip()
+    finally:
+        archive.close()
+
+
+@pytest.mark.parametrize("programs", ["plain", "gzip", "gzip, no head -c", "false gzip", "gzip that stops", "gzip that hangs"])
+def test_whatever_gzip_and_head_the_host_has_the_archive_arrives_or_is_refused(site: Site, tuned: Callable[..., None], programs: str) -> None:
+    """As on a line so slow that anything is better than plain."""
+    path = Path(minimal_path(site))
+    scripts = {"false gzip": "cat >/dev/null; echo gzip", "gzip that stops": f"head -c 60000 | {program('gzip')} -dc",
+               "gzip that hangs": f"[ -n \"$ONCE\" ] || {program('gzip')} -dc; [ -f {site.dir}/once ] && exec sleep 600; : >{site.dir}/once"}
+    if programs != "plain":
+        (path / "gzip").write_text("#!/bin/sh\n%s\n" % scripts.get(programs, f'exec {program("gzip")} "$@"'))
+        (path / "gzip").chmod(0o755)
+    if "no head" in programs:
+        (path / "head").unlink()
+        (path / "head").write_text(f'#!/bin/sh\ncase $1 in -c) exit 1;; esac\nexec {program("head")} "$@"\n')
+        (path / "head").chmod(0o755)
+    site.inetd("bare", shell="busybox", env={"PATH": str(path)})
+    tuned(FAST_LINE="inf", STALL_PATIENCE=4)
+    repo = Repo(site, files={"text": source_text(4 << 20)})
+    made = repo.cli("new", "-v", "-H", "bare", "w", seconds=120)
+    if "gzip that" in programs or programs == "false gzip":
+        assert made.code in (1, 255) and made.said.strip() and repo.workspaces() == {}, made
+        (path / "gzip").unlink()
+        made = repo.cli("new", "-v", "-H", "bare", "w", seconds=120)
+    assert made.code == 0 and tree_of(repo.path("w")) == repo.tree(), made
+    assert ("compressed to" in made.said) == (programs in ("gzip", "gzip, no head -c")), made
+
+
+@pytest.mark.parametrize("at", [400_000, 1_100_000, 1_400_000])
+@pytest.mark.parametrize("how", ["cut", "killed"])
+def test_an_upload_cut_in_the_first_piece_or_the_compressed_rest_leaves_no_workspace_and_a_retry_works(repo: Repo, at: int, how: str) -> None:
+    repo.write("text", source_text(6 << 20))
+    repo.commit()
+    line = repo.site.line("far")
+    line.rate = 4e6
+    if how == "cut":
+        line.cut["up"] = at
+        cut = repo.cli("new", "-H", "far", "a")
+        assert cut.code in (1, 255) and cut.said.strip(), cut
+    else:
+        child = repo.start("new", "-H", "far", "a")
+        until(lambda: line.up > at, "the upload runs")
+        line.stall()
+        kill(child.pid)
+        child.communicate()
+        line.drop()
+    assert repo.workspaces() == {} and not list(repo.site.far_home().glob("cmux/project-*/*"))
+    line.go_on()
+    line.cut["up"], line.rate = None, float("inf")
+    again = repo.cli("new", "-H", "far", "a")
+    assert again.code == 0 and tree_of(repo.path("a")) == repo.tree(), again
+
+
+def test_two_processes_that_upload_one_tree_at_once_both_get_their_workspace(repo: Repo) -> None:
+    repo.write("text", source_text(4 << 20))
+    repo.commit()
+    line = repo.site.line("far")
+    line.rate = 4e6
+    other = Repo(repo.site, "other", files={"README": b"hello\n"})
+    other.git("fetch", "-q", str(repo.dir), "main")
+    other.git("reset", "-q", "--hard", "FETCH_HEAD")
+    children = [r.start("new", "-H", "far", name) for r, name in ((repo, "a"), (repo, "b"), (other, "a"))]
+    for child in children:
+        assert child.communicate(timeout=60)[1].count(b"Traceback") == 0 and child.returncode == 0
+    assert tree_of(repo.path("a")) == tree_of(repo.path("b")) == tree_of(other.path("a")) == repo.tree()
 
 
 def test_a_full_disk_or_readonly_home_on_the_host_is_said(repo: Repo) -> None:
