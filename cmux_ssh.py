@@ -4044,6 +4044,7 @@ class Archive(Source):
         self.began = 0.0            # when it was
         self.word = b""             # the line that tells the host how the rest comes
         self.packer: Any = None
+        self.ended = False          # all of it was read
         self.progress: Optional[Callable[[int], None]] = None
 
     def small(self, limit: int = BULK_FROM) -> bool:
@@ -4076,6 +4077,7 @@ class Archive(Source):
             data, self.first, self.began, self.waits = self.first, b"", time.monotonic(), True
         else:
             data, self.ahead = self.ahead or os.read(self.fd, CHUNK), b""
+        self.ended = not data
         self.digest.update(data)
         if self.progress:
             self.progress(self.digest.length)
@@ -4578,10 +4580,11 @@ class Creation:
                 except ConnectionLost as lost:
                     archive.check_early()
                     raise UploadCut(self.host.name, archive.digest.length) from lost
-                archive.check()
+                if archive.ended:  # else the host took no more, and says why
+                    archive.check()
             finally:
                 archive.close()
-        if reply.status == 0 and reply.stdout.decode("ascii", "replace").strip().split("\n")[-1] == archive.digest.line():
+        if reply.status == 0 and archive.ended and reply.stdout.decode("ascii", "replace").strip().split("\n")[-1] == archive.digest.line():
             self.sent, whole = archive.total, archive.digest.length
             self.report.say("sent %s to %s%s" % (human_size(whole), self.host.name, ", compressed to %s" % human_size(
                 self.sent) if self.sent < whole else ""))
