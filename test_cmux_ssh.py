@@ -559,6 +559,25 @@ class Terminal:
     def send(self, keys: bytes) -> None:
         os.write(self._end, keys)
 
+    def lines(self) -> List[str]:
+        """All lines that a terminal without end would show now, with the escape sequences we use obeyed and any other left to be seen."""
+        lines, row, column = [""], 0, 0
+        for part in re.findall(r"\x1b\[A|\x1b\[K|\x1b\[J|\r|\n|[^\r\n\x1b]+|\x1b", self.output.decode(errors="replace")):
+            if part == "\r":
+                column = 0
+            elif part == "\n":
+                row += 1
+                lines += [""] * (row == len(lines))
+            elif part == "\x1b[A":
+                row -= 1
+            elif part in ("\x1b[K", "\x1b[J"):
+                lines[row] = lines[row][:column]
+                lines[row + 1:] = lines[row + 1:] if part == "\x1b[K" else []
+            else:
+                lines[row] = lines[row][:column].ljust(column) + part + lines[row][column + len(part):]
+                column += len(part)
+        return lines
+
     def expect(self, pattern: bytes, seconds: float = PATIENCE) -> None:
         end = time.monotonic() + seconds
         while not re.search(pattern, self.output):
@@ -1857,6 +1876,37 @@ def test_an_upload_cut_in_the_first_piece_or_the_compressed_rest_leaves_no_works
     line.cut["up"], line.rate = None, float("inf")
     again = repo.cli("new", "-H", "far", "a")
     assert again.code == 0 and tree_of(repo.path("a")) == repo.tree(), again
+
+
+def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo: Repo) -> None:
+    """Of an upload, and of a pull; neither in a pipe."""
+    name = "a-rather-long-name-of-a-workspace-that-somebody-gave-it-in-1999"
+    repo.write("big", os.urandom(5 << 20))
+    repo.commit()
+    line = repo.site.line("far")
+    line.rate = 1e6
+    seen = on_terminal(repo.site, "new", "-H", "far", name, cwd=repo.dir)
+    seen.expect(rb"\r\x1b\[Ka-rather[-a-z]*: sending [\d.]+ MB of ~5.\d MB, [\d.]+ [kM]B/s, ~\d+s left")
+    assert all(len(text) < 100 for text in seen.lines())
+    assert seen.wait() == 0
+    assert not [text for text in seen.lines() if "sending" in text], seen.lines()
+    assert repo.exec("head -c 3000000 /dev/urandom >result", host="far", options=["-w", name]).code == 0
+    seen = on_terminal(repo.site, "pull", "-w", name, cwd=repo.dir)
+    seen.expect(rb": receiving [\d.]+ MB, [\d.]+ [kM]B/s")
+    assert seen.wait() == 0
+    assert b"sending" not in seen.output and not [text for text in seen.lines() if "receiving" in text], seen.lines()
+    line.rate = 4e6
+    assert b"sending" not in repo.cli("new", "-H", "far", "--root", "other", "b").err
+
+
+@pytest.mark.parametrize("odd", [False, True])
+def test_the_size_of_an_archive_is_known_beforehand(odd: bool, site: Site) -> None:
+    repo = Repo(site, odd=odd, files={"a/b/c": bytes(100_000)})
+    with c.Repository(str(repo.dir)).in_shadow("HEAD") as shadow:
+        archive = shadow.archive(repo.git("rev-parse", "HEAD^{tree}"))
+        size = len(b"".join(iter(archive.read, b"")))
+        archive.close()
+        assert size - 12_000 < shadow.archive_size(repo.git("rev-parse", "HEAD^{tree}")) <= size
 
 
 def test_two_processes_that_upload_one_tree_at_once_both_get_their_workspace(repo: Repo) -> None:
@@ -3286,6 +3336,54 @@ def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_sa
     late = repo.cli("exec", "--all", "--timeout", "2", "--", command)
     assert late.code == 124 and sorted(late.text.splitlines()) == ["a | early a", "b | early b", "c | early c"]
     gone(f"sleep {nap}")
+
+
+def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterwards(repo: Repo) -> None:
+    repo.write("big", os.urandom(3 << 20))
+    repo.write(".cmux/init", b"#!/bin/sh\nprintf 'one\\033[31m\\007\\rred\\n'; sleep 2; printf two\n", 0o755)
+    repo.commit()
+    line = repo.site.line("far")
+    line.rate = 1e6
+    seen = on_terminal(repo.site, "new", "-H", "far", "a", "b", cwd=repo.dir)
+    for pattern in (rb"[ab]  waiting for the archive \d", rb"[ab]  sending [\d.]+ MB", rb"a  init hook \d+s", rb"b  init hook \d+s"):
+        seen.expect(pattern)
+    assert seen.wait() == 0
+    shown = sorted(filter(None, seen.lines()))
+    assert shown[:2] == ["a  far:%s" % repo.path("a"), "a | one^[[31m^G^Mred"] and shown[2:4] == ["a | two", "b  far:%s" % repo.path("b")], shown
+    assert len(shown) == 6, shown
+    line.rate = float("inf")
+    seen = on_terminal(repo.site, "exec", "-w", "a", "-w", "b", "--", 'echo "in $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] || exit 3; sleep 3', cwd=repo.dir)
+    seen.expect(rb"a  running 1s\x1b\[K\r?\nb  failed \(3\)")
+    assert seen.wait() == 3
+    shown = sorted(filter(None, seen.lines()))
+    assert shown[:2] == ["a | in a", "b | in b"] and len(shown) == 3 and "1 of 2" in shown[2], shown
+
+
+@pytest.mark.parametrize("sig", [b"\x03", None])
+def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo: Repo, sig: Optional[bytes]) -> None:
+    line, nap = repo.site.line("far"), unique()
+    assert repo.cli("new", "-H", "far", "a", "b").code == 0
+    seen = on_terminal(repo.site, "exec", "--all", "--", f"echo early; sleep {nap}", cwd=repo.dir)
+    seen.expect(rb"a  running \d+s")
+    seen.send(sig) if sig else line.drop()
+    assert seen.wait() == (130 if sig else 255)
+    shown = [text for text in seen.lines() if "running" in text or re.match("[ab]  ", text)]
+    assert not shown and "0 of 2" in " ".join(seen.lines()), seen.lines()
+
+
+def test_more_workspaces_than_rows_are_counted_and_pipes_and_dumb_terminals_see_none(repo: Repo) -> None:
+    names = [f"w{n:02}" for n in range(26)]
+    assert repo.cli("new", "-H", "box", *names, seconds=120).code == 0
+    for env in ({}, {"TERM": "dumb"}):
+        seen = on_terminal(repo.site, "exec", "--all", "-j", "7", "--", "sleep 1; echo x", cwd=repo.dir, env=env)
+        if not env:
+            seen.expect(rb"w07  running \d+s\x1b\[K\r?\n(w\d\d  (running|connecting) \d+s\x1b\[K\r?\n){6}\d+ of 26 ended, 0 failed, 7 at work")
+        assert seen.wait() == 0
+        shown = list(filter(None, seen.lines()))
+        assert len(shown) == 27 and all(" | x" in text for text in shown[:26]) and "26 of 26" in shown[26], shown
+        assert (b"\x1b" in seen.output) == (not env)
+    piped = repo.cli("exec", "-w", "w00", "-w", "w01", "--", "sleep 1.5; echo x")
+    assert piped.out.count(b" | x\n") == 2 and len(piped.err.splitlines()) == 1 and b"\x1b" not in piped.err
 
 
 def test_several_workspaces_bad_use_is_said(repo: Repo) -> None:
