@@ -114,6 +114,9 @@ LOG_MAX = 64 * 1024         # of ssh's own words that are read back
 CHUNK = 128 * 1024          # one read or write
 BULK_FROM = 256 * 1024      # an archive over this gets its own connection: a proxy was seen to
                             # cut a multiplexed 646 MB upload at 815,458 bytes without an error
+FIRST_PIECE = 1024 * 1024   # of such an archive goes plain, to measure the line; half of ssh's window
+FAST_LINE = 30e6            # bytes a second from which the rest goes plain, too: gzip would be in the way
+GZIP_LEVEL = 4              # measured: level 1 leaves a fifth more to send, 6 takes twice the CPU for 6 %
 CAPTURE_MAX = 8 * 1024 * 1024  # of stdout, and of stderr, kept in memory: head and tail
 REPLY_MAX = 1024 * 1024     # what one of our own scripts may say
 STATE_MAX = 16 * 1024 * 1024  # a registry or secrets file larger than this is damaged
@@ -789,20 +792,34 @@ _cop() {
 }
 """
 
-# UPLOAD root op parent: the stream becomes stage/<op>/base/tree.tar and, at once, stage/<op>/tree;
+# UPLOAD root op parent piece: the stream becomes stage/<op>/base/tree.tar and, at once, stage/<op>/tree;
 #   with a parent, base/delta.tar: what differs from that base, and .cmux-gone, the paths to remove.
-#   replies: the line of cksum, which the client compares before it calls CREATE.
+#   With a piece, so many bytes come first; then it says gzip, if that works here, and first; then
+#   comes a line, gzip or plain: how the rest is sent. The client waits in between, so that what
+#   reads the piece cannot read too far. POSIX has had head -c since 2024 only; dd takes its time.
+#   replies at the end: the line of cksum, which the client compares before it calls CREATE.
 # tar may stop reading at the end-of-archive blocks: the rest is drained, or tee would die.
+# The octal bytes are "gzip" and a newline, gzipped.
 UPLOAD = OPEN_ROOT + r"""
+_csave() { case $how in gzip) gzip -dc | tee -a "$f";; *) tee -a "$f";; esac; }
+_cfirst() { if head -c 1 </dev/null >/dev/null; then head -c "$1"; else dd ibs=1 count="$1"; fi; }
 _cop() {
   _croot "$1" || return
-  s=.cmux/stage/$2
-  case $3 in ?*)
-    mkdir -p "$s/base" && echo "$3" >"$s/base/parent" && echo $(($(cat ".cmux/bases/$3/depth" || echo 0)+1)) >"$s/base/depth" &&
-    cat >"$s/base/delta.tar" && cksum <"$s/base/delta.tar"; return;; esac
-  mkdir -p "$s/base" "$s/tree" || return 3
-  tee "$s/base/tree.tar" | ( umask 022; cd "$s/tree" && tar -xof -; r=$?; cat >/dev/null; exit $r ) || { rm -rf "$s"; return 4; }
-  cksum <"$s/base/tree.tar"
+  s=.cmux/stage/$2 f=$s/base/tree.tar how=
+  mkdir -p "$s/base" || return 3
+  case $3 in
+  ?*) f=$s/base/delta.tar; echo "$3" >"$s/base/parent" && echo $(($(cat ".cmux/bases/$3/depth" || echo 0)+1)) >"$s/base/depth";;
+  *) mkdir -p "$s/tree";;
+  esac && : >"$f" || return 3
+  case $4 in ?*)
+    printf '\037\213\010\000\000\000\000\000\002\003\113\257\312\054\340\002\000\377\174\136\141\005\000\000\000' | gzip -dc 2>/dev/null
+    _cfirst "$4" >"$f" || { rm -rf "$s"; return 4; }
+    echo first; read -r how;; esac
+  case $3 in
+  ?*) _csave >/dev/null;;
+  *) { [ ! -s "$f" ] || cat "$f"; _csave; } | ( umask 022; cd "$s/tree" && tar -xof -; r=$?; cat >/dev/null; exit $r );;
+  esac || { rm -rf "$s"; return 4; }
+  cksum <"$f"
 }
 """
 
@@ -3034,6 +3051,10 @@ class Source:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.total = 0
+        self.waits = False          # nothing is to be sent until the host has said more
+
+    def heard(self, said: bytes) -> None:
+        """The beginning of what the host says."""
 
     def read(self) -> bytes:
         try:
@@ -3102,7 +3123,7 @@ class Exchange:
         if cancel:
             wanted.append(cancel.fileno())
         writing = bool(self.outgoing) and self.session.stdin >= 0
-        if not writing and self.source and (self.begun or self.eager):
+        if not writing and self.source and (self.begun or self.eager) and not self.source.waits:
             wanted.append(self.source.fd)
         key = tuple(wanted) + (-1 - writing,)
         if key != self._registered:
@@ -3253,7 +3274,12 @@ class Host:
                  cancel: Optional[Cancel], limit: int) -> Reply:
         out, err = Bounded(limit, limit), Bounded(LOG_MAX, STATE_MAX)
         nonce = os.urandom(16).hex()
-        exchange = Exchange(session, nonce, shell_header(nonce, os.urandom(8).hex(), records), out, err,
+
+        def hear(data: bytes) -> None:
+            out(data)
+            if source and source.waits:
+                source.heard(bytes(out.head[:100]))
+        exchange = Exchange(session, nonce, shell_header(nonce, os.urandom(8).hex(), records), hear, err,
                             source, eager=not isinstance(session, DirectSession))  # a dropped handshake takes none of it along
         started = exchange.run(Deadline(START_PATIENCE + (CONNECT_PATIENCE if direct else 0)), cancel,
                                until=lambda: exchange.begun or exchange.out.ended)
@@ -3915,6 +3941,11 @@ class Shadow:
                     raise ResultRefused("git refuses the result: %s." % show(neutralise(said.read(LOG_MAX)).strip(), 300))
         return pack
 
+    def archive_size(self, tree: str) -> int:
+        """About how long the archive will be: a header for each entry, contents in blocks of 512."""
+        sizes = [row.split(None, 4)[3] for row in self.records("ls-tree", "-r", "-t", "-l", "-z", "--full-tree", self.unsent(tree)[0])]
+        return sum(512 + (int(size) + 511) // 512 * 512 if size.isdigit() else 512 for size in sizes)
+
     def archive(self, tree: str) -> Archive:
         with open(os.path.join(self.path, "said"), "wb") as said:  # a pipe nobody reads would fill
             return Archive(spawn(self.argv("archive", "--format=tar", tree), self.env, stdout=-1,
@@ -4022,14 +4053,20 @@ class Cksum:
 
 
 class Archive(Source):
-    """The stream of a running `git archive`, with its length and checksum so far."""
+    """The stream of a running `git archive`, with its length and checksum so far. ``total`` counts
+    what travels: where there is a first piece, and the line is slow, the rest is compressed."""
 
     def __init__(self, process: Process, said: str) -> None:
         assert process.stdout
         super().__init__(process.stdout.fileno())
         self.process, self.said = process, said
         self.digest = Cksum()
-        self.ahead = b""            # read by small(), not yet passed on
+        self.ahead = b""            # read by small() and piece(), not yet passed on
+        self.first = b""            # what piece() has cut off, not yet passed on
+        self.began = 0.0            # when it was
+        self.word = b""             # the line that tells the host how the rest comes
+        self.packer: Any = None
+        self.ended = False          # all of it was read
         self.progress: Optional[Callable[[int], None]] = None
 
     def small(self, limit: int = BULK_FROM) -> bool:
@@ -4041,13 +4078,39 @@ class Archive(Source):
             self.ahead += data
         return False
 
+    def piece(self) -> str:
+        """Send a first piece and wait for the host's word; its length, "" where all would fit in it."""
+        if self.small(FIRST_PIECE):
+            return ""
+        self.first, self.ahead = self.ahead[:FIRST_PIECE], self.ahead[FIRST_PIECE:]
+        return str(FIRST_PIECE)
+
+    def heard(self, said: bytes) -> None:
+        """The host has the first piece, and has said whether it knows gzip. It is told in a line how
+        the rest will come."""
+        if b"first\n" in said:
+            import zlib
+            slow = FIRST_PIECE < (time.monotonic() - self.began) * FAST_LINE and b"gzip\n" in said
+            self.packer = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31) if slow else None
+            self.word, self.waits = b"gzip\n" if slow else b"plain\n", False
+
     def read(self) -> bytes:
-        data, self.ahead = self.ahead, b""
-        data = data or os.read(self.fd, CHUNK)
-        self.total += len(data)
+        if self.first:
+            data, self.first, self.began, self.waits = self.first, b"", time.monotonic(), True
+        else:
+            data, self.ahead = self.ahead or os.read(self.fd, CHUNK), b""
+        self.ended = not data
         self.digest.update(data)
         if self.progress:
-            self.progress(self.total)
+            self.progress(self.digest.length)
+        if self.packer:
+            import zlib
+            if data:
+                data = self.packer.compress(data) + self.packer.flush(zlib.Z_SYNC_FLUSH)  # never nothing
+            else:
+                data, self.packer = self.packer.flush(), None
+        data, self.word = self.word + data, b""
+        self.total += len(data)
         return data
 
     def close(self) -> None:
@@ -4225,7 +4288,10 @@ class ProjectBase:
             raise UsageError("%s cannot be the root directory." % show(root))
         # Before the lock: a hundred callers of a host that is down then share one failure, and do
         # not ask it one after the other.
+        report = report or Report()
+        report.step(name, "connecting")
         self.host(host).masters.connect(Deadline(SLOT_PATIENCE), cancel)
+        report.step(name, "being made")
         lock = self.registry.creation_lock(name)
         lock.wait(Deadline(None), cancel, 0.05)
         try:
@@ -4233,7 +4299,7 @@ class ProjectBase:
                 raise WorkspaceExists("The workspace %s exists already." % name,
                                       "Choose another name, or remove it: %s rm %s" % (PROGRAM, name))
             with Logged(self, "new", name, host, ref) as entry:
-                creation = Creation(self, name, host, ref, root, report or Report(), cancel)
+                creation = Creation(self, name, host, ref, root, report, cancel)
                 workspace = creation.run(init)
                 entry.size = creation.sent
                 return workspace
@@ -4411,11 +4477,14 @@ class Report:
     def warn(self, text: str) -> None:
         """Something the user should know."""
 
-    def progress(self, what: str, done: int) -> None:
-        """Bytes moved so far."""
+    def progress(self, what: str, done: int, total: Optional[Callable[[], int]] = None, doing: str = "sending") -> None:
+        """Bytes moved so far for workspace ``what``; ``total`` estimates of how many, at a cost."""
 
-    def output(self, data: bytes) -> None:
-        """Bytes from the init hook, as they come."""
+    def step(self, what: str, doing: str) -> None:
+        """What is done for workspace ``what`` from now on."""
+
+    def output(self, data: bytes, what: str) -> None:
+        """Bytes from the init hook of ``what``, as they come."""
 
 
 class Creation:
@@ -4476,11 +4545,16 @@ class Creation:
         if reply.status == 21:
             key = "%s.tree.%s.lock" % (self.project.registry.path, self.tree)
             lock = Lock(key)  # one upload of a tree at a time: the others then copy there
+            self.report.step(self.name, "waiting for the archive")
             lock.wait(Deadline(None), self.cancel, 0.05)
+            self.report.step(self.name, "being made")
             try:
                 reply = use()
                 if reply.status == 21:
-                    self._upload()
+                    try:
+                        self._upload()
+                    finally:
+                        self.report.step(self.name, "being unpacked")
                     reply = use()
             finally:
                 lock.free()
@@ -4530,22 +4604,26 @@ class Creation:
         with self.project.repository.in_shadow(self.tree) as shadow:
             self._left_out(shadow)
             parent = self._nearest(shadow)
-            archive = shadow.archive(shadow.delta(parent, self.tree) if parent else self.tree)
+            tree = shadow.delta(parent, self.tree) if parent else self.tree
+            size = functools.lru_cache(maxsize=None)(lambda: shadow.archive_size(tree))
+            archive = shadow.archive(tree)
             try:
-                archive.progress = lambda done: self.report.progress(self.name, done)
+                archive.progress = lambda done: self.report.progress(self.name, done, size)
                 direct = not archive.small()
                 try:
-                    reply = self.host.call(UPLOAD, self.root, self.op, parent, source=archive, direct=direct,
-                                           cancel=self.cancel)
+                    reply = self.host.call(UPLOAD, self.root, self.op, parent, archive.piece() if direct else "",
+                                           source=archive, direct=direct, cancel=self.cancel)
                 except ConnectionLost as lost:
                     archive.check_early()
-                    raise UploadCut(self.host.name, archive.total) from lost
-                archive.check()
+                    raise UploadCut(self.host.name, archive.digest.length) from lost
+                if archive.ended:  # else the host took no more, and says why
+                    archive.check()
             finally:
                 archive.close()
-        if reply.status == 0 and reply.stdout.decode("ascii", "replace").strip() == archive.digest.line():
-            self.sent = archive.total
-            self.report.say("sent %s to %s" % (human_size(archive.total), self.host.name))
+        if reply.status == 0 and archive.ended and reply.stdout.decode("ascii", "replace").strip().split("\n")[-1] == archive.digest.line():
+            self.sent, whole = archive.total, archive.digest.length
+            self.report.say("sent %s to %s%s" % (human_size(whole), self.host.name, ", compressed to %s" % human_size(
+                self.sent) if self.sent < whole else ""))
             return
         self.host.call(DISCARD, self.root, self.op)
         check_reply(reply, self.host.name, "take the archive")
@@ -4554,8 +4632,12 @@ class Creation:
     def _run_init(self, workspace: WorkspaceBase, entry: Dict[str, Any]) -> None:
         """The hook's failure is told, and undoes nothing."""
         self.report.say("running .cmux/init in %s" % self.name)
+        self.report.step(self.name, "init hook")
+
+        def output(data: bytes) -> None:
+            self.report.output(data, self.name)
         try:
-            result = workspace.run(["./.cmux/init"], self.report.output, self.report.output, cancel=self.cancel)
+            result = workspace.run(["./.cmux/init"], output, output, cancel=self.cancel)
             entry["init"] = result.status
             if result.status:
                 self.report.warn("The init hook of %s failed with status %s." % (self.name, result.status))
@@ -5247,13 +5329,14 @@ class Pull:
                 return commits[:-1], False
             return commits, dirty
         finally:
+            self.report.step(self.workspace.name, "being looked at")
             importer.close()
             if incoming:
                 incoming.close()
 
     def _counted(self, incoming: Incoming, harvest: Harvest) -> Callable[[], bytes]:
         def take() -> bytes:
-            self.report.progress(self.workspace.name, harvest.total)
+            self.report.progress(self.workspace.name, harvest.total, doing="receiving")
             return incoming.take()
         return take
 
@@ -7454,14 +7537,19 @@ class Terminal(Report):
     def __init__(self, verbosity: int, notes: bool = False) -> None:
         self.verbosity, self.notes = verbosity, notes
         self.bars = verbosity >= 0 and sys.stderr is not None and sys.stderr.isatty()
-        self.began = time.monotonic()
-        self.shown = 0.0
+        self.redraws = self.bars and os.environ.get("TERM", "dumb") != "dumb"
+        self.began = self.shown = 0.0   # the transfer under way, and when it was last shown
         self.bar_open = False
 
-    def line(self, text: str) -> None:
+    def clear(self) -> None:
+        """Take back what is drawn and not printed."""
         if self.bar_open:
             sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
             self.bar_open = False
+
+    def line(self, text: str) -> None:
+        self.clear()
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
 
@@ -7477,18 +7565,145 @@ class Terminal(Report):
         if self.verbosity >= 0:
             self.line("%s: %s" % (PROGRAM, neutralise(text)))
 
-    def progress(self, what: str, done: int) -> None:
-        now = time.monotonic()
-        if not self.bars or now - self.began < 1 or now - self.shown < 0.1:
-            return
-        self.shown, self.bar_open = now, True
-        rate = done / max(now - self.began, 0.001)
-        sys.stderr.write("\r\x1b[K%s: sending %s, %s/s" % (what, human_size(done), human_size(rate)))
-        sys.stderr.flush()
+    def step(self, what: str, doing: str) -> None:
+        self.clear()
+        self.began = 0.0
 
-    def output(self, data: bytes) -> None:
+    def end(self, name: str, code: int) -> None:
+        """The work in workspace ``name`` is over."""
+
+    def close(self) -> None:
+        """Nothing more is drawn."""
+        self.clear()
+
+    def progress(self, what: str, done: int, total: Optional[Callable[[], int]] = None, doing: str = "sending") -> None:
+        now = time.monotonic()
+        self.began = self.began or now
+        if self.redraws and now - self.began >= 1 and now - self.shown >= 0.1:
+            self.shown, self.bar_open = now, True
+            text, width = transferred(doing, done, total, now - self.began), screen_size()[0]
+            sys.stderr.write("\r\x1b[K%s: %s" % (what[:max(8, width - len(text) - 3)], text))
+            sys.stderr.flush()
+
+    def output(self, data: bytes, what: str) -> None:
         if self.verbosity >= 0:
             write_out(2, data)
+
+
+def screen_size() -> Tuple[int, int]:
+    """Columns and rows of the terminal that is our stderr."""
+    try:
+        return os.get_terminal_size(2)
+    except OSError:
+        return 80, 24
+
+
+def transferred(doing: str, done: int, total: Optional[Callable[[], int]], seconds: float) -> str:
+    """sending 3.2 MB of ~60.1 MB, 1.1 MB/s, ~52 s left"""
+    rate = done / max(seconds, 0.001)
+    whole = total() if total else 0
+    text = "%s %s%s, %s/s" % (doing, human_size(done), " of ~%s" % human_size(whole) if whole > done else "", human_size(rate))
+    return text + (", ~%s left" % human_age((whole - done) / rate) if whole > done and rate else "")
+
+
+class Live(Terminal):
+    """Work in several workspaces at once: a line for each, redrawn in place below what is printed.
+    Whatever is printed meanwhile goes through put(): one writer at a time, and never into the lines."""
+
+    shown_now: Optional[Live] = None   # for may_ask()
+
+    def __init__(self, verbosity: int, names: Sequence[str], notes: bool = False) -> None:
+        import threading
+        super().__init__(verbosity, notes)
+        self.mutex, self.closed = threading.RLock(), threading.Event()
+        self.width, self.drawn, self.paused = max(map(len, names or [""])), 0, False
+        self.start = time.monotonic()
+        self.lanes: Dict[str, Tuple[str, float]] = dict.fromkeys(names, ("", 0.0))  # what is done, and since when
+        self.sinks: Dict[str, Labelled] = {}
+        self.ended: Set[str] = set()
+        Launcher.tell, Live.shown_now = self.note, self
+        if self.redraws:
+            threading.Thread(target=self._keep_drawn, daemon=True).start()
+
+    def put(self, write: Callable[[], None]) -> None:
+        with self.mutex:
+            drawn = self.drawn
+            self.clear()
+            write()
+            if drawn:
+                self._draw()
+
+    def line(self, text: str) -> None:
+        self.put(lambda: Terminal.line(self, text))
+
+    def label(self, name: str, fd: int) -> Labelled:
+        return Labelled(fd, "%s | " % name.ljust(self.width), self)
+
+    def output(self, data: bytes, what: str) -> None:
+        if self.verbosity >= 0:
+            self.sinks.setdefault(what, self.label(what, 2))(data)
+
+    def step(self, what: str, doing: str) -> None:
+        self.lanes[what], self.paused = (doing, time.monotonic()), False
+
+    def progress(self, what: str, done: int, total: Optional[Callable[[], int]] = None, doing: str = "sending") -> None:
+        was, now = self.lanes[what], time.monotonic()
+        if not was[0].startswith(doing):
+            self.lanes[what] = (doing, now)
+        elif self.redraws and now - was[1] >= 1:
+            self.lanes[what] = (transferred(doing, done, total, now - was[1]), was[1])
+
+    def end(self, name: str, code: int) -> None:
+        if name in self.sinks:
+            self.sinks[name].end()
+        self.ended.add(name)
+        self.step(name, "failed (%d)" % code if code else "done")
+
+    def pause(self) -> None:
+        """Draw no more until something happens: ssh has a question."""
+        with self.mutex:
+            self.clear()
+            self.paused = True
+
+    def close(self) -> None:
+        self.closed.set()
+        self.pause()
+
+    def clear(self) -> None:
+        if self.drawn:
+            write_out(2, b"\r%s\x1b[J" % (b"\x1b[A" * (self.drawn - 1)), harmless=True)
+            self.drawn = 0
+
+    def _keep_drawn(self) -> None:
+        while not self.closed.wait(0.2):
+            if time.monotonic() - self.start >= 1:
+                with self.mutex:
+                    self._draw()
+
+    def _draw(self) -> None:
+        if self.paused or self.closed.is_set():
+            return
+        columns, rows = screen_size()
+        lines = self._lines(columns - 1, max(1, rows - 2))
+        up = b"\r" + b"\x1b[A" * (self.drawn - 1)
+        write_out(2, up + "\n".join("%s\x1b[K" % line for line in lines).encode("utf-8", "replace") + b"\x1b[J", harmless=True)
+        self.drawn = len(lines)
+
+    def _lines(self, columns: int, room: int) -> List[str]:
+        """A line for each workspace; where that is too many, for those at work, and a count."""
+        lanes, rest = list(self.lanes.items()), []  # type: List[Tuple[str, Tuple[str, float]]], List[str]
+        if len(lanes) > room:
+            busy = [name for name, (doing, _) in lanes if doing and name not in self.ended]
+            rest = [("%d of %d ended, %d failed, %d at work" % (len(self.ended), len(lanes), sum(
+                self.lanes[name][0] != "done" for name in list(self.ended)), len(busy)))[:columns]]
+            lanes = [(name, self.lanes[name]) for name in busy[:room - 1]]
+        texts = [(name.ljust(self.width), self._doing(name, *lane)) for name, lane in lanes]
+        return [("%s  %s" % (name[:max(8, columns - len(text) - 2)], text))[:columns] for name, text in texts] + rest
+
+    def _doing(self, name: str, doing: str, since: float) -> str:
+        if name in self.ended or not doing or "/s" in doing:
+            return doing or "waiting"
+        return "%s %s" % (doing, human_age(time.monotonic() - since))
 
 
 def write_out(fd: int, data: bytes, harmless: bool = False) -> None:
@@ -7550,6 +7765,8 @@ def may_ask() -> bool:
     except OSError:
         return False
     if person:
+        if Live.shown_now:
+            Live.shown_now.pause()
         sys.stderr.write("%s: ssh has a question; answer it here.\n" % PROGRAM)
         sys.stderr.flush()
     return person
@@ -7605,18 +7822,20 @@ def exec_failure(name: Optional[str], host: Optional[str], code: int, error: Cmu
 def exec_many(project: Project, names: List[str], command: Union[str, List[str]], environment: Dict[str, str],
               options: argparse.Namespace) -> int:
     """The same command in several workspaces at once: every line labelled, a summary, the worst code."""
-    import threading
-    mutex, cancel, began = threading.Lock(), Cancel(), time.monotonic()
-    terminal, width = Terminal(options.verbosity), max(map(len, names or [""]))
+    cancel, began = Cancel(), time.monotonic()
     if options.detach:
         raise UsageError("--detach takes one workspace.", "Run it once for each.")
+    live = Live(options.verbosity, names)
 
     def one(name: str) -> Dict[str, Any]:
-        start, label = time.monotonic(), "%s | " % name.ljust(width)
-        out: Any = Capture(TOOL_CAPTURE) if options.json else Labelled(1, label, mutex)
-        err: Any = Capture(TOOL_CAPTURE) if options.json else Labelled(2, label, mutex)
+        start = time.monotonic()
+        out: Any = Capture(TOOL_CAPTURE) if options.json else live.label(name, 1)
+        err: Any = Capture(TOOL_CAPTURE) if options.json else live.label(name, 2)
         try:
-            workspace = project.ensure(name, options.host or "", report=terminal, cancel=cancel)
+            live.step(name, "connecting")
+            workspace = project.ensure(name, options.host or "", report=live, cancel=cancel)
+            workspace.host.masters.connect(Deadline(SLOT_PATIENCE), cancel)
+            live.step(name, "running")
             outcome = workspace.run(command, out, err, None, options.cwd, environment, options.login, options.timeout, cancel)
         except CmuxError as error:
             code = error.exit_code if error.exit_code in (130, 255) else 125
@@ -7635,15 +7854,24 @@ def exec_many(project: Project, names: List[str], command: Union[str, List[str]]
             row.update(truncated=out.truncated or err.truncated, stopped=outcome.stopped,
                        **bytes_field("stdout", out.value()), **bytes_field("stderr", err.value()))
         return row
-    jobs = [lambda name=name: one(name) for name in names]
-    rows = in_parallel(jobs, options.at_once or 0, cancel)
+    def shown(name: str) -> Dict[str, Any]:
+        row: Dict[str, Any] = {"exit_code": 1}
+        try:
+            row = one(name)
+            return row
+        finally:
+            live.end(name, row["exit_code"])
+    try:
+        rows = in_parallel([functools.partial(shown, name) for name in names], options.at_once or 0, cancel)
+    finally:
+        live.close()
     rows = [exec_failure(name, options.host, 130, row, began) if isinstance(row, CmuxError) else row
             for name, row in zip(names, rows)]
     if options.json:
         print_json(rows)
     else:
         bad = [row for row in rows if row["exit_code"]]
-        terminal.warn("%d of %d succeeded in %.1f s%s" % (
+        live.warn("%d of %d succeeded in %.1f s%s" % (
             len(rows) - len(bad), len(rows), time.monotonic() - began, "." if not bad else "; failed: " + ", ".join(
                 "%s (%d%s)" % (row["workspace"], row["exit_code"], ": " + row["error"]["message"] if row["error"] else "")
                 for row in bad)))
@@ -7653,16 +7881,15 @@ def exec_many(project: Project, names: List[str], command: Union[str, List[str]]
 class Labelled:
     """A sink that writes whole lines, each behind a label; one writer at a time."""
 
-    def __init__(self, fd: int, label: str, mutex: threading.Lock) -> None:
-        self.fd, self.label, self.mutex, self.held = fd, label.encode(), mutex, b""
+    def __init__(self, fd: int, label: str, live: Live) -> None:
+        self.fd, self.label, self.live, self.held = fd, label.encode(), live, b""
 
     def __call__(self, data: bytes) -> None:
         *lines, self.held = (self.held + data).split(b"\n")
         if len(self.held) > CHUNK:  # a line without end is passed on in pieces
             lines, self.held = lines + [self.held], b""
         if lines:
-            with self.mutex:
-                write_out(self.fd, b"".join(self.label + line + b"\n" for line in lines))
+            self.live.put(lambda: write_out(self.fd, b"".join(self.label + line + b"\n" for line in lines)))
 
     def end(self) -> None:
         if self.held:
@@ -7771,22 +7998,30 @@ def parse_environment(pairs: Sequence[str]) -> Dict[str, str]:
 
 def command_new(options: argparse.Namespace) -> int:
     project = open_project(options)
-    terminal = Terminal(options.verbosity, notes=True)
     names = list(options.names) or [one_workspace(options) or project.default_workspace()]
     host = options.host or project.default_host()
     if len(set(names)) != len(names):
         raise UsageError("A name is given twice.")
 
     ref = project.repository.snapshot(options.allow) if options.dirty else options.ref
-
-    def make(name: str) -> WorkspaceBase:
-        return project.create(name, host, ref, options.root or "", not options.no_init, terminal)
     for name in names:
         check_workspace(name)
-    jobs = [lambda name=name: make(name) for name in names]
+    terminal = (Live(options.verbosity, names, True) if names[1:] else Terminal(options.verbosity, True))
+
+    def make(name: str) -> WorkspaceBase:
+        code = 1
+        try:
+            made, code = project.create(name, host, ref, options.root or "", not options.no_init, terminal), 0
+            return made
+        finally:
+            terminal.end(name, code)
+    try:
+        done = in_parallel([functools.partial(make, name) for name in names])
+    finally:
+        terminal.close()
     rows: List[Dict[str, Any]] = []
     code = 0
-    for name, made in zip(names, in_parallel(jobs)):
+    for name, made in zip(names, done):
         if isinstance(made, CmuxError):
             code = max(code, made.exit_code)
             rows.append({"name": name, "error": error_fields(made)})

@@ -38,6 +38,7 @@ import tempfile
 import termios
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
@@ -199,6 +200,8 @@ class Line:
         self.target_port = target_port
         self.connections = self.up = self.down = 0  # connections seen, bytes towards the host, bytes from it
         self.delay = 0.0  # seconds each way
+        self.rate = float("inf")  # bytes a second each way, of all connections together
+        self._free = {"up": 0.0, "down": 0.0}  # when each way has sent what it was given
         self.refuse = False  # accept and hang up at once, as a port forwarder with nothing behind it does
         self.cut: Dict[str, Optional[int]] = {"up": None, "down": None}  # end a connection after so many bytes
         self.flowing = threading.Event()
@@ -248,6 +251,9 @@ class Line:
         carried = 0
         while True:
             due, data = pipe.get()
+            with self._lock:
+                self._free[way] = max(self._free[way], time.monotonic()) + len(data) / self.rate
+                due = max(due, self._free[way])
             time.sleep(max(0.0, due - time.monotonic()))
             self.flowing.wait()
             limit = self.cut[way]
@@ -557,6 +563,25 @@ class Terminal:
     def send(self, keys: bytes) -> None:
         os.write(self._end, keys)
 
+    def lines(self) -> List[str]:
+        """All lines that a terminal without end would show now, with the escape sequences we use obeyed and any other left to be seen."""
+        lines, row, column = [""], 0, 0
+        for part in re.findall(r"\x1b\[A|\x1b\[K|\x1b\[J|\r|\n|[^\r\n\x1b]+|\x1b", self.output.decode(errors="replace")):
+            if part == "\r":
+                column = 0
+            elif part == "\n":
+                row += 1
+                lines += [""] * (row == len(lines))
+            elif part == "\x1b[A":
+                row -= 1
+            elif part in ("\x1b[K", "\x1b[J"):
+                lines[row] = lines[row][:column]
+                lines[row + 1:] = lines[row + 1:] if part == "\x1b[K" else []
+            else:
+                lines[row] = lines[row][:column].ljust(column) + part + lines[row][column + len(part):]
+                column += len(part)
+        return lines
+
     def expect(self, pattern: bytes, seconds: float = PATIENCE) -> None:
         end = time.monotonic() + seconds
         while not re.search(pattern, self.output):
@@ -780,6 +805,9 @@ def test_rig_line_counts_delays_cuts_and_refuses(site: Site) -> None:
     began = time.monotonic()
     assert site.ssh("far", "cat | wc -c", stdin=bytes(1 << 20)).stdout.strip() == b"1048576"
     assert time.monotonic() - began > 0.2
+    line.delay, line.rate, began = 0.0, 1e6, time.monotonic()
+    assert site.ssh("far", "cat | wc -c", stdin=bytes(1 << 20)).stdout.strip() == b"1048576"
+    assert time.monotonic() - began > 1
     line.refuse, before = True, line.connections
     assert site.ssh("far", "true").returncode == 255 and line.connections == before + 1
 
@@ -1770,6 +1798,158 @@ def test_a_client_killed_in_the_middle_of_an_upload_leaves_no_workspace_and_a_re
     assert repo.workspaces() == {}
     again = repo.cli("new", "-H", "far", "a")
     assert again.code == 0 and tree_of(repo.path("a")) == repo.tree(), again
+
+
+def source_text(size: int) -> bytes:
+    """Lines that compress as source text does, to a fifth or so, and are no two times the same."""
+    words = [os.urandom(3).hex() for _ in range(200)]
+    text = "".join("    %s = %s(%s, %s)\n" % tuple(random.choice(words) for _ in range(4)) for _ in range(size // 30))
+    return text.encode()[:size]
+
+
+@pytest.fixture
+def tuned(site: Site, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Other limits for the program from now on."""
+    def tune(**limits: float) -> None:
+        path = site.dir / "tuned.py"
+        path.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport cmux_ssh as c\n" + "".join(
+            f"assert c.{name}; c.{name} = float('{value}')\n" for name, value in limits.items()) + "sys.exit(c.main())\n")
+        monkeypatch.setattr(sys.modules[__name__], "PROGRAM", path)
+    return tune
+
+
+def test_on_a_slow_line_a_large_archive_and_a_large_delta_travel_compressed_and_arrive_whole(repo: Repo) -> None:
+    for name in "abcdef":
+        repo.write(name, source_text(1 << 20))
+    repo.commit()
+    line = repo.site.line("far")
+    line.rate = 4e6
+    made = repo.cli("new", "-v", "-H", "far", "w")
+    assert made.code == 0 and "compressed to" in made.said and tree_of(repo.path("w")) == repo.tree(), made
+    assert line.up < 4 << 20, line.up
+    repo.write("new", source_text(3 << 20))
+    repo.commit()
+    line.up = 0
+    pushed = repo.cli("push", "-v", "-w", "w")
+    assert pushed.code == 0 and "compressed to" in pushed.said and tree_of(repo.path("w")) == repo.tree(), pushed
+    assert line.up < 2.5 * (1 << 20), line.up
+
+
+@pytest.mark.parametrize("fast, gzip, level", [(True, True, False), (False, True, True), (False, False, False)])
+def test_the_first_piece_decides_how_the_rest_goes(tmp_path: Path, fast: bool, gzip: bool, level: bool) -> None:
+    data = source_text(3 << 20)
+    (tmp_path / "data").write_bytes(data)
+    archive = c.Archive(subprocess.Popen(["cat", str(tmp_path / "data")], stdout=subprocess.PIPE), os.devnull)
+    try:
+        assert archive.piece() == str(c.FIRST_PIECE)
+        assert archive.read() == data[:c.FIRST_PIECE] and archive.waits
+        archive.heard(b"gzip\nfir")
+        assert archive.waits
+        archive.began = time.monotonic() - c.FIRST_PIECE / c.FAST_LINE * (0.01 if fast else 1.1) + (1 if fast else 0)
+        archive.heard(b"gzip\n" * gzip + b"first\n")
+        rest = b"".join(iter(archive.read, b""))
+        word, _, rest = rest.partition(b"\n")
+        assert not archive.waits and word == (b"gzip" if level else b"plain")
+        assert (zlib.decompress(rest, 31) if level else rest) == data[c.FIRST_PIECE:]
+        assert archive.digest.length == len(data) and archive.total < len(data) * (0.7 if level else 1.1)
+        assert archive.digest.line() == subprocess.run(["cksum"], input=data, stdout=subprocess.PIPE).stdout.decode().strip()
+    finally:
+        archive.close()
+
+
+@pytest.mark.parametrize("programs", ["plain", "gzip", "gzip, no head -c", "false gzip", "gzip that stops", "gzip that hangs"])
+def test_whatever_gzip_and_head_the_host_has_the_archive_arrives_or_is_refused(site: Site, tuned: Callable[..., None], programs: str) -> None:
+    """As on a line so slow that anything is better than plain."""
+    path = Path(minimal_path(site))
+    scripts = {"false gzip": "cat >/dev/null; echo gzip", "gzip that stops": f"head -c 60000 | {program('gzip')} -dc",
+               "gzip that hangs": f"[ -n \"$ONCE\" ] || {program('gzip')} -dc; [ -f {site.dir}/once ] && exec sleep 600; : >{site.dir}/once"}
+    if programs != "plain":
+        (path / "gzip").write_text("#!/bin/sh\n%s\n" % scripts.get(programs, f'exec {program("gzip")} "$@"'))
+        (path / "gzip").chmod(0o755)
+    if "no head" in programs:
+        (path / "head").unlink()
+        (path / "head").write_text(f'#!/bin/sh\ncase $1 in -c) exit 1;; esac\nexec {program("head")} "$@"\n')
+        (path / "head").chmod(0o755)
+    site.inetd("bare", shell="busybox", env={"PATH": str(path)})
+    tuned(FAST_LINE="inf", STALL_PATIENCE=4)
+    repo = Repo(site, files={"text": source_text(4 << 20)})
+    made = repo.cli("new", "-v", "-H", "bare", "w", seconds=120)
+    if "gzip that" in programs or programs == "false gzip":
+        assert made.code in (1, 255) and made.said.strip() and repo.workspaces() == {}, made
+        (path / "gzip").unlink()
+        made = repo.cli("new", "-v", "-H", "bare", "w", seconds=120)
+    assert made.code == 0 and tree_of(repo.path("w")) == repo.tree(), made
+    assert ("compressed to" in made.said) == (programs in ("gzip", "gzip, no head -c")), made
+
+
+@pytest.mark.parametrize("at", [400_000, 1_100_000, 1_400_000])
+@pytest.mark.parametrize("how", ["cut", "killed"])
+def test_an_upload_cut_in_the_first_piece_or_the_compressed_rest_leaves_no_workspace_and_a_retry_works(repo: Repo, at: int, how: str) -> None:
+    repo.write("text", source_text(6 << 20))
+    repo.commit()
+    line = repo.site.line("far")
+    line.rate = 4e6
+    if how == "cut":
+        line.cut["up"] = at
+        cut = repo.cli("new", "-H", "far", "a")
+        assert cut.code in (1, 255) and cut.said.strip(), cut
+    else:
+        child = repo.start("new", "-H", "far", "a")
+        until(lambda: line.up > at, "the upload runs")
+        line.stall()
+        kill(child.pid)
+        child.communicate()
+        line.drop()
+    assert repo.workspaces() == {} and not list(repo.site.far_home().glob("cmux/project-*/*"))
+    line.go_on()
+    line.cut["up"], line.rate = None, float("inf")
+    again = repo.cli("new", "-H", "far", "a")
+    assert again.code == 0 and tree_of(repo.path("a")) == repo.tree(), again
+
+
+def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo: Repo) -> None:
+    """Of an upload, and of a pull; neither in a pipe."""
+    name = "a-rather-long-name-of-a-workspace-that-somebody-gave-it-in-1999"
+    repo.write("big", os.urandom(5 << 20))
+    repo.commit()
+    line = repo.site.line("far")
+    line.rate = 1e6
+    seen = on_terminal(repo.site, "new", "-H", "far", name, cwd=repo.dir)
+    seen.expect(rb"\r\x1b\[Ka-rather[-a-z]*: sending [\d.]+ MB of ~5.\d MB, [\d.]+ [kM]B/s, ~\d+s left")
+    assert all(len(text) < 100 for text in seen.lines())
+    assert seen.wait() == 0
+    assert not [text for text in seen.lines() if "sending" in text], seen.lines()
+    assert repo.exec("head -c 3000000 /dev/urandom >result", host="far", options=["-w", name]).code == 0
+    seen = on_terminal(repo.site, "pull", "-w", name, cwd=repo.dir)
+    seen.expect(rb": receiving [\d.]+ MB, [\d.]+ [kM]B/s")
+    assert seen.wait() == 0
+    assert b"sending" not in seen.output and not [text for text in seen.lines() if "receiving" in text], seen.lines()
+    line.rate = 4e6
+    assert b"sending" not in repo.cli("new", "-H", "far", "--root", "other", "b").err
+
+
+@pytest.mark.parametrize("odd", [False, True])
+def test_the_size_of_an_archive_is_known_beforehand(odd: bool, site: Site) -> None:
+    repo = Repo(site, odd=odd, files={"a/b/c": bytes(100_000)})
+    with c.Repository(str(repo.dir)).in_shadow("HEAD") as shadow:
+        archive = shadow.archive(repo.git("rev-parse", "HEAD^{tree}"))
+        size = len(b"".join(iter(archive.read, b"")))
+        archive.close()
+        assert size - 12_000 < shadow.archive_size(repo.git("rev-parse", "HEAD^{tree}")) <= size
+
+
+def test_two_processes_that_upload_one_tree_at_once_both_get_their_workspace(repo: Repo) -> None:
+    repo.write("text", source_text(4 << 20))
+    repo.commit()
+    line = repo.site.line("far")
+    line.rate = 4e6
+    other = Repo(repo.site, "other", files={"README": b"hello\n"})
+    other.git("fetch", "-q", str(repo.dir), "main")
+    other.git("reset", "-q", "--hard", "FETCH_HEAD")
+    children = [r.start("new", "-H", "far", name) for r, name in ((repo, "a"), (repo, "b"), (other, "a"))]
+    for child in children:
+        assert child.communicate(timeout=60)[1].count(b"Traceback") == 0 and child.returncode == 0
+    assert tree_of(repo.path("a")) == tree_of(repo.path("b")) == tree_of(other.path("a")) == repo.tree()
 
 
 def test_a_full_disk_or_readonly_home_on_the_host_is_said(repo: Repo) -> None:
@@ -3185,6 +3365,54 @@ def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_sa
     late = repo.cli("exec", "--all", "--timeout", "2", "--", command)
     assert late.code == 124 and sorted(late.text.splitlines()) == ["a | early a", "b | early b", "c | early c"]
     gone(f"sleep {nap}")
+
+
+def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterwards(repo: Repo) -> None:
+    repo.write("big", os.urandom(3 << 20))
+    repo.write(".cmux/init", b"#!/bin/sh\nprintf 'one\\033[31m\\007\\rred\\n'; sleep 2; printf two\n", 0o755)
+    repo.commit()
+    line = repo.site.line("far")
+    line.rate = 1e6
+    seen = on_terminal(repo.site, "new", "-H", "far", "a", "b", cwd=repo.dir)
+    for pattern in (rb"[ab]  waiting for the archive \d", rb"[ab]  sending [\d.]+ MB", rb"a  init hook \d+s", rb"b  init hook \d+s"):
+        seen.expect(pattern)
+    assert seen.wait() == 0
+    shown = sorted(filter(None, seen.lines()))
+    assert shown[:2] == ["a  far:%s" % repo.path("a"), "a | one^[[31m^G^Mred"] and shown[2:4] == ["a | two", "b  far:%s" % repo.path("b")], shown
+    assert len(shown) == 6, shown
+    line.rate = float("inf")
+    seen = on_terminal(repo.site, "exec", "-w", "a", "-w", "b", "--", 'echo "in $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] || exit 3; sleep 3', cwd=repo.dir)
+    seen.expect(rb"a  running 1s\x1b\[K\r?\nb  failed \(3\)")
+    assert seen.wait() == 3
+    shown = sorted(filter(None, seen.lines()))
+    assert shown[:2] == ["a | in a", "b | in b"] and len(shown) == 3 and "1 of 2" in shown[2], shown
+
+
+@pytest.mark.parametrize("sig", [b"\x03", None])
+def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo: Repo, sig: Optional[bytes]) -> None:
+    line, nap = repo.site.line("far"), unique()
+    assert repo.cli("new", "-H", "far", "a", "b").code == 0
+    seen = on_terminal(repo.site, "exec", "--all", "--", f"echo early; sleep {nap}", cwd=repo.dir)
+    seen.expect(rb"a  running \d+s")
+    seen.send(sig) if sig else line.drop()
+    assert seen.wait() == (130 if sig else 255)
+    shown = [text for text in seen.lines() if "running" in text or re.match("[ab]  ", text)]
+    assert not shown and "0 of 2" in " ".join(seen.lines()), seen.lines()
+
+
+def test_more_workspaces_than_rows_are_counted_and_pipes_and_dumb_terminals_see_none(repo: Repo) -> None:
+    names = [f"w{n:02}" for n in range(26)]
+    assert repo.cli("new", "-H", "box", *names, seconds=120).code == 0
+    for env in ({}, {"TERM": "dumb"}):
+        seen = on_terminal(repo.site, "exec", "--all", "-j", "7", "--", "sleep 1; echo x", cwd=repo.dir, env=env)
+        if not env:
+            seen.expect(rb"w07  running \d+s\x1b\[K\r?\n(w\d\d  (running|connecting) \d+s\x1b\[K\r?\n){6}\d+ of 26 ended, 0 failed, 7 at work")
+        assert seen.wait() == 0
+        shown = list(filter(None, seen.lines()))
+        assert len(shown) == 27 and all(" | x" in text for text in shown[:26]) and "26 of 26" in shown[26], shown
+        assert (b"\x1b" in seen.output) == (not env)
+    piped = repo.cli("exec", "-w", "w00", "-w", "w01", "--", "sleep 1.5; echo x")
+    assert piped.out.count(b" | x\n") == 2 and len(piped.err.splitlines()) == 1 and b"\x1b" not in piped.err
 
 
 def test_several_workspaces_bad_use_is_said(repo: Repo) -> None:
