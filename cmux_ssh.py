@@ -944,7 +944,7 @@ _cpush() {
     mkdir -p ".cmux/trash/$6" && mv "$w" ".cmux/trash/$6/" && mv "$s/tree" "$w" || return 3
     ( trap '' HUP; exec rm -rf "$root/.cmux/trash/$6" ) </dev/null >/dev/null 2>&1 4>&- &
   fi
-  echo "$9" >"$m.base" && : >"$m.mark" && echo pushed
+  echo "$9" >"$m.base" && : >"$m.mark" && rm -f "$m.pull" && echo pushed
 }
 _cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && { s=$root/.cmux/stage/$6; mkdir -p "$s"; _cpush "$@"; r=$?; cd "$root"; [ $r = 21 ] || rm -rf "$s"; return $r; }; }
 """
@@ -3798,7 +3798,9 @@ class Shadow:
         return '"%s"' % objects.replace("\\", "\\\\").replace('"', '\\"')
 
     def lend(self, objects: str) -> None:
-        """Read from one more object store."""
+        """Read from one more object store. Every git of this shadow would fail where it is not."""
+        if os.path.realpath(objects) != objects or not os.path.isdir(objects):
+            raise GitFailed("The object store %s is not there." % show(objects))
         stores = self.env["GIT_ALTERNATE_OBJECT_DIRECTORIES"]
         if self.alternate(objects) not in stores:
             self.env["GIT_ALTERNATE_OBJECT_DIRECTORIES"] = "%s:%s" % (stores, self.alternate(objects))
@@ -4146,15 +4148,17 @@ class Parts:
         """Make ``tree`` in a shadow; its id. The content of LFS files is not there, only its ids."""
         if not self.modules and not self.lfs:
             return self.source
-        env, zero = {"GIT_INDEX_FILE": os.path.join(shadow.path, "parts.index")}, b"0" * len(self.source)
+        env = {"GIT_INDEX_FILE": os.path.join(shadow.path, "parts.index")}
+        rows = [("0", "0" * len(self.source), path) for path in self.modules]
         try:
-            shadow.call("read-tree", self.source, env=env)
-            for path, (tree, objects) in sorted(self.modules.items()):
+            for path, (tree, objects) in self.modules.items():
                 shadow.lend(objects)
-                shadow.call("update-index", "-z", "--index-info", stdin=b"0 %s\t%s\0" % (zero, path), env=env)
-                shadow.call("read-tree", "--prefix=%s/" % os.fsdecode(path), tree, env=env)
+                inner = ((mode, oid, path + b"/" + name) for mode, oid, name in shadow.listing(tree))
+                rows += [row for row in inner if row[2] not in self.modules]
+            rows += [(mode, content, path) for path, (mode, _, content) in self.lfs.items()]
+            shadow.call("read-tree", self.source, env=env)
             shadow.call("update-index", "-z", "--index-info", env=env, stdin=b"".join(
-                b"%s %s\t%s\0" % (mode.encode(), content.encode(), path) for path, (mode, _, content) in self.lfs.items()))
+                b"%s %s\t%s\0" % (mode.encode(), oid.encode(), path) for mode, oid, path in rows))
             return shadow.call("write-tree", "--missing-ok", env=env)
         except GitFailed:
             raise GitFailed("What was sent cannot be told any more: this repository or a submodule has lost the commit.",
