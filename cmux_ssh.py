@@ -830,6 +830,9 @@ _cw() { w=$root/$1/$2 m=$root/.cmux/made/$1/$2; [ -d "$w" ] && [ ! -L "$w" ] && 
 _cg() { git --git-dir="$g" --work-tree="$w" -c core.fsmonitor=false -c core.hooksPath=/dev/null -c core.bigFileThreshold=8m "$@"; }
 _co() { git --git-dir="$o" -c core.fsmonitor=false -c core.hooksPath=/dev/null "$@" 2>/dev/null; }
 _ctr() { [ -z "$1" ] || [ "$(_co rev-parse -q --verify "$2^{tree}")" = "$1" ]; }
+_csame() { # $1, a large file, is as it was sent
+  x=$(_cg cat-file -s "$b:${1#./}") && [ "$(find "$1" -prune -size "${x}c")" ] && [ "$(_cg hash-object --no-filters -- "$1")" = "$(_cg rev-parse "$b:${1#./}")" ]
+}
 _csnap() { # base-id its-tree commits bytes
   command -v git >/dev/null && _cenv || return 9
   g=$s/git x=$root/.cmux/bases/$1/git o=$w/.git h= whole=1
@@ -849,8 +852,7 @@ _csnap() { # base-id its-tree commits bytes
   if [ "$whole" ] && cp "$w/.git/index" "$g/index" 2>/dev/null && _cg ls-files >/dev/null 2>&1; then :
   else rm -f "$g/index"; _cg read-tree "$h" || return 3; fi
   f=$(find . -name .git -prune -o -type f -size "+${4}c" -print | while IFS= read -r f; do
-    _cg check-ignore -q -- "$f" || [ "$(_cg hash-object --no-filters -- "$f")" = "$(_cg rev-parse -q --verify "$b:${f#./}")" ] ||
-    { printf '%s' "$f"; break; }; done)
+    _cg check-ignore -q -- "$f" || _csame "$f" || { printf '%s' "$f"; break; }; done)
   case $f in ?*) printf 'large %s\n' "$f"; return 24;; esac
   _cg add -A . >&2 && t=$(_cg write-tree)
 }
@@ -4099,6 +4101,7 @@ class Parts:
     def __init__(self, source: str) -> None:
         self.source = self.tree = source
         self.plain = True                                   # source has no submodule and no LFS file
+        self.whole = False                                  # seen: nothing of tree is export-ignored or a link
         self.modules: Dict[bytes, Tuple[str, str]] = {}     # path -> its tree, its object store
         self.lfs: Dict[bytes, Tuple[str, str, str]] = {}    # path -> mode, the pointer's id, the content's
         self.files: Dict[bytes, Tuple[str, str, int]] = {}  # path -> the content's file, sha256, size
@@ -4107,6 +4110,7 @@ class Parts:
 
     def find(self, shadow: Shadow, place: Place, earlier: Iterator[Dict[str, Any]]) -> None:
         """Look what is here. ``earlier`` are parts of before: content that was read once keeps its id."""
+        self.whole = True
         self._look(shadow, place, self.source, b"", {}, earlier)
         self.tree = self.build(shadow)
 
@@ -4117,7 +4121,9 @@ class Parts:
                 links.append((path, oid))
             elif (b"/" + path).endswith(b"/.gitattributes"):
                 attributes.append(oid)
-        if any(b"filter" in data and b"lfs" in data for _, data in shadow.blobs(attributes)):
+        words = [data for _, data in shadow.blobs(attributes)]
+        self.whole = self.whole and not any(b"export-ignore" in data for data in words)
+        if any(b"lfs" in data for data in words):
             self.plain = False
             for path, mode, oid, sha256, size in shadow.pointers(tree):
                 while oid not in known:
@@ -4130,6 +4136,7 @@ class Parts:
             self.plain = False
             module = place.module(path)
             inner = module and shadow.tree_in(module.objects, commit)
+            self.whole = self.whole and bool(inner)
             if module and inner:
                 shadow.lend(module.objects)
                 self.modules[prefix + path] = inner, module.objects
@@ -4862,7 +4869,8 @@ class Creation:
     def _archive(self, shadow: Shadow) -> Tuple[str, Archive]:
         """(the base it stands on, or ""; the archive of what differs from that, or of all)"""
         self.parts.build(shadow)
-        absent, parent = shadow.unsent(self.tree)[1], self._nearest(shadow)
+        absent = {} if self.parts.whole else shadow.unsent(self.tree)[1]
+        parent = self._nearest(shadow)
         self._left_out(shadow, absent)
         apart = [path for path in self.parts.lfs if path not in absent]
         tree = self.tree
@@ -5605,7 +5613,7 @@ class Pull:
             self._grower = Grower(self.shadow, self.base, harvest, ids, self.absent, self.lfs)
             self._leaks(harvest)
             commits = self._grower.grow()
-            self._tell_lfs(harvest)
+            self._tell_lfs(commits)
             if dirty and not next(self.shadow.changes((commits[-2:-1] or [self.base])[0], commits[-1]), None):
                 return commits[:-1], False
             return commits, dirty
@@ -5634,12 +5642,12 @@ class Pull:
         if left:
             self.pulled["left"] = left[:20]
 
-    def _tell_lfs(self, harvest: Harvest) -> None:
-        """A changed LFS file came as its content. ``git add`` makes a pointer of it, where LFS is installed."""
-        last: Dict[bytes, Tuple[str, int]] = {}
-        for commit in harvest.commits:
-            last.update(commit["changes"])
-        new = sorted(path for path, row in self.lfs.items() if last.get(path, ("", 0))[0] and self._grower.ids[last[path][1]] not in row)
+    def _tell_lfs(self, commits: List[str]) -> None:
+        """A changed or new LFS file came as its content. ``git add`` makes a pointer of it, where LFS is installed."""
+        rows = self.shadow.changes(self.base, commits[-1]) if commits and self.lfs else iter(())
+        pointers = {pointer for _, pointer, _ in self.lfs.values()}
+        changed = [path for _, mode, oid, path in rows if mode in ("100644", "100755") and oid not in pointers]
+        new = self.shadow.lfs_paths(changed, self._grower.env) if changed else []
         self.notes += ["%s came home as content: after the merge, `git add` makes an LFS pointer of it"
                        % show(path.decode("utf-8", "replace"))[1:-1] for path in new[:20]]
 
