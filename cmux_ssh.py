@@ -3928,7 +3928,8 @@ class Shadow:
         """(path, mode, id, sha256, size of the content) of a tree's LFS pointers."""
         env = {"GIT_INDEX_FILE": os.path.join(self.path, "lfs.index")}
         self.call("read-tree", tree, env=env)
-        files = {path: (mode, oid) for mode, oid, path in self.listing(tree) if mode in ("100644", "100755")}
+        files = {path: (mode, oid) for mode, oid, path in self.listing(tree)
+                 if mode in ("100644", "100755") and not path.endswith(b".gitattributes")}
         marked = self.lfs_paths(files, env)
         sizes = self.records("cat-file", "--batch-check=%(objectname) %(objectsize)", end=b"\n",
                              stdin=b"".join(b"%s\n" % files[path][1].encode() for path in marked))
@@ -4168,8 +4169,8 @@ class Parts:
                 b"%s %s\t%s\0" % (mode.encode(), oid.encode(), path) for mode, oid, path in rows))
             return shadow.call("write-tree", "--missing-ok", env=env)
         except GitFailed:
-            raise GitFailed("What was sent cannot be told any more: this repository or a submodule has lost the commit.",
-                            "Fetch it again: git fetch; git submodule update --init.")
+            raise GitFailed("The tree that is sent cannot be put together: this repository or a submodule lacks objects of it.",
+                            "Fetch them: git fetch; git submodule update --init")
 
     def stream(self, paths: Iterable[bytes]) -> Iterator[bytes]:
         """LFS files as tar entries, checked once more while they are read."""

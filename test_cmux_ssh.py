@@ -4516,6 +4516,7 @@ class Family(Repo):
         self.lfs("assets/tool.bin", b"#!/bin/sh\n")
         (self.dir / "assets/tool.bin").chmod(0o755)
         self.lfs("gone.bin", b"nowhere", here=False)
+        self.lfs("\u00fc" * 90 + "/" + "y" * 120 + ".bin", b"long\n")
         self.commit("family")
         self.git("submodule", "--quiet", "deinit", "-f", "absent")
 
@@ -4632,12 +4633,16 @@ def test_a_workspace_outlives_the_submodule_and_the_content_it_was_made_of(site:
     pulled = family.cli("pull")
     assert pulled.code == 0 and pulled.said.count("left out") == 1, pulled
     assert family.git("diff", "--name-only", "main", "cmux/main") == "README"
+    do(family, "rm -rf vendor; echo a file >vendor")
+    pulled = family.cli("pull")
+    assert pulled.code == 0 and "left out: vendor (" in pulled.said and "left out: vendor/li" in pulled.said, pulled
+    assert family.git("ls-tree", "-r", "cmux/main").count("160000 commit") == 2
     shutil.rmtree(str(family.dir / ".git/modules"))
     refused = family.cli("diff")
     assert refused.code == 1 and "submodule" in refused.said and "Traceback" not in refused.said, refused
     assert family.cli("rm", "main").code == 1 and family.cli("rm", "main", "--force").code == 0
     made = family.cli("new", "-H", "box", "next")
-    assert made.code == 0 and "2 submodules that are not" in made.said and "3 LFS files" in made.said, made
+    assert made.code == 0 and "2 submodules that are not" in made.said and "4 LFS files" in made.said, made
     assert "Nothing new" in family.cli("pull", "-w", "next").text
     moved = family.cli("push", "-w", "next")
     assert "already" in moved.text, moved
@@ -4703,6 +4708,29 @@ def test_a_submodule_that_lies_elsewhere_is_none(tmp_path: Path) -> None:
     (store / content).write_bytes(b"x")
     assert place.content(content, 1) and place.content(content, 2) == ""
     assert c.blob_id(place.content(content, 1), content, 1, "sha1") and c.blob_id(place.content(content, 1), "0" * 64, 1, "sha1") == ""
+
+
+@pytest.mark.parametrize("host", ["box", "nogit"])
+def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site: Site, host: str) -> None:
+    repo = Repo(site, files={".gitattributes": b"*.bin filter=lfs\n"})
+    size = c.PULL_FILE_MAX + 4096
+    digest = hashlib.sha256(bytes(size)).hexdigest()
+    repo.write("model.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (digest.encode(), size))
+    repo.write(".git/lfs/objects/%s/%s/%s" % (digest[:2], digest[2:4], digest), b"")
+    os.truncate(str(repo.dir / ".git/lfs/objects" / digest[:2] / digest[2:4] / digest), size)
+    repo.commit("model")
+    assert repo.cli("new", "-H", place_of(site, host), "main").code == 0
+    assert (repo.path() / "model.bin").stat().st_size == size
+    do(repo, "echo x >>README")
+    pulled = repo.cli("pull")
+    assert pulled.code == 0 and repo.git("diff", "--name-only", "main", "cmux/main") == "README", pulled
+    do(repo, "echo x >>model.bin")
+    for words in (["pull"], ["rm", "main"]):
+        refused = repo.cli(*words)
+        assert refused.code == 1 and "model.bin" in refused.said, refused
+    do(repo, "truncate -s -2 model.bin 2>/dev/null || head -c %d model.bin >m && mv m model.bin; touch -d 2001-01-01T00:00:00 model.bin; mv model.bin moved" % size)
+    moved = repo.cli("pull")
+    assert moved.code == 1 and "Traceback" not in moved.said and "refused" in moved.said, moved
 
 
 def test_damaged_lfs_content_is_not_sent(site: Site) -> None:
