@@ -831,7 +831,8 @@ _cg() { git --git-dir="$g" --work-tree="$w" -c core.fsmonitor=false -c core.hook
 _co() { git --git-dir="$o" -c core.fsmonitor=false -c core.hooksPath=/dev/null "$@" 2>/dev/null; }
 _ctr() { [ -z "$1" ] || [ "$(_co rev-parse -q --verify "$2^{tree}")" = "$1" ]; }
 _csame() { # $1, a large file, is as it was sent
-  x=$(_cg cat-file -s "$b:${1#./}") && [ "$(find "$1" -prune -size "${x}c")" ] && [ "$(_cg hash-object --no-filters -- "$1")" = "$(_cg rev-parse "$b:${1#./}")" ]
+  x=$(_cg cat-file -s "$b:${1#./}") && [ "$(find "$1" -prune -size "${x}c")" ] &&
+  [ "$(_cg hash-object --no-filters -- "$1")" = "$(_cg rev-parse "$b:${1#./}")" ]
 }
 _csnap() { # base-id its-tree commits bytes
   command -v git >/dev/null && _cenv || return 9
@@ -3709,8 +3710,9 @@ class Repository:
             shadow.borrow_index(self)
             # add would run `git status` in every submodule, with the config and the filters of that.
             links = [row.partition(b"\t")[2] for row in shadow.records("ls-files", "-s", "-z") if row.startswith(b"160000 ")]
-            shadow.call("-C", top, "--work-tree=.", "add", "-A", "--", ".", *(":(exclude,literal)" + os.fsdecode(path) for path in links))
-            shadow.call("-C", top, "--work-tree=.", "update-index", "--remove", "-z", "--stdin", stdin=b"".join(path + b"\0" for path in links))
+            here = ("-C", top, "--work-tree=.")
+            shadow.call(*here, "add", "-A", "--", ".", *(":(exclude,literal)" + os.fsdecode(path) for path in links))
+            shadow.call(*here, "update-index", "--remove", "-z", "--stdin", stdin=b"".join(path + b"\0" for path in links))
             new = shadow.call("write-tree")
             if new == tree:
                 return commit
@@ -4089,7 +4091,8 @@ class Place:
         env = {"GIT_INDEX_FILE": os.path.join(shadow.path, "module.index")}
         try:
             shutil.copyfile(os.path.join(self.git_dir, "index"), env["GIT_INDEX_FILE"])
-            status, head, _ = run([shadow.program, "--git-dir=" + self.git_dir, "rev-parse", "--verify", "-q", "HEAD^{tree}"], git_environment())
+            status, head, _ = run([shadow.program, "--git-dir=" + self.git_dir, "rev-parse", "--verify", "-q",
+                                   "HEAD^{tree}"], git_environment())
             return not status and any(shadow.differing("--work-tree=" + self.top, head.decode().strip(), env))
         except (OSError, GitFailed):
             return False
@@ -4115,7 +4118,8 @@ class Parts:
         self._look(shadow, place, self.source, b"", {}, earlier)
         self.tree = self.build(shadow)
 
-    def _look(self, shadow: Shadow, place: Place, tree: str, prefix: bytes, known: Dict[str, str], earlier: Iterator[Dict[str, Any]]) -> None:
+    def _look(self, shadow: Shadow, place: Place, tree: str, prefix: bytes, known: Dict[str, str],
+              earlier: Iterator[Dict[str, Any]]) -> None:
         attributes, links = [], []
         for mode, oid, path in shadow.listing(tree):
             if mode == "160000":
@@ -4189,7 +4193,7 @@ class Parts:
                 digest.update(data)
                 yield data
             if digest.hexdigest() != sha256:
-                raise GitFailed("The LFS content of %s is damaged, or changed meanwhile." % show(os.fsdecode(path)), "Look with: git lfs fsck")
+                raise GitFailed("The LFS content of %s is damaged." % show(os.fsdecode(path)), "Look with: git lfs fsck")
             if size % 512:
                 yield b"\0" * (-size % 512)
 
@@ -5624,7 +5628,9 @@ class Pull:
                 incoming.close()
 
     def _in_module(self, path: bytes) -> bool:
-        return bool(self.modules) and (path in self.modules or any(path[:match.start()] in self.modules for match in re.finditer(b"/", path)))
+        """Whether a path is a submodule's, or lies in one."""
+        return bool(self.modules) and (path in self.modules or any(
+            path[:match.start()] in self.modules for match in re.finditer(b"/", path)))
 
     def _keep_out(self, harvest: Harvest, ids: Mapping[int, str]) -> None:
         """Leave out what stands where this repository has a submodule: no commit of it can hold that."""

@@ -4257,6 +4257,20 @@ def test_pull_without_git_on_the_host(site: Site) -> None:
     assert odd.cli("rm", "main").code == 0
 
 
+def test_a_host_that_lists_files_and_never_sends_them_is_asked_twice(site: Site) -> None:
+    repo = Repo(site)
+    host = bare_host(site)
+    tar = site.dir / "posix-bin" / "tar"
+    real = tar.resolve()
+    tar.unlink()
+    tar.write_text('#!/bin/sh\ncase $1 in -cf) exit 0;; esac\nexec %s "$@"\n' % real)
+    tar.chmod(0o755)
+    assert repo.cli("new", "-H", host, "main").code == 0
+    do(repo, "echo x >new")
+    refused = repo.cli("pull")
+    assert refused.code == 1 and "does not send them" in refused.said, refused
+
+
 @pytest.mark.parametrize("host", ["box", "nogit"])
 @pytest.mark.parametrize("harm", ["echo u >untracked", "echo c >>README", "rm README; echo x >src/x"])
 def test_rm_refuses_changed_files(site: Site, host: str, harm: str) -> None:
