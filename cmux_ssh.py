@@ -55,12 +55,13 @@ import functools
 import os
 import re
 import select
+import stat
 import sys
 import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command line
-    from typing import Any, Callable, Dict, IO, Iterable, Iterator, List, Mapping, Optional
+    from typing import Any, Callable, Container, Dict, IO, Iterable, Iterator, List, Mapping, Optional
     from typing import Sequence, Set, Tuple, Type, Union
     import argparse
     import socket
@@ -160,6 +161,8 @@ PULL_MESSAGE_MAX = 256 * 1024        # of one commit's message; of all of them 6
 LISTED_MAX = 2 * 1000 * 1000         # files a host without git may name
 WIRE_LINE_MAX = 8 * 1024    # of a control line in a result's stream: a quoted path is the longest
 STREAMED_FROM = 8 * 1024 * 1024      # git handles larger blobs without holding them in memory
+PARTS_KEPT = 30             # sent trees with submodules or LFS content that are remembered for deltas
+POINTER_MAX = 1024          # bytes of an LFS pointer, says its specification
 SMALL_TREE_KB = 65536       # up to this a host without git sends all files, not the touched ones
 
 
@@ -846,6 +849,10 @@ _cw() { w=$root/$1/$2 m=$root/.cmux/made/$1/$2; [ -d "$w" ] && [ ! -L "$w" ] && 
 _cg() { git --git-dir="$g" --work-tree="$w" -c core.fsmonitor=false -c core.hooksPath=/dev/null -c core.bigFileThreshold=8m "$@"; }
 _co() { git --git-dir="$o" -c core.fsmonitor=false -c core.hooksPath=/dev/null "$@" 2>/dev/null; }
 _ctr() { [ -z "$1" ] || [ "$(_co rev-parse -q --verify "$2^{tree}")" = "$1" ]; }
+_csame() { # $1, a large file, is as it was sent
+  x=$(_cg cat-file -s "$b:${1#./}") && [ "$(find "$1" -prune -size "${x}c")" ] &&
+  [ "$(_cg hash-object --no-filters -- "$1")" = "$(_cg rev-parse "$b:${1#./}")" ]
+}
 _csnap() { # base-id its-tree commits bytes
   command -v git >/dev/null && _cenv || return 9
   g=$s/git x=$root/.cmux/bases/$1/git o=$w/.git h= whole=1
@@ -865,7 +872,7 @@ _csnap() { # base-id its-tree commits bytes
   if [ "$whole" ] && cp "$w/.git/index" "$g/index" 2>/dev/null && _cg ls-files >/dev/null 2>&1; then :
   else rm -f "$g/index"; _cg read-tree "$h" || return 3; fi
   f=$(find . -name .git -prune -o -type f -size "+${4}c" -print | while IFS= read -r f; do
-    _cg check-ignore -q -- "$f" || { printf '%s' "$f"; break; }; done)
+    _cg check-ignore -q -- "$f" || _csame "$f" || { printf '%s' "$f"; break; }; done)
   case $f in ?*) printf 'large %s\n' "$f"; return 24;; esac
   _cg add -A . >&2 && t=$(_cg write-tree)
 }
@@ -892,14 +899,14 @@ _cpull() {
   _cg fast-export --use-done-feature --reference-excluded-parents --reencode=yes --signed-tags=strip refs/heads/w ^refs/cmux/base
 }
 _ctar() {
-  cd "$w" && f=$(find . -name .git -prune -o -type f -size "+${8}c" -print | head -n 1) || return 3
+  cd "$w" && f=$(find . -name .git -prune -o -type f -size "+${8}c" -newer "$m.mark" -print | head -n 1) || return 3
   case $f in ?*) printf 'large %s\n' "$f"; return 24;; esac
   echo "$6" >"$m.pull.new" && mv "$m.pull.new" "$m.pull" && echo "tar $6" || return 3
   find . -name .git -prune -o \( -type f -o -type l \) -exec printf '%s\0' {} + && printf '\0' || return 3
-  set -- "$9"
+  set -- "$9" "$8"
   k=$(du -sk . | sed 's/[^0-9].*//')
-  if [ "${k:-0}" -le 65536 ] || ! find "$m.mark" -cnewer "$m.mark" >/dev/null 2>&1 || find --help 2>&1 | grep -q BusyBox; then set -- all; fi
-  case $1 in all) find . -name .git -prune -o \( -type f -o -type l \) -exec tar -cf - {} +;;
+  if [ "${k:-0}" -le 65536 ] || ! find "$m.mark" -cnewer "$m.mark" >/dev/null 2>&1 || find --help 2>&1 | grep -q BusyBox; then set -- all "$2"; fi
+  case $1 in all) find . -name .git -prune -o \( -type f -o -type l \) ! -size "+${2}c" -exec tar -cf - {} +;;
   *) find . -name .git -prune -o \( -newer "$m.mark" -o -cnewer "$m.mark" \) \( -type f -o -type l \) -exec tar -cf - {} +;; esac
 }
 _cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && _cstage "$6" _cpull "$@"; }
@@ -959,7 +966,7 @@ _cpush() {
     mkdir -p ".cmux/trash/$6" && mv "$w" ".cmux/trash/$6/" && mv "$s/tree" "$w" || return 3
     ( trap '' HUP; exec rm -rf "$root/.cmux/trash/$6" ) </dev/null >/dev/null 2>&1 4>&- &
   fi
-  echo "$9" >"$m.base" && : >"$m.mark" && echo pushed
+  echo "$9" >"$m.base" && : >"$m.mark" && rm -f "$m.pull" && echo pushed
 }
 _cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && { s=$root/.cmux/stage/$6; mkdir -p "$s"; _cpush "$@"; r=$?; cd "$root"; [ $r = 21 ] || rm -rf "$s"; return $r; }; }
 """
@@ -1675,6 +1682,7 @@ class Registry:
         self.path = os.path.join(private_directory(os.path.join(home, "projects")), key + ".json")
         self._cache: Dict[str, Tuple[object, Optional[Dict[str, Any]]]] = {}
         self.secrets_path = os.path.join(private_directory(os.path.join(home, "secrets")), key + ".json")
+        self.parts_path = self.path[:-len(".json")] + ".parts"
 
     def read(self) -> Dict[str, Any]:
         """The project's record, not to be changed; made on first use."""
@@ -1710,6 +1718,37 @@ class Registry:
             change(check_record(value, self.path))
             write_json(self.path, value)
         return value
+
+    def parts(self, tree: str) -> Optional[Dict[str, Any]]:
+        """What save_parts() kept of a tree that was sent; None where it was a commit's own."""
+        path = os.path.join(self.parts_path, tree + ".json")
+        value = read_json(path)
+        rows = [(name, width, row) for name, width in (("modules", 3), ("lfs", 4)) for row in (value or {}).get(name, [None])]
+        if value and not (isinstance(value.get("source"), str) and all(
+                isinstance(row, list) and len(row) == width and all(isinstance(word, str) for word in row) for _, width, row in rows)):
+            raise StateFailed("The state file %s has parts that are not as they should be." % show(path), "Remove it.")
+        return value
+
+    def all_parts(self) -> Iterator[Dict[str, Any]]:
+        """The same of all, newest first."""
+        for path in self._parts_files():
+            yield self.parts(os.path.basename(path)[:-len(".json")]) or {}
+
+    def _parts_files(self) -> List[str]:
+        try:
+            with os.scandir(self.parts_path) as found:
+                return [entry.path for entry in sorted(found, key=lambda entry: -entry.stat().st_mtime) if entry.name.endswith(".json")]
+        except OSError:
+            return []
+
+    def save_parts(self, tree: str, value: Mapping[str, Any]) -> None:
+        """Kept while a workspace is of that tree; else, for deltas, while it is among the newest."""
+        private_directory(self.parts_path)
+        write_json(os.path.join(self.parts_path, tree + ".json"), value)
+        used = {entry["tree"] + ".json" for entry in self.read()["workspaces"].values()}
+        for path in self._parts_files()[PARTS_KEPT:]:
+            if os.path.basename(path) not in used:
+                remove_file(path)
 
     def creation_lock(self, name: str) -> Lock:
         """Held while a workspace is made or removed, so that two processes don't both."""
@@ -3686,8 +3725,7 @@ class Repository:
             shadow.borrow_index(self)
             work = "--work-tree=" + self.worktree()
             head = self.resolve("HEAD")[1]
-            return len(set(shadow.records(work, "diff-files", "--name-only", "-z"))
-                       | set(shadow.records("diff-index", "--cached", "--name-only", "-z", head)))
+            return len(set(shadow.differing(work, head)))
         except GitFailed:
             return 0  # a bare repository, an index in the middle of a merge
 
@@ -3698,7 +3736,11 @@ class Repository:
         with self.in_shadow(commit) as shadow:
             top = self.worktree()
             shadow.borrow_index(self)
-            shadow.call("-C", top, "--work-tree=.", "add", "-A", ".")
+            # add would run `git status` in every submodule, with the config and the filters of that.
+            links = [row.partition(b"\t")[2] for row in shadow.records("ls-files", "-s", "-z") if row.startswith(b"160000 ")]
+            here = ("-C", top, "--work-tree=.")
+            shadow.call(*here, "add", "-A", "--", ".", *(":(exclude,literal)" + os.fsdecode(path) for path in links))
+            shadow.call(*here, "update-index", "--remove", "-z", "--stdin", stdin=b"".join(path + b"\0" for path in links))
             new = shadow.call("write-tree")
             if new == tree:
                 return commit
@@ -3749,6 +3791,15 @@ class Repository:
             raise GitFailed("The branch %s could not be set: %s." % (show(ref[11:]), show(neutralise(err).strip(), 300)),
                             "Choose another with --branch.")
 
+    def place(self) -> Place:
+        """Where this repository's submodules and LFS content lie."""
+        try:
+            top = os.path.realpath(self.worktree())
+        except GitFailed:
+            top = ""  # bare
+        git_dir = os.path.realpath(self.git_dir)
+        return Place(top, self.common_dir, [os.path.join(base, "modules") for base in (self.common_dir, git_dir)])
+
     def object_directory(self) -> str:
         out = self._git("rev-parse", "--git-path", "objects").decode("utf-8", "surrogateescape")
         return os.path.realpath(os.path.join(self.directory, out.rstrip("\n")))
@@ -3762,10 +3813,8 @@ class Shadow:
         self.program = repository.program
         self.path = tempfile.mkdtemp(prefix="cmux-shadow-")
         self.git_dir = os.path.join(self.path, "sh.git")
-        objects = repository.object_directory()
-        escaped = objects.replace("\\", "\\\\").replace('"', '\\"')
         self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null",
-                                   GIT_ALTERNATE_OBJECT_DIRECTORIES='"%s"' % escaped)
+                                   GIT_ALTERNATE_OBJECT_DIRECTORIES=self.alternate(repository.object_directory()))
         try:
             form = ["--object-format=" + object_format] if object_format != "sha1" else []
             self.git("init", "-q", "--bare", "--template=", *form, self.git_dir)
@@ -3775,6 +3824,30 @@ class Shadow:
         except BaseException:
             self.close()
             raise
+
+    @staticmethod
+    def alternate(objects: str) -> str:
+        return '"%s"' % objects.replace("\\", "\\\\").replace('"', '\\"')
+
+    def lend(self, objects: str) -> None:
+        """Read from one more object store. Every git of this shadow would fail where it is not."""
+        if os.path.realpath(objects) != objects or not os.path.isdir(objects):
+            raise GitFailed("The object store %s is not there." % show(objects))
+        stores = self.env["GIT_ALTERNATE_OBJECT_DIRECTORIES"]
+        if self.alternate(objects) not in stores:
+            self.env["GIT_ALTERNATE_OBJECT_DIRECTORIES"] = "%s:%s" % (stores, self.alternate(objects))
+
+    def tree_in(self, objects: str, commit: str) -> str:
+        """The tree of a commit that one object store has with everything in it; else ""."""
+        env = {"GIT_ALTERNATE_OBJECT_DIRECTORIES": self.alternate(objects)}
+        try:
+            tree = self.call("rev-parse", "--verify", "-q", commit + "^{tree}", env=env)
+            rows = [row.split(b"\t")[0].split(b" ") for row in self.records("ls-tree", "-r", "-z", "--full-tree", tree, env=env)]
+            ids = b"".join(oid + b"\n" for _, kind, oid in rows if kind == b"blob")
+            found = self.records("cat-file", "--batch-check=%(objectname)", stdin=ids, end=b"\n", env=env)
+            return "" if any(b" " in row for row in found) else tree  # `ID missing`: a partial clone
+        except GitFailed:
+            return ""
 
     def argv(self, *words: str) -> List[str]:
         return [self.program, "--git-dir=" + self.git_dir] + list(GIT_SAFE) + list(words)
@@ -3855,9 +3928,7 @@ class Shadow:
                 while b"/" in path:
                     path = path.rpartition(b"/")[0]
                     seen.add(path)
-            answers = self.records("check-attr", "-z", "--stdin", "--cached", "export-ignore",
-                                   stdin=b"\0".join(list(seen) + paths) + b"\0")
-            ignored = {path for path in answers if (next(answers), next(answers))[1] == b"set"}
+            ignored = {path for path, value in self.attribute("export-ignore", list(seen) + paths) if value == b"set"}
             absent.update({path: "export-ignore" for path in paths if any(
                 path[:len(path) if at < 0 else at] in ignored for at in [-1] + [m.start() for m in re.finditer(b"/", path)])})
         if not absent:
@@ -3866,7 +3937,45 @@ class Shadow:
         zero = "0" * len(tree)
         self.call("update-index", "-z", "--index-info", stdin=b"".join(
             b"0 %s\t%s\0" % (zero.encode(), path) for path in absent))
-        return self.call("write-tree"), absent
+        return self.call("write-tree", "--missing-ok"), absent
+
+    def attribute(self, name: str, paths: Iterable[bytes], env: Optional[Dict[str, str]] = None) -> Iterator[Tuple[bytes, bytes]]:
+        """(path, value) as the .gitattributes in the index say."""
+        answers = self.records("check-attr", "-z", "--stdin", "--cached", name, stdin=b"".join(path + b"\0" for path in paths), env=env)
+        for path in answers:
+            yield path, (next(answers), next(answers))[1]
+
+    def lfs_paths(self, paths: Iterable[bytes], env: Dict[str, str]) -> List[bytes]:
+        """Those that LFS manages, by the index of ``env``. Our own attributes would say: none."""
+        ours = os.path.join(self.git_dir, "info", "attributes")
+        os.rename(ours, ours + ".off")
+        try:
+            return [path for path, value in self.attribute("filter", paths, env) if value == b"lfs"]
+        finally:
+            os.rename(ours + ".off", ours)
+
+    def pointers(self, tree: str) -> Iterator[Tuple[bytes, str, str, str, int]]:
+        """(path, mode, id, sha256, size of the content) of a tree's LFS pointers."""
+        env = {"GIT_INDEX_FILE": os.path.join(self.path, "lfs.index")}
+        self.call("read-tree", tree, env=env)
+        files = {path: (mode, oid) for mode, oid, path in self.listing(tree)
+                 if mode in ("100644", "100755") and not path.endswith(b".gitattributes")}
+        marked = self.lfs_paths(files, env)
+        sizes = self.records("cat-file", "--batch-check=%(objectname) %(objectsize)", end=b"\n",
+                             stdin=b"".join(b"%s\n" % files[path][1].encode() for path in marked))
+        small = [oid.decode() for oid, size in map(bytes.split, sizes) if size.isdigit() and int(size) <= POINTER_MAX]
+        found = {oid: _POINTER.match(data) for oid, data in self.blobs(small)}
+        for path in marked:
+            match = found.get(files[path][1])
+            if match:
+                yield (path, *files[path], match.group(1).decode(), int(match.group(2)))
+
+    def differing(self, work: str, head: str, env: Optional[Dict[str, str]] = None) -> Iterator[bytes]:
+        """Tracked files that differ from the index, or in the index from ``head``. What is uncommitted
+        in a submodule is not looked for: git would run its filters."""
+        words = ("--ignore-submodules=dirty", "--name-only", "-z")
+        yield from self.records(work, "diff-files", *words, env=env)
+        yield from self.records("diff-index", "--cached", *words, head, env=env)
 
     def borrow_index(self, repository: Repository) -> None:
         """A copy of the user's index, whose times spare reading unchanged files, and his excludes."""
@@ -3876,13 +3985,17 @@ class Shadow:
             if os.path.isfile(source):
                 shutil.copyfile(source, os.path.join(self.git_dir, name))
 
-    def uses_lfs(self, tree: str) -> bool:
-        return any(b"filter=lfs" in data for _, data in self.blobs([oid for _, oid, path in self.listing(tree)
-                                                                    if (b"/" + path).endswith(b"/.gitattributes")]))
+    def without(self, tree: str, paths: Iterable[bytes]) -> str:
+        """A tree less some of its files."""
+        env, zero = {"GIT_INDEX_FILE": os.path.join(self.path, "less.index")}, b"0" * len(tree)
+        self.call("read-tree", tree, env=env)
+        self.call("update-index", "-z", "--index-info", stdin=b"".join(b"0 %s\t%s\0" % (zero, path) for path in paths), env=env)
+        return self.call("write-tree", "--missing-ok", env=env)
 
-    def delta(self, old: str, new: str) -> str:
+    def delta(self, old: str, new: str, apart: Container[bytes] = ()) -> Tuple[str, List[bytes]]:
         """The tree of only the files of ``new`` that ``old`` has not so, and .cmux-gone: the list of
-        the paths to remove before. Both as the archive has them."""
+        the paths to remove before. Both as the archive has them. With those of the files that are
+        sent ``apart``, and not in the tree."""
         old, new = self.unsent(old)[0], self.unsent(new)[0]
         with open(os.path.join(self.git_dir, "info", "attributes"), "a") as stream:
             stream.write("* -export-ignore\n")
@@ -3891,8 +4004,8 @@ class Shadow:
         env = {"GIT_INDEX_FILE": os.path.join(self.path, "delta.index")}
         self.call("update-index", "-z", "--index-info", env=env, stdin=b"".join(
             b"%s %s\t%s\0" % (mode.encode(), oid.encode(), path)
-            for mode, oid, path in [("100644", gone, b".cmux-gone")] + rows if mode != "000000"))
-        return self.call("write-tree", env=env)
+            for mode, oid, path in [("100644", gone, b".cmux-gone")] + rows if mode != "000000" and path not in apart))
+        return self.call("write-tree", env=env), [path for mode, _, path in rows if mode != "000000" and path in apart]
 
     def blobs(self, ids: Sequence[str]) -> Iterator[Tuple[str, bytes]]:
         """(id, content) of small blobs, in order; b"" for one that is not small."""
@@ -3946,10 +4059,11 @@ class Shadow:
         sizes = [row.split(None, 4)[3] for row in self.records("ls-tree", "-r", "-t", "-l", "-z", "--full-tree", self.unsent(tree)[0])]
         return sum(512 + (int(size) + 511) // 512 * 512 if size.isdigit() else 512 for size in sizes)
 
-    def archive(self, tree: str) -> Archive:
+    def archive(self, tree: str, front: Iterator[bytes]) -> Archive:
+        """``front`` are tar entries without an end, which go before those of the tree."""
         with open(os.path.join(self.path, "said"), "wb") as said:  # a pipe nobody reads would fill
             return Archive(spawn(self.argv("archive", "--format=tar", tree), self.env, stdout=-1,
-                                 stderr=said.fileno()), said.name)
+                                 stderr=said.fileno()), said.name, front)
 
     def close(self) -> None:
         import shutil
@@ -3960,6 +4074,201 @@ class Shadow:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+_POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize (0|[1-9]\d{0,14})\n?\Z")
+
+
+class Place:
+    """A work tree and its git directory, both real paths: where its submodules and LFS content lie."""
+
+    def __init__(self, top: str, git_dir: str, roots: List[str]) -> None:
+        self.top, self.git_dir, self.roots = top, git_dir, roots   # roots: where a .git file may point
+
+    def module(self, path: bytes) -> Optional[Place]:
+        """A submodule that is checked out. Nothing a .git file or a link says leads out of ``roots``."""
+        here = os.path.join(self.top, os.fsdecode(path))
+        try:
+            if not self.top or os.path.realpath(here) != here:
+                return None
+            git_dir = os.path.join(here, ".git")
+            if stat.S_ISREG(os.lstat(git_dir).st_mode):
+                words = read_bytes(git_dir, 4 * PATH_MAX) or b""
+                if not words.startswith(b"gitdir: "):
+                    return None
+                git_dir = os.path.realpath(os.path.join(here, os.fsdecode(words[8:].rstrip(b"\r\n"))))
+                if not any(git_dir.startswith(root + os.sep) for root in self.roots):
+                    return None
+            found = Place(here, git_dir, self.roots + [os.path.join(git_dir, "modules")])
+            good = os.path.realpath(found.objects) == found.objects and os.stat(found.objects).st_uid == os.stat(self.git_dir).st_uid
+            return found if good and os.path.isdir(found.objects) else None
+        except (OSError, ValueError, StateFailed):
+            return None
+
+    @property
+    def objects(self) -> str:
+        return os.path.join(self.git_dir, "objects")
+
+    def content(self, sha256: str, size: int) -> str:
+        """The file that holds an LFS object, by its name and size; "" where there is none."""
+        path = os.path.join(self.git_dir, "lfs", "objects", sha256[:2], sha256[2:4], sha256)
+        try:
+            status = os.lstat(path)
+        except OSError:
+            return ""
+        return path if stat.S_ISREG(status.st_mode) and status.st_size == size and os.path.realpath(path) == path else ""
+
+    def uncommitted(self, shadow: Shadow) -> bool:
+        """Whether a submodule has tracked files that differ from its HEAD."""
+        import shutil
+        env = {"GIT_INDEX_FILE": os.path.join(shadow.path, "module.index")}
+        try:
+            shutil.copyfile(os.path.join(self.git_dir, "index"), env["GIT_INDEX_FILE"])
+            status, head, _ = run([shadow.program, "--git-dir=" + self.git_dir, "rev-parse", "--verify", "-q",
+                                   "HEAD^{tree}"], git_environment())
+            return not status and any(shadow.differing("--work-tree=" + self.top, head.decode().strip(), env))
+        except (OSError, GitFailed):
+            return False
+
+
+class Parts:
+    """What is sent of a commit's tree (``source``): ``tree`` has the content of submodules and of LFS
+    files, as far as it lies on this machine, where ``source`` has links and pointers."""
+
+    def __init__(self, source: str) -> None:
+        self.source = self.tree = source
+        self.plain = True                                   # source has no submodule and no LFS file
+        self.whole = False                                  # seen: nothing of tree is export-ignored or a link
+        self.modules: Dict[bytes, Tuple[str, str]] = {}     # path -> its tree, its object store
+        self.lfs: Dict[bytes, Tuple[str, str, str]] = {}    # path -> mode, the pointer's id, the content's
+        self.files: Dict[bytes, Tuple[str, str, int]] = {}  # path -> the content's file, sha256, size
+        self.places: List[Place] = []                       # of the submodules
+        self.lacking = 0                                    # LFS files whose content is not here
+
+    def find(self, shadow: Shadow, place: Place, earlier: Iterator[Dict[str, Any]]) -> None:
+        """Look what is here. ``earlier`` are parts of before: content that was read once keeps its id."""
+        self.whole = True
+        self._look(shadow, place, self.source, b"", {}, earlier)
+        self.tree = self.build(shadow)
+
+    def _look(self, shadow: Shadow, place: Place, tree: str, prefix: bytes, known: Dict[str, str],
+              earlier: Iterator[Dict[str, Any]]) -> None:
+        attributes, links = [], []
+        for mode, oid, path in shadow.listing(tree):
+            if mode == "160000":
+                links.append((path, oid))
+            elif (b"/" + path).endswith(b"/.gitattributes"):
+                attributes.append(oid)
+        words = [data for _, data in shadow.blobs(attributes)]
+        self.whole = self.whole and not any(b"export-ignore" in data for data in words)
+        if any(b"lfs" in data for data in words):
+            self.plain = False
+            for path, mode, oid, sha256, size in shadow.pointers(tree):
+                while oid not in known:
+                    rows = next(earlier, None)
+                    if rows is None:
+                        break
+                    known.update((pointer, content) for _, _, pointer, content in rows.get("lfs", ()))
+                self._take(prefix + path, mode, oid, place.content(sha256, size), sha256, size, known)
+        for path, commit in links:
+            self.plain = False
+            module = place.module(path)
+            inner = module and shadow.tree_in(module.objects, commit)
+            self.whole = self.whole and bool(inner)
+            if module and inner:
+                shadow.lend(module.objects)
+                self.modules[prefix + path] = inner, module.objects
+                self.places.append(module)
+                self._look(shadow, module, inner, prefix + path + b"/", known, earlier)
+
+    def _take(self, path: bytes, mode: str, pointer: str, file: str, sha256: str, size: int, known: Dict[str, str]) -> None:
+        if file and pointer not in known:
+            known[pointer] = blob_id(file, sha256, size, "sha256" if len(pointer) == 64 else "sha1")
+        if file and known[pointer]:
+            self.lfs[path], self.files[path] = (mode, pointer, known[pointer]), (file, sha256, size)
+        else:
+            self.lacking += 1
+
+    def build(self, shadow: Shadow) -> str:
+        """Make ``tree`` in a shadow; its id. The content of LFS files is not there, only its ids."""
+        if not self.modules and not self.lfs:
+            return self.source
+        env = {"GIT_INDEX_FILE": os.path.join(shadow.path, "parts.index")}
+        rows = [("0", "0" * len(self.source), path) for path in self.modules]
+        try:
+            for path, (tree, objects) in self.modules.items():
+                shadow.lend(objects)
+                inner = ((mode, oid, path + b"/" + name) for mode, oid, name in shadow.listing(tree))
+                rows += [row for row in inner if row[2] not in self.modules]
+            rows += [(mode, content, path) for path, (mode, _, content) in self.lfs.items()]
+            shadow.call("read-tree", self.source, env=env)
+            shadow.call("update-index", "-z", "--index-info", env=env, stdin=b"".join(
+                b"%s %s\t%s\0" % (mode.encode(), oid.encode(), path) for mode, oid, path in rows))
+            return shadow.call("write-tree", "--missing-ok", env=env)
+        except GitFailed:
+            raise GitFailed("The tree that is sent cannot be put together: this repository or a submodule lacks objects of it.",
+                            "Fetch them: git fetch; git submodule update --init")
+
+    def stream(self, paths: Iterable[bytes]) -> Iterator[bytes]:
+        """LFS files as tar entries, checked once more while they are read."""
+        import hashlib
+        import tarfile
+        for path in paths:
+            file, sha256, size = self.files[path]
+            info = tarfile.TarInfo(os.fsdecode(path))
+            info.size, info.mtime, info.mode = size, int(time.time()), 0o755 if self.lfs[path][0] == "100755" else 0o644
+            try:
+                yield info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
+            except ValueError:  # a long name, more than 8 GB
+                yield info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+            digest = hashlib.sha256()
+            for data in read_content(file, size):
+                digest.update(data)
+                yield data
+            if digest.hexdigest() != sha256:
+                raise GitFailed("The LFS content of %s is damaged." % show(os.fsdecode(path)), "Look with: git lfs fsck")
+            if size % 512:
+                yield b"\0" * (-size % 512)
+
+    def as_dict(self) -> Dict[str, Any]:
+        """What build() needs, for a file."""
+        return {"source": self.source, "modules": [[os.fsdecode(path), *row] for path, row in self.modules.items()],
+                "lfs": [[os.fsdecode(path), *row] for path, row in self.lfs.items()]}
+
+    @classmethod
+    def of(cls, value: Mapping[str, Any]) -> Parts:
+        parts = cls(value["source"])
+        parts.plain = False
+        parts.modules = {os.fsencode(path): (tree, objects) for path, tree, objects in value["modules"]}
+        parts.lfs = {os.fsencode(path): (mode, pointer, content) for path, mode, pointer, content in value["lfs"]}
+        return parts
+
+
+def read_content(path: str, size: int) -> Iterator[bytes]:
+    """The bytes of a file, as many as said; GitFailed where there are fewer."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as stream:
+            while size:
+                data = stream.read(min(CHUNK, size))
+                if not data:
+                    raise OSError(0, "")
+                size -= len(data)
+                yield data
+    except OSError:
+        raise GitFailed("The LFS content %s cannot be read any more." % show(path), "Try again.")
+
+
+def blob_id(path: str, sha256: str, size: int, form: str) -> str:
+    """The id git would give to the content of an LFS object; "" where it is not as the pointer says."""
+    import hashlib
+    whole, blob = hashlib.sha256(), hashlib.new(form, b"blob %d\0" % size)
+    try:
+        for data in read_content(path, size):
+            whole.update(data)
+            blob.update(data)
+    except GitFailed:
+        return ""
+    return blob.hexdigest() if whole.hexdigest() == sha256 else ""
 
 
 def make_repository(path: str, files: Mapping[str, str]) -> str:
@@ -4056,10 +4365,10 @@ class Archive(Source):
     """The stream of a running `git archive`, with its length and checksum so far. ``total`` counts
     what travels: where there is a first piece, and the line is slow, the rest is compressed."""
 
-    def __init__(self, process: Process, said: str) -> None:
+    def __init__(self, process: Process, said: str, front: Iterator[bytes]) -> None:
         assert process.stdout
         super().__init__(process.stdout.fileno())
-        self.process, self.said = process, said
+        self.process, self.said, self.front = process, said, front
         self.digest = Cksum()
         self.ahead = b""            # read by small() and piece(), not yet passed on
         self.first = b""            # what piece() has cut off, not yet passed on
@@ -4068,11 +4377,12 @@ class Archive(Source):
         self.packer: Any = None
         self.ended = False          # all of it was read
         self.progress: Optional[Callable[[int], None]] = None
+        self.size: Callable[[], int] = lambda: 0  # an estimate of all that comes
 
     def small(self, limit: int = BULK_FROM) -> bool:
         """Whether the whole archive is at most ``limit`` bytes (reads that far)."""
         while len(self.ahead) <= limit:
-            data = os.read(self.fd, CHUNK)
+            data = self._more()
             if not data:
                 return True
             self.ahead += data
@@ -4094,11 +4404,14 @@ class Archive(Source):
             self.packer = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31) if slow else None
             self.word, self.waits = b"gzip\n" if slow else b"plain\n", False
 
+    def _more(self) -> bytes:
+        return next(self.front, b"") or os.read(self.fd, CHUNK)
+
     def read(self) -> bytes:
         if self.first:
             data, self.first, self.began, self.waits = self.first, b"", time.monotonic(), True
         else:
-            data, self.ahead = self.ahead or os.read(self.fd, CHUNK), b""
+            data, self.ahead = self.ahead or self._more(), b""
         self.ended = not data
         self.digest.update(data)
         if self.progress:
@@ -4196,6 +4509,8 @@ class ProjectBase:
         self.handed_over: Dict[bytes, str] = {}   # values of secrets sent by this process -> name
         self.history = History(self.registry)
         self.logging: Set[int] = set()            # threads in the middle of a logged operation
+        self._plain: Set[str] = set()             # trees known to have no submodule and no LFS file
+        self._looking = threading.Lock()          # many workspaces at once: LFS content is read by one
 
     def hand_over(self, secrets: Mapping[str, bytes]) -> None:
         """Remember what a command is given, for masking. The oldest make room: one that is fetched
@@ -4274,6 +4589,29 @@ class ProjectBase:
                                    "See `%s list`, or make it: %s new %s -H HOST"
                                    % (PROGRAM, PROGRAM, name))
         return self.kind(self, name, entry)
+
+    def parts(self, tree: str) -> Parts:
+        """What to send of a commit's tree, by what lies here now."""
+        parts = Parts(tree)
+        with self._looking:
+            if tree in self._plain or any(entry.get("plain") and entry["tree"] == tree for entry in self.entries().values()):
+                return parts
+            with self.repository.in_shadow(tree) as shadow:
+                parts.find(shadow, self.repository.place(), self.registry.all_parts())
+            if parts.plain:
+                self._plain.add(tree)
+            elif parts.tree != tree:
+                self.registry.save_parts(parts.tree, parts.as_dict())
+        return parts
+
+    def restore(self, shadow: Shadow, tree: str) -> Parts:
+        """The parts of a tree that was sent, made again in a shadow."""
+        value = self.registry.parts(tree)
+        parts = Parts.of(value) if value else Parts(tree)
+        parts.tree = parts.build(shadow)
+        if parts.tree != tree:
+            raise GitFailed("What was sent to the host cannot be told any more.")
+        return parts
 
     def create(self, name: str, host: str, ref: str = "HEAD", root: str = "", init: bool = True,
                report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> WorkspaceBase:
@@ -4398,7 +4736,7 @@ class ProjectBase:
             workspace, report = self.workspace(name), report or Report()
             entry = self.entries()[name]
             made = Creation(self, name, workspace.host.name, ref, entry["root"], report, cancel)
-            if made.commit == entry["base"] and not force:
+            if (made.commit, made.tree) == (entry["base"], entry["tree"]) and not force:
                 return False
             with Logged(self, "push", name, workspace.host.name, ref) as log:
                 if not force:
@@ -4415,7 +4753,12 @@ class ProjectBase:
             for line in reply.lines():
                 if line.startswith("kept "):
                     report.warn("what was in %s is kept until gc, on %s: %s" % (name, workspace.host.name, show(line[5:])))
-            self.registry.update(lambda record: record["workspaces"][name].update(base=made.commit, tree=made.tree))
+
+            def moved(record: Dict[str, Any]) -> None:
+                entry = record["workspaces"][name]
+                entry.update(base=made.commit, tree=made.tree, plain=made.parts.plain)
+                entry.get("pulled", {}).pop("left", None)
+            self.registry.update(moved)
             return True
 
     def gc(self) -> Dict[str, int]:
@@ -4437,6 +4780,7 @@ class ProjectBase:
         here, or ids there are not like ours."""
         try:
             with self.repository.in_shadow(entry["tree"]) as shadow:
+                self.restore(shadow, entry["tree"])
                 return shadow.unsent(entry["tree"])[0] if len(entry["tree"]) == 40 else ""
         except GitFailed:
             return ""
@@ -4449,6 +4793,7 @@ class ProjectBase:
             return
         check_reply(reply, host.name, "look for changes in %s" % name)
         lost = [show(line.replace("\t", " "), 200)[1:-1] for line in reply.lines() if line.strip()]
+        lost += ["%s (it lies in a submodule: no pull brings it home)" % path for path in home.get("left", ())]
         if lost:
             error = WorkspaceDirty("The workspace %s has work that would be lost: %s%s."
                                    % (name, ", ".join(lost[:5]), ", ..." if len(lost) > 5 else ""),
@@ -4495,7 +4840,9 @@ class Creation:
         self.project, self.name, self.report, self.cancel = project, name, report, cancel
         self.host = project.host(host)
         self.root = root
-        self.commit, self.tree = project.repository.resolve(ref)
+        self.commit, tree = project.repository.resolve(ref)
+        self.parts = project.parts(tree)
+        self.tree = self.parts.tree
         self.place, self.head = project.remote_name, ref == "HEAD"
         self.op = os.urandom(8).hex()
         self.sent = 0               # bytes of the archive
@@ -4504,7 +4851,7 @@ class Creation:
         self._clean_up_after_a_crash()
         entry: Dict[str, Any] = {
             "state": "creating", "host": self.host.name, "root": self.root, "project": self.place,
-            "base": self.commit, "tree": self.tree, "op": self.op, "created": int(time.time())}
+            "base": self.commit, "tree": self.tree, "plain": self.parts.plain, "op": self.op, "created": int(time.time())}
         self._record(entry)
         try:
             reply = self._make()
@@ -4580,6 +4927,7 @@ class Creation:
         for line in reply.lines():
             if re.match(r"[0-9a-f]{%d}\Z" % len(self.tree), line):
                 try:
+                    self.project.restore(shadow, line)
                     paths = [path for _, _, _, path in shadow.changes(line, self.tree)]
                 except GitFailed:
                     continue  # a tree that this repository does not have
@@ -4587,28 +4935,41 @@ class Creation:
                     best, least = line, len(paths)
         return best
 
-    def _left_out(self, shadow: Shadow) -> None:
+    def _left_out(self, shadow: Shadow, absent: Mapping[bytes, str]) -> None:
         """One line on what the repository has and the host does not get."""
-        absent = list(shadow.unsent(self.tree)[1].values())
-        parts = ["%d %s" % (absent.count(why), name) for why, name in (
-            ("export-ignore", "export-ignored files"), ("submodule", "submodules")) if why in absent]
+        reasons = list(absent.values())
         changed = self.project.repository.uncommitted(shadow) if self.head else 0
-        parts += ["%d uncommitted files (--dirty takes them along)" % changed] if changed else []
-        if shadow.uses_lfs(self.tree):
-            parts.append("LFS content (pointers are sent)")
+        parts = ["%d %s" % (count, name) for count, name in (
+            (reasons.count("export-ignore"), "export-ignored files"),
+            (reasons.count("submodule"), "submodules that are not checked out here"),
+            (self.parts.lacking, "LFS files whose content is not here (their pointers are sent)"),
+            (changed, "uncommitted files (--dirty takes them along)"),
+            (sum(place.uncommitted(shadow) for place in self.parts.places), "submodules' uncommitted work")) if count]
         if parts:
             self.report.note("not sent: %s." % ", ".join(parts))
+
+    def _archive(self, shadow: Shadow) -> Tuple[str, Archive]:
+        """(the base it stands on, or ""; the archive of what differs from that, or of all)"""
+        self.parts.build(shadow)
+        absent = {} if self.parts.whole else shadow.unsent(self.tree)[1]
+        parent = self._nearest(shadow)
+        self._left_out(shadow, absent)
+        apart = [path for path in self.parts.lfs if path not in absent]
+        tree = self.tree
+        if parent:
+            tree, apart = shadow.delta(parent, self.tree, self.parts.lfs)
+        elif self.parts.lfs:
+            tree = shadow.without(tree, self.parts.lfs)
+        archive, front = shadow.archive(tree, self.parts.stream(apart)), sum(self.parts.files[path][2] for path in apart)
+        archive.size = functools.lru_cache(maxsize=None)(lambda: front + shadow.archive_size(tree))
+        return parent, archive
 
     def _upload(self) -> None:
         """Stream the archive; it counts only when the host's length and checksum are ours."""
         with self.project.repository.in_shadow(self.tree) as shadow:
-            self._left_out(shadow)
-            parent = self._nearest(shadow)
-            tree = shadow.delta(parent, self.tree) if parent else self.tree
-            size = functools.lru_cache(maxsize=None)(lambda: shadow.archive_size(tree))
-            archive = shadow.archive(tree)
+            parent, archive = self._archive(shadow)
             try:
-                archive.progress = lambda done: self.report.progress(self.name, done, size)
+                archive.progress = lambda done: self.report.progress(self.name, done, archive.size)
                 direct = not archive.small()
                 try:
                     reply = self.host.call(UPLOAD, self.root, self.op, parent, archive.piece() if direct else "",
@@ -5192,8 +5553,10 @@ def read_pax(data: bytes) -> Dict[str, bytes]:
 class Grower:
     """Makes commits in a shadow out of a Harvest, and looks at each again."""
 
-    def __init__(self, shadow: Shadow, base: str, harvest: Harvest, ids: Mapping[int, str], absent: Mapping[bytes, str]) -> None:
-        self.shadow, self.base, self.harvest, self.ids, self.absent = shadow, base, harvest, ids, absent
+    def __init__(self, shadow: Shadow, base: str, harvest: Harvest, ids: Mapping[int, str], absent: Mapping[bytes, str],
+                 lfs: Mapping[bytes, Tuple[str, str, str]] = {}) -> None:
+        self.shadow, self.base, self.harvest, self.ids, self.absent, self.lfs = shadow, base, harvest, ids, absent, lfs
+        self.contents = {content: pointer for _, pointer, content in lfs.values()}
         self.env = {"GIT_INDEX_FILE": os.path.join(shadow.path, "result.index")}
         self.at = ""  # the commit the index stands at
 
@@ -5226,6 +5589,7 @@ class Grower:
             if not mode and path in self.absent:
                 raise refuse("it deletes %s, which was never sent" % show(path.decode("utf-8", "replace")))
             wanted[path] = (mode, self.ids[mark]) if mode else ("0", zero)
+        self._point(parent, wanted)
         rows = sorted(wanted.items(), key=lambda item: item[1][0] != "0")  # deletions first
         try:
             self.shadow.call("update-index", "-z", "--index-info", env=self.env, stdin=b"".join(
@@ -5235,6 +5599,13 @@ class Grower:
         tree = self.shadow.call("write-tree", env=self.env)
         self._look_again(parent, tree, wanted)
         return tree
+
+    def _point(self, parent: str, wanted: Dict[bytes, Tuple[str, str]]) -> None:
+        """LFS content that was sent becomes its pointer again: in its place, and where LFS manages the new one."""
+        same = {path for path, (_, oid) in wanted.items() if oid in self.contents and path in self.lfs}
+        moved = [path for path, (_, oid) in wanted.items() if oid in self.contents and path not in self.lfs]
+        for path in same.union(self.shadow.lfs_paths(moved, self.env) if moved else ()):
+            wanted[path] = wanted[path][0], self.contents[wanted[path][1]]
 
     def _look_again(self, parent: str, tree: str, wanted: Dict[bytes, Tuple[str, str]]) -> None:
         """What differs must be what was wanted, and all of it; no two paths may fold into one."""
@@ -5294,9 +5665,12 @@ class Pull:
         self.workspace, self.shadow, self.report, self.allow, self.cancel = workspace, shadow, report, allow, cancel
         self.entry = workspace.project.registry.read()["workspaces"][workspace.name]
         self.base: str = workspace.base
+        self.parts = workspace.project.restore(shadow, self.entry["tree"])
         self.sent_tree, self.absent = shadow.unsent(self.entry["tree"])
+        self.modules = {path for path, why in self.absent.items() if why == "submodule"}.union(self.parts.modules)
+        self.lfs = {path: row for path, row in self.parts.lfs.items() if not self._in_module(path)}
         self.notes: List[str] = []
-        self.pulled: Dict[str, str] = {}
+        self.pulled: Dict[str, Any] = {}
         self._sent: Optional[Set[bytes]] = None
 
     def sent(self) -> Set[bytes]:
@@ -5320,11 +5694,16 @@ class Pull:
             dirty, unsent = self._read(wire, incoming, harvest)
             reply = incoming.reply()
             check_reply(reply, self.workspace.host.name, "give the result of %s" % self.workspace.name)
+            if unsent and how:
+                raise refuse("it lists files and does not send them")
             if unsent:
                 return self.fetch("all")
-            self._grower = Grower(self.shadow, self.base, harvest, importer.finish(), self.absent)
+            ids = importer.finish()
+            self._keep_out(harvest, ids)
+            self._grower = Grower(self.shadow, self.base, harvest, ids, self.absent, self.lfs)
             self._leaks(harvest)
             commits = self._grower.grow()
+            self._tell_lfs(commits)
             if dirty and not next(self.shadow.changes((commits[-2:-1] or [self.base])[0], commits[-1]), None):
                 return commits[:-1], False
             return commits, dirty
@@ -5333,6 +5712,37 @@ class Pull:
             importer.close()
             if incoming:
                 incoming.close()
+
+    def _in_module(self, path: bytes) -> bool:
+        """Whether a path is a submodule's, or lies in one."""
+        return bool(self.modules) and (path in self.modules or any(
+            path[:match.start()] in self.modules for match in re.finditer(b"/", path)))
+
+    def _keep_out(self, harvest: Harvest, ids: Mapping[int, str]) -> None:
+        """Leave out what stands where this repository has a submodule: no commit of it can hold that."""
+        above = {path[:match.start()] for path in self.modules for match in re.finditer(b"/", path)}
+        found: Dict[bytes, Set[Tuple[str, str]]] = {}
+        for changes in [commit["changes"] for commit in harvest.commits if self.modules]:
+            for path in [path for path in changes if path in above or self._in_module(path)]:
+                mode, mark = changes.pop(path)
+                found.setdefault(path, set()).add((mode, ids[mark] if mode else ""))
+        for mode, oid, path in self.shadow.listing(self.sent_tree) if found else ():
+            if found.get(path) == {(mode, oid)}:  # a host without git may send all files
+                del found[path]
+        left = [show(path.decode("utf-8", "replace"))[1:-1] for path in sorted(found)]
+        self.notes += ["left out: %s (it lies in a submodule: no commit here can hold it)" % path for path in left[:20]]
+        self.notes += ["left out: %d more in submodules" % (len(left) - 20)] if left[20:] else []
+        if left:
+            self.pulled["left"] = left[:20]
+
+    def _tell_lfs(self, commits: List[str]) -> None:
+        """A changed or new LFS file came as its content. ``git add`` makes a pointer of it, where LFS is installed."""
+        rows = self.shadow.changes(self.base, commits[-1]) if commits and self.lfs else iter(())
+        pointers = {pointer for _, pointer, _ in self.lfs.values()}
+        changed = [path for _, mode, oid, path in rows if mode in ("100644", "100755") and oid not in pointers]
+        new = self.shadow.lfs_paths(changed, self._grower.env) if changed else []
+        self.notes += ["%s came home as content: after the merge, `git add` makes an LFS pointer of it"
+                       % show(path.decode("utf-8", "replace"))[1:-1] for path in new[:20]]
 
     def _counted(self, incoming: Incoming, harvest: Harvest) -> Callable[[], bytes]:
         def take() -> bytes:
@@ -5349,7 +5759,7 @@ class Pull:
             words = line.split(b" ")
             if words[0] == b"note" and noted < PULL_PATHS_MAX:
                 noted += 1
-                self.notes += [show(line[5:].decode("utf-8", "replace"))[1:-1]] if noted <= 20 else []
+                self.notes += ["left out: " + show(line[5:].decode("utf-8", "replace"))[1:-1]] if noted <= 20 else []
             elif words[0] == b"large":
                 raise refuse("%s there has more than %s" % (show(line[6:].decode("utf-8", "replace")), human_size(PULL_FILE_MAX)),
                              "Remove it there, or let .gitignore cover it, and pull again.")
@@ -5469,6 +5879,8 @@ def diff(workspace: WorkspaceBase, stat: bool = False, report: Optional[Report] 
         commits, _ = work.fetch()
         for path, names in work.secrets.items():
             work.report.warn("%s holds the secret %s." % (path, ", ".join(names)))
+        for note in work.notes:
+            work.report.warn(note)
         yield from work.diff(*(("--stat=100", "--stat-count=500") if stat else ("-p",)), workspace.base, (commits or [workspace.base])[-1])
 
 
@@ -8283,7 +8695,7 @@ def command_pull(options: argparse.Namespace) -> int:
         print_json(result.as_dict())
         return 0
     for note in result.notes:
-        terminal.warn("left out: %s" % note)
+        terminal.warn(note)
     for path, names in result.secrets.items():
         terminal.line("%s: warning: %s holds the secret %s." % (PROGRAM, path, ", ".join(names)))
     if options.verbosity < 0:

@@ -4485,6 +4485,20 @@ def test_pull_without_git_on_the_host(site: Site) -> None:
     assert odd.cli("rm", "main").code == 0
 
 
+def test_a_host_that_lists_files_and_never_sends_them_is_asked_twice(site: Site) -> None:
+    repo = Repo(site)
+    host = bare_host(site)
+    tar = site.dir / "posix-bin" / "tar"
+    real = tar.resolve()
+    tar.unlink()
+    tar.write_text('#!/bin/sh\ncase $1 in -cf) exit 0;; esac\nexec %s "$@"\n' % real)
+    tar.chmod(0o755)
+    assert repo.cli("new", "-H", host, "main").code == 0
+    do(repo, "echo x >new")
+    refused = repo.cli("pull")
+    assert refused.code == 1 and "does not send them" in refused.said, refused
+
+
 @pytest.mark.parametrize("host", ["box", "nogit"])
 @pytest.mark.parametrize("harm", ["echo u >untracked", "echo c >>README", "rm README; echo x >src/x"])
 def test_rm_refuses_changed_files(site: Site, host: str, harm: str) -> None:
@@ -4717,6 +4731,266 @@ def test_fork_and_rename_survive_being_killed(repo: Repo) -> None:
             assert again.code == 0, again
         assert tree_of(repo.path(name)) == there
     assert set(repo.workspaces()) == {"two", "three"}
+
+
+# === submodules and LFS ===
+
+LIB, INNER = 'vendor/li b "q\'', "in ner"
+CONTENT = b"\0LFS content\n" * 300000
+
+
+class Family(Repo):
+    """A superproject: a submodule with another inside, one that is not checked out; LFS files with and without
+    their content here (git-lfs is not needed for that)."""
+
+    def __init__(self, site: Site) -> None:
+        libs = {}
+        for name, files in (("inner", {"deep.c": b"deep\n"}), ("lib", {"x.c": b"x\n", "-y z": b"y\n"}), ("absent", {"a": b"a\n"})):
+            libs[name] = Repo(site, name, files=files)
+        self.lib = libs["lib"]
+        libs["lib"].git("-c", "protocol.file.allow=always", "submodule", "add", "-q", str(libs["inner"].dir), INNER)
+        libs["lib"].commit("inner")
+        super().__init__(site, files={".gitattributes": b"*.bin filter=lfs diff=lfs merge=lfs -text\n/hidden export-ignore\n", "hidden": b"h\n"})
+        for path, name in ((LIB, "lib"), ("absent", "absent")):
+            self.git("-c", "protocol.file.allow=always", "submodule", "add", "-q", str(libs[name].dir), path)
+        self.git("-c", "protocol.file.allow=always", "submodule", "update", "-q", "--init", "--recursive")
+        self.lfs("assets/model.bin", CONTENT)
+        self.lfs("assets/tool.bin", b"#!/bin/sh\n")
+        (self.dir / "assets/tool.bin").chmod(0o755)
+        self.lfs("gone.bin", b"nowhere", here=False)
+        self.lfs("\u00fc" * 90 + "/" + "y" * 120 + ".bin", b"long\n")
+        self.commit("family")
+        self.git("submodule", "--quiet", "deinit", "-f", "absent")
+
+    def lfs(self, path: str, content: bytes, here: bool = True) -> None:
+        digest = hashlib.sha256(content).hexdigest()
+        self.write(path, b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (digest.encode(), len(content)))
+        if here:
+            self.write(".git/lfs/objects/%s/%s/%s" % (digest[:2], digest[2:4], digest), content)
+
+    def whole(self) -> Dict[bytes, Tuple[str, bytes]]:
+        """What the host should get."""
+        found = {path: value for path, value in tree_of(self.dir).items() if path.split(b"/")[-1] != b".git" and path != b"hidden"}
+        for path in filter(lambda path: path.endswith(b".bin") and path != b"gone.bin", found):
+            oid = re.search(b"sha256:(.*)", found[path][1])
+            assert oid
+            name = oid.group(1).decode()
+            found[path] = found[path][0], (self.dir / ".git/lfs/objects" / name[:2] / name[2:4] / name).read_bytes()
+        return found
+
+    def asleep(self) -> Dict[str, bytes]:
+        """Everything of this repository and its submodules that nothing of ours may touch."""
+        return {str(p): p.read_bytes() if p.is_file() and not p.is_symlink() else b"" for p in sorted(self.dir.rglob("*"))
+                if not str(p.relative_to(self.dir)).startswith((".git/objects", ".git/refs/heads/cmux", ".git/logs/refs/heads/cmux"))}
+
+
+def place_of(site: Site, host: str) -> str:
+    return bare_host(site) if host == "nogit" else host
+
+
+@pytest.mark.parametrize("host", ["box", "nogit"])
+def test_submodules_and_lfs_content_travel_and_do_not_come_back(site: Site, host: str) -> None:
+    family = Family(site)
+    before = family.asleep()
+    made = family.cli("new", "-H", place_of(site, host), "main")
+    assert made.code == 0, made
+    for words in ("1 export-ignored", "1 submodules that are not checked out", "1 LFS files whose content is not here"):
+        assert words in made.said, made
+    assert tree_of(family.path()) == family.whole()
+    assert family.whole()[b"assets/model.bin"][1] == CONTENT and family.whole()[os.fsencode("%s/%s/deep.c" % (LIB, INNER))]
+    assert "Nothing new" in family.cli("pull").text and family.cli("diff").out == b""
+    second = family.cli("new", "-v", "-H", place_of(site, host), "second")
+    assert second.code == 0 and "sent" not in second.said, second
+    assert tree_of(family.path("second")) == family.whole()
+    if host == "box":
+        assert family.cli("exec", "-w", "main", "--", "git status --short; git log --format=%s").out == b"base\n"
+    assert family.asleep() == before
+    assert family.cli("rm", "main").code == 0 and family.cli("rm", "second").code == 0
+
+
+@pytest.mark.parametrize("host", ["box", "nogit"])
+def test_changes_in_submodules_are_left_out_and_kept_from_rm(site: Site, host: str) -> None:
+    family = Family(site)
+    assert family.cli("new", "-H", place_of(site, host), "main").code == 0
+    before = family.asleep()
+    script = AGENT + """echo more >>README; echo other >assets/model.bin; echo x >new.bin; cp assets/tool.bin plain; mv assets/tool.bin assets/moved.bin
+        cd vendor/li*; echo edit >>x.c; rm -r in*/README; cd ../..; mkdir -p absent; echo agent >absent/new; git add -A; git commit -qm mine; echo u >'vendor/li b "q'"'/untracked"
+        """
+    do(family, script if host == "box" else script.replace("git add -A; git commit -qm mine", ":"))
+    refused = family.cli("rm", "main")
+    assert refused.code == 1 and "submodule" not in refused.said, refused
+    pulled = family.cli("pull")
+    assert pulled.code == 0, pulled
+    assert family.asleep() == before
+    for path in (LIB + "/x.c", LIB + "/%s/README" % INNER, LIB + "/untracked", "absent/new"):
+        assert "left out: %s" % json.dumps(path)[1:-1].replace('\\"', '"') in pulled.said.replace("\\", ""), (path, pulled)
+    assert pulled.said.count("left out") == 4 and pulled.said.count("came home as content") == 2, pulled
+    changes = ["M\tREADME", "M\tassets/model.bin", "R100\tassets/tool.bin\tassets/moved.bin", "A\tnew.bin", "A\tplain"]
+    assert family.git("diff", "-M", "--name-status", "main", "cmux/main").split("\n") == changes
+    assert family.git("show", "cmux/main:assets/moved.bin").startswith("version https") and family.git("show", "cmux/main:plain") == "#!/bin/sh"
+    assert family.git("ls-tree", "-r", "cmux/main").count("160000 commit") == 2
+    family.git("fsck", "--strict")
+    again = family.cli("pull")
+    assert "Nothing new" in again.text and again.said.count("left out") == 4, again
+    for words in (["rm", "main"], ["push", "--ref", "HEAD~1"]):
+        refused = family.cli(*words)
+        assert refused.code == 1 and "no pull brings it home" in refused.said and "README" not in refused.said.replace("/README", ""), refused
+    assert family.cli("push", "--ref", "HEAD~1", "--force").code == 0
+    assert family.cli("rm", "main").code == 0
+
+
+@pytest.mark.parametrize("host", ["box", "nogit"])
+def test_a_moved_submodule_is_pushed_as_a_delta(site: Site, host: str) -> None:
+    family = Family(site)
+    assert family.cli("new", "-H", place_of(site, host), "main").code == 0
+    inside = Repo.__new__(Repo)
+    inside.site, inside.dir = site, family.dir / LIB
+    inside.write("x.c", b"moved\n")
+    inside.write("fresh", b"f\n")
+    (inside.dir / "-y z").unlink()
+    inside.commit("moved")
+    family.lfs("assets/tool.bin", b"#!/bin/sh\necho new\n")
+    family.commit("submodule moved")
+    pushed = family.cli("push", "-v")
+    assert pushed.code == 0, pushed
+    assert re.search(r"sent \d\d\.\d kB", pushed.said), pushed  # the delta, not the 4 MB of all
+    assert tree_of(family.path()) == family.whole()
+    assert family.cli("diff").out == b"" and "already" in family.cli("push").text
+    do(family, "echo work >>README")
+    assert family.cli("pull").code == 0
+    assert family.git("diff", "--name-only", "main", "cmux/main") == "README"
+    back = family.cli("push", "--ref", "HEAD~1")
+    assert back.code == 0, back
+    assert (family.path() / LIB / "x.c").read_bytes() == b"x\n" and not (family.path() / LIB / "fresh").exists()
+    assert family.cli("diff").out == b"" and family.cli("rm", "main").code == 0
+
+
+def test_a_workspace_outlives_the_submodule_and_the_content_it_was_made_of(site: Site) -> None:
+    family = Family(site)
+    assert family.cli("new", "-H", "box", "main").code == 0
+    shutil.rmtree(str(family.dir / ".git/lfs"))
+    family.git("submodule", "--quiet", "deinit", "-f", LIB)
+    assert "Nothing new" in family.cli("pull").text
+    do(family, "echo work >>README; echo x >>vendor/li*/x.c")
+    pulled = family.cli("pull")
+    assert pulled.code == 0 and pulled.said.count("left out") == 1, pulled
+    assert family.git("diff", "--name-only", "main", "cmux/main") == "README"
+    do(family, "rm -rf vendor; echo a file >vendor")
+    pulled = family.cli("pull")
+    assert pulled.code == 0 and "left out: vendor (" in pulled.said and "left out: vendor/li" in pulled.said, pulled
+    assert family.git("ls-tree", "-r", "cmux/main").count("160000 commit") == 2
+    shutil.rmtree(str(family.dir / ".git/modules"))
+    refused = family.cli("diff")
+    assert refused.code == 1 and "submodule" in refused.said and "Traceback" not in refused.said, refused
+    assert family.cli("rm", "main").code == 1 and family.cli("rm", "main", "--force").code == 0
+    made = family.cli("new", "-H", "box", "next")
+    assert made.code == 0 and "2 submodules that are not" in made.said and "4 LFS files" in made.said, made
+    assert "Nothing new" in family.cli("pull", "-w", "next").text
+    moved = family.cli("push", "-w", "next")
+    assert "already" in moved.text, moved
+    family.lfs("assets/model.bin", CONTENT)
+    assert "is at" in family.cli("push", "-w", "next").text and (family.path("next") / "assets/model.bin").read_bytes() == CONTENT
+
+
+def test_uncommitted_work_in_a_submodule_is_said_and_none_of_its_filters_run(site: Site) -> None:
+    family = Family(site)
+    trap, evil = site.dir / "trap", site.dir / "evil.sh"
+    evil.write_text("#!/bin/sh\necho ran >>%s\ncat\n" % trap)
+    evil.chmod(0o755)
+    for git_dir in (family.dir / ".git/modules").rglob("HEAD"):
+        for key in ("filter.evil.clean", "filter.evil.process", "core.fsmonitor", "diff.external"):
+            subprocess.run(["git", "--git-dir", str(git_dir.parent), "config", key, str(evil)], check=True) if (git_dir.parent / "config").exists() else None
+        (git_dir.parent / "info").mkdir(exist_ok=True)
+        (git_dir.parent / "info/attributes").write_text("* filter=evil\n")
+    family.write(LIB + "/x.c", b"z\n")
+    os.utime(str(family.dir / LIB / "x.c"), (1, 1))
+    clean = family.cli("new", "-H", "box", "clean")
+    assert clean.code == 0 and "1 submodules' uncommitted work" in clean.said, clean
+    family.write("README", b"dirty\n")
+    made = family.cli("new", "-H", "box", "main", "--dirty")
+    assert made.code == 0 and "1 submodules' uncommitted work" in made.said and "1 submodules that are not checked out" in made.said, made
+    assert (family.path() / "README").read_bytes() == b"dirty\n" and (family.path() / LIB / "x.c").read_bytes() == b"x\n"
+    assert not trap.exists()
+    subprocess.run(["git", "-C", str(family.dir / LIB), "-c", "core.fsmonitor=false", "-c", "filter.evil.clean=cat", "commit", "-qam", "moved"], check=True, env=site.environment())
+    trap.unlink() if trap.exists() else None
+    assert family.cli("push", "-w", "main", "--dirty").code == 0
+    assert (family.path() / LIB / "x.c").read_bytes() == b"z\n" and not trap.exists()
+
+
+def test_a_submodule_that_lies_elsewhere_is_none(tmp_path: Path) -> None:
+    """Only what git itself would have put there is read: no link, no foreign owner's idea of a path."""
+    top = tmp_path / "top"
+    for folder in (top / ".git/modules/good/objects", top / ".git/modules/linked", tmp_path / "secret/objects", top / "real/.git/objects", tmp_path / "away/.git/objects"):
+        folder.mkdir(parents=True)
+    (top / ".git/modules/linked/objects").symlink_to(tmp_path / "secret/objects")
+    (top / ".git/modules/escape").symlink_to(tmp_path / "secret")
+    (top / "link").symlink_to(tmp_path / "away")
+    (top / "inner-link").symlink_to("real")
+    (top / "dotlink").mkdir()
+    (top / "dotlink/.git").symlink_to(tmp_path / "secret")
+    (top / "fifo").mkdir()
+    os.mkfifo(str(top / "fifo/.git"))
+    place = c.Place(str(top), str(top / ".git"), [str(top / ".git/modules")])
+    for text, good in ((b"gitdir: ../.git/modules/good\n", True), (b"gitdir: %s\n" % os.fsencode(top / ".git/modules/good"), True), (b"gitdir: ../.git/modules/linked\n", False),
+                       (b"gitdir: ../.git/modules/escape\n", False), (b"gitdir: %s\n" % os.fsencode(tmp_path / "secret"), False), (b"gitdir: ../.git/modules/../../../secret\n", False),
+                       (b"gitdir: ../.git/modules\n", False), (b"gitdir: ../.git\n", False), (b"gitdir: ../.git/modulesx\n", False), (b"\0\n", False), (b"gitdir: a\0b\n", False),
+                       (b"", False), (b"gitdir: ../.git/modules/good\nx\n", False), (b"x" * 10000, False)):
+        (top / "sub").mkdir(exist_ok=True)
+        (top / "sub/.git").write_bytes(text)
+        assert (place.module(b"sub") is not None) == good, text
+    assert place.module(b"real") and not any(place.module(path) for path in (b"link", b"inner-link", b"dotlink", b"fifo", b"none", b"../away", b"real/../real", b"."))
+    assert c.Place("", str(top / ".git"), []).module(b"real") is None
+    content = hashlib.sha256(b"x").hexdigest()
+    store = top / ".git/lfs/objects" / content[:2] / content[2:4]
+    store.mkdir(parents=True)
+    (tmp_path / "secret/x").write_bytes(b"x")
+    (store / content).symlink_to(tmp_path / "secret/x")
+    assert place.content(content, 1) == ""
+    (store / content).unlink()
+    (store / content).write_bytes(b"x")
+    assert place.content(content, 1) and place.content(content, 2) == ""
+    assert c.blob_id(place.content(content, 1), content, 1, "sha1") and c.blob_id(place.content(content, 1), "0" * 64, 1, "sha1") == ""
+
+
+@pytest.mark.parametrize("host", ["box", "nogit"])
+def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site: Site, host: str) -> None:
+    repo = Repo(site, files={".gitattributes": b"*.bin filter=lfs\n"})
+    size = c.PULL_FILE_MAX + 4096
+    digest = hashlib.sha256(bytes(size)).hexdigest()
+    repo.write("model.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (digest.encode(), size))
+    repo.write(".git/lfs/objects/%s/%s/%s" % (digest[:2], digest[2:4], digest), b"")
+    os.truncate(str(repo.dir / ".git/lfs/objects" / digest[:2] / digest[2:4] / digest), size)
+    repo.commit("model")
+    assert repo.cli("new", "-H", place_of(site, host), "main").code == 0
+    assert (repo.path() / "model.bin").stat().st_size == size
+    do(repo, "echo x >>README")
+    pulled = repo.cli("pull")
+    assert pulled.code == 0 and repo.git("diff", "--name-only", "main", "cmux/main") == "README", pulled
+    do(repo, "echo x >>model.bin")
+    for words in (["pull"], ["rm", "main"]):
+        refused = repo.cli(*words)
+        assert refused.code == 1 and "model.bin" in refused.said, refused
+    do(repo, "truncate -s -2 model.bin 2>/dev/null || head -c %d model.bin >m && mv m model.bin; touch -d 2001-01-01T00:00:00 model.bin; mv model.bin moved" % size)
+    moved = repo.cli("pull")
+    assert moved.code == 1 and "Traceback" not in moved.said and "refused" in moved.said, moved
+
+
+def test_damaged_lfs_content_is_not_sent(site: Site) -> None:
+    family = Family(site)
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    path = family.dir / ".git/lfs/objects" / digest[:2] / digest[2:4] / digest
+    path.write_bytes(b"X" + CONTENT[1:])
+    made = family.cli("new", "-H", "box", "one")
+    assert made.code == 0 and "2 LFS files whose" in made.said, made
+    path.write_bytes(CONTENT)
+    assert family.cli("new", "-H", "box", "two").code == 0
+    family.write("README", b"other")
+    family.commit()
+    shutil.rmtree(str(family.path("two").parent.parent / ".cmux/bases"))
+    path.write_bytes(b"X" + CONTENT[1:])
+    refused = family.cli("new", "-H", "box", "three")
+    assert refused.code == 1 and "assets/model.bin" in refused.said and "git lfs fsck" in refused.said, refused
+    assert "three" not in family.workspaces()
 
 
 # === MCP ===
