@@ -694,20 +694,20 @@ _croot() { # $1 root as given, may be empty or begin with ~ -> cd there, $root
 }
 _cone() { # op function...: one attempt of an operation at a time (a lost line is tried again while the first
   # may still run: the link names its process), and none once SETTLE or REMOVE has given it up
-  k=$root/.cmux/stage/$1 n=0 o=
-  until ln -s $$ "$k.by"; do
-    if o=$(readlink "$k.by"); then kill -0 "$o" || rm -f "$k.by"; fi
-    n=$((n+1)); [ $n -lt 3000 ] || return 3; [ "$o" ] || [ $n -lt 9 ] || return 3
+  _ck=$root/.cmux/stage/$1 _cn=0 o=
+  until ln -s $$ "$_ck.by"; do
+    if o=$(readlink "$_ck.by"); then kill -0 "$o" || rm -f "$_ck.by"; fi
+    _cn=$((_cn+1)); [ $_cn -lt 3000 ] || return 3; [ "$o" ] || [ $_cn -lt 9 ] || return 3
     sleep 0.1 || sleep 1
   done
   shift
-  if [ -e "$k.off" ]; then r=3; else "$@"; r=$?; fi
-  rm -f "$k.by"; return $r
+  if [ -e "$_ck.off" ]; then r=3; else "$@"; r=$?; fi
+  rm -f "$_ck.by"; return $r
 }
 _coff() { # op: no attempt of it begins any more, and the one that runs has ended
   k=.cmux/stage/$1 n=0; : >"$k.off" || return 3
   while o=$(readlink "$k.by") && kill -0 "$o" && [ $n -lt 3000 ]; do n=$((n+1)); sleep 0.1 || sleep 1; done
-  rm -rf "$k"
+  rm -rf "$k" "$k.by"
 }
 """
 
@@ -1008,18 +1008,18 @@ _cop() {
 }
 """
 
-# REMOVE root project name op [made]: a rename into the trash, and a background reap. Constant time.
-#   A missing directory is success. rm -rf does not follow symbolic links. `made`: the op of a
-#   creation whose client was killed; it may still run, and must not publish afterwards.
+# REMOVE root project name op given-up...: a rename into the trash, and a background reap. Constant
+#   time. A missing directory is success. rm -rf does not follow symbolic links. Given up: the ops of
+#   a creation and of removals whose clients were killed; they may still run, but do no more after this.
 REMOVE = OPEN_ROOT + r"""
-_cop() {
-  _croot "$1" || return
-  case $5 in ?*) _coff "$5" || return;; esac
-  t=.cmux/trash/$4
+_cop() { _croot "$1" && _cone "$4" _cremove "$@"; }
+_cremove() {
+  p=$2 w=$3 t=.cmux/trash/$4; shift 4
+  for x in "$@"; do _coff "$x" || return; done
   mkdir -p "$t" || return 3
-  if [ -L "$2" ]; then return 3; fi
-  if [ -e "$2/$3" ] || [ -L "$2/$3" ]; then mv "$2/$3" "$t/" || return 3; fi
-  for x in base mark op pull push; do rm -f ".cmux/made/$2/$3.$x"; done
+  if [ -L "$p" ]; then return 3; fi
+  if [ -e "$p/$w" ] || [ -L "$p/$w" ]; then mv "$p/$w" "$t/" || return 3; fi
+  for x in base mark op pull push; do rm -f ".cmux/made/$p/$w.$x"; done
   ( trap '' HUP; cd / && exec rm -rf "$root/$t" ) </dev/null >/dev/null 2>&1 4>&- &
 }
 """
@@ -1722,9 +1722,19 @@ class Registry:
                          "name": safe_workspace(name[:-4] if name.endswith(".git") else name)[:40],
                          "id": os.urandom(6).hex(), "workspaces": {}}
             remove_leftovers(self.path)
+            self._sweep_locks()
             change(check_record(value, self.path))
             write_json(self.path, value)
         return value
+
+    def _sweep_locks(self) -> None:
+        """The locks below, of processes that were killed."""
+        folder, name = os.path.split(self.path)
+        for entry in os.listdir(folder):
+            if entry.startswith((name + ".name.", name + ".tree.")):
+                lock = Lock(os.path.join(folder, entry), passing=True)
+                lock.take()
+                lock.free()
 
     def creation_lock(self, name: str) -> Lock:
         """Held while a workspace is made or removed, so that two processes don't both."""
@@ -1772,6 +1782,9 @@ class History:
         if len(line) > HISTORY_LINE:  # the detail has been bounded by its author: odd names can still swell
             line = json.dumps(dict(row, detail=""))
         try:
+            if not self.swept:
+                self.swept = True
+                self.now()  # clears away what processes that were killed left
             fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
                 os.write(fd, line.encode("ascii") + b"\n")
@@ -1802,9 +1815,6 @@ class History:
         """A record that lasts until end(), or until this process dies."""
         import json
         try:
-            if not self.swept:
-                self.swept = True
-                self.now()  # clears away what processes that were killed left
             os.makedirs(self.running, 0o700, exist_ok=True)
             lock = Lock(os.path.join(self.running, "%d.%s" % (os.getpid(), os.urandom(4).hex())))
             if lock.take():
@@ -4272,15 +4282,27 @@ class ProjectBase:
         self.registry.update(lambda record: record["workspaces"][name].update(fields))
 
     def discard(self, name: str, entry: Dict[str, Any]) -> None:
-        """The directory into the trash there, the entry out of the registry."""
-        host = self.host(entry["host"])
-        reply = host.call(REMOVE, entry["root"], entry["project"], name, os.urandom(8).hex(), entry["op"])
-        check_reply(reply, host.name, "remove the workspace %s" % name)
+        """The directory into the trash there, the entry out of the registry; not listed from here on,
+        unless the host does not do it."""
+        host, op, before = self.host(entry["host"]), os.urandom(8).hex(), entry.get("removals", [])
+        self.update(name, state="removing", removals=before + [op])
+        try:
+            reply = host.call(REMOVE, entry["root"], entry["project"], name, op,
+                              *before, *([] if entry["state"] == "ready" else [entry["op"]]))
+            check_reply(reply, host.name, "remove the workspace %s" % name)
+        except CmuxError as error:
+            if not isinstance(error, ConnectionLost):  # then nobody knows
+                self.update(name, state=entry["state"])
+            raise
         self.registry.update(lambda record: record["workspaces"].pop(name, None) and None)
 
     def vacate(self, name: str) -> None:
         """See that a name is free. Under its lock, an entry that is not ready is what a process that
-        was killed left, and was never reported to anybody: it is cleared away."""
+        was killed left, and was never reported to anybody: it is cleared away. So is half a rename to it."""
+        for other, entry in self.entries().items():
+            if entry.get("intent", {}).get("to") == name:
+                with self.registry.creation_lock(other):
+                    self.settle(other)
         entry = self.registry.read()["workspaces"].get(name)
         if entry and entry["state"] == "ready":
             raise WorkspaceExists("The workspace %s exists already." % name,
@@ -4372,13 +4394,7 @@ class Project(ProjectBase):
                     entry = self.settle(name)
                     if not force:
                         self._refuse_changes(name, host, entry)
-                    self.update(name, state="removing")  # from here on it is not listed, whatever happens
-                try:
-                    self.discard(name, dict(entry, op="") if entry["state"] == "ready" else entry)
-                except CmuxError as error:
-                    if not isinstance(error, ConnectionLost):
-                        self.update(name, state=entry["state"])
-                    raise
+                self.discard(name, entry)
         return [name]
 
     def fork(self, source: WorkspaceBase, name: str) -> WorkspaceBase:
@@ -4387,7 +4403,7 @@ class Project(ProjectBase):
             self.vacate(name)
             made = dict(self.entry(source.name), state="forking", op=os.urandom(8).hex(), created=int(time.time()),
                         path=source.path[:-len(source.name)] + name)
-            for key in ("branches", "tips", "intent"):
+            for key in ("branches", "tips", "intent", "removals"):
                 made.pop(key, None)
             self.registry.update(lambda record: record["workspaces"].update({name: made}))
             self._move(FORK, source.host, made, source.name, name, made["op"])
@@ -4397,9 +4413,9 @@ class Project(ProjectBase):
     def rename(self, source: WorkspaceBase, name: str) -> WorkspaceBase:
         """Give a workspace another name, here and on the host. Until both are done, it has the old one."""
         with self.registry.creation_lock(check_workspace(name)), self.registry.creation_lock(source.name):
+            entry, op = self.settle(source.name), os.urandom(8).hex()
             self.vacate(name)
-            op = os.urandom(8).hex()
-            entry = dict(self.settle(source.name), path=source.path[:-len(source.name)] + name)
+            entry = dict(entry, path=source.path[:-len(source.name)] + name)
             self.update(source.name, intent={"op": op, "to": name})
             self._move(RENAME, source.host, entry, source.name, name, entry["op"], op)
 
