@@ -715,6 +715,23 @@ _croot() { # $1 root as given, may be empty or begin with ~ -> cd there, $root
   mkdir -p .cmux/bases .cmux/stage .cmux/trash .cmux/made || return 3
   chmod 700 .cmux || return 3
 }
+_cone() { # op function...: one attempt of an operation at a time (a lost line is tried again while the first
+  # may still run: the link names its process), and none once SETTLE or REMOVE has given it up
+  _ck=$root/.cmux/stage/$1 _cn=0 o=
+  until ln -s $$ "$_ck.by"; do
+    if o=$(readlink "$_ck.by"); then kill -0 "$o" || rm -f "$_ck.by"; fi
+    _cn=$((_cn+1)); [ $_cn -lt 3000 ] || return 3; [ "$o" ] || [ $_cn -lt 9 ] || return 3
+    sleep 0.1 || sleep 1
+  done
+  shift
+  if [ -e "$_ck.off" ]; then r=3; else "$@"; r=$?; fi
+  rm -f "$_ck.by"; return $r
+}
+_coff() { # op: no attempt of it begins any more, and the one that runs has ended
+  k=.cmux/stage/$1 n=0; : >"$k.off" || return 3
+  while o=$(readlink "$k.by") && kill -0 "$o" && [ $n -lt 3000 ]; do n=$((n+1)); sleep 0.1 || sleep 1; done
+  rm -rf "$k" "$k.by"
+}
 """
 
 # What every git of ours on the host sees: no configuration, one identity, one date.
@@ -740,6 +757,7 @@ _cenv() {
 BASE = OPEN_ROOT + GIT_THERE + r"""
 _cgit() { # $1 directory of the tree, $2 directory of the base
   command -v git >/dev/null || return 0
+  rm -rf "$1/.git"
   if [ -d "$2/git" ]; then cp -R "$2/git" "$1/.git"; return; fi
   ( cd "$1" || exit 1
     _cenv
@@ -768,16 +786,16 @@ _cget() { # -> $base is here
 _cbase() { # ... and unpacked in $s/tree, with a repository
   _cget || return
   if [ ! -d "$s/tree" ]; then
-    mkdir -p "$s/tree" || return 3
-    ( umask 022; _cunpack "$base" "$s/tree" ) || { rm -rf "$s"; return 4; }
+    rm -rf "$s/new"; mkdir -p "$s/new" || return 3
+    ( umask 022; _cunpack "$base" "$s/new" ) && mv "$s/new" "$s/tree" || { rm -rf "$s"; return 4; }
   fi
   ( umask 022; _cgit "$s/tree" "$base" ) || echo "nogit"
 }
 """
 CREATE = BASE + r"""
-_cop() {
+_cop() { _croot "$1" && _cone "$5" _ccreate "$@"; }
+_ccreate() {
   project=$2 name=$3 base=.cmux/bases/$4 op=$5
-  _croot "$1" || return
   printf 'root %s\n' "$root"
   mkdir -p "$project" ".cmux/made/$project" || return 3
   s=$root/.cmux/stage/$op made=.cmux/made/$project/$name
@@ -877,7 +895,7 @@ _csnap() { # base-id its-tree commits bytes
   _cg add -A . >&2 && t=$(_cg write-tree)
 }
 _crefs() { { _co for-each-ref; _co rev-parse HEAD; _co rev-parse -q --verify refs/stash; } | cksum | tr ' ' -; }
-_cstage() { s=$root/.cmux/stage/$1; mkdir -p "$s" || return 3; shift; "$@"; r=$?; cd "$root"; rm -rf "$s"; return $r; }
+_cstage() { s=$root/.cmux/stage/$1.$$; mkdir -p "$s" || return 3; shift; "$@"; r=$?; cd "$root"; rm -rf "$s"; return $r; }
 """
 
 # PULL root project name base tree op commits bytes how: what the workspace changed, as a stream.
@@ -937,7 +955,7 @@ _cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && _cstage "$6" _clost "
 """
 
 # PUSH root project name oldbase oldtree op commits bytes newbase keep: the workspace becomes the
-#   new base. With git, in place: only files that differ are touched, ignored ones stay (build
+#   new base; again with the same op, it says pushed. With git, in place: only files that differ are touched, ignored ones stay (build
 #   caches, node_modules, a server that watches). Without, the directory is replaced. `keep` (1)
 #   leaves a copy of what was in the trash. 21: upload the base first; 22: no workspace.
 PUSH = SNAPSHOT + BASE + r"""
@@ -949,6 +967,7 @@ _cdelta() { # the new base's commit, of the old one and the delta, without unpac
 }
 _cpush() {
   base=.cmux/bases/$9 op=$6 k=$root/.cmux/trash/kept-$2-$3-$6
+  [ "$(cat "$m.push")" != "$6" ] || { echo pushed; return 0; }
   cd "$root" && _cget || return
   if [ "${10}" ]; then cp -RpP "$w" "$k" || { rm -rf "$k"; return 3; }; echo "kept $k"; fi
   n=; if [ -d "$w/.git" ] && _csnap "$4" "$5" "$7" "$8"; then
@@ -966,21 +985,22 @@ _cpush() {
     mkdir -p ".cmux/trash/$6" && mv "$w" ".cmux/trash/$6/" && mv "$s/tree" "$w" || return 3
     ( trap '' HUP; exec rm -rf "$root/.cmux/trash/$6" ) </dev/null >/dev/null 2>&1 4>&- &
   fi
-  echo "$9" >"$m.base" && : >"$m.mark" && rm -f "$m.pull" && echo pushed
+  echo "$9" >"$m.base" && : >"$m.mark" && rm -f "$m.pull" && echo "$6" >"$m.push" && echo pushed
 }
-_cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && { s=$root/.cmux/stage/$6; mkdir -p "$s"; _cpush "$@"; r=$?; cd "$root"; [ $r = 21 ] || rm -rf "$s"; return $r; }; }
+_cin() { s=$root/.cmux/stage/$6; mkdir -p "$s" || return 3; _cpush "$@"; r=$?; cd "$root"; [ $r = 21 ] || rm -rf "$s"; return $r; }
+_cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && _cone "$6" _cin "$@"; }
 """
 
-# FORK root project name new op: a copy under another name; RENAME: the same directory under
-#   another name. Both say done again when called again with the same op. 20: the name is taken.
+# FORK root project name new op: a copy under another name; RENAME (with an op of its own last): the
+#   same directory under another name. Both say done again when called again. 20: the name is taken.
 FORK = SNAPSHOT + r"""
-_cop() {
-  _croot "$1" || return
+_cop() { _croot "$1" && _cone "$5" _cfork "$@"; }
+_cfork() {
   n=$root/$2/$4 q=$root/.cmux/made/$2/$4 s=.cmux/stage/$5
   if [ -e "$n" ] || [ -L "$n" ]; then [ "$(cat "$q.op")" = "$5" ] || return 20; echo "done"; return 0; fi
   _cw "$2" "$3" || return 22
   rm -rf "$s"; mkdir -p "$s" && cp -RpP "$w" "$s/$5" || { rm -rf "$s"; return 3; }
-  for x in base mark pull; do [ ! -f "$m.$x" ] || cp -p "$m.$x" "$q.$x" || return 3; done
+  for x in base mark pull push; do [ ! -f "$m.$x" ] || cp -p "$m.$x" "$q.$x" || return 3; done
   echo "$5" >"$q.op" && mv "$s/$5" "$n" || return 3
   rm -rf "$s"
   if [ -d "$n/$5" ]; then rm -rf "$n/$5"; return 20; fi
@@ -988,15 +1008,30 @@ _cop() {
 }
 """
 RENAME = SNAPSHOT + r"""
-_cop() {
-  _croot "$1" || return
+_cop() { _croot "$1" && _cone "$6" _crename "$@"; }
+_crename() {
   n=$root/$2/$4 q=$root/.cmux/made/$2/$4
   if [ -e "$n" ] || [ -L "$n" ]; then [ "$(cat "$q.op")" = "$5" ] || return 20
   else _cw "$2" "$3" || return 22; echo "$5" >"$q.op" && mv "$w" "$n" || return 3; fi
   m=$root/.cmux/made/$2/$3
-  for x in base mark pull; do [ ! -f "$m.$x" ] || mv "$m.$x" "$q.$x" || return 3; done
+  for x in base mark pull push; do [ ! -f "$m.$x" ] || mv "$m.$x" "$q.$x" || return 3; done
   rm -f "$m.op"
   echo "done"
+}
+"""
+
+# SETTLE root project name op [new its-op]: the client of a push, or of a rename to `new`, was killed. It
+#   does no more from now on. Says pushed if the push was done; a rename is undone, whole or half.
+SETTLE = OPEN_ROOT + r"""
+_cop() {
+  _croot "$1" && _coff "$4" || return
+  m=.cmux/made/$2/$5 q=.cmux/made/$2/$3
+  case $5 in
+  '') [ "$(cat "$q.push")" != "$4" ] || echo pushed;;
+  *) [ "$(cat "$m.op")" = "$6" ] || return 0
+    [ -e "$2/$3" ] || mv "$2/$5" "$2/$3" || return 3
+    for x in base mark pull push op; do [ ! -f "$m.$x" ] || mv "$m.$x" "$q.$x" || return 3; done;;
+  esac
 }
 """
 
@@ -1016,16 +1051,18 @@ _cop() {
 }
 """
 
-# REMOVE root project name op: a rename into the trash, and a background reap. Constant time.
-#   A missing directory is success. rm -rf does not follow symbolic links.
+# REMOVE root project name op given-up...: a rename into the trash, and a background reap. Constant
+#   time. A missing directory is success. rm -rf does not follow symbolic links. Given up: the ops of
+#   a creation and of removals whose clients were killed; they may still run, but do no more after this.
 REMOVE = OPEN_ROOT + r"""
-_cop() {
-  _croot "$1" || return
-  t=.cmux/trash/$4
+_cop() { _croot "$1" && _cone "$4" _cremove "$@"; }
+_cremove() {
+  p=$2 w=$3 t=.cmux/trash/$4; shift 4
+  for x in "$@"; do _coff "$x" || return; done
   mkdir -p "$t" || return 3
-  if [ -L "$2" ]; then return 3; fi
-  if [ -e "$2/$3" ] || [ -L "$2/$3" ]; then mv "$2/$3" "$t/" || return 3; fi
-  for x in base mark op pull; do rm -f ".cmux/made/$2/$3.$x"; done
+  if [ -L "$p" ]; then return 3; fi
+  if [ -e "$p/$w" ] || [ -L "$p/$w" ]; then mv "$p/$w" "$t/" || return 3; fi
+  for x in base mark op pull push; do rm -f ".cmux/made/$p/$w.$x"; done
   ( trap '' HUP; cd / && exec rm -rf "$root/$t" ) </dev/null >/dev/null 2>&1 4>&- &
 }
 """
@@ -1364,13 +1401,15 @@ def attach(argv: Sequence[str], env: Mapping[str, str]) -> Optional[int]:
 
 
 def kill_group(process: Process) -> None:
-    """End a process started with ``own_group`` and everything in its group, at once."""
+    """End a process started with ``own_group`` and everything in its group, at once. One that was
+    waited for is left alone: its number may be a stranger's by now."""
     import signal
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
-    process.wait()
+    if process.returncode is None:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+        process.wait()
 
 
 def run(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, stdin: bytes = b"",
@@ -1546,10 +1585,11 @@ def private_directory(path: str) -> str:
 
 
 class Lock:
-    """An advisory lock on a file. The kernel frees it when its process dies."""
+    """An advisory lock on a file. The kernel frees it when its process dies. The file of one that
+    is ``passing`` goes with it; whoever waited for that file then finds another, or none."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, passing: bool = False) -> None:
+        self.path, self.passing = path, passing
         self.fd = -1
 
     def take(self) -> bool:
@@ -1563,8 +1603,17 @@ class Lock:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return False
             raise StateFailed("Cannot lock %s: %s." % (show(self.path), os.strerror(error.errno or 0)))
+        if self.passing and not self._is_mine(fd):
+            os.close(fd)
+            return False
         self.fd = fd
         return True
+
+    def _is_mine(self, fd: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(fd), os.stat(self.path))
+        except OSError:
+            return False
 
     def wait(self, deadline: Deadline, cancel: Optional[Cancel] = None, step: float = 0.02) -> bool:
         """Take it, waiting until the deadline; False when that came first."""
@@ -1578,6 +1627,8 @@ class Lock:
 
     def free(self) -> None:
         if self.fd >= 0:
+            if self.passing:
+                remove_file(self.path)
             os.close(self.fd)
             self.fd = -1
 
@@ -1715,6 +1766,7 @@ class Registry:
                          "name": safe_workspace(name[:-4] if name.endswith(".git") else name)[:40],
                          "id": os.urandom(6).hex(), "workspaces": {}}
             remove_leftovers(self.path)
+            self._sweep_locks()
             change(check_record(value, self.path))
             write_json(self.path, value)
         return value
@@ -1750,9 +1802,22 @@ class Registry:
             if os.path.basename(path) not in used:
                 remove_file(path)
 
+    def _sweep_locks(self) -> None:
+        """The locks below, of processes that were killed."""
+        folder, name = os.path.split(self.path)
+        for entry in os.listdir(folder):
+            if entry.startswith((name + ".name.", name + ".tree.")):
+                lock = Lock(os.path.join(folder, entry), passing=True)
+                lock.take()
+                lock.free()
+
     def creation_lock(self, name: str) -> Lock:
         """Held while a workspace is made or removed, so that two processes don't both."""
-        return Lock("%s.name.%s.lock" % (self.path, name))
+        return Lock("%s.name.%s.lock" % (self.path, name), passing=True)
+
+    def upload_lock(self, tree: str) -> Lock:
+        """Held while a tree is uploaded: one upload of it at a time, the others then copy there."""
+        return Lock("%s.tree.%s.lock" % (self.path, tree), passing=True)
 
     def secrets(self) -> Dict[str, Dict[str, str]]:
         """name -> {"value": ...} or {"command": ...}. Checked, since people edit files."""
@@ -1784,7 +1849,7 @@ class History:
 
     def __init__(self, registry: Registry) -> None:
         self.path = registry.path[:-len(".json")] + ".history"
-        self.running = registry.path[:-len(".json")] + ".running"
+        self.running, self.swept = registry.path[:-len(".json")] + ".running", False
 
     def append(self, row: Mapping[str, Any]) -> None:
         import json
@@ -1792,6 +1857,9 @@ class History:
         if len(line) > HISTORY_LINE:  # the detail has been bounded by its author: odd names can still swell
             line = json.dumps(dict(row, detail=""))
         try:
+            if not self.swept:
+                self.swept = True
+                self.now()  # clears away what processes that were killed left
             fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
                 os.write(fd, line.encode("ascii") + b"\n")
@@ -2350,28 +2418,29 @@ class DirectSession(Session):
 
     def begun(self) -> None:
         if self._done:
+            remove_file(self._log)  # the next handshake with this slot writes its own
             self._done()
             self._done = None
             self._report(None)
 
     def failure(self, begun: bool) -> HostError:
-        words, heard = read_log(self._log)
-        if begun:
+        if begun or not self._done:
             return super().failure(begun)
+        words, heard = read_log(self._log)
         if not words.strip() and self._process.poll() not in (None, 255):
             return RemoteShellFailed(self.host)
         error = failure_in(words, heard, self.host)
-        if self._done and not isinstance(error, ConnectionDropped):  # again() reports those
+        if not isinstance(error, ConnectionDropped):  # again() reports those
             self._report(error)
         return error
 
     def close(self) -> None:
         self.close_pipes()
+        kill_group(self._process)
         if self._done:
+            remove_file(self._log)
             self._done()
             self._done = None
-        kill_group(self._process)
-        remove_file(self._log)
 
 
 class HostMemory:
@@ -2616,7 +2685,7 @@ class Launcher(HostMemory):
         """A session on a connection of its own. The handshake is counted until it is over."""
         self._wait_out(self._failures()[1], deadline, cancel)
         token = self.handshake(deadline, cancel)
-        log = self._path("log.d%d.%s" % (os.getpid(), os.urandom(3).hex()))
+        log = self._path("log." + os.path.basename(token.path))  # whoever holds it next clears it
         return DirectSession(self.config, self.environment, log, command, token.free, self._reported)
 
     def _reported(self, error: Optional[HostError]) -> None:
@@ -3811,7 +3880,10 @@ class Shadow:
     def __init__(self, repository: Repository, object_format: str) -> None:
         import tempfile
         self.program = repository.program
+        self.reap(tempfile.gettempdir())
         self.path = tempfile.mkdtemp(prefix="cmux-shadow-")
+        self.lock = Lock(os.path.join(self.path, "lock"))
+        self.lock.take()
         self.git_dir = os.path.join(self.path, "sh.git")
         self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null",
                                    GIT_ALTERNATE_OBJECT_DIRECTORIES=self.alternate(repository.object_directory()))
@@ -3848,6 +3920,21 @@ class Shadow:
             return "" if any(b" " in row for row in found) else tree  # `ID missing`: a partial clone
         except GitFailed:
             return ""
+
+    @staticmethod
+    def reap(folder: str) -> None:
+        """Remove the shadows of processes that were killed: their locks are free."""
+        import shutil
+        for name in os.listdir(folder):
+            path = os.path.join(folder, name, "lock")
+            try:
+                if name.startswith("cmux-shadow-") and os.lstat(path).st_uid == os.geteuid():
+                    lock = Lock(path)
+                    if lock.take():
+                        shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+                        lock.free()
+            except (OSError, StateFailed):
+                pass  # not ours, just being made, or just gone
 
     def argv(self, *words: str) -> List[str]:
         return [self.program, "--git-dir=" + self.git_dir] + list(GIT_SAFE) + list(words)
@@ -4068,6 +4155,7 @@ class Shadow:
     def close(self) -> None:
         import shutil
         shutil.rmtree(self.path, ignore_errors=True)
+        self.lock.free()
 
     def __enter__(self) -> Shadow:
         return self
@@ -4492,10 +4580,10 @@ def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0) -
     return decorate
 
 
-class ProjectBase:
-    """A local git repository and its workspaces: see Project, whose workspaces have the tools."""
+class ProjectState:
+    """A local git repository and what is known of its workspaces: see Project."""
 
-    kind: Type[WorkspaceBase]   # what workspace() and create() return; the room Tools sets it
+    kind: Type[Any]             # of WorkspaceBase: what workspace() and create() return; the room Tools sets it
 
     def __init__(self, directory: str = ".", interactive: Optional[Callable[[], bool]] = None,
                  warm: int = WARM_SESSIONS) -> None:
@@ -4583,12 +4671,82 @@ class ProjectBase:
 
     def workspace(self, name: str) -> WorkspaceBase:
         """An existing workspace. Raises WorkspaceMissing."""
+        entry, lock = self.entry(name), self.registry.creation_lock(name)
+        if "intent" in entry and lock.take():  # else somebody is at it
+            try:
+                entry = self.settle(name)
+            finally:
+                lock.free()
+        found: WorkspaceBase = self.kind(self, name, entry)
+        return found
+
+    def workspaces(self) -> List[WorkspaceBase]:
+        """All that are finished, by name; asks no host."""
+        return [self.kind(self, name, entry) for name, entry in sorted(self.entries().items())]
+
+    def entry(self, name: str) -> Dict[str, Any]:
+        """What the registry has of a finished workspace. Raises WorkspaceMissing."""
         entry = self.entries().get(check_workspace(name))
         if entry is None:
             raise WorkspaceMissing("There is no workspace %s in this project." % show(name),
                                    "See `%s list`, or make it: %s new %s -H HOST"
                                    % (PROGRAM, PROGRAM, name))
-        return self.kind(self, name, entry)
+        return entry
+
+    def update(self, name: str, **fields: Any) -> None:
+        self.registry.update(lambda record: record["workspaces"][name].update(fields))
+
+    def discard(self, name: str, entry: Dict[str, Any]) -> None:
+        """The directory into the trash there, the entry out of the registry; not listed from here on,
+        unless the host does not do it."""
+        host, op, before = self.host(entry["host"]), os.urandom(8).hex(), entry.get("removals", [])
+        self.update(name, state="removing", removals=before + [op])
+        try:
+            reply = host.call(REMOVE, entry["root"], entry["project"], name, op,
+                              *before, *([] if entry["state"] == "ready" else [entry["op"]]))
+            check_reply(reply, host.name, "remove the workspace %s" % name)
+        except CmuxError as error:
+            if not isinstance(error, ConnectionLost):  # then nobody knows
+                self.update(name, state=entry["state"])
+            raise
+        self.registry.update(lambda record: record["workspaces"].pop(name, None) and None)
+
+    def vacate(self, name: str) -> None:
+        """See that a name is free. Under its lock, an entry that is not ready is what a process that
+        was killed left, and was never reported to anybody: it is cleared away. So is half a rename to it."""
+        for other, entry in self.entries().items():
+            if entry.get("intent", {}).get("to") == name:
+                with self.registry.creation_lock(other):
+                    self.settle(other)
+        entry = self.registry.read()["workspaces"].get(name)
+        if entry and entry["state"] == "ready":
+            raise WorkspaceExists("The workspace %s exists already." % name,
+                                  "Choose another name, or remove it: %s rm %s" % (PROGRAM, name))
+        if entry:
+            self.discard(name, entry)
+
+    def settle(self, name: str) -> Dict[str, Any]:
+        """The entry of a workspace after what a push or a rename that was cut off has left to do: a
+        push that was done there counts, a rename does not. Under the workspace's lock."""
+        entry = self.entry(name)
+        intent, host = entry.get("intent"), self.host(entry["host"])
+        if not intent:
+            return entry
+        words = [intent["to"], entry["op"]] if "to" in intent else [""]
+        reply = host.call(SETTLE, entry["root"], entry["project"], name, intent["op"], *words)
+        check_reply(reply, host.name, "settle an interrupted operation on %s" % name)
+
+        def ended(record: Dict[str, Any]) -> None:
+            del record["workspaces"][name]["intent"]
+            if "pushed" in reply.lines():
+                entry = record["workspaces"][name]
+                entry.update(base=intent["base"], tree=intent["tree"], plain=intent.get("plain", False))
+                entry.get("pulled", {}).pop("left", None)
+        return dict(self.registry.update(ended)["workspaces"][name])
+
+
+class ProjectBase(ProjectState):
+    """What is done to a project's workspaces: see Project, whose workspaces have the tools."""
 
     def parts(self, tree: str) -> Parts:
         """What to send of a commit's tree, by what lies here now."""
@@ -4633,9 +4791,7 @@ class ProjectBase:
         lock = self.registry.creation_lock(name)
         lock.wait(Deadline(None), cancel, 0.05)
         try:
-            if name in self.entries():
-                raise WorkspaceExists("The workspace %s exists already." % name,
-                                      "Choose another name, or remove it: %s rm %s" % (PROGRAM, name))
+            self.vacate(name)
             with Logged(self, "new", name, host, ref) as entry:
                 creation = Creation(self, name, host, ref, root, report, cancel)
                 workspace = creation.run(init)
@@ -4674,41 +4830,36 @@ class ProjectBase:
                 return []
             host = self.host(entry["host"])
             with Logged(self, "rm", name, host.name, "--force" if force else ""):
-                if not force and entry.get("state") == "ready":
-                    self._refuse_changes(name, host, entry)
-                reply = host.call(REMOVE, entry.get("root", ""), entry["project"], name, os.urandom(8).hex())
-                check_reply(reply, host.name, "remove the workspace %s" % name)
-                self.registry.update(lambda record: record["workspaces"].pop(name, None) and None)
+                if entry["state"] == "ready":
+                    entry = self.settle(name)
+                    if not force:
+                        self._refuse_changes(name, host, entry)
+                self.discard(name, entry)
         return [name]
-
-    def _taken(self, name: str) -> None:
-        if check_workspace(name) in self.registry.read()["workspaces"]:
-            raise WorkspaceExists("The workspace %s exists already." % name, "Choose another name.")
 
     def fork(self, source: WorkspaceBase, name: str) -> WorkspaceBase:
         """A new workspace with the current content of ``source``, made on the host itself. Raises
         WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed."""
         with self.registry.creation_lock(check_workspace(name)):
-            stale = self.registry.read()["workspaces"].get(name)
-            if stale and stale.get("state") == "forking":
-                self._move(FORK, source.host, stale, stale["source"], name)  # killed half-way: it says done, or does it
-            else:
-                self._taken(name)
-                stale = dict(self.entries()[source.name], state="forking", source=source.name, op=os.urandom(8).hex(),
-                             created=int(time.time()), path=source.path[:-len(source.name)] + name)
-                stale.pop("branches", None)
-                self.registry.update(lambda record: record["workspaces"].update({name: stale}))
-                self._move(FORK, source.host, stale, source.name, name)
-            self.registry.update(lambda record: record["workspaces"][name].update(state="ready"))
+            self.vacate(name)
+            made = dict(self.entry(source.name), state="forking", op=os.urandom(8).hex(), created=int(time.time()),
+                        path=source.path[:-len(source.name)] + name)
+            for key in ("branches", "tips", "intent", "removals"):
+                made.pop(key, None)
+            self.registry.update(lambda record: record["workspaces"].update({name: made}))
+            self._move(FORK, source.host, made, source.name, name, made["op"])
+            self.update(name, state="ready")
             return self.workspace(name)
 
     def rename(self, source: WorkspaceBase, name: str) -> WorkspaceBase:
         """Give a workspace another name, here and on the host; the new object (the old one is of no more
-        use). Called again after a crash, it ends what was begun. Raises as fork() does."""
+        use). Until both are done, it has the old name. Raises as fork() does."""
         with self.registry.creation_lock(check_workspace(name)), self.registry.creation_lock(source.name):
-            self._taken(name)
-            entry = dict(self.entries()[source.name], path=source.path[:-len(source.name)] + name)
-            self._move(RENAME, source.host, entry, source.name, name)
+            entry, op = self.settle(source.name), os.urandom(8).hex()
+            self.vacate(name)
+            entry = dict(entry, path=source.path[:-len(source.name)] + name)
+            self.update(source.name, intent={"op": op, "to": name})
+            self._move(RENAME, source.host, entry, source.name, name, entry["op"], op)
 
             def swap(record: Dict[str, Any]) -> None:
                 record["workspaces"].pop(source.name, None)
@@ -4716,12 +4867,14 @@ class ProjectBase:
             self.registry.update(swap)
             return self.workspace(name)
 
-    def _move(self, script: str, host: Host, entry: Dict[str, Any], source: str, name: str) -> None:
+    def _move(self, script: str, host: Host, entry: Dict[str, Any], source: str, name: str, *ops: str) -> None:
         with Logged(self, "fork" if script is FORK else "rename", source, host.name, name):
-            reply = host.call(script, entry["root"], entry["project"], source, name, entry["op"])
+            reply = host.call(script, entry["root"], entry["project"], source, name, *ops)
         if reply.status in (20, 22):
             if script is FORK:
                 self.registry.update(lambda record: record["workspaces"].pop(name, None) and None)
+            else:
+                self.settle(source)
             raise {20: WorkspaceExists, 22: WorkspaceMissing}[reply.status](
                 "A directory %s exists already on %s." % (name, host.name) if reply.status == 20
                 else "The directory of %s is not on %s (any more)." % (source, host.name), "See `%s list`." % PROGRAM)
@@ -4734,13 +4887,14 @@ class ProjectBase:
         trash on the host until gc. Raises as create() does, too."""
         with self.registry.creation_lock(check_workspace(name)):
             workspace, report = self.workspace(name), report or Report()
-            entry = self.entries()[name]
+            entry = self.settle(name)
             made = Creation(self, name, workspace.host.name, ref, entry["root"], report, cancel)
             if (made.commit, made.tree) == (entry["base"], entry["tree"]) and not force:
                 return False
             with Logged(self, "push", name, workspace.host.name, ref) as log:
                 if not force:
                     self._refuse_changes(name, workspace.host, entry)
+                self.update(name, intent={"op": made.op, "base": made.commit, "tree": made.tree, "plain": made.parts.plain})
                 reply = made.with_base(lambda: workspace.host.call(
                     PUSH, entry["root"], entry["project"], name, entry["tree"], self._sent(entry), made.op, str(PULL_COMMITS_MAX),
                     str(PULL_FILE_MAX), made.tree, "1" if force else "", cancel=cancel))
@@ -4754,11 +4908,12 @@ class ProjectBase:
                 if line.startswith("kept "):
                     report.warn("what was in %s is kept until gc, on %s: %s" % (name, workspace.host.name, show(line[5:])))
 
-            def moved(record: Dict[str, Any]) -> None:
+            def pushed(record: Dict[str, Any]) -> None:
                 entry = record["workspaces"][name]
                 entry.update(base=made.commit, tree=made.tree, plain=made.parts.plain)
                 entry.get("pulled", {}).pop("left", None)
-            self.registry.update(moved)
+                del entry["intent"]
+            self.registry.update(pushed)
             return True
 
     def gc(self) -> Dict[str, int]:
@@ -4848,7 +5003,6 @@ class Creation:
         self.sent = 0               # bytes of the archive
 
     def run(self, init: bool) -> WorkspaceBase:
-        self._clean_up_after_a_crash()
         entry: Dict[str, Any] = {
             "state": "creating", "host": self.host.name, "root": self.root, "project": self.place,
             "base": self.commit, "tree": self.tree, "plain": self.parts.plain, "op": self.op, "created": int(time.time())}
@@ -4870,7 +5024,7 @@ class Creation:
         if "nogit" in reply.lines():
             self.report.warn("git failed on %s; the workspace %s is not a repository." % (self.host.name, self.name))
         self._record(entry)
-        workspace = self.project.kind(self.project, self.name, entry)
+        workspace: WorkspaceBase = self.project.kind(self.project, self.name, entry)
         if hook:
             self._run_init(workspace, entry)
         return workspace
@@ -4878,20 +5032,11 @@ class Creation:
     def _record(self, entry: Dict[str, Any]) -> None:
         self.project.registry.update(lambda record: record["workspaces"].update({self.name: dict(entry)}))
 
-    def _clean_up_after_a_crash(self) -> None:
-        """An intent without its process: what it may have made was never reported to anybody."""
-        stale = self.project.registry.read()["workspaces"].get(self.name)
-        if stale:
-            host = self.project.host(stale["host"])
-            reply = host.call(REMOVE, stale.get("root", ""), stale["project"], self.name, os.urandom(8).hex())
-            check_reply(reply, host.name, "clear away what an interrupted creation left")
-
     def with_base(self, use: Callable[[], Reply]) -> Reply:
         """Run ``use``; where the host lacks the base (21), upload it first."""
         reply = use()
         if reply.status == 21:
-            key = "%s.tree.%s.lock" % (self.project.registry.path, self.tree)
-            lock = Lock(key)  # one upload of a tree at a time: the others then copy there
+            lock = self.project.registry.upload_lock(self.tree)
             self.report.step(self.name, "waiting for the archive")
             lock.wait(Deadline(None), self.cancel, 0.05)
             self.report.step(self.name, "being made")
@@ -5663,7 +5808,7 @@ class Pull:
     def __init__(self, workspace: WorkspaceBase, shadow: Shadow, report: Report, allow: bool = False,
                  cancel: Optional[Cancel] = None) -> None:
         self.workspace, self.shadow, self.report, self.allow, self.cancel = workspace, shadow, report, allow, cancel
-        self.entry = workspace.project.registry.read()["workspaces"][workspace.name]
+        self.entry = workspace.project.entry(workspace.name)
         self.base: str = workspace.base
         self.parts = workspace.project.restore(shadow, self.entry["tree"])
         self.sent_tree, self.absent = shadow.unsent(self.entry["tree"])
@@ -5846,8 +5991,8 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report
     ref = project.repository.check_branch(branch or "cmux/" + name)
     with project.registry.creation_lock(name), project.repository.in_shadow(workspace.base) as shadow:
         work = Pull(workspace, shadow, report or Report(), allow, cancel)
-        old, before = project.repository.value_of(ref), work.entry.get("branches", {}).get(ref, "")
-        if old and old != before:
+        old = project.repository.value_of(ref)
+        if old and old not in (work.entry.get("branches", {}).get(ref), work.entry.get("tips", {}).get(ref)):
             raise GitFailed("The branch %s has commits that no pull made." % show(ref[11:]),
                             "Choose another: --branch NAME. Or rename yours: git branch -m %s NEW" % quote(ref[11:]))
         commits, dirty = work.fetch()
@@ -5855,6 +6000,8 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report
         tip = work.settle(commits, dirty, old)
         executes = work.inspect(since, tip)
         if tip != since:
+            # Said before it is done: killed in between, the next pull knows the branch as its own.
+            project.registry.update(lambda record: record["workspaces"][name].setdefault("tips", {}).update({ref: tip}))
             project.repository.publish(shadow.quarantine(tip, {since, workspace.base}), ref, tip, old)
 
         def remember(record: Dict[str, Any]) -> None:
@@ -5863,6 +6010,7 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report
                 entry["pulled"] = work.pulled
                 if tip != since:
                     entry.setdefault("branches", {})[ref] = tip
+                    del entry["tips"]
         project.registry.update(remember)
         stat = "\n".join(work.diff("--stat=100", "--stat-count=500", since, tip)) if tip != since else ""
         count = int(shadow.call("rev-list", "--count", tip, "^" + since)) if tip != since else 0
@@ -7241,7 +7389,7 @@ def row_text(row: Any) -> str:
 
 
 def manage_list(server: McpServer, cancel: Cancel) -> Dict[str, Any]:
-    return {"workspaces": [server.project.workspace(name).describe() for name in sorted(server.project.entries())]}
+    return {"workspaces": [workspace.describe() for workspace in server.project.workspaces()]}
 
 
 def manage_new(server: McpServer, cancel: Cancel, name: str, ref: str = "HEAD") -> Dict[str, Any]:
@@ -8623,7 +8771,7 @@ def command_list(options: argparse.Namespace) -> int:
                      if e.get("state") == "ready"]
     else:
         project = open_project(options)
-        rows = [project.workspace(name).describe() for name in sorted(project.entries())]
+        rows = [workspace.describe() for workspace in project.workspaces()]
     if options.json:
         print_json(rows)
         return 0

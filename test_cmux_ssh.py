@@ -204,6 +204,7 @@ class Line:
         self._free = {"up": 0.0, "down": 0.0}  # when each way has sent what it was given
         self.refuse = False  # accept and hang up at once, as a port forwarder with nothing behind it does
         self.cut: Dict[str, Optional[int]] = {"up": None, "down": None}  # end a connection after so many bytes
+        self.trap: Optional[Tuple[str, int, Callable[[], None]]] = None  # after so many bytes more, once
         self.flowing = threading.Event()
         self.flowing.set()
         self._live: List[socket.socket] = []
@@ -256,6 +257,7 @@ class Line:
                 due = max(due, self._free[way])
             time.sleep(max(0.0, due - time.monotonic()))
             self.flowing.wait()
+            data = self._spring(way, data, sink)
             limit = self.cut[way]
             if limit is not None and carried + len(data) > limit:
                 with contextlib.suppress(OSError):
@@ -274,6 +276,21 @@ class Line:
             carried += len(data)
             with self._lock:
                 setattr(self, way, getattr(self, way) + len(data))
+
+    def _spring(self, way: str, data: bytes, sink: socket.socket) -> bytes:
+        """What is left of the data after a trap that lies in it: what comes before is passed on first."""
+        with self._lock:
+            if not self.trap or self.trap[0] != way or not data:
+                return data
+            _, left, action = self.trap
+            self.trap = (way, left - len(data), action) if left >= len(data) else None
+            if self.trap:
+                return data
+        with contextlib.suppress(OSError):
+            sink.sendall(data[:left])
+        action()
+        self.flowing.wait()
+        return data[left:]  # never empty: that would be the end of the stream
 
     def _hang_up(self, end: socket.socket) -> None:
         """Hang up with a reset; shutdown first, because a thread may sit in recv on it."""
@@ -396,6 +413,7 @@ class Site:
         self.lines: List[Line] = []
         self.daemons: List["subprocess.Popen[bytes]"] = []
         self.port = 0
+        self.ports: Dict[str, int] = {}
         self._write_config()
 
     # -- hosts
@@ -455,25 +473,41 @@ class Site:
 
     def daemon(self, name: str, *lines: str, config: Sequence[str] = (), **options: Any) -> str:
         """A real sshd on a free port of 127.0.0.1."""
-        path = self.sshd_config(name, *lines, **options)
+        self.sshd_config(name, *lines, **options)
         for _ in range(5):
             port = free_port()
-            log = open(self.dir / f"log-{name}", "ab")
-            with log:
-                child = subprocess.Popen([program("sshd", "openssh-server"), "-D", "-e", "-f", str(path), "-p", str(port),
-                                          "-o", "ListenAddress=127.0.0.1"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/")
-            until(lambda: child.poll() is not None or answers(port), f"sshd listens on {port}")
-            if child.poll() is None:
+            if self.listen(name, port):
                 break
         else:
             pytest.fail(f"sshd does not start: {self.log(name)}")
-        self.daemons.append(child)
         self.port = self.port or port
+        self.ports[name] = port
         return self.host(name, "HostName 127.0.0.1", f"Port {port}", *config)
 
-    def line(self, name: str, *config: str) -> Line:
-        """A host of that name which is `box` behind a line that can fail."""
-        line = Line(self.port)
+    def listen(self, name: str, port: int) -> Optional["subprocess.Popen[bytes]"]:
+        """The daemon of that name, started on a port; None if somebody has it."""
+        with open(self.dir / f"log-{name}", "ab") as log:
+            child = subprocess.Popen([program("sshd", "openssh-server"), "-D", "-e", "-f", str(self.dir / f"sshd-{name}"), "-p", str(port),
+                                      "-o", "ListenAddress=127.0.0.1"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/")
+        until(lambda: child.poll() is not None or answers(port), f"sshd listens on {port}")
+        if child.poll() is not None:
+            return None
+        self.daemons.append(child)
+        return child
+
+    def restart(self, name: str = "box") -> None:
+        """The listener and what it has forked for connections killed, and another on the same port."""
+        for daemon in self.daemons:
+            for process in descendants(daemon.pid):
+                if process.cmdline.startswith(b"sshd") or b"sshd-session" in process.cmdline:
+                    kill(process.pid)
+            daemon.kill()
+            daemon.wait()
+        until(lambda: self.listen(name, self.ports[name]), "sshd listens again")
+
+    def line(self, name: str, *config: str, to: str = "box") -> Line:
+        """A host of that name which is `box` (or another daemon) behind a line that can fail."""
+        line = Line(self.ports[to])
         self.lines.append(line)
         self.host(name, "HostName 127.0.0.1", f"Port {line.port}", *config)
         return line
@@ -4991,6 +5025,155 @@ def test_damaged_lfs_content_is_not_sent(site: Site) -> None:
     refused = family.cli("new", "-H", "box", "three")
     assert refused.code == 1 and "assets/model.bin" in refused.said and "git lfs fsck" in refused.said, refused
     assert "three" not in family.workspaces()
+
+
+# === Faults: this program killed half-way ===
+
+
+class Gate:
+    """A host on which a program stands still when its arguments hold a word, before or after its work, so
+    that a script of ours is caught in its middle: until the gate opens."""
+
+    def __init__(self, site: Site, of: str, when: str = "before") -> None:
+        self.dir = site.dir / "gate"
+        self.dir.mkdir()
+        real = program(of)
+        wait = f"if mkdir {self.dir}/reached 2>/dev/null; then while [ ! -e {self.dir}/open ]; do sleep 0.02; done; fi"
+        (self.dir / of).write_text(f'#!/bin/sh\nhere() {{ case " $* " in *"$(cat {self.dir}/word 2>/dev/null || echo //)"*) {wait};; esac; }}\n' + (
+            f'here "$@"; exec {real} "$@"\n' if when == "before" else f'{real} "$@"; r=$?; here "$@"; exit $r\n'))
+        (self.dir / of).chmod(0o755)
+        self.host = site.daemon("gated", env={"PATH": f"{self.dir}:{os.environ['PATH']}"})
+
+    def shut(self, word: str) -> None:
+        (self.dir / "word").write_text(word)
+
+    def reached(self) -> None:
+        until((self.dir / "reached").exists, "the script stands at the gate")
+
+    def open(self, seconds: float = 0.0) -> None:
+        if seconds:
+            later = threading.Timer(seconds, self.open)
+            later.daemon = True
+            later.start()
+        else:
+            with contextlib.suppress(OSError):
+                (self.dir / "open").touch()
+
+
+def killed(child: "subprocess.Popen[bytes]") -> None:
+    os.killpg(child.pid, signal.SIGKILL)
+    child.communicate()
+
+
+def settled(site: Site) -> None:
+    """Nothing runs on the host, and nothing is left lying about, here or there, once an operation has succeeded."""
+    name = os.fsencode(site.dir)
+
+    def busy() -> List[Process]:
+        return [p for p in processes() if name in p.environ + p.cmdline and b"sshd" not in p.cmdline and b"-M\0" not in p.cmdline
+                and b"[mux]" not in p.cmdline and p.pid not in ancestors()]
+    until(lambda: not busy(), "nothing of ours runs on the host")
+    stages = [p for p in site.remote.glob("*/cmux/.cmux/stage/*") if not p.name.endswith(".off")]
+    here = [p for p in site.state.rglob("*") if re.search(r"\.new$|\.(name|tree)\.[^/]*lock$|/log\.d|\.running/", str(p))]
+    assert stages == [] and here == [] and list(site.tmp.iterdir()) == []
+
+
+def registry(repo: Repo) -> Dict[str, Any]:
+    """The record of the site's only project."""
+    files = list((repo.site.state / "projects").glob("*.json"))
+    assert len(files) == 1, files
+    return dict(json.loads(files[0].read_text()))
+
+
+def whole(repo: Repo, *names: str) -> None:
+    """Exactly these workspaces are listed; each is a directory where git finds no fault; no other exists; the
+    registry is waiting for nothing."""
+    listed = repo.workspaces()
+    assert set(listed) == set(names)
+    for name in names:
+        ran = repo.cli("exec", "-w", name, "--", "git status --short && git fsck --strict 2>&1")
+        assert ran.code == 0 and b"error" not in ran.out, ran
+    there = {path for row in listed.values() for path in Path(row["path"]).parent.iterdir()}
+    assert there == {Path(row["path"]) for row in listed.values()}
+    entries = registry(repo)["workspaces"]
+    assert set(entries) == set(names) and all(entry["state"] == "ready" and "intent" not in entry for entry in entries.values())
+
+
+# What is killed; the word of its script at which; what is called next, its code, and the workspaces then.
+HALFWAY = {
+    "new": ("new -H gated victim", "/victim", ["new -H gated victim", "rm victim", "fork -w main victim", "rename -w main victim"]),
+    "fork": ("fork -w main victim", "/victim", ["fork -w main victim", "rm victim", "new -H gated victim", "rename -w main victim"]),
+    "rename": ("rename -w main victim", "/victim", ["rename -w main victim", "exec -w main -- true", "pull -w main", "rm main", "new -H gated victim"]),
+    "rm": ("rm main", "/main", ["rm main", "new -H gated main"]),
+    "push": ("push -w main", "index.cmux", ["push -w main", "pull -w main", "diff -w main", "rm main", "rename -w main victim", "fork -w main victim"]),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("verb, then", [(verb, then) for verb, (_, _, calls) in HALFWAY.items() for then in calls])
+def test_killed_while_its_script_goes_on_the_next_call_works_and_nothing_is_half(site: Site, verb: str, then: str, when: str) -> None:
+    """The script on the host is caught around the step that counts; this program is killed; the next call
+    comes while the script still stands there. Then it goes on."""
+    repo, gate = Repo(site), Gate(site, "mv", when)
+    assert repo.cli("new", "-H", "gated", "main").code == 0
+    repo.write("README", b"second\n")
+    repo.commit()
+    words, at, _ = HALFWAY[verb]
+    gate.shut(at)
+    child = repo.start(*words.split())
+    gate.reached()
+    killed(child)
+    gate.open(0.5)
+    after = repo.cli(*then.split())
+    assert after.code == 0, (after, registry(repo))
+    names = {"main"} - ({"main"} if then == "rm main" or then.startswith("rename") else set())
+    names |= {"main"} if then == "new -H gated main" else set()
+    names |= {"victim"} if "victim" in then and not then.startswith("rm") else set()
+    until(lambda: not [p for p in processes() if os.fsencode(gate.dir) in p.cmdline], "the script has ended")
+    whole(repo, *names)
+    settled(site)
+    if verb == "push" and "main" in names:
+        assert tree_of(repo.path()) == repo.tree() and not repo.git("for-each-ref", "refs/heads/cmux")
+        assert repo.cli("push").code == 0 and repo.cli("rm", "main").code == 0
+    elif then.startswith("new") and verb != "rm":
+        assert tree_of(repo.path("victim")) == repo.tree()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_pull_killed_around_the_move_of_the_branch_is_followed_by_one_that_just_works(repo: Repo, when: str) -> None:
+    work(repo)
+    shim = repo.site.dir / "shim"
+    shim.mkdir()
+    real = program("git")
+    step = 'kill -9 $PPID; exit 1' if when == "before" else f'{real} "$@"; kill -9 $PPID'
+    (shim / "git").write_text(f'#!/bin/sh\ncase " $* " in *" update-ref "*cmux/main*) {step};; esac\nexec {real} "$@"\n')
+    (shim / "git").chmod(0o755)
+    for turn in range(2):  # the first makes the branch, the second moves it
+        do(repo, f"echo {turn} >>README")
+        assert repo.cli("pull", env={"PATH": f"{shim}:{os.environ['PATH']}"}).code == -9
+        after = repo.cli("pull")
+        assert after.code == 0 and repo.git("show", "cmux/main:README").endswith(str(turn)), after
+    settled(repo.site)
+    do(repo, "echo more >>README")
+    repo.git("branch", "-f", "cmux/main", "main")
+    assert "no pull made" in repo.cli("pull").said, "a branch that somebody else moved stays"
+
+
+def test_a_line_lost_while_a_workspace_is_unpacked_makes_no_half_of_one(site: Site) -> None:
+    """The call is tried again over a new connection while the first attempt still unpacks."""
+    repo, gate = Repo(site), Gate(site, "tar")
+    line = site.line("far", to="gated")
+    assert repo.cli("new", "-H", "far", "first").code == 0
+    gate.shut("tree.tar")
+    child = repo.start("new", "-H", "far", "second")
+    gate.reached()
+    line.drop()
+    gate.open(1.5)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 0, err
+    assert tree_of(repo.path("second")) == repo.tree()
+    whole(repo, "first", "second")
+    settled(site)
 
 
 # === MCP ===
