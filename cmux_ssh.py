@@ -161,6 +161,7 @@ PULL_MESSAGE_MAX = 256 * 1024        # of one commit's message; of all of them 6
 LISTED_MAX = 2 * 1000 * 1000         # files a host without git may name
 WIRE_LINE_MAX = 8 * 1024    # of a control line in a result's stream: a quoted path is the longest
 STREAMED_FROM = 8 * 1024 * 1024      # git handles larger blobs without holding them in memory
+PLACES_KEPT = 200           # hosts and roots that gc visits, though no workspace is there any more
 PARTS_KEPT = 30             # sent trees with submodules or LFS content that are remembered for deltas
 POINTER_MAX = 1024          # bytes of an LFS pointer, says its specification
 SMALL_TREE_KB = 65536       # up to this a host without git sends all files, not the touched ones
@@ -462,16 +463,16 @@ def check_host(text: object) -> str:
 
 def check_workspace(name: object) -> str:
     """Return ``name`` if it can be a workspace's name and directory, else UsageError."""
-    if not isinstance(name, str) or not _WORKSPACE.match(name) or name.endswith((".", ".lock")):
+    if not isinstance(name, str) or not _WORKSPACE.match(name) or name.endswith((".", ".lock")) or ".." in name:
         raise UsageError("%s is not a workspace name." % show(str(name)),
                          "Use 1 to %d letters, digits, dots, dashes and underscores, beginning "
-                         "with a letter, digit or underscore." % NAME_MAX)
+                         "with a letter, digit or underscore; no two dots together, no dot or .lock at the end." % NAME_MAX)
     return name
 
 
 def safe_workspace(branch: str) -> str:
     """The workspace name made from a branch name: what is not allowed becomes a dash."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", branch).strip("-.")[:NAME_MAX].rstrip("-.")
+    name = re.sub(r"[^A-Za-z0-9._-]+|\.\.+", "-", branch).strip("-.")[:NAME_MAX].rstrip("-.")
     return name if _WORKSPACE.match(name) and not name.endswith(".lock") else "workspace"
 
 
@@ -648,8 +649,8 @@ _crun() {
     exec 3<&-;;
   esac;
   case $_cq in -*)
-    if command -v bash >/dev/null; then set -- bash --norc "$_cq" "$_cx" bash "$@";
-    else set -- sh "$_cq" "$_cx" sh "$@"; fi;;
+    if command -v bash >/dev/null; then set -- bash --norc "$_cq" -- "$_cx" bash "$@";
+    else set -- sh "$_cq" -- "$_cx" sh "$@"; fi;;
   esac;
   case $_cP in ?*) set -- env "PATH=$_cP" "$@";; esac;
   if command -v setsid >/dev/null; then ( export CMUX_RUN="$_ci"; exec setsid "$@" 2>&4 4>&- ); _cr=$?;
@@ -743,6 +744,14 @@ _cenv() {
   for v in GIT_AUTHOR GIT_COMMITTER; do export "${v}_NAME=cmux" "${v}_EMAIL=cmux@localhost" "${v}_DATE=946684800 +0000"; done
   raw='* -text -eol -ident -filter -working-tree-encoding'
 }
+_cmark() { # op file directory [all]: when; and, where no git will tell, of what: contents and modes, whatever the times say
+  if [ -z "$4" ] && command -v git >/dev/null; then echo "$1" >"$2"; return; fi
+  : >"$2.now" && { echo "$1"; echo all; ( cd "$3" && _clist ); } >"$2.new" && touch -r "$2.now" "$2.new" && mv "$2.new" "$2" && rm -f "$2.now"
+}
+_clist() {
+  { find . -name .git -prune -o -type f -exec cksum {} +
+    find . -name .git -prune -o ! -type d -exec ls -ldn {} + | sed 's/^\([^ ]*\)  *[^ ]*  *[^ ]*  *[^ ]*  *[^ ]*  *[^ ]*  *[^ ]*  *[^ ]* /\1 /'; } | LC_ALL=C sort
+}
 """
 
 # CREATE root project name base op: make a workspace of a cached or just uploaded base.
@@ -804,8 +813,10 @@ _ccreate() {
     echo made; return 0
   fi
   _cbase || return
+  if [ -d "$s/tree/.git" ]; then ( cd "$s/tree" && if ! git var GIT_AUTHOR_IDENT >&2; then # or no commit could be made
+    git config user.name agent && git config user.email agent@localhost; fi ); fi
   if [ -f "$s/tree/.cmux/init" ] && [ -x "$s/tree/.cmux/init" ]; then echo init; fi
-  echo "$op" >"$made.op" && echo "$4" >"$made.base" && : >"$made.mark" || return 3
+  echo "$op" >"$made.op" && echo "$4" >"$made.base" && _cmark "$op" "$made.mark" "$s/tree" || return 3
   mv "$s/tree" "$s/$op" && mv "$s/$op" "$project/$name" || return 3
   if [ -d "$project/$name/$op" ]; then rm -rf "$project/$name/$op" "$s"; return 20; fi
   rm -rf "$s"
@@ -855,6 +866,20 @@ _cop() {
 # DISCARD root op: what an upload left in the stage.
 DISCARD = OPEN_ROOT + r"""
 _cop() { _croot "$1" && rm -rf ".cmux/stage/$2"; }
+"""
+
+# Functions of the scripts on jobs. State: running, exited CODE, or lost (no exit, no supervisor).
+JOB_STATE = r"""
+_calive() { # $1 directory, $2 pid: not a stranger that was given the number since
+  kill -0 "$2" 2>/dev/null || return 1
+  [ ! -r "/proc/$2/environ" ] || grep -qsF "CMUX_JOB=${1##*/}" "/proc/$2/environ"
+}
+_cstate() { # $1 directory
+  if [ -f "$1/exit" ]; then echo "exited $(cat "$1/exit")"
+  elif _calive "$1" "$(cat "$1/pid")"; then echo running
+  elif [ -f "$1/exit" ]; then echo "exited $(cat "$1/exit")"
+  else echo lost; fi
+}
 """
 
 # What PULL, CHANGED and PUSH share: _cw finds the workspace, _csnap makes a snapshot of it with
@@ -910,6 +935,10 @@ _cpull() {
   _csnap "$4" "$5" "$7" "$8"; r=$?
   case $r in 0) ;; 9) _ctar "$@"; return;; *) return $r;; esac
   o=$w/.git n=$(_crefs) d=0 top=$h
+  if [ "$whole" ]; then
+    _co for-each-ref --format='note the branch %(refname:short): check it out there and pull' --no-merged="$h" refs/heads
+    _co stash list --format='note the stash %gd (%s): git stash pop there and pull'
+  fi
   if [ "$(_cg rev-parse "$h^{tree}")" != "$t" ]; then
     d=1; top=$(GIT_AUTHOR_DATE="@$(date +%s) +0000" GIT_COMMITTER_DATE="@$(date +%s) +0000" _cg commit-tree "$t" -p "$h" -m 'uncommitted work') || return 3
   fi
@@ -919,7 +948,7 @@ _cpull() {
 _ctar() {
   cd "$w" && f=$(find . -name .git -prune -o -type f -size "+${8}c" -newer "$m.mark" -print | head -n 1) || return 3
   case $f in ?*) printf 'large %s\n' "$f"; return 24;; esac
-  echo "$6" >"$m.pull.new" && mv "$m.pull.new" "$m.pull" && echo "tar $6" || return 3
+  _cmark "$6" "$m.pull" . all && echo "tar $6" || return 3
   find . -name .git -prune -o \( -type f -o -type l \) -exec printf '%s\0' {} + && printf '\0' || return 3
   set -- "$9" "$8"
   k=$(du -sk . | sed 's/[^0-9].*//')
@@ -930,16 +959,21 @@ _ctar() {
 _cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && _cstage "$6" _cpull "$@"; }
 """
 
-# CHANGED root project name base tree op commits bytes head tree refs mark: what would be lost
+# CHANGED root project name base tree op commits bytes head tree refs mark [jobs]: what would be lost
 #   with the workspace, a line each, 20 at the most, beyond what a pull brought home: a HEAD with
-#   a tree and refs, or (no git) the mark of one. 22: no such directory.
-CHANGED = SNAPSHOT + r"""
+#   a tree and refs, or (no git) the mark of one; with the name of their directory, jobs that run.
+#   22: no such directory.
+CHANGED = SNAPSHOT + JOB_STATE + r"""
 _clost() {
   _csnap "$4" "$5" "$7" "$8" >"$s/said"; r=$?
   case $r in 0) ;; 9)
-    k=$m.mark; [ -z "${12}" ] || [ "$(cat "$m.pull")" != "${12}" ] || k=$m.pull
-    [ -f "$k" ] || echo "what it was made of is not known any more"
-    cd "$w" && find . -name .git -prune -o ! -type d -newer "$k" -print | sed 's/^/changed /' | head -n 20; return;;
+    k=$m.mark; [ -z "${12}" ] || [ "$(head -n 1 "$m.pull")" != "${12}" ] || k=$m.pull
+    case $(head -n 2 "$k") in *all) ;; *) echo "what it was made of is not known any more"; return 0;; esac
+    cd "$w" && tail -n +3 "$k" >"$s/was" && _clist >"$s/now" || return 3
+    n=$(find . -name .git -prune -o ! -type d -newer "$k" -print; diff "$s/was" "$s/now" | sed -n 's/^[<>] [^/]* \.\//.\//p')
+    [ "$n" ] || cmp -s "$s/was" "$s/now" || n="some file"
+    [ -z "$n" ] || printf '%s\n' "$n" | sort -u | sed 's/^/changed /' | head -n 20
+    return 0;;
   24) cat "$s/said"; return 0;; *) return $r;; esac
   sed 's/^note //' "$s/said"
   [ "$t" = "${10}" ] || [ "$t" = "$(_cg rev-parse "$h^{tree}")" ] || _cg diff-index --cached --name-status "$h" | head -n 20
@@ -947,11 +981,14 @@ _clost() {
   if [ "$whole" ]; then
     k=--reflog; [ "$(_crefs)" != "${11}" ] || k=
     if [ -z "$9" ] || ! _co cat-file -e "$9^{commit}"; then set -- "$b" "$b" "$b" "$b" "$b" "$b" "$b" "$b" "$b"; fi
-    _co log --format='commit %h %s' --all $k HEAD --not "$b" "$9" --glob=refs/cmux | head -n 20
-    _co stash list | head -n 20
+    _co log --format='commit %h %s' --exclude=refs/stash --all $k HEAD --not "$b" "$9" --glob=refs/cmux | head -n 20
+    _co stash list --format='stash %gd: %s' | head -n 20
   elif [ "$(_crefs)" != "${11}" ]; then echo "the git repository was replaced"; fi
 }
-_cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && _cstage "$6" _clost "$@"; }
+_cop() {
+  _croot "$1" && { _cw "$2" "$3" || return 22; } && _cstage "$6" _clost "$@" || return
+  for d in "$root/.cmux/jobs/$2/${13:--}"/*; do [ ! -d "$d" ] || [ "$(_cstate "$d")" != running ] || echo "a job that runs: ${d##*/}"; done
+}
 """
 
 # PUSH root project name oldbase oldtree op commits bytes newbase keep: the workspace becomes the
@@ -985,7 +1022,7 @@ _cpush() {
     mkdir -p ".cmux/trash/$6" && mv "$w" ".cmux/trash/$6/" && mv "$s/tree" "$w" || return 3
     ( trap '' HUP; exec rm -rf "$root/.cmux/trash/$6" ) </dev/null >/dev/null 2>&1 4>&- &
   fi
-  echo "$9" >"$m.base" && : >"$m.mark" && rm -f "$m.pull" && echo "$6" >"$m.push" && echo pushed
+  echo "$9" >"$m.base" && _cmark "$6" "$m.mark" "$w" && rm -f "$m.pull" && echo "$6" >"$m.push" && echo pushed
 }
 _cin() { s=$root/.cmux/stage/$6; mkdir -p "$s" || return 3; _cpush "$@"; r=$?; cd "$root"; [ $r = 21 ] || rm -rf "$s"; return $r; }
 _cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && _cone "$6" _cin "$@"; }
@@ -1051,16 +1088,18 @@ _cop() {
 }
 """
 
-# REMOVE root project name op given-up...: a rename into the trash, and a background reap. Constant
-#   time. A missing directory is success. rm -rf does not follow symbolic links. Given up: the ops of
+# REMOVE root project name op jobs given-up...: a rename into the trash, and a background reap. Constant
+#   time; jobs that run are ended first. A missing directory is success. rm -rf does not follow symbolic links. Given up: the ops of
 #   a creation and of removals whose clients were killed; they may still run, but do no more after this.
-REMOVE = OPEN_ROOT + r"""
+REMOVE = OPEN_ROOT + JOB_STATE + r"""
 _cop() { _croot "$1" && _cone "$4" _cremove "$@"; }
 _cremove() {
-  p=$2 w=$3 t=.cmux/trash/$4; shift 4
+  p=$2 w=$3 t=.cmux/trash/$4 j=.cmux/jobs/$2/${5:--}; shift 5
   for x in "$@"; do _coff "$x" || return; done
   mkdir -p "$t" || return 3
   if [ -L "$p" ]; then return 3; fi
+  for d in "$j"/*; do [ ! -d "$d" ] || [ "$(_cstate "$d")" != running ] || ( _cR=$(cat "$d/pid"); _ci=${d##*/}; _cstop ); done
+  [ ! -d "$j" ] || mv "$j" "$t/jobs" || return 3
   if [ -e "$p/$w" ] || [ -L "$p/$w" ]; then mv "$p/$w" "$t/" || return 3; fi
   for x in base mark op pull push; do rm -f ".cmux/made/$p/$w.$x"; done
   ( trap '' HUP; cd / && exec rm -rf "$root/$t" ) </dev/null >/dev/null 2>&1 4>&- &
@@ -1183,7 +1222,7 @@ _cop() {
     if [ -f "$e" ] && [ "$(find "$e" -mtime +7)" ]; then rm -rf "${e%/exit}"; fi
   done
   case $_cq in -*)
-    if command -v bash >/dev/null; then set -- bash --norc "$_cq" "$_cx" bash "$@"; else set -- sh "$_cq" "$_cx" sh "$@"; fi;;
+    if command -v bash >/dev/null; then set -- bash --norc "$_cq" -- "$_cx" bash "$@"; else set -- sh "$_cq" -- "$_cx" sh "$@"; fi;;
   esac
   case $_cP in ?*) set -- env "PATH=$_cP" "$@";; esac
   umask "$_cu"
@@ -1200,19 +1239,6 @@ _cop() {
 }
 """
 
-# Functions of the scripts on jobs. State: running, exited CODE, or lost (no exit, no supervisor).
-JOB_STATE = r"""
-_calive() { # $1 directory, $2 pid: not a stranger that was given the number since
-  kill -0 "$2" 2>/dev/null || return 1
-  [ ! -r "/proc/$2/environ" ] || grep -qsF "CMUX_JOB=${1##*/}" "/proc/$2/environ"
-}
-_cstate() { # $1 directory
-  if [ -f "$1/exit" ]; then echo "exited $(cat "$1/exit")"
-  elif _calive "$1" "$(cat "$1/pid")"; then echo running
-  elif [ -f "$1/exit" ]; then echo "exited $(cat "$1/exit")"
-  else echo lost; fi
-}
-"""
 # JOBS dir [path]: a line each: id, bytes of output, state; with the workspace's path first how many
 # files git sees as changed in it ("-" where there is no git).
 JOBS = JOB_STATE + r"""
@@ -1928,7 +1954,8 @@ def check_record(value: Dict[str, Any], path: str) -> Dict[str, Any]:
     entries = value.get("workspaces")
     good = (isinstance(value.get("name"), str) and _WORKSPACE.match(value["name"])
             and re.match(r"[0-9a-f]{12}\Z", str(value.get("id"))) and isinstance(entries, dict)
-            and isinstance(value.get("jobs", {}), dict))
+            and isinstance(value.get("jobs", {}), dict) and isinstance(value.get("places", []), list) and all(
+                isinstance(place, list) and list(map(type, place)) == [str, str] for place in value.get("places", [])))
     for name, entry in entries.items() if isinstance(entries, dict) else []:
         good = good and _WORKSPACE.match(name) and isinstance(entry, dict) and all(
             isinstance(entry.get(key), str) for key in ("state", "host", "root", "project", "base", "tree", "op"))
@@ -4703,7 +4730,7 @@ class ProjectState:
         self.update(name, state="removing", removals=before + [op])
         try:
             reply = host.call(REMOVE, entry["root"], entry["project"], name, op,
-                              *before, *([] if entry["state"] == "ready" else [entry["op"]]))
+                              entry["op"], *before, *([] if entry["state"] == "ready" else [entry["op"]]))
             check_reply(reply, host.name, "remove the workspace %s" % name)
         except CmuxError as error:
             if not isinstance(error, ConnectionLost):  # then nobody knows
@@ -4815,25 +4842,33 @@ class ProjectBase(ProjectState):
             except WorkspaceExists:
                 if name not in self.entries():
                     raise
+        return self.existing(name, host)
+
+    def existing(self, name: str, host: str) -> WorkspaceBase:
+        """A workspace, if it is on ``host``, where one is given."""
         found = self.workspace(name)
         if host and check_host(host) != found.host.name:
             raise UsageError("The workspace %s is on %s, not on %s." % (name, found.host.name, host),
                              "Leave out -H, or use another name with -w.")
         return found
 
-    def remove(self, name: str, force: bool = False) -> List[str]:
-        """Remove a workspace; with work in it that no pull brought home only by ``force``. What was removed:
-        [name], or [] when there is none. Raises WorkspaceDirty, HostError, RemoteFailed."""
+    def remove(self, name: str, force: bool = False, forget: bool = False) -> List[str]:
+        """Remove a workspace; with jobs that run or work in it that no pull brought home only by ``force``.
+        ``forget``: only here, its host being gone for good. What was removed: [name], or [] when there is
+        none. Raises WorkspaceDirty, HostError, RemoteFailed."""
         with self.registry.creation_lock(check_workspace(name)):
             entry = self.registry.read()["workspaces"].get(name)
             if entry is None:
                 return []
             host = self.host(entry["host"])
-            with Logged(self, "rm", name, host.name, "--force" if force else ""):
+            with Logged(self, "rm", name, host.name, "--forget" if forget else "--force" if force else ""):
+                if forget:
+                    self.registry.update(lambda record: record["workspaces"].pop(name, None) and None)
+                    return [name]
                 if entry["state"] == "ready":
                     entry = self.settle(name)
                     if not force:
-                        self._refuse_changes(name, host, entry)
+                        self._refuse_changes(name, host, entry, entry["op"])
                 self.discard(name, entry)
         return [name]
 
@@ -4854,7 +4889,10 @@ class ProjectBase(ProjectState):
     def rename(self, source: WorkspaceBase, name: str) -> WorkspaceBase:
         """Give a workspace another name, here and on the host; the new object (the old one is of no more
         use). Until both are done, it has the old name. Raises as fork() does."""
-        with self.registry.creation_lock(check_workspace(name)), self.registry.creation_lock(source.name):
+        if check_workspace(name) == source.name:
+            raise WorkspaceExists("The workspace %s has that name already." % name, "Choose another name.")
+        first, second = map(self.registry.creation_lock, sorted((name, source.name)))  # or two would wait for each other
+        with first, second:
             entry, op = self.settle(source.name), os.urandom(8).hex()
             self.vacate(name)
             entry = dict(entry, path=source.path[:-len(source.name)] + name)
@@ -4916,19 +4954,26 @@ class ProjectBase(ProjectState):
             self.registry.update(pushed)
             return True
 
-    def gc(self) -> Dict[str, int]:
-        """Free trash, leftovers and old bases on the project's hosts: bytes by host. Raises HostError,
-        RemoteFailed."""
-        places = {(entry["host"], entry.get("root", "")) for entry in self.entries().values()}
+    def gc(self) -> Tuple[Dict[str, int], List[CmuxError]]:
+        """Free trash, leftovers and old bases on every host that has or had a workspace of the project:
+        (bytes by host, why it did not go with others)."""
+        used = {(entry["host"], entry["root"]) for entry in self.entries().values()}
         freed: Dict[str, int] = {}
-        for host, root in sorted(places):
-            with Logged(self, "gc", "", host):
-                reply = self.host(host).call(GC, root)
-            check_reply(reply, host, "clear up")
-            if not re.match(rb"-?\d{1,15}\n\Z", reply.stdout):
-                raise RemoteFailed("%s did not say what it freed." % host)
+        failed: List[CmuxError] = []
+        for host, root in sorted(used.union(map(tuple, self.registry.read().get("places", [])))):
+            try:
+                with Logged(self, "gc", "", host):
+                    reply = self.host(host).call(GC, root)
+                    check_reply(reply, host, "clear up")
+                if not re.match(rb"-?\d{1,15}\n\Z", reply.stdout):
+                    raise RemoteFailed("%s did not say what it freed." % host)
+            except CmuxError as error:  # the other hosts all the same
+                failed.append(error)
+                continue
             freed[host] = freed.get(host, 0) + max(0, int(reply.stdout)) * 1024
-        return freed
+        self.registry.update(lambda record: record.update(places=[place for place in record.get("places", []) if (
+            place[0] not in freed or tuple(place) in used)]))
+        return freed, failed
 
     def _sent(self, entry: Dict[str, Any]) -> str:
         """The tree that the workspace's archive had; "" where it cannot be told: the commit is gone
@@ -4940,10 +4985,10 @@ class ProjectBase(ProjectState):
         except GitFailed:
             return ""
 
-    def _refuse_changes(self, name: str, host: Host, entry: Dict[str, Any]) -> None:
+    def _refuse_changes(self, name: str, host: Host, entry: Dict[str, Any], jobs: str = "") -> None:
         sent, home = self._sent(entry), entry.get("pulled", {})
         reply = host.call(CHANGED, entry["root"], entry["project"], name, entry["tree"], sent, os.urandom(8).hex(),
-                          str(PULL_COMMITS_MAX), str(PULL_FILE_MAX), *(home.get(k, "") for k in ("head", "tree", "refs", "mark")))
+                          str(PULL_COMMITS_MAX), str(PULL_FILE_MAX), *(home.get(k, "") for k in ("head", "tree", "refs", "mark")), jobs)
         if reply.status == 22:
             return
         check_reply(reply, host.name, "look for changes in %s" % name)
@@ -5024,6 +5069,9 @@ class Creation:
         if "nogit" in reply.lines():
             self.report.warn("git failed on %s; the workspace %s is not a repository." % (self.host.name, self.name))
         self._record(entry)
+        place = [self.host.name, root]
+        self.project.registry.update(lambda record: record.update(places=[place] + [
+            other for other in record.get("places", []) if other != place][:PLACES_KEPT]))
         workspace: WorkspaceBase = self.project.kind(self.project, self.name, entry)
         if hook:
             self._run_init(workspace, entry)
@@ -5188,6 +5236,7 @@ class WorkspaceBase:
         self.host = project.host(entry["host"])
         self.root: str = entry["root"]
         self.place: str = entry["project"]
+        self.op: str = entry["op"]        # its directory of jobs: a new name keeps them, a new workspace has none
         self.path: str = check_remote_path(entry["path"])
         self.base: str = entry["base"]
         self.created: float = entry["created"]
@@ -6268,7 +6317,7 @@ def grep_files(workspace: WorkspaceBase, pattern: str, glob: str = "", ignore_ca
 def job_directory(workspace: WorkspaceBase, job: Optional[str] = None) -> str:
     if job is not None and not re.match(r"j[0-9a-f]{8}\Z", job):
         raise UsageError("%s is not a job." % show(job), "See `%s jobs`." % PROGRAM)
-    return "%s/.cmux/jobs/%s/%s" % (workspace.root, workspace.place, workspace.name) + ("/%s" % job if job else "")
+    return "%s/.cmux/jobs/%s/%s" % (workspace.root, workspace.place, workspace.op) + ("/%s" % job if job else "")
 
 
 @logged("start")
@@ -6476,8 +6525,9 @@ class Project(ProjectBase):
 class Param:
     """One argument of a tool: its JSON type (several: any of them), help, whether it must be."""
 
-    def __init__(self, name: str, kind: str, text: str, required: bool = False, least: Optional[int] = None) -> None:
+    def __init__(self, name: str, kind: str, text: str, required: bool = False, least: Optional[int] = None, shown: str = "") -> None:
         self.name, self.kinds, self.text, self.required, self.least = name, kind.split("|"), text, required, least
+        self.shown = shown or name.upper()  # in the help of the command line
 
     def schema(self) -> Dict[str, Any]:
         if self.name == "edits":
@@ -6619,7 +6669,7 @@ def tool_stop(workspace: WorkspaceBase, cancel: Optional[Cancel], job: str) -> D
 
 
 PATH_PARAM = Param("path", "string", "relative to the workspace, or absolute", True)
-JOB_PARAM = Param("job", "string", "the job's id", True)
+JOB_PARAM = Param("job", "string", "the job's id", True, shown="ID")
 TOOLS: Dict[str, Tool] = {tool.name: tool for tool in (
     Tool("exec", tool_exec, "Run a command in the workspace on the remote host.", False,
          Param("command", "string|array", "a string is a shell line, a list an exact argv", True),
@@ -6629,34 +6679,40 @@ TOOLS: Dict[str, Tool] = {tool.name: tool for tool in (
          Param("stdin", "string", "text for the command's stdin"),
          Param("background", "boolean", "start it as a job that goes on by itself; returns its id")),
     Tool("read", tool_read, "A file's content, or some of its lines.", True, PATH_PARAM,
-         Param("offset", "integer", "first line, 1 is the first", least=1), Param("limit", "integer", "how many lines", least=0)),
+         Param("offset", "integer", "first line, 1 is the first", least=1, shown="LINE"), Param("limit", "integer", "how many lines", least=0, shown="N")),
     Tool("write", tool_write, "Make content the whole of a file (atomic; makes parent directories).", False, PATH_PARAM,
          Param("content", "string", "the text"), Param("content_base64", "string", "or the bytes, as base64")),
     Tool("edit", tool_edit, "Replace exact text in a file, all edits or none.", False, PATH_PARAM,
          Param("edits", "array", "objects of old, new, and count: how many matches there must be (1)", True),
-         Param("sha256", "string", "of the file as last seen: refuse if it changed")),
+         Param("sha256", "string", "of the file as last seen: refuse if it changed", shown="HEX")),
     Tool("glob", tool_glob, "Paths of files that match a pattern.", True,
          Param("pattern", "string", "*, ?, [...] within a component, ** across them", True),
-         Param("limit", "integer", "at most so many (1000)", least=1)),
+         Param("limit", "integer", "at most so many (1000)", least=1, shown="N")),
     Tool("grep", tool_grep, "Lines that match an extended regular expression.", True,
          Param("pattern", "string", "extended regular expression", True),
-         Param("glob", "string", "only files that match; without a slash: by name"),
-         Param("ignore_case", "boolean", "ignore case"), Param("limit", "integer", "at most so many (200)", least=1)),
+         Param("glob", "string", "only files that match; without a slash: by name", shown="G"),
+         Param("ignore_case", "boolean", "ignore case"), Param("limit", "integer", "at most so many (200)", least=1, shown="N")),
     Tool("jobs", tool_jobs, "The background jobs of the workspace.", True),
     Tool("logs", tool_logs, "A job's output from a byte offset, and its state.", True, JOB_PARAM,
-         Param("offset", "integer", "first byte, 0 is the first", least=0), Param("wait", "number", "seconds to wait for more, at most 30", least=0)),
+         Param("offset", "integer", "first byte, 0 is the first", least=0, shown="BYTE"), Param("wait", "number", "seconds to wait for more, at most 30", least=0, shown="S")),
     Tool("wait", tool_wait, "Wait for a job's end; its exit code.", True, JOB_PARAM,
-         Param("timeout", "number", "seconds; it may still be running then")),
+         Param("timeout", "number", "seconds; it may still be running then", shown="S")),
     Tool("stop", tool_stop, "End a job and everything it started.", False, JOB_PARAM),
 )}
 
 
 def call_tool(workspace: WorkspaceBase, name: object, arguments: object, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
     """Run one tool of the table with checked arguments. Raises CmuxError."""
+    tool, checked = check_call(name, arguments)
+    return tool.handler(workspace, cancel, **checked)
+
+
+def check_call(name: object, arguments: object) -> Tuple[Tool, Dict[str, Any]]:
+    """The tool and its arguments, if they fit the table; else UsageError."""
     tool = TOOLS.get(name) if isinstance(name, str) else None
     if tool is None:
         raise UsageError("There is no tool %s." % show(str(name)), "There are: %s." % ", ".join(TOOLS))
-    return tool.handler(workspace, cancel, **tool.check(arguments))
+    return tool, tool.check(arguments)
 
 
 # === 15. Parallel ===
@@ -6743,6 +6799,7 @@ class Batch:
         request_id = None
         try:
             request_id, name, tool, arguments = self._parse(line)
+            check_call(tool, arguments)  # before a workspace is made for it
             result = call_tool(self._workspace(name), tool, arguments, self.cancel)
             answer: Dict[str, Any] = {"id": request_id, "ok": True, "result": result}
         except BatchLineFailed as error:
@@ -8348,6 +8405,10 @@ def command_exec(options: argparse.Namespace) -> int:
         project = open_project(options)
         if options.all:
             names = sorted(project.entries())
+            if not names:
+                raise WorkspaceMissing("This project has no workspaces.", "Make some: %s new NAME -H HOST" % PROGRAM)
+        if options.detach and options.timeout:
+            raise UsageError("--detach takes no --timeout.", "End the job with: %s stop ID" % PROGRAM)
         names = list(dict.fromkeys(names)) or [project.default_workspace()]
         if len(names) > 1 or options.all:
             return exec_many(project, names, command, environment, options)
@@ -8384,7 +8445,7 @@ def exec_many(project: Project, names: List[str], command: Union[str, List[str]]
     """The same command in several workspaces at once: every line labelled, a summary, the worst code."""
     cancel, began = Cancel(), time.monotonic()
     if options.detach:
-        raise UsageError("--detach takes one workspace.", "Run it once for each.")
+        raise UsageError("--detach takes one workspace.", "Run it once for each.")  # and stdin goes to none of several
     live = Live(options.verbosity, names)
 
     def one(name: str) -> Dict[str, Any]:
@@ -8394,6 +8455,8 @@ def exec_many(project: Project, names: List[str], command: Union[str, List[str]]
         try:
             live.step(name, "connecting")
             workspace = project.ensure(name, options.host or "", report=live, cancel=cancel)
+            if options.push and project.push(name, report=live, cancel=cancel):
+                workspace = project.workspace(name)
             workspace.host.masters.connect(Deadline(SLOT_PATIENCE), cancel)
             live.step(name, "running")
             outcome = workspace.run(command, out, err, None, options.cwd, environment, options.login, options.timeout, cancel)
@@ -8815,12 +8878,14 @@ def command_rm(options: argparse.Namespace) -> int:
     failed: List[CmuxError] = []
     for name in names:
         try:
-            gone = project.remove(name, options.force)
+            gone = project.remove(name, options.force, options.forget)
             if not gone:
                 raise WorkspaceMissing("There is no workspace %s in this project." % show(name),
                                        "See `%s list`." % PROGRAM)
             removed += gone
         except CmuxError as error:
+            if isinstance(error, ConnectionFailed):
+                error.hint += " If the host is gone for good: %s rm --forget %s" % (PROGRAM, name)
             failed.append(error)
             code = max(code, error.exit_code)
     if options.json:
@@ -8833,7 +8898,7 @@ def command_rm(options: argparse.Namespace) -> int:
 
 def existing_workspace(options: argparse.Namespace) -> WorkspaceBase:
     project = open_project(options)
-    return project.workspace(one_workspace(options) or project.default_workspace())
+    return project.existing(one_workspace(options) or project.default_workspace(), options.host or "")
 
 
 def command_pull(options: argparse.Namespace) -> int:
@@ -8883,13 +8948,15 @@ def command_move(options: argparse.Namespace, script: str) -> int:
 
 
 def command_gc(options: argparse.Namespace) -> int:
-    freed = open_project(options).gc()
+    freed, failed = open_project(options).gc()
     if options.json:
         print_json(freed)
     elif options.verbosity >= 0:
         for host, count in freed.items():
             print_text("%s: freed %s" % (host, human_size(count)))
-    return 0
+    for error in failed:
+        report_error(error)
+    return max([error.exit_code for error in failed], default=0)
 
 
 def command_diff(options: argparse.Namespace) -> int:
@@ -9014,7 +9081,8 @@ def the_workspace(options: argparse.Namespace) -> WorkspaceBase:
 def command_tool(name: str, options: argparse.Namespace) -> int:
     given = {param.name: getattr(options, param.name) for param in TOOLS[name].params}
     arguments = TOOLS[name].check({key: value for key, value in given.items() if value is not None})
-    result = call_tool(the_workspace(options), name, arguments)
+    looks = TOOLS[name].reads or "job" in given  # these make no workspace of a misspelt name
+    result = call_tool(existing_workspace(options) if looks else the_workspace(options), name, arguments)
     if options.json:
         print_json(result["jobs"] if name == "jobs" else result)
     else:
@@ -9106,7 +9174,7 @@ def command_logs(options: argparse.Namespace) -> int:
         return command_tool("logs", options)
     offset, wait = options.offset or 0, options.wait or 0
     TOOLS["logs"].check({"job": options.job, "offset": offset, "wait": wait})
-    workspace = the_workspace(options)
+    workspace = existing_workspace(options)
     if options.follow:
         follow_job(workspace, options.job, offset, lambda data: write_out(1, data))
         return 0
@@ -9276,7 +9344,7 @@ def tool_command(name: str, text: str, example: str, handler: Optional[Callable[
         if param.kinds == ["boolean"]:
             settings["action"] = "store_true"
         else:
-            settings.update(metavar=param.name.upper(), type={"integer": int, "number": float}.get(param.kinds[0], str))
+            settings.update(metavar=param.shown, type={"integer": int, "number": float}.get(param.kinds[0], str))
         options.append(Option(param.name if param.required else "--" + param.name.replace("_", "-"), **settings))
     return Command(handler or functools.partial(command_tool, name), text, example, *options, *more)
 
@@ -9295,9 +9363,10 @@ COMMANDS: Dict[str, Command] = {
         command_list, "this project's workspaces", "list --json",
         Option("--all-projects", action="store_true", help="of every project of this machine")),
     "rm": Command(
-        command_rm, "delete workspaces; refuses one with changed files", "rm fix-login",
+        command_rm, "delete workspaces; refuses one with work that no pull brought home", "rm fix-login",
         Option("names", nargs="*", metavar="NAME"),
-        Option("--force", action="store_true", help="also with work in it that exists nowhere else")),
+        Option("--force", action="store_true", help="also with work in it that exists nowhere else, and jobs that run"),
+        Option("--forget", action="store_true", help="only here: its host is gone for good")),
     "pull": Command(
         command_pull, "bring a workspace's work home as commits on branch cmux/NAME", "pull -w fix-login",
         Option("--branch", default="", metavar="B", help="another branch than cmux/NAME"),
@@ -9326,7 +9395,7 @@ COMMANDS: Dict[str, Command] = {
         Option("-n", dest="no_stdin", action="store_true", help="never pass stdin on"),
         Option("--all", action="store_true", help="in every workspace of this project"),
         Option("-j", dest="at_once", type=int, metavar="N", help="with several workspaces: N at a time (default: all)"),
-        Option("--detach", action="store_true", help="start it as a job that goes on by itself; prints its id"),
+        Option("--detach", action="store_true", help="start it as a job that goes on by itself, without stdin; prints its id"),
         Option("command", nargs="...", metavar="-- CMD", help="one argument is a shell line, several an exact argv")),
     "read": tool_command("read", "a file's bytes, or lines of it", "read src/main.c --offset 10 --limit 20"),
     "write": tool_command("write", "stdin becomes the file, whole or not at all", "write notes.txt < notes.txt", command_write),

@@ -1162,6 +1162,12 @@ def test_one_argument_is_a_line_for_bash_and_several_are_an_argv(shared: Repo) -
     assert shared.exec("echo a; echo b |\n cat # c").out == b"a\nb\n"
 
 
+@pytest.mark.parametrize("line", ["-e", "-c", "+x", "--version"])
+def test_a_shell_line_is_never_an_option_of_its_shell(shared: Repo, line: str) -> None:
+    ran = shared.exec(line, stdin=b"echo read from stdin\n")
+    assert (ran.code, ran.out) == (127, b""), ran
+
+
 def test_login_reads_the_profile_first(shared: Repo) -> None:
     (shared.site.far_home() / ".profile").write_text("export FROM_PROFILE=yes; echo noise\n")
     assert shared.exec('echo "<$FROM_PROFILE>"').out == b"<>\n"
@@ -3346,6 +3352,23 @@ def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(
     assert line.connections >= 4 and repo.cli("wait", job).code == 9
 
 
+def test_a_job_stays_with_its_workspace_through_a_new_name_and_rm_sees_it(repo: Repo) -> None:
+    nap = unique()
+    job = repo.cli("exec", "-H", "box", "-w", "one", "--detach", "--", f"echo in; sleep {nap}").text.strip()
+    assert repo.cli("rename", "-w", "one", "two").code == 0 and repo.cli("logs", "-w", "two", job).out == b"in\n"
+    refused = repo.cli("rm", "two")
+    assert refused.code == 1 and job in refused.said and running(f"sleep {nap}"), refused
+    assert repo.cli("rm", "--force", "two").code == 0
+    gone(f"sleep {nap}")
+    assert repo.cli("new", "-H", "box", "two").code == 0 and repo.cli("jobs", "-w", "two", "--json").json == []
+
+
+@pytest.mark.parametrize("words", [("jobs",), ("read", "README"), ("glob", "*"), ("grep", "x"), ("logs", "j00000000"), ("wait", "j00000000"), ("stop", "j00000000")])
+def test_what_only_looks_makes_no_workspace_of_a_misspelt_name(repo: Repo, words: Sequence[str]) -> None:
+    refused = repo.cli(*words, "-H", "box", "-w", "mispelt")
+    assert refused.code == 1 and "There is no workspace 'mispelt'" in refused.said and not repo.workspaces(), refused
+
+
 # === Several workspaces at once ===
 
 
@@ -4549,6 +4572,22 @@ def test_rm_refuses_changed_files(site: Site, host: str, harm: str) -> None:
     assert repo.cli("rm", "main").code == 0
 
 
+@pytest.mark.parametrize("harm", ["echo u >new; touch -t 200101010000 new", "cp -p README copy", "mv README renamed", "rm README", "chmod +x README",
+                                  "ln -sf elsewhere link", "touch -r README r; echo z >>README; touch -r r README; rm r"])
+def test_rm_and_push_without_git_there_see_what_no_time_tells(site: Site, harm: str) -> None:
+    repo = Repo(site, files={"README": b"read\n", "src/x": b"x\n"})
+    repo.write("src/x", b"y\n")
+    repo.commit()
+    assert repo.cli("new", "-H", bare_host(site), "main", "other").code == 0
+    do(repo, harm)
+    for words in (("rm", "main"), ("push", "--ref", "HEAD~1")):
+        refused = repo.cli(*words)
+        assert refused.code == 1 and "changed ./" in refused.said, refused
+    forked = repo.cli("fork", "twin")
+    assert forked.code == 0 and repo.cli("rm", "twin").code == 1 and repo.cli("rm", "other").code == 0
+    assert repo.cli("pull").code == 0 and repo.cli("rm", "main").code == 0
+
+
 @pytest.mark.parametrize("harm", [
     "git checkout -q --detach; echo x >>README; git commit -qam lonely; git checkout -q main", "echo x >>README; git stash -q",
     "git checkout -q -b side; echo x >>README; git commit -qam lonely; git checkout -q main", "git checkout -q --detach; echo x >>README; git commit -qam lonely",
@@ -4720,6 +4759,27 @@ def test_fork_and_rename(repo: Repo) -> None:
         refused = repo.cli(verb, "-w", "main", "foreign")
         assert refused.code == 1 and list(foreign.iterdir()) == [], refused
     assert set(repo.workspaces()) == {"main"} and repo.path().is_dir()
+
+
+def test_rename_to_its_own_name_and_two_names_swapped_at_once_are_said(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "one", "two").code == 0
+    assert "has that name already" in repo.cli("rename", "-w", "one", "one").said
+    with ThreadPoolExecutor(2) as pool:
+        ran = list(pool.map(lambda pair: repo.cli("rename", "-w", *pair), [("one", "two"), ("two", "one")]))
+    assert {r.code for r in ran} == {1} and set(repo.workspaces()) == {"one", "two"}, ran
+
+
+def test_a_host_that_is_gone_for_good_can_be_forgotten_and_gc_visits_every_place(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "stays", "--root", "~/other").code == 0
+    assert repo.cli("rm", "--force", "stays").code == 0  # gc visits its host all the same
+    assert repo.cli("new", "-H", "box", "lost").code == 0
+    path, registry = repo.path("lost"), next((repo.site.state / "projects").glob("*.json"))
+    registry.write_text(registry.read_text().replace('"box"', '"nowhere.invalid"', 1).replace('"host": "box"', '"host": "nowhere.invalid"'))
+    refused = repo.cli("rm", "--force", "lost")
+    assert refused.code == 255 and "rm --forget lost" in refused.said and "lost" in repo.workspaces(), refused
+    cleared = repo.cli("gc")
+    assert cleared.code == 255 and "box: freed" in cleared.text and "nowhere.invalid" in cleared.said, cleared
+    assert repo.cli("rm", "--forget", "lost").code == 0 and not repo.workspaces() and path.exists()
 
 
 def test_dirty_takes_the_work_tree_along_but_no_secrets(repo: Repo) -> None:
