@@ -4943,7 +4943,7 @@ class ProjectBase(ProjectState):
             return
         check_reply(reply, host.name, "look for changes in %s" % name)
         lost = [show(line.replace("\t", " "), 200)[1:-1] for line in reply.lines() if line.strip()]
-        way = "Bring it home first: %s pull -w %s." if lost else "See it with: %s exec -w %s -- git diff refs/cmux/base"
+        way = "Bring it home first: %s pull -w %s." if lost else "Look at it there (%s exec -w %s -- git diff refs/cmux/base)."
         lost += ["%s (it lies in a submodule: no pull brings it home)" % path for path in home.get("left", ())]
         if lost:
             error = WorkspaceDirty("The workspace %s has work that would be lost: %s%s."
