@@ -4351,11 +4351,15 @@ class Parts:
                 "lfs": [[os.fsdecode(path), *row] for path, row in self.lfs.items()]}
 
     @classmethod
-    def of(cls, value: Mapping[str, Any]) -> Parts:
-        parts = cls(value["source"])
-        parts.plain = False
-        parts.modules = {os.fsencode(path): (tree, objects) for path, tree, objects in value["modules"]}
-        parts.lfs = {os.fsencode(path): (mode, pointer, content) for path, mode, pointer, content in value["lfs"]}
+    def restore(cls, shadow: Shadow, tree: str, value: Optional[Mapping[str, Any]]) -> Parts:
+        """The parts of a tree that was sent, made again in a shadow of what as_dict() said of it."""
+        parts = cls(value["source"] if value else tree)
+        if value:
+            parts.modules = {os.fsencode(path): (inner, objects) for path, inner, objects in value["modules"]}
+            parts.lfs = {os.fsencode(path): (mode, pointer, content) for path, mode, pointer, content in value["lfs"]}
+        parts.tree = parts.build(shadow)
+        if parts.tree != tree:
+            raise GitFailed("What was sent to the host cannot be told any more.")
         return parts
 
 
@@ -4789,15 +4793,6 @@ class ProjectBase(ProjectState):
                 self.registry.save_parts(parts.tree, parts.as_dict())
         return parts
 
-    def restore(self, shadow: Shadow, tree: str) -> Parts:
-        """The parts of a tree that was sent, made again in a shadow."""
-        value = self.registry.parts(tree)
-        parts = Parts.of(value) if value else Parts(tree)
-        parts.tree = parts.build(shadow)
-        if parts.tree != tree:
-            raise GitFailed("What was sent to the host cannot be told any more.")
-        return parts
-
     def create(self, name: str, host: str, ref: str = "HEAD", root: str = "", init: bool = True,
                report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> WorkspaceBase:
         """Make workspace ``name`` on ``host`` from commit ``ref``, below ``root`` there (default ~/cmux), and
@@ -4980,7 +4975,7 @@ class ProjectBase(ProjectState):
         here, or ids there are not like ours."""
         try:
             with self.repository.in_shadow(entry["tree"]) as shadow:
-                self.restore(shadow, entry["tree"])
+                Parts.restore(shadow, entry["tree"], self.registry.parts(entry["tree"]))
                 return shadow.unsent(entry["tree"])[0] if len(entry["tree"]) == 40 else ""
         except GitFailed:
             return ""
@@ -4993,11 +4988,12 @@ class ProjectBase(ProjectState):
             return
         check_reply(reply, host.name, "look for changes in %s" % name)
         lost = [show(line.replace("\t", " "), 200)[1:-1] for line in reply.lines() if line.strip()]
+        way = "Bring it home first: %s pull -w %s." if lost else "Look at it there (%s exec -w %s -- git diff refs/cmux/base)."
         lost += ["%s (it lies in a submodule: no pull brings it home)" % path for path in home.get("left", ())]
         if lost:
             error = WorkspaceDirty("The workspace %s has work that would be lost: %s%s."
                                    % (name, ", ".join(lost[:5]), ", ..." if len(lost) > 5 else ""),
-                                   "Bring it home first: %s pull -w %s. Or give it up: --force." % (PROGRAM, name))
+                                   way % (PROGRAM, name) + " Or give it up: --force.")
             error.lost = lost
             raise error
 
@@ -5120,7 +5116,7 @@ class Creation:
         for line in reply.lines():
             if re.match(r"[0-9a-f]{%d}\Z" % len(self.tree), line):
                 try:
-                    self.project.restore(shadow, line)
+                    Parts.restore(shadow, line, self.project.registry.parts(line))
                     paths = [path for _, _, _, path in shadow.changes(line, self.tree)]
                 except GitFailed:
                     continue  # a tree that this repository does not have
@@ -5859,7 +5855,7 @@ class Pull:
         self.workspace, self.shadow, self.report, self.allow, self.cancel = workspace, shadow, report, allow, cancel
         self.entry = workspace.project.entry(workspace.name)
         self.base: str = workspace.base
-        self.parts = workspace.project.restore(shadow, self.entry["tree"])
+        self.parts = Parts.restore(shadow, self.entry["tree"], workspace.project.registry.parts(self.entry["tree"]))
         self.sent_tree, self.absent = shadow.unsent(self.entry["tree"])
         self.modules = {path for path, why in self.absent.items() if why == "submodule"}.union(self.parts.modules)
         self.lfs = {path: row for path, row in self.parts.lfs.items() if not self._in_module(path)}

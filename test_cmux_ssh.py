@@ -4853,6 +4853,7 @@ class Family(Repo):
         (self.dir / "assets/tool.bin").chmod(0o755)
         self.lfs("gone.bin", b"nowhere", here=False)
         self.lfs("\u00fc" * 90 + "/" + "y" * 120 + ".bin", b"long\n")
+        self.lfs("latin\udce9.bin", b"latin\n")
         self.commit("family")
         self.git("submodule", "--quiet", "deinit", "-f", "absent")
 
@@ -4978,7 +4979,7 @@ def test_a_workspace_outlives_the_submodule_and_the_content_it_was_made_of(site:
     assert refused.code == 1 and "submodule" in refused.said and "Traceback" not in refused.said, refused
     assert family.cli("rm", "main").code == 1 and family.cli("rm", "main", "--force").code == 0
     made = family.cli("new", "-H", "box", "next")
-    assert made.code == 0 and "2 submodules that are not" in made.said and "4 LFS files" in made.said, made
+    assert made.code == 0 and "2 submodules that are not" in made.said and "5 LFS files" in made.said, made
     assert "Nothing new" in family.cli("pull", "-w", "next").text
     moved = family.cli("push", "-w", "next")
     assert "already" in moved.text, moved
@@ -5067,6 +5068,23 @@ def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site: Si
     do(repo, "truncate -s -2 model.bin 2>/dev/null || head -c %d model.bin >m && mv m model.bin; touch -d 2001-01-01T00:00:00 model.bin; mv model.bin moved" % size)
     moved = repo.cli("pull")
     assert moved.code == 1 and "Traceback" not in moved.said and "refused" in moved.said, moved
+
+
+def test_what_was_sent_is_remembered_while_a_workspace_is_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CMUX_SSH_HOME", str(tmp_path / "state"))
+    registry = c.Registry(str(tmp_path))
+    used = dict.fromkeys(("state", "host", "root", "project", "base", "op"), "x")
+    registry.update(lambda record: record["workspaces"].update(w=dict(used, created=1, tree="%040x" % 0)))
+    for number in range(c.PARTS_KEPT + 5):
+        registry.save_parts("%040x" % number, {"source": "a" * 40, "modules": [], "lfs": [["caf\udce9", "100644", "b", "c"]]})
+        os.utime(os.path.join(registry.parts_path, "%040x.json" % number), (1000 + number, 1000 + number))
+    kept = sorted(int(name[:-5], 16) for name in os.listdir(registry.parts_path))
+    assert kept == [0] + list(range(5, c.PARTS_KEPT + 5)), kept
+    assert next(registry.all_parts())["lfs"][0][0] == "caf\udce9" and registry.parts("f" * 40) is None
+    for damage in (b"{", b'{"version": 1}', b'{"version": 1, "source": "a", "modules": [], "lfs": [["a"]]}', b'{"version": 1, "source": 1, "modules": [], "lfs": []}'):
+        Path(registry.parts_path, "d" * 40 + ".json").write_bytes(damage)
+        with pytest.raises(c.StateFailed):
+            registry.parts("d" * 40)
 
 
 def test_damaged_lfs_content_is_not_sent(site: Site) -> None:
