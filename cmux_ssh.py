@@ -4173,7 +4173,7 @@ class Shadow:
         sizes = [row.split(None, 4)[3] for row in self.records("ls-tree", "-r", "-t", "-l", "-z", "--full-tree", self.unsent(tree)[0])]
         return sum(512 + (int(size) + 511) // 512 * 512 if size.isdigit() else 512 for size in sizes)
 
-    def archive(self, tree: str, front: Iterator[bytes]) -> Archive:
+    def archive(self, tree: str, front: Iterable[bytes] = ()) -> Archive:
         """``front`` are tar entries without an end, which go before those of the tree."""
         with open(os.path.join(self.path, "said"), "wb") as said:  # a pipe nobody reads would fill
             return Archive(spawn(self.argv("archive", "--format=tar", tree), self.env, stdout=-1,
@@ -4484,10 +4484,10 @@ class Archive(Source):
     """The stream of a running `git archive`, with its length and checksum so far. ``total`` counts
     what travels: where there is a first piece, and the line is slow, the rest is compressed."""
 
-    def __init__(self, process: Process, said: str, front: Iterator[bytes]) -> None:
+    def __init__(self, process: Process, said: str, front: Iterable[bytes] = ()) -> None:
         assert process.stdout
         super().__init__(process.stdout.fileno())
-        self.process, self.said, self.front = process, said, front
+        self.process, self.said, self.front = process, said, iter(front)
         self.digest = Cksum()
         self.ahead = b""            # read by small() and piece(), not yet passed on
         self.first = b""            # what piece() has cut off, not yet passed on
@@ -4725,6 +4725,7 @@ class ProjectState:
         return entry
 
     def update(self, name: str, **fields: Any) -> None:
+        """Change fields of a workspace's entry in the registry."""
         self.registry.update(lambda record: record["workspaces"][name].update(fields))
 
     def discard(self, name: str, entry: Dict[str, Any]) -> None:
