@@ -642,9 +642,9 @@ _cstop() {
 };
 _crun() {
   _cw=; _cs=;
+  trap "_cs=stop" USR1;
   case $_cl in life)
     exec 3<&0 </dev/null;
-    trap "_cs=stop" USR1;
     ( exec >&2 4>&-; IFS= read -r _cl <&3; kill -USR1 $$; _cR=$$; _cstop ) & _cw=$! ;
     exec 3<&-;;
   esac;
@@ -656,7 +656,10 @@ _crun() {
   if command -v setsid >/dev/null; then ( export CMUX_RUN="$_ci"; exec setsid "$@" 2>&4 4>&- ); _cr=$?;
   else set -m; ( export CMUX_RUN="$_ci"; exec "$@" 2>&4 4>&- ); _cr=$?; fi;
   [ $_cr -lt 256 ] || _cr=$((_cr-128));
-  case $_cw in ?*) [ "$_cs" ] || kill -KILL $_cw; wait $_cw; _cw=$?; _cE=$$;; esac;
+  case $_cw in
+  ?*) [ "$_cs" ] || kill -KILL $_cw; wait $_cw; _cw=$?; _cE=$$;;
+  *) [ -z "$_cs" ] || _cw=0;;
+  esac;
 };
 unset TMOUT; _cE=;
 _cz=${IFS#??}; _cz=${_cz%"${_cz#?}"}; _cD="$"; _cw=; _cP=; _cq=; _cd=; _cl=;
@@ -1107,11 +1110,13 @@ _cremove() {
 """
 
 # GUARD: the lifeline of a command whose own stdin streams. Reads the pid of the command's
-# wrapper, then waits; a line "." lets go, end of file ends the tree. Replies confirmed or left.
+# wrapper, then waits; a line "." lets go, end of file ends the tree, and has the wrapper say so: a
+# guard that was lost alone must not pass for the command's own end. Replies confirmed or left.
 GUARD = r"""
 _cop() {
   _cR=-
   while IFS= read -r p; do case $p in .) return 0;; *[!0-9]*) ;; ?*) _cR=$p;; esac; done
+  _ctree; case $_ct in " ") ;; *) kill -USR1 $_cR;; esac
   if _cstop; then echo confirmed; else echo left; fi
 }
 """
@@ -1276,7 +1281,7 @@ STOP = JOB_STATE + r"""
 _cop() {
   [ -d "$1" ] || return 38
   _cR=$(cat "$1/pid"); _ci=$2
-  _calive "$1" "$_cR" || _cR=-
+  [ ! -f "$1/exit" ] && _calive "$1" "$_cR" || _cR=-  # an ended job's number may be a stranger's
   if ( _cstop ); then echo confirmed; else echo requested; fi
   n=0; while [ "$(_cstate "$1")" = running ] && [ $n -lt 20 ]; do sleep 0.1 || sleep 1; n=$((n+1)); done
   _cstate "$1"
@@ -2075,6 +2080,7 @@ FAILURES: Tuple[Tuple[str, Type[HostError], str, str], ...] = (
 # for two things. The words with which OpenSSH 9.8 and later turn an address away, and servers that
 # end the whole connection when sessions come and go at once (Dropbear's issues 173, 321).
 TURNED_AWAY = re.compile(rb"banner line \d+: Not allowed at this time\Z")
+AFTER_LOGIN = re.compile(rb"(?m)^(Read from remote host |Connection to .* closed by remote host|client_loop: |Timeout, server )")
 BREAKS_WHEN_SHARED = re.compile(rb"remote software version dropbear_20(22\.8[23]|24\.8[45])\b")
 
 
@@ -2265,11 +2271,11 @@ class Session:
     def begun(self) -> None:
         """The host has answered: authentication is behind us."""
 
-    def failure(self, begun: bool) -> HostError:
-        """Why the session ended without its end mark."""
+    def failure(self, begun: bool, sent: bool = False) -> HostError:
+        """Why the session ended without its end mark. What was ``sent`` whole may have begun unseen."""
         return ConnectionLost("The connection to %s was lost%s." % (
-            self.host, "" if begun else " before the command began"),
-            "The command may have run on there." if begun else "Try again.", self.host, begun)
+            self.host, "" if begun else " before the command was seen to begin" if sent else " before the command began"),
+            "The command may still run there." if begun or sent else "Try again.", self.host, begun or sent)
 
     def close(self) -> None:
         self.close_pipes()
@@ -2328,10 +2334,15 @@ class MuxSession(Session):
 
     @staticmethod
     def _pipes() -> Tuple[int, int, int, int, int, int]:
-        theirs_in, ours_in = os.pipe()
-        ours_out, theirs_out = os.pipe()
-        ours_err, theirs_err = os.pipe()
-        return ours_in, theirs_in, ours_out, theirs_out, ours_err, theirs_err
+        fds: List[int] = []
+        try:
+            for _ in range(3):
+                fds += os.pipe()
+        except OSError:  # none left
+            for fd in fds:
+                os.close(fd)
+            raise
+        return fds[1], fds[0], fds[2], fds[3], fds[4], fds[5]
 
     def _packet(self) -> bytes:
         """One packet, blocking, within CONTROL_PATIENCE of silence."""
@@ -2366,13 +2377,13 @@ class MuxSession(Session):
             if mux_numbers(packet)[0] == MUX_EXIT:
                 self.exited = True
 
-    def failure(self, begun: bool) -> HostError:
+    def failure(self, begun: bool, sent: bool = False) -> HostError:
         if self.exited and not begun:
             return RemoteShellFailed(self.host)
         if self.exited:
             return ConnectionLost("The command on %s was ended together with its wrapper." % self.host,
                                   "Something there killed every process of the session.", self.host)
-        return super().failure(begun)
+        return super().failure(begun, sent)
 
     def close(self) -> None:
         """Give the session up. Its slot is free when the master has closed the connection."""
@@ -2450,10 +2461,10 @@ class DirectSession(Session):
             self._done = None
             self._report(None)
 
-    def failure(self, begun: bool) -> HostError:
-        if begun or not self._done:
-            return super().failure(begun)
+    def failure(self, begun: bool, sent: bool = False) -> HostError:
         words, heard = read_log(self._log)
+        if begun or not self._done or AFTER_LOGIN.search(words):
+            return super().failure(begun, sent)
         if not words.strip() and self._process.poll() not in (None, 255):
             return RemoteShellFailed(self.host)
         error = failure_in(words, heard, self.host)
@@ -2503,7 +2514,7 @@ class HostMemory:
         except StateFailed:
             value = None
         until, limits = (value or {}).get("until"), {"sessions": SESSIONS_PER_MASTER, "handshakes": HANDSHAKES_AT_ONCE}
-        if isinstance(until, (int, float)) and time.time() < until:
+        if isinstance(until, (int, float)) and 0 < until - time.time() <= 86400:  # a clock may be set back
             seen = {key: (value or {}).get(key) for key in limits}
             limits.update({key: n for key, n in seen.items() if isinstance(n, int) and 0 <= n <= limits[key]})
         self._profile = limits
@@ -2519,7 +2530,7 @@ class HostMemory:
         """How often in a row connecting failed, and when (by the clock) to try again."""
         try:
             value = read_json(self._path("down.json")) or {}
-            return int(value.get("count", 0)), float(value.get("until", 0))
+            return int(value.get("count", 0)), min(float(value.get("until", 0)), time.time() + DOWN_WAITS[-1] * 1.2)
         except (StateFailed, ValueError, TypeError):
             return 0, 0.0
 
@@ -2650,7 +2661,7 @@ class Launcher(HostMemory):
         if not batch:
             other["BatchMode=yes"] = "BatchMode=no"
         argv = [other.get(word, word) for word in ssh_argv(
-            self.config, "-M", "-N", "-o", "ControlPersist=%d" % CONTROL_PERSIST, "-S", self._path(index),
+            self.config, "-M", "-N", "-o", "ControlPersist=%d" % CONTROL_PERSIST, "-S", literal(self._path(index)),
             *(["-E", log] if batch else []))] + ["--", self.host]
         watch, theirs = os.pipe()
         try:
@@ -2935,7 +2946,7 @@ class Masters(Launcher):
         self.connect(deadline)
         if self.profile()["sessions"]:
             slot = self._take_slot(deadline, None)
-            options = ["-S", self._path(slot[0]), "-o", "ProxyCommand=false"]
+            options = ["-S", literal(self._path(slot[0])), "-o", "ProxyCommand=false"]
             begun, ended = lambda: None, lambda: self._free_slot(slot)
         else:
             options, ended = ["-S", "none"], self.handshake(deadline).free
@@ -3032,7 +3043,7 @@ def look_closely(masters: Masters, command: str) -> Tuple[int, str, bytes]:
 
 def plain_master(config: SSHConfig, path: str) -> Process:
     """An ordinary ControlMaster at ``path``, as a person might start one (for bench)."""
-    argv = [word.replace("SessionType=default", "SessionType=none") for word in ssh_argv(config, "-M", "-N", "-S", path)]
+    argv = [word.replace("SessionType=default", "SessionType=none") for word in ssh_argv(config, "-M", "-N", "-S", literal(path))]
     return spawn(argv + ["--", config.host], scrubbed_environment(config))
 
 
@@ -3042,7 +3053,7 @@ def end_masters(environment: Mapping[str, str]) -> None:
     for folder, _, names in os.walk(os.path.dirname(socket_folder("any"))):
         for name in names:
             if name.isdigit():
-                run([ssh, "-F", "/dev/null", "-S", os.path.join(folder, name), "-O", "exit", "demo"], environment)
+                run([ssh, "-F", "/dev/null", "-S", literal(os.path.join(folder, name)), "-O", "exit", "demo"], environment)
 
 
 def json_error(error: HostError) -> bytes:
@@ -3059,6 +3070,11 @@ def error_json(data: bytes, host: str) -> HostError:
         return kinds.get(name, ConnectionFailed)(str(message), str(hint), host)
     except (ValueError, TypeError):
         return ConnectionFailed("%s could not be reached a moment ago." % host, "Try again.", host)
+
+
+def literal(path: str) -> str:
+    """A path for -S, in which ssh expands what begins with %."""
+    return path.replace("%", "%%")
 
 
 def socket_folder(name: str) -> str:
@@ -3216,6 +3232,7 @@ class Exchange:
         self.outgoing = memoryview(header)
         self.source = source
         self.close_stdin = close_stdin   # once everything is written
+        self.sent = False                # the header is with the host, or on its way
         self.lost = False                # the session is over, marks or not
         self.moved = time.monotonic()    # when the last byte went either way
 
@@ -3234,7 +3251,7 @@ class Exchange:
         finished = until or (lambda: self.ended)
         while not finished():
             if self.lost:
-                raise self.session.failure(self.begun)
+                raise self.session.failure(self.begun, self.sent)
             if cancel:
                 cancel.check()
             wait = deadline.capped(3600)
@@ -3293,6 +3310,7 @@ class Exchange:
     def _write(self) -> None:
         try:
             self.outgoing = self.outgoing[os.write(self.session.stdin, self.outgoing[:CHUNK]):]
+            self.sent = self.sent or not self.outgoing
         except BlockingIOError:
             return
         except OSError:  # the far side takes no more: what it says, or the session's end, tells why
@@ -3599,7 +3617,16 @@ class CommandRun:
         if self.exchange.out.refused:
             raise WorkspaceMissing("The directory is not on %s (any more)." % self.host.name,
                                    "See `%s list`; `rm` and `new` make the workspace anew." % PROGRAM)
+        if self.exchange.out.stop:  # not by us
+            raise ConnectionLost("The connection that watched over the command on %s was lost, and so the command was ended."
+                                 % self.host.name, "Run it again.", self.host.name)
+        if self.guard:
+            self.guard.outgoing = memoryview(b".\n")
+            self.guard.run(Deadline(CONTROL_PATIENCE), None, until=lambda: self.guard_done())
         return Outcome(status=self.exchange.out.status, stopped=None, reason=None)
+
+    def guard_done(self) -> bool:
+        return not self.guard_busy() or bool(self.guard and self.guard.lost)
 
     def _start(self, deadline: Deadline, cancel: Optional[Cancel]) -> None:
         """Open the session (and, for a streaming stdin, a guard), and see the command begin.
@@ -3754,6 +3781,8 @@ class Repository:
             raise GitFailed("The repository's path holds a newline.", "Move it.")
         self.git_dir = lines[0]
         self.common_dir = os.path.realpath(os.path.join(self.directory, lines[1]))
+        if (os.path.realpath(self.directory) + "/").startswith(os.path.realpath(self.git_dir) + "/"):
+            self._refuse_inner()
 
     def _git(self, *words: str) -> bytes:
         # The user's global config is read here for safe.directory alone; rev-parse runs nothing.
@@ -3772,6 +3801,14 @@ class Repository:
                             "Change into one, name one with -C, or make one: git init")
         raise GitFailed("git %s failed: %s." % (words[0], show(text.split("\n")[-1], 200)))
 
+    def _refuse_inner(self) -> None:
+        """Inside a git directory. One that lies in another repository's work tree may have come with a clone
+        of that, and its config would be whoever's wrote it: the host, the work tree."""
+        around = os.path.dirname(os.path.realpath(self.git_dir))
+        if run([self.program, "-C", around] + list(GIT_SAFE) + ["rev-parse", "--git-dir"], git_environment())[0] == 0:
+            raise GitFailed("%s is a git directory inside another repository." % show(self.git_dir),
+                            "Name a directory of the work tree with -C.")
+
     def branch(self) -> str:
         """The short name of the current branch (also an unborn one); "" when HEAD is detached."""
         status, out, _ = run([self.program, "-C", self.directory, "symbolic-ref", "-q", "--short", "HEAD"],
@@ -3779,8 +3816,8 @@ class Repository:
         return out.decode("utf-8", "replace").strip() if status == 0 else ""
 
     def config(self, key: str) -> str:
-        """A value of the user's git configuration, any scope. What a repository *carries* (its
-        files) is not configuration: git itself never takes .git/config from a clone."""
+        """A value of the user's git configuration, any scope: no clone brings a .git/config along, and
+        what looks like a repository among a clone's files was refused above."""
         status, out, _ = run([self.program, "-C", self.directory, "config", "--get", key],
                              {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k in (
                                  "GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM", "GIT_CONFIG_NOSYSTEM")})
@@ -4639,17 +4676,31 @@ class ProjectState:
             for value in list(self.handed_over)[:-1000]:
                 del self.handed_over[value]
 
+    def masks(self) -> List[Tuple[bytes, bytes]]:
+        """(a secret's value, what to show in its place), longest first, also lines of a value, as a key is
+        shown with other line ends or an indent. Values below four bytes would mask half of all text."""
+        known = dict(self.handed_over)
+        for name, entry in self.registry.secrets().items():
+            known[entry.get("value", "").encode("utf-8", "surrogateescape")] = name
+        for value, name in list(known.items()):
+            known.update({line.strip(): name for line in value.split(b"\n") if len(line.strip()) >= 16})
+        return sorted(((value, b"[secret %s]" % name.encode()) for value, name in known.items() if len(value) >= 4),
+                      key=lambda item: -len(item[0]))
+
     def detail(self, what: object) -> str:
         """A command, path or pattern for the history: no secret's value, one line, bounded."""
-        text = what if isinstance(what, str) else " ".join(quote(str(word)) for word in what) if isinstance(what, (list, tuple)) else ""
+        words = [what] if isinstance(what, str) else list(map(str, what)) if isinstance(what, (list, tuple)) else []
         try:
-            stored = {entry.get("value", ""): name for name, entry in self.registry.secrets().items()}
+            masks = self.masks()
         except CmuxError:
             return ""
-        stored.update({value.decode("utf-8", "surrogateescape"): name for value, name in list(self.handed_over.items())})
-        for value in sorted(filter(None, stored), key=len, reverse=True):
-            text = text.replace(value, "[secret %s]" % stored[value])
-        return show(text, 200)[1:-1]
+        for at, word in enumerate(words):
+            data = word.encode("utf-8", "surrogateescape")
+            for value, shown in masks:
+                data = data.replace(value, shown)
+            plain = data.decode("utf-8", "surrogateescape")
+            words[at] = plain if plain != word or isinstance(what, str) else quote(word)
+        return show(" ".join(words), 200)[1:-1]
 
     def set_secret(self, name: str, value: Union[str, bytes, None]) -> None:
         """Store what every command of this project sees as the environment variable ``name``, in a
@@ -5113,7 +5164,10 @@ class Creation:
     def _nearest(self, shadow: Shadow) -> str:
         """The base on the host that differs least, if a delta against it is worth while; or ""."""
         reply, best = self.host.call(BASES, self.root), ""
-        least = sum(1 for _ in shadow.listing(self.tree)) // 2
+        paths = [path for _, _, path in shadow.listing(self.tree)]
+        if b".cmux-gone" in paths:
+            return ""
+        least = len(paths) // 2
         for line in reply.lines():
             if re.match(r"[0-9a-f]{%d}\Z" % len(self.tree), line):
                 try:
@@ -5611,7 +5665,7 @@ def read_commit(wire: Wire, base: str, mark: int, harvest: Harvest) -> None:
     changes: Dict[bytes, Tuple[str, int]] = {}
     marks = {commit["mark"] for commit in harvest.commits}
     line = wire.upto(b"\n")
-    while line.startswith(b"from " if not parents else b"merge "):
+    while len(parents) <= 16 and line.startswith(b"from " if not parents else b"merge "):
         ref = line.split(b" ", 1)[1]
         parents.append(read_number(ref, b":", mark - 1) if ref.startswith(b":") else ref.decode("ascii", "replace"))
         line = wire.upto(b"\n")
@@ -5750,6 +5804,7 @@ class Grower:
         self.contents = {content: pointer for _, pointer, content in lfs.values()}
         self.env = {"GIT_INDEX_FILE": os.path.join(shadow.path, "result.index")}
         self.at = ""  # the commit the index stands at
+        self.contested: Set[str] = set()
 
     def grow(self) -> List[str]:
         """The ids of the commits, oldest first."""
@@ -5758,6 +5813,7 @@ class Grower:
                         for path, (mode, mark) in commit["changes"].items() if mode == "120000"})
         for (_, path), (_, target) in zip(links, self.shadow.blobs([oid for oid, _ in links])):
             check_link(path, target)
+        self.contested = self._contested()
         for commit in self.harvest.commits:
             parents = [made.get(parent, self.base) for parent in commit["parents"]]
             tree = self._tree(parents[0], commit["changes"])
@@ -5800,33 +5856,49 @@ class Grower:
 
     def _look_again(self, parent: str, tree: str, wanted: Dict[bytes, Tuple[str, str]]) -> None:
         """What differs must be what was wanted, and all of it; no two paths may fold into one."""
-        added = []
+        added, left = [], {path for path, (mode, _) in wanted.items() if mode != "0"}
         for before, mode, oid, path in self.shadow.changes(parent, tree):
             if wanted.get(path) != (mode if mode != "000000" else "0", oid):
                 raise refuse("git made something else of %s" % show(path.decode("utf-8", "replace")))
+            left.discard(path)
             if before == "000000":
                 added.append(path)
+        if left or any(key in self.contested for path in added for key, _ in folds(path)):
+            self._look_at_all(tree, wanted, left, added)
+
+    def _look_at_all(self, tree: str, wanted: Dict[bytes, Tuple[str, str]], left: Set[bytes], added: Iterable[bytes]) -> None:
+        """The same by the whole tree, where the changes alone do not tell."""
         seen: Dict[str, str] = {}
-        for path in added:
-            self._collide(seen, path, True)
-        left = sum(1 for mode, _ in wanted.values() if mode != "0")
-        for mode, oid, path in self.shadow.listing(tree):
-            if path in wanted:
-                left -= wanted[path] == (mode, oid)
-            if added:
-                self._collide(seen, path, False)
+        for path in [*added, *(path for _, _, path in self.shadow.listing(tree))]:
+            for key, text in folds(path):
+                if (seen.setdefault(key, text) if key in self.contested else text) != text:
+                    raise refuse("%s and %s are one file where case or composition do not count"
+                                 % (show(text), show(seen[key])))
+        for mode, oid, path in self.shadow.listing(tree) if left else ():
+            if wanted.get(path) == (mode, oid):
+                left.discard(path)
         if left:
             raise refuse("git dropped some of its paths")
 
-    @staticmethod
-    def _collide(seen: Dict[str, str], path: bytes, add: bool) -> None:
-        text = path.decode("utf-8", "surrogateescape")
-        while text:
-            key = fold(text)
-            if (seen.setdefault(key, text) if add else seen.get(key, text)) != text:
-                raise refuse("%s and %s are one file where case or composition do not count"
-                             % (show(text), show(seen[key])))
-            text = text.rpartition("/")[0]
+    def _contested(self) -> Set[str]:
+        """What more than one name folds into, of all that is added and all that was there: one look at the
+        whole base, not one for each commit."""
+        seen: Dict[str, str] = {}
+        twice: Set[str] = set()
+        for commit in self.harvest.commits:
+            for path in [path for path, (mode, _) in commit["changes"].items() if mode]:
+                twice.update(key for key, text in folds(path) if seen.setdefault(key, text) != text)
+        for _, _, path in self.shadow.listing(self.base) if seen else ():
+            twice.update(key for key, text in folds(path) if seen.get(key, text) != text)
+        return twice
+
+
+def folds(path: bytes) -> Iterator[Tuple[str, str]]:
+    """(folded, as it is) of a path and of the directories above it."""
+    text = path.decode("utf-8", "surrogateescape")
+    while text:
+        yield fold(text), text
+        text = text.rpartition("/")[0]
 
 
 class Result(Value):
@@ -5982,7 +6054,7 @@ class Pull:
         for commit in harvest.commits if harvest.leaks else ():
             for path, (_, mark) in commit["changes"].items():
                 if harvest.leaks.get(mark):
-                    self.secrets[neutralise(path)] = harvest.leaks[mark]
+                    self.secrets[show(path.decode("utf-8", "replace"), PATH_MAX)[1:-1]] = harvest.leaks[mark]
 
     def settle(self, commits: List[str], dirty: bool, before: str) -> str:
         """The commit that holds the result on top of ``before``, what an earlier pull made."""
@@ -6010,7 +6082,8 @@ class Pull:
         for before, mode, oid, path in self.shadow.changes(old, new):
             text = path.decode("utf-8", "surrogateescape")
             why = "file that tools obey" if _EXECUTES.search(text) else ""
-            if hooks and mode != "000000" and (fold(text) + "/").startswith(fold(hooks) + "/"):
+            near, far = fold(text) + "/", fold(hooks) + "/"
+            if hooks and mode != "000000" and (near.startswith(far) or far.startswith(near)):  # below, or a link above
                 why = "git hook"
                 if not self.allow:
                     raise refuse("it changes %s, and this repository runs hooks from there" % show(text),
@@ -6280,7 +6353,7 @@ def glob_files(workspace: WorkspaceBase, pattern: str, limit: int = 1000,
     data = run_search(workspace, GLOB, wider_pattern(pattern), str(SEARCH_MAX), cancel=cancel)
     parts = data[len(b"lines\n"):].split(b"\n") if data.startswith(b"lines\n") else data.split(b"\0")
     cut = len(data) >= SEARCH_MAX
-    names = [part[2:].decode("utf-8", "surrogateescape") for part in (parts[:-1] if cut else parts) if part]
+    names = [part[2:].decode("utf-8", "surrogateescape") for part in (parts[:-1] if cut else parts) if 2 < len(part) <= PATH_MAX]
     found = sorted(name for name in names if test.match(name))
     return found[:limit], cut or len(found) > limit
 
@@ -6299,14 +6372,29 @@ def grep_files(workspace: WorkspaceBase, pattern: str, glob: str = "", ignore_ca
     data = run_search(workspace, GREP, pattern, wider_pattern(glob or "**"), "-i" if ignore_case else "-n",
                       str(SEARCH_MAX), str(most), cancel=cancel)
     kind, _, data = data.partition(b"\n")
-    rows = rb"\./([^\0]*)\0(\d{1,15}):([^\n]*)\n" if kind == b"null" else rb"\./([^\n]*?):(\d{1,15}):([^\n]*)\n"
     matches: List[Dict[str, Any]] = []
-    for match in re.finditer(rows, data):
-        path = match.group(1).decode("utf-8", "surrogateescape")
-        if not test or test.match(path):
-            text = match.group(3).decode("utf-8", "replace").rstrip("\r")[:LINE_MAX]
-            matches.append({"path": path, "line": int(match.group(2)), "text": text})
+    for name, line, row in grep_rows(data, kind == b"null"):
+        path = name.decode("utf-8", "surrogateescape")
+        if len(name) <= PATH_MAX and (not test or test.match(path)):
+            matches.append({"path": path, "line": line, "text": row.decode("utf-8", "replace").rstrip("\r")[:LINE_MAX]})
     return matches[:limit], len(matches) > limit or len(data) >= SEARCH_MAX or data.count(b"\n") >= most
+
+
+def grep_rows(data: bytes, null: bool) -> Iterator[Tuple[bytes, int, bytes]]:
+    """(path, line, text) of what grep printed, in time linear in it, whatever a host makes of it."""
+    if null:  # path NUL line:text NEWLINE; a path may hold newlines
+        path, *rest = data.split(b"\0")
+        for part in rest:
+            row, _, after = part.partition(b"\n")
+            count, colon, text = row.partition(b":")
+            if path[:2] == b"./" and colon and number(count.decode("latin-1")) > 0:
+                yield path[2:], int(count), text
+            path = after
+        return
+    for line in data.split(b"\n"):
+        match = re.match(rb"\./([^:]*(?::(?!\d{1,15}:)[^:]*)*):(\d{1,15}):", line)
+        if match:
+            yield match.group(1), int(match.group(2)), line[match.end():]
 
 
 # -- jobs: their records are on the host; what was run, and when, is remembered here --
@@ -6334,10 +6422,11 @@ def start_job(workspace: WorkspaceBase, command: Union[str, Sequence[str]], cwd:
     if "started" not in reply.lines():
         raise RemoteFailed("%s did not confirm the start of the job." % workspace.host.name, "See `%s jobs`." % PROGRAM)
 
+    detail = workspace.project.detail(command)
+
     def remember(value: Dict[str, Any]) -> None:
         jobs = value.setdefault("jobs", {})
-        jobs[job] = {"workspace": workspace.name, "command": " ".join(map(quote, words))[:200] if len(words) > 1
-                     else words[0][:200], "started": round(time.time(), 3)}
+        jobs[job] = {"workspace": workspace.name, "command": detail, "started": round(time.time(), 3)}
         for old in sorted(jobs, key=lambda name: float(jobs[name]["started"]))[:-JOBS_KEPT]:
             del jobs[old]
     workspace.project.registry.update(remember)
@@ -6911,14 +7000,7 @@ class Veil:
     not in other spellings of it: what a command does to hide a value from this, it can do."""
 
     def __init__(self, project: Project) -> None:
-        known = dict(project.handed_over)
-        for name, entry in project.registry.secrets().items():
-            known[entry.get("value", "").encode("utf-8", "surrogateescape")] = name
-        for value, name in list(known.items()):  # a key shown with other line ends or an indent
-            known.update({line.strip(): name for line in value.split(b"\n") if len(line.strip()) >= 16})
-        # (value, what to show), longest first. Values below four bytes would mask half of all text.
-        self.masks = sorted(((value, b"[secret %s]" % name.encode()) for value, name in known.items() if len(value) >= 4),
-                            key=lambda item: -len(item[0]))
+        self.masks = project.masks()
 
     def clean(self, data: Union[bytes, str], begun: bool = False) -> str:
         """``begun``: the data begin somewhere in a stream, perhaps within a secret."""
@@ -7528,7 +7610,7 @@ class ThrowawayServer:
     def __init__(self, rtt: float = 0.0) -> None:
         import tempfile
         self.sshd = self._find_sshd()
-        self.path = tempfile.mkdtemp(prefix="cmux-demo-")
+        self.path = tempfile.mkdtemp(prefix="cmux-demo-", dir="/tmp" if " " in tempfile.gettempdir() else None)
         self.home = os.path.join(self.path, "home")
         self.config = os.path.join(self.path, "ssh_config")
         keygen = find_program("ssh-keygen")
@@ -7932,7 +8014,7 @@ class Bench:
         self.environment, self.server = scrubbed_environment(config), server
         control = os.path.join(self.place, "cm")
         self.fresh = ssh_argv(config, "-S", "none") + ["--", server]
-        self.over = ssh_argv(config, "-S", control) + ["--", server]
+        self.over = ssh_argv(config, "-S", literal(control)) + ["--", server]
         self.master = plain_master(config, control)
         self.control = control
 
