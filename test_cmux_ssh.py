@@ -1879,7 +1879,7 @@ def test_on_a_slow_line_a_large_archive_and_a_large_delta_travel_compressed_and_
 def test_the_first_piece_decides_how_the_rest_goes(tmp_path: Path, fast: bool, gzip: bool, level: bool) -> None:
     data = source_text(3 << 20)
     (tmp_path / "data").write_bytes(data)
-    archive = c.Archive(subprocess.Popen(["cat", str(tmp_path / "data")], stdout=subprocess.PIPE), os.devnull)
+    archive = c.Archive(subprocess.Popen(["cat", str(tmp_path / "data")], stdout=subprocess.PIPE), os.devnull, iter(()))
     try:
         assert archive.piece() == str(c.FIRST_PIECE)
         assert archive.read() == data[:c.FIRST_PIECE] and archive.waits
@@ -1972,7 +1972,7 @@ def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo:
 def test_the_size_of_an_archive_is_known_beforehand(odd: bool, site: Site) -> None:
     repo = Repo(site, odd=odd, files={"a/b/c": bytes(100_000)})
     with c.Repository(str(repo.dir)).in_shadow("HEAD") as shadow:
-        archive = shadow.archive(repo.git("rev-parse", "HEAD^{tree}"))
+        archive = shadow.archive(repo.git("rev-parse", "HEAD^{tree}"), iter(()))
         size = len(b"".join(iter(archive.read, b"")))
         archive.close()
         assert size - 12_000 < shadow.archive_size(repo.git("rev-parse", "HEAD^{tree}")) <= size
