@@ -920,7 +920,9 @@ _csnap() { # base-id its-tree commits bytes
   _cg add -A . >&2 && t=$(_cg write-tree)
 }
 _crefs() { { _co for-each-ref; _co rev-parse HEAD; _co rev-parse -q --verify refs/stash; } | cksum | tr ' ' -; }
-_cstage() { s=$root/.cmux/stage/$1.$$; mkdir -p "$s" || return 3; shift; "$@"; r=$?; cd "$root"; rm -rf "$s"; return $r; }
+_cstage() { # the client may be gone when there is something to say: that is no end without clearing up
+  trap 'cd "$root"; rm -rf "$s"; exit 1' PIPE HUP TERM
+  s=$root/.cmux/stage/$1.$$; mkdir -p "$s" || return 3; shift; "$@"; r=$?; cd "$root"; rm -rf "$s"; return $r; }
 """
 
 # PULL root project name base tree op commits bytes how: what the workspace changed, as a stream.
