@@ -923,7 +923,9 @@ _csnap() { # base-id its-tree commits bytes
   _cg add -A . >&2 && t=$(_cg write-tree)
 }
 _crefs() { { _co for-each-ref; _co rev-parse HEAD; _co rev-parse -q --verify refs/stash; } | cksum | tr ' ' -; }
-_cstage() { s=$root/.cmux/stage/$1.$$; mkdir -p "$s" || return 3; shift; "$@"; r=$?; cd "$root"; rm -rf "$s"; return $r; }
+_cstage() { # the client may be gone when there is something to say: that is no end without clearing up
+  trap 'cd "$root"; rm -rf "$s"; exit 1' PIPE HUP TERM
+  s=$root/.cmux/stage/$1.$$; mkdir -p "$s" || return 3; shift; "$@"; r=$?; cd "$root"; rm -rf "$s"; return $r; }
 """
 
 # PULL root project name base tree op commits bytes how: what the workspace changed, as a stream.
@@ -3944,10 +3946,14 @@ class Shadow:
     def __init__(self, repository: Repository, object_format: str) -> None:
         import tempfile
         self.program = repository.program
-        self.reap(tempfile.gettempdir())
-        self.path = tempfile.mkdtemp(prefix="cmux-shadow-")
-        self.lock = Lock(os.path.join(self.path, "lock"))
-        self.lock.take()
+        folder = tempfile.gettempdir()
+        self.reap(folder)
+        while True:  # the lock stands before the directory is there and until it has gone
+            self.path = os.path.join(folder, "cmux-shadow-" + os.urandom(8).hex())
+            self.lock = Lock(self.path + ".lock", passing=True)
+            if self.lock.take():
+                break
+        os.mkdir(self.path, 0o700)
         self.git_dir = os.path.join(self.path, "sh.git")
         self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null",
                                    GIT_ALTERNATE_OBJECT_DIRECTORIES=self.alternate(repository.object_directory()))
@@ -3990,15 +3996,17 @@ class Shadow:
         """Remove the shadows of processes that were killed: their locks are free."""
         import shutil
         for name in os.listdir(folder):
-            path = os.path.join(folder, name, "lock")
-            try:
-                if name.startswith("cmux-shadow-") and os.lstat(path).st_uid == os.geteuid():
-                    lock = Lock(path)
-                    if lock.take():
-                        shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+            if name.startswith("cmux-shadow-"):
+                path = os.path.join(folder, name)
+                try:
+                    base = path[:-len(".lock")] if name.endswith(".lock") else path
+                    lock = Lock(base + ".lock", passing=True)
+                    if os.lstat(path).st_uid == os.geteuid() and lock.take():
+                        shutil.rmtree(base, ignore_errors=True)
+                        lock.passing = not os.path.lexists(base)  # a git of theirs may still write
                         lock.free()
-            except (OSError, StateFailed):
-                pass  # not ours, just being made, or just gone
+                except (OSError, StateFailed):
+                    pass  # it has just gone
 
     def argv(self, *words: str) -> List[str]:
         return [self.program, "--git-dir=" + self.git_dir] + list(GIT_SAFE) + list(words)

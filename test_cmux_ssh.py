@@ -2189,6 +2189,30 @@ def test_long_commands_beyond_ten_sessions_run_at_once(shared: Repo) -> None:
     assert [child.communicate(timeout=90)[0] for child in children] == [b"met\n"] * 12
 
 
+@pytest.mark.slow
+def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo: Repo) -> None:
+    """Each master of theirs takes a mark before it connects and gives it back when it is authenticated; sshd
+    numbers the sessions of a connection from 0."""
+    site, marks, shim = repo.site, repo.site.dir / "marks", repo.site.dir / "shim"
+    shim.write_text(f'#!/bin/sh\ncase " $* " in *" -M "*) ;; *) exec {program("ssh")} -F {site.config} "$@";; esac\n'
+                    f'echo + >>{marks}\n{program("ssh")} -F {site.config} "$@"; r=$?\necho - >>{marks}\nexit $r\n')
+    shim.chmod(0o755)
+    env = {"CMUX_SSH_COMMAND": str(shim)}
+    assert repo.exec("true", env=env).code == 0
+    meet = "touch here-$N; i=0; while [ $(ls here-* | wc -l) -lt 50 ] && [ $i -lt 600 ]; do sleep 0.1; i=$((i+1)); done; echo met"
+    children = [repo.start("exec", "--env", f"N={n}", "--", meet, env=env) for n in range(50)]
+    said = [child.communicate(timeout=150) for child in children]
+    assert [(child.returncode, *words) for child, words in zip(children, said)] == [(0, b"met\n", b"")] * 50
+    under_way = most = 0
+    for mark in marks.read_text().split():
+        under_way += 1 if mark == "+" else -1
+        most = max(most, under_way)
+    numbers = [int(n) for n in re.findall(r"Starting session: .* id (\d+)", site.log())]
+    assert most <= c.HANDSHAKES_AT_ONCE and under_way == 0 and marks.read_text().count("+") <= c.MASTERS_PER_HOST
+    assert len(numbers) >= 50 and max(numbers) < c.SESSIONS_PER_MASTER, max(numbers)
+    assert "drop connection" not in site.log() and "no more sessions" not in site.log()
+
+
 def test_a_slow_line_is_only_slow(repo: Repo) -> None:
     line = repo.site.line("far")
     line.delay = 0.025
@@ -5252,6 +5276,312 @@ def test_a_line_lost_while_a_workspace_is_unpacked_makes_no_half_of_one(site: Si
     assert tree_of(repo.path("second")) == repo.tree()
     whole(repo, "first", "second")
     settled(site)
+
+
+class Lane:
+    """One kind of operation, killed again and again in a project of its own."""
+
+    def __init__(self, site: Site, verb: str, seed: int) -> None:
+        self.verb, self.luck = verb, random.Random(f"{verb} {seed}")
+        self.repo = Repo(site, name=f"lane-{verb}", files={"nonce": verb.encode(), **{f"d/{n}": b"%d\n" % n for n in range(20)}})
+        self.first = self.repo.git("rev-parse", "HEAD")
+        self.repo.write("README", b"second\n")
+        self.repo.write("d/3", b"changed\n")
+        self.second = self.repo.commit()
+        self.turn, self.content = 0, b"hello\n"
+        done = self.repo.cli("new", "-H", "box", "main", "--ref", self.first)
+        assert done.code == 0, done
+        self.path = self.repo.path()
+
+    def arrange(self) -> List[str]:
+        """What is done next, the words of it."""
+        self.turn += 1
+        n, verb = self.turn, self.verb
+        if verb in ("write", "edit"):
+            self.stdin = b"%d " % n * 30000 if verb == "write" else b""
+            return ["write", "README"] if verb == "write" else ["edit", "src/main.c", "--old", f"main{n - 1 or ''}", "--new", f"main{n}"]
+        if verb == "pull":
+            (self.path / "README").write_bytes(b"%d\n" % n)
+        elif verb == "rm":
+            assert self.repo.cli("new", "-H", "box", f"w{n}").code == 0
+        return {"new": ["new", "-H", "box", f"w{n}"], "rm": ["rm", f"w{n}"], "fork": ["fork", "-w", "main", f"w{n}"], "pull": ["pull", "-w", "main"],
+                "rename": ["rename", "-w", f"w{n - 1}" if n > 1 else "main", f"w{n}"],
+                "push": ["push", "-w", "main", "--ref", self.second if n % 2 else self.first]}[verb]
+
+    def kill_once(self, words: List[str], delay: float) -> None:
+        with tempfile.TemporaryFile() as spool:
+            spool.write(getattr(self, "stdin", b""))
+            spool.seek(0)
+            child = self.repo.start(*words, stdin=spool)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(delay)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+
+    def done_already(self, words: List[str]) -> bool:
+        """One of those that were to be killed came to its end."""
+        listed = self.repo.workspaces()
+        return {"new": words[-1] in listed, "fork": words[-1] in listed, "rename": words[-1] in listed, "rm": words[-1] not in listed,
+                "edit": self.verb == "edit" and words[-1].encode() in (self.path / "src/main.c").read_bytes()}.get(self.verb, False)
+
+    def check(self, words: List[str]) -> None:
+        n, name = self.turn, words[-1]
+        if self.verb in ("new", "fork", "rename"):
+            self.path = Path(self.repo.workspaces()[name]["path"]) if self.verb == "rename" else self.path
+            self.repo.git("checkout", "-q", "-f", self.second if self.verb == "new" else self.first)
+            assert tree_of(self.repo.path(name)) == self.repo.tree()
+            self.repo.git("checkout", "-q", "-f", self.second)
+        elif self.verb == "write":
+            assert (self.path / "README").read_bytes() == self.stdin
+        elif self.verb == "edit":
+            assert (self.path / "src/main.c").read_bytes() == b"int main%d;\n" % n
+        elif self.verb == "pull":
+            assert self.repo.git("show", "cmux/main:README") == str(n)
+        elif self.verb == "push":
+            assert (self.path / "README").read_bytes() == (b"second\n" if n % 2 else b"hello\n")
+            assert (self.path / "d/3").read_bytes() == (b"changed\n" if n % 2 else b"3\n")
+        elif self.verb == "rm":
+            assert name not in self.repo.workspaces()
+
+    def run(self, groups: int, kills: int) -> int:
+        began = time.monotonic()
+        for group in range(groups + 1):
+            words = self.arrange()
+            for _ in range(kills if group else 0):
+                before = (self.path / "README").read_bytes() if self.verb == "write" else b""
+                self.kill_once(words, self.luck.uniform(0.03, took * 1.2))
+                if self.verb == "write":
+                    until(lambda: (self.path / "README").read_bytes() in (before, self.stdin), "old or new, never a mix", 0.1)
+            if not (group and self.done_already(words)):
+                final = self.repo.cli(*words, stdin=getattr(self, "stdin", None))
+                assert final.code == 0 or self.done_already(words), (group, final)
+            took = time.monotonic() - began if not group else took
+            self.check(words)
+        return groups * kills
+
+
+@pytest.mark.slow
+def test_killed_at_any_instant_a_few_hundred_times(site: Site) -> None:
+    """Every operation that changes something, killed at random instants of it, in several projects at once. After each
+    few kills the same call succeeds and all is whole; in the end nothing runs and nothing lies about."""
+    seed = int(os.environ.get("CMUX_TEST_SEED", "0")) or random.randrange(1, 10 ** 6)
+    print(f"CMUX_TEST_SEED={seed}")
+    lanes = [Lane(site, verb, seed) for verb in ("new", "push", "write", "edit", "pull", "rm", "fork", "rename")]
+    with ThreadPoolExecutor(3) as pool:
+        counts = list(pool.map(lambda lane: lane.run(6, 6), lanes))
+    for lane in lanes:
+        listed = lane.repo.workspaces()
+        ran = lane.repo.cli("exec", "--all", "--json", "--", "git status --short")
+        assert ran.code == 0 and len(ran.out.splitlines()) >= 1, ran
+        assert {p.name for p in lane.path.parent.iterdir()} == set(listed), (lane.verb, seed)
+        assert lane.repo.cli("push", "-w", sorted(listed)[0], "--force").code == 0  # a change: what the killed left is swept
+    assert sum(counts) == 288
+    settled(site)
+
+
+# === Faults: the line cut, masters killed and stopped, at any byte ===
+
+
+class Wire:
+    """A workspace over a line that breaks, and one undisturbed run to measure."""
+
+    def __init__(self, site: Site) -> None:
+        self.site, self.repo, self.line = site, Repo(site, files={"n": b"0\n"}), site.line("far")
+        assert self.repo.cli("new", "-H", "far", "main").code == 0
+        self.path, self.turn = self.repo.path(), 0
+
+    def cli(self, words: Sequence[str], stdin: Optional[bytes] = None) -> Answer:
+        return self.repo.cli(*words, stdin=stdin)
+
+    def measure(self, words: Sequence[str], stdin: Optional[bytes]) -> Tuple[Answer, Dict[str, int]]:
+        """The answer, and the bytes it took each way over a connection that was there."""
+        self.warm()
+        before = self.line.up, self.line.down
+        return self.cli(words, stdin), {"up": self.line.up - before[0], "down": self.line.down - before[1]}
+
+    def warm(self) -> None:
+        if not self.site.masters():
+            assert self.repo.exec("true", host="far").code == 0
+
+    def struck(self, words: Sequence[str], stdin: Optional[bytes], way: str, at: int, strike: Callable[[], None]) -> Answer:
+        """The answer of a call in which the trap sprang."""
+        self.warm()
+        self.line.trap = (way, at, strike)
+        answer = self.cli(words, stdin)
+        sprung, self.line.trap = self.line.trap is None, None
+        assert sprung, (way, at, answer)
+        return answer
+
+    def job(self, command: str) -> str:
+        started = self.repo.exec(command, host="far", options=["--detach"])
+        assert started.code == 0, started
+        return started.text.strip()
+
+
+@pytest.fixture(scope="module")
+def wire(keys: Keys) -> Iterator[Wire]:
+    with open_site(keys) as opened:
+        yield Wire(opened)
+
+
+Case = Tuple[List[str], Optional[bytes], int, Callable[[Answer], bool]]
+
+
+def case(wire: Wire, verb: str) -> Case:
+    """A new call of a command: its words, its stdin, its own exit code, and whether all is right after it succeeded."""
+    wire.turn += 1
+    n, name, readme, repo = wire.turn, f"{verb}{wire.turn}", wire.path / "README", wire.repo
+    if verb == "new":  # something to upload
+        repo.write("n", b"%d\n" % n)
+        repo.commit()
+    if verb in ("read", "glob", "grep", "diff", "batch", "write"):
+        readme.write_bytes(b"old\n" * 9)
+    words = {"new": "new -H far " + name, "read": "read README", "write": "write README", "glob": "glob src/*", "grep": "grep main", "jobs": "jobs",
+             "push": "push -w main --force", "pull": "pull -w main", "diff": "diff -w main", "fork": "fork -w main " + name, "batch": "batch"}.get(verb, "").split()
+    right: Callable[[Answer], bool] = lambda answer: True
+    if verb == "exec":
+        words = ["exec", "-w", "main", "--", "i=0; while [ $i -lt 300 ]; do echo line $i; i=$((i+1)); done; echo err >&2; exit 7"]
+        return words, None, 7, lambda a: a.out == b"".join(b"line %d\n" % i for i in range(300)) and a.err == b"err\n"
+    if verb in ("logs", "wait", "stop"):
+        job = wire.job("sleep 600" if verb == "stop" else "echo one; echo two; exit 9")
+        if verb != "stop":
+            assert repo.cli("wait", job).code == 9
+        return [verb, job], None, 9 if verb == "wait" else 0, lambda a: verb != "logs" or a.out == b"one\ntwo\n"
+    if verb == "edit":
+        readme.write_bytes(b"alpha\n")
+        return ["edit", "README", "--old", "alpha", "--new", "beta"], None, 0, lambda a: readme.read_bytes() == b"beta\n"
+    if verb == "write":
+        return words, b"%d " % n * 5000, 0, lambda a: readme.read_bytes() == b"%d " % n * 5000
+    if verb == "read":
+        right = lambda a: a.out == b"old\n" * 9  # noqa: E731
+    elif verb == "batch":
+        return words, b'{"id": 1, "workspace": "main", "tool": "exec", "arguments": {"command": "echo in; exit 3"}}\n', 0, \
+            lambda a: a.json["ok"] is True and a.json["result"]["exit_code"] == 3 and a.json["result"]["stdout"] == "in\n"
+    elif verb == "push":
+        repo.write("n", b"%d\n" % n)
+        repo.commit()
+        right = lambda a: tree_of(wire.path) == repo.tree()  # noqa: E731
+    elif verb == "pull":
+        readme.write_bytes(os.urandom(40).hex().encode())
+        right = lambda a: repo.git("show", "cmux/main:README") == readme.read_text()  # noqa: E731
+    elif verb == "diff":
+        right = lambda a: b"+old" in a.out  # noqa: E731
+    elif verb in ("new", "fork"):
+        right = lambda a: (tree_of(repo.path(name)) == (repo.tree() if verb == "new" else tree_of(wire.path)))  # noqa: E731
+    elif verb in ("rename", "rm"):
+        made = repo.cli("new", "-H", "far", name)
+        assert made.code == 0, made
+        words = ["rename", "-w", name, name + "x"] if verb == "rename" else ["rm", name]
+        right = lambda a: (name not in repo.workspaces() and (name + "x" in repo.workspaces()) == (verb == "rename"))  # noqa: E731
+    return words, None, 0, right
+
+
+def honest(answer: Answer, verb: str, code: int, right: Callable[[Answer], bool], where: object) -> bool:
+    """Success is success; else the line was lost, and one sentence says so. True when it succeeded."""
+    if verb == "batch" and answer.out and not answer.json["ok"]:
+        assert answer.code in (0, 1, 255) and answer.json["error"]["message"], (where, answer)
+        return False
+    if answer.code == code:
+        assert right(answer), (where, answer)
+        return True
+    assert answer.code == 255 and answer.said.count("\n") <= 2 and answer.said.strip(), (where, answer)
+    return False
+
+
+VERBS = ("new", "exec", "read", "write", "edit", "glob", "grep", "jobs", "logs", "wait", "stop", "push", "pull", "diff", "fork", "rename", "rm", "batch")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_line_cut_after_any_number_of_bytes_is_told_and_the_next_call_works(wire: Wire, verb: str) -> None:
+    words, stdin, code, right = case(wire, verb)
+    quiet, moved = wire.measure(words, stdin)
+    assert honest(quiet, verb, code, right, "undisturbed")
+    for way, whole_way in moved.items():
+        for part in range(4):
+            at = max(1, whole_way * (2 * part + 1) // 8)
+            words, stdin, code, right = case(wire, verb)
+            first = wire.struck(words, stdin, way, at, wire.line.drop)
+            where = (verb, way, at, whole_way)
+            succeeded = honest(first, verb, code, right, where)
+            if not succeeded or verb not in ("new", "edit", "fork", "rename", "rm"):
+                again = wire.cli(words, stdin)
+                if again.code == 1 and verb in ("edit", "new", "fork", "rename", "rm"):
+                    assert right(again), (where, first, again)  # it was done: the answer alone was lost
+                else:
+                    assert honest(again, verb, code, right, where), (where, first, again)
+    assert wire.cli(["list", "--json"]).code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("verb", ["new", "exec", "write", "push", "pull", "fork", "logs"])
+def test_masters_killed_or_stopped_in_the_middle_are_told_or_waited_for(wire: Wire, verb: str, how: int) -> None:
+    """One that stops for a while changes nothing; a new call meanwhile does not wait for it."""
+    words, stdin, code, right = case(wire, verb)
+    quiet, moved = wire.measure(words, stdin)
+    assert honest(quiet, verb, code, right, "undisturbed")
+    for way in ("up", "down"):
+        words, stdin, code, right = case(wire, verb)
+        struck: List[int] = []
+
+        def strike() -> None:
+            for process in processes(environ=False):  # masters, and the connections that carry one stream
+                if os.fsencode(wire.site.dir) in process.cmdline and re.match(rb"(\S*/)?ssh[:\0 ]", process.cmdline):
+                    struck.append(process.pid)
+                    kill(process.pid, how)
+            if how == signal.SIGSTOP:
+                threading.Timer(1.0, lambda: [kill(pid, signal.SIGCONT) for pid in struck]).start()
+        first = wire.struck(words, stdin, way, max(1, moved[way] // 2), strike)
+        assert struck
+        succeeded = honest(first, verb, code, right, (verb, way, how))
+        assert succeeded or how == signal.SIGKILL, first
+        if not succeeded:
+            assert honest(wire.cli(words, stdin), verb, code, right, (verb, way, "again"))
+
+
+def test_sshd_restarted_under_running_commands_and_jobs(repo: Repo) -> None:
+    nap = unique()
+    job = repo.exec("while [ ! -e go ]; do sleep 0.05; done; echo done; exit 9", options=["--detach"]).text.strip()
+    child = repo.start("exec", "--", f"echo early; sleep {nap}")
+    assert child.stdout and child.stdout.readline() == b"early\n"
+    waiting = repo.start("wait", job)
+    repo.site.restart()
+    _, err = child.communicate(timeout=30)
+    assert child.returncode == 255 and b"lost" in err and b"Traceback" not in err, err
+    assert repo.exec("echo again").out == b"again\n"
+    gone(f"sleep {nap}")
+    (repo.path() / "go").touch()
+    assert waiting.wait(60) == 9 and repo.cli("logs", job).out == b"done\n"
+    waiting.communicate()
+
+
+def test_an_hour_asleep_is_a_lost_line_and_jobs_go_on(site: Site) -> None:
+    """The laptop sleeps: clients and masters stand still for longer than the server's patience. Then it wakes up."""
+    repo, nap = Repo(site), unique()
+    site.daemon("drowsy", "ClientAliveInterval 1", "ClientAliveCountMax 2")
+    assert repo.cli("new", "-H", "drowsy", "main").code == 0
+    job = repo.exec("echo one; until [ -e go ]; do sleep 0.05; done; echo two; exit 9", host="drowsy", options=["--detach"]).text.strip()
+    command, following, waiting = repo.start("exec", "--", f"echo early; sleep {nap}"), repo.start("logs", "-f", job), repo.start("wait", job)
+    for child, line in ((command, b"early\n"), (following, b"one\n")):
+        assert child.stdout and child.stdout.readline() == line
+    until(lambda: len(site.log("drowsy").split("Starting session")) > 5, "wait has asked, too")
+    asleep = [p.pid for p in site.masters()] + [command.pid, following.pid, waiting.pid]
+    for pid in asleep:
+        kill(pid, signal.SIGSTOP)
+    until(lambda: re.search(r"(?i)timeout,? client not responding|Timeout before|client not responding", site.log("drowsy")), "the server has given up")
+    (repo.path() / "go").touch()
+    gone(f"sleep {nap}")
+    for pid in asleep:
+        kill(pid, signal.SIGCONT)
+    assert command.wait(60) == 255 and waiting.wait(60) == 9
+    out, err = following.communicate(timeout=60)
+    assert (following.returncode, out) == (0, b"two\n"), err
+    _, err = command.communicate()
+    assert b"lost" in err and b"Traceback" not in err, err
+    waiting.communicate()
+    assert repo.exec("echo again", host="drowsy").out == b"again\n"
 
 
 # === MCP ===
