@@ -193,6 +193,7 @@ class UsageError(CmuxError):
 class HostError(CmuxError):
     """The host could not be reached, or was lost. Carries ``host``."""
     exit_code = 255
+    asks = True  # whether ssh may put a question to a person, to mend it
 
     def __init__(self, message: str, hint: str = "", host: str = "") -> None:
         super().__init__(message, hint)
@@ -1565,6 +1566,8 @@ def die_by_pipe() -> None:
 def state_home() -> str:
     """$CMUX_SSH_HOME, else $XDG_STATE_HOME/cmux-ssh, else ~/.local/state/cmux-ssh; absolute."""
     home = os.environ.get("CMUX_SSH_HOME")
+    if home and not os.path.isabs(home):  # another one per directory, and secrets in the repository
+        raise UsageError("CMUX_SSH_HOME is not an absolute path: %s." % show(home), "Write it out, from / on.")
     if not home:
         base = os.environ.get("XDG_STATE_HOME") or ""
         if not os.path.isabs(base):
@@ -1628,11 +1631,13 @@ class Lock:
     def take(self) -> bool:
         """Take it if it is free; False if somebody has it."""
         import fcntl
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = -1
         try:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return False
             raise StateFailed("Cannot lock %s: %s." % (show(self.path), os.strerror(error.errno or 0)))
@@ -2054,7 +2059,7 @@ NEEDED_ENV = {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "SSH_AUTH_SOCK", "DISP
 FAILURES: Tuple[Tuple[str, Type[HostError], str, str], ...] = (
     (r"REMOTE HOST IDENTIFICATION HAS CHANGED", HostKeyFailed,
      "The key of {host} has changed: somebody may be listening in, or the machine was made anew.",
-     "Ask its owner for the new fingerprint; only then: ssh-keygen -R {name}"),
+     "Ask its owner for the new fingerprint; only then: {forget}"),
     (r"Host key verification failed|No .* host key is known for", HostKeyFailed,
      "The key of {host} is not known on this machine.",
      "Connect once by hand, compare the fingerprint, and accept it: ssh {host} true"),
@@ -2066,11 +2071,13 @@ FAILURES: Tuple[Tuple[str, Type[HostError], str, str], ...] = (
      "Check that `ssh {host} true` works without a question (ssh-add -l lists the agent's keys)."),
     (r"Bad (configuration|owner)|line \d+: |unknown key type|Bad number", ConnectionFailed,
      "ssh does not accept its configuration: {said}.", "Correct the file it names."),
+    (r"timed out during banner exchange", ConnectionFailed,
+     "{host} took the connection, and then said nothing.",
+     "Its sshd may hang, or another service have that port: try {doctor}."),
     (r"kex_exchange_identification|Connection reset by peer|banner exchange|"
      r"Connection closed by (remote host|UNKNOWN|[0-9a-f.:]+ port)", ConnectionDropped,
      "{host} dropped the connection during the handshake.",
-     "It may be busy (MaxStartups), penalise this address, or its proxy failed: "
-     "try `ssh -v {host} true`."),
+     "It may be busy (MaxStartups), penalise this address, or its proxy failed: try {doctor}."),
     (r"Connection refused", ConnectionFailed, "{host} refused the connection on that port.",
      "Is the machine up, and its sshd running?"),
     (r"timed out|No route to host|Network is unreachable|Host is down|not responding",
@@ -2123,7 +2130,7 @@ def read_ssh_config(host: str) -> SSHConfig:
     command = ssh_command()
     status, out, err = run(command + ["-G", "-N", "--", host], patience=CONNECT_TIMEOUT)
     if status != 0:
-        raise classify(err, host, ConnectionFailed)
+        raise classify(err, host)
     values: Dict[str, List[str]] = {}
     for line in out.decode("utf-8", "surrogateescape").splitlines():
         key, _, value = line.partition(" ")
@@ -2173,18 +2180,36 @@ def scrubbed_environment(config: SSHConfig) -> Dict[str, str]:
             if name in NEEDED_ENV or not any(test.match(name) for test in tests)}
 
 
-def classify(log: bytes, host: str, otherwise: Type[HostError]) -> HostError:
+def classify(log: bytes, host: str, config: Optional[SSHConfig] = None) -> HostError:
     """The error that ssh's own words stand for. The words are neutralised and shortened."""
     text = log[-LOG_MAX:].decode("utf-8", "replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = show(lines[-1], 200) if lines else "ssh gave no reason"
-    name = host.rpartition("@")[2]
+    words = {"host": host, "said": show(lines[-1], 200) if lines else "ssh gave no reason", "doctor": look_into(host),
+             "forget": forget_key(config, text) if config else ""}
     for pattern, kind, sentence, hint in FAILURES:
         if re.search(pattern, text):
-            return kind(sentence.format(host=host, name=name, said=said),
-                        hint.format(host=host, name=name), host)
-    return otherwise("Cannot connect to %s: %s." % (host, said),
-                     "Try `ssh -v %s true`." % quote(host), host)
+            error = kind(sentence.format(**words), hint.format(**words), host)
+            break
+    else:
+        error = ConnectionFailed("Cannot connect to %s: %s." % (host, words["said"]), "Try %s." % words["doctor"], host)
+    error.asks = not re.search(r"requested strict checking", text)
+    return error
+
+
+def look_into(host: str) -> str:
+    """What to run where the cause is not plain. (doctor itself says something else instead.)"""
+    return "`%s doctor %s`" % (PROGRAM, quote(host))
+
+
+def forget_key(config: SSHConfig, words: str) -> str:
+    """The command that forgets a changed key. ssh's words hold one, too, but a server can add lines to them:
+    they only choose among the files of `ssh -G`."""
+    port, name = config.first("port"), config.first("hostkeyalias")
+    if name in ("", "none"):
+        name = config.first("hostname") if port == "22" else "[%s]:%s" % (config.first("hostname"), port)
+    files = "%s %s" % (config.first("userknownhostsfile"), config.first("globalknownhostsfile"))
+    found = [path for path in re.findall(r"(?m)^Offending .* key in (/.*):\d+\r?$", words) if " %s " % path in " %s " % files]
+    return "ssh-keygen -f %s -R %s" % (quote(found[-1] if found else files.split(" ")[0]), quote(name))
 
 
 def read_log(path: str) -> Tuple[bytes, List[bytes]]:
@@ -2198,13 +2223,25 @@ def read_log(path: str) -> Tuple[bytes, List[bytes]]:
     return b"\n".join(line for line in own if not line.startswith(b"debug1: ")), heard
 
 
-def failure_in(words: bytes, heard: List[bytes], host: str) -> HostError:
-    """Why a connection failed, from read_log()."""
-    error = classify(words, host, ConnectionFailed)
+def failure_in(words: bytes, heard: List[bytes], config: SSHConfig, said: bytes = b"") -> HostError:
+    """Why a connection failed, from read_log() and what the ProxyCommand said."""
+    error = classify(words, config.host, config)
     if isinstance(error, ConnectionDropped) and any(TURNED_AWAY.match(line) for line in heard):
-        return TurnedAway("%s turns this address away: too many connections, or a penalty for failed logins." % host,
-                          "Wait before the next try: a penalty lasts from 15 seconds to 10 minutes, and each refused key adds to it.", host)
-    return error
+        return TurnedAway("%s turns this address away: too many connections, or a penalty for failed logins." % config.host,
+                          "Wait before the next try: a penalty lasts from 15 seconds to 10 minutes, and each refused key adds to it.", config.host)
+    return proxy_failure(config, said) or error if isinstance(error, ConnectionDropped) else error
+
+
+def proxy_failure(config: SSHConfig, said: bytes) -> Optional[HostError]:
+    """What a ProxyCommand's (or ProxyJump's) last words stand for; None without any."""
+    way = next((key for key in ("ProxyCommand", "ProxyJump") if config.first(key.lower()) not in ("", "none")), "")
+    last = neutralise(said).strip().split("\n")[-1][:300]
+    if not way or not last:
+        return None
+    if re.search(r"(?i)coder", config.first("proxycommand") + last) and re.search(r"(?i)log ?in|logged|signed|session|401|token", last):
+        return ConnectionFailed("Coder does not let you in: %s" % last, "Run: coder login", config.host)
+    return ConnectionDropped("The %s of %s ended without a connection: %s" % (way, config.host, last),
+                             "Mend what it names, or try %s." % look_into(config.host), config.host)
 
 
 # The control protocol, OpenSSH's PROTOCOL.mux version 4: packets of a 32-bit length and a body;
@@ -2434,7 +2471,7 @@ class DirectSession(Session):
     def __init__(self, config: SSHConfig, environment: Mapping[str, str], log: str, command: str,
                  done: Callable[[], None], report: Callable[[Optional[HostError]], None]) -> None:
         super().__init__(config.host)
-        self._log = log
+        self._log, self._config = log, config
         self._done: Optional[Callable[[], None]] = done
         self._report = report
         remove_file(log)
@@ -2469,7 +2506,7 @@ class DirectSession(Session):
             return super().failure(begun, sent)
         if not words.strip() and self._process.poll() not in (None, 255):
             return RemoteShellFailed(self.host)
-        error = failure_in(words, heard, self.host)
+        error = failure_in(words, heard, self._config)
         if not isinstance(error, ConnectionDropped):  # again() reports those
             self._report(error)
         return error
@@ -2643,8 +2680,8 @@ class Launcher(HostMemory):
                     if not self.again(error, 99 if last else attempt, deadline, cancel):
                         raise
                 except (HostKeyFailed, AuthenticationFailed) as error:
-                    if not probing or not self.interactive or not self.interactive():
-                        raise error
+                    if not (probing and error.asks and self.interactive and self.interactive()):
+                        raise
                     self._start(index, cancel, batch=False)
                     return True
                 finally:
@@ -2663,8 +2700,8 @@ class Launcher(HostMemory):
         if not batch:
             other["BatchMode=yes"] = "BatchMode=no"
         argv = [other.get(word, word) for word in ssh_argv(
-            self.config, "-M", "-N", "-o", "ControlPersist=%d" % CONTROL_PERSIST, "-S", literal(self._path(index)),
-            *(["-E", log] if batch else []))] + ["--", self.host]
+            self.config, "-M", "-N", "-o", "ControlPersist=%d" % CONTROL_PERSIST, "-S", literal(self._path(index)), "-E", log)] + ["--", self.host]
+        patience = self.patience if batch else INTERACTIVE_PATIENCE
         watch, theirs = os.pipe()
         try:
             process = spawn(argv, self.environment, stdout=theirs, stderr=said if batch else 2, own_group=batch)
@@ -2672,23 +2709,24 @@ class Launcher(HostMemory):
             os.close(theirs)
             os.close(said)
         try:
-            self._await_detach(watch, cancel, self.patience if batch else INTERACTIVE_PATIENCE)
+            self._await_detach(watch, cancel, patience)
             status = process.wait(timeout=CONTROL_PATIENCE)
         except BaseException as error:
             kill_group(process) if batch else process.kill()
             if isinstance(error, TimeoutError):
-                raise ConnectionFailed("%s did not answer within %d seconds." % (self.host, self.patience),
-                                       "Is the machine up? Try `ssh -v %s true`." % quote(self.host), self.host)
+                raise ConnectionFailed("%s did not answer within %d seconds." % (self.host, patience),
+                                       "Is the machine up? Try %s." % look_into(self.host), self.host)
             raise
         finally:
             os.close(watch)
         words, heard = read_log(log)
         if status != 0 or not os.path.exists(self._path(index)):
+            proxy = read_bytes(log + ".err", STATE_MAX) or b""
             if not words.strip():  # arguments refused, or the words of a ProxyCommand
-                words = read_bytes(log + ".err", STATE_MAX) or b""
+                words = proxy
                 if status == 0 or re.search(rb"(?i)(unknown|unsupported|bad|illegal).*option|multiplex", words):
                     raise NoMultiplexing("This ssh has no masters.", host=self.host)
-            raise failure_in(words, heard, self.host)
+            raise failure_in(words, heard, self.config, proxy)
         if any(BREAKS_WHEN_SHARED.search(line) for line in heard):
             self._end(index)
             raise NoMultiplexing("This server ends the connection when sessions come and go at once.", host=self.host)
@@ -3028,11 +3066,15 @@ class Masters(Launcher):
 
 def look_closely(masters: Masters, command: str) -> Tuple[int, str, bytes]:
     """Run ``command`` over a connection of its own with ssh's debugging words: (status, those words,
-    what else was on stderr: a ProxyCommand's). For diagnosis; never asks, and is tried once."""
+    what else was on stderr: a ProxyCommand's). For diagnosis; never asks, and is tried once.
+
+    One that has closed its stdout gets a SIGHUP from ssh before it has said why: it is spared that,
+    and has a second."""
     import tempfile
     config, leave = masters.config, masters.handshake(Deadline(masters.patience))
     with tempfile.NamedTemporaryFile(prefix="cmux-doctor-") as log:
-        argv = ssh_argv(config, "-S", "none", "-v", "-E", log.name) + ["--", config.host, command]
+        argv = ["/bin/sh", "-c", "trap '' HUP; \"$@\"; code=$?; [ $code != 255 ] || sleep 1; trap : TERM; kill 0; exit $code", "sh"]
+        argv += ssh_argv(config, "-S", "none", "-v", "-E", log.name) + ["--", config.host, command]
         try:
             status, _, said = run(argv, scrubbed_environment(config), limit=STATE_MAX, patience=masters.patience)
         except CmuxError:
@@ -5331,6 +5373,8 @@ class WorkspaceBase:
         the rest. ``source`` is for the command line: it streams a descriptor into the command's stdin."""
         if not command or (not isinstance(command, str) and not command[0]):
             raise UsageError("No command was given.", "For example: %s exec -- make test" % PROGRAM)
+        if timeout is not None and not 0 < timeout < 1e8:
+            raise UsageError("timeout takes a number of seconds above 0.")
         records = self.environment(env) + command_records(command, login, source is not None)
         directory = os.path.join(self.path, cwd) if cwd else self.path
         with Logged(self.project, "exec", self.name, self.host.name, command) as entry:
@@ -7822,10 +7866,9 @@ def examine_config(config: SSHConfig) -> Finding:
 def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
     """Why the connection failed, from ssh's debugging words and its ProxyCommand's."""
     plain = "\n".join(line for line in words.split("\n") if not line.startswith(("debug1:", "OpenSSH_")))
-    error = classify(plain.encode() or said, config.host, ConnectionFailed)
+    error = failure_in(plain.encode() or said, [], config, said)
     text, fix, proxy = str(error), error.hint, config.first("proxycommand")
     key = re.search(r"Server host key: (\S+ SHA256:\S+)", words)
-    last = neutralise(said).strip().split("\n")[-1][:300]
     if isinstance(error, HostKeyFailed) and key:
         text += " It offers %s." % key.group(1)
     elif isinstance(error, AuthenticationFailed):
@@ -7838,13 +7881,16 @@ def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
             fix = "No agent runs here (SSH_AUTH_SOCK is not set): start one and ssh-add your key, or name it with IdentityFile."
         elif not any("agent" in line for line in re.findall(r"Offering public key: .*", words)):
             fix = "Your agent holds no key that was offered: ssh-add it, or name it with IdentityFile."
-    elif proxy not in ("", "none") and re.search(r"(?i)coder", proxy + last) and re.search(r"(?i)log ?in|logged|signed|session|401|token", last):
-        text, fix = "Coder does not let you in: %s" % last, "Run: coder login"
     elif proxy not in ("", "none") and isinstance(error, ConnectionDropped):
-        text, fix = "The ProxyCommand ended without a connection%s" % (": " + last if last else "."), "Run it by hand: %s" % proxy[:300]
+        text = text if said.strip() else "The ProxyCommand ended without a connection, and without a word."
+        fix = "Run it by hand: %s" % proxy[:300]
     elif re.search(r"Not allowed at this time|penalt", words + plain):
         text, fix = "%s penalises this address for failed logins before." % config.host, "Wait some minutes; each try makes it longer."
-    return finding("dead", "connect", text, fix)
+    return unreachable(config.host, text, fix)
+
+
+def unreachable(host: str, text: str, fix: str) -> Finding:
+    return finding("dead", "connect", text, fix.replace(look_into(host), "`ssh -v %s true`" % quote(host)))
 
 
 def probe_archive() -> bytes:
@@ -7957,7 +8003,7 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
         yield from examine_speed(host)
         yield examine_secrets(host)
     except HostError as error:
-        yield finding("dead", "connect", str(error), error.hint)
+        yield unreachable(name, str(error), error.hint)
     except CmuxError as error:
         yield finding("bad", "host", str(error), error.hint)
 
@@ -8248,14 +8294,12 @@ class Terminal(Report):
     def clear(self) -> None:
         """Take back what is drawn and not printed."""
         if self.bar_open:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            err_out("\r\x1b[K")
             self.bar_open = False
 
     def line(self, text: str) -> None:
         self.clear()
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
+        err_out(text + "\n")
 
     def say(self, text: str) -> None:
         if self.verbosity > 0 or (self.bar_open and self.verbosity == 0):
@@ -8286,8 +8330,7 @@ class Terminal(Report):
         if self.redraws and now - self.began >= 1 and now - self.shown >= 0.1:
             self.shown, self.bar_open = now, True
             text, width = transferred(doing, done, total, now - self.began), screen_size()[0]
-            sys.stderr.write("\r\x1b[K%s: %s" % (what[:max(8, width - len(text) - 3)], text))
-            sys.stderr.flush()
+            err_out("\r\x1b[K%s: %s" % (what[:max(8, width - len(text) - 3)], text))
 
     def output(self, data: bytes, what: str) -> None:
         if self.verbosity >= 0:
@@ -8424,6 +8467,16 @@ def write_out(fd: int, data: bytes, harmless: bool = False) -> None:
             poller = select.poll()
             poller.register(fd, select.POLLOUT)
             poller.poll()
+        except OSError as error:
+            raise CmuxError("The output cannot be written: %s." % os.strerror(error.errno or 0))
+
+
+def err_out(text: str) -> None:
+    """Text of ours to stderr. Where that is full or closed, nobody can be told."""
+    try:
+        write_out(2, text.encode("utf-8", "replace"), harmless=True)
+    except CmuxError:
+        pass
 
 
 def in_colour() -> bool:
@@ -8471,8 +8524,7 @@ def may_ask() -> bool:
     if person:
         if Live.shown_now:
             Live.shown_now.pause()
-        sys.stderr.write("%s: ssh has a question; answer it here.\n" % PROGRAM)
-        sys.stderr.flush()
+        err_out("%s: ssh may have a question; answer it here.\n" % PROGRAM)
     return person
 
 
@@ -9555,6 +9607,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         def error(self, message: str) -> Any:
             raise UsageError("%s: %s." % (name, neutralise(message)), "See `%s %s -h`." % (PROGRAM, name))
 
+        def print_help(self, file: Any = None) -> None:
+            print_text(self.format_help().rstrip("\n"))
+
     def parser_for(target: argparse.ArgumentParser, options: Iterable[Option]) -> None:
         for option in options:
             target.add_argument(*option.flags, **option.settings)
@@ -9597,8 +9652,7 @@ def open_standard_streams() -> None:
 def report_error(error: CmuxError) -> None:
     text = neutralise(str(error)).strip()
     hint = (" " + neutralise(error.hint)) if error.hint else ""
-    sys.stderr.write("%s: %s%s\n" % (PROGRAM, text, hint))
-    sys.stderr.flush()
+    err_out("%s: %s%s\n" % (PROGRAM, text, hint))
 
 
 def version_text() -> str:
@@ -9614,8 +9668,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run one command line; the exit code. Expected failures are one sentence on stderr."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if os.name != "posix":
-        sys.stderr.write("%s: Windows is not supported natively. Use it inside WSL.\n" % PROGRAM)
+        err_out("%s: Windows is not supported natively. Use it inside WSL.\n" % PROGRAM)
         return 2
+    open_standard_streams()
     try:
         if words[:1] == ["--version"]:
             print_text(version_text())
@@ -9625,7 +9680,6 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             return 0 if words else 2
         if words[0] not in COMMANDS:
             raise UsageError("There is no command %s." % show(words[0]), "See `%s -h`." % PROGRAM)
-        open_standard_streams()
         if words[0] in ("batch", "exec", "mcp"):
             raise_descriptor_limit()
         stop_signals()
@@ -9635,9 +9689,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         return 141
     except CmuxError as error:
         report_error(error)
-        return 125 if words[0] == "exec" and error.exit_code in (1, 2) else error.exit_code
+        return 125 if words[:1] == ["exec"] and error.exit_code in (1, 2) else error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("%s: interrupted.\n" % PROGRAM)
+        err_out("%s: interrupted.\n" % PROGRAM)
         return 130
 
 
