@@ -101,6 +101,7 @@ MASTER_PASSED_BY = 30       # one that hangs (SIGSTOP, a dying machine) is not a
 START_PATIENCE = 60         # from the header sent to the start mark: slow rc files are read here
 STOP_GRACE = 2              # between TERM and KILL on the host (20 rounds of 0.1 s in the script)
 STOP_PATIENCE = 10          # for the host's word that a tree has ended
+STOP_SILENCE = 5            # of the session that carries it; then another one is asked
 CALL_PATIENCE = 600         # for one script of ours: unpacking a large tree on a slow disk
 STALL_PATIENCE = 60         # a transfer that moves no byte for so long is dead
 RESULT_PATIENCE = 600       # a host may hash gigabytes before the first byte of a result comes
@@ -281,6 +282,10 @@ class Cancelled(CmuxError):
 
 class PipeClosed(CmuxError):
     """Whoever read our output has gone away."""
+
+
+class OutputFailed(PipeClosed):
+    """Our output takes no more, and says why: a full disk."""
 
 
 # === 4. Values ===
@@ -2223,24 +2228,30 @@ def read_log(path: str) -> Tuple[bytes, List[bytes]]:
     return b"\n".join(line for line in own if not line.startswith(b"debug1: ")), heard
 
 
-def failure_in(words: bytes, heard: List[bytes], config: SSHConfig, said: bytes = b"") -> HostError:
-    """Why a connection failed, from read_log() and what the ProxyCommand said."""
+def failure_in(words: bytes, heard: List[bytes], config: SSHConfig) -> HostError:
+    """Why a connection failed, from read_log()."""
+    if not words.strip() and proxy_of(config):
+        words = b"banner exchange"  # it ended before ssh spoke to it, which ssh keeps to itself
     error = classify(words, config.host, config)
     if isinstance(error, ConnectionDropped) and any(TURNED_AWAY.match(line) for line in heard):
         return TurnedAway("%s turns this address away: too many connections, or a penalty for failed logins." % config.host,
                           "Wait before the next try: a penalty lasts from 15 seconds to 10 minutes, and each refused key adds to it.", config.host)
-    return proxy_failure(config, said) or error if isinstance(error, ConnectionDropped) else error
+    return error
+
+
+def proxy_of(config: SSHConfig) -> str:
+    """Which of the two the config has, or neither."""
+    return next((key for key in ("ProxyCommand", "ProxyJump") if config.first(key.lower()) not in ("", "none")), "")
 
 
 def proxy_failure(config: SSHConfig, said: bytes) -> Optional[HostError]:
     """What a ProxyCommand's (or ProxyJump's) last words stand for; None without any."""
-    way = next((key for key in ("ProxyCommand", "ProxyJump") if config.first(key.lower()) not in ("", "none")), "")
-    last = neutralise(said).strip().split("\n")[-1][:300]
+    way, last = proxy_of(config), neutralise(said).strip().split("\n")[-1][:300]
     if not way or not last:
         return None
     if re.search(r"(?i)coder", config.first("proxycommand") + last) and re.search(r"(?i)log ?in|logged|signed|session|401|token", last):
-        return ConnectionFailed("Coder does not let you in: %s" % last, "Run: coder login", config.host)
-    return ConnectionDropped("The %s of %s ended without a connection: %s" % (way, config.host, last),
+        return ConnectionFailed("Coder does not let you in: %s." % last.rstrip("."), "Run: coder login", config.host)
+    return ConnectionDropped("The %s of %s ended without a connection: %s." % (way, config.host, last.rstrip(".")),
                              "Mend what it names, or try %s." % look_into(config.host), config.host)
 
 
@@ -2276,6 +2287,7 @@ class Session:
 
     def __init__(self, host: str) -> None:
         self.host = host
+        self.master = -1         # which one carries it, if any
         self.stdin = self.stdout = self.stderr = self.control = -1
         self.exited = False      # the far side has reported the end of the command
         self.pid = ""            # the wrapper's process id there, from the start mark
@@ -2668,6 +2680,7 @@ class Launcher(HostMemory):
             if self._answers(index):
                 return False
             remove_file(self._path(index))
+            told: Optional[HostError] = None
             for attempt in range(100):
                 slot = self.handshake(Deadline(self.patience), cancel)
                 try:
@@ -2677,8 +2690,11 @@ class Launcher(HostMemory):
                 except ConnectionDropped as error:
                     slot.free()
                     last = once and not isinstance(error, TurnedAway)
-                    if not self.again(error, 99 if last else attempt, deadline, cancel):
-                        raise
+                    if (last or attempt == 1) and not isinstance(error, TurnedAway):
+                        told = self._ask_proxy()
+                    why = told or error
+                    if not isinstance(why, ConnectionDropped) or not self.again(why, 99 if last else attempt, deadline, cancel):
+                        raise why
                 except (HostKeyFailed, AuthenticationFailed) as error:
                     if not (probing and error.asks and self.interactive and self.interactive()):
                         raise
@@ -2689,6 +2705,13 @@ class Launcher(HostMemory):
             return False
         finally:
             own.free()
+
+    def _ask_proxy(self) -> Optional[HostError]:
+        """Why the ProxyCommand gives no connection, if it says so. (That of a master speaks to /dev/null: ssh's doing.)"""
+        if not proxy_of(self.config):
+            return None
+        _, words, said = look_closely(self, "exec sh -c :")
+        return None if "Remote protocol version" in words else proxy_failure(self.config, said)
 
     def _start(self, index: int, cancel: Optional[Cancel], batch: bool) -> None:
         """One `ssh -M -N`. It puts itself into the background once it is authenticated, and
@@ -2721,12 +2744,11 @@ class Launcher(HostMemory):
             os.close(watch)
         words, heard = read_log(log)
         if status != 0 or not os.path.exists(self._path(index)):
-            proxy = read_bytes(log + ".err", STATE_MAX) or b""
-            if not words.strip():  # arguments refused, or the words of a ProxyCommand
-                words = proxy
+            if not words.strip():  # arguments refused
+                words = read_bytes(log + ".err", STATE_MAX) or b""
                 if status == 0 or re.search(rb"(?i)(unknown|unsupported|bad|illegal).*option|multiplex", words):
                     raise NoMultiplexing("This ssh has no masters.", host=self.host)
-            raise failure_in(words, heard, self.config, proxy)
+            raise failure_in(words, heard, self.config)
         if any(BREAKS_WHEN_SHARED.search(line) for line in heard):
             self._end(index)
             raise NoMultiplexing("This server ends the connection when sessions come and go at once.", host=self.host)
@@ -2839,8 +2861,14 @@ class Masters(Launcher):
             return None
 
     def _open_on(self, slot: Tuple[int, int], command: str) -> Session:
-        return MuxSession(self.host, self._path(slot[0]), command,
-                          lambda session: self._let_go(session, slot))
+        session = MuxSession(self.host, self._path(slot[0]), command,
+                             lambda session: self._let_go(session, slot))
+        session.master = slot[0]
+        return session
+
+    def pass_by(self, session: Session) -> None:
+        """The master of a session hangs, it seems: for a while others are asked."""
+        self._skipped[session.master] = time.monotonic() + MASTER_PASSED_BY
 
     def _let_go(self, session: Session, slot: Tuple[int, int]) -> None:
         assert isinstance(session, MuxSession)
@@ -3064,7 +3092,7 @@ class Masters(Launcher):
                 self._launching -= 1
 
 
-def look_closely(masters: Masters, command: str) -> Tuple[int, str, bytes]:
+def look_closely(masters: Launcher, command: str) -> Tuple[int, str, bytes]:
     """Run ``command`` over a connection of its own with ssh's debugging words: (status, those words,
     what else was on stderr: a ProxyCommand's). For diagnosis; never asks, and is tried once.
 
@@ -3740,7 +3768,7 @@ class CommandRun:
         """End the tree on the host: confirmed, requested (asked, not seen to end), unknown."""
         if not self.exchange or not (self.exchange.begun or not self.exchange.outgoing):
             return "confirmed"  # the header was never complete: nothing can have begun
-        patience = Deadline(STOP_PATIENCE)
+        patience, asked = Deadline(STOP_SILENCE), self.guard or self.exchange
         try:
             if self.guard:
                 self.guard.session.close_stdin()
@@ -3756,6 +3784,9 @@ class CommandRun:
                     return "confirmed"
         except HostError:
             pass
+        if not asked.ended and not asked.lost:
+            self.host.masters.pass_by(asked.session)
+            self.host.close()  # what waits ready may wait on that master
         return self._stop_again()
 
     def _stop_again(self) -> str:
@@ -6552,17 +6583,23 @@ def follow_job(workspace: WorkspaceBase, job: str, offset: int, sink: Callable[[
 
 def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Optional[Cancel]) -> Any:
     """The value of ``call``; a lost or refused connection is tried again for FAULT_PATIENCE."""
-    patience = Deadline(FAULT_PATIENCE)
+    patience, told = Deadline(FAULT_PATIENCE), False
     while True:
         try:
-            return call()
+            value = call()
+            if told:
+                Launcher.tell("It answers again.")
+            return value
         except (HostKeyFailed, AuthenticationFailed):
             raise
-        except HostError:
+        except HostError as error:
             if patience.over() or deadline.over():
                 raise
             if cancel:
                 cancel.check()
+            if not told:
+                told = True
+                Launcher.tell("%s Trying again for up to %d minutes." % (error, FAULT_PATIENCE // 60))
             time.sleep(0.5)
 
 
@@ -6729,8 +6766,6 @@ def tool_exec(workspace: WorkspaceBase, cancel: Optional[Cancel], command: Union
     variables = env or {}
     if not all(isinstance(value, str) for value in variables.values()):
         raise UsageError("The values of env must be strings.")
-    if timeout is not None and timeout <= 0:
-        raise UsageError("timeout must be above 0.")
     if background:
         if stdin is not None or timeout is not None:
             raise UsageError("A background command takes neither stdin nor timeout.")
@@ -6910,7 +6945,7 @@ class Batch:
         self.mutex = threading.Lock()
         self.known: Dict[str, WorkspaceBase] = {}
         self.failed = 0
-        self.closed = False        # nobody reads the results any more
+        self.closed: Optional[PipeClosed] = None  # nobody reads the results any more
 
     def run(self, lines: Iterable[bytes]) -> int:
         """All lines; 0, or 1 if any call failed. KeyboardInterrupt ends what runs first."""
@@ -6929,7 +6964,7 @@ class Batch:
         finally:
             pool.shutdown(wait=True)
         if self.closed:
-            raise PipeClosed("The output was closed.")
+            raise self.closed
         return 1 if self.failed else 0
 
     def _answer(self, line: bytes) -> None:
@@ -6951,8 +6986,8 @@ class Batch:
             try:
                 if not self.closed:
                     self.write(json.dumps(answer).encode() + b"\n")
-            except PipeClosed:
-                self.closed = True
+            except PipeClosed as error:
+                self.closed = error
                 self.cancel.set()
 
     def _parse(self, line: bytes) -> Tuple[Any, str, Any, Any]:
@@ -7866,7 +7901,9 @@ def examine_config(config: SSHConfig) -> Finding:
 def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
     """Why the connection failed, from ssh's debugging words and its ProxyCommand's."""
     plain = "\n".join(line for line in words.split("\n") if not line.startswith(("debug1:", "OpenSSH_")))
-    error = failure_in(plain.encode() or said, [], config, said)
+    error = classify(plain.encode() or said, config.host, config)
+    if isinstance(error, ConnectionDropped):
+        error = proxy_failure(config, said) or error
     text, fix, proxy = str(error), error.hint, config.first("proxycommand")
     key = re.search(r"Server host key: (\S+ SHA256:\S+)", words)
     if isinstance(error, HostKeyFailed) and key:
@@ -8468,7 +8505,7 @@ def write_out(fd: int, data: bytes, harmless: bool = False) -> None:
             poller.register(fd, select.POLLOUT)
             poller.poll()
         except OSError as error:
-            raise CmuxError("The output cannot be written: %s." % os.strerror(error.errno or 0))
+            raise OutputFailed("The output cannot be written: %s." % os.strerror(error.errno or 0))
 
 
 def err_out(text: str) -> None:
@@ -9684,10 +9721,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             raise_descriptor_limit()
         stop_signals()
         return COMMANDS[words[0]].handler(parse(words))
-    except PipeClosed:
-        die_by_pipe()
-        return 141
     except CmuxError as error:
+        if isinstance(error, PipeClosed) and not isinstance(error, OutputFailed):
+            die_by_pipe()
         report_error(error)
         return 125 if words[:1] == ["exec"] and error.exit_code in (1, 2) else error.exit_code
     except KeyboardInterrupt:
