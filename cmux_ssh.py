@@ -1747,7 +1747,10 @@ def read_json(path: str) -> Optional[Dict[str, Any]]:
             raise ValueError("no version")
     except (ValueError, RecursionError):
         aside = "%s.damaged-%d" % (path, time.time())
-        os.rename(path, aside)
+        try:
+            os.rename(path, aside)
+        except OSError as error:
+            raise StateFailed("The state file %s is damaged, and cannot be set aside: %s." % (show(path), os.strerror(error.errno or 0)))
         raise StateFailed("The state file %s was damaged; it is now %s." % (show(path), show(aside)),
                           "Repair it and rename it back, or start anew without it.")
     if value["version"] != 1:
@@ -2210,7 +2213,7 @@ def forget_key(config: SSHConfig, words: str) -> str:
     """The command that forgets a changed key. ssh's words hold one, too, but a server can add lines to them:
     they only choose among the files of `ssh -G`."""
     port, name = config.first("port"), config.first("hostkeyalias")
-    if name in ("", "none"):
+    if not name:
         name = config.first("hostname") if port == "22" else "[%s]:%s" % (config.first("hostname"), port)
     files = "%s %s" % (config.first("userknownhostsfile"), config.first("globalknownhostsfile"))
     found = [path for path in re.findall(r"(?m)^Offending .* key in (/.*):\d+\r?$", words) if " %s " % path in " %s " % files]

@@ -1263,6 +1263,26 @@ def test_a_stopped_master_does_not_hang_a_new_call(repo: Repo) -> None:
     assert ran.code in (0, 255), ran
 
 
+@pytest.mark.parametrize("stdin", [None, pytest.param(b"in", marks=pytest.mark.slow)])
+def test_a_command_whose_master_hangs_is_stopped_over_another_one_and_soon(repo: Repo, stdin: Optional[bytes]) -> None:
+    nap = unique()
+    assert repo.exec("true").code == 0
+    child = repo.start("exec", "--timeout", "3", "--json", "--", f"cat; echo on; sleep {nap}", stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE)
+    if stdin:
+        assert child.stdin
+        child.stdin.write(stdin)
+        child.stdin.close()
+        child.stdin = None
+    until(lambda: running(f"sleep {nap}"), "it sleeps")
+    for master in repo.site.masters():
+        kill(master.pid, signal.SIGSTOP)
+    out, err = child.communicate(timeout=60)
+    told = json.loads(out)
+    assert (child.returncode, told["timed_out"], told["stopped"]) == (124, True, "confirmed"), (told, err)
+    assert told["duration"] < 3 + c.STOP_PATIENCE + c.CONTROL_PATIENCE, "the silent session is not waited for as long as one that answers"
+    gone(f"sleep {nap}")
+
+
 def test_a_timeout_comes_also_while_output_never_pauses(shared: Repo) -> None:
     """Somebody reads, slowly: there is always something to pass on."""
     child, began = shared.start("exec", "--timeout", "1", "--", "yes", stdin=subprocess.DEVNULL), time.monotonic()
@@ -2086,6 +2106,35 @@ def test_a_damaged_registry_is_set_aside_and_said(repo: Repo) -> None:
     assert damaged <= {p.read_bytes() for p in repo.site.state.rglob("*") if p.is_file()}, "never overwritten"
 
 
+def test_a_state_directory_that_cannot_be_written_is_said(repo: Repo) -> None:
+    """On a file system mounted read only, in a namespace of its own: root writes to any other."""
+    assert repo.exec("true").code == 0
+    registry, state = next((repo.site.state / "projects").glob("*.json")), repo.site.state
+    mount = f"mount --bind {state} {state} && mount -o remount,bind,ro {state} && exec \"$@\""
+
+    def run(*args: str) -> "subprocess.CompletedProcess[bytes]":
+        return subprocess.run([program("unshare", "util-linux"), "-m" if os.geteuid() == 0 else "-rm", "sh", "-c", mount, "sh", sys.executable, str(PROGRAM), *args],
+                              cwd=str(repo.dir), env=repo.site.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    assert run("list").returncode == 0
+    registry_is = registry.read_bytes()
+    for args, code in ((["exec", "--", "true"], 125), (["new", "other", "-H", "box"], 1), (["secrets", "set", "X", "--command", "echo"], 1), (["list"], 1)):
+        if args == ["list"]:
+            registry.write_bytes(b"garbage")
+        done = run(*args)
+        assert done.returncode == code and done.stdout == b"" and b"Traceback" not in done.stderr, done
+        assert done.stderr.count(b"\n") == 1 and b"Read-only file system" in done.stderr, done
+    registry.write_bytes(registry_is)
+    assert repo.exec("echo again").out == b"again\n"
+
+
+def test_a_relative_state_directory_is_refused(repo: Repo) -> None:
+    """It would be another one in each directory, and the secrets a part of the repository."""
+    for args, code in ((["secrets", "set", "X"], 2), (["list"], 2), (["exec", "-H", "box", "--", "true"], 125)):
+        said = repo.cli(*args, env={"CMUX_SSH_HOME": "state/here"}, stdin=b"value")
+        assert said.code == code and "CMUX_SSH_HOME" in said.said and said.said.count("\n") == 1, said
+    assert repo.git("status", "--porcelain", "--ignored") == ""
+
+
 @pytest.mark.slow
 def test_a_client_killed_at_any_moment_leaves_a_registry_that_works(repo: Repo) -> None:
     luck = random.Random(7)
@@ -2311,6 +2360,18 @@ def test_a_host_that_does_not_resolve_or_refuses_or_hangs_up_is_255_and_said(rep
     assert repo.workspaces() == {}
 
 
+COLD_PROXY = "exec >&-; while kill -0 $PPID 2>&-; do :; done; echo spoken late >&2; exit 1"  # ssh sends it a SIGHUP before it speaks
+
+
+@pytest.mark.parametrize("proxy, words", [("echo my proxy is broken >&2; exit 1", "my proxy is broken"), (COLD_PROXY, "spoken late"), ("exit 1", "doctor h"),
+                                          ("echo You are not logged in. >&2; exit 1' coder '", "coder login")])
+def test_a_proxy_that_gives_no_connection_is_told_by_its_own_words(repo: Repo, proxy: str, words: str) -> None:
+    repo.site.host("h", f"ProxyCommand sh -c '{proxy}'")
+    for _ in range(2):  # then the failure is remembered, and one try made
+        refused(repo.exec("true", host="h"), 255, words=words)
+    assert repo.cli("doctor", "h").code == 255 and repo.workspaces() == {}
+
+
 def test_a_key_that_is_not_accepted_is_255_and_said(repo: Repo) -> None:
     repo.site.inetd("stranger", config=[f"IdentityFile {repo.site.keys.stranger}"])
     config = repo.site.config.read_text().replace(f"  IdentityFile {repo.site.keys.user}\n", "  # no other key\n")
@@ -2322,7 +2383,53 @@ def test_a_host_that_says_nothing_is_given_up_within_the_configured_time(repo: R
     line = repo.site.line("silent", "ConnectTimeout 2")
     line.stall()
     ran = repo.exec("true", host="silent", seconds=40)
-    refused(ran, 255, words="silent")
+    refused(ran, 255, words="silent took the connection, and then said nothing")
+    assert "doctor silent" in ran.said and line.connections == 1, "it is no drop, which would be tried again"
+
+
+@pytest.mark.parametrize("entry, named", [("HostKeyAlias Box.new", "box.new"), ("", "[127.0.0.1]:{port}"), ("UserKnownHostsFile {first} {second}", "[127.0.0.1]:{port}")])
+def test_the_command_told_for_a_changed_key_makes_ssh_forget_it(repo: Repo, entry: str, named: str) -> None:
+    site = repo.site
+    first, second = site.dir / "known one", site.dir / "known'2"
+    site.daemon("bare-h", config=[entry.format(first=f'"{first}"', second=f'"{second}"'), f'UserKnownHostsFile "{second}"', f"IdentityFile {site.keys.user}", "IdentitiesOnly yes"])
+    first.write_text(f"other {public(site.keys.host)}\n")
+    second.write_text(f"{named.format(port=site.ports['bare-h'])} {public(site.keys.other_host)}\n")
+    told = repo.exec("true", host="bare-h")
+    refused(told, 255, words="has changed")
+    command = told.said.split("only then: ")[1]
+    doctor = next(row for row in repo.cli("doctor", "bare-h", "--json").json if row["what"] == "connect")
+    assert doctor["fix"].endswith(command.strip())
+    assert subprocess.run(["sh", "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode == 0, command
+    refused(repo.exec("true", host="bare-h"), 255, words="not known")
+
+
+def test_a_server_cannot_choose_what_is_told_for_a_changed_key() -> None:
+    """What it says while hanging up may stand in ssh's words, with newlines."""
+    values = {"port": ["22"], "hostname": ["h"], "userknownhostsfile": ["/home/a/.ssh/known_hosts /home/a/known"], "globalknownhostsfile": ["/etc/ssh/known"]}
+    config = c.SSHConfig(host="h", command=["ssh"], values=values, text=b"")
+    for said, path in (("/etc/passwd:1", "/home/a/.ssh/known_hosts"), ("/home/a/known:3", "/home/a/known"), ("/home/a:3", "/home/a/.ssh/known_hosts")):
+        words = f'@ REMOTE HOST IDENTIFICATION HAS CHANGED! @\r\nOffending ED25519 key in {said}\r\n  ssh-keygen -f "/etc/passwd" -R "x; y"\r\n'
+        assert c.classify(words.encode(), "h", config).hint.endswith(f"only then: ssh-keygen -f {path} -R h")
+
+
+@pytest.mark.parametrize("trouble, answers_, code, words", [
+    ("unknown", [("yes/no", "no")], 255, "not known"), ("unknown", [("yes/no", "yes")], 0, "it ran"), ("changed", [], 255, "ssh-keygen -f"), ("strict", [], 255, "not known"),
+    ("passphrase", [("passphrase", "right")], 0, "it ran"), ("passphrase", [("passphrase", "wrong"), ("passphrase.*passphrase", "")], 255, "accepted none")])
+def test_on_a_terminal_ssh_asks_once_and_what_came_of_it_is_told(repo: Repo, trouble: str, answers_: List[Tuple[str, str]], code: int, words: str) -> None:
+    site, key = repo.site, repo.site.dir / "locked"
+    if trouble == "passphrase":
+        shutil.copy(str(site.keys.user), str(key))
+        subprocess.run([program("ssh-keygen", "openssh-client"), "-q", "-p", "-P", "", "-N", "right", "-f", str(key)], check=True, stdout=subprocess.DEVNULL)
+        site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig", f"IdentityFile {key}", "IdentitiesOnly yes"])
+    else:
+        site.daemon("h", host_key=site.keys.other_host, config=[f"StrictHostKeyChecking {'yes' if trouble == 'strict' else 'ask'}", f"HostKeyAlias {'rig' if trouble == 'changed' else 'new'}"])
+    terminal = on_terminal(site, "exec", "-H", "bare-h" if trouble == "passphrase" else "h", "--", "echo it ran", cwd=repo.dir)
+    for question, answer in answers_:
+        terminal.expect(b"(?s)" + question.encode())
+        terminal.send(answer.encode() + b"\r")
+    assert terminal.wait() == code, terminal.output
+    assert words.encode() in terminal.output and b"debug1" not in terminal.output and b"no reason" not in terminal.output
+    assert (b"may have a question" in terminal.output) == bool(answers_), terminal.output
 
 
 def test_a_missing_ssh_or_git_is_said(repo: Repo) -> None:
@@ -2349,6 +2456,17 @@ def test_an_output_pipe_closed_early_is_no_error_and_ends_the_command(shared: Re
     assert b"Traceback" not in child.stderr.read()
     child.wait(30)
     gone(f"sleep {nap}")
+
+
+@pytest.mark.parametrize("args", [["list"], ["-h"], ["--version"], [], ["exec", "--", "echo x"], ["exec", "--json", "--", "true"], ["exec", "-h"], ["secrets", "set", "-h"],
+                                  ["completion", "bash"], ["history"], ["batch"]])
+@pytest.mark.parametrize("way", [">/dev/full", ">&-", "2>&-", "2>/dev/full"])
+def test_an_output_that_is_full_or_closed_is_no_bug(shared: Repo, args: List[str], way: str) -> None:
+    done = subprocess.run(["sh", "-c", f'"$@" {way}', "sh", sys.executable, str(PROGRAM), *args], cwd=str(shared.dir), env=shared.site.environment(),
+                          input=b'{"tool":"exec","arguments":{"command":"true"}}\n', stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    full = way == ">/dev/full"
+    assert done.returncode == ((125 if args[:1] == ["exec"] else 1) if full else 0 if args else 2), done
+    assert (done.stderr.count(b"\n") == 1 and b"No space left" in done.stderr) if full else done.stderr == b"", done
 
 
 # === demo ===
@@ -3349,6 +3467,22 @@ def test_a_job_keeps_its_secret_out_of_its_record(repo: Repo) -> None:
     assert repo.cli("wait", job).code == 0
 
 
+@pytest.mark.parametrize("command", ["wait", "logs -f"])
+def test_wait_and_logs_f_say_on_a_terminal_that_the_host_is_down(repo: Repo, command: str) -> None:
+    line = repo.site.line("far")
+    job = repo.exec("echo on; while [ ! -e go ]; do sleep 0.05; done; echo off", host="far", options=["--detach"]).text.strip()
+    sessions = repo.site.log().count("Starting session")
+    terminal = on_terminal(repo.site, *command.split(), job, cwd=repo.dir)
+    until(lambda: repo.site.log().count("Starting session") > sessions, "the host is asked")
+    line.refuse = True
+    line.drop()
+    terminal.expect(b"far.* Trying again for up to 5 minutes\\.")
+    line.refuse = False
+    (repo.path() / "go").touch()
+    assert terminal.wait() == 0
+    assert b"answers again" in terminal.output and terminal.output.count(b"Trying again") == 1
+
+
 @pytest.mark.slow
 def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(repo: Repo) -> None:
     line = repo.site.line("far")
@@ -3779,14 +3913,15 @@ project = cmux_ssh.Project(".")
 kinds = []
 for act in (lambda: project.workspace("none"), lambda: project.workspace("../x"), lambda: cmux_ssh.Host("-oProxyCommand=x"), lambda: cmux_ssh.Project("/"),
             lambda: project.create("elsewhere", "nowhere.invalid"), lambda: cmux_ssh.call_tool(project.create("w", "box"), "read", {"path": "none"}),
-            lambda: project.create("w", "box")):
+            lambda: project.create("w", "box"), lambda: project.workspace("w").exec("true", timeout=-1), lambda: project.workspace("w").exec("true", timeout=0),
+            lambda: project.workspace("w").exec("true", timeout=float("nan"))):
     try:
         act()
     except cmux_ssh.CmuxError as error:
         kinds.append(type(error).__name__)
         assert str(error).strip()
 print(*kinds)
-""") == "WorkspaceMissing UsageError UsageError GitFailed ConnectionFailed ToolFailed WorkspaceExists\n"
+""") == "WorkspaceMissing UsageError UsageError GitFailed ConnectionFailed ToolFailed WorkspaceExists UsageError UsageError UsageError\n"
 
 
 def test_a_wrong_host_does_not_spoil_the_name_of_a_workspace(repo: Repo) -> None:
@@ -6010,9 +6145,17 @@ def test_doctor_says_what_the_config_would_let_out(site: Site) -> None:
         assert word in config
 
 
+def silent_port(site: Site) -> int:
+    """A port that takes connections and says nothing."""
+    site.daemon("box2")
+    line = site.line("silent", to="box2")
+    line.stall()
+    return line.port
+
+
 @pytest.mark.parametrize("trouble, code, words", [
-    ("unresolved", 255, "does not resolve"), ("closed", 255, "refused"), ("unknown key", 255, "ssh-ed25519 SHA256:"), ("changed key", 255, "ssh-keygen -R"),
-    ("no key", 255, "SSH_AUTH_SOCK"), ("password only", 255, "allow keys"), ("proxy", 255, "my proxy is broken"), ("coder", 255, "coder login"),
+    ("unresolved", 255, "does not resolve"), ("closed", 255, "refused"), ("unknown key", 255, "ssh-ed25519 SHA256:"), ("changed key", 255, " -R rig"),
+    ("no key", 255, "SSH_AUTH_SOCK"), ("password only", 255, "allow keys"), ("proxy", 255, "my proxy is broken"), ("coder", 255, "coder login"), ("silent", 255, "`ssh -v h true`"), ("late proxy", 255, "spoken late"),
     ("bad config", 255, "Correct the file"), ("no sh", 1, "start-up files"), ("readonly", 1, "cannot be written"), ("no tar", 1, "Install tar"),
     ("single", 0, "MaxSessions"), ("no git", 0, "Install git")])
 def test_doctor_explains_what_is_wrong_and_its_fix(site: Site, trouble: str, code: int, words: str) -> None:
@@ -6025,6 +6168,8 @@ def test_doctor_explains_what_is_wrong_and_its_fix(site: Site, trouble: str, cod
         site.inetd("h", "Match all", "PubkeyAuthentication no", "PasswordAuthentication yes")) if trouble == "password only" else (
         site.host("h", "ProxyCommand sh -c 'echo my proxy is broken >&2; exit 1'")) if trouble == "proxy" else (
         site.host("h", "ProxyCommand sh -c 'echo You are not logged in. >&2; exit 1' coder ssh --stdio h")) if trouble == "coder" else (
+        site.host("h", f"ProxyCommand sh -c '{COLD_PROXY}'")) if trouble == "late proxy" else (
+        site.host("h", "HostName 127.0.0.1", "Port %d" % silent_port(site), "ConnectTimeout 2")) if trouble == "silent" else (
         site.host("h", "Frobnicate yes")) if trouble == "bad config" else (
         site.inetd("h", "ForceCommand exit 3")) if trouble == "no sh" else (
         site.daemon("h", "MaxSessions 1")) if trouble == "single" else (
