@@ -1032,10 +1032,13 @@ def test_first_lines_say_name_version_and_licence(source: Source) -> None:
     assert "cmux_ssh" in head and re.search(r"\d+\.\d+", head) and "MIT" in head
 
 
-@pytest.mark.parametrize("command", ["exec", "new", "list", "rm", "secrets", "demo"])
-def test_help_of_a_command_shows_an_example(site: Site, command: str) -> None:
-    shown = site.cli(command, "-h")
+@pytest.mark.parametrize("command", ["", *c.COMMANDS, *("secrets " + action for action in c.COMMANDS["secrets"].actions)])
+def test_help_of_a_command_shows_an_example_and_fits(site: Site, command: str) -> None:
+    shown = site.cli(*command.split(), "-h", env={"COLUMNS": "80"})
     assert shown.code == 0 and re.search(rf"cmux_ssh(\.py)? {command}", shown.text.split("usage:")[1].partition("\n")[2]), shown.text
+    assert max(map(len, shown.text.split("\n"))) <= 80, shown.text
+    bare = [option.flags for option in c.COMMANDS[command].options if not option.settings.get("help")] if command in c.COMMANDS else []
+    assert not bare, bare
 
 
 # === exec: bytes and codes ===
@@ -4052,7 +4055,7 @@ def test_readme_settings_of_mcp_clients_are_real_ones() -> None:
 
 def flags_of(command: str) -> Set[str]:
     row = c.COMMANDS[command]
-    options = [*row.options, *c.COMMON, *(option for _, more in row.actions.values() for option in more)]
+    options = [*row.options, *(option for _, _, more in row.actions.values() for option in more)]
     return {flag for option in options for flag in option.flags if flag.startswith("-")}
 
 
@@ -4913,7 +4916,7 @@ def test_submodules_and_lfs_content_travel_and_do_not_come_back(site: Site, host
     before = family.asleep()
     made = family.cli("new", "-H", place_of(site, host), "main")
     assert made.code == 0, made
-    for words in ("1 export-ignored", "1 submodules that are not checked out", "1 LFS files whose content is not here"):
+    for words in ("1 export-ignored", "1 submodule not checked out", "1 LFS file whose content is not here"):
         assert words in made.said, made
     assert tree_of(family.path()) == family.whole()
     assert family.whole()[b"assets/model.bin"][1] == CONTENT and family.whole()[os.fsencode("%s/%s/deep.c" % (LIB, INNER))]
@@ -5024,10 +5027,10 @@ def test_uncommitted_work_in_a_submodule_is_said_and_none_of_its_filters_run(sit
     family.write(LIB + "/x.c", b"z\n")
     os.utime(str(family.dir / LIB / "x.c"), (1, 1))
     clean = family.cli("new", "-H", "box", "clean")
-    assert clean.code == 0 and "1 submodules' uncommitted work" in clean.said, clean
+    assert clean.code == 0 and "1 uncommitted file in submodules" in clean.said, clean
     family.write("README", b"dirty\n")
     made = family.cli("new", "-H", "box", "main", "--dirty")
-    assert made.code == 0 and "1 submodules' uncommitted work" in made.said and "1 submodules that are not checked out" in made.said, made
+    assert made.code == 0 and "1 uncommitted file in submodules" in made.said and "1 submodule not checked out" in made.said, made
     assert (family.path() / "README").read_bytes() == b"dirty\n" and (family.path() / LIB / "x.c").read_bytes() == b"x\n"
     assert not trap.exists()
     subprocess.run(["git", "-C", str(family.dir / LIB), "-c", "core.fsmonitor=false", "-c", "filter.evil.clean=cat", "commit", "-qam", "moved"], check=True, env=site.environment())
@@ -5890,7 +5893,7 @@ def test_mcp_manage_reaches_other_workspaces_and_only_then(repo: Repo) -> None:
 def test_mcp_without_a_host_or_with_a_dead_one_says_so_and_lives(repo: Repo) -> None:
     with open_mcp(repo) as client:
         failed, text = client.call("exec", command="true")
-        assert failed and "-H HOST" in text
+        assert failed and "For the user: Name one with -H HOST" in text
     repo.site.host("dead", "HostName 127.0.0.1", f"Port {free_port()}")
     with open_mcp(repo, "-H", "dead") as client:
         failed, text = client.call("read", path="x")
