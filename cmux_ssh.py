@@ -480,14 +480,15 @@ def safe_workspace(branch: str) -> str:
 # it would read it as an instruction. --env is the user's own word, and may also set PATH.
 _READONLY = {"IFS", "OPTIND", "PPID", "UID", "EUID", "SHELLOPTS", "BASHOPTS", "BASH_VERSINFO",
              "CMUX_RUN", "TMOUT"}
-_INSTRUCTIONS = {"PATH", "HOME", "ENV", "BASH_ENV", "PS4", "PROMPT_COMMAND", "CDPATH"}
+_INSTRUCTIONS = {"PATH", "HOME", "ENV", "BASH_ENV", "PS4", "PROMPT_COMMAND", "CDPATH",
+                 "CMUX_WORKSPACE", "CMUX_PROJECT", "CMUX_RUNTIME"}
 
 
 def check_variable(name: str, secret: bool = False) -> str:
     """Return ``name`` if it may stand in a command's environment, else UsageError."""
     reserved = name in _READONLY or bool(re.match(r"_c.?\Z", name))
     if secret:
-        reserved = reserved or name in _INSTRUCTIONS or name.startswith(("LD_", "DYLD_", "CMUX_"))
+        reserved = reserved or name in _INSTRUCTIONS or name.startswith(("LD_", "DYLD_"))
     if not _VARIABLE.match(name) or len(name) > 256:
         raise UsageError("%s is not a variable name." % show(name),
                          "Use letters, digits and underscores, not beginning with a digit.")
@@ -8763,8 +8764,7 @@ def command_new(options: argparse.Namespace) -> int:
         if isinstance(made, CmuxError):
             code = max(code, made.exit_code)
             rows.append({"name": name, "error": error_fields(made)})
-            if not options.json:
-                report_error(made)
+            report_error(made)
             continue
         rows.append(made.describe())
         if options.verbosity < 0 and made.state == "init failed":  # not said above
@@ -9027,13 +9027,11 @@ def command_rm(options: argparse.Namespace) -> int:
         except CmuxError as error:
             if isinstance(error, ConnectionFailed):
                 error.hint += " If the host is gone for good: %s rm --forget %s" % (PROGRAM, name)
+            report_error(error)
             failed.append(error)
             code = max(code, error.exit_code)
     if options.json:
         print_json({"removed": removed, "errors": [error_fields(error) for error in failed]})
-    else:
-        for failure in failed:
-            report_error(failure)
     return code
 
 
@@ -9323,7 +9321,12 @@ def command_logs(options: argparse.Namespace) -> int:
     TOOLS["logs"].check({"job": options.job, "offset": offset, "wait": wait})
     workspace = existing_workspace(options)
     if options.follow:
-        follow_job(workspace, options.job, offset, lambda data: write_out(1, data))
+        def json_line(data: bytes) -> None:
+            if data:
+                print_json(bytes_field("output", data))
+        end = follow_job(workspace, options.job, offset, json_line if options.json else functools.partial(write_out, 1))
+        if options.json:
+            print_json({"state": end["state"], "exit_code": end["exit_code"]})
         return 0
     while True:
         status = job_logs(workspace, options.job, offset, wait)
@@ -9416,7 +9419,8 @@ def command_bench(options: argparse.Namespace) -> int:
         with Bench(check_host(options.target or "demo"), options.rtt / 1000, options.quick, may_ask) as bench:
             wide = terminal_width() >= 125
             if not options.json:
-                print_bench(("MEDIAN (QUARTILES)" if wide else "MEDIAN", "PLAIN SSH", "MASTER", "CMUX_SSH", "RATIO", "BAR"), wide)
+                print_bench(("MEDIAN (QUARTILES)", "PLAIN SSH", "OVER A MASTER", "CMUX_SSH", "RATIO", "BAR") if wide else
+                            ("MEDIAN", "PLAIN SSH", "MASTER", "CMUX_SSH", "RATIO", "BAR"), wide)
             for row in bench.rows():
                 rows.append(row.as_dict())
                 if not options.json:
@@ -9618,6 +9622,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     name, rest = words[0], list(words[1:])
     command = COMMANDS[name]
     tail: Optional[List[str]] = None
+    if command.actions:
+        rest = command_first(rest)
     if name == "exec" and "--" in rest:
         at = rest.index("--")
         rest, tail = rest[:at], rest[at + 1:]
