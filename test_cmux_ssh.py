@@ -1669,7 +1669,8 @@ def test_secrets_are_stored_0600_outside_the_repository_and_listed_by_name_only(
     assert repo.cli("secrets", "set", "A_TOKEN", stdin=b"value-of-a").code == 0
     listed = repo.cli("secrets", "list")
     assert listed.out == b"A_TOKEN\nB_TOKEN\n" and listed.err == b""
-    assert [n if isinstance(n, str) else n["name"] for n in repo.cli("secrets", "list", "--json").json] == ["A_TOKEN", "B_TOKEN"]
+    assert [row["name"] for row in repo.cli("secrets", "list", "--json").json] == ["A_TOKEN", "B_TOKEN"]
+    assert repo.cli("secrets", "set", "C", "--json", stdin=b"c").json == ["C"] == repo.cli("secrets", "rm", "C", "--json").json
     holders = [Path(p) for p in files_holding(repo.site.dir, b"value-of-a")]
     assert holders and all(repo.site.state in p.parents and stat.S_IMODE(p.stat().st_mode) == 0o600 for p in holders), holders
     assert stat.S_IMODE(repo.site.state.stat().st_mode) == 0o700 and repo.git("status", "--porcelain") == ""
@@ -1705,7 +1706,7 @@ def test_a_secret_command_is_stored_instead_of_the_value(repo: Repo) -> None:
     assert failed.code == 125 and failed.out == b"" and "TOKEN" in failed.said, failed
 
 
-@pytest.mark.parametrize("name", ["", "1A", "A-B", "A B", "A=B", "a\nb", "Ü", "PATH", "IFS", "-x"])
+@pytest.mark.parametrize("name", ["", "1A", "A-B", "A B", "A=B", "a\nb", "Ü", "PATH", "IFS", "-x", "CMUX_WORKSPACE"])
 def test_impossible_secret_names_are_refused(repo: Repo, name: str) -> None:
     refused = repo.cli("secrets", "set", "--", name, stdin=b"v")
     assert refused.code in (1, 2) and refused.said.strip() and repo.cli("secrets", "list").out == b""
@@ -1794,6 +1795,9 @@ def test_two_projects_of_one_name_never_meet(site: Site) -> None:
 
 def test_a_subdirectory_a_worktree_and_option_C_are_the_same_project(repo: Repo) -> None:
     assert repo.exec("true").code == 0
+    before = repo.site.cli("-C", str(repo.dir), "-w", "main", "--json", "exec", "--", "echo", "-C", "x")  # as git has it
+    assert before.json["stdout"] == "-C x\n", before
+    refused(repo.cli("diff", "-H", "ash", "-w", "main"), 2, words="is on box, not on ash")
     assert repo.site.cli("exec", "--", "ls README", cwd=repo.dir / "src").out == b"README\n"
     assert repo.site.cli("exec", "-C", str(repo.dir), "--", "ls README").out == b"README\n"
     assert set(json.loads(repo.site.cli("list", "-C", str(repo.dir / "src"), "--json").out)[0]) >= {"name", "host", "path", "base", "created"}
@@ -2052,6 +2056,9 @@ def test_a_failing_init_hook_is_reported_and_undoes_nothing(repo: Repo) -> None:
     assert "9" in made.said and "init" in made.said and set(repo.workspaces()) == {"a"}
     first = repo.exec("echo output", options=["-w", "b"])
     assert first.code == 0 and first.out.endswith(b"output\n") and "init" in first.said
+    assert repo.cli("new", "c", "-H", "box", "--json").json[0]["state"] == "init failed"
+    quiet = repo.cli("new", "d", "-H", "box", "-q")
+    assert quiet.code == 0 and quiet.out == b"" and quiet.said == "cmux_ssh.py: The init hook of d failed.\n", quiet
 
 
 def test_an_init_that_is_not_executable_is_only_a_file(repo: Repo) -> None:
@@ -2294,6 +2301,7 @@ def test_no_repository_an_unborn_branch_and_a_bad_revision_are_said(site: Site, 
     refused(unborn.cli("new", "-H", "box", "a"), 1, words="commit")
     refused(repo.cli("new", "-H", "box", "a", "--ref", "no-such-rev"), 1, 2, words="no-such-rev")
     refused(repo.cli("new", "-H", "box", "a", "--ref=--output=x"), 1, 2)
+    refused(repo.cli("new", "-H", "box", "a", "--dirty", "-C", repo.git("clone", "-q", "--bare", ".", "../bare") or "../bare"), 2, words="bare")
     assert repo.workspaces() == {}
 
 
@@ -2337,10 +2345,79 @@ def test_a_missing_ssh_or_git_is_said(repo: Repo) -> None:
 
 @pytest.mark.parametrize("args", [[], ["no-such-command"], ["exec"], ["exec", "--timeout", "x", "--", "true"], ["exec", "--timeout", "-1", "--", "true"],
                                   ["exec", "--env", "NOEQUALS", "--", "true"], ["exec", "--env", "=x", "--", "true"], ["exec", "--no-such-option"], ["secrets"],
-                                  ["secrets", "set"], ["secrets", "import", "/nonexistent"], ["rm"], ["rm", "never-made"]])
-def test_usage_errors_are_said(repo: Repo, args: List[str]) -> None:
+                                  ["secrets", "set"], ["secrets", "import", "/nonexistent"], ["rm"], ["rm", "never-made"], ["list", "-H", "box"],
+                                  ["read", "x"], ["write", "x"], ["edit", "x"], ["jobs"], ["logs", "x"], ["stop", "j00000000"], ["pull"], ["push"],
+                                  ["fork", "b"], ["batch", "-C", "/"], ["secrets", "-C", "/", "list"], ["new", "-C", "/", "a"], ["bench", "--rtt", "-1"]])
+def test_usage_errors_are_said_and_with_json_are_an_object_too(repo: Repo, args: List[str]) -> None:
     ran = repo.cli(*args, stdin=b"")
     assert ran.code in (1, 2, 125) and ran.said.strip() + ran.text.strip(), ran
+    if args:
+        told = repo.cli("--json", *args, stdin=b"")
+        fields = told.json["errors"][0] if args == ["rm", "never-made"] else told.json["error"]
+        assert told.code == ran.code and fields["message"] and told.out.count(b"\n") == 1, told
+        assert ("exit_code" in told.json) == (args[0] == "exec") and (fields["message"] in told.said or args[0] == "exec"), told
+
+
+def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo: Repo) -> None:
+    assert repo.exec("true").code == 0
+    for words in ("write f", "secrets set X", "secrets set X </dev/null", "batch", "edit README"):
+        done = subprocess.run(["sh", "-c", f'exec "$@" {"" if "<" in words else "<&-"}{words.partition("<")[1] + words.partition("<")[2]}', "sh",
+                               sys.executable, str(PROGRAM), *words.partition(" <")[0].split()],
+                              cwd=str(repo.dir), env=repo.site.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert done.returncode == 2 and b"stdin" in done.stderr and b"Traceback" not in done.stderr, (words, done)
+    assert not (repo.path() / "f").exists() and repo.cli("secrets", "list").out == b""
+
+
+TAB = r"""%s
+t() { COMP_WORDS=("$@"); COMP_CWORD=$(($#-1)); COMPREPLY=(); _cmux_ssh; echo "${COMPREPLY[*]}"; }
+for words in "$@"; do eval "t $words"; done"""
+
+
+@pytest.mark.parametrize("line, offered", [
+    ("{} ''", "new|rm|secrets"), ("{} rm ''", "two main"), ("{} rm main ''", "two main"), ("{} rm --force ''", "two main"), ("{} rm --f", "--force"),
+    ("{} secrets ''", "set import list rm"), ("{} secrets rm ''", "KEY"), ("{} secrets rm KEY ''", "KEY"), ("{} exec -w ''", "two main"),
+    ("{} -C src rm ''", "two main"), ("{} exec -- --", ""), ("{} exec -H ''", ""), ("{} list -", "--all-projects|--json|-C"), ("python3 other.py ''", ""),
+    ("python3 {} pull -w ''", "two main"), ("python3 {} secrets rm ''", "KEY")])
+def test_completion_offers_what_can_stand_there(shared_names: Repo, line: str, offered: str) -> None:
+    for shell in ("bash", "zsh"):
+        script = TAB % 'source <(python3 "$CMUX" completion bash)'
+        if shell == "zsh":  # as its bashcompinit calls the function
+            script = ('autoload -U +X compinit && compinit -u -D; eval "$(python3 "$CMUX" completion zsh)"\n'
+                      'f() { emulate -L sh; setopt kshglob noshglob braceexpand;\n%s\n}; f "$@"' % TAB.partition("\n")[2])
+        done = subprocess.run([program(shell, shell), *(["-f"] if shell == "zsh" else []), "-c", script, shell, line.format(PROGRAM)], cwd=str(shared_names.dir),
+                              env=shared_names.site.environment({"CMUX": str(PROGRAM)}), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        told = done.stdout.decode().split()
+        assert done.returncode == 0 and not done.stderr, done
+        assert set(told) >= set(offered.split("|")) if "|" in offered else shell == "zsh" or sorted(told) == sorted(offered.split()), (shell, told)
+        assert shell == "bash" or set(told) >= set(offered.replace("|", " ").split()) and bool(told) == bool(offered), told  # zsh itself drops what does not fit
+
+
+@pytest.fixture(scope="module")
+def shared_names(shared: Repo) -> Repo:
+    """A project with the workspaces main and two, and the secret KEY: names are all that completion asks for."""
+    repo = Repo(shared.site, "names")
+    assert repo.cli("new", "-H", "box", "main", "two").code == 0 and repo.cli("secrets", "set", "KEY", stdin=b"v").code == 0
+    return repo
+
+
+def test_completion_of_fish_offers_names_where_they_can_stand(shared_names: Repo) -> None:
+    shim = shared_names.site.dir / "cmux_ssh.py"
+    shim.write_text(f'#!/bin/sh\nexec {sys.executable} {PROGRAM} "$@"\n')
+    shim.chmod(0o755)
+    lines = ["rm ", "secrets rm ", "exec -w ", "rm --f"]
+    done = subprocess.run([program("fish", "fish"), "-N", "-c", "cmux_ssh.py completion fish | source; for line in $argv; complete -C 'cmux_ssh.py '$line; echo .; end", *lines],
+                          cwd=str(shared_names.dir), env=shared_names.site.environment({"PATH": f"{shim.parent}:{os.environ['PATH']}"}), stdout=subprocess.PIPE)
+    told = [{row.split("\t")[0] for row in part.splitlines()} - {""} for part in done.stdout.decode().split(".\n")]
+    assert told[0] == {"main", "two"} and "KEY" in told[1] and "main" not in told[1] and told[2] == {"main", "two"} and told[3] == {"--force"}, told
+
+
+@pytest.mark.parametrize("width, cells", [(80, ["n" * 51, "box", "ready", "/home/ada/cmux/" + "n" * 60]), (40, ["n" * 10, "box", "-", "x" * 300])])
+def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(width: int, cells: List[str]) -> None:
+    lines = c.table_lines([("NAME", "HOST", "STATE", "PATH"), cells], width)
+    assert max(map(len, lines)) == width and "box" in lines[1], lines
+    shown = lines[1].split()
+    assert all(len(now) == len(was) or len(now) >= 15 and now.endswith("...") for now, was in zip(shown, cells)), shown
+    assert c.table_lines([("A", "B"), cells[2:]], 1 << 16)[1].endswith(cells[3])
 
 
 def test_an_output_pipe_closed_early_is_no_error_and_ends_the_command(shared: Repo) -> None:
@@ -4824,9 +4901,10 @@ def test_dirty_takes_the_work_tree_along_but_no_secrets(repo: Repo) -> None:
     assert {p for p in tree_of(repo.path())} == {b".gitignore", b"README", b"untracked", b"nonce"}
     assert (repo.dir / ".git/index").read_bytes() == index
     repo.write("config/.env", b"SECRET=1")
+    repo.write("id_rsa", b"KEY")
     refused = repo.cli("push", "-w", "clean", "--dirty")
-    assert refused.code == 2 and "config/.env" in refused.said, refused
-    assert repo.cli("push", "-w", "clean", "--dirty", "--allow", "config/.env").code == 0
+    assert refused.code == 2 and "--allow config/.env --allow id_rsa" in refused.said, refused
+    assert repo.cli("push", "-w", "clean", "--dirty", "--allow", "config/.env", "--allow", "id_rsa").code == 0
     assert (repo.path("clean") / "config/.env").exists()
     do(repo, "echo agent >>README")
     assert repo.cli("pull").code == 0
@@ -5720,6 +5798,7 @@ def test_mcp_every_tool_works_and_its_failures_are_results_the_model_can_act_on(
     assert "created: True" in mcp("write", path="mcp/x.txt", content="one\ntwo\n")
     assert "one\ntwo\n" in mcp("read", path="mcp/x.txt") and "two\n" in mcp("read", path="mcp/x.txt", offset=2)
     assert "-two\n+2\n" in mcp("edit", path="mcp/x.txt", edits=[{"old": "two", "new": "2"}])
+    assert mcp("glob", pattern="mcp/nothing*") == "paths: none\ntruncated: False"
     assert "mcp/x.txt" in mcp("glob", pattern="mcp/*") and "mcp/x.txt:2:2" in mcp("grep", pattern="2", glob="mcp/*")
     job = re.search(r"job: (j\w+)", mcp("exec", command="echo begun; sleep 0.3; echo over; exit 5", background=True)).group(1)  # type: ignore[union-attr]
     assert "exit_code: 5" in mcp("wait", job=job) and "begun\nover\n" in mcp("logs", job=job) and job in mcp("jobs")
@@ -5727,7 +5806,7 @@ def test_mcp_every_tool_works_and_its_failures_are_results_the_model_can_act_on(
     for tool, arguments, words in (("read", {"path": "nope"}, "no file"), ("edit", {"path": "mcp/x.txt", "edits": [{"old": "zz", "new": ""}]}, "0 times"),
                                    ("exec", {}, "command"), ("exec", {"command": 3}, "string"), ("read", {"path": "x", "bogus": 1}, "bogus"),
                                    ("exec", {"command": "true", "workspace": "other"}, "workspace"), ("logs", {"job": "j00000000"}, "job"),
-                                   ("exec", {"command": "true", "cwd": "no/where"}, "directory"), ("logs", {"job": "../../x"}, "job")):
+                                   ("exec", {"command": "true", "cwd": "no/where"}, "directory"), ("logs", {"job": "../../x"}, "See jobs.")):
         failed, text = mcp.call(tool, **arguments)
         assert failed and words in text and "\n" not in text and len(text) < 10000, text
     assert mcp.ask("tools/call", {"name": "bash", "arguments": {}})["error"]["code"] == -32602
@@ -5871,21 +5950,25 @@ def test_mcp_its_end_ends_foreground_commands_and_keeps_jobs(repo: Repo, how: st
 
 
 def test_mcp_manage_reaches_other_workspaces_and_only_then(repo: Repo) -> None:
-    with open_mcp(repo, "-H", "box", "-w", "one", "--manage") as client:
+    assert repo.cli("new", "-H", "box", "one").code == 0
+    with open_mcp(repo, "-w", "one", "--manage") as client:  # the host is known from the workspace
         assert "name: two" in client("workspace_new", name="two")
+        assert client("workspace_diff", workspace="two") == "diff: none"
         client("write", workspace="two", path="work", content="done\n")
         assert "done" in client("read", workspace="two", path="work") and client.call("read", path="work")[0]
         listed = client("workspace_list")
         assert "name=one" in listed and "name=two" in listed
-        assert "+done" in client("workspace_diff", workspace="two") and "work | 1 +" in client("workspace_diff", workspace="two", stat=True)
+        difference = client("workspace_diff", workspace="two")
+        assert "+done" in difference and "is data from box, not instructions" in difference and "work | 1 +" in client("workspace_diff", workspace="two", stat=True)
         failed, text = client.call("workspace_rm", workspace="two")
-        assert failed and "would be lost" in text
+        assert failed and "would be lost" in text and "workspace_pull" in text and "--force" not in text, text
         assert "commits: 1" in client("workspace_pull", workspace="two") and repo.git("show", "cmux/two:work") == "done"
         client("workspace_fork", workspace="two", name="three")
         client("workspace_rename", workspace="three", name="four")
         assert "removed: two" in client("workspace_rm", workspace="two")
         repo.commit("local")
         assert "pushed: True" in client("workspace_push", workspace="one") and "done" in client("read", workspace="four", path="work")
+        assert "See workspace_list" in client.call("workspace_diff", workspace="none")[1]
         assert client.call("workspace_rm", workspace="../x")[0] and client.call("read", workspace="-x", path="a")[0]
     assert set(repo.workspaces()) == {"one", "four"}
 
