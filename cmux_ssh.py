@@ -8878,7 +8878,7 @@ def command_top(options: argparse.Namespace) -> int:
         while top.asked and not patience.over():
             time.sleep(0.02)
         for name in list(top.asked):
-            top.seen.setdefault(name, {"changed": None, "jobs": [], "error": "The host has not answered within %d s." % TOP_PATIENCE})
+            top.seen.setdefault(name, {"changed": None, "jobs": [], "error": "The host has not answered within %g s." % TOP_PATIENCE})
         print_json(top.rows()) if options.json else print_text("\n".join(top.lines(1 << 16)))
         return 0
     import termios

@@ -2223,6 +2223,14 @@ def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo
     assert "drop connection" not in site.log() and "no more sessions" not in site.log()
 
 
+def test_top_in_a_pipe_says_why_it_knows_nothing(repo: Repo, tuned: Callable[..., None]) -> None:
+    line = repo.site.line("silent")
+    assert repo.cli("new", "-H", "silent", "main").code == 0
+    line.stall()
+    tuned(TOP_PATIENCE=0.5)
+    assert "has not answered" in repo.cli("top").text and "has not answered" in repo.cli("top", "--json").json[0]["error"]
+
+
 def test_a_slow_line_is_only_slow(repo: Repo) -> None:
     line = repo.site.line("far")
     line.delay = 0.025
@@ -3286,6 +3294,8 @@ def test_jobs_are_listed_with_what_they_are(shared: Repo, talker: Agent, area: A
     assert {row["job"] for row in shared.cli("jobs", "--json").json} == set(rows)
     began = time.monotonic()
     assert talker("wait", job=second, timeout=0.5)["state"] == "running" and time.monotonic() - began < 5
+    ended = [json.loads(line) for line in shared.cli("logs", "-f", "--json", first).text.splitlines()]
+    assert ended == [{"output": "12345"}, {"state": "exited", "exit_code": 3}]
     quick = shared.cli("wait", second, "--timeout", "0.2")
     assert quick.code == 124 and quick.said
     area.put("go", b"")
@@ -5798,7 +5808,7 @@ def test_mcp_every_tool_works_and_its_failures_are_results_the_model_can_act_on(
     assert "created: True" in mcp("write", path="mcp/x.txt", content="one\ntwo\n")
     assert "one\ntwo\n" in mcp("read", path="mcp/x.txt") and "two\n" in mcp("read", path="mcp/x.txt", offset=2)
     assert "-two\n+2\n" in mcp("edit", path="mcp/x.txt", edits=[{"old": "two", "new": "2"}])
-    assert mcp("glob", pattern="mcp/nothing*") == "paths: none\ntruncated: False"
+    assert mcp("glob", pattern="mcp/nothing*") == "truncated: False\npaths: none"
     assert "mcp/x.txt" in mcp("glob", pattern="mcp/*") and "mcp/x.txt:2:2" in mcp("grep", pattern="2", glob="mcp/*")
     job = re.search(r"job: (j\w+)", mcp("exec", command="echo begun; sleep 0.3; echo over; exit 5", background=True)).group(1)  # type: ignore[union-attr]
     assert "exit_code: 5" in mcp("wait", job=job) and "begun\nover\n" in mcp("logs", job=job) and job in mcp("jobs")
