@@ -1133,12 +1133,12 @@ TOOL_STATUS = {
     39: "A name in {path} is longer than 255 bytes.", 3: "{said}.",
 }
 
-# READ path max first count: "size how\n", then the bytes: all of a file up to max, else the lines.
+# READ path max first count home: "size how\n", then the bytes: all of a file up to max, else the lines.
 #   With count 0 the size is left to the client, and one byte more than max tells it "too large":
 #   that saves a process of two on every read.
 READ = r"""
 _cop() {
-  [ -e "$1" ] || return 30
+  [ -e "$1" ] || { [ -d "$5" ] || return 37; return 30; }
   [ ! -d "$1" ] || return 31
   [ -f "$1" ] || return 32
   [ -r "$1" ] || return 33
@@ -1152,9 +1152,9 @@ _cop() {
 }
 """
 
-# WRITE path root op size cksum [old]: stdin becomes the file, by a rename beside it, and only
+# WRITE path root op size cksum old home: stdin becomes the file, by a rename beside it, and only
 # when its length and checksum are as said; with old ("cksum size", or "none"), only when the file
-# still is that. Replies created or replaced. The lock (a symlink naming its owner's pid) makes
+# still is that. Makes parents, but not home, the workspace, anew. Replies created or replaced. The lock (a symlink naming its owner's pid) makes
 # compare and rename one step among all users of this tool. cp (for mode and owner) is tried again:
 # GNU's gives up on a file that another writer's rename replaces under it.
 WRITE = r"""
@@ -1173,7 +1173,7 @@ _cop() {
   d=${p%/*} n=${p##*/}
   case $n in ''|.|..) return 31;; esac
   [ ${#n} -lt 256 ] || return 39
-  [ -d "${d:-/}" ] || mkdir -p "$d" || return 3
+  if [ ! -d "${d:-/}" ]; then [ -d "$7" ] || return 37; mkdir -p "$d" || return 3; fi
   d=$(cd -P "${d:-/}" && pwd -P && echo x) || return 3
   d=${d%?x}; d=${d%/}; p=$d/$n
   t=$d/.cmux-$3.tmp
@@ -6179,6 +6179,9 @@ def absolute(workspace: WorkspaceBase, path: object) -> str:
 
 def tool_reply(reply: Reply, path: str, limit: int = 0) -> Reply:
     """The reply, or the failure that its status stands for."""
+    if reply.status == 37:
+        raise WorkspaceMissing("The workspace's directory is not on the host (any more).",
+                               "See `%s list`; `rm` and `new` make the workspace anew." % PROGRAM)
     if reply.status:
         said = neutralise(reply.stderr).strip().split("\n")[-1] or "status %d" % reply.status
         text = TOOL_STATUS.get(reply.status, "The host failed with status %d: {said}." % reply.status)
@@ -6214,7 +6217,7 @@ def read_file(workspace: WorkspaceBase, path: str, offset: int = 1, limit: int =
         raise UsageError("Lines count from 1, and a limit cannot be negative.")
     where = absolute(workspace, path)
     reply = tool_reply(workspace.host.call(
-        READ, where, str(READ_MAX), str(offset), str(limit), cancel=cancel, limit=READ_MAX + 4096), path, READ_MAX)
+        READ, where, str(READ_MAX), str(offset), str(limit), workspace.path, cancel=cancel, limit=READ_MAX + 4096), path, READ_MAX)
     head, _, data = reply.stdout.partition(b"\n")
     words = head.decode("ascii", "replace").split()
     if len(words) < 2 or number(words[0]) < 0:
@@ -6245,7 +6248,7 @@ def write_file(workspace: WorkspaceBase, path: str, data: bytes, old: str = "",
         spool.write(data)
         spool.seek(0)
         reply = workspace.host.call(WRITE, absolute(workspace, path), workspace.root, os.urandom(8).hex(),
-                                    str(size), checksum, old, source=Source(spool.fileno()), cancel=cancel)
+                                    str(size), checksum, old, workspace.path, source=Source(spool.fileno()), cancel=cancel)
     if reply.status == 36:
         raise FileChanged("%s changed meanwhile." % show(path), "Read it again.")
     return tool_reply(reply, path).stdout.strip() == b"created"

@@ -2797,6 +2797,14 @@ def test_impossible_paths_are_refused(talker: Agent, path: object) -> None:
         talker.refusal(tool, path=path, **more)  # type: ignore[arg-type]
 
 
+def test_a_file_of_a_workspace_that_is_gone_is_not_there_and_makes_no_new_one(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    shutil.rmtree(repo.path())
+    for args in (["read", "x"], ["write", "x"], ["write", "a/x"], ["edit", "x", "--old", "a", "--new", "b"]):
+        refused(repo.cli(*args, stdin=b"data"), 1, words="workspace's directory is not on the host")
+    assert not repo.path().exists()
+
+
 @pytest.mark.parametrize("tail", ["/", "/.", "//"])
 def test_a_path_that_ends_in_a_slash_makes_no_file_and_no_directory(talker: Agent, area: Area, tail: str) -> None:
     area.put("file", b"old")
