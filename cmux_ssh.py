@@ -1154,9 +1154,10 @@ _cop() {
 
 # WRITE path root op size cksum old home: stdin becomes the file, by a rename beside it, and only
 # when its length and checksum are as said; with old ("cksum size", or "none"), only when the file
-# still is that. Makes parents, but not home, the workspace, anew. Replies created or replaced. The lock (a symlink naming its owner's pid) makes
-# compare and rename one step among all users of this tool. cp (for mode and owner) is tried again:
-# GNU's gives up on a file that another writer's rename replaces under it.
+# still is that. Makes parents, but not home, the workspace, anew. Replies created or replaced.
+# The lock (a symlink naming its owner's pid) makes compare and rename one step among all users of
+# this tool. cp (for mode and owner) is tried again: GNU's gives up on a file that another writer's
+# rename replaces under it.
 WRITE = r"""
 _cop() {
   p=$1 i=0
