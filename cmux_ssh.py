@@ -8965,7 +8965,7 @@ _BASH = r"""_cmux_ssh() {
   esac
   COMPREPLY=($(compgen -W "$words" -- "$cur"))
 }
-complete -o default -F _cmux_ssh cmux_ssh.py ./cmux_ssh.py python3 python
+complete -o default -F _cmux_ssh cmux_ssh.py ./cmux_ssh.py python3
 """
 COMPLETIONS = {"bash": _BASH, "zsh": "autoload -U +X bashcompinit && bashcompinit\n" + _BASH, "fish": ""}
 
