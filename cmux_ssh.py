@@ -7417,7 +7417,8 @@ class McpServer(JsonRpc):
     def _workspace(self, call: Call, name: str) -> WorkspaceBase:
         """It, made if need be: once for all calls, and on beyond the end of any one of them, or a
         client with a timeout of its own would begin a long upload again and again."""
-        entry, host = self.project.entries().get(name), self.host if name == self.workspace else ""
+        own = name == self.workspace  # any other must be there already: a slip of a name makes none
+        entry, host = self.project.entries().get(name) if own else self.project.entry(name), self.host if own else ""
         if entry and entry.get("init") != "pending":
             return self.project.ensure(name, host)
         with self.mutex:
@@ -7506,7 +7507,7 @@ class McpServer(JsonRpc):
                 key, value = key[:-7], base64.b64decode(value)
             if key in MCP_BODIES:
                 parts.append((key, value))
-            elif value is not None and key not in ("data", "workspace", "host"):
+            elif value not in (None, "", {}) and key not in ("data", "workspace", "host"):
                 facts.append("%s: %s" % (key, veil.clean(str(value)).replace("\n", " ")[:500]))
         fence, room, body = os.urandom(4).hex(), MCP_ROOM, []
         for key, value in sorted(parts, key=lambda part: MCP_BODIES.index(part[0])):

@@ -4756,7 +4756,8 @@ def test_pull_says_what_would_run_and_what_leaks(repo: Repo) -> None:
         assert name in pulled.text, pulled
     do(repo, "mkdir .husky; echo x >.husky/post-checkout")
     assert repo.cli("pull").code == 1
-    assert repo.cli("pull", "--allow").code == 0
+    terminal = on_terminal(repo.site, "pull", "--allow", cwd=repo.dir)
+    assert terminal.wait() == 0 and b"git diff ...cmux/main; to take it: git merge cmux/main" in terminal.output, terminal.output
 
 
 def test_pull_from_a_malicious_repository_of_ones_own_runs_nothing(repo: Repo) -> None:
@@ -5986,7 +5987,8 @@ def test_mcp_manage_reaches_other_workspaces_and_only_then(repo: Repo) -> None:
         assert "removed: two" in client("workspace_rm", workspace="two")
         repo.commit("local")
         assert "pushed: True" in client("workspace_push", workspace="one") and "done" in client("read", workspace="four", path="work")
-        assert "See workspace_list" in client.call("workspace_diff", workspace="none")[1]
+        for tool, more in (("workspace_diff", {}), ("read", {"path": "x"})):
+            assert "See workspace_list" in client.call(tool, workspace="none", **more)[1]
         assert client.call("workspace_rm", workspace="../x")[0] and client.call("read", workspace="-x", path="a")[0]
     assert set(repo.workspaces()) == {"one", "four"}
 
