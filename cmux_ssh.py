@@ -486,7 +486,8 @@ def safe_workspace(branch: str) -> str:
 # it would read it as an instruction. --env is the user's own word, and may also set PATH.
 _READONLY = {"IFS", "OPTIND", "PPID", "UID", "EUID", "SHELLOPTS", "BASHOPTS", "BASH_VERSINFO",
              "CMUX_RUN", "TMOUT"}
-_INSTRUCTIONS = {"PATH", "HOME", "ENV", "BASH_ENV", "PS4", "PROMPT_COMMAND", "CDPATH"}
+_INSTRUCTIONS = {"PATH", "HOME", "ENV", "BASH_ENV", "PS4", "PROMPT_COMMAND", "CDPATH",
+                 "CMUX_WORKSPACE", "CMUX_PROJECT", "CMUX_RUNTIME"}
 
 
 def check_variable(name: str, secret: bool = False) -> str:
@@ -498,8 +499,8 @@ def check_variable(name: str, secret: bool = False) -> str:
         raise UsageError("%s is not a variable name." % show(name),
                          "Use letters, digits and underscores, not beginning with a digit.")
     if reserved:
-        raise UsageError("The variable %s is reserved." % name,
-                         "It would change how the shell on the host reads what follows.")
+        raise UsageError("The variable %s is reserved." % name, "This program sets it there." if name.startswith("CMUX_")
+                         else "It would change how the shell on the host reads what follows.")
     return name
 
 
@@ -1138,12 +1139,12 @@ TOOL_STATUS = {
     39: "A name in {path} is longer than 255 bytes.", 3: "{said}.",
 }
 
-# READ path max first count: "size how\n", then the bytes: all of a file up to max, else the lines.
+# READ path max first count home: "size how\n", then the bytes: all of a file up to max, else the lines.
 #   With count 0 the size is left to the client, and one byte more than max tells it "too large":
 #   that saves a process of two on every read.
 READ = r"""
 _cop() {
-  [ -e "$1" ] || return 30
+  [ -e "$1" ] || { [ -d "$5" ] || return 37; return 30; }
   [ ! -d "$1" ] || return 31
   [ -f "$1" ] || return 32
   [ -r "$1" ] || return 33
@@ -1157,11 +1158,12 @@ _cop() {
 }
 """
 
-# WRITE path root op size cksum [old]: stdin becomes the file, by a rename beside it, and only
+# WRITE path root op size cksum old home: stdin becomes the file, by a rename beside it, and only
 # when its length and checksum are as said; with old ("cksum size", or "none"), only when the file
-# still is that. Replies created or replaced. The lock (a symlink naming its owner's pid) makes
-# compare and rename one step among all users of this tool. cp (for mode and owner) is tried again:
-# GNU's gives up on a file that another writer's rename replaces under it.
+# still is that. Makes parents, but not home, the workspace, anew. Replies created or replaced.
+# The lock (a symlink naming its owner's pid) makes compare and rename one step among all users of
+# this tool. cp (for mode and owner) is tried again: GNU's gives up on a file that another writer's
+# rename replaces under it.
 WRITE = r"""
 _cop() {
   p=$1 i=0
@@ -1178,7 +1180,7 @@ _cop() {
   d=${p%/*} n=${p##*/}
   case $n in ''|.|..) return 31;; esac
   [ ${#n} -lt 256 ] || return 39
-  [ -d "${d:-/}" ] || mkdir -p "$d" || return 3
+  if [ ! -d "${d:-/}" ]; then [ -d "$7" ] || return 37; mkdir -p "$d" || return 3; fi
   d=$(cd -P "${d:-/}" && pwd -P && echo x) || return 3
   d=${d%?x}; d=${d%/}; p=$d/$n
   t=$d/.cmux-$3.tmp
@@ -3944,6 +3946,8 @@ class Repository:
         """A commit of the work tree as it is, ignored files apart, kept as refs/cmux/sent/ID; the
         user's index and branches stay as they are. Refuses files that look like secrets."""
         commit, tree = self.resolve("HEAD")
+        if self._git("rev-parse", "--is-bare-repository") == b"true\n":
+            raise UsageError("This repository is bare: it has no work tree to send.", "Leave out --dirty.")
         with self.in_shadow(commit) as shadow:
             top = self.worktree()
             shadow.borrow_index(self)
@@ -3955,11 +3959,11 @@ class Repository:
             new = shadow.call("write-tree")
             if new == tree:
                 return commit
-            for _, mode, _, path in shadow.changes(tree, new):
-                text = path.decode("utf-8", "surrogateescape")
-                if mode != "000000" and _SECRET_FILE.search(text) and text not in allow:
-                    raise UsageError("%s looks like a secret; nothing was sent." % show(text),
-                                     "Let .gitignore cover it, or send it all the same: --allow %s" % quote(text))
+            paths = [path.decode("utf-8", "surrogateescape") for _, mode, _, path in shadow.changes(tree, new) if mode != "000000"]
+            secret = [path for path in paths if _SECRET_FILE.search(path) and path not in allow]
+            if secret:
+                raise UsageError("Nothing was sent: what looks like a secret is among it: %s." % ", ".join(map(show, secret[:20])),
+                                 "Let .gitignore cover it, or send it all the same: %s" % " ".join("--allow " + quote(p) for p in secret[:20]))
             person = {"GIT_%s_%s" % (who, what): value for who in ("AUTHOR", "COMMITTER") for what, value in
                       (("NAME", "cmux"), ("EMAIL", "cmux@localhost"), ("DATE", "@%d +0000" % time.time()))}
             made = shadow.call("commit-tree", new, "-p", commit, stdin=b"uncommitted work\n", env=person)
@@ -5075,7 +5079,7 @@ class ProjectBase(ProjectState):
                 raise RemoteFailed("%s did not confirm the push." % workspace.host.name, "Try again.")
             for line in reply.lines():
                 if line.startswith("kept "):
-                    report.warn("what was in %s is kept until gc, on %s: %s" % (name, workspace.host.name, show(line[5:])))
+                    report.warn("What was in %s is kept until gc, on %s: %s" % (name, workspace.host.name, show(line[5:])))
 
             def pushed(record: Dict[str, Any]) -> None:
                 entry = record["workspaces"][name]
@@ -5204,10 +5208,10 @@ class Creation:
         place = [self.host.name, root]
         self.project.registry.update(lambda record: record.update(places=[place] + [
             other for other in record.get("places", []) if other != place][:PLACES_KEPT]))
-        workspace: WorkspaceBase = self.project.kind(self.project, self.name, entry)
         if hook:
-            self._run_init(workspace, entry)
-        return workspace
+            self._run_init(self.project.kind(self.project, self.name, entry), entry)
+        made: WorkspaceBase = self.project.kind(self.project, self.name, entry)
+        return made
 
     def _record(self, entry: Dict[str, Any]) -> None:
         self.project.registry.update(lambda record: record["workspaces"].update({self.name: dict(entry)}))
@@ -5267,14 +5271,14 @@ class Creation:
         """One line on what the repository has and the host does not get."""
         reasons = list(absent.values())
         changed = self.project.repository.uncommitted(shadow) if self.head else 0
-        parts = ["%d %s" % (count, name) for count, name in (
+        parts = ["%d %s" % (count, re.sub("(file|submodule)s", r"\1", name, count=1) if count == 1 else name) for count, name in (
             (reasons.count("export-ignore"), "export-ignored files"),
-            (reasons.count("submodule"), "submodules that are not checked out here"),
+            (reasons.count("submodule"), "submodules not checked out here"),
             (self.parts.lacking, "LFS files whose content is not here (their pointers are sent)"),
             (changed, "uncommitted files (--dirty takes them along)"),
-            (sum(place.uncommitted(shadow) for place in self.parts.places), "submodules' uncommitted work")) if count]
+            (sum(place.uncommitted(shadow) for place in self.parts.places), "uncommitted files in submodules")) if count]
         if parts:
-            self.report.note("not sent: %s." % ", ".join(parts))
+            self.report.note("Not sent: %s." % ", ".join(parts))
 
     def _archive(self, shadow: Shadow) -> Tuple[str, Archive]:
         """(the base it stands on, or ""; the archive of what differs from that, or of all)"""
@@ -6248,12 +6252,15 @@ class ToolFailed(CmuxError):
 def absolute(workspace: WorkspaceBase, path: object) -> str:
     """A tool's path as the host gets it: absolute, below the workspace unless it says otherwise."""
     if not isinstance(path, str) or not path or "\0" in path:
-        raise UsageError("A path is missing, or is not text without NUL.")
+        raise UsageError("The path is empty." if path == "" else "A path is text without NUL.")
     return path if path.startswith("/") else "%s/%s" % (workspace.path, path)
 
 
 def tool_reply(reply: Reply, path: str, limit: int = 0) -> Reply:
     """The reply, or the failure that its status stands for."""
+    if reply.status == 37:
+        raise WorkspaceMissing("The workspace's directory is not on the host (any more).",
+                               "See `%s list`; `rm` and `new` make the workspace anew." % PROGRAM)
     if reply.status:
         said = neutralise(reply.stderr).strip().split("\n")[-1] or "status %d" % reply.status
         text = TOOL_STATUS.get(reply.status, "The host failed with status %d: {said}." % reply.status)
@@ -6289,7 +6296,7 @@ def read_file(workspace: WorkspaceBase, path: str, offset: int = 1, limit: int =
         raise UsageError("Lines count from 1, and a limit cannot be negative.")
     where = absolute(workspace, path)
     reply = tool_reply(workspace.host.call(
-        READ, where, str(READ_MAX), str(offset), str(limit), cancel=cancel, limit=READ_MAX + 4096), path, READ_MAX)
+        READ, where, str(READ_MAX), str(offset), str(limit), workspace.path, cancel=cancel, limit=READ_MAX + 4096), path, READ_MAX)
     head, _, data = reply.stdout.partition(b"\n")
     words = head.decode("ascii", "replace").split()
     if len(words) < 2 or number(words[0]) < 0:
@@ -6320,7 +6327,7 @@ def write_file(workspace: WorkspaceBase, path: str, data: bytes, old: str = "",
         spool.write(data)
         spool.seek(0)
         reply = workspace.host.call(WRITE, absolute(workspace, path), workspace.root, os.urandom(8).hex(),
-                                    str(size), checksum, old, source=Source(spool.fileno()), cancel=cancel)
+                                    str(size), checksum, old, workspace.path, source=Source(spool.fileno()), cancel=cancel)
     if reply.status == 36:
         raise FileChanged("%s changed meanwhile." % show(path), "Read it again.")
     return tool_reply(reply, path).stdout.strip() == b"created"
@@ -6487,7 +6494,7 @@ def grep_rows(data: bytes, null: bool) -> Iterator[Tuple[bytes, int, bytes]]:
 
 def job_directory(workspace: WorkspaceBase, job: Optional[str] = None) -> str:
     if job is not None and not re.match(r"j[0-9a-f]{8}\Z", job):
-        raise UsageError("%s is not a job." % show(job), "See `%s jobs`." % PROGRAM)
+        raise UsageError("%s is not a job." % show(job), "See jobs.")
     return "%s/.cmux/jobs/%s/%s" % (workspace.root, workspace.place, workspace.op) + ("/%s" % job if job else "")
 
 
@@ -6506,7 +6513,7 @@ def start_job(workspace: WorkspaceBase, command: Union[str, Sequence[str]], cwd:
     reply = workspace.host.call(START, *arguments, before=records, once=True, cancel=cancel)
     check_reply(reply, workspace.host.name, "start the job")
     if "started" not in reply.lines():
-        raise RemoteFailed("%s did not confirm the start of the job." % workspace.host.name, "See `%s jobs`." % PROGRAM)
+        raise RemoteFailed("%s did not confirm the start of the job." % workspace.host.name, "See jobs.")
 
     detail = workspace.project.detail(command)
 
@@ -7028,6 +7035,13 @@ def error_fields(error: CmuxError) -> Dict[str, str]:
     return {"type": type(error).__name__, "message": str(error), "hint": error.hint}
 
 
+def read_some(fd: int) -> bytes:
+    try:
+        return os.read(fd, CHUNK)
+    except OSError as error:
+        raise UsageError("stdin cannot be read: %s." % os.strerror(error.errno or 0))
+
+
 def read_lines(fd: int, limit: int, cancel: Optional[Cancel] = None) -> Iterator[bytes]:
     """Lines of a descriptor, until its end or ``cancel``; of one longer than ``limit`` only the
     beginning is kept."""
@@ -7036,7 +7050,7 @@ def read_lines(fd: int, limit: int, cancel: Optional[Cancel] = None) -> Iterator
         poller.register(watched, select.POLLIN)
     while True:
         poller.poll()
-        data = os.read(fd, CHUNK) if not (cancel and cancel.is_set) else b""
+        data = read_some(fd) if not (cancel and cancel.is_set) else b""
         if not data:
             break
         first, *rest = data.split(b"\n")
@@ -7337,7 +7351,7 @@ class McpServer(JsonRpc):
         self.tools = dict(TOOLS, **MANAGE_TOOLS) if manage else TOOLS
         self.running: Dict[str, Running] = {}
         self.making: Dict[str, Running] = {}    # workspaces, by name
-        place = host or (project.entries().get(workspace) or {}).get("host") or "configured for it"
+        place = host or self.host_of(workspace) or "configured for it"
         self.instructions = MCP_INSTRUCTIONS.format(name=workspace, host=place[:36], soft=soft, room=MCP_ROOM)
 
     def run(self, lines: Iterable[bytes]) -> int:
@@ -7441,9 +7455,16 @@ class McpServer(JsonRpc):
 
     def _failure(self, failure: CmuxError) -> str:
         try:
-            return Veil(self.project).clean(" ".join(filter(None, (str(failure), failure.hint))))
+            return Veil(self.project).clean(" ".join(filter(None, (str(failure), self._hint(failure)))))
         except CmuxError as state:  # the secrets cannot be read: nothing else can be shown
             return "%s %s" % (state, state.hint)
+
+    def _hint(self, failure: CmuxError) -> str:
+        """What a model can do next: a tool, where one does it; the command line is the user's."""
+        for kind, hint in MCP_HINTS if self.manage else ():
+            if isinstance(failure, kind):
+                return hint
+        return ("For the user: " if re.search(r"`|\$| --?\w|%s" % PROGRAM, failure.hint) else "") + failure.hint
 
     def _tool(self, call: Call, tool: Tool, arguments: Any) -> str:
         name = self.workspace
@@ -7451,10 +7472,11 @@ class McpServer(JsonRpc):
             name = check_workspace(arguments["workspace"])
             arguments = {key: value for key, value in arguments.items() if key != "workspace"}
         arguments = tool.check(arguments)
-        if tool.name in MANAGE_TOOLS:
+        if tool.name in MANAGE_TOOLS:  # what is in a workspace is the host's word
+            place = self.host_of(str(arguments.get("workspace", ""))) or "this machine"
             work = Running(lambda work: tool.handler(self, work.cancel, **arguments))
             self._follow(call, work, 1e9)
-            return self._shown(tool.name, "this machine", work.value())
+            return self._shown(tool.name, place, work.value())
         workspace = self._workspace(call, name)
         if tool.name == "exec" and not arguments.get("background"):
             result = self._exec(call, workspace, arguments)
@@ -7471,10 +7493,14 @@ class McpServer(JsonRpc):
             result["jobs"] += [dict(r.status(), command=r.command) for r in self.running.values() if r.workspace == name]
         return self._shown(tool.name, workspace.host.name, result, arguments)
 
+    def host_of(self, name: str) -> str:
+        return str(self.project.entries().get(name, {}).get("host", ""))
+
     def _workspace(self, call: Call, name: str) -> WorkspaceBase:
         """It, made if need be: once for all calls, and on beyond the end of any one of them, or a
         client with a timeout of its own would begin a long upload again and again."""
-        entry, host = self.project.entries().get(name), self.host if name == self.workspace else ""
+        own = name == self.workspace  # any other must be there already: a slip of a name makes none
+        entry, host = self.project.entries().get(name) if own else self.project.entry(name), self.host if own else ""
         if entry and entry.get("init") != "pending":
             return self.project.ensure(name, host)
         with self.mutex:
@@ -7563,7 +7589,7 @@ class McpServer(JsonRpc):
                 key, value = key[:-7], base64.b64decode(value)
             if key in MCP_BODIES:
                 parts.append((key, value))
-            elif value is not None and key not in ("data", "workspace", "host"):
+            elif value not in (None, "", {}) and key not in ("data", "workspace", "host"):
                 facts.append("%s: %s" % (key, veil.clean(str(value)).replace("\n", " ")[:500]))
         fence, room, body = os.urandom(4).hex(), MCP_ROOM, []
         for key, value in sorted(parts, key=lambda part: MCP_BODIES.index(part[0])):
@@ -7574,6 +7600,8 @@ class McpServer(JsonRpc):
             room = max(room - len(text), MCP_ROOM // 8)
             if text:
                 body.append("--- %s\n%s" % (key, text))
+            elif key not in MCP_MAY_LACK:
+                facts.append("%s: none" % key)
             if lost:
                 facts[:] = [fact for fact in facts if not fact.startswith("truncated: ")]
                 facts += ["truncated: True", MCP_REST.get(tool, "Some of it is left out: narrow the search.")]
@@ -7619,7 +7647,8 @@ def manage_list(server: McpServer, cancel: Cancel) -> Dict[str, Any]:
 
 
 def manage_new(server: McpServer, cancel: Cancel, name: str, ref: str = "HEAD") -> Dict[str, Any]:
-    return server.project.create(name, server.host or server.project.default_host(), ref, cancel=cancel).describe()
+    return server.project.create(name, server.host or server.host_of(server.workspace) or server.project.default_host(), ref,
+                                 cancel=cancel).describe()
 
 
 def manage_fork(server: McpServer, cancel: Cancel, workspace: str, name: str) -> Dict[str, Any]:
@@ -7675,6 +7704,11 @@ MANAGE_TOOLS: Dict[str, Tool] = {tool.name: tool for tool in (
 MCP_DESTROYS = {"exec", "write", "stop", "workspace_rm", "workspace_push"}
 MCP_IDEMPOTENT = {"write", "stop", "workspace_pull", "workspace_push"}
 MCP_BODIES = ("stdout", "stderr", "content", "output", "diff", "stat", "paths", "matches", "jobs", "workspaces", "notes", "executes")
+MCP_MAY_LACK = ("stdout", "stderr", "content", "output", "notes", "executes")  # without a word
+MCP_HINTS: Sequence[Tuple[Type[CmuxError], str]] = (
+    (WorkspaceDirty, "Bring it home first with workspace_pull, or give it up with force."),
+    (WorkspaceMissing, "See workspace_list; workspace_new makes one."),
+    (WorkspaceExists, "Choose another name."))
 MCP_MORE = {
     "exec": " A string is a shell line (bash where there is one). Gives the exit code, stdout and stderr.",
     "read": " Long files come in pages: go on with offset.",
@@ -8290,8 +8324,8 @@ class Bench:
             status = spawn([sys.executable, *start, *words], cwd=os.path.dirname(here)).wait()
             if status:
                 raise RemoteFailed("exec on the command line failed with %d." % status)
-        yield self.row("command line: python3 cmux_ssh.py exec", "ms", 16, "2 x", {"master": plain, "cmux": lambda: ours(here)})
-        yield self.row("command line: python3 -m cmux_ssh exec", "ms", 16, "2 x", {
+        yield self.row("python3 cmux_ssh.py exec", "ms", 16, "2 x", {"master": plain, "cmux": lambda: ours(here)})
+        yield self.row("python3 -m cmux_ssh exec", "ms", 16, "2 x", {
             "master": plain, "cmux": lambda: ours("-m", os.path.basename(here)[:-3])})
 
     def many(self) -> Iterator[Row]:
@@ -8732,7 +8766,7 @@ def exec_one(workspace: WorkspaceBase, command: Union[str, List[str]], environme
         Terminal(options.verbosity).warn("Interrupted before the command began.")
         return 130
     if outcome.reason:
-        why = {"timeout": "The command was stopped after %s seconds" % options.timeout,
+        why = {"timeout": "The command was stopped after %g s" % (options.timeout or 0),
                "cancel": "The command was interrupted"}[outcome.reason]
         how = {"confirmed": "its processes on %s have ended", "requested": "its end on %s was asked for, not seen",
                "unknown": "whether it still runs on %s is unknown"}[outcome.stopped or "unknown"]
@@ -8827,10 +8861,11 @@ def command_new(options: argparse.Namespace) -> int:
         if isinstance(made, CmuxError):
             code = max(code, made.exit_code)
             rows.append({"name": name, "error": error_fields(made)})
-            if not options.json:
-                report_error(made)
+            report_error(made)
             continue
         rows.append(made.describe())
+        if options.verbosity < 0 and made.state == "init failed":  # not said above
+            report_error(RemoteFailed("The init hook of %s failed." % name))
         if not options.json and options.verbosity >= 0:
             print_text("%s  %s:%s" % (name, made.host.name, made.path))
     if options.json:
@@ -8838,16 +8873,15 @@ def command_new(options: argparse.Namespace) -> int:
     return code
 
 
-def print_table(rows: Sequence[Sequence[str]], flexible: int = -1) -> None:
-    """Columns in line; on a terminal the column ``flexible`` is cut so that a row fits its width."""
-    print_text("\n".join(table_lines(rows, terminal_width(), flexible)))
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns in line; on a terminal the widest are cut so that a row fits its width."""
+    print_text("\n".join(table_lines(rows, terminal_width())))
 
 
-def table_lines(rows: Sequence[Sequence[str]], width: int, flexible: int = -1) -> List[str]:
+def table_lines(rows: Sequence[Sequence[str]], width: int) -> List[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    spare = width - sum(widths) - 2 * (len(widths) - 1)
-    if spare < 0:
-        widths[flexible] = max(8, widths[flexible] + spare)
+    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > 8:
+        widths[max(range(len(widths)), key=lambda i: (widths[i], i))] -= 1  # of two as wide, the later
 
     def cell(text: str, size: int) -> str:
         return text.ljust(size) if len(text) <= size else text[:size - 3] + "..."
@@ -8940,6 +8974,8 @@ def command_top(options: argparse.Namespace) -> int:
         patience = Deadline(TOP_PATIENCE)
         while top.asked and not patience.over():
             time.sleep(0.02)
+        for name in list(top.asked):
+            top.seen.setdefault(name, {"changed": None, "jobs": [], "error": "The host has not answered within %g s." % TOP_PATIENCE})
         print_json(top.rows()) if options.json else print_text("\n".join(top.lines(1 << 16)))
         return 0
     import termios
@@ -8967,39 +9003,62 @@ def command_top(options: argparse.Namespace) -> int:
 def command_completion(options: argparse.Namespace) -> int:
     """The script for one shell, made from the table of commands. Names come from `list -q`, which
     connects to nothing."""
-    words = {name: [flag for option in command.options + COMMON for flag in option.flags if flag.startswith("-")]
-             for name, command in COMMANDS.items()}
-    more = {name: list(command.actions) or (list(COMPLETIONS) if name == "completion" else []) for name, command in COMMANDS.items()}
+    table: Dict[str, Tuple[Sequence[Option], List[str]]] = {  # what follows a command, or "secrets ACTION"
+        name: (command.options, list(command.actions) or (list(COMPLETIONS) if name == "completion" else []))
+        for name, command in COMMANDS.items()}
+    table.update(("secrets %s" % action, (own, [])) for action, (_, _, own) in COMMANDS["secrets"].actions.items())
+    flags = {name: [flag for option in row[0] for flag in option.flags if flag.startswith("-")] for name, row in table.items()}
     if options.shell == "fish":
-        rows = ["complete -c cmux_ssh.py -f -n __fish_use_subcommand -a %s -d %s" % (name, quote(c.text)) for name, c in COMMANDS.items()]
-        for name, command in COMMANDS.items():
-            seen = "-n '__fish_seen_subcommand_from %s'" % name
-            for option in command.options + COMMON:
-                flags = " ".join("-l " + f[2:] if f.startswith("--") else "-s " + f[1:] for f in option.flags if f.startswith("-"))
-                if flags:
-                    names = " -x -a '(cmux_ssh.py list -q 2>/dev/null)'" if "-w" in option.flags else ""
-                    rows.append("complete -c cmux_ssh.py %s %s%s" % (seen, flags, names))
-            if name in ("rm", "fork", "rename") or more[name]:
-                rows.append("complete -c cmux_ssh.py -f %s -a %s" % (seen, quote(" ".join(more[name]) or "(cmux_ssh.py list -q 2>/dev/null)")))
-        print_text("\n".join(rows))
+        print_text("\n".join(fish_rows(table)))
         return 0
-    cases = "\n".join("    %s) words='%s';;" % (name, " ".join(words[name] + more[name])) for name in COMMANDS)
-    print_text(COMPLETIONS[options.shell] % {"commands": " ".join(COMMANDS), "cases": cases})
+    valued, bare = ({flag for row in table.values() for option in row[0] if option.valued is which for flag in option.flags
+                     if flag.startswith("-")} for which in (True, False))
+    print_text(COMPLETIONS[options.shell] % {
+        "commands": " ".join(COMMANDS), "valued": "|".join("%s,*" % flag for flag in sorted(valued - bare)),
+        "cases": "\n".join("    *,'%s',*) words='%s';;" % (name, " ".join(flags[name] + table[name][1])) for name in table)})
     return 0
+
+
+def fish_rows(table: Mapping[str, Tuple[Sequence[Option], List[str]]]) -> Iterator[str]:
+    names = {"rm": "(cmux_ssh.py list -q 2>/dev/null)", "secrets rm": "(cmux_ssh.py secrets list -q 2>/dev/null)"}
+    for name, command in COMMANDS.items():
+        yield "complete -c cmux_ssh.py -f -n __fish_use_subcommand -a %s -d %s" % (name, quote(command.text))
+    for name, (options, more) in table.items():
+        seen = "; and ".join("__fish_seen_subcommand_from " + word for word in name.split())
+        when = "complete -c cmux_ssh.py -n %s" % quote(seen if " " in name or name == "secrets" else seen + "; and not __fish_seen_subcommand_from secrets")
+        for option in options:
+            flags = " ".join("-l " + f[2:] if f.startswith("--") else "-s " + f[1:] for f in option.flags if f.startswith("-"))
+            if flags:
+                yield "%s %s%s" % (when, flags, " -x -a %s" % quote(names["rm"]) if "-w" in option.flags else " -r" if option.valued else "")
+        if more or name in names:
+            yield "%s -f -a %s" % (when, quote(" ".join(more) or names[name]))
 
 
 # bash; zsh reads the same function through its bashcompinit. `complete -o default`: file names else.
 _BASH = r"""_cmux_ssh() {
-  local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} me=${COMP_WORDS[0]} words=
+  local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} me=("${COMP_WORDS[0]/#\~/$HOME}") at=1 name= words=
   COMPREPLY=()
-  case $prev in -w|--workspace|rm) words=$("$me" list -q 2>/dev/null);; esac
-  if [ "$COMP_CWORD" = 1 ]; then words='%(commands)s'; fi
-  if [ -z "$words" ]; then case ${COMP_WORDS[1]} in
+  if [[ $me == *python* ]]; then
+    [[ $COMP_CWORD -gt 1 && ${COMP_WORDS[1]} == *cmux_ssh.py ]] || return 0
+    me+=("${COMP_WORDS[1]/#\~/$HOME}") at=2
+  fi
+  for ((; at < COMP_CWORD; at++)); do case ${COMP_WORDS[at]} in
+    --) return 0;;
+    -C) me+=(-C "${COMP_WORDS[at+1]/#\~/$HOME}"); at=$((at+1));;
+    -H|--host|-w|--workspace) at=$((at+1));;
+    -*) ;;
+    *) if [ -z "$name" ]; then name=${COMP_WORDS[at]}; elif [ "$name" = secrets ]; then name="secrets ${COMP_WORDS[at]}"; fi;;
+  esac; done
+  case $prev,$name,$cur in
+    -w,*|--workspace,*|*,rm,|*,rm,[!-]*) words=$("${me[@]}" list -q 2>/dev/null);;
+    *,'secrets rm',|*,'secrets rm',[!-]*) words=$("${me[@]}" secrets list -q 2>/dev/null);;
+    %(valued)s) return 0;;
+    *,,*) words='%(commands)s';;
 %(cases)s
-  esac; fi
+  esac
   COMPREPLY=($(compgen -W "$words" -- "$cur"))
 }
-complete -o default -F _cmux_ssh cmux_ssh.py ./cmux_ssh.py
+complete -o default -F _cmux_ssh cmux_ssh.py ./cmux_ssh.py python3
 """
 COMPLETIONS = {"bash": _BASH, "zsh": "autoload -U +X bashcompinit && bashcompinit\n" + _BASH, "fish": ""}
 
@@ -9065,13 +9124,11 @@ def command_rm(options: argparse.Namespace) -> int:
         except CmuxError as error:
             if isinstance(error, ConnectionFailed):
                 error.hint += " If the host is gone for good: %s rm --forget %s" % (PROGRAM, name)
+            report_error(error)
             failed.append(error)
             code = max(code, error.exit_code)
     if options.json:
         print_json({"removed": removed, "errors": [error_fields(error) for error in failed]})
-    else:
-        for failure in failed:
-            report_error(failure)
     return code
 
 
@@ -9101,6 +9158,8 @@ def command_pull(options: argparse.Namespace) -> int:
     if result.executes:
         print_text("These would run, or be obeyed, on this machine after a merge:")
         print_text("\n".join("  " + line for line in result.executes[:200]))
+    branch = quote(neutralise(result.branch))
+    terminal.note("To look at it: git diff ...%s; to take it: git merge %s" % (branch, branch))
     return 0
 
 
@@ -9164,22 +9223,23 @@ def secrets_set(registry: Registry, options: argparse.Namespace) -> int:
     elif os.isatty(0):
         import getpass
         entry = {"value": getpass.getpass("Value of %s (hidden): " % name)}
+    elif os.path.samestat(os.fstat(0), os.stat(os.devnull)):
+        raise UsageError("No value came on stdin.", "For an empty one: printf '' | %s secrets set %s" % (PROGRAM, name))
     else:
         data = read_all(0, SECRET_MAX + 2)
         data = data[:-1] if data.endswith(b"\n") else data
         check_secret(name, data)
         entry = {"value": data.decode("utf-8", "surrogateescape")}
     registry.update_secrets(lambda stored: stored.update({name: entry}))
+    if options.json:
+        print_json([name])
     return 0
 
 
 def read_all(fd: int, limit: int) -> bytes:
     data = b""
     while len(data) <= limit:
-        try:
-            chunk = os.read(fd, CHUNK)
-        except OSError as error:
-            raise UsageError("stdin cannot be read: %s." % os.strerror(error.errno or 0))
+        chunk = read_some(fd)
         if not chunk:
             break
         data += chunk
@@ -9234,7 +9294,7 @@ def secrets_list(registry: Registry, options: argparse.Namespace) -> int:
                     for name in sorted(stored)])
     else:
         for name in sorted(stored):
-            print_text(name + ("  (from a command)" if "command" in stored[name] else ""))
+            print_text(name + ("  (from a command)" if "command" in stored[name] and options.verbosity >= 0 else ""))
     return 0
 
 
@@ -9246,6 +9306,8 @@ def secrets_rm(registry: Registry, options: argparse.Namespace) -> int:
                                  "See: %s secrets list" % PROGRAM)
             del stored[name]
     registry.update_secrets(remove)
+    if options.json:
+        print_json(options.names)
     return 0
 
 
@@ -9317,10 +9379,11 @@ def text_rows(rows: List[str], truncated: bool, terminal: Terminal) -> None:
 
 
 def text_jobs(result: Dict[str, Any], terminal: Terminal) -> None:
-    for row in result["jobs"]:
-        age = human_age(time.time() - row["started"]) if row["started"] else "?"
-        state = "exited %s" % row["exit_code"] if row["state"] == "exited" else row["state"]
-        print_text("%s  %-10s  %4s  %s" % (row["job"], state, age, neutralise(row["command"]).replace("\n", " ")))
+    if not result["jobs"]:
+        return terminal.warn("No jobs here. Start one: %s exec --detach -- CMD" % PROGRAM)
+    print_table([("JOB", "STATE", "AGE", "COMMAND")] + [
+        (row["job"], "exited %s" % row["exit_code"] if row["state"] == "exited" else row["state"],
+         human_age(time.time() - row["started"]) if row["started"] else "?", row["command"]) for row in result["jobs"]])
 
 
 def text_wait(result: Dict[str, Any], terminal: Terminal) -> None:
@@ -9355,7 +9418,12 @@ def command_logs(options: argparse.Namespace) -> int:
     TOOLS["logs"].check({"job": options.job, "offset": offset, "wait": wait})
     workspace = existing_workspace(options)
     if options.follow:
-        follow_job(workspace, options.job, offset, lambda data: write_out(1, data))
+        def json_line(data: bytes) -> None:
+            if data:
+                print_json(bytes_field("output", data))
+        end = follow_job(workspace, options.job, offset, json_line if options.json else functools.partial(write_out, 1))
+        if options.json:
+            print_json({"state": end["state"], "exit_code": end["exit_code"]})
         return 0
     while True:
         status = job_logs(workspace, options.job, offset, wait)
@@ -9413,7 +9481,7 @@ def command_shell(options: argparse.Namespace) -> int:
         raise UsageError("shell needs a terminal.", "In a pipe or a script use: %s exec -- CMD" % PROGRAM)
     project, terminal = open_project(options), Terminal(options.verbosity)
     workspace = project.ensure(one_workspace(options) or project.default_workspace(), options.host or "", report=terminal)
-    terminal.warn("the host now writes to this terminal as it likes, escape sequences included; exit ends it.")
+    terminal.warn("The host now writes to this terminal as it likes, escape sequences included; exit ends it.")
     status = None
     try:
         status = workspace.shell()
@@ -9421,7 +9489,7 @@ def command_shell(options: argparse.Namespace) -> int:
         if status in (None, 255) and os.isatty(1):  # a full-screen program had no time to tidy up
             write_out(1, TIDY, harmless=True)
     if status in (None, 255):
-        terminal.warn("the connection to %s was cut, or its shell ended with 255." % workspace.host.name)
+        terminal.warn("The connection to %s was cut, or its shell ended with 255." % workspace.host.name)
     return 255 if status is None else status
 
 
@@ -9446,10 +9514,14 @@ def command_bench(options: argparse.Namespace) -> int:
         if server:
             os.environ["CMUX_SSH_COMMAND"] = "ssh -F %s" % quote(server.config)
         with Bench(check_host(options.target or "demo"), options.rtt / 1000, options.quick, may_ask) as bench:
-            print_bench(("MEDIAN (QUARTILES)", "PLAIN SSH", "OVER A MASTER", "CMUX_SSH", "RATIO", "BAR") if not options.json else ())
+            wide = terminal_width() >= 125
+            if not options.json:
+                print_bench(("MEDIAN (QUARTILES)", "PLAIN SSH", "OVER A MASTER", "CMUX_SSH", "RATIO", "BAR") if wide else
+                            ("MEDIAN", "PLAIN SSH", "MASTER", "CMUX_SSH", "RATIO", "BAR"), wide)
             for row in bench.rows():
                 rows.append(row.as_dict())
-                print_bench(bench_cells(row) if not options.json else ())
+                if not options.json:
+                    print_bench(bench_cells(row, wide), wide)
     finally:
         if server:
             server.close()
@@ -9457,26 +9529,28 @@ def command_bench(options: argparse.Namespace) -> int:
     if options.json:
         print_json(dict(here, rows=rows))
     else:
-        terminal.note("ratio: to ssh over a master, else to plain ssh; a bar is what DESIGN asks.")
+        terminal.note("The ratio is to ssh over a master, else to plain ssh; a bar is what DESIGN asks.")
     return 0
 
 
-def bench_cells(row: Row) -> Tuple[str, ...]:
+def bench_cells(row: Row, wide: bool) -> Tuple[str, ...]:
     cells = [row.work]
     for name in ("plain", "master", "cmux"):
         found = row.by.get(name)
         digits = "%.0f" if found and found.median >= 100 else "%.1f" if found and found.median >= 10 else "%.2f"
-        cells.append("%s %s (%s-%s)" % (digits % found.median, row.unit, digits % found.low, digits % found.high) if found else "")
+        quartiles = " (%s-%s)" % (digits % found.low, digits % found.high) if found and wide else ""
+        cells.append("%s %s%s" % (digits % found.median, row.unit, quartiles) if found else "")
     trips = row.bar.endswith("round trips")
     cells.append("" if row.ratio is None else "%.2f%s" % (row.ratio, " RT" if trips else " x"))
-    cells.append("" if not row.bar else "%s %s" % (row.bar.replace(" round trips", " RT"), "ok" if row.reached else "MISSED"))
+    bar = row.bar.replace(" round trips", " RT") + " " if wide else ""
+    cells.append("" if not row.bar else bar + ("ok" if row.reached else "MISSED"))
     return tuple(cells)
 
 
-def print_bench(cells: Sequence[str]) -> None:
+def print_bench(cells: Sequence[str], wide: bool) -> None:
     """A row as soon as it is known, so that the widths are fixed."""
-    if cells:
-        print_text("".join(cell.ljust(width) for cell, width in zip(cells, (38, 19, 22, 22, 9, 0))).rstrip())
+    widths = (38, 19, 22, 22, 9, 14) if wide else (35, 10, 10, 10, 8, 6)
+    print_text("".join(cell[:width].ljust(width) for cell, width in zip(cells, widths)).rstrip())
 
 
 def command_demo(options: argparse.Namespace) -> int:
@@ -9491,6 +9565,7 @@ class Option:
 
     def __init__(self, *flags: str, **settings: Any) -> None:
         self.flags, self.settings = flags, settings
+        self.valued = settings.get("action") not in ("store_true", "store_const")
 
 
 COMMON = (
@@ -9504,12 +9579,16 @@ COMMON = (
 
 
 class Command:
-    """One command: its handler, a line of help, an example, its options, sub-commands."""
+    """One command: its handler, a line of help, an example, its options, sub-commands, and the letters
+    of the common options that would mean nothing to it."""
 
-    def __init__(self, handler: Callable[[argparse.Namespace], int], text: str, example: str,
-                 *options: Option, actions: Optional[Dict[str, Tuple[str, Tuple[Option, ...]]]] = None) -> None:
-        self.handler, self.text, self.example = handler, text, example
-        self.options, self.actions = options, actions or {}
+    def __init__(self, handler: Callable[[argparse.Namespace], int], text: str, example: str, *options: Option,
+                 actions: Optional[Dict[str, Tuple[str, str, Tuple[Option, ...]]]] = None, lacks: str = "") -> None:
+        self.handler, self.text, self.example, self.actions = handler, text, example, actions or {}
+        common = tuple(option for option in COMMON if option.flags[0][1] not in lacks)
+        self.options = options if actions else options + common
+        for action, (line, sample, own) in self.actions.items():
+            self.actions[action] = (line, sample, own + common)
 
 
 def tool_command(name: str, text: str, example: str, handler: Optional[Callable[[argparse.Namespace], int]] = None,
@@ -9540,27 +9619,27 @@ COMMANDS: Dict[str, Command] = {
         Option("--no-init", action="store_true", help="do not run .cmux/init")),
     "list": Command(
         command_list, "this project's workspaces", "list --json",
-        Option("--all-projects", action="store_true", help="of every project of this machine")),
+        Option("--all-projects", action="store_true", help="of every project of this machine"), lacks="Hw"),
     "rm": Command(
-        command_rm, "delete workspaces; refuses one with work that no pull brought home", "rm fix-login",
-        Option("names", nargs="*", metavar="NAME"),
+        command_rm, "delete workspaces; refuses work that no pull brought home", "rm fix-login",
+        Option("names", nargs="*", metavar="NAME", help="the workspaces, or one with -w"),
         Option("--force", action="store_true", help="also with work in it that exists nowhere else, and jobs that run"),
-        Option("--forget", action="store_true", help="only here: its host is gone for good")),
+        Option("--forget", action="store_true", help="only here: its host is gone for good"), lacks="H"),
     "pull": Command(
         command_pull, "bring a workspace's work home as commits on branch cmux/NAME", "pull -w fix-login",
         Option("--branch", default="", metavar="B", help="another branch than cmux/NAME"),
         Option("--allow", action="store_true", help="also changes of this repository's own hooks")),
     "push": Command(
-        command_push, "bring a workspace to another local commit; only what differs is touched", "push -w fix-login",
+        command_push, "bring a workspace to another local commit; only what differs moves", "push -w fix-login",
         Option("--ref", default="HEAD", metavar="REV", help="the commit (default: HEAD)"), *DIRTY,
         Option("--force", action="store_true", help="also over work that no pull brought home (a copy stays there until gc)")),
     "fork": Command(
         lambda options: command_move(options, FORK), "a new workspace with the current content of -w's, made on the host", "fork -w fix-login second-try",
-        Option("name", metavar="NAME")),
+        Option("name", metavar="NAME", help="of the new workspace")),
     "rename": Command(
         lambda options: command_move(options, RENAME), "give a workspace another name", "rename -w fix-login login",
-        Option("name", metavar="NAME")),
-    "gc": Command(command_gc, "free trash, leftovers and old bases on this project's hosts", "gc"),
+        Option("name", metavar="NAME", help="the new name")),
+    "gc": Command(command_gc, "free trash, leftovers and old bases on this project's hosts", "gc", lacks="Hw"),
     "diff": Command(
         command_diff, "what a workspace changed against its base; creates nothing", "diff -w fix-login --stat",
         Option("--stat", action="store_true", help="only how much, by file")),
@@ -9580,7 +9659,8 @@ COMMANDS: Dict[str, Command] = {
     "write": tool_command("write", "stdin becomes the file, whole or not at all", "write notes.txt < notes.txt", command_write),
     "edit": tool_command(
         "edit", "exact replacements, all or none", "edit a.py --old 'x = 1' --new 'x = 2'", command_edit,
-        Option("--old", metavar="TEXT", help="without --old and --new: JSON with edits on stdin"), Option("--new", metavar="TEXT"),
+        Option("--old", metavar="TEXT", help="without --old and --new: JSON with edits on stdin"),
+        Option("--new", metavar="TEXT", help="what stands there afterwards"),
         Option("--count", type=int, default=1, metavar="N", help="how many matches there must be (1)")),
     "glob": tool_command("glob", "paths of files that match", "glob 'src/**/*.py'"),
     "grep": tool_command("grep", "lines that match an extended regular expression", "grep 'def .*test' --glob '*.py'"),
@@ -9598,20 +9678,20 @@ COMMANDS: Dict[str, Command] = {
         Option("--soft-timeout", type=float, default=MCP_SOFT, metavar="S", help="after S seconds a call returns a job (%d)" % MCP_SOFT)),
     "secrets": Command(
         command_secrets, "environment variables that every command in a workspace sees",
-        "secrets set NPM_TOKEN < token.txt", actions={
-            "set": ("value from stdin or a hidden prompt", (
-                Option("name", metavar="NAME"),
+        "secrets set NPM_TOKEN < token.txt", lacks="Hw", actions={
+            "set": ("value from stdin or a hidden prompt", "secrets set NPM_TOKEN --command 'op read op://ci/npm'", (
+                Option("name", metavar="NAME", help="of the environment variable"),
                 Option("--command", dest="command_line", metavar="CMD", help="run CMD for the value, each time"))),
-            "import": ("take NAME=value lines from a dotenv file", (Option("file", metavar="FILE"),)),
-            "list": ("names only", ()),
-            "rm": ("forget", (Option("names", nargs="+", metavar="NAME"),))}),
+            "import": ("take NAME=value lines from a dotenv file", "secrets import .env", (Option("file", metavar="FILE", help="read once"),)),
+            "list": ("names only", "secrets list", ()),
+            "rm": ("forget", "secrets rm NPM_TOKEN", (Option("names", nargs="+", metavar="NAME", help="see `secrets list`"),))}),
     "history": Command(
-        command_history, "what was done: every operation with time, duration, exit code and bytes", "history -w fix-login",
-        Option("-n", dest="count", type=int, default=50, metavar="N", help="the last N (50; 0: all)")),
-    "top": Command(command_top, "a live view of the workspaces and what runs in them", "top"),
+        command_history, "what was done: operations with time, duration, exit code and bytes", "history -w fix-login",
+        Option("-n", dest="count", type=int, default=50, metavar="N", help="the last N (50; 0: all)"), lacks="H"),
+    "top": Command(command_top, "a live view of the workspaces and what runs in them", "top", lacks="Hw"),
     "completion": Command(
         command_completion, "the completion script for a shell", 'completion bash >> ~/.bashrc',
-        Option("shell", choices=["bash", "zsh", "fish"])),
+        Option("shell", choices=["bash", "zsh", "fish"], help="it goes to stdout"), lacks="CHw"),
     "shell": Command(command_shell, "an interactive shell in a workspace", "shell -w fix-login"),
     "doctor": Command(
         command_doctor, "what is wrong with a host or this machine, and how to mend it", "doctor my-server",
@@ -9620,17 +9700,17 @@ COMMANDS: Dict[str, Command] = {
         command_bench, "latency, rate and uploads next to plain ssh, measured in one run", "bench my-server --quick",
         Option("target", nargs="?", default="", metavar="HOST", help="default: a throwaway sshd on this machine"),
         Option("--quick", action="store_true", help="a quarter of the runs, smaller transfers"),
-        Option("--rtt", type=float, default=0, metavar="MS", help="without HOST: simulate a line that takes MS there and back")),
-    "demo": Command(command_demo, "the whole flow against a throwaway sshd on this machine", "demo"),
+        Option("--rtt", type=float, default=0, metavar="MS", help="without HOST: simulate a line that takes MS there and back"), lacks="CHw"),
+    "demo": Command(command_demo, "the whole flow against a throwaway sshd on this machine", "demo", lacks="CHw"),
 }
 
 
 def usage() -> str:
     rows = ["  %-10s %s" % (name, command.text) for name, command in COMMANDS.items()]
     return ("usage: %s COMMAND [options]\n\nSSH workspaces for coding agents: work happens on HOST, "
-            "your keys stay here.\n\n%s\n\n`%s COMMAND -h` shows the options and an example. "
-            "Exit codes: the command's own from exec\n(124 timeout, 125 this tool failed, 130 interrupted, "
-            "255 host unreachable or lost); else 0, 1, 2, 255." % (PROGRAM, "\n".join(rows), PROGRAM))
+            "your keys stay here.\n\n%s\n\n`%s COMMAND -h` shows the options and an example.\n"
+            "Exit codes: of exec the command's own, 124 timeout, 125 this tool failed,\n"
+            "130 interrupted, 255 host unreachable or lost; of the others 0, 1, 2, 130, 255." % (PROGRAM, "\n".join(rows), PROGRAM))
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -9639,6 +9719,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     name, rest = words[0], list(words[1:])
     command = COMMANDS[name]
     tail: Optional[List[str]] = None
+    if command.actions:
+        rest = command_first(rest)
     if name == "exec" and "--" in rest:
         at = rest.index("--")
         rest, tail = rest[:at], rest[at + 1:]
@@ -9658,11 +9740,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
                     epilog="example: %s %s" % (PROGRAM, command.example), **shape)
     if command.actions:
         actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-        for action, (text, options) in command.actions.items():
-            child = actions.add_parser(action, help=text, description=text, **shape)
-            parser_for(child, options + COMMON)
-    else:
-        parser_for(parser, command.options + COMMON)
+        for action, (text, example, options) in command.actions.items():
+            child = actions.add_parser(action, help=text, description=text, epilog="example: %s %s" % (PROGRAM, example), **shape)
+            parser_for(child, options)
+    parser_for(parser, command.options)
     result = parser.parse_args(rest)
     if getattr(result, "at_once", None) is not None and result.at_once < 1:
         raise UsageError("%s: -j takes a number from 1." % name)
@@ -9679,20 +9760,40 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     return result
 
 
+def command_first(words: List[str]) -> List[str]:
+    """Options may stand before the command, too, as git has its -C there."""
+    at, valued = 0, {flag for option in COMMON for flag in option.flags if option.valued}
+    while words[at:] and words[at].startswith("-") and words[at] not in ("-h", "--help", "--version"):
+        at += 2 if words[at] in valued else 1
+    return words[at:at + 1] + words[:at] + words[at + 1:]
+
+
 def open_standard_streams() -> None:
     """A descriptor 0, 1 or 2 that the caller closed becomes /dev/null: the next pipe of ours
-    would otherwise take its number, and be mistaken for it."""
+    would otherwise take its number, and be mistaken for it. To read from 0 is still an error."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_RDWR), fd)
+            os.dup2(os.open(os.devnull, os.O_RDWR if fd else os.O_WRONLY), fd)
 
 
 def report_error(error: CmuxError) -> None:
     text = neutralise(str(error)).strip()
     hint = (" " + neutralise(error.hint)) if error.hint else ""
     err_out("%s: %s%s\n" % (PROGRAM, text, hint))
+
+
+def fail(words: Sequence[str], error: CmuxError) -> int:
+    """Say what went wrong, with --json on stdout too; the exit code."""
+    code = 125 if words[:1] == ["exec"] and error.exit_code in (1, 2) else error.exit_code
+    report_error(error)
+    if "--json" in words[:words.index("--") if "--" in words else None]:
+        try:
+            print_json(exec_failure(None, None, code, error, time.monotonic()) if words[:1] == ["exec"] else {"error": error_fields(error)})
+        except CmuxError:
+            pass  # nobody can be told
+    return code
 
 
 def version_text() -> str:
@@ -9706,7 +9807,7 @@ def version_text() -> str:
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run one command line; the exit code. Expected failures are one sentence on stderr."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = command_first(list(sys.argv[1:] if arguments is None else arguments))
     if os.name != "posix":
         err_out("%s: Windows is not supported natively. Use it inside WSL.\n" % PROGRAM)
         return 2
@@ -9727,11 +9828,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except CmuxError as error:
         if isinstance(error, PipeClosed) and not isinstance(error, OutputFailed):
             die_by_pipe()
-        report_error(error)
-        return 125 if words[:1] == ["exec"] and error.exit_code in (1, 2) else error.exit_code
+        return fail(words, error)
     except KeyboardInterrupt:
-        err_out("%s: interrupted.\n" % PROGRAM)
-        return 130
+        return fail(words, Cancelled("Interrupted."))
 
 
 if __name__ == "__main__":
