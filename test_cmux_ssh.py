@@ -2489,7 +2489,7 @@ for words in "$@"; do eval "t $words"; done"""
 
 
 @pytest.mark.parametrize("line, offered", [
-    ("{} ''", "new|rm|secrets"), ("{} rm ''", "two main"), ("{} rm main ''", "two main"), ("{} rm --force ''", "two main"), ("{} rm --f", "--force"),
+    ("{} ''", "new|rm|secrets"), ("{} rm ''", "two main"), ("{} rm main ''", "two main"), ("{} rm --force ''", "two main"), ("{} rm --f", "--force --forget"),
     ("{} secrets ''", "set import list rm"), ("{} secrets rm ''", "KEY"), ("{} secrets rm KEY ''", "KEY"), ("{} exec -w ''", "two main"),
     ("{} -C src rm ''", "two main"), ("{} exec -- --", ""), ("{} exec -H ''", ""), ("{} list -", "--all-projects|--json|-C"), ("python3 other.py ''", ""),
     ("python3 {} pull -w ''", "two main"), ("python3 {} secrets rm ''", "KEY")])
@@ -2523,7 +2523,7 @@ def test_completion_of_fish_offers_names_where_they_can_stand(shared_names: Repo
     done = subprocess.run([program("fish", "fish"), "-N", "-c", "cmux_ssh.py completion fish | source; for line in $argv; complete -C 'cmux_ssh.py '$line; echo .; end", *lines],
                           cwd=str(shared_names.dir), env=shared_names.site.environment({"PATH": f"{shim.parent}:{os.environ['PATH']}"}), stdout=subprocess.PIPE)
     told = [{row.split("\t")[0] for row in part.splitlines()} - {""} for part in done.stdout.decode().split(".\n")]
-    assert told[0] == {"main", "two"} and "KEY" in told[1] and "main" not in told[1] and told[2] == {"main", "two"} and told[3] == {"--force"}, told
+    assert told[0] == {"main", "two"} and "KEY" in told[1] and "main" not in told[1] and told[2] == {"main", "two"} and told[3] == {"--force", "--forget"}, told
 
 
 @pytest.mark.parametrize("width, cells", [(80, ["n" * 51, "box", "ready", "/home/ada/cmux/" + "n" * 60]), (40, ["n" * 10, "box", "-", "x" * 300])])
