@@ -560,6 +560,14 @@ def bytes_field(name: str, data: bytes) -> Dict[str, str]:
         return {name + "_base64": base64.b64encode(data).decode("ascii")}
 
 
+def json_fields(fields: Mapping[str, Any]) -> Dict[str, Any]:
+    """``fields`` with those that are bytes as bytes_field() tells them."""
+    told: Dict[str, Any] = {}
+    for name, value in fields.items():
+        told.update(bytes_field(name, value) if isinstance(value, bytes) else {name: value})
+    return told
+
+
 def field_bytes(name: str, fields: Mapping[str, str]) -> bytes:
     """The bytes that bytes_field() told."""
     if name in fields:
@@ -6782,15 +6790,12 @@ def tool_exec(workspace: WorkspaceBase, cancel: Optional[Cancel], command: Union
         return {"job": start_job(workspace, command, cwd, env=variables, cancel=cancel)}
     data = None if stdin is None else stdin.encode("utf-8", "surrogateescape")
     result = workspace.exec(command, timeout, cwd, variables, data, limit=TOOL_CAPTURE, cancel=cancel, tee=tee)
-    fields = result.as_dict()
-    fields.update(bytes_field("stdout", fields.pop("stdout")))
-    fields.update(bytes_field("stderr", fields.pop("stderr")))
-    return fields
+    return json_fields(result.as_dict())
 
 
 def tool_read(workspace: WorkspaceBase, cancel: Optional[Cancel], path: str, offset: int = 1, limit: int = 0) -> Dict[str, Any]:
     found = read_file(workspace, path, offset, limit, cancel)
-    return dict(bytes_field("content", found.data), size=found.size, sha256=found.sha256)
+    return json_fields({"content": found.data, "size": found.size, "sha256": found.sha256})
 
 
 def tool_write(workspace: WorkspaceBase, cancel: Optional[Cancel], path: str, content: Optional[str] = None,
@@ -6840,7 +6845,7 @@ def tool_jobs(workspace: WorkspaceBase, cancel: Optional[Cancel]) -> Dict[str, A
 
 def tool_logs(workspace: WorkspaceBase, cancel: Optional[Cancel], job: str, offset: int = 0, wait: float = 0) -> Dict[str, Any]:
     fields = job_logs(workspace, job, offset, wait, cancel=cancel)
-    return dict(fields, **bytes_field("output", fields.pop("data")))
+    return json_fields(dict(fields, output=fields.pop("data")))
 
 
 def tool_wait(workspace: WorkspaceBase, cancel: Optional[Cancel], job: str, timeout: Optional[float] = None) -> Dict[str, Any]:
@@ -7001,15 +7006,11 @@ class Batch:
                 self.cancel.set()
 
     def _parse(self, line: bytes) -> Tuple[Any, str, Any, Any]:
-        import json
-
-        def refuse(word: str) -> None:
-            raise ValueError(word)
         if len(line) > BATCH_LINE_MAX:
             raise BatchLineFailed("A line is longer than %s." % human_size(BATCH_LINE_MAX), None)
         try:
-            value = json.loads(line.decode("utf-8"), parse_constant=refuse)
-        except (ValueError, RecursionError):
+            value = strict_json(line)
+        except ValueError:
             raise BatchLineFailed("A line is not JSON.", None)
         request_id = value.get("id") if isinstance(value, dict) else None
         if not isinstance(request_id, (str, int, float, type(None))) or request_id in (float("inf"), -float("inf")):
@@ -7023,6 +7024,18 @@ class Batch:
         if found is None:
             found = self.known[name] = self.project.ensure(name, self.host, cancel=self.cancel)
         return found
+
+
+def strict_json(line: bytes) -> Any:
+    """The value of a line of JSON, without Python's NaN and Infinity. Raises ValueError."""
+    import json
+
+    def refuse(word: str) -> None:
+        raise ValueError(word)
+    try:
+        return json.loads(line.decode("utf-8"), parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("nested too deep")
 
 
 class BatchLineFailed(UsageError):
@@ -7264,16 +7277,12 @@ class JsonRpc:
                     call.cancel.set()
 
     def _line(self, line: bytes) -> None:
-        import json
-
-        def refuse(word: str) -> None:
-            raise ValueError(word)
         try:
             if len(line) > BATCH_LINE_MAX:
                 raise ProtocolError(-32600, "A message is longer than %s." % human_size(BATCH_LINE_MAX))
             try:
-                value = json.loads(line.decode("utf-8"), parse_constant=refuse)
-            except (ValueError, RecursionError):
+                value = strict_json(line)
+            except ValueError:
                 raise ProtocolError(-32700, "A line is not JSON.")
             if not isinstance(value, list):
                 self._message(value, self.send)
@@ -8676,10 +8685,7 @@ def exec_many(project: Project, names: List[str], command: Union[str, List[str]]
         except CmuxError as error:
             code = error.exit_code if error.exit_code in (130, 255) else 125
             lost = exec_failure(name, options.host, code, error, start)
-            if options.json:
-                del lost["stdout"], lost["stderr"]
-                lost.update(bytes_field("stdout", out.value()), **bytes_field("stderr", err.value()))
-            return lost
+            return json_fields(dict(lost, stdout=out.value(), stderr=err.value())) if options.json else lost
         finally:
             if not options.json:
                 out.end()
@@ -8687,9 +8693,10 @@ def exec_many(project: Project, names: List[str], command: Union[str, List[str]]
         row = {"workspace": name, "host": workspace.host.name, "exit_code": outcome.exit_code,
                "timed_out": outcome.reason == "timeout", "duration": round(time.monotonic() - start, 3), "error": None}
         if options.json:
-            row.update(truncated=out.truncated or err.truncated, stopped=outcome.stopped,
-                       **bytes_field("stdout", out.value()), **bytes_field("stderr", err.value()))
+            row.update(json_fields({"truncated": out.truncated or err.truncated, "stopped": outcome.stopped,
+                                    "stdout": out.value(), "stderr": err.value()}))
         return row
+
     def shown(name: str) -> Dict[str, Any]:
         row: Dict[str, Any] = {"exit_code": 1}
         try:
@@ -8748,8 +8755,7 @@ def exec_one(workspace: WorkspaceBase, command: Union[str, List[str]], environme
         if not options.json:
             raise
         lost = exec_failure(workspace.name, workspace.host.name, 255, error, began)
-        del lost["stdout"], lost["stderr"]  # what had come is not lost
-        print_json(dict(lost, **bytes_field("stdout", out.value()), **bytes_field("stderr", err.value())))
+        print_json(json_fields(dict(lost, stdout=out.value(), stderr=err.value())))  # what had come is not lost
         return 255
     except KeyboardInterrupt as interrupt:
         outcome = getattr(interrupt, "outcome", None) or Outcome(status=None, stopped=None, reason="cancel")
@@ -8757,10 +8763,7 @@ def exec_one(workspace: WorkspaceBase, command: Union[str, List[str]], environme
         alarm(0, bool)
     if options.json:
         result = exec_result(workspace, outcome, out, err, began)
-        fields = result.as_dict()
-        fields.update(bytes_field("stdout", fields.pop("stdout")))
-        fields.update(bytes_field("stderr", fields.pop("stderr")))
-        print_json(dict(fields, error=None))
+        print_json(json_fields(dict(result.as_dict(), error=None)))
         return int(result.exit_code)
     if outcome.reason and not outcome.stopped:
         Terminal(options.verbosity).warn("Interrupted before the command began.")
@@ -9004,9 +9007,9 @@ def command_completion(options: argparse.Namespace) -> int:
     """The script for one shell, made from the table of commands. Names come from `list -q`, which
     connects to nothing."""
     table: Dict[str, Tuple[Sequence[Option], List[str]]] = {  # what follows a command, or "secrets ACTION"
-        name: (command.options, list(command.actions) or (list(COMPLETIONS) if name == "completion" else []))
+        name: ([option for option in command.options if option.settings.get("help") != HIDDEN], list(command.actions) or (list(COMPLETIONS) if name == "completion" else []))
         for name, command in COMMANDS.items()}
-    table.update(("secrets %s" % action, (own, [])) for action, (_, _, own) in COMMANDS["secrets"].actions.items())
+    table.update(("secrets %s" % action, ([option for option in own if option.settings.get("help") != HIDDEN], [])) for action, (_, _, own) in COMMANDS["secrets"].actions.items())
     flags = {name: [flag for option in row[0] for flag in option.flags if flag.startswith("-")] for name, row in table.items()}
     if options.shell == "fish":
         print_text("\n".join(fish_rows(table)))
@@ -9578,14 +9581,18 @@ COMMON = (
 )
 
 
+HIDDEN = "==SUPPRESS=="  # argparse.SUPPRESS
+
+
 class Command:
     """One command: its handler, a line of help, an example, its options, sub-commands, and the letters
-    of the common options that would mean nothing to it."""
+    of the common options that mean nothing to it: taken, for scripts that pass them to all, and not shown."""
 
     def __init__(self, handler: Callable[[argparse.Namespace], int], text: str, example: str, *options: Option,
                  actions: Optional[Dict[str, Tuple[str, str, Tuple[Option, ...]]]] = None, lacks: str = "") -> None:
         self.handler, self.text, self.example, self.actions = handler, text, example, actions or {}
-        common = tuple(option for option in COMMON if option.flags[0][1] not in lacks)
+        common = tuple(Option(*option.flags, **dict(option.settings, help=HIDDEN)) if option.flags[0][1] in lacks else option
+                       for option in COMMON)
         self.options = options if actions else options + common
         for action, (line, sample, own) in self.actions.items():
             self.actions[action] = (line, sample, own + common)

@@ -2460,7 +2460,7 @@ def test_a_missing_ssh_or_git_is_said(repo: Repo) -> None:
 
 @pytest.mark.parametrize("args", [[], ["no-such-command"], ["exec"], ["exec", "--timeout", "x", "--", "true"], ["exec", "--timeout", "-1", "--", "true"],
                                   ["exec", "--env", "NOEQUALS", "--", "true"], ["exec", "--env", "=x", "--", "true"], ["exec", "--no-such-option"], ["secrets"],
-                                  ["secrets", "set"], ["secrets", "import", "/nonexistent"], ["rm"], ["rm", "never-made"], ["list", "-H", "box"],
+                                  ["secrets", "set"], ["secrets", "import", "/nonexistent"], ["rm"], ["rm", "never-made"],
                                   ["read", "x"], ["write", "x"], ["edit", "x"], ["jobs"], ["logs", "x"], ["stop", "j00000000"], ["pull"], ["push"],
                                   ["fork", "b"], ["batch", "-C", "/"], ["secrets", "-C", "/", "list"], ["new", "-C", "/", "a"], ["bench", "--rtt", "-1"]])
 def test_usage_errors_are_said_and_with_json_are_an_object_too(repo: Repo, args: List[str]) -> None:
@@ -5580,7 +5580,7 @@ class Lane:
             assert name not in self.repo.workspaces()
 
     def run(self, groups: int, kills: int) -> int:
-        began = time.monotonic()
+        began, took = time.monotonic(), 0.0
         for group in range(groups + 1):
             words = self.arrange()
             for _ in range(kills if group else 0):
