@@ -9581,7 +9581,7 @@ COMMON = (
 )
 
 
-HIDDEN = "==SUPPRESS=="  # argparse.SUPPRESS
+HIDDEN = "(hidden)"
 
 
 class Command:
@@ -9741,7 +9741,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
     def parser_for(target: argparse.ArgumentParser, options: Iterable[Option]) -> None:
         for option in options:
-            target.add_argument(*option.flags, **option.settings)
+            hidden = {"help": argparse.SUPPRESS} if option.settings.get("help") == HIDDEN else {}
+            target.add_argument(*option.flags, **dict(option.settings, **hidden))
     shape: Dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = Parser(prog="%s %s" % (PROGRAM, name), description=command.text,
                     epilog="example: %s %s" % (PROGRAM, command.example), **shape)
