@@ -2516,7 +2516,8 @@ def shared_names(shared: Repo) -> Repo:
 
 
 def test_completion_of_fish_offers_names_where_they_can_stand(shared_names: Repo) -> None:
-    shim = shared_names.site.dir / "cmux_ssh.py"
+    shim = shared_names.site.dir / "bin-of-names" / "cmux_ssh.py"  # its name is the command's, not a module's
+    shim.parent.mkdir()
     shim.write_text(f'#!/bin/sh\nexec {sys.executable} {PROGRAM} "$@"\n')
     shim.chmod(0o755)
     lines = ["rm ", "secrets rm ", "exec -w ", "rm --f"]
