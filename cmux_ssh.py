@@ -229,6 +229,10 @@ class ConnectionLost(HostError):
         self.begun = begun
 
 
+class HostSilent(ConnectionLost):
+    """What is to be run was sent, and no shell has taken it yet; a slow one still may."""
+
+
 class SessionRefused(HostError):
     """A master or its server refused one more session; nothing has started."""
 
@@ -549,6 +553,18 @@ def quote(word: str) -> str:
     if word and re.match(r"[A-Za-z0-9_@%+=:,./-]+\Z", word):
         return word
     return "'" + word.replace("'", "'\"'\"'") + "'"
+
+
+def encoded(value: object) -> bytes:
+    """The bytes of an argument. Raises UsageError for what has none."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value)
+    if not isinstance(value, str):
+        raise UsageError("An argument is of type %s, not text." % type(value).__name__)
+    try:
+        return value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise UsageError("An argument holds a lone surrogate, which is no text.")
 
 
 def bytes_field(name: str, data: bytes) -> Dict[str, str]:
@@ -1128,12 +1144,17 @@ _cremove() {
 
 # GUARD: the lifeline of a command whose own stdin streams. Reads the pid of the command's
 # wrapper, then waits; a line "." lets go, end of file ends the tree, and has the wrapper say so: a
-# guard that was lost alone must not pass for the command's own end. Replies confirmed or left.
+# guard that was lost alone must not pass for the command's own end. Replies confirmed or left: also
+# where neither the wrapper nor a /proc is there by which to find what it may have left.
 GUARD = r"""
 _cop() {
   _cR=-
   while IFS= read -r p; do case $p in .) return 0;; *[!0-9]*) ;; ?*) _cR=$p;; esac; done
-  _ctree; case $_ct in " ") ;; *) kill -USR1 $_cR;; esac
+  _ctree
+  case $_ct in
+  " ") [ "$_cW" != - ] || [ -r /proc/self/environ ] || { echo left; return 0; };;
+  *) kill -USR1 $_cR;;
+  esac
   if _cstop; then echo confirmed; else echo left; fi
 }
 """
@@ -1346,7 +1367,7 @@ SEEN = r"""t=$(ps -A -o args= || cat /proc/[0-9]*/cmdline | tr '\0' ' '); case $
 
 def record(name: str, value: Union[str, bytes]) -> bytes:
     """One record of the header. NUL cannot travel (no shell variable holds it)."""
-    data = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
+    data = encoded(value)
     if b"\0" in data:
         raise UsageError("A value for %s holds a NUL byte." % show(name),
                          "No command line, environment variable or path can hold one.")
@@ -1368,8 +1389,7 @@ def script_records(script: str, *arguments: str) -> bytes:
 
 def command_records(command: Union[str, Sequence[str]], login: bool, stdin: bool) -> bytes:
     """The records that run the user's command: a shell line, or an exact argv."""
-    if any(len(word.encode("utf-8", "surrogateescape")) > ARGUMENT_MAX
-           for word in ([command] if isinstance(command, str) else command)):
+    if any(len(encoded(word)) > ARGUMENT_MAX for word in ([command] if isinstance(command, str) else command)):
         raise UsageError("A word of the command is larger than %s." % human_size(ARGUMENT_MAX),
                          "Write it to a file in the workspace, or pass it on stdin.")
     if not isinstance(command, str) and len(command) * sum(map(len, command)) > ARGV_WORK_MAX:
@@ -1425,6 +1445,8 @@ def spawn(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, stdin: A
             stderr=null if stderr is None else stderr, start_new_session=own_group)
     except OSError as error:
         raise UsageError("Cannot start %s: %s." % (show(argv[0]), os.strerror(error.errno or 0)))
+    except ValueError:
+        raise UsageError("An argument holds a NUL byte or a lone surrogate, which no program can be given.")
 
 
 def attach(argv: Sequence[str], env: Mapping[str, str]) -> Optional[int]:
@@ -1725,6 +1747,29 @@ def write_bytes(path: str, data: bytes) -> None:
     except OSError as error:
         remove_file(temporary)
         raise StateFailed("Cannot write %s: %s." % (show(path), os.strerror(error.errno or 0)))
+
+
+def temporary_folder() -> str:
+    """The directory for temporary files. Raises StateFailed where there is none."""
+    import tempfile
+    try:
+        return tempfile.gettempdir()
+    except OSError:
+        raise StateFailed("No directory for temporary files can be written.", "Make room, or set TMPDIR to another.")
+
+
+def spool(data: bytes) -> IO[bytes]:
+    """A temporary file that holds ``data``, about to be read. Raises StateFailed."""
+    import tempfile
+    folder = temporary_folder()
+    try:
+        stream = tempfile.TemporaryFile(dir=folder)
+        stream.write(data)
+        stream.seek(0)
+        return stream
+    except OSError as error:
+        raise StateFailed("Cannot write in %s: %s." % (show(folder), os.strerror(error.errno or 0)),
+                          "Make room, or set TMPDIR to another.")
 
 
 def remove_leftovers(path: str) -> None:
@@ -3113,7 +3158,7 @@ def look_closely(masters: Launcher, command: str) -> Tuple[int, str, bytes]:
     and has a second."""
     import tempfile
     config, leave = masters.config, masters.handshake(Deadline(masters.patience))
-    with tempfile.NamedTemporaryFile(prefix="cmux-doctor-") as log:
+    with tempfile.NamedTemporaryFile(prefix="cmux-doctor-", dir=temporary_folder()) as log:
         argv = ["/bin/sh", "-c", "trap '' HUP; \"$@\"; code=$?; [ $code != 255 ] || sleep 1; trap : TERM; kill 0; exit $code", "sh"]
         argv += ssh_argv(config, "-S", "none", "-v", "-E", log.name) + ["--", config.host, command]
         try:
@@ -3501,7 +3546,8 @@ class Host:
                 first = first or error
                 if isinstance(error, ConnectionDropped) and self.masters.again(error, attempt, Deadline(SLOT_PATIENCE), cancel):
                     continue
-                if attempt >= 2 or not isinstance(error, ConnectionLost) or (source and source.total) or (once and getattr(error, "begun", False)):
+                if attempt >= 2 or not isinstance(error, ConnectionLost) or isinstance(error, HostSilent) \
+                        or (source and source.total) or (once and error.begun):
                     raise first from None  # a line lost once may have done its work
             finally:
                 self.done(session)
@@ -3522,7 +3568,7 @@ class Host:
         started = exchange.run(Deadline(START_PATIENCE + (CONNECT_PATIENCE if direct else 0)), cancel,
                                until=lambda: exchange.begun or exchange.out.ended)
         if not started:
-            raise self.silent()
+            raise self.silent(exchange.sent)
         if not exchange.run(Deadline(None if source else CALL_PATIENCE), cancel, stall=STALL_PATIENCE if source else None):
             raise RemoteFailed("%s did not finish within %d seconds." % (self.name, CALL_PATIENCE))
         if exchange.out.refused:
@@ -3592,11 +3638,12 @@ class Host:
         for session in ready:
             session.close()
 
-    def silent(self) -> HostError:
-        """The error for a host that took the session and said nothing."""
-        return ConnectionFailed("%s accepted the session, but no shell answered in %d seconds."
-                                % (self.name, START_PATIENCE),
-                                "Look at its login shell's start-up files.", self.name)
+    def silent(self, sent: bool) -> HostError:
+        """The error for a host that took the session, perhaps what was ``sent`` too, and said nothing."""
+        text, hint = "%s accepted the session, but no shell answered in %d seconds.", "Look at its login shell's start-up files."
+        if sent:
+            return HostSilent(text % (self.name, START_PATIENCE), hint + " The command may still run there.", self.name)
+        return ConnectionFailed(text % (self.name, START_PATIENCE), hint, self.name)
 
     def run(self, records: bytes, directory: str, stdout: Callable[[bytes], Any],
             stderr: Callable[[bytes], Any], source: Optional[Source] = None,
@@ -3628,7 +3675,7 @@ class Incoming:
                 self.exchange.run(Deadline(START_PATIENCE + CONNECT_PATIENCE), cancel,
                                   until=lambda: self.exchange.begun or self.exchange.out.ended)
                 if not self.exchange.begun and not self.exchange.out.ended:
-                    raise host.silent()
+                    raise host.silent(self.exchange.sent)
                 return
             except BaseException as error:
                 self.close()
@@ -3729,7 +3776,7 @@ class CommandRun:
                 if not self.exchange.run(starting, cancel, until=self._started):
                     if deadline.over():
                         return
-                    raise self.host.silent()
+                    raise self.host.silent(self.exchange.sent)
                 if self.guard:
                     self.guard.outgoing = memoryview(b"%s\n" % self.exchange.out.pid.encode())
                     self.guard.run(Deadline(CONTROL_PATIENCE), None, until=lambda: not self.guard_busy())
@@ -3860,7 +3907,10 @@ class Repository:
 
     def __init__(self, directory: str) -> None:
         self.program = find_program("git")
-        self.directory = os.path.abspath(directory)
+        try:
+            self.directory = os.path.abspath(directory)
+        except FileNotFoundError:
+            raise GitFailed("The current directory has been removed.", "Change into one that is there.")
         if not os.path.isdir(self.directory):
             raise GitFailed("%s is not a directory." % show(directory))
         out = self._git("rev-parse", "--absolute-git-dir", "--git-common-dir")
@@ -3962,7 +4012,10 @@ class Repository:
             # add would run `git status` in every submodule, with the config and the filters of that.
             links = [row.partition(b"\t")[2] for row in shadow.records("ls-files", "-s", "-z") if row.startswith(b"160000 ")]
             here = ("-C", top, "--work-tree=.")
-            shadow.call(*here, "add", "-A", "--", ".", *(":(exclude,literal)" + os.fsdecode(path) for path in links))
+            try:
+                shadow.call(*here, "add", "-A", "--", ".", *(":(exclude,literal)" + os.fsdecode(path) for path in links))
+            except GitFailed as error:
+                raise self._nested(shadow, here, links) or error
             shadow.call(*here, "update-index", "--remove", "-z", "--stdin", stdin=b"".join(path + b"\0" for path in links))
             new = shadow.call("write-tree")
             if new == tree:
@@ -3977,6 +4030,16 @@ class Repository:
             made = shadow.call("commit-tree", new, "-p", commit, stdin=b"uncommitted work\n", env=person)
             self.publish(shadow.quarantine(made, [commit]), "refs/cmux/sent/" + made[:12], made, "")
             return made
+
+    @staticmethod
+    def _nested(shadow: Shadow, here: Sequence[str], links: Sequence[bytes]) -> Optional[GitFailed]:
+        """The error where it is a repository in the work tree, no submodule, that add does not take."""
+        found = [row.partition(b"\t")[2] for row in shadow.records("ls-files", "-s", "-z") if row.startswith(b"160000 ")]
+        found += [path for path in shadow.records(*here, "ls-files", "-o", "--exclude-standard", "-z") if path.endswith(b"/")]
+        for path in sorted(set(found) - set(links)):
+            return GitFailed("%s is a repository of its own." % show(path.decode("utf-8", "replace").rstrip("/")),
+                             "Let .gitignore cover it, or make it a submodule.")
+        return None
 
     def hooks_inside(self) -> str:
         """The hooks directory relative to the work tree, if a core.hooksPath lies in it; or ""."""
@@ -4032,9 +4095,8 @@ class Shadow:
     """A throwaway bare repository with the real object store as alternate. A context manager."""
 
     def __init__(self, repository: Repository, object_format: str) -> None:
-        import tempfile
         self.program = repository.program
-        folder = tempfile.gettempdir()
+        folder = temporary_folder()
         self.reap(folder)
         while True:  # the lock stands before the directory is there and until it has gone
             self.path = os.path.join(folder, "cmux-shadow-" + os.urandom(8).hex())
@@ -4267,10 +4329,14 @@ class Shadow:
         try:
             with open(process.stdout.fileno(), "rb", closefd=False) as stream:
                 for oid in ids:
-                    size = int(stream.readline().split()[2])
+                    row = stream.readline().split()
+                    if len(row) != 3:
+                        raise GitFailed("The repository lacks the object %s." % oid,
+                                        "A partial clone lacks objects: fetch them first with git.")
+                    size = int(row[2])
                     content = stream.read(min(size, SECRETS_MAX))
-                    for _ in range(0, size - len(content), CHUNK):
-                        content = stream.read(min(CHUNK, size)) and b""
+                    for left in range(size - len(content), 0, -CHUNK):
+                        content = stream.read(min(left, CHUNK)) and b""
                     stream.read(1)
                     yield oid, content
         finally:
@@ -4787,11 +4853,10 @@ class ProjectState:
         """A command, path or pattern for the history: no secret's value, one line, bounded."""
         words = [what] if isinstance(what, str) else list(map(str, what)) if isinstance(what, (list, tuple)) else []
         try:
-            masks = self.masks()
+            masks, parts = self.masks(), list(map(encoded, words))
         except CmuxError:
             return ""
-        for at, word in enumerate(words):
-            data = word.encode("utf-8", "surrogateescape")
+        for at, (word, data) in enumerate(zip(words, parts)):
             for value, shown in masks:
                 data = data.replace(value, shown)
             plain = data.decode("utf-8", "surrogateescape")
@@ -4802,7 +4867,7 @@ class ProjectState:
         """Store what every command of this project sees as the environment variable ``name``, in a
         0600 file on this machine; None forgets it. Raises UsageError, StateFailed."""
         check_variable(name, secret=True)
-        data = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
+        data = None if value is None else encoded(value)
         check_secret(name, data or b"")
 
         def change(stored: Dict[str, Dict[str, str]]) -> None:
@@ -5405,7 +5470,7 @@ class WorkspaceBase:
         values.update(secrets)
         self.project.hand_over(secrets)
         for name, value in (extra or {}).items():
-            values[check_variable(name)] = value
+            values[check_variable(name)] = encoded(value)
         if sum(len(value) for value in values.values()) > SECRETS_MAX + 65536:
             raise UsageError("The environment is larger than %s." % human_size(SECRETS_MAX))
         return b"".join(record("_cP" if name == "PATH" else name, value)
@@ -5451,14 +5516,9 @@ class WorkspaceBase:
         kept of each stream. ``tee`` is given the bytes of both as they come. Raises HostError (the
         connection), UsageError and WorkspaceMissing, never for the command's status.
         """
-        import tempfile
         began, out, err = time.monotonic(), Capture(limit), Capture(limit)
-        with tempfile.TemporaryFile() as spool:
-            source = None
-            if stdin is not None:
-                spool.write(stdin)
-                spool.seek(0)
-                source = Source(spool.fileno())
+        with spool(stdin or b"") as stream:
+            source = None if stdin is None else Source(stream.fileno())
             sinks = [lambda data, keep=keep: (keep(data), tee and tee(data)) for keep in (out, err)]
             outcome = self.run(command, sinks[0], sinks[1], source, cwd, env, login, timeout, cancel)
         return exec_result(self, outcome, out, err, began)
@@ -6329,13 +6389,10 @@ def write_file(workspace: WorkspaceBase, path: str, data: bytes, old: str = "",
     Keeps the mode, follows a symlink, makes parents. ``old``: "none", or the checksum line of
     the content that must still be there, else ToolFailed with ``changed`` set.
     """
-    import tempfile
     checksum, size = cksum_of(data)
-    with tempfile.TemporaryFile() as spool:
-        spool.write(data)
-        spool.seek(0)
+    with spool(data) as stream:
         reply = workspace.host.call(WRITE, absolute(workspace, path), workspace.root, os.urandom(8).hex(),
-                                    str(size), checksum, old, workspace.path, source=Source(spool.fileno()), cancel=cancel)
+                                    str(size), checksum, old, workspace.path, source=Source(stream.fileno()), cancel=cancel)
     if reply.status == 36:
         raise FileChanged("%s changed meanwhile." % show(path), "Read it again.")
     return tool_reply(reply, path).stdout.strip() == b"created"
@@ -6647,7 +6704,7 @@ class Workspace(WorkspaceBase):
     def write(self, path: str, content: Union[str, bytes]) -> Dict[str, Any]:
         """Make ``content`` (a str as UTF-8) the whole file, or change nothing; the mode stays, a symlink is
         followed, directories are made. ``created``, ``size`` (bytes), ``sha256``. Raises ToolFailed."""
-        data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+        data = encoded(content)
         return {"created": write_file(self, path, data), "size": len(data), "sha256": sha256(data)}
 
     def edit(self, path: str, edits: List[Dict[str, Any]], sha256: str = "") -> Dict[str, Any]:
@@ -6740,9 +6797,8 @@ JSON_TYPES: Dict[str, Tuple[type, ...]] = {
 def check_text(value: object, name: str) -> None:
     """Raise UsageError for text that has no bytes: a lone surrogate, as JSON can spell it."""
     try:
-        repr_of = value if isinstance(value, str) else "".join(map(str, value)) if isinstance(value, list) else ""
-        repr_of.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
+        encoded(value if isinstance(value, str) else "")
+    except UsageError:
         raise UsageError("The argument %s holds a lone surrogate, which is no text." % name)
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else []:
         check_text(part, name)
@@ -6769,8 +6825,10 @@ class Tool:
                             and not all(isinstance(word, str) for word in value)):
                 raise UsageError("The argument %s of %s must be %s." % (name, self.name, " or ".join(kinds)))
             least = known[name].least
-            if least is not None and not least <= value < 1e15:
+            if least is not None and not least <= value:
                 raise UsageError("The argument %s of %s must be %d or more." % (name, self.name, least))
+            if isinstance(value, (int, float)) and not abs(value) < 1e15:
+                raise UsageError("The argument %s of %s is too large." % (name, self.name))
             check_text(value, name)
         for param in self.params:
             if param.required and param.name not in arguments:
@@ -6782,8 +6840,6 @@ def tool_exec(workspace: WorkspaceBase, cancel: Optional[Cancel], command: Union
               cwd: str = "", env: Optional[Dict[str, Any]] = None, stdin: Optional[str] = None,
               background: bool = False, tee: Optional[Callable[[bytes], Any]] = None) -> Dict[str, Any]:
     variables = env or {}
-    if not all(isinstance(value, str) for value in variables.values()):
-        raise UsageError("The values of env must be strings.")
     if background:
         if stdin is not None or timeout is not None:
             raise UsageError("A background command takes neither stdin nor timeout.")
@@ -7155,11 +7211,17 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
     """The bytes at one end of ``data`` that are the other end of ``value``, and not all of it."""
     if first:
         data, value = data[:len(value)][::-1], value[::-1]
-    tail = data[max(0, len(data) - len(value) + 1):]
-    at = tail.find(value[:1])
-    while at >= 0 and not value.startswith(tail[at:]):
-        at = tail.find(value[:1], at + 1)
-    return len(tail) - at if at >= 0 else 0
+    at = data.find(value[:1], max(0, len(data) - len(value) + 1))
+    tail = data[at:] if at >= 0 else b""
+    most, size, borders = len(tail), 0, [0]
+    text = value[:most] + tail
+    for at in range(1, len(text)):  # by Knuth, Morris and Pratt: the host may repeat the beginning of a long secret
+        size = size if at != most else 0
+        while size and value[size] != text[at]:
+            size = borders[size - 1]
+        size += value[size] == text[at]
+        borders.append(size)
+    return size
 
 
 class Running:
@@ -7743,7 +7805,7 @@ class ThrowawayServer:
     def __init__(self, rtt: float = 0.0) -> None:
         import tempfile
         self.sshd = self._find_sshd()
-        self.path = tempfile.mkdtemp(prefix="cmux-demo-", dir="/tmp" if " " in tempfile.gettempdir() else None)
+        self.path = tempfile.mkdtemp(prefix="cmux-demo-", dir="/tmp" if " " in temporary_folder() else None)
         self.home = os.path.join(self.path, "home")
         self.config = os.path.join(self.path, "ssh_config")
         keygen = find_program("ssh-keygen")
@@ -7989,11 +8051,8 @@ def probe_archive() -> bytes:
 
 def examine_programs(host: Host, root: str) -> Iterator[Finding]:
     """What the host has, and whether its disk takes files."""
-    import tempfile
-    with tempfile.TemporaryFile() as spool:
-        spool.write(probe_archive())
-        spool.seek(0)
-        reply = host.call(PROBE, root, os.urandom(8).hex(), source=Source(spool.fileno()))
+    with spool(probe_archive()) as stream:
+        reply = host.call(PROBE, root, os.urandom(8).hex(), source=Source(stream.fileno()))
     facts: Dict[str, str] = {}
     has = set()
     for line in reply.lines()[:50]:
@@ -8142,7 +8201,7 @@ class Bench:
         import tempfile
         config = read_ssh_config(server)
         self.rtt, self.quick = rtt, quick
-        self.place = tempfile.mkdtemp(prefix="cmux-bench-")
+        self.place = tempfile.mkdtemp(prefix="cmux-bench-", dir=temporary_folder())
         self.saved = os.environ.get("CMUX_SSH_HOME")
         os.environ["CMUX_SSH_HOME"] = os.path.join(self.place, "state")
         self.root = "cmux-bench-" + os.urandom(4).hex()
@@ -9225,7 +9284,10 @@ def secrets_set(registry: Registry, options: argparse.Namespace) -> int:
         entry = {"command": options.command_line}
     elif os.isatty(0):
         import getpass
-        entry = {"value": getpass.getpass("Value of %s (hidden): " % name)}
+        try:
+            entry = {"value": getpass.getpass("Value of %s (hidden): " % name)}
+        except EOFError:
+            raise UsageError("No value was given for %s." % name)
     elif os.path.samestat(os.fstat(0), os.stat(os.devnull)):
         raise UsageError("No value came on stdin.", "For an empty one: printf '' | %s secrets set %s" % (PROGRAM, name))
     else:
@@ -9255,6 +9317,8 @@ def secrets_import(registry: Registry, options: argparse.Namespace) -> int:
             text = stream.read(SECRETS_MAX + 1)
     except OSError as error:
         raise UsageError("Cannot read %s: %s." % (show(options.file), os.strerror(error.errno or 0)))
+    if len(text) > SECRETS_MAX:
+        raise UsageError("%s is larger than %s." % (show(options.file), human_size(SECRETS_MAX)))
     values = parse_dotenv(text.decode("utf-8", "surrogateescape"))
     for name, value in values.items():
         check_secret(name, value.encode("utf-8", "surrogateescape"))
@@ -9784,6 +9848,8 @@ def open_standard_streams() -> None:
             os.fstat(fd)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_RDWR if fd else os.O_WRONLY), fd)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)
 
 
 def report_error(error: CmuxError) -> None:
