@@ -2639,7 +2639,8 @@ class HostMemory:
         """How often in a row connecting failed, and when (by the clock) to try again."""
         try:
             value = read_json(self._path("down.json")) or {}
-            return int(value.get("count", 0)), min(float(value.get("until", 0)), time.time() + DOWN_WAITS[-1] * 1.2)
+            count, until = int(value.get("count", 0)), float(value.get("until", 0))
+            return count, until if until <= time.time() + DOWN_WAITS[-1] * 1.2 else 0.0  # a clock may be set back
         except (StateFailed, ValueError, TypeError):
             return 0, 0.0
 
@@ -4783,14 +4784,16 @@ class Logged:
         if _thread.get_ident() not in self.project.logging:
             self.thread, self.began = _thread.get_ident(), time.monotonic()
             self.project.logging.add(self.thread)
-            self.row = dict(self.row, time=round(time.time(), 3), detail=self.project.detail(self.detail))
+            self.row["time"] = round(time.time(), 3)
             if self.row["operation"] in ("exec", "new", "push", "pull", "diff", "shell"):
+                self.row["detail"] = self.project.detail(self.detail)
                 self.lock = self.project.history.begin(self.row)
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self.thread:
             self.project.logging.discard(self.thread)
+            self.row["detail"] = self.project.detail(self.detail)  # again: by now values made by commands are known
             code = self.code if error is None else getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
             self.project.history.append(dict(self.row, duration=round(time.monotonic() - self.began, 3), exit_code=code, bytes=self.size))
             self.project.history.end(self.lock)

@@ -23,6 +23,7 @@ import pty
 import queue
 import random
 import re
+import resource
 import select
 import shlex
 import shutil
@@ -1258,6 +1259,96 @@ def test_a_line_cut_in_mid_command_is_a_lost_line(repo: Repo) -> None:
     assert repo.exec("echo again", host="far").out == b"again\n"
 
 
+def gated(site: Site, name: str, *options: str) -> Tuple[Path, Path]:
+    """A daemon whose login, while the first of two files is there, waits for it to go and makes the second: the session
+    is there and no shell has read anything yet."""
+    gate, waits, login = site.dir / "gate", site.dir / "waits", site.dir / f"login-{name}"
+    login.write_text(f'#!/bin/sh\n[ ! -e {gate} ] || : >{waits}\nwhile [ -e {gate} ]; do sleep 0.05; done\nexec sh -c "$SSH_ORIGINAL_COMMAND"\n')
+    login.chmod(0o755)
+    site.daemon(name, f"ForceCommand {login}", *options)
+    return gate, waits
+
+
+def sent_whole(line: Line, more: int) -> None:
+    """Wait until so many bytes more have gone up the line, and nothing follows them."""
+    goal, seen = line.up + more, [0, 0.0]
+
+    def quiet() -> bool:
+        if line.up != seen[0]:
+            seen[:] = [line.up, time.monotonic()]
+        return line.up >= goal and time.monotonic() > seen[1] + 1
+    until(quiet, "it is sent")
+
+
+@pytest.mark.parametrize("how", ["exec", "job", "one connection each"])
+def test_a_command_that_was_sent_may_have_begun_and_runs_no_second_time(site: Site, how: str) -> None:
+    """The line is lost before the host's first word about it comes back."""
+    gate, waits = gated(site, "slow", *(["MaxSessions 1"] if how == "one connection each" else []))
+    line, repo, log = site.line("far", to="slow"), Repo(site), site.dir / "ran"
+    assert repo.cli("new", "-H", "far", "main").code == 0 and repo.exec("true", host="far").code == 0
+    gate.touch()
+    child = repo.start("exec", "--json", *(["--detach"] if how == "job" else ["-n"]), "-w", "main", "--", f"echo run >>{log}; : {'x' * 50000}")
+    sent_whole(line, 50000)
+    assert waits.exists()
+    line.trap = ("down", 0, lambda: (until(log.exists, "it runs"), line.drop()))  # which holds back the answer
+    gate.unlink()
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 255, (out, err)
+    if how != "job":
+        told = json.loads(out)["error"]
+        assert told["type"] == "ConnectionLost" and "before the command was seen to begin" in told["message"] and "may still run" in told["hint"], told
+    assert repo.exec("true", host="far").code == 0  # by now a second one would have begun
+    assert slurp(str(log)) == b"run\n"
+
+
+def test_a_shell_that_is_slow_to_start_may_still_run_what_was_sent(site: Site, tuned: Callable[..., None]) -> None:
+    gate, waits = gated(site, "slow")
+    repo = Repo(site)
+    assert repo.cli("new", "-H", "slow", "main").code == 0
+    tuned(START_PATIENCE=1)
+    gate.touch()
+    ran = repo.cli("exec", "--json", "-n", "-w", "main", "--", "true")
+    told = ran.json["error"]
+    assert (ran.code, told["type"]) == (255, "HostSilent") and "no shell answered" in told["message"] and "may still run" in told["hint"], ran
+    before = site.log("slow").count("Starting session")
+    refused(repo.cli("read", "-w", "main", "README"), 255, words="no shell answered")
+    assert site.log("slow").count("Starting session") == before + 1, "a minute each is not waited three times"
+
+
+def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo: Repo) -> None:
+    """It watches over a command whose own stdin streams, on the connection that had room."""
+    nap, mine = unique(), unique()
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    held = [repo.start("exec", "-n", "-w", "main", "--", f"sleep {nap}") for _ in range(c.SESSIONS_PER_MASTER - 1)]
+    until(lambda: len(running(f"sleep {nap}")) == len(held), "all but one place is taken")
+    child = repo.start("exec", "--json", "-w", "main", "--", f"sleep {mine}; echo done", stdin=subprocess.PIPE)
+    until(lambda: running(f"sleep {mine}"), "it runs")
+    second = until(lambda: [m for m in repo.site.masters() if b"/1\0" in m.cmdline or b"/1 [mux]" in m.cmdline], "the guard's master")
+    time.sleep(0.5)  # the guard is told the pid right after
+    kill(second[0].pid)
+    out, err = child.communicate(timeout=PATIENCE)
+    assert child.returncode == 255 and json.loads(out)["error"]["type"] == "ConnectionLost", (out, err)
+    gone(f"sleep {mine}")
+    for other in held:
+        other.terminate()
+        other.communicate()
+
+
+def test_where_neither_the_wrapper_nor_proc_is_there_no_end_is_confirmed(tmp_path: Path) -> None:
+    def guard(pid: object, proc: str) -> bytes:
+        header = c.shell_header("N" * 32, "run", c.script_records(c.GUARD)) + b"%s\n" % str(pid).encode()
+        return subprocess.run(["sh", "-c", c.BOOT[len("exec sh -c '"):-1].replace("/proc", proc)], input=header.replace(b"/proc", proc.encode()),
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60).stdout
+    here = subprocess.Popen(["sleep", unique()], start_new_session=True)
+    try:
+        assert b"\nleft\n" in guard("-", "/nowhere") and b"\nleft\n" in guard(99999999, "/nowhere")
+        assert b"\nconfirmed\n" in guard(here.pid, "/nowhere")
+        assert not os.path.isdir("/proc/self") or b"\nconfirmed\n" in guard("-", "/proc")
+    finally:
+        here.kill()
+        here.wait()
+
+
 def test_a_stopped_master_does_not_hang_a_new_call(repo: Repo) -> None:
     assert repo.exec("true").code == 0
     for master in until(repo.site.masters, "there is a master"):
@@ -1375,6 +1466,44 @@ def test_a_server_that_refuses_a_second_session_per_connection_works(site: Site)
     with ThreadPoolExecutor(4) as pool:
         runs = list(pool.map(lambda n: repo.exec(f"echo {n}; sleep 0.3", host="single"), range(4)))
     assert [r.out for r in runs] == [b"%d\n" % n for n in range(4)], runs
+
+
+def test_pipes_that_cannot_be_made_leave_none_open() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = [os.dup(2)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (held[0] + 30, hard))
+
+    def fill() -> int:
+        before = len(held)
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.dup(2))
+        return len(held) - before
+    try:
+        fill()
+        for spare in range(6):
+            for _ in range(spare):
+                os.close(held.pop())
+            with pytest.raises(OSError):
+                c.MuxSession._pipes()
+            assert fill() == spare
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_process_that_was_waited_for_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number may be a stranger's by now."""
+    struck: List[int] = []
+    monkeypatch.setattr(os, "killpg", lambda pid, sig: struck.append(pid))
+    ended, running_on = c.spawn(["/bin/true"]), c.spawn(["/bin/sh", "-c", "read x"], stdin=-1)
+    ended.wait()
+    c.kill_group(ended)
+    assert struck == []
+    threading.Timer(1, running_on.kill).start()
+    c.kill_group(running_on)
+    assert struck == [running_on.pid]
 
 
 def test_a_client_without_multiplexing_works(repo: Repo) -> None:
@@ -1584,6 +1713,31 @@ def test_a_promisor_repository_fetches_nothing(repo: Repo) -> None:
     assert made.code == 1 and not trap.exists() and repo.workspaces() == {}
 
 
+def test_a_git_directory_among_the_files_of_another_repository_is_refused(repo: Repo) -> None:
+    """It came with a clone, and its config names a host and a work tree."""
+    inner = repo.dir / "vendor"
+    subprocess.run(["git", "clone", "-q", "--bare", str(repo.dir), str(inner)], env=repo.site.environment(), check=True)
+    (inner / "config").write_text(f"[core]\n repositoryformatversion = 0\n bare = false\n worktree = {repo.site.home}\n[cmux]\n host = box\n")
+    for words in (["new", "w"], ["new", "--dirty", "w"], ["exec", "-n", "--", "true"], ["list"]):
+        refused(repo.site.cli(*words, cwd=inner), 1, 125, words="inside another repository")
+    apart = repo.site.dir / "apart.git"
+    inner.rename(apart)
+    (apart / "config").write_text("[core]\n repositoryformatversion = 0\n bare = true\n")
+    assert repo.site.cli("list", cwd=apart).code == 0  # a bare repository by itself is one
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_attributes_that_cannot_be_read_or_are_very_large_are_no_traceback(site: Site, large: bool) -> None:
+    repo = Repo(site, files={".gitattributes": b"#" * (1 << 20) + b"\n* text\n" if large else b"x text\n", "a/.gitattributes": b"hidden export-ignore\n", "a/hidden": b"1"})
+    if not large:
+        blob = repo.git("rev-parse", "HEAD:.gitattributes")
+        (repo.dir / ".git/objects" / blob[:2] / blob[2:]).unlink()
+        refused(repo.cli("new", "-H", "box", "w"), 1, words="partial clone")
+        return
+    assert repo.cli("new", "-H", "box", "w").code == 0
+    assert not (repo.path("w") / "a/hidden").exists() and (repo.path("w") / "README").exists()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a repository of somebody else's")
 def test_a_repository_of_somebody_else_is_refused(repo: Repo) -> None:
     subprocess.run(["chown", "-R", "65534:65534", str(repo.dir)], check=True)
@@ -1724,6 +1878,33 @@ def test_a_secret_command_is_stored_instead_of_the_value(repo: Repo) -> None:
     store.unlink()
     failed = repo.exec("echo ran")
     assert failed.code == 125 and failed.out == b"" and "TOKEN" in failed.said, failed
+
+
+def test_no_secret_lies_in_the_history_or_in_the_record_of_a_job_here(repo: Repo) -> None:
+    values = {"PLAIN": "hunter2-hunter2-XYZ", "QUOTE": "it's-a-secret-Q9", "LINES": "-----BEGIN KEY-----\nMIIEvQIBADANBgkqhkiG9w0B\n-----END KEY-----"}
+    for name, value in values.items():
+        assert repo.cli("secrets", "set", name, stdin=value.encode()).code == 0
+    assert repo.cli("secrets", "set", "MADE", "--command", "echo from-com''mand-C7-long").code == 0
+    said = [values["PLAIN"], values["QUOTE"], "from-command-C7-long", values["LINES"].split("\n")[1]]
+    assert repo.exec("echo", *said).code == 0
+    assert repo.exec(f"echo {said[0]}", options=["--detach"]).code == 0 and repo.exec("echo", *said, options=["--detach"]).code == 0
+    told = repo.cli("history").text + repo.cli("jobs").text
+    assert all(told.count(f"[secret {name}]") >= 2 for name in ("PLAIN", "QUOTE", "MADE", "LINES")), told
+    kept = b"".join(slurp(str(p)) for p in repo.site.state.rglob("*") if p.is_file() and not any("secrets" in part for part in p.parts))
+    for value in [*said, c.quote(said[1]), said[1].replace("'", "'\"'\"'")]:
+        assert value.encode() not in kept and json.dumps(value).encode() not in kept, value
+
+
+def test_secrets_that_were_not_given_or_are_too_large_are_refused(repo: Repo) -> None:
+    terminal = on_terminal(repo.site, "secrets", "set", "TOKEN", cwd=repo.dir)
+    terminal.expect(b"TOKEN")
+    until(lambda: not termios.tcgetattr(terminal._end)[3] & termios.ECHO, "the echo is off")
+    terminal.send(b"\x04")
+    assert terminal.wait() == 2 and b"No value was given" in terminal.output
+    path = repo.site.dir / "large"
+    path.write_bytes(b"A=1\n" + b"#\n" * (1 << 19) + b"B=2\n")
+    refused(repo.cli("secrets", "import", str(path)), 2, words="larger than")
+    assert repo.cli("secrets", "list").out == b""
 
 
 @pytest.mark.parametrize("name", ["", "1A", "A-B", "A B", "A=B", "a\nb", "Ü", "PATH", "IFS", "-x", "CMUX_WORKSPACE"])
@@ -2187,6 +2368,27 @@ def test_a_long_state_path_still_has_room_for_control_sockets(repo: Repo) -> Non
     assert (ran.code, ran.out, ran.err) == (0, BINARY, b"")
 
 
+def test_a_state_path_with_a_percent_sign_is_taken_as_it_is(repo: Repo) -> None:
+    """ssh expands %h and the like in a control path."""
+    env = {"CMUX_SSH_HOME": str(repo.site.dir / "a%hb%%c%d")}
+    assert [repo.exec("echo ok", env=env).out for _ in range(2)] == [b"ok\n", b"ok\n"]
+    assert len(repo.site.masters()) == 1 and sorted(p.name for p in repo.site.dir.glob("a*b*")) == ["a%hb%%c%d"]
+
+
+def test_what_is_remembered_of_a_host_outlives_no_clock_that_is_set_back(repo: Repo) -> None:
+    assert repo.exec("true").code == 0
+    for master in repo.site.masters():
+        kill(master.pid)
+    until(lambda: not repo.site.masters(), "the master is gone")
+    folder = next(p.parent for p in repo.site.state.rglob("probe"))
+    for name, more in (("down.json", {"count": 3}), ("profile.json", {"sessions": 0, "handshakes": 1})):
+        (folder / name).write_text(json.dumps({"version": 1, "until": time.time() + 300 * 86400, **more}))
+    for _ in range(2):
+        ran = repo.exec("true")
+        assert ran.code == 0 and ran.seconds < 10, ran
+    assert repo.site.masters(), "the host is held to refuse multiplexing"
+
+
 def test_two_aliases_of_one_address_do_not_share_a_connection(repo: Repo) -> None:
     site, used = repo.site, repo.site.dir / "used"
     site.host("one", "HostName 127.0.0.1", f"Port {site.port}")
@@ -2534,6 +2736,20 @@ def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(width: int,
     shown = lines[1].split()
     assert all(len(now) == len(was) or len(now) >= 15 and now.endswith("...") for now, was in zip(shown, cells)), shown
     assert c.table_lines([("A", "B"), cells[2:]], 1 << 16)[1].endswith(cells[3])
+
+
+def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    command = shlex.join([sys.executable, str(PROGRAM)])
+
+    def run(line: str) -> Answer:
+        done = subprocess.run(["bash", "-c", line.replace("CMUX", command)], cwd=str(repo.dir), env=repo.site.environment(), stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+        return Answer([line], done.returncode, done.stdout, done.stderr, 0)
+    for words in ("list", "new x", "secrets list"):
+        refused(run(f"mkdir x; cd x; rmdir ../x; CMUX {words}"), 1, 125, words="current directory has been removed")
+    for words in ("pull", "write f"):
+        refused(run(f"ulimit -f 0; CMUX {words}"), 1, words="temporary files")
 
 
 def test_an_output_pipe_closed_early_is_no_error_and_ends_the_command(shared: Repo) -> None:
@@ -3337,6 +3553,17 @@ def test_impossible_searches_are_refused(talker: Agent, tool: str, arguments: Di
     talker.refusal(tool, **arguments)
 
 
+def test_what_a_host_answers_to_a_search_is_read_in_linear_time() -> None:
+    """Two megabytes, for which a pattern with two ways to match would take days."""
+    size, began = c.SEARCH_MAX // 5, time.monotonic()
+    for data in (b"./" * size, b"./:1:" * size, b":" * size, b"./a" + b":1" * size, b"./x/\0" * size, b"\0" * size):
+        for null in (True, False):
+            assert sum(1 for _ in c.grep_rows(data, null)) <= size
+    assert time.monotonic() - began < PATIENCE
+    assert list(c.grep_rows(b"./a\nb\x003:x:4:y\n./c\x001:\nrest", True)) == [(b"a\nb", 3, b"x:4:y"), (b"c", 1, b"")]
+    assert list(c.grep_rows(b"./a:b:3:x:4:y\nnoise\n./c:1:\n./d:0\n", False)) == [(b"a:b", 3, b"x:4:y"), (b"c", 1, b"")]
+
+
 def test_grep_misses_nothing_without_saying_so(talker: Agent, area: Area) -> None:
     """Thousands of matches in files that the glob leaves out, and a few in those that it takes."""
     for n in range(4):
@@ -3504,6 +3731,24 @@ def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared
         assert state(talker, job) == ("exited", 3)
     finally:
         stranger.kill()
+        stranger.wait()
+
+
+def test_stop_of_a_finished_job_ends_nothing_of_a_stranger_that_cannot_be_looked_into(tmp_path: Path) -> None:
+    """Where there is no /proc, or it may not be read, the old pid alone would make a stranger's children ours."""
+    record = tmp_path / "j0123abcd"
+    record.mkdir()
+    stranger = subprocess.Popen(["sh", "-c", f"sleep {unique()} & wait"], start_new_session=True)
+    try:
+        child = until(lambda: descendants(stranger.pid), "it has a child")[0]
+        for name, text in (("pid", stranger.pid), ("exit", 0), ("out", "")):
+            (record / name).write_text(f"{text}\n")
+        header = c.shell_header("N" * 32, "run", c.script_records(c.STOP, str(record), record.name)).replace(b"/proc", b"/nowhere")
+        done = subprocess.run(["sh", "-c", c.BOOT[len("exec sh -c '"):-1].replace("/proc", "/nowhere")], input=header,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+        assert b"exited 0\n" in done.stdout and stranger.poll() is None and child.pid in [p.pid for p in descendants(stranger.pid)], done
+    finally:
+        os.killpg(stranger.pid, signal.SIGKILL)
         stranger.wait()
 
 
@@ -3756,7 +4001,7 @@ def test_batch_answers_every_line_also_the_bad_ones(shared: Repo) -> None:
               (b'{"id": "e12", "tool": "exec", "arguments": {"command": "true", "timeout": 0}}', "e12", False), (b'{"id": "e13", "tool": "exec", "arguments": {"command": "true", "cwd": "no/such"}}', "e13", False),
               (b'{"id": "e14", "tool": "exec", "arguments": {"command": "true", "env": {"A B": "x"}}}', "e14", False), (b'{"id": "e15", "tool": "exec", "arguments": {"command": ["a\\u0000b"]}}', "e15", False),
               (b'{"id": "e16", "tool": "exec", "arguments": {"command": "\\ud800"}}', "e16", False), (b'{"id": "e17", "tool": "exec", "arguments": {"command": "cat", "stdin": "\\ud800"}}', "e17", False),
-              (b'{"id": "e18", "tool": "exec", "arguments": {"command": "true", "env": {"A": null}}}', "e18", False), (b'{"id": "e19", "tool": "write", "arguments": {"path": "x", "content_base64": "!"}}', "e19", False),
+              (b'{"id": "e18", "tool": "exec", "arguments": {"command": "true", "env": {"A": null}}}', "e18", False), (b'{"id": "e22", "tool": "exec", "arguments": {"command": "true", "timeout": 1%s}}' % (b"0" * 400), "e22", False), (b'{"id": "e19", "tool": "write", "arguments": {"path": "x", "content_base64": "!"}}', "e19", False),
               (b'{"id": "e20", "tool": "write", "arguments": {"path": "x"}}', "e20", False), (b'{"id": "e21", "tool": "write", "arguments": {"path": "x", "content": "a", "content_base64": "YQ=="}}', "e21", False),
               (b'{"id": 1e999, "tool": "exec", "arguments": {"command": "true"}}', None, False), (b"", "no answer", True), (b"   ", "no answer", True)]
     ran = shared.cli("batch", stdin=b"\n".join(line for line, _, _ in lines))
@@ -3823,6 +4068,14 @@ def test_a_batch_whose_reader_is_gone_stops(shared: Repo, area: Area) -> None:
         talker.child.wait()
         for process in running(f"sleep {nap}"):
             kill(process.pid)
+
+
+def test_a_batch_whose_results_cannot_be_written_fails(shared: Repo) -> None:
+    lines = b"".join(json.dumps({"id": n, "tool": "exec", "arguments": {"command": "true"}}).encode() + b"\n" for n in range(3))
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, str(PROGRAM), "batch", "-w", "main"], cwd=str(shared.dir), env=shared.site.environment(), input=lines,
+                              stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 1 and b"No space left" in done.stderr and b"Traceback" not in done.stderr, done
 
 
 def test_batch_reads_no_further_ahead_than_it_must(shared: Repo, area: Area) -> None:
@@ -4021,6 +4274,26 @@ for act in (lambda: project.workspace("none"), lambda: project.workspace("../x")
         assert str(error).strip()
 print(*kinds)
 """) == "WorkspaceMissing UsageError UsageError GitFailed ConnectionFailed ToolFailed WorkspaceExists UsageError UsageError UsageError\n"
+
+
+def test_arguments_of_the_library_that_are_no_text_are_usage_errors(repo: Repo) -> None:
+    assert in_library(repo, r"""
+project = cmux_ssh.Project(".")
+w, bad = project.create("w", "box"), "x\ud800"
+acts = [lambda: w.exec(bad), lambda: w.exec(["echo", bad]), lambda: w.exec(["echo", 1]), lambda: w.exec("true", env={"A": bad}), lambda: w.exec("true", env={"A": 1}),
+        lambda: w.exec("true", cwd=bad), lambda: w.start(bad), lambda: w.write("x", bad), lambda: w.write(bad, "x"), lambda: w.read(bad), lambda: w.glob(bad),
+        lambda: w.grep(bad), lambda: w.edit(bad, [{"old": "a", "new": "b"}]), lambda: project.set_secret("A", bad), lambda: project.set_secret("A", 1),
+        lambda: project.create("v", "box", ref=bad), lambda: project.create("v", "box", root=bad), lambda: project.create(bad, "box")]
+for at, act in enumerate(acts):
+    try:
+        act()
+        print(at, "no error")
+    except (cmux_ssh.UsageError, cmux_ssh.GitFailed):
+        pass
+    except Exception as error:
+        print(at, repr(error))
+print(w.exec("printf %s", env={"A": "\udcff"}).exit_code, [j["job"] for j in w.jobs()])
+""") == "0 []\n"
 
 
 def test_a_wrong_host_does_not_spoil_the_name_of_a_workspace(repo: Repo) -> None:
@@ -4572,6 +4845,30 @@ def test_lying_exports_are_refused(lab: Lab, stream: List[bytes]) -> None:
     lab.refuse(stream)
 
 
+def test_the_whole_tree_is_looked_at_no_oftener_for_more_commits(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand commits on a tree of a hundred thousand files were hours."""
+    looks, real = [0], c.Shadow.listing
+
+    def listing(shadow: c.Shadow, tree: str) -> Iterator[Tuple[str, str, bytes]]:
+        looks[0] += 1
+        return real(shadow, tree)
+    monkeypatch.setattr(c.Shadow, "listing", listing)
+    seen = []
+    for count in (1, 9):
+        looks[0] = 0
+        lab.take(export(blob(1, b"x"), *(commit(n, b"M 100644 :1 new%d" % n, parent=b"from " + (b":%d" % (n - 1) if n > 2 else b"b" * 40)) for n in range(2, 2 + count))))
+        lab.git("update-ref", "-d", "refs/heads/cmux/x")
+        seen.append(looks[0])
+    assert seen[0] == seen[1], seen
+
+
+def test_names_that_collide_across_commits_are_refused(lab: Lab) -> None:
+    parts = [blob(1, b"x"), commit(2, b"M 100644 :1 new/a"), commit(3, b"M 100644 :1 other", parent=b"from :2")]
+    lab.refuse(export(*parts, commit(4, b"M 100644 :1 NEW/b", parent=b"from :3")))
+    tip, found = lab.take(export(*parts, commit(4, b"D new/a", b"M 100644 :1 NEW/b", parent=b"from :3")))
+    assert set(found) == {"NEW/b", "other"}  # one after the other is no collision
+
+
 def test_hostile_names_and_messages_become_harmless(lab: Lab) -> None:
     lab.take(export(commit(1, who="\x1b[31mEve <> 5 +0000".encode().replace(b"<>", b"<e\x1bve>"), message=b"\x1b]52;c;x\x07 \0 \xff\n")))
     raw = lab.git("cat-file", "commit", "cmux/x")
@@ -4637,6 +4934,7 @@ def endless(kind):
         elif kind == "commits":
             k = n * 100 - 99
             yield b"".join(t.commit(k + i, parent=b"from " + (b":%%d" %% (k + i - 1) if k + i > 1 else b"b" * 40), message=b"m" * 16000) for i in range(100))
+        elif kind == "merges": yield t.commit(1)[:-1] if n == 1 else (b"merge " + b"b" * 40 + b"\\n") * 3000
         elif kind == "line": yield b"reset " + b"x" * 131072
         elif kind == "blank": yield b"\\n" * 131072
         elif kind == "list": yield b"".join(b"./%%s/%%d\\0" %% (b"p" * 80, n * 1000 + i) for i in range(1000))
@@ -4652,7 +4950,7 @@ print("PEAK", peak // 1024, "MB of", before // 1024, "children", resource.getrus
 """
 
 
-@pytest.mark.parametrize("kind", ["blobs", "zeros", "paths", "commits", "line", "blank", "list", "tar"])
+@pytest.mark.parametrize("kind", ["blobs", "zeros", "paths", "commits", "merges", "line", "blank", "list", "tar"])
 def test_endless_streams_end_in_flat_memory(lab: Lab, kind: str) -> None:
     done = subprocess.run([sys.executable, "-c", MEMORY % (str(PROGRAM.parent), __file__, str(lab.dir)), kind],
                           stdout=subprocess.PIPE, timeout=200)
@@ -4896,6 +5194,20 @@ def test_pull_says_what_would_run_and_what_leaks(repo: Repo) -> None:
     assert terminal.wait() == 0 and b"git diff ...cmux/main; to take it: git merge cmux/main" in terminal.output, terminal.output
 
 
+def test_pull_refuses_hooks_reached_by_a_link_above_them_and_shows_names_in_one_line(repo: Repo) -> None:
+    repo.write("tools/hooks/x", b"1")
+    repo.commit()
+    assert repo.cli("secrets", "set", "TOKEN", stdin=b"s3cr3t-s3cr3t").code == 0
+    work(repo)
+    do(repo, "printf %s \"$TOKEN\" >'a\ncmux_ssh.py: all is well.'")
+    pulled = repo.cli("pull")
+    assert pulled.code == 0 and "holds the secret TOKEN" in pulled.said and not re.search("^cmux_ssh.py: all is well", pulled.said, re.M), pulled
+    repo.git("config", "core.hooksPath", "tools/hooks")
+    do(repo, "rm -r tools; mkdir -p evil/hooks; ln -s evil tools; echo x >evil/hooks/post-checkout")
+    refused(repo.cli("pull"), 1, words="runs hooks from there")
+    assert repo.cli("pull", "--allow").code == 0
+
+
 def test_pull_from_a_malicious_repository_of_ones_own_runs_nothing(repo: Repo) -> None:
     trap = repo.site.dir / "trap"
     script = repo.site.dir / "evil.sh"
@@ -4996,6 +5308,15 @@ def test_a_delta_sends_only_what_changed(site: Site) -> None:
     assert repo.cli("new", "-H", "far", "--ref", "HEAD~3", "again").code == 0
 
 
+def test_a_file_with_the_name_of_our_list_of_deletions_travels(site: Site) -> None:
+    repo = Repo(site, files={".cmux-gone": b"README\n", **{f"f{n}": b"%d" % n for n in range(20)}})
+    assert repo.cli("new", "-H", "box", "a").code == 0
+    repo.write("f1", b"new")
+    repo.commit()
+    assert repo.cli("new", "-H", "box", "b").code == 0  # else as a delta
+    assert tree_of(repo.path("b")) == repo.tree()
+
+
 def test_fork_and_rename(repo: Repo) -> None:
     work(repo)
     do(repo, AGENT + "echo c >>README; git commit -qam mine; echo u >untracked; ln -s README l")
@@ -5065,6 +5386,16 @@ def test_dirty_takes_the_work_tree_along_but_no_secrets(repo: Repo) -> None:
     assert repo.cli("pull").code == 0
     assert repo.git("show", "cmux/main:README") == "edited\nagent"
     assert (repo.dir / ".git/index").read_bytes() == index
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_dirty_says_which_directory_is_a_repository_of_its_own(repo: Repo, empty: bool) -> None:
+    inner = Repo(repo.site, "project/in ner")
+    if empty:
+        inner.git("update-ref", "-d", "HEAD")
+    refused(repo.cli("new", "--dirty", "-H", "box", "w"), 1, words="'in ner' is a repository of its own. Let .gitignore cover it")
+    repo.write(".gitignore", b"in ner/\n")
+    assert repo.cli("new", "--dirty", "-H", "box", "w").code == 0
 
 
 def test_fork_and_rename_survive_being_killed(repo: Repo) -> None:
@@ -6470,6 +6801,15 @@ def test_mcp_a_secret_over_the_border_of_two_pages_of_an_ended_job_is_masked(sit
         assert "[secret TOKEN]\nEND" in client("logs", job=job, offset=int(offset.group(1)))
         inside = client("logs", job=job, offset=c.MCP_ROOM)
         assert value[-12:] not in inside and "END" in inside
+
+
+def test_a_part_of_a_long_secret_is_found_in_linear_time() -> None:
+    value = b"x" * 100_000 + b"y"
+    assert c.overlap(b"x" * 99_000 + b"z", value, False) == 0 and c.overlap(b"x" * 99_000 + b"yz", value, True) == 99_001
+    for data, secret in ((b"..abab", b"ababc"), (b"aab", b"aabaac"), (b"aabaa", b"aabaac"), (b"abcab", b"abcabd"), (b"", b"abc"), (b"c", b"abc"), (b"xabca", b"abca")):
+        for first in (False, True):
+            sizes = [n for n in range(1, min(len(secret), len(data) + 1)) if (data[:n] == secret[-n:] if first else data[-n:] == secret[:n])]
+            assert c.overlap(data, secret, first) == max(sizes, default=0), (data, secret, first)
 
 
 def test_mcp_a_secret_with_colour_codes_in_it_is_masked(site: Site) -> None:
