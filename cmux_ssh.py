@@ -2572,10 +2572,13 @@ class DirectSession(Session):
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
         words, heard = read_log(self._log)
-        if begun or not self._done or AFTER_LOGIN.search(words):
-            return super().failure(begun, sent)
-        if not words.strip() and self._process.poll() not in (None, 255):
+        silent, status = not words.strip(), self._process.poll()
+        if silent and self._done and not begun and status is not None and 0 <= status < 255:
             return RemoteShellFailed(self.host)
+        # What ends it after the login, ssh often tells on stderr alone, among what is taken for login noise. (What ends
+        # it before the server has said a word, a proxy perhaps, is not told either.)
+        if begun or not self._done or AFTER_LOGIN.search(words) or (silent and (heard or not proxy_of(self._config))):
+            return super().failure(begun, sent)
         error = failure_in(words, heard, self._config)
         if not isinstance(error, ConnectionDropped):  # again() reports those
             self._report(error)
@@ -9851,8 +9854,6 @@ def open_standard_streams() -> None:
             os.fstat(fd)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_RDWR if fd else os.O_WRONLY), fd)
-    if sys.stderr is None:
-        sys.stderr = open(2, "w", closefd=False)
 
 
 def report_error(error: CmuxError) -> None:

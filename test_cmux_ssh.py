@@ -1259,13 +1259,22 @@ def test_a_line_cut_in_mid_command_is_a_lost_line(repo: Repo) -> None:
     assert repo.exec("echo again", host="far").out == b"again\n"
 
 
-def gated(site: Site, name: str, *options: str) -> Tuple[Path, Path]:
+def ssh_without_masters(site: Site) -> str:
+    shim = site.dir / "ssh-no-mux"
+    shim.write_text(f'#!/bin/sh\nfor a in "$@"; do case $a in -M|-MN|ControlMaster=yes|ControlMaster=auto)\n'
+                    f'echo "command-line line 0: Unsupported option ControlMaster" >&2; exit 255;; esac; done\n'
+                    f'exec {program("ssh")} -F {site.config} "$@"\n')
+    shim.chmod(0o755)
+    return str(shim)
+
+
+def gated(site: Site, name: str) -> Tuple[Path, Path]:
     """A daemon whose login, while the first of two files is there, waits for it to go and makes the second: the session
     is there and no shell has read anything yet."""
     gate, waits, login = site.dir / "gate", site.dir / "waits", site.dir / f"login-{name}"
     login.write_text(f'#!/bin/sh\n[ ! -e {gate} ] || : >{waits}\nwhile [ -e {gate} ]; do sleep 0.05; done\nexec sh -c "$SSH_ORIGINAL_COMMAND"\n')
     login.chmod(0o755)
-    site.daemon(name, f"ForceCommand {login}", *options)
+    site.daemon(name, f"ForceCommand {login}")
     return gate, waits
 
 
@@ -1283,11 +1292,12 @@ def sent_whole(line: Line, more: int) -> None:
 @pytest.mark.parametrize("how", ["exec", "job", "one connection each"])
 def test_a_command_that_was_sent_may_have_begun_and_runs_no_second_time(site: Site, how: str) -> None:
     """The line is lost before the host's first word about it comes back."""
-    gate, waits = gated(site, "slow", *(["MaxSessions 1"] if how == "one connection each" else []))
+    gate, waits = gated(site, "slow")
     line, repo, log = site.line("far", to="slow"), Repo(site), site.dir / "ran"
-    assert repo.cli("new", "-H", "far", "main").code == 0 and repo.exec("true", host="far").code == 0
+    env = {"CMUX_SSH_COMMAND": ssh_without_masters(site)} if how == "one connection each" else {}
+    assert repo.cli("new", "-H", "far", "main", env=env).code == 0 and repo.exec("true", host="far", env=env).code == 0
     gate.touch()
-    child = repo.start("exec", "--json", *(["--detach"] if how == "job" else ["-n"]), "-w", "main", "--", f"echo run >>{log}; : {'x' * 50000}")
+    child = repo.start("exec", "--json", *(["--detach"] if how == "job" else ["-n"]), "-w", "main", "--", f"echo run >>{log}; : {'x' * 50000}", env=env)
     sent_whole(line, 50000)
     assert waits.exists()
     line.trap = ("down", 0, lambda: (until(log.exists, "it runs"), line.drop()))  # which holds back the answer
@@ -1508,12 +1518,7 @@ def test_a_process_that_was_waited_for_is_not_killed(monkeypatch: pytest.MonkeyP
 
 def test_a_client_without_multiplexing_works(repo: Repo) -> None:
     """An ssh that knows no masters: the calls take one connection each."""
-    shim = repo.site.dir / "ssh-no-mux"
-    shim.write_text(f'#!/bin/sh\nfor a in "$@"; do case $a in -M|-MN|ControlMaster=yes|ControlMaster=auto)\n'
-                    f'echo "command-line line 0: Unsupported option ControlMaster" >&2; exit 255;; esac; done\n'
-                    f'exec {program("ssh")} -F {repo.site.config} "$@"\n')
-    shim.chmod(0o755)
-    ran = repo.exec("cat; exit 4", stdin=BINARY, env={"CMUX_SSH_COMMAND": str(shim)})
+    ran = repo.exec("cat; exit 4", stdin=BINARY, env={"CMUX_SSH_COMMAND": ssh_without_masters(repo.site)})
     assert (ran.code, ran.out, ran.err) == (4, BINARY, b"")
 
 
@@ -3736,19 +3741,20 @@ def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared
 
 def test_stop_of_a_finished_job_ends_nothing_of_a_stranger_that_cannot_be_looked_into(tmp_path: Path) -> None:
     """Where there is no /proc, or it may not be read, the old pid alone would make a stranger's children ours."""
-    record = tmp_path / "j0123abcd"
+    record, nap = tmp_path / "j0123abcd", unique()
     record.mkdir()
-    stranger = subprocess.Popen(["sh", "-c", f"sleep {unique()} & wait"], start_new_session=True)
+    stranger = subprocess.Popen(["sh", "-c", f"setsid sleep {nap} & wait"], start_new_session=True)
     try:
-        child = until(lambda: descendants(stranger.pid), "it has a child")[0]
+        child = until(lambda: running(f"sleep {nap}"), "it has a child")[0]
         for name, text in (("pid", stranger.pid), ("exit", 0), ("out", "")):
             (record / name).write_text(f"{text}\n")
         header = c.shell_header("N" * 32, "run", c.script_records(c.STOP, str(record), record.name)).replace(b"/proc", b"/nowhere")
         done = subprocess.run(["sh", "-c", c.BOOT[len("exec sh -c '"):-1].replace("/proc", "/nowhere")], input=header,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
-        assert b"exited 0\n" in done.stdout and stranger.poll() is None and child.pid in [p.pid for p in descendants(stranger.pid)], done
+        assert b"exited 0\n" in done.stdout and stranger.poll() is None and running(f"sleep {nap}"), done
     finally:
-        os.killpg(stranger.pid, signal.SIGKILL)
+        kill(child.pid)
+        stranger.kill()
         stranger.wait()
 
 
