@@ -1761,15 +1761,13 @@ def temporary_folder() -> str:
 def spool(data: bytes) -> IO[bytes]:
     """A temporary file that holds ``data``, about to be read. Raises StateFailed."""
     import tempfile
-    folder = temporary_folder()
     try:
-        stream = tempfile.TemporaryFile(dir=folder)
+        stream = tempfile.TemporaryFile(dir=temporary_folder())
         stream.write(data)
         stream.seek(0)
         return stream
     except OSError as error:
-        raise StateFailed("Cannot write in %s: %s." % (show(folder), os.strerror(error.errno or 0)),
-                          "Make room, or set TMPDIR to another.")
+        raise StateFailed("Cannot write a temporary file: %s." % os.strerror(error.errno or 0), "Make room, or set TMPDIR.")
 
 
 def remove_leftovers(path: str) -> None:
@@ -3644,10 +3642,9 @@ class Host:
 
     def silent(self, sent: bool) -> HostError:
         """The error for a host that took the session, perhaps what was ``sent`` too, and said nothing."""
-        text, hint = "%s accepted the session, but no shell answered in %d seconds.", "Look at its login shell's start-up files."
-        if sent:
-            return HostSilent(text % (self.name, START_PATIENCE), hint + " The command may still run there.", self.name)
-        return ConnectionFailed(text % (self.name, START_PATIENCE), hint, self.name)
+        kind, more = (HostSilent, " The command may still run there.") if sent else (ConnectionFailed, "")
+        return kind("%s accepted the session, but no shell answered in %d seconds." % (self.name, START_PATIENCE),
+                    "Look at its login shell's start-up files." + more, self.name)
 
     def run(self, records: bytes, directory: str, stdout: Callable[[bytes], Any],
             stderr: Callable[[bytes], Any], source: Optional[Source] = None,
@@ -4040,10 +4037,8 @@ class Repository:
         """The error where it is a repository in the work tree, no submodule, that add does not take."""
         found = [row.partition(b"\t")[2] for row in shadow.records("ls-files", "-s", "-z") if row.startswith(b"160000 ")]
         found += [path for path in shadow.records(*here, "ls-files", "-o", "--exclude-standard", "-z") if path.endswith(b"/")]
-        for path in sorted(set(found) - set(links)):
-            return GitFailed("%s is a repository of its own." % show(path.decode("utf-8", "replace").rstrip("/")),
-                             "Let .gitignore cover it, or make it a submodule.")
-        return None
+        path = min(set(found) - set(links), default=b"").decode("utf-8", "replace").rstrip("/")
+        return GitFailed("%s is a repository of its own." % show(path), "Let .gitignore cover it, or make it a submodule.") if path else None
 
     def hooks_inside(self) -> str:
         """The hooks directory relative to the work tree, if a core.hooksPath lies in it; or ""."""
@@ -6800,14 +6795,12 @@ JSON_TYPES: Dict[str, Tuple[type, ...]] = {
     "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "array": (list,), "object": (dict,)}
 
 
-def check_text(value: object, name: str) -> None:
+def check_text(value: object) -> None:
     """Raise UsageError for text that has no bytes: a lone surrogate, as JSON can spell it."""
-    try:
-        encoded(value if isinstance(value, str) else "")
-    except UsageError:
-        raise UsageError("The argument %s holds a lone surrogate, which is no text." % name)
+    if isinstance(value, str):
+        encoded(value)
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else []:
-        check_text(part, name)
+        check_text(part)
 
 
 class Tool:
@@ -6835,7 +6828,7 @@ class Tool:
                 raise UsageError("The argument %s of %s must be %d or more." % (name, self.name, least))
             if isinstance(value, (int, float)) and not abs(value) < 1e15:
                 raise UsageError("The argument %s of %s is too large." % (name, self.name))
-            check_text(value, name)
+            check_text(value)
         for param in self.params:
             if param.required and param.name not in arguments:
                 raise UsageError("%s needs the argument %s." % (self.name, param.name))
@@ -6845,13 +6838,12 @@ class Tool:
 def tool_exec(workspace: WorkspaceBase, cancel: Optional[Cancel], command: Union[str, List[str]], timeout: Optional[float] = None,
               cwd: str = "", env: Optional[Dict[str, Any]] = None, stdin: Optional[str] = None,
               background: bool = False, tee: Optional[Callable[[bytes], Any]] = None) -> Dict[str, Any]:
-    variables = env or {}
     if background:
         if stdin is not None or timeout is not None:
             raise UsageError("A background command takes neither stdin nor timeout.")
-        return {"job": start_job(workspace, command, cwd, env=variables, cancel=cancel)}
+        return {"job": start_job(workspace, command, cwd, env=env, cancel=cancel)}
     data = None if stdin is None else stdin.encode("utf-8", "surrogateescape")
-    result = workspace.exec(command, timeout, cwd, variables, data, limit=TOOL_CAPTURE, cancel=cancel, tee=tee)
+    result = workspace.exec(command, timeout, cwd, env, data, limit=TOOL_CAPTURE, cancel=cancel, tee=tee)
     return json_fields(result.as_dict())
 
 
