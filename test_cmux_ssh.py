@@ -4444,7 +4444,7 @@ def test_what_is_raised_is_public(source: Source) -> None:
     family = [kind for kind in (getattr(c, node.name, None) for node in source.find(ast.ClassDef)) if isinstance(kind, type) and issubclass(kind, c.CmuxError)]
     assert len(family) > 20
     public = {kind for kind in family if kind.__name__ in c.__all__} - {c.CmuxError}
-    assert [kind.__name__ for kind in family if not public & set(kind.__mro__) and kind is not c.CmuxError] == ["PipeClosed", "ProtocolError"]
+    assert [kind.__name__ for kind in family if not public & set(kind.__mro__) and kind is not c.CmuxError] == ["PipeClosed", "OutputFailed", "ProtocolError"]
 
 
 # === The README ===
@@ -5576,7 +5576,7 @@ def test_a_workspace_outlives_the_submodule_and_the_content_it_was_made_of(site:
     assert refused.code == 1 and "submodule" in refused.said and "Traceback" not in refused.said, refused
     assert family.cli("rm", "main").code == 1 and family.cli("rm", "main", "--force").code == 0
     made = family.cli("new", "-H", "box", "next")
-    assert made.code == 0 and "2 submodules that are not" in made.said and "5 LFS files" in made.said, made
+    assert made.code == 0 and "2 submodules not checked out" in made.said and "5 LFS files" in made.said, made
     assert "Nothing new" in family.cli("pull", "-w", "next").text
     moved = family.cli("push", "-w", "next")
     assert "already" in moved.text, moved
@@ -5750,7 +5750,8 @@ def settled(site: Site) -> None:
     until(lambda: not busy(), "nothing of ours runs on the host")
     stages = [p for p in site.remote.glob("*/cmux/.cmux/stage/*") if not p.name.endswith(".off")]
     here = [p for p in site.state.rglob("*") if re.search(r"\.new$|\.(name|tree)\.[^/]*lock$|/log\.d|\.running/", str(p))]
-    assert stages == [] and here == [] and list(site.tmp.iterdir()) == []
+    probes = re.compile(r"[a-z0-9_]{8}\Z")  # what Python's tempfile leaves when it is killed while it looks for a place
+    assert stages == [] and here == [] and [p for p in site.tmp.iterdir() if not probes.match(p.name)] == []
 
 
 def registry(repo: Repo) -> Dict[str, Any]:
