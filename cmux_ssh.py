@@ -559,12 +559,10 @@ def encoded(value: object) -> bytes:
     """The bytes of an argument. Raises UsageError for what has none."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value)
-    if not isinstance(value, str):
-        raise UsageError("An argument is of type %s, not text." % type(value).__name__)
     try:
-        return value.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        raise UsageError("An argument holds a lone surrogate, which is no text.")
+        return str.encode(value, "utf-8", "surrogateescape")  # type: ignore[arg-type]
+    except (TypeError, UnicodeEncodeError):
+        raise UsageError("An argument is of type %s, or holds a lone surrogate: that is no text." % type(value).__name__)
 
 
 def bytes_field(name: str, data: bytes) -> Dict[str, str]:
@@ -1144,8 +1142,7 @@ _cremove() {
 
 # GUARD: the lifeline of a command whose own stdin streams. Reads the pid of the command's
 # wrapper, then waits; a line "." lets go, end of file ends the tree, and has the wrapper say so: a
-# guard that was lost alone must not pass for the command's own end. Replies confirmed or left: also
-# where neither the wrapper nor a /proc is there by which to find what it may have left.
+# guard lost alone must not pass for the command's own end. Replies confirmed, or left (or nothing to tell by).
 GUARD = r"""
 _cop() {
   _cR=-
@@ -2573,8 +2570,7 @@ class DirectSession(Session):
         silent, status = not words.strip(), self._process.poll()
         if silent and self._done and not begun and status is not None and 0 <= status < 255:
             return RemoteShellFailed(self.host)
-        # What ends it after the login, ssh often tells on stderr alone, among what is taken for login noise. (What ends
-        # it before the server has said a word, a proxy perhaps, is not told either.)
+        # What ends it after the login, ssh often tells on stderr alone: login noise. A proxy's early end it never tells.
         if begun or not self._done or AFTER_LOGIN.search(words) or (silent and (heard or not proxy_of(self._config))):
             return super().failure(begun, sent)
         error = failure_in(words, heard, self._config)
@@ -5524,7 +5520,6 @@ class WorkspaceBase:
             outcome = self.run(command, sinks[0], sinks[1], source, cwd, env, login, timeout, cancel)
         return exec_result(self, outcome, out, err, began)
 
-
     @logged("shell")
     def shell(self) -> Optional[int]:
         """The user's login shell there, on this terminal; its exit status, None if it was cut off.
@@ -6824,10 +6819,8 @@ class Tool:
                             and not all(isinstance(word, str) for word in value)):
                 raise UsageError("The argument %s of %s must be %s." % (name, self.name, " or ".join(kinds)))
             least = known[name].least
-            if least is not None and not least <= value:
-                raise UsageError("The argument %s of %s must be %d or more." % (name, self.name, least))
-            if isinstance(value, (int, float)) and not abs(value) < 1e15:
-                raise UsageError("The argument %s of %s is too large." % (name, self.name))
+            if isinstance(value, (int, float)) and not (-1e15 if least is None else least) <= value < 1e15:
+                raise UsageError("The argument %s of %s must be %d or more, and below 10^15." % (name, self.name, least or 0))
             check_text(value)
         for param in self.params:
             if param.required and param.name not in arguments:
@@ -7211,8 +7204,7 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
         data, value = data[:len(value)][::-1], value[::-1]
     at = data.find(value[:1], max(0, len(data) - len(value) + 1))
     tail = data[at:] if at >= 0 else b""
-    most, size, borders = len(tail), 0, [0]
-    text = value[:most] + tail
+    most, size, borders, text = len(tail), 0, [0], value[:len(tail)] + tail
     for at in range(1, len(text)):  # by Knuth, Morris and Pratt: the host may repeat the beginning of a long secret
         size = size if at != most else 0
         while size and value[size] != text[at]:
