@@ -5275,16 +5275,20 @@ class Creation:
         if "nogit" in reply.lines():
             self.report.warn("git failed on %s; the workspace %s is not a repository." % (self.host.name, self.name))
         self._record(entry)
-        place = [self.host.name, root]
-        self.project.registry.update(lambda record: record.update(places=[place] + [
-            other for other in record.get("places", []) if other != place][:PLACES_KEPT]))
         if hook:
             self._run_init(self.project.kind(self.project, self.name, entry), entry)
         made: WorkspaceBase = self.project.kind(self.project, self.name, entry)
         return made
 
     def _record(self, entry: Dict[str, Any]) -> None:
-        self.project.registry.update(lambda record: record["workspaces"].update({self.name: dict(entry)}))
+        place = [self.host.name, entry["root"]]
+
+        def put(record: Dict[str, Any]) -> None:
+            record["workspaces"][self.name] = dict(entry)
+            if entry["state"] == "ready":
+                others = [other for other in record.get("places", []) if other != place]
+                record["places"] = [place] + others[:PLACES_KEPT]
+        self.project.registry.update(put)
 
     def with_base(self, use: Callable[[], Reply]) -> Reply:
         """Run ``use``; where the host lacks the base (21), upload it first."""
@@ -8355,7 +8359,7 @@ class Bench:
         space.write("ten", data)
         changes = itertools.cycle((("e\n", "f\n"), ("f\n", "e\n")))
         for work, bar, plain, ours in (
-                ("exec of an argv", self.warm_bar("0.25", "1.05"), lambda: self.ssh(self.over, "true"), lambda: space.exec(["true"])),
+                ("exec of an argv", self.warm_bar("0.25", "1.05"), lambda: self.ssh(self.over, "/bin/true"), lambda: space.exec(["/bin/true"])),
                 ("exec of a shell line", self.warm_bar("0.25", "1.05"), lambda: self.ssh(self.over, "true"), lambda: space.exec("true")),
                 ("read 10 kB", self.warm_bar("0.3", "1.1"), lambda: self.ssh(self.over, "cat %s" % quote(path)), lambda: space.read("ten")),
                 ("write 10 kB", "", lambda: self.ssh_with("cat >%s" % quote(path + ".p"), ten), lambda: space.write("ten", data)),
