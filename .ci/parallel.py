@@ -131,7 +131,7 @@ def as_told(session, items, orders, reports):
     for channel in (orders, reports):
         os.set_inheritable(channel, False)
     with open(orders, "rb") as told, open(reports, "wb") as out:
-        following = map(names.get, read_all(told))
+        following = (name and names[name] for name in read_all(told))  # KeyError: a name that is another in each process
         item = next(following, None)
         while item:
             after = next(following, None)
