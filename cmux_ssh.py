@@ -2147,6 +2147,7 @@ FAILURES: Tuple[Tuple[str, Type[HostError], str, str], ...] = (
 # for two things. The words with which OpenSSH 9.8 and later turn an address away, and servers that
 # end the whole connection when sessions come and go at once (Dropbear's issues 173, 321).
 TURNED_AWAY = re.compile(rb"banner line \d+: Not allowed at this time\Z")
+DISCONNECT = b"Received disconnect from "
 AFTER_LOGIN = re.compile(rb"(?m)^(Read from remote host |Connection to .* closed by remote host|client_loop: |Timeout, server )")
 BREAKS_WHEN_SHARED = re.compile(rb"remote software version dropbear_20(22\.8[23]|24\.8[45])\b")
 
@@ -2272,10 +2273,11 @@ def forget_key(config: SSHConfig, words: str) -> str:
 
 def read_log(path: str) -> Tuple[bytes, List[bytes]]:
     """(ssh's own words, what the server said of itself). Only the former may be believed: the server
-    can say "Host key verification failed" too."""
+    can say "Host key verification failed" too, also in its reason for a disconnect, ssh's last words."""
     own: List[bytes] = []
-    heard: List[bytes] = []
-    for line in (read_bytes(path, STATE_MAX) or b"").split(b"\n"):
+    words, away, reason = (read_bytes(path, STATE_MAX) or b"").partition(DISCONNECT)
+    heard = [away + reason] if away else []
+    for line in words.split(b"\n"):
         said = re.match(rb"debug1: \S*kex_exchange_identification\(\):\d+ \([^()]*\): (.*)", line)
         (heard if said else own).append(said.group(1) if said else line)
     return b"\n".join(line for line in own if not line.startswith(b"debug1: ")), heard
@@ -2283,6 +2285,12 @@ def read_log(path: str) -> Tuple[bytes, List[bytes]]:
 
 def failure_in(words: bytes, heard: List[bytes], config: SSHConfig) -> HostError:
     """Why a connection failed, from read_log()."""
+    reason = heard[0] if heard and heard[0].startswith(DISCONNECT) and not words.strip() else b""
+    if b"Too many authentication failures" in reason:
+        words = b"Permission denied"
+    elif reason:
+        return ConnectionFailed("%s ended the connection: %s." % (config.host, show(reason.decode("utf-8", "replace"), 200)),
+                                "Look closer: %s." % look_into(config.host), config.host)
     if not words.strip() and proxy_of(config):
         words = b"banner exchange"  # it ended before ssh spoke to it, which ssh keeps to itself
     error = classify(words, config.host, config)

@@ -1659,6 +1659,29 @@ def test_a_changed_host_key_is_refused_even_where_checking_is_off(site: Site) ->
     assert "Accepted publickey" not in site.log("mitm") and site.known_hosts.read_bytes() == before
 
 
+@pytest.mark.parametrize("text", [b"REMOTE HOST IDENTIFICATION HAS CHANGED", b"x\nHost key verification failed.", b"Could not resolve hostname"])
+def test_what_a_server_says_as_it_disconnects_is_not_taken_for_sshs_own_word(repo: Repo, text: bytes) -> None:
+    body = b"\x01" + struct.pack(">II", 2, len(text)) + text + struct.pack(">I", 0)
+    pad = 8 - (len(body) + 5) % 8 + 8
+
+    def serve(door: socket.socket) -> None:
+        while True:
+            try:
+                with door.accept()[0] as peer:
+                    peer.sendall(b"SSH-2.0-x\r\n")
+                    peer.recv(9999)
+                    peer.sendall(struct.pack(">IB", len(body) + 1 + pad, pad) + body + b"\0" * pad)
+                    peer.recv(9999)
+            except OSError:
+                return
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        door.listen(9)
+        threading.Thread(target=serve, args=(door,), daemon=True).start()
+        ran = repo.exec("true", host=repo.site.host("rude", "HostName 127.0.0.1", f"Port {door.getsockname()[1]}"))
+    assert ran.code == 255 and "ended the connection" in ran.said and "keygen" not in ran.said and "does not resolve" not in ran.said, ran
+
+
 def test_an_unknown_host_key_is_refused_with_what_to_do_and_nothing_is_recorded(site: Site) -> None:
     repo, empty = Repo(site), site.dir / "no_known_hosts"
     empty.touch()
