@@ -622,7 +622,7 @@ _ctab() {
   if [ -r /proc/self/stat ]; then
     for f in /proc/[0-9]*; do
       l=; while IFS= read -r x; do l=$l$x; done <"$f/stat";
-      set -- ${l##*) }; [ $# -gt 9 ] && echo "${f#/proc/} $2 $3 $4 $1";
+      set -- ${l##*")" }; [ $# -gt 9 ] && echo "${f#/proc/} $2 $3 $4 $1";
     done;
   else
     ps -A -o pid= -o ppid= -o pgid= -o pgid= -o stat=;
@@ -722,8 +722,8 @@ trap "" PIPE;
 AHEAD_TEXT = r"""
 unset TMOUT; exec 3<&0 4>&2 5>&1 2>/dev/null;
 { exec 6>&1 >&5 3<&- 5>&-; _cs=; trap "_cs=stop" USR1;
-  if command -v setsid >/dev/null; then ( exec setsid sh -c "$0 $1" cmux 2>&4 4>&- ); _cr=$?;
-  else set -m; ( exec sh -c "$0 $1" cmux 2>&4 4>&- ); _cr=$?; fi;
+  if command -v setsid >/dev/null; then ( exec setsid sh -c "$0 $1" cmux 2>&4 4>&- 6>&6 ); _cr=$?;
+  else set -m; ( exec sh -c "$0 $1" cmux 2>&4 4>&- 6>&6 ); _cr=$?; fi;
   echo "end $_cr $_cs" >&6;
 } | {
   IFS=" " read -r _ck _cR _ci _cN _cl; [ "$_ck" = go ] || exit; _cw=;

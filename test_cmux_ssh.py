@@ -1362,6 +1362,61 @@ def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo: Repo) 
         other.communicate()
 
 
+@pytest.mark.parametrize("sh", ["dash", "bash", "mksh", "ksh", "busybox"])
+@pytest.mark.parametrize("setsid", [True, False])
+def test_a_session_opened_ahead_does_what_one_opened_for_a_command_does(tmp_path: Path, sh: str, setsid: bool) -> None:
+    """Its process waits for the header already in a session of its own; without ssh, under each sh."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "sh").write_text("#!%s\nexec %s \"$@\"\n" % (program("dash"), program(sh) + (" sh" if sh == "busybox" else "")))
+    (tools / "sh").chmod(0o755)
+    for name in ("ps", "grep", "sleep", "cat", "env") + (("setsid",) if setsid else ()):
+        (tools / name).symlink_to(program(name))
+    naps = [unique(), unique()]
+
+    def waiting() -> "subprocess.Popen[bytes]":
+        child = subprocess.Popen([str(tools / "sh"), "-c", c.BOOT_AHEAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                 env={"PATH": str(tools)}, start_new_session=True)
+        time.sleep(0.2)
+        return child
+
+    def ended(child: "subprocess.Popen[bytes]", header: bytes, rest: Optional[bytes] = None) -> Tuple[Optional[int], str]:
+        """Until both end marks; the client closes stdin then."""
+        out, err = c.Stream(child.stdout.fileno(), b"N" * 32, kept.append), c.Stream(child.stderr.fileno(), b"N" * 32, noise.append)  # type: ignore[union-attr]
+        child.stdin.write(header + (rest or b""))  # type: ignore[union-attr]
+        child.stdin.flush()  # type: ignore[union-attr]
+        if rest is not None:
+            child.stdin.close()  # type: ignore[union-attr]
+        while not out.ended and out.read():
+            pass
+        while not err.ended and err.read():
+            pass
+        child.stdin.close()  # type: ignore[union-attr]
+        child.wait(20)
+        child.stdout.close(), child.stderr.close()  # type: ignore[union-attr]
+        return out.status, out.stop
+
+    def command(words: Any, stdin: bool = False) -> bytes:
+        return c.shell_header("N" * 32, "run" + naps[0], c.record("_cd", "/") + c.record("A", "a\nb") + c.command_records(words, False, stdin))
+    kept: List[bytes] = []
+    noise: List[bytes] = []
+    line = ["sh", "-c", 'echo "$A $EDITOR"; echo oops >&2; env sleep %s >/dev/null 2>&1 & exit 7' % naps[1]]  # (ksh has a sleep of its own)
+    assert ended(waiting(), command(line)) == (7, "") and b"".join(kept) == b"a\nb true\n" and b"oops\n" in b"".join(noise)
+    until(lambda: running("sleep %s" % naps[1]), "what a command leaves behind lives on, as with ssh")
+    for process in running("sleep %s" % naps[1]):
+        kill(process.pid)
+    kept.clear()
+    assert ended(waiting(), command(["cat"], True), b"streamed") == (0, "") and b"".join(kept) == b"streamed"
+    assert ended(waiting(), command(["no-such-program"]))[0] == 127
+    assert ended(waiting(), c.shell_header("N" * 32, "x", c.script_records("_cop() { cat; return 5; }")), b"in")[0] == 5
+    child = waiting()
+    assert ended(child, command(["sh", "-c", "env sleep %s & env sleep %s" % (naps[0], naps[0])]), b"") == (143, "confirmed")
+    gone("sleep %s" % naps[0])
+    child = waiting()  # given up without a header
+    child.communicate(b"", timeout=20)
+    gone(c.BOOT_AHEAD[9:60])
+
+
 def test_where_neither_the_wrapper_nor_proc_is_there_no_end_is_confirmed(tmp_path: Path) -> None:
     def guard(pid: object, proc: str) -> bytes:
         header = c.shell_header("N" * 32, "run", c.script_records(c.GUARD)) + b"%s\n" % str(pid).encode()
@@ -2794,8 +2849,8 @@ def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo: Repo
         return Answer([line], done.returncode, done.stdout, done.stderr, 0)
     for words in ("list", "new x", "secrets list"):
         refused(run(f"mkdir x; cd x; rmdir ../x; CMUX {words}"), 1, 125, words="current directory has been removed")
-    for words in ("pull", "write f"):
-        refused(run(f"ulimit -f 0; CMUX {words}"), 1, words="temporary files")
+    refused(run("ulimit -f 0; CMUX pull"), 1, words="temporary files")
+    assert run("ulimit -f 0; echo new | CMUX write f && CMUX read f").out == b"new\n"  # what is written needs none
 
 
 def test_an_output_pipe_closed_early_is_no_error_and_ends_the_command(shared: Repo) -> None:
