@@ -605,7 +605,7 @@ def human_size(count: float) -> str:
 # Needed there: POSIX sh and its standard utilities. Used where found: setsid, bash, git, /proc.
 #
 # The wire, all of it. One fixed command starts every session:  exec sh -c '<BOOT>'
-# and reads a header from its stdin, records of a name, a number of lines, and those lines:
+# (BOOT_AHEAD where it is to wait for its operation), and reads a header from its stdin, records of a name, a number of lines, and those lines:
 #   NAME n     an environment variable of the command (secrets travel so, and only so)
 #   _cX  n     a setting of the wrapper: N nonce, i run id, d directory, l lifeline, q how to
 #              run a shell line (-c, -lc), x the line, P the command's PATH
