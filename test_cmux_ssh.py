@@ -1387,10 +1387,12 @@ def test_a_session_opened_ahead_does_what_one_opened_for_a_command_does(tmp_path
         child.stdin.flush()  # type: ignore[union-attr]
         if rest is not None:
             child.stdin.close()  # type: ignore[union-attr]
-        while not out.ended and out.read():
-            pass
-        while not err.ended and err.read():
-            pass
+        patience = c.Deadline(20)
+        for stream in (out, err):
+            os.set_blocking(stream.fd, False)
+            while not stream.ended and stream.read():
+                assert not patience.over(), "no end mark"
+                time.sleep(0.002)
         child.stdin.close()  # type: ignore[union-attr]
         child.wait(20)
         child.stdout.close(), child.stderr.close()  # type: ignore[union-attr]
