@@ -2915,6 +2915,7 @@ class Masters(Launcher):
         self._gone: Dict[int, int] = {}        # how often each hung up during hello
         self._waiting = 0
         self._launching = 0
+        self._spared = False                   # a master for sessions ahead is being made, or could not be
 
     # -- sessions --
 
@@ -2954,11 +2955,14 @@ class Masters(Launcher):
         if self.profile()["sessions"] and not self._live():
             self._first_master(deadline, cancel)
 
-    def open_ahead(self, command: str) -> Optional[Session]:
+    def open_ahead(self, command: str, more: bool = False) -> Optional[Session]:
         """A session for later, only from the upper half of a live master's slots: the lower
-        half stays for those who have work now. None if there is none to spare."""
+        half stays for those who have work now. None if there is none to spare; with ``more`` one more
+        master is started for it first, while there are few."""
         sessions = self.profile()["sessions"]
         slot = self._try_slots(sessions // 2) if sessions > 1 else None
+        if slot is None and more and sessions > 1 and self._spare_master():
+            slot = self._try_slots(sessions // 2)
         if slot is None:
             return None
         try:
@@ -3090,7 +3094,7 @@ class Masters(Launcher):
                 if live == 0:
                     self._first_master(deadline, cancel)
                 elif self._may_launch(live, time.monotonic() - began > patience):
-                    self._one_more(deadline, cancel)
+                    self._one_more(cancel)
                 slot = self._try_slots()
                 if slot:
                     return slot
@@ -3181,7 +3185,7 @@ class Masters(Launcher):
         finally:
             lock.free()
 
-    def _one_more(self, deadline: Deadline, cancel: Optional[Cancel]) -> None:
+    def _one_more(self, cancel: Optional[Cancel]) -> bool:
         """Start one more master; that it cannot be is no failure, since others live, but no process
         tries again at once."""
         try:
@@ -3189,14 +3193,26 @@ class Masters(Launcher):
                 if not os.path.lexists(self._path(index)):
                     try:
                         if self.launch(index, Deadline(0), cancel):
-                            return
+                            return True
                     except HostError as error:
                         if not isinstance(error, ConnectionDropped):
                             self._remember_failure(error)
-                        return
+                        return False
+            return False
         finally:
             with self._mutex:
                 self._launching -= 1
+
+    def _spare_master(self) -> bool:
+        """One more master for sessions opened ahead, where other processes hold those of all that live.
+        Tried once: where it needs a person, each try would be a failed login."""
+        with self._mutex:
+            if self._spared or not 0 < len(self._live()) < MASTERS_PER_HOST // 2 or time.time() < self._failures()[1]:
+                return False
+            self._spared = True
+            self._launching += 1
+        self._spared = not self._one_more(None)
+        return not self._spared
 
 
 def look_closely(masters: Launcher, command: str) -> Tuple[int, str, bytes]:
@@ -3559,6 +3575,7 @@ class Host:
         self._warm = warm
         self._ready: List[Session] = []
         self._active = 0                  # operations that run now
+        self._resting = False             # closed: nothing is opened ahead before the next operation
         self._keeper: Optional[threading.Thread] = None
         self._wake = threading.Event()
         self._masters: Optional[Masters] = None
@@ -3631,7 +3648,7 @@ class Host:
     def open(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> Session:
         """A session that runs BOOT: one that waits ready, else a new one. done() gives it back."""
         with self._mutex:
-            self._active += 1
+            self._active, self._resting = self._active + 1, False
             while self._ready:
                 session = self._ready.pop()
                 if session.alive():
@@ -3664,7 +3681,7 @@ class Host:
             time.sleep(KEEPER_PAUSE)
             self._wake.clear()
             if not used:
-                self.close()
+                self._give_up()
                 while self.masters.sweep(0.5):
                     pass
                 with self._mutex:
@@ -3674,19 +3691,25 @@ class Host:
             try:
                 while self.masters.sweep(0.02) and not self._wake.is_set():
                     pass
-                while self._active == 0 and len(self._ready) < self._warm:
-                    session = self.masters.open_ahead(BOOT_AHEAD)
+                while self._active == 0 and not self._resting and len(self._ready) < self._warm:
+                    session = self.masters.open_ahead(BOOT_AHEAD, more=not self._ready)
                     if session is None:
                         break
                     with self._mutex:
                         self._ready.insert(0, session)
+                    if self._resting:
+                        self._give_up()
             except (CmuxError, OSError):
                 pass  # the next operation meets the same failure, and has somebody to tell
 
     def close(self) -> None:
-        """Give up the sessions that wait ready. Masters end by themselves when idle."""
+        """Give up the sessions that wait ready, until the next operation. Masters end by themselves when idle."""
+        self._give_up()
+        self._wake.set()  # the keeper frees the slots as the masters let go of them
+
+    def _give_up(self) -> None:
         with self._mutex:
-            ready, self._ready = self._ready, []
+            self._resting, ready, self._ready = True, self._ready, []
         for session in ready:
             session.close()
 

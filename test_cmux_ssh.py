@@ -4414,6 +4414,51 @@ def test_a_detached_command_in_a_workspace_that_is_gone_is_no_job(repo: Repo) ->
     assert answer.code == 125 and answer.out == b"" and answer.said, answer
 
 
+def test_a_second_process_has_sessions_waiting_too_on_a_master_more(repo: Repo) -> None:
+    """Sessions opened ahead take the upper half of a master's slots: the first process has them all. The next
+    starts one master more for its own, and both give them back at once when they are closed."""
+    assert in_library(repo, """
+first, second = cmux_ssh.Project("."), cmux_ssh.Project(".")   # as two processes: locks are of a file opened, not of a process
+first.create("main", "box")
+for project in (first, second):
+    host = project.workspace("main").host
+    deadline = time.monotonic() + 20
+    while len(host._ready) < 4 and time.monotonic() < deadline:
+        if not host._ready:
+            project.workspace("main").exec(["true"])
+        time.sleep(0.05)
+    print(len(host._ready), len(host.masters._live()))
+for project in (first, second):
+    host = project.workspace("main").host
+    host.close()
+    deadline = time.monotonic() + 10   # the keeper looks by itself after 20
+    while host.masters._held and time.monotonic() < deadline:
+        time.sleep(0.02)
+    print(len(host._ready), len(host.masters._held))
+""") == "4 1\n4 2\n0 0\n0 0\n"
+
+
+def test_no_master_is_added_for_sessions_ahead_where_none_can_be(repo: Repo) -> None:
+    """It is tried once: where logging in needs a person, each try is a failed login and its penalty."""
+    assert in_library(repo, """
+first, second = cmux_ssh.Project("."), cmux_ssh.Project(".")
+first.create("main", "box")
+until = time.monotonic() + 20
+host = first.workspace("main").host
+while len(host._ready) < 4 and time.monotonic() < until:
+    time.sleep(0.05)
+masters, tries = second.workspace("main").host.masters, []
+def refused(index, *rest, **more):
+    tries.append(index)
+    raise cmux_ssh.AuthenticationFailed("No.", host="box")
+masters.launch = refused
+for _ in range(5):
+    assert second.workspace("main").exec(["true"]).exit_code == 0
+    time.sleep(0.1)
+print(len(tries), len(second.workspace("main").host._ready), len(masters._live()))
+""") == "1 0 1\n"
+
+
 def test_a_line_that_is_lost_between_two_calls_of_the_library_is_not_noticed(repo: Repo) -> None:
     """The warm sessions are dead; the next calls open new ones, and none fails."""
     line = repo.site.line("far")
