@@ -116,6 +116,7 @@ LOG_MAX = 64 * 1024         # of ssh's own words that are read back
 CHUNK = 128 * 1024          # one read or write
 BULK_FROM = 256 * 1024      # an archive over this gets its own connection: a proxy was seen to
                             # cut a multiplexed 646 MB upload at 815,458 bytes without an error
+LARGE_FROM = 250            # files, of a kilobyte each at least, are over that: the connection is made at once
 FIRST_PIECE = 1024 * 1024   # of such an archive goes plain, to measure the line; half of ssh's window
 FAST_LINE = 20e6            # bytes a second from which the rest goes plain, too: at 30 MB/s gzip gains nothing
 GZIP_LEVEL = 4              # measured: level 1 leaves a fifth more to send, 6 takes twice the CPU for 6 %
@@ -828,12 +829,14 @@ _clist() {
 
 # CREATE root project name base op: make a workspace of a cached or just uploaded base.
 #   replies: root <path>; init, if there is a hook to run; made. Status 20: the name is taken;
-#   21: the base is not here. Called again with the same op after a lost line, it says made.
+#   21: the base is not here; it then names those that a delta may stand on, newest first (long chains end).
+#   Called again with the same op after a lost line, it says made.
 # A base is a directory bases/<id>: tree.tar as it came, git/ (a repository of one commit) where
 # the host has git. A kept tar is faster to unpack than a tree is to copy (0.53 s against 0.67 s
 # for 20,000 files), costs one inode, and can be checked at any time.
 # Files "big" from one byte on go into one pack as they are: a third of the time of a file for each object,
-# and a repository that is copied in a twentieth of it.
+# and a repository that is copied in a twentieth of it. MALLOC_: glibc else gives a buffer back to the kernel for each
+# file, a fifth of the time. No fsync (a pack has one, the tree itself has none).
 # mv onto an existing directory would move *into* it: that is looked for and undone.
 BASE = OPEN_ROOT + GIT_THERE + r"""
 _cgit() { # $1 directory of the tree, $2 directory of the base
@@ -844,9 +847,10 @@ _cgit() { # $1 directory of the tree, $2 directory of the base
     _cenv
     git init -q --template= . && git symbolic-ref HEAD refs/heads/main &&
     mkdir -p .git/info .git/hooks && echo "$raw" >.git/info/attributes &&
-    git config core.autocrlf false && git config core.trustctime false && git config core.checkStat minimal &&
-    git -c core.compression=0 -c core.bigFileThreshold=1 add -A -f . && x=$(git write-tree) && x=$(git commit-tree "$x" -m base) &&
-    git update-ref HEAD "$x" && git update-ref refs/cmux/base "$x" ) || { rm -rf "$1/.git"; return 1; }
+    printf '[core]\n\tautocrlf = false\n\ttrustctime = false\n\tcheckStat = minimal\n' >>.git/config &&
+    MALLOC_TRIM_THRESHOLD_=99999999 MALLOC_TOP_PAD_=9999999 git -c core.compression=0 -c core.bigFileThreshold=1 -c core.fsync=none add -A -f . &&
+    x=$(git write-tree) && x=$(git commit-tree "$x" -m base) &&
+    printf 'update %s %s\n' HEAD "$x" refs/cmux/base "$x" | git update-ref --stdin ) || { rm -rf "$1/.git"; return 1; }
   cp -R "$1/.git" "$2/git.$op" && mv "$2/git.$op" "$2/git" && { [ ! -d "$2/git/git.$op" ] || rm -rf "$2/git/git.$op"; }
 }
 _chas() { [ -f "$1/tree.tar" ] || { [ -f "$1/delta.tar" ] && [ -f "$1/parent" ] && _chas ".cmux/bases/$(cat "$1/parent")"; }; }
@@ -856,9 +860,10 @@ _cunpack() { # base destination: a whole tree, or the parent's with what is gone
   ( cd "$2" && while IFS= read -r f; do rm -rf "./$f"; while case $f in */*) ;; *) false;; esac; do f=${f%/*}; rmdir "./$f" 2>/dev/null || break; done; done <"$s/.cmux-gone"
     tar -xof "$root/$1/delta.tar" && rm -f .cmux-gone )
 }
+_cnear() { ( cd .cmux/bases && ls -t | while IFS= read -r f; do [ "$(cat "$f/depth" || echo 0)" -ge 6 ] || echo "base $f"; done | head -n 8 ); }
 _cget() { # -> $base is here
   if ! _chas "$base"; then
-    _chas "$s/base" || return 21
+    _chas "$s/base" || { _cnear; return 21; }
     rm -rf "$base"; mv "$s/base" "$base" || return 3
     if [ -d "$base/base" ]; then rm -rf "$base/base"; fi
   fi
@@ -924,14 +929,6 @@ _cop() {
   *) { [ ! -s "$f" ] || cat "$f"; _csave; } | ( umask 022; cd "$s/tree" && tar -xof -; r=$?; cat >/dev/null; exit $r );;
   esac || { rm -rf "$s"; return 4; }
   cksum <"$f"
-}
-"""
-
-# BASES root: the ids of the bases that a delta may stand on, newest first. Long chains end.
-BASES = OPEN_ROOT + r"""
-_cop() {
-  _croot "$1" && cd .cmux/bases || return
-  ls -t | while IFS= read -r f; do [ "$(cat "$f/depth" || echo 0)" -ge 6 ] || echo "$f"; done | head -n 8
 }
 """
 
@@ -2902,8 +2899,8 @@ class Launcher(HostMemory):
             self._remember_failure(error)
 
 
-class Masters(Launcher):
-    """The masters of one host, and the sessions on them, shared by all processes of this user."""
+class Slots(Launcher):
+    """The session slots of the masters that live: a lock file each, so that all processes of this user count."""
 
     def __init__(self, config: SSHConfig, interactive: Optional[Callable[[], bool]] = None) -> None:
         import threading
@@ -2912,6 +2909,84 @@ class Masters(Launcher):
         self._held: Dict[Tuple[int, int], Lock] = {}
         self._closing: List[Tuple[MuxSession, Tuple[int, int]]] = []
         self._skipped: Dict[int, float] = {}   # masters that hang, and until when to pass them by
+
+    def _live(self) -> List[int]:
+        now = time.monotonic()
+        return [i for i in range(MASTERS_PER_HOST)
+                if self._skipped.get(i, 0) < now and self._is_socket(i)]
+
+    def _is_socket(self, index: int) -> bool:
+        try:
+            status = os.lstat(self._path(index))
+        except OSError:
+            return False
+        return status.st_mode & 0o170000 == 0o140000 and status.st_uid == os.geteuid()
+
+    def _try_slots(self, first: int = 0) -> Optional[Tuple[int, int]]:
+        sessions, live = self.profile()["sessions"], self._live()
+        if len(self._held) >= len(live) * sessions:
+            return None  # all ours: a hundred waiting threads need not look one by one
+        with self._mutex:
+            for slot in [(index, number) for index in live for number in range(first, sessions)]:
+                if slot not in self._held:
+                    lock = Lock(self._path("slot.%d.%d" % slot))
+                    if lock.take():
+                        self._held[slot] = lock
+                        return slot
+        return None
+
+    def _in_use(self, index: int) -> int:
+        """How many slots of a master are held, by any process."""
+        count = 0
+        for number in range(SESSIONS_PER_MASTER):
+            with self._mutex:
+                lock = Lock(self._path("slot.%d.%d" % (index, number)))
+                count += (index, number) in self._held or not lock.take()
+            lock.free()
+        return count
+
+    def _free_slot(self, slot: Tuple[int, int]) -> None:
+        with self._mutex:
+            lock = self._held.pop(slot, None)
+            if lock:
+                lock.free()
+            self._mutex.notify()
+
+    def _let_go(self, session: Session, slot: Tuple[int, int]) -> None:
+        assert isinstance(session, MuxSession)
+        if session.gone():
+            self._free_slot(slot)
+            return
+        session.hang_up()
+        with self._mutex:
+            self._closing.append((session, slot))
+
+    def sweep(self, wait: float = 0.0) -> bool:
+        """Free the slots of sessions whose master has closed the connection by now; False if
+        there were none to wait for."""
+        with self._mutex:
+            closing = list(self._closing)
+        if not closing:
+            return False
+        poller = select.poll()
+        for session, _ in closing:
+            if session.control >= 0:
+                poller.register(session.control, select.POLLIN)
+        poller.poll(wait * 1000)
+        for entry in closing:
+            with self._mutex:
+                if entry not in self._closing or not entry[0].gone():
+                    continue
+                self._closing.remove(entry)
+            self._free_slot(entry[1])
+        return True
+
+
+class Masters(Slots):
+    """The masters of one host, and the sessions on them, shared by all processes of this user."""
+
+    def __init__(self, config: SSHConfig, interactive: Optional[Callable[[], bool]] = None) -> None:
+        super().__init__(config, interactive)
         self._gone: Dict[int, int] = {}        # how often each hung up during hello
         self._waiting = 0
         self._launching = 0
@@ -2981,35 +3056,6 @@ class Masters(Launcher):
         """The master of a session hangs, it seems: for a while others are asked."""
         self._skipped[session.master] = time.monotonic() + MASTER_PASSED_BY
 
-    def _let_go(self, session: Session, slot: Tuple[int, int]) -> None:
-        assert isinstance(session, MuxSession)
-        if session.gone():
-            self._free_slot(slot)
-            return
-        session.hang_up()
-        with self._mutex:
-            self._closing.append((session, slot))
-
-    def sweep(self, wait: float = 0.0) -> bool:
-        """Free the slots of sessions whose master has closed the connection by now; False if
-        there were none to wait for."""
-        with self._mutex:
-            closing = list(self._closing)
-        if not closing:
-            return False
-        poller = select.poll()
-        for session, _ in closing:
-            if session.control >= 0:
-                poller.register(session.control, select.POLLIN)
-        poller.poll(wait * 1000)
-        for entry in closing:
-            with self._mutex:
-                if entry not in self._closing or not entry[0].gone():
-                    continue
-                self._closing.remove(entry)
-            self._free_slot(entry[1])
-        return True
-
     def _bury(self, index: int, error: BaseException) -> None:
         """A master did not answer. One that refuses or is missing has left a dead socket, which
         is removed under its launch lock; one that hangs may serve others, and is passed by."""
@@ -3028,53 +3074,9 @@ class Masters(Launcher):
             self._gone.pop(index, None)
             self._skipped[index] = time.monotonic() + MASTER_PASSED_BY
 
-    def _live(self) -> List[int]:
-        now = time.monotonic()
-        return [i for i in range(MASTERS_PER_HOST)
-                if self._skipped.get(i, 0) < now and self._is_socket(i)]
-
-    def _is_socket(self, index: int) -> bool:
-        try:
-            status = os.lstat(self._path(index))
-        except OSError:
-            return False
-        return status.st_mode & 0o170000 == 0o140000 and status.st_uid == os.geteuid()
-
     def started(self, index: int) -> None:
         self._skipped.pop(index, None)
         self._gone.pop(index, None)
-
-    # -- slots --
-
-    def _try_slots(self, first: int = 0) -> Optional[Tuple[int, int]]:
-        sessions, live = self.profile()["sessions"], self._live()
-        if len(self._held) >= len(live) * sessions:
-            return None  # all ours: a hundred waiting threads need not look one by one
-        with self._mutex:
-            for slot in [(index, number) for index in live for number in range(first, sessions)]:
-                if slot not in self._held:
-                    lock = Lock(self._path("slot.%d.%d" % slot))
-                    if lock.take():
-                        self._held[slot] = lock
-                        return slot
-        return None
-
-    def _in_use(self, index: int) -> int:
-        """How many slots of a master are held, by any process."""
-        count = 0
-        for number in range(SESSIONS_PER_MASTER):
-            with self._mutex:
-                lock = Lock(self._path("slot.%d.%d" % (index, number)))
-                count += (index, number) in self._held or not lock.take()
-            lock.free()
-        return count
-
-    def _free_slot(self, slot: Tuple[int, int]) -> None:
-        with self._mutex:
-            lock = self._held.pop(slot, None)
-            if lock:
-                lock.free()
-            self._mutex.notify()
 
     def _take_slot(self, deadline: Deadline, cancel: Optional[Cancel]) -> Tuple[int, int]:
         """A free slot on a live master, starting masters as the demand asks."""
@@ -3594,17 +3596,18 @@ class Host:
 
     def call(self, script: str, *arguments: str, source: Optional[Source] = None,
              direct: bool = False, cancel: Optional[Cancel] = None, limit: int = REPLY_MAX,
-             before: bytes = b"", data: Optional[bytes] = None, once: bool = False) -> Reply:
+             before: bytes = b"", data: Optional[bytes] = None, once: bool = False, session: Optional[Session] = None) -> Reply:
         """Run one of the remote scripts. Raises HostError; its status is the caller's to judge.
 
         Scripts are written so that running one twice does what running it once does, so that a
-        lost line is tried again, unless ``once``. ``direct`` uses a connection of its own;
-        ``before`` are more header records, ``data`` all of its stdin.
+        lost line is tried again, unless ``once``. ``direct`` uses a connection of its own, first
+        ``session``, where one is open; ``before`` are more header records, ``data`` all of its stdin.
         """
         first: Optional[HostError] = None
         for attempt in range(10):
-            session = (self.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel) if direct
-                       else self.open(Deadline(SLOT_PATIENCE), cancel))
+            if attempt or session is None:
+                session = (self.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel) if direct
+                           else self.open(Deadline(SLOT_PATIENCE), cancel))
             try:
                 records = before + script_records(script, *arguments)
                 return self._call_on(session, records, data, source, direct, cancel, limit)
@@ -5372,14 +5375,15 @@ class Creation:
         reply = use()
         if reply.status == 21:
             lock = self.project.registry.upload_lock(self.tree)
-            self.report.step(self.name, "waiting for the archive")
-            lock.wait(Deadline(None), self.cancel, 0.05)
-            self.report.step(self.name, "being made")
             try:
-                reply = use()
+                if not lock.take():
+                    self.report.step(self.name, "waiting for the archive")
+                    lock.wait(Deadline(None), self.cancel, 0.05)
+                    self.report.step(self.name, "being made")
+                    reply = use()
                 if reply.status == 21:
                     try:
-                        self._upload()
+                        self._upload(reply)
                     finally:
                         self.report.step(self.name, "being unpacked")
                     reply = use()
@@ -5400,14 +5404,15 @@ class Creation:
     def _create(self) -> Reply:
         return self.host.call(CREATE, self.root, self.place, self.name, self.tree, self.op, cancel=self.cancel)
 
-    def _nearest(self, shadow: Shadow) -> str:
-        """The base on the host that differs least, if a delta against it is worth while; or ""."""
-        reply, best = self.host.call(BASES, self.root), ""
-        paths = [path for _, _, path in shadow.listing(self.tree)]
+    def _nearest(self, shadow: Shadow, reply: Reply) -> Tuple[str, int]:
+        """The base on the host that differs least, if a delta against it is worth while, or ""; how many
+        files go without one."""
+        best, paths = "", [path for _, _, path in shadow.listing(self.tree)]
+        count = len(paths)
         if b".cmux-gone" in paths:
-            return ""
-        least = len(paths) // 2
-        for line in reply.lines():
+            return "", count
+        least = count // 2
+        for line in [line[len("base "):] for line in reply.lines() if line.startswith("base ")][:8]:
             if re.match(r"[0-9a-f]{%d}\Z" % len(self.tree), line):
                 try:
                     Parts.restore(shadow, line, self.project.registry.parts(line))
@@ -5416,7 +5421,7 @@ class Creation:
                     continue  # a tree that this repository does not have
                 if len(paths) < least and not any(b"\n" in path or path == b".cmux-gone" for path in paths):
                     best, least = line, len(paths)
-        return best
+        return best, count
 
     def _left_out(self, shadow: Shadow, absent: Mapping[bytes, str]) -> None:
         """One line on what the repository has and the host does not get."""
@@ -5431,11 +5436,9 @@ class Creation:
         if parts:
             self.report.note("Not sent: %s." % ", ".join(parts))
 
-    def _archive(self, shadow: Shadow) -> Tuple[str, Archive]:
-        """(the base it stands on, or ""; the archive of what differs from that, or of all)"""
-        self.parts.build(shadow)
+    def _archive(self, shadow: Shadow, parent: str) -> Archive:
+        """The archive of what differs from a base, or of all."""
         absent = {} if self.parts.whole else shadow.unsent(self.tree)[1]
-        parent = self._nearest(shadow)
         self._left_out(shadow, absent)
         apart = [path for path in self.parts.lfs if path not in absent]
         tree = self.tree
@@ -5445,25 +5448,24 @@ class Creation:
             tree = shadow.without(tree, self.parts.lfs)
         archive, front = shadow.archive(tree, self.parts.stream(apart)), sum(self.parts.files[path][2] for path in apart)
         archive.size = functools.lru_cache(maxsize=None)(lambda: front + shadow.archive_size(tree))
-        return parent, archive
+        return archive
 
-    def _upload(self) -> None:
-        """Stream the archive; it counts only when the host's length and checksum are ours."""
+    def _upload(self, reply: Reply) -> None:
+        """Stream the archive; it counts only when the host's length and checksum are ours. Its connection is
+        made while it is prepared here, where it will be a large one."""
         with self.project.repository.in_shadow(self.tree) as shadow:
-            parent, archive = self._archive(shadow)
+            self.parts.build(shadow)
+            parent, count = self._nearest(shadow, reply)
+            ahead = self.host.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), self.cancel) if count >= LARGE_FROM and not parent else None
             try:
-                archive.progress = lambda done: self.report.progress(self.name, done, archive.size)
-                direct = not archive.small()
+                archive = self._archive(shadow, parent)
                 try:
-                    reply = self.host.call(UPLOAD, self.root, self.op, parent, archive.piece() if direct else "",
-                                           source=archive, direct=direct, cancel=self.cancel)
-                except ConnectionLost as lost:
-                    archive.check_early()
-                    raise UploadCut(self.host.name, archive.digest.length) from lost
-                if archive.ended:  # else the host took no more, and says why
-                    archive.check()
+                    reply = self._send(archive, parent, ahead)
+                finally:
+                    archive.close()
             finally:
-                archive.close()
+                if ahead:
+                    ahead.close()
         if reply.status == 0 and archive.ended and reply.stdout.decode("ascii", "replace").strip().split("\n")[-1] == archive.digest.line():
             self.sent, whole = archive.total, archive.digest.length
             self.report.say("sent %s to %s%s" % (human_size(whole), self.host.name, ", compressed to %s" % human_size(
@@ -5472,6 +5474,19 @@ class Creation:
         self.host.call(DISCARD, self.root, self.op)
         check_reply(reply, self.host.name, "take the archive")
         raise UploadFailed("The archive did not arrive whole on %s." % self.host.name, "Try again.")
+
+    def _send(self, archive: Archive, parent: str, ahead: Optional[Session]) -> Reply:
+        archive.progress = lambda done: self.report.progress(self.name, done, archive.size)
+        direct = not archive.small()
+        try:
+            reply = self.host.call(UPLOAD, self.root, self.op, parent, archive.piece() if direct else "", source=archive,
+                                   direct=direct, session=ahead if direct else None, cancel=self.cancel)
+        except ConnectionLost as lost:
+            archive.check_early()
+            raise UploadCut(self.host.name, archive.digest.length) from lost
+        if archive.ended:  # else the host took no more, and says why
+            archive.check()
+        return reply
 
     def _run_init(self, workspace: WorkspaceBase, entry: Dict[str, Any]) -> None:
         """The hook's failure is told, and undoes nothing."""
