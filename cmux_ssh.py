@@ -4877,9 +4877,12 @@ def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0) -
     """For functions of a workspace whose next argument is worth telling; ``size`` of the result and
     the arguments."""
     def decorate(function: AnyFunction) -> AnyFunction:
+        named = "".join(function.__code__.co_varnames[1:2])
+
         @functools.wraps(function)
         def call(workspace: WorkspaceBase, *args: Any, **kwargs: Any) -> Any:
-            with Logged(workspace.project, operation, workspace.name, workspace.host.name, args[0] if args else "") as entry:
+            what = args[0] if args else kwargs.get(named, "")
+            with Logged(workspace.project, operation, workspace.name, workspace.host.name, what) as entry:
                 result = function(workspace, *args, **kwargs)
                 entry.size = size(result, *args)
                 return result
@@ -6426,7 +6429,7 @@ def tool_reply(reply: Reply, path: str, limit: int = 0) -> Reply:
     return reply
 
 
-def sha256(data: bytes) -> str:
+def sha256_of(data: bytes) -> str:
     import hashlib
     return hashlib.sha256(data).hexdigest()
 
@@ -6444,47 +6447,6 @@ class FileContent(Value):
     data: bytes
     size: int
     sha256: str
-
-
-@logged("read", lambda found, *args: len(found.data))
-def read_file(workspace: WorkspaceBase, path: str, offset: int = 1, limit: int = 0,
-              cancel: Optional[Cancel] = None) -> FileContent:
-    """A file, or ``limit`` lines of it from line ``offset`` on (1 is the first; 0 lines: all)."""
-    if offset < 1 or limit < 0:
-        raise UsageError("Lines count from 1, and a limit cannot be negative.")
-    where = absolute(workspace, path)
-    reply = tool_reply(workspace.host.call(
-        READ, where, str(READ_MAX), str(offset), str(limit), workspace.path, cancel=cancel, limit=READ_MAX + 4096), path, READ_MAX)
-    head, _, data = reply.stdout.partition(b"\n")
-    words = head.decode("ascii", "replace").split()
-    if len(words) < 2 or number(words[0]) < 0:
-        raise RemoteFailed("The host's answer to read is damaged.")
-    if words[1] == "all":
-        if len(data) > READ_MAX:
-            raise ToolFailed("%s is larger than %s." % (show(path), human_size(READ_MAX)), "Read it by lines: offset and limit.")
-        digest, size = sha256(data), len(data)  # a file that grows is what was read of it
-        if offset > 1 or limit:
-            lines = data.splitlines(keepends=True) if b"\r" not in data else re.findall(rb"[^\n]*\n|[^\n]+\Z", data)
-            data = b"".join(lines[offset - 1:offset - 1 + limit if limit else None])
-        return FileContent(data=data, size=size, sha256=digest)
-    known = words[2] if words[2:] and re.match(r"[0-9a-f]{64}\Z", words[2]) else ""
-    return FileContent(data=data, size=number(words[0]), sha256=known)
-
-
-@logged("write", lambda created, path, data, *args: len(data))
-def write_file(workspace: WorkspaceBase, path: str, data: bytes, old: str = "",
-               cancel: Optional[Cancel] = None) -> bool:
-    """Make ``data`` the content of ``path``, whole or not at all; True if the file is new.
-
-    Keeps the mode, follows a symlink, makes parents. ``old``: "none", or the checksum line of
-    the content that must still be there, else ToolFailed with ``changed`` set.
-    """
-    where, (checksum, size) = absolute(workspace, path), cksum_of(data)
-    reply = workspace.host.call(WRITE, where, workspace.root, os.urandom(8).hex(), str(size), checksum, old, workspace.path,
-                                "%s-%d" % cksum_of(encoded(where + "\n")), data=data, once=True, cancel=cancel)
-    if reply.status == 36:
-        raise FileChanged("%s changed meanwhile." % show(path), "Read it again.")
-    return tool_reply(reply, path).stdout.strip() == b"created"
 
 
 class FileChanged(ToolFailed):
@@ -6518,24 +6480,6 @@ def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> b
                              "Read the file again: whitespace and line ends must match exactly.")
         data = data.replace(old, new)
     return data
-
-
-@logged("edit", lambda pair, *args: len(pair[1]))
-def edit_file(workspace: WorkspaceBase, path: str, edits: Sequence[Mapping[str, Any]], expected: str = "",
-              cancel: Optional[Cancel] = None) -> Tuple[bytes, bytes]:
-    """Apply exact replacements, all or none: (before, after). A concurrent change makes it read
-    and apply again, unless ``expected`` (the sha256 as last seen) no longer holds."""
-    for attempt in range(EDIT_TRIES):
-        before = read_file(workspace, path, cancel=cancel)
-        if expected and before.sha256 != expected:
-            raise FileChanged("%s changed since it was read." % show(path), "Read it again.")
-        after = apply_edits(before.data, edits, path)
-        try:
-            write_file(workspace, path, after, "%s %d" % cksum_of(before.data), cancel)
-            return before.data, after
-        except FileChanged:
-            time.sleep(0.01 * (attempt + 1) * os.urandom(1)[0] / 255)
-    raise FileChanged("%s keeps changing." % show(path), "Try again.")
 
 
 def unified_diff(before: bytes, after: bytes, path: str) -> str:
@@ -6578,55 +6522,6 @@ def wider_pattern(pattern: str) -> str:
     return "./" + re.sub(r"\*\*/|\*\*|\?|\[.*\]|\\", "*", pattern, flags=re.S)
 
 
-def run_search(workspace: WorkspaceBase, script: str, *arguments: str, cancel: Optional[Cancel] = None) -> bytes:
-    """Run a searching script as a command of its own process group, without the secrets."""
-    out, err = Bounded(SEARCH_MAX * 2, SEARCH_MAX * 2), Bounded(LOG_MAX, STATE_MAX)
-    records = command_records(["sh", "-c", script, "sh"] + list(arguments), False, False)
-    outcome = workspace.host.run(records, workspace.path, out, err, None, Deadline(SEARCH_PATIENCE), cancel)
-    if outcome.reason:
-        raise ToolFailed("The search was stopped after %d seconds." % SEARCH_PATIENCE, "Narrow it.")
-    tool_reply(Reply(status=outcome.status or 0, stdout=b"", stderr=err.value()), "")
-    return out.value()
-
-
-@logged("glob")
-def glob_files(workspace: WorkspaceBase, pattern: str, limit: int = 1000,
-               cancel: Optional[Cancel] = None) -> Tuple[List[str], bool]:
-    """(paths of files that match, sorted; whether there are more). ``.git`` is left out."""
-    pattern = re.sub(r"^(\./)+", "", pattern)
-    if not pattern or limit < 1:
-        raise UsageError("The pattern is empty, or the limit is below 1.")
-    test = glob_regex(pattern)
-    data = run_search(workspace, GLOB, wider_pattern(pattern), str(SEARCH_MAX), cancel=cancel)
-    parts = data[len(b"lines\n"):].split(b"\n") if data.startswith(b"lines\n") else data.split(b"\0")
-    cut = len(data) >= SEARCH_MAX
-    names = [part[2:].decode("utf-8", "surrogateescape") for part in (parts[:-1] if cut else parts) if 2 < len(part) <= PATH_MAX]
-    found = sorted(name for name in names if test.match(name))
-    return found[:limit], cut or len(found) > limit
-
-
-@logged("grep")
-def grep_files(workspace: WorkspaceBase, pattern: str, glob: str = "", ignore_case: bool = False,
-               limit: int = 200, cancel: Optional[Cancel] = None) -> Tuple[List[Dict[str, Any]], bool]:
-    """(matches of an extended regular expression, whether there are more). ``glob`` without a
-    slash is matched against file names, at any depth."""
-    if not pattern or "\n" in pattern or limit < 1:
-        raise UsageError("The pattern is empty or holds a newline, or the limit is below 1.")
-    glob = re.sub(r"^(\./)+", "", glob)
-    glob = "**/" + glob if glob and "/" not in glob else glob
-    test = glob_regex(glob) if glob else None
-    most = max(limit + 1, 2000)
-    data = run_search(workspace, GREP, pattern, wider_pattern(glob or "**"), "-i" if ignore_case else "-n",
-                      str(SEARCH_MAX), str(most), cancel=cancel)
-    kind, _, data = data.partition(b"\n")
-    matches: List[Dict[str, Any]] = []
-    for name, line, row in grep_rows(data, kind == b"null"):
-        path = name.decode("utf-8", "surrogateescape")
-        if len(name) <= PATH_MAX and (not test or test.match(path)):
-            matches.append({"path": path, "line": line, "text": row.decode("utf-8", "replace").rstrip("\r")[:LINE_MAX]})
-    return matches[:limit], len(matches) > limit or len(data) >= SEARCH_MAX or data.count(b"\n") >= most
-
-
 def grep_rows(data: bytes, null: bool) -> Iterator[Tuple[bytes, int, bytes]]:
     """(path, line, text) of what grep printed, in time linear in it, whatever a host makes of it."""
     if null:  # path NUL line:text NEWLINE; a path may hold newlines
@@ -6644,40 +6539,11 @@ def grep_rows(data: bytes, null: bool) -> Iterator[Tuple[bytes, int, bytes]]:
             yield match.group(1), int(match.group(2)), line[match.end():]
 
 
-# -- jobs: their records are on the host; what was run, and when, is remembered here --
-
 def job_directory(workspace: WorkspaceBase, job: Optional[str] = None) -> str:
+    """Jobs' records are on the host; what was run, and when, is remembered here."""
     if job is not None and not re.match(r"j[0-9a-f]{8}\Z", job):
         raise UsageError("%s is not a job." % show(job), "See jobs.")
     return "%s/.cmux/jobs/%s/%s" % (workspace.root, workspace.place, workspace.op) + ("/%s" % job if job else "")
-
-
-@logged("start")
-def start_job(workspace: WorkspaceBase, command: Union[str, Sequence[str]], cwd: str = "", login: bool = False,
-              env: Optional[Mapping[str, str]] = None, cancel: Optional[Cancel] = None) -> str:
-    """Start a command that outlives this process and the connection; its id."""
-    job = "j" + os.urandom(4).hex()
-    words = [command] if isinstance(command, str) else list(command)
-    records = record("_cd", os.path.join(workspace.path, cwd) if cwd else workspace.path)
-    records += workspace.environment(env) + record("_cu", "022")
-    if isinstance(command, str) or login:
-        records += record("_cq", "-lc" if login else "-c")
-        records += record("_cx", command if isinstance(command, str) else 'exec "$@"')
-    arguments = [job_directory(workspace, job), job] + ([] if isinstance(command, str) else words)
-    reply = workspace.host.call(START, *arguments, before=records, once=True, cancel=cancel)
-    check_reply(reply, workspace.host.name, "start the job")
-    if "started" not in reply.lines():
-        raise RemoteFailed("%s did not confirm the start of the job." % workspace.host.name, "See jobs.")
-
-    detail = workspace.project.detail(command)
-
-    def remember(value: Dict[str, Any]) -> None:
-        jobs = value.setdefault("jobs", {})
-        jobs[job] = {"workspace": workspace.name, "command": detail, "started": round(time.time(), 3)}
-        for old in sorted(jobs, key=lambda name: float(jobs[name]["started"]))[:-JOBS_KEPT]:
-            del jobs[old]
-    workspace.project.registry.update(remember)
-    return job
 
 
 def parse_state(words: Sequence[str]) -> Dict[str, Any]:
@@ -6687,12 +6553,6 @@ def parse_state(words: Sequence[str]) -> Dict[str, Any]:
     if state == "exited" and not 0 <= code <= 255:
         state = "lost"  # 256 would leave this process as a 0
     return {"state": state, "exit_code": code if state == "exited" else None}
-
-
-@logged("jobs")
-def list_jobs(workspace: WorkspaceBase, cancel: Optional[Cancel] = None) -> List[Dict[str, Any]]:
-    """The jobs of a workspace, oldest first."""
-    return parse_jobs(workspace, tool_reply(workspace.host.call(JOBS, job_directory(workspace), cancel=cancel), ""))
 
 
 def parse_jobs(workspace: WorkspaceBase, reply: Reply) -> List[Dict[str, Any]]:
@@ -6705,44 +6565,6 @@ def parse_jobs(workspace: WorkspaceBase, reply: Reply) -> List[Dict[str, Any]]:
             rows.append(dict(parse_state(words[2:]), job=words[0], output_size=number(words[1]),
                              command=own.get("command", ""), started=own.get("started")))
     return sorted(rows, key=lambda row: (row["started"] or 0, row["job"]))
-
-
-@logged("logs", lambda status, *args: len(status["data"]))
-def job_logs(workspace: WorkspaceBase, job: str, offset: int = 0, wait: float = 0, limit: int = LOGS_MAX,
-             until: str = "more", cancel: Optional[Cancel] = None) -> Dict[str, Any]:
-    """state, exit_code, data (the output from byte ``offset``), next_offset, size. Waits up to
-    ``wait`` seconds for more output, or, with ``until`` "end", for the end."""
-    reply = tool_reply(workspace.host.call(
-        LOGS, job_directory(workspace, job), str(max(0, offset)), str(limit), str(int(min(wait, 30) * 10)), until,
-        cancel=cancel, limit=limit + 4096), job)
-    head, _, data = reply.stdout.partition(b"\n")
-    words = head.decode("ascii", "replace").split()
-    size = max(0, number(words[0])) if words else 0
-    return dict(parse_state(words[1:]), job=job, data=data, next_offset=offset + len(data), size=size)
-
-
-@logged("wait")
-def wait_job(workspace: WorkspaceBase, job: str, timeout: Optional[float] = None,
-             cancel: Optional[Cancel] = None) -> Dict[str, Any]:
-    """Wait for a job's end, across lost connections; its state (still running at the timeout)."""
-    deadline = Deadline(timeout)
-    while True:
-        status = through_faults(lambda: job_logs(workspace, job, 0, deadline.capped(25), 0, "end", cancel), deadline, cancel)
-        if status["state"] != "running" or deadline.over():
-            return {key: status[key] for key in ("job", "state", "exit_code", "size")}
-
-
-@logged("logs")
-def follow_job(workspace: WorkspaceBase, job: str, offset: int, sink: Callable[[bytes], Any],
-               cancel: Optional[Cancel] = None) -> Dict[str, Any]:
-    """Pass a job's output to ``sink`` until it ends; after a lost line from the exact byte on."""
-    while True:
-        status = through_faults(lambda at=offset: job_logs(  # type: ignore[misc]
-            workspace, job, at, 20, LOGS_MAX, "more", cancel), Deadline(None), cancel)
-        sink(status["data"])
-        offset = status["next_offset"]
-        if status["state"] != "running" and not status["data"]:
-            return dict(status)
 
 
 def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Optional[Cancel]) -> Any:
@@ -6767,77 +6589,208 @@ def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Optional
             time.sleep(0.5)
 
 
-@logged("stop")
-def stop_job(workspace: WorkspaceBase, job: str, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
-    """End a job's process tree; ``stopped`` is confirmed or requested."""
-    reply = tool_reply(workspace.host.call(STOP, job_directory(workspace, job), job, cancel=cancel), job)
-    lines = reply.lines() + ["", ""]
-    return dict(parse_state(lines[1].split()), job=job,
-                stopped="confirmed" if lines[0] == "confirmed" else "requested")
-
-
 class Workspace(WorkspaceBase):
     """A directory on a host in which an agent works. Get one from Project.create, .ensure or
     .workspace. The methods are the tools of the table below: arguments and results as there, and
     as in `batch`; exec() returns an ExecResult. Usable from threads. All raise HostError when the host
-    cannot be reached, UsageError for a wrong argument, RemoteFailed for an answer that makes no sense.
-    A path is relative to the workspace, or absolute; bytes that are no UTF-8 stand in a str as Python's
-    surrogateescape has them.
+    cannot be reached, UsageError for a wrong argument, RemoteFailed for an answer that makes no sense,
+    Cancelled when ``cancel`` is set. A path is relative to the workspace, or absolute; bytes that are no
+    UTF-8 stand in a str as Python's surrogateescape has them.
     """
 
-    def read(self, path: str, offset: int = 1, limit: int = 0) -> FileContent:
+    @logged("read", lambda found, *args: len(found.data))
+    def read(self, path: str, offset: int = 1, limit: int = 0, cancel: Optional[Cancel] = None) -> FileContent:
         """A file's bytes; or its lines from ``offset`` on (1 is the first), ``limit`` of them (0: all).
         Raises ToolFailed: no such file, no permission, not a plain file, or over 10 MiB without a limit."""
-        return read_file(self, path, offset, limit)
+        if offset < 1 or limit < 0:
+            raise UsageError("Lines count from 1, and a limit cannot be negative.")
+        where = absolute(self, path)
+        reply = tool_reply(self.host.call(
+            READ, where, str(READ_MAX), str(offset), str(limit), self.path, cancel=cancel, limit=READ_MAX + 4096), path, READ_MAX)
+        head, _, data = reply.stdout.partition(b"\n")
+        words = head.decode("ascii", "replace").split()
+        if len(words) < 2 or number(words[0]) < 0:
+            raise RemoteFailed("The host's answer to read is damaged.")
+        if words[1] != "all":
+            known = words[2] if words[2:] and re.match(r"[0-9a-f]{64}\Z", words[2]) else ""
+            return FileContent(data=data, size=number(words[0]), sha256=known)
+        if len(data) > READ_MAX:
+            raise ToolFailed("%s is larger than %s." % (show(path), human_size(READ_MAX)), "Read it by lines: offset and limit.")
+        digest, size = sha256_of(data), len(data)  # a file that grows is what was read of it
+        if offset > 1 or limit:
+            lines = data.splitlines(keepends=True) if b"\r" not in data else re.findall(rb"[^\n]*\n|[^\n]+\Z", data)
+            data = b"".join(lines[offset - 1:offset - 1 + limit if limit else None])
+        return FileContent(data=data, size=size, sha256=digest)
 
-    def write(self, path: str, content: Union[str, bytes]) -> Dict[str, Any]:
+    def write(self, path: str, content: Union[str, bytes], cancel: Optional[Cancel] = None) -> Dict[str, Any]:
         """Make ``content`` (a str as UTF-8) the whole file, or change nothing; the mode stays, a symlink is
         followed, directories are made. ``created``, ``size`` (bytes), ``sha256``. Raises ToolFailed."""
         data = encoded(content)
-        return {"created": write_file(self, path, data), "size": len(data), "sha256": sha256(data)}
+        return {"created": self._replace(path, data, "", cancel), "size": len(data), "sha256": sha256_of(data)}
 
-    def edit(self, path: str, edits: List[Dict[str, Any]], sha256: str = "") -> Dict[str, Any]:
+    @logged("write", lambda created, path, data, *args: len(data))
+    def _replace(self, path: str, data: bytes, old: str, cancel: Optional[Cancel]) -> bool:
+        """write(); True if the file is new. ``old``: "none", or the checksum line of the content that must
+        still be there, else FileChanged."""
+        where, (checksum, size) = absolute(self, path), cksum_of(data)
+        reply = self.host.call(WRITE, where, self.root, os.urandom(8).hex(), str(size), checksum, old, self.path,
+                               "%s-%d" % cksum_of(encoded(where + "\n")), data=data, once=True, cancel=cancel)
+        if reply.status == 36:
+            raise FileChanged("%s changed meanwhile." % show(path), "Read it again.")
+        return tool_reply(reply, path).stdout.strip() == b"created"
+
+    def edit(self, path: str, edits: List[Dict[str, Any]], sha256: str = "", cancel: Optional[Cancel] = None) -> Dict[str, Any]:
         """Replace exact text: each edit has ``old``, ``new``, and ``count``, how many matches there must be
         (1). All are applied or none: ``sha256`` of the file now, ``diff``. With the argument ``sha256``, of
         the file as last seen, a file that changed is refused (FileChanged). Raises ToolFailed."""
-        return tool_edit(self, None, path, edits, sha256)
+        for edit in edits:
+            fits = isinstance(edit, dict) and set(edit) <= {"old", "new", "count"} and all(
+                isinstance(edit.get(key), str) for key in ("old", "new"))
+            if not fits or not isinstance(edit.get("count", 1), int) or edit.get("count", 1) < 1:
+                raise UsageError("An edit is an object with old, new, and perhaps count (1 or more).")
+        if not edits:
+            raise UsageError("No edits were given.")
+        before, after = self._edit(path, edits, sha256, cancel)
+        return {"sha256": sha256_of(after), "diff": unified_diff(before, after, path)}
 
-    def glob(self, pattern: str, limit: int = 1000) -> Dict[str, Any]:
-        """Files that match (``*`` and ``?`` within a component, ``**`` across them): ``paths``, sorted;
-        ``truncated`` if there are more than ``limit``. Raises ToolFailed after two minutes."""
-        return tool_glob(self, None, pattern, limit)
+    @logged("edit", lambda pair, *args: len(pair[1]))
+    def _edit(self, path: str, edits: Sequence[Mapping[str, Any]], expected: str, cancel: Optional[Cancel]) -> Tuple[bytes, bytes]:
+        """(before, after). A concurrent change makes it read and apply again, unless ``expected`` (the
+        sha256 as last seen) no longer holds."""
+        for attempt in range(EDIT_TRIES):
+            before = self.read(path, cancel=cancel)
+            if expected and before.sha256 != expected:
+                raise FileChanged("%s changed since it was read." % show(path), "Read it again.")
+            after = apply_edits(before.data, edits, path)
+            try:
+                self._replace(path, after, "%s %d" % cksum_of(before.data), cancel)
+                return before.data, after
+            except FileChanged:
+                time.sleep(0.01 * (attempt + 1) * os.urandom(1)[0] / 255)
+        raise FileChanged("%s keeps changing." % show(path), "Try again.")
 
-    def grep(self, pattern: str, glob: str = "", ignore_case: bool = False, limit: int = 200) -> Dict[str, Any]:
-        """Lines that match an extended regular expression, in files that match ``glob``: ``matches`` (each
-        ``path``, ``line`` from 1, ``text`` of up to 500 characters), ``truncated``. Raises ToolFailed."""
-        return tool_grep(self, None, pattern, glob, ignore_case, limit)
+    def _search(self, script: str, *arguments: str, cancel: Optional[Cancel]) -> bytes:
+        """Run a searching script as a command of its own process group, without the secrets."""
+        out, err = Bounded(SEARCH_MAX * 2, SEARCH_MAX * 2), Bounded(LOG_MAX, STATE_MAX)
+        records = command_records(["sh", "-c", script, "sh"] + list(arguments), False, False)
+        outcome = self.host.run(records, self.path, out, err, None, Deadline(SEARCH_PATIENCE), cancel)
+        if outcome.reason:
+            raise ToolFailed("The search was stopped after %d seconds." % SEARCH_PATIENCE, "Narrow it.")
+        tool_reply(Reply(status=outcome.status or 0, stdout=b"", stderr=err.value()), "")
+        return out.value()
 
-    def start(self, command: Union[str, Sequence[str]], cwd: str = "", env: Optional[Mapping[str, str]] = None) -> str:
+    @logged("glob")
+    def glob(self, pattern: str, limit: int = 1000, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+        """Files that match (``*`` and ``?`` within a component, ``**`` across them; ``.git`` is left out):
+        ``paths``, sorted; ``truncated`` if there are more than ``limit``. Raises ToolFailed after two minutes."""
+        pattern = re.sub(r"^(\./)+", "", pattern)
+        if not pattern or limit < 1:
+            raise UsageError("The pattern is empty, or the limit is below 1.")
+        test = glob_regex(pattern)
+        data = self._search(GLOB, wider_pattern(pattern), str(SEARCH_MAX), cancel=cancel)
+        parts = data[len(b"lines\n"):].split(b"\n") if data.startswith(b"lines\n") else data.split(b"\0")
+        cut = len(data) >= SEARCH_MAX
+        names = [part[2:].decode("utf-8", "surrogateescape") for part in (parts[:-1] if cut else parts) if 2 < len(part) <= PATH_MAX]
+        found = sorted(name for name in names if test.match(name))
+        return {"paths": found[:limit], "truncated": cut or len(found) > limit}
+
+    @logged("grep")
+    def grep(self, pattern: str, glob: str = "", ignore_case: bool = False, limit: int = 200,
+             cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+        """Lines that match an extended regular expression, in files that match ``glob`` (without a slash: by
+        name, at any depth): ``matches`` (each ``path``, ``line`` from 1, ``text`` of up to 500 characters),
+        ``truncated``. Raises ToolFailed."""
+        if not pattern or "\n" in pattern or limit < 1:
+            raise UsageError("The pattern is empty or holds a newline, or the limit is below 1.")
+        glob = re.sub(r"^(\./)+", "", glob)
+        glob = "**/" + glob if glob and "/" not in glob else glob
+        test, most = glob_regex(glob) if glob else None, max(limit + 1, 2000)
+        data = self._search(GREP, pattern, wider_pattern(glob or "**"), "-i" if ignore_case else "-n", str(SEARCH_MAX), str(most), cancel=cancel)
+        kind, _, data = data.partition(b"\n")
+        matches: List[Dict[str, Any]] = []
+        for name, line, row in grep_rows(data, kind == b"null"):
+            path = name.decode("utf-8", "surrogateescape")
+            if len(name) <= PATH_MAX and (not test or test.match(path)):
+                matches.append({"path": path, "line": line, "text": row.decode("utf-8", "replace").rstrip("\r")[:LINE_MAX]})
+        return {"matches": matches[:limit], "truncated": len(matches) > limit or len(data) >= SEARCH_MAX or data.count(b"\n") >= most}
+
+    # -- jobs --
+
+    @logged("start")
+    def start(self, command: Union[str, Sequence[str]], cwd: str = "", env: Optional[Mapping[str, str]] = None,
+              login: bool = False, cancel: Optional[Cancel] = None) -> str:
         """Start a background job, which outlives this process and the connection; its id. Raises
         WorkspaceMissing."""
-        return start_job(self, command, cwd, env=env)
+        job = "j" + os.urandom(4).hex()
+        records = record("_cd", os.path.join(self.path, cwd) if cwd else self.path) + self.environment(env) + record("_cu", "022")
+        if isinstance(command, str) or login:
+            records += record("_cq", "-lc" if login else "-c")
+            records += record("_cx", command if isinstance(command, str) else 'exec "$@"')
+        arguments = [job_directory(self, job), job] + ([] if isinstance(command, str) else list(command))
+        reply = self.host.call(START, *arguments, before=records, once=True, cancel=cancel)
+        check_reply(reply, self.host.name, "start the job")
+        if "started" not in reply.lines():
+            raise RemoteFailed("%s did not confirm the start of the job." % self.host.name, "See jobs.")
+        detail = self.project.detail(command)
 
-    def jobs(self) -> List[Dict[str, Any]]:
+        def remember(value: Dict[str, Any]) -> None:
+            jobs = value.setdefault("jobs", {})
+            jobs[job] = {"workspace": self.name, "command": detail, "started": round(time.time(), 3)}
+            for old in sorted(jobs, key=lambda name: float(jobs[name]["started"]))[:-JOBS_KEPT]:
+                del jobs[old]
+        self.project.registry.update(remember)
+        return job
+
+    @logged("jobs")
+    def jobs(self, cancel: Optional[Cancel] = None) -> List[Dict[str, Any]]:
         """The jobs, oldest first: ``job`` (its id), ``state`` (running, exited or lost), ``exit_code`` (None
         unless exited), ``output_size`` (bytes), and, if begun from this machine, ``command``, ``started``
         (seconds since 1970)."""
-        return list_jobs(self)
+        return parse_jobs(self, tool_reply(self.host.call(JOBS, job_directory(self), cancel=cancel), ""))
 
-    def logs(self, job: str, offset: int = 0, wait: float = 0) -> Dict[str, Any]:
+    @logged("logs", lambda status, *args: len(status["data"]))
+    def logs(self, job: str, offset: int = 0, wait: float = 0, limit: int = LOGS_MAX, until: str = "more",
+             cancel: Optional[Cancel] = None) -> Dict[str, Any]:
         """Output of a job from byte ``offset`` on, at most 1 MiB: ``data`` (bytes), ``next_offset``, ``size``,
-        ``job``, ``state``, ``exit_code``. Waits up to ``wait`` seconds (30 at most) for more. Raises
-        ToolFailed when there is no such job."""
-        return job_logs(self, job, offset, wait)
+        ``job``, ``state``, ``exit_code``. Waits up to ``wait`` seconds (30 at most) for more, or, with
+        ``until`` "end", for the end. Raises ToolFailed when there is no such job."""
+        reply = tool_reply(self.host.call(
+            LOGS, job_directory(self, job), str(max(0, offset)), str(limit), str(int(min(wait, 30) * 10)), until,
+            cancel=cancel, limit=limit + 4096), job)
+        head, _, data = reply.stdout.partition(b"\n")
+        words = head.decode("ascii", "replace").split()
+        size = max(0, number(words[0])) if words else 0
+        return dict(parse_state(words[1:]), job=job, data=data, next_offset=offset + len(data), size=size)
 
-    def wait(self, job: str, timeout: Optional[float] = None) -> Dict[str, Any]:
-        """Wait for a job's end, across lost connections, ``timeout`` seconds at most: ``job``, ``state``,
-        ``exit_code``, ``size``. Raises ToolFailed when there is no such job."""
-        return wait_job(self, job, timeout)
+    @logged("wait")
+    def wait(self, job: str, timeout: Optional[float] = None, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+        """Wait for a job's end, across lost connections, ``timeout`` seconds at most: ``job``, ``state``
+        (running, if that came first), ``exit_code``, ``size``. Raises ToolFailed when there is no such job."""
+        deadline = Deadline(timeout)
+        while True:
+            status = through_faults(lambda: self.logs(job, 0, deadline.capped(25), 0, "end", cancel), deadline, cancel)
+            if status["state"] != "running" or deadline.over():
+                return {key: status[key] for key in ("job", "state", "exit_code", "size")}
 
-    def stop(self, job: str) -> Dict[str, Any]:
+    @logged("logs")
+    def follow(self, job: str, sink: Callable[[bytes], Any], offset: int = 0, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+        """Pass a job's output to ``sink`` until it ends; after a lost line from the exact byte on. The last
+        of what logs() gives. Raises ToolFailed when there is no such job."""
+        while True:
+            status = through_faults(lambda at=offset: self.logs(  # type: ignore[misc]
+                job, at, 20, cancel=cancel), Deadline(None), cancel)
+            sink(status["data"])
+            offset = status["next_offset"]
+            if status["state"] != "running" and not status["data"]:
+                return dict(status)
+
+    @logged("stop")
+    def stop(self, job: str, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
         """End a job and everything it started: ``job``, ``state``, ``exit_code``, and ``stopped``: confirmed,
         or requested where the end was not seen. Raises ToolFailed when there is no such job."""
-        return stop_job(self, job)
+        lines = tool_reply(self.host.call(STOP, job_directory(self, job), job, cancel=cancel), job).lines() + ["", ""]
+        return dict(parse_state(lines[1].split()), job=job,
+                    stopped="confirmed" if lines[0] == "confirmed" else "requested")
 
 
 class Project(ProjectBase):
@@ -6851,6 +6804,8 @@ class Project(ProjectBase):
     kind = Workspace
     if TYPE_CHECKING:
         def workspace(self, name: str) -> Workspace: ...
+        def workspaces(self) -> List[Workspace]: ...  # type: ignore[override]
+        def existing(self, name: str, host: str) -> Workspace: ...
         def create(self, name: str, host: str, ref: str = "HEAD", root: str = "", init: bool = True,
                    report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> Workspace: ...
         def ensure(self, name: str, host: str = "", report: Optional[Report] = None,
@@ -6921,79 +6876,39 @@ class Tool:
         return arguments
 
 
-def tool_exec(workspace: WorkspaceBase, cancel: Optional[Cancel], command: Union[str, List[str]], timeout: Optional[float] = None,
-              cwd: str = "", env: Optional[Dict[str, Any]] = None, stdin: Optional[str] = None,
-              background: bool = False, tee: Optional[Callable[[bytes], Any]] = None) -> Dict[str, Any]:
+def tool_exec(workspace: Workspace, command: Union[str, List[str]], timeout: Optional[float] = None, cwd: str = "",
+              env: Optional[Dict[str, Any]] = None, stdin: Optional[str] = None, background: bool = False,
+              tee: Optional[Callable[[bytes], Any]] = None, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
     if background:
         if stdin is not None or timeout is not None:
             raise UsageError("A background command takes neither stdin nor timeout.")
-        return {"job": start_job(workspace, command, cwd, env=env, cancel=cancel)}
+        return {"job": workspace.start(command, cwd, env, cancel=cancel)}
     data = None if stdin is None else stdin.encode("utf-8", "surrogateescape")
     result = workspace.exec(command, timeout, cwd, env, data, limit=TOOL_CAPTURE, cancel=cancel, tee=tee)
     return json_fields(result.as_dict())
 
 
-def tool_read(workspace: WorkspaceBase, cancel: Optional[Cancel], path: str, offset: int = 1, limit: int = 0) -> Dict[str, Any]:
-    found = read_file(workspace, path, offset, limit, cancel)
+def tool_read(workspace: Workspace, path: str, offset: int = 1, limit: int = 0, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+    found = workspace.read(path, offset, limit, cancel)
     return json_fields({"content": found.data, "size": found.size, "sha256": found.sha256})
 
 
-def tool_write(workspace: WorkspaceBase, cancel: Optional[Cancel], path: str, content: Optional[str] = None,
-               content_base64: Optional[str] = None) -> Dict[str, Any]:
+def tool_write(workspace: Workspace, path: str, content: Optional[str] = None, content_base64: Optional[str] = None,
+               cancel: Optional[Cancel] = None) -> Dict[str, Any]:
     if (content is None) == (content_base64 is None):
         raise UsageError("write needs content, or content_base64.")
     if content is not None:
-        data = content.encode("utf-8", "surrogateescape")
-    else:
-        import base64
-        try:
-            data = base64.b64decode(content_base64 or "", validate=True)
-        except ValueError:
-            raise UsageError("content_base64 is not base64.")
-    created = write_file(workspace, path, data, cancel=cancel)
-    return {"size": len(data), "sha256": sha256(data), "created": created}
+        return workspace.write(path, content.encode("utf-8", "surrogateescape"), cancel)
+    import base64
+    try:
+        return workspace.write(path, base64.b64decode(content_base64 or "", validate=True), cancel)
+    except ValueError:
+        raise UsageError("content_base64 is not base64.")
 
 
-def tool_edit(workspace: WorkspaceBase, cancel: Optional[Cancel], path: str, edits: List[Dict[str, Any]],
-              sha256: str = "") -> Dict[str, Any]:  # the argument's name is the contract's
-    for edit in edits:
-        fits = isinstance(edit, dict) and set(edit) <= {"old", "new", "count"} and all(
-            isinstance(edit.get(key), str) for key in ("old", "new"))
-        if not fits or not isinstance(edit.get("count", 1), int) or edit.get("count", 1) < 1:
-            raise UsageError("An edit is an object with old, new, and perhaps count (1 or more).")
-    if not edits:
-        raise UsageError("No edits were given.")
-    before, after = edit_file(workspace, path, edits, sha256, cancel)
-    import hashlib
-    return {"sha256": hashlib.sha256(after).hexdigest(), "diff": unified_diff(before, after, path)}
-
-
-def tool_glob(workspace: WorkspaceBase, cancel: Optional[Cancel], pattern: str, limit: int = 1000) -> Dict[str, Any]:
-    paths, truncated = glob_files(workspace, pattern, limit, cancel)
-    return {"paths": paths, "truncated": truncated}
-
-
-def tool_grep(workspace: WorkspaceBase, cancel: Optional[Cancel], pattern: str, glob: str = "",
-              ignore_case: bool = False, limit: int = 200) -> Dict[str, Any]:
-    matches, truncated = grep_files(workspace, pattern, glob, ignore_case, limit, cancel)
-    return {"matches": matches, "truncated": truncated}
-
-
-def tool_jobs(workspace: WorkspaceBase, cancel: Optional[Cancel]) -> Dict[str, Any]:
-    return {"jobs": list_jobs(workspace, cancel)}
-
-
-def tool_logs(workspace: WorkspaceBase, cancel: Optional[Cancel], job: str, offset: int = 0, wait: float = 0) -> Dict[str, Any]:
-    fields = job_logs(workspace, job, offset, wait, cancel=cancel)
+def tool_logs(workspace: Workspace, job: str, offset: int = 0, wait: float = 0, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+    fields = workspace.logs(job, offset, wait, cancel=cancel)
     return json_fields(dict(fields, output=fields.pop("data")))
-
-
-def tool_wait(workspace: WorkspaceBase, cancel: Optional[Cancel], job: str, timeout: Optional[float] = None) -> Dict[str, Any]:
-    return wait_job(workspace, job, timeout, cancel)
-
-
-def tool_stop(workspace: WorkspaceBase, cancel: Optional[Cancel], job: str) -> Dict[str, Any]:
-    return stop_job(workspace, job, cancel)
 
 
 PATH_PARAM = Param("path", "string", "relative to the workspace, or absolute", True)
@@ -7010,29 +6925,29 @@ TOOLS: Dict[str, Tool] = {tool.name: tool for tool in (
          Param("offset", "integer", "first line, 1 is the first", least=1, shown="LINE"), Param("limit", "integer", "how many lines", least=0, shown="N")),
     Tool("write", tool_write, "Make content the whole of a file (atomic; makes parent directories).", False, PATH_PARAM,
          Param("content", "string", "the text"), Param("content_base64", "string", "or the bytes, as base64")),
-    Tool("edit", tool_edit, "Replace exact text in a file, all edits or none.", False, PATH_PARAM,
+    Tool("edit", Workspace.edit, "Replace exact text in a file, all edits or none.", False, PATH_PARAM,
          Param("edits", "array", "objects of old, new, and count: how many matches there must be (1)", True),
          Param("sha256", "string", "of the file as last seen: refuse if it changed", shown="HEX")),
-    Tool("glob", tool_glob, "Paths of files that match a pattern.", True,
+    Tool("glob", Workspace.glob, "Paths of files that match a pattern.", True,
          Param("pattern", "string", "*, ?, [...] within a component, ** across them", True),
          Param("limit", "integer", "at most so many (1000)", least=1, shown="N")),
-    Tool("grep", tool_grep, "Lines that match an extended regular expression.", True,
+    Tool("grep", Workspace.grep, "Lines that match an extended regular expression.", True,
          Param("pattern", "string", "extended regular expression", True),
          Param("glob", "string", "only files that match; without a slash: by name", shown="G"),
          Param("ignore_case", "boolean", "ignore case"), Param("limit", "integer", "at most so many (200)", least=1, shown="N")),
-    Tool("jobs", tool_jobs, "The background jobs of the workspace.", True),
+    Tool("jobs", lambda workspace, cancel: {"jobs": workspace.jobs(cancel)}, "The background jobs of the workspace.", True),
     Tool("logs", tool_logs, "A job's output from a byte offset, and its state.", True, JOB_PARAM,
          Param("offset", "integer", "first byte, 0 is the first", least=0, shown="BYTE"), Param("wait", "number", "seconds to wait for more, at most 30", least=0, shown="S")),
-    Tool("wait", tool_wait, "Wait for a job's end; its exit code.", True, JOB_PARAM,
+    Tool("wait", Workspace.wait, "Wait for a job's end; its exit code.", True, JOB_PARAM,
          Param("timeout", "number", "seconds; it may still be running then", shown="S")),
-    Tool("stop", tool_stop, "End a job and everything it started.", False, JOB_PARAM),
+    Tool("stop", Workspace.stop, "End a job and everything it started.", False, JOB_PARAM),
 )}
 
 
 def call_tool(workspace: WorkspaceBase, name: object, arguments: object, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
     """Run one tool of the table with checked arguments. Raises CmuxError."""
     tool, checked = check_call(name, arguments)
-    return tool.handler(workspace, cancel, **checked)
+    return tool.handler(workspace, cancel=cancel, **checked)
 
 
 def check_call(name: object, arguments: object) -> Tuple[Tool, Dict[str, Any]]:
@@ -7098,7 +7013,7 @@ class Batch:
         self.places = threading.BoundedSemaphore(2 * at_once)  # lines read ahead of what runs
         self.at_once = at_once
         self.mutex = threading.Lock()
-        self.known: Dict[str, WorkspaceBase] = {}
+        self.known: Dict[str, Workspace] = {}
         self.failed = 0
         self.closed: Optional[PipeClosed] = None  # nobody reads the results any more
 
@@ -7159,7 +7074,7 @@ class Batch:
             raise BatchLineFailed("A line is not an object with id, workspace, tool and arguments.", request_id)
         return request_id, value.get("workspace") or self.workspace, value.get("tool"), value.get("arguments", {})
 
-    def _workspace(self, name: str) -> WorkspaceBase:
+    def _workspace(self, name: str) -> Workspace:
         found = self.known.get(name)
         if found is None:
             found = self.known[name] = self.project.ensure(name, self.host, cancel=self.cancel)
@@ -7628,7 +7543,7 @@ class McpServer(JsonRpc):
         arguments = tool.check(arguments)
         if tool.name in MANAGE_TOOLS:  # what is in a workspace is the host's word
             place = self.host_of(str(arguments.get("workspace", ""))) or "this machine"
-            work = Running(lambda work: tool.handler(self, work.cancel, **arguments))
+            work = Running(lambda work: tool.handler(self, cancel=work.cancel, **arguments))
             self._follow(call, work, 1e9)
             return self._shown(tool.name, place, work.value())
         workspace = self._workspace(call, name)
@@ -7637,12 +7552,11 @@ class McpServer(JsonRpc):
         elif str(arguments.get("job", "")).startswith("r"):
             result = self._on_running(call, tool.name, self._kept(arguments["job"]), arguments)
         elif tool.name == "logs":
-            result = job_logs(workspace, arguments["job"], arguments.get("offset", 0),
-                              min(arguments.get("wait", 0), self.soft), MCP_ROOM, cancel=call.cancel)
+            result = workspace.logs(arguments["job"], arguments.get("offset", 0), min(arguments.get("wait", 0), self.soft), MCP_ROOM, cancel=call.cancel)
         elif tool.name == "wait":
-            result = wait_job(workspace, arguments["job"], min(arguments.get("timeout", self.soft), self.soft), call.cancel)
+            result = workspace.wait(arguments["job"], min(arguments.get("timeout", self.soft), self.soft), call.cancel)
         else:
-            result = tool.handler(workspace, call.cancel, **arguments)
+            result = tool.handler(workspace, cancel=call.cancel, **arguments)
         if tool.name == "jobs":
             result["jobs"] += [dict(r.status(), command=r.command) for r in self.running.values() if r.workspace == name]
         return self._shown(tool.name, workspace.host.name, result, arguments)
@@ -7650,7 +7564,7 @@ class McpServer(JsonRpc):
     def host_of(self, name: str) -> str:
         return str(self.project.entries().get(name, {}).get("host", ""))
 
-    def _workspace(self, call: Call, name: str) -> WorkspaceBase:
+    def _workspace(self, call: Call, name: str) -> Workspace:
         """It, made if need be: once for all calls, and on beyond the end of any one of them, or a
         client with a timeout of its own would begin a long upload again and again."""
         own = name == self.workspace  # any other must be there already: a slip of a name makes none
@@ -7663,7 +7577,7 @@ class McpServer(JsonRpc):
                 making = self.making[name] = Running(lambda work: {"it": self.project.ensure(name, host, cancel=work.cancel)})
         if not self._follow(call, making, self.soft, "the workspace is being made", False):
             raise ToolFailed("The workspace %s is still being made." % name, "That goes on: call again.")
-        found: WorkspaceBase = making.value()["it"]
+        found: Workspace = making.value()["it"]
         return found
 
     def _follow(self, call: Call, work: Running, soft: float, words: str = "running", own: bool = True) -> bool:
@@ -7682,11 +7596,11 @@ class McpServer(JsonRpc):
             self._progress(call, seconds, "%s for %d s, %s of output" % (words, seconds, human_size(work.size)))
         return work.ended
 
-    def _exec(self, call: Call, workspace: WorkspaceBase, arguments: Dict[str, Any]) -> Dict[str, Any]:
+    def _exec(self, call: Call, workspace: Workspace, arguments: Dict[str, Any]) -> Dict[str, Any]:
         """The result, or, after the soft timeout, a job that goes on."""
         if sum(1 for other in list(self.running.values()) if not other.ended) >= MCP_KEPT:
             raise ToolFailed("%d commands go on already." % MCP_KEPT, "See jobs, and stop some.")
-        command = Running(lambda work: tool_exec(workspace, work.cancel, tee=work.take, **arguments), workspace.name, arguments["command"])
+        command = Running(lambda work: tool_exec(workspace, tee=work.take, cancel=work.cancel, **arguments), workspace.name, arguments["command"])
         if self._follow(call, command, self.soft):
             return command.value()
         self._keep(command)
@@ -8017,7 +7931,7 @@ def demo(tell: Callable[[str], None], report: Report) -> None:
     tell("Everything the demo made is gone again.")
 
 
-def demo_removal(project: Project, workspace: WorkspaceBase, tell: Callable[[str], None]) -> None:
+def demo_removal(project: Project, workspace: Workspace, tell: Callable[[str], None]) -> None:
     workspace.exec("echo more >> hello.txt")
     tell("A command there changed hello.txt.")
     try:
@@ -8782,7 +8696,7 @@ def command_exec(options: argparse.Namespace) -> int:
             workspace = project.workspace(workspace.name)
         point_out_stale(project, workspace, terminal)
         if options.detach:
-            job = start_job(workspace, command, options.cwd, options.login, environment)
+            job = workspace.start(command, options.cwd, environment, options.login)
             print_json({"job": job, "workspace": workspace.name}) if options.json else print_text(job)
             return 0
         return exec_one(workspace, command, environment, options, began)
@@ -8881,7 +8795,7 @@ class Labelled:
             self(b"\n")
 
 
-def exec_one(workspace: WorkspaceBase, command: Union[str, List[str]], environment: Dict[str, str],
+def exec_one(workspace: Workspace, command: Union[str, List[str]], environment: Dict[str, str],
              options: argparse.Namespace, began: float) -> int:
     source = None if options.no_stdin else open_stdin()
     if options.json:
@@ -8955,7 +8869,7 @@ def open_stdin() -> Optional[Source]:
     return Source(0)
 
 
-def point_out_stale(project: Project, workspace: WorkspaceBase, terminal: Terminal) -> None:
+def point_out_stale(project: Project, workspace: Workspace, terminal: Terminal) -> None:
     """On a terminal: say so when the workspace was made of another commit than HEAD now is."""
     if not terminal.bars:
         return
@@ -8989,7 +8903,7 @@ def command_new(options: argparse.Namespace) -> int:
         check_workspace(name)
     terminal = (Live(options.verbosity, names, True) if names[1:] else Terminal(options.verbosity, True))
 
-    def make(name: str) -> WorkspaceBase:
+    def make(name: str) -> Workspace:
         code = 1
         try:
             made, code = project.create(name, host, ref, options.root or "", not options.no_init, terminal), 0
@@ -9277,7 +9191,7 @@ def command_rm(options: argparse.Namespace) -> int:
     return code
 
 
-def existing_workspace(options: argparse.Namespace) -> WorkspaceBase:
+def existing_workspace(options: argparse.Namespace) -> Workspace:
     project = open_project(options)
     return project.existing(one_workspace(options) or project.default_workspace(), options.host or "")
 
@@ -9463,7 +9377,7 @@ def secrets_rm(registry: Registry, options: argparse.Namespace) -> int:
 
 # -- the tools as commands: the table of tools gives their arguments, TOOL_TEXT what a person reads --
 
-def the_workspace(options: argparse.Namespace) -> WorkspaceBase:
+def the_workspace(options: argparse.Namespace) -> Workspace:
     project = open_project(options)
     return project.ensure(one_workspace(options) or project.default_workspace(), options.host or "",
                           report=Terminal(options.verbosity))
@@ -9485,9 +9399,9 @@ def command_write(options: argparse.Namespace) -> int:
     data = read_all(0, READ_MAX * 10)
     if len(data) > READ_MAX * 10:
         raise UsageError("The content is larger than %s." % human_size(READ_MAX * 10))
-    created = write_file(the_workspace(options), options.path, data)
+    written = the_workspace(options).write(options.path, data)
     if options.json:
-        print_json({"size": len(data), "sha256": sha256(data), "created": created})
+        print_json(written)
     return 0
 
 
@@ -9571,12 +9485,12 @@ def command_logs(options: argparse.Namespace) -> int:
         def json_line(data: bytes) -> None:
             if data:
                 print_json(bytes_field("output", data))
-        end = follow_job(workspace, options.job, offset, json_line if options.json else functools.partial(write_out, 1))
+        end = workspace.follow(options.job, json_line if options.json else functools.partial(write_out, 1), offset)
         if options.json:
             print_json({"state": end["state"], "exit_code": end["exit_code"]})
         return 0
     while True:
-        status = job_logs(workspace, options.job, offset, wait)
+        status = workspace.logs(options.job, offset, wait)
         write_out(1, status["data"])
         offset = status["next_offset"]
         if offset >= status["size"] or not status["data"]:
@@ -9954,7 +9868,7 @@ def fail(words: Sequence[str], error: CmuxError) -> int:
 def version_text() -> str:
     """Name, version, and the SHA-256 of this very file: a changed copy shows itself."""
     try:
-        digest = sha256(globals()["__loader__"].get_data(__file__))  # of a zip, too
+        digest = sha256_of(globals()["__loader__"].get_data(__file__))  # of a zip, too
     except (OSError, NameError, AttributeError):
         digest = "unknown"
     return "%s %s (sha256 %s)" % (PROGRAM, __version__, digest)
