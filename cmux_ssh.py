@@ -5011,14 +5011,16 @@ class ProjectState:
         """What the registry has of a finished workspace. Raises WorkspaceMissing."""
         entry = self.entries().get(check_workspace(name))
         if entry is None:
-            raise WorkspaceMissing("There is no workspace %s in this project." % show(name),
-                                   "See `%s list`, or make it: %s new %s -H HOST"
-                                   % (PROGRAM, PROGRAM, name))
+            raise no_workspace(name, ", or make it: %s new %s -H HOST" % (PROGRAM, name))
         return entry
 
     def update(self, name: str, **fields: Any) -> None:
         """Change fields of a workspace's entry in the registry."""
         self.registry.update(lambda record: record["workspaces"][name].update(fields))
+
+    def forget(self, name: str) -> None:
+        """Take a workspace's entry out of the registry."""
+        self.registry.update(lambda record: record["workspaces"].pop(name, None) and None)
 
     def discard(self, name: str, entry: Dict[str, Any]) -> None:
         """The directory into the trash there, the entry out of the registry; not listed from here on,
@@ -5033,7 +5035,7 @@ class ProjectState:
             if not isinstance(error, ConnectionLost):  # then nobody knows
                 self.update(name, state=entry["state"])
             raise
-        self.registry.update(lambda record: record["workspaces"].pop(name, None) and None)
+        self.forget(name)
 
     def vacate(self, name: str) -> None:
         """See that a name is free. Under its lock, an entry that is not ready is what a process that
@@ -5151,7 +5153,7 @@ class ProjectBase(ProjectState):
             host = self.host(entry["host"])
             with Logged(self, "rm", name, host.name, "--forget" if forget else "--force" if force else ""):
                 if forget:
-                    self.registry.update(lambda record: record["workspaces"].pop(name, None) and None)
+                    self.forget(name)
                     return [name]
                 if entry["state"] == "ready":
                     entry = self.settle(name)
@@ -5198,12 +5200,11 @@ class ProjectBase(ProjectState):
             reply = host.call(script, entry["root"], entry["project"], source, name, *ops)
         if reply.status in (20, 22):
             if script is FORK:
-                self.registry.update(lambda record: record["workspaces"].pop(name, None) and None)
+                self.forget(name)
             else:
                 self.settle(source)
-            raise {20: WorkspaceExists, 22: WorkspaceMissing}[reply.status](
-                "A directory %s exists already on %s." % (name, host.name) if reply.status == 20
-                else "The directory of %s is not on %s (any more)." % (source, host.name), "See `%s list`." % PROGRAM)
+            raise gone_there(source, host.name) if reply.status == 22 else WorkspaceExists(
+                "A directory %s exists already on %s." % (name, host.name), "See `%s list`." % PROGRAM)
         check_reply(reply, host.name, "make %s of %s" % (name, source))
 
     def push(self, name: str, ref: str = "HEAD", force: bool = False, report: Optional[Report] = None,
@@ -5226,7 +5227,7 @@ class ProjectBase(ProjectState):
                     str(PULL_FILE_MAX), made.tree, "1" if force else "", cancel=cancel))
                 log.size = made.sent
             if reply.status == 22:
-                raise WorkspaceMissing("The directory of %s is not on %s (any more)." % (name, workspace.host.name))
+                raise gone_there(name, workspace.host.name)
             check_reply(reply, workspace.host.name, "push to %s" % name)
             if "pushed" not in reply.lines():
                 raise RemoteFailed("%s did not confirm the push." % workspace.host.name, "Try again.")
@@ -5291,6 +5292,14 @@ class ProjectBase(ProjectState):
             raise error
 
 
+def no_workspace(name: str, more: str = "") -> WorkspaceMissing:
+    return WorkspaceMissing("There is no workspace %s in this project." % show(name), "See `%s list`%s" % (PROGRAM, more or "."))
+
+
+def gone_there(name: str, host: str) -> WorkspaceMissing:
+    return WorkspaceMissing("The directory of %s is not on %s (any more)." % (name, host), "`%s rm --force %s` forgets it." % (PROGRAM, name))
+
+
 def check_reply(reply: Reply, host: str, what: str) -> None:
     """Raise RemoteFailed with the host's own words unless a script ended with status 0."""
     if reply.status:
@@ -5348,7 +5357,7 @@ class Creation:
         except (CmuxError, KeyboardInterrupt) as error:
             if isinstance(error, (Cancelled, KeyboardInterrupt)):
                 raise
-            self.project.registry.update(lambda record: record["workspaces"].pop(self.name, None) and None)
+            self.project.forget(self.name)
             raise
         root = check_remote_path(next((line[5:] for line in reply.lines() if line.startswith("root ")), ""))
         hook = init and "init" in reply.lines()
@@ -6295,8 +6304,7 @@ class Pull:
 
     def _refused(self, reply: Reply) -> None:
         if reply.status == 22:
-            raise WorkspaceMissing("The directory of %s is not on %s (any more)." % (self.workspace.name, self.workspace.host.name),
-                                   "`%s rm --force %s` forgets it." % (PROGRAM, self.workspace.name))
+            raise gone_there(self.workspace.name, self.workspace.host.name)
         check_reply(reply, self.workspace.host.name, "give the result of %s" % self.workspace.name)
         raise refuse("its stream is empty")
 
@@ -7710,26 +7718,19 @@ def row_text(row: Any) -> str:
     return "  ".join("%s=%s" % (key, value) for key, value in row.items() if value not in (None, ""))
 
 
-def manage_list(server: McpServer, cancel: Cancel) -> Dict[str, Any]:
-    return {"workspaces": [workspace.describe() for workspace in server.project.workspaces()]}
-
-
 def manage_new(server: McpServer, cancel: Cancel, name: str, ref: str = "HEAD") -> Dict[str, Any]:
     return server.project.create(name, server.host or server.host_of(server.workspace) or server.project.default_host(), ref,
                                  cancel=cancel).describe()
 
 
-def manage_fork(server: McpServer, cancel: Cancel, workspace: str, name: str) -> Dict[str, Any]:
-    return server.project.fork(server.project.workspace(workspace), name).describe()
-
-
-def manage_rename(server: McpServer, cancel: Cancel, workspace: str, name: str) -> Dict[str, Any]:
-    return server.project.rename(server.project.workspace(workspace), name).describe()
+def manage_move(server: McpServer, cancel: Cancel, workspace: str, name: str, rename: bool = False) -> Dict[str, Any]:
+    project = server.project
+    return (project.rename if rename else project.fork)(project.workspace(workspace), name).describe()
 
 
 def manage_rm(server: McpServer, cancel: Cancel, workspace: str, force: bool = False) -> Dict[str, Any]:
     if not server.project.remove(workspace, force):
-        raise WorkspaceMissing("There is no workspace %s in this project." % show(workspace))
+        raise no_workspace(workspace)
     return {"removed": workspace}
 
 
@@ -7756,10 +7757,11 @@ NAME_PARAM = Param("name", "string", "the new name", True)
 WORKSPACE_PARAM = Param("workspace", "string", "which workspace", True)
 REF_PARAM = Param("ref", "string", "the local commit to send (HEAD)")
 MANAGE_TOOLS: Dict[str, Tool] = {tool.name: tool for tool in (
-    Tool("workspace_list", manage_list, "The workspaces of this project.", True),
+    Tool("workspace_list", lambda server, cancel: {"workspaces": [w.describe() for w in server.project.workspaces()]},
+         "The workspaces of this project.", True),
     Tool("workspace_new", manage_new, "Make a workspace on the host from a local commit.", False, NAME_PARAM, REF_PARAM),
-    Tool("workspace_fork", manage_fork, "Make a workspace with the present content of another.", False, WORKSPACE_PARAM, NAME_PARAM),
-    Tool("workspace_rename", manage_rename, "Give a workspace another name.", False, WORKSPACE_PARAM, NAME_PARAM),
+    Tool("workspace_fork", manage_move, "Make a workspace with the present content of another.", False, WORKSPACE_PARAM, NAME_PARAM),
+    Tool("workspace_rename", functools.partial(manage_move, rename=True), "Give a workspace another name.", False, WORKSPACE_PARAM, NAME_PARAM),
     Tool("workspace_diff", manage_diff, "What a workspace changed against its base.", True, WORKSPACE_PARAM,
          Param("stat", "boolean", "only how much, by file")),
     Tool("workspace_pull", manage_pull, "Bring a workspace's work home as commits on a local branch; no file here is touched.",
@@ -9177,8 +9179,7 @@ def command_rm(options: argparse.Namespace) -> int:
         try:
             gone = project.remove(name, options.force, options.forget)
             if not gone:
-                raise WorkspaceMissing("There is no workspace %s in this project." % show(name),
-                                       "See `%s list`." % PROGRAM)
+                raise no_workspace(name)
             removed += gone
         except CmuxError as error:
             if isinstance(error, ConnectionFailed):
