@@ -2640,7 +2640,7 @@ class HostMemory:
 
     A directory named by a hash of the alias and of `ssh -G` (%C collides between aliases):
     down.json, the failures; profile.json, what the host was seen to allow; and, for the classes
-    below, sockets 0, 1, ...; a lock file per session slot; locks for starting.
+    below, sockets 0, 1, ...; a lock file per session slot; locks for starting; hangs.0, ... of masters that do.
     """
 
     def __init__(self, config: SSHConfig) -> None:
@@ -2908,12 +2908,23 @@ class Slots(Launcher):
         self._mutex = threading.Condition()
         self._held: Dict[Tuple[int, int], Lock] = {}
         self._closing: List[Tuple[MuxSession, Tuple[int, int]]] = []
-        self._skipped: Dict[int, float] = {}   # masters that hang, and until when to pass them by
 
     def _live(self) -> List[int]:
-        now = time.monotonic()
-        return [i for i in range(MASTERS_PER_HOST)
-                if self._skipped.get(i, 0) < now and self._is_socket(i)]
+        return [i for i in range(MASTERS_PER_HOST) if self._is_socket(i) and not self._hangs(i)]
+
+    def _hangs(self, index: int) -> bool:
+        """Whether a master was seen to hang, by any process, MASTER_PASSED_BY ago or less."""
+        try:
+            return 0 <= time.time() - os.stat(self._path("hangs.%d" % index)).st_mtime < MASTER_PASSED_BY
+        except OSError:
+            return False
+
+    def _pass_by(self, index: int) -> None:
+        """For a while others are asked: to find out anew takes each process CONTROL_PATIENCE."""
+        remove_file(self._path("hangs.%d" % index))
+        mark = Lock(self._path("hangs.%d" % index))
+        mark.take()
+        mark.free()
 
     def _is_socket(self, index: int) -> bool:
         try:
@@ -3054,7 +3065,7 @@ class Masters(Slots):
 
     def pass_by(self, session: Session) -> None:
         """The master of a session hangs, it seems: for a while others are asked."""
-        self._skipped[session.master] = time.monotonic() + MASTER_PASSED_BY
+        self._pass_by(session.master)
 
     def _bury(self, index: int, error: BaseException) -> None:
         """A master did not answer. One that refuses or is missing has left a dead socket, which
@@ -3072,10 +3083,10 @@ class Masters(Slots):
             time.sleep(0.01)  # it was just ending itself: nothing has started
         else:
             self._gone.pop(index, None)
-            self._skipped[index] = time.monotonic() + MASTER_PASSED_BY
+            self._pass_by(index)
 
     def started(self, index: int) -> None:
-        self._skipped.pop(index, None)
+        remove_file(self._path("hangs.%d" % index))
         self._gone.pop(index, None)
 
     def _take_slot(self, deadline: Deadline, cancel: Optional[Cancel]) -> Tuple[int, int]:
@@ -3635,10 +3646,7 @@ class Host:
         header = shell_header(nonce, os.urandom(8).hex(), records) + (data or b"")
         exchange = Exchange(session, nonce, header, hear, err, source, data is not None,
                             eager=not isinstance(session, DirectSession))  # a dropped handshake takes none of it along
-        started = exchange.run(Deadline(START_PATIENCE + (CONNECT_PATIENCE if direct else 0)), cancel,
-                               until=lambda: exchange.begun or exchange.out.ended)
-        if not started:
-            raise self.silent(exchange.sent)
+        self.begin(exchange, direct, cancel)
         streams = source is not None or bool(data)
         if not exchange.run(Deadline(None if streams else CALL_PATIENCE), cancel, stall=STALL_PATIENCE if streams else None):
             raise RemoteFailed("%s did not finish within %d seconds." % (self.name, CALL_PATIENCE))
@@ -3716,6 +3724,12 @@ class Host:
         for session in ready:
             session.close()
 
+    def begin(self, exchange: Exchange, direct: bool, cancel: Optional[Cancel]) -> None:
+        """See an operation begin, or be refused, on a connection that may still have to be made. Raises HostError."""
+        if not exchange.run(Deadline(START_PATIENCE + (CONNECT_PATIENCE if direct else 0)), cancel,
+                            until=lambda: exchange.begun or exchange.out.ended):
+            raise self.silent(exchange.sent)
+
     def silent(self, sent: bool) -> HostError:
         """The error for a host that took the session, perhaps what was ``sent`` too, and said nothing."""
         kind, more = (HostSilent, " The command may still run there.") if sent else (ConnectionFailed, "")
@@ -3749,11 +3763,7 @@ class Incoming:
             session = host.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel)
             self.exchange = Exchange(session, nonce, header, self.waiting.append, self.err)
             try:
-                self.exchange.run(Deadline(START_PATIENCE + CONNECT_PATIENCE), cancel,
-                                  until=lambda: self.exchange.begun or self.exchange.out.ended)
-                if not self.exchange.begun and not self.exchange.out.ended:
-                    raise host.silent(self.exchange.sent)
-                return
+                return host.begin(self.exchange, True, cancel)
             except BaseException as error:
                 self.close()
                 if not isinstance(error, ConnectionDropped) or not host.masters.again(error, attempt, Deadline(SLOT_PATIENCE), cancel):
@@ -8275,15 +8285,15 @@ class Bench:
         self.roots += 1
         return "%s/%d" % (self.root, self.roots)
 
-    def archive_over_ssh(self) -> None:
+    def archive_over_ssh(self, argv: Sequence[str]) -> None:
         archive = plain_archive(self.tree)
-        self.ssh(self.over, "mkdir -p %s && tar -xf - -C %s" % ((self.new_root(),) * 2), archive.stdout)
+        self.ssh(argv, "mkdir -p %s && tar -xf - -C %s" % ((self.new_root(),) * 2), archive.stdout)
         archive.communicate()
 
     # -- rows --
 
     def row(self, work: str, unit: str, times: int, bar: str, contenders: Mapping[str, Callable[[], object]],
-            pause: float = 0.0) -> Row:
+            pause: float = 0.0, floor: str = "") -> Row:
         """Run the contenders in turns, in another order each time. What one returns is taken in place of
         the seconds it took; for units that end in /s more is better."""
         import random
@@ -8294,14 +8304,14 @@ class Bench:
                 value = contenders[name]()
                 taken[name].append(value if isinstance(value, float) else (time.perf_counter() - began) * (1000 if unit == "ms" else 1))
                 time.sleep(pause)
-        return self.judged(work, unit, {name: spread(values) for name, values in taken.items()}, bar)
+        return self.judged(work, unit, {name: spread(values) for name, values in taken.items()}, bar, floor)
 
-    def judged(self, work: str, unit: str, by: Dict[str, Spread], bar: str) -> Row:
-        """``bar``: "0.25 x" of the master, at least so much where more is better; "1.05 round trips"
-        on a simulated line; "2 ms" at most."""
+    def judged(self, work: str, unit: str, by: Dict[str, Spread], bar: str, floor: str = "") -> Row:
+        """``bar``: "0.25 x" of ``floor`` (the master, else plain ssh), at least so much where more is better;
+        "1.05 round trips" on a simulated line; "2 ms" at most."""
         number, kind = float(bar.split()[0]) if bar else 0.0, bar.partition(" ")[2]
-        ours, floor = by["cmux"].median, by.get("master") or by.get("plain")
-        ratio = (ours / (self.rtt * 1000) if kind == "round trips" else ours / floor.median if floor else None)
+        ours, other = by["cmux"].median, by.get(floor) or by.get("master") or by.get("plain")
+        ratio = (ours / (self.rtt * 1000) if kind == "round trips" else ours / other.median if other else None)
         value = ratio if kind in ("x", "round trips") else ours
         reached = None if not bar or value is None else value >= number if unit.endswith("/s") else value <= number
         return Row(work=work, unit=unit, by=by, ratio=ratio, bar=bar, reached=reached)
@@ -8313,7 +8323,8 @@ class Bench:
         yield self.row("first command, connection included", "ms", 6, "", {
             "plain": lambda: self.ssh(self.fresh, "true"), "cmux": lambda: self.ours_cold() * 1000})
         yield self.row("new workspace, %s in %d files" % (human_size(BENCH_FILE * self.count()), self.count()), "ms", 5, "1.2 x",
-                       {"master": self.archive_over_ssh, "cmux": lambda: self.made(self.new_root())})
+                       {"plain": lambda: self.archive_over_ssh(self.fresh), "master": lambda: self.archive_over_ssh(self.over),
+                        "cmux": lambda: self.made(self.new_root())}, floor="plain")  # DESIGN's bar is for work and one connection
         self.workspace = self.project.create("bench", self.server, root=self.new_root())
         yield self.row("second workspace of the same commit", "ms", 5, "1.2 x", {
             "master": lambda: self.ssh(self.over, "cp -a %s %s" % (quote(self.workspace.path), self.new_root())),
@@ -8371,6 +8382,26 @@ class Bench:
                 ("edit (plain: read, then write)", "", lambda: self.edit_plainly(path, ten),
                  lambda: space.edit("ten", [dict(zip(("old", "new"), next(changes)), count=640)]))):
             yield self.row(work, "ms", times, bar, {"master": plain, "cmux": ours}, pause)
+        yield from self.mcp_row(times, pause)
+
+    def mcp_row(self, times: int, pause: float) -> Iterator[Row]:
+        """From the line of a tools/call to that of its answer, in this process."""
+        import json
+        import queue
+        import threading
+        lines: queue.Queue[bytes] = queue.Queue()
+        answers: queue.Queue[bytes] = queue.Queue()
+        server = McpServer(self.project, "bench", self.server, lambda data, ending: answers.put(data))
+        threading.Thread(target=server.run, args=(iter(lines.get, b""),), daemon=True).start()
+
+        def call() -> None:
+            lines.put(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
+                "name": "exec", "arguments": {"command": ["/bin/true"]}}}).encode())
+            if b"exit_code: 0" not in answers.get(timeout=CONNECT_PATIENCE):
+                raise RemoteFailed("A call through the MCP server failed.")
+        yield self.row("exec of an argv, through MCP", "ms", times, self.warm_bar("0.5", "1.1"), {
+            "master": lambda: self.ssh(self.over, "/bin/true"), "cmux": call}, pause)
+        lines.put(b"")
 
     def edit_plainly(self, path: str, file: str) -> None:
         self.ssh(self.over, "cat %s" % quote(path))
@@ -9594,7 +9625,7 @@ def command_bench(options: argparse.Namespace) -> int:
     if options.json:
         print_json(dict(here, rows=rows))
     else:
-        terminal.note("The ratio is to ssh over a master, else to plain ssh; a bar is what DESIGN asks.")
+        terminal.note("The ratio is to ssh over a master; of the first two rows to plain ssh, which connects, too. A bar is what DESIGN asks.")
     return 0
 
 

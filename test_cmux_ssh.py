@@ -574,6 +574,11 @@ class Site:
         return [p for p in processes(environ=False)
                 if name in p.cmdline and (b"[mux]" in p.cmdline or b"\0-M\0" in p.cmdline) and b"sshd" not in p.cmdline]
 
+    def sockets(self) -> Path:
+        """The directory of the masters' control sockets."""
+        found = [re.search(rb"(/[^\0 ]+)/\d+(?: \[mux\]|\0)", master.cmdline) for master in self.masters()]
+        return next(Path(os.fsdecode(match.group(1))) for match in found if match)
+
     def close(self) -> None:
         for line in self.lines:
             line.close()
@@ -1440,6 +1445,18 @@ def test_a_stopped_master_does_not_hang_a_new_call(repo: Repo) -> None:
         kill(master.pid, signal.SIGSTOP)
     ran = repo.cli("exec", "-H", "box", "--", "echo alive", seconds=100)
     assert ran.code in (0, 255), ran
+    (repo.site.sockets() / "1").unlink()  # of the master that was added
+    ran = repo.cli("exec", "-H", "box", "--json", "--", "echo alive", seconds=100)
+    assert ran.code == 0 and ran.json["duration"] < c.CONTROL_PATIENCE, (ran, "the next process need not find out again")
+
+
+def test_a_master_that_hung_is_asked_again_after_a_while(repo: Repo) -> None:
+    assert repo.exec("true").code == 0
+    mark = repo.site.sockets() / "hangs.0"
+    for age, masters in ((c.MASTER_PASSED_BY + 1, 1), (-60, 1), (0, 2)):  # over; of a clock that was set back; now
+        mark.touch()
+        os.utime(str(mark), (time.time() - age,) * 2)
+        assert repo.exec("true").code == 0 and len(repo.site.masters()) == masters, age
 
 
 @pytest.mark.parametrize("stdin", [None, pytest.param(b"in", marks=pytest.mark.slow)])
