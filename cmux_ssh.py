@@ -1786,6 +1786,14 @@ def write_bytes(path: str, data: bytes) -> None:
         raise StateFailed("Cannot write %s: %s." % (show(path), os.strerror(error.errno or 0)))
 
 
+def no_room(error: BaseException) -> Optional[StateFailed]:
+    """What to say of an OSError that means a full disk here, wherever it comes up; None of any other."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StateFailed("There is no room left here%s." % (", at %s" % show(str(error.filename)) if error.filename else ""),
+                           "Make room on that disk, or set TMPDIR or CMUX_SSH_HOME to another.")
+    return None
+
+
 def temporary_folder() -> str:
     """The directory for temporary files. Raises StateFailed where there is none."""
     import tempfile
@@ -1807,12 +1815,15 @@ def spool(data: bytes) -> IO[bytes]:
         raise StateFailed("Cannot write a temporary file: %s." % os.strerror(error.errno or 0), "Make room, or set TMPDIR.")
 
 
-def remove_leftovers(path: str) -> None:
-    """What a writer of ``path`` that was killed left beside it. Only under the file's lock."""
+def remove_leftovers(path: str, age: float = 0) -> None:
+    """What a writer of ``path`` that was killed left beside it. Under the file's lock, or of such an ``age`` in
+    seconds that nobody writes it any more."""
     folder, name = os.path.split(path)
     for entry in os.listdir(folder):
         if entry.startswith(name + ".") and entry.endswith(".new"):
-            remove_file(os.path.join(folder, entry))
+            found = os.path.join(folder, entry)
+            if not age or (os.path.exists(found) and time.time() - os.stat(found).st_mtime > age):
+                remove_file(found)
 
 
 def remove_file(path: str) -> None:
@@ -2677,6 +2688,8 @@ class HostMemory:
 
     def _learn(self, **limits: int) -> None:
         """Remember for a day what the host was seen to allow."""
+        remove_leftovers(self._path("profile.json"), 3600)
+        remove_leftovers(self._path("down.json"), 3600)
         write_json(self._path("profile.json"), dict(self.profile(), until=time.time() + 86400, **limits))
         self._profile_until = 0.0
 
@@ -5052,8 +5065,13 @@ class ProjectState:
         was killed left, and was never reported to anybody: it is cleared away. So is half a rename to it."""
         for other, entry in self.entries().items():
             if entry.get("intent", {}).get("to") == name:
-                with self.registry.creation_lock(other):
+                lock = self.registry.creation_lock(other)
+                if not lock.wait(Deadline(5)):  # it may wait for the lock we hold
+                    raise WorkspaceExists("The workspace %s is about to get the name %s." % (other, name), "Try again in a moment.")
+                try:
                     self.settle(other)
+                finally:
+                    lock.free()
         entry = self.registry.read()["workspaces"].get(name)
         if entry and entry["state"] == "ready":
             raise WorkspaceExists("The workspace %s exists already." % name,
@@ -6352,7 +6370,8 @@ class Pull:
             text = path.decode("utf-8", "surrogateescape")
             why = "file that tools obey" if _EXECUTES.search(text) else ""
             near, far = fold(text) + "/", fold(hooks) + "/"
-            if hooks and mode != "000000" and (near.startswith(far) or far.startswith(near)):  # below, or a link above
+            inside = "/" not in text if hooks == "." else near.startswith(far) or far.startswith(near)  # below, or a link above
+            if hooks and mode != "000000" and inside:
                 why = "git hook"
                 if not self.allow:
                     raise refuse("it changes %s, and this repository runs hooks from there" % show(text),
@@ -7002,7 +7021,9 @@ def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0, cancel: Opt
             except CmuxError as error:
                 results[index] = error
             except BaseException as error:
-                bugs.append(error)
+                full = no_room(error)
+                results[index] = full
+                bugs.extend([] if full else [error])
         with mutex:
             left[0] -= 1
             if not left[0]:
@@ -7068,7 +7089,8 @@ class Batch:
         except CmuxError as error:
             answer = {"id": request_id, "ok": False, "error": error_fields(error)}
         except Exception as bug:  # told in full on stderr by the caller's hook, and to the reader
-            answer = {"id": request_id, "ok": False, "error": {"type": "Bug", "message": repr(bug), "hint": ""}}
+            full = no_room(bug)
+            answer = {"id": request_id, "ok": False, "error": error_fields(full) if full else {"type": "Bug", "message": repr(bug), "hint": ""}}
         with self.mutex:
             self.failed += not answer["ok"]
             try:
@@ -7535,7 +7557,8 @@ class McpServer(JsonRpc):
         except CmuxError as failure:
             text, failed = self._failure(failure), True
         except Exception as bug:
-            error = defect(bug)
+            full = no_room(bug)
+            text, failed, error = (self._failure(full), True, None) if full else ("", False, defect(bug))
         self.calls.pop(number, None)
         answer = {"content": [{"type": "text", "text": text[:MCP_ROOM * 2]}], "isError": failed}
         call.reply(answer if error is None and not call.dropped else None, None if call.dropped else error)
@@ -8802,11 +8825,14 @@ def exec_many(project: Project, names: List[str], command: Union[str, List[str]]
     if options.json:
         print_json(rows)
     else:
-        bad = [row for row in rows if row["exit_code"]]
+        bad: Dict[str, List[str]] = {}  # how -> which: a host that is down is said once
+        for row in rows:
+            if row["exit_code"]:
+                how = "%d%s" % (row["exit_code"], ": " + row["error"]["message"] if row["error"] else "")
+                bad.setdefault(how, []).append(row["workspace"])
         live.warn("%d of %d succeeded in %.1f s%s" % (
-            len(rows) - len(bad), len(rows), time.monotonic() - began, "." if not bad else "; failed: " + ", ".join(
-                "%s (%d%s)" % (row["workspace"], row["exit_code"], ": " + row["error"]["message"] if row["error"] else "")
-                for row in bad)))
+            len(rows) - sum(map(len, bad.values())), len(rows), time.monotonic() - began, "." if not bad else "; failed: " + ", ".join(
+                "%s (%s)" % (", ".join(which), how) for how, which in bad.items())))
     return max((int(row["exit_code"]) for row in rows), default=0)
 
 
@@ -9932,6 +9958,11 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         return fail(words, error)
     except KeyboardInterrupt:
         return fail(words, Cancelled("Interrupted."))
+    except OSError as error:
+        full = no_room(error)
+        if full is None:
+            raise
+        return fail(words, full)
 
 
 if __name__ == "__main__":

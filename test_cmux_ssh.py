@@ -5372,6 +5372,11 @@ def test_pull_refuses_hooks_reached_by_a_link_above_them_and_shows_names_in_one_
     do(repo, "rm -r tools; mkdir -p evil/hooks; ln -s evil tools; echo x >evil/hooks/post-checkout")
     refused(repo.cli("pull"), 1, words="runs hooks from there")
     assert repo.cli("pull", "--allow").code == 0
+    repo.git("config", "core.hooksPath", ".")
+    do(repo, "mkdir -p below; echo x >below/post-checkout")
+    assert repo.cli("pull").code == 0
+    do(repo, "echo x >post-checkout")
+    refused(repo.cli("pull"), 1, words="runs hooks from there")
 
 
 def test_pull_from_a_malicious_repository_of_ones_own_runs_nothing(repo: Repo) -> None:
@@ -6950,6 +6955,29 @@ def test_a_full_disk_on_the_host_is_said_and_leaves_nothing_half(site: Site, wha
     made = repo.cli("new", "-H", "small", "main")
     assert made.code == 1 and re.search("(?i)disk|space", made.said), made
     assert repo.workspaces() == {}
+
+
+@pytest.mark.parametrize("verb, room", [("new", "nr_inodes=2"), ("pull", "size=40k"), ("pull", "nr_inodes=2"), ("batch", "size=40k"), ("exec", "size=40k")])
+def test_a_full_disk_on_this_machine_is_said_and_not_a_traceback(repo: Repo, verb: str, room: str) -> None:
+    """TMPDIR, where a shadow repository and a command's stdin lie, is a small tmpfs in a namespace of its own."""
+    assert repo.exec("head -c 300000 /dev/urandom >big").code == 0
+    repo.write("large", os.urandom(300000))
+    repo.commit()
+    small = repo.site.dir / "small"
+    small.mkdir()
+    words = {"new": ["new", "-H", "box", "second"], "pull": ["pull"], "batch": ["batch"], "exec": ["exec", "--", "cat >got"]}[verb]
+    line = json.dumps({"id": 1, "workspace": "main", "tool": "exec", "arguments": {"command": "cat >got", "stdin": "x" * 300000}}).encode() + b"\n"
+    around = [program("unshare", "util-linux"), "-m" if os.geteuid() == 0 else "-rm", "sh", "-c",
+              f"mount -t tmpfs -o {room} none {small} && exec \"$@\"", "sh"]
+    done = subprocess.run([*around, sys.executable, str(PROGRAM), *words], cwd=str(repo.dir), env=repo.site.environment({"TMPDIR": str(small)}),
+                          input=line if verb == "batch" else b"x" * 300000, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    said = (done.stdout + done.stderr).decode()
+    assert "Traceback" not in said and '"Bug"' not in said, said
+    if verb == "exec":
+        assert done.returncode == 0 and (repo.path() / "got").stat().st_size == 300000, "stdin streams through: it needs no room here"
+    else:
+        assert done.returncode == 1 and re.search("room|space|disk", said), said
+    assert set(repo.workspaces()) == {"main"}
 
 
 # -- what it must mask --
