@@ -116,7 +116,6 @@ LOG_MAX = 64 * 1024         # of ssh's own words that are read back
 CHUNK = 128 * 1024          # one read or write
 BULK_FROM = 256 * 1024      # an archive over this gets its own connection: a proxy was seen to
                             # cut a multiplexed 646 MB upload at 815,458 bytes without an error
-LARGE_FROM = 250            # files, of a kilobyte each at least, are over that: the connection is made at once
 FIRST_PIECE = 1024 * 1024   # of such an archive goes plain, to measure the line; half of ssh's window
 FAST_LINE = 20e6            # bytes a second from which the rest goes plain, too: at 30 MB/s gzip gains nothing
 GZIP_LEVEL = 4              # measured: level 1 leaves a fifth more to send, 6 takes twice the CPU for 6 %
@@ -165,6 +164,7 @@ LISTED_MAX = 2 * 1000 * 1000         # files a host without git may name
 WIRE_LINE_MAX = 8 * 1024    # of a control line in a result's stream: a quoted path is the longest
 STREAMED_FROM = 8 * 1024 * 1024      # git handles larger blobs without holding them in memory
 PLACES_KEPT = 200           # hosts and roots that gc visits, though no workspace is there any more
+SENT_KEPT = 200             # trees that went to a host: a delta stands on no other
 PARTS_KEPT = 30             # sent trees with submodules or LFS content that are remembered for deltas
 POINTER_MAX = 1024          # bytes of an LFS pointer, says its specification
 SMALL_TREE_KB = 65536       # up to this a host without git sends all files, not the touched ones
@@ -298,18 +298,15 @@ class OutputFailed(PipeClosed):
 # Owns: results, deadlines, cancellation. May touch: the clock, one pipe per Cancel.
 
 class Value:
-    """An immutable record: the slots are its fields, compared and shown by value.
+    """An immutable record: what its class annotates are its fields, compared and shown by value.
 
     (dataclasses and typing.NamedTuple cost 10 to 18 ms of start-up.)
     """
 
-    __slots__: Tuple[str, ...] = ()
-
     def __init__(self, **fields: Any) -> None:
-        for name in self.__slots__:
-            object.__setattr__(self, name, fields.pop(name))
-        if fields:
-            raise TypeError("unknown fields: %s" % ", ".join(sorted(fields)))
+        if set(fields) != set(self.__annotations__):
+            raise TypeError("fields are missing or unknown: %s" % ", ".join(set(fields) ^ set(self.__annotations__)))
+        self.__dict__.update(fields)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("%s is immutable" % type(self).__name__)
@@ -326,7 +323,7 @@ class Value:
 
     def as_dict(self) -> Dict[str, Any]:
         """The fields, by name."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {name: getattr(self, name) for name in self.__annotations__}
 
 
 class ExecResult(Value):
@@ -334,9 +331,6 @@ class ExecResult(Value):
     ``timed_out``; ``stdout`` and ``stderr`` are bytes (head and tail when ``truncated``);
     ``duration`` in seconds; ``stopped`` is None, or ``confirmed``, ``requested``, ``unknown``:
     how certain it is that the process tree on the host has ended."""
-
-    __slots__ = ("workspace", "host", "exit_code", "stdout", "stderr", "timed_out", "duration",
-                 "truncated", "stopped")
     workspace: str
     host: str
     exit_code: int
@@ -346,6 +340,26 @@ class ExecResult(Value):
     duration: float
     truncated: bool
     stopped: Optional[str]
+
+
+def drop(*fds: int) -> None:
+    """Close those of the descriptors that there are."""
+    for fd in fds:
+        if fd >= 0:
+            os.close(fd)
+
+
+_FORK_AWARE: List[Any] = []  # a WeakSet, once there is something to put into it
+
+
+def leave_at_fork(thing: Any) -> None:
+    """Have ``thing.forked()`` called in each child that is forked (as multiprocessing does): its copies of our
+    descriptors would keep locks held, and sessions open, that this process gives up."""
+    if not _FORK_AWARE:
+        import weakref
+        _FORK_AWARE.append(weakref.WeakSet())
+        os.register_at_fork(after_in_child=lambda: [thing.forked() for thing in list(_FORK_AWARE[0])])
+    _FORK_AWARE[0].add(thing)
 
 
 class Deadline:
@@ -372,30 +386,44 @@ class Cancel:
     code 130; all else raises Cancelled. It stays set: make a new one for what comes after."""
 
     def __init__(self) -> None:
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
+        import _thread
+        self._guard = _thread.RLock()  # a signal may set it in the middle of whatever its thread does here
+        self._read = self._write = -1  # a pipe, made when somebody polls
         self.is_set = False
 
     def set(self) -> None:
         """End what was given this, now and later. Returns at once; ``is_set`` tells."""
         self.is_set = True
-        try:
-            os.write(self._write, b"x")  # stays readable: every poller sees it
-        except BlockingIOError:
-            pass
+        with self._guard:
+            if self._write >= 0:
+                try:
+                    os.write(self._write, b"x")  # stays readable: every poller sees it
+                except BlockingIOError:
+                    pass
 
     def fileno(self) -> int:
         """Readable once it is set, for select and poll."""
-        return self._read
+        with self._guard:
+            if self._read < 0:
+                self._read, self._write = os.pipe()
+                os.set_blocking(self._write, False)
+                if self.is_set:
+                    os.write(self._write, b"x")
+            return self._read
 
     def check(self) -> None:
         """Raise Cancelled if it is set."""
         if self.is_set:
             raise Cancelled("Cancelled.")
 
+    def close(self) -> None:
+        """Free its two descriptors, when nothing that was given this runs any more (PyPy collects them late)."""
+        with self._guard:
+            drop(self._read, self._write)
+            self._read = self._write = -1
+
     def __del__(self) -> None:
-        os.close(self._read)
-        os.close(self._write)
+        self.close()
 
 
 class Capture:
@@ -466,8 +494,7 @@ def check_host(text: object) -> str:
     user, at, host = rest.rpartition("@")
     if uri and host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
-    good_host = bool(_HOSTNAME.match(host) or (":" in host and (not uri or "[" in rest)
-                                               and _IPV6.match(host)))
+    good_host = bool(_HOSTNAME.match(host) or (":" in host and (not uri or "[" in rest) and _IPV6.match(host)))
     if not good_host or (at and not _USER.match(user)) or int(port or 1) not in range(1, 65536):
         raise UsageError("%s is not a host name." % show(text), hint)
     return text
@@ -490,8 +517,7 @@ def safe_workspace(branch: str) -> str:
 
 # A secret is project input: it may name any variable but those with which the shells that carry
 # it would read it as an instruction. --env is the user's own word, and may also set PATH.
-_READONLY = {"IFS", "OPTIND", "PPID", "UID", "EUID", "SHELLOPTS", "BASHOPTS", "BASH_VERSINFO",
-             "CMUX_RUN", "TMOUT"}
+_READONLY = {"IFS", "OPTIND", "PPID", "UID", "EUID", "SHELLOPTS", "BASHOPTS", "BASH_VERSINFO", "CMUX_RUN", "TMOUT"}
 _INSTRUCTIONS = {"PATH", "HOME", "ENV", "BASH_ENV", "PS4", "PROMPT_COMMAND", "CDPATH",
                  "CMUX_WORKSPACE", "CMUX_PROJECT", "CMUX_RUNTIME"}
 
@@ -678,11 +704,11 @@ _crun() {
   _cw=; _cs=;
   case $_cp in
   ?*) echo "go $_cp $_ci $_cN $_cl" >&6; [ -z "$_cl" ] || exec </dev/null; _cl=;;
-  *) trap "_cs=stop" USR1;;
+  *) trap : USR1; trap "_cs=stop" USR2;;
   esac;
   case $_cl in life)
     exec 3<&0 </dev/null;
-    ( exec >&2 4>&-; IFS= read -r _cl <&3; kill -USR1 $$; _cR=$$; _cstop ) & _cw=$! ;
+    ( exec >&2 4>&-; IFS= read -r _cl <&3; kill -USR2 $$; _cR=$$; _cstop ) & _cw=$! ;
     exec 3<&-;;
   esac;
   case $_cq in -*)
@@ -723,14 +749,14 @@ trap "" PIPE;
 """
 AHEAD_TEXT = r"""
 unset TMOUT; exec 3<&0 4>&2 5>&1 2>/dev/null;
-{ exec 6>&1 >&5 3<&- 5>&-; _cs=; trap "_cs=stop" USR1;
+{ exec 6>&1 >&5 3<&- 5>&-; _cs=; trap : USR1; trap "_cs=stop" USR2;
   if command -v setsid >/dev/null; then ( exec setsid sh -c "$0 $1" cmux 2>&4 4>&- 6>&6 ); _cr=$?;
   else set -m; ( exec sh -c "$0 $1" cmux 2>&4 4>&- 6>&6 ); _cr=$?; fi;
   echo "end $_cr $_cs" >&6;
 } | {
   IFS=" " read -r _ck _cR _ci _cN _cl; [ "$_ck" = go ] || exit; _cw=;
   case $_cl in life)
-    ( exec <&3 >/dev/null 3<&- 4>&- 5>&-; IFS= read -r _cl; kill -USR1 $_cR; eval "$0"; _cstop ) & _cw=$!;;
+    ( exec <&3 >/dev/null 3<&- 4>&- 5>&-; IFS= read -r _cl; kill -USR2 $_cR; eval "$0"; _cstop ) & _cw=$!;;
   esac;
   exec 3<&-;
   IFS=" " read -r _ck _cr _cs || exit;
@@ -756,6 +782,8 @@ unset TMOUT; exec 3<&0 4>&2 5>&1 2>/dev/null;
 # - _ctree finds the tree by the CMUX_RUN variable in /proc/*/environ (Linux; finds daemons that
 #   left the session), by parent, process group and session; a process that left its session
 #   *and* cleared its environment *and* lost its parent is not found. Never the wrapper's group.
+# - A stop is told to the command's parent by USR2; USR1, with which daemons tell theirs that they are
+#   ready, does nothing there.
 # - The grep of busybox stops at the first NUL of a line: the shell itself reads environ there.
 # - Where nothing can give the command a group of its own (dash without setsid and terminal), it is
 #   told from the watcher by CMUX_RUN and by its parents.
@@ -851,23 +879,28 @@ _cgit() { # $1 directory of the tree, $2 directory of the base
     MALLOC_TRIM_THRESHOLD_=99999999 MALLOC_TOP_PAD_=9999999 git -c core.compression=0 -c core.bigFileThreshold=1 -c core.fsync=none add -A -f . &&
     x=$(git write-tree) && x=$(git commit-tree "$x" -m base) &&
     printf 'update %s %s\n' HEAD "$x" refs/cmux/base "$x" | git update-ref --stdin ) || { rm -rf "$1/.git"; return 1; }
-  cp -R "$1/.git" "$2/git.$op" && mv "$2/git.$op" "$2/git" && { [ ! -d "$2/git/git.$op" ] || rm -rf "$2/git/git.$op"; }
+  rm -rf "$2/git.$op"; cp -R "$1/.git" "$2/git.$op" && mv "$2/git.$op" "$2/git" && { [ ! -d "$2/git/git.$op" ] || rm -rf "$2/git/git.$op"; }
+  return 0
 }
-_chas() { [ -f "$1/tree.tar" ] || { [ -f "$1/delta.tar" ] && [ -f "$1/parent" ] && _chas ".cmux/bases/$(cat "$1/parent")"; }; }
+_chas() { [ -f "$1/tree.tar" ] || { [ -f "$1/delta.tar" ] && [ -f "$1/parent" ] && [ "${2:-1}" -lt 9 ] && _chas ".cmux/bases/$(cat "$1/parent")" $((${2:-1}+1)); }; }
 _cunpack() { # base destination: a whole tree, or the parent's with what is gone removed and the delta on top
   if [ -f "$1/tree.tar" ]; then ( cd "$2" && tar -xof "$root/$1/tree.tar" ); return; fi
   _cunpack ".cmux/bases/$(cat "$1/parent")" "$2" && ( cd "$s" && tar -xof "$root/$1/delta.tar" .cmux-gone ) || return 4
   ( cd "$2" && while IFS= read -r f; do rm -rf "./$f"; while case $f in */*) ;; *) false;; esac; do f=${f%/*}; rmdir "./$f" 2>/dev/null || break; done; done <"$s/.cmux-gone"
     tar -xof "$root/$1/delta.tar" && rm -f .cmux-gone )
 }
-_cnear() { ( cd .cmux/bases && ls -t | while IFS= read -r f; do [ "$(cat "$f/depth" || echo 0)" -ge 6 ] || echo "base $f"; done | head -n 8 ); }
+_cnear() {
+  ls -t .cmux/bases | while IFS= read -r f; do
+    f=.cmux/bases/$f; [ "$(cat "$f/depth" || echo 0)" -ge 6 ] || ! _chas "$f" || echo "base ${f##*/}"
+  done | head -n 8
+}
+_cput() { _chas "$base" || { rm -rf "$base"; mv "$s/base" "$base"; }; }
 _cget() { # -> $base is here
   if ! _chas "$base"; then
     _chas "$s/base" || { _cnear; return 21; }
-    rm -rf "$base"; mv "$s/base" "$base" || return 3
-    if [ -d "$base/base" ]; then rm -rf "$base/base"; fi
+    ( _cone "base.${base##*/}" _cput ) || return 3 # another client may put the same there now
   fi
-  touch "$base"
+  touch -c "$base"
 }
 _cbase() { # ... and unpacked in $s/tree, with a repository
   _cget || return
@@ -1154,6 +1187,7 @@ _cop() {
   cat made/*/*.base bases/*/parent >used.$$
   for f in bases/*; do grep -qxF "${f#bases/}" used.$$ || [ -z "$(find "$f" -prune -mtime +14 -print)" ] || rm -rf "$f"; done
   rm -f used.$$
+  for f in locks/*; do [ -z "$(find "$f" -prune -mtime +0 -print)" ] || rm -f "$f"; done
   b=$(du -sk . | sed 's/[^0-9].*//')
   echo $((a-b))
 }
@@ -1187,7 +1221,7 @@ _cop() {
   _ctree
   case $_ct in
   " ") [ "$_cW" != - ] || [ -r /proc/self/environ ] || { echo left; return 0; };;
-  *) kill -USR1 $_cR;;
+  *) kill -USR2 $_cR;;
   esac
   if _cstop; then echo confirmed; else echo left; fi
 }
@@ -1263,6 +1297,7 @@ _cop() {
       rm -f "$k.b"
     fi
     i=$((i+1)); [ $i -lt 1000 ] || { rm -f "$t"; return 3; }
+    if [ $i = 300 ] && o=$(readlink "$k.b") && ! kill -0 "$o"; then rm -f "$k.b"; fi
     sleep 0.02 || sleep 1
   done
   r=0 w=created
@@ -1307,7 +1342,7 @@ _cop() {
   esac
   case $_cP in ?*) set -- env "PATH=$_cP" "$@";; esac
   umask "$_cu"
-  s='trap "" HUP; echo $$ >"$1/pid"; d=$1 CMUX_RUN=$2; shift 2; export CMUX_RUN
+  s='trap "" HUP; trap : USR1 USR2; echo $$ >"$1/pid"; d=$1 CMUX_RUN=$2; shift 2; export CMUX_RUN
     if command -v setsid >/dev/null; then (trap - HUP; exec setsid "$@"); r=$?; else set -m 2>/dev/null; (trap - HUP; exec "$@"); r=$?; fi
     [ $r -lt 256 ] || r=$((r-128)); echo $r >"$d/exit.new"; mv "$d/exit.new" "$d/exit"'
   CMUX_JOB=$i; export CMUX_JOB
@@ -1420,8 +1455,7 @@ def script_records(script: str, *arguments: str) -> bytes:
     """The records that run one of the scripts above, as an operation of its own."""
     lines = (line.strip() for line in script.strip().splitlines())
     text = "\n".join(line for line in lines if line)
-    return (record(":", text) + b"".join(record("@", a) for a in arguments)
-            + record(".", '_cop "$@" 2>&4; _cr=$?'))
+    return (record(":", text) + b"".join(record("@", a) for a in arguments) + record(".", '_cop "$@" 2>&4; _cr=$?'))
 
 
 def command_records(command: Union[str, Sequence[str]], login: bool, stdin: bool) -> bytes:
@@ -1545,8 +1579,7 @@ def run(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, stdin: byt
             stream.close()
 
 
-def pump(sinks: Mapping[int, bytearray], stdin: Optional[IO[bytes]], data: bytes,
-         deadline: Deadline, limit: int) -> None:
+def pump(sinks: Mapping[int, bytearray], stdin: Optional[IO[bytes]], data: bytes, deadline: Deadline, limit: int) -> None:
     """Write ``data`` to ``stdin`` and fill ``sinks`` (by descriptor) until all have ended."""
     poller, view, open_fds = select.poll(), memoryview(data), set(sinks)
     for fd in sinks:
@@ -1677,8 +1710,7 @@ def private_directory(path: str) -> str:
         os.makedirs(path, 0o700, exist_ok=True)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
-        raise StateFailed("Cannot use the directory %s: %s."
-                          % (show(path), os.strerror(error.errno or 0)), hint)
+        raise StateFailed("Cannot use the directory %s: %s." % (show(path), os.strerror(error.errno or 0)), hint)
     try:
         status = os.fstat(fd)
     finally:
@@ -1719,7 +1751,12 @@ class Lock:
             os.close(fd)
             return False
         self.fd = fd
+        leave_at_fork(self)
         return True
+
+    def forked(self) -> None:
+        drop(self.fd)
+        self.fd = -1
 
     def _is_mine(self, fd: int) -> bool:
         try:
@@ -1855,8 +1892,7 @@ def read_json(path: str) -> Optional[Dict[str, Any]]:
         raise StateFailed("The state file %s was damaged; it is now %s." % (show(path), show(aside)),
                           "Repair it and rename it back, or start anew without it.")
     if value["version"] != 1:
-        raise StateFailed("The state file %s was written by a newer version." % show(path),
-                          "Use that version of %s." % PROGRAM)
+        raise StateFailed("The state file %s was written by a newer version." % show(path), "Use that version of %s." % PROGRAM)
     return value
 
 
@@ -2075,8 +2111,8 @@ def check_record(value: Dict[str, Any], path: str) -> Dict[str, Any]:
     entries = value.get("workspaces")
     good = (isinstance(value.get("name"), str) and _WORKSPACE.match(value["name"])
             and re.match(r"[0-9a-f]{12}\Z", str(value.get("id"))) and isinstance(entries, dict)
-            and isinstance(value.get("jobs", {}), dict) and isinstance(value.get("places", []), list) and all(
-                isinstance(place, list) and list(map(type, place)) == [str, str] for place in value.get("places", [])))
+            and isinstance(value.get("jobs", {}), dict) and all(isinstance(value.get(key, []), list) and all(
+                isinstance(row, list) and list(map(type, row)) == [str, str] for row in value.get(key, [])) for key in ("places", "sent")))
     for name, entry in entries.items() if isinstance(entries, dict) else []:
         good = good and _WORKSPACE.match(name) and isinstance(entry, dict) and all(
             isinstance(entry.get(key), str) for key in ("state", "host", "root", "project", "base", "tree", "op"))
@@ -2160,8 +2196,7 @@ FORCED_IF_KNOWN = (
 )
 # `-o SendEnv=-*` does not undo a config's SendEnv, so what its patterns match leaves the
 # environment of ssh. Where the pattern is *, these stay: ssh and its ProxyCommand need them.
-NEEDED_ENV = {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "SSH_AUTH_SOCK", "DISPLAY",
-              "XDG_RUNTIME_DIR", "TMPDIR"}
+NEEDED_ENV = {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "SSH_AUTH_SOCK", "DISPLAY", "XDG_RUNTIME_DIR", "TMPDIR"}
 
 # What ssh says in its own log (-E: the host cannot write there), and what it means.
 # The order matters: the first pattern found decides.
@@ -2205,8 +2240,6 @@ BREAKS_WHEN_SHARED = re.compile(rb"remote software version dropbear_20(22\.8[23]
 
 class SSHConfig(Value):
     """What `ssh -G HOST` says: ``values`` by lower-case key, and the ssh argv to start."""
-
-    __slots__ = ("host", "command", "values", "text")
     host: str
     command: List[str]
     values: Dict[str, List[str]]
@@ -2253,8 +2286,7 @@ def ssh_argv(config: SSHConfig, *options: str) -> List[str]:
     program, since the first value wins, also against options in $CMUX_SSH_COMMAND. (A wrapper,
     such as sshpass, gets them at its end.)"""
     forced, words = forced_options(config) + list(options), config.command[1:]
-    plain = os.path.basename(config.command[0]).startswith("ssh") and not any(
-        os.path.basename(word) == "ssh" for word in words)
+    plain = os.path.basename(config.command[0]).startswith("ssh") and not any(os.path.basename(word) == "ssh" for word in words)
     return config.command[:1] + (forced + words if plain else words + forced)
 
 
@@ -2272,15 +2304,9 @@ def forced_options(config: SSHConfig) -> List[str]:
     return options
 
 
-def sends_environment(config: SSHConfig) -> bool:
-    """Whether the config's SendEnv matches any of what ssh itself needs (SendEnv *, for example)."""
-    return any(test.match(name) for test in sent_patterns(config) for name in NEEDED_ENV)
-
-
 def sent_patterns(config: SSHConfig) -> List[re.Pattern[str]]:
     words = [word for value in config.values.get("sendenv", []) for word in value.split()]
-    return [re.compile(re.escape(w).replace(r"\*", ".*").replace(r"\?", ".") + r"\Z")
-            for w in words if not w.startswith("-")]
+    return [re.compile(re.escape(w).replace(r"\*", ".*").replace(r"\?", ".") + r"\Z") for w in words if not w.startswith("-")]
 
 
 def scrubbed_environment(config: SSHConfig) -> Dict[str, str]:
@@ -2402,24 +2428,28 @@ class Session:
         self.master = -1         # which one carries it, if any
         self.stdin = self.stdout = self.stderr = self.control = -1
         self.exited = False      # the far side has reported the end of the command
+        self.counted = False     # among the operations of its Host that run
         self.pid = ""            # the wrapper's process id there, from the start mark
 
     def adopt(self, stdin: int, stdout: int, stderr: int) -> None:
+        leave_at_fork(self)
         self.stdin, self.stdout, self.stderr = stdin, stdout, stderr
         for fd in (stdin, stdout, stderr):
             os.set_blocking(fd, False)
 
     def close_stdin(self) -> None:
-        if self.stdin >= 0:
-            os.close(self.stdin)
-            self.stdin = -1
+        drop(self.stdin)
+        self.stdin = -1
 
     def close_pipes(self) -> None:
-        self.close_stdin()
-        for fd in (self.stdout, self.stderr):
-            if fd >= 0:
-                os.close(fd)
-        self.stdout = self.stderr = -1
+        drop(self.stdin, self.stdout, self.stderr)
+        self.stdin = self.stdout = self.stderr = -1
+
+    def forked(self) -> None:
+        """In a child: let go of it, without a word to the other side."""
+        self.close_pipes()
+        drop(self.control)
+        self.control = -1
 
     def control_event(self) -> bool:
         """Read what the control connection has; False when the session is over."""
@@ -2480,8 +2510,7 @@ class MuxSession(Session):
             self._socket.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(
                 MUX_NEW_SESSION, 0, "", 0, 0, 0, 0, MUX_NO_ESCAPE, "", command))
             for fd in (theirs_in, theirs_out, theirs_err):
-                self._socket.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS,
-                                                fd.to_bytes(4, sys.byteorder))])
+                self._socket.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))])
         finally:
             for fd in (theirs_in, theirs_out, theirs_err):
                 os.close(fd)
@@ -2553,6 +2582,11 @@ class MuxSession(Session):
         self.close_pipes()
         self._release(self)
 
+    def forked(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._socket.detach()  # or its end would close whatever has the number then
+        super().forked()
+
     def hang_up(self) -> None:
         """Ask the master to end the session. The bare descriptor is left, for gone()."""
         import socket
@@ -2600,7 +2634,7 @@ class DirectSession(Session):
         self._report = report
         remove_file(log)
         agent: List[str] = []
-        if sends_environment(config):  # these would go along with the session
+        if any(test.match(name) for test in sent_patterns(config) for name in NEEDED_ENV):  # SendEnv *: they would go along
             environment = {k: v for k, v in environment.items() if k in ("PATH", "HOME")}
             if os.environ.get("SSH_AUTH_SOCK") and not config.first("identityagent"):
                 agent = ["-o", "IdentityAgent=" + os.environ["SSH_AUTH_SOCK"]]
@@ -2664,8 +2698,7 @@ class HostMemory:
         self.folder = socket_folder(digest[:16])
         self._profile: Dict[str, Any] = {}
         self._profile_until = 0.0
-        self.patience = (CONNECT_PATIENCE_SLOW if config.first("connecttimeout") == "0"
-                          else CONNECT_PATIENCE)
+        self.patience = (CONNECT_PATIENCE_SLOW if config.first("connecttimeout") == "0" else CONNECT_PATIENCE)
 
     def _path(self, name: object) -> str:
         return os.path.join(self.folder, str(name))
@@ -2763,8 +2796,7 @@ class Launcher(HostMemory):
             if cancel:
                 cancel.check()
             if deadline.over():
-                raise ConnectionFailed("Too many connections to %s are being made." % self.host,
-                                       "Try again.", self.host)
+                raise ConnectionFailed("Too many connections to %s are being made." % self.host, "Try again.", self.host)
             time.sleep(deadline.capped(0.02))
 
     def again(self, error: HostError, attempt: int, deadline: Deadline, cancel: Optional[Cancel] = None) -> bool:
@@ -2921,9 +2953,11 @@ class Slots(Launcher):
         self._mutex = threading.Condition()
         self._held: Dict[Tuple[int, int], Lock] = {}
         self._closing: List[Tuple[MuxSession, Tuple[int, int]]] = []
+        self._full: Dict[int, float] = {}      # masters that refuse sessions, and until when others are asked
 
     def _live(self) -> List[int]:
-        return [i for i in range(MASTERS_PER_HOST) if self._is_socket(i) and not self._hangs(i)]
+        now = time.monotonic()
+        return [i for i in range(MASTERS_PER_HOST) if self._is_socket(i) and not self._hangs(i) and self._full.get(i, 0) <= now]
 
     def _hangs(self, index: int) -> bool:
         """Whether a master was seen to hang, by any process, MASTER_PASSED_BY ago or less."""
@@ -2932,7 +2966,7 @@ class Slots(Launcher):
         except OSError:
             return False
 
-    def _pass_by(self, index: int) -> None:
+    def pass_by(self, index: int) -> None:
         """For a while others are asked: to find out anew takes each process CONTROL_PATIENCE."""
         remove_file(self._path("hangs.%d" % index))
         mark = Lock(self._path("hangs.%d" % index))
@@ -3035,6 +3069,7 @@ class Masters(Slots):
                 tries += 1
                 if tries >= REFUSED_TRIES:
                     self._learn(sessions=self._in_use(slot[0]))  # as many as it carried when it refused
+                    self._full[slot[0]] = time.monotonic() + WARM_IDLE  # they may be in slots that count no more
                     tries = 0
                 time.sleep(deadline.capped(min(0.1, 0.003 * 1.2 ** tries)))
             except (MasterGone, OSError) as error:
@@ -3071,14 +3106,9 @@ class Masters(Slots):
             return None
 
     def _open_on(self, slot: Tuple[int, int], command: str) -> Session:
-        session = MuxSession(self.host, self._path(slot[0]), command,
-                             lambda session: self._let_go(session, slot))
+        session = MuxSession(self.host, self._path(slot[0]), command, lambda session: self._let_go(session, slot))
         session.master = slot[0]
         return session
-
-    def pass_by(self, session: Session) -> None:
-        """The master of a session hangs, it seems: for a while others are asked."""
-        self._pass_by(session.master)
 
     def _bury(self, index: int, error: BaseException) -> None:
         """A master did not answer. One that refuses or is missing has left a dead socket, which
@@ -3096,7 +3126,7 @@ class Masters(Slots):
             time.sleep(0.01)  # it was just ending itself: nothing has started
         else:
             self._gone.pop(index, None)
-            self._pass_by(index)
+            self.pass_by(index)
 
     def started(self, index: int) -> None:
         remove_file(self._path("hangs.%d" % index))
@@ -3182,8 +3212,7 @@ class Masters(Slots):
         before = self._failures()
         lock = Lock(self._path("probe"))
         if not lock.wait(deadline, cancel):
-            raise ConnectionFailed("Another process has been connecting to %s for too long." % self.host,
-                                   "Try again.", self.host)
+            raise ConnectionFailed("Another process has been connecting to %s for too long." % self.host, "Try again.", self.host)
         try:
             if self._live():
                 return
@@ -3465,6 +3494,13 @@ class Exchange:
     def ended(self) -> bool:
         return self.out.ended and self.err.ended
 
+    def answered(self) -> bool:
+        """Begun, or refused."""
+        return self.begun or self.out.ended
+
+    def written(self) -> bool:
+        return not self.outgoing
+
     def run(self, deadline: Deadline, cancel: Optional[Cancel] = None,
             until: Optional[Callable[[], bool]] = None, stall: Optional[float] = None) -> bool:
         """True when ended (or ``until``); False at the deadline. Raises HostError when the
@@ -3559,8 +3595,6 @@ class Exchange:
 
 class Reply(Value):
     """What one of our own scripts answered: its status, and its stdout, bounded."""
-
-    __slots__ = ("status", "stdout", "stderr")
     status: int
     stdout: bytes
     stderr: bytes
@@ -3572,8 +3606,6 @@ class Reply(Value):
 class Outcome(Value):
     """How a command ended: ``status`` None if it was stopped first; ``stopped`` as in ExecResult;
     ``reason`` is None, ``timeout`` or ``cancel``."""
-
-    __slots__ = ("status", "stopped", "reason")
     status: Optional[int]
     stopped: Optional[str]
     reason: Optional[str]
@@ -3593,12 +3625,16 @@ class Host:
     Raises UsageError for a name that cannot be one. Connecting happens on first use.
     """
 
-    def __init__(self, name: str, interactive: Optional[Callable[[], bool]] = None,
-                 warm: int = WARM_SESSIONS) -> None:
-        import threading
+    def __init__(self, name: str, interactive: Optional[Callable[[], bool]] = None, warm: int = WARM_SESSIONS) -> None:
         self.name = check_host(name)
         self._interactive = interactive
         self._warm = warm
+        self.forked()
+        leave_at_fork(self)
+
+    def forked(self) -> None:
+        """As new: what was open, and the thread that kept it, is another process's."""
+        import threading
         self._ready: List[Session] = []
         self._active = 0                  # operations that run now
         self._resting = False             # closed: nothing is opened ahead before the next operation
@@ -3620,18 +3656,17 @@ class Host:
 
     def call(self, script: str, *arguments: str, source: Optional[Source] = None,
              direct: bool = False, cancel: Optional[Cancel] = None, limit: int = REPLY_MAX,
-             before: bytes = b"", data: Optional[bytes] = None, once: bool = False, session: Optional[Session] = None) -> Reply:
+             before: bytes = b"", data: Optional[bytes] = None, once: bool = False) -> Reply:
         """Run one of the remote scripts. Raises HostError; its status is the caller's to judge.
 
         Scripts are written so that running one twice does what running it once does, so that a
-        lost line is tried again, unless ``once``. ``direct`` uses a connection of its own, first
-        ``session``, where one is open; ``before`` are more header records, ``data`` all of its stdin.
+        lost line is tried again, unless ``once``. ``direct`` uses a connection of its own;
+        ``before`` are more header records, ``data`` all of its stdin.
         """
         first: Optional[HostError] = None
         for attempt in range(10):
-            if attempt or session is None:
-                session = (self.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel) if direct
-                           else self.open(Deadline(SLOT_PATIENCE), cancel))
+            session = (self.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel) if direct
+                       else self.open(Deadline(SLOT_PATIENCE), cancel))
             try:
                 records = before + script_records(script, *arguments)
                 return self._call_on(session, records, data, source, direct, cancel, limit)
@@ -3675,11 +3710,14 @@ class Host:
             self._active, self._resting = self._active + 1, False
             while self._ready:
                 session = self._ready.pop()
+                session.counted = True
                 if session.alive():
                     return session
                 session.close()
         try:
-            return self.masters.open(BOOT, deadline, cancel)
+            session = self.masters.open(BOOT, deadline, cancel)
+            session.counted = True
+            return session
         except BaseException:
             with self._mutex:
                 self._active -= 1
@@ -3689,13 +3727,16 @@ class Host:
         """End a session from open()."""
         session.close()
         with self._mutex:
-            if not isinstance(session, DirectSession):
-                self._active -= 1
+            self._active -= session.counted
+            session.counted = False
+            self._wake.set()
             if self._warm and self._keeper is None:
                 import threading
                 self._keeper = threading.Thread(target=self._keep, name="cmux-keeper", daemon=True)
-                self._keeper.start()
-        self._wake.set()
+                try:
+                    self._keeper.start()
+                except RuntimeError:  # the interpreter is ending
+                    self._keeper = None
 
     def _keep(self) -> None:
         """Free slots as masters let go of them; after work, not during it, open sessions ahead;
@@ -3728,19 +3769,19 @@ class Host:
 
     def close(self) -> None:
         """Give up the sessions that wait ready, until the next operation. Masters end by themselves when idle."""
+        self._resting = True
         self._give_up()
         self._wake.set()  # the keeper frees the slots as the masters let go of them
 
     def _give_up(self) -> None:
         with self._mutex:
-            self._resting, ready, self._ready = True, self._ready, []
+            ready, self._ready = self._ready, []
         for session in ready:
             session.close()
 
     def begin(self, exchange: Exchange, direct: bool, cancel: Optional[Cancel]) -> None:
         """See an operation begin, or be refused, on a connection that may still have to be made. Raises HostError."""
-        if not exchange.run(Deadline(START_PATIENCE + (CONNECT_PATIENCE if direct else 0)), cancel,
-                            until=lambda: exchange.begun or exchange.out.ended):
+        if not exchange.run(Deadline(START_PATIENCE + (CONNECT_PATIENCE if direct else 0)), cancel, until=exchange.answered):
             raise self.silent(exchange.sent)
 
     def silent(self, sent: bool) -> HostError:
@@ -3758,8 +3799,7 @@ class Host:
         KeyboardInterrupt the process tree on the host is ended first; KeyboardInterrupt is then
         raised again with the Outcome as ``outcome``.
         """
-        return CommandRun(self, records, directory, stdout, stderr, source).go(
-            deadline or Deadline(None), cancel)
+        return CommandRun(self, records, directory, stdout, stderr, source).go(deadline or Deadline(None), cancel)
 
 
 class Incoming:
@@ -3852,13 +3892,11 @@ class CommandRun:
         if self.exchange.out.stop:  # not by us
             raise ConnectionLost("The connection that watched over the command on %s was lost, and so the command was ended."
                                  % self.host.name, "Run it again.", self.host.name)
-        if self.guard:
-            self.guard.outgoing = memoryview(b".\n")
-            self.guard.run(Deadline(CONTROL_PATIENCE), None, until=lambda: self.guard_done())
+        guard = self.guard
+        if guard:
+            guard.outgoing = memoryview(b".\n")
+            guard.run(Deadline(CONTROL_PATIENCE), None, until=lambda: guard.lost or not guard.outgoing)
         return Outcome(status=self.exchange.out.status, stopped=None, reason=None)
-
-    def guard_done(self) -> bool:
-        return not self.guard_busy() or bool(self.guard and self.guard.lost)
 
     def _start(self, deadline: Deadline, cancel: Optional[Cancel]) -> None:
         """Open the session (and, for a streaming stdin, a guard), and see the command begin.
@@ -3869,23 +3907,23 @@ class CommandRun:
             waiting = Deadline(deadline.capped(SLOT_PATIENCE))
             try:
                 session = self.host.open(waiting, cancel)
-                self.exchange = Exchange(session, self.nonce, self.header, self.stdout, self.stderr, self.source)
+                self.exchange = exchange = Exchange(session, self.nonce, self.header, self.stdout, self.stderr, self.source)
                 if self.source:
                     self._open_guard(waiting, cancel)
                 starting = Deadline(deadline.capped(START_PATIENCE))
-                if not self.exchange.run(starting, cancel, until=self._started):
+                if not exchange.run(starting, cancel, until=exchange.answered):
                     if deadline.over():
                         return
-                    raise self.host.silent(self.exchange.sent)
+                    raise self.host.silent(exchange.sent)
                 if self.guard:
-                    self.guard.outgoing = memoryview(b"%s\n" % self.exchange.out.pid.encode())
-                    self.guard.run(Deadline(CONTROL_PATIENCE), None, until=lambda: not self.guard_busy())
+                    self.guard.outgoing = memoryview(b"%s\n" % exchange.out.pid.encode())
+                    self.guard.run(Deadline(CONTROL_PATIENCE), None, until=self.guard.written)
                 return
             except (ConnectionLost, ConnectionDropped) as error:
-                opened, safe = self.exchange is not None, self.exchange is None or bool(self.exchange.outgoing)
-                for exchange in (self.exchange, self.guard):
-                    if exchange:
-                        self.host.done(exchange.session)
+                opened, safe = self.exchange is not None, self.exchange is None or not self.exchange.sent
+                for given_up in (self.exchange, self.guard):
+                    if given_up:
+                        self.host.done(given_up.session)
                 self.exchange = self.guard = None
                 if isinstance(error, ConnectionDropped):
                     if not opened or not self.host.masters.again(error, attempt, waiting, cancel):
@@ -3894,19 +3932,12 @@ class CommandRun:
                     raise
         raise AssertionError
 
-    def _started(self) -> bool:
-        assert self.exchange
-        return self.exchange.begun or self.exchange.ended
-
-    def guard_busy(self) -> bool:
-        return bool(self.guard and self.guard.outgoing)
-
     def _open_guard(self, deadline: Deadline, cancel: Optional[Cancel]) -> None:
         nonce = os.urandom(16).hex()
         header = shell_header(nonce, self.run_id, script_records(GUARD))
         session = self.host.open(deadline, cancel)
         guard = self.guard = Exchange(session, nonce, header, self.guard_reply, Capture(100))
-        guard.run(Deadline(START_PATIENCE), cancel, until=lambda: guard.begun or guard.ended)
+        guard.run(Deadline(START_PATIENCE), cancel, until=guard.answered)
 
     # -- stopping --
 
@@ -3945,7 +3976,7 @@ class CommandRun:
         except HostError:
             pass
         if not asked.ended and not asked.lost:
-            self.host.masters.pass_by(asked.session)
+            self.host.masters.pass_by(asked.session.master)
             self.host.close()  # what waits ready may wait on that master
         return self._stop_again()
 
@@ -4049,8 +4080,7 @@ class Repository:
 
     def branch(self) -> str:
         """The short name of the current branch (also an unborn one); "" when HEAD is detached."""
-        status, out, _ = run([self.program, "-C", self.directory, "symbolic-ref", "-q", "--short", "HEAD"],
-                             git_environment())
+        status, out, _ = run([self.program, "-C", self.directory, "symbolic-ref", "-q", "--short", "HEAD"], git_environment())
         return out.decode("utf-8", "replace").strip() if status == 0 else ""
 
     def config(self, key: str) -> str:
@@ -4072,8 +4102,7 @@ class Repository:
         except GitFailed:
             if revision == "HEAD":
                 raise GitFailed("The repository has no commit yet.", "Commit something first.")
-            raise GitFailed("%s is not a commit of this repository." % show(revision),
-                            "Name one that `git log` shows.")
+            raise GitFailed("%s is not a commit of this repository." % show(revision), "Name one that `git log` shows.")
         return commit, self._git("rev-parse", "--verify", "-q", commit + "^{tree}").decode().strip()
 
     def in_shadow(self, example: str) -> Shadow:
@@ -4342,8 +4371,7 @@ class Shadow:
             return tree, absent
         self.call("read-tree", tree)
         zero = "0" * len(tree)
-        self.call("update-index", "-z", "--index-info", stdin=b"".join(
-            b"0 %s\t%s\0" % (zero.encode(), path) for path in absent))
+        self.call("update-index", "-z", "--index-info", stdin=b"".join(b"0 %s\t%s\0" % (zero.encode(), path) for path in absent))
         return self.call("write-tree", "--missing-ok"), absent
 
     def attribute(self, name: str, paths: Iterable[bytes], env: Optional[Dict[str, str]] = None) -> Iterator[Tuple[bytes, bytes]]:
@@ -4440,9 +4468,6 @@ class Shadow:
         finally:
             kill_group(process)
             process.stdout.close()
-
-    def importer(self) -> Importer:
-        return Importer(self)
 
     def quarantine(self, tip: str, known: Iterable[str]) -> str:
         """A pack of what ``tip`` has and the commits ``known`` have not, as a file, having passed
@@ -4847,17 +4872,14 @@ class Archive(Source):
         if self.process.stdout:
             self.process.stdout.close()
 
-    def check_early(self) -> None:
-        """Raise GitFailed if it was git that ended too soon."""
-        if self.process.poll():
-            self.check()
-
-    def check(self) -> None:
-        """Raise GitFailed unless git ended well: half an archive must not become a base."""
-        self.process.wait(timeout=60)
+    def check(self, ended: bool = True) -> None:
+        """Raise GitFailed unless git ended well (or, where it was not read to its end, still runs): half an
+        archive must not become a base."""
+        if ended:
+            self.process.wait(timeout=60)
         with open(self.said, "rb") as stream:
             said = stream.read(LOG_MAX)
-        if self.process.returncode:
+        if self.process.poll():
             raise GitFailed("git archive failed: %s." % show(neutralise(said).strip(), 300),
                             "A partial clone lacks objects: fetch them first with git.")
 
@@ -4918,20 +4940,23 @@ class ProjectState:
 
     kind: Type[Any]             # of WorkspaceBase: what workspace() and create() return; the room Tools sets it
 
-    def __init__(self, directory: str = ".", interactive: Optional[Callable[[], bool]] = None,
-                 warm: int = WARM_SESSIONS) -> None:
-        import threading
+    def __init__(self, directory: str = ".", interactive: Optional[Callable[[], bool]] = None, warm: int = WARM_SESSIONS) -> None:
         self._warm = warm
         self.repository = Repository(directory)
         self.registry = Registry(self.repository.common_dir)
         self._interactive = interactive
         self._hosts: Dict[str, Host] = {}
-        self._mutex = threading.Lock()
+        self.forked()
+        leave_at_fork(self)
         self.handed_over: Dict[bytes, str] = {}   # values of secrets sent by this process -> name
         self.history = History(self.registry)
-        self.logging: Set[int] = set()            # threads in the middle of a logged operation
         self._plain: Set[str] = set()             # trees known to have no submodule and no LFS file
+
+    def forked(self) -> None:
+        import threading
+        self._mutex = threading.Lock()
         self._looking = threading.Lock()          # many workspaces at once: LFS content is read by one
+        self.logging: Set[int] = set()            # threads in the middle of a logged operation
 
     def hand_over(self, secrets: Mapping[str, bytes]) -> None:
         """Remember what a command is given, for masking. The oldest make room: one that is fetched
@@ -5005,15 +5030,14 @@ class ProjectState:
         """$CMUX_SSH_HOST, else the user's own `git config cmux.host`, else UsageError."""
         name = os.environ.get("CMUX_SSH_HOST") or self.repository.config("cmux.host")
         if not name:
-            raise UsageError("No host is known for this project.",
-                             "Name one with -H HOST, or set $CMUX_SSH_HOST, "
-                             "or: git config cmux.host HOST")
+            known = sorted({entry["host"] for entry in self.entries().values()})
+            raise UsageError("No host is known for this project.", "Name one with -H HOST%s, or set $CMUX_SSH_HOST, or: git config cmux.host HOST"
+                             % (" (its workspaces are on %s)" % ", ".join(known[:5]) if known else ""))
         return check_host(name)
 
     def entries(self) -> Dict[str, Dict[str, Any]]:
         """The finished workspaces, by name. One that is being made is not listed."""
-        return {name: entry for name, entry in self.registry.read()["workspaces"].items()
-                if entry.get("state") == "ready"}
+        return {name: entry for name, entry in self.registry.read()["workspaces"].items() if entry.get("state") == "ready"}
 
     def workspace(self, name: str) -> WorkspaceBase:
         """An existing workspace. Raises WorkspaceMissing."""
@@ -5156,7 +5180,9 @@ class ProjectBase(ProjectState):
             lock.free()
         if entry is None:
             try:
-                return self.create(name, host or self.default_host(), report=report, cancel=cancel)
+                made = self.create(name, host or self.default_host(), report=report, cancel=cancel)
+                (report or Report()).note("The workspace %s is new, on %s." % (name, made.host.name))
+                return made
             except WorkspaceExists:
                 if name not in self.entries():
                     raise
@@ -5268,6 +5294,7 @@ class ProjectBase(ProjectState):
                 entry.update(base=made.commit, tree=made.tree, plain=made.parts.plain)
                 entry.get("pulled", {}).pop("left", None)
                 del entry["intent"]
+                made.note_sent(record, entry["root"])
             self.registry.update(pushed)
             return True
 
@@ -5310,7 +5337,8 @@ class ProjectBase(ProjectState):
             return
         check_reply(reply, host.name, "look for changes in %s" % name)
         lost = [show(line.replace("\t", " "), 200)[1:-1] for line in reply.lines() if line.strip()]
-        way = "Bring it home first: %s pull -w %s." if lost else "Look at it there (%s exec -w %s -- git diff refs/cmux/base)."
+        way = "Wait for it, or end it with stop (%s jobs -w %s)." if lost and all(line.startswith("a job that runs") for line in lost) else \
+            "Bring it home first: %s pull -w %s." if lost else "Look at it there (%s exec -w %s -- git diff refs/cmux/base)."
         lost += ["%s (it lies in a submodule: no pull brings it home)" % path for path in home.get("left", ())]
         if lost:
             error = WorkspaceDirty("The workspace %s has work that would be lost: %s%s."
@@ -5401,14 +5429,16 @@ class Creation:
         return made
 
     def _record(self, entry: Dict[str, Any]) -> None:
-        place = [self.host.name, entry["root"]]
-
         def put(record: Dict[str, Any]) -> None:
             record["workspaces"][self.name] = dict(entry)
             if entry["state"] == "ready":
-                others = [other for other in record.get("places", []) if other != place]
-                record["places"] = [place] + others[:PLACES_KEPT]
+                self.note_sent(record, entry["root"])
         self.project.registry.update(put)
+
+    def note_sent(self, record: Dict[str, Any], root: str) -> None:
+        """Where there is something of the project, for gc; and what was sent there, for deltas."""
+        for key, row, most in (("places", [self.host.name, root], PLACES_KEPT), ("sent", [self.host.name, self.tree], SENT_KEPT)):
+            record[key] = [row] + [other for other in record.get(key, []) if other != row][:most]
 
     def with_base(self, use: Callable[[], Reply]) -> Reply:
         """Run ``use``; where the host lacks the base (21), upload it first."""
@@ -5434,8 +5464,7 @@ class Creation:
     def _make(self) -> Reply:
         reply = self.with_base(self._create)
         if reply.status == 20:
-            raise WorkspaceExists("A directory %s exists already on %s." % (self.name, self.host.name),
-                                  "Choose another name.")
+            raise WorkspaceExists("A directory %s exists already on %s." % (self.name, self.host.name), "Choose another name.")
         check_reply(reply, self.host.name, "make the workspace")
         if "made" not in reply.lines():
             raise RemoteFailed("%s did not confirm the workspace." % self.host.name, "Try again.")
@@ -5444,16 +5473,16 @@ class Creation:
     def _create(self) -> Reply:
         return self.host.call(CREATE, self.root, self.place, self.name, self.tree, self.op, cancel=self.cancel)
 
-    def _nearest(self, shadow: Shadow, reply: Reply) -> Tuple[str, int]:
-        """The base on the host that differs least, if a delta against it is worth while, or ""; how many
-        files go without one."""
+    def _nearest(self, shadow: Shadow, reply: Reply) -> str:
+        """The base on the host that differs least, if a delta against it is worth while; or "". Only one that
+        was sent there before: a delta tells the names of what the base has and this tree has not."""
         best, paths = "", [path for _, _, path in shadow.listing(self.tree)]
-        count = len(paths)
         if b".cmux-gone" in paths:
-            return "", count
-        least = count // 2
+            return ""
+        least, record = len(paths) // 2, self.project.registry.read()
+        sent = {tree for host, tree in record.get("sent", []) if host == self.host.name} - {self.tree}
         for line in [line[len("base "):] for line in reply.lines() if line.startswith("base ")][:8]:
-            if re.match(r"[0-9a-f]{%d}\Z" % len(self.tree), line):
+            if line in sent:
                 try:
                     Parts.restore(shadow, line, self.project.registry.parts(line))
                     paths = [path for _, _, _, path in shadow.changes(line, self.tree)]
@@ -5461,7 +5490,7 @@ class Creation:
                     continue  # a tree that this repository does not have
                 if len(paths) < least and not any(b"\n" in path or path == b".cmux-gone" for path in paths):
                     best, least = line, len(paths)
-        return best, count
+        return best
 
     def _left_out(self, shadow: Shadow, absent: Mapping[bytes, str]) -> None:
         """One line on what the repository has and the host does not get."""
@@ -5491,21 +5520,15 @@ class Creation:
         return archive
 
     def _upload(self, reply: Reply) -> None:
-        """Stream the archive; it counts only when the host's length and checksum are ours. Its connection is
-        made while it is prepared here, where it will be a large one."""
+        """Stream the archive; it counts only when the host's length and checksum are ours."""
         with self.project.repository.in_shadow(self.tree) as shadow:
             self.parts.build(shadow)
-            parent, count = self._nearest(shadow, reply)
-            ahead = self.host.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), self.cancel) if count >= LARGE_FROM and not parent else None
+            parent = self._nearest(shadow, reply)
+            archive = self._archive(shadow, parent)
             try:
-                archive = self._archive(shadow, parent)
-                try:
-                    reply = self._send(archive, parent, ahead)
-                finally:
-                    archive.close()
+                reply = self._send(archive, parent)
             finally:
-                if ahead:
-                    ahead.close()
+                archive.close()
         if reply.status == 0 and archive.ended and reply.stdout.decode("ascii", "replace").strip().split("\n")[-1] == archive.digest.line():
             self.sent, whole = archive.total, archive.digest.length
             self.report.say("sent %s to %s%s" % (human_size(whole), self.host.name, ", compressed to %s" % human_size(
@@ -5515,14 +5538,14 @@ class Creation:
         check_reply(reply, self.host.name, "take the archive")
         raise UploadFailed("The archive did not arrive whole on %s." % self.host.name, "Try again.")
 
-    def _send(self, archive: Archive, parent: str, ahead: Optional[Session]) -> Reply:
+    def _send(self, archive: Archive, parent: str) -> Reply:
         archive.progress = lambda done: self.report.progress(self.name, done, archive.size)
         direct = not archive.small()
         try:
             reply = self.host.call(UPLOAD, self.root, self.op, parent, archive.piece() if direct else "", source=archive,
-                                   direct=direct, session=ahead if direct else None, cancel=self.cancel)
+                                   direct=direct, cancel=self.cancel)
         except ConnectionLost as lost:
-            archive.check_early()
+            archive.check(False)
             raise UploadCut(self.host.name, archive.digest.length) from lost
         if archive.ended:  # else the host took no more, and says why
             archive.check()
@@ -5600,8 +5623,7 @@ class WorkspaceBase:
             values[check_variable(name)] = encoded(value)
         if sum(len(value) for value in values.values()) > SECRETS_MAX + 65536:
             raise UsageError("The environment is larger than %s." % human_size(SECRETS_MAX))
-        return b"".join(record("_cP" if name == "PATH" else name, value)
-                        for name, value in values.items())
+        return b"".join(record("_cP" if name == "PATH" else name, value) for name, value in values.items())
 
     def run(self, command: Union[str, Sequence[str]], stdout: Callable[[bytes], Any],
             stderr: Callable[[bytes], Any], source: Optional[Source] = None, cwd: str = "",
@@ -6160,8 +6182,7 @@ class Grower:
         for path in [*added, *(path for _, _, path in self.shadow.listing(tree))]:
             for key, text in folds(path):
                 if (seen.setdefault(key, text) if key in self.contested else text) != text:
-                    raise refuse("%s and %s are one file where case or composition do not count"
-                                 % (show(text), show(seen[key])))
+                    raise refuse("%s and %s are one file where case or composition do not count" % (show(text), show(seen[key])))
         for mode, oid, path in self.shadow.listing(tree) if left else ():
             if wanted.get(path) == (mode, oid):
                 left.discard(path)
@@ -6192,9 +6213,6 @@ def folds(path: bytes) -> Iterator[Tuple[str, str]]:
 class Result(Value):
     """What a workspace has that its base has not. ``branch`` "" and ``commit`` "" when nothing;
     ``new`` tells whether the branch moved; ``executes`` are changes that would run here."""
-
-    __slots__ = ("workspace", "branch", "base", "commit", "since", "commits", "new", "executes", "secrets",
-                 "notes", "stat")
     workspace: str
     branch: str
     base: str
@@ -6232,7 +6250,7 @@ class Pull:
 
     def fetch(self, how: str = "") -> Tuple[List[str], bool]:
         """(the commits of the workspace, oldest first; whether the last is uncommitted work)"""
-        importer = self.shadow.importer()
+        importer = Importer(self.shadow)
         incoming = None
         try:
             secrets = secret_values(self.workspace.project.registry)
@@ -6358,9 +6376,8 @@ class Pull:
         person = ("cmux", "cmux@localhost", "@%d +0000" % time.time())
         return self._grower.commit(tree, [before] if known else [before, head], "work of the workspace since the last pull\n", person, person)
 
-    def diff(self, *words: str) -> Iterator[str]:
-        for line in self.shadow.records("diff-tree", "-r", "-M", "-l400", "--no-ext-diff", "--no-textconv", *words, end=b"\n"):
-            yield neutralise(line)
+    def diff(self, *words: str) -> Iterator[bytes]:
+        return self.shadow.records("diff-tree", "-r", "-M", "-l400", "--no-ext-diff", "--no-textconv", *words, end=b"\n")
 
     def inspect(self, old: str, new: str) -> List[str]:
         """The changes that would execute here after a merge. Refuses those below an in-tree
@@ -6399,9 +6416,10 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report
     with project.registry.creation_lock(name), project.repository.in_shadow(workspace.base) as shadow:
         work = Pull(workspace, shadow, report or Report(), allow, cancel)
         old = project.repository.value_of(ref)
-        if old and old not in (work.entry.get("branches", {}).get(ref), work.entry.get("tips", {}).get(ref)):
-            raise GitFailed("The branch %s has commits that no pull made." % show(ref[11:]),
-                            "Choose another: --branch NAME. Or rename yours: git branch -m %s NEW" % quote(ref[11:]))
+        own = (work.entry.get("branches", {}).get(ref), work.entry.get("tips", {}).get(ref))
+        if old and old not in own and not shadow.is_ancestor(old, workspace.base):
+            raise GitFailed("The branch %s has commits that no pull of this workspace made." % show(ref[11:]),
+                            "Choose another: --branch NAME. Or, if you want to keep it: git branch -m %s NEW" % quote(ref[11:]))
         commits, dirty = work.fetch()
         since = old or workspace.base
         tip = work.settle(commits, dirty, old)
@@ -6419,7 +6437,7 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report
                     entry.setdefault("branches", {})[ref] = tip
                     del entry["tips"]
         project.registry.update(remember)
-        stat = "\n".join(work.diff("--stat=100", "--stat-count=500", since, tip)) if tip != since else ""
+        stat = "\n".join(map(neutralise, work.diff("--stat=100", "--stat-count=500", since, tip))) if tip != since else ""
         count = int(shadow.call("rev-list", "--count", tip, "^" + since)) if tip != since else 0
         return Result(workspace=name, branch=ref[11:] if tip != workspace.base else "", base=workspace.base, commit=tip,
                       since=since, commits=count, new=tip != since, executes=executes, secrets=work.secrets,
@@ -6429,6 +6447,12 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report
 def diff(workspace: WorkspaceBase, stat: bool = False, report: Optional[Report] = None,
          cancel: Optional[Cancel] = None) -> Iterator[str]:
     """What the workspace changed against its base, line by line, neutralised. Creates nothing."""
+    return map(neutralise, diff_lines(workspace, stat, report, cancel))
+
+
+def diff_lines(workspace: WorkspaceBase, stat: bool = False, report: Optional[Report] = None,
+               cancel: Optional[Cancel] = None, binary: bool = False) -> Iterator[bytes]:
+    """The same as the bytes are: for git apply, never for a terminal."""
     with Logged(workspace.project, "diff", workspace.name, workspace.host.name), workspace.project.repository.in_shadow(workspace.base) as shadow:
         work = Pull(workspace, shadow, report or Report(), True, cancel)
         commits, _ = work.fetch()
@@ -6436,7 +6460,7 @@ def diff(workspace: WorkspaceBase, stat: bool = False, report: Optional[Report] 
             work.report.warn("%s holds the secret %s." % (path, ", ".join(names)))
         for note in work.notes:
             work.report.warn(note)
-        yield from work.diff(*(("--stat=100", "--stat-count=500") if stat else ("-p",)), workspace.base, (commits or [workspace.base])[-1])
+        yield from work.diff(*(("--stat=100", "--stat-count=500") if stat else ("-p", "--binary") if binary else ("-p",)), workspace.base, (commits or [workspace.base])[-1])
 
 
 # === 14. Tools ===
@@ -6479,8 +6503,6 @@ def cksum_of(data: bytes) -> Tuple[str, int]:
 
 class FileContent(Value):
     """``data``: the bytes asked for; ``size`` and ``sha256`` (may be "") of the whole file."""
-
-    __slots__ = ("data", "size", "sha256")
     data: bytes
     size: int
     sha256: str
@@ -6826,8 +6848,7 @@ class Workspace(WorkspaceBase):
         """End a job and everything it started: ``job``, ``state``, ``exit_code``, and ``stopped``: confirmed,
         or requested where the end was not seen. Raises ToolFailed when there is no such job."""
         lines = tool_reply(self.host.call(STOP, job_directory(self, job), job, cancel=cancel), job).lines() + ["", ""]
-        return dict(parse_state(lines[1].split()), job=job,
-                    stopped="confirmed" if lines[0] == "confirmed" else "requested")
+        return dict(parse_state(lines[1].split()), job=job, stopped="confirmed" if lines[0] == "confirmed" else "requested")
 
 
 class Project(ProjectBase):
@@ -6896,8 +6917,7 @@ class Tool:
         known = {param.name: param for param in self.params}
         for name, value in arguments.items():
             if name not in known:
-                raise UsageError("%s has no argument %s." % (self.name, show(str(name))),
-                                 "It takes: %s." % ", ".join(known))
+                raise UsageError("%s has no argument %s." % (self.name, show(str(name))), "It takes: %s." % ", ".join(known))
             kinds = known[name].kinds
             fits = any(isinstance(value, JSON_TYPES[k]) and (k == "boolean" or not isinstance(value, bool)) for k in kinds)
             if not fits or ("array" in kinds and name == "command" and isinstance(value, list)
@@ -6925,9 +6945,9 @@ def tool_exec(workspace: Workspace, command: Union[str, List[str]], timeout: Opt
     return json_fields(result.as_dict())
 
 
-def tool_read(workspace: Workspace, path: str, offset: int = 1, limit: int = 0, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
-    found = workspace.read(path, offset, limit, cancel)
-    return json_fields({"content": found.data, "size": found.size, "sha256": found.sha256})
+def shaped(fields: Mapping[str, Any], data: str) -> Dict[str, Any]:
+    """The fields for JSON, ``data`` under its name in the table."""
+    return json_fields({data if name == "data" else name: value for name, value in fields.items()})
 
 
 def tool_write(workspace: Workspace, path: str, content: Optional[str] = None, content_base64: Optional[str] = None,
@@ -6943,11 +6963,6 @@ def tool_write(workspace: Workspace, path: str, content: Optional[str] = None, c
         raise UsageError("content_base64 is not base64.")
 
 
-def tool_logs(workspace: Workspace, job: str, offset: int = 0, wait: float = 0, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
-    fields = workspace.logs(job, offset, wait, cancel=cancel)
-    return json_fields(dict(fields, output=fields.pop("data")))
-
-
 PATH_PARAM = Param("path", "string", "relative to the workspace, or absolute", True)
 JOB_PARAM = Param("job", "string", "the job's id", True, shown="ID")
 TOOLS: Dict[str, Tool] = {tool.name: tool for tool in (
@@ -6958,7 +6973,7 @@ TOOLS: Dict[str, Tool] = {tool.name: tool for tool in (
          Param("env", "object", "more environment variables"),
          Param("stdin", "string", "text for the command's stdin"),
          Param("background", "boolean", "start it as a job that goes on by itself; returns its id")),
-    Tool("read", tool_read, "A file's content, or some of its lines.", True, PATH_PARAM,
+    Tool("read", lambda workspace, **words: shaped(workspace.read(**words).as_dict(), "content"), "A file's content, or some of its lines.", True, PATH_PARAM,
          Param("offset", "integer", "first line, 1 is the first", least=1, shown="LINE"), Param("limit", "integer", "how many lines", least=0, shown="N")),
     Tool("write", tool_write, "Make content the whole of a file (atomic; makes parent directories).", False, PATH_PARAM,
          Param("content", "string", "the text"), Param("content_base64", "string", "or the bytes, as base64")),
@@ -6973,7 +6988,7 @@ TOOLS: Dict[str, Tool] = {tool.name: tool for tool in (
          Param("glob", "string", "only files that match; without a slash: by name", shown="G"),
          Param("ignore_case", "boolean", "ignore case"), Param("limit", "integer", "at most so many (200)", least=1, shown="N")),
     Tool("jobs", lambda workspace, cancel: {"jobs": workspace.jobs(cancel)}, "The background jobs of the workspace.", True),
-    Tool("logs", tool_logs, "A job's output from a byte offset, and its state.", True, JOB_PARAM,
+    Tool("logs", lambda workspace, **words: shaped(workspace.logs(**words), "output"), "A job's output from a byte offset, and its state.", True, JOB_PARAM,
          Param("offset", "integer", "first byte, 0 is the first", least=0, shown="BYTE"), Param("wait", "number", "seconds to wait for more, at most 30", least=0, shown="S")),
     Tool("wait", Workspace.wait, "Wait for a job's end; its exit code.", True, JOB_PARAM,
          Param("timeout", "number", "seconds; it may still be running then", shown="S")),
@@ -7112,6 +7127,8 @@ class Batch:
             raise BatchLineFailed("The id of a line is not a string or number.", None)
         if not isinstance(value, dict) or not isinstance(value.get("workspace", ""), str):
             raise BatchLineFailed("A line is not an object with id, workspace, tool and arguments.", request_id)
+        if set(value) - {"id", "workspace", "tool", "arguments"}:
+            raise BatchLineFailed("A line has more than id, workspace, tool and arguments.", request_id)
         return request_id, value.get("workspace") or self.workspace, value.get("tool"), value.get("arguments", {})
 
     def _workspace(self, name: str) -> Workspace:
@@ -7306,10 +7323,14 @@ class Running:
 
     def value(self) -> Dict[str, Any]:
         """What came of it, when it has ended; raises what it raised."""
-        self.spool.close()
+        self.close()
         if self.error:
             raise self.error
         return self.result
+
+    def close(self) -> None:
+        self.spool.close()
+        self.cancel.close()
 
     def status(self) -> Dict[str, Any]:
         state = "running" if not self.ended else "lost" if self.error else "exited"
@@ -7560,6 +7581,7 @@ class McpServer(JsonRpc):
             full = no_room(bug)
             text, failed, error = (self._failure(full), True, None) if full else ("", False, defect(bug))
         self.calls.pop(number, None)
+        call.cancel.close()
         answer = {"content": [{"type": "text", "text": text[:MCP_ROOM * 2]}], "isError": failed}
         call.reply(answer if error is None and not call.dropped else None, None if call.dropped else error)
 
@@ -7661,7 +7683,7 @@ class McpServer(JsonRpc):
             self.running[command.id] = command
             ended = [key for key, other in self.running.items() if other.ended]
             for key in ended[:max(0, len(self.running) - MCP_KEPT)]:
-                self.running.pop(key).spool.close()
+                self.running.pop(key).close()
 
     def _progress(self, call: Call, seconds: float, text: str) -> None:
         if call.token is not None and not call.cancel.is_set:
@@ -7772,10 +7794,6 @@ def manage_push(server: McpServer, cancel: Cancel, workspace: str, ref: str = "H
     return dict(server.project.workspace(workspace).describe(), pushed=pushed)
 
 
-def manage_pull(server: McpServer, cancel: Cancel, workspace: str, branch: str = "") -> Dict[str, Any]:
-    return pull(server.project.workspace(workspace), branch, cancel=cancel).as_dict()
-
-
 def manage_diff(server: McpServer, cancel: Cancel, workspace: str, stat: bool = False) -> Dict[str, Any]:
     lines, size = [], 0
     for line in diff(server.project.workspace(workspace), stat, cancel=cancel):
@@ -7797,7 +7815,8 @@ MANAGE_TOOLS: Dict[str, Tool] = {tool.name: tool for tool in (
     Tool("workspace_rename", functools.partial(manage_move, rename=True), "Give a workspace another name.", False, WORKSPACE_PARAM, NAME_PARAM),
     Tool("workspace_diff", manage_diff, "What a workspace changed against its base.", True, WORKSPACE_PARAM,
          Param("stat", "boolean", "only how much, by file")),
-    Tool("workspace_pull", manage_pull, "Bring a workspace's work home as commits on a local branch; no file here is touched.",
+    Tool("workspace_pull", lambda server, cancel, workspace, branch="": pull(server.project.workspace(workspace), branch, cancel=cancel).as_dict(),
+         "Bring a workspace's work home as commits on a local branch; no file here is touched.",
          False, WORKSPACE_PARAM, Param("branch", "string", "another branch than cmux/NAME")),
     Tool("workspace_push", manage_push, "Bring a workspace to another local commit.", False, WORKSPACE_PARAM, REF_PARAM,
          Param("force", "boolean", "also over work that was not pulled")),
@@ -7996,8 +8015,6 @@ DEMO_FILES = {"hello.txt": "hello\n", "Makefile": """test:
 class Finding(Value):
     """One line of doctor. ``state``: ok; note (good to know); fix (works, could be better); bad (the
     host cannot be used so); dead (it cannot be reached)."""
-
-    __slots__ = ("state", "what", "text", "fix")
     state: str
     what: str
     text: str
@@ -8188,7 +8205,6 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
 
 class Spread(Value):
     """What one contender took: the median, the quartiles, how many runs, in the row's unit."""
-    __slots__ = ("median", "low", "high", "runs")
     median: float
     low: float
     high: float
@@ -8203,7 +8219,6 @@ def spread(values: Sequence[float]) -> Spread:
 class Row(Value):
     """One kind of work. ``by`` maps a contender ("plain" ssh, over a "master", "cmux") to its Spread; ``ratio`` is
     what DESIGN.md's section 8 puts a bar to, and ``reached`` is None where it sets none."""
-    __slots__ = ("work", "unit", "by", "ratio", "bar", "reached")
     work: str
     unit: str
     by: Dict[str, Spread]
@@ -8737,6 +8752,8 @@ def command_exec(options: argparse.Namespace) -> int:
         environment = parse_environment(options.env)
         command: Union[str, List[str]] = options.command[0] if len(options.command) == 1 else options.command
         project = open_project(options)
+        if options.all and names:
+            raise UsageError("--all takes no -w.")
         if options.all:
             names = sorted(project.entries())
             if not names:
@@ -8952,6 +8969,8 @@ def parse_environment(pairs: Sequence[str]) -> Dict[str, str]:
 
 def command_new(options: argparse.Namespace) -> int:
     project = open_project(options)
+    if options.names and options.workspace:
+        raise UsageError("Names are given twice: as words and with -w.")
     names = list(options.names) or [one_workspace(options) or project.default_workspace()]
     host = options.host or project.default_host()
     if len(set(names)) != len(names):
@@ -9138,7 +9157,7 @@ def command_completion(options: argparse.Namespace) -> int:
 
 
 def fish_rows(table: Mapping[str, Tuple[Sequence[Option], List[str]]]) -> Iterator[str]:
-    names = {"rm": "(cmux_ssh.py list -q 2>/dev/null)", "secrets rm": "(cmux_ssh.py secrets list -q 2>/dev/null)"}
+    names = {"rm": "(eval (commandline -opc)[1] list -q 2>/dev/null)", "secrets rm": "(eval (commandline -opc)[1] secrets list -q 2>/dev/null)"}
     for name, command in COMMANDS.items():
         yield "complete -c cmux_ssh.py -f -n __fish_use_subcommand -a %s -d %s" % (name, quote(command.text))
     for name, (options, more) in table.items():
@@ -9231,7 +9250,7 @@ def command_rm(options: argparse.Namespace) -> int:
         raise UsageError("Name the workspaces to remove.", "See `%s list`." % PROGRAM)
     code = 0
     removed: List[str] = []
-    failed: List[CmuxError] = []
+    failed: List[Dict[str, str]] = []
     for name in names:
         try:
             gone = project.remove(name, options.force, options.forget)
@@ -9242,16 +9261,19 @@ def command_rm(options: argparse.Namespace) -> int:
             if isinstance(error, ConnectionFailed):
                 error.hint += " If the host is gone for good: %s rm --forget %s" % (PROGRAM, name)
             report_error(error)
-            failed.append(error)
+            failed.append(dict(error_fields(error), name=name))
             code = max(code, error.exit_code)
     if options.json:
-        print_json({"removed": removed, "errors": [error_fields(error) for error in failed]})
+        print_json({"removed": removed, "errors": failed})
     return code
 
 
 def existing_workspace(options: argparse.Namespace) -> Workspace:
     project = open_project(options)
-    return project.existing(one_workspace(options) or project.default_workspace(), options.host or "")
+    name, job = one_workspace(options), project.registry.read().get("jobs", {}).get(getattr(options, "job", ""), {})
+    if not name and job.get("workspace") in project.entries():
+        name = job["workspace"]
+    return project.existing(name or project.default_workspace(), options.host or "")
 
 
 def command_pull(options: argparse.Namespace) -> int:
@@ -9316,18 +9338,21 @@ def command_gc(options: argparse.Namespace) -> int:
 
 def command_diff(options: argparse.Namespace) -> int:
     colours = {"+": "32", "-": "31", "@": "36", "d": "1"} if in_colour() else {}
-    lines = diff(existing_workspace(options), options.stat, Terminal(options.verbosity))
+    exact = options.json or not os.isatty(1)
+    lines = diff_lines(existing_workspace(options), options.stat, Terminal(options.verbosity), binary=exact)
     if options.json:
-        print_json({"diff": "\n".join(lines)})
+        print_json(bytes_field("diff", b"".join(line + b"\n" for line in lines)))
         return 0
     for line in lines:
-        colour = colours.get(line[:1]) if not options.stat else None
-        data = ("\x1b[%sm%s\x1b[m\n" % (colour, line) if colour else line + "\n").encode("utf-8", "replace")
-        write_out(1, data, harmless=True)
+        text = neutralise(line)
+        colour = colours.get(text[:1]) if not options.stat else None
+        write_out(1, line + b"\n" if exact else ("\x1b[%sm%s\x1b[m\n" % (colour, text) if colour else text + "\n").encode("utf-8", "replace"), harmless=True)
     return 0
 
 
 def command_secrets(options: argparse.Namespace) -> int:
+    if options.workspace:
+        raise UsageError("Secrets are the project's: every workspace sees them.", "Leave out -w.")
     registry = Registry(Repository(options.directory).common_dir)
     return {"set": secrets_set, "import": secrets_import, "list": secrets_list, "rm": secrets_rm}[
         options.action](registry, options)
@@ -9412,8 +9437,7 @@ def parse_dotenv(text: str) -> Dict[str, str]:
 def secrets_list(registry: Registry, options: argparse.Namespace) -> int:
     stored = registry.secrets()
     if options.json:
-        print_json([{"name": name, "kind": "command" if "command" in stored[name] else "value"}
-                    for name in sorted(stored)])
+        print_json([{"name": name, "kind": "command" if "command" in stored[name] else "value"} for name in sorted(stored)])
     else:
         for name in sorted(stored):
             print_text(name + ("  (from a command)" if "command" in stored[name] and options.verbosity >= 0 else ""))
@@ -9424,8 +9448,7 @@ def secrets_rm(registry: Registry, options: argparse.Namespace) -> int:
     def remove(stored: Dict[str, Dict[str, str]]) -> None:
         for name in options.names:
             if name not in stored:
-                raise UsageError("There is no secret %s in this project." % show(name),
-                                 "See: %s secrets list" % PROGRAM)
+                raise UsageError("There is no secret %s in this project." % show(name), "See: %s secrets list" % PROGRAM)
             del stored[name]
     registry.update_secrets(remove)
     if options.json:
@@ -9477,8 +9500,7 @@ def command_edit(options: argparse.Namespace) -> int:
                 raise ValueError
             arguments.update({key: value[key] for key in value})
         except (ValueError, TypeError, RecursionError):
-            raise UsageError('stdin is not JSON of the form {"edits": [{"old": ..., "new": ...}]}.',
-                             "Or give --old and --new.")
+            raise UsageError('stdin is not JSON of the form {"edits": [{"old": ..., "new": ...}]}.', "Or give --old and --new.")
     if options.sha256:
         arguments["sha256"] = options.sha256
     result = call_tool(the_workspace(options), "edit", arguments)
@@ -9693,7 +9715,7 @@ class Option:
 COMMON = (
     Option("-C", dest="directory", metavar="DIR", default=".", help="a directory in the git repository (default: this one)"),
     Option("-H", "--host", metavar="HOST", help="anything `ssh HOST` accepts"),
-    Option("-w", "--workspace", metavar="NAME", action="append", help="the workspace (default: the branch's name)"),
+    Option("-w", "--workspace", metavar="NAME", action="append", help="the workspace (where one is needed: the branch's name)"),
     Option("--json", action="store_true", help="JSON on stdout instead of text"),
     Option("-q", dest="verbosity", action="store_const", const=-1, default=0, help="say less"),
     Option("-v", dest="verbosity", action="store_const", const=1, help="say what is done"),
@@ -9874,11 +9896,12 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     result = parser.parse_args(rest)
     if getattr(result, "at_once", None) is not None and result.at_once < 1:
         raise UsageError("%s: -j takes a number from 1." % name)
+    if getattr(result, "host", None) == "":
+        raise UsageError("%s: -H names no host." % name)
     if name == "exec":
         if tail is not None:
             if result.command:
-                raise UsageError("exec: %s stands before `--`." % show(result.command[0]),
-                                 "Write: exec [options] -- CMD...")
+                raise UsageError("exec: %s stands before `--`." % show(result.command[0]), "Write: exec [options] -- CMD...")
             result.command = tail
         if not result.command:
             raise UsageError("exec: no command was given.", "For example: %s exec -- make test" % PROGRAM)

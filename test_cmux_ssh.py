@@ -4455,6 +4455,246 @@ for project in (first, second):
 """) == "4 1\n4 2\n0 0\n0 0\n"
 
 
+def test_a_forked_child_and_its_parent_share_no_session_and_no_lock(repo: Repo) -> None:
+    """multiprocessing forks: the copies of our descriptors in a worker must not keep what this process gives up."""
+    assert in_library(repo, """
+import os, signal
+workspace = cmux_ssh.Project(".").create("main", "box")
+host = workspace.host
+workspace.exec("true")
+until = time.monotonic() + 20
+while len(host._ready) < 4 and time.monotonic() < until:
+    time.sleep(0.02)
+read, write = os.pipe()
+child = os.fork()
+if not child:
+    os.write(write, b"%d" % workspace.exec("sleep 0.5; exit 7").exit_code)
+    os._exit(0)
+print(workspace.exec("exit 3").exit_code, os.read(read, 9).decode(), os.waitpid(child, 0)[1])
+command = threading.Thread(target=lambda: print(workspace.exec("sleep 30", timeout=1.5).stopped, time.monotonic() - began < 5))
+began = time.monotonic()
+command.start()
+time.sleep(0.7)
+child = os.fork()                      # in the middle of that command, and idle
+if not child:
+    time.sleep(60)
+    os._exit(0)
+command.join()
+host.close()
+def taken():
+    locks = [cmux_ssh.Lock(host.masters._path("slot.0.%d" % n)) for n in range(8)]
+    found = [n for n, lock in enumerate(locks) if not lock.take()]
+    for lock in locks:
+        lock.free()
+    return found
+until = time.monotonic() + 10
+while taken() and time.monotonic() < until:
+    time.sleep(0.05)
+print(taken())
+os.kill(child, signal.SIGKILL)
+""") == "3 7 0\nconfirmed True\n[]\n"
+
+
+def test_sessions_wait_ready_again_after_a_command_that_took_long(repo: Repo) -> None:
+    assert in_library(repo, """
+cmux_ssh.WARM_IDLE = 0.5
+host = cmux_ssh.Project(".").create("main", "box").host
+workspace = cmux_ssh.Project(".").workspace("main")
+workspace.exec("sleep 2")
+until = time.monotonic() + 0.45
+while not workspace.host._ready and time.monotonic() < until:
+    time.sleep(0.01)
+print(bool(workspace.host._ready), workspace.host._active)
+""") == "True 0\n"
+
+
+def test_a_header_cut_off_by_a_dying_master_is_sent_again(repo: Repo) -> None:
+    """It was never whole: nothing can have begun."""
+    assert in_library(repo, """
+import os, signal, subprocess
+workspace = cmux_ssh.Project(".", warm=0).create("main", "box")
+workspace.exec("true")
+folder = workspace.host.masters.folder
+for line in subprocess.check_output(["ps", "-A", "-o", "pid=,args="]).decode("utf-8", "replace").splitlines():
+    if folder in line and "ssh" in line:
+        master = int(line.split()[0])
+os.kill(master, signal.SIGSTOP)
+threading.Timer(1, os.kill, (master, signal.SIGKILL)).start()
+print(workspace.exec(["echo"] + ["x" * 100000] * 2, timeout=30).exit_code)
+""") == "0\n"
+
+
+@pytest.mark.parametrize("sessions", [1, 2])
+def test_sessions_that_wait_ready_elsewhere_do_not_block_a_host_that_takes_few(site: Site, sessions: int) -> None:
+    """They lie in slots that do not count any more, once it was learnt how few it takes."""
+    site.daemon("few", f"MaxSessions {sessions}")
+    assert in_library(Repo(site), """
+first = cmux_ssh.Project(".").create("main", "few")
+first.exec("true")
+time.sleep(1)
+began = time.monotonic()
+second = cmux_ssh.Project(".", warm=0).workspace("main")
+print(second.exec("exit 4").exit_code, first.exec("exit 5").exit_code, time.monotonic() - began < 12)
+""") == "4 5 True\n"
+
+
+def test_two_clones_that_send_one_tree_at_once_spoil_nothing(site: Site) -> None:
+    """upload_lock is of one repository: the host sees to it itself (seen: a base that was an empty file, for ever)."""
+    repo = Repo(site, files={f"d/{n}": b"%d" % n for n in range(30)})
+    subprocess.run(["git", "clone", "-q", str(repo.dir), str(site.dir / "other")], env=site.environment(), check=True)
+    assert in_library(repo, """
+import os, subprocess
+places = [".", sys.argv[1]]
+projects = [cmux_ssh.Project(place) for place in places]
+class Report(cmux_ssh.Report):
+    def warn(self, text):
+        print(text)
+for turn in range(10):
+    for place in places:
+        with open(os.path.join(place, "u"), "w") as stream:
+            stream.write(str(turn))
+        subprocess.run("git add -A; GIT_AUTHOR_DATE=@1700000000 GIT_COMMITTER_DATE=@1700000000 git commit -qm y", shell=True, cwd=place, check=True)
+    together = threading.Barrier(2)
+    def make(project):
+        together.wait()
+        return project.create("w%d" % turn, "box", report=Report()).exec("git status --porcelain && cat u").stdout
+    with ThreadPoolExecutor(2) as pool:
+        for seen in pool.map(make, projects):
+            assert seen == b"%d" % turn, seen
+print("fine")
+""", str(site.dir / "other")) == "fine\n"
+    bases = site.far_home() / "cmux" / ".cmux" / "bases"
+    assert all((base / "tree.tar").is_file() or (base / "delta.tar").is_file() for base in bases.iterdir()), list(bases.iterdir())
+
+
+def test_a_base_that_is_broken_on_the_host_is_made_anew(repo: Repo) -> None:
+    bases = repo.site.far_home() / "cmux" / ".cmux" / "bases"
+    assert repo.cli("new", "-H", "box", "one").code == 0
+    (base,) = bases.iterdir()
+    shutil.rmtree(str(base))
+    base.touch()
+    (bases / ("a" * 40)).mkdir()
+    (bases / ("a" * 40) / "delta.tar").touch()
+    (bases / ("a" * 40) / "parent").write_text("a" * 40 + "\n")  # its own parent
+    assert repo.cli("new", "-H", "box", "two").code == 0 and (base / "tree.tar").is_file()
+    shutil.rmtree(str(base / "git"))
+    (base / "git").mkdir()
+    assert repo.cli("new", "-H", "box", "three").code == 0
+
+
+def test_a_delta_stands_only_on_what_was_sent_to_that_host(repo: Repo) -> None:
+    """A host that knows the id of a branch's tree could else ask what files that has: the delta names those to remove."""
+    assert in_library(repo, """
+import os, subprocess
+def git(*words):
+    return subprocess.check_output(["git", *words]).decode().strip()
+for n in range(20):
+    with open("f%d" % n, "w") as stream:
+        stream.write(str(n))
+git("add", "-A")
+git("commit", "-qm", "many")
+git("checkout", "-qb", "private")
+with open("acquisition-of-ACME", "w") as stream:
+    stream.write("x")
+git("add", "-A")
+git("commit", "-qm", "secret")
+tree = git("rev-parse", "HEAD^{tree}")
+git("checkout", "-q", "main")
+project, parents = cmux_ssh.Project("."), []
+host = project.host("box")
+real = host.call
+def call(script, *words, **more):
+    reply = real(script, *words, **more)
+    if script is cmux_ssh.CREATE and reply.status == 21:
+        return cmux_ssh.Reply(status=21, stdout=reply.stdout + b"base " + tree.encode() + bytes([10]), stderr=b"")
+    if script is cmux_ssh.UPLOAD:
+        parents.append(words[2])
+    return reply
+host.call = call
+project.create("a", "box")
+project.create("b", "box", ref="private")   # now it is sent: on the base of the first
+with open("more", "w") as stream:
+    stream.write("x")
+git("add", "-A")
+git("commit", "-qm", "more")
+project.create("c", "box")
+print(parents[0] == "", parents[1] == git("rev-parse", "main~1^{tree}"), parents[2] in (tree, parents[1]))
+""") == "True True True\n"
+
+
+@pytest.mark.parametrize("name", ["USR1", "WINCH", "CONT"])
+def test_a_command_that_signals_its_parent_keeps_its_status(shared: Repo, name: str) -> None:
+    """As daemons do when they are ready."""
+    assert shared.exec(f"kill -{name} $PPID; exit 5", options=["--timeout", "20"]).code == 5
+    assert in_library(shared, """
+workspace = cmux_ssh.Project(".").workspace("main")
+for _ in range(3):
+    print(workspace.exec("kill -%s $PPID; exit 5" % sys.argv[1], timeout=20).exit_code)
+    time.sleep(0.3)
+""", name) == "5\n" * 3
+    job = shared.exec(f"kill -{name} $PPID; sleep 0.2; exit 6", options=["--detach"]).text.strip()
+    assert shared.cli("wait", job).code == 6
+
+
+def test_a_name_used_again_pulls_onto_its_branch_once_that_was_merged(repo: Repo) -> None:
+    for turn in range(2):
+        assert repo.cli("new", "-H", "box", "again").code == 0
+        do_in(repo, "again", f"echo {turn} >f{turn}")
+        assert repo.cli("pull", "-w", "again").code == 0
+        repo.git("merge", "-q", "cmux/again")
+        assert repo.cli("rm", "again").code == 0
+    assert repo.git("show", "cmux/again:f1") == "1" and repo.git("show", "cmux/again:f0") == "0"
+    assert repo.cli("new", "-H", "box", "again").code == 0
+    do_in(repo, "again", "echo x >x")
+    assert repo.cli("pull", "-w", "again").code == 0 and repo.cli("rm", "again").code == 0  # not merged
+    assert repo.cli("new", "-H", "box", "again").code == 0
+    do_in(repo, "again", "echo y >y")
+    refused(repo.cli("pull", "-w", "again"), 1, words="no pull of this workspace made")
+
+
+def do_in(repo: Repo, name: str, line: str) -> None:
+    assert repo.cli("exec", "-w", name, "--", line).code == 0
+
+
+def test_diff_into_a_pipe_or_json_can_be_applied(repo: Repo) -> None:
+    repo.write("crlf.txt", b"a\r\nb\r\n")
+    repo.commit()
+    assert repo.exec("printf 'a\\r\\nB\\033[1m\\r\\n' >crlf.txt; head -c 3000 /dev/urandom >data.bin; printf end >noeol").code == 0
+    plain, told = repo.cli("diff").out, repo.cli("diff", "--json").json
+    patch = told["diff"].encode() if "diff" in told else base64.b64decode(told["diff_base64"])
+    assert patch == plain
+    for data in (plain, patch):
+        subprocess.run(["git", "apply", "-"], cwd=str(repo.dir), input=data, env=repo.site.environment(), check=True)
+        for name in ("crlf.txt", "data.bin", "noeol"):
+            assert (repo.dir / name).read_bytes() == (repo.path() / name).read_bytes(), name
+        repo.git("checkout", "-q", "--", ".")
+        repo.git("clean", "-qfd")
+
+
+@pytest.mark.parametrize("words, said", [
+    (["secrets", "set", "-w", "main", "TOKEN"], "every workspace"), (["new", "-H", "box", "-w", "a", "b"], "twice"), (["exec", "--all", "-w", "main", "--", "true"], "--all takes no -w"),
+    (["exec", "-H", "", "--", "true"], "names no host")])
+def test_an_option_that_would_be_passed_over_is_refused(shared: Repo, words: List[str], said: str) -> None:
+    answer = shared.cli(*words, stdin=b"x")
+    assert answer.code in (2, 125) and said in answer.said, answer
+
+
+def test_batch_takes_no_line_with_more_keys(shared: Repo) -> None:
+    answer = shared.cli("batch", stdin=b'{"id": 9, "host": "nohost", "tool": "exec", "arguments": {"command": "true"}}\n')
+    assert answer.code == 1 and answer.json["ok"] is False and answer.json["id"] == 9 and answer.json["error"]["type"] == "BatchLineFailed", answer
+
+
+def test_a_job_is_found_in_the_workspace_that_runs_it(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "main", "side").code == 0
+    job = repo.cli("exec", "-w", "side", "--detach", "--", "echo out; exit 8").text.strip()
+    assert repo.cli("wait", job).code == 8 and repo.cli("logs", job).out == b"out\n" and repo.cli("stop", job).code == 0
+    refused(repo.cli("logs", "-w", "main", job), 1, words="no job")
+    napping = repo.cli("exec", "-w", "side", "--detach", "--", "sleep 600").text.strip()
+    kept = repo.cli("rm", "side", "nope", "--json")
+    assert kept.code == 1 and [row["name"] for row in kept.json["errors"]] == ["side", "nope"] and "end it with stop" in kept.json["errors"][0]["hint"], kept
+    assert repo.cli("stop", napping).code == 0
+
+
 def test_no_master_is_added_for_sessions_ahead_where_none_can_be(repo: Repo) -> None:
     """It is tried once: where logging in needs a person, each try is a failed login and its penalty."""
     assert in_library(repo, """
@@ -6423,6 +6663,33 @@ def test_mcp_handshake_agrees_on_every_older_version(mcp: Mcp, asked: str, given
     head = result["instructions"][:512]
     assert all(word in head for word in ("main", "box", "never follow instructions", "logs")) and "resultType" not in result
     assert mcp.ask("ping")["result"] == {}
+
+
+@pytest.mark.slow
+def test_mcp_a_hundred_calls_leave_no_descriptors_behind(site: Site) -> None:
+    """They are closed, not left to a collector: PyPy's comes late (seen: three more for each call, up to the limit)."""
+    with open_mcp(Repo(site), "-H", "box") as client:
+        def descriptors() -> int:
+            return len(os.listdir(f"/proc/{client.child.pid}/fd"))
+        for turn in range(2):
+            before = descriptors()
+            for _ in range(25):
+                assert "exit_code: 0" in client("exec", command=["true"]) and client("read", path="README")
+                client("exec", command="cat", stdin="in")
+                client("glob", pattern="*")
+        assert descriptors() < before + 40
+
+
+def test_a_cancel_is_readable_once_set_whenever_it_is_first_polled() -> None:
+    for order in ("set", "poll"), ("poll", "set"):
+        cancel = c.Cancel()
+        for act in order:
+            cancel.set() if act == "set" else cancel.fileno()
+        assert select.select([cancel], [], [], 0)[0] == [cancel]
+        cancel.close()
+        cancel.set()
+        cancel.close()
+        assert cancel.is_set
 
 
 def test_mcp_stateless_era_answers_discover_and_every_request_by_itself(mcp: Mcp) -> None:
