@@ -5112,7 +5112,7 @@ class Lab:
         with repository.in_shadow(self.base) as shadow:
             sent_tree, absent = shadow.unsent(repository.resolve("HEAD")[1])
             sent = {path for _, _, path in shadow.listing(sent_tree)}
-            importer = shadow.importer()
+            importer = c.Importer(shadow)
             try:
                 harvest = c.Harvest(importer, lambda p: p in sent, secrets)
                 wire = c.Wire(lambda: next(chunks, b""))
