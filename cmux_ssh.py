@@ -353,12 +353,12 @@ _FORK_AWARE: List[Any] = []  # a WeakSet, once there is something to put into it
 
 
 def leave_at_fork(thing: Any) -> None:
-    """Have ``thing.forked()`` called in each child that is forked (as multiprocessing does): its copies of our
+    """Have ``thing._forked()`` called in each child that is forked (as multiprocessing does): its copies of our
     descriptors would keep locks held, and sessions open, that this process gives up."""
     if not _FORK_AWARE:
         import weakref
         _FORK_AWARE.append(weakref.WeakSet())
-        os.register_at_fork(after_in_child=lambda: [thing.forked() for thing in list(_FORK_AWARE[0])])
+        os.register_at_fork(after_in_child=lambda: [thing._forked() for thing in list(_FORK_AWARE[0])])
     _FORK_AWARE[0].add(thing)
 
 
@@ -1754,7 +1754,7 @@ class Lock:
         leave_at_fork(self)
         return True
 
-    def forked(self) -> None:
+    def _forked(self) -> None:
         drop(self.fd)
         self.fd = -1
 
@@ -2445,7 +2445,7 @@ class Session:
         drop(self.stdin, self.stdout, self.stderr)
         self.stdin = self.stdout = self.stderr = -1
 
-    def forked(self) -> None:
+    def _forked(self) -> None:
         """In a child: let go of it, without a word to the other side."""
         self.close_pipes()
         drop(self.control)
@@ -2582,10 +2582,10 @@ class MuxSession(Session):
         self.close_pipes()
         self._release(self)
 
-    def forked(self) -> None:
+    def _forked(self) -> None:
         if self._socket.fileno() >= 0:
             self._socket.detach()  # or its end would close whatever has the number then
-        super().forked()
+        super()._forked()
 
     def hang_up(self) -> None:
         """Ask the master to end the session. The bare descriptor is left, for gone()."""
@@ -3629,10 +3629,10 @@ class Host:
         self.name = check_host(name)
         self._interactive = interactive
         self._warm = warm
-        self.forked()
+        self._forked()
         leave_at_fork(self)
 
-    def forked(self) -> None:
+    def _forked(self) -> None:
         """As new: what was open, and the thread that kept it, is another process's."""
         import threading
         self._ready: List[Session] = []
@@ -4946,13 +4946,13 @@ class ProjectState:
         self.registry = Registry(self.repository.common_dir)
         self._interactive = interactive
         self._hosts: Dict[str, Host] = {}
-        self.forked()
+        self._forked()
         leave_at_fork(self)
         self.handed_over: Dict[bytes, str] = {}   # values of secrets sent by this process -> name
         self.history = History(self.registry)
         self._plain: Set[str] = set()             # trees known to have no submodule and no LFS file
 
-    def forked(self) -> None:
+    def _forked(self) -> None:
         import threading
         self._mutex = threading.Lock()
         self._looking = threading.Lock()          # many workspaces at once: LFS content is read by one
