@@ -5631,8 +5631,7 @@ class WorkspaceBase:
             timeout: Optional[float] = None, cancel: Optional[Cancel] = None) -> Outcome:
         """Run ``command``, its output streamed to the callables (which may raise to end it); see exec() for
         the rest. ``source`` is for the command line: it streams a descriptor into the command's stdin."""
-        if not command or (not isinstance(command, str) and not command[0]):
-            raise UsageError("No command was given.", "For example: %s exec -- make test" % PROGRAM)
+        check_command(command)
         if timeout is not None and not 0 < timeout < 1e8:
             raise UsageError("timeout takes a number of seconds above 0.")
         records = self.environment(env) + command_records(command, login, source is not None)
@@ -5654,20 +5653,20 @@ class WorkspaceBase:
             return outcome
 
     def exec(self, command: Union[str, Sequence[str]], timeout: Optional[float] = None, cwd: str = "",
-             env: Optional[Mapping[str, str]] = None, stdin: Optional[bytes] = None, login: bool = False,
+             env: Optional[Mapping[str, str]] = None, stdin: Union[str, bytes, None] = None, login: bool = False,
              limit: int = CAPTURE_MAX, cancel: Optional[Cancel] = None,
              tee: Optional[Callable[[bytes], Any]] = None) -> ExecResult:
         """Run a command and wait for it.
 
         ``command``: a string is a shell line, a sequence an exact argv. ``timeout`` in seconds;
         at its end the process tree there is ended and what was printed is kept. ``cwd`` relative
-        to the workspace. ``stdin``: bytes for the command (None: /dev/null). ``limit``: bytes
+        to the workspace. ``stdin``: bytes (or a str) for the command (None: /dev/null). ``limit``: bytes
         kept of each stream. ``tee`` is given the bytes of both as they come. Raises HostError (the
         connection), UsageError and WorkspaceMissing, never for the command's status.
         """
         began, out, err = time.monotonic(), Capture(limit), Capture(limit)
         sinks = [lambda data, keep=keep: (keep(data), tee and tee(data)) for keep in (out, err)]
-        stream = None if stdin is None else spool(stdin)
+        stream = None if stdin is None else spool(encoded(stdin))
         try:
             source = None if stream is None else Source(stream.fileno())
             outcome = self.run(command, sinks[0], sinks[1], source, cwd, env, login, timeout, cancel)
@@ -5716,6 +5715,11 @@ class WorkspaceBase:
         finally:
             ended()
             helper.join(CONTROL_PATIENCE)
+
+
+def check_command(command: object) -> None:
+    if not isinstance(command, (str, list, tuple)) or not command or not command[0]:
+        raise UsageError("No command was given: a line of text, or a list of words.", "For example: %s exec -- make test" % PROGRAM)
 
 
 def shell_word(value: bytes) -> bytes:
@@ -6780,6 +6784,7 @@ class Workspace(WorkspaceBase):
               login: bool = False, cancel: Optional[Cancel] = None) -> str:
         """Start a background job, which outlives this process and the connection; its id. Raises
         WorkspaceMissing."""
+        check_command(command)
         job = "j" + os.urandom(4).hex()
         records = record("_cd", os.path.join(self.path, cwd) if cwd else self.path) + self.environment(env) + record("_cu", "022")
         if isinstance(command, str) or login:

@@ -4413,6 +4413,7 @@ w, bad = project.create("w", "box"), "x\ud800"
 acts = [lambda: w.exec(bad), lambda: w.exec(["echo", bad]), lambda: w.exec(["echo", 1]), lambda: w.exec("true", env={"A": bad}), lambda: w.exec("true", env={"A": 1}),
         lambda: w.exec("true", cwd=bad), lambda: w.start(bad), lambda: w.write("x", bad), lambda: w.write(bad, "x"), lambda: w.read(bad), lambda: w.glob(bad),
         lambda: w.grep(bad), lambda: w.edit(bad, [{"old": "a", "new": "b"}]), lambda: project.set_secret("A", bad), lambda: project.set_secret("A", 1),
+        lambda: w.exec(123), lambda: w.start(123), lambda: w.start([]), lambda: w.exec("cat", stdin=1), lambda: w.exec(b"true"),
         lambda: project.create("v", "box", ref=bad), lambda: project.create("v", "box", root=bad), lambda: project.create(bad, "box")]
 for at, act in enumerate(acts):
     try:
@@ -4422,8 +4423,8 @@ for at, act in enumerate(acts):
         pass
     except Exception as error:
         print(at, repr(error))
-print(w.exec("printf %s", env={"A": "\udcff"}).exit_code, [j["job"] for j in w.jobs()])
-""") == "0 []\n"
+print(w.exec("printf %s", env={"A": "\udcff"}).exit_code, [j["job"] for j in w.jobs()], w.exec("cat", stdin="x").stdout)
+""") == "0 [] b'x'\n"
 
 
 def test_a_wrong_host_does_not_spoil_the_name_of_a_workspace(repo: Repo) -> None:
