@@ -4468,7 +4468,8 @@ for project in (first, second):
 def test_a_forked_child_and_its_parent_share_no_session_and_no_lock(repo: Repo) -> None:
     """multiprocessing forks: the copies of our descriptors in a worker must not keep what this process gives up."""
     assert in_library(repo, """
-import os, signal
+import os, signal, warnings
+warnings.simplefilter("ignore")        # 3.12 and later say that a process with threads should not fork
 workspace = cmux_ssh.Project(".").create("main", "box")
 host = workspace.host
 workspace.exec("true")
