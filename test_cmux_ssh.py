@@ -77,7 +77,8 @@ def program(name: str, package: str = "") -> str:
 def compiled() -> str:
     """The program as Python has compiled it, under its own name: at each of some thousand starts it would be
     compiled anew, for half of all the time that the tests take. (Others start PROGRAM itself.)"""
-    return compiled_copy() if PROGRAM.name == "cmux_ssh.py" else str(PROGRAM)  # else tuned by a test
+    plain = PROGRAM.name != "cmux_ssh.py" or sys.implementation.name != "cpython"  # tuned by a test; PyPy takes source alone
+    return str(PROGRAM) if plain else compiled_copy()
 
 
 @functools.lru_cache(maxsize=None)
