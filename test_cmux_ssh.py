@@ -1031,7 +1031,7 @@ def world():
     os.umask(umask)
     return (threading.active_count(), dict(os.environ), os.getcwd(), umask, list(sys.path), sys.excepthook, threading.excepthook, sys.stdout, sys.stderr,
             locale.setlocale(locale.LC_ALL), list(warnings.filters), [signal.getsignal(n) for n in range(1, 32)], sorted(os.listdir("/dev/fd")),
-            sys.getrecursionlimit(), sys.getswitchinterval(), gc.isenabled(), gc.callbacks, sys.getprofile(), sys.gettrace())
+            sys.getrecursionlimit(), sys.getswitchinterval(), gc.isenabled(), getattr(gc, "callbacks", None), sys.getprofile(), sys.gettrace())
 before = world()
 import cmux_ssh
 print(world() == before, all(hasattr(cmux_ssh, n) for n in cmux_ssh.__all__), len(set(cmux_ssh.__all__)) == len(cmux_ssh.__all__))
