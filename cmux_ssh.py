@@ -358,8 +358,16 @@ def leave_at_fork(thing: Any) -> None:
     if not _FORK_AWARE:
         import weakref
         _FORK_AWARE.append(weakref.WeakSet())
-        os.register_at_fork(after_in_child=lambda: [thing._forked() for thing in list(_FORK_AWARE[0])])
+        os.register_at_fork(after_in_child=_leave_all)
     _FORK_AWARE[0].add(thing)
+
+
+def _leave_all() -> None:
+    for thing in list(_FORK_AWARE[0]):
+        try:
+            thing._forked()
+        except OSError:
+            pass  # another thread was closing it in the instant of the fork
 
 
 class Deadline:
@@ -386,10 +394,14 @@ class Cancel:
     code 130; all else raises Cancelled. It stays set: make a new one for what comes after."""
 
     def __init__(self) -> None:
-        import _thread
-        self._guard = _thread.RLock()  # a signal may set it in the middle of whatever its thread does here
         self._read = self._write = -1  # a pipe, made when somebody polls
         self.is_set = False
+        self._forked()
+
+    def _forked(self) -> None:
+        import _thread
+        self._guard = _thread.RLock()  # a signal may set it in the middle of whatever its thread does here
+        self.close()
 
     def set(self) -> None:
         """End what was given this, now and later. Returns at once; ``is_set`` tells."""
@@ -406,6 +418,7 @@ class Cancel:
         with self._guard:
             if self._read < 0:
                 self._read, self._write = os.pipe()
+                leave_at_fork(self)
                 os.set_blocking(self._write, False)
                 if self.is_set:
                     os.write(self._write, b"x")
@@ -879,8 +892,8 @@ _cgit() { # $1 directory of the tree, $2 directory of the base
     MALLOC_TRIM_THRESHOLD_=99999999 MALLOC_TOP_PAD_=9999999 git -c core.compression=0 -c core.bigFileThreshold=1 -c core.fsync=none add -A -f . &&
     x=$(git write-tree) && x=$(git commit-tree "$x" -m base) &&
     printf 'update %s %s\n' HEAD "$x" refs/cmux/base "$x" | git update-ref --stdin ) || { rm -rf "$1/.git"; return 1; }
-  rm -rf "$2/git.$op"; cp -R "$1/.git" "$2/git.$op" && mv "$2/git.$op" "$2/git" && { [ ! -d "$2/git/git.$op" ] || rm -rf "$2/git/git.$op"; }
-  return 0
+  rm -rf "$2/git.$op"; cp -R "$1/.git" "$2/git.$op" && mv "$2/git.$op" "$2/git"
+  rm -rf "$2/git.$op" "$2/git/git.$op"
 }
 _chas() { [ -f "$1/tree.tar" ] || { [ -f "$1/delta.tar" ] && [ -f "$1/parent" ] && [ "${2:-1}" -lt 9 ] && _chas ".cmux/bases/$(cat "$1/parent")" $((${2:-1}+1)); }; }
 _cunpack() { # base destination: a whole tree, or the parent's with what is gone removed and the delta on top
@@ -1852,6 +1865,14 @@ def spool(data: bytes) -> IO[bytes]:
         raise StateFailed("Cannot write a temporary file: %s." % os.strerror(error.errno or 0), "Make room, or set TMPDIR.")
 
 
+def age_of(path: str) -> float:
+    """Seconds since a file was written; negative if there is none."""
+    try:
+        return time.time() - os.stat(path).st_mtime
+    except OSError:
+        return -1.0
+
+
 def remove_leftovers(path: str, age: float = 0) -> None:
     """What a writer of ``path`` that was killed left beside it. Under the file's lock, or of such an ``age`` in
     seconds that nobody writes it any more."""
@@ -1859,7 +1880,7 @@ def remove_leftovers(path: str, age: float = 0) -> None:
     for entry in os.listdir(folder):
         if entry.startswith(name + ".") and entry.endswith(".new"):
             found = os.path.join(folder, entry)
-            if not age or (os.path.exists(found) and time.time() - os.stat(found).st_mtime > age):
+            if not age or age_of(found) > age:
                 remove_file(found)
 
 
@@ -2961,10 +2982,7 @@ class Slots(Launcher):
 
     def _hangs(self, index: int) -> bool:
         """Whether a master was seen to hang, by any process, MASTER_PASSED_BY ago or less."""
-        try:
-            return 0 <= time.time() - os.stat(self._path("hangs.%d" % index)).st_mtime < MASTER_PASSED_BY
-        except OSError:
-            return False
+        return 0 <= age_of(self._path("hangs.%d" % index)) < MASTER_PASSED_BY
 
     def pass_by(self, index: int) -> None:
         """For a while others are asked: to find out anew takes each process CONTROL_PATIENCE."""
@@ -2982,9 +3000,9 @@ class Slots(Launcher):
 
     def _try_slots(self, first: int = 0) -> Optional[Tuple[int, int]]:
         sessions, live = self.profile()["sessions"], self._live()
-        if len(self._held) >= len(live) * sessions:
-            return None  # all ours: a hundred waiting threads need not look one by one
         with self._mutex:
+            if sum(index in live for index, _ in self._held) >= len(live) * sessions:
+                return None  # all ours: a hundred waiting threads need not look one by one
             for slot in [(index, number) for index in live for number in range(first, sessions)]:
                 if slot not in self._held:
                     lock = Lock(self._path("slot.%d.%d" % slot))
@@ -3260,7 +3278,7 @@ class Masters(Slots):
 
     def _spare_master(self) -> bool:
         """One more master for sessions opened ahead, where other processes hold those of all that live.
-        Tried once: where it needs a person, each try would be a failed login."""
+        One that failed is not tried again: where it needs a person, each try would be a failed login."""
         with self._mutex:
             if self._spared or not 0 < len(self._live()) < MASTERS_PER_HOST // 2 or time.time() < self._failures()[1]:
                 return False
@@ -5480,7 +5498,8 @@ class Creation:
         if b".cmux-gone" in paths:
             return ""
         least, record = len(paths) // 2, self.project.registry.read()
-        sent = {tree for host, tree in record.get("sent", []) if host == self.host.name} - {self.tree}
+        rows = record.get("sent", []) + [[entry["host"], entry["tree"]] for entry in record["workspaces"].values() if entry["state"] == "ready"]
+        sent = {tree for host, tree in rows if host == self.host.name} - {self.tree}
         for line in [line[len("base "):] for line in reply.lines() if line.startswith("base ")][:8]:
             if line in sent:
                 try:
@@ -8730,6 +8749,15 @@ def print_json(value: object) -> None:
     print_text(json.dumps(value))
 
 
+def answer(options: argparse.Namespace, value: object, *lines: str) -> int:
+    """What a command that went well says: the value with --json; else the lines, unless it is to be quiet."""
+    if options.json:
+        print_json(value)
+    elif lines and options.verbosity >= 0:
+        print_text("\n".join(lines))
+    return 0
+
+
 def may_ask() -> bool:
     """Whether a person sits at this terminal: then ssh may ask its question, once."""
     try:
@@ -9216,8 +9244,7 @@ def command_list(options: argparse.Namespace) -> int:
         project = open_project(options)
         rows = [workspace.describe() for workspace in project.workspaces()]
     if options.json:
-        print_json(rows)
-        return 0
+        return answer(options, rows)
     if not rows:
         Terminal(options.verbosity).warn("No workspaces yet. Make one: %s new NAME -H HOST" % PROGRAM)
         return 0
@@ -9285,8 +9312,7 @@ def command_pull(options: argparse.Namespace) -> int:
     terminal = Terminal(options.verbosity)
     result = pull(existing_workspace(options), options.branch, options.allow, terminal)
     if options.json:
-        print_json(result.as_dict())
-        return 0
+        return answer(options, result.as_dict())
     for note in result.notes:
         terminal.warn(note)
     for path, names in result.secrets.items():
@@ -9311,31 +9337,20 @@ def command_push(options: argparse.Namespace) -> int:
     workspace = existing_workspace(options)
     ref = workspace.project.repository.snapshot(options.allow) if options.dirty else options.ref
     moved = workspace.project.push(workspace.name, ref, options.force, Terminal(options.verbosity, notes=True))
-    if options.json:
-        print_json(dict(workspace.project.workspace(workspace.name).describe(), pushed=moved))
-    elif options.verbosity >= 0:
-        print_text("%s is at %s%s" % (workspace.name, workspace.project.workspace(workspace.name).base[:10], "" if moved else " already"))
-    return 0
+    now = workspace.project.workspace(workspace.name)
+    return answer(options, dict(now.describe(), pushed=moved), "%s is at %s%s" % (now.name, now.base[:10], "" if moved else " already"))
 
 
 def command_move(options: argparse.Namespace, script: str) -> int:
     source = existing_workspace(options)
     action = source.project.fork if script is FORK else source.project.rename
     made = action(source, options.name).describe()
-    if options.json:
-        print_json(made)
-    elif options.verbosity >= 0:
-        print_text("%s  %s:%s" % (made["name"], made["host"], made["path"]))
-    return 0
+    return answer(options, made, "%(name)s  %(host)s:%(path)s" % made)
 
 
 def command_gc(options: argparse.Namespace) -> int:
     freed, failed = open_project(options).gc()
-    if options.json:
-        print_json(freed)
-    elif options.verbosity >= 0:
-        for host, count in freed.items():
-            print_text("%s: freed %s" % (host, human_size(count)))
+    answer(options, freed, *("%s: freed %s" % (host, human_size(count)) for host, count in freed.items()))
     for error in failed:
         report_error(error)
     return max([error.exit_code for error in failed], default=0)
@@ -9346,8 +9361,7 @@ def command_diff(options: argparse.Namespace) -> int:
     exact = options.json or not os.isatty(1)
     lines = diff_lines(existing_workspace(options), options.stat, Terminal(options.verbosity), binary=exact)
     if options.json:
-        print_json(bytes_field("diff", b"".join(line + b"\n" for line in lines)))
-        return 0
+        return answer(options, bytes_field("diff", b"".join(line + b"\n" for line in lines)))
     for line in lines:
         text = neutralise(line)
         colour = colours.get(text[:1]) if not options.stat else None
@@ -9381,9 +9395,7 @@ def secrets_set(registry: Registry, options: argparse.Namespace) -> int:
         check_secret(name, data)
         entry = {"value": data.decode("utf-8", "surrogateescape")}
     registry.update_secrets(lambda stored: stored.update({name: entry}))
-    if options.json:
-        print_json([name])
-    return 0
+    return answer(options, [name])
 
 
 def read_all(fd: int, limit: int) -> bytes:
@@ -9408,11 +9420,7 @@ def secrets_import(registry: Registry, options: argparse.Namespace) -> int:
     for name, value in values.items():
         check_secret(name, value.encode("utf-8", "surrogateescape"))
     registry.update_secrets(lambda stored: stored.update({n: {"value": v} for n, v in values.items()}))
-    if options.json:
-        print_json(sorted(values))
-    elif options.verbosity >= 0:
-        print_text("%d secrets: %s" % (len(values), ", ".join(sorted(values))))
-    return 0
+    return answer(options, sorted(values), "%d secrets: %s" % (len(values), ", ".join(sorted(values))))
 
 
 def parse_dotenv(text: str) -> Dict[str, str]:
@@ -9456,9 +9464,7 @@ def secrets_rm(registry: Registry, options: argparse.Namespace) -> int:
                 raise UsageError("There is no secret %s in this project." % show(name), "See: %s secrets list" % PROGRAM)
             del stored[name]
     registry.update_secrets(remove)
-    if options.json:
-        print_json(options.names)
-    return 0
+    return answer(options, options.names)
 
 
 # -- the tools as commands: the table of tools gives their arguments, TOOL_TEXT what a person reads --
@@ -9485,10 +9491,7 @@ def command_write(options: argparse.Namespace) -> int:
     data = read_all(0, READ_MAX * 10)
     if len(data) > READ_MAX * 10:
         raise UsageError("The content is larger than %s." % human_size(READ_MAX * 10))
-    written = the_workspace(options).write(options.path, data)
-    if options.json:
-        print_json(written)
-    return 0
+    return answer(options, the_workspace(options).write(options.path, data))
 
 
 def command_edit(options: argparse.Namespace) -> int:
@@ -9509,11 +9512,7 @@ def command_edit(options: argparse.Namespace) -> int:
     if options.sha256:
         arguments["sha256"] = options.sha256
     result = call_tool(the_workspace(options), "edit", arguments)
-    if options.json:
-        print_json(result)
-    elif options.verbosity >= 0:
-        write_out(1, result["diff"].encode("utf-8", "replace"))
-    return 0
+    return answer(options, result, *filter(None, [result["diff"].rstrip("\n")]))
 
 
 def text_read(result: Dict[str, Any], terminal: Terminal) -> None:
