@@ -187,6 +187,15 @@ class CmuxError(Exception):
         super().__init__(message)
         self.hint = hint or self.default_hint
 
+    def __reduce__(self) -> Any:  # as it is, whatever a subclass takes to be made: pools of processes pickle errors
+        return _unpickled, (type(self), self.args, self.__dict__)
+
+
+def _unpickled(kind: Type[CmuxError], words: Tuple[Any, ...], fields: Dict[str, Any]) -> CmuxError:
+    error = kind.__new__(kind, *words)
+    error.__dict__.update(fields)
+    return error
+
 
 class UsageError(CmuxError):
     """The call itself is wrong: a bad name, host, option or argument."""
@@ -1027,12 +1036,13 @@ _csnap() { # base-id its-tree commits bytes
   cd "$w" || return 3
   find . -name .git -prune -print | while IFS= read -r f; do case $f in
     ./.git) ;; *) echo "note nested repository ${f%/.git}"; f=${f#.}; printf '%s\n' "${f%.git}" | sed 's/[][\\*?!# ]/\\&/g' >>"$g/info/exclude";; esac; done
-  if [ "$whole" ] && cp "$w/.git/index" "$g/index" 2>/dev/null && _cg ls-files >/dev/null 2>&1; then :
+  if [ "$whole" ] && cp -p "$w/.git/index" "$g/index" 2>/dev/null && _cg ls-files >/dev/null 2>&1; then :
   else rm -f "$g/index"; _cg read-tree "$h" || return 3; fi
   f=$(find . -name .git -prune -o -type f -size "+${4}c" -print | while IFS= read -r f; do
     _cg check-ignore -q -- "$f" || _csame "$f" || { printf '%s' "$f"; break; }; done)
   case $f in ?*) printf 'large %s\n' "$f"; return 24;; esac
-  _cg add -A . >&2 && t=$(_cg write-tree)
+  _cg -c core.sparseCheckout=true update-index -q --really-refresh >/dev/null 2>&1 # what was marked not to be looked at is
+  _cg -c core.sparseCheckout=true add -A . >&2 && t=$(_cg write-tree)
 }
 _crefs() { { _co for-each-ref; _co rev-parse HEAD; _co rev-parse -q --verify refs/stash; } | cksum | tr ' ' -; }
 _cstage() { # the client may be gone when there is something to say: that is no end without clearing up
@@ -1042,7 +1052,8 @@ _cstage() { # the client may be gone when there is something to say: that is no 
 
 # PULL root project name base tree op commits bytes how: what the workspace changed, as a stream.
 #   `note ...` lines, then one line: git BASE DIRTY HEAD TREE REFS, and `git fast-export` of
-#   BASE..HEAD, the last commit being uncommitted work where DIRTY is 1. Or, without git, tar OP,
+#   BASE..HEAD (BASE has mark 1: git before 2.21 cannot name it otherwise), the last commit being
+#   uncommitted work where DIRTY is 1. Or, without git, tar OP,
 #   the NUL-terminated paths of all files, an empty one, and tar archives of those touched since
 #   the mark (or of all: `how` is all, the tree small, or find too coarse to tell), one after
 #   another. 22: no workspace; 24: a file is too large. A moved directory's files are not newer
@@ -1052,15 +1063,15 @@ _cpull() {
   _csnap "$4" "$5" "$7" "$8"; r=$?
   case $r in 0) ;; 9) _ctar "$@"; return;; *) return $r;; esac
   o=$w/.git n=$(_crefs) d=0 top=$h
-  if [ "$whole" ]; then
-    _co for-each-ref --format='note the branch %(refname:short): check it out there and pull' --no-merged="$h" refs/heads
-    _co stash list --format='note the stash %gd (%s): git stash pop there and pull'
-  fi
+  x=$h; [ "$whole" ] || { x=$(_co rev-parse -q --verify 'HEAD^{commit}'); case $x in "$b" | '') ;; *) echo 'note how its commits follow one another: they are too many, rewritten, or hold a repository; the files come as one commit';; esac; }
+  _co for-each-ref --format='note the branch %(refname:short): check it out there and pull' ${x:+"--no-merged=$x"} refs/heads
+  _co stash list --format='note the stash %gd (%s): git stash pop there and pull'
   if [ "$(_cg rev-parse "$h^{tree}")" != "$t" ]; then
     d=1; top=$(GIT_AUTHOR_DATE="@$(date +%s) +0000" GIT_COMMITTER_DATE="@$(date +%s) +0000" _cg commit-tree "$t" -p "$h" -m 'uncommitted work') || return 3
   fi
-  _cg update-ref refs/heads/w "$top" && echo "git $b $d $h $t $n" &&
-  _cg fast-export --use-done-feature --reference-excluded-parents --reencode=yes --signed-tags=strip refs/heads/w ^refs/cmux/base
+  x=; ! git fast-export -h 2>&1 | grep -q -e --reencode || x=--reencode=yes
+  _cg update-ref refs/heads/w "$top" && echo ":1 $b" >"$s/marks" && echo "git $b $d $h $t $n" &&
+  _cg fast-export --use-done-feature --import-marks="$s/marks" $x --signed-tags=strip refs/heads/w ^refs/cmux/base
 }
 _ctar() {
   cd "$w" && f=$(find . -name .git -prune -o -type f -size "+${8}c" -newer "$m.mark" -print | head -n 1) || return 3
@@ -1070,6 +1081,11 @@ _ctar() {
   set -- "$9" "$8"
   k=$(du -sk . | sed 's/[^0-9].*//')
   if [ "${k:-0}" -le 65536 ] || ! find "$m.mark" -cnewer "$m.mark" >/dev/null 2>&1 || find --help 2>&1 | grep -q BusyBox; then set -- all "$2"; fi
+  case $1 in all) ;; *) # what was moved over a name that was there is no newer, but differs
+    for x in mark pull; do tail -n +3 "$m.$x" >"$s/$x"; done
+    find . -name .git -prune -o \( -newer "$m.mark" -o -cnewer "$m.mark" \) ! -type d -print >"$s/newer"
+    diff "$s/mark" "$s/pull" | sed -n 's/^> [^/]* \.\//.\//p' | sed 's/ -> .*//' | grep -qvxFf "$s/newer" && set -- all "$2";;
+  esac
   case $1 in all) find . -name .git -prune -o \( -type f -o -type l \) ! -size "+${2}c" -exec tar -cf - {} +;;
   *) find . -name .git -prune -o \( -newer "$m.mark" -o -cnewer "$m.mark" \) \( -type f -o -type l \) -exec tar -cf - {} +;; esac
 }
@@ -1100,7 +1116,8 @@ _clost() {
     if [ -z "$9" ] || ! _co cat-file -e "$9^{commit}"; then set -- "$b" "$b" "$b" "$b" "$b" "$b" "$b" "$b" "$b"; fi
     _co log --format='commit %h %s' --exclude=refs/stash --all $k HEAD --not "$b" "$9" --glob=refs/cmux | head -n 20
     _co stash list --format='stash %gd: %s' | head -n 20
-  elif [ "$(_crefs)" != "${11}" ]; then echo "the git repository was replaced"; fi
+  elif [ "$(_crefs)" != "${11}" ]; then echo "the git repository was replaced"
+  else _co for-each-ref --format='branch %(refname:short)' --no-merged=HEAD refs/heads | head -n 20; _co stash list --format='stash %gd: %s' | head -n 20; fi
 }
 _cop() {
   _croot "$1" && { _cw "$2" "$3" || return 22; } && _cstage "$6" _clost "$@" || return
@@ -1133,7 +1150,7 @@ _cpush() {
     cd "$w" && ( umask 022; _cg read-tree --reset -u "$n" ) || return 4
     rm -f "$g/objects/info/alternates"; cp -R "$g/objects/." "$w/.git/objects/" 2>/dev/null
     o=$w/.git; _co update-ref "refs/cmux/old/$b" "$b" && _co update-ref --no-deref refs/cmux/base "$n" && _co symbolic-ref HEAD refs/heads/main && _co update-ref refs/heads/main "$n" &&
-    cp "$g/index" "$o/index.cmux" && mv "$o/index.cmux" "$o/index" || return 3
+    cp -p "$g/index" "$o/index.cmux" && mv "$o/index.cmux" "$o/index" || return 3
   else
     cd "$root" && _cbase || return
     mkdir -p ".cmux/trash/$6" && mv "$w" ".cmux/trash/$6/" && mv "$s/tree" "$w" || return 3
@@ -1502,14 +1519,17 @@ def find_program(name: str) -> str:
     """The absolute path of ``name`` in $PATH. Relative entries of PATH are passed over: a
     repository must not bring its own ssh or git. Raises UsageError."""
     if "/" in name:
-        return os.path.abspath(name)
+        try:
+            return os.path.abspath(name)
+        except FileNotFoundError:
+            raise UsageError("The current directory is gone, and %s is named from there." % show(name), "Name it from / on.")
     for entry in os.get_exec_path():
         path = os.path.join(entry, name)
         if os.path.isabs(entry) and os.access(path, os.X_OK) and os.path.isfile(path):
             return path
-    raise UsageError("The program %s is not installed here." % name,
-                     "Install it (for example: apt-get install %s)."
-                     % {"ssh": "openssh-client", "sshd": "openssh-server"}.get(name, name))
+    package = {"ssh": "openssh-client", "ssh-keygen": "openssh-client", "sshd": "openssh-server", "git": "git", "ps": "procps"}.get(name)
+    raise UsageError("The program %s is not installed here." % name, "Install it (for example: apt-get install %s)." % package
+                     if package else "Is $CMUX_SSH_COMMAND as it should be?")
 
 
 def spawn(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, stdin: Any = None,
@@ -1693,6 +1713,8 @@ def state_home() -> str:
         if not os.path.isabs(base):
             base = os.path.join(os.path.expanduser("~"), ".local", "state")
         home = os.path.join(base, "cmux-ssh")
+    if not os.path.isabs(home):
+        raise UsageError("This user has no home directory.", "Say where to keep what has to be kept: CMUX_SSH_HOME=/a/directory")
     return os.path.abspath(home)
 
 
@@ -2032,7 +2054,7 @@ class Registry:
         for name, entry in stored.items():
             check_variable(name, secret=True)
             if not isinstance(entry, dict) or len(entry) != 1 or not all(
-                    key in ("value", "command") and isinstance(text, str) for key, text in entry.items()):
+                    key in ("value", "command") and isinstance(text, str) and encoded(text) is not None for key, text in entry.items()):
                 raise StateFailed("The secret %s in %s is damaged." % (name, show(self.secrets_path)),
                                   "Set it again: %s secrets set %s" % (PROGRAM, name))
         return dict(stored)
@@ -2085,9 +2107,9 @@ class History:
             for line in (read_bytes(path, STATE_MAX) or b"").split(b"\n"):
                 try:
                     row = json.loads(line.decode("ascii"))
-                    if isinstance(row, dict) and isinstance(row.get("time"), (int, float)) and isinstance(row.get("operation"), str):
+                    if isinstance(row["operation"], str) and 0 <= row["time"] < 1e11 and 0 <= row.get("duration", 0) < 1e11:
                         yield row
-                except ValueError:
+                except (ValueError, RecursionError, TypeError, KeyError):
                     pass
 
     def begin(self, row: Mapping[str, Any]) -> Optional[Lock]:
@@ -2164,7 +2186,10 @@ def secret_values(registry: Registry) -> Dict[str, bytes]:
     values: Dict[str, bytes] = {}
     for name, entry in registry.secrets().items():
         if "command" in entry:
-            status, out, _ = run(["/bin/sh", "-c", entry["command"]], limit=SECRET_MAX, patience=120)
+            try:
+                status, out, _ = run(["/bin/sh", "-c", entry["command"]], limit=SECRET_MAX, patience=120)
+            except CmuxError as error:
+                raise CmuxError("The command for the secret %s: %s" % (name, error), error.hint)
             if status != 0:
                 raise CmuxError("The command for the secret %s failed with status %d." % (name, status),
                                 "Run it by hand, or set it again: %s secrets set %s" % (PROGRAM, name))
@@ -2333,8 +2358,7 @@ def sent_patterns(config: SSHConfig) -> List[re.Pattern[str]]:
 def scrubbed_environment(config: SSHConfig) -> Dict[str, str]:
     """Our environment without what the config's SendEnv would send along."""
     tests = sent_patterns(config)
-    return {name: value for name, value in os.environ.items()
-            if name in NEEDED_ENV or not any(test.match(name) for test in tests)}
+    return {name: value for name, value in os.environ.items() if name in NEEDED_ENV or not any(test.match(name) for test in tests)}
 
 
 def classify(log: bytes, host: str, config: Optional[SSHConfig] = None) -> HostError:
@@ -2638,8 +2662,7 @@ class RemoteShellFailed(ConnectionFailed):
 
     def __init__(self, host: str) -> None:
         super().__init__("%s accepted the session, but no POSIX sh began there." % host,
-                         "Try `ssh %s exec sh -c :` and look at its login shell's start-up files."
-                         % quote(host), host)
+                         "Try `ssh %s exec sh -c :` and look at its login shell's start-up files." % quote(host), host)
 
 
 class DirectSession(Session):
@@ -3331,8 +3354,7 @@ def json_error(error: HostError) -> bytes:
 
 def error_json(data: bytes, host: str) -> HostError:
     import json
-    kinds = {kind.__name__: kind for kind in (ConnectionFailed, ConnectionDropped, TurnedAway, HostKeyFailed,
-                                              AuthenticationFailed)}
+    kinds = {kind.__name__: kind for kind in (ConnectionFailed, ConnectionDropped, TurnedAway, HostKeyFailed, AuthenticationFailed)}
     try:
         name, message, hint = json.loads(data.decode())
         return kinds.get(name, ConnectionFailed)(str(message), str(hint), host)
@@ -3842,8 +3864,7 @@ class Incoming:
 
     def take(self) -> bytes:
         if not self.waiting:
-            self.exchange.run(Deadline(None), self.cancel, lambda: bool(self.waiting) or self.exchange.ended,
-                              stall=RESULT_PATIENCE)
+            self.exchange.run(Deadline(None), self.cancel, lambda: bool(self.waiting) or self.exchange.ended, stall=RESULT_PATIENCE)
         return self.waiting.pop(0) if self.waiting else b""
 
     def reply(self) -> Reply:
@@ -4041,10 +4062,14 @@ def git_environment(**extra: str) -> Dict[str, str]:
     GIT_ALLOW_PROTOCOL does."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
     env.update(GIT_CONFIG_NOSYSTEM="1", GIT_ATTR_NOSYSTEM="1", GIT_TERMINAL_PROMPT="0",
-               GIT_ALLOW_PROTOCOL="none", GIT_NO_LAZY_FETCH="1", GIT_NO_REPLACE_OBJECTS="1",
-               GIT_OPTIONAL_LOCKS="0", LC_ALL="C")
+               GIT_ALLOW_PROTOCOL="none", GIT_NO_LAZY_FETCH="1", GIT_NO_REPLACE_OBJECTS="1", GIT_OPTIONAL_LOCKS="0", LC_ALL="C")
     env.update(extra)
     return env
+
+
+def user_environment() -> Dict[str, str]:
+    """Our environment with what it says of git's configuration, and no other GIT_ variable."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k.startswith("GIT_CONFIG")}
 
 
 _SECRET_FILE = re.compile(r"(^|/)(\.env(\..+)?|\.netrc|\.npmrc|\.pypirc|\.pgpass|\.htpasswd|id_(rsa|dsa|ecdsa|ed25519)|credentials(\.json)?|"
@@ -4081,8 +4106,7 @@ class Repository:
         text = neutralise(err).strip()
         if "dubious ownership" in text:
             raise GitFailed("%s belongs to another user; git refuses to read it." % show(self.directory),
-                            "If you trust it: git config --global --add safe.directory %s"
-                            % quote(self.directory))
+                            "If you trust it: git config --global --add safe.directory %s" % quote(self.directory))
         if "not a git repository" in text:
             raise GitFailed("%s is not inside a git repository." % show(self.directory),
                             "Change into one, name one with -C, or make one: git init")
@@ -4104,9 +4128,7 @@ class Repository:
     def config(self, key: str) -> str:
         """A value of the user's git configuration, any scope: no clone brings a .git/config along, and
         what looks like a repository among a clone's files was refused above."""
-        status, out, _ = run([self.program, "-C", self.directory, "config", "--get", key],
-                             {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k in (
-                                 "GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM", "GIT_CONFIG_NOSYSTEM")})
+        status, out, _ = run([self.program, "-C", self.directory, "config", "--get", key], user_environment())
         return out.decode("utf-8", "replace")[:-1] if status == 0 else ""
 
     def resolve(self, revision: str) -> Tuple[str, str]:
@@ -4160,7 +4182,9 @@ class Repository:
             links = [row.partition(b"\t")[2] for row in shadow.records("ls-files", "-s", "-z") if row.startswith(b"160000 ")]
             here = ("-C", top, "--work-tree=.")
             try:
-                shadow.call(*here, "add", "-A", "--", ".", *(":(exclude,literal)" + os.fsdecode(path) for path in links))
+                own = os.path.relpath(os.path.realpath(state_home()), os.path.realpath(top))  # a home may be a repository
+                shadow.call(*here, "add", "-A", "--", ".", *(":(exclude,literal)" + path for path in [*map(os.fsdecode, links), own]
+                                                             if path.split("/")[0] != ".."))
             except GitFailed as error:
                 raise self._nested(shadow, here, links) or error
             shadow.call(*here, "update-index", "--remove", "-z", "--stdin", stdin=b"".join(path + b"\0" for path in links))
@@ -4186,16 +4210,16 @@ class Repository:
         path = min(set(found) - set(links), default=b"").decode("utf-8", "replace").rstrip("/")
         return GitFailed("%s is a repository of its own." % show(path), "Let .gitignore cover it, or make it a submodule.") if path else None
 
-    def hooks_inside(self) -> str:
-        """The hooks directory relative to the work tree, if a core.hooksPath lies in it; or ""."""
+    def hooks_inside(self) -> List[str]:
+        """The hooks directory relative to the work tree, if a core.hooksPath lies in it: as it is named, and where
+        the links in that lead."""
         words = [self.program, "-C", self.directory, "rev-parse", "--show-toplevel", "--git-path", "hooks"]
-        env = git_environment()
-        del env["GIT_CONFIG_NOSYSTEM"]
-        lines = run(words, env)[1].decode("utf-8", "surrogateescape").split("\n")
+        lines = run(words, user_environment())[1].decode("utf-8", "surrogateescape").split("\n")
         if len(lines) != 3:
-            return ""  # a bare repository has no work tree
-        path = os.path.relpath(os.path.realpath(os.path.join(self.directory, lines[1])), os.path.realpath(lines[0]))
-        return "" if path.split("/")[0] in ("..", ".git") else path
+            return []  # a bare repository has no work tree
+        path = os.path.join(os.path.realpath(self.directory), lines[1])
+        found = {os.path.relpath(near, os.path.realpath(lines[0])) for near in (os.path.normpath(path), os.path.realpath(path))}
+        return [path for path in found if path.split("/")[0] not in ("..", ".git")]
 
     def check_branch(self, branch: str) -> str:
         """The full name of a branch that can be written: valid, and checked out nowhere."""
@@ -4313,9 +4337,9 @@ class Shadow:
         return out
 
     def records(self, *words: str, stdin: Optional[bytes] = None, end: bytes = b"\0",
-                env: Optional[Dict[str, str]] = None) -> Iterator[bytes]:
-        """What a git command prints, split at ``end``, one by one; nothing is held. Raises
-        GitFailed when it fails or says anything on stderr (update-index drops paths so)."""
+                env: Optional[Dict[str, str]] = None, talks: bool = False) -> Iterator[bytes]:
+        """What a git command prints, split at ``end``, one by one; nothing is held. Raises GitFailed when
+        it fails or, unless it ``talks``, says anything on stderr (update-index drops paths so)."""
         base = os.path.join(self.path, os.urandom(4).hex())
         with open(base + ".in", "wb+") as source, open(base + ".err", "wb+") as said:
             source.write(stdin or b"")
@@ -4336,7 +4360,7 @@ class Shadow:
                 process.wait()
                 said.seek(0)
                 text = neutralise(said.read(LOG_MAX)).strip()
-                if process.returncode or text:
+                if process.returncode or text and not talks:
                     raise GitFailed("git %s failed: %s." % (words[0], show(text, 300)))
             finally:
                 kill_group(process)
@@ -4382,7 +4406,8 @@ class Shadow:
                 while b"/" in path:
                     path = path.rpartition(b"/")[0]
                     seen.add(path)
-            ignored = {path for path, value in self.attribute("export-ignore", list(seen) + paths) if value == b"set"}
+            asked = [path + b"/" for path in seen] + paths  # as git archive asks: `docs/` in .gitattributes is met by that alone
+            ignored = {path.rstrip(b"/") for path, value in self.attribute("export-ignore", asked) if value == b"set"}
             absent.update({path: "export-ignore" for path in paths if any(
                 path[:len(path) if at < 0 else at] in ignored for at in [-1] + [m.start() for m in re.finditer(b"/", path)])})
         if not absent:
@@ -4431,12 +4456,13 @@ class Shadow:
         yield from self.records("diff-index", "--cached", *words, head, env=env)
 
     def borrow_index(self, repository: Repository) -> None:
-        """A copy of the user's index, whose times spare reading unchanged files, and his excludes."""
+        """A copy of the user's index, whose times spare reading unchanged files, and his excludes. With its own
+        time: git reads again what was changed in the second of the index or later, and only that."""
         import shutil
-        for name in ("index", "info/exclude"):
-            source = os.path.join(repository.git_dir if name == "index" else repository.common_dir, name)
+        for name in ["info/exclude", "index"] + [name for name in os.listdir(repository.git_dir) if name.startswith("sharedindex.")]:
+            source = os.path.join(repository.common_dir if name == "info/exclude" else repository.git_dir, name)
             if os.path.isfile(source):
-                shutil.copyfile(source, os.path.join(self.git_dir, name))
+                shutil.copy2(source, os.path.join(self.git_dir, name))
 
     def without(self, tree: str, paths: Iterable[bytes]) -> str:
         """A tree less some of its files."""
@@ -4578,7 +4604,7 @@ class Place:
         import shutil
         env = {"GIT_INDEX_FILE": os.path.join(shadow.path, "module.index")}
         try:
-            shutil.copyfile(os.path.join(self.git_dir, "index"), env["GIT_INDEX_FILE"])
+            shutil.copy2(os.path.join(self.git_dir, "index"), env["GIT_INDEX_FILE"])
             status, head, _ = run([shadow.program, "--git-dir=" + self.git_dir, "rev-parse", "--verify", "-q",
                                    "HEAD^{tree}"], git_environment())
             return not status and any(shadow.differing("--work-tree=" + self.top, head.decode().strip(), env))
@@ -4745,8 +4771,7 @@ def commit_all(path: str, message: str) -> None:
     """Commit what is in a repository of make_repository()."""
     git = find_program("git")
     identity = {"GIT_AUTHOR_NAME": "demo", "GIT_AUTHOR_EMAIL": "demo@localhost",
-                "GIT_COMMITTER_NAME": "demo", "GIT_COMMITTER_EMAIL": "demo@localhost",
-                "GIT_CONFIG_GLOBAL": "/dev/null"}
+                "GIT_COMMITTER_NAME": "demo", "GIT_COMMITTER_EMAIL": "demo@localhost", "GIT_CONFIG_GLOBAL": "/dev/null"}
     for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", message]):
         status, _, err = run([git, "-C", path] + words, git_environment(**identity))
         if status:
@@ -4920,11 +4945,11 @@ class Logged:
         import _thread
         if _thread.get_ident() not in self.project.logging:
             self.thread, self.began = _thread.get_ident(), time.monotonic()
-            self.project.logging.add(self.thread)
             self.row["time"] = round(time.time(), 3)
             if self.row["operation"] in ("exec", "new", "push", "pull", "diff", "shell"):
                 self.row["detail"] = self.project.detail(self.detail)
                 self.lock = self.project.history.begin(self.row)
+            self.project.logging.add(self.thread)  # last: a KeyboardInterrupt before it must not leave it there
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -4974,15 +4999,24 @@ class ProjectState:
         import threading
         self._mutex = threading.Lock()
         self._looking = threading.Lock()          # many workspaces at once: LFS content is read by one
+        self._fetching = threading.Lock()
+        self.fetched: Set[str] = set()            # names of secrets that this process has sent or looked up
         self.logging: Set[int] = set()            # threads in the middle of a logged operation
 
     def hand_over(self, secrets: Mapping[str, bytes]) -> None:
         """Remember what a command is given, for masking. The oldest make room: one that is fetched
         by a command may be another each time."""
         with self._mutex:
+            self.fetched.update(secrets)
             self.handed_over.update({value: name for name, value in secrets.items()})
             for value in list(self.handed_over)[:-1000]:
                 del self.handed_over[value]
+
+    def know_secrets(self) -> None:
+        """Run the commands that make secrets, if this process has not yet: what an earlier one sent must be masked, too."""
+        with self._fetching:
+            if {name for name, entry in self.registry.secrets().items() if "command" in entry} - self.fetched:
+                self.hand_over(secret_values(self.registry))
 
     def masks(self) -> List[Tuple[bytes, bytes]]:
         """(a secret's value, what to show in its place), longest first, also lines of a value, as a key is
@@ -4997,7 +5031,8 @@ class ProjectState:
 
     def detail(self, what: object) -> str:
         """A command, path or pattern for the history: no secret's value, one line, bounded."""
-        words = [what] if isinstance(what, str) else list(map(str, what)) if isinstance(what, (list, tuple)) else []
+        words = [what] if isinstance(what, str) else [
+            word.decode("utf-8", "surrogateescape") if isinstance(word, bytes) else str(word) for word in what] if isinstance(what, (list, tuple)) else []
         try:
             masks, parts = self.masks(), list(map(encoded, words))
         except CmuxError:
@@ -5044,12 +5079,13 @@ class ProjectState:
         """The current branch's name, made safe."""
         return safe_workspace(self.repository.branch() or "detached")
 
-    def default_host(self) -> str:
-        """$CMUX_SSH_HOST, else the user's own `git config cmux.host`, else UsageError."""
+    def default_host(self, workspace: str = "") -> str:
+        """$CMUX_SSH_HOST, else the user's own `git config cmux.host`, else UsageError (for ``workspace``, which is not there)."""
         name = os.environ.get("CMUX_SSH_HOST") or self.repository.config("cmux.host")
         if not name:
             known = sorted({entry["host"] for entry in self.entries().values()})
-            raise UsageError("No host is known for this project.", "Name one with -H HOST%s, or set $CMUX_SSH_HOST, or: git config cmux.host HOST"
+            raise UsageError("There is no workspace %s, and no host is known to make it on." % show(workspace) if workspace
+                             else "No host is known for this project.", "Name one with -H HOST%s, or set $CMUX_SSH_HOST, or: git config cmux.host HOST"
                              % (" (its workspaces are on %s)" % ", ".join(known[:5]) if known else ""))
         return check_host(name)
 
@@ -5187,8 +5223,7 @@ class ProjectBase(ProjectState):
         finally:
             lock.free()
 
-    def ensure(self, name: str, host: str = "", report: Optional[Report] = None,
-               cancel: Optional[Cancel] = None) -> WorkspaceBase:
+    def ensure(self, name: str, host: str = "", report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> WorkspaceBase:
         """The workspace, made first from HEAD if it does not exist, on ``host`` (default: default_host());
         waits while another process makes it. Raises as create() does, and UsageError if it is elsewhere."""
         entry = self.entries().get(check_workspace(name))
@@ -5198,7 +5233,7 @@ class ProjectBase(ProjectState):
             lock.free()
         if entry is None:
             try:
-                made = self.create(name, host or self.default_host(), report=report, cancel=cancel)
+                made = self.create(name, host or self.default_host(name), report=report, cancel=cancel)
                 (report or Report()).note("The workspace %s is new, on %s." % (name, made.host.name))
                 return made
             except WorkspaceExists:
@@ -5230,6 +5265,8 @@ class ProjectBase(ProjectState):
                 if entry["state"] == "ready":
                     entry = self.settle(name)
                     if not force:
+                        if any(row.get("workspace") == name and row["operation"] in ("exec", "shell") for row in self.history.now()):
+                            raise WorkspaceDirty("A command runs in the workspace %s." % name, "Wait for it (see `%s top`), or give it up: --force." % PROGRAM)
                         self._refuse_changes(name, host, entry, entry["op"])
                 self.discard(name, entry)
         return [name]
@@ -5516,8 +5553,7 @@ class Creation:
         reasons = list(absent.values())
         changed = self.project.repository.uncommitted(shadow) if self.head else 0
         parts = ["%d %s" % (count, re.sub("(file|submodule)s", r"\1", name, count=1) if count == 1 else name) for count, name in (
-            (reasons.count("export-ignore"), "export-ignored files"),
-            (reasons.count("submodule"), "submodules not checked out here"),
+            (reasons.count("export-ignore"), "export-ignored files"), (reasons.count("submodule"), "submodules not checked out here"),
             (self.parts.lacking, "LFS files whose content is not here (their pointers are sent)"),
             (changed, "uncommitted files (--dirty takes them along)"),
             (sum(place.uncommitted(shadow) for place in self.parts.places), "uncommitted files in submodules")) if count]
@@ -5673,8 +5709,7 @@ class WorkspaceBase:
 
     def exec(self, command: Union[str, Sequence[str]], timeout: Optional[float] = None, cwd: str = "",
              env: Optional[Mapping[str, str]] = None, stdin: Union[str, bytes, None] = None, login: bool = False,
-             limit: int = CAPTURE_MAX, cancel: Optional[Cancel] = None,
-             tee: Optional[Callable[[bytes], Any]] = None) -> ExecResult:
+             limit: int = CAPTURE_MAX, cancel: Optional[Cancel] = None, tee: Optional[Callable[[bytes], Any]] = None) -> ExecResult:
         """Run a command and wait for it.
 
         ``command``: a string is a shell line, a sequence an exact argv. ``timeout`` in seconds;
@@ -5749,8 +5784,7 @@ def shell_word(value: bytes) -> bytes:
 def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: Capture, began: float) -> ExecResult:
     return ExecResult(workspace=workspace.name, host=workspace.host.name, exit_code=outcome.exit_code,
                       stdout=out.value(), stderr=err.value(), timed_out=outcome.reason == "timeout",
-                      duration=round(time.monotonic() - began, 3),
-                      truncated=out.truncated or err.truncated, stopped=outcome.stopped)
+                      duration=round(time.monotonic() - began, 3), truncated=out.truncated or err.truncated, stopped=outcome.stopped)
 
 
 # === 13. Results ===
@@ -5883,7 +5917,8 @@ class Harvest:
         self.sizes: Dict[int, int] = {}
         self.leaks: Dict[int, List[str]] = {}
         self.commits: List[Dict[str, Any]] = []
-        self.total = self.paths = self.words = 0
+        self.total = self.paths = self.words = self.again = 0
+        self.used: Set[int] = set()
 
     def blob(self, mark: int, size: int, chunks: Iterable[bytes]) -> None:
         self.total += size
@@ -5917,6 +5952,10 @@ class Harvest:
             check_result_path(path, True)
         if path in changes or (mode and mark not in self.sizes):
             raise refuse("its stream names %s twice or without content" % show(path.decode("utf-8", "replace")))
+        self.again += self.sizes[mark] if mode and mark in self.used else 0  # some bytes for a name, a whole file in a work tree
+        self.used.add(mark)
+        if self.again > PULL_TOTAL_MAX:
+            raise refuse("it repeats files until they have more than %s" % human_size(PULL_TOTAL_MAX))
         if mode == "120000" and self.sizes[mark] > PATH_MAX:
             raise refuse("%s is a symbolic link of %s" % (show(path.decode("utf-8", "replace")), human_size(self.sizes[mark])))
         changes[path] = (mode, mark)
@@ -5924,7 +5963,7 @@ class Harvest:
 
 # -- the stream of git fast-export --
 
-_PERSON = re.compile(rb"(?:author|committer) ?(.*) ?<([^<>\n]*)> (\d{1,11}) ([+-](?:0\d|1[0-4])[0-5]\d)\Z")
+_PERSON = re.compile(rb"(?:author|committer) ?(.*) ?<([^<>\n]*)> (\d{1,11}) ([+-]\d{4})\Z")
 
 
 def read_person(line: bytes, word: bytes) -> Tuple[str, str, str]:
@@ -5953,11 +5992,11 @@ def read_number(line: bytes, word: bytes, limit: int) -> int:
     return int(match.group(1))
 
 
-def read_export(wire: Wire, base: str, harvest: Harvest) -> None:
-    """Parse what our git fast-export prints, and nothing else. Marks count up by one."""
+def read_export(wire: Wire, harvest: Harvest) -> None:
+    """Parse what our git fast-export prints, and nothing else. Marks count up by one; 1 is the base."""
     if wire.upto(b"\n") != b"feature done":
         raise refuse("its stream is not one of git fast-export")
-    last, may_follow, idle = 0, False, 0
+    last, may_follow, idle = 1, False, 0
     while idle < 1000:
         line = wire.upto(b"\n")
         idle += 1
@@ -5977,32 +6016,34 @@ def read_export(wire: Wire, base: str, harvest: Harvest) -> None:
                 if wire.peek() == b"\n":
                     wire.exact(1)
             else:
-                read_commit(wire, base, last, harvest)
+                read_commit(wire, last, harvest)
         else:
             raise refuse("its stream has the line %s" % show(line.decode("utf-8", "replace")))
     if idle >= 1000 or wire.peek():
         raise refuse("its stream goes on after its end")
 
 
-def read_commit(wire: Wire, base: str, mark: int, harvest: Harvest) -> None:
+def read_commit(wire: Wire, mark: int, harvest: Harvest) -> None:
     line = wire.upto(b"\n")
     author = committer = read_person(line, line.split(b" ")[0][:9])
     if line.startswith(b"author"):
         committer = read_person(wire.upto(b"\n"), b"committer")
-    size = read_number(wire.upto(b"\n"), b"data ", PULL_MESSAGE_MAX)
+    line = wire.upto(b"\n")
+    if line.startswith(b"encoding "):  # one that its git does not know
+        line = wire.upto(b"\n")
+    size = read_number(line, b"data ", PULL_MESSAGE_MAX)
     message = neutralise(wire.exact(size)).replace("\0", "")
     harvest.words += size
     if wire.peek() == b"\n":
         wire.exact(1)
-    parents: List[Union[int, str]] = []
+    parents: List[int] = []
     changes: Dict[bytes, Tuple[str, int]] = {}
-    marks = {commit["mark"] for commit in harvest.commits}
+    marks = {1, *(commit["mark"] for commit in harvest.commits)}
     line = wire.upto(b"\n")
     while len(parents) <= 16 and line.startswith(b"from " if not parents else b"merge "):
-        ref = line.split(b" ", 1)[1]
-        parents.append(read_number(ref, b":", mark - 1) if ref.startswith(b":") else ref.decode("ascii", "replace"))
+        parents.append(read_number(line.split(b" ", 1)[1], b":", mark - 1))
         line = wire.upto(b"\n")
-    if not parents or len(parents) > 16 or any(parent != base and parent not in marks for parent in parents):
+    if not parents or len(parents) > 16 or not marks.issuperset(parents):
         raise refuse("a commit in it has a parent that was not sent")
     while line:
         match = re.match(rb"(?:M (100644|100755|120000) :([1-9]\d{0,8})|D) (.+)\Z", line, re.S)
@@ -6025,7 +6066,7 @@ def tar_number(field: bytes) -> int:
     return int(match.group(1), 8)
 
 
-def read_tar(wire: Wire, base: str, harvest: Harvest, sent: Set[bytes]) -> List[bytes]:
+def read_tar(wire: Wire, harvest: Harvest, sent: Set[bytes]) -> List[bytes]:
     """Parse the list and the archives into one commit. ``sent`` is what the host was given: what
     it lacks now was deleted. Returns the paths that are new there but came with no archive."""
     listed, new, changes, marks = 0, set(), {}, {}  # type: int, Set[bytes], Dict[bytes, Tuple[str, int]], Dict[bytes, int]
@@ -6066,14 +6107,14 @@ def read_tar(wire: Wire, base: str, harvest: Harvest, sent: Set[bytes]) -> List[
         harvest.change(changes, path, mode, mark)
     person = ("cmux", "cmux@localhost", "@%d +0000" % time.time())
     harvest.commits.append({"mark": 0, "author": person, "committer": person, "message": "work of the workspace\n",
-                            "parents": [base], "changes": changes})
+                            "parents": [1], "changes": changes})
     return sorted(new - set(marks))
 
 
 def read_tar_entry(wire: Wire) -> Optional[Tuple[bytes, str, int, bytes]]:
     """(path, mode, size, link target) of the next entry, None for a directory or an end block."""
     longer: Dict[str, bytes] = {}
-    while True:
+    for _ in range(9):  # no more than a pax header and two long names precede a file
         block = wire.exact(512)
         if not block.strip(b"\0"):
             if longer:
@@ -6092,6 +6133,8 @@ def read_tar_entry(wire: Wire) -> Optional[Tuple[bytes, str, int, bytes]]:
             longer.update(read_pax(data))
         else:
             longer["path" if kind == b"L" else "linkpath"] = data.rstrip(b"\0")
+    else:
+        raise refuse("its tar archive has names without a file")
     name, target = block[:100].split(b"\0")[0], block[157:257].split(b"\0")[0]
     if block[257:263] == b"ustar\0" and block[345:500].split(b"\0")[0]:
         name = block[345:500].split(b"\0")[0] + b"/" + name
@@ -6141,14 +6184,14 @@ class Grower:
 
     def grow(self) -> List[str]:
         """The ids of the commits, oldest first."""
-        made: Dict[Union[int, str], str] = {}
+        made = {1: self.base}
         links = sorted({(self.ids[mark], path) for commit in self.harvest.commits
                         for path, (mode, mark) in commit["changes"].items() if mode == "120000"})
         for (_, path), (_, target) in zip(links, self.shadow.blobs([oid for oid, _ in links])):
             check_link(path, target)
         self.contested = self._contested()
         for commit in self.harvest.commits:
-            parents = [made.get(parent, self.base) for parent in commit["parents"]]
+            parents = [made[parent] for parent in commit["parents"]]
             tree = self._tree(parents[0], commit["changes"])
             self.at = made[commit["mark"]] = self.commit(tree, parents, commit["message"], commit["author"], commit["committer"])
         return [made[commit["mark"]] for commit in self.harvest.commits]
@@ -6214,15 +6257,20 @@ class Grower:
 
     def _contested(self) -> Set[str]:
         """What more than one name folds into, of all that is added and all that was there: one look at the
-        whole base, not one for each commit."""
+        whole base, not one for each commit. Not what does so in the base already: that is the user's own."""
         seen: Dict[str, str] = {}
-        twice: Set[str] = set()
+        twice, both = set(), set()  # type: Set[str], Set[str]
         for commit in self.harvest.commits:
             for path in [path for path, (mode, _) in commit["changes"].items() if mode]:
                 twice.update(key for key, text in folds(path) if seen.setdefault(key, text) != text)
+        own: Dict[str, str] = {}
         for _, _, path in self.shadow.listing(self.base) if seen else ():
-            twice.update(key for key, text in folds(path) if seen.get(key, text) != text)
-        return twice
+            for key, text in folds(path):
+                if seen.get(key, text) != text:
+                    twice.add(key)
+                if key in seen and own.setdefault(key, text) != text:
+                    both.add(key)
+        return twice - both
 
 
 def folds(path: bytes) -> Iterator[Tuple[str, str]]:
@@ -6296,7 +6344,7 @@ class Pull:
             self._leaks(harvest)
             commits = self._grower.grow()
             self._tell_lfs(commits)
-            if dirty and not next(self.shadow.changes((commits[-2:-1] or [self.base])[0], commits[-1]), None):
+            if dirty and commits and not next(self.shadow.changes((commits[-2:-1] or [self.base])[0], commits[-1]), None):
                 return commits[:-1], False
             return commits, dirty
         finally:
@@ -6357,10 +6405,10 @@ class Pull:
                              "Remove it there, or let .gitignore cover it, and pull again.")
             elif words[0] == b"tar" and len(words) == 2:
                 self.pulled = {"mark": self._word(words[1])}
-                return True, bool(read_tar(wire, self.base, harvest, self.sent()))
+                return True, bool(read_tar(wire, harvest, self.sent()))
             elif words[0] == b"git" and len(words) == 6 and words[2] in (b"0", b"1"):
                 self.pulled = dict(zip(("head", "tree", "refs"), map(self._word, words[3:])))
-                read_export(wire, self._word(words[1]), harvest)
+                read_export(wire, harvest)
                 return words[2] == b"1", False
             else:
                 raise refuse("its stream begins with %s" % show(line.decode("utf-8", "replace")))
@@ -6400,18 +6448,19 @@ class Pull:
         return self._grower.commit(tree, [before] if known else [before, head], "work of the workspace since the last pull\n", person, person)
 
     def diff(self, *words: str) -> Iterator[bytes]:
-        return self.shadow.records("diff-tree", "-r", "-M", "-l400", "--no-ext-diff", "--no-textconv", *words, end=b"\n")
+        return self.shadow.records("diff-tree", "-r", "-M", "-l400", "--no-ext-diff", "--no-textconv", *words, end=b"\n",
+                                   talks=True)  # of more than 400 that may be renamed it says that it leaves them
 
     def inspect(self, old: str, new: str) -> List[str]:
         """The changes that would execute here after a merge. Refuses those below an in-tree
         core.hooksPath unless allowed, and submodules with a URL that is a command."""
-        hooks, found, modules = self.workspace.project.repository.hooks_inside(), [], []
+        hooks, found, modules = [fold(path) + "/" for path in self.workspace.project.repository.hooks_inside()], [], []
         for before, mode, oid, path in self.shadow.changes(old, new):
             text = path.decode("utf-8", "surrogateescape")
             why = "file that tools obey" if _EXECUTES.search(text) else ""
-            near, far = fold(text) + "/", fold(hooks) + "/"
-            inside = "/" not in text if hooks == "." else near.startswith(far) or far.startswith(near)  # below, or a link above
-            if hooks and mode != "000000" and inside:
+            near = fold(text) + "/"
+            inside = any("/" not in text if far == "./" else near.startswith(far) or far.startswith(near) for far in hooks)  # or a link above
+            if mode != "000000" and inside:
                 why = "git hook"
                 if not self.allow:
                     raise refuse("it changes %s, and this repository runs hooks from there" % show(text),
@@ -6424,7 +6473,7 @@ class Pull:
                 why = why or "symbolic link"
             if why and mode != "000000":
                 found.append("%s (%s)" % (neutralise(text).replace("\n", "^J"), why))
-        if any(re.search(rb"=\s*\"?\s*([A-Za-z0-9.+]+::|-|!)", data) for _, data in self.shadow.blobs(modules)):
+        if any(re.search(rb"\n([A-Za-z0-9.+]+::|-|!)", row) for oid in modules for row in self.shadow.records("config", "-z", "--blob", oid, "--list")):
             raise refuse("its .gitmodules names a URL or an update that is a command")
         return found
 
@@ -6448,8 +6497,12 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report
         tip = work.settle(commits, dirty, old)
         executes = work.inspect(since, tip)
         if tip != since:
-            # Said before it is done: killed in between, the next pull knows the branch as its own.
-            project.registry.update(lambda record: record["workspaces"][name].setdefault("tips", {}).update({ref: tip}))
+            # Said before it is done: killed in between, the next pull knows the branch as its own, where it is and where it was.
+            def claim(record: Dict[str, Any]) -> None:
+                entry = record["workspaces"][name]
+                entry.setdefault("tips", {})[ref] = tip
+                entry.setdefault("branches", {}).update({ref: old} if old else {})
+            project.registry.update(claim)
             project.repository.publish(shadow.quarantine(tip, {since, workspace.base}), ref, tip, old)
 
         def remember(record: Dict[str, Any]) -> None:
@@ -6557,8 +6610,7 @@ def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> b
                 at = data.find(old, at + len(old))
             where = " (at line%s %s)" % ("s" if len(lines) > 1 else "", ", ".join(lines)) if lines else ""
             raise ToolFailed("%sthe text occurs %d times in %s%s, not %d; nothing was changed."
-                             % (which, found, show(path), where, count),
-                             "Give more context, or the right count." if found else
+                             % (which, found, show(path), where, count), "Give more context, or the right count." if found else
                              "Read the file again: whitespace and line ends must match exactly.")
         data = data.replace(old, new)
     return data
@@ -6575,27 +6627,42 @@ def unified_diff(before: bytes, after: bytes, path: str) -> str:
     return text if len(text) <= DIFF_MAX else text[:DIFF_MAX] + "\n[...]\n"
 
 
-def glob_regex(pattern: str) -> re.Pattern[str]:
-    """``*`` and ``?`` stay within a path component, ``**`` crosses them, ``[...]`` as in sh."""
-    out, i = "", 0
-    while i < len(pattern):
-        if pattern.startswith("**/", i):
-            out, i = out + "(?:.*/)?", i + 3
-        elif pattern.startswith("**", i):
-            out, i = out + ".*", i + 2
-        elif pattern[i] in "*?":
-            out, i = out + ("[^/]*" if pattern[i] == "*" else "[^/]"), i + 1
-        elif pattern[i] == "[" and "]" in pattern[i + 2:]:
-            end = pattern.index("]", i + 2)
-            inner = pattern[i + 1:end].replace("\\", "\\\\")
-            out += "(?!/)[%s]" % ("^/" + inner[1:] if inner[0] in "!^" else inner.replace("[", "\\["))
-            i = end + 1
-        else:
-            out, i = out + re.escape(pattern[i]), i + 1
-    try:
-        return re.compile(out + r"\Z", re.S)
-    except re.error:
-        raise UsageError("%s is not a glob pattern." % show(pattern))
+# What moves on from a place in the pattern, what stays at it (regexes of one character), places that may be passed over.
+_WILD = {"**/": (("(?!)", "(?!)", 2), ("/", ".", 0)), "**": (("(?!)", ".", 1),), "*": (("(?!)", "[^/]", 1),), "?": (("[^/]", "(?!)", 0),)}
+
+
+def glob_test(pattern: str) -> Callable[[str], bool]:
+    """``*`` and ``?`` stay within a path component, ``**`` crosses them, ``[...]`` as in sh. By the set of the places
+    that a path may have come to in the pattern: re.match would try every way, for hours with a name made for that."""
+    rows: List[Tuple[Any, Any, int]] = []
+    for word in re.findall(r"\*\*/|\*\*|\[.[^\]]*\]|.", pattern, re.S):
+        inner = word[1:-1].replace("\\", "\\\\") if word[0] == "[" else ""
+        one = "(?!/)[%s]" % ("^/" + inner[1:] if inner[0] in "!^" else inner.replace("[", "\\[")) if inner else re.escape(word)
+        try:
+            rows += [(re.compile(move, re.S).match, re.compile(stay, re.S).match, skip) for move, stay, skip in _WILD.get(word, ((one, "(?!)", 0),))]
+        except re.error:
+            raise UsageError("%s is not a glob pattern." % show(pattern))
+    known: Dict[Tuple[int, str], int] = {}
+
+    def after(places: int, char: str) -> int:
+        found = 0 if char else 1
+        for at, (move, stay, skip) in enumerate(rows):
+            if places >> at & 1:
+                found |= (2 << at if move(char) else 0) | (1 << at if stay(char) else 0)
+            if found >> at & 1 and skip:
+                found |= ((2 << skip) - 2) << at
+        return found
+
+    def test(path: str) -> bool:
+        places = after(0, "")
+        for char in path:
+            if (places, char) not in known:
+                if len(known) > 20000:
+                    known.clear()
+                known[places, char] = after(places, char)
+            places = known[places, char]
+        return bool(places >> len(rows) & 1)
+    return test
 
 
 def wider_pattern(pattern: str) -> str:
@@ -6621,11 +6688,11 @@ def grep_rows(data: bytes, null: bool) -> Iterator[Tuple[bytes, int, bytes]]:
             yield match.group(1), int(match.group(2)), line[match.end():]
 
 
-def job_directory(workspace: WorkspaceBase, job: Optional[str] = None) -> str:
+def job_directory(workspace: WorkspaceBase, *job: str) -> str:
     """Jobs' records are on the host; what was run, and when, is remembered here."""
-    if job is not None and not re.match(r"j[0-9a-f]{8}\Z", job):
-        raise UsageError("%s is not a job." % show(job), "See jobs.")
-    return "%s/.cmux/jobs/%s/%s" % (workspace.root, workspace.place, workspace.op) + ("/%s" % job if job else "")
+    if job and not (isinstance(job[0], str) and re.match(r"j[0-9a-f]{8}\Z", job[0])):
+        raise UsageError("%s is not a job." % show(str(job[0])), "See jobs.")
+    return "/".join(("%s/.cmux/jobs/%s/%s" % (workspace.root, workspace.place, workspace.op), *job))
 
 
 def parse_state(words: Sequence[str]) -> Dict[str, Any]:
@@ -6768,12 +6835,12 @@ class Workspace(WorkspaceBase):
         pattern = re.sub(r"^(\./)+", "", pattern)
         if not pattern or limit < 1:
             raise UsageError("The pattern is empty, or the limit is below 1.")
-        test = glob_regex(pattern)
+        test = glob_test(pattern)
         data = self._search(GLOB, wider_pattern(pattern), str(SEARCH_MAX), cancel=cancel)
         parts = data[len(b"lines\n"):].split(b"\n") if data.startswith(b"lines\n") else data.split(b"\0")
         cut = len(data) >= SEARCH_MAX
         names = [part[2:].decode("utf-8", "surrogateescape") for part in (parts[:-1] if cut else parts) if 2 < len(part) <= PATH_MAX]
-        found = sorted(name for name in names if test.match(name))
+        found = sorted(name for name in names if test(name))
         return {"paths": found[:limit], "truncated": cut or len(found) > limit}
 
     @logged("grep")
@@ -6786,13 +6853,13 @@ class Workspace(WorkspaceBase):
             raise UsageError("The pattern is empty or holds a newline, or the limit is below 1.")
         glob = re.sub(r"^(\./)+", "", glob)
         glob = "**/" + glob if glob and "/" not in glob else glob
-        test, most = glob_regex(glob) if glob else None, max(limit + 1, 2000)
+        test, most = glob_test(glob) if glob else None, max(limit + 1, 2000)
         data = self._search(GREP, pattern, wider_pattern(glob or "**"), "-i" if ignore_case else "-n", str(SEARCH_MAX), str(most), cancel=cancel)
         kind, _, data = data.partition(b"\n")
         matches: List[Dict[str, Any]] = []
         for name, line, row in grep_rows(data, kind == b"null"):
             path = name.decode("utf-8", "surrogateescape")
-            if len(name) <= PATH_MAX and (not test or test.match(path)):
+            if len(name) <= PATH_MAX and (not test or test(path)):
                 matches.append({"path": path, "line": line, "text": row.decode("utf-8", "replace").rstrip("\r")[:LINE_MAX]})
         return {"matches": matches[:limit], "truncated": len(matches) > limit or len(data) >= SEARCH_MAX or data.count(b"\n") >= most}
 
@@ -6821,7 +6888,10 @@ class Workspace(WorkspaceBase):
             jobs[job] = {"workspace": self.name, "command": detail, "started": round(time.time(), 3)}
             for old in sorted(jobs, key=lambda name: float(jobs[name]["started"]))[:-JOBS_KEPT]:
                 del jobs[old]
-        self.project.registry.update(remember)
+        try:
+            self.project.registry.update(remember)
+        except StateFailed:
+            pass  # it runs, and its caller must have its id
         return job
 
     @logged("jobs")
@@ -7253,6 +7323,7 @@ class Veil:
     not in other spellings of it: what a command does to hide a value from this, it can do."""
 
     def __init__(self, project: Project) -> None:
+        project.know_secrets()
         self.masks = project.masks()
 
     def clean(self, data: Union[bytes, str], begun: bool = False) -> str:
@@ -7274,7 +7345,8 @@ class Veil:
     def _edge(self, data: bytes, first: bool) -> bytes:
         """``data`` with what a cut left of a secret masked, at its first or its last end. Below four
         bytes it tells nothing."""
-        sizes = [(overlap(data, value, first), shown) for value, shown in self.masks]
+        sizes = [(overlap(data, value, first), shown) for value, shown in self.masks  # looked for first: a host may send many cuts
+                 if len(data) > 3 and (value[-4:] if first else value[:4]) in data]
         size, shown = max(sizes, default=(0, b""))
         return data if size < 4 else shown + data[size:] if first else data[:-size] + shown
 
@@ -7691,8 +7763,9 @@ class McpServer(JsonRpc):
         if self._follow(call, command, self.soft):
             return command.value()
         self._keep(command)
+        data = command.logs(0, MCP_ROOM)
         return dict(command.status(), note="it goes on; follow it with logs, wait and stop, by this job id, "
-                    "while this server lives", data=command.logs(0, MCP_ROOM), next_offset=min(command.size, MCP_ROOM))
+                    "while this server lives", data=data, next_offset=len(data))
 
     def _kept(self, job: str) -> Running:
         found = self.running.get(job)
@@ -7807,6 +7880,12 @@ def manage_move(server: McpServer, cancel: Cancel, workspace: str, name: str, re
     return (project.rename if rename else project.fork)(project.workspace(workspace), name).describe()
 
 
+def manage_pull(server: McpServer, cancel: Cancel, workspace: str, branch: str = "") -> Dict[str, Any]:
+    if branch and not branch.startswith("cmux/"):  # the user's own branches are not the model's to move
+        raise UsageError("The branch %s does not begin with cmux/." % show(branch), "Leave branch out, or choose one that does.")
+    return pull(server.project.workspace(workspace), branch, cancel=cancel).as_dict()
+
+
 def manage_rm(server: McpServer, cancel: Cancel, workspace: str, force: bool = False) -> Dict[str, Any]:
     if not server.project.remove(workspace, force):
         raise no_workspace(workspace)
@@ -7839,9 +7918,9 @@ MANAGE_TOOLS: Dict[str, Tool] = {tool.name: tool for tool in (
     Tool("workspace_rename", functools.partial(manage_move, rename=True), "Give a workspace another name.", False, WORKSPACE_PARAM, NAME_PARAM),
     Tool("workspace_diff", manage_diff, "What a workspace changed against its base.", True, WORKSPACE_PARAM,
          Param("stat", "boolean", "only how much, by file")),
-    Tool("workspace_pull", lambda server, cancel, workspace, branch="": pull(server.project.workspace(workspace), branch, cancel=cancel).as_dict(),
+    Tool("workspace_pull", manage_pull,
          "Bring a workspace's work home as commits on a local branch; no file here is touched.",
-         False, WORKSPACE_PARAM, Param("branch", "string", "another branch than cmux/NAME")),
+         False, WORKSPACE_PARAM, Param("branch", "string", "another branch than cmux/NAME; it begins with cmux/, too")),
     Tool("workspace_push", manage_push, "Bring a workspace to another local commit.", False, WORKSPACE_PARAM, REF_PARAM,
          Param("force", "boolean", "also over work that was not pulled")),
     Tool("workspace_rm", manage_rm, "Delete a workspace.", False, WORKSPACE_PARAM,
@@ -7888,8 +7967,7 @@ class ThrowawayServer:
         for name in ("host", "user"):
             run([keygen, "-q", "-t", "ed25519", "-N", "", "-C", "demo", "-f", os.path.join(self.path, name)])
         self._write("sshd_config", "HostKey {0}/host\nAuthorizedKeysFile {0}/user.pub\nUsePAM no\n"
-                    "StrictModes no\nPidFile none\nPermitRootLogin yes\nLogLevel QUIET\n"
-                    "SetEnv HOME={0}/home\n")
+                    "StrictModes no\nPidFile none\nPermitRootLogin yes\nLogLevel QUIET\n" "SetEnv HOME={0}/home\n")
         with open(os.path.join(self.path, "host.pub")) as stream:
             self._write("known_hosts", "demo " + stream.read())
         self._write("ssh_config", "Host demo\n  HostName demo\n  IdentityFile {0}/user\n"
@@ -8267,8 +8345,7 @@ class Bench:
     """The contenders against one host. ``rtt``, in seconds, is that of a simulated line, 0 if there
     is none. ``quick`` takes a quarter of the time and of the sharpness. A context manager."""
 
-    def __init__(self, server: str, rtt: float = 0.0, quick: bool = False,
-                 interactive: Optional[Callable[[], bool]] = None) -> None:
+    def __init__(self, server: str, rtt: float = 0.0, quick: bool = False, interactive: Optional[Callable[[], bool]] = None) -> None:
         import tempfile
         config = read_ssh_config(server)
         self.rtt, self.quick = rtt, quick
@@ -8555,7 +8632,8 @@ class Terminal(Report):
         """The work in workspace ``name`` is over."""
 
     def close(self) -> None:
-        """Nothing more is drawn."""
+        """Nothing more is drawn, also by threads that go on."""
+        self.redraws = False
         self.clear()
 
     def progress(self, what: str, done: int, total: Optional[Callable[[], int]] = None, doing: str = "sending") -> None:
@@ -8821,7 +8899,7 @@ def exec_failure(name: Optional[str], host: Optional[str], code: int, error: Cmu
     """The object of `exec --json` for a command that did not run, or whose line was lost."""
     return {"workspace": name, "host": getattr(error, "host", None) or host, "exit_code": code, "stdout": "",
             "stderr": "", "timed_out": False, "duration": round(time.monotonic() - began, 3),
-            "truncated": False, "error": error_fields(error)}
+            "truncated": False, "stopped": "unknown" if getattr(error, "begun", False) else None, "error": error_fields(error)}
 
 
 def exec_many(project: Project, names: List[str], command: Union[str, List[str]], environment: Dict[str, str],
@@ -8987,7 +9065,7 @@ def point_out_stale(project: Project, workspace: Workspace, terminal: Terminal) 
     except GitFailed:
         return
     if commit != workspace.base:
-        terminal.warn("%s was made of %s; HEAD is %s." % (workspace.name, workspace.base[:10], commit[:10]))
+        terminal.warn("%s was made of %s; HEAD is %s: push brings it there." % (workspace.name, workspace.base[:10], commit[:10]))
 
 
 def parse_environment(pairs: Sequence[str]) -> Dict[str, str]:
@@ -9191,6 +9269,8 @@ def command_completion(options: argparse.Namespace) -> int:
 
 def fish_rows(table: Mapping[str, Tuple[Sequence[Option], List[str]]]) -> Iterator[str]:
     names = {"rm": "(eval (commandline -opc)[1] list -q 2>/dev/null)", "secrets rm": "(eval (commandline -opc)[1] secrets list -q 2>/dev/null)"}
+    yield (r"""complete -c python3 -n 'string match -qr "cmux_ssh\.py\$" -- (commandline -opc)[2]' -f """
+           r"""-a '(complete -C (string replace -r "^\s*\S+\s+" "" -- (commandline -cp)))'""")
     for name, command in COMMANDS.items():
         yield "complete -c cmux_ssh.py -f -n __fish_use_subcommand -a %s -d %s" % (name, quote(command.text))
     for name, (options, more) in table.items():
@@ -9201,6 +9281,7 @@ def fish_rows(table: Mapping[str, Tuple[Sequence[Option], List[str]]]) -> Iterat
             if flags:
                 yield "%s %s%s" % (when, flags, " -x -a %s" % quote(names["rm"]) if "-w" in option.flags else " -r" if option.valued else "")
         if more or name in names:
+            when = "complete -c cmux_ssh.py -n %s" % quote(seen + "; and not __fish_seen_subcommand_from " + " ".join(more)) if name == "secrets" else when
             yield "%s -f -a %s" % (when, quote(" ".join(more) or names[name]))
 
 
@@ -9243,6 +9324,7 @@ def command_list(options: argparse.Namespace) -> int:
     else:
         project = open_project(options)
         rows = [workspace.describe() for workspace in project.workspaces()]
+    rows = [row for row in rows if options.host in (None, row["host"])]
     if options.json:
         return answer(options, rows)
     if not rows:
@@ -9285,6 +9367,8 @@ def command_rm(options: argparse.Namespace) -> int:
     failed: List[Dict[str, str]] = []
     for name in names:
         try:
+            if options.host:
+                project.existing(name, options.host)
             gone = project.remove(name, options.force, options.forget)
             if not gone:
                 raise no_workspace(name)
@@ -9337,7 +9421,12 @@ def command_push(options: argparse.Namespace) -> int:
     workspace = existing_workspace(options)
     ref = workspace.project.repository.snapshot(options.allow) if options.dirty else options.ref
     moved = workspace.project.push(workspace.name, ref, options.force, Terminal(options.verbosity, notes=True))
-    now = workspace.project.workspace(workspace.name)
+    now, repository = workspace.project.workspace(workspace.name), workspace.project.repository
+    if not moved and options.verbosity >= 0 and (options.dirty, options.ref) == (False, "HEAD"):
+        with repository.in_shadow(now.base) as shadow:
+            changed = repository.uncommitted(shadow)
+        if changed:
+            Terminal(0).warn("Uncommitted work stays here (%d file%s); --dirty takes it along." % (changed, "s"[changed == 1:]))
     return answer(options, dict(now.describe(), pushed=moved), "%s is at %s%s" % (now.name, now.base[:10], "" if moved else " already"))
 
 
@@ -9436,8 +9525,7 @@ def parse_dotenv(text: str) -> Dict[str, str]:
     while at < len(text):
         match = pattern.match(text, at)
         if not match or match.end() == at:
-            raise UsageError("Line %d is not NAME=value." % (text.count("\n", 0, at) + 1),
-                             "Quote values with spaces or newlines.")
+            raise UsageError("Line %d is not NAME=value." % (text.count("\n", 0, at) + 1), "Quote values with spaces or newlines.")
         at = match.end()
         if match.group("name"):
             value = match.group("raw")
@@ -9677,7 +9765,7 @@ def command_bench(options: argparse.Namespace) -> int:
     if options.json:
         print_json(dict(here, rows=rows))
     else:
-        terminal.note("The ratio is to ssh over a master; of the first two rows to plain ssh, which connects, too. A bar is what DESIGN asks.")
+        terminal.note("The ratio is to ssh over a master; of the first two rows to plain ssh, which connects, too. A bar is the goal for it.")
     return 0
 
 
@@ -9771,7 +9859,7 @@ COMMANDS: Dict[str, Command] = {
         Option("--no-init", action="store_true", help="do not run .cmux/init")),
     "list": Command(
         command_list, "this project's workspaces", "list --json",
-        Option("--all-projects", action="store_true", help="of every project of this machine"), lacks="Hw"),
+        Option("--all-projects", action="store_true", help="of every project of this machine"), lacks="w"),
     "rm": Command(
         command_rm, "delete workspaces; refuses work that no pull brought home", "rm fix-login",
         Option("names", nargs="*", metavar="NAME", help="the workspaces, or one with -w"),
@@ -9802,7 +9890,7 @@ COMMANDS: Dict[str, Command] = {
         Option("--env", action="append", metavar="K=V", default=[], help="one more environment variable"),
         Option("--push", action="store_true", help="first bring the workspace to the local HEAD"),
         Option("--login", action="store_true", help="read the login profile first (nvm, pyenv, cargo)"),
-        Option("-n", dest="no_stdin", action="store_true", help="never pass stdin on"),
+        Option("-n", dest="no_stdin", action="store_true", help="never pass stdin on (a terminal never is)"),
         Option("--all", action="store_true", help="in every workspace of this project"),
         Option("-j", dest="at_once", type=int, metavar="N", help="with several workspaces: N at a time (default: all)"),
         Option("--detach", action="store_true", help="start it as a job that goes on by itself, without stdin; prints its id"),
@@ -9902,6 +9990,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         raise UsageError("%s: -j takes a number from 1." % name)
     if getattr(result, "host", None) == "":
         raise UsageError("%s: -H names no host." % name)
+    if "" in (getattr(result, "workspace", None) or ()):  # an unset variable in a script
+        raise UsageError("%s: -w names no workspace." % name)
     if name == "exec":
         if tail is not None:
             if result.command:
