@@ -6305,8 +6305,12 @@ class Pull:
         self.workspace, self.shadow, self.report, self.allow, self.cancel = workspace, shadow, report, allow, cancel
         self.entry = workspace.project.entry(workspace.name)
         self.base: str = workspace.base
-        self.parts = Parts.restore(shadow, self.entry["tree"], workspace.project.registry.parts(self.entry["tree"]))
-        self.sent_tree, self.absent = shadow.unsent(self.entry["tree"])
+        try:
+            self.parts = Parts.restore(shadow, self.entry["tree"], workspace.project.registry.parts(self.entry["tree"]))
+            self.sent_tree, self.absent = shadow.unsent(self.entry["tree"])
+        except GitFailed as error:
+            raise GitFailed("This repository has not all any more of what %s was made of: %s" % (workspace.name, error),
+                            "Fetch the commit %s again; or take the files: %s exec -w %s -- tar -c ." % (self.base[:10], PROGRAM, workspace.name))
         self.modules = {path for path, why in self.absent.items() if why == "submodule"}.union(self.parts.modules)
         self.lfs = {path: row for path, row in self.parts.lfs.items() if not self._in_module(path)}
         self.notes: List[str] = []

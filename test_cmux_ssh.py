@@ -5856,6 +5856,18 @@ def test_a_commit_in_an_encoding_that_git_does_not_know(repo: Repo) -> None:
     assert repo.cli("pull").code == 0 and repo.git("log", "--format=%s %ad", "--date=format:%z", "main..cmux/main").startswith("zone +1545\nodd")
 
 
+def test_a_base_that_this_repository_has_lost_is_said(repo: Repo) -> None:
+    work(repo)
+    repo.write("README", b"amended\n")
+    repo.git("commit", "-q", "-a", "--amend", "-m", "amended")
+    repo.git("reflog", "expire", "--expire=now", "--all")
+    repo.git("gc", "-q", "--prune=now")
+    do(repo, "echo x >x")
+    for verb in ("pull", "diff"):
+        refused(repo.cli(verb), 1, words="has not all any more of what main was made of")
+    assert repo.cli("rm", "main").code == 1
+
+
 def test_more_files_replaced_than_renames_are_looked_for(repo: Repo) -> None:
     for n in range(450):
         repo.write(f"o{n}", b"old %d %s" % (n, os.urandom(8).hex().encode()))
