@@ -2960,6 +2960,20 @@ for call in (workspace.wait, workspace.logs, workspace.stop):
 """) == ""
 
 
+def test_no_bar_is_drawn_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that still sends would draw it below "Interrupted."."""
+    drawn: List[str] = []
+    monkeypatch.setattr(c, "err_out", drawn.append)
+    terminal = c.Terminal(0)
+    terminal.redraws, terminal.began = True, time.monotonic() - 10
+    terminal.progress("w", 5)
+    assert len(drawn) == 1
+    terminal.close()
+    terminal.shown, drawn[:] = 0.0, []
+    terminal.progress("w", 6)
+    assert drawn == []
+
+
 def test_errors_pass_through_a_pool_of_processes() -> None:
     import pickle
     for error in (c.UploadCut("h", 5), c.RemoteShellFailed("h"), c.ConnectionLost("Lost.", "Again.", "h", begun=False), c.UsageError("No.", "So.")):
