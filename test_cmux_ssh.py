@@ -834,8 +834,10 @@ def shared(keys: Keys) -> Iterator[Repo]:
 
 
 @pytest.fixture(autouse=True)
-def hang_guard() -> Iterator[None]:
-    """Nothing may take five minutes: a test that hangs fails instead of stopping the run."""
+def hang_guard(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Nothing may take five minutes: a test that hangs fails instead of stopping the run.
+    pytest puts a test's name into the environment: one of a megabyte starts no process at all."""
+    assert len(request.node.nodeid) < 10_000, "give the parameters of this test short ids"
 
     def ring(*_: object) -> None:
         raise AssertionError("the test took more than five minutes")
@@ -6051,7 +6053,8 @@ def test_hooks_are_found_by_either_name_and_in_any_configuration(repo: Repo) -> 
     assert repo.cli("pull").code == 0
 
 
-@pytest.mark.parametrize("url", ["\\\next::sh -c id", '""ext::sh -c id', 'e"x"t::sh -c id', "ext::sh -c id" + "\n#" + "x" * (1 << 20), '"!touch x"', "-u"])
+@pytest.mark.parametrize("url", ["\\\next::sh -c id", '""ext::sh -c id', 'e"x"t::sh -c id', "ext::sh -c id" + "\n#" + "x" * (1 << 20), '"!touch x"', "-u"],
+                         ids=["escaped", "quoted", "partly", "large", "bang", "dash"])
 def test_a_submodule_url_that_is_a_command_is_read_as_git_reads_it(repo: Repo, url: str) -> None:
     work(repo)
     (repo.path() / ".gitmodules").write_text('[submodule "a"]\n\tpath = a\n\turl = %s\n' % url)
@@ -7929,7 +7932,7 @@ def test_mcp_damaged_state_is_said_in_every_answer_and_ends_nothing(repo: Repo, 
         client.post("tools/call", {"name": "exec", "arguments": {"command": "true"}})
 
 
-@pytest.mark.parametrize("value", ["1e400", "-1e400", "[" * 900 + "]" * 900, '{"a":' * 900 + "1" + "}" * 900, '"\\ud800"', '"' + "x" * 100000 + '"', "12345678901234567890"])
+@pytest.mark.parametrize("value", ["1e400", "-1e400", "[" * 900 + "]" * 900, '{"a":' * 900 + "1" + "}" * 900, '"\\ud800"', '"' + "x" * 100000 + '"', "12345678901234567890"], ids=["huge", "negative", "lists", "objects", "surrogate", "long", "digits"])
 def test_mcp_odd_values_everywhere_give_one_line_of_real_json(mcp: Mcp, value: str) -> None:
     places = ('"method":"tools/list","params":{"_meta":{"io.modelcontextprotocol/protocolVersion":%s}}',
               '"method":"initialize","params":{"protocolVersion":%s}', '"method":"tools/call","params":{"name":%s}',
