@@ -1934,7 +1934,7 @@ def test_a_secret_arrives_byte_for_byte_and_lies_nowhere_on_the_host(repo: Repo)
     assert not files_holding(repo.site.far_home(), b"Zx9Yw8") and "Zx9Yw8" not in repo.site.log()
 
 
-@pytest.mark.parametrize("value", [b"", b"x", b"trailing\n\n\n"[:-1], b" lead and trail ", b"\\", b"-n", b"-e \\c", b"%s%n", b"*", b"a" * 100_000, "é\u2028".encode()])
+@pytest.mark.parametrize("value", [b"", b"x", b"trailing\n\n\n"[:-1], b" lead and trail ", b"\\", b"-n", b"-e \\c", b"%s%n", b"*", b"a" * 100_000, "é\u2028".encode()], ids=lambda value: repr(value)[:30])
 def test_odd_secret_values_arrive_exactly(site: Site, value: bytes) -> None:
     repo = Repo(site)
     stored = repo.cli("secrets", "import", str(dotenv(site, {"V": value}))) if value.endswith(b"\n") else repo.cli("secrets", "set", "V", stdin=value)
