@@ -7712,7 +7712,8 @@ def test_shell_needs_a_terminal_and_leaves_it_as_it_was(repo: Repo) -> None:
     terminal.expect(b"as it likes")
     terminal.send(b"stty -echo; echo re''ady\r")
     terminal.expect(b"ready")
-    assert not termios.tcgetattr(terminal._end)[3] & termios.ICANON, "it is raw while the shell runs"
+    # the master may have the shell's first words printed before its client has made the terminal raw
+    until(lambda: not termios.tcgetattr(terminal._end)[3] & termios.ICANON, "a raw terminal while the shell runs")
     line.drop()
     until(lambda: terminal.child.poll() is not None, "its end")
     assert termios.tcgetattr(terminal._end)[3] & termios.ICANON
