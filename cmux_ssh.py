@@ -6181,6 +6181,8 @@ class Grower:
         self.env = {"GIT_INDEX_FILE": os.path.join(shadow.path, "result.index")}
         self.at = ""  # the commit the index stands at
         self.contested: Set[str] = set()
+        self.instead: Set[bytes] = set()  # of the absent, those in whose place the agent made one
+        self.own: Dict[bytes, Tuple[str, str]] = {}
 
     def grow(self) -> List[str]:
         """The ids of the commits, oldest first."""
@@ -6209,9 +6211,14 @@ class Grower:
         zero = "0" * len(self.base)
         wanted: Dict[bytes, Tuple[str, str]] = {}
         for path, (mode, mark) in changes.items():
-            if not mode and path in self.absent:
-                raise refuse("it deletes %s, which was never sent" % show(path.decode("utf-8", "replace")))
             wanted[path] = (mode, self.ids[mark]) if mode else ("0", zero)
+            if path in self.absent:
+                if mode:
+                    self.instead.add(path)
+                elif path in self.instead:
+                    wanted[path] = self._unsent(path)  # the agent takes its own back; the user's stays what it was
+                else:
+                    raise refuse("it deletes %s, which was never sent" % show(path.decode("utf-8", "replace")))
         self._point(parent, wanted)
         rows = sorted(wanted.items(), key=lambda item: item[1][0] != "0")  # deletions first
         try:
@@ -6222,6 +6229,12 @@ class Grower:
         tree = self.shadow.call("write-tree", env=self.env)
         self._look_again(parent, tree, wanted)
         return tree
+
+    def _unsent(self, path: bytes) -> Tuple[str, str]:
+        """(mode, id) in the base of what was not sent."""
+        if not self.own:
+            self.own = {name: (mode, oid) for mode, oid, name in self.shadow.listing(self.base) if name in self.absent}
+        return self.own[path]
 
     def _point(self, parent: str, wanted: Dict[bytes, Tuple[str, str]]) -> None:
         """LFS content that was sent becomes its pointer again: in its place, and where LFS manages the new one."""

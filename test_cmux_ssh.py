@@ -5794,6 +5794,20 @@ def test_what_git_archive_left_out_by_a_directory_is_not_taken_for_deleted(repo:
     assert repo.git("log", "--format=%s", "main..cmux/main") == "of the agent" and repo.git("diff", "--name-only", "main", "cmux/main") == "z"
 
 
+def test_what_the_agent_made_in_the_place_of_an_unsent_file_and_took_back_leaves_the_users(repo: Repo) -> None:
+    """The host has no docs/a: its deletion there is of the agent's own, and a pull that refused it would do so for ever."""
+    repo.write(".gitattributes", b"docs/ export-ignore\n")
+    repo.write("docs/a", b"mine\n")
+    repo.commit()
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    do(repo, "mkdir docs; echo its >docs/a; echo b >docs/b; git add .; git commit -qm one")
+    assert repo.cli("pull").code == 0 and repo.git("show", "cmux/main:docs/a") == "its"
+    do(repo, "git rm -qr docs; git commit -qm two; mkdir docs; echo more >docs/a; git add .; git commit -qm three; rm docs/a")
+    assert repo.cli("pull").code == 0
+    assert [repo.git("show", "cmux/main%s:docs/a" % back) for back in ("", "~1", "~2", "~3")] == ["mine", "more", "mine", "its"]
+    assert repo.git("diff", "--name-only", "main", "cmux/main") == ""
+
+
 RACY = """
 import os, subprocess, time
 time.sleep(1 - time.time() % 1 + .02)
