@@ -99,7 +99,7 @@ CONTROL_PATIENCE = 5        # a live master answers hello in under a millisecond
 SLOT_PATIENCE = 600         # waiting for one of the 104 sessions
 MASTER_PASSED_BY = 30       # one that hangs (SIGSTOP, a dying machine) is not asked again for so long
 START_PATIENCE = 60         # from the header sent to the start mark: slow rc files are read here
-STOP_GRACE = 2              # between TERM and KILL on the host (20 rounds of 0.1 s in the script)
+UNKNOWN_FOR = 10            # a secret's command that failed is not run again for masking
 STOP_PATIENCE = 10          # for the host's word that a tree has ended
 STOP_SILENCE = 5            # of the session that carries it; then another one is asked
 CALL_PATIENCE = 600         # for one script of ours: unpacking a large tree on a slow disk
@@ -167,7 +167,6 @@ PLACES_KEPT = 200           # hosts and roots that gc visits, though no workspac
 SENT_KEPT = 200             # trees that went to a host: a delta stands on no other
 PARTS_KEPT = 30             # sent trees with submodules or LFS content that are remembered for deltas
 POINTER_MAX = 1024          # bytes of an LFS pointer, says its specification
-SMALL_TREE_KB = 65536       # up to this a host without git sends all files, not the touched ones
 
 
 # === 3. Errors ===
@@ -1044,6 +1043,10 @@ _csnap() { # base-id its-tree commits bytes
   _cg -c core.sparseCheckout=true update-index -q --really-refresh >/dev/null 2>&1 # what was marked not to be looked at is
   _cg -c core.sparseCheckout=true add -A . >&2 && t=$(_cg write-tree)
 }
+_cbranches() { # [commit]: the branches that hold what neither it nor the base does
+  _co for-each-ref --format='%(refname:short)' ${1:+"--no-merged=$1"} refs/heads | while IFS= read -r x; do
+    _co merge-base --is-ancestor "refs/heads/$x" "$b" || printf '%s\n' "$x"; done
+}
 _crefs() { { _co for-each-ref; _co rev-parse HEAD; _co rev-parse -q --verify refs/stash; } | cksum | tr ' ' -; }
 _cstage() { # the client may be gone when there is something to say: that is no end without clearing up
   trap 'cd "$root"; rm -rf "$s"; exit 1' PIPE HUP TERM
@@ -1064,12 +1067,12 @@ _cpull() {
   case $r in 0) ;; 9) _ctar "$@"; return;; *) return $r;; esac
   o=$w/.git n=$(_crefs) d=0 top=$h
   x=$h; [ "$whole" ] || { x=$(_co rev-parse -q --verify 'HEAD^{commit}'); case $x in "$b" | '') ;; *) echo 'note how its commits follow one another: they are too many, rewritten, or hold a repository; the files come as one commit';; esac; }
-  _co for-each-ref --format='note the branch %(refname:short): check it out there and pull' ${x:+"--no-merged=$x"} refs/heads
+  _cbranches "$x" | sed 's/.*/note the branch &: check it out there and pull/'
   _co stash list --format='note the stash %gd (%s): git stash pop there and pull'
   if [ "$(_cg rev-parse "$h^{tree}")" != "$t" ]; then
     d=1; top=$(GIT_AUTHOR_DATE="@$(date +%s) +0000" GIT_COMMITTER_DATE="@$(date +%s) +0000" _cg commit-tree "$t" -p "$h" -m 'uncommitted work') || return 3
   fi
-  x=; ! git fast-export -h 2>&1 | grep -q -e --reencode || x=--reencode=yes
+  x=; ! git fast-export -h 2>&1 | grep -q reencode || x=--reencode=yes
   _cg update-ref refs/heads/w "$top" && echo ":1 $b" >"$s/marks" && echo "git $b $d $h $t $n" &&
   _cg fast-export --use-done-feature --import-marks="$s/marks" $x --signed-tags=strip refs/heads/w ^refs/cmux/base
 }
@@ -1117,7 +1120,7 @@ _clost() {
     _co log --format='commit %h %s' --exclude=refs/stash --all $k HEAD --not "$b" "$9" --glob=refs/cmux | head -n 20
     _co stash list --format='stash %gd: %s' | head -n 20
   elif [ "$(_crefs)" != "${11}" ]; then echo "the git repository was replaced"
-  else _co for-each-ref --format='branch %(refname:short)' --no-merged=HEAD refs/heads | head -n 20; _co stash list --format='stash %gd: %s' | head -n 20; fi
+  else _cbranches HEAD | sed 's/^/branch /' | head -n 20; _co stash list --format='stash %gd: %s' | head -n 20; fi
 }
 _cop() {
   _croot "$1" && { _cw "$2" "$3" || return 22; } && _cstage "$6" _clost "$@" || return
@@ -2054,7 +2057,7 @@ class Registry:
         for name, entry in stored.items():
             check_variable(name, secret=True)
             if not isinstance(entry, dict) or len(entry) != 1 or not all(
-                    key in ("value", "command") and isinstance(text, str) and encoded(text) is not None for key, text in entry.items()):
+                    key in ("value", "command") and isinstance(text, str) and not re.search("[\ud800-\udc7f\udd00-\udfff]", text) for key, text in entry.items()):
                 raise StateFailed("The secret %s in %s is damaged." % (name, show(self.secrets_path)),
                                   "Set it again: %s secrets set %s" % (PROGRAM, name))
         return dict(stored)
@@ -4183,6 +4186,8 @@ class Repository:
             here = ("-C", top, "--work-tree=.")
             try:
                 own = os.path.relpath(os.path.realpath(state_home()), os.path.realpath(top))  # a home may be a repository
+                if own.split("/")[0] != ".." and not run(shadow.argv(*here, "check-ignore", "-q", "--", own), shadow.env)[0]:
+                    own = ".."  # add says so, and fails, where an excluded path is ignored already
                 shadow.call(*here, "add", "-A", "--", ".", *(":(exclude,literal)" + path for path in [*map(os.fsdecode, links), own]
                                                              if path.split("/")[0] != ".."))
             except GitFailed as error:
@@ -5000,6 +5005,7 @@ class ProjectState:
         self._mutex = threading.Lock()
         self._looking = threading.Lock()          # many workspaces at once: LFS content is read by one
         self._fetching = threading.Lock()
+        self._unknown: Optional[Tuple[float, CmuxError]] = None  # until when a secret's command is not asked again
         self.fetched: Set[str] = set()            # names of secrets that this process has sent or looked up
         self.logging: Set[int] = set()            # threads in the middle of a logged operation
 
@@ -5016,7 +5022,13 @@ class ProjectState:
         """Run the commands that make secrets, if this process has not yet: what an earlier one sent must be masked, too."""
         with self._fetching:
             if {name for name, entry in self.registry.secrets().items() if "command" in entry} - self.fetched:
-                self.hand_over(secret_values(self.registry))
+                if self._unknown and time.monotonic() < self._unknown[0]:
+                    raise self._unknown[1]  # not once more for every call
+                try:
+                    self.hand_over(secret_values(self.registry))
+                except CmuxError as error:
+                    self._unknown = time.monotonic() + UNKNOWN_FOR, error
+                    raise
 
     def masks(self) -> List[Tuple[bytes, bytes]]:
         """(a secret's value, what to show in its place), longest first, also lines of a value, as a key is
@@ -6272,18 +6284,20 @@ class Grower:
         """What more than one name folds into, of all that is added and all that was there: one look at the
         whole base, not one for each commit. Not what does so in the base already: that is the user's own."""
         seen: Dict[str, str] = {}
-        twice, both = set(), set()  # type: Set[str], Set[str]
+        twice: Set[str] = set()
         for commit in self.harvest.commits:
             for path in [path for path, (mode, _) in commit["changes"].items() if mode]:
                 twice.update(key for key, text in folds(path) if seen.setdefault(key, text) != text)
-        own: Dict[str, str] = {}
+        own: Dict[str, Set[str]] = {}
         for _, _, path in self.shadow.listing(self.base) if seen else ():
             for key, text in folds(path):
                 if seen.get(key, text) != text:
                     twice.add(key)
-                if key in seen and own.setdefault(key, text) != text:
-                    both.add(key)
-        return twice - both
+                if key in seen:
+                    own.setdefault(key, set()).add(text)
+        new = {text for commit in self.harvest.commits for path, (mode, _) in commit["changes"].items() if mode for _, text in folds(path)}
+        strange = {fold(text) for text in new if text not in own.get(fold(text), ())}
+        return twice - {key for key, texts in own.items() if len(texts) > 1 and key not in strange}
 
 
 def folds(path: bytes) -> Iterator[Tuple[str, str]]:
@@ -6490,8 +6504,15 @@ class Pull:
                 why = why or "symbolic link"
             if why and mode != "000000":
                 found.append("%s (%s)" % (neutralise(text).replace("\n", "^J"), why))
-        if any(re.search(rb"\n([A-Za-z0-9.+]+::|-|!)", row) for oid in modules for row in self.shadow.records("config", "-z", "--blob", oid, "--list")):
-            raise refuse("its .gitmodules names a URL or an update that is a command")
+        for oid in modules:
+            try:
+                if int(self.shadow.call("cat-file", "-s", oid)) > SECRETS_MAX:
+                    raise refuse("its .gitmodules is larger than %s" % human_size(SECRETS_MAX))
+                rows = list(self.shadow.records("config", "-z", "--blob", oid, "--list"))
+            except GitFailed:
+                raise refuse("its .gitmodules is not one that git can read", "Repair it there, and pull again.")
+            if any(re.search(rb"\n([A-Za-z0-9.+]+::|-|!)", row) for row in rows):
+                raise refuse("its .gitmodules names a URL or an update that is a command")
         return found
 
 
@@ -6659,25 +6680,23 @@ def glob_test(pattern: str) -> Callable[[str], bool]:
             rows += [(re.compile(move, re.S).match, re.compile(stay, re.S).match, skip) for move, stay, skip in _WILD.get(word, ((one, "(?!)", 0),))]
         except re.error:
             raise UsageError("%s is not a glob pattern." % show(pattern))
-    known: Dict[Tuple[int, str], int] = {}
+    masks: Dict[str, Tuple[int, int]] = {}  # by character: the places it leads on from, and those it stays at
+    skips = [(1 << at, ((2 << skip) - 2) << at) for at, (_, _, skip) in enumerate(rows) if skip]
 
-    def after(places: int, char: str) -> int:
-        found = 0 if char else 1
-        for at, (move, stay, skip) in enumerate(rows):
-            if places >> at & 1:
-                found |= (2 << at if move(char) else 0) | (1 << at if stay(char) else 0)
-            if found >> at & 1 and skip:
-                found |= ((2 << skip) - 2) << at
-        return found
+    def closed(places: int) -> int:
+        for bit, more in skips:
+            places |= more if places & bit else 0
+        return places
 
     def test(path: str) -> bool:
-        places = after(0, "")
+        places = closed(1)
         for char in path:
-            if (places, char) not in known:
-                if len(known) > 20000:
-                    known.clear()
-                known[places, char] = after(places, char)
-            places = known[places, char]
+            if char not in masks:
+                masks[char] = (sum(1 << at for at, row in enumerate(rows) if row[0](char)), sum(1 << at for at, row in enumerate(rows) if row[1](char)))
+            move, stay = masks[char]
+            places = closed((places & move) << 1 | places & stay)
+            if not places:
+                return False
         return bool(places >> len(rows) & 1)
     return test
 
@@ -7823,7 +7842,14 @@ class McpServer(JsonRpc):
     def _shown(self, tool: str, host: str, result: Dict[str, Any], arguments: Optional[Dict[str, Any]] = None) -> str:
         """Facts first, then what the host said, fenced by a word it cannot know."""
         import base64
-        facts, parts, veil = [], [], Veil(self.project)
+        facts, parts = [], []  # type: List[str], List[Tuple[str, Any]]
+        try:
+            veil = Veil(self.project)
+        except CmuxError as error:  # what is done is done: say that, and show nothing of the host's
+            if tool not in ("exec", "write", "edit", "stop"):
+                raise
+            facts = ["%s: %s" % (key, value) for key, value in result.items() if type(value) in (int, float, bool) or key in ("job", "state", "created")]
+            return "\n".join(facts + ["It was done, but what the host said is not shown: %s %s" % (error, error.hint)])
         if "data" in result:
             data, more = result["data"], result["state"] == "running" or result["next_offset"] < result["size"]
             held = veil.begun(data) if more else 0
@@ -7948,7 +7974,7 @@ MCP_IDEMPOTENT = {"write", "stop", "workspace_pull", "workspace_push"}
 MCP_BODIES = ("stdout", "stderr", "content", "output", "diff", "stat", "paths", "matches", "jobs", "workspaces", "notes", "executes")
 MCP_MAY_LACK = ("stdout", "stderr", "content", "output", "notes", "executes")  # without a word
 MCP_HINTS: Sequence[Tuple[Type[CmuxError], str]] = (
-    (WorkspaceDirty, "Bring it home first with workspace_pull, or give it up with force."),
+    (WorkspaceDirty, "Wait for what runs there (jobs, stop), bring the work home first with workspace_pull, or give it up with force."),
     (WorkspaceMissing, "See workspace_list; workspace_new makes one."),
     (WorkspaceExists, "Choose another name."))
 MCP_MORE = {
@@ -9384,8 +9410,9 @@ def command_rm(options: argparse.Namespace) -> int:
     failed: List[Dict[str, str]] = []
     for name in names:
         try:
-            if options.host:
-                project.existing(name, options.host)
+            there = project.registry.read()["workspaces"].get(name, {}).get("host")
+            if options.host and there and check_host(options.host) != there:
+                raise UsageError("The workspace %s is on %s, not on %s." % (name, there, options.host), "Leave out -H.")
             gone = project.remove(name, options.force, options.forget)
             if not gone:
                 raise no_workspace(name)
