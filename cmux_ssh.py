@@ -653,7 +653,7 @@ def human_size(count: float) -> str:
 # Needed there: POSIX sh and its standard utilities. Used where found: setsid, bash, git, /proc.
 #
 # The wire, all of it. One fixed command starts every session:  exec sh -c '<BOOT>'
-# (BOOT_AHEAD where it is opened before there is an operation). It reads a header from its
+# (BOOT_AHEAD, below, where it is opened before there is an operation). It reads a header from its
 # stdin, records of a name, a number of lines, and those lines:
 #   NAME n     an environment variable of the command (secrets travel so, and only so)
 #   _cX  n     a setting of the wrapper: N nonce, i run id, d directory, l lifeline, q how to
@@ -771,8 +771,8 @@ trap "" PIPE;
 AHEAD_TEXT = r"""
 unset TMOUT; exec 3<&0 4>&2 5>&1 2>/dev/null;
 { exec 6>&1 >&5 3<&- 5>&-; _cs=; trap : USR1; trap "_cs=stop" USR2;
-  if command -v setsid >/dev/null; then ( exec setsid sh -c "$0 $1" cmux 2>&4 4>&- 6>&6 ); _cr=$?;
-  else set -m; ( exec sh -c "$0 $1" cmux 2>&4 4>&- 6>&6 ); _cr=$?; fi;
+  if command -v setsid >/dev/null; then ( exec setsid sh -c "$0 $2 $1" cmux 2>&4 4>&- 6>&6 ); _cr=$?;
+  else set -m; ( exec sh -c "$0 $2 $1" cmux 2>&4 4>&- 6>&6 ); _cr=$?; fi;
   echo "end $_cr $_cs" >&6;
 } | {
   IFS=" " read -r _ck _cR _ci _cN _cl; [ "$_ck" = go ] || exit; _cw=;
@@ -824,7 +824,6 @@ unset TMOUT; exec 3<&0 4>&2 5>&1 2>/dev/null;
 STOP_LINE, BOOT_LINE, AHEAD_LINE = (" ".join(line.strip() for line in text.strip().splitlines())
                                     for text in (STOP_TEXT, BOOT_TEXT, AHEAD_TEXT))
 BOOT = "exec sh -c '%s %s'" % (STOP_LINE, BOOT_LINE)
-BOOT_AHEAD = "exec sh -c '%s' '%s' '%s'" % (AHEAD_LINE, STOP_LINE, BOOT_LINE)
 
 # The functions that our own operations share, then one script each. Parameters are "$1"...;
 # status 0 is success, stdout is the reply; stderr is shown to the user, neutralised.
@@ -1250,7 +1249,7 @@ _cremove() {
 GUARD = r"""
 _cop() {
   _cR=-
-  while IFS= read -r p; do case $p in .) return 0;; *[!0-9]*) ;; ?*) _cR=$p;; esac; done
+  while IFS= read -r p; do [ "$p" != . ] || return 0; [ "$p" -gt 0 ] 2>/dev/null && _cR=$p; done
   _ctree
   case $_ct in
   " ") [ "$_cW" != - ] || [ -r /proc/self/environ ] || { echo left; return 0; };;
@@ -1294,8 +1293,8 @@ _cop() {
 # The lock (a symlink naming its owner's pid) makes compare and rename one step among all users of
 # this tool. Its name is the cksum of the path; where that has no links, the client has reckoned it, which
 # saves three processes. The temporary file is this process's own: an attempt whose line was lost may still
-# run beside the next. cp (for mode and owner) is tried again: GNU's gives up on a file that another
-# writer's rename replaces under it.
+# run beside the next. The lock goes before its owner does: a dead one's is taken. cp (for mode and owner)
+# is tried again: GNU's gives up on a file that another writer's rename replaces under it.
 WRITE = r"""
 _cop() {
   p=$1 i=0
@@ -1310,11 +1309,11 @@ _cop() {
     [ -w "$p" ] || return 33
   fi
   d=${p%/*} n=${p##*/}
-  case $n in ''|.|..) return 31;; esac
+  case $n in ""|.|..) return 31;; esac
   [ ${#n} -lt 256 ] || return 39
   if [ ! -d "${d:-/}" ]; then [ -d "$7" ] || return 37; mkdir -p "$d" || return 3; fi
-  d=$(cd -P "${d:-/}" && pwd -P && echo x) || return 3
-  d=${d%?x}; d=${d%/}; p=$d/$n
+  cd -P "${d:-/}" || return 3
+  d=${PWD%/} p=${PWD%/}/$n
   t=$d/.cmux-$3-$$.tmp
   i=0; while [ -e "$p" ] && ! l=$(cp -p "$p" "$t" 2>&1); do
     i=$((i+1)); [ $i -lt 9 ] || { echo "$l" >&2; rm -f "$t"; return 3; }
@@ -1322,7 +1321,7 @@ _cop() {
   cat >"$t" || { rm -f "$t"; return 3; }
   if [ "$(cksum <"$t")" != "$5 $4" ]; then rm -f "$t"; return 35; fi
   k=$2/.cmux/locks; [ -d "$k" ] || mkdir -p "$k" || { rm -f "$t"; return 3; }
-  if [ "$p" = "$1" ]; then k=$k/$8; else k=$k/$(printf '%s\n' "$p" | cksum | tr ' ' -); fi
+  if [ "$p" = "$1" ]; then k=$k/$8; else k=$k/$(printf "%s$_cz" "$p" | cksum | tr " " -); fi
   i=0
   until ln -s "$$" "$k"; do
     if o=$(readlink "$k") && ! kill -0 "$o" && ln -s "$$" "$k.b"; then
@@ -1336,7 +1335,7 @@ _cop() {
   r=0 w=created
   if [ -e "$p" ]; then w=replaced; fi
   case $6 in
-  '') ;;
+  "") ;;
   none) [ ! -e "$p" ] || r=36;;
   *) [ "$(cksum <"$p")" = "$6" ] || r=36;;
   esac
@@ -1469,6 +1468,14 @@ _cop() {
 # What the self-test of secrets runs: is the value of CMUX_PROBE in any process's argv?
 SEEN = r"""t=$(ps -A -o args= || cat /proc/[0-9]*/cmdline | tr '\0' ' '); case $t in *"$CMUX_PROBE"*) echo seen;; ?*) echo unseen;; esac"""
 
+# What a session opened ahead knows already, by the function's name there: a shell takes half a microsecond for
+# each byte of its header, 0.8 ms for WRITE. In these, too: no single quote, backslash, comment, or ! before a non-blank.
+AHEAD_SCRIPTS = {READ: "_cread", WRITE: "_cwrite", GUARD: "_cguard"}
+AHEAD_TOOLS = " ".join(line if line.endswith(("{", ";", "&", "|", " do", " then", " else", " in")) else line + ";"
+                       for script, name in AHEAD_SCRIPTS.items()
+                       for line in filter(None, map(str.strip, script.replace("_cop", name, 1).splitlines())))
+BOOT_AHEAD = "exec sh -c '%s' '%s' '%s' '%s'" % (AHEAD_LINE, STOP_LINE, BOOT_LINE, AHEAD_TOOLS)
+
 
 def record(name: str, value: Union[str, bytes]) -> bytes:
     """One record of the header. NUL cannot travel (no shell variable holds it)."""
@@ -1484,11 +1491,13 @@ def shell_header(nonce: str, run_id: str, operation: bytes) -> bytes:
     return record("_cN", nonce) + record("_ci", run_id) + operation
 
 
-def script_records(script: str, *arguments: str) -> bytes:
-    """The records that run one of the scripts above, as an operation of its own."""
-    lines = (line.strip() for line in script.strip().splitlines())
-    text = "\n".join(line for line in lines if line)
-    return (record(":", text) + b"".join(record("@", a) for a in arguments) + record(".", '_cop "$@" 2>&4; _cr=$?'))
+def script_records(script: str, *arguments: str, ahead: bool = False) -> bytes:
+    """The records that run one of the scripts above, as an operation of its own, in a session that was
+    opened ``ahead`` or not."""
+    known = AHEAD_SCRIPTS.get(script) if ahead else None
+    text = "" if known else "\n".join(filter(None, map(str.strip, script.splitlines())))
+    return (b"" if known else record(":", text)) + b"".join(record("@", a) for a in arguments) + record(
+        ".", '%s "$@" 2>&4; _cr=$?' % (known or "_cop"))
 
 
 def command_records(command: Union[str, Sequence[str]], login: bool, stdin: bool) -> bytes:
@@ -1961,6 +1970,7 @@ class Registry:
         home = private_directory(state_home())
         self.path = os.path.join(private_directory(os.path.join(home, "projects")), key + ".json")
         self._cache: Dict[str, Tuple[object, Optional[Dict[str, Any]]]] = {}
+        self._checked: Any = None         # the secrets that were looked at last
         self.secrets_path = os.path.join(private_directory(os.path.join(home, "secrets")), key + ".json")
         self.parts_path = self.path[:-len(".json")] + ".parts"
 
@@ -2051,6 +2061,8 @@ class Registry:
     def secrets(self) -> Dict[str, Dict[str, str]]:
         """name -> {"value": ...} or {"command": ...}. Checked, since people edit files."""
         stored = (self._cached(self.secrets_path) or {}).get("secrets", {})
+        if stored is self._checked:
+            return dict(stored)
         if not isinstance(stored, dict):
             raise StateFailed("The state file %s has no secrets in it." % show(self.secrets_path),
                               "Repair it, or move it away to start anew.")
@@ -2060,6 +2072,7 @@ class Registry:
                     key in ("value", "command") and isinstance(text, str) and not re.search("[\ud800-\udc7f\udd00-\udfff]", text) for key, text in entry.items()):
                 raise StateFailed("The secret %s in %s is damaged." % (name, show(self.secrets_path)),
                                   "Set it again: %s secrets set %s" % (PROGRAM, name))
+        self._checked = stored
         return dict(stored)
 
     def update_secrets(self, change: Callable[[Dict[str, Dict[str, str]]], None]) -> None:
@@ -2078,7 +2091,8 @@ class History:
 
     def __init__(self, registry: Registry) -> None:
         self.path = registry.path[:-len(".json")] + ".history"
-        self.running, self.swept = registry.path[:-len(".json")] + ".running", False
+        self.running = registry.path[:-len(".json")] + ".running"
+        self.swept = self.made = False
 
     def append(self, row: Mapping[str, Any]) -> None:
         import json
@@ -2118,9 +2132,11 @@ class History:
     def begin(self, row: Mapping[str, Any]) -> Optional[Lock]:
         """A record that lasts until end(), or until this process dies."""
         import json
+        lock = Lock(os.path.join(self.running, "%d.%s" % (os.getpid(), os.urandom(4).hex())))
         try:
-            os.makedirs(self.running, 0o700, exist_ok=True)
-            lock = Lock(os.path.join(self.running, "%d.%s" % (os.getpid(), os.urandom(4).hex())))
+            if not self.made:
+                os.makedirs(self.running, 0o700, exist_ok=True)
+                self.made = True
             if lock.take():
                 os.write(lock.fd, json.dumps(row).encode("ascii"))
                 return lock
@@ -2477,6 +2493,7 @@ class Session:
         self.stdin = self.stdout = self.stderr = self.control = -1
         self.exited = False      # the far side has reported the end of the command
         self.counted = False     # among the operations of its Host that run
+        self.ahead = False       # it runs BOOT_AHEAD
         self.pid = ""            # the wrapper's process id there, from the start mark
 
     def adopt(self, stdin: int, stdout: int, stderr: int) -> None:
@@ -3144,7 +3161,9 @@ class Masters(Slots):
         if slot is None:
             return None
         try:
-            return self._open_on(slot, command)
+            session = self._open_on(slot, command)
+            session.ahead = True
+            return session
         except (HostError, OSError):
             self._free_slot(slot)
             return None
@@ -3711,7 +3730,7 @@ class Host:
             session = (self.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel) if direct
                        else self.open(Deadline(SLOT_PATIENCE), cancel))
             try:
-                records = before + script_records(script, *arguments)
+                records = before + script_records(script, *arguments, ahead=session.ahead)
                 return self._call_on(session, records, data, source, direct, cancel, limit)
             except HostError as error:
                 first = first or error
@@ -3976,8 +3995,8 @@ class CommandRun:
 
     def _open_guard(self, deadline: Deadline, cancel: Optional[Cancel]) -> None:
         nonce = os.urandom(16).hex()
-        header = shell_header(nonce, self.run_id, script_records(GUARD))
         session = self.host.open(deadline, cancel)
+        header = shell_header(nonce, self.run_id, script_records(GUARD, ahead=session.ahead))
         guard = self.guard = Exchange(session, nonce, header, self.guard_reply, Capture(100))
         guard.run(Deadline(START_PATIENCE), cancel, until=guard.answered)
 
@@ -4027,9 +4046,9 @@ class CommandRun:
         assert self.exchange
         try:
             nonce, reply = os.urandom(16).hex(), Capture(100)
-            header = shell_header(nonce, self.run_id, script_records(GUARD))
-            header += ("%s\n" % (self.exchange.out.pid or "-")).encode()
             session = self.host.open(Deadline(STOP_PATIENCE))
+            header = shell_header(nonce, self.run_id, script_records(GUARD, ahead=session.ahead))
+            header += ("%s\n" % (self.exchange.out.pid or "-")).encode()
             try:
                 Exchange(session, nonce, header, reply, Capture(100), close_stdin=True).run(Deadline(STOP_PATIENCE))
             finally:
@@ -4945,6 +4964,7 @@ class Logged:
         self.row: Dict[str, Any] = {"operation": operation, "workspace": workspace, "host": host}
         self.detail, self.code, self.size, self.began = detail, 0, 0, 0.0
         self.thread, self.lock = 0, None  # type: int, Optional[Lock]
+        self.masks: object = None
 
     def __enter__(self) -> Logged:
         import _thread
@@ -4952,7 +4972,7 @@ class Logged:
             self.thread, self.began = _thread.get_ident(), time.monotonic()
             self.row["time"] = round(time.time(), 3)
             if self.row["operation"] in ("exec", "new", "push", "pull", "diff", "shell"):
-                self.row["detail"] = self.project.detail(self.detail)
+                self._tell()
                 self.lock = self.project.history.begin(self.row)
             self.project.logging.add(self.thread)  # last: a KeyboardInterrupt before it must not leave it there
         return self
@@ -4960,10 +4980,33 @@ class Logged:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self.thread:
             self.project.logging.discard(self.thread)
-            self.row["detail"] = self.project.detail(self.detail)  # again: by now values made by commands are known
+            self._tell()
             code = self.code if error is None else getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
             self.project.history.append(dict(self.row, duration=round(time.monotonic() - self.began, 3), exit_code=code, bytes=self.size))
             self.project.history.end(self.lock)
+
+    def _tell(self) -> None:
+        """What it is about, without the values of secrets that are known by now: those that commands make are
+        known only once they were handed over."""
+        try:
+            masks = self.project.masks()
+            if masks is not self.masks:
+                self.masks, self.row["detail"] = masks, masked_detail(self.detail, masks)
+        except CmuxError:
+            self.row["detail"] = ""
+
+
+def masked_detail(what: object, masks: Sequence[Tuple[bytes, bytes]]) -> str:
+    """A command, path or pattern for the history: no secret's value, one line, bounded."""
+    words = [what] if isinstance(what, str) else [
+        word.decode("utf-8", "surrogateescape") if isinstance(word, bytes) else str(word) for word in what] if isinstance(what, (list, tuple)) else []
+    for at, word in enumerate(words):
+        data = encoded(word)
+        for value, shown in masks:
+            data = data.replace(value, shown)
+        plain = data.decode("utf-8", "surrogateescape")
+        words[at] = plain if plain != word or isinstance(what, str) else quote(word)
+    return show(" ".join(words), 200)[1:-1]
 
 
 def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0) -> Callable[[AnyFunction], AnyFunction]:
@@ -4997,6 +5040,7 @@ class ProjectState:
         self._forked()
         leave_at_fork(self)
         self.handed_over: Dict[bytes, str] = {}   # values of secrets sent by this process -> name
+        self._masked: Tuple[Mapping[bytes, str], Mapping[str, Dict[str, str]], List[Tuple[bytes, bytes]]] = ({}, {}, [])
         self.history = History(self.registry)
         self._plain: Set[str] = set()             # trees known to have no submodule and no LFS file
 
@@ -5033,28 +5077,18 @@ class ProjectState:
     def masks(self) -> List[Tuple[bytes, bytes]]:
         """(a secret's value, what to show in its place), longest first, also lines of a value, as a key is
         shown with other line ends or an indent. Values below four bytes would mask half of all text."""
-        known = dict(self.handed_over)
-        for name, entry in self.registry.secrets().items():
+        handed, secrets, made = dict(self.handed_over), self.registry.secrets(), self._masked
+        if made[:2] == (handed, secrets):
+            return made[2]
+        known = dict(handed)
+        for name, entry in secrets.items():
             known[entry.get("value", "").encode("utf-8", "surrogateescape")] = name
         for value, name in list(known.items()):
             known.update({line.strip(): name for line in value.split(b"\n") if len(line.strip()) >= 16})
-        return sorted(((value, b"[secret %s]" % name.encode()) for value, name in known.items() if len(value) >= 4),
-                      key=lambda item: -len(item[0]))
-
-    def detail(self, what: object) -> str:
-        """A command, path or pattern for the history: no secret's value, one line, bounded."""
-        words = [what] if isinstance(what, str) else [
-            word.decode("utf-8", "surrogateescape") if isinstance(word, bytes) else str(word) for word in what] if isinstance(what, (list, tuple)) else []
-        try:
-            masks, parts = self.masks(), list(map(encoded, words))
-        except CmuxError:
-            return ""
-        for at, (word, data) in enumerate(zip(words, parts)):
-            for value, shown in masks:
-                data = data.replace(value, shown)
-            plain = data.decode("utf-8", "surrogateescape")
-            words[at] = plain if plain != word or isinstance(what, str) else quote(word)
-        return show(" ".join(words), 200)[1:-1]
+        masks = sorted(((value, b"[secret %s]" % name.encode()) for value, name in known.items() if len(value) >= 4),
+                       key=lambda item: -len(item[0]))
+        self._masked = handed, secrets, masks
+        return masks
 
     def set_secret(self, name: str, value: Union[str, bytes, None]) -> None:
         """Store what every command of this project sees as the environment variable ``name``, in a
@@ -6917,16 +6951,15 @@ class Workspace(WorkspaceBase):
         check_reply(reply, self.host.name, "start the job")
         if "started" not in reply.lines():
             raise RemoteFailed("%s did not confirm the start of the job." % self.host.name, "See jobs.")
-        detail = self.project.detail(command)
 
         def remember(value: Dict[str, Any]) -> None:
             jobs = value.setdefault("jobs", {})
-            jobs[job] = {"workspace": self.name, "command": detail, "started": round(time.time(), 3)}
+            jobs[job] = {"workspace": self.name, "command": masked_detail(command, self.project.masks()), "started": round(time.time(), 3)}
             for old in sorted(jobs, key=lambda name: float(jobs[name]["started"]))[:-JOBS_KEPT]:
                 del jobs[old]
         try:
             self.project.registry.update(remember)
-        except StateFailed:
+        except CmuxError:
             pass  # it runs, and its caller must have its id
         return job
 

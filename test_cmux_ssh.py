@@ -1389,7 +1389,7 @@ def test_a_session_opened_ahead_does_what_one_opened_for_a_command_does(tmp_path
     tools.mkdir()
     (tools / "sh").write_text("#!%s\nexec %s \"$@\"\n" % (program("dash"), program(sh) + (" sh" if sh == "busybox" else "")))
     (tools / "sh").chmod(0o755)
-    for name in ("ps", "grep", "sleep", "cat", "env") + (("setsid",) if setsid else ()):
+    for name in ("ps", "grep", "sleep", "cat", "env", "head", "cksum", "cp", "mv", "rm", "ln", "mkdir", "tr") + (("setsid",) if setsid else ()):
         (tools / name).symlink_to(program(name))
     naps = [unique(), unique()]
 
@@ -1433,6 +1433,18 @@ def test_a_session_opened_ahead_does_what_one_opened_for_a_command_does(tmp_path
     assert ended(waiting(), command(["cat"], True), b"streamed") == (0, "") and b"".join(kept) == b"streamed"
     assert ended(waiting(), command(["no-such-program"]))[0] == 127
     assert ended(waiting(), c.shell_header("N" * 32, "x", c.script_records("_cop() { cat; return 5; }")), b"in")[0] == 5
+
+    def call(script: str, *words: str) -> bytes:  # what it knows ahead is not sent
+        records = c.script_records(script, *words, ahead=True)
+        assert len(records) < 300 and script in c.AHEAD_SCRIPTS
+        return c.shell_header("N" * 32, "x", records)
+    kept.clear()
+    odd, size, total = str(tmp_path / "new" / "a\nfile\n"), "2", c.cksum_of(b"in")[0]
+    key = "%s-%d" % c.cksum_of(c.encoded(odd + "\n"))
+    assert ended(waiting(), call(c.WRITE, odd, str(tmp_path / "root"), "x", size, total, "none", str(tmp_path), key), b"in")[0] == 0
+    assert ended(waiting(), call(c.WRITE, odd, str(tmp_path / "root"), "x", size, total, "none", str(tmp_path), key), b"in")[0] == 36
+    assert ended(waiting(), call(c.READ, odd, "100", "1", "0", str(tmp_path)))[0] == 0 and b"".join(kept) == b"created\n0 all\nin"
+    assert ended(waiting(), call(c.GUARD), b".\n")[0] == 0
     child = waiting()
     assert ended(child, command(["sh", "-c", "env sleep %s & env sleep %s" % (naps[0], naps[0])]), b"", "sleep %s" % naps[0]) == (143, "confirmed")
     gone("sleep %s" % naps[0])
@@ -1542,6 +1554,24 @@ def test_arguments_output_codes_stdin_and_secrets_are_exact_under_every_login_sh
     secret = repo.exec('cat; printf %s "$TOKEN"', host=host, stdin=BINARY)
     assert (secret.code, secret.out, secret.err) == (0, BINARY + "it's\n$(x) \"ü\" \\n !".encode(), b"")
     assert tree_of(repo.path()) == repo.tree()
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_sessions_opened_ahead_begin_under_every_login_shell(site: Site, shell: str) -> None:
+    assert in_library(Repo(site, odd=True), """
+c = cmux_ssh
+workspace, sent = c.Project(".").create("main", sys.argv[1]), []
+record = c.script_records
+c.script_records = lambda script, *words, ahead=False: sent.append(ahead) or record(script, *words, ahead=ahead)
+def warm():
+    until = time.monotonic() + 60
+    while not workspace.host._ready and time.monotonic() < until:
+        time.sleep(0.05)
+    assert workspace.host._ready
+    return workspace
+print(warm().exec(["printf", "<%s>", "it's", "!x"]).stdout, warm().write("a\\n'b", "one\\n")["created"], warm().read("a\\n'b").data,
+      warm().edit("a\\n'b", [{"old": "one", "new": "two"}])["diff"].count("two"), warm().exec(["cat"], stdin=b"in").stdout, sent[-5:].count(True) > 2)
+""", f"box-{shell}") == "b\"<it's><!x>\" True b'one\\n' 1 b'in' True\n"
 
 
 def minimal_path(site: Site, *more: str) -> str:
