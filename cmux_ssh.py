@@ -4959,8 +4959,9 @@ class Logged:
     """One operation as the history tells it: a context manager. Operations inside another of the
     same thread are part of it. ``size`` counts its bytes; ``code`` is its exit code unless it raises."""
 
-    def __init__(self, project: ProjectBase, operation: str, workspace: str, host: str = "", detail: object = "") -> None:
-        self.project = project
+    def __init__(self, project: ProjectBase, operation: str, workspace: str, host: str = "", detail: object = "",
+                 op: str = "") -> None:
+        self.project, self.op = project, op   # which workspace, whatever its name will be
         self.row: Dict[str, Any] = {"operation": operation, "workspace": workspace, "host": host}
         self.detail, self.code, self.size, self.began = detail, 0, 0, 0.0
         self.thread, self.lock = 0, None  # type: int, Optional[Lock]
@@ -4973,7 +4974,7 @@ class Logged:
             self.row["time"] = round(time.time(), 3)
             if self.row["operation"] in ("exec", "new", "push", "pull", "diff", "shell"):
                 self._tell()
-                self.lock = self.project.history.begin(self.row)
+                self.lock = self.project.history.begin(dict(self.row, op=self.op) if self.op else self.row)
             self.project.logging.add(self.thread)  # last: a KeyboardInterrupt before it must not leave it there
         return self
 
@@ -5018,7 +5019,7 @@ def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0) -
         @functools.wraps(function)
         def call(workspace: WorkspaceBase, *args: Any, **kwargs: Any) -> Any:
             what = args[0] if args else kwargs.get(named, "")
-            with Logged(workspace.project, operation, workspace.name, workspace.host.name, what) as entry:
+            with Logged(workspace.project, operation, workspace.name, workspace.host.name, what, workspace.op) as entry:
                 result = function(workspace, *args, **kwargs)
                 entry.size = size(result, *args)
                 return result
@@ -5311,11 +5312,16 @@ class ProjectBase(ProjectState):
                 if entry["state"] == "ready":
                     entry = self.settle(name)
                     if not force:
-                        if any(row.get("workspace") == name and row["operation"] in ("exec", "shell") for row in self.history.now()):
+                        if any(row["workspace"] == name and row["operation"] in ("exec", "shell") for row in self.running_now()):
                             raise WorkspaceDirty("A command runs in the workspace %s." % name, "Wait for it (see `%s top`), or give it up: --force." % PROGRAM)
                         self._refuse_changes(name, host, entry, entry["op"])
                 self.discard(name, entry)
         return [name]
+
+    def running_now(self) -> List[Dict[str, Any]]:
+        """What runs on this machine's behalf, oldest first, under the name that its workspace has now."""
+        names = {entry["op"]: name for name, entry in self.entries().items()}
+        return [dict(row, workspace=names.get(row["op"]) if "op" in row else row.get("workspace")) for row in self.history.now()]
 
     def fork(self, source: WorkspaceBase, name: str) -> WorkspaceBase:
         """A new workspace with the current content of ``source``, made on the host itself. Raises
@@ -5737,7 +5743,7 @@ class WorkspaceBase:
             raise UsageError("timeout takes a number of seconds above 0.")
         records = self.environment(env) + command_records(command, login, source is not None)
         directory = os.path.join(self.path, cwd) if cwd else self.path
-        with Logged(self.project, "exec", self.name, self.host.name, command) as entry:
+        with Logged(self.project, "exec", self.name, self.host.name, command, self.op) as entry:
             def counted(sink: Callable[[bytes], Any]) -> Callable[[bytes], None]:
                 def take(data: bytes) -> None:
                     entry.size += len(data)
@@ -5963,8 +5969,10 @@ class Harvest:
         self.sizes: Dict[int, int] = {}
         self.leaks: Dict[int, List[str]] = {}
         self.commits: List[Dict[str, Any]] = []
-        self.total = self.paths = self.words = self.again = 0
+        self.total = self.paths = self.words = 0
         self.used: Set[int] = set()
+        self.again = self.most = 0            # bytes of files that came before, in the work tree of a commit; in any
+        self.held: Dict[bytes, int] = {}      # ... by path, since the commits follow on each other
 
     def blob(self, mark: int, size: int, chunks: Iterable[bytes]) -> None:
         self.total += size
@@ -5998,13 +6006,26 @@ class Harvest:
             check_result_path(path, True)
         if path in changes or (mode and mark not in self.sizes):
             raise refuse("its stream names %s twice or without content" % show(path.decode("utf-8", "replace")))
-        self.again += self.sizes[mark] if mode and mark in self.used else 0  # some bytes for a name, a whole file in a work tree
+        again = self.sizes[mark] if mode and mark in self.used else 0  # some bytes for a name, a whole file in a work tree
+        self.again += again - self.held.pop(path, 0)
+        if again:
+            self.held[path] = again
         self.used.add(mark)
-        if self.again > PULL_TOTAL_MAX:
-            raise refuse("it repeats files until they have more than %s" % human_size(PULL_TOTAL_MAX))
         if mode == "120000" and self.sizes[mark] > PATH_MAX:
             raise refuse("%s is a symbolic link of %s" % (show(path.decode("utf-8", "replace")), human_size(self.sizes[mark])))
         changes[path] = (mode, mark)
+
+    def begin(self, parents: Sequence[int]) -> None:
+        """A commit. What others took away is there in one that does not stand on the last."""
+        if list(parents) != [self.commits[-1]["mark"] if self.commits else 1]:
+            self.again = self.most
+            self.held.clear()
+
+    def end(self, commit: Dict[str, Any]) -> None:
+        self.most = max(self.most, self.again)
+        if self.again > PULL_TOTAL_MAX:
+            raise refuse("it repeats files until they have more than %s" % human_size(PULL_TOTAL_MAX))
+        self.commits.append(commit)
 
 
 # -- the stream of git fast-export --
@@ -6091,6 +6112,7 @@ def read_commit(wire: Wire, mark: int, harvest: Harvest) -> None:
         line = wire.upto(b"\n")
     if not parents or len(parents) > 16 or not marks.issuperset(parents):
         raise refuse("a commit in it has a parent that was not sent")
+    harvest.begin(parents)
     while line:
         match = re.match(rb"(?:M (100644|100755|120000) :([1-9]\d{0,8})|D) (.+)\Z", line, re.S)
         if not match:
@@ -6099,8 +6121,8 @@ def read_commit(wire: Wire, mark: int, harvest: Harvest) -> None:
         line = wire.upto(b"\n")
     if len(harvest.commits) > PULL_COMMITS_MAX or harvest.words > 64 * PULL_MESSAGE_MAX:
         raise refuse("it has more than %d commits" % PULL_COMMITS_MAX)
-    harvest.commits.append({"mark": mark, "author": author, "committer": committer, "message": message,
-                            "parents": parents, "changes": changes})
+    harvest.end({"mark": mark, "author": author, "committer": committer, "message": message,
+                 "parents": parents, "changes": changes})
 
 
 # -- the stream of a host without git: a list of all files, then tar archives --
@@ -6152,8 +6174,8 @@ def read_tar(wire: Wire, harvest: Harvest, sent: Set[bytes]) -> List[bytes]:
         marks[path] = mark
         harvest.change(changes, path, mode, mark)
     person = ("cmux", "cmux@localhost", "@%d +0000" % time.time())
-    harvest.commits.append({"mark": 0, "author": person, "committer": person, "message": "work of the workspace\n",
-                            "parents": [1], "changes": changes})
+    harvest.end({"mark": 0, "author": person, "committer": person, "message": "work of the workspace\n",
+                 "parents": [1], "changes": changes})
     return sorted(new - set(marks))
 
 
@@ -8500,10 +8522,15 @@ class Bench:
         self.roots += 1
         return "%s/%d" % (self.root, self.roots)
 
-    def archive_over_ssh(self, argv: Sequence[str]) -> None:
+    def archive_over_ssh(self, argv: Sequence[str], then: str = "") -> None:
         archive = plain_archive(self.tree)
-        self.ssh(argv, "mkdir -p %s && tar -xf - -C %s" % ((self.new_root(),) * 2), archive.stdout)
+        self.ssh(argv, "mkdir -p %s && tar -xf - -C %s" % ((self.new_root(),) * 2) + then, archive.stdout)
         archive.communicate()
+
+    def repository_over_ssh(self) -> None:
+        """With the repository of one commit that a new workspace has, too: how by hand."""
+        self.archive_over_ssh(self.fresh, " && cd %s/%d && sh -c 'command -v git >/dev/null || exit 0; git init -q && git add -A && "
+                              "git -c user.name=x -c user.email=x commit -qm base'" % (self.root, self.roots + 1))
 
     # -- rows --
 
@@ -8540,6 +8567,8 @@ class Bench:
         yield self.row("new workspace, %s in %d files" % (human_size(BENCH_FILE * self.count()), self.count()), "ms", 5, "1.2 x",
                        {"plain": lambda: self.archive_over_ssh(self.fresh), "master": lambda: self.archive_over_ssh(self.over),
                         "cmux": lambda: self.made(self.new_root())}, floor="plain")  # DESIGN's bar is for work and one connection
+        yield self.row("the same, plain with a git repository, too", "ms", 5, "",
+                       {"plain": self.repository_over_ssh, "cmux": lambda: self.made(self.new_root())})
         self.workspace = self.project.create("bench", self.server, root=self.new_root())
         yield self.row("second workspace of the same commit", "ms", 5, "1.2 x", {
             "master": lambda: self.ssh(self.over, "cp -a %s %s" % (quote(self.workspace.path), self.new_root())),
@@ -8642,9 +8671,10 @@ class Bench:
             "master": plain, "cmux": lambda: ours("-m", os.path.basename(here)[:-3])})
 
     def many(self) -> Iterator[Row]:
-        """Commands a second: ssh over one master 10-way, as MaxSessions allows; ours 100-way."""
+        """Commands a second: ssh over one master 10-way, as MaxSessions allows; ours 100-way. The bar is that of the
+        measurement it comes from (research/perf.md, W3), whose command sleeps a little, as work does that is elsewhere."""
         import resource
-        total, costs = 200 if self.quick else 600, []
+        total, costs, job = 200 if self.quick else 600, [], "sleep 0.05; echo hi"
 
         def seconds(job: Callable[[], Any], count: int, at_once: int) -> float:
             began = time.perf_counter()
@@ -8660,7 +8690,10 @@ class Bench:
             costs.append((after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) * 1000 / total)
             return total / took
         seconds(lambda: self.workspace.exec(["true"]), 100, 100)  # opens the masters
-        yield self.row("commands, 100 at once (plain: 10)", "/s", 4, "3.5 x", {
+        yield self.row("commands of 50 ms, 100 at once (plain: 10)", "/s", 4, "3.5 x", {
+            "master": lambda: total / 3 / seconds(lambda: self.ssh(self.over, job), total // 3, 10),
+            "cmux": lambda: total / seconds(lambda: self.workspace.exec(job), total, 100)})
+        yield self.row("commands `true`, 100 at once (plain: 10)", "/s", 4, "", {
             "master": lambda: total / 3 / seconds(lambda: self.ssh(self.over, "true"), total // 3, 10), "cmux": ours})
         yield self.judged("this process's CPU for one of them", "ms", {"cmux": spread(costs)}, "2 ms")
 
@@ -9267,7 +9300,7 @@ class Top:
         for row in self.project.history.rows():
             if row["operation"] == "exec":
                 last[row.get("workspace")] = row.get("exit_code")
-        running = self.project.history.now()
+        running = self.project.running_now()
         rows = []
         for name, entry in sorted(self.project.entries().items()):
             seen = self.seen.get(name, {"changed": None, "jobs": [], "error": None})

@@ -2947,10 +2947,14 @@ def test_rm_refuses_while_a_command_runs(repo: Repo) -> None:
         answer = repo.cli("rm", "main")
         assert answer.code == 1 and "A command runs in the workspace main" in answer.said and "--force" in answer.said, answer
         assert repo.cli("rm", "two").code == 0 and repo.path().is_dir()
+        assert repo.cli("rename", "-w", "main", "other").code == 0 and repo.cli("new", "-H", "box", "main").code == 0
+        refused(repo.cli("rm", "other"), 1, words="A command runs in the workspace other")  # the name it has now
+        assert [(row["workspace"], len(row["running"])) for row in repo.cli("top", "--json").json] == [("main", 0), ("other", 1)]
+        assert repo.cli("rm", "main").code == 0
     finally:
         os.killpg(child.pid, signal.SIGKILL)
         child.communicate()
-    assert until(lambda: repo.cli("rm", "main").code == 0, "its record ends with it")
+    assert until(lambda: repo.cli("rm", "other").code == 0, "its record ends with it")
 
 
 def test_a_host_or_a_name_that_does_not_fit_is_refused_and_nothing_removed(repo: Repo) -> None:
@@ -5499,7 +5503,18 @@ def test_one_blob_under_many_names_counts_as_often(lab: Lab, monkeypatch: pytest
     names = [b"M 100644 :1 f%d" % n for n in range(12)]
     lab.refuse(export(blob(1, b"x" * 100000), commit(2, *names)), what="it repeats files")
     lab.refuse(export(blob(1, b"x" * 100000), commit(2, *names[:6]), commit(3, *names[6:], parent=b"from :2")), what="it repeats files")
+    # what one commit took away is there in another that does not stand on it
+    lab.refuse(export(blob(1, b"x" * 100000), commit(2, *names[:9]), commit(3, *[b"D f%d" % n for n in range(9)], parent=b"from :2"),
+                      commit(4, *names[9:], parent=b"from :2")), what="it repeats files")
     assert len(lab.take(export(blob(1, b"x" * 100000), commit(2, *names[:10])))[1]) == 10
+
+
+def test_a_directory_renamed_again_and_again_is_as_large_as_before(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(c, "PULL_TOTAL_MAX", 1 << 20)
+    moves = [commit(at, *[b"M 100644 :1 d%d/%d" % (at, n) for n in range(9)], *[b"D d%d/%d" % (at - 1, n) for n in range(9)],
+                    parent=b"from :%d" % (at - 1)) for at in range(3, 10)]
+    found = lab.take(export(blob(1, b"x" * 100000), commit(2, *[b"M 100644 :1 d2/%d" % n for n in range(9)]), *moves))[1]
+    assert set(found) == {"d9/%d" % n for n in range(9)}
 
 
 def test_names_that_fold_into_one_in_the_base_already_are_the_users_own(lab: Lab) -> None:
