@@ -2141,7 +2141,7 @@ class History:
                 os.write(lock.fd, json.dumps(row).encode("ascii"))
                 return lock
         except (OSError, StateFailed):
-            pass
+            self.made = False
         return None
 
     @staticmethod
