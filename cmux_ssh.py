@@ -503,7 +503,7 @@ def check_host(text: object) -> str:
     Name, user@host, alias, IPv6 address, ssh://[user@]host[:port]. The same check holds for
     hosts from the command line, state files, batch lines and MCP arguments.
     """
-    hint = "Give what you would type after ssh: a name, user@name, or an alias from ~/.ssh/config."
+    hint = "Give what you would type after ssh: a name, user@name, or an alias from your ssh config."
     if not isinstance(text, str) or not text:
         raise UsageError("No host was given.", hint)
     rest, port = text, ""
@@ -1752,7 +1752,7 @@ def private_directory(path: str) -> str:
     ssh does not check who owns a control socket: a foreign one would be handed our command
     lines and descriptors. This check is the whole defence. Raises StateFailed.
     """
-    hint = "Remove it, chmod 700 it, or set CMUX_SSH_HOME to a directory of your own."
+    hint = "If it is yours alone: chmod 700 %s. Or set CMUX_SSH_HOME to a directory of your own." % quote(path)
     try:
         os.makedirs(path, 0o700, exist_ok=True)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -2129,6 +2129,16 @@ class History:
                 except (ValueError, RecursionError, TypeError, KeyError):
                     pass
 
+    def of(self, name: str) -> List[Dict[str, Any]]:
+        """The rows of a workspace, also those from before it was renamed."""
+        found = []
+        for row in reversed(list(self.rows())):
+            if row["operation"] == "rename" and row.get("detail") == name and row.get("exit_code") == 0:
+                name = row.get("workspace", "")
+            if row.get("workspace") == name:
+                found.append(row)
+        return found[::-1]
+
     def begin(self, row: Mapping[str, Any]) -> Optional[Lock]:
         """A record that lasts until end(), or until this process dies."""
         import json
@@ -2271,13 +2281,13 @@ FAILURES: Tuple[Tuple[str, Type[HostError], str, str], ...] = (
      "Ask its owner for the new fingerprint; only then: {forget}"),
     (r"Host key verification failed|No .* host key is known for", HostKeyFailed,
      "The key of {host} is not known on this machine.",
-     "Connect once by hand, compare the fingerprint, and accept it: ssh {host} true"),
+     "Connect once by hand, compare the fingerprint, and accept it: {ssh} {host} true"),
     (r"Could not resolve hostname", ConnectionFailed,
-     "The host name {host} does not resolve.", "Check the spelling, and ~/.ssh/config."),
+     "The host name {host} does not resolve.", "Check the spelling, and your ssh config."),
     (r"Permission denied|No more authentication methods|Too many authentication failures|"
      r"no mutual signature", AuthenticationFailed,
      "{host} accepted none of your keys.",
-     "Check that `ssh {host} true` works without a question (ssh-add -l lists the agent's keys)."),
+     "Check that `{ssh} {host} true` works without a question (ssh-add -l lists the agent's keys)."),
     (r"Bad (configuration|owner)|line \d+: |unknown key type|Bad number", ConnectionFailed,
      "ssh does not accept its configuration: {said}.", "Correct the file it names."),
     (r"timed out during banner exchange", ConnectionFailed,
@@ -2385,7 +2395,7 @@ def classify(log: bytes, host: str, config: Optional[SSHConfig] = None) -> HostE
     text = log[-LOG_MAX:].decode("utf-8", "replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     words = {"host": host, "said": show(lines[-1], 200) if lines else "ssh gave no reason", "doctor": look_into(host),
-             "forget": forget_key(config, text) if config else ""}
+             "forget": forget_key(config, text) if config else "", "ssh": os.environ.get("CMUX_SSH_COMMAND", "").strip() or "ssh"}
     for pattern, kind, sentence, hint in FAILURES:
         if re.search(pattern, text):
             error = kind(sentence.format(**words), hint.format(**words), host)
@@ -2682,7 +2692,8 @@ class RemoteShellFailed(ConnectionFailed):
 
     def __init__(self, host: str) -> None:
         super().__init__("%s accepted the session, but no POSIX sh began there." % host,
-                         "Try `ssh %s exec sh -c :` and look at its login shell's start-up files." % quote(host), host)
+                         "Try `%s %s exec sh -c :` and look at its login shell's start-up files." % (
+                             os.environ.get("CMUX_SSH_COMMAND", "").strip() or "ssh", quote(host)), host)
 
 
 class DirectSession(Session):
@@ -4558,6 +4569,11 @@ class Shadow:
                     raise ResultRefused("git refuses the result: %s." % show(neutralise(said.read(LOG_MAX)).strip(), 300))
         return pack
 
+    def sizes(self, tree: str) -> Dict[bytes, int]:
+        """The bytes of each file of a tree."""
+        rows = (row.partition(b"\t") for row in self.records("ls-tree", "-r", "-l", "-z", "--full-tree", tree))
+        return {path: int(meta.split()[3]) for meta, _, path in rows if meta.split()[3].isdigit()}
+
     def archive_size(self, tree: str) -> int:
         """About how long the archive will be: a header for each entry, contents in blocks of 512."""
         sizes = [row.split(None, 4)[3] for row in self.records("ls-tree", "-r", "-t", "-l", "-z", "--full-tree", self.unsent(tree)[0])]
@@ -4972,6 +4988,8 @@ class Logged:
         if _thread.get_ident() not in self.project.logging:
             self.thread, self.began = _thread.get_ident(), time.monotonic()
             self.row["time"] = round(time.time(), 3)
+            if self.op and self.row["operation"] in ("exec", "shell", "write", "edit", "start"):
+                self.project.touch(self.row["workspace"])
             if self.row["operation"] in ("exec", "new", "push", "pull", "diff", "shell"):
                 self._tell()
                 self.lock = self.project.history.begin(dict(self.row, op=self.op) if self.op else self.row)
@@ -5318,6 +5336,16 @@ class ProjectBase(ProjectState):
                 self.discard(name, entry)
         return [name]
 
+    def touch(self, name: str) -> None:
+        """Something begins that may change the workspace: it is no more as the last pull left it."""
+        entry = self.entries().get(name, {})
+        pulled = entry.get("pulled")
+        if pulled and entry.get("touched", 0) <= pulled.get("at", 0):
+            try:
+                self.registry.update(lambda record: record["workspaces"].get(name, {}).update(touched=time.time()))
+            except CmuxError:
+                pass  # it is for `list` alone
+
     def running_now(self) -> List[Dict[str, Any]]:
         """What runs on this machine's behalf, oldest first, under the name that its workspace has now."""
         names = {entry["op"]: name for name, entry in self.entries().items()}
@@ -5439,13 +5467,13 @@ class ProjectBase(ProjectState):
     def _refuse_changes(self, name: str, host: Host, entry: Dict[str, Any], jobs: str = "") -> None:
         sent, home = self._sent(entry), entry.get("pulled", {})
         reply = host.call(CHANGED, entry["root"], entry["project"], name, entry["tree"], sent, os.urandom(8).hex(),
-                          str(PULL_COMMITS_MAX), str(PULL_FILE_MAX), *(home.get(k, "") for k in ("head", "tree", "refs", "mark")), jobs)
+                          "0" if home.get("one") else str(PULL_COMMITS_MAX), str(PULL_FILE_MAX), *(home.get(k, "") for k in ("head", "tree", "refs", "mark")), jobs)
         if reply.status == 22:
             return
         check_reply(reply, host.name, "look for changes in %s" % name)
         lost = [show(line.replace("\t", " "), 200)[1:-1] for line in reply.lines() if line.strip()]
         way = "Wait for it, or end it with stop (%s jobs -w %s)." if lost and all(line.startswith("a job that runs") for line in lost) else \
-            "Bring it home first: %s pull -w %s." if lost else "Look at it there (%s exec -w %s -- git diff refs/cmux/base)."
+            "Bring it home first: %s pull -w %s." if lost else "Look at it there (%s exec -w %s -- git status --short); read brings a file."
         lost += ["%s (it lies in a submodule: no pull brings it home)" % path for path in home.get("left", ())]
         if lost:
             error = WorkspaceDirty("The workspace %s has work that would be lost: %s%s."
@@ -5583,10 +5611,10 @@ class Creation:
     def _nearest(self, shadow: Shadow, reply: Reply) -> str:
         """The base on the host that differs least, if a delta against it is worth while; or "". Only one that
         was sent there before: a delta tells the names of what the base has and this tree has not."""
-        best, paths = "", [path for _, _, path in shadow.listing(self.tree)]
+        near, paths = {}, [path for _, _, path in shadow.listing(self.tree)]  # type: Dict[str, List[bytes]], List[bytes]
         if b".cmux-gone" in paths:
             return ""
-        least, record = len(paths) // 2, self.project.registry.read()
+        whole, record = len(paths), self.project.registry.read()
         rows = record.get("sent", []) + [[entry["host"], entry["tree"]] for entry in record["workspaces"].values() if entry["state"] == "ready"]
         sent = {tree for host, tree in rows if host == self.host.name} - {self.tree}
         for line in [line[len("base "):] for line in reply.lines() if line.startswith("base ")][:8]:
@@ -5596,8 +5624,13 @@ class Creation:
                     paths = [path for _, _, _, path in shadow.changes(line, self.tree)]
                 except GitFailed:
                     continue  # a tree that this repository does not have
-                if len(paths) < least and not any(b"\n" in path or path == b".cmux-gone" for path in paths):
-                    best, least = line, len(paths)
+                if not any(b"\n" in path or path == b".cmux-gone" for path in paths):
+                    near[line] = paths
+        best = min(near, key=lambda line: len(near[line]), default="")
+        if best and len(near[best]) >= whole / 2:  # few files: what one of them has may be all there is
+            sizes = shadow.sizes(self.tree)
+            best = min(near, key=lambda line: sum(sizes.get(path, 0) for path in near[line]))
+            best = best if sum(sizes.get(path, 0) for path in near[best]) < sum(sizes.values()) / 2 else ""
         return best
 
     def _left_out(self, shadow: Shadow, absent: Mapping[bytes, str]) -> None:
@@ -5687,12 +5720,13 @@ class UploadCut(UploadFailed):
 
 
 def state_of(entry: Mapping[str, Any]) -> str:
-    """What is known here, without asking the host: ready; pulled, when a pull brought work home;
-    init running, init failed."""
+    """What is known here, without asking the host: ready; pulled, when a pull brought work home, and
+    nothing was begun from here since; init running, init failed."""
     init = entry.get("init")
     if init not in (None, 0):
         return "init running" if init == "pending" else "init failed"
-    return "pulled" if entry.get("pulled") else "ready"
+    pulled = entry.get("pulled")
+    return "pulled" if pulled and entry.get("touched", 0) <= pulled.get("at", 0) else "ready"
 
 
 class WorkspaceBase:
@@ -5740,7 +5774,7 @@ class WorkspaceBase:
         the rest. ``source`` is for the command line: it streams a descriptor into the command's stdin."""
         check_command(command)
         if timeout is not None and not 0 < timeout < 1e8:
-            raise UsageError("timeout takes a number of seconds above 0.")
+            raise UsageError("timeout takes a number of seconds above 0, and below 100000000.")
         records = self.environment(env) + command_records(command, login, source is not None)
         directory = os.path.join(self.path, cwd) if cwd else self.path
         with Logged(self.project, "exec", self.name, self.host.name, command, self.op) as entry:
@@ -5754,8 +5788,8 @@ class WorkspaceBase:
             except WorkspaceMissing:
                 if not cwd:
                     raise
-                raise UsageError("There is no directory %s in the workspace %s." % (show(cwd), self.name),
-                                 "--cwd is relative to the workspace.")
+                raise UsageError("There is no directory %s %s." % (show(cwd), "on " + self.host.name if cwd.startswith("/") else
+                                                                   "in the workspace " + self.name), "cwd is relative to the workspace, or absolute.")
             entry.code = outcome.exit_code
             return outcome
 
@@ -5768,7 +5802,8 @@ class WorkspaceBase:
         at its end the process tree there is ended and what was printed is kept. ``cwd`` relative
         to the workspace. ``stdin``: bytes (or a str) for the command (None: /dev/null). ``limit``: bytes
         kept of each stream. ``tee`` is given the bytes of both as they come. Raises HostError (the
-        connection), UsageError and WorkspaceMissing, never for the command's status.
+        connection), UsageError and WorkspaceMissing, never for the command's status, nor for ``cancel``: that ends
+        it as a timeout does, with ``exit_code`` 130, and ``stopped`` (None for a command's own 130).
         """
         began, out, err = time.monotonic(), Capture(limit), Capture(limit)
         sinks = [lambda data, keep=keep: (keep(data), tee and tee(data)) for keep in (out, err)]
@@ -6406,8 +6441,23 @@ class Pull:
             self._sent = {path for _, _, path in self.shadow.listing(self.sent_tree)}
         return self._sent
 
-    def fetch(self, how: str = "") -> Tuple[List[str], bool]:
-        """(the commits of the workspace, oldest first; whether the last is uncommitted work)"""
+    def fetch(self) -> Tuple[List[str], bool]:
+        """(the commits of the workspace, oldest first; whether the last is uncommitted work). What may not come in
+        may have been in an earlier commit there alone: then the files come, as one commit."""
+        try:
+            return self._fetch()
+        except ResultRefused as error:
+            if "head" not in self.pulled:
+                raise
+            why = str(error).partition(": ")[2].rstrip(".")
+        self.notes, self.pulled = [], {}
+        found = self._fetch(most=0)
+        order = "left out: how its commits follow one another: "
+        self.notes = ["%s%s; the files come as one commit" % (order, why)] + [note for note in self.notes if not note.startswith(order)]
+        self.pulled["one"] = "1"
+        return found
+
+    def _fetch(self, how: str = "", most: int = PULL_COMMITS_MAX) -> Tuple[List[str], bool]:
         importer = Importer(self.shadow)
         incoming = None
         try:
@@ -6416,7 +6466,7 @@ class Pull:
             sha1 = len(self.base) == 40
             incoming = Incoming(self.workspace.host, self.cancel, PULL, self.workspace.root, self.entry["project"],
                                 self.workspace.name, self.entry["tree"], self.sent_tree if sha1 else "",
-                                os.urandom(8).hex(), str(PULL_COMMITS_MAX), str(PULL_FILE_MAX), how)
+                                os.urandom(8).hex(), str(most), str(PULL_FILE_MAX), how)
             wire = Wire(self._counted(incoming, harvest))
             dirty, unsent = self._read(wire, incoming, harvest)
             reply = incoming.reply()
@@ -6424,7 +6474,7 @@ class Pull:
             if unsent and how:
                 raise refuse("it lists files and does not send them")
             if unsent:
-                return self.fetch("all")
+                return self._fetch("all")
             ids = importer.finish()
             self._keep_out(harvest, ids)
             self._grower = Grower(self.shadow, self.base, harvest, ids, self.absent, self.lfs)
@@ -6586,6 +6636,7 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report
         if old and old not in own and not shadow.is_ancestor(old, workspace.base):
             raise GitFailed("The branch %s has commits that no pull of this workspace made." % show(ref[11:]),
                             "Choose another: --branch NAME. Or, if you want to keep it: git branch -m %s NEW" % quote(ref[11:]))
+        began = time.time()
         commits, dirty = work.fetch()
         since = old or workspace.base
         tip = work.settle(commits, dirty, old)
@@ -6602,7 +6653,7 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report
         def remember(record: Dict[str, Any]) -> None:
             entry = record["workspaces"].get(name)
             if entry and entry["op"] == work.entry["op"]:
-                entry["pulled"] = work.pulled
+                entry["pulled"] = dict(work.pulled, at=began)
                 if tip != since:
                     entry.setdefault("branches", {})[ref] = tip
                     del entry["tips"]
@@ -6703,8 +6754,8 @@ def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> b
                 lines.append(str(data.count(b"\n", 0, at) + 1))
                 at = data.find(old, at + len(old))
             where = " (at line%s %s)" % ("s" if len(lines) > 1 else "", ", ".join(lines)) if lines else ""
-            raise ToolFailed("%sthe text occurs %d times in %s%s, not %d; nothing was changed."
-                             % (which, found, show(path), where, count), "Give more context, or the right count." if found else
+            raise ToolFailed("%she text occurs %d time%s in %s%s, not %d; nothing was changed."
+                             % (which + ("t" if which else "T"), found, "" if found == 1 else "s", show(path), where, count), "Give more context, or the right count." if found else
                              "Read the file again: whitespace and line ends must match exactly.")
         data = data.replace(old, new)
     return data
@@ -6834,8 +6885,8 @@ class Workspace(WorkspaceBase):
     """A directory on a host in which an agent works. Get one from Project.create, .ensure or
     .workspace. The methods are the tools of the table below: arguments and results as there, and
     as in `batch`; exec() returns an ExecResult. Usable from threads. All raise HostError when the host
-    cannot be reached, UsageError for a wrong argument, RemoteFailed for an answer that makes no sense,
-    Cancelled when ``cancel`` is set. A path is relative to the workspace, or absolute; bytes that are no
+    cannot be reached, UsageError for a wrong argument (TypeError for one of a wrong type), RemoteFailed for
+    an answer that makes no sense, Cancelled when ``cancel`` is set (but exec(): see there). A path is relative to the workspace, or absolute; bytes that are no
     UTF-8 stand in a str as Python's surrogateescape has them.
     """
 
@@ -7166,7 +7217,7 @@ TOOLS: Dict[str, Tool] = {tool.name: tool for tool in (
          Param("edits", "array", "objects of old, new, and count: how many matches there must be (1)", True),
          Param("sha256", "string", "of the file as last seen: refuse if it changed", shown="HEX")),
     Tool("glob", Workspace.glob, "Paths of files that match a pattern.", True,
-         Param("pattern", "string", "*, ?, [...] within a component, ** across them", True),
+         Param("pattern", "string", "below the workspace: *, ?, [...] within a component, ** across them", True),
          Param("limit", "integer", "at most so many (1000)", least=1, shown="N")),
     Tool("grep", Workspace.grep, "Lines that match an extended regular expression.", True,
          Param("pattern", "string", "extended regular expression", True),
@@ -7521,7 +7572,7 @@ class Running:
 
     def status(self) -> Dict[str, Any]:
         state = "running" if not self.ended else "lost" if self.error else "exited"
-        row = {"job": self.id, "state": state, "exit_code": self.result.get("exit_code"), "size": self.size}
+        row = {"job": self.id, "state": state, "exit_code": self.result.get("exit_code"), "size": self.size, "started": round(self.began, 3)}
         return dict(row, error=str(self.error)) if self.error else row
 
     def logs(self, offset: int, limit: int) -> bytes:
@@ -7535,6 +7586,7 @@ class Call:
 
     def __init__(self, reply: Callable[..., None], token: Union[str, int, None]) -> None:
         self.reply, self.token, self.cancel, self.dropped = reply, token, Cancel(), False
+        self.made = False           # its workspace was made, or made ready, for it
 
 
 class ProtocolError(CmuxError):
@@ -7809,7 +7861,17 @@ class McpServer(JsonRpc):
             result = tool.handler(workspace, cancel=call.cancel, **arguments)
         if tool.name == "jobs":
             result["jobs"] += [dict(r.status(), command=r.command) for r in self.running.values() if r.workspace == name]
+        if call.made:
+            result = dict(result, made="the workspace %s is new, of commit %s" % (name, workspace.base[:10]))
         return self._shown(tool.name, workspace.host.name, result, arguments)
+
+    def follow(self, old: str, new: str) -> None:
+        """A workspace has another name: what is bound to it, and runs in it, goes along."""
+        if old == self.workspace:
+            self.workspace = new
+        for command in list(self.running.values()):
+            if command.workspace == old:
+                command.workspace = new
 
     def host_of(self, name: str) -> str:
         return str(self.project.entries().get(name, {}).get("host", ""))
@@ -7827,6 +7889,7 @@ class McpServer(JsonRpc):
                 making = self.making[name] = Running(lambda work: {"it": self.project.ensure(name, host, cancel=work.cancel)})
         if not self._follow(call, making, self.soft, "the workspace is being made", False):
             raise ToolFailed("The workspace %s is still being made." % name, "That goes on: call again.")
+        call.made = True
         found: Workspace = making.value()["it"]
         return found
 
@@ -7905,6 +7968,8 @@ class McpServer(JsonRpc):
                 raise
             facts = ["%s: %s" % (key, value) for key, value in result.items() if type(value) in (int, float, bool) or key in ("job", "state", "created")]
             return "\n".join(facts + ["It was done, but what the host said is not shown: %s %s" % (error, error.hint)])
+        if tool == "read" and not result.get("content", result.get("content_base64")) and result.get("size"):
+            facts.append("The file ends before line %d." % (arguments or {}).get("offset", 1))
         if "data" in result:
             data, more = result["data"], result["state"] == "running" or result["next_offset"] < result["size"]
             held = veil.begun(data) if more else 0
@@ -7941,9 +8006,13 @@ class McpServer(JsonRpc):
         """The lines of a file that fit, and where to go on."""
         if len(text) <= MCP_ROOM:
             return text, 0
-        shown = text[:text.rfind("\n", 0, MCP_ROOM) + 1] or text[:MCP_ROOM]
+        shown = text[:text.rfind("\n", 0, MCP_ROOM) + 1]
+        if not shown:
+            more = " Go on with offset=%d." % (offset + 1) if text.find("\n") + 1 not in (0, len(text)) else ""
+            facts.append("Line %d is longer than what fits here, and cut: use exec with cut or head -c.%s" % (offset, more))
+            return text[:MCP_ROOM], 0
         facts.append("Shown are lines %d to %d; go on with offset=%d. A longer line is cut: use exec with cut or head -c."
-                     % (offset, offset + max(0, shown.count("\n") - 1), offset + max(1, shown.count("\n"))))
+                     % (offset, offset + shown.count("\n") - 1, offset + shown.count("\n")))
         return shown, 0
 
 
@@ -7975,7 +8044,10 @@ def manage_new(server: McpServer, cancel: Cancel, name: str, ref: str = "HEAD") 
 
 def manage_move(server: McpServer, cancel: Cancel, workspace: str, name: str, rename: bool = False) -> Dict[str, Any]:
     project = server.project
-    return (project.rename if rename else project.fork)(project.workspace(workspace), name).describe()
+    made = (project.rename if rename else project.fork)(project.workspace(workspace), name).describe()
+    if rename:
+        server.follow(workspace, name)
+    return made
 
 
 def manage_pull(server: McpServer, cancel: Cancel, workspace: str, branch: str = "") -> Dict[str, Any]:
@@ -8244,7 +8316,10 @@ def examine_here() -> Iterator[Finding]:
     old = version is not None and (int(version.group(1)), int(version.group(2))) < (7, 6)
     yield finding("fix" if old or not version else "ok", "ssh here", said[:100], "OpenSSH 7.6 or newer is needed here." if old or not version else "")
     yield finding("ok", "python", "%d.%d.%d" % sys.version_info[:3])
-    yield finding("ok", "state", "%s is private" % private_directory(state_home()))
+    try:
+        yield finding("ok", "state", "%s is private" % private_directory(state_home()))
+    except CmuxError as error:
+        yield finding("bad", "state", str(error), error.hint)
 
 
 def examine_config(config: SSHConfig) -> Finding:
@@ -8370,7 +8445,10 @@ def examine_secrets(host: Host) -> Finding:
 
 def doctor(name: str, root: str = "") -> Iterator[Finding]:
     """Examine this machine, and, unless ``name`` is "", that host."""
-    yield from examine_here()
+    for found in examine_here():
+        yield found
+        if found.state == "bad":
+            return
     if not name:
         yield finding("note", "host", "none was named", "Name one: %s doctor HOST" % PROGRAM)
         return
@@ -9040,10 +9118,10 @@ def exec_many(project: Project, names: List[str], command: Union[str, List[str]]
                 out.end()
                 err.end()
         row = {"workspace": name, "host": workspace.host.name, "exit_code": outcome.exit_code,
-               "timed_out": outcome.reason == "timeout", "duration": round(time.monotonic() - start, 3), "error": None}
+               "timed_out": outcome.reason == "timeout", "duration": round(time.monotonic() - start, 3), "error": None,
+               "stopped": outcome.stopped}
         if options.json:
-            row.update(json_fields({"truncated": out.truncated or err.truncated, "stopped": outcome.stopped,
-                                    "stdout": out.value(), "stderr": err.value()}))
+            row.update(json_fields({"truncated": out.truncated or err.truncated, "stdout": out.value(), "stderr": err.value()}))
         return row
 
     def shown(name: str) -> Dict[str, Any]:
@@ -9066,6 +9144,8 @@ def exec_many(project: Project, names: List[str], command: Union[str, List[str]]
         for row in rows:
             if row["exit_code"]:
                 how = "%d%s" % (row["exit_code"], ": " + row["error"]["message"] if row["error"] else "")
+                how += {"confirmed": ": stopped, its processes have ended", "requested": ": its end was asked for, not seen",
+                        "unknown": ": whether it still runs is unknown"}.get(row.get("stopped") or "", "")
                 bad.setdefault(how, []).append(row["workspace"])
         live.warn("%d of %d succeeded in %.1f s%s" % (
             len(rows) - sum(map(len, bad.values())), len(rows), time.monotonic() - began, "." if not bad else "; failed: " + ", ".join(
@@ -9173,7 +9253,7 @@ def point_out_stale(project: Project, workspace: Workspace, terminal: Terminal) 
         commit, _ = project.repository.resolve("HEAD")
     except GitFailed:
         return
-    if commit != workspace.base:
+    if commit not in (workspace.base, project.repository.value_of(workspace.base + "^")):  # the parent of a --dirty one
         terminal.warn("%s was made of %s; HEAD is %s: push brings it there." % (workspace.name, workspace.base[:10], commit[:10]))
 
 
@@ -9230,9 +9310,15 @@ def command_new(options: argparse.Namespace) -> int:
     return code
 
 
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Columns in line; on a terminal the widest are cut so that a row fits its width."""
-    print_text("\n".join(table_lines(rows, terminal_width())))
+def print_table(rows: Sequence[Sequence[str]], spare: int = 0) -> None:
+    """Columns in line; on a terminal the widest are cut so that a row fits its width, the last first, if
+    it can ``spare`` what it has above so many characters; where it would have fewer it is left out."""
+    whole, width = max(map(len, table_lines([row[:-1] for row in rows], 1 << 16))) + 2 if spare else 0, terminal_width()
+    if whole + spare > width:
+        rows = [row[:-1] for row in rows]
+    elif spare:
+        rows = [[*row[:-1], row[-1] if len(row[-1]) <= width - whole else row[-1][:width - whole - 3] + "..."] for row in rows]
+    print_text("\n".join(table_lines(rows, width)))
 
 
 def table_lines(rows: Sequence[Sequence[str]], width: int) -> List[str]:
@@ -9248,7 +9334,7 @@ def table_lines(rows: Sequence[Sequence[str]], width: int) -> List[str]:
 def command_history(options: argparse.Namespace) -> int:
     project = open_project(options)
     name = one_workspace(options)
-    rows = [row for row in project.history.rows() if name in ("", row.get("workspace"))]
+    rows = project.history.of(name) if name else list(project.history.rows())
     rows = rows[-options.count:] if options.count > 0 else rows
     if options.json:
         import json
@@ -9300,6 +9386,8 @@ class Top:
         for row in self.project.history.rows():
             if row["operation"] == "exec":
                 last[row.get("workspace")] = row.get("exit_code")
+            elif row["operation"] == "rename" and row.get("exit_code") == 0:
+                last[row.get("detail")] = last.pop(row.get("workspace"), None)
         running = self.project.running_now()
         rows = []
         for name, entry in sorted(self.project.entries().items()):
@@ -9444,7 +9532,7 @@ def command_list(options: argparse.Namespace) -> int:
         return 0
     print_table([("NAME", "HOST", "BASE", "AGE", "STATE", "PATH")] + [
         (row["name"] if not options.all_projects else "%s/%s" % (row["project"], row["name"]), row["host"],
-         row["base"][:10], human_age(time.time() - row["created"]), row["state"], row["path"]) for row in rows])
+         row["base"][:10], human_age(time.time() - row["created"]), row["state"], row["path"]) for row in rows], spare=20)
     return 0
 
 
@@ -9585,7 +9673,9 @@ def secrets_set(registry: Registry, options: argparse.Namespace) -> int:
         try:
             entry = {"value": getpass.getpass("Value of %s (hidden): " % name)}
         except EOFError:
-            raise UsageError("No value was given for %s." % name)
+            entry = {"value": ""}
+        if not entry["value"]:
+            raise UsageError("No value was given for %s." % name, "For an empty one: printf '' | %s secrets set %s" % (PROGRAM, name))
     elif os.path.samestat(os.fstat(0), os.stat(os.devnull)):
         raise UsageError("No value came on stdin.", "For an empty one: printf '' | %s secrets set %s" % (PROGRAM, name))
     else:
@@ -10110,7 +10200,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         if not result.command:
             raise UsageError("exec: no command was given.", "For example: %s exec -- make test" % PROGRAM)
         if result.timeout is not None and not 0 < result.timeout < 1e8:
-            raise UsageError("--timeout takes a number of seconds above 0.")
+            raise UsageError("--timeout takes a number of seconds above 0, and below 100000000.")
     return result
 
 
