@@ -164,6 +164,7 @@ LISTED_MAX = 2 * 1000 * 1000         # files a host without git may name
 WIRE_LINE_MAX = 8 * 1024    # of a control line in a result's stream: a quoted path is the longest
 STREAMED_FROM = 8 * 1024 * 1024      # git handles larger blobs without holding them in memory
 PLACES_KEPT = 200           # hosts and roots that gc visits, though no workspace is there any more
+DELTA_FEW = 1000            # changed paths, at most, of a delta that is more than half of all paths
 SENT_KEPT = 200             # trees that went to a host: a delta stands on no other
 PARTS_KEPT = 30             # sent trees with submodules or LFS content that are remembered for deltas
 POINTER_MAX = 1024          # bytes of an LFS pointer, says its specification
@@ -1026,7 +1027,11 @@ _csnap() { # base-id its-tree commits bytes
     [ "$(_co rev-list --count "$b..$h")" -le "$3" ] && [ -z "$(_co rev-list --max-parents=0 "$b..$h")" ] &&
     ! _co rev-list "$b..$h" | _co diff-tree --stdin -r -m --raw | grep -q '^:[0-7]* 160000' || h=
   fi
-  if [ -z "$h" ]; then o=$x whole=; h=$(_co rev-parse -q --verify 'refs/cmux/base^{commit}') && _ctr "$2" "$h" || return 9; b=$h; fi
+  if [ -z "$h" ]; then
+    o=$x whole=; h=$(_co rev-parse -q --verify 'refs/cmux/base^{commit}') && _ctr "$2" "$h" || { # a delta has none of its own
+      o=$w/.git; [ "$2" ] && [ -d "$o" ] && [ ! -L "$o" ] && h=$(_co rev-parse -q --verify 'refs/cmux/base^{commit}') && _ctr "$2" "$h"; } || return 9
+    b=$h
+  fi
   git init -q --bare --template= "$g" && mkdir -p "$g/info" && echo "$o/objects" >"$g/objects/info/alternates" &&
   echo "$raw" >"$g/info/attributes" && _cg symbolic-ref HEAD refs/heads/w &&
   _cg update-ref refs/cmux/base "$b" && _cg update-ref refs/heads/w "$h" || return 3
@@ -1035,16 +1040,22 @@ _csnap() { # base-id its-tree commits bytes
   find . -name .git -prune -print | while IFS= read -r f; do case $f in
     ./.git) ;; *) echo "note nested repository ${f%/.git}"; f=${f#.}; printf '%s\n' "${f%.git}" | sed 's/[][\\*?!# ]/\\&/g' >>"$g/info/exclude";; esac; done
   if [ "$whole" ] && cp -p "$w/.git/index" "$g/index" 2>/dev/null && _cg ls-files >/dev/null 2>&1; then :
-  else rm -f "$g/index"; _cg read-tree "$h" || return 3; fi
+  else
+    rm -f "$g/index"; _cg read-tree "$h" || return 3
+    if cp "$w/.git/index" "$s/theirs" 2>/dev/null; then # what is ignored, but tracked all the same
+      ( export GIT_INDEX_FILE="$s/theirs"; _cg ls-files -c -i -s --exclude-standard 2>/dev/null ) |
+        sed -n 's/^1[^6][^	]*	//p' | _cg update-index --add --remove --stdin 2>/dev/null
+    fi
+  fi
   f=$(find . -name .git -prune -o -type f -size "+${4}c" -print | while IFS= read -r f; do
     _cg check-ignore -q -- "$f" || _csame "$f" || { printf '%s' "$f"; break; }; done)
   case $f in ?*) printf 'large %s\n' "$f"; return 24;; esac
   _cg -c core.sparseCheckout=true update-index -q --really-refresh >/dev/null 2>&1 # what was marked not to be looked at is
   _cg -c core.sparseCheckout=true add -A . >&2 && t=$(_cg write-tree)
 }
-_cbranches() { # [commit]: the branches that hold what neither it nor the base does
-  _co for-each-ref --format='%(refname:short)' ${1:+"--no-merged=$1"} refs/heads | while IFS= read -r x; do
-    _co merge-base --is-ancestor "refs/heads/$x" "$b" || printf '%s\n' "$x"; done
+_cbranches() { # [commit [refs/tags]]: the branches (tags) that hold what neither it nor the base does
+  _co for-each-ref --format='%(refname)' ${1:+"--no-merged=$1"} "${2:-refs/heads}" | while IFS= read -r x; do
+    _co merge-base --is-ancestor "$x" "$b" || printf '%s\n' "${x#refs/*/}"; done
 }
 _crefs() { { _co for-each-ref; _co rev-parse HEAD; _co rev-parse -q --verify refs/stash; } | cksum | tr ' ' -; }
 _cstage() { # the client may be gone when there is something to say: that is no end without clearing up
@@ -1119,7 +1130,7 @@ _clost() {
     _co log --format='commit %h %s' --exclude=refs/stash --all $k HEAD --not "$b" "$9" --glob=refs/cmux | head -n 20
     _co stash list --format='stash %gd: %s' | head -n 20
   elif [ "$(_crefs)" != "${11}" ]; then echo "the git repository was replaced"
-  else _cbranches HEAD | sed 's/^/branch /' | head -n 20; _co stash list --format='stash %gd: %s' | head -n 20; fi
+  else _cbranches HEAD | sed 's/^/branch /' | head -n 20; _cbranches HEAD refs/tags | sed 's/^/tag /' | head -n 20; _co stash list --format='stash %gd: %s' | head -n 20; fi
 }
 _cop() {
   _croot "$1" && { _cw "$2" "$3" || return 22; } && _cstage "$6" _clost "$@" || return
@@ -2133,7 +2144,7 @@ class History:
         """The rows of a workspace, also those from before it was renamed."""
         found = []
         for row in reversed(list(self.rows())):
-            if row["operation"] == "rename" and row.get("detail") == name and row.get("exit_code") == 0:
+            if row["operation"] == "rename" and row.get("to", row.get("detail")) == name and row.get("exit_code") == 0:
                 name = row.get("workspace", "")
             if row.get("workspace") == name:
                 found.append(row)
@@ -2143,15 +2154,16 @@ class History:
         """A record that lasts until end(), or until this process dies."""
         import json
         lock = Lock(os.path.join(self.running, "%d.%s" % (os.getpid(), os.urandom(4).hex())))
-        try:
-            if not self.made:
-                os.makedirs(self.running, 0o700, exist_ok=True)
-                self.made = True
-            if lock.take():
-                os.write(lock.fd, json.dumps(row).encode("ascii"))
-                return lock
-        except (OSError, StateFailed):
-            self.made = False
+        for _ in range(2):  # the directory may have been removed since it was made
+            try:
+                if not self.made:
+                    os.makedirs(self.running, 0o700, exist_ok=True)
+                    self.made = True
+                if lock.take():
+                    os.write(lock.fd, json.dumps(row).encode("ascii"))
+                    return lock
+            except (OSError, StateFailed):
+                self.made = False
         return None
 
     @staticmethod
@@ -5000,9 +5012,21 @@ class Logged:
         if self.thread:
             self.project.logging.discard(self.thread)
             self._tell()
+            self.row["workspace"] = self._name()
             code = self.code if error is None else getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
             self.project.history.append(dict(self.row, duration=round(time.monotonic() - self.began, 3), exit_code=code, bytes=self.size))
             self.project.history.end(self.lock)
+
+    def _name(self) -> str:
+        """The workspace's name now: it may have been renamed meanwhile."""
+        name = str(self.row["workspace"])
+        try:
+            entries = self.project.entries() if self.op else {}
+        except CmuxError:
+            return name
+        if entries.get(name, {}).get("op") == self.op:
+            return name
+        return next((other for other, entry in entries.items() if entry["op"] == self.op), name)
 
     def _tell(self) -> None:
         """What it is about, without the values of secrets that are known by now: those that commands make are
@@ -5337,10 +5361,9 @@ class ProjectBase(ProjectState):
         return [name]
 
     def touch(self, name: str) -> None:
-        """Something begins that may change the workspace: it is no more as the last pull left it."""
+        """Something begins that may change the workspace: it is no more as the last pull found it."""
         entry = self.entries().get(name, {})
-        pulled = entry.get("pulled")
-        if pulled and entry.get("touched", 0) <= pulled.get("at", 0):
+        if "asked" in entry and entry.get("touched", 0) <= entry["asked"]:
             try:
                 self.registry.update(lambda record: record["workspaces"].get(name, {}).update(touched=time.time()))
             except CmuxError:
@@ -5385,7 +5408,9 @@ class ProjectBase(ProjectState):
             return self.workspace(name)
 
     def _move(self, script: str, host: Host, entry: Dict[str, Any], source: str, name: str, *ops: str) -> None:
-        with Logged(self, "fork" if script is FORK else "rename", source, host.name, name):
+        with Logged(self, "fork" if script is FORK else "rename", source, host.name, name) as row:
+            if script is RENAME:
+                row.row["to"] = name  # the detail is masked
             reply = host.call(script, entry["root"], entry["project"], source, name, *ops)
         if reply.status in (20, 22):
             if script is FORK:
@@ -5467,7 +5492,7 @@ class ProjectBase(ProjectState):
     def _refuse_changes(self, name: str, host: Host, entry: Dict[str, Any], jobs: str = "") -> None:
         sent, home = self._sent(entry), entry.get("pulled", {})
         reply = host.call(CHANGED, entry["root"], entry["project"], name, entry["tree"], sent, os.urandom(8).hex(),
-                          "0" if home.get("one") else str(PULL_COMMITS_MAX), str(PULL_FILE_MAX), *(home.get(k, "") for k in ("head", "tree", "refs", "mark")), jobs)
+                          str(PULL_COMMITS_MAX), str(PULL_FILE_MAX), *(home.get(k, "") for k in ("head", "tree", "refs", "mark")), jobs)
         if reply.status == 22:
             return
         check_reply(reply, host.name, "look for changes in %s" % name)
@@ -5627,11 +5652,12 @@ class Creation:
                 if not any(b"\n" in path or path == b".cmux-gone" for path in paths):
                     near[line] = paths
         best = min(near, key=lambda line: len(near[line]), default="")
-        if best and len(near[best]) >= whole / 2:  # few files: what one of them has may be all there is
-            sizes = shadow.sizes(self.tree)
-            best = min(near, key=lambda line: sum(sizes.get(path, 0) for path in near[line]))
-            best = best if sum(sizes.get(path, 0) for path in near[best]) < sum(sizes.values()) / 2 else ""
-        return best
+        if not best or len(near[best]) < whole / 2:
+            return best
+        if len(near[best]) > DELTA_FEW:  # the host is slow with so many
+            return ""
+        sizes = shadow.sizes(self.tree)  # few files: what one of them has may be all there is
+        return best if sum(sizes.get(path, 0) for path in near[best]) < sum(sizes.values()) / 2 else ""
 
     def _left_out(self, shadow: Shadow, absent: Mapping[bytes, str]) -> None:
         """One line on what the repository has and the host does not get."""
@@ -6441,23 +6467,8 @@ class Pull:
             self._sent = {path for _, _, path in self.shadow.listing(self.sent_tree)}
         return self._sent
 
-    def fetch(self) -> Tuple[List[str], bool]:
-        """(the commits of the workspace, oldest first; whether the last is uncommitted work). What may not come in
-        may have been in an earlier commit there alone: then the files come, as one commit."""
-        try:
-            return self._fetch()
-        except ResultRefused as error:
-            if "head" not in self.pulled:
-                raise
-            why = str(error).partition(": ")[2].rstrip(".")
-        self.notes, self.pulled = [], {}
-        found = self._fetch(most=0)
-        order = "left out: how its commits follow one another: "
-        self.notes = ["%s%s; the files come as one commit" % (order, why)] + [note for note in self.notes if not note.startswith(order)]
-        self.pulled["one"] = "1"
-        return found
-
-    def _fetch(self, how: str = "", most: int = PULL_COMMITS_MAX) -> Tuple[List[str], bool]:
+    def fetch(self, how: str = "") -> Tuple[List[str], bool]:
+        """(the commits of the workspace, oldest first; whether the last is uncommitted work)"""
         importer = Importer(self.shadow)
         incoming = None
         try:
@@ -6466,7 +6477,7 @@ class Pull:
             sha1 = len(self.base) == 40
             incoming = Incoming(self.workspace.host, self.cancel, PULL, self.workspace.root, self.entry["project"],
                                 self.workspace.name, self.entry["tree"], self.sent_tree if sha1 else "",
-                                os.urandom(8).hex(), str(most), str(PULL_FILE_MAX), how)
+                                os.urandom(8).hex(), str(PULL_COMMITS_MAX), str(PULL_FILE_MAX), how)
             wire = Wire(self._counted(incoming, harvest))
             dirty, unsent = self._read(wire, incoming, harvest)
             reply = incoming.reply()
@@ -6474,7 +6485,7 @@ class Pull:
             if unsent and how:
                 raise refuse("it lists files and does not send them")
             if unsent:
-                return self._fetch("all")
+                return self.fetch("all")
             ids = importer.finish()
             self._keep_out(harvest, ids)
             self._grower = Grower(self.shadow, self.base, harvest, ids, self.absent, self.lfs)
@@ -6484,6 +6495,11 @@ class Pull:
             if dirty and commits and not next(self.shadow.changes((commits[-2:-1] or [self.base])[0], commits[-1]), None):
                 return commits[:-1], False
             return commits, dirty
+        except ResultRefused as error:
+            if "head" in self.pulled and "Try again" not in error.hint:  # not done from here: it is the agent's to say what is one
+                error.hint += " If it stands in an earlier commit there, make one of them: %s exec -w %s -- %s" % (
+                    PROGRAM, self.workspace.name, "'git reset --soft refs/cmux/base && git commit -m all'")
+            raise
         finally:
             self.report.step(self.workspace.name, "being looked at")
             importer.close()
@@ -6637,6 +6653,7 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report
             raise GitFailed("The branch %s has commits that no pull of this workspace made." % show(ref[11:]),
                             "Choose another: --branch NAME. Or, if you want to keep it: git branch -m %s NEW" % quote(ref[11:]))
         began = time.time()
+        project.update(name, asked=began)
         commits, dirty = work.fetch()
         since = old or workspace.base
         tip = work.settle(commits, dirty, old)
@@ -7730,6 +7747,7 @@ class McpServer(JsonRpc):
                  manage: bool = False, soft: float = MCP_SOFT) -> None:
         super().__init__(write)
         self.project, self.workspace, self.host = project, workspace, host
+        self.op = ""                           # of the workspace, as last seen
         self.manage, self.soft = manage, soft
         self.tools = dict(TOOLS, **MANAGE_TOOLS) if manage else TOOLS
         self.running: Dict[str, Running] = {}
@@ -7874,18 +7892,10 @@ class McpServer(JsonRpc):
         else:
             result = tool.handler(workspace, cancel=call.cancel, **arguments)
         if tool.name == "jobs":
-            result["jobs"] += [dict(r.status(), command=r.command) for r in self.running.values() if r.workspace == name]
+            result["jobs"] += [dict(r.status(), command=r.command) for r in self.running.values() if r.workspace == workspace.op]
         if call.made:
-            result = dict(result, made="the workspace %s is new, of commit %s" % (name, workspace.base[:10]))
+            result = dict(result, made="the workspace %s is new, of commit %s" % (workspace.name, workspace.base[:10]))
         return self._shown(tool.name, workspace.host.name, result, arguments)
-
-    def follow(self, old: str, new: str) -> None:
-        """A workspace has another name: what is bound to it, and runs in it, goes along."""
-        if old == self.workspace:
-            self.workspace = new
-        for command in list(self.running.values()):
-            if command.workspace == old:
-                command.workspace = new
 
     def host_of(self, name: str) -> str:
         return str(self.project.entries().get(name, {}).get("host", ""))
@@ -7893,8 +7903,12 @@ class McpServer(JsonRpc):
     def _workspace(self, call: Call, name: str) -> Workspace:
         """It, made if need be: once for all calls, and on beyond the end of any one of them, or a
         client with a timeout of its own would begin a long upload again and again."""
-        own = name == self.workspace  # any other must be there already: a slip of a name makes none
-        entry, host = self.project.entries().get(name) if own else self.project.entry(name), self.host if own else ""
+        own, entries = name == self.workspace, self.project.entries()
+        if own and name not in entries:  # it may have another name by now
+            name = self.workspace = next((other for other, entry in entries.items() if entry["op"] == self.op), name)
+        entry, host = entries.get(name) if own else self.project.entry(name), self.host if own else ""  # any other must
+        if own and entry:                                                           # be there: a slip of a name makes none
+            self.op = entry["op"]
         if entry and entry.get("init") != "pending":
             return self.project.ensure(name, host)
         with self.mutex:
@@ -7927,7 +7941,7 @@ class McpServer(JsonRpc):
         """The result, or, after the soft timeout, a job that goes on."""
         if sum(1 for other in list(self.running.values()) if not other.ended) >= MCP_KEPT:
             raise ToolFailed("%d commands go on already." % MCP_KEPT, "See jobs, and stop some.")
-        command = Running(lambda work: tool_exec(workspace, tee=work.take, cancel=work.cancel, **arguments), workspace.name, arguments["command"])
+        command = Running(lambda work: tool_exec(workspace, tee=work.take, cancel=work.cancel, **arguments), workspace.op, arguments["command"])
         if self._follow(call, command, self.soft):
             return command.value()
         self._keep(command)
@@ -8044,10 +8058,7 @@ def manage_new(server: McpServer, cancel: Cancel, name: str, ref: str = "HEAD") 
 
 def manage_move(server: McpServer, cancel: Cancel, workspace: str, name: str, rename: bool = False) -> Dict[str, Any]:
     project = server.project
-    made = (project.rename if rename else project.fork)(project.workspace(workspace), name).describe()
-    if rename:
-        server.follow(workspace, name)
-    return made
+    return (project.rename if rename else project.fork)(project.workspace(workspace), name).describe()
 
 
 def manage_pull(server: McpServer, cancel: Cancel, workspace: str, branch: str = "") -> Dict[str, Any]:
@@ -9391,7 +9402,7 @@ class Top:
             if row["operation"] == "exec":
                 last[row.get("workspace")] = row.get("exit_code")
             elif row["operation"] == "rename" and row.get("exit_code") == 0:
-                last[row.get("detail")] = last.pop(row.get("workspace"), None)
+                last[row.get("to", row.get("detail"))] = last.pop(row.get("workspace"), None)
         running = self.project.running_now()
         rows = []
         for name, entry in sorted(self.project.entries().items()):
