@@ -7871,6 +7871,7 @@ class McpServer(JsonRpc):
 
     def _tool(self, call: Call, tool: Tool, arguments: Any) -> str:
         name = self.workspace
+        self.op = str(self.project.entries().get(name, {}).get("op", self.op))
         if self.manage and tool.name in TOOLS and isinstance(arguments, dict) and "workspace" in arguments:
             name = check_workspace(arguments["workspace"])
             arguments = {key: value for key, value in arguments.items() if key != "workspace"}
@@ -7906,9 +7907,8 @@ class McpServer(JsonRpc):
         own, entries = name == self.workspace, self.project.entries()
         if own and name not in entries:  # it may have another name by now
             name = self.workspace = next((other for other, entry in entries.items() if entry["op"] == self.op), name)
-        entry, host = entries.get(name) if own else self.project.entry(name), self.host if own else ""  # any other must
-        if own and entry:                                                           # be there: a slip of a name makes none
-            self.op = entry["op"]
+        # Any other must be there: a slip of a name makes none.
+        entry, host = entries.get(name) if own else self.project.entry(name), self.host if own else ""
         if entry and entry.get("init") != "pending":
             return self.project.ensure(name, host)
         with self.mutex:

@@ -7764,6 +7764,15 @@ def test_mcp_manage_reaches_other_workspaces_and_only_then(repo: Repo) -> None:
     assert set(repo.workspaces()) == {"one", "four"}
 
 
+def test_mcp_follows_a_workspace_whose_rename_is_the_first_call(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "one").code == 0
+    do(repo, "echo precious >mine", "one")
+    with open_mcp(repo, "-H", "box", "-w", "one", "--manage") as client:
+        client("workspace_rename", workspace="one", name="two")
+        assert "precious" in client("read", path="mine")
+    assert set(repo.workspaces()) == {"two"}
+
+
 def test_mcp_says_when_the_workspace_is_new_and_where_a_page_is_cut(repo: Repo) -> None:
     with open_mcp(repo, "-H", "box") as client:
         assert f"made: the workspace main is new, of commit {repo.git('rev-parse', 'HEAD')[:10]}" in client("exec", command="printf 'a\\nb' >two; yes | head -c 99999 | tr -d '\\n' >long; echo >>long; echo end >>long")
