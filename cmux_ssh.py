@@ -1078,6 +1078,7 @@ _cpull() {
   o=$w/.git n=$(_crefs) d=0 top=$h
   x=$h; [ "$whole" ] || { x=$(_co rev-parse -q --verify 'HEAD^{commit}'); case $x in "$b" | '') ;; *) echo 'note how its commits follow one another: they are too many, rewritten, or hold a repository; the files come as one commit';; esac; }
   _cbranches "$x" | sed 's/.*/note the branch &: check it out there and pull/'
+  _cbranches "$x" refs/tags | sed 's/.*/note the tag &: check it out there and pull/'
   _co stash list --format='note the stash %gd (%s): git stash pop there and pull'
   if [ "$(_cg rev-parse "$h^{tree}")" != "$t" ]; then
     d=1; top=$(GIT_AUTHOR_DATE="@$(date +%s) +0000" GIT_COMMITTER_DATE="@$(date +%s) +0000" _cg commit-tree "$t" -p "$h" -m 'uncommitted work') || return 3
@@ -1130,7 +1131,10 @@ _clost() {
     _co log --format='commit %h %s' --exclude=refs/stash --all $k HEAD --not "$b" "$9" --glob=refs/cmux | head -n 20
     _co stash list --format='stash %gd: %s' | head -n 20
   elif [ "$(_crefs)" != "${11}" ]; then echo "the git repository was replaced"
-  else _cbranches HEAD | sed 's/^/branch /' | head -n 20; _cbranches HEAD refs/tags | sed 's/^/tag /' | head -n 20; _co stash list --format='stash %gd: %s' | head -n 20; fi
+  else
+    x=$(_co rev-parse -q --verify 'HEAD^{commit}') # none on a branch without a commit: --no-merged would fail, and tell nothing
+    _cbranches "$x" | sed 's/^/branch /' | head -n 20; _cbranches "$x" refs/tags | sed 's/^/tag /' | head -n 20; _co stash list --format='stash %gd: %s' | head -n 20
+  fi
 }
 _cop() {
   _croot "$1" && { _cw "$2" "$3" || return 22; } && _cstage "$6" _clost "$@" || return
@@ -1480,7 +1484,8 @@ _cop() {
 SEEN = r"""t=$(ps -A -o args= || cat /proc/[0-9]*/cmdline | tr '\0' ' '); case $t in *"$CMUX_PROBE"*) echo seen;; ?*) echo unseen;; esac"""
 
 # What a session opened ahead knows already, by the function's name there: a shell takes half a microsecond for
-# each byte of its header, 0.8 ms for WRITE. In these, too: no single quote, backslash, comment, or ! before a non-blank.
+# each byte of its header, 0.8 ms for WRITE. In these, too: no single quote, backslash, comment, or ! that
+# a csh would expand (not before a blank or =).
 AHEAD_SCRIPTS = {READ: "_cread", WRITE: "_cwrite", GUARD: "_cguard"}
 AHEAD_TOOLS = " ".join(line if line.endswith(("{", ";", "&", "|", " do", " then", " else", " in")) else line + ";"
                        for script, name in AHEAD_SCRIPTS.items()
@@ -1763,22 +1768,23 @@ def private_directory(path: str) -> str:
     ssh does not check who owns a control socket: a foreign one would be handed our command
     lines and descriptors. This check is the whole defence. Raises StateFailed.
     """
-    hint = "If it is yours alone: chmod 700 %s. Or set CMUX_SSH_HOME to a directory of your own." % quote(path)
+    home = "set CMUX_SSH_HOME to a directory of your own."
     try:
         os.makedirs(path, 0o700, exist_ok=True)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
-        raise StateFailed("Cannot use the directory %s: %s." % (show(path), os.strerror(error.errno or 0)), hint)
+        raise StateFailed("Cannot use the directory %s: %s." % (show(path), os.strerror(error.errno or 0)), "Put that right, or " + home)
     try:
         status = os.fstat(fd)
     finally:
         os.close(fd)
     if status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        raise StateFailed("The directory %s is open to others." % show(path), hint)
+        raise StateFailed("The directory %s is open to others." % show(path), "If it is yours: chmod 700 %s. Or %s" % (quote(path), home))
     parent = os.path.dirname(os.path.realpath(path))
     while True:
         if not _trusted(os.stat(parent)):
-            raise StateFailed("Others can write to %s, above %s." % (show(parent), show(path)), hint)
+            raise StateFailed("Others can write to %s, above %s." % (show(parent), show(path)),
+                              "If it is yours: chmod go-w %s. Or %s" % (quote(parent), home))
         if parent == os.path.dirname(parent):
             return path
         parent = os.path.dirname(parent)
@@ -2163,6 +2169,7 @@ class History:
                     os.write(lock.fd, json.dumps(row).encode("ascii"))
                     return lock
             except (OSError, StateFailed):
+                lock.free()
                 self.made = False
         return None
 
@@ -5001,7 +5008,7 @@ class Logged:
             self.thread, self.began = _thread.get_ident(), time.monotonic()
             self.row["time"] = round(time.time(), 3)
             if self.op and self.row["operation"] in ("exec", "shell", "write", "edit", "start"):
-                self.project.touch(self.row["workspace"])
+                self.project.touch(self._name())
             if self.row["operation"] in ("exec", "new", "push", "pull", "diff", "shell"):
                 self._tell()
                 self.lock = self.project.history.begin(dict(self.row, op=self.op) if self.op else self.row)
@@ -5636,10 +5643,10 @@ class Creation:
     def _nearest(self, shadow: Shadow, reply: Reply) -> str:
         """The base on the host that differs least, if a delta against it is worth while; or "". Only one that
         was sent there before: a delta tells the names of what the base has and this tree has not."""
-        near, paths = {}, [path for _, _, path in shadow.listing(self.tree)]  # type: Dict[str, List[bytes]], List[bytes]
+        best, paths = "", [path for _, _, path in shadow.listing(self.tree)]
         if b".cmux-gone" in paths:
             return ""
-        whole, record = len(paths), self.project.registry.read()
+        whole, changed, record = len(paths), paths, self.project.registry.read()
         rows = record.get("sent", []) + [[entry["host"], entry["tree"]] for entry in record["workspaces"].values() if entry["state"] == "ready"]
         sent = {tree for host, tree in rows if host == self.host.name} - {self.tree}
         for line in [line[len("base "):] for line in reply.lines() if line.startswith("base ")][:8]:
@@ -5649,15 +5656,14 @@ class Creation:
                     paths = [path for _, _, _, path in shadow.changes(line, self.tree)]
                 except GitFailed:
                     continue  # a tree that this repository does not have
-                if not any(b"\n" in path or path == b".cmux-gone" for path in paths):
-                    near[line] = paths
-        best = min(near, key=lambda line: len(near[line]), default="")
-        if not best or len(near[best]) < whole / 2:
+                if (not best or len(paths) < len(changed)) and not any(b"\n" in path or path == b".cmux-gone" for path in paths):
+                    best, changed = line, paths
+        if not best or len(changed) < whole / 2:
             return best
-        if len(near[best]) > DELTA_FEW:  # the host is slow with so many
+        if len(changed) > DELTA_FEW:  # the host is slow with so many
             return ""
         sizes = shadow.sizes(self.tree)  # few files: what one of them has may be all there is
-        return best if sum(sizes.get(path, 0) for path in near[best]) < sum(sizes.values()) / 2 else ""
+        return best if sum(sizes.get(path, 0) for path in changed) < sum(sizes.values()) / 2 else ""
 
     def _left_out(self, shadow: Shadow, absent: Mapping[bytes, str]) -> None:
         """One line on what the repository has and the host does not get."""
@@ -6496,9 +6502,9 @@ class Pull:
                 return commits[:-1], False
             return commits, dirty
         except ResultRefused as error:
-            if "head" in self.pulled and "Try again" not in error.hint:  # not done from here: it is the agent's to say what is one
-                error.hint += " If it stands in an earlier commit there, make one of them: %s exec -w %s -- %s" % (
-                    PROGRAM, self.workspace.name, "'git reset --soft refs/cmux/base && git commit -m all'")
+            if "head" in self.pulled and "Try again" not in error.hint:  # not done from here: that could lose work
+                error.hint = "%s If only an earlier commit there has it, squash them: %s exec -w %s -- %s" % (
+                    error.hint.rstrip(".") + ".", PROGRAM, self.workspace.name, "'git reset --soft refs/cmux/base && git commit -m all'")
             raise
         finally:
             self.report.step(self.workspace.name, "being looked at")
@@ -6903,8 +6909,9 @@ class Workspace(WorkspaceBase):
     .workspace. The methods are the tools of the table below: arguments and results as there, and
     as in `batch`; exec() returns an ExecResult. Usable from threads. All raise HostError when the host
     cannot be reached, UsageError for a wrong argument (TypeError for one of a wrong type), RemoteFailed for
-    an answer that makes no sense, Cancelled when ``cancel`` is set (but exec(): see there). A path is relative to the workspace, or absolute; bytes that are no
-    UTF-8 stand in a str as Python's surrogateescape has them.
+    an answer that makes no sense, Cancelled when ``cancel`` is set (but exec(): see there). A path is
+    relative to the workspace, or absolute; bytes that are no UTF-8 stand in a str as Python's
+    surrogateescape has them.
     """
 
     @logged("read", lambda found, *args: len(found.data))
@@ -7589,8 +7596,13 @@ class Running:
 
     def status(self) -> Dict[str, Any]:
         state = "running" if not self.ended else "lost" if self.error else "exited"
-        row = {"job": self.id, "state": state, "exit_code": self.result.get("exit_code"), "size": self.size, "started": round(self.began, 3)}
+        row = {"job": self.id, "state": state, "exit_code": self.result.get("exit_code"), "size": self.size}
         return dict(row, error=str(self.error)) if self.error else row
+
+    def listed(self) -> Dict[str, Any]:
+        """As jobs() tells of those on a host."""
+        row = self.status()
+        return dict(row, output_size=row.pop("size"), command=self.command, started=round(self.began, 3))
 
     def logs(self, offset: int, limit: int) -> bytes:
         with self.news:
@@ -7746,8 +7758,7 @@ class McpServer(JsonRpc):
     def __init__(self, project: Project, workspace: str, host: str, write: Callable[[bytes, Cancel], None],
                  manage: bool = False, soft: float = MCP_SOFT) -> None:
         super().__init__(write)
-        self.project, self.workspace, self.host = project, workspace, host
-        self.op = ""                           # of the workspace, as last seen
+        self.project, self.workspace, self.host, self.op = project, workspace, host, ""  # op: the workspace's, as last seen
         self.manage, self.soft = manage, soft
         self.tools = dict(TOOLS, **MANAGE_TOOLS) if manage else TOOLS
         self.running: Dict[str, Running] = {}
@@ -7870,8 +7881,8 @@ class McpServer(JsonRpc):
         return ("For the user: " if re.search(r"`|\$| --?\w|%s" % PROGRAM, failure.hint) else "") + failure.hint
 
     def _tool(self, call: Call, tool: Tool, arguments: Any) -> str:
-        name = self.workspace
-        self.op = str(self.project.entries().get(name, {}).get("op", self.op))
+        self._bound(self.project.entries())  # before a first call that renames it
+        name = ""
         if self.manage and tool.name in TOOLS and isinstance(arguments, dict) and "workspace" in arguments:
             name = check_workspace(arguments["workspace"])
             arguments = {key: value for key, value in arguments.items() if key != "workspace"}
@@ -7893,24 +7904,30 @@ class McpServer(JsonRpc):
         else:
             result = tool.handler(workspace, cancel=call.cancel, **arguments)
         if tool.name == "jobs":
-            result["jobs"] += [dict(r.status(), command=r.command) for r in self.running.values() if r.workspace == workspace.op]
+            result["jobs"] += [r.listed() for r in list(self.running.values()) if r.workspace == workspace.op]
         if call.made:
-            result = dict(result, made="the workspace %s is new, of commit %s" % (workspace.name, workspace.base[:10]))
+            result["made"] = "the workspace %s is new, of commit %s" % (workspace.name, workspace.base[:10])
         return self._shown(tool.name, workspace.host.name, result, arguments)
 
     def host_of(self, name: str) -> str:
         return str(self.project.entries().get(name, {}).get("host", ""))
 
+    def _bound(self, entries: Mapping[str, Dict[str, Any]]) -> str:
+        """The name, now, of the workspace this is bound to: anybody may have renamed it."""
+        with self.mutex:
+            if self.workspace not in entries:
+                self.workspace = next((name for name, entry in entries.items() if entry["op"] == self.op), self.workspace)
+            self.op = entries.get(self.workspace, {}).get("op", self.op)
+            return self.workspace
+
     def _workspace(self, call: Call, name: str) -> Workspace:
-        """It, made if need be: once for all calls, and on beyond the end of any one of them, or a
-        client with a timeout of its own would begin a long upload again and again."""
-        own, entries = name == self.workspace, self.project.entries()
-        if own and name not in entries:  # it may have another name by now
-            name = self.workspace = next((other for other, entry in entries.items() if entry["op"] == self.op), name)
-        # Any other must be there: a slip of a name makes none.
-        entry, host = entries.get(name) if own else self.project.entry(name), self.host if own else ""
+        """That of a name ("": the one bound), made if need be: once for all calls, and on beyond the end of any one
+        of them, or a client with a timeout of its own would begin a long upload again and again."""
+        entries, own = self.project.entries(), name in ("", self.workspace)  # any other must be there: a slip of a name makes none
+        name, host = (self._bound(entries), self.host) if own else (name, "")
+        entry = entries.get(name) if own else self.project.entry(name)
         if entry and entry.get("init") != "pending":
-            return self.project.ensure(name, host)
+            return self.project.existing(name, host)  # one that is renamed just now is missing, and none is made
         with self.mutex:
             making = self.making.get(name)
             if making is None or making.ended:
@@ -8760,8 +8777,8 @@ class Bench:
             "master": plain, "cmux": lambda: ours("-m", os.path.basename(here)[:-3])})
 
     def many(self) -> Iterator[Row]:
-        """Commands a second: ssh over one master 10-way, as MaxSessions allows; ours 100-way. The bar is that of the
-        measurement it comes from (research/perf.md, W3), whose command sleeps a little, as work does that is elsewhere."""
+        """Commands a second: ssh over one master 10-way, as MaxSessions allows; ours 100-way. The bar comes from a measurement
+        with a command that sleeps a little, so it is put to that one."""
         import resource
         total, costs, job = 200 if self.quick else 600, [], "sleep 0.05; echo hi"
 
@@ -9326,13 +9343,13 @@ def command_new(options: argparse.Namespace) -> int:
 
 
 def print_table(rows: Sequence[Sequence[str]], spare: int = 0) -> None:
-    """Columns in line; on a terminal the widest are cut so that a row fits its width, the last first, if
-    it can ``spare`` what it has above so many characters; where it would have fewer it is left out."""
-    whole, width = max(map(len, table_lines([row[:-1] for row in rows], 1 << 16))) + 2 if spare else 0, terminal_width()
-    if whole + spare > width:
-        rows = [row[:-1] for row in rows]
-    elif spare:
-        rows = [[*row[:-1], row[-1] if len(row[-1]) <= width - whole else row[-1][:width - whole - 3] + "..."] for row in rows]
+    """Columns in line; on a terminal the widest are cut so that a row fits its width. With ``spare`` the last
+    column is cut before any other, to so many characters at least; where it cannot have them it is left out."""
+    width = terminal_width()
+    if spare:
+        rest = width - 2 - max(map(len, table_lines([row[:-1] for row in rows], 1 << 16)))  # what the others leave to it
+        fits = rest >= min(spare, max(len(row[-1]) for row in rows))
+        rows = [[*row[:-1], row[-1] if len(row[-1]) <= rest else row[-1][:rest - 3] + "..."] if fits else row[:-1] for row in rows]
     print_text("\n".join(table_lines(rows, width)))
 
 
