@@ -6265,6 +6265,7 @@ def test_a_delta_goes_by_bytes_where_there_are_few_files(site: Site) -> None:
     assert repo.cli("new", "-H", "box", "one").code == 0
     for turn in range(3):
         repo.write("t", b"%d" % turn)
+        repo.write("README", b"%d" % turn)  # two of three files: few bytes, but most of them
         repo.commit()
         assert repo.cli("push", "-w", "one").code == 0
         assert [row["bytes"] < 50000 for row in map(json.loads, repo.cli("history", "--json").text.split("\n")[:-1]) if row["operation"] == "push"][-1]
@@ -6335,6 +6336,23 @@ def test_nothing_is_said_of_head_where_a_workspace_has_it_and_more(repo: Repo) -
     assert terminal.wait() == 0 and b"push brings it there" in terminal.output
 
 
+def test_a_secret_that_another_process_changes_is_the_new_one_at_once_and_masked(repo: Repo) -> None:
+    assert in_library(repo, """
+import subprocess
+project = cmux_ssh.Project(".")
+workspace = project.create("main", "box")
+def change(*words, value=None):
+    subprocess.run([sys.executable, cmux_ssh.__file__, "secrets", *words], input=value, check=True, stdout=subprocess.DEVNULL)
+for value in (b"first-value", b"second-value"):
+    change("set", "TOKEN", value=value)
+    print(workspace.exec("printf %s $TOKEN; : " + value.decode()).stdout.decode())
+change("rm", "TOKEN")
+print(repr(workspace.exec("printf %s $TOKEN").stdout))
+""") == "first-value\nsecond-value\nb''\n"
+    told = repo.cli("history", "--json").text
+    assert told.count("[secret TOKEN]") == 2 and "-value" not in told
+
+
 def test_list_says_pulled_until_something_is_begun(repo: Repo) -> None:
     def state() -> str:
         found: str = repo.cli("list", "--json").json[0]["state"]
@@ -6392,6 +6410,7 @@ def test_a_state_directory_open_to_others_is_a_finding_and_never_to_be_removed(r
         answer, looked = repo.cli("list"), repo.cli("doctor", "box", "--json")
         refused(answer, 1, words="is open to others")
         assert "chmod 700 " + str(repo.site.state) in answer.said and "emove" not in answer.said and states(looked)["state"] == "bad" and looked.code == 1
+        assert looked.json[-1]["what"] == "state", "said once"
     finally:
         repo.site.state.chmod(0o700)
     above = repo.site.dir / "above"
