@@ -1616,11 +1616,11 @@ def kill_group(process: Process) -> None:
 
 
 def run(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, stdin: bytes = b"",
-        limit: int = REPLY_MAX, patience: float = 60, cwd: Optional[str] = None
-        ) -> Tuple[int, bytes, bytes]:
+        limit: int = REPLY_MAX, patience: float = 60, cwd: Optional[str] = None,
+        cancel: Optional[Cancel] = None) -> Tuple[int, bytes, bytes]:
     """Run a short local command: (status, stdout, stderr), each at most ``limit`` bytes.
 
-    Raises UsageError when it cannot start, CmuxError when it is too slow or too loud.
+    Raises UsageError when it cannot start, CmuxError when it is too slow or too loud, Cancelled.
     """
     process = spawn(argv, env, stdin=-1, stdout=-1, stderr=-1, cwd=cwd)
     assert process.stdin and process.stdout and process.stderr
@@ -1630,7 +1630,7 @@ def run(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, stdin: byt
         for fd in sinks:
             os.set_blocking(fd, False)
         os.set_blocking(process.stdin.fileno(), False)
-        pump(sinks, process.stdin, stdin, Deadline(patience), limit)
+        pump(sinks, process.stdin, stdin, Deadline(patience), limit, cancel)
         return process.wait(timeout=patience), bytes(out), bytes(err)
     except BaseException:
         kill_group(process)
@@ -1640,10 +1640,11 @@ def run(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, stdin: byt
             stream.close()
 
 
-def pump(sinks: Mapping[int, bytearray], stdin: Optional[IO[bytes]], data: bytes, deadline: Deadline, limit: int) -> None:
+def pump(sinks: Mapping[int, bytearray], stdin: Optional[IO[bytes]], data: bytes, deadline: Deadline, limit: int,
+         cancel: Optional[Cancel] = None) -> None:
     """Write ``data`` to ``stdin`` and fill ``sinks`` (by descriptor) until all have ended."""
     poller, view, open_fds = select.poll(), memoryview(data), set(sinks)
-    for fd in sinks:
+    for fd in list(sinks) + ([cancel.fileno()] if cancel else []):
         poller.register(fd, select.POLLIN)
     if stdin is not None and not data:
         stdin.close()
@@ -1651,6 +1652,8 @@ def pump(sinks: Mapping[int, bytearray], stdin: Optional[IO[bytes]], data: bytes
         poller.register(stdin.fileno(), select.POLLOUT)
     while open_fds:
         ready = poller.poll(deadline.capped(3600) * 1000)
+        if cancel:
+            cancel.check()
         if not ready and deadline.over():
             raise CmuxError("A local command did not end in time.")
         for fd, _ in ready:
@@ -2226,16 +2229,18 @@ def all_projects() -> Iterator[Dict[str, Any]]:
                 yield check_record(value, path)
 
 
-def secret_values(registry: Registry) -> Dict[str, bytes]:
+def secret_values(registry: Registry, cancel: Optional[Cancel] = None) -> Dict[str, bytes]:
     """The project's secrets, commands run now (by the user's shell, as typed by the user).
 
-    Raises CmuxError naming the secret, never its value.
+    Raises CmuxError naming the secret, never its value; Cancelled.
     """
     values: Dict[str, bytes] = {}
     for name, entry in registry.secrets().items():
         if "command" in entry:
             try:
-                status, out, _ = run(["/bin/sh", "-c", entry["command"]], limit=SECRET_MAX, patience=120)
+                status, out, _ = run(["/bin/sh", "-c", entry["command"]], limit=SECRET_MAX, patience=120, cancel=cancel)
+            except Cancelled:
+                raise
             except CmuxError as error:
                 raise CmuxError("The command for the secret %s: %s" % (name, error), error.hint)
             if status != 0:
@@ -5786,10 +5791,10 @@ class WorkspaceBase:
         return {"name": self.name, "host": self.host.name, "path": self.path, "base": self.base,
                 "created": self.created, "project": self.project.name, "state": self.state}
 
-    def environment(self, extra: Optional[Mapping[str, str]] = None) -> bytes:
+    def environment(self, extra: Optional[Mapping[str, str]] = None, cancel: Optional[Cancel] = None) -> bytes:
         """The header records of a command's environment: ours, the secrets, then ``extra``."""
         values: Dict[str, Union[str, bytes]] = {"CMUX_WORKSPACE": self.name, "CMUX_PROJECT": self.project.name}
-        secrets = secret_values(self.project.registry)
+        secrets = secret_values(self.project.registry, cancel)
         values.update(secrets)
         self.project.hand_over(secrets)
         for name, value in (extra or {}).items():
@@ -5807,7 +5812,10 @@ class WorkspaceBase:
         check_command(command)
         if timeout is not None and not 0 < timeout < 1e8:
             raise UsageError("timeout takes a number of seconds above 0, and below 100000000.")
-        records = self.environment(env) + command_records(command, login, source is not None)
+        try:
+            records = self.environment(env, cancel) + command_records(command, login, source is not None)
+        except Cancelled:  # while a secret's command ran
+            return Outcome(status=None, stopped="confirmed", reason="cancel")
         directory = os.path.join(self.path, cwd) if cwd else self.path
         with Logged(self.project, "exec", self.name, self.host.name, command, self.op) as entry:
             def counted(sink: Callable[[bytes], Any]) -> Callable[[bytes], None]:
@@ -6478,7 +6486,7 @@ class Pull:
         importer = Importer(self.shadow)
         incoming = None
         try:
-            secrets = secret_values(self.workspace.project.registry)
+            secrets = secret_values(self.workspace.project.registry, self.cancel)
             harvest = Harvest(importer, lambda path: path in self.sent(), secrets)
             sha1 = len(self.base) == 40
             incoming = Incoming(self.workspace.host, self.cancel, PULL, self.workspace.root, self.entry["project"],
@@ -7039,7 +7047,7 @@ class Workspace(WorkspaceBase):
         WorkspaceMissing."""
         check_command(command)
         job = "j" + os.urandom(4).hex()
-        records = record("_cd", os.path.join(self.path, cwd) if cwd else self.path) + self.environment(env) + record("_cu", "022")
+        records = record("_cd", os.path.join(self.path, cwd) if cwd else self.path) + self.environment(env, cancel) + record("_cu", "022")
         if isinstance(command, str) or login:
             records += record("_cq", "-lc" if login else "-c")
             records += record("_cx", command if isinstance(command, str) else 'exec "$@"')

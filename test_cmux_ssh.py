@@ -4558,6 +4558,25 @@ print(result.exit_code)
 """) == "3\n"
 
 
+def test_library_a_cancel_reaches_the_command_that_makes_a_secret(shared: Repo) -> None:
+    nap = unique()
+    assert shared.cli("secrets", "set", "SLOW", "--command", f"exec sleep {nap}").code == 0
+    try:
+        assert in_library(shared, """
+workspace = cmux_ssh.Project(".").workspace("main")
+for call in (lambda cancel: workspace.exec("echo ran", cancel=cancel).exit_code, lambda cancel: workspace.start("true", cancel=cancel)):
+    cancel = cmux_ssh.Cancel()
+    threading.Timer(0.5, cancel.set).start()
+    try:
+        print(call(cancel))
+    except cmux_ssh.Cancelled:
+        print("cancelled")
+""", nap) == "130\ncancelled\n"
+    finally:
+        assert shared.cli("secrets", "rm", "SLOW").code == 0
+    gone(f"sleep {nap}")
+
+
 def test_library_cancel_from_another_thread_ends_the_command(shared: Repo) -> None:
     nap = unique()
     assert in_library(shared, """
