@@ -4206,15 +4206,29 @@ class Repository:
         """A shadow whose object ids are like ``example``."""
         return Shadow(self, "sha256" if len(example) == 64 else "sha1")
 
-    def value_of(self, ref: str) -> str:
-        """The commit a full ref name stands for; "" where there is none."""
+    def value_of(self, ref: str, kind: str = "^{commit}") -> str:
+        """The commit (or other object) a full ref name stands for; "" where there is none."""
         try:
-            return self._git("rev-parse", "--verify", "-q", ref + "^{commit}").decode().strip()
+            return self._git("rev-parse", "--verify", "-q", ref + kind).decode().strip()
         except GitFailed:
             return ""
 
     def worktree(self) -> str:
         return self._git("rev-parse", "--show-toplevel").decode("utf-8", "surrogateescape").rstrip("\n")
+
+    def state_within(self, top: str) -> str:
+        """Where the state directory lies in the work tree ``top`` (a home may be a repository); "" if it does not."""
+        own = os.path.relpath(os.path.realpath(state_home()), os.path.realpath(top))
+        return "" if own.split("/")[0] == ".." else own
+
+    def refuse_state(self, commit: str) -> None:
+        """Raise UsageError if a commit holds the state directory, and with it the secrets."""
+        if self._git("rev-parse", "--is-bare-repository") == b"true\n":
+            return
+        own = self.state_within(self.worktree())
+        if own and self.value_of("%s:%s" % (commit, own), ""):
+            raise UsageError("Nothing was sent: %s, where %s keeps the secrets, is in the commit %s." % (show(own), PROGRAM, commit[:12]),
+                             "Take it out of git (git rm -r --cached), or set CMUX_SSH_HOME to another directory.")
 
     def uncommitted(self, shadow: Shadow) -> int:
         """How many tracked files differ from the index, or the index from HEAD."""
@@ -4239,11 +4253,10 @@ class Repository:
             links = [row.partition(b"\t")[2] for row in shadow.records("ls-files", "-s", "-z") if row.startswith(b"160000 ")]
             here = ("-C", top, "--work-tree=.")
             try:
-                own = os.path.relpath(os.path.realpath(state_home()), os.path.realpath(top))  # a home may be a repository
-                if own.split("/")[0] != ".." and not run(shadow.argv(*here, "check-ignore", "-q", "--", own), shadow.env)[0]:
-                    own = ".."  # add says so, and fails, where an excluded path is ignored already
-                shadow.call(*here, "add", "-A", "--", ".", *(":(exclude,literal)" + path for path in [*map(os.fsdecode, links), own]
-                                                             if path.split("/")[0] != ".."))
+                own = self.state_within(top)
+                if own and not run(shadow.argv(*here, "check-ignore", "-q", "--", own), shadow.env)[0]:
+                    own = ""  # add says so, and fails, where an excluded path is ignored already
+                shadow.call(*here, "add", "-A", "--", ".", *(":(exclude,literal)" + path for path in [*map(os.fsdecode, links), own] if path))
             except GitFailed as error:
                 raise self._nested(shadow, here, links) or error
             shadow.call(*here, "update-index", "--remove", "-z", "--stdin", stdin=b"".join(path + b"\0" for path in links))
@@ -5567,6 +5580,7 @@ class Creation:
         self.host = project.host(host)
         self.root = root
         self.commit, tree = project.repository.resolve(ref)
+        project.repository.refuse_state(self.commit)
         self.parts = project.parts(tree)
         self.tree = self.parts.tree
         self.place, self.head = project.remote_name, ref == "HEAD"

@@ -8574,6 +8574,19 @@ def test_dirty_where_the_state_lies_in_the_repository_and_is_ignored(repo: Repo)
     assert made.code == 0, made
 
 
+def test_a_committed_state_directory_is_not_sent(repo: Repo) -> None:
+    home = Repo(repo.site, name="home/kept")
+    env = {"CMUX_SSH_HOME": str(home.dir / "st" / "cmux-ssh")}
+    clean = home.commit()
+    assert home.cli("secrets", "set", "TOK", stdin=b"valuevalue", env=env).code == 0
+    home.git("add", "-f", "st")
+    home.git("commit", "-q", "-m", "everything")
+    for words in (("new", "main"), ("new", "--dirty", "main")):
+        refused(home.cli(*words, "-H", "box", env=env), 2, words="in the commit")
+    assert home.cli("new", "-H", "box", "--ref", clean, "main", env=env).code == 0
+    refused(home.cli("push", "-w", "main", env=env), 2, words="in the commit")
+
+
 def test_rm_with_its_host_removes_an_unfinished_workspace(repo: Repo) -> None:
     assert repo.cli("new", "-H", "box", "main").code == 0
     (file,) = (repo.site.state / "projects").glob("*.json")
