@@ -2160,10 +2160,10 @@ class History:
         return found[::-1]
 
     def begin(self, row: Mapping[str, Any]) -> Optional[Lock]:
-        """A record that lasts until end(), or until this process dies."""
+        """A record that lasts until it is freed, or until this process dies."""
         import json
-        lock = Lock(os.path.join(self.running, "%d.%s" % (os.getpid(), os.urandom(4).hex())))
-        for _ in range(2):  # the directory may have been removed since it was made
+        lock = Lock(os.path.join(self.running, "%d.%s" % (os.getpid(), os.urandom(4).hex())), passing=True)
+        for _ in range(4):  # the directory may have been removed since it was made; now() may take the file for a dead one's
             try:
                 if not self.made:
                     os.makedirs(self.running, 0o700, exist_ok=True)
@@ -2176,21 +2176,15 @@ class History:
                 self.made = False
         return None
 
-    @staticmethod
-    def end(lock: Optional[Lock]) -> None:
-        if lock:
-            remove_file(lock.path)
-            lock.free()
-
     def now(self) -> List[Dict[str, Any]]:
         """What runs now, oldest first. Records of processes that died are cleared away."""
         import json
         rows = []
         for name in os.listdir(self.running) if os.path.isdir(self.running) else []:
-            lock = Lock(os.path.join(self.running, name))
+            lock = Lock(os.path.join(self.running, name), passing=True)
             try:
                 if lock.take():
-                    self.end(lock)
+                    lock.free()
                     continue
                 row = json.loads((read_bytes(lock.path, 64 * 1024) or b"").decode("ascii"))
                 if isinstance(row, dict) and isinstance(row.get("time"), (int, float)):
@@ -5040,7 +5034,8 @@ class Logged:
             self.row["workspace"] = self._name()
             code = self.code if error is None else getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
             self.project.history.append(dict(self.row, duration=round(time.monotonic() - self.began, 3), exit_code=code, bytes=self.size))
-            self.project.history.end(self.lock)
+            if self.lock:
+                self.lock.free()
 
     def _name(self) -> str:
         """The workspace's name now: it may have been renamed meanwhile."""

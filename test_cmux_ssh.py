@@ -3042,6 +3042,26 @@ workspace.stop(job)
 """))
 
 
+def test_a_record_of_what_runs_is_not_taken_for_a_dead_ones_as_it_is_made(repo: Repo) -> None:
+    assert in_library(repo, """
+import os
+history = cmux_ssh.Project(".").history
+history.begin({"time": 1.0}).free()
+child = os.fork()
+if not child:
+    while True:
+        history.now()
+try:
+    for _ in range(3000):
+        lock = history.begin({"time": 1.0})
+        assert os.path.samestat(os.fstat(lock.fd), os.stat(lock.path))
+        lock.free()
+finally:
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+""") == ""
+
+
 def test_an_interrupt_as_an_operation_begins_does_not_end_the_history(repo: Repo) -> None:
     assert in_library(repo, """
 project = cmux_ssh.Project(".")
