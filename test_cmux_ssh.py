@@ -60,6 +60,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE / "cmux_ssh.py"
+PYPY = sys.implementation.name == "pypy"  # its memory is larger, its stack is smaller
+DEEP = 200 if PYPY else 900
 PATIENCE = 20.0  # seconds for anything that should take one: slow machines fail late, fast ones never
 SHELLS = ("bash", "dash", "zsh", "fish", "tcsh", "ksh", "mksh", "busybox")
 BINARY = bytes(range(256)) * 3 + b"\0\xff\xfe no final newline"
@@ -7906,7 +7908,7 @@ def test_mcp_a_client_that_stops_reading_does_not_grow_it(shared: Repo) -> None:
                 quiet += 1
                 time.sleep(0.05)
         assert sent < 5000, "it stops reading when nobody reads its answers"
-        assert int(re.search(rb"VmHWM:\s+(\d+)", slurp(f"/proc/{child.pid}/status") or b"VmHWM: 0").group(1)) < 100 * 1024  # type: ignore[union-attr]
+        assert int(re.search(rb"VmHWM:\s+(\d+)", slurp(f"/proc/{child.pid}/status") or b"VmHWM: 0").group(1)) < (200 if PYPY else 100) * 1024  # type: ignore[union-attr]
     finally:
         child.kill()
         child.communicate()
@@ -7929,7 +7931,7 @@ def test_mcp_ten_thousand_calls_leave_memory_flat(shared: Repo) -> None:
         rounds(20)
         before = memory()
         rounds(180)
-        assert memory() - before < 6 * 1024, (before, memory())
+        assert memory() - before < (30 if PYPY else 6) * 1024, (before, memory())
         assert not os.path.isdir("/proc/self/fd") or len(os.listdir(f"/proc/{client.child.pid}/fd")) < 100
 
 
@@ -8296,7 +8298,7 @@ def test_mcp_damaged_state_is_said_in_every_answer_and_ends_nothing(repo: Repo, 
         client.post("tools/call", {"name": "exec", "arguments": {"command": "true"}})
 
 
-@pytest.mark.parametrize("value", ["1e400", "-1e400", "[" * 900 + "]" * 900, '{"a":' * 900 + "1" + "}" * 900, '"\\ud800"', '"' + "x" * 100000 + '"', "12345678901234567890"], ids=["huge", "negative", "lists", "objects", "surrogate", "long", "digits"])
+@pytest.mark.parametrize("value", ["1e400", "-1e400", "[" * DEEP + "]" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP, '"\\ud800"', '"' + "x" * 100000 + '"', "12345678901234567890"], ids=["huge", "negative", "lists", "objects", "surrogate", "long", "digits"])
 def test_mcp_odd_values_everywhere_give_one_line_of_real_json(mcp: Mcp, value: str) -> None:
     places = ('"method":"tools/list","params":{"_meta":{"io.modelcontextprotocol/protocolVersion":%s}}',
               '"method":"initialize","params":{"protocolVersion":%s}', '"method":"tools/call","params":{"name":%s}',
