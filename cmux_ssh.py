@@ -5478,13 +5478,16 @@ class ProjectBase(ProjectState):
             self.registry.update(pushed)
             return True
 
-    def gc(self) -> Tuple[Dict[str, int], List[CmuxError]]:
-        """Free trash, leftovers and old bases on every host that has or had a workspace of the project:
-        (bytes by host, why it did not go with others)."""
+    def gc(self, only: Optional[str] = None) -> Tuple[Dict[str, int], List[CmuxError]]:
+        """Free trash, leftovers and old bases on every host that has or had a workspace of the project, or on one
+        of them: (bytes by host, why it did not go with others). Raises UsageError for another host."""
         used = {(entry["host"], entry["root"]) for entry in self.entries().values()}
+        places = [place for place in sorted(used.union(map(tuple, self.registry.read().get("places", [])))) if only in (None, place[0])]
+        if only and not places:
+            raise UsageError("No workspace of this project is or was on %s." % show(only), "See `%s list`." % PROGRAM)
         freed: Dict[str, int] = {}
         failed: List[CmuxError] = []
-        for host, root in sorted(used.union(map(tuple, self.registry.read().get("places", [])))):
+        for host, root in list(places):
             try:
                 with Logged(self, "gc", "", host):
                     reply = self.host(host).call(GC, root)
@@ -5493,10 +5496,11 @@ class ProjectBase(ProjectState):
                     raise RemoteFailed("%s did not say what it freed." % host)
             except CmuxError as error:  # the other hosts all the same
                 failed.append(error)
+                places.remove((host, root))
                 continue
             freed[host] = freed.get(host, 0) + max(0, int(reply.stdout)) * 1024
-        self.registry.update(lambda record: record.update(places=[place for place in record.get("places", []) if (
-            place[0] not in freed or tuple(place) in used)]))
+        self.registry.update(lambda record: record.update(places=[
+            place for place in record.get("places", []) if tuple(place) not in places or tuple(place) in used]))
         return freed, failed
 
     def _sent(self, entry: Dict[str, Any]) -> str:
@@ -9403,17 +9407,21 @@ def command_history(options: argparse.Namespace) -> int:
 
 
 class Top:
-    """What `top` knows of each workspace: asked for side by side, so that no host holds up the others."""
+    """What `top` knows of each workspace (on one host, or on any): asked for side by side, so that no host
+    holds up the others."""
 
-    def __init__(self, project: Project) -> None:
-        self.project = project
+    def __init__(self, project: Project, host: Optional[str] = None) -> None:
+        self.project, self.host = project, host
         self.seen: Dict[str, Dict[str, Any]] = {}
         self.asked: Set[str] = set()
+
+    def _entries(self) -> List[Tuple[str, Dict[str, Any]]]:
+        return sorted((name, entry) for name, entry in self.project.entries().items() if self.host in (None, entry["host"]))
 
     def ask(self) -> None:
         """Start asking every host that has answered its last question."""
         import threading
-        for name in self.project.entries():
+        for name, _ in self._entries():
             if name not in self.asked:
                 self.asked.add(name)
                 threading.Thread(target=self._look, args=(name,), daemon=True).start()
@@ -9439,7 +9447,7 @@ class Top:
                 last[row.get("to", row.get("detail"))] = last.pop(row.get("workspace"), None)
         running = self.project.running_now()
         rows = []
-        for name, entry in sorted(self.project.entries().items()):
+        for name, entry in self._entries():
             seen = self.seen.get(name, {"changed": None, "jobs": [], "error": None})
             doing = [{"what": row["operation"], "detail": str(row.get("detail", "")), "for": round(now - row["time"], 1)}
                      for row in running if row.get("workspace") == name]
@@ -9462,7 +9470,7 @@ class Top:
 
 def command_top(options: argparse.Namespace) -> int:
     project = open_project(options)
-    top = Top(project)
+    top = Top(project, options.host)
     top.ask()
     if options.json or not (os.isatty(0) and os.isatty(1)):
         patience = Deadline(TOP_PATIENCE)
@@ -9685,7 +9693,7 @@ def command_move(options: argparse.Namespace, script: str) -> int:
 
 
 def command_gc(options: argparse.Namespace) -> int:
-    freed, failed = open_project(options).gc()
+    freed, failed = open_project(options).gc(options.host)
     answer(options, freed, *("%s: freed %s" % (host, human_size(count)) for host, count in freed.items()))
     for error in failed:
         report_error(error)
@@ -10128,7 +10136,7 @@ COMMANDS: Dict[str, Command] = {
     "rename": Command(
         lambda options: command_move(options, RENAME), "give a workspace another name", "rename -w fix-login login",
         Option("name", metavar="NAME", help="the new name")),
-    "gc": Command(command_gc, "free trash, leftovers and old bases on this project's hosts", "gc", lacks="Hw"),
+    "gc": Command(command_gc, "free trash, leftovers and old bases on this project's hosts", "gc", lacks="w"),
     "diff": Command(
         command_diff, "what a workspace changed against its base; creates nothing", "diff -w fix-login --stat",
         Option("--stat", action="store_true", help="only how much, by file")),
@@ -10177,7 +10185,7 @@ COMMANDS: Dict[str, Command] = {
     "history": Command(
         command_history, "what was done: operations with time, duration, exit code and bytes", "history -w fix-login",
         Option("-n", dest="count", type=int, default=50, metavar="N", help="the last N (50; 0: all)"), lacks="H"),
-    "top": Command(command_top, "a live view of the workspaces and what runs in them", "top", lacks="Hw"),
+    "top": Command(command_top, "a live view of the workspaces and what runs in them", "top", lacks="w"),
     "completion": Command(
         command_completion, "the completion script for a shell", 'completion bash >> ~/.bashrc',
         Option("shell", choices=["bash", "zsh", "fish"], help="it goes to stdout"), lacks="CHw"),

@@ -6546,9 +6546,19 @@ def test_a_host_that_is_gone_for_good_can_be_forgotten_and_gc_visits_every_place
     registry.write_text(registry.read_text().replace('"box"', '"nowhere.invalid"', 1).replace('"host": "box"', '"host": "nowhere.invalid"'))
     refused = repo.cli("rm", "--force", "lost")
     assert refused.code == 255 and "rm --forget lost" in refused.said and "lost" in repo.workspaces(), refused
+    elsewhere = repo.cli("gc", "-H", "far")
+    assert elsewhere.code == 2 and "is or was on 'far'" in elsewhere.said, elsewhere
     cleared = repo.cli("gc")
     assert cleared.code == 255 and "box: freed" in cleared.text and "nowhere.invalid" in cleared.said, cleared
     assert repo.cli("rm", "--forget", "lost").code == 0 and not repo.workspaces() and path.exists()
+
+
+def test_gc_and_top_go_by_their_host(repo: Repo) -> None:
+    repo.site.line("far")
+    assert repo.cli("new", "-H", "box", "one").code == 0 and repo.cli("new", "-H", "far", "two").code == 0
+    assert [row["workspace"] for row in repo.cli("top", "--json", "-H", "far").json] == ["two"]
+    cleared = repo.cli("gc", "-H", "far")
+    assert cleared.code == 0 and "far: freed" in cleared.text and "box" not in cleared.text, cleared
 
 
 def test_dirty_takes_the_work_tree_along_but_no_secrets(repo: Repo) -> None:
