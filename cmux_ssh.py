@@ -188,13 +188,7 @@ class CmuxError(Exception):
         self.hint = hint or self.default_hint
 
     def __reduce__(self) -> Any:  # as it is, whatever a subclass takes to be made: pools of processes pickle errors
-        return _unpickled, (type(self), self.args, self.__dict__)
-
-
-def _unpickled(kind: Type[CmuxError], words: Tuple[Any, ...], fields: Dict[str, Any]) -> CmuxError:
-    error = kind.__new__(kind, *words)
-    error.__dict__.update(fields)
-    return error
+        return type(self).__new__, (type(self), *self.args), self.__dict__
 
 
 class UsageError(CmuxError):
@@ -448,37 +442,43 @@ class Cancel:
         self.close()
 
 
-class Capture:
-    """Bytes of one stream, bounded: the first and the last half of ``limit`` are kept."""
+def nap(seconds: float, deadline: Deadline, cancel: Optional[Cancel]) -> bool:
+    """Sleep; False if the deadline comes first. Raises Cancelled."""
+    end = Deadline(max(0.0, seconds))
+    while not end.over():
+        if cancel:
+            cancel.check()
+        if deadline.over():
+            return False
+        time.sleep(deadline.capped(end.capped(0.1)))
+    return True
 
-    def __init__(self, limit: int = CAPTURE_MAX) -> None:
-        self.half = max(1, limit // 2)
+
+class Capture:
+    """Bytes of one stream, bounded: the first and the last half of ``limit`` are kept; over ``most`` is a flood."""
+
+    def __init__(self, limit: int = CAPTURE_MAX, most: int = 1 << 62) -> None:
+        self.half, self.most = max(1, limit // 2), most
         self.head = bytearray()
-        self.tail: List[bytes] = []
-        self.tail_size = 0
+        self.tail = bytearray()
         self.total = 0
 
     def __call__(self, data: bytes) -> None:
         self.total += len(data)
+        if self.total > self.most:
+            raise RemoteFailed("The host answered more than was asked for.")
         room = self.half - len(self.head)
-        if room > 0:
-            self.head += data[:room]
-            data = data[room:]
-        if not data:
-            return
-        self.tail.append(data)
-        self.tail_size += len(data)
-        while self.tail_size - len(self.tail[0]) >= self.half:
-            self.tail_size -= len(self.tail.pop(0))
-        if len(self.tail) > 4096:  # many tiny writes: one join now and then
-            self.tail = [b"".join(self.tail)]
+        self.head += data[:room]
+        self.tail += data[room:]
+        if len(self.tail) > self.half + CHUNK:
+            del self.tail[:-self.half]
 
     @property
     def truncated(self) -> bool:
-        return self.total > len(self.head) + min(self.tail_size, self.half)
+        return self.total > len(self.head) + min(len(self.tail), self.half)
 
     def value(self) -> bytes:
-        tail = b"".join(self.tail)[-self.half:]
+        tail = bytes(self.tail[-self.half:])
         if not self.truncated:
             return bytes(self.head) + tail
         lost = self.total - len(self.head) - len(tail)
@@ -572,18 +572,12 @@ def number(text: str) -> int:
 
 # C0, DEL, C1, bidirectional controls, zero-width and tag characters. With ESC itself escaped no
 # sequence (OSC 52, DCS, CSI, charset switch) can form, so no parser is needed.
-_HARMLESS: Dict[int, str] = {}
-
-
+@functools.lru_cache(maxsize=None)
 def _harmless() -> Dict[int, str]:
-    if not _HARMLESS:
-        _HARMLESS.update({c: "^" + chr(c ^ 64) for c in list(range(32)) + [127] if c not in (9, 10)})
-        odd = [0x61C, 0x180E, 0xFEFF] + list(range(0x200B, 0x2010)) + list(range(0x2028, 0x202F))
-        odd += list(range(0x2060, 0x2070)) + list(range(0xFFF9, 0xFFFC))
-        odd += list(range(0xE0000, 0xE0080))
-        _HARMLESS.update({c: "\\x%02x" % c for c in range(0x80, 0xA0)})
-        _HARMLESS.update({c: "\\u%04x" % c for c in odd + list(range(0xD800, 0xE000))})
-    return _HARMLESS
+    odd = [0x61C, 0x180E, 0xFEFF, *range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 0x2070), *range(0xFFF9, 0xFFFC),
+           *range(0xD800, 0xE000), *range(0xE0000, 0xE0080)]
+    return {**{c: "^" + chr(c ^ 64) for c in (*range(32), 127) if c not in (9, 10)},
+            **{c: "\\x%02x" % c for c in range(0x80, 0xA0)}, **{c: "\\u%04x" % c for c in odd}}
 
 
 def neutralise(data: Union[bytes, str]) -> str:
@@ -647,6 +641,22 @@ def human_size(count: float) -> str:
             return "%d %s" % (count, unit) if unit == "bytes" else "%.1f %s" % (count, unit)
         count /= 1000.0
     raise AssertionError
+
+
+def overlap(data: bytes, value: bytes, first: bool) -> int:
+    """The bytes at one end of ``data`` that are the other end of ``value``, and not all of it."""
+    if first:
+        data, value = data[:len(value)][::-1], value[::-1]
+    at = data.find(value[:1], max(0, len(data) - len(value) + 1))
+    tail = data[at:] if at >= 0 else b""
+    most, size, borders, text = len(tail), 0, [0], value[:len(tail)] + tail
+    for at in range(1, len(text)):  # by Knuth, Morris and Pratt: the host may repeat the beginning of a long secret
+        size = size if at != most else 0
+        while size and value[size] != text[at]:
+            size = borders[size - 1]
+        size += value[size] == text[at]
+        borders.append(size)
+    return size
 
 
 # === 6. Remote scripts ===
@@ -1516,22 +1526,30 @@ def script_records(script: str, *arguments: str, ahead: bool = False) -> bytes:
         ".", '%s "$@" 2>&4; _cr=$?' % (known or "_cop"))
 
 
-def command_records(command: Union[str, Sequence[str]], login: bool, stdin: bool) -> bytes:
-    """The records that run the user's command: a shell line, or an exact argv."""
-    if any(len(encoded(word)) > ARGUMENT_MAX for word in ([command] if isinstance(command, str) else command)):
+def check_command(command: object) -> Tuple[str, Sequence[str]]:
+    """(the shell line, its words): of a command that is a line, or an exact argv. Raises UsageError."""
+    if not isinstance(command, (str, list, tuple)) or not command or not command[0]:
+        raise UsageError("No command was given: a line of text, or a list of words.", "For example: %s exec -- make test" % PROGRAM)
+    words = [] if isinstance(command, str) else command
+    if any(len(encoded(word)) > ARGUMENT_MAX for word in words or [command]):
         raise UsageError("A word of the command is larger than %s." % human_size(ARGUMENT_MAX),
                          "Write it to a file in the workspace, or pass it on stdin.")
-    if not isinstance(command, str) and len(command) * sum(map(len, command)) > ARGV_WORK_MAX:
-        raise UsageError("The command has too many words (%d)." % len(command),
+    if len(words) * sum(map(len, words)) > ARGV_WORK_MAX:
+        raise UsageError("The command has too many words (%d)." % len(words),
                          "Write them to a file in the workspace, and use xargs there.")
-    parts = [record("_cl", "" if stdin else "life")]
-    if isinstance(command, str):
-        parts += [record("_cq", "-lc" if login else "-c"), record("_cx", command)]
-    else:
-        if login:
-            parts += [record("_cq", "-lc"), record("_cx", 'exec "$@"')]
-        parts += [record("@", word) for word in command]
-    return b"".join(parts) + record(".", '_crun "$@"')
+    return command if isinstance(command, str) else 'exec "$@"', words
+
+
+def line_records(line: str, words: Sequence[str], login: bool) -> bytes:
+    """The records of what a shell runs: none for an argv that no profile is read for."""
+    return b"" if words and not login else record("_cq", "-lc" if login else "-c") + record("_cx", line)
+
+
+def command_records(command: object, login: bool, stdin: bool) -> bytes:
+    """The records that run the user's command."""
+    line, words = check_command(command)
+    return b"".join([record("_cl", "" if stdin else "life"), line_records(line, words, login), *(
+        record("@", word) for word in words), record(".", '_crun "$@"')])
 
 
 # === 7. Processes ===
@@ -1543,7 +1561,7 @@ if TYPE_CHECKING:
     Process = subprocess.Popen[bytes]
 
 
-def find_program(name: str) -> str:
+def find_program(name: str, more: Sequence[str] = ()) -> str:
     """The absolute path of ``name`` in $PATH. Relative entries of PATH are passed over: a
     repository must not bring its own ssh or git. Raises UsageError."""
     if "/" in name:
@@ -1551,7 +1569,7 @@ def find_program(name: str) -> str:
             return os.path.abspath(name)
         except FileNotFoundError:
             raise UsageError("The current directory is gone, and %s is named from there." % show(name), "Name it from / on.")
-    for entry in os.get_exec_path():
+    for entry in (*os.get_exec_path(), *more):
         path = os.path.join(entry, name)
         if os.path.isabs(entry) and os.access(path, os.X_OK) and os.path.isfile(path):
             return path
@@ -1615,64 +1633,44 @@ def kill_group(process: Process) -> None:
         process.wait()
 
 
-def run(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, stdin: bytes = b"",
-        limit: int = REPLY_MAX, patience: float = 60, cwd: Optional[str] = None,
+def run(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, limit: int = REPLY_MAX, patience: float = 60,
         cancel: Optional[Cancel] = None) -> Tuple[int, bytes, bytes]:
     """Run a short local command: (status, stdout, stderr), each at most ``limit`` bytes.
 
     Raises UsageError when it cannot start, CmuxError when it is too slow or too loud, Cancelled.
     """
-    process = spawn(argv, env, stdin=-1, stdout=-1, stderr=-1, cwd=cwd)
-    assert process.stdin and process.stdout and process.stderr
+    import subprocess
+    process = spawn(argv, env, stdout=-1, stderr=-1)
+    assert process.stdout and process.stderr
     out, err = bytearray(), bytearray()
     sinks = {process.stdout.fileno(): out, process.stderr.fileno(): err}
+    poller, deadline = select.poll(), Deadline(patience)
     try:
-        for fd in sinks:
-            os.set_blocking(fd, False)
-        os.set_blocking(process.stdin.fileno(), False)
-        pump(sinks, process.stdin, stdin, Deadline(patience), limit, cancel)
-        return process.wait(timeout=patience), bytes(out), bytes(err)
-    except BaseException:
-        kill_group(process)
-        raise
-    finally:
-        for stream in (process.stdin, process.stdout, process.stderr):
-            stream.close()
-
-
-def pump(sinks: Mapping[int, bytearray], stdin: Optional[IO[bytes]], data: bytes, deadline: Deadline, limit: int,
-         cancel: Optional[Cancel] = None) -> None:
-    """Write ``data`` to ``stdin`` and fill ``sinks`` (by descriptor) until all have ended."""
-    poller, view, open_fds = select.poll(), memoryview(data), set(sinks)
-    for fd in list(sinks) + ([cancel.fileno()] if cancel else []):
-        poller.register(fd, select.POLLIN)
-    if stdin is not None and not data:
-        stdin.close()
-    elif stdin is not None:
-        poller.register(stdin.fileno(), select.POLLOUT)
-    while open_fds:
-        ready = poller.poll(deadline.capped(3600) * 1000)
-        if cancel:
-            cancel.check()
-        if not ready and deadline.over():
-            raise CmuxError("A local command did not end in time.")
-        for fd, _ in ready:
-            if fd in sinks:
+        for fd in list(sinks) + ([cancel.fileno()] if cancel else []):
+            poller.register(fd, select.POLLIN)
+        while sinks:
+            for fd, _ in poller.poll(deadline.capped(3600) * 1000):
+                if cancel:
+                    cancel.check()
                 chunk = os.read(fd, CHUNK)
-                sinks[fd].extend(chunk)
+                sinks[fd] += chunk
                 if len(sinks[fd]) > limit:
                     raise CmuxError("A local command printed more than %s." % human_size(limit))
                 if not chunk:
                     poller.unregister(fd)
-                    open_fds.discard(fd)
-            elif stdin is not None:
-                try:
-                    view = view[os.write(fd, view[:CHUNK]):]
-                except BrokenPipeError:
-                    view = view[:0]
-                if not view:
-                    poller.unregister(fd)
-                    stdin.close()
+                    del sinks[fd]
+            if sinks and deadline.over():
+                raise CmuxError("A local command did not end in time.")
+        return process.wait(timeout=deadline.left()), bytes(out), bytes(err)
+    except subprocess.TimeoutExpired:  # it closed its output, and went on
+        kill_group(process)
+        raise CmuxError("A local command did not end in time.")
+    except BaseException:
+        kill_group(process)
+        raise
+    finally:
+        process.stdout.close()
+        process.stderr.close()
 
 
 class TimeUp(KeyboardInterrupt):
@@ -1831,14 +1829,11 @@ class Lock:
         except OSError:
             return False
 
-    def wait(self, deadline: Deadline, cancel: Optional[Cancel] = None, step: float = 0.02) -> bool:
+    def wait(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> bool:
         """Take it, waiting until the deadline; False when that came first."""
         while not self.take():
-            if deadline.over():
+            if not nap(0.02, deadline, cancel):
                 return False
-            if cancel:
-                cancel.check()
-            time.sleep(deadline.capped(step))
         return True
 
     def free(self) -> None:
@@ -1849,7 +1844,7 @@ class Lock:
             self.fd = -1
 
     def __enter__(self) -> Lock:
-        if not self.wait(Deadline(60)):
+        if self.fd < 0 and not self.wait(Deadline(60)):
             raise StateFailed("Another process holds %s." % show(self.path),
                               "Wait for it, or find it with: fuser %s" % quote(self.path))
         return self
@@ -1890,8 +1885,11 @@ def write_bytes(path: str, data: bytes) -> None:
         raise StateFailed("Cannot write %s: %s." % (show(path), os.strerror(error.errno or 0)))
 
 
-def no_room(error: BaseException) -> Optional[StateFailed]:
-    """What to say of an OSError that means a full disk here, wherever it comes up; None of any other."""
+def expected(error: BaseException) -> Optional[CmuxError]:
+    """The error as one that a user, a network or a host can cause, a full disk here among them, wherever it comes
+    up; None for a bug."""
+    if isinstance(error, CmuxError):
+        return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StateFailed("There is no room left here%s." % (", at %s" % show(str(error.filename)) if error.filename else ""),
                            "Make room on that disk, or set TMPDIR or CMUX_SSH_HOME to another.")
@@ -2149,16 +2147,6 @@ class History:
                 except (ValueError, RecursionError, TypeError, KeyError):
                     pass
 
-    def of(self, name: str) -> List[Dict[str, Any]]:
-        """The rows of a workspace, also those from before it was renamed."""
-        found = []
-        for row in reversed(list(self.rows())):
-            if row["operation"] == "rename" and row.get("to", row.get("detail")) == name and row.get("exit_code") == 0:
-                name = row.get("workspace", "")
-            if row.get("workspace") == name:
-                found.append(row)
-        return found[::-1]
-
     def begin(self, row: Mapping[str, Any]) -> Optional[Lock]:
         """A record that lasts until it is freed, or until this process dies."""
         import json
@@ -2267,7 +2255,6 @@ def check_secret(name: str, value: bytes) -> None:
 
 # First value wins in ssh: these beat any config. What each stops was seen live on a real sshd.
 FORCED = (
-    ("-a", "-x", "-T"),                      # agent, X11, terminal (and its escapes in stdin)
     "BatchMode=yes",                         # never a prompt (and -S ours or none: never the
                                              # user's own master, whatever ControlMaster says)
     "ClearAllForwardings=yes",               # local, remote, dynamic forwards, and tunnels
@@ -2378,23 +2365,16 @@ def ssh_argv(config: SSHConfig, *options: str) -> List[str]:
     """The argv of an ssh of ours up to the host: the forced options stand directly behind the
     program, since the first value wins, also against options in $CMUX_SSH_COMMAND. (A wrapper,
     such as sshpass, gets them at its end.)"""
-    forced, words = forced_options(config) + list(options), config.command[1:]
-    plain = os.path.basename(config.command[0]).startswith("ssh") and not any(os.path.basename(word) == "ssh" for word in words)
-    return config.command[:1] + (forced + words if plain else words + forced)
-
-
-def forced_options(config: SSHConfig) -> List[str]:
-    """The options every ssh of ours gets before `--` and the host, -S and -E apart."""
-    options = list(FORCED[0])
-    wanted = [option for option in FORCED[1:] if isinstance(option, str)]
-    wanted += [option for key, option in FORCED_IF_KNOWN if key in config.values]
+    wanted = list(FORCED) + [option for key, option in FORCED_IF_KNOWN if key in config.values]
     if config.first("stricthostkeychecking") in ("no", "off", "false"):
         wanted.append("StrictHostKeyChecking=accept-new")  # a changed key is then refused
     if config.first("connecttimeout") in ("", "none"):
         wanted.append("ConnectTimeout=%d" % CONNECT_TIMEOUT)
-    for option in wanted:
-        options += ["-o", option]
-    return options
+    forced = ["-a", "-x", "-T"]  # no agent, X11, terminal (and its escapes in stdin)
+    forced += [word for option in wanted for word in ("-o", option)] + list(options)
+    words = config.command[1:]
+    plain = os.path.basename(config.command[0]).startswith("ssh") and not any(os.path.basename(word) == "ssh" for word in words)
+    return config.command[:1] + (forced + words if plain else words + forced)
 
 
 def sent_patterns(config: SSHConfig) -> List[re.Pattern[str]]:
@@ -2508,6 +2488,30 @@ def mux_numbers(packet: bytes) -> List[int]:
     return [int.from_bytes(packet[i:i + 4], "big") for i in (0, 4, 8)]
 
 
+def connect(path: str) -> socket.socket:
+    """A connection to a control socket."""
+    import socket
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(CONTROL_PATIENCE)
+    try:
+        connection.connect(path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def end_master(path: str) -> None:
+    """Ask a master to end."""
+    try:
+        with connect(path) as control:
+            control.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(MUX_TERMINATE, 0))
+            while control.recv(4096):
+                pass
+    except OSError:
+        pass
+
+
 class Session:
     """One command on the host: our ends of its stdin, stdout and stderr, non-blocking.
 
@@ -2551,8 +2555,8 @@ class Session:
     def alive(self) -> bool:
         """Whether a session that waits ready still can take its header."""
         poller = select.poll()
-        poller.register(self.control if self.control >= 0 else self.stderr, select.POLLIN)
-        return not poller.poll(0) or (self.control < 0 and not self.exited)
+        poller.register(self.control, select.POLLIN)
+        return not poller.poll(0)
 
     def begun(self) -> None:
         """The host has answered: authentication is behind us."""
@@ -2574,7 +2578,7 @@ class MuxSession(Session):
         super().__init__(host)
         self._release = release
         self._buffer = b""
-        self._socket = self._connect(path)
+        self._socket = connect(path)
         self.control = self._socket.fileno()
         try:
             self._open(command)
@@ -2582,17 +2586,6 @@ class MuxSession(Session):
             self.close_pipes()
             self._socket.close()
             raise
-
-    def _connect(self, path: str) -> socket.socket:
-        import socket
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.settimeout(CONTROL_PATIENCE)
-        try:
-            connection.connect(path)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
 
     def _open(self, command: str) -> None:
         """Pipeline hello, the request and three descriptors; read until opened or refused."""
@@ -2781,9 +2774,9 @@ class HostMemory:
     below, sockets 0, 1, ...; a lock file per session slot; locks for starting; hangs.0, ... of masters that do.
     """
 
-    def __init__(self, config: SSHConfig) -> None:
+    def __init__(self, config: SSHConfig, interactive: Optional[Callable[[], bool]] = None) -> None:
         import hashlib
-        self.config = config
+        self.config, self.interactive = config, interactive
         self.host = config.host
         self.environment = scrubbed_environment(config)
         digest = hashlib.sha256(b"1\0" + config.host.encode() + b"\0" + " ".join(
@@ -2791,6 +2784,7 @@ class HostMemory:
         self.folder = socket_folder(digest[:16])
         self._profile: Dict[str, Any] = {}
         self._profile_until = 0.0
+        self._gone: Dict[int, int] = {}        # how often each master hung up during hello
         self.patience = (CONNECT_PATIENCE_SLOW if config.first("connecttimeout") == "0" else CONNECT_PATIENCE)
 
     def _path(self, name: object) -> str:
@@ -2831,28 +2825,21 @@ class HostMemory:
     def _remember_failure(self, error: HostError) -> None:
         count = self._failures()[0] + 1
         wait = DOWN_WAITS[min(count, len(DOWN_WAITS)) - 1] * (0.8 + 0.4 * os.urandom(1)[0] / 255)
-        write_json(self._path("down.json"), {"count": count, "until": time.time() + wait})
-        write_bytes(self._path("down.why"), json_error(error))
+        why = [type(error).__name__, str(error), error.hint]
+        write_json(self._path("down.json"), {"count": count, "until": time.time() + wait, "why": why})
 
     def _wait_out(self, until: float, deadline: Deadline, cancel: Optional[Cancel]) -> None:
-        if not self._pause(min(until - time.time(), DOWN_WAITS[-1] * 1.2), deadline, cancel):
+        if not nap(min(until - time.time(), DOWN_WAITS[-1] * 1.2), deadline, cancel):
             raise self._shared_failure()
-
-    @staticmethod
-    def _pause(seconds: float, deadline: Deadline, cancel: Optional[Cancel]) -> bool:
-        """Sleep; False if the deadline comes first."""
-        end = Deadline(max(0.0, seconds))
-        while not end.over():
-            if cancel:
-                cancel.check()
-            if deadline.over():
-                return False
-            time.sleep(deadline.capped(end.capped(0.1)))
-        return True
 
     def _shared_failure(self) -> HostError:
         """What the prober we waited for was told."""
-        return error_json(read_bytes(self._path("down.why"), LOG_MAX) or b"", self.host)
+        kinds = {kind.__name__: kind for kind in (ConnectionFailed, ConnectionDropped, TurnedAway, HostKeyFailed, AuthenticationFailed)}
+        try:
+            name, message, hint = map(str, (read_json(self._path("down.json")) or {})["why"])
+            return kinds.get(name, ConnectionFailed)(message, hint, self.host)
+        except (StateFailed, LookupError, ValueError, TypeError):
+            return ConnectionFailed("%s could not be reached a moment ago." % self.host, "Try again.", self.host)
 
 
 class Launcher(HostMemory):
@@ -2860,24 +2847,14 @@ class Launcher(HostMemory):
 
     tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait; the command line sets it
 
-    def __init__(self, config: SSHConfig, interactive: Optional[Callable[[], bool]] = None) -> None:
-        super().__init__(config)
-        self.interactive = interactive
-
     def _answers(self, index: int) -> bool:
-        import socket
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                probe.settimeout(CONTROL_PATIENCE)
-                probe.connect(self._path(index))
+            connect(self._path(index)).close()
             return True
         except (ConnectionRefusedError, FileNotFoundError):
             return False
         except OSError:
             return True
-
-    def started(self, index: int) -> None:
-        """Master ``index`` is new: what was held against the one before it is forgotten."""
 
     def handshake(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> Lock:
         """Leave to begin one handshake with this host: one of HANDSHAKES_AT_ONCE."""
@@ -2886,11 +2863,8 @@ class Launcher(HostMemory):
                 lock = Lock(self._path("handshake.%d" % number))
                 if lock.take():
                     return lock
-            if cancel:
-                cancel.check()
-            if deadline.over():
+            if not nap(0.02, deadline, cancel):
                 raise ConnectionFailed("Too many connections to %s are being made." % self.host, "Try again.", self.host)
-            time.sleep(deadline.capped(0.02))
 
     def again(self, error: HostError, attempt: int, deadline: Deadline, cancel: Optional[Cancel] = None) -> bool:
         """After a handshake that the server dropped, so that nothing ran there: wait, then True; False
@@ -2904,7 +2878,7 @@ class Launcher(HostMemory):
             pause = waits[attempt] * (1 if attempt > 1 and away else 0.5 + os.urandom(1)[0] / 255)
             if pause >= 5:
                 self.tell("%s turns this address away for now; trying again in %d seconds" % (self.host, pause))
-            if pause <= deadline.capped(pause) and self._pause(pause, deadline, cancel):
+            if pause <= deadline.capped(pause) and nap(pause, deadline, cancel):
                 return True
         self._remember_failure(error)
         return False
@@ -2927,7 +2901,8 @@ class Launcher(HostMemory):
                 slot = self.handshake(Deadline(self.patience), cancel)
                 try:
                     self._start(index, cancel, batch=True)
-                    self.started(index)
+                    remove_file(self._path("hangs.%d" % index))
+                    self._gone.pop(index, None)
                     return True
                 except ConnectionDropped as error:
                     slot.free()
@@ -2992,21 +2967,8 @@ class Launcher(HostMemory):
                     raise NoMultiplexing("This ssh has no masters.", host=self.host)
             raise failure_in(words, heard, self.config)
         if any(BREAKS_WHEN_SHARED.search(line) for line in heard):
-            self._end(index)
+            end_master(self._path(index))
             raise NoMultiplexing("This server ends the connection when sessions come and go at once.", host=self.host)
-
-    def _end(self, index: int) -> None:
-        """Ask a master to end."""
-        import socket
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
-            control.settimeout(CONTROL_PATIENCE)
-            try:
-                control.connect(self._path(index))
-                control.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(MUX_TERMINATE, 0))
-                while control.recv(4096):
-                    pass
-            except OSError:
-                pass
 
     @staticmethod
     def _await_detach(watch: int, cancel: Optional[Cancel], patience: float) -> None:
@@ -3046,6 +3008,8 @@ class Slots(Launcher):
         self._mutex = threading.Condition()
         self._held: Dict[Tuple[int, int], Lock] = {}
         self._closing: List[Tuple[MuxSession, Tuple[int, int]]] = []
+        self._waiting = self._launching = 0
+        self._spared = False                   # a master for sessions ahead is being made, or could not be
         self._full: Dict[int, float] = {}      # masters that refuse sessions, and until when others are asked
 
     def _live(self) -> List[int]:
@@ -3133,13 +3097,6 @@ class Slots(Launcher):
 class Masters(Slots):
     """The masters of one host, and the sessions on them, shared by all processes of this user."""
 
-    def __init__(self, config: SSHConfig, interactive: Optional[Callable[[], bool]] = None) -> None:
-        super().__init__(config, interactive)
-        self._gone: Dict[int, int] = {}        # how often each hung up during hello
-        self._waiting = 0
-        self._launching = 0
-        self._spared = False                   # a master for sessions ahead is being made, or could not be
-
     # -- sessions --
 
     def open(self, command: str, deadline: Deadline, cancel: Optional[Cancel] = None) -> Session:
@@ -3208,21 +3165,15 @@ class Masters(Slots):
         if isinstance(error, (ConnectionRefusedError, FileNotFoundError)):
             lock = Lock(self._path("launch.%d" % index))
             if lock.take():
-                try:
+                with lock:
                     if not self._answers(index):
                         remove_file(self._path(index))
-                finally:
-                    lock.free()
         elif isinstance(error, (MasterGone, ConnectionResetError, BrokenPipeError)) and self._gone.get(index, 0) < 3:
             self._gone[index] = self._gone.get(index, 0) + 1
             time.sleep(0.01)  # it was just ending itself: nothing has started
         else:
             self._gone.pop(index, None)
             self.pass_by(index)
-
-    def started(self, index: int) -> None:
-        remove_file(self._path("hangs.%d" % index))
-        self._gone.pop(index, None)
 
     def _take_slot(self, deadline: Deadline, cancel: Optional[Cancel]) -> Tuple[int, int]:
         """A free slot on a live master, starting masters as the demand asks."""
@@ -3389,28 +3340,12 @@ def plain_master(config: SSHConfig, path: str) -> Process:
     return spawn(argv + ["--", config.host], scrubbed_environment(config))
 
 
-def end_masters(environment: Mapping[str, str]) -> None:
-    """End every master of this state directory (by `ssh -O exit`)."""
-    ssh = find_program("ssh")
+def end_masters() -> None:
+    """End every master of this state directory."""
     for folder, _, names in os.walk(os.path.dirname(socket_folder("any"))):
         for name in names:
             if name.isdigit():
-                run([ssh, "-F", "/dev/null", "-S", literal(os.path.join(folder, name)), "-O", "exit", "demo"], environment)
-
-
-def json_error(error: HostError) -> bytes:
-    import json
-    return json.dumps([type(error).__name__, str(error), error.hint]).encode()
-
-
-def error_json(data: bytes, host: str) -> HostError:
-    import json
-    kinds = {kind.__name__: kind for kind in (ConnectionFailed, ConnectionDropped, TurnedAway, HostKeyFailed, AuthenticationFailed)}
-    try:
-        name, message, hint = json.loads(data.decode())
-        return kinds.get(name, ConnectionFailed)(str(message), str(hint), host)
-    except (ValueError, TypeError):
-        return ConnectionFailed("%s could not be reached a moment ago." % host, "Try again.", host)
+                end_master(os.path.join(folder, name))
 
 
 def literal(path: str) -> str:
@@ -3475,7 +3410,7 @@ class Stream:
         while buffer and not self.ended:
             at = buffer.find(self.nonce)
             if at < 0:
-                keep = self._suffix(buffer)
+                keep = overlap(buffer, self.nonce, False)
                 self._pass(buffer[:len(buffer) - keep])
                 self.held = buffer[len(buffer) - keep:]
                 return
@@ -3497,16 +3432,6 @@ class Stream:
         if self.begun and data:
             self.sink(data)
 
-    def _suffix(self, buffer: bytes) -> int:
-        """How many bytes at the end of ``buffer`` may be the beginning of a mark."""
-        start = max(0, len(buffer) - len(self.nonce) + 1)
-        at = buffer.find(self.nonce[:1], start)
-        while at >= 0:
-            if self.nonce.startswith(buffer[at:]):
-                return len(buffer) - at
-            at = buffer.find(self.nonce[:1], at + 1)
-        return 0
-
     def _mark(self, mark: bytes) -> None:
         kind, words = mark[:1], mark[1:].split()
         try:
@@ -3522,19 +3447,6 @@ class Stream:
             self.status = numbers[0]
             self.stop = {0: "confirmed", 1: "requested"}.get(numbers[1] if numbers[1:] else -1, "")
             self.ended = True
-
-
-class Bounded(Capture):
-    """A Capture for what a script of ours says: far more of it than there can be is a flood, and an end of it."""
-
-    def __init__(self, limit: int, most: int) -> None:
-        super().__init__(limit)
-        self.most = most
-
-    def __call__(self, data: bytes) -> None:
-        super().__call__(data)
-        if self.total > self.most:
-            raise RemoteFailed("The host answered more than was asked for.")
 
 
 class Source:
@@ -3561,16 +3473,16 @@ class Exchange:
     """One operation on one open session. run() moves bytes until the end marks, the session's
     end, or the caller's limits; it may be called again to go on."""
 
-    def __init__(self, session: Session, nonce: str, header: bytes, stdout: Callable[[bytes], Any],
-                 stderr: Callable[[bytes], Any], source: Optional[Source] = None,
-                 close_stdin: bool = False, eager: bool = False) -> None:
+    def __init__(self, session: Session, operation: bytes, stdout: Callable[[bytes], Any], stderr: Callable[[bytes], Any],
+                 source: Optional[Source] = None, close_stdin: bool = False, eager: bool = False, run_id: str = "", after: bytes = b"") -> None:
+        nonce = os.urandom(16).hex()
         self.session = session
         self.eager = eager               # the source may be sent before the start mark is seen
         self._registered: Tuple[int, ...] = ()
         self._poll: Any = None
         self.out = Stream(session.stdout, nonce.encode(), stdout)
         self.err = Stream(session.stderr, nonce.encode(), stderr)
-        self.outgoing = memoryview(header)
+        self.outgoing = memoryview(shell_header(nonce, run_id or os.urandom(8).hex(), operation) + after)
         self.source = source
         self.close_stdin = close_stdin   # once everything is written
         self.sent = False                # the header is with the host, or on its way
@@ -3675,7 +3587,6 @@ class Exchange:
             while not stream.closed and stream.read() and self._readable(stream.fd):
                 pass
         self.lost = True
-        self.session.control = -1 if not isinstance(self.session, MuxSession) else self.session.control
 
     @staticmethod
     def _readable(fd: int) -> bool:
@@ -3775,15 +3686,13 @@ class Host:
 
     def _call_on(self, session: Session, records: bytes, data: Optional[bytes], source: Optional[Source], direct: bool,
                  cancel: Optional[Cancel], limit: int) -> Reply:
-        out, err = Bounded(limit, limit), Bounded(LOG_MAX, STATE_MAX)
-        nonce = os.urandom(16).hex()
+        out, err = Capture(limit, limit), Capture(LOG_MAX, STATE_MAX)
 
         def hear(said: bytes) -> None:
             out(said)
             if source and source.waits:
                 source.heard(bytes(out.head[:100]))
-        header = shell_header(nonce, os.urandom(8).hex(), records) + (data or b"")
-        exchange = Exchange(session, nonce, header, hear, err, source, data is not None,
+        exchange = Exchange(session, records, hear, err, source, data is not None, after=data or b"",
                             eager=not isinstance(session, DirectSession))  # a dropped handshake takes none of it along
         self.begin(exchange, direct, cancel)
         streams = source is not None or bool(data)
@@ -3899,13 +3808,11 @@ class Incoming:
 
     def __init__(self, host: Host, cancel: Optional[Cancel], script: str, *arguments: str) -> None:
         self.cancel, self.host = cancel, host
-        self.err = Bounded(LOG_MAX, STATE_MAX)
+        self.err = Capture(LOG_MAX, STATE_MAX)
         self.waiting: List[bytes] = []
         for attempt in range(10):
-            nonce = os.urandom(16).hex()
-            header = shell_header(nonce, os.urandom(8).hex(), script_records(script, *arguments))
             session = host.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel)
-            self.exchange = Exchange(session, nonce, header, self.waiting.append, self.err)
+            self.exchange = Exchange(session, script_records(script, *arguments), self.waiting.append, self.err)
             try:
                 return host.begin(self.exchange, True, cancel)
             except BaseException as error:
@@ -3934,8 +3841,7 @@ class CommandRun:
     def __init__(self, host: Host, records: bytes, directory: str, stdout: Callable[[bytes], Any],
                  stderr: Callable[[bytes], Any], source: Optional[Source]) -> None:
         self.host, self.source = host, source
-        self.nonce, self.run_id = os.urandom(16).hex(), os.urandom(12).hex()
-        self.header = shell_header(self.nonce, self.run_id, record("_cd", directory) + records)
+        self.run_id, self.records = os.urandom(12).hex(), record("_cd", directory) + records
         self.stdout, self.stderr = stdout, stderr
         self.exchange: Optional[Exchange] = None
         self.guard: Optional[Exchange] = None
@@ -3997,7 +3903,7 @@ class CommandRun:
             waiting = Deadline(deadline.capped(SLOT_PATIENCE))
             try:
                 session = self.host.open(waiting, cancel)
-                self.exchange = exchange = Exchange(session, self.nonce, self.header, self.stdout, self.stderr, self.source)
+                self.exchange = exchange = Exchange(session, self.records, self.stdout, self.stderr, self.source, run_id=self.run_id)
                 if self.source:
                     self._open_guard(waiting, cancel)
                 starting = Deadline(deadline.capped(START_PATIENCE))
@@ -4023,10 +3929,8 @@ class CommandRun:
         raise AssertionError
 
     def _open_guard(self, deadline: Deadline, cancel: Optional[Cancel]) -> None:
-        nonce = os.urandom(16).hex()
         session = self.host.open(deadline, cancel)
-        header = shell_header(nonce, self.run_id, script_records(GUARD, ahead=session.ahead))
-        guard = self.guard = Exchange(session, nonce, header, self.guard_reply, Capture(100))
+        guard = self.guard = Exchange(session, script_records(GUARD, ahead=session.ahead), self.guard_reply, Capture(100), run_id=self.run_id)
         guard.run(Deadline(START_PATIENCE), cancel, until=guard.answered)
 
     # -- stopping --
@@ -4074,12 +3978,10 @@ class CommandRun:
         """Over a second session, which looks again and says what it sees."""
         assert self.exchange
         try:
-            nonce, reply = os.urandom(16).hex(), Capture(100)
-            session = self.host.open(Deadline(STOP_PATIENCE))
-            header = shell_header(nonce, self.run_id, script_records(GUARD, ahead=session.ahead))
-            header += ("%s\n" % (self.exchange.out.pid or "-")).encode()
+            reply, session = Capture(100), self.host.open(Deadline(STOP_PATIENCE))
             try:
-                Exchange(session, nonce, header, reply, Capture(100), close_stdin=True).run(Deadline(STOP_PATIENCE))
+                Exchange(session, script_records(GUARD, ahead=session.ahead), reply, Capture(100), close_stdin=True, run_id=self.run_id,
+                         after=b"%s\n" % (self.exchange.out.pid or "-").encode()).run(Deadline(STOP_PATIENCE))
             finally:
                 self.host.done(session)
             return "confirmed" if reply.value() == b"confirmed\n" else "requested"
@@ -4344,7 +4246,7 @@ class Shadow:
                                    GIT_ALTERNATE_OBJECT_DIRECTORIES=self.alternate(repository.object_directory()))
         try:
             form = ["--object-format=" + object_format] if object_format != "sha1" else []
-            self.git("init", "-q", "--bare", "--template=", *form, self.git_dir)
+            self.call("init", "-q", "--bare", "--template=", *form, self.git_dir)
             os.makedirs(os.path.join(self.git_dir, "info"), exist_ok=True)
             with open(os.path.join(self.git_dir, "info", "attributes"), "w") as stream:
                 stream.write(SHADOW_ATTRIBUTES)
@@ -4395,12 +4297,6 @@ class Shadow:
 
     def argv(self, *words: str) -> List[str]:
         return [self.program, "--git-dir=" + self.git_dir] + list(GIT_SAFE) + list(words)
-
-    def git(self, *words: str) -> bytes:
-        status, out, err = run(self.argv(*words), self.env, patience=600)
-        if status != 0:
-            raise GitFailed("git %s failed: %s." % (words[0], show(neutralise(err).strip(), 300)))
-        return out
 
     def records(self, *words: str, stdin: Optional[bytes] = None, end: bytes = b"\0",
                 env: Optional[Dict[str, str]] = None, talks: bool = False) -> Iterator[bytes]:
@@ -4478,10 +4374,15 @@ class Shadow:
                 path[:len(path) if at < 0 else at] in ignored for at in [-1] + [m.start() for m in re.finditer(b"/", path)])})
         if not absent:
             return tree, absent
-        self.call("read-tree", tree)
-        zero = "0" * len(tree)
-        self.call("update-index", "-z", "--index-info", stdin=b"".join(b"0 %s\t%s\0" % (zero.encode(), path) for path in absent))
-        return self.call("write-tree", "--missing-ok"), absent
+        return self.altered(tree, [("0", "0" * len(tree), path) for path in absent]), absent
+
+    def altered(self, tree: str, rows: Iterable[Tuple[str, str, bytes]]) -> str:
+        """A tree ("": the empty one) with other files at some paths: (mode, id, path), mode 0 takes one away."""
+        env = {"GIT_INDEX_FILE": os.path.join(self.path, "altered.index")}
+        self.call("read-tree", *([tree] if tree else ["--empty"]), env=env)
+        self.call("update-index", "-z", "--index-info", env=env, stdin=b"".join(
+            b"%s %s\t%s\0" % (mode.encode(), oid.encode(), path) for mode, oid, path in rows))
+        return self.call("write-tree", "--missing-ok", env=env)
 
     def attribute(self, name: str, paths: Iterable[bytes], env: Optional[Dict[str, str]] = None) -> Iterator[Tuple[bytes, bytes]]:
         """(path, value) as the .gitattributes in the index say."""
@@ -4530,13 +4431,6 @@ class Shadow:
             if os.path.isfile(source):
                 shutil.copy2(source, os.path.join(self.git_dir, name))
 
-    def without(self, tree: str, paths: Iterable[bytes]) -> str:
-        """A tree less some of its files."""
-        env, zero = {"GIT_INDEX_FILE": os.path.join(self.path, "less.index")}, b"0" * len(tree)
-        self.call("read-tree", tree, env=env)
-        self.call("update-index", "-z", "--index-info", stdin=b"".join(b"0 %s\t%s\0" % (zero, path) for path in paths), env=env)
-        return self.call("write-tree", "--missing-ok", env=env)
-
     def delta(self, old: str, new: str, apart: Container[bytes] = ()) -> Tuple[str, List[bytes]]:
         """The tree of only the files of ``new`` that ``old`` has not so, and .cmux-gone: the list of
         the paths to remove before. Both as the archive has them. With those of the files that are
@@ -4546,11 +4440,8 @@ class Shadow:
             stream.write("* -export-ignore\n")
         rows = [(mode, oid, path) for _, mode, oid, path in self.changes(old, new)]
         gone = self.call("hash-object", "-w", "--stdin", stdin=b"".join(path + b"\n" for _, _, path in rows))
-        env = {"GIT_INDEX_FILE": os.path.join(self.path, "delta.index")}
-        self.call("update-index", "-z", "--index-info", env=env, stdin=b"".join(
-            b"%s %s\t%s\0" % (mode.encode(), oid.encode(), path)
-            for mode, oid, path in [("100644", gone, b".cmux-gone")] + rows if mode != "000000" and path not in apart))
-        return self.call("write-tree", env=env), [path for mode, _, path in rows if mode != "000000" and path in apart]
+        sent = [row for row in rows if row[0] != "000000" and row[2] not in apart]
+        return self.altered("", [("100644", gone, b".cmux-gone")] + sent), [path for mode, _, path in rows if mode != "000000" and path in apart]
 
     def blobs(self, ids: Sequence[str]) -> Iterator[Tuple[str, bytes]]:
         """(id, content) of small blobs, in order; b"" for one that is not small."""
@@ -4591,7 +4482,7 @@ class Shadow:
                 if process.wait():
                     raise GitFailed("git could not pack the result.")
             form = ["--object-format=sha256"] if len(tip) == 64 else []
-            self.git("init", "-q", "--bare", "--template=", *form, apart)
+            self.call("init", "-q", "--bare", "--template=", *form, apart)
             stream.seek(0)
             with open(pack + ".err", "wb+") as said:
                 words = [self.program, "--git-dir=" + apart] + list(GIT_SAFE) + ["index-pack", "--stdin", "--strict", "--fsck-objects"]
@@ -4745,7 +4636,6 @@ class Parts:
         """Make ``tree`` in a shadow; its id. The content of LFS files is not there, only its ids."""
         if not self.modules and not self.lfs:
             return self.source
-        env = {"GIT_INDEX_FILE": os.path.join(shadow.path, "parts.index")}
         rows = [("0", "0" * len(self.source), path) for path in self.modules]
         try:
             for path, (tree, objects) in self.modules.items():
@@ -4753,10 +4643,7 @@ class Parts:
                 inner = ((mode, oid, path + b"/" + name) for mode, oid, name in shadow.listing(tree))
                 rows += [row for row in inner if row[2] not in self.modules]
             rows += [(mode, content, path) for path, (mode, _, content) in self.lfs.items()]
-            shadow.call("read-tree", self.source, env=env)
-            shadow.call("update-index", "-z", "--index-info", env=env, stdin=b"".join(
-                b"%s %s\t%s\0" % (mode.encode(), oid.encode(), path) for mode, oid, path in rows))
-            return shadow.call("write-tree", "--missing-ok", env=env)
+            return shadow.altered(self.source, rows)
         except GitFailed:
             raise GitFailed("The tree that is sent cannot be put together: this repository or a submodule lacks objects of it.",
                             "Fetch them: git fetch; git submodule update --init")
@@ -4908,10 +4795,7 @@ class Cksum:
     def line(self) -> str:
         """What `cksum` prints for the bytes: checksum and length."""
         import zlib
-        rest, size = self.length, b""
-        while rest:
-            size += bytes([rest & 255])
-            rest >>= 8
+        size = self.length.to_bytes((self.length.bit_length() + 7) // 8, "little")
         value = zlib.crc32(size.translate(_REVERSED), self.register) ^ 0xFFFFFFFF
         return "%d %d" % (int("{:032b}".format(value)[::-1], 2) ^ 0xFFFFFFFF, self.length)
 
@@ -5008,8 +4892,8 @@ class Logged:
 
     def __init__(self, project: ProjectBase, operation: str, workspace: str, host: str = "", detail: object = "",
                  op: str = "") -> None:
-        self.project, self.op = project, op   # which workspace, whatever its name will be
-        self.row: Dict[str, Any] = {"operation": operation, "workspace": workspace, "host": host}
+        self.project = project                # op: which workspace, whatever its name will be
+        self.row: Dict[str, Any] = dict({"operation": operation, "workspace": workspace, "host": host}, **({"op": op} if op else {}))
         self.detail, self.code, self.size, self.began = detail, 0, 0, 0.0
         self.thread, self.lock = 0, None  # type: int, Optional[Lock]
         self.masks: object = None
@@ -5019,11 +4903,11 @@ class Logged:
         if _thread.get_ident() not in self.project.logging:
             self.thread, self.began = _thread.get_ident(), time.monotonic()
             self.row["time"] = round(time.time(), 3)
-            if self.op and self.row["operation"] in ("exec", "shell", "write", "edit", "start"):
-                self.project.touch(self._name())
+            if self.row["operation"] in ("exec", "shell", "write", "edit", "start"):
+                self.project.touch(self.row.get("op", ""))
             if self.row["operation"] in ("exec", "new", "push", "pull", "diff", "shell"):
                 self._tell()
-                self.lock = self.project.history.begin(dict(self.row, op=self.op) if self.op else self.row)
+                self.lock = self.project.history.begin(self.row)
             self.project.logging.add(self.thread)  # last: a KeyboardInterrupt before it must not leave it there
         return self
 
@@ -5031,22 +4915,10 @@ class Logged:
         if self.thread:
             self.project.logging.discard(self.thread)
             self._tell()
-            self.row["workspace"] = self._name()
             code = self.code if error is None else getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
             self.project.history.append(dict(self.row, duration=round(time.monotonic() - self.began, 3), exit_code=code, bytes=self.size))
             if self.lock:
                 self.lock.free()
-
-    def _name(self) -> str:
-        """The workspace's name now: it may have been renamed meanwhile."""
-        name = str(self.row["workspace"])
-        try:
-            entries = self.project.entries() if self.op else {}
-        except CmuxError:
-            return name
-        if entries.get(name, {}).get("op") == self.op:
-            return name
-        return next((other for other, entry in entries.items() if entry["op"] == self.op), name)
 
     def _tell(self) -> None:
         """What it is about, without the values of secrets that are known by now: those that commands make are
@@ -5202,18 +5074,16 @@ class ProjectState:
         """The finished workspaces, by name. One that is being made is not listed."""
         return {name: entry for name, entry in self.registry.read()["workspaces"].items() if entry.get("state") == "ready"}
 
-    def workspace(self, name: str) -> WorkspaceBase:
+    def workspace(self, name: str) -> "Workspace":
         """An existing workspace. Raises WorkspaceMissing."""
         entry, lock = self.entry(name), self.registry.creation_lock(name)
         if "intent" in entry and lock.take():  # else somebody is at it
-            try:
+            with lock:
                 entry = self.settle(name)
-            finally:
-                lock.free()
-        found: WorkspaceBase = self.kind(self, name, entry)
+        found: "Workspace" = self.kind(self, name, entry)
         return found
 
-    def workspaces(self) -> List[WorkspaceBase]:
+    def workspaces(self) -> List["Workspace"]:
         """All that are finished, by name; asks no host."""
         return [self.kind(self, name, entry) for name, entry in sorted(self.entries().items())]
 
@@ -5255,10 +5125,8 @@ class ProjectState:
                 lock = self.registry.creation_lock(other)
                 if not lock.wait(Deadline(5)):  # it may wait for the lock we hold
                     raise WorkspaceExists("The workspace %s is about to get the name %s." % (other, name), "Try again in a moment.")
-                try:
+                with lock:
                     self.settle(other)
-                finally:
-                    lock.free()
         entry = self.registry.read()["workspaces"].get(name)
         if entry and entry["state"] == "ready":
             raise WorkspaceExists("The workspace %s exists already." % name,
@@ -5304,7 +5172,7 @@ class ProjectBase(ProjectState):
         return parts
 
     def create(self, name: str, host: str, ref: str = "HEAD", root: str = "", init: bool = True,
-               report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> WorkspaceBase:
+               report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> "Workspace":
         """Make workspace ``name`` on ``host`` from commit ``ref``, below ``root`` there (default ~/cmux), and
         run its init hook unless ``init`` is false: a hook that fails is told to ``report`` and undoes nothing.
 
@@ -5321,24 +5189,23 @@ class ProjectBase(ProjectState):
         self.host(host).masters.connect(Deadline(SLOT_PATIENCE), cancel)
         report.step(name, "being made")
         lock = self.registry.creation_lock(name)
-        lock.wait(Deadline(None), cancel, 0.05)
-        try:
+        lock.wait(Deadline(None), cancel)
+        with lock:
             self.vacate(name)
             with Logged(self, "new", name, host, ref) as entry:
                 creation = Creation(self, name, host, ref, root, report, cancel)
+                entry.row["op"] = creation.op
                 workspace = creation.run(init)
                 entry.size = creation.sent
                 return workspace
-        finally:
-            lock.free()
 
-    def ensure(self, name: str, host: str = "", report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> WorkspaceBase:
+    def ensure(self, name: str, host: str = "", report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> "Workspace":
         """The workspace, made first from HEAD if it does not exist, on ``host`` (default: default_host());
         waits while another process makes it. Raises as create() does, and UsageError if it is elsewhere."""
         entry = self.entries().get(check_workspace(name))
         if entry and entry.get("init") == "pending":
             lock = self.registry.creation_lock(name)
-            lock.wait(Deadline(None), cancel, 0.05)
+            lock.wait(Deadline(None), cancel)
             lock.free()
         if entry is None:
             try:
@@ -5350,7 +5217,7 @@ class ProjectBase(ProjectState):
                     raise
         return self.existing(name, host)
 
-    def existing(self, name: str, host: str) -> WorkspaceBase:
+    def existing(self, name: str, host: str) -> "Workspace":
         """A workspace, if it is on ``host``, where one is given."""
         found = self.workspace(name)
         if host and check_host(host) != found.host.name:
@@ -5367,7 +5234,7 @@ class ProjectBase(ProjectState):
             if entry is None:
                 return []
             host = self.host(entry["host"])
-            with Logged(self, "rm", name, host.name, "--forget" if forget else "--force" if force else ""):
+            with Logged(self, "rm", name, host.name, "--forget" if forget else "--force" if force else "", entry["op"]):
                 if forget:
                     self.forget(name)
                     return [name]
@@ -5380,9 +5247,9 @@ class ProjectBase(ProjectState):
                 self.discard(name, entry)
         return [name]
 
-    def touch(self, name: str) -> None:
+    def touch(self, op: str) -> None:
         """Something begins that may change the workspace: it is no more as the last pull found it."""
-        entry = self.entries().get(name, {})
+        name, entry = next(((name, entry) for name, entry in self.entries().items() if entry["op"] == op), ("", {}))
         if "asked" in entry and entry.get("touched", 0) <= entry["asked"]:
             try:
                 self.registry.update(lambda record: record["workspaces"].get(name, {}).update(touched=time.time()))
@@ -5392,9 +5259,15 @@ class ProjectBase(ProjectState):
     def running_now(self) -> List[Dict[str, Any]]:
         """What runs on this machine's behalf, oldest first, under the name that its workspace has now."""
         names = {entry["op"]: name for name, entry in self.entries().items()}
-        return [dict(row, workspace=names.get(row["op"]) if "op" in row else row.get("workspace")) for row in self.history.now()]
+        return [dict(row, workspace=names.get(row["op"]) if row.get("op") else row.get("workspace")) for row in self.history.now()]
 
-    def fork(self, source: WorkspaceBase, name: str) -> WorkspaceBase:
+    def past(self, name: Optional[str] = None) -> List[Dict[str, Any]]:
+        """The history, oldest first: of all, or of the workspace that has this name now, also from before it was
+        renamed; of those that had it, where none has."""
+        op = self.entries().get(name, {}).get("op") if name else None
+        return [row for row in self.history.rows() if not name or (row.get("op") == op if op and row.get("op") else row.get("workspace") == name)]
+
+    def fork(self, source: WorkspaceBase, name: str) -> "Workspace":
         """A new workspace with the current content of ``source``, made on the host itself. Raises
         WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed."""
         with self.registry.creation_lock(check_workspace(name)):
@@ -5408,7 +5281,7 @@ class ProjectBase(ProjectState):
             self.update(name, state="ready")
             return self.workspace(name)
 
-    def rename(self, source: WorkspaceBase, name: str) -> WorkspaceBase:
+    def rename(self, source: WorkspaceBase, name: str) -> "Workspace":
         """Give a workspace another name, here and on the host; the new object (the old one is of no more
         use). Until both are done, it has the old name. Raises as fork() does."""
         if check_workspace(name) == source.name:
@@ -5428,9 +5301,7 @@ class ProjectBase(ProjectState):
             return self.workspace(name)
 
     def _move(self, script: str, host: Host, entry: Dict[str, Any], source: str, name: str, *ops: str) -> None:
-        with Logged(self, "fork" if script is FORK else "rename", source, host.name, name) as row:
-            if script is RENAME:
-                row.row["to"] = name  # the detail is masked
+        with Logged(self, "fork" if script is FORK else "rename", source, host.name, name, self.entry(source)["op"]):
             reply = host.call(script, entry["root"], entry["project"], source, name, *ops)
         if reply.status in (20, 22):
             if script is FORK:
@@ -5452,7 +5323,7 @@ class ProjectBase(ProjectState):
             made = Creation(self, name, workspace.host.name, ref, entry["root"], report, cancel)
             if (made.commit, made.tree) == (entry["base"], entry["tree"]) and not force:
                 return False
-            with Logged(self, "push", name, workspace.host.name, ref) as log:
+            with Logged(self, "push", name, workspace.host.name, ref, entry["op"]) as log:
                 if not force:
                     self._refuse_changes(name, workspace.host, entry)
                 self.update(name, intent={"op": made.op, "base": made.commit, "tree": made.tree, "plain": made.parts.plain})
@@ -5586,19 +5457,16 @@ class Creation:
         self.op = os.urandom(8).hex()
         self.sent = 0               # bytes of the archive
 
-    def run(self, init: bool) -> WorkspaceBase:
+    def run(self, init: bool) -> "Workspace":
         entry: Dict[str, Any] = {
             "state": "creating", "host": self.host.name, "root": self.root, "project": self.place,
             "base": self.commit, "tree": self.tree, "plain": self.parts.plain, "op": self.op, "created": int(time.time())}
         self._record(entry)
         try:
             reply = self._make()
-        except ConnectionLost:
-            raise  # it may exist there: the intent stays, and the next `new` or `rm` clears it
-        except (CmuxError, KeyboardInterrupt) as error:
-            if isinstance(error, (Cancelled, KeyboardInterrupt)):
-                raise
-            self.project.forget(self.name)
+        except CmuxError as error:
+            if not isinstance(error, (ConnectionLost, Cancelled)):  # it may exist there: the next `new` or `rm` clears it
+                self.project.forget(self.name)
             raise
         root = check_remote_path(next((line[5:] for line in reply.lines() if line.startswith("root ")), ""))
         hook = init and "init" in reply.lines()
@@ -5610,7 +5478,7 @@ class Creation:
         self._record(entry)
         if hook:
             self._run_init(self.project.kind(self.project, self.name, entry), entry)
-        made: WorkspaceBase = self.project.kind(self.project, self.name, entry)
+        made: "Workspace" = self.project.kind(self.project, self.name, entry)
         return made
 
     def _record(self, entry: Dict[str, Any]) -> None:
@@ -5630,33 +5498,30 @@ class Creation:
         reply = use()
         if reply.status == 21:
             lock = self.project.registry.upload_lock(self.tree)
-            try:
-                if not lock.take():
-                    self.report.step(self.name, "waiting for the archive")
-                    lock.wait(Deadline(None), self.cancel, 0.05)
-                    self.report.step(self.name, "being made")
-                    reply = use()
+            waited = not lock.take()
+            if waited:
+                self.report.step(self.name, "waiting for the archive")
+                lock.wait(Deadline(None), self.cancel)
+                self.report.step(self.name, "being made")
+            with lock:
+                reply = use() if waited else reply
                 if reply.status == 21:
                     try:
                         self._upload(reply)
                     finally:
                         self.report.step(self.name, "being unpacked")
                     reply = use()
-            finally:
-                lock.free()
         return reply
 
     def _make(self) -> Reply:
-        reply = self.with_base(self._create)
+        reply = self.with_base(lambda: self.host.call(
+            CREATE, self.root, self.place, self.name, self.tree, self.op, cancel=self.cancel))
         if reply.status == 20:
             raise WorkspaceExists("A directory %s exists already on %s." % (self.name, self.host.name), "Choose another name.")
         check_reply(reply, self.host.name, "make the workspace")
         if "made" not in reply.lines():
             raise RemoteFailed("%s did not confirm the workspace." % self.host.name, "Try again.")
         return reply
-
-    def _create(self) -> Reply:
-        return self.host.call(CREATE, self.root, self.place, self.name, self.tree, self.op, cancel=self.cancel)
 
     def _nearest(self, shadow: Shadow, reply: Reply) -> str:
         """The base on the host that differs least, if a delta against it is worth while; or "". Only one that
@@ -5704,7 +5569,7 @@ class Creation:
         if parent:
             tree, apart = shadow.delta(parent, self.tree, self.parts.lfs)
         elif self.parts.lfs:
-            tree = shadow.without(tree, self.parts.lfs)
+            tree = shadow.altered(tree, [("0", "0" * len(tree), path) for path in self.parts.lfs])
         archive, front = shadow.archive(tree, self.parts.stream(apart)), sum(self.parts.files[path][2] for path in apart)
         archive.size = functools.lru_cache(maxsize=None)(lambda: front + shadow.archive_size(tree))
         return archive
@@ -5736,7 +5601,10 @@ class Creation:
                                    direct=direct, cancel=self.cancel)
         except ConnectionLost as lost:
             archive.check(False)
-            raise UploadCut(self.host.name, archive.digest.length) from lost
+            cut = UploadFailed("The connection to %s was lost after %s of the archive; no workspace was made."
+                               % (self.host.name, human_size(archive.digest.length)), "Try again; nothing is left half-done.")
+            cut.exit_code = 255
+            raise cut from lost
         if archive.ended:  # else the host took no more, and says why
             archive.check()
         return reply
@@ -5758,15 +5626,6 @@ class Creation:
             self.report.warn("The init hook of %s was cut off: %s" % (self.name, error))
         finally:
             self._record(entry)
-
-
-class UploadCut(UploadFailed):
-    """The line was lost during an upload."""
-    exit_code = 255
-
-    def __init__(self, host: str, sent: int) -> None:
-        super().__init__("The connection to %s was lost after %s of the archive; no workspace was made."
-                         % (host, human_size(sent)), "Try again; nothing is left half-done.")
 
 
 def state_of(entry: Mapping[str, Any]) -> str:
@@ -5883,11 +5742,10 @@ class WorkspaceBase:
         where, place = os.fsencode(self.path), os.urandom(8).hex()
         lines.append(b'cd %s || exit 96\nexec "${SHELL:-/bin/sh}" -l\n' % shell_word(where))
         fifo = os.path.dirname(os.path.dirname(where)) + b"/.cmux/stage/%s/f" % place.encode()
-        masters, nonce, ready = self.host.masters, os.urandom(16).hex(), Capture(100)
+        masters, ready = self.host.masters, Capture(100)
         session = self.host.open(Deadline(SLOT_PATIENCE))
         try:
-            header = shell_header(nonce, os.urandom(8).hex(), script_records(HANDOVER, self.root, place))
-            exchange = Exchange(session, nonce, header + b"".join(lines), ready, ready, close_stdin=True)
+            exchange = Exchange(session, script_records(HANDOVER, self.root, place), ready, ready, close_stdin=True, after=b"".join(lines))
             if not exchange.run(Deadline(START_PATIENCE), until=lambda: bool(ready.total) or exchange.ended) or ready.value() != b"ready\n":
                 raise RemoteFailed("%s could not prepare a shell: %s" % (self.host.name, show(neutralise(ready.value()), 200)))
             argv, begun, ended = masters.on_terminal(TAKEOVER % "".join("\\%03o" % byte for byte in fifo), Deadline(SLOT_PATIENCE))
@@ -5909,11 +5767,6 @@ class WorkspaceBase:
         finally:
             ended()
             helper.join(CONTROL_PATIENCE)
-
-
-def check_command(command: object) -> None:
-    if not isinstance(command, (str, list, tuple)) or not command or not command[0]:
-        raise UsageError("No command was given: a line of text, or a list of words.", "For example: %s exec -- make test" % PROGRAM)
 
 
 def shell_word(value: bytes) -> bytes:
@@ -6718,7 +6571,7 @@ def diff(workspace: WorkspaceBase, stat: bool = False, report: Optional[Report] 
 def diff_lines(workspace: WorkspaceBase, stat: bool = False, report: Optional[Report] = None,
                cancel: Optional[Cancel] = None, binary: bool = False) -> Iterator[bytes]:
     """The same as the bytes are: for git apply, never for a terminal."""
-    with Logged(workspace.project, "diff", workspace.name, workspace.host.name), workspace.project.repository.in_shadow(workspace.base) as shadow:
+    with Logged(workspace.project, "diff", workspace.name, workspace.host.name, "", workspace.op), workspace.project.repository.in_shadow(workspace.base) as shadow:
         work = Pull(workspace, shadow, report or Report(), True, cancel)
         commits, _ = work.fetch()
         for path, names in work.secrets.items():
@@ -7008,7 +6861,7 @@ class Workspace(WorkspaceBase):
 
     def _search(self, script: str, *arguments: str, cancel: Optional[Cancel]) -> bytes:
         """Run a searching script as a command of its own process group, without the secrets."""
-        out, err = Bounded(SEARCH_MAX * 2, SEARCH_MAX * 2), Bounded(LOG_MAX, STATE_MAX)
+        out, err = Capture(SEARCH_MAX * 2, SEARCH_MAX * 2), Capture(LOG_MAX, STATE_MAX)
         records = command_records(["sh", "-c", script, "sh"] + list(arguments), False, False)
         outcome = self.host.run(records, self.path, out, err, None, Deadline(SEARCH_PATIENCE), cancel)
         if outcome.reason:
@@ -7058,14 +6911,11 @@ class Workspace(WorkspaceBase):
               login: bool = False, cancel: Optional[Cancel] = None) -> str:
         """Start a background job, which outlives this process and the connection; its id. Raises
         WorkspaceMissing."""
-        check_command(command)
+        line, words = check_command(command)
         job = "j" + os.urandom(4).hex()
         records = record("_cd", os.path.join(self.path, cwd) if cwd else self.path) + self.environment(env, cancel) + record("_cu", "022")
-        if isinstance(command, str) or login:
-            records += record("_cq", "-lc" if login else "-c")
-            records += record("_cx", command if isinstance(command, str) else 'exec "$@"')
-        arguments = [job_directory(self, job), job] + ([] if isinstance(command, str) else list(command))
-        reply = self.host.call(START, *arguments, before=records, once=True, cancel=cancel)
+        records += line_records(line, words, login)
+        reply = self.host.call(START, job_directory(self, job), job, *words, before=records, once=True, cancel=cancel)
         check_reply(reply, self.host.name, "start the job")
         if "started" not in reply.lines():
             raise RemoteFailed("%s did not confirm the start of the job." % self.host.name, "See jobs.")
@@ -7141,16 +6991,6 @@ class Project(ProjectBase):
     """
 
     kind = Workspace
-    if TYPE_CHECKING:
-        def workspace(self, name: str) -> Workspace: ...
-        def workspaces(self) -> List[Workspace]: ...  # type: ignore[override]
-        def existing(self, name: str, host: str) -> Workspace: ...
-        def create(self, name: str, host: str, ref: str = "HEAD", root: str = "", init: bool = True,
-                   report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> Workspace: ...
-        def ensure(self, name: str, host: str = "", report: Optional[Report] = None,
-                   cancel: Optional[Cancel] = None) -> Workspace: ...
-        def fork(self, source: WorkspaceBase, name: str) -> Workspace: ...
-        def rename(self, source: WorkspaceBase, name: str) -> Workspace: ...
 
 
 # -- the table --
@@ -7314,12 +7154,9 @@ def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0, cancel: Opt
                 break
             try:
                 results[index] = jobs[index]()
-            except CmuxError as error:
-                results[index] = error
             except BaseException as error:
-                full = no_room(error)
-                results[index] = full
-                bugs.extend([] if full else [error])
+                results[index] = expected(error)
+                bugs.extend([] if results[index] else [error])
         with mutex:
             left[0] -= 1
             if not left[0]:
@@ -7374,19 +7211,14 @@ class Batch:
 
     def _answer(self, line: bytes) -> None:
         import json
-        request_id = None
+        answer: Dict[str, Any] = {"id": None, "ok": True}
         try:
-            request_id, name, tool, arguments = self._parse(line)
+            name, tool, arguments = self._parse(line, answer)
             check_call(tool, arguments)  # before a workspace is made for it
-            result = call_tool(self._workspace(name), tool, arguments, self.cancel)
-            answer: Dict[str, Any] = {"id": request_id, "ok": True, "result": result}
-        except BatchLineFailed as error:
-            answer = {"id": error.request_id, "ok": False, "error": error_fields(error)}
-        except CmuxError as error:
-            answer = {"id": request_id, "ok": False, "error": error_fields(error)}
-        except Exception as bug:  # told in full on stderr by the caller's hook, and to the reader
-            full = no_room(bug)
-            answer = {"id": request_id, "ok": False, "error": error_fields(full) if full else {"type": "Bug", "message": repr(bug), "hint": ""}}
+            answer["result"] = call_tool(self._workspace(name), tool, arguments, self.cancel)
+        except Exception as error:  # a bug is told in full on stderr by the caller's hook, and to the reader
+            known = expected(error)
+            answer.update(ok=False, error=error_fields(known) if known else {"type": "Bug", "message": repr(error), "hint": ""})
         with self.mutex:
             self.failed += not answer["ok"]
             try:
@@ -7396,21 +7228,23 @@ class Batch:
                 self.closed = error
                 self.cancel.set()
 
-    def _parse(self, line: bytes) -> Tuple[Any, str, Any, Any]:
+    def _parse(self, line: bytes, answer: Dict[str, Any]) -> Tuple[str, Any, Any]:
+        """(workspace, tool, arguments); the id into ``answer`` as soon as it is known."""
         if len(line) > BATCH_LINE_MAX:
-            raise BatchLineFailed("A line is longer than %s." % human_size(BATCH_LINE_MAX), None)
+            raise UsageError("A line is longer than %s." % human_size(BATCH_LINE_MAX))
         try:
             value = strict_json(line)
         except ValueError:
-            raise BatchLineFailed("A line is not JSON.", None)
+            raise UsageError("A line is not JSON.")
         request_id = value.get("id") if isinstance(value, dict) else None
         if not isinstance(request_id, (str, int, float, type(None))) or request_id in (float("inf"), -float("inf")):
-            raise BatchLineFailed("The id of a line is not a string or number.", None)
+            raise UsageError("The id of a line is not a string or number.")
+        answer["id"] = request_id
         if not isinstance(value, dict) or not isinstance(value.get("workspace", ""), str):
-            raise BatchLineFailed("A line is not an object with id, workspace, tool and arguments.", request_id)
+            raise UsageError("A line is not an object with id, workspace, tool and arguments.")
         if set(value) - {"id", "workspace", "tool", "arguments"}:
-            raise BatchLineFailed("A line has more than id, workspace, tool and arguments.", request_id)
-        return request_id, value.get("workspace") or self.workspace, value.get("tool"), value.get("arguments", {})
+            raise UsageError("A line has more than id, workspace, tool and arguments.")
+        return value.get("workspace") or self.workspace, value.get("tool"), value.get("arguments", {})
 
     def _workspace(self, name: str) -> Workspace:
         found = self.known.get(name)
@@ -7429,12 +7263,6 @@ def strict_json(line: bytes) -> Any:
         return json.loads(line.decode("utf-8"), parse_constant=refuse)
     except RecursionError:
         raise ValueError("nested too deep")
-
-
-class BatchLineFailed(UsageError):
-    def __init__(self, message: str, request_id: Any) -> None:
-        super().__init__(message)
-        self.request_id = request_id
 
 
 def error_fields(error: CmuxError) -> Dict[str, str]:
@@ -7544,22 +7372,6 @@ class Veil:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         decoder.decode(data[-4:])
         return max([len(decoder.getstate()[0])] + [overlap(data, value, False) for value, _ in self.masks])
-
-
-def overlap(data: bytes, value: bytes, first: bool) -> int:
-    """The bytes at one end of ``data`` that are the other end of ``value``, and not all of it."""
-    if first:
-        data, value = data[:len(value)][::-1], value[::-1]
-    at = data.find(value[:1], max(0, len(data) - len(value) + 1))
-    tail = data[at:] if at >= 0 else b""
-    most, size, borders, text = len(tail), 0, [0], value[:len(tail)] + tail
-    for at in range(1, len(text)):  # by Knuth, Morris and Pratt: the host may repeat the beginning of a long secret
-        size = size if at != most else 0
-        while size and value[size] != text[at]:
-            size = borders[size - 1]
-        size += value[size] == text[at]
-        borders.append(size)
-    return size
 
 
 class Running:
@@ -7878,11 +7690,9 @@ class McpServer(JsonRpc):
         try:
             call.cancel.check()
             text = self._tool(call, tool, arguments)
-        except CmuxError as failure:
-            text, failed = self._failure(failure), True
-        except Exception as bug:
-            full = no_room(bug)
-            text, failed, error = (self._failure(full), True, None) if full else ("", False, defect(bug))
+        except Exception as failure:
+            known = expected(failure)
+            text, failed, error = (self._failure(known), True, None) if known else ("", False, defect(failure))
         self.calls.pop(number, None)
         call.cancel.close()
         answer = {"content": [{"type": "text", "text": text[:MCP_ROOM * 2]}], "isError": failed}
@@ -8177,7 +7987,7 @@ class ThrowawayServer:
 
     def __init__(self, rtt: float = 0.0) -> None:
         import tempfile
-        self.sshd = self._find_sshd()
+        self.sshd = find_program("sshd", ("/usr/sbin", "/usr/local/sbin", "/usr/libexec", "/opt/homebrew/sbin"))
         self.path = tempfile.mkdtemp(prefix="cmux-demo-", dir="/tmp" if " " in temporary_folder() else None)
         self.home = os.path.join(self.path, "home")
         self.config = os.path.join(self.path, "ssh_config")
@@ -8200,16 +8010,6 @@ class ThrowawayServer:
     def _write(self, name: str, text: str) -> None:
         with open(os.path.join(self.path, name), "w") as stream:
             stream.write(text.replace("{0}", self.path))
-
-    @staticmethod
-    def _find_sshd() -> str:
-        for folder in os.get_exec_path() + ["/usr/sbin", "/usr/local/sbin", "/usr/libexec", "/opt/homebrew/sbin"]:
-            path = os.path.join(folder, "sshd")
-            if os.path.isabs(path) and os.access(path, os.X_OK):
-                return path
-        raise UsageError("The demo needs the program sshd, which is not installed here.",
-                         "Install it (Debian: apt-get install openssh-server; Fedora: dnf install "
-                         "openssh-server); it need not run.")
 
     def close(self) -> None:
         import shutil
@@ -8302,7 +8102,7 @@ def demo(tell: Callable[[str], None], report: Report) -> None:
                 raise RemoteFailed("The demo did not go as it should.", "Please report it with this output.")
             demo_removal(project, workspace, tell)
         finally:
-            end_masters(os.environ)
+            end_masters()
     tell("Everything the demo made is gone again.")
 
 
@@ -8412,14 +8212,10 @@ def unreachable(host: str, text: str, fix: str) -> Finding:
 
 
 def probe_archive() -> bytes:
-    import io
     import tarfile
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        entry = tarfile.TarInfo("probe")
-        entry.size = 3
-        archive.addfile(entry, io.BytesIO(b"ok\n"))
-    return data.getvalue()
+    entry = tarfile.TarInfo("probe")
+    entry.size = 3
+    return entry.tobuf(tarfile.USTAR_FORMAT) + b"ok\n".ljust(512, b"\0") + bytes(1024)
 
 
 def examine_programs(host: Host, root: str) -> Iterator[Finding]:
@@ -8616,7 +8412,7 @@ class Bench:
         except CmuxError:
             pass  # it went away in the middle; the run says so itself
         kill_group(self.master)
-        end_masters(os.environ)
+        end_masters()
         if self.saved is None:
             del os.environ["CMUX_SSH_HOME"]
         else:
@@ -8642,7 +8438,7 @@ class Bench:
             Host(self.server, self.interactive, warm=0).call("_cop() { :; }\n")
             return time.perf_counter() - began
         finally:
-            end_masters(os.environ)
+            end_masters()
             os.environ["CMUX_SSH_HOME"] = home
 
     def new_root(self) -> str:
@@ -9387,7 +9183,7 @@ def table_lines(rows: Sequence[Sequence[str]], width: int) -> List[str]:
 def command_history(options: argparse.Namespace) -> int:
     project = open_project(options)
     name = one_workspace(options)
-    rows = project.history.of(name) if name else list(project.history.rows())
+    rows = project.past(name)
     rows = rows[-options.count:] if options.count > 0 else rows
     if options.json:
         import json
@@ -9439,12 +9235,7 @@ class Top:
             self.asked.discard(name)
 
     def rows(self) -> List[Dict[str, Any]]:
-        now, last = time.time(), {}
-        for row in self.project.history.rows():
-            if row["operation"] == "exec":
-                last[row.get("workspace")] = row.get("exit_code")
-            elif row["operation"] == "rename" and row.get("exit_code") == 0:
-                last[row.get("to", row.get("detail"))] = last.pop(row.get("workspace"), None)
+        now, last = time.time(), {row.get("op"): row.get("exit_code") for row in self.project.history.rows() if row["operation"] == "exec"}
         running = self.project.running_now()
         rows = []
         for name, entry in self._entries():
@@ -9452,7 +9243,7 @@ class Top:
             doing = [{"what": row["operation"], "detail": str(row.get("detail", "")), "for": round(now - row["time"], 1)}
                      for row in running if row.get("workspace") == name]
             doing += [{"what": job["job"], "detail": job["command"], "for": round(now - job["started"], 1) if job["started"] else None} for job in seen["jobs"]]
-            rows.append({"workspace": name, "host": entry["host"], "changed": seen["changed"], "last_exit_code": last.get(name),
+            rows.append({"workspace": name, "host": entry["host"], "changed": seen["changed"], "last_exit_code": last.get(entry["op"]),
                          "running": doing, "error": seen["error"]})
         return rows
 
@@ -10326,17 +10117,15 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             raise_descriptor_limit()
         stop_signals()
         return COMMANDS[words[0]].handler(parse(words))
-    except CmuxError as error:
-        if isinstance(error, PipeClosed) and not isinstance(error, OutputFailed):
-            die_by_pipe()
-        return fail(words, error)
     except KeyboardInterrupt:
         return fail(words, Cancelled("Interrupted."))
-    except OSError as error:
-        full = no_room(error)
-        if full is None:
+    except Exception as error:
+        known = expected(error)
+        if known is None:
             raise
-        return fail(words, full)
+        if isinstance(known, PipeClosed) and not isinstance(known, OutputFailed):
+            die_by_pipe()
+        return fail(words, known)
 
 
 if __name__ == "__main__":

@@ -1005,7 +1005,7 @@ def test_only_the_command_line_prints_and_exits(source: Source) -> None:
 def test_functions_classes_and_file_stay_short(source: Source) -> None:
     spans = [(n.end_lineno - n.lineno + 1, n) for n in source.find(ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)]
     assert not [(n.name, lines) for lines, n in spans if lines > (300 if isinstance(n, ast.ClassDef) else 60)]
-    assert source.text.count("\n") < 10330  # DESIGN asks for 5,000: an open debt, said in the closing note
+    assert source.text.count("\n") < 10140  # DESIGN asks for 5,000: an open debt, said in the closing note
 
 
 def test_everything_is_annotated(source: Source) -> None:
@@ -3015,7 +3015,7 @@ def test_no_bar_is_drawn_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_errors_pass_through_a_pool_of_processes() -> None:
     import pickle
-    for error in (c.UploadCut("h", 5), c.RemoteShellFailed("h"), c.ConnectionLost("Lost.", "Again.", "h", begun=False), c.UsageError("No.", "So.")):
+    for error in (c.UploadFailed("Cut.", "Again."), c.RemoteShellFailed("h"), c.ConnectionLost("Lost.", "Again.", "h", begun=False), c.UsageError("No.", "So.")):
         again = pickle.loads(pickle.dumps(error))
         assert (type(again), str(again), again.__dict__) == (type(error), str(error), error.__dict__)
 
@@ -4986,7 +4986,7 @@ def test_an_option_that_would_be_passed_over_is_refused(shared: Repo, words: Lis
 
 def test_batch_takes_no_line_with_more_keys(shared: Repo) -> None:
     answer = shared.cli("batch", stdin=b'{"id": 9, "host": "nohost", "tool": "exec", "arguments": {"command": "true"}}\n')
-    assert answer.code == 1 and answer.json["ok"] is False and answer.json["id"] == 9 and answer.json["error"]["type"] == "BatchLineFailed", answer
+    assert answer.code == 1 and answer.json["ok"] is False and answer.json["id"] == 9 and answer.json["error"]["type"] == "UsageError", answer
 
 
 def test_a_job_is_found_in_the_workspace_that_runs_it(repo: Repo) -> None:
