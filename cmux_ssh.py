@@ -1049,6 +1049,7 @@ _csnap() { # base-id its-tree commits bytes
   cd "$w" || return 3
   find . -name .git -prune -print | while IFS= read -r f; do case $f in
     ./.git) ;; *) echo "note nested repository ${f%/.git}"; f=${f#.}; printf '%s\n' "${f%.git}" | sed 's/[][\\*?!# ]/\\&/g' >>"$g/info/exclude";; esac; done
+  cp -p "$w"/.git/sharedindex.* "$g/" 2>/dev/null # of core.splitIndex
   if [ "$whole" ] && cp -p "$w/.git/index" "$g/index" 2>/dev/null && _cg ls-files >/dev/null 2>&1; then :
   else
     rm -f "$g/index"; _cg read-tree "$h" || return 3
@@ -1066,6 +1067,10 @@ _csnap() { # base-id its-tree commits bytes
 _cbranches() { # [commit [refs/tags]]: the branches (tags) that hold what neither it nor the base does
   _co for-each-ref --format='%(refname)' ${1:+"--no-merged=$1"} "${2:-refs/heads}" | while IFS= read -r x; do
     _co merge-base --is-ancestor "$x" "$b" || printf '%s\n' "${x#refs/*/}"; done
+}
+_cgits() { # repositories that were written since the workspace was made: nothing of them comes home the tar way
+  cd "$w" && find . -name .git -prune -print | while IFS= read -r f; do
+    [ -z "$(find "$f" -type f ! -name index -newer "$m.mark" | head -n 1)" ] || printf '%s\n' "${f%/.git}"; done
 }
 _crefs() { { _co for-each-ref; _co rev-parse HEAD; _co rev-parse -q --verify refs/stash; } | cksum | tr ' ' -; }
 _cstage() { # the client may be gone when there is something to say: that is no end without clearing up
@@ -1100,6 +1105,7 @@ _cpull() {
 _ctar() {
   cd "$w" && f=$(find . -name .git -prune -o -type f -size "+${8}c" -newer "$m.mark" -print | head -n 1) || return 3
   case $f in ?*) printf 'large %s\n' "$f"; return 24;; esac
+  _cgits | sed 's/^/note the commits of the git repository in /'
   _cmark "$6" "$m.pull" . all && echo "tar $6" || return 3
   find . -name .git -prune -o \( -type f -o -type l \) -exec printf '%s\0' {} + && printf '\0' || return 3
   set -- "$9" "$8"
@@ -1120,25 +1126,26 @@ _cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && _cstage "$6" _cpull "
 #   with the workspace, a line each, 20 at the most, beyond what a pull brought home: a HEAD with
 #   a tree and refs, or (no git) the mark of one; with the name of their directory, jobs that run.
 #   22: no such directory.
-CHANGED = SNAPSHOT + JOB_STATE + r"""
+LOST = SNAPSHOT + r"""
 _clost() {
-  _csnap "$4" "$5" "$7" "$8" >"$s/said"; r=$?
-  case $r in 0) ;; 9)
+  _csnap "$4" "$5" "$7" "$8" >"$s/said"; snap=$?
+  case $snap in 0) ;; 9)
     k=$m.mark; [ -z "${12}" ] || [ "$(head -n 1 "$m.pull")" != "${12}" ] || k=$m.pull
     case $(head -n 2 "$k") in *all) ;; *) echo "what it was made of is not known any more"; return 0;; esac
     cd "$w" && tail -n +3 "$k" >"$s/was" && _clist >"$s/now" || return 3
     n=$(find . -name .git -prune -o ! -type d -newer "$k" -print; diff "$s/was" "$s/now" | sed -n 's/^[<>] [^/]* \.\//.\//p')
     [ "$n" ] || cmp -s "$s/was" "$s/now" || n="some file"
     [ -z "$n" ] || printf '%s\n' "$n" | sort -u | sed 's/^/changed /' | head -n 20
+    _cgits | sed 's/^/a git repository in /'
     return 0;;
-  24) cat "$s/said"; return 0;; *) return $r;; esac
+  24) cat "$s/said"; return 0;; *) return $snap;; esac
   sed 's/^note //' "$s/said"
   [ "$t" = "${10}" ] || [ "$t" = "$(_cg rev-parse "$h^{tree}")" ] || _cg diff-index --cached --name-status "$h" | head -n 20
   o=$w/.git; [ -d "$o" ] || return 0
   if [ "$whole" ]; then
-    k=--reflog; [ "$(_crefs)" != "${11}" ] || k=
     if [ -z "$9" ] || ! _co cat-file -e "$9^{commit}"; then set -- "$b" "$b" "$b" "$b" "$b" "$b" "$b" "$b" "$b"; fi
-    _co log --format='commit %h %s' --exclude=refs/stash --all $k HEAD --not "$b" "$9" --glob=refs/cmux | head -n 20
+    { _co log --format='commit %h %s' --exclude=refs/stash --exclude='refs/remotes/*' --all HEAD --not "$b" "$9" --glob=refs/cmux
+      [ "$(_crefs)" = "${11}" ] || _co log --format='commit %h %s' --reflog --not "$b" "$9" --all HEAD; } | head -n 20
     _co stash list --format='stash %gd: %s' | head -n 20
   elif [ "$(_crefs)" != "${11}" ]; then echo "the git repository was replaced"
   else
@@ -1146,44 +1153,57 @@ _clost() {
     _cbranches "$x" | sed 's/^/branch /' | head -n 20; _cbranches "$x" refs/tags | sed 's/^/tag /' | head -n 20; _co stash list --format='stash %gd: %s' | head -n 20
   fi
 }
+"""
+CHANGED = LOST + JOB_STATE + r"""
 _cop() {
   _croot "$1" && { _cw "$2" "$3" || return 22; } && _cstage "$6" _clost "$@" || return
   for d in "$root/.cmux/jobs/$2/${13:--}"/*; do [ ! -d "$d" ] || [ "$(_cstate "$d")" != running ] || echo "a job that runs: ${d##*/}"; done
 }
 """
 
-# PUSH root project name oldbase oldtree op commits bytes newbase keep: the workspace becomes the
+# PUSH root project name oldbase oldtree op commits bytes head tree refs mark newbase keep: the workspace becomes the
 #   new base; again with the same op, it says pushed. With git, in place: only files that differ are touched, ignored ones stay (build
-#   caches, node_modules, a server that watches). Without, the directory is replaced. `keep` (1)
-#   leaves a copy of what was in the trash. 21: upload the base first; 22: no workspace.
-PUSH = SNAPSHOT + BASE + r"""
+#   caches, node_modules, a server that watches). Without, or where the repository cannot be written, the directory is
+#   replaced. `keep` (1) leaves a copy of what was in the trash; without it, it looks itself for what would be lost, as
+#   CHANGED does, each time it is asked: an upload takes minutes. 21: upload the base first; 22: no workspace; 25: the lines
+#   tell what would be lost.
+PUSH = LOST + BASE + r"""
 _cn() { GIT_INDEX_FILE=$s/new.index git --git-dir="$g" --work-tree="$s/delta" -c core.fsmonitor=false -c core.looseCompression=0 "$@"; }
 _cdelta() { # the new base's commit, of the old one and the delta, without unpacking either
   mkdir "$s/delta" && cd "$s/delta" && ( umask 022; tar -xof "$root/$base/delta.tar" ) && _cn read-tree "$b" &&
   tr '\n' '\0' <.cmux-gone | _cn update-index -z --force-remove --stdin && rm .cmux-gone && _cn add -f --ignore-removal . &&
   x=$(_cn write-tree) && _cn commit-tree "$x" -m base
 }
+_cswitch() { # files, refs and index are the new base's; or (another repository, a lock left by a killed git) all is as it was
+  [ -d "$w/.git" ] && [ "$snap" = 0 ] && o=$w/.git a=$g/objects/info/alternates && _co cat-file -e "$b^{commit}" && cp "$a" "$s/alt" || return
+  n=; if [ "$(cat "$root/$base/parent")" = "$4" ]; then n=$(_cdelta); fi
+  if [ -z "$n" ]; then
+    cd "$root" && _cbase && n=$(git --git-dir="$base/git" rev-parse -q --verify refs/cmux/base) && cp -R "$base/git/objects/." "$g/objects/" || return
+    cp "$s/alt" "$a"
+  fi
+  x=$(_co symbolic-ref -q HEAD)
+  cd "$w" && _co update-ref "refs/cmux/old/$b" "$b" || return
+  if ( umask 022; _cg read-tree --reset -u "$n" ) && { rm "$a"; cp -R "$g/objects/." "$o/objects/" 2>/dev/null; _co symbolic-ref HEAD refs/heads/main; } &&
+    printf 'update %s %s\n' refs/heads/main "$n" refs/cmux/base "$n" | _co update-ref --no-deref --stdin
+  then cp -p "$g/index" "$o/index.cmux" && mv "$o/index.cmux" "$o/index"
+  else cp "$s/alt" "$a"; ( umask 022; _cg read-tree --reset -u "$t" ); [ -z "$x" ] || _co symbolic-ref HEAD "$x"; return 1
+  fi
+}
 _cpush() {
-  base=.cmux/bases/$9 op=$6 k=$root/.cmux/trash/kept-$2-$3-$6
+  base=.cmux/bases/${13} op=$6
   [ "$(cat "$m.push")" != "$6" ] || { echo pushed; return 0; }
+  rm -rf "$s/git"
+  if [ "${14}" ]; then cd "$root" && _cget || return; _csnap "$4" "$5" "$7" "$8" >"$s/said"; snap=$?
+  else _clost "$@" >"$s/lost" || return; [ ! -s "$s/lost" ] || { cat "$s/lost"; return 25; }; fi
   cd "$root" && _cget || return
-  if [ "${10}" ]; then cp -RpP "$w" "$k" || { rm -rf "$k"; return 3; }; echo "kept $k"; fi
-  n=; if [ -d "$w/.git" ] && _csnap "$4" "$5" "$7" "$8"; then
-    if [ "$(cat "$root/$base/parent")" = "$4" ]; then n=$(_cdelta); fi
-    if [ -z "$n" ]; then
-      cd "$root" && _cbase && n=$(git --git-dir="$base/git" rev-parse -q --verify refs/cmux/base) && cp -R "$base/git/objects/." "$g/objects/" || return 4
-      echo "$o/objects" >"$g/objects/info/alternates"
-    fi
-    cd "$w" && ( umask 022; _cg read-tree --reset -u "$n" ) || return 4
-    rm -f "$g/objects/info/alternates"; cp -R "$g/objects/." "$w/.git/objects/" 2>/dev/null
-    o=$w/.git; _co update-ref "refs/cmux/old/$b" "$b" && _co update-ref --no-deref refs/cmux/base "$n" && _co symbolic-ref HEAD refs/heads/main && _co update-ref refs/heads/main "$n" &&
-    cp -p "$g/index" "$o/index.cmux" && mv "$o/index.cmux" "$o/index" || return 3
-  else
+  k=$root/.cmux/trash/kept-$2-$3-$6
+  if [ "${14}" ]; then cp -RpP "$w" "$k" || { rm -rf "$k"; return 3; }; echo "kept $k"; fi
+  if ! _cswitch "$@"; then
     cd "$root" && _cbase || return
     mkdir -p ".cmux/trash/$6" && mv "$w" ".cmux/trash/$6/" && mv "$s/tree" "$w" || return 3
     ( trap '' HUP; exec rm -rf "$root/.cmux/trash/$6" ) </dev/null >/dev/null 2>&1 4>&- &
   fi
-  echo "$9" >"$m.base" && _cmark "$6" "$m.mark" "$w" && rm -f "$m.pull" && echo "$6" >"$m.push" && echo pushed
+  echo "${13}" >"$m.base" && _cmark "$6" "$m.mark" "$w" && rm -f "$m.pull" && echo "$6" >"$m.push" && echo pushed
 }
 _cin() { s=$root/.cmux/stage/$6; mkdir -p "$s" || return 3; _cpush "$@"; r=$?; cd "$root"; [ $r = 21 ] || rm -rf "$s"; return $r; }
 _cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && _cone "$6" _cin "$@"; }
@@ -5243,7 +5263,7 @@ class ProjectBase(ProjectState):
                     if not force:
                         if any(row["workspace"] == name and row["operation"] in ("exec", "shell") for row in self.running_now()):
                             raise WorkspaceDirty("A command runs in the workspace %s." % name, "Wait for it (see `%s top`), or give it up: --force." % PROGRAM)
-                        self._refuse_changes(name, host, entry, entry["op"])
+                        self._refuse_changes(name, host, entry)
                 self.discard(name, entry)
         return [name]
 
@@ -5325,12 +5345,13 @@ class ProjectBase(ProjectState):
                 return False
             with Logged(self, "push", name, workspace.host.name, ref, entry["op"]) as log:
                 if not force:
-                    self._refuse_changes(name, workspace.host, entry)
+                    self._refuse(name, entry, ())
                 self.update(name, intent={"op": made.op, "base": made.commit, "tree": made.tree, "plain": made.parts.plain})
-                reply = made.with_base(lambda: workspace.host.call(
-                    PUSH, entry["root"], entry["project"], name, entry["tree"], self._sent(entry), made.op, str(PULL_COMMITS_MAX),
-                    str(PULL_FILE_MAX), made.tree, "1" if force else "", cancel=cancel))
+                words = self._looked_at(name, entry, made.op) + [made.tree, "1" if force else ""]
+                reply = made.with_base(lambda: workspace.host.call(PUSH, *words, cancel=cancel))
                 log.size = made.sent
+                if reply.status == 25:
+                    self._refuse(name, entry, reply.lines())
             if reply.status == 22:
                 raise gone_there(name, workspace.host.name)
             check_reply(reply, workspace.host.name, "push to %s" % name)
@@ -5384,17 +5405,23 @@ class ProjectBase(ProjectState):
         except GitFailed:
             return ""
 
-    def _refuse_changes(self, name: str, host: Host, entry: Dict[str, Any], jobs: str = "") -> None:
-        sent, home = self._sent(entry), entry.get("pulled", {})
-        reply = host.call(CHANGED, entry["root"], entry["project"], name, entry["tree"], sent, os.urandom(8).hex(),
-                          str(PULL_COMMITS_MAX), str(PULL_FILE_MAX), *(home.get(k, "") for k in ("head", "tree", "refs", "mark")), jobs)
-        if reply.status == 22:
-            return
-        check_reply(reply, host.name, "look for changes in %s" % name)
-        lost = [show(line.replace("\t", " "), 200)[1:-1] for line in reply.lines() if line.strip()]
+    def _looked_at(self, name: str, entry: Dict[str, Any], op: str) -> List[str]:
+        """The words for CHANGED and PUSH: what the workspace is compared with."""
+        return [entry["root"], entry["project"], name, entry["tree"], self._sent(entry), op, str(PULL_COMMITS_MAX), str(PULL_FILE_MAX),
+                *(entry.get("pulled", {}).get(key, "") for key in ("head", "tree", "refs", "mark"))]
+
+    def _refuse_changes(self, name: str, host: Host, entry: Dict[str, Any]) -> None:
+        """Raise WorkspaceDirty for work that no pull brought home, and for jobs that run."""
+        reply = host.call(CHANGED, *self._looked_at(name, entry, os.urandom(8).hex()), entry["op"])
+        if reply.status != 22:
+            check_reply(reply, host.name, "look for changes in %s" % name)
+            self._refuse(name, entry, reply.lines())
+
+    def _refuse(self, name: str, entry: Dict[str, Any], lines: Iterable[str]) -> None:
+        lost = [show(line.replace("\t", " "), 200)[1:-1] for line in lines if line.strip()]
         way = "Wait for it, or end it with stop (%s jobs -w %s)." if lost and all(line.startswith("a job that runs") for line in lost) else \
             "Bring it home first: %s pull -w %s." if lost else "Look at it there (%s exec -w %s -- git status --short); read brings a file."
-        lost += ["%s (it lies in a submodule: no pull brings it home)" % path for path in home.get("left", ())]
+        lost += ["%s (it lies in a submodule: no pull brings it home)" % path for path in entry.get("pulled", {}).get("left", ())]
         if lost:
             error = WorkspaceDirty("The workspace %s has work that would be lost: %s%s."
                                    % (name, ", ".join(lost[:5]), ", ..." if len(lost) > 5 else ""),

@@ -6434,6 +6434,77 @@ def test_a_renamed_workspace_keeps_its_history(repo: Repo) -> None:
     assert child.returncode == 7 and found == {"c": None, "d": 7}, found
 
 
+@pytest.mark.parametrize("host", ["box", "nogit"])
+def test_push_looks_again_after_its_upload(site: Site, host: str) -> None:
+    repo = Repo(site)
+    assert repo.cli("new", "-H", bare_host(site) if host == "nogit" else host, "main").code == 0
+    repo.write("more", b"user")
+    repo.commit()
+    assert in_library(repo, """
+project = cmux_ssh.Project(".")
+workspace, upload = project.workspace("main"), cmux_ssh.Creation._upload
+def during(self, reply):
+    workspace.write("note", "agent's")
+    upload(self, reply)
+cmux_ssh.Creation._upload = during
+try:
+    print(project.push("main"))
+except cmux_ssh.WorkspaceDirty as error:
+    print(any("note" in line for line in error.lost), workspace.read("note").data)
+""") == "True b\"agent's\"\n"
+    assert repo.cli("pull").code == 0 and repo.git("show", "cmux/main:note") == "agent's"
+    assert repo.cli("push").code == 0 and (repo.path() / "more").read_bytes() == b"user"
+
+
+HEAD_LOCK = "touch .git/HEAD.lock"
+
+
+@pytest.mark.parametrize("harm", ["rm -rf .git; git init -q -b main; git add -A; git commit -qm anew",
+                                  "rm -rf .git; git init -q --object-format=sha256 -b main; git add -A; git commit -qm anew",
+                                  HEAD_LOCK, "touch .git/refs/heads/main.lock", "git branch -m main/sub"], ids=["anew", "sha256", "HEAD", "main", "sub"])
+def test_push_where_the_repository_there_cannot_be_moved_replaces_it(repo: Repo, harm: str) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    do(repo, "git config --global user.name a; git config --global user.email a@x; echo agent >>README; " + harm)
+    assert repo.cli("pull").code == 0
+    repo.write("more", b"user")
+    repo.commit()
+    pushed = repo.cli("push", *(["--force"] if harm.startswith("rm") else []))
+    assert pushed.code == 0, pushed
+    assert (repo.path() / "more").read_bytes() == b"user" and b"agent" not in (repo.path() / "README").read_bytes()
+    do(repo, "[ ! -e .git/HEAD.lock ] && git status --short >/tmp/x-$$ && ! [ -s /tmp/x-$$ ]; r=$?; rm /tmp/x-$$; exit $r")
+    do(repo, "echo again >>more; git commit -qam again")
+    pulled = repo.cli("pull", "--branch", "second")
+    assert pulled.code == 0 and repo.git("log", "--format=%s", "main..second") == "again", pulled
+
+
+def test_a_repository_that_no_pull_looks_into_is_told(site: Site) -> None:
+    repo, host = Repo(site), bare_host(site)
+    assert repo.cli("new", "-H", host, "main").code == 0
+    (site.dir / "posix-bin" / "git").symlink_to(program("git"))  # as if it was installed later
+    do(repo, "git init -q && git config user.name a && git config user.email a@x && git add -A && git commit -qm base && "
+             "git checkout -qb feature && echo W >work && git add work && git commit -qm work && git checkout -q -")
+    refused(repo.cli("rm", "main"), 1, words="a git repository in .")
+    pulled = repo.cli("pull")
+    assert pulled.code == 0 and "the commits of the git repository in ." in pulled.said, pulled
+    refused(repo.cli("rm", "main"), 1, words="a git repository in .")
+    assert repo.cli("rm", "--force", "main").code == 0
+
+
+def test_a_split_index_hides_no_file_that_is_ignored_but_tracked(repo: Repo) -> None:
+    repo.write(".gitignore", b"*.log\n")
+    repo.commit()
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    do(repo, "git config core.splitIndex true; git add -f .; echo keep >result.log; git add -f result.log; ls .git/sharedindex.*")
+    refused(repo.cli("rm", "main"), 1, words="result.log")
+    assert repo.cli("pull").code == 0 and repo.git("show", "cmux/main:result.log") == "keep"
+
+
+def test_what_was_only_fetched_holds_up_no_rm(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    do(repo, "git init -q ../up && cd ../up && git -c user.name=a -c user.email=a@x commit -q --allow-empty -m theirs && cd - && git fetch -q ../up HEAD:refs/remotes/origin/main")
+    assert repo.cli("rm", "main").code == 0
+
+
 def test_enter_at_the_hidden_prompt_keeps_the_secret(repo: Repo) -> None:
     assert repo.cli("secrets", "set", "FOO", stdin=b"good").code == 0
     terminal = on_terminal(repo.site, "secrets", "set", "FOO", cwd=repo.dir)
