@@ -50,6 +50,7 @@ ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEAL
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -4198,15 +4199,19 @@ class Repository:
         path = min(set(found) - set(links), default=b"").decode("utf-8", "replace").rstrip("/")
         return GitFailed("%s is a repository of its own." % show(path), "Let .gitignore cover it, or make it a submodule.") if path else None
 
+    def _worktrees(self) -> List[List[str]]:
+        """What `git worktree list` says: its lines, worktree by worktree."""
+        text = self._git("worktree", "list", "--porcelain").decode("utf-8", "surrogateescape")
+        return [row.split("\n") for row in text.split("\n\n") if row]
+
     def hooks_inside(self) -> List[str]:
-        """The hooks directory relative to the work tree, if a core.hooksPath lies in it: as it is named, and where
-        the links in that lead."""
-        words = [self.program, "-C", self.directory, "rev-parse", "--show-toplevel", "--git-path", "hooks"]
-        lines = run(words, user_environment())[1].decode("utf-8", "surrogateescape").split("\n")
-        if len(lines) != 3:
-            return []  # a bare repository has no work tree
-        path = os.path.join(os.path.realpath(self.directory), lines[1])
-        found = {os.path.relpath(near, os.path.realpath(lines[0])) for near in (os.path.normpath(path), os.path.realpath(path))}
+        """The hooks directory relative to the work tree, if a core.hooksPath lies in it, or in another work tree of
+        this repository: as it is named, and where the links in that lead."""
+        named = run([self.program, "-C", self.directory, "rev-parse", "--git-path", "hooks"], user_environment())[1]
+        path, raw = os.path.join(os.path.realpath(self.directory), named.decode("utf-8", "surrogateescape")[:-1]), self.config("core.hooksPath")
+        tops = [os.path.realpath(row[0][len("worktree "):]) for row in self._worktrees() if "bare" not in row]
+        found = {os.path.relpath(near, top) for near in (os.path.normpath(path), os.path.realpath(path)) for top in tops}
+        found.update([os.path.normpath(raw)] if raw and raw[0] not in "/~" else [])
         return [path for path in found if path.split("/")[0] not in ("..", ".git")]
 
     def check_branch(self, branch: str) -> str:
@@ -4214,8 +4219,7 @@ class Repository:
         status = run([self.program, "check-ref-format", "refs/heads/" + branch], git_environment())[0]
         if status or branch.startswith("-") or branch == "HEAD" or not branch.isprintable():
             raise UsageError("%s is not a branch name." % show(branch))
-        trees = self._git("worktree", "list", "--porcelain").decode("utf-8", "surrogateescape")
-        if "branch refs/heads/%s\n" % branch in trees:
+        if any("branch refs/heads/" + branch in row for row in self._worktrees()):
             raise GitFailed("The branch %s is checked out; nothing of a host's is written there." % show(branch),
                             "Choose another with --branch, or check out another one.")
         return "refs/heads/" + branch
@@ -4228,6 +4232,8 @@ class Repository:
                                        "--max-input-size=%d" % (2 * PULL_TOTAL_MAX)], git_environment(), stdin=stream)
             if process.wait():
                 raise GitFailed("git did not take the objects of the result.", "Is the disk full?")
+        if ref.startswith("refs/heads/"):
+            self.check_branch(ref[11:])  # once more: bringing it took minutes
         status, _, err = run(command + ["update-ref", "--no-deref", "-m", "cmux pull", ref, new, old or "0" * len(new)],
                              git_environment())
         if status:
@@ -4355,6 +4361,10 @@ class Shadow:
 
     def is_ancestor(self, old: str, new: str) -> bool:
         return run(self.argv("merge-base", "--is-ancestor", old, new), self.env, patience=600)[0] == 0
+
+    def common(self, one: str, other: str) -> str:
+        """The commit that two come from; "" where there is none."""
+        return run(self.argv("merge-base", one, other), self.env, patience=600)[1].decode().strip()
 
     def listing(self, tree: str) -> Iterator[Tuple[str, str, bytes]]:
         """(mode, id, path) of every file of a tree or commit."""
@@ -5287,13 +5297,22 @@ class ProjectBase(ProjectState):
         op = self.entries().get(name, {}).get("op") if name else None
         return [row for row in self.history.rows() if not name or (row.get("op") == op if op and row.get("op") else row.get("workspace") == name)]
 
+    @contextlib.contextmanager
+    def _both(self, source: str, name: str) -> Iterator[None]:
+        """The locks of a workspace and of the name of another."""
+        if check_workspace(name) == source:
+            raise WorkspaceExists("The workspace %s has that name already." % name, "Choose another name.")
+        first, second = map(self.registry.creation_lock, sorted((name, source)))  # or two would wait for each other
+        with first, second:
+            yield
+
     def fork(self, source: WorkspaceBase, name: str) -> "Workspace":
         """A new workspace with the current content of ``source``, made on the host itself. Raises
         WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed."""
-        with self.registry.creation_lock(check_workspace(name)):
+        with self._both(source.name, name):
+            entry = self.settle(source.name)
             self.vacate(name)
-            made = dict(self.entry(source.name), state="forking", op=os.urandom(8).hex(), created=int(time.time()),
-                        path=source.path[:-len(source.name)] + name)
+            made = dict(entry, state="forking", op=os.urandom(8).hex(), created=int(time.time()), path=source.path[:-len(source.name)] + name)
             for key in ("branches", "tips", "intent", "removals"):
                 made.pop(key, None)
             self.registry.update(lambda record: record["workspaces"].update({name: made}))
@@ -5304,10 +5323,7 @@ class ProjectBase(ProjectState):
     def rename(self, source: WorkspaceBase, name: str) -> "Workspace":
         """Give a workspace another name, here and on the host; the new object (the old one is of no more
         use). Until both are done, it has the old name. Raises as fork() does."""
-        if check_workspace(name) == source.name:
-            raise WorkspaceExists("The workspace %s has that name already." % name, "Choose another name.")
-        first, second = map(self.registry.creation_lock, sorted((name, source.name)))  # or two would wait for each other
-        with first, second:
+        with self._both(source.name, name):
             entry, op = self.settle(source.name), os.urandom(8).hex()
             self.vacate(name)
             entry = dict(entry, path=source.path[:-len(source.name)] + name)
@@ -6006,7 +6022,10 @@ def read_person(line: bytes, word: bytes) -> Tuple[str, str, str]:
     if not match:
         raise refuse("its stream has a damaged %s line" % word.decode())
     name, mail = (re.sub(r"[<>\n]", "", neutralise(part)).strip(" .,:;\"'\\")[:200] for part in match.group(1, 2))
-    return name or "unknown", mail or "unknown@localhost", "@%d %s" % (min(int(match.group(3)), 4102444800), match.group(4).decode())
+    zone = int(match.group(4))
+    west = -60 * (zone // 100 * 60 + zone % 100) if zone >= 0 else 60 * (-zone // 100 * 60 + -zone % 100)
+    when = max(west, min(int(match.group(3)), 4102444800))  # before 1970 by its own clock, it ends every `git log` here
+    return name or "unknown", mail or "unknown@localhost", "@%d %s" % (when, match.group(4).decode())
 
 
 def unquote(text: bytes) -> bytes:
@@ -6504,8 +6523,22 @@ class Pull:
             return before
         if self.shadow.is_ancestor(before, head):
             return tip
+        if not known and not self.shadow.is_ancestor(self.base, before):
+            if tip == self.base:
+                return before
+            self._refuse_forgotten(before)
         person = ("cmux", "cmux@localhost", "@%d +0000" % time.time())
         return self._grower.commit(tree, [before] if known else [before, head], "work of the workspace since the last pull\n", person, person)
+
+    def _refuse_forgotten(self, before: str) -> None:
+        """A push has moved the workspace to a base that never had what an earlier pull brought: a commit on top of both
+        would say that the agent took it back."""
+        fork = self.shadow.common(before, self.base)
+        mine, theirs = ({path for _, _, _, path in self.shadow.changes(fork, tip)} for tip in (before, self.base)) if fork else (set(), set())
+        if mine - theirs:
+            raise refuse("the branch has work of an earlier pull that what was pushed since lacks (%s)" % ", ".join(
+                show(path.decode("utf-8", "surrogateescape")) for path in sorted(mine - theirs)[:5]),
+                "Bring it to another branch: --branch NAME. Or merge the branch into what you push first.")
 
     def diff(self, *words: str) -> Iterator[bytes]:
         return self.shadow.records("diff-tree", "-r", "-M", "-l400", "--no-ext-diff", "--no-textconv", *words, end=b"\n",
@@ -6552,7 +6585,10 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report
     base. The work tree is not touched. Raises ResultRefused, GitFailed, HostError."""
     project, name = workspace.project, workspace.name
     ref = project.repository.check_branch(branch or "cmux/" + name)
-    with project.registry.creation_lock(name), project.repository.in_shadow(workspace.base) as shadow:
+    with contextlib.ExitStack() as held:
+        held.enter_context(project.registry.creation_lock(name))
+        workspace = project.kind(project, name, project.settle(name))  # a push may have moved it since
+        shadow = held.enter_context(project.repository.in_shadow(workspace.base))
         work = Pull(workspace, shadow, report or Report(), allow, cancel)
         old = project.repository.value_of(ref)
         own = (work.entry.get("branches", {}).get(ref), work.entry.get("tips", {}).get(ref))
@@ -6598,6 +6634,7 @@ def diff(workspace: WorkspaceBase, stat: bool = False, report: Optional[Report] 
 def diff_lines(workspace: WorkspaceBase, stat: bool = False, report: Optional[Report] = None,
                cancel: Optional[Cancel] = None, binary: bool = False) -> Iterator[bytes]:
     """The same as the bytes are: for git apply, never for a terminal."""
+    workspace = workspace.project.workspace(workspace.name)  # a push may have moved it since
     with Logged(workspace.project, "diff", workspace.name, workspace.host.name, "", workspace.op), workspace.project.repository.in_shadow(workspace.base) as shadow:
         work = Pull(workspace, shadow, report or Report(), True, cancel)
         commits, _ = work.fetch()

@@ -6505,6 +6505,110 @@ def test_what_was_only_fetched_holds_up_no_rm(repo: Repo) -> None:
     assert repo.cli("rm", "main").code == 0
 
 
+def test_pull_and_diff_go_by_the_base_of_now(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.write("more", b"user")
+    new = repo.commit()
+    assert in_library(repo, """
+project = cmux_ssh.Project(".")
+workspace = project.workspace("main")
+assert project.push("main")
+workspace.exec("echo a >agents; git add agents; git -c user.name=a -c user.email=a@x commit -qm w")
+print("more" in "".join(cmux_ssh.diff(workspace)), cmux_ssh.pull(workspace).base)
+""") == "False %s\n" % new
+
+
+def test_a_branch_that_was_checked_out_meanwhile_does_not_move(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    do(repo, "echo 1 >agents")
+    assert repo.cli("pull").code == 0
+    do(repo, "echo 2 >agents")
+    before = repo.git("rev-parse", "cmux/main")
+    assert in_library(repo, """
+import subprocess
+quarantine = cmux_ssh.Shadow.quarantine
+def late(self, *words):
+    subprocess.run(["git", "checkout", "-q", "cmux/main"], check=True)
+    return quarantine(self, *words)
+cmux_ssh.Shadow.quarantine = late
+try:
+    cmux_ssh.pull(cmux_ssh.Project(".").workspace("main"))
+except cmux_ssh.GitFailed as error:
+    print("checked out" in str(error))
+""") == "True\n"
+    assert repo.git("rev-parse", "cmux/main") == before and not repo.git("status", "--short")
+    repo.git("checkout", "-q", "main")
+    assert repo.cli("pull").code == 0 and repo.git("show", "cmux/main:agents") == "2"
+
+
+def test_work_that_a_push_left_behind_is_not_told_as_taken_back(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    do(repo, "echo 1 >agents; git add agents; git commit -qm agentwork")
+    assert repo.cli("pull").code == 0
+    pulled = repo.git("rev-parse", "cmux/main")
+    repo.write("users", b"u")
+    repo.commit()
+    assert repo.cli("push").code == 0
+    nothing = repo.cli("pull")
+    assert nothing.code == 0 and "Nothing new" in nothing.text and repo.git("rev-parse", "cmux/main") == pulled
+    do(repo, "echo 2 >second")
+    refused(repo.cli("pull"), 1, words="lacks ('agents')")
+    assert repo.cli("pull", "--branch", "other").code == 0 and repo.git("diff", "--name-only", "main", "other") == "second"
+    repo.git("merge", "-q", "--squash", "cmux/main")  # not as a commit of its history, but it has it
+    repo.commit()
+    assert repo.cli("push").code == 0
+    do(repo, "echo 3 >third")
+    assert repo.cli("pull").code == 0 and sorted(repo.git("diff", "--name-only", "main~1", "cmux/main").split()) == ["agents", "third"]
+
+
+def test_fork_waits_for_a_push_and_needs_another_name(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.write("more", b"user")
+    repo.commit()
+    assert in_library(repo, """
+project, order = cmux_ssh.Project("."), []
+workspace, upload, move = project.workspace("main"), cmux_ssh.Creation._upload, project._move
+def fork():
+    project.fork(workspace, "side")
+    order.append("forked")
+thread = threading.Thread(target=fork)
+def during(self, reply):
+    thread.start()
+    time.sleep(0.5)
+    upload(self, reply)
+    order.append("sent")
+cmux_ssh.Creation._upload = during
+project.push("main")
+thread.join()
+print(order, project.workspace("side").read("more").data)
+""") == "['sent', 'forked'] b'user'\n"
+    refused(repo.cli("fork", "-w", "main", "main"), 1, words="has that name already")
+
+
+@pytest.mark.parametrize("layout", ["bare", "linked"])
+def test_hooks_of_another_worktree_are_not_changed_either(repo: Repo, layout: str) -> None:
+    repo.write("hooks/pre-commit", b"#!/bin/sh\n", 0o755)
+    repo.commit()
+    other = repo.site.dir / "other"
+    if layout == "bare":
+        repo.git("clone", "-q", "--bare", str(repo.dir), str(other))
+        subprocess.run(["git", "config", "core.hooksPath", "hooks"], cwd=str(other), check=True)
+    else:
+        repo.git("worktree", "add", "-q", "-b", "side", str(other))
+        repo.git("config", "core.hooksPath", str(repo.dir / "hooks"))
+    assert repo.cli("-C", str(other), "new", "-H", "box", "w").code == 0
+    assert repo.cli("-C", str(other), "exec", "-w", "w", "--", "echo evil >>hooks/pre-commit; echo >hooks/post-checkout").code == 0
+    refused(repo.cli("-C", str(other), "pull", "-w", "w"), 1, words="runs hooks from there")
+
+
+@pytest.mark.parametrize("date, told", [("@1 -1159", "1970-01-01T00:00:00-11:59"), ("@0 +0000", "1970-01-01T00:00:00Z"), ("@99 +1400", "1970-01-01T14:01:39+14:00")])
+def test_a_date_before_1970_does_not_end_every_log(repo: Repo, date: str, told: str) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    do(repo, f"echo x >x; git add x; GIT_AUTHOR_DATE='{date}' git commit -qm odd")
+    assert repo.cli("pull").code == 0
+    assert repo.git("log", "-1", "--format=%aI", "cmux/main") in (told, told.replace("Z", "+00:00"))
+
+
 def test_enter_at_the_hidden_prompt_keeps_the_secret(repo: Repo) -> None:
     assert repo.cli("secrets", "set", "FOO", stdin=b"good").code == 0
     terminal = on_terminal(repo.site, "secrets", "set", "FOO", cwd=repo.dir)
