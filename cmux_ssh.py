@@ -4099,10 +4099,10 @@ class Repository:
         status, out, _ = run([self.program, "-C", self.directory, "symbolic-ref", "-q", "--short", "HEAD"], git_environment())
         return out.decode("utf-8", "replace").strip() if status == 0 else ""
 
-    def config(self, key: str) -> str:
+    def config(self, key: str, *kind: str) -> str:
         """A value of the user's git configuration, any scope: no clone brings a .git/config along, and
         what looks like a repository among a clone's files was refused above."""
-        status, out, _ = run([self.program, "-C", self.directory, "config", "--get", key], user_environment())
+        status, out, _ = run([self.program, "-C", self.directory, "config", *kind, "--get", key], user_environment())
         return out.decode("utf-8", "replace")[:-1] if status == 0 else ""
 
     def resolve(self, revision: str) -> Tuple[str, str]:
@@ -4168,7 +4168,8 @@ class Repository:
             shadow.borrow_index(self)
             # add would run `git status` in every submodule, with the config and the filters of that.
             links = [row.partition(b"\t")[2] for row in shadow.records("ls-files", "-s", "-z") if row.startswith(b"160000 ")]
-            here = ("-C", top, "--work-tree=.")
+            here = ("-C", top, "--work-tree=.", "-c", "core.safecrlf=false", *self._conversions())
+            shadow.attributes(self._own_attributes() + "* -filter\n")
             try:
                 own = self.state_within(top)
                 if own and not run(shadow.argv(*here, "check-ignore", "-q", "--", own), shadow.env)[0]:
@@ -4177,7 +4178,7 @@ class Repository:
             except GitFailed as error:
                 raise self._nested(shadow, here, links) or error
             shadow.call(*here, "update-index", "--remove", "-z", "--stdin", stdin=b"".join(path + b"\0" for path in links))
-            new = shadow.call("write-tree")
+            new = self._unfiltered(shadow, top, tree, allow)
             if new == tree:
                 return commit
             paths = [path.decode("utf-8", "surrogateescape") for _, mode, _, path in shadow.changes(tree, new) if mode != "000000"]
@@ -4190,6 +4191,40 @@ class Repository:
             made = shadow.call("commit-tree", new, "-p", commit, stdin=b"uncommitted work\n", env=person)
             self.publish(shadow.quarantine(made, [commit]), "refs/cmux/sent/" + made[:12], made, "")
             return made
+
+    def _conversions(self) -> List[str]:
+        """What `git add` here goes by when it reads a file, as options; no program is among it."""
+        _, out, _ = run([self.program, "-C", self.directory, "config", "--get-regexp",
+                         r"^core\.(autocrlf|eol|filemode|symlinks|ignorecase|precomposeunicode)$"], user_environment())
+        return [word for line in out.decode("utf-8", "replace").splitlines() for word in ("-c", line.replace(" ", "=", 1))]
+
+    def _own_attributes(self) -> str:
+        """The attributes that the user keeps in no file of the tree."""
+        try:
+            with open(os.path.join(self.common_dir, "info", "attributes"), encoding="utf-8", errors="surrogateescape") as stream:
+                return stream.read() + "\n"
+        except OSError:
+            return ""
+
+    def _unfiltered(self, shadow: Shadow, top: str, tree: str, allow: Sequence[str]) -> str:
+        """The tree of the index, without what differs from ``tree`` only because no filter was run: LFS content that
+        is what its pointer says. Refuses what a filter might have encrypted."""
+        new = shadow.call("write-tree")
+        paths = [path for _, mode, _, path in shadow.changes(tree, new) if mode in ("100644", "100755")]
+        shadow.attributes(self._own_attributes())
+        names = {path: name for path, name in shadow.attribute("filter", paths) if name not in (b"unspecified", b"unset", b"set")}
+        shadow.attributes(SHADOW_ATTRIBUTES)
+        same = []
+        for path, mode, oid, sha256, size in shadow.pointers(tree) if b"lfs" in names.values() else ():
+            file = os.path.join(top, os.fsdecode(path))
+            if path in names and os.path.getsize(file) == size and blob_id(file, sha256, size, "sha1"):
+                same.append((mode, oid, path))
+        for path in set(names).difference(path for _, _, path in same):
+            shown, name = path.decode("utf-8", "surrogateescape"), show(names[path].decode("utf-8", "replace"))
+            if shown not in allow:
+                raise UsageError("Nothing was sent: %s goes through the filter %s, and none is run here." % (show(shown), name),
+                                 "Commit it first, or send it as it lies here: --allow %s" % quote(shown))
+        return shadow.altered(new, same) if same else new
 
     @staticmethod
     def _nested(shadow: Shadow, here: Sequence[str], links: Sequence[bytes]) -> Optional[GitFailed]:
@@ -4274,8 +4309,7 @@ class Shadow:
             form = ["--object-format=" + object_format] if object_format != "sha1" else []
             self.call("init", "-q", "--bare", "--template=", *form, self.git_dir)
             os.makedirs(os.path.join(self.git_dir, "info"), exist_ok=True)
-            with open(os.path.join(self.git_dir, "info", "attributes"), "w") as stream:
-                stream.write(SHADOW_ATTRIBUTES)
+            self.attributes(SHADOW_ATTRIBUTES)
         except BaseException:
             self.close()
             raise
@@ -4452,14 +4486,24 @@ class Shadow:
         yield from self.records(work, "diff-files", *words, env=env)
         yield from self.records("diff-index", "--cached", *words, head, env=env)
 
+    def attributes(self, text: str) -> None:
+        """What git goes by here before any .gitattributes."""
+        with open(os.path.join(self.git_dir, "info", "attributes"), "w", encoding="utf-8", errors="surrogateescape") as stream:
+            stream.write(text)
+
     def borrow_index(self, repository: Repository) -> None:
         """A copy of the user's index, whose times spare reading unchanged files, and his excludes. With its own
         time: git reads again what was changed in the second of the index or later, and only that."""
         import shutil
-        for name in ["info/exclude", "index"] + [name for name in os.listdir(repository.git_dir) if name.startswith("sharedindex.")]:
-            source = os.path.join(repository.common_dir if name == "info/exclude" else repository.git_dir, name)
+        for name in ["index"] + [name for name in os.listdir(repository.git_dir) if name.startswith("sharedindex.")]:
+            source = os.path.join(repository.git_dir, name)
             if os.path.isfile(source):
                 shutil.copy2(source, os.path.join(self.git_dir, name))
+        with open(os.path.join(self.git_dir, "info", "exclude"), "wb") as stream:
+            for name in (repository.config("core.excludesFile", "--path"), os.path.join(repository.common_dir, "info", "exclude")):
+                if os.path.isabs(name) and os.path.isfile(name):
+                    with open(name, "rb") as source_stream:
+                        stream.write(source_stream.read() + b"\n")
 
     def delta(self, old: str, new: str, apart: Container[bytes] = ()) -> Tuple[str, List[bytes]]:
         """The tree of only the files of ``new`` that ``old`` has not so, and .cmux-gone: the list of

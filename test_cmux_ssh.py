@@ -6609,6 +6609,58 @@ def test_a_date_before_1970_does_not_end_every_log(repo: Repo, date: str, told: 
     assert repo.git("log", "-1", "--format=%aI", "cmux/main") in (told, told.replace("Z", "+00:00"))
 
 
+def test_dirty_goes_by_what_the_user_ignores_everywhere(repo: Repo) -> None:
+    ignored = repo.site.dir / "ignore everywhere"
+    ignored.write_text(".envrc\n")
+    repo.git("config", "core.excludesFile", str(ignored))
+    repo.write(".envrc", b"export KEY=1")
+    repo.write("other", b"o")
+    assert repo.cli("new", "-H", "box", "--dirty", "main").code == 0
+    assert (repo.path() / "other").exists() and not (repo.path() / ".envrc").exists()
+
+
+def test_dirty_sends_nothing_that_a_filter_would_have_encrypted(repo: Repo) -> None:
+    for key, value in (("clean", "rev"), ("smudge", "rev"), ("required", "true")):
+        repo.git("config", "filter.crypt." + key, value)
+    repo.write(".gitattributes", b"*.z filter=crypt\n")
+    repo.write("key.z", b"topsecret\n")
+    repo.commit()
+    os.utime(str(repo.dir / "key.z"), (1, 1))
+    repo.write("other", b"o")
+    refused(repo.cli("new", "-H", "box", "--dirty", "main"), 2, words="key.z' goes through the filter 'crypt'")
+    assert "topsecret" not in repo.git("rev-list", "--all", "--objects") and not repo.workspaces()
+    assert repo.cli("new", "-H", "box", "--dirty", "--allow", "key.z", "main").code == 0
+    assert (repo.path() / "key.z").read_bytes() == b"topsecret\n"
+
+
+def test_dirty_knows_unchanged_lfs_content(repo: Repo) -> None:
+    content = b"large" * 1000
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (hashlib.sha256(content).hexdigest().encode(), len(content))
+    repo.write(".gitattributes", b"*.bin filter=lfs\n")
+    repo.write("a.bin", pointer)
+    repo.commit()
+    repo.write("a.bin", content)
+    repo.write("other", b"o")
+    assert repo.cli("new", "-H", "box", "--dirty", "main").code == 0
+    base = repo.git("for-each-ref", "--format=%(refname)", "refs/cmux/sent")
+    assert repo.git("show", base + ":a.bin") == pointer.decode().strip() and repo.git("show", base + ":other") == "o"
+    repo.write("a.bin", content + b"more")
+    refused(repo.cli("push", "--dirty"), 2, words="goes through the filter 'lfs'")
+
+
+def test_dirty_reads_line_ends_and_modes_as_git_add_does(repo: Repo) -> None:
+    repo.write(".gitattributes", b"* text=auto\n")
+    repo.write("text", b"a\nb\n")
+    repo.commit()
+    repo.git("config", "core.eol", "crlf")
+    repo.git("config", "core.fileMode", "false")
+    repo.write("text", b"a\r\nb\r\n", 0o755)
+    repo.write("other", b"o\r\n")
+    assert repo.cli("new", "-H", "box", "--dirty", "main").code == 0
+    base = repo.git("for-each-ref", "--format=%(refname)", "refs/cmux/sent")
+    assert repo.git("diff", "--name-only", "HEAD", base) == "other" and (repo.path() / "other").read_bytes() == b"o\n"
+
+
 def test_enter_at_the_hidden_prompt_keeps_the_secret(repo: Repo) -> None:
     assert repo.cli("secrets", "set", "FOO", stdin=b"good").code == 0
     terminal = on_terminal(repo.site, "secrets", "set", "FOO", cwd=repo.dir)
