@@ -59,6 +59,7 @@ import select
 import stat
 import sys
 import time
+import warnings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command line
@@ -540,7 +541,9 @@ def safe_workspace(branch: str) -> str:
 
 # A secret is project input: it may name any variable but those with which the shells that carry
 # it would read it as an instruction. --env is the user's own word, and may also set PATH.
-_READONLY = {"IFS", "OPTIND", "PPID", "UID", "EUID", "SHELLOPTS", "BASHOPTS", "BASH_VERSINFO", "CMUX_RUN", "TMOUT"}
+_READONLY = {"IFS", "OPTIND", "PPID", "UID", "EUID", "SHELLOPTS", "BASHOPTS", "BASH_VERSINFO", "CMUX_RUN", "TMOUT",
+             # and what a shell makes itself, whatever it is told, or stops at
+             "GROUPS", "DIRSTACK", "FUNCNAME", "PIPESTATUS", "RANDOM", "SRANDOM", "SECONDS", "LINENO", "BASHPID", "HISTCMD"}
 _INSTRUCTIONS = {"PATH", "HOME", "ENV", "BASH_ENV", "PS4", "PROMPT_COMMAND", "CDPATH",
                  "CMUX_WORKSPACE", "CMUX_PROJECT", "CMUX_RUNTIME"}
 
@@ -590,7 +593,7 @@ def neutralise(data: Union[bytes, str]) -> str:
 def show(text: str, limit: int = 100) -> str:
     """A name for use inside a sentence of ours: one line, neutralised, bounded, quoted."""
     line = neutralise(text).replace("\n", "^J").replace("\t", "^I")
-    return "'%s'" % (line if len(line) <= limit else line[:limit - 3] + "...")
+    return "'%s'" % (line if len(line) <= limit else line[:limit - 5] + "[...]")
 
 
 def quote(word: str) -> str:
@@ -1654,13 +1657,21 @@ def kill_group(process: Process) -> None:
         process.wait()
 
 
+def await_end(process: Process, seconds: float) -> int:
+    """The status of a process that closed its output, which it may do long before its end. Raises CmuxError."""
+    import subprocess
+    try:
+        return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise CmuxError("A local command did not end in time.")
+
+
 def run(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, limit: int = REPLY_MAX, patience: float = 60,
         cancel: Optional[Cancel] = None) -> Tuple[int, bytes, bytes]:
     """Run a short local command: (status, stdout, stderr), each at most ``limit`` bytes.
 
     Raises UsageError when it cannot start, CmuxError when it is too slow or too loud, Cancelled.
     """
-    import subprocess
     process = spawn(argv, env, stdout=-1, stderr=-1)
     assert process.stdout and process.stderr
     out, err = bytearray(), bytearray()
@@ -1682,10 +1693,7 @@ def run(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, limit: int
                     del sinks[fd]
             if sinks and deadline.over():
                 raise CmuxError("A local command did not end in time.")
-        return process.wait(timeout=deadline.left()), bytes(out), bytes(err)
-    except subprocess.TimeoutExpired:  # it closed its output, and went on
-        kill_group(process)
-        raise CmuxError("A local command did not end in time.")
+        return await_end(process, deadline.capped(3600)), bytes(out), bytes(err)
     except BaseException:
         kill_group(process)
         raise
@@ -1736,6 +1744,7 @@ def stop_signals() -> None:
         if len(seen) > 2:  # whoever insists is not kept waiting for the host's word
             os._exit(130)
         raise KeyboardInterrupt
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where our parent ignores it, no status of a command would reach us
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, interrupt)
@@ -1967,7 +1976,8 @@ def remove_file(path: str) -> None:
 def read_json(path: str) -> Optional[Dict[str, Any]]:
     """An object from a private JSON file of version 1; None if there is none.
 
-    A file that is not one is renamed to <name>.damaged-<time>, and StateFailed says so.
+    StateFailed for a file that is not one, each time: set aside by the first who reads it, it would be missing for the
+    next, who would then go on without secrets, or begin a project anew.
     """
     import json
     data = read_bytes(path, STATE_MAX)
@@ -1978,13 +1988,8 @@ def read_json(path: str) -> Optional[Dict[str, Any]]:
         if not isinstance(value, dict) or not isinstance(value.get("version"), int):
             raise ValueError("no version")
     except (ValueError, RecursionError):
-        aside = "%s.damaged-%d" % (path, time.time())
-        try:
-            os.rename(path, aside)
-        except OSError as error:
-            raise StateFailed("The state file %s is damaged, and cannot be set aside: %s." % (show(path), os.strerror(error.errno or 0)))
-        raise StateFailed("The state file %s was damaged; it is now %s." % (show(path), show(aside)),
-                          "Repair it and rename it back, or start anew without it.")
+        raise StateFailed("The state file %s is damaged." % show(path, 300),
+                          "Repair it. Or set it aside, to start anew without it: mv %s %s" % (quote(path), quote(path + ".damaged")))
     if value["version"] != 1:
         raise StateFailed("The state file %s was written by a newer version." % show(path), "Use that version of %s." % PROGRAM)
     return value
@@ -1992,7 +1997,10 @@ def read_json(path: str) -> Optional[Dict[str, Any]]:
 
 def write_json(path: str, value: Mapping[str, Any]) -> None:
     import json
-    write_bytes(path, json.dumps(dict(value, version=1), indent=1, sort_keys=True).encode() + b"\n")
+    data = json.dumps(dict(value, version=1), indent=1, sort_keys=True).encode() + b"\n"
+    if len(data) > STATE_MAX:  # nobody could read it
+        raise StateFailed("The state file %s would become larger than %s." % (show(path), human_size(STATE_MAX)), "Nothing was changed.")
+    write_bytes(path, data)
 
 
 class Registry:
@@ -2323,6 +2331,9 @@ FAILURES: Tuple[Tuple[str, Type[HostError], str, str], ...] = (
      r"Connection closed by (remote host|UNKNOWN|[0-9a-f.:]+ port)", ConnectionDropped,
      "{host} dropped the connection during the handshake.",
      "It may be busy (MaxStartups), penalise this address, or its proxy failed: try {doctor}."),
+    (r"break-in attempt", ConnectionFailed,
+     "The server of {host} asked for this machine's agent or screen, which ssh refused it.",
+     "Do not trust that machine before somebody has looked at its sshd."),
     (r"Connection refused", ConnectionFailed, "{host} refused the connection on that port.",
      "Is the machine up, and its sshd running?"),
     (r"timed out|No route to host|Network is unreachable|Host is down|not responding",
@@ -2403,10 +2414,20 @@ def sent_patterns(config: SSHConfig) -> List[re.Pattern[str]]:
     return [re.compile(re.escape(w).replace(r"\*", ".*").replace(r"\?", ".") + r"\Z") for w in words if not w.startswith("-")]
 
 
-def scrubbed_environment(config: SSHConfig) -> Dict[str, str]:
-    """Our environment without what the config's SendEnv would send along."""
+def scrubbed_environment(config: SSHConfig, needed: Container[str] = NEEDED_ENV) -> Dict[str, str]:
+    """Our environment without what the config's SendEnv would send along, but for what a master needs: it opens no
+    session, and so sends nothing."""
     tests = sent_patterns(config)
-    return {name: value for name, value in os.environ.items() if name in NEEDED_ENV or not any(test.match(name) for test in tests)}
+    return {name: value for name, value in os.environ.items() if name in needed or not any(test.match(name) for test in tests)}
+
+
+def session_environment(config: SSHConfig) -> Tuple[Dict[str, str], List[str]]:
+    """The environment of an ssh that connects and opens a session itself, and the options that it needs for want of the
+    rest. A proxy must find its program and its files: under SendEnv * these two names go along with it."""
+    environment = scrubbed_environment(config, ("PATH", "HOME") if proxy_of(config) else ())
+    agent = os.environ.get("SSH_AUTH_SOCK")
+    lacks = agent and "SSH_AUTH_SOCK" not in environment and not config.first("identityagent")
+    return environment, ["-o", "IdentityAgent=%s" % agent] if lacks else []
 
 
 def classify(log: bytes, host: str, config: Optional[SSHConfig] = None) -> HostError:
@@ -2441,11 +2462,20 @@ def forget_key(config: SSHConfig, words: str) -> str:
     return "ssh-keygen -f %s -R %s" % (quote(found[-1] if found else files.split(" ")[0]), quote(name))
 
 
+def log_head(path: str) -> bytes:
+    """The beginning of a log of ssh's: a server that asks for channels again and again makes it as long as it likes."""
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(LOG_MAX * 4)
+    except OSError:
+        return b""
+
+
 def read_log(path: str) -> Tuple[bytes, List[bytes]]:
     """(ssh's own words, what the server said of itself). Only the former may be believed: the server
     can say "Host key verification failed" too, also in its reason for a disconnect, ssh's last words."""
     own: List[bytes] = []
-    words, away, reason = (read_bytes(path, STATE_MAX) or b"").partition(DISCONNECT)
+    words, away, reason = log_head(path).partition(DISCONNECT)
     heard = [away + reason] if away else []
     for line in words.split(b"\n"):
         said = re.match(rb"debug1: \S*kex_exchange_identification\(\):\d+ \([^()]*\): (.*)", line)
@@ -2578,6 +2608,10 @@ class Session:
         poller = select.poll()
         poller.register(self.control, select.POLLIN)
         return not poller.poll(0)
+
+    def over(self) -> bool:
+        """Whether its process has ended, though a child of that may hold its streams."""
+        return False
 
     def begun(self) -> None:
         """The host has answered: authentication is behind us."""
@@ -2733,18 +2767,14 @@ class DirectSession(Session):
     clients without multiplexing. ``done`` is called once the handshake is over, ``report`` with
     None when it went well, or with why it did not."""
 
-    def __init__(self, config: SSHConfig, environment: Mapping[str, str], log: str, command: str,
+    def __init__(self, config: SSHConfig, log: str, command: str,
                  done: Callable[[], None], report: Callable[[Optional[HostError]], None]) -> None:
         super().__init__(config.host)
         self._log, self._config = log, config
         self._done: Optional[Callable[[], None]] = done
         self._report = report
         remove_file(log)
-        agent: List[str] = []
-        if any(test.match(name) for test in sent_patterns(config) for name in NEEDED_ENV):  # SendEnv *: they would go along
-            environment = {k: v for k, v in environment.items() if k in ("PATH", "HOME")}
-            if os.environ.get("SSH_AUTH_SOCK") and not config.first("identityagent"):
-                agent = ["-o", "IdentityAgent=" + os.environ["SSH_AUTH_SOCK"]]
+        environment, agent = session_environment(config)
         try:
             self._process = spawn(
                 ssh_argv(config, "-S", "none", "-E", log, *agent) + ["--", config.host, command],
@@ -2764,6 +2794,9 @@ class DirectSession(Session):
             self._done()
             self._done = None
             self._report(None)
+
+    def over(self) -> bool:
+        return self._process.poll() is not None
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
         words, heard = read_log(self._log)
@@ -2806,6 +2839,7 @@ class HostMemory:
         self._profile: Dict[str, Any] = {}
         self._profile_until = 0.0
         self._gone: Dict[int, int] = {}        # how often each master hung up during hello
+        self._heard: Dict[int, int] = {}       # how long the log of each was
         self.patience = (CONNECT_PATIENCE_SLOW if config.first("connecttimeout") == "0" else CONNECT_PATIENCE)
 
     def _path(self, name: object) -> str:
@@ -2866,7 +2900,8 @@ class HostMemory:
 class Launcher(HostMemory):
     """Starts connections to the host, at most HANDSHAKES_AT_ONCE at a time."""
 
-    tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait; the command line sets it
+    tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait; the command line sets both
+    alert: Callable[[str], None] = staticmethod(lambda text: warnings.warn(text, RuntimeWarning, stacklevel=2))
 
     def _answers(self, index: int) -> bool:
         try:
@@ -2963,7 +2998,11 @@ class Launcher(HostMemory):
         argv = [other.get(word, word) for word in ssh_argv(
             self.config, "-M", "-N", "-o", "ControlPersist=%d" % CONTROL_PERSIST, "-S", literal(self._path(index)), "-E", log)] + ["--", self.host]
         patience = self.patience if batch else INTERACTIVE_PATIENCE
-        watch, theirs = os.pipe()
+        try:
+            watch, theirs = os.pipe()
+        except OSError:
+            os.close(said)
+            raise StateFailed("This process has too many files open.", "Raise `ulimit -n`, or run fewer at once.")
         try:
             process = spawn(argv, self.environment, stdout=theirs, stderr=said if batch else 2, own_group=batch)
         finally:
@@ -2971,10 +3010,10 @@ class Launcher(HostMemory):
             os.close(said)
         try:
             self._await_detach(watch, cancel, patience)
-            status = process.wait(timeout=CONTROL_PATIENCE)
+            status = await_end(process, CONTROL_PATIENCE)
         except BaseException as error:
             kill_group(process) if batch else process.kill()
-            if isinstance(error, TimeoutError):
+            if isinstance(error, TimeoutError) or type(error) is CmuxError:
                 raise ConnectionFailed("%s did not answer within %d seconds." % (self.host, patience),
                                        "Is the machine up? Try %s." % look_into(self.host), self.host)
             raise
@@ -3011,7 +3050,7 @@ class Launcher(HostMemory):
         self._wait_out(self._failures()[1], deadline, cancel)
         token = self.handshake(deadline, cancel)
         log = self._path("log." + os.path.basename(token.path))  # whoever holds it next clears it
-        return DirectSession(self.config, self.environment, log, command, token.free, self._reported)
+        return DirectSession(self.config, log, command, token.free, self._reported)
 
     def _reported(self, error: Optional[HostError]) -> None:
         if error is None:
@@ -3176,9 +3215,28 @@ class Masters(Slots):
             return None
 
     def _open_on(self, slot: Tuple[int, int], command: str) -> Session:
+        self._heed_log(slot[0])
         session = MuxSession(self.host, self._path(slot[0]), command, lambda session: self._let_go(session, slot))
         session.master = slot[0]
         return session
+
+    def _heed_log(self, index: int) -> None:
+        """A server that asks for the agent or the screen is refused by ssh itself, which tells its log: that is
+        a security event. One that goes on would fill the disk."""
+        path = self._path("log.%d" % index)
+        try:
+            size = os.stat(path).st_size
+        except OSError:
+            return
+        if size == self._heard.get(index, 0):
+            return
+        self._heard[index] = size
+        if b"break-in attempt" in log_head(path):
+            error = classify(b"break-in attempt", self.host)
+            if size > LOG_MAX:
+                end_master(self._path(index))
+                raise error
+            self.alert("WARNING: %s %s" % (error, error.hint))
 
     def _bury(self, index: int, error: BaseException) -> None:
         """A master did not answer. One that refuses or is missing has left a dead socket, which
@@ -3239,19 +3297,20 @@ class Masters(Slots):
 
     # -- for a person --
 
-    def on_terminal(self, command: str, deadline: Deadline) -> Tuple[List[str], Callable[[], None], Callable[[], None]]:
-        """(the argv of an ssh that runs ``command`` on this terminal; what to call when it has begun
-        there; when it has ended). Escape characters are off: a pasted ~C would open forwards."""
+    def on_terminal(self, command: str, deadline: Deadline) -> Tuple[List[str], Dict[str, str], Callable[[], None], Callable[[], None]]:
+        """(the argv of an ssh that runs ``command`` on this terminal; its environment; what to call when it
+        has begun there; when it has ended). Escape characters are off: a pasted ~C would open forwards."""
         self.connect(deadline)
         if self.profile()["sessions"]:
             slot = self._take_slot(deadline, None)
-            options = ["-S", literal(self._path(slot[0])), "-o", "ProxyCommand=false"]
+            options, environment = ["-S", literal(self._path(slot[0])), "-o", "ProxyCommand=false"], scrubbed_environment(self.config, ())
             begun, ended = lambda: None, lambda: self._free_slot(slot)
         else:
-            options, ended = ["-S", "none"], self.handshake(deadline).free
+            environment, agent = session_environment(self.config)
+            options, ended = ["-S", "none", *agent], self.handshake(deadline).free
             begun = ended
         words = ["-t" if word == "-T" else word for word in ssh_argv(self.config, "-e", "none", *options)]
-        return words + ["--", self.host, command], begun, ended
+        return words + ["--", self.host, command], dict(environment, TERM=os.environ.get("TERM", "dumb")), begun, ended
 
     def count_sessions(self, command: str, most: int) -> int:
         """How many more sessions a living master takes now, up to ``most``."""
@@ -3531,11 +3590,13 @@ class Exchange:
         session is lost, Cancelled when ``cancel`` is set."""
         finished = until or (lambda: self.ended)
         while not finished():
+            if self.out.closed and not self.lost and self.session.over():
+                self._drain()
             if self.lost:
                 raise self.session.failure(self.begun, self.sent)
             if cancel:
                 cancel.check()
-            wait = deadline.capped(3600)
+            wait = deadline.capped(0.2 if self.out.closed else 3600)
             if stall is not None:
                 wait = min(wait, max(0.0, self.moved + stall - time.monotonic()))
             events = self._poller(cancel).poll(wait * 1000 + (wait > 0))
@@ -3568,9 +3629,10 @@ class Exchange:
         return self._poll
 
     def _event(self, fd: int) -> None:
-        self.moved = time.monotonic()
         if fd == self.out.fd or fd == self.err.fd:
             stream = self.out if fd == self.out.fd else self.err
+            if not stream.ended:  # what comes after is thrown away
+                self.moved = time.monotonic()
             stream.read()
             if stream.begun or stream.ended:
                 self.session.begun()
@@ -3579,6 +3641,7 @@ class Exchange:
             if not self.session.control_event():
                 self._drain()
         elif fd == self.session.stdin:
+            self.moved = time.monotonic()
             self._write()
         elif self.source and fd == self.source.fd:
             data = self.source.read()
@@ -3803,11 +3866,15 @@ class Host:
     def begin(self, exchange: Exchange, direct: bool, cancel: Optional[Cancel]) -> None:
         """See an operation begin, or be refused, on a connection that may still have to be made. Raises HostError."""
         if not exchange.run(Deadline(START_PATIENCE + (CONNECT_PATIENCE if direct else 0)), cancel, until=exchange.answered):
-            raise self.silent(exchange.sent)
+            raise self.silent(exchange)
 
-    def silent(self, sent: bool) -> HostError:
-        """The error for a host that took the session, perhaps what was ``sent`` too, and said nothing."""
-        kind, more = (HostSilent, " The command may still run there.") if sent else (ConnectionFailed, "")
+    def silent(self, exchange: Exchange) -> HostError:
+        """The error for a host that took the session, perhaps what was sent too, and said nothing. Its master may
+        hang, and what waits ready on it: neither is asked again soon."""
+        if exchange.session.master >= 0:
+            self.masters.pass_by(exchange.session.master)
+            self._give_up()
+        kind, more = (HostSilent, " The command may still run there.") if exchange.sent else (ConnectionFailed, "")
         return kind("%s accepted the session, but no shell answered in %d seconds." % (self.name, START_PATIENCE),
                     "Look at its login shell's start-up files." + more, self.name)
 
@@ -3931,7 +3998,7 @@ class CommandRun:
                 if not exchange.run(starting, cancel, until=exchange.answered):
                     if deadline.over():
                         return
-                    raise self.host.silent(exchange.sent)
+                    raise self.host.silent(exchange)
                 if self.guard:
                     self.guard.outgoing = memoryview(b"%s\n" % exchange.out.pid.encode())
                     self.guard.run(Deadline(CONTROL_PATIENCE), None, until=self.guard.written)
@@ -4205,6 +4272,15 @@ class Repository:
                 return stream.read() + "\n"
         except OSError:
             return ""
+
+    def excludes(self) -> bytes:
+        """What is ignored here by no .gitignore: core.excludesFile, and then, with the last word, info/exclude."""
+        found = b""
+        for name in (self.config("core.excludesFile", "--path"), os.path.join(self.common_dir, "info", "exclude")):
+            if os.path.isabs(name) and os.path.isfile(name):
+                with open(name, "rb") as stream:
+                    found += stream.read() + b"\n"
+        return found
 
     def _unfiltered(self, shadow: Shadow, top: str, tree: str, allow: Sequence[str]) -> str:
         """The tree of the index, without what differs from ``tree`` only because no filter was run: LFS content that
@@ -4500,10 +4576,7 @@ class Shadow:
             if os.path.isfile(source):
                 shutil.copy2(source, os.path.join(self.git_dir, name))
         with open(os.path.join(self.git_dir, "info", "exclude"), "wb") as stream:
-            for name in (repository.config("core.excludesFile", "--path"), os.path.join(repository.common_dir, "info", "exclude")):
-                if os.path.isabs(name) and os.path.isfile(name):
-                    with open(name, "rb") as source_stream:
-                        stream.write(source_stream.read() + b"\n")
+            stream.write(repository.excludes())
 
     def delta(self, old: str, new: str, apart: Container[bytes] = ()) -> Tuple[str, List[bytes]]:
         """The tree of only the files of ``new`` that ``old`` has not so, and .cmux-gone: the list of
@@ -5835,7 +5908,7 @@ class WorkspaceBase:
             exchange = Exchange(session, script_records(HANDOVER, self.root, place), ready, ready, close_stdin=True, after=b"".join(lines))
             if not exchange.run(Deadline(START_PATIENCE), until=lambda: bool(ready.total) or exchange.ended) or ready.value() != b"ready\n":
                 raise RemoteFailed("%s could not prepare a shell: %s" % (self.host.name, show(neutralise(ready.value()), 200)))
-            argv, begun, ended = masters.on_terminal(TAKEOVER % "".join("\\%03o" % byte for byte in fifo), Deadline(SLOT_PATIENCE))
+            argv, environment, begun, ended = masters.on_terminal(TAKEOVER % "".join("\\%03o" % byte for byte in fifo), Deadline(SLOT_PATIENCE))
         except BaseException:
             self.host.done(session)
             raise
@@ -5850,7 +5923,7 @@ class WorkspaceBase:
         helper = threading.Thread(target=hand_over, daemon=True)
         helper.start()
         try:
-            return attach(argv, dict(masters.environment, TERM=os.environ.get("TERM", "dumb")))
+            return attach(argv, environment)
         finally:
             ended()
             helper.join(CONTROL_PATIENCE)
@@ -7482,17 +7555,25 @@ class Veil:
         return max([len(decoder.getstate()[0])] + [overlap(data, value, False) for value, _ in self.masks])
 
 
+def memory_file() -> IO[bytes]:
+    """A file on no disk, for output that may hold a secret; where there is none (macOS), a temporary one without a name."""
+    import tempfile
+    try:
+        return open(os.memfd_create("cmux"), "w+b")
+    except (AttributeError, OSError):
+        return tempfile.TemporaryFile(dir=temporary_folder())
+
+
 class Running:
     """Work in a thread of its own, so that a call may leave it going and come back: a command, whose
     output is kept for logs (up to MCP_LOG_MAX bytes), or the making of a workspace."""
 
     def __init__(self, work: Callable[[Running], Dict[str, Any]], workspace: str = "", command: object = "") -> None:
-        import tempfile
         import threading
         self.work, self.workspace, self.command = work, workspace, str(command)[:200]
         self.id, self.began = "r" + os.urandom(4).hex(), time.time()
         self.cancel, self.news = Cancel(), threading.Condition()
-        self.spool: IO[bytes] = tempfile.SpooledTemporaryFile(CHUNK)
+        self.spool = memory_file()
         self.size = 0
         self.ended = False
         self.result: Dict[str, Any] = {}
@@ -8820,7 +8901,7 @@ class Live(Terminal):
         self.lanes: Dict[str, Tuple[str, float]] = dict.fromkeys(names, ("", 0.0))  # what is done, and since when
         self.sinks: Dict[str, Labelled] = {}
         self.ended: Set[str] = set()
-        Launcher.tell, Live.shown_now = self.note, self
+        Launcher.tell, Launcher.alert, Live.shown_now = self.note, self.warn, self
         if self.redraws:
             threading.Thread(target=self._keep_drawn, daemon=True).start()
 
@@ -8990,7 +9071,7 @@ def may_ask() -> bool:
 
 
 def open_project(options: argparse.Namespace) -> Project:
-    Launcher.tell = Terminal(options.verbosity).note
+    Launcher.tell, Launcher.alert = Terminal(options.verbosity).note, Terminal(options.verbosity).warn
     return Project(options.directory, None if options.json else may_ask, warm=0)
 
 
@@ -9621,8 +9702,13 @@ def command_secrets(options: argparse.Namespace) -> int:
 
 
 def secrets_set(registry: Registry, options: argparse.Namespace) -> int:
+    if "=" in options.name:
+        raise UsageError("A secret's value is not taken from the command line, where others see it.",
+                         "Pipe it: ... | %s secrets set %s" % (PROGRAM, show(options.name.partition("=")[0])[1:-1]))
     name = check_variable(options.name, secret=True)
-    if options.command_line:
+    if options.command_line is not None:
+        if not options.command_line.strip():
+            raise UsageError("--command is empty.", "Name the command that prints the value.")
         entry = {"command": options.command_line}
     elif os.isatty(0):
         import getpass
@@ -9630,6 +9716,11 @@ def secrets_set(registry: Registry, options: argparse.Namespace) -> int:
             entry = {"value": getpass.getpass("Value of %s (hidden): " % name)}
         except EOFError:
             entry = {"value": ""}
+        except UnicodeDecodeError:
+            raise UsageError("What was typed is not text in this terminal's encoding.", "Pipe it: ... | %s secrets set %s" % (PROGRAM, name))
+        if len(encoded(entry["value"])) >= 4095:
+            raise UsageError("A terminal passes on no more than 4095 bytes of a line.", "Pipe it: ... | %s secrets set %s" % (PROGRAM, name))
+        check_secret(name, encoded(entry["value"]))
         if not entry["value"]:
             raise UsageError("No value was given for %s." % name, "For an empty one: printf '' | %s secrets set %s" % (PROGRAM, name))
     elif os.path.samestat(os.fstat(0), os.stat(os.devnull)):
@@ -9675,19 +9766,26 @@ def parse_dotenv(text: str) -> Dict[str, str]:
     values: Dict[str, str] = {}
     escapes = {"n": "\n", "r": "\r", "t": "\t", "\n": ""}
     pattern = re.compile(
-        r"[ \t]*(?:export[ \t]+)?(?P<name>[^\s=#'\"]+)[ \t]*=[ \t]*(?:'(?P<raw>[^']*)'|\"(?P<quoted>(?:[^\"\\]|\\.)*)\""
-        r"|(?P<bare>[^\n]*?))[ \t]*(?:(?:^|(?<=\s))#[^\n]*)?\r?(?:\n|\Z)|[ \t]*(?:#[^\n]*)?\r?(?:\n|\Z)", re.S | re.M)
+        r"[ \t]*(?:export[ \t]+)?(?P<name>[^\s=#'\"]+)[ \t]*=[ \t]*(?:(?:'(?P<raw>[^']*)'|\"(?P<quoted>(?:[^\"\\]|\\.)*)\")"
+        r"[ \t]*(?:(?<=\s)#[^\n]*)?\r?(?:\n|\Z)|(?P<bare>[^\n]*)(?:\n|\Z))|[ \t]*(?:#[^\n]*)?\r?(?:\n|\Z)", re.S | re.M)
+    comment = re.compile(r"(?<=\s)#")
     at = 0
     while at < len(text):
         match = pattern.match(text, at)
         if not match or match.end() == at:
             raise UsageError("Line %d is not NAME=value." % (text.count("\n", 0, at) + 1), "Quote values with spaces or newlines.")
-        at = match.end()
+        line, at = text.count("\n", 0, at) + 1, match.end()
         if match.group("name"):
             value = match.group("raw")
+            if not _VARIABLE.match(match.group("name")):
+                raise UsageError("Line %d has no variable's name before the =." % line, "Quote values with spaces or newlines.")
             if value is None and match.group("quoted") is not None:
                 value = re.sub(r"\\(.)", lambda m: escapes.get(m.group(1), m.group(1)), match.group("quoted"), flags=re.S)
-            values[check_variable(match.group("name"), secret=True)] = value if value is not None else match.group("bare")
+            if value is None:
+                start, end = match.span("bare")
+                cut = comment.search(text, start, end)
+                value = text[start:cut.start() if cut else end].rstrip(" \t\r")
+            values[check_variable(match.group("name"), secret=True)] = value
     return values
 
 

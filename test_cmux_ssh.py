@@ -2488,36 +2488,108 @@ def test_nothing_is_left_behind_on_this_machine(repo: Repo) -> None:
     assert "cmux" not in repo.git("for-each-ref")
 
 
-def test_a_damaged_registry_is_set_aside_and_said(repo: Repo) -> None:
-    assert repo.exec("true").code == 0
-    files = [p for p in repo.site.state.rglob("*") if p.is_file() and p.suffix == ".json"]
-    assert files
-    for path in files:
-        path.write_bytes(path.read_bytes()[:-5] + b"\xff garbage")
-    damaged = {p.read_bytes() for p in files}
-    said = repo.cli("list")
-    assert said.code in (0, 1) and said.said.strip(), said
-    assert damaged <= {p.read_bytes() for p in repo.site.state.rglob("*") if p.is_file()}, "never overwritten"
+@pytest.mark.parametrize("which", ["projects", "secrets"])
+def test_a_damaged_state_file_is_said_each_time_and_left_alone(repo: Repo, which: str) -> None:
+    """Set aside by the first who reads it, it was missing for the next, which then ran without secrets."""
+    assert repo.cli("secrets", "set", "TOK", stdin=b"value-12345").code == 0 and repo.exec('echo "$TOK"').out == b"value-12345\n"
+    (file,) = (repo.site.state / which).glob("*.json")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5] + b"\xff garbage")
+    for _ in range(2):
+        children = [repo.start("exec", "--", 'echo "ran: $TOK"') for _ in range(4)]
+        for child in children:
+            out, err = child.communicate()
+            assert child.returncode == 125 and out == b"" and b"is damaged. Repair it. Or set it aside" in err, (out, err)
+        refused(repo.cli("secrets", "set", "OTHER", stdin=b"x") if which == "secrets" else repo.cli("new", "other", "-H", "box"), 1, words="is damaged")
+    assert file.read_bytes() == whole[:-5] + b"\xff garbage"
+    file.write_bytes(whole)
+    assert repo.exec('echo "$TOK"').out == b"value-12345\n"
+
+
+def test_a_damaged_secrets_file_unmasks_nothing_for_a_model(repo: Repo) -> None:
+    assert repo.cli("secrets", "set", "TOK", stdin=b"value-12345").code == 0
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    do(repo, 'echo "$TOK" >leak')
+    (file,) = (repo.site.state / "secrets").glob("*.json")
+    with open_mcp(repo) as client:
+        assert "[secret TOK]" in client.call("read", path="leak")[1]
+        file.write_bytes(b'{"version": 1, "secr')
+        for _ in range(3):
+            failed, text = client.call("read", path="leak")
+            assert failed and "is damaged" in text and "value-12345" not in text
+
+
+def test_secrets_that_no_file_could_hold_are_refused(repo: Repo) -> None:
+    value = b"\x01" * 122000
+    stored = [repo.cli("secrets", "set", f"S{n}", stdin=value).code for n in range(24)]
+    assert stored[:20] == [0] * 20 and stored[-1] == 1, stored
+    refused(repo.cli("secrets", "set", "MORE", stdin=value), 1, words="would become larger")
+    assert repo.cli("secrets", "rm", *(f"S{n}" for n in range(20))).code == 0
+
+
+def test_the_value_of_a_secret_is_in_no_complaint(repo: Repo) -> None:
+    said = repo.cli("secrets", "set", "TOK=hunter2")
+    refused(said, 2, words="secrets set TOK")
+    file = repo.site.dir / "dot"
+    file.write_text("A=1\nhttps://bob:hunter2@db.example/x?y=1\n")
+    imported = repo.cli("secrets", "import", str(file))
+    refused(imported, 2, words="Line 2")
+    assert "hunter2" not in said.said + imported.said
+    refused(repo.cli("secrets", "set", "TOK", "--command", "", stdin=b"x"), 2, words="--command is empty")
+
+
+@pytest.mark.parametrize("typed, words", [(b"a\x16\x00b\r", b"NUL"), (b"x" * 5000 + b"\r", b"4095"), (b"\xff\xfe\r", b"not text")], ids=["nul", "long", "bytes"])
+def test_what_the_hidden_prompt_cannot_take_is_said(repo: Repo, typed: bytes, words: bytes) -> None:
+    terminal = on_terminal(repo.site, "secrets", "set", "FOO", cwd=repo.dir)
+    terminal.expect(b"hidden")
+    terminal.send(typed)
+    terminal.expect(words)
+    assert terminal.wait() == 2 and repo.cli("secrets", "list").text == ""
+
+
+def test_dotenv_values_and_their_comments() -> None:
+    values = c.parse_dotenv("A=x # c\nB= # c\nC=#x\nD='a # b' # c\nE=\"x\\ny\"\t#c\nF='x' y\r\nG=a#b  \r\nexport H = it's\n\n# no\nI=")
+    assert values == {"A": "x", "B": "", "C": "#x", "D": "a # b", "E": "x\ny", "F": "'x' y", "G": "a#b", "H": "it's", "I": ""}
+    began = time.monotonic()
+    assert c.parse_dotenv("A=x" + " " * 200000 + "y\n")["A"].endswith("y") and time.monotonic() - began < 5
+
+
+def test_an_ignored_sigchld_makes_no_failure_a_success(repo: Repo) -> None:
+    assert repo.cli("secrets", "set", "T", "--command", "echo abcdefg; exit 7").code == 0
+    command = [sys.executable, "-c", "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.executable, [sys.executable] + sys.argv[1:])",
+               str(PROGRAM), "exec", "-H", "box", "--", "echo ran"]
+    done = subprocess.run(command, cwd=str(repo.dir), env=repo.site.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 125 and done.stdout == b"" and b"failed with status 7" in done.stderr, done
+
+
+def test_a_secret_command_that_closes_its_output_and_goes_on_is_ended(repo: Repo) -> None:
+    nap = unique()
+    assert repo.cli("secrets", "set", "T", "--command", f"printf hunter2; exec >&- 2>&-; exec sleep {nap}").code == 0
+    assert in_library(repo, """
+run = cmux_ssh.run
+cmux_ssh.run = lambda *words, **more: run(*words, **dict(more, patience=1))
+try:
+    cmux_ssh.Project(".").ensure("main", "box").exec("true")
+except cmux_ssh.CmuxError as error:
+    print(error)
+""") == "The command for the secret T: A local command did not end in time.\n"
+    gone(f"sleep {nap}")
 
 
 def test_a_state_directory_that_cannot_be_written_is_said(repo: Repo) -> None:
     """On a file system mounted read only, in a namespace of its own: root writes to any other."""
     assert repo.exec("true").code == 0
-    registry, state = next((repo.site.state / "projects").glob("*.json")), repo.site.state
+    state = repo.site.state
     mount = f"mount --bind {state} {state} && mount -o remount,bind,ro {state} && exec \"$@\""
 
     def run(*args: str) -> "subprocess.CompletedProcess[bytes]":
         return subprocess.run([program("unshare", "util-linux"), "-m" if os.geteuid() == 0 else "-rm", "sh", "-c", mount, "sh", sys.executable, str(PROGRAM), *args],
                               cwd=str(repo.dir), env=repo.site.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
     assert run("list").returncode == 0
-    registry_is = registry.read_bytes()
-    for args, code in ((["exec", "--", "true"], 125), (["new", "other", "-H", "box"], 1), (["secrets", "set", "X", "--command", "echo"], 1), (["list"], 1)):
-        if args == ["list"]:
-            registry.write_bytes(b"garbage")
+    for args, code in ((["exec", "--", "true"], 125), (["new", "other", "-H", "box"], 1), (["secrets", "set", "X", "--command", "echo"], 1)):
         done = run(*args)
         assert done.returncode == code and done.stdout == b"" and b"Traceback" not in done.stderr, done
         assert done.stderr.count(b"\n") == 1 and b"Read-only file system" in done.stderr, done
-    registry.write_bytes(registry_is)
     assert repo.exec("echo again").out == b"again\n"
 
 
@@ -8304,6 +8376,89 @@ def test_shell_is_the_login_shell_in_the_workspace_with_the_secrets(site: Site, 
     until(lambda: places() <= before, "the way the secrets came is gone")  # another test's may be there for a moment
     terminal.send(b"exit 7\r")
     assert terminal.wait() == 7
+
+
+def test_shell_sends_nothing_of_what_send_env_names(site: Site) -> None:
+    site.daemon("all", "AcceptEnv *", config=["SendEnv *"])
+    repo = Repo(site)
+    assert repo.cli("new", "-H", "all", "main").code == 0
+    terminal = on_terminal(site, "shell", cwd=repo.dir, env={"SSH_AUTH_SOCK": "/nowhere/agent", "DISPLAY": ":77", "TMPDIR": "/tmp/.", "FOO": "leaks-1"})
+    terminal.expect(b"as it likes")
+    terminal.send(b"env | grep -c -e /nowhere/agent -e :77 -e '/tmp/[.]' -e leaks-; echo end''ed\r")
+    terminal.expect(rb"\s0\s+ended")
+    terminal.send(b"exit\r")
+    assert terminal.wait() == 0
+
+
+@pytest.mark.parametrize("proxied", [False, True])
+def test_a_session_of_its_own_sends_no_local_path(monkeypatch: pytest.MonkeyPatch, proxied: bool) -> None:
+    monkeypatch.setenv("SSH_AUTH_SOCK", "/nowhere/agent")
+    values = {"sendenv": ["*"], **({"proxycommand": ["nc %h 22"]} if proxied else {})}
+    environment, options = c.session_environment(c.SSHConfig(host="own", command=["ssh"], values=values, text=b""))
+    assert set(environment) == ({"PATH", "HOME"} if proxied else set()) and options == ["-o", "IdentityAgent=/nowhere/agent"]
+    environment, options = c.session_environment(c.SSHConfig(host="own", command=["ssh"], values={"sendenv": ["LC_*"]}, text=b""))
+    assert {"PATH", "HOME", "SSH_AUTH_SOCK"} <= set(environment) and not options
+
+
+def test_a_server_that_asks_for_the_agent_is_told_and_one_that_goes_on_is_left(repo: Repo) -> None:
+    """What ssh writes into its log then was seen on a real one; no server here does it."""
+    words = "Warning: ssh server tried agent forwarding.\nWarning: this is probably a break-in attempt by a malicious server.\n"
+    assert repo.exec("true").code == 0
+    log = repo.site.sockets() / "log.0"
+    with open(str(log), "a") as stream:
+        stream.write(words)
+    told = repo.exec("echo ran")
+    assert told.code == 0 and told.out == b"ran\n" and "WARNING: The server of box asked for this machine's agent" in told.said, told
+    with open(str(log), "a") as stream:
+        stream.write(words * 1000)
+    left = repo.exec("echo ran")
+    assert left.code == 255 and left.out == b"" and "Do not trust that machine" in left.said, left
+    until(lambda: not repo.site.masters(), "its master has ended")
+    again = repo.exec("echo ran")
+    assert again.code == 0 and not again.said, again
+
+
+def test_a_master_that_hangs_costs_a_long_lived_caller_one_wait(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    assert in_library(repo, """
+import os, signal
+cmux_ssh.START_PATIENCE = 2
+workspace = cmux_ssh.Project(".").workspace("main")
+for _ in range(4):
+    workspace.exec("true")
+time.sleep(1)
+for pid in map(int, sys.argv[1].split()):
+    os.kill(pid, signal.SIGSTOP)
+began, failed = time.monotonic(), 0
+for _ in range(6):
+    try:
+        assert workspace.exec("echo on").exit_code == 0
+    except cmux_ssh.HostError as error:
+        failed += 1
+print(failed < 2, time.monotonic() - began < 15)
+""", " ".join(str(master.pid) for master in repo.site.masters())) == "True True\n"
+
+
+def test_a_proxy_that_leaves_a_child_behind_does_not_keep_a_call(site: Site) -> None:
+    """A session of its own ends with its ssh, whoever holds its stderr."""
+    server = f"{program('sshd', 'openssh-server')} -i -f {site.sshd_config('kept')} -E {site.dir}/log-kept"
+    nap, work = unique(), unique()
+    site.host("kept", f"ProxyCommand sh -c 'sleep {nap} & exec {server}'")
+    repo = Repo(site)
+    assert repo.cli("new", "-H", "kept", "main").code == 0
+    profile = {"version": 1, "sessions": 0, "handshakes": 8, "until": time.time() + 3600}
+    (repo.site.sockets() / "profile.json").write_text(json.dumps(profile))
+    try:
+        child = repo.start("exec", "--json", "--", f"sleep {work}")
+        until(lambda: running(f"sleep {work}"), "it runs")
+        for process in processes(environ=False):
+            words = process.cmdline.split(b"\0")
+            if b"kept" in words and b"-S" in words and b"none" in words and b"-M" not in words:
+                kill(process.pid, signal.SIGKILL)
+        out, err = child.communicate(timeout=30)
+        assert child.returncode == 255 and json.loads(out)["error"]["type"] == "ConnectionLost", (out, err)
+    finally:
+        subprocess.run(["pkill", "-f", f"sleep {nap}"])
 
 
 def test_shell_needs_a_terminal_and_leaves_it_as_it_was(repo: Repo) -> None:
