@@ -1332,7 +1332,7 @@ _cop() {
   if [ "$n" -le "$2" ]; then echo "$n all"; head -c "$2" "$1"; return; fi
   h=$( (sha256sum <"$1" || shasum -a 256 <"$1") 2>/dev/null) || h=
   echo "$n lines ${h%% *}"
-  tail -n "+$3" "$1" | head -n "$4" | head -c "$2"
+  tail -n "+$3" "$1" | head -n "$4" | head -c "$(($2+1))"
 }
 """
 
@@ -5857,13 +5857,14 @@ class WorkspaceBase:
                 return take
             try:
                 outcome = self.host.run(records, directory, counted(stdout), counted(stderr), source, Deadline(timeout), cancel)
-            except WorkspaceMissing:
-                if not cwd:
-                    raise
-                raise UsageError("There is no directory %s %s." % (show(cwd), "on " + self.host.name if cwd.startswith("/") else
-                                                                   "in the workspace " + self.name), "cwd is relative to the workspace, or absolute.")
+            except WorkspaceMissing as missing:
+                raise self._no_directory(cwd) if cwd else missing
             entry.code = outcome.exit_code
             return outcome
+
+    def _no_directory(self, cwd: str) -> UsageError:
+        where = "on " + self.host.name if cwd.startswith("/") else "in the workspace " + self.name
+        return UsageError("There is no directory %s %s." % (show(cwd), where), "cwd is relative to the workspace, or absolute.")
 
     def exec(self, command: Union[str, Sequence[str]], timeout: Optional[float] = None, cwd: str = "",
              env: Optional[Mapping[str, str]] = None, stdin: Union[str, bytes, None] = None, login: bool = False,
@@ -6983,6 +6984,8 @@ class Workspace(WorkspaceBase):
         if len(words) < 2 or number(words[0]) < 0:
             raise RemoteFailed("The host's answer to read is damaged.")
         if words[1] != "all":
+            if len(data) > READ_MAX:
+                raise ToolFailed("The lines asked for of %s are larger than %s." % (show(path), human_size(READ_MAX)), "Ask for fewer: limit.")
             known = words[2] if words[2:] and re.match(r"[0-9a-f]{64}\Z", words[2]) else ""
             return FileContent(data=data, size=number(words[0]), sha256=known)
         if len(data) > READ_MAX:
@@ -7017,7 +7020,7 @@ class Workspace(WorkspaceBase):
         for edit in edits:
             fits = isinstance(edit, dict) and set(edit) <= {"old", "new", "count"} and all(
                 isinstance(edit.get(key), str) for key in ("old", "new"))
-            if not fits or not isinstance(edit.get("count", 1), int) or edit.get("count", 1) < 1:
+            if not fits or type(edit.get("count", 1)) is not int or edit.get("count", 1) < 1:
                 raise UsageError("An edit is an object with old, new, and perhaps count (1 or more).")
         if not edits:
             raise UsageError("No edits were given.")
@@ -7030,7 +7033,7 @@ class Workspace(WorkspaceBase):
         sha256 as last seen) no longer holds."""
         for attempt in range(EDIT_TRIES):
             before = self.read(path, cancel=cancel)
-            if expected and before.sha256 != expected:
+            if expected and before.sha256 != expected.lower():
                 raise FileChanged("%s changed since it was read." % show(path), "Read it again.")
             after = apply_edits(before.data, edits, path)
             try:
@@ -7096,7 +7099,10 @@ class Workspace(WorkspaceBase):
         job = "j" + os.urandom(4).hex()
         records = record("_cd", os.path.join(self.path, cwd) if cwd else self.path) + self.environment(env, cancel) + record("_cu", "022")
         records += line_records(line, words, login)
-        reply = self.host.call(START, job_directory(self, job), job, *words, before=records, once=True, cancel=cancel)
+        try:
+            reply = self.host.call(START, job_directory(self, job), job, *words, before=records, once=True, cancel=cancel)
+        except WorkspaceMissing as missing:
+            raise self._no_directory(cwd) if cwd else missing
         check_reply(reply, self.host.name, "start the job")
         if "started" not in reply.lines():
             raise RemoteFailed("%s did not confirm the start of the job." % self.host.name, "See jobs.")
@@ -7125,8 +7131,10 @@ class Workspace(WorkspaceBase):
         """Output of a job from byte ``offset`` on, at most 1 MiB: ``data`` (bytes), ``next_offset``, ``size``,
         ``job``, ``state``, ``exit_code``. Waits up to ``wait`` seconds (30 at most) for more, or, with
         ``until`` "end", for the end. Raises ToolFailed when there is no such job."""
+        if offset < 0:
+            raise UsageError("Bytes of a job's output count from 0.")
         reply = tool_reply(self.host.call(
-            LOGS, job_directory(self, job), str(max(0, offset)), str(limit), str(int(min(wait, 30) * 10)), until,
+            LOGS, job_directory(self, job), str(offset), str(limit), str(int(min(wait, 30) * 10)), until,
             cancel=cancel, limit=limit + 4096), job)
         head, _, data = reply.stdout.partition(b"\n")
         words = head.decode("ascii", "replace").split()
@@ -7381,6 +7389,8 @@ class Batch:
                 if line.strip():
                     self.places.acquire()
                     pool.submit(self._answer, line).add_done_callback(lambda future: self.places.release())
+            for _ in range(2 * self.at_once):  # until all have ended, here, where Ctrl-C still ends them
+                self.places.acquire()
         except KeyboardInterrupt:
             self.cancel.set()
             raise
@@ -7418,7 +7428,7 @@ class Batch:
         except ValueError:
             raise UsageError("A line is not JSON.")
         request_id = value.get("id") if isinstance(value, dict) else None
-        if not isinstance(request_id, (str, int, float, type(None))) or request_id in (float("inf"), -float("inf")):
+        if type(request_id) not in (str, int, float, type(None)) or request_id in (float("inf"), -float("inf")):
             raise UsageError("The id of a line is not a string or number.")
         answer["id"] = request_id
         if not isinstance(value, dict) or not isinstance(value.get("workspace", ""), str):
@@ -7956,6 +7966,8 @@ class McpServer(JsonRpc):
             raise ToolFailed("The workspace %s is still being made." % name, "That goes on: call again.")
         call.made = True
         found: Workspace = making.value()["it"]
+        if own:
+            self._bound(self.project.entries())  # what it is called from now on
         return found
 
     def _follow(self, call: Call, work: Running, soft: float, words: str = "running", own: bool = True) -> bool:
@@ -9079,7 +9091,7 @@ def open_project(options: argparse.Namespace) -> Project:
 
 def command_exec(options: argparse.Namespace) -> int:
     began = time.monotonic()
-    names: List[str] = list(options.workspace or [])
+    names, known = list(options.workspace or []), None  # type: List[str], Optional[str]
     try:
         environment = parse_environment(options.env)
         command: Union[str, List[str]] = options.command[0] if len(options.command) == 1 else options.command
@@ -9095,7 +9107,7 @@ def command_exec(options: argparse.Namespace) -> int:
         names = list(dict.fromkeys(names)) or [project.default_workspace()]
         if len(names) > 1 or options.all:
             return exec_many(project, names, command, environment, options)
-        terminal = Terminal(options.verbosity)
+        terminal, known = Terminal(options.verbosity), project.entries().get(names[0], {}).get("host")
         workspace = project.ensure(names[0], options.host or "", report=terminal)
         if options.push and project.push(workspace.name, report=terminal):
             workspace = project.workspace(workspace.name)
@@ -9110,7 +9122,7 @@ def command_exec(options: argparse.Namespace) -> int:
     except CmuxError as error:
         code = error.exit_code if error.exit_code in (130, 255) else 125
         if options.json:
-            print_json(exec_failure(names[0] if names else None, options.host, code, error, began))
+            print_json(exec_failure(names[0] if names else None, options.host or known, code, error, began))
         else:
             report_error(error)
         return code
@@ -9123,12 +9135,23 @@ def exec_failure(name: Optional[str], host: Optional[str], code: int, error: Cmu
             "truncated": False, "stopped": "unknown" if getattr(error, "begun", False) else None, "error": error_fields(error)}
 
 
+def data_waits(fd: int) -> bool:
+    """Whether a file or pipe has something to read now."""
+    status, poller = os.fstat(fd), select.poll()
+    poller.register(fd, select.POLLIN)
+    if stat.S_ISREG(status.st_mode):
+        return status.st_size > os.lseek(fd, 0, os.SEEK_CUR)
+    return not stat.S_ISCHR(status.st_mode) and any(event & select.POLLIN for _, event in poller.poll(0))
+
+
 def exec_many(project: Project, names: List[str], command: Union[str, List[str]], environment: Dict[str, str],
               options: argparse.Namespace) -> int:
     """The same command in several workspaces at once: every line labelled, a summary, the worst code."""
     cancel, began = Cancel(), time.monotonic()
     if options.detach:
-        raise UsageError("--detach takes one workspace.", "Run it once for each.")  # and stdin goes to none of several
+        raise UsageError("--detach takes one workspace.", "Run it once for each.")
+    if not options.no_stdin and data_waits(0):
+        raise UsageError("With several workspaces exec passes stdin on to none of them.", "Say so with -n, or run it once for each.")
     live = Live(options.verbosity, names)
 
     def one(name: str) -> Dict[str, Any]:
@@ -9305,7 +9328,17 @@ def parse_environment(pairs: Sequence[str]) -> Dict[str, str]:
     return values
 
 
+def refuse_both(options: argparse.Namespace) -> None:
+    if options.dirty and options.ref != "HEAD":
+        raise UsageError("--dirty sends the work tree, --ref a commit.", "Give one of the two.")
+    if options.allow and not options.dirty:
+        raise UsageError("--allow goes with --dirty.", "A commit is sent as it is.")
+
+
 def command_new(options: argparse.Namespace) -> int:
+    refuse_both(options)
+    if options.root == "":
+        raise UsageError("--root names no directory.")
     project = open_project(options)
     if options.names and options.workspace:
         raise UsageError("Names are given twice: as words and with -w.")
@@ -9317,17 +9350,17 @@ def command_new(options: argparse.Namespace) -> int:
     ref = project.repository.snapshot(options.allow) if options.dirty else options.ref
     for name in names:
         check_workspace(name)
-    terminal = (Live(options.verbosity, names, True) if names[1:] else Terminal(options.verbosity, True))
+    terminal, cancel = (Live(options.verbosity, names, True) if names[1:] else Terminal(options.verbosity, True)), Cancel()
 
     def make(name: str) -> Workspace:
         code = 1
         try:
-            made, code = project.create(name, host, ref, options.root or "", not options.no_init, terminal), 0
+            made, code = project.create(name, host, ref, options.root or "", not options.no_init, terminal, cancel), 0
             return made
         finally:
             terminal.end(name, code)
     try:
-        done = in_parallel([functools.partial(make, name) for name in names])
+        done = in_parallel([functools.partial(make, name) for name in names], cancel=cancel)
     finally:
         terminal.close()
     rows: List[Dict[str, Any]] = []
@@ -9370,6 +9403,8 @@ def table_lines(rows: Sequence[Sequence[str]], width: int) -> List[str]:
 
 
 def command_history(options: argparse.Namespace) -> int:
+    if options.count < 0:
+        raise UsageError("history: -n takes a number from 0 (all of them).")
     project = open_project(options)
     name = one_workspace(options)
     rows = project.past(name)
@@ -9502,7 +9537,8 @@ def command_completion(options: argparse.Namespace) -> int:
 
 
 def fish_rows(table: Mapping[str, Tuple[Sequence[Option], List[str]]]) -> Iterator[str]:
-    names = {"rm": "(eval (commandline -opc)[1] list -q 2>/dev/null)", "secrets rm": "(eval (commandline -opc)[1] secrets list -q 2>/dev/null)"}
+    ask = "(set me (commandline -opc)[1]; test -f $me; and set me python3 $me; eval $me %s -q 2>/dev/null)"
+    names = {"rm": ask % "list", "secrets rm": ask % "secrets list"}
     yield (r"""complete -c python3 -n 'string match -qr "cmux_ssh\.py\$" -- (commandline -opc)[2]' -f """
            r"""-a '(complete -C (string replace -r "^\s*\S+\s+" "" -- (commandline -cp)))'""")
     for name, command in COMMANDS.items():
@@ -9562,7 +9598,8 @@ def command_list(options: argparse.Namespace) -> int:
     if options.json:
         return answer(options, rows)
     if not rows:
-        Terminal(options.verbosity).warn("No workspaces yet. Make one: %s new NAME -H HOST" % PROGRAM)
+        Terminal(options.verbosity).warn("No workspaces%s. Make one: %s new NAME -H %s" % (
+            " on " + options.host if options.host else " yet", PROGRAM, options.host or "HOST"))
         return 0
     if options.verbosity < 0:
         print_text("\n".join(str(row["name"]) for row in rows))
@@ -9593,6 +9630,8 @@ def one_workspace(options: argparse.Namespace) -> str:
 
 def command_rm(options: argparse.Namespace) -> int:
     project = open_project(options)
+    if options.names and options.workspace:
+        raise UsageError("Names are given twice: as words and with -w.")
     names = list(options.names) or [one_workspace(options)]
     if names == [""]:
         raise UsageError("Name the workspaces to remove.", "See `%s list`." % PROGRAM)
@@ -9653,6 +9692,7 @@ def command_pull(options: argparse.Namespace) -> int:
 
 
 def command_push(options: argparse.Namespace) -> int:
+    refuse_both(options)
     workspace = existing_workspace(options)
     ref = workspace.project.repository.snapshot(options.allow) if options.dirty else options.ref
     moved = workspace.project.push(workspace.name, ref, options.force, Terminal(options.verbosity, notes=True))
@@ -9674,7 +9714,8 @@ def command_move(options: argparse.Namespace, script: str) -> int:
 
 def command_gc(options: argparse.Namespace) -> int:
     freed, failed = open_project(options).gc(options.host)
-    answer(options, freed, *("%s: freed %s" % (host, human_size(count)) for host, count in freed.items()))
+    lost = {getattr(error, "host", None) or "?": {"error": error_fields(error)} for error in failed}
+    answer(options, dict(freed, **lost), *("%s: freed %s" % (host, human_size(count)) for host, count in freed.items()))
     for error in failed:
         report_error(error)
     return max([error.exit_code for error in failed], default=0)
@@ -9851,7 +9892,9 @@ def command_edit(options: argparse.Namespace) -> int:
             arguments.update({key: value[key] for key in value})
         except (ValueError, TypeError, RecursionError):
             raise UsageError('stdin is not JSON of the form {"edits": [{"old": ..., "new": ...}]}.', "Or give --old and --new.")
-    if options.sha256:
+    if options.sha256 is not None:
+        if not re.match(r"[0-9a-fA-F]{64}\Z", options.sha256):  # a variable that is not set
+            raise UsageError("--sha256 takes 64 hexadecimal digits.", "read --json tells them.")
         arguments["sha256"] = options.sha256
     result = call_tool(the_workspace(options), "edit", arguments)
     return answer(options, result, *filter(None, [result["diff"].rstrip("\n")]))
@@ -9990,6 +10033,7 @@ TIDY = b"\x1b[?1047l\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b[
 def command_bench(options: argparse.Namespace) -> int:
     import platform
     terminal = Terminal(options.verbosity)
+    options.target = options.target or options.host
     if not 0 <= options.rtt <= 2000:
         raise UsageError("--rtt takes milliseconds up to 2000.")
     if options.rtt and options.target:
@@ -10144,7 +10188,7 @@ COMMANDS: Dict[str, Command] = {
         Option("--env", action="append", metavar="K=V", default=[], help="one more environment variable"),
         Option("--push", action="store_true", help="first bring the workspace to the local HEAD"),
         Option("--login", action="store_true", help="read the login profile first (nvm, pyenv, cargo)"),
-        Option("-n", dest="no_stdin", action="store_true", help="never pass stdin on (a terminal never is)"),
+        Option("-n", dest="no_stdin", action="store_true", help="never pass stdin on (a terminal never is, nor to several workspaces)"),
         Option("--all", action="store_true", help="in every workspace of this project"),
         Option("-j", dest="at_once", type=int, metavar="N", help="with several workspaces: N at a time (default: all)"),
         Option("--detach", action="store_true", help="start it as a job that goes on by itself, without stdin; prints its id"),

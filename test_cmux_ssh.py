@@ -2554,6 +2554,60 @@ def test_dotenv_values_and_their_comments() -> None:
     assert c.parse_dotenv("A=x" + " " * 200000 + "y\n")["A"].endswith("y") and time.monotonic() - began < 5
 
 
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_a_batch_whose_input_has_ended_is_stopped_too(shared: Repo, sig: int) -> None:
+    nap = unique()
+    lines = b"".join(json.dumps({"id": n, "tool": "exec", "arguments": {"command": f"sleep {nap}"}}).encode() + b"\n" for n in range(3))
+    child = shared.start("batch", "-w", "main", "-j", "2", stdin=subprocess.PIPE)
+    assert child.stdin
+    child.stdin.write(lines)
+    child.stdin.close()
+    child.stdin = None
+    until(lambda: len(running(f"sleep {nap}")) >= 2, "they run")
+    child.send_signal(sig)
+    out, _ = child.communicate(timeout=30)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert child.returncode == 130 and all(not row["ok"] or row["result"]["exit_code"] == 130 for row in rows), out
+    assert sum(row["ok"] and row["result"]["stopped"] == "confirmed" for row in rows) == 3, out
+    gone(f"sleep {nap}")
+
+
+def test_lines_that_are_too_many_are_refused_not_cut(shared: Repo) -> None:
+    do(shared, "head -c 12000000 /dev/zero | tr '\\0' x >long.txt; seq 1 2500000 >seq.txt")
+    for path, limit in (("long.txt", "1"), ("seq.txt", "2400000")):
+        refused(shared.cli("read", "-w", "main", path, "--limit", limit), 1, words="Ask for fewer")
+    assert shared.cli("read", "-w", "main", "seq.txt", "--offset", "2000000", "--limit", "2").text == "2000000\n2000001\n"
+    do(shared, "rm long.txt seq.txt")
+
+
+def test_options_that_would_mean_nothing_are_refused(shared: Repo) -> None:
+    for words, code, said in (
+            (["rm", "a", "-w", "b"], 2, "given twice"), (["push", "-w", "main", "--dirty", "--ref", "HEAD"], None, ""),
+            (["push", "-w", "main", "--dirty", "--ref", "HEAD~1"], 2, "one of the two"), (["new", "x", "--dirty", "--ref", "main~1"], 2, "one of the two"),
+            (["new", "x", "--allow", "y"], 2, "goes with --dirty"), (["new", "x", "--root", ""], 2, "--root"),
+            (["edit", "-w", "main", "README", "--old", "a", "--new", "b", "--sha256", ""], 2, "64 hexadecimal"),
+            (["history", "-n", "-5"], 2, "from 0"), (["list", "-H", "nowhere"], 0, "No workspaces on nowhere")):
+        done = shared.cli(*words)
+        assert (code is None or done.code == code) and said in done.said, (words, done)
+    both = shared.start("exec", "-w", "main", "-w", "other", "--", "wc -c", stdin=subprocess.PIPE)
+    out, err = both.communicate(b"hello")
+    assert both.returncode == 125 and out == b"" and b"passes stdin on to none of them" in err, (out, err)
+
+
+def test_a_wrong_directory_of_a_job_is_told_as_one(shared: Repo) -> None:
+    refused(shared.cli("exec", "-w", "main", "--detach", "--cwd", "nosuch", "--", "true"), 125, words="There is no directory 'nosuch' in the workspace main")
+    failed = shared.cli("exec", "-w", "main", "--json", "--cwd", "nosuch", "--", "true")
+    assert failed.code == 125 and failed.json["host"] == "box", failed
+
+
+def test_mcp_follows_a_rename_after_the_call_that_made_the_workspace(repo: Repo) -> None:
+    with open_mcp(repo, "-w", "first", "-H", "box") as client:
+        client("exec", command="echo work >a")
+        assert repo.cli("rename", "-w", "first", "second").code == 0
+        assert "work" in client.call("read", path="a")[1]
+    assert set(repo.workspaces()) == {"second"}
+
+
 def test_an_ignored_sigchld_makes_no_failure_a_success(repo: Repo) -> None:
     assert repo.cli("secrets", "set", "T", "--command", "echo abcdefg; exit 7").code == 0
     command = [sys.executable, "-c", "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.executable, [sys.executable] + sys.argv[1:])",
@@ -2995,14 +3049,16 @@ def shared_names(shared: Repo) -> Repo:
 def test_completion_of_fish_offers_names_where_they_can_stand(shared_names: Repo) -> None:
     shim = shared_names.site.dir / "bin-of-names" / "cmux_ssh.py"  # its name is the command's, not a module's
     shim.parent.mkdir()
-    shim.write_text(f'#!/bin/sh\nexec {sys.executable} {PROGRAM} "$@"\n')
+    shim.write_text(f"#!{sys.executable}\nimport os, sys\nos.execv(sys.executable, [sys.executable, {str(PROGRAM)!r}] + sys.argv[1:])\n")
     shim.chmod(0o755)
-    lines = ["cmux_ssh.py rm ", "cmux_ssh.py secrets rm ", "cmux_ssh.py exec -w ", "cmux_ssh.py rm --f", f"python3 {shim} rm ", f"python3 {shim} rm --f", "cmux_ssh.py secrets "]
+    lines = ["cmux_ssh.py rm ", "cmux_ssh.py secrets rm ", "cmux_ssh.py exec -w ", "cmux_ssh.py rm --f", f"python3 {shim} rm ", f"python3 {shim} rm --f", "cmux_ssh.py secrets ", "python3 cmux_ssh.py rm "]
+    (shared_names.dir / "cmux_ssh.py").symlink_to(shim)  # as README calls it
     done = subprocess.run([program("fish", "fish"), "-N", "-c", "cmux_ssh.py completion fish | source; for line in $argv; complete -C $line; echo .; end", *lines],
                           cwd=str(shared_names.dir), env=shared_names.site.environment({"PATH": f"{shim.parent}:{os.environ['PATH']}"}), stdout=subprocess.PIPE)
     told = [{row.split("\t")[0] for row in part.splitlines()} - {""} for part in done.stdout.decode().split(".\n")]
     assert told[0] == {"main", "two"} and told[1] == {"KEY"} and told[2] == {"main", "two"} and told[3] == {"--force", "--forget"}, told
     assert told[4] == {"main", "two"} and told[5] == {"--force", "--forget"} and told[6] == {"set", "import", "list", "rm"}, told
+    assert told[7] == {"main", "two"}, told
 
 
 @pytest.mark.parametrize("width, cells", [(80, ["n" * 51, "box", "ready", "/home/ada/cmux/" + "n" * 60]), (40, ["n" * 10, "box", "-", "x" * 300])])
