@@ -1793,6 +1793,16 @@ def _trusted(status: os.stat_result) -> bool:
     return not loose or bool(status.st_mode & 0o1000)
 
 
+def make_private(path: str) -> None:
+    """The directory and those above it, 0700 whatever the umask: one that others could write to would be refused ever after."""
+    if not os.path.isdir(path):
+        make_private(os.path.dirname(path))
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            pass
+
+
 def private_directory(path: str) -> str:
     """Make ``path`` if need be; return it if it is ours alone, 0700, behind safe ancestors.
 
@@ -1801,7 +1811,7 @@ def private_directory(path: str) -> str:
     """
     home = "set CMUX_SSH_HOME to a directory of your own."
     try:
-        os.makedirs(path, 0o700, exist_ok=True)
+        make_private(path)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
         raise StateFailed("Cannot use the directory %s: %s." % (show(path), os.strerror(error.errno or 0)), "Put that right, or " + home)
@@ -1829,7 +1839,7 @@ class Lock:
         self.path, self.passing = path, passing
         self.fd = -1
 
-    def take(self) -> bool:
+    def take(self, anew: bool = True) -> bool:
         """Take it if it is free; False if somebody has it."""
         import fcntl
         fd = -1
@@ -1841,6 +1851,9 @@ class Lock:
                 os.close(fd)
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return False
+            if error.errno == errno.ENOENT and anew:  # a logout or a cleaner of /tmp has taken its directory
+                private_directory(os.path.dirname(self.path))
+                return self.take(False)
             raise StateFailed("Cannot lock %s: %s." % (show(self.path), os.strerror(error.errno or 0)))
         if self.passing and not self._is_mine(fd):
             os.close(fd)

@@ -2608,6 +2608,38 @@ def test_mcp_follows_a_rename_after_the_call_that_made_the_workspace(repo: Repo)
     assert set(repo.workspaces()) == {"second"}
 
 
+def test_directories_made_under_a_loose_umask_are_private(repo: Repo) -> None:
+    home = repo.site.dir / "loose" / "a" / "b"
+    done = subprocess.run(["sh", "-c", 'umask 0; exec "$@"', "sh", sys.executable, str(PROGRAM), "secrets", "list"], cwd=str(repo.dir),
+                          env=repo.site.environment({"CMUX_SSH_HOME": str(home)}), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (home, home.parent, home.parent.parent)} == {0o700}
+    assert repo.cli("list", env={"CMUX_SSH_HOME": str(home)}).code == 0
+
+
+def test_a_socket_directory_that_was_cleared_away_is_made_anew(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    masters = repo.site.masters()
+    assert in_library(repo, """
+import shutil
+workspace = cmux_ssh.Project(".").workspace("main")
+assert workspace.exec("true").exit_code == 0
+shutil.rmtree(sys.argv[1])
+print(workspace.exec("echo on").stdout)
+""", str(repo.site.sockets())) == "b'on\\n'\n"
+    for master in masters:
+        kill(master.pid, signal.SIGTERM)
+
+
+def test_a_secret_that_a_shortened_error_cuts_is_masked(repo: Repo) -> None:
+    value = "S3cretValue-0123456789-abcdefghijklmnopqrstuvwxyz"
+    assert repo.cli("secrets", "set", "TOK", stdin=value.encode()).code == 0
+    with open_mcp(repo, "-H", "box") as client:
+        for length in range(50, 100, 5):
+            failed, text = client.call("read", path="d" * length + value)
+            assert failed and "S3cretV" not in text and "secret TOK" in text or length > 90, text
+
+
 def test_an_ignored_sigchld_makes_no_failure_a_success(repo: Repo) -> None:
     assert repo.cli("secrets", "set", "T", "--command", "echo abcdefg; exit 7").code == 0
     command = [sys.executable, "-c", "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.executable, [sys.executable] + sys.argv[1:])",
