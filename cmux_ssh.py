@@ -1197,11 +1197,12 @@ _cpush() {
   base=.cmux/bases/${13} op=$6
   [ "$(cat "$m.push")" != "$6" ] || { echo pushed; return 0; }
   rm -rf "$s/git"
-  if [ "${14}" ]; then cd "$root" && _cget || return; _csnap "$4" "$5" "$7" "$8" >"$s/said"; snap=$?
+  if [ "${14}" ] || [ -f "$s/begun" ]; then cd "$root" && _cget || return; _csnap "$4" "$5" "$7" "$8" >"$s/said"; snap=$?
   else _clost "$@" >"$s/lost" || return; [ ! -s "$s/lost" ] || { cat "$s/lost"; return 25; }; fi
   cd "$root" && _cget || return
   k=$root/.cmux/trash/kept-$2-$3-$6
-  if [ "${14}" ]; then cp -RpP "$w" "$k" || { rm -rf "$k"; return 3; }; echo "kept $k"; fi
+  if [ "${14}" ]; then [ -e "$k" ] || { cp -RpP "$w" "$k.new" && mv "$k.new" "$k"; } || { rm -rf "$k.new"; return 3; }; echo "kept $k"; fi
+  : >"$s/begun" # an attempt after this one was killed finds the files half changed, by this one
   if ! _cswitch "$@"; then
     cd "$root" && _cbase || return
     mkdir -p ".cmux/trash/$6" && mv "$w" ".cmux/trash/$6/" && mv "$s/tree" "$w" || return 3

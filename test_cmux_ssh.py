@@ -2640,6 +2640,41 @@ def test_a_secret_that_a_shortened_error_cuts_is_masked(repo: Repo) -> None:
             assert failed and "S3cretV" not in text and "secret TOK" in text or length > 90, text
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_push_whose_first_attempt_was_killed_over_there_is_finished_by_the_next(repo: Repo, force: bool) -> None:
+    """It finds files that are half changed, by the first, and must not take them for the agent's."""
+    for n in range(30):
+        repo.write("many/%d" % n, b"old\n")
+    repo.commit()
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    for n in range(30):
+        repo.write("many/%d" % n, b"new\n")
+    repo.commit()
+    if force:
+        do(repo, "echo agent >agents")
+    assert in_library(repo, """
+project, seen = cmux_ssh.Project("."), []
+workspace, call = project.workspace("main"), cmux_ssh.Host.call
+half = "_cg read-tree --reset -u \\"$n\\""
+assert half in cmux_ssh.PUSH
+def twice(self, script, *words, **more):
+    if script is cmux_ssh.PUSH:
+        killed = script.replace(half, "{ for f in many/1*; do echo new >$f; done; kill -9 $$; }")
+        try:
+            call(self, killed, *words, **more)
+        except cmux_ssh.HostError as error:
+            seen.append(type(error).__name__)
+    return call(self, script, *words, **more)
+cmux_ssh.Host.call = twice
+print(project.push("main", force=len(sys.argv) > 1), len(set(seen)))
+""", *(["force"] if force else [])) == "True 1\n"
+    assert {path.read_bytes() for path in (repo.path() / "many").iterdir()} == {b"new\n"}
+    do(repo, "! git status --short | grep .")
+    assert "Nothing new" in repo.cli("pull").text
+    kept = list((repo.path().parents[1] / ".cmux" / "trash").glob("kept-*"))
+    assert len(kept) == force and all((path / "agents").read_bytes() == b"agent\n" and (path / "many/1").read_bytes() == b"old\n" for path in kept)
+
+
 def test_an_ignored_sigchld_makes_no_failure_a_success(repo: Repo) -> None:
     assert repo.cli("secrets", "set", "T", "--command", "echo abcdefg; exit 7").code == 0
     command = [sys.executable, "-c", "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.executable, [sys.executable] + sys.argv[1:])",
