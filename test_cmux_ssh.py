@@ -6627,6 +6627,9 @@ def test_a_renamed_workspace_keeps_its_history(repo: Repo) -> None:
     child.communicate()
     found = {row["workspace"]: row["last_exit_code"] for row in repo.cli("top", "--json").json}
     assert child.returncode == 7 and found == {"c": None, "d": 7}, found
+    assert repo.cli("rm", "--force", "d").code == 0 and repo.cli("new", "-H", "box", "d").code == 0
+    rows = [json.loads(line)["operation"] for line in repo.cli("history", "-w", "d", "--json").text.split("\n")[:-1]]
+    assert rows == ["new"], "not what was done in another of that name"
 
 
 @pytest.mark.parametrize("host", ["box", "nogit"])
