@@ -3702,6 +3702,10 @@ class Reply(Value):
     def lines(self) -> List[str]:
         return self.stdout.decode("utf-8", "surrogateescape").split("\n")
 
+    def said(self) -> str:
+        """The last line of its stderr, or the status."""
+        return neutralise(self.stderr).strip().split("\n")[-1] or "status %d" % self.status
+
 
 class Outcome(Value):
     """How a command ended: ``status`` None if it was stopped first; ``stopped`` as in ExecResult;
@@ -5588,8 +5592,7 @@ def gone_there(name: str, host: str) -> WorkspaceMissing:
 def check_reply(reply: Reply, host: str, what: str) -> None:
     """Raise RemoteFailed with the host's own words unless a script ended with status 0."""
     if reply.status:
-        said = neutralise(reply.stderr).strip().split("\n")[-1]
-        raise RemoteFailed("%s could not %s: %s." % (host, what, show(said or "status %d" % reply.status, 300)),
+        raise RemoteFailed("%s could not %s: %s." % (host, what, show(reply.said(), 300)),
                            "Is its disk full, or the directory not writable?")
 
 
@@ -6792,15 +6795,14 @@ def absolute(workspace: WorkspaceBase, path: object) -> str:
     return path if path.startswith("/") else "%s/%s" % (workspace.path, path)
 
 
-def tool_reply(reply: Reply, path: str, limit: int = 0) -> Reply:
+def tool_reply(reply: Reply, path: str) -> Reply:
     """The reply, or the failure that its status stands for."""
     if reply.status == 37:
         raise WorkspaceMissing("The workspace's directory is not on the host (any more).",
                                "See `%s list`; `rm` and `new` make the workspace anew." % PROGRAM)
     if reply.status:
-        said = neutralise(reply.stderr).strip().split("\n")[-1] or "status %d" % reply.status
         text = TOOL_STATUS.get(reply.status, "The host failed with status %d: {said}." % reply.status)
-        raise ToolFailed(text.format(path=show(path), said=show(said, 300)[1:-1], limit=human_size(limit)))
+        raise ToolFailed(text.format(path=show(path), said=show(reply.said(), 300)[1:-1]))
     return reply
 
 
@@ -6992,7 +6994,7 @@ class Workspace(WorkspaceBase):
             raise UsageError("Lines count from 1, and a limit cannot be negative.")
         where = absolute(self, path)
         reply = tool_reply(self.host.call(
-            READ, where, str(READ_MAX), str(offset), str(limit), self.path, cancel=cancel, limit=READ_MAX + 4096), path, READ_MAX)
+            READ, where, str(READ_MAX), str(offset), str(limit), self.path, cancel=cancel, limit=READ_MAX + 4096), path)
         head, _, data = reply.stdout.partition(b"\n")
         words = head.decode("ascii", "replace").split()
         if len(words) < 2 or number(words[0]) < 0:
