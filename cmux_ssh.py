@@ -1149,7 +1149,8 @@ _clost() {
   if [ "$whole" ]; then
     if [ -z "$9" ] || ! _co cat-file -e "$9^{commit}"; then set -- "$b" "$b" "$b" "$b" "$b" "$b" "$b" "$b" "$b"; fi
     { _co log --format='commit %h %s' --exclude=refs/stash --exclude='refs/remotes/*' --all HEAD --not "$b" "$9" --glob=refs/cmux
-      [ "$(_crefs)" = "${11}" ] || _co log --format='commit %h %s' --reflog --not "$b" "$9" --all HEAD; } | head -n 20
+      [ "$(_crefs)" = "${11}" ] || _co log -g --format=%H HEAD --branches | # what only a reflog has: not that of what was fetched
+        _co log --format='commit %h %s' --stdin --not "$b" "$9" --exclude='refs/remotes/*' --all HEAD; } | head -n 20
     _co stash list --format='stash %gd: %s' | head -n 20
   elif [ "$(_crefs)" != "${11}" ]; then echo "the git repository was replaced"
   else
@@ -1169,8 +1170,8 @@ _cop() {
 #   new base; again with the same op, it says pushed. With git, in place: only files that differ are touched, ignored ones stay (build
 #   caches, node_modules, a server that watches). Without, or where the repository cannot be written, the directory is
 #   replaced. `keep` (1) leaves a copy of what was in the trash; without it, it looks itself for what would be lost, as
-#   CHANGED does, each time it is asked: an upload takes minutes. 21: upload the base first; 22: no workspace; 25: the lines
-#   tell what would be lost.
+#   CHANGED does, each time it is asked: an upload takes minutes. 5: its repository cannot be moved (`keep` replaces the
+#   directory); 21: upload the base first; 22: no workspace; 25: the lines tell what would be lost.
 PUSH = LOST + BASE + r"""
 _cn() { GIT_INDEX_FILE=$s/new.index git --git-dir="$g" --work-tree="$s/delta" -c core.fsmonitor=false -c core.looseCompression=0 "$@"; }
 _cdelta() { # the new base's commit, of the old one and the delta, without unpacking either
@@ -1178,19 +1179,20 @@ _cdelta() { # the new base's commit, of the old one and the delta, without unpac
   tr '\n' '\0' <.cmux-gone | _cn update-index -z --force-remove --stdin && rm .cmux-gone && _cn add -f --ignore-removal . &&
   x=$(_cn write-tree) && _cn commit-tree "$x" -m base
 }
-_cswitch() { # files, refs and index are the new base's; or (another repository, a lock left by a killed git) all is as it was
-  [ -d "$w/.git" ] && [ "$snap" = 0 ] && o=$w/.git a=$g/objects/info/alternates && _co cat-file -e "$b^{commit}" && cp "$a" "$s/alt" || return
+_cswitch() { # files, refs and index are the new base's; or all is as it was: 1 no repository, 5 it cannot be moved (made anew there, a lock)
+  [ -d "$w/.git" ] && [ "$snap" = 0 ] || return 1
+  o=$w/.git a=$g/objects/info/alternates; _co cat-file -e "$b^{commit}" && cp "$a" "$s/alt" || return 5
   n=; if [ "$(cat "$root/$base/parent")" = "$4" ]; then n=$(_cdelta); fi
   if [ -z "$n" ]; then
-    cd "$root" && _cbase && n=$(git --git-dir="$base/git" rev-parse -q --verify refs/cmux/base) && cp -R "$base/git/objects/." "$g/objects/" || return
+    cd "$root" && _cbase && n=$(git --git-dir="$base/git" rev-parse -q --verify refs/cmux/base) && cp -R "$base/git/objects/." "$g/objects/" || return 4
     cp "$s/alt" "$a"
   fi
   x=$(_co symbolic-ref -q HEAD)
-  cd "$w" && _co update-ref "refs/cmux/old/$b" "$b" || return
+  cd "$w" && _co update-ref "refs/cmux/old/$b" "$b" || return 5
   if ( umask 022; _cg read-tree --reset -u "$n" ) && { rm "$a"; cp -R "$g/objects/." "$o/objects/" 2>/dev/null; _co symbolic-ref HEAD refs/heads/main; } &&
     printf 'update %s %s\n' refs/heads/main "$n" refs/cmux/base "$n" | _co update-ref --no-deref --stdin
-  then cp -p "$g/index" "$o/index.cmux" && mv "$o/index.cmux" "$o/index"
-  else cp "$s/alt" "$a"; ( umask 022; _cg read-tree --reset -u "$t" ); [ -z "$x" ] || _co symbolic-ref HEAD "$x"; return 1
+  then _cg update-index --no-split-index; cp -p "$g/index" "$o/index.cmux" && mv "$o/index.cmux" "$o/index"
+  else cp "$s/alt" "$a"; ( umask 022; _cg read-tree --reset -u "$t" ); [ -z "$x" ] || _co symbolic-ref HEAD "$x"; return 5
   fi
 }
 _cpush() {
@@ -1203,7 +1205,9 @@ _cpush() {
   k=$root/.cmux/trash/kept-$2-$3-$6
   if [ "${14}" ]; then [ -e "$k" ] || { cp -RpP "$w" "$k.new" && mv "$k.new" "$k"; } || { rm -rf "$k.new"; return 3; }; echo "kept $k"; fi
   : >"$s/begun" # an attempt after this one was killed finds the files half changed, by this one
-  if ! _cswitch "$@"; then
+  _cswitch "$@"; r=$?
+  if [ $r != 0 ]; then
+    [ $r = 1 ] || [ "${14}" ] || return $r # what is ignored there would be lost with the directory, and no copy kept
     cd "$root" && _cbase || return
     mkdir -p ".cmux/trash/$6" && mv "$w" ".cmux/trash/$6/" && mv "$s/tree" "$w" || return 3
     ( trap '' HUP; exec rm -rf "$root/.cmux/trash/$6" ) </dev/null >/dev/null 2>&1 4>&- &
@@ -1833,11 +1837,11 @@ def private_directory(path: str) -> str:
 
 
 class Lock:
-    """An advisory lock on a file. The kernel frees it when its process dies. The file of one that
-    is ``passing`` goes with it; whoever waited for that file then finds another, or none."""
+    """An advisory lock on a file, ``shared`` or not. The kernel frees it when its process dies. The file of one
+    that is ``passing`` goes with it (of a shared one later); whoever waited for that file then finds another, or none."""
 
-    def __init__(self, path: str, passing: bool = False) -> None:
-        self.path, self.passing = path, passing
+    def __init__(self, path: str, passing: bool = False, shared: bool = False) -> None:
+        self.path, self.passing, self.shared = path, passing, shared
         self.fd = -1
 
     def take(self, anew: bool = True) -> bool:
@@ -1846,7 +1850,7 @@ class Lock:
         fd = -1
         try:
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
@@ -1882,7 +1886,7 @@ class Lock:
 
     def free(self) -> None:
         if self.fd >= 0:
-            if self.passing:
+            if self.passing and not self.shared:
                 remove_file(self.path)
             os.close(self.fd)
             self.fd = -1
@@ -2111,9 +2115,9 @@ class Registry:
                 lock.take()
                 lock.free()
 
-    def creation_lock(self, name: str) -> Lock:
-        """Held while a workspace is made or removed, so that two processes don't both."""
-        return Lock("%s.name.%s.lock" % (self.path, name), passing=True)
+    def creation_lock(self, name: str, shared: bool = False) -> Lock:
+        """Held while a workspace is made or removed, so that two processes don't both; ``shared`` by those who copy it."""
+        return Lock("%s.name.%s.lock" % (self.path, name), passing=True, shared=shared)
 
     def upload_lock(self, tree: str) -> Lock:
         """Held while a tree is uploaded: one upload of it at a time, the others then copy there."""
@@ -2243,15 +2247,18 @@ def check_record(value: Dict[str, Any], path: str) -> Dict[str, Any]:
     return value
 
 
-def all_projects() -> Iterator[Dict[str, Any]]:
-    """The records of every project this machine knows."""
+def all_projects(damaged: Callable[[StateFailed], None]) -> Iterator[Dict[str, Any]]:
+    """The records of every project this machine knows; of one that is damaged, its error is told."""
     folder = private_directory(os.path.join(private_directory(state_home()), "projects"))
     for name in sorted(os.listdir(folder)):
         if name.endswith(".json"):
             path = os.path.join(folder, name)
-            value = read_json(path)
-            if value:
-                yield check_record(value, path)
+            try:
+                value = read_json(path)
+                if value:
+                    yield check_record(value, path)
+            except StateFailed as error:
+                damaged(error)
 
 
 def secret_values(registry: Registry, cancel: Optional[Cancel] = None) -> Dict[str, bytes]:
@@ -2436,9 +2443,9 @@ def scrubbed_environment(config: SSHConfig, needed: Container[str] = NEEDED_ENV)
 
 
 def session_environment(config: SSHConfig) -> Tuple[Dict[str, str], List[str]]:
-    """The environment of an ssh that connects and opens a session itself, and the options that it needs for want of the
-    rest. A proxy must find its program and its files: under SendEnv * these two names go along with it."""
-    environment = scrubbed_environment(config, ("PATH", "HOME") if proxy_of(config) else ())
+    """The environment of an ssh that opens a session itself, and the options that it needs for want of the rest. What the
+    config names (a proxy, ${HOME}, Match exec) is found by two names: under a SendEnv * these go along."""
+    environment = scrubbed_environment(config, ("PATH", "HOME"))
     agent = os.environ.get("SSH_AUTH_SOCK")
     lacks = agent and "SSH_AUTH_SOCK" not in environment and not config.first("identityagent")
     return environment, ["-o", "IdentityAgent=%s" % agent] if lacks else []
@@ -3317,7 +3324,7 @@ class Masters(Slots):
         self.connect(deadline)
         if self.profile()["sessions"]:
             slot = self._take_slot(deadline, None)
-            options, environment = ["-S", literal(self._path(slot[0])), "-o", "ProxyCommand=false"], scrubbed_environment(self.config, ())
+            options, environment = ["-S", literal(self._path(slot[0])), "-o", "ProxyCommand=false"], session_environment(self.config)[0]
             begun, ended = lambda: None, lambda: self._free_slot(slot)
         else:
             environment, agent = session_environment(self.config)
@@ -4253,7 +4260,7 @@ class Repository:
             shadow.borrow_index(self)
             # add would run `git status` in every submodule, with the config and the filters of that.
             links = [row.partition(b"\t")[2] for row in shadow.records("ls-files", "-s", "-z") if row.startswith(b"160000 ")]
-            here = ("-C", top, "--work-tree=.", "-c", "core.safecrlf=false", *self._conversions())
+            here = ("-C", top, "--work-tree=.", "-c", "core.safecrlf=false", *self._conversions(), *self._attributes_file())
             shadow.attributes(self._own_attributes() + "* -filter\n")
             try:
                 own = self.state_within(top)
@@ -4283,6 +4290,11 @@ class Repository:
                          r"^core\.(autocrlf|eol|filemode|symlinks|ignorecase|precomposeunicode)$"], user_environment())
         return [word for line in out.decode("utf-8", "replace").splitlines() for word in ("-c", line.replace(" ", "=", 1))]
 
+    def _attributes_file(self) -> Tuple[str, str]:
+        """The option that names the attributes which the user has for all repositories."""
+        home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+        return "-c", "core.attributesFile=%s" % (self.config("core.attributesFile", "--path") or os.path.join(home, "git", "attributes"))
+
     def _own_attributes(self) -> str:
         """The attributes that the user keeps in no file of the tree."""
         try:
@@ -4294,8 +4306,9 @@ class Repository:
     def excludes(self) -> bytes:
         """What is ignored here by no .gitignore: core.excludesFile, and then, with the last word, info/exclude."""
         found = b""
-        for name in (self.config("core.excludesFile", "--path"), os.path.join(self.common_dir, "info", "exclude")):
-            if os.path.isabs(name) and os.path.isfile(name):
+        own = self.config("core.excludesFile", "--path")
+        for name in (own and os.path.join(self.worktree(), own), os.path.join(self.common_dir, "info", "exclude")):
+            if os.path.isfile(name):
                 with open(name, "rb") as stream:
                     found += stream.read() + b"\n"
         return found
@@ -4306,7 +4319,7 @@ class Repository:
         new = shadow.call("write-tree")
         paths = [path for _, mode, _, path in shadow.changes(tree, new) if mode in ("100644", "100755")]
         shadow.attributes(self._own_attributes())
-        names = {path: name for path, name in shadow.attribute("filter", paths) if name not in (b"unspecified", b"unset", b"set")}
+        names = {path: name for path, name in shadow.attribute("filter", paths, None, *self._attributes_file()) if name not in (b"unspecified", b"unset", b"set")}
         shadow.attributes(SHADOW_ATTRIBUTES)
         same = []
         for path, mode, oid, sha256, size in shadow.pointers(tree) if b"lfs" in names.values() else ():
@@ -4338,7 +4351,12 @@ class Repository:
         this repository: as it is named, and where the links in that lead."""
         named = run([self.program, "-C", self.directory, "rev-parse", "--git-path", "hooks"], user_environment())[1]
         path, raw = os.path.join(os.path.realpath(self.directory), named.decode("utf-8", "surrogateescape")[:-1]), self.config("core.hooksPath")
-        tops = [os.path.realpath(row[0][len("worktree "):]) for row in self._worktrees() if "bare" not in row]
+        tops = {os.path.realpath(row[0][len("worktree "):]) for row in self._worktrees() if "bare" not in row}
+        tops.discard(os.path.realpath(self.common_dir))  # of a submodule git names that
+        try:
+            tops.add(os.path.realpath(self.worktree()))
+        except GitFailed:
+            pass  # a bare repository
         found = {os.path.relpath(near, top) for near in (os.path.normpath(path), os.path.realpath(path)) for top in tops}
         found.update([os.path.normpath(raw)] if raw and raw[0] not in "/~" else [])
         return [path for path in found if path.split("/")[0] not in ("..", ".git")]
@@ -4542,9 +4560,9 @@ class Shadow:
             b"%s %s\t%s\0" % (mode.encode(), oid.encode(), path) for mode, oid, path in rows))
         return self.call("write-tree", "--missing-ok", env=env)
 
-    def attribute(self, name: str, paths: Iterable[bytes], env: Optional[Dict[str, str]] = None) -> Iterator[Tuple[bytes, bytes]]:
+    def attribute(self, name: str, paths: Iterable[bytes], env: Optional[Dict[str, str]] = None, *options: str) -> Iterator[Tuple[bytes, bytes]]:
         """(path, value) as the .gitattributes in the index say."""
-        answers = self.records("check-attr", "-z", "--stdin", "--cached", name, stdin=b"".join(path + b"\0" for path in paths), env=env)
+        answers = self.records(*options, "check-attr", "-z", "--stdin", "--cached", name, stdin=b"".join(path + b"\0" for path in paths), env=env)
         for path in answers:
             yield path, (next(answers), next(answers))[1]
 
@@ -5311,11 +5329,12 @@ class ProjectState:
         check_reply(reply, host.name, "settle an interrupted operation on %s" % name)
 
         def ended(record: Dict[str, Any]) -> None:
-            del record["workspaces"][name]["intent"]
+            record["workspaces"][name].pop("intent", None)  # two forks may settle it at once
             if "pushed" in reply.lines():
                 entry = record["workspaces"][name]
                 entry.update(base=intent["base"], tree=intent["tree"], plain=intent.get("plain", False))
                 entry.get("pulled", {}).pop("left", None)
+                entry["over"] = dict(entry.get("branches", {}))
         return dict(self.registry.update(ended)["workspaces"][name])
 
 
@@ -5433,22 +5452,25 @@ class ProjectBase(ProjectState):
         return [row for row in self.history.rows() if not name or (row.get("op") == op if op and row.get("op") else row.get("workspace") == name)]
 
     @contextlib.contextmanager
-    def _both(self, source: str, name: str) -> Iterator[None]:
+    def _both(self, source: str, name: str, shared: bool) -> Iterator[None]:
         """The locks of a workspace and of the name of another."""
         if check_workspace(name) == source:
             raise WorkspaceExists("The workspace %s has that name already." % name, "Choose another name.")
-        first, second = map(self.registry.creation_lock, sorted((name, source)))  # or two would wait for each other
-        with first, second:
+        with contextlib.ExitStack() as held:
+            for one in sorted((name, source)):  # or two would wait for each other
+                lock = self.registry.creation_lock(one, shared and one == source)
+                lock.wait(Deadline(None))  # a push there may take minutes
+                held.enter_context(lock)
             yield
 
     def fork(self, source: WorkspaceBase, name: str) -> "Workspace":
         """A new workspace with the current content of ``source``, made on the host itself. Raises
         WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed."""
-        with self._both(source.name, name):
+        with self._both(source.name, name, shared=True):
             entry = self.settle(source.name)
             self.vacate(name)
             made = dict(entry, state="forking", op=os.urandom(8).hex(), created=int(time.time()), path=source.path[:-len(source.name)] + name)
-            for key in ("branches", "tips", "intent", "removals"):
+            for key in ("branches", "tips", "over", "intent", "removals"):
                 made.pop(key, None)
             self.registry.update(lambda record: record["workspaces"].update({name: made}))
             self._move(FORK, source.host, made, source.name, name, made["op"])
@@ -5458,7 +5480,7 @@ class ProjectBase(ProjectState):
     def rename(self, source: WorkspaceBase, name: str) -> "Workspace":
         """Give a workspace another name, here and on the host; the new object (the old one is of no more
         use). Until both are done, it has the old name. Raises as fork() does."""
-        with self._both(source.name, name):
+        with self._both(source.name, name, shared=False):
             entry, op = self.settle(source.name), os.urandom(8).hex()
             self.vacate(name)
             entry = dict(entry, path=source.path[:-len(source.name)] + name)
@@ -5501,8 +5523,13 @@ class ProjectBase(ProjectState):
                 words = self._looked_at(name, entry, made.op) + [made.tree, "1" if force else ""]
                 reply = made.with_base(lambda: workspace.host.call(PUSH, *words, cancel=cancel))
                 log.size = made.sent
+                if reply.status in (5, 25):
+                    self._drop_intent(name)
                 if reply.status == 25:
                     self._refuse(name, entry, reply.lines())
+                if reply.status == 5:
+                    raise RemoteFailed("The git repository of %s on %s cannot be moved: it was made anew there, or a lock or a branch like main/x "
+                                       "is in the way." % (name, workspace.host.name), "Put that right there, or replace the directory: --force.")
             if reply.status == 22:
                 raise gone_there(name, workspace.host.name)
             check_reply(reply, workspace.host.name, "push to %s" % name)
@@ -5516,10 +5543,15 @@ class ProjectBase(ProjectState):
                 entry = record["workspaces"][name]
                 entry.update(base=made.commit, tree=made.tree, plain=made.parts.plain)
                 entry.get("pulled", {}).pop("left", None)
+                entry["over"] = dict(entry.get("branches", {}))  # the workspace no longer has what these brought home
                 del entry["intent"]
                 made.note_sent(record, entry["root"])
             self.registry.update(pushed)
             return True
+
+    def _drop_intent(self, name: str) -> None:
+        """Nothing was done there: the next has nothing to settle."""
+        self.registry.update(lambda record: record["workspaces"].get(name, {}).pop("intent", None))
 
     def gc(self, only: Optional[str] = None) -> Tuple[Dict[str, int], List[CmuxError]]:
         """Free trash, leftovers and old bases on every host that has or had a workspace of the project, or on one
@@ -5795,7 +5827,9 @@ class Creation:
             self.report.output(data, self.name)
         try:
             result = workspace.run(["./.cmux/init"], output, output, cancel=self.cancel)
-            entry["init"] = result.status
+            entry["init"] = "lost" if result.reason else result.status
+            if result.reason:
+                raise Cancelled("Interrupted; the workspace %s is there, its init hook was ended." % self.name)
             if result.status:
                 self.report.warn("The init hook of %s failed with status %s." % (self.name, result.status))
         except HostError as error:
@@ -6646,8 +6680,9 @@ class Pull:
                 if harvest.leaks.get(mark):
                     self.secrets[show(path.decode("utf-8", "replace"), PATH_MAX)[1:-1]] = harvest.leaks[mark]
 
-    def settle(self, commits: List[str], dirty: bool, before: str) -> str:
-        """The commit that holds the result on top of ``before``, what an earlier pull made."""
+    def settle(self, commits: List[str], dirty: bool, before: str, over: bool) -> str:
+        """The commit that holds the result on top of ``before``, what an earlier pull made; ``over``: a push has put
+        something else in its place since."""
         history = commits[:-1] if dirty else commits
         head, tip = (history or [self.base])[-1], (commits or [self.base])[-1]
         if not before:
@@ -6658,7 +6693,7 @@ class Pull:
             return before
         if self.shadow.is_ancestor(before, head):
             return tip
-        if not known and not self.shadow.is_ancestor(self.base, before):
+        if over or (not known and not self.shadow.is_ancestor(self.base, before)):
             if tip == self.base:
                 return before
             self._refuse_forgotten(before)
@@ -6668,8 +6703,10 @@ class Pull:
     def _refuse_forgotten(self, before: str) -> None:
         """A push has moved the workspace to a base that never had what an earlier pull brought: a commit on top of both
         would say that the agent took it back."""
-        fork = self.shadow.common(before, self.base)
-        mine, theirs = ({path for _, _, _, path in self.shadow.changes(fork, tip)} for tip in (before, self.base)) if fork else (set(), set())
+        fork, stood = self.shadow.common(before, self.base), self.entry.get("pulled", {}).get("base", "")
+        stood = stood if stood and self.shadow.is_ancestor(stood, before) else fork
+        mine, theirs = ({path for _, _, _, path in self.shadow.changes(old, new)} if old else set()
+                        for old, new in ((stood, before), (fork, self.base)))
         if mine - theirs:
             raise refuse("the branch has work of an earlier pull that what was pushed since lacks (%s)" % ", ".join(
                 show(path.decode("utf-8", "surrogateescape")) for path in sorted(mine - theirs)[:5]),
@@ -6734,7 +6771,7 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report
         project.update(name, asked=began)
         commits, dirty = work.fetch()
         since = old or workspace.base
-        tip = work.settle(commits, dirty, old)
+        tip = work.settle(commits, dirty, old, work.entry.get("over", {}).get(ref) == old)
         executes = work.inspect(since, tip)
         if tip != since:
             # Said before it is done: killed in between, the next pull knows the branch as its own, where it is and where it was.
@@ -6748,7 +6785,7 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report
         def remember(record: Dict[str, Any]) -> None:
             entry = record["workspaces"].get(name)
             if entry and entry["op"] == work.entry["op"]:
-                entry["pulled"] = dict(work.pulled, at=began)
+                entry["pulled"] = dict(work.pulled, at=began, base=workspace.base)
                 if tip != since:
                     entry.setdefault("branches", {})[ref] = tip
                     del entry["tips"]
@@ -9122,6 +9159,10 @@ def command_exec(options: argparse.Namespace) -> int:
             raise UsageError("--detach takes no --timeout.", "End the job with: %s stop ID" % PROGRAM)
         names = list(dict.fromkeys(names)) or [project.default_workspace()]
         if len(names) > 1 or options.all:
+            if options.detach:
+                raise UsageError("--detach takes one workspace.", "Run it once for each.")
+            if not options.no_stdin and data_waits(0):
+                raise UsageError("With several workspaces exec passes stdin on to none of them.", "Say so with -n, or run it once for each.")
             return exec_many(project, names, command, environment, options)
         terminal, known = Terminal(options.verbosity), project.entries().get(names[0], {}).get("host")
         workspace = project.ensure(names[0], options.host or "", report=terminal)
@@ -9152,22 +9193,19 @@ def exec_failure(name: Optional[str], host: Optional[str], code: int, error: Cmu
 
 
 def data_waits(fd: int) -> bool:
-    """Whether a file or pipe has something to read now."""
-    status, poller = os.fstat(fd), select.poll()
-    poller.register(fd, select.POLLIN)
+    """Whether a file, pipe or socket has bytes to read now."""
+    import fcntl
+    import termios
+    status = os.fstat(fd)
     if stat.S_ISREG(status.st_mode):
         return status.st_size > os.lseek(fd, 0, os.SEEK_CUR)
-    return not stat.S_ISCHR(status.st_mode) and any(event & select.POLLIN for _, event in poller.poll(0))
+    return not stat.S_ISCHR(status.st_mode) and any(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))
 
 
 def exec_many(project: Project, names: List[str], command: Union[str, List[str]], environment: Dict[str, str],
               options: argparse.Namespace) -> int:
     """The same command in several workspaces at once: every line labelled, a summary, the worst code."""
     cancel, began = Cancel(), time.monotonic()
-    if options.detach:
-        raise UsageError("--detach takes one workspace.", "Run it once for each.")
-    if not options.no_stdin and data_waits(0):
-        raise UsageError("With several workspaces exec passes stdin on to none of them.", "Say so with -n, or run it once for each.")
     live = Live(options.verbosity, names)
 
     def one(name: str) -> Dict[str, Any]:
@@ -9553,7 +9591,7 @@ def command_completion(options: argparse.Namespace) -> int:
 
 
 def fish_rows(table: Mapping[str, Tuple[Sequence[Option], List[str]]]) -> Iterator[str]:
-    ask = "(set me (commandline -opc)[1]; test -f $me; and set me python3 $me; eval $me %s -q 2>/dev/null)"
+    ask = "(set -l me (commandline -opc)[1]; test -f $me; and set me python3 $me; $me %s -q 2>/dev/null)"
     names = {"rm": ask % "list", "secrets rm": ask % "secrets list"}
     yield (r"""complete -c python3 -n 'string match -qr "cmux_ssh\.py\$" -- (commandline -opc)[2]' -f """
            r"""-a '(complete -C (string replace -r "^\s*\S+\s+" "" -- (commandline -cp)))'""")
@@ -9603,7 +9641,7 @@ COMPLETIONS = {"bash": _BASH, "zsh": "autoload -U +X bashcompinit && bashcompini
 def command_list(options: argparse.Namespace) -> int:
     rows: List[Dict[str, Any]] = []
     if options.all_projects:
-        for value in all_projects():
+        for value in all_projects(report_error):
             rows += [dict(name=name, host=e["host"], path=e["path"], base=e["base"], created=e["created"],
                           project=value["name"], state=state_of(e)) for name, e in value["workspaces"].items()
                      if e.get("state") == "ready"]
