@@ -4650,7 +4650,8 @@ def test_several_workspaces_bad_use_is_said(repo: Repo) -> None:
     rows = {row["workspace"]: row for row in one_missing.json}
     assert one_missing.code == 125 and rows["a"]["stdout"] == "here\n" and rows["nowhere"]["error"]["message"]
     assert repo.cli("exec", "-w", "a", "-w", "a", "--", "echo once").out == b"once\n"
-    assert repo.cli(*both, "-j", "1", "-q", "--", "cat", stdin=b"not for many").code == 0
+    refused(repo.cli(*both, "--", "cat", stdin=b"not for many"), 125, words="passes stdin on to none of them")
+    assert repo.cli(*both, "-n", "-j", "1", "-q", "--", "cat", stdin=b"not for many").code == 0
 
 
 # === batch ===
@@ -6036,7 +6037,7 @@ def test_endless_streams_end_in_flat_memory(lab: Lab, kind: str) -> None:
     print(kind, out)
     assert "taken" not in out and "Refused" in out, out
     words = out.split("PEAK ")[1].split()
-    assert int(words[0]) < int(words[3]) + 75 and int(words[5]) < 100, out  # the tests' own imports come on top
+    assert int(words[0]) < int(words[3]) + 75 and int(words[5]) < (200 if PYPY else 100), out  # the tests' own imports come on top
     assert lab.state() == lab.before
 
 
@@ -6260,9 +6261,11 @@ def test_a_gitmodules_that_git_cannot_read_is_said_and_a_huge_one_takes_no_time(
 RACY = """
 import os, subprocess, time
 time.sleep(1 - time.time() % 1 + .02)
-open("README", "r+").write("2222\\n")
+with open("README", "r+") as stream:
+    stream.write("2222\\n")
 subprocess.check_call(["git", "commit", "-qam", "two"])
-open("README", "r+").write("3333\\n")
+with open("README", "r+") as stream:
+    stream.write("3333\\n")
 """
 
 
