@@ -1838,7 +1838,7 @@ def private_directory(path: str) -> str:
 
 class Lock:
     """An advisory lock on a file, ``shared`` or not. The kernel frees it when its process dies. The file of one
-    that is ``passing`` goes with it (of a shared one later); whoever waited for that file then finds another, or none."""
+    that is ``passing`` goes with it (of a shared one with the last); whoever waited for that file then finds another, or none."""
 
     def __init__(self, path: str, passing: bool = False, shared: bool = False) -> None:
         self.path, self.passing, self.shared = path, passing, shared
@@ -1846,16 +1846,15 @@ class Lock:
 
     def take(self, anew: bool = True) -> bool:
         """Take it if it is free; False if somebody has it."""
-        import fcntl
         fd = -1
         try:
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            fcntl.flock(fd, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            if not self._flock(fd, self.shared):
+                os.close(fd)
+                return False
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                return False
             if error.errno == errno.ENOENT and anew:  # a logout or a cleaner of /tmp has taken its directory
                 private_directory(os.path.dirname(self.path))
                 return self.take(False)
@@ -1870,6 +1869,17 @@ class Lock:
     def _forked(self) -> None:
         drop(self.fd)
         self.fd = -1
+
+    @staticmethod
+    def _flock(fd: int, shared: bool) -> bool:
+        import fcntl
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            raise
 
     def _is_mine(self, fd: int) -> bool:
         try:
@@ -1886,7 +1896,7 @@ class Lock:
 
     def free(self) -> None:
         if self.fd >= 0:
-            if self.passing and not self.shared:
+            if self.passing and (not self.shared or self._flock(self.fd, False)):
                 remove_file(self.path)
             os.close(self.fd)
             self.fd = -1
