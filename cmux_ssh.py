@@ -130,6 +130,7 @@ SEARCH_MAX = 4 * 1024 * 1024  # bytes of paths or matches that a search brings h
 SEARCH_PATIENCE = 120
 LINE_MAX = 500              # characters of one grep match: minified files have long lines
 DIFF_MAX = 20000            # characters of the diff that an edit returns
+DIFF_WORK_MAX = 20000000    # lines times those that differ: difflib took 2.9 s for 50 million, 46 s for 760
 EDIT_TRIES = 60             # of read, apply, compare-and-swap, when others edit the same file
 LOGS_MAX = 1024 * 1024      # bytes of a job's output per call
 HISTORY_MAX = 2 * 1024 * 1024  # bytes of a project's history; then it becomes the older of two files
@@ -754,7 +755,7 @@ _crun() {
   case $_cP in ?*) set -- env "PATH=$_cP" "$@";; esac;
   case $_cp in ?*) export CMUX_RUN="$_ci"; exec "$@" 2>&4 4>&- 6>&-;; esac;
   if command -v setsid >/dev/null; then ( export CMUX_RUN="$_ci"; exec setsid "$@" 2>&4 4>&- ); _cr=$?;
-  else set -m; ( export CMUX_RUN="$_ci"; exec "$@" 2>&4 4>&- ); _cr=$?; fi;
+  else command set -m; ( export CMUX_RUN="$_ci"; exec "$@" 2>&4 4>&- ); _cr=$?; fi;
   [ $_cr -lt 256 ] || _cr=$((_cr-128));
   case $_cw in
   ?*) _cE=$$; if [ "$_cs" ]; then wait $_cw; _cw=$?; else kill -KILL $_cw; _cw=; fi;;
@@ -787,7 +788,7 @@ AHEAD_TEXT = r"""
 unset TMOUT; exec 3<&0 4>&2 5>&1 2>/dev/null;
 { exec 6>&1 >&5 3<&- 5>&-; _cs=; trap : USR1; trap "_cs=stop" USR2;
   if command -v setsid >/dev/null; then ( exec setsid sh -c "$0 $2 $1" cmux 2>&4 4>&- 6>&6 ); _cr=$?;
-  else set -m; ( exec sh -c "$0 $2 $1" cmux 2>&4 4>&- 6>&6 ); _cr=$?; fi;
+  else command set -m; ( exec sh -c "$0 $2 $1" cmux 2>&4 4>&- 6>&6 ); _cr=$?; fi;
   echo "end $_cr $_cs" >&6;
 } | {
   IFS=" " read -r _ck _cR _ci _cN _cl; [ "$_ck" = go ] || exit; _cw=;
@@ -845,10 +846,11 @@ BOOT = "exec sh -c '%s %s'" % (STOP_LINE, BOOT_LINE)
 
 OPEN_ROOT = r"""
 _croot() { # $1 root as given, may be empty or begin with ~ -> cd there, $root
-  umask 077
+  umask 077; unset CDPATH
   case $1 in '') root=$HOME/cmux;; '~') root=$HOME;; '~/'*) root=$HOME/${1#'~/'};; /*) root=$1;; *) root=$HOME/$1;; esac
   [ -d "$root" ] || { mkdir -p -- "$root" && fresh=1; } || return 3
   cd -P -- "$root" && root=$(pwd -P) || return 3
+  case $root in *"$_cz"*) echo "a newline is in the path of its root" >&2; return 3;; esac
   mkdir -p .cmux/bases .cmux/stage .cmux/trash .cmux/made || return 3
   chmod 700 .cmux || return 3
 }
@@ -867,7 +869,7 @@ _cone() { # op function...: one attempt of an operation at a time (a lost line i
 _coff() { # op: no attempt of it begins any more, and the one that runs has ended
   k=.cmux/stage/$1 n=0; : >"$k.off" || return 3
   while o=$(readlink "$k.by") && kill -0 "$o" && [ $n -lt 3000 ]; do n=$((n+1)); sleep 0.1 || sleep 1; done
-  rm -rf "$k" "$k.by"
+  chmod -R u+rwX "$k" 2>/dev/null; rm -rf "$k" "$k.by"
 }
 """
 
@@ -1009,7 +1011,7 @@ _cop() { _croot "$1" && rm -rf ".cmux/stage/$2"; }
 JOB_STATE = r"""
 _calive() { # $1 directory, $2 pid: not a stranger that was given the number since
   kill -0 "$2" 2>/dev/null || return 1
-  [ ! -r "/proc/$2/environ" ] || grep -qsF "CMUX_JOB=${1##*/}" "/proc/$2/environ"
+  [ ! -r "/proc/$2/environ" ] || tr '\0' '\n' <"/proc/$2/environ" | grep -qxF "CMUX_JOB=${1##*/}"
 }
 _cstate() { # $1 directory
   if [ -f "$1/exit" ]; then echo "exited $(cat "$1/exit")"
@@ -1226,7 +1228,7 @@ _cfork() {
   n=$root/$2/$4 q=$root/.cmux/made/$2/$4 s=.cmux/stage/$5
   if [ -e "$n" ] || [ -L "$n" ]; then [ "$(cat "$q.op")" = "$5" ] || return 20; echo "done"; return 0; fi
   _cw "$2" "$3" || return 22
-  rm -rf "$s"; mkdir -p "$s" && cp -RpP "$w" "$s/$5" || { rm -rf "$s"; return 3; }
+  rm -rf "$s"; mkdir -p "$s" && cp -RpP "$w" "$s/$5" || { chmod -R u+rwX "$s" 2>/dev/null; rm -rf "$s"; return 3; }
   for x in base mark pull push; do [ ! -f "$m.$x" ] || cp -p "$m.$x" "$q.$x" || return 3; done
   echo "$5" >"$q.op" && mv "$s/$5" "$n" || return 3
   rm -rf "$s"
@@ -1269,7 +1271,7 @@ _cop() {
   _croot "$1" && cd "$root/.cmux" || return
   a=$(du -sk . | sed 's/[^0-9].*//')
   for f in trash/* trash/.[!.]*; do [ ! -e "$f" ] && [ ! -L "$f" ] || { chmod -R u+rwX "$f"; rm -rf "$f"; }; done
-  for f in stage/*; do [ -z "$(find "$f" -prune -mtime +0 -print)" ] || rm -rf "$f"; done
+  for f in stage/*; do [ -z "$(find "$f" -prune -mtime +0 -print)" ] || { chmod -R u+rwX "$f"; rm -rf "$f"; }; done
   cat made/*/*.base bases/*/parent >used.$$
   for f in bases/*; do grep -qxF "${f#bases/}" used.$$ || [ -z "$(find "$f" -prune -mtime +14 -print)" ] || rm -rf "$f"; done
   rm -f used.$$
@@ -1406,11 +1408,13 @@ if find . -prune -print0 >/dev/null 2>&1; then p=-print0; else p=-print; echo li
 find . -name .git -prune -o ! -type d -path "$1" $p 2>/dev/null | head -c "$2"
 """
 
-# GREP (as a command): pattern, wider path pattern, -i or -n (no-op), bytes, lines.
+# GREP (as a command): pattern, wider path pattern, -i or -n (no-op), bytes, lines. GNU's says on stderr, between two
+# lines of its output, that it gave a file up as binary.
 GREP = r"""
-grep -E $3 -e "$1" /dev/null || [ $? -lt 2 ] || exit 34
+echo | grep -E $3 -e "$1" >/dev/null || [ $? -lt 2 ] || exit 34
 n=; if echo x | grep --null -n x /dev/null - >/dev/null 2>&1; then n=--null; echo null; else echo plain; fi
-find . -name .git -prune -o -type f -path "$2" -exec grep -nE $n $3 -e "$1" /dev/null {} + 2>/dev/null | head -n "$5" | head -c "$4"
+find . -name .git -prune -o -type f -path "$2" -exec sh -c '
+  n=$1 i=$2 e=$3; shift 3; exec grep -nE $n $i -e "$e" /dev/null "$@" 2>&1' sh "$n" "$3" "$1" {} + 2>/dev/null | head -n "$5" | head -c "$4"
 """
 
 # START dir id command...: run as a job that outlives this session: out (both streams), pid of the
@@ -1418,26 +1422,26 @@ find . -name .git -prune -o -type f -path "$2" -exec grep -nE $n $3 -e "$1" /dev
 # job does not inherit the ignored SIGINT of a plain background list.
 START = r"""
 _cop() {
-  umask 077; d=$1 i=$2; shift 2
-  mkdir -p "$d" || return 3
-  for e in "${d%/*}"/*/exit; do
-    if [ -f "$e" ] && [ "$(find "$e" -mtime +7)" ]; then rm -rf "${e%/exit}"; fi
+  _cu=$(umask); umask 077; _cj=$1 _ck=$2; shift 2
+  mkdir -p "$_cj" || return 3
+  for _ce in "${_cj%/*}"/*/exit; do
+    if [ -f "$_ce" ] && [ "$(find "$_ce" -mtime +7)" ]; then rm -rf "${_ce%/exit}"; fi
   done
   case $_cq in -*)
     if command -v bash >/dev/null; then set -- bash --norc "$_cq" -- "$_cx" bash "$@"; else set -- sh "$_cq" -- "$_cx" sh "$@"; fi;;
   esac
   case $_cP in ?*) set -- env "PATH=$_cP" "$@";; esac
   umask "$_cu"
-  s='trap "" HUP; trap : USR1 USR2; echo $$ >"$1/pid"; d=$1 CMUX_RUN=$2; shift 2; export CMUX_RUN
-    if command -v setsid >/dev/null; then (trap - HUP; exec setsid "$@"); r=$?; else set -m 2>/dev/null; (trap - HUP; exec "$@"); r=$?; fi
-    [ $r -lt 256 ] || r=$((r-128)); echo $r >"$d/exit.new"; mv "$d/exit.new" "$d/exit"'
-  CMUX_JOB=$i; export CMUX_JOB
-  if setsid -f true 2>/dev/null; then setsid -f sh -c "$s" sh "$d" "$i" "$@" </dev/null >"$d/out" 2>&1 4>&-
-  elif command -v bash >/dev/null; then bash -c 'set -m; "$@" &' bash sh -c "$s" sh "$d" "$i" "$@" </dev/null >"$d/out" 2>&1 4>&-
-  else sh -c "$s" sh "$d" "$i" "$@" </dev/null >"$d/out" 2>&1 4>&- &
+  _cs='trap "" HUP; trap : USR1 USR2; echo $$ >"$1/pid"; _cj=$1 CMUX_RUN=$2; shift 2; export CMUX_RUN
+    if command -v setsid >/dev/null; then (trap - HUP; exec setsid "$@"); _cr=$?; else command set -m 2>/dev/null; (trap - HUP; exec "$@"); _cr=$?; fi
+    [ $_cr -lt 256 ] || _cr=$((_cr-128)); echo $_cr >"$_cj/exit.new"; mv "$_cj/exit.new" "$_cj/exit"'
+  CMUX_JOB=$_ck; export CMUX_JOB
+  if setsid -f true 2>/dev/null; then setsid -f sh -c "$_cs" sh "$_cj" "$_ck" "$@" </dev/null >"$_cj/out" 2>&1 4>&-
+  elif command -v bash >/dev/null; then bash -c 'set -m; "$@" &' bash sh -c "$_cs" sh "$_cj" "$_ck" "$@" </dev/null >"$_cj/out" 2>&1 4>&-
+  else sh -c "$_cs" sh "$_cj" "$_ck" "$@" </dev/null >"$_cj/out" 2>&1 4>&- &
   fi
-  n=0; while [ ! -s "$d/pid" ] && [ $n -lt 50 ]; do sleep 0.02 || sleep 1; n=$((n+1)); done
-  [ -s "$d/pid" ] && echo started
+  n=0; while [ ! -s "$_cj/pid" ] && [ $n -lt 80 ]; do if [ $n -lt 50 ]; then sleep 0.02 || sleep 1; else sleep 1; fi; n=$((n+1)); done
+  [ ! -s "$_cj/pid" ] || echo started
 }
 """
 
@@ -6889,12 +6893,14 @@ def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> b
         if not found and b"\r\n" in data and b"\n" in old and b"\r" not in old:
             old, new = old.replace(b"\n", b"\r\n"), new.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
             found = data.count(old)
+        if found == count == 1 and data.find(old, data.find(old) + 1) >= 0:
+            found = 2  # they overlap: which is meant?
         if found != count:
             lines: List[str] = []
             at = data.find(old)
             while at >= 0 and len(lines) < 10:
                 lines.append(str(data.count(b"\n", 0, at) + 1))
-                at = data.find(old, at + len(old))
+                at = data.find(old, at + (1 if found == 2 else len(old)))
             where = " (at line%s %s)" % ("s" if len(lines) > 1 else "", ", ".join(lines)) if lines else ""
             raise ToolFailed("%she text occurs %d time%s in %s%s, not %d; nothing was changed."
                              % (which + ("t" if which else "T"), found, "" if found == 1 else "s", show(path), where, count), "Give more context, or the right count." if found else
@@ -6905,10 +6911,14 @@ def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> b
 
 def unified_diff(before: bytes, after: bytes, path: str) -> str:
     """What an edit did, as a diff of at most DIFF_MAX characters."""
+    import collections
     import difflib
     old, new = (re.findall(r"[^\n]*\n|[^\n]+\Z", data.decode("utf-8", "replace")) for data in (before, after))
     if len(old) + len(new) > 40000:
         return "(the file is too long for a diff)"
+    was, now = collections.Counter(old), collections.Counter(new)
+    if (len(old) + len(new)) * sum(((was - now) + (now - was)).values()) > DIFF_WORK_MAX:
+        return "(too much changed for a diff)"
     text = "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in
                    difflib.unified_diff(old, new, "a/" + path, "b/" + path))
     return text if len(text) <= DIFF_MAX else text[:DIFF_MAX] + "\n[...]\n"
@@ -6922,9 +6932,11 @@ def glob_test(pattern: str) -> Callable[[str], bool]:
     """``*`` and ``?`` stay within a path component, ``**`` crosses them, ``[...]`` as in sh. By the set of the places
     that a path may have come to in the pattern: re.match would try every way, for hours with a name made for that."""
     rows: List[Tuple[Any, Any, int]] = []
-    for word in re.findall(r"\*\*/|\*\*|\[.[^\]]*\]|.", pattern, re.S):
-        inner = word[1:-1].replace("\\", "\\\\") if word[0] == "[" else ""
-        one = "(?!/)[%s]" % ("^/" + inner[1:] if inner[0] in "!^" else inner.replace("[", "\\[")) if inner else re.escape(word)
+    for word in re.findall(r"\*\*/|\*\*|\[[!^]?\]?[^\]]*\]|.", pattern, re.S):
+        if "[:" in word:
+            raise UsageError("%s has a character class, which is not taken here." % show(pattern), "Write its characters out, as [a-z].")
+        inner = re.sub(r"([\\\[\]&|~])", r"\\\1", word[1:-1]) if word[0] == "[" else ""
+        one = "(?!/)[%s]" % ("^/" + inner[1:] if inner[0] in "!^" else inner) if inner else re.escape(word)
         try:
             rows += [(re.compile(move, re.S).match, re.compile(stay, re.S).match, skip) for move, stay, skip in _WILD.get(word, ((one, "(?!)", 0),))]
         except re.error:
@@ -6956,11 +6968,23 @@ def wider_pattern(pattern: str) -> str:
     return "./" + re.sub(r"\*\*/|\*\*|\?|\[.*\]|\\", "*", pattern, flags=re.S)
 
 
+_BINARY = re.compile(rb"grep: \./(.*): binary file matches\Z|Binary file \./(.*) matches\Z", re.S)
+
+
+def binary_row(line: bytes) -> List[Tuple[bytes, int, bytes]]:
+    match = _BINARY.match(line)
+    return [(match.group(1) or match.group(2), 0, b"")] if match else []
+
+
 def grep_rows(data: bytes, null: bool) -> Iterator[Tuple[bytes, int, bytes]]:
-    """(path, line, text) of what grep printed, in time linear in it, whatever a host makes of it."""
+    """(path, line, text) of what grep printed, in time linear in it, whatever a host makes of it; (path, 0, b"") of
+    a file that it gave up as binary, at its first NUL."""
     if null:  # path NUL line:text NEWLINE; a path may hold newlines
         path, *rest = data.split(b"\0")
-        for part in rest:
+        for part in rest + [b""]:
+            while path and path[:2] != b"./":
+                said, _, path = path.partition(b"\n")
+                yield from binary_row(said)
             row, _, after = part.partition(b"\n")
             count, colon, text = row.partition(b":")
             if path[:2] == b"./" and colon and number(count.decode("latin-1")) > 0:
@@ -6968,6 +6992,7 @@ def grep_rows(data: bytes, null: bool) -> Iterator[Tuple[bytes, int, bytes]]:
             path = after
         return
     for line in data.split(b"\n"):
+        yield from binary_row(line)
         match = re.match(rb"\./([^:]*(?::(?!\d{1,15}:)[^:]*)*):(\d{1,15}):", line)
         if match:
             yield match.group(1), int(match.group(2)), line[match.end():]
@@ -7145,11 +7170,14 @@ class Workspace(WorkspaceBase):
         data = self._search(GREP, pattern, wider_pattern(glob or "**"), "-i" if ignore_case else "-n", str(SEARCH_MAX), str(most), cancel=cancel)
         kind, _, data = data.partition(b"\n")
         matches: List[Dict[str, Any]] = []
+        cut = len(data) >= SEARCH_MAX or data.count(b"\n") >= most
         for name, line, row in grep_rows(data, kind == b"null"):
             path = name.decode("utf-8", "surrogateescape")
-            if len(name) <= PATH_MAX and (not test or test(path)):
+            if not line:  # text up to a NUL: it may have more
+                cut = cut or any(match["path"] == path for match in matches)
+            elif len(name) <= PATH_MAX and (not test or test(path)):
                 matches.append({"path": path, "line": line, "text": row.decode("utf-8", "replace").rstrip("\r")[:LINE_MAX]})
-        return {"matches": matches[:limit], "truncated": len(matches) > limit or len(data) >= SEARCH_MAX or data.count(b"\n") >= most}
+        return {"matches": matches[:limit], "truncated": len(matches) > limit or cut}
 
     # -- jobs --
 
@@ -7160,7 +7188,7 @@ class Workspace(WorkspaceBase):
         WorkspaceMissing."""
         line, words = check_command(command)
         job = "j" + os.urandom(4).hex()
-        records = record("_cd", os.path.join(self.path, cwd) if cwd else self.path) + self.environment(env, cancel) + record("_cu", "022")
+        records = record("_cd", os.path.join(self.path, cwd) if cwd else self.path) + self.environment(env, cancel)
         records += line_records(line, words, login)
         try:
             reply = self.host.call(START, job_directory(self, job), job, *words, before=records, once=True, cancel=cancel)
