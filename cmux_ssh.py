@@ -198,7 +198,6 @@ class UsageError(CmuxError):
     """The call itself is wrong: a bad name, host, option or argument."""
     exit_code = 2
 
-
 class HostError(CmuxError):
     """The host could not be reached, or was lost. Carries ``host``."""
     exit_code = 255
@@ -208,26 +207,20 @@ class HostError(CmuxError):
         super().__init__(message, hint)
         self.host = host
 
-
 class ConnectionFailed(HostError):
     """No connection could be made; nothing ran there."""
-
 
 class ConnectionDropped(ConnectionFailed):
     """The server dropped the handshake (MaxStartups, penalties); trying again may work."""
 
-
 class TurnedAway(ConnectionDropped):
     """The server takes nobody from this address for now, and says so."""
-
 
 class HostKeyFailed(ConnectionFailed):
     """The host's key is unknown or has changed; nothing was sent."""
 
-
 class AuthenticationFailed(ConnectionFailed):
     """The host accepted none of the keys offered."""
-
 
 class ConnectionLost(HostError):
     """The connection ended in the middle. ``begun`` tells whether the command had started."""
@@ -236,65 +229,50 @@ class ConnectionLost(HostError):
         super().__init__(message, hint, host)
         self.begun = begun
 
-
 class HostSilent(ConnectionLost):
     """What is to be run was sent, and no shell has taken it yet; a slow one still may."""
-
 
 class SessionRefused(HostError):
     """A master or its server refused one more session; nothing has started."""
 
-
 class NoMultiplexing(HostError):
     """This ssh, or this server, knows no masters: one connection per session then."""
-
 
 class MasterGone(HostError):
     """A control socket that refuses, hangs or hangs up before the session was open."""
 
-
 class RemoteFailed(CmuxError):
     """The host answered, and the answer is a failure (disk full, permission) or nonsense."""
-
 
 class WorkspaceMissing(CmuxError):
     """No such workspace, here or on the host."""
 
-
 class WorkspaceExists(CmuxError):
     """The name is taken."""
-
 
 class WorkspaceDirty(CmuxError):
     """Removing or pushing would destroy work that exists nowhere else; ``lost`` lists it."""
     lost: Sequence[str] = ()
 
-
 class UploadFailed(CmuxError):
     """The archive did not arrive whole; no workspace was made of it."""
-
 
 class ResultRefused(CmuxError):
     """What came back from the host is not a result that may come in; nothing was imported."""
     default_hint = "Nothing was imported. Look at it there: %s exec -- git status" % PROGRAM
 
-
 class GitFailed(CmuxError):
     """The local repository cannot be used as asked."""
 
-
 class StateFailed(CmuxError):
     """The local state is damaged, foreign or not writable."""
-
 
 class Cancelled(CmuxError):
     """The caller's Cancel was set. Of a command, run() and exec() tell that in their result instead."""
     exit_code = 130
 
-
 class PipeClosed(CmuxError):
     """Whoever read our output has gone away."""
-
 
 class OutputFailed(PipeClosed):
     """Our output takes no more, and says why: a full disk."""

@@ -1005,7 +1005,7 @@ def test_only_the_command_line_prints_and_exits(source: Source) -> None:
 def test_functions_classes_and_file_stay_short(source: Source) -> None:
     spans = [(n.end_lineno - n.lineno + 1, n) for n in source.find(ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)]
     assert not [(n.name, lines) for lines, n in spans if lines > (300 if isinstance(n, ast.ClassDef) else 60)]
-    assert source.text.count("\n") < 10480  # DESIGN asks for 5,000: an open debt, said in the closing note
+    assert source.text.count("\n") < 10460  # DESIGN asks for 5,000: an open debt, said in the closing note
 
 
 def test_everything_is_annotated(source: Source) -> None:
