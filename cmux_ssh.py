@@ -537,7 +537,7 @@ def check_variable(name: str, secret: bool = False) -> str:
                          "Use letters, digits and underscores, not beginning with a digit.")
     if reserved:
         raise UsageError("The variable %s is reserved." % name, "This program sets it there." if name.startswith("CMUX_")
-                         else "It would change how the shell on the host reads what follows.")
+                         else "It has a meaning of its own to the shell on the host.")
     return name
 
 
@@ -1148,10 +1148,9 @@ _cop() {
 
 # PUSH root project name oldbase oldtree op commits bytes head tree refs mark newbase keep: the workspace becomes the
 #   new base; again with the same op, it says pushed. With git, in place: only files that differ are touched, ignored ones stay (build
-#   caches, node_modules, a server that watches). Without, or where the repository cannot be written, the directory is
-#   replaced. `keep` (1) leaves a copy of what was in the trash; without it, it looks itself for what would be lost, as
-#   CHANGED does, each time it is asked: an upload takes minutes. 5: its repository cannot be moved (`keep` replaces the
-#   directory); 21: upload the base first; 22: no workspace; 25: the lines tell what would be lost.
+#   caches, node_modules, a server that watches). Without, the directory is replaced. `keep` (1) leaves a copy of what was in
+#   the trash, and replaces the directory, too, where its repository cannot be moved (5 without it). Without `keep` it looks
+#   itself for what would be lost, as CHANGED does, each time it is asked: an upload takes minutes. 21: upload the base first; 22: no workspace; 25: the lines tell what would be lost.
 PUSH = LOST + BASE + r"""
 _cn() { GIT_INDEX_FILE=$s/new.index git --git-dir="$g" --work-tree="$s/delta" -c core.fsmonitor=false -c core.looseCompression=0 "$@"; }
 _cdelta() { # the new base's commit, of the old one and the delta, without unpacking either
@@ -1167,12 +1166,12 @@ _cswitch() { # files, refs and index are the new base's; or all is as it was: 1 
     cd "$root" && _cbase && n=$(git --git-dir="$base/git" rev-parse -q --verify refs/cmux/base) && cp -R "$base/git/objects/." "$g/objects/" || return 4
     cp "$s/alt" "$a"
   fi
-  x=$(_co symbolic-ref -q HEAD)
+  x=$(_co symbolic-ref -q HEAD) || y=$(_co rev-parse -q --verify HEAD)
   cd "$w" && _co update-ref "refs/cmux/old/$b" "$b" || return 5
   if ( umask 022; _cg read-tree --reset -u "$n" ) && { rm "$a"; cp -R "$g/objects/." "$o/objects/" 2>/dev/null; _co symbolic-ref HEAD refs/heads/main; } &&
     printf 'update %s %s\n' refs/heads/main "$n" refs/cmux/base "$n" | _co update-ref --no-deref --stdin
   then _cg update-index --no-split-index; cp -p "$g/index" "$o/index.cmux" && mv "$o/index.cmux" "$o/index"
-  else cp "$s/alt" "$a"; ( umask 022; _cg read-tree --reset -u "$t" ); [ -z "$x" ] || _co symbolic-ref HEAD "$x"; return 5
+  else cp "$s/alt" "$a"; ( umask 022; _cg read-tree --reset -u "$t" ); if [ "$x" ]; then _co symbolic-ref HEAD "$x"; else _co update-ref --no-deref HEAD "$y"; fi; return 5
   fi
 }
 _cpush() {
@@ -4224,8 +4223,8 @@ class Repository:
 
     def refuse_state(self, commit: str) -> None:
         """Raise UsageError if a commit holds the state directory, and with it the secrets."""
-        if self._git("rev-parse", "--is-bare-repository") == b"true\n":
-            return
+        if self._git("rev-parse", "--is-inside-work-tree") != b"true\n":
+            return  # bare
         own = self.state_within(self.worktree())
         if own and self.value_of("%s:%s" % (commit, own), ""):
             raise UsageError("Nothing was sent: %s, where %s keeps the secrets, is in the commit %s." % (show(own), PROGRAM, commit[:12]),
@@ -4411,7 +4410,7 @@ class Shadow:
                                    GIT_ALTERNATE_OBJECT_DIRECTORIES=self.alternate(repository.object_directory()))
         try:
             form = ["--object-format=" + object_format] if object_format != "sha1" else []
-            self.call("init", "-q", "--bare", "--template=", *form, self.git_dir)
+            list(self.records("init", "-q", "--bare", "--template=", *form, self.git_dir, talks=True))
             os.makedirs(os.path.join(self.git_dir, "info"), exist_ok=True)
             self.attributes(SHADOW_ATTRIBUTES)
         except BaseException:
@@ -4657,7 +4656,7 @@ class Shadow:
                 if process.wait():
                     raise GitFailed("git could not pack the result.")
             form = ["--object-format=sha256"] if len(tip) == 64 else []
-            self.call("init", "-q", "--bare", "--template=", *form, apart)
+            list(self.records("init", "-q", "--bare", "--template=", *form, apart, talks=True))
             stream.seek(0)
             with open(pack + ".err", "wb+") as said:
                 words = [self.program, "--git-dir=" + apart] + list(GIT_SAFE) + ["index-pack", "--stdin", "--strict", "--fsck-objects"]
@@ -6913,8 +6912,8 @@ def glob_test(pattern: str) -> Callable[[str], bool]:
     for word in re.findall(r"\*\*/|\*\*|\[[!^]?\]?[^\]]*\]|.", pattern, re.S):
         if "[:" in word:
             raise UsageError("%s has a character class, which is not taken here." % show(pattern), "Write its characters out, as [a-z].")
-        inner = re.sub(r"([\\\[\]&|~])", r"\\\1", word[1:-1]) if word[0] == "[" else ""
-        one = "(?!/)[%s]" % ("^/" + inner[1:] if inner[0] in "!^" else inner) if inner else re.escape(word)
+        inner = re.sub(r"([\\\[\]&|~]|-(?=-))", r"\\\1", word[1:-1]) if word[0] == "[" else ""
+        one = "(?!/)[%s]" % ("^" + inner[1:] if inner[0] in "!^" else inner) if inner else re.escape(word)
         try:
             rows += [(re.compile(move, re.S).match, re.compile(stay, re.S).match, skip) for move, stay, skip in _WILD.get(word, ((one, "(?!)", 0),))]
         except re.error:
@@ -6960,9 +6959,11 @@ def grep_rows(data: bytes, null: bool) -> Iterator[Tuple[bytes, int, bytes]]:
     if null:  # path NUL line:text NEWLINE; a path may hold newlines
         path, *rest = data.split(b"\0")
         for part in rest + [b""]:
-            while path and path[:2] != b"./":
-                said, _, path = path.partition(b"\n")
-                yield from binary_row(said)
+            if path[:2] != b"./":  # what grep said between two rows
+                at = path.find(b"\n./")
+                for said in path[:at if at >= 0 else len(path)].split(b"\n"):
+                    yield from binary_row(said)
+                path = path[at + 1:] if at >= 0 else b""
             row, _, after = part.partition(b"\n")
             count, colon, text = row.partition(b":")
             if path[:2] == b"./" and colon and number(count.decode("latin-1")) > 0:
@@ -7147,13 +7148,14 @@ class Workspace(WorkspaceBase):
         test, most = glob_test(glob) if glob else None, max(limit + 1, 2000)
         data = self._search(GREP, pattern, wider_pattern(glob or "**"), "-i" if ignore_case else "-n", str(SEARCH_MAX), str(most), cancel=cancel)
         kind, _, data = data.partition(b"\n")
-        matches: List[Dict[str, Any]] = []
+        matches, seen = [], set()  # type: List[Dict[str, Any]], Set[str]
         cut = len(data) >= SEARCH_MAX or data.count(b"\n") >= most
         for name, line, row in grep_rows(data, kind == b"null"):
             path = name.decode("utf-8", "surrogateescape")
             if not line:  # text up to a NUL: it may have more
-                cut = cut or any(match["path"] == path for match in matches)
+                cut = cut or path in seen
             elif len(name) <= PATH_MAX and (not test or test(path)):
+                seen.add(path)
                 matches.append({"path": path, "line": line, "text": row.decode("utf-8", "replace").rstrip("\r")[:LINE_MAX]})
         return {"matches": matches[:limit], "truncated": len(matches) > limit or cut}
 
@@ -9215,7 +9217,8 @@ def data_waits(fd: int) -> bool:
     status = os.fstat(fd)
     if stat.S_ISREG(status.st_mode):
         return status.st_size > os.lseek(fd, 0, os.SEEK_CUR)
-    return not stat.S_ISCHR(status.st_mode) and any(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))
+    pipe = stat.S_ISFIFO(status.st_mode) or stat.S_ISSOCK(status.st_mode)
+    return pipe and any(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))
 
 
 def exec_many(project: Project, names: List[str], command: Union[str, List[str]], environment: Dict[str, str],
@@ -9399,6 +9402,7 @@ def parse_environment(pairs: Sequence[str]) -> Dict[str, str]:
 
 
 def refuse_both(options: argparse.Namespace) -> None:
+    """Of new and push: the work tree, or a commit."""
     if options.dirty and options.ref != "HEAD":
         raise UsageError("--dirty sends the work tree, --ref a commit.", "Give one of the two.")
     if options.allow and not options.dirty:

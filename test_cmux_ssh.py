@@ -2776,7 +2776,7 @@ def test_only_bytes_that_wait_on_stdin_are_refused_to_several() -> None:
     assert not c.data_waits(theirs.fileno())
     ours.close()
     theirs.close()
-    assert not c.data_waits(os.open(os.devnull, os.O_RDONLY))
+    assert not c.data_waits(os.open(os.devnull, os.O_RDONLY)) and not c.data_waits(os.open("/", os.O_RDONLY))
     read, write = os.pipe()
     assert not c.data_waits(read)
     os.write(write, b"x")
@@ -2913,7 +2913,8 @@ def test_an_edit_of_many_places_is_soon_told(shared: Repo) -> None:
     do(shared, "rm many.txt")
 
 
-@pytest.mark.parametrize("pattern, yes, no", [("x[a&&b]", "x&", "xc"), ("x[a||b]", "x|", "xc"), ("[!]a]x", "bx", "]x"), ("[]a]x", "]x", "bx"), ("[a-c]x", "bx", "-x"), ("[^a]x", "bx", "ax"), ("[[]x", "[x", "]x")])
+@pytest.mark.parametrize("pattern, yes, no", [("x[a&&b]", "x&", "xc"), ("x[a||b]", "x|", "xc"), ("[!]a]x", "bx", "]x"), ("[]a]x", "]x", "bx"), ("[a-c]x", "bx", "-x"), ("[^a]x", "bx", "ax"), ("[[]x", "[x", "]x"),
+                                              ("[!-x]", "5", "x"), ("[!-x]", "a", "-"), ("[--0]", ".", "1"), ("[a--]", "-", "b")])
 def test_brackets_of_a_glob_are_as_in_sh(pattern: str, yes: str, no: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -2927,6 +2928,13 @@ def test_matches_that_overlap_are_ambiguous() -> None:
     with pytest.raises(c.ToolFailed, match="2 times in 'f' .at lines 1, 1., not 1"):
         c.apply_edits(b"aaa\n", [{"old": "aa", "new": "b"}], "f")
     assert c.apply_edits(b"aaaa\n", [{"old": "aa", "new": "b", "count": 2}], "f") == b"bb\n"
+
+
+def test_what_grep_says_between_its_rows_is_read_in_linear_time() -> None:
+    began = time.monotonic()
+    said = b"x\n" * 1000000 + b"grep: ./a: binary file matches\n"
+    assert list(c.grep_rows(said + b"./a\0" + b"1:row\n" + said + b"./b\0" + b"2:row\n", True)) == [(b"a", 0, b""), (b"a", 1, b"row"), (b"a", 0, b""), (b"b", 2, b"row")]
+    assert time.monotonic() - began < 10
 
 
 def test_an_ignored_sigchld_makes_no_failure_a_success(repo: Repo) -> None:
@@ -6916,7 +6924,8 @@ HEAD_LOCK = "touch .git/HEAD.lock"
 
 @pytest.mark.parametrize("harm", ["rm -rf .git; git init -q -b main; git add -A; git commit -qm anew",
                                   "rm -rf .git; git init -q --object-format=sha256 -b main; git add -A; git commit -qm anew",
-                                  HEAD_LOCK, "touch .git/refs/heads/main.lock", "git branch -m main/sub"], ids=["anew", "sha256", "HEAD", "main", "sub"])
+                                  HEAD_LOCK, "touch .git/refs/heads/main.lock", "git branch -m main/sub",
+                                  "git checkout -q --detach; touch .git/refs/heads/main.lock"], ids=["anew", "sha256", "HEAD", "main", "sub", "detached"])
 def test_push_where_the_repository_there_cannot_be_moved_says_so_and_force_replaces_it(repo: Repo, harm: str) -> None:
     repo.write(".gitignore", b"ignored\n")
     repo.commit()
@@ -6926,7 +6935,9 @@ def test_push_where_the_repository_there_cannot_be_moved_says_so_and_force_repla
     before = {path.name: path.read_bytes() for path in repo.path().iterdir() if path.is_file()}
     repo.write("more", b"user")
     repo.commit()
+    head = (repo.path() / ".git/HEAD").read_bytes()
     refused(repo.cli("push"), 1, words="cannot be moved")
+    assert (repo.path() / ".git/HEAD").read_bytes() == head
     assert {path.name: path.read_bytes() for path in repo.path().iterdir() if path.is_file()} == before, "all is as it was"
     pushed = repo.cli("push", "--force")
     assert pushed.code == 0 and "is kept until gc" in pushed.said, pushed
