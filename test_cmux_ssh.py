@@ -2669,7 +2669,7 @@ cmux_ssh.Host.call = twice
 print(project.push("main", force=len(sys.argv) > 1), len(set(seen)))
 """, *(["force"] if force else [])) == "True 1\n"
     assert {path.read_bytes() for path in (repo.path() / "many").iterdir()} == {b"new\n"}
-    do(repo, "! git status --short | grep .")
+    do(repo, "s=$(git status --short) && [ -z \"$s\" ]")
     assert "Nothing new" in repo.cli("pull").text
     kept = list((repo.path().parents[1] / ".cmux" / "trash").glob("kept-*"))
     assert len(kept) == force and all((path / "agents").read_bytes() == b"agent\n" and (path / "many/1").read_bytes() == b"old\n" for path in kept)
@@ -2709,7 +2709,7 @@ def test_push_leaves_a_split_index_that_git_can_read(repo: Repo) -> None:
         repo.write("f%d" % n, b"new")
     repo.commit()
     assert repo.cli("push").code == 0
-    do(repo, "! git status --short | grep .")
+    do(repo, "s=$(git status --short) && [ -z \"$s\" ]")
 
 
 def test_dirty_goes_by_attributes_and_ignores_wherever_they_are_named(repo: Repo) -> None:
@@ -2816,7 +2816,11 @@ def test_a_job_sees_every_name_and_the_hosts_umask(shared: Repo) -> None:
 def test_a_supervisor_that_is_slow_to_start_is_waited_for(site: Site) -> None:
     repo, folder = Repo(site), site.dir / "slow-bin"
     folder.mkdir()
-    (folder / "setsid").write_text(f'#!/bin/sh\ncase $2 in true) ;; *) sleep 2.5;; esac\nexec {program("setsid", "util-linux")} "$@"\n')
+    real = program("setsid", "util-linux")
+    (folder / "setsid").write_text(f"""#!/bin/sh
+case "$1 $2" in "-f true") ;; "-f "*) shift; exec {real} -f sh -c 'sleep 2.5; exec "$@"' sh "$@";; esac
+exec {real} "$@"
+""")
     (folder / "setsid").chmod(0o755)
     site.inetd("slow", env={"PATH": f"{folder}:{os.environ['PATH']}"})
     started = repo.cli("exec", "-H", "slow", "--detach", "--", "echo ran")
@@ -6942,7 +6946,7 @@ def test_push_where_the_repository_there_cannot_be_moved_says_so_and_force_repla
     pushed = repo.cli("push", "--force")
     assert pushed.code == 0 and "is kept until gc" in pushed.said, pushed
     assert (repo.path() / "more").read_bytes() == b"user" and b"agent" not in (repo.path() / "README").read_bytes()
-    do(repo, "[ ! -e .git/HEAD.lock ] && ! git status --short | grep .")
+    do(repo, "[ ! -e .git/HEAD.lock ] && s=$(git status --short) && [ -z \"$s\" ]")
     do(repo, "echo again >>more; git commit -qam again")
     pulled = repo.cli("pull", "--branch", "second")
     assert pulled.code == 0 and repo.git("log", "--format=%s", "main..second") == "again", pulled
@@ -6978,15 +6982,15 @@ def test_what_was_only_fetched_holds_up_no_rm(repo: Repo) -> None:
 
 def test_pull_and_diff_go_by_the_base_of_now(repo: Repo) -> None:
     assert repo.cli("new", "-H", "box", "main").code == 0
-    repo.write("more", b"user")
+    repo.write("README", b"hello\nusers line\n")
     new = repo.commit()
     assert in_library(repo, """
 project = cmux_ssh.Project(".")
 workspace = project.workspace("main")
 assert project.push("main")
-workspace.exec("echo a >agents; git add agents; git -c user.name=a -c user.email=a@x commit -qm w")
-print("more" in "".join(cmux_ssh.diff(workspace)), cmux_ssh.pull(workspace).base)
-""") == "False %s\n" % new
+workspace.exec("echo a >>README; git -c user.name=a -c user.email=a@x commit -qam w")
+print([line for line in cmux_ssh.diff(workspace) if line.startswith(("+", "-"))][2:], cmux_ssh.pull(workspace).base)
+""") == "['+a'] %s\n" % new
 
 
 def test_a_branch_that_was_checked_out_meanwhile_does_not_move(repo: Repo) -> None:
