@@ -2701,12 +2701,12 @@ def test_hooks_of_a_separate_git_directory_and_of_a_submodule(repo: Repo) -> Non
 
 def test_push_leaves_a_split_index_that_git_can_read(repo: Repo) -> None:
     for n in range(30):
-        repo.write("f%d" % n, b"old")
+        repo.write("f%d.txt" % n, b"x%d\n" % n)
     repo.commit()
     assert repo.cli("new", "-H", "box", "main").code == 0
-    do(repo, "git update-index --split-index")
+    do(repo, "sleep 1.5; git status; git update-index --split-index; ls .git | grep shared; git status --short")
     for n in range(20):
-        repo.write("f%d" % n, b"new")
+        repo.write("f%d.txt" % n, b"new\n")
     repo.commit()
     assert repo.cli("push").code == 0
     do(repo, "s=$(git status --short) && [ -z \"$s\" ]")
