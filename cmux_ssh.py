@@ -12,7 +12,7 @@ agents at once, and keeps the two machines apart: nothing else leaves this one.
     python3 cmux_ssh.py pull -w fix-login                  # its work as commits on cmux/fix-login
     python3 cmux_ssh.py demo                               # the whole flow, on this machine only
 
-Copy the file, import it, or run it. It needs Python 3.8+, OpenSSH 7.6+ and git here, and a
+Copy the file, import it, or run it. It needs Python 3.9+, OpenSSH 7.6+ and git here, and a
 POSIX sh and tar there. It reads and writes one directory of its own, $CMUX_SSH_HOME (default
 ~/.local/state/cmux-ssh), and executes no code when imported beyond defining names.
 
@@ -27,8 +27,8 @@ The file is a row of rooms. A room uses only the rooms above it, and each door t
      6 Remote        scripts: every byte of sh      16 MCP           the tools for any agent
      7 Processes     spawn, poll, kill              17 Demo          a throwaway sshd
      8 State         files, locks, secrets          18 Doctor        what is wrong, and its fix
-     9 SSH           masters, control protocol      19 Bench         next to plain ssh, in one run
-    10 Operations    one operation on a host        20 Command line  the only room that prints
+     9 SSH           masters, control protocol      19 Command line  the only room that prints
+    10 Operations    one operation on a host
 
 Licence: MIT.  Copyright (c) 2026 The cmux_ssh.py authors.
 Permission is hereby granted, free of charge, to any person obtaining a copy of this software
@@ -3426,12 +3426,6 @@ def look_closely(masters: Launcher, command: str) -> Tuple[int, str, bytes]:
         return status, words.decode("utf-8", "replace"), said
 
 
-def plain_master(config: SSHConfig, path: str) -> Process:
-    """An ordinary ControlMaster at ``path``, as a person might start one (for bench)."""
-    argv = [word.replace("SessionType=default", "SessionType=none") for word in ssh_argv(config, "-M", "-N", "-S", literal(path))]
-    return spawn(argv + ["--", config.host], scrubbed_environment(config))
-
-
 def end_masters() -> None:
     """End every master of this state directory."""
     for folder, _, names in os.walk(os.path.dirname(socket_folder("any"))):
@@ -4889,7 +4883,7 @@ def blob_id(path: str, sha256: str, size: int, form: str) -> str:
 
 
 def make_repository(path: str, files: Mapping[str, str]) -> str:
-    """A new repository of one commit with these files (for demo and bench)."""
+    """A new repository of one commit with these files (for the demo)."""
     os.makedirs(path)
     for name, text in files.items():
         os.makedirs(os.path.dirname(os.path.join(path, name)), exist_ok=True)
@@ -4908,11 +4902,6 @@ def commit_all(path: str, message: str) -> None:
         status, _, err = run([git, "-C", path] + words, git_environment(**identity))
         if status:
             raise GitFailed("git %s failed: %s." % (words[0], show(neutralise(err))))
-
-
-def plain_archive(path: str) -> Process:
-    """`git archive HEAD` as a person would pipe it into ssh (for bench); its stdout is a pipe."""
-    return spawn([find_program("git"), "-C", path, "archive", "HEAD"], stdout=-1)
 
 
 class Importer:
@@ -8254,10 +8243,9 @@ MCP_REST = {
 
 class ThrowawayServer:
     """An ssh config whose host ``demo`` is this machine, with its own keys and home. A context
-    manager; everything is gone at the end. ``rtt``, in seconds, simulates a line that takes so long
-    there and back. Raises UsageError where no sshd is installed."""
+    manager; everything is gone at the end. Raises UsageError where no sshd is installed."""
 
-    def __init__(self, rtt: float = 0.0) -> None:
+    def __init__(self) -> None:
         import tempfile
         self.sshd = find_program("sshd", ("/usr/sbin", "/usr/local/sbin", "/usr/libexec", "/opt/homebrew/sbin"))
         self.path = tempfile.mkdtemp(prefix="cmux-demo-", dir="/tmp" if " " in temporary_folder() else None)
@@ -8273,9 +8261,7 @@ class ThrowawayServer:
             self._write("known_hosts", "demo " + stream.read())
         self._write("ssh_config", "Host demo\n  HostName demo\n  IdentityFile {0}/user\n"
                     "  IdentitiesOnly yes\n  UserKnownHostsFile {0}/known_hosts\n"
-                    "  ProxyCommand %s%s -i -f {0}/sshd_config -E {0}/sshd.log\n"
-                    % ("%s -I -S {0}/relay.py %g " % (quote(sys.executable), rtt) if rtt else "", self.sshd))
-        self._write("relay.py", RELAY)
+                    "  ProxyCommand %s -i -f {0}/sshd_config -E {0}/sshd.log\n" % self.sshd)
         if os.geteuid() == 0 and sys.platform.startswith("linux"):
             os.makedirs("/run/sshd", 0o755, exist_ok=True)  # sshd insists, as root
 
@@ -8292,34 +8278,6 @@ class ThrowawayServer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-# relay.py SECONDS PROGRAM: the program at the end of a line that takes SECONDS there and back. Bytes
-# wait for their time; more than 4 MB under way stop the sender, as a window does.
-RELAY = r"""
-import collections, os, select, socket, subprocess, sys, time
-near, far = socket.socketpair()
-subprocess.Popen(sys.argv[2:], stdin=far, stdout=far, start_new_session=True)
-far.close()
-delay, there, back = float(sys.argv[1]) / 2, collections.deque(), collections.deque()
-ways = {0: (there, near.fileno()), near.fileno(): (back, 1)}
-while ways:
-    due = [queue[0][0] for queue, _ in ways.values() if queue]
-    wait = max(0, min(due) - time.monotonic()) if due else None
-    ready = select.select([fd for fd, (queue, _) in ways.items() if sum(len(d) for _, d in queue) < 1 << 22 and not (queue and not queue[-1][1])], [], [], wait)[0]
-    for fd in ready:
-        ways[fd][0].append((time.monotonic() + delay, os.read(fd, 1 << 16)))
-    for fd, (queue, to) in list(ways.items()):
-        while queue and queue[0][0] <= time.monotonic():
-            data = queue.popleft()[1]
-            if not data:
-                del ways[fd]
-                if fd:
-                    sys.exit()
-                near.shutdown(socket.SHUT_WR)
-            while data:
-                data = data[os.write(to, data):]
-"""
 
 
 def in_a_process_table(value: str) -> bool:
@@ -8594,306 +8552,7 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
         yield finding("bad", "host", str(error), error.hint)
 
 
-# === 19. Bench ===
-# Owns: measuring this tool next to plain ssh, one over a master, and `git archive | ssh tar`, all
-# in one run, in turns. May touch: a state directory, a repository and a root on the host of its own.
-
-class Spread(Value):
-    """What one contender took: the median, the quartiles, how many runs, in the row's unit."""
-    median: float
-    low: float
-    high: float
-    runs: int
-
-
-def spread(values: Sequence[float]) -> Spread:
-    ranked = sorted(values)
-    return Spread(median=ranked[len(ranked) // 2], low=ranked[len(ranked) // 4], high=ranked[len(ranked) * 3 // 4], runs=len(ranked))
-
-
-class Row(Value):
-    """One kind of work. ``by`` maps a contender ("plain" ssh, over a "master", "cmux") to its Spread; ``ratio`` is
-    what DESIGN.md's section 8 puts a bar to, and ``reached`` is None where it sets none."""
-    work: str
-    unit: str
-    by: Dict[str, Spread]
-    ratio: Optional[float]
-    bar: str
-    reached: Optional[bool]
-
-    def as_dict(self) -> Dict[str, Any]:
-        return dict(super().as_dict(), by={name: value.as_dict() for name, value in self.by.items()})
-
-
-# The tree: so many files of so many bytes, hexadecimal, so that it compresses by half as source does.
-BENCH_FILES, BENCH_FILE = 1000, 16 * 1024
-BENCH_BULK = 64 * 1024 * 1024
-BENCH_PAUSE = 0.06          # between warm calls, as between those of an agent: sessions are opened ahead in it
-CLEAR = r"""
-_cop() { cd && case $1 in cmux-bench-*) rm -rf -- "./$1";; esac; }
-"""
-
-
-class Bench:
-    """The contenders against one host. ``rtt``, in seconds, is that of a simulated line, 0 if there
-    is none. ``quick`` takes a quarter of the time and of the sharpness. A context manager."""
-
-    def __init__(self, server: str, rtt: float = 0.0, quick: bool = False, interactive: Optional[Callable[[], bool]] = None) -> None:
-        import tempfile
-        config = read_ssh_config(server)
-        self.rtt, self.quick = rtt, quick
-        self.place = tempfile.mkdtemp(prefix="cmux-bench-", dir=temporary_folder())
-        self.saved = os.environ.get("CMUX_SSH_HOME")
-        os.environ["CMUX_SSH_HOME"] = os.path.join(self.place, "state")
-        self.root = "cmux-bench-" + os.urandom(4).hex()
-        self.roots = 0
-        self.interactive = interactive
-        self.environment, self.server = scrubbed_environment(config), server
-        control = os.path.join(self.place, "cm")
-        self.fresh = ssh_argv(config, "-S", "none") + ["--", server]
-        self.over = ssh_argv(config, "-S", literal(control)) + ["--", server]
-        self.master = plain_master(config, control)
-        self.control = control
-
-    def __enter__(self) -> Bench:
-        patience = Deadline(CONNECT_PATIENCE)
-        while not os.path.exists(self.control):
-            if self.master.poll() is not None or patience.over():
-                self.close()
-                raise ConnectionFailed("%s could not be reached by plain ssh." % self.server, "See: %s doctor %s" % (PROGRAM, self.server))
-            time.sleep(0.02)
-        self.tree = make_repository(os.path.join(self.place, "tree"), {
-            "%03d/%03d" % (n // 50, n): os.urandom(BENCH_FILE // 2).hex() for n in range(self.count())})
-        self.project = Project(self.tree, self.interactive)
-        self.bulk = os.path.join(self.place, "bulk")
-        with open(self.bulk, "wb") as stream:
-            stream.write(b"bench..\n" * (self.size() // 8))
-        return self
-
-    def size(self) -> int:
-        return BENCH_BULK // (8 if self.quick else 1)
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        import shutil
-        try:
-            if hasattr(self, "project"):
-                self.project.host(self.server).call(CLEAR, self.root)
-        except CmuxError:
-            pass  # it went away in the middle; the run says so itself
-        kill_group(self.master)
-        end_masters()
-        if self.saved is None:
-            del os.environ["CMUX_SSH_HOME"]
-        else:
-            os.environ["CMUX_SSH_HOME"] = self.saved
-        shutil.rmtree(self.place, ignore_errors=True)
-
-    # -- one contender, once --
-
-    def ssh(self, argv: Sequence[str], command: str, stdin: Any = None) -> None:
-        if spawn(list(argv) + [command], self.environment, stdin=stdin).wait():
-            raise RemoteFailed("`%s` failed over plain ssh." % command)
-
-    def ssh_with(self, command: str, path: str) -> None:
-        with open(path, "rb") as stream:
-            self.ssh(self.over, command, stream)
-
-    def ours_cold(self) -> float:
-        """Seconds from nothing to the end of one call: another state directory has no masters."""
-        home = os.environ["CMUX_SSH_HOME"]
-        os.environ["CMUX_SSH_HOME"] = os.path.join(self.place, "cold-" + os.urandom(4).hex())
-        try:
-            began = time.perf_counter()
-            Host(self.server, self.interactive, warm=0).call("_cop() { :; }\n")
-            return time.perf_counter() - began
-        finally:
-            end_masters()
-            os.environ["CMUX_SSH_HOME"] = home
-
-    def new_root(self) -> str:
-        self.roots += 1
-        return "%s/%d" % (self.root, self.roots)
-
-    def archive_over_ssh(self, argv: Sequence[str], then: str = "") -> None:
-        archive = plain_archive(self.tree)
-        self.ssh(argv, "mkdir -p %s && tar -xf - -C %s" % ((self.new_root(),) * 2) + then, archive.stdout)
-        archive.communicate()
-
-    def repository_over_ssh(self) -> None:
-        """With the repository of one commit that a new workspace has, too: how by hand."""
-        self.archive_over_ssh(self.fresh, " && cd %s/%d && sh -c 'command -v git >/dev/null || exit 0; git init -q && git add -A && "
-                              "git -c user.name=x -c user.email=x commit -qm base'" % (self.root, self.roots + 1))
-
-    # -- rows --
-
-    def row(self, work: str, unit: str, times: int, bar: str, contenders: Mapping[str, Callable[[], object]],
-            pause: float = 0.0, floor: str = "") -> Row:
-        """Run the contenders in turns, in another order each time. What one returns is taken in place of
-        the seconds it took; for units that end in /s more is better."""
-        import random
-        taken: Dict[str, List[float]] = {name: [] for name in contenders}
-        for _ in range(max(3, times // (4 if self.quick else 1))):
-            for name in random.sample(sorted(contenders), len(contenders)):
-                began = time.perf_counter()
-                value = contenders[name]()
-                taken[name].append(value if isinstance(value, float) else (time.perf_counter() - began) * (1000 if unit == "ms" else 1))
-                time.sleep(pause)
-        return self.judged(work, unit, {name: spread(values) for name, values in taken.items()}, bar, floor)
-
-    def judged(self, work: str, unit: str, by: Dict[str, Spread], bar: str, floor: str = "") -> Row:
-        """``bar``: "0.25 x" of ``floor`` (the master, else plain ssh), at least so much where more is better;
-        "1.05 round trips" on a simulated line; "2 ms" at most."""
-        number, kind = float(bar.split()[0]) if bar else 0.0, bar.partition(" ")[2]
-        ours, other = by["cmux"].median, by.get(floor) or by.get("master") or by.get("plain")
-        ratio = (ours / (self.rtt * 1000) if kind == "round trips" else ours / other.median if other else None)
-        value = ratio if kind in ("x", "round trips") else ours
-        reached = None if not bar or value is None else value >= number if unit.endswith("/s") else value <= number
-        return Row(work=work, unit=unit, by=by, ratio=ratio, bar=bar, reached=reached)
-
-    def warm_bar(self, share: str, trips: str) -> str:
-        return "%s round trips" % trips if self.rtt else "%s x" % share
-
-    def rows(self) -> Iterator[Row]:
-        yield self.row("first command, connection included", "ms", 6, "", {
-            "plain": lambda: self.ssh(self.fresh, "true"), "cmux": lambda: self.ours_cold() * 1000})
-        yield self.row("new workspace, %s in %d files" % (human_size(BENCH_FILE * self.count()), self.count()), "ms", 5, "1.2 x",
-                       {"plain": lambda: self.archive_over_ssh(self.fresh), "master": lambda: self.archive_over_ssh(self.over),
-                        "cmux": lambda: self.made(self.new_root())}, floor="plain")  # DESIGN's bar is for work and one connection
-        yield self.row("the same, plain with `git init`, too", "ms", 5, "",
-                       {"plain": self.repository_over_ssh, "cmux": lambda: self.made(self.new_root())})
-        self.workspace = self.project.create("bench", self.server, root=self.new_root())
-        yield self.row("second workspace of the same commit", "ms", 5, "1.2 x", {
-            "master": lambda: self.ssh(self.over, "cp -a %s %s" % (quote(self.workspace.path), self.new_root())),
-            "cmux": lambda: self.made(self.workspace.root)})
-        yield self.delta()
-        yield from self.warm_rows()
-        yield from self.command_line_rows()
-        yield from self.many()
-        yield self.row("upload of %s to stdin" % human_size(self.size()), "MB/s", 5, "", {
-            "master": lambda: self.rate(lambda: self.ssh_with("cat >/dev/null", self.bulk)), "cmux": lambda: self.rate(self.ours_upload)})
-
-    def count(self) -> int:
-        return BENCH_FILES // (5 if self.quick else 1)
-
-    def made(self, root: str) -> None:
-        self.project.create("w" + os.urandom(4).hex(), self.server, root=root)
-
-    def rate(self, work: Callable[[], None]) -> float:
-        began = time.perf_counter()
-        work()
-        return self.size() / 1e6 / (time.perf_counter() - began)
-
-    def ours_upload(self) -> None:
-        with open(self.bulk, "rb") as stream:
-            outcome = self.workspace.run(["sh", "-c", "cat >/dev/null"], Capture(0), Capture(0), source=Source(stream.fileno()))
-        if outcome.status:
-            raise RemoteFailed("The upload to measure failed with %d." % outcome.status)
-
-    def delta(self) -> Row:
-        """One changed file: the bytes that travel, from the operation's own count."""
-        sizes = []
-        for turn in range(3):
-            with open(os.path.join(self.tree, "000", "000"), "a") as stream:
-                stream.write("changed %d\n" % turn)
-            commit_all(self.tree, "change")
-            self.project.push("bench")
-            sizes.append(next(row["bytes"] for row in reversed(list(self.project.history.rows())) if row["operation"] == "push") / 1000.0)
-        return self.judged("one changed file, sent by push", "kB", {"cmux": spread(sizes)}, "50 kB")
-
-    def warm_rows(self) -> Iterator[Row]:
-        import itertools
-        pause, space, times = max(BENCH_PAUSE, self.rtt * 3), self.workspace, 20 if self.rtt else 40
-        path = "%s/ten" % self.workspace.path
-        ten = os.path.join(self.place, "ten")
-        data = b"0123456789abcde\n" * 640
-        with open(ten, "wb") as stream:
-            stream.write(data)
-        space.write("ten", data)
-        changes = itertools.cycle((("e\n", "f\n"), ("f\n", "e\n")))
-        for work, bar, plain, ours in (
-                ("exec of an argv", self.warm_bar("0.25", "1.05"), lambda: self.ssh(self.over, "/bin/true"), lambda: space.exec(["/bin/true"])),
-                ("exec of a shell line", self.warm_bar("0.25", "1.05"), lambda: self.ssh(self.over, "true"), lambda: space.exec("true")),
-                ("read 10 kB", self.warm_bar("0.3", "1.1"), lambda: self.ssh(self.over, "cat %s" % quote(path)), lambda: space.read("ten")),
-                ("write 10 kB", "", lambda: self.ssh_with("cat >%s" % quote(path + ".p"), ten), lambda: space.write("ten", data)),
-                ("edit (plain: read, then write)", "", lambda: self.edit_plainly(path, ten),
-                 lambda: space.edit("ten", [dict(zip(("old", "new"), next(changes)), count=640)]))):
-            yield self.row(work, "ms", times, bar, {"master": plain, "cmux": ours}, pause)
-        yield from self.mcp_row(times, pause)
-
-    def mcp_row(self, times: int, pause: float) -> Iterator[Row]:
-        """From the line of a tools/call to that of its answer, in this process."""
-        import json
-        import queue
-        import threading
-        lines: queue.Queue[bytes] = queue.Queue()
-        answers: queue.Queue[bytes] = queue.Queue()
-        server = McpServer(self.project, "bench", self.server, lambda data, ending: answers.put(data))
-        threading.Thread(target=server.run, args=(iter(lines.get, b""),), daemon=True).start()
-
-        def call() -> None:
-            lines.put(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
-                "name": "exec", "arguments": {"command": ["/bin/true"]}}}).encode())
-            if b"exit_code: 0" not in answers.get(timeout=CONNECT_PATIENCE):
-                raise RemoteFailed("A call through the MCP server failed.")
-        yield self.row("exec of an argv, through MCP", "ms", times, self.warm_bar("0.5", "1.1"), {
-            "master": lambda: self.ssh(self.over, "/bin/true"), "cmux": call}, pause)
-        lines.put(b"")
-
-    def edit_plainly(self, path: str, file: str) -> None:
-        self.ssh(self.over, "cat %s" % quote(path))
-        self.ssh_with("cat >%s" % quote(path + ".p"), file)
-
-    def command_line_rows(self) -> Iterator[Row]:
-        """Next to ssh over a master and starting Python, as any program in Python must."""
-        here, words = os.path.abspath(globals().get("__file__", "")), ["exec", "-n", "-C", self.tree, "-w", "bench", "--", "true"]
-
-        if not os.path.isfile(here):
-            return  # in a zip, or read from stdin
-
-        def plain() -> None:
-            self.ssh(self.over, "true")
-            spawn([sys.executable, "-c", "pass"]).wait()
-
-        def ours(*start: str) -> None:
-            status = spawn([sys.executable, *start, *words], cwd=os.path.dirname(here)).wait()
-            if status:
-                raise RemoteFailed("exec on the command line failed with %d." % status)
-        yield self.row("python3 cmux_ssh.py exec", "ms", 16, "2 x", {"master": plain, "cmux": lambda: ours(here)})
-        yield self.row("python3 -m cmux_ssh exec", "ms", 16, "2 x", {
-            "master": plain, "cmux": lambda: ours("-m", os.path.basename(here)[:-3])})
-
-    def many(self) -> Iterator[Row]:
-        """Commands a second: ssh over one master 10-way, as MaxSessions allows; ours 100-way. The bar comes from a measurement
-        with a command that sleeps a little, so it is put to that one."""
-        import resource
-        total, costs, job = 200 if self.quick else 600, [], "sleep 0.05; echo hi"
-
-        def seconds(job: Callable[[], Any], count: int, at_once: int) -> float:
-            began = time.perf_counter()
-            failures = [error for error in in_parallel([job] * count, at_once) if isinstance(error, BaseException)]
-            if failures:
-                raise failures[0]
-            return time.perf_counter() - began
-
-        def ours() -> float:
-            before = resource.getrusage(resource.RUSAGE_SELF)
-            took = seconds(lambda: self.workspace.exec(["true"]), total, 100)
-            after = resource.getrusage(resource.RUSAGE_SELF)
-            costs.append((after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) * 1000 / total)
-            return total / took
-        seconds(lambda: self.workspace.exec(["true"]), 100, 100)  # opens the masters
-        yield self.row("50 ms each, 100 at once (plain: 10)", "/s", 4, "3.5 x", {
-            "master": lambda: total / 3 / seconds(lambda: self.ssh(self.over, job), total // 3, 10),
-            "cmux": lambda: total / seconds(lambda: self.workspace.exec(job), total, 100)})
-        yield self.row("`true`, 100 at once (plain: 10)", "/s", 4, "", {
-            "master": lambda: total / 3 / seconds(lambda: self.ssh(self.over, "true"), total // 3, 10), "cmux": ours})
-        yield self.judged("this process's CPU for one of them", "ms", {"cmux": spread(costs)}, "2 ms")
-
-
-# === 20. Command line ===
+# === 19. Command line ===
 # Owns: arguments, rendering, progress, exit codes. The only room that prints, and that exits.
 
 class Terminal(Report):
@@ -10104,63 +9763,6 @@ def command_shell(options: argparse.Namespace) -> int:
 TIDY = b"\x1b[?1047l\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b[?1l\x1b>\x1b[?25h\x1b[m\r\n"
 
 
-def command_bench(options: argparse.Namespace) -> int:
-    import platform
-    terminal = Terminal(options.verbosity)
-    options.target = options.target or options.host
-    if not 0 <= options.rtt <= 2000:
-        raise UsageError("--rtt takes milliseconds up to 2000.")
-    if options.rtt and options.target:
-        raise UsageError("--rtt simulates a line to the throwaway server; leave out HOST, or --rtt.")
-    here = {"date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(), "python": platform.python_version(), "version": __version__,
-            "host": options.target or "throwaway sshd on this machine", "rtt_ms": options.rtt}
-    if not options.json:
-        print_text("%(date)s, %(cores)s cores, Python %(python)s, %(host)s" % here + (", %g ms there and back" % options.rtt if options.rtt else ""))
-    saved, rows = os.environ.get("CMUX_SSH_COMMAND"), []
-    server = None if options.target else ThrowawayServer(options.rtt / 1000)
-    try:
-        if server:
-            os.environ["CMUX_SSH_COMMAND"] = "ssh -F %s" % quote(server.config)
-        with Bench(check_host(options.target or "demo"), options.rtt / 1000, options.quick, may_ask) as bench:
-            wide = terminal_width() >= 125
-            if not options.json:
-                print_bench(("MEDIAN (QUARTILES)", "PLAIN SSH", "OVER A MASTER", "CMUX_SSH", "RATIO", "BAR") if wide else
-                            ("MEDIAN", "PLAIN SSH", "MASTER", "CMUX_SSH", "RATIO", "BAR"), wide)
-            for row in bench.rows():
-                rows.append(row.as_dict())
-                if not options.json:
-                    print_bench(bench_cells(row, wide), wide)
-    finally:
-        if server:
-            server.close()
-        os.environ.pop("CMUX_SSH_COMMAND") if saved is None else os.environ.update(CMUX_SSH_COMMAND=saved)
-    if options.json:
-        print_json(dict(here, rows=rows))
-    else:
-        terminal.note("The ratio is to ssh over a master; of the first two rows to plain ssh, which connects, too. A bar is the goal for it.")
-    return 0
-
-
-def bench_cells(row: Row, wide: bool) -> Tuple[str, ...]:
-    cells = [row.work]
-    for name in ("plain", "master", "cmux"):
-        found = row.by.get(name)
-        digits = "%.0f" if found and found.median >= 100 else "%.1f" if found and found.median >= 10 else "%.2f"
-        quartiles = " (%s-%s)" % (digits % found.low, digits % found.high) if found and wide else ""
-        cells.append("%s %s%s" % (digits % found.median, row.unit, quartiles) if found else "")
-    trips = row.bar.endswith("round trips")
-    cells.append("" if row.ratio is None else "%.2f%s" % (row.ratio, " RT" if trips else " x"))
-    bar = row.bar.replace(" round trips", " RT") + " " if wide else ""
-    cells.append("" if not row.bar else bar + ("ok" if row.reached else "MISSED"))
-    return tuple(cells)
-
-
-def print_bench(cells: Sequence[str], wide: bool) -> None:
-    """A row as soon as it is known, so that the widths are fixed."""
-    widths = (38, 19, 22, 22, 9, 14) if wide else (35, 10, 10, 10, 8, 6)
-    print_text("".join(cell[:width].ljust(width) for cell, width in zip(cells, widths)).rstrip())
-
-
 def command_demo(options: argparse.Namespace) -> int:
     demo(lambda text: print_text(neutralise(text)), Terminal(options.verbosity))
     return 0
@@ -10308,11 +9910,6 @@ COMMANDS: Dict[str, Command] = {
     "doctor": Command(
         command_doctor, "what is wrong with a host or this machine, and how to mend it", "doctor my-server",
         Option("target", nargs="?", default="", metavar="HOST", help="default: the workspace's host")),
-    "bench": Command(
-        command_bench, "latency, rate and uploads next to plain ssh, measured in one run", "bench my-server --quick",
-        Option("target", nargs="?", default="", metavar="HOST", help="default: a throwaway sshd on this machine"),
-        Option("--quick", action="store_true", help="a quarter of the runs, smaller transfers"),
-        Option("--rtt", type=float, default=0, metavar="MS", help="without HOST: simulate a line that takes MS there and back"), lacks="CHw"),
     "demo": Command(command_demo, "the whole flow against a throwaway sshd on this machine", "demo", lacks="CHw"),
 }
 

@@ -899,10 +899,6 @@ def test_rig_cleans_up_after_itself(keys: Keys) -> None:
 
 # === The file: rooms and doors ===
 
-ROOMS = ["Header", "Limits", "Errors", "Values", "Checking and quoting", "Remote scripts", "Processes", "State", "SSH", "Operations", "Git",
-         "Workspaces", "Results", "Tools", "Parallel", "MCP", "Demo", "Doctor", "Bench", "Command line"]
-
-
 class Source:
     """cmux_ssh.py as text, syntax tree and rooms; what stands above the first banner is the room Header."""
 
@@ -936,10 +932,7 @@ def source() -> Source:
 
 
 def test_rooms_stand_in_order(source: Source) -> None:
-    assert [int(number) for _, number, _ in source.banners] == list(range(1, len(source.banners) + 1))
-    rest = iter(ROOMS)
-    for _, _, name in source.banners:
-        assert name in rest, f"the room {name!r} is unknown or out of order"
+    assert [int(number) for _, number, _ in source.banners] == list(range(1, len(source.banners) + 1)) and source.banners
 
 
 def defined_names(node: Any) -> List[str]:
@@ -1002,10 +995,21 @@ def test_only_the_command_line_prints_and_exits(source: Source) -> None:
     assert not source.outside("Command line", prints)
 
 
-def test_functions_classes_and_file_stay_short(source: Source) -> None:
-    spans = [(n.end_lineno - n.lineno + 1, n) for n in source.find(ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)]
-    assert not [(n.name, lines) for lines, n in spans if lines > (300 if isinstance(n, ast.ClassDef) else 60)]
-    assert source.text.count("\n") < 10460  # DESIGN asks for 5,000: an open debt, said in the closing note
+# Lowered with each step of the simplification, never raised. The goals: 330,000 bytes each, no wide line.
+LIMITS = {"bytes of cmux_ssh.py": 526_000, "lines of cmux_ssh.py over 100 columns": 1_162, "bytes of test_cmux_ssh.py": 518_000}
+
+
+@pytest.mark.parametrize("measure", LIMITS)
+def test_size_is_at_its_limit_and_the_limit_at_the_size(source: Source, measure: str) -> None:
+    found = {"bytes of cmux_ssh.py": PROGRAM.stat().st_size, "bytes of test_cmux_ssh.py": Path(__file__).stat().st_size,
+             "lines of cmux_ssh.py over 100 columns": sum(len(line) > 100 for line in source.text.splitlines())}[measure]
+    assert found <= LIMITS[measure], f"{measure}: {found}; make it smaller"
+    assert found >= LIMITS[measure] * 0.99, f"{measure}: {found}; lower the limit to it"
+
+
+def test_functions_stay_short(source: Source) -> None:
+    functions = source.find(ast.FunctionDef, ast.AsyncFunctionDef)
+    assert not [n.name for n in functions if n.end_lineno - n.lineno >= 60]
 
 
 def test_everything_is_annotated(source: Source) -> None:
@@ -1438,7 +1442,7 @@ def test_a_session_opened_ahead_does_what_one_opened_for_a_command_does(tmp_path
 
     def call(script: str, *words: str) -> bytes:  # what it knows ahead is not sent
         records = c.script_records(script, *words, ahead=True)
-        assert len(records) < 300 and script in c.AHEAD_SCRIPTS and len(c.BOOT_AHEAD) < 9000
+        assert len(records) < 200 + sum(map(len, words)) and script in c.AHEAD_SCRIPTS and len(c.BOOT_AHEAD) < 9000
         assert not re.search(r"['\\\n#`]|![^ =]", c.AHEAD_TOOLS.replace("${#n}", "").replace("##*/", "")), "what a login shell may read in its own way"
         return c.shell_header("N" * 32, "x", records)
     kept.clear()
@@ -3326,7 +3330,7 @@ def test_a_missing_ssh_or_git_is_said(repo: Repo) -> None:
                                   ["exec", "--env", "NOEQUALS", "--", "true"], ["exec", "--env", "=x", "--", "true"], ["exec", "--no-such-option"], ["secrets"],
                                   ["secrets", "set"], ["secrets", "import", "/nonexistent"], ["rm"], ["rm", "never-made"],
                                   ["read", "x"], ["write", "x"], ["edit", "x"], ["jobs"], ["logs", "x"], ["stop", "j00000000"], ["pull"], ["push"],
-                                  ["fork", "b"], ["batch", "-C", "/"], ["secrets", "-C", "/", "list"], ["new", "-C", "/", "a"], ["bench", "--rtt", "-1"]])
+                                  ["fork", "b"], ["batch", "-C", "/"], ["secrets", "-C", "/", "list"], ["new", "-C", "/", "a"]])
 def test_usage_errors_are_said_and_with_json_are_an_object_too(repo: Repo, args: List[str]) -> None:
     ran = repo.cli(*args, stdin=b"")
     assert ran.code in (1, 2, 125) and ran.said.strip() + ran.text.strip(), ran
@@ -5509,7 +5513,7 @@ def test_every_tool_is_a_method_of_a_workspace() -> None:
 # === In other people's programs ===
 
 # The default Python, and the oldest and newest that pyenv has.
-PYTHONS = [sys.executable] + [str(p) for v in ("3.8", "3.13") for p in sorted(Path("~/.pyenv/versions").expanduser().glob(v + ".*/bin/python3"))[-1:]]
+PYTHONS = [sys.executable] + [str(p) for v in ("3.9", "3.13") for p in sorted(Path("~/.pyenv/versions").expanduser().glob(v + ".*/bin/python3"))[-1:]]
 WAYS = ["-I", "-O", "-OO", "-W error -X dev -bb", "-m", "zip", "zipimport", "stdin"]
 
 
@@ -5842,8 +5846,29 @@ def test_readme_numbers_and_names_are_the_codes() -> None:
     assert public <= set(c.__all__) | {"__all__"}, public
     undocumented = {name for name in c.__all__ if not re.search(rf"\b{name}\b", README) and not getattr(c, name).__doc__}
     assert not undocumented
-    speed = README.partition("<!-- bench -->\n")[2].partition("<!-- /bench -->")[0]
-    assert re.search(r"^\d{4}-\d\d-\d\d, \d+ cores, Python 3\.\d+", speed, re.M), "paste the output of bench, with its first line"
+
+
+# === bench ===
+
+
+def bench(site: Site, *args: str) -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run([sys.executable, str(HERE / ".ci/bench.py"), *args], cwd=str(site.home), env=site.env,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=250)
+
+
+@pytest.mark.slow
+def test_bench_measures_every_row_of_the_readme_and_leaves_nothing(site: Site) -> None:
+    done = bench(site, "--quick", "--json")
+    assert (done.returncode, done.stderr) == (0, b""), done
+    rows = {row["work"]: row for row in json.loads(done.stdout)["rows"]}
+    assert all(row["by"]["cmux"]["runs"] and row["by"]["cmux"]["median"] > 0 for row in rows.values())
+    assert {work for work, *_ in table("work")} <= set(rows)
+    assert not list(site.tmp.iterdir()) and not list(site.far_home().iterdir())
+
+
+def test_bench_refuses_a_simulated_line_to_a_real_host(site: Site) -> None:
+    done = bench(site, "box", "--rtt", "50")
+    assert done.returncode == 2 and b"leave out HOST or --rtt" in done.stderr
 
 
 # === Results: a hostile host, fed straight into the parsers and the sink ===
