@@ -1,8 +1,9 @@
 # Everything here works from a clean clone with git, ssh, make and python3.
-PYTHON ?= python3
-ARGS   ?=
+PYTHON  ?= python3
+ARGS    ?=
+WORKERS ?= 4
 
-# One virtual environment for each kind and minor version of Python, so that test-pythons reuses them.
+# One virtual environment for each kind and minor version of Python, so that test-compat reuses them.
 VENV = .venv/$(shell $(PYTHON) -c 'import sys; print("%s-%d.%d" % ((sys.implementation.name,) + sys.version_info[:2]))')
 HIGH = PATH="$$PATH:/usr/sbin:/sbin"
 
@@ -13,26 +14,29 @@ need = @missing=; for p in $(1); do $(HIGH) command -v $$p >/dev/null || missing
 		echo "installing:$$missing"; apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends $(2); \
 	else echo "missing:$$missing. Install the packages $(2) (or what your system calls them), then try again." >&2; exit 1; fi
 
-help:  ## say what can be made
+help:  ## print what can be made
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
 
 demo:  ## the whole flow against a throwaway sshd on this machine
 	$(call need,ssh git sshd,openssh-client git openssh-server)
 	$(PYTHON) cmux_ssh.py demo
 
-test: $(VENV)/ok  ## run the tests in a few processes (make test ARGS="-k upload -x"; CMUX_TEST_WORKERS=1: in one)
+test: $(VENV)/ok  ## all tests in WORKERS processes (make test ARGS="-k upload -x")
 	$(call need,ssh git sshd zsh fish tcsh mksh ksh busybox dropbear tinysshd bsdtar unshare,openssh-client git openssh-server zsh fish tcsh mksh ksh busybox dropbear-bin tinysshd libarchive-tools util-linux)
-	$(VENV)/bin/python .ci/parallel.py $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-pythons:  ## the tests under every Python on this machine; the oldest and the newest run all of them
-	@.ci/pythons | while read -r all py; do echo "=== $$py"; \
+test-compat:  ## the tests marked compat under the oldest, the newest and PyPy of the Pythons found
+	@.ci/pythons | while read -r py; do echo "=== $$py"; \
 		$$py -W error -I -S cmux_ssh.py --version && \
-		$(MAKE) --no-print-directory test PYTHON=$$py ARGS="$$([ $$all = all ] || echo "-m 'not slow'") $(ARGS)" </dev/null || exit 1; done
+		$(MAKE) --no-print-directory test PYTHON=$$py ARGS="-m compat $(ARGS)" </dev/null || exit 1; done
 
-lint:  ## ruff and mypy --strict, where installed
-	@for tool in "ruff check" "mypy --strict"; do \
-		if command -v $${tool%% *} >/dev/null; then echo "$$tool"; $$tool cmux_ssh.py || exit 1; \
-		else echo "$${tool%% *} is not installed (pip install $${tool%% *})"; fi; done
+bench:  ## measure next to plain ssh, in one run (make bench ARGS="--quick")
+	$(call need,ssh git sshd,openssh-client git openssh-server)
+	$(PYTHON) .ci/bench.py $(ARGS)
+
+lint: $(VENV)/lint-ok  ## ruff on the Python files, mypy --strict on the product
+	$(VENV)/bin/ruff check cmux_ssh.py test_cmux_ssh.py .ci/bench.py
+	$(VENV)/bin/mypy --strict cmux_ssh.py
 
 clean:  ## remove what these targets made
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache __pycache__
@@ -42,6 +46,9 @@ $(VENV)/ok:
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { rm -rf $(VENV); \
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -q && apt-get install -yq --no-install-recommends python3-venv; \
 		else echo "$(PYTHON) cannot make virtual environments: install python3-venv, then try again." >&2; exit 1; fi; }
-	$(PYTHON) -m venv --clear $(VENV) && $(VENV)/bin/python -m pip install -q pytest && touch $@
+	$(PYTHON) -m venv --clear $(VENV) && $(VENV)/bin/python -m pip install -q pytest pytest-xdist && touch $@
 
-.PHONY: help demo test test-pythons lint clean
+$(VENV)/lint-ok: $(VENV)/ok
+	$(VENV)/bin/python -m pip install -q ruff mypy && touch $@
+
+.PHONY: help demo test test-compat bench lint clean
