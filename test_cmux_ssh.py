@@ -1068,7 +1068,7 @@ def test_the_head_lists_the_rooms_as_they_stand(source: Source) -> None:
 def test_version_names_itself_and_its_digest() -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-I", "-S", str(PROGRAM), "--version"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert done.returncode == 0 and done.stderr == b"" and done.stdout.startswith(b"cmux_ssh")
-    assert any(hashlib.new(kind, PROGRAM.read_bytes()).hexdigest()[:12].encode() in done.stdout for kind in ("sha256", "sha1"))
+    assert done.stdout == f"cmux_ssh.py {c.__version__} (sha256 {hashlib.sha256(PROGRAM.read_bytes()).hexdigest()})\n".encode()
 
 
 def test_first_lines_say_name_version_and_licence(source: Source) -> None:
@@ -1187,7 +1187,7 @@ def test_a_command_not_found_is_127_and_a_missing_cwd_is_said(shared: Repo) -> N
     assert shared.exec("no-such-command-here").code == 127
     assert shared.exec("no-such-command-here", "x").code == 127
     lost = shared.exec("pwd", options=["--cwd", "no/such/dir"])
-    assert lost.code in (125, 1) and lost.out == b"" and "no/such/dir" in lost.said
+    assert lost.code == 125 and lost.out == b"" and "no/such/dir" in lost.said
 
 
 def test_cwd_and_env_reach_the_command(repo: Repo) -> None:
@@ -1480,7 +1480,7 @@ def test_a_stopped_master_does_not_hang_a_new_call(repo: Repo) -> None:
     for master in until(repo.site.masters, "there is a master"):
         kill(master.pid, signal.SIGSTOP)
     ran = repo.cli("exec", "-H", "box", "--", "echo alive", seconds=100)
-    assert ran.code in (0, 255), ran
+    assert (ran.code, ran.out) == (0, b"alive\n"), ran
     (repo.site.sockets() / "1").unlink()  # of the master that was added
     ran = repo.cli("exec", "-H", "box", "--json", "--", "echo alive", seconds=100)
     assert ran.code == 0 and ran.json["duration"] < c.CONTROL_PATIENCE, (ran, "the next process need not find out again")
@@ -1893,7 +1893,7 @@ def test_a_git_directory_among_the_files_of_another_repository_is_refused(repo: 
     subprocess.run(["git", "clone", "-q", "--bare", str(repo.dir), str(inner)], env=repo.site.environment(), check=True)
     (inner / "config").write_text(f"[core]\n repositoryformatversion = 0\n bare = false\n worktree = {repo.site.home}\n[cmux]\n host = box\n")
     for words in (["new", "w"], ["new", "--dirty", "w"], ["exec", "-n", "--", "true"], ["list"]):
-        refused(repo.site.cli(*words, cwd=inner), 1, 125, words="inside another repository")
+        refused(repo.site.cli(*words, cwd=inner), 125 if words[0] == "exec" else 1, words="inside another repository")
     apart = repo.site.dir / "apart.git"
     inner.rename(apart)
     (apart / "config").write_text("[core]\n repositoryformatversion = 0\n bare = true\n")
@@ -1916,7 +1916,7 @@ def test_attributes_that_cannot_be_read_or_are_very_large_are_no_traceback(site:
 def test_a_repository_of_somebody_else_is_refused(repo: Repo) -> None:
     subprocess.run(["chown", "-R", "65534:65534", str(repo.dir)], check=True)
     made = repo.cli("new", "-H", "box", "a")
-    assert made.code in (1, 2) and "another user" in made.said, made
+    assert made.code == 1 and "another user" in made.said, made
 
 
 def test_only_the_tree_leaves_no_history_no_config_no_untracked_file(repo: Repo) -> None:
@@ -2117,7 +2117,7 @@ def test_secrets_that_were_not_given_or_are_too_large_are_refused(repo: Repo) ->
 @pytest.mark.parametrize("name", ["", "1A", "A-B", "A B", "A=B", "a\nb", "Ü", "PATH", "IFS", "-x", "CMUX_WORKSPACE"])
 def test_impossible_secret_names_are_refused(repo: Repo, name: str) -> None:
     refused = repo.cli("secrets", "set", "--", name, stdin=b"v")
-    assert refused.code in (1, 2) and refused.said.strip() and repo.cli("secrets", "list").out == b""
+    assert refused.code == 2 and refused.said.strip() and repo.cli("secrets", "list").out == b""
 
 
 @pytest.mark.parametrize("name", ["GIT_AUTHOR_NAME", "k", "n", "v", "_", "CMUX", "OPENAI_API_KEY", "lower"])
@@ -2131,9 +2131,9 @@ def test_legitimate_secret_names_work(repo: Repo, name: str) -> None:
 
 def test_a_secret_with_nul_and_an_unknown_secret_are_refused_without_the_value(repo: Repo) -> None:
     refused = repo.cli("secrets", "set", "TOKEN", stdin=b"abc\0def-hidden")
-    assert refused.code in (1, 2) and "hidden" not in refused.said and refused.said.strip()
+    assert refused.code == 2 and "hidden" not in refused.said and refused.said.strip()
     unknown = repo.cli("secrets", "rm", "NOT_THERE")
-    assert unknown.code in (1, 2) and "NOT_THERE" in unknown.said
+    assert unknown.code == 2 and "NOT_THERE" in unknown.said
 
 
 def test_secrets_set_on_a_terminal_asks_without_echo(repo: Repo) -> None:
@@ -2182,7 +2182,7 @@ def test_the_workspace_defaults_to_the_branch_and_the_host_to_its_own(repo: Repo
 
 def test_exec_without_any_host_says_how_to_name_one(repo: Repo) -> None:
     ran = repo.cli("exec", "--", "true")
-    assert ran.code in (2, 125) and "-H" in ran.said, ran
+    assert ran.code == 125 and "-H" in ran.said, ran
 
 
 def test_new_takes_a_revision(repo: Repo) -> None:
@@ -2232,7 +2232,7 @@ def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo:
     line = repo.site.line("far")
     line.cut["up"] = at
     cut = repo.cli("new", "-H", "far", "a")
-    assert cut.code in (1, 255) and cut.said.strip(), cut
+    assert cut.code == 255 and cut.said.strip(), cut
     assert repo.workspaces() == {} and not list(repo.site.far_home().glob("cmux/project-*/*"))
     line.cut["up"] = None
     again = repo.cli("new", "-H", "far", "a")
@@ -2330,7 +2330,7 @@ def test_whatever_gzip_and_head_the_host_has_the_archive_arrives_or_is_refused(s
     repo = Repo(site, files={"text": source_text(4 << 20)})
     made = repo.cli("new", "-v", "-H", "bare", "w", seconds=120)
     if "gzip that" in programs or programs == "false gzip":
-        assert made.code in (1, 255) and made.said.strip() and repo.workspaces() == {}, made
+        assert made.code == (255 if "hangs" in programs else 1) and made.said.strip() and repo.workspaces() == {}, made
         (path / "gzip").unlink()
         made = repo.cli("new", "-v", "-H", "bare", "w", seconds=120)
     assert made.code == 0 and tree_of(repo.path("w")) == repo.tree(), made
@@ -2347,7 +2347,7 @@ def test_an_upload_cut_in_the_first_piece_or_the_compressed_rest_leaves_no_works
     if how == "cut":
         line.cut["up"] = at
         cut = repo.cli("new", "-H", "far", "a")
-        assert cut.code in (1, 255) and cut.said.strip(), cut
+        assert cut.code == 255 and cut.said.strip(), cut
     else:
         child = repo.start("new", "-H", "far", "a")
         until(lambda: line.up > at, "the upload runs")
@@ -2480,7 +2480,7 @@ def test_a_repository_cannot_name_its_host_command_or_options(repo: Repo) -> Non
         repo.write(name, b'{"host": "box"}\nhost = box\n')
     repo.commit()
     ran = repo.cli("exec", "--", "true")
-    assert ran.code in (2, 125) and not repo.site.log().count("Accepted publickey")
+    assert ran.code == 125 and not repo.site.log().count("Accepted publickey")
 
 
 def test_nothing_is_left_behind_on_this_machine(repo: Repo) -> None:
@@ -2639,9 +2639,9 @@ def test_a_secret_that_a_shortened_error_cuts_is_masked(repo: Repo) -> None:
     value = "S3cretValue-0123456789-abcdefghijklmnopqrstuvwxyz"
     assert repo.cli("secrets", "set", "TOK", stdin=value.encode()).code == 0
     with open_mcp(repo, "-H", "box") as client:
-        for length in range(50, 100, 5):
+        for length in range(50, 140, 5):
             failed, text = client.call("read", path="d" * length + value)
-            assert failed and "S3cretV" not in text and "secret TOK" in text or length > 90, text
+            assert failed and "S3cr" not in text and ("[secret TOK]" in text) == (length <= 90), text  # after 90 all of it is cut
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -2877,13 +2877,24 @@ def test_a_fork_that_fails_over_read_only_directories_frees_its_name(site: Site)
 
 @pytest.mark.parametrize("shell", ["dash", "bash", "mksh"])
 def test_a_cdpath_of_the_host_misleads_no_script(site: Site, shell: str) -> None:
-    repo = Repo(site)
-    site.inetd("cdpath", env={"CDPATH": f".:/tmp:{site.dir}"})
+    """Where CDPATH names a directory that has what a relative `cd` asks for, cd goes there, and prints where."""
+    repo, trap = Repo(site, files={"sub/x": b"x\n"}), site.dir / "trap"
+    for path in ("cmux", ".cmux", "sub"):
+        (trap / path).mkdir(parents=True)
+    tools = site.dir / "tools"
+    tools.mkdir()
+    (tools / "sh").symlink_to(program(shell))
+    site.inetd("cdpath", env={"CDPATH": str(trap), "PATH": f"{tools}:{site.env['PATH']}"})
     assert repo.cli("new", "-H", "cdpath", "main").code == 0
+    ran = repo.cli("exec", "--cwd", "sub", "--", "pwd")
+    assert (ran.code, ran.text) == (0, f"{repo.path()}/sub\n"), ran
+    do(repo, "echo y >sub/y")
+    assert repo.cli("pull").code == 0 and repo.git("show", "cmux/main:sub/y") == "y"
     terminal = on_terminal(site, "shell", cwd=repo.dir)
     terminal.expect(b"as it likes")
     terminal.send(b"pwd; exit 3\r")
-    assert terminal.wait() == 3
+    assert terminal.wait() == 3 and str(repo.path()).encode() in terminal.output
+    assert not [p for p in trap.rglob("*") if p.name not in ("cmux", ".cmux", "sub")]
 
 
 def test_grep_says_when_a_nul_hides_the_rest_and_loses_no_next_file(shared: Repo) -> None:
@@ -3021,11 +3032,8 @@ def test_a_state_directory_others_can_change_is_not_used(repo: Repo, kind: str) 
         if os.geteuid() != 0:
             return  # only root can make a directory of somebody else's
         os.chown(state, 65534, 65534)
-    ran = repo.exec("true", env={"CMUX_SSH_HOME": str(state)})
-    if ran.code == 0:
-        assert kind != "foreign" and stat.S_IMODE(state.stat().st_mode) & 0o077 == 0, "made private, or refused"
-    else:
-        assert ran.code == 125 and str(state) in ran.said, ran
+    refused(repo.exec("true", env={"CMUX_SSH_HOME": str(state)}), 125, words=str(state))
+    assert not list(state.iterdir())
 
 
 def test_a_long_state_path_still_has_room_for_control_sockets(repo: Repo) -> None:
@@ -3169,9 +3177,9 @@ def test_a_line_that_stalls_and_goes_on_loses_nothing(repo: Repo) -> None:
 # === Bad input ===
 
 
-def refused(answer: Answer, *codes: int, words: str = "") -> None:
+def refused(answer: Answer, code: int, words: str = "") -> None:
     """One clear message: the right code, nothing on stdout, no traceback, not a wall of text."""
-    assert answer.code in codes, answer
+    assert answer.code == code, answer
     assert answer.out == b"" and answer.said.strip() and answer.said.count("\n") <= 4, answer
     assert words.lower() in answer.said.lower(), answer
     assert not set(answer.err) & set(b"\x1b\x07\x9b\r"), answer
@@ -3197,7 +3205,7 @@ def test_hostile_host_strings_are_refused_before_anything_is_started(repo: Repo,
             env["CMUX_SSH_HOST"] = host
         else:
             repo.git("config", "cmux.host", host)
-        refused(repo.cli(*args, env=env), 2, 125)
+        refused(repo.cli(*args, env=env), 125)
         assert not log.exists() and not (repo.dir / "trap").exists(), host
 
 
@@ -3212,20 +3220,20 @@ def test_honest_host_strings_reach_ssh(repo: Repo, host: str) -> None:
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/abs", "-x", ".hidden", "a b", "a\nb", "a\x1b[31m", "ü\u202e", "x" * 300, "a;b", "$(id)", "*", "~", "con.lock/.."])
 def test_odd_workspace_names_are_refused(repo: Repo, name: str) -> None:
-    refused(repo.cli("new", "-H", "box", "--", name), 1, 2)
-    refused(repo.cli("exec", "-H", "box", f"--workspace={name}", "--", "true"), 2, 125)
+    refused(repo.cli("new", "-H", "box", "--", name), 2)
+    refused(repo.cli("exec", "-H", "box", f"--workspace={name}", "--", "true"), 125)
     assert repo.workspaces() == {} and "Accepted" not in repo.site.log()
 
 
 def test_no_repository_an_unborn_branch_and_a_bad_revision_are_said(site: Site, repo: Repo) -> None:
-    refused(site.cli("new", "-H", "box", "a", cwd=site.home), 1, 2, words="git repository")
-    refused(site.cli("exec", "-H", "box", "--", "true", cwd=site.home), 125, 2, words="git repository")
-    refused(site.cli("list", "-C", str(site.dir / "nowhere")), 1, 2, words="nowhere")
+    refused(site.cli("new", "-H", "box", "a", cwd=site.home), 1, words="git repository")
+    refused(site.cli("exec", "-H", "box", "--", "true", cwd=site.home), 125, words="git repository")
+    refused(site.cli("list", "-C", str(site.dir / "nowhere")), 1, words="nowhere")
     unborn = Repo(site, "unborn")
     unborn.git("update-ref", "-d", "HEAD")
     refused(unborn.cli("new", "-H", "box", "a"), 1, words="commit")
-    refused(repo.cli("new", "-H", "box", "a", "--ref", "no-such-rev"), 1, 2, words="no-such-rev")
-    refused(repo.cli("new", "-H", "box", "a", "--ref=--output=x"), 1, 2)
+    refused(repo.cli("new", "-H", "box", "a", "--ref", "no-such-rev"), 1, words="no-such-rev")
+    refused(repo.cli("new", "-H", "box", "a", "--ref=--output=x"), 1)
     refused(repo.cli("new", "-H", "box", "a", "--dirty", "-C", repo.git("clone", "-q", "--bare", ".", "../bare") or "../bare"), 2, words="bare")
     assert repo.workspaces() == {}
 
@@ -3233,7 +3241,7 @@ def test_no_repository_an_unborn_branch_and_a_bad_revision_are_said(site: Site, 
 def test_a_detached_head_works(repo: Repo) -> None:
     repo.git("checkout", "-q", "--detach")
     ran = repo.exec("cat README")
-    assert (ran.code == 0 and ran.out == b"hello\n") or (ran.code in (2, 125) and "-w" in ran.said), ran
+    assert (ran.code, ran.out) == (0, b"hello\n"), ran
 
 
 def test_a_host_that_does_not_resolve_or_refuses_or_hangs_up_is_255_and_said(repo: Repo) -> None:
@@ -3320,20 +3328,20 @@ def test_on_a_terminal_ssh_asks_once_and_what_came_of_it_is_told(repo: Repo, tro
 
 
 def test_a_missing_ssh_or_git_is_said(repo: Repo) -> None:
-    refused(repo.exec("true", env={"CMUX_SSH_COMMAND": "/nonexistent/ssh"}), 125, 255, words="/nonexistent/ssh")
+    refused(repo.exec("true", env={"CMUX_SSH_COMMAND": "/nonexistent/ssh"}), 125, words="/nonexistent/ssh")
     nothing = repo.site.dir / "nothing"
     nothing.mkdir()
-    refused(repo.exec("true", env={"PATH": str(nothing)}), 125, 255)
+    refused(repo.exec("true", env={"PATH": str(nothing)}), 125, words="git")
 
 
-@pytest.mark.parametrize("args", [[], ["no-such-command"], ["exec"], ["exec", "--timeout", "x", "--", "true"], ["exec", "--timeout", "-1", "--", "true"],
-                                  ["exec", "--env", "NOEQUALS", "--", "true"], ["exec", "--env", "=x", "--", "true"], ["exec", "--no-such-option"], ["secrets"],
-                                  ["secrets", "set"], ["secrets", "import", "/nonexistent"], ["rm"], ["rm", "never-made"],
-                                  ["read", "x"], ["write", "x"], ["edit", "x"], ["jobs"], ["logs", "x"], ["stop", "j00000000"], ["pull"], ["push"],
-                                  ["fork", "b"], ["batch", "-C", "/"], ["secrets", "-C", "/", "list"], ["new", "-C", "/", "a"]])
-def test_usage_errors_are_said_and_with_json_are_an_object_too(repo: Repo, args: List[str]) -> None:
+@pytest.mark.parametrize("code, args", [(code, words.split()) for code, lines in {
+    2: ["", "no-such-command", "secrets", "secrets set", "secrets import /nonexistent", "rm", "write x", "edit x", "list --none"],
+    1: ["rm never-made", "read x", "jobs", "logs x", "stop j00000000", "pull", "push", "fork b", "batch -C /", "secrets -C / list", "new -C / a"],
+    125: ["exec", "exec --timeout x -- true", "exec --timeout -1 -- true", "exec --env NOEQUALS -- true", "exec --env =x -- true",
+          "exec --no-such-option"]}.items() for words in lines], ids=lambda value: None if isinstance(value, int) else " ".join(value) or "nothing")
+def test_usage_errors_are_said_and_with_json_are_an_object_too(repo: Repo, code: int, args: List[str]) -> None:
     ran = repo.cli(*args, stdin=b"")
-    assert ran.code in (1, 2, 125) and ran.said.strip() + ran.text.strip(), ran
+    assert ran.code == code and ran.said.strip() + ran.text.strip(), ran
     if args:
         told = repo.cli("--json", *args, stdin=b"")
         fields = told.json["errors"][0] if args == ["rm", "never-made"] else told.json["error"]
@@ -3431,7 +3439,7 @@ def test_a_host_or_a_name_that_does_not_fit_is_refused_and_nothing_removed(repo:
     assert repo.cli("list", "-q", "-H", "box").text == "main\n" and repo.cli("list", "--json", "-H", "other").json == []
     for words in (["write", "-w", "", "x"], ["push", "-w", "", "--force"], ["pull", "-w", ""], ["rm", "-w", ""]):
         refused(repo.cli(*words, stdin=b"x"), 2, words="-w names no workspace")
-    refused(repo.cli("exec", "-w", "", "--", "true"), 125, 2, words="-w names no workspace")
+    refused(repo.cli("exec", "-w", "", "--", "true"), 125, words="-w names no workspace")
     assert list(repo.workspaces()) == ["main"] and repo.git("for-each-ref", "refs/heads/cmux") == ""
     wrong = Repo(repo.site, "hostless").cli("exec", "-w", "nope", "--", "true")
     assert wrong.code == 125 and "There is no workspace 'nope', and no host is known to make it on." in wrong.said, wrong
@@ -3555,7 +3563,7 @@ def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo: Repo
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
         return Answer([line], done.returncode, done.stdout, done.stderr, 0)
     for words in ("list", "new x", "secrets list"):
-        refused(run(f"mkdir x; cd x; rmdir ../x; CMUX {words}"), 1, 125, words="current directory has been removed")
+        refused(run(f"mkdir x; cd x; rmdir ../x; CMUX {words}"), 125 if words.startswith("exec") else 1, words="current directory has been removed")
     refused(run("ulimit -f 0; CMUX pull"), 1, words="temporary files")
     assert run("ulimit -f 0; echo new | CMUX write f && CMUX read f").out == b"new\n"  # what is written needs none
 
@@ -3594,12 +3602,13 @@ def test_demo_shows_the_flow_and_leaves_nothing(site: Site) -> None:
 
 
 def test_demo_without_sshd_says_how_to_get_one(site: Site) -> None:
-    only = site.dir / "only"
-    only.mkdir()
-    for name in ("ssh", "git", "ssh-keygen", "sh", "tar"):
-        (only / name).symlink_to(program(name))
-    shown = site.cli("demo", cwd=site.home, env={"PATH": str(only), "CMUX_SSHD": "/nonexistent"})
-    assert shown.code in (0, 1) and (shown.code == 0 or "openssh-server" in shown.said), shown
+    """sshd is looked for outside of PATH, too: the places are hidden by a file system of the test's own."""
+    hide = "for d in /usr/sbin /usr/local/sbin /usr/libexec; do [ ! -e $d/sshd ] || mount -t tmpfs none $d; done; exec \"$@\""
+    path = f"{os.path.dirname(program('ssh'))}:{os.path.dirname(program('git'))}:/usr/bin:/bin"
+    shown = subprocess.run([program("unshare", "util-linux"), "-rm", "sh", "-c", hide, "sh", sys.executable, str(PROGRAM), "demo"], cwd=str(site.home),
+                           env=site.environment({"PATH": path}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    assert shown.returncode == 2 and b"openssh-server" in shown.stderr and shown.stderr.count(b"\n") <= 2, shown
+
 
 
 # === Rig: an talker that speaks to batch ===
@@ -4787,7 +4796,7 @@ def test_several_workspaces_bad_use_is_said(repo: Repo) -> None:
     assert repo.cli("new", "-H", "box", "a", "b").code == 0
     both = ["exec", "-w", "a", "-w", "b"]
     for bad in (["-j", "-1"], ["-j", "x"], ["--detach"]):
-        refused(repo.cli(*both, *bad, "--", "true"), 2, 125)
+        refused(repo.cli(*both, *bad, "--", "true"), 125)
     one_missing = repo.cli(*both, "-w", "nowhere", "--json", "--", "echo here")
     rows = {row["workspace"]: row for row in one_missing.json}
     assert one_missing.code == 125 and rows["a"]["stdout"] == "here\n" and rows["nowhere"]["error"]["message"]
@@ -5447,7 +5456,7 @@ def test_diff_into_a_pipe_or_json_can_be_applied(repo: Repo) -> None:
     (["exec", "-H", "", "--", "true"], "names no host")])
 def test_an_option_that_would_be_passed_over_is_refused(shared: Repo, words: List[str], said: str) -> None:
     answer = shared.cli(*words, stdin=b"x")
-    assert answer.code in (2, 125) and said in answer.said, answer
+    assert answer.code == (125 if words[0] == "exec" else 2) and said in answer.said, answer
 
 
 def test_batch_takes_no_line_with_more_keys(shared: Repo) -> None:
@@ -6161,7 +6170,9 @@ sys.path.insert(0, os.path.dirname(%r))
 from pathlib import Path
 import test_cmux_ssh as t
 lab = t.Lab.__new__(t.Lab); lab.dir = Path(%r); lab.base = lab.git("rev-parse", "HEAD")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # ru_maxrss is no less than what the parent had when it started this process
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) // 1024
+before = peak()
 c.PULL_TOTAL_MAX = 300 * 1024 * 1024
 def endless(kind):
     yield b"feature done\\n" if kind != "tar" else b""
@@ -6187,8 +6198,7 @@ try:
     print("taken")
 except c.CmuxError as error:
     print(type(error).__name__, error)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print("PEAK", peak // 1024, "MB of", before // 1024, "children", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
+print("PEAK", peak() - before)
 """
 
 
@@ -6199,26 +6209,24 @@ def test_endless_streams_end_in_flat_memory(lab: Lab, kind: str) -> None:
     out = done.stdout.decode()
     print(kind, out)
     assert "taken" not in out and "Refused" in out, out
-    words = out.split("PEAK ")[1].split()
-    assert int(words[0]) < int(words[3]) + 75 and int(words[5]) < (200 if PYPY else 100), out  # the tests' own imports come on top
+    assert int(out.split("PEAK ")[1]) < 64, out
     assert lab.state() == lab.before
 
 
 def test_a_hundred_thousand_files_in_flat_memory(lab: Lab) -> None:
     script = MEMORY.split("c.PULL_TOTAL_MAX")[0] + """
-n = 60000
+n = 99999
 def stream():
     yield b"feature done\\n"
     for i in range(n): yield t.blob(i + 1, b"%%d" %% i)
     yield t.commit(n + 1, *[b"M 100644 :%%d dir%%d/some/file-%%d.txt" %% (i + 1, i %% 100, i) for i in range(n)])
     yield b"done\\n"
 print(len(lab.take(stream())[1]))
-print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, before // 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
+print(peak() - before)
 """
-    began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script % (str(PROGRAM.parent), __file__, str(lab.dir))], stdout=subprocess.PIPE, timeout=200)
-    print(done.stdout, time.monotonic() - began)
-    assert done.stdout.startswith(b"60000\n"), done
+    files, grown = map(int, done.stdout.split())
+    assert files == 99999 and grown < 100, done  # the lists of the test itself take a third of it
 
 
 def test_leaks_are_seen_across_chunks(lab: Lab) -> None:
@@ -6723,7 +6731,7 @@ def test_a_line_cut_during_pull_leaves_nothing(site: Site) -> None:
     do(repo, "head -c 400000 /dev/urandom >big")
     for limit in (20000, 100000, 300000):
         line.cut["down"] = limit
-        assert repo.cli("pull").code in (1, 255)
+        assert repo.cli("pull").code == 255
         assert not repo.git("for-each-ref", "refs/heads/cmux")
     line.cut["down"] = None
     assert repo.cli("pull").code == 0
@@ -6784,7 +6792,7 @@ def test_a_delta_sends_only_what_changed(site: Site) -> None:
         assert repo.cli("new", "-H", "far", "t%d" % turn).code == 0
         sent = line.up - before
         assert tree_of(repo.path("t%d" % turn)) == repo.tree()
-        assert sent < 50000 or turn >= 6, (turn, sent)
+        assert sent < 50000, (turn, sent)
     assert repo.cli("exec", "-w", "t2", "--", "git status --short; git log --format=%s").out == b"base\n"
     assert repo.cli("gc").code == 0
     assert repo.cli("new", "-H", "far", "--ref", "HEAD~3", "again").code == 0
@@ -7974,7 +7982,7 @@ def case(wire: Wire, verb: str) -> Case:
 def honest(answer: Answer, verb: str, code: int, right: Callable[[Answer], bool], where: object) -> bool:
     """Success is success; else the line was lost, and one sentence says so. True when it succeeded."""
     if verb == "batch" and answer.out and not answer.json["ok"]:
-        assert answer.code in (0, 1, 255) and answer.json["error"]["message"], (where, answer)
+        assert answer.code == 1 and answer.json["error"]["message"], (where, answer)
         return False
     if answer.code == code:
         assert right(answer), (where, answer)
@@ -9376,8 +9384,7 @@ def test_no_forged_answer_of_a_host_is_a_traceback_or_an_unbounded_error(site: S
     names = dict(zip(liar.lies(*ATTACKS.values()), ATTACKS))
     with open_agent(liar.repo, "-j", "16") as talker:
         for name, what in names.items():
-            calls = CALLS if how == "sshd" else CALLS[::4]  # each starts a Python of its own there
-            for tool, arguments, number in [(tool, arguments, talker.post(tool, arguments, workspace=name)) for tool, arguments in calls]:
+            for tool, arguments, number in [(tool, arguments, talker.post(tool, arguments, workspace=name)) for tool, arguments in CALLS]:
                 answer = talker.answer(number, 60)
                 sane(answer, f"{tool} against {what}")
                 if tool == "exec" and answer["ok"] and "status" in what:
