@@ -504,6 +504,10 @@ class Site:
         path = self.sshd_config(name, *lines, **options)
         return self.host(name, f"ProxyCommand {program('sshd', 'openssh-server')} -i -f {path} -E {self.dir}/log-{name}", *config)
 
+    def login(self, shell: str) -> str:
+        """The host whose account has this login shell, made when it is first asked for."""
+        return f"box-{shell}" if (self.dir / f"login-box-{shell}").exists() else self.inetd(f"box-{shell}", shell=shell)
+
     def daemon(self, name: str, *lines: str, config: Sequence[str] = (), **options: Any) -> str:
         """A real sshd on a free port of 127.0.0.1."""
         self.sshd_config(name, *lines, **options)
@@ -799,8 +803,6 @@ def open_site(keys: Keys) -> Iterator[Site]:
     site = Site(keys)
     try:
         site.daemon("box")
-        for shell in SHELLS:
-            site.inetd(f"box-{shell}", shell=shell)
         yield site
     finally:
         site.close()
@@ -808,7 +810,7 @@ def open_site(keys: Keys) -> Iterator[Site]:
 
 @pytest.fixture
 def site(keys: Keys) -> Iterator[Site]:
-    """A laptop with the host `box` (a daemon) and one host for each login shell, all of it this test's own."""
+    """A laptop with the host `box` (a daemon), all of it this test's own."""
     with open_site(keys) as opened:
         yield opened
 
@@ -862,7 +864,7 @@ def test_rig_box_is_a_real_sshd_with_a_home_of_its_own(site: Site) -> None:
 @pytest.mark.parametrize("shell", SHELLS)
 def test_rig_login_shells_are_the_real_ones_and_noisy(site: Site, shell: str) -> None:
     own = "$fish_pid" if shell == "fish" else "$$"
-    done = site.ssh(f"box-{shell}", f"readlink /proc/{own}/exe; true" if os.path.isdir("/proc/self") else f"ps -o comm= -p {own}; true")
+    done = site.ssh(site.login(shell), f"readlink /proc/{own}/exe; true" if os.path.isdir("/proc/self") else f"ps -o comm= -p {own}; true")
     assert f"noise-of-{shell}".encode() in done.stdout and f"noise-of-{shell}".encode() in done.stderr, done
     last = done.stdout.split()[-1].decode()
     assert os.path.basename(last) == os.path.basename(os.path.realpath(program(shell))), done
@@ -968,6 +970,7 @@ def attributes_of(source: Source, module: str, pattern: str) -> List[Any]:
             if isinstance(n.value, ast.Name) and n.value.id == module and re.match(pattern + r"\Z", n.attr)]
 
 
+@pytest.mark.promise(4)
 def test_only_the_room_processes_spawns_and_kills(source: Source) -> None:
     doors = names_used(source, "subprocess") + names_used(source, "signal") + names_used(source, "multiprocessing")
     doors += attributes_of(source, "os", r"fork\w*|posix_spawn\w*|kill|killpg|system|popen|exec[lv]\w*|spawn\w*|_exit")
@@ -1022,6 +1025,8 @@ def test_everything_is_annotated(source: Source) -> None:
     assert not bare
 
 
+@pytest.mark.promise(10)
+@pytest.mark.compat
 def test_only_the_standard_library_is_imported(source: Source) -> None:
     done = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); import cmux_ssh"],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -1032,6 +1037,8 @@ def test_only_the_standard_library_is_imported(source: Source) -> None:
     assert known is None or not roots - set(known), roots
 
 
+@pytest.mark.promise(10)
+@pytest.mark.compat
 def test_import_starts_nothing_and_writes_nothing(site: Site) -> None:
     code = """
 import decimal, gc, locale, os, signal, sys, threading, warnings
@@ -1065,6 +1072,8 @@ def test_the_head_lists_the_rooms_as_they_stand(source: Source) -> None:
     assert all(banner.startswith(name) for (_, name), (_, _, banner) in zip(told, source.banners)), told
 
 
+@pytest.mark.promise(10)
+@pytest.mark.compat
 def test_version_names_itself_and_its_digest() -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-I", "-S", str(PROGRAM), "--version"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert done.returncode == 0 and done.stderr == b"" and done.stdout.startswith(b"cmux_ssh")
@@ -1077,6 +1086,7 @@ def test_first_lines_say_name_version_and_licence(source: Source) -> None:
 
 
 @pytest.mark.parametrize("command", ["", *c.COMMANDS, *("secrets " + action for action in c.COMMANDS["secrets"].actions)])
+@pytest.mark.compat
 def test_help_of_a_command_shows_an_example_and_fits(site: Site, command: str) -> None:
     shown = site.cli(*command.split(), "-h", env={"COLUMNS": "80"})
     assert shown.code == 0 and re.search(rf"cmux_ssh(\.py)? {command}", shown.text.split("usage:")[1].partition("\n")[2]), shown.text
@@ -1089,12 +1099,14 @@ def test_help_of_a_command_shows_an_example_and_fits(site: Site, command: str) -
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 42, 97, 98, 99, 124, 125, 126, 127, 128, 130, 141, 143, 254, 255])
+@pytest.mark.compat
 def test_exit_codes_are_the_commands_own(shared: Repo, code: int) -> None:
     ran = shared.exec(f"exit {code}")
     assert (ran.code, ran.out, ran.err) == (code, b"", b"")
 
 
 @pytest.mark.slow
+@pytest.mark.promise(5)
 def test_every_exit_code_from_0_to_255_is_exact(shared: Repo) -> None:
     """Those that mean something here through a process each, all through one."""
     for code in (0, 1, 2, 3, 77, 96, *range(123, 132), 137, 143, 254, 255):
@@ -1105,12 +1117,15 @@ def test_every_exit_code_from_0_to_255_is_exact(shared: Repo) -> None:
 
 
 @pytest.mark.parametrize("name, number", [("HUP", 1), ("INT", 2), ("QUIT", 3), ("KILL", 9), ("USR1", 10), ("SEGV", 11), ("PIPE", 13), ("TERM", 15)])
+@pytest.mark.promise(5)
+@pytest.mark.compat
 def test_a_death_by_signal_is_128_plus_the_signal(shared: Repo, name: str, number: int) -> None:
     if name != "QUIT":  # bash ignores it, and a shell line runs under bash
         assert shared.exec(f"kill -{name} $$").code == 128 + number
     assert shared.exec("sh", "-c", f"kill -{name} $$").code == 128 + number
 
 
+@pytest.mark.promise(5)
 def test_json_tells_a_commands_own_255_from_a_dead_line(shared: Repo) -> None:
     own = shared.exec("exit 255", options=["--json"])
     assert own.code == 255 and own.json["exit_code"] == 255 and not own.json.get("error")
@@ -1119,6 +1134,7 @@ def test_json_tells_a_commands_own_255_from_a_dead_line(shared: Repo) -> None:
     assert dead.code == 255 and dead.json["error"]["message"], dead
 
 
+@pytest.mark.compat
 def test_json_has_the_promised_keys(shared: Repo) -> None:
     ran = shared.exec("echo out; echo err >&2; exit 3", options=["--json"])
     assert ran.code == 3 and ran.err == b"" and ran.out.count(b"\n") == 1
@@ -1154,6 +1170,7 @@ def test_stdout_and_stderr_are_separate_exact_and_free_of_our_words(repo: Repo) 
         assert (ran.code, ran.out, ran.err) == (0, b"out", b"err")
 
 
+@pytest.mark.promise(5)
 def test_a_megabyte_on_both_streams_at_once_arrives_whole(shared: Repo) -> None:
     ran = shared.exec("dd if=/dev/zero bs=1024 count=1024 2>/dev/null | tr '\\0' a & "
                       "dd if=/dev/zero bs=1024 count=1024 2>/dev/null | tr '\\0' b >&2; wait")
@@ -1178,6 +1195,8 @@ def test_option_n_leaves_stdin_alone(shared: Repo) -> None:
     assert (ran.code, ran.out) == (0, b"end\n")
 
 
+@pytest.mark.promise(5)
+@pytest.mark.compat
 def test_a_background_child_does_not_hold_the_call(shared: Repo) -> None:
     ran = shared.exec("sleep 30 & echo ok")
     assert (ran.code, ran.out, ran.err) == (0, b"ok\n", b"") and ran.seconds < 10
@@ -1233,6 +1252,8 @@ def gone(needle: str) -> None:
     until(lambda: not running(needle), f"no {needle} is left", 15)
 
 
+@pytest.mark.promise(6)
+@pytest.mark.compat
 def test_a_timeout_keeps_early_output_exits_124_and_leaves_no_process(shared: Repo) -> None:
     nap = unique()
     ran = shared.exec(f"echo early; sleep {nap} & sleep {nap}", options=["--timeout", "1"])
@@ -1252,6 +1273,7 @@ def test_a_timeout_ends_a_command_that_ignores_term(shared: Repo) -> None:
 
 @pytest.mark.parametrize("stdin", ["null", "open"])
 @pytest.mark.parametrize("sig, code", [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+@pytest.mark.promise(6)
 def test_a_stopped_client_ends_the_remote_command(shared: Repo, sig: int, code: int, stdin: str) -> None:
     nap = unique()
     child = shared.start("exec", "-H", "box", "--", f"echo early; sleep {nap} & sleep {nap}",
@@ -1265,6 +1287,8 @@ def test_a_stopped_client_ends_the_remote_command(shared: Repo, sig: int, code: 
     gone(f"sleep {nap}")
 
 
+@pytest.mark.promise(6)
+@pytest.mark.compat
 def test_ctrl_c_on_a_terminal_is_130(shared: Repo) -> None:
     nap = unique()
     terminal = on_terminal(shared.site, "exec", "-H", "box", "--", f"echo early; sleep {nap}", cwd=shared.dir)
@@ -1552,7 +1576,7 @@ HARD = ["a b", "", "it's", "$HOME", "!x", "x\ny", "-n", "--", "\\", "\\\\n", "`i
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_arguments_output_codes_stdin_and_secrets_are_exact_under_every_login_shell(site: Site, shell: str) -> None:
-    repo, host = Repo(site, odd=True), f"box-{shell}"
+    repo, host = Repo(site, odd=True), site.login(shell)
     assert repo.cli("secrets", "set", "TOKEN", stdin="it's\n$(x) \"ü\" \\n !".encode()).code == 0
     first = repo.exec("printf", "<%s>", *HARD, host=host)
     assert (first.code, first.out, first.err) == (0, "".join(f"<{word}>" for word in HARD).encode(), b"")
@@ -1578,7 +1602,7 @@ def warm():
     return workspace
 print(warm().exec(["printf", "<%s>", "it's", "!x"]).stdout, warm().write("a\\n'b", "one\\n")["created"], warm().read("a\\n'b").data,
       warm().edit("a\\n'b", [{"old": "one", "new": "two"}])["diff"].count("two"), warm().exec(["cat"], stdin=b"in").stdout, sent[-5:].count(True) > 2)
-""", f"box-{shell}") == "b\"<it's><!x>\" True b'one\\n' 1 b'in' True\n"
+""", site.login(shell)) == "b\"<it's><!x>\" True b'one\\n' 1 b'in' True\n"
 
 
 def minimal_path(site: Site, *more: str) -> str:
@@ -1714,6 +1738,7 @@ LEAKS = {"FOO_SECRET": "leak", "LC_LEAK": "leak", "DISPLAY": "localhost:99"}
 LOOK = 'env; echo "agent=<$SSH_AUTH_SOCK> display=<$DISPLAY>"; tty; echo up >up; while [ ! -e go ]; do sleep 0.05; done; rm -f go up'
 
 
+@pytest.mark.promise(1)
 def test_a_config_that_lets_everything_leave_lets_nothing_leave(site: Site) -> None:
     repo, hostile = Repo(site), Hostile(site, "RequestTTY force", "RemoteCommand echo hijacked")
     with agent(site) as env:
@@ -1743,6 +1768,7 @@ def test_a_config_that_lets_everything_leave_lets_nothing_leave(site: Site) -> N
 @pytest.mark.parametrize("directive", ["RemoteCommand echo hijacked", "SessionType none", "StdinNull yes", "ForkAfterAuthentication yes", "RequestTTY force",
                                        "LogLevel QUIET", "ControlMaster auto", "IgnoreUnknown UseKeychain\n  UseKeychain yes", "Compression yes",
                                        "EscapeChar ~", "ServerAliveInterval 1", "BatchMode no", "ConnectTimeout 0"])
+@pytest.mark.promise(1)
 def test_one_hostile_directive_alone_changes_nothing(site: Site, directive: str) -> None:
     site.host("one", "IgnoreUnknown SessionType,StdinNull,ForkAfterAuthentication" if "Unknown" not in directive else "# ", directive,
               "HostName 127.0.0.1", f"Port {site.port}", f"ControlPath {site.dir}/user-cm")
@@ -1750,6 +1776,7 @@ def test_one_hostile_directive_alone_changes_nothing(site: Site, directive: str)
     assert (ran.code, ran.out, ran.err) == (5, b"\n~.\n~C\n" + BINARY, b"err\n")
 
 
+@pytest.mark.promise(1)
 def test_the_users_own_master_is_neither_used_nor_touched(repo: Repo) -> None:
     site, sock = repo.site, str(repo.site.dir / "user-cm")
     site.host("mine", "HostName 127.0.0.1", f"Port {site.port}", f"ControlPath {sock}", "ControlMaster auto", "ControlPersist 60")
@@ -1768,6 +1795,7 @@ def test_known_hosts_is_not_written_by_the_host(repo: Repo) -> None:
     assert repo.exec("true", host="two-keys").code == 0 and site.known_hosts.read_bytes() == before
 
 
+@pytest.mark.promise(1)
 def test_proxyjump_proxycommand_and_a_coder_entry_reach_the_host(site: Site) -> None:
     repo = Repo(site)
     site.daemon("inner", config=["ProxyJump box"])
@@ -1795,6 +1823,7 @@ def test_proxycommand_keeps_its_environment_though_sendenv_would_send_it(repo: R
     assert ran.code == 0 and b"leak" not in ran.out and b"LC_ALL" not in ran.out and b"PROXY_PROFILE" not in ran.out, ran
 
 
+@pytest.mark.promise(1)
 def test_a_changed_host_key_is_refused_even_where_checking_is_off(site: Site) -> None:
     repo = Repo(site)
     site.inetd("mitm", host_key=site.keys.other_host, config=["StrictHostKeyChecking no", "LogLevel QUIET"])
@@ -1847,6 +1876,7 @@ def test_a_server_that_wants_a_password_gets_no_prompt_anywhere(site: Site) -> N
     assert ran.code == 255 and ran.said.strip() and not asked.exists(), ran
 
 
+@pytest.mark.promise(5)
 def test_a_forged_ssh_error_of_the_remote_command_is_the_commands_own(shared: Repo) -> None:
     ran = shared.exec("echo 'Host key verification failed.' >&2; exit 255", options=["--json"])
     assert ran.code == 255 and ran.json["exit_code"] == 255 and not ran.json.get("error")
@@ -1861,6 +1891,7 @@ def test_git_variables_of_the_caller_are_ignored(repo: Repo) -> None:
     assert (ran.code, ran.out, ran.err) == (0, b"hello\n", b"") and not trap.exists()
 
 
+@pytest.mark.promise(4)
 def test_a_hostile_repository_config_runs_nothing_here(repo: Repo) -> None:
     trap = repo.site.dir / "trap"
     for key in ("core.fsmonitor", "tar.tar.command", "tar.tgz.command", "gpg.program", "core.sshCommand", "core.pager", "diff.external",
@@ -1876,6 +1907,7 @@ def test_a_hostile_repository_config_runs_nothing_here(repo: Repo) -> None:
     assert (ran.code, ran.out) == (0, b"hello\n") and not trap.exists()
 
 
+@pytest.mark.promise(4)
 def test_a_promisor_repository_fetches_nothing(repo: Repo) -> None:
     trap, blob = repo.site.dir / "trap", repo.git("rev-parse", "HEAD:README")
     for key, value in (("core.repositoryformatversion", "1"), ("extensions.partialClone", "origin"), ("remote.origin.promisor", "true"),
@@ -1919,6 +1951,7 @@ def test_a_repository_of_somebody_else_is_refused(repo: Repo) -> None:
     assert made.code == 1 and "another user" in made.said, made
 
 
+@pytest.mark.promise(1)
 def test_only_the_tree_leaves_no_history_no_config_no_untracked_file(repo: Repo) -> None:
     secrets = {"token": b"tok-in-git-config-1", "dotenv": b"untracked-dotenv-2", "stash": b"only-in-the-stash-3", "branch": b"other-branch-blob-4",
                "old": b"only-in-history-5", "message": b"commit-message-6", "ignored": b"export-ignored-7"}
@@ -1962,6 +1995,7 @@ def test_every_ssh_gets_its_host_behind_a_double_dash(repo: Repo) -> None:
 # === Secrets ===
 
 
+@pytest.mark.promise(2)
 def test_a_secret_arrives_byte_for_byte_and_lies_nowhere_on_the_host(repo: Repo) -> None:
     value = "it's \"q\"\n$(touch x) `id` \\n\\\\ \t\r\n  spaces  \n#!*ü🐙\u202e-Zx9Yw8".encode()
     assert repo.cli("secrets", "set", "TOKEN", stdin=value).code == 0
@@ -1972,6 +2006,7 @@ def test_a_secret_arrives_byte_for_byte_and_lies_nowhere_on_the_host(repo: Repo)
 
 
 @pytest.mark.parametrize("value", [b"", b"x", b"trailing\n\n\n"[:-1], b" lead and trail ", b"\\", b"-n", b"-e \\c", b"%s%n", b"*", b"a" * 100_000, "é\u2028".encode()], ids=lambda value: repr(value)[:30])
+@pytest.mark.promise(2)
 def test_odd_secret_values_arrive_exactly(site: Site, value: bytes) -> None:
     repo = Repo(site)
     stored = repo.cli("secrets", "import", str(dotenv(site, {"V": value}))) if value.endswith(b"\n") else repo.cli("secrets", "set", "V", stdin=value)
@@ -1987,6 +2022,8 @@ def dotenv(site: Site, values: Dict[str, bytes]) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.promise(2)
+@pytest.mark.compat
 def test_while_50_commands_run_the_secret_stands_in_no_process_table(repo: Repo) -> None:
     value = b"Sentinel-" + os.urandom(8).hex().encode()
     assert repo.exec("true").code == 0
@@ -2000,6 +2037,7 @@ def test_while_50_commands_run_the_secret_stands_in_no_process_table(repo: Repo)
     assert not files_holding(repo.site.far_home(), value) and value.decode() not in repo.site.log()
 
 
+@pytest.mark.promise(2)
 def test_a_secret_is_in_the_environment_of_no_local_process(repo: Repo) -> None:
     """Not even where a variable of that name stood in ours: ProxyCommand and Match exec would see it."""
     nap, value = unique(), b"Sentinel-" + os.urandom(8).hex().encode()
@@ -2012,6 +2050,7 @@ def test_a_secret_is_in_the_environment_of_no_local_process(repo: Repo) -> None:
     child.communicate()
 
 
+@pytest.mark.promise(2)
 def test_secrets_are_stored_0600_outside_the_repository_and_listed_by_name_only(repo: Repo) -> None:
     assert repo.cli("secrets", "set", "B_TOKEN", stdin=b"value-of-b").code == 0
     assert repo.cli("secrets", "set", "A_TOKEN", stdin=b"value-of-a").code == 0
@@ -2077,6 +2116,7 @@ def test_no_secret_lies_in_the_history_when_words_are_bytes(repo: Repo) -> None:
     assert "[secret TOKEN]" in told and "123456" not in told, told
 
 
+@pytest.mark.promise(1)
 def test_dirty_never_takes_the_state_along(repo: Repo) -> None:
     """A home that is a repository holds the secrets of every project."""
     home = Repo(repo.site, name="home/dotfiles")
@@ -2121,6 +2161,7 @@ def test_impossible_secret_names_are_refused(repo: Repo, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["GIT_AUTHOR_NAME", "k", "n", "v", "_", "CMUX", "OPENAI_API_KEY", "lower"])
+@pytest.mark.compat
 def test_legitimate_secret_names_work(repo: Repo, name: str) -> None:
     if name == "_":
         return  # every shell sets it anew
@@ -2169,17 +2210,19 @@ def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo: Rep
 
 def test_the_workspace_defaults_to_the_branch_and_the_host_to_its_own(repo: Repo) -> None:
     repo.git("checkout", "-q", "-b", "feature/über x".replace(" ", "-"))
+    box = ("HostName 127.0.0.1", f"Port {repo.site.port}")
     assert repo.exec("pwd").code == 0
     (name,) = repo.workspaces()
     assert name.startswith("feature") and "/" not in name
     assert repo.cli("exec", "--", "echo again").out == b"again\n"
     repo.git("checkout", "-q", "main")
-    assert repo.cli("exec", "--", "echo env", env={"CMUX_SSH_HOST": "box-dash"}).out == b"env\n"
-    repo.git("config", "cmux.host", "box-zsh")
+    assert repo.cli("exec", "--", "echo env", env={"CMUX_SSH_HOST": repo.site.host("second", *box)}).out == b"env\n"
+    repo.git("config", "cmux.host", repo.site.host("third", *box))
     assert repo.cli("exec", "-w", "third", "--", "echo config").out == b"config\n"
-    assert {row["host"] for row in repo.workspaces().values()} == {"box", "box-dash", "box-zsh"}
+    assert {row["host"] for row in repo.workspaces().values()} == {"box", "second", "third"}
 
 
+@pytest.mark.promise(4)
 def test_exec_without_any_host_says_how_to_name_one(repo: Repo) -> None:
     ran = repo.cli("exec", "--", "true")
     assert ran.code == 125 and "-H" in ran.said, ran
@@ -2226,6 +2269,8 @@ def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo: Repo) -> None
 
 
 @pytest.mark.parametrize("at", [20_000, 300_000, 1_500_000])
+@pytest.mark.promise(7)
+@pytest.mark.compat
 def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo: Repo, at: int) -> None:
     repo.write("big", os.urandom(2 << 20))
     repo.commit()
@@ -2493,6 +2538,7 @@ def test_nothing_is_left_behind_on_this_machine(repo: Repo) -> None:
 
 
 @pytest.mark.parametrize("which", ["projects", "secrets"])
+@pytest.mark.promise(7)
 def test_a_damaged_state_file_is_said_each_time_and_left_alone(repo: Repo, which: str) -> None:
     """Set aside by the first who reads it, it was missing for the next, which then ran without secrets."""
     assert repo.cli("secrets", "set", "TOK", stdin=b"value-12345").code == 0 and repo.exec('echo "$TOK"').out == b"value-12345\n"
@@ -2559,6 +2605,7 @@ def test_dotenv_values_and_their_comments() -> None:
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.promise(6)
 def test_a_batch_whose_input_has_ended_is_stopped_too(shared: Repo, sig: int) -> None:
     nap = unique()
     lines = b"".join(json.dumps({"id": n, "tool": "exec", "arguments": {"command": f"sleep {nap}"}}).encode() + b"\n" for n in range(3))
@@ -3004,6 +3051,7 @@ def test_a_relative_state_directory_is_refused(repo: Repo) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.promise(7)
 def test_a_client_killed_at_any_moment_leaves_a_registry_that_works(repo: Repo) -> None:
     luck = random.Random(7)
     for n in range(12):
@@ -3078,6 +3126,7 @@ def test_two_aliases_of_one_address_do_not_share_a_connection(repo: Repo) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.promise(8)
 def test_20_processes_at_once_on_a_cold_connection_all_succeed(repo: Repo) -> None:
     children = [repo.start("exec", "-H", "box", "--", f"echo {n}; cat README") for n in range(20)]
     for n, child in enumerate(children):
@@ -3088,6 +3137,7 @@ def test_20_processes_at_once_on_a_cold_connection_all_succeed(repo: Repo) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.promise(8)
 def test_200_commands_50_at_a_time_all_succeed(shared: Repo) -> None:
     with ThreadPoolExecutor(50) as pool:
         runs = list(pool.map(lambda n: shared.exec(f"echo {n}; exit {n}"), range(200)))
@@ -3097,6 +3147,7 @@ def test_200_commands_50_at_a_time_all_succeed(shared: Repo) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["refuses", "hangs up"])
+@pytest.mark.promise(8)
 def test_a_host_that_is_down_sees_a_handful_of_connections_from_100_attempts(repo: Repo, way: str) -> None:
     """And each attempt is answered within a minute, though it may wait for its turn to try."""
     site, log, shim = repo.site, repo.site.dir / "attempts", repo.site.dir / "shim"
@@ -3486,6 +3537,7 @@ def test_no_bar_is_drawn_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert drawn == []
 
 
+@pytest.mark.compat
 def test_errors_pass_through_a_pool_of_processes() -> None:
     import pickle
     for error in (c.UploadFailed("Cut.", "Again."), c.RemoteShellFailed("h"), c.ConnectionLost("Lost.", "Again.", "h", begun=False), c.UsageError("No.", "So.")):
@@ -3593,6 +3645,7 @@ def test_an_output_that_is_full_or_closed_is_no_bug(shared: Repo, args: List[str
 # === demo ===
 
 
+@pytest.mark.compat
 def test_demo_shows_the_flow_and_leaves_nothing(site: Site) -> None:
     before = {p.pid for p in processes(environ=False)}
     shown = site.cli("demo", cwd=site.home)
@@ -4079,6 +4132,7 @@ class StallAfter(Dict[str, Optional[int]]):
 
 @pytest.mark.parametrize("how", ["client killed", "line cut", "client interrupted"])
 @pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.promise(7)
 def test_a_write_of_8_mb_stopped_half_way_changes_nothing(repo: Repo, how: str, exists: bool) -> None:
     line, old = repo.site.line("far"), os.urandom(8 << 20)
     assert repo.exec("mkdir d", host="far").code == 0
@@ -4249,6 +4303,7 @@ def test_edit_on_the_command_line(shared: Repo, area: Area) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.promise(7)
 def test_edits_from_16_processes_on_one_file_are_all_kept(shared: Repo, area: Area) -> None:
     file = area.put("list", b"begin\nend\n")
     children = [shared.start("edit", area.p("list"), "--old", "end\n", "--new", f"line {n}\nend\n") for n in range(16)]
@@ -4518,6 +4573,8 @@ def test_a_job_survives_the_client_and_the_masters(repo: Repo) -> None:
 
 @pytest.mark.parametrize("command", ["sleep {n} & sleep {n}", pytest.param("trap '' TERM INT HUP; sleep {n} & sleep {n}; sleep {n}", marks=pytest.mark.slow), "setsid sleep {n} & (setsid sleep {n} &) ; sleep {n}",
                                      "bash -c 'set -m; sleep {n} & disown; sleep {n}'"])
+@pytest.mark.promise(6)
+@pytest.mark.compat
 def test_stop_ends_the_whole_tree_and_says_so(talker: Agent, command: str) -> None:
     nap = unique()
     job, other = start_job(talker, "echo here; " + command.format(n=nap)), start_job(talker, f"sleep 9{nap}")
@@ -4646,6 +4703,7 @@ def test_wait_and_logs_f_say_on_a_terminal_that_the_host_is_down(repo: Repo, com
 
 
 @pytest.mark.slow
+@pytest.mark.promise(7)
 def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(repo: Repo) -> None:
     line = repo.site.line("far")
     steps = "for step in 0 1 2 3; do for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do [ $n = 15 ] && printf 'line ' && {gate}; " \
@@ -4944,6 +5002,7 @@ def test_batch_bad_use_is_said(shared: Repo, args: List[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.promise(8)
 def test_batch_of_1000_commands_100_at_a_time_all_succeed(shared: Repo) -> None:
     lines = [json.dumps({"id": n, "tool": "exec", "arguments": {"command": f"echo {n}; exit {n % 256}"}}) for n in range(1000)]
     ran = shared.cli("batch", "-j", "100", stdin="\n".join(lines).encode(), seconds=240)
@@ -4954,6 +5013,7 @@ def test_batch_of_1000_commands_100_at_a_time_all_succeed(shared: Repo) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.promise(8)
 def test_12_batch_processes_of_10_each_all_succeed(repo: Repo) -> None:
     lines = "\n".join(json.dumps({"id": n, "tool": "exec", "arguments": {"command": f"sleep 0.5; echo {n}"}}) for n in range(40)).encode()
     children = [repo.start("batch", "-H", "box", "-j", "10", stdin=subprocess.PIPE) for _ in range(12)]
@@ -5545,6 +5605,8 @@ def ways_to_run(way: str, directory: Path) -> List[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("python", PYTHONS, ids=[str(n) for n in range(len(PYTHONS))])
+@pytest.mark.promise(10)
+@pytest.mark.compat
 def test_it_runs_however_python_is_given_it(shared: Repo, python: str, way: str) -> None:
     def run(*words: str) -> Tuple[int, bytes, bytes]:
         done = subprocess.run([python, *ways_to_run(way, shared.site.dir), *words], cwd=str(shared.dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -5611,6 +5673,8 @@ def public_callables() -> Iterator[Tuple[str, Any]]:
                     yield f"{name}.{method}", member
 
 
+@pytest.mark.promise(10)
+@pytest.mark.compat
 def test_every_public_name_says_what_it_is() -> None:
     data = {"TOOLS"}  # a dict, told in the README
     short = [name for name, value in public_callables() if name not in data and len((getattr(value, "__doc__", None) or "").split()) < 3]
@@ -5703,6 +5767,7 @@ def test_readme_transcripts_are_what_happens(reader: Reader) -> None:
     assert seen > 15
 
 
+@pytest.mark.compat
 def test_readme_shell_commands_run(reader: Reader) -> None:
     for block in blocks("sh"):
         here = "".join(line + "\n" for line in block.splitlines() if not line.startswith(NOT_HERE))
@@ -5837,6 +5902,12 @@ def test_readme_names_tests_that_exist_and_counts_their_cases() -> None:
     assert not [name for name in told if not callable(globals().get(name))]
     promises = table("promise")
     assert [int(row[0].strip("* ").split(".")[0]) for row in promises] == list(range(1, 11))
+    marked: Dict[int, Set[str]] = {}
+    for name, test in globals().items():
+        for mark in getattr(test, "pytestmark", []) if name.startswith("test_") else []:
+            if mark.name == "promise":
+                marked.setdefault(mark.args[0], set()).add(name)
+    assert {n: set(re.findall(r"`(test_\w+)`", row[2])) for n, row in enumerate(promises, 1)} == {n: marked.get(n, set()) for n in range(1, 11)}
     assert all("`test_" in tests or "table below" in tests for _, _, tests in promises)
     wrong = [f"{what[:60]}: {number}, and they are {sum(map(cases, ticked(tests)))}" for head in ("hosts", "faults", "liars")
              for what, number, _, tests in table(head) if int(number) != sum(map(cases, ticked(tests)))]
@@ -6020,6 +6091,7 @@ def quoted(path: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("path", EVIL)
+@pytest.mark.promise(3)
 def test_evil_paths_are_refused(lab: Lab, path: bytes) -> None:
     for mode in (b"100644", b"120000"):
         lab.refuse(one(quoted(path), mode))
@@ -6029,6 +6101,7 @@ def test_evil_paths_are_refused(lab: Lab, path: bytes) -> None:
 
 
 @pytest.mark.parametrize("target", [b"/etc/passwd", b"../x", b"a/../../x", b".git/config", b"x/.GIT", b"", b"a\0b", b"..", b"x/..", b"\\etc", b"a" * 1025])
+@pytest.mark.promise(3)
 def test_evil_links_are_refused(lab: Lab, target: bytes) -> None:
     if target != b"\\etc":
         lab.refuse(one(b"l", b"120000", target))
@@ -6092,6 +6165,7 @@ def test_headers_without_end_are_refused(lab: Lab) -> None:
     [b"x" * 100000], [b"feature done\n" + b"reset " + b"x" * 10000], export(commit(1, who=b"A <a@b> 99999999999999 +0000")), export(commit(1, who=b"A <a@b> 1 +9999")),
     export(commit(1, who=b"no mail")), export(commit(1, message=b"x" * 300000)), export(commit(1, b"M 100644 :0 a")), export(commit(1, b'D "a\\q"')), export(commit(1, b'D "a')),
 ], ids=lambda s: s[0][13:80].decode("latin-1") if s else "")
+@pytest.mark.promise(3)
 def test_lying_exports_are_refused(lab: Lab, stream: List[bytes]) -> None:
     lab.refuse(stream)
 
@@ -6120,6 +6194,7 @@ def test_names_that_collide_across_commits_are_refused(lab: Lab) -> None:
     assert set(found) == {"NEW/b", "other"}  # one after the other is no collision
 
 
+@pytest.mark.promise(3)
 def test_hostile_names_and_messages_become_harmless(lab: Lab) -> None:
     lab.take(export(commit(1, who="\x1b[31mEve <> 5 +0000".encode().replace(b"<>", b"<e\x1bve>"), message=b"\x1b]52;c;x\x07 \0 \xff\n")))
     raw = lab.git("cat-file", "commit", "cmux/x")
@@ -6131,6 +6206,7 @@ def test_hostile_names_and_messages_become_harmless(lab: Lab) -> None:
     {"type": tarfile.CHRTYPE}, {"type": tarfile.BLKTYPE}, {"type": tarfile.FIFOTYPE}, {"type": tarfile.CONTTYPE}, {"type": b"S"}, {"type": b"D"}, {"type": b"M"}, {"type": b"V"},
     {"type": tarfile.LNKTYPE, "linkname": "../../etc/passwd"}, {"type": tarfile.LNKTYPE, "linkname": "nothing"}, {"type": b"g"},
 ])
+@pytest.mark.promise(3)
 def test_evil_tar_entries_are_refused(lab: Lab, entry: Dict[str, Any]) -> None:
     lab.refuse(tar((b"./x", entry)), "tar")
 
@@ -6213,6 +6289,7 @@ def test_endless_streams_end_in_flat_memory(lab: Lab, kind: str) -> None:
     assert lab.state() == lab.before
 
 
+@pytest.mark.compat
 def test_a_hundred_thousand_files_in_flat_memory(lab: Lab) -> None:
     script = MEMORY.split("c.PULL_TOTAL_MAX")[0] + """
 n = 99999
@@ -6440,6 +6517,7 @@ with open("README", "r+") as stream:
 """
 
 
+@pytest.mark.promise(7)
 def test_a_file_changed_in_the_second_of_its_commit_is_seen(repo: Repo) -> None:
     """Its size and its second are those of the index: git reads it again if the index keeps its own time, also as a copy."""
     repo.write("README", b"1111\n")
@@ -6462,6 +6540,7 @@ def test_dirty_takes_a_split_index(repo: Repo) -> None:
 
 
 @pytest.mark.parametrize("first", ["git commit -q --amend --allow-empty -m amended", "git init -q nested; git -C nested -c user.name=a -c user.email=a@b commit -q --allow-empty -m n; git add nested; git commit -qm link"])
+@pytest.mark.promise(7)
 def test_branches_and_stashes_are_told_also_where_history_cannot_come_home(repo: Repo, first: str) -> None:
     assert repo.cli("new", "-H", "box", "main").code == 0
     do(repo, "git checkout -qb side; echo s >side; git add .; git commit -qm side; git checkout -q main; echo st >>README; git stash -q; echo x >x; git add .; " + first)
@@ -6572,6 +6651,8 @@ cmux_ssh.pull(project.workspace("main"))
 
 @pytest.mark.parametrize("host", ["box", "nogit"])
 @pytest.mark.parametrize("harm", ["echo u >untracked", "echo c >>README", "rm README; echo x >src/x"])
+@pytest.mark.promise(7)
+@pytest.mark.compat
 def test_rm_refuses_changed_files(site: Site, host: str, harm: str) -> None:
     repo = Repo(site)
     assert repo.cli("new", "-H", bare_host(site) if host == "nogit" else host, "main").code == 0
@@ -6607,6 +6688,8 @@ def test_rm_and_push_without_git_there_see_what_no_time_tells(site: Site, harm: 
     "git checkout -q -b side; echo x >>README; git commit -qam lonely; git checkout -q main", "git checkout -q --detach; echo x >>README; git commit -qam lonely",
     "echo x >>README; git commit -qam lonely",
 ])
+@pytest.mark.promise(7)
+@pytest.mark.compat
 def test_rm_refuses_commits_and_stashes(repo: Repo, harm: str) -> None:
     work(repo)
     do(repo, AGENT + harm)
@@ -6638,6 +6721,7 @@ def test_pull_refuses_what_is_not_its_own(repo: Repo) -> None:
     assert repo.git("for-each-ref", "--format=%(refname)") == "refs/heads/cmux/main\nrefs/heads/main\nrefs/heads/other"
 
 
+@pytest.mark.promise(3)
 def test_pull_says_what_would_run_and_what_leaks(repo: Repo) -> None:
     assert repo.cli("secrets", "set", "TOKEN", stdin=b"s3cr3t-s3cr3t").code == 0
     work(repo)
@@ -6698,6 +6782,7 @@ def test_a_submodule_url_that_is_a_command_is_read_as_git_reads_it(repo: Repo, u
     refused(repo.cli("pull"), 1, words="gitmodules is larger than" if len(url) > 100000 else "a URL or an update that is a command")
 
 
+@pytest.mark.promise(4)
 def test_pull_from_a_malicious_repository_of_ones_own_runs_nothing(repo: Repo) -> None:
     trap = repo.site.dir / "trap"
     script = repo.site.dir / "evil.sh"
@@ -6779,6 +6864,7 @@ def test_push_moves_a_workspace_and_keeps_what_is_ignored(site: Site, host: str)
     assert gone.code == 0 and not list(repo.path().parent.parent.glob(".cmux/trash/*")), gone
 
 
+@pytest.mark.compat
 def test_a_delta_sends_only_what_changed(site: Site) -> None:
     repo = Repo(site, odd=True, files={"big%d" % i: os.urandom(300000) for i in range(20)})
     line = site.line("far")
@@ -6935,6 +7021,7 @@ def test_a_renamed_workspace_keeps_its_history(repo: Repo) -> None:
 
 
 @pytest.mark.parametrize("host", ["box", "nogit"])
+@pytest.mark.promise(7)
 def test_push_looks_again_after_its_upload(site: Site, host: str) -> None:
     repo = Repo(site)
     assert repo.cli("new", "-H", bare_host(site) if host == "nogit" else host, "main").code == 0
@@ -7127,6 +7214,7 @@ def test_dirty_goes_by_what_the_user_ignores_everywhere(repo: Repo) -> None:
     assert (repo.path() / "other").exists() and not (repo.path() / ".envrc").exists()
 
 
+@pytest.mark.promise(1)
 def test_dirty_sends_nothing_that_a_filter_would_have_encrypted(repo: Repo) -> None:
     for key, value in (("clean", "rev"), ("smudge", "rev"), ("required", "true")):
         repo.git("config", "filter.crypt." + key, value)
@@ -7296,6 +7384,7 @@ def test_gc_and_top_go_by_their_host(repo: Repo) -> None:
     assert cleared.code == 0 and "far: freed" in cleared.text and "box" not in cleared.text, cleared
 
 
+@pytest.mark.promise(1)
 def test_dirty_takes_the_work_tree_along_but_no_secrets(repo: Repo) -> None:
     repo.write(".gitignore", b"ignored\n")
     repo.commit()
@@ -8397,6 +8486,7 @@ def test_mcp_notifications_and_answers_get_no_answer_and_a_batch_gets_one(mcp: M
     assert mcp.other()["error"]["code"] == -32600 and not mcp.others
 
 
+@pytest.mark.promise(3)
 def test_mcp_masks_secrets_drops_escapes_bounds_and_marks_what_the_host_says(site: Site) -> None:
     repo, value = Repo(site), f"s3cret-{os.urandom(8).hex()}"
     assert repo.cli("secrets", "set", "TOKEN", stdin=value.encode()).code == 0
@@ -8538,6 +8628,7 @@ def test_mcp_progress_rises_and_ends_with_the_call(repo: Repo) -> None:
         assert steps and steps == sorted(set(steps)) and all(params["progressToken"] == "tok" for params in seen)
 
 
+@pytest.mark.promise(6)
 def test_mcp_cancel_ends_the_tree_there_and_answers_no_more(mcp: Mcp) -> None:
     nap = unique()
     number = mcp.post("tools/call", {"name": "exec", "arguments": {"command": f"sleep {nap} & sleep {nap}"}})
@@ -8625,6 +8716,7 @@ def test_mcp_says_when_the_workspace_is_new_and_where_a_page_is_cut(repo: Repo) 
         assert "Go on" not in client("read", path="long", offset=1, limit=1)
 
 
+@pytest.mark.promise(4)
 def test_mcp_without_a_host_or_with_a_dead_one_says_so_and_lives(repo: Repo) -> None:
     with open_mcp(repo) as client:
         failed, text = client.call("exec", command="true")
@@ -8803,7 +8895,7 @@ def test_shell_is_the_login_shell_in_the_workspace_with_the_secrets(site: Site, 
         return set(Path("/tmp").glob("cmux-" + "[0-9a-f]" * 24))
 
     before = places()
-    terminal = on_terminal(site, "shell", "-H", f"box-{shell}", cwd=repo.dir)
+    terminal = on_terminal(site, "shell", "-H", site.login(shell), cwd=repo.dir)
     terminal.expect(b"as it likes")
     terminal.send(b"env | egrep '^(TOKEN|CMUX_WORKSPACE)=' | sort; pwd; tty; cat README\r")
     terminal.expect(rb"CMUX_WORKSPACE=main\s+TOKEN=" + re.escape(value.encode()) + rb"\s+\S+/main\s+/dev/\S+\s+hello")
@@ -8814,6 +8906,7 @@ def test_shell_is_the_login_shell_in_the_workspace_with_the_secrets(site: Site, 
     assert terminal.wait() == 7
 
 
+@pytest.mark.promise(1)
 def test_shell_sends_nothing_of_what_send_env_names(site: Site) -> None:
     site.daemon("all", "AcceptEnv *", config=["SendEnv *"])
     repo = Repo(site)
@@ -9378,6 +9471,7 @@ def sane(answer: Dict[str, Any], what: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["sshd", "ssh"])
+@pytest.mark.promise(3)
 def test_no_forged_answer_of_a_host_is_a_traceback_or_an_unbounded_error(site: Site, how: str) -> None:
     """Every tool against every lie: wrong and doubled marks, impossible statuses, lengths, numbers and states."""
     liar = Liar(site, how)
@@ -9397,6 +9491,7 @@ def test_no_forged_answer_of_a_host_is_a_traceback_or_an_unbounded_error(site: S
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flood", FLOODS)
+@pytest.mark.promise(3)
 def test_a_host_that_floods_is_cut_off_in_little_memory(site: Site, flood: str) -> None:
     liar = Liar(site)
     name = liar.lies(FLOODS[flood])[0]
@@ -9423,6 +9518,7 @@ def test_dirty_where_the_state_lies_in_the_repository_and_is_ignored(repo: Repo)
     assert made.code == 0, made
 
 
+@pytest.mark.promise(1)
 def test_a_committed_state_directory_is_not_sent(repo: Repo) -> None:
     home = Repo(repo.site, name="home/kept")
     env = {"CMUX_SSH_HOME": str(home.dir / "st" / "cmux-ssh")}
