@@ -9251,70 +9251,72 @@ def command_top(options: argparse.Namespace) -> int:
 
 
 def command_completion(options: argparse.Namespace) -> int:
-    """The script for one shell, made from the table of commands. Names come from `list -q`, which
-    connects to nothing."""
-    table: Dict[str, Tuple[Sequence[Option], List[str]]] = {  # what follows a command, or "secrets ACTION"
-        name: ([option for option in command.options if option.settings.get("help") != HIDDEN], list(command.actions) or (list(COMPLETIONS) if name == "completion" else []))
-        for name, command in COMMANDS.items()}
-    table.update(("secrets %s" % action, ([option for option in own if option.settings.get("help") != HIDDEN], [])) for action, (_, _, own) in COMMANDS["secrets"].actions.items())
-    flags = {name: [flag for option in row[0] for flag in option.flags if flag.startswith("-")] for name, row in table.items()}
-    if options.shell == "fish":
-        print_text("\n".join(fish_rows(table)))
-        return 0
-    valued, bare = ({flag for row in table.values() for option in row[0] if option.valued is which for flag in option.flags
-                     if flag.startswith("-")} for which in (True, False))
-    print_text(COMPLETIONS[options.shell] % {
-        "commands": " ".join(COMMANDS), "valued": "|".join("%s,*" % flag for flag in sorted(valued - bare)),
-        "cases": "\n".join("    *,'%s',*) words='%s';;" % (name, " ".join(flags[name] + table[name][1])) for name in table)})
+    me = "%s %s" % (quote(sys.executable or "python3"), quote(os.path.abspath(__file__)))
+    print_text(COMPLETIONS[options.shell] % me)
     return 0
 
 
-def fish_rows(table: Mapping[str, Tuple[Sequence[Option], List[str]]]) -> Iterator[str]:
-    ask = "(set -l me (commandline -opc)[1]; test -f $me; and set me python3 $me; $me %s -q 2>/dev/null)"
-    names = {"rm": ask % "list", "secrets rm": ask % "secrets list"}
-    yield (r"""complete -c python3 -n 'string match -qr "cmux_ssh\.py\$" -- (commandline -opc)[2]' -f """
-           r"""-a '(complete -C (string replace -r "^\s*\S+\s+" "" -- (commandline -cp)))'""")
-    for name, command in COMMANDS.items():
-        yield "complete -c cmux_ssh.py -f -n __fish_use_subcommand -a %s -d %s" % (name, quote(command.text))
-    for name, (options, more) in table.items():
-        seen = "; and ".join("__fish_seen_subcommand_from " + word for word in name.split())
-        when = "complete -c cmux_ssh.py -n %s" % quote(seen if " " in name or name == "secrets" else seen + "; and not __fish_seen_subcommand_from secrets")
-        for option in options:
-            flags = " ".join("-l " + f[2:] if f.startswith("--") else "-s " + f[1:] for f in option.flags if f.startswith("-"))
-            if flags:
-                yield "%s %s%s" % (when, flags, " -x -a %s" % quote(names["rm"]) if "-w" in option.flags else " -r" if option.valued else "")
-        if more or name in names:
-            when = "complete -c cmux_ssh.py -n %s" % quote(seen + "; and not __fish_seen_subcommand_from " + " ".join(more)) if name == "secrets" else when
-            yield "%s -f -a %s" % (when, quote(" ".join(more) or names[name]))
+def complete(shell: str, words: Sequence[str]) -> int:
+    """`__complete SHELL WORD...`, for the scripts below: a line for each word that may stand for the last."""
+    for word, text in candidates(words[:-1], words[-1]):
+        if word.startswith(words[-1]):
+            print_text("%s\t%s" % (word, text) if shell == "fish" else word)
+    return 0
 
 
+def candidates(before: Sequence[str], last: str) -> List[Tuple[str, str]]:
+    """What may follow the words ``before``, each with its help. Nothing connects to a host."""
+    plain, options, pending, directory = [], COMMON, "", "."  # type: List[str], Tuple[Option, ...], str, str
+    for word in before:
+        if pending:
+            directory, pending = os.path.expanduser(word) if pending == "-C" else directory, ""
+        elif word.startswith("-"):
+            pending = word if any(word in option.flags and option.valued for option in options) else ""
+        else:
+            plain.append(word)
+            command = COMMANDS.get(plain[0])
+            if not command:
+                return []
+            options = command.actions[plain[1]][2] if plain[1:] and plain[1] in command.actions else command.options or COMMON
+    name = " ".join(plain[:1 + (plain[:1] == ["secrets"])])
+    if "--" in before or name == "exec" and plain[1:]:
+        return []  # words of the command that is to run
+    if pending in ("-w", "--workspace") or name == "rm" and not (pending or last.startswith("-")):
+        return [(name, "") for name in sorted(Project(directory).entries())]
+    if pending or last.startswith("-") or name not in ("", "secrets", "secrets rm", "completion"):
+        return [] if pending else [(flag, option.settings["help"]) for option in options if option.settings.get("help") != HIDDEN
+                                   for flag in option.flags if flag.startswith("-")]
+    if name == "secrets rm":
+        return [(name, "") for name in sorted(Registry(Repository(directory).common_dir).secrets())]
+    rows: Dict[str, Any] = dict.fromkeys(COMPLETIONS, "") if name == "completion" else {
+        action: row[0] for action, row in COMMANDS[name].actions.items()} if name else {
+        name: command.text for name, command in COMMANDS.items()}
+    return list(rows.items())
+
+
+# Both scripts run only the program that made them, never what stands on the line: a file of that name may be anybody's.
 # bash; zsh reads the same function through its bashcompinit. `complete -o default`: file names else.
 _BASH = r"""_cmux_ssh() {
-  local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} me=("${COMP_WORDS[0]/#\~/$HOME}") at=1 name= words=
+  local at=1 IFS=$' \t\n'
   COMPREPLY=()
-  if [[ $me == *python* ]]; then
-    [[ $COMP_CWORD -gt 1 && ${COMP_WORDS[1]} == *cmux_ssh.py ]] || return 0
-    me+=("${COMP_WORDS[1]/#\~/$HOME}") at=2
-  fi
-  for ((; at < COMP_CWORD; at++)); do case ${COMP_WORDS[at]} in
-    --) return 0;;
-    -C) me+=(-C "${COMP_WORDS[at+1]/#\~/$HOME}"); at=$((at+1));;
-    -H|--host|-w|--workspace) at=$((at+1));;
-    -*) ;;
-    *) if [ -z "$name" ]; then name=${COMP_WORDS[at]}; elif [ "$name" = secrets ]; then name="secrets ${COMP_WORDS[at]}"; fi;;
-  esac; done
-  case $prev,$name,$cur in
-    -w,*|--workspace,*|*,rm,|*,rm,[!-]*) words=$("${me[@]}" list -q 2>/dev/null);;
-    *,'secrets rm',|*,'secrets rm',[!-]*) words=$("${me[@]}" secrets list -q 2>/dev/null);;
-    %(valued)s) return 0;;
-    *,,*) words='%(commands)s';;
-%(cases)s
-  esac
-  COMPREPLY=($(compgen -W "$words" -- "$cur"))
+  [[ ${COMP_WORDS[0]##*/} != python* ]] || at=2
+  [[ ${COMP_WORDS[at-1]##*/} == cmux_ssh.py && $COMP_CWORD -ge $at ]] || return 0
+  COMPREPLY=($(%s __complete bash "${COMP_WORDS[@]:$at:$((COMP_CWORD-at+1))}" 2>/dev/null))
 }
-complete -o default -F _cmux_ssh cmux_ssh.py ./cmux_ssh.py python3
+complete -o default -F _cmux_ssh cmux_ssh.py python3
 """
-COMPLETIONS = {"bash": _BASH, "zsh": "autoload -U +X bashcompinit && bashcompinit\n" + _BASH, "fish": ""}
+_FISH = r"""function __cmux_ssh
+  set -l words (commandline -opc)
+  set -l word (commandline -ct)
+  string match -qr '(^|/)python[^/]*$' -- $words[1]; and set -e words[1]
+  string match -qr '(^|/)cmux_ssh\.py$' -- $words[1]; or return 1
+  set -g __cmux_ssh_words (%s __complete fish $words[2..-1] "$word" 2>/dev/null)
+  test -n "$__cmux_ssh_words"
+end
+complete -c cmux_ssh.py -n __cmux_ssh -f -a '$__cmux_ssh_words'
+complete -c python3 -n __cmux_ssh -f -a '$__cmux_ssh_words'
+"""
+COMPLETIONS = {"bash": _BASH, "zsh": "autoload -U +X bashcompinit && bashcompinit\n" + _BASH, "fish": _FISH}
 
 
 def command_list(options: argparse.Namespace) -> int:
@@ -10032,6 +10034,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         if not words or words[0] in ("-h", "--help", "help"):
             print_text(usage())
             return 0 if words else 2
+        if words[0] == "__complete" and words[2:]:
+            return complete(words[1], words[2:])
         if words[0] not in COMMANDS:
             raise UsageError("There is no command %s." % show(words[0]), "See `%s -h`." % PROGRAM)
         if words[0] in ("batch", "exec", "mcp"):

@@ -3434,6 +3434,27 @@ def test_completion_offers_what_can_stand_there(shared_names: Repo, line: str, o
         assert shell == "bash" or set(told) >= set(offered.replace("|", " ").split()) and bool(told) == bool(offered), told  # zsh itself drops what does not fit
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_runs_only_the_program_that_made_the_script(shared_names: Repo, tmp_path: Path, shell: str) -> None:
+    """A checkout may hold anything, under any of these names, and its reader only types TAB."""
+    for name in ("cmux_ssh.py", "not_cmux_ssh.py", "python", "python3", "sub/cmux_ssh.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"#!{sys.executable}\nopen({str(tmp_path / 'RAN')!r}, 'w')\nprint('evil')\n")
+        (tmp_path / name).chmod(0o755)
+    tail = f"-C {shared_names.dir} rm "
+    names = ("./cmux_ssh.py", "sub/cmux_ssh.py", "python3 cmux_ssh.py", "./python cmux_ssh.py", "python3 not_cmux_ssh.py", "./python not_cmux_ssh.py")
+    if shell == "fish":
+        script, words = '"$PY" "$CMUX" completion fish | source; for line in $argv; echo (complete -C $line | string match -r "main|two|evil"); end', [f"{name} {tail}" for name in names]
+    else:
+        script, words = TAB % f'eval "$("$PY" "$CMUX" completion {shell})"', [f"{name} {tail} ''" for name in names]
+        script = "autoload -U +X compinit && compinit -u -D; emulate sh; " + script if shell == "zsh" else script
+    done = subprocess.run([program(shell, shell), *{"zsh": ["-f"], "fish": ["-N"], "bash": []}[shell], "-c", script, *([] if shell == "fish" else ["-"]), *words],
+                          cwd=str(tmp_path), env=shared_names.site.environment({"CMUX": str(PROGRAM), "PY": sys.executable}), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert not (tmp_path / "RAN").exists(), done
+    rows = [" ".join(sorted(row.split())) for row in done.stdout.decode().splitlines()]
+    assert rows[:3] == ["main two"] * 3 and rows[4:] == ["", ""] and rows[3] == ("" if shell == "fish" else "main two"), done
+
+
 @pytest.fixture(scope="module")
 def shared_names(shared: Repo) -> Repo:
     """A project with the workspaces main and two, and the secret KEY: names are all that completion asks for."""
