@@ -569,6 +569,28 @@ def neutralise(data: Union[bytes, str]) -> str:
     return text.replace("\r\n", "\n").translate(_harmless())
 
 
+class TerminalText:
+    """What a command prints, piece by piece, for a terminal: as neutralise() has it, but carriage return and colours
+    (SGR) pass. A character or a colour may be cut between two pieces; a colour left on ends with its piece, so that it
+    never hides what others print, and the next piece takes it up again."""
+
+    def __init__(self) -> None:
+        import codecs
+        self.decode, self.held, self.colour = codecs.getincrementaldecoder("utf-8")("replace").decode, "", ""
+
+    def __call__(self, data: bytes, last: bool = False) -> str:
+        text, shown = self.held + self.decode(data, last), [self.colour]
+        cut = None if last else re.search(r"\x1b(\[[0-9;:]{0,40})?\Z", text)
+        text, self.held = (text[:cut.start()], cut.group()) if cut else (text, "")
+        for at, part in enumerate(re.split(r"(\r|\x1b\[[0-9;:]{0,40}m)", text)):
+            if at % 2 and part != "\r":
+                reset = re.match(r"\x1b\[0*([;m])", part)
+                self.colour = ("" if reset or len(self.colour) > 200 else self.colour) + (
+                    "" if reset and reset.group(1) == "m" else part)
+            shown.append(part if at % 2 else part.translate(_harmless()))
+        return "".join(shown) + ("\x1b[m" if self.colour else "") if text else ""
+
+
 def show(text: str, limit: int = 100) -> str:
     """A name for use inside a sentence of ours: one line, neutralised, bounded, quoted."""
     line = neutralise(text).replace("\n", "^J").replace("\t", "^I")
@@ -8563,7 +8585,7 @@ class Terminal(Report):
         self.bars = verbosity >= 0 and sys.stderr is not None and sys.stderr.isatty()
         self.redraws = self.bars and os.environ.get("TERM", "dumb") != "dumb"
         self.began = self.shown = 0.0   # the transfer under way, and when it was last shown
-        self.bar_open = False
+        self.bar_open, self.sink = False, Outlet(2)
 
     def clear(self) -> None:
         """Take back what is drawn and not printed."""
@@ -8593,6 +8615,7 @@ class Terminal(Report):
 
     def end(self, name: str, code: int) -> None:
         """The work in workspace ``name`` is over."""
+        self.sink.end()
 
     def close(self) -> None:
         """Nothing more is drawn, also by threads that go on."""
@@ -8609,7 +8632,7 @@ class Terminal(Report):
 
     def output(self, data: bytes, what: str) -> None:
         if self.verbosity >= 0:
-            write_out(2, data)
+            self.sink(data)
 
 
 def screen_size() -> Tuple[int, int]:
@@ -8951,13 +8974,18 @@ class Labelled:
 
     def __init__(self, fd: int, label: str, live: Live) -> None:
         self.fd, self.label, self.live, self.held = fd, label.encode(), live, b""
+        self.text = TerminalText() if os.isatty(fd) else None
 
     def __call__(self, data: bytes) -> None:
         *lines, self.held = (self.held + data).split(b"\n")
         if len(self.held) > CHUNK:  # a line without end is passed on in pieces
             lines, self.held = lines + [self.held], b""
         if lines:
-            self.live.put(lambda: write_out(self.fd, b"".join(self.label + line + b"\n" for line in lines)))
+            self.live.put(lambda: write_out(self.fd, b"".join(self.label + self._shown(line) + b"\n" for line in lines), harmless=True))
+
+    def _shown(self, line: bytes) -> bytes:
+        """The line; on a terminal what a carriage return leads back to is again behind the label."""
+        return self.text(line.rstrip(b"\r")).encode().replace(b"\r", b"\r" + self.label) if self.text else line
 
     def end(self) -> None:
         if self.held:
@@ -8986,6 +9014,9 @@ def exec_one(workspace: Workspace, command: Union[str, List[str]], environment: 
         outcome = getattr(interrupt, "outcome", None) or Outcome(status=None, stopped=None, reason="cancel")
     finally:
         alarm(0, bool)
+        if not options.json:
+            out.end()
+            err.end()
     if options.json:
         result = exec_result(workspace, outcome, out, err, began)
         print_json(json_fields(dict(result.as_dict(), error=None)))
@@ -9009,17 +9040,22 @@ class Outlet:
 
     def __init__(self, fd: int) -> None:
         self.fd, self.stuck, self.writing = fd, False, False
+        self.text = TerminalText() if os.isatty(fd) else None
 
-    def __call__(self, data: bytes) -> None:
+    def __call__(self, data: bytes, last: bool = False) -> None:
         try:
             self.writing = True
             if not self.stuck:
-                write_out(self.fd, data)
+                write_out(self.fd, self.text(data, last).encode() if self.text else data, harmless=True)
         except KeyboardInterrupt:
             self.stuck = True
             raise
         finally:
             self.writing = False
+
+    def end(self) -> None:
+        """No more comes: what waits for its other half is written as it is."""
+        self(b"", True)
 
 
 def open_stdin() -> Optional[Source]:
@@ -9684,20 +9720,22 @@ def command_logs(options: argparse.Namespace) -> int:
         return command_tool("logs", options)
     offset, wait = options.offset or 0, options.wait or 0
     TOOLS["logs"].check({"job": options.job, "offset": offset, "wait": wait})
-    workspace = existing_workspace(options)
+    workspace, out = existing_workspace(options), Outlet(1)
     if options.follow:
         def json_line(data: bytes) -> None:
             if data:
                 print_json(bytes_field("output", data))
-        end = workspace.follow(options.job, json_line if options.json else functools.partial(write_out, 1), offset)
+        end = workspace.follow(options.job, json_line if options.json else out, offset)
         if options.json:
             print_json({"state": end["state"], "exit_code": end["exit_code"]})
+        out.end()
         return 0
     while True:
         status = workspace.logs(options.job, offset, wait)
-        write_out(1, status["data"])
+        out(status["data"])
         offset = status["next_offset"]
         if offset >= status["size"] or not status["data"]:
+            out.end()
             return 0
 
 

@@ -1299,6 +1299,34 @@ def test_ctrl_c_on_a_terminal_is_130(shared: Repo) -> None:
     gone(f"sleep {nap}")
 
 
+COLOURFUL = (r"printf '\303'; sleep .4; printf '\244 \033[3'; sleep .4; printf '1mred\033[0m \33[1;32m10%%\r20%%'; sleep .4; printf '\033[m\n"
+             r"\033]0;t\007\033[2J\b\303\033[8888888888888888888888888888888888888888888m\302\2331m\r\n\033[7mleft'")
+
+
+@pytest.mark.parametrize("face", ["exec", "logs", "logs -f", "new", "several"])
+def test_colours_and_progress_of_a_command_pass_to_a_terminal_and_nothing_else_does(repo: Repo, face: str) -> None:
+    words = face.split()
+    if face == "new":
+        repo.write(".cmux/init", b"#!/bin/sh\n" + COLOURFUL.encode(), 0o755)
+        repo.commit()
+        words = ["new", "-H", "box"]
+    elif face == "several":
+        assert repo.cli("new", "-H", "box", "a", "b").code == 0
+        words = ["exec", "--all", "-j", "1", "--", COLOURFUL]
+    elif face == "exec":
+        words = ["exec", "-H", "box", "--", COLOURFUL]
+    else:
+        words.append(repo.exec(COLOURFUL, options=["--detach"]).text.strip())
+        assert repo.cli("wait", words[-1]).code == 0
+    terminal = on_terminal(repo.site, *words, cwd=repo.dir)
+    assert terminal.wait() == 0
+    label, on = ("a | ", "\x1b[1;32m") if face == "several" else ("", "\x1b[1;32m")
+    seen = re.sub(r"\x1b\[m\x1b\[1;32m", "", terminal.output.decode())  # off between two pieces, and on again
+    assert f"{label}ä \x1b[31mred\x1b[0m {on}10%\r{label}20%" in seen, seen
+    assert "^[]0;t^G^[[2J^H\ufffd^[[%sm\\x9b1m\r\n" % ("8" * 43) in seen.replace("\r\r", "\r"), seen
+    assert f"{label}\x1b[7mleft\x1b[m" in seen, seen
+
+
 def test_a_dead_master_is_a_lost_line_ends_the_command_and_the_next_call_works(repo: Repo) -> None:
     nap = unique()
     assert repo.exec("true").code == 0
@@ -4825,7 +4853,7 @@ def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_sa
 
 def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterwards(repo: Repo) -> None:
     repo.write("big", os.urandom(3 << 20))
-    repo.write(".cmux/init", b"#!/bin/sh\nprintf 'one\\033[31m\\007\\rred\\n'; sleep 2; printf two\n", 0o755)
+    repo.write(".cmux/init", b"#!/bin/sh\nprintf 'one\\033[2J\\007\\rred\\n'; sleep 2; printf two\n", 0o755)
     repo.commit()
     line = repo.site.line("far")
     line.rate = 1e6
@@ -4834,7 +4862,7 @@ def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterward
         seen.expect(pattern)
     assert seen.wait() == 0
     shown = sorted(filter(None, seen.lines()))
-    assert shown[:2] == ["a  far:%s" % repo.path("a"), "a | one^[[31m^G^Mred"] and shown[2:4] == ["a | two", "b  far:%s" % repo.path("b")], shown
+    assert shown[:2] == ["a  far:%s" % repo.path("a"), "a | red^[[2J^G"] and shown[2:4] == ["a | two", "b  far:%s" % repo.path("b")], shown
     assert len(shown) == 6, shown
     line.rate = float("inf")
     seen = on_terminal(repo.site, "exec", "-w", "a", "-w", "b", "--", 'echo "in $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] || exit 3; sleep 3', cwd=repo.dir)
