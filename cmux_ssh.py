@@ -3449,11 +3449,14 @@ def look_closely(masters: Launcher, command: str) -> Tuple[int, str, bytes]:
 
 
 def end_masters() -> None:
-    """End every master of this state directory."""
-    for folder, _, names in os.walk(os.path.dirname(socket_folder("any"))):
+    """End every master of this state directory, and remove their sockets, which may lie elsewhere."""
+    import shutil
+    top = socket_folder("")
+    for folder, _, names in os.walk(top):
         for name in names:
             if name.isdigit():
                 end_master(os.path.join(folder, name))
+    shutil.rmtree(top, ignore_errors=True)
 
 
 def literal(path: str) -> str:
@@ -3462,20 +3465,20 @@ def literal(path: str) -> str:
 
 
 def socket_folder(name: str) -> str:
-    """The private directory for control sockets: below the state directory, or, where that
-    path is too long for a socket, in the user's runtime directory or /tmp."""
+    """The private directory for the control sockets of the host ``name`` (16 digits; "": of all): below the state
+    directory, or, where that path is too long for a socket, in the user's runtime directory or /tmp."""
     home = state_home()
-    folder = os.path.join(home, "m", name)
-    if len(os.fsencode(folder)) + 3 > SOCKET_PATH_MAX:
+    folder = os.path.join(home, "m")
+    if len(os.fsencode(folder)) + 1 + 16 + 3 > SOCKET_PATH_MAX:
         import hashlib
         runtime = os.environ.get("XDG_RUNTIME_DIR", "")
         base = runtime if os.path.isabs(runtime) and len(runtime) < 40 else "/tmp"
         short = hashlib.sha256(os.fsencode(home)).hexdigest()[:8]
-        folder = os.path.join(base, "cmux-%d-%s" % (os.geteuid(), short), name)
+        folder = os.path.join(base, "cmux-%d-%s" % (os.geteuid(), short))
     else:
         private_directory(home)
-    private_directory(os.path.dirname(folder))
-    return private_directory(folder)
+    private_directory(folder)
+    return private_directory(os.path.join(folder, name))
 
 
 # === 10. Operations ===
@@ -8263,6 +8266,18 @@ MCP_REST = {
 # Owns: a throwaway sshd on this machine, without a port, a daemon or privileges: ssh's
 # ProxyCommand starts `sshd -i`. May touch: a temporary directory of its own.
 
+@contextlib.contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Variables of this process, until the block ends: whoever imported this file gets his own back."""
+    saved = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            os.environ.pop(name, "") if value is None else os.environ.update({name: value})
+
+
 class ThrowawayServer:
     """An ssh config whose host ``demo`` is this machine, with its own keys and home. A context
     manager; everything is gone at the end. Raises UsageError where no sshd is installed."""
@@ -8319,43 +8334,44 @@ def in_a_process_table(value: str) -> bool:
 
 def demo(tell: Callable[[str], None], report: Report) -> None:
     """The whole flow against a throwaway sshd: archive, secret, command, check, removal."""
-    import threading
-    with ThrowawayServer() as server:
-        home = os.path.join(server.path, "state")
-        os.environ.update(CMUX_SSH_HOME=home, CMUX_SSH_COMMAND="ssh -F %s" % quote(server.config))
-        os.environ.pop("CMUX_SSH_HOST", None)
+    with ThrowawayServer() as server, environment(
+            CMUX_SSH_HOME=os.path.join(server.path, "state"), CMUX_SSH_COMMAND="ssh -F %s" % quote(server.config)):
         directory = make_repository(os.path.join(server.path, "hello"), DEMO_FILES)
-        secret = "demo-" + os.urandom(12).hex()
         try:
-            tell("A throwaway sshd on this machine, reached by ssh through a ProxyCommand: host `demo`.")
-            project = Project(directory)
-            project.set_secret("API_TOKEN", secret)
-            tell("A git repository with a Makefile, and a project secret: API_TOKEN.")
-            workspace = project.create("try-it", "demo", report=report)
-            tell("Workspace try-it made of commit %s at %s" % (workspace.base[:10], workspace.path))
-            seen: List[bool] = []
-            done = threading.Event()
-
-            def watch() -> None:
-                while not done.is_set():
-                    seen.append(in_a_process_table(secret))
-                    done.wait(0.02)
-            watcher = threading.Thread(target=watch)
-            watcher.start()
-            result = workspace.exec("make test && sleep 0.3", timeout=60)
-            done.set()
-            watcher.join()
-            for line in neutralise(result.stdout + result.stderr).splitlines():
-                tell("  demo> " + line.replace(secret, "[the secret]"))
-            tell("It ended with exit code %d." % result.exit_code)
-            tell("The process tables of both sides were read %d times meanwhile: the secret was %s."
-                 % (len(seen), "SEEN" if any(seen) else "in none of them"))
-            if result.exit_code or any(seen) or secret.encode() not in result.stdout:
-                raise RemoteFailed("The demo did not go as it should.", "Please report it with this output.")
-            demo_removal(project, workspace, tell)
+            demo_flow(Project(directory), tell, report)
         finally:
             end_masters()
     tell("Everything the demo made is gone again.")
+
+
+def demo_flow(project: Project, tell: Callable[[str], None], report: Report) -> None:
+    import threading
+    secret, seen, done = "demo-" + os.urandom(12).hex(), [], threading.Event()  # type: str, List[bool], threading.Event
+    tell("A throwaway sshd on this machine, reached by ssh through a ProxyCommand: host `demo`.")
+    project.set_secret("API_TOKEN", secret)
+    tell("A git repository with a Makefile, and a project secret: API_TOKEN.")
+    workspace = project.create("try-it", "demo", report=report)
+    tell("Workspace try-it made of commit %s at %s" % (workspace.base[:10], workspace.path))
+
+    def watch() -> None:
+        while not done.is_set():
+            seen.append(in_a_process_table(secret))
+            done.wait(0.02)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        result = workspace.exec("make test && sleep 0.3", timeout=60)
+    finally:
+        done.set()
+        watcher.join()
+    for line in neutralise(result.stdout + result.stderr).splitlines():
+        tell("  demo> " + line.replace(secret, "[the secret]"))
+    tell("It ended with exit code %d." % result.exit_code)
+    tell("The process tables of both sides were read %d times meanwhile: the secret was %s."
+         % (len(seen), "SEEN" if any(seen) else "in none of them"))
+    if result.exit_code or any(seen) or secret.encode() not in result.stdout:
+        raise RemoteFailed("The demo did not go as it should.", "Please report it with this output.")
+    demo_removal(project, workspace, tell)
 
 
 def demo_removal(project: Project, workspace: Workspace, tell: Callable[[str], None]) -> None:

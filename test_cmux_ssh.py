@@ -3703,6 +3703,33 @@ def test_demo_shows_the_flow_and_leaves_nothing(site: Site) -> None:
     until(lambda: not [p for p in processes() if p.pid not in before and os.fsencode(site.dir) in p.environ], "the demo's processes are gone")
 
 
+DEMO = "import os, sys, cmux_ssh\ncode = cmux_ssh.main(['demo'])\nprint([os.environ.get('CMUX_SSH_' + n) for n in ('HOME', 'COMMAND', 'HOST')])\nsys.exit(code)"
+
+
+@pytest.mark.parametrize("length", [49, 90])
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_demo_leaves_no_master_and_no_variable_also_where_tmpdir_is_long_and_ends_at_ctrl_c(site: Site, length: int, interrupted: bool) -> None:
+    """macOS has a TMPDIR of 49 characters; sockets do not fit below one."""
+    folder = site.tmp / ("t" * (length - 1 - len(str(site.tmp))))
+    folder.mkdir()
+    runtime = site.dir / "run"
+    runtime.mkdir(0o700)
+    before = {p.pid for p in processes(environ=False)}
+    env = site.environment({"TMPDIR": str(folder), "PYTHONPATH": str(HERE), "CMUX_SSH_HOST": "mine", "XDG_RUNTIME_DIR": str(runtime)})
+    child = subprocess.Popen([sys.executable, "-c", DEMO], cwd=str(site.home), env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    if interrupted:
+        until(lambda: running("sleep 0.3"), "the command runs")
+        os.killpg(child.pid, signal.SIGINT)
+    try:
+        out, err = child.communicate(timeout=30)
+    finally:
+        kill(child.pid)
+    assert child.returncode == (130 if interrupted else 0) and b"Traceback" not in err, (out, err)
+    assert out.decode().splitlines()[-1] == str([env["CMUX_SSH_HOME"], env["CMUX_SSH_COMMAND"], "mine"]), out
+    assert not list(folder.iterdir()) and not list(runtime.iterdir())
+    until(lambda: not [p for p in processes() if p.pid not in before and os.fsencode(site.dir) in p.environ], "the demo's processes are gone")
+
+
 def test_demo_without_sshd_says_how_to_get_one(site: Site) -> None:
     """sshd is looked for outside of PATH, too: the places are hidden by a file system of the test's own."""
     hide = "for d in /usr/sbin /usr/local/sbin /usr/libexec; do [ ! -e $d/sshd ] || mount -t tmpfs none $d; done; exec \"$@\""
