@@ -6916,22 +6916,60 @@ def unified_diff(before: bytes, after: bytes, path: str) -> str:
 
 
 # What moves on from a place in the pattern, what stays at it (regexes of one character), places that may be passed over.
-_WILD = {"**/": (("(?!)", "(?!)", 2), ("/", ".", 0)), "**": (("(?!)", ".", 1),), "*": (("(?!)", "[^/]", 1),), "?": (("[^/]", "(?!)", 0),)}
+_WILD = {"**/": (("(?!)", "(?!)", 2), ("/", ".", 0)), "**": (("(?!)", ".", 1),), "*": (("(?!)", "[^/]", 1),), "?": (("[^/]", "(?!)", 0),), "": (("(?!)", "(?!)", 0),)}
 
 
-def glob_test(pattern: str) -> Callable[[str], bool]:
-    """``*`` and ``?`` stay within a path component, ``**`` crosses them, ``[...]`` as in sh. By the set of the places
+_BRACKET = r"\[[!^]?\]?[^\]]*\]"
+_BRACES = re.compile(r"((?:B|(?!B).)*?)\{((?:B|(?!B)[^{}])*)\}(.*)\Z".replace("B", _BRACKET), re.S)
+
+
+def glob_patterns(pattern: str, home: str, by_name: bool = False) -> List[str]:
+    """The patterns below the workspace at ``home`` that ``pattern`` stands for, its {a,b} written out as sh does.
+    ``by_name``: one without a slash is for any depth. What could match nothing is a UsageError: an empty answer would lie."""
+    found, todo = [], [pattern]  # type: List[str], List[str]
+    while todo:
+        one = todo.pop()
+        braces = _BRACES.match(one)
+        if braces:
+            before, inner, after = braces.groups()
+            words = re.split(r",(?![^\[]*\])", inner)
+            if ".." in inner and not words[1:]:
+                raise UsageError("%s has a range in braces, which is not taken here." % show(pattern), "Write its members out, as {1,2,3}.")
+            todo += [before + word + after for word in words] if words[1:] else ["%s[{]%s[}]%s" % (before, inner, after)]
+            if len(todo) + len(found) > 100:
+                raise UsageError("%s stands for more than 100 patterns." % show(pattern), "Write fewer braces.")
+            continue
+        exact = one.startswith(home + "/")
+        one = one[len(home) + 1:] if exact else one
+        names = one.split("/")
+        if not names[0] and one or ".." in names or re.match(r"~([\w-]*/|\Z)", one):
+            raise UsageError("%s is not a pattern below the workspace." % show(pattern), "Write it relative to the workspace, as "
+                             "'src/**/*.py'. Files elsewhere are found by a command, as find /etc -name '*.conf'.")
+        if one.startswith("!"):
+            raise UsageError("%s would leave files out, which a pattern cannot do." % show(pattern), "Write what to take, as '*.py'.")
+        names = [name for name in names if name not in ("", ".")] + ["**"] * one.endswith("/")  # all below a directory
+        if not names:
+            raise UsageError("The pattern is empty.", "For all files write '**'.")
+        found.append("/".join(["**"] * (by_name and not exact and not names[1:]) + names))
+    return found
+
+
+def glob_test(*patterns: str) -> Callable[[str], bool]:
+    """Whether a path fits any of them: ``*`` and ``?`` stay within a path component, ``**`` crosses them, ``[...]`` as in sh. By the set of the places
     that a path may have come to in the pattern: re.match would try every way, for hours with a name made for that."""
     rows: List[Tuple[Any, Any, int]] = []
-    for word in re.findall(r"\*\*/|\*\*|\[[!^]?\]?[^\]]*\]|.", pattern, re.S):
+    first, last = 1, 0  # the places before and behind the patterns; each ends with an empty word
+    for word in [word for pattern in patterns for word in re.findall(r"\*\*/|\*\*|%s|." % _BRACKET, pattern, re.S) + [""]]:
         if "[:" in word:
-            raise UsageError("%s has a character class, which is not taken here." % show(pattern), "Write its characters out, as [a-z].")
-        inner = re.sub(r"([\\\[\]&|~]|-(?=-))", r"\\\1", word[1:-1]) if word[0] == "[" else ""
+            raise UsageError("%s has a character class, which is not taken here." % show(word), "Write its characters out, as [a-z].")
+        inner = re.sub(r"([\\\[\]&|~]|-(?=-))", r"\\\1", word[1:-1]) if word[:1] == "[" else ""
         one = "(?!/)[%s]" % ("^" + inner[1:] if inner[0] in "!^" else inner) if inner else re.escape(word)
         try:
             rows += [(re.compile(move, re.S).match, re.compile(stay, re.S).match, skip) for move, stay, skip in _WILD.get(word, ((one, "(?!)", 0),))]
         except re.error:
-            raise UsageError("%s is not a glob pattern." % show(pattern))
+            raise UsageError("%s is not a glob pattern." % show(word))
+        if not word:
+            first, last = first | 1 << len(rows), last | 1 << len(rows) - 1
     masks: Dict[str, Tuple[int, int]] = {}  # by character: the places it leads on from, and those it stays at
     skips = [(1 << at, ((2 << skip) - 2) << at) for at, (_, _, skip) in enumerate(rows) if skip]
 
@@ -6941,7 +6979,7 @@ def glob_test(pattern: str) -> Callable[[str], bool]:
         return places
 
     def test(path: str) -> bool:
-        places = closed(1)
+        places = closed(first)
         for char in path:
             if char not in masks:
                 masks[char] = (sum(1 << at for at, row in enumerate(rows) if row[0](char)), sum(1 << at for at, row in enumerate(rows) if row[1](char)))
@@ -6949,12 +6987,13 @@ def glob_test(pattern: str) -> Callable[[str], bool]:
             places = closed((places & move) << 1 | places & stay)
             if not places:
                 return False
-        return bool(places >> len(rows) & 1)
+        return bool(places & last)
     return test
 
 
-def wider_pattern(pattern: str) -> str:
-    """A find -path pattern that matches whatever ``pattern`` may (there ``*`` crosses slashes)."""
+def wider_pattern(patterns: Sequence[str]) -> str:
+    """A find -path pattern that matches whatever one of the ``patterns`` may (there ``*`` crosses slashes)."""
+    pattern = patterns[0] if not patterns[1:] else os.path.commonprefix(list(patterns)).partition("[")[0] + "*"
     # ? and [...] become * too: in the C locale they stand for one byte of a character
     return "./" + re.sub(r"\*\*/|\*\*|\?|\[.*\]|\\", "*", pattern, flags=re.S)
 
@@ -7136,13 +7175,13 @@ class Workspace(WorkspaceBase):
 
     @logged("glob")
     def glob(self, pattern: str, limit: int = 1000, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
-        """Files that match (``*`` and ``?`` within a component, ``**`` across them; ``.git`` is left out):
+        """Files that match (``*``, ``?``, ``[...]``, ``{a,b}`` within a component, ``**`` across them; ``.git`` is left out):
         ``paths``, sorted; ``truncated`` if there are more than ``limit``. Raises ToolFailed after two minutes."""
-        pattern = re.sub(r"^(\./)+", "", pattern)
-        if not pattern or limit < 1:
-            raise UsageError("The pattern is empty, or the limit is below 1.")
-        test = glob_test(pattern)
-        data = self._search(GLOB, wider_pattern(pattern), str(SEARCH_MAX), cancel=cancel)
+        if limit < 1:
+            raise UsageError("The limit is below 1.")
+        patterns = glob_patterns(pattern, self.path)
+        test = glob_test(*patterns)
+        data = self._search(GLOB, wider_pattern(patterns), str(SEARCH_MAX), cancel=cancel)
         parts = data[len(b"lines\n"):].split(b"\n") if data.startswith(b"lines\n") else data.split(b"\0")
         cut = len(data) >= SEARCH_MAX
         names = [part[2:].decode("utf-8", "surrogateescape") for part in (parts[:-1] if cut else parts) if 2 < len(part) <= PATH_MAX]
@@ -7157,10 +7196,9 @@ class Workspace(WorkspaceBase):
         ``truncated``. Raises ToolFailed."""
         if not pattern or "\n" in pattern or limit < 1:
             raise UsageError("The pattern is empty or holds a newline, or the limit is below 1.")
-        glob = re.sub(r"^(\./)+", "", glob)
-        glob = "**/" + glob if glob and "/" not in glob else glob
-        test, most = glob_test(glob) if glob else None, max(limit + 1, 2000)
-        data = self._search(GREP, pattern, wider_pattern(glob or "**"), "-i" if ignore_case else "-n", str(SEARCH_MAX), str(most), cancel=cancel)
+        patterns = glob_patterns(glob, self.path, True) if glob else ["**"]
+        test, most = glob_test(*patterns) if glob else None, max(limit + 1, 2000)
+        data = self._search(GREP, pattern, wider_pattern(patterns), "-i" if ignore_case else "-n", str(SEARCH_MAX), str(most), cancel=cancel)
         kind, _, data = data.partition(b"\n")
         matches, seen = [], set()  # type: List[Dict[str, Any]], Set[str]
         cut = len(data) >= SEARCH_MAX or data.count(b"\n") >= most
@@ -7376,7 +7414,7 @@ TOOLS: Dict[str, Tool] = {tool.name: tool for tool in (
          Param("edits", "array", "objects of old, new, and count: how many matches there must be (1)", True),
          Param("sha256", "string", "of the file as last seen: refuse if it changed", shown="HEX")),
     Tool("glob", Workspace.glob, "Paths of files that match a pattern.", True,
-         Param("pattern", "string", "below the workspace: *, ?, [...] within a component, ** across them", True),
+         Param("pattern", "string", "below the workspace: *, ?, [...], {a,b} within a component, ** across them", True),
          Param("limit", "integer", "at most so many (1000)", least=1, shown="N")),
     Tool("grep", Workspace.grep, "Lines that match an extended regular expression.", True,
          Param("pattern", "string", "extended regular expression", True),

@@ -4425,16 +4425,34 @@ TREE = {"a.py": b"", "b.txt": b"", "[x].py": b"", "src/a.py": b"", "src/b.py": b
     ("?.py", ["a.py", "日本.py"][:1]), ("[ab].*", ["a.py", "b.txt"]), ("[!a].*", ["b.txt"]), ("[^a].txt", ["b.txt"]), ("src/[!a].py", ["src/b.py"]), ("[a-c].txt", ["b.txt"]),
     ("[[]x].py", ["[x].py"]), ("na?ve.py", ["naïve.py"]), ("??.py", ["日本.py"]), ("na[ïi]ve.py", ["naïve.py"]), ("日*.py", ["日本.py"]),
     ("a b/*", ["a b/c d.py"]), ("./src/*.py", ["src/a.py", "src/b.py"]), (".*", [".dot"]), ("*x*y*", ["[x].py", "x\ny.py"]), ("[b]ack?slash.py", ["back\\slash.py"]),
-    ("src", []), ("nothing*", []), ("src?a.py", []), ("src[/]a.py", []), ("/etc/*", []), ("../*", []), ("**/.git/**", []), ("-name", []), ("{a,b}.py", []),
+    ("src", []), ("nothing*", []), ("src?a.py", []), ("src[/]a.py", []), ("**/.git/**", []), ("-name", []), ("{a,b}.py", ["a.py"]), ("**/{a,[bc]}.{py,txt}", ["a.py", "b.txt", "src/a.py", "src/b.py", "src/deep/er/c.py"]),
+    ("src/{a,{b,deep/er/c}}.py", ["src/a.py", "src/b.py", "src/deep/er/c.py"]), ("src/deep/", ["src/deep/d.txt", "src/deep/er/c.py"]), ("src//./*.py", ["src/a.py", "src/b.py"]),
 ], ids=ascii)
 def test_glob_finds_what_the_pattern_says(talker: Agent, workspace: Path, area: Area, pattern: str, expected: List[str]) -> None:
     """In a workspace of its own shape: the area stands before every pattern."""
     for name, data in TREE.items():
         area.put(name, data)
     (area.dir / "empty dir").mkdir()
-    head = "" if pattern.startswith(("/", "..")) else area.name + "/"
-    found = talker("glob", pattern=("./" if pattern.startswith("./") else "") + head + (pattern[2:] if pattern.startswith("./") else pattern))
-    assert found == {"paths": sorted(area.p(n) for n in expected), "truncated": False}
+    for head in ("", "./" if pattern.startswith("./") else str(workspace) + "/"):
+        found = talker("glob", pattern=head + area.name + "/" + (pattern[2:] if pattern.startswith("./") else pattern))
+        assert found == {"paths": sorted(area.p(n) for n in expected), "truncated": False}
+
+
+@pytest.mark.parametrize("pattern, words", [
+    ("/etc/**", "Write it relative to the workspace, as 'src/**/*.py'"), ("~/**", "relative to the workspace"), ("~root/x", "relative"), ("~", "relative"), ("../**", "relative"), ("a/../../b", "relative"),
+    ("{src,/etc}/**", "relative"), ("{1..3}.py", "{1,2,3}"), ("!*.md", "as '*.py'"), ("[[:digit:]]", "[a-z]"), ("{a,b}" * 7, "fewer braces"), ("/", "relative"), ("././.", "'**'")])
+def test_a_pattern_that_could_match_nothing_is_refused_with_what_to_write(talker: Agent, pattern: str, words: str) -> None:
+    for tool, arguments in (("glob", {"pattern": pattern}), ("grep", {"pattern": "x", "glob": pattern})):
+        error = talker.answer(talker.post(tool, arguments))["error"]
+        assert error["type"] == "UsageError" and words in error["hint"], error
+
+
+def test_the_files_of_a_grep_are_chosen_by_braces_and_absolute_patterns_too(talker: Agent, workspace: Path, area: Area) -> None:
+    for name in ("a.py", "b.ts", "sub/c.py", "d.md", "{e}.py", "[f,g].py"):
+        area.put(name, b"found-19\n")
+    for glob, names in (("*.{py,ts}", ["[f,g].py", "a.py", "b.ts", "sub/c.py", "{e}.py"]), (f"{workspace}/{area.name}/*.{{py,ts}}", ["[f,g].py", "a.py", "b.ts", "{e}.py"]), ("*{e}.*", ["{e}.py"]),
+                        (f"{{{area.name}/sub/**,b.ts}}", ["b.ts", "sub/c.py"]), (f"{workspace}/a.py", []), ("{d,[a,]}.*", ["a.py", "d.md"]), ("?f,g].{py,x}", ["[f,g].py"])):
+        assert sorted(m["path"] for m in talker("grep", pattern="found-19", glob=glob)["matches"]) == [area.p(name) for name in names], glob
 
 
 def test_glob_is_bounded_and_says_so(talker: Agent, area: Area) -> None:
