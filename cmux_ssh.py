@@ -1367,7 +1367,7 @@ _cop() {
   case $n in ""|.|..) return 31;; esac
   [ ${#n} -lt 256 ] || return 39
   if [ ! -d "${d:-/}" ]; then [ -d "$7" ] || return 37; mkdir -p "$d" || return 3; fi
-  cd -P "${d:-/}" || return 3
+  [ -w "${d:-/}" ] && cd -P "${d:-/}" 2>/dev/null || return 33
   d=${PWD%/} p=${PWD%/}/$n
   t=$d/.cmux-$3-$$.tmp
   i=0; while [ -e "$p" ] && ! l=$(cp -p "$p" "$t" 2>&1); do
@@ -3720,8 +3720,8 @@ class Reply(Value):
         return self.stdout.decode("utf-8", "surrogateescape").split("\n")
 
     def said(self) -> str:
-        """The last line of its stderr, or the status."""
-        return neutralise(self.stderr).strip().split("\n")[-1] or "status %d" % self.status
+        """The last line of its stderr, without the shell's name and the line of our script, or the status."""
+        return re.sub(r"^\S+: (line )?\d+: ", "", neutralise(self.stderr).strip().split("\n")[-1]) or "status %d" % self.status
 
 
 class Outcome(Value):
@@ -9601,13 +9601,16 @@ def secrets_set(registry: Registry, options: argparse.Namespace) -> int:
 
 
 def read_all(fd: int, limit: int) -> bytes:
-    data = b""
-    while len(data) <= limit:
+    """What comes until its end. Of a file with more than ``limit`` bytes nothing is read."""
+    status, data, chunk = os.fstat(fd), bytearray(), b"x"  # bytes would be copied with each chunk
+    large = stat.S_ISREG(status.st_mode) and status.st_size - os.lseek(fd, 0, os.SEEK_CUR) > limit
+    while chunk and not large:
         chunk = read_some(fd)
-        if not chunk:
-            break
         data += chunk
-    return data
+        large = len(data) > limit
+    if large:
+        raise UsageError("What comes on stdin is larger than %s." % human_size(limit))
+    return bytes(data)
 
 
 def secrets_import(registry: Registry, options: argparse.Namespace) -> int:
@@ -9696,10 +9699,10 @@ def command_tool(name: str, options: argparse.Namespace) -> int:
 
 
 def command_write(options: argparse.Namespace) -> int:
-    data = read_all(0, READ_MAX * 10)
-    if len(data) > READ_MAX * 10:
-        raise UsageError("The content is larger than %s." % human_size(READ_MAX * 10))
-    return answer(options, the_workspace(options).write(options.path, data))
+    limit, workspace = READ_MAX * 10, the_workspace(options)
+    absolute(workspace, options.path)
+    data = read_all(0, limit)
+    return answer(options, workspace.write(options.path, data))
 
 
 def command_edit(options: argparse.Namespace) -> int:

@@ -3878,6 +3878,31 @@ def ordinary(site: Site) -> Repo:
     return made
 
 
+def test_what_the_account_on_the_host_may_not_write_is_said_in_plain_words(ordinary: Repo) -> None:
+    do(ordinary, "mkdir -p closed/sub fixed; echo old >fixed/old; echo x >unread; chmod 0 closed unread; chmod 555 fixed")
+    for args in [["write", path] for path in ("closed/f", "closed/sub/f", "closed/new/f", "fixed/f", "fixed/old", "fixed/sub/f", "unread")] + [
+            ["edit", path, "--old", "old", "--new", "new"] for path in ("fixed/old", "unread")]:
+        told = ordinary.cli(*args, stdin=b"data")
+        refused(told, 1)
+        assert re.search("may not be read or written|Permission denied", told.said) and not re.search(r"sh: |\d: |\.tmp|cd:", told.said), told
+    do(ordinary, "chmod 755 closed fixed")
+
+
+def test_write_reads_stdin_in_linear_time_and_only_what_it_may_take(shared: Repo, tmp_path: Path) -> None:
+    def spent() -> float:
+        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    began = spent()
+    told = shared.cli("write", "-w", "main", "large", "--json", stdin=b"x" * 72_000_000)
+    assert told.json["size"] == 72_000_000 and spent() - began < 6, spent() - began  # 20 s where each piece copied all before it
+    do(shared, "rm large")
+    with open(tmp_path / "sparse", "w+b") as file:
+        file.truncate(150_000_000)
+        for args, code, words in ((("write", "-w", "main", "f"), 2, "larger than 104.9 MB"), (("edit", "-w", "main", "f"), 2, "larger than"), (("secrets", "set", "X"), 2, "larger than"),
+                                  (("write", "-w", "main", ""), 2, "path is empty"), (("write", "-H", "a b", "-w", "never", "f"), 2, "host name")):
+            done = subprocess.run([sys.executable, compiled(), *args], cwd=str(shared.dir), env=shared.site.environment(), stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            assert done.returncode == code and words.encode() in done.stderr and os.lseek(file.fileno(), 0, os.SEEK_CUR) == 0, done
+
+
 # === Tools: the peer's runtime contract, over real ssh ===
 # Every case of its matrix, also those that it runs in a local directory or a container only.
 # (rename and fork are commands of this program, tested where they are; "~" is no path of a tool.)
