@@ -1070,9 +1070,21 @@ _csnap() { # base-id its-tree commits bytes
   _cg -c core.sparseCheckout=true update-index -q --really-refresh >/dev/null 2>&1 # what was marked not to be looked at is
   _cg -c core.sparseCheckout=true add -A . >&2 && t=$(_cg write-tree)
 }
-_cbranches() { # [commit [refs/tags]]: the branches (tags) that hold what neither it nor the base does
-  _co for-each-ref --format='%(refname)' ${1:+"--no-merged=$1"} "${2:-refs/heads}" | while IFS= read -r x; do
-    _co merge-base --is-ancestor "$x" "$b" || printf '%s\n' "${x#refs/*/}"; done
+_creflog() { # the commits that only a reflog or the HEAD of another worktree has; a reflog may name what is gone
+  { _co log -g --format=%H --branches; _co log -g --format=%H HEAD; cat "$o/logs/HEAD" "$o"/worktrees/*/logs/HEAD 2>/dev/null | cut -d' ' -f2; } |
+    _co log --ignore-missing --format='commit %h (%s)' --stdin --exclude='refs/*' --all \
+      --not $k $x --exclude='refs/remotes/*' --exclude=refs/stash --glob='refs/*'
+}
+_cleft() { # heads: what no pull brings while HEAD ($x) stays, nor did the pulls of these ($k: what is home).
+  # What was only fetched is elsewhere, too; a stash has a list of its own.
+  x=$(_co rev-parse -q --verify 'HEAD^{commit}') k=
+  for v in $b $1; do ! _co cat-file -e "$v^{commit}" || k="$k $v"; done
+  _co for-each-ref --format='%(refname) %(contents:subject)' | grep -Ev '^refs/(remotes/|cmux/|stash )' |
+    while read -r v n; do
+      [ -z "$(_co rev-list -n 1 "$v" --not $k $x --glob=refs/cmux)" ] || printf '%s (%s)\n' "$v" "$n"
+    done | sed 's,^refs/heads/,branch ,; s,^refs/tags/,tag ,; s,^refs/,ref ,' | head -n 20
+  _creflog | head -n 20
+  _co stash list --format='stash %gd (%s)' | head -n 20
 }
 _cgits() { # repositories that were written since the workspace was made: nothing of them comes home the tar way
   cd "$w" && find . -name .git -prune -print | while IFS= read -r f; do
@@ -1084,7 +1096,7 @@ _cstage() { # the client may be gone when there is something to say: that is no 
   s=$root/.cmux/stage/$1.$$; mkdir -p "$s" || return 3; shift; "$@"; r=$?; cd "$root"; rm -rf "$s"; return $r; }
 """
 
-# PULL root project name base tree op commits bytes how: what the workspace changed, as a stream.
+# PULL root project name base tree op commits bytes heads how: what the workspace changed, as a stream.
 #   `note ...` lines, then one line: git BASE DIRTY HEAD TREE REFS, and `git fast-export` of
 #   BASE..HEAD (BASE has mark 1: git before 2.21 cannot name it otherwise), the last commit being
 #   uncommitted work where DIRTY is 1. Or, without git, tar OP,
@@ -1098,9 +1110,7 @@ _cpull() {
   case $r in 0) ;; 9) _ctar "$@"; return;; *) return $r;; esac
   o=$w/.git n=$(_crefs) d=0 top=$h
   x=$h; [ "$whole" ] || { x=$(_co rev-parse -q --verify 'HEAD^{commit}'); case $x in "$b" | '') ;; *) echo 'note how its commits follow one another: they are too many, rewritten, or hold a repository; the files come as one commit';; esac; }
-  _cbranches "$x" | sed 's/.*/note the branch &: check it out there and pull/'
-  _cbranches "$x" refs/tags | sed 's/.*/note the tag &: check it out there and pull/'
-  _co stash list --format='note the stash %gd (%s): git stash pop there and pull'
+  _cleft "$9" | sed -e 's/^stash.*/note the &: git stash pop there and pull/' -e t -e 's/.*/note the &: check it out there and pull/'
   if [ "$(_cg rev-parse "$h^{tree}")" != "$t" ]; then
     d=1; top=$(GIT_AUTHOR_DATE="@$(date +%s) +0000" GIT_COMMITTER_DATE="@$(date +%s) +0000" _cg commit-tree "$t" -p "$h" -m 'uncommitted work') || return 3
   fi
@@ -1114,7 +1124,7 @@ _ctar() {
   _cgits | sed 's/^/note the commits of the git repository in /'
   _cmark "$6" "$m.pull" . all && echo "tar $6" || return 3
   find . -name .git -prune -o \( -type f -o -type l \) -exec printf '%s\0' {} + && printf '\0' || return 3
-  set -- "$9" "$8"
+  set -- "${10}" "$8"
   k=$(du -sk . | sed 's/[^0-9].*//')
   if [ "${k:-0}" -le 65536 ] || ! find "$m.mark" -cnewer "$m.mark" >/dev/null 2>&1 || find --help 2>&1 | grep -q BusyBox; then set -- all "$2"; fi
   case $1 in all) ;; *) # what was moved over a name that was there is no newer, but differs
@@ -1128,9 +1138,9 @@ _ctar() {
 _cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && _cstage "$6" _cpull "$@"; }
 """
 
-# CHANGED root project name base tree op commits bytes head tree refs mark [jobs]: what would be lost
-#   with the workspace, a line each, 20 at the most, beyond what a pull brought home: a HEAD with
-#   a tree and refs, or (no git) the mark of one; with the name of their directory, jobs that run.
+# CHANGED root project name base tree op commits bytes heads tree refs mark [jobs]: what would be lost
+#   with the workspace, a line each, 20 of a kind, beyond what pulls brought home: HEADs, and of the
+#   last a tree and refs, or (no git) its mark; with the name of their directory, jobs that run.
 #   22: no such directory.
 LOST = SNAPSHOT + r"""
 _clost() {
@@ -1148,17 +1158,8 @@ _clost() {
   sed 's/^note //' "$s/said"
   [ "$t" = "${10}" ] || [ "$t" = "$(_cg rev-parse "$h^{tree}")" ] || _cg diff-index --cached --name-status "$h" | head -n 20
   o=$w/.git; [ -d "$o" ] || return 0
-  if [ "$whole" ]; then
-    if [ -z "$9" ] || ! _co cat-file -e "$9^{commit}"; then set -- "$b" "$b" "$b" "$b" "$b" "$b" "$b" "$b" "$b"; fi
-    { _co log --format='commit %h %s' --exclude=refs/stash --exclude='refs/remotes/*' --all HEAD --not "$b" "$9" --glob=refs/cmux
-      [ "$(_crefs)" = "${11}" ] || _co log -g --format=%H HEAD --branches | # what only a reflog has: not that of what was fetched
-        _co log --format='commit %h %s' --stdin --not "$b" "$9" --exclude='refs/remotes/*' --all HEAD; } | head -n 20
-    _co stash list --format='stash %gd: %s' | head -n 20
-  elif [ "$(_crefs)" != "${11}" ]; then echo "the git repository was replaced"
-  else
-    x=$(_co rev-parse -q --verify 'HEAD^{commit}') # none on a branch without a commit: --no-merged would fail, and tell nothing
-    _cbranches "$x" | sed 's/^/branch /' | head -n 20; _cbranches "$x" refs/tags | sed 's/^/tag /' | head -n 20; _co stash list --format='stash %gd: %s' | head -n 20
-  fi
+  [ "$whole" ] || [ "$(_crefs)" = "${11}" ] || { echo "the git repository was replaced"; }
+  _cleft "$9"; [ -z "$whole" ] || _co log --format='commit %h (%s)' HEAD --not $k --glob=refs/cmux | head -n 20
 }
 """
 CHANGED = LOST + JOB_STATE + r"""
@@ -1174,6 +1175,7 @@ _cop() {
 #   the trash, and replaces the directory, too, where its repository cannot be moved (5 without it). Without `keep` it looks
 #   itself for what would be lost, as CHANGED does, each time it is asked: an upload takes minutes. 21: upload the base first; 22: no workspace; 25: the lines tell what would be lost.
 PUSH = LOST + BASE + r"""
+_creflog() { :; } # what only a reflog has stays there
 _cn() { GIT_INDEX_FILE=$s/new.index git --git-dir="$g" --work-tree="$s/delta" -c core.fsmonitor=false -c core.looseCompression=0 "$@"; }
 _cdelta() { # the new base's commit, of the old one and the delta, without unpacking either
   mkdir "$s/delta" && cd "$s/delta" && ( umask 022; tar -xof "$root/$base/delta.tar" ) && _cn read-tree "$b" &&
@@ -6577,7 +6579,7 @@ class Pull:
             sha1 = len(self.base) == 40
             incoming = Incoming(self.workspace.host, self.cancel, PULL, self.workspace.root, self.entry["project"],
                                 self.workspace.name, self.entry["tree"], self.sent_tree if sha1 else "",
-                                os.urandom(8).hex(), str(PULL_COMMITS_MAX), str(PULL_FILE_MAX), how)
+                                os.urandom(8).hex(), str(PULL_COMMITS_MAX), str(PULL_FILE_MAX), self.entry.get("pulled", {}).get("head", ""), how)
             wire = Wire(self._counted(incoming, harvest))
             dirty, unsent = self._read(wire, incoming, harvest)
             reply = incoming.reply()
@@ -6790,7 +6792,8 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report
         def remember(record: Dict[str, Any]) -> None:
             entry = record["workspaces"].get(name)
             if entry and entry["op"] == work.entry["op"]:
-                entry["pulled"] = dict(work.pulled, at=began, base=workspace.base)
+                heads = [work.pulled.get("head", ""), *entry.get("pulled", {}).get("head", "").split()]  # a branch each
+                entry["pulled"] = dict(work.pulled, at=began, base=workspace.base, head=" ".join(list(dict.fromkeys(heads))[:20]).strip())
                 if tip != since:
                     entry.setdefault("branches", {})[ref] = tip
                     del entry["tips"]

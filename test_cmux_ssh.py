@@ -6803,19 +6803,48 @@ def test_rm_and_push_without_git_there_see_what_no_time_tells(site: Site, harm: 
 
 
 @pytest.mark.parametrize("harm", [
-    "git checkout -q --detach; echo x >>README; git commit -qam lonely; git checkout -q main", "echo x >>README; git stash -q",
-    "git checkout -q -b side; echo x >>README; git commit -qam lonely; git checkout -q main", "git checkout -q --detach; echo x >>README; git commit -qam lonely",
-    "echo x >>README; git commit -qam lonely",
-])
+    "git checkout -q --detach; {}; git checkout -q main", "{}; git reset -q --hard HEAD~1", "{}; git commit -q --amend -m other",
+    "git worktree add -q --detach ~/wt; cd ~/wt; {}", "git checkout -q --detach; {}; git checkout -q --orphan fresh",
+    "git checkout -q -b side; {}; git checkout -q main", "{}; git update-ref refs/odd/one HEAD; git reset -q --hard HEAD~1",
+], ids=["detached", "reset", "amend", "worktree", "orphan", "branch", "ref"])
+def test_what_a_pull_does_not_bring_it_names_and_rm_refuses_until_it_is_home(repo: Repo, harm: str) -> None:
+    work(repo)
+    do(repo, AGENT + harm.format("echo x >>README && git commit -qam lonely"))
+    before = repo.cli("rm", "main")
+    refused(before, 1, words="lonely")
+    pulled = repo.cli("pull")
+    left = re.search(r"left out: the (\w+ \S+ \(lonely\)): check it out there and pull", pulled.said)
+    assert pulled.code == 0 and left and left.group(1) in before.said, (before, pulled)
+    refused(repo.cli("rm", "main"), 1, words=left.group(1))
+    do(repo, f"git checkout -q -f --detach {left.group(1).split()[1]}")
+    assert repo.cli("pull", "--branch", "found").code == 0 and repo.git("log", "--format=%s", "found").startswith("lonely")
+    do(repo, "git checkout -q -f main || git checkout -q -f -b main refs/cmux/base")
+    again = repo.cli("pull", "--branch", "third")
+    assert again.code == 0 and "check it out" not in again.said, again
+    assert repo.cli("rm", "main").code == 0
+
+
+def test_a_push_leaves_what_only_a_reflog_has_and_rm_still_knows_it(repo: Repo) -> None:
+    work(repo)
+    do(repo, AGENT + "echo x >>README; git commit -qam lonely; git commit -q --amend -m other")
+    repo.write("more", b"user")
+    repo.commit()
+    refused(repo.cli("push"), 1, words="other")
+    assert repo.cli("pull").code == 0 and repo.cli("push").code == 0
+    refused(repo.cli("rm", "main"), 1, words="(lonely)")
+    do(repo, "git reflog expire --expire=now --all")
+    assert repo.cli("rm", "main").code == 0
+
+
+@pytest.mark.parametrize("harm", ["echo x >>README; git stash -q", "echo x >>README; git commit -qam lonely",
+                                  "git checkout -q --detach; echo x >>README; git commit -qam lonely"])
 @pytest.mark.promise(7)
 @pytest.mark.compat
 def test_rm_refuses_commits_and_stashes(repo: Repo, harm: str) -> None:
     work(repo)
     do(repo, AGENT + harm)
     refused = repo.cli("rm", "main")
-    if "checkout -q main" in harm and "detach" in harm:  # only the reflog still knows it
-        return
-    assert refused.code == 1 and ("lonely" in refused.said or "stash" in refused.said or "WIP" in refused.said), refused
+    assert refused.code == 1 and ("lonely" in refused.said or "stash" in refused.said), refused
     assert repo.cli("rm", "--force", "main").code == 0
 
 
@@ -7054,9 +7083,9 @@ def test_a_history_that_cannot_come_home_loses_no_tracked_file_and_brings_no_ign
     do(repo, "git checkout -q -b more; git rm -q --cached f1; git tag saved $(git commit-tree -m only-in-tag HEAD^{tree})")
     do(repo, "git checkout -q other")
     refused(repo.cli("rm", "main"), 1, words="would be lost")
-    assert "the tag saved: check it out there and pull" in repo.cli("pull").said
+    assert "the tag saved (only-in-tag): check it out there and pull" in repo.cli("pull").said
     refused(repo.cli("rm", "main"), 1, words="tag saved")
-    do(repo, "git tag -d saved; git branch -D more main")
+    do(repo, "git tag -d saved; git branch -D more main; git reflog expire --expire=now --all")
     assert repo.cli("pull").code == 0 and repo.cli("rm", "main").code == 0
 
 
