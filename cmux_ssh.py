@@ -4252,14 +4252,14 @@ class Repository:
                              "Take it out of git (git rm -r --cached), or set CMUX_SSH_HOME to another directory.")
 
     def uncommitted(self, shadow: Shadow) -> int:
-        """How many tracked files differ from the index, or the index from HEAD."""
+        """How many tracked files are not as HEAD has them."""
         try:
+            top, tree = self.worktree(), self.resolve("HEAD")[1]
             shadow.borrow_index(self)
-            work = "--work-tree=" + self.worktree()
-            head = self.resolve("HEAD")[1]
-            return len(set(shadow.differing(work, head)))
+            changed = set(shadow.differing(self._as_add(shadow, top), tree))
+            return len(changed) - len(list(self._same_lfs(shadow, top, tree, changed)))
         except GitFailed:
-            return 0  # a bare repository, an index in the middle of a merge
+            return 0  # a bare repository
 
     def snapshot(self, allow: Sequence[str] = ()) -> str:
         """A commit of the work tree as it is, ignored files apart, kept as refs/cmux/sent/ID; the
@@ -4272,8 +4272,7 @@ class Repository:
             shadow.borrow_index(self)
             # add would run `git status` in every submodule, with the config and the filters of that.
             links = [row.partition(b"\t")[2] for row in shadow.records("ls-files", "-s", "-z") if row.startswith(b"160000 ")]
-            here = ("-C", top, "--work-tree=.", "-c", "core.safecrlf=false", *self._conversions(), *self._attributes_file())
-            shadow.attributes(self._own_attributes() + "* -filter\n")
+            here = self._as_add(shadow, top)
             try:
                 own = self.state_within(top)
                 if own and not run(shadow.argv(*here, "check-ignore", "-q", "--", own), shadow.env)[0]:
@@ -4295,6 +4294,11 @@ class Repository:
             made = shadow.call("commit-tree", new, "-p", commit, stdin=b"uncommitted work\n", env=person)
             self.publish(shadow.quarantine(made, [commit]), "refs/cmux/sent/" + made[:12], made, "")
             return made
+
+    def _as_add(self, shadow: Shadow, top: str) -> Tuple[str, ...]:
+        """The options with which ``shadow`` reads the work tree as `git add` would, but runs no filter."""
+        shadow.attributes(self._own_attributes() + "* -filter\n")
+        return ("-C", top, "--work-tree=.", "-c", "core.safecrlf=false", *self._conversions(), *self._attributes_file())
 
     def _conversions(self) -> List[str]:
         """What `git add` here goes by when it reads a file, as options; no program is among it."""
@@ -4333,17 +4337,21 @@ class Repository:
         shadow.attributes(self._own_attributes())
         names = {path: name for path, name in shadow.attribute("filter", paths, None, *self._attributes_file()) if name not in (b"unspecified", b"unset", b"set")}
         shadow.attributes(SHADOW_ATTRIBUTES)
-        same = []
-        for path, mode, oid, sha256, size in shadow.pointers(tree) if b"lfs" in names.values() else ():
-            file = os.path.join(top, os.fsdecode(path))
-            if path in names and os.path.getsize(file) == size and blob_id(file, sha256, size, "sha1"):
-                same.append((mode, oid, path))
+        same = list(self._same_lfs(shadow, top, tree, names if b"lfs" in names.values() else ()))
         for path in set(names).difference(path for _, _, path in same):
             shown, name = path.decode("utf-8", "surrogateescape"), show(names[path].decode("utf-8", "replace"))
             if shown not in allow:
                 raise UsageError("Nothing was sent: %s goes through the filter %s, and none is run here." % (show(shown), name),
                                  "Commit it first, or send it as it lies here: --allow %s" % quote(shown))
         return shadow.altered(new, same) if same else new
+
+    @staticmethod
+    def _same_lfs(shadow: Shadow, top: str, tree: str, paths: Container[bytes]) -> Iterator[Tuple[str, str, bytes]]:
+        """(mode, id, path) of those files that are what their LFS pointer in ``tree`` says."""
+        for path, mode, oid, sha256, size in shadow.pointers(tree) if paths else ():
+            file = os.path.join(top, os.fsdecode(path))
+            if path in paths and os.path.isfile(file) and os.path.getsize(file) == size and blob_id(file, sha256, size, "sha1"):
+                yield mode, oid, path
 
     @staticmethod
     def _nested(shadow: Shadow, here: Sequence[str], links: Sequence[bytes]) -> Optional[GitFailed]:
@@ -4603,12 +4611,11 @@ class Shadow:
             if match:
                 yield (path, *files[path], match.group(1).decode(), int(match.group(2)))
 
-    def differing(self, work: str, head: str, env: Optional[Dict[str, str]] = None) -> Iterator[bytes]:
-        """Tracked files that differ from the index, or in the index from ``head``. What is uncommitted
-        in a submodule is not looked for: git would run its filters."""
-        words = ("--ignore-submodules=dirty", "--name-only", "-z")
-        yield from self.records(work, "diff-files", *words, env=env)
-        yield from self.records("diff-index", "--cached", *words, head, env=env)
+    def differing(self, work: Sequence[str], head: str, env: Optional[Dict[str, str]] = None) -> Iterator[bytes]:
+        """Files of the index or ``head`` that are not as ``head`` has them; ``diff``, unlike the plumbing, reads those whose
+        time alone differs. What is uncommitted in a submodule is not looked for: git would run its filters."""
+        return self.records(*work, "diff", "--no-ext-diff", "--no-textconv", "--no-renames", "--ignore-submodules=dirty",
+                            "--name-only", "-z", head, "--", env=env, talks=True)
 
     def attributes(self, text: str) -> None:
         """What git goes by here before any .gitattributes."""
@@ -4764,7 +4771,7 @@ class Place:
             shutil.copy2(os.path.join(self.git_dir, "index"), env["GIT_INDEX_FILE"])
             status, head, _ = run([shadow.program, "--git-dir=" + self.git_dir, "rev-parse", "--verify", "-q",
                                    "HEAD^{tree}"], git_environment())
-            return not status and any(shadow.differing("--work-tree=" + self.top, head.decode().strip(), env))
+            return not status and any(shadow.differing(["--work-tree=" + self.top], head.decode().strip(), env))
         except (OSError, GitFailed):
             return False
 
@@ -5172,7 +5179,7 @@ class ProjectState:
     def _forked(self) -> None:
         import threading
         self._mutex = threading.Lock()
-        self._looking = threading.Lock()          # many workspaces at once: LFS content is read by one
+        self.looking = threading.Lock()          # many workspaces at once: LFS content is read by one
         self._fetching = threading.Lock()
         self._unknown: Optional[Tuple[float, CmuxError]] = None  # until when a secret's command is not asked again
         self.fetched: Set[str] = set()            # names of secrets that this process has sent or looked up
@@ -5351,7 +5358,7 @@ class ProjectBase(ProjectState):
     def parts(self, tree: str) -> Parts:
         """What to send of a commit's tree, by what lies here now."""
         parts = Parts(tree)
-        with self._looking:
+        with self.looking:
             if tree in self._plain or any(entry.get("plain") and entry["tree"] == tree for entry in self.entries().values()):
                 return parts
             with self.repository.in_shadow(tree) as shadow:
@@ -5477,7 +5484,7 @@ class ProjectBase(ProjectState):
             entry = self.settle(source.name)
             self.vacate(name)
             made = dict(entry, state="forking", op=os.urandom(8).hex(), created=int(time.time()), path=source.path[:-len(source.name)] + name)
-            for key in ("branches", "tips", "over", "intent", "removals"):
+            for key in ("branches", "over", "intent", "removals"):
                 made.pop(key, None)
             self.registry.update(lambda record: record["workspaces"].update({name: made}))
             self._move(FORK, source.host, made, source.name, name, made["op"])
@@ -5521,6 +5528,7 @@ class ProjectBase(ProjectState):
             workspace, report = self.workspace(name), report or Report()
             entry = self.settle(name)
             made = Creation(self, name, workspace.host.name, ref, entry["root"], report, cancel)
+            made.left_out()
             if (made.commit, made.tree) == (entry["base"], entry["tree"]) and not force:
                 return False
             with Logged(self, "push", name, workspace.host.name, ref, entry["op"]) as log:
@@ -5679,6 +5687,7 @@ class Creation:
             "base": self.commit, "tree": self.tree, "plain": self.parts.plain, "op": self.op, "created": int(time.time())}
         self._record(entry)
         try:
+            self.left_out()
             reply = self._make()
         except CmuxError as error:
             if not isinstance(error, (ConnectionLost, Cancelled)):  # it may exist there: the next `new` or `rm` clears it
@@ -5764,22 +5773,28 @@ class Creation:
         sizes = shadow.sizes(self.tree)  # few files: what one of them has may be all there is
         return best if sum(sizes.get(path, 0) for path in changed) < sum(sizes.values()) / 2 else ""
 
-    def _left_out(self, shadow: Shadow, absent: Mapping[bytes, str]) -> None:
-        """One line on what the repository has and the host does not get."""
-        reasons = list(absent.values())
-        changed = self.project.repository.uncommitted(shadow) if self.head else 0
+    def left_out(self) -> None:
+        """One line, once for all that a command makes, on what the repository has and the host does not get."""
+        with self.project.looking:
+            said = vars(self.report).setdefault("not_sent", set())
+            if self.tree in said or type(self.report) is Report:  # which says nothing
+                return
+            said.add(self.tree)
+            with self.project.repository.in_shadow(self.tree) as shadow:
+                self.parts.build(shadow)
+                reasons = list(({} if self.parts.whole else shadow.unsent(self.tree)[1]).values())
+                below = sum(place.uncommitted(shadow) for place in self.parts.places)
+                changed = self.project.repository.uncommitted(shadow) if self.head else 0
         parts = ["%d %s" % (count, re.sub("(file|submodule)s", r"\1", name, count=1) if count == 1 else name) for count, name in (
             (reasons.count("export-ignore"), "export-ignored files"), (reasons.count("submodule"), "submodules not checked out here"),
             (self.parts.lacking, "LFS files whose content is not here (their pointers are sent)"),
-            (changed, "uncommitted files (--dirty takes them along)"),
-            (sum(place.uncommitted(shadow) for place in self.parts.places), "uncommitted files in submodules")) if count]
+            (changed, "uncommitted files (--dirty takes them along)"), (below, "uncommitted files in submodules")) if count]
         if parts:
             self.report.note("Not sent: %s." % ", ".join(parts))
 
     def _archive(self, shadow: Shadow, parent: str) -> Archive:
         """The archive of what differs from a base, or of all."""
         absent = {} if self.parts.whole else shadow.unsent(self.tree)[1]
-        self._left_out(shadow, absent)
         apart = [path for path in self.parts.lfs if path not in absent]
         tree = self.tree
         if parent:
@@ -6770,23 +6785,18 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report
         shadow = held.enter_context(project.repository.in_shadow(workspace.base))
         work = Pull(workspace, shadow, report or Report(), allow, cancel)
         old = project.repository.value_of(ref)
-        own = (work.entry.get("branches", {}).get(ref), work.entry.get("tips", {}).get(ref))
-        if old and old not in own and not shadow.is_ancestor(old, workspace.base):
+        if old and old not in work.entry.get("branches", {}).get(ref, "").split() and not shadow.is_ancestor(old, workspace.base):
             raise GitFailed("The branch %s has commits that no pull of this workspace made." % show(ref[11:]),
                             "Choose another: --branch NAME. Or, if you want to keep it: git branch -m %s NEW" % quote(ref[11:]))
         began = time.time()
         project.update(name, asked=began)
         commits, dirty = work.fetch()
         since = old or workspace.base
-        tip = work.settle(commits, dirty, old, work.entry.get("over", {}).get(ref) == old)
+        tip = work.settle(commits, dirty, old, old in work.entry.get("over", {}).get(ref, "").split())
         executes = work.inspect(since, tip)
         if tip != since:
             # Said before it is done: killed in between, the next pull knows the branch as its own, where it is and where it was.
-            def claim(record: Dict[str, Any]) -> None:
-                entry = record["workspaces"][name]
-                entry.setdefault("tips", {})[ref] = tip
-                entry.setdefault("branches", {}).update({ref: old} if old else {})
-            project.registry.update(claim)
+            project.registry.update(lambda record: record["workspaces"][name].setdefault("branches", {}).update({ref: "%s %s" % (old, tip)}))
             project.repository.publish(shadow.quarantine(tip, {since, workspace.base}), ref, tip, old)
 
         def remember(record: Dict[str, Any]) -> None:
@@ -6795,8 +6805,7 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report
                 heads = [work.pulled.get("head", ""), *entry.get("pulled", {}).get("head", "").split()]  # a branch each
                 entry["pulled"] = dict(work.pulled, at=began, base=workspace.base, head=" ".join(list(dict.fromkeys(heads))[:20]).strip())
                 if tip != since:
-                    entry.setdefault("branches", {})[ref] = tip
-                    del entry["tips"]
+                    entry["branches"][ref] = tip
         project.registry.update(remember)
         stat = "\n".join(map(neutralise, work.diff("--stat=100", "--stat-count=500", since, tip))) if tip != since else ""
         count = int(shadow.call("rev-list", "--count", tip, "^" + since)) if tip != since else 0
@@ -9524,12 +9533,7 @@ def command_push(options: argparse.Namespace) -> int:
     workspace = existing_workspace(options)
     ref = workspace.project.repository.snapshot(options.allow) if options.dirty else options.ref
     moved = workspace.project.push(workspace.name, ref, options.force, Terminal(options.verbosity, notes=True))
-    now, repository = workspace.project.workspace(workspace.name), workspace.project.repository
-    if not moved and options.verbosity >= 0 and (options.dirty, options.ref) == (False, "HEAD"):
-        with repository.in_shadow(now.base) as shadow:
-            changed = repository.uncommitted(shadow)
-        if changed:
-            Terminal(0).warn("Uncommitted work stays here (%d file%s); --dirty takes it along." % (changed, "s"[changed == 1:]))
+    now = workspace.project.workspace(workspace.name)
     return answer(options, dict(now.describe(), pushed=moved), "%s is at %s%s" % (now.name, now.base[:10], "" if moved else " already"))
 
 

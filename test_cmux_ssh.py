@@ -3550,8 +3550,35 @@ def test_push_says_that_uncommitted_work_stays(repo: Repo) -> None:
     assert repo.cli("push").said == ""
     repo.write("README", b"edited\n")
     pushed = repo.cli("push")
-    assert pushed.code == 0 and "already" in pushed.text and "Uncommitted work stays here (1 file); --dirty takes it along." in pushed.said, pushed
+    assert pushed.code == 0 and "already" in pushed.text and "Not sent: 1 uncommitted file (--dirty takes them along)." in pushed.said, pushed
     assert repo.cli("push", "--dirty").said == "" and slurp(str(repo.path() / "README")) == b"edited\n"
+
+
+def test_what_is_not_sent_is_said_exactly_each_time_a_workspace_is_made_or_pushed_to(repo: Repo) -> None:
+    content = b"large" * 1000
+    repo.write("a.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (hashlib.sha256(content).hexdigest().encode(), len(content)))
+    repo.write(".gitattributes", b"*.bin filter=lfs\n/hidden export-ignore\n*.txt text\n")
+    for name in ("hidden", "staged", "back.txt", "gone"):
+        repo.write(name, b"a\nb\n")
+    repo.commit()
+    repo.git("config", "core.autocrlf", "true")
+    for name, data in (("a.bin", content), ("back.txt", b"a\r\nb\r\n"), ("staged", b"new\n")):
+        repo.write(name, data)
+    repo.git("add", "staged")
+    repo.write("staged", b"a\nb\n")  # as in HEAD again: --dirty would send nothing of it
+    for name in ("README", "nonce", "src/main.c", "a.bin"):
+        os.utime(str(repo.dir / name), (1, 1))
+    for words in (["new", "-H", "box", "one"], ["new", "-H", "box", "two", "three"], ["push", "-w", "one"]):
+        said = repo.cli(*words)
+        assert said.code == 0 and said.said.count("Not sent") == 1 and "Not sent: 1 export-ignored file, 1 LFS file whose content is not here" in said.said, said
+        assert "uncommitted" not in said.said, said
+    repo.write("README", b"edited\n")
+    (repo.dir / "gone").unlink()
+    before = (repo.dir / ".git/index").read_bytes()
+    for words in (["new", "-H", "box", "four"], ["push", "-w", "one"], ["push", "--force", "-w", "two"]):
+        assert "2 uncommitted files (--dirty takes them along)." in repo.cli(*words).said
+    assert (repo.dir / ".git/index").read_bytes() == before
+    assert "Not sent: 1 export-ignored" in repo.cli("push", "-w", "one", "--dirty", "--allow", "a.bin").said
 
 
 def test_exec_json_says_what_is_known_of_the_stop_also_without_a_host(repo: Repo) -> None:
@@ -7657,7 +7684,7 @@ def test_submodules_and_lfs_content_travel_and_do_not_come_back(site: Site, host
     assert family.whole()[b"assets/model.bin"][1] == CONTENT and family.whole()[os.fsencode("%s/%s/deep.c" % (LIB, INNER))]
     assert "Nothing new" in family.cli("pull").text and family.cli("diff").out == b""
     second = family.cli("new", "-v", "-H", place_of(site, host), "second")
-    assert second.code == 0 and "sent" not in second.said, second
+    assert second.code == 0 and ": sent " not in second.said, second
     assert tree_of(family.path("second")) == family.whole()
     if host == "box":
         assert family.cli("exec", "-w", "main", "--", "git status --short; git log --format=%s").out == b"base\n"
@@ -7995,6 +8022,10 @@ def test_a_pull_killed_around_the_move_of_the_branch_is_followed_by_one_that_jus
         assert repo.cli("pull", env={"PATH": f"{shim}:{os.environ['PATH']}"}).code == -9
         after = repo.cli("pull")
         assert after.code == 0 and repo.git("show", "cmux/main:README").endswith(str(turn)), after
+    do(repo, "echo third >>README")
+    assert repo.cli("pull", env={"PATH": f"{shim}:{os.environ['PATH']}"}).code == -9 and repo.cli("pull", "--branch", "other").code == 0
+    after = repo.cli("pull")
+    assert after.code == 0 and repo.git("show", "cmux/main:README").endswith("third"), after
     settled(repo.site)
     do(repo, "echo more >>README")
     repo.git("branch", "-f", "cmux/main", repo.git("commit-tree", "main^{tree}", "-p", "main", "-m", "somebody's own"))
