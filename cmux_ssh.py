@@ -1068,7 +1068,12 @@ _csnap() { # base-id its-tree commits bytes
     _cg check-ignore -q -- "$f" || _csame "$f" || { printf '%s' "$f"; break; }; done)
   case $f in ?*) printf 'large %s\n' "$f"; return 24;; esac
   _cg -c core.sparseCheckout=true update-index -q --really-refresh >/dev/null 2>&1 # what was marked not to be looked at is
-  _cg -c core.sparseCheckout=true add -A . >&2 && t=$(_cg write-tree)
+  _cg -c core.sparseCheckout=true add -A --ignore-errors . >"$s/bad" 2>&1 || { # git~1, what may not be read: the rest comes
+    f=$(sed -n "s/^error: [Ii]nvalid path '\(.*\)'/note \1: git there does not take it/p
+      s/^error: unable to index file \(.*\)/note \1: git there cannot read it/p" "$s/bad")
+    [ "$f" ] || { cat "$s/bad" >&2; return 3; }
+    printf '%s\n' "$f"; }
+  t=$(_cg write-tree)
 }
 _creflog() { # the commits that only a reflog or the HEAD of another worktree has; a reflog may name what is gone
   { _co log -g --format=%H --branches; _co log -g --format=%H HEAD; cat "$o/logs/HEAD" "$o"/worktrees/*/logs/HEAD 2>/dev/null | cut -d' ' -f2; } |
@@ -1132,8 +1137,9 @@ _ctar() {
     find . -name .git -prune -o \( -newer "$m.mark" -o -cnewer "$m.mark" \) ! -type d -print >"$s/newer"
     diff "$s/mark" "$s/pull" | sed -n 's/^> [^/]* \.\//.\//p' | sed 's/ -> .*//' | grep -qvxFf "$s/newer" && set -- all "$2";;
   esac
-  case $1 in all) find . -name .git -prune -o \( -type f -o -type l \) ! -size "+${2}c" -exec tar -cf - {} +;;
-  *) find . -name .git -prune -o \( -newer "$m.mark" -o -cnewer "$m.mark" \) \( -type f -o -type l \) -exec tar -cf - {} +;; esac
+  q=; ! tar --no-unquote -cf - /dev/null >/dev/null 2>&1 || q=--no-unquote # GNU tar takes \b in a name for a backspace
+  case $1 in all) find . -name .git -prune -o \( -type f -o -type l \) ! -size "+${2}c" -exec tar $q -cf - {} +;;
+  *) find . -name .git -prune -o \( -newer "$m.mark" -o -cnewer "$m.mark" \) \( -type f -o -type l \) -exec tar $q -cf - {} +;; esac
 }
 _cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && _cstage "$6" _cpull "$@"; }
 """
@@ -5619,7 +5625,7 @@ class ProjectBase(ProjectState):
         lost = [show(line.replace("\t", " "), 200)[1:-1] for line in lines if line.strip()]
         way = "Wait for it, or end it with stop (%s jobs -w %s)." if lost and all(line.startswith("a job that runs") for line in lost) else \
             "Bring it home first: %s pull -w %s." if lost else "Look at it there (%s exec -w %s -- git status --short); read brings a file."
-        lost += ["%s (it lies in a submodule: no pull brings it home)" % path for path in entry.get("pulled", {}).get("left", ())]
+        lost += entry.get("pulled", {}).get("left", ())
         if lost:
             error = WorkspaceDirty("The workspace %s has work that would be lost: %s%s."
                                    % (name, ", ".join(lost[:5]), ", ..." if len(lost) > 5 else ""),
@@ -6050,28 +6056,21 @@ def is_dot_git(component: str) -> bool:
     return name == ".git" or bool(re.match(r"git~\d+\Z", name))
 
 
-def check_result_path(path: bytes, known: bool = False) -> bytes:
-    """Return a path the host named if it may stand in a tree of ours, else ResultRefused.
-
-    ``known``: the repository has the path already, so its spelling is the user's own."""
-    try:
-        text = path.decode("utf-8", "surrogateescape" if known else "strict")
-    except UnicodeDecodeError:
-        raise refuse("the path %s is not UTF-8" % show(path.decode("utf-8", "replace")))
-    parts = text.split("/")
-    if len(path) > PATH_MAX or len(parts) > DEPTH_MAX or max(map(len, path.split(b"/"))) > 255:
-        raise refuse("the path %s is too long or too deep" % show(text))
-    for part in text.replace("\\", "/").split("/"):
-        if part in ("", ".", "..") or is_dot_git(part):
-            raise refuse("the path %s leaves the tree, or names a git directory" % show(text))
-    if "" in parts or "\0" in text:
-        raise refuse("the path %s is not one" % show(text))
-    if not known:
-        import unicodedata
-        for character in "" if text.isprintable() and text.isascii() else text:
-            if unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Co") and character not in "\n\t\u200c\u200d":
-                raise refuse("the path %s has a control character" % show(text))
-    return path
+def check_result_path(path: bytes) -> str:
+    """Why a path the host named may not stand in a tree of ours; "" if it may. ResultRefused for what no git and
+    no file system there can hold."""
+    text = path.decode("utf-8", "surrogateescape")
+    if "\0" in text or not {"", ".", "..", ".git"}.isdisjoint(text.split("/")):
+        raise refuse("the path %s leaves the tree, or names a git directory" % show(text))
+    if len(path) > PATH_MAX or path.count(b"/") >= DEPTH_MAX or max(map(len, path.split(b"/"))) > 255:
+        return "it is too long or too deep"
+    if any(part in ("", ".", "..") or is_dot_git(part) for part in text.replace("\\", "/").split("/")):
+        return "another system takes it for another place"
+    import unicodedata
+    for character in "" if text.isprintable() and text.isascii() else text:
+        if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co") and character not in "\n\t\u200c\u200d":
+            return "it has a control character, or is not UTF-8"
+    return ""
 
 
 def check_link(path: bytes, target: bytes) -> None:
@@ -6143,6 +6142,7 @@ class Harvest:
         self.overlap = max(map(len, self.secrets.values()), default=1) - 1
         self.sizes: Dict[int, int] = {}
         self.leaks: Dict[int, List[str]] = {}
+        self.left: Dict[bytes, str] = {}      # paths that cannot come, and why
         self.commits: List[Dict[str, Any]] = []
         self.total = self.paths = self.words = 0
         self.used: Set[int] = set()
@@ -6169,16 +6169,15 @@ class Harvest:
         self.importer.write(b"\n")
 
     def change(self, changes: Dict[bytes, Tuple[str, int]], path: bytes, mode: str, mark: int) -> None:
-        """One path of a commit: a file by its mark, or a deletion (mode "")."""
+        """One path of a commit: a file by its mark, or a deletion (mode ""). What cannot come is left out."""
         self.paths += 1
         if self.paths > PULL_PATHS_MAX:
             raise refuse("more than %d paths changed" % PULL_PATHS_MAX, "Let .gitignore cover what was generated, and pull again.")
-        try:
-            check_result_path(path)
-        except ResultRefused:
-            if not self.known(path):
-                raise
-            check_result_path(path, True)
+        why = check_result_path(path)
+        if why and not self.known(path):  # else it is the user's own spelling
+            self.left.pop(path, None)
+            self.left.update({path: why} if mode else {})
+            return
         if path in changes or (mode and mark not in self.sizes):
             raise refuse("its stream names %s twice or without content" % show(path.decode("utf-8", "replace")))
         again = self.sizes[mark] if mode and mark in self.used else 0  # some bytes for a name, a whole file in a work tree
@@ -6315,7 +6314,7 @@ def tar_number(field: bytes) -> int:
 def read_tar(wire: Wire, harvest: Harvest, sent: Set[bytes]) -> List[bytes]:
     """Parse the list and the archives into one commit. ``sent`` is what the host was given: what
     it lacks now was deleted. Returns the paths that are new there but came with no archive."""
-    listed, new, changes, marks = 0, set(), {}, {}  # type: int, Set[bytes], Dict[bytes, Tuple[str, int]], Dict[bytes, int]
+    listed, new, changes, marks = 0, set(), {}, {}  # type: int, Set[bytes], Dict[bytes, Tuple[str, int]], Dict[bytes, Tuple[str, int]]
     missing = set(sent)
     while True:
         path = wire.upto(b"\0", 4 * PATH_MAX)
@@ -6343,13 +6342,13 @@ def read_tar(wire: Wire, harvest: Harvest, sent: Set[bytes]) -> List[bytes]:
         if mode == "link":  # a second name of a file that came before
             if target not in marks:
                 raise refuse("its tar archive links %s to what it does not hold" % show(path.decode("utf-8", "replace")))
-            mode, mark = changes[target][0], marks[target]
+            mode, mark = marks[target]
         else:
             mark = len(harvest.sizes) + 1
             harvest.blob(mark, size, [target] if mode == "120000" else wire.chunks(size))
             if mode != "120000":
                 wire.exact(-size % 512)
-        marks[path] = mark
+        marks[path] = mode, mark
         harvest.change(changes, path, mode, mark)
     person = ("cmux", "cmux@localhost", "@%d +0000" % time.time())
     harvest.end({"mark": 0, "author": person, "committer": person, "message": "work of the workspace\n",
@@ -6639,9 +6638,9 @@ class Pull:
         for mode, oid, path in self.shadow.listing(self.sent_tree) if found else ():
             if found.get(path) == {(mode, oid)}:  # a host without git may send all files
                 del found[path]
-        left = [show(path.decode("utf-8", "replace"))[1:-1] for path in sorted(found)]
-        self.notes += ["left out: %s (it lies in a submodule: no commit here can hold it)" % path for path in left[:20]]
-        self.notes += ["left out: %d more in submodules" % (len(left) - 20)] if left[20:] else []
+        harvest.left.update(dict.fromkeys(found, "it lies in a submodule: no commit here can hold it"))
+        left = ["%s (%s)" % (show(path.decode("utf-8", "replace"))[1:-1], why) for path, why in sorted(harvest.left.items())]
+        self.notes += ["left out: " + path for path in left[:20]] + (["left out: %d more" % (len(left) - 20)] if left[20:] else [])
         if left:
             self.pulled["left"] = left[:20]
 

@@ -6140,7 +6140,7 @@ class Lab:
                     c.read_tar(wire, harvest, sent)
                 grower = c.Grower(shadow, self.base, harvest, importer.finish(), absent)
                 tips = grower.grow()
-                self.leaks = harvest.leaks
+                self.leaks, self.left = harvest.leaks, harvest.left
             finally:
                 importer.close()
             tip = (tips or [self.base])[-1]
@@ -6226,10 +6226,10 @@ def test_honest_tar_arrives(lab: Lab) -> None:
     assert lab.git("show", "cmux/x:docs") == "x"
 
 
-EVIL = [b"../x", b"/abs", b".git/hooks/post-checkout", b".GIT/config", b"a/.git/config", b".git", b"git~1/config", b"GIT~2", b".git /x", b".git./x",
-        b".git...", b".git::$INDEX_ALLOCATION/x", ".g\u200cit/config".encode(), ".gi\ufefft".encode(), "\uff0egit/x".encode(), b"a/../../x", b"a/..", b"./a", b"a//b", b"a/",
-        b"a\\..\\..\\x", b"a\\.git\\config", b"\x1b]52;c;x\x07", "a\u202eb".encode(), b"a\xffb", b"x" * 256, b"/".join([b"d"] * 65),
-        b"/".join([b"y" * 100] * 11), b"a\rb", b"..", b".", b".Git\\hooks\\x"]
+EVIL = [b"../x", b"/abs", b".git/hooks/post-checkout", b"a/.git/config", b".git", b"a/../../x", b"a/..", b"./a", b"a//b", b"a/", b"..", b"."]
+ODD = [b".GIT/config", b"git~1/config", b"GIT~2", b".git /x", b".git./x", b".git...", b".git::$INDEX_ALLOCATION/x", ".g\u200cit/config".encode(),
+       ".gi\ufefft".encode(), "\uff0egit/x".encode(), b"a\\..\\..\\x", b"a\\.git\\config", b"\\lead", b"trail\\", b"\x1b]52;c;x\x07", "a\u202eb".encode(), b"a\xffb",
+       b"x" * 256, b"/".join([b"d"] * 65), b"/".join([b"y" * 100] * 11), b"a\rb", b".Git\\hooks\\x"]
 
 
 def quoted(path: bytes) -> bytes:
@@ -6244,6 +6244,17 @@ def test_evil_paths_are_refused(lab: Lab, path: bytes) -> None:
     lab.refuse(export(commit(1, b"D " + quoted(path))))
     lab.refuse(tar((b"./" + path, b"x")), "tar")
     lab.refuse(tar((path, b"x"), form=tarfile.PAX_FORMAT), "tar") if path[:2] != b"./" else None
+
+
+@pytest.mark.parametrize("path", ODD)
+def test_odd_paths_are_left_out_and_named(lab: Lab, path: bytes) -> None:
+    """An honest host may have them; nothing of ours does, and everything else comes."""
+    for at, (how, stream) in enumerate((("git", export(blob(1, b"x"), commit(2, b"M 100644 :1 " + quoted(path), b"M 120000 :1 good"))),
+                                        ("git", export(blob(1, b"x"), commit(2, b"M 100644 :1 good"), commit(3, b"D " + quoted(path), parent=b"from :2"))),
+                                        ("tar", tar((b"./" + path, b"x"), (b"./good", {"type": tarfile.LNKTYPE, "linkname": os.fsdecode(b"./" + path)}))))):
+        assert set(lab.take(stream, how)[1]) == {"good"}
+        assert (list(lab.left) == [path]) == (at != 1)
+        lab.git("update-ref", "-d", "refs/heads/cmux/x")
 
 
 @pytest.mark.parametrize("target", [b"/etc/passwd", b"../x", b"a/../../x", b".git/config", b"x/.GIT", b"", b"a\0b", b"..", b"x/..", b"\\etc", b"a" * 1025])
@@ -7090,9 +7101,27 @@ def test_what_may_not_come_in_and_is_gone_again_is_said_with_the_way_out(repo: R
     refused(repo.cli("rm", "main"), 1, words="would be lost")
     do(repo, "git reset --soft refs/cmux/base && git commit -m all")
     assert repo.cli("pull").code == 0 and repo.git("show", "cmux/main:one") == "one" and repo.git("show", "cmux/main:u") == "u"
-    assert repo.cli("rm", "main").code == 0 and repo.cli("new", "-H", "box", "two").code == 0
-    do(repo, AGENT + "mkdir -p a; echo x >'a/\\033[31m'; touch \"$(printf 'c\\001')\"; git add .; git commit -qm c", "two")
-    refused(repo.cli("pull", "-w", "two"), 1, words="exec -- git status. If only")
+    refused(repo.cli("rm", "main"), 1, words=" (a)")  # only a reflog has it, and it cannot come
+    assert repo.cli("rm", "--force", "main").code == 0
+
+
+@pytest.mark.parametrize("host", ["box", "nogit"])
+def test_names_that_cannot_come_are_left_out_and_those_of_the_base_can_change(site: Site, host: str) -> None:
+    own = ["\\lead", "trail\\", "a\\..\\b"]
+    repo = Repo(site, files={name: b"old\n" for name in [*own, "README"]})
+    assert repo.cli("new", "-H", place_of(site, host), "main").code == 0
+    do(repo, "for f in * ; do echo new >\"$f\"; done; mkdir .GIT sub; for f in 'git~1' .GIT/x 'sub/\\new' \"$(printf 'c\\001')\" \"$(printf 'l\\351')\"; do echo odd >\"$f\"; done")
+    odd = [".GIT/x", "c^A", "git~1", "l\ufffd", "sub/\\new"]
+    refused(repo.cli("rm", "main"), 1, words="would be lost")
+    shown = repo.cli("diff", "--stat")
+    assert shown.code == 0 and "4 files changed" in shown.text, shown
+    pulled = repo.cli("pull")
+    assert pulled.code == 0 and sorted(line.split()[3].rstrip(":") for line in pulled.said.splitlines() if "left out" in line) == odd, pulled.said
+    names = repo.git("-c", "core.quotePath=false", "diff", "-z", "--name-only", "main", "cmux/main").split("\0")
+    assert set(names) == {*own, "README", ""} and repo.git("show", "cmux/main:\\lead") == "new"
+    refused(repo.cli("rm", "main"), 1, words="sub/")
+    do(repo, "rm -r sub 'git~1' .GIT c?; rm l*")
+    assert repo.cli("pull").code == 0 and repo.cli("rm", "main").code == 0
 
 
 @pytest.mark.parametrize("push", [False, True])
