@@ -100,6 +100,7 @@ INTERACTIVE_PATIENCE = 300  # a person types a passphrase
 CONTROL_PATIENCE = 5        # a live master answers hello in under a millisecond
 SLOT_PATIENCE = 600         # waiting for one of the 104 sessions
 MASTER_PASSED_BY = 30       # one that hangs (SIGSTOP, a dying machine) is not asked again for so long
+SHELL_PATIENCE = 2.5        # without a word from our wrapper: then another session is asked what begins there
 START_PATIENCE = 60         # from the header sent to the start mark: slow rc files are read here
 UNKNOWN_FOR = 10            # a secret's command that failed is not run again for masking
 STOP_PATIENCE = 10          # for the host's word that a tree has ended
@@ -671,12 +672,17 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
 # The wire, all of it. One fixed command starts every session:  exec sh -c '<BOOT>'
 # (BOOT_AHEAD, below, where it is opened before there is an operation). It reads a header from its
 # stdin, records of a name, a number of lines, and those lines:
+#   exit 0     nothing to our wrapper. It is the first line: where a ForceCommand or a start-up file runs a
+#              shell that reads our stdin instead, that ends before it takes a value for a command
 #   NAME n     an environment variable of the command (secrets travel so, and only so)
 #   _cX  n     a setting of the wrapper: N nonce, i run id, d directory, l lifeline, q how to
 #              run a shell line (-c, -lc), x the line, P the command's PATH
 #   @    n     one more positional parameter
 #   :    n     text to eval now (functions of the operations)
 #   .    n     the end: text to eval as the operation
+# Shells read ahead, fish to the end. So a second `exit 0` marks a header that holds secrets: of it, nothing
+# behind the first line is sent before our wrapper has shown itself by READY. That costs a round trip,
+# but none where the session was opened ahead.
 # What comes back, on stdout and on stderr each:  NONCE+ pid  ...bytes...  NONCE- status stop
 # Before the first mark is login noise; NONCEx 96 says the directory is missing. The marks tell
 # accidents apart. They are no defence against malice: a hostile host can always lie.
@@ -762,11 +768,11 @@ _crun() {
   *) [ -z "$_cs" ] || _cw=0;;
   esac;
 };
-unset TMOUT; _cE=; _cp=; case $0 in cmux) _cp=$PPID;; esac;
+echo cmux $((6*7)); unset TMOUT; _cN=; _cE=; _cp=; case $0 in cmux) _cp=$PPID;; esac;
 export CMUX_RUNTIME=ssh GIT_TERMINAL_PROMPT=0 EDITOR=true VISUAL=true GIT_EDITOR=true GIT_SEQUENCE_EDITOR=true;
 _cz=${IFS#??}; _cz=${_cz%"${_cz#?}"}; _cD="$"; _cw=; _cP=; _cq=; _cd=; _cl=;
 while IFS=" " read -r _ck _cn; do
-  _cv=; _cs=;
+  _cv=; _cs=; [ "$_cn" != 0 ] || continue;
   while [ "$_cn" -gt 0 ]; do IFS= read -r _cf || exit 97; _cv=$_cv$_cs$_cf; _cs=$_cz; _cn=$((_cn-1)); done;
   case $_ck in
   .) break;;
@@ -776,7 +782,7 @@ while IFS=" " read -r _ck _cn; do
   *) export "$_ck=$_cv" || exit 97;;
   esac;
 done;
-[ "$_ck" = . ] || exit 97;
+[ "$_ck" = . ] && [ "$_cN" ] || exit 97;
 case $_cd in ?*) CDPATH= cd -- "$_cd" 2>/dev/null || { echo "${_cN}x 96"; echo "${_cN}x 96" >&2; exit 96; };; esac;
 exec 4>&2 2>/dev/null;
 echo "$_cN+ ${_cp:-$$}"; echo "$_cN+ ${_cp:-$$}" >&4;
@@ -840,6 +846,8 @@ unset TMOUT; exec 3<&0 4>&2 5>&1 2>/dev/null;
 STOP_LINE, BOOT_LINE, AHEAD_LINE = (" ".join(line.strip() for line in text.strip().splitlines())
                                     for text in (STOP_TEXT, BOOT_TEXT, AHEAD_TEXT))
 BOOT = "exec sh -c '%s %s'" % (STOP_LINE, BOOT_LINE)
+READY = b"cmux 42\n"        # not in BOOT as it stands: what echoes its orders does not say it
+HELD = b"exit 0\n"          # the first line of a header; again in one that holds secrets
 
 # The functions that our own operations share, then one script each. Parameters are "$1"...;
 # status 0 is success, stdout is the reply; stderr is shown to the user, neutralised.
@@ -1554,7 +1562,7 @@ def record(name: str, value: Union[str, bytes]) -> bytes:
 
 def shell_header(nonce: str, run_id: str, operation: bytes) -> bytes:
     """The frame around the records of one operation, without its end record."""
-    return record("_cN", nonce) + record("_ci", run_id) + operation
+    return HELD + record("_cN", nonce) + record("_ci", run_id) + operation
 
 
 def script_records(script: str, *arguments: str, ahead: bool = False) -> bytes:
@@ -2796,11 +2804,11 @@ class MuxSession(Session):
 
 
 class RemoteShellFailed(ConnectionFailed):
-    """The session ended before our script began: the login shell or sh failed there."""
+    """The session ended before our script began: sh failed there, or another shell runs instead."""
 
     def __init__(self, host: str) -> None:
-        super().__init__("%s accepted the session, but no POSIX sh began there." % host,
-                         "Try `%s %s exec sh -c :` and look at its login shell's start-up files." % (
+        super().__init__("%s accepted the session, but did not run our command with a POSIX sh." % host,
+                         "Try `%s %s exec sh -c :`, and look for a ForceCommand, and for a shell that a start-up file runs." % (
                              os.environ.get("CMUX_SSH_COMMAND", "").strip() or "ssh", quote(host)), host)
 
 
@@ -3501,8 +3509,8 @@ class Stream:
 
     def __init__(self, fd: int, nonce: bytes, sink: Callable[[bytes], Any]) -> None:
         self.fd, self.nonce, self.sink = fd, nonce, sink
-        self.begun = self.ended = self.closed = False
-        self.held = b""
+        self.ready = self.begun = self.ended = self.closed = False
+        self.held = self.noise = b""
         self.pid = ""
         self.status: Optional[int] = None
         self.stop = ""
@@ -3520,6 +3528,9 @@ class Stream:
                 self.sink(self.held)  # a false start of a mark, cut off
                 self.held = b""
             return False
+        if not self.ready:
+            self.noise += data
+            self.ready, self.noise = READY in self.noise, self.noise[-len(READY):]
         self._feed(data)
         return True
 
@@ -3602,6 +3613,7 @@ class Exchange:
         self.out = Stream(session.stdout, nonce.encode(), stdout)
         self.err = Stream(session.stderr, nonce.encode(), stderr)
         self.outgoing = memoryview(shell_header(nonce, run_id or os.urandom(8).hex(), operation) + after)
+        self._held = len(self.outgoing) - len(HELD) if HELD in operation else 0  # of it, until our wrapper has shown itself
         self.source = source
         self.close_stdin = close_stdin   # once everything is written
         self.sent = False                # the header is with the host, or on its way
@@ -3655,8 +3667,8 @@ class Exchange:
             wanted.append(self.session.control)
         if cancel:
             wanted.append(cancel.fileno())
-        writing = bool(self.outgoing) and self.session.stdin >= 0
-        if not writing and self.source and (self.begun or self.eager) and not self.source.waits:
+        writing = len(self.outgoing) > self._held and self.session.stdin >= 0
+        if not writing and not self._held and self.source and (self.begun or self.eager) and not self.source.waits:
             wanted.append(self.source.fd)
         key = tuple(wanted) + (-1 - writing,)
         if key != self._registered:
@@ -3673,6 +3685,8 @@ class Exchange:
             if not stream.ended:  # what comes after is thrown away
                 self.moved = time.monotonic()
             stream.read()
+            if self.out.ready:
+                self._held = 0
             if stream.begun or stream.ended:
                 self.session.begun()
             self.lost = self.lost or (self.out.closed and self.err.closed)
@@ -3692,12 +3706,12 @@ class Exchange:
 
     def _write(self) -> None:
         try:
-            self.outgoing = self.outgoing[os.write(self.session.stdin, self.outgoing[:CHUNK]):]
+            self.outgoing = self.outgoing[os.write(self.session.stdin, self.outgoing[:len(self.outgoing) - self._held][:CHUNK]):]
             self.sent = self.sent or not self.outgoing
         except BlockingIOError:
             return
         except OSError:  # the far side takes no more: what it says, or the session's end, tells why
-            self.outgoing, self.source, self.close_stdin = memoryview(b""), None, True
+            self.outgoing, self._held, self.source, self.close_stdin = memoryview(b""), 0, None, True
         self._close_if_written()
 
     def _close_if_written(self) -> None:
@@ -3821,7 +3835,7 @@ class Host:
                 source.heard(bytes(out.head[:100]))
         exchange = Exchange(session, records, hear, err, source, data is not None, after=data or b"",
                             eager=not isinstance(session, DirectSession))  # a dropped handshake takes none of it along
-        self.begin(exchange, direct, cancel)
+        self.begin(exchange, cancel)
         streams = source is not None or bool(data)
         if not exchange.run(Deadline(None if streams else CALL_PATIENCE), cancel, stall=STALL_PATIENCE if streams else None):
             raise RemoteFailed("%s did not finish within %d seconds." % (self.name, CALL_PATIENCE))
@@ -3906,10 +3920,33 @@ class Host:
         for session in ready:
             session.close()
 
-    def begin(self, exchange: Exchange, direct: bool, cancel: Optional[Cancel]) -> None:
-        """See an operation begin, or be refused, on a connection that may still have to be made. Raises HostError."""
-        if not exchange.run(Deadline(START_PATIENCE + (CONNECT_PATIENCE if direct else 0)), cancel, until=exchange.answered):
-            raise self.silent(exchange)
+    def begin(self, exchange: Exchange, cancel: Optional[Cancel], deadline: Deadline = Deadline(None)) -> None:
+        """See an operation begin, or be refused, on a connection that may still have to be made; or the deadline
+        pass. Raises HostError."""
+        direct = isinstance(exchange.session, DirectSession)
+        patience = Deadline(deadline.capped(START_PATIENCE + (CONNECT_PATIENCE if direct else 0)))
+        if not exchange.run(Deadline(patience.capped(SHELL_PATIENCE)), cancel, until=exchange.answered):
+            if not direct and not patience.over() and not exchange.out.ready:
+                self._see_our_shell(cancel)
+            if not exchange.run(patience, cancel, until=exchange.answered) and not deadline.over():
+                raise self.silent(exchange)
+
+    def _see_our_shell(self, cancel: Optional[Cancel]) -> None:
+        """Raise RemoteShellFailed where a shell that is not ours reads our stdin to its end: it ends a session that
+        sends nothing more. One that is slow to start is silent in this one, too."""
+        session = None
+        try:
+            session = self.masters.open(BOOT, Deadline(1), cancel)
+            probe = Exchange(session, b"", len, len, close_stdin=True)
+            probe.run(Deadline(SHELL_PATIENCE / 2), cancel)
+        except RemoteShellFailed:
+            if not probe.out.ready:
+                raise
+        except HostError:
+            pass
+        finally:
+            if session:
+                session.close()
 
     def silent(self, exchange: Exchange) -> HostError:
         """The error for a host that took the session, perhaps what was sent too, and said nothing. Its master may
@@ -3945,7 +3982,7 @@ class Incoming:
             session = host.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel)
             self.exchange = Exchange(session, script_records(script, *arguments), self.waiting.append, self.err)
             try:
-                return host.begin(self.exchange, True, cancel)
+                return host.begin(self.exchange, cancel)
             except BaseException as error:
                 self.close()
                 if not isinstance(error, ConnectionDropped) or not host.masters.again(error, attempt, Deadline(SLOT_PATIENCE), cancel):
@@ -4037,12 +4074,8 @@ class CommandRun:
                 self.exchange = exchange = Exchange(session, self.records, self.stdout, self.stderr, self.source, run_id=self.run_id)
                 if self.source:
                     self._open_guard(waiting, cancel)
-                starting = Deadline(deadline.capped(START_PATIENCE))
-                if not exchange.run(starting, cancel, until=exchange.answered):
-                    if deadline.over():
-                        return
-                    raise self.host.silent(exchange)
-                if self.guard:
+                self.host.begin(exchange, cancel, deadline)
+                if self.guard and exchange.begun:
                     self.guard.outgoing = memoryview(b"%s\n" % exchange.out.pid.encode())
                     self.guard.run(Deadline(CONTROL_PATIENCE), None, until=self.guard.written)
                 return
@@ -4062,7 +4095,7 @@ class CommandRun:
     def _open_guard(self, deadline: Deadline, cancel: Optional[Cancel]) -> None:
         session = self.host.open(deadline, cancel)
         guard = self.guard = Exchange(session, script_records(GUARD, ahead=session.ahead), self.guard_reply, Capture(100), run_id=self.run_id)
-        guard.run(Deadline(START_PATIENCE), cancel, until=guard.answered)
+        self.host.begin(guard, cancel, deadline)
 
     # -- stopping --
 
@@ -5912,7 +5945,8 @@ class WorkspaceBase:
             values[check_variable(name)] = encoded(value)
         if sum(len(value) for value in values.values()) > SECRETS_MAX + 65536:
             raise UsageError("The environment is larger than %s." % human_size(SECRETS_MAX))
-        return b"".join(record("_cP" if name == "PATH" else name, value) for name, value in values.items())
+        records = b"".join(record("_cP" if name == "PATH" else name, value) for name, value in values.items())
+        return (HELD if secrets or extra else b"") + records
 
     def run(self, command: Union[str, Sequence[str]], stdout: Callable[[bytes], Any],
             stderr: Callable[[bytes], Any], source: Optional[Source] = None, cwd: str = "",
@@ -5985,7 +6019,8 @@ class WorkspaceBase:
         masters, ready = self.host.masters, Capture(100)
         session = self.host.open(Deadline(SLOT_PATIENCE))
         try:
-            exchange = Exchange(session, script_records(HANDOVER, self.root, place), ready, ready, close_stdin=True, after=b"".join(lines))
+            exchange = Exchange(session, HELD + script_records(HANDOVER, self.root, place), ready, ready, close_stdin=True, after=b"".join(lines))
+            self.host.begin(exchange, None)
             if not exchange.run(Deadline(START_PATIENCE), until=lambda: bool(ready.total) or exchange.ended) or ready.value() != b"ready\n":
                 raise RemoteFailed("%s could not prepare a shell: %s" % (self.host.name, show(neutralise(ready.value()), 200)))
             argv, environment, begun, ended = masters.on_terminal(TAKEOVER % "".join("\\%03o" % byte for byte in fifo), Deadline(SLOT_PATIENCE))

@@ -1633,6 +1633,68 @@ print(warm().exec(["printf", "<%s>", "it's", "!x"]).stdout, warm().write("a\\n'b
 """, site.login(shell)) == "b\"<it's><!x>\" True b'one\\n' 1 b'in' True\n"
 
 
+FOREIGN = ("bash -l", "zsh", "dash", "fish", "tcsh", "mksh", "ksh", "busybox sh", "cat", ".bashrc")
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_a_shell_that_is_not_ours_runs_nothing_of_a_header_and_reads_no_secret(site: Site, foreign: str) -> None:
+    """The account's ForceCommand, or what its .bashrc runs, reads what we send in place of our command."""
+    flag, touched, got, nap, login = site.dir / "flag", site.dir / "touched", site.dir / "got", unique(), site.dir / "login"
+    login.write_text(f'#!/bin/sh\n[ ! -e {flag} ] || exec {foreign if foreign != "cat" else f"cat >>{got}"}\nexec sh -c "$SSH_ORIGINAL_COMMAND"\n')
+    login.chmod(0o755)
+    if foreign == ".bashrc":
+        host = "box-bash"
+        (site.far_home(host) / ".bashrc").write_text(f"[ ! -e {flag} ] || exec zsh\n")
+    else:
+        host = site.daemon("foreign", f"ForceCommand {login}")
+    repo = Repo(site)
+    assert repo.cli("new", "-H", host, "main").code == 0
+    for number, value in enumerate((f"touch {touched}", f"sleep {nap}")):
+        assert repo.cli("secrets", "set", f"S{number}", stdin=value.encode()).code == 0
+    flag.touch()
+    for words in (["-n"], ["--env", f"V=touch {touched}"], ["--detach"])[:1 if foreign in ("cat", "fish") else 3]:
+        ran = repo.exec("true", host=host, options=words, stdin=None if "-n" in words or "--detach" in words else b"touch %s" % os.fsencode(touched))
+        refused(ran, 255, words="did not run our command")
+        assert ran.seconds < 6, ran
+    assert not touched.exists() and not running(f"sleep {nap}")
+    assert not re.search(b"S0|sleep|true", slurp(str(got))) and (foreign != "cat" or slurp(str(got)).startswith(b"exit 0\n"))
+    flag.unlink()
+    assert repo.exec('printf %s "$S1"', host=host).out == b"sleep " + nap.encode()
+
+
+def test_a_shell_that_is_not_ours_in_one_session_opened_ahead_runs_nothing(site: Site) -> None:
+    flag, touched = site.dir / "flag", site.dir / "touched"
+    (site.far_home("box-bash") / ".bashrc").write_text(f"[ ! -e {flag} ] || exec dash\n")
+    repo = Repo(site)
+    assert repo.cli("secrets", "set", "S", stdin=b"touch %s" % os.fsencode(touched)).code == 0
+    assert in_library(repo, """
+c, flag = cmux_ssh, sys.argv[2]
+workspace = c.Project(".").create("main", sys.argv[1])
+def warm():
+    end = time.monotonic() + 60
+    while len(workspace.host._ready) < c.WARM_SESSIONS:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+def said(words):
+    try:
+        return workspace.exec(words).exit_code
+    except c.RemoteShellFailed:
+        return "failed"
+warm()
+workspace.host.close()
+open(flag, "w").close()
+workspace.host._resting = False
+workspace.host._wake.set()
+warm()
+c.os.unlink(flag)
+print([said(["true"]) for _ in range(c.WARM_SESSIONS)])
+warm()
+print(said(["true"]))
+""", "box-bash", str(flag)) == "['failed', 'failed', 'failed', 'failed']\n0\n"
+    assert not touched.exists()
+
+
 def minimal_path(site: Site, *more: str) -> str:
     """A directory with the POSIX utilities busybox has, and the named programs of this machine."""
     directory = site.dir / "-".join(("bin", *more))
