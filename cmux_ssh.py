@@ -700,7 +700,7 @@ _ctab() {
   fi;
 };
 _ctree() {
-  _cT=$(_ctab); _ct=" "; _cG=" "; _cW=-;
+  _cT=$(_ctab); _ct=" "; _cG=" "; _cW=-; _cS=" ";
   case $_cY in
   slow)
     for _cf in /proc/[0-9]*/environ; do
@@ -712,16 +712,16 @@ _ctree() {
       _cf=${_cf#/proc/}; _ct="$_ct${_cf%/environ} ";
     done;;
   esac;
-  set -- $_cT; while [ $# -gt 4 ]; do [ "$1" = "$_cR" ] && _cW=$3; shift 5; done;
+  set -- $_cT; while [ $# -gt 4 ]; do _cS="$_cS$1 g$3 "; [ "$1" = "$_cR" ] && _cW=$3; shift 5; done;
   _cn=1; while [ $_cn = 1 ]; do
-    _cn=0; set -- $_cT; _cA=" ";
+    _cn=0; set -- $_cT; _cA=" "; _cM=;
     while [ $# -gt 4 ]; do
       _cB=" $_cR$_ct$_cG"; _cC=g$3;
       case $3 in "$_cW") _cB=$_ct; _cC=;; esac;
       case $5 in
       Z*) ;;
       *) case $_cB in *" $1 "*|*" $2 "*|*" g$3 "*|*" s$4 "*)
-          _cA="$_cA$1 ";
+          _cA="$_cA$1 "; [ "$_cC" ] || _cM="$_cM $1";
           case $_ct in *" $1 "*) ;; *) _ct="$_ct$1 "; _cn=1;; esac;
           case $_cG in *" $_cC "*) ;; *) _cG="$_cG$_cC "; _cn=1;; esac;
           [ "$1" = "$4" ] && case $_cG in *" s$4 "*) ;; *) _cG="${_cG}s$4 "; _cn=1;; esac;;
@@ -731,13 +731,20 @@ _ctree() {
     done;
   done;
   _ct=$_cA;
+  for _cf in $(cat /proc/$_cR/task/$_cR/children); do
+    case $_cS in *" $_cf "*) ;; *) _ct="$_ct$_cf "; _cM="$_cM $_cf"; _cG="${_cG}g$_cf ";; esac;
+  done;
+  for _cf in $_cG; do case $_cf in g?*) _cM="$_cM -${_cf#g}"; case "$_ca " in *" $_cf "*) ;; *) _ca="$_ca $_cf";; esac;; esac; done;
+  for _cf in $_ca; do
+    case $_cS in *" $_cf "*) ;; *) if kill -0 -${_cf#g}; then _ct="$_ct-${_cf#g} "; _cM="$_cM -${_cf#g}"; fi;; esac;
+  done;
 };
 _cstop() {
-  trap "" TERM INT HUP PIPE; _ck=0; _cY=;
+  trap "" TERM INT HUP PIPE; _ck=0; _cY=; _ca=;
   case $(grep --version 2>&1) in *BusyBox*) _cY=slow;; esac;
   while :; do
-    _ctree; case $_ct in " ") return 0;; esac;
-    case $_ck in 0) kill -TERM $_ct; kill -CONT $_ct;; 2?|3?) kill -KILL $_ct;; 4?) return 1;; esac;
+    _ctree; case $_ct in " ") case $_cS in *" 1 "*) return 0;; *) return 1;; esac;; esac;
+    case $_ck in 0) kill -TERM $_cM; kill -CONT $_cM;; 2?|3?) kill -KILL $_cM;; 4?) return 1;; esac;
     if sleep 0.1; then _ck=$((_ck+1)); else sleep 1; _ck=$((_ck+10)); fi;
   done;
 };
@@ -825,6 +832,9 @@ unset TMOUT; exec 3<&0 4>&2 5>&1 2>/dev/null;
 # - _ctree finds the tree by the CMUX_RUN variable in /proc/*/environ (Linux; finds daemons that
 #   left the session), by parent, process group and session; a process that left its session
 #   *and* cleared its environment *and* lost its parent is not found. Never the wrapper's group.
+# - What hides from the table (hidepid, and a process that is not dumpable): the wrapper's child stands in
+#   its `children` all the same, and a group without a row may still take signals: so whole groups get them.
+#   Where not even process 1 is to be seen, others may be missing, and no end is confirmed.
 # - A stop is told to the command's parent by USR2; USR1, with which daemons tell theirs that they are
 #   ready, does nothing there.
 # - The grep of busybox stops at the first NUL of a line: the shell itself reads environ there.

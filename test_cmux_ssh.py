@@ -1577,6 +1577,37 @@ def test_a_timeout_comes_also_while_output_never_pauses(shared: Repo) -> None:
     assert child.wait(15) == 124
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounts a /proc of its own")
+@pytest.mark.parametrize("shell", ["dash", "bash", "mksh", "ksh", "busybox sh", "zsh"])
+def test_a_process_that_hides_is_ended_and_its_end_is_not_confirmed_blindly(site: Site, shell: str) -> None:
+    """hidepid=2, and a command, or a child of its group, that is not dumpable: no table shows it to its own user."""
+    login, names, napping = site.dir / "login", site.dir / "names", unique()
+    names.mkdir()
+    (names / "sh").write_text(f"#!/bin/dash\n{'exec -a sh zsh' if shell == 'zsh' else f'exec {shell}'} \"$@\"\n".replace("dash\nexec -a", "bash\nexec -a"))
+    login.write_text(f"#!/bin/sh\nexec unshare -m sh -c 'mount -t proc -o hidepid=2 proc /proc && exec setpriv --reuid 65534 --regid 65534 "
+                     f"--clear-groups env PATH={names}:$PATH sh -c \"$SSH_ORIGINAL_COMMAND\"'\n")
+    for path in (names / "sh", login):
+        path.chmod(0o755)
+    host, repo = site.daemon("hides", f"ForceCommand {login}"), Repo(site)
+    for path in (site.dir, site.remote):
+        path.chmod(0o755)
+    os.chown(str(site.far_home(host)), 65534, 65534)
+    hide = f"import ctypes, time; ctypes.CDLL(None).prctl(4, 0); open('up', 'a'); time.sleep({napping})"
+    assert repo.cli("new", "-H", host, "main").code == 0
+    for line in (["python3", "-c", hide], [f'python3 -c "{hide}" & wait'], ["--detach"]):
+        if line == ["--detach"]:
+            job = repo.cli("exec", "-w", "main", "--detach", "--", "python3", "-c", hide).text.strip()
+            until((repo.path() / "up").exists, "it hides")
+            ran = repo.cli("stop", "-w", "main", job, "--json")
+        else:
+            ran = repo.cli("exec", "-w", "main", "-n", "--timeout", "2", "--json", "--", *line)
+            assert ran.code == 124, ran
+        assert (repo.path() / "up").exists() and ran.json["stopped"] == "requested", ran
+        until(lambda: not naming(f"sleep({napping})"), "it ends")
+        (repo.path() / "up").unlink()
+
+
 @pytest.mark.parametrize("ps", [True, False])
 def test_a_process_name_with_a_newline_misleads_no_stop(site: Site, ps: bool) -> None:
     """It once shifted the table of processes, and a stop killed bystanders."""
