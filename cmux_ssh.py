@@ -157,6 +157,7 @@ ARGUMENT_MAX = 128 * 1024 - 1  # Linux: MAX_ARG_STRLEN
 ARGV_WORK_MAX = 500 * 1024 * 1024  # words times bytes: a POSIX shell appends in quadratic time
 SECRETS_MAX = 1024 * 1024   # all of them, and the environment of one command
 NAME_MAX = 64               # of a workspace
+HOST_MAX = 1024             # of a host with its user: bastions put whole routes into it
 PATH_MAX = 1024             # of a path named by the host
 DEPTH_MAX = 64              # components of a pulled path: git write-tree crashes at 60,000
 PULL_FILE_MAX = 256 * 1024 * 1024    # one pulled file; git hosts refuse 100 MB
@@ -470,12 +471,12 @@ class Capture:
 # === 5. Checking and quoting ===
 # Owns: what a host, a name, a path may be; how remote bytes become harmless. Touches: nothing.
 
-# What only an attack needs is refused before any ssh starts: a leading dash (CVE-2017-1000117),
-# shell metacharacters and % (CVE-2023-51385, CVE-2025-61984: ssh passes names to ProxyCommand's
-# shell). An @ inside the user is legitimate: user@target@bastion.
-_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+@-]{0,127}\Z")
-_HOSTNAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,251}[A-Za-z0-9_])?\Z")
-_IPV6 = re.compile(r"[0-9A-Fa-f:]{2,39}(\d{1,3}\.){0,3}\d{0,3}\Z")
+# What OpenSSH 10 does not take is refused before any ssh starts: old clients hand names to a
+# shell by %h and %r (CVE-2023-51385, CVE-2025-61984), so the metacharacters must never reach them;
+# a leading dash is an option (CVE-2017-1000117). An @ inside the user is legitimate: user@target@bastion.
+_USER = re.compile(r"(?!-|ssh://)[^ '\"`$;&<>|(){}]+(?<!\\)\Z")
+_HOSTNAME = re.compile(r"(?!-|ssh://)[^ '\"`$;&<>|(){}\\,]+\Z")
+_URI = re.compile(r"ssh://(?:([^@]+)@)?([A-Za-z0-9][A-Za-z0-9._-]*)(?::([0-9]{1,5}))?/?\Z")
 _WORKSPACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,%d}\Z" % (NAME_MAX - 1))
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
@@ -489,17 +490,14 @@ def check_host(text: object) -> str:
     hint = "Give what you would type after ssh: a name, user@name, or an alias from your ssh config."
     if not isinstance(text, str) or not text:
         raise UsageError("No host was given.", hint)
-    rest, port = text, ""
-    uri = text.startswith("ssh://")
+    user, at, host = text.rpartition("@")
+    uri, port = _URI.match(text), 22
     if uri:
-        rest = text[len("ssh://"):]
-        match = re.match(r"(.*?)(?::(\d{1,5}))?/?\Z", rest, re.S)
-        rest, port = (match.group(1), match.group(2) or "") if match else ("", "")
-    user, at, host = rest.rpartition("@")
-    if uri and host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    good_host = bool(_HOSTNAME.match(host) or (":" in host and (not uri or "[" in rest) and _IPV6.match(host)))
-    if not good_host or (at and not _USER.match(user)) or int(port or 1) not in range(1, 65536):
+        import urllib.parse  # ssh decodes the user, too
+        at = user = urllib.parse.unquote(uri.group(1) or "")
+        host, port = uri.group(2), int(uri.group(3) or 22)
+    good = _HOSTNAME.match(host) and (not at or _USER.match(user)) and 0 < port < 65536
+    if not good or not (text + user).isprintable() or len(text) > HOST_MAX:
         raise UsageError("%s is not a host name." % show(text), hint)
     return text
 
@@ -2375,13 +2373,13 @@ FAILURES: Tuple[Tuple[str, Type[HostError], str, str], ...] = (
      "Ask its owner for the new fingerprint; only then: {forget}"),
     (r"Host key verification failed|No .* host key is known for", HostKeyFailed,
      "The key of {host} is not known on this machine.",
-     "Connect once by hand, compare the fingerprint, and accept it: {ssh} {host} true"),
+     "Connect once by hand, compare the fingerprint, and accept it: {ssh} {to} true"),
     (r"Could not resolve hostname", ConnectionFailed,
      "The host name {host} does not resolve.", "Check the spelling, and your ssh config."),
     (r"Permission denied|No more authentication methods|Too many authentication failures|"
      r"no mutual signature", AuthenticationFailed,
      "{host} accepted none of your keys.",
-     "Check that `{ssh} {host} true` works without a question (ssh-add -l lists the agent's keys)."),
+     "Check that `{ssh} {to} true` works without a question (ssh-add -l lists the agent's keys)."),
     (r"Bad (configuration|owner)|line \d+: |unknown key type|Bad number", ConnectionFailed,
      "ssh does not accept its configuration: {said}.", "Correct the file it names."),
     (r"timed out during banner exchange", ConnectionFailed,
@@ -2494,7 +2492,7 @@ def classify(log: bytes, host: str, config: Optional[SSHConfig] = None) -> HostE
     """The error that ssh's own words stand for. The words are neutralised and shortened."""
     text = log[-LOG_MAX:].decode("utf-8", "replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    words = {"host": host, "said": show(lines[-1], 200) if lines else "ssh gave no reason", "doctor": look_into(host),
+    words = {"host": host, "to": quote(host), "said": show(lines[-1], 200) if lines else "ssh gave no reason", "doctor": look_into(host),
              "forget": forget_key(config, text) if config else "", "ssh": os.environ.get("CMUX_SSH_COMMAND", "").strip() or "ssh"}
     for pattern, kind, sentence, hint in FAILURES:
         if re.search(pattern, text):
@@ -8673,7 +8671,7 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
         yield finding("ok", "connect", "%s in %.2f s, by %s%s" % (server.group(1) if server else "a server", time.monotonic() - began, used.group(1),
                                                                   " with " + key.group(1) if key else ""))
         if status:
-            yield finding("bad", "shell", "no POSIX sh began there (status %d)" % status, "Look at the login shell's start-up files: ssh %s exec sh -c :" % name)
+            yield finding("bad", "shell", "no POSIX sh began there (status %d)" % status, "Look at the login shell's start-up files: ssh %s exec sh -c :" % quote(name))
             return
         yield from examine_programs(host, root)
         yield from examine_speed(host)
@@ -9480,7 +9478,7 @@ def command_list(options: argparse.Namespace) -> int:
         return answer(options, rows)
     if not rows:
         Terminal(options.verbosity).warn("No workspaces%s. Make one: %s new NAME -H %s" % (
-            " on " + options.host if options.host else " yet", PROGRAM, options.host or "HOST"))
+            " on " + options.host if options.host else " yet", PROGRAM, quote(options.host or "HOST")))
         return 0
     if options.verbosity < 0:
         print_text("\n".join(str(row["name"]) for row in rows))

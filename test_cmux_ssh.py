@@ -3358,8 +3358,12 @@ def refused(answer: Answer, code: int, words: str = "") -> None:
 
 
 BAD_HOSTS = ["-oProxyCommand=touch trap", "-F", "--", "", " ", "@", "@h", "u@", "a b", "a\nb", "a\tb", "a;b", "a|b", "a&b", "a$(id)", "$HOME", "`id`@h", "u'@h", 'u"@h',
-             "u\\x@h", "h%n", "h*", "h?", "h[a]", "!h", "h#x", "h=1", "h>x", "h<x", "{a,b}", "~root@h", "-x@h", "u@-x", "\x1b]0;x\x07", "\u202eh", "\x9bh", "h\x7f", "h/..",
-             "ssh://-oProxyCommand=x", "ssh://u%24HOME@h", "ssh://", "a" * 2000, "u@h\n", "\0h"]
+             "h>x", "h<x", "{a,b}", "a,b", "h(x)", "-x@h", "u@-x", "u$HOME@h", "u v@h", "u\\@h", "a\\b", "u@a\\", "u{@h", "u@h;", "\x1b]0;x\x07", "\u202eh", "\u202e@h", "\x9bh",
+             "h\x7f", "h\u3000", "ssh://-oProxyCommand=x", "ssh://u%24HOME@h", "ssh://u%0a@h", "ssh://-u@h", "ssh://", "ssh://h/x", "ssh://u@v@h", "ssh://h:0", "ssh://h:65536",
+             "a" * 2000, "u@h\n", "\0h"]
+GOOD_HOSTS = ["box", "root@box", "u.s-e_r+1@a.b-c_d", "127.0.0.1", "::1", "u@fe80::1", "ssh://u@h:2222", "coder.dev-1", "prod/web", "web+1", "a~b", "k8s/pod=1", "h\u00e4us", "host.",
+              "fe80::1%eth0", "DOMAIN\\ada@host", "ada%root%10.0.0.5@psmp", "target:ssh:ada@wallix", "ada#asset@jump", "role=admin,ada@host", "ssh://DOM%5cada@h.",
+              "u@a@" + "b" * 250]
 
 
 @pytest.mark.parametrize("way", ["option", "environment", "git config"])
@@ -3381,13 +3385,26 @@ def test_hostile_host_strings_are_refused_before_anything_is_started(repo: Repo,
         assert not log.exists() and not (repo.dir / "trap").exists(), host
 
 
-@pytest.mark.parametrize("host", ["box", "root@box", "u.s-e_r+1@a.b-c_d", "127.0.0.1", "::1", "u@fe80::1", "ssh://u@h:2222", "coder.dev-1"])
-def test_honest_host_strings_reach_ssh(repo: Repo, host: str) -> None:
+def test_honest_host_strings_reach_ssh(repo: Repo) -> None:
     log, shim = repo.site.dir / "argv", repo.site.dir / "shim"
     shim.write_text(f'#!/bin/sh\nfor a in "$@"; do printf "%s\\n" "$a"; done >>{log}\nexit 255\n')
     shim.chmod(0o755)
-    ran = repo.exec("true", host=host, env={"CMUX_SSH_COMMAND": str(shim)})
-    assert ran.code == 255 and host in log.read_text().splitlines(), ran
+    for host in GOOD_HOSTS:
+        ran = repo.exec("true", host=host, env={"CMUX_SSH_COMMAND": str(shim)})
+        assert ran.code == 255 and host in log.read_text().splitlines(), ran
+        assert shlex.split(re.findall("`(.*)`", ran.said)[0])[2] == host, "and the command to paste names it"
+
+
+def test_a_host_and_a_user_that_only_openssh_itself_restricts_work(repo: Repo) -> None:
+    """From the option to the state file and back, and in what a hint tells to run."""
+    site, user = repo.site, getpass.getuser()
+    for n, host in enumerate(["k8s/pod=1", "h\u00e4us", "a~b", f"{user}@web+1"]):
+        site.host(host.rpartition("@")[2], "HostName 127.0.0.1", f"Port {site.port}")
+        assert repo.exec("echo up", host=host, options=["-w", f"w{n}"]).out == b"up\n"
+        assert repo.cli("exec", "-w", f"w{n}", "--", "echo up").out == b"up\n" and repo.workspaces()[f"w{n}"]["host"] == host
+    site.inetd("locked", "DenyUsers *")
+    said = repo.exec("true", host="DOMAIN\\ada@locked").said
+    assert site.environment()["CMUX_SSH_COMMAND"] + " 'DOMAIN\\ada@locked' true" in said, said
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/abs", "-x", ".hidden", "a b", "a\nb", "a\x1b[31m", "ü\u202e", "x" * 300, "a;b", "$(id)", "*", "~", "con.lock/.."])
