@@ -12,7 +12,7 @@ agents at once, and keeps the two machines apart: nothing else leaves this one.
     python3 cmux_ssh.py pull -w fix-login                  # its work as commits on cmux/fix-login
     python3 cmux_ssh.py demo                               # the whole flow, on this machine only
 
-Copy the file, import it, or run it. It needs Python 3.9+, OpenSSH 7.6+ and git here, and a
+Copy the file, import it, or run it. It needs Python 3.9+, OpenSSH 7.8+ and git here, and a
 POSIX sh and tar there. It reads and writes one directory of its own, $CMUX_SSH_HOME (default
 ~/.local/state/cmux-ssh), and executes no code when imported beyond defining names.
 
@@ -2376,10 +2376,15 @@ FAILURES: Tuple[Tuple[str, Type[HostError], str, str], ...] = (
      "Connect once by hand, compare the fingerprint, and accept it: {ssh} {to} true"),
     (r"Could not resolve hostname", ConnectionFailed,
      "The host name {host} does not resolve.", "Check the spelling, and your ssh config."),
-    (r"Permission denied|No more authentication methods|Too many authentication failures|"
-     r"no mutual signature", AuthenticationFailed,
+    (r"Too many authentication failures", AuthenticationFailed,
+     "{host} ended the login because too many keys were tried.",
+     "Say in your ssh config which key it takes: IdentitiesOnly yes, and IdentityFile with its path."),
+    (r"Permission denied|No more authentication methods|no mutual signature", AuthenticationFailed,
      "{host} accepted none of your keys.",
      "Check that `{ssh} {to} true` works without a question (ssh-add -l lists the agent's keys)."),
+    (r"(?i)Bad configuration option: setenv", ConnectionFailed,
+     "The ssh of this machine is older than OpenSSH 7.8, which is needed.",
+     "Install OpenSSH 7.8 or newer, or name one with CMUX_SSH_COMMAND."),
     (r"Bad (configuration|owner)|line \d+: |unknown key type|Bad number", ConnectionFailed,
      "ssh does not accept its configuration: {said}.", "Correct the file it names."),
     (r"timed out during banner exchange", ConnectionFailed,
@@ -2436,19 +2441,28 @@ def ssh_command() -> List[str]:
     return [find_program(words[0])] + words[1:]
 
 
-def read_ssh_config(host: str) -> SSHConfig:
+def read_ssh_config(host: str, command: str = "") -> SSHConfig:
     """Ask ssh how it would reach ``host``. Starts no connection. Raises HostError.
 
-    -N, or a config with ForkAfterAuthentication makes ssh die for want of a command."""
-    command = ssh_command()
-    status, out, err = run(command + ["-G", "-N", "--", host], patience=CONNECT_TIMEOUT)
+    -N, or a config with ForkAfterAuthentication makes ssh die for want of a command. What holds only
+    for a connection that carries ``command`` (OpenSSH 10: Match sessiontype, Match command) is added."""
+    program = ssh_command()
+    values: Dict[str, List[str]] = {}
+    text = show_config(program + ["-G", "-N", "--", host], host, values)
+    config = SSHConfig(host=host, command=program, values=values, text=text)
+    if command:
+        show_config(ssh_argv(config, "-G") + ["--", host, command], host, values)
+    return config
+
+
+def show_config(argv: List[str], host: str, values: Dict[str, List[str]]) -> bytes:
+    status, out, err = run(argv, patience=CONNECT_TIMEOUT)
     if status != 0:
         raise classify(err, host)
-    values: Dict[str, List[str]] = {}
     for line in out.decode("utf-8", "surrogateescape").splitlines():
         key, _, value = line.partition(" ")
         values.setdefault(key.lower(), []).append(value)
-    return SSHConfig(host=host, command=command, values=values, text=out)
+    return out
 
 
 def ssh_argv(config: SSHConfig, *options: str) -> List[str]:
@@ -2456,7 +2470,7 @@ def ssh_argv(config: SSHConfig, *options: str) -> List[str]:
     program, since the first value wins, also against options in $CMUX_SSH_COMMAND. (A wrapper,
     such as sshpass, gets them at its end.)"""
     wanted = list(FORCED) + [option for key, option in FORCED_IF_KNOWN if key in config.values]
-    if config.first("stricthostkeychecking") in ("no", "off", "false"):
+    if {"no", "off", "false"} & set(config.values.get("stricthostkeychecking", ())):
         wanted.append("StrictHostKeyChecking=accept-new")  # a changed key is then refused
     if config.first("connecttimeout") in ("", "none"):
         wanted.append("ConnectTimeout=%d" % CONNECT_TIMEOUT)
@@ -2500,7 +2514,7 @@ def classify(log: bytes, host: str, config: Optional[SSHConfig] = None) -> HostE
             break
     else:
         error = ConnectionFailed("Cannot connect to %s: %s." % (host, words["said"]), "Try %s." % words["doctor"], host)
-    error.asks = not re.search(r"requested strict checking", text)
+    error.asks = not re.search(r"requested strict checking|Too many authentication failures", text)
     return error
 
 
@@ -2533,7 +2547,7 @@ def read_log(path: str) -> Tuple[bytes, List[bytes]]:
     """(ssh's own words, what the server said of itself). Only the former may be believed: the server
     can say "Host key verification failed" too, also in its reason for a disconnect, ssh's last words."""
     own: List[bytes] = []
-    words, away, reason = log_head(path).partition(DISCONNECT)
+    words, away, reason = log_head(path).replace(b"\r\n", b"\n").partition(DISCONNECT)
     heard = [away + reason] if away else []
     for line in words.split(b"\n"):
         said = re.match(rb"debug1: \S*kex_exchange_identification\(\):\d+ \([^()]*\): (.*)", line)
@@ -2545,7 +2559,7 @@ def failure_in(words: bytes, heard: List[bytes], config: SSHConfig) -> HostError
     """Why a connection failed, from read_log()."""
     reason = heard[0] if heard and heard[0].startswith(DISCONNECT) and not words.strip() else b""
     if b"Too many authentication failures" in reason:
-        words = b"Permission denied"
+        words = b"Too many authentication failures"
     elif reason:
         return ConnectionFailed("%s ended the connection: %s." % (config.host, show(reason.decode("utf-8", "replace"), 200)),
                                 "Look closer: %s." % look_into(config.host), config.host)
@@ -2890,7 +2904,6 @@ class HostMemory:
         import hashlib
         self.config, self.interactive = config, interactive
         self.host = config.host
-        self.environment = scrubbed_environment(config)
         digest = hashlib.sha256(b"1\0" + config.host.encode() + b"\0" + " ".join(
             config.command).encode("utf-8", "surrogateescape") + b"\0" + config.text).hexdigest()
         self.folder = socket_folder(digest[:16])
@@ -2902,6 +2915,11 @@ class HostMemory:
 
     def _path(self, name: object) -> str:
         return os.path.join(self.folder, str(name))
+
+    def ask_config(self, command: str) -> SSHConfig:
+        """What ssh would do now, for each new connection: Match exec may have changed its mind, and a person the file."""
+        self.config = read_ssh_config(self.host, command)
+        return self.config
 
     def profile(self) -> Dict[str, Any]:
         """{"sessions": how many a master takes (0: it refuses multiplexing), "handshakes": at once}"""
@@ -3047,14 +3065,14 @@ class Launcher(HostMemory):
     def _start(self, index: int, cancel: Optional[Cancel], batch: bool) -> None:
         """One `ssh -M -N`. It puts itself into the background once it is authenticated, and
         then lets go of the pipe that is its stdout here."""
-        log = self._path("log.%d" % index)
+        config, log = self.ask_config("exec sh -c :"), self._path("log.%d" % index)
         remove_file(log)
         said = os.open(log + ".err", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         other = {"SessionType=default": "SessionType=none"}  # ssh dies of a contradiction to -N
         if not batch:
             other["BatchMode=yes"] = "BatchMode=no"
         argv = [other.get(word, word) for word in ssh_argv(
-            self.config, "-M", "-N", "-o", "ControlPersist=%d" % CONTROL_PERSIST, "-S", literal(self._path(index)), "-E", log)] + ["--", self.host]
+            config, "-M", "-N", "-o", "ControlPersist=%d" % CONTROL_PERSIST, "-S", literal(self._path(index)), "-E", log)] + ["--", self.host]
         patience = self.patience if batch else INTERACTIVE_PATIENCE
         try:
             watch, theirs = os.pipe()
@@ -3062,7 +3080,7 @@ class Launcher(HostMemory):
             os.close(said)
             raise StateFailed("This process has too many files open.", "Raise `ulimit -n`, or run fewer at once.")
         try:
-            process = spawn(argv, self.environment, stdout=theirs, stderr=said if batch else 2, own_group=batch)
+            process = spawn(argv, scrubbed_environment(config), stdout=theirs, stderr=said if batch else 2, own_group=batch)
         finally:
             os.close(theirs)
             os.close(said)
@@ -3083,7 +3101,7 @@ class Launcher(HostMemory):
                 words = read_bytes(log + ".err", STATE_MAX) or b""
                 if status == 0 or re.search(rb"(?i)(unknown|unsupported|bad|illegal).*option|multiplex", words):
                     raise NoMultiplexing("This ssh has no masters.", host=self.host)
-            raise failure_in(words, heard, self.config)
+            raise failure_in(words, heard, config)
         if any(BREAKS_WHEN_SHARED.search(line) for line in heard):
             end_master(self._path(index))
             raise NoMultiplexing("This server ends the connection when sessions come and go at once.", host=self.host)
@@ -3106,9 +3124,9 @@ class Launcher(HostMemory):
     def open_direct(self, command: str, deadline: Deadline, cancel: Optional[Cancel] = None) -> DirectSession:
         """A session on a connection of its own. The handshake is counted until it is over."""
         self._wait_out(self._failures()[1], deadline, cancel)
-        token = self.handshake(deadline, cancel)
+        config, token = self.ask_config(command), self.handshake(deadline, cancel)
         log = self._path("log." + os.path.basename(token.path))  # whoever holds it next clears it
-        return DirectSession(self.config, log, command, token.free, self._reported)
+        return DirectSession(config, log, command, token.free, self._reported)
 
     def _reported(self, error: Optional[HostError]) -> None:
         if error is None:
@@ -3359,15 +3377,16 @@ class Masters(Slots):
         """(the argv of an ssh that runs ``command`` on this terminal; its environment; what to call when it
         has begun there; when it has ended). Escape characters are off: a pasted ~C would open forwards."""
         self.connect(deadline)
+        config = self.ask_config(command)
+        environment, agent = session_environment(config)
         if self.profile()["sessions"]:
             slot = self._take_slot(deadline, None)
-            options, environment = ["-S", literal(self._path(slot[0])), "-o", "ProxyCommand=false"], session_environment(self.config)[0]
+            options = ["-S", literal(self._path(slot[0])), "-o", "ProxyCommand=false"]
             begun, ended = lambda: None, lambda: self._free_slot(slot)
         else:
-            environment, agent = session_environment(self.config)
             options, ended = ["-S", "none", *agent], self.handshake(deadline).free
             begun = ended
-        words = ["-t" if word == "-T" else word for word in ssh_argv(self.config, "-e", "none", *options)]
+        words = ["-t" if word == "-T" else word for word in ssh_argv(config, "-e", "none", *options)]
         return words + ["--", self.host, command], dict(environment, TERM=os.environ.get("TERM", "dumb")), begun, ended
 
     def count_sessions(self, command: str, most: int) -> int:
@@ -3458,7 +3477,7 @@ def look_closely(masters: Launcher, command: str) -> Tuple[int, str, bytes]:
     One that has closed its stdout gets a SIGHUP from ssh before it has said why: it is spared that,
     and has a second."""
     import tempfile
-    config, leave = masters.config, masters.handshake(Deadline(masters.patience))
+    config, leave = masters.ask_config(command), masters.handshake(Deadline(masters.patience))
     with tempfile.NamedTemporaryFile(prefix="cmux-doctor-", dir=temporary_folder()) as log:
         argv = ["/bin/sh", "-c", "trap '' HUP; \"$@\"; code=$?; [ $code != 255 ] || sleep 1; trap : TERM; kill 0; exit $code", "sh"]
         argv += ssh_argv(config, "-S", "none", "-v", "-E", log.name) + ["--", config.host, command]
@@ -3799,7 +3818,7 @@ class Host:
 
     @property
     def masters(self) -> Masters:
-        """The connections; `ssh -G` is asked once, at the first use."""
+        """The connections, of what `ssh -G` says at the first use."""
         with self._mutex:
             if self._masters is None:
                 self._masters = Masters(read_ssh_config(self.name), self._interactive)
@@ -8522,8 +8541,9 @@ def examine_here() -> Iterator[Finding]:
     """What can be said without any host."""
     said = neutralise(run([ssh_command()[0], "-V"], patience=CONNECT_TIMEOUT)[2]).strip()
     version = re.search(r"OpenSSH_(?:for_Windows_)?(\d+)\.(\d+)", said)
-    old = version is not None and (int(version.group(1)), int(version.group(2))) < (7, 6)
-    yield finding("fix" if old or not version else "ok", "ssh here", said[:100], "OpenSSH 7.6 or newer is needed here." if old or not version else "")
+    old = version is not None and (int(version.group(1)), int(version.group(2))) < (7, 8)
+    yield finding("bad" if old else "ok" if version else "fix", "ssh here", said[:100],
+                  "" if version and not old else "Install OpenSSH 7.8 or newer, or name one with CMUX_SSH_COMMAND.")
     yield finding("ok", "python", "%d.%d.%d" % sys.version_info[:3])
     try:
         yield finding("ok", "state", "%s is private" % private_directory(state_home()))
@@ -8553,7 +8573,9 @@ def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
         offered = re.findall(r"Offering public key: (.*?) (?:RSA|DSA|ECDSA|ED25519)\S* ", words)
         takes = re.findall(r"Authentications that can continue: (\S+)", words)
         text += " It takes: %s. Offered: %s." % (takes[-1] if takes else "nothing", ", ".join(offered) or "no key at all")
-        if takes and "publickey" not in takes[-1]:
+        if "Too many" in plain:
+            pass
+        elif takes and "publickey" not in takes[-1]:
             fix = "Ask its owner to allow keys: passwords cannot be typed here."
         elif not os.environ.get("SSH_AUTH_SOCK"):
             fix = "No agent runs here (SSH_AUTH_SOCK is not set): start one and ssh-add your key, or name it with IdentityFile."
@@ -8663,7 +8685,7 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
         yield examine_config(config)
         began = time.monotonic()
         status, words, said = look_closely(host.masters, "exec sh -c :")
-        used = re.search(r"Authenticated to .* using \"(.{1,60}?)\"", words)
+        used = re.search(r"(?m)^(?:debug1: Authentication succeeded \(|Authenticated to .* using \")([^\")]{1,60})", words)
         if not used:
             yield explain(config, words, said)
             return

@@ -226,6 +226,7 @@ class Line:
         self.delay = 0.0  # seconds each way
         self.rate = float("inf")  # bytes a second each way, of all connections together
         self._free = {"up": 0.0, "down": 0.0}  # when each way has sent what it was given
+        self.away = (0, b"")  # so many more connections are told this, and closed
         self.refuse = False  # accept and hang up at once, as a port forwarder with nothing behind it does
         self.cut: Dict[str, Optional[int]] = {"up": None, "down": None}  # end a connection after so many bytes
         self.trap: Optional[Tuple[str, int, Callable[[], None]]] = None  # after so many bytes more, once
@@ -248,6 +249,11 @@ class Line:
                 return
             self.connections += 1
             try:
+                if self.away[0]:
+                    self.away = (self.away[0] - 1, self.away[1])
+                    near.sendall(self.away[1])
+                    near.close()
+                    continue
                 if self.refuse:
                     raise OSError("refusing")
                 far = socket.create_connection(("127.0.0.1", self.target_port))
@@ -1908,6 +1914,44 @@ def test_the_users_own_master_is_neither_used_nor_touched(repo: Repo) -> None:
     assert site.ssh("mine", "echo $SSH_CONNECTION").stdout == theirs
 
 
+def in_sshs_place(site: Site, text: str) -> str:
+    """A script that CMUX_SSH_COMMAND names; $ssh is the real one."""
+    shim = site.dir / "in-sshs-place"
+    shim.write_text(f"#!/bin/sh\nssh='{program('ssh')} -F {site.config}'\n{text}\n")
+    shim.chmod(0o755)
+    return str(shim)
+
+
+@pytest.mark.parametrize("when", ["later", "for a command"])
+def test_what_the_config_says_only_now_or_only_for_a_command_does_not_leave_either(site: Site, when: str) -> None:
+    """Match exec may change its mind. OpenSSH 10 has Match sessiontype and Match command: they are played by a program in
+    ssh's place that looks for a word behind the host."""
+    repo, flag, seen, login = Repo(site, files={"big": os.urandom(400_000)}), site.dir / "flag", site.dir / "seen", site.dir / "login"
+    login.write_text(f'#!/bin/sh\nenv >>{seen}\nexec sh -c "$SSH_ORIGINAL_COMMAND"\n')
+    login.chmod(0o755)
+    site.daemon("far", "AcceptEnv *", f"ForceCommand {login}")
+    site.entries.insert(0, f'Match originalhost far exec "test -e {flag} -o x$CARRIES = xyes"\n  SendEnv LEAK*\n  StrictHostKeyChecking no\n')
+    site._write_config()
+    site.env["LEAK_ME"] = "leak"
+    if when == "for a command":
+        site.env["CMUX_SSH_COMMAND"] = in_sshs_place(site, 'n=0; for a; do [ "$n$a" != 0-- ] && [ $n = 0 ] || n=$((n+1)); done\n'
+                                                     '[ $n -lt 3 ] || export CARRIES=yes; exec $ssh "$@"')
+    assert in_library(repo, """
+project = cmux_ssh.Project(".")
+main = project.ensure("main", "far")
+print(main.exec("echo work >README").exit_code)
+open(sys.argv[1], "w").close()
+print(cmux_ssh.pull(main).branch, project.create("other", "far").name)
+""", str(flag if when == "later" else "/dev/null")) == "0\ncmux/main other\n"
+    assert repo.cli("doctor", "far").code == 0 and repo.cli("diff", "-w", "main").code == 0
+    assert b"CMUX_SSH=1" in seen.read_bytes() and b"leak" not in seen.read_bytes()
+    site.known_hosts.write_text(f"rig {public(site.keys.other_host)}\n")
+    repo.write("big", os.urandom(400_000))
+    repo.commit()
+    refused(repo.cli("push", "-w", "other"), 255, words="has changed")
+    assert site.ssh("far", "true", env={"CARRIES": "yes"}).returncode == 0 and b"leak" in seen.read_bytes(), "plain ssh does all that"
+
+
 def test_known_hosts_is_not_written_by_the_host(repo: Repo) -> None:
     """UpdateHostKeys lets a server write into it."""
     site = repo.site
@@ -3461,6 +3505,45 @@ def test_a_key_that_is_not_accepted_is_255_and_said(repo: Repo) -> None:
     config = repo.site.config.read_text().replace(f"  IdentityFile {repo.site.keys.user}\n", "  # no other key\n")
     repo.site.config.write_text(config)
     refused(repo.exec("true", host="stranger"), 255, words="stranger")
+
+
+def test_more_keys_than_the_server_lets_try_are_said(repo: Repo) -> None:
+    site = repo.site
+    site.daemon("bare-h", "MaxAuthTries 3", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig"])
+    with agent(site) as env:
+        for n in range(3):
+            more = str(site.dir / f"key{n}")
+            subprocess.run([program("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", more], check=True)
+            subprocess.run([program("ssh-add"), "-q", more], env=site.environment(env), check=True)
+        subprocess.run([program("ssh-add"), "-q", str(site.keys.user)], env=site.environment(env), check=True)
+        ran, found = repo.exec("true", host="bare-h", env=env), repo.cli("doctor", "bare-h", env=env)
+        terminal = on_terminal(site, "exec", "-H", "bare-h", "--", "true", cwd=repo.dir, env=env)
+        assert terminal.wait() == 255 and b"question" not in terminal.output, "nobody could answer it"
+    for said in (ran.said, found.text):
+        assert "too many keys were tried" in said and "IdentitiesOnly yes, and IdentityFile" in said and "accepted none" not in said, said
+    assert (ran.code, found.code) == (255, 255) and "Offered: " in found.text
+
+
+@pytest.mark.parametrize("words", [("exec", "-H", "box", "--", "true"), ("new", "-H", "box", "main"), ("doctor", "box"), ("batch", "-H", "box")], ids=lambda words: words[0])
+def test_an_ssh_before_7_8_is_refused_in_one_sentence(repo: Repo, words: Tuple[str, ...]) -> None:
+    """It does not know SetEnv."""
+    env = {"CMUX_SSH_COMMAND": in_sshs_place(repo.site, 'for a; do case $a in -V) echo OpenSSH_7.7p1 >&2; exit;; SetEnv=*)\n'
+                                             'echo "command-line: line 0: Bad configuration option: setenv" >&2; exit 255;; esac; done; exec $ssh "$@"')}
+    ran = repo.cli(*words, env=env, stdin=b'{"tool": "exec", "arguments": {"command": "true"}}\n')
+    said = ran.said + ran.text
+    assert ran.code == {"doctor": 1, "batch": 1}.get(words[0], 255) and said.count("OpenSSH 7.8 or newer") == 1 and "may still run" not in said, ran
+    assert repo.workspaces() == {} and "Accepted" not in repo.site.log()
+
+
+def test_a_server_that_turns_this_address_away_is_waited_for_and_then_named(repo: Repo) -> None:
+    """OpenSSH 9.8 and later say so before their banner, for MaxStartups and for a penalty."""
+    line, words = repo.site.line("far"), b"Not allowed at this time\r\n"
+    line.away = (2, words)
+    assert repo.exec("echo in", host="far").out == b"in\n" and line.connections == 3
+    line.away = (99, words)
+    line.drop()
+    ran = repo.exec("true", host="far", options=["--timeout", "4"])
+    assert ran.code == 255 and "far turns this address away" in ran.said and "trying again in 5" not in ran.said, ran
 
 
 def test_a_host_that_says_nothing_is_given_up_within_the_configured_time(repo: Repo) -> None:
@@ -9145,6 +9228,15 @@ def test_doctor_finds_a_good_host_good_and_leaves_nothing_there(repo: Repo) -> N
     plain = repo.cli("doctor")
     assert plain.code == 0 and plain.out.count(b"ok ") == 12
     assert repo.cli("exec", "--", "echo still").out == b"still\n"
+
+
+def test_doctor_understands_an_ssh_before_8_7(repo: Repo) -> None:
+    """Which says only as debug1 how it logged in."""
+    env = {"CMUX_SSH_COMMAND": in_sshs_place(repo.site, 'for a; do case $a in /*cmux-doctor-*) log=$a;; esac; done; $ssh "$@"; code=$?\n'
+                                             '[ ! "$log" ] || sed \'s/^Authenticated to .* using "\\(.*\\)".*/debug1: Authentication succeeded (\\1)./\' "$log" >"$log.8"\n'
+                                             '[ ! "$log" ] || mv "$log.8" "$log"; exit $code')}
+    found = repo.cli("doctor", "box", "--json", env=env)
+    assert found.code == 0 and {row["state"] for row in found.json} == {"ok"} and "by publickey" in next(row["text"] for row in found.json if row["what"] == "connect")
 
 
 def test_doctor_says_what_the_config_would_let_out(site: Site) -> None:
