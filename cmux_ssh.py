@@ -2922,14 +2922,15 @@ class HostMemory:
         return self.config
 
     def profile(self) -> Dict[str, Any]:
-        """{"sessions": how many a master takes (0: it refuses multiplexing), "handshakes": at once}"""
+        """{"sessions": how many a master takes (0: it refuses multiplexing), "handshakes": at once,
+        "direct": 0 where a connection of its own cannot log in without a person}"""
         if time.monotonic() < self._profile_until:
             return self._profile
         try:
             value = read_json(self._path("profile.json"))
         except StateFailed:
             value = None
-        until, limits = (value or {}).get("until"), {"sessions": SESSIONS_PER_MASTER, "handshakes": HANDSHAKES_AT_ONCE}
+        until, limits = (value or {}).get("until"), {"sessions": SESSIONS_PER_MASTER, "handshakes": HANDSHAKES_AT_ONCE, "direct": 1}
         if isinstance(until, (int, float)) and 0 < until - time.time() <= 86400:  # a clock may be set back
             seen = {key: (value or {}).get(key) for key in limits}
             limits.update({key: n for key, n in seen.items() if isinstance(n, int) and 0 <= n <= limits[key]})
@@ -3105,6 +3106,8 @@ class Launcher(HostMemory):
         if any(BREAKS_WHEN_SHARED.search(line) for line in heard):
             end_master(self._path(index))
             raise NoMultiplexing("This server ends the connection when sessions come and go at once.", host=self.host)
+        if self.profile()["direct"] != batch:
+            self._learn(direct=int(batch))
 
     @staticmethod
     def _await_detach(watch: int, cancel: Optional[Cancel], patience: float) -> None:
@@ -3131,8 +3134,14 @@ class Launcher(HostMemory):
     def _reported(self, error: Optional[HostError]) -> None:
         if error is None:
             remove_file(self._path("down.json"))
+        elif self.needs_person(error):
+            self._learn(direct=0)
         else:
             self._remember_failure(error)
+
+    def needs_person(self, error: BaseException) -> bool:
+        """Whether a person might mend a login. One that was made with a person's help can serve instead."""
+        return isinstance(error, (HostKeyFailed, AuthenticationFailed)) and error.asks and self.profile()["sessions"] > 0
 
 
 class Slots(Launcher):
@@ -3830,20 +3839,19 @@ class Host:
         """Run one of the remote scripts. Raises HostError; its status is the caller's to judge.
 
         Scripts are written so that running one twice does what running it once does, so that a
-        lost line is tried again, unless ``once``. ``direct`` uses a connection of its own;
+        lost line is tried again, unless ``once``. ``direct`` uses a session for bulk;
         ``before`` are more header records, ``data`` all of its stdin.
         """
         first: Optional[HostError] = None
         for attempt in range(10):
-            session = (self.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel) if direct
-                       else self.open(Deadline(SLOT_PATIENCE), cancel))
+            session = self.open_bulk(cancel) if direct else self.open(Deadline(SLOT_PATIENCE), cancel)
             try:
                 records = before + script_records(script, *arguments, ahead=session.ahead)
-                return self._call_on(session, records, data, source, direct, cancel, limit)
+                return self._call_on(session, records, data, source, cancel, limit)
             except HostError as error:
-                first = first or error
-                if isinstance(error, ConnectionDropped) and self.masters.again(error, attempt, Deadline(SLOT_PATIENCE), cancel):
+                if self.again(session, error, attempt, cancel):
                     continue
+                first = first or error
                 if attempt >= 2 or not isinstance(error, ConnectionLost) or isinstance(error, HostSilent) \
                         or (source and source.total) or (once and error.begun):
                     raise first from None  # a line lost once may have done its work
@@ -3852,7 +3860,7 @@ class Host:
             time.sleep(0.2 * 2 ** attempt)
         raise AssertionError
 
-    def _call_on(self, session: Session, records: bytes, data: Optional[bytes], source: Optional[Source], direct: bool,
+    def _call_on(self, session: Session, records: bytes, data: Optional[bytes], source: Optional[Source],
                  cancel: Optional[Cancel], limit: int) -> Reply:
         out, err = Capture(limit, limit), Capture(LOG_MAX, STATE_MAX)
 
@@ -3947,6 +3955,19 @@ class Host:
         for session in ready:
             session.close()
 
+    def open_bulk(self, cancel: Optional[Cancel]) -> Session:
+        """A session on a connection of its own; on a shared one where logging in needs a person."""
+        if self.masters.profile()["direct"]:
+            return self.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel)
+        return self.open(Deadline(SLOT_PATIENCE), cancel)
+
+    def again(self, session: Session, error: BaseException, attempt: int, cancel: Optional[Cancel]) -> bool:
+        """Whether to try again what failed before it began: a dropped handshake, after a wait, or a login that needs
+        a person, since open_bulk() knows of that now."""
+        if isinstance(session, DirectSession) and self.masters.needs_person(error):
+            return True
+        return isinstance(error, ConnectionDropped) and self.masters.again(error, attempt, Deadline(SLOT_PATIENCE), cancel)
+
     def begin(self, exchange: Exchange, cancel: Optional[Cancel], deadline: Deadline = Deadline(None)) -> None:
         """See an operation begin, or be refused, on a connection that may still have to be made; or the deadline
         pass. Raises HostError."""
@@ -3998,7 +4019,7 @@ class Host:
 
 
 class Incoming:
-    """The stdout of one of our scripts, read as it comes, on a connection of its own. take()
+    """The stdout of one of our scripts, read as it comes, on a session for bulk. take()
     gives some bytes, and b"" once the script has ended; nothing is held but what was not taken."""
 
     def __init__(self, host: Host, cancel: Optional[Cancel], script: str, *arguments: str) -> None:
@@ -4006,13 +4027,13 @@ class Incoming:
         self.err = Capture(LOG_MAX, STATE_MAX)
         self.waiting: List[bytes] = []
         for attempt in range(10):
-            session = host.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel)
-            self.exchange = Exchange(session, script_records(script, *arguments), self.waiting.append, self.err)
+            session = host.open_bulk(cancel)
+            self.exchange = Exchange(session, script_records(script, *arguments, ahead=session.ahead), self.waiting.append, self.err)
             try:
                 return host.begin(self.exchange, cancel)
             except BaseException as error:
                 self.close()
-                if not isinstance(error, ConnectionDropped) or not host.masters.again(error, attempt, Deadline(SLOT_PATIENCE), cancel):
+                if not host.again(session, error, attempt, cancel):
                     raise
 
     def take(self) -> bytes:
@@ -4027,7 +4048,7 @@ class Incoming:
         return Reply(status=self.exchange.out.status or 0, stdout=b"", stderr=self.err.value())
 
     def close(self) -> None:
-        self.exchange.session.close()
+        self.host.done(self.exchange.session)
 
 
 class CommandRun:

@@ -3599,6 +3599,42 @@ def test_on_a_terminal_ssh_asks_once_and_what_came_of_it_is_told(repo: Repo, tro
     assert (b"may have a question" in terminal.output) == bool(answers_), terminal.output
 
 
+@pytest.mark.parametrize("lost", ["passphrase", "agent"])
+def test_a_login_that_needed_a_person_serves_all_that_comes_after(repo: Repo, lost: str) -> None:
+    """A key whose passphrase was typed once, or that has left the agent since. Nothing knocks in vain for long: failed logins cost penalties."""
+    site, key, words = repo.site, repo.site.dir / "locked", ("exec", "-H", "bare-h", "--", "echo work >>README")
+    shutil.copy(str(site.keys.user), str(key))
+    subprocess.run([program("ssh-keygen"), "-q", "-p", "-P", "", "-N", "right", "-f", str(key)], check=True, stdout=subprocess.DEVNULL)
+    site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig"] + ["IdentitiesOnly yes", f"IdentityFile {key}"] * (lost == "passphrase"))
+    with agent(site) as env:
+        def asked(*words: str) -> None:
+            terminal = on_terminal(site, *words, cwd=repo.dir, env=env)
+            terminal.expect(b"passphrase")
+            terminal.send(b"right\r")
+            assert terminal.wait() == 0, terminal.output
+        if lost == "passphrase":
+            asked(*words)
+        else:
+            subprocess.run([program("ssh-add"), "-q", str(site.keys.user)], env=site.environment(env), check=True)
+            assert repo.cli(*words, env=env).code == 0
+            subprocess.run([program("ssh-add"), "-q", "-d", str(site.keys.user)], env=site.environment(env), check=True, stderr=subprocess.DEVNULL)
+        before = site.log("bare-h").count("Connection from")
+        repo.write("big", os.urandom(600_000))
+        repo.commit()
+        for command in (("diff", "-w", "main"), ("pull", "-w", "main"), ("new", "-H", "bare-h", "big"), ("push", "-w", "main"), ("diff", "-w", "big"),
+                        ("rm", "main"), ("exec", "-w", "big", "--", "echo more >>README")):
+            assert repo.cli(*command, env=env).code == 0, command
+        assert tree_of(repo.path("big"))[b"big"] == repo.tree()[b"big"] and "work" in repo.git("show", "cmux/main:README")
+        assert site.log("bare-h").count("Connection from") - before == (lost == "agent"), "one try, and never again"
+        for master in site.masters():
+            kill(master.pid)
+        if lost == "passphrase":
+            asked("pull", "-w", "big")
+        else:
+            refused(repo.cli("pull", "-w", "big", env=env), 255, words="accepted none")
+            assert site.log("bare-h").count("Connection from") - before == 2
+
+
 def test_a_missing_ssh_or_git_is_said(repo: Repo) -> None:
     refused(repo.exec("true", env={"CMUX_SSH_COMMAND": "/nonexistent/ssh"}), 125, words="/nonexistent/ssh")
     nothing = repo.site.dir / "nothing"
