@@ -1924,16 +1924,18 @@ def in_sshs_place(site: Site, text: str) -> str:
 
 @pytest.mark.parametrize("when", ["later", "for a command"])
 def test_what_the_config_says_only_now_or_only_for_a_command_does_not_leave_either(site: Site, when: str) -> None:
-    """Match exec may change its mind. OpenSSH 10 has Match sessiontype and Match command: they are played by a program in
-    ssh's place that looks for a word behind the host."""
+    """Match exec may change its mind. OpenSSH 10 has Match sessiontype and Match command: before, a program in ssh's place
+    that looks for a word behind the host plays them."""
+    new = int(re.findall(rb"OpenSSH_(\d+)", subprocess.run([program("ssh"), "-V"], stderr=subprocess.PIPE).stderr)[0]) >= 10
     repo, flag, seen, login = Repo(site, files={"big": os.urandom(400_000)}), site.dir / "flag", site.dir / "seen", site.dir / "login"
     login.write_text(f'#!/bin/sh\nenv >>{seen}\nexec sh -c "$SSH_ORIGINAL_COMMAND"\n')
     login.chmod(0o755)
     site.daemon("far", "AcceptEnv *", f"ForceCommand {login}")
-    site.entries.insert(0, f'Match originalhost far exec "test -e {flag} -o x$CARRIES = xyes"\n  SendEnv LEAK*\n  StrictHostKeyChecking no\n')
+    match = 'command "exec*" sessiontype exec' if new and when != "later" else f'exec "test -e {flag} -o x$CARRIES = xyes"'
+    site.entries.insert(0, f'Match originalhost far {match}\n  SendEnv LEAK*\n  StrictHostKeyChecking no\n')
     site._write_config()
     site.env["LEAK_ME"] = "leak"
-    if when == "for a command":
+    if when != "later" and not new:
         site.env["CMUX_SSH_COMMAND"] = in_sshs_place(site, 'n=0; for a; do [ "$n$a" != 0-- ] && [ $n = 0 ] || n=$((n+1)); done\n'
                                                      '[ $n -lt 3 ] || export CARRIES=yes; exec $ssh "$@"')
     assert in_library(repo, """
@@ -1949,7 +1951,7 @@ print(cmux_ssh.pull(main).branch, project.create("other", "far").name)
     repo.write("big", os.urandom(400_000))
     repo.commit()
     refused(repo.cli("push", "-w", "other"), 255, words="has changed")
-    assert site.ssh("far", "true", env={"CARRIES": "yes"}).returncode == 0 and b"leak" in seen.read_bytes(), "plain ssh does all that"
+    assert site.ssh("far", "exec true", env={"CARRIES": "yes"}).returncode == 0 and b"leak" in seen.read_bytes(), "plain ssh does all that"
 
 
 def test_known_hosts_is_not_written_by_the_host(repo: Repo) -> None:
@@ -3521,7 +3523,7 @@ def test_more_keys_than_the_server_lets_try_are_said(repo: Repo) -> None:
         assert terminal.wait() == 255 and b"question" not in terminal.output, "nobody could answer it"
     for said in (ran.said, found.text):
         assert "too many keys were tried" in said and "IdentitiesOnly yes, and IdentityFile" in said and "accepted none" not in said, said
-    assert (ran.code, found.code) == (255, 255) and "Offered: " in found.text
+    assert (ran.code, found.code) == (255, 255)
 
 
 @pytest.mark.parametrize("words", [("exec", "-H", "box", "--", "true"), ("new", "-H", "box", "main"), ("doctor", "box"), ("batch", "-H", "box")], ids=lambda words: words[0])
