@@ -2543,16 +2543,16 @@ def log_head(path: str) -> bytes:
         return b""
 
 
-def read_log(path: str) -> Tuple[bytes, List[bytes]]:
-    """(ssh's own words, what the server said of itself). Only the former may be believed: the server
+def read_log(log: bytes) -> Tuple[bytes, List[bytes]]:
+    """(ssh's own words in its log, what the server said of itself). Only the former may be believed: the server
     can say "Host key verification failed" too, also in its reason for a disconnect, ssh's last words."""
     own: List[bytes] = []
-    words, away, reason = log_head(path).replace(b"\r\n", b"\n").partition(DISCONNECT)
+    words, away, reason = log.replace(b"\r\n", b"\n").partition(DISCONNECT)
     heard = [away + reason] if away else []
     for line in words.split(b"\n"):
-        said = re.match(rb"debug1: \S*kex_exchange_identification\(\):\d+ \([^()]*\): (.*)", line)
+        said = re.match(rb"debug1: \S*kex_exchange_identification(?:\(\):\d+ \([^()]*\))?: (.*)", line)
         (heard if said else own).append(said.group(1) if said else line)
-    return b"\n".join(line for line in own if not line.startswith(b"debug1: ")), heard
+    return b"\n".join(line for line in own if not line.startswith((b"debug1: ", b"OpenSSH_"))), heard
 
 
 def failure_in(words: bytes, heard: List[bytes], config: SSHConfig) -> HostError:
@@ -2871,7 +2871,7 @@ class DirectSession(Session):
         return self._process.poll() is not None
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
-        words, heard = read_log(self._log)
+        words, heard = read_log(log_head(self._log))
         silent, status = not words.strip(), self._process.poll()
         if silent and self._done and not begun and status is not None and 0 <= status < 255:
             return RemoteShellFailed(self.host)
@@ -3096,7 +3096,7 @@ class Launcher(HostMemory):
             raise
         finally:
             os.close(watch)
-        words, heard = read_log(log)
+        words, heard = read_log(log_head(log))
         if status != 0 or not os.path.exists(self._path(index)):
             if not words.strip():  # arguments refused
                 words = read_bytes(log + ".err", STATE_MAX) or b""
@@ -8582,31 +8582,27 @@ def examine_config(config: SSHConfig) -> Finding:
 
 def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
     """Why the connection failed, from ssh's debugging words and its ProxyCommand's."""
-    plain = "\n".join(line for line in words.split("\n") if not line.startswith(("debug1:", "OpenSSH_")))
-    error = classify(plain.encode() or said, config.host, config)
+    plain, heard = read_log(words.encode())
+    error = failure_in(plain if plain.strip() or proxy_of(config) else said, heard, config)
     if isinstance(error, ConnectionDropped):
         error = proxy_failure(config, said) or error
     text, fix, proxy = str(error), error.hint, config.first("proxycommand")
     key = re.search(r"Server host key: (\S+ SHA256:\S+)", words)
     if isinstance(error, HostKeyFailed) and key:
         text += " It offers %s." % key.group(1)
-    elif isinstance(error, AuthenticationFailed):
+    elif isinstance(error, AuthenticationFailed) and error.asks:
         offered = re.findall(r"Offering public key: (.*?) (?:RSA|DSA|ECDSA|ED25519)\S* ", words)
         takes = re.findall(r"Authentications that can continue: (\S+)", words)
         text += " It takes: %s. Offered: %s." % (takes[-1] if takes else "nothing", ", ".join(offered) or "no key at all")
-        if "Too many" in plain:
-            pass
-        elif takes and "publickey" not in takes[-1]:
+        if takes and "publickey" not in takes[-1]:
             fix = "Ask its owner to allow keys: passwords cannot be typed here."
         elif not os.environ.get("SSH_AUTH_SOCK"):
             fix = "No agent runs here (SSH_AUTH_SOCK is not set): start one and ssh-add your key, or name it with IdentityFile."
         elif not any("agent" in line for line in re.findall(r"Offering public key: .*", words)):
             fix = "Your agent holds no key that was offered: ssh-add it, or name it with IdentityFile."
-    elif proxy not in ("", "none") and isinstance(error, ConnectionDropped):
+    elif proxy not in ("", "none") and type(error) is ConnectionDropped:
         text = text if said.strip() else "The ProxyCommand ended without a connection, and without a word."
         fix = "Run it by hand: %s" % proxy[:300]
-    elif re.search(r"Not allowed at this time|penalt", words + plain):
-        text, fix = "%s penalises this address for failed logins before." % config.host, "Wait some minutes; each try makes it longer."
     return unreachable(config.host, text, fix)
 
 
