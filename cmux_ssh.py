@@ -3968,9 +3968,11 @@ class Host:
             return True
         return isinstance(error, ConnectionDropped) and self.masters.again(error, attempt, Deadline(SLOT_PATIENCE), cancel)
 
-    def begin(self, exchange: Exchange, cancel: Optional[Cancel], deadline: Deadline = Deadline(None)) -> None:
-        """See an operation begin, or be refused, on a connection that may still have to be made; or the deadline
-        pass. Raises HostError."""
+    def begin(self, exchange: Exchange, cancel: Optional[Cancel],
+              deadline: Optional[Deadline] = None) -> None:
+        """See an operation begin, or be refused, on a connection that may still have to be made; or
+        the deadline pass. Raises HostError."""
+        deadline = deadline or Deadline(None)
         direct = isinstance(exchange.session, DirectSession)
         patience = Deadline(deadline.capped(START_PATIENCE + (CONNECT_PATIENCE if direct else 0)))
         if not exchange.run(Deadline(patience.capped(SHELL_PATIENCE)), cancel, until=exchange.answered):
