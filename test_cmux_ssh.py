@@ -1673,7 +1673,6 @@ print(warm().exec(["printf", "<%s>", "it's", "!x"]).stdout, warm().write("a\\n'b
 FOREIGN = ("bash -l", "zsh", "dash", "fish", "tcsh", "mksh", "ksh", "busybox sh", "cat", ".bashrc")
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("foreign", FOREIGN)
 def test_a_shell_that_is_not_ours_runs_nothing_of_a_header_and_reads_no_secret(site: Site, foreign: str) -> None:
     """The account's ForceCommand, or what its .bashrc runs, reads what we send in place of our command."""
