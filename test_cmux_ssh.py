@@ -1945,7 +1945,10 @@ open(sys.argv[1], "w").close()
 print(cmux_ssh.pull(main).branch, project.create("other", "far").name)
 """, str(flag if when == "later" else "/dev/null")) == "0\ncmux/main other\n"
     assert repo.cli("doctor", "far").code == 0 and repo.cli("diff", "-w", "main").code == 0
-    assert b"CMUX_SSH=1" in seen.read_bytes() and b"leak" not in seen.read_bytes()
+    terminal = on_terminal(site, "shell", "-w", "main", cwd=repo.dir)
+    terminal.expect(b"[#$] ")
+    terminal.send(b"exit 7\r")
+    assert terminal.wait() == 7 and b"CMUX_SSH=1" in seen.read_bytes() and b"leak" not in seen.read_bytes()
     site.known_hosts.write_text(f"rig {public(site.keys.other_host)}\n")
     repo.write("big", os.urandom(400_000))
     repo.commit()
