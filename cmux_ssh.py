@@ -108,6 +108,7 @@ STOP_SILENCE = 5            # of the session that carries it; then another one i
 CALL_PATIENCE = 600         # for one script of ours: unpacking a large tree on a slow disk
 STALL_PATIENCE = 60         # a transfer that moves no byte for so long is dead
 RESULT_PATIENCE = 600       # a host may hash gigabytes before the first byte of a result comes
+BEAT_MOST, BEAT_LEAST = 20, 1  # between two signs of life over a session: ChannelTimeout; while it is awake anyway, more often
 DROPPED_WAITS = (0.2, 0.4, 0.8, 1.6)  # MaxStartups drops a handshake at random
 TURNED_AWAY_WAITS = (0.3, 1, 5, 15, 30)  # OpenSSH 9.8 and later say the same words for MaxStartups
                             # and for a penalty, which lasts 15 s or more; being turned away adds none
@@ -756,7 +757,7 @@ _crun() {
   esac;
   case $_cl in life)
     exec 3<&0 </dev/null;
-    ( exec >&2 4>&-; IFS= read -r _cl <&3; kill -USR2 $$; _cR=$$; _cstop ) & _cw=$! ;
+    ( exec >&2 4>&-; while IFS= read -r _cl <&3; do :; done; kill -USR2 $$; _cR=$$; _cstop ) & _cw=$! ;
     exec 3<&-;;
   esac;
   case $_cq in -*)
@@ -804,7 +805,7 @@ unset TMOUT; exec 3<&0 4>&2 5>&1 2>/dev/null;
 } | {
   IFS=" " read -r _ck _cR _ci _cN _cl; [ "$_ck" = go ] || exit; _cw=;
   case $_cl in life)
-    ( exec <&3 >/dev/null 3<&- 4>&- 5>&-; IFS= read -r _cl; kill -USR2 $_cR; eval "$0"; _cstop ) & _cw=$!;;
+    ( exec <&3 >/dev/null 3<&- 4>&- 5>&-; while IFS= read -r _cl; do :; done; kill -USR2 $_cR; eval "$0"; _cstop ) & _cw=$!;;
   esac;
   exec 3<&-;
   IFS=" " read -r _ck _cr _cs || exit;
@@ -826,7 +827,8 @@ unset TMOUT; exec 3<&0 4>&2 5>&1 2>/dev/null;
 #   the wrapper's own stderr closed off ("Terminated" is not the command's word).
 # - The lifeline: where the command takes no stdin, the session's stdin is watched by a subshell.
 #   End of file there (this client closed it, or was killed, or its master was) ends the tree.
-#   Where stdin streams to the command, a second session (guard) watches instead.
+#   Where stdin streams to the command, a second session (guard) watches instead. Lines are only signs of
+#   life: sshd's ChannelTimeout ends what is silent.
 # - _ctree finds the tree by the CMUX_RUN variable in /proc/*/environ (Linux; finds daemons that
 #   left the session), by parent, process group and session; a process that left its session
 #   *and* cleared its environment *and* lost its parent is not found. Never the wrapper's group.
@@ -1323,12 +1325,13 @@ _cremove() {
 """
 
 # GUARD: the lifeline of a command whose own stdin streams. Reads the pid of the command's
-# wrapper, then waits; a line "." lets go, end of file ends the tree, and has the wrapper say so: a
+# wrapper, then waits; at `beat NONCE` it writes a mark into the wrapper's stdout (Linux); a line "." lets go, end of file ends the tree, and has the wrapper say so: a
 # guard lost alone must not pass for the command's own end. Replies confirmed, or left (or nothing to tell by).
 GUARD = r"""
 _cop() {
   _cR=-
-  while IFS= read -r p; do [ "$p" != . ] || return 0; [ "$p" -gt 0 ] 2>/dev/null && _cR=$p; done
+  while IFS=" " read -r p l; do case $p in
+    .) return 0;; beat) { [ $_cR = - ] || echo "$l~" >/proc/$_cR/fd/1; } 2>/dev/null;; [1-9]*) _cR=$p;; esac; done
   _ctree
   case $_ct in
   " ") [ "$_cW" != - ] || [ -r /proc/self/environ ] || { echo left; return 0; };;
@@ -2359,6 +2362,7 @@ FORCED_IF_KNOWN = (
     ("sessiontype", "SessionType=default"),  # none: hangs for ever
     ("forkafterauthentication", "ForkAfterAuthentication=no"),
     ("gssapidelegatecredentials", "GSSAPIDelegateCredentials=no"),
+    ("channeltimeout", "ChannelTimeout=none"),  # the client's own
     ("logverbose", "LogVerbose=kex.c:kex_exchange_identification():*"),  # why a server hangs up: see read_log
 )
 # `-o SendEnv=-*` does not undo a config's SendEnv, so what its patterns match leaves the
@@ -2642,6 +2646,8 @@ class Session:
     -1 when a process of its own carries the session.
     """
 
+    maybe = ""               # what else may have ended it
+
     def __init__(self, host: str) -> None:
         self.host = host
         self.master = -1         # which one carries it, if any
@@ -2692,7 +2698,7 @@ class Session:
         """Why the session ended without its end mark. What was ``sent`` whole may have begun unseen."""
         return ConnectionLost("The connection to %s was lost%s." % (
             self.host, "" if begun else " before the command was seen to begin" if sent else " before the command began"),
-            "The command may still run there." if begun or sent else "Try again.", self.host, begun or sent)
+            "The command may still run there." + self.maybe * begun if begun or sent else "Try again.", self.host, begun or sent)
 
     def close(self) -> None:
         self.close_pipes()
@@ -2703,7 +2709,7 @@ class MuxSession(Session):
 
     def __init__(self, host: str, path: str, command: str, release: Callable[[Session], None]) -> None:
         super().__init__(host)
-        self._release = release
+        self._release, self._path = release, path
         self._buffer = b""
         self._socket = connect(path)
         self.control = self._socket.fileno()
@@ -2788,7 +2794,18 @@ class MuxSession(Session):
         if self.exited:
             return ConnectionLost("The command on %s was ended together with its wrapper." % self.host,
                                   "Something there killed every process of the session.", self.host)
+        if begun and self._lives():
+            return ConnectionLost("The server of %s ended this session, though the connection lives." % self.host,
+                                  "A ChannelTimeout of its sshd must be longer than %d seconds; or somebody killed the process there. "
+                                  "The command may still run there." % BEAT_MOST, self.host)
         return super().failure(begun, sent)
+
+    def _lives(self) -> bool:
+        try:
+            connect(self._path).close()
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         """Give the session up. Its slot is free when the master has closed the connection."""
@@ -2838,6 +2855,8 @@ class DirectSession(Session):
     """A session carried by an ssh process of its own: for bulk streams, and for hosts or
     clients without multiplexing. ``done`` is called once the handshake is over, ``report`` with
     None when it went well, or with why it did not."""
+
+    maybe = " (If it was silent: did a ChannelTimeout of the host's sshd end it?)"
 
     def __init__(self, config: SSHConfig, log: str, command: str,
                  done: Callable[[], None], report: Callable[[Optional[HostError]], None]) -> None:
@@ -3655,6 +3674,8 @@ class Exchange:
         self.sent = False                # the header is with the host, or on its way
         self.lost = False                # the session is over, marks or not
         self.moved = time.monotonic()    # when the last byte went either way
+        self.guard: Optional[Exchange] = None  # which watches over this one
+        self._beaten = self.moved        # when the last sign of life was sent
 
     @property
     def begun(self) -> bool:
@@ -3683,7 +3704,7 @@ class Exchange:
                 raise self.session.failure(self.begun, self.sent)
             if cancel:
                 cancel.check()
-            wait = deadline.capped(0.2 if self.out.closed else 3600)
+            wait = deadline.capped(0.2 if self.out.closed else BEAT_MOST)
             if stall is not None:
                 wait = min(wait, max(0.0, self.moved + stall - time.monotonic()))
             events = self._poller(cancel).poll(wait * 1000 + (wait > 0))
@@ -3694,7 +3715,19 @@ class Exchange:
                                      % (self.session.host, stall), "Try again.", self.session.host)
             for fd, _ in events:
                 self._event(fd)
+            if time.monotonic() > self._beaten + (BEAT_LEAST if events else BEAT_MOST - 0.1):
+                self._beat()
         return True
+
+    def _beat(self) -> None:
+        """Let something harmless pass over the session, and over its guard's: sshd's ChannelTimeout ends a silent one."""
+        self._beaten = time.monotonic()
+        over, sign = (self.guard, b"beat " + self.out.nonce) if self.guard else (self, b"")
+        if over.sent and not over.source and over.session.stdin >= 0:
+            try:
+                os.write(over.session.stdin, sign + b"\n")
+            except OSError:
+                pass  # full, or over: the session's own events tell
 
     def _poller(self, cancel: Optional[Cancel]) -> Any:
         """A poll object of what is awaited now; made anew only when that has changed."""
@@ -4126,6 +4159,7 @@ class CommandRun:
                     self._open_guard(waiting, cancel)
                 self.host.begin(exchange, cancel, deadline)
                 if self.guard and exchange.begun:
+                    exchange.guard = self.guard
                     self.guard.outgoing = memoryview(b"%s\n" % exchange.out.pid.encode())
                     self.guard.run(Deadline(CONTROL_PATIENCE), None, until=self.guard.written)
                 return

@@ -1731,6 +1731,29 @@ print(said(["true"]))
     assert not touched.exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["master", "direct"])
+def test_a_server_that_ends_silent_channels_ends_no_command_of_ours(site: Site, tuned: Callable[..., None], way: str) -> None:
+    site.daemon("hasty", "ChannelTimeout session:command=3s")
+    repo, nap = Repo(site), unique()
+    env = {"CMUX_SSH_COMMAND": ssh_without_masters(site)} if way == "direct" else {}
+    assert repo.cli("new", "-H", "hasty", "main", env=env).code == 0
+    talk = "for i in 1 2 3 4 5 6; do echo $i; sleep 1; done"
+
+    def streamed(line: str) -> Tuple[int, bytes]:
+        child = repo.start("exec", "-w", "main", "--", line, stdin=subprocess.PIPE, env=env)
+        code = child.wait(30)  # its stdin stays open all the while
+        return code, child.stdout.read() + child.stderr.read()  # type: ignore[union-attr]
+    assert streamed(talk) == (0, b"1\n2\n3\n4\n5\n6\n"), "the guard is not silent while the command talks"
+    lost = repo.cli("exec", "-n", "-w", "main", "--", f"sleep {nap}", env=env)
+    refused(lost, 255, words="ChannelTimeout")
+    tuned(BEAT_MOST=1)
+    assert streamed("sleep 6; echo end") == (0, b"end\n")
+    assert repo.cli("exec", "-n", "-w", "main", "--", "sleep 6; exit 7", env=env).code == 7
+    assert repo.cli("exec", "-n", "-w", "main", "--timeout", "6", "--", f"sleep {nap}", env=env).code == 124
+    gone(f"sleep {nap}")
+
+
 def minimal_path(site: Site, *more: str) -> str:
     """A directory with the POSIX utilities busybox has, and the named programs of this machine."""
     directory = site.dir / "-".join(("bin", *more))
