@@ -7252,6 +7252,35 @@ def test_pull_from_a_malicious_repository_of_ones_own_runs_nothing(repo: Repo) -
     assert not trap.exists(), trap.read_text()
 
 
+def test_hooks_that_the_configuration_names_do_not_run_either(repo: Repo) -> None:
+    """git 2.54 has them; in front of an older one, a program does what it does."""
+    trap, folder = repo.site.dir / "trap", repo.site.dir / "git-2.54"
+    folder.mkdir()
+    (folder / "git").write_text(f"""#!{sys.executable}
+import os, subprocess, sys
+words, real, hooks = sys.argv[1:], {program("git")!r}, {{}}
+if "update-ref" in words:
+    told = subprocess.run([real, *words[:words.index("update-ref")], "config", "-z", "--get-regexp", "^hook[.]"], stdout=subprocess.PIPE).stdout
+    for key, value in (row.split("\\n") for row in told.decode().split("\\0")[:-1]):
+        hooks.setdefault(key.rpartition(".")[0], {{}})[key.rpartition(".")[2]] = value
+    for hook in hooks.values():
+        if hook.get("event") == "reference-transaction" and hook.get("enabled") != "false":
+            subprocess.run(hook["command"], shell=True)
+os.execv(real, [real, *words])
+""")
+    (folder / "git").chmod(0o755)
+    for scope, name in (("--local", "k"), ("--global", "a=b. c")):
+        repo.git("config", scope, f"hook.{name}.event", "reference-transaction")
+        repo.git("config", scope, f"hook.{name}.command", f"echo ran >>{trap}")
+    env = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    subprocess.run(["git", "update-ref", "refs/heads/proof", "HEAD"], cwd=str(repo.dir), env=repo.site.environment(env), check=True)
+    assert trap.read_text().startswith("ran\nran\n")
+    trap.unlink()
+    for n, words in enumerate((["new", "-H", "box", "--dirty", "main"], ["exec", "--", "echo x >>README"], ["pull"], ["push", "--dirty"])):
+        repo.write("dirty", b"%d" % n)
+        assert repo.cli(*words, env=env).code == 0 and not trap.exists(), words
+
+
 def test_a_line_cut_during_pull_leaves_nothing(site: Site) -> None:
     repo = Repo(site)
     line = site.line("far")
