@@ -8192,6 +8192,31 @@ def test_what_was_sent_is_remembered_while_a_workspace_is_of_it(tmp_path: Path, 
             registry.parts("d" * 40)
 
 
+def test_a_git_that_reads_no_tree_without_its_contents_sends_lfs_content_all_the_same(site: Site) -> None:
+    """Before 2.39; in front of a newer one, a program refuses what those do."""
+    family, real = Family(site), program("git")
+    folder = site.dir / "git-2.38"
+    folder.mkdir()
+    (folder / "git").write_text(f"""#!/bin/sh
+case " $* " in *" read-tree "[0-9a-f][0-9a-f]* | *" read-tree "*" "[0-9a-f][0-9a-f]*)
+  for tree; do :; done; dir=$1
+  missing=$({real} "$dir" ls-tree -r "$tree" | grep ' blob ' | cut -c13-52 | {real} "$dir" cat-file --batch-check | grep missing$) &&
+    {{ echo "error: invalid object 100644 $missing" >&2; exit 128; }}
+esac
+exec {real} "$@"
+""")
+    (folder / "git").chmod(0o755)
+    env = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    for words in (["new", "-H", "box", "main"], ["exec", "--", "echo x >>README; echo y >>assets/tool.bin"], ["pull"]):
+        done = family.cli(*words, env=env)
+        assert done.code == 0, done
+    assert family.git("diff", "--name-only", "main", "cmux/main") == "README\nassets/tool.bin"
+    family.lfs("assets/model.bin", b"other" * 1000)
+    family.commit()
+    pushed = family.cli("push", "-v", env=env)
+    assert pushed.code == 0 and (family.path() / "assets/model.bin").read_bytes() == b"other" * 1000, pushed
+
+
 def test_damaged_lfs_content_is_not_sent(site: Site) -> None:
     family = Family(site)
     digest = hashlib.sha256(CONTENT).hexdigest()
