@@ -891,12 +891,13 @@ _coff() { # op: no attempt of it begins any more, and the one that runs has ende
 }
 """
 
-# What every git of ours on the host sees: no configuration, one identity, one date.
+# What every git of ours on the host sees: no configuration, one identity, one date, the ids of most
+# repositories (git 3 makes others; a base whose tree has another id is not known again).
 GIT_THERE = r"""
 _cenv() {
   for v in $(env | sed -n 's/^\(GIT_[A-Z_0-9]*\)=.*/\1/p'); do unset "$v"; done
   export GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_SYSTEM=/dev/null GIT_ATTR_NOSYSTEM=1
-  export HOME=/nonexistent XDG_CONFIG_HOME=/nonexistent GIT_OPTIONAL_LOCKS=0 GIT_NO_REPLACE_OBJECTS=1 LC_ALL=C
+  export HOME=/nonexistent XDG_CONFIG_HOME=/nonexistent GIT_OPTIONAL_LOCKS=0 GIT_NO_REPLACE_OBJECTS=1 LC_ALL=C GIT_DEFAULT_HASH=sha1
   for v in GIT_AUTHOR GIT_COMMITTER; do export "${v}_NAME=cmux" "${v}_EMAIL=cmux@localhost" "${v}_DATE=946684800 +0000"; done
   raw='* -text -eol -ident -filter -working-tree-encoding'
 }

@@ -6999,6 +6999,27 @@ exec %s "$@"
     assert repo.tree() == there
 
 
+def test_pull_and_push_where_git_makes_sha256_repositories(repo: Repo) -> None:
+    """As git 3 does, unless it is told."""
+    folder = repo.site.dir / "git-3"
+    folder.mkdir()
+    (folder / "git").write_text(f"""#!/bin/sh
+case "$1,$GIT_DEFAULT_HASH,$*" in init,,*--object-format*) ;; init,,*) shift; set -- init --object-format=sha256 "$@";; esac
+exec {program("git")} "$@"
+""")
+    (folder / "git").chmod(0o755)
+    host = repo.site.inetd("git3", env={"PATH": f"{folder}:{os.environ['PATH']}"})
+    assert repo.cli("new", "-H", host, "main").code == 0
+    for turn in range(2):
+        do(repo, AGENT + f"echo {turn} >work; git add work; git commit -qm 'turn {turn}'; echo {turn} >more")
+        assert repo.cli("pull").code == 0
+        assert repo.git("log", "-2", "--format=%s", "cmux/main") == f"uncommitted work\nturn {turn}"
+        repo.git("merge", "-q", "cmux/main")
+        pushed = repo.cli("push")
+        assert pushed.code == 0, pushed
+    assert repo.cli("rm", "main").code == 0
+
+
 def test_a_commit_in_an_encoding_that_git_does_not_know(repo: Repo) -> None:
     assert repo.cli("new", "-H", "box", "main").code == 0
     do(repo, "echo x >x; git add .; git -c i18n.commitEncoding=latin-9x commit -qm odd; echo y >y; git add .; GIT_AUTHOR_DATE='@1700000000 +1545' git commit -qm zone")
