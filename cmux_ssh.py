@@ -99,6 +99,7 @@ CONNECT_PATIENCE_SLOW = 600  # where the config says ConnectTimeout 0 (Coder sta
 INTERACTIVE_PATIENCE = 300  # a person types a passphrase
 CONTROL_PATIENCE = 5        # a live master answers hello in under a millisecond
 SLOT_PATIENCE = 600         # waiting for one of the 104 sessions
+LOOK_FIRST, LOOK_MOST = 0.003, 0.3  # between looks for what other processes free: they are not heard
 MASTER_PASSED_BY = 30       # one that hangs (SIGSTOP, a dying machine) is not asked again for so long
 SHELL_PATIENCE = 2.5        # without a word from our wrapper: then another session is asked what begins there
 START_PATIENCE = 60         # from the header sent to the start mark: slow rc files are read here
@@ -428,14 +429,66 @@ class Cancel:
 
 def nap(seconds: float, deadline: Deadline, cancel: Optional[Cancel]) -> bool:
     """Sleep; False if the deadline comes first. Raises Cancelled."""
-    end = Deadline(max(0.0, seconds))
-    while not end.over():
+    pause, left = max(0.0, seconds), deadline.left()
+    if cancel:
+        poller = select.poll()
+        poller.register(cancel, select.POLLIN)
+        poller.poll(deadline.capped(pause) * 1000)
+        cancel.check()
+    else:
+        time.sleep(deadline.capped(pause))
+    return left is None or pause <= left
+
+
+class Waiters:
+    """The threads of this process that wait for what other processes may free, too.
+
+    A change in this process wakes one of them. One at a time looks for what others have done, ever
+    more rarely; all others sleep without an end: a hundred cost no more than one. Whoever looks in
+    vain sleeps again; whoever gives up or was served wakes another, who may then be the one to look.
+    """
+
+    def __init__(self) -> None:
+        self._forked()
+        leave_at_fork(self)
+
+    def _forked(self) -> None:
+        import threading
+        self._changed = threading.Condition()
+        self._asleep: List[Tuple[Deadline, Optional[Cancel]]] = []
+        self._watched = False       # one of them looks from time to time
+        self._pause = LOOK_FIRST
+
+    def wake(self, count: int = 1) -> None:
+        """Have so many of them look now."""
+        with self._changed:
+            self._changed.notify(count)
+
+    def leave(self) -> None:
+        """One of them was served, or gives up."""
+        self._pause = LOOK_FIRST
+        self.wake()
+
+    def sleep(self, deadline: Deadline, cancel: Optional[Cancel], most: float = 3600) -> bool:
+        """Until it is worth a look, ``most`` seconds; False at the deadline. Raises Cancelled."""
         if cancel:
             cancel.check()
         if deadline.over():
             return False
-        time.sleep(deadline.capped(end.capped(0.1)))
-    return True
+        with self._changed:
+            mine, watch = (deadline, cancel), not self._watched
+            self._asleep.append(mine)
+            self._watched = True
+            try:
+                self._changed.wait(deadline.capped(min(most, self._pause if watch else 3600)))
+            finally:
+                self._asleep.remove(mine)
+                self._watched = self._watched and not watch
+            if watch:
+                self._pause = min(self._pause * 1.5, LOOK_MOST)
+                if any(end.over() or (stop and stop.is_set) for end, stop in self._asleep):
+                    self._changed.notify_all()
+        return True
 
 
 class Capture:
@@ -1871,8 +1924,10 @@ class Lock:
     """An advisory lock on a file, ``shared`` or not. The kernel frees it when its process dies. The file of one
     that is ``passing`` goes with it (of a shared one with the last); whoever waited for that file then finds another, or none."""
 
-    def __init__(self, path: str, passing: bool = False, shared: bool = False) -> None:
-        self.path, self.passing, self.shared = path, passing, shared
+    _waiting: Dict[str, Waiters] = {}  # for the lock of a path
+
+    def __init__(self, path: str, passing: bool = False, shared: bool = False, waiters: Optional[Waiters] = None) -> None:
+        self.path, self.passing, self.shared, self.waiters = path, passing, shared, waiters
         self.fd = -1
 
     def take(self, anew: bool = True) -> bool:
@@ -1920,10 +1975,16 @@ class Lock:
 
     def wait(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> bool:
         """Take it, waiting until the deadline; False when that came first."""
-        while not self.take():
-            if not nap(0.02, deadline, cancel):
-                return False
-        return True
+        if self.take():
+            return True
+        waiters = self._waiting.setdefault(self.path, Waiters())
+        try:
+            while waiters.sleep(deadline, cancel):
+                if self.take():
+                    return True
+            return False
+        finally:
+            waiters.leave()
 
     def free(self) -> None:
         if self.fd >= 0:
@@ -1931,6 +1992,9 @@ class Lock:
                 remove_file(self.path)
             os.close(self.fd)
             self.fd = -1
+            waiters = self.waiters or self._waiting.get(self.path)
+            if waiters:
+                waiters.wake()
 
     def __enter__(self) -> Lock:
         if self.fd < 0 and not self.wait(Deadline(60)):
@@ -2708,7 +2772,7 @@ class Session:
 class MuxSession(Session):
     """A session opened through a master's control socket, without a process of its own."""
 
-    def __init__(self, host: str, path: str, command: str, release: Callable[[Session], None]) -> None:
+    def __init__(self, host: str, path: str, command: str, release: Callable[[], None]) -> None:
         super().__init__(host)
         self._release, self._path = release, path
         self._buffer = b""
@@ -2809,38 +2873,18 @@ class MuxSession(Session):
         return True
 
     def close(self) -> None:
-        """Give the session up. Its slot is free when the master has closed the connection."""
+        """Give the session up. Its slot is free at once: sshd, which ends it a moment later, takes two more
+        than there are slots; and what it refuses has not begun, and is tried again."""
         self.close_pipes()
-        self._release(self)
+        if self.control >= 0:
+            self.control = -1
+            self._socket.close()
+            self._release()
 
     def _forked(self) -> None:
         if self._socket.fileno() >= 0:
             self._socket.detach()  # or its end would close whatever has the number then
         super()._forked()
-
-    def hang_up(self) -> None:
-        """Ask the master to end the session. The bare descriptor is left, for gone()."""
-        import socket
-        try:
-            self._socket.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
-        self.control = self._socket.detach()
-
-    def gone(self) -> bool:
-        """Whether the master has closed its end; never blocks."""
-        try:
-            while os.read(self.control, 4096):
-                pass
-        except BlockingIOError:
-            return False
-        except OSError:
-            pass
-        if self._socket.fileno() < 0:
-            os.close(self.control)
-        self._socket.close()
-        self.control = -1
-        return True
 
 
 class RemoteShellFailed(ConnectionFailed):
@@ -2916,8 +2960,9 @@ class HostMemory:
     """What all processes of this user remember of one host.
 
     A directory named by a hash of the alias and of `ssh -G` (%C collides between aliases):
-    down.json, the failures; profile.json, what the host was seen to allow; and, for the classes
-    below, sockets 0, 1, ...; a lock file per session slot; locks for starting; hangs.0, ... of masters that do.
+    down.json, the failures; profile.json, the sessions that a master was seen to take; and, for the classes
+    below, sockets 0, 1, ...; a lock file per session slot; locks for starting; hangs.0, ... of masters that do;
+    dropped, as old as the last handshake that the server dropped.
     """
 
     def __init__(self, config: SSHConfig, interactive: Optional[Callable[[], bool]] = None) -> None:
@@ -2927,36 +2972,42 @@ class HostMemory:
         digest = hashlib.sha256(b"1\0" + config.host.encode() + b"\0" + " ".join(
             config.command).encode("utf-8", "surrogateescape") + b"\0" + config.text).hexdigest()
         self.folder = socket_folder(digest[:16])
-        self._profile: Dict[str, Any] = {}
+        self._profile: Dict[str, int] = {}
         self._profile_until = 0.0
         self._gone: Dict[int, int] = {}        # how often each master hung up during hello
         self._heard: Dict[int, int] = {}       # how long the log of each was
+        self._shaking = Waiters()              # for a handshake
         self.patience = (CONNECT_PATIENCE_SLOW if config.first("connecttimeout") == "0" else CONNECT_PATIENCE)
 
     def _path(self, name: object) -> str:
         return os.path.join(self.folder, str(name))
 
     def ask_config(self, command: str) -> SSHConfig:
-        """What ssh would do now, for each new connection: Match exec may have changed its mind, and a person the file."""
+        """What ssh would do now, for each new connection: Match exec may have changed its mind, and a
+        person the file."""
         self.config = read_ssh_config(self.host, command)
         return self.config
 
-    def profile(self) -> Dict[str, Any]:
-        """{"sessions": how many a master takes (0: it refuses multiplexing), "handshakes": at once,
+    def profile(self) -> Dict[str, int]:
+        """{"sessions": how many a master was seen to take (0: the host refuses multiplexing),
         "direct": 0 where a connection of its own cannot log in without a person}"""
         if time.monotonic() < self._profile_until:
             return self._profile
         try:
-            value = read_json(self._path("profile.json"))
+            value = read_json(self._path("profile.json")) or {}
         except StateFailed:
-            value = None
-        until, limits = (value or {}).get("until"), {"sessions": SESSIONS_PER_MASTER, "handshakes": HANDSHAKES_AT_ONCE, "direct": 1}
+            value = {}
+        until, limits = value.get("until"), {"sessions": SESSIONS_PER_MASTER, "direct": 1}
         if isinstance(until, (int, float)) and 0 < until - time.time() <= 86400:  # a clock may be set back
-            seen = {key: (value or {}).get(key) for key in limits}
+            seen = {key: value.get(key) for key in limits}
             limits.update({key: n for key, n in seen.items() if isinstance(n, int) and 0 <= n <= limits[key]})
         self._profile = limits
         self._profile_until = time.monotonic() + 2  # other processes learn too
         return self._profile
+
+    def sessions(self) -> int:
+        """How many a master takes; 0: the host refuses multiplexing."""
+        return self.profile()["sessions"]
 
     def _learn(self, **limits: int) -> None:
         """Remember for a day what the host was seen to allow."""
@@ -2964,6 +3015,12 @@ class HostMemory:
         remove_leftovers(self._path("down.json"), 3600)
         write_json(self._path("profile.json"), dict(self.profile(), until=time.time() + 86400, **limits))
         self._profile_until = 0.0
+
+    def _mark(self, name: str) -> None:
+        """Note, in the age of a file, for all processes, that something happened now."""
+        remove_file(self._path(name))
+        with Lock(self._path(name)):
+            pass
 
     def _failures(self) -> Tuple[int, float]:
         """How often in a row connecting failed, and when (by the clock) to try again."""
@@ -3010,23 +3067,26 @@ class Launcher(HostMemory):
             return True
 
     def handshake(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> Lock:
-        """Leave to begin one handshake with this host: one of HANDSHAKES_AT_ONCE."""
-        while True:
-            for number in range(max(1, self.profile()["handshakes"])):
-                lock = Lock(self._path("handshake.%d" % number))
-                if lock.take():
-                    return lock
-            if not nap(0.02, deadline, cancel):
-                raise ConnectionFailed("Too many connections to %s are being made." % self.host, "Try again.", self.host)
+        """Leave to begin one handshake with this host: one of HANDSHAKES_AT_ONCE; of half as many for a minute after
+        the server dropped one, at first of a quarter (Dropbear takes 5 at once from one address)."""
+        try:
+            while True:
+                age = age_of(self._path("dropped"))
+                for number in range(HANDSHAKES_AT_ONCE // (4 if 0 <= age < 5 else 2 if 0 <= age < 60 else 1)):
+                    lock = Lock(self._path("handshake.%d" % number), waiters=self._shaking)
+                    if lock.take():
+                        return lock
+                if not self._shaking.sleep(deadline, cancel):
+                    raise ConnectionFailed("Too many connections to %s are being made." % self.host, "Try again.", self.host)
+        finally:
+            self._shaking.leave()
 
     def again(self, error: HostError, attempt: int, deadline: Deadline, cancel: Optional[Cancel] = None) -> bool:
         """After a handshake that the server dropped, so that nothing ran there: wait, then True; False
-        when it is not worth another try. A server that takes fewer at once than we make (Dropbear: 5
-        from one address) is given half as many."""
+        when it is not worth another try."""
         away = isinstance(error, TurnedAway)
         waits = TURNED_AWAY_WAITS if away else DROPPED_WAITS
-        if attempt == 0:
-            self._learn(handshakes=max(2, self.profile()["handshakes"] // 2))
+        self._mark("dropped")
         if attempt < len(waits):
             pause = waits[attempt] * (1 if attempt > 1 and away else 0.5 + os.urandom(1)[0] / 255)
             if pause >= 5:
@@ -3170,10 +3230,10 @@ class Slots(Launcher):
     def __init__(self, config: SSHConfig, interactive: Optional[Callable[[], bool]] = None) -> None:
         import threading
         super().__init__(config, interactive)
-        self._mutex = threading.Condition()
+        self._mutex = threading.Lock()
         self._held: Dict[Tuple[int, int], Lock] = {}
-        self._closing: List[Tuple[MuxSession, Tuple[int, int]]] = []
-        self._waiting = self._launching = 0
+        self._freed = {1: Waiters(), 2: Waiters()}  # for one slot, for two at once
+        self._waiting = self._launching = 0         # slots that are waited for; masters
         self._spared = False                   # a master for sessions ahead is being made, or could not be
         self._full: Dict[int, float] = {}      # masters that refuse sessions, and until when others are asked
 
@@ -3187,10 +3247,7 @@ class Slots(Launcher):
 
     def pass_by(self, index: int) -> None:
         """For a while others are asked: to find out anew takes each process CONTROL_PATIENCE."""
-        remove_file(self._path("hangs.%d" % index))
-        mark = Lock(self._path("hangs.%d" % index))
-        mark.take()
-        mark.free()
+        self._mark("hangs.%d" % index)
 
     def _is_socket(self, index: int) -> bool:
         try:
@@ -3199,18 +3256,23 @@ class Slots(Launcher):
             return False
         return status.st_mode & 0o170000 == 0o140000 and status.st_uid == os.geteuid()
 
-    def _try_slots(self, first: int = 0) -> Optional[Tuple[int, int]]:
-        sessions, live = self.profile()["sessions"], self._live()
+    def _try_slots(self, first: int = 0, count: int = 1) -> List[Tuple[int, int]]:
+        """So many free slots, or none; from number ``first`` on of each master."""
+        sessions, live, found = self.sessions(), self._live(), []  # type: int, List[int], List[Tuple[int, int]]
         with self._mutex:
-            if sum(index in live for index, _ in self._held) >= len(live) * sessions:
-                return None  # all ours: a hundred waiting threads need not look one by one
+            if sum(index in live for index, _ in self._held) + count > len(live) * sessions:
+                return []  # all ours: a hundred waiting threads need not look one by one
             for slot in [(index, number) for index in live for number in range(first, sessions)]:
                 if slot not in self._held:
                     lock = Lock(self._path("slot.%d.%d" % slot))
                     if lock.take():
                         self._held[slot] = lock
-                        return slot
-        return None
+                        found.append(slot)
+                        if len(found) == count:
+                            return found
+            for slot in found:  # silently: those who wait for two would wake each other for ever
+                self._held.pop(slot).free()
+        return []
 
     def _in_use(self, index: int) -> int:
         """How many slots of a master are held, by any process."""
@@ -3222,41 +3284,18 @@ class Slots(Launcher):
             lock.free()
         return count
 
-    def _free_slot(self, slot: Tuple[int, int]) -> None:
-        with self._mutex:
-            lock = self._held.pop(slot, None)
+    def _free_slots(self, slots: Sequence[Tuple[int, int]]) -> None:
+        for slot in slots:
+            with self._mutex:
+                lock = self._held.pop(slot, None)
             if lock:
                 lock.free()
-            self._mutex.notify()
+        self._wake(len(slots))
 
-    def _let_go(self, session: Session, slot: Tuple[int, int]) -> None:
-        assert isinstance(session, MuxSession)
-        if session.gone():
-            self._free_slot(slot)
-            return
-        session.hang_up()
-        with self._mutex:
-            self._closing.append((session, slot))
-
-    def sweep(self, wait: float = 0.0) -> bool:
-        """Free the slots of sessions whose master has closed the connection by now; False if
-        there were none to wait for."""
-        with self._mutex:
-            closing = list(self._closing)
-        if not closing:
-            return False
-        poller = select.poll()
-        for session, _ in closing:
-            if session.control >= 0:
-                poller.register(session.control, select.POLLIN)
-        poller.poll(wait * 1000)
-        for entry in closing:
-            with self._mutex:
-                if entry not in self._closing or not entry[0].gone():
-                    continue
-                self._closing.remove(entry)
-            self._free_slot(entry[1])
-        return True
+    def _wake(self, count: int) -> None:
+        """Have as many look for a slot, of those who want one and of those who want two."""
+        for waiters in self._freed.values():
+            waiters.wake(count)
 
 
 class Masters(Slots):
@@ -3264,64 +3303,69 @@ class Masters(Slots):
 
     # -- sessions --
 
-    def open(self, command: str, deadline: Deadline, cancel: Optional[Cancel] = None) -> Session:
-        """One session for ``command``: through a master, or of its own where masters fail."""
+    def open(self, command: str, deadline: Deadline, cancel: Optional[Cancel] = None, count: int = 1) -> List[Session]:
+        """``count`` sessions for ``command``, all or none: who held one and waited for the next could wait for
+        ever. Where masters fail, one, on a connection of its own."""
         tries = 0
         while True:
-            if self.profile()["sessions"] == 0:
-                return self.open_direct(command, deadline, cancel)
+            if self.sessions() == 0:
+                return [self.open_direct(command, deadline, cancel)]
             try:
-                slot = self._take_slot(deadline, cancel)
+                slots = self._take_slots(count, deadline, cancel)
             except NoMultiplexing:
                 continue
+            opened: List[Session] = []
             try:
-                return self._open_on(slot, command)
-            except SessionRefused:
-                self._free_slot(slot)
-                tries += 1
-                if tries >= REFUSED_TRIES:
-                    self._learn(sessions=self._in_use(slot[0]))  # as many as it carried when it refused
-                    self._full[slot[0]] = time.monotonic() + WARM_IDLE  # they may be in slots that count no more
-                    tries = 0
-                time.sleep(deadline.capped(min(0.1, 0.003 * 1.2 ** tries)))
-            except (MasterGone, OSError) as error:
-                self._free_slot(slot)
-                if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                for slot in slots:
+                    opened.append(self._open_on(slot, command))
+                return opened
+            except BaseException as error:
+                for session in opened:
+                    session.close()
+                self._free_slots(slots[len(opened):])
+                if isinstance(error, SessionRefused):
+                    tries += 1
+                    if tries >= REFUSED_TRIES:
+                        self._learn(sessions=self._in_use(slot[0]))  # as many as it carried when it refused
+                        self._full[slot[0]] = time.monotonic() + WARM_IDLE  # they may be in slots that count no more
+                        tries = 0
+                    time.sleep(deadline.capped(min(0.1, 0.003 * 1.2 ** tries)))
+                elif not isinstance(error, (MasterGone, OSError)):
+                    raise
+                elif isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                     raise StateFailed("This process has too many files open.", "Raise `ulimit -n`, or run fewer at once.")
-                self._bury(slot[0], error)
-            except BaseException:
-                self._free_slot(slot)
-                raise
+                else:
+                    self._bury(slot[0], error)
             if deadline.over():
                 raise ConnectionFailed("No session could be opened on %s in time." % self.host,
                                        "Try again; others may be using it.", self.host)
 
     def connect(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> None:
         """See to it that a master lives, if this host has masters at all. Raises ConnectionFailed."""
-        if self.profile()["sessions"] and not self._live():
+        if self.sessions() and not self._live():
             self._first_master(deadline, cancel)
 
     def open_ahead(self, command: str, more: bool = False) -> Optional[Session]:
         """A session for later, only from the upper half of a live master's slots: the lower
         half stays for those who have work now. None if there is none to spare; with ``more`` one more
         master is started for it first, while there are few."""
-        sessions = self.profile()["sessions"]
-        slot = self._try_slots(sessions // 2) if sessions > 1 else None
-        if slot is None and more and sessions > 1 and self._spare_master():
-            slot = self._try_slots(sessions // 2)
-        if slot is None:
+        half = self.sessions() // 2
+        slots = self._try_slots(half) if half else []
+        if half and not slots and more and self._spare_master():
+            slots = self._try_slots(half)
+        if not slots:
             return None
         try:
-            session = self._open_on(slot, command)
+            session = self._open_on(slots[0], command)
             session.ahead = True
             return session
         except (HostError, OSError):
-            self._free_slot(slot)
+            self._free_slots(slots)
             return None
 
     def _open_on(self, slot: Tuple[int, int], command: str) -> Session:
         self._heed_log(slot[0])
-        session = MuxSession(self.host, self._path(slot[0]), command, lambda session: self._let_go(session, slot))
+        session = MuxSession(self.host, self._path(slot[0]), command, lambda: self._free_slots([slot]))
         session.master = slot[0]
         return session
 
@@ -3359,41 +3403,39 @@ class Masters(Slots):
             self._gone.pop(index, None)
             self.pass_by(index)
 
-    def _take_slot(self, deadline: Deadline, cancel: Optional[Cancel]) -> Tuple[int, int]:
-        """A free slot on a live master, starting masters as the demand asks."""
-        began, patience = time.monotonic(), 0.03
-        slot = self._try_slots()
-        if slot:
-            return slot
+    def _take_slots(self, count: int, deadline: Deadline, cancel: Optional[Cancel]) -> List[Tuple[int, int]]:
+        """So many free slots on live masters, starting masters as the demand asks."""
+        slots = self._try_slots(count=count)
+        if slots:
+            return slots
+        patience, freed = Deadline(0.03), self._freed[count]
         with self._mutex:
-            self._waiting += 1
+            self._waiting += count
         try:
             while True:
-                if cancel:
-                    cancel.check()
-                if self.profile()["sessions"] == 0:
+                if self.sessions() == 0:
                     raise NoMultiplexing("%s takes one session a connection." % self.host, host=self.host)
                 live = len(self._live())
                 if live == 0:
+                    self._wake(sys.maxsize)  # all wait for one who tries, and share what comes of it
                     self._first_master(deadline, cancel)
-                elif self._may_launch(live, time.monotonic() - began > patience):
+                elif self._may_launch(live, patience.over()):
+                    self._wake(1)  # another looks meanwhile
                     self._one_more(cancel)
-                slot = self._try_slots()
-                if slot:
-                    return slot
-                if deadline.over():
+                slots = self._try_slots(count=count)
+                if slots:
+                    return slots
+                if not freed.sleep(deadline, cancel, patience.left() or 3600):
                     raise ConnectionFailed("All sessions to %s are in use." % self.host,
                                            "Wait for running commands, or use fewer at once.", self.host)
-                pause = deadline.capped(0.002 + 0.006 * os.urandom(1)[0] / 255)
-                if not self.sweep(pause):
-                    time.sleep(pause)
         finally:
             with self._mutex:
-                self._waiting -= 1
+                self._waiting -= count
+            freed.leave()
 
     def _may_launch(self, live: int, waited: bool) -> bool:
         with self._mutex:
-            wanted = -(-self._waiting // SESSIONS_PER_MASTER)
+            wanted = -(-self._waiting // (self.sessions() or 1))
             if (waited and self._launching < wanted and live + self._launching < MASTERS_PER_HOST
                     and time.time() >= self._failures()[1]):  # who was just turned away does not knock
                 self._launching += 1
@@ -3408,10 +3450,10 @@ class Masters(Slots):
         self.connect(deadline)
         config = self.ask_config(command)
         environment, agent = session_environment(config)
-        if self.profile()["sessions"]:
-            slot = self._take_slot(deadline, None)
-            options = ["-S", literal(self._path(slot[0])), "-o", "ProxyCommand=false"]
-            begun, ended = lambda: None, lambda: self._free_slot(slot)
+        if self.sessions():
+            slots = self._take_slots(1, deadline, None)
+            options = ["-S", literal(self._path(slots[0][0])), "-o", "ProxyCommand=false"]
+            begun, ended = lambda: None, lambda: self._free_slots(slots)
         else:
             options, ended = ["-S", "none", *agent], self.handshake(deadline).free
             begun = ended
@@ -3423,15 +3465,11 @@ class Masters(Slots):
         opened: List[MuxSession] = []
         try:
             while len(opened) < most:
-                opened.append(MuxSession(self.host, self._path(self._live()[0]), command, lambda session: None))
+                opened.append(MuxSession(self.host, self._path(self._live()[0]), command, lambda: None))
         except (HostError, OSError, IndexError):
             pass
         for session in opened:
-            session.close_pipes()
-            session.hang_up()
-        ended = Deadline(CONTROL_PATIENCE)
-        while not all([session.gone() for session in opened if session.control >= 0]) and not ended.over():
-            time.sleep(0.01)
+            session.close()
         return len(opened)
 
     # -- more of them --
@@ -3477,6 +3515,7 @@ class Masters(Slots):
                 if not os.path.lexists(self._path(index)):
                     try:
                         if self.launch(index, Deadline(0), cancel):
+                            self._wake(SESSIONS_PER_MASTER)
                             return True
                     except HostError as error:
                         if not isinstance(error, ConnectionDropped):
@@ -3916,18 +3955,26 @@ class Host:
 
     def open(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> Session:
         """A session that runs BOOT: one that waits ready, else a new one. done() gives it back."""
+        return self.open_all(1, deadline, cancel)[0]
+
+    def open_all(self, count: int, deadline: Deadline, cancel: Optional[Cancel] = None) -> List[Session]:
+        """So many, all or none; where each has a connection of its own, one."""
+        found: List[Session] = []
         with self._mutex:
             self._active, self._resting = self._active + 1, False
-            while self._ready:
+            while self._ready and len(found) < count:
                 session = self._ready.pop()
-                session.counted = True
                 if session.alive():
-                    return session
-                session.close()
+                    found.append(session)
+                else:
+                    session.close()
         try:
-            session = self.masters.open(BOOT, deadline, cancel)
-            session.counted = True
-            return session
+            if len(found) < count:
+                for session in found:  # not to hold one while waiting for another
+                    session.close()
+                found = self.masters.open(BOOT, deadline, cancel, count)
+            found[0].counted = True
+            return found
         except BaseException:
             with self._mutex:
                 self._active -= 1
@@ -3949,23 +3996,19 @@ class Host:
                     self._keeper = None
 
     def _keep(self) -> None:
-        """Free slots as masters let go of them; after work, not during it, open sessions ahead;
-        give them up when nobody has used any for WARM_IDLE seconds."""
+        """After work, not during it, open sessions ahead; give them up when nobody has used any for
+        WARM_IDLE seconds."""
         while True:
             used = self._wake.wait(WARM_IDLE)
             time.sleep(KEEPER_PAUSE)
             self._wake.clear()
             if not used:
                 self._give_up()
-                while self.masters.sweep(0.5):
-                    pass
                 with self._mutex:
                     if not self._wake.is_set():
                         self._keeper = None  # done() starts another
                         return
             try:
-                while self.masters.sweep(0.02) and not self._wake.is_set():
-                    pass
                 while self._active == 0 and not self._resting and len(self._ready) < self._warm:
                     session = self.masters.open_ahead(BOOT_AHEAD, more=not self._ready)
                     if session is None:
@@ -3981,7 +4024,6 @@ class Host:
         """Give up the sessions that wait ready, until the next operation. Masters end by themselves when idle."""
         self._resting = True
         self._give_up()
-        self._wake.set()  # the keeper frees the slots as the masters let go of them
 
     def _give_up(self) -> None:
         with self._mutex:
@@ -4020,7 +4062,7 @@ class Host:
         sends nothing more. One that is slow to start is silent in this one, too."""
         session = None
         try:
-            session = self.masters.open(BOOT, Deadline(1), cancel)
+            session = self.masters.open(BOOT, Deadline(1), cancel)[0]
             probe = Exchange(session, b"", len, len, close_stdin=True)
             probe.run(Deadline(SHELL_PATIENCE / 2), cancel)
         except RemoteShellFailed:
@@ -4154,10 +4196,7 @@ class CommandRun:
         for attempt in range(10):
             waiting = Deadline(deadline.capped(SLOT_PATIENCE))
             try:
-                session = self.host.open(waiting, cancel)
-                self.exchange = exchange = Exchange(session, self.records, self.stdout, self.stderr, self.source, run_id=self.run_id)
-                if self.source:
-                    self._open_guard(waiting, cancel)
+                exchange = self._open(waiting, cancel, deadline)
                 self.host.begin(exchange, cancel, deadline)
                 if self.guard and exchange.begun:
                     exchange.guard = self.guard
@@ -4165,7 +4204,7 @@ class CommandRun:
                     self.guard.run(Deadline(CONTROL_PATIENCE), None, until=self.guard.written)
                 return
             except (ConnectionLost, ConnectionDropped) as error:
-                opened, safe = self.exchange is not None, self.exchange is None or not self.exchange.sent
+                opened, safe = bool(self.exchange or self.guard), self.exchange is None or not self.exchange.sent
                 for given_up in (self.exchange, self.guard):
                     if given_up:
                         self.host.done(given_up.session)
@@ -4177,10 +4216,20 @@ class CommandRun:
                     raise
         raise AssertionError
 
-    def _open_guard(self, deadline: Deadline, cancel: Optional[Cancel]) -> None:
-        session = self.host.open(deadline, cancel)
-        guard = self.guard = Exchange(session, script_records(GUARD, ahead=session.ahead), self.guard_reply, Capture(100), run_id=self.run_id)
-        self.host.begin(guard, cancel, deadline)
+    def _open(self, waiting: Deadline, cancel: Optional[Cancel], deadline: Deadline) -> Exchange:
+        """The exchange, and the guard. Each with a connection of its own holds a handshake until it has begun:
+        so the guard begins before the other is opened."""
+        sessions = self.host.open_all(2 if self.source else 1, waiting, cancel)
+        if self.source:
+            self.guard = Exchange(sessions[-1], script_records(GUARD, ahead=sessions[-1].ahead), self.guard_reply,
+                                  Capture(100), run_id=self.run_id)
+            if len(sessions) == 1:
+                self.host.begin(self.guard, cancel, deadline)
+                sessions = [self.host.open(waiting, cancel)]
+        self.exchange = Exchange(sessions[0], self.records, self.stdout, self.stderr, self.source, run_id=self.run_id)
+        if self.guard:
+            self.host.begin(self.guard, cancel, deadline)
+        return self.exchange
 
     # -- stopping --
 
@@ -8703,7 +8752,7 @@ def examine_programs(host: Host, root: str) -> Iterator[Finding]:
 def examine_speed(host: Host) -> Iterator[Finding]:
     """Multiplexing and latency."""
     masters = host.masters
-    if masters.profile()["sessions"] == 0:
+    if masters.sessions() == 0:
         yield finding("fix", "sessions", "one a connection: every operation connects anew", "Its server refuses multiplexing (MaxSessions 1?); raise it if you can.")
     else:
         count = masters.count_sessions(BOOT, 12)
