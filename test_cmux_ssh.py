@@ -3391,6 +3391,71 @@ def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo
     assert "drop connection" not in site.log() and "no more sessions" not in site.log()
 
 
+@pytest.mark.parametrize("what", ["slot", "two slots", "handshake", "lock", "host that is down"])
+def test_waiting_costs_nothing_however_many_wait_and_ends_at_once(repo: Repo, what: str) -> None:
+    """Forty threads; in two seconds each of them looked 300 times, a fifth of a core for the rest of us."""
+    repo.site.host("down", "HostName 127.0.0.1", f"Port {free_port()}")
+    assert in_library(repo, """
+import json, os, resource
+cmux_ssh.MASTERS_PER_HOST, cmux_ssh.DOWN_WAITS, what = 1, (9, 9), sys.argv[1]
+project, cancel, stop = cmux_ssh.Project(".", warm=0), cmux_ssh.Cancel(), cmux_ssh.Cancel()
+workspace = project.create("main", "box")
+masters, pool = workspace.host.masters, ThreadPoolExecutor(50)
+stdin = b"some" if what == "two slots" else None
+wait = lambda: workspace.exec("cat", cancel=stop, stdin=stdin).exit_code
+if what in ("slot", "two slots"):
+    held = [pool.submit(workspace.exec, "sleep 60", cancel=cancel) for _ in range(8)]
+elif what == "handshake":
+    open(masters._path("profile.json"), "w").write(json.dumps({"version": 1, "sessions": 0, "until": time.time() + 999}))
+    held = [cmux_ssh.Lock(masters._path("handshake.%d" % n)) for n in range(8)]
+    time.sleep(2.1)                        # it is read again
+    print(all([lock.take() for lock in held]))
+elif what == "lock":
+    held = project.registry.creation_lock("other")
+    held.take()
+    wait = lambda: project.create("other", "box", cancel=stop) and 0
+else:
+    wait = lambda: project.create("other", "down", cancel=stop)
+    try:
+        wait()
+    except cmux_ssh.ConnectionFailed:
+        pass
+time.sleep(1)
+waiting = [pool.submit(wait) for _ in range(40)]
+time.sleep(2.5)
+used, cpu = resource.getrusage(resource.RUSAGE_SELF), time.process_time()
+time.sleep(2)
+cpu, now = time.process_time() - cpu, resource.getrusage(resource.RUSAGE_SELF)
+switches = now.ru_nvcsw - used.ru_nvcsw
+print(cpu < 0.1 and switches < 100 or (cpu, switches), sum(one.done() for one in waiting))
+began = time.monotonic()
+if what in ("slot", "two slots"):          # what is freed goes to those who wait, at once
+    cancel.set()
+    print({one.result() for one in waiting}, time.monotonic() - began < 9)
+else:
+    stop.set()
+    print({type(one.exception()).__name__ if what != "handshake" else one.result() for one in waiting}, time.monotonic() - began < 2)
+""", what).splitlines()[-2:] == ["True 0", {"slot": "{0} True", "two slots": "{0} True", "handshake": "{130} True"}.get(what, "{'Cancelled'} True")]
+
+
+@pytest.mark.parametrize("way", ["one master", "MaxSessions 1", "no masters"])
+def test_commands_with_streamed_stdin_do_not_wait_for_each_others_second_session(site: Site, way: str) -> None:
+    """Each needs two: those that held one waited for the next for ten minutes, and all failed."""
+    site.daemon("few", way if way == "MaxSessions 1" else "")
+    if way == "no masters":
+        site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
+    assert in_library(Repo(site), """
+cmux_ssh.MASTERS_PER_HOST, together = int(sys.argv[1]), threading.Barrier(16)
+workspace = cmux_ssh.Project(".", warm=0).create("main", "few")
+def run(number, stdin):
+    together.wait()
+    return workspace.exec("sleep 1; cat", stdin=stdin and b"%d" % number).stdout == b"%d" % number
+with ThreadPoolExecutor(16) as pool:
+    list(pool.map(run, range(16), [b""] * 16))      # as many connections as there can be
+    print(list(pool.map(run, range(16), [b"some"] * 16)).count(True))
+""", "1" if way == "one master" else "13") == "16\n"
+
+
 def test_top_in_a_pipe_says_why_it_knows_nothing(repo: Repo, tuned: Callable[..., None]) -> None:
     line = repo.site.line("silent")
     assert repo.cli("new", "-H", "silent", "main").code == 0
