@@ -915,7 +915,52 @@ HELD = b"exit 0\n"          # the first line of a header; again in one that hold
 # The functions that our own operations share, then one script each. Parameters are "$1"...;
 # status 0 is success, stdout is the reply; stderr is shown to the user, neutralised.
 
-OPEN_ROOT = r"""
+# A lock on the host is a symbolic link that names its owner: process, when that began (its number is used
+# again, at the latest after a reboot), run. The link of an owner that died stays, and leads to the one of
+# its heir, LOCK.OWNER: whoever removed it could remove what another had just made in its place. The heir's counts
+# only while the first link is what it was: whoever leaves removes that one first. For sessions opened
+# ahead, too: no quote, backslash, comment.
+# _cborn pid: -> $_cb. _cheld lock: does the last owner, $_co, live? Else $_ch is the next link, $_cg are the dead.
+# _center lock pause tries: own it, or say who does. _cleave lock.
+LOCKED = r"""
+_cborn() {
+  _cb=; _cf=;
+  if [ -r /proc/self/stat ]; then
+    IFS= read -r _cf <"/proc/$1/stat"; IFS= read -r _cb </proc/sys/kernel/random/boot_id;
+    case $_cf in *") Z"*|"") _cb=;; *) set -- ${_cf##*")"}; shift 9; _cb=$_cb-${11};; esac;
+  else set -- $(ps -o lstart= -p "$1"); _cb=$1$2$3$4$5; fi;
+}
+_cheld() {
+  _ch=$1; _cg=;
+  while _co=$(readlink "$_ch"); do
+    if kill -0 "${_co%%.*}"; then
+      _cborn "${_co%%.*}"; case $_co in "${_co%%.*}.$_cb."*) return 0;; esac;
+    fi;
+    _cg="$_cg $_co"; _ch=$1.$_co;
+  done;
+  return 1;
+}
+_center() {
+  _cborn $$; _cm=$$.$_cb.$_ci; _cn=0; _cg=;
+  until ln -s "$_cm" "$1"; do
+    if _cheld "$1"; then :;
+    elif ln -s "$_cm" "$_ch"; then
+      set -- "$@" $_cg;
+      [ "$_ch" = "$1" ] || [ "$(readlink "$1")" = "$4" ] && return;
+      rm -f "$_ch"; set -- "$1" "$2" "$3";
+    elif [ -h "$_ch" ]; then :;
+    else _cn=$((_cn+$3/9)); fi;
+    _cn=$((_cn+1));
+    [ $_cn -lt "$3" ] || { [ -z "$_co" ] || echo "process ${_co%%.*} of an earlier attempt still runs" >&2; return 3; };
+    sleep "$2" || { sleep 1; _cn=$((_cn+9)); };
+  done;
+}
+_cleave() {
+  rm -f "$1"; for _cf in $_cg; do rm -f "$1.$_cf"; done;
+}
+"""
+
+OPEN_ROOT = LOCKED + r"""
 _croot() { # $1 root as given, may be empty or begin with ~ -> cd there, $root
   umask 077; unset CDPATH
   case $1 in '') root=$HOME/cmux;; '~') root=$HOME;; '~/'*) root=$HOME/${1#'~/'};; /*) root=$1;; *) root=$HOME/$1;; esac
@@ -926,20 +971,18 @@ _croot() { # $1 root as given, may be empty or begin with ~ -> cd there, $root
   chmod 700 .cmux || return 3
 }
 _cone() { # op function...: one attempt of an operation at a time (a lost line is tried again while the first
-  # may still run: the link names its process), and none once SETTLE or REMOVE has given it up
-  _ck=$root/.cmux/stage/$1 _cn=0 o=
-  until ln -s $$ "$_ck.by"; do
-    if o=$(readlink "$_ck.by"); then kill -0 "$o" || rm -f "$_ck.by"; fi
-    _cn=$((_cn+1)); [ $_cn -lt 3000 ] || return 3; [ "$o" ] || [ $_cn -lt 9 ] || return 3
-    sleep 0.1 || sleep 1
-  done
-  shift
+  # may still run), and none once SETTLE or REMOVE has given it up
+  _ck=$root/.cmux/stage/$1; shift
+  _center "$_ck.by" 0.1 3000 || return 3
   if [ -e "$_ck.off" ]; then r=3; else "$@"; r=$?; fi
-  rm -f "$_ck.by"; return $r
+  _cleave "$_ck.by"; return $r
 }
 _coff() { # op: no attempt of it begins any more, and the one that runs has ended
   k=.cmux/stage/$1 n=0; : >"$k.off" || return 3
-  while o=$(readlink "$k.by") && kill -0 "$o" && [ $n -lt 3000 ]; do n=$((n+1)); sleep 0.1 || sleep 1; done
+  while _cheld "$k.by"; do
+    n=$((n+1)); [ $n -lt 3000 ] || { echo "process ${_co%%.*} of an earlier attempt still runs" >&2; return 3; }
+    sleep 0.1 || { sleep 1; n=$((n+9)); }
+  done
   chmod -R u+rwX "$k" 2>/dev/null; rm -rf "$k" "$k.by"
 }
 """
@@ -1426,12 +1469,12 @@ _cop() {
 # WRITE path root op size cksum old home lock: stdin becomes the file, by a rename beside it, and only
 # when its length and checksum are as said; with old ("cksum size", or "none"), only when the file
 # still is that. Makes parents, but not home, the workspace, anew. Replies created or replaced.
-# The lock (a symlink naming its owner's pid) makes compare and rename one step among all users of
+# The lock makes compare and rename one step among all users of
 # this tool. Its name is the cksum of the path; where that has no links, the client has reckoned it, which
 # saves three processes. The temporary file is this process's own: an attempt whose line was lost may still
-# run beside the next. The lock goes before its owner does: a dead one's is taken. cp (for mode and owner)
+# run beside the next. cp (for mode and owner)
 # is tried again: GNU's gives up on a file that another writer's rename replaces under it.
-WRITE = r"""
+WRITE = LOCKED + r"""
 _cop() {
   p=$1 i=0
   while [ -L "$p" ]; do
@@ -1458,16 +1501,7 @@ _cop() {
   if [ "$(cksum <"$t")" != "$5 $4" ]; then rm -f "$t"; return 35; fi
   k=$2/.cmux/locks; [ -d "$k" ] || mkdir -p "$k" || { rm -f "$t"; return 3; }
   if [ "$p" = "$1" ]; then k=$k/$8; else k=$k/$(printf "%s$_cz" "$p" | cksum | tr " " -); fi
-  i=0
-  until ln -s "$$" "$k"; do
-    if o=$(readlink "$k") && ! kill -0 "$o" && ln -s "$$" "$k.b"; then
-      [ "$(readlink "$k")" != "$o" ] || rm -f "$k"
-      rm -f "$k.b"
-    fi
-    i=$((i+1)); [ $i -lt 1000 ] || { rm -f "$t"; return 3; }
-    if [ $i = 300 ] && o=$(readlink "$k.b") && ! kill -0 "$o"; then rm -f "$k.b"; fi
-    sleep 0.02 || sleep 1
-  done
+  _center "$k" 0.02 1000 || { rm -f "$t"; return 3; }
   r=0 w=created
   if [ -e "$p" ]; then w=replaced; fi
   case $6 in
@@ -1476,7 +1510,7 @@ _cop() {
   *) [ "$(cksum <"$p")" = "$6" ] || r=36;;
   esac
   if [ $r = 0 ]; then mv -f "$t" "$p" || r=3; fi
-  rm -f "$k" "$t"
+  _cleave "$k"; rm -f "$t"
   [ $r != 0 ] || echo $w
   return $r
 }

@@ -5844,6 +5844,36 @@ print("fine")
     assert all((base / "tree.tar").is_file() or (base / "delta.tar").is_file() for base in bases.iterdir()), list(bases.iterdir())
 
 
+@pytest.mark.parametrize("sh", ["dash", "bash", "busybox", "mksh"])
+def test_one_attempt_of_an_operation_at_a_time_whoever_died_and_whatever_number_is_used_again(tmp_path: Path, sh: str) -> None:
+    """Two saw a dead owner, and the slower removed the other's link; a number used again held it for five minutes."""
+    text = c.OPEN_ROOT + """
+rm() { case $SLOW in ?*) sleep $SLOW;; esac; command rm "$@"; }
+inside() { mkdir "$root/inside" || echo two; [ -z "$STAY" ] || kill -KILL $$; sleep 0.05; rmdir "$root/inside"; }
+_ci=$RUN; _cz='
+'; _croot "$ROOT" && _cone op inside 2>/dev/null || echo failed"""
+    words = shlex.split(program(sh) + (" sh" if sh == "busybox" else ""))
+    stage = tmp_path / ".cmux" / "stage"
+
+    def attempt(run: int, **env: str) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen([*words, "-c", text], env={"PATH": os.environ["PATH"], "ROOT": str(tmp_path), "HOME": "/", "RUN": f"r{run}", **env},
+                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    for turn in range(3):
+        for _ in range(turn + 1):  # owners and heirs that died
+            assert attempt(0, STAY="1").communicate()[0] == b""
+            (tmp_path / "inside").rmdir()
+        began = time.monotonic()
+        several = [attempt(n, SLOW="0.1" if n % 2 else "") for n in range(6)]
+        assert [child.communicate(timeout=PATIENCE)[0] for child in several] == [b""] * 6 and time.monotonic() - began < 15
+        assert not list(stage.glob("op*")), list(stage.iterdir())
+    attempt(0, STAY="1").wait()
+    (tmp_path / "inside").rmdir()
+    name = os.readlink(str(stage / "op.by"))
+    (stage / "op.by").unlink()
+    (stage / "op.by").symlink_to(re.sub(r"^\d+", str(os.getpid()), name))
+    assert attempt(1).communicate(timeout=PATIENCE)[0] == b"" and not list(stage.iterdir())
+
+
 def test_a_base_that_is_broken_on_the_host_is_made_anew(repo: Repo) -> None:
     bases = repo.site.far_home() / "cmux" / ".cmux" / "bases"
     assert repo.cli("new", "-H", "box", "one").code == 0
