@@ -927,7 +927,7 @@ _cborn() {
   _cb=; _cf=;
   if [ -r /proc/self/stat ]; then
     IFS= read -r _cf <"/proc/$1/stat"; IFS= read -r _cb </proc/sys/kernel/random/boot_id;
-    case $_cf in *") Z"*|"") _cb=;; *) set -- ${_cf##*")"}; shift 9; _cb=$_cb-${11};; esac;
+    set -- $_cf; case $3 in Z) _cb=;; *) _cb=$_cb-${22};; esac;
   else set -- $(ps -o lstart= -p "$1"); _cb=$1$2$3$4$5; fi;
 }
 _cheld() {
