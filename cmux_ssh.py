@@ -106,9 +106,8 @@ START_PATIENCE = 60         # from the header sent to the start mark: slow rc fi
 UNKNOWN_FOR = 10            # a secret's command that failed is not run again for masking
 STOP_PATIENCE = 10          # for the host's word that a tree has ended
 STOP_SILENCE = 5            # of the session that carries it; then another one is asked
-CALL_PATIENCE = 600         # for one script of ours: unpacking a large tree on a slow disk
+CALL_PATIENCE = 600         # for one script of ours: it may unpack a large tree, or hash gigabytes before it says a byte
 STALL_PATIENCE = 60         # a transfer that moves no byte for so long is dead
-RESULT_PATIENCE = 600       # a host may hash gigabytes before the first byte of a result comes
 BEAT_MOST, BEAT_LEAST = 20, 1  # between two signs of life over a session: ChannelTimeout; while it is awake anyway, more often
 DROPPED_WAITS = (0.2, 0.4, 0.8, 1.6)  # MaxStartups drops a handshake at random
 TURNED_AWAY_WAITS = (0.3, 1, 5, 15, 30)  # OpenSSH 9.8 and later say the same words for MaxStartups
@@ -1012,7 +1011,8 @@ _clist() {
 #   21: the base is not here; it then names those that a delta may stand on, newest first (long chains end).
 #   Called again with the same op after a lost line, it says made.
 # A base is a directory bases/<id>: tree.tar as it came, git/ (a repository of one commit) where
-# the host has git. A kept tar is faster to unpack than a tree is to copy (0.53 s against 0.67 s
+# the host has git. Times are the host's own (tar's m): with those of a client whose clock is ahead, make would
+# rebuild for ever. A kept tar is faster to unpack than a tree is to copy (0.53 s against 0.67 s
 # for 20,000 files), costs one inode, and can be checked at any time.
 # Files "big" from one byte on go into one pack as they are: a third of the time of a file for each object,
 # and a repository that is copied in a twentieth of it. MALLOC_: glibc else gives a buffer back to the kernel for each
@@ -1022,7 +1022,8 @@ BASE = OPEN_ROOT + GIT_THERE + r"""
 _cgit() { # $1 directory of the tree, $2 directory of the base
   command -v git >/dev/null || return 0
   rm -rf "$1/.git"
-  if [ -d "$2/git" ]; then cp -R "$2/git" "$1/.git"; return; fi
+  for f in "$root/$2"/*.tar; do ( cd "$1" && find . -type f -exec touch -r "$f" {} + ); done # as in the index of the first
+  if [ -d "$2/git" ]; then cp -R "$2/git" "$1/.git" && ( cd "$1" && _cenv && git update-index -q --refresh ); return; fi
   ( cd "$1" || exit 1
     _cenv
     git init -q --template= . && git symbolic-ref HEAD refs/heads/main &&
@@ -1036,10 +1037,10 @@ _cgit() { # $1 directory of the tree, $2 directory of the base
 }
 _chas() { [ -f "$1/tree.tar" ] || { [ -f "$1/delta.tar" ] && [ -f "$1/parent" ] && [ "${2:-1}" -lt 9 ] && _chas ".cmux/bases/$(cat "$1/parent")" $((${2:-1}+1)); }; }
 _cunpack() { # base destination: a whole tree, or the parent's with what is gone removed and the delta on top
-  if [ -f "$1/tree.tar" ]; then ( cd "$2" && tar -xof "$root/$1/tree.tar" ); return; fi
-  _cunpack ".cmux/bases/$(cat "$1/parent")" "$2" && ( cd "$s" && tar -xof "$root/$1/delta.tar" .cmux-gone ) || return 4
+  if [ -f "$1/tree.tar" ]; then ( cd "$2" && tar -xmof "$root/$1/tree.tar" ); return; fi
+  _cunpack ".cmux/bases/$(cat "$1/parent")" "$2" && ( cd "$s" && tar -xmof "$root/$1/delta.tar" .cmux-gone ) || return 4
   ( cd "$2" && while IFS= read -r f; do rm -rf "./$f"; while case $f in */*) ;; *) false;; esac; do f=${f%/*}; rmdir "./$f" 2>/dev/null || break; done; done <"$s/.cmux-gone"
-    tar -xof "$root/$1/delta.tar" && rm -f .cmux-gone )
+    tar -xmof "$root/$1/delta.tar" && rm -f .cmux-gone )
 }
 _cnear() {
   ls -t .cmux/bases | while IFS= read -r f; do
@@ -1077,7 +1078,7 @@ _ccreate() {
   _cbase || return
   if [ -d "$s/tree/.git" ]; then ( cd "$s/tree" && if ! git var GIT_AUTHOR_IDENT >&2; then # or no commit could be made
     git config user.name agent && git config user.email agent@localhost; fi ); fi
-  if [ -f "$s/tree/.cmux/init" ] && [ -x "$s/tree/.cmux/init" ]; then echo init; fi
+  f=$s/tree/.cmux/init; if [ -f "$f" ]; then case $(ls -lLd "$f") in -??[xs]*) echo init;; esac; fi # test -x is false under noexec
   echo "$op" >"$made.op" && echo "$4" >"$made.base" && _cmark "$op" "$made.mark" "$s/tree" || return 3
   mv "$s/tree" "$s/$op" && mv "$s/$op" "$project/$name" || return 3
   if [ -d "$project/$name/$op" ]; then rm -rf "$project/$name/$op" "$s"; return 20; fi
@@ -1111,7 +1112,7 @@ _cop() {
     echo first; read -r how;; esac
   case $3 in
   ?*) _csave >/dev/null;;
-  *) { [ ! -s "$f" ] || cat "$f"; _csave; } | ( umask 022; cd "$s/tree" && tar -xof -; r=$?; cat >/dev/null; exit $r );;
+  *) { [ ! -s "$f" ] || cat "$f"; _csave; } | ( umask 022; cd "$s/tree" && tar -xmof -; r=$?; cat >/dev/null; exit $r );;
   esac || { rm -rf "$s"; return 4; }
   cksum <"$f"
 }
@@ -1299,7 +1300,7 @@ PUSH = LOST + BASE + r"""
 _creflog() { :; } # what only a reflog has stays there
 _cn() { GIT_INDEX_FILE=$s/new.index git --git-dir="$g" --work-tree="$s/delta" -c core.fsmonitor=false -c core.looseCompression=0 "$@"; }
 _cdelta() { # the new base's commit, of the old one and the delta, without unpacking either
-  mkdir "$s/delta" && cd "$s/delta" && ( umask 022; tar -xof "$root/$base/delta.tar" ) && _cn read-tree "$b" &&
+  mkdir "$s/delta" && cd "$s/delta" && ( umask 022; tar -xmof "$root/$base/delta.tar" ) && _cn read-tree "$b" &&
   tr '\n' '\0' <.cmux-gone | _cn update-index -z --force-remove --stdin && rm .cmux-gone && _cn add -f --ignore-removal . &&
   x=$(_cn write-tree) && _cn commit-tree "$x" -m base
 }
@@ -1627,7 +1628,7 @@ _cop() {
   echo "root $root"
   t=.cmux/stage/$2; mkdir -p "$t" || { echo "readonly $root"; return 0; }
   if command -v tar >/dev/null; then
-    ( cd "$t" && tar -xof - && [ -s probe ] ) && echo "tar $(tar --version | head -n 1)"
+    ( cd "$t" && tar -xmof - && [ -s probe ] ) && echo "tar $(tar --version | head -n 1)"
   fi
   cat >/dev/null; rm -rf "$t"
   for p in git bash setsid ps; do if command -v $p >/dev/null; then echo "has $p"; fi; done
@@ -3769,7 +3770,8 @@ class Exchange:
     def run(self, deadline: Deadline, cancel: Optional[Cancel] = None,
             until: Optional[Callable[[], bool]] = None, stall: Optional[float] = None) -> bool:
         """True when ended (or ``until``); False at the deadline. Raises HostError when the
-        session is lost, Cancelled when ``cancel`` is set."""
+        session is lost, or when no byte has moved for ``stall`` seconds (for CALL_PATIENCE once all is sent:
+        the host unpacks and sums); Cancelled when ``cancel`` is set."""
         finished = until or (lambda: self.ended)
         while not finished():
             if self.out.closed and not self.lost and self.session.over():
@@ -3780,6 +3782,7 @@ class Exchange:
                 cancel.check()
             wait = deadline.capped(0.2 if self.out.closed else BEAT_MOST)
             if stall is not None:
+                stall = stall if self.source or self.outgoing else CALL_PATIENCE
                 wait = min(wait, max(0.0, self.moved + stall - time.monotonic()))
             events = self._poller(cancel).poll(wait * 1000 + (wait > 0))
             if deadline.over():  # also where output never pauses
@@ -4150,7 +4153,7 @@ class Incoming:
 
     def take(self) -> bytes:
         if not self.waiting:
-            self.exchange.run(Deadline(None), self.cancel, lambda: bool(self.waiting) or self.exchange.ended, stall=RESULT_PATIENCE)
+            self.exchange.run(Deadline(None), self.cancel, lambda: bool(self.waiting) or self.exchange.ended, stall=CALL_PATIENCE)
         return self.waiting.pop(0) if self.waiting else b""
 
     def reply(self) -> Reply:
@@ -6042,7 +6045,8 @@ class Creation:
         raise UploadFailed("The archive did not arrive whole on %s." % self.host.name, "Try again.")
 
     def _send(self, archive: Archive, parent: str) -> Reply:
-        archive.progress = lambda done: self.report.progress(self.name, done, archive.size)
+        archive.progress = lambda done: self.report.step(self.name, "unpacking") if archive.ended else \
+            self.report.progress(self.name, done, archive.size)
         direct = not archive.small()
         try:
             reply = self.host.call(UPLOAD, self.root, self.op, parent, archive.piece() if direct else "", source=archive,
@@ -6070,7 +6074,8 @@ class Creation:
             if result.reason:
                 raise Cancelled("Interrupted; the workspace %s is there, its init hook was ended." % self.name)
             if result.status:
-                self.report.warn("The init hook of %s failed with status %s." % (self.name, result.status))
+                self.report.warn("The init hook of %s failed with status %s.%s" % (self.name, result.status, " Is %s on a noexec file system?" % show(
+                    self.root or "~/cmux") if result.status == 126 else ""))
         except HostError as error:
             entry["init"] = "lost"
             self.report.warn("The init hook of %s was cut off: %s" % (self.name, error))
@@ -8889,6 +8894,9 @@ class Terminal(Report):
     def step(self, what: str, doing: str) -> None:
         self.clear()
         self.began = 0.0
+        if self.redraws and doing == "unpacking":  # the host's turn, without a byte to count
+            self.bar_open = True
+            err_out("%s: %s" % (what, doing))
 
     def end(self, name: str, code: int) -> None:
         """The work in workspace ``name`` is over."""

@@ -2563,7 +2563,7 @@ def test_whatever_gzip_and_head_the_host_has_the_archive_arrives_or_is_refused(s
         (path / "head").write_text(f'#!/bin/sh\ncase $1 in -c) exit 1;; esac\nexec {program("head")} "$@"\n')
         (path / "head").chmod(0o755)
     site.inetd("bare", shell="busybox", env={"PATH": str(path)})
-    tuned(FAST_LINE="inf", STALL_PATIENCE=4)
+    tuned(FAST_LINE="inf", STALL_PATIENCE=4, CALL_PATIENCE=15)
     repo = Repo(site, files={"text": source_text(4 << 20)})
     made = repo.cli("new", "-v", "-H", "bare", "w", seconds=120)
     if "gzip that" in programs or programs == "false gzip":
@@ -2572,6 +2572,75 @@ def test_whatever_gzip_and_head_the_host_has_the_archive_arrives_or_is_refused(s
         made = repo.cli("new", "-v", "-H", "bare", "w", seconds=120)
     assert made.code == 0 and tree_of(repo.path("w")) == repo.tree(), made
     assert ("compressed to" in made.said) == (programs in ("gzip", "gzip, no head -c")), made
+
+
+def test_a_tar_that_goes_on_for_long_after_the_last_byte_is_waited_for_and_shown(site: Site, tuned: Callable[..., None]) -> None:
+    slow = site.dir / "slow" / "tar"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\n{program("tar")} "$@"; r=$?; sleep 5; exit $r\n')
+    slow.chmod(0o755)
+    site.inetd("slow", env={"PATH": f"{slow.parent}:{os.environ['PATH']}"})
+    tuned(STALL_PATIENCE=2)
+    terminal = on_terminal(site, "new", "-H", "slow", "main", cwd=Repo(site).dir)
+    terminal.expect(rb"main: unpacking")
+    assert terminal.wait() == 0 and not any("unpacking" in line for line in terminal.lines()), terminal.output
+
+
+def test_an_init_hook_on_a_noexec_file_system_is_said(repo: Repo) -> None:
+    """What sh says of it: bash, dash and mksh have no `test -x` there, others fail to run it."""
+    if os.geteuid() != 0 or not sys.platform.startswith("linux"):
+        pytest.skip("only root mounts")
+    repo.write(".cmux/init", b"#!/bin/sh\ntouch ran\n", 0o755)
+    repo.commit()
+    root = repo.site.far_home() / "cmux"
+    root.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "noexec", "none", str(root)], check=True)
+    try:
+        made = repo.cli("new", "-H", "box", "main")
+        assert made.code == 0 and "failed with status 126" in made.said and "noexec" in made.said, made
+        assert not (repo.path() / "ran").exists()
+    finally:
+        subprocess.run(["umount", "-l", str(root)], check=True)
+
+
+SHIFT = '''#!{python}
+import io, os, subprocess, sys, tarfile, time
+if "archive" not in sys.argv[1:]:
+    os.execv("{git}", ["git"] + sys.argv[1:])
+old = tarfile.open(fileobj=io.BytesIO(subprocess.run(["{git}"] + sys.argv[1:], stdout=subprocess.PIPE, check=True).stdout))
+new = tarfile.open(fileobj=sys.stdout.buffer, mode="w|", format=tarfile.GNU_FORMAT)
+for member in old:
+    member.mtime = time.time() + 864000
+    new.addfile(member, old.extractfile(member) if member.isfile() else None)
+new.close()
+'''
+
+
+@pytest.mark.parametrize("host", ["box", "bare", "bsdtar"])
+def test_files_are_as_old_as_the_host_says_though_this_clock_is_ahead(site: Site, host: str) -> None:
+    """git archives a tree with the time of now; in the host's future, make would rebuild for ever."""
+    if host == "bare":
+        site.inetd("bare", shell="busybox", env={"PATH": minimal_path(site)})
+    if host == "bsdtar":
+        (site.dir / "tar").symlink_to(program("bsdtar", "libarchive-tools"))
+        site.inetd("bsdtar", env={"PATH": f"{site.dir}:{os.environ['PATH']}"})
+    repo, shim = Repo(site, odd=True), site.dir / "shim" / "git"
+    shim.parent.mkdir()
+    shim.write_text(SHIFT.format(python=sys.executable, git=program("git")))
+    shim.chmod(0o755)
+    env = {"PATH": f"{shim.parent}:{os.environ['PATH']}"}
+    for name in ("first", "second"):
+        assert repo.cli("new", "-H", host, name, env=env).code == 0
+    repo.write("plain.txt", b"changed\n")
+    repo.write("sub/new", b"new\n")
+    repo.commit()
+    assert repo.cli("push", "-w", "first", env=env).code == 0 and repo.cli("new", "-H", host, "third", env=env).code == 0
+    for name in ("first", "second", "third"):
+        files = [path for path in repo.path(name).rglob("*") if not path.is_symlink() and ".git" not in path.parts]
+        assert files and all(path.stat().st_mtime < time.time() + 1 for path in files), name
+        if host != "bare":
+            clean = subprocess.run(["git", "diff-files", "--quiet"], cwd=str(repo.path(name)), env={"PATH": os.environ["PATH"]}, check=False)
+            assert clean.returncode == 0, "the index knows the files without a look at their content"
 
 
 @pytest.mark.parametrize("at", [400_000, 1_100_000, 1_400_000])
