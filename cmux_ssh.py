@@ -9149,6 +9149,9 @@ def command_exec(options: argparse.Namespace) -> int:
             if not options.no_stdin and data_waits(0):
                 raise UsageError("With several workspaces exec passes stdin on to none of them.", "Say so with -n, or run it once for each.")
             return exec_many(project, names, command, environment, options)
+        if options.detach and not options.no_stdin and data_waits(0):
+            raise UsageError("A job takes no stdin.", "Write it first (... | %s write -w %s FILE), and then exec --detach -- 'CMD <FILE'; or say -n."
+                             % (PROGRAM, names[0]))
         terminal, known = Terminal(options.verbosity), project.entries().get(names[0], {}).get("host")
         workspace = project.ensure(names[0], options.host or "", report=terminal)
         if options.push and project.push(workspace.name, report=terminal):
@@ -9157,6 +9160,8 @@ def command_exec(options: argparse.Namespace) -> int:
         if options.detach:
             job = workspace.start(command, options.cwd, environment, options.login)
             print_json({"job": job, "workspace": workspace.name}) if options.json else print_text(job)
+            if not options.no_stdin and data_waits(0):  # of a slow writer
+                terminal.warn("The job does not read what came on stdin.")
             return 0
         return exec_one(workspace, command, environment, options, began)
     except PipeClosed:

@@ -5739,6 +5739,33 @@ def test_a_wrong_host_does_not_spoil_the_name_of_a_workspace(repo: Repo) -> None
     assert made.code == 0, made
 
 
+def test_stdin_for_a_job_is_refused_and_never_dropped_in_silence(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    refused(repo.cli("exec", "--detach", "--", "wc -c", stdin=b"data"), 125, words="write -w main FILE")
+    with open(str(repo.dir / "README"), "rb") as file:
+        child = repo.start("exec", "--detach", "--", "wc -c", stdin=file)
+        assert child.communicate()[0] == b"" and child.returncode == 125
+    assert repo.cli("jobs", "--json").json == [], "nothing was started"
+    assert repo.cli("exec", "-n", "--detach", "--", "true", stdin=b"data").code == 0
+    idle = repo.start("exec", "--detach", "--", "true", stdin=subprocess.PIPE)  # as a harness leaves it open
+    assert idle.wait(PATIENCE) == 0
+    gate, login = repo.site.dir / "gate", repo.site.dir / "login-late"
+    login.write_text(f'#!/bin/sh\n: >{gate}\nwhile [ -e {gate} ]; do sleep 0.05; done\nexec sh -c "$SSH_ORIGINAL_COMMAND"\n')
+    login.chmod(0o755)
+    repo.site.inetd("late", f"ForceCommand {login}")
+    late = repo.start("exec", "-H", "late", "-w", "late", "--detach", "--", "true", stdin=subprocess.PIPE)
+
+    def opened() -> bool:
+        with contextlib.suppress(OSError):
+            gate.unlink()
+        return late.poll() is not None
+    until(gate.exists, "it connects")
+    late.stdin.write(b"late")  # type: ignore[union-attr]
+    late.stdin.flush()  # type: ignore[union-attr]
+    until(opened, "it ends")
+    assert late.returncode == 0 and b"does not read" in late.stderr.read()  # type: ignore[union-attr]
+
+
 def test_a_detached_command_in_a_workspace_that_is_gone_is_no_job(repo: Repo) -> None:
     assert repo.exec("true").code == 0
     shutil.rmtree(str(repo.path()))
