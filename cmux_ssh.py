@@ -1184,25 +1184,26 @@ _csnap() { # base-id its-tree commits bytes
     _cg check-ignore -q -- "$f" || _csame "$f" || { printf '%s' "$f"; break; }; done)
   case $f in ?*) printf 'large %s\n' "$f"; return 24;; esac
   _cg -c core.sparseCheckout=true update-index -q --really-refresh >/dev/null 2>&1 # what was marked not to be looked at is
-  _cg -c core.sparseCheckout=true add -A --ignore-errors . >"$s/bad" 2>&1 || { # git~1, what may not be read: the rest comes
+  _cg -c core.sparseCheckout=true add -A --ignore-errors . >"$s/bad" 2>&1 || { # the rest comes
     f=$(sed -n "s/^error: [Ii]nvalid path '\(.*\)'/note \1: git there does not take it/p
       s/^error: unable to index file \(.*\)/note \1: git there cannot read it/p" "$s/bad")
     [ "$f" ] || { cat "$s/bad" >&2; return 3; }
     printf '%s\n' "$f"; }
   t=$(_cg write-tree)
 }
-_creflog() { # the commits that only a reflog or the HEAD of another worktree has; a reflog may name what is gone
-  { _co log -g --format=%H --branches; _co log -g --format=%H HEAD; cat "$o/logs/HEAD" "$o"/worktrees/*/logs/HEAD 2>/dev/null | cut -d' ' -f2; } |
+_creflog() { # the commits that only reflogs (which may name what is gone) or other worktrees' HEADs have
+  { _co log -g --format=%H --branches; _co log -g --format=%H HEAD
+    cat "$o/logs/HEAD" "$o"/worktrees/*/logs/HEAD 2>/dev/null | cut -d' ' -f2; } |
     _co log --ignore-missing --format='commit %h (%s)' --stdin --exclude='refs/*' --all \
       --not $k $x --exclude='refs/remotes/*' --exclude=refs/stash --glob='refs/*'
 }
-_cleft() { # heads: what no pull brings while HEAD ($x) stays, nor did the pulls of these ($k: what is home).
+_cleft() { # heads: what no pull brings while HEAD ($x) stays, nor did those of these ($k: what is home).
   # What was only fetched is elsewhere, too; a stash has a list of its own.
   x=$(_co rev-parse -q --verify 'HEAD^{commit}') k=
   for v in $b $1; do ! _co cat-file -e "$v^{commit}" || k="$k $v"; done
-  _co for-each-ref --format='%(refname) %(contents:subject)' | grep -Ev '^refs/(remotes/|cmux/|stash )' |
-    while read -r v n; do
-      [ -z "$(_co rev-list -n 1 "$v" --not $k $x --glob=refs/cmux)" ] || printf '%s (%s)\n' "$v" "$n"
+  _co for-each-ref --format='%(refname) %(contents:subject)' |
+    grep -Ev '^refs/(remotes/|cmux/|stash )' | while read -r v n; do
+      [ ! "$(_co rev-list -n 1 "$v" --not $k $x --glob=refs/cmux)" ] || printf '%s (%s)\n' "$v" "$n"
     done | sed 's,^refs/heads/,branch ,; s,^refs/tags/,tag ,; s,^refs/,ref ,' | head -n 20
   _creflog | head -n 20
   _co stash list --format='stash %gd (%s)' | head -n 20
@@ -1217,7 +1218,7 @@ _cstage() { # the client may be gone when there is something to say: that is no 
   s=$root/.cmux/stage/$1.$$; mkdir -p "$s" || return 3; shift; "$@"; r=$?; cd "$root"; rm -rf "$s"; return $r; }
 """
 
-# PULL root project name base tree op commits bytes heads how: what the workspace changed, as a stream.
+# PULL root project name base tree op commits bytes heads - - - how: what the workspace changed, a stream.
 #   `note ...` lines, then one line: git BASE DIRTY HEAD TREE REFS, and `git fast-export` of
 #   BASE..HEAD (BASE has mark 1: git before 2.21 cannot name it otherwise), the last commit being
 #   uncommitted work where DIRTY is 1. Or, without git, tar OP,
@@ -1231,7 +1232,8 @@ _cpull() {
   case $r in 0) ;; 9) _ctar "$@"; return;; *) return $r;; esac
   o=$w/.git n=$(_crefs) d=0 top=$h
   x=$h; [ "$whole" ] || { x=$(_co rev-parse -q --verify 'HEAD^{commit}'); case $x in "$b" | '') ;; *) echo 'note how its commits follow one another: they are too many, rewritten, or hold a repository; the files come as one commit';; esac; }
-  _cleft "$9" | sed -e 's/^stash.*/note the &: git stash pop there and pull/' -e t -e 's/.*/note the &: check it out there and pull/'
+  _cleft "$9" | sed -e 's/^stash.*/note the &: git stash pop there and pull/' -e t \
+    -e 's/.*/note the &: check it out there and pull/'
   if [ "$(_cg rev-parse "$h^{tree}")" != "$t" ]; then
     d=1; top=$(GIT_AUTHOR_DATE="@$(date +%s) +0000" GIT_COMMITTER_DATE="@$(date +%s) +0000" _cg commit-tree "$t" -p "$h" -m 'uncommitted work') || return 3
   fi
@@ -1245,7 +1247,7 @@ _ctar() {
   _cgits | sed 's/^/note the commits of the git repository in /'
   _cmark "$6" "$m.pull" . all && echo "tar $6" || return 3
   find . -name .git -prune -o \( -type f -o -type l \) -exec printf '%s\0' {} + && printf '\0' || return 3
-  set -- "${10}" "$8"
+  set -- "${13}" "$8"
   k=$(du -sk . | sed 's/[^0-9].*//')
   if [ "${k:-0}" -le 65536 ] || ! find "$m.mark" -cnewer "$m.mark" >/dev/null 2>&1 || find --help 2>&1 | grep -q BusyBox; then set -- all "$2"; fi
   case $1 in all) ;; *) # what was moved over a name that was there is no newer, but differs
@@ -1253,16 +1255,16 @@ _ctar() {
     find . -name .git -prune -o \( -newer "$m.mark" -o -cnewer "$m.mark" \) ! -type d -print >"$s/newer"
     diff "$s/mark" "$s/pull" | sed -n 's/^> [^/]* \.\//.\//p' | sed 's/ -> .*//' | grep -qvxFf "$s/newer" && set -- all "$2";;
   esac
-  q=; ! tar --no-unquote -cf - /dev/null >/dev/null 2>&1 || q=--no-unquote # GNU tar takes \b in a name for a backspace
+  q=; ! tar --no-unquote -cf - /dev/null >/dev/null 2>&1 || q=--no-unquote # else \b is a backspace
   case $1 in all) find . -name .git -prune -o \( -type f -o -type l \) ! -size "+${2}c" -exec tar $q -cf - {} +;;
   *) find . -name .git -prune -o \( -newer "$m.mark" -o -cnewer "$m.mark" \) \( -type f -o -type l \) -exec tar $q -cf - {} +;; esac
 }
 _cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && _cstage "$6" _cpull "$@"; }
 """
 
-# CHANGED root project name base tree op commits bytes heads tree refs mark [jobs]: what would be lost
-#   with the workspace, a line each, 20 of a kind, beyond what pulls brought home: HEADs, and of the
-#   last a tree and refs, or (no git) its mark; with the name of their directory, jobs that run.
+# CHANGED root project name base tree op commits bytes heads tree refs mark [jobs]: what would be
+#   lost with the workspace, a line each, 20 of a kind, beyond what pulls brought home: HEADs, and of
+#   the last a tree and refs, or (no git) its mark; with the name of their directory, jobs that run.
 #   22: no such directory.
 LOST = SNAPSHOT + r"""
 _clost() {
@@ -1281,7 +1283,8 @@ _clost() {
   [ "$t" = "${10}" ] || [ "$t" = "$(_cg rev-parse "$h^{tree}")" ] || _cg diff-index --cached --name-status "$h" | head -n 20
   o=$w/.git; [ -d "$o" ] || return 0
   [ "$whole" ] || [ "$(_crefs)" = "${11}" ] || { echo "the git repository was replaced"; }
-  _cleft "$9"; [ -z "$whole" ] || _co log --format='commit %h (%s)' HEAD --not $k --glob=refs/cmux | head -n 20
+  _cleft "$9"
+  [ -z "$whole" ] || _co log --format='commit %h (%s)' HEAD --not $k --glob=refs/cmux | head -n 20
 }
 """
 CHANGED = LOST + JOB_STATE + r"""
@@ -4506,15 +4509,12 @@ class Repository:
             return made
 
     def _as_add(self, shadow: Shadow, top: str) -> Tuple[str, ...]:
-        """The options with which ``shadow`` reads the work tree as `git add` would, but runs no filter."""
+        """The options with which ``shadow`` reads files as `git add` would, but runs no filter."""
         shadow.attributes(self._own_attributes() + "* -filter\n")
-        return ("-C", top, "--work-tree=.", "-c", "core.safecrlf=false", *self._conversions(), *self._attributes_file())
-
-    def _conversions(self) -> List[str]:
-        """What `git add` here goes by when it reads a file, as options; no program is among it."""
         _, out, _ = run([self.program, "-C", self.directory, "config", "--get-regexp",
                          r"^core\.(autocrlf|eol|filemode|symlinks|ignorecase|precomposeunicode)$"], user_environment())
-        return [word for line in out.decode("utf-8", "replace").splitlines() for word in ("-c", line.replace(" ", "=", 1))]
+        own = [word for line in out.decode("utf-8", "replace").splitlines() for word in ("-c", line.replace(" ", "=", 1))]
+        return ("-C", top, "--work-tree=.", "-c", "core.safecrlf=false", *own, *self._attributes_file())
 
     def _attributes_file(self) -> Tuple[str, str]:
         """The option that names the attributes which the user has for all repositories."""
@@ -4556,12 +4556,14 @@ class Repository:
         return shadow.altered(new, same) if same else new
 
     @staticmethod
-    def _same_lfs(shadow: Shadow, top: str, tree: str, paths: Container[bytes]) -> Iterator[Tuple[str, str, bytes]]:
+    def _same_lfs(shadow: Shadow, top: str, tree: str,
+                  paths: Container[bytes]) -> Iterator[Tuple[str, str, bytes]]:
         """(mode, id, path) of those files that are what their LFS pointer in ``tree`` says."""
         for path, mode, oid, sha256, size in shadow.pointers(tree) if paths else ():
             file = os.path.join(top, os.fsdecode(path))
-            if path in paths and os.path.isfile(file) and os.path.getsize(file) == size and blob_id(file, sha256, size, "sha1"):
-                yield mode, oid, path
+            if path in paths and os.path.isfile(file) and os.path.getsize(file) == size:
+                if blob_id(file, sha256, size, "sha1"):
+                    yield mode, oid, path
 
     @staticmethod
     def _nested(shadow: Shadow, here: Sequence[str], links: Sequence[bytes]) -> Optional[GitFailed]:
@@ -4611,11 +4613,13 @@ class Repository:
                 raise GitFailed("git did not take the objects of the result.", "Is the disk full?")
         if ref.startswith("refs/heads/"):
             self.check_branch(ref[11:])  # once more: bringing it took minutes
-        # git 2.54 runs hooks that the configuration names; core.hooksPath does not stop them, this does.
-        keys = run(command + ["config", "-z", "--name-only", "--get-regexp", r"^hook\..*\."], git_environment())[1].split(b"\0")[:-1]
+        # git 2.54 runs hooks that the configuration names; core.hooksPath does not stop those.
+        words = command + ["config", "-z", "--name-only", "--get-regexp", r"^hook\..*\."]
+        keys = os.fsdecode(run(words, git_environment())[1]).split("\0")[:-1]
         off = {"GIT_CONFIG_COUNT": str(len(keys))}
         for at, key in enumerate(keys):
-            off["GIT_CONFIG_KEY_%d" % at], off["GIT_CONFIG_VALUE_%d" % at] = os.fsdecode(key.rpartition(b".")[0]) + ".enabled", "false"
+            off["GIT_CONFIG_KEY_%d" % at] = key.rpartition(".")[0] + ".enabled"
+            off["GIT_CONFIG_VALUE_%d" % at] = "false"
         status, _, err = run(command + ["update-ref", "--no-deref", "-m", "cmux pull", ref, new, old or "0" * len(new)],
                              git_environment(**off))
         if status:
@@ -4767,6 +4771,7 @@ class Shadow:
         what .gitattributes mark export-ignore, and the content of submodules."""
         absent, special, paths = {}, [], []  # type: Dict[bytes, str], List[str], List[bytes]
         for mode, oid, path in self.listing(tree):
+            paths.append(path)
             if mode == "160000":
                 absent[path] = "submodule"
             elif path == b".gitattributes" or path.endswith(b"/.gitattributes"):
@@ -4774,8 +4779,7 @@ class Shadow:
         if any(b"export-ignore" in data for _, data in self.blobs(special)):
             seen = set()
             self.fill(tree)
-            for _, _, path in self.listing(tree):
-                paths.append(path)
+            for path in paths:
                 while b"/" in path:
                     path = path.rpartition(b"/")[0]
                     seen.add(path)
@@ -4790,15 +4794,14 @@ class Shadow:
     def altered(self, tree: str, rows: Iterable[Tuple[str, str, bytes]]) -> str:
         """A tree ("": the empty one) with other files at some paths: (mode, id, path), mode 0 takes one away."""
         env = {"GIT_INDEX_FILE": os.path.join(self.path, "altered.index")}
-        self.fill(tree, env, (b"%s %s\t%s" % (mode.encode(), oid.encode(), path) for mode, oid, path in rows))
+        self.fill(tree, env, (os.fsencode("%s %s\t" % row[:2]) + row[2] for row in rows))
         return self.call("write-tree", "--missing-ok", env=env)
 
     def fill(self, tree: str, env: Optional[Dict[str, str]] = None, more: Iterable[bytes] = ()) -> None:
-        """Make the index that of a tree (""), and ``more`` rows. Not by read-tree: before git 2.39 that
-        fails where a content is not here, as that of LFS files is not."""
-        rows = self.records("ls-tree", "-r", "-z", "--full-tree", tree) if tree else iter(())
+        """Make the index of a tree ("": none) and rows. read-tree before git 2.39 wants LFS content."""
+        rows = self.records("ls-tree", "-r", "-z", "--full-tree", tree) if tree else ()
         self.call("read-tree", "--empty", env=env)
-        self.call("update-index", "-z", "--index-info", env=env, stdin=b"".join(row + b"\0" for part in (rows, more) for row in part))
+        self.call("update-index", "-z", "--index-info", env=env, stdin=b"\0".join([*rows, *more, b""]))
 
     def attribute(self, name: str, paths: Iterable[bytes], env: Optional[Dict[str, str]] = None, *options: str) -> Iterator[Tuple[bytes, bytes]]:
         """(path, value) as the .gitattributes in the index say."""
@@ -4831,11 +4834,10 @@ class Shadow:
             if match:
                 yield (path, *files[path], match.group(1).decode(), int(match.group(2)))
 
-    def differing(self, work: Sequence[str], head: str, env: Optional[Dict[str, str]] = None) -> Iterator[bytes]:
-        """Files of the index or ``head`` that are not as ``head`` has them; ``diff``, unlike the plumbing, reads those whose
-        time alone differs. What is uncommitted in a submodule is not looked for: git would run its filters."""
-        return self.records(*work, "diff", "--no-ext-diff", "--no-textconv", "--no-renames", "--ignore-submodules=dirty",
-                            "--name-only", "-z", head, "--", env=env, talks=True)
+    def differing(self, work: Sequence[str], head: str, **env: str) -> Iterator[bytes]:
+        """Files that are not as ``head`` has them, by content; not in submodules, whose filters would run."""
+        return self.records(*work, "diff", "--no-ext-diff", "--no-textconv", "--no-renames", "--name-only",
+                            "--ignore-submodules=dirty", "-z", head, "--", env=env, talks=True)
 
     def attributes(self, text: str) -> None:
         """What git goes by here before any .gitattributes."""
@@ -4858,8 +4860,7 @@ class Shadow:
         the paths to remove before. Both as the archive has them. With those of the files that are
         sent ``apart``, and not in the tree."""
         old, new = self.unsent(old)[0], self.unsent(new)[0]
-        with open(os.path.join(self.git_dir, "info", "attributes"), "a") as stream:
-            stream.write("* -export-ignore\n")
+        self.attributes(SHADOW_ATTRIBUTES + "* -export-ignore\n")
         rows = [(mode, oid, path) for _, mode, oid, path in self.changes(old, new)]
         gone = self.call("hash-object", "-w", "--stdin", stdin=b"".join(path + b"\n" for _, _, path in rows))
         sent = [row for row in rows if row[0] != "000000" and row[2] not in apart]
@@ -4991,7 +4992,7 @@ class Place:
             shutil.copy2(os.path.join(self.git_dir, "index"), env["GIT_INDEX_FILE"])
             status, head, _ = run([shadow.program, "--git-dir=" + self.git_dir, "rev-parse", "--verify", "-q",
                                    "HEAD^{tree}"], git_environment())
-            return not status and any(shadow.differing(["--work-tree=" + self.top], head.decode().strip(), env))
+            return not status and any(shadow.differing(("--work-tree=" + self.top,), head.decode().strip(), **env))
         except (OSError, GitFailed):
             return False
 
@@ -5562,14 +5563,9 @@ class ProjectState:
         reply = host.call(SETTLE, entry["root"], entry["project"], name, intent["op"], *words)
         check_reply(reply, host.name, "settle an interrupted operation on %s" % name)
 
-        def ended(record: Dict[str, Any]) -> None:
-            record["workspaces"][name].pop("intent", None)  # two forks may settle it at once
-            if "pushed" in reply.lines():
-                entry = record["workspaces"][name]
-                entry.update(base=intent["base"], tree=intent["tree"], plain=intent.get("plain", False))
-                entry.get("pulled", {}).pop("left", None)
-                entry["over"] = dict(entry.get("branches", {}))
-        return dict(self.registry.update(ended)["workspaces"][name])
+        done = "pushed" in reply.lines()
+        record = self.registry.update(lambda record: end_intent(record["workspaces"][name], done))
+        return dict(record["workspaces"][name])
 
 
 class ProjectBase(ProjectState):
@@ -5661,7 +5657,10 @@ class ProjectBase(ProjectState):
                     if not force:
                         if any(row["workspace"] == name and row["operation"] in ("exec", "shell") for row in self.running_now()):
                             raise WorkspaceDirty("A command runs in the workspace %s." % name, "Wait for it (see `%s top`), or give it up: --force." % PROGRAM)
-                        self._refuse_changes(name, host, entry)
+                        reply = host.call(CHANGED, *self.looked_at(name, entry, os.urandom(8).hex()), entry["op"])
+                        if reply.status != 22:
+                            check_reply(reply, host.name, "look for changes in %s" % name)
+                            self._refuse(name, entry, reply.lines())
                 self.discard(name, entry)
         return [name]
 
@@ -5755,11 +5754,11 @@ class ProjectBase(ProjectState):
                 if not force:
                     self._refuse(name, entry, ())
                 self.update(name, intent={"op": made.op, "base": made.commit, "tree": made.tree, "plain": made.parts.plain})
-                words = self._looked_at(name, entry, made.op) + [made.tree, "1" if force else ""]
+                words = self.looked_at(name, entry, made.op) + [made.tree, "1" if force else ""]
                 reply = made.with_base(lambda: workspace.host.call(PUSH, *words, cancel=cancel))
                 log.size = made.sent
-                if reply.status in (5, 25):
-                    self._drop_intent(name)
+                if reply.status in (5, 25):  # nothing was done there
+                    self.registry.update(lambda record: end_intent(record["workspaces"][name], False))
                 if reply.status == 25:
                     self._refuse(name, entry, reply.lines())
                 if reply.status == 5:
@@ -5775,18 +5774,10 @@ class ProjectBase(ProjectState):
                     report.warn("What was in %s is kept until gc, on %s: %s" % (name, workspace.host.name, show(line[5:])))
 
             def pushed(record: Dict[str, Any]) -> None:
-                entry = record["workspaces"][name]
-                entry.update(base=made.commit, tree=made.tree, plain=made.parts.plain)
-                entry.get("pulled", {}).pop("left", None)
-                entry["over"] = dict(entry.get("branches", {}))  # the workspace no longer has what these brought home
-                del entry["intent"]
+                end_intent(record["workspaces"][name], True)
                 made.note_sent(record, entry["root"])
             self.registry.update(pushed)
             return True
-
-    def _drop_intent(self, name: str) -> None:
-        """Nothing was done there: the next has nothing to settle."""
-        self.registry.update(lambda record: record["workspaces"].get(name, {}).pop("intent", None))
 
     def gc(self, only: Optional[str] = None) -> Tuple[Dict[str, int], List[CmuxError]]:
         """Free trash, leftovers and old bases on every host that has or had a workspace of the project, or on one
@@ -5814,26 +5805,21 @@ class ProjectBase(ProjectState):
         return freed, failed
 
     def _sent(self, entry: Dict[str, Any]) -> str:
-        """The tree that the workspace's archive had; "" where it cannot be told: the commit is gone
-        here, or ids there are not like ours."""
+        """The tree that the workspace's archive had; "" where the commit is gone here."""
         try:
             with self.repository.in_shadow(entry["tree"]) as shadow:
                 Parts.restore(shadow, entry["tree"], self.registry.parts(entry["tree"]))
-                return shadow.unsent(entry["tree"])[0] if len(entry["tree"]) == 40 else ""
+                return shadow.unsent(entry["tree"])[0]
         except GitFailed:
             return ""
 
-    def _looked_at(self, name: str, entry: Dict[str, Any], op: str) -> List[str]:
-        """The words for CHANGED and PUSH: what the workspace is compared with."""
-        return [entry["root"], entry["project"], name, entry["tree"], self._sent(entry), op, str(PULL_COMMITS_MAX), str(PULL_FILE_MAX),
+    def looked_at(self, name: str, entry: Dict[str, Any], op: str, sent: Optional[str] = None) -> List[str]:
+        """The words for PULL, CHANGED and PUSH: what the workspace is compared with."""
+        sent = self._sent(entry) if sent is None else sent
+        return [entry["root"], entry["project"], name, entry["tree"],
+                sent if len(sent) == 40 else "",  # else ids there are not like ours
+                op, str(PULL_COMMITS_MAX), str(PULL_FILE_MAX),
                 *(entry.get("pulled", {}).get(key, "") for key in ("head", "tree", "refs", "mark"))]
-
-    def _refuse_changes(self, name: str, host: Host, entry: Dict[str, Any]) -> None:
-        """Raise WorkspaceDirty for work that no pull brought home, and for jobs that run."""
-        reply = host.call(CHANGED, *self._looked_at(name, entry, os.urandom(8).hex()), entry["op"])
-        if reply.status != 22:
-            check_reply(reply, host.name, "look for changes in %s" % name)
-            self._refuse(name, entry, reply.lines())
 
     def _refuse(self, name: str, entry: Dict[str, Any], lines: Iterable[str]) -> None:
         lost = [show(line.replace("\t", " "), 200)[1:-1] for line in lines if line.strip()]
@@ -5846,6 +5832,15 @@ class ProjectBase(ProjectState):
                                    way % (PROGRAM, name) + " Or give it up: --force.")
             error.lost = lost
             raise error
+
+
+def end_intent(entry: Dict[str, Any], pushed: bool) -> None:
+    """A push or a rename has ended, or was given up. Two forks may settle it at once."""
+    intent = entry.pop("intent", {})
+    if pushed and intent:
+        entry.update(base=intent["base"], tree=intent["tree"], plain=intent.get("plain", False))
+        entry.get("pulled", {}).pop("left", None)
+        entry["over"] = dict(entry.get("branches", {}))  # it no longer has what these brought home
 
 
 def no_workspace(name: str, more: str = "") -> WorkspaceMissing:
@@ -5908,7 +5903,13 @@ class Creation:
         self._record(entry)
         try:
             self.left_out()
-            reply = self._make()
+            reply = self.with_base(lambda: self.host.call(
+                CREATE, self.root, self.place, self.name, self.tree, self.op, cancel=self.cancel))
+            if reply.status == 20:
+                raise WorkspaceExists("A directory %s exists already on %s." % (self.name, self.host.name), "Choose another name.")
+            check_reply(reply, self.host.name, "make the workspace")
+            if "made" not in reply.lines():
+                raise RemoteFailed("%s did not confirm the workspace." % self.host.name, "Try again.")
         except CmuxError as error:
             if not isinstance(error, (ConnectionLost, Cancelled)):  # it may exist there: the next `new` or `rm` clears it
                 self.project.forget(self.name)
@@ -5958,16 +5959,6 @@ class Creation:
                     reply = use()
         return reply
 
-    def _make(self) -> Reply:
-        reply = self.with_base(lambda: self.host.call(
-            CREATE, self.root, self.place, self.name, self.tree, self.op, cancel=self.cancel))
-        if reply.status == 20:
-            raise WorkspaceExists("A directory %s exists already on %s." % (self.name, self.host.name), "Choose another name.")
-        check_reply(reply, self.host.name, "make the workspace")
-        if "made" not in reply.lines():
-            raise RemoteFailed("%s did not confirm the workspace." % self.host.name, "Try again.")
-        return reply
-
     def _nearest(self, shadow: Shadow, reply: Reply) -> str:
         """The base on the host that differs least, if a delta against it is worth while; or "". Only one that
         was sent there before: a delta tells the names of what the base has and this tree has not."""
@@ -5994,7 +5985,7 @@ class Creation:
         return best if sum(sizes.get(path, 0) for path in changed) < sum(sizes.values()) / 2 else ""
 
     def left_out(self) -> None:
-        """One line, once for all that a command makes, on what the repository has and the host does not get."""
+        """One line, once a command, on what the repository has and the host does not get."""
         with self.project.looking:
             said = vars(self.report).setdefault("not_sent", set())
             if self.tree in said or type(self.report) is Report:  # which says nothing
@@ -6008,7 +5999,8 @@ class Creation:
         parts = ["%d %s" % (count, re.sub("(file|submodule)s", r"\1", name, count=1) if count == 1 else name) for count, name in (
             (reasons.count("export-ignore"), "export-ignored files"), (reasons.count("submodule"), "submodules not checked out here"),
             (self.parts.lacking, "LFS files whose content is not here (their pointers are sent)"),
-            (changed, "uncommitted files (--dirty takes them along)"), (below, "uncommitted files in submodules")) if count]
+            (changed, "uncommitted files (--dirty takes them along)"),
+            (below, "uncommitted files in submodules")) if count]
         if parts:
             self.report.note("Not sent: %s." % ", ".join(parts))
 
@@ -6275,18 +6267,20 @@ def is_dot_git(component: str) -> bool:
 
 
 def check_result_path(path: bytes) -> str:
-    """Why a path the host named may not stand in a tree of ours; "" if it may. ResultRefused for what no git and
+    """Why a path the host named may not stand in a tree of ours; "" if it may. ResultRefused for what
     no file system there can hold."""
     text = path.decode("utf-8", "surrogateescape")
     if "\0" in text or not {"", ".", "..", ".git"}.isdisjoint(text.split("/")):
         raise refuse("the path %s leaves the tree, or names a git directory" % show(text))
     if len(path) > PATH_MAX or path.count(b"/") >= DEPTH_MAX or max(map(len, path.split(b"/"))) > 255:
         return "it is too long or too deep"
-    if any(part in ("", ".", "..") or is_dot_git(part) for part in text.replace("\\", "/").split("/")):
+    parts = text.replace("\\", "/").split("/")
+    if any(part in ("", ".", "..") or is_dot_git(part) for part in parts):
         return "another system takes it for another place"
     import unicodedata
     for character in "" if text.isprintable() and text.isascii() else text:
-        if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co") and character not in "\n\t\u200c\u200d":
+        bad = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co")
+        if bad and character not in "\n\t\u200c\u200d":
             return "it has a control character, or is not UTF-8"
     return ""
 
@@ -6387,7 +6381,7 @@ class Harvest:
         self.importer.write(b"\n")
 
     def change(self, changes: Dict[bytes, Tuple[str, int]], path: bytes, mode: str, mark: int) -> None:
-        """One path of a commit: a file by its mark, or a deletion (mode ""). What cannot come is left out."""
+        """One path of a commit: a file by its mark, or a deletion (mode "")."""
         self.paths += 1
         if self.paths > PULL_PATHS_MAX:
             raise refuse("more than %d paths changed" % PULL_PATHS_MAX, "Let .gitignore cover what was generated, and pull again.")
@@ -6532,7 +6526,9 @@ def tar_number(field: bytes) -> int:
 def read_tar(wire: Wire, harvest: Harvest, sent: Set[bytes]) -> List[bytes]:
     """Parse the list and the archives into one commit. ``sent`` is what the host was given: what
     it lacks now was deleted. Returns the paths that are new there but came with no archive."""
-    listed, new, changes, marks = 0, set(), {}, {}  # type: int, Set[bytes], Dict[bytes, Tuple[str, int]], Dict[bytes, Tuple[str, int]]
+    listed, new = 0, set()  # type: int, Set[bytes]
+    changes: Dict[bytes, Tuple[str, int]] = {}
+    marks: Dict[bytes, Tuple[str, int]] = {}  # also of what is left out: another name may be a link to it
     missing = set(sent)
     while True:
         path = wire.upto(b"\0", 4 * PATH_MAX)
@@ -6645,7 +6641,8 @@ class Grower:
         self.at = ""  # the commit the index stands at
         self.contested: Set[str] = set()
         self.instead: Set[bytes] = set()  # of the absent, those in whose place the agent made one
-        self.own: Dict[bytes, Tuple[str, str]] = {}
+        self.own = functools.lru_cache(maxsize=None)(lambda: {
+            path: (mode, oid) for mode, oid, path in shadow.listing(base) if path in absent})
 
     def grow(self) -> List[str]:
         """The ids of the commits, oldest first."""
@@ -6679,7 +6676,7 @@ class Grower:
                 if mode:
                     self.instead.add(path)
                 elif path in self.instead:
-                    wanted[path] = self._unsent(path)  # the agent takes its own back; the user's stays what it was
+                    wanted[path] = self.own()[path]  # the agent takes its own back; the user's stays what it was
                 else:
                     raise refuse("it deletes %s, which was never sent" % show(path.decode("utf-8", "replace")))
         self._point(parent, wanted)
@@ -6692,12 +6689,6 @@ class Grower:
         tree = self.shadow.call("write-tree", env=self.env)
         self._look_again(parent, tree, wanted)
         return tree
-
-    def _unsent(self, path: bytes) -> Tuple[str, str]:
-        """(mode, id) in the base of what was not sent."""
-        if not self.own:
-            self.own = {name: (mode, oid) for mode, oid, name in self.shadow.listing(self.base) if name in self.absent}
-        return self.own[path]
 
     def _point(self, parent: str, wanted: Dict[bytes, Tuple[str, str]]) -> None:
         """LFS content that was sent becomes its pointer again: in its place, and where LFS manages the new one."""
@@ -6793,13 +6784,8 @@ class Pull:
         self.lfs = {path: row for path, row in self.parts.lfs.items() if not self._in_module(path)}
         self.notes: List[str] = []
         self.pulled: Dict[str, Any] = {}
-        self._sent: Optional[Set[bytes]] = None
-
-    def sent(self) -> Set[bytes]:
-        """The paths the host was given."""
-        if self._sent is None:
-            self._sent = {path for _, _, path in self.shadow.listing(self.sent_tree)}
-        return self._sent
+        # The paths the host was given:
+        self.sent = functools.lru_cache(maxsize=None)(lambda: {path for _, _, path in shadow.listing(self.sent_tree)})
 
     def fetch(self, how: str = "") -> Tuple[List[str], bool]:
         """(the commits of the workspace, oldest first; whether the last is uncommitted work)"""
@@ -6808,10 +6794,8 @@ class Pull:
         try:
             secrets = secret_values(self.workspace.project.registry, self.cancel)
             harvest = Harvest(importer, lambda path: path in self.sent(), secrets)
-            sha1 = len(self.base) == 40
-            incoming = Incoming(self.workspace.host, self.cancel, PULL, self.workspace.root, self.entry["project"],
-                                self.workspace.name, self.entry["tree"], self.sent_tree if sha1 else "",
-                                os.urandom(8).hex(), str(PULL_COMMITS_MAX), str(PULL_FILE_MAX), self.entry.get("pulled", {}).get("head", ""), how)
+            incoming = Incoming(self.workspace.host, self.cancel, PULL, *self.workspace.project.looked_at(
+                self.workspace.name, self.entry, os.urandom(8).hex(), self.sent_tree), how)
             wire = Wire(self._counted(incoming, harvest))
             dirty, unsent = self._read(wire, incoming, harvest)
             reply = incoming.reply()
@@ -6857,10 +6841,11 @@ class Pull:
             if found.get(path) == {(mode, oid)}:  # a host without git may send all files
                 del found[path]
         harvest.left.update(dict.fromkeys(found, "it lies in a submodule: no commit here can hold it"))
-        left = ["%s (%s)" % (show(path.decode("utf-8", "replace"))[1:-1], why) for path, why in sorted(harvest.left.items())]
-        self.notes += ["left out: " + path for path in left[:20]] + (["left out: %d more" % (len(left) - 20)] if left[20:] else [])
-        if left:
-            self.pulled["left"] = left[:20]
+        left = ["%s (%s)" % (show(path.decode("utf-8", "replace"))[1:-1], why)
+                for path, why in sorted(harvest.left.items())]
+        self.notes += ["left out: " + path for path in left[:20]]
+        self.notes += ["left out: %d more" % (len(left) - 20)] if left[20:] else []
+        self.pulled["left"] = left[:20]
 
     def _tell_lfs(self, commits: List[str]) -> None:
         """A changed or new LFS file came as its content. ``git add`` makes a pointer of it, where LFS is installed."""
@@ -6881,7 +6866,11 @@ class Pull:
         noted = 0
         while True:
             if not wire.peek():
-                self._refused(incoming.reply())
+                reply = incoming.reply()
+                if reply.status == 22:
+                    raise gone_there(self.workspace.name, self.workspace.host.name)
+                check_reply(reply, self.workspace.host.name, "give the result of %s" % self.workspace.name)
+                raise refuse("its stream is empty")
             line = wire.upto(b"\n")
             words = line.split(b" ")
             if words[0] == b"note" and noted < PULL_PATHS_MAX:
@@ -6905,12 +6894,6 @@ class Pull:
         if not re.match(rb"[0-9a-f-]{1,64}\Z", word):
             raise refuse("its stream has %s instead of an id" % show(word.decode("utf-8", "replace")))
         return word.decode()
-
-    def _refused(self, reply: Reply) -> None:
-        if reply.status == 22:
-            raise gone_there(self.workspace.name, self.workspace.host.name)
-        check_reply(reply, self.workspace.host.name, "give the result of %s" % self.workspace.name)
-        raise refuse("its stream is empty")
 
     def _leaks(self, harvest: Harvest) -> None:
         self.secrets: Dict[str, List[str]] = {}
@@ -7002,25 +6985,28 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report
         shadow = held.enter_context(project.repository.in_shadow(workspace.base))
         work = Pull(workspace, shadow, report or Report(), allow, cancel)
         old = project.repository.value_of(ref)
-        if old and old not in work.entry.get("branches", {}).get(ref, "").split() and not shadow.is_ancestor(old, workspace.base):
+        own, over = (work.entry.get(key, {}).get(ref, "").split() for key in ("branches", "over"))
+        if old and old not in own and not shadow.is_ancestor(old, workspace.base):
             raise GitFailed("The branch %s has commits that no pull of this workspace made." % show(ref[11:]),
                             "Choose another: --branch NAME. Or, if you want to keep it: git branch -m %s NEW" % quote(ref[11:]))
         began = time.time()
         project.update(name, asked=began)
         commits, dirty = work.fetch()
         since = old or workspace.base
-        tip = work.settle(commits, dirty, old, old in work.entry.get("over", {}).get(ref, "").split())
+        tip = work.settle(commits, dirty, old, old in over)
         executes = work.inspect(since, tip)
         if tip != since:
             # Said before it is done: killed in between, the next pull knows the branch as its own, where it is and where it was.
-            project.registry.update(lambda record: record["workspaces"][name].setdefault("branches", {}).update({ref: "%s %s" % (old, tip)}))
+            project.registry.update(lambda record: record["workspaces"][name].setdefault(
+                "branches", {}).update({ref: "%s %s" % (old, tip)}))
             project.repository.publish(shadow.quarantine(tip, {since, workspace.base}), ref, tip, old)
 
         def remember(record: Dict[str, Any]) -> None:
             entry = record["workspaces"].get(name)
             if entry and entry["op"] == work.entry["op"]:
-                heads = [work.pulled.get("head", ""), *entry.get("pulled", {}).get("head", "").split()]  # a branch each
-                entry["pulled"] = dict(work.pulled, at=began, base=workspace.base, head=" ".join(list(dict.fromkeys(heads))[:20]).strip())
+                heads = [work.pulled.get("head", ""), *entry.get("pulled", {}).get("head", "").split()]
+                entry["pulled"] = dict(work.pulled, at=began, base=workspace.base,
+                                       head=" ".join(list(dict.fromkeys(heads))[:20]).strip())
                 if tip != since:
                     entry["branches"][ref] = tip
         project.registry.update(remember)
