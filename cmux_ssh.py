@@ -262,7 +262,7 @@ class UploadFailed(CmuxError):
 
 class ResultRefused(CmuxError):
     """What came back from the host is not a result that may come in; nothing was imported."""
-    default_hint = "Nothing was imported. Look at it there: %s exec -- git status" % PROGRAM
+    default_hint = "Nothing was imported."
 
 class GitFailed(CmuxError):
     """The local repository cannot be used as asked."""
@@ -279,6 +279,20 @@ class PipeClosed(CmuxError):
 
 class OutputFailed(PipeClosed):
     """Our output takes no more, and says why: a full disk."""
+
+
+# How this process was called, once the command line knows: the program, its -C and its -w.
+CALLED = {"program": PROGRAM, "project": "", "workspace": ""}
+
+
+def as_called(hint: str) -> str:
+    """A hint whose commands (`cmux_ssh.py VERB ...`, or of git) can be pasted where this process was started."""
+    def ours(match: Any) -> str:
+        bound = match.group(1) in ("exec", "shell", "pull", "push", "diff", "read", "jobs") and not match.group(2)
+        return "%s%s %s%s" % (CALLED["program"], CALLED["project"], match.group(1), CALLED["workspace"] if bound else "")
+    hint = re.sub(r"(?<![\w./])%s (-h|[a-z]+)(?=([^`;]*? -w )?)" % re.escape(PROGRAM), ours, hint)
+    local = r"(?<!-- )(?<!-- ')\bgit (?=(branch|config cmux|diff|fetch|init|lfs|log|merge|rm|submodule)\b)"
+    return re.sub(local, lambda match: "git%s " % CALLED["project"], hint)
 
 
 # === 4. Values ===
@@ -2134,6 +2148,11 @@ def remove_file(path: str) -> None:
         pass
 
 
+def set_aside(path: str) -> str:
+    """The hint for a state file that cannot be used. Nothing is overwritten: it may have been damaged before."""
+    return "Repair it. Or set it aside, to start anew without it: mv %s %s" % (quote(path), quote("%s.damaged-%d" % (path, time.time())))
+
+
 def read_json(path: str) -> Optional[Dict[str, Any]]:
     """An object from a private JSON file of version 1; None if there is none.
 
@@ -2149,8 +2168,7 @@ def read_json(path: str) -> Optional[Dict[str, Any]]:
         if not isinstance(value, dict) or not isinstance(value.get("version"), int):
             raise ValueError("no version")
     except (ValueError, RecursionError):
-        raise StateFailed("The state file %s is damaged." % show(path, 300),
-                          "Repair it. Or set it aside, to start anew without it: mv %s %s" % (quote(path), quote(path + ".damaged")))
+        raise StateFailed("The state file %s is damaged." % show(path, 300), set_aside(path))
     if value["version"] != 1:
         raise StateFailed("The state file %s was written by a newer version." % show(path), "Use that version of %s." % PROGRAM)
     return value
@@ -2225,7 +2243,7 @@ class Registry:
         rows = [(name, width, row) for name, width in (("modules", 3), ("lfs", 4)) for row in (value or {}).get(name, [None])]
         if value and not (isinstance(value.get("source"), str) and all(
                 isinstance(row, list) and len(row) == width and all(isinstance(word, str) for word in row) for _, width, row in rows)):
-            raise StateFailed("The state file %s has parts that are not as they should be." % show(path), "Remove it.")
+            raise StateFailed("The state file %s has parts that are not as they should be." % show(path), set_aside(path))
         return value
 
     def all_parts(self) -> Iterator[Dict[str, Any]]:
@@ -2272,14 +2290,12 @@ class Registry:
         if stored is self._checked:
             return dict(stored)
         if not isinstance(stored, dict):
-            raise StateFailed("The state file %s has no secrets in it." % show(self.secrets_path),
-                              "Repair it, or move it away to start anew.")
+            raise StateFailed("The state file %s has no secrets in it." % show(self.secrets_path), set_aside(self.secrets_path))
         for name, entry in stored.items():
             check_variable(name, secret=True)
             if not isinstance(entry, dict) or len(entry) != 1 or not all(
                     key in ("value", "command") and isinstance(text, str) and not re.search("[\ud800-\udc7f\udd00-\udfff]", text) for key, text in entry.items()):
-                raise StateFailed("The secret %s in %s is damaged." % (name, show(self.secrets_path)),
-                                  "Set it again: %s secrets set %s" % (PROGRAM, name))
+                raise StateFailed("The secret %s in %s is damaged." % (name, show(self.secrets_path)), set_aside(self.secrets_path))
         self._checked = stored
         return dict(stored)
 
@@ -2385,8 +2401,7 @@ def check_record(value: Dict[str, Any], path: str) -> Dict[str, Any]:
         good = good and isinstance(entry.get("created"), (int, float)) and (
             entry["state"] != "ready" or isinstance(entry.get("path"), str))
     if not good:
-        raise StateFailed("The state file %s has parts that are not as they should be." % show(path),
-                          "Repair it, or move it away to start anew.")
+        raise StateFailed("The state file %s has parts that are not as they should be." % show(path), set_aside(path))
     return value
 
 
@@ -2427,7 +2442,7 @@ def secret_values(registry: Registry, cancel: Optional[Cancel] = None) -> Dict[s
         check_secret(name, values[name])
     if sum(map(len, values.values())) > SECRETS_MAX:
         raise CmuxError("The project's secrets are larger than %s." % human_size(SECRETS_MAX),
-                        "Remove some: %s secrets list" % PROGRAM)
+                        "Remove some by `%s secrets rm NAME`; see `%s secrets list`." % (PROGRAM, PROGRAM))
     return values
 
 
@@ -4217,8 +4232,7 @@ class CommandRun:
     def _outcome(self) -> Outcome:
         assert self.exchange
         if self.exchange.out.refused:
-            raise WorkspaceMissing("The directory is not on %s (any more)." % self.host.name,
-                                   "See `%s list`; `rm` and `new` make the workspace anew." % PROGRAM)
+            raise WorkspaceMissing("The directory is not on %s (any more)." % self.host.name)
         if self.exchange.out.stop:  # not by us
             raise ConnectionLost("The connection that watched over the command on %s was lost, and so the command was ended."
                                  % self.host.name, "Run it again.", self.host.name)
@@ -4396,8 +4410,9 @@ class Repository:
             return out
         text = neutralise(err).strip()
         if "dubious ownership" in text:
+            top = re.search(r"repository at '(.*)'", text)  # which git compares; not a directory below
             raise GitFailed("%s belongs to another user; git refuses to read it." % show(self.directory),
-                            "If you trust it: git config --global --add safe.directory %s" % quote(self.directory))
+                            "If you trust it: git config --global --add safe.directory %s" % quote(top.group(1) if top else self.directory))
         if "not a git repository" in text:
             raise GitFailed("%s is not inside a git repository." % show(self.directory),
                             "Change into one, name one with -C, or make one: git init")
@@ -4462,7 +4477,7 @@ class Repository:
         own = self.state_within(self.worktree())
         if own and self.value_of("%s:%s" % (commit, own), ""):
             raise UsageError("Nothing was sent: %s, where %s keeps the secrets, is in the commit %s." % (show(own), PROGRAM, commit[:12]),
-                             "Take it out of git (git rm -r --cached), or set CMUX_SSH_HOME to another directory.")
+                             "Take it out of git (git rm -r --cached %s), or set CMUX_SSH_HOME to another directory." % quote(":/" + own))
 
     def uncommitted(self, shadow: Shadow) -> int:
         """How many tracked files are not as HEAD has them."""
@@ -5656,7 +5671,7 @@ class ProjectBase(ProjectState):
                     entry = self.settle(name)
                     if not force:
                         if any(row["workspace"] == name and row["operation"] in ("exec", "shell") for row in self.running_now()):
-                            raise WorkspaceDirty("A command runs in the workspace %s." % name, "Wait for it (see `%s top`), or give it up: --force." % PROGRAM)
+                            raise WorkspaceDirty("A command runs in the workspace %s." % name, "Wait for it (see `%s top`), or give it up: `%s rm --force %s`." % (PROGRAM, PROGRAM, name))
                         reply = host.call(CHANGED, *self.looked_at(name, entry, os.urandom(8).hex()), entry["op"])
                         if reply.status != 22:
                             check_reply(reply, host.name, "look for changes in %s" % name)
@@ -5735,7 +5750,7 @@ class ProjectBase(ProjectState):
             else:
                 self.settle(source)
             raise gone_there(source, host.name) if reply.status == 22 else WorkspaceExists(
-                "A directory %s exists already on %s." % (name, host.name), "See `%s list`." % PROGRAM)
+                "A directory %s exists already on %s." % (name, host.name), "Choose another name.")
         check_reply(reply, host.name, "make %s of %s" % (name, source))
 
     def push(self, name: str, ref: str = "HEAD", force: bool = False, report: Optional[Report] = None,
@@ -5848,7 +5863,8 @@ def no_workspace(name: str, more: str = "") -> WorkspaceMissing:
 
 
 def gone_there(name: str, host: str) -> WorkspaceMissing:
-    return WorkspaceMissing("The directory of %s is not on %s (any more)." % (name, host), "`%s rm --force %s` forgets it." % (PROGRAM, name))
+    return WorkspaceMissing("The directory of %s is not on %s (any more)." % (name, host), "To make it anew: `%s rm --force %s`, then `%s new %s -H %s`." % (
+        PROGRAM, name, PROGRAM, name, quote(host)))
 
 
 def check_reply(reply: Reply, host: str, what: str) -> None:
@@ -6145,8 +6161,8 @@ class WorkspaceBase:
                 return take
             try:
                 outcome = self.host.run(records, directory, counted(stdout), counted(stderr), source, Deadline(timeout), cancel)
-            except WorkspaceMissing as missing:
-                raise self._no_directory(cwd) if cwd else missing
+            except WorkspaceMissing:
+                raise self._no_directory(cwd) if cwd else gone_there(self.name, self.host.name)
             entry.code = outcome.exit_code
             return outcome
 
@@ -6779,7 +6795,8 @@ class Pull:
             self.sent_tree, self.absent = shadow.unsent(self.entry["tree"])
         except GitFailed as error:
             raise GitFailed("This repository has not all any more of what %s was made of: %s" % (workspace.name, error),
-                            "Fetch the commit %s again; or take the files: %s exec -w %s -- tar -c ." % (self.base[:10], PROGRAM, workspace.name))
+                            "Fetch the commit %s again; or take the files: %s exec -w %s -- tar -c . >%s.tar" % (
+                                self.base[:10], PROGRAM, workspace.name, workspace.name))
         self.modules = {path for path, why in self.absent.items() if why == "submodule"}.union(self.parts.modules)
         self.lfs = {path: row for path, row in self.parts.lfs.items() if not self._in_module(path)}
         self.notes: List[str] = []
@@ -7052,11 +7069,10 @@ def absolute(workspace: WorkspaceBase, path: object) -> str:
     return path if path.startswith("/") else "%s/%s" % (workspace.path, path)
 
 
-def tool_reply(reply: Reply, path: str) -> Reply:
+def tool_reply(workspace: WorkspaceBase, reply: Reply, path: str = "") -> Reply:
     """The reply, or the failure that its status stands for."""
     if reply.status == 37:
-        raise WorkspaceMissing("The workspace's directory is not on the host (any more).",
-                               "See `%s list`; `rm` and `new` make the workspace anew." % PROGRAM)
+        raise gone_there(workspace.name, workspace.host.name)
     if reply.status:
         text = TOOL_STATUS.get(reply.status, "The host failed with status %d: {said}." % reply.status)
         raise ToolFailed(text.format(path=show(path), said=show(reply.said(), 300)[1:-1]))
@@ -7312,7 +7328,7 @@ class Workspace(WorkspaceBase):
         if offset < 1 or limit < 0:
             raise UsageError("Lines count from 1, and a limit cannot be negative.")
         where = absolute(self, path)
-        reply = tool_reply(self.host.call(
+        reply = tool_reply(self, self.host.call(
             READ, where, str(READ_MAX), str(offset), str(limit), self.path, cancel=cancel, limit=READ_MAX + 4096), path)
         head, _, data = reply.stdout.partition(b"\n")
         words = head.decode("ascii", "replace").split()
@@ -7346,7 +7362,7 @@ class Workspace(WorkspaceBase):
                                "%s-%d" % cksum_of(encoded(where + "\n")), data=data, once=True, cancel=cancel)
         if reply.status == 36:
             raise FileChanged("%s changed meanwhile." % show(path), "Read it again.")
-        return tool_reply(reply, path).stdout.strip() == b"created"
+        return tool_reply(self, reply, path).stdout.strip() == b"created"
 
     def edit(self, path: str, edits: List[Dict[str, Any]], sha256: str = "", cancel: Optional[Cancel] = None) -> Dict[str, Any]:
         """Replace exact text: each edit has ``old``, ``new``, and ``count``, how many matches there must be
@@ -7385,7 +7401,7 @@ class Workspace(WorkspaceBase):
         outcome = self.host.run(records, self.path, out, err, None, Deadline(SEARCH_PATIENCE), cancel)
         if outcome.reason:
             raise ToolFailed("The search was stopped after %d seconds." % SEARCH_PATIENCE, "Narrow it.")
-        tool_reply(Reply(status=outcome.status or 0, stdout=b"", stderr=err.value()), "")
+        tool_reply(self, Reply(status=outcome.status or 0, stdout=b"", stderr=err.value()))
         return out.value()
 
     @logged("glob")
@@ -7439,8 +7455,8 @@ class Workspace(WorkspaceBase):
         records += line_records(line, words, login)
         try:
             reply = self.host.call(START, job_directory(self, job), job, *words, before=records, once=True, cancel=cancel)
-        except WorkspaceMissing as missing:
-            raise self._no_directory(cwd) if cwd else missing
+        except WorkspaceMissing:
+            raise self._no_directory(cwd) if cwd else gone_there(self.name, self.host.name)
         check_reply(reply, self.host.name, "start the job")
         if "started" not in reply.lines():
             raise RemoteFailed("%s did not confirm the start of the job." % self.host.name, "See jobs.")
@@ -7461,7 +7477,7 @@ class Workspace(WorkspaceBase):
         """The jobs, oldest first: ``job`` (its id), ``state`` (running, exited or lost), ``exit_code`` (None
         unless exited), ``output_size`` (bytes), and, if begun from this machine, ``command``, ``started``
         (seconds since 1970)."""
-        return parse_jobs(self, tool_reply(self.host.call(JOBS, job_directory(self), cancel=cancel), ""))
+        return parse_jobs(self, tool_reply(self, self.host.call(JOBS, job_directory(self), cancel=cancel)))
 
     @logged("logs", lambda status, *args: len(status["data"]))
     def logs(self, job: str, offset: int = 0, wait: float = 0, limit: int = LOGS_MAX, until: str = "more",
@@ -7471,7 +7487,7 @@ class Workspace(WorkspaceBase):
         ``until`` "end", for the end. Raises ToolFailed when there is no such job."""
         if offset < 0:
             raise UsageError("Bytes of a job's output count from 0.")
-        reply = tool_reply(self.host.call(
+        reply = tool_reply(self, self.host.call(
             LOGS, job_directory(self, job), str(offset), str(limit), str(int(min(wait, 30) * 10)), until,
             cancel=cancel, limit=limit + 4096), job)
         head, _, data = reply.stdout.partition(b"\n")
@@ -7505,7 +7521,7 @@ class Workspace(WorkspaceBase):
     def stop(self, job: str, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
         """End a job and everything it started: ``job``, ``state``, ``exit_code``, and ``stopped``: confirmed,
         or requested where the end was not seen. Raises ToolFailed when there is no such job."""
-        lines = tool_reply(self.host.call(STOP, job_directory(self, job), job, cancel=cancel), job).lines() + ["", ""]
+        lines = tool_reply(self, self.host.call(STOP, job_directory(self, job), job, cancel=cancel), job).lines() + ["", ""]
         return dict(parse_state(lines[1].split()), job=job, stopped="confirmed" if lines[0] == "confirmed" else "requested")
 
 
@@ -7795,7 +7811,7 @@ def strict_json(line: bytes) -> Any:
 
 
 def error_fields(error: CmuxError) -> Dict[str, str]:
-    return {"type": type(error).__name__, "message": str(error), "hint": error.hint}
+    return {"type": type(error).__name__, "message": str(error), "hint": as_called(error.hint)}
 
 
 def read_some(fd: int) -> bytes:
@@ -8246,7 +8262,7 @@ class McpServer(JsonRpc):
         for kind, hint in MCP_HINTS if self.manage else ():
             if isinstance(failure, kind):
                 return hint
-        return ("For the user: " if re.search(r"`|\$| --?\w|%s" % PROGRAM, failure.hint) else "") + failure.hint
+        return ("For the user: " if re.search(r"`|\$| --?\w|%s" % PROGRAM, failure.hint) else "") + as_called(failure.hint)
 
     def _tool(self, call: Call, tool: Tool, arguments: Any) -> str:
         self._bound(self.project.entries())  # before a first call that renames it
@@ -8664,7 +8680,7 @@ class Finding(Value):
 
 
 def finding(state: str, what: str, text: str, fix: str = "") -> Finding:
-    return Finding(state=state, what=what, text=neutralise(text)[:1000], fix=neutralise(fix)[:1000])
+    return Finding(state=state, what=what, text=neutralise(text)[:1000], fix=as_called(neutralise(fix))[:1000])
 
 
 # What `ssh -G` may show, the value that lets it happen, and what it is.
@@ -8728,7 +8744,7 @@ def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
 
 
 def unreachable(host: str, text: str, fix: str) -> Finding:
-    return finding("dead", "connect", text, fix.replace(look_into(host), "`ssh -v %s true`" % quote(host)))
+    return finding("dead", "connect", text, fix.replace(look_into(host), "`%s -v %s true`" % (" ".join(map(quote, ssh_command())), quote(host))))
 
 
 def probe_archive() -> bytes:
@@ -8831,7 +8847,8 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
         yield finding("ok", "connect", "%s in %.2f s, by %s%s" % (server.group(1) if server else "a server", time.monotonic() - began, used.group(1),
                                                                   " with " + key.group(1) if key else ""))
         if status:
-            yield finding("bad", "shell", "no POSIX sh began there (status %d)" % status, "Look at the login shell's start-up files: ssh %s exec sh -c :" % quote(name))
+            yield finding("bad", "shell", "no POSIX sh began there (status %d)" % status, "Look at the login shell's start-up files: %s %s exec sh -c :" % (
+                " ".join(map(quote, ssh_command())), quote(name)))
             return
         yield from examine_programs(host, root)
         yield from examine_speed(host)
@@ -8875,7 +8892,7 @@ class Terminal(Report):
 
     def warn(self, text: str) -> None:
         if self.verbosity >= 0:
-            self.line("%s: %s" % (PROGRAM, neutralise(text)))
+            self.line("%s: %s" % (PROGRAM, neutralise(as_called(text))))
 
     def step(self, what: str, doing: str) -> None:
         self.clear()
@@ -9359,7 +9376,8 @@ def point_out_stale(project: Project, workspace: Workspace, terminal: Terminal) 
     except GitFailed:
         return
     if commit not in (workspace.base, project.repository.value_of(workspace.base + "^")):  # the parent of a --dirty one
-        terminal.warn("%s was made of %s; HEAD is %s: push brings it there." % (workspace.name, workspace.base[:10], commit[:10]))
+        terminal.warn("%s was made of %s; HEAD is %s: to bring it there: %s push -w %s" % (
+            workspace.name, workspace.base[:10], commit[:10], PROGRAM, workspace.name))
 
 
 def parse_environment(pairs: Sequence[str]) -> Dict[str, str]:
@@ -9494,7 +9512,7 @@ class Top:
     def _look(self, name: str) -> None:
         try:
             workspace = self.project.workspace(name)
-            reply = tool_reply(workspace.host.call(JOBS, job_directory(workspace), workspace.path), name)
+            reply = tool_reply(workspace, workspace.host.call(JOBS, job_directory(workspace), workspace.path))
             changed = re.match(r"changed +(\d{1,9})\n", reply.stdout.decode("ascii", "replace"))
             jobs = [job for job in parse_jobs(workspace, reply) if job["state"] == "running"]
             self.seen[name] = {"changed": int(changed.group(1)) if changed else None, "jobs": jobs, "error": None}
@@ -9939,7 +9957,7 @@ def command_edit(options: argparse.Namespace) -> int:
             raise UsageError('stdin is not JSON of the form {"edits": [{"old": ..., "new": ...}]}.', "Or give --old and --new.")
     if options.sha256 is not None:
         if not re.match(r"[0-9a-fA-F]{64}\Z", options.sha256):  # a variable that is not set
-            raise UsageError("--sha256 takes 64 hexadecimal digits.", "read --json tells them.")
+            raise UsageError("--sha256 takes 64 hexadecimal digits.", "See: %s read --json %s" % (PROGRAM, quote(options.path)))
         arguments["sha256"] = options.sha256
     result = call_tool(the_workspace(options), "edit", arguments)
     return answer(options, result, *filter(None, [result["diff"].rstrip("\n")]))
@@ -10269,6 +10287,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
             parser_for(child, options)
     parser_for(parser, command.options)
     result = parser.parse_args(rest)
+    CALLED["project"] = "" if result.directory == "." else " -C " + quote(result.directory)
+    if name not in ("batch", "mcp") and len(result.workspace or ()) == 1:  # a call of these names its own
+        CALLED["workspace"] = " -w " + quote(result.workspace[0])
     if getattr(result, "at_once", None) is not None and result.at_once < 1:
         raise UsageError("%s: -j takes a number from 1." % name)
     if getattr(result, "host", None) == "":
@@ -10305,9 +10326,16 @@ def open_standard_streams() -> None:
             os.dup2(os.open(os.devnull, os.O_RDWR if fd else os.O_WRONLY), fd)
 
 
+def typed_program() -> str:
+    """What was typed to run this file, as a shell takes it. Python 3.10 and later know (python3 -m cmux_ssh, for one)."""
+    words = getattr(sys, "orig_argv", [])[:1 - len(sys.argv) or None] or [sys.executable, sys.argv[0]]
+    own = os.path.realpath(sys.argv[0]) == os.path.realpath(__file__)  # else main() of an importer
+    return " ".join(map(quote, words if own else [sys.executable, os.path.abspath(__file__)]))
+
+
 def report_error(error: CmuxError) -> None:
     text = neutralise(str(error)).strip()
-    hint = (" " + neutralise(error.hint)) if error.hint else ""
+    hint = (" " + neutralise(as_called(error.hint))) if error.hint else ""
     err_out("%s: %s%s\n" % (PROGRAM, text, hint))
 
 
@@ -10339,6 +10367,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         err_out("%s: Windows is not supported natively. Use it inside WSL.\n" % PROGRAM)
         return 2
     open_standard_streams()
+    CALLED.update(program=typed_program(), project="", workspace="")
     try:
         if words[:1] == ["--version"]:
             print_text(version_text())

@@ -3829,6 +3829,90 @@ def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo: Repo)
     assert not (repo.path() / "f").exists() and repo.cli("secrets", "list").out == b""
 
 
+def hinted(said: str, *ours: str) -> List[str]:
+    """The commands in a message, ours and git's: up to the backtick, the bracket or the sentence that ends them."""
+    begins = "|".join(map(re.escape, ours)) + r"|\bgit -C|\bmv /|\bprintf ''|\bssh -F"
+    return [re.split(r"`|;| \(|\)|, then|, or|\.?\s*$|\. (?=[A-Z])", said[at.start():].split("\n")[0])[0] for at in re.finditer(begins, said) if said[max(0, at.start() - 2):at.start()] != "| "]
+
+
+def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo: Repo) -> None:
+    """From another directory, by another path, about a workspace that is not the default: what a refusal says is run as it is."""
+    site, path = repo.site, repo.site.dir / "my copies" / "cmux_ssh.py"
+    path.parent.mkdir()
+    path.symlink_to(compiled())
+    site.host("dead", "ProxyCommand false")
+    repo.write("Makefile", b"test:\n\techo made\n")
+    repo.commit()
+    ours = f"{shlex.quote(sys.executable)} {shlex.quote(str(path))}"
+
+    def call(line: str, stdin: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
+        return subprocess.run(["sh", "-c", line], cwd=str(site.home), env=site.environment(), input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+
+    def told(line: str, *expected: str, codes: Sequence[int] = (0,)) -> None:
+        """The refusal of a line gives exactly these commands, which end with these codes, one after the other."""
+        done = call(f"{ours} -C {repo.dir} {line}")
+        found = hinted(done.stderr.decode() + done.stdout.decode(), ours)
+        assert found == [text.replace("@", f"{ours} -C {repo.dir}").replace("git ", f"git -C {repo.dir} ") for text in expected], (line, done)
+        for command in found:
+            for word, value in (("HOST", "box"), (" NAME", " fresh"), ("CMD", "'echo in $CMUX_WORKSPACE'"), (" ID", " j00000000"), (" NEW", " kept")):
+                command = re.sub(rf"{word}\b", value, command)
+            ran.append(call(command, b"value"))
+            assert ran[-1].returncode in codes, (line, command, ran[-1])
+    ran: List["subprocess.CompletedProcess[bytes]"] = []
+    told("list", "@ new NAME -H HOST")
+    told("rm --force fresh")
+    told("exec --all -- true", "@ new NAME -H HOST")
+    told("jobs -w two", "@ list", "@ new two -H HOST")
+    told("new two -H box", "@ rm two", codes=(0,))
+    assert call(f"{ours} -C {repo.dir} new two -H box").returncode == 0
+    told("jobs -w two", "@ exec -w two --detach -- CMD")
+    told("shell -w two", "@ exec -w two -- CMD")
+    assert ran[-1].stdout == b"in two\n"
+    told("exec -w two", "@ exec -w two -- make test")
+    assert b"made" in ran[-1].stdout
+    told("exec --bogus -- x", "%s exec -h" % ours)
+    told("nonsense", "%s -h" % ours)
+    told("exec -w two --detach --timeout 3 -- true", "@ stop ID", codes=(1,))
+    told("edit f -w two --old a --new b --sha256 zz", "@ read -w two --json f", codes=(1,))
+    told("rm", "@ list")
+    told("gc -H elsewhere", "@ list")
+    told("secrets rm NOPE", "@ secrets list")
+    told("secrets set X </dev/null", "printf '' | @ secrets set X")
+    told("secrets set Y --command 'exit 3'")
+    told("exec -w two -- true", "@ secrets set Y")
+    told("exec -H dead -w there -- true", "@ doctor dead", codes=(255,))
+    done = call(f"{ours} -C {repo.dir} doctor dead")
+    assert [command.split()[:2] for command in hinted(done.stdout.decode(), ours)] == [], done
+    do(repo, "echo more >>README; git commit -qam more; echo even more >>README", "two")
+    repo.commit()
+    told("push -w two", "@ pull -w two")
+    told("rm two")
+    assert call(f"{ours} -C {repo.dir} new two -H box").returncode == 0 and call(f"git -C {repo.dir} branch -f cmux/two HEAD~1").returncode == 0
+    do(repo, "echo more >>README", "two")
+    told("pull -v -w two", "git diff ...cmux/two", "git merge cmux/two")
+    do(repo, "echo again >>README", "two")
+    job = call(f"{ours} -C {repo.dir} exec -w two --detach -- sleep 60").stdout.decode().strip()
+    assert call(f"{ours} -C {repo.dir} pull -w two").returncode == 0
+    told("rm two", "@ jobs -w two")
+    assert call(f"{ours} -C {repo.dir} stop {job}").returncode == 0
+    shutil.rmtree(repo.path("two"))
+    for line in ("read -w two f", "exec -w two -- true", "exec --detach -w two -- true", "write -w two x", "fork -w two three", "diff -w two"):
+        told(line, "@ rm --force two", "@ new two -H box")
+        shutil.rmtree(repo.path("two"))
+    for damage in ('{"version": 1, "secrets": {"Z": 1}}', '{"version": 1, "secrets": 1}', "{"):
+        secrets = next(site.state.glob("secrets/*.json"))
+        secrets.write_text(damage)
+        done = call(f"{ours} -C {repo.dir} secrets list")
+        assert done.returncode == 1 and call(hinted(done.stderr.decode(), ours)[0]).returncode == 0 and call(f"{ours} -C {repo.dir} secrets set A", b"x").returncode == 0, done
+    assert len(list(site.state.rglob("*.damaged-*"))) >= 1
+    empty = site.dir / "no repository"
+    empty.mkdir()
+    done = call(f"{ours} -C '{empty}' list")
+    assert hinted(done.stderr.decode(), ours) == [f"git -C '{empty}' init"] and call(f"git -C '{empty}' init").returncode == 0, done
+    by_module = subprocess.run([sys.executable, "-m", "cmux_ssh", "-C", str(repo.dir), "rm"], cwd=str(HERE), env=site.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert b"See `%s -m cmux_ssh -C %s list`" % (os.fsencode(sys.executable), os.fsencode(repo.dir)) in by_module.stderr or sys.version_info < (3, 10), by_module
+
+
 TAB = r"""%s
 t() { COMP_WORDS=("$@"); COMP_CWORD=$(($#-1)); COMPREPLY=(); _cmux_ssh; echo "${COMPREPLY[*]}"; }
 for words in "$@"; do eval "t $words"; done"""
@@ -7595,7 +7679,8 @@ def test_what_may_not_come_in_and_is_gone_again_is_said_with_the_way_out(repo: R
     repo.cli("new", "-H", "box", "main")
     do(repo, AGENT + "echo one >one; git add .; git commit -qm one; ln -s ../../x evil; git add evil; git commit -qm a; git rm -q evil; git commit -qm b; echo u >u")
     answer = repo.cli("pull")
-    refused(answer, 1, words="pull again. If only an earlier commit there has it, squash them: cmux_ssh.py exec -w main -- 'git reset --soft refs/cmux/base && git commit -m all'")
+    refused(answer, 1, words="pull again. If only an earlier commit there has it, squash them: ")
+    assert "cmux_ssh.py exec -w main -- 'git reset --soft refs/cmux/base && git commit -m all'" in answer.said
     refused(repo.cli("rm", "main"), 1, words="would be lost")
     do(repo, "git reset --soft refs/cmux/base && git commit -m all")
     assert repo.cli("pull").code == 0 and repo.git("show", "cmux/main:one") == "one" and repo.git("show", "cmux/main:u") == "u"
