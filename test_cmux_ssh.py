@@ -3835,6 +3835,7 @@ def hinted(said: str, *ours: str) -> List[str]:
     return [re.split(r"`|;| \(|\)|, then|, or|\.?\s*$|\. (?=[A-Z])", said[at.start():].split("\n")[0])[0] for at in re.finditer(begins, said) if said[max(0, at.start() - 2):at.start()] != "| "]
 
 
+@pytest.mark.slow
 def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo: Repo) -> None:
     """From another directory, by another path, about a workspace that is not the default: what a refusal says is run as it is."""
     site, path = repo.site, repo.site.dir / "my copies" / "cmux_ssh.py"
