@@ -3943,13 +3943,22 @@ def test_completion_of_fish_offers_names_where_they_can_stand(shared_names: Repo
     assert told[7] == {"main", "two"}, told
 
 
-@pytest.mark.parametrize("width, cells", [(80, ["n" * 51, "box", "ready", "/home/ada/cmux/" + "n" * 60]), (40, ["n" * 10, "box", "-", "x" * 300])])
-def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(width: int, cells: List[str]) -> None:
-    lines = c.table_lines([("NAME", "HOST", "STATE", "PATH"), cells], width)
-    assert max(map(len, lines)) == width and "box" in lines[1], lines
-    shown = lines[1].split()
-    assert all(len(now) == len(was) or len(now) >= 15 and now.endswith("...") for now, was in zip(shown, cells)), shown
-    assert c.table_lines([("A", "B"), cells[2:]], 1 << 16)[1].endswith(cells[3])
+def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo: Repo) -> None:
+    """The last column is cut to 20 characters at least, or left out; then the widest yields."""
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    (file,) = (repo.site.state / "projects").glob("*.json")
+    record = json.loads(file.read_text())
+    main, long = record["workspaces"].pop("main"), "/home/ada/cmux/" + "x" * 300
+    for width, name, path, row in ((62, "n" * 10, long, "n{10}  box .* ready  /home/ada/cmux/xx[.]{3}"), (61, "n" * 10, long, "n{10}  box .* ready"),
+                                   (46, "n" * 10, "/a", "n{10}  box .* ready  /a"), (45, "n" * 10, "/a", "n{10}  box .* ready"),
+                                   (81, "n" * 51, long, "n{51}  box .* ready"), (80, "n" * 51, long, "n{47}[.]{3}  box .* ready")):
+        record["workspaces"] = {name: dict(main, path=path)}
+        file.write_text(json.dumps(record))
+        terminal = on_terminal(repo.site, "list", cwd=repo.dir, env={"COLUMNS": str(width)})
+        assert terminal.wait() == 0
+        head, shown, _ = terminal.output.decode().split("\r\n")
+        assert re.fullmatch(row, shown) and len(shown) <= width and ("PATH" in head) == ("/" in shown), (width, shown)
+    assert repo.cli("list").text.endswith(long + "\n")
 
 
 def test_rm_refuses_while_a_command_runs(repo: Repo) -> None:
@@ -6092,49 +6101,36 @@ def test_a_base_whose_parents_are_broken_on_the_host_is_made_anew_and_not_offere
 
 def test_a_delta_stands_only_on_what_was_sent_to_that_host(repo: Repo) -> None:
     """A host that knows the id of a branch's tree could else ask what files that has: the delta names those to remove."""
-    assert in_library(repo, """
-import os, subprocess
-def git(*words):
-    return subprocess.check_output(["git", *words]).decode().strip()
-for n in range(20):
-    with open("f%d" % n, "w") as stream:
-        stream.write(str(n))
-git("add", "-A")
-git("commit", "-qm", "many")
-git("checkout", "-qb", "private")
-with open("acquisition-of-ACME", "w") as stream:
-    stream.write("x")
-git("add", "-A")
-git("commit", "-qm", "secret")
-tree = git("rev-parse", "HEAD^{tree}")
-git("checkout", "-q", "main")
-project, parents = cmux_ssh.Project("."), []
-host = project.host("box")
-real = host.call
-def call(script, *words, **more):
-    reply = real(script, *words, **more)
-    if script is cmux_ssh.CREATE and reply.status == 21:
-        return cmux_ssh.Reply(status=21, stdout=reply.stdout + b"base " + tree.encode() + bytes([10]), stderr=b"")
-    if script is cmux_ssh.UPLOAD:
-        parents.append(words[2])
-    return reply
-host.call = call
-project.create("a", "box")
-project.create("b", "box", ref="private")   # now it is sent: on the base of the first
-with open("more", "w") as stream:
-    stream.write("x")
-git("add", "-A")
-git("commit", "-qm", "more")
-project.create("c", "box")
-print(parents[0] == "", parents[1] == git("rev-parse", "main~1^{tree}"), parents[2] in (tree, parents[1]))
-project.registry.update(lambda record: record.pop("sent"))  # what workspaces stand on was sent, too
-git("commit", "-q", "--allow-empty", "-m", "same")
-with open("more", "a") as stream:
-    stream.write("y")
-git("commit", "-qam", "yet more")
-project.create("d", "box")
-print(parents[3] != "")
-""") == "True True True\nTrue\n"
+    for n in range(20):
+        repo.write(f"f{n}", b"%d" % n)
+    repo.commit()
+    repo.git("checkout", "-qb", "private")
+    repo.write("acquisition-of-ACME", b"x")
+    repo.commit()
+    bases = repo.site.far_home() / "cmux" / ".cmux" / "bases"
+    forged = bases / repo.git("rev-parse", "HEAD^{tree}")
+    repo.git("checkout", "-q", "main")
+    forged.mkdir(parents=True)
+    (forged / "tree.tar").touch()
+
+    def parent(name: str, ref: str = "main") -> str:
+        assert repo.cli("new", "-H", "box", name, "--ref", ref).code == 0
+        file = bases / repo.git("rev-parse", ref + "^{tree}") / "parent"
+        return file.read_text().strip() if file.exists() else ""
+    assert parent("a") == ""
+    shutil.rmtree(str(forged))
+    tree = repo.git("rev-parse", "HEAD^{tree}")
+    assert parent("b", "private") == tree, "now it is sent: on the base of the first"
+    repo.write("more", b"x")
+    repo.commit()
+    assert parent("c") == tree
+    (file,) = (repo.site.state / "projects").glob("*.json")
+    record = json.loads(file.read_text())
+    assert record.pop("sent"), "what workspaces stand on was sent, too"
+    file.write_text(json.dumps(record))
+    repo.write("more", b"xy")
+    repo.commit()
+    assert parent("d") == repo.git("rev-parse", "main~1^{tree}")
 
 
 @pytest.mark.parametrize("name", ["USR1", "WINCH", "CONT"])
@@ -6369,6 +6365,7 @@ def test_what_is_raised_is_public(source: Source) -> None:
 # === The README ===
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
+ROOM = int(re.search(r"cut to ([\d,]+) characters", README).group(1).replace(",", ""))  # type: ignore[union-attr]  # of a result of mcp
 NOT_HERE = ("claude ", "codex ", "coder ")  # programs of others, which this machine need not have
 
 
@@ -6470,15 +6467,19 @@ def words_for_us(line: Sequence[str]) -> List[str]:
     return list(line[[word.rsplit("/")[-1] for word in line].index("cmux_ssh.py") + 1:])
 
 
-def test_readme_settings_of_mcp_clients_are_real_ones() -> None:
+def test_readme_settings_of_mcp_clients_are_real_ones(reader: Reader) -> None:
+    repo = reader.shop()
     servers = [server for block in blocks("json") for group in json.loads(block).values() for server in group.values()]
     lines = [[server["command"], *server["args"]] for server in servers]
     lines += [shlex.split(line.partition(" -- ")[2]) for block in blocks("sh") for line in block.splitlines() if " mcp add " in line]
     assert len(lines) == 4
     for line in lines:
-        options = c.parse(words_for_us(line))
-        assert line[0] == "python3" and line[1].startswith("/") and (options.host, options.workspace, options.manage) == ("my-server", ["fix-login"], False), line
-        assert options.directory.startswith("/")
+        words = words_for_us(line)
+        at = words.index("-C") + 1
+        assert line[0] == "python3" and line[1].startswith("/") and words[at].startswith("/") and words.pop(words.index("mcp")), line
+        with open_mcp(repo, *[str(repo.dir) if word.startswith("/") else word for word in words]) as client:
+            assert "the workspace fix-login on the remote host my-server," in client.ask("server/discover", MODERN)["result"]["instructions"]
+            assert {tool["name"] for tool in client.ask("tools/list", MODERN)["result"]["tools"]} == set(MCP_TOOLS), line
     section, key, value = re.fullmatch(r"\[(\S+)\]\n(\w+) = (.*)\n", blocks("toml")[0]).groups()  # type: ignore[union-attr]
     assert (section, key, json.loads(value)) == ("mcp_servers.box", "env_vars", ["SSH_AUTH_SOCK"])
 
@@ -6590,13 +6591,17 @@ def test_readme_names_tests_that_exist_and_counts_their_cases() -> None:
     assert f"| {len(ATTACKS)} forged answers to each of {len(CALLS)} calls" in README and f"| {len(FLOODS)} endless floods" in README
 
 
-def test_readme_numbers_and_names_are_the_codes() -> None:
+def test_readme_numbers_and_names_are_the_codes(repo: Repo) -> None:
     text = " ".join(README.split())
-    assert f"cut to {c.MCP_ROOM:,} characters" in text and f"after {c.MCP_SOFT} s (`--soft-timeout`)" in text
-    assert f"versions from {c.MCP_HANDSHAKE[-1]} to {c.MCP_STATELESS[0]} are served" in text
+    with open_mcp(repo, "-H", "box", "--manage") as client:
+        found = client.ask("server/discover", MODERN)["result"]
+        assert set(re.findall(r"`(workspace_\w+)`", README)) == {tool["name"] for tool in client.ask("tools/list", MODERN)["result"]["tools"]} - set(MCP_TOOLS)
+    soft, room = re.search(r"After (\d+) s a command .* about (\d+) characters", found["instructions"], re.S).groups()  # type: ignore[union-attr]
+    assert f"cut to {ROOM:,} characters" in text and ROOM == int(room) and f"after {soft} s (`--soft-timeout`)" in text
+    assert f"versions from {min(found['supportedVersions'])} to {max(found['supportedVersions'])} are served" in text
     assert f"At most {c.SESSIONS_PER_MASTER} sessions a connection, {c.MASTERS_PER_HOST} connections a host and {c.HANDSHAKES_AT_ONCE} handshakes" in text
-    assert set(re.findall(r"`(workspace_\w+)`", README)) == set(c.MANAGE_TOOLS)
-    assert "`-j N` is how many run at once (16)" in text and f"cmux_ssh.py {c.__version__} (sha256" in text
+    assert "`-j N` is how many run at once (16)" in text and "at once (default: 16)" in repo.cli("batch", "-h").text
+    assert f"cmux_ssh.py {c.__version__} (sha256" in text
     public = {name.partition("(")[0][len("cmux_ssh."):] for name in re.findall(r"cmux_ssh\.[A-Za-z_]\w*\b(?!\.)", README)} - {"py"}
     assert public <= set(c.__all__) | {"__all__"}, public
     undocumented = {name for name in c.__all__ if not re.search(rf"\b{name}\b", README) and not getattr(c, name).__doc__}
@@ -8093,15 +8098,6 @@ def test_a_list_that_does_not_fit_leaves_the_path_out_not_the_names(repo: Repo) 
         names = ["issue-1234-fix-the-login-page-of-a-customer-for-" + browser for browser in ("opera", "firefox")]
         repo.cli("new", "-H", "box", *names)
     assert "PATH" in repo.cli("list").text
-
-
-@pytest.mark.parametrize("width, last", [(23, "/a"), (22, None), (40, "/a"), (39, "/a"), (60, "/a")])
-def test_a_last_column_that_is_short_stays(monkeypatch: pytest.MonkeyPatch, width: int, last: Optional[str]) -> None:
-    shown: List[str] = []
-    monkeypatch.setattr(c, "terminal_width", lambda: width)
-    monkeypatch.setattr(c, "print_text", shown.append)
-    c.print_table([("NAME", "P"), ("n" * 19, "/a")], spare=20)
-    assert shown == ["NAME" + (" " * 17 + "P" if last else "") + "\n" + "n" * 19 + ("  /a" if last else "")]
 
 
 def test_a_file_with_the_name_of_our_list_of_deletions_travels(site: Site) -> None:
