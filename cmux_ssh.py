@@ -99,6 +99,7 @@ CONNECT_PATIENCE_SLOW = 600  # where the config says ConnectTimeout 0 (Coder sta
 INTERACTIVE_PATIENCE = 300  # a person types a passphrase
 CONTROL_PATIENCE = 5        # a live master answers hello in under a millisecond
 SLOT_PATIENCE = 600         # waiting for one of the 104 sessions
+LOCK_PATIENCE = 1800        # for what another process works on: it may send gigabytes over a slow line
 LOOK_FIRST, LOOK_MOST = 0.003, 0.3  # between looks for what other processes free: they are not heard
 MASTER_PASSED_BY = 30       # one that hangs (SIGSTOP, a dying machine) is not asked again for so long
 SHELL_PATIENCE = 2.5        # without a word from our wrapper: then another session is asked what begins there
@@ -471,6 +472,7 @@ class Waiters:
         self._asleep: List[Tuple[Deadline, Optional[Cancel]]] = []
         self._watched = False       # one of them looks from time to time
         self._pause = LOOK_FIRST
+        self.told = False           # a person knows what they wait for
 
     def wake(self, count: int = 1) -> None:
         """Have so many of them look now."""
@@ -479,7 +481,7 @@ class Waiters:
 
     def leave(self) -> None:
         """One of them was served, or gives up."""
-        self._pause = LOOK_FIRST
+        self._pause, self.told = LOOK_FIRST, False
         self.wake()
 
     def sleep(self, deadline: Deadline, cancel: Optional[Cancel], most: float = 3600) -> bool:
@@ -1974,12 +1976,15 @@ def private_directory(path: str) -> str:
 
 class Lock:
     """An advisory lock on a file, ``shared`` or not. The kernel frees it when its process dies. The file of one
-    that is ``passing`` goes with it (of a shared one with the last); whoever waited for that file then finds another, or none."""
+    that is ``passing`` goes with it (of a shared one with the last); whoever waited for that file then finds another, or none.
+    ``doing`` says what its owner does, to those who wait: the file then names its process."""
 
+    tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait; the command line sets it
     _waiting: Dict[str, Waiters] = {}  # for the lock of a path
 
-    def __init__(self, path: str, passing: bool = False, shared: bool = False, waiters: Optional[Waiters] = None) -> None:
-        self.path, self.passing, self.shared, self.waiters = path, passing, shared, waiters
+    def __init__(self, path: str, passing: bool = False, shared: bool = False, waiters: Optional[Waiters] = None,
+                 doing: str = "") -> None:
+        self.path, self.passing, self.shared, self.waiters, self.doing = path, passing, shared, waiters, doing
         self.fd = -1
 
     def take(self, anew: bool = True) -> bool:
@@ -2002,6 +2007,12 @@ class Lock:
             return False
         self.fd = fd
         leave_at_fork(self)
+        if self.doing:
+            try:
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, b"%d" % os.getpid(), 0)
+            except OSError:
+                pass  # a full disk: who waits does without
         return True
 
     def _forked(self) -> None:
@@ -2029,14 +2040,36 @@ class Lock:
         """Take it, waiting until the deadline; False when that came first."""
         if self.take():
             return True
-        waiters = self._waiting.setdefault(self.path, Waiters())
+        waiters, silence = self._waiting.setdefault(self.path, Waiters()), Deadline(1)
         try:
-            while waiters.sleep(deadline, cancel):
+            while waiters.sleep(deadline, cancel, silence.left() or 3600):
                 if self.take():
                     return True
+                if silence.over() and self.doing and not waiters.told and self._owner() != os.getpid():
+                    waiters.told = True
+                    self.tell("Waiting for %s" % self._holder())
             return False
         finally:
             waiters.leave()
+
+    def hold(self, cancel: Optional[Cancel] = None) -> Lock:
+        """Take it, waiting if need be. Raises StateFailed when that takes too long, Cancelled."""
+        if self.fd < 0 and not self.wait(Deadline(LOCK_PATIENCE), cancel):
+            owner = self._owner()
+            raise StateFailed("Waited %d seconds in vain for %s" % (LOCK_PATIENCE, self._holder()),
+                              "Look what it does: ps -p %d" % owner if owner else "Find it with: fuser %s" % quote(self.path))
+        return self
+
+    def _owner(self) -> int:
+        """The process that has it; 0 where that is not known."""
+        try:
+            return int(read_bytes(self.path, 20) or b"0")
+        except (StateFailed, ValueError):
+            return 0
+
+    def _holder(self) -> str:
+        owner = self._owner()
+        return "%s, which %s." % ("process %d" % owner if owner else "another process", self.doing or "holds " + show(self.path))
 
     def free(self) -> None:
         if self.fd >= 0:
@@ -2049,10 +2082,7 @@ class Lock:
                 waiters.wake()
 
     def __enter__(self) -> Lock:
-        if self.fd < 0 and not self.wait(Deadline(60)):
-            raise StateFailed("Another process holds %s." % show(self.path),
-                              "Wait for it, or find it with: fuser %s" % quote(self.path))
-        return self
+        return self.hold()
 
     def __exit__(self, *_: object) -> None:
         self.free()
@@ -2221,7 +2251,7 @@ class Registry:
 
     def update(self, change: Callable[[Dict[str, Any]], None]) -> Dict[str, Any]:
         """Apply ``change`` to the record under the lock, and write it."""
-        with Lock(self.path + ".lock"):
+        with Lock(self.path + ".lock", doing="changes " + show(self.path)):
             value = read_json(self.path)
             if value is None:
                 name = os.path.basename(self.repository.rstrip("/"))
@@ -2278,11 +2308,13 @@ class Registry:
 
     def creation_lock(self, name: str, shared: bool = False) -> Lock:
         """Held while a workspace is made or removed, so that two processes don't both; ``shared`` by those who copy it."""
-        return Lock("%s.name.%s.lock" % (self.path, name), passing=True, shared=shared)
+        return Lock("%s.name.%s.lock" % (self.path, name), passing=True, shared=shared, doing="works on the workspace " + name)
 
-    def upload_lock(self, tree: str) -> Lock:
-        """Held while a tree is uploaded: one upload of it at a time, the others then copy there."""
-        return Lock("%s.tree.%s.lock" % (self.path, tree), passing=True)
+    def upload_lock(self, tree: str, host: str, root: str) -> Lock:
+        """Held while a tree is uploaded to a host: one upload of it at a time, the others then copy there."""
+        import hashlib
+        place = hashlib.sha256(os.fsencode("%s\0%s" % (host, root))).hexdigest()[:16]
+        return Lock("%s.tree.%s.%s.lock" % (self.path, tree, place), passing=True, doing="sends the same files to " + host)
 
     def secrets(self) -> Dict[str, Dict[str, str]]:
         """name -> {"value": ...} or {"command": ...}. Checked, since people edit files."""
@@ -2300,7 +2332,7 @@ class Registry:
         return dict(stored)
 
     def update_secrets(self, change: Callable[[Dict[str, Dict[str, str]]], None]) -> None:
-        with Lock(self.secrets_path + ".lock"):
+        with Lock(self.secrets_path + ".lock", doing="changes " + show(self.secrets_path)):
             remove_leftovers(self.secrets_path)
             stored = self.secrets()
             change(stored)
@@ -3530,7 +3562,7 @@ class Masters(Slots):
     def _first_master(self, deadline: Deadline, cancel: Optional[Cancel]) -> None:
         """Connect, if nobody else does: one prober at a time, the others share its result."""
         before = self._failures()
-        lock = Lock(self._path("probe"))
+        lock = Lock(self._path("probe"), doing="connects to " + self.host)
         if not lock.wait(deadline, cancel):
             raise ConnectionFailed("Another process has been connecting to %s for too long." % self.host, "Try again.", self.host)
         try:
@@ -5617,9 +5649,7 @@ class ProjectBase(ProjectState):
         report.step(name, "connecting")
         self.host(host).masters.connect(Deadline(SLOT_PATIENCE), cancel)
         report.step(name, "being made")
-        lock = self.registry.creation_lock(name)
-        lock.wait(Deadline(None), cancel)
-        with lock:
+        with self.registry.creation_lock(name).hold(cancel):
             self.vacate(name)
             with Logged(self, "new", name, host, ref) as entry:
                 creation = Creation(self, name, host, ref, root, report, cancel)
@@ -5633,9 +5663,7 @@ class ProjectBase(ProjectState):
         waits while another process makes it. Raises as create() does, and UsageError if it is elsewhere."""
         entry = self.entries().get(check_workspace(name))
         if entry and entry.get("init") == "pending":
-            lock = self.registry.creation_lock(name)
-            lock.wait(Deadline(None), cancel)
-            lock.free()
+            self.registry.creation_lock(name).hold(cancel).free()
         if entry is None:
             try:
                 made = self.create(name, host or self.default_host(name), report=report, cancel=cancel)
@@ -5706,9 +5734,7 @@ class ProjectBase(ProjectState):
             raise WorkspaceExists("The workspace %s has that name already." % name, "Choose another name.")
         with contextlib.ExitStack() as held:
             for one in sorted((name, source)):  # or two would wait for each other
-                lock = self.registry.creation_lock(one, shared and one == source)
-                lock.wait(Deadline(None))  # a push there may take minutes
-                held.enter_context(lock)
+                held.enter_context(self.registry.creation_lock(one, shared and one == source).hold())
             yield
 
     def fork(self, source: WorkspaceBase, name: str) -> "Workspace":
@@ -5959,11 +5985,11 @@ class Creation:
         """Run ``use``; where the host lacks the base (21), upload it first."""
         reply = use()
         if reply.status == 21:
-            lock = self.project.registry.upload_lock(self.tree)
+            lock = self.project.registry.upload_lock(self.tree, self.host.name, self.root)
             waited = not lock.take()
             if waited:
                 self.report.step(self.name, "waiting for the archive")
-                lock.wait(Deadline(None), self.cancel)
+                lock.hold(self.cancel)
                 self.report.step(self.name, "being made")
             with lock:
                 reply = use() if waited else reply
@@ -8955,6 +8981,7 @@ class Live(Terminal):
         self.sinks: Dict[str, Labelled] = {}
         self.ended: Set[str] = set()
         Launcher.tell, Launcher.alert, Live.shown_now = self.note, self.warn, self
+        Lock.tell = self.note
         if self.redraws:
             threading.Thread(target=self._keep_drawn, daemon=True).start()
 
@@ -9124,7 +9151,9 @@ def may_ask() -> bool:
 
 
 def open_project(options: argparse.Namespace) -> Project:
-    Launcher.tell, Launcher.alert = Terminal(options.verbosity).note, Terminal(options.verbosity).warn
+    Lock.tell = Terminal(options.verbosity, not getattr(options, "command", "")).note
+    Launcher.tell = Terminal(options.verbosity).note
+    Launcher.alert = Terminal(options.verbosity).warn
     return Project(options.directory, None if options.json else may_ask, warm=0)
 
 

@@ -2680,6 +2680,32 @@ def test_two_processes_that_upload_one_tree_at_once_both_get_their_workspace(rep
     assert tree_of(repo.path("a")) == tree_of(repo.path("b")) == tree_of(other.path("a")) == repo.tree()
 
 
+def test_a_stalled_upload_holds_up_no_other_host_and_who_waits_for_it_is_told_and_gives_up(repo: Repo, tuned: Callable[..., None]) -> None:
+    repo.write("text", os.urandom(1 << 20))
+    repo.commit()
+    line = repo.site.line("far")
+    assert repo.cli("new", "-H", "box", "old", "--ref", "HEAD~1").code == 0
+    stopped = threading.Event()
+    line.trap = ("up", 300_000, lambda: (kill(sender.pid, signal.SIGSTOP), stopped.set()) and None)
+    with repo.start("new", "-H", "far", "a") as sender:
+        until(stopped.is_set, "the upload stalls")
+        made = repo.cli("new", "-H", "box", "b")
+        assert made.code == 0 and made.seconds < 15, made
+        tuned(LOCK_PATIENCE=2.5)
+        for words, doing in (
+                ("new -H box a", "works on the workspace a"), ("rm a", "works on the workspace a"), ("rename -w old a", "works on the workspace a"),
+                ("fork -w old a", "works on the workspace a"), ("exec -H box -w a -- true", "works on the workspace a"),
+                ("new -H far c", "sends the same files to far")):
+            waited = repo.cli(*words.split())
+            who = f"process {sender.pid}, which {doing}."
+            assert waited.code == (125 if "exec" in words else 1) and waited.out == b"" and 2 < waited.seconds < 15, waited
+            said = waited.said.replace(f"Waiting for {who}", "", 1) if "exec" not in words else waited.said  # in a pipe it adds no word
+            assert said != waited.said or "exec" in words, waited
+            assert f"Waited 2 seconds in vain for {who}" in said and f"ps -p {sender.pid}" in said, waited
+        kill(sender.pid, signal.SIGCONT)
+        assert sender.wait(60) == 0
+
+
 def test_a_full_disk_or_readonly_home_on_the_host_is_said(repo: Repo) -> None:
     """A file where the directory should be fails for root, too."""
     (repo.site.far_home() / "cmux").write_text("in the way")
