@@ -2687,23 +2687,24 @@ def test_a_stalled_upload_holds_up_no_other_host_and_who_waits_for_it_is_told_an
     assert repo.cli("new", "-H", "box", "old", "--ref", "HEAD~1").code == 0
     stopped = threading.Event()
     line.trap = ("up", 300_000, lambda: (kill(sender.pid, signal.SIGSTOP), stopped.set()) and None)
-    with repo.start("new", "-H", "far", "a") as sender:
+    sender = repo.start("new", "-H", "far", "a")
+    try:
         until(stopped.is_set, "the upload stalls")
-        made = repo.cli("new", "-H", "box", "b")
-        assert made.code == 0 and made.seconds < 15, made
         tuned(LOCK_PATIENCE=2.5)
         for words, doing in (
-                ("new -H box a", "works on the workspace a"), ("rm a", "works on the workspace a"), ("rename -w old a", "works on the workspace a"),
-                ("fork -w old a", "works on the workspace a"), ("exec -H box -w a -- true", "works on the workspace a"),
-                ("new -H far c", "sends the same files to far")):
+                ("new -H far c", "sends the same files to far"), ("new -H box a", "works on the workspace a"), ("rm a", "works on the workspace a"), ("rename -w old a", "works on the workspace a"),
+                ("fork -w old a", "works on the workspace a"), ("exec -H box -w a -- true", "works on the workspace a")):
             waited = repo.cli(*words.split())
             who = f"process {sender.pid}, which {doing}."
             assert waited.code == (125 if "exec" in words else 1) and waited.out == b"" and 2 < waited.seconds < 15, waited
             said = waited.said.replace(f"Waiting for {who}", "", 1) if "exec" not in words else waited.said  # in a pipe it adds no word
             assert said != waited.said or "exec" in words, waited
             assert f"Waited 2 seconds in vain for {who}" in said and f"ps -p {sender.pid}" in said, waited
+        made = repo.cli("new", "-H", "box", "b")
+        assert made.code == 0 and made.seconds < 15, made
+    finally:
         kill(sender.pid, signal.SIGCONT)
-        assert sender.wait(60) == 0
+    assert sender.wait(60) == 0
 
 
 def test_a_full_disk_or_readonly_home_on_the_host_is_said(repo: Repo) -> None:
