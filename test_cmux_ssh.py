@@ -6666,6 +6666,7 @@ class Lab:
         self.dir = directory
         directory.mkdir()
         self.git("init", "-q", "-b", "main")
+        self.git("config", "maintenance.auto", "false")  # of git 2.55: its lock would come and go in the background
         (directory / "src").mkdir()
         for name, data in (("README", b"hi\n"), ("src/a.c", b"a\n"), ("docs", b"x\n"), ("back\\slash", b"b\n")):
             (directory / name).write_bytes(data)
@@ -7534,10 +7535,12 @@ def test_hooks_are_found_by_either_name_and_in_any_configuration(repo: Repo) -> 
     do(repo, "git checkout -q . ; git clean -qfd; echo x >tools/hooks/post-checkout")
     refused(repo.cli("pull"), 1, words="runs hooks from there")
     repo.git("config", "--unset", "core.hooksPath")
-    config = repo.site.dir / "global"
-    config.write_text("[core]\n\thooksPath = tools/hooks\n")
-    refused(repo.cli("pull", env={"GIT_CONFIG_GLOBAL": str(config)}), 1, words="runs hooks from there")
-    refused(repo.cli("pull", env={"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.hooksPath", "GIT_CONFIG_VALUE_0": "tools/hooks"}), 1, words="runs hooks from there")
+    repo.git("config", "--global", "core.hooksPath", "tools/hooks")
+    refused(repo.cli("pull"), 1, words="runs hooks from there")
+    repo.git("config", "--global", "--unset", "core.hooksPath")
+    if tuple(map(int, re.findall(r"\d+", repo.git("--version"))[:2])) >= (2, 31):  # older ones do not know these variables
+        env = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.hooksPath", "GIT_CONFIG_VALUE_0": "tools/hooks"}
+        refused(repo.cli("pull", env=env), 1, words="runs hooks from there")
     assert repo.cli("pull").code == 0
 
 
@@ -9755,7 +9758,7 @@ def test_shell_sends_nothing_of_what_send_env_names(site: Site) -> None:
     terminal = on_terminal(site, "shell", cwd=repo.dir, env={"SSH_AUTH_SOCK": "/nowhere/agent", "DISPLAY": ":77", "TMPDIR": "/tmp/.", "FOO": "leaks-1"})
     terminal.expect(b"as it likes")
     terminal.send(b"env | grep -c -e /nowhere/agent -e :77 -e '/tmp/[.]' -e leaks-; echo end''ed\r")
-    terminal.expect(rb"\s0\s+ended")
+    terminal.expect(rb"[\s\\]0\s+ended")  # systemd's profile for bash writes OSC 3008, which a backslash ends, before it
     terminal.send(b"exit\r")
     assert terminal.wait() == 0
 
