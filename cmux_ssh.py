@@ -739,17 +739,16 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
 # The wire, all of it. One fixed command starts every session:  exec sh -c '<BOOT>'
 # (BOOT_AHEAD, below, where it is opened before there is an operation). It reads a header from its
 # stdin, records of a name, a number of lines, and those lines:
-#   exit 0     nothing to our wrapper. It is the first line: where a ForceCommand or a start-up file runs a
-#              shell that reads our stdin instead, that ends before it takes a value for a command
+#   exit 0     the first line. Our wrapper ignores it; a shell that reads our stdin instead (a ForceCommand,
+#              `exec zsh` in a start-up file) ends before it takes a value for a command
 #   NAME n     an environment variable of the command (secrets travel so, and only so)
 #   _cX  n     a setting of the wrapper: N nonce, i run id, d directory, l lifeline, q how to
 #              run a shell line (-c, -lc), x the line, P the command's PATH
 #   @    n     one more positional parameter
 #   :    n     text to eval now (functions of the operations)
 #   .    n     the end: text to eval as the operation
-# Shells read ahead, fish to the end. So a second `exit 0` marks a header that holds secrets: of it, nothing
-# behind the first line is sent before our wrapper has shown itself by READY. That costs a round trip,
-# but none where the session was opened ahead.
+# Shells read ahead, fish to the end: of a header with secrets (a second `exit 0` marks it) nothing behind the
+# first line is sent before our wrapper has said READY. That is a round trip, but none in a session opened ahead.
 # What comes back, on stdout and on stderr each:  NONCE+ pid  ...bytes...  NONCE- status stop
 # Before the first mark is login noise; NONCEx 96 says the directory is missing. The marks tell
 # accidents apart. They are no defence against malice: a hostile host can always lie.
@@ -798,7 +797,7 @@ _ctree() {
     done;
   done;
   _ct=$_cA;
-  for _cf in $(cat /proc/$_cR/task/$_cR/children); do
+  [ $_cW = - ] || for _cf in $(cat /proc/$_cR/task/$_cR/children); do
     case $_cS in *" $_cf "*) ;; *) _ct="$_ct$_cf "; _cM="$_cM $_cf"; _cG="${_cG}g$_cf ";; esac;
   done;
   for _cf in $_cG; do case $_cf in g?*) _cM="$_cM -${_cf#g}"; case "$_ca " in *" $_cf "*) ;; *) _ca="$_ca $_cf";; esac;; esac; done;
@@ -2805,7 +2804,6 @@ class Session:
         self.exited = False      # the far side has reported the end of the command
         self.counted = False     # among the operations of its Host that run
         self.ahead = False       # it runs BOOT_AHEAD
-        self.pid = ""            # the wrapper's process id there, from the start mark
 
     def adopt(self, stdin: int, stdout: int, stderr: int) -> None:
         leave_at_fork(self)
@@ -4145,8 +4143,8 @@ class Host:
                 raise self.silent(exchange)
 
     def _see_our_shell(self, cancel: Optional[Cancel]) -> None:
-        """Raise RemoteShellFailed where a shell that is not ours reads our stdin to its end: it ends a session that
-        sends nothing more. One that is slow to start is silent in this one, too."""
+        """Raise RemoteShellFailed where a shell that is not ours reads our stdin to its end: it ends another session,
+        whose stdin is closed. One that is slow to start is silent there, too."""
         session = None
         try:
             session = self.masters.open(BOOT, Deadline(1), cancel)[0]
