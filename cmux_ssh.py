@@ -9430,9 +9430,7 @@ def command_new(options: argparse.Namespace) -> int:
     if options.root == "":
         raise UsageError("--root names no directory.")
     project = open_project(options)
-    if options.names and options.workspace:
-        raise UsageError("Names are given twice: as words and with -w.")
-    names = list(options.names) or [one_workspace(options) or project.default_workspace()]
+    names = given_names(options) or [project.default_workspace()]
     host = options.host or project.default_host()
     if len(set(names)) != len(names):
         raise UsageError("A name is given twice.")
@@ -9615,13 +9613,13 @@ def command_completion(options: argparse.Namespace) -> int:
 
 def complete(shell: str, words: Sequence[str]) -> int:
     """`__complete SHELL WORD...`, for the scripts below: a line for each word that may stand for the last."""
-    for word, text in candidates(words[:-1], words[-1]):
+    for word, text in candidates(words[:-1], words[-1]).items():
         if word.startswith(words[-1]):
             print_text("%s\t%s" % (word, text) if shell == "fish" else word)
     return 0
 
 
-def candidates(before: Sequence[str], last: str) -> List[Tuple[str, str]]:
+def candidates(before: Sequence[str], last: str) -> Dict[str, str]:
     """What may follow the words ``before``, each with its help. Nothing connects to a host."""
     plain, options, pending, directory = [], COMMON, "", "."  # type: List[str], Tuple[Option, ...], str, str
     for word in before:
@@ -9633,22 +9631,25 @@ def candidates(before: Sequence[str], last: str) -> List[Tuple[str, str]]:
             plain.append(word)
             command = COMMANDS.get(plain[0])
             if not command:
-                return []
+                return {}
             options = command.actions[plain[1]][2] if plain[1:] and plain[1] in command.actions else command.options or COMMON
     name = " ".join(plain[:1 + (plain[:1] == ["secrets"])])
     if "--" in before or name == "exec" and plain[1:]:
-        return []  # words of the command that is to run
+        return {}  # words of the command that is to run
     if pending in ("-w", "--workspace") or name == "rm" and not (pending or last.startswith("-")):
-        return [(name, "") for name in sorted(Project(directory).entries())]
-    if pending or last.startswith("-") or name not in ("", "secrets", "secrets rm", "completion"):
-        return [] if pending else [(flag, option.settings["help"]) for option in options if option.settings.get("help") != HIDDEN
-                                   for flag in option.flags if flag.startswith("-")]
-    if name == "secrets rm":
-        return [(name, "") for name in sorted(Registry(Repository(directory).common_dir).secrets())]
-    rows: Dict[str, Any] = dict.fromkeys(COMPLETIONS, "") if name == "completion" else {
-        action: row[0] for action, row in COMMANDS[name].actions.items()} if name else {
-        name: command.text for name, command in COMMANDS.items()}
-    return list(rows.items())
+        return dict.fromkeys(sorted(Project(directory).entries()), "")
+    if pending:
+        return {}
+    if not last.startswith("-"):
+        if name == "secrets rm":
+            return dict.fromkeys(sorted(Registry(Repository(directory).common_dir).secrets()), "")
+        if name in ("", "secrets"):
+            return {action: row[0] for action, row in COMMANDS[name].actions.items()} if name else {
+                name: command.text for name, command in COMMANDS.items()}
+        if name == "completion":
+            return dict.fromkeys(COMPLETIONS, "")
+    return {flag: option.settings["help"] for option in options if option.settings.get("help") != HIDDEN
+            for flag in option.flags if flag.startswith("-")}
 
 
 # Both scripts run only the program that made them, never what stands on the line: a file of that name may be anybody's.
@@ -9720,12 +9721,17 @@ def one_workspace(options: argparse.Namespace) -> str:
     return str(names[0]) if names else ""
 
 
-def command_rm(options: argparse.Namespace) -> int:
-    project = open_project(options)
+def given_names(options: argparse.Namespace) -> List[str]:
+    """Workspaces named as words, or one with -w."""
     if options.names and options.workspace:
         raise UsageError("Names are given twice: as words and with -w.")
-    names = list(options.names) or [one_workspace(options)]
-    if names == [""]:
+    return list(options.names) or list(filter(None, [one_workspace(options)]))
+
+
+def command_rm(options: argparse.Namespace) -> int:
+    project = open_project(options)
+    names = given_names(options)
+    if not names:
         raise UsageError("Name the workspaces to remove.", "See `%s list`." % PROGRAM)
     code = 0
     removed: List[str] = []
@@ -9834,6 +9840,8 @@ def secrets_set(registry: Registry, options: argparse.Namespace) -> int:
         raise UsageError("A secret's value is not taken from the command line, where others see it.",
                          "Pipe it: ... | %s secrets set %s" % (PROGRAM, show(options.name.partition("=")[0])[1:-1]))
     name = check_variable(options.name, secret=True)
+    way = "%%s | %s secrets set %s" % (PROGRAM, name)
+    pipe, empty = "Pipe it: " + way % "...", "For an empty one: " + way % "printf ''"
     if options.command_line is not None:
         if not options.command_line.strip():
             raise UsageError("--command is empty.", "Name the command that prints the value.")
@@ -9845,14 +9853,14 @@ def secrets_set(registry: Registry, options: argparse.Namespace) -> int:
         except EOFError:
             entry = {"value": ""}
         except UnicodeDecodeError:
-            raise UsageError("What was typed is not text in this terminal's encoding.", "Pipe it: ... | %s secrets set %s" % (PROGRAM, name))
+            raise UsageError("What was typed is not text in this terminal's encoding.", pipe)
         if len(encoded(entry["value"])) >= 4095:
-            raise UsageError("A terminal passes on no more than 4095 bytes of a line.", "Pipe it: ... | %s secrets set %s" % (PROGRAM, name))
+            raise UsageError("A terminal passes on no more than 4095 bytes of a line.", pipe)
         check_secret(name, encoded(entry["value"]))
         if not entry["value"]:
-            raise UsageError("No value was given for %s." % name, "For an empty one: printf '' | %s secrets set %s" % (PROGRAM, name))
+            raise UsageError("No value was given for %s." % name, empty)
     elif os.path.samestat(os.fstat(0), os.stat(os.devnull)):
-        raise UsageError("No value came on stdin.", "For an empty one: printf '' | %s secrets set %s" % (PROGRAM, name))
+        raise UsageError("No value came on stdin.", empty)
     else:
         data = read_all(0, SECRET_MAX + 2)
         data = data[:-1] if data.endswith(b"\n") else data
