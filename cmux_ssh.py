@@ -10363,8 +10363,9 @@ def open_standard_streams() -> None:
 
 def typed_program() -> str:
     """What was typed to run this file, as a shell takes it. Python 3.10 and later know (python3 -m cmux_ssh, for one)."""
-    words = getattr(sys, "orig_argv", [])[:1 - len(sys.argv) or None] or [sys.executable, sys.argv[0]]
-    own = os.path.realpath(sys.argv[0]) == os.path.realpath(__file__)  # else main() of an importer
+    script = (sys.argv or [""])[0]
+    words = getattr(sys, "orig_argv", [])[:1 - len(sys.argv) or None] or [sys.executable, script]
+    own = os.path.realpath(script) == os.path.realpath(__file__)  # else main() of an importer
     return " ".join(map(quote, words if own else [sys.executable, os.path.abspath(__file__)]))
 
 
