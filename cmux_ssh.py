@@ -263,7 +263,7 @@ class UploadFailed(CmuxError):
 
 class ResultRefused(CmuxError):
     """What came back from the host is not a result that may come in; nothing was imported."""
-    default_hint = "Nothing was imported."
+    default_hint = "Nothing was imported. Look at it there: %s exec -- git status" % PROGRAM
 
 class GitFailed(CmuxError):
     """The local repository cannot be used as asked."""
@@ -6855,6 +6855,7 @@ class Pull:
                 return commits[:-1], False
             return commits, dirty
         except ResultRefused as error:
+            error.hint = error.hint.replace("exec -- ", "exec -w %s -- " % self.workspace.name)
             if "head" in self.pulled and "Try again" not in error.hint:  # not done from here: that could lose work
                 error.hint = "%s If only an earlier commit there has it, squash them: %s exec -w %s -- %s" % (
                     error.hint.rstrip(".") + ".", PROGRAM, self.workspace.name, "'git reset --soft refs/cmux/base && git commit -m all'")
