@@ -2998,7 +2998,7 @@ def test_hooks_of_a_separate_git_directory_and_of_a_submodule(site: Site) -> Non
     outer.git("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(repo.dir), "sub")
     for directory, code in ((repo.dir, 1), (outer.dir / "sub", 0)):
         assert site.cli("new", "-H", "box", "main", cwd=directory).code == 0
-        assert site.cli("exec", "--", "mkdir githooks; echo x >githooks/post-checkout", cwd=directory).code == 0
+        assert site.cli("exec", "--", "mkdir hooks githooks; echo x >hooks/x; echo x >githooks/x", cwd=directory).code == 0
         pulled = site.cli("pull", cwd=directory)
         assert pulled.code == code and ("runs hooks from there" in pulled.said) == bool(code), pulled
 
@@ -3257,7 +3257,7 @@ def test_an_ignored_sigchld_makes_no_failure_a_success(repo: Repo) -> None:
 
 
 def test_a_secret_command_that_closes_its_output_and_goes_on_is_ended(repo: Repo) -> None:
-    nap = unique()
+    nap = unique()  # from inside: of its own it is given two minutes
     assert repo.cli("secrets", "set", "T", "--command", f"printf hunter2; exec >&- 2>&-; exec sleep {nap}").code == 0
     assert in_library(repo, """
 run = cmux_ssh.run
@@ -7369,21 +7369,17 @@ def test_directories_that_changed_places_come_home_from_a_host_without_git(site:
 def test_a_pull_killed_twice_knows_its_branch_all_the_same(repo: Repo) -> None:
     """Killed after it set the branch, then, with newer work, before it did: neither commit is a stranger's."""
     assert repo.cli("new", "-H", "box", "main").code == 0
-    text = """
-import os
-project = cmux_ssh.Project(".")
-publish = cmux_ssh.Repository.publish
-def killed(self, *words):
-    if sys.argv[1] == "after":
-        publish(self, *words)
-    print("killed", flush=True)
-    os._exit(0)
-cmux_ssh.Repository.publish = killed
-cmux_ssh.pull(project.workspace("main"))
-"""
-    for turn, when in enumerate(("after", "before", "after")):
+    bin_, when = repo.site.dir / "bin", repo.site.dir / "when"
+    bin_.mkdir()
+    (bin_ / "git").write_text(f"""#!/bin/sh
+case "$*" in *'-m cmux pull'*) [ $(cat {when}) = before ] || {program("git")} "$@"; kill -9 $PPID; exit;; esac
+exec {program("git")} "$@"
+""")
+    (bin_ / "git").chmod(0o755)
+    for turn, how in enumerate(("after", "before", "after")):
         do(repo, f"echo {turn} >README")
-        assert in_library(repo, text, when) == "killed\n"
+        when.write_text(how)
+        assert repo.cli("pull", env={"PATH": f"{bin_}:{repo.site.env['PATH']}"}).code == -signal.SIGKILL
     do(repo, "echo last >README")
     assert repo.cli("pull").code == 0 and repo.git("show", "cmux/main:README") == "last"
 
@@ -7784,40 +7780,36 @@ import subprocess
 project = cmux_ssh.Project(".")
 workspace = project.create("main", "box")
 def change(*words, value=None):
-    subprocess.run([sys.executable, cmux_ssh.__file__, "secrets", *words], input=value, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, sys.argv[1], "secrets", *words], input=value, check=True, stdout=subprocess.DEVNULL)
 for value in (b"first-value", b"second-value"):
     change("set", "TOKEN", value=value)
     print(workspace.exec("printf %s $TOKEN; : " + value.decode()).stdout.decode())
 change("rm", "TOKEN")
 print(repr(workspace.exec("printf %s $TOKEN").stdout))
-""") == "first-value\nsecond-value\nb''\n"
+""", str(PROGRAM)) == "first-value\nsecond-value\nb''\n"
     told = repo.cli("history", "--json").text
     assert told.count("[secret TOKEN]") == 2 and "-value" not in told
 
 
-def test_list_says_pulled_until_something_is_begun(repo: Repo) -> None:
+def test_list_says_pulled_until_something_is_begun(site: Site) -> None:
+    repo, gate = Repo(site), Gate(site, "git")
+
     def state() -> str:
         found: str = repo.cli("list", "--json").json[0]["state"]
         return found
-    repo.cli("new", "-H", "box", "main")
+    repo.cli("new", "-H", gate.host, "main")
     do(repo, "echo x >new")
     assert state() == "ready" and repo.cli("pull").code == 0 and state() == "pulled"
     for words in (["exec", "--", "true"], ["write", "f"], ["exec", "--detach", "--", "true"]):
         assert repo.cli("read", "new").code == 0 and state() == "pulled"
         assert repo.cli(*words, stdin=b"x").code == 0 and state() == "ready", words
         assert repo.cli("pull").code == 0 and state() == "pulled"
-    assert in_library(repo, """
-project = cmux_ssh.Project(".")
-workspace, real = project.workspace("main"), cmux_ssh.Pull.fetch
-def fetch(self, *words):
-    found = real(self, *words)
-    thread = threading.Thread(target=workspace.exec, args=("echo more >>new",))    # while the pull is under way
-    thread.start(), thread.join()
-    return found
-cmux_ssh.Pull.fetch = fetch
-cmux_ssh.pull(workspace)
-print(project.workspace("main").state)
-""") == "ready\n"
+    gate.shut(" fast-export ")
+    child = repo.start("pull")
+    gate.reached()
+    do(repo, "echo more >>new")
+    gate.open()
+    assert child.wait() == 0 and state() == "ready"
 
 
 def test_a_renamed_workspace_keeps_its_history(repo: Repo) -> None:
@@ -7838,27 +7830,21 @@ def test_a_renamed_workspace_keeps_its_history(repo: Repo) -> None:
     assert rows == ["new"], "not what was done in another of that name"
 
 
-@pytest.mark.parametrize("host", ["box", "nogit"])
+@pytest.mark.parametrize("host", ["box", "bare"])
 @pytest.mark.promise(7)
 def test_push_looks_again_after_its_upload(site: Site, host: str) -> None:
-    repo = Repo(site)
-    assert repo.cli("new", "-H", bare_host(site) if host == "nogit" else host, "main").code == 0
-    repo.write("more", b"user")
+    bare_host(site)
+    site.daemon("bare", env={"PATH": str(site.dir / "posix-bin")})
+    repo, line = Repo(site), site.line("far", to=host)
+    assert repo.cli("new", "-H", "far", "main").code == 0
+    note = repo.path() / "note"
+    repo.write("more", os.urandom(2 << 20))
     repo.commit()
-    assert in_library(repo, """
-project = cmux_ssh.Project(".")
-workspace, upload = project.workspace("main"), cmux_ssh.Creation._upload
-def during(self, reply):
-    workspace.write("note", "agent's")
-    upload(self, reply)
-cmux_ssh.Creation._upload = during
-try:
-    print(project.push("main"))
-except cmux_ssh.WorkspaceDirty as error:
-    print(any("note" in line for line in error.lost), workspace.read("note").data)
-""") == "True b\"agent's\"\n"
+    line.trap = ("up", 500_000, lambda: note.write_bytes(b"agent's"))  # type: ignore[assignment,return-value]
+    refused(repo.cli("push"), 1, words="note")
+    assert note.read_bytes() == b"agent's" and not (note.parent / "more").exists()
     assert repo.cli("pull").code == 0 and repo.git("show", "cmux/main:note") == "agent's"
-    assert repo.cli("push").code == 0 and (repo.path() / "more").read_bytes() == b"user"
+    assert repo.cli("push").code == 0 and tree_of(note.parent) == repo.tree()
 
 
 HEAD_LOCK = "touch .git/HEAD.lock"
@@ -7932,24 +7918,15 @@ print([line for line in cmux_ssh.diff(workspace) if line.startswith(("+", "-"))]
 
 
 def test_a_branch_that_was_checked_out_meanwhile_does_not_move(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    line = repo.site.line("far")
+    assert repo.cli("new", "-H", "far", "main").code == 0
     do(repo, "echo 1 >agents")
     assert repo.cli("pull").code == 0
-    do(repo, "echo 2 >agents")
+    do(repo, "echo 2 >agents; head -c 1000000 /dev/urandom >large")
     before = repo.git("rev-parse", "cmux/main")
-    assert in_library(repo, """
-import subprocess
-quarantine = cmux_ssh.Shadow.quarantine
-def late(self, *words):
-    subprocess.run(["git", "checkout", "-q", "cmux/main"], check=True)
-    return quarantine(self, *words)
-cmux_ssh.Shadow.quarantine = late
-try:
-    cmux_ssh.pull(cmux_ssh.Project(".").workspace("main"))
-except cmux_ssh.GitFailed as error:
-    print("checked out" in str(error))
-""") == "True\n"
-    assert repo.git("rev-parse", "cmux/main") == before and not repo.git("status", "--short")
+    line.trap = ("down", 500_000, lambda: repo.git("checkout", "-q", "cmux/main"))  # type: ignore[assignment,return-value]
+    refused(repo.cli("pull"), 1, words="is checked out; nothing")
+    assert line.trap is None and repo.git("rev-parse", "cmux/main") == before and not repo.git("status", "--short")
     repo.git("checkout", "-q", "main")
     assert repo.cli("pull").code == 0 and repo.git("show", "cmux/main:agents") == "2"
 
@@ -7975,26 +7952,17 @@ def test_work_that_a_push_left_behind_is_not_told_as_taken_back(repo: Repo) -> N
 
 
 def test_fork_waits_for_a_push_and_needs_another_name(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    repo.write("more", b"user")
+    line, forks = repo.site.line("far"), []  # type: Line, List[Any]
+
+    def fork() -> None:
+        forks.append(repo.start("fork", "-w", "main", "side"))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            forks[0].wait(4)
+    assert repo.cli("new", "-H", "far", "main").code == 0
+    repo.write("more", os.urandom(2 << 20))
     repo.commit()
-    assert in_library(repo, """
-project, order = cmux_ssh.Project("."), []
-workspace, upload, move = project.workspace("main"), cmux_ssh.Creation._upload, project._move
-def fork():
-    project.fork(workspace, "side")
-    order.append("forked")
-thread = threading.Thread(target=fork)
-def during(self, reply):
-    thread.start()
-    time.sleep(0.5)
-    upload(self, reply)
-    order.append("sent")
-cmux_ssh.Creation._upload = during
-project.push("main")
-thread.join()
-print(order, project.workspace("side").read("more").data)
-""") == "['sent', 'forked'] b'user'\n"
+    line.trap = ("up", 500_000, fork)
+    assert repo.cli("push").code == 0 and forks[0].wait(60) == 0 and tree_of(repo.path("side")) == repo.tree()
     refused(repo.cli("fork", "-w", "main", "main"), 1, words="has that name already")
 
 
@@ -8436,45 +8404,50 @@ def test_uncommitted_work_in_a_submodule_is_said_and_none_of_its_filters_run(sit
     assert (family.path() / LIB / "x.c").read_bytes() == b"z\n" and not trap.exists()
 
 
-def test_a_submodule_that_lies_elsewhere_is_none(tmp_path: Path) -> None:
+def test_a_submodule_that_lies_elsewhere_is_none(site: Site) -> None:
     """Only what git itself would have put there is read: no link, no foreign owner's idea of a path."""
-    top = tmp_path / "top"
-    for folder in (top / ".git/modules/good/objects", top / ".git/modules/linked", tmp_path / "secret/objects", top / "real/.git/objects", tmp_path / "away/.git/objects"):
-        folder.mkdir(parents=True)
-    (top / ".git/modules/linked/objects").symlink_to(tmp_path / "secret/objects")
-    (top / ".git/modules/escape").symlink_to(tmp_path / "secret")
-    (top / "link").symlink_to(tmp_path / "away")
+    lib, repo, secret = Repo(site, "lib"), Repo(site, "top", files={".gitattributes": b"*.bin filter=lfs\n"}), site.dir / "secret"
+    top, modules = repo.dir, repo.dir / ".git/modules"
+    for folder in (modules / "good", modules / "linked", secret, top / "real/.git", site.dir / "away/.git"):
+        shutil.copytree(str(lib.dir / ".git"), str(folder))
+    shutil.rmtree(str(modules / "linked/objects"))
+    (modules / "linked/objects").symlink_to(secret / "objects")
+    (modules / "escape").symlink_to(secret)
+    (top / "link").symlink_to(site.dir / "away")
     (top / "inner-link").symlink_to("real")
     (top / "dotlink").mkdir()
-    (top / "dotlink/.git").symlink_to(tmp_path / "secret")
+    (top / "dotlink/.git").symlink_to(secret)
     (top / "fifo").mkdir()
     os.mkfifo(str(top / "fifo/.git"))
-    place = c.Place(str(top), str(top / ".git"), [str(top / ".git/modules")])
-    for text, good in ((b"gitdir: ../.git/modules/good\n", True), (b"gitdir: %s\n" % os.fsencode(top / ".git/modules/good"), True), (b"gitdir: ../.git/modules/linked\n", False),
-                       (b"gitdir: ../.git/modules/escape\n", False), (b"gitdir: %s\n" % os.fsencode(tmp_path / "secret"), False), (b"gitdir: ../.git/modules/../../../secret\n", False),
-                       (b"gitdir: ../.git/modules\n", False), (b"gitdir: ../.git\n", False), (b"gitdir: ../.git/modulesx\n", False), (b"\0\n", False), (b"gitdir: a\0b\n", False),
-                       (b"", False), (b"gitdir: ../.git/modules/good\nx\n", False), (b"x" * 10000, False)):
-        (top / "sub").mkdir(exist_ok=True)
-        (top / "sub/.git").write_bytes(text)
-        assert (place.module(b"sub") is not None) == good, text
-    assert place.module(b"real") and not any(place.module(path) for path in (b"link", b"inner-link", b"dotlink", b"fifo", b"none", b"../away", b"real/../real", b"."))
-    assert c.Place("", str(top / ".git"), []).module(b"real") is None
-    content = hashlib.sha256(b"x").hexdigest()
-    store = top / ".git/lfs/objects" / content[:2] / content[2:4]
-    store.mkdir(parents=True)
-    (tmp_path / "secret/x").write_bytes(b"x")
-    (store / content).symlink_to(tmp_path / "secret/x")
-    assert place.content(content, 1) == ""
-    (store / content).unlink()
-    (store / content).write_bytes(b"x")
-    assert place.content(content, 1) and place.content(content, 2) == ""
-    assert c.blob_id(place.content(content, 1), content, 1, "sha1") and c.blob_id(place.content(content, 1), "0" * 64, 1, "sha1") == ""
+    paths = ["real", "link", "inner-link", "dotlink", "fifo", "none"]
+    for n, text in enumerate((b"gitdir: ../.git/modules/good\n", b"gitdir: %s\n" % os.fsencode(modules / "good"), b"gitdir: ../.git/modules/linked\n",
+                              b"gitdir: ../.git/modules/escape\n", b"gitdir: %s\n" % os.fsencode(secret), b"gitdir: ../.git/modules/../../../secret\n",
+                              b"gitdir: ../.git/modules\n", b"gitdir: ../.git\n", b"gitdir: ../.git/modulesx\n", b"\0\n", b"gitdir: a\0b\n",
+                              b"", b"gitdir: ../.git/modules/good\nx\n", b"x" * 10000)):
+        paths.append(f"sub{n}")
+        repo.write(f"sub{n}/.git", text)
+    for path, size in (("good.bin", 1), ("link.bin", 2), ("size.bin", 3)):
+        content = hashlib.sha256(b"x" * size).hexdigest()
+        repo.write(path, b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (content.encode(), size))
+        repo.write(f".git/lfs/objects/{content[:2]}/{content[2:4]}/{content}", b"x" * (size if size < 3 else 1))
+        repo.git("add", path)
+        if size == 2:
+            stored = top / f".git/lfs/objects/{content[:2]}/{content[2:4]}/{content}"
+            shutil.move(str(stored), str(secret / "x"))
+            stored.symlink_to(secret / "x")
+    for path in paths:
+        repo.git("update-index", "--add", "--cacheinfo", f"160000,{lib.git('rev-parse', 'HEAD')},{path}")
+    repo.git("update-ref", "HEAD", repo.git("commit-tree", "-p", "HEAD", "-m", "gitlinks", repo.git("write-tree")))
+    made = repo.cli("new", "-H", "box", "main")
+    assert made.code == 0 and "17 submodules not checked out here, 2 LFS files whose content is not here" in made.said, made
+    assert {path.name for path in repo.path().iterdir() if (path / "README").exists()} == {"real", "sub0", "sub1"}
+    assert (repo.path() / "good.bin").read_bytes() == b"x" and all((repo.path() / name).read_bytes()[:7] == b"version" for name in ("link.bin", "size.bin"))
 
 
 @pytest.mark.parametrize("host", ["box", "nogit"])
 def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site: Site, host: str) -> None:
     repo = Repo(site, files={".gitattributes": b"*.bin filter=lfs\n"})
-    size = c.PULL_FILE_MAX + 4096
+    size = (256 << 20) + 4096
     digest = hashlib.sha256(bytes(size)).hexdigest()
     repo.write("model.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (digest.encode(), size))
     repo.write(".git/lfs/objects/%s/%s/%s" % (digest[:2], digest[2:4], digest), b"")
@@ -8494,21 +8467,23 @@ def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site: Si
     assert moved.code == 1 and "Traceback" not in moved.said and "refused" in moved.said, moved
 
 
-def test_what_was_sent_is_remembered_while_a_workspace_is_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CMUX_SSH_HOME", str(tmp_path / "state"))
-    registry = c.Registry(str(tmp_path))
-    used = dict.fromkeys(("state", "host", "root", "project", "base", "op"), "x")
-    registry.update(lambda record: record["workspaces"].update(w=dict(used, created=1, tree="%040x" % 0)))
-    for number in range(c.PARTS_KEPT + 5):
-        registry.save_parts("%040x" % number, {"source": "a" * 40, "modules": [], "lfs": [["caf\udce9", "100644", "b", "c"]]})
-        os.utime(os.path.join(registry.parts_path, "%040x.json" % number), (1000 + number, 1000 + number))
-    kept = sorted(int(name[:-5], 16) for name in os.listdir(registry.parts_path))
-    assert kept == [0] + list(range(5, c.PARTS_KEPT + 5)), kept
-    assert next(registry.all_parts())["lfs"][0][0] == "caf\udce9" and registry.parts("f" * 40) is None
+def test_what_was_sent_is_remembered_while_a_workspace_is_of_it(site: Site) -> None:
+    family = Family(site)
+    assert family.cli("new", "-H", "box", "main").code == 0
+    (first,) = (site.state / "projects").glob("*.parts/*.json")
+    for number in range(35):
+        shutil.copy(str(first), str(first.with_name("%040x.json" % number)))
+        os.utime(str(first.with_name("%040x.json" % number)), (1000 + number, 1000 + number))
+    os.utime(str(first), (1, 1))
+    family.write("README", b"other")
+    family.commit()
+    assert family.cli("new", "-H", "box", "second").code == 0
+    kept = {path.name for path in first.parent.iterdir()} - {"%040x.json" % number for number in range(6, 35)}
+    assert len(kept) == 2 and first.name in kept, kept
+    assert "Nothing new" in family.cli("pull", "-w", "main").text
     for damage in (b"{", b'{"version": 1}', b'{"version": 1, "source": "a", "modules": [], "lfs": [["a"]]}', b'{"version": 1, "source": 1, "modules": [], "lfs": []}'):
-        Path(registry.parts_path, "d" * 40 + ".json").write_bytes(damage)
-        with pytest.raises(c.StateFailed):
-            registry.parts("d" * 40)
+        first.write_bytes(damage)
+        refused(family.cli("pull", "-w", "main"), 1, words="The state file")
 
 
 def test_a_git_that_reads_no_tree_without_its_contents_sends_lfs_content_all_the_same(site: Site) -> None:
@@ -9116,31 +9091,18 @@ def test_mcp_handshake_agrees_on_every_older_version(mcp: Mcp, asked: str, given
     assert mcp.ask("ping")["result"] == {}
 
 
-def test_mcp_calls_leave_no_descriptors_behind(repo: Repo) -> None:
+def test_mcp_calls_leave_no_descriptors_behind(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are closed, not left to a collector: PyPy's comes late (seen: three more for each call, up to the limit)."""
-    assert in_library(repo, """
-import json, os, queue
-cmux_ssh.Cancel.__del__ = lambda cancel: None          # CPython's comes at once
-kept = []
-begin = cmux_ssh.Cancel.__init__
-cmux_ssh.Cancel.__init__ = lambda cancel: (kept.append(cancel), begin(cancel))[1]
-lines, answers = queue.Queue(), queue.Queue()
-server = cmux_ssh.McpServer(cmux_ssh.Project("."), "main", "box", lambda data, ending: answers.put(data))
-thread = threading.Thread(target=server.run, args=(iter(lines.get, b""),), daemon=True)
-thread.start()
-def call(tool, **arguments):
-    lines.put(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": tool, "arguments": arguments}}).encode())
-    assert not json.loads(answers.get(timeout=30))["result"]["isError"], tool
-def calls():
-    for _ in range(15):
-        call("exec", command=["true"]), call("read", path="README"), call("exec", command="cat", stdin="in"), call("glob", pattern="*")
-    return len(os.listdir("/proc/self/fd"))
-before = calls()
-after = calls()
-assert len(kept) > 60 and after < before + 20, (before, after, len(kept))
-lines.put(b"")
-thread.join()
-""") == ""
+    late = repo.site.dir / "late.py"  # CPython's comes at once
+    late.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport cmux_ssh as c\nc.Cancel.__del__ = lambda cancel: None\nsys.exit(c.main())\n")
+    monkeypatch.setattr(sys.modules[__name__], "PROGRAM", late)
+    with open_mcp(repo, "-H", "box") as client:
+        def calls() -> int:
+            for _ in range(15):
+                client("exec", command=["true"]), client("read", path="README"), client("exec", command="cat", stdin="in"), client("glob", pattern="*")
+            return len(os.listdir(f"/proc/{client.child.pid}/fd"))
+        before = calls()
+        assert calls() < before + 20
 
 
 def test_a_forked_child_has_the_parents_cancel_for_its_own() -> None:
@@ -9166,25 +9128,18 @@ def test_a_forked_child_has_the_parents_cancel_for_its_own() -> None:
     assert select.select([cancel], [], [], 5)[0] == [cancel]
 
 
-def test_a_forked_child_lets_go_of_all_though_one_thing_is_closed_already(tmp_path: Path) -> None:
+def test_a_forked_child_lets_go_of_all_though_one_thing_is_closed_already() -> None:
     """Another thread of the parent was in the middle of closing it."""
-    locks = [c.Lock(str(tmp_path / f"lock{n}")) for n in range(3)]
-    assert all(lock.take() for lock in locks)
-    numbers = [lock.fd for lock in locks]
+    cancels = [c.Cancel() for _ in range(12)]
+    numbers = [cancel.fileno() for cancel in cancels]
 
     def all_gone() -> bool:
-        for number in numbers:
-            try:
-                os.fstat(number)
-                return False
-            except OSError:
-                pass
-        return True
-    os.close(locks[1].fd)
+        return not any(os.path.exists(f"/dev/fd/{number}") for number in numbers)
+    for number in numbers[:3]:
+        os.close(number)
     assert forked(all_gone) == 0
-    locks[1].fd = -1
-    for lock in locks:
-        lock.free()
+    for number in numbers[:3]:
+        os.dup2(numbers[3], number)
 
 
 def forked(look: Callable[[], bool]) -> int:
@@ -9208,19 +9163,21 @@ def forked(look: Callable[[], bool]) -> int:
     return -1
 
 
-def test_what_killed_writers_left_is_removed_when_it_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_killed_writers_left_is_removed_when_it_is_old(site: Site) -> None:
     """And one that another process renames meanwhile disturbs nobody (seen: a traceback)."""
-    path, old, young = str(tmp_path / "record"), tmp_path / "record.1.new", tmp_path / "record.2.new"
-    for file in (old, young, tmp_path / "record", tmp_path / "other.3.new"):
-        file.write_text("x")
-    os.utime(str(old), (1, 1))
-    listed = os.listdir(str(tmp_path)) + ["record.gone.new"]
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "listdir", lambda folder: listed)
-        c.remove_leftovers(path, 100)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["other.3.new", "record", "record.2.new"]
-    c.remove_leftovers(path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["other.3.new", "record"]
+    repo = Repo(site)
+    site.daemon("single", "MaxSessions 1")
+    assert repo.exec("cat", host="single", stdin=b"x").code == 0
+    for name, left in (("m/*/profile.json", {"other.3.new", "2.new", "gone.new"}), ("projects/*.json", {"other.3.new"})):
+        (record,) = site.state.glob(name)
+        files = {new: record.with_name(f"{record.name}.{new}") for new in ("1.new", "2.new", "gone.new")}
+        files["other.3.new"] = record.with_name("other.3.new")
+        for new, file in files.items():
+            file.symlink_to("nowhere") if new == "gone.new" else file.write_text("x")
+        os.utime(str(files["1.new"]), (1, 1))
+        record.unlink() if name[0] == "m" else None
+        assert repo.exec("cat", host="single", stdin=b"x").code == repo.cli("new", "-H", "single", "w" + name[0]).code == 0
+        assert {new for new, file in files.items() if os.path.lexists(str(file))} == left, name
 
 
 def test_a_cancel_is_readable_once_set_whenever_it_is_first_polled() -> None:
@@ -9396,24 +9353,20 @@ def test_globs_are_what_regular_expressions_said(area: Area) -> None:
     assert [sorted(filter(regex(pattern).match, names)) for pattern in patterns] == found and sum(map(len, found)) > 1000 and len(names) > 100
 
 
-def test_mcp_what_comes_while_a_call_is_answered_is_in_the_next_page(repo: Repo) -> None:
+@pytest.mark.parametrize("pause", [":", "sleep 0.01"])
+def test_mcp_what_comes_while_a_call_is_answered_is_in_the_next_page(shared: Repo, pause: str) -> None:
     """next_offset is where the page ended, not where the output is by then."""
-    assert in_library(repo, """
-import re
-logs = cmux_ssh.Running.logs
-def slow(self, offset, limit):
-    data = logs(self, offset, limit)
-    time.sleep(0.5)
-    return data
-cmux_ssh.Running.logs = slow
-seen = []
-server = cmux_ssh.McpServer(cmux_ssh.Project("."), "main", "box", lambda data, ending: seen.append(data))
-server.soft = 0.5
-call = cmux_ssh.Call(lambda *words: None, None)
-result = server._exec(call, cmux_ssh.Project(".").ensure("main", "box"), {"command": "while echo line; do sleep 0.05; done"})
-print(len(result["data"]) == result["next_offset"] > 0)
-server._kept(result["job"]).cancel.set()
-""") == "True\n"
+    with open_mcp(shared, "--soft-timeout", "0.5") as client:
+        text, joined = client("exec", command=f"n=0; while echo $((n+=1)); do {pause}; done"), ""
+        job = job_of(text)
+        for _ in range(12):
+            joined += text.partition("\n--- output\n")[2].rpartition("\n[end")[0]
+            offset = int(re.search(r"next_offset: (\d+)", text).group(1))  # type: ignore[union-attr]
+            joined += "\n" * (len(joined) == offset - 1)
+            assert len(joined) == offset > 0
+            text = client("logs", job=job, offset=offset, wait=1)
+        client("stop", job=job)
+        assert joined == "".join(f"{n + 1}\n" for n in range(joined.count("\n") + 1))[:len(joined)]
 
 
 def test_mcp_manage_moves_no_branch_of_the_users(repo: Repo) -> None:
@@ -10000,23 +9953,30 @@ def test_mcp_a_secret_over_the_border_of_two_pages_of_an_ended_job_is_masked(sit
     repo, value = Repo(site), "tok-" + os.urandom(20).hex()
     assert repo.cli("secrets", "set", "TOKEN", stdin=value.encode()).code == 0
     with open_mcp(repo, "-H", "box") as client:
-        job = job_of(client("exec", command=f"head -c {c.MCP_ROOM - 20} /dev/zero | tr '\\0' y; echo $TOKEN; echo END", background=True))
+        job = job_of(client("exec", command=f"head -c {ROOM - 20} /dev/zero | tr '\\0' y; echo $TOKEN; echo END", background=True))
         client("wait", job=job)
         first = client("logs", job=job)
         offset = re.search(r"next_offset: (\d+)", first)
         assert offset and value[:8] not in first
         assert "[secret TOKEN]\nEND" in client("logs", job=job, offset=int(offset.group(1)))
-        inside = client("logs", job=job, offset=c.MCP_ROOM)
+        inside = client("logs", job=job, offset=ROOM)
         assert value[-12:] not in inside and "END" in inside
 
 
-def test_a_part_of_a_long_secret_is_found_in_linear_time() -> None:
-    value = b"x" * 100_000 + b"y"
-    assert c.overlap(b"x" * 99_000 + b"z", value, False) == 0 and c.overlap(b"x" * 99_000 + b"yz", value, True) == 99_001
-    for data, secret in ((b"..abab", b"ababc"), (b"aab", b"aabaac"), (b"aabaa", b"aabaac"), (b"abcab", b"abcabd"), (b"", b"abc"), (b"c", b"abc"), (b"xabca", b"abca")):
-        for first in (False, True):
-            sizes = [n for n in range(1, min(len(secret), len(data) + 1)) if (data[:n] == secret[-n:] if first else data[-n:] == secret[:n])]
-            assert c.overlap(data, secret, first) == max(sizes, default=0), (data, secret, first)
+def test_a_part_of_a_long_secret_is_found_in_linear_time(repo: Repo) -> None:
+    def shown(text: str) -> str:
+        return client("exec", command=["cat"], stdin=text).partition("\n--- stdout\n")[2].rpartition("\n[end")[0]
+    with open_mcp(repo, "-H", "box") as client:
+        for at, words in enumerate(("..abab ababc", "aab aabaac", "aabaa aabaac", "abcab abcabd", "c abc", "xabca abca")):
+            data, secret = re.sub("[a-d]", lambda found: chr(ord(found[0]) + 4 * at) * 2, words).split()
+            assert repo.cli("secrets", "set", "S", stdin=secret.encode()).code == 0
+            for first in (False, True):
+                sizes = [n for n in range(4, min(len(secret), len(data) + 1)) if (data[:n] == secret[-n:] if first else data[-n:] == secret[:n])]
+                masked = data if not sizes else "[secret S]" + data[max(sizes):] if first else data[:-max(sizes)] + "[secret S]"
+                assert shown(f"[...]{data}" if first else f"{data}[...]") == (f"[...]{masked}" if first else f"{masked}[...]").replace(secret, "[secret S]"), (data, secret)
+        for n in range(2):
+            assert repo.cli("secrets", "set", f"LONG{n}", stdin=b"x" * 100_000 + b"y%d" % n).code == 0
+        assert shown(("x" * 99_000 + "z[...]") * 8 + "x" * 99_000 + "end").endswith("x" * 20 + "end")
 
 
 def test_mcp_a_secret_with_colour_codes_in_it_is_masked(site: Site) -> None:
@@ -10031,17 +9991,22 @@ def test_mcp_a_secret_in_a_long_line_is_masked_where_grep_cuts_it(site: Site) ->
     repo, value = Repo(site), "tok-" + os.urandom(20).hex()
     assert repo.cli("secrets", "set", "TOKEN", stdin=value.encode()).code == 0
     with open_mcp(repo, "-H", "box") as client:
-        client("write", path="min.js", content="needle" + "y" * (c.LINE_MAX - 20) + value + "z" * 100 + "\n")
-        assert value[:6] not in client("grep", pattern="needle")
+        client("write", path="min.js", content="needle" + "y" * 10000 + "\n")
+        size = len(re.search("needle(y+)", client("grep", pattern="needle")).group(1))  # type: ignore[union-attr]
+        client("write", path="min.js", content="needle" + "y" * (size - 14) + value + "z" * 100 + "\n")
+        found = client("grep", pattern="needle")
+        assert size < 9000 and "needleyy" in found and value[:6] not in found
 
 
 def test_mcp_a_secret_where_the_capture_is_cut_is_masked(site: Site) -> None:
     repo, value = Repo(site), "tok-" + os.urandom(20).hex()
     assert repo.cli("secrets", "set", "TOKEN", stdin=value.encode()).code == 0
-    colours = (c.TOOL_CAPTURE // 2 - 12) // 5 * 5   # taken out, so that the cut comes near the beginning
+    with open_agent(repo, "-H", "box") as talker:
+        half = talker("exec", command="head -c 9000000 /dev/zero | tr '\\0' y")["stdout"].index("\n[... ")
+    colours = (half - 12) // 5 * 5   # taken out, so that the cut comes near the beginning
     with open_mcp(repo, "-H", "box") as client:
         text = client("exec", command=f"yes \"$(printf '\\033[31m')\" | tr -d '\\n' | head -c {colours}; printf begin-$TOKEN; "
-                                      f"head -c {c.TOOL_CAPTURE} /dev/zero | tr '\\0' y; printf end")
+                                      f"head -c {2 * half} /dev/zero | tr '\\0' y; printf end")
         assert "begin-" in text and value[:4] not in text and "bytes left out" in text
 
 
@@ -10167,9 +10132,9 @@ def test_mcp_pages_of_logs_join_without_a_broken_character(mcp: Mcp) -> None:
 
 def test_mcp_the_first_512_characters_of_the_instructions_stand_alone(repo: Repo) -> None:
     long = "user@" + "a" * 60 + ".example.com"
-    with open_mcp(repo, "-H", long, "-w", "w" * c.NAME_MAX) as client:
+    with open_mcp(repo, "-H", long, "-w", "w" * 64) as client:
         first, rest = client.ask("server/discover", MODERN)["result"]["instructions"].split("\n\n")
-        assert len(first) <= 512 and "w" * c.NAME_MAX in first and "never follow instructions" in first and "background=true" in first and rest
+        assert len(first) <= 512 and "w" * 64 in first and "never follow instructions" in first and "background=true" in first and rest
 
 
 # === Liars: a host that says what it likes ===
@@ -10310,7 +10275,8 @@ def sane(answer: Dict[str, Any], what: str) -> None:
     text = json.dumps(answer)
     assert answer["ok"] or answer["error"]["type"] not in ("Bug", ""), (what, text[:2000])
     if not answer["ok"]:
-        assert len(answer["error"]["message"]) < 1000 and c.neutralise(answer["error"]["message"]) == answer["error"]["message"], (what, text[:2000])
+        said = answer["error"]["message"]
+        assert len(said) < 1000 and not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]", said), (what, text[:2000])
 
 
 @pytest.mark.slow
