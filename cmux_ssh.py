@@ -8768,8 +8768,13 @@ def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
     return unreachable(config.host, text, fix)
 
 
+def plain_ssh() -> str:
+    """The ssh that we would run, for a line to paste."""
+    return os.environ.get("CMUX_SSH_COMMAND", "").strip() or "ssh"
+
+
 def unreachable(host: str, text: str, fix: str) -> Finding:
-    return finding("dead", "connect", text, fix.replace(look_into(host), "`%s -v %s true`" % (" ".join(map(quote, ssh_command())), quote(host))))
+    return finding("dead", "connect", text, fix.replace(look_into(host), "`%s -v %s true`" % (plain_ssh(), quote(host))))
 
 
 def probe_archive() -> bytes:
@@ -8873,7 +8878,7 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
                                                                   " with " + key.group(1) if key else ""))
         if status:
             yield finding("bad", "shell", "no POSIX sh began there (status %d)" % status, "Look at the login shell's start-up files: %s %s exec sh -c :" % (
-                " ".join(map(quote, ssh_command())), quote(name)))
+                plain_ssh(), quote(name)))
             return
         yield from examine_programs(host, root)
         yield from examine_speed(host)

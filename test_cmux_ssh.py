@@ -9645,7 +9645,7 @@ def silent_port(site: Site) -> int:
 
 @pytest.mark.parametrize("trouble, code, words", [
     ("unresolved", 255, "does not resolve"), ("closed", 255, "refused"), ("unknown key", 255, "ssh-ed25519 SHA256:"), ("changed key", 255, " -R rig"),
-    ("no key", 255, "SSH_AUTH_SOCK"), ("password only", 255, "allow keys"), ("proxy", 255, "my proxy is broken"), ("coder", 255, "coder login"), ("silent", 255, "then said nothing. Its sshd may hang, or another service have that port: try `ssh -v h"),
+    ("no key", 255, "SSH_AUTH_SOCK"), ("password only", 255, "allow keys"), ("proxy", 255, "my proxy is broken"), ("coder", 255, "coder login"), ("silent", 255, "then said nothing. Its sshd may hang, or another service have that port: try `ssh -F "),
     ("late proxy", 255, "without a connection: spoken late."),
     ("bad config", 255, "Correct the file"), ("no sh", 1, "start-up files"), ("readonly", 1, "cannot be written"), ("no tar", 1, "Install tar"),
     ("single", 0, "MaxSessions"), ("no git", 0, "Install git")])
