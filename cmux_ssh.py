@@ -737,8 +737,7 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
 # Needed there: POSIX sh and its standard utilities. Used where found: setsid, bash, git, /proc.
 #
 # The wire, all of it. One fixed command starts every session:  exec sh -c '<BOOT>'
-# (BOOT_AHEAD, below, where it is opened before there is an operation). It reads a header from its
-# stdin, records of a name, a number of lines, and those lines:
+# It reads a header from its stdin, records of a name, a number of lines, and those lines:
 #   exit 0     the first line. Our wrapper ignores it; a shell that reads our stdin instead (a ForceCommand,
 #              `exec zsh` in a start-up file) ends before it takes a value for a command
 #   NAME n     an environment variable of the command (secrets travel so, and only so)
@@ -817,11 +816,7 @@ _cstop() {
 """
 BOOT_TEXT = r"""
 _crun() {
-  _cw=; _cs=;
-  case $_cp in
-  ?*) echo "go $_cp $_ci $_cN $_cl" >&6; [ -z "$_cl" ] || exec </dev/null; _cl=;;
-  *) trap : USR1; trap "_cs=stop" USR2;;
-  esac;
+  _cw=; _cs=; trap : USR1; trap "_cs=stop" USR2;
   case $_cl in life)
     exec 3<&0 </dev/null;
     ( exec >&2 4>&-; while IFS= read -r _cl <&3; do :; done; kill -USR2 $$; _cR=$$; _cstop ) & _cw=$! ;
@@ -832,7 +827,6 @@ _crun() {
     else set -- sh "$_cq" -- "$_cx" sh "$@"; fi;;
   esac;
   case $_cP in ?*) set -- env "PATH=$_cP" "$@";; esac;
-  case $_cp in ?*) export CMUX_RUN="$_ci"; exec "$@" 2>&4 4>&- 6>&-;; esac;
   if command -v setsid >/dev/null; then ( export CMUX_RUN="$_ci"; exec setsid "$@" 2>&4 4>&- ); _cr=$?;
   else command set -m; ( export CMUX_RUN="$_ci"; exec "$@" 2>&4 4>&- ); _cr=$?; fi;
   [ $_cr -lt 256 ] || _cr=$((_cr-128));
@@ -841,7 +835,7 @@ _crun() {
   *) [ -z "$_cs" ] || _cw=0;;
   esac;
 };
-echo cmux $((6*7)); unset TMOUT; _cN=; _cE=; _cp=; case $0 in cmux) _cp=$PPID;; esac;
+echo cmux $((6*7)); unset TMOUT; _cN=; _cE=;
 export CMUX_RUNTIME=ssh GIT_TERMINAL_PROMPT=0 EDITOR=true VISUAL=true GIT_EDITOR=true GIT_SEQUENCE_EDITOR=true;
 _cz=${IFS#??}; _cz=${_cz%"${_cz#?}"}; _cD="$"; _cw=; _cP=; _cq=; _cd=; _cl=;
 while IFS=" " read -r _ck _cn; do
@@ -858,32 +852,10 @@ done;
 [ "$_ck" = . ] && [ "$_cN" ] || exit 97;
 case $_cd in ?*) CDPATH= cd -- "$_cd" 2>/dev/null || { echo "${_cN}x 96"; echo "${_cN}x 96" >&2; exit 96; };; esac;
 exec 4>&2 2>/dev/null;
-echo "$_cN+ ${_cp:-$$}"; echo "$_cN+ ${_cp:-$$}" >&4;
+echo "$_cN+ $$"; echo "$_cN+ $$" >&4;
 _cr=0; eval "$_cv";
 trap "" PIPE;
 { echo "$_cN- $_cr $_cw" && echo "$_cN- $_cr $_cw" >&4; } || case $_cE in ?*) _cR=$_cE; _cstop;; esac;
-"""
-AHEAD_TEXT = r"""
-unset TMOUT; exec 3<&0 4>&2 5>&1 2>/dev/null;
-{ exec 6>&1 >&5 3<&- 5>&-; _cs=; trap : USR1; trap "_cs=stop" USR2;
-  if command -v setsid >/dev/null; then ( exec setsid sh -c "$0 $2 $1" cmux 2>&4 4>&- 6>&6 ); _cr=$?;
-  else command set -m; ( exec sh -c "$0 $2 $1" cmux 2>&4 4>&- 6>&6 ); _cr=$?; fi;
-  echo "end $_cr $_cs" >&6;
-} | {
-  IFS=" " read -r _ck _cR _ci _cN _cl; [ "$_ck" = go ] || exit; _cw=;
-  case $_cl in life)
-    ( exec <&3 >/dev/null 3<&- 4>&- 5>&-; while IFS= read -r _cl; do :; done; kill -USR2 $_cR; eval "$0"; _cstop ) & _cw=$!;;
-  esac;
-  exec 3<&-;
-  IFS=" " read -r _ck _cr _cs || exit;
-  [ $_cr -lt 256 ] || _cr=$((_cr-128));
-  case $_cw in
-  ?*) if [ "$_cs" ]; then wait $_cw; _cw=$?; else kill -KILL $_cw; _cw=; fi;;
-  *) [ -z "$_cs" ] || _cw=0;;
-  esac;
-  trap "" PIPE;
-  { echo "$_cN- $_cr $_cw" >&5 && echo "$_cN- $_cr $_cw" >&4; } || case $_cl in ?*) eval "$0"; _cR=-; _cstop;; esac;
-}
 """
 # Notes, since the texts above have no room for comments:
 # - One line in single quotes, without quote, backslash, newline, or ! before a non-blank: sh,
@@ -914,15 +886,8 @@ unset TMOUT; exec 3<&0 4>&2 5>&1 2>/dev/null;
 #   foreign processes on the list (seen: a stop killed its bystanders). ps prints no names here;
 #   without a ps that knows sid (busybox, containers) each /proc/PID/stat is read by itself.
 # - --norc: bash started by sshd reads .bashrc otherwise, at 100 ms a command for pyenv users.
-# - A session opened ahead (BOOT_AHEAD) has made, before there is a header, what a command costs most: a
-#   process in a session of its own, which reads the header, says "go" and becomes the command. Left of
-#   the pipe its parent waits, whose number the start mark gives: the root of the tree. On the right
-#   the watcher is forked while the command starts already, and the end marks are written. (A pipe, since
-#   its both ends run at once and, unlike an asynchronous list, heed SIGINT.) Measured without ssh: 2.1 ms become 1.3.
 
-STOP_LINE, BOOT_LINE, AHEAD_LINE = (" ".join(line.strip() for line in text.strip().splitlines())
-                                    for text in (STOP_TEXT, BOOT_TEXT, AHEAD_TEXT))
-BOOT = "exec sh -c '%s %s'" % (STOP_LINE, BOOT_LINE)
+BOOT = "exec sh -c '%s'" % " ".join(map(str.strip, (STOP_TEXT + BOOT_TEXT).strip().splitlines()))
 READY = b"cmux 42\n"        # not in BOOT as it stands: what echoes its orders does not say it
 HELD = b"exit 0\n"          # the first line of a header; again in one that holds secrets
 
@@ -932,8 +897,7 @@ HELD = b"exit 0\n"          # the first line of a header; again in one that hold
 # A lock on the host is a symbolic link that names its owner: process, when that began (its number is used
 # again, at the latest after a reboot), run. The link of an owner that died stays, and leads to the one of
 # its heir, LOCK.OWNER: whoever removed it could remove what another had just made in its place. The heir's counts
-# only while the first link is what it was: whoever leaves removes that one first. For sessions opened
-# ahead, too: no quote, backslash, comment.
+# only while the first link is what it was: whoever leaves removes that one first.
 # _cborn pid: -> $_cb. _cheld lock: does the last owner, $_co, live? Else $_ch is the next link, $_cg are the dead.
 # _center lock pause tries: own it, or say who does. _cleave lock.
 LOCKED = r"""
@@ -1659,15 +1623,6 @@ _cop() {
 # What the self-test of secrets runs: is the value of CMUX_PROBE in any process's argv?
 SEEN = r"""t=$(ps -A -o args= || cat /proc/[0-9]*/cmdline | tr '\0' ' '); case $t in *"$CMUX_PROBE"*) echo seen;; ?*) echo unseen;; esac"""
 
-# What a session opened ahead knows already, by the function's name there: a shell takes half a microsecond for
-# each byte of its header, 0.8 ms for WRITE. In these, too: no single quote, backslash, comment, or ! that
-# a csh would expand (not before a blank or =).
-AHEAD_SCRIPTS = {READ: "_cread", WRITE: "_cwrite", GUARD: "_cguard"}
-AHEAD_TOOLS = " ".join(line if line.endswith(("{", ";", "&", "|", " do", " then", " else", " in")) else line + ";"
-                       for script, name in AHEAD_SCRIPTS.items()
-                       for line in filter(None, map(str.strip, script.replace("_cop", name, 1).splitlines())))
-BOOT_AHEAD = "exec sh -c '%s' '%s' '%s' '%s'" % (AHEAD_LINE, STOP_LINE, BOOT_LINE, AHEAD_TOOLS)
-
 
 def record(name: str, value: Union[str, bytes]) -> bytes:
     """One record of the header. NUL cannot travel (no shell variable holds it)."""
@@ -1683,13 +1638,11 @@ def shell_header(nonce: str, run_id: str, operation: bytes) -> bytes:
     return HELD + record("_cN", nonce) + record("_ci", run_id) + operation
 
 
-def script_records(script: str, *arguments: str, ahead: bool = False) -> bytes:
-    """The records that run one of the scripts above, as an operation of its own, in a session that was
-    opened ``ahead`` or not."""
-    known = AHEAD_SCRIPTS.get(script) if ahead else None
-    text = "" if known else "\n".join(filter(None, map(str.strip, script.splitlines())))
-    return (b"" if known else record(":", text)) + b"".join(record("@", a) for a in arguments) + record(
-        ".", '%s "$@" 2>&4; _cr=$?' % (known or "_cop"))
+def script_records(script: str, *arguments: str) -> bytes:
+    """The records that run one of the scripts above, as an operation of its own."""
+    text = "\n".join(filter(None, map(str.strip, script.splitlines())))
+    return record(":", text) + b"".join(record("@", a) for a in arguments) + record(
+        ".", '_cop "$@" 2>&4; _cr=$?')
 
 
 def check_command(command: object) -> Tuple[str, Sequence[str]]:
@@ -2803,7 +2756,6 @@ class Session:
         self.stdin = self.stdout = self.stderr = self.control = -1
         self.exited = False      # the far side has reported the end of the command
         self.counted = False     # among the operations of its Host that run
-        self.ahead = False       # it runs BOOT_AHEAD
 
     def adopt(self, stdin: int, stdout: int, stderr: int) -> None:
         leave_at_fork(self)
@@ -3439,9 +3391,7 @@ class Masters(Slots):
         if not slots:
             return None
         try:
-            session = self._open_on(slots[0], command)
-            session.ahead = True
-            return session
+            return self._open_on(slots[0], command)
         except (HostError, OSError):
             self._free_slots(slots)
             return None
@@ -4004,7 +3954,7 @@ class Host:
         for attempt in range(10):
             session = self.open_bulk(cancel) if direct else self.open(Deadline(SLOT_PATIENCE), cancel)
             try:
-                records = before + script_records(script, *arguments, ahead=session.ahead)
+                records = before + script_records(script, *arguments)
                 return self._call_on(session, records, data, source, cancel, limit)
             except HostError as error:
                 if self.again(session, error, attempt, cancel):
@@ -4095,7 +4045,7 @@ class Host:
                         return
             try:
                 while self._active == 0 and not self._resting and len(self._ready) < self._warm:
-                    session = self.masters.open_ahead(BOOT_AHEAD, more=not self._ready)
+                    session = self.masters.open_ahead(BOOT, more=not self._ready)
                     if session is None:
                         break
                     with self._mutex:
@@ -4191,7 +4141,7 @@ class Incoming:
         self.waiting: List[bytes] = []
         for attempt in range(10):
             session = host.open_bulk(cancel)
-            self.exchange = Exchange(session, script_records(script, *arguments, ahead=session.ahead), self.waiting.append, self.err)
+            self.exchange = Exchange(session, script_records(script, *arguments), self.waiting.append, self.err)
             try:
                 return host.begin(self.exchange, cancel)
             except BaseException as error:
@@ -4305,7 +4255,7 @@ class CommandRun:
         so the guard begins before the other is opened."""
         sessions = self.host.open_all(2 if self.source else 1, waiting, cancel)
         if self.source:
-            self.guard = Exchange(sessions[-1], script_records(GUARD, ahead=sessions[-1].ahead), self.guard_reply,
+            self.guard = Exchange(sessions[-1], script_records(GUARD), self.guard_reply,
                                   Capture(100), run_id=self.run_id)
             if len(sessions) == 1:
                 self.host.begin(self.guard, cancel, deadline)
@@ -4362,7 +4312,7 @@ class CommandRun:
         try:
             reply, session = Capture(100), self.host.open(Deadline(STOP_PATIENCE))
             try:
-                Exchange(session, script_records(GUARD, ahead=session.ahead), reply, Capture(100), close_stdin=True, run_id=self.run_id,
+                Exchange(session, script_records(GUARD), reply, Capture(100), close_stdin=True, run_id=self.run_id,
                          after=b"%s\n" % (self.exchange.out.pid or "-").encode()).run(Deadline(STOP_PATIENCE))
             finally:
                 self.host.done(session)
