@@ -103,6 +103,7 @@ LOCK_PATIENCE = 1800        # for what another process works on: it may send gig
 LOOK_FIRST, LOOK_MOST = 0.003, 0.3  # between looks for what other processes free: they are not heard
 MASTER_PASSED_BY = 30       # one that hangs (SIGSTOP, a dying machine) is not asked again for so long
 SHELL_PATIENCE = 2.5        # without a word from our wrapper: then another session is asked what begins there
+FORK_FAILED = (1, 2, 254)   # how mksh, dash and busybox, bash end where they cannot make a process
 START_PATIENCE = 60         # from the header sent to the start mark: slow rc files are read here
 UNKNOWN_FOR = 10            # a secret's command that failed is not run again for masking
 STOP_PATIENCE = 10          # for the host's word that a tree has ended
@@ -235,6 +236,9 @@ class ConnectionLost(HostError):
 
 class HostSilent(ConnectionLost):
     """What is to be run was sent, and no shell has taken it yet; a slow one still may."""
+
+class HostFull(ConnectionLost):
+    """The host could not start a process: this account has as many as it may."""
 
 class SessionRefused(HostError):
     """A master or its server refused one more session; nothing has started."""
@@ -2755,6 +2759,7 @@ class Session:
         self.master = -1         # which one carries it, if any
         self.stdin = self.stdout = self.stderr = self.control = -1
         self.exited = False      # the far side has reported the end of the command
+        self.status = -1         # with which
         self.counted = False     # among the operations of its Host that run
 
     def adopt(self, stdin: int, stdout: int, stderr: int) -> None:
@@ -2799,6 +2804,11 @@ class Session:
         return ConnectionLost("The connection to %s was lost%s." % (
             self.host, "" if begun else " before the command was seen to begin" if sent else " before the command began"),
             "The command may still run there." + self.maybe * begun if begun or sent else "Try again.", self.host, begun or sent)
+
+    def full(self) -> HostFull:
+        """The wrapper gave up by itself after its start mark: only a fork that fails makes it."""
+        return HostFull("%s could not start a process for this; this account may have too many there." % self.host,
+                        "End some of them, or run fewer at once (-j).", self.host, False)
 
     def close(self) -> None:
         self.close_pipes()
@@ -2885,12 +2895,19 @@ class MuxSession(Session):
             packet = self._next()
             if packet is None:
                 return bool(data)
-            if mux_numbers(packet)[0] == MUX_EXIT:
-                self.exited = True
+            numbers = mux_numbers(packet)
+            if numbers[0] == MUX_EXIT:
+                self.exited, self.status = True, numbers[2]
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
+        poller = select.poll()
+        poller.register(self.control, select.POLLIN)
+        while not self.exited and poller.poll(1000) and self.control_event():
+            pass  # the end of the streams may come before the word of the command's end
         if self.exited and not begun:
             return RemoteShellFailed(self.host)
+        if self.status in FORK_FAILED:
+            return self.full()
         if self.exited:
             return ConnectionLost("The command on %s was ended together with its wrapper." % self.host,
                                   "Something there killed every process of the session.", self.host)
@@ -2972,6 +2989,8 @@ class DirectSession(Session):
     def failure(self, begun: bool, sent: bool = False) -> HostError:
         words, heard = read_log(log_head(self._log))
         silent, status = not words.strip(), self._process.poll()
+        if begun and status in FORK_FAILED:
+            return self.full()
         if silent and self._done and not begun and status is not None and 0 <= status < 255:
             return RemoteShellFailed(self.host)
         # What ends it after the login, ssh often tells on stderr alone: login noise. A proxy's early end it never tells.
@@ -3959,6 +3978,9 @@ class Host:
             except HostError as error:
                 if self.again(session, error, attempt, cancel):
                     continue
+                if isinstance(error, HostFull) and not once and not (source and source.total):
+                    if self.rest(attempt, Deadline(SLOT_PATIENCE), cancel):
+                        continue
                 first = first or error
                 if attempt >= 2 or not isinstance(error, ConnectionLost) or isinstance(error, HostSilent) \
                         or (source and source.total) or (once and error.begun):
@@ -3967,6 +3989,12 @@ class Host:
                 self.done(session)
             time.sleep(0.2 * 2 ** attempt)
         raise AssertionError
+
+    @staticmethod
+    def rest(attempt: int, deadline: Deadline, cancel: Optional[Cancel]) -> bool:
+        """Wait for others to end on a host that could not start a process; False when it was tried often enough."""
+        pause = min(8, 0.5 * 1.5 ** attempt) * (0.5 + os.urandom(1)[0] / 255)
+        return attempt < 9 and nap(pause, deadline, cancel)
 
     def _call_on(self, session: Session, records: bytes, data: Optional[bytes], source: Optional[Source],
                  cancel: Optional[Cancel], limit: int) -> Reply:
@@ -4180,9 +4208,7 @@ class CommandRun:
         reason = None
         try:
             try:
-                self._start(deadline, cancel)
-                assert self.exchange
-                if not self.exchange.run(deadline, cancel):
+                if not self._carry_out(deadline, cancel):
                     reason = "timeout"
             except Cancelled:
                 reason = "cancel"
@@ -4205,9 +4231,27 @@ class CommandRun:
                 return Outcome(status=None, stopped=self._stop_blocked(), reason=reason)
             return self._outcome()
         finally:
-            for exchange in (self.exchange, self.guard):
-                if exchange:
-                    self.host.done(exchange.session)
+            self._give_back()
+
+    def _carry_out(self, deadline: Deadline, cancel: Optional[Cancel]) -> bool:
+        """From the start to the end; False at the deadline. What has not begun for want of a process waits, and
+        holds none, while others end; each time longer."""
+        for attempt in range(10):
+            self._start(deadline, cancel)
+            assert self.exchange
+            try:
+                return self.exchange.run(deadline, cancel)
+            except HostFull as error:
+                if error.begun or (self.source and self.source.total) or not self.host.rest(attempt, deadline, cancel):
+                    raise
+                self._give_back()
+        raise AssertionError
+
+    def _give_back(self) -> None:
+        for exchange in (self.exchange, self.guard):
+            if exchange:
+                self.host.done(exchange.session)
+        self.exchange = self.guard = None
 
     def _outcome(self) -> Outcome:
         assert self.exchange
@@ -4239,10 +4283,7 @@ class CommandRun:
                 return
             except (ConnectionLost, ConnectionDropped) as error:
                 opened, safe = bool(self.exchange or self.guard), self.exchange is None or not self.exchange.sent
-                for given_up in (self.exchange, self.guard):
-                    if given_up:
-                        self.host.done(given_up.session)
-                self.exchange = self.guard = None
+                self._give_back()
                 if isinstance(error, ConnectionDropped):
                     if not opened or not self.host.masters.again(error, attempt, waiting, cancel):
                         raise
