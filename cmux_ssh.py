@@ -3292,8 +3292,7 @@ class Slots(Launcher):
         self._full: Dict[int, float] = {}      # masters that refuse sessions, and until when others are asked
 
     def _live(self) -> List[int]:
-        now = time.monotonic()
-        return [i for i in range(MASTERS_PER_HOST) if self._is_socket(i) and not self._hangs(i) and self._full.get(i, 0) <= now]
+        return [i for i in range(MASTERS_PER_HOST) if self._is_socket(i) and not self._hangs(i)]
 
     def _hangs(self, index: int) -> bool:
         """Whether a master was seen to hang, by any process, MASTER_PASSED_BY ago or less."""
@@ -3312,7 +3311,8 @@ class Slots(Launcher):
 
     def _try_slots(self, first: int = 0, count: int = 1) -> List[Tuple[int, int]]:
         """So many free slots, or none; from number ``first`` on of each master."""
-        sessions, live, found = self.sessions(), self._live(), []  # type: int, List[int], List[Tuple[int, int]]
+        sessions, now, found = self.sessions(), time.monotonic(), []  # type: int, float, List[Tuple[int, int]]
+        live = [index for index in self._live() if self._full.get(index, 0) <= now]
         with self._mutex:
             if sum(index in live for index, _ in self._held) + count > len(live) * sessions:
                 return []  # all ours: a hundred waiting threads need not look one by one

@@ -8619,7 +8619,7 @@ def test_a_pull_killed_around_the_move_of_the_branch_is_followed_by_one_that_jus
         after = repo.cli("pull")
         assert after.code == 0 and repo.git("show", "cmux/main:README").endswith(str(turn)), after
     do(repo, "echo third >>README")
-    assert repo.cli("pull", env={"PATH": f"{shim}:{os.environ['PATH']}"}).code == -9 and repo.cli("pull", "--branch", "other").code == 0
+    assert repo.cli("pull", env={**env, "HOW": "after"}).code == -9 and repo.cli("pull", "--branch", "other").code == 0
     after = repo.cli("pull")
     assert after.code == 0 and repo.git("show", "cmux/main:README").endswith("third"), after
     settled(repo.site)
