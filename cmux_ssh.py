@@ -2061,21 +2061,6 @@ def read_bytes(path: str, limit: int) -> Optional[bytes]:
     return data
 
 
-def write_bytes(path: str, data: bytes) -> None:
-    """Replace a private file as a whole: write aside, fsync, rename. Raises StateFailed."""
-    temporary = "%s.%d.%s.new" % (path, os.getpid(), os.urandom(4).hex())
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(fd, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.rename(temporary, path)
-    except OSError as error:
-        remove_file(temporary)
-        raise StateFailed("Cannot write %s: %s." % (show(path), os.strerror(error.errno or 0)))
-
-
 def expected(error: BaseException) -> Optional[CmuxError]:
     """The error as one that a user, a network or a host can cause, a full disk here among them, wherever it comes
     up; None for a bug."""
@@ -2116,17 +2101,6 @@ def age_of(path: str) -> float:
         return -1.0
 
 
-def remove_leftovers(path: str, age: float = 0) -> None:
-    """What a writer of ``path`` that was killed left beside it. Under the file's lock, or of such an ``age`` in
-    seconds that nobody writes it any more."""
-    folder, name = os.path.split(path)
-    for entry in os.listdir(folder):
-        if entry.startswith(name + ".") and entry.endswith(".new"):
-            found = os.path.join(folder, entry)
-            if not age or age_of(found) > age:
-                remove_file(found)
-
-
 def remove_file(path: str) -> None:
     try:
         os.unlink(path)
@@ -2139,8 +2113,40 @@ def set_aside(path: str) -> str:
     return "Repair it. Or set it aside, to start anew without it: mv %s %s" % (quote(path), quote("%s.damaged-%d" % (path, time.time())))
 
 
-def read_json(path: str) -> Optional[Dict[str, Any]]:
-    """An object from a private JSON file of version 1; None if there is none.
+def fits(value: Any, shape: Any) -> bool:
+    """Whether a value has a shape. That is a type; a pattern, for a text; a range; a tuple, of which
+    one must fit; a list: of one shape, for any number, of more, for just these; a dict: a shape for a
+    key, which may be missing where it ends in ?, and with a pattern for all keys. More keys are free."""
+    if isinstance(shape, tuple):
+        return any(fits(value, one) for one in shape)
+    if isinstance(shape, re.Pattern):
+        return isinstance(value, str) and bool(shape.match(value))
+    if isinstance(shape, range):
+        return isinstance(value, int) and value in shape
+    if isinstance(shape, list):
+        wanted = shape if len(shape) > 1 or not isinstance(value, list) else shape * len(value)
+        return isinstance(value, list) and len(value) == len(wanted) and all(map(fits, value, wanted))
+    if not isinstance(shape, dict):
+        return isinstance(value, shape)
+    return isinstance(value, dict) and all(
+        fits(value[key.rstrip("?")], wanted) if key.rstrip("?") in value else key.endswith("?")
+        for key, wanted in shape.items() if isinstance(key, str)) and all(
+        pattern.match(key) and fits(value[key], wanted)
+        for pattern, wanted in shape.items() if isinstance(pattern, re.Pattern) for key in value)
+
+
+_ENTRY = dict(dict.fromkeys(("state", "host", "root", "project", "base", "tree", "op"), str), created=(int, float))
+RECORD = {"name": _WORKSPACE, "id": re.compile(r"[0-9a-f]{12}\Z"), "jobs?": dict, "places?": [[str, str]],
+          "sent?": [[str, str]], "workspaces": {_WORKSPACE: (
+              dict(_ENTRY, path=str), dict(_ENTRY, state=re.compile(r"(?!ready\Z)")))}}
+SECRET = {re.compile(r"(value|command)\Z"): re.compile("[^\ud800-\udc7f\udd00-\udfff]*\\Z")}
+PARTS = {"source": str, "modules": [[str, str, str]], "lfs": [[str, str, str, str]]}
+PROFILE = {"until": (int, float), "sessions?": range(SESSIONS_PER_MASTER + 1), "direct?": range(2)}
+DOWN = {"until": (int, float), "count": int, "why?": [str, str, str]}
+
+
+def read_json(path: str, shape: Any = dict) -> Any:
+    """An object of a ``shape`` from a private JSON file of version 1; None if there is none.
 
     StateFailed for a file that is not one, each time: set aside by the first who reads it, it would be missing for the
     next, who would then go on without secrets, or begin a project anew.
@@ -2151,28 +2157,55 @@ def read_json(path: str) -> Optional[Dict[str, Any]]:
         return None
     try:
         value = json.loads(data.decode("utf-8"))
-        if not isinstance(value, dict) or not isinstance(value.get("version"), int):
+        if not fits(value, {"version": int}):
             raise ValueError("no version")
     except (ValueError, RecursionError):
         raise StateFailed("The state file %s is damaged." % show(path, 300), set_aside(path))
     if value["version"] != 1:
         raise StateFailed("The state file %s was written by a newer version." % show(path), "Use that version of %s." % PROGRAM)
+    if not fits(value, shape):
+        raise StateFailed("The state file %s has parts that are not as they should be." % show(path), set_aside(path))
     return value
 
 
-def write_json(path: str, value: Mapping[str, Any]) -> None:
+def recall(path: str, shape: Any) -> Dict[str, Any]:
+    """The same of a file that may be lost; {} where it is missing or damaged."""
+    try:
+        return read_json(path, shape) or {}
+    except StateFailed:
+        return {}
+
+
+def write_json(path: str, value: Mapping[str, Any], age: float = 3600) -> None:
+    """Replace a private file as a whole: write aside, fsync, rename. What writers that were killed left
+    beside it is removed: under the file's lock at once, else of such an ``age``, in seconds, that nobody
+    writes it any more. Raises StateFailed."""
     import json
     data = json.dumps(dict(value, version=1), indent=1, sort_keys=True).encode() + b"\n"
     if len(data) > STATE_MAX:  # nobody could read it
         raise StateFailed("The state file %s would become larger than %s." % (show(path), human_size(STATE_MAX)), "Nothing was changed.")
-    write_bytes(path, data)
+    folder, name = os.path.split(path)
+    temporary = "%s.%d.%s.new" % (path, os.getpid(), os.urandom(4).hex())
+    try:
+        for entry in os.listdir(folder):
+            left = os.path.join(folder, entry)
+            if entry.startswith(name + ".") and entry.endswith(".new") and (not age or age_of(left) > age):
+                remove_file(left)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.rename(temporary, path)
+    except OSError as error:
+        remove_file(temporary)
+        raise StateFailed("Cannot write %s: %s." % (show(path), os.strerror(error.errno or 0)))
 
 
 class Registry:
     """What this machine knows of one project: its random id, its workspaces, its secrets.
 
     One JSON file per project, named by a hash of the repository's path. Every change is made
-    under a lock, by update().
+    under a lock, by editing().
     """
 
     def __init__(self, repository: str) -> None:
@@ -2180,35 +2213,36 @@ class Registry:
         self.repository = repository
         key = hashlib.sha256(os.fsencode(repository)).hexdigest()[:20]
         home = private_directory(state_home())
-        self.path = os.path.join(private_directory(os.path.join(home, "projects")), key + ".json")
-        self._cache: Dict[str, Tuple[object, Optional[Dict[str, Any]]]] = {}
-        self._checked: Any = None         # the secrets that were looked at last
-        self.secrets_path = os.path.join(private_directory(os.path.join(home, "secrets")), key + ".json")
-        self.parts_path = self.path[:-len(".json")] + ".parts"
+        self.path, self.secrets_path = (os.path.join(private_directory(os.path.join(home, folder)), key + ".json")
+                                        for folder in ("projects", "secrets"))
+        self.parts_path, self.running = (self.path[:-len("json")] + ending for ending in ("parts", "running"))
+        self._cache: Dict[str, Tuple[object, Any]] = {}
 
     def read(self) -> Dict[str, Any]:
         """The project's record, not to be changed; made on first use."""
-        return self._cached(self.path) or self.update(lambda record: None)
+        record: Optional[Dict[str, Any]] = self._cached(self.path, lambda path: read_json(path, RECORD))
+        if record is None:
+            with self.editing() as record:
+                pass
+        return record
 
-    def _cached(self, path: str) -> Optional[Dict[str, Any]]:
-        """read_json(), parsed again only when the file was replaced (every write is a rename)."""
+    def _cached(self, path: str, read: Callable[[str], Any]) -> Any:
+        """What ``read`` makes of a file, anew only when it was replaced (every write is a rename)."""
         try:
             status = os.stat(path)
         except OSError:
-            return None
+            return read(path)
         mark = (status.st_ino, status.st_mtime_ns, status.st_size)
-        known = self._cache.get(path)
-        if known is None or known[0] != mark:
-            value = read_json(path)
-            if value is not None and path == self.path:
-                check_record(value, path)
-            known = self._cache[path] = (mark, value)
-        return known[1]
+        if self._cache.get(path, ((), None))[0] != mark:
+            self._cache[path] = (mark, read(path))
+        return self._cache[path][1]
 
-    def update(self, change: Callable[[Dict[str, Any]], None]) -> Dict[str, Any]:
-        """Apply ``change`` to the record under the lock, and write it."""
-        with Lock(self.path + ".lock", doing="changes " + show(self.path)):
-            value = read_json(self.path)
+    @contextlib.contextmanager
+    def editing(self, secrets: bool = False) -> Iterator[Dict[str, Any]]:
+        """The record, or the secrets, to be changed: under the lock, and written unless the block raises."""
+        path = self.secrets_path if secrets else self.path
+        with Lock(path + ".lock", doing="changes " + show(path)):
+            value = {"secrets": read_secrets(path)} if secrets else read_json(path, RECORD)
             if value is None:
                 name = os.path.basename(self.repository.rstrip("/"))
                 if name == ".git":
@@ -2216,26 +2250,18 @@ class Registry:
                 value = {"repository": os.fsencode(self.repository).decode("utf-8", "replace"),
                          "name": safe_workspace(name[:-4] if name.endswith(".git") else name)[:40],
                          "id": os.urandom(6).hex(), "workspaces": {}}
-            remove_leftovers(self.path)
-            self._sweep_locks()
-            change(check_record(value, self.path))
-            write_json(self.path, value)
-        return value
+            yield value["secrets"] if secrets else value
+            write_json(path, value, 0)
 
     def parts(self, tree: str) -> Optional[Dict[str, Any]]:
         """What save_parts() kept of a tree that was sent; None where it was a commit's own."""
-        path = os.path.join(self.parts_path, tree + ".json")
-        value = read_json(path)
-        rows = [(name, width, row) for name, width in (("modules", 3), ("lfs", 4)) for row in (value or {}).get(name, [None])]
-        if value and not (isinstance(value.get("source"), str) and all(
-                isinstance(row, list) and len(row) == width and all(isinstance(word, str) for word in row) for _, width, row in rows)):
-            raise StateFailed("The state file %s has parts that are not as they should be." % show(path), set_aside(path))
+        value: Optional[Dict[str, Any]] = read_json(os.path.join(self.parts_path, tree + ".json"), PARTS)
         return value
 
     def all_parts(self) -> Iterator[Dict[str, Any]]:
         """The same of all, newest first."""
         for path in self._parts_files():
-            yield self.parts(os.path.basename(path)[:-len(".json")]) or {}
+            yield read_json(path, PARTS) or {}
 
     def _parts_files(self) -> List[str]:
         try:
@@ -2253,46 +2279,32 @@ class Registry:
             if os.path.basename(path) not in used:
                 remove_file(path)
 
-    def _sweep_locks(self) -> None:
-        """The locks below, of processes that were killed."""
-        folder, name = os.path.split(self.path)
-        for entry in os.listdir(folder):
-            if entry.startswith((name + ".name.", name + ".tree.")):
-                lock = Lock(os.path.join(folder, entry), passing=True)
-                lock.take()
-                lock.free()
-
     def creation_lock(self, name: str, shared: bool = False) -> Lock:
         """Held while a workspace is made or removed, so that two processes don't both; ``shared`` by those who copy it."""
-        return Lock("%s.name.%s.lock" % (self.path, name), passing=True, shared=shared, doing="works on the workspace " + name)
+        return Lock(os.path.join(self.running, "name." + name), passing=True, shared=shared, doing="works on the workspace " + name)
 
     def upload_lock(self, tree: str, host: str, root: str) -> Lock:
         """Held while a tree is uploaded to a host: one upload of it at a time, the others then copy there."""
         import hashlib
-        place = hashlib.sha256(os.fsencode("%s\0%s" % (host, root))).hexdigest()[:16]
-        return Lock("%s.tree.%s.%s.lock" % (self.path, tree, place), passing=True, doing="sends the same files to " + host)
+        place = hashlib.sha256(os.fsencode("%s\0%s\0%s" % (tree, host, root))).hexdigest()
+        return Lock(os.path.join(self.running, "tree." + place), passing=True, doing="sends the same files to " + host)
 
-    def secrets(self) -> Dict[str, Dict[str, str]]:
-        """name -> {"value": ...} or {"command": ...}. Checked, since people edit files."""
-        stored = (self._cached(self.secrets_path) or {}).get("secrets", {})
-        if stored is self._checked:
-            return dict(stored)
-        if not isinstance(stored, dict):
-            raise StateFailed("The state file %s has no secrets in it." % show(self.secrets_path), set_aside(self.secrets_path))
-        for name, entry in stored.items():
-            check_variable(name, secret=True)
-            if not isinstance(entry, dict) or len(entry) != 1 or not all(
-                    key in ("value", "command") and isinstance(text, str) and not re.search("[\ud800-\udc7f\udd00-\udfff]", text) for key, text in entry.items()):
-                raise StateFailed("The secret %s in %s is damaged." % (name, show(self.secrets_path)), set_aside(self.secrets_path))
-        self._checked = stored
-        return dict(stored)
+    def secrets(self) -> Mapping[str, Dict[str, str]]:
+        """name -> {"value": ...} or {"command": ...}."""
+        secrets: Dict[str, Dict[str, str]] = self._cached(self.secrets_path, read_secrets)
+        return secrets
 
-    def update_secrets(self, change: Callable[[Dict[str, Dict[str, str]]], None]) -> None:
-        with Lock(self.secrets_path + ".lock", doing="changes " + show(self.secrets_path)):
-            remove_leftovers(self.secrets_path)
-            stored = self.secrets()
-            change(stored)
-            write_json(self.secrets_path, {"secrets": stored})
+
+def read_secrets(path: str) -> Dict[str, Dict[str, str]]:
+    """The secrets of a file. Checked, since people edit files."""
+    stored = (read_json(path) or {}).get("secrets", {})
+    if not isinstance(stored, dict):
+        raise StateFailed("The state file %s has no secrets in it." % show(path), set_aside(path))
+    for name, entry in stored.items():
+        check_variable(name, secret=True)
+        if not fits(entry, SECRET) or len(entry) != 1:
+            raise StateFailed("The secret %s in %s is damaged." % (name, show(path)), set_aside(path))
+    return stored
 
 
 class History:
@@ -2302,9 +2314,9 @@ class History:
     """
 
     def __init__(self, registry: Registry) -> None:
-        self.path = registry.path[:-len(".json")] + ".history"
-        self.running = registry.path[:-len(".json")] + ".running"
-        self.swept = self.made = False
+        self.path = registry.path[:-len("json")] + "history"
+        self.running = registry.running
+        self.swept = False
 
     def append(self, row: Mapping[str, Any]) -> None:
         import json
@@ -2345,21 +2357,17 @@ class History:
         """A record that lasts until it is freed, or until this process dies."""
         import json
         lock = Lock(os.path.join(self.running, "%d.%s" % (os.getpid(), os.urandom(4).hex())), passing=True)
-        for _ in range(4):  # the directory may have been removed since it was made; now() may take the file for a dead one's
-            try:
-                if not self.made:
-                    os.makedirs(self.running, 0o700, exist_ok=True)
-                    self.made = True
+        try:
+            for _ in range(4):  # now() may take the file for a dead one's
                 if lock.take():
                     os.write(lock.fd, json.dumps(row).encode("ascii"))
                     return lock
-            except (OSError, StateFailed):
-                lock.free()
-                self.made = False
+        except (OSError, StateFailed):
+            lock.free()
         return None
 
     def now(self) -> List[Dict[str, Any]]:
-        """What runs now, oldest first. Records of processes that died are cleared away."""
+        """What runs now, oldest first. Records and locks of processes that died are cleared away."""
         import json
         rows = []
         for name in os.listdir(self.running) if os.path.isdir(self.running) else []:
@@ -2369,28 +2377,11 @@ class History:
                     lock.free()
                     continue
                 row = json.loads((read_bytes(lock.path, 64 * 1024) or b"").decode("ascii"))
-                if isinstance(row, dict) and isinstance(row.get("time"), (int, float)):
+                if fits(row, {"time": (int, float)}):
                     rows.append(row)
             except (OSError, StateFailed, ValueError):
                 pass
         return sorted(rows, key=lambda row: float(row["time"]))
-
-
-def check_record(value: Dict[str, Any], path: str) -> Dict[str, Any]:
-    """A project's record whose parts are what they should be; else StateFailed. People edit files."""
-    entries = value.get("workspaces")
-    good = (isinstance(value.get("name"), str) and _WORKSPACE.match(value["name"])
-            and re.match(r"[0-9a-f]{12}\Z", str(value.get("id"))) and isinstance(entries, dict)
-            and isinstance(value.get("jobs", {}), dict) and all(isinstance(value.get(key, []), list) and all(
-                isinstance(row, list) and list(map(type, row)) == [str, str] for row in value.get(key, [])) for key in ("places", "sent")))
-    for name, entry in entries.items() if isinstance(entries, dict) else []:
-        good = good and _WORKSPACE.match(name) and isinstance(entry, dict) and all(
-            isinstance(entry.get(key), str) for key in ("state", "host", "root", "project", "base", "tree", "op"))
-        good = good and isinstance(entry.get("created"), (int, float)) and (
-            entry["state"] != "ready" or isinstance(entry.get("path"), str))
-    if not good:
-        raise StateFailed("The state file %s has parts that are not as they should be." % show(path), set_aside(path))
-    return value
 
 
 def all_projects(damaged: Callable[[StateFailed], None]) -> Iterator[Dict[str, Any]]:
@@ -2400,9 +2391,9 @@ def all_projects(damaged: Callable[[StateFailed], None]) -> Iterator[Dict[str, A
         if name.endswith(".json"):
             path = os.path.join(folder, name)
             try:
-                value = read_json(path)
+                value = read_json(path, RECORD)
                 if value:
-                    yield check_record(value, path)
+                    yield value
             except StateFailed as error:
                 damaged(error)
 
@@ -3047,14 +3038,9 @@ class HostMemory:
         "direct": 0 where a connection of its own cannot log in without a person}"""
         if time.monotonic() < self._profile_until:
             return self._profile
-        try:
-            value = read_json(self._path("profile.json")) or {}
-        except StateFailed:
-            value = {}
-        until, limits = value.get("until"), {"sessions": SESSIONS_PER_MASTER, "direct": 1}
-        if isinstance(until, (int, float)) and 0 < until - time.time() <= 86400:  # a clock may be set back
-            seen = {key: value.get(key) for key in limits}
-            limits.update({key: n for key, n in seen.items() if isinstance(n, int) and 0 <= n <= limits[key]})
+        value, limits = recall(self._path("profile.json"), PROFILE), {"sessions": SESSIONS_PER_MASTER, "direct": 1}
+        if 0 < value.get("until", 0) - time.time() <= 86400:  # a clock may be set back
+            limits.update({key: value[key] for key in limits if key in value})
         self._profile = limits
         self._profile_until = time.monotonic() + 2  # other processes learn too
         return self._profile
@@ -3065,8 +3051,6 @@ class HostMemory:
 
     def _learn(self, **limits: int) -> None:
         """Remember for a day what the host was seen to allow."""
-        remove_leftovers(self._path("profile.json"), 3600)
-        remove_leftovers(self._path("down.json"), 3600)
         write_json(self._path("profile.json"), dict(self.profile(), until=time.time() + 86400, **limits))
         self._profile_until = 0.0
 
@@ -3078,12 +3062,9 @@ class HostMemory:
 
     def _failures(self) -> Tuple[int, float]:
         """How often in a row connecting failed, and when (by the clock) to try again."""
-        try:
-            value = read_json(self._path("down.json")) or {}
-            count, until = int(value.get("count", 0)), float(value.get("until", 0))
-            return count, until if until <= time.time() + DOWN_WAITS[-1] * 1.2 else 0.0  # a clock may be set back
-        except (StateFailed, ValueError, TypeError):
-            return 0, 0.0
+        down = recall(self._path("down.json"), DOWN)
+        until = down.get("until", 0.0)
+        return down.get("count", 0), until if until <= time.time() + DOWN_WAITS[-1] * 1.2 else 0.0  # a clock may be set back
 
     def _remember_failure(self, error: HostError) -> None:
         count = self._failures()[0] + 1
@@ -3098,11 +3079,9 @@ class HostMemory:
     def _shared_failure(self) -> HostError:
         """What the prober we waited for was told."""
         kinds = {kind.__name__: kind for kind in (ConnectionFailed, ConnectionDropped, TurnedAway, HostKeyFailed, AuthenticationFailed)}
-        try:
-            name, message, hint = map(str, (read_json(self._path("down.json")) or {})["why"])
-            return kinds.get(name, ConnectionFailed)(message, hint, self.host)
-        except (StateFailed, LookupError, ValueError, TypeError):
-            return ConnectionFailed("%s could not be reached a moment ago." % self.host, "Try again.", self.host)
+        name, message, hint = recall(self._path("down.json"), DOWN).get("why") or (
+            "", "%s could not be reached a moment ago." % self.host, "Try again.")
+        return kinds.get(name, ConnectionFailed)(message, hint, self.host)
 
 
 class Launcher(HostMemory):
@@ -5485,12 +5464,10 @@ class ProjectState:
         check_variable(name, secret=True)
         data = None if value is None else encoded(value)
         check_secret(name, data or b"")
-
-        def change(stored: Dict[str, Dict[str, str]]) -> None:
+        with self.registry.editing(secrets=True) as stored:
             stored.pop(name, None)
             if data is not None:
                 stored[name] = {"value": data.decode("utf-8", "surrogateescape")}
-        self.registry.update_secrets(change)
 
     @property
     def name(self) -> str:
@@ -5550,11 +5527,13 @@ class ProjectState:
 
     def update(self, name: str, **fields: Any) -> None:
         """Change fields of a workspace's entry in the registry."""
-        self.registry.update(lambda record: record["workspaces"][name].update(fields))
+        with self.registry.editing() as record:
+            record["workspaces"][name].update(fields)
 
     def forget(self, name: str) -> None:
         """Take a workspace's entry out of the registry."""
-        self.registry.update(lambda record: record["workspaces"].pop(name, None) and None)
+        with self.registry.editing() as record:
+            record["workspaces"].pop(name, None)
 
     def discard(self, name: str, entry: Dict[str, Any]) -> None:
         """The directory into the trash there, the entry out of the registry; not listed from here on,
@@ -5598,10 +5577,9 @@ class ProjectState:
         words = [intent["to"], entry["op"]] if "to" in intent else [""]
         reply = host.call(SETTLE, entry["root"], entry["project"], name, intent["op"], *words)
         check_reply(reply, host.name, "settle an interrupted operation on %s" % name)
-
-        done = "pushed" in reply.lines()
-        record = self.registry.update(lambda record: end_intent(record["workspaces"][name], done))
-        return dict(record["workspaces"][name])
+        with self.registry.editing() as record:
+            end_intent(record["workspaces"][name], "pushed" in reply.lines())
+            return dict(record["workspaces"][name])
 
 
 class ProjectBase(ProjectState):
@@ -5700,10 +5678,8 @@ class ProjectBase(ProjectState):
         """Something begins that may change the workspace: it is no more as the last pull found it."""
         name, entry = next(((name, entry) for name, entry in self.entries().items() if entry["op"] == op), ("", {}))
         if "asked" in entry and entry.get("touched", 0) <= entry["asked"]:
-            try:
-                self.registry.update(lambda record: record["workspaces"].get(name, {}).update(touched=time.time()))
-            except CmuxError:
-                pass  # it is for `list` alone
+            with contextlib.suppress(CmuxError), self.registry.editing() as record:  # it is for `list` alone
+                record["workspaces"].get(name, {}).update(touched=time.time())
 
     def running_now(self) -> List[Dict[str, Any]]:
         """What runs on this machine's behalf, oldest first, under the name that its workspace has now."""
@@ -5735,7 +5711,8 @@ class ProjectBase(ProjectState):
             made = dict(entry, state="forking", op=os.urandom(8).hex(), created=int(time.time()), path=source.path[:-len(source.name)] + name)
             for key in ("branches", "over", "intent", "removals"):
                 made.pop(key, None)
-            self.registry.update(lambda record: record["workspaces"].update({name: made}))
+            with self.registry.editing() as record:
+                record["workspaces"][name] = made
             self._move(FORK, source.host, made, source.name, name, made["op"])
             self.update(name, state="ready")
             return self.workspace(name)
@@ -5749,11 +5726,9 @@ class ProjectBase(ProjectState):
             entry = dict(entry, path=source.path[:-len(source.name)] + name)
             self.update(source.name, intent={"op": op, "to": name})
             self._move(RENAME, source.host, entry, source.name, name, entry["op"], op)
-
-            def swap(record: Dict[str, Any]) -> None:
+            with self.registry.editing() as record:
                 record["workspaces"].pop(source.name, None)
                 record["workspaces"][name] = entry
-            self.registry.update(swap)
             return self.workspace(name)
 
     def _move(self, script: str, host: Host, entry: Dict[str, Any], source: str, name: str, *ops: str) -> None:
@@ -5788,7 +5763,8 @@ class ProjectBase(ProjectState):
                 reply = made.with_base(lambda: workspace.host.call(PUSH, *words, cancel=cancel))
                 log.size = made.sent
                 if reply.status in (5, 25):  # nothing was done there
-                    self.registry.update(lambda record: end_intent(record["workspaces"][name], False))
+                    with self.registry.editing() as record:
+                        end_intent(record["workspaces"][name], False)
                 if reply.status == 25:
                     self._refuse(name, entry, reply.lines())
                 if reply.status == 5:
@@ -5802,11 +5778,9 @@ class ProjectBase(ProjectState):
             for line in reply.lines():
                 if line.startswith("kept "):
                     report.warn("What was in %s is kept until gc, on %s: %s" % (name, workspace.host.name, show(line[5:])))
-
-            def pushed(record: Dict[str, Any]) -> None:
+            with self.registry.editing() as record:
                 end_intent(record["workspaces"][name], True)
                 made.note_sent(record, entry["root"])
-            self.registry.update(pushed)
             return True
 
     def gc(self, only: Optional[str] = None) -> Tuple[Dict[str, int], List[CmuxError]]:
@@ -5830,8 +5804,8 @@ class ProjectBase(ProjectState):
                 places.remove((host, root))
                 continue
             freed[host] = freed.get(host, 0) + max(0, int(reply.stdout)) * 1024
-        self.registry.update(lambda record: record.update(places=[
-            place for place in record.get("places", []) if tuple(place) not in places or tuple(place) in used]))
+        with self.registry.editing() as record:
+            record["places"] = [place for place in record.get("places", []) if tuple(place) not in places or tuple(place) in used]
         return freed, failed
 
     def _sent(self, entry: Dict[str, Any]) -> str:
@@ -5959,11 +5933,10 @@ class Creation:
         return made
 
     def _record(self, entry: Dict[str, Any]) -> None:
-        def put(record: Dict[str, Any]) -> None:
+        with self.project.registry.editing() as record:
             record["workspaces"][self.name] = dict(entry)
             if entry["state"] == "ready":
                 self.note_sent(record, entry["root"])
-        self.project.registry.update(put)
 
     def note_sent(self, record: Dict[str, Any], root: str) -> None:
         """Where there is something of the project, for gc; and what was sent there, for deltas."""
@@ -7030,11 +7003,10 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report
         executes = work.inspect(since, tip)
         if tip != since:
             # Said before it is done: killed in between, the next pull knows the branch as its own, where it is and where it was.
-            project.registry.update(lambda record: record["workspaces"][name].setdefault(
-                "branches", {}).update({ref: "%s %s" % (old, tip)}))
+            with project.registry.editing() as record:
+                record["workspaces"][name].setdefault("branches", {})[ref] = "%s %s" % (old, tip)
             project.repository.publish(shadow.quarantine(tip, {since, workspace.base}), ref, tip, old)
-
-        def remember(record: Dict[str, Any]) -> None:
+        with project.registry.editing() as record:
             entry = record["workspaces"].get(name)
             if entry and entry["op"] == work.entry["op"]:
                 heads = [work.pulled.get("head", ""), *entry.get("pulled", {}).get("head", "").split()]
@@ -7042,7 +7014,6 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report
                                        head=" ".join(list(dict.fromkeys(heads))[:20]).strip())
                 if tip != since:
                     entry["branches"][ref] = tip
-        project.registry.update(remember)
         stat = "\n".join(map(neutralise, work.diff("--stat=100", "--stat-count=500", since, tip))) if tip != since else ""
         count = int(shadow.call("rev-list", "--count", tip, "^" + since)) if tip != since else 0
         return Result(workspace=name, branch=ref[11:] if tip != workspace.base else "", base=workspace.base, commit=tip,
@@ -7476,16 +7447,11 @@ class Workspace(WorkspaceBase):
         check_reply(reply, self.host.name, "start the job")
         if "started" not in reply.lines():
             raise RemoteFailed("%s did not confirm the start of the job." % self.host.name, "See jobs.")
-
-        def remember(value: Dict[str, Any]) -> None:
-            jobs = value.setdefault("jobs", {})
+        with contextlib.suppress(CmuxError), self.project.registry.editing() as known:  # it runs: its caller must have its id
+            jobs = known.setdefault("jobs", {})
             jobs[job] = {"workspace": self.name, "command": masked_detail(command, self.project.masks()), "started": round(time.time(), 3)}
             for old in sorted(jobs, key=lambda name: float(jobs[name]["started"]))[:-JOBS_KEPT]:
                 del jobs[old]
-        try:
-            self.project.registry.update(remember)
-        except CmuxError:
-            pass  # it runs, and its caller must have its id
         return job
 
     @logged("jobs")
@@ -9863,7 +9829,8 @@ def secrets_set(registry: Registry, options: argparse.Namespace) -> int:
         data = data[:-1] if data.endswith(b"\n") else data
         check_secret(name, data)
         entry = {"value": data.decode("utf-8", "surrogateescape")}
-    registry.update_secrets(lambda stored: stored.update({name: entry}))
+    with registry.editing(secrets=True) as stored:
+        stored[name] = entry
     return answer(options, [name])
 
 
@@ -9891,7 +9858,8 @@ def secrets_import(registry: Registry, options: argparse.Namespace) -> int:
     values = parse_dotenv(text.decode("utf-8", "surrogateescape"))
     for name, value in values.items():
         check_secret(name, value.encode("utf-8", "surrogateescape"))
-    registry.update_secrets(lambda stored: stored.update({n: {"value": v} for n, v in values.items()}))
+    with registry.editing(secrets=True) as stored:
+        stored.update({name: {"value": value} for name, value in values.items()})
     return answer(options, sorted(values), "%d secrets: %s" % (len(values), ", ".join(sorted(values))))
 
 
@@ -9936,12 +9904,11 @@ def secrets_list(registry: Registry, options: argparse.Namespace) -> int:
 
 
 def secrets_rm(registry: Registry, options: argparse.Namespace) -> int:
-    def remove(stored: Dict[str, Dict[str, str]]) -> None:
+    with registry.editing(secrets=True) as stored:
         for name in options.names:
             if name not in stored:
                 raise UsageError("There is no secret %s in this project." % show(name), "See: %s secrets list" % PROGRAM)
             del stored[name]
-    registry.update_secrets(remove)
     return answer(options, options.names)
 
 
