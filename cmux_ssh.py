@@ -1801,24 +1801,6 @@ def run(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, limit: int
         process.stderr.close()
 
 
-class TimeUp(KeyboardInterrupt):
-    """Raised by alarm(): the time is up, wherever this process is blocked."""
-
-
-def alarm(seconds: float, blocked: Callable[[], bool]) -> None:
-    """Raise TimeUp in the main thread once ``seconds`` (0: never) are over and it is ``blocked``.
-    For the command line only: a reader of our output that has stopped reading blocks us beyond
-    any poll."""
-    import signal
-
-    def ring(number: int, frame: object) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0.5)
-        if blocked():
-            raise TimeUp
-    signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-
-
 def raise_descriptor_limit() -> None:
     """macOS starts programs with 256 descriptors; a session takes four here. For the command line."""
     import resource
@@ -4132,8 +4114,7 @@ class Host:
         """Run a user's command (``records`` from command_records and the environment).
 
         Bytes reach ``stdout`` and ``stderr`` as they come. At the deadline, on ``cancel`` and on
-        KeyboardInterrupt the process tree on the host is ended first; KeyboardInterrupt is then
-        raised again with the Outcome as ``outcome``.
+        what these raise (KeyboardInterrupt, too) the process tree on the host is ended first.
         """
         return CommandRun(self, records, directory, stdout, stderr, source).go(deadline or Deadline(None), cancel)
 
@@ -4191,23 +4172,14 @@ class CommandRun:
                     reason = "timeout"
             except Cancelled:
                 reason = "cancel"
-            except KeyboardInterrupt as interrupt:
-                stopped: Optional[str] = None if self.exchange is None else "unknown"
-                try:
-                    stopped = self._stop_blocked() if self.exchange else None
-                except KeyboardInterrupt:
-                    pass  # interrupted once more: not waited for
-                interrupt.outcome = Outcome(  # type: ignore[attr-defined]
-                    status=None, stopped=stopped, reason="timeout" if isinstance(interrupt, TimeUp) else "cancel")
-                raise
             except HostError:
                 raise
-            except CmuxError:  # a sink or the source failed: the command must not go on unseen
+            except (CmuxError, KeyboardInterrupt):  # a sink, the source: the command must not go on unseen
                 self._discard()
                 self._stop()
                 raise
             if reason:
-                return Outcome(status=None, stopped=self._stop_blocked(), reason=reason)
+                return Outcome(status=None, stopped=self._stop(), reason=reason)
             return self._outcome()
         finally:
             self._give_back()
@@ -4291,15 +4263,6 @@ class CommandRun:
         if self.exchange:
             self.exchange.source = None
             self.exchange.out.sink = self.exchange.err.sink = lambda data: None
-
-    def _stop_blocked(self) -> str:
-        """_stop(), also where the rest of the output has a reader that is slow or gone: the alarm
-        then rings, what is left is dropped, and the stop goes on."""
-        try:
-            return self._stop()
-        except TimeUp:
-            self._discard()
-            return self._stop()
 
     def _stop(self) -> str:
         """End the tree on the host: confirmed, requested (asked, not seen to end), unknown."""
@@ -7994,36 +7957,78 @@ class ProtocolError(CmuxError):
         self.code, self.data = code, data
 
 
-class JsonRpc:
-    """JSON-RPC 2.0 by lines: messages in by read(), out by ``write``, which is given a Cancel too,
-    set when this is about to end; request() is the subclass's."""
+def page(text: str, offset: int, facts: List[str]) -> Tuple[str, int]:
+    """The lines of a file that fit, and where to go on."""
+    if len(text) <= MCP_ROOM:
+        return text, 0
+    shown = text[:text.rfind("\n", 0, MCP_ROOM) + 1]
+    if not shown:
+        more = " Go on with offset=%d." % (offset + 1) if text.find("\n") + 1 not in (0, len(text)) else ""
+        facts.append("Line %d is longer than what fits here, and cut: use exec with cut or head -c.%s" % (offset, more))
+        return text[:MCP_ROOM], 0
+    facts.append("Shown are lines %d to %d; go on with offset=%d. A longer line is cut: use exec with cut or head -c."
+                 % (offset, offset + shown.count("\n") - 1, offset + shown.count("\n")))
+    return shown, 0
 
-    def __init__(self, write: Callable[[bytes, Cancel], None]) -> None:
+
+class McpServer:
+    """One MCP server on one stdio: JSON-RPC 2.0 by lines, out by ``write``, which is given a Cancel,
+    too, set when this is about to end.
+
+    Bound to ``workspace``, made on ``host`` at the first call if need be; with ``manage`` the
+    workspace commands are tools too, and every tool takes a ``workspace``. ``soft``: seconds after
+    which a running command is left to itself and its call answered with a job. Such a job lives in
+    this process (commands begun with background=true live on the host, and outlive it): to begin
+    every command as a job of the host, with files for its output there, would double what a call costs.
+    """
+
+    def __init__(self, project: Project, workspace: str, host: str, write: Callable[[bytes, Cancel], None],
+                 manage: bool = False, soft: float = MCP_SOFT) -> None:
         import threading
         self.write, self.ending = write, Cancel()
         self.mutex = threading.Lock()
         self.calls: Dict[Union[str, int], Call] = {}
         self.version = ""           # of the handshake era, once agreed
         self.closed = False         # nobody reads our output any more
+        self.project, self.workspace, self.host, self.op = project, workspace, host, ""  # op: the workspace's, as last seen
+        self.manage, self.soft = manage, soft
+        self.tools = dict(TOOLS, **MANAGE_TOOLS) if manage else TOOLS
+        self.running: Dict[str, Running] = {}
+        self.making: Dict[str, Running] = {}    # workspaces, by name
+        place = host or self.host_of(workspace) or "configured for it"
+        self.instructions = MCP_INSTRUCTIONS.format(name=workspace, host=place[:36], soft=soft, room=MCP_ROOM)
 
-    def request(self, number: Union[str, int], method: str, params: Any, reply: Callable[..., None]) -> None:
-        """Answer by ``reply(result)``, now or later from another thread, or raise ProtocolError."""
-        raise NotImplementedError
+    def run(self, lines: Iterable[bytes]) -> int:
+        """Serve until the end of input; then end what runs in the foreground. Returns 0."""
+        import concurrent.futures
+        self.pool = concurrent.futures.ThreadPoolExecutor(MCP_AT_ONCE)
+        try:
+            for line in lines:
+                if self.closed:
+                    break
+                if line.strip():
+                    self._line(line)
+            grace = Deadline(0 if self.closed else MCP_GRACE)
+            while self.calls and not grace.over():
+                time.sleep(0.01)
+        finally:
+            self.ending.set()
+            for call in list(self.calls.values()):
+                call.cancel.set()
+            works = list(self.running.values()) + list(self.making.values())
+            for work in works:
+                work.cancel.set()
+            self.pool.shutdown(wait=True)
+            for work in works:
+                work.wait(STOP_PATIENCE, Cancel())
+        return 0
 
-    def read(self, lines: Iterable[bytes]) -> None:
-        """Take messages until the end of input; calls may run on then."""
-        for line in lines:
-            if self.closed:
-                break
-            if line.strip():
-                self._line(line)
-
-    def send(self, message: Union[Dict[str, Any], List[Any], None]) -> None:
+    def send(self, message: Dict[str, Any]) -> None:
         import json
         data = json.dumps(message).encode("ascii") + b"\n"  # ASCII: U+2028 is a line end to some
         with self.mutex:
             try:
-                if not self.closed and message:
+                if not self.closed:
                     self.write(data, self.ending)
             except KeyboardInterrupt:
                 self.closed = True  # half a line may be out: nothing can follow it
@@ -8041,44 +8046,27 @@ class JsonRpc:
                 value = strict_json(line)
             except ValueError:
                 raise ProtocolError(-32700, "A line is not JSON.")
-            if not isinstance(value, list):
-                self._message(value, self.send)
-            elif self.version not in ("", "2025-03-26", "2024-11-05"):
-                raise ProtocolError(-32600, "Batches are not part of this protocol version.")
-            elif not 0 < len(value) <= MCP_PENDING:
-                raise ProtocolError(-32600, "A batch holds 1 to %d messages." % MCP_PENDING)
-            else:
-                self._batch(value)
+            batch = isinstance(value, list)
+            if batch and not (value and self.version == "2025-03-26"):  # the one that has them
+                raise ProtocolError(-32600, "A line holds one message in this protocol version.")
+            for message in value if batch else [value]:
+                self._message(message)
         except ProtocolError as error:
             self.send(error_message(None, error))
 
-    def _batch(self, messages: List[Any]) -> None:
-        """Answered by one array, once every message has said its own answer, or that it has none."""
-        answers: List[Any] = []
-        left = [len(messages)]
-
-        def collect(message: Optional[Dict[str, Any]]) -> None:
-            with self.mutex:
-                answers.extend([message] if message else [])
-                left[0] -= 1
-                last = not left[0]
-            if last:
-                self.send(answers)
-        for message in messages:
-            self._message(message, collect)
-
-    def _message(self, message: Any, send: Callable[[Optional[Dict[str, Any]]], None]) -> None:
-        """Call ``send`` once, now or later: with the answer, or None where there is to be none."""
+    def _message(self, message: Any) -> None:
+        """Answer it, now or later, where it wants an answer: one line for each, also of a batch."""
         number = None
 
-        def reply(result: Optional[Dict[str, Any]] = None, error: Optional[ProtocolError] = None) -> None:
-            send(error_message(number, error) if error else None if result is None else {"jsonrpc": "2.0", "id": number, "result": result})
+        def reply(result: Union[Dict[str, Any], ProtocolError]) -> None:
+            self.send(error_message(number, result) if isinstance(result, ProtocolError) else
+                      {"jsonrpc": "2.0", "id": number, "result": result})
         try:
             if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
                 raise ProtocolError(-32600, "A message is not a JSON-RPC 2.0 object.")
             method, asked, params = message.get("method"), message.get("id"), message.get("params", {})
             if method is None and ("result" in message or "error" in message):
-                return reply()  # an answer to what we never asked
+                return  # an answer to what we never asked
             if not isinstance(method, str) or ("id" in message and (isinstance(asked, bool) or not isinstance(asked, (str, int)))):
                 raise ProtocolError(-32600, "A message has no method, or an id that is neither text nor a whole number.")
             number = asked
@@ -8086,74 +8074,16 @@ class JsonRpc:
                 return self.request(number, method, params, reply)
             if method == "notifications/cancelled" and isinstance(params, dict):
                 self._cancelled(params.get("requestId"))
-            reply()
         except ProtocolError as error:
-            reply(error=error)
+            reply(error)
         except Exception as bug:  # no input ends the server
-            reply(error=defect(bug))
+            reply(defect(bug))
 
     def _cancelled(self, number: object) -> None:
         call = self.calls.get(number) if isinstance(number, (str, int)) and not isinstance(number, bool) else None
         if call:
             call.dropped = True  # nothing more is to be sent for it
             call.cancel.set()
-
-
-def page(text: str, offset: int, facts: List[str]) -> Tuple[str, int]:
-    """The lines of a file that fit, and where to go on."""
-    if len(text) <= MCP_ROOM:
-        return text, 0
-    shown = text[:text.rfind("\n", 0, MCP_ROOM) + 1]
-    if not shown:
-        more = " Go on with offset=%d." % (offset + 1) if text.find("\n") + 1 not in (0, len(text)) else ""
-        facts.append("Line %d is longer than what fits here, and cut: use exec with cut or head -c.%s" % (offset, more))
-        return text[:MCP_ROOM], 0
-    facts.append("Shown are lines %d to %d; go on with offset=%d. A longer line is cut: use exec with cut or head -c."
-                 % (offset, offset + shown.count("\n") - 1, offset + shown.count("\n")))
-    return shown, 0
-
-
-class McpServer(JsonRpc):
-    """One MCP server on one stdio.
-
-    Bound to ``workspace``, made on ``host`` at the first call if need be; with ``manage`` the
-    workspace commands are tools too, and every tool takes a ``workspace``. ``soft``: seconds after
-    which a running command is left to itself and its call answered with a job. Such a job lives in
-    this process (commands begun with background=true live on the host, and outlive it): to begin
-    every command as a job of the host, with files for its output there, would double what a call costs.
-    """
-
-    def __init__(self, project: Project, workspace: str, host: str, write: Callable[[bytes, Cancel], None],
-                 manage: bool = False, soft: float = MCP_SOFT) -> None:
-        super().__init__(write)
-        self.project, self.workspace, self.host, self.op = project, workspace, host, ""  # op: the workspace's, as last seen
-        self.manage, self.soft = manage, soft
-        self.tools = dict(TOOLS, **MANAGE_TOOLS) if manage else TOOLS
-        self.running: Dict[str, Running] = {}
-        self.making: Dict[str, Running] = {}    # workspaces, by name
-        place = host or self.host_of(workspace) or "configured for it"
-        self.instructions = MCP_INSTRUCTIONS.format(name=workspace, host=place[:36], soft=soft, room=MCP_ROOM)
-
-    def run(self, lines: Iterable[bytes]) -> int:
-        """Serve until the end of input; then end what runs in the foreground. Returns 0."""
-        import concurrent.futures
-        self.pool = concurrent.futures.ThreadPoolExecutor(MCP_AT_ONCE)
-        try:
-            self.read(lines)
-            grace = Deadline(0 if self.closed else MCP_GRACE)
-            while self.calls and not grace.over():
-                time.sleep(0.01)
-        finally:
-            self.ending.set()
-            for call in list(self.calls.values()):
-                call.cancel.set()
-            works = list(self.running.values()) + list(self.making.values())
-            for work in works:
-                work.cancel.set()
-            self.pool.shutdown(wait=True)
-            for work in works:
-                work.wait(STOP_PATIENCE, Cancel())
-        return 0
 
     def request(self, number: Union[str, int], method: str, params: Any, reply: Callable[..., None]) -> None:
         meta = params.get("_meta", {}) if isinstance(params, dict) else None
@@ -8169,10 +8099,10 @@ class McpServer(JsonRpc):
         if asked is not None and not isinstance(meta.get(MCP_META + "clientCapabilities"), dict):
             raise ProtocolError(-32602, "_meta has no %sclientCapabilities." % MCP_META)
 
-        def answer(result: Optional[Dict[str, Any]] = None, error: Optional[ProtocolError] = None) -> None:
-            if stateless and result is not None:
+        def answer(result: Union[Dict[str, Any], ProtocolError]) -> None:
+            if stateless and isinstance(result, dict):
                 result = dict(result, resultType="complete", _meta={MCP_META + "serverInfo": self._info()})
-            reply(result, error)
+            reply(result)
         fresh = {"ttlMs": 3600000, "cacheScope": "private"} if stateless else {}
         if method == "tools/call":
             self._begin(number, params, meta, answer)
@@ -8220,18 +8150,18 @@ class McpServer(JsonRpc):
         self.pool.submit(self._call, number, call, tool, params.get("arguments", {}))
 
     def _call(self, number: Union[str, int], call: Call, tool: Tool, arguments: Any) -> None:
-        error: Optional[ProtocolError] = None
-        text, failed = "", False
         try:
             call.cancel.check()
-            text = self._tool(call, tool, arguments)
+            text, failed = self._tool(call, tool, arguments), False
+            answer: Any = None
         except Exception as failure:
             known = expected(failure)
-            text, failed, error = (self._failure(known), True, None) if known else ("", False, defect(failure))
+            text, failed = self._failure(known) if known else "", True
+            answer = None if known else defect(failure)
         self.calls.pop(number, None)
         call.cancel.close()
-        answer = {"content": [{"type": "text", "text": text[:MCP_ROOM * 2]}], "isError": failed}
-        call.reply(answer if error is None and not call.dropped else None, None if call.dropped else error)
+        if not call.dropped:
+            call.reply(answer or {"content": [{"type": "text", "text": text[:MCP_ROOM * 2]}], "isError": failed})
 
     def _failure(self, failure: CmuxError) -> str:
         try:
@@ -8892,6 +8822,10 @@ class Terminal(Report):
         """The work in workspace ``name`` is over."""
         self.sink.end()
 
+    def sink_of(self, name: str, fd: int, patience: Optional[Patience] = None) -> Outlet:
+        """For what a command in workspace ``name`` prints."""
+        return Outlet(fd, patience)
+
     def close(self) -> None:
         """Nothing more is drawn, also by threads that go on."""
         self.redraws = False
@@ -8939,7 +8873,7 @@ class Live(Terminal):
         self.width, self.drawn, self.paused = max(map(len, names or [""])), 0, False
         self.start = time.monotonic()
         self.lanes: Dict[str, Tuple[str, float]] = dict.fromkeys(names, ("", 0.0))  # what is done, and since when
-        self.sinks: Dict[str, Labelled] = {}
+        self.sinks: Dict[str, Outlet] = {}
         self.ended: Set[str] = set()
         Launcher.tell, Launcher.alert, Live.shown_now = self.note, self.warn, self
         Lock.tell = self.note
@@ -8957,12 +8891,12 @@ class Live(Terminal):
     def line(self, text: str) -> None:
         self.put(lambda: Terminal.line(self, text))
 
-    def label(self, name: str, fd: int) -> Labelled:
-        return Labelled(fd, "%s | " % name.ljust(self.width), self)
+    def sink_of(self, name: str, fd: int, patience: Optional[Patience] = None) -> Outlet:
+        return Labelled(fd, "%s | " % name.ljust(self.width), self, patience)
 
     def output(self, data: bytes, what: str) -> None:
         if self.verbosity >= 0:
-            self.sinks.setdefault(what, self.label(what, 2))(data)
+            self.sinks.setdefault(what, self.sink_of(what, 2))(data)
 
     def step(self, what: str, doing: str) -> None:
         self.lanes[what], self.paused = (doing, time.monotonic()), False
@@ -9027,20 +8961,54 @@ class Live(Terminal):
         return "%s %s" % (doing, human_age(time.monotonic() - since))
 
 
-def write_out(fd: int, data: bytes, harmless: bool = False) -> None:
+class Patience:
+    """How long whoever reads our output is waited for: without an end until the deadline, or an
+    event of one of ``ends``; then ``grace`` seconds. What he has not taken by then is dropped."""
+
+    def __init__(self, grace: float, *ends: Tuple[Any, int]) -> None:
+        self.grace, self.ends, self.deadline = grace, ends, Deadline(None)
+        self.lost: Set[int] = set()  # descriptors that nobody reads
+
+    def takes(self, fd: int) -> bool:
+        """Wait until ``fd`` takes some bytes (PIPE_BUF, of a pipe); False if that is given up."""
+        poller, left = select.poll(), self.deadline.left()
+        for thing, events in ((fd, select.POLLOUT), *self.ends):
+            poller.register(thing, events)
+        if fd not in self.lost and fd not in dict(poller.poll(left and left * 1000)):
+            for thing, _ in self.ends:
+                poller.unregister(thing)
+            self.lost.update([] if poller.poll(self.grace * 1000) else [fd])
+        return fd not in self.lost
+
+    def full(self, fd: int) -> None:
+        """``fd`` took nothing, though it was to: a terminal with room for half a line end."""
+        time.sleep(0.05)
+        poller = select.poll()
+        for thing, events in self.ends:
+            poller.register(thing, events)
+        self.lost.update([fd] if poller.poll(0) or self.deadline.over() else [])
+
+
+def own_terminal(fd: int) -> int:
+    """A terminal opened once more, for writes that do not block: so ``fd`` stays as others need it."""
+    try:
+        return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return fd
+
+
+def write_out(fd: int, data: bytes, harmless: bool = False, patience: Optional[Patience] = None) -> None:
     """Bytes to our stdout or stderr: raw into a pipe or file, neutralised on a terminal."""
     if not harmless and os.isatty(fd):
         data = neutralise(data).encode("utf-8", "replace")
-    view = memoryview(data)
-    while view:
+    view, patience = memoryview(data), patience or Patience(0)
+    while view and patience.takes(fd):
         try:
-            view = view[os.write(fd, view):]
+            view = view[os.write(fd, view[:select.PIPE_BUF]):]
         except BrokenPipeError:
             raise PipeClosed("The output was closed.")
         except BlockingIOError:
-            poller = select.poll()
-            poller.register(fd, select.POLLOUT)
-            poller.poll()
+            patience.full(fd)
         except OSError as error:
             raise OutputFailed("The output cannot be written: %s." % os.strerror(error.errno or 0))
 
@@ -9065,19 +9033,10 @@ def terminal_width() -> int:
 def answer_out(data: bytes, ending: Cancel) -> None:
     """Bytes to stdout, for whoever asks on stdin. When he has closed that, or it is ``ending``, and
     he reads no more, they are given up."""
-    poller, wait = select.poll(), None
-    for fd, event in ((1, select.POLLOUT), (0, 0), (ending.fileno(), select.POLLIN)):  # of stdin only its end
-        poller.register(fd, event)
-    while data:
-        if 1 in dict(poller.poll(wait)):
-            write_out(1, data[:4096])  # what poll() has promised room for
-            data = data[4096:]
-        elif wait:
-            raise PipeClosed("Nobody reads the answers.")
-        else:
-            wait = MCP_GRACE * 1000
-            poller.unregister(0)
-            poller.unregister(ending.fileno())
+    patience = Patience(MCP_GRACE, (0, 0), (ending, select.POLLIN))  # of stdin only its end
+    write_out(1, data, patience=patience)
+    if patience.lost:
+        raise PipeClosed("Nobody reads the answers.")
 
 
 def print_text(text: str) -> None:
@@ -9121,58 +9080,165 @@ def open_project(options: argparse.Namespace) -> Project:
 # -- the commands: each takes the parsed options and returns an exit code --
 
 def command_exec(options: argparse.Namespace) -> int:
-    began = time.monotonic()
-    names, known = list(options.workspace or []), None  # type: List[str], Optional[str]
-    try:
-        environment = parse_environment(options.env)
-        command: Union[str, List[str]] = options.command[0] if len(options.command) == 1 else options.command
-        project = open_project(options)
-        if options.all and names:
+    return Execution(options).run()
+
+
+class Execution:
+    """A command in one workspace, or in several at once: a row for each."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.cancel = options, Cancel()
+        self.environment, self.command = parse_environment(options.env), options.command
+        if len(self.command) == 1:
+            self.command = self.command[0]
+        self.project = open_project(options)
+        self.names = self._names(list(dict.fromkeys(options.workspace or [])))
+        self.many = options.all or len(self.names) > 1
+        self._check()
+        self.terminal = (Live(options.verbosity, self.names) if self.many
+                         else Terminal(options.verbosity))
+        self.errors: Dict[str, CmuxError] = {}
+
+    def _names(self, given: List[str]) -> List[str]:
+        if not self.options.all:
+            return given or [self.project.default_workspace()]
+        if given:
             raise UsageError("--all takes no -w.")
-        if options.all:
-            names = sorted(project.entries())
-            if not names:
-                raise WorkspaceMissing("This project has no workspaces.", "Make some: %s new NAME -H HOST" % PROGRAM)
-        if options.detach and options.timeout:
+        names = sorted(self.project.entries())
+        if not names:
+            raise WorkspaceMissing("This project has no workspaces.",
+                                   "Make some: %s new NAME -H HOST" % PROGRAM)
+        return names
+
+    def _check(self) -> None:
+        detach, name = self.options.detach, self.names[0]
+        if detach and self.options.timeout:
             raise UsageError("--detach takes no --timeout.", "End the job with: %s stop ID" % PROGRAM)
-        names = list(dict.fromkeys(names)) or [project.default_workspace()]
-        if len(names) > 1 or options.all:
-            if options.detach:
-                raise UsageError("--detach takes one workspace.", "Run it once for each.")
-            if not options.no_stdin and data_waits(0):
-                raise UsageError("With several workspaces exec passes stdin on to none of them.", "Say so with -n, or run it once for each.")
-            return exec_many(project, names, command, environment, options)
-        if options.detach and not options.no_stdin and data_waits(0):
-            raise UsageError("A job takes no stdin.", "Write it first (... | %s write -w %s FILE), and then exec --detach -- 'CMD <FILE'; or say -n."
-                             % (PROGRAM, names[0]))
-        terminal, known = Terminal(options.verbosity), project.entries().get(names[0], {}).get("host")
-        workspace = project.ensure(names[0], options.host or "", report=terminal)
-        if options.push and project.push(workspace.name, report=terminal):
-            workspace = project.workspace(workspace.name)
-        point_out_stale(project, workspace, terminal)
-        if options.detach:
-            job = workspace.start(command, options.cwd, environment, options.login)
-            print_json({"job": job, "workspace": workspace.name}) if options.json else print_text(job)
-            if not options.no_stdin and data_waits(0):  # of a slow writer
-                terminal.warn("The job does not read what came on stdin.")
-            return 0
-        return exec_one(workspace, command, environment, options, began)
-    except PipeClosed:
-        raise
-    except CmuxError as error:
-        code = error.exit_code if error.exit_code in (130, 255) else 125
-        if options.json:
-            print_json(exec_failure(names[0] if names else None, options.host or known, code, error, began))
+        if detach and self.many:
+            raise UsageError("--detach takes one workspace.", "Run it once for each.")
+        if (detach or self.many) and not self.options.no_stdin and data_waits(0):
+            if self.many:
+                raise UsageError("With several workspaces exec passes stdin on to none of them.",
+                                 "Say so with -n, or run it once for each.")
+            raise UsageError("A job takes no stdin.", "Write it first (... | %s write -w %s FILE), "
+                             "and then exec --detach -- 'CMD <FILE'; or say -n." % (PROGRAM, name))
+
+    def run(self) -> int:
+        """All of them, and what is to be said at the end; the worst exit code."""
+        began, jobs = time.monotonic(), [functools.partial(self._row, name) for name in self.names]
+        try:
+            rows = in_parallel(jobs, self.options.at_once or 0, self.cancel)
+        finally:
+            self.terminal.close()
+        for at, row in enumerate(rows):
+            if isinstance(row, PipeClosed):
+                raise row
+            if isinstance(row, CmuxError):  # not begun
+                rows[at] = exec_failure(self.names[at], self.options.host, row, began)
+        if self.options.json:
+            print_json(rows if self.many else rows[0])
+        elif self.many:
+            self._sum_up(rows, time.monotonic() - began)
         else:
-            report_error(error)
-        return code
+            self._tell(rows[0])
+        return max(int(row.get("exit_code", 0)) for row in rows)
+
+    def _row(self, name: str) -> Dict[str, Any]:
+        options, began, row = self.options, time.monotonic(), {"exit_code": 1}
+        patience, host = Patience(0.5, (self.cancel, select.POLLIN)), options.host
+        out, err = self._sink(name, 1, patience), self._sink(name, 2, patience)
+        try:
+            host = host or self.project.entries().get(name, {}).get("host")
+            workspace = self._workspace(name)
+            if options.detach:
+                return self._detach(workspace)
+            self.terminal.step(name, "running")
+            source = None if options.no_stdin or self.many else open_stdin()
+            patience.deadline = Deadline(options.timeout)
+            outcome = workspace.run(self.command, out, err, source, options.cwd, self.environment,
+                                    options.login, options.timeout, self.cancel)
+            result = exec_result(workspace, outcome, out, err, began)
+            row = json_fields(dict(result.as_dict(), error=None))
+        except PipeClosed:
+            self.cancel.set()
+            raise
+        except CmuxError as error:
+            self.errors[name] = error
+            row = exec_failure(name, host, error, began)
+            row.update(json_fields({"stdout": out.value(), "stderr": err.value()}))
+        finally:
+            if not options.json:
+                out.end()
+                err.end()
+            self.terminal.end(name, row["exit_code"])
+        return row
+
+    def _sink(self, name: str, fd: int, patience: Patience) -> Any:
+        if self.options.json:
+            return Capture(TOOL_CAPTURE if self.many else CAPTURE_MAX)
+        return self.terminal.sink_of(name, fd, patience)
+
+    def _workspace(self, name: str) -> Workspace:
+        host, report, cancel = self.options.host or "", self.terminal, self.cancel
+        report.step(name, "connecting")
+        workspace = self.project.ensure(name, host, report=report, cancel=cancel)
+        if self.options.push and self.project.push(name, report=report, cancel=cancel):
+            workspace = self.project.workspace(name)
+        if self.many:
+            workspace.host.masters.connect(Deadline(SLOT_PATIENCE), cancel)
+        else:
+            point_out_stale(self.project, workspace, report)
+        return workspace
+
+    def _detach(self, workspace: Workspace) -> Dict[str, Any]:
+        options = self.options
+        job = workspace.start(self.command, options.cwd, self.environment, options.login, self.cancel)
+        if not options.no_stdin and data_waits(0):  # of a slow writer
+            self.terminal.warn("The job does not read what came on stdin.")
+        return {"job": job, "workspace": workspace.name}
+
+    def _tell(self, row: Mapping[str, Any]) -> None:
+        """Of one: its job, its error, or how it was stopped."""
+        if "job" in row:
+            print_text(row["job"])
+        elif row["error"]:
+            report_error(self.errors.get(row["workspace"]) or Cancelled("Interrupted."))
+        elif row["stopped"]:
+            self.terminal.warn("The command was %s; %s." % (
+                "stopped after %g s" % self.options.timeout if row["timed_out"] else "interrupted",
+                STOPPED[row["stopped"]] % (" on " + row["host"])))
+
+    def _sum_up(self, rows: List[Dict[str, Any]], seconds: float) -> None:
+        bad: Dict[str, List[str]] = {}  # how -> which: a host that is down is said once
+        for row in rows:
+            if row["exit_code"]:
+                bad.setdefault(how_failed(row), []).append(row["workspace"])
+        failed = ", ".join("%s (%s)" % (", ".join(which), how) for how, which in bad.items())
+        self.terminal.warn("%d of %d succeeded in %.1f s%s" % (
+            len(rows) - sum(map(len, bad.values())), len(rows), seconds,
+            "; failed: " + failed if bad else "."))
 
 
-def exec_failure(name: Optional[str], host: Optional[str], code: int, error: CmuxError, began: float) -> Dict[str, Any]:
+STOPPED = {"confirmed": "its processes%s have ended", "requested": "its end%s was asked for, not seen",
+           "unknown": "whether it still runs%s is unknown"}
+
+
+def how_failed(row: Mapping[str, Any]) -> str:
+    """The exit code of one of many, and what is to be said of it."""
+    why = [row["error"]["message"]] if row["error"] else []
+    why += ["stopped, " + STOPPED[row["stopped"]] % ""] if row["stopped"] else []
+    return ": ".join([str(row["exit_code"])] + why)
+
+
+def exec_failure(name: Optional[str], host: Optional[str], error: CmuxError, began: float) -> Dict[str, Any]:
     """The object of `exec --json` for a command that did not run, or whose line was lost."""
-    return {"workspace": name, "host": getattr(error, "host", None) or host, "exit_code": code, "stdout": "",
+    return {"workspace": name, "host": getattr(error, "host", None) or host, "exit_code": exec_code(error), "stdout": "",
             "stderr": "", "timed_out": False, "duration": round(time.monotonic() - began, 3),
             "truncated": False, "stopped": "unknown" if getattr(error, "begun", False) else None, "error": error_fields(error)}
+
+
+def exec_code(error: CmuxError) -> int:
+    return error.exit_code if error.exit_code in (130, 255) else 125
 
 
 def data_waits(fd: int) -> bool:
@@ -9186,85 +9252,42 @@ def data_waits(fd: int) -> bool:
     return pipe and any(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))
 
 
-def exec_many(project: Project, names: List[str], command: Union[str, List[str]], environment: Dict[str, str],
-              options: argparse.Namespace) -> int:
-    """The same command in several workspaces at once: every line labelled, a summary, the worst code."""
-    cancel, began = Cancel(), time.monotonic()
-    live = Live(options.verbosity, names)
+class Outlet:
+    """A sink to our stdout or stderr."""
 
-    def one(name: str) -> Dict[str, Any]:
-        start = time.monotonic()
-        out: Any = Capture(TOOL_CAPTURE) if options.json else live.label(name, 1)
-        err: Any = Capture(TOOL_CAPTURE) if options.json else live.label(name, 2)
-        try:
-            live.step(name, "connecting")
-            workspace = project.ensure(name, options.host or "", report=live, cancel=cancel)
-            if options.push and project.push(name, report=live, cancel=cancel):
-                workspace = project.workspace(name)
-            workspace.host.masters.connect(Deadline(SLOT_PATIENCE), cancel)
-            live.step(name, "running")
-            outcome = workspace.run(command, out, err, None, options.cwd, environment, options.login, options.timeout, cancel)
-        except CmuxError as error:
-            code = error.exit_code if error.exit_code in (130, 255) else 125
-            lost = exec_failure(name, options.host, code, error, start)
-            return json_fields(dict(lost, stdout=out.value(), stderr=err.value())) if options.json else lost
-        finally:
-            if not options.json:
-                out.end()
-                err.end()
-        row = {"workspace": name, "host": workspace.host.name, "exit_code": outcome.exit_code,
-               "timed_out": outcome.reason == "timeout", "duration": round(time.monotonic() - start, 3), "error": None,
-               "stopped": outcome.stopped}
-        if options.json:
-            row.update(json_fields({"truncated": out.truncated or err.truncated, "stdout": out.value(), "stderr": err.value()}))
-        return row
+    truncated = False
 
-    def shown(name: str) -> Dict[str, Any]:
-        row: Dict[str, Any] = {"exit_code": 1}
-        try:
-            row = one(name)
-            return row
-        finally:
-            live.end(name, row["exit_code"])
-    try:
-        rows = in_parallel([functools.partial(shown, name) for name in names], options.at_once or 0, cancel)
-    finally:
-        live.close()
-    rows = [exec_failure(name, options.host, 130, row, began) if isinstance(row, CmuxError) else row
-            for name, row in zip(names, rows)]
-    if options.json:
-        print_json(rows)
-    else:
-        bad: Dict[str, List[str]] = {}  # how -> which: a host that is down is said once
-        for row in rows:
-            if row["exit_code"]:
-                bad.setdefault(how_failed(row), []).append(row["workspace"])
-        live.warn("%d of %d succeeded in %.1f s%s" % (
-            len(rows) - sum(map(len, bad.values())), len(rows), time.monotonic() - began, "." if not bad else "; failed: " + ", ".join(
-                "%s (%s)" % (", ".join(which), how) for how, which in bad.items())))
-    return max((int(row["exit_code"]) for row in rows), default=0)
+    def __init__(self, fd: int, patience: Optional[Patience] = None) -> None:
+        self.text = TerminalText() if os.isatty(fd) else None
+        self.fd, self.patience = own_terminal(fd) if self.text and patience else fd, patience
+
+    def __call__(self, data: bytes, last: bool = False) -> None:
+        shown = self.text(data, last).encode() if self.text else data
+        write_out(self.fd, shown, True, self.patience)
+
+    def end(self) -> None:
+        """No more comes: what waits for its other half is written as it is."""
+        self(b"", True)
+
+    def value(self) -> bytes:
+        """What is kept of it: nothing, where a Capture keeps."""
+        return b""
 
 
-def how_failed(row: Mapping[str, Any]) -> str:
-    """The exit code of one of many, and what is to be said of it."""
-    stopped = {"confirmed": ": stopped, its processes have ended", "requested": ": its end was asked for, not seen",
-               "unknown": ": whether it still runs is unknown"}.get(row.get("stopped") or "", "")
-    return "%d%s%s" % (row["exit_code"], ": " + row["error"]["message"] if row["error"] else "", stopped)
-
-
-class Labelled:
+class Labelled(Outlet):
     """A sink that writes whole lines, each behind a label; one writer at a time."""
 
-    def __init__(self, fd: int, label: str, live: Live) -> None:
-        self.fd, self.label, self.live, self.held = fd, label.encode(), live, b""
-        self.text = TerminalText() if os.isatty(fd) else None
+    def __init__(self, fd: int, label: str, live: Live, patience: Optional[Patience]) -> None:
+        super().__init__(fd, patience)
+        self.label, self.live, self.held = label.encode(), live, b""
 
-    def __call__(self, data: bytes) -> None:
+    def __call__(self, data: bytes, last: bool = False) -> None:
         *lines, self.held = (self.held + data).split(b"\n")
         if len(self.held) > CHUNK:  # a line without end is passed on in pieces
             lines, self.held = lines + [self.held], b""
         if lines:
-            self.live.put(lambda: write_out(self.fd, b"".join(self.label + self._shown(line) + b"\n" for line in lines), harmless=True))
+            text = b"".join(self.label + self._shown(line) + b"\n" for line in lines)
+            self.live.put(lambda: write_out(self.fd, text, True, self.patience))
 
     def _shown(self, line: bytes) -> bytes:
         """The line; on a terminal what a carriage return leads back to is again behind the label."""
@@ -9273,72 +9296,6 @@ class Labelled:
     def end(self) -> None:
         if self.held:
             self(b"\n")
-
-
-def exec_one(workspace: Workspace, command: Union[str, List[str]], environment: Dict[str, str],
-             options: argparse.Namespace, began: float) -> int:
-    source = None if options.no_stdin else open_stdin()
-    if options.json:
-        out: Any = Capture()
-        err: Any = Capture()
-    else:
-        out, err = Outlet(1), Outlet(2)
-    try:
-        if options.timeout and not options.json:
-            alarm(options.timeout + 0.5, lambda: out.writing or err.writing)
-        outcome = workspace.run(command, out, err, source, options.cwd, environment, options.login, options.timeout)
-    except HostError as error:
-        if not options.json:
-            raise
-        lost = exec_failure(workspace.name, workspace.host.name, 255, error, began)
-        print_json(json_fields(dict(lost, stdout=out.value(), stderr=err.value())))  # what had come is not lost
-        return 255
-    except KeyboardInterrupt as interrupt:
-        outcome = getattr(interrupt, "outcome", None) or Outcome(status=None, stopped=None, reason="cancel")
-    finally:
-        alarm(0, bool)
-        if not options.json:
-            out.end()
-            err.end()
-    if options.json:
-        result = exec_result(workspace, outcome, out, err, began)
-        print_json(json_fields(dict(result.as_dict(), error=None)))
-        return int(result.exit_code)
-    if outcome.reason and not outcome.stopped:
-        Terminal(options.verbosity).warn("Interrupted before the command began.")
-        return 130
-    if outcome.reason:
-        why = {"timeout": "The command was stopped after %g s" % (options.timeout or 0),
-               "cancel": "The command was interrupted"}[outcome.reason]
-        how = {"confirmed": "its processes on %s have ended", "requested": "its end on %s was asked for, not seen",
-               "unknown": "whether it still runs on %s is unknown"}[outcome.stopped or "unknown"]
-        Terminal(options.verbosity).warn("%s; %s." % (why, how % workspace.host.name))
-        return 124 if outcome.reason == "timeout" else 130
-    return int(outcome.status or 0)
-
-
-class Outlet:
-    """A sink to our stdout or stderr. Interrupted while its reader did not read, it gives up, so
-    that the command over there can still be ended."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd, self.stuck, self.writing = fd, False, False
-        self.text = TerminalText() if os.isatty(fd) else None
-
-    def __call__(self, data: bytes, last: bool = False) -> None:
-        try:
-            self.writing = True
-            if not self.stuck:
-                write_out(self.fd, self.text(data, last).encode() if self.text else data, harmless=True)
-        except KeyboardInterrupt:
-            self.stuck = True
-            raise
-        finally:
-            self.writing = False
-
-    def end(self) -> None:
-        """No more comes: what waits for its other half is written as it is."""
-        self(b"", True)
 
 
 def open_stdin() -> Optional[Source]:
@@ -10341,11 +10298,11 @@ def report_error(error: CmuxError) -> None:
 
 def fail(words: Sequence[str], error: CmuxError) -> int:
     """Say what went wrong, with --json on stdout too; the exit code."""
-    code = 125 if words[:1] == ["exec"] and error.exit_code in (1, 2) else error.exit_code
+    code = exec_code(error) if words[:1] == ["exec"] else error.exit_code
     report_error(error)
     if "--json" in words[:words.index("--") if "--" in words else None]:
         try:
-            print_json(exec_failure(None, None, code, error, time.monotonic()) if words[:1] == ["exec"] else {"error": error_fields(error)})
+            print_json(exec_failure(None, None, error, time.monotonic()) if words[:1] == ["exec"] else {"error": error_fields(error)})
         except CmuxError:
             pass  # nobody can be told
     return code
