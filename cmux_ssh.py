@@ -122,8 +122,7 @@ LOG_MAX = 64 * 1024         # of ssh's own words that are read back
 CHUNK = 128 * 1024          # one read or write
 BULK_FROM = 256 * 1024      # an archive over this gets its own connection: a proxy was seen to
                             # cut a multiplexed 646 MB upload at 815,458 bytes without an error
-FIRST_PIECE = 1024 * 1024   # of such an archive goes plain, to measure the line; half of ssh's window
-FAST_LINE = 20e6            # bytes a second from which the rest goes plain, too: at 30 MB/s gzip gains nothing
+GZIP_FROM = 0.003           # seconds of a round trip: what is nearer has a line faster than gzip
 GZIP_LEVEL = 4              # measured: level 1 leaves a fifth more to send, 6 takes twice the CPU for 6 %
 CAPTURE_MAX = 8 * 1024 * 1024  # of stdout, and of stderr, kept in memory: head and tail
 REPLY_MAX = 1024 * 1024     # what one of our own scripts may say
@@ -993,7 +992,7 @@ _clist() {
 #   replies: root <path>; init, if there is a hook to run; made. Status 20: the name is taken;
 #   21: the base is not here; it then names those that a delta may stand on, newest first (long chains end).
 #   Called again with the same op after a lost line, it says made.
-# A base is a directory bases/<id>: tree.tar as it came, git/ (a repository of one commit) where
+# A base is a directory bases/<id>: whole.tar as it came, git/ (a repository of one commit) where
 # the host has git. Times are the host's own (tar's m): with those of a client whose clock is ahead, make would
 # rebuild for ever. A kept tar is faster to unpack than a tree is to copy (0.53 s against 0.67 s
 # for 20,000 files), costs one inode, and can be checked at any time.
@@ -1018,12 +1017,12 @@ _cgit() { # $1 directory of the tree, $2 directory of the base
   rm -rf "$2/git.$op"; cp -R "$1/.git" "$2/git.$op" && mv "$2/git.$op" "$2/git"
   rm -rf "$2/git.$op" "$2/git/git.$op"
 }
-_chas() { [ -f "$1/tree.tar" ] || { [ -f "$1/delta.tar" ] && [ -f "$1/parent" ] && [ "${2:-1}" -lt 9 ] && _chas ".cmux/bases/$(cat "$1/parent")" $((${2:-1}+1)); }; }
+_chas() { [ -f "$1/whole.tar" ] || { [ -f "$1/changes.tar" ] && [ -f "$1/parent" ] && [ "${2:-1}" -lt 9 ] && _chas ".cmux/bases/$(cat "$1/parent")" $((${2:-1}+1)); }; }
 _cunpack() { # base destination: a whole tree, or the parent's with what is gone removed and the delta on top
-  if [ -f "$1/tree.tar" ]; then ( cd "$2" && tar -xmof "$root/$1/tree.tar" ); return; fi
-  _cunpack ".cmux/bases/$(cat "$1/parent")" "$2" && ( cd "$s" && tar -xmof "$root/$1/delta.tar" .cmux-gone ) || return 4
+  if [ -f "$1/whole.tar" ]; then ( cd "$2" && tar -xmof "$root/$1/whole.tar" ); return; fi
+  _cunpack ".cmux/bases/$(cat "$1/parent")" "$2" && ( cd "$s" && tar -xmof "$root/$1/changes.tar" .cmux-gone ) || return 4
   ( cd "$2" && while IFS= read -r f; do rm -rf "./$f"; while case $f in */*) ;; *) false;; esac; do f=${f%/*}; rmdir "./$f" 2>/dev/null || break; done; done <"$s/.cmux-gone"
-    tar -xmof "$root/$1/delta.tar" && rm -f .cmux-gone )
+    tar -xmof "$root/$1/changes.tar" && rm -f .cmux-gone )
 }
 _cnear() {
   ls -t .cmux/bases | while IFS= read -r f; do
@@ -1070,32 +1069,29 @@ _ccreate() {
 }
 """
 
-# UPLOAD root op parent piece: the stream becomes stage/<op>/base/tree.tar and, at once, stage/<op>/tree;
-#   with a parent, base/delta.tar: what differs from that base, and .cmux-gone, the paths to remove.
-#   With a piece, so many bytes come first; then it says gzip, if that works here, and first; then
-#   comes a line, gzip or plain: how the rest is sent. The client waits in between, so that what
-#   reads the piece cannot read too far. POSIX has had head -c since 2024 only; dd takes its time.
+# UPLOAD root op parent ask: the stream becomes stage/<op>/base/whole.tar and, at once, stage/<op>/tree;
+#   with a parent, base/changes.tar: what differs from that base, and .cmux-gone, the paths to remove.
+#   With ask, it says first gzip, if that works here, or plain; it answers a line at once, by which the client
+#   measures the round trip; then comes a line, gzip or plain: how the stream is sent.
 #   replies at the end: the line of cksum, which the client compares before it calls CREATE.
 # tar may stop reading at the end-of-archive blocks: the rest is drained, or tee would die.
-# The octal bytes are "gzip" and a newline, gzipped.
 UPLOAD = OPEN_ROOT + r"""
-_csave() { case $how in gzip) gzip -dc | tee -a "$f";; *) tee -a "$f";; esac; }
-_cfirst() { if head -c 1 </dev/null >/dev/null; then head -c "$1"; else dd ibs=1 count="$1"; fi; }
+_csave() { case $how in gzip) gzip -dc;; *) cat;; esac | tee "$f"; }
 _cop() {
   _croot "$1" || return
-  s=.cmux/stage/$2 f=$s/base/tree.tar how=
+  s=.cmux/stage/$2 f=$s/base/whole.tar how=
   mkdir -p "$s/base" || return 3
   case $3 in
-  ?*) f=$s/base/delta.tar; echo "$3" >"$s/base/parent" && echo $(($(cat ".cmux/bases/$3/depth" || echo 0)+1)) >"$s/base/depth";;
+  ?*) f=$s/base/changes.tar; echo "$3" >"$s/base/parent" && echo $(($(cat ".cmux/bases/$3/depth" || echo 0)+1)) >"$s/base/depth";;
   *) mkdir -p "$s/tree";;
   esac && : >"$f" || return 3
   case $4 in ?*)
-    printf '\037\213\010\000\000\000\000\000\002\003\113\257\312\054\340\002\000\377\174\136\141\005\000\000\000' | gzip -dc 2>/dev/null
-    _cfirst "$4" >"$f" || { rm -rf "$s"; return 4; }
-    echo first; read -r how;; esac
+    how=$(echo gzip | gzip 2>/dev/null | gzip -dc 2>/dev/null)
+    [ "$how" = gzip ] || how=plain
+    echo $how; read -r how; echo; read -r how;; esac
   case $3 in
   ?*) _csave >/dev/null;;
-  *) { [ ! -s "$f" ] || cat "$f"; _csave; } | ( umask 022; cd "$s/tree" && tar -xmof -; r=$?; cat >/dev/null; exit $r );;
+  *) _csave | ( umask 022; cd "$s/tree" && tar -xmof -; r=$?; cat >/dev/null; exit $r );;
   esac || { rm -rf "$s"; return 4; }
   cksum <"$f"
 }
@@ -1286,7 +1282,7 @@ PUSH = LOST + BASE + r"""
 _creflog() { :; } # what only a reflog has stays there
 _cn() { GIT_INDEX_FILE=$s/new.index git --git-dir="$g" --work-tree="$s/delta" -c core.fsmonitor=false -c core.looseCompression=0 "$@"; }
 _cdelta() { # the new base's commit, of the old one and the delta, without unpacking either
-  mkdir "$s/delta" && cd "$s/delta" && ( umask 022; tar -xmof "$root/$base/delta.tar" ) && _cn read-tree "$b" &&
+  mkdir "$s/delta" && cd "$s/delta" && ( umask 022; tar -xmof "$root/$base/changes.tar" ) && _cn read-tree "$b" &&
   tr '\n' '\0' <.cmux-gone | _cn update-index -z --force-remove --stdin && rm .cmux-gone && _cn add -f --ignore-removal . &&
   x=$(_cn write-tree) && _cn commit-tree "$x" -m base
 }
@@ -4319,8 +4315,10 @@ GIT_SAFE = ("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false",
             "-c", "core.bigFileThreshold=%d" % STREAMED_FROM, "-c", "pack.threads=1",
             "-c", "core.packedGitWindowSize=16m", "-c", "core.packedGitLimit=64m")
 # Bytes are the repository's own: no filter runs, no commit id, author or date is expanded, no
-# line end changes; a pull without a change is then an empty diff. export-ignore still holds.
-SHADOW_ATTRIBUTES = "* -text -eol -ident -filter -export-subst -working-tree-encoding\n"
+# line end changes; a pull without a change is then an empty diff. export-ignore is for releases:
+# an agent needs the tests, too.
+SHADOW_ATTRIBUTES = ("* -export-ignore -export-subst -text -eol -ident -filter "
+                     "-working-tree-encoding\n")
 
 
 def git_environment(**extra: str) -> Dict[str, str]:
@@ -4744,30 +4742,20 @@ class Shadow:
             before, after, _, oid, _ = row.decode("ascii").split(" ")
             yield before[1:], after, oid, next(rows)
 
-    def unsent(self, tree: str) -> Tuple[str, Dict[bytes, str]]:
-        """(the tree as the archive has it, what it lacks: path -> why). `git archive` leaves out
-        what .gitattributes mark export-ignore, and the content of submodules."""
-        absent, special, paths = {}, [], []  # type: Dict[bytes, str], List[str], List[bytes]
-        for mode, oid, path in self.listing(tree):
-            paths.append(path)
-            if mode == "160000":
-                absent[path] = "submodule"
-            elif path == b".gitattributes" or path.endswith(b"/.gitattributes"):
-                special.append(oid)
-        if any(b"export-ignore" in data for _, data in self.blobs(special)):
-            seen = set()
-            self.fill(tree)
-            for path in paths:
-                while b"/" in path:
-                    path = path.rpartition(b"/")[0]
-                    seen.add(path)
-            asked = [path + b"/" for path in seen] + paths  # as git archive asks: `docs/` in .gitattributes is met by that alone
-            ignored = {path.rstrip(b"/") for path, value in self.attribute("export-ignore", asked) if value == b"set"}
-            absent.update({path: "export-ignore" for path in paths if any(
-                path[:len(path) if at < 0 else at] in ignored for at in [-1] + [m.start() for m in re.finditer(b"/", path)])})
-        if not absent:
-            return tree, absent
-        return self.altered(tree, [("0", "0" * len(tree), path) for path in absent]), absent
+    def links(self, tree: str) -> Set[bytes]:
+        """The paths of submodules whose content the tree has not."""
+        return {path for mode, _, path in self.listing(tree) if mode == "160000"}
+
+    def files(self, tree: str) -> str:
+        """The tree as the host's git has it: without links to submodules."""
+        rows = [("0", "0" * len(tree), path) for path in self.links(tree)]
+        return self.altered(tree, rows) if rows else tree
+
+    def mentions(self, tree: str, word: bytes) -> bool:
+        """Whether a .gitattributes of a tree has a word."""
+        oids = [oid for _, oid, path in self.listing(tree)
+                if path.rpartition(b"/")[2] == b".gitattributes"]
+        return any(word in data for _, data in self.blobs(oids))
 
     def altered(self, tree: str, rows: Iterable[Tuple[str, str, bytes]]) -> str:
         """A tree ("": the empty one) with other files at some paths: (mode, id, path), mode 0 takes one away."""
@@ -4835,11 +4823,10 @@ class Shadow:
 
     def delta(self, old: str, new: str, apart: Container[bytes] = ()) -> Tuple[str, List[bytes]]:
         """The tree of only the files of ``new`` that ``old`` has not so, and .cmux-gone: the list of
-        the paths to remove before. Both as the archive has them. With those of the files that are
-        sent ``apart``, and not in the tree."""
-        old, new = self.unsent(old)[0], self.unsent(new)[0]
-        self.attributes(SHADOW_ATTRIBUTES + "* -export-ignore\n")
-        rows = [(mode, oid, path) for _, mode, oid, path in self.changes(old, new)]
+        the paths to remove before. With those of the files that are sent ``apart``, and not in
+        the tree."""
+        changes = self.changes(self.files(old), self.files(new))
+        rows = [(mode, oid, path) for _, mode, oid, path in changes]
         gone = self.call("hash-object", "-w", "--stdin", stdin=b"".join(path + b"\n" for _, _, path in rows))
         sent = [row for row in rows if row[0] != "000000" and row[2] not in apart]
         return self.altered("", [("100644", gone, b".cmux-gone")] + sent), [path for mode, _, path in rows if mode != "000000" and path in apart]
@@ -4899,7 +4886,8 @@ class Shadow:
 
     def archive_size(self, tree: str) -> int:
         """About how long the archive will be: a header for each entry, contents in blocks of 512."""
-        sizes = [row.split(None, 4)[3] for row in self.records("ls-tree", "-r", "-t", "-l", "-z", "--full-tree", self.unsent(tree)[0])]
+        rows = self.records("ls-tree", "-r", "-t", "-l", "-z", "--full-tree", tree)
+        sizes = [row.split(None, 4)[3] for row in rows]
         return sum(512 + (int(size) + 511) // 512 * 512 if size.isdigit() else 512 for size in sizes)
 
     def archive(self, tree: str, front: Iterable[bytes] = ()) -> Archive:
@@ -4982,16 +4970,15 @@ class Parts:
     def __init__(self, source: str) -> None:
         self.source = self.tree = source
         self.plain = True                                   # source has no submodule and no LFS file
-        self.whole = False                                  # seen: nothing of tree is export-ignored or a link
         self.modules: Dict[bytes, Tuple[str, str]] = {}     # path -> its tree, its object store
         self.lfs: Dict[bytes, Tuple[str, str, str]] = {}    # path -> mode, the pointer's id, the content's
         self.files: Dict[bytes, Tuple[str, str, int]] = {}  # path -> the content's file, sha256, size
         self.places: List[Place] = []                       # of the submodules
         self.lacking = 0                                    # LFS files whose content is not here
+        self.absent = 0                                     # submodules not checked out
 
     def find(self, shadow: Shadow, place: Place, earlier: Iterator[Dict[str, Any]]) -> None:
         """Look what is here. ``earlier`` are parts of before: content that was read once keeps its id."""
-        self.whole = True
         self._look(shadow, place, self.source, b"", {}, earlier)
         self.tree = self.build(shadow)
 
@@ -5004,7 +4991,6 @@ class Parts:
             elif (b"/" + path).endswith(b"/.gitattributes"):
                 attributes.append(oid)
         words = [data for _, data in shadow.blobs(attributes)]
-        self.whole = self.whole and not any(b"export-ignore" in data for data in words)
         if any(b"lfs" in data for data in words):
             self.plain = False
             for path, mode, oid, sha256, size in shadow.pointers(tree):
@@ -5018,8 +5004,9 @@ class Parts:
             self.plain = False
             module = place.module(path)
             inner = module and shadow.tree_in(module.objects, commit)
-            self.whole = self.whole and bool(inner)
-            if module and inner:
+            if not module or not inner:
+                self.absent += 1
+            else:
                 shadow.lend(module.objects)
                 self.modules[prefix + path] = inner, module.objects
                 self.places.append(module)
@@ -5198,55 +5185,51 @@ class Cksum:
 
 class Archive(Source):
     """The stream of a running `git archive`, with its length and checksum so far. ``total`` counts
-    what travels: where there is a first piece, and the line is slow, the rest is compressed."""
+    what travels: with ``waits`` the host is asked first, and gets it compressed where it is far."""
 
     def __init__(self, process: Process, said: str, front: Iterable[bytes] = ()) -> None:
         assert process.stdout
         super().__init__(process.stdout.fileno())
         self.process, self.said, self.front = process, said, iter(front)
         self.digest = Cksum()
-        self.ahead = b""            # read by small() and piece(), not yet passed on
-        self.first = b""            # what piece() has cut off, not yet passed on
-        self.began = 0.0            # when it was
-        self.word = b""             # the line that tells the host how the rest comes
+        self.ahead = b""            # read by small(), not yet passed on
+        self.word = b""             # a line for the host
+        self.asked = 0.0            # when it got the first
         self.packer: Any = None
         self.ended = False          # all of it was read
         self.progress: Optional[Callable[[int], None]] = None
         self.size: Callable[[], int] = lambda: 0  # an estimate of all that comes
 
-    def small(self, limit: int = BULK_FROM) -> bool:
-        """Whether the whole archive is at most ``limit`` bytes (reads that far)."""
-        while len(self.ahead) <= limit:
+    def small(self) -> bool:
+        """Whether the whole archive is at most BULK_FROM bytes (reads that far)."""
+        while len(self.ahead) <= BULK_FROM:
             data = self._more()
             if not data:
                 return True
             self.ahead += data
         return False
 
-    def piece(self) -> str:
-        """Send a first piece and wait for the host's word; its length, "" where all would fit in it."""
-        if self.small(FIRST_PIECE):
-            return ""
-        self.first, self.ahead = self.ahead[:FIRST_PIECE], self.ahead[FIRST_PIECE:]
-        return str(FIRST_PIECE)
-
     def heard(self, said: bytes) -> None:
-        """The host has the first piece, and has said whether it knows gzip. It is told in a line how
-        the rest will come."""
-        if b"first\n" in said:
-            import zlib
-            slow = FIRST_PIECE < (time.monotonic() - self.began) * FAST_LINE and b"gzip\n" in said
-            self.packer = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31) if slow else None
-            self.word, self.waits = b"gzip\n" if slow else b"plain\n", False
+        """The host's first line: whether it has gzip. The second answers a line of ours."""
+        import zlib
+        now, lines = time.monotonic(), said.count(b"\n")
+        self.waits = lines == 0
+        if lines == 1:
+            self.word, self.asked = b"\n", now
+        elif lines:
+            far = now - self.asked >= GZIP_FROM and said.startswith(b"gzip\n")
+            self.packer = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31) if far else None
+            self.word = b"gzip\n" if far else b"plain\n"
 
     def _more(self) -> bytes:
         return next(self.front, b"") or os.read(self.fd, CHUNK)
 
     def read(self) -> bytes:
-        if self.first:
-            data, self.first, self.began, self.waits = self.first, b"", time.monotonic(), True
-        else:
-            data, self.ahead = self.ahead or self._more(), b""
+        word, self.word = self.word, b""
+        self.waits = word == b"\n"
+        if word:
+            return word
+        data, self.ahead = self.ahead or self._more(), b""
         self.ended = not data
         self.digest.update(data)
         if self.progress:
@@ -5257,7 +5240,6 @@ class Archive(Source):
                 data = self.packer.compress(data) + self.packer.flush(zlib.Z_SYNC_FLUSH)  # never nothing
             else:
                 data, self.packer = self.packer.flush(), None
-        data, self.word = self.word + data, b""
         self.total += len(data)
         return data
 
@@ -5716,12 +5698,13 @@ class ProjectBase(ProjectState):
             entry = self.settle(name)
             made = Creation(self, name, workspace.host.name, ref, entry["root"], report, cancel)
             made.left_out()
-            if (made.commit, made.tree) == (entry["base"], entry["tree"]) and not force:
+            same = (made.commit, made.tree) == (entry["base"], entry["tree"]) and not force
+            if same and (entry.get("whole") == made.tree or self._sent(entry)):
                 return False
             with Logged(self, "push", name, workspace.host.name, ref, entry["op"]) as log:
                 if not force:
                     self._refuse(name, entry, ())
-                self.update(name, intent={"op": made.op, "base": made.commit, "tree": made.tree, "plain": made.parts.plain})
+                self.update(name, intent={"op": made.op, **made.base()})
                 words = self.looked_at(name, entry, made.op) + [made.tree, "1" if force else ""]
                 reply = made.with_base(lambda: workspace.host.call(PUSH, *words, cancel=cancel))
                 log.size = made.sent
@@ -5772,18 +5755,18 @@ class ProjectBase(ProjectState):
         return freed, failed
 
     def _sent(self, entry: Dict[str, Any]) -> str:
-        """The tree that the workspace's archive had; "" where the commit is gone here."""
+        """The tree that the workspace's archive had; "" where that is not known any more."""
         try:
             with self.repository.in_shadow(entry["tree"]) as shadow:
                 Parts.restore(shadow, entry["tree"], self.registry.parts(entry["tree"]))
-                return shadow.unsent(entry["tree"])[0]
+                return "" if lacks_ignored(shadow, entry) else shadow.files(entry["tree"])
         except GitFailed:
             return ""
 
     def looked_at(self, name: str, entry: Dict[str, Any], op: str, sent: Optional[str] = None) -> List[str]:
         """The words for PULL, CHANGED and PUSH: what the workspace is compared with."""
         sent = self._sent(entry) if sent is None else sent
-        return [entry["root"], entry["project"], name, entry["tree"],
+        return [entry["root"], entry["project"], name, entry["tree"] if sent else "-",
                 sent if len(sent) == 40 else "",  # else ids there are not like ours
                 op, str(PULL_COMMITS_MAX), str(PULL_FILE_MAX),
                 *(entry.get("pulled", {}).get(key, "") for key in ("head", "tree", "refs", "mark"))]
@@ -5801,11 +5784,17 @@ class ProjectBase(ProjectState):
             raise error
 
 
+def lacks_ignored(shadow: Shadow, entry: Dict[str, Any]) -> bool:
+    """Whether an older version may have left out of a workspace what .gitattributes mark so."""
+    tree: str = entry["tree"]
+    return entry.get("whole") != tree and shadow.mentions(tree, b"export-ignore")
+
+
 def end_intent(entry: Dict[str, Any], pushed: bool) -> None:
     """A push or a rename has ended, or was given up. Two forks may settle it at once."""
     intent = entry.pop("intent", {})
     if pushed and intent:
-        entry.update(base=intent["base"], tree=intent["tree"], plain=intent.get("plain", False))
+        entry.update({key: intent.get(key, "") for key in ("base", "tree", "plain", "whole")})
         entry.get("pulled", {}).pop("left", None)
         entry["over"] = dict(entry.get("branches", {}))  # it no longer has what these brought home
 
@@ -5864,10 +5853,16 @@ class Creation:
         self.op = os.urandom(8).hex()
         self.sent = 0               # bytes of the archive
 
+    def base(self) -> Dict[str, Any]:
+        """What the registry keeps of what was sent. Versions that left export-ignored files out
+        write no ``whole``."""
+        return {"base": self.commit, "tree": self.tree, "whole": self.tree,
+                "plain": self.parts.plain}
+
     def run(self, init: bool) -> "Workspace":
         entry: Dict[str, Any] = {
             "state": "creating", "host": self.host.name, "root": self.root, "project": self.place,
-            "base": self.commit, "tree": self.tree, "plain": self.parts.plain, "op": self.op, "created": int(time.time())}
+            **self.base(), "op": self.op, "created": int(time.time())}
         self._record(entry)
         try:
             self.left_out()
@@ -5960,11 +5955,10 @@ class Creation:
             said.add(self.tree)
             with self.project.repository.in_shadow(self.tree) as shadow:
                 self.parts.build(shadow)
-                reasons = list(({} if self.parts.whole else shadow.unsent(self.tree)[1]).values())
                 below = sum(place.uncommitted(shadow) for place in self.parts.places)
                 changed = self.project.repository.uncommitted(shadow) if self.head else 0
         parts = ["%d %s" % (count, re.sub("(file|submodule)s", r"\1", name, count=1) if count == 1 else name) for count, name in (
-            (reasons.count("export-ignore"), "export-ignored files"), (reasons.count("submodule"), "submodules not checked out here"),
+            (self.parts.absent, "submodules not checked out here"),
             (self.parts.lacking, "LFS files whose content is not here (their pointers are sent)"),
             (changed, "uncommitted files (--dirty takes them along)"),
             (below, "uncommitted files in submodules")) if count]
@@ -5973,9 +5967,7 @@ class Creation:
 
     def _archive(self, shadow: Shadow, parent: str) -> Archive:
         """The archive of what differs from a base, or of all."""
-        absent = {} if self.parts.whole else shadow.unsent(self.tree)[1]
-        apart = [path for path in self.parts.lfs if path not in absent]
-        tree = self.tree
+        apart, tree = list(self.parts.lfs), self.tree
         if parent:
             tree, apart = shadow.delta(parent, self.tree, self.parts.lfs)
         elif self.parts.lfs:
@@ -6006,10 +5998,10 @@ class Creation:
     def _send(self, archive: Archive, parent: str) -> Reply:
         archive.progress = lambda done: self.report.step(self.name, "unpacking") if archive.ended else \
             self.report.progress(self.name, done, archive.size)
-        direct = not archive.small()
+        archive.waits = direct = not archive.small()
         try:
-            reply = self.host.call(UPLOAD, self.root, self.op, parent, archive.piece() if direct else "", source=archive,
-                                   direct=direct, cancel=self.cancel)
+            reply = self.host.call(UPLOAD, self.root, self.op, parent, "1" if direct else "",
+                                   source=archive, direct=direct, cancel=self.cancel)
         except ConnectionLost as lost:
             archive.check(False)
             cut = UploadFailed("The connection to %s was lost after %s of the archive; no workspace was made."
@@ -6600,16 +6592,13 @@ def read_pax(data: bytes) -> Dict[str, bytes]:
 class Grower:
     """Makes commits in a shadow out of a Harvest, and looks at each again."""
 
-    def __init__(self, shadow: Shadow, base: str, harvest: Harvest, ids: Mapping[int, str], absent: Mapping[bytes, str],
+    def __init__(self, shadow: Shadow, base: str, harvest: Harvest, ids: Mapping[int, str],
                  lfs: Mapping[bytes, Tuple[str, str, str]] = {}) -> None:
-        self.shadow, self.base, self.harvest, self.ids, self.absent, self.lfs = shadow, base, harvest, ids, absent, lfs
+        self.shadow, self.base, self.harvest, self.ids, self.lfs = shadow, base, harvest, ids, lfs
         self.contents = {content: pointer for _, pointer, content in lfs.values()}
         self.env = {"GIT_INDEX_FILE": os.path.join(shadow.path, "result.index")}
         self.at = ""  # the commit the index stands at
         self.contested: Set[str] = set()
-        self.instead: Set[bytes] = set()  # of the absent, those in whose place the agent made one
-        self.own = functools.lru_cache(maxsize=None)(lambda: {
-            path: (mode, oid) for mode, oid, path in shadow.listing(base) if path in absent})
 
     def grow(self) -> List[str]:
         """The ids of the commits, oldest first."""
@@ -6636,16 +6625,8 @@ class Grower:
         if self.at != parent:
             self.shadow.call("read-tree", parent, env=self.env)
         zero = "0" * len(self.base)
-        wanted: Dict[bytes, Tuple[str, str]] = {}
-        for path, (mode, mark) in changes.items():
-            wanted[path] = (mode, self.ids[mark]) if mode else ("0", zero)
-            if path in self.absent:
-                if mode:
-                    self.instead.add(path)
-                elif path in self.instead:
-                    wanted[path] = self.own()[path]  # the agent takes its own back; the user's stays what it was
-                else:
-                    raise refuse("it deletes %s, which was never sent" % show(path.decode("utf-8", "replace")))
+        wanted = {path: (mode, self.ids[mark]) if mode else ("0", zero)
+                  for path, (mode, mark) in changes.items()}
         self._point(parent, wanted)
         rows = sorted(wanted.items(), key=lambda item: item[1][0] != "0")  # deletions first
         try:
@@ -6743,12 +6724,18 @@ class Pull:
         self.base: str = workspace.base
         try:
             self.parts = Parts.restore(shadow, self.entry["tree"], workspace.project.registry.parts(self.entry["tree"]))
-            self.sent_tree, self.absent = shadow.unsent(self.entry["tree"])
+            self.sent_tree = shadow.files(self.entry["tree"])
         except GitFailed as error:
             raise GitFailed("This repository has not all any more of what %s was made of: %s" % (workspace.name, error),
                             "Fetch the commit %s again; or take the files: %s exec -w %s -- tar -c . >%s.tar" % (
                                 self.base[:10], PROGRAM, workspace.name, workspace.name))
-        self.modules = {path for path, why in self.absent.items() if why == "submodule"}.union(self.parts.modules)
+        if lacks_ignored(shadow, self.entry):
+            raise GitFailed(
+                f"The workspace {workspace.name} was made by an older version, which sent no files "
+                "that .gitattributes mark export-ignore: what is missing cannot be compared.",
+                f"Take its files: {PROGRAM} exec -w {workspace.name} -- tar -c . >"
+                f"{workspace.name}.tar; then send all: {PROGRAM} push --force -w {workspace.name}")
+        self.modules = shadow.links(self.entry["tree"]).union(self.parts.modules)
         self.lfs = {path: row for path, row in self.parts.lfs.items() if not self._in_module(path)}
         self.notes: List[str] = []
         self.pulled: Dict[str, Any] = {}
@@ -6774,7 +6761,7 @@ class Pull:
                 return self.fetch("all")
             ids = importer.finish()
             self._keep_out(harvest, ids)
-            self._grower = Grower(self.shadow, self.base, harvest, ids, self.absent, self.lfs)
+            self._grower = Grower(self.shadow, self.base, harvest, ids, self.lfs)
             self._leaks(harvest)
             commits = self._grower.grow()
             self._tell_lfs(commits)
