@@ -1026,7 +1026,7 @@ _cunpack() { # base destination: a whole tree, or the parent's with what is gone
 }
 _cnear() {
   ls -t .cmux/bases | while IFS= read -r f; do
-    f=.cmux/bases/$f; [ "$(cat "$f/depth" || echo 0)" -ge 6 ] || ! _chas "$f" || echo "base ${f##*/}"
+    ! _chas ".cmux/bases/$f" 4 || echo "base $f"
   done | head -n 8
 }
 _cput() { _chas "$base" || { rm -rf "$base"; mv "$s/base" "$base"; }; }
@@ -1069,29 +1069,26 @@ _ccreate() {
 }
 """
 
-# UPLOAD root op parent ask: the stream becomes stage/<op>/base/whole.tar and, at once, stage/<op>/tree;
+# GZIP: says gzip where that works.
+GZIP = "_cop() { echo gzip | gzip | gzip -dc; }"
+
+# UPLOAD root op parent gzip: the stream becomes stage/<op>/base/whole.tar and, at once, stage/<op>/tree;
 #   with a parent, base/changes.tar: what differs from that base, and .cmux-gone, the paths to remove.
-#   With ask, it says first gzip, if that works here, or plain; it answers a line at once, by which the client
-#   measures the round trip; then comes a line, gzip or plain: how the stream is sent.
 #   replies at the end: the line of cksum, which the client compares before it calls CREATE.
 # tar may stop reading at the end-of-archive blocks: the rest is drained, or tee would die.
 UPLOAD = OPEN_ROOT + r"""
-_csave() { case $how in gzip) gzip -dc;; *) cat;; esac | tee "$f"; }
+_csave() { case $1 in ?*) gzip -dc;; *) cat;; esac | tee "$f"; }
 _cop() {
   _croot "$1" || return
-  s=.cmux/stage/$2 f=$s/base/whole.tar how=
+  s=.cmux/stage/$2 f=$s/base/whole.tar
   mkdir -p "$s/base" || return 3
   case $3 in
-  ?*) f=$s/base/changes.tar; echo "$3" >"$s/base/parent" && echo $(($(cat ".cmux/bases/$3/depth" || echo 0)+1)) >"$s/base/depth";;
+  ?*) f=$s/base/changes.tar; echo "$3" >"$s/base/parent";;
   *) mkdir -p "$s/tree";;
   esac && : >"$f" || return 3
-  case $4 in ?*)
-    how=$(echo gzip | gzip 2>/dev/null | gzip -dc 2>/dev/null)
-    [ "$how" = gzip ] || how=plain
-    echo $how; read -r how; echo; read -r how;; esac
   case $3 in
-  ?*) _csave >/dev/null;;
-  *) _csave | ( umask 022; cd "$s/tree" && tar -xmof -; r=$?; cat >/dev/null; exit $r );;
+  ?*) _csave "$4" >/dev/null;;
+  *) _csave "$4" | ( umask 022; cd "$s/tree" && tar -xmof -; r=$?; cat >/dev/null; exit $r );;
   esac || { rm -rf "$s"; return 4; }
   cksum <"$f"
 }
@@ -1369,7 +1366,7 @@ _cop() {
 }
 """
 
-# GC root: trash, what broken uploads left a day ago, and bases that no workspace was made of and
+# GC root: trash, what broken uploads left a day ago, jobs that ended a week ago, and bases that no workspace was made of and
 #   none was made from for two weeks. Replies the kilobytes freed.
 GC = OPEN_ROOT + r"""
 _cop() {
@@ -1380,6 +1377,7 @@ _cop() {
   cat made/*/*.base bases/*/parent >used.$$
   for f in bases/*; do grep -qxF "${f#bases/}" used.$$ || [ -z "$(find "$f" -prune -mtime +14 -print)" ] || rm -rf "$f"; done
   rm -f used.$$
+  for f in jobs/*/*/*/exit; do [ -z "$(find "$f" -prune -mtime +7 -print)" ] || rm -rf "${f%/exit}"; done
   for f in locks/*; do [ -z "$(find "$f" -prune -mtime +0 -print)" ] || rm -f "$f"; done
   b=$(du -sk . | sed 's/[^0-9].*//')
   echo $((a-b))
@@ -3689,10 +3687,6 @@ class Source:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.total = 0
-        self.waits = False          # nothing is to be sent until the host has said more
-
-    def heard(self, said: bytes) -> None:
-        """The beginning of what the host says."""
 
     def read(self) -> bytes:
         try:
@@ -3718,6 +3712,7 @@ class Exchange:
         self.err = Stream(session.stderr, nonce.encode(), stderr)
         self.outgoing = memoryview(shell_header(nonce, run_id or os.urandom(8).hex(), operation) + after)
         self._held = len(self.outgoing) - len(HELD) if HELD in operation else 0  # of it, until our wrapper has shown itself
+        self.asked = 0.0                 # when that is sent
         self.source = source
         self.close_stdin = close_stdin   # once everything is written
         self.sent = False                # the header is with the host, or on its way
@@ -3788,7 +3783,7 @@ class Exchange:
         if cancel:
             wanted.append(cancel.fileno())
         writing = len(self.outgoing) > self._held and self.session.stdin >= 0
-        if not writing and not self._held and self.source and (self.begun or self.eager) and not self.source.waits:
+        if not writing and not self._held and self.source and (self.begun or self.eager):
             wanted.append(self.source.fd)
         key = tuple(wanted) + (-1 - writing,)
         if key != self._registered:
@@ -3805,8 +3800,8 @@ class Exchange:
             if not stream.ended:  # what comes after is thrown away
                 self.moved = time.monotonic()
             stream.read()
-            if self.out.ready:
-                self._held = 0
+            if self.out.ready and self._held:
+                self._held, self.asked = 0, time.monotonic()
             if stream.begun or stream.ended:
                 self.session.begun()
             self.lost = self.lost or (self.out.closed and self.err.closed)
@@ -3853,10 +3848,12 @@ class Exchange:
 
 
 class Reply(Value):
-    """What one of our own scripts answered: its status, and its stdout, bounded."""
+    """What one of our own scripts answered: its status, and its stdout, bounded; after HELD
+    also the seconds of a round trip."""
     status: int
     stdout: bytes
     stderr: bytes
+    trip: float
 
     def lines(self) -> List[str]:
         return self.stdout.decode("utf-8", "surrogateescape").split("\n")
@@ -3956,20 +3953,16 @@ class Host:
     def _call_on(self, session: Session, records: bytes, data: Optional[bytes], source: Optional[Source],
                  cancel: Optional[Cancel], limit: int) -> Reply:
         out, err = Capture(limit, limit), Capture(LOG_MAX, STATE_MAX)
-
-        def hear(said: bytes) -> None:
-            out(said)
-            if source and source.waits:
-                source.heard(bytes(out.head[:100]))
-        exchange = Exchange(session, records, hear, err, source, data is not None, after=data or b"",
+        exchange = Exchange(session, records, out, err, source, data is not None, after=data or b"",
                             eager=not isinstance(session, DirectSession))  # a dropped handshake takes none of it along
         self.begin(exchange, cancel)
+        trip = time.monotonic() - exchange.asked
         streams = source is not None or bool(data)
         if not exchange.run(Deadline(None if streams else CALL_PATIENCE), cancel, stall=STALL_PATIENCE if streams else None):
             raise RemoteFailed("%s did not finish within %d seconds." % (self.name, CALL_PATIENCE))
         if exchange.out.refused:
             raise WorkspaceMissing("The directory is not on %s (any more)." % self.name)
-        return Reply(status=exchange.out.status or 0, stdout=out.value(), stderr=err.value())
+        return Reply(status=exchange.out.status or 0, stdout=out.value(), stderr=err.value(), trip=trip)
 
     # -- sessions opened ahead: they wait in the shell's read for their header --
 
@@ -4142,7 +4135,7 @@ class Incoming:
         """The end: the status, and what was said on stderr."""
         while self.take():
             pass
-        return Reply(status=self.exchange.out.status or 0, stdout=b"", stderr=self.err.value())
+        return Reply(status=self.exchange.out.status or 0, stdout=b"", stderr=self.err.value(), trip=0.0)
 
     def close(self) -> None:
         self.host.done(self.exchange.session)
@@ -4522,7 +4515,6 @@ class Repository:
         paths = [path for _, mode, _, path in shadow.changes(tree, new) if mode in ("100644", "100755")]
         shadow.attributes(self._own_attributes())
         names = {path: name for path, name in shadow.attribute("filter", paths, None, *self._attributes_file()) if name not in (b"unspecified", b"unset", b"set")}
-        shadow.attributes(SHADOW_ATTRIBUTES)
         same = list(self._same_lfs(shadow, top, tree, names if b"lfs" in names.values() else ()))
         for path in set(names).difference(path for _, _, path in same):
             shown, name = path.decode("utf-8", "surrogateescape"), show(names[path].decode("utf-8", "replace"))
@@ -4636,7 +4628,6 @@ class Shadow:
             form = ["--object-format=" + object_format] if object_format != "sha1" else []
             list(self.records("init", "-q", "--bare", "--template=", *form, self.git_dir, talks=True))
             os.makedirs(os.path.join(self.git_dir, "info"), exist_ok=True)
-            self.attributes(SHADOW_ATTRIBUTES)
         except BaseException:
             self.close()
             raise
@@ -4666,8 +4657,9 @@ class Shadow:
             return ""
 
     @staticmethod
+    @functools.lru_cache(maxsize=None)
     def reap(folder: str) -> None:
-        """Remove the shadows of processes that were killed: their locks are free."""
+        """Remove, once, the shadows of processes that were killed: their locks are free."""
         import shutil
         for name in os.listdir(folder):
             if name.startswith("cmux-shadow-"):
@@ -4776,13 +4768,9 @@ class Shadow:
             yield path, (next(answers), next(answers))[1]
 
     def lfs_paths(self, paths: Iterable[bytes], env: Dict[str, str]) -> List[bytes]:
-        """Those that LFS manages, by the index of ``env``. Our own attributes would say: none."""
-        ours = os.path.join(self.git_dir, "info", "attributes")
-        os.rename(ours, ours + ".off")
-        try:
-            return [path for path, value in self.attribute("filter", paths, env) if value == b"lfs"]
-        finally:
-            os.rename(ours + ".off", ours)
+        """Those that LFS manages, by the index of ``env``."""
+        self.attributes("")
+        return [path for path, value in self.attribute("filter", paths, env) if value == b"lfs"]
 
     def pointers(self, tree: str) -> Iterator[Tuple[bytes, str, str, str, int]]:
         """(path, mode, id, sha256, size of the content) of a tree's LFS pointers."""
@@ -4885,13 +4873,12 @@ class Shadow:
         return {path: int(meta.split()[3]) for meta, _, path in rows if meta.split()[3].isdigit()}
 
     def archive_size(self, tree: str) -> int:
-        """About how long the archive will be: a header for each entry, contents in blocks of 512."""
-        rows = self.records("ls-tree", "-r", "-t", "-l", "-z", "--full-tree", tree)
-        sizes = [row.split(None, 4)[3] for row in rows]
-        return sum(512 + (int(size) + 511) // 512 * 512 if size.isdigit() else 512 for size in sizes)
+        """About how long the archive will be: a header for each file, contents in blocks of 512."""
+        return sum(512 + -size % 512 + size for size in self.sizes(tree).values())
 
     def archive(self, tree: str, front: Iterable[bytes] = ()) -> Archive:
         """``front`` are tar entries without an end, which go before those of the tree."""
+        self.attributes(SHADOW_ATTRIBUTES)
         with open(os.path.join(self.path, "said"), "wb") as said:  # a pipe nobody reads would fill
             return Archive(spawn(self.argv("archive", "--format=tar", tree), self.env, stdout=-1,
                                  stderr=said.fileno()), said.name, front)
@@ -5185,7 +5172,7 @@ class Cksum:
 
 class Archive(Source):
     """The stream of a running `git archive`, with its length and checksum so far. ``total`` counts
-    what travels: with ``waits`` the host is asked first, and gets it compressed where it is far."""
+    what travels: compressed, after compress()."""
 
     def __init__(self, process: Process, said: str, front: Iterable[bytes] = ()) -> None:
         assert process.stdout
@@ -5193,8 +5180,6 @@ class Archive(Source):
         self.process, self.said, self.front = process, said, iter(front)
         self.digest = Cksum()
         self.ahead = b""            # read by small(), not yet passed on
-        self.word = b""             # a line for the host
-        self.asked = 0.0            # when it got the first
         self.packer: Any = None
         self.ended = False          # all of it was read
         self.progress: Optional[Callable[[int], None]] = None
@@ -5209,26 +5194,14 @@ class Archive(Source):
             self.ahead += data
         return False
 
-    def heard(self, said: bytes) -> None:
-        """The host's first line: whether it has gzip. The second answers a line of ours."""
+    def compress(self) -> None:
         import zlib
-        now, lines = time.monotonic(), said.count(b"\n")
-        self.waits = lines == 0
-        if lines == 1:
-            self.word, self.asked = b"\n", now
-        elif lines:
-            far = now - self.asked >= GZIP_FROM and said.startswith(b"gzip\n")
-            self.packer = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31) if far else None
-            self.word = b"gzip\n" if far else b"plain\n"
+        self.packer = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31)
 
     def _more(self) -> bytes:
         return next(self.front, b"") or os.read(self.fd, CHUNK)
 
     def read(self) -> bytes:
-        word, self.word = self.word, b""
-        self.waits = word == b"\n"
-        if word:
-            return word
         data, self.ahead = self.ahead or self._more(), b""
         self.ended = not data
         self.digest.update(data)
@@ -5998,10 +5971,15 @@ class Creation:
     def _send(self, archive: Archive, parent: str) -> Reply:
         archive.progress = lambda done: self.report.step(self.name, "unpacking") if archive.ended else \
             self.report.progress(self.name, done, archive.size)
-        archive.waits = direct = not archive.small()
+        direct, how = not archive.small(), ""
+        if direct:
+            said = self.host.call(GZIP, before=HELD, cancel=self.cancel)
+            if said.trip >= GZIP_FROM and said.stdout == b"gzip\n":
+                how = "gzip"
+                archive.compress()
         try:
-            reply = self.host.call(UPLOAD, self.root, self.op, parent, "1" if direct else "",
-                                   source=archive, direct=direct, cancel=self.cancel)
+            reply = self.host.call(UPLOAD, self.root, self.op, parent, how, source=archive,
+                                   direct=direct, cancel=self.cancel)
         except ConnectionLost as lost:
             archive.check(False)
             cut = UploadFailed("The connection to %s was lost after %s of the archive; no workspace was made."
@@ -6737,15 +6715,14 @@ class Pull:
                 f"{workspace.name}.tar; then send all: {PROGRAM} push --force -w {workspace.name}")
         self.modules = shadow.links(self.entry["tree"]).union(self.parts.modules)
         self.lfs = {path: row for path, row in self.parts.lfs.items() if not self._in_module(path)}
-        self.notes: List[str] = []
         self.pulled: Dict[str, Any] = {}
         # The paths the host was given:
         self.sent = functools.lru_cache(maxsize=None)(lambda: {path for _, _, path in shadow.listing(self.sent_tree)})
 
     def fetch(self, how: str = "") -> Tuple[List[str], bool]:
         """(the commits of the workspace, oldest first; whether the last is uncommitted work)"""
-        importer = Importer(self.shadow)
-        incoming = None
+        self.notes: List[str] = []
+        importer, incoming = Importer(self.shadow), None
         try:
             secrets = secret_values(self.workspace.project.registry, self.cancel)
             harvest = Harvest(importer, lambda path: path in self.sent(), secrets)
@@ -7338,7 +7315,7 @@ class Workspace(WorkspaceBase):
         outcome = self.host.run(records, self.path, out, err, None, Deadline(SEARCH_PATIENCE), cancel)
         if outcome.reason:
             raise ToolFailed("The search was stopped after %d seconds." % SEARCH_PATIENCE, "Narrow it.")
-        tool_reply(self, Reply(status=outcome.status or 0, stdout=b"", stderr=err.value()))
+        tool_reply(self, Reply(status=outcome.status or 0, stdout=b"", stderr=err.value(), trip=0.0))
         return out.value()
 
     @logged("glob")

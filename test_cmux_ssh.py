@@ -6967,7 +6967,7 @@ def header(size: bytes = b"00000000001\0", name: bytes = b"./x", kind: bytes = b
 
 
 @pytest.mark.parametrize("data", [
-    header() + b"x" * 512 + b"\x1f\x8b" + b"x" * 510, header(b"\x80" + b"\0" * 10 + b"\1"), header(b"\xff" * 12), header(b"-0000000001\0"), header(b"77777777777\0"), header(sum_=1), header(b"00000000777\0") + b"x" * 10,
+    header() + b"x" * 512 + b"\x1f\x8b" + b"x" * 510, header(b"\x80" + b"\0" * 10 + b"\1"), header(b"\xff" * 12), header(b"-0000000001\0"), header(b"77777777777\0"), header(sum_=1), header(sum_=1) + b"x".ljust(1536, b"\0"), header(b"00000000777\0") + b"x" * 10,
     header(b"00000200001\0", kind=b"L") + b"x" * 512, header(b"00000000005\0", kind=b"x") + b"junk\n".ljust(512, b"\0"), header(b"00000000012\0", kind=b"x") + b"10 size=9\n".ljust(512, b"\0") + header(),
     header(b"00000000007\0", kind=b"x") + b"99999 path=x\n"[:7].ljust(512, b"\0") + header(), b"\x1f\x8b\x08" + hashlib.sha512(b"noise").digest() * 10, header(name=b"./x")[:400],
 ])
@@ -7156,6 +7156,19 @@ def test_a_host_that_lists_files_and_never_sends_them_is_asked_twice(site: Site)
     do(repo, "echo x >new")
     refused = repo.cli("pull")
     assert refused.code == 1 and "does not send them" in refused.said, refused
+
+
+def test_a_host_that_is_asked_again_has_each_note_once(site: Site) -> None:
+    repo, host, once, tar = Repo(site), bare_host(site), site.dir / "once", site.dir / "posix-bin" / "tar"
+    real = tar.resolve()
+    tar.unlink()
+    tar.write_text(f'#!/bin/sh\ncase $* in *-cf*/dev/null) ;; *-cf*) [ -e {once} ] || {{ : >{once}; exit 0; }};; esac\nexec {real} "$@"\n')
+    tar.chmod(0o755)
+    assert repo.cli("new", "-H", host, "main").code == 0
+    do(repo, "mkdir -p sub/.git; echo x >sub/.git/HEAD; echo x >new")
+    pulled = repo.cli("pull")
+    assert pulled.code == 0 and once.exists() and repo.git("show", "cmux/main:new") == "x", pulled
+    assert pulled.said.count("git repository in") == 1, pulled
 
 
 @pytest.mark.parametrize("host", ["box", "nogit"])
@@ -8164,6 +8177,29 @@ def test_gc_and_top_go_by_their_host(repo: Repo) -> None:
     assert [row["workspace"] for row in repo.cli("top", "--json", "-H", "far").json] == ["two"]
     cleared = repo.cli("gc", "-H", "far")
     assert cleared.code == 0 and "far: freed" in cleared.text and "box" not in cleared.text, cleared
+
+
+def test_gc_frees_jobs_that_ended_a_week_ago(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    old, new, runs = (repo.cli("exec", "--detach", "--", script).text.strip() for script in ("echo old", "echo new", "sleep 600"))
+    assert repo.cli("wait", old).code == repo.cli("wait", new).code == 0
+    for part in repo.site.far_home().glob(f"cmux/.cmux/jobs/*/*/{old}/exit"):
+        os.utime(str(part), (time.time() - 8 * 86400,) * 2)
+    assert repo.cli("gc").code == 0
+    assert {path.name for path in repo.site.far_home().glob("cmux/.cmux/jobs/*/*/*")} == {new, runs}
+    assert repo.cli("stop", runs).code == 0
+
+
+def test_a_process_lists_the_temporary_directory_once(repo: Repo) -> None:
+    seen = in_library(repo, """
+import tempfile
+seen = []
+sys.addaudithook(lambda event, args: seen.append(args[0]) if event == "os.listdir" else None)
+project = cmux_ssh.Project(".")
+cmux_ssh.pull(project.create("main", "box"))
+print(seen.count(tempfile.gettempdir()))
+""")
+    assert seen == "1\n", seen
 
 
 @pytest.mark.promise(1)
