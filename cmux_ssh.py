@@ -59,6 +59,7 @@ import select
 import stat
 import sys
 import time
+import types
 import warnings
 
 TYPE_CHECKING = False
@@ -354,25 +355,19 @@ def drop(*fds: int) -> None:
             os.close(fd)
 
 
-_FORK_AWARE: List[Any] = []  # a WeakSet, once there is something to put into it
+@functools.lru_cache(maxsize=None)
+def fork_aware() -> Any:
+    """The things whose ``_forked()`` is called in each child that is forked (as multiprocessing does): its copies
+    of our descriptors would keep locks held, and sessions open, that this process gives up."""
+    import weakref
+    things: Any = weakref.WeakSet()
 
-
-def leave_at_fork(thing: Any) -> None:
-    """Have ``thing._forked()`` called in each child that is forked (as multiprocessing does): its copies of our
-    descriptors would keep locks held, and sessions open, that this process gives up."""
-    if not _FORK_AWARE:
-        import weakref
-        _FORK_AWARE.append(weakref.WeakSet())
-        os.register_at_fork(after_in_child=_leave_all)
-    _FORK_AWARE[0].add(thing)
-
-
-def _leave_all() -> None:
-    for thing in list(_FORK_AWARE[0]):
-        try:
-            thing._forked()
-        except OSError:
-            pass  # another thread was closing it in the instant of the fork
+    def leave_all() -> None:
+        for thing in list(things):
+            with contextlib.suppress(OSError):  # another thread was closing it in the instant of the fork
+                thing._forked()
+    os.register_at_fork(after_in_child=leave_all)
+    return things
 
 
 class Deadline:
@@ -423,7 +418,7 @@ class Cancel:
         with self._guard:
             if self._read < 0:
                 self._read, self._write = os.pipe()
-                leave_at_fork(self)
+                fork_aware().add(self)
                 os.set_blocking(self._write, False)
                 if self.is_set:
                     os.write(self._write, b"x")
@@ -467,7 +462,7 @@ class Waiters:
 
     def __init__(self) -> None:
         self._forked()
-        leave_at_fork(self)
+        fork_aware().add(self)
 
     def _forked(self) -> None:
         import threading
@@ -1860,11 +1855,8 @@ def _trusted(status: os.stat_result) -> bool:
     if loose == 0o020 and status.st_uid == os.geteuid():  # a user's private group (umask 002)
         import grp
         import pwd
-        try:
-            group = grp.getgrgid(status.st_gid)
-            loose = 0 if group.gr_name == pwd.getpwuid(os.geteuid()).pw_name else loose
-        except KeyError:
-            pass
+        with contextlib.suppress(KeyError):
+            loose *= grp.getgrgid(status.st_gid).gr_name != pwd.getpwuid(os.geteuid()).pw_name
     return not loose or bool(status.st_mode & 0o1000)
 
 
@@ -1872,10 +1864,8 @@ def make_private(path: str) -> None:
     """The directory and those above it, 0700 whatever the umask: one that others could write to would be refused ever after."""
     if not os.path.isdir(path):
         make_private(os.path.dirname(path))
-        try:
+        with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
-        except FileExistsError:
-            pass
 
 
 def private_directory(path: str) -> str:
@@ -1889,21 +1879,25 @@ def private_directory(path: str) -> str:
         make_private(path)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
-        raise StateFailed("Cannot use the directory %s: %s." % (show(path), os.strerror(error.errno or 0)), "Put that right, or " + home)
+        raise StateFailed("Cannot use the directory %s: %s." % (show(path), error.strerror), "Put that right, or " + home)
     try:
         status = os.fstat(fd)
     finally:
         os.close(fd)
     if status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise StateFailed("The directory %s is open to others." % show(path), "If it is yours: chmod 700 %s. Or %s" % (quote(path), home))
-    parent = os.path.dirname(os.path.realpath(path))
-    while True:
+    below, parent = "", os.path.dirname(os.path.realpath(path))
+    while parent != below:
         if not _trusted(os.stat(parent)):
             raise StateFailed("Others can write to %s, above %s." % (show(parent), show(path)),
                               "If it is yours: chmod go-w %s. Or %s" % (quote(parent), home))
-        if parent == os.path.dirname(parent):
-            return path
-        parent = os.path.dirname(parent)
+        below, parent = parent, os.path.dirname(parent)
+    return path
+
+
+def state_folder(name: str) -> str:
+    """A private directory in that of the state."""
+    return private_directory(os.path.join(private_directory(state_home()), name))
 
 
 class Lock:
@@ -1919,53 +1913,39 @@ class Lock:
         self.path, self.passing, self.shared, self.waiters, self.doing = path, passing, shared, waiters, doing
         self.fd = -1
 
-    def take(self, anew: bool = True) -> bool:
+    def take(self) -> bool:
         """Take it if it is free; False if somebody has it."""
-        fd = -1
+        fd, taken, flags = -1, False, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         try:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            if not self._flock(fd, self.shared):
-                os.close(fd)
-                return False
-        except OSError as error:
-            if fd >= 0:
-                os.close(fd)
-            if error.errno == errno.ENOENT and anew:  # a logout or a cleaner of /tmp has taken its directory
-                private_directory(os.path.dirname(self.path))
-                return self.take(False)
-            raise StateFailed("Cannot lock %s: %s." % (show(self.path), os.strerror(error.errno or 0)))
-        if self.passing and not self._is_mine(fd):
-            os.close(fd)
-            return False
-        self.fd = fd
-        leave_at_fork(self)
-        if self.doing:
             try:
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, b"%d" % os.getpid(), 0)
-            except OSError:
-                pass  # a full disk: who waits does without
-        return True
+                fd = os.open(self.path, flags, 0o600)
+            except FileNotFoundError:  # a logout or a cleaner of /tmp has taken its directory
+                fd = os.open(os.path.join(private_directory(os.path.dirname(self.path)), os.path.basename(self.path)), flags, 0o600)
+            taken = self._flock(fd, self.shared)
+        except OSError as error:
+            raise StateFailed("Cannot lock %s: %s." % (show(self.path), error.strerror))
+        finally:
+            if not taken:
+                drop(fd)
+        if taken:
+            self.fd = fd
+            fork_aware().add(self)
+            if self.doing:
+                with contextlib.suppress(OSError):  # a full disk: who waits does without
+                    os.ftruncate(fd, 0)
+                    os.pwrite(fd, b"%d" % os.getpid(), 0)
+        return taken
 
     def _forked(self) -> None:
         drop(self.fd)
         self.fd = -1
 
-    @staticmethod
-    def _flock(fd: int, shared: bool) -> bool:
+    def _flock(self, fd: int, shared: bool) -> bool:
         import fcntl
         try:
             fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            return True
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                return False
-            raise
-
-    def _is_mine(self, fd: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(fd), os.stat(self.path))
-        except OSError:
+            return not self.passing or os.path.samestat(os.fstat(fd), os.stat(self.path))
+        except (BlockingIOError, PermissionError, FileNotFoundError):
             return False
 
     def wait(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> bool:
@@ -1977,9 +1957,9 @@ class Lock:
             while waiters.sleep(deadline, cancel, silence.left() or 3600):
                 if self.take():
                     return True
-                if silence.over() and self.doing and not waiters.told and self._owner() != os.getpid():
+                if silence.over() and self.doing and not waiters.told and self._holder()[0] != os.getpid():
                     waiters.told = True
-                    self.tell("Waiting for %s" % self._holder())
+                    self.tell("Waiting for %s" % self._holder()[1])
             return False
         finally:
             waiters.leave()
@@ -1987,21 +1967,18 @@ class Lock:
     def hold(self, cancel: Optional[Cancel] = None) -> Lock:
         """Take it, waiting if need be. Raises StateFailed when that takes too long, Cancelled."""
         if self.fd < 0 and not self.wait(Deadline(LOCK_PATIENCE), cancel):
-            owner = self._owner()
-            raise StateFailed("Waited %d seconds in vain for %s" % (LOCK_PATIENCE, self._holder()),
+            owner, holder = self._holder()
+            raise StateFailed("Waited %d seconds in vain for %s" % (LOCK_PATIENCE, holder),
                               "Look what it does: ps -p %d" % owner if owner else "Find it with: fuser %s" % quote(self.path))
         return self
 
-    def _owner(self) -> int:
-        """The process that has it; 0 where that is not known."""
+    def _holder(self) -> Tuple[int, str]:
+        """The process that has it, 0 where that is not known; and what it does."""
         try:
-            return int(read_bytes(self.path, 20) or b"0")
+            owner = int(read_bytes(self.path, 20) or b"0")
         except (StateFailed, ValueError):
-            return 0
-
-    def _holder(self) -> str:
-        owner = self._owner()
-        return "%s, which %s." % ("process %d" % owner if owner else "another process", self.doing or "holds " + show(self.path))
+            owner = 0
+        return owner, "%s, which %s." % ("process %d" % owner if owner else "another process", self.doing or "holds " + show(self.path))
 
     def free(self) -> None:
         if self.fd >= 0:
@@ -2023,15 +2000,14 @@ class Lock:
 def read_bytes(path: str, limit: int) -> Optional[bytes]:
     """The content of a private file; None if there is none. Raises StateFailed."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as stream:
+            owner, data = os.fstat(stream.fileno()).st_uid, stream.read(limit + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise StateFailed("Cannot read %s: %s." % (show(path), os.strerror(error.errno or 0)))
-    with os.fdopen(fd, "rb") as stream:
-        if os.fstat(stream.fileno()).st_uid != os.geteuid():
-            raise StateFailed("The file %s belongs to someone else." % show(path))
-        data = stream.read(limit + 1)
+        raise StateFailed("Cannot read %s: %s." % (show(path), error.strerror))
+    if owner != os.geteuid():
+        raise StateFailed("The file %s belongs to someone else." % show(path))
     if len(data) > limit:
         raise StateFailed("The file %s is larger than %s." % (show(path), human_size(limit)))
     return data
@@ -2066,7 +2042,7 @@ def spool(data: bytes) -> IO[bytes]:
         stream.seek(0)
         return stream
     except OSError as error:
-        raise StateFailed("Cannot write a temporary file: %s." % os.strerror(error.errno or 0), "Make room, or set TMPDIR.")
+        raise StateFailed("Cannot write a temporary file: %s." % error.strerror, "Make room, or set TMPDIR.")
 
 
 def age_of(path: str) -> float:
@@ -2078,37 +2054,40 @@ def age_of(path: str) -> float:
 
 
 def remove_file(path: str) -> None:
-    try:
+    with contextlib.suppress(OSError):
         os.unlink(path)
-    except OSError:
-        pass
 
 
-def set_aside(path: str) -> str:
-    """The hint for a state file that cannot be used. Nothing is overwritten: it may have been damaged before."""
-    return "Repair it. Or set it aside, to start anew without it: mv %s %s" % (quote(path), quote("%s.damaged-%d" % (path, time.time())))
+def damaged(path: str, what: str, thing: str = "state file") -> StateFailed:
+    """A state file cannot be used. Nothing is overwritten: it may have been damaged before."""
+    return StateFailed("The %s %s %s." % (thing, show(path, 300), what), "Repair it. Or set it aside, to start anew without it: mv %s %s" % (
+        quote(path), quote("%s.damaged-%d" % (path, time.time()))))
 
 
 def fits(value: Any, shape: Any) -> bool:
-    """Whether a value has a shape. That is a type; a pattern, for a text; a range; a tuple, of which
-    one must fit; a list: of one shape, for any number, of more, for just these; a dict: a shape for a
-    key, which may be missing where it ends in ?, and with a pattern for all keys. More keys are free."""
+    """Whether a value has a shape: a type; a pattern, for a text; a tuple, of which one must fit; a list,
+    of one shape for any number, of more for just these; a dict, for the keys that it has (those that end
+    in ? may be missing), or with a pattern for all."""
     if isinstance(shape, tuple):
         return any(fits(value, one) for one in shape)
     if isinstance(shape, re.Pattern):
         return isinstance(value, str) and bool(shape.match(value))
-    if isinstance(shape, range):
-        return isinstance(value, int) and value in shape
-    if isinstance(shape, list):
-        wanted = shape if len(shape) > 1 or not isinstance(value, list) else shape * len(value)
-        return isinstance(value, list) and len(value) == len(wanted) and all(map(fits, value, wanted))
-    if not isinstance(shape, dict):
+    if not isinstance(shape, (list, dict)):
         return isinstance(value, shape)
-    return isinstance(value, dict) and all(
-        fits(value[key.rstrip("?")], wanted) if key.rstrip("?") in value else key.endswith("?")
-        for key, wanted in shape.items() if isinstance(key, str)) and all(
-        pattern.match(key) and fits(value[key], wanted)
-        for pattern, wanted in shape.items() if isinstance(pattern, re.Pattern) for key in value)
+    if not isinstance(value, type(shape)):
+        return False
+    if isinstance(shape, list):
+        wanted = shape * len(value) if len(shape) == 1 else shape
+        return len(value) == len(wanted) and all(map(fits, value, wanted))
+    for key, wanted in shape.items():
+        if isinstance(key, re.Pattern):
+            good = all(key.match(name) and fits(value[name], wanted) for name in value)
+        else:
+            name = key.rstrip("?")
+            good = fits(value[name], wanted) if name in value else name != key
+        if not good:
+            return False
+    return True
 
 
 _ENTRY = dict(dict.fromkeys(("state", "host", "root", "project", "base", "tree", "op"), str), created=(int, float))
@@ -2117,11 +2096,11 @@ RECORD = {"name": _WORKSPACE, "id": re.compile(r"[0-9a-f]{12}\Z"), "jobs?": dict
               dict(_ENTRY, path=str), dict(_ENTRY, state=re.compile(r"(?!ready\Z)")))}}
 SECRET = {re.compile(r"(value|command)\Z"): re.compile("[^\ud800-\udc7f\udd00-\udfff]*\\Z")}
 PARTS = {"source": str, "modules": [[str, str, str]], "lfs": [[str, str, str, str]]}
-PROFILE = {"until": (int, float), "sessions?": range(SESSIONS_PER_MASTER + 1), "direct?": range(2)}
+PROFILE = {"until": (int, float), "sessions?": int, "direct?": int}
 DOWN = {"until": (int, float), "count": int, "why?": [str, str, str]}
 
 
-def read_json(path: str, shape: Any = dict) -> Any:
+def read_json(path: str, shape: Any = dict) -> Optional[Dict[str, Any]]:
     """An object of a ``shape`` from a private JSON file of version 1; None if there is none.
 
     StateFailed for a file that is not one, each time: set aside by the first who reads it, it would be missing for the
@@ -2132,15 +2111,15 @@ def read_json(path: str, shape: Any = dict) -> Any:
     if data is None:
         return None
     try:
-        value = json.loads(data.decode("utf-8"))
+        value: Dict[str, Any] = json.loads(data.decode("utf-8"))
         if not fits(value, {"version": int}):
             raise ValueError("no version")
     except (ValueError, RecursionError):
-        raise StateFailed("The state file %s is damaged." % show(path, 300), set_aside(path))
+        raise damaged(path, "is damaged")
     if value["version"] != 1:
         raise StateFailed("The state file %s was written by a newer version." % show(path), "Use that version of %s." % PROGRAM)
     if not fits(value, shape):
-        raise StateFailed("The state file %s has parts that are not as they should be." % show(path), set_aside(path))
+        raise damaged(path, "has parts that are not as they should be")
     return value
 
 
@@ -2174,7 +2153,7 @@ def write_json(path: str, value: Mapping[str, Any], age: float = 3600) -> None:
         os.rename(temporary, path)
     except OSError as error:
         remove_file(temporary)
-        raise StateFailed("Cannot write %s: %s." % (show(path), os.strerror(error.errno or 0)))
+        raise StateFailed("Cannot write %s: %s." % (show(path), error.strerror))
 
 
 class Registry:
@@ -2188,9 +2167,7 @@ class Registry:
         import hashlib
         self.repository = repository
         key = hashlib.sha256(os.fsencode(repository)).hexdigest()[:20]
-        home = private_directory(state_home())
-        self.path, self.secrets_path = (os.path.join(private_directory(os.path.join(home, folder)), key + ".json")
-                                        for folder in ("projects", "secrets"))
+        self.path, self.secrets_path = (os.path.join(state_folder(name), key + ".json") for name in ("projects", "secrets"))
         self.parts_path, self.running = (self.path[:-len("json")] + ending for ending in ("parts", "running"))
         self._cache: Dict[str, Tuple[object, Any]] = {}
 
@@ -2218,7 +2195,7 @@ class Registry:
         """The record, or the secrets, to be changed: under the lock, and written unless the block raises."""
         path = self.secrets_path if secrets else self.path
         with Lock(path + ".lock", doing="changes " + show(path)):
-            value = {"secrets": read_secrets(path)} if secrets else read_json(path, RECORD)
+            value: Any = {"secrets": read_secrets(path)} if secrets else read_json(path, RECORD)
             if value is None:
                 name = os.path.basename(self.repository.rstrip("/"))
                 if name == ".git":
@@ -2231,8 +2208,7 @@ class Registry:
 
     def parts(self, tree: str) -> Optional[Dict[str, Any]]:
         """What save_parts() kept of a tree that was sent; None where it was a commit's own."""
-        value: Optional[Dict[str, Any]] = read_json(os.path.join(self.parts_path, tree + ".json"), PARTS)
-        return value
+        return read_json(os.path.join(self.parts_path, tree + ".json"), PARTS)
 
     def all_parts(self) -> Iterator[Dict[str, Any]]:
         """The same of all, newest first."""
@@ -2240,11 +2216,8 @@ class Registry:
             yield read_json(path, PARTS) or {}
 
     def _parts_files(self) -> List[str]:
-        try:
-            with os.scandir(self.parts_path) as found:
-                return [entry.path for entry in sorted(found, key=lambda entry: -entry.stat().st_mtime) if entry.name.endswith(".json")]
-        except OSError:
-            return []
+        names = os.listdir(self.parts_path) if os.path.isdir(self.parts_path) else []
+        return sorted((os.path.join(self.parts_path, name) for name in names if name.endswith(".json")), key=age_of)
 
     def save_parts(self, tree: str, value: Mapping[str, Any]) -> None:
         """Kept while a workspace is of that tree; else, for deltas, while it is among the newest."""
@@ -2275,11 +2248,11 @@ def read_secrets(path: str) -> Dict[str, Dict[str, str]]:
     """The secrets of a file. Checked, since people edit files."""
     stored = (read_json(path) or {}).get("secrets", {})
     if not isinstance(stored, dict):
-        raise StateFailed("The state file %s has no secrets in it." % show(path), set_aside(path))
+        raise damaged(path, "has no secrets in it")
     for name, entry in stored.items():
         check_variable(name, secret=True)
         if not fits(entry, SECRET) or len(entry) != 1:
-            raise StateFailed("The secret %s in %s is damaged." % (name, show(path)), set_aside(path))
+            raise damaged(path, "is damaged", "secret %s in" % name)
     return stored
 
 
@@ -2299,23 +2272,19 @@ class History:
         line = json.dumps(row)
         if len(line) > HISTORY_LINE:  # the detail has been bounded by its author: odd names can still swell
             line = json.dumps(dict(row, detail=""))
-        try:
+        with contextlib.suppress(OSError, StateFailed):
             if not self.swept:
                 self.swept = True
                 self.now()  # clears away what processes that were killed left
-            fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            try:
-                os.write(fd, line.encode("ascii") + b"\n")
-                full = os.fstat(fd).st_size > HISTORY_MAX
-            finally:
-                os.close(fd)
+            fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            with open(fd, "ab", 0) as stream:
+                stream.write(line.encode("ascii") + b"\n")
+                full = stream.tell() > HISTORY_MAX
             lock = Lock(self.path + ".lock")
             if full and lock.take():
-                if os.stat(self.path).st_size > HISTORY_MAX:
-                    os.rename(self.path, self.path + ".1")
-                lock.free()
-        except (OSError, StateFailed):
-            pass
+                with lock:
+                    if os.stat(self.path).st_size > HISTORY_MAX:
+                        os.rename(self.path, self.path + ".1")
 
     def rows(self) -> Iterator[Dict[str, Any]]:
         """Oldest first. A torn or damaged line is passed over."""
@@ -2345,33 +2314,27 @@ class History:
     def now(self) -> List[Dict[str, Any]]:
         """What runs now, oldest first. Records and locks of processes that died are cleared away."""
         import json
-        rows = []
+        rows: List[Any] = []
         for name in os.listdir(self.running) if os.path.isdir(self.running) else []:
             lock = Lock(os.path.join(self.running, name), passing=True)
-            try:
-                if lock.take():
-                    lock.free()
-                    continue
-                row = json.loads((read_bytes(lock.path, 64 * 1024) or b"").decode("ascii"))
+            with contextlib.suppress(OSError, StateFailed, ValueError):
+                row = None if lock.take() else json.loads(read_bytes(lock.path, 64 * 1024) or b"0")
+                lock.free()
                 if fits(row, {"time": (int, float)}):
                     rows.append(row)
-            except (OSError, StateFailed, ValueError):
-                pass
         return sorted(rows, key=lambda row: float(row["time"]))
 
 
-def all_projects(damaged: Callable[[StateFailed], None]) -> Iterator[Dict[str, Any]]:
+def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Dict[str, Any]]:
     """The records of every project this machine knows; of one that is damaged, its error is told."""
-    folder = private_directory(os.path.join(private_directory(state_home()), "projects"))
+    folder = state_folder("projects")
     for name in sorted(os.listdir(folder)):
-        if name.endswith(".json"):
-            path = os.path.join(folder, name)
-            try:
-                value = read_json(path, RECORD)
-                if value:
-                    yield value
-            except StateFailed as error:
-                damaged(error)
+        try:
+            value = read_json(os.path.join(folder, name), RECORD) if name.endswith(".json") else None
+            if value:
+                yield value
+        except StateFailed as error:
+            report(error)
 
 
 def secret_values(registry: Registry, cancel: Optional[Cancel] = None) -> Dict[str, bytes]:
@@ -2384,9 +2347,9 @@ def secret_values(registry: Registry, cancel: Optional[Cancel] = None) -> Dict[s
         if "command" in entry:
             try:
                 status, out, _ = run(["/bin/sh", "-c", entry["command"]], limit=SECRET_MAX, patience=120, cancel=cancel)
-            except Cancelled:
-                raise
             except CmuxError as error:
+                if isinstance(error, Cancelled):
+                    raise
                 raise CmuxError("The command for the secret %s: %s" % (name, error), error.hint)
             if status != 0:
                 raise CmuxError("The command for the secret %s failed with status %d." % (name, status),
@@ -2703,13 +2666,10 @@ def connect(path: str) -> socket.socket:
 
 def end_master(path: str) -> None:
     """Ask a master to end."""
-    try:
-        with connect(path) as control:
-            control.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(MUX_TERMINATE, 0))
-            while control.recv(4096):
-                pass
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), connect(path) as control:
+        control.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(MUX_TERMINATE, 0))
+        while control.recv(4096):
+            pass
 
 
 class Session:
@@ -2730,7 +2690,7 @@ class Session:
         self.counted = False     # among the operations of its Host that run
 
     def adopt(self, stdin: int, stdout: int, stderr: int) -> None:
-        leave_at_fork(self)
+        fork_aware().add(self)
         self.stdin, self.stdout, self.stderr = stdin, stdout, stderr
         for fd in (stdin, stdout, stderr):
             os.set_blocking(fd, False)
@@ -2743,11 +2703,7 @@ class Session:
         drop(self.stdin, self.stdout, self.stderr)
         self.stdin = self.stdout = self.stderr = -1
 
-    def _forked(self) -> None:
-        """In a child: let go of it, without a word to the other side."""
-        self.close_pipes()
-        drop(self.control)
-        self.control = -1
+    _forked = close_pipes    # in a child: let go of it, without a word to the other side
 
     def control_event(self) -> bool:
         """Read what the control connection has; False when the session is over."""
@@ -2808,8 +2764,7 @@ class MuxSession(Session):
             for fd in (theirs_in, theirs_out, theirs_err):
                 self._socket.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))])
         finally:
-            for fd in (theirs_in, theirs_out, theirs_err):
-                os.close(fd)
+            drop(theirs_in, theirs_out, theirs_err)
         hello = mux_numbers(self._packet())
         if hello[:2] != [MUX_HELLO, 4]:
             raise MasterGone("The control socket speaks another protocol.", host=self.host)
@@ -2827,8 +2782,7 @@ class MuxSession(Session):
             for _ in range(3):
                 fds += os.pipe()
         except OSError:  # none left
-            for fd in fds:
-                os.close(fd)
+            drop(*fds)
             raise
         return fds[1], fds[0], fds[2], fds[3], fds[4], fds[5]
 
@@ -2901,9 +2855,9 @@ class MuxSession(Session):
             self._release()
 
     def _forked(self) -> None:
-        if self._socket.fileno() >= 0:
-            self._socket.detach()  # or its end would close whatever has the number then
-        super()._forked()
+        self.control = -1
+        self._socket.close()
+        self.close_pipes()
 
 
 class RemoteShellFailed(ConnectionFailed):
@@ -2977,17 +2931,21 @@ class DirectSession(Session):
             self._done = None
 
 
-class HostMemory:
-    """What all processes of this user remember of one host.
+class Masters:
+    """The masters of one host, the sessions on them, and what is remembered of it: for all processes of this user.
 
     A directory named by a hash of the alias and of `ssh -G` (%C collides between aliases):
-    down.json, the failures; profile.json, the sessions that a master was seen to take; and, for the classes
-    below, sockets 0, 1, ...; a lock file per session slot; locks for starting; hangs.0, ... of masters that do;
+    down.json, the failures; profile.json, the sessions that a master was seen to take;
+    sockets 0, 1, ...; a lock file per session slot; locks for starting; hangs.0, ... of masters that do;
     dropped, as old as the last handshake that the server dropped.
     """
 
+    tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait; the command line sets both
+    alert: Callable[[str], None] = staticmethod(lambda text: warnings.warn(text, RuntimeWarning, stacklevel=2))
+
     def __init__(self, config: SSHConfig, interactive: Optional[Callable[[], bool]] = None) -> None:
         import hashlib
+        import threading
         self.config, self.interactive = config, interactive
         self.host = config.host
         digest = hashlib.sha256(b"1\0" + config.host.encode() + b"\0" + " ".join(
@@ -2998,6 +2956,12 @@ class HostMemory:
         self._gone: Dict[int, int] = {}        # how often each master hung up during hello
         self._heard: Dict[int, int] = {}       # how long the log of each was
         self._shaking = Waiters()              # for a handshake
+        self._mutex = threading.Lock()
+        self._held: Dict[Tuple[int, int], Lock] = {}
+        self._freed = {1: Waiters(), 2: Waiters()}  # for one slot, for two at once
+        self._waiting = self._launching = 0    # slots that are waited for; masters
+        self._spared = False                   # a master for sessions ahead is being made, or could not be
+        self._full: Dict[int, float] = {}      # masters that refuse sessions, and until when others are asked
         self.patience = (CONNECT_PATIENCE_SLOW if config.first("connecttimeout") == "0" else CONNECT_PATIENCE)
 
     def _path(self, name: object) -> str:
@@ -3016,7 +2980,7 @@ class HostMemory:
             return self._profile
         value, limits = recall(self._path("profile.json"), PROFILE), {"sessions": SESSIONS_PER_MASTER, "direct": 1}
         if 0 < value.get("until", 0) - time.time() <= 86400:  # a clock may be set back
-            limits.update({key: value[key] for key in limits if key in value})
+            limits.update({key: value[key] for key in limits if 0 <= value.get(key, -1) <= limits[key]})
         self._profile = limits
         self._profile_until = time.monotonic() + 2  # other processes learn too
         return self._profile
@@ -3059,12 +3023,7 @@ class HostMemory:
             "", "%s could not be reached a moment ago." % self.host, "Try again.")
         return kinds.get(name, ConnectionFailed)(message, hint, self.host)
 
-
-class Launcher(HostMemory):
-    """Starts connections to the host, at most HANDSHAKES_AT_ONCE at a time."""
-
-    tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait; the command line sets both
-    alert: Callable[[str], None] = staticmethod(lambda text: warnings.warn(text, RuntimeWarning, stacklevel=2))
+    # -- connections --
 
     def _answers(self, index: int) -> bool:
         try:
@@ -3114,7 +3073,7 @@ class Launcher(HostMemory):
         own = Lock(self._path("launch.%d" % index))
         if not own.take():
             return False
-        try:
+        with own:
             if self._answers(index):
                 return False
             remove_file(self._path(index))
@@ -3142,8 +3101,6 @@ class Launcher(HostMemory):
                 finally:
                     slot.free()
             return False
-        finally:
-            own.free()
 
     def _ask_proxy(self) -> Optional[HostError]:
         """Why the ProxyCommand gives no connection, if it says so. (That of a master speaks to /dev/null: ssh's doing.)"""
@@ -3232,26 +3189,13 @@ class Launcher(HostMemory):
         """Whether a person might mend a login. One that was made with a person's help can serve instead."""
         return isinstance(error, (HostKeyFailed, AuthenticationFailed)) and error.asks and self.profile()["sessions"] > 0
 
-
-class Slots(Launcher):
-    """The session slots of the masters that live: a lock file each, so that all processes of this user count."""
-
-    def __init__(self, config: SSHConfig, interactive: Optional[Callable[[], bool]] = None) -> None:
-        import threading
-        super().__init__(config, interactive)
-        self._mutex = threading.Lock()
-        self._held: Dict[Tuple[int, int], Lock] = {}
-        self._freed = {1: Waiters(), 2: Waiters()}  # for one slot, for two at once
-        self._waiting = self._launching = 0         # slots that are waited for; masters
-        self._spared = False                   # a master for sessions ahead is being made, or could not be
-        self._full: Dict[int, float] = {}      # masters that refuse sessions, and until when others are asked
+    # -- slots, a lock file each: all processes of this user count --
 
     def _live(self) -> List[int]:
-        return [i for i in range(MASTERS_PER_HOST) if self._is_socket(i) and not self._hangs(i)]
+        """The masters to ask: no process saw one hang MASTER_PASSED_BY ago or less."""
+        return [i for i in range(MASTERS_PER_HOST) if self._is_socket(i)
+                and not 0 <= age_of(self._path("hangs.%d" % i)) < MASTER_PASSED_BY]
 
-    def _hangs(self, index: int) -> bool:
-        """Whether a master was seen to hang, by any process, MASTER_PASSED_BY ago or less."""
-        return 0 <= age_of(self._path("hangs.%d" % index)) < MASTER_PASSED_BY
 
     def pass_by(self, index: int) -> None:
         """For a while others are asked: to find out anew takes each process CONTROL_PATIENCE."""
@@ -3262,7 +3206,7 @@ class Slots(Launcher):
             status = os.lstat(self._path(index))
         except OSError:
             return False
-        return status.st_mode & 0o170000 == 0o140000 and status.st_uid == os.geteuid()
+        return stat.S_ISSOCK(status.st_mode) and status.st_uid == os.geteuid()
 
     def _try_slots(self, first: int = 0, count: int = 1) -> List[Tuple[int, int]]:
         """So many free slots, or none; from number ``first`` on of each master."""
@@ -3305,11 +3249,6 @@ class Slots(Launcher):
         """Have as many look for a slot, of those who want one and of those who want two."""
         for waiters in self._freed.values():
             waiters.wake(count)
-
-
-class Masters(Slots):
-    """The masters of one host, and the sessions on them, shared by all processes of this user."""
-
     # -- sessions --
 
     def open(self, command: str, deadline: Deadline, cancel: Optional[Cancel] = None, count: int = 1) -> List[Session]:
@@ -3470,11 +3409,9 @@ class Masters(Slots):
     def count_sessions(self, command: str, most: int) -> int:
         """How many more sessions a living master takes now, up to ``most``."""
         opened: List[MuxSession] = []
-        try:
+        with contextlib.suppress(HostError, OSError, IndexError):
             while len(opened) < most:
                 opened.append(MuxSession(self.host, self._path(self._live()[0]), command, lambda: None))
-        except (HostError, OSError, IndexError):
-            pass
         for session in opened:
             session.close()
         return len(opened)
@@ -3487,7 +3424,7 @@ class Masters(Slots):
         lock = Lock(self._path("probe"), doing="connects to " + self.host)
         if not lock.wait(deadline, cancel):
             raise ConnectionFailed("Another process has been connecting to %s for too long." % self.host, "Try again.", self.host)
-        try:
+        with lock:
             if self._live():
                 return
             count, until = self._failures()
@@ -3511,8 +3448,6 @@ class Masters(Slots):
                     self._remember_failure(error)
                 raise
             remove_file(self._path("down.json"))
-        finally:
-            lock.free()
 
     def _one_more(self, cancel: Optional[Cancel]) -> bool:
         """Start one more master; that it cannot be is no failure, since others live, but no process
@@ -3545,7 +3480,7 @@ class Masters(Slots):
         return not self._spared
 
 
-def look_closely(masters: Launcher, command: str) -> Tuple[int, str, bytes]:
+def look_closely(masters: Masters, command: str) -> Tuple[int, str, bytes]:
     """Run ``command`` over a connection of its own with ssh's debugging words: (status, those words,
     what else was on stderr: a ProxyCommand's). For diagnosis; never asks, and is tried once.
 
@@ -3890,7 +3825,7 @@ class Host:
         self._interactive = interactive
         self._warm = warm
         self._forked()
-        leave_at_fork(self)
+        fork_aware().add(self)
 
     def _forked(self) -> None:
         """As new: what was open, and the thread that kept it, is another process's."""
@@ -4289,7 +4224,7 @@ class CommandRun:
             finally:
                 self.host.done(session)
             return "confirmed" if reply.value() == b"confirmed\n" else "requested"
-        except (HostError, CmuxError):
+        except CmuxError:
             return "unknown"
 
 
@@ -5237,49 +5172,47 @@ class Archive(Source):
 # Owns: making, listing and removing workspaces, and what a command in one sees. May touch: the
 # rooms above. Promises: a workspace exists whole or not at all, on the host and in the registry.
 
-class Logged:
-    """One operation as the history tells it: a context manager. Operations inside another of the
-    same thread are part of it. ``size`` counts its bytes; ``code`` is its exit code unless it raises."""
+@contextlib.contextmanager
+def in_history(project: ProjectBase, operation: str, workspace: str, host: str = "", detail: object = "",
+               op: str = "") -> Iterator[types.SimpleNamespace]:
+    """One operation as the history tells it: ``size`` counts its bytes; ``code`` is its exit code unless it
+    raises; ``op`` says which workspace, whatever its name will be. What it does by others is part of it."""
+    import _thread
+    thread, masks = _thread.get_ident(), None  # type: int, object
+    row: Dict[str, Any] = dict({"operation": operation, "workspace": workspace, "host": host}, **({"op": op} if op else {}))
+    entry = types.SimpleNamespace(row=row, code=0, size=0)
+    if thread in project.logging:
+        yield entry
+        return
 
-    def __init__(self, project: ProjectBase, operation: str, workspace: str, host: str = "", detail: object = "",
-                 op: str = "") -> None:
-        self.project = project                # op: which workspace, whatever its name will be
-        self.row: Dict[str, Any] = dict({"operation": operation, "workspace": workspace, "host": host}, **({"op": op} if op else {}))
-        self.detail, self.code, self.size, self.began = detail, 0, 0, 0.0
-        self.thread, self.lock = 0, None  # type: int, Optional[Lock]
-        self.masks: object = None
-
-    def __enter__(self) -> Logged:
-        import _thread
-        if _thread.get_ident() not in self.project.logging:
-            self.thread, self.began = _thread.get_ident(), time.monotonic()
-            self.row["time"] = round(time.time(), 3)
-            if self.row["operation"] in ("exec", "shell", "write", "edit", "start"):
-                self.project.touch(self.row.get("op", ""))
-            if self.row["operation"] in ("exec", "new", "push", "pull", "diff", "shell"):
-                self._tell()
-                self.lock = self.project.history.begin(self.row)
-            self.project.logging.add(self.thread)  # last: a KeyboardInterrupt before it must not leave it there
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if self.thread:
-            self.project.logging.discard(self.thread)
-            self._tell()
-            code = self.code if error is None else getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
-            self.project.history.append(dict(self.row, duration=round(time.monotonic() - self.began, 3), exit_code=code, bytes=self.size))
-            if self.lock:
-                self.lock.free()
-
-    def _tell(self) -> None:
+    def tell() -> None:
         """What it is about, without the values of secrets that are known by now: those that commands make are
         known only once they were handed over."""
+        nonlocal masks
         try:
-            masks = self.project.masks()
-            if masks is not self.masks:
-                self.masks, self.row["detail"] = masks, masked_detail(self.detail, masks)
+            known = project.masks()
+            if known is not masks:
+                masks, row["detail"] = known, masked_detail(detail, known)
         except CmuxError:
-            self.row["detail"] = ""
+            row["detail"] = ""
+    began, row["time"], lock = time.monotonic(), round(time.time(), 3), None
+    if operation in ("exec", "shell", "write", "edit", "start"):
+        project.touch(op)
+    if operation in ("exec", "new", "push", "pull", "diff", "shell"):
+        tell()
+        lock = project.history.begin(row)
+    try:
+        project.logging.add(thread)  # last: a KeyboardInterrupt before it must not leave it there
+        yield entry
+    except BaseException as error:
+        entry.code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+        raise
+    finally:
+        project.logging.discard(thread)
+        tell()
+        project.history.append(dict(row, duration=round(time.monotonic() - began, 3), exit_code=entry.code, bytes=entry.size))
+        if lock:
+            lock.free()
 
 
 def masked_detail(what: object, masks: Sequence[Tuple[bytes, bytes]]) -> str:
@@ -5304,7 +5237,7 @@ def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0) -
         @functools.wraps(function)
         def call(workspace: WorkspaceBase, *args: Any, **kwargs: Any) -> Any:
             what = args[0] if args else kwargs.get(named, "")
-            with Logged(workspace.project, operation, workspace.name, workspace.host.name, what, workspace.op) as entry:
+            with in_history(workspace.project, operation, workspace.name, workspace.host.name, what, workspace.op) as entry:
                 result = function(workspace, *args, **kwargs)
                 entry.size = size(result, *args)
                 return result
@@ -5324,7 +5257,7 @@ class ProjectState:
         self._interactive = interactive
         self._hosts: Dict[str, Host] = {}
         self._forked()
-        leave_at_fork(self)
+        fork_aware().add(self)
         self.handed_over: Dict[bytes, str] = {}   # values of secrets sent by this process -> name
         self._masked: Tuple[Mapping[bytes, str], Mapping[str, Dict[str, str]], List[Tuple[bytes, bytes]]] = ({}, {}, [])
         self.history = History(self.registry)
@@ -5536,7 +5469,7 @@ class ProjectBase(ProjectState):
         report.step(name, "being made")
         with self.registry.creation_lock(name).hold(cancel):
             self.vacate(name)
-            with Logged(self, "new", name, host, ref) as entry:
+            with in_history(self, "new", name, host, ref) as entry:
                 creation = Creation(self, name, host, ref, root, report, cancel)
                 entry.row["op"] = creation.op
                 workspace = creation.run(init)
@@ -5576,7 +5509,7 @@ class ProjectBase(ProjectState):
             if entry is None:
                 return []
             host = self.host(entry["host"])
-            with Logged(self, "rm", name, host.name, "--forget" if forget else "--force" if force else "", entry["op"]):
+            with in_history(self, "rm", name, host.name, "--forget" if forget else "--force" if force else "", entry["op"]):
                 if forget:
                     self.forget(name)
                     return [name]
@@ -5650,7 +5583,7 @@ class ProjectBase(ProjectState):
             return self.workspace(name)
 
     def _move(self, script: str, host: Host, entry: Dict[str, Any], source: str, name: str, *ops: str) -> None:
-        with Logged(self, "fork" if script is FORK else "rename", source, host.name, name, self.entry(source)["op"]):
+        with in_history(self, "fork" if script is FORK else "rename", source, host.name, name, self.entry(source)["op"]):
             reply = host.call(script, entry["root"], entry["project"], source, name, *ops)
         if reply.status in (20, 22):
             if script is FORK:
@@ -5674,7 +5607,7 @@ class ProjectBase(ProjectState):
             same = (made.commit, made.tree) == (entry["base"], entry["tree"]) and not force
             if same and (entry.get("whole") == made.tree or self._sent(entry)):
                 return False
-            with Logged(self, "push", name, workspace.host.name, ref, entry["op"]) as log:
+            with in_history(self, "push", name, workspace.host.name, ref, entry["op"]) as log:
                 if not force:
                     self._refuse(name, entry, ())
                 self.update(name, intent={"op": made.op, **made.base()})
@@ -5713,7 +5646,7 @@ class ProjectBase(ProjectState):
         failed: List[CmuxError] = []
         for host, root in list(places):
             try:
-                with Logged(self, "gc", "", host):
+                with in_history(self, "gc", "", host):
                     reply = self.host(host).call(GC, root)
                     check_reply(reply, host, "clear up")
                 if not re.match(rb"-?\d{1,15}\n\Z", reply.stdout):
@@ -6074,7 +6007,7 @@ class WorkspaceBase:
         except Cancelled:  # while a secret's command ran
             return Outcome(status=None, stopped="confirmed", reason="cancel")
         directory = os.path.join(self.path, cwd) if cwd else self.path
-        with Logged(self.project, "exec", self.name, self.host.name, command, self.op) as entry:
+        with in_history(self.project, "exec", self.name, self.host.name, command, self.op) as entry:
             def counted(sink: Callable[[bytes], Any]) -> Callable[[bytes], None]:
                 def take(data: bytes) -> None:
                     entry.size += len(data)
@@ -6958,7 +6891,7 @@ def diff_lines(workspace: WorkspaceBase, stat: bool = False, report: Optional[Re
                cancel: Optional[Cancel] = None, binary: bool = False) -> Iterator[bytes]:
     """The same as the bytes are: for git apply, never for a terminal."""
     workspace = workspace.project.workspace(workspace.name)  # a push may have moved it since
-    with Logged(workspace.project, "diff", workspace.name, workspace.host.name, "", workspace.op), workspace.project.repository.in_shadow(workspace.base) as shadow:
+    with in_history(workspace.project, "diff", workspace.name, workspace.host.name, "", workspace.op), workspace.project.repository.in_shadow(workspace.base) as shadow:
         work = Pull(workspace, shadow, report or Report(), True, cancel)
         commits, _ = work.fetch()
         for path, names in work.secrets.items():
@@ -7210,7 +7143,7 @@ def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Optional
         try:
             value = call()
             if told:
-                Launcher.tell("It answers again.")
+                Masters.tell("It answers again.")
             return value
         except (HostKeyFailed, AuthenticationFailed):
             raise
@@ -7221,7 +7154,7 @@ def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Optional
                 cancel.check()
             if not told:
                 told = True
-                Launcher.tell("%s Trying again for up to %d minutes." % (error, FAULT_PATIENCE // 60))
+                Masters.tell("%s Trying again for up to %d minutes." % (error, FAULT_PATIENCE // 60))
             time.sleep(0.5)
 
 
@@ -8839,7 +8772,7 @@ class Live(Terminal):
         self.lanes: Dict[str, Tuple[str, float]] = dict.fromkeys(names, ("", 0.0))  # what is done, and since when
         self.sinks: Dict[str, Outlet] = {}
         self.ended: Set[str] = set()
-        Launcher.tell, Launcher.alert, Live.shown_now = self.note, self.warn, self
+        Masters.tell, Masters.alert, Live.shown_now = self.note, self.warn, self
         Lock.tell = self.note
         if self.redraws:
             threading.Thread(target=self._keep_drawn, daemon=True).start()
@@ -9036,8 +8969,8 @@ def may_ask() -> bool:
 
 def open_project(options: argparse.Namespace) -> Project:
     Lock.tell = Terminal(options.verbosity, not getattr(options, "command", "")).note
-    Launcher.tell = Terminal(options.verbosity).note
-    Launcher.alert = Terminal(options.verbosity).warn
+    Masters.tell = Terminal(options.verbosity).note
+    Masters.alert = Terminal(options.verbosity).warn
     return Project(options.directory, None if options.json else may_ask, warm=0)
 
 
