@@ -843,26 +843,36 @@ def site(keys: Keys) -> Iterator[Site]:
         yield opened
 
 
-@pytest.fixture
-def repo(site: Site) -> Repo:
-    """A small repository, different in every test."""
-    return Repo(site, files={"nonce": os.urandom(16)})
+@pytest.fixture(scope="module")
+def common(keys: Keys) -> Iterator[Site]:
+    """One laptop for all tests of this process that ask for no `site` of their own."""
+    with open_site(keys) as opened:
+        yield opened
+
+
+def site_of(request: pytest.FixtureRequest) -> Site:
+    return request.getfixturevalue("site" if "site" in request.fixturenames else "common")
 
 
 @pytest.fixture
-def odd(site: Site) -> Repo:
-    """A repository with every kind of file and name."""
-    return Repo(site, odd=True)
+def repo(request: pytest.FixtureRequest) -> Repo:
+    """A small project, different in every test, on the test's own `site` where it asks for one."""
+    return Repo(site_of(request), f"{os.urandom(4).hex()}/project", files={"nonce": os.urandom(16)})
+
+
+@pytest.fixture
+def odd(request: pytest.FixtureRequest) -> Repo:
+    """A project with every kind of file and name."""
+    return Repo(site_of(request), f"{os.urandom(4).hex()}/project", odd=True)
 
 
 @pytest.fixture(scope="module")
-def shared(keys: Keys) -> Iterator[Repo]:
-    """One site whose workspace exists already, for tests that only run commands in it."""
-    with open_site(keys) as opened:
-        repo = Repo(opened)
-        made = repo.cli("new", "-H", "box", "main")
-        assert made.code == 0, made
-        yield repo
+def shared(common: Site) -> Repo:
+    """A project whose workspace exists already, for tests that only run commands in it."""
+    repo = Repo(common)
+    made = repo.cli("new", "-H", "box", "main")
+    assert made.code == 0, made
+    return repo
 
 
 @pytest.fixture(autouse=True)
@@ -1332,7 +1342,7 @@ COLOURFUL = (r"printf '\303'; sleep .4; printf '\244 \033[3'; sleep .4; printf '
 
 
 @pytest.mark.parametrize("face", ["exec", "logs", "logs -f", "new", "several"])
-def test_colours_and_progress_of_a_command_pass_to_a_terminal_and_nothing_else_does(repo: Repo, face: str) -> None:
+def test_colours_and_progress_of_a_command_pass_to_a_terminal_and_nothing_else_does(repo: Repo, face: str, site: Site) -> None:
     words = face.split()
     if face == "new":
         repo.write(".cmux/init", b"#!/bin/sh\n" + COLOURFUL.encode(), 0o755)
@@ -1355,7 +1365,7 @@ def test_colours_and_progress_of_a_command_pass_to_a_terminal_and_nothing_else_d
     assert f"{label}\x1b[7mleft\x1b[m" in seen, seen
 
 
-def test_a_dead_master_is_a_lost_line_ends_the_command_and_the_next_call_works(repo: Repo) -> None:
+def test_a_dead_master_is_a_lost_line_ends_the_command_and_the_next_call_works(repo: Repo, site: Site) -> None:
     nap = unique()
     assert repo.exec("true").code == 0
     child = repo.start("exec", "-H", "box", "--json", "--", f"echo early; sleep {nap}")
@@ -1370,7 +1380,7 @@ def test_a_dead_master_is_a_lost_line_ends_the_command_and_the_next_call_works(r
     assert repo.exec("echo again").out == b"again\n"
 
 
-def test_a_line_cut_in_mid_command_is_a_lost_line(repo: Repo) -> None:
+def test_a_line_cut_in_mid_command_is_a_lost_line(repo: Repo, site: Site) -> None:
     line, nap = repo.site.line("far"), unique()
     assert repo.exec("true", host="far").code == 0
     child = repo.start("exec", "-H", "far", "--", f"echo early; sleep {nap}")
@@ -1443,7 +1453,7 @@ def test_a_shell_that_is_slow_to_start_may_still_run_what_was_sent(site: Site, t
     assert site.log("slow").count("Starting session") == before + 1, "a minute each is not waited three times"
 
 
-def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo: Repo) -> None:
+def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo: Repo, site: Site) -> None:
     """It watches over a command whose own stdin streams, on the connection that had room."""
     nap, mine, held = unique(), unique(), []  # type: str, str, List[subprocess.Popen[bytes]]
     assert repo.exec("true").code == 0
@@ -1509,7 +1519,7 @@ def test_where_neither_the_wrapper_nor_proc_is_there_no_end_is_confirmed(tmp_pat
         here.wait()
 
 
-def test_a_stopped_master_does_not_hang_a_new_call(repo: Repo) -> None:
+def test_a_stopped_master_does_not_hang_a_new_call(repo: Repo, site: Site) -> None:
     assert repo.exec("true").code == 0
     (master,) = until(repo.site.masters, "there is a master")
     kill(master.pid, signal.SIGSTOP)
@@ -1520,7 +1530,7 @@ def test_a_stopped_master_does_not_hang_a_new_call(repo: Repo) -> None:
     assert again.seconds < first.seconds - 2.5, "the next process need not find out again"
 
 
-def test_a_master_that_hung_is_asked_again_after_a_while(repo: Repo) -> None:
+def test_a_master_that_hung_is_asked_again_after_a_while(repo: Repo, site: Site) -> None:
     """What is remembered of it is as old as a file; half a minute passes when the files grow old."""
     assert repo.exec("true").code == 0
     (master,) = repo.site.masters()
@@ -1536,7 +1546,7 @@ def test_a_master_that_hung_is_asked_again_after_a_while(repo: Repo) -> None:
 
 
 @pytest.mark.parametrize("stdin", [None, pytest.param(b"in", marks=pytest.mark.slow)])
-def test_a_command_whose_master_hangs_is_stopped_over_another_one_and_soon(repo: Repo, stdin: Optional[bytes]) -> None:
+def test_a_command_whose_master_hangs_is_stopped_over_another_one_and_soon(repo: Repo, stdin: Optional[bytes], site: Site) -> None:
     nap = unique()
     assert repo.exec("true").code == 0
     child = repo.start("exec", "--timeout", "3", "--json", "--", f"cat; echo on; sleep {nap}", stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE)
@@ -1568,7 +1578,7 @@ def test_a_timeout_comes_also_while_output_never_pauses(shared: Repo) -> None:
 @pytest.mark.parametrize("how", ["timeout", "SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("where", ["pipe", "terminal", "several"])
 @pytest.mark.promise(6)
-def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo: Repo, where: str, how: str) -> None:
+def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo: Repo, where: str, how: str, site: Site) -> None:
     """Nobody reads, and the output is full: the command is ended all the same, and that is said."""
     nap, several = unique(), where == "several"
     assert repo.cli("new", "-H", "box", "main", *(["b"] if several else [])).code == 0
@@ -1670,7 +1680,7 @@ print(warm().exec(["printf", "<%s>", "it's", "!x"]).stdout, warm().write("a\\n'b
 """, host, str(site.dir / f"log-{host}")) == "b\"<it's><!x>\" True b'one\\n' 1 b'in'\n"
 
 
-def test_what_a_session_opened_ahead_knows_is_not_sent_again(repo: Repo) -> None:
+def test_what_a_session_opened_ahead_knows_is_not_sent_again(repo: Repo, site: Site) -> None:
     line = repo.site.line("far")
     assert repo.cli("new", "-H", "far", "main").code == 0
 
@@ -1852,7 +1862,7 @@ def test_a_process_that_was_waited_for_is_not_killed(monkeypatch: pytest.MonkeyP
     assert struck == [running_on.pid]
 
 
-def test_a_client_without_multiplexing_works(repo: Repo) -> None:
+def test_a_client_without_multiplexing_works(repo: Repo, site: Site) -> None:
     """An ssh that knows no masters: the calls take one connection each."""
     ran = repo.exec("cat; exit 4", stdin=BINARY, env={"CMUX_SSH_COMMAND": ssh_without_masters(repo.site)})
     assert (ran.code, ran.out, ran.err) == (4, BINARY, b"")
@@ -1943,7 +1953,7 @@ def test_one_hostile_directive_alone_changes_nothing(site: Site, directive: str)
 
 
 @pytest.mark.promise(1)
-def test_the_users_own_master_is_neither_used_nor_touched(repo: Repo) -> None:
+def test_the_users_own_master_is_neither_used_nor_touched(repo: Repo, site: Site) -> None:
     site, sock = repo.site, str(repo.site.dir / "user-cm")
     site.host("mine", "HostName 127.0.0.1", f"Port {site.port}", f"ControlPath {sock}", "ControlMaster auto", "ControlPersist 60")
     theirs = site.ssh("mine", "echo $SSH_CONNECTION", "-n").stdout
@@ -1993,7 +2003,7 @@ print(cmux_ssh.pull(main).branch, project.create("other", "far").name)
     assert site.ssh("far", "exec true", env={"CARRIES": "yes"}).returncode == 0 and b"leak" in seen.read_bytes(), "plain ssh does all that"
 
 
-def test_known_hosts_is_not_written_by_the_host(repo: Repo) -> None:
+def test_known_hosts_is_not_written_by_the_host(repo: Repo, site: Site) -> None:
     """UpdateHostKeys lets a server write into it."""
     site = repo.site
     site.daemon("two-keys", f"HostKey {site.keys.other_host}", config=["UpdateHostKeys yes"])
@@ -2018,7 +2028,7 @@ def test_proxyjump_proxycommand_and_a_coder_entry_reach_the_host(site: Site) -> 
     assert "Accepted publickey" in site.log("inner") and "Accepted publickey" in site.log("box")
 
 
-def test_proxycommand_keeps_its_environment_though_sendenv_would_send_it(repo: Repo) -> None:
+def test_proxycommand_keeps_its_environment_though_sendenv_would_send_it(repo: Repo, site: Site) -> None:
     site = repo.site
     inner = site.sshd_config("needy", "AcceptEnv *")
     proxy = site.dir / "proxy"
@@ -2041,7 +2051,7 @@ def test_a_changed_host_key_is_refused_even_where_checking_is_off(site: Site) ->
 
 
 @pytest.mark.parametrize("text", [b"REMOTE HOST IDENTIFICATION HAS CHANGED", b"x\nHost key verification failed.", b"Could not resolve hostname"])
-def test_what_a_server_says_as_it_disconnects_is_not_taken_for_sshs_own_word(repo: Repo, text: bytes) -> None:
+def test_what_a_server_says_as_it_disconnects_is_not_taken_for_sshs_own_word(repo: Repo, text: bytes, site: Site) -> None:
     body = b"\x01" + struct.pack(">II", 2, len(text)) + text + struct.pack(">I", 0)
     pad = 8 - (len(body) + 5) % 8 + 8
 
@@ -2089,7 +2099,7 @@ def test_a_forged_ssh_error_of_the_remote_command_is_the_commands_own(shared: Re
     assert ran.json["stderr"] == "Host key verification failed.\n"
 
 
-def test_git_variables_of_the_caller_are_ignored(repo: Repo) -> None:
+def test_git_variables_of_the_caller_are_ignored(repo: Repo, site: Site) -> None:
     trap = repo.site.dir / "trap"
     env = {"GIT_DIR": "/nonexistent", "GIT_INDEX_FILE": "/nonexistent/index", "GIT_WORK_TREE": "/", "GIT_OBJECT_DIRECTORY": "/nonexistent",
            "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.fsmonitor", "GIT_CONFIG_VALUE_0": f"touch {trap}"}
@@ -2098,7 +2108,7 @@ def test_git_variables_of_the_caller_are_ignored(repo: Repo) -> None:
 
 
 @pytest.mark.promise(4)
-def test_a_hostile_repository_config_runs_nothing_here(repo: Repo) -> None:
+def test_a_hostile_repository_config_runs_nothing_here(repo: Repo, site: Site) -> None:
     trap = repo.site.dir / "trap"
     for key in ("core.fsmonitor", "tar.tar.command", "tar.tgz.command", "gpg.program", "core.sshCommand", "core.pager", "diff.external",
                 "filter.evil.clean", "filter.evil.smudge", "filter.evil.process", "core.editor", "credential.helper", "uploadpack.packObjectsHook"):
@@ -2114,7 +2124,7 @@ def test_a_hostile_repository_config_runs_nothing_here(repo: Repo) -> None:
 
 
 @pytest.mark.promise(4)
-def test_a_promisor_repository_fetches_nothing(repo: Repo) -> None:
+def test_a_promisor_repository_fetches_nothing(repo: Repo, site: Site) -> None:
     trap, blob = repo.site.dir / "trap", repo.git("rev-parse", "HEAD:README")
     for key, value in (("core.repositoryformatversion", "1"), ("extensions.partialClone", "origin"), ("remote.origin.promisor", "true"),
                        ("remote.origin.url", f"ext::sh -c touch% {trap}"), ("protocol.ext.allow", "always"),
@@ -2125,7 +2135,7 @@ def test_a_promisor_repository_fetches_nothing(repo: Repo) -> None:
     assert made.code == 1 and not trap.exists() and repo.workspaces() == {}
 
 
-def test_a_git_directory_among_the_files_of_another_repository_is_refused(repo: Repo) -> None:
+def test_a_git_directory_among_the_files_of_another_repository_is_refused(repo: Repo, site: Site) -> None:
     """It came with a clone, and its config names a host and a work tree."""
     inner = repo.dir / "vendor"
     subprocess.run(["git", "clone", "-q", "--bare", str(repo.dir), str(inner)], env=repo.site.environment(), check=True)
@@ -2159,7 +2169,7 @@ def test_a_repository_of_somebody_else_is_refused(repo: Repo) -> None:
 
 @pytest.mark.promise(1)
 @pytest.mark.promise(1)
-def test_only_the_tree_leaves_no_history_no_config_no_untracked_file(repo: Repo) -> None:
+def test_only_the_tree_leaves_no_history_no_config_no_untracked_file(repo: Repo, site: Site) -> None:
     secrets = {"token": b"tok-in-git-config-1", "dotenv": b"untracked-dotenv-2", "stash": b"only-in-the-stash-3", "branch": b"other-branch-blob-4",
                "old": b"only-in-history-5", "message": b"commit-message-6"}
     repo.git("config", "http.extraheader", secrets["token"].decode())
@@ -2183,7 +2193,7 @@ def test_only_the_tree_leaves_no_history_no_config_no_untracked_file(repo: Repo)
         assert not files_holding(far, needle), needle
 
 
-def test_every_ssh_gets_its_host_behind_a_double_dash(repo: Repo) -> None:
+def test_every_ssh_gets_its_host_behind_a_double_dash(repo: Repo, site: Site) -> None:
     """And none of the options that undo the user's own."""
     log, shim = repo.site.dir / "argv", repo.site.dir / "ssh-shim"
     shim.write_text(f'#!/bin/sh\nfor a in "$@"; do printf "%s\\n" "$a"; done >>{log}\necho ---- >>{log}\nexec {program("ssh")} -F {repo.site.config} "$@"\n')
@@ -2201,7 +2211,7 @@ def test_every_ssh_gets_its_host_behind_a_double_dash(repo: Repo) -> None:
 
 
 @pytest.mark.promise(2)
-def test_a_secret_arrives_byte_for_byte_and_lies_nowhere_on_the_host(repo: Repo) -> None:
+def test_a_secret_arrives_byte_for_byte_and_lies_nowhere_on_the_host(repo: Repo, site: Site) -> None:
     value = "it's \"q\"\n$(touch x) `id` \\n\\\\ \t\r\n  spaces  \n#!*ü🐙\u202e-Zx9Yw8".encode()
     assert repo.cli("secrets", "set", "TOKEN", stdin=value).code == 0
     ran = repo.exec('printf %s "$TOKEN"')
@@ -2211,7 +2221,7 @@ def test_a_secret_arrives_byte_for_byte_and_lies_nowhere_on_the_host(repo: Repo)
 
 
 @pytest.mark.promise(2)
-def test_odd_secret_values_arrive_exactly(repo: Repo) -> None:
+def test_odd_secret_values_arrive_exactly(repo: Repo, site: Site) -> None:
     odd = [b"", b"x", b"trailing\n\n", b" lead and trail ", b"\\", b"-n", b"-e \\c", b"%s%n", b"*", b"a" * 100_000, "é\u2028".encode()]
     values = {f"V{n}": value for n, value in enumerate(odd)}
     for name, value in values.items():
@@ -2230,7 +2240,7 @@ def dotenv(site: Site, values: Dict[str, bytes]) -> Path:
 @pytest.mark.slow
 @pytest.mark.promise(2)
 @pytest.mark.compat
-def test_while_50_commands_run_the_secret_stands_in_no_process_table(repo: Repo) -> None:
+def test_while_50_commands_run_the_secret_stands_in_no_process_table(repo: Repo, site: Site) -> None:
     value = b"Sentinel-" + os.urandom(8).hex().encode()
     assert repo.exec("true").code == 0
     with Watch(value) as watch:
@@ -2257,7 +2267,7 @@ def test_a_secret_is_in_the_environment_of_no_local_process(repo: Repo) -> None:
 
 
 @pytest.mark.promise(2)
-def test_secrets_are_stored_0600_outside_the_repository_and_listed_by_name_only(repo: Repo) -> None:
+def test_secrets_are_stored_0600_outside_the_repository_and_listed_by_name_only(repo: Repo, site: Site) -> None:
     assert repo.cli("secrets", "set", "B_TOKEN", stdin=b"value-of-b").code == 0
     assert repo.cli("secrets", "set", "A_TOKEN", stdin=b"value-of-a").code == 0
     listed = repo.cli("secrets", "list")
@@ -2271,7 +2281,7 @@ def test_secrets_are_stored_0600_outside_the_repository_and_listed_by_name_only(
     assert repo.cli("secrets", "list").out == b"B_TOKEN\n" and not files_holding(repo.site.dir, b"value-of-a")
 
 
-def test_secrets_belong_to_one_project_and_are_updated_and_removed(repo: Repo) -> None:
+def test_secrets_belong_to_one_project_and_are_updated_and_removed(repo: Repo, site: Site) -> None:
     other = Repo(repo.site, "other")
     for value in (b"first", b"second"):
         assert repo.cli("secrets", "set", "TOKEN", stdin=value).code == 0
@@ -2280,7 +2290,7 @@ def test_secrets_belong_to_one_project_and_are_updated_and_removed(repo: Repo) -
     assert repo.cli("secrets", "rm", "TOKEN").code == 0 and repo.exec('echo "<$TOKEN>"').out == b"<>\n"
 
 
-def test_a_secret_command_is_stored_instead_of_the_value(repo: Repo) -> None:
+def test_a_secret_command_is_stored_instead_of_the_value(repo: Repo, site: Site) -> None:
     store = repo.site.dir / "vault"
     store.write_text("from-the-vault")
     assert repo.cli("secrets", "set", "TOKEN", "--command", f"cat {store}").code == 0
@@ -2290,7 +2300,7 @@ def test_a_secret_command_is_stored_instead_of_the_value(repo: Repo) -> None:
     assert failed.code == 125 and failed.out == b"" and "TOKEN" in failed.said, failed
 
 
-def test_no_secret_lies_in_the_history_or_in_the_record_of_a_job_here(repo: Repo) -> None:
+def test_no_secret_lies_in_the_history_or_in_the_record_of_a_job_here(repo: Repo, site: Site) -> None:
     values = {"PLAIN": "hunter2-hunter2-XYZ", "QUOTE": "it's-a-secret-Q9", "LINES": "-----BEGIN KEY-----\nMIIEvQIBADANBgkqhkiG9w0B\n-----END KEY-----"}
     for name, value in values.items():
         assert repo.cli("secrets", "set", name, stdin=value.encode()).code == 0
@@ -2314,7 +2324,7 @@ def test_no_secret_lies_in_the_history_when_words_are_bytes(repo: Repo) -> None:
 
 
 @pytest.mark.promise(1)
-def test_dirty_never_takes_the_state_along(repo: Repo) -> None:
+def test_dirty_never_takes_the_state_along(repo: Repo, site: Site) -> None:
     """A home that is a repository holds the secrets of every project."""
     home = Repo(repo.site, name="home/dotfiles")
     env = {"CMUX_SSH_HOME": str(home.dir / ".local" / "state" / "cmux-ssh")}
@@ -2339,7 +2349,7 @@ def test_the_command_of_a_secret_is_named_when_it_says_too_much(repo: Repo) -> N
     assert failed.code == 125 and "The command for the secret LOUD" in failed.said, failed
 
 
-def test_secrets_that_were_not_given_or_are_too_large_are_refused(repo: Repo) -> None:
+def test_secrets_that_were_not_given_or_are_too_large_are_refused(repo: Repo, site: Site) -> None:
     terminal = on_terminal(repo.site, "secrets", "set", "TOKEN", cwd=repo.dir)
     terminal.expect(b"TOKEN")
     until(lambda: not termios.tcgetattr(terminal._end)[3] & termios.ECHO, "the echo is off")
@@ -2373,7 +2383,7 @@ def test_a_secret_with_nul_and_an_unknown_secret_are_refused_without_the_value(r
     assert unknown.code == 2 and "NOT_THERE" in unknown.said
 
 
-def test_secrets_set_on_a_terminal_asks_without_echo(repo: Repo) -> None:
+def test_secrets_set_on_a_terminal_asks_without_echo(repo: Repo, site: Site) -> None:
     terminal = on_terminal(repo.site, "secrets", "set", "TOKEN", cwd=repo.dir)
     terminal.expect(b"TOKEN")
     until(lambda: not termios.tcgetattr(terminal._end)[3] & termios.ECHO, "the echo is off")
@@ -2392,7 +2402,7 @@ def test_every_kind_of_file_arrives_as_the_repository_has_it(odd: Repo) -> None:
     assert tree_of(odd.path()) == odd.tree()
 
 
-def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo: Repo) -> None:
+def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo: Repo, site: Site) -> None:
     assert repo.cli("list", "--json").json == []
     assert repo.cli("new", "-H", "box", "a", "b").code == 0
     rows = repo.workspaces()
@@ -2404,7 +2414,7 @@ def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo: Rep
     assert listed.code == 0 and "a" in listed.text and "box" in listed.text
 
 
-def test_the_workspace_defaults_to_the_branch_and_the_host_to_its_own(repo: Repo) -> None:
+def test_the_workspace_defaults_to_the_branch_and_the_host_to_its_own(repo: Repo, site: Site) -> None:
     repo.git("checkout", "-q", "-b", "feature/über x".replace(" ", "-"))
     box = ("HostName 127.0.0.1", f"Port {repo.site.port}")
     assert repo.exec("pwd").code == 0
@@ -2440,7 +2450,7 @@ def test_two_projects_of_one_name_never_meet(site: Site) -> None:
     assert len(one.cli("list", "--all-projects", "--json").json) == 2
 
 
-def test_a_subdirectory_a_worktree_and_option_C_are_the_same_project(repo: Repo) -> None:
+def test_a_subdirectory_a_worktree_and_option_C_are_the_same_project(repo: Repo, site: Site) -> None:
     assert repo.exec("true").code == 0
     before = repo.site.cli("-C", str(repo.dir), "-w", "main", "--json", "exec", "--", "echo", "-C", "x")  # as git has it
     assert before.json["stdout"] == "-C x\n", before
@@ -2450,7 +2460,7 @@ def test_a_subdirectory_a_worktree_and_option_C_are_the_same_project(repo: Repo)
     assert set(json.loads(repo.site.cli("list", "-C", str(repo.dir / "src"), "--json").out)[0]) >= {"name", "host", "path", "base", "created"}
 
 
-def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo: Repo) -> None:
+def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo: Repo, site: Site) -> None:
     repo.write("big", os.urandom(2 << 20))
     repo.commit()
     line = repo.site.line("far")
@@ -2467,7 +2477,7 @@ def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo: Repo) -> None
 @pytest.mark.parametrize("at", [20_000, 300_000, 1_500_000])
 @pytest.mark.promise(7)
 @pytest.mark.compat
-def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo: Repo, at: int) -> None:
+def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo: Repo, at: int, site: Site) -> None:
     repo.write("big", os.urandom(2 << 20))
     repo.commit()
     line = repo.site.line("far")
@@ -2480,7 +2490,7 @@ def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo:
     assert again.code == 0 and tree_of(repo.path("a")) == repo.tree(), again
 
 
-def test_a_client_killed_in_the_middle_of_an_upload_leaves_no_workspace_and_a_retry_works(repo: Repo) -> None:
+def test_a_client_killed_in_the_middle_of_an_upload_leaves_no_workspace_and_a_retry_works(repo: Repo, site: Site) -> None:
     repo.write("big", os.urandom(2 << 20))
     repo.commit()
     line = repo.site.line("far")
@@ -2514,7 +2524,7 @@ def tuned(site: Site, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return tune
 
 
-def test_over_a_long_line_a_large_archive_and_a_large_delta_travel_compressed_and_arrive_whole(repo: Repo) -> None:
+def test_over_a_long_line_a_large_archive_and_a_large_delta_travel_compressed_and_arrive_whole(repo: Repo, site: Site) -> None:
     for name in "abcdef":
         repo.write(name, source_text(1 << 20))
     repo.commit()
@@ -2565,7 +2575,7 @@ def test_a_tar_that_goes_on_for_long_after_the_last_byte_is_waited_for_and_shown
     assert terminal.wait() == 0 and not any("unpacking" in line for line in terminal.lines()), terminal.output
 
 
-def test_an_init_hook_on_a_noexec_file_system_is_said(repo: Repo) -> None:
+def test_an_init_hook_on_a_noexec_file_system_is_said(repo: Repo, site: Site) -> None:
     """What sh says of it: bash, dash and mksh have no `test -x` there, others fail to run it."""
     if os.geteuid() != 0 or not sys.platform.startswith("linux"):
         pytest.skip("only root mounts")
@@ -2624,7 +2634,7 @@ def test_files_are_as_old_as_the_host_says_though_this_clock_is_ahead(site: Site
 
 @pytest.mark.parametrize("at", [400_000, 1_100_000, 1_400_000])
 @pytest.mark.parametrize("how", ["cut", "killed"])
-def test_a_compressed_upload_that_is_cut_leaves_no_workspace_and_a_retry_works(repo: Repo, at: int, how: str) -> None:
+def test_a_compressed_upload_that_is_cut_leaves_no_workspace_and_a_retry_works(repo: Repo, at: int, how: str, site: Site) -> None:
     repo.write("text", source_text(6 << 20))
     repo.commit()
     line = repo.site.line("far")
@@ -2647,7 +2657,7 @@ def test_a_compressed_upload_that_is_cut_leaves_no_workspace_and_a_retry_works(r
     assert again.code == 0 and tree_of(repo.path("a")) == repo.tree(), again
 
 
-def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo: Repo) -> None:
+def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo: Repo, site: Site) -> None:
     """Of an upload, and of a pull; neither in a pipe."""
     name = "a-rather-long-name-of-a-workspace-that-somebody-gave-it-in-1999"
     repo.write("big", os.urandom(5 << 20))
@@ -2668,7 +2678,7 @@ def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo:
     assert b"sending" not in repo.cli("new", "-H", "far", "--root", "other", "b").err
 
 
-def test_two_processes_that_upload_one_tree_at_once_both_get_their_workspace(repo: Repo) -> None:
+def test_two_processes_that_upload_one_tree_at_once_both_get_their_workspace(repo: Repo, site: Site) -> None:
     repo.write("text", source_text(4 << 20))
     repo.commit()
     line = repo.site.line("far")
@@ -2682,7 +2692,7 @@ def test_two_processes_that_upload_one_tree_at_once_both_get_their_workspace(rep
     assert tree_of(repo.path("a")) == tree_of(repo.path("b")) == tree_of(other.path("a")) == repo.tree()
 
 
-def test_a_stalled_upload_holds_up_no_other_host_and_who_waits_for_it_is_told_and_gives_up(repo: Repo, tuned: Callable[..., None]) -> None:
+def test_a_stalled_upload_holds_up_no_other_host_and_who_waits_for_it_is_told_and_gives_up(repo: Repo, tuned: Callable[..., None], site: Site) -> None:
     repo.write("text", os.urandom(1 << 20))
     repo.commit()
     line = repo.site.line("far")
@@ -2709,7 +2719,7 @@ def test_a_stalled_upload_holds_up_no_other_host_and_who_waits_for_it_is_told_an
     assert sender.wait(60) == 0
 
 
-def test_a_full_disk_or_readonly_home_on_the_host_is_said(repo: Repo) -> None:
+def test_a_full_disk_or_readonly_home_on_the_host_is_said(repo: Repo, site: Site) -> None:
     """A file where the directory should be fails for root, too."""
     (repo.site.far_home() / "cmux").write_text("in the way")
     made = repo.cli("new", "-H", "box", "a")
@@ -2777,7 +2787,7 @@ def test_an_init_that_is_not_executable_is_only_a_file(repo: Repo) -> None:
     assert repo.cli("new", "-H", "box", "a").code == 0 and not (repo.path("a") / "init-ran").exists()
 
 
-def test_a_repository_cannot_name_its_host_command_or_options(repo: Repo) -> None:
+def test_a_repository_cannot_name_its_host_command_or_options(repo: Repo, site: Site) -> None:
     for name in (".cmux/config", ".cmux/host", ".cmuxrc", ".cmux.json", ".cmux/config.json"):
         repo.write(name, b'{"host": "box"}\nhost = box\n')
     repo.commit()
@@ -2785,7 +2795,7 @@ def test_a_repository_cannot_name_its_host_command_or_options(repo: Repo) -> Non
     assert ran.code == 125 and not repo.site.log().count("Accepted publickey")
 
 
-def test_nothing_is_left_behind_on_this_machine(repo: Repo) -> None:
+def test_nothing_is_left_behind_on_this_machine(repo: Repo, site: Site) -> None:
     """No temporary file, nothing in the repository, nothing in the home directory but the state."""
     before = tree_of(repo.dir), repo.git("status", "--porcelain"), sorted(p.name for p in repo.site.home.iterdir())
     assert repo.exec("echo x >new-on-the-host").code == 0
@@ -2796,7 +2806,7 @@ def test_nothing_is_left_behind_on_this_machine(repo: Repo) -> None:
 
 @pytest.mark.parametrize("which", ["projects", "secrets"])
 @pytest.mark.promise(7)
-def test_a_damaged_state_file_is_said_each_time_and_left_alone(repo: Repo, which: str) -> None:
+def test_a_damaged_state_file_is_said_each_time_and_left_alone(repo: Repo, which: str, site: Site) -> None:
     """Set aside by the first who reads it, it was missing for the next, which then ran without secrets."""
     assert repo.cli("secrets", "set", "TOK", stdin=b"value-12345").code == 0 and repo.exec('echo "$TOK"').out == b"value-12345\n"
     (file,) = (repo.site.state / which).glob("*.json")
@@ -2813,7 +2823,7 @@ def test_a_damaged_state_file_is_said_each_time_and_left_alone(repo: Repo, which
     assert repo.exec('echo "$TOK"').out == b"value-12345\n"
 
 
-def test_a_damaged_secrets_file_unmasks_nothing_for_a_model(repo: Repo) -> None:
+def test_a_damaged_secrets_file_unmasks_nothing_for_a_model(repo: Repo, site: Site) -> None:
     assert repo.cli("secrets", "set", "TOK", stdin=b"value-12345").code == 0
     assert repo.cli("new", "-H", "box", "main").code == 0
     do(repo, 'echo "$TOK" >leak')
@@ -2834,7 +2844,7 @@ def test_secrets_that_no_file_could_hold_are_refused(repo: Repo) -> None:
     assert repo.cli("secrets", "rm", *(f"S{n}" for n in range(20))).code == 0
 
 
-def test_the_value_of_a_secret_is_in_no_complaint(repo: Repo) -> None:
+def test_the_value_of_a_secret_is_in_no_complaint(repo: Repo, site: Site) -> None:
     said = repo.cli("secrets", "set", "TOK=hunter2")
     refused(said, 2, words="secrets set TOK")
     file = repo.site.dir / "dot"
@@ -2846,7 +2856,7 @@ def test_the_value_of_a_secret_is_in_no_complaint(repo: Repo) -> None:
 
 
 @pytest.mark.parametrize("typed, words", [(b"a\x16\x00b\r", b"NUL"), (b"x" * 5000 + b"\r", b"4095"), (b"\xff\xfe\r", b"not text")], ids=["nul", "long", "bytes"])
-def test_what_the_hidden_prompt_cannot_take_is_said(repo: Repo, typed: bytes, words: bytes) -> None:
+def test_what_the_hidden_prompt_cannot_take_is_said(repo: Repo, typed: bytes, words: bytes, site: Site) -> None:
     terminal = on_terminal(repo.site, "secrets", "set", "FOO", cwd=repo.dir)
     terminal.expect(b"hidden")
     terminal.send(typed)
@@ -2854,7 +2864,7 @@ def test_what_the_hidden_prompt_cannot_take_is_said(repo: Repo, typed: bytes, wo
     assert terminal.wait() == 2 and repo.cli("secrets", "list").text == ""
 
 
-def test_dotenv_values_and_their_comments(repo: Repo) -> None:
+def test_dotenv_values_and_their_comments(repo: Repo, site: Site) -> None:
     file = repo.site.dir / "dot"
     file.write_bytes("A=x # c\nB= # c\nC=#x\nD='a # b' # c\nE=\"x\\ny\"\t#c\nF='x' y\r\nG=a#b  \r\nexport H = it's\n\n# no\n"
                      "PLAIN=abc\nexport EXPORTED=def\nQUOTED=\"a b\\n$X\"\nSINGLE='it is $HOME \\n'\nUNI=ü\nI=".encode())
@@ -2921,7 +2931,7 @@ def test_mcp_follows_a_rename_after_the_call_that_made_the_workspace(repo: Repo)
     assert set(repo.workspaces()) == {"second"}
 
 
-def test_directories_made_under_a_loose_umask_are_private(repo: Repo) -> None:
+def test_directories_made_under_a_loose_umask_are_private(repo: Repo, site: Site) -> None:
     home = repo.site.dir / "loose" / "a" / "b"
     done = subprocess.run(["sh", "-c", 'umask 0; exec "$@"', "sh", sys.executable, str(PROGRAM), "secrets", "list"], cwd=str(repo.dir),
                           env=repo.site.environment({"CMUX_SSH_HOME": str(home)}), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -2930,7 +2940,7 @@ def test_directories_made_under_a_loose_umask_are_private(repo: Repo) -> None:
     assert repo.cli("list", env={"CMUX_SSH_HOME": str(home)}).code == 0
 
 
-def test_a_socket_directory_that_was_cleared_away_is_made_anew(repo: Repo) -> None:
+def test_a_socket_directory_that_was_cleared_away_is_made_anew(repo: Repo, site: Site) -> None:
     assert repo.cli("new", "-H", "box", "main").code == 0
     masters = repo.site.masters()
     assert in_library(repo, """
@@ -3086,7 +3096,7 @@ def test_commits_that_a_remote_ref_has_too_are_told(repo: Repo) -> None:
     refused(repo.cli("rm", "main"), 1, words="sent")
 
 
-def test_a_refused_push_leaves_nothing_to_settle_and_a_damaged_project_does_not_hide_others(repo: Repo) -> None:
+def test_a_refused_push_leaves_nothing_to_settle_and_a_damaged_project_does_not_hide_others(repo: Repo, site: Site) -> None:
     assert repo.cli("new", "-H", "box", "main").code == 0
     do(repo, "echo 1 >agents")
     repo.commit()
@@ -3232,7 +3242,7 @@ def test_matches_that_overlap_are_ambiguous(area: Area) -> None:
     assert area.talker("edit", path=area.p("f"), edits=[{"old": "aa", "new": "b", "count": 2}]) and file.read_bytes() == b"bb\n"
 
 
-def test_an_ignored_sigchld_makes_no_failure_a_success(repo: Repo) -> None:
+def test_an_ignored_sigchld_makes_no_failure_a_success(repo: Repo, site: Site) -> None:
     assert repo.cli("secrets", "set", "T", "--command", "echo abcdefg; exit 7").code == 0
     command = [sys.executable, "-c", "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.executable, [sys.executable] + sys.argv[1:])",
                str(PROGRAM), "exec", "-H", "box", "--", "echo ran"]
@@ -3254,7 +3264,7 @@ except cmux_ssh.CmuxError as error:
     gone(f"sleep {nap}")
 
 
-def test_a_state_directory_that_cannot_be_written_is_said(repo: Repo) -> None:
+def test_a_state_directory_that_cannot_be_written_is_said(repo: Repo, site: Site) -> None:
     """On a file system mounted read only, in a namespace of its own: root writes to any other."""
     assert repo.exec("true").code == 0
     state = repo.site.state
@@ -3296,7 +3306,7 @@ def test_a_client_killed_at_any_moment_leaves_a_registry_that_works(repo: Repo) 
 
 
 @pytest.mark.parametrize("kind", ["world-writable", "symlink", "foreign"])
-def test_a_state_directory_others_can_change_is_not_used(repo: Repo, kind: str) -> None:
+def test_a_state_directory_others_can_change_is_not_used(repo: Repo, kind: str, site: Site) -> None:
     state, real = repo.site.dir / "odd-state", repo.site.dir / "real"
     if kind == "symlink":
         real.mkdir(mode=0o777)
@@ -3313,20 +3323,20 @@ def test_a_state_directory_others_can_change_is_not_used(repo: Repo, kind: str) 
     assert not list(state.iterdir())
 
 
-def test_a_long_state_path_still_has_room_for_control_sockets(repo: Repo) -> None:
+def test_a_long_state_path_still_has_room_for_control_sockets(repo: Repo, site: Site) -> None:
     deep = repo.site.dir / ("d" * 60) / ("e" * 60)
     ran = repo.exec("cat", stdin=BINARY, env={"CMUX_SSH_HOME": str(deep)})
     assert (ran.code, ran.out, ran.err) == (0, BINARY, b"")
 
 
-def test_a_state_path_with_a_percent_sign_is_taken_as_it_is(repo: Repo) -> None:
+def test_a_state_path_with_a_percent_sign_is_taken_as_it_is(repo: Repo, site: Site) -> None:
     """ssh expands %h and the like in a control path."""
     env = {"CMUX_SSH_HOME": str(repo.site.dir / "a%hb%%c%d")}
     assert [repo.exec("echo ok", env=env).out for _ in range(2)] == [b"ok\n", b"ok\n"]
     assert len(repo.site.masters()) == 1 and sorted(p.name for p in repo.site.dir.glob("a*b*")) == ["a%hb%%c%d"]
 
 
-def test_what_is_remembered_of_a_host_outlives_no_clock_that_is_set_back(repo: Repo) -> None:
+def test_what_is_remembered_of_a_host_outlives_no_clock_that_is_set_back(repo: Repo, site: Site) -> None:
     """That masters are refused, that it was down: until a time of a clock that was 300 days ahead."""
     site, line = repo.site, repo.site.line("far")
     site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
@@ -3347,7 +3357,7 @@ def test_what_is_remembered_of_a_host_outlives_no_clock_that_is_set_back(repo: R
     assert site.masters(), "the host is held to refuse multiplexing"
 
 
-def test_two_aliases_of_one_address_do_not_share_a_connection(repo: Repo) -> None:
+def test_two_aliases_of_one_address_do_not_share_a_connection(repo: Repo, site: Site) -> None:
     site, used = repo.site, repo.site.dir / "used"
     site.host("one", "HostName 127.0.0.1", f"Port {site.port}")
     proxy = site.dir / "relay"
@@ -3363,7 +3373,7 @@ def test_two_aliases_of_one_address_do_not_share_a_connection(repo: Repo) -> Non
 
 @pytest.mark.slow
 @pytest.mark.promise(8)
-def test_20_processes_at_once_on_a_cold_connection_all_succeed(repo: Repo) -> None:
+def test_20_processes_at_once_on_a_cold_connection_all_succeed(repo: Repo, site: Site) -> None:
     children = [repo.start("exec", "-H", "box", "--", f"echo {n}; cat README") for n in range(20)]
     for n, child in enumerate(children):
         out, err = child.communicate(timeout=120)
@@ -3385,7 +3395,7 @@ def test_200_commands_50_at_a_time_all_succeed(shared: Repo) -> None:
 @pytest.mark.parametrize("way", ["refuses", "hangs up"])
 @pytest.mark.promise(8)
 @pytest.mark.promise(8)
-def test_a_host_that_is_down_sees_a_handful_of_connections_from_100_attempts(repo: Repo, way: str) -> None:
+def test_a_host_that_is_down_sees_a_handful_of_connections_from_100_attempts(repo: Repo, way: str, site: Site) -> None:
     """And each attempt is answered within a minute, though it may wait for its turn to try."""
     site, log = repo.site, repo.site.dir / "attempts"
     line = site.line("down")
@@ -3411,7 +3421,7 @@ def test_long_commands_beyond_ten_sessions_run_at_once(shared: Repo) -> None:
 
 
 @pytest.mark.slow
-def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo: Repo) -> None:
+def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo: Repo, site: Site) -> None:
     """Each master of theirs takes a mark before it connects and gives it back when it is authenticated; sshd
     numbers the sessions of a connection from 0."""
     site, marks = repo.site, repo.site.dir / "marks"
@@ -3432,7 +3442,7 @@ def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo
 
 
 @pytest.mark.parametrize("what", ["slot", "two slots", "handshake", "lock", "host that is down"])
-def test_waiting_costs_nothing_however_many_wait_and_ends_at_once(repo: Repo, what: str) -> None:
+def test_waiting_costs_nothing_however_many_wait_and_ends_at_once(repo: Repo, what: str, site: Site) -> None:
     """Forty threads; in two seconds each of them looked 300 times, a fifth of a core for the rest of us."""
     line = repo.site.line("far")
     assert repo.cli("new", "-H", "far", "main").code == 0
@@ -3521,7 +3531,7 @@ def test_a_host_that_allows_few_processes_is_given_fewer_at_once_or_told_of(site
     assert ran.code == 255 and "could not start a process" in ran.said, ran
 
 
-def test_top_in_a_pipe_says_why_it_knows_nothing(repo: Repo, tuned: Callable[..., None]) -> None:
+def test_top_in_a_pipe_says_why_it_knows_nothing(repo: Repo, tuned: Callable[..., None], site: Site) -> None:
     line = repo.site.line("silent")
     assert repo.cli("new", "-H", "silent", "main").code == 0
     line.stall()
@@ -3529,7 +3539,7 @@ def test_top_in_a_pipe_says_why_it_knows_nothing(repo: Repo, tuned: Callable[...
     assert "has not answered" in repo.cli("top").text and "has not answered" in repo.cli("top", "--json").json[0]["error"]
 
 
-def test_a_slow_line_is_only_slow(repo: Repo) -> None:
+def test_a_slow_line_is_only_slow(repo: Repo, site: Site) -> None:
     line = repo.site.line("far")
     line.delay = 0.025
     data = os.urandom(1 << 18)
@@ -3537,7 +3547,7 @@ def test_a_slow_line_is_only_slow(repo: Repo) -> None:
     assert (ran.code, ran.err) == (0, b"") and ran.out == data
 
 
-def test_a_line_that_stalls_and_goes_on_loses_nothing(repo: Repo) -> None:
+def test_a_line_that_stalls_and_goes_on_loses_nothing(repo: Repo, site: Site) -> None:
     line, data = repo.site.line("far"), os.urandom(1 << 20)
     assert repo.exec("true", host="far").code == 0
     child = repo.start("exec", "-H", "far", "--", "cat", stdin=subprocess.PIPE)
@@ -3568,7 +3578,7 @@ GOOD_HOSTS = ["box", "root@box", "u.s-e_r+1@a.b-c_d", "127.0.0.1", "::1", "u@fe8
 
 
 @pytest.mark.parametrize("way", ["option", "environment", "git config"])
-def test_hostile_host_strings_are_refused_before_anything_is_started(repo: Repo, way: str) -> None:
+def test_hostile_host_strings_are_refused_before_anything_is_started(repo: Repo, way: str, site: Site) -> None:
     log = repo.site.dir / "was-called"
     shim = script(repo.site.dir / "shim", f"touch {log}\nexit 255")
     for host in BAD_HOSTS:
@@ -3585,7 +3595,7 @@ def test_hostile_host_strings_are_refused_before_anything_is_started(repo: Repo,
         assert not log.exists() and not (repo.dir / "trap").exists(), host
 
 
-def test_honest_host_strings_reach_ssh(repo: Repo) -> None:
+def test_honest_host_strings_reach_ssh(repo: Repo, site: Site) -> None:
     log, shim = repo.site.dir / "argv", repo.site.dir / "shim"
     shim.write_text(f'#!/bin/sh\nfor a in "$@"; do printf "%s\\n" "$a"; done >>{log}\nexit 255\n')
     shim.chmod(0o755)
@@ -3595,7 +3605,7 @@ def test_honest_host_strings_reach_ssh(repo: Repo) -> None:
         assert shlex.split(re.findall("`(.*)`", ran.said)[0])[-1] == host, "and the command to paste names it"
 
 
-def test_a_host_and_a_user_that_only_openssh_itself_restricts_work(repo: Repo) -> None:
+def test_a_host_and_a_user_that_only_openssh_itself_restricts_work(repo: Repo, site: Site) -> None:
     """From the option to the state file and back, and in what a hint tells to run."""
     site, user = repo.site, getpass.getuser()
     for n, host in enumerate(["k8s/pod=1", "h\u00e4us", "a~b", f"{user}@web+1"]):
@@ -3608,7 +3618,7 @@ def test_a_host_and_a_user_that_only_openssh_itself_restricts_work(repo: Repo) -
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/abs", "-x", ".hidden", "a b", "a\nb", "a\x1b[31m", "ü\u202e", "x" * 300, "a;b", "$(id)", "*", "~", "con.lock/.."])
-def test_odd_workspace_names_are_refused(repo: Repo, name: str) -> None:
+def test_odd_workspace_names_are_refused(repo: Repo, name: str, site: Site) -> None:
     refused(repo.cli("new", "-H", "box", "--", name), 2)
     refused(repo.cli("exec", "-H", "box", f"--workspace={name}", "--", "true"), 125)
     assert repo.workspaces() == {} and "Accepted" not in repo.site.log()
@@ -3633,7 +3643,7 @@ def test_a_detached_head_works(repo: Repo) -> None:
     assert (ran.code, ran.out) == (0, b"hello\n"), ran
 
 
-def test_a_host_that_does_not_resolve_or_refuses_or_hangs_up_is_255_and_said(repo: Repo) -> None:
+def test_a_host_that_does_not_resolve_or_refuses_or_hangs_up_is_255_and_said(repo: Repo, site: Site) -> None:
     site = repo.site
     refused(repo.exec("true", host="no-such-host.invalid"), 255, words="no-such-host.invalid")
     site.host("closed", "HostName 127.0.0.1", f"Port {free_port()}")
@@ -3649,21 +3659,21 @@ COLD_PROXY = "exec >&-; while kill -0 $PPID 2>&-; do :; done; echo spoken late >
 
 @pytest.mark.parametrize("proxy, words", [("echo my proxy is broken >&2; exit 1", "my proxy is broken"), (COLD_PROXY, "spoken late"), ("exit 1", "doctor h"),
                                           ("echo You are not logged in. >&2; exit 1' coder '", "coder login")])
-def test_a_proxy_that_gives_no_connection_is_told_by_its_own_words(repo: Repo, proxy: str, words: str) -> None:
+def test_a_proxy_that_gives_no_connection_is_told_by_its_own_words(repo: Repo, proxy: str, words: str, site: Site) -> None:
     repo.site.host("h", f"ProxyCommand sh -c '{proxy}'")
     for _ in range(2):  # then the failure is remembered, and one try made
         refused(repo.exec("true", host="h"), 255, words=words)
     assert repo.cli("doctor", "h").code == 255 and repo.workspaces() == {}
 
 
-def test_a_key_that_is_not_accepted_is_255_and_said(repo: Repo) -> None:
+def test_a_key_that_is_not_accepted_is_255_and_said(repo: Repo, site: Site) -> None:
     repo.site.inetd("stranger", config=[f"IdentityFile {repo.site.keys.stranger}"])
     config = repo.site.config.read_text().replace(f"  IdentityFile {repo.site.keys.user}\n", "  # no other key\n")
     repo.site.config.write_text(config)
     refused(repo.exec("true", host="stranger"), 255, words="stranger")
 
 
-def test_more_keys_than_the_server_lets_try_are_said(repo: Repo) -> None:
+def test_more_keys_than_the_server_lets_try_are_said(repo: Repo, site: Site) -> None:
     site = repo.site
     site.daemon("bare-h", "MaxAuthTries 3", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig"])
     with agent(site) as env:
@@ -3681,7 +3691,7 @@ def test_more_keys_than_the_server_lets_try_are_said(repo: Repo) -> None:
 
 
 @pytest.mark.parametrize("words", [("exec", "-H", "box", "--", "true"), ("new", "-H", "box", "main"), ("doctor", "box"), ("batch", "-H", "box")], ids=lambda words: words[0])
-def test_an_ssh_before_7_8_is_refused_in_one_sentence(repo: Repo, words: Tuple[str, ...]) -> None:
+def test_an_ssh_before_7_8_is_refused_in_one_sentence(repo: Repo, words: Tuple[str, ...], site: Site) -> None:
     """It does not know SetEnv."""
     env = {"CMUX_SSH_COMMAND": in_sshs_place(repo.site, 'for a; do case $a in -V) echo OpenSSH_7.7p1 >&2; exit;; SetEnv=*)\n'
                                              'echo "command-line: line 0: Bad configuration option: setenv" >&2; exit 255;; esac; done; exec $ssh "$@"')}
@@ -3691,7 +3701,7 @@ def test_an_ssh_before_7_8_is_refused_in_one_sentence(repo: Repo, words: Tuple[s
     assert repo.workspaces() == {} and "Accepted" not in repo.site.log()
 
 
-def test_a_server_that_turns_this_address_away_is_waited_for_and_then_named(repo: Repo) -> None:
+def test_a_server_that_turns_this_address_away_is_waited_for_and_then_named(repo: Repo, site: Site) -> None:
     """OpenSSH 9.8 and later say so before their banner, for MaxStartups and for a penalty."""
     line, words = repo.site.line("far"), b"Not allowed at this time\r\n"
     line.away = (2, words)
@@ -3703,7 +3713,7 @@ def test_a_server_that_turns_this_address_away_is_waited_for_and_then_named(repo
     assert "far turns this address away" in repo.cli("doctor", "far").text
 
 
-def test_a_host_that_says_nothing_is_given_up_within_the_configured_time(repo: Repo) -> None:
+def test_a_host_that_says_nothing_is_given_up_within_the_configured_time(repo: Repo, site: Site) -> None:
     line = repo.site.line("silent", "ConnectTimeout 2")
     line.stall()
     ran = repo.exec("true", host="silent", seconds=40)
@@ -3712,7 +3722,7 @@ def test_a_host_that_says_nothing_is_given_up_within_the_configured_time(repo: R
 
 
 @pytest.mark.parametrize("entry, named", [("HostKeyAlias Box.new", "box.new"), ("", "[127.0.0.1]:{port}"), ("UserKnownHostsFile {first} {second}", "[127.0.0.1]:{port}")])
-def test_the_command_told_for_a_changed_key_makes_ssh_forget_it(repo: Repo, entry: str, named: str) -> None:
+def test_the_command_told_for_a_changed_key_makes_ssh_forget_it(repo: Repo, entry: str, named: str, site: Site) -> None:
     site = repo.site
     first, second = site.dir / "known one", site.dir / "known'2"
     site.daemon("bare-h", config=[entry.format(first=f'"{first}"', second=f'"{second}"'), f'UserKnownHostsFile "{second}"', f"IdentityFile {site.keys.user}", "IdentitiesOnly yes"])
@@ -3727,7 +3737,7 @@ def test_the_command_told_for_a_changed_key_makes_ssh_forget_it(repo: Repo, entr
     refused(repo.exec("true", host="bare-h"), 255, words="not known")
 
 
-def test_a_server_cannot_choose_what_is_told_for_a_changed_key(repo: Repo) -> None:
+def test_a_server_cannot_choose_what_is_told_for_a_changed_key(repo: Repo, site: Site) -> None:
     """What it says while hanging up may stand in ssh's words, with newlines."""
     home, said = repo.site.dir / "home", repo.site.dir / "said"
     ssh = script(repo.site.dir / "ssh", f'for a; do [ "$a" != -G ] || exec ssh -F {repo.site.config} "$@"; done; cat {said} >&2; exit 255')
@@ -3741,7 +3751,7 @@ def test_a_server_cannot_choose_what_is_told_for_a_changed_key(repo: Repo) -> No
 @pytest.mark.parametrize("trouble, answers_, code, words", [
     ("unknown", [("yes/no", "no")], 255, "not known"), ("unknown", [("yes/no", "yes")], 0, "it ran"), ("changed", [], 255, "ssh-keygen -f"), ("strict", [], 255, "not known"),
     ("passphrase", [("passphrase", "right")], 0, "it ran"), ("passphrase", [("passphrase", "wrong"), ("passphrase.*passphrase", "")], 255, "accepted none")])
-def test_on_a_terminal_ssh_asks_once_and_what_came_of_it_is_told(repo: Repo, trouble: str, answers_: List[Tuple[str, str]], code: int, words: str) -> None:
+def test_on_a_terminal_ssh_asks_once_and_what_came_of_it_is_told(repo: Repo, trouble: str, answers_: List[Tuple[str, str]], code: int, words: str, site: Site) -> None:
     site, key = repo.site, repo.site.dir / "locked"
     if trouble == "passphrase":
         shutil.copy(str(site.keys.user), str(key))
@@ -3759,7 +3769,7 @@ def test_on_a_terminal_ssh_asks_once_and_what_came_of_it_is_told(repo: Repo, tro
 
 
 @pytest.mark.parametrize("lost", ["passphrase", "agent"])
-def test_a_login_that_needed_a_person_serves_all_that_comes_after(repo: Repo, lost: str) -> None:
+def test_a_login_that_needed_a_person_serves_all_that_comes_after(repo: Repo, lost: str, site: Site) -> None:
     """A key whose passphrase was typed once, or that has left the agent since. Nothing knocks in vain for long: failed logins cost penalties."""
     site, key, words = repo.site, repo.site.dir / "locked", ("exec", "-H", "bare-h", "--", "echo work >>README")
     shutil.copy(str(site.keys.user), str(key))
@@ -3794,7 +3804,7 @@ def test_a_login_that_needed_a_person_serves_all_that_comes_after(repo: Repo, lo
             assert site.log("bare-h").count("Connection from") - before == 2
 
 
-def test_a_missing_ssh_or_git_is_said(repo: Repo) -> None:
+def test_a_missing_ssh_or_git_is_said(repo: Repo, site: Site) -> None:
     refused(repo.exec("true", env={"CMUX_SSH_COMMAND": "/nonexistent/ssh"}), 125, words="/nonexistent/ssh")
     nothing = repo.site.dir / "nothing"
     nothing.mkdir()
@@ -3816,7 +3826,7 @@ def test_usage_errors_are_said_and_with_json_are_an_object_too(repo: Repo, code:
         assert ("exit_code" in told.json) == (args[0] == "exec") and (fields["message"] in told.said or args[0] == "exec"), told
 
 
-def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo: Repo) -> None:
+def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo: Repo, site: Site) -> None:
     assert repo.exec("true").code == 0
     for words in ("write f", "secrets set X", "secrets set X </dev/null", "batch", "edit README"):
         done = subprocess.run(["sh", "-c", f'exec "$@" {"" if "<" in words else "<&-"}{words.partition("<")[1] + words.partition("<")[2]}', "sh",
@@ -3833,7 +3843,7 @@ def hinted(said: str, *ours: str) -> List[str]:
 
 
 @pytest.mark.slow
-def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo: Repo) -> None:
+def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo: Repo, site: Site) -> None:
     """From another directory, by another path, about a workspace that is not the default: what a refusal says is run as it is."""
     site, path = repo.site, repo.site.dir / "my copies" / "cmux_ssh.py"
     path.parent.mkdir()
@@ -3979,7 +3989,7 @@ def test_completion_of_fish_offers_names_where_they_can_stand(shared_names: Repo
     assert told[7] == {"main", "two"}, told
 
 
-def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo: Repo) -> None:
+def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo: Repo, site: Site) -> None:
     """The last column is cut to 20 characters at least, or left out; then the widest yields."""
     assert repo.cli("new", "-H", "box", "main").code == 0
     (file,) = (repo.site.state / "projects").glob("*.json")
@@ -3997,7 +4007,7 @@ def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo: Repo)
     assert repo.cli("list").text.endswith(long + "\n")
 
 
-def test_rm_refuses_while_a_command_runs(repo: Repo) -> None:
+def test_rm_refuses_while_a_command_runs(repo: Repo, site: Site) -> None:
     assert repo.cli("new", "-H", "box", "main", "two").code == 0
     child = repo.start("exec", "-w", "main", "--", "sleep 60")
     try:
@@ -4015,7 +4025,7 @@ def test_rm_refuses_while_a_command_runs(repo: Repo) -> None:
     assert until(lambda: repo.cli("rm", "other").code == 0, "its record ends with it")
 
 
-def test_a_host_or_a_name_that_does_not_fit_is_refused_and_nothing_removed(repo: Repo) -> None:
+def test_a_host_or_a_name_that_does_not_fit_is_refused_and_nothing_removed(repo: Repo, site: Site) -> None:
     assert repo.cli("new", "-H", "box", "main").code == 0
     refused(repo.cli("rm", "-H", "other", "main"), 2, words="is on box, not on other")
     assert repo.cli("list", "-q", "-H", "box").text == "main\n" and repo.cli("list", "--json", "-H", "other").json == []
@@ -4063,7 +4073,7 @@ def test_what_is_not_sent_is_said_exactly_each_time_a_workspace_is_made_or_pushe
     assert "Not sent: 1 LFS file" in repo.cli("push", "-w", "one", "--dirty", "--allow", "a.bin").said
 
 
-def test_exec_json_says_what_is_known_of_the_stop_also_without_a_host(repo: Repo) -> None:
+def test_exec_json_says_what_is_known_of_the_stop_also_without_a_host(repo: Repo, site: Site) -> None:
     repo.site.host("dead", "HostName 127.0.0.1", f"Port {free_port()}")
     answer = repo.exec("true", host="dead", options=["--json"])
     assert answer.code == 255 and answer.json["stopped"] is None and answer.json["error"]["type"], answer
@@ -4123,7 +4133,7 @@ if __name__ == "__main__":
 """) == "WorkspaceMissing True\nUsageError True\nConnectionFailed True\nRemoteShellFailed True\n"
 
 
-def test_damaged_lines_of_the_history_are_passed_over(repo: Repo) -> None:
+def test_damaged_lines_of_the_history_are_passed_over(repo: Repo, site: Site) -> None:
     assert repo.cli("new", "-H", "box", "main").code == 0
     (path,) = [p for p in repo.site.state.rglob("*") if p.is_file() and "history" in str(p) and b'"new"' in slurp(str(p))]
     with open(str(path), "ab") as stream:
@@ -4134,7 +4144,7 @@ def test_damaged_lines_of_the_history_are_passed_over(repo: Repo) -> None:
     assert told.code == 0 and len(told.text.strip().split("\n")) == 2, told
 
 
-def test_a_job_that_runs_is_told_though_the_state_takes_no_more(repo: Repo) -> None:
+def test_a_job_that_runs_is_told_though_the_state_takes_no_more(repo: Repo, site: Site) -> None:
     assert repo.exec("true").code == 0
     (lock,) = repo.site.state.glob("projects/*.json.lock")
     lock.unlink()
@@ -4184,7 +4194,7 @@ print(len(list(project.history.rows())) - before)
 """) == "1\n"
 
 
-def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo: Repo) -> None:
+def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo: Repo, site: Site) -> None:
     assert repo.cli("new", "-H", "box", "main").code == 0
     command = shlex.join([sys.executable, str(PROGRAM)])
 
@@ -4554,7 +4564,7 @@ def test_contract_an_edit_in_an_editor_of_a_commit_does_not_hang(talker: Agent) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("root", ["~/else where", "~", "relative/x"])
-def test_contract_a_tilde_is_the_home_over_there(repo: Repo, root: str) -> None:
+def test_contract_a_tilde_is_the_home_over_there(repo: Repo, root: str, site: Site) -> None:
     assert repo.cli("new", "-H", "box", "--root", root, "main").code == 0
     path = repo.workspaces()["main"]["path"]
     home = str(repo.site.far_home())
@@ -4762,7 +4772,7 @@ class StallAfter(Dict[str, Optional[int]]):
 @pytest.mark.parametrize("how", ["client killed", "line cut", "client interrupted"])
 @pytest.mark.parametrize("exists", [True, False])
 @pytest.mark.promise(7)
-def test_a_write_of_8_mb_stopped_half_way_changes_nothing(repo: Repo, how: str, exists: bool) -> None:
+def test_a_write_of_8_mb_stopped_half_way_changes_nothing(repo: Repo, how: str, exists: bool, site: Site) -> None:
     line, old = repo.site.line("far"), os.urandom(8 << 20)
     assert repo.exec("mkdir d", host="far").code == 0
     where = repo.path() / "d"
@@ -5209,7 +5219,7 @@ def test_impossible_places_in_a_log_are_refused(talker: Agent, bad: Dict[str, An
     talker.refusal("logs", job=job, **bad)
 
 
-def test_a_job_survives_the_client_and_the_masters(repo: Repo) -> None:
+def test_a_job_survives_the_client_and_the_masters(repo: Repo, site: Site) -> None:
     gate = "while [ ! -e go ]; do sleep 0.05; done"
     child = repo.start("exec", "-H", "box", "--detach", "--", f"echo on; {gate}; echo off; exit 6")
     job = child.communicate(timeout=60)[0].decode().strip()
@@ -5332,7 +5342,7 @@ def test_logs_of_a_large_output_are_bounded_and_whole(shared: Repo, talker: Agen
     assert shared.cli("logs", job).out == whole and shared.cli("logs", "-f", job, "--offset", "1000000").out == whole[1000000:]
 
 
-def test_a_job_keeps_its_secret_out_of_its_record(repo: Repo) -> None:
+def test_a_job_keeps_its_secret_out_of_its_record(repo: Repo, site: Site) -> None:
     needle = os.urandom(8).hex()
     assert repo.cli("secrets", "set", "KEY", stdin=needle.encode()).code == 0
     with Watch(needle.encode()) as watch:
@@ -5345,7 +5355,7 @@ def test_a_job_keeps_its_secret_out_of_its_record(repo: Repo) -> None:
 
 
 @pytest.mark.parametrize("command", ["wait", "logs -f"])
-def test_wait_and_logs_f_say_on_a_terminal_that_the_host_is_down(repo: Repo, command: str) -> None:
+def test_wait_and_logs_f_say_on_a_terminal_that_the_host_is_down(repo: Repo, command: str, site: Site) -> None:
     line = repo.site.line("far")
     job = repo.exec("echo on; while [ ! -e go ]; do sleep 0.05; done; echo off", host="far", options=["--detach"]).text.strip()
     sessions = repo.site.log().count("Starting session")
@@ -5362,7 +5372,7 @@ def test_wait_and_logs_f_say_on_a_terminal_that_the_host_is_down(repo: Repo, com
 
 @pytest.mark.slow
 @pytest.mark.promise(7)
-def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(repo: Repo) -> None:
+def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(repo: Repo, site: Site) -> None:
     line = repo.site.line("far")
     steps = "for step in 0 1 2 3; do for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do [ $n = 15 ] && printf 'line ' && {gate}; " \
             "[ $n = 15 ] || printf 'line '; echo $((step*15+n)); done; done; exit 9"
@@ -5423,7 +5433,7 @@ def test_exec_in_20_workspaces_gives_each_its_own_result(repo: Repo) -> None:
     assert "20 of 20" in text.said
 
 
-def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo: Repo) -> None:
+def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo: Repo, site: Site) -> None:
     line, nap = repo.site.line("far"), unique()
     assert repo.cli("new", "-H", "box", "near").code == 0 and repo.cli("new", "-H", "far", "away").code == 0
     command = f'echo early; printf part; [ $CMUX_WORKSPACE = near ] || sleep {nap}'
@@ -5460,7 +5470,7 @@ def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_sa
     gone(f"sleep {nap}")
 
 
-def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterwards(repo: Repo) -> None:
+def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterwards(repo: Repo, site: Site) -> None:
     repo.write("big", os.urandom(3 << 20))
     repo.write(".cmux/init", b"#!/bin/sh\nprintf 'one\\033[2J\\007\\rred\\n'; sleep 2; printf two\n", 0o755)
     repo.commit()
@@ -5482,7 +5492,7 @@ def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterward
 
 
 @pytest.mark.parametrize("sig", [b"\x03", None])
-def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo: Repo, sig: Optional[bytes]) -> None:
+def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo: Repo, sig: Optional[bytes], site: Site) -> None:
     line, nap = repo.site.line("far"), unique()
     assert repo.cli("new", "-H", "far", "a", "b").code == 0
     seen = on_terminal(repo.site, "exec", "--all", "--", f"echo early; sleep {nap}", cwd=repo.dir)
@@ -5493,7 +5503,7 @@ def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo: Repo, 
     assert not shown and "0 of 2" in " ".join(seen.lines()), seen.lines()
 
 
-def test_more_workspaces_than_rows_are_counted_and_pipes_and_dumb_terminals_see_none(repo: Repo) -> None:
+def test_more_workspaces_than_rows_are_counted_and_pipes_and_dumb_terminals_see_none(repo: Repo, site: Site) -> None:
     names = [f"w{n:02}" for n in range(26)]
     assert repo.cli("new", "-H", "box", *names, seconds=120).code == 0
     for env in ({}, {"TERM": "dumb"}):
@@ -5672,7 +5682,7 @@ def test_batch_of_1000_commands_100_at_a_time_all_succeed(shared: Repo) -> None:
 
 @pytest.mark.slow
 @pytest.mark.promise(8)
-def test_12_batch_processes_of_10_each_all_succeed(repo: Repo) -> None:
+def test_12_batch_processes_of_10_each_all_succeed(repo: Repo, site: Site) -> None:
     lines = "\n".join(json.dumps({"id": n, "tool": "exec", "arguments": {"command": f"sleep 0.5; echo {n}"}}) for n in range(40)).encode()
     children = [repo.start("batch", "-H", "box", "-j", "10", stdin=subprocess.PIPE) for _ in range(12)]
     with ThreadPoolExecutor(12) as pool:
@@ -5884,7 +5894,7 @@ def test_a_wrong_host_does_not_spoil_the_name_of_a_workspace(repo: Repo) -> None
     assert made.code == 0, made
 
 
-def test_stdin_for_a_job_is_refused_and_never_dropped_in_silence(repo: Repo) -> None:
+def test_stdin_for_a_job_is_refused_and_never_dropped_in_silence(repo: Repo, site: Site) -> None:
     assert repo.cli("new", "-H", "box", "main").code == 0
     refused(repo.cli("exec", "--detach", "--", "wc -c", stdin=b"data"), 125, words="write -w main FILE")
     with open(str(repo.dir / "README"), "rb") as file:
@@ -5918,7 +5928,7 @@ def test_a_detached_command_in_a_workspace_that_is_gone_is_no_job(repo: Repo) ->
     assert answer.code == 125 and answer.out == b"" and answer.said, answer
 
 
-def test_a_second_process_has_sessions_waiting_too_on_a_master_more(repo: Repo) -> None:
+def test_a_second_process_has_sessions_waiting_too_on_a_master_more(repo: Repo, site: Site) -> None:
     """Sessions opened ahead take the upper half of a master's slots: the first process has them all. The next
     starts one master more for its own."""
     with open_agent(repo, "-H", "box") as first:
@@ -5930,7 +5940,7 @@ def test_a_second_process_has_sessions_waiting_too_on_a_master_more(repo: Repo) 
     until(lambda: open_sessions(repo.site) == 0, "they are given back")
 
 
-def test_a_forked_child_and_its_parent_share_no_session_and_no_lock(repo: Repo) -> None:
+def test_a_forked_child_and_its_parent_share_no_session_and_no_lock(repo: Repo, site: Site) -> None:
     """multiprocessing forks: the copies of our descriptors in a worker must not keep what this process gives up."""
     repo.site.daemon("other")
     assert in_library(repo, """
@@ -5971,14 +5981,14 @@ os.kill(child, signal.SIGKILL)
 """, str(repo.site.dir / "log-box"), str(repo.site.dir / "log-other")) == "3 7 0\nconfirmed True\n0\n"
 
 
-def test_sessions_wait_ready_again_after_a_command_that_took_long(repo: Repo, tuned: Callable[..., None]) -> None:
+def test_sessions_wait_ready_again_after_a_command_that_took_long(repo: Repo, tuned: Callable[..., None], site: Site) -> None:
     tuned(WARM_IDLE=3)  # what the keeper sleeps once all that waited is given up
     with open_agent(repo, "-H", "box") as talker:
         talker("exec", command="sleep 4")
         until(lambda: open_sessions(repo.site) == 4, "they are opened", 2.5)
 
 
-def test_close_gives_up_a_session_that_is_just_being_opened_ahead(repo: Repo) -> None:
+def test_close_gives_up_a_session_that_is_just_being_opened_ahead(repo: Repo, site: Site) -> None:
     line = repo.site.line("far")
     assert repo.cli("new", "-H", "far", "main").code == 0
     line.delay = 0.1
@@ -5995,7 +6005,7 @@ wait_ready(sys.argv[1])                 # with the next operation it begins agai
 """, str(repo.site.dir / "log-box")) == "3\n"
 
 
-def test_a_header_cut_off_by_a_dying_master_is_sent_again(repo: Repo) -> None:
+def test_a_header_cut_off_by_a_dying_master_is_sent_again(repo: Repo, site: Site) -> None:
     """It was never whole: nothing can have begun."""
     with open_agent(repo, "-H", "box") as talker:
         talker("exec", command="true")
@@ -6079,7 +6089,7 @@ _ci=$RUN; _cz='
     assert attempt(1).communicate(timeout=PATIENCE)[0] == b"" and not list(stage.iterdir())
 
 
-def test_a_base_that_is_broken_on_the_host_is_made_anew(repo: Repo) -> None:
+def test_a_base_that_is_broken_on_the_host_is_made_anew(repo: Repo, site: Site) -> None:
     bases = repo.site.far_home() / "cmux" / ".cmux" / "bases"
     assert repo.cli("new", "-H", "box", "one").code == 0
     (base,) = bases.iterdir()
@@ -6094,7 +6104,7 @@ def test_a_base_that_is_broken_on_the_host_is_made_anew(repo: Repo) -> None:
     assert repo.cli("new", "-H", "box", "three").code == 0
 
 
-def test_a_base_whose_parents_are_broken_on_the_host_is_made_anew_and_not_offered(repo: Repo) -> None:
+def test_a_base_whose_parents_are_broken_on_the_host_is_made_anew_and_not_offered(repo: Repo, site: Site) -> None:
     bases = repo.site.far_home() / "cmux" / ".cmux" / "bases"
 
     def sent() -> Tuple[str, str]:
@@ -6118,7 +6128,7 @@ def test_a_base_whose_parents_are_broken_on_the_host_is_made_anew_and_not_offere
     assert sent()[1] == "", "neither of the broken ones is offered"
 
 
-def test_a_delta_stands_only_on_what_was_sent_to_that_host(repo: Repo) -> None:
+def test_a_delta_stands_only_on_what_was_sent_to_that_host(repo: Repo, site: Site) -> None:
     """A host that knows the id of a branch's tree could else ask what files that has: the delta names those to remove."""
     for n in range(20):
         repo.write(f"f{n}", b"%d" % n)
@@ -6186,7 +6196,7 @@ def do_in(repo: Repo, name: str, line: str) -> None:
     assert repo.cli("exec", "-w", name, "--", line).code == 0
 
 
-def test_diff_into_a_pipe_or_json_can_be_applied(repo: Repo) -> None:
+def test_diff_into_a_pipe_or_json_can_be_applied(repo: Repo, site: Site) -> None:
     repo.write("crlf.txt", b"a\r\nb\r\n")
     repo.commit()
     assert repo.exec("printf 'a\\r\\nB\\033[1m\\r\\n' >crlf.txt; head -c 3000 /dev/urandom >data.bin; printf end >noeol").code == 0
@@ -6225,7 +6235,7 @@ def test_a_job_is_found_in_the_workspace_that_runs_it(repo: Repo) -> None:
     assert repo.cli("stop", napping).code == 0
 
 
-def test_no_master_is_added_for_sessions_ahead_where_none_can_be(repo: Repo) -> None:
+def test_no_master_is_added_for_sessions_ahead_where_none_can_be(repo: Repo, site: Site) -> None:
     """It is tried once: where logging in needs a person, each try is a failed login and its penalty."""
     with open_agent(repo, "-H", "box") as first:
         first("exec", command="true")
@@ -6240,7 +6250,7 @@ def test_no_master_is_added_for_sessions_ahead_where_none_can_be(repo: Repo) -> 
             assert (open_sessions(repo.site), len(repo.site.masters())) == (4, 1)
 
 
-def test_a_line_that_is_lost_between_two_calls_of_the_library_is_not_noticed(repo: Repo) -> None:
+def test_a_line_that_is_lost_between_two_calls_of_the_library_is_not_noticed(repo: Repo, site: Site) -> None:
     """The warm sessions are dead; the next calls open new ones, and none fails."""
     line = repo.site.line("far")
     assert repo.cli("new", "-H", "far", "main").code == 0
@@ -6305,7 +6315,7 @@ def test_it_runs_however_python_is_given_it(shared: Repo, python: str, way: str)
     assert code == 125 and out == b"" and err.count(b"\n") == 1, err
 
 
-def test_two_copies_in_one_process_do_not_disturb_each_other(repo: Repo) -> None:
+def test_two_copies_in_one_process_do_not_disturb_each_other(repo: Repo, site: Site) -> None:
     """Two programs that vendor it, in one interpreter and with one state directory."""
     for name in ("one", "two"):
         (repo.site.dir / name).mkdir()
@@ -7238,7 +7248,7 @@ def test_a_workspace_of_a_version_that_left_files_out_loses_nothing(site: Site, 
         assert repo.git("diff", "--name-only", "main", "cmux/" + name) == "docs/a"
 
 
-def test_a_commit_in_another_encoding_comes_also_from_a_newer_git(repo: Repo) -> None:
+def test_a_commit_in_another_encoding_comes_also_from_a_newer_git(repo: Repo, site: Site) -> None:
     """Its help says --[no-]reencode."""
     host = repo.site.inetd("newer", env=replaced(repo.site, git=f"""case "$*" in "fast-export -h")
 {program("git")} "$@" 2>&1 | sed 's/^    --\\([a-z]\\)/    --[no-]\\1/'; exit 129;; esac"""))
@@ -7280,7 +7290,7 @@ with open("README", "r+") as stream:
 
 
 @pytest.mark.promise(7)
-def test_a_file_changed_in_the_second_of_its_commit_is_seen(repo: Repo) -> None:
+def test_a_file_changed_in_the_second_of_its_commit_is_seen(repo: Repo, site: Site) -> None:
     """Its size and its second are those of the index: git reads it again if the index keeps its own time, also as a copy."""
     repo.write("README", b"1111\n")
     repo.commit()
@@ -7325,7 +7335,7 @@ def test_what_was_marked_not_to_be_looked_at_is_looked_at(repo: Repo) -> None:
         assert repo.git("show", "cmux/main:src/main.c") == "changed"
 
 
-def test_pull_from_a_git_older_than_its_newest_options(repo: Repo) -> None:
+def test_pull_from_a_git_older_than_its_newest_options(repo: Repo, site: Site) -> None:
     """2.17 to 2.22 know neither --reencode nor --reference-excluded-parents."""
     host = repo.site.inetd("old", env=replaced(repo.site, git="""
 for word; do case $word in --reencode=*|--reference-excluded-parents) exit 129;; esac; done
@@ -7341,7 +7351,7 @@ case $*,$1 in "fast-export -h,fast-export") echo "usage: git fast-export [rev-li
     assert repo.tree() == there
 
 
-def test_pull_and_push_where_git_makes_sha256_repositories(repo: Repo) -> None:
+def test_pull_and_push_where_git_makes_sha256_repositories(repo: Repo, site: Site) -> None:
     """As git 3 does, unless it is told."""
     folder = repo.site.dir / "git-3"
     folder.mkdir()
@@ -7368,7 +7378,7 @@ def test_a_commit_in_an_encoding_that_git_does_not_know(repo: Repo) -> None:
     assert repo.cli("pull").code == 0 and repo.git("log", "--format=%s %ad", "--date=format:%z", "main..cmux/main").startswith("zone +1545\nodd")
 
 
-def test_a_base_that_this_repository_has_lost_is_said(repo: Repo) -> None:
+def test_a_base_that_this_repository_has_lost_is_said(repo: Repo, site: Site) -> None:
     work(repo)
     repo.write("README", b"amended\n")
     repo.git("commit", "-q", "-a", "--amend", "-m", "amended")
@@ -7506,7 +7516,7 @@ def test_pull_refuses_what_is_not_its_own(repo: Repo) -> None:
 
 
 @pytest.mark.promise(3)
-def test_pull_says_what_would_run_and_what_leaks(repo: Repo) -> None:
+def test_pull_says_what_would_run_and_what_leaks(repo: Repo, site: Site) -> None:
     assert repo.cli("secrets", "set", "TOKEN", stdin=b"s3cr3t-s3cr3t").code == 0
     work(repo)
     repo.git("config", "core.hooksPath", ".husky")
@@ -7540,7 +7550,7 @@ def test_pull_refuses_hooks_reached_by_a_link_above_them_and_shows_names_in_one_
     refused(repo.cli("pull"), 1, words="runs hooks from there")
 
 
-def test_hooks_are_found_by_either_name_and_in_any_configuration(repo: Repo) -> None:
+def test_hooks_are_found_by_either_name_and_in_any_configuration(repo: Repo, site: Site) -> None:
     repo.write("tools/hooks/x", b"1")
     (repo.dir / "myhooks").symlink_to("tools/hooks")
     repo.commit()
@@ -7569,7 +7579,7 @@ def test_a_submodule_url_that_is_a_command_is_read_as_git_reads_it(repo: Repo, u
 
 
 @pytest.mark.promise(4)
-def test_pull_from_a_malicious_repository_of_ones_own_runs_nothing(repo: Repo) -> None:
+def test_pull_from_a_malicious_repository_of_ones_own_runs_nothing(repo: Repo, site: Site) -> None:
     trap = repo.site.dir / "trap"
     evil = script(repo.site.dir / "evil.sh", f"echo ran >>{trap}\ncat")
     for hook in ("reference-transaction", "post-index-change", "post-checkout", "pre-commit", "fsmonitor-watchman"):
@@ -7593,7 +7603,7 @@ def test_pull_from_a_malicious_repository_of_ones_own_runs_nothing(repo: Repo) -
     assert not trap.exists(), trap.read_text()
 
 
-def test_hooks_that_the_configuration_names_do_not_run_either(repo: Repo) -> None:
+def test_hooks_that_the_configuration_names_do_not_run_either(repo: Repo, site: Site) -> None:
     """git 2.54 has them; in front of an older one, a program does what it does."""
     trap, folder = repo.site.dir / "trap", repo.site.dir / "git-2.54"
     folder.mkdir()
@@ -7782,7 +7792,7 @@ def test_rm_names_the_branches_also_where_head_has_no_commit(repo: Repo) -> None
     assert "tag t" in answer.said
 
 
-def test_nothing_is_said_of_head_where_a_workspace_has_it_and_more(repo: Repo) -> None:
+def test_nothing_is_said_of_head_where_a_workspace_has_it_and_more(repo: Repo, site: Site) -> None:
     repo.write("untracked", b"u")
     assert repo.cli("new", "-H", "box", "dirty", "--dirty").code == 0
     terminal = on_terminal(repo.site, "exec", "-w", "dirty", "--", "cat untracked; echo; echo d''one", cwd=repo.dir)
@@ -7830,7 +7840,7 @@ def test_list_says_pulled_until_something_is_begun(site: Site) -> None:
     assert child.wait() == 0 and state() == "ready"
 
 
-def test_a_renamed_workspace_keeps_its_history(repo: Repo) -> None:
+def test_a_renamed_workspace_keeps_its_history(repo: Repo, site: Site) -> None:
     repo.cli("new", "-H", "box", "a")
     repo.cli("exec", "-w", "a", "--", "exit 3")
     assert repo.cli("rename", "-w", "a", "b").code == 0 and repo.cli("rename", "-w", "b", "c").code == 0
@@ -7872,7 +7882,7 @@ HEAD_LOCK = "touch .git/HEAD.lock"
                                   "rm -rf .git; git init -q --object-format=sha256 -b main; git add -A; git commit -qm anew",
                                   HEAD_LOCK, "touch .git/refs/heads/main.lock", "git branch -m main/sub",
                                   "git checkout -q --detach; touch .git/refs/heads/main.lock"], ids=["anew", "sha256", "HEAD", "main", "sub", "detached"])
-def test_push_where_the_repository_there_cannot_be_moved_says_so_and_force_replaces_it(repo: Repo, harm: str) -> None:
+def test_push_where_the_repository_there_cannot_be_moved_says_so_and_force_replaces_it(repo: Repo, harm: str, site: Site) -> None:
     repo.write(".gitignore", b"ignored\n")
     repo.commit()
     assert repo.cli("new", "-H", "box", "main").code == 0
@@ -7935,7 +7945,7 @@ print([line for line in cmux_ssh.diff(workspace) if line.startswith(("+", "-"))]
 """) == "['+a'] %s\n" % new
 
 
-def test_a_branch_that_was_checked_out_meanwhile_does_not_move(repo: Repo) -> None:
+def test_a_branch_that_was_checked_out_meanwhile_does_not_move(repo: Repo, site: Site) -> None:
     line = repo.site.line("far")
     assert repo.cli("new", "-H", "far", "main").code == 0
     do(repo, "echo 1 >agents")
@@ -7969,7 +7979,7 @@ def test_work_that_a_push_left_behind_is_not_told_as_taken_back(repo: Repo) -> N
     assert repo.cli("pull").code == 0 and sorted(repo.git("diff", "--name-only", "main~1", "cmux/main").split()) == ["agents", "third"]
 
 
-def test_fork_waits_for_a_push_and_needs_another_name(repo: Repo) -> None:
+def test_fork_waits_for_a_push_and_needs_another_name(repo: Repo, site: Site) -> None:
     line, forks = repo.site.line("far"), []  # type: Line, List[Any]
 
     def fork() -> None:
@@ -7985,7 +7995,7 @@ def test_fork_waits_for_a_push_and_needs_another_name(repo: Repo) -> None:
 
 
 @pytest.mark.parametrize("layout", ["bare", "linked"])
-def test_hooks_of_another_worktree_are_not_changed_either(repo: Repo, layout: str) -> None:
+def test_hooks_of_another_worktree_are_not_changed_either(repo: Repo, layout: str, site: Site) -> None:
     repo.write("hooks/pre-commit", b"#!/bin/sh\n", 0o755)
     repo.commit()
     other = repo.site.dir / "other"
@@ -8008,7 +8018,7 @@ def test_a_date_before_1970_does_not_end_every_log(repo: Repo, date: str, told: 
     assert repo.git("log", "-1", "--format=%aI", "cmux/main") in (told, told.replace("Z", "+00:00"))
 
 
-def test_dirty_goes_by_what_the_user_ignores_everywhere(repo: Repo) -> None:
+def test_dirty_goes_by_what_the_user_ignores_everywhere(repo: Repo, site: Site) -> None:
     ignored = repo.site.dir / "ignore everywhere"
     ignored.write_text(".envrc\n")
     repo.git("config", "core.excludesFile", str(ignored))
@@ -8061,7 +8071,7 @@ def test_dirty_reads_line_ends_and_modes_as_git_add_does(repo: Repo) -> None:
     assert repo.git("diff", "--name-only", "HEAD", base) == "other" and (repo.path() / "other").read_bytes() == b"o\n"
 
 
-def test_enter_at_the_hidden_prompt_keeps_the_secret(repo: Repo) -> None:
+def test_enter_at_the_hidden_prompt_keeps_the_secret(repo: Repo, site: Site) -> None:
     assert repo.cli("secrets", "set", "FOO", stdin=b"good").code == 0
     terminal = on_terminal(repo.site, "secrets", "set", "FOO", cwd=repo.dir)
     terminal.expect(b"hidden")
@@ -8071,7 +8081,7 @@ def test_enter_at_the_hidden_prompt_keeps_the_secret(repo: Repo) -> None:
     assert repo.exec('printf %s "$FOO"', host="box").out == b"good"
 
 
-def test_a_state_directory_open_to_others_is_a_finding_and_never_to_be_removed(repo: Repo) -> None:
+def test_a_state_directory_open_to_others_is_a_finding_and_never_to_be_removed(repo: Repo, site: Site) -> None:
     repo.cli("secrets", "list")
     repo.site.state.chmod(0o755)
     try:
@@ -8096,13 +8106,13 @@ def test_exec_in_many_says_how_the_stop_ended(repo: Repo) -> None:
     assert [row["stopped"] for row in rows] == [None, None]
 
 
-def test_hints_name_the_ssh_that_is_used(repo: Repo) -> None:
+def test_hints_name_the_ssh_that_is_used(repo: Repo, site: Site) -> None:
     repo.site.host("stranger", "HostName 127.0.0.1", f"Port {repo.site.port}", "UserKnownHostsFile /dev/null", "StrictHostKeyChecking yes")
     said = repo.cli("exec", "-H", "stranger", "--", "true").said
     assert "accept it: %s stranger true" % repo.site.environment()["CMUX_SSH_COMMAND"] in said, said
 
 
-def test_a_list_that_does_not_fit_leaves_the_path_out_not_the_names(repo: Repo) -> None:
+def test_a_list_that_does_not_fit_leaves_the_path_out_not_the_names(repo: Repo, site: Site) -> None:
     names = ["issue-1234-fix-the-login-page-for-" + browser for browser in ("safari", "chrome")]
     repo.cli("new", "-H", "box", *names)
     for more in (False, True):
@@ -8156,7 +8166,7 @@ def test_rename_to_its_own_name_and_two_names_swapped_at_once_are_said(repo: Rep
     assert {r.code for r in ran} == {1} and set(repo.workspaces()) == {"one", "two"}, ran
 
 
-def test_a_host_that_is_gone_for_good_can_be_forgotten_and_gc_visits_every_place(repo: Repo) -> None:
+def test_a_host_that_is_gone_for_good_can_be_forgotten_and_gc_visits_every_place(repo: Repo, site: Site) -> None:
     assert repo.cli("new", "-H", "box", "stays", "--root", "~/other").code == 0
     assert repo.cli("rm", "--force", "stays").code == 0  # gc visits its host all the same
     assert repo.cli("new", "-H", "box", "lost").code == 0
@@ -8171,7 +8181,7 @@ def test_a_host_that_is_gone_for_good_can_be_forgotten_and_gc_visits_every_place
     assert repo.cli("rm", "--forget", "lost").code == 0 and not repo.workspaces() and path.exists()
 
 
-def test_gc_and_top_go_by_their_host(repo: Repo) -> None:
+def test_gc_and_top_go_by_their_host(repo: Repo, site: Site) -> None:
     repo.site.line("far")
     assert repo.cli("new", "-H", "box", "one").code == 0 and repo.cli("new", "-H", "far", "two").code == 0
     assert [row["workspace"] for row in repo.cli("top", "--json", "-H", "far").json] == ["two"]
@@ -8179,7 +8189,7 @@ def test_gc_and_top_go_by_their_host(repo: Repo) -> None:
     assert cleared.code == 0 and "far: freed" in cleared.text and "box" not in cleared.text, cleared
 
 
-def test_gc_frees_jobs_that_ended_a_week_ago(repo: Repo) -> None:
+def test_gc_frees_jobs_that_ended_a_week_ago(repo: Repo, site: Site) -> None:
     assert repo.cli("new", "-H", "box", "main").code == 0
     old, new, runs = (repo.cli("exec", "--detach", "--", script).text.strip() for script in ("echo old", "echo new", "sleep 600"))
     assert repo.cli("wait", old).code == repo.cli("wait", new).code == 0
@@ -8230,7 +8240,7 @@ def test_dirty_takes_the_work_tree_along_but_no_secrets(repo: Repo) -> None:
 
 
 @pytest.mark.parametrize("empty", [False, True])
-def test_dirty_says_which_directory_is_a_repository_of_its_own(repo: Repo, empty: bool) -> None:
+def test_dirty_says_which_directory_is_a_repository_of_its_own(repo: Repo, empty: bool, site: Site) -> None:
     inner = Repo(repo.site, "project/in ner")
     if empty:
         inner.git("update-ref", "-d", "HEAD")
@@ -8683,7 +8693,7 @@ def test_killed_while_its_script_goes_on_the_next_call_works_and_nothing_is_half
 
 
 @pytest.mark.parametrize("kills", ["before", "after", "after before after"])
-def test_a_pull_killed_around_the_move_of_the_branch_is_followed_by_one_that_just_works(repo: Repo, kills: str) -> None:
+def test_a_pull_killed_around_the_move_of_the_branch_is_followed_by_one_that_just_works(repo: Repo, kills: str, site: Site) -> None:
     """Neither the branch's commit, nor one that it nearly had, is a stranger's."""
     work(repo)
     env = replaced(repo.site, git=f'''case " $* " in *" update-ref "*cmux/main*) [ $HOW = before ] || {program("git")} "$@"; kill -9 $PPID; exit 1;; esac''')
@@ -8989,7 +8999,7 @@ def test_masters_killed_or_stopped_in_the_middle_are_told_or_waited_for(wire: Wi
             assert honest(wire.cli(words, stdin), verb, code, right, (verb, way, "again"))
 
 
-def test_sshd_restarted_under_running_commands_and_jobs(repo: Repo) -> None:
+def test_sshd_restarted_under_running_commands_and_jobs(repo: Repo, site: Site) -> None:
     nap = unique()
     job = repo.exec("while [ ! -e go ]; do sleep 0.05; done; echo done; exit 9", options=["--detach"]).text.strip()
     child = repo.start("exec", "--", f"echo early; sleep {nap}")
@@ -9128,7 +9138,7 @@ def test_mcp_handshake_agrees_on_every_older_version(mcp: Mcp, asked: str, given
     assert mcp.ask("ping")["result"] == {}
 
 
-def test_mcp_calls_leave_no_descriptors_behind(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mcp_calls_leave_no_descriptors_behind(repo: Repo, monkeypatch: pytest.MonkeyPatch, site: Site) -> None:
     """They are closed, not left to a collector: PyPy's comes late (seen: three more for each call, up to the limit)."""
     late = repo.site.dir / "late.py"  # CPython's comes at once
     late.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport cmux_ssh as c\nc.Cancel.__del__ = lambda cancel: None\nsys.exit(c.main())\n")
@@ -9545,7 +9555,7 @@ def test_mcp_says_when_the_workspace_is_new_and_where_a_page_is_cut(repo: Repo) 
 
 
 @pytest.mark.promise(4)
-def test_mcp_without_a_host_or_with_a_dead_one_says_so_and_lives(repo: Repo) -> None:
+def test_mcp_without_a_host_or_with_a_dead_one_says_so_and_lives(repo: Repo, site: Site) -> None:
     with open_mcp(repo) as client:
         failed, text = client.call("exec", command="true")
         assert failed and "For the user: Name one with -H HOST" in text
@@ -9643,7 +9653,7 @@ def states(answer: Answer) -> Dict[str, str]:
     return {row["what"]: row["state"] for row in answer.json}
 
 
-def test_doctor_finds_a_good_host_good_and_leaves_nothing_there(repo: Repo) -> None:
+def test_doctor_finds_a_good_host_good_and_leaves_nothing_there(repo: Repo, site: Site) -> None:
     assert repo.cli("new", "-H", "box", "main").code == 0
     before = sorted(str(p) for p in repo.site.far_home().rglob("*"))
     found = repo.cli("doctor", "box", "--json")
@@ -9657,7 +9667,7 @@ def test_doctor_finds_a_good_host_good_and_leaves_nothing_there(repo: Repo) -> N
     assert repo.cli("exec", "--", "echo still").out == b"still\n"
 
 
-def test_doctor_understands_an_ssh_before_8_7(repo: Repo) -> None:
+def test_doctor_understands_an_ssh_before_8_7(repo: Repo, site: Site) -> None:
     """Which says only as debug1 how it logged in."""
     env = {"CMUX_SSH_COMMAND": in_sshs_place(repo.site, 'for a; do case $a in /*cmux-doctor-*) log=$a;; esac; done; $ssh "$@"; code=$?\n'
                                              '[ ! "$log" ] || sed \'s/^Authenticated to .* using "\\(.*\\)".*/debug1: Authentication succeeded (\\1)./\' "$log" >"$log.8"\n'
@@ -9770,7 +9780,7 @@ def test_a_session_of_its_own_sends_no_local_path(site: Site, names: str, proxie
     assert names == "*" or seen["SSH_AUTH_SOCK"] == "/nowhere/agent"
 
 
-def test_a_server_that_asks_for_the_agent_is_told_and_one_that_goes_on_is_left(repo: Repo) -> None:
+def test_a_server_that_asks_for_the_agent_is_told_and_one_that_goes_on_is_left(repo: Repo, site: Site) -> None:
     """What ssh writes into its log then was seen on a real one; no server here does it."""
     words, name = "Warning: ssh server tried agent forwarding.\nWarning: this is probably a break-in attempt by a malicious server.\n", repo.site.dir / "name"
     repo.site.env["CMUX_SSH_COMMAND"] = in_sshs_place(
@@ -9790,7 +9800,7 @@ def test_a_server_that_asks_for_the_agent_is_told_and_one_that_goes_on_is_left(r
     assert again.code == 0 and not again.said, again
 
 
-def test_a_master_that_hangs_costs_a_long_lived_caller_one_wait(repo: Repo, tuned: Callable[..., None]) -> None:
+def test_a_master_that_hangs_costs_a_long_lived_caller_one_wait(repo: Repo, tuned: Callable[..., None], site: Site) -> None:
     tuned(START_PATIENCE=2)
     with open_agent(repo, "-H", "box") as talker:
         for _ in range(4):
@@ -9824,7 +9834,7 @@ def test_a_proxy_that_leaves_a_child_behind_does_not_keep_a_call(site: Site) -> 
         subprocess.run(["pkill", "-f", f"sleep {nap}"])
 
 
-def test_shell_needs_a_terminal_and_leaves_it_as_it_was(repo: Repo) -> None:
+def test_shell_needs_a_terminal_and_leaves_it_as_it_was(repo: Repo, site: Site) -> None:
     refused = repo.cli("shell", "-H", "box")
     assert refused.code == 2 and "exec" in refused.said and not repo.workspaces()
     line = repo.site.line("far")
@@ -9948,7 +9958,7 @@ def test_a_full_disk_on_the_host_is_said_and_leaves_nothing_half(site: Site, wha
 
 
 @pytest.mark.parametrize("verb, room", [("new", "nr_inodes=2"), ("pull", "size=40k"), ("pull", "nr_inodes=2"), ("batch", "size=40k"), ("exec", "size=40k")])
-def test_a_full_disk_on_this_machine_is_said_and_not_a_traceback(repo: Repo, verb: str, room: str) -> None:
+def test_a_full_disk_on_this_machine_is_said_and_not_a_traceback(repo: Repo, verb: str, room: str, site: Site) -> None:
     """TMPDIR, where a shadow repository and a command's stdin lie, is a small tmpfs in a namespace of its own."""
     assert repo.exec("head -c 300000 /dev/urandom >big").code == 0
     repo.write("large", os.urandom(300000))
@@ -10042,7 +10052,7 @@ def test_mcp_a_secret_where_the_capture_is_cut_is_masked(repo: Repo, token: str)
 # -- what it must outlive --
 
 @pytest.mark.parametrize("which", ["projects", "secrets"])
-def test_mcp_damaged_state_is_said_in_every_answer_and_ends_nothing(repo: Repo, which: str) -> None:
+def test_mcp_damaged_state_is_said_in_every_answer_and_ends_nothing(repo: Repo, which: str, site: Site) -> None:
     assert repo.cli("new", "-H", "box", "main").code == 0 and repo.cli("secrets", "set", "TOKEN", stdin=b"abcdefgh").code == 0
     with open_mcp(repo) as client:
         client("exec", command="true")
@@ -10336,7 +10346,7 @@ def test_a_host_that_floods_is_cut_off_in_little_memory(site: Site, flood: str) 
         assert talker("exec", command="echo honest")["stdout"] == "honest\n"
 
 
-def test_dirty_where_the_state_lies_in_the_repository_and_is_ignored(repo: Repo) -> None:
+def test_dirty_where_the_state_lies_in_the_repository_and_is_ignored(repo: Repo, site: Site) -> None:
     """A home that is a repository: `git add` fails where an excluded path is ignored already."""
     home = Repo(repo.site, name="home/dot")
     home.write(".gitignore", b"st\n")
@@ -10347,7 +10357,7 @@ def test_dirty_where_the_state_lies_in_the_repository_and_is_ignored(repo: Repo)
 
 
 @pytest.mark.promise(1)
-def test_a_committed_state_directory_is_not_sent(repo: Repo) -> None:
+def test_a_committed_state_directory_is_not_sent(repo: Repo, site: Site) -> None:
     home = Repo(repo.site, name="home/kept")
     env = {"CMUX_SSH_HOME": str(home.dir / "st" / "cmux-ssh")}
     clean = home.commit()
@@ -10360,7 +10370,7 @@ def test_a_committed_state_directory_is_not_sent(repo: Repo) -> None:
     refused(home.cli("push", "-w", "main", env=env), 2, words="in the commit")
 
 
-def test_rm_with_its_host_removes_an_unfinished_workspace(repo: Repo) -> None:
+def test_rm_with_its_host_removes_an_unfinished_workspace(repo: Repo, site: Site) -> None:
     assert repo.cli("new", "-H", "box", "main").code == 0
     (file,) = (repo.site.state / "projects").glob("*.json")
     record = json.loads(file.read_text())
@@ -10370,7 +10380,7 @@ def test_rm_with_its_host_removes_an_unfinished_workspace(repo: Repo) -> None:
     assert repo.cli("rm", "-H", "box", "main").code == 0 and not repo.workspaces()
 
 
-def test_a_secret_with_half_a_character_is_called_damaged(repo: Repo) -> None:
+def test_a_secret_with_half_a_character_is_called_damaged(repo: Repo, site: Site) -> None:
     assert repo.cli("new", "-H", "box", "main").code == 0
     assert repo.cli("secrets", "set", "TOK", stdin=b"valuevalue").code == 0
     (file,) = [path for path in repo.site.state.rglob("*") if path.is_file() and b"valuevalue" in path.read_bytes()]
@@ -10388,7 +10398,7 @@ def test_a_third_spelling_of_what_the_base_has_in_two_is_refused(new_lab: Callab
     lab.refuse(export(blob(1, data), commit(2, line)), what="one file where case")
 
 
-def test_mcp_a_secret_whose_command_fails_does_not_turn_what_was_done_into_a_failure(repo: Repo) -> None:
+def test_mcp_a_secret_whose_command_fails_does_not_turn_what_was_done_into_a_failure(repo: Repo, site: Site) -> None:
     assert repo.cli("new", "-H", "box", "main").code == 0
     ran = repo.site.dir / "ran"
     assert repo.cli("secrets", "set", "TOK", "--command", "echo ran >>%s; exit 1" % ran).code == 0
