@@ -357,14 +357,14 @@ def drop(*fds: int) -> None:
 
 @functools.lru_cache(maxsize=None)
 def fork_aware() -> Any:
-    """The things whose ``_forked()`` is called in each child that is forked (as multiprocessing does): its copies
-    of our descriptors would keep locks held, and sessions open, that this process gives up."""
+    """The things whose ``_forked()`` is called in each child that is forked (multiprocessing):
+    its copies of our descriptors would keep locks and sessions that this process gives up."""
     import weakref
     things: Any = weakref.WeakSet()
 
     def leave_all() -> None:
         for thing in list(things):
-            with contextlib.suppress(OSError):  # another thread was closing it in the instant of the fork
+            with contextlib.suppress(OSError):  # another thread was just closing it
                 thing._forked()
     os.register_at_fork(after_in_child=leave_all)
     return things
@@ -439,13 +439,20 @@ class Cancel:
         self.close()
 
 
+def poll_once(seconds: Optional[float], *wanted: Tuple[Any, int]) -> Dict[int, int]:
+    """The events, by descriptor, that come of ``wanted`` (a descriptor, and which of its events)
+    within ``seconds``. None: without an end."""
+    poller = select.poll()
+    for thing, events in wanted:
+        poller.register(thing, events)
+    return dict(poller.poll(seconds and min(seconds, 2e6) * 1000))  # poll takes 31 bits
+
+
 def nap(seconds: float, deadline: Deadline, cancel: Optional[Cancel]) -> bool:
     """Sleep; False if the deadline comes first. Raises Cancelled."""
     pause, left = max(0.0, seconds), deadline.left()
     if cancel:
-        poller = select.poll()
-        poller.register(cancel, select.POLLIN)
-        poller.poll(deadline.capped(pause) * 1000)
+        poll_once(deadline.capped(pause), (cancel, select.POLLIN))
         cancel.check()
     else:
         time.sleep(deadline.capped(pause))
@@ -1879,7 +1886,8 @@ def private_directory(path: str) -> str:
         make_private(path)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
-        raise StateFailed("Cannot use the directory %s: %s." % (show(path), error.strerror), "Put that right, or " + home)
+        raise StateFailed("Cannot use the directory %s: %s." % (show(path), error.strerror),
+                          "Put that right, or " + home)
     try:
         status = os.fstat(fd)
     finally:
@@ -1916,11 +1924,12 @@ class Lock:
     def take(self) -> bool:
         """Take it if it is free; False if somebody has it."""
         fd, taken, flags = -1, False, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        folder, name = os.path.split(self.path)
         try:
             try:
                 fd = os.open(self.path, flags, 0o600)
             except FileNotFoundError:  # a logout or a cleaner of /tmp has taken its directory
-                fd = os.open(os.path.join(private_directory(os.path.dirname(self.path)), os.path.basename(self.path)), flags, 0o600)
+                fd = os.open(os.path.join(private_directory(folder), name), flags, 0o600)
             taken = self._flock(fd, self.shared)
         except OSError as error:
             raise StateFailed("Cannot lock %s: %s." % (show(self.path), error.strerror))
@@ -1957,9 +1966,10 @@ class Lock:
             while waiters.sleep(deadline, cancel, silence.left() or 3600):
                 if self.take():
                     return True
-                if silence.over() and self.doing and not waiters.told and self._holder()[0] != os.getpid():
+                owner, holder = self._holder()
+                if silence.over() and self.doing and not waiters.told and owner != os.getpid():
                     waiters.told = True
-                    self.tell("Waiting for %s" % self._holder()[1])
+                    self.tell("Waiting for %s" % holder)
             return False
         finally:
             waiters.leave()
@@ -1978,7 +1988,8 @@ class Lock:
             owner = int(read_bytes(self.path, 20) or b"0")
         except (StateFailed, ValueError):
             owner = 0
-        return owner, "%s, which %s." % ("process %d" % owner if owner else "another process", self.doing or "holds " + show(self.path))
+        who = "process %d" % owner if owner else "another process"
+        return owner, "%s, which %s." % (who, self.doing or "holds " + show(self.path))
 
     def free(self) -> None:
         if self.fd >= 0:
@@ -2042,7 +2053,8 @@ def spool(data: bytes) -> IO[bytes]:
         stream.seek(0)
         return stream
     except OSError as error:
-        raise StateFailed("Cannot write a temporary file: %s." % error.strerror, "Make room, or set TMPDIR.")
+        raise StateFailed("Cannot write a temporary file: %s." % error.strerror,
+                          "Make room, or set TMPDIR.")
 
 
 def age_of(path: str) -> float:
@@ -2060,14 +2072,15 @@ def remove_file(path: str) -> None:
 
 def damaged(path: str, what: str, thing: str = "state file") -> StateFailed:
     """A state file cannot be used. Nothing is overwritten: it may have been damaged before."""
-    return StateFailed("The %s %s %s." % (thing, show(path, 300), what), "Repair it. Or set it aside, to start anew without it: mv %s %s" % (
-        quote(path), quote("%s.damaged-%d" % (path, time.time()))))
+    move = "mv %s %s" % (quote(path), quote("%s.damaged-%d" % (path, time.time())))
+    return StateFailed("The %s %s %s." % (thing, show(path, 300), what),
+                       "Repair it. Or set it aside, to start anew without it: " + move)
 
 
 def fits(value: Any, shape: Any) -> bool:
-    """Whether a value has a shape: a type; a pattern, for a text; a tuple, of which one must fit; a list,
-    of one shape for any number, of more for just these; a dict, for the keys that it has (those that end
-    in ? may be missing), or with a pattern for all."""
+    """Whether a value has a shape: a type; a pattern, for a text; a tuple, of which one must fit; a
+    list, of one shape for any number, of more for just these; a dict, for the keys that it has
+    (those that end in ? may be missing), or with a pattern for all."""
     if isinstance(shape, tuple):
         return any(fits(value, one) for one in shape)
     if isinstance(shape, re.Pattern):
@@ -2090,9 +2103,10 @@ def fits(value: Any, shape: Any) -> bool:
     return True
 
 
-_ENTRY = dict(dict.fromkeys(("state", "host", "root", "project", "base", "tree", "op"), str), created=(int, float))
-RECORD = {"name": _WORKSPACE, "id": re.compile(r"[0-9a-f]{12}\Z"), "jobs?": dict, "places?": [[str, str]],
-          "sent?": [[str, str]], "workspaces": {_WORKSPACE: (
+_ENTRY: Dict[str, Any] = dict.fromkeys("state host root project base tree op".split(), str)
+_ENTRY["created"] = (int, float)
+RECORD = {"name": _WORKSPACE, "id": re.compile(r"[0-9a-f]{12}\Z"), "jobs?": dict,
+          "places?": [[str, str]], "sent?": [[str, str]], "workspaces": {_WORKSPACE: (
               dict(_ENTRY, path=str), dict(_ENTRY, state=re.compile(r"(?!ready\Z)")))}}
 SECRET = {re.compile(r"(value|command)\Z"): re.compile("[^\ud800-\udc7f\udd00-\udfff]*\\Z")}
 PARTS = {"source": str, "modules": [[str, str, str]], "lfs": [[str, str, str, str]]}
@@ -2132,9 +2146,9 @@ def recall(path: str, shape: Any) -> Dict[str, Any]:
 
 
 def write_json(path: str, value: Mapping[str, Any], age: float = 3600) -> None:
-    """Replace a private file as a whole: write aside, fsync, rename. What writers that were killed left
-    beside it is removed: under the file's lock at once, else of such an ``age``, in seconds, that nobody
-    writes it any more. Raises StateFailed."""
+    """Replace a private file as a whole: write aside, fsync, rename. What writers that were killed
+    left beside it is removed: under the file's lock at once, else of such an ``age``, in seconds,
+    that nobody writes it any more. Raises StateFailed."""
     import json
     data = json.dumps(dict(value, version=1), indent=1, sort_keys=True).encode() + b"\n"
     if len(data) > STATE_MAX:  # nobody could read it
@@ -2143,8 +2157,8 @@ def write_json(path: str, value: Mapping[str, Any], age: float = 3600) -> None:
     temporary = "%s.%d.%s.new" % (path, os.getpid(), os.urandom(4).hex())
     try:
         for entry in os.listdir(folder):
-            left = os.path.join(folder, entry)
-            if entry.startswith(name + ".") and entry.endswith(".new") and (not age or age_of(left) > age):
+            left, ours = os.path.join(folder, entry), entry.startswith(name + ".")
+            if ours and entry.endswith(".new") and (not age or age_of(left) > age):
                 remove_file(left)
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
             stream.write(data)
@@ -2167,20 +2181,21 @@ class Registry:
         import hashlib
         self.repository = repository
         key = hashlib.sha256(os.fsencode(repository)).hexdigest()[:20]
-        self.path, self.secrets_path = (os.path.join(state_folder(name), key + ".json") for name in ("projects", "secrets"))
-        self.parts_path, self.running = (self.path[:-len("json")] + ending for ending in ("parts", "running"))
+        self.path = os.path.join(state_folder("projects"), key + ".json")
+        self.secrets_path = os.path.join(state_folder("secrets"), key + ".json")
+        self.parts_path, self.running = self.path[:-4] + "parts", self.path[:-4] + "running"
         self._cache: Dict[str, Tuple[object, Any]] = {}
 
     def read(self) -> Dict[str, Any]:
         """The project's record, not to be changed; made on first use."""
-        record: Optional[Dict[str, Any]] = self._cached(self.path, lambda path: read_json(path, RECORD))
+        record: Dict[str, Any] = self._cached(self.path, lambda path: read_json(path, RECORD))
         if record is None:
             with self.editing() as record:
                 pass
         return record
 
     def _cached(self, path: str, read: Callable[[str], Any]) -> Any:
-        """What ``read`` makes of a file, anew only when it was replaced (every write is a rename)."""
+        """What ``read`` makes of a file, anew only when that was replaced: a write is a rename."""
         try:
             status = os.stat(path)
         except OSError:
@@ -2192,7 +2207,7 @@ class Registry:
 
     @contextlib.contextmanager
     def editing(self, secrets: bool = False) -> Iterator[Dict[str, Any]]:
-        """The record, or the secrets, to be changed: under the lock, and written unless the block raises."""
+        """The record, or the secrets, to be changed under the lock; written unless that raises."""
         path = self.secrets_path if secrets else self.path
         with Lock(path + ".lock", doing="changes " + show(path)):
             value: Any = {"secrets": read_secrets(path)} if secrets else read_json(path, RECORD)
@@ -2217,7 +2232,8 @@ class Registry:
 
     def _parts_files(self) -> List[str]:
         names = os.listdir(self.parts_path) if os.path.isdir(self.parts_path) else []
-        return sorted((os.path.join(self.parts_path, name) for name in names if name.endswith(".json")), key=age_of)
+        paths = [os.path.join(self.parts_path, name) for name in names if name.endswith(".json")]
+        return sorted(paths, key=age_of)
 
     def save_parts(self, tree: str, value: Mapping[str, Any]) -> None:
         """Kept while a workspace is of that tree; else, for deltas, while it is among the newest."""
@@ -2230,13 +2246,15 @@ class Registry:
 
     def creation_lock(self, name: str, shared: bool = False) -> Lock:
         """Held while a workspace is made or removed, so that two processes don't both; ``shared`` by those who copy it."""
-        return Lock(os.path.join(self.running, "name." + name), passing=True, shared=shared, doing="works on the workspace " + name)
+        path = os.path.join(self.running, "name." + name)
+        return Lock(path, True, shared, doing="works on the workspace " + name)
 
     def upload_lock(self, tree: str, host: str, root: str) -> Lock:
         """Held while a tree is uploaded to a host: one upload of it at a time, the others then copy there."""
         import hashlib
         place = hashlib.sha256(os.fsencode("%s\0%s\0%s" % (tree, host, root))).hexdigest()
-        return Lock(os.path.join(self.running, "tree." + place), passing=True, doing="sends the same files to " + host)
+        path = os.path.join(self.running, "tree." + place)
+        return Lock(path, True, doing="sends the same files to " + host)
 
     def secrets(self) -> Mapping[str, Dict[str, str]]:
         """name -> {"value": ...} or {"command": ...}."""
@@ -2312,7 +2330,7 @@ class History:
         return None
 
     def now(self) -> List[Dict[str, Any]]:
-        """What runs now, oldest first. Records and locks of processes that died are cleared away."""
+        """What runs now, oldest first. What processes that died had is cleared away, locks too."""
         import json
         rows: List[Any] = []
         for name in os.listdir(self.running) if os.path.isdir(self.running) else []:
@@ -2330,7 +2348,8 @@ def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Dict[str, An
     folder = state_folder("projects")
     for name in sorted(os.listdir(folder)):
         try:
-            value = read_json(os.path.join(folder, name), RECORD) if name.endswith(".json") else None
+            path = os.path.join(folder, name)
+            value = read_json(path, RECORD) if name.endswith(".json") else None
             if value:
                 yield value
         except StateFailed as error:
@@ -2631,8 +2650,7 @@ def proxy_failure(config: SSHConfig, said: bytes) -> Optional[HostError]:
 # The control protocol, OpenSSH's PROTOCOL.mux version 4: packets of a 32-bit length and a body;
 # strings carry their own 32-bit length. What we send and what we read, all of it:
 MUX_HELLO, MUX_NEW_SESSION, MUX_TERMINATE = 0x00000001, 0x10000002, 0x10000005
-MUX_OK, MUX_DENIED, MUX_FAILURE = 0x80000001, 0x80000002, 0x80000003
-MUX_EXIT, MUX_ALIVE, MUX_OPENED, MUX_TTY_FAILED = 0x80000004, 0x80000005, 0x80000006, 0x80000008
+MUX_DENIED, MUX_FAILURE, MUX_EXIT, MUX_OPENED = 0x80000002, 0x80000003, 0x80000004, 0x80000006
 MUX_NO_ESCAPE = 0xffffffff
 
 
@@ -2711,9 +2729,7 @@ class Session:
 
     def alive(self) -> bool:
         """Whether a session that waits ready still can take its header."""
-        poller = select.poll()
-        poller.register(self.control, select.POLLIN)
-        return not poller.poll(0)
+        return not poll_once(0, (self.control, select.POLLIN))
 
     def over(self) -> bool:
         """Whether its process has ended, though a child of that may hold its streams."""
@@ -2821,9 +2837,8 @@ class MuxSession(Session):
                 self.exited, self.status = True, numbers[2]
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
-        poller = select.poll()
-        poller.register(self.control, select.POLLIN)
-        while not self.exited and poller.poll(1000) and self.control_event():
+        control = (self.control, select.POLLIN)
+        while not self.exited and poll_once(1, control) and self.control_event():
             pass  # the end of the streams may come before the word of the command's end
         if self.exited and not begun:
             return RemoteShellFailed(self.host)
@@ -2860,13 +2875,18 @@ class MuxSession(Session):
         self.close_pipes()
 
 
+def plain_ssh() -> str:
+    """The ssh that we would run, for a line to paste."""
+    return os.environ.get("CMUX_SSH_COMMAND", "").strip() or "ssh"
+
+
 class RemoteShellFailed(ConnectionFailed):
     """The session ended before our script began: sh failed there, or another shell runs instead."""
 
     def __init__(self, host: str) -> None:
         super().__init__("%s accepted the session, but did not run our command with a POSIX sh." % host,
                          "Try `%s %s exec sh -c :`, and look for a ForceCommand, and for a shell that a start-up file runs." % (
-                             os.environ.get("CMUX_SSH_COMMAND", "").strip() or "ssh", quote(host)), host)
+                             plain_ssh(), quote(host)), host)
 
 
 class DirectSession(Session):
@@ -2932,12 +2952,12 @@ class DirectSession(Session):
 
 
 class Masters:
-    """The masters of one host, the sessions on them, and what is remembered of it: for all processes of this user.
+    """The masters of one host, the sessions on them, and what all our processes remember of it.
 
     A directory named by a hash of the alias and of `ssh -G` (%C collides between aliases):
     down.json, the failures; profile.json, the sessions that a master was seen to take;
-    sockets 0, 1, ...; a lock file per session slot; locks for starting; hangs.0, ... of masters that do;
-    dropped, as old as the last handshake that the server dropped.
+    sockets 0, 1, ...; a lock file per session slot; locks for starting; hangs.0, ... of masters
+    that do; dropped, as old as the last handshake that the server dropped.
     """
 
     tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait; the command line sets both
@@ -2978,9 +2998,11 @@ class Masters:
         "direct": 0 where a connection of its own cannot log in without a person}"""
         if time.monotonic() < self._profile_until:
             return self._profile
-        value, limits = recall(self._path("profile.json"), PROFILE), {"sessions": SESSIONS_PER_MASTER, "direct": 1}
+        limits = {"sessions": SESSIONS_PER_MASTER, "direct": 1}
+        value = recall(self._path("profile.json"), PROFILE)
         if 0 < value.get("until", 0) - time.time() <= 86400:  # a clock may be set back
-            limits.update({key: value[key] for key in limits if 0 <= value.get(key, -1) <= limits[key]})
+            for key, most in limits.items():
+                limits[key] = value[key] if 0 <= value.get(key, -1) <= most else most
         self._profile = limits
         self._profile_until = time.monotonic() + 2  # other processes learn too
         return self._profile
@@ -3003,8 +3025,9 @@ class Masters:
     def _failures(self) -> Tuple[int, float]:
         """How often in a row connecting failed, and when (by the clock) to try again."""
         down = recall(self._path("down.json"), DOWN)
-        until = down.get("until", 0.0)
-        return down.get("count", 0), until if until <= time.time() + DOWN_WAITS[-1] * 1.2 else 0.0  # a clock may be set back
+        count, until = down.get("count", 0), down.get("until", 0.0)
+        most = time.time() + DOWN_WAITS[-1] * 1.2  # a clock may be set back
+        return count, until if until <= most else 0.0
 
     def _remember_failure(self, error: HostError) -> None:
         count = self._failures()[0] + 1
@@ -3157,16 +3180,11 @@ class Masters:
 
     @staticmethod
     def _await_detach(watch: int, cancel: Optional[Cancel], patience: float) -> None:
-        poller, deadline = select.poll(), Deadline(patience)
-        poller.register(watch, select.POLLIN)
-        if cancel:
-            poller.register(cancel.fileno(), select.POLLIN)
-        while True:
-            for fd, _ in poller.poll(deadline.capped(60) * 1000):
-                if cancel:
-                    cancel.check()
-                if fd == watch and not os.read(watch, CHUNK):
-                    return
+        deadline = Deadline(patience)
+        wanted = [(thing, select.POLLIN) for thing in (watch, cancel) if thing is not None]
+        while watch not in poll_once(deadline.capped(60), *wanted) or os.read(watch, CHUNK):
+            if cancel:
+                cancel.check()
             if deadline.over():
                 raise TimeoutError
 
@@ -3771,15 +3789,9 @@ class Exchange:
     def _drain(self) -> None:
         """The session is over: what it wrote before is still in our pipes."""
         for stream in (self.out, self.err):
-            while not stream.closed and stream.read() and self._readable(stream.fd):
+            while not stream.closed and stream.read() and poll_once(0, (stream.fd, select.POLLIN)):
                 pass
         self.lost = True
-
-    @staticmethod
-    def _readable(fd: int) -> bool:
-        poller = select.poll()
-        poller.register(fd, select.POLLIN)
-        return bool(poller.poll(0))
 
 
 class Reply(Value):
@@ -3865,18 +3877,12 @@ class Host:
                 records = before + script_records(script, *arguments)
                 return self._call_on(session, records, data, source, cancel, limit)
             except HostError as error:
-                if self.again(session, error, attempt, cancel):
-                    continue
-                if isinstance(error, HostFull) and not once and not (source and source.total):
-                    if self.rest(attempt, Deadline(SLOT_PATIENCE), cancel):
-                        continue
                 first = first or error
-                if attempt >= 2 or not isinstance(error, ConnectionLost) or isinstance(error, HostSilent) \
-                        or (source and source.total) or (once and error.begun):
+                read = source is not None and source.total > 0
+                if not self.again(session, error, attempt, cancel, once, read):
                     raise first from None  # a line lost once may have done its work
             finally:
                 self.done(session)
-            time.sleep(0.2 * 2 ** attempt)
         raise AssertionError
 
     @staticmethod
@@ -3985,12 +3991,22 @@ class Host:
             return self.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel)
         return self.open(Deadline(SLOT_PATIENCE), cancel)
 
-    def again(self, session: Session, error: BaseException, attempt: int, cancel: Optional[Cancel]) -> bool:
-        """Whether to try again what failed before it began: a dropped handshake, after a wait, or a login that needs
-        a person, since open_bulk() knows of that now."""
+    def again(self, session: Session, error: BaseException, attempt: int, cancel: Optional[Cancel],
+              once: bool, read: bool = False) -> bool:
+        """Whether to try again, after a wait, what failed: a dropped handshake; a login that needs a person, since
+        open_bulk() knows of that now; and, unless its source was ``read``, a lost line (``once``: before it began)."""
         if isinstance(session, DirectSession) and self.masters.needs_person(error):
             return True
-        return isinstance(error, ConnectionDropped) and self.masters.again(error, attempt, Deadline(SLOT_PATIENCE), cancel)
+        if isinstance(error, ConnectionDropped):
+            return self.masters.again(error, attempt, Deadline(SLOT_PATIENCE), cancel)
+        if read or not isinstance(error, ConnectionLost) or isinstance(error, HostSilent):
+            return False
+        if isinstance(error, HostFull) and not once and self.rest(attempt, Deadline(SLOT_PATIENCE), cancel):
+            return True
+        if attempt < 2 and not (once and error.begun):
+            time.sleep(0.2 * 2 ** attempt)
+            return True
+        return False
 
     def begin(self, exchange: Exchange, cancel: Optional[Cancel],
               deadline: Optional[Deadline] = None) -> None:
@@ -4058,7 +4074,7 @@ class Incoming:
                 return host.begin(self.exchange, cancel)
             except BaseException as error:
                 self.close()
-                if not host.again(session, error, attempt, cancel):
+                if not host.again(session, error, attempt, cancel, False):
                     raise
 
     def take(self) -> bytes:
@@ -4096,11 +4112,10 @@ class CommandRun:
                     reason = "timeout"
             except Cancelled:
                 reason = "cancel"
-            except HostError:
-                raise
-            except (CmuxError, KeyboardInterrupt):  # a sink, the source: the command must not go on unseen
-                self._discard()
-                self._stop()
+            except (CmuxError, KeyboardInterrupt) as error:
+                if not isinstance(error, HostError):  # a sink, the source: nothing may go on unseen
+                    self._discard()
+                    self._stop()
                 raise
             if reason:
                 return Outcome(status=None, stopped=self._stop(), reason=reason)
@@ -4109,17 +4124,26 @@ class CommandRun:
             self._give_back()
 
     def _carry_out(self, deadline: Deadline, cancel: Optional[Cancel]) -> bool:
-        """From the start to the end; False at the deadline. What has not begun for want of a process waits, and
-        holds none, while others end; each time longer."""
+        """From the start to the end; False at the deadline. Until the header is written whole nothing
+        can have begun, so a session that dies before is replaced. What has not begun for want of a
+        process waits, and holds none, while others end; each time longer."""
         for attempt in range(10):
-            self._start(deadline, cancel)
-            assert self.exchange
+            waiting = Deadline(deadline.capped(SLOT_PATIENCE))
             try:
-                return self.exchange.run(deadline, cancel)
-            except HostFull as error:
-                if error.begun or (self.source and self.source.total) or not self.host.rest(attempt, deadline, cancel):
-                    raise
+                return self._begin(waiting, deadline, cancel).run(deadline, cancel)
+            except (ConnectionLost, ConnectionDropped) as error:
+                opened = bool(self.exchange or self.guard)
+                sent = self.exchange is not None and self.exchange.sent
                 self._give_back()
+                if isinstance(error, ConnectionDropped):
+                    again = opened and self.host.masters.again(error, attempt, waiting, cancel)
+                elif isinstance(error, HostFull):
+                    read = self.source and self.source.total
+                    again = not error.begun and not read and self.host.rest(attempt, deadline, cancel)
+                else:
+                    again = attempt < 2 and not error.begun and not sent
+                if not again:
+                    raise
         raise AssertionError
 
     def _give_back(self) -> None:
@@ -4141,30 +4165,15 @@ class CommandRun:
             guard.run(Deadline(CONTROL_PATIENCE), None, until=lambda: guard.lost or not guard.outgoing)
         return Outcome(status=self.exchange.out.status, stopped=None, reason=None)
 
-    def _start(self, deadline: Deadline, cancel: Optional[Cancel]) -> None:
-        """Open the session (and, for a streaming stdin, a guard), and see the command begin.
-
-        Until the header is written whole nothing can have begun, so a session that dies before
-        is replaced."""
-        for attempt in range(10):
-            waiting = Deadline(deadline.capped(SLOT_PATIENCE))
-            try:
-                exchange = self._open(waiting, cancel, deadline)
-                self.host.begin(exchange, cancel, deadline)
-                if self.guard and exchange.begun:
-                    exchange.guard = self.guard
-                    self.guard.outgoing = memoryview(b"%s\n" % exchange.out.pid.encode())
-                    self.guard.run(Deadline(CONTROL_PATIENCE), None, until=self.guard.written)
-                return
-            except (ConnectionLost, ConnectionDropped) as error:
-                opened, safe = bool(self.exchange or self.guard), self.exchange is None or not self.exchange.sent
-                self._give_back()
-                if isinstance(error, ConnectionDropped):
-                    if not opened or not self.host.masters.again(error, attempt, waiting, cancel):
-                        raise
-                elif attempt >= 2 or error.begun or not safe:
-                    raise
-        raise AssertionError
+    def _begin(self, waiting: Deadline, deadline: Deadline, cancel: Optional[Cancel]) -> Exchange:
+        """See the command begin, and, for a streaming stdin, the guard know of it."""
+        exchange = self._open(waiting, cancel, deadline)
+        self.host.begin(exchange, cancel, deadline)
+        if self.guard and exchange.begun:
+            exchange.guard = self.guard
+            self.guard.outgoing = memoryview(b"%s\n" % exchange.out.pid.encode())
+            self.guard.run(Deadline(CONTROL_PATIENCE), None, until=self.guard.written)
+        return exchange
 
     def _open(self, waiting: Deadline, cancel: Optional[Cancel], deadline: Deadline) -> Exchange:
         """The exchange, and the guard. Each with a connection of its own holds a handshake until it has begun:
@@ -4877,6 +4886,7 @@ class Place:
         import shutil
         env = {"GIT_INDEX_FILE": os.path.join(shadow.path, "module.index")}
         try:
+            shadow.lend(self.objects)
             shutil.copy2(os.path.join(self.git_dir, "index"), env["GIT_INDEX_FILE"])
             status, head, _ = run([shadow.program, "--git-dir=" + self.git_dir, "rev-parse", "--verify", "-q",
                                    "HEAD^{tree}"], git_environment())
@@ -5173,13 +5183,15 @@ class Archive(Source):
 # rooms above. Promises: a workspace exists whole or not at all, on the host and in the registry.
 
 @contextlib.contextmanager
-def in_history(project: ProjectBase, operation: str, workspace: str, host: str = "", detail: object = "",
+def noted(project: ProjectBase, operation: str, workspace: str, host: str = "", detail: object = "",
                op: str = "") -> Iterator[types.SimpleNamespace]:
-    """One operation as the history tells it: ``size`` counts its bytes; ``code`` is its exit code unless it
-    raises; ``op`` says which workspace, whatever its name will be. What it does by others is part of it."""
+    """One operation as the history tells it: ``size`` counts its bytes; ``code`` is its exit code
+    unless it raises; ``op`` says which workspace, by no name. Those inside it are part of it."""
     import _thread
     thread, masks = _thread.get_ident(), None  # type: int, object
-    row: Dict[str, Any] = dict({"operation": operation, "workspace": workspace, "host": host}, **({"op": op} if op else {}))
+    row: Dict[str, Any] = {"operation": operation, "workspace": workspace, "host": host}
+    if op:
+        row["op"] = op
     entry = types.SimpleNamespace(row=row, code=0, size=0)
     if thread in project.logging:
         yield entry
@@ -5210,7 +5222,8 @@ def in_history(project: ProjectBase, operation: str, workspace: str, host: str =
     finally:
         project.logging.discard(thread)
         tell()
-        project.history.append(dict(row, duration=round(time.monotonic() - began, 3), exit_code=entry.code, bytes=entry.size))
+        seconds = round(time.monotonic() - began, 3)
+        project.history.append(dict(row, duration=seconds, exit_code=entry.code, bytes=entry.size))
         if lock:
             lock.free()
 
@@ -5237,7 +5250,7 @@ def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0) -
         @functools.wraps(function)
         def call(workspace: WorkspaceBase, *args: Any, **kwargs: Any) -> Any:
             what = args[0] if args else kwargs.get(named, "")
-            with in_history(workspace.project, operation, workspace.name, workspace.host.name, what, workspace.op) as entry:
+            with noted(workspace.project, operation, workspace.name, workspace.host.name, what, workspace.op) as entry:
                 result = function(workspace, *args, **kwargs)
                 entry.size = size(result, *args)
                 return result
@@ -5469,7 +5482,7 @@ class ProjectBase(ProjectState):
         report.step(name, "being made")
         with self.registry.creation_lock(name).hold(cancel):
             self.vacate(name)
-            with in_history(self, "new", name, host, ref) as entry:
+            with noted(self, "new", name, host, ref) as entry:
                 creation = Creation(self, name, host, ref, root, report, cancel)
                 entry.row["op"] = creation.op
                 workspace = creation.run(init)
@@ -5509,7 +5522,7 @@ class ProjectBase(ProjectState):
             if entry is None:
                 return []
             host = self.host(entry["host"])
-            with in_history(self, "rm", name, host.name, "--forget" if forget else "--force" if force else "", entry["op"]):
+            with noted(self, "rm", name, host.name, "--forget" if forget else "--force" if force else "", entry["op"]):
                 if forget:
                     self.forget(name)
                     return [name]
@@ -5529,7 +5542,8 @@ class ProjectBase(ProjectState):
         """Something begins that may change the workspace: it is no more as the last pull found it."""
         name, entry = next(((name, entry) for name, entry in self.entries().items() if entry["op"] == op), ("", {}))
         if "asked" in entry and entry.get("touched", 0) <= entry["asked"]:
-            with contextlib.suppress(CmuxError), self.registry.editing() as record:  # it is for `list` alone
+            # It is for `list` alone.
+            with contextlib.suppress(CmuxError), self.registry.editing() as record:
                 record["workspaces"].get(name, {}).update(touched=time.time())
 
     def running_now(self) -> List[Dict[str, Any]]:
@@ -5583,7 +5597,7 @@ class ProjectBase(ProjectState):
             return self.workspace(name)
 
     def _move(self, script: str, host: Host, entry: Dict[str, Any], source: str, name: str, *ops: str) -> None:
-        with in_history(self, "fork" if script is FORK else "rename", source, host.name, name, self.entry(source)["op"]):
+        with noted(self, "fork" if script is FORK else "rename", source, host.name, name, self.entry(source)["op"]):
             reply = host.call(script, entry["root"], entry["project"], source, name, *ops)
         if reply.status in (20, 22):
             if script is FORK:
@@ -5607,7 +5621,7 @@ class ProjectBase(ProjectState):
             same = (made.commit, made.tree) == (entry["base"], entry["tree"]) and not force
             if same and (entry.get("whole") == made.tree or self._sent(entry)):
                 return False
-            with in_history(self, "push", name, workspace.host.name, ref, entry["op"]) as log:
+            with noted(self, "push", name, workspace.host.name, ref, entry["op"]) as log:
                 if not force:
                     self._refuse(name, entry, ())
                 self.update(name, intent={"op": made.op, **made.base()})
@@ -5646,7 +5660,7 @@ class ProjectBase(ProjectState):
         failed: List[CmuxError] = []
         for host, root in list(places):
             try:
-                with in_history(self, "gc", "", host):
+                with noted(self, "gc", "", host):
                     reply = self.host(host).call(GC, root)
                     check_reply(reply, host, "clear up")
                 if not re.match(rb"-?\d{1,15}\n\Z", reply.stdout):
@@ -5657,7 +5671,8 @@ class ProjectBase(ProjectState):
                 continue
             freed[host] = freed.get(host, 0) + max(0, int(reply.stdout)) * 1024
         with self.registry.editing() as record:
-            record["places"] = [place for place in record.get("places", []) if tuple(place) not in places or tuple(place) in used]
+            record["places"] = [place for place in record.get("places", [])
+                                if tuple(place) not in places or tuple(place) in used]
         return freed, failed
 
     def _sent(self, entry: Dict[str, Any]) -> str:
@@ -5860,7 +5875,6 @@ class Creation:
                 return
             said.add(self.tree)
             with self.project.repository.in_shadow(self.tree) as shadow:
-                self.parts.build(shadow)
                 below = sum(place.uncommitted(shadow) for place in self.parts.places)
                 changed = self.project.repository.uncommitted(shadow) if self.head else 0
         parts = ["%d %s" % (count, re.sub("(file|submodule)s", r"\1", name, count=1) if count == 1 else name) for count, name in (
@@ -6007,7 +6021,7 @@ class WorkspaceBase:
         except Cancelled:  # while a secret's command ran
             return Outcome(status=None, stopped="confirmed", reason="cancel")
         directory = os.path.join(self.path, cwd) if cwd else self.path
-        with in_history(self.project, "exec", self.name, self.host.name, command, self.op) as entry:
+        with noted(self.project, "exec", self.name, self.host.name, command, self.op) as entry:
             def counted(sink: Callable[[bytes], Any]) -> Callable[[bytes], None]:
                 def take(data: bytes) -> None:
                     entry.size += len(data)
@@ -6891,7 +6905,7 @@ def diff_lines(workspace: WorkspaceBase, stat: bool = False, report: Optional[Re
                cancel: Optional[Cancel] = None, binary: bool = False) -> Iterator[bytes]:
     """The same as the bytes are: for git apply, never for a terminal."""
     workspace = workspace.project.workspace(workspace.name)  # a push may have moved it since
-    with in_history(workspace.project, "diff", workspace.name, workspace.host.name, "", workspace.op), workspace.project.repository.in_shadow(workspace.base) as shadow:
+    with noted(workspace.project, "diff", workspace.name, workspace.host.name, "", workspace.op), workspace.project.repository.in_shadow(workspace.base) as shadow:
         work = Pull(workspace, shadow, report or Report(), True, cancel)
         commits, _ = work.fetch()
         for path, names in work.secrets.items():
@@ -7307,7 +7321,8 @@ class Workspace(WorkspaceBase):
         check_reply(reply, self.host.name, "start the job")
         if "started" not in reply.lines():
             raise RemoteFailed("%s did not confirm the start of the job." % self.host.name, "See jobs.")
-        with contextlib.suppress(CmuxError), self.project.registry.editing() as known:  # it runs: its caller must have its id
+        # It runs, and its caller must have its id.
+        with contextlib.suppress(CmuxError), self.project.registry.editing() as known:
             jobs = known.setdefault("jobs", {})
             jobs[job] = {"workspace": self.name, "command": masked_detail(command, self.project.masks()), "started": round(time.time(), 3)}
             for old in sorted(jobs, key=lambda name: float(jobs[name]["started"]))[:-JOBS_KEPT]:
@@ -7627,10 +7642,9 @@ class Batch:
         if type(request_id) not in (str, int, float, type(None)) or request_id in (float("inf"), -float("inf")):
             raise UsageError("The id of a line is not a string or number.")
         answer["id"] = request_id
-        if not isinstance(value, dict) or not isinstance(value.get("workspace", ""), str):
-            raise UsageError("A line is not an object with id, workspace, tool and arguments.")
-        if set(value) - {"id", "workspace", "tool", "arguments"}:
-            raise UsageError("A line has more than id, workspace, tool and arguments.")
+        keys = {"id", "workspace", "tool", "arguments"}
+        if not isinstance(value, dict) or not isinstance(value.get("workspace", ""), str) or set(value) - keys:
+            raise UsageError("A line is not an object with id, workspace, tool and arguments alone.")
         return value.get("workspace") or self.workspace, value.get("tool"), value.get("arguments", {})
 
     def _workspace(self, name: str) -> Workspace:
@@ -7666,11 +7680,9 @@ def read_some(fd: int) -> bytes:
 def read_lines(fd: int, limit: int, cancel: Optional[Cancel] = None) -> Iterator[bytes]:
     """Lines of a descriptor, until its end or ``cancel``; of one longer than ``limit`` only the
     beginning is kept."""
-    held, poller = bytearray(), select.poll()
-    for watched in [fd] + ([cancel.fileno()] if cancel else []):
-        poller.register(watched, select.POLLIN)
+    held, watched = bytearray(), [(thing, select.POLLIN) for thing in (fd, cancel) if thing is not None]
     while True:
-        poller.poll()
+        poll_once(None, *watched)
         data = read_some(fd) if not (cancel and cancel.is_set) else b""
         if not data:
             break
@@ -8384,15 +8396,12 @@ class ThrowawayServer:
         with open(os.path.join(self.path, name), "w") as stream:
             stream.write(text.replace("{0}", self.path))
 
-    def close(self) -> None:
-        import shutil
-        shutil.rmtree(self.path, ignore_errors=True)
-
     def __enter__(self) -> ThrowawayServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        import shutil
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def in_a_process_table(value: str) -> bool:
@@ -8552,11 +8561,6 @@ def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
     return unreachable(config.host, text, fix)
 
 
-def plain_ssh() -> str:
-    """The ssh that we would run, for a line to paste."""
-    return os.environ.get("CMUX_SSH_COMMAND", "").strip() or "ssh"
-
-
 def unreachable(host: str, text: str, fix: str) -> Finding:
     return finding("dead", "connect", text, fix.replace(look_into(host), "`%s -v %s true`" % (plain_ssh(), quote(host))))
 
@@ -8684,7 +8688,8 @@ class Terminal(Report):
         self.bars = verbosity >= 0 and sys.stderr is not None and sys.stderr.isatty()
         self.redraws = self.bars and os.environ.get("TERM", "dumb") != "dumb"
         self.began = self.shown = 0.0   # the transfer under way, and when it was last shown
-        self.bar_open, self.sink = False, Outlet(2)
+        self.bar_open = False
+        self.sinks: Dict[str, Outlet] = {}  # of what init hooks print
 
     def clear(self) -> None:
         """Take back what is drawn and not printed."""
@@ -8717,7 +8722,15 @@ class Terminal(Report):
 
     def end(self, name: str, code: int) -> None:
         """The work in workspace ``name`` is over."""
-        self.sink.end()
+        if name in self.sinks:
+            self.sinks[name].end()
+
+    def in_lanes(self, names: Sequence[str], work: Callable[[str], Any], at_once: int, cancel: Cancel) -> List[Any]:
+        """in_parallel() of ``work(name)`` for each; at the end nothing is drawn any more."""
+        try:
+            return in_parallel([functools.partial(work, name) for name in names], at_once, cancel)
+        finally:
+            self.close()
 
     def sink_of(self, name: str, fd: int, patience: Optional[Patience] = None) -> Outlet:
         """For what a command in workspace ``name`` prints."""
@@ -8738,7 +8751,7 @@ class Terminal(Report):
 
     def output(self, data: bytes, what: str) -> None:
         if self.verbosity >= 0:
-            self.sink(data)
+            self.sinks.setdefault(what, self.sink_of(what, 2))(data)
 
 
 def screen_size() -> Tuple[int, int]:
@@ -8770,7 +8783,6 @@ class Live(Terminal):
         self.width, self.drawn, self.paused = max(map(len, names or [""])), 0, False
         self.start = time.monotonic()
         self.lanes: Dict[str, Tuple[str, float]] = dict.fromkeys(names, ("", 0.0))  # what is done, and since when
-        self.sinks: Dict[str, Outlet] = {}
         self.ended: Set[str] = set()
         Masters.tell, Masters.alert, Live.shown_now = self.note, self.warn, self
         Lock.tell = self.note
@@ -8791,10 +8803,6 @@ class Live(Terminal):
     def sink_of(self, name: str, fd: int, patience: Optional[Patience] = None) -> Outlet:
         return Labelled(fd, "%s | " % name.ljust(self.width), self, patience)
 
-    def output(self, data: bytes, what: str) -> None:
-        if self.verbosity >= 0:
-            self.sinks.setdefault(what, self.sink_of(what, 2))(data)
-
     def step(self, what: str, doing: str) -> None:
         self.lanes[what], self.paused = (doing, time.monotonic()), False
 
@@ -8806,8 +8814,7 @@ class Live(Terminal):
             self.lanes[what] = (transferred(doing, done, total, now - was[1]), was[1])
 
     def end(self, name: str, code: int) -> None:
-        if name in self.sinks:
-            self.sinks[name].end()
+        super().end(name, code)
         self.ended.add(name)
         self.step(name, "failed (%d)" % code if code else "done")
 
@@ -8823,7 +8830,7 @@ class Live(Terminal):
 
     def clear(self) -> None:
         if self.drawn:
-            write_out(2, b"\r%s\x1b[J" % (b"\x1b[A" * (self.drawn - 1)), harmless=True)
+            draw(2, "\r%s\x1b[J" % ("\x1b[A" * (self.drawn - 1)))
             self.drawn = 0
 
     def _keep_drawn(self) -> None:
@@ -8837,8 +8844,8 @@ class Live(Terminal):
             return
         columns, rows = screen_size()
         lines = self._lines(columns - 1, max(1, rows - 2))
-        up = b"\r" + b"\x1b[A" * (self.drawn - 1)
-        write_out(2, up + "\n".join("%s\x1b[K" % line for line in lines).encode("utf-8", "replace") + b"\x1b[J", harmless=True)
+        up = "\r" + "\x1b[A" * (self.drawn - 1)
+        draw(2, up + "\n".join("%s\x1b[K" % line for line in lines) + "\x1b[J")
         self.drawn = len(lines)
 
     def _lines(self, columns: int, room: int) -> List[str]:
@@ -8868,22 +8875,17 @@ class Patience:
 
     def takes(self, fd: int) -> bool:
         """Wait until ``fd`` takes some bytes (PIPE_BUF, of a pipe); False if that is given up."""
-        poller, left = select.poll(), self.deadline.left()
-        for thing, events in ((fd, select.POLLOUT), *self.ends):
-            poller.register(thing, events)
-        if fd not in self.lost and fd not in dict(poller.poll(left and left * 1000)):
-            for thing, _ in self.ends:
-                poller.unregister(thing)
-            self.lost.update([] if poller.poll(self.grace * 1000) else [fd])
+        room = (fd, select.POLLOUT)
+        if fd not in self.lost and fd not in poll_once(self.deadline.left(), room, *self.ends):
+            if not poll_once(self.grace, room):
+                self.lost.add(fd)
         return fd not in self.lost
 
     def full(self, fd: int) -> None:
         """``fd`` took nothing, though it was to: a terminal with room for half a line end."""
         time.sleep(0.05)
-        poller = select.poll()
-        for thing, events in self.ends:
-            poller.register(thing, events)
-        self.lost.update([fd] if poller.poll(0) or self.deadline.over() else [])
+        if self.deadline.over() or poll_once(0, *self.ends):
+            self.lost.add(fd)
 
 
 def own_terminal(fd: int) -> int:
@@ -8910,10 +8912,15 @@ def write_out(fd: int, data: bytes, harmless: bool = False, patience: Optional[P
             raise OutputFailed("The output cannot be written: %s." % os.strerror(error.errno or 0))
 
 
+def draw(fd: int, text: str) -> None:
+    """Text with escape sequences of ours, or without any."""
+    write_out(fd, text.encode("utf-8", "replace"), harmless=True)
+
+
 def err_out(text: str) -> None:
     """Text of ours to stderr. Where that is full or closed, nobody can be told."""
     try:
-        write_out(2, text.encode("utf-8", "replace"), harmless=True)
+        draw(2, text)
     except CmuxError:
         pass
 
@@ -8976,10 +8983,6 @@ def open_project(options: argparse.Namespace) -> Project:
 
 # -- the commands: each takes the parsed options and returns an exit code --
 
-def command_exec(options: argparse.Namespace) -> int:
-    return Execution(options).run()
-
-
 class Execution:
     """A command in one workspace, or in several at once: a row for each."""
 
@@ -9022,11 +9025,8 @@ class Execution:
 
     def run(self) -> int:
         """All of them, and what is to be said at the end; the worst exit code."""
-        began, jobs = time.monotonic(), [functools.partial(self._row, name) for name in self.names]
-        try:
-            rows = in_parallel(jobs, self.options.at_once or 0, self.cancel)
-        finally:
-            self.terminal.close()
+        began, at_once = time.monotonic(), self.options.at_once or 0
+        rows = self.terminal.in_lanes(self.names, self._row, at_once, self.cancel)
         for at, row in enumerate(rows):
             if isinstance(row, PipeClosed):
                 raise row
@@ -9043,12 +9043,16 @@ class Execution:
     def _row(self, name: str) -> Dict[str, Any]:
         options, began, row = self.options, time.monotonic(), {"exit_code": 1}
         patience, host = Patience(0.5, (self.cancel, select.POLLIN)), options.host
-        out, err = self._sink(name, 1, patience), self._sink(name, 2, patience)
+        out, err = [Capture(TOOL_CAPTURE if self.many else CAPTURE_MAX) if options.json else
+                    self.terminal.sink_of(name, fd, patience) for fd in (1, 2)]  # type: Any, Any
         try:
             host = host or self.project.entries().get(name, {}).get("host")
             workspace = self._workspace(name)
             if options.detach:
-                return self._detach(workspace)
+                job = workspace.start(self.command, options.cwd, self.environment, options.login, self.cancel)
+                if not options.no_stdin and data_waits(0):  # of a slow writer
+                    self.terminal.warn("The job does not read what came on stdin.")
+                return {"job": job, "workspace": name}
             self.terminal.step(name, "running")
             source = None if options.no_stdin or self.many else open_stdin()
             patience.deadline = Deadline(options.timeout)
@@ -9070,11 +9074,6 @@ class Execution:
             self.terminal.end(name, row["exit_code"])
         return row
 
-    def _sink(self, name: str, fd: int, patience: Patience) -> Any:
-        if self.options.json:
-            return Capture(TOOL_CAPTURE if self.many else CAPTURE_MAX)
-        return self.terminal.sink_of(name, fd, patience)
-
     def _workspace(self, name: str) -> Workspace:
         host, report, cancel = self.options.host or "", self.terminal, self.cancel
         report.step(name, "connecting")
@@ -9086,13 +9085,6 @@ class Execution:
         else:
             point_out_stale(self.project, workspace, report)
         return workspace
-
-    def _detach(self, workspace: Workspace) -> Dict[str, Any]:
-        options = self.options
-        job = workspace.start(self.command, options.cwd, self.environment, options.login, self.cancel)
-        if not options.no_stdin and data_waits(0):  # of a slow writer
-            self.terminal.warn("The job does not read what came on stdin.")
-        return {"job": job, "workspace": workspace.name}
 
     def _tell(self, row: Mapping[str, Any]) -> None:
         """Of one: its job, its error, or how it was stopped."""
@@ -9203,12 +9195,8 @@ def open_stdin() -> Optional[Source]:
             return None
     except OSError:
         return None
-    poller = select.poll()
-    poller.register(0, select.POLLIN)
-    events = poller.poll(0)
-    if events and not events[0][1] & select.POLLIN:
-        return None
-    return Source(0)
+    events = poll_once(0, (0, select.POLLIN))
+    return None if events and not events[0] & select.POLLIN else Source(0)
 
 
 def point_out_stale(project: Project, workspace: Workspace, terminal: Terminal) -> None:
@@ -9264,10 +9252,7 @@ def command_new(options: argparse.Namespace) -> int:
             return made
         finally:
             terminal.end(name, code)
-    try:
-        done = in_parallel([functools.partial(make, name) for name in names], cancel=cancel)
-    finally:
-        terminal.close()
+    done = terminal.in_lanes(names, make, 0, cancel)
     rows: List[Dict[str, Any]] = []
     code = 0
     for name, made in zip(names, done):
@@ -9315,9 +9300,8 @@ def command_history(options: argparse.Namespace) -> int:
     rows = project.past(name)
     rows = rows[-options.count:] if options.count > 0 else rows
     if options.json:
-        import json
         for row in rows:
-            print_text(json.dumps(row))
+            print_json(row)
         return 0
     table = [("WHEN", "WORKSPACE", "WHAT", "TOOK", "CODE", "BYTES", "DETAIL")]
     for row in rows:
@@ -9403,7 +9387,7 @@ def command_top(options: argparse.Namespace) -> int:
     import termios
     import tty
     saved = termios.tcgetattr(0)
-    write_out(1, b"\x1b[?1049h\x1b[?25l", harmless=True)  # the other screen, no cursor
+    draw(1, "\x1b[?1049h\x1b[?25l")  # the other screen, no cursor
     try:
         tty.setcbreak(0)
         while True:
@@ -9411,7 +9395,7 @@ def command_top(options: argparse.Namespace) -> int:
             size = shutil.get_terminal_size()
             lines = ["%s: %s  (q leaves)" % (project.name, time.strftime("%H:%M:%S")), ""] + top.lines(size.columns)
             text = "".join("\x1b[K%s\r\n" % line for line in lines[:size.lines - 1])
-            write_out(1, ("\x1b[H%s\x1b[J" % text).encode("utf-8", "replace"), harmless=True)
+            draw(1, "\x1b[H%s\x1b[J" % text)
             if select.select([0], [], [], TOP_EVERY)[0] and os.read(0, 1) in (b"q", b"Q", b"", b"\x03"):
                 return 0
             top.ask()
@@ -9419,7 +9403,7 @@ def command_top(options: argparse.Namespace) -> int:
         return 0
     finally:
         termios.tcsetattr(0, termios.TCSADRAIN, saved)
-        write_out(1, b"\x1b[?25h\x1b[?1049l", harmless=True)
+        draw(1, "\x1b[?25h\x1b[?1049l")
 
 
 def command_completion(options: argparse.Namespace) -> int:
@@ -9816,10 +9800,6 @@ def command_edit(options: argparse.Namespace) -> int:
     return answer(options, result, *filter(None, [result["diff"].rstrip("\n")]))
 
 
-def text_read(result: Dict[str, Any], terminal: Terminal) -> None:
-    write_out(1, field_bytes("content", result))
-
-
 def text_rows(rows: List[str], truncated: bool, terminal: Terminal) -> None:
     if rows:
         write_out(1, "\n".join(rows + [""]).encode("utf-8", "surrogateescape"))  # names are bytes
@@ -9835,19 +9815,14 @@ def text_jobs(result: Dict[str, Any], terminal: Terminal) -> None:
          human_age(time.time() - row["started"]) if row["started"] else "?", row["command"]) for row in result["jobs"]])
 
 
-def text_wait(result: Dict[str, Any], terminal: Terminal) -> None:
-    if result["state"] != "exited":
-        terminal.warn("The job %s is %s." % (result["job"], {"running": "still running"}.get(
-            result["state"], "lost: it ended without a record (was the host restarted?)")))
-
-
-def text_stop(result: Dict[str, Any], terminal: Terminal) -> None:
-    if result["stopped"] != "confirmed":
-        terminal.warn("The end of %s was asked for, not seen." % result["job"])
-
-
 TOOL_TEXT: Dict[str, Callable[[Dict[str, Any], Terminal], None]] = {
-    "read": text_read, "jobs": text_jobs, "wait": text_wait, "stop": text_stop,
+    "jobs": text_jobs,
+    "read": lambda result, terminal: write_out(1, field_bytes("content", result)),
+    "stop": lambda result, terminal: None if result["stopped"] == "confirmed" else terminal.warn(
+        "The end of %s was asked for, not seen." % result["job"]),
+    "wait": lambda result, terminal: None if result["state"] == "exited" else terminal.warn(
+        "The job %s is %s." % (result["job"], "still running" if result["state"] == "running" else
+                               "lost: it ended without a record (was the host restarted?)")),
     "glob": lambda result, terminal: text_rows(result["paths"], result["truncated"], terminal),
     "grep": lambda result, terminal: text_rows(
         ["%(path)s:%(line)d:%(text)s" % match for match in result["matches"]], result["truncated"], terminal),
@@ -9884,16 +9859,20 @@ def command_logs(options: argparse.Namespace) -> int:
             return 0
 
 
-def command_batch(options: argparse.Namespace) -> int:
+def project_and_name(options: argparse.Namespace) -> Tuple[Project, str]:
+    """For a caller that is no person."""
     project = Project(options.directory)
-    name = check_workspace(one_workspace(options) or project.default_workspace())
+    return project, check_workspace(one_workspace(options) or project.default_workspace())
+
+
+def command_batch(options: argparse.Namespace) -> int:
+    project, name = project_and_name(options)
     batch = Batch(project, name, options.host or "", lambda data: write_out(1, data), options.at_once or 16)
     return batch.run(read_lines(0, BATCH_LINE_MAX, batch.cancel))
 
 
 def command_mcp(options: argparse.Namespace) -> int:
-    project = Project(options.directory)
-    name = check_workspace(one_workspace(options) or project.default_workspace())
+    project, name = project_and_name(options)
     if not 0 < options.soft_timeout < 1e8:
         raise UsageError("--soft-timeout takes a number of seconds above 0.")
     host = check_host(options.host) if options.host else ""
@@ -9919,8 +9898,8 @@ def command_doctor(options: argparse.Namespace) -> int:
             text = row.text.rstrip(".") + (". " + row.fix if row.fix else "")
             lines = textwrap.wrap(text, max(40, terminal_width() - 18), break_on_hyphens=False) or [""]
             state = row.state.ljust(5)
-            write_out(1, ("%s %-10s  %s\n" % ("\x1b[%sm%s\x1b[m" % (colours[row.state], state) if colours else state, row.what,
-                                             ("\n" + " " * 18).join(lines))).encode("utf-8", "replace"), harmless=True)
+            state = "\x1b[%sm%s\x1b[m" % (colours[row.state], state) if colours else state
+            draw(1, "%s %-10s  %s\n" % (state, row.what, ("\n" + " " * 18).join(lines)))
     if options.json:
         print_json(rows)
     states = {row["state"] for row in rows}
@@ -9930,8 +9909,7 @@ def command_doctor(options: argparse.Namespace) -> int:
 def command_shell(options: argparse.Namespace) -> int:
     if not (os.isatty(0) and os.isatty(1)):
         raise UsageError("shell needs a terminal.", "In a pipe or a script use: %s exec -- CMD" % PROGRAM)
-    project, terminal = open_project(options), Terminal(options.verbosity)
-    workspace = project.ensure(one_workspace(options) or project.default_workspace(), options.host or "", report=terminal)
+    workspace, terminal = the_workspace(options), Terminal(options.verbosity)
     terminal.warn("The host now writes to this terminal as it likes, escape sequences included; exit ends it.")
     status = None
     try:
@@ -10043,7 +10021,7 @@ COMMANDS: Dict[str, Command] = {
         command_diff, "what a workspace changed against its base; creates nothing", "diff -w fix-login --stat",
         Option("--stat", action="store_true", help="only how much, by file")),
     "exec": Command(
-        command_exec, "run a command in a workspace, made first if need be", "exec -H my-server -- make test",
+        lambda options: Execution(options).run(), "run a command in a workspace, made first if need be", "exec -H my-server -- make test",
         Option("--timeout", type=float, metavar="S", help="stop the command after S seconds (exit code 124)"),
         Option("--cwd", default="", metavar="DIR", help="relative to the workspace"),
         Option("--env", action="append", metavar="K=V", default=[], help="one more environment variable"),

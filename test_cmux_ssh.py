@@ -716,7 +716,7 @@ ODD_FILES: Dict[bytes, bytes] = {
     b"plain.txt": b"plain\n", b"with space.txt": b"space\n", b"quote'\"`$(x).txt": b"quotes\n", b"new\nline": b"newline\n",
     b"back\\slash": b"backslash\n", "naïve-日本-🐙.txt".encode(): "Grüße\n".encode(), b"-leading-dash": b"dash\n", b"empty": b"",
     b"binary.bin": BINARY, b"crlf.txt": b"one\r\ntwo\r\n", b"native.txt": b"one\ntwo\n", b"sub/dir/deep.txt": b"deep\n",
-    b"commit.txt": b"$Format:%H %ae$ $Id$\n", b"run.sh": b"#!/bin/sh\necho ran\n", b"docs/private.md": b"no release has it\n",
+    b"commit.txt": b"$Format:%H %ae$ $Id$\n", b"run.sh": b"#!/bin/sh\necho ran\n", b"docs/private.md": b"not for export\n",
     b"docs/bytes": b"a\r\nb\n$Id$ $Format:%H$\n", b".gitattributes": b"docs/ export-ignore\ndocs/bytes text eol=lf ident export-subst\ncommit.txt export-subst ident\nnative.txt text eol=crlf\n", b"*star?[x]": b"glob\n",
     b"x" * 200 + b"/" + b"y" * 100: b"long\n",
 }
@@ -1292,11 +1292,14 @@ def gone(needle: str) -> None:
 
 @pytest.mark.promise(6)
 @pytest.mark.compat
+@pytest.mark.promise(6)
+@pytest.mark.compat
 def test_a_timeout_keeps_early_output_exits_124_and_leaves_no_process(shared: Repo) -> None:
     nap = unique()
     ran = shared.exec(f"echo early; sleep {nap} & sleep {nap}", options=["--timeout", "1"])
     assert (ran.code, ran.out) == (124, b"early\n") and ran.seconds < 15
     gone(f"sleep {nap}")
+    assert shared.exec("echo a long time", options=["--timeout", "99999999"]).out == b"a long time\n"
     told = shared.exec(f"echo early; sleep {nap}", options=["--timeout", "1", "--json"])
     assert told.code == 124 and told.json["timed_out"] is True and told.json["stdout"] == "early\n"
     gone(f"sleep {nap}")
@@ -2821,6 +2824,26 @@ def test_a_damaged_state_file_is_said_each_time_and_left_alone(repo: Repo, which
     assert file.read_bytes() == whole[:-5] + b"\xff garbage"
     file.write_bytes(whole)
     assert repo.exec('echo "$TOK"').out == b"value-12345\n"
+
+
+def test_a_record_whose_parts_are_wrong_is_said_and_left_alone(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    (file,) = (repo.site.state / "projects").glob("*.json")
+    good = json.loads(file.read_text())
+    entry = good["workspaces"]["main"]
+
+    def listed(record: Dict[str, Any]) -> Answer:
+        file.write_text(json.dumps(record))
+        return repo.cli("list")
+    for more in ({"name": "../x"}, {"id": "x"}, {"workspaces": []}, {"workspaces": {"../x": entry}}, {"workspaces": {"main": 1}},
+                 {"workspaces": {"main": dict(entry, created="now")}}, {"workspaces": {"main": dict(entry, path=None)}},
+                 {"workspaces": {"main": dict(entry, state=None)}}, {"jobs": []}, {"places": [["a"]]}, {"sent": [["a", 1]]}, {"sent": {}}):
+        refused(listed(dict(good, **more)), 1, words="has parts that are not as they should be. Repair it. Or set it aside")
+        assert json.loads(file.read_text()) == dict(good, **more)
+    making = {key: value for key, value in entry.items() if key != "path"}
+    for record in ({key: value for key, value in good.items() if key not in ("jobs", "places", "sent")},
+                   dict(good, workspaces={"main": entry, "half": dict(making, state="creating")})):
+        assert "main" in listed(record).text
 
 
 def test_a_damaged_secrets_file_unmasks_nothing_for_a_model(repo: Repo, site: Site) -> None:
@@ -7161,7 +7184,7 @@ def test_a_host_that_lists_files_and_never_sends_them_is_asked_twice(site: Site)
     tar = site.dir / "posix-bin" / "tar"
     real = tar.resolve()
     tar.unlink()
-    script(tar, f'case " $* " in *" -cf "*) exit 0;; esac\nexec {real} "$@"')
+    script(tar, f'case $* in *-cf*/dev/null) ;; *-cf*) exit 0;; esac\nexec {real} "$@"')
     assert repo.cli("new", "-H", host, "main").code == 0
     do(repo, "echo x >new")
     refused = repo.cli("pull")
