@@ -1037,7 +1037,7 @@ def test_only_the_command_line_prints_and_exits(source: Source) -> None:
 
 
 # Lowered with each step of the simplification, never raised. The goals: 330,000 bytes each, no wide line.
-LIMITS = {"bytes of cmux_ssh.py": 526_000, "lines of cmux_ssh.py over 100 columns": 1_162, "bytes of test_cmux_ssh.py": 518_000}
+LIMITS = {"bytes of cmux_ssh.py": 537_000, "lines of cmux_ssh.py over 100 columns": 1_133, "bytes of test_cmux_ssh.py": 582_000}
 
 
 @pytest.mark.parametrize("measure", LIMITS)
@@ -1133,7 +1133,7 @@ def test_help_of_a_command_shows_an_example_and_fits(site: Site, command: str) -
     assert not bare, bare
 
 
-# === exec: bytes and codes ===
+# === exec: bytes, exit codes, stdin (promise 5) ===
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 42, 97, 98, 99, 124, 125, 126, 127, 128, 130, 141, 143, 254, 255])
@@ -1278,7 +1278,27 @@ def test_login_reads_the_profile_first(shared: Repo) -> None:
     assert shared.exec('echo "<$FROM_PROFILE>"', options=["--login"]).out.endswith(b"<yes>\n")
 
 
-# === exec: a stop is a stop ===
+def test_the_workspace_defaults_to_the_branch_and_the_host_to_its_own(repo: Repo, site: Site) -> None:
+    repo.git("checkout", "-q", "-b", "feature/über x".replace(" ", "-"))
+    box = ("HostName 127.0.0.1", f"Port {repo.site.port}")
+    assert repo.exec("pwd").code == 0
+    (name,) = repo.workspaces()
+    assert name.startswith("feature") and "/" not in name
+    assert repo.cli("exec", "--", "echo again").out == b"again\n"
+    repo.git("checkout", "-q", "main")
+    assert repo.cli("exec", "--", "echo env", env={"CMUX_SSH_HOST": repo.site.host("second", *box)}).out == b"env\n"
+    repo.git("config", "cmux.host", repo.site.host("third", *box))
+    assert repo.cli("exec", "-w", "third", "--", "echo config").out == b"config\n"
+    assert {row["host"] for row in repo.workspaces().values()} == {"box", "second", "third"}
+
+
+@pytest.mark.promise(4)
+def test_exec_without_any_host_says_how_to_name_one(repo: Repo) -> None:
+    ran = repo.cli("exec", "--", "true")
+    assert ran.code == 125 and "-H" in ran.said, ran
+
+
+# === exec: a stop is a stop (promise 6) ===
 
 
 def unique() -> str:
@@ -1651,227 +1671,7 @@ def test_a_process_name_with_a_newline_misleads_no_stop(site: Site, ps: bool) ->
             child.wait()
 
 
-# === exec: any login shell ===
-
-HARD = ["a b", "", "it's", "$HOME", "!x", "x\ny", "-n", "--", "\\", "\\\\n", "`id`", "$(id)", '"', "*", "~", "tab\there", "ü🐙", "a;b|c&d>e", "end\n", "%s", "{a,b}",
-        "#", "=x", "^a", "[!]", "\x01\x7f", "!!", "\\!"]
-
-
-@pytest.mark.parametrize("shell", SHELLS)
-def test_arguments_output_codes_stdin_and_secrets_are_exact_under_every_login_shell(site: Site, shell: str) -> None:
-    repo, host = Repo(site, odd=True), site.login(shell)
-    assert repo.cli("secrets", "set", "TOKEN", stdin="it's\n$(x) \"ü\" \\n !".encode()).code == 0
-    first = repo.exec("printf", "<%s>", *HARD, host=host)
-    assert (first.code, first.out, first.err) == (0, "".join(f"<{word}>" for word in HARD).encode(), b"")
-    line = repo.exec('printf "<%s>" "it\'s" \'$HOME\' !x; echo " $((1 + 2))" >&2; exit 7', host=host)
-    assert (line.code, line.out, line.err) == (7, b"<it's><$HOME><!x>", b" 3\n")
-    secret = repo.exec('cat; printf %s "$TOKEN"', host=host, stdin=BINARY)
-    assert (secret.code, secret.out, secret.err) == (0, BINARY + "it's\n$(x) \"ü\" \\n !".encode(), b"")
-    assert tree_of(repo.path()) == repo.tree()
-
-
-@pytest.mark.parametrize("shell", SHELLS)
-def test_sessions_opened_ahead_begin_under_every_login_shell(site: Site, shell: str) -> None:
-    host = site.login(shell)
-    assert in_library(Repo(site, odd=True), """
-workspace = cmux_ssh.Project(".").create("main", sys.argv[1])
-def warm():
-    wait_ready(sys.argv[2])
-    return workspace
-print(warm().exec(["printf", "<%s>", "it's", "!x"]).stdout, warm().write("a\\n'b", "one\\n")["created"], warm().read("a\\n'b").data,
-      warm().edit("a\\n'b", [{"old": "one", "new": "two"}])["diff"].count("two"), warm().exec(["cat"], stdin=b"in").stdout)
-""", host, str(site.dir / f"log-{host}")) == "b\"<it's><!x>\" True b'one\\n' 1 b'in'\n"
-
-
-def test_what_a_session_opened_ahead_knows_is_not_sent_again(repo: Repo, site: Site) -> None:
-    line = repo.site.line("far")
-    assert repo.cli("new", "-H", "far", "main").code == 0
-
-    def sent(act: Callable[[], Any]) -> int:
-        before = line.up
-        act()
-        return line.up - before
-
-    def warm() -> int:
-        until(lambda: open_sessions(repo.site) == 4, "four wait ready")
-        return sent(lambda: talker("write", path="made", content="x"))
-    cold = sent(lambda: repo.cli("write", "made", stdin=b"x"))
-    with open_agent(repo) as talker:
-        talker("read", path="README")
-        assert min(warm() for _ in range(4)) < cold / 10  # at times the next one to wait is in it
-
-
-FOREIGN = ("bash -l", "zsh", "dash", "fish", "tcsh", "mksh", "ksh", "busybox sh", "cat", ".bashrc")
-
-
-@pytest.mark.parametrize("foreign", FOREIGN)
-def test_a_shell_that_is_not_ours_runs_nothing_of_a_header_and_reads_no_secret(site: Site, foreign: str) -> None:
-    """The account's ForceCommand, or what its .bashrc runs, reads what we send in place of our command."""
-    flag, touched, got, nap, login = site.dir / "flag", site.dir / "touched", site.dir / "got", unique(), site.script(
-        "login", f'[ ! -e {site.dir}/flag ] || exec {foreign if foreign != "cat" else f"cat >>{site.dir}/got"}\nexec sh -c "$SSH_ORIGINAL_COMMAND"')
-    if foreign == ".bashrc":
-        host = site.login("bash")
-        (site.far_home(host) / ".bashrc").write_text(f"[ ! -e {flag} ] || exec zsh\n")
-    else:
-        host = site.daemon("foreign", f"ForceCommand {login}")
-    repo = Repo(site)
-    assert repo.cli("new", "-H", host, "main").code == 0
-    for number, value in enumerate((f"touch {touched}", f"sleep {nap}")):
-        assert repo.cli("secrets", "set", f"S{number}", stdin=value.encode()).code == 0
-    flag.touch()
-    for words in (["-n"], ["--env", f"V=touch {touched}"], ["--detach"])[:1 if foreign in ("cat", "fish") else 3]:
-        ran = repo.exec("true", host=host, options=words, stdin=None if "-n" in words or "--detach" in words else b"touch %s" % os.fsencode(touched))
-        refused(ran, 255, words="did not run our command")
-        assert ran.seconds < 6, ran
-    assert not touched.exists() and not running(f"sleep {nap}")
-    assert not re.search(b"S0|sleep|true", slurp(str(got))) and (foreign != "cat" or slurp(str(got)).startswith(b"exit 0\n"))
-    flag.unlink()
-    assert repo.exec('printf %s "$S1"', host=host).out == b"sleep " + nap.encode()
-
-
-def test_a_shell_that_is_not_ours_in_one_session_opened_ahead_runs_nothing(site: Site) -> None:
-    host, flag, touched = site.login("bash"), site.dir / "flag", site.dir / "touched"
-    (site.far_home(host) / ".bashrc").write_text(f"[ ! -e {flag} ] || {{ echo >>{flag}; exec dash; }}\n")
-    repo = Repo(site)
-    assert repo.cli("secrets", "set", "S", stdin=b"touch %s" % os.fsencode(touched)).code == 0
-    assert in_library(repo, """
-import os
-workspace = cmux_ssh.Project(".").create("main", sys.argv[1])
-def said():
-    try:
-        return workspace.exec(["true"]).exit_code
-    except cmux_ssh.ConnectionFailed as error:
-        return "did not run our command" in str(error)
-    finally:
-        wait_ready(sys.argv[3])
-wait_ready(sys.argv[3])
-open(sys.argv[2], "w").close()
-print([said() for _ in range(4)])      # those that wait are ours; those that come after them are not
-while os.path.getsize(sys.argv[2]) < 4:
-    time.sleep(0.02)
-os.unlink(sys.argv[2])
-print([said() for _ in range(5)])
-""", host, str(flag), str(site.dir / f"log-{host}")) == "[0, 0, 0, 0]\n[True, True, True, True, 0]\n"
-    assert not touched.exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["master", "direct"])
-def test_a_server_that_ends_silent_channels_ends_no_command_of_ours(site: Site, tuned: Callable[..., None], way: str) -> None:
-    site.daemon("hasty", "ChannelTimeout session:command=3s")
-    repo, nap = Repo(site), unique()
-    env = {"CMUX_SSH_COMMAND": ssh_without_masters(site)} if way == "direct" else {}
-    assert repo.cli("new", "-H", "hasty", "main", env=env).code == 0
-    talk = "for i in 1 2 3 4 5 6; do echo $i; sleep 1; done"
-
-    def streamed(line: str) -> Tuple[int, bytes]:
-        child = repo.start("exec", "-w", "main", "--", line, stdin=subprocess.PIPE, env=env)
-        code = child.wait(30)  # its stdin stays open all the while
-        return code, child.stdout.read() + child.stderr.read()  # type: ignore[union-attr]
-    assert streamed(talk) == (0, b"1\n2\n3\n4\n5\n6\n"), "the guard is not silent while the command talks"
-    lost = repo.cli("exec", "-n", "-w", "main", "--", f"sleep {nap}", env=env)
-    refused(lost, 255, words="ChannelTimeout")
-    tuned(BEAT_MOST=1)
-    assert streamed("sleep 6; echo end") == (0, b"end\n")
-    assert repo.cli("exec", "-n", "-w", "main", "--", "sleep 6; exit 7", env=env).code == 7
-    assert repo.cli("exec", "-n", "-w", "main", "--timeout", "6", "--", f"sleep {nap}", env=env).code == 124
-    gone(f"sleep {nap}")
-
-
-def minimal_path(site: Site, *more: str) -> str:
-    """A directory with the POSIX utilities busybox has, and the named programs of this machine."""
-    directory = site.dir / "-".join(("bin", *more))
-    directory.mkdir()
-    applets = subprocess.run([program("busybox"), "--list"], stdout=subprocess.PIPE, check=True).stdout.decode().split()
-    for name in POSIX:
-        if name in applets:
-            (directory / name).symlink_to(program("busybox"))
-        elif shutil.which(name):
-            (directory / name).symlink_to(program(name))
-    for name in more:
-        (directory / name).symlink_to(program(name))
-    return str(directory)
-
-
-def test_a_host_with_only_posix_utilities_is_enough(site: Site) -> None:
-    site.inetd("bare", shell="busybox", env={"PATH": minimal_path(site)})
-    repo, nap = Repo(site, odd=True), unique()
-    assert site.ssh("bare", "command -v git bash python3 timeout setsid base64 sha256sum gzip").stdout.split()[1:] == []
-    ran = repo.exec("printf '<%s>' \"it's\"; exit 9", host="bare")
-    assert (ran.code, ran.out, ran.err) == (9, b"<it's>", b"")
-    assert tree_of(repo.path()) == repo.tree()
-    assert repo.exec(f"echo early; sleep {nap} & sleep {nap}", host="bare", options=["--timeout", "1"]).code == 124
-    gone(f"sleep {nap}")
-    assert repo.cli("new", "-H", "bare", "second").code == 0
-    assert tree_of(repo.path("second")) == repo.tree()
-
-
-def test_a_host_with_busybox_and_git_is_enough(site: Site) -> None:
-    site.inetd("small", shell="busybox", env={"PATH": minimal_path(site, "git")})
-    repo = Repo(site, odd=True)
-    assert repo.exec("git status --porcelain; git log --format=%s | wc -l", host="small").out.strip() == b"1"
-
-
-def test_a_server_that_refuses_a_second_session_per_connection_works(site: Site) -> None:
-    """What gateways and tiny servers do; the sessions go over connections of their own."""
-    site.daemon("single", "MaxSessions 1")
-    repo = Repo(site)
-    with ThreadPoolExecutor(4) as pool:
-        runs = list(pool.map(lambda n: repo.exec(f"echo {n}; sleep 0.3", host="single"), range(4)))
-    assert [r.out for r in runs] == [b"%d\n" % n for n in range(4)], runs
-
-
-def test_pipes_that_cannot_be_made_leave_none_open(shared: Repo) -> None:
-    assert in_library(shared, """
-import os, resource
-workspace = cmux_ssh.Project(".", warm=0).workspace("main")
-workspace.exec("true")
-held = [os.dup(2)]
-resource.setrlimit(resource.RLIMIT_NOFILE, (held[0] + 40, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-def fill():
-    before = len(held)
-    try:
-        while True:
-            held.append(os.dup(2))
-    except OSError:
-        return len(held) - before
-fill()
-failed = 0
-for spare in range(12):
-    for _ in range(spare):
-        os.close(held.pop())
-    try:
-        workspace.exec("true")
-    except (cmux_ssh.CmuxError, OSError):
-        failed += 1
-    found = fill()
-    print(found) if found != spare else None
-for fd in held:
-    os.close(fd)
-print(failed > 5, workspace.exec("exit 3").exit_code)
-""") == "True 3\n"
-
-
-def test_a_process_that_was_waited_for_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its number may be a stranger's by now. (From inside: no number can be had a second time on purpose.)"""
-    struck: List[int] = []
-    monkeypatch.setattr(os, "killpg", lambda pid, sig: struck.append(pid))
-    ended, running_on = c.spawn(["/bin/true"]), c.spawn(["/bin/sh", "-c", "read x"], stdin=-1)
-    ended.wait()
-    c.kill_group(ended)
-    assert struck == []
-    threading.Timer(1, running_on.kill).start()
-    c.kill_group(running_on)
-    assert struck == [running_on.pid]
-
-
-def test_a_client_without_multiplexing_works(repo: Repo, site: Site) -> None:
-    """An ssh that knows no masters: the calls take one connection each."""
-    ran = repo.exec("cat; exit 4", stdin=BINARY, env={"CMUX_SSH_COMMAND": ssh_without_masters(repo.site)})
-    assert (ran.code, ran.out, ran.err) == (4, BINARY, b"")
-
-
-# === Nothing else leaves, whatever the ssh config says ===
+# === Nothing else leaves (promise 1) ===
 
 
 @contextlib.contextmanager
@@ -1914,6 +1714,8 @@ class Hostile:
 
 
 LEAKS = {"FOO_SECRET": "leak", "LC_LEAK": "leak", "DISPLAY": "localhost:99"}
+
+
 LOOK = 'env; echo "agent=<$SSH_AUTH_SOCK> display=<$DISPLAY>"; tty; echo up >up; while [ ! -e go ]; do sleep 0.05; done; rm -f go up'
 
 
@@ -2210,7 +2012,52 @@ def test_every_ssh_gets_its_host_behind_a_double_dash(repo: Repo, site: Site) ->
         assert "-G" in run or "-V" in run or {"-a", "-x"} <= set(run) or "-O" in run, run
 
 
-# === Secrets ===
+# === secrets (promise 2) ===
+
+
+HARD = ["a b", "", "it's", "$HOME", "!x", "x\ny", "-n", "--", "\\", "\\\\n", "`id`", "$(id)", '"', "*", "~", "tab\there", "ü🐙", "a;b|c&d>e", "end\n", "%s", "{a,b}",
+        "#", "=x", "^a", "[!]", "\x01\x7f", "!!", "\\!"]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_arguments_output_codes_stdin_and_secrets_are_exact_under_every_login_shell(site: Site, shell: str) -> None:
+    repo, host = Repo(site, odd=True), site.login(shell)
+    assert repo.cli("secrets", "set", "TOKEN", stdin="it's\n$(x) \"ü\" \\n !".encode()).code == 0
+    first = repo.exec("printf", "<%s>", *HARD, host=host)
+    assert (first.code, first.out, first.err) == (0, "".join(f"<{word}>" for word in HARD).encode(), b"")
+    line = repo.exec('printf "<%s>" "it\'s" \'$HOME\' !x; echo " $((1 + 2))" >&2; exit 7', host=host)
+    assert (line.code, line.out, line.err) == (7, b"<it's><$HOME><!x>", b" 3\n")
+    secret = repo.exec('cat; printf %s "$TOKEN"', host=host, stdin=BINARY)
+    assert (secret.code, secret.out, secret.err) == (0, BINARY + "it's\n$(x) \"ü\" \\n !".encode(), b"")
+    assert tree_of(repo.path()) == repo.tree()
+
+
+FOREIGN = ("bash -l", "zsh", "dash", "fish", "tcsh", "mksh", "ksh", "busybox sh", "cat", ".bashrc")
+
+
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_a_shell_that_is_not_ours_runs_nothing_of_a_header_and_reads_no_secret(site: Site, foreign: str) -> None:
+    """The account's ForceCommand, or what its .bashrc runs, reads what we send in place of our command."""
+    flag, touched, got, nap, login = site.dir / "flag", site.dir / "touched", site.dir / "got", unique(), site.script(
+        "login", f'[ ! -e {site.dir}/flag ] || exec {foreign if foreign != "cat" else f"cat >>{site.dir}/got"}\nexec sh -c "$SSH_ORIGINAL_COMMAND"')
+    if foreign == ".bashrc":
+        host = site.login("bash")
+        (site.far_home(host) / ".bashrc").write_text(f"[ ! -e {flag} ] || exec zsh\n")
+    else:
+        host = site.daemon("foreign", f"ForceCommand {login}")
+    repo = Repo(site)
+    assert repo.cli("new", "-H", host, "main").code == 0
+    for number, value in enumerate((f"touch {touched}", f"sleep {nap}")):
+        assert repo.cli("secrets", "set", f"S{number}", stdin=value.encode()).code == 0
+    flag.touch()
+    for words in (["-n"], ["--env", f"V=touch {touched}"], ["--detach"])[:1 if foreign in ("cat", "fish") else 3]:
+        ran = repo.exec("true", host=host, options=words, stdin=None if "-n" in words or "--detach" in words else b"touch %s" % os.fsencode(touched))
+        refused(ran, 255, words="did not run our command")
+        assert ran.seconds < 6, ran
+    assert not touched.exists() and not running(f"sleep {nap}")
+    assert not re.search(b"S0|sleep|true", slurp(str(got))) and (foreign != "cat" or slurp(str(got)).startswith(b"exit 0\n"))
+    flag.unlink()
+    assert repo.exec('printf %s "$S1"', host=host).out == b"sleep " + nap.encode()
 
 
 @pytest.mark.promise(2)
@@ -2395,457 +2242,6 @@ def test_secrets_set_on_a_terminal_asks_without_echo(repo: Repo, site: Site) -> 
     assert repo.exec('printf %s "$TOKEN"').out == b"typed-in-secret"
 
 
-# === Upload and workspaces ===
-
-
-def test_every_kind_of_file_arrives_as_the_repository_has_it(odd: Repo) -> None:
-    """Names, modes, links and bytes; no filter, no line ends, no $Format$; also what export-ignore names."""
-    ran = odd.exec("git status --porcelain --ignored; git log --format=%s | wc -l; ./run.sh")
-    assert (ran.code, ran.out.split()) == (0, [b"1", b"ran"])
-    assert tree_of(odd.path()) == odd.tree()
-
-
-def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo: Repo, site: Site) -> None:
-    assert repo.cli("list", "--json").json == []
-    assert repo.cli("new", "-H", "box", "a", "b").code == 0
-    rows = repo.workspaces()
-    assert set(rows) == {"a", "b"} and all(row["host"] == "box" and row["base"] == repo.git("rev-parse", "HEAD") and row["created"] for row in rows.values())
-    where = Path(repo.cli("exec", "-w", "a", "--", "pwd -P").text.strip())
-    assert where == repo.path("a") and where.name == "a" and re.match(r"project-\w+$", where.parent.name)
-    assert where.parent.parent == repo.site.far_home() / "cmux" and stat.S_IMODE(where.parent.parent.stat().st_mode) == 0o700
-    listed = repo.cli("list")
-    assert listed.code == 0 and "a" in listed.text and "box" in listed.text
-
-
-def test_the_workspace_defaults_to_the_branch_and_the_host_to_its_own(repo: Repo, site: Site) -> None:
-    repo.git("checkout", "-q", "-b", "feature/über x".replace(" ", "-"))
-    box = ("HostName 127.0.0.1", f"Port {repo.site.port}")
-    assert repo.exec("pwd").code == 0
-    (name,) = repo.workspaces()
-    assert name.startswith("feature") and "/" not in name
-    assert repo.cli("exec", "--", "echo again").out == b"again\n"
-    repo.git("checkout", "-q", "main")
-    assert repo.cli("exec", "--", "echo env", env={"CMUX_SSH_HOST": repo.site.host("second", *box)}).out == b"env\n"
-    repo.git("config", "cmux.host", repo.site.host("third", *box))
-    assert repo.cli("exec", "-w", "third", "--", "echo config").out == b"config\n"
-    assert {row["host"] for row in repo.workspaces().values()} == {"box", "second", "third"}
-
-
-@pytest.mark.promise(4)
-def test_exec_without_any_host_says_how_to_name_one(repo: Repo) -> None:
-    ran = repo.cli("exec", "--", "true")
-    assert ran.code == 125 and "-H" in ran.said, ran
-
-
-def test_new_takes_a_revision(repo: Repo) -> None:
-    first = repo.git("rev-parse", "HEAD")
-    repo.write("README", b"changed\n")
-    repo.commit()
-    assert repo.cli("new", "-H", "box", "old", "--ref", "HEAD~1").code == 0
-    assert repo.workspaces()["old"]["base"] == first and (repo.path("old") / "README").read_bytes() == b"hello\n"
-    assert repo.cli("exec", "-H", "box", "-w", "new", "--", "cat README").out == b"changed\n"
-
-
-def test_two_projects_of_one_name_never_meet(site: Site) -> None:
-    one, two = Repo(site, "a/project", files={"who": b"one"}), Repo(site, "b/project", files={"who": b"two"})
-    assert one.exec("cat who").out == b"one" and two.exec("cat who").out == b"two"
-    assert one.path().parent != two.path().parent and set(one.workspaces()) == {"main"}
-    assert len(one.cli("list", "--all-projects", "--json").json) == 2
-
-
-def test_a_subdirectory_a_worktree_and_option_C_are_the_same_project(repo: Repo, site: Site) -> None:
-    assert repo.exec("true").code == 0
-    before = repo.site.cli("-C", str(repo.dir), "-w", "main", "--json", "exec", "--", "echo", "-C", "x")  # as git has it
-    assert before.json["stdout"] == "-C x\n", before
-    refused(repo.cli("diff", "-H", "ash", "-w", "main"), 2, words="is on box, not on ash")
-    assert repo.site.cli("exec", "--", "ls README", cwd=repo.dir / "src").out == b"README\n"
-    assert repo.site.cli("exec", "-C", str(repo.dir), "--", "ls README").out == b"README\n"
-    assert set(json.loads(repo.site.cli("list", "-C", str(repo.dir / "src"), "--json").out)[0]) >= {"name", "host", "path", "base", "created"}
-
-
-def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo: Repo, site: Site) -> None:
-    repo.write("big", os.urandom(2 << 20))
-    repo.commit()
-    line = repo.site.line("far")
-    assert repo.cli("new", "-H", "far", "a").code == 0
-    first, line.up = line.up, 0
-    assert first > 2 << 20
-    assert repo.cli("new", "-H", "far", "b").code == 0
-    assert line.up < 64 << 10, line.up
-    assert tree_of(repo.path("a")) == tree_of(repo.path("b")) == repo.tree()
-    (repo.path("b") / "big").write_bytes(b"edited in place")
-    assert repo.cli("new", "-H", "far", "c").code == 0 and tree_of(repo.path("c")) == repo.tree(), "the cache is nobody's work tree"
-
-
-@pytest.mark.parametrize("at", [20_000, 300_000, 1_500_000])
-@pytest.mark.promise(7)
-@pytest.mark.compat
-def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo: Repo, at: int, site: Site) -> None:
-    repo.write("big", os.urandom(2 << 20))
-    repo.commit()
-    line = repo.site.line("far")
-    line.cut["up"] = at
-    cut = repo.cli("new", "-H", "far", "a")
-    assert cut.code == 255 and cut.said.strip(), cut
-    assert repo.workspaces() == {} and not list(repo.site.far_home().glob("cmux/project-*/*"))
-    line.cut["up"] = None
-    again = repo.cli("new", "-H", "far", "a")
-    assert again.code == 0 and tree_of(repo.path("a")) == repo.tree(), again
-
-
-def test_a_client_killed_in_the_middle_of_an_upload_leaves_no_workspace_and_a_retry_works(repo: Repo, site: Site) -> None:
-    repo.write("big", os.urandom(2 << 20))
-    repo.commit()
-    line = repo.site.line("far")
-    child = repo.start("new", "-H", "far", "a")
-    until(lambda: line.up > 100_000, "the upload runs")
-    line.stall()
-    kill(child.pid)
-    child.communicate()
-    line.drop()
-    line.go_on()
-    assert repo.workspaces() == {}
-    again = repo.cli("new", "-H", "far", "a")
-    assert again.code == 0 and tree_of(repo.path("a")) == repo.tree(), again
-
-
-def source_text(size: int) -> bytes:
-    """Lines that compress as source text does, to a fifth or so, and are no two times the same."""
-    words = [os.urandom(3).hex() for _ in range(200)]
-    text = "".join("    %s = %s(%s, %s)\n" % tuple(random.choice(words) for _ in range(4)) for _ in range(size // 30))
-    return text.encode()[:size]
-
-
-@pytest.fixture
-def tuned(site: Site, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Other limits for the program from now on."""
-    def tune(**limits: float) -> None:
-        path = site.dir / "tuned.py"
-        path.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport cmux_ssh as c\n" + "".join(
-            f"assert c.{name}; c.{name} = float('{value}')\n" for name, value in limits.items()) + "sys.exit(c.main())\n")
-        monkeypatch.setattr(sys.modules[__name__], "PROGRAM", path)
-    return tune
-
-
-def test_over_a_long_line_a_large_archive_and_a_large_delta_travel_compressed_and_arrive_whole(repo: Repo, site: Site) -> None:
-    for name in "abcdef":
-        repo.write(name, source_text(1 << 20))
-    repo.commit()
-    line = repo.site.line("far")
-    line.rate, line.delay = 4e6, 0.005
-    made = repo.cli("new", "-v", "-H", "far", "w")
-    assert made.code == 0 and "compressed to" in made.said and tree_of(repo.path("w")) == repo.tree(), made
-    assert line.up < 4 << 20, line.up
-    repo.write("new", source_text(3 << 20))
-    repo.commit()
-    line.up = 0
-    pushed = repo.cli("push", "-v", "-w", "w")
-    assert pushed.code == 0 and "compressed to" in pushed.said and tree_of(repo.path("w")) == repo.tree(), pushed
-    assert line.up < 2.5 * (1 << 20), line.up
-
-
-@pytest.mark.parametrize("programs", ["plain", "gzip", "gzip, near", "false gzip", "gzip that stops", "gzip that hangs"])
-def test_whatever_gzip_the_host_has_the_archive_arrives_or_is_refused(site: Site, tuned: Callable[..., None], programs: str) -> None:
-    """As if it were far away, and near."""
-    path = Path(minimal_path(site))
-    scripts = {"false gzip": "cat >/dev/null; echo gzip", "gzip that stops": f"head -c 60000 | {program('gzip')} -dc",
-               "gzip that hangs": f"[ -n \"$ONCE\" ] || {program('gzip')} -dc; [ -f {site.dir}/once ] && exec sleep 600; : >{site.dir}/once"}
-    if programs != "plain":
-        real = f'exec {program("gzip")} "$@"'
-        (path / "gzip").write_text(f"#!/bin/sh\n[ \"$1\" ] || {real}\n{scripts.get(programs, real)}\n")
-        (path / "gzip").chmod(0o755)
-    site.inetd("bare", shell="busybox", env={"PATH": str(path)})
-    tuned(GZIP_FROM="inf" if "near" in programs else 0, STALL_PATIENCE=4, CALL_PATIENCE=15)
-    repo = Repo(site, files={"text": source_text(4 << 20)})
-    made = repo.cli("new", "-v", "-H", "bare", "w", seconds=120)
-    if "gzip that" in programs or programs == "false gzip":
-        assert made.code == (255 if "hangs" in programs else 1) and made.said.strip() and repo.workspaces() == {}, made
-        (path / "gzip").unlink()
-        made = repo.cli("new", "-v", "-H", "bare", "w", seconds=120)
-    assert made.code == 0 and tree_of(repo.path("w")) == repo.tree(), made
-    assert ("compressed to" in made.said) == (programs == "gzip"), made
-
-
-def test_a_tar_that_goes_on_for_long_after_the_last_byte_is_waited_for_and_shown(site: Site, tuned: Callable[..., None]) -> None:
-    slow = site.dir / "slow" / "tar"
-    slow.parent.mkdir()
-    slow.write_text(f'#!/bin/sh\n{program("tar")} "$@"; r=$?; sleep 5; exit $r\n')
-    slow.chmod(0o755)
-    site.inetd("slow", env={"PATH": f"{slow.parent}:{os.environ['PATH']}"})
-    tuned(STALL_PATIENCE=2)
-    terminal = on_terminal(site, "new", "-H", "slow", "main", cwd=Repo(site).dir)
-    terminal.expect(rb"main: unpacking")
-    assert terminal.wait() == 0 and not any("unpacking" in line for line in terminal.lines()), terminal.output
-
-
-def test_an_init_hook_on_a_noexec_file_system_is_said(repo: Repo, site: Site) -> None:
-    """What sh says of it: bash, dash and mksh have no `test -x` there, others fail to run it."""
-    if os.geteuid() != 0 or not sys.platform.startswith("linux"):
-        pytest.skip("only root mounts")
-    repo.write(".cmux/init", b"#!/bin/sh\ntouch ran\n", 0o755)
-    repo.commit()
-    root = repo.site.far_home() / "cmux"
-    root.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "noexec", "none", str(root)], check=True)
-    try:
-        made = repo.cli("new", "-H", "box", "main")
-        assert made.code == 0 and "failed with status 126" in made.said and "noexec" in made.said, made
-        assert not (repo.path() / "ran").exists()
-    finally:
-        subprocess.run(["umount", "-l", str(root)], check=True)
-
-
-SHIFT = '''#!{python}
-import io, os, subprocess, sys, tarfile, time
-if "archive" not in sys.argv[1:]:
-    os.execv("{git}", ["git"] + sys.argv[1:])
-old = tarfile.open(fileobj=io.BytesIO(subprocess.run(["{git}"] + sys.argv[1:], stdout=subprocess.PIPE, check=True).stdout))
-new = tarfile.open(fileobj=sys.stdout.buffer, mode="w|", format=tarfile.GNU_FORMAT)
-for member in old:
-    member.mtime = time.time() + 864000
-    new.addfile(member, old.extractfile(member) if member.isfile() else None)
-new.close()
-'''
-
-
-@pytest.mark.parametrize("host", ["box", "bare", "bsdtar"])
-def test_files_are_as_old_as_the_host_says_though_this_clock_is_ahead(site: Site, host: str) -> None:
-    """git archives a tree with the time of now; in the host's future, make would rebuild for ever."""
-    if host == "bare":
-        site.inetd("bare", shell="busybox", env={"PATH": minimal_path(site)})
-    if host == "bsdtar":
-        (site.dir / "tar").symlink_to(program("bsdtar", "libarchive-tools"))
-        site.inetd("bsdtar", env={"PATH": f"{site.dir}:{os.environ['PATH']}"})
-    repo, shim = Repo(site, odd=True), site.dir / "shim" / "git"
-    shim.parent.mkdir()
-    shim.write_text(SHIFT.format(python=sys.executable, git=program("git")))
-    shim.chmod(0o755)
-    env = {"PATH": f"{shim.parent}:{os.environ['PATH']}"}
-    for name in ("first", "second"):
-        assert repo.cli("new", "-H", host, name, env=env).code == 0
-    repo.write("plain.txt", b"changed\n")
-    repo.write("sub/new", b"new\n")
-    repo.commit()
-    assert repo.cli("push", "-w", "first", env=env).code == 0 and repo.cli("new", "-H", host, "third", env=env).code == 0
-    for name in ("first", "second", "third"):
-        files = [path for path in repo.path(name).rglob("*") if not path.is_symlink() and ".git" not in path.parts]
-        assert files and all(path.stat().st_mtime < time.time() + 1 for path in files), name
-        if host != "bare":
-            clean = subprocess.run(["git", "diff-files", "--quiet"], cwd=str(repo.path(name)), env={"PATH": os.environ["PATH"]}, check=False)
-            assert clean.returncode == 0, "the index knows the files without a look at their content"
-
-
-@pytest.mark.parametrize("at", [400_000, 1_100_000, 1_400_000])
-@pytest.mark.parametrize("how", ["cut", "killed"])
-def test_a_compressed_upload_that_is_cut_leaves_no_workspace_and_a_retry_works(repo: Repo, at: int, how: str, site: Site) -> None:
-    repo.write("text", source_text(6 << 20))
-    repo.commit()
-    line = repo.site.line("far")
-    line.rate, line.delay = 4e6, 0.005
-    if how == "cut":
-        line.cut["up"] = at
-        cut = repo.cli("new", "-H", "far", "a")
-        assert cut.code == 255 and cut.said.strip(), cut
-    else:
-        child = repo.start("new", "-H", "far", "a")
-        until(lambda: line.up > at, "the upload runs")
-        line.stall()
-        kill(child.pid)
-        child.communicate()
-        line.drop()
-    assert repo.workspaces() == {} and not list(repo.site.far_home().glob("cmux/project-*/*"))
-    line.go_on()
-    line.cut["up"], line.rate, line.delay = None, float("inf"), 0.0
-    again = repo.cli("new", "-H", "far", "a")
-    assert again.code == 0 and tree_of(repo.path("a")) == repo.tree(), again
-
-
-def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo: Repo, site: Site) -> None:
-    """Of an upload, and of a pull; neither in a pipe."""
-    name = "a-rather-long-name-of-a-workspace-that-somebody-gave-it-in-1999"
-    repo.write("big", os.urandom(5 << 20))
-    repo.commit()
-    line = repo.site.line("far")
-    line.rate = 1e6
-    seen = on_terminal(repo.site, "new", "-H", "far", name, cwd=repo.dir)
-    seen.expect(rb"\r\x1b\[Ka-rather[-a-z]*: sending [\d.]+ MB of ~5.\d MB, [\d.]+ [kM]B/s, ~\d+s left")
-    assert all(len(text) < 100 for text in seen.lines())
-    assert seen.wait() == 0
-    assert not [text for text in seen.lines() if "sending" in text], seen.lines()
-    assert repo.exec("head -c 3000000 /dev/urandom >result", host="far", options=["-w", name]).code == 0
-    seen = on_terminal(repo.site, "pull", "-w", name, cwd=repo.dir)
-    seen.expect(rb": receiving [\d.]+ MB, [\d.]+ [kM]B/s")
-    assert seen.wait() == 0
-    assert b"sending" not in seen.output and not [text for text in seen.lines() if "receiving" in text], seen.lines()
-    line.rate = 4e6
-    assert b"sending" not in repo.cli("new", "-H", "far", "--root", "other", "b").err
-
-
-def test_two_processes_that_upload_one_tree_at_once_both_get_their_workspace(repo: Repo, site: Site) -> None:
-    repo.write("text", source_text(4 << 20))
-    repo.commit()
-    line = repo.site.line("far")
-    line.rate = 4e6
-    other = Repo(repo.site, "other", files={"README": b"hello\n"})
-    other.git("fetch", "-q", str(repo.dir), "main")
-    other.git("reset", "-q", "--hard", "FETCH_HEAD")
-    children = [r.start("new", "-H", "far", name) for r, name in ((repo, "a"), (repo, "b"), (other, "a"))]
-    for child in children:
-        assert child.communicate(timeout=60)[1].count(b"Traceback") == 0 and child.returncode == 0
-    assert tree_of(repo.path("a")) == tree_of(repo.path("b")) == tree_of(other.path("a")) == repo.tree()
-
-
-def test_a_stalled_upload_holds_up_no_other_host_and_who_waits_for_it_is_told_and_gives_up(repo: Repo, tuned: Callable[..., None], site: Site) -> None:
-    repo.write("text", os.urandom(1 << 20))
-    repo.commit()
-    line = repo.site.line("far")
-    assert repo.cli("new", "-H", "box", "old", "--ref", "HEAD~1").code == 0
-    stopped = threading.Event()
-    line.trap = ("up", 300_000, lambda: (kill(sender.pid, signal.SIGSTOP), stopped.set()) and None)
-    sender = repo.start("new", "-H", "far", "a")
-    try:
-        until(stopped.is_set, "the upload stalls")
-        tuned(LOCK_PATIENCE=2.5)
-        for words, doing in (
-                ("new -H far c", "sends the same files to far"), ("new -H box a", "works on the workspace a"), ("rm a", "works on the workspace a"), ("rename -w old a", "works on the workspace a"),
-                ("fork -w old a", "works on the workspace a"), ("exec -H box -w a -- true", "works on the workspace a")):
-            waited = repo.cli(*words.split())
-            who = f"process {sender.pid}, which {doing}."
-            assert waited.code == (125 if "exec" in words else 1) and waited.out == b"" and 2 < waited.seconds < 15, waited
-            said = waited.said.replace(f"Waiting for {who}", "", 1) if "exec" not in words else waited.said  # in a pipe it adds no word
-            assert said != waited.said or "exec" in words, waited
-            assert f"Waited 2 seconds in vain for {who}" in said and f"ps -p {sender.pid}" in said, waited
-        made = repo.cli("new", "-H", "box", "b")
-        assert made.code == 0 and made.seconds < 15, made
-    finally:
-        kill(sender.pid, signal.SIGCONT)
-    assert sender.wait(60) == 0
-
-
-def test_a_full_disk_or_readonly_home_on_the_host_is_said(repo: Repo, site: Site) -> None:
-    """A file where the directory should be fails for root, too."""
-    (repo.site.far_home() / "cmux").write_text("in the way")
-    made = repo.cli("new", "-H", "box", "a")
-    assert made.code == 1 and "cmux" in made.said and repo.workspaces() == {}, made
-
-
-def test_new_makes_several_at_once_and_refuses_a_name_that_exists(repo: Repo) -> None:
-    names = [f"w{n}" for n in range(6)]
-    assert repo.cli("new", "-H", "box", *names).code == 0
-    assert set(repo.workspaces()) == set(names) and all(tree_of(repo.path(n)) == repo.tree() for n in names)
-    again = repo.cli("new", "-H", "box", "w1", "w9")
-    assert again.code == 1 and "w1" in again.said, again
-    assert repo.exec("echo keep >kept; cat kept", options=["-w", "w1"]).out == b"keep\n"
-
-
-def test_rm_refuses_work_that_would_be_lost_and_says_what(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "clean", "dirty", "added").code == 0
-    assert repo.exec("echo x >>README", options=["-w", "dirty"]).code == 0
-    assert repo.exec("echo x >brand-new", options=["-w", "added"]).code == 0
-    path = repo.path("dirty")
-    for name, file in (("dirty", "README"), ("added", "brand-new")):
-        refused = repo.cli("rm", name)
-        assert refused.code == 1 and file in refused.said and "--force" in refused.said, refused
-    where = repo.path("clean")
-    assert repo.cli("rm", "clean").code == 0 and not where.exists() and set(repo.workspaces()) == {"dirty", "added"}
-    assert repo.cli("rm", "--force", "dirty", "added").code == 0 and not path.exists() and repo.workspaces() == {}
-    assert repo.cli("rm", "dirty").code == 1
-    assert repo.cli("new", "-H", "box", "dirty").code == 0 and tree_of(repo.path("dirty")) == repo.tree()
-
-
-def test_rm_sees_committed_work_too(repo: Repo) -> None:
-    assert repo.exec("echo x >>README && git -c user.name=a -c user.email=a@b commit -qam work").code == 0
-    refused = repo.cli("rm", "main")
-    assert refused.code == 1 and repo.path().exists(), refused
-
-
-HOOK = b'#!/bin/sh\necho "init in $CMUX_WORKSPACE with <$TOKEN>"\necho to-stderr >&2\necho once >>init-ran\nexit "${CODE:-0}"\n'
-
-
-def test_the_init_hook_runs_once_with_the_environment_and_its_output_is_streamed(repo: Repo) -> None:
-    repo.write(".cmux/init", HOOK, 0o755)
-    repo.commit()
-    assert repo.cli("secrets", "set", "TOKEN", stdin=b"tok").code == 0
-    made = repo.cli("new", "-H", "box", "a")
-    assert made.code == 0 and b"init in a with <tok>" in made.out + made.err and b"to-stderr" in made.out + made.err
-    assert repo.exec("cat init-ran", options=["-w", "a"]).out == b"once\n"
-    assert repo.cli("new", "-H", "box", "b", "--no-init").code == 0 and not (repo.path("b") / "init-ran").exists()
-
-
-def test_a_failing_init_hook_is_reported_and_undoes_nothing(repo: Repo) -> None:
-    repo.write(".cmux/init", HOOK.replace(b'"${CODE:-0}"', b"9"), 0o755)
-    repo.commit()
-    made = repo.cli("new", "-H", "box", "a")
-    assert "9" in made.said and "init" in made.said and set(repo.workspaces()) == {"a"}
-    first = repo.exec("echo output", options=["-w", "b"])
-    assert first.code == 0 and first.out.endswith(b"output\n") and "init" in first.said
-    assert repo.cli("new", "c", "-H", "box", "--json").json[0]["state"] == "init failed"
-    quiet = repo.cli("new", "d", "-H", "box", "-q")
-    assert quiet.code == 0 and quiet.out == b"" and quiet.said == "cmux_ssh.py: The init hook of d failed.\n", quiet
-
-
-def test_an_init_that_is_not_executable_is_only_a_file(repo: Repo) -> None:
-    repo.write(".cmux/init", HOOK, 0o644)
-    repo.commit()
-    assert repo.cli("new", "-H", "box", "a").code == 0 and not (repo.path("a") / "init-ran").exists()
-
-
-def test_a_repository_cannot_name_its_host_command_or_options(repo: Repo, site: Site) -> None:
-    for name in (".cmux/config", ".cmux/host", ".cmuxrc", ".cmux.json", ".cmux/config.json"):
-        repo.write(name, b'{"host": "box"}\nhost = box\n')
-    repo.commit()
-    ran = repo.cli("exec", "--", "true")
-    assert ran.code == 125 and not repo.site.log().count("Accepted publickey")
-
-
-def test_nothing_is_left_behind_on_this_machine(repo: Repo, site: Site) -> None:
-    """No temporary file, nothing in the repository, nothing in the home directory but the state."""
-    before = tree_of(repo.dir), repo.git("status", "--porcelain"), sorted(p.name for p in repo.site.home.iterdir())
-    assert repo.exec("echo x >new-on-the-host").code == 0
-    assert not list(repo.site.tmp.iterdir())
-    assert (tree_of(repo.dir), repo.git("status", "--porcelain"), sorted(p.name for p in repo.site.home.iterdir())) == before
-    assert "cmux" not in repo.git("for-each-ref")
-
-
-@pytest.mark.parametrize("which", ["projects", "secrets"])
-@pytest.mark.promise(7)
-def test_a_damaged_state_file_is_said_each_time_and_left_alone(repo: Repo, which: str, site: Site) -> None:
-    """Set aside by the first who reads it, it was missing for the next, which then ran without secrets."""
-    assert repo.cli("secrets", "set", "TOK", stdin=b"value-12345").code == 0 and repo.exec('echo "$TOK"').out == b"value-12345\n"
-    (file,) = (repo.site.state / which).glob("*.json")
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-5] + b"\xff garbage")
-    for _ in range(2):
-        children = [repo.start("exec", "--", 'echo "ran: $TOK"') for _ in range(4)]
-        for child in children:
-            out, err = child.communicate()
-            assert child.returncode == 125 and out == b"" and b"is damaged. Repair it. Or set it aside" in err, (out, err)
-        refused(repo.cli("secrets", "set", "OTHER", stdin=b"x") if which == "secrets" else repo.cli("new", "other", "-H", "box"), 1, words="is damaged")
-    assert file.read_bytes() == whole[:-5] + b"\xff garbage"
-    file.write_bytes(whole)
-    assert repo.exec('echo "$TOK"').out == b"value-12345\n"
-
-
-def test_a_record_whose_parts_are_wrong_is_said_and_left_alone(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    (file,) = (repo.site.state / "projects").glob("*.json")
-    good = json.loads(file.read_text())
-    entry = good["workspaces"]["main"]
-
-    def listed(record: Dict[str, Any]) -> Answer:
-        file.write_text(json.dumps(record))
-        return repo.cli("list")
-    for more in ({"name": "../x"}, {"id": "x"}, {"workspaces": []}, {"workspaces": {"../x": entry}}, {"workspaces": {"main": 1}},
-                 {"workspaces": {"main": dict(entry, created="now")}}, {"workspaces": {"main": dict(entry, path=None)}},
-                 {"workspaces": {"main": dict(entry, state=None)}}, {"jobs": []}, {"places": [["a"]]}, {"sent": [["a", 1]]}, {"sent": {}}):
-        refused(listed(dict(good, **more)), 1, words="has parts that are not as they should be. Repair it. Or set it aside")
-        assert json.loads(file.read_text()) == dict(good, **more)
-    making = {key: value for key, value in entry.items() if key != "path"}
-    for record in ({key: value for key, value in good.items() if key not in ("jobs", "places", "sent")},
-                   dict(good, workspaces={"main": entry, "half": dict(making, state="creating")})):
-        assert "main" in listed(record).text
-
-
 def test_a_damaged_secrets_file_unmasks_nothing_for_a_model(repo: Repo, site: Site) -> None:
     assert repo.cli("secrets", "set", "TOK", stdin=b"value-12345").code == 0
     assert repo.cli("new", "-H", "box", "main").code == 0
@@ -2899,84 +2295,6 @@ def test_dotenv_values_and_their_comments(repo: Repo, site: Site) -> None:
     assert repo.cli("secrets", "import", str(file), seconds=10).code == 0 and repo.exec('echo "${#A}"').out == b"110002\n"
 
 
-@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.promise(6)
-def test_a_batch_whose_input_has_ended_is_stopped_too(shared: Repo, sig: int) -> None:
-    nap = unique()
-    lines = b"".join(json.dumps({"id": n, "tool": "exec", "arguments": {"command": f"sleep {nap}"}}).encode() + b"\n" for n in range(3))
-    child = shared.start("batch", "-w", "main", "-j", "2", stdin=subprocess.PIPE)
-    assert child.stdin
-    child.stdin.write(lines)
-    child.stdin.close()
-    child.stdin = None
-    until(lambda: len(running(f"sleep {nap}")) >= 2, "they run")
-    child.send_signal(sig)
-    out, _ = child.communicate(timeout=30)
-    rows = [json.loads(line) for line in out.splitlines()]
-    assert child.returncode == 130 and all(not row["ok"] or row["result"]["exit_code"] == 130 for row in rows), out
-    assert sum(row["ok"] and row["result"]["stopped"] == "confirmed" for row in rows) == 3, out
-    gone(f"sleep {nap}")
-
-
-def test_lines_that_are_too_many_are_refused_not_cut(shared: Repo) -> None:
-    do(shared, "head -c 12000000 /dev/zero | tr '\\0' x >long.txt; seq 1 2500000 >seq.txt")
-    for path, limit in (("long.txt", "1"), ("seq.txt", "2400000")):
-        refused(shared.cli("read", "-w", "main", path, "--limit", limit), 1, words="Ask for fewer")
-    assert shared.cli("read", "-w", "main", "seq.txt", "--offset", "2000000", "--limit", "2").text == "2000000\n2000001\n"
-    do(shared, "rm long.txt seq.txt")
-
-
-def test_options_that_would_mean_nothing_are_refused(shared: Repo) -> None:
-    for words, code, said in (
-            (["rm", "a", "-w", "b"], 2, "given twice"), (["push", "-w", "main", "--dirty", "--ref", "HEAD"], None, ""),
-            (["push", "-w", "main", "--dirty", "--ref", "HEAD~1"], 2, "one of the two"), (["new", "x", "--dirty", "--ref", "main~1"], 2, "one of the two"),
-            (["new", "x", "--allow", "y"], 2, "goes with --dirty"), (["new", "x", "--root", ""], 2, "--root"),
-            (["edit", "-w", "main", "README", "--old", "a", "--new", "b", "--sha256", ""], 2, "64 hexadecimal"),
-            (["history", "-n", "-5"], 2, "from 0"), (["list", "-H", "nowhere"], 0, "No workspaces on nowhere")):
-        done = shared.cli(*words)
-        assert (code is None or done.code == code) and said in done.said, (words, done)
-    both = shared.start("exec", "-w", "main", "-w", "other", "--", "wc -c", stdin=subprocess.PIPE)
-    out, err = both.communicate(b"hello")
-    assert both.returncode == 125 and out == b"" and b"passes stdin on to none of them" in err, (out, err)
-
-
-def test_a_wrong_directory_of_a_job_is_told_as_one(shared: Repo) -> None:
-    refused(shared.cli("exec", "-w", "main", "--detach", "--cwd", "nosuch", "--", "true"), 125, words="There is no directory 'nosuch' in the workspace main")
-    failed = shared.cli("exec", "-w", "main", "--json", "--cwd", "nosuch", "--", "true")
-    assert failed.code == 125 and failed.json["host"] == "box", failed
-
-
-def test_mcp_follows_a_rename_after_the_call_that_made_the_workspace(repo: Repo) -> None:
-    with open_mcp(repo, "-w", "first", "-H", "box") as client:
-        client("exec", command="echo work >a")
-        assert repo.cli("rename", "-w", "first", "second").code == 0
-        assert "work" in client.call("read", path="a")[1]
-    assert set(repo.workspaces()) == {"second"}
-
-
-def test_directories_made_under_a_loose_umask_are_private(repo: Repo, site: Site) -> None:
-    home = repo.site.dir / "loose" / "a" / "b"
-    done = subprocess.run(["sh", "-c", 'umask 0; exec "$@"', "sh", sys.executable, str(PROGRAM), "secrets", "list"], cwd=str(repo.dir),
-                          env=repo.site.environment({"CMUX_SSH_HOME": str(home)}), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert done.returncode == 0, done
-    assert {stat.S_IMODE(path.stat().st_mode) for path in (home, home.parent, home.parent.parent)} == {0o700}
-    assert repo.cli("list", env={"CMUX_SSH_HOME": str(home)}).code == 0
-
-
-def test_a_socket_directory_that_was_cleared_away_is_made_anew(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    masters = repo.site.masters()
-    assert in_library(repo, """
-import shutil
-workspace = cmux_ssh.Project(".").workspace("main")
-assert workspace.exec("true").exit_code == 0
-shutil.rmtree(sys.argv[1])
-print(workspace.exec("echo on").stdout)
-""", str(repo.site.sockets())) == "b'on\\n'\n"
-    for master in masters:
-        kill(master.pid, signal.SIGTERM)
-
-
 def test_a_secret_that_a_shortened_error_cuts_is_masked(repo: Repo) -> None:
     value = "S3cretValue-0123456789-abcdefghijklmnopqrstuvwxyz"
     assert repo.cli("secrets", "set", "TOK", stdin=value.encode()).code == 0
@@ -2986,210 +2304,307 @@ def test_a_secret_that_a_shortened_error_cuts_is_masked(repo: Repo) -> None:
             assert failed and "S3cr" not in text and ("[secret TOK]" in text) == (length <= 90), text  # after 90 all of it is cut
 
 
-@pytest.mark.parametrize("force", [False, True])
-def test_a_push_whose_first_attempt_was_killed_over_there_is_finished_by_the_next(site: Site, force: bool) -> None:
-    """It finds files that are half changed, by the first, and must not take them for the agent's."""
-    repo, armed = Repo(site, files={f"many/{n}": b"old\n" for n in range(30)}), site.dir / "armed"
-    site.daemon("killed", env=replaced(site, git=f"""case "$*" in *'read-tree --reset -u'*) if rm {armed} 2>/dev/null; then for f in many/1*; do echo new >$f; done; p=$$ all=
-while p=$(($(ps -o ppid= -p $p))) && [ "$(ps -o comm= -p $p)" = sh ]; do all="$all $p"; done; kill -9 $all; exit 1; fi;; esac"""))
-    assert repo.cli("new", "-H", "killed", "main").code == 0
-    for n in range(30):
-        repo.write("many/%d" % n, b"new\n")
-    repo.commit()
-    if force:
-        do(repo, "echo agent >agents")
-    armed.touch()
-    pushed = repo.cli("push", *(["--force"] if force else []))
-    assert pushed.code == 0 and not armed.exists(), pushed
-    path = Path(repo.workspaces()["main"]["path"].replace("~", str(site.far_home("killed"))))
-    assert {file.read_bytes() for file in (path / "many").iterdir()} == {b"new\n"}
-    do(repo, "s=$(git status --short) && [ -z \"$s\" ]")
-    assert "Nothing new" in repo.cli("pull").text
-    kept = list((path.parents[1] / ".cmux" / "trash").glob("kept-*"))
-    assert len(kept) == force and all((path / "agents").read_bytes() == b"agent\n" and (path / "many/1").read_bytes() == b"old\n" for path in kept)
+def test_a_secret_command_that_closes_its_output_and_goes_on_is_ended(repo: Repo) -> None:
+    nap = unique()  # from inside: of its own it is given two minutes
+    assert repo.cli("secrets", "set", "T", "--command", f"printf hunter2; exec >&- 2>&-; exec sleep {nap}").code == 0
+    assert in_library(repo, """
+run = cmux_ssh.run
+cmux_ssh.run = lambda *words, **more: run(*words, **dict(more, patience=1))
+try:
+    cmux_ssh.Project(".").ensure("main", "box").exec("true")
+except cmux_ssh.CmuxError as error:
+    print(error)
+""") == "The command for the secret T: A local command did not end in time.\n"
+    gone(f"sleep {nap}")
 
 
-@pytest.mark.parametrize("names", [["one"], ["one", "two"]])
-def test_an_interrupted_init_hook_is_no_success(repo: Repo, names: List[str]) -> None:
+def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo: Repo, site: Site) -> None:
+    assert repo.exec("true").code == 0
+    for words in ("write f", "secrets set X", "secrets set X </dev/null", "batch", "edit README"):
+        done = subprocess.run(["sh", "-c", f'exec "$@" {"" if "<" in words else "<&-"}{words.partition("<")[1] + words.partition("<")[2]}', "sh",
+                               sys.executable, str(PROGRAM), *words.partition(" <")[0].split()],
+                              cwd=str(repo.dir), env=repo.site.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert done.returncode == 2 and b"stdin" in done.stderr and b"Traceback" not in done.stderr, (words, done)
+    assert not (repo.path() / "f").exists() and repo.cli("secrets", "list").out == b""
+
+
+def test_library_a_cancel_reaches_the_command_that_makes_a_secret(shared: Repo) -> None:
     nap = unique()
-    repo.write(".cmux/init", f"#!/bin/sh\nsleep {nap}\n".encode(), 0o755)
-    repo.commit()
-    child = repo.start("new", "-H", "box", *names)
-    until(lambda: len(running(f"sleep {nap}")) >= len(names), "the hooks run")
-    child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=30)
-    assert child.returncode == 130 and out == b"" and b"nterrupted" in err, (out, err)
+    assert shared.cli("secrets", "set", "SLOW", "--command", f"exec sleep {nap}").code == 0
+    try:
+        assert in_library(shared, """
+workspace = cmux_ssh.Project(".").workspace("main")
+for call in (lambda cancel: workspace.exec("echo ran", cancel=cancel).exit_code, lambda cancel: workspace.start("true", cancel=cancel)):
+    cancel = cmux_ssh.Cancel()
+    threading.Timer(0.5, cancel.set).start()
+    try:
+        print(call(cancel))
+    except cmux_ssh.Cancelled:
+        print("cancelled")
+""", nap) == "130\ncancelled\n"
+    finally:
+        assert shared.cli("secrets", "rm", "SLOW").code == 0
     gone(f"sleep {nap}")
-    assert all(row["state"] == "init failed" for row in repo.cli("list", "--json").json)
 
 
-def test_hooks_of_a_separate_git_directory_and_of_a_submodule(site: Site) -> None:
-    repo, outer = Repo(site, "apart"), Repo(site, "outer")
-    repo.git("init", "-q", "--separate-git-dir", str(site.dir / "apart.git"))
-    repo.git("config", "core.hooksPath", str(repo.dir / "githooks"))
-    outer.git("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(repo.dir), "sub")
-    for directory, code in ((repo.dir, 1), (outer.dir / "sub", 0)):
-        assert site.cli("new", "-H", "box", "main", cwd=directory).code == 0
-        assert site.cli("exec", "--", "mkdir hooks githooks; echo x >hooks/x; echo x >githooks/x", cwd=directory).code == 0
-        pulled = site.cli("pull", cwd=directory)
-        assert pulled.code == code and ("runs hooks from there" in pulled.said) == bool(code), pulled
+def test_a_secret_that_another_process_changes_is_the_new_one_at_once_and_masked(repo: Repo) -> None:
+    assert in_library(repo, """
+import subprocess
+project = cmux_ssh.Project(".")
+workspace = project.create("main", "box")
+def change(*words, value=None):
+    subprocess.run([sys.executable, sys.argv[1], "secrets", *words], input=value, check=True, stdout=subprocess.DEVNULL)
+for value in (b"first-value", b"second-value"):
+    change("set", "TOKEN", value=value)
+    print(workspace.exec("printf %s $TOKEN; : " + value.decode()).stdout.decode())
+change("rm", "TOKEN")
+print(repr(workspace.exec("printf %s $TOKEN").stdout))
+""", str(PROGRAM)) == "first-value\nsecond-value\nb''\n"
+    told = repo.cli("history", "--json").text
+    assert told.count("[secret TOKEN]") == 2 and "-value" not in told
 
 
-def test_push_leaves_a_split_index_that_git_can_read(repo: Repo) -> None:
-    for n in range(30):
-        repo.write("f%d.txt" % n, b"x%d\n" % n)
+def test_enter_at_the_hidden_prompt_keeps_the_secret(repo: Repo, site: Site) -> None:
+    assert repo.cli("secrets", "set", "FOO", stdin=b"good").code == 0
+    terminal = on_terminal(repo.site, "secrets", "set", "FOO", cwd=repo.dir)
+    terminal.expect(b"hidden")
+    terminal.send(b"\r")
+    terminal.expect(b"No value was given")
+    assert terminal.wait() == 2
+    assert repo.exec('printf %s "$FOO"', host="box").out == b"good"
+
+
+@pytest.mark.promise(1)
+def test_dirty_takes_the_work_tree_along_but_no_secrets(repo: Repo) -> None:
+    repo.write(".gitignore", b"ignored\n")
     repo.commit()
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    do(repo, "sleep 1.5; git status; git update-index --split-index; ls .git | grep shared; git status --short")
-    for n in range(20):
-        repo.write("f%d.txt" % n, b"new\n")
-    repo.commit()
-    assert repo.cli("push").code == 0
-    do(repo, "s=$(git status --short) && [ -z \"$s\" ]")
+    repo.write("README", b"edited\n")
+    repo.write("untracked", b"u")
+    repo.write("ignored", b"i")
+    (repo.dir / "src/main.c").unlink()
+    index = (repo.dir / ".git/index").read_bytes()
+    clean = repo.cli("new", "-H", "box", "clean")
+    assert clean.code == 0 and "2 uncommitted" in clean.said, clean
+    made = repo.cli("new", "-H", "box", "main", "--dirty")
+    assert made.code == 0, made
+    assert {p for p in tree_of(repo.path())} == {b".gitignore", b"README", b"untracked", b"nonce"}
+    assert (repo.dir / ".git/index").read_bytes() == index
+    repo.write("config/.env", b"SECRET=1")
+    repo.write("id_rsa", b"KEY")
+    refused = repo.cli("push", "-w", "clean", "--dirty")
+    assert refused.code == 2 and "--allow config/.env --allow id_rsa" in refused.said, refused
+    assert repo.cli("push", "-w", "clean", "--dirty", "--allow", "config/.env", "--allow", "id_rsa").code == 0
+    assert (repo.path("clean") / "config/.env").exists()
+    do(repo, "echo agent >>README")
+    assert repo.cli("pull").code == 0
+    assert repo.git("show", "cmux/main:README") == "edited\nagent"
+    assert (repo.dir / ".git/index").read_bytes() == index
 
 
-def test_dirty_goes_by_attributes_and_ignores_wherever_they_are_named(repo: Repo) -> None:
-    (repo.dir / ".git" / "attrs").write_text("*.z filter=crypt\n*.txt text\n")
-    repo.git("config", "core.attributesFile", str(repo.dir / ".git" / "attrs"))
-    repo.git("config", "core.excludesFile", ".myignore")
-    repo.write(".myignore", b"private.txt\n")
-    repo.commit()
-    repo.write("private.txt", b"p")
-    repo.write("lines.txt", b"a\r\n")
-    assert repo.cli("new", "-H", "box", "--dirty", "main").code == 0
-    assert not (repo.path() / "private.txt").exists() and (repo.path() / "lines.txt").read_bytes() == b"a\n"
-    repo.write("key.z", b"topsecret")
-    refused(repo.cli("push", "--dirty"), 2, words="goes through the filter 'crypt'")
+def test_a_part_of_a_long_secret_is_found_in_linear_time(repo: Repo) -> None:
+    def shown(text: str) -> str:
+        return client("exec", command=["cat"], stdin=text).partition("\n--- stdout\n")[2].rpartition("\n[end")[0]
+    with open_mcp(repo, "-H", "box") as client:
+        for at, words in enumerate(("..abab ababc", "aab aabaac", "aabaa aabaac", "aaaba aabaac", "abaaa caabaa", "c abc", "xabca abca", "abcab abcabd")):
+            data, secret = re.sub("[a-d]", lambda found, at=3 * at: chr(ord(found[0]) + at) * 2, words).split()
+            assert repo.cli("secrets", "set", "S", stdin=secret.encode()).code == 0
+            for first in (False, True):
+                sizes = [n for n in range(4, min(len(secret), len(data) + 1)) if (data[:n] == secret[-n:] if first else data[-n:] == secret[:n])]
+                masked = data if not sizes else "[secret S]" + data[max(sizes):] if first else data[:-max(sizes)] + "[secret S]"
+                assert shown(f"[...]{data}" if first else f"{data}[...]") == (f"[...]{masked}" if first else f"{masked}[...]").replace(secret, "[secret S]"), (data, secret)
+        for n in range(2):
+            assert repo.cli("secrets", "set", f"LONG{n}", stdin=b"x" * 100_000 + b"y%d" % n).code == 0
+        assert shown(("x" * 99_000 + "z[...]") * 8 + "x" * 99_000 + "end").endswith("x" * 20 + "end")
 
 
-def test_forks_of_one_workspace_do_not_wait_for_each_other(site: Site) -> None:
+# === Hosts: any that ssh reaches (promise 9) ===
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_sessions_opened_ahead_begin_under_every_login_shell(site: Site, shell: str) -> None:
+    host = site.login(shell)
+    assert in_library(Repo(site, odd=True), """
+workspace = cmux_ssh.Project(".").create("main", sys.argv[1])
+def warm():
+    wait_ready(sys.argv[2])
+    return workspace
+print(warm().exec(["printf", "<%s>", "it's", "!x"]).stdout, warm().write("a\\n'b", "one\\n")["created"], warm().read("a\\n'b").data,
+      warm().edit("a\\n'b", [{"old": "one", "new": "two"}])["diff"].count("two"), warm().exec(["cat"], stdin=b"in").stdout)
+""", host, str(site.dir / f"log-{host}")) == "b\"<it's><!x>\" True b'one\\n' 1 b'in'\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["master", "direct"])
+def test_a_server_that_ends_silent_channels_ends_no_command_of_ours(site: Site, tuned: Callable[..., None], way: str) -> None:
+    site.daemon("hasty", "ChannelTimeout session:command=3s")
+    repo, nap = Repo(site), unique()
+    env = {"CMUX_SSH_COMMAND": ssh_without_masters(site)} if way == "direct" else {}
+    assert repo.cli("new", "-H", "hasty", "main", env=env).code == 0
+    talk = "for i in 1 2 3 4 5 6; do echo $i; sleep 1; done"
+
+    def streamed(line: str) -> Tuple[int, bytes]:
+        child = repo.start("exec", "-w", "main", "--", line, stdin=subprocess.PIPE, env=env)
+        code = child.wait(30)  # its stdin stays open all the while
+        return code, child.stdout.read() + child.stderr.read()  # type: ignore[union-attr]
+    assert streamed(talk) == (0, b"1\n2\n3\n4\n5\n6\n"), "the guard is not silent while the command talks"
+    lost = repo.cli("exec", "-n", "-w", "main", "--", f"sleep {nap}", env=env)
+    refused(lost, 255, words="ChannelTimeout")
+    tuned(BEAT_MOST=1)
+    assert streamed("sleep 6; echo end") == (0, b"end\n")
+    assert repo.cli("exec", "-n", "-w", "main", "--", "sleep 6; exit 7", env=env).code == 7
+    assert repo.cli("exec", "-n", "-w", "main", "--timeout", "6", "--", f"sleep {nap}", env=env).code == 124
+    gone(f"sleep {nap}")
+
+
+def minimal_path(site: Site, *more: str) -> str:
+    """A directory with the POSIX utilities busybox has, and the named programs of this machine."""
+    directory = site.dir / "-".join(("bin", *more))
+    directory.mkdir()
+    applets = subprocess.run([program("busybox"), "--list"], stdout=subprocess.PIPE, check=True).stdout.decode().split()
+    for name in POSIX:
+        if name in applets:
+            (directory / name).symlink_to(program("busybox"))
+        elif shutil.which(name):
+            (directory / name).symlink_to(program(name))
+    for name in more:
+        (directory / name).symlink_to(program(name))
+    return str(directory)
+
+
+def test_a_host_with_only_posix_utilities_is_enough(site: Site) -> None:
+    site.inetd("bare", shell="busybox", env={"PATH": minimal_path(site)})
+    repo, nap = Repo(site, odd=True), unique()
+    assert site.ssh("bare", "command -v git bash python3 timeout setsid base64 sha256sum gzip").stdout.split()[1:] == []
+    ran = repo.exec("printf '<%s>' \"it's\"; exit 9", host="bare")
+    assert (ran.code, ran.out, ran.err) == (9, b"<it's>", b"")
+    assert tree_of(repo.path()) == repo.tree()
+    assert repo.exec(f"echo early; sleep {nap} & sleep {nap}", host="bare", options=["--timeout", "1"]).code == 124
+    gone(f"sleep {nap}")
+    assert repo.cli("new", "-H", "bare", "second").code == 0
+    assert tree_of(repo.path("second")) == repo.tree()
+
+
+def test_a_host_with_busybox_and_git_is_enough(site: Site) -> None:
+    site.inetd("small", shell="busybox", env={"PATH": minimal_path(site, "git")})
+    repo = Repo(site, odd=True)
+    assert repo.exec("git status --porcelain; git log --format=%s | wc -l", host="small").out.strip() == b"1"
+
+
+def test_a_server_that_refuses_a_second_session_per_connection_works(site: Site) -> None:
+    """What gateways and tiny servers do; the sessions go over connections of their own."""
+    site.daemon("single", "MaxSessions 1")
     repo = Repo(site)
-    site.daemon("slow", env=replaced(site, cp=f"""case "$*" in -RpP*) : >{site.dir}/copy-$$; n=0
-while [ $(ls {site.dir} | grep -c copy-) -lt 4 ]; do sleep 0.1; [ $((n+=1)) -lt 200 ] || exit 1; done;; esac"""))
-    assert repo.cli("new", "-H", "slow", "main").code == 0
     with ThreadPoolExecutor(4) as pool:
-        assert [ran.code for ran in pool.map(lambda n: repo.cli("fork", "-w", "main", "k%d" % n), range(4))] == [0] * 4
-    assert set(repo.workspaces()) == {"main", "k0", "k1", "k2", "k3"}
+        runs = list(pool.map(lambda n: repo.exec(f"echo {n}; sleep 0.3", host="single"), range(4)))
+    assert [r.out for r in runs] == [b"%d\n" % n for n in range(4)], runs
 
 
-def test_a_forced_push_to_the_same_base_takes_back_nothing_that_was_pulled(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    do(repo, "echo 1 >agents; git add agents; git commit -qm agentwork")
-    assert repo.cli("pull").code == 0
-    pulled = repo.git("rev-parse", "cmux/main")
-    assert repo.cli("push", "--force").code == 0
-    assert "Nothing new" in repo.cli("pull").text and repo.git("rev-parse", "cmux/main") == pulled
-    do(repo, "echo 2 >second")
-    refused(repo.cli("pull"), 1, words="lacks ('agents')")
-    assert repo.cli("pull", "--branch", "other").code == 0
-    refused(repo.cli("pull"), 1, words="lacks ('agents')")
+def test_pipes_that_cannot_be_made_leave_none_open(shared: Repo) -> None:
+    assert in_library(shared, """
+import os, resource
+workspace = cmux_ssh.Project(".", warm=0).workspace("main")
+workspace.exec("true")
+held = [os.dup(2)]
+resource.setrlimit(resource.RLIMIT_NOFILE, (held[0] + 40, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+def fill():
+    before = len(held)
+    try:
+        while True:
+            held.append(os.dup(2))
+    except OSError:
+        return len(held) - before
+fill()
+failed = 0
+for spare in range(12):
+    for _ in range(spare):
+        os.close(held.pop())
+    try:
+        workspace.exec("true")
+    except (cmux_ssh.CmuxError, OSError):
+        failed += 1
+    found = fill()
+    print(found) if found != spare else None
+for fd in held:
+    os.close(fd)
+print(failed > 5, workspace.exec("exit 3").exit_code)
+""") == "True 3\n"
 
 
-def test_what_was_dirty_is_not_the_agents(repo: Repo) -> None:
-    repo.write("mine", b"edited\n")
-    assert repo.cli("new", "-H", "box", "--dirty", "main").code == 0
-    do(repo, "echo 1 >agents")
-    assert repo.cli("pull").code == 0
-    repo.git("checkout", "cmux/main", "--", "agents")
-    (repo.dir / "mine").unlink()
-    repo.git("commit", "-qm", "took agents")
-    assert repo.cli("push").code == 0
-    do(repo, "echo 2 >second")
-    pulled = repo.cli("pull")
-    assert pulled.code == 0 and repo.git("show", "cmux/main:second") == "2", pulled
+def test_a_process_that_was_waited_for_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number may be a stranger's by now. (From inside: no number can be had a second time on purpose.)"""
+    struck: List[int] = []
+    monkeypatch.setattr(os, "killpg", lambda pid, sig: struck.append(pid))
+    ended, running_on = c.spawn(["/bin/true"]), c.spawn(["/bin/sh", "-c", "read x"], stdin=-1)
+    ended.wait()
+    c.kill_group(ended)
+    assert struck == []
+    threading.Timer(1, running_on.kill).start()
+    c.kill_group(running_on)
+    assert struck == [running_on.pid]
 
 
-def test_only_bytes_that_wait_on_stdin_are_refused_to_several(repo: Repo) -> None:
-    ours, theirs = socket.socketpair()
-    ours.shutdown(socket.SHUT_WR)
-    read, write = os.pipe()
-    assert repo.cli("new", "-H", "box", "a", "b").code == 0
-    for stdin, code in ((theirs.fileno(), 0), (os.open(os.devnull, os.O_RDONLY), 0), (read, 0), (read, 125)):
-        if code:
-            os.write(write, b"x")
-        child = repo.start("exec", "-w", "a", "-w", "b", "--", "true", stdin=stdin)
-        assert b"passes stdin on to none" in child.communicate(timeout=60)[1] or not code
-        assert child.returncode == code
-    ours.close(), theirs.close()
+def test_a_client_without_multiplexing_works(repo: Repo, site: Site) -> None:
+    """An ssh that knows no masters: the calls take one connection each."""
+    ran = repo.exec("cat; exit 4", stdin=BINARY, env={"CMUX_SSH_COMMAND": ssh_without_masters(repo.site)})
+    assert (ran.code, ran.out, ran.err) == (4, BINARY, b"")
 
 
-def test_commits_that_a_remote_ref_has_too_are_told(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    do(repo, "echo W >w; git add w; git commit -qm sent; git update-ref refs/remotes/foo/bar HEAD; git reset -q --hard HEAD~1")
-    refused(repo.cli("rm", "main"), 1, words="sent")
+@pytest.mark.parametrize("programs", ["plain", "gzip", "gzip, near", "false gzip", "gzip that stops", "gzip that hangs"])
+def test_whatever_gzip_the_host_has_the_archive_arrives_or_is_refused(site: Site, tuned: Callable[..., None], programs: str) -> None:
+    """As if it were far away, and near."""
+    path = Path(minimal_path(site))
+    scripts = {"false gzip": "cat >/dev/null; echo gzip", "gzip that stops": f"head -c 60000 | {program('gzip')} -dc",
+               "gzip that hangs": f"[ -n \"$ONCE\" ] || {program('gzip')} -dc; [ -f {site.dir}/once ] && exec sleep 600; : >{site.dir}/once"}
+    if programs != "plain":
+        real = f'exec {program("gzip")} "$@"'
+        (path / "gzip").write_text(f"#!/bin/sh\n[ \"$1\" ] || {real}\n{scripts.get(programs, real)}\n")
+        (path / "gzip").chmod(0o755)
+    site.inetd("bare", shell="busybox", env={"PATH": str(path)})
+    tuned(GZIP_FROM="inf" if "near" in programs else 0, STALL_PATIENCE=4, CALL_PATIENCE=15)
+    repo = Repo(site, files={"text": source_text(4 << 20)})
+    made = repo.cli("new", "-v", "-H", "bare", "w", seconds=120)
+    if "gzip that" in programs or programs == "false gzip":
+        assert made.code == (255 if "hangs" in programs else 1) and made.said.strip() and repo.workspaces() == {}, made
+        (path / "gzip").unlink()
+        made = repo.cli("new", "-v", "-H", "bare", "w", seconds=120)
+    assert made.code == 0 and tree_of(repo.path("w")) == repo.tree(), made
+    assert ("compressed to" in made.said) == (programs == "gzip"), made
 
 
-def test_a_refused_push_leaves_nothing_to_settle_and_a_damaged_project_does_not_hide_others(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    do(repo, "echo 1 >agents")
+def test_a_tar_that_goes_on_for_long_after_the_last_byte_is_waited_for_and_shown(site: Site, tuned: Callable[..., None]) -> None:
+    slow = site.dir / "slow" / "tar"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\n{program("tar")} "$@"; r=$?; sleep 5; exit $r\n')
+    slow.chmod(0o755)
+    site.inetd("slow", env={"PATH": f"{slow.parent}:{os.environ['PATH']}"})
+    tuned(STALL_PATIENCE=2)
+    terminal = on_terminal(site, "new", "-H", "slow", "main", cwd=Repo(site).dir)
+    terminal.expect(rb"main: unpacking")
+    assert terminal.wait() == 0 and not any("unpacking" in line for line in terminal.lines()), terminal.output
+
+
+def test_an_init_hook_on_a_noexec_file_system_is_said(repo: Repo, site: Site) -> None:
+    """What sh says of it: bash, dash and mksh have no `test -x` there, others fail to run it."""
+    if os.geteuid() != 0 or not sys.platform.startswith("linux"):
+        pytest.skip("only root mounts")
+    repo.write(".cmux/init", b"#!/bin/sh\ntouch ran\n", 0o755)
     repo.commit()
-    refused(repo.cli("push"), 1, words="agents")
-    (file,) = (repo.site.state / "projects").glob("*.json")
-    assert "intent" not in file.read_text()
-    other = repo.site.state / "projects" / "zz.json"
-    other.write_text("damaged")
-    other.chmod(0o600)
-    listed = repo.cli("list", "--all-projects")
-    assert "main" in listed.text and "is damaged" in listed.said, listed
+    root = repo.site.far_home() / "cmux"
+    root.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "noexec", "none", str(root)], check=True)
+    try:
+        made = repo.cli("new", "-H", "box", "main")
+        assert made.code == 0 and "failed with status 126" in made.said and "noexec" in made.said, made
+        assert not (repo.path() / "ran").exists()
+    finally:
+        subprocess.run(["umount", "-l", str(root)], check=True)
 
 
-def test_a_job_sees_every_name_and_the_hosts_umask(shared: Repo) -> None:
-    names = ["d", "s", "i", "e", "r", "n", "k", "m", "w", "x"]
-    env = [word for name in names for word in ("--env", f"{name}=value-of-{name}")]
-    print_all = "; ".join(f'echo {name}="${name}"' for name in names) + "; umask"
-    here = shared.cli("exec", "-w", "main", *env, "--", print_all)
-    job = shared.cli("exec", "-w", "main", "--detach", *env, "--", print_all).text.strip()
-    assert shared.cli("wait", job).code == 0
-    assert shared.cli("logs", job).text == here.text and "s=value-of-s" in here.text
-
-
-def test_a_supervisor_that_is_slow_to_start_is_waited_for(site: Site) -> None:
-    repo = Repo(site)
-    site.inetd("slow", env=replaced(site, setsid=f"""case "$1 $2" in "-f true") ;; "-f "*) shift
-exec {program("setsid", "util-linux")} -f sh -c 'sleep 2.5; exec "$@"' sh "$@";; esac"""))
-    started = repo.cli("exec", "-H", "slow", "--detach", "--", "echo ran")
-    assert started.code == 0 and re.match(r"j[0-9a-f]{8}\n", started.text), started
-    assert repo.cli("wait", started.text.strip()).code == 0 and repo.cli("logs", started.text.strip()).out == b"ran\n"
-
-
-def test_jobs_of_a_busybox_host_run_and_hold_up_rm(site: Site) -> None:
-    repo, folder, nap = Repo(site), site.dir / "busy-bin", unique()
-    folder.mkdir()
-    applets = subprocess.run([program("busybox", "busybox"), "--list"], stdout=subprocess.PIPE, check=True).stdout.decode().split()
-    for name in applets:
-        (folder / name).symlink_to(program("busybox"))
-    for name in ("cksum", "git"):
-        if not (folder / name).exists():
-            (folder / name).symlink_to(program(name))
-    site.inetd("busy", env={"PATH": str(folder)})
-    job = repo.cli("exec", "-H", "busy", "--detach", "--", f"echo begun; sleep {nap}; exit 7").text.strip()
-    rows = repo.cli("jobs", "--json").json
-    assert [row["state"] for row in rows if row["job"] == job] == ["running"], rows
-    refused(repo.cli("rm", "main"), 1, words="a job that runs")
-    refused(repo.cli("grep", "("), 1, words="pattern")
-    assert repo.cli("stop", job).code == 0
-    gone(f"sleep {nap}")
-    assert repo.cli("rm", "main").code == 0
-
-
-def test_a_fork_that_fails_over_read_only_directories_frees_its_name(site: Site) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to log in as somebody else")
-    repo = Repo(site)
-    drop = f'exec {program("setpriv", "util-linux")} --reuid 65534 --regid 65534 --clear-groups env HOME={site.dir}/nobody sh -c "$SSH_ORIGINAL_COMMAND"'
-    (site.dir / "nobody").mkdir()
-    os.chown(str(site.dir / "nobody"), 65534, 65534)
-    for path in (site.dir, *site.dir.parents):
-        if not path.stat().st_mode & 0o001:
-            path.chmod(path.stat().st_mode | 0o001)
-    site.daemon("nobody", f"ForceCommand {script(site.dir / 'drop', drop)}")
-    assert repo.cli("new", "-H", "nobody", "main").code == 0
-    do(repo, "mkdir -p go/mod; echo a >go/mod/a; echo b >secret; chmod -R a-w go; chmod 0 secret")
-    failed = repo.cli("fork", "-w", "main", "b")
-    assert failed.code == 1 and "secret" in failed.said, failed
-    do(repo, "chmod 600 secret")
-    assert repo.cli("fork", "-w", "main", "b").code == 0
-    assert repo.cli("rm", "--force", "b").code == 0
+def test_a_full_disk_or_readonly_home_on_the_host_is_said(repo: Repo, site: Site) -> None:
+    """A file where the directory should be fails for root, too."""
+    (repo.site.far_home() / "cmux").write_text("in the way")
+    made = repo.cli("new", "-H", "box", "a")
+    assert made.code == 1 and "cmux" in made.said and repo.workspaces() == {}, made
 
 
 @pytest.mark.parametrize("shell", ["dash", "bash", "mksh"])
@@ -3214,18 +2629,6 @@ def test_a_cdpath_of_the_host_misleads_no_script(site: Site, shell: str) -> None
     assert not [p for p in trap.rglob("*") if p.name not in ("cmux", ".cmux", "sub")]
 
 
-def test_grep_says_when_a_nul_hides_the_rest_and_loses_no_next_file(shared: Repo) -> None:
-    do(shared, "mkdir nul && cd nul && { seq 1 30000 | sed 's/00$/ ERROR/'; printf 'x\\0y\\n'; seq 1 9000 | sed 's/00$/ ERROR/'; } >a.log && echo ERROR >b.log && "
-               "printf 'E\\0\\nERROR\\n' >c.bin && echo ERROR >d.log")
-    try:
-        found = shared.cli("grep", "-w", "main", "ERROR", "--glob", "nul/**", "--json").json
-        assert {row["path"] for row in found["matches"]} >= {"nul/a.log", "nul/b.log", "nul/d.log"}
-        assert found["truncated"]
-        assert not shared.cli("grep", "-w", "main", "ERROR", "--glob", "nul/[bcd].*", "--json").json["truncated"]
-    finally:
-        do(shared, "rm -r nul")
-
-
 def test_a_home_with_a_newline_is_refused(site: Site) -> None:
     repo, home = Repo(site), site.dir / "new\nline"
     home.mkdir()
@@ -3235,163 +2638,396 @@ def test_a_home_with_a_newline_is_refused(site: Site) -> None:
     assert not repo.workspaces()
 
 
-def test_an_edit_of_many_places_is_soon_told(area: Area) -> None:
-    def edited(*edits: Dict[str, Any]) -> str:
-        return str(area.talker("edit", path=area.p("many"), edits=edits)["diff"])
-    area.put("many", b"".join(b"line %d of many\n" % n for n in range(19000)))
-    assert edited(*({"old": "line %d of" % n, "new": "LINE %d of" % n} for n in range(0, 19000, 19))) == "(too much changed for a diff)"
-    ends = edited({"old": "LINE 0 of", "new": "first\nline 0 of"}, {"old": "18999 of many\n", "new": "18999 of many\nlast\n"})
-    assert re.findall(r"^\+.*", ends, re.M)[1:] == ["+first", "+line 0 of many", "+last"]
+def refused(answer: Answer, code: int, words: str = "") -> None:
+    """One clear message: the right code, nothing on stdout, no traceback, not a wall of text."""
+    assert answer.code == code, answer
+    assert answer.out == b"" and answer.said.strip() and answer.said.count("\n") <= 4, answer
+    assert words.lower() in answer.said.lower(), answer
+    assert not set(answer.err) & set(b"\x1b\x07\x9b\r"), answer
 
 
-def test_brackets_of_a_glob_are_as_in_sh(shared: Repo, area: Area) -> None:
-    rows = [("x[a&&b]", "x&", "xc"), ("x[a||b]", "x|", "xc"), ("[!]a]x", "bx", "]x"), ("[]a]x", "]x", "bx"), ("[a-c]x", "bx", "-x"), ("[^a]x", "bx", "ax"),
-            ("[[]x", "[x", "]x"), ("[!-x]", "5", "x"), ("[!-x]", "a", "-"), ("x[--0]", "x.", "x1"), ("[a--]", "-", "b")]
-    for _, yes, no in rows:
-        area.put(yes, b""), area.put(no, b"")
-    own = Agent(shared)
-    for pattern, yes, no in rows:
-        found = own("glob", pattern=area.p(pattern))["paths"]
-        assert area.p(yes) in found and area.p(no) not in found, pattern
-    for wrong in ("[[:alpha:]]x", "[z-a]"):
-        own.refusal("glob", pattern=wrong)
-    assert own.close()[2] == b"", "a warning of re's"
+BAD_HOSTS = ["-oProxyCommand=touch trap", "-F", "--", "", " ", "@", "@h", "u@", "a b", "a\nb", "a\tb", "a;b", "a|b", "a&b", "a$(id)", "$HOME", "`id`@h", "u'@h", 'u"@h',
+             "h>x", "h<x", "{a,b}", "a,b", "h(x)", "-x@h", "u@-x", "u$HOME@h", "u v@h", "u\\@h", "a\\b", "u@a\\", "u{@h", "u@h;", "\x1b]0;x\x07", "\u202eh", "\u202e@h", "\x9bh",
+             "h\x7f", "h\u3000", "ssh://-oProxyCommand=x", "ssh://u%24HOME@h", "ssh://u%0a@h", "ssh://-u@h", "ssh://", "ssh://h/x", "ssh://u@v@h", "ssh://h:0", "ssh://h:65536",
+             "a" * 2000, "u@h\n", "\0h"]
 
 
-def test_matches_that_overlap_are_ambiguous(area: Area) -> None:
-    file = area.put("f", b"aaa\n")
-    assert re.search(r"2 times in '\S*f' .at lines 1, 1., not 1", area.talker.refusal("edit", path=area.p("f"), edits=[{"old": "aa", "new": "b"}]))
-    area.put("f", b"aaaa\n")
-    assert area.talker("edit", path=area.p("f"), edits=[{"old": "aa", "new": "b", "count": 2}]) and file.read_bytes() == b"bb\n"
+GOOD_HOSTS = ["box", "root@box", "u.s-e_r+1@a.b-c_d", "127.0.0.1", "::1", "u@fe80::1", "ssh://u@h:2222", "coder.dev-1", "prod/web", "web+1", "a~b", "k8s/pod=1", "h\u00e4us", "host.",
+              "fe80::1%eth0", "DOMAIN\\ada@host", "ada%root%10.0.0.5@psmp", "target:ssh:ada@wallix", "ada#asset@jump", "role=admin,ada@host", "ssh://DOM%5cada@h.",
+              "u@a@" + "b" * 250]
 
 
-def test_an_ignored_sigchld_makes_no_failure_a_success(repo: Repo, site: Site) -> None:
-    assert repo.cli("secrets", "set", "T", "--command", "echo abcdefg; exit 7").code == 0
-    command = [sys.executable, "-c", "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.executable, [sys.executable] + sys.argv[1:])",
-               str(PROGRAM), "exec", "-H", "box", "--", "echo ran"]
-    done = subprocess.run(command, cwd=str(repo.dir), env=repo.site.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert done.returncode == 125 and done.stdout == b"" and b"failed with status 7" in done.stderr, done
+@pytest.mark.parametrize("way", ["option", "environment", "git config"])
+def test_hostile_host_strings_are_refused_before_anything_is_started(repo: Repo, way: str, site: Site) -> None:
+    log = repo.site.dir / "was-called"
+    shim = script(repo.site.dir / "shim", f"touch {log}\nexit 255")
+    for host in BAD_HOSTS:
+        if way != "option" and (not host.strip() or "\0" in host) or "\0" in host:
+            continue  # an empty variable is an unset one; NUL cannot be in an argument
+        env, args = {"CMUX_SSH_COMMAND": str(shim)}, ["exec", "--", "true"]
+        if way == "option":
+            args[1:1] = [f"--host={host}"]
+        elif way == "environment":
+            env["CMUX_SSH_HOST"] = host
+        else:
+            repo.git("config", "cmux.host", host)
+        refused(repo.cli(*args, env=env), 125)
+        assert not log.exists() and not (repo.dir / "trap").exists(), host
 
 
-def test_a_secret_command_that_closes_its_output_and_goes_on_is_ended(repo: Repo) -> None:
-    nap = unique()  # from inside: of its own it is given two minutes
-    assert repo.cli("secrets", "set", "T", "--command", f"printf hunter2; exec >&- 2>&-; exec sleep {nap}").code == 0
-    assert in_library(repo, """
-run = cmux_ssh.run
-cmux_ssh.run = lambda *words, **more: run(*words, **dict(more, patience=1))
-try:
-    cmux_ssh.Project(".").ensure("main", "box").exec("true")
-except cmux_ssh.CmuxError as error:
-    print(error)
-""") == "The command for the secret T: A local command did not end in time.\n"
-    gone(f"sleep {nap}")
+def test_honest_host_strings_reach_ssh(repo: Repo, site: Site) -> None:
+    log, shim = repo.site.dir / "argv", repo.site.dir / "shim"
+    shim.write_text(f'#!/bin/sh\nfor a in "$@"; do printf "%s\\n" "$a"; done >>{log}\nexit 255\n')
+    shim.chmod(0o755)
+    for host in GOOD_HOSTS:
+        ran = repo.exec("true", host=host, env={"CMUX_SSH_COMMAND": str(shim)})
+        assert ran.code == 255 and host in log.read_text().splitlines(), ran
+        assert shlex.split(re.findall("`(.*)`", ran.said)[0])[-1] == host, "and the command to paste names it"
 
 
-def test_a_state_directory_that_cannot_be_written_is_said(repo: Repo, site: Site) -> None:
-    """On a file system mounted read only, in a namespace of its own: root writes to any other."""
-    assert repo.exec("true").code == 0
-    state = repo.site.state
-    mount = f"mount --bind {state} {state} && mount -o remount,bind,ro {state} && exec \"$@\""
-
-    def run(*args: str) -> "subprocess.CompletedProcess[bytes]":
-        return subprocess.run([program("unshare", "util-linux"), "-m" if os.geteuid() == 0 else "-rm", "sh", "-c", mount, "sh", sys.executable, str(PROGRAM), *args],
-                              cwd=str(repo.dir), env=repo.site.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
-    assert run("list").returncode == 0
-    for args, code in ((["exec", "--", "true"], 125), (["new", "other", "-H", "box"], 1), (["secrets", "set", "X", "--command", "echo"], 1)):
-        done = run(*args)
-        assert done.returncode == code and done.stdout == b"" and b"Traceback" not in done.stderr, done
-        assert done.stderr.count(b"\n") == 1 and b"Read-only file system" in done.stderr, done
-    assert repo.exec("echo again").out == b"again\n"
+def test_a_host_and_a_user_that_only_openssh_itself_restricts_work(repo: Repo, site: Site) -> None:
+    """From the option to the state file and back, and in what a hint tells to run."""
+    site, user = repo.site, getpass.getuser()
+    for n, host in enumerate(["k8s/pod=1", "h\u00e4us", "a~b", f"{user}@web+1"]):
+        site.host(host.rpartition("@")[2], "HostName 127.0.0.1", f"Port {site.port}")
+        assert repo.exec("echo up", host=host, options=["-w", f"w{n}"]).out == b"up\n"
+        assert repo.cli("exec", "-w", f"w{n}", "--", "echo up").out == b"up\n" and repo.workspaces()[f"w{n}"]["host"] == host
+    site.inetd("locked", "DenyUsers *")
+    said = repo.exec("true", host="DOMAIN\\ada@locked").said
+    assert site.environment()["CMUX_SSH_COMMAND"] + " 'DOMAIN\\ada@locked' true" in said, said
 
 
-def test_a_relative_state_directory_is_refused(repo: Repo) -> None:
-    """It would be another one in each directory, and the secrets a part of the repository."""
-    for args, code in ((["secrets", "set", "X"], 2), (["list"], 2), (["exec", "-H", "box", "--", "true"], 125)):
-        said = repo.cli(*args, env={"CMUX_SSH_HOME": "state/here"}, stdin=b"value")
-        assert said.code == code and "CMUX_SSH_HOME" in said.said and said.said.count("\n") == 1, said
-    assert repo.git("status", "--porcelain", "--ignored") == ""
+def test_a_host_that_does_not_resolve_or_refuses_or_hangs_up_is_255_and_said(repo: Repo, site: Site) -> None:
+    site = repo.site
+    refused(repo.exec("true", host="no-such-host.invalid"), 255, words="no-such-host.invalid")
+    site.host("closed", "HostName 127.0.0.1", f"Port {free_port()}")
+    refused(repo.exec("true", host="closed"), 255, words="refused")
+    site.line("hangs-up").refuse = True
+    refused(repo.exec("true", host="hangs-up"), 255, words="hangs-up")
+    refused(repo.cli("new", "-H", "closed", "a"), 255)
+    assert repo.workspaces() == {}
+
+
+COLD_PROXY = "exec >&-; while kill -0 $PPID 2>&-; do :; done; echo spoken late >&2; exit 1"  # ssh sends it a SIGHUP before it speaks
+
+
+@pytest.mark.parametrize("proxy, words", [("echo my proxy is broken >&2; exit 1", "my proxy is broken"), (COLD_PROXY, "spoken late"), ("exit 1", "doctor h"),
+                                          ("echo You are not logged in. >&2; exit 1' coder '", "coder login")])
+def test_a_proxy_that_gives_no_connection_is_told_by_its_own_words(repo: Repo, proxy: str, words: str, site: Site) -> None:
+    repo.site.host("h", f"ProxyCommand sh -c '{proxy}'")
+    for _ in range(2):  # then the failure is remembered, and one try made
+        refused(repo.exec("true", host="h"), 255, words=words)
+    assert repo.cli("doctor", "h").code == 255 and repo.workspaces() == {}
+
+
+def test_a_key_that_is_not_accepted_is_255_and_said(repo: Repo, site: Site) -> None:
+    repo.site.inetd("stranger", config=[f"IdentityFile {repo.site.keys.stranger}"])
+    config = repo.site.config.read_text().replace(f"  IdentityFile {repo.site.keys.user}\n", "  # no other key\n")
+    repo.site.config.write_text(config)
+    refused(repo.exec("true", host="stranger"), 255, words="stranger")
+
+
+def test_more_keys_than_the_server_lets_try_are_said(repo: Repo, site: Site) -> None:
+    site = repo.site
+    site.daemon("bare-h", "MaxAuthTries 3", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig"])
+    with agent(site) as env:
+        for n in range(3):
+            more = str(site.dir / f"key{n}")
+            subprocess.run([program("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", more], check=True)
+            subprocess.run([program("ssh-add"), "-q", more], env=site.environment(env), check=True)
+        subprocess.run([program("ssh-add"), "-q", str(site.keys.user)], env=site.environment(env), check=True)
+        ran, found = repo.exec("true", host="bare-h", env=env), repo.cli("doctor", "bare-h", env=env)
+        terminal = on_terminal(site, "exec", "-H", "bare-h", "--", "true", cwd=repo.dir, env=env)
+        assert terminal.wait() == 255 and b"question" not in terminal.output, "nobody could answer it"
+    for said in (ran.said, found.text):
+        assert "too many keys were tried" in said and "IdentitiesOnly yes, and IdentityFile" in said and "accepted none" not in said, said
+    assert (ran.code, found.code) == (255, 255)
+
+
+@pytest.mark.parametrize("words", [("exec", "-H", "box", "--", "true"), ("new", "-H", "box", "main"), ("doctor", "box"), ("batch", "-H", "box")], ids=lambda words: words[0])
+def test_an_ssh_before_7_8_is_refused_in_one_sentence(repo: Repo, words: Tuple[str, ...], site: Site) -> None:
+    """It does not know SetEnv."""
+    env = {"CMUX_SSH_COMMAND": in_sshs_place(repo.site, 'for a; do case $a in -V) echo OpenSSH_7.7p1 >&2; exit;; SetEnv=*)\n'
+                                             'echo "command-line: line 0: Bad configuration option: setenv" >&2; exit 255;; esac; done; exec $ssh "$@"')}
+    ran = repo.cli(*words, env=env, stdin=b'{"tool": "exec", "arguments": {"command": "true"}}\n')
+    said = ran.said + ran.text
+    assert ran.code == {"doctor": 1, "batch": 1}.get(words[0], 255) and said.count("OpenSSH 7.8 or newer") == 1 and "may still run" not in said, ran
+    assert repo.workspaces() == {} and "Accepted" not in repo.site.log()
+
+
+def test_a_server_that_turns_this_address_away_is_waited_for_and_then_named(repo: Repo, site: Site) -> None:
+    """OpenSSH 9.8 and later say so before their banner, for MaxStartups and for a penalty."""
+    line, words = repo.site.line("far"), b"Not allowed at this time\r\n"
+    line.away = (2, words)
+    assert repo.exec("echo in", host="far").out == b"in\n" and line.connections == 3
+    line.away = (99, words)
+    line.drop()
+    ran = repo.exec("true", host="far", options=["--timeout", "4"])
+    assert ran.code == 255 and "far turns this address away" in ran.said, ran
+    assert "far turns this address away" in repo.cli("doctor", "far").text
+
+
+def test_a_host_that_says_nothing_is_given_up_within_the_configured_time(repo: Repo, site: Site) -> None:
+    line = repo.site.line("silent", "ConnectTimeout 2")
+    line.stall()
+    ran = repo.exec("true", host="silent", seconds=40)
+    refused(ran, 255, words="silent took the connection, and then said nothing")
+    assert "doctor silent" in ran.said and line.connections == 1, "it is no drop, which would be tried again"
+
+
+@pytest.mark.parametrize("entry, named", [("HostKeyAlias Box.new", "box.new"), ("", "[127.0.0.1]:{port}"), ("UserKnownHostsFile {first} {second}", "[127.0.0.1]:{port}")])
+def test_the_command_told_for_a_changed_key_makes_ssh_forget_it(repo: Repo, entry: str, named: str, site: Site) -> None:
+    site = repo.site
+    first, second = site.dir / "known one", site.dir / "known'2"
+    site.daemon("bare-h", config=[entry.format(first=f'"{first}"', second=f'"{second}"'), f'UserKnownHostsFile "{second}"', f"IdentityFile {site.keys.user}", "IdentitiesOnly yes"])
+    first.write_text(f"other {public(site.keys.host)}\n")
+    second.write_text(f"{named.format(port=site.ports['bare-h'])} {public(site.keys.other_host)}\n")
+    told = repo.exec("true", host="bare-h")
+    refused(told, 255, words="has changed")
+    command = told.said.split("only then: ")[1]
+    doctor = next(row for row in repo.cli("doctor", "bare-h", "--json").json if row["what"] == "connect")
+    assert doctor["fix"].endswith(command.strip())
+    assert subprocess.run(["sh", "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode == 0, command
+    refused(repo.exec("true", host="bare-h"), 255, words="not known")
+
+
+@pytest.mark.parametrize("trouble, answers_, code, words", [
+    ("unknown", [("yes/no", "no")], 255, "not known"), ("unknown", [("yes/no", "yes")], 0, "it ran"), ("changed", [], 255, "ssh-keygen -f"), ("strict", [], 255, "not known"),
+    ("passphrase", [("passphrase", "right")], 0, "it ran"), ("passphrase", [("passphrase", "wrong"), ("passphrase.*passphrase", "")], 255, "accepted none")])
+def test_on_a_terminal_ssh_asks_once_and_what_came_of_it_is_told(repo: Repo, trouble: str, answers_: List[Tuple[str, str]], code: int, words: str, site: Site) -> None:
+    site, key = repo.site, repo.site.dir / "locked"
+    if trouble == "passphrase":
+        shutil.copy(str(site.keys.user), str(key))
+        subprocess.run([program("ssh-keygen", "openssh-client"), "-q", "-p", "-P", "", "-N", "right", "-f", str(key)], check=True, stdout=subprocess.DEVNULL)
+        site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig", f"IdentityFile {key}", "IdentitiesOnly yes"])
+    else:
+        site.daemon("h", host_key=site.keys.other_host, config=[f"StrictHostKeyChecking {'yes' if trouble == 'strict' else 'ask'}", f"HostKeyAlias {'rig' if trouble == 'changed' else 'new'}"])
+    terminal = on_terminal(site, "exec", "-H", "bare-h" if trouble == "passphrase" else "h", "--", "echo it ran", cwd=repo.dir)
+    for question, answer in answers_:
+        terminal.expect(b"(?s)" + question.encode())
+        terminal.send(answer.encode() + b"\r")
+    assert terminal.wait() == code, terminal.output
+    assert words.encode() in terminal.output and b"debug1" not in terminal.output and b"no reason" not in terminal.output
+    assert (b"may have a question" in terminal.output) == bool(answers_), terminal.output
+
+
+@pytest.mark.parametrize("lost", ["passphrase", "agent"])
+def test_a_login_that_needed_a_person_serves_all_that_comes_after(repo: Repo, lost: str, site: Site) -> None:
+    """A key whose passphrase was typed once, or that has left the agent since. Nothing knocks in vain for long: failed logins cost penalties."""
+    site, key, words = repo.site, repo.site.dir / "locked", ("exec", "-H", "bare-h", "--", "echo work >>README")
+    shutil.copy(str(site.keys.user), str(key))
+    subprocess.run([program("ssh-keygen"), "-q", "-p", "-P", "", "-N", "right", "-f", str(key)], check=True, stdout=subprocess.DEVNULL)
+    site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig"] + ["IdentitiesOnly yes", f"IdentityFile {key}"] * (lost == "passphrase"))
+    with agent(site) as env:
+        def asked(*words: str) -> None:
+            terminal = on_terminal(site, *words, cwd=repo.dir, env=env)
+            terminal.expect(b"passphrase")
+            terminal.send(b"right\r")
+            assert terminal.wait() == 0, terminal.output
+        if lost == "passphrase":
+            asked(*words)
+        else:
+            subprocess.run([program("ssh-add"), "-q", str(site.keys.user)], env=site.environment(env), check=True)
+            assert repo.cli(*words, env=env).code == 0
+            subprocess.run([program("ssh-add"), "-q", "-d", str(site.keys.user)], env=site.environment(env), check=True, stderr=subprocess.DEVNULL)
+        before = site.log("bare-h").count("Connection from")
+        repo.write("big", os.urandom(600_000))
+        repo.commit()
+        for command in (("diff", "-w", "main"), ("pull", "-w", "main"), ("new", "-H", "bare-h", "big"), ("push", "-w", "main"), ("diff", "-w", "big"),
+                        ("rm", "main"), ("exec", "-w", "big", "--", "echo more >>README")):
+            assert repo.cli(*command, env=env).code == 0, command
+        assert tree_of(repo.path("big"))[b"big"] == repo.tree()[b"big"] and "work" in repo.git("show", "cmux/main:README")
+        assert site.log("bare-h").count("Connection from") - before == (lost == "agent"), "one try, and never again"
+        for master in site.masters():
+            kill(master.pid)
+        if lost == "passphrase":
+            asked("pull", "-w", "big")
+        else:
+            refused(repo.cli("pull", "-w", "big", env=env), 255, words="accepted none")
+            assert site.log("bare-h").count("Connection from") - before == 2
 
 
 @pytest.mark.slow
-@pytest.mark.promise(7)
-def test_a_client_killed_at_any_moment_leaves_a_registry_that_works(repo: Repo) -> None:
-    luck = random.Random(7)
-    for n in range(12):
-        child = repo.start("new", "-H", "box", f"k{n}")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(luck.uniform(0.02, 0.5))
-        kill(child.pid)
-        child.communicate()
-        assert repo.cli("list", "--json").code == 0
-    for name in list(repo.workspaces()):
-        assert tree_of(repo.path(name)) == repo.tree(), f"{name} is whole or not at all"
-    assert repo.cli("new", "-H", "box", "last").code == 0 and tree_of(repo.path("last")) == repo.tree()
+@pytest.mark.parametrize("root", ["~/else where", "~", "relative/x"])
+def test_contract_a_tilde_is_the_home_over_there(repo: Repo, root: str, site: Site) -> None:
+    assert repo.cli("new", "-H", "box", "--root", root, "main").code == 0
+    path = repo.workspaces()["main"]["path"]
+    home = str(repo.site.far_home())
+    assert path.startswith((root.replace("~", home, 1) if root.startswith("~") else f"{home}/{root}") + "/") and Path(path, "README").is_file()
+    assert repo.exec("cat README").out == b"hello\n"
+    assert repo.cli("read", "README").out == b"hello\n" and repo.cli("write", "w", stdin=b"w").code == 0 and repo.cli("edit", "w", "--old", "w", "--new", "v").code == 0
 
 
-@pytest.mark.parametrize("kind", ["world-writable", "symlink", "foreign"])
-def test_a_state_directory_others_can_change_is_not_used(repo: Repo, kind: str, site: Site) -> None:
-    state, real = repo.site.dir / "odd-state", repo.site.dir / "real"
-    if kind == "symlink":
-        real.mkdir(mode=0o777)
-        real.chmod(0o777)
-        state.symlink_to(real)
-    else:
-        state.mkdir()
-        state.chmod(0o777 if kind == "world-writable" else 0o755)
-    if kind == "foreign":
-        if os.geteuid() != 0:
-            return  # only root can make a directory of somebody else's
-        os.chown(state, 65534, 65534)
-    refused(repo.exec("true", env={"CMUX_SSH_HOME": str(state)}), 125, words=str(state))
-    assert not list(state.iterdir())
+def test_a_server_that_asks_for_the_agent_is_told_and_one_that_goes_on_is_left(repo: Repo, site: Site) -> None:
+    """What ssh writes into its log then was seen on a real one; no server here does it."""
+    words, name = "Warning: ssh server tried agent forwarding.\nWarning: this is probably a break-in attempt by a malicious server.\n", repo.site.dir / "name"
+    repo.site.env["CMUX_SSH_COMMAND"] = in_sshs_place(
+        repo.site, f'case " $* " in *" -M "*) for a; do [ "$p" != -E ] || echo "$a" >{name}; p=$a; done;; esac\nexec $ssh "$@"')
+    assert repo.exec("true").code == 0
+    log = name.read_text().strip()
+    with open(log, "a") as stream:
+        stream.write(words)
+    told = repo.exec("echo ran")
+    assert told.code == 0 and told.out == b"ran\n" and "WARNING: The server of box asked for this machine's agent" in told.said, told
+    with open(log, "a") as stream:
+        stream.write(words * 1000)
+    left = repo.exec("echo ran")
+    assert left.code == 255 and left.out == b"" and "Do not trust that machine" in left.said, left
+    until(lambda: not repo.site.masters(), "its master has ended")
+    again = repo.exec("echo ran")
+    assert again.code == 0 and not again.said, again
 
 
-def test_a_long_state_path_still_has_room_for_control_sockets(repo: Repo, site: Site) -> None:
-    deep = repo.site.dir / ("d" * 60) / ("e" * 60)
-    ran = repo.exec("cat", stdin=BINARY, env={"CMUX_SSH_HOME": str(deep)})
-    assert (ran.code, ran.out, ran.err) == (0, BINARY, b"")
-
-
-def test_a_state_path_with_a_percent_sign_is_taken_as_it_is(repo: Repo, site: Site) -> None:
-    """ssh expands %h and the like in a control path."""
-    env = {"CMUX_SSH_HOME": str(repo.site.dir / "a%hb%%c%d")}
-    assert [repo.exec("echo ok", env=env).out for _ in range(2)] == [b"ok\n", b"ok\n"]
-    assert len(repo.site.masters()) == 1 and sorted(p.name for p in repo.site.dir.glob("a*b*")) == ["a%hb%%c%d"]
-
-
-def test_what_is_remembered_of_a_host_outlives_no_clock_that_is_set_back(repo: Repo, site: Site) -> None:
-    """That masters are refused, that it was down: until a time of a clock that was 300 days ahead."""
-    site, line = repo.site, repo.site.line("far")
+def test_a_proxy_that_leaves_a_child_behind_does_not_keep_a_call(site: Site) -> None:
+    """A session of its own ends with its ssh, whoever holds its stderr."""
+    server = f"{program('sshd', 'openssh-server')} -i -f {site.sshd_config('kept')} -E {site.dir}/log-kept"
+    nap, work = unique(), unique()
+    site.host("kept", f"ProxyCommand sh -c 'sleep {nap} & exec {server}'")
+    repo = Repo(site)
     site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
+    assert repo.cli("new", "-H", "kept", "main").code == 0
+    try:
+        child = repo.start("exec", "--json", "--", f"sleep {work}")
+        until(lambda: running(f"sleep {work}"), "it runs")
+        for process in processes(environ=False):
+            words = process.cmdline.split(b"\0")
+            if b"kept" in words and b"-S" in words and b"none" in words:
+                kill(process.pid, signal.SIGKILL)
+        out, err = child.communicate(timeout=30)
+        assert child.returncode == 255 and json.loads(out)["error"]["type"] == "ConnectionLost", (out, err)
+    finally:
+        subprocess.run(["pkill", "-f", f"sleep {nap}"])
+
+
+@pytest.mark.parametrize("tar", ["bsdtar", "busybox"])
+def test_every_kind_of_tar_unpacks_the_same(site: Site, tar: str) -> None:
+    path = Path(minimal_path(site, "git"))
+    (path / "tar").unlink()
+    (path / "tar").symlink_to(program(tar, {"bsdtar": "libarchive-tools"}.get(tar, tar)))
+    site.inetd("other", shell="busybox", env={"PATH": str(path)})
+    repo = Repo(site, odd=True)
+    assert repo.cli("new", "-H", "other", "main").code == 0
+    assert tree_of(repo.path()) == repo.tree()
+    do = repo.cli("exec", "--", "echo agent >>plain.txt; rm empty; echo n >'new file'")
+    assert do.code == 0 and repo.cli("pull").code == 0
+    assert repo.git("diff", "--name-status", "main", "cmux/main").split("\n") == ["D\tempty", "A\tnew file", "M\tplain.txt"]
+    repo.write("plain.txt", b"mine\n")
+    repo.commit()
+    assert repo.cli("push").code == 0 and tree_of(repo.path()) == repo.tree()
+
+
+@pytest.mark.parametrize("name", ["home with space", "it's \"home\" $(x)", "-home", "h\u00f6me"])
+def test_a_home_with_any_name_works(site: Site, name: str) -> None:
+    home = site.remote / name
+    home.mkdir()
+    wrapper = script(site.dir / "wrap", f"HOME={shlex.quote(str(home))}; export HOME\nexec sh -c \"$SSH_ORIGINAL_COMMAND\"")
+    site.inetd("strange", f"ForceCommand {wrapper}")
+    repo = Repo(site, odd=True)
+    ran = repo.exec("pwd; echo x >made", host="strange")
+    assert ran.code == 0 and name in ran.text, ran
+    assert repo.cli("read", "made").out == b"x\n" and repo.cli("pull").code == 0 and repo.git("show", "cmux/main:made") == "x"
+    assert repo.cli("exec", "--", "true").code == 0 and repo.cli("rm", "main").code == 0
+
+
+@pytest.mark.parametrize("what", ["bytes", "inodes"])
+def test_a_full_disk_on_the_host_is_said_and_leaves_nothing_half(site: Site, what: str) -> None:
+    """A small tmpfs of its own, mounted in a namespace around an sshd -i."""
+    home = site.far_home("small")
+    site.inetd("small")
+    entry = site.entries[0]
+    command = re.search(r"ProxyCommand (.*)", entry).group(1)  # type: ignore[union-attr]
+    unshare = f"{program('unshare', 'util-linux')} {'-m' if os.geteuid() == 0 else '-rm'}"
+    start = script(site.dir / "start-small", f"exec {unshare} sh -c 'mount -t tmpfs -o {'size=600k' if what == 'bytes' else 'nr_inodes=40'} none {home} && exec {command}'")
+    site.entries[0] = entry.replace(command, str(start))
+    site._write_config()
+    repo = Repo(site, files={f"f{n}": os.urandom(40000) for n in range(60)})
+    made = repo.cli("new", "-H", "small", "main")
+    assert made.code == 1 and re.search("(?i)disk|space", made.said), made
+    assert repo.workspaces() == {}
+
+
+@pytest.mark.parametrize("verb, room", [("new", "nr_inodes=2"), ("pull", "size=40k"), ("pull", "nr_inodes=2"), ("batch", "size=40k"), ("exec", "size=40k")])
+def test_a_full_disk_on_this_machine_is_said_and_not_a_traceback(repo: Repo, verb: str, room: str, site: Site) -> None:
+    """TMPDIR, where a shadow repository and a command's stdin lie, is a small tmpfs in a namespace of its own."""
+    assert repo.exec("head -c 300000 /dev/urandom >big").code == 0
+    repo.write("large", os.urandom(300000))
+    repo.commit()
+    small = repo.site.dir / "small"
+    small.mkdir()
+    words = {"new": ["new", "-H", "box", "second"], "pull": ["pull"], "batch": ["batch"], "exec": ["exec", "--", "cat >got"]}[verb]
+    line = json.dumps({"id": 1, "workspace": "main", "tool": "exec", "arguments": {"command": "cat >got", "stdin": "x" * 300000}}).encode() + b"\n"
+    around = [program("unshare", "util-linux"), "-m" if os.geteuid() == 0 else "-rm", "sh", "-c",
+              f"mount -t tmpfs -o {room} none {small} && exec \"$@\"", "sh"]
+    done = subprocess.run([*around, sys.executable, str(PROGRAM), *words], cwd=str(repo.dir), env=repo.site.environment({"TMPDIR": str(small)}),
+                          input=line if verb == "batch" else b"x" * 300000, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    said = (done.stdout + done.stderr).decode()
+    assert "Traceback" not in said and '"Bug"' not in said, said
+    if verb == "exec":
+        assert done.returncode == 0 and (repo.path() / "got").stat().st_size == 300000, "stdin streams through: it needs no room here"
+    else:
+        assert done.returncode == 1 and re.search("room|space|disk", said), said
+    assert set(repo.workspaces()) == {"main"}
+
+
+# === Many at once (promise 8) ===
+
+
+def test_what_a_session_opened_ahead_knows_is_not_sent_again(repo: Repo, site: Site) -> None:
+    line = repo.site.line("far")
     assert repo.cli("new", "-H", "far", "main").code == 0
-    line.refuse = True
-    assert [repo.exec("true", host="far").code for _ in range(2)] == [255, 255]
-    line.refuse, changed = False, 0
-    for path in site.state.rglob("*.json"):
-        record = json.loads(path.read_text())
-        if "until" in record:
-            path.write_text(json.dumps(dict(record, until=record["until"] + 300 * 86400)))
-            changed += 1
-    assert changed == 2
-    in_sshs_place(site, 'exec $ssh "$@"')
-    for _ in range(2):
-        ran = repo.exec("true", host="far")
-        assert ran.code == 0 and ran.seconds < 10, ran
-    assert site.masters(), "the host is held to refuse multiplexing"
+
+    def sent(act: Callable[[], Any]) -> int:
+        before = line.up
+        act()
+        return line.up - before
+
+    def warm() -> int:
+        until(lambda: open_sessions(repo.site) == 4, "four wait ready")
+        return sent(lambda: talker("write", path="made", content="x"))
+    cold = sent(lambda: repo.cli("write", "made", stdin=b"x"))
+    with open_agent(repo) as talker:
+        talker("read", path="README")
+        assert min(warm() for _ in range(4)) < cold / 10  # at times the next one to wait is in it
 
 
-def test_two_aliases_of_one_address_do_not_share_a_connection(repo: Repo, site: Site) -> None:
-    site, used = repo.site, repo.site.dir / "used"
-    site.host("one", "HostName 127.0.0.1", f"Port {site.port}")
-    proxy = site.dir / "relay"
-    proxy.write_text(f"#!/bin/sh\necho used >>{used}\nexec {program('ssh')} -F {site.config} -W 127.0.0.1:{site.port} box\n")
-    proxy.chmod(0o755)
-    site.host("two", "HostName 127.0.0.1", f"Port {site.port}", f"ProxyCommand {proxy}")
-    assert repo.exec("true", host="one", options=["-w", "a"]).code == 0 and not used.exists()
-    assert repo.exec("true", host="two", options=["-w", "b"]).code == 0 and used.exists()
+def test_a_shell_that_is_not_ours_in_one_session_opened_ahead_runs_nothing(site: Site) -> None:
+    host, flag, touched = site.login("bash"), site.dir / "flag", site.dir / "touched"
+    (site.far_home(host) / ".bashrc").write_text(f"[ ! -e {flag} ] || {{ echo >>{flag}; exec dash; }}\n")
+    repo = Repo(site)
+    assert repo.cli("secrets", "set", "S", stdin=b"touch %s" % os.fsencode(touched)).code == 0
+    assert in_library(repo, """
+import os
+workspace = cmux_ssh.Project(".").create("main", sys.argv[1])
+def said():
+    try:
+        return workspace.exec(["true"]).exit_code
+    except cmux_ssh.ConnectionFailed as error:
+        return "did not run our command" in str(error)
+    finally:
+        wait_ready(sys.argv[3])
+wait_ready(sys.argv[3])
+open(sys.argv[2], "w").close()
+print([said() for _ in range(4)])      # those that wait are ours; those that come after them are not
+while os.path.getsize(sys.argv[2]) < 4:
+    time.sleep(0.02)
+os.unlink(sys.argv[2])
+print([said() for _ in range(5)])
+""", host, str(flag), str(site.dir / f"log-{host}")) == "[0, 0, 0, 0]\n[True, True, True, True, 0]\n"
+    assert not touched.exists()
 
 
-# === Many at once on a stock sshd ===
+def test_two_processes_that_upload_one_tree_at_once_both_get_their_workspace(repo: Repo, site: Site) -> None:
+    repo.write("text", source_text(4 << 20))
+    repo.commit()
+    line = repo.site.line("far")
+    line.rate = 4e6
+    other = Repo(repo.site, "other", files={"README": b"hello\n"})
+    other.git("fetch", "-q", str(repo.dir), "main")
+    other.git("reset", "-q", "--hard", "FETCH_HEAD")
+    children = [r.start("new", "-H", "far", name) for r, name in ((repo, "a"), (repo, "b"), (other, "a"))]
+    for child in children:
+        assert child.communicate(timeout=60)[1].count(b"Traceback") == 0 and child.returncode == 0
+    assert tree_of(repo.path("a")) == tree_of(repo.path("b")) == tree_of(other.path("a")) == repo.tree()
 
 
 @pytest.mark.slow
@@ -3580,977 +3216,6 @@ def test_a_line_that_stalls_and_goes_on_loses_nothing(repo: Repo, site: Site) ->
     assert (child.returncode, err) == (0, b"") and out == data
 
 
-# === Bad input ===
-
-
-def refused(answer: Answer, code: int, words: str = "") -> None:
-    """One clear message: the right code, nothing on stdout, no traceback, not a wall of text."""
-    assert answer.code == code, answer
-    assert answer.out == b"" and answer.said.strip() and answer.said.count("\n") <= 4, answer
-    assert words.lower() in answer.said.lower(), answer
-    assert not set(answer.err) & set(b"\x1b\x07\x9b\r"), answer
-
-
-BAD_HOSTS = ["-oProxyCommand=touch trap", "-F", "--", "", " ", "@", "@h", "u@", "a b", "a\nb", "a\tb", "a;b", "a|b", "a&b", "a$(id)", "$HOME", "`id`@h", "u'@h", 'u"@h',
-             "h>x", "h<x", "{a,b}", "a,b", "h(x)", "-x@h", "u@-x", "u$HOME@h", "u v@h", "u\\@h", "a\\b", "u@a\\", "u{@h", "u@h;", "\x1b]0;x\x07", "\u202eh", "\u202e@h", "\x9bh",
-             "h\x7f", "h\u3000", "ssh://-oProxyCommand=x", "ssh://u%24HOME@h", "ssh://u%0a@h", "ssh://-u@h", "ssh://", "ssh://h/x", "ssh://u@v@h", "ssh://h:0", "ssh://h:65536",
-             "a" * 2000, "u@h\n", "\0h"]
-GOOD_HOSTS = ["box", "root@box", "u.s-e_r+1@a.b-c_d", "127.0.0.1", "::1", "u@fe80::1", "ssh://u@h:2222", "coder.dev-1", "prod/web", "web+1", "a~b", "k8s/pod=1", "h\u00e4us", "host.",
-              "fe80::1%eth0", "DOMAIN\\ada@host", "ada%root%10.0.0.5@psmp", "target:ssh:ada@wallix", "ada#asset@jump", "role=admin,ada@host", "ssh://DOM%5cada@h.",
-              "u@a@" + "b" * 250]
-
-
-@pytest.mark.parametrize("way", ["option", "environment", "git config"])
-def test_hostile_host_strings_are_refused_before_anything_is_started(repo: Repo, way: str, site: Site) -> None:
-    log = repo.site.dir / "was-called"
-    shim = script(repo.site.dir / "shim", f"touch {log}\nexit 255")
-    for host in BAD_HOSTS:
-        if way != "option" and (not host.strip() or "\0" in host) or "\0" in host:
-            continue  # an empty variable is an unset one; NUL cannot be in an argument
-        env, args = {"CMUX_SSH_COMMAND": str(shim)}, ["exec", "--", "true"]
-        if way == "option":
-            args[1:1] = [f"--host={host}"]
-        elif way == "environment":
-            env["CMUX_SSH_HOST"] = host
-        else:
-            repo.git("config", "cmux.host", host)
-        refused(repo.cli(*args, env=env), 125)
-        assert not log.exists() and not (repo.dir / "trap").exists(), host
-
-
-def test_honest_host_strings_reach_ssh(repo: Repo, site: Site) -> None:
-    log, shim = repo.site.dir / "argv", repo.site.dir / "shim"
-    shim.write_text(f'#!/bin/sh\nfor a in "$@"; do printf "%s\\n" "$a"; done >>{log}\nexit 255\n')
-    shim.chmod(0o755)
-    for host in GOOD_HOSTS:
-        ran = repo.exec("true", host=host, env={"CMUX_SSH_COMMAND": str(shim)})
-        assert ran.code == 255 and host in log.read_text().splitlines(), ran
-        assert shlex.split(re.findall("`(.*)`", ran.said)[0])[-1] == host, "and the command to paste names it"
-
-
-def test_a_host_and_a_user_that_only_openssh_itself_restricts_work(repo: Repo, site: Site) -> None:
-    """From the option to the state file and back, and in what a hint tells to run."""
-    site, user = repo.site, getpass.getuser()
-    for n, host in enumerate(["k8s/pod=1", "h\u00e4us", "a~b", f"{user}@web+1"]):
-        site.host(host.rpartition("@")[2], "HostName 127.0.0.1", f"Port {site.port}")
-        assert repo.exec("echo up", host=host, options=["-w", f"w{n}"]).out == b"up\n"
-        assert repo.cli("exec", "-w", f"w{n}", "--", "echo up").out == b"up\n" and repo.workspaces()[f"w{n}"]["host"] == host
-    site.inetd("locked", "DenyUsers *")
-    said = repo.exec("true", host="DOMAIN\\ada@locked").said
-    assert site.environment()["CMUX_SSH_COMMAND"] + " 'DOMAIN\\ada@locked' true" in said, said
-
-
-@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/abs", "-x", ".hidden", "a b", "a\nb", "a\x1b[31m", "ü\u202e", "x" * 300, "a;b", "$(id)", "*", "~", "con.lock/.."])
-def test_odd_workspace_names_are_refused(repo: Repo, name: str, site: Site) -> None:
-    refused(repo.cli("new", "-H", "box", "--", name), 2)
-    refused(repo.cli("exec", "-H", "box", f"--workspace={name}", "--", "true"), 125)
-    assert repo.workspaces() == {} and "Accepted" not in repo.site.log()
-
-
-def test_no_repository_an_unborn_branch_and_a_bad_revision_are_said(site: Site, repo: Repo) -> None:
-    refused(site.cli("new", "-H", "box", "a", cwd=site.home), 1, words="git repository")
-    refused(site.cli("exec", "-H", "box", "--", "true", cwd=site.home), 125, words="git repository")
-    refused(site.cli("list", "-C", str(site.dir / "nowhere")), 1, words="nowhere")
-    unborn = Repo(site, "unborn")
-    unborn.git("update-ref", "-d", "HEAD")
-    refused(unborn.cli("new", "-H", "box", "a"), 1, words="commit")
-    refused(repo.cli("new", "-H", "box", "a", "--ref", "no-such-rev"), 1, words="no-such-rev")
-    refused(repo.cli("new", "-H", "box", "a", "--ref=--output=x"), 1)
-    refused(repo.cli("new", "-H", "box", "a", "--dirty", "-C", repo.git("clone", "-q", "--bare", ".", "../bare") or "../bare"), 2, words="bare")
-    assert repo.workspaces() == {}
-
-
-def test_a_detached_head_works(repo: Repo) -> None:
-    repo.git("checkout", "-q", "--detach")
-    ran = repo.exec("cat README")
-    assert (ran.code, ran.out) == (0, b"hello\n"), ran
-
-
-def test_a_host_that_does_not_resolve_or_refuses_or_hangs_up_is_255_and_said(repo: Repo, site: Site) -> None:
-    site = repo.site
-    refused(repo.exec("true", host="no-such-host.invalid"), 255, words="no-such-host.invalid")
-    site.host("closed", "HostName 127.0.0.1", f"Port {free_port()}")
-    refused(repo.exec("true", host="closed"), 255, words="refused")
-    site.line("hangs-up").refuse = True
-    refused(repo.exec("true", host="hangs-up"), 255, words="hangs-up")
-    refused(repo.cli("new", "-H", "closed", "a"), 255)
-    assert repo.workspaces() == {}
-
-
-COLD_PROXY = "exec >&-; while kill -0 $PPID 2>&-; do :; done; echo spoken late >&2; exit 1"  # ssh sends it a SIGHUP before it speaks
-
-
-@pytest.mark.parametrize("proxy, words", [("echo my proxy is broken >&2; exit 1", "my proxy is broken"), (COLD_PROXY, "spoken late"), ("exit 1", "doctor h"),
-                                          ("echo You are not logged in. >&2; exit 1' coder '", "coder login")])
-def test_a_proxy_that_gives_no_connection_is_told_by_its_own_words(repo: Repo, proxy: str, words: str, site: Site) -> None:
-    repo.site.host("h", f"ProxyCommand sh -c '{proxy}'")
-    for _ in range(2):  # then the failure is remembered, and one try made
-        refused(repo.exec("true", host="h"), 255, words=words)
-    assert repo.cli("doctor", "h").code == 255 and repo.workspaces() == {}
-
-
-def test_a_key_that_is_not_accepted_is_255_and_said(repo: Repo, site: Site) -> None:
-    repo.site.inetd("stranger", config=[f"IdentityFile {repo.site.keys.stranger}"])
-    config = repo.site.config.read_text().replace(f"  IdentityFile {repo.site.keys.user}\n", "  # no other key\n")
-    repo.site.config.write_text(config)
-    refused(repo.exec("true", host="stranger"), 255, words="stranger")
-
-
-def test_more_keys_than_the_server_lets_try_are_said(repo: Repo, site: Site) -> None:
-    site = repo.site
-    site.daemon("bare-h", "MaxAuthTries 3", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig"])
-    with agent(site) as env:
-        for n in range(3):
-            more = str(site.dir / f"key{n}")
-            subprocess.run([program("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", more], check=True)
-            subprocess.run([program("ssh-add"), "-q", more], env=site.environment(env), check=True)
-        subprocess.run([program("ssh-add"), "-q", str(site.keys.user)], env=site.environment(env), check=True)
-        ran, found = repo.exec("true", host="bare-h", env=env), repo.cli("doctor", "bare-h", env=env)
-        terminal = on_terminal(site, "exec", "-H", "bare-h", "--", "true", cwd=repo.dir, env=env)
-        assert terminal.wait() == 255 and b"question" not in terminal.output, "nobody could answer it"
-    for said in (ran.said, found.text):
-        assert "too many keys were tried" in said and "IdentitiesOnly yes, and IdentityFile" in said and "accepted none" not in said, said
-    assert (ran.code, found.code) == (255, 255)
-
-
-@pytest.mark.parametrize("words", [("exec", "-H", "box", "--", "true"), ("new", "-H", "box", "main"), ("doctor", "box"), ("batch", "-H", "box")], ids=lambda words: words[0])
-def test_an_ssh_before_7_8_is_refused_in_one_sentence(repo: Repo, words: Tuple[str, ...], site: Site) -> None:
-    """It does not know SetEnv."""
-    env = {"CMUX_SSH_COMMAND": in_sshs_place(repo.site, 'for a; do case $a in -V) echo OpenSSH_7.7p1 >&2; exit;; SetEnv=*)\n'
-                                             'echo "command-line: line 0: Bad configuration option: setenv" >&2; exit 255;; esac; done; exec $ssh "$@"')}
-    ran = repo.cli(*words, env=env, stdin=b'{"tool": "exec", "arguments": {"command": "true"}}\n')
-    said = ran.said + ran.text
-    assert ran.code == {"doctor": 1, "batch": 1}.get(words[0], 255) and said.count("OpenSSH 7.8 or newer") == 1 and "may still run" not in said, ran
-    assert repo.workspaces() == {} and "Accepted" not in repo.site.log()
-
-
-def test_a_server_that_turns_this_address_away_is_waited_for_and_then_named(repo: Repo, site: Site) -> None:
-    """OpenSSH 9.8 and later say so before their banner, for MaxStartups and for a penalty."""
-    line, words = repo.site.line("far"), b"Not allowed at this time\r\n"
-    line.away = (2, words)
-    assert repo.exec("echo in", host="far").out == b"in\n" and line.connections == 3
-    line.away = (99, words)
-    line.drop()
-    ran = repo.exec("true", host="far", options=["--timeout", "4"])
-    assert ran.code == 255 and "far turns this address away" in ran.said, ran
-    assert "far turns this address away" in repo.cli("doctor", "far").text
-
-
-def test_a_host_that_says_nothing_is_given_up_within_the_configured_time(repo: Repo, site: Site) -> None:
-    line = repo.site.line("silent", "ConnectTimeout 2")
-    line.stall()
-    ran = repo.exec("true", host="silent", seconds=40)
-    refused(ran, 255, words="silent took the connection, and then said nothing")
-    assert "doctor silent" in ran.said and line.connections == 1, "it is no drop, which would be tried again"
-
-
-@pytest.mark.parametrize("entry, named", [("HostKeyAlias Box.new", "box.new"), ("", "[127.0.0.1]:{port}"), ("UserKnownHostsFile {first} {second}", "[127.0.0.1]:{port}")])
-def test_the_command_told_for_a_changed_key_makes_ssh_forget_it(repo: Repo, entry: str, named: str, site: Site) -> None:
-    site = repo.site
-    first, second = site.dir / "known one", site.dir / "known'2"
-    site.daemon("bare-h", config=[entry.format(first=f'"{first}"', second=f'"{second}"'), f'UserKnownHostsFile "{second}"', f"IdentityFile {site.keys.user}", "IdentitiesOnly yes"])
-    first.write_text(f"other {public(site.keys.host)}\n")
-    second.write_text(f"{named.format(port=site.ports['bare-h'])} {public(site.keys.other_host)}\n")
-    told = repo.exec("true", host="bare-h")
-    refused(told, 255, words="has changed")
-    command = told.said.split("only then: ")[1]
-    doctor = next(row for row in repo.cli("doctor", "bare-h", "--json").json if row["what"] == "connect")
-    assert doctor["fix"].endswith(command.strip())
-    assert subprocess.run(["sh", "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode == 0, command
-    refused(repo.exec("true", host="bare-h"), 255, words="not known")
-
-
-def test_a_server_cannot_choose_what_is_told_for_a_changed_key(repo: Repo, site: Site) -> None:
-    """What it says while hanging up may stand in ssh's words, with newlines."""
-    home, said = repo.site.dir / "home", repo.site.dir / "said"
-    ssh = script(repo.site.dir / "ssh", f'for a; do [ "$a" != -G ] || exec ssh -F {repo.site.config} "$@"; done; cat {said} >&2; exit 255')
-    repo.site.host("h", "HostKeyAlias h", f"UserKnownHostsFile {home}/.ssh/known_hosts {home}/known", "GlobalKnownHostsFile /etc/ssh/known")
-    for words, path in (("/etc/passwd:1", ".ssh/known_hosts"), (f"{home}/known:3", "known"), (f"{home}:3", ".ssh/known_hosts")):
-        said.write_text(f'@ REMOTE HOST IDENTIFICATION HAS CHANGED! @\r\nOffending ED25519 key in {words}\r\n  ssh-keygen -f "/etc/passwd" -R "x; y"\r\n')
-        ran = repo.exec("true", host="h", env={"CMUX_SSH_COMMAND": str(ssh)})
-        assert ran.code == 255 and f"only then: ssh-keygen -f {home}/{path} -R h\n" in ran.said and "/etc/passwd" not in ran.said, ran
-
-
-@pytest.mark.parametrize("trouble, answers_, code, words", [
-    ("unknown", [("yes/no", "no")], 255, "not known"), ("unknown", [("yes/no", "yes")], 0, "it ran"), ("changed", [], 255, "ssh-keygen -f"), ("strict", [], 255, "not known"),
-    ("passphrase", [("passphrase", "right")], 0, "it ran"), ("passphrase", [("passphrase", "wrong"), ("passphrase.*passphrase", "")], 255, "accepted none")])
-def test_on_a_terminal_ssh_asks_once_and_what_came_of_it_is_told(repo: Repo, trouble: str, answers_: List[Tuple[str, str]], code: int, words: str, site: Site) -> None:
-    site, key = repo.site, repo.site.dir / "locked"
-    if trouble == "passphrase":
-        shutil.copy(str(site.keys.user), str(key))
-        subprocess.run([program("ssh-keygen", "openssh-client"), "-q", "-p", "-P", "", "-N", "right", "-f", str(key)], check=True, stdout=subprocess.DEVNULL)
-        site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig", f"IdentityFile {key}", "IdentitiesOnly yes"])
-    else:
-        site.daemon("h", host_key=site.keys.other_host, config=[f"StrictHostKeyChecking {'yes' if trouble == 'strict' else 'ask'}", f"HostKeyAlias {'rig' if trouble == 'changed' else 'new'}"])
-    terminal = on_terminal(site, "exec", "-H", "bare-h" if trouble == "passphrase" else "h", "--", "echo it ran", cwd=repo.dir)
-    for question, answer in answers_:
-        terminal.expect(b"(?s)" + question.encode())
-        terminal.send(answer.encode() + b"\r")
-    assert terminal.wait() == code, terminal.output
-    assert words.encode() in terminal.output and b"debug1" not in terminal.output and b"no reason" not in terminal.output
-    assert (b"may have a question" in terminal.output) == bool(answers_), terminal.output
-
-
-@pytest.mark.parametrize("lost", ["passphrase", "agent"])
-def test_a_login_that_needed_a_person_serves_all_that_comes_after(repo: Repo, lost: str, site: Site) -> None:
-    """A key whose passphrase was typed once, or that has left the agent since. Nothing knocks in vain for long: failed logins cost penalties."""
-    site, key, words = repo.site, repo.site.dir / "locked", ("exec", "-H", "bare-h", "--", "echo work >>README")
-    shutil.copy(str(site.keys.user), str(key))
-    subprocess.run([program("ssh-keygen"), "-q", "-p", "-P", "", "-N", "right", "-f", str(key)], check=True, stdout=subprocess.DEVNULL)
-    site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig"] + ["IdentitiesOnly yes", f"IdentityFile {key}"] * (lost == "passphrase"))
-    with agent(site) as env:
-        def asked(*words: str) -> None:
-            terminal = on_terminal(site, *words, cwd=repo.dir, env=env)
-            terminal.expect(b"passphrase")
-            terminal.send(b"right\r")
-            assert terminal.wait() == 0, terminal.output
-        if lost == "passphrase":
-            asked(*words)
-        else:
-            subprocess.run([program("ssh-add"), "-q", str(site.keys.user)], env=site.environment(env), check=True)
-            assert repo.cli(*words, env=env).code == 0
-            subprocess.run([program("ssh-add"), "-q", "-d", str(site.keys.user)], env=site.environment(env), check=True, stderr=subprocess.DEVNULL)
-        before = site.log("bare-h").count("Connection from")
-        repo.write("big", os.urandom(600_000))
-        repo.commit()
-        for command in (("diff", "-w", "main"), ("pull", "-w", "main"), ("new", "-H", "bare-h", "big"), ("push", "-w", "main"), ("diff", "-w", "big"),
-                        ("rm", "main"), ("exec", "-w", "big", "--", "echo more >>README")):
-            assert repo.cli(*command, env=env).code == 0, command
-        assert tree_of(repo.path("big"))[b"big"] == repo.tree()[b"big"] and "work" in repo.git("show", "cmux/main:README")
-        assert site.log("bare-h").count("Connection from") - before == (lost == "agent"), "one try, and never again"
-        for master in site.masters():
-            kill(master.pid)
-        if lost == "passphrase":
-            asked("pull", "-w", "big")
-        else:
-            refused(repo.cli("pull", "-w", "big", env=env), 255, words="accepted none")
-            assert site.log("bare-h").count("Connection from") - before == 2
-
-
-def test_a_missing_ssh_or_git_is_said(repo: Repo, site: Site) -> None:
-    refused(repo.exec("true", env={"CMUX_SSH_COMMAND": "/nonexistent/ssh"}), 125, words="/nonexistent/ssh")
-    nothing = repo.site.dir / "nothing"
-    nothing.mkdir()
-    refused(repo.exec("true", env={"PATH": str(nothing)}), 125, words="git")
-
-
-@pytest.mark.parametrize("code, args", [(code, words.split()) for code, lines in {
-    2: ["", "no-such-command", "secrets", "secrets set", "secrets import /nonexistent", "rm", "write x", "edit x", "list --none"],
-    1: ["rm never-made", "read x", "jobs", "logs x", "stop j00000000", "pull", "push", "fork b", "batch -C /", "secrets -C / list", "new -C / a"],
-    125: ["exec", "exec --timeout x -- true", "exec --timeout -1 -- true", "exec --env NOEQUALS -- true", "exec --env =x -- true",
-          "exec --no-such-option"]}.items() for words in lines], ids=lambda value: None if isinstance(value, int) else " ".join(value) or "nothing")
-def test_usage_errors_are_said_and_with_json_are_an_object_too(repo: Repo, code: int, args: List[str]) -> None:
-    ran = repo.cli(*args, stdin=b"")
-    assert ran.code == code and ran.said.strip() + ran.text.strip(), ran
-    if args:
-        told = repo.cli("--json", *args, stdin=b"")
-        fields = told.json["errors"][0] if args == ["rm", "never-made"] else told.json["error"]
-        assert told.code == ran.code and fields["message"] and told.out.count(b"\n") == 1, told
-        assert ("exit_code" in told.json) == (args[0] == "exec") and (fields["message"] in told.said or args[0] == "exec"), told
-
-
-def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo: Repo, site: Site) -> None:
-    assert repo.exec("true").code == 0
-    for words in ("write f", "secrets set X", "secrets set X </dev/null", "batch", "edit README"):
-        done = subprocess.run(["sh", "-c", f'exec "$@" {"" if "<" in words else "<&-"}{words.partition("<")[1] + words.partition("<")[2]}', "sh",
-                               sys.executable, str(PROGRAM), *words.partition(" <")[0].split()],
-                              cwd=str(repo.dir), env=repo.site.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        assert done.returncode == 2 and b"stdin" in done.stderr and b"Traceback" not in done.stderr, (words, done)
-    assert not (repo.path() / "f").exists() and repo.cli("secrets", "list").out == b""
-
-
-def hinted(said: str, *ours: str) -> List[str]:
-    """The commands in a message, ours and git's: up to the backtick, the bracket or the sentence that ends them."""
-    begins = "|".join(map(re.escape, ours)) + r"|\bgit -C|\bmv /|\bprintf ''|\bssh -F"
-    return [re.split(r"`|;| \(|\)|, then|, or|\.?\s*$|\. (?=[A-Z])", said[at.start():].split("\n")[0])[0] for at in re.finditer(begins, said) if said[max(0, at.start() - 2):at.start()] != "| "]
-
-
-@pytest.mark.slow
-def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo: Repo, site: Site) -> None:
-    """From another directory, by another path, about a workspace that is not the default: what a refusal says is run as it is."""
-    site, path = repo.site, repo.site.dir / "my copies" / "cmux_ssh.py"
-    path.parent.mkdir()
-    path.symlink_to(compiled())
-    site.host("dead", "ProxyCommand false")
-    repo.write("Makefile", b"test:\n\techo made\n")
-    repo.commit()
-    ours = f"{shlex.quote(sys.executable)} {shlex.quote(str(path))}"
-
-    def call(line: str, stdin: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
-        return subprocess.run(["sh", "-c", line], cwd=str(site.home), env=site.environment(), input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
-
-    def told(line: str, *expected: str, codes: Sequence[int] = (0,)) -> None:
-        """The refusal of a line gives exactly these commands, which end with these codes, one after the other."""
-        done = call(f"{ours} -C {repo.dir} {line}")
-        found = hinted(done.stderr.decode() + done.stdout.decode(), ours)
-        assert found == [text.replace("@", f"{ours} -C {repo.dir}").replace("git ", f"git -C {repo.dir} ") for text in expected], (line, done)
-        for command in found:
-            for word, value in (("HOST", "box"), (" NAME", " fresh"), ("CMD", "'echo in $CMUX_WORKSPACE'"), (" ID", " j00000000"), (" NEW", " kept")):
-                command = re.sub(rf"{word}\b", value, command)
-            ran.append(call(command, b"" if "--detach" in command else b"value"))
-            assert ran[-1].returncode in codes, (line, command, ran[-1])
-    ran: List["subprocess.CompletedProcess[bytes]"] = []
-    told("list", "@ new NAME -H HOST")
-    told("rm --force fresh")
-    told("exec --all -- true", "@ new NAME -H HOST")
-    told("jobs -w two", "@ list", "@ new two -H HOST")
-    told("new two -H box", "@ rm two", codes=(0,))
-    assert call(f"{ours} -C {repo.dir} new two -H box").returncode == 0
-    told("jobs -w two", "@ exec -w two --detach -- CMD")
-    told("shell -w two", "@ exec -w two -- CMD")
-    assert ran[-1].stdout == b"in two\n"
-    told("exec -w two", "@ exec -w two -- make test")
-    assert b"made" in ran[-1].stdout
-    told("exec --bogus -- x", "%s exec -h" % ours)
-    told("nonsense", "%s -h" % ours)
-    told("exec -w two --detach --timeout 3 -- true", "@ stop ID", codes=(1,))
-    told("edit f -w two --old a --new b --sha256 zz", "@ read -w two --json f", codes=(1,))
-    told("rm", "@ list")
-    told("gc -H elsewhere", "@ list")
-    told("secrets rm NOPE", "@ secrets list")
-    told("secrets set X </dev/null", "printf '' | @ secrets set X")
-    told("secrets set Y --command 'exit 3'")
-    told("exec -w two -- true", "@ secrets set Y")
-    told("exec -H dead -w there -- true", "@ doctor dead", codes=(255,))
-    done = call(f"{ours} -C {repo.dir} doctor dead")
-    assert [command.split()[:2] for command in hinted(done.stdout.decode(), ours)] == [], done
-    do(repo, "echo more >>README; git commit -qam more; echo even more >>README", "two")
-    repo.commit()
-    told("push -w two", "@ pull -w two")
-    told("rm two")
-    assert call(f"{ours} -C {repo.dir} new two -H box").returncode == 0 and call(f"git -C {repo.dir} branch -f cmux/two HEAD~1").returncode == 0
-    do(repo, "echo more >>README", "two")
-    told("pull -v -w two", "git diff ...cmux/two", "git merge cmux/two")
-    do(repo, "echo again >>README", "two")
-    job = call(f"{ours} -C {repo.dir} exec -w two --detach -- sleep 60").stdout.decode().strip()
-    assert call(f"{ours} -C {repo.dir} pull -w two").returncode == 0
-    told("rm two", "@ jobs -w two")
-    assert call(f"{ours} -C {repo.dir} stop {job}").returncode == 0
-    shutil.rmtree(repo.path("two"))
-    for line in ("read -w two f", "exec -w two -- true", "exec --detach -w two -- true", "write -w two x", "fork -w two three", "diff -w two"):
-        told(line, "@ rm --force two", "@ new two -H box")
-        shutil.rmtree(repo.path("two"))
-    for damage in ('{"version": 1, "secrets": {"Z": 1}}', '{"version": 1, "secrets": 1}', "{"):
-        secrets = next(site.state.glob("secrets/*.json"))
-        secrets.write_text(damage)
-        done = call(f"{ours} -C {repo.dir} secrets list")
-        assert done.returncode == 1 and call(hinted(done.stderr.decode(), ours)[0]).returncode == 0 and call(f"{ours} -C {repo.dir} secrets set A", b"x").returncode == 0, done
-    assert len(list(site.state.rglob("*.damaged-*"))) >= 1
-    empty = site.dir / "no repository"
-    empty.mkdir()
-    done = call(f"{ours} -C '{empty}' list")
-    assert hinted(done.stderr.decode(), ours) == [f"git -C '{empty}' init"] and call(f"git -C '{empty}' init").returncode == 0, done
-    by_module = subprocess.run([sys.executable, "-m", "cmux_ssh", "-C", str(repo.dir), "rm"], cwd=str(HERE), env=site.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert b"See `%s -m cmux_ssh -C %s list`" % (os.fsencode(sys.executable), os.fsencode(repo.dir)) in by_module.stderr or sys.version_info < (3, 10), by_module
-
-
-TAB = r"""%s
-t() { COMP_WORDS=("$@"); COMP_CWORD=$(($#-1)); COMPREPLY=(); _cmux_ssh; echo "${COMPREPLY[*]}"; }
-for words in "$@"; do eval "t $words"; done"""
-
-
-@pytest.mark.parametrize("line, offered", [
-    ("{} ''", "new|rm|secrets"), ("{} rm ''", "two main"), ("{} rm main ''", "two main"), ("{} rm --force ''", "two main"), ("{} rm --f", "--force --forget"),
-    ("{} secrets ''", "set import list rm"), ("{} secrets rm ''", "KEY"), ("{} secrets rm KEY ''", "KEY"), ("{} exec -w ''", "two main"),
-    ("{} -C src rm ''", "two main"), ("{} exec -- --", ""), ("{} exec -H ''", ""), ("{} list -", "--all-projects|--json|-C"), ("python3 other.py ''", ""),
-    ("python3 {} pull -w ''", "two main"), ("python3 {} secrets rm ''", "KEY")])
-def test_completion_offers_what_can_stand_there(shared_names: Repo, line: str, offered: str) -> None:
-    for shell in ("bash", "zsh"):
-        script = TAB % 'source <(python3 "$CMUX" completion bash)'
-        if shell == "zsh":  # as its bashcompinit calls the function
-            script = ('autoload -U +X compinit && compinit -u -D; eval "$(python3 "$CMUX" completion zsh)"\n'
-                      'f() { emulate -L sh; setopt kshglob noshglob braceexpand;\n%s\n}; f "$@"' % TAB.partition("\n")[2])
-        done = subprocess.run([program(shell, shell), *(["-f"] if shell == "zsh" else []), "-c", script, shell, line.format(PROGRAM)], cwd=str(shared_names.dir),
-                              env=shared_names.site.environment({"CMUX": str(PROGRAM)}), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        told = done.stdout.decode().split()
-        assert done.returncode == 0 and not done.stderr, done
-        assert set(told) >= set(offered.split("|")) if "|" in offered else shell == "zsh" or sorted(told) == sorted(offered.split()), (shell, told)
-        assert shell == "bash" or set(told) >= set(offered.replace("|", " ").split()) and bool(told) == bool(offered), told  # zsh itself drops what does not fit
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_runs_only_the_program_that_made_the_script(shared_names: Repo, tmp_path: Path, shell: str) -> None:
-    """A checkout may hold anything, under any of these names, and its reader only types TAB."""
-    for name in ("cmux_ssh.py", "not_cmux_ssh.py", "python", "python3", "sub/cmux_ssh.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(f"#!{sys.executable}\nopen({str(tmp_path / 'RAN')!r}, 'w')\nprint('evil')\n")
-        (tmp_path / name).chmod(0o755)
-    tail = f"-C {shared_names.dir} rm "
-    names = ("./cmux_ssh.py", "sub/cmux_ssh.py", "python3 cmux_ssh.py", "./python cmux_ssh.py", "python3 not_cmux_ssh.py", "./python not_cmux_ssh.py")
-    if shell == "fish":
-        script, words = '"$PY" "$CMUX" completion fish | source; for line in $argv; echo (complete -C $line | string match -r "main|two|evil"); end', [f"{name} {tail}" for name in names]
-    else:
-        script, words = TAB % f'eval "$("$PY" "$CMUX" completion {shell})"', [f"{name} {tail} ''" for name in names]
-        script = "autoload -U +X compinit && compinit -u -D; emulate sh; " + script if shell == "zsh" else script
-    done = subprocess.run([program(shell, shell), *{"zsh": ["-f"], "fish": ["-N"], "bash": []}[shell], "-c", script, *([] if shell == "fish" else ["-"]), *words],
-                          cwd=str(tmp_path), env=shared_names.site.environment({"CMUX": str(PROGRAM), "PY": sys.executable}), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert not (tmp_path / "RAN").exists(), done
-    rows = [" ".join(sorted(row.split())) for row in done.stdout.decode().splitlines()]
-    assert rows[:3] == ["main two"] * 3 and rows[4:] == ["", ""] and rows[3] == ("" if shell == "fish" else "main two"), done
-
-
-@pytest.fixture(scope="module")
-def shared_names(shared: Repo) -> Repo:
-    """A project with the workspaces main and two, and the secret KEY: names are all that completion asks for."""
-    repo = Repo(shared.site, "names")
-    assert repo.cli("new", "-H", "box", "main", "two").code == 0 and repo.cli("secrets", "set", "KEY", stdin=b"v").code == 0
-    return repo
-
-
-def test_completion_of_fish_offers_names_where_they_can_stand(shared_names: Repo) -> None:
-    shim = shared_names.site.dir / "bin-of-names" / "cmux_ssh.py"  # its name is the command's, not a module's
-    shim.parent.mkdir()
-    shim.write_text(f"#!{sys.executable}\nimport os, sys\nos.execv(sys.executable, [sys.executable, {str(PROGRAM)!r}] + sys.argv[1:])\n")
-    shim.chmod(0o755)
-    lines = ["cmux_ssh.py rm ", "cmux_ssh.py secrets rm ", "cmux_ssh.py exec -w ", "cmux_ssh.py rm --f", f"python3 {shim} rm ", f"python3 {shim} rm --f", "cmux_ssh.py secrets ", "python3 cmux_ssh.py rm "]
-    (shared_names.dir / "cmux_ssh.py").symlink_to(shim)  # as README calls it
-    done = subprocess.run([program("fish", "fish"), "-N", "-c", "cmux_ssh.py completion fish | source; for line in $argv; complete -C $line; echo .; end", *lines],
-                          cwd=str(shared_names.dir), env=shared_names.site.environment({"PATH": f"{shim.parent}:{os.environ['PATH']}"}), stdout=subprocess.PIPE)
-    told = [{row.split("\t")[0] for row in part.splitlines()} - {""} for part in done.stdout.decode().split(".\n")]
-    assert told[0] == {"main", "two"} and told[1] == {"KEY"} and told[2] == {"main", "two"} and told[3] == {"--force", "--forget"}, told
-    assert told[4] == {"main", "two"} and told[5] == {"--force", "--forget"} and told[6] == {"set", "import", "list", "rm"}, told
-    assert told[7] == {"main", "two"}, told
-
-
-def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo: Repo, site: Site) -> None:
-    """The last column is cut to 20 characters at least, or left out; then the widest yields."""
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    (file,) = (repo.site.state / "projects").glob("*.json")
-    record = json.loads(file.read_text())
-    main, long = record["workspaces"].pop("main"), "/home/ada/cmux/" + "x" * 300
-    for width, name, path, row in ((62, "n" * 10, long, "n{10}  box .* ready  /home/ada/cmux/xx[.]{3}"), (61, "n" * 10, long, "n{10}  box .* ready"),
-                                   (46, "n" * 10, "/a", "n{10}  box .* ready  /a"), (45, "n" * 10, "/a", "n{10}  box .* ready"),
-                                   (81, "n" * 51, long, "n{51}  box .* ready"), (80, "n" * 51, long, "n{47}[.]{3}  box .* ready")):
-        record["workspaces"] = {name: dict(main, path=path)}
-        file.write_text(json.dumps(record))
-        terminal = on_terminal(repo.site, "list", cwd=repo.dir, env={"COLUMNS": str(width)})
-        assert terminal.wait() == 0
-        head, shown, _ = terminal.output.decode().split("\r\n")
-        assert re.fullmatch(row, shown) and len(shown) <= width and ("PATH" in head) == ("/" in shown), (width, shown)
-    assert repo.cli("list").text.endswith(long + "\n")
-
-
-def test_rm_refuses_while_a_command_runs(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main", "two").code == 0
-    child = repo.start("exec", "-w", "main", "--", "sleep 60")
-    try:
-        until(lambda: repo.cli("top", "--json").text.count("sleep 60"), "it runs")
-        answer = repo.cli("rm", "main")
-        assert answer.code == 1 and "A command runs in the workspace main" in answer.said and "--force" in answer.said, answer
-        assert repo.cli("rm", "two").code == 0 and repo.path().is_dir()
-        assert repo.cli("rename", "-w", "main", "other").code == 0 and repo.cli("new", "-H", "box", "main").code == 0
-        refused(repo.cli("rm", "other"), 1, words="A command runs in the workspace other")  # the name it has now
-        assert [(row["workspace"], len(row["running"])) for row in repo.cli("top", "--json").json] == [("main", 0), ("other", 1)]
-        assert repo.cli("rm", "main").code == 0
-    finally:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
-    assert until(lambda: repo.cli("rm", "other").code == 0, "its record ends with it")
-
-
-def test_a_host_or_a_name_that_does_not_fit_is_refused_and_nothing_removed(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    refused(repo.cli("rm", "-H", "other", "main"), 2, words="is on box, not on other")
-    assert repo.cli("list", "-q", "-H", "box").text == "main\n" and repo.cli("list", "--json", "-H", "other").json == []
-    for words in (["write", "-w", "", "x"], ["push", "-w", "", "--force"], ["pull", "-w", ""], ["rm", "-w", ""]):
-        refused(repo.cli(*words, stdin=b"x"), 2, words="-w names no workspace")
-    refused(repo.cli("exec", "-w", "", "--", "true"), 125, words="-w names no workspace")
-    assert list(repo.workspaces()) == ["main"] and repo.git("for-each-ref", "refs/heads/cmux") == ""
-    wrong = Repo(repo.site, "hostless").cli("exec", "-w", "nope", "--", "true")
-    assert wrong.code == 125 and "There is no workspace 'nope', and no host is known to make it on." in wrong.said, wrong
-
-
-def test_push_says_that_uncommitted_work_stays(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    assert repo.cli("push").said == ""
-    repo.write("README", b"edited\n")
-    pushed = repo.cli("push")
-    assert pushed.code == 0 and "already" in pushed.text and "Not sent: 1 uncommitted file (--dirty takes them along)." in pushed.said, pushed
-    assert repo.cli("push", "--dirty").said == "" and slurp(str(repo.path() / "README")) == b"edited\n"
-
-
-def test_what_is_not_sent_is_said_exactly_each_time_a_workspace_is_made_or_pushed_to(repo: Repo) -> None:
-    content = b"large" * 1000
-    repo.write("a.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (hashlib.sha256(content).hexdigest().encode(), len(content)))
-    repo.write(".gitattributes", b"*.bin filter=lfs\n*.txt text\n")
-    for name in ("staged", "back.txt", "gone"):
-        repo.write(name, b"a\nb\n")
-    repo.commit()
-    repo.git("config", "core.autocrlf", "true")
-    for name, data in (("a.bin", content), ("back.txt", b"a\r\nb\r\n"), ("staged", b"new\n")):
-        repo.write(name, data)
-    repo.git("add", "staged")
-    repo.write("staged", b"a\nb\n")  # as in HEAD again: --dirty would send nothing of it
-    for name in ("README", "nonce", "src/main.c", "a.bin"):
-        os.utime(str(repo.dir / name), (1, 1))
-    for words in (["new", "-H", "box", "one"], ["new", "-H", "box", "two", "three"], ["push", "-w", "one"]):
-        said = repo.cli(*words)
-        assert said.code == 0 and said.said.count("Not sent") == 1 and "Not sent: 1 LFS file whose content is not here" in said.said, said
-        assert "uncommitted" not in said.said, said
-    repo.write("README", b"edited\n")
-    (repo.dir / "gone").unlink()
-    before = (repo.dir / ".git/index").read_bytes()
-    for words in (["new", "-H", "box", "four"], ["push", "-w", "one"], ["push", "--force", "-w", "two"]):
-        assert "2 uncommitted files (--dirty takes them along)." in repo.cli(*words).said
-    assert (repo.dir / ".git/index").read_bytes() == before
-    assert "Not sent: 1 LFS file" in repo.cli("push", "-w", "one", "--dirty", "--allow", "a.bin").said
-
-
-def test_exec_json_says_what_is_known_of_the_stop_also_without_a_host(repo: Repo, site: Site) -> None:
-    repo.site.host("dead", "HostName 127.0.0.1", f"Port {free_port()}")
-    answer = repo.exec("true", host="dead", options=["--json"])
-    assert answer.code == 255 and answer.json["stopped"] is None and answer.json["error"]["type"], answer
-
-
-def test_the_library_refuses_a_job_that_is_none(repo: Repo) -> None:
-    assert in_library(repo, """
-workspace = cmux_ssh.Project(".").ensure("main", "box")
-for call in (workspace.wait, workspace.logs, workspace.stop):
-    for job in (None, "", 3, "x"):
-        try:
-            print(call(job))
-        except cmux_ssh.UsageError as error:
-            assert "is not a job" in str(error), error
-""") == ""
-
-
-def test_no_bar_is_drawn_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that still sends would draw it below "Interrupted."."""
-    drawn: List[str] = []
-    monkeypatch.setattr(c, "err_out", drawn.append)
-    terminal = c.Terminal(0)
-    terminal.redraws, terminal.began = True, time.monotonic() - 10
-    terminal.progress("w", 5)
-    assert len(drawn) == 1
-    terminal.close()
-    terminal.shown, drawn[:] = 0.0, []
-    terminal.progress("w", 6)
-    assert drawn == []
-
-
-@pytest.mark.compat
-def test_errors_pass_through_a_pool_of_processes(site: Site) -> None:
-    site.host("dead", "HostName 127.0.0.1", f"Port {free_port()}")
-    site.daemon("mute", "ForceCommand exit 1")
-    assert in_library(Repo(site), """
-import multiprocessing, os
-def fails(number):
-    project = cmux_ssh.Project(".")
-    act = (lambda: project.workspace("none"), lambda: project.workspace("../x"), lambda: project.create("a", "dead"), lambda: project.create("a", "mute"),
-           lambda: cmux_ssh.Host("box").call(None))[number]
-    try:
-        act()
-    except cmux_ssh.CmuxError as error:
-        if os.getpid() == parent:
-            return error
-        raise
-if __name__ == "__main__":
-    parent = os.getpid()
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        for number in range(4):
-            try:
-                print(pool.apply(fails, (number,)))
-            except cmux_ssh.CmuxError as error:
-                mine = fails(number)
-                print(type(error).__name__, (type(error), str(error), error.__dict__) == (type(mine), str(mine), mine.__dict__))
-""") == "WorkspaceMissing True\nUsageError True\nConnectionFailed True\nRemoteShellFailed True\n"
-
-
-def test_damaged_lines_of_the_history_are_passed_over(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    (path,) = [p for p in repo.site.state.rglob("*") if p.is_file() and "history" in str(p) and b'"new"' in slurp(str(p))]
-    with open(str(path), "ab") as stream:
-        for row in (b'{"operation": "exec", "time": 1e300}', b'{"operation": "exec", "time": NaN}', b'{"operation": "exec", "time": 1, "duration": "x"}',
-                    b'{"operation": 3, "time": 1}', b'{"time": 1}', b"[" * 100000, b"3", b"{"):
-            stream.write(row + b"\n")
-    told = repo.cli("history")
-    assert told.code == 0 and len(told.text.strip().split("\n")) == 2, told
-
-
-def test_a_job_that_runs_is_told_though_the_state_takes_no_more(repo: Repo, site: Site) -> None:
-    assert repo.exec("true").code == 0
-    (lock,) = repo.site.state.glob("projects/*.json.lock")
-    lock.unlink()
-    lock.mkdir()
-    refused(repo.cli("new", "other", "-H", "box"), 1)
-    started = repo.cli("exec", "--detach", "--", "sleep 30")
-    assert started.code == 0 and repo.cli("logs", started.text.strip(), "--json").json["state"] == "running", started
-    assert repo.cli("stop", started.text.strip()).code == 0
-
-
-def test_a_record_of_what_runs_is_not_taken_for_a_dead_ones_as_it_is_made(repo: Repo) -> None:
-    # From inside: the instant between a record's file and its lock comes once in thousands of operations.
-    assert in_library(repo, """
-import os
-history = cmux_ssh.Project(".").history
-history.begin({"time": 1.0}).free()
-child = os.fork()
-if not child:
-    while True:
-        history.now()
-try:
-    for _ in range(3000):
-        lock = history.begin({"time": 1.0})
-        assert os.path.samestat(os.fstat(lock.fd), os.stat(lock.path))
-        lock.free()
-finally:
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-""") == ""
-
-
-def test_an_interrupt_as_an_operation_begins_does_not_end_the_history(repo: Repo) -> None:
-    # From inside: no signal can be aimed at one instant of another process.
-    assert in_library(repo, """
-project = cmux_ssh.Project(".")
-workspace = project.ensure("main", "box")
-begin, before = project.history.begin, len(list(project.history.rows()))
-def interrupted(row):
-    project.history.begin = begin
-    raise KeyboardInterrupt
-project.history.begin = interrupted
-try:
-    workspace.exec("true")
-except KeyboardInterrupt:
-    workspace.exec("true")
-print(len(list(project.history.rows())) - before)
-""") == "1\n"
-
-
-def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    command = shlex.join([sys.executable, str(PROGRAM)])
-
-    def run(line: str) -> Answer:
-        done = subprocess.run(["bash", "-c", line.replace("CMUX", command)], cwd=str(repo.dir), env=repo.site.environment(), stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
-        return Answer([line], done.returncode, done.stdout, done.stderr, 0)
-    for words in ("list", "new x", "secrets list"):
-        refused(run(f"mkdir x; cd x; rmdir ../x; CMUX {words}"), 125 if words.startswith("exec") else 1, words="current directory has been removed")
-    refused(run("ulimit -f 0; CMUX pull"), 1, words="temporary files")
-    assert run("ulimit -f 0; echo new | CMUX write f && CMUX read f").out == b"new\n"  # what is written needs none
-
-
-def test_an_output_pipe_closed_early_is_no_error_and_ends_the_command(shared: Repo) -> None:
-    nap = unique()
-    child = shared.start("exec", "-H", "box", "--", f"(sleep {nap}) & while :; do echo y; done")
-    assert child.stdout and child.stderr
-    assert child.stdout.readline() == b"y\n"
-    child.stdout.close()
-    assert b"Traceback" not in child.stderr.read()
-    child.wait(30)
-    gone(f"sleep {nap}")
-
-
-@pytest.mark.parametrize("args", [["list"], ["-h"], ["--version"], [], ["exec", "--", "echo x"], ["exec", "--json", "--", "true"], ["exec", "-h"], ["secrets", "set", "-h"],
-                                  ["completion", "bash"], ["history"], ["batch"]])
-@pytest.mark.parametrize("way", [">/dev/full", ">&-", "2>&-", "2>/dev/full"])
-def test_an_output_that_is_full_or_closed_is_no_bug(shared: Repo, args: List[str], way: str) -> None:
-    done = subprocess.run(["sh", "-c", f'"$@" {way}', "sh", sys.executable, str(PROGRAM), *args], cwd=str(shared.dir), env=shared.site.environment(),
-                          input=b'{"tool":"exec","arguments":{"command":"true"}}\n', stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
-    full = way == ">/dev/full"
-    assert done.returncode == ((125 if args[:1] == ["exec"] else 1) if full else 0 if args else 2), done
-    assert (done.stderr.count(b"\n") == 1 and b"No space left" in done.stderr) if full else done.stderr == b"", done
-
-
-# === demo ===
-
-
-@pytest.mark.compat
-def test_demo_shows_the_flow_and_leaves_nothing(site: Site) -> None:
-    before = {p.pid for p in processes(environ=False)}
-    shown = site.cli("demo", cwd=site.home)
-    assert shown.code == 0 and shown.text.count("\n") >= 5 and "process table" in shown.text.lower(), shown
-    assert not list(site.tmp.iterdir()) and sorted(p.name for p in site.home.iterdir()) == [".gitconfig"] and not site.state.exists()
-    until(lambda: not [p for p in processes() if p.pid not in before and os.fsencode(site.dir) in p.environ], "the demo's processes are gone")
-
-
-DEMO = "import os, sys, cmux_ssh\ncode = cmux_ssh.main(['demo'])\nprint([os.environ.get('CMUX_SSH_' + n) for n in ('HOME', 'COMMAND', 'HOST')])\nsys.exit(code)"
-
-
-@pytest.mark.parametrize("length", [49, 90])
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_demo_leaves_no_master_and_no_variable_also_where_tmpdir_is_long_and_ends_at_ctrl_c(site: Site, length: int, interrupted: bool) -> None:
-    """macOS has a TMPDIR of 49 characters; sockets do not fit below one."""
-    folder = site.tmp / ("t" * (length - 1 - len(str(site.tmp))))
-    folder.mkdir()
-    runtime = site.dir / "run"
-    runtime.mkdir(0o700)
-    before = {p.pid for p in processes(environ=False)}
-    env = site.environment({"TMPDIR": str(folder), "PYTHONPATH": str(HERE), "CMUX_SSH_HOST": "mine", "XDG_RUNTIME_DIR": str(runtime)})
-    child = subprocess.Popen([sys.executable, "-c", DEMO], cwd=str(site.home), env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    if interrupted:
-        until(lambda: [p for p in processes() if p.cmdline == b"sleep\x000.3\0" and os.fsencode(site.dir) in p.environ], "the command runs")
-        os.killpg(child.pid, signal.SIGINT)
-    try:
-        out, err = child.communicate(timeout=30)
-    finally:
-        kill(child.pid)
-    assert child.returncode == (130 if interrupted else 0) and b"Traceback" not in err, (out, err)
-    assert out.decode().splitlines()[-1] == str([env["CMUX_SSH_HOME"], env["CMUX_SSH_COMMAND"], "mine"]), out
-    assert not list(folder.iterdir()) and not list(runtime.iterdir())
-    until(lambda: not [p for p in processes() if p.pid not in before and os.fsencode(site.dir) in p.environ], "the demo's processes are gone")
-
-
-def test_demo_without_sshd_says_how_to_get_one(site: Site) -> None:
-    """sshd is looked for outside of PATH, too: the places are hidden by a file system of the test's own."""
-    hide = "for d in /usr/sbin /usr/local/sbin /usr/libexec; do [ ! -e $d/sshd ] || mount -t tmpfs none $d; done; exec \"$@\""
-    path = f"{os.path.dirname(program('ssh'))}:{os.path.dirname(program('git'))}:/usr/bin:/bin"
-    shown = subprocess.run([program("unshare", "util-linux"), "-rm", "sh", "-c", hide, "sh", sys.executable, str(PROGRAM), "demo"], cwd=str(site.home),
-                           env=site.environment({"PATH": path}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
-    assert shown.returncode == 2 and b"openssh-server" in shown.stderr and shown.stderr.count(b"\n") <= 2, shown
-
-
-# === Rig: an talker that speaks to batch ===
-
-
-class Agent:
-    """A `batch` that stays open: a tool call is a line to it, and its answer one from it."""
-
-    def __init__(self, repo: Repo, *options: str) -> None:
-        self.child = repo.start("batch", *options, stdin=subprocess.PIPE)
-        self._held, self._ids, self._early = b"", 0, {}  # type: bytes, int, Dict[int, Dict[str, Any]]
-
-    def send(self, line: bytes) -> None:
-        assert self.child.stdin
-        self.child.stdin.write(line + b"\n")
-        self.child.stdin.flush()
-
-    def line(self, seconds: float = PATIENCE) -> bytes:
-        """The next line of answers; an end of them is a failure."""
-        assert self.child.stdout
-        end = time.monotonic() + seconds
-        while b"\n" not in self._held:
-            assert select.select([self.child.stdout], [], [], max(0.0, end - time.monotonic()))[0], f"no answer in {seconds:g} s"
-            data = os.read(self.child.stdout.fileno(), 1 << 20)
-            assert data, f"batch has ended: {self.child.stderr.read() if self.child.stderr else b''!r}"
-            self._held += data
-        line, self._held = self._held.split(b"\n", 1)
-        return line
-
-    def post(self, tool: str, arguments: Dict[str, Any], **more: Any) -> int:
-        self._ids += 1
-        self.send(json.dumps({"id": self._ids, "tool": tool, "arguments": arguments, **more}).encode())
-        return self._ids
-
-    def answer(self, number: int, seconds: float = PATIENCE) -> Dict[str, Any]:
-        while number not in self._early:
-            found = json.loads(self.line(seconds))
-            self._early[found["id"]] = found
-        return self._early.pop(number)
-
-    def __call__(self, tool: str, **arguments: Any) -> Any:
-        answer = self.answer(self.post(tool, arguments))
-        assert answer["ok"], answer
-        return answer["result"]
-
-    def refusal(self, tool: str, **arguments: Any) -> str:
-        """The message with which a call is refused: one sentence, of an expected kind."""
-        answer = self.answer(self.post(tool, arguments))
-        assert not answer["ok"], answer
-        assert set(answer) == {"id", "ok", "error"} and answer["error"]["type"] not in ("Bug", ""), answer
-        assert answer["error"]["message"].strip() and "\n" not in answer["error"]["message"], answer
-        return str(answer["error"]["message"])
-
-    def all(self, calls: Sequence[Tuple[str, Dict[str, Any]]], seconds: float = 60) -> List[Dict[str, Any]]:
-        """Many calls at once; their answers in the order of the calls."""
-        return [self.answer(number, seconds) for number in [self.post(tool, arguments) for tool, arguments in calls]]
-
-    def close(self, seconds: float = 60) -> Tuple[int, bytes, bytes]:
-        out, err = self.child.communicate(timeout=seconds)
-        assert b"Traceback" not in err, err.decode(errors="replace")
-        return self.child.returncode, out, err
-
-
-@contextlib.contextmanager
-def open_agent(repo: Repo, *options: str) -> Iterator[Agent]:
-    talker = Agent(repo, *options)
-    try:
-        yield talker
-        talker.close()
-    finally:
-        talker.child.kill()
-        talker.child.wait()
-
-
-class Area:
-    """A directory of one test's own in the shared workspace, as the host sees it and as a tool names it."""
-
-    def __init__(self, talker: Agent, workspace: Path) -> None:
-        self.talker, self.name = talker, "area-" + os.urandom(4).hex()
-        self.workspace, self.dir = workspace, workspace / self.name
-        self.dir.mkdir()
-
-    def p(self, name: str) -> str:
-        return f"{self.name}/{name}"
-
-    def put(self, name: str, data: bytes, mode: int = 0o644) -> Path:
-        path = self.dir / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        path.chmod(mode)
-        return path
-
-    def left(self) -> List[str]:
-        """Names below it that this program may have forgotten."""
-        return [str(p) for p in self.dir.rglob("*") if ".cmux" in p.name or p.name.endswith(".tmp")]
-
-
-@pytest.fixture(scope="module")
-def talker(shared: Repo) -> Iterator[Agent]:
-    with open_agent(shared) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def workspace(shared: Repo) -> Path:
-    return shared.path()
-
-
-@pytest.fixture
-def area(talker: Agent, workspace: Path) -> Iterator[Area]:
-    opened = Area(talker, workspace)
-    yield opened
-    assert opened.left() == [], "no temporary file stays"
-
-
-def b64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-def content(result: Dict[str, Any]) -> bytes:
-    """The bytes of a result of read, whichever way they came."""
-    assert ("content" in result) != ("content_base64" in result), result
-    return result["content"].encode() if "content" in result else base64.b64decode(result["content_base64"])
-
-
-@pytest.fixture
-def ordinary(site: Site) -> Repo:
-    """A workspace on a host where permissions count, also for root."""
-    if os.geteuid() == 0:
-        script = site.dir / "without-override"
-        script.write_text(f'#!/bin/sh\nexec {program("setpriv", "util-linux")} --bounding-set=-dac_override,-dac_read_search -- sh -c "$SSH_ORIGINAL_COMMAND"\n')
-        script.chmod(0o755)
-        site.inetd("plain", f"ForceCommand {script}")
-    else:
-        site.inetd("plain")
-    made = Repo(site)
-    assert made.cli("new", "-H", "plain", "main").code == 0
-    return made
-
-
-def test_what_the_account_on_the_host_may_not_write_is_said_in_plain_words(ordinary: Repo) -> None:
-    do(ordinary, "mkdir -p closed/sub fixed; echo old >fixed/old; echo x >unread; chmod 0 closed unread; chmod 555 fixed")
-    for args in [["write", path] for path in ("closed/f", "closed/sub/f", "closed/new/f", "fixed/f", "fixed/old", "fixed/sub/f", "unread")] + [
-            ["edit", path, "--old", "old", "--new", "new"] for path in ("fixed/old", "unread")]:
-        told = ordinary.cli(*args, stdin=b"data")
-        refused(told, 1)
-        assert re.search("may not be read or written|Permission denied", told.said) and not re.search(r"sh: |\d: |\.tmp|cd:", told.said), told
-    do(ordinary, "chmod 755 closed fixed")
-
-
-def test_write_reads_stdin_in_linear_time_and_only_what_it_may_take(shared: Repo, tmp_path: Path) -> None:
-    def spent() -> float:
-        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-    began = spent()
-    told = shared.cli("write", "-w", "main", "large", "--json", stdin=b"x" * 72_000_000)
-    assert told.json["size"] == 72_000_000 and spent() - began < 6, spent() - began  # 20 s where each piece copied all before it
-    do(shared, "rm large")
-    with open(tmp_path / "sparse", "w+b") as file:
-        file.truncate(150_000_000)
-        for args, code, words in ((("write", "-w", "main", "f"), 2, "larger than 104.9 MB"), (("edit", "-w", "main", "f"), 2, "larger than"), (("secrets", "set", "X"), 2, "larger than"),
-                                  (("write", "-w", "main", ""), 2, "path is empty"), (("write", "-H", "a b", "-w", "never", "f"), 2, "host name")):
-            done = subprocess.run([sys.executable, compiled(), *args], cwd=str(shared.dir), env=shared.site.environment(), stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            assert done.returncode == code and words.encode() in done.stderr and os.lseek(file.fileno(), 0, os.SEEK_CUR) == 0, done
-
-
-# === Tools: the peer's runtime contract, over real ssh ===
-# Every case of its matrix, also those that it runs in a local directory or a container only.
-# (rename and fork are commands of this program, tested where they are; "~" is no path of a tool.)
-
-
-@pytest.mark.parametrize("command, code, out, err", [
-    ("echo out; echo err >&2", 0, "out\n", "err\n"),
-    ("exit 42", 42, "", ""),
-    ("true", 0, "", ""),
-    ("echo 'single' \"double\" \\$HOME `echo tick` $(echo sub) \\\\ '$x' '!' '*' ';' '&' '|'", 0, "single double $HOME tick sub \\ $x ! * ; & |\n", ""),
-    ("echo one; echo two; echo three", 0, "one\ntwo\nthree\n", ""),
-    ("printf 'b\\na\\nc\\n' | sort | head -n 2", 0, "a\nb\n", ""),
-    ("echo \"sum $((6*7)) of $(echo six) $(printf %s seven)\"", 0, "sum 42 of six seven\n", ""),
-    ("seq 1000", 0, "".join(f"{n}\n" for n in range(1, 1001)), ""),
-    ("printf 'l%s\\n' 1 2 3 4 | grep l | head -n 1", 0, "l1\n", ""),
-    ("cat <<'E'\nmulti 'line' \"$x\"\n  kept\nE", 0, "multi 'line' \"$x\"\n  kept\n", ""),
-    ("yes | head -n 3", 0, "y\ny\ny\n", ""),
-])
-def test_contract_exec_output_and_code(talker: Agent, command: str, code: int, out: str, err: str) -> None:
-    ran = talker("exec", command=command)
-    assert (ran["exit_code"], ran["stdout"], ran["stderr"]) == (code, out, err)
-    assert ran["timed_out"] is False and ran["truncated"] is False and ran["duration"] > 0
-
-
-def test_contract_exec_stdin_env_and_directory(talker: Agent, workspace: Path) -> None:
-    assert talker("exec", command="cat; printf end", stdin="line one\nümläut 🐙\n")["stdout"] == "line one\nümläut 🐙\nend"
-    assert talker("exec", command=["cat"], stdin="")["stdout"] == ""
-    assert talker("exec", command="cat")["stdout"] == "", "no stdin is an empty one, and does not hang"
-    assert talker("exec", command='printf "%s|" "$TEST_VAR" "$A" "$B"', env={"TEST_VAR": "test value", "A": "it's \"$x\"\n`y`", "B": ""})["stdout"] == "test value|it's \"$x\"\n`y`||"
-    assert talker("exec", command='echo "$GIT_TERMINAL_PROMPT $GIT_EDITOR $EDITOR $VISUAL"')["stdout"] == "0 true true true\n"
-    assert talker("exec", command="pwd")["stdout"] == f"{workspace}\n"
-    assert talker("exec", command=["pwd"], cwd="src")["stdout"] == f"{workspace}/src\n"
-    assert talker("exec", command=["printf", "<%s>", "a b", "", "it's", "$x", "*", "-n", "\n"])["stdout"] == "<a b><><it's><$x><*><-n><\n>"
-
-
-def test_contract_exec_timeout_silence_and_errors(talker: Agent, area: Area) -> None:
-    nap = unique()
-    began = time.monotonic()
-    ran = talker("exec", command=f"echo early; sleep {nap}", timeout=1)
-    assert (ran["exit_code"], ran["timed_out"], ran["stdout"]) == (124, True, "early\n")
-    assert 0.9 < time.monotonic() - began < 10 and ran["stopped"] == "confirmed"
-    gone(f"sleep {nap}")
-    silent = talker("exec", command="sleep 0.2")
-    assert silent["exit_code"] == 0 and silent["duration"] >= 0.2
-    missing = talker("exec", command="no-such-command-here")
-    assert missing["exit_code"] == 127 and "not found" in missing["stderr"]
-    assert talker("exec", command=["no-such-command-here"])["exit_code"] == 127
-    broken = talker("exec", command="if true; then echo")
-    assert broken["exit_code"] == 2 and "syntax" in broken["stderr"].lower()
-    area.put("script", b"#!/bin/sh\n", 0o644)
-    denied = talker("exec", command=[f"./{area.p('script')}"])
-    assert denied["exit_code"] == 126 and "ermission denied" in denied["stderr"]
-
-
-@pytest.mark.parametrize("data", [
-    b"Hello, World!\nsecond\n", b"", b"\0\1\2\xff\xfe\xfd", BINARY, b"no newline", b"\n", "Grüße 日本 🐙\t\r\nx".encode(),
-    b"Special: \"quotes\", 'single', $VAR, `ticks`, \\back\\\r\nnew\tline\n", b"\xef\xbb\xbfbom\n", b"\r", b"%s%n\\c\\0",
-], ids=repr)
-def test_contract_files_go_through_unchanged_both_ways(talker: Agent, area: Area, data: bytes) -> None:
-    file = area.put("there", data)
-    read = talker("read", path=area.p("there"))
-    assert content(read) == data and (read["size"], read["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
-    for created in (True, False):
-        wrote = talker("write", path=area.p("sent"), content_base64=b64(data))
-        assert wrote == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "created": created}
-        assert (area.dir / "sent").read_bytes() == data
-    with contextlib.suppress(UnicodeDecodeError):
-        talker("write", path=area.p("text"), content=data.decode())
-        assert (area.dir / "text").read_bytes() == data
-    assert file.read_bytes() == data
-
-
-def test_contract_a_file_of_a_megabyte_and_the_command_line(shared: Repo, area: Area) -> None:
-    data = os.urandom(1 << 20)
-    wrote = shared.cli("write", area.p("large"), stdin=data)
-    assert (wrote.code, wrote.out, wrote.err) == (0, b"", b"") and (area.dir / "large").read_bytes() == data
-    assert shared.cli("read", area.p("large")).out == data
-    told = shared.cli("read", area.p("large"), "--json").json
-    assert base64.b64decode(told["content_base64"]) == data and told["size"] == 1 << 20 and "content" not in told
-    assert content(area.talker("read", path=area.p("large"))) == data
-    absent = shared.cli("read", area.p("none"))
-    refused(absent, 1, words="no file")
-    refused(shared.cli("read", area.name), 1, words="directory")
-    assert shared.cli("write", area.p("by-json"), "--json", stdin=b"x").json == {
-        "size": 1, "sha256": hashlib.sha256(b"x").hexdigest(), "created": True}
-
-
 def test_contract_ten_at_once_deep_parents_and_spaces(talker: Agent, area: Area) -> None:
     deep = "/".join(f"level {n}" for n in range(10)) + "/a file.txt"
     calls = [("write", {"path": area.p(f"{n}/{deep}"), "content": f"content {n}"}) for n in range(10)]
@@ -4558,1397 +3223,6 @@ def test_contract_ten_at_once_deep_parents_and_spaces(talker: Agent, area: Area)
     back = talker.all([("read", {"path": area.p(f"{n}/{deep}")}) for n in range(10)])
     assert [a["result"]["content"] for a in back] == [f"content {n}" for n in range(10)]
     assert talker("exec", command=f"cat '{area.p('3/' + deep)}'")["stdout"] == "content 3"
-
-
-def test_contract_a_burst_of_twelve_writes_and_cats(talker: Agent, area: Area) -> None:
-    calls = [("exec", {"command": f"echo {n} > {area.p(str(n))} && cat {area.p(str(n))}"}) for n in range(12)]
-    assert [(a["result"]["exit_code"], a["result"]["stdout"]) for a in talker.all(calls)] == [(0, f"{n}\n") for n in range(12)]
-
-
-def test_contract_git_works_in_the_workspace(repo: Repo) -> None:
-    with open_agent(repo, "-H", "box") as talker:
-        def git(line: str) -> str:
-            ran = talker("exec", command=line)
-            assert ran["exit_code"] == 0, ran
-            return str(ran["stdout"])
-        assert git("git status --porcelain") == "" and (repo.path() / ".git").is_dir()
-        talker("edit", path="README", edits=[{"old": "hello", "new": "changed"}])
-        assert git("git status --porcelain") == " M README\n"
-        git("git -c user.name=a -c user.email=b@c commit -qam second")
-        git("git checkout -q -b feature && git branch")
-        assert git("git rev-parse --abbrev-ref HEAD; git log --format=%s") == "feature\nsecond\nbase\n"
-        git("mkdir new && cd new && git init -q && test -d .git")
-
-
-def test_contract_an_edit_in_an_editor_of_a_commit_does_not_hang(talker: Agent) -> None:
-    ran = talker("exec", command="mkdir ed && cd ed && git init -q . && git -c user.name=a -c user.email=b@c commit --allow-empty -m x && git -c user.name=a -c user.email=b@c commit --amend; cd .. && rm -rf ed", timeout=15)
-    assert ran["exit_code"] == 0 and not ran["timed_out"], ran
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("root", ["~/else where", "~", "relative/x"])
-def test_contract_a_tilde_is_the_home_over_there(repo: Repo, root: str, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "--root", root, "main").code == 0
-    path = repo.workspaces()["main"]["path"]
-    home = str(repo.site.far_home())
-    assert path.startswith((root.replace("~", home, 1) if root.startswith("~") else f"{home}/{root}") + "/") and Path(path, "README").is_file()
-    assert repo.exec("cat README").out == b"hello\n"
-    assert repo.cli("read", "README").out == b"hello\n" and repo.cli("write", "w", stdin=b"w").code == 0 and repo.cli("edit", "w", "--old", "w", "--new", "v").code == 0
-
-
-# === Tools: read and write ===
-
-ODD_NAMES = ["it's \"quoted\" `$(x)`", "new\nline", "trailing newline\n", "-rf", "--", "naïve-日本-🐙", "n" * 200, " ", "back\\slash\\n", "a:1:b", "*?[x]", "~", "$HOME", "\t",
-             "..x", "%s", "\x1b[31m", "\x7f", "a\rb", "'", "a#b", "é" * 100]
-
-
-@pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
-def test_every_tool_takes_odd_names(talker: Agent, area: Area, name: str) -> None:
-    for path in (area.p(name), area.p(f"{name}/in {name[:100]}"), str(area.dir / f"abs{name[:190]}")):
-        (shutil.rmtree if (area.dir / name).is_dir() else os.unlink)(str(area.dir / name)) if (area.dir / name).exists() else None  # type: ignore[operator]
-        real = area.workspace / path
-        assert talker("write", path=path, content="hello there\n")["created"] is True
-        assert real.read_bytes() == b"hello there\n"
-        assert talker("read", path=path)["content"] == "hello there\n"
-        diff = talker("edit", path=path, edits=[{"old": "hello", "new": "goodbye"}])["diff"]
-        assert "-hello there\n+goodbye there\n" in diff and real.read_bytes() == b"goodbye there\n"
-        relative = os.path.relpath(str(real), str(area.workspace))
-        assert relative in talker("glob", pattern=f"{area.name}/**")["paths"]
-        assert {"path": relative, "line": 1, "text": "goodbye there"} in talker("grep", pattern="goodbye", glob=f"{area.name}/**")["matches"]
-
-
-@pytest.mark.parametrize("tool", ["read", "write", "edit"])
-@pytest.mark.parametrize("kind, words", [("fifo", "not a regular file"), ("device", "not a regular file"), ("endless", "not a regular file"), ("socket", "not a regular file"),
-                                         ("directory", "is a directory"), ("link to a directory", "is a directory"), ("loop", ""), ("through a file", ""), ("too long", "")])
-def test_what_is_no_file_is_refused_and_nothing_hangs(talker: Agent, area: Area, tool: str, kind: str, words: str) -> None:
-    path = area.p("it")
-    if kind == "fifo":
-        os.mkfifo(str(area.dir / "it"))
-    elif kind in ("device", "endless"):
-        path = "/dev/null" if kind == "device" else "/dev/zero"
-    elif kind == "socket":
-        here = os.open(str(area.dir), os.O_RDONLY)
-        with socket.socket(socket.AF_UNIX) as door:
-            door.bind(f"/proc/self/fd/{here}/it" if os.path.isdir("/proc/self/fd") else str(area.dir / "it")[-100:])
-        os.close(here)
-    elif kind == "directory":
-        (area.dir / "it").mkdir()
-    elif kind == "link to a directory":
-        (area.dir / "it").symlink_to(".")
-    elif kind == "loop":
-        (area.dir / "it").symlink_to("ti")
-        (area.dir / "ti").symlink_to("it")
-    elif kind == "through a file":
-        area.put("plain", b"plain")
-        path = area.p("plain/it")
-    elif kind == "too long":
-        path = area.p("x" * 300)
-    before = sorted(os.listdir(str(area.dir)))
-    arguments: Dict[str, Any] = {"read": {}, "write": {"content": "x"}, "edit": {"edits": [{"old": "a", "new": "b"}]}}[tool]
-    assert words in talker.refusal(tool, path=path, **arguments)
-    assert sorted(os.listdir(str(area.dir))) == before
-
-
-@pytest.mark.parametrize("tool", ["read", "edit"])
-def test_a_file_that_is_not_there_is_said(talker: Agent, area: Area, tool: str) -> None:
-    more: Dict[str, Any] = {"edits": [{"old": "a", "new": "b"}]} if tool == "edit" else {}
-    assert "no file" in talker.refusal(tool, path=area.p("none"), **more)
-    assert "no file" in talker.refusal(tool, path=area.p("no/such/dir"), **more)
-    (area.dir / "dangling").symlink_to("nowhere")
-    assert "no file" in talker.refusal(tool, path=area.p("dangling"), **more)
-
-
-@pytest.mark.parametrize("path", ["", "a\0b", 5, None, ["a"], "\ud800"])
-def test_impossible_paths_are_refused(talker: Agent, path: object) -> None:
-    for tool, more in (("read", {}), ("write", {"content": "x"}), ("edit", {"edits": [{"old": "a", "new": "b"}]})):
-        talker.refusal(tool, path=path, **more)  # type: ignore[arg-type]
-
-
-def test_a_file_of_a_workspace_that_is_gone_is_not_there_and_makes_no_new_one(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    shutil.rmtree(repo.path())
-    for args in (["read", "x"], ["write", "x"], ["write", "a/x"], ["edit", "x", "--old", "a", "--new", "b"]):
-        refused(repo.cli(*args, stdin=b"data"), 1, words="directory of main is not on box")
-    assert not repo.path().exists()
-
-
-@pytest.mark.parametrize("tail", ["/", "/.", "//"])
-def test_a_path_that_ends_in_a_slash_makes_no_file_and_no_directory(talker: Agent, area: Area, tail: str) -> None:
-    area.put("file", b"old")
-    talker.refusal("write", path=area.p("fresh" + tail), content="x")
-    talker.refusal("write", path=area.p("file" + tail), content="x")
-    assert [p.name for p in area.dir.iterdir()] == ["file"] and (area.dir / "file").read_bytes() == b"old"
-
-
-def test_permissions_are_said_and_kept(ordinary: Repo) -> None:
-    here = ordinary.path()
-    (here / "closed").write_bytes(b"old")
-    (here / "readonly").write_bytes(b"old")
-    (here / "shut").mkdir()
-    (here / "shut" / "in").write_bytes(b"old")
-    (here / "closed").chmod(0)
-    (here / "readonly").chmod(0o444)
-    (here / "shut").chmod(0o555)
-    edit: Dict[str, Any] = {"edits": [{"old": "old", "new": "new"}]}
-    with open_agent(ordinary) as talker:
-        assert "may not" in talker.refusal("read", path="closed")
-        assert "may not" in talker.refusal("write", path="closed", content="x")
-        assert "may not" in talker.refusal("edit", path="closed", **edit)
-        assert talker("read", path="readonly")["content"] == "old"
-        assert "may not" in talker.refusal("write", path="readonly", content="x")
-        assert "may not" in talker.refusal("edit", path="readonly", **edit)
-        for path in ("shut/in", "shut/fresh", "shut/more/fresh"):
-            assert talker.refusal("write", path=path, content="x")
-        assert talker.refusal("edit", path="shut/in", **edit)
-        assert os.listdir(str(here / "shut")) == ["in"] and (here / "shut" / "in").read_bytes() == b"old"
-        assert (here / "readonly").read_bytes() == b"old" and stat.S_IMODE((here / "readonly").stat().st_mode) == 0o444
-        assert talker("grep", pattern="old")["matches"] != []
-
-
-@pytest.mark.parametrize("mode", [0o755, 0o600, 0o640, 0o777, 0o4755, 0o400 | 0o200])
-def test_write_and_edit_keep_the_mode_and_follow_links(talker: Agent, area: Area, mode: int) -> None:
-    real = area.put("sub/real", b"old\n", mode)
-    (area.dir / "first").symlink_to("second")
-    (area.dir / "second").symlink_to("sub/third")
-    (area.dir / "sub/third").symlink_to(str(real))
-    talker("write", path=area.p("first"), content="written\n")
-    assert real.read_bytes() == b"written\n" and stat.S_IMODE(real.stat().st_mode) == mode
-    talker("edit", path=area.p("second"), edits=[{"old": "written", "new": "edited"}])
-    assert real.read_bytes() == b"edited\n" and stat.S_IMODE(real.stat().st_mode) == mode
-    assert [os.readlink(str(area.dir / n)) for n in ("first", "second", "sub/third")] == ["second", "sub/third", str(real)]
-
-
-def test_write_through_a_dangling_link_makes_its_target_and_odd_link_targets_work(talker: Agent, area: Area) -> None:
-    for number, target in enumerate(["new dir/new file", "-dash", "line\nbreak\n", "../" + area.name + "/up", "a'b\"c\\"]):
-        (area.dir / f"link{number}").symlink_to(target)
-        assert talker("write", path=area.p(f"link{number}"), content=target)["created"] is True
-        assert (area.dir / f"link{number}").is_symlink() and (area.dir / target).read_bytes() == target.encode()
-
-
-def test_new_files_get_the_hosts_own_mode_and_parents_too(talker: Agent, area: Area) -> None:
-    talker("exec", command=f"mkdir -p {area.p('by-hand')}; : > {area.p('by-hand/x')}")
-    talker("write", path=area.p("by-tool/x"), content="")
-    for name in ("", "/x"):
-        assert stat.S_IMODE((area.dir / f"by-tool{name}").stat().st_mode) == stat.S_IMODE((area.dir / f"by-hand{name}").stat().st_mode)
-
-
-LINES = b"one\r\ntwo\n\n\xff\xfe four\x0bstill\x0cfour\nfive\rstill five\nsix without end"
-
-
-@pytest.mark.parametrize("size", ["small", "large"])
-@pytest.mark.parametrize("offset, limit", [(1, 1), (2, 2), (1, 100), (3, 1), (4, 2), (6, 5), (7, 1), (5, 0)])
-def test_read_by_lines_splits_at_newlines_only(talker: Agent, area: Area, size: str, offset: int, limit: int) -> None:
-    """A file below the limit of read is cut up here, a larger one over there: both alike."""
-    data = LINES if size == "small" else LINES + b"\n" + b"filler\n" * 1_700_000
-    if size == "large" and not limit:
-        return
-    area.put("lines", data)
-    expected = b"".join(re.findall(rb"[^\n]*\n|[^\n]+\Z", data)[offset - 1: offset - 1 + limit if limit else None])
-    read = talker("read", path=area.p("lines"), offset=offset, limit=limit)
-    assert content(read) == expected and read["size"] == len(data)
-    assert read["sha256"] == hashlib.sha256(data).hexdigest()
-
-
-def test_read_is_bounded_and_says_so(talker: Agent, area: Area) -> None:
-    with open(str(area.dir / "huge"), "wb") as file:
-        file.truncate(3 << 30)
-    assert "larger than" in talker.refusal("read", path=area.p("huge"))
-    assert "larger than" in talker.refusal("edit", path=area.p("huge"), edits=[{"old": "a", "new": "b"}])
-    for bad in ({"offset": 0}, {"offset": -1}, {"limit": -1}, {"offset": 1.5}, {"offset": "1"}, {"limit": True}):
-        talker.refusal("read", path="README", **bad)
-    assert talker("read", path="README", offset=10 ** 12)["content"] == ""
-
-
-def test_read_of_a_file_that_grows_is_consistent(talker: Agent, area: Area) -> None:
-    """size, sha256 and content are of one moment, however fast somebody appends."""
-    file, stop = area.put("log", b"x" * 100_000), threading.Event()
-
-    def append() -> None:
-        with open(str(file), "ab", buffering=0) as end:
-            while not stop.is_set() and end.tell() < 8_000_000:
-                end.write(b"more\n" * 20)
-    thread = threading.Thread(target=append)
-    thread.start()
-    try:
-        for _ in range(20):
-            read = talker("read", path=area.p("log"))
-            data = content(read)
-            assert len(data) == read["size"] and hashlib.sha256(data).hexdigest() == read["sha256"]
-    finally:
-        stop.set()
-        thread.join()
-
-
-class StallAfter(Dict[str, Optional[int]]):
-    """In the place of Line.cut: the line stalls by itself once so many bytes went up."""
-
-    def __init__(self, line: Line, size: int) -> None:
-        super().__init__(up=None, down=None)
-        self.line, self.at = line, line.up + size
-
-    def __getitem__(self, way: str) -> Optional[int]:
-        if way == "up" and self.line.up > self.at:
-            self.line.stall()
-        return None
-
-
-@pytest.mark.parametrize("how", ["client killed", "line cut", "client interrupted"])
-@pytest.mark.parametrize("exists", [True, False])
-@pytest.mark.promise(7)
-def test_a_write_of_8_mb_stopped_half_way_changes_nothing(repo: Repo, how: str, exists: bool, site: Site) -> None:
-    line, old = repo.site.line("far"), os.urandom(8 << 20)
-    assert repo.exec("mkdir d", host="far").code == 0
-    where = repo.path() / "d"
-    if exists:
-        (where / "big").write_bytes(old)
-        (where / "big").chmod(0o640)
-    line.cut = StallAfter(line, 4 << 20)
-    child = repo.start("write", "d/big", stdin=subprocess.PIPE)
-    feeder = threading.Thread(target=child.communicate, args=(os.urandom(8 << 20),))
-    feeder.start()
-    until(lambda: not line.flowing.is_set(), "half of it is sent")
-    half = [p for p in where.iterdir() if p.name != "big"]
-    assert len(half) == 1 and half[0].stat().st_size < 8 << 20, "it is on the way, beside the file"
-    if how == "line cut":
-        line.drop()
-    else:
-        kill(child.pid, signal.SIGKILL if how == "client killed" else signal.SIGINT)
-    line.cut = {"up": None, "down": None}
-    line.go_on()
-    feeder.join(60)
-    assert child.returncode == {"client killed": -9, "line cut": 255, "client interrupted": 130}[how]
-    until(lambda: [p.name for p in where.iterdir()] == (["big"] if exists else []), "no temporary file is left")
-    if exists:
-        assert (where / "big").read_bytes() == old and stat.S_IMODE((where / "big").stat().st_mode) == 0o640
-    new = os.urandom(1 << 20)
-    assert repo.cli("write", "d/big", stdin=new).code == 0 and (where / "big").read_bytes() == new
-
-
-def test_a_reader_sees_the_old_or_the_new_file_and_nothing_else(talker: Agent, area: Area) -> None:
-    versions = [bytes([n]) * 300_000 for n in range(65, 75)]
-    file, stop, seen = area.put("f", versions[0]), threading.Event(), set()
-
-    def look() -> None:
-        while not stop.is_set():
-            seen.add(slurp(str(file)))
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        for version in versions[1:]:
-            talker("write", path=area.p("f"), content_base64=b64(version))
-    finally:
-        stop.set()
-        thread.join()
-    assert len(seen) > 1 and seen <= set(versions), [(s[:3], len(s)) for s in seen]
-
-
-def test_a_full_disk_keeps_the_old_file(site: Site) -> None:
-    """The host's limit on file size stands for the disk."""
-    script = site.dir / "small-files"
-    script.write_text('#!/bin/sh\nulimit -f 600\ntrap "" XFSZ\nexec sh -c "$SSH_ORIGINAL_COMMAND"\n')
-    script.chmod(0o755)
-    site.inetd("full", f"ForceCommand {script}")
-    repo = Repo(site)
-    assert repo.cli("new", "-H", "full", "main").code == 0
-    (repo.path() / "f").write_bytes(b"old")
-    refused(repo.cli("write", "f", stdin=b"x" * 2_000_000), 1)
-    assert (repo.path() / "f").read_bytes() == b"old" and not [n for n in os.listdir(str(repo.path())) if ".cmux-" in n]
-
-
-def test_a_host_with_only_posix_utilities_has_every_tool(site: Site) -> None:
-    site.inetd("bare", shell="busybox", env={"PATH": minimal_path(site)})
-    repo = Repo(site, odd=True)
-    with open_agent(repo, "-H", "bare") as talker:
-        assert talker("write", path="a/new\nfile", content_base64=b64(BINARY))["created"] is True
-        assert content(talker("read", path="a/new\nfile")) == BINARY
-        (repo.path() / "link").unlink()
-        (repo.path() / "link").symlink_to("plain.txt")
-        talker("edit", path="link", edits=[{"old": "plain", "new": "edited"}])
-        assert (repo.path() / "plain.txt").read_bytes() == b"edited\n" and (repo.path() / "link").is_symlink()
-        assert talker("glob", pattern="**/*.txt")["paths"] == sorted(p.decode() for p in repo.tree() if p.endswith(b".txt"))
-        assert talker("grep", pattern="edi.ed$")["matches"] == [{"path": "plain.txt", "line": 1, "text": "edited"}]
-        job = talker("exec", command="echo hi; exit 7", background=True)["job"]
-        assert talker("wait", job=job, timeout=15)["exit_code"] == 7
-        assert talker("logs", job=job)["output"] == "hi\n"
-        nap = unique()
-        sleeper = talker("exec", command=f"sleep {nap} & sleep {nap}", background=True)["job"]
-        until(lambda: len(running(f"sleep {nap}")) >= 2, "it sleeps")
-        assert talker("stop", job=sleeper)["stopped"] == "confirmed"
-        gone(f"sleep {nap}")
-        assert talker("jobs")["jobs"][0]["job"] == job
-
-
-# === Tools: edit ===
-
-
-@pytest.mark.parametrize("before, edits, after", [
-    (b"a b c\n", [("b", "B", None)], b"a B c\n"),
-    (b"x x x\n", [("x", "y", 3)], b"y y y\n"),
-    (b"one\ntwo\n", [("one", "1", None), ("two", "2", None)], b"1\n2\n"),
-    (b"a", [("a", "b", None), ("b", "c", None)], b"c"),
-    (b"gone\nkept\n", [("gone\n", "", None)], b"kept\n"),
-    (b"all", [("all", "", None)], b""),
-    (b"one\r\ntwo\r\nthree\n", [("two\r\n", "2\r\n", None)], b"one\r\n2\r\nthree\n"),
-    (b"one\r\ntwo\r\nthree\r\n", [("one\ntwo", "1\n2\n", None)], b"1\r\n2\r\n\r\nthree\r\n"),
-    (b"\xff\xfe\0 word \x80\xc3\n", [("word", "wörd", None)], b"\xff\xfe\0 w\xc3\xb6rd \x80\xc3\n"),
-    ("Grüße 🐙\n".encode(), [("🐙", "\u2028", None)], "Grüße \u2028\n".encode()),
-    (b"r: \\1 \\g<0> $& \\n\n", [("\\1 \\g<0> $& \\n", "\\2 %s {0}", None)], b"r: \\2 %s {0}\n"),
-    (b"tail", [("tail", "tail\n", None)], b"tail\n"),
-    (b"aaaa", [("aa", "b", 2)], b"bb"),
-    (b"\tindent\n", [("\tindent", "    indent", None)], b"    indent\n"),
-])
-def test_edit_replaces_exactly(talker: Agent, area: Area, before: bytes, edits: List[Tuple[str, str, Optional[int]]], after: bytes) -> None:
-    file = area.put("f", before)
-    asked = [dict({"old": old, "new": new}, **({"count": count} if count else {})) for old, new, count in edits]
-    told = talker("edit", path=area.p("f"), edits=asked)
-    assert file.read_bytes() == after and told["sha256"] == hashlib.sha256(after).hexdigest()
-    assert told["diff"].startswith(f"--- a/{area.p('f')}\n+++ b/{area.p('f')}\n@@ ")
-
-
-@pytest.mark.parametrize("edits, words", [
-    ([{"old": "x", "new": "y"}], ["3 times", "lines 1, 2, 4"]),
-    ([{"old": "x", "new": "y", "count": 2}], ["3 times", "not 2"]),
-    ([{"old": "absent", "new": "y"}], ["0 times"]),
-    ([{"old": "only", "new": "y"}, {"old": "absent", "new": "z"}], ["edit 2 of 2", "0 times"]),
-    ([{"old": "only", "new": "x"}, {"old": "x", "new": "z", "count": 3}], ["edit 2 of 2", "4 times"]),
-    ([{"old": "", "new": "y"}], ["empty"]),
-    ([{"old": "only", "new": "only"}], ["same"]),
-    ([], ["edits"]), ([{"old": "only"}], []), ([{"new": "y"}], []), ([{"old": 1, "new": "y"}], []), (["only"], []), ([{"old": "only", "new": "y", "x": 1}], []),
-    ([{"old": "only", "new": "y", "count": 0}], []), ([{"old": "only", "new": "y", "count": -1}], []), ([{"old": "only", "new": "y", "count": "1"}], []),
-    ([{"old": "only", "new": "\ud800"}], []), ("only", []), ({"old": "only", "new": "y"}, []),
-], ids=ascii)
-def test_edit_refuses_and_changes_nothing(talker: Agent, area: Area, edits: Any, words: List[str]) -> None:
-    file = area.put("f", b"x only\nx\n\nx\n")
-    before = file.stat()
-    said = talker.refusal("edit", path=area.p("f"), edits=edits).lower()
-    assert all(word in said for word in words), said
-    assert file.read_bytes() == b"x only\nx\n\nx\n" and file.stat().st_mtime_ns == before.st_mtime_ns and file.stat().st_ino == before.st_ino
-
-
-def test_edit_of_a_version_that_is_no_more_is_refused(talker: Agent, area: Area) -> None:
-    file = area.put("f", b"one\n")
-    seen = talker("read", path=area.p("f"))["sha256"]
-    after = talker("edit", path=area.p("f"), edits=[{"old": "one", "new": "two"}], sha256=seen)["sha256"]
-    assert "changed" in talker.refusal("edit", path=area.p("f"), edits=[{"old": "two", "new": "three"}], sha256=seen)
-    assert file.read_bytes() == b"two\n"
-    talker("edit", path=area.p("f"), edits=[{"old": "two", "new": "three"}], sha256=after)
-    assert file.read_bytes() == b"three\n"
-    talker.refusal("edit", path=area.p("f"), edits=[{"old": "three", "new": "four"}], sha256="not a digest")
-
-
-@pytest.mark.parametrize("before, old, new", [
-    (b"a\nb\nc\nd\ne\nf\ng\nh\n", "d", "D"), (b"a\nb", "b", "B"), (b"a\nb", "b", "b\n"), (b"a\x0cb\nc\n", "c", "C"), ("a\u2028b\nc\n".encode(), "c", "C"), (b"a\rb\nc\n", "c", "C"),
-    (b"one\r\ntwo\r\n", "two", "2")])
-def test_the_diff_of_an_edit_applies(talker: Agent, area: Area, before: bytes, old: str, new: str) -> None:
-    file = area.put("f", before)
-    diff = talker("edit", path=area.p("f"), edits=[{"old": old, "new": new}])["diff"]
-    after = file.read_bytes()
-    file.write_bytes(before)
-    applied = subprocess.run(["git", "apply", "--whitespace=nowarn", "-"], cwd=str(area.workspace), input=diff.encode(), stderr=subprocess.PIPE, check=False)
-    assert applied.returncode == 0 and file.read_bytes() == after, (applied.stderr, diff)
-
-
-def test_edit_on_the_command_line(shared: Repo, area: Area) -> None:
-    file = area.put("f", b"x = 1\ny = 1\n")
-    done = shared.cli("edit", area.p("f"), "--old", "x = 1", "--new", "x = 2")
-    assert done.code == 0 and b"-x = 1\n+x = 2\n" in done.out and file.read_bytes() == b"x = 2\ny = 1\n"
-    told = shared.cli("edit", area.p("f"), "--json", stdin=b'{"edits": [{"old": "x = 2", "new": "x = 3"}, {"old": "y", "new": "z"}]}').json
-    assert file.read_bytes() == b"x = 3\nz = 1\n" and told["sha256"] == hashlib.sha256(b"x = 3\nz = 1\n").hexdigest()
-    refused(shared.cli("edit", area.p("f"), "--old", " = ", "--new", ""), 1, words="2 times")
-    for bad in (b"", b"[]", b"5", b"null", b'"x"', b"{}", b"\xff", b'{"edits": 1}', b'{"edits": [{"old": "x", "new": "y"}], "more": 1}', b"[" * 100_000):
-        refused(shared.cli("edit", area.p("f"), stdin=bad), 2)
-    for args in (["--old", "x"], ["--new", "x"], ["--old", "x", "--new", "y", "--count", "0"], ["--old", "x", "--new", "y", "--count", "two"]):
-        refused(shared.cli("edit", area.p("f"), *args), 2)
-    area.put("other", b"x = 3\n")
-    shared.cli("edit", area.p("f"), stdin=json.dumps({"path": area.p("other"), "edits": [{"old": "x = 3", "new": "gone"}]}).encode())
-    assert (area.dir / "other").read_bytes() == b"x = 3\n", "the path of the command line counts"
-
-
-@pytest.mark.slow
-@pytest.mark.promise(7)
-def test_edits_from_16_processes_on_one_file_are_all_kept(shared: Repo, area: Area) -> None:
-    file = area.put("list", b"begin\nend\n")
-    children = [shared.start("edit", area.p("list"), "--old", "end\n", "--new", f"line {n}\nend\n") for n in range(16)]
-    codes = {n: (child.communicate(timeout=120), child.returncode)[1] for n, child in enumerate(children)}
-    lines = file.read_bytes().decode().split("\n")
-    assert lines[0] == "begin" and lines[-2:] == ["end", ""]
-    assert sorted(lines[1:-2]) == sorted(f"line {n}" for n, code in codes.items() if code == 0), "what was reported, and only that"
-    assert set(codes.values()) == {0}, codes
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("spelling", ["plain", "every way"])
-def test_edits_at_once_are_kept_however_the_file_is_named(talker: Agent, area: Area, spelling: str) -> None:
-    file = area.put("sub/list", b"begin\nend\n")
-    (area.dir / "link").symlink_to("sub/list")
-    (area.dir / "way").symlink_to("sub")
-    names = [area.p("sub/list")] if spelling == "plain" else [
-        area.p("sub/list"), f"./{area.p('sub/list')}", area.p("sub/../sub/list"), area.p("way/list"), area.p("link"), str(file), area.p("sub//list"), area.p("sub/./list")]
-    answers = talker.all([("edit", {"path": names[n % len(names)], "edits": [{"old": "end\n", "new": f"line {n}\nend\n"}]}) for n in range(48)], 120)
-    kept = file.read_bytes().decode().split("\n")[1:-2]
-    assert sorted(kept) == sorted(f"line {n}" for n, answer in enumerate(answers) if answer["ok"])
-    assert all(answer["ok"] for answer in answers), [a for a in answers if not a["ok"]]
-
-
-def test_writes_at_once_leave_one_of_them_whole(talker: Agent, area: Area) -> None:
-    datas = [bytes([65 + n]) * 200_000 for n in range(12)]
-    answers = talker.all([("write", {"path": area.p("f"), "content_base64": b64(data)}) for data in datas])
-    assert all(a["ok"] for a in answers) and (area.dir / "f").read_bytes() in datas
-
-
-# === Tools: glob and grep ===
-
-TREE = {"a.py": b"", "b.txt": b"", "[x].py": b"", "src/a.py": b"", "src/b.py": b"", "src/deep/er/c.py": b"", "src/deep/d.txt": b"", ".hidden/e.py": b"", ".dot": b"", "src/.git": b"",
-        "sub/.git/f.py": b"", "a b/c d.py": b"", "naïve.py": b"", "日本.py": b"", "back\\slash.py": b"", "x\ny.py": b""}
-
-
-@pytest.mark.parametrize("pattern, expected", [
-    ("*.py", ["[x].py", "a.py", "back\\slash.py", "naïve.py", "x\ny.py", "日本.py"]),
-    ("**/*.py", [n for n in TREE if n.endswith(".py") and "/.git" not in n]),
-    ("**", [n for n in TREE if ".git" not in n]),
-    ("src/*", ["src/a.py", "src/b.py"]), ("src/**", ["src/a.py", "src/b.py", "src/deep/d.txt", "src/deep/er/c.py"]),
-    ("src/**/c.py", ["src/deep/er/c.py"]), ("src/**/a.py", ["src/a.py"]), ("**/er/*", ["src/deep/er/c.py"]),
-    ("?.py", ["a.py", "日本.py"][:1]), ("[ab].*", ["a.py", "b.txt"]), ("[!a].*", ["b.txt"]), ("[^a].txt", ["b.txt"]), ("src/[!a].py", ["src/b.py"]), ("[a-c].txt", ["b.txt"]),
-    ("[[]x].py", ["[x].py"]), ("na?ve.py", ["naïve.py"]), ("??.py", ["日本.py"]), ("na[ïi]ve.py", ["naïve.py"]), ("日*.py", ["日本.py"]),
-    ("a b/*", ["a b/c d.py"]), ("./src/*.py", ["src/a.py", "src/b.py"]), (".*", [".dot"]), ("*x*y*", ["[x].py", "x\ny.py"]), ("[b]ack?slash.py", ["back\\slash.py"]),
-    ("src", []), ("nothing*", []), ("src?a.py", []), ("src[/]a.py", []), ("**/.git/**", []), ("-name", []), ("{a,b}.py", ["a.py"]), ("**/{a,[bc]}.{py,txt}", ["a.py", "b.txt", "src/a.py", "src/b.py", "src/deep/er/c.py"]),
-    ("src/{a,{b,deep/er/c}}.py", ["src/a.py", "src/b.py", "src/deep/er/c.py"]), ("src/deep/", ["src/deep/d.txt", "src/deep/er/c.py"]), ("src//./*.py", ["src/a.py", "src/b.py"]),
-], ids=ascii)
-def test_glob_finds_what_the_pattern_says(talker: Agent, workspace: Path, area: Area, pattern: str, expected: List[str]) -> None:
-    """In a workspace of its own shape: the area stands before every pattern."""
-    for name, data in TREE.items():
-        area.put(name, data)
-    (area.dir / "empty dir").mkdir()
-    for head in ("", "./" if pattern.startswith("./") else str(workspace) + "/"):
-        found = talker("glob", pattern=head + area.name + "/" + (pattern[2:] if pattern.startswith("./") else pattern))
-        assert found == {"paths": sorted(area.p(n) for n in expected), "truncated": False}
-
-
-@pytest.mark.parametrize("pattern, words", [
-    ("/etc/**", "Write it relative to the workspace, as 'src/**/*.py'"), ("~/**", "relative to the workspace"), ("~root/x", "relative"), ("~", "relative"), ("../**", "relative"), ("a/../../b", "relative"),
-    ("{src,/etc}/**", "relative"), ("{1..3}.py", "{1,2,3}"), ("!*.md", "as '*.py'"), ("[[:digit:]]", "[a-z]"), ("{a,b}" * 7, "fewer braces"), ("/", "relative"), ("././.", "'**'")])
-def test_a_pattern_that_could_match_nothing_is_refused_with_what_to_write(talker: Agent, pattern: str, words: str) -> None:
-    for tool, arguments in (("glob", {"pattern": pattern}), ("grep", {"pattern": "x", "glob": pattern})):
-        error = talker.answer(talker.post(tool, arguments))["error"]
-        assert error["type"] == "UsageError" and words in error["hint"], error
-
-
-def test_the_files_of_a_grep_are_chosen_by_braces_and_absolute_patterns_too(talker: Agent, workspace: Path, area: Area) -> None:
-    for name in ("a.py", "b.ts", "sub/c.py", "d.md", "{e}.py", "[f,g].py"):
-        area.put(name, b"found-19\n")
-    for glob, names in (("*.{py,ts}", ["[f,g].py", "a.py", "b.ts", "sub/c.py", "{e}.py"]), (f"{workspace}/{area.name}/*.{{py,ts}}", ["[f,g].py", "a.py", "b.ts", "{e}.py"]), ("*{e}.*", ["{e}.py"]),
-                        (f"{{{area.name}/sub/**,b.ts}}", ["b.ts", "sub/c.py"]), (f"{workspace}/a.py", []), ("{d,[a,]}.*", ["a.py", "d.md"]), ("?f,g].{py,x}", ["[f,g].py"])):
-        assert sorted(m["path"] for m in talker("grep", pattern="found-19", glob=glob)["matches"]) == [area.p(name) for name in names], glob
-
-
-def test_glob_is_bounded_and_says_so(talker: Agent, area: Area) -> None:
-    for n in range(20):
-        area.put(f"{n:02}", b"")
-    everything = [area.p(f"{n:02}") for n in range(20)]
-    assert talker("glob", pattern=f"{area.name}/*", limit=20) == {"paths": everything, "truncated": False}
-    assert talker("glob", pattern=f"{area.name}/*", limit=19) == {"paths": everything[:19], "truncated": True}
-
-
-def test_a_name_that_is_not_text_can_be_found_and_read(talker: Agent, area: Area) -> None:
-    """What glob and grep name can be handed back to read, whatever its bytes."""
-    with open(os.fsencode(area.dir) + b"/latin-\xe4.txt", "wb") as file:
-        file.write(b"needle\n")
-    found = talker("glob", pattern=f"{area.name}/*.txt")["paths"]
-    assert len(found) == 1 and talker("read", path=found[0])["content"] == "needle\n"
-    assert [m["path"] for m in talker("grep", pattern="needle", glob=f"{area.name}/**")["matches"]] == found
-
-
-def test_grep_finds_lines(shared: Repo, talker: Agent, area: Area) -> None:
-    area.put("a.py", b"import os\ndef Test_one():\n    pass # (x|y) a+b\n")
-    area.put("sub/b.py", b"no\r\ndef test_two():\r\n")
-    area.put("sub/c.txt", "def grün_test\n".encode())
-    area.put(".git/d.py", b"def test_hidden\n")
-    area.put("bin", b"\0\1 def test_binary\0\n")
-    os.mkfifo(str(area.dir / "pipe"))
-    (area.dir / "loop").symlink_to("..")
-
-    def grep(pattern: str, **more: Any) -> List[Tuple[str, int, str]]:
-        told = talker("grep", pattern=pattern, **{"glob": f"{area.name}/**", **more})
-        return sorted((m["path"][len(area.name) + 1:], m["line"], m["text"]) for m in told["matches"] if m["path"] != area.p("bin"))
-    both = [("a.py", 2, "def Test_one():"), ("sub/b.py", 2, "def test_two():")]
-    assert grep(r"def [Tt]est_(one|two)\(") == both
-    assert grep("def test_(one|two)", ignore_case=True) == both and grep("def test_(one|two)") == both[1:]
-    assert grep("def", glob=f"{area.name}/*.py") == both[:1] and grep("def", glob=f"{area.name}/**/*.py") == both
-    assert grep("grün") == [("sub/c.txt", 1, "def grün_test")]
-    assert grep(r"\(x\|y\) a\+b") == [("a.py", 3, "    pass # (x|y) a+b")]
-    assert grep("^import os$") == [("a.py", 1, "import os")] and grep("nowhere-to-be-found") == []
-    assert grep("-e") == [] and grep("--help") == [] and len(grep("^")) == 6
-    by_name = {m["path"] for m in talker("grep", pattern="^def", glob="*.py")["matches"]}
-    assert {area.p("a.py"), area.p("sub/b.py")} <= by_name and area.p("sub/c.txt") not in by_name
-    text = shared.cli("grep", "Test_one", "--glob", f"{area.name}/**")
-    assert (text.code, text.out) == (0, f"{area.p('a.py')}:2:def Test_one():\n".encode())
-    assert shared.cli("grep", "nowhere-to-be-" + "found").code == 1
-
-
-def test_grep_is_bounded_and_says_so(talker: Agent, area: Area) -> None:
-    area.put("many", b"needle\n" * 5000 + b"x" * 100_000 + b"needle-in-a-long-line\n")
-    all_of = {"glob": f"{area.name}/**"}
-    told = talker("grep", pattern="needle", limit=300, **all_of)
-    assert len(told["matches"]) == 300 and told["truncated"] is True and told["matches"][299]["line"] == 300
-    assert len(talker("grep", pattern="needle", limit=4000, **all_of)["matches"]) == 4000
-    exact = talker("grep", pattern="needle", limit=5001, **all_of)
-    assert len(exact["matches"]) == 5001 and exact["truncated"] is False
-    assert all(len(m["text"]) <= 2000 for m in exact["matches"]), "a minified file does not fill the answer"
-
-
-@pytest.mark.parametrize("tool, arguments", [
-    *(("glob", bad) for bad in ({"pattern": ""}, {"pattern": 5}, {"pattern": "*", "limit": -1}, {"pattern": "*", "limit": "x"}, {"pattern": "a\0b"}, {"pattern": "[z-a]"}, {"pattern": "\ud800"})),
-    *(("grep", bad) for bad in ({"pattern": "("}, {"pattern": "[a"}, {"pattern": "a{2,1}"}, {"pattern": ""}, {"pattern": "a\nb"}, {"pattern": "a\0b"}, {"pattern": "a", "limit": -1},
-                                {"pattern": "a", "glob": "[z-a]"}, {"pattern": "a", "ignore_case": 1}, {"pattern": "\ud800"})),
-], ids=ascii)
-def test_impossible_searches_are_refused(talker: Agent, tool: str, arguments: Dict[str, Any]) -> None:
-    talker.refusal(tool, **arguments)
-
-
-def test_what_a_host_answers_to_a_search_is_read_in_linear_time(site: Site) -> None:
-    """Megabytes, for which a pattern with two ways to match would take days."""
-    size, answer, plain = 400_000, site.dir / "answer", site.dir / "plain"
-    site.daemon("search", env=replaced(site, find=f"[ ! -e {answer} ] || exec cat {answer}", head=f"[ ! -e {answer} ] || exec cat",
-                                       grep=f'[ ! -e {plain} ] || case "$*" in *--null*) exit 2;; esac'))
-    said = b"x\n" * 1000000 + b"grep: ./a: binary file matches\n"
-    with open_agent(Repo(site), "-H", "search") as talker:
-        def found(data: bytes) -> Tuple[List[Tuple[str, int, str]], bool]:
-            answer.write_bytes(data)
-            told = talker("grep", pattern="x")
-            return [(row["path"], row["line"], row["text"]) for row in told["matches"]], told["truncated"]
-        assert talker("glob", pattern="README")["paths"] == ["README"]
-        for null in (True, False):
-            plain.touch() if not null else None
-            for data in (b"./" * size, b"./:1:" * size, b":" * size, b"./a" + b":1" * size, b"./x/\0" * size, b"\0" * size):
-                assert len(found(data)[0]) <= 1
-            assert found(b"./a\nb\x003:x:4:y\n./c\x001:\nrest" if null else b"./a:b:3:x:4:y\nnoise\n./c:1:\n./d:0\n") == (
-                [("a\nb" if null else "a:b", 3, "x:4:y"), ("c", 1, "")], False)
-            if null:
-                assert found(said + b"./a\0" + b"1:row\n" + said + b"./b\0" + b"2:row\n") == ([("a", 1, "row"), ("b", 2, "row")], True)
-
-
-def test_grep_misses_nothing_without_saying_so(talker: Agent, area: Area) -> None:
-    """Thousands of matches in files that the glob leaves out, and a few in those that it takes."""
-    for n in range(4):
-        area.put(f"src/sub{n}/x.py", b"needle\n" * 1500)
-        area.put(f"src/own{n}.py", b"needle\n")
-    told = talker("grep", pattern="needle", glob=f"{area.name}/src/*.py")
-    assert told["truncated"] or sorted(m["path"] for m in told["matches"]) == [area.p(f"src/own{n}.py") for n in range(4)], told
-
-
-@pytest.mark.parametrize("lang", ["C", "C.UTF-8"])
-def test_grep_reads_files_in_other_encodings(site: Site, lang: str) -> None:
-    site.inetd("other", env={"LANG": lang, "LC_ALL": lang})
-    repo = Repo(site, files={"latin.c": b"/* Gr\xfc\xdfe */\nint needle;\n", "utf.c": "/* Grüße */ int needle;\n".encode(), "naïve.c": b"x\n"})
-    with open_agent(repo, "-H", "other") as talker:
-        assert sorted((m["path"], m["line"]) for m in talker("grep", pattern="needle")["matches"]) == [("latin.c", 2), ("utf.c", 1)]
-        assert talker("glob", pattern="na?ve.c")["paths"] == ["naïve.c"]
-
-
-# === Jobs ===
-
-
-def start_job(talker: Agent, command: Union[str, List[str]], **more: Any) -> str:
-    told = talker("exec", command=command, background=True, **more)
-    assert set(told) == {"job"}
-    return str(told["job"])
-
-
-def state(talker: Agent, job: str) -> Tuple[str, Optional[int]]:
-    row = next(row for row in talker("jobs")["jobs"] if row["job"] == job)
-    return row["state"], row["exit_code"]
-
-
-@pytest.mark.parametrize("command, code", [("exit 0", 0), ("exit 1", 1), ("exit 255", 255), ("exit 124", 124), (["sh", "-c", "exit 42"], 42), ("kill -9 $$", 137), ("kill -TERM $$", 143),
-                                           ("kill -SEGV $$", 139), (["no-such-command-here"], 127), ("kill -HUP $$", 129), ("kill -INT $$", 130)])
-def test_a_jobs_exit_code_is_exact(talker: Agent, command: Union[str, List[str]], code: int) -> None:
-    job = start_job(talker, command)
-    waited = talker("wait", job=job, timeout=15)
-    assert (waited["job"], waited["state"], waited["exit_code"]) == (job, "exited", code)
-    assert state(talker, job) == ("exited", code)
-
-
-def test_a_job_gets_what_exec_gets_and_keeps_both_streams(talker: Agent, workspace: Path, area: Area) -> None:
-    command = 'pwd; echo "$CMUX_RUNTIME $A $GIT_TERMINAL_PROMPT"; cat; echo err >&2; printf "\\0\\377"; cat "$0" 2>/dev/null'
-    job = start_job(talker, command, cwd=area.name, env={"A": "it's\n\"$x\""})
-    assert talker("wait", job=job, timeout=15)["exit_code"] == 1
-    told = talker("logs", job=job)
-    assert base64.b64decode(told["output_base64"]) == f"{area.dir}\nssh it's\n\"$x\" 0\nerr\n".encode() + b"\0\xff"
-    assert told["state"] == "exited" and told["next_offset"] == told["size"] == len(base64.b64decode(told["output_base64"]))
-    assert base64.b64decode(talker("logs", job=job, offset=told["size"] - 2)["output_base64"]) == b"\0\xff"
-    assert talker("logs", job=job, offset=told["size"] + 100)["output"] == ""
-    exact = start_job(talker, ["printf", "<%s>", "a b", "", "$x", "-n"])
-    assert talker("wait", job=exact, timeout=15)["exit_code"] == 0 and talker("logs", job=exact)["output"] == "<a b><><$x><-n>"
-    signals = start_job(talker, "trap 'echo int; exit 5' INT; kill -INT $$; echo ignored")
-    assert talker("wait", job=signals, timeout=15)["exit_code"] == 5, "a job may catch SIGINT: it is not ignored from the start"
-
-
-def test_a_missing_directory_is_no_job(talker: Agent) -> None:
-    before = talker("jobs")["jobs"]
-    assert "directory" in talker.refusal("exec", command="true", background=True, cwd="no/such")
-    talker.refusal("exec", command="true", background=True, stdin="x")
-    talker.refusal("exec", command="true", background=True, timeout=5)
-    assert talker("jobs")["jobs"] == before
-
-
-@pytest.mark.parametrize("job", ["j00000000", "", "x", "../../etc", "j0000000g", "j000000000", "-f", "j0000000\n", "*", "."])
-@pytest.mark.parametrize("tool", ["logs", "wait", "stop"])
-def test_an_unknown_or_expired_job_is_said(talker: Agent, tool: str, job: str) -> None:
-    assert talker("wait", job=start_job(talker, "true"), timeout=15)["exit_code"] == 0, "the workspace has had jobs"
-    assert "job" in talker.refusal(tool, job=job)
-
-
-def test_jobs_are_listed_with_what_they_are(shared: Repo, talker: Agent, area: Area) -> None:
-    first = start_job(talker, f": {area.name}; printf 12345; exit 3")
-    talker("wait", job=first, timeout=15)
-    second = start_job(talker, ["sh", "-c", f"while [ ! -e {area.p('go')} ]; do sleep 0.05; done"])
-    rows = {row["job"]: row for row in talker("jobs")["jobs"]}
-    assert rows[first]["command"] == f": {area.name}; printf 12345; exit 3" and rows[first]["output_size"] == 5
-    assert (rows[first]["state"], rows[first]["exit_code"], rows[second]["state"], rows[second]["exit_code"]) == ("exited", 3, "running", None)
-    assert abs(rows[first]["started"] - time.time()) < 120 and list(rows).index(first) < list(rows).index(second), "oldest first, also within a second"
-    text = shared.cli("jobs").text
-    assert re.search(rf"^{first}  exited 3 ", text, re.M) and re.search(rf"^{second}  running ", text, re.M), text
-    assert {row["job"] for row in shared.cli("jobs", "--json").json} == set(rows)
-    began = time.monotonic()
-    assert talker("wait", job=second, timeout=0.5)["state"] == "running" and time.monotonic() - began < 5
-    ended = [json.loads(line) for line in shared.cli("logs", "-f", "--json", first).text.splitlines()]
-    assert ended == [{"output": "12345"}, {"state": "exited", "exit_code": 3}]
-    quick = shared.cli("wait", second, "--timeout", "0.2")
-    assert quick.code == 124 and quick.said
-    area.put("go", b"")
-    assert shared.cli("wait", second).code == 0 and shared.cli("wait", first).code == 3
-    assert shared.cli("logs", first).out == b"12345" and shared.cli("logs", first, "--offset", "3").out == b"45"
-
-
-def test_logs_waits_for_more_and_no_longer(talker: Agent, area: Area) -> None:
-    job = start_job(talker, f"printf a; while [ ! -e {area.p('1')} ]; do sleep 0.05; done; printf b; while [ ! -e {area.p('2')} ]; do sleep 0.05; done")
-    assert talker("logs", job=job, wait=10)["output"] == "a"
-    waiting = talker.post("logs", {"job": job, "offset": 1, "wait": 15})
-    area.put("1", b"")
-    told = talker.answer(waiting)["result"]
-    assert (told["output"], told["next_offset"], told["state"], told["exit_code"]) == ("b", 2, "running", None)
-    began = time.monotonic()
-    assert talker("logs", job=job, offset=2, wait=0.3)["output"] == "" and time.monotonic() - began < 5
-    ending = talker.post("logs", {"job": job, "offset": 2, "wait": 30})
-    area.put("2", b"")
-    assert talker.answer(ending, 10)["result"]["state"] in ("exited", "running")
-    assert talker("wait", job=job)["exit_code"] == 0
-
-
-@pytest.mark.parametrize("bad", [{"offset": -1}, {"offset": 10 ** 30}, {"wait": -1}, {"wait": "x"}, {"offset": 1.5}], ids=repr)
-def test_impossible_places_in_a_log_are_refused(talker: Agent, bad: Dict[str, Any]) -> None:
-    job = start_job(talker, "echo hi")
-    assert talker("wait", job=job, timeout=15)["exit_code"] == 0
-    talker.refusal("logs", job=job, **bad)
-
-
-def test_a_job_survives_the_client_and_the_masters(repo: Repo, site: Site) -> None:
-    gate = "while [ ! -e go ]; do sleep 0.05; done"
-    child = repo.start("exec", "-H", "box", "--detach", "--", f"echo on; {gate}; echo off; exit 6")
-    job = child.communicate(timeout=60)[0].decode().strip()
-    assert child.returncode == 0 and re.match(r"j[0-9a-f]{8}\Z", job)
-    waiter = repo.start("wait", job)
-    for master in until(repo.site.masters, "there is a master"):
-        kill(master.pid)
-    for daemon in repo.site.daemons:
-        for process in descendants(daemon.pid):
-            if b"sshd" in process.cmdline:
-                kill(process.pid)
-    assert [row["state"] for row in repo.cli("jobs", "--json").json] == ["running"]
-    (repo.path() / "go").touch()
-    assert repo.cli("wait", job).code == 6 and repo.cli("logs", job).out == b"on\noff\n"
-    waiter.communicate(timeout=60)
-    assert waiter.returncode == 6, "a wait goes on across a lost line"
-    assert repo.cli("logs", "-f", job).out == b"on\noff\n"
-
-
-@pytest.mark.parametrize("command", ["sleep {n} & sleep {n}", pytest.param("trap '' TERM INT HUP; sleep {n} & sleep {n}; sleep {n}", marks=pytest.mark.slow), "setsid sleep {n} & (setsid sleep {n} &) ; sleep {n}",
-                                     "bash -c 'set -m; sleep {n} & disown; sleep {n}'"])
-@pytest.mark.promise(6)
-@pytest.mark.compat
-def test_stop_ends_the_whole_tree_and_says_so(talker: Agent, command: str) -> None:
-    nap = unique()
-    job, other = start_job(talker, "echo here; " + command.format(n=nap)), start_job(talker, f"sleep 9{nap}")
-    until(lambda: len(running(f" {nap}") + running(f"sleep {nap}")) >= 2, "they sleep")
-    told = talker("stop", job=job)
-    assert told["stopped"] == "confirmed" and told["job"] == job
-    assert not running(f"sleep {nap}"), "confirmed means that it has ended"
-    assert told["state"] == "exited" and told["exit_code"] in (137, 143) and state(talker, job)[0] == "exited"
-    assert talker("logs", job=job)["output"].startswith("here\n") and talker("wait", job=job, timeout=5)["exit_code"] == told["exit_code"]
-    assert state(talker, other) == ("running", None) and talker("stop", job=other)["stopped"] == "confirmed"
-    assert talker("stop", job=job)["stopped"] == "confirmed", "again is no error"
-
-
-def record_of(repo: Repo, job: str) -> Path:
-    """The directory of a job's record on the host."""
-    return next(p for p in repo.site.far_home().rglob(job) if p.is_dir())
-
-
-def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared: Repo, talker: Agent) -> None:
-    nap = unique()
-    job = start_job(talker, "exit 3")
-    assert talker("wait", job=job, timeout=15)["exit_code"] == 3
-    stranger = subprocess.Popen(["sleep", nap], start_new_session=True)
-    try:
-        (record_of(shared, job) / "pid").write_text(f"{stranger.pid}\n")
-        talker("stop", job=job)
-        assert stranger.poll() is None, "a process that only has the number of a job that was"
-        assert state(talker, job) == ("exited", 3)
-    finally:
-        stranger.kill()
-        stranger.wait()
-
-
-def test_stop_of_a_finished_job_ends_nothing_of_a_stranger_that_cannot_be_looked_into(tmp_path: Path) -> None:
-    """Where there is no /proc, or it may not be read, the old pid alone would make a stranger's children ours."""
-    record, nap = tmp_path / "j0123abcd", unique()
-    record.mkdir()
-    stranger = subprocess.Popen(["sh", "-c", f"setsid sleep {nap} & wait"], start_new_session=True)
-    try:
-        child = until(lambda: running(f"sleep {nap}"), "it has a child")[0]
-        for name, text in (("pid", stranger.pid), ("exit", 0), ("out", "")):
-            (record / name).write_text(f"{text}\n")
-        header = c.shell_header("N" * 32, "run", c.script_records(c.STOP, str(record), record.name)).replace(b"/proc", b"/nowhere")
-        done = subprocess.run(["sh", "-c", c.BOOT[len("exec sh -c '"):-1].replace("/proc", "/nowhere")], input=header,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
-        assert b"exited 0\n" in done.stdout and stranger.poll() is None and running(f"sleep {nap}"), done
-    finally:
-        kill(child.pid)
-        stranger.kill()
-        stranger.wait()
-
-
-def test_a_job_whose_record_was_cut_off_is_lost_not_running(shared: Repo, talker: Agent) -> None:
-    """As after a crash of the host: no exit, and the pid belongs to somebody else by now."""
-    nap = unique()
-    job = start_job(talker, f"sleep {nap}")
-    until(lambda: running(f"sleep {nap}"), "it sleeps")
-    record = record_of(shared, job)
-    for process in running(job):
-        kill(process.pid)
-    kill(int((record / "pid").read_text()))
-    for process in running(f"sleep {nap}"):
-        kill(process.pid)
-    until(lambda: state(talker, job)[0] == "lost", "it is said to be lost")
-    assert talker("wait", job=job, timeout=5)["state"] == "lost" and shared.cli("wait", job).code == 1
-    stranger = subprocess.Popen(["sleep", nap], start_new_session=True)
-    try:
-        (record / "pid").write_text(f"{stranger.pid}\n")
-        assert state(talker, job)[0] == "lost"
-        talker("stop", job=job)
-        assert stranger.poll() is None
-    finally:
-        stranger.kill()
-        stranger.wait()
-
-
-def test_old_records_expire_and_a_job_that_still_runs_does_not(shared: Repo, talker: Agent, area: Area) -> None:
-    old, long = start_job(talker, "echo old"), start_job(talker, f"while [ ! -e {area.p('go')} ]; do sleep 0.05; done; echo done")
-    assert talker("wait", job=old, timeout=15)["exit_code"] == 0
-    weeks_ago = time.time() - 30 * 86400
-    for job in (old, long):
-        for path in [*record_of(shared, job).iterdir(), record_of(shared, job)]:
-            os.utime(str(path), (weeks_ago, weeks_ago))
-    talker("wait", job=start_job(talker, "true"), timeout=15)
-    assert old not in [row["job"] for row in talker("jobs")["jobs"]] and "no job" in talker.refusal("logs", job=old)
-    assert state(talker, long) == ("running", None)
-    area.put("go", b"")
-    assert talker("wait", job=long, timeout=15)["exit_code"] == 0 and talker("logs", job=long)["output"] == "done\n"
-
-
-def test_logs_of_a_large_output_are_bounded_and_whole(shared: Repo, talker: Agent) -> None:
-    job = start_job(talker, "seq 400000")
-    assert talker("wait", job=job, timeout=30)["exit_code"] == 0
-    whole = "".join(f"{n}\n" for n in range(1, 400001)).encode()
-    part = talker("logs", job=job)
-    assert 0 < len(part["output"]) < len(whole) and part["next_offset"] == len(part["output"]) and part["size"] == len(whole)
-    assert shared.cli("logs", job).out == whole and shared.cli("logs", "-f", job, "--offset", "1000000").out == whole[1000000:]
-
-
-def test_a_job_keeps_its_secret_out_of_its_record(repo: Repo, site: Site) -> None:
-    needle = os.urandom(8).hex()
-    assert repo.cli("secrets", "set", "KEY", stdin=needle.encode()).code == 0
-    with Watch(needle.encode()) as watch:
-        job = repo.exec("echo ${#KEY}; while [ ! -e go ]; do sleep 0.05; done", options=["--detach"]).text.strip()
-        until(lambda: repo.cli("logs", job).out == b"16\n", "the job has it")
-        until(lambda: watch.looks > 3, "looked")
-    assert watch.hits == [] and files_holding(repo.site.far_home(), needle.encode()) == []
-    (repo.path() / "go").touch()
-    assert repo.cli("wait", job).code == 0
-
-
-@pytest.mark.parametrize("command", ["wait", "logs -f"])
-def test_wait_and_logs_f_say_on_a_terminal_that_the_host_is_down(repo: Repo, command: str, site: Site) -> None:
-    line = repo.site.line("far")
-    job = repo.exec("echo on; while [ ! -e go ]; do sleep 0.05; done; echo off", host="far", options=["--detach"]).text.strip()
-    sessions = repo.site.log().count("Starting session")
-    terminal = on_terminal(repo.site, *command.split(), job, cwd=repo.dir)
-    until(lambda: repo.site.log().count("Starting session") > sessions, "the host is asked")
-    line.refuse = True
-    line.drop()
-    terminal.expect(b"far.* Trying again for up to 5 minutes\\.")
-    line.refuse = False
-    (repo.path() / "go").touch()
-    assert terminal.wait() == 0
-    assert b"answers again" in terminal.output and terminal.output.count(b"Trying again") == 1
-
-
-@pytest.mark.slow
-@pytest.mark.promise(7)
-def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(repo: Repo, site: Site) -> None:
-    line = repo.site.line("far")
-    steps = "for step in 0 1 2 3; do for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do [ $n = 15 ] && printf 'line ' && {gate}; " \
-            "[ $n = 15 ] || printf 'line '; echo $((step*15+n)); done; done; exit 9"
-    gate = "while [ ! -e gate$step ]; do sleep 0.05; done"
-    job = repo.exec(steps.format(gate=gate), host="far", options=["--detach"]).text.strip()
-    where = repo.path()
-    child = repo.start("logs", "-f", job)
-    whole, seen = "".join(f"line {n}\n" for n in range(1, 61)).encode(), b""
-    assert child.stdout
-    for step in range(4):
-        target = whole[: whole.index(b"line %d\n" % (step * 15 + 15)) + 5]
-        while len(seen) < len(target):
-            assert select.select([child.stdout], [], [], 60)[0], (step, seen)
-            data = os.read(child.stdout.fileno(), 65536)
-            assert data, (seen, child.stderr.read() if child.stderr else b"")
-            seen += data
-        assert seen == target
-        if step < 3:
-            line.drop()
-        (where / f"gate{step}").touch()
-    out, err = child.communicate(timeout=60)
-    assert seen + out == whole and child.returncode == 0 and b"Traceback" not in err
-    assert line.connections >= 4 and repo.cli("wait", job).code == 9
-
-
-def test_a_job_stays_with_its_workspace_through_a_new_name_and_rm_sees_it(repo: Repo) -> None:
-    nap = unique()
-    job = repo.cli("exec", "-H", "box", "-w", "one", "--detach", "--", f"echo in; sleep {nap}").text.strip()
-    assert repo.cli("rename", "-w", "one", "two").code == 0 and repo.cli("logs", "-w", "two", job).out == b"in\n"
-    refused = repo.cli("rm", "two")
-    assert refused.code == 1 and job in refused.said and running(f"sleep {nap}"), refused
-    assert repo.cli("rm", "--force", "two").code == 0
-    gone(f"sleep {nap}")
-    assert repo.cli("new", "-H", "box", "two").code == 0 and repo.cli("jobs", "-w", "two", "--json").json == []
-
-
-@pytest.mark.parametrize("words", [("jobs",), ("read", "README"), ("glob", "*"), ("grep", "x"), ("logs", "j00000000"), ("wait", "j00000000"), ("stop", "j00000000")])
-def test_what_only_looks_makes_no_workspace_of_a_misspelt_name(repo: Repo, words: Sequence[str]) -> None:
-    refused = repo.cli(*words, "-H", "box", "-w", "mispelt")
-    assert refused.code == 1 and "There is no workspace 'mispelt'" in refused.said and not repo.workspaces(), refused
-
-
-# === Several workspaces at once ===
-
-
-@pytest.mark.slow
-def test_exec_in_20_workspaces_gives_each_its_own_result(repo: Repo) -> None:
-    names = [f"w{n:02}" for n in range(20)]
-    assert repo.cli("new", "-H", "box", *names, seconds=120).code == 0
-    told = repo.cli("exec", "--all", "--json", "--", 'echo "$CMUX_WORKSPACE"; pwd; echo err >&2; n=${CMUX_WORKSPACE#w}; exit ${n#0}')
-    rows = {row["workspace"]: row for row in told.json}
-    assert list(rows) == names and told.code == 19
-    for n, name in enumerate(names):
-        where = repo.workspaces()["w00"]["path"].replace("w00", name)
-        assert (rows[name]["exit_code"], rows[name]["stdout"], rows[name]["stderr"], rows[name]["error"]) == (n, f"{name}\n{where}\n", "err\n", None)
-    text = repo.cli("exec", *sum((["-w", n] for n in names), []), "-j", "3", "--", 'echo "in $CMUX_WORKSPACE"; printf last')
-    assert sorted(text.text.splitlines()) == sorted([f"{n} | in {n}" for n in names] + [f"{n} | last" for n in names]) and text.code == 0
-    assert "20 of 20" in text.said
-
-
-def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo: Repo, site: Site) -> None:
-    line, nap = repo.site.line("far"), unique()
-    assert repo.cli("new", "-H", "box", "near").code == 0 and repo.cli("new", "-H", "far", "away").code == 0
-    command = f'echo early; printf part; [ $CMUX_WORKSPACE = near ] || sleep {nap}'
-    for json_wanted in (True, False):
-        child = repo.start("exec", "-w", "near", "-w", "away", *(["--json"] if json_wanted else []), "--", command)
-        until(lambda: running(f"sleep {nap}"), "it sleeps")
-        line.drop()
-        out, err = child.communicate(timeout=60)
-        assert child.returncode == 255 and b"Traceback" not in err, err
-        if json_wanted:
-            rows = {row["workspace"]: row for row in json.loads(out)}
-            assert rows["near"]["exit_code"] == 0 and rows["near"]["stdout"] == "early\npart"
-            assert rows["away"]["exit_code"] == 255 and rows["away"]["error"] and rows["away"]["stdout"] == "early\npart"
-        else:
-            assert sorted(out.splitlines()) == [b"away | early", b"away | part", b"near | early", b"near | part"]
-            assert b"1 of 2" in err and b"away (255" in err
-        gone(f"sleep {nap}")
-
-
-def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_said(repo: Repo) -> None:
-    nap = unique()
-    assert repo.cli("new", "-H", "box", "a", "b", "c").code == 0
-    command = f'echo "early $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] && exit 4; sleep 1; sleep {nap}'
-    child = repo.start("exec", "--all", "--json", "--", command)
-    until(lambda: len(running(f"sleep {nap}")) >= 2, "two sleep")
-    os.killpg(child.pid, signal.SIGINT)
-    out, err = child.communicate(timeout=30)
-    rows = {row["workspace"]: row for row in json.loads(out)}
-    assert child.returncode == 130 and {n: r["exit_code"] for n, r in rows.items()} == {"a": 4, "b": 130, "c": 130}, err
-    assert {n: r["stdout"] for n, r in rows.items()} == {n: f"early {n}\n" for n in "abc"}
-    gone(f"sleep {nap}")
-    late = repo.cli("exec", "--all", "--timeout", "2", "--", command)
-    assert late.code == 124 and sorted(late.text.splitlines()) == ["a | early a", "b | early b", "c | early c"]
-    gone(f"sleep {nap}")
-
-
-def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterwards(repo: Repo, site: Site) -> None:
-    repo.write("big", os.urandom(3 << 20))
-    repo.write(".cmux/init", b"#!/bin/sh\nprintf 'one\\033[2J\\007\\rred\\n'; sleep 2; printf two\n", 0o755)
-    repo.commit()
-    line = repo.site.line("far")
-    line.rate = 1e6
-    seen = on_terminal(repo.site, "new", "-H", "far", "a", "b", cwd=repo.dir)
-    for pattern in (rb"[ab]  waiting for the archive \d", rb"[ab]  sending [\d.]+ MB", rb"a  init hook \d+s", rb"b  init hook \d+s"):
-        seen.expect(pattern)
-    assert seen.wait() == 0
-    shown = sorted(filter(None, seen.lines()))
-    assert shown[:2] == ["a  far:%s" % repo.path("a"), "a | red^[[2J^G"] and shown[2:4] == ["a | two", "b  far:%s" % repo.path("b")], shown
-    assert len(shown) == 6, shown
-    line.rate = float("inf")
-    seen = on_terminal(repo.site, "exec", "-w", "a", "-w", "b", "--", 'echo "in $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] || exit 3; sleep 3', cwd=repo.dir)
-    seen.expect(rb"a  running 1s\x1b\[K\r?\nb  failed \(3\)")
-    assert seen.wait() == 3
-    shown = sorted(filter(None, seen.lines()))
-    assert shown[:2] == ["a | in a", "b | in b"] and len(shown) == 3 and "1 of 2" in shown[2], shown
-
-
-@pytest.mark.parametrize("sig", [b"\x03", None])
-def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo: Repo, sig: Optional[bytes], site: Site) -> None:
-    line, nap = repo.site.line("far"), unique()
-    assert repo.cli("new", "-H", "far", "a", "b").code == 0
-    seen = on_terminal(repo.site, "exec", "--all", "--", f"echo early; sleep {nap}", cwd=repo.dir)
-    seen.expect(rb"a  running \d+s")
-    seen.send(sig) if sig else line.drop()
-    assert seen.wait() == (130 if sig else 255)
-    shown = [text for text in seen.lines() if "running" in text or re.match("[ab]  ", text)]
-    assert not shown and "0 of 2" in " ".join(seen.lines()), seen.lines()
-
-
-def test_more_workspaces_than_rows_are_counted_and_pipes_and_dumb_terminals_see_none(repo: Repo, site: Site) -> None:
-    names = [f"w{n:02}" for n in range(26)]
-    assert repo.cli("new", "-H", "box", *names, seconds=120).code == 0
-    for env in ({}, {"TERM": "dumb"}):
-        seen = on_terminal(repo.site, "exec", "--all", "-j", "7", "--", "sleep 1; echo x", cwd=repo.dir, env=env)
-        if not env:
-            seen.expect(rb"w07  running \d+s\x1b\[K\r?\n(w\d\d  (running|connecting) \d+s\x1b\[K\r?\n){6}\d+ of 26 ended, 0 failed, 7 at work")
-        assert seen.wait() == 0
-        shown = list(filter(None, seen.lines()))
-        assert len(shown) == 27 and all(" | x" in text for text in shown[:26]) and "26 of 26" in shown[26], shown
-        assert (b"\x1b" in seen.output) == (not env)
-    piped = repo.cli("exec", "-w", "w00", "-w", "w01", "--", "sleep 1.5; echo x")
-    assert piped.out.count(b" | x\n") == 2 and len(piped.err.splitlines()) == 1 and b"\x1b" not in piped.err
-
-
-def test_several_workspaces_bad_use_is_said(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "a", "b").code == 0
-    both = ["exec", "-w", "a", "-w", "b"]
-    for bad in (["-j", "-1"], ["-j", "x"], ["--detach"]):
-        refused(repo.cli(*both, *bad, "--", "true"), 125)
-    one_missing = repo.cli(*both, "-w", "nowhere", "--json", "--", "echo here")
-    rows = {row["workspace"]: row for row in one_missing.json}
-    assert one_missing.code == 125 and rows["a"]["stdout"] == "here\n" and rows["nowhere"]["error"]["message"]
-    assert repo.cli("exec", "-w", "a", "-w", "a", "--", "echo once").out == b"once\n"
-    refused(repo.cli(*both, "--", "cat", stdin=b"not for many"), 125, words="passes stdin on to none of them")
-    assert repo.cli(*both, "-n", "-j", "1", "-q", "--", "cat", stdin=b"not for many").code == 0
-
-
-# === batch ===
-
-
-def test_batch_answers_every_line_also_the_bad_ones(shared: Repo) -> None:
-    good = {"tool": "exec", "arguments": {"command": "echo hi"}}
-    lines: List[Tuple[bytes, Any, bool]] = [(json.dumps(dict(good, id=i)).encode(), i, True) for i in (1, "one", "ü🐙\n\ud800", 1.5, -7, 2 ** 70, "", None, 0)]
-    lines += [(b"not json", None, False), (b"{", None, False), (b"[]", None, False), (b"5", None, False), (b"null", None, False), (b'"x"', None, False), (b"\xff\xfe", None, False), (b"[" * 100_000, None, False),
-              (b'{"id": NaN}', None, False), (b'{"id": {"a": 1}, "tool": "jobs"}', None, False), (b'{"id": "e1"}', "e1", False), (b'{"id": "e2", "tool": "rm -rf"}', "e2", False),
-              (b'{"id": "e3", "tool": ["exec"]}', "e3", False), (b'{"id": "e4", "tool": "exec"}', "e4", False), (b'{"id": "e5", "tool": "exec", "arguments": []}', "e5", False),
-              (b'{"id": "e6", "tool": "exec", "arguments": {"command": 5}}', "e6", False), (b'{"id": "e7", "tool": "exec", "arguments": {"command": "true", "more": 1}}', "e7", False),
-              (b'{"id": "e8", "tool": "exec", "arguments": {"command": []}}', "e8", False), (b'{"id": "e9", "tool": "exec", "arguments": {"command": ""}}', "e9", False),
-              (b'{"id": "e10", "tool": "exec", "workspace": 5, "arguments": {"command": "true"}}', "e10", False), (b'{"id": "e11", "tool": "read", "workspace": "../x", "arguments": {"path": "README"}}', "e11", False),
-              (b'{"id": "e12", "tool": "exec", "arguments": {"command": "true", "timeout": 0}}', "e12", False), (b'{"id": "e13", "tool": "exec", "arguments": {"command": "true", "cwd": "no/such"}}', "e13", False),
-              (b'{"id": "e14", "tool": "exec", "arguments": {"command": "true", "env": {"A B": "x"}}}', "e14", False), (b'{"id": "e15", "tool": "exec", "arguments": {"command": ["a\\u0000b"]}}', "e15", False),
-              (b'{"id": "e16", "tool": "exec", "arguments": {"command": "\\ud800"}}', "e16", False), (b'{"id": "e17", "tool": "exec", "arguments": {"command": "cat", "stdin": "\\ud800"}}', "e17", False),
-              (b'{"id": "e18", "tool": "exec", "arguments": {"command": "true", "env": {"A": null}}}', "e18", False), (b'{"id": "e22", "tool": "exec", "arguments": {"command": "true", "timeout": 1%s}}' % (b"0" * 400), "e22", False), (b'{"id": "e19", "tool": "write", "arguments": {"path": "x", "content_base64": "!"}}', "e19", False),
-              (b'{"id": "e20", "tool": "write", "arguments": {"path": "x"}}', "e20", False), (b'{"id": "e21", "tool": "write", "arguments": {"path": "x", "content": "a", "content_base64": "YQ=="}}', "e21", False),
-              (b'{"id": 1e999, "tool": "exec", "arguments": {"command": "true"}}', None, False), (b"", "no answer", True), (b"   ", "no answer", True)]
-    ran = shared.cli("batch", stdin=b"\n".join(line for line, _, _ in lines))
-    answers = [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON")) for line in ran.out.splitlines()]
-    expected = [(json.dumps(i), ok) for _, i, ok in lines if i != "no answer"]
-    assert sorted((json.dumps(a["id"]), a["ok"]) for a in answers) == sorted(expected)
-    for answer in answers:
-        assert set(answer) == ({"id", "ok", "result"} if answer["ok"] else {"id", "ok", "error"}), answer
-        assert answer["ok"] or (answer["error"]["message"] and answer["error"]["type"] != "Bug"), answer
-        assert not answer["ok"] or answer["result"]["stdout"] == "hi\n"
-    assert ran.code == 1 and shared.cli("batch", stdin=json.dumps(good).encode()).code == 0 and shared.cli("batch", stdin=b"").code == 0
-
-
-def test_batch_answers_as_they_finish_and_drains_at_the_end(shared: Repo) -> None:
-    with open_agent(shared) as talker:
-        slow = talker.post("exec", {"command": "until [ -e drain-now ]; do sleep 0.05; done; echo slow"})
-        assert talker("exec", command="echo fast")["stdout"] == "fast\n", "it does not wait for the first"
-        assert talker("exec", command="touch drain-now")["exit_code"] == 0
-        rest = [talker.post("exec", {"command": f"sleep 0.3; echo {n}"}) for n in range(24)]
-        code, out, err = talker.close()
-        answers = {a["id"]: a for a in map(json.loads, (talker._held + out).splitlines())}
-        assert code == 0 and err == b"" and set(answers) | set(talker._early) == {slow, *rest}
-        assert {a["result"]["exit_code"] for a in answers.values()} == {0}
-        talker.child.communicate = lambda *_, **__: (b"", b"")  # type: ignore[method-assign,assignment]
-    (shared.path() / "drain-now").unlink()
-
-
-def test_batch_takes_the_workspace_of_each_line(repo: Repo) -> None:
-    with open_agent(repo, "-H", "box") as talker:
-        posted = {name: [talker.post("exec", {"command": "echo $CMUX_WORKSPACE"}, workspace=name) for _ in range(4)] for name in ("one", "two", "three")}
-        for name, numbers in posted.items():
-            assert [talker.answer(n)["result"]["stdout"] for n in numbers] == [f"{name}\n"] * 4
-    assert set(repo.workspaces()) == {"one", "two", "three"}, "made once each"
-
-
-@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_batch_ends_what_runs_there(shared: Repo, sig: int) -> None:
-    nap = unique()
-    talker = Agent(shared, "-j", "4")
-    for _ in range(10):
-        talker.post("exec", {"command": f"sleep {nap}"})
-    until(lambda: len(running(f"sleep {nap}")) >= 4, "four sleep")
-    kill(talker.child.pid, sig)
-    out, err = talker.child.communicate(timeout=30)
-    assert talker.child.returncode == {signal.SIGINT: 130, signal.SIGTERM: 130, signal.SIGKILL: -9}[signal.Signals(sig)] and b"Traceback" not in err, err
-    assert all(json.loads(line)["id"] for line in out.splitlines())
-    gone(f"sleep {nap}")
-
-
-def test_a_batch_whose_reader_is_gone_stops(shared: Repo, area: Area) -> None:
-    nap = unique()
-    talker = Agent(shared, "-j", "2")
-    assert talker("exec", command="true")["exit_code"] == 0
-    talker.post("exec", {"command": f"sleep {nap}"})
-    until(lambda: running(f"sleep {nap}"), "it sleeps")
-    assert talker.child.stdout and talker.child.stdin
-    talker.child.stdout.close()
-    talker.post("exec", {"command": "echo nobody reads this"})
-    try:
-        talker.child.wait(PATIENCE)
-        gone(f"sleep {nap}")
-    finally:
-        talker.child.kill()
-        talker.child.wait()
-        for process in running(f"sleep {nap}"):
-            kill(process.pid)
-
-
-def test_a_batch_whose_results_cannot_be_written_fails(shared: Repo) -> None:
-    lines = b"".join(json.dumps({"id": n, "tool": "exec", "arguments": {"command": "true"}}).encode() + b"\n" for n in range(3))
-    with open("/dev/full", "wb") as full:
-        done = subprocess.run([sys.executable, str(PROGRAM), "batch", "-w", "main"], cwd=str(shared.dir), env=shared.site.environment(), input=lines,
-                              stdout=full, stderr=subprocess.PIPE, timeout=60)
-    assert done.returncode == 1 and b"No space left" in done.stderr and b"Traceback" not in done.stderr, done
-
-
-def test_batch_reads_no_further_ahead_than_it_must(shared: Repo, area: Area) -> None:
-    """Whoever writes faster than the host works has to wait; the lines are not piled up in memory."""
-    talker = Agent(shared, "-j", "1")
-    talker.post("exec", {"command": f"until [ -e {area.p('go')} ]; do sleep 0.05; done"})
-    assert talker.child.stdin
-    fd, sent = talker.child.stdin.fileno(), 0
-    line = json.dumps({"id": 0, "tool": "exec", "arguments": {"command": ": " + "x" * 4000}}).encode() + b"\n"
-    os.set_blocking(fd, False)
-    while select.select([], [fd], [], 1.5)[1]:
-        with contextlib.suppress(BlockingIOError):
-            sent += os.write(fd, line)
-        assert sent < 2_000_000, "it reads and reads"
-    kill(talker.child.pid)
-    talker.child.communicate()
-    area.put("go", b"")
-    assert sent > 8000
-
-
-def peak_memory(pid: int) -> int:
-    """Bytes; the peak where the system tells it, else what is held now."""
-    found = re.search(rb"VmHWM:\s+(\d+) kB", slurp(f"/proc/{pid}/status"))
-    return int(found.group(1) if found else subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], stdout=subprocess.PIPE, check=True).stdout) * 1024
-
-
-@pytest.mark.slow
-def test_batch_stays_small_whatever_the_commands_print_and_the_lines_hold(shared: Repo) -> None:
-    with open_agent(shared, "-j", "4") as talker:
-        for number in [talker.post("exec", {"command": "head -c 30000000 /dev/zero | tr '\\0' x; echo end"}) for _ in range(12)]:
-            told = talker.answer(number, 120)["result"]
-            assert told["truncated"] is True and told["stdout"].endswith("xend\n") and len(told["stdout"]) < 3_000_000
-        assert peak_memory(talker.child.pid) < 150_000_000
-        for _ in range(40):
-            assert talker.child.stdin
-            talker.child.stdin.write(b"x" * 2_000_000)
-        talker.send(b"")
-        long = json.loads(talker.line(60))
-        assert long["ok"] is False and long["id"] is None and long["error"]["type"] != "Bug"
-        assert talker("exec", command="echo still")["stdout"] == "still\n"
-        assert peak_memory(talker.child.pid) < 250_000_000
-
-
-@pytest.mark.parametrize("args", [["-j", "-1"], ["-j", "x"], ["-w", "a", "-w", "b"], ["-w", "../x"], ["extra"]])
-def test_batch_bad_use_is_said(shared: Repo, args: List[str]) -> None:
-    refused(shared.cli("batch", *args, stdin=b'{"id": 1, "tool": "exec", "arguments": {"command": "true"}}\n' if args[-1] != "../x" else b""), 2)
-
-
-@pytest.mark.slow
-@pytest.mark.promise(8)
-def test_batch_of_1000_commands_100_at_a_time_all_succeed(shared: Repo) -> None:
-    lines = [json.dumps({"id": n, "tool": "exec", "arguments": {"command": f"echo {n}; exit {n % 256}"}}) for n in range(1000)]
-    ran = shared.cli("batch", "-j", "100", stdin="\n".join(lines).encode(), seconds=240)
-    answers = {a["id"]: a for a in map(json.loads, ran.out.splitlines())}
-    assert sorted(answers) == list(range(1000)) and [a for a in answers.values() if not a["ok"]] == []
-    assert all((a["result"]["stdout"], a["result"]["exit_code"]) == (f"{n}\n", n % 256) for n, a in answers.items())
-    assert ran.code == 0 and ran.err == b"" and "drop connection" not in shared.site.log()
-
-
-@pytest.mark.slow
-@pytest.mark.promise(8)
-def test_12_batch_processes_of_10_each_all_succeed(repo: Repo, site: Site) -> None:
-    lines = "\n".join(json.dumps({"id": n, "tool": "exec", "arguments": {"command": f"sleep 0.5; echo {n}"}}) for n in range(40)).encode()
-    children = [repo.start("batch", "-H", "box", "-j", "10", stdin=subprocess.PIPE) for _ in range(12)]
-    with ThreadPoolExecutor(12) as pool:
-        done = list(pool.map(lambda child: child.communicate(lines, timeout=240), children))
-    for child, (out, err) in zip(children, done):
-        answers = {a["id"]: a for a in map(json.loads, out.splitlines())}
-        assert child.returncode == 0 and err == b"" and sorted(answers) == list(range(40)), err
-        assert all(a["result"]["stdout"] == f"{n}\n" for n, a in answers.items())
-    assert "drop connection" not in repo.site.log() and set(repo.workspaces()) == {"main"}
-
-
-# === The table and the library ===
-
-CONTRACT: Dict[str, Dict[str, str]] = {  # of PRODUCT.md: the arguments of each tool, + where it must be given
-    "exec": {"command": "+", "timeout": "", "cwd": "", "env": "", "stdin": "", "background": ""},
-    "read": {"path": "+", "offset": "", "limit": ""}, "write": {"path": "+", "content": "", "content_base64": ""},
-    "edit": {"path": "+", "edits": "+", "sha256": ""}, "glob": {"pattern": "+", "limit": ""},
-    "grep": {"pattern": "+", "glob": "", "ignore_case": "", "limit": ""}, "jobs": {},
-    "logs": {"job": "+", "offset": "", "wait": ""}, "wait": {"job": "+", "timeout": ""}, "stop": {"job": "+"},
-}
-
-
-def test_the_table_of_tools_is_the_contract() -> None:
-    import cmux_ssh
-    assert {name: {p.name: "+" if p.required else "" for p in tool.params} for name, tool in cmux_ssh.TOOLS.items()} == CONTRACT
-    assert {name for name, tool in cmux_ssh.TOOLS.items() if tool.reads} == {"read", "glob", "grep", "jobs", "logs", "wait"}
-    for name, tool in cmux_ssh.TOOLS.items():
-        assert name in cmux_ssh.COMMANDS and tool.text and all(p.text and p.schema()["description"] for p in tool.params)
-
-
-SAMPLES: Dict[str, Any] = {"string": "x", "integer": 1, "number": 1.5, "boolean": True, "array": [{"old": "a", "new": "b"}], "object": {"A": "b"}, "null": None}
-
-
-@pytest.mark.parametrize("tool", sorted(CONTRACT))
-def test_arguments_are_checked_against_the_table(tool: str) -> None:
-    import cmux_ssh
-    row = cmux_ssh.TOOLS[tool]
-    fits = {p.name: SAMPLES[p.kinds[0]] for p in row.params}
-    assert row.check(dict(fits)) == fits
-    for param in row.params:
-        allowed = set(param.kinds) | ({"integer"} if "number" in param.kinds else set())
-        for kind, value in SAMPLES.items():
-            if kind not in allowed:
-                with pytest.raises(cmux_ssh.UsageError):
-                    row.check({**fits, param.name: value})
-        if param.required:
-            with pytest.raises(cmux_ssh.UsageError):
-                row.check({k: v for k, v in fits.items() if k != param.name})
-    for bad in ({**fits, "unknown": 1}, {**fits, "workspace": "x"}, [], None, "x", 5):
-        with pytest.raises(cmux_ssh.UsageError):
-            row.check(bad)
-
-
-def open_sessions(site: Site, host: str = "box") -> int:
-    """How many the server has now."""
-    log = site.log(host)
-    return log.count("Starting session: ") - log.count("Close session: ")
-
-
-LIBRARY = """
-import sys, threading, time
-from concurrent.futures import ThreadPoolExecutor
-import cmux_ssh
-begun = {}
-def wait_ready(log, sessions=4):  # until the server has so many open, one of them since the last time: after an operation, those opened ahead
-    end, count, now = time.monotonic() + 15, begun.get(log, 0), -1
-    while now != sessions or sessions and count == begun.get(log, 0):
-        assert time.monotonic() < end, text
-        time.sleep(0.02)
-        with open(log, errors="replace") as stream:
-            text = stream.read()
-        count = text.count("Starting session: ")
-        now = count - text.count("Close session: ")
-    begun[log] = count
-"""
-
-
-def in_library(repo: Repo, text: str, *args: str, seconds: float = 60) -> str:
-    """Run a program that imports the file; its output. It must end by itself, and soon."""
-    script = repo.site.dir / f"library-{os.urandom(4).hex()}.py"
-    script.write_text(LIBRARY + text)
-    done = subprocess.run([sys.executable, str(script), *args], cwd=str(repo.dir), env=repo.site.environment({"PYTHONPATH": str(HERE)}), stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=seconds)
-    assert done.returncode == 0 and done.stderr == b"", done.stderr.decode()
-    return done.stdout.decode()
-
-
-@pytest.mark.slow
-def test_the_library_from_a_thread_pool(repo: Repo) -> None:
-    out = in_library(repo, """
-project = cmux_ssh.Project(".")
-with ThreadPoolExecutor(20) as pool:
-    made = list(pool.map(lambda n: project.ensure("w%d" % (n % 4), "box"), range(16)))
-    assert sorted({w.name for w in made}) == ["w0", "w1", "w2", "w3"]
-    runs = list(pool.map(lambda n: made[n % 4].exec(["sh", "-c", 'echo "$CMUX_WORKSPACE $0"; cat; exit $0', str(n)], stdin=b"in%d" % n), range(80)))
-    calls = list(pool.map(lambda n: cmux_ssh.call_tool(made[n % 4], "write", {"path": "f%d" % n, "content": str(n)}), range(40)))
-for n, run in enumerate(runs):
-    assert (run.exit_code, run.stdout, run.stderr) == (n, b"w%d %d\\nin%d" % (n % 4, n, n), b""), run
-    assert run.workspace == "w%d" % (n % 4) and run.host == "box" and not run.timed_out and not run.truncated
-assert all(c["created"] for c in calls)
-assert cmux_ssh.call_tool(made[1], "glob", {"pattern": "f*"})["paths"] == sorted("f%d" % n for n in range(40) if n % 4 == 1)
-print("fine")
-""")
-    assert out == "fine\n"
-
-
-def test_library_values_are_immutable_and_equal_by_value(shared: Repo) -> None:
-    assert in_library(shared, """
-workspace = cmux_ssh.Project(".").workspace("main")
-assert isinstance(workspace, cmux_ssh.Workspace) and isinstance(workspace.host, cmux_ssh.Host)
-result = workspace.exec("printf out; exit 3")
-for name in ("exit_code", "stdout", "new"):
-    try:
-        setattr(result, name, 0)
-    except AttributeError:
-        continue
-    raise AssertionError(name)
-same = cmux_ssh.ExecResult(**result.as_dict())
-assert same == result and hash(same) == hash(result) and "exit_code=3" in repr(result)
-assert cmux_ssh.ExecResult(**dict(result.as_dict(), exit_code=4)) != result
-print(result.exit_code)
-""") == "3\n"
-
-
-def test_library_a_cancel_reaches_the_command_that_makes_a_secret(shared: Repo) -> None:
-    nap = unique()
-    assert shared.cli("secrets", "set", "SLOW", "--command", f"exec sleep {nap}").code == 0
-    try:
-        assert in_library(shared, """
-workspace = cmux_ssh.Project(".").workspace("main")
-for call in (lambda cancel: workspace.exec("echo ran", cancel=cancel).exit_code, lambda cancel: workspace.start("true", cancel=cancel)):
-    cancel = cmux_ssh.Cancel()
-    threading.Timer(0.5, cancel.set).start()
-    try:
-        print(call(cancel))
-    except cmux_ssh.Cancelled:
-        print("cancelled")
-""", nap) == "130\ncancelled\n"
-    finally:
-        assert shared.cli("secrets", "rm", "SLOW").code == 0
-    gone(f"sleep {nap}")
-
-
-def test_library_cancel_from_another_thread_ends_the_command(shared: Repo) -> None:
-    nap = unique()
-    assert in_library(shared, """
-workspace, cancel, seen = cmux_ssh.Project(".").workspace("main"), cmux_ssh.Cancel(), threading.Event()
-def sink(data):
-    seen.set()
-def watch():
-    seen.wait(30)
-    cancel.set()
-threading.Thread(target=watch).start()
-with ThreadPoolExecutor(3) as pool:
-    runs = [pool.submit(workspace.run, "echo on; sleep " + sys.argv[1], sink, sink, cancel=cancel) for _ in range(3)]
-    for run in runs:
-        try:
-            outcome = run.result(30)
-            assert outcome.reason == "cancel" and outcome.stopped == "confirmed", outcome
-        except cmux_ssh.CmuxError as error:
-            assert type(error).__name__ == "Cancelled", error
-print("cancelled")
-""", nap) == "cancelled\n"
-    gone(f"sleep {nap}")
-
-
-def test_library_errors_are_of_one_family_and_say_what_to_do(repo: Repo) -> None:
-    assert in_library(repo, """
-project = cmux_ssh.Project(".")
-kinds = []
-for act in (lambda: project.workspace("none"), lambda: project.workspace("../x"), lambda: cmux_ssh.Host("-oProxyCommand=x"), lambda: cmux_ssh.Project("/"),
-            lambda: project.create("elsewhere", "nowhere.invalid"), lambda: cmux_ssh.call_tool(project.create("w", "box"), "read", {"path": "none"}),
-            lambda: project.create("w", "box"), lambda: project.workspace("w").exec("true", timeout=-1), lambda: project.workspace("w").exec("true", timeout=0),
-            lambda: project.workspace("w").exec("true", timeout=float("nan"))):
-    try:
-        act()
-    except cmux_ssh.CmuxError as error:
-        kinds.append(type(error).__name__)
-        assert str(error).strip()
-print(*kinds)
-""") == "WorkspaceMissing UsageError UsageError GitFailed ConnectionFailed ToolFailed WorkspaceExists UsageError UsageError UsageError\n"
-
-
-def test_arguments_of_the_library_that_are_no_text_are_usage_errors(repo: Repo) -> None:
-    assert in_library(repo, r"""
-project = cmux_ssh.Project(".")
-w, bad = project.create("w", "box"), "x\ud800"
-acts = [lambda: w.exec(bad), lambda: w.exec(["echo", bad]), lambda: w.exec(["echo", 1]), lambda: w.exec("true", env={"A": bad}), lambda: w.exec("true", env={"A": 1}),
-        lambda: w.exec("true", cwd=bad), lambda: w.start(bad), lambda: w.write("x", bad), lambda: w.write(bad, "x"), lambda: w.read(bad), lambda: w.glob(bad),
-        lambda: w.grep(bad), lambda: w.edit(bad, [{"old": "a", "new": "b"}]), lambda: project.set_secret("A", bad), lambda: project.set_secret("A", 1),
-        lambda: w.exec(123), lambda: w.start(123), lambda: w.start([]), lambda: w.exec("cat", stdin=1), lambda: w.exec(b"true"),
-        lambda: project.create("v", "box", ref=bad), lambda: project.create("v", "box", root=bad), lambda: project.create(bad, "box")]
-for at, act in enumerate(acts):
-    try:
-        act()
-        print(at, "no error")
-    except (cmux_ssh.UsageError, cmux_ssh.GitFailed):
-        pass
-    except Exception as error:
-        print(at, repr(error))
-print(w.exec("printf %s", env={"A": "\udcff"}).exit_code, [j["job"] for j in w.jobs()], w.exec("cat", stdin="x").stdout)
-""") == "0 [] b'x'\n"
-
-
-def test_a_wrong_host_does_not_spoil_the_name_of_a_workspace(repo: Repo) -> None:
-    """A typing error in -H: nothing can have been made there, and the next try names the right one."""
-    assert repo.cli("new", "-H", "nowhere.invalid", "w").code == 255
-    made = repo.cli("new", "-H", "box", "w")
-    assert made.code == 0, made
-
-
-def test_stdin_for_a_job_is_refused_and_never_dropped_in_silence(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    refused(repo.cli("exec", "--detach", "--", "wc -c", stdin=b"data"), 125, words="write -w main FILE")
-    with open(str(repo.dir / "README"), "rb") as file:
-        child = repo.start("exec", "--detach", "--", "wc -c", stdin=file)
-        assert child.communicate()[0] == b"" and child.returncode == 125
-    assert repo.cli("jobs", "--json").json == [], "nothing was started"
-    assert repo.cli("exec", "-n", "--detach", "--", "true", stdin=b"data").code == 0
-    idle = repo.start("exec", "--detach", "--", "true", stdin=subprocess.PIPE)  # as a harness leaves it open
-    assert idle.wait(PATIENCE) == 0
-    gate, login = repo.site.dir / "gate", repo.site.dir / "login-late"
-    login.write_text(f'#!/bin/sh\n: >{gate}\nwhile [ -e {gate} ]; do sleep 0.05; done\nexec sh -c "$SSH_ORIGINAL_COMMAND"\n')
-    login.chmod(0o755)
-    repo.site.inetd("late", f"ForceCommand {login}")
-    late = repo.start("exec", "-H", "late", "-w", "late", "--detach", "--", "true", stdin=subprocess.PIPE)
-
-    def opened() -> bool:
-        with contextlib.suppress(OSError):
-            gate.unlink()
-        return late.poll() is not None
-    until(gate.exists, "it connects")
-    late.stdin.write(b"late")  # type: ignore[union-attr]
-    late.stdin.flush()  # type: ignore[union-attr]
-    until(opened, "it ends")
-    assert late.returncode == 0 and b"does not read" in late.stderr.read()  # type: ignore[union-attr]
-
-
-def test_a_detached_command_in_a_workspace_that_is_gone_is_no_job(repo: Repo) -> None:
-    assert repo.exec("true").code == 0
-    shutil.rmtree(str(repo.path()))
-    answer = repo.exec("true", options=["--detach"])
-    assert answer.code == 125 and answer.out == b"" and answer.said, answer
 
 
 def test_a_second_process_has_sessions_waiting_too_on_a_master_more(repo: Repo, site: Site) -> None:
@@ -5961,47 +3235,6 @@ def test_a_second_process_has_sessions_waiting_too_on_a_master_more(repo: Repo, 
             second("exec", command="true")
             until(lambda: (open_sessions(repo.site), len(repo.site.masters())) == (8, 2), "the second has, too")
     until(lambda: open_sessions(repo.site) == 0, "they are given back")
-
-
-def test_a_forked_child_and_its_parent_share_no_session_and_no_lock(repo: Repo, site: Site) -> None:
-    """multiprocessing forks: the copies of our descriptors in a worker must not keep what this process gives up."""
-    repo.site.daemon("other")
-    assert in_library(repo, """
-import os, signal, warnings
-warnings.simplefilter("ignore")        # 3.12 and later say that a process with threads should not fork
-project, logs = cmux_ssh.Project("."), sys.argv[1:]
-workspace = project.create("main", "box")
-workspace.exec("true")
-wait_ready(logs[0])
-read, write = os.pipe()
-child = os.fork()
-if not child:
-    os.write(write, b"%d" % workspace.exec("sleep 0.5; exit 7").exit_code)
-    os._exit(0)
-print(workspace.exec("exit 3").exit_code, os.read(read, 9).decode(), os.waitpid(child, 0)[1])
-workspace = project.create("second", "other")
-workspace.exec("true")
-wait_ready(logs[1])
-command = threading.Thread(target=lambda: print(workspace.exec("sleep 30", timeout=1.5).stopped, time.monotonic() - began < 5))
-began = time.monotonic()
-command.start()
-time.sleep(0.7)
-child = os.fork()                      # in the middle of that command, and idle
-if not child:
-    time.sleep(60)
-    os._exit(0)
-command.join()
-workspace.host.close()
-wait_ready(logs[1], 0)
-def connections():
-    with open(logs[1]) as stream:
-        return stream.read().count("Accepted ")
-before = connections()
-with ThreadPoolExecutor(8) as pool:    # the one connection takes as many as ever
-    list(pool.map(cmux_ssh.Project(".", warm=0).workspace("second").exec, ["sleep 1"] * 8))
-print(connections() - before)
-os.kill(child, signal.SIGKILL)
-""", str(repo.site.dir / "log-box"), str(repo.site.dir / "log-other")) == "3 7 0\nconfirmed True\n0\n"
 
 
 def test_sessions_wait_ready_again_after_a_command_that_took_long(repo: Repo, tuned: Callable[..., None], site: Site) -> None:
@@ -6082,121 +3315,852 @@ print("fine")
     assert all((base / "whole.tar").is_file() or (base / "changes.tar").is_file() for base in bases.iterdir()), list(bases.iterdir())
 
 
-@pytest.mark.parametrize("sh", ["dash", "bash", "busybox", "mksh"])
-def test_one_attempt_of_an_operation_at_a_time_whoever_died_and_whatever_number_is_used_again(tmp_path: Path, sh: str) -> None:
-    """Two saw a dead owner, and the slower removed the other's link; a number used again held it for five minutes. (From inside: six at once die at one place of a script, under each sh.)"""
-    text = c.OPEN_ROOT + """
-rm() { case $SLOW in ?*) sleep $SLOW;; esac; command rm "$@"; }
-inside() { mkdir "$root/inside" || echo two; [ -z "$STAY" ] || kill -KILL $$; sleep 0.05; rmdir "$root/inside"; }
-_ci=$RUN; _cz='
-'; _croot "$ROOT" && _cone op inside 2>/dev/null || echo failed"""
-    words = shlex.split(program(sh) + (" sh" if sh == "busybox" else ""))
-    stage = tmp_path / ".cmux" / "stage"
+def test_no_master_is_added_for_sessions_ahead_where_none_can_be(repo: Repo, site: Site) -> None:
+    """It is tried once: where logging in needs a person, each try is a failed login and its penalty."""
+    with open_agent(repo, "-H", "box") as first:
+        first("exec", command="true")
+        until(lambda: open_sessions(repo.site) == 4, "the first has its own")
+        (repo.site.dir / "authorized").write_text("")
+        before = repo.site.log().count("Connection from ")
+        with open_agent(repo) as second:
+            for _ in range(5):
+                second("exec", command="true")
+                time.sleep(1.6)  # longer than the pause after a failure
+            assert repo.site.log().count("Connection from ") == before + 1
+            assert (open_sessions(repo.site), len(repo.site.masters())) == (4, 1)
 
-    def attempt(run: int, **env: str) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen([*words, "-c", text], env={"PATH": os.environ["PATH"], "ROOT": str(tmp_path), "HOME": "/", "RUN": f"r{run}", **env},
-                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    for turn in range(3):
-        for _ in range(turn + 1):  # owners and heirs that died
-            assert attempt(0, STAY="1").communicate()[0] == b""
-            (tmp_path / "inside").rmdir()
+
+def test_a_master_that_hangs_costs_a_long_lived_caller_one_wait(repo: Repo, tuned: Callable[..., None], site: Site) -> None:
+    tuned(START_PATIENCE=2)
+    with open_agent(repo, "-H", "box") as talker:
+        for _ in range(4):
+            talker("exec", command="true")
+        until(lambda: open_sessions(repo.site) == 4, "four wait ready")
+        for master in repo.site.masters():
+            kill(master.pid, signal.SIGSTOP)
         began = time.monotonic()
-        several = [attempt(n, SLOW="0.1" if n % 2 else "") for n in range(6)]
-        assert [child.communicate(timeout=PATIENCE)[0] for child in several] == [b""] * 6 and time.monotonic() - began < 15
-        assert not list(stage.glob("op*")), list(stage.iterdir())
-    attempt(0, STAY="1").wait()
-    (tmp_path / "inside").rmdir()
-    name = os.readlink(str(stage / "op.by"))
-    (stage / "op.by").unlink()
-    (stage / "op.by").symlink_to(re.sub(r"^\d+", str(os.getpid()), name))
-    assert attempt(1).communicate(timeout=PATIENCE)[0] == b"" and not list(stage.iterdir())
+        answers = [talker.answer(talker.post("exec", {"command": "echo on"}), 60) for _ in range(6)]
+        assert sum(not answer["ok"] for answer in answers) < 2 and time.monotonic() - began < 15, answers
 
 
-def test_a_base_that_is_broken_on_the_host_is_made_anew(repo: Repo, site: Site) -> None:
-    bases = repo.site.far_home() / "cmux" / ".cmux" / "bases"
-    assert repo.cli("new", "-H", "box", "one").code == 0
-    (base,) = bases.iterdir()
-    shutil.rmtree(str(base))
-    base.touch()
-    (bases / ("a" * 40)).mkdir()
-    (bases / ("a" * 40) / "changes.tar").touch()
-    (bases / ("a" * 40) / "parent").write_text("a" * 40 + "\n")  # its own parent
-    assert repo.cli("new", "-H", "box", "two").code == 0 and (base / "whole.tar").is_file()
-    shutil.rmtree(str(base / "git"))
-    (base / "git").mkdir()
-    assert repo.cli("new", "-H", "box", "three").code == 0
+# === new: uploads and the init hook ===
 
 
-def test_a_base_whose_parents_are_broken_on_the_host_is_made_anew_and_not_offered(repo: Repo, site: Site) -> None:
-    bases = repo.site.far_home() / "cmux" / ".cmux" / "bases"
-
-    def sent() -> Tuple[str, str]:
-        repo.write("more", os.urandom(4))
-        repo.commit()
-        assert repo.cli("new", "-H", "box", name := f"w{len(repo.workspaces())}").code == 0
-        assert tree_of(repo.path(name)) == repo.tree()
-        tree = repo.git("rev-parse", "HEAD^{tree}")
-        parent = bases / tree / "parent"
-        return tree, parent.read_text().strip() if parent.exists() else ""
-    for n in range(20):
-        repo.write(f"f{n}", b"x")
-    first, second = sent(), sent()
-    assert first[1] == "" and second[1] == first[0], "a delta, on the first"
-    (bases / first[0] / "whole.tar").unlink()
-    assert repo.cli("new", "-H", "box", "again").code == 0 and tree_of(repo.path("again")) == repo.tree()
-    assert (bases / second[0] / "whole.tar").is_file(), "with nothing to stand on, it was sent whole"
-    third = sent()
-    assert third[1] == second[0]
-    (bases / second[0] / "whole.tar").unlink()
-    assert sent()[1] == "", "neither of the broken ones is offered"
+def test_every_kind_of_file_arrives_as_the_repository_has_it(odd: Repo) -> None:
+    """Names, modes, links and bytes; no filter, no line ends, no $Format$; also what export-ignore names."""
+    ran = odd.exec("git status --porcelain --ignored; git log --format=%s | wc -l; ./run.sh")
+    assert (ran.code, ran.out.split()) == (0, [b"1", b"ran"])
+    assert tree_of(odd.path()) == odd.tree()
 
 
-def test_a_delta_stands_only_on_what_was_sent_to_that_host(repo: Repo, site: Site) -> None:
-    """A host that knows the id of a branch's tree could else ask what files that has: the delta names those to remove."""
-    for n in range(20):
-        repo.write(f"f{n}", b"%d" % n)
+def test_new_takes_a_revision(repo: Repo) -> None:
+    first = repo.git("rev-parse", "HEAD")
+    repo.write("README", b"changed\n")
     repo.commit()
-    repo.git("checkout", "-qb", "private")
-    repo.write("acquisition-of-ACME", b"x")
-    repo.commit()
-    bases = repo.site.far_home() / "cmux" / ".cmux" / "bases"
-    forged = bases / repo.git("rev-parse", "HEAD^{tree}")
-    repo.git("checkout", "-q", "main")
-    forged.mkdir(parents=True)
-    (forged / "whole.tar").touch()
+    assert repo.cli("new", "-H", "box", "old", "--ref", "HEAD~1").code == 0
+    assert repo.workspaces()["old"]["base"] == first and (repo.path("old") / "README").read_bytes() == b"hello\n"
+    assert repo.cli("exec", "-H", "box", "-w", "new", "--", "cat README").out == b"changed\n"
 
-    def parent(name: str, ref: str = "main") -> str:
-        assert repo.cli("new", "-H", "box", name, "--ref", ref).code == 0
-        file = bases / repo.git("rev-parse", ref + "^{tree}") / "parent"
-        return file.read_text().strip() if file.exists() else ""
-    assert parent("a") == ""
-    shutil.rmtree(str(forged))
-    tree = repo.git("rev-parse", "HEAD^{tree}")
-    assert parent("b", "private") == tree, "now it is sent: on the base of the first"
-    repo.write("more", b"x")
+
+def test_two_projects_of_one_name_never_meet(site: Site) -> None:
+    one, two = Repo(site, "a/project", files={"who": b"one"}), Repo(site, "b/project", files={"who": b"two"})
+    assert one.exec("cat who").out == b"one" and two.exec("cat who").out == b"two"
+    assert one.path().parent != two.path().parent and set(one.workspaces()) == {"main"}
+    assert len(one.cli("list", "--all-projects", "--json").json) == 2
+
+
+def test_a_subdirectory_a_worktree_and_option_C_are_the_same_project(repo: Repo, site: Site) -> None:
+    assert repo.exec("true").code == 0
+    before = repo.site.cli("-C", str(repo.dir), "-w", "main", "--json", "exec", "--", "echo", "-C", "x")  # as git has it
+    assert before.json["stdout"] == "-C x\n", before
+    refused(repo.cli("diff", "-H", "ash", "-w", "main"), 2, words="is on box, not on ash")
+    assert repo.site.cli("exec", "--", "ls README", cwd=repo.dir / "src").out == b"README\n"
+    assert repo.site.cli("exec", "-C", str(repo.dir), "--", "ls README").out == b"README\n"
+    assert set(json.loads(repo.site.cli("list", "-C", str(repo.dir / "src"), "--json").out)[0]) >= {"name", "host", "path", "base", "created"}
+
+
+def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo: Repo, site: Site) -> None:
+    repo.write("big", os.urandom(2 << 20))
     repo.commit()
-    assert parent("c") == tree
+    line = repo.site.line("far")
+    assert repo.cli("new", "-H", "far", "a").code == 0
+    first, line.up = line.up, 0
+    assert first > 2 << 20
+    assert repo.cli("new", "-H", "far", "b").code == 0
+    assert line.up < 64 << 10, line.up
+    assert tree_of(repo.path("a")) == tree_of(repo.path("b")) == repo.tree()
+    (repo.path("b") / "big").write_bytes(b"edited in place")
+    assert repo.cli("new", "-H", "far", "c").code == 0 and tree_of(repo.path("c")) == repo.tree(), "the cache is nobody's work tree"
+
+
+@pytest.mark.parametrize("at", [20_000, 300_000, 1_500_000])
+@pytest.mark.promise(7)
+@pytest.mark.compat
+def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo: Repo, at: int, site: Site) -> None:
+    repo.write("big", os.urandom(2 << 20))
+    repo.commit()
+    line = repo.site.line("far")
+    line.cut["up"] = at
+    cut = repo.cli("new", "-H", "far", "a")
+    assert cut.code == 255 and cut.said.strip(), cut
+    assert repo.workspaces() == {} and not list(repo.site.far_home().glob("cmux/project-*/*"))
+    line.cut["up"] = None
+    again = repo.cli("new", "-H", "far", "a")
+    assert again.code == 0 and tree_of(repo.path("a")) == repo.tree(), again
+
+
+def test_a_client_killed_in_the_middle_of_an_upload_leaves_no_workspace_and_a_retry_works(repo: Repo, site: Site) -> None:
+    repo.write("big", os.urandom(2 << 20))
+    repo.commit()
+    line = repo.site.line("far")
+    child = repo.start("new", "-H", "far", "a")
+    until(lambda: line.up > 100_000, "the upload runs")
+    line.stall()
+    kill(child.pid)
+    child.communicate()
+    line.drop()
+    line.go_on()
+    assert repo.workspaces() == {}
+    again = repo.cli("new", "-H", "far", "a")
+    assert again.code == 0 and tree_of(repo.path("a")) == repo.tree(), again
+
+
+def source_text(size: int) -> bytes:
+    """Lines that compress as source text does, to a fifth or so, and are no two times the same."""
+    words = [os.urandom(3).hex() for _ in range(200)]
+    text = "".join("    %s = %s(%s, %s)\n" % tuple(random.choice(words) for _ in range(4)) for _ in range(size // 30))
+    return text.encode()[:size]
+
+
+@pytest.fixture
+def tuned(site: Site, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Other limits for the program from now on."""
+    def tune(**limits: float) -> None:
+        path = site.dir / "tuned.py"
+        path.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport cmux_ssh as c\n" + "".join(
+            f"assert c.{name}; c.{name} = float('{value}')\n" for name, value in limits.items()) + "sys.exit(c.main())\n")
+        monkeypatch.setattr(sys.modules[__name__], "PROGRAM", path)
+    return tune
+
+
+def test_over_a_long_line_a_large_archive_and_a_large_delta_travel_compressed_and_arrive_whole(repo: Repo, site: Site) -> None:
+    for name in "abcdef":
+        repo.write(name, source_text(1 << 20))
+    repo.commit()
+    line = repo.site.line("far")
+    line.rate, line.delay = 4e6, 0.005
+    made = repo.cli("new", "-v", "-H", "far", "w")
+    assert made.code == 0 and "compressed to" in made.said and tree_of(repo.path("w")) == repo.tree(), made
+    assert line.up < 4 << 20, line.up
+    repo.write("new", source_text(3 << 20))
+    repo.commit()
+    line.up = 0
+    pushed = repo.cli("push", "-v", "-w", "w")
+    assert pushed.code == 0 and "compressed to" in pushed.said and tree_of(repo.path("w")) == repo.tree(), pushed
+    assert line.up < 2.5 * (1 << 20), line.up
+
+
+SHIFT = '''#!{python}
+import io, os, subprocess, sys, tarfile, time
+if "archive" not in sys.argv[1:]:
+    os.execv("{git}", ["git"] + sys.argv[1:])
+old = tarfile.open(fileobj=io.BytesIO(subprocess.run(["{git}"] + sys.argv[1:], stdout=subprocess.PIPE, check=True).stdout))
+new = tarfile.open(fileobj=sys.stdout.buffer, mode="w|", format=tarfile.GNU_FORMAT)
+for member in old:
+    member.mtime = time.time() + 864000
+    new.addfile(member, old.extractfile(member) if member.isfile() else None)
+new.close()
+'''
+
+
+@pytest.mark.parametrize("host", ["box", "bare", "bsdtar"])
+def test_files_are_as_old_as_the_host_says_though_this_clock_is_ahead(site: Site, host: str) -> None:
+    """git archives a tree with the time of now; in the host's future, make would rebuild for ever."""
+    if host == "bare":
+        site.inetd("bare", shell="busybox", env={"PATH": minimal_path(site)})
+    if host == "bsdtar":
+        (site.dir / "tar").symlink_to(program("bsdtar", "libarchive-tools"))
+        site.inetd("bsdtar", env={"PATH": f"{site.dir}:{os.environ['PATH']}"})
+    repo, shim = Repo(site, odd=True), site.dir / "shim" / "git"
+    shim.parent.mkdir()
+    shim.write_text(SHIFT.format(python=sys.executable, git=program("git")))
+    shim.chmod(0o755)
+    env = {"PATH": f"{shim.parent}:{os.environ['PATH']}"}
+    for name in ("first", "second"):
+        assert repo.cli("new", "-H", host, name, env=env).code == 0
+    repo.write("plain.txt", b"changed\n")
+    repo.write("sub/new", b"new\n")
+    repo.commit()
+    assert repo.cli("push", "-w", "first", env=env).code == 0 and repo.cli("new", "-H", host, "third", env=env).code == 0
+    for name in ("first", "second", "third"):
+        files = [path for path in repo.path(name).rglob("*") if not path.is_symlink() and ".git" not in path.parts]
+        assert files and all(path.stat().st_mtime < time.time() + 1 for path in files), name
+        if host != "bare":
+            clean = subprocess.run(["git", "diff-files", "--quiet"], cwd=str(repo.path(name)), env={"PATH": os.environ["PATH"]}, check=False)
+            assert clean.returncode == 0, "the index knows the files without a look at their content"
+
+
+@pytest.mark.parametrize("at", [400_000, 1_100_000, 1_400_000])
+@pytest.mark.parametrize("how", ["cut", "killed"])
+def test_a_compressed_upload_that_is_cut_leaves_no_workspace_and_a_retry_works(repo: Repo, at: int, how: str, site: Site) -> None:
+    repo.write("text", source_text(6 << 20))
+    repo.commit()
+    line = repo.site.line("far")
+    line.rate, line.delay = 4e6, 0.005
+    if how == "cut":
+        line.cut["up"] = at
+        cut = repo.cli("new", "-H", "far", "a")
+        assert cut.code == 255 and cut.said.strip(), cut
+    else:
+        child = repo.start("new", "-H", "far", "a")
+        until(lambda: line.up > at, "the upload runs")
+        line.stall()
+        kill(child.pid)
+        child.communicate()
+        line.drop()
+    assert repo.workspaces() == {} and not list(repo.site.far_home().glob("cmux/project-*/*"))
+    line.go_on()
+    line.cut["up"], line.rate, line.delay = None, float("inf"), 0.0
+    again = repo.cli("new", "-H", "far", "a")
+    assert again.code == 0 and tree_of(repo.path("a")) == repo.tree(), again
+
+
+def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo: Repo, site: Site) -> None:
+    """Of an upload, and of a pull; neither in a pipe."""
+    name = "a-rather-long-name-of-a-workspace-that-somebody-gave-it-in-1999"
+    repo.write("big", os.urandom(5 << 20))
+    repo.commit()
+    line = repo.site.line("far")
+    line.rate = 1e6
+    seen = on_terminal(repo.site, "new", "-H", "far", name, cwd=repo.dir)
+    seen.expect(rb"\r\x1b\[Ka-rather[-a-z]*: sending [\d.]+ MB of ~5.\d MB, [\d.]+ [kM]B/s, ~\d+s left")
+    assert all(len(text) < 100 for text in seen.lines())
+    assert seen.wait() == 0
+    assert not [text for text in seen.lines() if "sending" in text], seen.lines()
+    assert repo.exec("head -c 3000000 /dev/urandom >result", host="far", options=["-w", name]).code == 0
+    seen = on_terminal(repo.site, "pull", "-w", name, cwd=repo.dir)
+    seen.expect(rb": receiving [\d.]+ MB, [\d.]+ [kM]B/s")
+    assert seen.wait() == 0
+    assert b"sending" not in seen.output and not [text for text in seen.lines() if "receiving" in text], seen.lines()
+    line.rate = 4e6
+    assert b"sending" not in repo.cli("new", "-H", "far", "--root", "other", "b").err
+
+
+def test_a_stalled_upload_holds_up_no_other_host_and_who_waits_for_it_is_told_and_gives_up(repo: Repo, tuned: Callable[..., None], site: Site) -> None:
+    repo.write("text", os.urandom(1 << 20))
+    repo.commit()
+    line = repo.site.line("far")
+    assert repo.cli("new", "-H", "box", "old", "--ref", "HEAD~1").code == 0
+    stopped = threading.Event()
+    line.trap = ("up", 300_000, lambda: (kill(sender.pid, signal.SIGSTOP), stopped.set()) and None)
+    sender = repo.start("new", "-H", "far", "a")
+    try:
+        until(stopped.is_set, "the upload stalls")
+        tuned(LOCK_PATIENCE=2.5)
+        for words, doing in (
+                ("new -H far c", "sends the same files to far"), ("new -H box a", "works on the workspace a"), ("rm a", "works on the workspace a"), ("rename -w old a", "works on the workspace a"),
+                ("fork -w old a", "works on the workspace a"), ("exec -H box -w a -- true", "works on the workspace a")):
+            waited = repo.cli(*words.split())
+            who = f"process {sender.pid}, which {doing}."
+            assert waited.code == (125 if "exec" in words else 1) and waited.out == b"" and 2 < waited.seconds < 15, waited
+            said = waited.said.replace(f"Waiting for {who}", "", 1) if "exec" not in words else waited.said  # in a pipe it adds no word
+            assert said != waited.said or "exec" in words, waited
+            assert f"Waited 2 seconds in vain for {who}" in said and f"ps -p {sender.pid}" in said, waited
+        made = repo.cli("new", "-H", "box", "b")
+        assert made.code == 0 and made.seconds < 15, made
+    finally:
+        kill(sender.pid, signal.SIGCONT)
+    assert sender.wait(60) == 0
+
+
+HOOK = b'#!/bin/sh\necho "init in $CMUX_WORKSPACE with <$TOKEN>"\necho to-stderr >&2\necho once >>init-ran\nexit "${CODE:-0}"\n'
+
+
+def test_the_init_hook_runs_once_with_the_environment_and_its_output_is_streamed(repo: Repo) -> None:
+    repo.write(".cmux/init", HOOK, 0o755)
+    repo.commit()
+    assert repo.cli("secrets", "set", "TOKEN", stdin=b"tok").code == 0
+    made = repo.cli("new", "-H", "box", "a")
+    assert made.code == 0 and b"init in a with <tok>" in made.out + made.err and b"to-stderr" in made.out + made.err
+    assert repo.exec("cat init-ran", options=["-w", "a"]).out == b"once\n"
+    assert repo.cli("new", "-H", "box", "b", "--no-init").code == 0 and not (repo.path("b") / "init-ran").exists()
+
+
+def test_a_failing_init_hook_is_reported_and_undoes_nothing(repo: Repo) -> None:
+    repo.write(".cmux/init", HOOK.replace(b'"${CODE:-0}"', b"9"), 0o755)
+    repo.commit()
+    made = repo.cli("new", "-H", "box", "a")
+    assert "9" in made.said and "init" in made.said and set(repo.workspaces()) == {"a"}
+    first = repo.exec("echo output", options=["-w", "b"])
+    assert first.code == 0 and first.out.endswith(b"output\n") and "init" in first.said
+    assert repo.cli("new", "c", "-H", "box", "--json").json[0]["state"] == "init failed"
+    quiet = repo.cli("new", "d", "-H", "box", "-q")
+    assert quiet.code == 0 and quiet.out == b"" and quiet.said == "cmux_ssh.py: The init hook of d failed.\n", quiet
+
+
+def test_an_init_that_is_not_executable_is_only_a_file(repo: Repo) -> None:
+    repo.write(".cmux/init", HOOK, 0o644)
+    repo.commit()
+    assert repo.cli("new", "-H", "box", "a").code == 0 and not (repo.path("a") / "init-ran").exists()
+
+
+def test_a_repository_cannot_name_its_host_command_or_options(repo: Repo, site: Site) -> None:
+    for name in (".cmux/config", ".cmux/host", ".cmuxrc", ".cmux.json", ".cmux/config.json"):
+        repo.write(name, b'{"host": "box"}\nhost = box\n')
+    repo.commit()
+    ran = repo.cli("exec", "--", "true")
+    assert ran.code == 125 and not repo.site.log().count("Accepted publickey")
+
+
+def test_nothing_is_left_behind_on_this_machine(repo: Repo, site: Site) -> None:
+    """No temporary file, nothing in the repository, nothing in the home directory but the state."""
+    before = tree_of(repo.dir), repo.git("status", "--porcelain"), sorted(p.name for p in repo.site.home.iterdir())
+    assert repo.exec("echo x >new-on-the-host").code == 0
+    assert not list(repo.site.tmp.iterdir())
+    assert (tree_of(repo.dir), repo.git("status", "--porcelain"), sorted(p.name for p in repo.site.home.iterdir())) == before
+    assert "cmux" not in repo.git("for-each-ref")
+
+
+def test_a_record_whose_parts_are_wrong_is_said_and_left_alone(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
     (file,) = (repo.site.state / "projects").glob("*.json")
-    record = json.loads(file.read_text())
-    assert record.pop("sent"), "what workspaces stand on was sent, too"
-    file.write_text(json.dumps(record))
-    repo.write("more", b"xy")
+    good = json.loads(file.read_text())
+    entry = good["workspaces"]["main"]
+
+    def listed(record: Dict[str, Any]) -> Answer:
+        file.write_text(json.dumps(record))
+        return repo.cli("list")
+    for more in ({"name": "../x"}, {"id": "x"}, {"workspaces": []}, {"workspaces": {"../x": entry}}, {"workspaces": {"main": 1}},
+                 {"workspaces": {"main": dict(entry, created="now")}}, {"workspaces": {"main": dict(entry, path=None)}},
+                 {"workspaces": {"main": dict(entry, state=None)}}, {"jobs": []}, {"places": [["a"]]}, {"sent": [["a", 1]]}, {"sent": {}}):
+        refused(listed(dict(good, **more)), 1, words="has parts that are not as they should be. Repair it. Or set it aside")
+        assert json.loads(file.read_text()) == dict(good, **more)
+    making = {key: value for key, value in entry.items() if key != "path"}
+    for record in ({key: value for key, value in good.items() if key not in ("jobs", "places", "sent")},
+                   dict(good, workspaces={"main": entry, "half": dict(making, state="creating")})):
+        assert "main" in listed(record).text
+
+
+def test_lines_that_are_too_many_are_refused_not_cut(shared: Repo) -> None:
+    do(shared, "head -c 12000000 /dev/zero | tr '\\0' x >long.txt; seq 1 2500000 >seq.txt")
+    for path, limit in (("long.txt", "1"), ("seq.txt", "2400000")):
+        refused(shared.cli("read", "-w", "main", path, "--limit", limit), 1, words="Ask for fewer")
+    assert shared.cli("read", "-w", "main", "seq.txt", "--offset", "2000000", "--limit", "2").text == "2000000\n2000001\n"
+    do(shared, "rm long.txt seq.txt")
+
+
+def test_options_that_would_mean_nothing_are_refused(shared: Repo) -> None:
+    for words, code, said in (
+            (["rm", "a", "-w", "b"], 2, "given twice"), (["push", "-w", "main", "--dirty", "--ref", "HEAD"], None, ""),
+            (["push", "-w", "main", "--dirty", "--ref", "HEAD~1"], 2, "one of the two"), (["new", "x", "--dirty", "--ref", "main~1"], 2, "one of the two"),
+            (["new", "x", "--allow", "y"], 2, "goes with --dirty"), (["new", "x", "--root", ""], 2, "--root"),
+            (["edit", "-w", "main", "README", "--old", "a", "--new", "b", "--sha256", ""], 2, "64 hexadecimal"),
+            (["history", "-n", "-5"], 2, "from 0"), (["list", "-H", "nowhere"], 0, "No workspaces on nowhere")):
+        done = shared.cli(*words)
+        assert (code is None or done.code == code) and said in done.said, (words, done)
+    both = shared.start("exec", "-w", "main", "-w", "other", "--", "wc -c", stdin=subprocess.PIPE)
+    out, err = both.communicate(b"hello")
+    assert both.returncode == 125 and out == b"" and b"passes stdin on to none of them" in err, (out, err)
+
+
+@pytest.mark.parametrize("names", [["one"], ["one", "two"]])
+def test_an_interrupted_init_hook_is_no_success(repo: Repo, names: List[str]) -> None:
+    nap = unique()
+    repo.write(".cmux/init", f"#!/bin/sh\nsleep {nap}\n".encode(), 0o755)
     repo.commit()
-    assert parent("d") == repo.git("rev-parse", "main~1^{tree}")
+    child = repo.start("new", "-H", "box", *names)
+    until(lambda: len(running(f"sleep {nap}")) >= len(names), "the hooks run")
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=30)
+    assert child.returncode == 130 and out == b"" and b"nterrupted" in err, (out, err)
+    gone(f"sleep {nap}")
+    assert all(row["state"] == "init failed" for row in repo.cli("list", "--json").json)
 
 
-@pytest.mark.parametrize("name", ["USR1", "WINCH", "CONT"])
-def test_a_command_that_signals_its_parent_keeps_its_status(shared: Repo, name: str) -> None:
-    """As daemons do when they are ready."""
-    assert shared.exec(f"kill -{name} $PPID; exit 5", options=["--timeout", "20"]).code == 5
-    assert in_library(shared, """
-workspace = cmux_ssh.Project(".").workspace("main")
-for _ in range(3):
-    print(workspace.exec("kill -%s $PPID; exit 5" % sys.argv[1], timeout=20).exit_code)
-    time.sleep(0.3)
-""", name) == "5\n" * 3
-    job = shared.exec(f"kill -{name} $PPID; sleep 0.2; exit 6", options=["--detach"]).text.strip()
-    assert shared.cli("wait", job).code == 6
+def test_hooks_of_a_separate_git_directory_and_of_a_submodule(site: Site) -> None:
+    repo, outer = Repo(site, "apart"), Repo(site, "outer")
+    repo.git("init", "-q", "--separate-git-dir", str(site.dir / "apart.git"))
+    repo.git("config", "core.hooksPath", str(repo.dir / "githooks"))
+    outer.git("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(repo.dir), "sub")
+    for directory, code in ((repo.dir, 1), (outer.dir / "sub", 0)):
+        assert site.cli("new", "-H", "box", "main", cwd=directory).code == 0
+        assert site.cli("exec", "--", "mkdir hooks githooks; echo x >hooks/x; echo x >githooks/x", cwd=directory).code == 0
+        pulled = site.cli("pull", cwd=directory)
+        assert pulled.code == code and ("runs hooks from there" in pulled.said) == bool(code), pulled
+
+
+def test_commits_that_a_remote_ref_has_too_are_told(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    do(repo, "echo W >w; git add w; git commit -qm sent; git update-ref refs/remotes/foo/bar HEAD; git reset -q --hard HEAD~1")
+    refused(repo.cli("rm", "main"), 1, words="sent")
+
+
+def test_an_ignored_sigchld_makes_no_failure_a_success(repo: Repo, site: Site) -> None:
+    assert repo.cli("secrets", "set", "T", "--command", "echo abcdefg; exit 7").code == 0
+    command = [sys.executable, "-c", "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.executable, [sys.executable] + sys.argv[1:])",
+               str(PROGRAM), "exec", "-H", "box", "--", "echo ran"]
+    done = subprocess.run(command, cwd=str(repo.dir), env=repo.site.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 125 and done.stdout == b"" and b"failed with status 7" in done.stderr, done
+
+
+def test_two_aliases_of_one_address_do_not_share_a_connection(repo: Repo, site: Site) -> None:
+    site, used = repo.site, repo.site.dir / "used"
+    site.host("one", "HostName 127.0.0.1", f"Port {site.port}")
+    proxy = site.dir / "relay"
+    proxy.write_text(f"#!/bin/sh\necho used >>{used}\nexec {program('ssh')} -F {site.config} -W 127.0.0.1:{site.port} box\n")
+    proxy.chmod(0o755)
+    site.host("two", "HostName 127.0.0.1", f"Port {site.port}", f"ProxyCommand {proxy}")
+    assert repo.exec("true", host="one", options=["-w", "a"]).code == 0 and not used.exists()
+    assert repo.exec("true", host="two", options=["-w", "b"]).code == 0 and used.exists()
+
+
+# === push and --dirty ===
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_push_whose_first_attempt_was_killed_over_there_is_finished_by_the_next(site: Site, force: bool) -> None:
+    """It finds files that are half changed, by the first, and must not take them for the agent's."""
+    repo, armed = Repo(site, files={f"many/{n}": b"old\n" for n in range(30)}), site.dir / "armed"
+    site.daemon("killed", env=replaced(site, git=f"""case "$*" in *'read-tree --reset -u'*) if rm {armed} 2>/dev/null; then for f in many/1*; do echo new >$f; done; p=$$ all=
+while p=$(($(ps -o ppid= -p $p))) && [ "$(ps -o comm= -p $p)" = sh ]; do all="$all $p"; done; kill -9 $all; exit 1; fi;; esac"""))
+    assert repo.cli("new", "-H", "killed", "main").code == 0
+    for n in range(30):
+        repo.write("many/%d" % n, b"new\n")
+    repo.commit()
+    if force:
+        do(repo, "echo agent >agents")
+    armed.touch()
+    pushed = repo.cli("push", *(["--force"] if force else []))
+    assert pushed.code == 0 and not armed.exists(), pushed
+    path = Path(repo.workspaces()["main"]["path"].replace("~", str(site.far_home("killed"))))
+    assert {file.read_bytes() for file in (path / "many").iterdir()} == {b"new\n"}
+    do(repo, "s=$(git status --short) && [ -z \"$s\" ]")
+    assert "Nothing new" in repo.cli("pull").text
+    kept = list((path.parents[1] / ".cmux" / "trash").glob("kept-*"))
+    assert len(kept) == force and all((path / "agents").read_bytes() == b"agent\n" and (path / "many/1").read_bytes() == b"old\n" for path in kept)
+
+
+def test_push_leaves_a_split_index_that_git_can_read(repo: Repo) -> None:
+    for n in range(30):
+        repo.write("f%d.txt" % n, b"x%d\n" % n)
+    repo.commit()
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    do(repo, "sleep 1.5; git status; git update-index --split-index; ls .git | grep shared; git status --short")
+    for n in range(20):
+        repo.write("f%d.txt" % n, b"new\n")
+    repo.commit()
+    assert repo.cli("push").code == 0
+    do(repo, "s=$(git status --short) && [ -z \"$s\" ]")
+
+
+def test_dirty_goes_by_attributes_and_ignores_wherever_they_are_named(repo: Repo) -> None:
+    (repo.dir / ".git" / "attrs").write_text("*.z filter=crypt\n*.txt text\n")
+    repo.git("config", "core.attributesFile", str(repo.dir / ".git" / "attrs"))
+    repo.git("config", "core.excludesFile", ".myignore")
+    repo.write(".myignore", b"private.txt\n")
+    repo.commit()
+    repo.write("private.txt", b"p")
+    repo.write("lines.txt", b"a\r\n")
+    assert repo.cli("new", "-H", "box", "--dirty", "main").code == 0
+    assert not (repo.path() / "private.txt").exists() and (repo.path() / "lines.txt").read_bytes() == b"a\n"
+    repo.write("key.z", b"topsecret")
+    refused(repo.cli("push", "--dirty"), 2, words="goes through the filter 'crypt'")
+
+
+def test_a_forced_push_to_the_same_base_takes_back_nothing_that_was_pulled(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    do(repo, "echo 1 >agents; git add agents; git commit -qm agentwork")
+    assert repo.cli("pull").code == 0
+    pulled = repo.git("rev-parse", "cmux/main")
+    assert repo.cli("push", "--force").code == 0
+    assert "Nothing new" in repo.cli("pull").text and repo.git("rev-parse", "cmux/main") == pulled
+    do(repo, "echo 2 >second")
+    refused(repo.cli("pull"), 1, words="lacks ('agents')")
+    assert repo.cli("pull", "--branch", "other").code == 0
+    refused(repo.cli("pull"), 1, words="lacks ('agents')")
+
+
+def test_what_was_dirty_is_not_the_agents(repo: Repo) -> None:
+    repo.write("mine", b"edited\n")
+    assert repo.cli("new", "-H", "box", "--dirty", "main").code == 0
+    do(repo, "echo 1 >agents")
+    assert repo.cli("pull").code == 0
+    repo.git("checkout", "cmux/main", "--", "agents")
+    (repo.dir / "mine").unlink()
+    repo.git("commit", "-qm", "took agents")
+    assert repo.cli("push").code == 0
+    do(repo, "echo 2 >second")
+    pulled = repo.cli("pull")
+    assert pulled.code == 0 and repo.git("show", "cmux/main:second") == "2", pulled
+
+
+def test_a_refused_push_leaves_nothing_to_settle_and_a_damaged_project_does_not_hide_others(repo: Repo, site: Site) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    do(repo, "echo 1 >agents")
+    repo.commit()
+    refused(repo.cli("push"), 1, words="agents")
+    (file,) = (repo.site.state / "projects").glob("*.json")
+    assert "intent" not in file.read_text()
+    other = repo.site.state / "projects" / "zz.json"
+    other.write_text("damaged")
+    other.chmod(0o600)
+    listed = repo.cli("list", "--all-projects")
+    assert "main" in listed.text and "is damaged" in listed.said, listed
+
+
+def test_push_says_that_uncommitted_work_stays(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    assert repo.cli("push").said == ""
+    repo.write("README", b"edited\n")
+    pushed = repo.cli("push")
+    assert pushed.code == 0 and "already" in pushed.text and "Not sent: 1 uncommitted file (--dirty takes them along)." in pushed.said, pushed
+    assert repo.cli("push", "--dirty").said == "" and slurp(str(repo.path() / "README")) == b"edited\n"
+
+
+def test_what_is_not_sent_is_said_exactly_each_time_a_workspace_is_made_or_pushed_to(repo: Repo) -> None:
+    content = b"large" * 1000
+    repo.write("a.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (hashlib.sha256(content).hexdigest().encode(), len(content)))
+    repo.write(".gitattributes", b"*.bin filter=lfs\n*.txt text\n")
+    for name in ("staged", "back.txt", "gone"):
+        repo.write(name, b"a\nb\n")
+    repo.commit()
+    repo.git("config", "core.autocrlf", "true")
+    for name, data in (("a.bin", content), ("back.txt", b"a\r\nb\r\n"), ("staged", b"new\n")):
+        repo.write(name, data)
+    repo.git("add", "staged")
+    repo.write("staged", b"a\nb\n")  # as in HEAD again: --dirty would send nothing of it
+    for name in ("README", "nonce", "src/main.c", "a.bin"):
+        os.utime(str(repo.dir / name), (1, 1))
+    for words in (["new", "-H", "box", "one"], ["new", "-H", "box", "two", "three"], ["push", "-w", "one"]):
+        said = repo.cli(*words)
+        assert said.code == 0 and said.said.count("Not sent") == 1 and "Not sent: 1 LFS file whose content is not here" in said.said, said
+        assert "uncommitted" not in said.said, said
+    repo.write("README", b"edited\n")
+    (repo.dir / "gone").unlink()
+    before = (repo.dir / ".git/index").read_bytes()
+    for words in (["new", "-H", "box", "four"], ["push", "-w", "one"], ["push", "--force", "-w", "two"]):
+        assert "2 uncommitted files (--dirty takes them along)." in repo.cli(*words).said
+    assert (repo.dir / ".git/index").read_bytes() == before
+    assert "Not sent: 1 LFS file" in repo.cli("push", "-w", "one", "--dirty", "--allow", "a.bin").said
+
+
+@pytest.mark.parametrize("host", ["box", "nogit"])
+def test_push_moves_a_workspace_and_keeps_what_is_ignored(site: Site, host: str) -> None:
+    repo = Repo(site, odd=True, files={".gitignore": b"*.o\n", "keep": b"k\n", "f%d" % 1: b"1", "f2": b"2", "f3": b"3"})
+    assert repo.cli("new", "-H", bare_host(site) if host == "nogit" else host, "main").code == 0
+    if host == "box":  # without git, nobody there knows what is ignored
+        do(repo, "echo o >x.o")
+    before = os.stat(str(repo.path() / "keep")).st_mtime_ns
+    (repo.dir / "plain.txt").unlink()
+    repo.write("plain.txt/now a dir", b"d")
+    (repo.dir / "sub/dir/deep.txt").unlink()
+    repo.write("new/file", b"n", 0o755)
+    (repo.dir / "link").unlink()
+    (repo.dir / "link").symlink_to("keep")
+    repo.write("run.sh", b"changed", 0o644)
+    repo.commit()
+    pushed = repo.cli("push", "-v")
+    assert pushed.code == 0, pushed
+    there = tree_of(repo.path())
+    kept = there.pop(b"x.o", None)
+    assert there == repo.tree()
+    if host == "box":
+        assert kept and os.stat(str(repo.path() / "keep")).st_mtime_ns == before
+        assert repo.cli("exec", "-w", "main", "--", "git status --short").out == b""
+    assert not (repo.path() / "sub/dir").exists()
+    assert repo.cli("diff").out == b"" and "already" in repo.cli("push").text
+    do(repo, "echo lost >lost")
+    refused = repo.cli("push", "--ref", "HEAD~1")
+    assert refused.code == 1 and "lost" in refused.said
+    forced = repo.cli("push", "--ref", "HEAD~1", "--force")
+    assert forced.code == 0 and "kept" in forced.said, forced
+    assert not (repo.path() / "lost").exists()
+    assert list(Path(str(repo.path().parent.parent)).glob(".cmux/trash/kept-*/lost"))
+    if host == "box":
+        repo.git("checkout", "-q", "-f", "HEAD~1")
+        assert tree_of(repo.path()).keys() - {b"x.o"} == repo.tree().keys()
+        repo.git("checkout", "-q", "-f", "main")
+    gone = repo.cli("gc", "--json")
+    assert gone.code == 0 and not list(repo.path().parent.parent.glob(".cmux/trash/*")), gone
+
+
+@pytest.mark.compat
+def test_a_delta_sends_only_what_changed(site: Site) -> None:
+    repo = Repo(site, odd=True, files={"big%d" % i: os.urandom(300000) for i in range(20)})
+    line = site.line("far")
+    assert repo.cli("new", "-H", "far", "one").code == 0
+    for turn in range(9):
+        repo.write("sub/turn", b"%d" % turn)
+        if turn == 3:
+            (repo.dir / "native.txt").unlink()
+        repo.commit()
+        before = line.up
+        assert repo.cli("new", "-H", "far", "t%d" % turn).code == 0
+        sent = line.up - before
+        assert tree_of(repo.path("t%d" % turn)) == repo.tree()
+        assert sent < 50000, (turn, sent)
+    assert repo.cli("exec", "-w", "t2", "--", "git status --short; git log --format=%s").out == b"base\n"
+    assert repo.cli("gc").code == 0
+    assert repo.cli("new", "-H", "far", "--ref", "HEAD~3", "again").code == 0
+
+
+def test_a_delta_goes_by_bytes_where_there_are_few_files(site: Site) -> None:
+    repo = Repo(site, files={"blob": os.urandom(3000000)})
+    assert repo.cli("new", "-H", "box", "one").code == 0
+    for turn in range(3):
+        repo.write("t", b"%d" % turn)
+        repo.write("README", b"%d" % turn)  # two of three files: few bytes, but most of them
+        repo.commit()
+        assert repo.cli("push", "-w", "one").code == 0
+        assert [row["bytes"] < 50000 for row in map(json.loads, repo.cli("history", "--json").text.split("\n")[:-1]) if row["operation"] == "push"][-1]
+    repo.write("blob", os.urandom(3000000))
+    repo.commit()
+    assert repo.cli("push", "-w", "one").code == 0 and tree_of(repo.path("one")) == repo.tree()
+    for n in range(1200):
+        repo.write("vendor/%d" % n, b"x")
+    repo.commit()
+    assert repo.cli("new", "-H", "box", "--root", "other", "two").code == 0
+    repo.git("rm", "-rq", "vendor")
+    repo.commit()
+    assert repo.cli("new", "-H", "box", "--root", "other", "three").code == 0
+    bases = list((repo.site.far_home() / "other/.cmux/bases").iterdir())  # whole: with a delta the host would remove 1200 files each time
+    assert [(base / "whole.tar").exists() for base in bases] == [True, True], bases
+
+
+def test_nothing_is_said_of_head_where_a_workspace_has_it_and_more(repo: Repo, site: Site) -> None:
+    repo.write("untracked", b"u")
+    assert repo.cli("new", "-H", "box", "dirty", "--dirty").code == 0
+    terminal = on_terminal(repo.site, "exec", "-w", "dirty", "--", "cat untracked; echo; echo d''one", cwd=repo.dir)
+    assert terminal.wait() == 0 and b"done" in terminal.output and b"push brings" not in terminal.output
+    repo.commit()
+    terminal = on_terminal(repo.site, "exec", "-w", "dirty", "--", "true", cwd=repo.dir)
+    assert terminal.wait() == 0 and b"push brings it there" in terminal.output
+
+
+@pytest.mark.parametrize("host", ["box", "bare"])
+@pytest.mark.promise(7)
+def test_push_looks_again_after_its_upload(site: Site, host: str) -> None:
+    bare_host(site)
+    site.daemon("bare", env={"PATH": str(site.dir / "posix-bin")})
+    repo, line = Repo(site), site.line("far", to=host)
+    assert repo.cli("new", "-H", "far", "main").code == 0
+    note = repo.path() / "note"
+    repo.write("more", os.urandom(2 << 20))
+    repo.commit()
+    line.trap = ("up", 500_000, lambda: note.write_bytes(b"agent's"))  # type: ignore[assignment,return-value]
+    refused(repo.cli("push"), 1, words="note")
+    assert note.read_bytes() == b"agent's" and not (note.parent / "more").exists()
+    assert repo.cli("pull").code == 0 and repo.git("show", "cmux/main:note") == "agent's"
+    assert repo.cli("push").code == 0 and tree_of(note.parent) == repo.tree()
+
+
+HEAD_LOCK = "touch .git/HEAD.lock"
+
+
+@pytest.mark.parametrize("harm", ["rm -rf .git; git init -q -b main; git add -A; git commit -qm anew",
+                                  "rm -rf .git; git init -q --object-format=sha256 -b main; git add -A; git commit -qm anew",
+                                  HEAD_LOCK, "touch .git/refs/heads/main.lock", "git branch -m main/sub",
+                                  "git checkout -q --detach; touch .git/refs/heads/main.lock"], ids=["anew", "sha256", "HEAD", "main", "sub", "detached"])
+def test_push_where_the_repository_there_cannot_be_moved_says_so_and_force_replaces_it(repo: Repo, harm: str, site: Site) -> None:
+    repo.write(".gitignore", b"ignored\n")
+    repo.commit()
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    do(repo, "git config --global user.name a; git config --global user.email a@x; echo agent >>README; echo cache >ignored; " + harm)
+    assert repo.cli("pull").code == 0
+    before = {path.name: path.read_bytes() for path in repo.path().iterdir() if path.is_file()}
+    repo.write("more", b"user")
+    repo.commit()
+    head = (repo.path() / ".git/HEAD").read_bytes()
+    refused(repo.cli("push"), 1, words="cannot be moved")
+    assert (repo.path() / ".git/HEAD").read_bytes() == head
+    assert {path.name: path.read_bytes() for path in repo.path().iterdir() if path.is_file()} == before, "all is as it was"
+    pushed = repo.cli("push", "--force")
+    assert pushed.code == 0 and "is kept until gc" in pushed.said, pushed
+    assert (repo.path() / "more").read_bytes() == b"user" and b"agent" not in (repo.path() / "README").read_bytes()
+    do(repo, "[ ! -e .git/HEAD.lock ] && s=$(git status --short) && [ -z \"$s\" ]")
+    do(repo, "echo again >>more; git commit -qam again")
+    pulled = repo.cli("pull", "--branch", "second")
+    assert pulled.code == 0 and repo.git("log", "--format=%s", "main..second") == "again", pulled
+
+
+def test_a_split_index_hides_no_file_that_is_ignored_but_tracked(repo: Repo) -> None:
+    repo.write(".gitignore", b"*.log\n")
+    repo.commit()
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    do(repo, "git config core.splitIndex true; git add -f .; echo keep >result.log; git add -f result.log; ls .git/sharedindex.*")
+    refused(repo.cli("rm", "main"), 1, words="result.log")
+    assert repo.cli("pull").code == 0 and repo.git("show", "cmux/main:result.log") == "keep"
+
+
+def test_what_was_only_fetched_holds_up_no_rm(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    do(repo, "git init -q ../up && cd ../up && git -c user.name=a -c user.email=a@x commit -q --allow-empty -m theirs && cd - && git fetch -q ../up HEAD:refs/remotes/origin/main")
+    assert repo.cli("rm", "main").code == 0
+
+
+def test_work_that_a_push_left_behind_is_not_told_as_taken_back(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    do(repo, "echo 1 >agents; git add agents; git commit -qm agentwork")
+    assert repo.cli("pull").code == 0
+    pulled = repo.git("rev-parse", "cmux/main")
+    repo.write("users", b"u")
+    repo.commit()
+    assert repo.cli("push").code == 0
+    nothing = repo.cli("pull")
+    assert nothing.code == 0 and "Nothing new" in nothing.text and repo.git("rev-parse", "cmux/main") == pulled
+    do(repo, "echo 2 >second")
+    refused(repo.cli("pull"), 1, words="lacks ('agents')")
+    assert repo.cli("pull", "--branch", "other").code == 0 and repo.git("diff", "--name-only", "main", "other") == "second"
+    repo.git("merge", "-q", "--squash", "cmux/main")  # not as a commit of its history, but it has it
+    repo.commit()
+    assert repo.cli("push").code == 0
+    do(repo, "echo 3 >third")
+    assert repo.cli("pull").code == 0 and sorted(repo.git("diff", "--name-only", "main~1", "cmux/main").split()) == ["agents", "third"]
+
+
+def test_fork_waits_for_a_push_and_needs_another_name(repo: Repo, site: Site) -> None:
+    line, forks = repo.site.line("far"), []  # type: Line, List[Any]
+
+    def fork() -> None:
+        forks.append(repo.start("fork", "-w", "main", "side"))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            forks[0].wait(4)
+    assert repo.cli("new", "-H", "far", "main").code == 0
+    repo.write("more", os.urandom(2 << 20))
+    repo.commit()
+    line.trap = ("up", 500_000, fork)
+    assert repo.cli("push").code == 0 and forks[0].wait(60) == 0 and tree_of(repo.path("side")) == repo.tree()
+    refused(repo.cli("fork", "-w", "main", "main"), 1, words="has that name already")
+
+
+@pytest.mark.parametrize("layout", ["bare", "linked"])
+def test_hooks_of_another_worktree_are_not_changed_either(repo: Repo, layout: str, site: Site) -> None:
+    repo.write("hooks/pre-commit", b"#!/bin/sh\n", 0o755)
+    repo.commit()
+    other = repo.site.dir / "other"
+    if layout == "bare":
+        repo.git("clone", "-q", "--bare", str(repo.dir), str(other))
+        subprocess.run(["git", "config", "core.hooksPath", "hooks"], cwd=str(other), check=True)
+    else:
+        repo.git("worktree", "add", "-q", "-b", "side", str(other))
+        repo.git("config", "core.hooksPath", str(repo.dir / "hooks"))
+    assert repo.cli("-C", str(other), "new", "-H", "box", "w").code == 0
+    assert repo.cli("-C", str(other), "exec", "-w", "w", "--", "echo evil >>hooks/pre-commit; echo >hooks/post-checkout").code == 0
+    refused(repo.cli("-C", str(other), "pull", "-w", "w"), 1, words="runs hooks from there")
+
+
+@pytest.mark.parametrize("date, told", [("@1 -1159", "1970-01-01T00:00:00-11:59"), ("@0 +0000", "1970-01-01T00:00:00Z"), ("@99 +1400", "1970-01-01T14:01:39+14:00")])
+def test_a_date_before_1970_does_not_end_every_log(repo: Repo, date: str, told: str) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    do(repo, f"echo x >x; git add x; GIT_AUTHOR_DATE='{date}' git commit -qm odd")
+    assert repo.cli("pull").code == 0
+    assert repo.git("log", "-1", "--format=%aI", "cmux/main") in (told, told.replace("Z", "+00:00"))
+
+
+def test_dirty_goes_by_what_the_user_ignores_everywhere(repo: Repo, site: Site) -> None:
+    ignored = repo.site.dir / "ignore everywhere"
+    ignored.write_text(".envrc\n")
+    repo.git("config", "core.excludesFile", str(ignored))
+    repo.write(".envrc", b"export KEY=1")
+    repo.write("other", b"o")
+    assert repo.cli("new", "-H", "box", "--dirty", "main").code == 0
+    assert (repo.path() / "other").exists() and not (repo.path() / ".envrc").exists()
+
+
+@pytest.mark.promise(1)
+def test_dirty_sends_nothing_that_a_filter_would_have_encrypted(repo: Repo) -> None:
+    for key, value in (("clean", "rev"), ("smudge", "rev"), ("required", "true")):
+        repo.git("config", "filter.crypt." + key, value)
+    repo.write(".gitattributes", b"*.z filter=crypt\n")
+    repo.write("key.z", b"topsecret\n")
+    repo.commit()
+    os.utime(str(repo.dir / "key.z"), (1, 1))
+    repo.write("other", b"o")
+    refused(repo.cli("new", "-H", "box", "--dirty", "main"), 2, words="key.z' goes through the filter 'crypt'")
+    assert "topsecret" not in repo.git("rev-list", "--all", "--objects") and not repo.workspaces()
+    assert repo.cli("new", "-H", "box", "--dirty", "--allow", "key.z", "main").code == 0
+    assert (repo.path() / "key.z").read_bytes() == b"topsecret\n"
+
+
+def test_dirty_knows_unchanged_lfs_content(repo: Repo) -> None:
+    content = b"large" * 1000
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (hashlib.sha256(content).hexdigest().encode(), len(content))
+    repo.write(".gitattributes", b"*.bin filter=lfs\n")
+    repo.write("a.bin", pointer)
+    repo.commit()
+    repo.write("a.bin", content)
+    repo.write("other", b"o")
+    assert repo.cli("new", "-H", "box", "--dirty", "main").code == 0
+    base = repo.git("for-each-ref", "--format=%(refname)", "refs/cmux/sent")
+    assert repo.git("show", base + ":a.bin") == pointer.decode().strip() and repo.git("show", base + ":other") == "o"
+    repo.write("a.bin", content + b"more")
+    refused(repo.cli("push", "--dirty"), 2, words="goes through the filter 'lfs'")
+
+
+def test_dirty_reads_line_ends_and_modes_as_git_add_does(repo: Repo) -> None:
+    repo.write(".gitattributes", b"* text=auto\n")
+    repo.write("text", b"a\nb\n")
+    repo.commit()
+    repo.git("config", "core.eol", "crlf")
+    repo.git("config", "core.fileMode", "false")
+    repo.write("text", b"a\r\nb\r\n", 0o755)
+    repo.write("other", b"o\r\n")
+    assert repo.cli("new", "-H", "box", "--dirty", "main").code == 0
+    base = repo.git("for-each-ref", "--format=%(refname)", "refs/cmux/sent")
+    assert repo.git("diff", "--name-only", "HEAD", base) == "other" and (repo.path() / "other").read_bytes() == b"o\n"
+
+
+def test_hints_name_the_ssh_that_is_used(repo: Repo, site: Site) -> None:
+    repo.site.host("stranger", "HostName 127.0.0.1", f"Port {repo.site.port}", "UserKnownHostsFile /dev/null", "StrictHostKeyChecking yes")
+    said = repo.cli("exec", "-H", "stranger", "--", "true").said
+    assert "accept it: %s stranger true" % repo.site.environment()["CMUX_SSH_COMMAND"] in said, said
+
+
+def test_a_list_that_does_not_fit_leaves_the_path_out_not_the_names(repo: Repo, site: Site) -> None:
+    names = ["issue-1234-fix-the-login-page-for-" + browser for browser in ("safari", "chrome")]
+    repo.cli("new", "-H", "box", *names)
+    for more in (False, True):
+        terminal = on_terminal(repo.site, "list", cwd=repo.dir)
+        assert terminal.wait() == 0
+        shown = terminal.output.decode()
+        assert all(name in shown for name in names) and ("PATH" in shown) != more and max(map(len, shown.split("\r\n"))) <= 100, shown
+        names = ["issue-1234-fix-the-login-page-of-a-customer-for-" + browser for browser in ("opera", "firefox")]
+        repo.cli("new", "-H", "box", *names)
+    assert "PATH" in repo.cli("list").text
+
+
+def test_a_file_with_the_name_of_our_list_of_deletions_travels(site: Site) -> None:
+    repo = Repo(site, files={".cmux-gone": b"README\n", **{f"f{n}": b"%d" % n for n in range(20)}})
+    assert repo.cli("new", "-H", "box", "a").code == 0
+    repo.write("f1", b"new")
+    repo.commit()
+    assert repo.cli("new", "-H", "box", "b").code == 0  # else as a delta
+    assert tree_of(repo.path("b")) == repo.tree()
+
+
+def test_a_process_lists_the_temporary_directory_once(repo: Repo) -> None:
+    seen = in_library(repo, """
+import tempfile
+seen = []
+sys.addaudithook(lambda event, args: seen.append(args[0]) if event == "os.listdir" else None)
+project = cmux_ssh.Project(".")
+cmux_ssh.pull(project.create("main", "box"))
+print(seen.count(tempfile.gettempdir()))
+""")
+    assert seen == "1\n", seen
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_dirty_says_which_directory_is_a_repository_of_its_own(repo: Repo, empty: bool, site: Site) -> None:
+    inner = Repo(repo.site, "project/in ner")
+    if empty:
+        inner.git("update-ref", "-d", "HEAD")
+    refused(repo.cli("new", "--dirty", "-H", "box", "w"), 1, words="'in ner' is a repository of its own. Let .gitignore cover it")
+    repo.write(".gitignore", b"in ner/\n")
+    assert repo.cli("new", "--dirty", "-H", "box", "w").code == 0
+
+
+# === pull and diff (promise 3) ===
 
 
 def test_a_name_used_again_pulls_onto_its_branch_once_that_was_merged(repo: Repo) -> None:
@@ -6234,449 +4198,6 @@ def test_diff_into_a_pipe_or_json_can_be_applied(repo: Repo, site: Site) -> None
         repo.git("clean", "-qfd")
 
 
-@pytest.mark.parametrize("words, said", [
-    (["secrets", "set", "-w", "main", "TOKEN"], "every workspace"), (["new", "-H", "box", "-w", "a", "b"], "twice"), (["exec", "--all", "-w", "main", "--", "true"], "--all takes no -w"),
-    (["exec", "-H", "", "--", "true"], "names no host")])
-def test_an_option_that_would_be_passed_over_is_refused(shared: Repo, words: List[str], said: str) -> None:
-    answer = shared.cli(*words, stdin=b"x")
-    assert answer.code == (125 if words[0] == "exec" else 2) and said in answer.said, answer
-
-
-def test_batch_takes_no_line_with_more_keys(shared: Repo) -> None:
-    answer = shared.cli("batch", stdin=b'{"id": 9, "host": "nohost", "tool": "exec", "arguments": {"command": "true"}}\n')
-    assert answer.code == 1 and answer.json["ok"] is False and answer.json["id"] == 9 and answer.json["error"]["type"] == "UsageError", answer
-
-
-def test_a_job_is_found_in_the_workspace_that_runs_it(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "main", "side").code == 0
-    job = repo.cli("exec", "-w", "side", "--detach", "--", "echo out; exit 8").text.strip()
-    assert repo.cli("wait", job).code == 8 and repo.cli("logs", job).out == b"out\n" and repo.cli("stop", job).code == 0
-    refused(repo.cli("logs", "-w", "main", job), 1, words="no job")
-    napping = repo.cli("exec", "-w", "side", "--detach", "--", "sleep 600").text.strip()
-    kept = repo.cli("rm", "side", "nope", "--json")
-    assert kept.code == 1 and [row["name"] for row in kept.json["errors"]] == ["side", "nope"] and "end it with stop" in kept.json["errors"][0]["hint"], kept
-    assert repo.cli("stop", napping).code == 0
-
-
-def test_no_master_is_added_for_sessions_ahead_where_none_can_be(repo: Repo, site: Site) -> None:
-    """It is tried once: where logging in needs a person, each try is a failed login and its penalty."""
-    with open_agent(repo, "-H", "box") as first:
-        first("exec", command="true")
-        until(lambda: open_sessions(repo.site) == 4, "the first has its own")
-        (repo.site.dir / "authorized").write_text("")
-        before = repo.site.log().count("Connection from ")
-        with open_agent(repo) as second:
-            for _ in range(5):
-                second("exec", command="true")
-                time.sleep(1.6)  # longer than the pause after a failure
-            assert repo.site.log().count("Connection from ") == before + 1
-            assert (open_sessions(repo.site), len(repo.site.masters())) == (4, 1)
-
-
-def test_a_line_that_is_lost_between_two_calls_of_the_library_is_not_noticed(repo: Repo, site: Site) -> None:
-    """The warm sessions are dead; the next calls open new ones, and none fails."""
-    line = repo.site.line("far")
-    assert repo.cli("new", "-H", "far", "main").code == 0
-    with open_agent(repo) as talker:
-        for round_ in range(3):
-            assert [a["result"]["stdout"] for a in talker.all([("exec", {"command": f"echo {n}"}) for n in range(8)])] == [f"{n}\n" for n in range(8)]
-            seen = line.connections
-            line.drop()
-            assert talker("read", path="README")["content"] == "hello\n" and line.connections > seen, round_
-
-
-def test_every_tool_is_a_method_of_a_workspace() -> None:
-    """The table drives the library too: workspace.read(path), workspace.edit(path, edits), ..."""
-    import inspect
-
-    import cmux_ssh
-    for name, arguments in CONTRACT.items():
-        method = getattr(cmux_ssh.Workspace, name, None)
-        assert method is not None, f"Workspace.{name}"
-        assert set(arguments) - {"background", "content_base64"} <= set(inspect.signature(method).parameters), name
-
-
-# === In other people's programs ===
-
-# The default Python, and the oldest and newest that pyenv has.
-PYTHONS = [sys.executable] + [str(p) for v in ("3.9", "3.13") for p in sorted(Path("~/.pyenv/versions").expanduser().glob(v + ".*/bin/python3"))[-1:]]
-WAYS = ["-I", "-O", "-OO", "-W error -X dev -bb", "-m", "zip", "zipimport", "stdin"]
-
-
-def ways_to_run(way: str, directory: Path) -> List[str]:
-    """What follows the Python: the file run in that way, or what holds it."""
-    import zipfile
-    if way == "-m":
-        return ["-m", "cmux_ssh"]
-    if way == "stdin":
-        return ["-"]
-    if not way.startswith("zip"):
-        return [*way.split(), str(PROGRAM)]
-    packed = directory / f"cmux-{os.urandom(4).hex()}.zip"
-    with zipfile.ZipFile(str(packed), "w") as archive:
-        archive.write(str(PROGRAM), "cmux_ssh.py")
-        archive.writestr("__main__.py", "import sys, cmux_ssh\nsys.exit(cmux_ssh.main())\n")
-    return [str(packed)] if way == "zip" else ["-c", f"import sys; sys.path.insert(0, {str(packed)!r}); import cmux_ssh; sys.exit(cmux_ssh.main())"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("python", PYTHONS, ids=[str(n) for n in range(len(PYTHONS))])
-@pytest.mark.promise(10)
-@pytest.mark.compat
-def test_it_runs_however_python_is_given_it(shared: Repo, python: str, way: str) -> None:
-    def run(*words: str) -> Tuple[int, bytes, bytes]:
-        done = subprocess.run([python, *ways_to_run(way, shared.site.dir), *words], cwd=str(shared.dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              input=PROGRAM.read_bytes() if way == "stdin" else b"", timeout=60,  # `cat cmux_ssh.py | python3 - ...`
-                              env=shared.site.environment({"PYTHONPATH": str(HERE)} if way == "-m" else {}))
-        return done.returncode, done.stdout, done.stderr
-    digest = b"unknown" if way == "stdin" else hashlib.sha256(PROGRAM.read_bytes()).hexdigest().encode()
-    assert run("--version") == (0, f"cmux_ssh.py {c.__version__} (sha256 ".encode() + digest + b")\n", b"")
-    assert run("exec", "--", "echo out; echo err >&2; cat; exit 7") == (7, b"out\n", b"err\n")
-    assert run("exec", "--json", "--timeout", "0.5", "--", "sleep 60")[0] == 124
-    code, out, err = run("exec", "-w", "../x", "--", "true")
-    assert code == 125 and out == b"" and err.count(b"\n") == 1, err
-
-
-def test_two_copies_in_one_process_do_not_disturb_each_other(repo: Repo, site: Site) -> None:
-    """Two programs that vendor it, in one interpreter and with one state directory."""
-    for name in ("one", "two"):
-        (repo.site.dir / name).mkdir()
-        shutil.copy(str(PROGRAM), str(repo.site.dir / name / "vendored.py"))
-    assert in_library(repo, """
-import importlib.util
-def load(name):
-    spec = importlib.util.spec_from_file_location("vendor_" + name, sys.argv[1] + "/" + name + "/vendored.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-copies = [load("one"), load("two")]
-assert copies[0].CmuxError is not copies[1].CmuxError and copies[0].__file__ != copies[1].__file__
-projects = [copy.Project(".") for copy in copies]
-projects[0].set_secret("TOKEN", "s3cret-of-both")
-with ThreadPoolExecutor(24) as pool:
-    made = list(pool.map(lambda n: projects[n % 2].ensure("w%d" % (n // 2 % 2), "box"), range(8)))
-    assert sorted(w.name for w in made) == ["w0"] * 4 + ["w1"] * 4
-    def work(n):
-        workspace = made[n % 8]
-        run = workspace.exec("echo $CMUX_WORKSPACE $TOKEN %d; sleep 0.0%d; exit %d" % (n, n % 7, n % 200))
-        workspace.write("f%d" % n, str(n))
-        return run.stdout, run.exit_code, workspace.read("f%d" % n).data
-    for n, found in enumerate(pool.map(work, range(160))):
-        assert found == (b"w%d s3cret-of-both %d\\n" % (n // 2 % 2, n), n % 200, b"%d" % n), (n, found)
-cancels = [copy.Cancel() for copy in copies]
-with ThreadPoolExecutor(2) as pool:
-    naps = [pool.submit(made[n].exec, "sleep 1.5; echo slept", cancel=cancels[n]) for n in range(2)]
-    cancels[0].set()
-    assert naps[0].result().exit_code == 130 and naps[1].result().stdout == b"slept\\n"
-for copy, project in zip(copies, projects):
-    try:
-        project.create("w0", "box")
-    except copy.WorkspaceExists:
-        print("exists")
-assert projects[0].remove("w0", force=True) == ["w0"] and "w0" not in projects[1].entries()
-""", str(repo.site.dir)) == "exists\nexists\n"
-
-
-def public_callables() -> Iterator[Tuple[str, Any]]:
-    """What __all__ promises, and the methods and properties of its classes."""
-    for name in c.__all__:
-        value = getattr(c, name)
-        yield name, value
-        if isinstance(value, type):
-            for method in dir(value):
-                member = getattr(value, method)
-                if not method.startswith("_") and (callable(member) or isinstance(member, property)) and not hasattr(Exception, method):
-                    yield f"{name}.{method}", member
-
-
-@pytest.mark.promise(10)
-@pytest.mark.compat
-def test_every_public_name_says_what_it_is() -> None:
-    data = {"TOOLS"}  # a dict, told in the README
-    short = [name for name, value in public_callables() if name not in data and len((getattr(value, "__doc__", None) or "").split()) < 3]
-    assert not short
-    raised = {name for name in c.__all__ if isinstance(getattr(c, name), type) and issubclass(getattr(c, name), c.CmuxError)}
-    assert {"CmuxError", "UsageError", "HostError", "ToolFailed", "WorkspaceDirty"} <= raised
-
-
-def test_what_is_raised_is_public(source: Source) -> None:
-    """Or a kind of something public, for those who catch by name; except what only the program's own protocols raise."""
-    family = [kind for kind in (getattr(c, node.name, None) for node in source.find(ast.ClassDef)) if isinstance(kind, type) and issubclass(kind, c.CmuxError)]
-    assert len(family) > 20
-    public = {kind for kind in family if kind.__name__ in c.__all__} - {c.CmuxError}
-    assert [kind.__name__ for kind in family if not public & set(kind.__mro__) and kind is not c.CmuxError] == ["PipeClosed", "OutputFailed", "ProtocolError"]
-
-
-# === The README ===
-
-README = (HERE / "README.md").read_text(encoding="utf-8")
-ROOM = int(re.search(r"cut to ([\d,]+) characters", README).group(1).replace(",", ""))  # type: ignore[union-attr]  # of a result of mcp
-NOT_HERE = ("claude ", "codex ", "coder ")  # programs of others, which this machine need not have
-
-
-def blocks(language: str) -> List[str]:
-    found = re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
-    assert found, language
-    return found
-
-
-def table(head: str) -> List[List[str]]:
-    """The rows of the README's table whose first column is called that, and which begins the nearest to the top."""
-    text = README[README.index(f"\n| {head} |") + 1:].partition("\n\n")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    assert len({len(row) for row in rows}) == 1 and set(rows[1][0]) == {"-"}, rows
-    return rows[2:]
-
-
-def ticked(text: str) -> List[str]:
-    return re.findall(r"`([^`]+)`", text)
-
-
-class Reader:
-    """Somebody who does in a repository what the README says; each `shop` is a project of its own."""
-
-    def __init__(self, site: Site) -> None:
-        self.site, self.count = site, 0
-        for name in ("my-server", "second-server", "third-server", "coder.my-workspace"):
-            site.host(name, "HostName 127.0.0.1", f"Port {site.port}")
-        bin_ = site.dir / "reader"
-        bin_.mkdir()
-        (bin_ / "python3").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-        (bin_ / "python3").chmod(0o755)
-        self.env = site.environment({"PATH": f"{bin_}:{site.env['PATH']}", "PYTHONPATH": str(HERE)})
-
-    def shop(self) -> Repo:
-        self.count += 1
-        repo = Repo(self.site, f"{self.count}/shop", files={"Makefile": b"test:\n\t@echo 'test_login ... ok'; echo 'test_logout ... ok'\n"})
-        shutil.copy(str(PROGRAM), str(repo.dir))
-        (repo.dir / ".git/info/exclude").write_text("cmux_ssh.py\nvendor\n")
-        return repo
-
-    def do(self, repo: Repo, script: str) -> Tuple[int, str]:
-        """Under bash, as typed; what it shows. The far home is shown as Ada's."""
-        done = subprocess.run(["bash", "-c", script], cwd=str(repo.dir), env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, timeout=120)
-        return done.returncode, done.stdout.decode().replace(str(self.site.far_home()), "/home/ada")
-
-
-@pytest.fixture
-def reader(site: Site) -> Reader:
-    return Reader(site)
-
-
-def without_chance(text: str) -> List[str]:
-    """Lines, without the ids, ages and durations that differ from run to run; parallel work ends in any order."""
-    text = re.sub(r"\b[0-9a-f]{10,}\b", "ID", text)
-    text = re.sub(r"\b\d+(\.\d+)?(?= ?m?s\b)", "N", text)
-    return sorted(re.sub(" +", " ", line).strip() for line in text.splitlines())
-
-
-def test_readme_transcripts_are_what_happens(reader: Reader) -> None:
-    seen = 0
-    for block in blocks("console"):
-        repo = reader.shop()
-        for command, shown in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.M):
-            said = reader.do(repo, command)[1]
-            told, found = without_chance(shown), without_chance(said.replace(sys.executable, "python3"))
-            seen += len(told)
-            assert len(told) == len(found) and all(re.fullmatch(re.escape(line).replace(r"\.\.\.", ".*"), other) for line, other in zip(told, found)), (
-                f"$ {command}\n{said}")
-    assert seen > 15
-
-
-@pytest.mark.compat
-def test_readme_shell_commands_run(reader: Reader) -> None:
-    for block in blocks("sh"):
-        here = "".join(line + "\n" for line in block.splitlines() if not line.startswith(NOT_HERE))
-        code, said = reader.do(reader.shop(), "set -e\n" + here)
-        assert code == 0 and not re.search(r"^cmux_ssh\.py: (?!\d+ of)", said, re.M), said
-    for line in README.splitlines():
-        if line.startswith("    make "):
-            assert re.search(rf"^{line.split()[1]}:", (HERE / "Makefile").read_text(), re.M), line
-
-
-def test_readme_python_example_prints_what_it_says(reader: Reader) -> None:
-    program, = blocks("python")
-    told = re.findall(r"^ *print\(.*\) +# (.*)$", program, re.M)
-    repo = reader.shop()
-    (reader.site.dir / "example.py").write_text(program)
-    done = subprocess.run([sys.executable, "-W", "error", str(reader.site.dir / "example.py")], cwd=str(repo.dir), env=reader.env, stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
-    assert (done.returncode, done.stderr) == (0, b""), done.stderr.decode()
-    assert done.stdout.decode().splitlines() == told and len(told) == program.count("print(") > 4
-    assert repo.workspaces() == {} and repo.git("show", "cmux/try-it:notes.txt") == "bye"
-
-
-def words_for_us(line: Sequence[str]) -> List[str]:
-    """What follows cmux_ssh.py in a command line."""
-    return list(line[[word.rsplit("/")[-1] for word in line].index("cmux_ssh.py") + 1:])
-
-
-def test_readme_settings_of_mcp_clients_are_real_ones(reader: Reader) -> None:
-    repo = reader.shop()
-    servers = [server for block in blocks("json") for group in json.loads(block).values() for server in group.values()]
-    lines = [[server["command"], *server["args"]] for server in servers]
-    lines += [shlex.split(line.partition(" -- ")[2]) for block in blocks("sh") for line in block.splitlines() if " mcp add " in line]
-    assert len(lines) == 4
-    for line in lines:
-        words = words_for_us(line)
-        at = words.index("-C") + 1
-        assert line[0] == "python3" and line[1].startswith("/") and words[at].startswith("/") and words.pop(words.index("mcp")), line
-        with open_mcp(repo, *[str(repo.dir) if word.startswith("/") else word for word in words]) as client:
-            assert "the workspace fix-login on the remote host my-server," in client.ask("server/discover", MODERN)["result"]["instructions"]
-            assert {tool["name"] for tool in client.ask("tools/list", MODERN)["result"]["tools"]} == set(MCP_TOOLS), line
-    section, key, value = re.fullmatch(r"\[(\S+)\]\n(\w+) = (.*)\n", blocks("toml")[0]).groups()  # type: ignore[union-attr]
-    assert (section, key, json.loads(value)) == ("mcp_servers.box", "env_vars", ["SSH_AUTH_SOCK"])
-
-
-def flags_of(command: str) -> Set[str]:
-    row = c.COMMANDS[command]
-    options = [*row.options, *(option for _, _, more in row.actions.values() for option in more)]
-    return {flag for option in options for flag in option.flags if flag.startswith("-")}
-
-
-def test_readme_commands_are_the_parsers() -> None:
-    told: Dict[str, List[str]] = {}
-    for usage, text in table("command"):
-        name = ticked(usage)[0].split()[0]
-        assert name not in told, name
-        told[name] = ticked(usage)
-        flags = {word for tick in ticked(text) for word in re.findall(r"(?<!\S)--?[a-zA-Z][a-z-]*", tick)}
-        assert flags <= flags_of(name), (name, flags - flags_of(name))
-    assert set(told) == set(c.COMMANDS)
-    assert [word.split()[-1] for word in told["secrets"]] == list(c.COMMANDS["secrets"].actions)
-    assert [word.split()[-1] for word in told["completion"]] == c.COMMANDS["completion"].options[0].settings["choices"]
-    for name, row in c.COMMANDS.items():
-        takes = [option.settings["metavar"] for option in row.options if not option.flags[0].startswith("-") and "metavar" in option.settings]
-        assert name == "secrets" or all(metavar.split()[-1] in told[name][0] for metavar in takes), (name, takes)
-
-
-def test_readme_options_exist() -> None:
-    others = {"--strict", "--fsck-objects", "--global", "--check", "--quiet", "--short"}  # of mypy, git and sha256sum
-    known = set.union(*map(flags_of, c.COMMANDS)) | {"--version"} | others
-    told = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", README))
-    assert told <= known, told - known
-    every = {flag for name in c.COMMANDS for flag in flags_of(name) if flag.startswith("--")}
-    assert len(every & told) > 15
-
-
-def test_readme_tools_are_the_table_and_answer_so(shared: Repo) -> None:
-    rows = {ticked(name)[0]: (re.sub(r"\([^)]*\)", "", takes), gives) for name, takes, gives in table("tool")}
-    assert {name: set(ticked(takes.split(" of ")[0])) | set(re.findall(r"`(sha256)` of the file", takes)) for name, (takes, _) in rows.items()} == {
-        name: {param.name for param in tool.params} for name, tool in c.TOOLS.items()}
-    with open_agent(shared) as talker:
-        talker("write", path="of-readme", content="one\n")
-        job = talker("exec", command="exit 3", background=True)["job"]
-        calls = {"exec": {"command": "true"}, "read": {"path": "of-readme"}, "write": {"path": "of-readme", "content": "one\n"},
-                 "edit": {"path": "of-readme", "edits": [{"old": "one", "new": "two"}]}, "glob": {"pattern": "*"}, "grep": {"pattern": "."}, "jobs": {},
-                 "logs": {"job": job}, "wait": {"job": job}, "stop": {"job": job}}
-        for name, arguments in calls.items():
-            result = talker(name, **arguments)
-            text, _, inner = re.sub(r"; with .*", "", rows[name][1]).partition(" (objects of ")
-            rest = inner.partition(")")
-            assert set(ticked(text)) | set(ticked(rest[2])) == set(result), (name, result)
-            if inner:
-                assert set(ticked(rest[0])) == set(result[ticked(text)[0]][0]), (name, result)
-
-
-def test_readme_exit_codes_are_real(repo: Repo) -> None:
-    def interrupted() -> int:
-        child = repo.start("exec", "-H", "box", "--", "echo up; sleep 60")
-        assert child.stdout and child.stdout.readline() == b"up\n"
-        child.send_signal(signal.SIGINT)
-        child.communicate(timeout=30)
-        return child.returncode
-
-    assert repo.exec("true").code == 0
-    job = repo.cli("exec", "--detach", "--", "exit 77").text.strip()
-    nap = repo.cli("exec", "--detach", "--", "sleep 30").text.strip()
-    found = {
-        ("exec", "0 to 255"): (repo.exec("exit 77").code, 77), ("exec", "124"): (repo.exec("sleep 60", options=["--timeout", "0.3"]).code, 124),
-        ("exec", "125"): (repo.exec("true", options=["--cwd", "none"]).code, 125), ("exec", "130"): (interrupted(), 130),
-        ("exec", "255"): (repo.exec("true", host="nowhere.invalid", options=["-w", "x"]).code, 255),
-        ("wait", "0 to 255"): (repo.cli("wait", job).code, 77), ("the others", "0"): (repo.cli("list").code, 0),
-        ("the others", "1"): (repo.cli("read", "none").code, 1), ("the others", "2"): (repo.cli("list", "--none").code, 2),
-        ("the others", "130, 255"): (repo.cli("new", "-H", "nowhere.invalid", "x").code, 255)}
-    assert all(code == told for code, told in found.values()), found
-    of, rows = "", set()
-    for name, code, _ in table("of"):
-        of = name.strip("`") or of
-        rows.add((of, code))
-    assert rows == set(found)
-    assert repo.exec("kill -9 $$").code == 128 + 9 and repo.cli("wait", nap, "--timeout", "0.3").code == 124 and repo.cli("grep", "no such text").code == 1
-    failed = repo.exec("true", host="nowhere.invalid", options=["-w", "x", "--json"])
-    assert failed.json["error"] and repo.exec("exit 255", options=["--json"]).json["error"] is None
-    assert repo.cli("batch", stdin=b'{"tool": "none"}\n').code == 1 and repo.cli("stop", nap).code == 0
-
-
-def cases(name: str) -> int:
-    """How many tests one function of this file is."""
-    marks = [mark for mark in getattr(globals()[name], "pytestmark", []) if mark.name == "parametrize"]
-    count = 1
-    for mark in marks:
-        count *= len(mark.args[1])
-    return count
-
-
-def test_readme_names_tests_that_exist_and_counts_their_cases() -> None:
-    told = set(re.findall(r"\btest_\w+", README.split("## The ten promises")[1])) - {"test_cmux_ssh"}
-    assert not [name for name in told if not callable(globals().get(name))]
-    promises = table("promise")
-    assert [int(row[0].strip("* ").split(".")[0]) for row in promises] == list(range(1, 11))
-    marked: Dict[int, Set[str]] = {}
-    for name, test in globals().items():
-        for mark in getattr(test, "pytestmark", []) if name.startswith("test_") else []:
-            if mark.name == "promise":
-                marked.setdefault(mark.args[0], set()).add(name)
-    assert {n: set(re.findall(r"`(test_\w+)`", row[2])) for n, row in enumerate(promises, 1)} == {n: marked.get(n, set()) for n in range(1, 11)}
-    assert all("`test_" in tests or "table below" in tests for _, _, tests in promises)
-    wrong = [f"{what[:60]}: {number}, and they are {sum(map(cases, ticked(tests)))}" for head in ("hosts", "faults", "liars")
-             for what, number, _, tests in table(head) if int(number) != sum(map(cases, ticked(tests)))]
-    assert not wrong, "\n".join(wrong)
-    assert f"| {len(ATTACKS)} forged answers to each of {len(CALLS)} calls" in README and f"| {len(FLOODS)} endless floods" in README
-
-
-def test_readme_numbers_and_names_are_the_codes(repo: Repo) -> None:
-    text = " ".join(README.split())
-    with open_mcp(repo, "-H", "box", "--manage") as client:
-        found = client.ask("server/discover", MODERN)["result"]
-        assert set(re.findall(r"`(workspace_\w+)`", README)) == {tool["name"] for tool in client.ask("tools/list", MODERN)["result"]["tools"]} - set(MCP_TOOLS)
-    soft, room = re.search(r"After (\d+) s a command .* about (\d+) characters", found["instructions"], re.S).groups()  # type: ignore[union-attr]
-    assert f"cut to {ROOM:,} characters" in text and ROOM == int(room) and f"after {soft} s (`--soft-timeout`)" in text
-    assert f"versions from {min(found['supportedVersions'])} to {max(found['supportedVersions'])} are served" in text
-    assert f"At most {c.SESSIONS_PER_MASTER} sessions a connection, {c.MASTERS_PER_HOST} connections a host and {c.HANDSHAKES_AT_ONCE} handshakes" in text
-    assert "`-j N` is how many run at once (16)" in text and "at once (default: 16)" in repo.cli("batch", "-h").text
-    assert f"cmux_ssh.py {c.__version__} (sha256" in text
-    public = {name.partition("(")[0][len("cmux_ssh."):] for name in re.findall(r"cmux_ssh\.[A-Za-z_]\w*\b(?!\.)", README)} - {"py"}
-    assert public <= set(c.__all__) | {"__all__"}, public
-    undocumented = {name for name in c.__all__ if not re.search(rf"\b{name}\b", README) and not getattr(c, name).__doc__}
-    assert not undocumented
-
-
-# === bench ===
-
-
-def bench(site: Site, *args: str) -> "subprocess.CompletedProcess[bytes]":
-    return subprocess.run([sys.executable, str(HERE / ".ci/bench.py"), *args], cwd=str(site.home), env=site.env,
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=250)
-
-
-@pytest.mark.slow
-def test_bench_measures_every_row_of_the_readme_and_leaves_nothing(site: Site) -> None:
-    done = bench(site, "--quick", "--json")
-    assert (done.returncode, done.stderr) == (0, b""), done
-    rows = {row["work"]: row for row in json.loads(done.stdout)["rows"]}
-    assert all(row["by"]["cmux"]["runs"] and row["by"]["cmux"]["median"] > 0 for row in rows.values())
-    assert {work for work, *_ in table("work")} <= set(rows)
-    assert not list(site.tmp.iterdir()) and not list(site.far_home().iterdir())
-
-
-def test_bench_refuses_a_simulated_line_to_a_real_host(site: Site) -> None:
-    done = bench(site, "box", "--rtt", "50")
-    assert done.returncode == 2 and b"leave out HOST or --rtt" in done.stderr
-
-
 PULLER = """
 import json, sys, cmux_ssh
 for name, value in json.loads(sys.argv[1]).items():
@@ -6694,7 +4215,24 @@ for how in map(str.strip, sys.stdin):
 """
 
 
-# === Results: a hostile host, fed straight into the parsers and the sink ===
+def cases(name: str) -> int:
+    """How many tests one function of this file is."""
+    marks = [mark for mark in getattr(globals()[name], "pytestmark", []) if mark.name == "parametrize"]
+    count = 1
+    for mark in marks:
+        count *= len(mark.args[1])
+    return count
+
+
+def posix_tools(folder: Path, *more: str) -> None:
+    folder.mkdir()
+    for name, path in ((name, shutil.which(name)) for name in (*POSIX, *more)):
+        (folder / name).symlink_to(path) if path else None
+
+
+# The default Python, and the oldest and newest that pyenv has.
+PYTHONS = [sys.executable] + [str(p) for v in ("3.9", "3.13") for p in sorted(Path("~/.pyenv/versions").expanduser().glob(v + ".*/bin/python3"))[-1:]]
+
 
 class Lab(Repo):
     """A repository, and two hosts, one with git and one without, whose answer to a pull we write ourselves. One process
@@ -6858,6 +4396,8 @@ def test_honest_tar_arrives(lab: Lab) -> None:
 
 
 EVIL = [b"../x", b"/abs", b".git/hooks/post-checkout", b"a/.git/config", b".git", b"a/../../x", b"a/..", b"./a", b"a//b", b"a/", b"..", b"."]
+
+
 ODD = [b".GIT/config", b"git~1/config", b"GIT~2", b".git /x", b".git./x", b".git...", b".git::$INDEX_ALLOCATION/x", ".g\u200cit/config".encode(),
        ".gi\ufefft".encode(), "\uff0egit/x".encode(), b"a\\..\\..\\x", b"a\\.git\\config", b"\\lead", b"trail\\", b"\x1b]52;c;x\x07", "a\u202eb".encode(), b"a\xffb",
        b"x" * 256, b"/".join([b"d"] * 65), b"/".join([b"y" * 100] * 11), b"a\rb", b".Git\\hooks\\x"]
@@ -7069,8 +4609,6 @@ def test_leaks_are_seen_across_chunks(new_lab: Callable[..., Lab]) -> None:
         assert lab.told["secrets"] == {"f": ["TOKEN"]}, cut
 
 
-# === the whole way, over a real sshd ===
-
 def work(repo: Repo, name: str = "main") -> str:
     made = repo.cli("new", "-H", "box", name)
     assert made.code == 0, made
@@ -7089,6 +4627,8 @@ def untouched(repo: Repo) -> Dict[str, bytes]:
 
 
 AGENT = "export GIT_AUTHOR_NAME=Agent GIT_COMMITTER_NAME=Agent GIT_AUTHOR_EMAIL=a@host GIT_COMMITTER_EMAIL=a@host; "
+
+
 CHANGES = r"""
 printf 'more\n' >>plain.txt; git commit -qam 'one: é'
 rm 'with space.txt'; git mv sub/dir/deep.txt sub/renamed.txt; chmod +x empty; chmod -x run.sh; git add -A; git commit -qm two
@@ -7144,12 +4684,6 @@ def test_pull_survives_what_agents_do_to_git(repo: Repo, harm: str) -> None:
     if "nested" in harm:
         assert "nested repository ./nested" in pulled.said, pulled
     assert "Nothing new" in repo.cli("pull").text
-
-
-def posix_tools(folder: Path, *more: str) -> None:
-    folder.mkdir()
-    for name, path in ((name, shutil.which(name)) for name in (*POSIX, *more)):
-        (folder / name).symlink_to(path) if path else None
 
 
 def bare_host(site: Site) -> str:
@@ -7668,91 +5202,6 @@ def test_a_line_cut_during_pull_leaves_nothing(site: Site) -> None:
     assert repo.cli("pull").code == 0
 
 
-# === push, fork, rename, delta, gc, --dirty ===
-
-@pytest.mark.parametrize("host", ["box", "nogit"])
-def test_push_moves_a_workspace_and_keeps_what_is_ignored(site: Site, host: str) -> None:
-    repo = Repo(site, odd=True, files={".gitignore": b"*.o\n", "keep": b"k\n", "f%d" % 1: b"1", "f2": b"2", "f3": b"3"})
-    assert repo.cli("new", "-H", bare_host(site) if host == "nogit" else host, "main").code == 0
-    if host == "box":  # without git, nobody there knows what is ignored
-        do(repo, "echo o >x.o")
-    before = os.stat(str(repo.path() / "keep")).st_mtime_ns
-    (repo.dir / "plain.txt").unlink()
-    repo.write("plain.txt/now a dir", b"d")
-    (repo.dir / "sub/dir/deep.txt").unlink()
-    repo.write("new/file", b"n", 0o755)
-    (repo.dir / "link").unlink()
-    (repo.dir / "link").symlink_to("keep")
-    repo.write("run.sh", b"changed", 0o644)
-    repo.commit()
-    pushed = repo.cli("push", "-v")
-    assert pushed.code == 0, pushed
-    there = tree_of(repo.path())
-    kept = there.pop(b"x.o", None)
-    assert there == repo.tree()
-    if host == "box":
-        assert kept and os.stat(str(repo.path() / "keep")).st_mtime_ns == before
-        assert repo.cli("exec", "-w", "main", "--", "git status --short").out == b""
-    assert not (repo.path() / "sub/dir").exists()
-    assert repo.cli("diff").out == b"" and "already" in repo.cli("push").text
-    do(repo, "echo lost >lost")
-    refused = repo.cli("push", "--ref", "HEAD~1")
-    assert refused.code == 1 and "lost" in refused.said
-    forced = repo.cli("push", "--ref", "HEAD~1", "--force")
-    assert forced.code == 0 and "kept" in forced.said, forced
-    assert not (repo.path() / "lost").exists()
-    assert list(Path(str(repo.path().parent.parent)).glob(".cmux/trash/kept-*/lost"))
-    if host == "box":
-        repo.git("checkout", "-q", "-f", "HEAD~1")
-        assert tree_of(repo.path()).keys() - {b"x.o"} == repo.tree().keys()
-        repo.git("checkout", "-q", "-f", "main")
-    gone = repo.cli("gc", "--json")
-    assert gone.code == 0 and not list(repo.path().parent.parent.glob(".cmux/trash/*")), gone
-
-
-@pytest.mark.compat
-def test_a_delta_sends_only_what_changed(site: Site) -> None:
-    repo = Repo(site, odd=True, files={"big%d" % i: os.urandom(300000) for i in range(20)})
-    line = site.line("far")
-    assert repo.cli("new", "-H", "far", "one").code == 0
-    for turn in range(9):
-        repo.write("sub/turn", b"%d" % turn)
-        if turn == 3:
-            (repo.dir / "native.txt").unlink()
-        repo.commit()
-        before = line.up
-        assert repo.cli("new", "-H", "far", "t%d" % turn).code == 0
-        sent = line.up - before
-        assert tree_of(repo.path("t%d" % turn)) == repo.tree()
-        assert sent < 50000, (turn, sent)
-    assert repo.cli("exec", "-w", "t2", "--", "git status --short; git log --format=%s").out == b"base\n"
-    assert repo.cli("gc").code == 0
-    assert repo.cli("new", "-H", "far", "--ref", "HEAD~3", "again").code == 0
-
-
-def test_a_delta_goes_by_bytes_where_there_are_few_files(site: Site) -> None:
-    repo = Repo(site, files={"blob": os.urandom(3000000)})
-    assert repo.cli("new", "-H", "box", "one").code == 0
-    for turn in range(3):
-        repo.write("t", b"%d" % turn)
-        repo.write("README", b"%d" % turn)  # two of three files: few bytes, but most of them
-        repo.commit()
-        assert repo.cli("push", "-w", "one").code == 0
-        assert [row["bytes"] < 50000 for row in map(json.loads, repo.cli("history", "--json").text.split("\n")[:-1]) if row["operation"] == "push"][-1]
-    repo.write("blob", os.urandom(3000000))
-    repo.commit()
-    assert repo.cli("push", "-w", "one").code == 0 and tree_of(repo.path("one")) == repo.tree()
-    for n in range(1200):
-        repo.write("vendor/%d" % n, b"x")
-    repo.commit()
-    assert repo.cli("new", "-H", "box", "--root", "other", "two").code == 0
-    repo.git("rm", "-rq", "vendor")
-    repo.commit()
-    assert repo.cli("new", "-H", "box", "--root", "other", "three").code == 0
-    bases = list((repo.site.far_home() / "other/.cmux/bases").iterdir())  # whole: with a delta the host would remove 1200 files each time
-    assert [(base / "whole.tar").exists() for base in bases] == [True, True], bases
-
-
 def test_what_may_not_come_in_and_is_gone_again_is_said_with_the_way_out(repo: Repo) -> None:
     repo.cli("new", "-H", "box", "main")
     do(repo, AGENT + "echo one >one; git add .; git commit -qm one; ln -s ../../x evil; git add evil; git commit -qm a; git rm -q evil; git commit -qm b; echo u >u")
@@ -7806,127 +5255,6 @@ def test_a_history_that_cannot_come_home_loses_no_tracked_file_and_brings_no_ign
     assert repo.cli("pull").code == 0 and repo.cli("rm", "main").code == 0
 
 
-def test_rm_names_the_branches_also_where_head_has_no_commit(repo: Repo) -> None:
-    repo.cli("new", "-H", "box", "main")
-    do(repo, AGENT + "echo precious >p; git add p; git commit -qm r; git tag t; git checkout -q --orphan fresh; git rm -q --cached p; rm p")
-    assert "the branch main" in repo.cli("pull").said
-    answer = repo.cli("rm", "main")
-    refused(answer, 1, words="branch main")
-    assert "tag t" in answer.said
-
-
-def test_nothing_is_said_of_head_where_a_workspace_has_it_and_more(repo: Repo, site: Site) -> None:
-    repo.write("untracked", b"u")
-    assert repo.cli("new", "-H", "box", "dirty", "--dirty").code == 0
-    terminal = on_terminal(repo.site, "exec", "-w", "dirty", "--", "cat untracked; echo; echo d''one", cwd=repo.dir)
-    assert terminal.wait() == 0 and b"done" in terminal.output and b"push brings" not in terminal.output
-    repo.commit()
-    terminal = on_terminal(repo.site, "exec", "-w", "dirty", "--", "true", cwd=repo.dir)
-    assert terminal.wait() == 0 and b"push brings it there" in terminal.output
-
-
-def test_a_secret_that_another_process_changes_is_the_new_one_at_once_and_masked(repo: Repo) -> None:
-    assert in_library(repo, """
-import subprocess
-project = cmux_ssh.Project(".")
-workspace = project.create("main", "box")
-def change(*words, value=None):
-    subprocess.run([sys.executable, sys.argv[1], "secrets", *words], input=value, check=True, stdout=subprocess.DEVNULL)
-for value in (b"first-value", b"second-value"):
-    change("set", "TOKEN", value=value)
-    print(workspace.exec("printf %s $TOKEN; : " + value.decode()).stdout.decode())
-change("rm", "TOKEN")
-print(repr(workspace.exec("printf %s $TOKEN").stdout))
-""", str(PROGRAM)) == "first-value\nsecond-value\nb''\n"
-    told = repo.cli("history", "--json").text
-    assert told.count("[secret TOKEN]") == 2 and "-value" not in told
-
-
-def test_list_says_pulled_until_something_is_begun(site: Site) -> None:
-    repo, gate = Repo(site), Gate(site, "git")
-
-    def state() -> str:
-        found: str = repo.cli("list", "--json").json[0]["state"]
-        return found
-    repo.cli("new", "-H", gate.host, "main")
-    do(repo, "echo x >new")
-    assert state() == "ready" and repo.cli("pull").code == 0 and state() == "pulled"
-    for words in (["exec", "--", "true"], ["write", "f"], ["exec", "--detach", "--", "true"]):
-        assert repo.cli("read", "new").code == 0 and state() == "pulled"
-        assert repo.cli(*words, stdin=b"x").code == 0 and state() == "ready", words
-        assert repo.cli("pull").code == 0 and state() == "pulled"
-    gate.shut(" fast-export ")
-    child = repo.start("pull")
-    gate.reached()
-    do(repo, "echo more >>new")
-    gate.open()
-    assert child.wait() == 0 and state() == "ready"
-
-
-def test_a_renamed_workspace_keeps_its_history(repo: Repo, site: Site) -> None:
-    repo.cli("new", "-H", "box", "a")
-    repo.cli("exec", "-w", "a", "--", "exit 3")
-    assert repo.cli("rename", "-w", "a", "b").code == 0 and repo.cli("rename", "-w", "b", "c").code == 0
-    rows = [json.loads(line)["operation"] for line in repo.cli("history", "-w", "c", "--json").text.split("\n")[:-1]]
-    assert rows == ["new", "exec", "rename", "rename"] and repo.cli("top", "--json").json[0]["last_exit_code"] == 3
-    assert "Nothing is on record" in repo.cli("history", "-w", "x").said
-    child = repo.start("exec", "-w", "c", "--", "echo on; sleep 3; exit 7")
-    until(lambda: any(row["running"] for row in repo.cli("top", "--json").json), "it runs")
-    assert repo.cli("rename", "-w", "c", "d").code == 0 and repo.cli("new", "-H", "box", "c").code == 0
-    child.communicate()
-    found = {row["workspace"]: row["last_exit_code"] for row in repo.cli("top", "--json").json}
-    assert child.returncode == 7 and found == {"c": None, "d": 7}, found
-    assert repo.cli("rm", "--force", "d").code == 0 and repo.cli("new", "-H", "box", "d").code == 0
-    rows = [json.loads(line)["operation"] for line in repo.cli("history", "-w", "d", "--json").text.split("\n")[:-1]]
-    assert rows == ["new"], "not what was done in another of that name"
-
-
-@pytest.mark.parametrize("host", ["box", "bare"])
-@pytest.mark.promise(7)
-def test_push_looks_again_after_its_upload(site: Site, host: str) -> None:
-    bare_host(site)
-    site.daemon("bare", env={"PATH": str(site.dir / "posix-bin")})
-    repo, line = Repo(site), site.line("far", to=host)
-    assert repo.cli("new", "-H", "far", "main").code == 0
-    note = repo.path() / "note"
-    repo.write("more", os.urandom(2 << 20))
-    repo.commit()
-    line.trap = ("up", 500_000, lambda: note.write_bytes(b"agent's"))  # type: ignore[assignment,return-value]
-    refused(repo.cli("push"), 1, words="note")
-    assert note.read_bytes() == b"agent's" and not (note.parent / "more").exists()
-    assert repo.cli("pull").code == 0 and repo.git("show", "cmux/main:note") == "agent's"
-    assert repo.cli("push").code == 0 and tree_of(note.parent) == repo.tree()
-
-
-HEAD_LOCK = "touch .git/HEAD.lock"
-
-
-@pytest.mark.parametrize("harm", ["rm -rf .git; git init -q -b main; git add -A; git commit -qm anew",
-                                  "rm -rf .git; git init -q --object-format=sha256 -b main; git add -A; git commit -qm anew",
-                                  HEAD_LOCK, "touch .git/refs/heads/main.lock", "git branch -m main/sub",
-                                  "git checkout -q --detach; touch .git/refs/heads/main.lock"], ids=["anew", "sha256", "HEAD", "main", "sub", "detached"])
-def test_push_where_the_repository_there_cannot_be_moved_says_so_and_force_replaces_it(repo: Repo, harm: str, site: Site) -> None:
-    repo.write(".gitignore", b"ignored\n")
-    repo.commit()
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    do(repo, "git config --global user.name a; git config --global user.email a@x; echo agent >>README; echo cache >ignored; " + harm)
-    assert repo.cli("pull").code == 0
-    before = {path.name: path.read_bytes() for path in repo.path().iterdir() if path.is_file()}
-    repo.write("more", b"user")
-    repo.commit()
-    head = (repo.path() / ".git/HEAD").read_bytes()
-    refused(repo.cli("push"), 1, words="cannot be moved")
-    assert (repo.path() / ".git/HEAD").read_bytes() == head
-    assert {path.name: path.read_bytes() for path in repo.path().iterdir() if path.is_file()} == before, "all is as it was"
-    pushed = repo.cli("push", "--force")
-    assert pushed.code == 0 and "is kept until gc" in pushed.said, pushed
-    assert (repo.path() / "more").read_bytes() == b"user" and b"agent" not in (repo.path() / "README").read_bytes()
-    do(repo, "[ ! -e .git/HEAD.lock ] && s=$(git status --short) && [ -z \"$s\" ]")
-    do(repo, "echo again >>more; git commit -qam again")
-    pulled = repo.cli("pull", "--branch", "second")
-    assert pulled.code == 0 and repo.git("log", "--format=%s", "main..second") == "again", pulled
-
-
 def test_a_repository_that_no_pull_looks_into_is_told(site: Site) -> None:
     repo, host = Repo(site), bare_host(site)
     assert repo.cli("new", "-H", host, "main").code == 0
@@ -7938,21 +5266,6 @@ def test_a_repository_that_no_pull_looks_into_is_told(site: Site) -> None:
     assert pulled.code == 0 and "the commits of the git repository in ." in pulled.said, pulled
     refused(repo.cli("rm", "main"), 1, words="a git repository in .")
     assert repo.cli("rm", "--force", "main").code == 0
-
-
-def test_a_split_index_hides_no_file_that_is_ignored_but_tracked(repo: Repo) -> None:
-    repo.write(".gitignore", b"*.log\n")
-    repo.commit()
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    do(repo, "git config core.splitIndex true; git add -f .; echo keep >result.log; git add -f result.log; ls .git/sharedindex.*")
-    refused(repo.cli("rm", "main"), 1, words="result.log")
-    assert repo.cli("pull").code == 0 and repo.git("show", "cmux/main:result.log") == "keep"
-
-
-def test_what_was_only_fetched_holds_up_no_rm(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    do(repo, "git init -q ../up && cd ../up && git -c user.name=a -c user.email=a@x commit -q --allow-empty -m theirs && cd - && git fetch -q ../up HEAD:refs/remotes/origin/main")
-    assert repo.cli("rm", "main").code == 0
 
 
 def test_pull_and_diff_go_by_the_base_of_now(repo: Repo) -> None:
@@ -7982,320 +5295,19 @@ def test_a_branch_that_was_checked_out_meanwhile_does_not_move(repo: Repo, site:
     assert repo.cli("pull").code == 0 and repo.git("show", "cmux/main:agents") == "2"
 
 
-def test_work_that_a_push_left_behind_is_not_told_as_taken_back(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    do(repo, "echo 1 >agents; git add agents; git commit -qm agentwork")
-    assert repo.cli("pull").code == 0
-    pulled = repo.git("rev-parse", "cmux/main")
-    repo.write("users", b"u")
-    repo.commit()
-    assert repo.cli("push").code == 0
-    nothing = repo.cli("pull")
-    assert nothing.code == 0 and "Nothing new" in nothing.text and repo.git("rev-parse", "cmux/main") == pulled
-    do(repo, "echo 2 >second")
-    refused(repo.cli("pull"), 1, words="lacks ('agents')")
-    assert repo.cli("pull", "--branch", "other").code == 0 and repo.git("diff", "--name-only", "main", "other") == "second"
-    repo.git("merge", "-q", "--squash", "cmux/main")  # not as a commit of its history, but it has it
-    repo.commit()
-    assert repo.cli("push").code == 0
-    do(repo, "echo 3 >third")
-    assert repo.cli("pull").code == 0 and sorted(repo.git("diff", "--name-only", "main~1", "cmux/main").split()) == ["agents", "third"]
+# === Submodules and LFS ===
 
-
-def test_fork_waits_for_a_push_and_needs_another_name(repo: Repo, site: Site) -> None:
-    line, forks = repo.site.line("far"), []  # type: Line, List[Any]
-
-    def fork() -> None:
-        forks.append(repo.start("fork", "-w", "main", "side"))
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            forks[0].wait(4)
-    assert repo.cli("new", "-H", "far", "main").code == 0
-    repo.write("more", os.urandom(2 << 20))
-    repo.commit()
-    line.trap = ("up", 500_000, fork)
-    assert repo.cli("push").code == 0 and forks[0].wait(60) == 0 and tree_of(repo.path("side")) == repo.tree()
-    refused(repo.cli("fork", "-w", "main", "main"), 1, words="has that name already")
-
-
-@pytest.mark.parametrize("layout", ["bare", "linked"])
-def test_hooks_of_another_worktree_are_not_changed_either(repo: Repo, layout: str, site: Site) -> None:
-    repo.write("hooks/pre-commit", b"#!/bin/sh\n", 0o755)
-    repo.commit()
-    other = repo.site.dir / "other"
-    if layout == "bare":
-        repo.git("clone", "-q", "--bare", str(repo.dir), str(other))
-        subprocess.run(["git", "config", "core.hooksPath", "hooks"], cwd=str(other), check=True)
-    else:
-        repo.git("worktree", "add", "-q", "-b", "side", str(other))
-        repo.git("config", "core.hooksPath", str(repo.dir / "hooks"))
-    assert repo.cli("-C", str(other), "new", "-H", "box", "w").code == 0
-    assert repo.cli("-C", str(other), "exec", "-w", "w", "--", "echo evil >>hooks/pre-commit; echo >hooks/post-checkout").code == 0
-    refused(repo.cli("-C", str(other), "pull", "-w", "w"), 1, words="runs hooks from there")
-
-
-@pytest.mark.parametrize("date, told", [("@1 -1159", "1970-01-01T00:00:00-11:59"), ("@0 +0000", "1970-01-01T00:00:00Z"), ("@99 +1400", "1970-01-01T14:01:39+14:00")])
-def test_a_date_before_1970_does_not_end_every_log(repo: Repo, date: str, told: str) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    do(repo, f"echo x >x; git add x; GIT_AUTHOR_DATE='{date}' git commit -qm odd")
-    assert repo.cli("pull").code == 0
-    assert repo.git("log", "-1", "--format=%aI", "cmux/main") in (told, told.replace("Z", "+00:00"))
-
-
-def test_dirty_goes_by_what_the_user_ignores_everywhere(repo: Repo, site: Site) -> None:
-    ignored = repo.site.dir / "ignore everywhere"
-    ignored.write_text(".envrc\n")
-    repo.git("config", "core.excludesFile", str(ignored))
-    repo.write(".envrc", b"export KEY=1")
-    repo.write("other", b"o")
-    assert repo.cli("new", "-H", "box", "--dirty", "main").code == 0
-    assert (repo.path() / "other").exists() and not (repo.path() / ".envrc").exists()
-
-
-@pytest.mark.promise(1)
-def test_dirty_sends_nothing_that_a_filter_would_have_encrypted(repo: Repo) -> None:
-    for key, value in (("clean", "rev"), ("smudge", "rev"), ("required", "true")):
-        repo.git("config", "filter.crypt." + key, value)
-    repo.write(".gitattributes", b"*.z filter=crypt\n")
-    repo.write("key.z", b"topsecret\n")
-    repo.commit()
-    os.utime(str(repo.dir / "key.z"), (1, 1))
-    repo.write("other", b"o")
-    refused(repo.cli("new", "-H", "box", "--dirty", "main"), 2, words="key.z' goes through the filter 'crypt'")
-    assert "topsecret" not in repo.git("rev-list", "--all", "--objects") and not repo.workspaces()
-    assert repo.cli("new", "-H", "box", "--dirty", "--allow", "key.z", "main").code == 0
-    assert (repo.path() / "key.z").read_bytes() == b"topsecret\n"
-
-
-def test_dirty_knows_unchanged_lfs_content(repo: Repo) -> None:
-    content = b"large" * 1000
-    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (hashlib.sha256(content).hexdigest().encode(), len(content))
-    repo.write(".gitattributes", b"*.bin filter=lfs\n")
-    repo.write("a.bin", pointer)
-    repo.commit()
-    repo.write("a.bin", content)
-    repo.write("other", b"o")
-    assert repo.cli("new", "-H", "box", "--dirty", "main").code == 0
-    base = repo.git("for-each-ref", "--format=%(refname)", "refs/cmux/sent")
-    assert repo.git("show", base + ":a.bin") == pointer.decode().strip() and repo.git("show", base + ":other") == "o"
-    repo.write("a.bin", content + b"more")
-    refused(repo.cli("push", "--dirty"), 2, words="goes through the filter 'lfs'")
-
-
-def test_dirty_reads_line_ends_and_modes_as_git_add_does(repo: Repo) -> None:
-    repo.write(".gitattributes", b"* text=auto\n")
-    repo.write("text", b"a\nb\n")
-    repo.commit()
-    repo.git("config", "core.eol", "crlf")
-    repo.git("config", "core.fileMode", "false")
-    repo.write("text", b"a\r\nb\r\n", 0o755)
-    repo.write("other", b"o\r\n")
-    assert repo.cli("new", "-H", "box", "--dirty", "main").code == 0
-    base = repo.git("for-each-ref", "--format=%(refname)", "refs/cmux/sent")
-    assert repo.git("diff", "--name-only", "HEAD", base) == "other" and (repo.path() / "other").read_bytes() == b"o\n"
-
-
-def test_enter_at_the_hidden_prompt_keeps_the_secret(repo: Repo, site: Site) -> None:
-    assert repo.cli("secrets", "set", "FOO", stdin=b"good").code == 0
-    terminal = on_terminal(repo.site, "secrets", "set", "FOO", cwd=repo.dir)
-    terminal.expect(b"hidden")
-    terminal.send(b"\r")
-    terminal.expect(b"No value was given")
-    assert terminal.wait() == 2
-    assert repo.exec('printf %s "$FOO"', host="box").out == b"good"
-
-
-def test_a_state_directory_open_to_others_is_a_finding_and_never_to_be_removed(repo: Repo, site: Site) -> None:
-    repo.cli("secrets", "list")
-    repo.site.state.chmod(0o755)
-    try:
-        answer, looked = repo.cli("list"), repo.cli("doctor", "box", "--json")
-        refused(answer, 1, words="is open to others")
-        assert "chmod 700 " + str(repo.site.state) in answer.said and "emove" not in answer.said and states(looked)["state"] == "bad" and looked.code == 1
-        assert looked.json[-1]["what"] == "state", "said once"
-    finally:
-        repo.site.state.chmod(0o700)
-    above = repo.site.dir / "above"
-    above.mkdir()
-    above.chmod(0o777)
-    said = repo.cli("list", env={"CMUX_SSH_HOME": str(above / "state")}).said
-    assert "Others can write to" in said and "chmod go-w %s." % above in said, said
-
-
-def test_exec_in_many_says_how_the_stop_ended(repo: Repo) -> None:
-    repo.cli("new", "-H", "box", "a", "b")
-    done = repo.cli("exec", "--all", "--timeout", "1", "--", "sleep 77")
-    assert done.code == 124 and "a, b (124: stopped, its processes have ended)" in done.said
-    rows = repo.cli("exec", "--all", "--json", "--", "true").json
-    assert [row["stopped"] for row in rows] == [None, None]
-
-
-def test_hints_name_the_ssh_that_is_used(repo: Repo, site: Site) -> None:
-    repo.site.host("stranger", "HostName 127.0.0.1", f"Port {repo.site.port}", "UserKnownHostsFile /dev/null", "StrictHostKeyChecking yes")
-    said = repo.cli("exec", "-H", "stranger", "--", "true").said
-    assert "accept it: %s stranger true" % repo.site.environment()["CMUX_SSH_COMMAND"] in said, said
-
-
-def test_a_list_that_does_not_fit_leaves_the_path_out_not_the_names(repo: Repo, site: Site) -> None:
-    names = ["issue-1234-fix-the-login-page-for-" + browser for browser in ("safari", "chrome")]
-    repo.cli("new", "-H", "box", *names)
-    for more in (False, True):
-        terminal = on_terminal(repo.site, "list", cwd=repo.dir)
-        assert terminal.wait() == 0
-        shown = terminal.output.decode()
-        assert all(name in shown for name in names) and ("PATH" in shown) != more and max(map(len, shown.split("\r\n"))) <= 100, shown
-        names = ["issue-1234-fix-the-login-page-of-a-customer-for-" + browser for browser in ("opera", "firefox")]
-        repo.cli("new", "-H", "box", *names)
-    assert "PATH" in repo.cli("list").text
-
-
-def test_a_file_with_the_name_of_our_list_of_deletions_travels(site: Site) -> None:
-    repo = Repo(site, files={".cmux-gone": b"README\n", **{f"f{n}": b"%d" % n for n in range(20)}})
-    assert repo.cli("new", "-H", "box", "a").code == 0
-    repo.write("f1", b"new")
-    repo.commit()
-    assert repo.cli("new", "-H", "box", "b").code == 0  # else as a delta
-    assert tree_of(repo.path("b")) == repo.tree()
-
-
-def test_fork_and_rename(repo: Repo) -> None:
-    work(repo)
-    do(repo, AGENT + "echo c >>README; git commit -qam mine; echo u >untracked; ln -s README l")
-    there = tree_of(repo.path())
-    assert repo.cli("fork", "-w", "main", "second").code == 0
-    assert tree_of(repo.path("second")) == there
-    assert repo.cli("fork", "-w", "main", "second").code == 1
-    assert repo.cli("rename", "-w", "second", "main").code == 1
-    do(repo, "echo other >untracked", "second")
-    assert (repo.path() / "untracked").read_text() == "u\n"
-    assert repo.cli("rename", "-w", "second", "third").code == 0
-    assert set(repo.workspaces()) == {"main", "third"}
-    assert repo.cli("rm", "third").code == 1
-    assert repo.cli("pull", "-w", "third").code == 0
-    assert repo.git("show", "cmux/third:untracked") == "other"
-    assert repo.cli("rm", "third").code == 0
-    foreign = repo.path().parent / "foreign"
-    foreign.mkdir()
-    for verb in ("fork", "rename"):
-        refused = repo.cli(verb, "-w", "main", "foreign")
-        assert refused.code == 1 and list(foreign.iterdir()) == [], refused
-    assert set(repo.workspaces()) == {"main"} and repo.path().is_dir()
-
-
-def test_rename_to_its_own_name_and_two_names_swapped_at_once_are_said(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "one", "two").code == 0
-    assert "has that name already" in repo.cli("rename", "-w", "one", "one").said
-    with ThreadPoolExecutor(2) as pool:
-        ran = list(pool.map(lambda pair: repo.cli("rename", "-w", *pair), [("one", "two"), ("two", "one")]))
-    assert {r.code for r in ran} == {1} and set(repo.workspaces()) == {"one", "two"}, ran
-
-
-def test_a_host_that_is_gone_for_good_can_be_forgotten_and_gc_visits_every_place(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "stays", "--root", "~/other").code == 0
-    assert repo.cli("rm", "--force", "stays").code == 0  # gc visits its host all the same
-    assert repo.cli("new", "-H", "box", "lost").code == 0
-    path, registry = repo.path("lost"), next((repo.site.state / "projects").glob("*.json"))
-    registry.write_text(registry.read_text().replace('"box"', '"nowhere.invalid"', 1).replace('"host": "box"', '"host": "nowhere.invalid"'))
-    refused = repo.cli("rm", "--force", "lost")
-    assert refused.code == 255 and "rm --forget lost" in refused.said and "lost" in repo.workspaces(), refused
-    elsewhere = repo.cli("gc", "-H", "far")
-    assert elsewhere.code == 2 and "is or was on 'far'" in elsewhere.said, elsewhere
-    cleared = repo.cli("gc")
-    assert cleared.code == 255 and "box: freed" in cleared.text and "nowhere.invalid" in cleared.said, cleared
-    assert repo.cli("rm", "--forget", "lost").code == 0 and not repo.workspaces() and path.exists()
-
-
-def test_gc_and_top_go_by_their_host(repo: Repo, site: Site) -> None:
-    repo.site.line("far")
-    assert repo.cli("new", "-H", "box", "one").code == 0 and repo.cli("new", "-H", "far", "two").code == 0
-    assert [row["workspace"] for row in repo.cli("top", "--json", "-H", "far").json] == ["two"]
-    cleared = repo.cli("gc", "-H", "far")
-    assert cleared.code == 0 and "far: freed" in cleared.text and "box" not in cleared.text, cleared
-
-
-def test_gc_frees_jobs_that_ended_a_week_ago(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    old, new, runs = (repo.cli("exec", "--detach", "--", script).text.strip() for script in ("echo old", "echo new", "sleep 600"))
-    assert repo.cli("wait", old).code == repo.cli("wait", new).code == 0
-    for part in repo.site.far_home().glob(f"cmux/.cmux/jobs/*/*/{old}/exit"):
-        os.utime(str(part), (time.time() - 8 * 86400,) * 2)
-    assert repo.cli("gc").code == 0
-    assert {path.name for path in repo.site.far_home().glob("cmux/.cmux/jobs/*/*/*")} == {new, runs}
-    assert repo.cli("stop", runs).code == 0
-
-
-def test_a_process_lists_the_temporary_directory_once(repo: Repo) -> None:
-    seen = in_library(repo, """
-import tempfile
-seen = []
-sys.addaudithook(lambda event, args: seen.append(args[0]) if event == "os.listdir" else None)
-project = cmux_ssh.Project(".")
-cmux_ssh.pull(project.create("main", "box"))
-print(seen.count(tempfile.gettempdir()))
-""")
-    assert seen == "1\n", seen
-
-
-@pytest.mark.promise(1)
-def test_dirty_takes_the_work_tree_along_but_no_secrets(repo: Repo) -> None:
-    repo.write(".gitignore", b"ignored\n")
-    repo.commit()
-    repo.write("README", b"edited\n")
-    repo.write("untracked", b"u")
-    repo.write("ignored", b"i")
-    (repo.dir / "src/main.c").unlink()
-    index = (repo.dir / ".git/index").read_bytes()
-    clean = repo.cli("new", "-H", "box", "clean")
-    assert clean.code == 0 and "2 uncommitted" in clean.said, clean
-    made = repo.cli("new", "-H", "box", "main", "--dirty")
-    assert made.code == 0, made
-    assert {p for p in tree_of(repo.path())} == {b".gitignore", b"README", b"untracked", b"nonce"}
-    assert (repo.dir / ".git/index").read_bytes() == index
-    repo.write("config/.env", b"SECRET=1")
-    repo.write("id_rsa", b"KEY")
-    refused = repo.cli("push", "-w", "clean", "--dirty")
-    assert refused.code == 2 and "--allow config/.env --allow id_rsa" in refused.said, refused
-    assert repo.cli("push", "-w", "clean", "--dirty", "--allow", "config/.env", "--allow", "id_rsa").code == 0
-    assert (repo.path("clean") / "config/.env").exists()
-    do(repo, "echo agent >>README")
-    assert repo.cli("pull").code == 0
-    assert repo.git("show", "cmux/main:README") == "edited\nagent"
-    assert (repo.dir / ".git/index").read_bytes() == index
-
-
-@pytest.mark.parametrize("empty", [False, True])
-def test_dirty_says_which_directory_is_a_repository_of_its_own(repo: Repo, empty: bool, site: Site) -> None:
-    inner = Repo(repo.site, "project/in ner")
-    if empty:
-        inner.git("update-ref", "-d", "HEAD")
-    refused(repo.cli("new", "--dirty", "-H", "box", "w"), 1, words="'in ner' is a repository of its own. Let .gitignore cover it")
-    repo.write(".gitignore", b"in ner/\n")
-    assert repo.cli("new", "--dirty", "-H", "box", "w").code == 0
-
-
-def test_fork_and_rename_survive_being_killed(repo: Repo) -> None:
-    work(repo)
-    do(repo, "echo u >untracked")
-    there = tree_of(repo.path())
-    for verb, name in (("fork", "two"), ("rename", "three")):
-        for delay in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
-            child = repo.start(verb, "-w", "main", name)
-            time.sleep(delay)
-            os.killpg(child.pid, signal.SIGKILL)
-            child.communicate()
-            if name in repo.workspaces():
-                break
-            assert tree_of(repo.path()) == there if repo.path().is_dir() else verb == "rename"
-        if name not in repo.workspaces():
-            again = repo.cli(verb, "-w", "main", name)
-            assert again.code == 0, again
-        assert tree_of(repo.path(name)) == there
-    assert set(repo.workspaces()) == {"two", "three"}
-
-
-# === submodules and LFS ===
 
 LIB, INNER = 'vendor/li b "q\'', "in ner"
+
+
 CONTENT = b"\0LFS content\n" * 300000
+
+
+def content(result: Dict[str, Any]) -> bytes:
+    """The bytes of a result of read, whichever way they came."""
+    assert ("content" in result) != ("content_base64" in result), result
+    return result["content"].encode() if "content" in result else base64.b64decode(result["content_base64"])
 
 
 class Family(Repo):
@@ -8602,473 +5614,2351 @@ def test_damaged_lfs_content_is_not_sent(site: Site) -> None:
     assert "three" not in family.workspaces()
 
 
-# === Faults: this program killed half-way ===
+# === list, rm, fork, rename ===
 
 
-class Gate:
-    """A host on which a program stands still when its arguments hold a word, before or after its work, so
-    that a script of ours is caught in its middle: until the gate opens."""
-
-    def __init__(self, site: Site, of: str, when: str = "before") -> None:
-        self.dir = site.dir / "gate"
-        self.dir.mkdir()
-        real = program(of)
-        wait = f"if mkdir {self.dir}/reached 2>/dev/null; then while [ ! -e {self.dir}/open ]; do sleep 0.02; done; fi"
-        (self.dir / of).write_text(f'#!/bin/sh\nhere() {{ case " $* " in *"$(cat {self.dir}/word 2>/dev/null || echo //)"*) {wait};; esac; }}\n' + (
-            f'here "$@"; exec {real} "$@"\n' if when == "before" else f'{real} "$@"; r=$?; here "$@"; exit $r\n'))
-        (self.dir / of).chmod(0o755)
-        self.host = site.daemon("gated", env={"PATH": f"{self.dir}:{os.environ['PATH']}"})
-
-    def shut(self, word: str) -> None:
-        (self.dir / "word").write_text(word)
-
-    def reached(self) -> None:
-        until((self.dir / "reached").exists, "the script stands at the gate")
-
-    def open(self, seconds: float = 0.0) -> None:
-        if seconds:
-            later = threading.Timer(seconds, self.open)
-            later.daemon = True
-            later.start()
-        else:
-            with contextlib.suppress(OSError):
-                (self.dir / "open").touch()
+def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo: Repo, site: Site) -> None:
+    assert repo.cli("list", "--json").json == []
+    assert repo.cli("new", "-H", "box", "a", "b").code == 0
+    rows = repo.workspaces()
+    assert set(rows) == {"a", "b"} and all(row["host"] == "box" and row["base"] == repo.git("rev-parse", "HEAD") and row["created"] for row in rows.values())
+    where = Path(repo.cli("exec", "-w", "a", "--", "pwd -P").text.strip())
+    assert where == repo.path("a") and where.name == "a" and re.match(r"project-\w+$", where.parent.name)
+    assert where.parent.parent == repo.site.far_home() / "cmux" and stat.S_IMODE(where.parent.parent.stat().st_mode) == 0o700
+    listed = repo.cli("list")
+    assert listed.code == 0 and "a" in listed.text and "box" in listed.text
 
 
-def killed(child: "subprocess.Popen[bytes]") -> None:
-    os.killpg(child.pid, signal.SIGKILL)
-    child.communicate()
+def test_rm_refuses_work_that_would_be_lost_and_says_what(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "clean", "dirty", "added").code == 0
+    assert repo.exec("echo x >>README", options=["-w", "dirty"]).code == 0
+    assert repo.exec("echo x >brand-new", options=["-w", "added"]).code == 0
+    path = repo.path("dirty")
+    for name, file in (("dirty", "README"), ("added", "brand-new")):
+        refused = repo.cli("rm", name)
+        assert refused.code == 1 and file in refused.said and "--force" in refused.said, refused
+    where = repo.path("clean")
+    assert repo.cli("rm", "clean").code == 0 and not where.exists() and set(repo.workspaces()) == {"dirty", "added"}
+    assert repo.cli("rm", "--force", "dirty", "added").code == 0 and not path.exists() and repo.workspaces() == {}
+    assert repo.cli("rm", "dirty").code == 1
+    assert repo.cli("new", "-H", "box", "dirty").code == 0 and tree_of(repo.path("dirty")) == repo.tree()
 
 
-def settled(site: Site) -> None:
-    """Nothing runs on the host, and nothing is left lying about, here or there, once an operation has succeeded."""
-    name = os.fsencode(site.dir)
-
-    def busy() -> List[Process]:
-        return [p for p in processes() if name in p.environ + p.cmdline and b"sshd" not in p.cmdline and b"-M\0" not in p.cmdline
-                and b"[mux]" not in p.cmdline and p.pid not in ancestors()]
-    until(lambda: not busy(), "nothing of ours runs on the host")
-    stages = [p for p in site.remote.glob("*/cmux/.cmux/stage/*") if not p.name.endswith(".off")]
-    here = [p for p in site.state.rglob("*") if re.search(r"\.new$|/log\.d|\.running/", str(p))]
-    probes = re.compile(r"[a-z0-9_]{8}\Z")  # what Python's tempfile leaves when it is killed while it looks for a place
-    assert stages == [] and here == [] and [p for p in site.tmp.iterdir() if not probes.match(p.name)] == []
+def test_rm_sees_committed_work_too(repo: Repo) -> None:
+    assert repo.exec("echo x >>README && git -c user.name=a -c user.email=a@b commit -qam work").code == 0
+    refused = repo.cli("rm", "main")
+    assert refused.code == 1 and repo.path().exists(), refused
 
 
-def registry(repo: Repo) -> Dict[str, Any]:
-    """The record of the site's only project."""
-    files = list((repo.site.state / "projects").glob("*.json"))
-    assert len(files) == 1, files
-    return dict(json.loads(files[0].read_text()))
+def test_forks_of_one_workspace_do_not_wait_for_each_other(site: Site) -> None:
+    repo = Repo(site)
+    site.daemon("slow", env=replaced(site, cp=f"""case "$*" in -RpP*) : >{site.dir}/copy-$$; n=0
+while [ $(ls {site.dir} | grep -c copy-) -lt 4 ]; do sleep 0.1; [ $((n+=1)) -lt 200 ] || exit 1; done;; esac"""))
+    assert repo.cli("new", "-H", "slow", "main").code == 0
+    with ThreadPoolExecutor(4) as pool:
+        assert [ran.code for ran in pool.map(lambda n: repo.cli("fork", "-w", "main", "k%d" % n), range(4))] == [0] * 4
+    assert set(repo.workspaces()) == {"main", "k0", "k1", "k2", "k3"}
 
 
-def whole(repo: Repo, *names: str) -> None:
-    """Exactly these workspaces are listed; each is a directory where git finds no fault; no other exists; the
-    registry is waiting for nothing."""
-    listed = repo.workspaces()
-    assert set(listed) == set(names)
-    for name in names:
-        ran = repo.cli("exec", "-w", name, "--", "git status --short && git fsck --strict 2>&1")
-        assert ran.code == 0 and b"error" not in ran.out, ran
-    there = {path for row in listed.values() for path in Path(row["path"]).parent.iterdir()}
-    assert there == {Path(row["path"]) for row in listed.values()}
-    entries = registry(repo)["workspaces"]
-    assert set(entries) == set(names) and all(entry["state"] == "ready" and "intent" not in entry for entry in entries.values())
+def test_a_fork_that_fails_over_read_only_directories_frees_its_name(site: Site) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to log in as somebody else")
+    repo = Repo(site)
+    drop = f'exec {program("setpriv", "util-linux")} --reuid 65534 --regid 65534 --clear-groups env HOME={site.dir}/nobody sh -c "$SSH_ORIGINAL_COMMAND"'
+    (site.dir / "nobody").mkdir()
+    os.chown(str(site.dir / "nobody"), 65534, 65534)
+    for path in (site.dir, *site.dir.parents):
+        if not path.stat().st_mode & 0o001:
+            path.chmod(path.stat().st_mode | 0o001)
+    site.daemon("nobody", f"ForceCommand {script(site.dir / 'drop', drop)}")
+    assert repo.cli("new", "-H", "nobody", "main").code == 0
+    do(repo, "mkdir -p go/mod; echo a >go/mod/a; echo b >secret; chmod -R a-w go; chmod 0 secret")
+    failed = repo.cli("fork", "-w", "main", "b")
+    assert failed.code == 1 and "secret" in failed.said, failed
+    do(repo, "chmod 600 secret")
+    assert repo.cli("fork", "-w", "main", "b").code == 0
+    assert repo.cli("rm", "--force", "b").code == 0
 
 
-# What is killed; the word of its script at which; what is called next, its code, and the workspaces then.
-HALFWAY = {
-    "new": ("new -H gated victim", "/victim", ["new -H gated victim", "rm victim", "fork -w main victim", "rename -w main victim"]),
-    "fork": ("fork -w main victim", "/victim", ["fork -w main victim", "rm victim", "new -H gated victim", "rename -w main victim"]),
-    "rename": ("rename -w main victim", "/victim", ["rename -w main victim", "exec -w main -- true", "pull -w main", "rm main", "new -H gated victim"]),
-    "rm": ("rm main", "/main", ["rm main", "new -H gated main"]),
-    "push": ("push -w main", "index.cmux", ["push -w main", "pull -w main", "diff -w main", "rm main", "rename -w main victim", "fork -w main victim"]),
-}
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("verb, then", [(verb, then) for verb, (_, _, calls) in HALFWAY.items() for then in calls])
-def test_killed_while_its_script_goes_on_the_next_call_works_and_nothing_is_half(site: Site, verb: str, then: str, when: str) -> None:
-    """The script on the host is caught around the step that counts; this program is killed; the next call
-    comes while the script still stands there. Then it goes on."""
-    repo, gate = Repo(site), Gate(site, "mv", when)
-    assert repo.cli("new", "-H", "gated", "main").code == 0
-    repo.write("README", b"second\n")
-    repo.commit()
-    words, at, _ = HALFWAY[verb]
-    gate.shut(at)
-    child = repo.start(*words.split())
-    gate.reached()
-    killed(child)
-    gate.open(0.5)
-    after = repo.cli(*then.split())
-    assert after.code == 0, (after, registry(repo))
-    names = {"main"} - ({"main"} if then == "rm main" or then.startswith("rename") else set())
-    names |= {"main"} if then == "new -H gated main" else set()
-    names |= {"victim"} if "victim" in then and not then.startswith("rm") else set()
-    until(lambda: not [p for p in processes() if os.fsencode(gate.dir) in p.cmdline], "the script has ended")
-    whole(repo, *names)
-    settled(site)
-    if verb == "push" and "main" in names:
-        assert tree_of(repo.path()) == repo.tree() and not repo.git("for-each-ref", "refs/heads/cmux")
-        assert repo.cli("push").code == 0 and repo.cli("rm", "main").code == 0
-    elif then.startswith("new") and verb != "rm":
-        assert tree_of(repo.path("victim")) == repo.tree()
-
-
-@pytest.mark.parametrize("kills", ["before", "after", "after before after"])
-def test_a_pull_killed_around_the_move_of_the_branch_is_followed_by_one_that_just_works(repo: Repo, kills: str, site: Site) -> None:
-    """Neither the branch's commit, nor one that it nearly had, is a stranger's."""
-    work(repo)
-    env = replaced(repo.site, git=f'''case " $* " in *" update-ref "*cmux/main*) [ $HOW = before ] || {program("git")} "$@"; kill -9 $PPID; exit 1;; esac''')
-    for turn in range(2):  # the first makes the branch, the second moves it
-        for how in kills.split():
-            do(repo, f"echo {how} {turn} >>README")
-            assert repo.cli("pull", env={**env, "HOW": how}).code == -9
-        after = repo.cli("pull")
-        assert after.code == 0 and repo.git("show", "cmux/main:README").endswith(str(turn)), after
-    do(repo, "echo third >>README")
-    assert repo.cli("pull", env={**env, "HOW": "after"}).code == -9 and repo.cli("pull", "--branch", "other").code == 0
-    after = repo.cli("pull")
-    assert after.code == 0 and repo.git("show", "cmux/main:README").endswith("third"), after
-    settled(repo.site)
-    do(repo, "echo more >>README")
-    repo.git("branch", "-f", "cmux/main", repo.git("commit-tree", "main^{tree}", "-p", "main", "-m", "somebody's own"))
-    assert "no pull of this workspace made" in repo.cli("pull").said, "a branch that somebody else moved stays"
-
-
-def test_a_line_lost_while_a_workspace_is_unpacked_makes_no_half_of_one(site: Site) -> None:
-    """The call is tried again over a new connection while the first attempt still unpacks."""
-    repo, gate = Repo(site), Gate(site, "tar")
-    line = site.line("far", to="gated")
-    assert repo.cli("new", "-H", "far", "first").code == 0
-    gate.shut("whole.tar")
-    child = repo.start("new", "-H", "far", "second")
-    gate.reached()
-    line.drop()
-    gate.open(1.5)
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == 0, err
-    assert tree_of(repo.path("second")) == repo.tree()
-    whole(repo, "first", "second")
-    settled(site)
-
-
-class Lane:
-    """One kind of operation, killed again and again in a project of its own."""
-
-    def __init__(self, site: Site, verb: str, seed: int) -> None:
-        self.verb, self.luck = verb, random.Random(f"{verb} {seed}")
-        self.repo = Repo(site, name=f"lane-{verb}", files={"nonce": verb.encode(), **{f"d/{n}": b"%d\n" % n for n in range(20)}})
-        self.first = self.repo.git("rev-parse", "HEAD")
-        self.repo.write("README", b"second\n")
-        self.repo.write("d/3", b"changed\n")
-        self.second = self.repo.commit()
-        self.turn, self.content = 0, b"hello\n"
-        done = self.repo.cli("new", "-H", "box", "main", "--ref", self.first)
-        assert done.code == 0, done
-        self.path = self.repo.path()
-
-    def arrange(self) -> List[str]:
-        """What is done next, the words of it."""
-        self.turn += 1
-        n, verb = self.turn, self.verb
-        if verb in ("write", "edit"):
-            self.stdin = b"%d " % n * 30000 if verb == "write" else b""
-            return ["write", "README"] if verb == "write" else ["edit", "src/main.c", "--old", f"main{n - 1 or ''}", "--new", f"main{n}"]
-        if verb == "pull":
-            (self.path / "README").write_bytes(b"%d\n" % n)
-        elif verb == "rm":
-            assert self.repo.cli("new", "-H", "box", f"w{n}").code == 0
-        return {"new": ["new", "-H", "box", f"w{n}"], "rm": ["rm", f"w{n}"], "fork": ["fork", "-w", "main", f"w{n}"], "pull": ["pull", "-w", "main"],
-                "rename": ["rename", "-w", f"w{n - 1}" if n > 1 else "main", f"w{n}"],
-                "push": ["push", "-w", "main", "--ref", self.second if n % 2 else self.first]}[verb]
-
-    def kill_once(self, words: List[str], delay: float) -> None:
-        with tempfile.TemporaryFile() as spool:
-            spool.write(getattr(self, "stdin", b""))
-            spool.seek(0)
-            child = self.repo.start(*words, stdin=spool)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(delay)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
+def test_rm_refuses_while_a_command_runs(repo: Repo, site: Site) -> None:
+    assert repo.cli("new", "-H", "box", "main", "two").code == 0
+    child = repo.start("exec", "-w", "main", "--", "sleep 60")
+    try:
+        until(lambda: repo.cli("top", "--json").text.count("sleep 60"), "it runs")
+        answer = repo.cli("rm", "main")
+        assert answer.code == 1 and "A command runs in the workspace main" in answer.said and "--force" in answer.said, answer
+        assert repo.cli("rm", "two").code == 0 and repo.path().is_dir()
+        assert repo.cli("rename", "-w", "main", "other").code == 0 and repo.cli("new", "-H", "box", "main").code == 0
+        refused(repo.cli("rm", "other"), 1, words="A command runs in the workspace other")  # the name it has now
+        assert [(row["workspace"], len(row["running"])) for row in repo.cli("top", "--json").json] == [("main", 0), ("other", 1)]
+        assert repo.cli("rm", "main").code == 0
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
         child.communicate()
+    assert until(lambda: repo.cli("rm", "other").code == 0, "its record ends with it")
 
-    def done_already(self, words: List[str]) -> bool:
-        """One of those that were to be killed came to its end."""
-        listed = self.repo.workspaces()
-        return {"new": words[-1] in listed, "fork": words[-1] in listed, "rename": words[-1] in listed, "rm": words[-1] not in listed,
-                "edit": self.verb == "edit" and words[-1].encode() in (self.path / "src/main.c").read_bytes()}.get(self.verb, False)
 
-    def check(self, words: List[str]) -> None:
-        n, name = self.turn, words[-1]
-        if self.verb in ("new", "fork", "rename"):
-            self.path = Path(self.repo.workspaces()[name]["path"]) if self.verb == "rename" else self.path
-            self.repo.git("checkout", "-q", "-f", self.second if self.verb == "new" else self.first)
-            assert tree_of(self.repo.path(name)) == self.repo.tree()
-            self.repo.git("checkout", "-q", "-f", self.second)
-        elif self.verb == "write":
-            assert (self.path / "README").read_bytes() == self.stdin
-        elif self.verb == "edit":
-            assert (self.path / "src/main.c").read_bytes() == b"int main%d;\n" % n
-        elif self.verb == "pull":
-            assert self.repo.git("show", "cmux/main:README") == str(n)
-        elif self.verb == "push":
-            assert (self.path / "README").read_bytes() == (b"second\n" if n % 2 else b"hello\n")
-            assert (self.path / "d/3").read_bytes() == (b"changed\n" if n % 2 else b"3\n")
-        elif self.verb == "rm":
-            assert name not in self.repo.workspaces()
+def test_a_forked_child_and_its_parent_share_no_session_and_no_lock(repo: Repo, site: Site) -> None:
+    """multiprocessing forks: the copies of our descriptors in a worker must not keep what this process gives up."""
+    repo.site.daemon("other")
+    assert in_library(repo, """
+import os, signal, warnings
+warnings.simplefilter("ignore")        # 3.12 and later say that a process with threads should not fork
+project, logs = cmux_ssh.Project("."), sys.argv[1:]
+workspace = project.create("main", "box")
+workspace.exec("true")
+wait_ready(logs[0])
+read, write = os.pipe()
+child = os.fork()
+if not child:
+    os.write(write, b"%d" % workspace.exec("sleep 0.5; exit 7").exit_code)
+    os._exit(0)
+print(workspace.exec("exit 3").exit_code, os.read(read, 9).decode(), os.waitpid(child, 0)[1])
+workspace = project.create("second", "other")
+workspace.exec("true")
+wait_ready(logs[1])
+command = threading.Thread(target=lambda: print(workspace.exec("sleep 30", timeout=1.5).stopped, time.monotonic() - began < 5))
+began = time.monotonic()
+command.start()
+time.sleep(0.7)
+child = os.fork()                      # in the middle of that command, and idle
+if not child:
+    time.sleep(60)
+    os._exit(0)
+command.join()
+workspace.host.close()
+wait_ready(logs[1], 0)
+def connections():
+    with open(logs[1]) as stream:
+        return stream.read().count("Accepted ")
+before = connections()
+with ThreadPoolExecutor(8) as pool:    # the one connection takes as many as ever
+    list(pool.map(cmux_ssh.Project(".", warm=0).workspace("second").exec, ["sleep 1"] * 8))
+print(connections() - before)
+os.kill(child, signal.SIGKILL)
+""", str(repo.site.dir / "log-box"), str(repo.site.dir / "log-other")) == "3 7 0\nconfirmed True\n0\n"
 
-    def run(self, groups: int, kills: int) -> int:
-        began, took = time.monotonic(), 0.0
-        for group in range(groups + 1):
-            words = self.arrange()
-            for _ in range(kills if group else 0):
-                before = (self.path / "README").read_bytes() if self.verb == "write" else b""
-                self.kill_once(words, self.luck.uniform(0.03, took * 1.2))
-                if self.verb == "write":
-                    until(lambda before=before: (self.path / "README").read_bytes() in (before, self.stdin), "old or new, never a mix", 0.1)
-            if not (group and self.done_already(words)):
-                final = self.repo.cli(*words, stdin=getattr(self, "stdin", None))
-                assert final.code == 0 or self.done_already(words), (group, final)
-            took = time.monotonic() - began if not group else took
-            self.check(words)
-        return groups * kills
+
+def test_rm_names_the_branches_also_where_head_has_no_commit(repo: Repo) -> None:
+    repo.cli("new", "-H", "box", "main")
+    do(repo, AGENT + "echo precious >p; git add p; git commit -qm r; git tag t; git checkout -q --orphan fresh; git rm -q --cached p; rm p")
+    assert "the branch main" in repo.cli("pull").said
+    answer = repo.cli("rm", "main")
+    refused(answer, 1, words="branch main")
+    assert "tag t" in answer.said
+
+
+def test_list_says_pulled_until_something_is_begun(site: Site) -> None:
+    repo, gate = Repo(site), Gate(site, "git")
+
+    def state() -> str:
+        found: str = repo.cli("list", "--json").json[0]["state"]
+        return found
+    repo.cli("new", "-H", gate.host, "main")
+    do(repo, "echo x >new")
+    assert state() == "ready" and repo.cli("pull").code == 0 and state() == "pulled"
+    for words in (["exec", "--", "true"], ["write", "f"], ["exec", "--detach", "--", "true"]):
+        assert repo.cli("read", "new").code == 0 and state() == "pulled"
+        assert repo.cli(*words, stdin=b"x").code == 0 and state() == "ready", words
+        assert repo.cli("pull").code == 0 and state() == "pulled"
+    gate.shut(" fast-export ")
+    child = repo.start("pull")
+    gate.reached()
+    do(repo, "echo more >>new")
+    gate.open()
+    assert child.wait() == 0 and state() == "ready"
+
+
+def test_a_renamed_workspace_keeps_its_history(repo: Repo, site: Site) -> None:
+    repo.cli("new", "-H", "box", "a")
+    repo.cli("exec", "-w", "a", "--", "exit 3")
+    assert repo.cli("rename", "-w", "a", "b").code == 0 and repo.cli("rename", "-w", "b", "c").code == 0
+    rows = [json.loads(line)["operation"] for line in repo.cli("history", "-w", "c", "--json").text.split("\n")[:-1]]
+    assert rows == ["new", "exec", "rename", "rename"] and repo.cli("top", "--json").json[0]["last_exit_code"] == 3
+    assert "Nothing is on record" in repo.cli("history", "-w", "x").said
+    child = repo.start("exec", "-w", "c", "--", "echo on; sleep 3; exit 7")
+    until(lambda: any(row["running"] for row in repo.cli("top", "--json").json), "it runs")
+    assert repo.cli("rename", "-w", "c", "d").code == 0 and repo.cli("new", "-H", "box", "c").code == 0
+    child.communicate()
+    found = {row["workspace"]: row["last_exit_code"] for row in repo.cli("top", "--json").json}
+    assert child.returncode == 7 and found == {"c": None, "d": 7}, found
+    assert repo.cli("rm", "--force", "d").code == 0 and repo.cli("new", "-H", "box", "d").code == 0
+    rows = [json.loads(line)["operation"] for line in repo.cli("history", "-w", "d", "--json").text.split("\n")[:-1]]
+    assert rows == ["new"], "not what was done in another of that name"
+
+
+def test_fork_and_rename(repo: Repo) -> None:
+    work(repo)
+    do(repo, AGENT + "echo c >>README; git commit -qam mine; echo u >untracked; ln -s README l")
+    there = tree_of(repo.path())
+    assert repo.cli("fork", "-w", "main", "second").code == 0
+    assert tree_of(repo.path("second")) == there
+    assert repo.cli("fork", "-w", "main", "second").code == 1
+    assert repo.cli("rename", "-w", "second", "main").code == 1
+    do(repo, "echo other >untracked", "second")
+    assert (repo.path() / "untracked").read_text() == "u\n"
+    assert repo.cli("rename", "-w", "second", "third").code == 0
+    assert set(repo.workspaces()) == {"main", "third"}
+    assert repo.cli("rm", "third").code == 1
+    assert repo.cli("pull", "-w", "third").code == 0
+    assert repo.git("show", "cmux/third:untracked") == "other"
+    assert repo.cli("rm", "third").code == 0
+    foreign = repo.path().parent / "foreign"
+    foreign.mkdir()
+    for verb in ("fork", "rename"):
+        refused = repo.cli(verb, "-w", "main", "foreign")
+        assert refused.code == 1 and list(foreign.iterdir()) == [], refused
+    assert set(repo.workspaces()) == {"main"} and repo.path().is_dir()
+
+
+def test_rename_to_its_own_name_and_two_names_swapped_at_once_are_said(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "one", "two").code == 0
+    assert "has that name already" in repo.cli("rename", "-w", "one", "one").said
+    with ThreadPoolExecutor(2) as pool:
+        ran = list(pool.map(lambda pair: repo.cli("rename", "-w", *pair), [("one", "two"), ("two", "one")]))
+    assert {r.code for r in ran} == {1} and set(repo.workspaces()) == {"one", "two"}, ran
+
+
+def test_fork_and_rename_survive_being_killed(repo: Repo) -> None:
+    work(repo)
+    do(repo, "echo u >untracked")
+    there = tree_of(repo.path())
+    for verb, name in (("fork", "two"), ("rename", "three")):
+        for delay in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
+            child = repo.start(verb, "-w", "main", name)
+            time.sleep(delay)
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
+            if name in repo.workspaces():
+                break
+            assert tree_of(repo.path()) == there if repo.path().is_dir() else verb == "rename"
+        if name not in repo.workspaces():
+            again = repo.cli(verb, "-w", "main", name)
+            assert again.code == 0, again
+        assert tree_of(repo.path(name)) == there
+    assert set(repo.workspaces()) == {"two", "three"}
+
+
+# === read, write, edit ===
+
+
+def test_an_edit_of_many_places_is_soon_told(area: Area) -> None:
+    def edited(*edits: Dict[str, Any]) -> str:
+        return str(area.talker("edit", path=area.p("many"), edits=edits)["diff"])
+    area.put("many", b"".join(b"line %d of many\n" % n for n in range(19000)))
+    assert edited(*({"old": "line %d of" % n, "new": "LINE %d of" % n} for n in range(0, 19000, 19))) == "(too much changed for a diff)"
+    ends = edited({"old": "LINE 0 of", "new": "first\nline 0 of"}, {"old": "18999 of many\n", "new": "18999 of many\nlast\n"})
+    assert re.findall(r"^\+.*", ends, re.M)[1:] == ["+first", "+line 0 of many", "+last"]
+
+
+def test_matches_that_overlap_are_ambiguous(area: Area) -> None:
+    file = area.put("f", b"aaa\n")
+    assert re.search(r"2 times in '\S*f' .at lines 1, 1., not 1", area.talker.refusal("edit", path=area.p("f"), edits=[{"old": "aa", "new": "b"}]))
+    area.put("f", b"aaaa\n")
+    assert area.talker("edit", path=area.p("f"), edits=[{"old": "aa", "new": "b", "count": 2}]) and file.read_bytes() == b"bb\n"
+
+
+def test_contract_an_edit_in_an_editor_of_a_commit_does_not_hang(talker: Agent) -> None:
+    ran = talker("exec", command="mkdir ed && cd ed && git init -q . && git -c user.name=a -c user.email=b@c commit --allow-empty -m x && git -c user.name=a -c user.email=b@c commit --amend; cd .. && rm -rf ed", timeout=15)
+    assert ran["exit_code"] == 0 and not ran["timed_out"], ran
+
+
+ODD_NAMES = ["it's \"quoted\" `$(x)`", "new\nline", "trailing newline\n", "-rf", "--", "naïve-日本-🐙", "n" * 200, " ", "back\\slash\\n", "a:1:b", "*?[x]", "~", "$HOME", "\t",
+             "..x", "%s", "\x1b[31m", "\x7f", "a\rb", "'", "a#b", "é" * 100]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
+def test_every_tool_takes_odd_names(talker: Agent, area: Area, name: str) -> None:
+    for path in (area.p(name), area.p(f"{name}/in {name[:100]}"), str(area.dir / f"abs{name[:190]}")):
+        (shutil.rmtree if (area.dir / name).is_dir() else os.unlink)(str(area.dir / name)) if (area.dir / name).exists() else None  # type: ignore[operator]
+        real = area.workspace / path
+        assert talker("write", path=path, content="hello there\n")["created"] is True
+        assert real.read_bytes() == b"hello there\n"
+        assert talker("read", path=path)["content"] == "hello there\n"
+        diff = talker("edit", path=path, edits=[{"old": "hello", "new": "goodbye"}])["diff"]
+        assert "-hello there\n+goodbye there\n" in diff and real.read_bytes() == b"goodbye there\n"
+        relative = os.path.relpath(str(real), str(area.workspace))
+        assert relative in talker("glob", pattern=f"{area.name}/**")["paths"]
+        assert {"path": relative, "line": 1, "text": "goodbye there"} in talker("grep", pattern="goodbye", glob=f"{area.name}/**")["matches"]
+
+
+@pytest.mark.parametrize("tool", ["read", "write", "edit"])
+@pytest.mark.parametrize("kind, words", [("fifo", "not a regular file"), ("device", "not a regular file"), ("endless", "not a regular file"), ("socket", "not a regular file"),
+                                         ("directory", "is a directory"), ("link to a directory", "is a directory"), ("loop", ""), ("through a file", ""), ("too long", "")])
+def test_what_is_no_file_is_refused_and_nothing_hangs(talker: Agent, area: Area, tool: str, kind: str, words: str) -> None:
+    path = area.p("it")
+    if kind == "fifo":
+        os.mkfifo(str(area.dir / "it"))
+    elif kind in ("device", "endless"):
+        path = "/dev/null" if kind == "device" else "/dev/zero"
+    elif kind == "socket":
+        here = os.open(str(area.dir), os.O_RDONLY)
+        with socket.socket(socket.AF_UNIX) as door:
+            door.bind(f"/proc/self/fd/{here}/it" if os.path.isdir("/proc/self/fd") else str(area.dir / "it")[-100:])
+        os.close(here)
+    elif kind == "directory":
+        (area.dir / "it").mkdir()
+    elif kind == "link to a directory":
+        (area.dir / "it").symlink_to(".")
+    elif kind == "loop":
+        (area.dir / "it").symlink_to("ti")
+        (area.dir / "ti").symlink_to("it")
+    elif kind == "through a file":
+        area.put("plain", b"plain")
+        path = area.p("plain/it")
+    elif kind == "too long":
+        path = area.p("x" * 300)
+    before = sorted(os.listdir(str(area.dir)))
+    arguments: Dict[str, Any] = {"read": {}, "write": {"content": "x"}, "edit": {"edits": [{"old": "a", "new": "b"}]}}[tool]
+    assert words in talker.refusal(tool, path=path, **arguments)
+    assert sorted(os.listdir(str(area.dir))) == before
+
+
+@pytest.mark.parametrize("tool", ["read", "edit"])
+def test_a_file_that_is_not_there_is_said(talker: Agent, area: Area, tool: str) -> None:
+    more: Dict[str, Any] = {"edits": [{"old": "a", "new": "b"}]} if tool == "edit" else {}
+    assert "no file" in talker.refusal(tool, path=area.p("none"), **more)
+    assert "no file" in talker.refusal(tool, path=area.p("no/such/dir"), **more)
+    (area.dir / "dangling").symlink_to("nowhere")
+    assert "no file" in talker.refusal(tool, path=area.p("dangling"), **more)
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", 5, None, ["a"], "\ud800"])
+def test_impossible_paths_are_refused(talker: Agent, path: object) -> None:
+    for tool, more in (("read", {}), ("write", {"content": "x"}), ("edit", {"edits": [{"old": "a", "new": "b"}]})):
+        talker.refusal(tool, path=path, **more)  # type: ignore[arg-type]
+
+
+def test_a_file_of_a_workspace_that_is_gone_is_not_there_and_makes_no_new_one(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    shutil.rmtree(repo.path())
+    for args in (["read", "x"], ["write", "x"], ["write", "a/x"], ["edit", "x", "--old", "a", "--new", "b"]):
+        refused(repo.cli(*args, stdin=b"data"), 1, words="directory of main is not on box")
+    assert not repo.path().exists()
+
+
+@pytest.mark.parametrize("tail", ["/", "/.", "//"])
+def test_a_path_that_ends_in_a_slash_makes_no_file_and_no_directory(talker: Agent, area: Area, tail: str) -> None:
+    area.put("file", b"old")
+    talker.refusal("write", path=area.p("fresh" + tail), content="x")
+    talker.refusal("write", path=area.p("file" + tail), content="x")
+    assert [p.name for p in area.dir.iterdir()] == ["file"] and (area.dir / "file").read_bytes() == b"old"
+
+
+def test_permissions_are_said_and_kept(ordinary: Repo) -> None:
+    here = ordinary.path()
+    (here / "closed").write_bytes(b"old")
+    (here / "readonly").write_bytes(b"old")
+    (here / "shut").mkdir()
+    (here / "shut" / "in").write_bytes(b"old")
+    (here / "closed").chmod(0)
+    (here / "readonly").chmod(0o444)
+    (here / "shut").chmod(0o555)
+    edit: Dict[str, Any] = {"edits": [{"old": "old", "new": "new"}]}
+    with open_agent(ordinary) as talker:
+        assert "may not" in talker.refusal("read", path="closed")
+        assert "may not" in talker.refusal("write", path="closed", content="x")
+        assert "may not" in talker.refusal("edit", path="closed", **edit)
+        assert talker("read", path="readonly")["content"] == "old"
+        assert "may not" in talker.refusal("write", path="readonly", content="x")
+        assert "may not" in talker.refusal("edit", path="readonly", **edit)
+        for path in ("shut/in", "shut/fresh", "shut/more/fresh"):
+            assert talker.refusal("write", path=path, content="x")
+        assert talker.refusal("edit", path="shut/in", **edit)
+        assert os.listdir(str(here / "shut")) == ["in"] and (here / "shut" / "in").read_bytes() == b"old"
+        assert (here / "readonly").read_bytes() == b"old" and stat.S_IMODE((here / "readonly").stat().st_mode) == 0o444
+        assert talker("grep", pattern="old")["matches"] != []
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o600, 0o640, 0o777, 0o4755, 0o400 | 0o200])
+def test_write_and_edit_keep_the_mode_and_follow_links(talker: Agent, area: Area, mode: int) -> None:
+    real = area.put("sub/real", b"old\n", mode)
+    (area.dir / "first").symlink_to("second")
+    (area.dir / "second").symlink_to("sub/third")
+    (area.dir / "sub/third").symlink_to(str(real))
+    talker("write", path=area.p("first"), content="written\n")
+    assert real.read_bytes() == b"written\n" and stat.S_IMODE(real.stat().st_mode) == mode
+    talker("edit", path=area.p("second"), edits=[{"old": "written", "new": "edited"}])
+    assert real.read_bytes() == b"edited\n" and stat.S_IMODE(real.stat().st_mode) == mode
+    assert [os.readlink(str(area.dir / n)) for n in ("first", "second", "sub/third")] == ["second", "sub/third", str(real)]
+
+
+def test_write_through_a_dangling_link_makes_its_target_and_odd_link_targets_work(talker: Agent, area: Area) -> None:
+    for number, target in enumerate(["new dir/new file", "-dash", "line\nbreak\n", "../" + area.name + "/up", "a'b\"c\\"]):
+        (area.dir / f"link{number}").symlink_to(target)
+        assert talker("write", path=area.p(f"link{number}"), content=target)["created"] is True
+        assert (area.dir / f"link{number}").is_symlink() and (area.dir / target).read_bytes() == target.encode()
+
+
+def test_new_files_get_the_hosts_own_mode_and_parents_too(talker: Agent, area: Area) -> None:
+    talker("exec", command=f"mkdir -p {area.p('by-hand')}; : > {area.p('by-hand/x')}")
+    talker("write", path=area.p("by-tool/x"), content="")
+    for name in ("", "/x"):
+        assert stat.S_IMODE((area.dir / f"by-tool{name}").stat().st_mode) == stat.S_IMODE((area.dir / f"by-hand{name}").stat().st_mode)
+
+
+LINES = b"one\r\ntwo\n\n\xff\xfe four\x0bstill\x0cfour\nfive\rstill five\nsix without end"
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("offset, limit", [(1, 1), (2, 2), (1, 100), (3, 1), (4, 2), (6, 5), (7, 1), (5, 0)])
+def test_read_by_lines_splits_at_newlines_only(talker: Agent, area: Area, size: str, offset: int, limit: int) -> None:
+    """A file below the limit of read is cut up here, a larger one over there: both alike."""
+    data = LINES if size == "small" else LINES + b"\n" + b"filler\n" * 1_700_000
+    if size == "large" and not limit:
+        return
+    area.put("lines", data)
+    expected = b"".join(re.findall(rb"[^\n]*\n|[^\n]+\Z", data)[offset - 1: offset - 1 + limit if limit else None])
+    read = talker("read", path=area.p("lines"), offset=offset, limit=limit)
+    assert content(read) == expected and read["size"] == len(data)
+    assert read["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+def test_read_is_bounded_and_says_so(talker: Agent, area: Area) -> None:
+    with open(str(area.dir / "huge"), "wb") as file:
+        file.truncate(3 << 30)
+    assert "larger than" in talker.refusal("read", path=area.p("huge"))
+    assert "larger than" in talker.refusal("edit", path=area.p("huge"), edits=[{"old": "a", "new": "b"}])
+    for bad in ({"offset": 0}, {"offset": -1}, {"limit": -1}, {"offset": 1.5}, {"offset": "1"}, {"limit": True}):
+        talker.refusal("read", path="README", **bad)
+    assert talker("read", path="README", offset=10 ** 12)["content"] == ""
+
+
+def test_read_of_a_file_that_grows_is_consistent(talker: Agent, area: Area) -> None:
+    """size, sha256 and content are of one moment, however fast somebody appends."""
+    file, stop = area.put("log", b"x" * 100_000), threading.Event()
+
+    def append() -> None:
+        with open(str(file), "ab", buffering=0) as end:
+            while not stop.is_set() and end.tell() < 8_000_000:
+                end.write(b"more\n" * 20)
+    thread = threading.Thread(target=append)
+    thread.start()
+    try:
+        for _ in range(20):
+            read = talker("read", path=area.p("log"))
+            data = content(read)
+            assert len(data) == read["size"] and hashlib.sha256(data).hexdigest() == read["sha256"]
+    finally:
+        stop.set()
+        thread.join()
+
+
+class StallAfter(Dict[str, Optional[int]]):
+    """In the place of Line.cut: the line stalls by itself once so many bytes went up."""
+
+    def __init__(self, line: Line, size: int) -> None:
+        super().__init__(up=None, down=None)
+        self.line, self.at = line, line.up + size
+
+    def __getitem__(self, way: str) -> Optional[int]:
+        if way == "up" and self.line.up > self.at:
+            self.line.stall()
+        return None
+
+
+@pytest.mark.parametrize("how", ["client killed", "line cut", "client interrupted"])
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.promise(7)
+def test_a_write_of_8_mb_stopped_half_way_changes_nothing(repo: Repo, how: str, exists: bool, site: Site) -> None:
+    line, old = repo.site.line("far"), os.urandom(8 << 20)
+    assert repo.exec("mkdir d", host="far").code == 0
+    where = repo.path() / "d"
+    if exists:
+        (where / "big").write_bytes(old)
+        (where / "big").chmod(0o640)
+    line.cut = StallAfter(line, 4 << 20)
+    child = repo.start("write", "d/big", stdin=subprocess.PIPE)
+    feeder = threading.Thread(target=child.communicate, args=(os.urandom(8 << 20),))
+    feeder.start()
+    until(lambda: not line.flowing.is_set(), "half of it is sent")
+    half = [p for p in where.iterdir() if p.name != "big"]
+    assert len(half) == 1 and half[0].stat().st_size < 8 << 20, "it is on the way, beside the file"
+    if how == "line cut":
+        line.drop()
+    else:
+        kill(child.pid, signal.SIGKILL if how == "client killed" else signal.SIGINT)
+    line.cut = {"up": None, "down": None}
+    line.go_on()
+    feeder.join(60)
+    assert child.returncode == {"client killed": -9, "line cut": 255, "client interrupted": 130}[how]
+    until(lambda: [p.name for p in where.iterdir()] == (["big"] if exists else []), "no temporary file is left")
+    if exists:
+        assert (where / "big").read_bytes() == old and stat.S_IMODE((where / "big").stat().st_mode) == 0o640
+    new = os.urandom(1 << 20)
+    assert repo.cli("write", "d/big", stdin=new).code == 0 and (where / "big").read_bytes() == new
+
+
+def test_a_reader_sees_the_old_or_the_new_file_and_nothing_else(talker: Agent, area: Area) -> None:
+    versions = [bytes([n]) * 300_000 for n in range(65, 75)]
+    file, stop, seen = area.put("f", versions[0]), threading.Event(), set()
+
+    def look() -> None:
+        while not stop.is_set():
+            seen.add(slurp(str(file)))
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for version in versions[1:]:
+            talker("write", path=area.p("f"), content_base64=b64(version))
+    finally:
+        stop.set()
+        thread.join()
+    assert len(seen) > 1 and seen <= set(versions), [(s[:3], len(s)) for s in seen]
+
+
+def test_a_full_disk_keeps_the_old_file(site: Site) -> None:
+    """The host's limit on file size stands for the disk."""
+    script = site.dir / "small-files"
+    script.write_text('#!/bin/sh\nulimit -f 600\ntrap "" XFSZ\nexec sh -c "$SSH_ORIGINAL_COMMAND"\n')
+    script.chmod(0o755)
+    site.inetd("full", f"ForceCommand {script}")
+    repo = Repo(site)
+    assert repo.cli("new", "-H", "full", "main").code == 0
+    (repo.path() / "f").write_bytes(b"old")
+    refused(repo.cli("write", "f", stdin=b"x" * 2_000_000), 1)
+    assert (repo.path() / "f").read_bytes() == b"old" and not [n for n in os.listdir(str(repo.path())) if ".cmux-" in n]
+
+
+def test_a_host_with_only_posix_utilities_has_every_tool(site: Site) -> None:
+    site.inetd("bare", shell="busybox", env={"PATH": minimal_path(site)})
+    repo = Repo(site, odd=True)
+    with open_agent(repo, "-H", "bare") as talker:
+        assert talker("write", path="a/new\nfile", content_base64=b64(BINARY))["created"] is True
+        assert content(talker("read", path="a/new\nfile")) == BINARY
+        (repo.path() / "link").unlink()
+        (repo.path() / "link").symlink_to("plain.txt")
+        talker("edit", path="link", edits=[{"old": "plain", "new": "edited"}])
+        assert (repo.path() / "plain.txt").read_bytes() == b"edited\n" and (repo.path() / "link").is_symlink()
+        assert talker("glob", pattern="**/*.txt")["paths"] == sorted(p.decode() for p in repo.tree() if p.endswith(b".txt"))
+        assert talker("grep", pattern="edi.ed$")["matches"] == [{"path": "plain.txt", "line": 1, "text": "edited"}]
+        job = talker("exec", command="echo hi; exit 7", background=True)["job"]
+        assert talker("wait", job=job, timeout=15)["exit_code"] == 7
+        assert talker("logs", job=job)["output"] == "hi\n"
+        nap = unique()
+        sleeper = talker("exec", command=f"sleep {nap} & sleep {nap}", background=True)["job"]
+        until(lambda: len(running(f"sleep {nap}")) >= 2, "it sleeps")
+        assert talker("stop", job=sleeper)["stopped"] == "confirmed"
+        gone(f"sleep {nap}")
+        assert talker("jobs")["jobs"][0]["job"] == job
+
+
+@pytest.mark.parametrize("before, edits, after", [
+    (b"a b c\n", [("b", "B", None)], b"a B c\n"),
+    (b"x x x\n", [("x", "y", 3)], b"y y y\n"),
+    (b"one\ntwo\n", [("one", "1", None), ("two", "2", None)], b"1\n2\n"),
+    (b"a", [("a", "b", None), ("b", "c", None)], b"c"),
+    (b"gone\nkept\n", [("gone\n", "", None)], b"kept\n"),
+    (b"all", [("all", "", None)], b""),
+    (b"one\r\ntwo\r\nthree\n", [("two\r\n", "2\r\n", None)], b"one\r\n2\r\nthree\n"),
+    (b"one\r\ntwo\r\nthree\r\n", [("one\ntwo", "1\n2\n", None)], b"1\r\n2\r\n\r\nthree\r\n"),
+    (b"\xff\xfe\0 word \x80\xc3\n", [("word", "wörd", None)], b"\xff\xfe\0 w\xc3\xb6rd \x80\xc3\n"),
+    ("Grüße 🐙\n".encode(), [("🐙", "\u2028", None)], "Grüße \u2028\n".encode()),
+    (b"r: \\1 \\g<0> $& \\n\n", [("\\1 \\g<0> $& \\n", "\\2 %s {0}", None)], b"r: \\2 %s {0}\n"),
+    (b"tail", [("tail", "tail\n", None)], b"tail\n"),
+    (b"aaaa", [("aa", "b", 2)], b"bb"),
+    (b"\tindent\n", [("\tindent", "    indent", None)], b"    indent\n"),
+])
+def test_edit_replaces_exactly(talker: Agent, area: Area, before: bytes, edits: List[Tuple[str, str, Optional[int]]], after: bytes) -> None:
+    file = area.put("f", before)
+    asked = [dict({"old": old, "new": new}, **({"count": count} if count else {})) for old, new, count in edits]
+    told = talker("edit", path=area.p("f"), edits=asked)
+    assert file.read_bytes() == after and told["sha256"] == hashlib.sha256(after).hexdigest()
+    assert told["diff"].startswith(f"--- a/{area.p('f')}\n+++ b/{area.p('f')}\n@@ ")
+
+
+@pytest.mark.parametrize("edits, words", [
+    ([{"old": "x", "new": "y"}], ["3 times", "lines 1, 2, 4"]),
+    ([{"old": "x", "new": "y", "count": 2}], ["3 times", "not 2"]),
+    ([{"old": "absent", "new": "y"}], ["0 times"]),
+    ([{"old": "only", "new": "y"}, {"old": "absent", "new": "z"}], ["edit 2 of 2", "0 times"]),
+    ([{"old": "only", "new": "x"}, {"old": "x", "new": "z", "count": 3}], ["edit 2 of 2", "4 times"]),
+    ([{"old": "", "new": "y"}], ["empty"]),
+    ([{"old": "only", "new": "only"}], ["same"]),
+    ([], ["edits"]), ([{"old": "only"}], []), ([{"new": "y"}], []), ([{"old": 1, "new": "y"}], []), (["only"], []), ([{"old": "only", "new": "y", "x": 1}], []),
+    ([{"old": "only", "new": "y", "count": 0}], []), ([{"old": "only", "new": "y", "count": -1}], []), ([{"old": "only", "new": "y", "count": "1"}], []),
+    ([{"old": "only", "new": "\ud800"}], []), ("only", []), ({"old": "only", "new": "y"}, []),
+], ids=ascii)
+def test_edit_refuses_and_changes_nothing(talker: Agent, area: Area, edits: Any, words: List[str]) -> None:
+    file = area.put("f", b"x only\nx\n\nx\n")
+    before = file.stat()
+    said = talker.refusal("edit", path=area.p("f"), edits=edits).lower()
+    assert all(word in said for word in words), said
+    assert file.read_bytes() == b"x only\nx\n\nx\n" and file.stat().st_mtime_ns == before.st_mtime_ns and file.stat().st_ino == before.st_ino
+
+
+def test_edit_of_a_version_that_is_no_more_is_refused(talker: Agent, area: Area) -> None:
+    file = area.put("f", b"one\n")
+    seen = talker("read", path=area.p("f"))["sha256"]
+    after = talker("edit", path=area.p("f"), edits=[{"old": "one", "new": "two"}], sha256=seen)["sha256"]
+    assert "changed" in talker.refusal("edit", path=area.p("f"), edits=[{"old": "two", "new": "three"}], sha256=seen)
+    assert file.read_bytes() == b"two\n"
+    talker("edit", path=area.p("f"), edits=[{"old": "two", "new": "three"}], sha256=after)
+    assert file.read_bytes() == b"three\n"
+    talker.refusal("edit", path=area.p("f"), edits=[{"old": "three", "new": "four"}], sha256="not a digest")
+
+
+@pytest.mark.parametrize("before, old, new", [
+    (b"a\nb\nc\nd\ne\nf\ng\nh\n", "d", "D"), (b"a\nb", "b", "B"), (b"a\nb", "b", "b\n"), (b"a\x0cb\nc\n", "c", "C"), ("a\u2028b\nc\n".encode(), "c", "C"), (b"a\rb\nc\n", "c", "C"),
+    (b"one\r\ntwo\r\n", "two", "2")])
+def test_the_diff_of_an_edit_applies(talker: Agent, area: Area, before: bytes, old: str, new: str) -> None:
+    file = area.put("f", before)
+    diff = talker("edit", path=area.p("f"), edits=[{"old": old, "new": new}])["diff"]
+    after = file.read_bytes()
+    file.write_bytes(before)
+    applied = subprocess.run(["git", "apply", "--whitespace=nowarn", "-"], cwd=str(area.workspace), input=diff.encode(), stderr=subprocess.PIPE, check=False)
+    assert applied.returncode == 0 and file.read_bytes() == after, (applied.stderr, diff)
+
+
+def test_edit_on_the_command_line(shared: Repo, area: Area) -> None:
+    file = area.put("f", b"x = 1\ny = 1\n")
+    done = shared.cli("edit", area.p("f"), "--old", "x = 1", "--new", "x = 2")
+    assert done.code == 0 and b"-x = 1\n+x = 2\n" in done.out and file.read_bytes() == b"x = 2\ny = 1\n"
+    told = shared.cli("edit", area.p("f"), "--json", stdin=b'{"edits": [{"old": "x = 2", "new": "x = 3"}, {"old": "y", "new": "z"}]}').json
+    assert file.read_bytes() == b"x = 3\nz = 1\n" and told["sha256"] == hashlib.sha256(b"x = 3\nz = 1\n").hexdigest()
+    refused(shared.cli("edit", area.p("f"), "--old", " = ", "--new", ""), 1, words="2 times")
+    for bad in (b"", b"[]", b"5", b"null", b'"x"', b"{}", b"\xff", b'{"edits": 1}', b'{"edits": [{"old": "x", "new": "y"}], "more": 1}', b"[" * 100_000):
+        refused(shared.cli("edit", area.p("f"), stdin=bad), 2)
+    for args in (["--old", "x"], ["--new", "x"], ["--old", "x", "--new", "y", "--count", "0"], ["--old", "x", "--new", "y", "--count", "two"]):
+        refused(shared.cli("edit", area.p("f"), *args), 2)
+    area.put("other", b"x = 3\n")
+    shared.cli("edit", area.p("f"), stdin=json.dumps({"path": area.p("other"), "edits": [{"old": "x = 3", "new": "gone"}]}).encode())
+    assert (area.dir / "other").read_bytes() == b"x = 3\n", "the path of the command line counts"
 
 
 @pytest.mark.slow
-def test_killed_at_any_instant_a_few_hundred_times(site: Site) -> None:
-    """Every operation that changes something, killed at random instants of it, in several projects at once. After each
-    few kills the same call succeeds and all is whole; in the end nothing runs and nothing lies about."""
-    seed = int(os.environ.get("CMUX_TEST_SEED", "0")) or random.randrange(1, 10 ** 6)
-    print(f"CMUX_TEST_SEED={seed}")
-    lanes = [Lane(site, verb, seed) for verb in ("new", "push", "write", "edit", "pull", "rm", "fork", "rename")]
-    with ThreadPoolExecutor(3) as pool:
-        counts = list(pool.map(lambda lane: lane.run(6, 6), lanes))
-    for lane in lanes:
-        listed = lane.repo.workspaces()
-        ran = lane.repo.cli("exec", "--all", "--json", "--", "git status --short")
-        assert ran.code == 0 and len(ran.out.splitlines()) >= 1, ran
-        assert {p.name for p in lane.path.parent.iterdir()} == set(listed), (lane.verb, seed)
-        assert lane.repo.cli("push", "-w", sorted(listed)[0], "--force").code == 0  # a change: what the killed left is swept
-    assert sum(counts) == 288
-    settled(site)
+@pytest.mark.promise(7)
+def test_edits_from_16_processes_on_one_file_are_all_kept(shared: Repo, area: Area) -> None:
+    file = area.put("list", b"begin\nend\n")
+    children = [shared.start("edit", area.p("list"), "--old", "end\n", "--new", f"line {n}\nend\n") for n in range(16)]
+    codes = {n: (child.communicate(timeout=120), child.returncode)[1] for n, child in enumerate(children)}
+    lines = file.read_bytes().decode().split("\n")
+    assert lines[0] == "begin" and lines[-2:] == ["end", ""]
+    assert sorted(lines[1:-2]) == sorted(f"line {n}" for n, code in codes.items() if code == 0), "what was reported, and only that"
+    assert set(codes.values()) == {0}, codes
 
 
-# === Faults: the line cut, masters killed and stopped, at any byte ===
+@pytest.mark.slow
+@pytest.mark.parametrize("spelling", ["plain", "every way"])
+def test_edits_at_once_are_kept_however_the_file_is_named(talker: Agent, area: Area, spelling: str) -> None:
+    file = area.put("sub/list", b"begin\nend\n")
+    (area.dir / "link").symlink_to("sub/list")
+    (area.dir / "way").symlink_to("sub")
+    names = [area.p("sub/list")] if spelling == "plain" else [
+        area.p("sub/list"), f"./{area.p('sub/list')}", area.p("sub/../sub/list"), area.p("way/list"), area.p("link"), str(file), area.p("sub//list"), area.p("sub/./list")]
+    answers = talker.all([("edit", {"path": names[n % len(names)], "edits": [{"old": "end\n", "new": f"line {n}\nend\n"}]}) for n in range(48)], 120)
+    kept = file.read_bytes().decode().split("\n")[1:-2]
+    assert sorted(kept) == sorted(f"line {n}" for n, answer in enumerate(answers) if answer["ok"])
+    assert all(answer["ok"] for answer in answers), [a for a in answers if not a["ok"]]
 
 
-class Wire:
-    """A workspace over a line that breaks, and one undisturbed run to measure."""
+def test_writes_at_once_leave_one_of_them_whole(talker: Agent, area: Area) -> None:
+    datas = [bytes([65 + n]) * 200_000 for n in range(12)]
+    answers = talker.all([("write", {"path": area.p("f"), "content_base64": b64(data)}) for data in datas])
+    assert all(a["ok"] for a in answers) and (area.dir / "f").read_bytes() in datas
 
-    def __init__(self, site: Site) -> None:
-        self.site, self.repo, self.line = site, Repo(site, files={"n": b"0\n"}), site.line("far")
-        assert self.repo.cli("new", "-H", "far", "main").code == 0
-        self.path, self.turn = self.repo.path(), 0
 
-    def cli(self, words: Sequence[str], stdin: Optional[bytes] = None) -> Answer:
-        return self.repo.cli(*words, stdin=stdin)
+# === glob and grep ===
 
-    def measure(self, words: Sequence[str], stdin: Optional[bytes]) -> Tuple[Answer, Dict[str, int]]:
-        """The answer, and the bytes it took each way over a connection that was there."""
-        self.warm()
-        before = self.line.up, self.line.down
-        return self.cli(words, stdin), {"up": self.line.up - before[0], "down": self.line.down - before[1]}
 
-    def warm(self) -> None:
-        if not self.site.masters():
-            assert self.repo.exec("true", host="far").code == 0
+def test_grep_says_when_a_nul_hides_the_rest_and_loses_no_next_file(shared: Repo) -> None:
+    do(shared, "mkdir nul && cd nul && { seq 1 30000 | sed 's/00$/ ERROR/'; printf 'x\\0y\\n'; seq 1 9000 | sed 's/00$/ ERROR/'; } >a.log && echo ERROR >b.log && "
+               "printf 'E\\0\\nERROR\\n' >c.bin && echo ERROR >d.log")
+    try:
+        found = shared.cli("grep", "-w", "main", "ERROR", "--glob", "nul/**", "--json").json
+        assert {row["path"] for row in found["matches"]} >= {"nul/a.log", "nul/b.log", "nul/d.log"}
+        assert found["truncated"]
+        assert not shared.cli("grep", "-w", "main", "ERROR", "--glob", "nul/[bcd].*", "--json").json["truncated"]
+    finally:
+        do(shared, "rm -r nul")
 
-    def struck(self, words: Sequence[str], stdin: Optional[bytes], way: str, at: int, strike: Callable[[], None]) -> Tuple[Answer, bool]:
-        """The answer of a call with a trap in its way, and whether that sprang: packets are never the same twice."""
-        self.warm()
-        self.line.trap = (way, at, strike)
-        answer = self.cli(words, stdin)
-        sprung, self.line.trap = self.line.trap is None, None
-        return answer, sprung
 
-    def job(self, command: str) -> str:
-        started = self.repo.exec(command, host="far", options=["--detach"])
-        assert started.code == 0, started
-        return started.text.strip()
+def test_brackets_of_a_glob_are_as_in_sh(shared: Repo, area: Area) -> None:
+    rows = [("x[a&&b]", "x&", "xc"), ("x[a||b]", "x|", "xc"), ("[!]a]x", "bx", "]x"), ("[]a]x", "]x", "bx"), ("[a-c]x", "bx", "-x"), ("[^a]x", "bx", "ax"),
+            ("[[]x", "[x", "]x"), ("[!-x]", "5", "x"), ("[!-x]", "a", "-"), ("x[--0]", "x.", "x1"), ("[a--]", "-", "b")]
+    for _, yes, no in rows:
+        area.put(yes, b""), area.put(no, b"")
+    own = Agent(shared)
+    for pattern, yes, no in rows:
+        found = own("glob", pattern=area.p(pattern))["paths"]
+        assert area.p(yes) in found and area.p(no) not in found, pattern
+    for wrong in ("[[:alpha:]]x", "[z-a]"):
+        own.refusal("glob", pattern=wrong)
+    assert own.close()[2] == b"", "a warning of re's"
+
+
+TREE = {"a.py": b"", "b.txt": b"", "[x].py": b"", "src/a.py": b"", "src/b.py": b"", "src/deep/er/c.py": b"", "src/deep/d.txt": b"", ".hidden/e.py": b"", ".dot": b"", "src/.git": b"",
+        "sub/.git/f.py": b"", "a b/c d.py": b"", "naïve.py": b"", "日本.py": b"", "back\\slash.py": b"", "x\ny.py": b""}
+
+
+@pytest.mark.parametrize("pattern, expected", [
+    ("*.py", ["[x].py", "a.py", "back\\slash.py", "naïve.py", "x\ny.py", "日本.py"]),
+    ("**/*.py", [n for n in TREE if n.endswith(".py") and "/.git" not in n]),
+    ("**", [n for n in TREE if ".git" not in n]),
+    ("src/*", ["src/a.py", "src/b.py"]), ("src/**", ["src/a.py", "src/b.py", "src/deep/d.txt", "src/deep/er/c.py"]),
+    ("src/**/c.py", ["src/deep/er/c.py"]), ("src/**/a.py", ["src/a.py"]), ("**/er/*", ["src/deep/er/c.py"]),
+    ("?.py", ["a.py", "日本.py"][:1]), ("[ab].*", ["a.py", "b.txt"]), ("[!a].*", ["b.txt"]), ("[^a].txt", ["b.txt"]), ("src/[!a].py", ["src/b.py"]), ("[a-c].txt", ["b.txt"]),
+    ("[[]x].py", ["[x].py"]), ("na?ve.py", ["naïve.py"]), ("??.py", ["日本.py"]), ("na[ïi]ve.py", ["naïve.py"]), ("日*.py", ["日本.py"]),
+    ("a b/*", ["a b/c d.py"]), ("./src/*.py", ["src/a.py", "src/b.py"]), (".*", [".dot"]), ("*x*y*", ["[x].py", "x\ny.py"]), ("[b]ack?slash.py", ["back\\slash.py"]),
+    ("src", []), ("nothing*", []), ("src?a.py", []), ("src[/]a.py", []), ("**/.git/**", []), ("-name", []), ("{a,b}.py", ["a.py"]), ("**/{a,[bc]}.{py,txt}", ["a.py", "b.txt", "src/a.py", "src/b.py", "src/deep/er/c.py"]),
+    ("src/{a,{b,deep/er/c}}.py", ["src/a.py", "src/b.py", "src/deep/er/c.py"]), ("src/deep/", ["src/deep/d.txt", "src/deep/er/c.py"]), ("src//./*.py", ["src/a.py", "src/b.py"]),
+], ids=ascii)
+def test_glob_finds_what_the_pattern_says(talker: Agent, workspace: Path, area: Area, pattern: str, expected: List[str]) -> None:
+    """In a workspace of its own shape: the area stands before every pattern."""
+    for name, data in TREE.items():
+        area.put(name, data)
+    (area.dir / "empty dir").mkdir()
+    for head in ("", "./" if pattern.startswith("./") else str(workspace) + "/"):
+        found = talker("glob", pattern=head + area.name + "/" + (pattern[2:] if pattern.startswith("./") else pattern))
+        assert found == {"paths": sorted(area.p(n) for n in expected), "truncated": False}
+
+
+@pytest.mark.parametrize("pattern, words", [
+    ("/etc/**", "Write it relative to the workspace, as 'src/**/*.py'"), ("~/**", "relative to the workspace"), ("~root/x", "relative"), ("~", "relative"), ("../**", "relative"), ("a/../../b", "relative"),
+    ("{src,/etc}/**", "relative"), ("{1..3}.py", "{1,2,3}"), ("!*.md", "as '*.py'"), ("[[:digit:]]", "[a-z]"), ("{a,b}" * 7, "fewer braces"), ("/", "relative"), ("././.", "'**'")])
+def test_a_pattern_that_could_match_nothing_is_refused_with_what_to_write(talker: Agent, pattern: str, words: str) -> None:
+    for tool, arguments in (("glob", {"pattern": pattern}), ("grep", {"pattern": "x", "glob": pattern})):
+        error = talker.answer(talker.post(tool, arguments))["error"]
+        assert error["type"] == "UsageError" and words in error["hint"], error
+
+
+def test_the_files_of_a_grep_are_chosen_by_braces_and_absolute_patterns_too(talker: Agent, workspace: Path, area: Area) -> None:
+    for name in ("a.py", "b.ts", "sub/c.py", "d.md", "{e}.py", "[f,g].py"):
+        area.put(name, b"found-19\n")
+    for glob, names in (("*.{py,ts}", ["[f,g].py", "a.py", "b.ts", "sub/c.py", "{e}.py"]), (f"{workspace}/{area.name}/*.{{py,ts}}", ["[f,g].py", "a.py", "b.ts", "{e}.py"]), ("*{e}.*", ["{e}.py"]),
+                        (f"{{{area.name}/sub/**,b.ts}}", ["b.ts", "sub/c.py"]), (f"{workspace}/a.py", []), ("{d,[a,]}.*", ["a.py", "d.md"]), ("?f,g].{py,x}", ["[f,g].py"])):
+        assert sorted(m["path"] for m in talker("grep", pattern="found-19", glob=glob)["matches"]) == [area.p(name) for name in names], glob
+
+
+def test_glob_is_bounded_and_says_so(talker: Agent, area: Area) -> None:
+    for n in range(20):
+        area.put(f"{n:02}", b"")
+    everything = [area.p(f"{n:02}") for n in range(20)]
+    assert talker("glob", pattern=f"{area.name}/*", limit=20) == {"paths": everything, "truncated": False}
+    assert talker("glob", pattern=f"{area.name}/*", limit=19) == {"paths": everything[:19], "truncated": True}
+
+
+def test_a_name_that_is_not_text_can_be_found_and_read(talker: Agent, area: Area) -> None:
+    """What glob and grep name can be handed back to read, whatever its bytes."""
+    with open(os.fsencode(area.dir) + b"/latin-\xe4.txt", "wb") as file:
+        file.write(b"needle\n")
+    found = talker("glob", pattern=f"{area.name}/*.txt")["paths"]
+    assert len(found) == 1 and talker("read", path=found[0])["content"] == "needle\n"
+    assert [m["path"] for m in talker("grep", pattern="needle", glob=f"{area.name}/**")["matches"]] == found
+
+
+def test_grep_finds_lines(shared: Repo, talker: Agent, area: Area) -> None:
+    area.put("a.py", b"import os\ndef Test_one():\n    pass # (x|y) a+b\n")
+    area.put("sub/b.py", b"no\r\ndef test_two():\r\n")
+    area.put("sub/c.txt", "def grün_test\n".encode())
+    area.put(".git/d.py", b"def test_hidden\n")
+    area.put("bin", b"\0\1 def test_binary\0\n")
+    os.mkfifo(str(area.dir / "pipe"))
+    (area.dir / "loop").symlink_to("..")
+
+    def grep(pattern: str, **more: Any) -> List[Tuple[str, int, str]]:
+        told = talker("grep", pattern=pattern, **{"glob": f"{area.name}/**", **more})
+        return sorted((m["path"][len(area.name) + 1:], m["line"], m["text"]) for m in told["matches"] if m["path"] != area.p("bin"))
+    both = [("a.py", 2, "def Test_one():"), ("sub/b.py", 2, "def test_two():")]
+    assert grep(r"def [Tt]est_(one|two)\(") == both
+    assert grep("def test_(one|two)", ignore_case=True) == both and grep("def test_(one|two)") == both[1:]
+    assert grep("def", glob=f"{area.name}/*.py") == both[:1] and grep("def", glob=f"{area.name}/**/*.py") == both
+    assert grep("grün") == [("sub/c.txt", 1, "def grün_test")]
+    assert grep(r"\(x\|y\) a\+b") == [("a.py", 3, "    pass # (x|y) a+b")]
+    assert grep("^import os$") == [("a.py", 1, "import os")] and grep("nowhere-to-be-found") == []
+    assert grep("-e") == [] and grep("--help") == [] and len(grep("^")) == 6
+    by_name = {m["path"] for m in talker("grep", pattern="^def", glob="*.py")["matches"]}
+    assert {area.p("a.py"), area.p("sub/b.py")} <= by_name and area.p("sub/c.txt") not in by_name
+    text = shared.cli("grep", "Test_one", "--glob", f"{area.name}/**")
+    assert (text.code, text.out) == (0, f"{area.p('a.py')}:2:def Test_one():\n".encode())
+    assert shared.cli("grep", "nowhere-to-be-" + "found").code == 1
+
+
+def test_grep_is_bounded_and_says_so(talker: Agent, area: Area) -> None:
+    area.put("many", b"needle\n" * 5000 + b"x" * 100_000 + b"needle-in-a-long-line\n")
+    all_of = {"glob": f"{area.name}/**"}
+    told = talker("grep", pattern="needle", limit=300, **all_of)
+    assert len(told["matches"]) == 300 and told["truncated"] is True and told["matches"][299]["line"] == 300
+    assert len(talker("grep", pattern="needle", limit=4000, **all_of)["matches"]) == 4000
+    exact = talker("grep", pattern="needle", limit=5001, **all_of)
+    assert len(exact["matches"]) == 5001 and exact["truncated"] is False
+    assert all(len(m["text"]) <= 2000 for m in exact["matches"]), "a minified file does not fill the answer"
+
+
+@pytest.mark.parametrize("tool, arguments", [
+    *(("glob", bad) for bad in ({"pattern": ""}, {"pattern": 5}, {"pattern": "*", "limit": -1}, {"pattern": "*", "limit": "x"}, {"pattern": "a\0b"}, {"pattern": "[z-a]"}, {"pattern": "\ud800"})),
+    *(("grep", bad) for bad in ({"pattern": "("}, {"pattern": "[a"}, {"pattern": "a{2,1}"}, {"pattern": ""}, {"pattern": "a\nb"}, {"pattern": "a\0b"}, {"pattern": "a", "limit": -1},
+                                {"pattern": "a", "glob": "[z-a]"}, {"pattern": "a", "ignore_case": 1}, {"pattern": "\ud800"})),
+], ids=ascii)
+def test_impossible_searches_are_refused(talker: Agent, tool: str, arguments: Dict[str, Any]) -> None:
+    talker.refusal(tool, **arguments)
+
+
+def test_what_a_host_answers_to_a_search_is_read_in_linear_time(site: Site) -> None:
+    """Megabytes, for which a pattern with two ways to match would take days."""
+    size, answer, plain = 400_000, site.dir / "answer", site.dir / "plain"
+    site.daemon("search", env=replaced(site, find=f"[ ! -e {answer} ] || exec cat {answer}", head=f"[ ! -e {answer} ] || exec cat",
+                                       grep=f'[ ! -e {plain} ] || case "$*" in *--null*) exit 2;; esac'))
+    said = b"x\n" * 1000000 + b"grep: ./a: binary file matches\n"
+    with open_agent(Repo(site), "-H", "search") as talker:
+        def found(data: bytes) -> Tuple[List[Tuple[str, int, str]], bool]:
+            answer.write_bytes(data)
+            told = talker("grep", pattern="x")
+            return [(row["path"], row["line"], row["text"]) for row in told["matches"]], told["truncated"]
+        assert talker("glob", pattern="README")["paths"] == ["README"]
+        for null in (True, False):
+            plain.touch() if not null else None
+            for data in (b"./" * size, b"./:1:" * size, b":" * size, b"./a" + b":1" * size, b"./x/\0" * size, b"\0" * size):
+                assert len(found(data)[0]) <= 1
+            assert found(b"./a\nb\x003:x:4:y\n./c\x001:\nrest" if null else b"./a:b:3:x:4:y\nnoise\n./c:1:\n./d:0\n") == (
+                [("a\nb" if null else "a:b", 3, "x:4:y"), ("c", 1, "")], False)
+            if null:
+                assert found(said + b"./a\0" + b"1:row\n" + said + b"./b\0" + b"2:row\n") == ([("a", 1, "row"), ("b", 2, "row")], True)
+
+
+def test_grep_misses_nothing_without_saying_so(talker: Agent, area: Area) -> None:
+    """Thousands of matches in files that the glob leaves out, and a few in those that it takes."""
+    for n in range(4):
+        area.put(f"src/sub{n}/x.py", b"needle\n" * 1500)
+        area.put(f"src/own{n}.py", b"needle\n")
+    told = talker("grep", pattern="needle", glob=f"{area.name}/src/*.py")
+    assert told["truncated"] or sorted(m["path"] for m in told["matches"]) == [area.p(f"src/own{n}.py") for n in range(4)], told
+
+
+@pytest.mark.parametrize("lang", ["C", "C.UTF-8"])
+def test_grep_reads_files_in_other_encodings(site: Site, lang: str) -> None:
+    site.inetd("other", env={"LANG": lang, "LC_ALL": lang})
+    repo = Repo(site, files={"latin.c": b"/* Gr\xfc\xdfe */\nint needle;\n", "utf.c": "/* Grüße */ int needle;\n".encode(), "naïve.c": b"x\n"})
+    with open_agent(repo, "-H", "other") as talker:
+        assert sorted((m["path"], m["line"]) for m in talker("grep", pattern="needle")["matches"]) == [("latin.c", 2), ("utf.c", 1)]
+        assert talker("glob", pattern="na?ve.c")["paths"] == ["naïve.c"]
+
+
+# === jobs: --detach, logs, wait, stop ===
+
+
+def test_a_wrong_directory_of_a_job_is_told_as_one(shared: Repo) -> None:
+    refused(shared.cli("exec", "-w", "main", "--detach", "--cwd", "nosuch", "--", "true"), 125, words="There is no directory 'nosuch' in the workspace main")
+    failed = shared.cli("exec", "-w", "main", "--json", "--cwd", "nosuch", "--", "true")
+    assert failed.code == 125 and failed.json["host"] == "box", failed
+
+
+def test_a_job_sees_every_name_and_the_hosts_umask(shared: Repo) -> None:
+    names = ["d", "s", "i", "e", "r", "n", "k", "m", "w", "x"]
+    env = [word for name in names for word in ("--env", f"{name}=value-of-{name}")]
+    print_all = "; ".join(f'echo {name}="${name}"' for name in names) + "; umask"
+    here = shared.cli("exec", "-w", "main", *env, "--", print_all)
+    job = shared.cli("exec", "-w", "main", "--detach", *env, "--", print_all).text.strip()
+    assert shared.cli("wait", job).code == 0
+    assert shared.cli("logs", job).text == here.text and "s=value-of-s" in here.text
+
+
+def test_a_supervisor_that_is_slow_to_start_is_waited_for(site: Site) -> None:
+    repo = Repo(site)
+    site.inetd("slow", env=replaced(site, setsid=f"""case "$1 $2" in "-f true") ;; "-f "*) shift
+exec {program("setsid", "util-linux")} -f sh -c 'sleep 2.5; exec "$@"' sh "$@";; esac"""))
+    started = repo.cli("exec", "-H", "slow", "--detach", "--", "echo ran")
+    assert started.code == 0 and re.match(r"j[0-9a-f]{8}\n", started.text), started
+    assert repo.cli("wait", started.text.strip()).code == 0 and repo.cli("logs", started.text.strip()).out == b"ran\n"
+
+
+def test_jobs_of_a_busybox_host_run_and_hold_up_rm(site: Site) -> None:
+    repo, folder, nap = Repo(site), site.dir / "busy-bin", unique()
+    folder.mkdir()
+    applets = subprocess.run([program("busybox", "busybox"), "--list"], stdout=subprocess.PIPE, check=True).stdout.decode().split()
+    for name in applets:
+        (folder / name).symlink_to(program("busybox"))
+    for name in ("cksum", "git"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(program(name))
+    site.inetd("busy", env={"PATH": str(folder)})
+    job = repo.cli("exec", "-H", "busy", "--detach", "--", f"echo begun; sleep {nap}; exit 7").text.strip()
+    rows = repo.cli("jobs", "--json").json
+    assert [row["state"] for row in rows if row["job"] == job] == ["running"], rows
+    refused(repo.cli("rm", "main"), 1, words="a job that runs")
+    refused(repo.cli("grep", "("), 1, words="pattern")
+    assert repo.cli("stop", job).code == 0
+    gone(f"sleep {nap}")
+    assert repo.cli("rm", "main").code == 0
+
+
+def test_a_detached_head_works(repo: Repo) -> None:
+    repo.git("checkout", "-q", "--detach")
+    ran = repo.exec("cat README")
+    assert (ran.code, ran.out) == (0, b"hello\n"), ran
+
+
+def test_the_library_refuses_a_job_that_is_none(repo: Repo) -> None:
+    assert in_library(repo, """
+workspace = cmux_ssh.Project(".").ensure("main", "box")
+for call in (workspace.wait, workspace.logs, workspace.stop):
+    for job in (None, "", 3, "x"):
+        try:
+            print(call(job))
+        except cmux_ssh.UsageError as error:
+            assert "is not a job" in str(error), error
+""") == ""
+
+
+def test_a_job_that_runs_is_told_though_the_state_takes_no_more(repo: Repo, site: Site) -> None:
+    assert repo.exec("true").code == 0
+    (lock,) = repo.site.state.glob("projects/*.json.lock")
+    lock.unlink()
+    lock.mkdir()
+    refused(repo.cli("new", "other", "-H", "box"), 1)
+    started = repo.cli("exec", "--detach", "--", "sleep 30")
+    assert started.code == 0 and repo.cli("logs", started.text.strip(), "--json").json["state"] == "running", started
+    assert repo.cli("stop", started.text.strip()).code == 0
+
+
+def start_job(talker: Agent, command: Union[str, List[str]], **more: Any) -> str:
+    told = talker("exec", command=command, background=True, **more)
+    assert set(told) == {"job"}
+    return str(told["job"])
+
+
+def state(talker: Agent, job: str) -> Tuple[str, Optional[int]]:
+    row = next(row for row in talker("jobs")["jobs"] if row["job"] == job)
+    return row["state"], row["exit_code"]
+
+
+@pytest.mark.parametrize("command, code", [("exit 0", 0), ("exit 1", 1), ("exit 255", 255), ("exit 124", 124), (["sh", "-c", "exit 42"], 42), ("kill -9 $$", 137), ("kill -TERM $$", 143),
+                                           ("kill -SEGV $$", 139), (["no-such-command-here"], 127), ("kill -HUP $$", 129), ("kill -INT $$", 130)])
+def test_a_jobs_exit_code_is_exact(talker: Agent, command: Union[str, List[str]], code: int) -> None:
+    job = start_job(talker, command)
+    waited = talker("wait", job=job, timeout=15)
+    assert (waited["job"], waited["state"], waited["exit_code"]) == (job, "exited", code)
+    assert state(talker, job) == ("exited", code)
+
+
+def test_a_job_gets_what_exec_gets_and_keeps_both_streams(talker: Agent, workspace: Path, area: Area) -> None:
+    command = 'pwd; echo "$CMUX_RUNTIME $A $GIT_TERMINAL_PROMPT"; cat; echo err >&2; printf "\\0\\377"; cat "$0" 2>/dev/null'
+    job = start_job(talker, command, cwd=area.name, env={"A": "it's\n\"$x\""})
+    assert talker("wait", job=job, timeout=15)["exit_code"] == 1
+    told = talker("logs", job=job)
+    assert base64.b64decode(told["output_base64"]) == f"{area.dir}\nssh it's\n\"$x\" 0\nerr\n".encode() + b"\0\xff"
+    assert told["state"] == "exited" and told["next_offset"] == told["size"] == len(base64.b64decode(told["output_base64"]))
+    assert base64.b64decode(talker("logs", job=job, offset=told["size"] - 2)["output_base64"]) == b"\0\xff"
+    assert talker("logs", job=job, offset=told["size"] + 100)["output"] == ""
+    exact = start_job(talker, ["printf", "<%s>", "a b", "", "$x", "-n"])
+    assert talker("wait", job=exact, timeout=15)["exit_code"] == 0 and talker("logs", job=exact)["output"] == "<a b><><$x><-n>"
+    signals = start_job(talker, "trap 'echo int; exit 5' INT; kill -INT $$; echo ignored")
+    assert talker("wait", job=signals, timeout=15)["exit_code"] == 5, "a job may catch SIGINT: it is not ignored from the start"
+
+
+def test_a_missing_directory_is_no_job(talker: Agent) -> None:
+    before = talker("jobs")["jobs"]
+    assert "directory" in talker.refusal("exec", command="true", background=True, cwd="no/such")
+    talker.refusal("exec", command="true", background=True, stdin="x")
+    talker.refusal("exec", command="true", background=True, timeout=5)
+    assert talker("jobs")["jobs"] == before
+
+
+@pytest.mark.parametrize("job", ["j00000000", "", "x", "../../etc", "j0000000g", "j000000000", "-f", "j0000000\n", "*", "."])
+@pytest.mark.parametrize("tool", ["logs", "wait", "stop"])
+def test_an_unknown_or_expired_job_is_said(talker: Agent, tool: str, job: str) -> None:
+    assert talker("wait", job=start_job(talker, "true"), timeout=15)["exit_code"] == 0, "the workspace has had jobs"
+    assert "job" in talker.refusal(tool, job=job)
+
+
+def test_jobs_are_listed_with_what_they_are(shared: Repo, talker: Agent, area: Area) -> None:
+    first = start_job(talker, f": {area.name}; printf 12345; exit 3")
+    talker("wait", job=first, timeout=15)
+    second = start_job(talker, ["sh", "-c", f"while [ ! -e {area.p('go')} ]; do sleep 0.05; done"])
+    rows = {row["job"]: row for row in talker("jobs")["jobs"]}
+    assert rows[first]["command"] == f": {area.name}; printf 12345; exit 3" and rows[first]["output_size"] == 5
+    assert (rows[first]["state"], rows[first]["exit_code"], rows[second]["state"], rows[second]["exit_code"]) == ("exited", 3, "running", None)
+    assert abs(rows[first]["started"] - time.time()) < 120 and list(rows).index(first) < list(rows).index(second), "oldest first, also within a second"
+    text = shared.cli("jobs").text
+    assert re.search(rf"^{first}  exited 3 ", text, re.M) and re.search(rf"^{second}  running ", text, re.M), text
+    assert {row["job"] for row in shared.cli("jobs", "--json").json} == set(rows)
+    began = time.monotonic()
+    assert talker("wait", job=second, timeout=0.5)["state"] == "running" and time.monotonic() - began < 5
+    ended = [json.loads(line) for line in shared.cli("logs", "-f", "--json", first).text.splitlines()]
+    assert ended == [{"output": "12345"}, {"state": "exited", "exit_code": 3}]
+    quick = shared.cli("wait", second, "--timeout", "0.2")
+    assert quick.code == 124 and quick.said
+    area.put("go", b"")
+    assert shared.cli("wait", second).code == 0 and shared.cli("wait", first).code == 3
+    assert shared.cli("logs", first).out == b"12345" and shared.cli("logs", first, "--offset", "3").out == b"45"
+
+
+def test_logs_waits_for_more_and_no_longer(talker: Agent, area: Area) -> None:
+    job = start_job(talker, f"printf a; while [ ! -e {area.p('1')} ]; do sleep 0.05; done; printf b; while [ ! -e {area.p('2')} ]; do sleep 0.05; done")
+    assert talker("logs", job=job, wait=10)["output"] == "a"
+    waiting = talker.post("logs", {"job": job, "offset": 1, "wait": 15})
+    area.put("1", b"")
+    told = talker.answer(waiting)["result"]
+    assert (told["output"], told["next_offset"], told["state"], told["exit_code"]) == ("b", 2, "running", None)
+    began = time.monotonic()
+    assert talker("logs", job=job, offset=2, wait=0.3)["output"] == "" and time.monotonic() - began < 5
+    ending = talker.post("logs", {"job": job, "offset": 2, "wait": 30})
+    area.put("2", b"")
+    assert talker.answer(ending, 10)["result"]["state"] in ("exited", "running")
+    assert talker("wait", job=job)["exit_code"] == 0
+
+
+@pytest.mark.parametrize("bad", [{"offset": -1}, {"offset": 10 ** 30}, {"wait": -1}, {"wait": "x"}, {"offset": 1.5}], ids=repr)
+def test_impossible_places_in_a_log_are_refused(talker: Agent, bad: Dict[str, Any]) -> None:
+    job = start_job(talker, "echo hi")
+    assert talker("wait", job=job, timeout=15)["exit_code"] == 0
+    talker.refusal("logs", job=job, **bad)
+
+
+def test_a_job_survives_the_client_and_the_masters(repo: Repo, site: Site) -> None:
+    gate = "while [ ! -e go ]; do sleep 0.05; done"
+    child = repo.start("exec", "-H", "box", "--detach", "--", f"echo on; {gate}; echo off; exit 6")
+    job = child.communicate(timeout=60)[0].decode().strip()
+    assert child.returncode == 0 and re.match(r"j[0-9a-f]{8}\Z", job)
+    waiter = repo.start("wait", job)
+    for master in until(repo.site.masters, "there is a master"):
+        kill(master.pid)
+    for daemon in repo.site.daemons:
+        for process in descendants(daemon.pid):
+            if b"sshd" in process.cmdline:
+                kill(process.pid)
+    assert [row["state"] for row in repo.cli("jobs", "--json").json] == ["running"]
+    (repo.path() / "go").touch()
+    assert repo.cli("wait", job).code == 6 and repo.cli("logs", job).out == b"on\noff\n"
+    waiter.communicate(timeout=60)
+    assert waiter.returncode == 6, "a wait goes on across a lost line"
+    assert repo.cli("logs", "-f", job).out == b"on\noff\n"
+
+
+@pytest.mark.parametrize("command", ["sleep {n} & sleep {n}", pytest.param("trap '' TERM INT HUP; sleep {n} & sleep {n}; sleep {n}", marks=pytest.mark.slow), "setsid sleep {n} & (setsid sleep {n} &) ; sleep {n}",
+                                     "bash -c 'set -m; sleep {n} & disown; sleep {n}'"])
+@pytest.mark.promise(6)
+@pytest.mark.compat
+def test_stop_ends_the_whole_tree_and_says_so(talker: Agent, command: str) -> None:
+    nap = unique()
+    job, other = start_job(talker, "echo here; " + command.format(n=nap)), start_job(talker, f"sleep 9{nap}")
+    until(lambda: len(running(f" {nap}") + running(f"sleep {nap}")) >= 2, "they sleep")
+    told = talker("stop", job=job)
+    assert told["stopped"] == "confirmed" and told["job"] == job
+    assert not running(f"sleep {nap}"), "confirmed means that it has ended"
+    assert told["state"] == "exited" and told["exit_code"] in (137, 143) and state(talker, job)[0] == "exited"
+    assert talker("logs", job=job)["output"].startswith("here\n") and talker("wait", job=job, timeout=5)["exit_code"] == told["exit_code"]
+    assert state(talker, other) == ("running", None) and talker("stop", job=other)["stopped"] == "confirmed"
+    assert talker("stop", job=job)["stopped"] == "confirmed", "again is no error"
+
+
+def record_of(repo: Repo, job: str) -> Path:
+    """The directory of a job's record on the host."""
+    return next(p for p in repo.site.far_home().rglob(job) if p.is_dir())
+
+
+def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared: Repo, talker: Agent) -> None:
+    nap = unique()
+    job = start_job(talker, "exit 3")
+    assert talker("wait", job=job, timeout=15)["exit_code"] == 3
+    stranger = subprocess.Popen(["sleep", nap], start_new_session=True)
+    try:
+        (record_of(shared, job) / "pid").write_text(f"{stranger.pid}\n")
+        talker("stop", job=job)
+        assert stranger.poll() is None, "a process that only has the number of a job that was"
+        assert state(talker, job) == ("exited", 3)
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_stop_of_a_finished_job_ends_nothing_of_a_stranger_that_cannot_be_looked_into(tmp_path: Path) -> None:
+    """Where there is no /proc, or it may not be read, the old pid alone would make a stranger's children ours."""
+    record, nap = tmp_path / "j0123abcd", unique()
+    record.mkdir()
+    stranger = subprocess.Popen(["sh", "-c", f"setsid sleep {nap} & wait"], start_new_session=True)
+    try:
+        child = until(lambda: running(f"sleep {nap}"), "it has a child")[0]
+        for name, text in (("pid", stranger.pid), ("exit", 0), ("out", "")):
+            (record / name).write_text(f"{text}\n")
+        header = c.shell_header("N" * 32, "run", c.script_records(c.STOP, str(record), record.name)).replace(b"/proc", b"/nowhere")
+        done = subprocess.run(["sh", "-c", c.BOOT[len("exec sh -c '"):-1].replace("/proc", "/nowhere")], input=header,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+        assert b"exited 0\n" in done.stdout and stranger.poll() is None and running(f"sleep {nap}"), done
+    finally:
+        kill(child.pid)
+        stranger.kill()
+        stranger.wait()
+
+
+def test_a_job_whose_record_was_cut_off_is_lost_not_running(shared: Repo, talker: Agent) -> None:
+    """As after a crash of the host: no exit, and the pid belongs to somebody else by now."""
+    nap = unique()
+    job = start_job(talker, f"sleep {nap}")
+    until(lambda: running(f"sleep {nap}"), "it sleeps")
+    record = record_of(shared, job)
+    for process in running(job):
+        kill(process.pid)
+    kill(int((record / "pid").read_text()))
+    for process in running(f"sleep {nap}"):
+        kill(process.pid)
+    until(lambda: state(talker, job)[0] == "lost", "it is said to be lost")
+    assert talker("wait", job=job, timeout=5)["state"] == "lost" and shared.cli("wait", job).code == 1
+    stranger = subprocess.Popen(["sleep", nap], start_new_session=True)
+    try:
+        (record / "pid").write_text(f"{stranger.pid}\n")
+        assert state(talker, job)[0] == "lost"
+        talker("stop", job=job)
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_old_records_expire_and_a_job_that_still_runs_does_not(shared: Repo, talker: Agent, area: Area) -> None:
+    old, long = start_job(talker, "echo old"), start_job(talker, f"while [ ! -e {area.p('go')} ]; do sleep 0.05; done; echo done")
+    assert talker("wait", job=old, timeout=15)["exit_code"] == 0
+    weeks_ago = time.time() - 30 * 86400
+    for job in (old, long):
+        for path in [*record_of(shared, job).iterdir(), record_of(shared, job)]:
+            os.utime(str(path), (weeks_ago, weeks_ago))
+    talker("wait", job=start_job(talker, "true"), timeout=15)
+    assert old not in [row["job"] for row in talker("jobs")["jobs"]] and "no job" in talker.refusal("logs", job=old)
+    assert state(talker, long) == ("running", None)
+    area.put("go", b"")
+    assert talker("wait", job=long, timeout=15)["exit_code"] == 0 and talker("logs", job=long)["output"] == "done\n"
+
+
+def test_logs_of_a_large_output_are_bounded_and_whole(shared: Repo, talker: Agent) -> None:
+    job = start_job(talker, "seq 400000")
+    assert talker("wait", job=job, timeout=30)["exit_code"] == 0
+    whole = "".join(f"{n}\n" for n in range(1, 400001)).encode()
+    part = talker("logs", job=job)
+    assert 0 < len(part["output"]) < len(whole) and part["next_offset"] == len(part["output"]) and part["size"] == len(whole)
+    assert shared.cli("logs", job).out == whole and shared.cli("logs", "-f", job, "--offset", "1000000").out == whole[1000000:]
+
+
+def test_a_job_keeps_its_secret_out_of_its_record(repo: Repo, site: Site) -> None:
+    needle = os.urandom(8).hex()
+    assert repo.cli("secrets", "set", "KEY", stdin=needle.encode()).code == 0
+    with Watch(needle.encode()) as watch:
+        job = repo.exec("echo ${#KEY}; while [ ! -e go ]; do sleep 0.05; done", options=["--detach"]).text.strip()
+        until(lambda: repo.cli("logs", job).out == b"16\n", "the job has it")
+        until(lambda: watch.looks > 3, "looked")
+    assert watch.hits == [] and files_holding(repo.site.far_home(), needle.encode()) == []
+    (repo.path() / "go").touch()
+    assert repo.cli("wait", job).code == 0
+
+
+@pytest.mark.parametrize("command", ["wait", "logs -f"])
+def test_wait_and_logs_f_say_on_a_terminal_that_the_host_is_down(repo: Repo, command: str, site: Site) -> None:
+    line = repo.site.line("far")
+    job = repo.exec("echo on; while [ ! -e go ]; do sleep 0.05; done; echo off", host="far", options=["--detach"]).text.strip()
+    sessions = repo.site.log().count("Starting session")
+    terminal = on_terminal(repo.site, *command.split(), job, cwd=repo.dir)
+    until(lambda: repo.site.log().count("Starting session") > sessions, "the host is asked")
+    line.refuse = True
+    line.drop()
+    terminal.expect(b"far.* Trying again for up to 5 minutes\\.")
+    line.refuse = False
+    (repo.path() / "go").touch()
+    assert terminal.wait() == 0
+    assert b"answers again" in terminal.output and terminal.output.count(b"Trying again") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.promise(7)
+def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(repo: Repo, site: Site) -> None:
+    line = repo.site.line("far")
+    steps = "for step in 0 1 2 3; do for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do [ $n = 15 ] && printf 'line ' && {gate}; " \
+            "[ $n = 15 ] || printf 'line '; echo $((step*15+n)); done; done; exit 9"
+    gate = "while [ ! -e gate$step ]; do sleep 0.05; done"
+    job = repo.exec(steps.format(gate=gate), host="far", options=["--detach"]).text.strip()
+    where = repo.path()
+    child = repo.start("logs", "-f", job)
+    whole, seen = "".join(f"line {n}\n" for n in range(1, 61)).encode(), b""
+    assert child.stdout
+    for step in range(4):
+        target = whole[: whole.index(b"line %d\n" % (step * 15 + 15)) + 5]
+        while len(seen) < len(target):
+            assert select.select([child.stdout], [], [], 60)[0], (step, seen)
+            data = os.read(child.stdout.fileno(), 65536)
+            assert data, (seen, child.stderr.read() if child.stderr else b"")
+            seen += data
+        assert seen == target
+        if step < 3:
+            line.drop()
+        (where / f"gate{step}").touch()
+    out, err = child.communicate(timeout=60)
+    assert seen + out == whole and child.returncode == 0 and b"Traceback" not in err
+    assert line.connections >= 4 and repo.cli("wait", job).code == 9
+
+
+def test_a_job_stays_with_its_workspace_through_a_new_name_and_rm_sees_it(repo: Repo) -> None:
+    nap = unique()
+    job = repo.cli("exec", "-H", "box", "-w", "one", "--detach", "--", f"echo in; sleep {nap}").text.strip()
+    assert repo.cli("rename", "-w", "one", "two").code == 0 and repo.cli("logs", "-w", "two", job).out == b"in\n"
+    refused = repo.cli("rm", "two")
+    assert refused.code == 1 and job in refused.said and running(f"sleep {nap}"), refused
+    assert repo.cli("rm", "--force", "two").code == 0
+    gone(f"sleep {nap}")
+    assert repo.cli("new", "-H", "box", "two").code == 0 and repo.cli("jobs", "-w", "two", "--json").json == []
+
+
+@pytest.mark.parametrize("words", [("jobs",), ("read", "README"), ("glob", "*"), ("grep", "x"), ("logs", "j00000000"), ("wait", "j00000000"), ("stop", "j00000000")])
+def test_what_only_looks_makes_no_workspace_of_a_misspelt_name(repo: Repo, words: Sequence[str]) -> None:
+    refused = repo.cli(*words, "-H", "box", "-w", "mispelt")
+    assert refused.code == 1 and "There is no workspace 'mispelt'" in refused.said and not repo.workspaces(), refused
+
+
+def test_stdin_for_a_job_is_refused_and_never_dropped_in_silence(repo: Repo, site: Site) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    refused(repo.cli("exec", "--detach", "--", "wc -c", stdin=b"data"), 125, words="write -w main FILE")
+    with open(str(repo.dir / "README"), "rb") as file:
+        child = repo.start("exec", "--detach", "--", "wc -c", stdin=file)
+        assert child.communicate()[0] == b"" and child.returncode == 125
+    assert repo.cli("jobs", "--json").json == [], "nothing was started"
+    assert repo.cli("exec", "-n", "--detach", "--", "true", stdin=b"data").code == 0
+    idle = repo.start("exec", "--detach", "--", "true", stdin=subprocess.PIPE)  # as a harness leaves it open
+    assert idle.wait(PATIENCE) == 0
+    gate, login = repo.site.dir / "gate", repo.site.dir / "login-late"
+    login.write_text(f'#!/bin/sh\n: >{gate}\nwhile [ -e {gate} ]; do sleep 0.05; done\nexec sh -c "$SSH_ORIGINAL_COMMAND"\n')
+    login.chmod(0o755)
+    repo.site.inetd("late", f"ForceCommand {login}")
+    late = repo.start("exec", "-H", "late", "-w", "late", "--detach", "--", "true", stdin=subprocess.PIPE)
+
+    def opened() -> bool:
+        with contextlib.suppress(OSError):
+            gate.unlink()
+        return late.poll() is not None
+    until(gate.exists, "it connects")
+    late.stdin.write(b"late")  # type: ignore[union-attr]
+    late.stdin.flush()  # type: ignore[union-attr]
+    until(opened, "it ends")
+    assert late.returncode == 0 and b"does not read" in late.stderr.read()  # type: ignore[union-attr]
+
+
+def test_a_detached_command_in_a_workspace_that_is_gone_is_no_job(repo: Repo) -> None:
+    assert repo.exec("true").code == 0
+    shutil.rmtree(str(repo.path()))
+    answer = repo.exec("true", options=["--detach"])
+    assert answer.code == 125 and answer.out == b"" and answer.said, answer
+
+
+def test_a_job_is_found_in_the_workspace_that_runs_it(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "main", "side").code == 0
+    job = repo.cli("exec", "-w", "side", "--detach", "--", "echo out; exit 8").text.strip()
+    assert repo.cli("wait", job).code == 8 and repo.cli("logs", job).out == b"out\n" and repo.cli("stop", job).code == 0
+    refused(repo.cli("logs", "-w", "main", job), 1, words="no job")
+    napping = repo.cli("exec", "-w", "side", "--detach", "--", "sleep 600").text.strip()
+    kept = repo.cli("rm", "side", "nope", "--json")
+    assert kept.code == 1 and [row["name"] for row in kept.json["errors"]] == ["side", "nope"] and "end it with stop" in kept.json["errors"][0]["hint"], kept
+    assert repo.cli("stop", napping).code == 0
+
+
+def test_gc_frees_jobs_that_ended_a_week_ago(repo: Repo, site: Site) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    old, new, runs = (repo.cli("exec", "--detach", "--", script).text.strip() for script in ("echo old", "echo new", "sleep 600"))
+    assert repo.cli("wait", old).code == repo.cli("wait", new).code == 0
+    for part in repo.site.far_home().glob(f"cmux/.cmux/jobs/*/*/{old}/exit"):
+        os.utime(str(part), (time.time() - 8 * 86400,) * 2)
+    assert repo.cli("gc").code == 0
+    assert {path.name for path in repo.site.far_home().glob("cmux/.cmux/jobs/*/*/*")} == {new, runs}
+    assert repo.cli("stop", runs).code == 0
+
+
+def other_server(site: Site, kind: str) -> str:
+    """Dropbear or tinyssh with a home of its own: both look for keys in the passwd home, so that
+    directory is mounted over, in a mount namespace of the server's own."""
+    home = site.far_home(kind)
+    (home / ".ssh").mkdir(parents=True)
+    (home / ".ssh/authorized_keys").write_text(public(site.keys.user) + "\n")
+    (home / ".ssh/authorized_keys").chmod(0o600)
+    (home / ".ssh").chmod(0o700)
+    home.chmod(0o700)
+    real = os.path.expanduser("~" + getpass.getuser())
+    hidden = f"{program('unshare', 'util-linux')} {'-m' if os.geteuid() == 0 else '-rm'} sh -c 'mount --bind {home} {real} && exec \"$@\"' sh "
+    if kind == "dropbear":
+        key = site.dir / "dropbear-key"
+        subprocess.run([program("dropbearconvert", "dropbear-bin"), "openssh", "dropbear", str(site.keys.host), str(key)], check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        port = free_port()
+        with open(site.dir / "log-dropbear", "ab") as log:
+            site.daemons.append(subprocess.Popen(shlex.split(hidden) + [program("dropbear", "dropbear-bin"), "-F", "-E", "-s", "-r", str(key), "-p",
+                                                                        f"127.0.0.1:{port}", "-P", str(site.dir / "pid")], stderr=log, stdin=subprocess.DEVNULL))
+        until(lambda: answers(port), "dropbear listens")
+        return site.host(kind, "HostName 127.0.0.1", f"Port {port}")
+    made = site.dir / "tinyssh-keys"
+    subprocess.run([program("tinysshd-makekey", "tinysshd"), "-q", str(made)], check=True)
+    shown = subprocess.run([program("tinysshd-printkey", "tinysshd"), str(made)], check=True, stdout=subprocess.PIPE).stdout.decode()
+    with open(site.known_hosts, "a") as known:
+        known.writelines(f"tiny {line}\n" for line in shown.splitlines() if line.startswith("ssh-ed25519"))
+    start = script(site.dir / "tinyssh", f"exec {hidden}{program('tinysshd')} -l {made} 2>>{site.dir}/log-tinyssh")
+    return site.host(kind, f"ProxyCommand {start}", "HostKeyAlias tiny")
+
+
+@pytest.mark.parametrize("kind", ["dropbear", "tinyssh"])
+def test_the_main_job_works_on_servers_that_are_not_openssh(site: Site, kind: str) -> None:
+    host, repo, nap = other_server(site, kind), Repo(site, odd=True), unique()
+    assert repo.cli("secrets", "set", "TOKEN", stdin=b"it's $x").code == 0
+    ran = repo.exec("printf '<%s>' \"$TOKEN\"; echo oh >&2; exit 9", host=host)
+    assert (ran.code, ran.out, ran.err) == (9, b"<it's $x>", b"oh\n"), ran
+    assert repo.exec("exit 255", host=host).code == 255 and repo.exec("kill -9 $$", host=host).code == 137
+    big = os.urandom(1 << 20)
+    assert repo.exec("cat", host=host, stdin=big).out == big
+    late = repo.exec(f"echo early; sleep {nap} & sleep {nap}", host=host, options=["--timeout", "1"])
+    assert late.code == 124 and late.out == b"early\n"
+    gone(f"sleep {nap}")
+    assert repo.cli("write", "made", stdin=big).code == 0 and repo.cli("read", "made").out == big
+    assert repo.cli("edit", "plain.txt", "--old", "plain", "--new", "edited").code == 0
+    job = repo.cli("exec", "--detach", "--", "echo in; exit 6").text.strip()
+    assert repo.cli("wait", job).code == 6 and repo.cli("logs", job).out == b"in\n"
+    with ThreadPoolExecutor(12) as pool:
+        runs = list(pool.map(lambda n: repo.exec(f"echo {n}", host=host), range(12)))
+    assert [r.out for r in runs] == [b"%d\n" % n for n in range(12)], runs
+    pulled = repo.cli("pull")
+    assert pulled.code == 0 and repo.git("show", "cmux/main:plain.txt") == "edited", pulled
+    repo.commit("next")
+    assert repo.cli("push").code == 0 and repo.cli("diff").out == b""
+    assert repo.cli("rm", "main").code == 0 and not repo.workspaces()
+    assert site.cli("doctor", host, "--json").code == 0
+
+
+# === Several workspaces at once ===
+
+
+def test_new_makes_several_at_once_and_refuses_a_name_that_exists(repo: Repo) -> None:
+    names = [f"w{n}" for n in range(6)]
+    assert repo.cli("new", "-H", "box", *names).code == 0
+    assert set(repo.workspaces()) == set(names) and all(tree_of(repo.path(n)) == repo.tree() for n in names)
+    again = repo.cli("new", "-H", "box", "w1", "w9")
+    assert again.code == 1 and "w1" in again.said, again
+    assert repo.exec("echo keep >kept; cat kept", options=["-w", "w1"]).out == b"keep\n"
+
+
+def test_only_bytes_that_wait_on_stdin_are_refused_to_several(repo: Repo) -> None:
+    ours, theirs = socket.socketpair()
+    ours.shutdown(socket.SHUT_WR)
+    read, write = os.pipe()
+    assert repo.cli("new", "-H", "box", "a", "b").code == 0
+    for stdin, code in ((theirs.fileno(), 0), (os.open(os.devnull, os.O_RDONLY), 0), (read, 0), (read, 125)):
+        if code:
+            os.write(write, b"x")
+        child = repo.start("exec", "-w", "a", "-w", "b", "--", "true", stdin=stdin)
+        assert b"passes stdin on to none" in child.communicate(timeout=60)[1] or not code
+        assert child.returncode == code
+    ours.close(), theirs.close()
+
+
+@pytest.mark.slow
+def test_exec_in_20_workspaces_gives_each_its_own_result(repo: Repo) -> None:
+    names = [f"w{n:02}" for n in range(20)]
+    assert repo.cli("new", "-H", "box", *names, seconds=120).code == 0
+    told = repo.cli("exec", "--all", "--json", "--", 'echo "$CMUX_WORKSPACE"; pwd; echo err >&2; n=${CMUX_WORKSPACE#w}; exit ${n#0}')
+    rows = {row["workspace"]: row for row in told.json}
+    assert list(rows) == names and told.code == 19
+    for n, name in enumerate(names):
+        where = repo.workspaces()["w00"]["path"].replace("w00", name)
+        assert (rows[name]["exit_code"], rows[name]["stdout"], rows[name]["stderr"], rows[name]["error"]) == (n, f"{name}\n{where}\n", "err\n", None)
+    text = repo.cli("exec", *sum((["-w", n] for n in names), []), "-j", "3", "--", 'echo "in $CMUX_WORKSPACE"; printf last')
+    assert sorted(text.text.splitlines()) == sorted([f"{n} | in {n}" for n in names] + [f"{n} | last" for n in names]) and text.code == 0
+    assert "20 of 20" in text.said
+
+
+def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo: Repo, site: Site) -> None:
+    line, nap = repo.site.line("far"), unique()
+    assert repo.cli("new", "-H", "box", "near").code == 0 and repo.cli("new", "-H", "far", "away").code == 0
+    command = f'echo early; printf part; [ $CMUX_WORKSPACE = near ] || sleep {nap}'
+    for json_wanted in (True, False):
+        child = repo.start("exec", "-w", "near", "-w", "away", *(["--json"] if json_wanted else []), "--", command)
+        until(lambda: running(f"sleep {nap}"), "it sleeps")
+        line.drop()
+        out, err = child.communicate(timeout=60)
+        assert child.returncode == 255 and b"Traceback" not in err, err
+        if json_wanted:
+            rows = {row["workspace"]: row for row in json.loads(out)}
+            assert rows["near"]["exit_code"] == 0 and rows["near"]["stdout"] == "early\npart"
+            assert rows["away"]["exit_code"] == 255 and rows["away"]["error"] and rows["away"]["stdout"] == "early\npart"
+        else:
+            assert sorted(out.splitlines()) == [b"away | early", b"away | part", b"near | early", b"near | part"]
+            assert b"1 of 2" in err and b"away (255" in err
+        gone(f"sleep {nap}")
+
+
+def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_said(repo: Repo) -> None:
+    nap = unique()
+    assert repo.cli("new", "-H", "box", "a", "b", "c").code == 0
+    command = f'echo "early $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] && exit 4; sleep 1; sleep {nap}'
+    child = repo.start("exec", "--all", "--json", "--", command)
+    until(lambda: len(running(f"sleep {nap}")) >= 2, "two sleep")
+    os.killpg(child.pid, signal.SIGINT)
+    out, err = child.communicate(timeout=30)
+    rows = {row["workspace"]: row for row in json.loads(out)}
+    assert child.returncode == 130 and {n: r["exit_code"] for n, r in rows.items()} == {"a": 4, "b": 130, "c": 130}, err
+    assert {n: r["stdout"] for n, r in rows.items()} == {n: f"early {n}\n" for n in "abc"}
+    gone(f"sleep {nap}")
+    late = repo.cli("exec", "--all", "--timeout", "2", "--", command)
+    assert late.code == 124 and sorted(late.text.splitlines()) == ["a | early a", "b | early b", "c | early c"]
+    gone(f"sleep {nap}")
+
+
+def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterwards(repo: Repo, site: Site) -> None:
+    repo.write("big", os.urandom(3 << 20))
+    repo.write(".cmux/init", b"#!/bin/sh\nprintf 'one\\033[2J\\007\\rred\\n'; sleep 2; printf two\n", 0o755)
+    repo.commit()
+    line = repo.site.line("far")
+    line.rate = 1e6
+    seen = on_terminal(repo.site, "new", "-H", "far", "a", "b", cwd=repo.dir)
+    for pattern in (rb"[ab]  waiting for the archive \d", rb"[ab]  sending [\d.]+ MB", rb"a  init hook \d+s", rb"b  init hook \d+s"):
+        seen.expect(pattern)
+    assert seen.wait() == 0
+    shown = sorted(filter(None, seen.lines()))
+    assert shown[:2] == ["a  far:%s" % repo.path("a"), "a | red^[[2J^G"] and shown[2:4] == ["a | two", "b  far:%s" % repo.path("b")], shown
+    assert len(shown) == 6, shown
+    line.rate = float("inf")
+    seen = on_terminal(repo.site, "exec", "-w", "a", "-w", "b", "--", 'echo "in $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] || exit 3; sleep 3', cwd=repo.dir)
+    seen.expect(rb"a  running 1s\x1b\[K\r?\nb  failed \(3\)")
+    assert seen.wait() == 3
+    shown = sorted(filter(None, seen.lines()))
+    assert shown[:2] == ["a | in a", "b | in b"] and len(shown) == 3 and "1 of 2" in shown[2], shown
+
+
+@pytest.mark.parametrize("sig", [b"\x03", None])
+def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo: Repo, sig: Optional[bytes], site: Site) -> None:
+    line, nap = repo.site.line("far"), unique()
+    assert repo.cli("new", "-H", "far", "a", "b").code == 0
+    seen = on_terminal(repo.site, "exec", "--all", "--", f"echo early; sleep {nap}", cwd=repo.dir)
+    seen.expect(rb"a  running \d+s")
+    seen.send(sig) if sig else line.drop()
+    assert seen.wait() == (130 if sig else 255)
+    shown = [text for text in seen.lines() if "running" in text or re.match("[ab]  ", text)]
+    assert not shown and "0 of 2" in " ".join(seen.lines()), seen.lines()
+
+
+def test_more_workspaces_than_rows_are_counted_and_pipes_and_dumb_terminals_see_none(repo: Repo, site: Site) -> None:
+    names = [f"w{n:02}" for n in range(26)]
+    assert repo.cli("new", "-H", "box", *names, seconds=120).code == 0
+    for env in ({}, {"TERM": "dumb"}):
+        seen = on_terminal(repo.site, "exec", "--all", "-j", "7", "--", "sleep 1; echo x", cwd=repo.dir, env=env)
+        if not env:
+            seen.expect(rb"w07  running \d+s\x1b\[K\r?\n(w\d\d  (running|connecting) \d+s\x1b\[K\r?\n){6}\d+ of 26 ended, 0 failed, 7 at work")
+        assert seen.wait() == 0
+        shown = list(filter(None, seen.lines()))
+        assert len(shown) == 27 and all(" | x" in text for text in shown[:26]) and "26 of 26" in shown[26], shown
+        assert (b"\x1b" in seen.output) == (not env)
+    piped = repo.cli("exec", "-w", "w00", "-w", "w01", "--", "sleep 1.5; echo x")
+    assert piped.out.count(b" | x\n") == 2 and len(piped.err.splitlines()) == 1 and b"\x1b" not in piped.err
+
+
+def test_several_workspaces_bad_use_is_said(repo: Repo) -> None:
+    assert repo.cli("new", "-H", "box", "a", "b").code == 0
+    both = ["exec", "-w", "a", "-w", "b"]
+    for bad in (["-j", "-1"], ["-j", "x"], ["--detach"]):
+        refused(repo.cli(*both, *bad, "--", "true"), 125)
+    one_missing = repo.cli(*both, "-w", "nowhere", "--json", "--", "echo here")
+    rows = {row["workspace"]: row for row in one_missing.json}
+    assert one_missing.code == 125 and rows["a"]["stdout"] == "here\n" and rows["nowhere"]["error"]["message"]
+    assert repo.cli("exec", "-w", "a", "-w", "a", "--", "echo once").out == b"once\n"
+    refused(repo.cli(*both, "--", "cat", stdin=b"not for many"), 125, words="passes stdin on to none of them")
+    assert repo.cli(*both, "-n", "-j", "1", "-q", "--", "cat", stdin=b"not for many").code == 0
+
+
+def test_exec_in_many_says_how_the_stop_ended(repo: Repo) -> None:
+    repo.cli("new", "-H", "box", "a", "b")
+    done = repo.cli("exec", "--all", "--timeout", "1", "--", "sleep 77")
+    assert done.code == 124 and "a, b (124: stopped, its processes have ended)" in done.said
+    rows = repo.cli("exec", "--all", "--json", "--", "true").json
+    assert [row["stopped"] for row in rows] == [None, None]
+
+
+# === batch ===
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.promise(6)
+def test_a_batch_whose_input_has_ended_is_stopped_too(shared: Repo, sig: int) -> None:
+    nap = unique()
+    lines = b"".join(json.dumps({"id": n, "tool": "exec", "arguments": {"command": f"sleep {nap}"}}).encode() + b"\n" for n in range(3))
+    child = shared.start("batch", "-w", "main", "-j", "2", stdin=subprocess.PIPE)
+    assert child.stdin
+    child.stdin.write(lines)
+    child.stdin.close()
+    child.stdin = None
+    until(lambda: len(running(f"sleep {nap}")) >= 2, "they run")
+    child.send_signal(sig)
+    out, _ = child.communicate(timeout=30)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert child.returncode == 130 and all(not row["ok"] or row["result"]["exit_code"] == 130 for row in rows), out
+    assert sum(row["ok"] and row["result"]["stopped"] == "confirmed" for row in rows) == 3, out
+    gone(f"sleep {nap}")
+
+
+class Agent:
+    """A `batch` that stays open: a tool call is a line to it, and its answer one from it."""
+
+    def __init__(self, repo: Repo, *options: str) -> None:
+        self.child = repo.start("batch", *options, stdin=subprocess.PIPE)
+        self._held, self._ids, self._early = b"", 0, {}  # type: bytes, int, Dict[int, Dict[str, Any]]
+
+    def send(self, line: bytes) -> None:
+        assert self.child.stdin
+        self.child.stdin.write(line + b"\n")
+        self.child.stdin.flush()
+
+    def line(self, seconds: float = PATIENCE) -> bytes:
+        """The next line of answers; an end of them is a failure."""
+        assert self.child.stdout
+        end = time.monotonic() + seconds
+        while b"\n" not in self._held:
+            assert select.select([self.child.stdout], [], [], max(0.0, end - time.monotonic()))[0], f"no answer in {seconds:g} s"
+            data = os.read(self.child.stdout.fileno(), 1 << 20)
+            assert data, f"batch has ended: {self.child.stderr.read() if self.child.stderr else b''!r}"
+            self._held += data
+        line, self._held = self._held.split(b"\n", 1)
+        return line
+
+    def post(self, tool: str, arguments: Dict[str, Any], **more: Any) -> int:
+        self._ids += 1
+        self.send(json.dumps({"id": self._ids, "tool": tool, "arguments": arguments, **more}).encode())
+        return self._ids
+
+    def answer(self, number: int, seconds: float = PATIENCE) -> Dict[str, Any]:
+        while number not in self._early:
+            found = json.loads(self.line(seconds))
+            self._early[found["id"]] = found
+        return self._early.pop(number)
+
+    def __call__(self, tool: str, **arguments: Any) -> Any:
+        answer = self.answer(self.post(tool, arguments))
+        assert answer["ok"], answer
+        return answer["result"]
+
+    def refusal(self, tool: str, **arguments: Any) -> str:
+        """The message with which a call is refused: one sentence, of an expected kind."""
+        answer = self.answer(self.post(tool, arguments))
+        assert not answer["ok"], answer
+        assert set(answer) == {"id", "ok", "error"} and answer["error"]["type"] not in ("Bug", ""), answer
+        assert answer["error"]["message"].strip() and "\n" not in answer["error"]["message"], answer
+        return str(answer["error"]["message"])
+
+    def all(self, calls: Sequence[Tuple[str, Dict[str, Any]]], seconds: float = 60) -> List[Dict[str, Any]]:
+        """Many calls at once; their answers in the order of the calls."""
+        return [self.answer(number, seconds) for number in [self.post(tool, arguments) for tool, arguments in calls]]
+
+    def close(self, seconds: float = 60) -> Tuple[int, bytes, bytes]:
+        out, err = self.child.communicate(timeout=seconds)
+        assert b"Traceback" not in err, err.decode(errors="replace")
+        return self.child.returncode, out, err
+
+
+@contextlib.contextmanager
+def open_agent(repo: Repo, *options: str) -> Iterator[Agent]:
+    talker = Agent(repo, *options)
+    try:
+        yield talker
+        talker.close()
+    finally:
+        talker.child.kill()
+        talker.child.wait()
 
 
 @pytest.fixture(scope="module")
-def wire(keys: Keys) -> Iterator[Wire]:
-    with open_site(keys) as opened:
-        yield Wire(opened)
+def talker(shared: Repo) -> Iterator[Agent]:
+    with open_agent(shared) as opened:
+        yield opened
 
 
-Case = Tuple[List[str], Optional[bytes], int, Callable[[Answer], bool]]
+@pytest.fixture(scope="module")
+def workspace(shared: Repo) -> Path:
+    return shared.path()
 
 
-def case(wire: Wire, verb: str) -> Case:
-    """A new call of a command: its words, its stdin, its own exit code, and whether all is right after it succeeded."""
-    wire.turn += 1
-    n, name, readme, repo = wire.turn, f"{verb}{wire.turn}", wire.path / "README", wire.repo
-    if verb == "new":  # something to upload
-        repo.write("n", b"%d\n" % n)
-        repo.commit()
-    if verb in ("read", "glob", "grep", "diff", "batch", "write"):
-        readme.write_bytes(b"old\n" * 9)
-    words = {"new": "new -H far " + name, "read": "read README", "write": "write README", "glob": "glob src/*", "grep": "grep main", "jobs": "jobs",
-             "push": "push -w main --force", "pull": "pull -w main", "diff": "diff -w main", "fork": "fork -w main " + name, "batch": "batch"}.get(verb, "").split()
-    right: Callable[[Answer], bool] = lambda answer: True  # noqa: E731
-    if verb == "exec":
-        words = ["exec", "-w", "main", "--", "i=0; while [ $i -lt 300 ]; do echo line $i; i=$((i+1)); done; echo err >&2; exit 7"]
-        return words, None, 7, lambda a: a.out == b"".join(b"line %d\n" % i for i in range(300)) and a.err == b"err\n"
-    if verb in ("logs", "wait", "stop"):
-        job = wire.job("sleep 600" if verb == "stop" else "echo one; echo two; exit 9")
-        if verb != "stop":
-            assert repo.cli("wait", job).code == 9
-        return [verb, job], None, 9 if verb == "wait" else 0, lambda a: verb != "logs" or a.out == b"one\ntwo\n"
-    if verb == "edit":
-        readme.write_bytes(b"alpha\n")
-        return ["edit", "README", "--old", "alpha", "--new", "beta"], None, 0, lambda a: readme.read_bytes() == b"beta\n"
-    if verb == "write":
-        return words, b"%d " % n * 5000, 0, lambda a: readme.read_bytes() == b"%d " % n * 5000
-    if verb == "read":
-        right = lambda a: a.out == b"old\n" * 9  # noqa: E731
-    elif verb == "batch":
-        return words, b'{"id": 1, "workspace": "main", "tool": "exec", "arguments": {"command": "echo in; exit 3"}}\n', 0, \
-            lambda a: a.json["ok"] is True and a.json["result"]["exit_code"] == 3 and a.json["result"]["stdout"] == "in\n"
-    elif verb == "push":
-        repo.write("n", b"%d\n" % n)
-        repo.commit()
-        right = lambda a: tree_of(wire.path) == repo.tree()  # noqa: E731
-    elif verb == "pull":
-        readme.write_bytes(os.urandom(40).hex().encode())
-        right = lambda a: repo.git("show", "cmux/main:README") == readme.read_text()  # noqa: E731
-    elif verb == "diff":
-        right = lambda a: b"+old" in a.out  # noqa: E731
-    elif verb in ("new", "fork"):
-        right = lambda a: (tree_of(repo.path(name)) == (repo.tree() if verb == "new" else tree_of(wire.path)))  # noqa: E731
-    elif verb in ("rename", "rm"):
-        made = repo.cli("new", "-H", "far", name)
-        assert made.code == 0, made
-        words = ["rename", "-w", name, name + "x"] if verb == "rename" else ["rm", name]
-        right = lambda a: (name not in repo.workspaces() and (name + "x" in repo.workspaces()) == (verb == "rename"))  # noqa: E731
-    return words, None, 0, right
+class Area:
+    """A directory of one test's own in the shared workspace, as the host sees it and as a tool names it."""
+
+    def __init__(self, talker: Agent, workspace: Path) -> None:
+        self.talker, self.name = talker, "area-" + os.urandom(4).hex()
+        self.workspace, self.dir = workspace, workspace / self.name
+        self.dir.mkdir()
+
+    def p(self, name: str) -> str:
+        return f"{self.name}/{name}"
+
+    def put(self, name: str, data: bytes, mode: int = 0o644) -> Path:
+        path = self.dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        path.chmod(mode)
+        return path
+
+    def left(self) -> List[str]:
+        """Names below it that this program may have forgotten."""
+        return [str(p) for p in self.dir.rglob("*") if ".cmux" in p.name or p.name.endswith(".tmp")]
 
 
-def honest(answer: Answer, verb: str, code: int, right: Callable[[Answer], bool], where: object) -> bool:
-    """Success is success; else the line was lost, and one sentence says so. True when it succeeded."""
-    if verb == "batch" and answer.out and not answer.json["ok"]:
-        assert answer.code == 1 and answer.json["error"]["message"], (where, answer)
-        return False
-    if answer.code == code:
-        assert right(answer), (where, answer)
-        return True
-    assert answer.code == 255 and answer.said.count("\n") <= 2 and answer.said.strip(), (where, answer)
-    return False
+@pytest.fixture
+def area(talker: Agent, workspace: Path) -> Iterator[Area]:
+    opened = Area(talker, workspace)
+    yield opened
+    assert opened.left() == [], "no temporary file stays"
 
 
-VERBS = ("new", "exec", "read", "write", "edit", "glob", "grep", "jobs", "logs", "wait", "stop", "push", "pull", "diff", "fork", "rename", "rm", "batch")
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("verb", VERBS)
-def test_the_line_cut_after_any_number_of_bytes_is_told_and_the_next_call_works(wire: Wire, verb: str) -> None:
-    words, stdin, code, right = case(wire, verb)
-    quiet, moved = wire.measure(words, stdin)
-    assert honest(quiet, verb, code, right, "undisturbed")
-    hits = 0
-    for way, whole_way in moved.items():
-        for part in range(4):
-            at = max(1, whole_way * (2 * part + 1) // 8)
-            words, stdin, code, right = case(wire, verb)
-            first, sprung = wire.struck(words, stdin, way, at, wire.line.drop)
-            where = (verb, way, at, whole_way)
-            hits += sprung
-            assert sprung or first.code == code, (where, first)
-            succeeded = honest(first, verb, code, right, where)
-            if not succeeded or verb not in ("new", "edit", "fork", "rename", "rm"):
-                again = wire.cli(words, stdin)
-                if again.code == 1 and verb in ("edit", "new", "fork", "rename", "rm"):
-                    assert right(again), (where, first, again)  # it was done: the answer alone was lost
-                else:
-                    assert honest(again, verb, code, right, where), (where, first, again)
-    assert hits >= 5 and wire.cli(["list", "--json"]).code == 0
+@pytest.fixture
+def ordinary(site: Site) -> Repo:
+    """A workspace on a host where permissions count, also for root."""
+    if os.geteuid() == 0:
+        script = site.dir / "without-override"
+        script.write_text(f'#!/bin/sh\nexec {program("setpriv", "util-linux")} --bounding-set=-dac_override,-dac_read_search -- sh -c "$SSH_ORIGINAL_COMMAND"\n')
+        script.chmod(0o755)
+        site.inetd("plain", f"ForceCommand {script}")
+    else:
+        site.inetd("plain")
+    made = Repo(site)
+    assert made.cli("new", "-H", "plain", "main").code == 0
+    return made
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("verb", ["new", "exec", "write", "push", "pull", "fork", "logs"])
-def test_masters_killed_or_stopped_in_the_middle_are_told_or_waited_for(wire: Wire, verb: str, how: int) -> None:
-    """One that stops for a while changes nothing; a new call meanwhile does not wait for it."""
-    words, stdin, code, right = case(wire, verb)
-    quiet, moved = wire.measure(words, stdin)
-    assert honest(quiet, verb, code, right, "undisturbed")
-    for way in ("up", "down"):
-        struck: List[int] = []
-
-        def strike(struck: List[int] = struck) -> None:
-            for process in processes(environ=False):  # masters, and the connections that carry one stream
-                if os.fsencode(wire.site.dir) in process.cmdline and re.match(rb"(\S*/)?ssh[:\0 ]", process.cmdline):
-                    struck.append(process.pid)
-                    kill(process.pid, how)
-            if how == signal.SIGSTOP:
-                threading.Timer(1.0, lambda: [kill(pid, signal.SIGCONT) for pid in struck]).start()
-        for part in (3, 9, 27, 81):  # many small packets one time are a few the next: the trap may lie beyond the end
-            words, stdin, code, right = case(wire, verb)
-            first, sprung = wire.struck(words, stdin, way, max(1, moved[way] // part), strike)
-            if sprung:
-                break
-            assert honest(first, verb, code, right, (verb, way, "not struck"))
-        assert sprung and struck
-        succeeded = honest(first, verb, code, right, (verb, way, how))
-        assert succeeded or how == signal.SIGKILL, first
-        if not succeeded:
-            assert honest(wire.cli(words, stdin), verb, code, right, (verb, way, "again"))
+def test_what_the_account_on_the_host_may_not_write_is_said_in_plain_words(ordinary: Repo) -> None:
+    do(ordinary, "mkdir -p closed/sub fixed; echo old >fixed/old; echo x >unread; chmod 0 closed unread; chmod 555 fixed")
+    for args in [["write", path] for path in ("closed/f", "closed/sub/f", "closed/new/f", "fixed/f", "fixed/old", "fixed/sub/f", "unread")] + [
+            ["edit", path, "--old", "old", "--new", "new"] for path in ("fixed/old", "unread")]:
+        told = ordinary.cli(*args, stdin=b"data")
+        refused(told, 1)
+        assert re.search("may not be read or written|Permission denied", told.said) and not re.search(r"sh: |\d: |\.tmp|cd:", told.said), told
+    do(ordinary, "chmod 755 closed fixed")
 
 
-def test_sshd_restarted_under_running_commands_and_jobs(repo: Repo, site: Site) -> None:
+def test_write_reads_stdin_in_linear_time_and_only_what_it_may_take(shared: Repo, tmp_path: Path) -> None:
+    def spent() -> float:
+        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    began = spent()
+    told = shared.cli("write", "-w", "main", "large", "--json", stdin=b"x" * 72_000_000)
+    assert told.json["size"] == 72_000_000 and spent() - began < 6, spent() - began  # 20 s where each piece copied all before it
+    do(shared, "rm large")
+    with open(tmp_path / "sparse", "w+b") as file:
+        file.truncate(150_000_000)
+        for args, code, words in ((("write", "-w", "main", "f"), 2, "larger than 104.9 MB"), (("edit", "-w", "main", "f"), 2, "larger than"), (("secrets", "set", "X"), 2, "larger than"),
+                                  (("write", "-w", "main", ""), 2, "path is empty"), (("write", "-H", "a b", "-w", "never", "f"), 2, "host name")):
+            done = subprocess.run([sys.executable, compiled(), *args], cwd=str(shared.dir), env=shared.site.environment(), stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            assert done.returncode == code and words.encode() in done.stderr and os.lseek(file.fileno(), 0, os.SEEK_CUR) == 0, done
+
+
+def test_batch_answers_every_line_also_the_bad_ones(shared: Repo) -> None:
+    good = {"tool": "exec", "arguments": {"command": "echo hi"}}
+    lines: List[Tuple[bytes, Any, bool]] = [(json.dumps(dict(good, id=i)).encode(), i, True) for i in (1, "one", "ü🐙\n\ud800", 1.5, -7, 2 ** 70, "", None, 0)]
+    lines += [(b"not json", None, False), (b"{", None, False), (b"[]", None, False), (b"5", None, False), (b"null", None, False), (b'"x"', None, False), (b"\xff\xfe", None, False), (b"[" * 100_000, None, False),
+              (b'{"id": NaN}', None, False), (b'{"id": {"a": 1}, "tool": "jobs"}', None, False), (b'{"id": "e1"}', "e1", False), (b'{"id": "e2", "tool": "rm -rf"}', "e2", False),
+              (b'{"id": "e3", "tool": ["exec"]}', "e3", False), (b'{"id": "e4", "tool": "exec"}', "e4", False), (b'{"id": "e5", "tool": "exec", "arguments": []}', "e5", False),
+              (b'{"id": "e6", "tool": "exec", "arguments": {"command": 5}}', "e6", False), (b'{"id": "e7", "tool": "exec", "arguments": {"command": "true", "more": 1}}', "e7", False),
+              (b'{"id": "e8", "tool": "exec", "arguments": {"command": []}}', "e8", False), (b'{"id": "e9", "tool": "exec", "arguments": {"command": ""}}', "e9", False),
+              (b'{"id": "e10", "tool": "exec", "workspace": 5, "arguments": {"command": "true"}}', "e10", False), (b'{"id": "e11", "tool": "read", "workspace": "../x", "arguments": {"path": "README"}}', "e11", False),
+              (b'{"id": "e12", "tool": "exec", "arguments": {"command": "true", "timeout": 0}}', "e12", False), (b'{"id": "e13", "tool": "exec", "arguments": {"command": "true", "cwd": "no/such"}}', "e13", False),
+              (b'{"id": "e14", "tool": "exec", "arguments": {"command": "true", "env": {"A B": "x"}}}', "e14", False), (b'{"id": "e15", "tool": "exec", "arguments": {"command": ["a\\u0000b"]}}', "e15", False),
+              (b'{"id": "e16", "tool": "exec", "arguments": {"command": "\\ud800"}}', "e16", False), (b'{"id": "e17", "tool": "exec", "arguments": {"command": "cat", "stdin": "\\ud800"}}', "e17", False),
+              (b'{"id": "e18", "tool": "exec", "arguments": {"command": "true", "env": {"A": null}}}', "e18", False), (b'{"id": "e22", "tool": "exec", "arguments": {"command": "true", "timeout": 1%s}}' % (b"0" * 400), "e22", False), (b'{"id": "e19", "tool": "write", "arguments": {"path": "x", "content_base64": "!"}}', "e19", False),
+              (b'{"id": "e20", "tool": "write", "arguments": {"path": "x"}}', "e20", False), (b'{"id": "e21", "tool": "write", "arguments": {"path": "x", "content": "a", "content_base64": "YQ=="}}', "e21", False),
+              (b'{"id": 1e999, "tool": "exec", "arguments": {"command": "true"}}', None, False), (b"", "no answer", True), (b"   ", "no answer", True)]
+    ran = shared.cli("batch", stdin=b"\n".join(line for line, _, _ in lines))
+    answers = [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON")) for line in ran.out.splitlines()]
+    expected = [(json.dumps(i), ok) for _, i, ok in lines if i != "no answer"]
+    assert sorted((json.dumps(a["id"]), a["ok"]) for a in answers) == sorted(expected)
+    for answer in answers:
+        assert set(answer) == ({"id", "ok", "result"} if answer["ok"] else {"id", "ok", "error"}), answer
+        assert answer["ok"] or (answer["error"]["message"] and answer["error"]["type"] != "Bug"), answer
+        assert not answer["ok"] or answer["result"]["stdout"] == "hi\n"
+    assert ran.code == 1 and shared.cli("batch", stdin=json.dumps(good).encode()).code == 0 and shared.cli("batch", stdin=b"").code == 0
+
+
+def test_batch_answers_as_they_finish_and_drains_at_the_end(shared: Repo) -> None:
+    with open_agent(shared) as talker:
+        slow = talker.post("exec", {"command": "until [ -e drain-now ]; do sleep 0.05; done; echo slow"})
+        assert talker("exec", command="echo fast")["stdout"] == "fast\n", "it does not wait for the first"
+        assert talker("exec", command="touch drain-now")["exit_code"] == 0
+        rest = [talker.post("exec", {"command": f"sleep 0.3; echo {n}"}) for n in range(24)]
+        code, out, err = talker.close()
+        answers = {a["id"]: a for a in map(json.loads, (talker._held + out).splitlines())}
+        assert code == 0 and err == b"" and set(answers) | set(talker._early) == {slow, *rest}
+        assert {a["result"]["exit_code"] for a in answers.values()} == {0}
+        talker.child.communicate = lambda *_, **__: (b"", b"")  # type: ignore[method-assign,assignment]
+    (shared.path() / "drain-now").unlink()
+
+
+def test_batch_takes_the_workspace_of_each_line(repo: Repo) -> None:
+    with open_agent(repo, "-H", "box") as talker:
+        posted = {name: [talker.post("exec", {"command": "echo $CMUX_WORKSPACE"}, workspace=name) for _ in range(4)] for name in ("one", "two", "three")}
+        for name, numbers in posted.items():
+            assert [talker.answer(n)["result"]["stdout"] for n in numbers] == [f"{name}\n"] * 4
+    assert set(repo.workspaces()) == {"one", "two", "three"}, "made once each"
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_batch_ends_what_runs_there(shared: Repo, sig: int) -> None:
     nap = unique()
-    job = repo.exec("while [ ! -e go ]; do sleep 0.05; done; echo done; exit 9", options=["--detach"]).text.strip()
-    child = repo.start("exec", "--", f"echo early; sleep {nap}")
-    assert child.stdout and child.stdout.readline() == b"early\n"
-    waiting = repo.start("wait", job)
-    repo.site.restart()
-    _, err = child.communicate(timeout=30)
-    assert child.returncode == 255 and b"lost" in err and b"Traceback" not in err, err
-    assert repo.exec("echo again").out == b"again\n"
+    talker = Agent(shared, "-j", "4")
+    for _ in range(10):
+        talker.post("exec", {"command": f"sleep {nap}"})
+    until(lambda: len(running(f"sleep {nap}")) >= 4, "four sleep")
+    kill(talker.child.pid, sig)
+    out, err = talker.child.communicate(timeout=30)
+    assert talker.child.returncode == {signal.SIGINT: 130, signal.SIGTERM: 130, signal.SIGKILL: -9}[signal.Signals(sig)] and b"Traceback" not in err, err
+    assert all(json.loads(line)["id"] for line in out.splitlines())
     gone(f"sleep {nap}")
-    (repo.path() / "go").touch()
-    assert waiting.wait(60) == 9 and repo.cli("logs", job).out == b"done\n"
-    waiting.communicate()
 
 
-def test_an_hour_asleep_is_a_lost_line_and_jobs_go_on(site: Site) -> None:
-    """The laptop sleeps: clients and masters stand still for longer than the server's patience. Then it wakes up."""
-    repo, nap = Repo(site), unique()
-    site.daemon("drowsy", "ClientAliveInterval 1", "ClientAliveCountMax 2")
-    assert repo.cli("new", "-H", "drowsy", "main").code == 0
-    job = repo.exec("echo one; until [ -e go ]; do sleep 0.05; done; echo two; exit 9", host="drowsy", options=["--detach"]).text.strip()
-    command, following, waiting = repo.start("exec", "--", f"echo early; sleep {nap}"), repo.start("logs", "-f", job), repo.start("wait", job)
-    for child, line in ((command, b"early\n"), (following, b"one\n")):
-        assert child.stdout and child.stdout.readline() == line
-    until(lambda: len(site.log("drowsy").split("Starting session")) > 5, "wait has asked, too")
-    asleep = [p.pid for p in site.masters()] + [command.pid, following.pid, waiting.pid]
-    for pid in asleep:
-        kill(pid, signal.SIGSTOP)
-    until(lambda: re.search(r"(?i)timeout,? client not responding|Timeout before|client not responding", site.log("drowsy")), "the server has given up")
-    (repo.path() / "go").touch()
+def test_a_batch_whose_reader_is_gone_stops(shared: Repo, area: Area) -> None:
+    nap = unique()
+    talker = Agent(shared, "-j", "2")
+    assert talker("exec", command="true")["exit_code"] == 0
+    talker.post("exec", {"command": f"sleep {nap}"})
+    until(lambda: running(f"sleep {nap}"), "it sleeps")
+    assert talker.child.stdout and talker.child.stdin
+    talker.child.stdout.close()
+    talker.post("exec", {"command": "echo nobody reads this"})
+    try:
+        talker.child.wait(PATIENCE)
+        gone(f"sleep {nap}")
+    finally:
+        talker.child.kill()
+        talker.child.wait()
+        for process in running(f"sleep {nap}"):
+            kill(process.pid)
+
+
+def test_a_batch_whose_results_cannot_be_written_fails(shared: Repo) -> None:
+    lines = b"".join(json.dumps({"id": n, "tool": "exec", "arguments": {"command": "true"}}).encode() + b"\n" for n in range(3))
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, str(PROGRAM), "batch", "-w", "main"], cwd=str(shared.dir), env=shared.site.environment(), input=lines,
+                              stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 1 and b"No space left" in done.stderr and b"Traceback" not in done.stderr, done
+
+
+def test_batch_reads_no_further_ahead_than_it_must(shared: Repo, area: Area) -> None:
+    """Whoever writes faster than the host works has to wait; the lines are not piled up in memory."""
+    talker = Agent(shared, "-j", "1")
+    talker.post("exec", {"command": f"until [ -e {area.p('go')} ]; do sleep 0.05; done"})
+    assert talker.child.stdin
+    fd, sent = talker.child.stdin.fileno(), 0
+    line = json.dumps({"id": 0, "tool": "exec", "arguments": {"command": ": " + "x" * 4000}}).encode() + b"\n"
+    os.set_blocking(fd, False)
+    while select.select([], [fd], [], 1.5)[1]:
+        with contextlib.suppress(BlockingIOError):
+            sent += os.write(fd, line)
+        assert sent < 2_000_000, "it reads and reads"
+    kill(talker.child.pid)
+    talker.child.communicate()
+    area.put("go", b"")
+    assert sent > 8000
+
+
+def peak_memory(pid: int) -> int:
+    """Bytes; the peak where the system tells it, else what is held now."""
+    found = re.search(rb"VmHWM:\s+(\d+) kB", slurp(f"/proc/{pid}/status"))
+    return int(found.group(1) if found else subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], stdout=subprocess.PIPE, check=True).stdout) * 1024
+
+
+@pytest.mark.slow
+def test_batch_stays_small_whatever_the_commands_print_and_the_lines_hold(shared: Repo) -> None:
+    with open_agent(shared, "-j", "4") as talker:
+        for number in [talker.post("exec", {"command": "head -c 30000000 /dev/zero | tr '\\0' x; echo end"}) for _ in range(12)]:
+            told = talker.answer(number, 120)["result"]
+            assert told["truncated"] is True and told["stdout"].endswith("xend\n") and len(told["stdout"]) < 3_000_000
+        assert peak_memory(talker.child.pid) < 150_000_000
+        for _ in range(40):
+            assert talker.child.stdin
+            talker.child.stdin.write(b"x" * 2_000_000)
+        talker.send(b"")
+        long = json.loads(talker.line(60))
+        assert long["ok"] is False and long["id"] is None and long["error"]["type"] != "Bug"
+        assert talker("exec", command="echo still")["stdout"] == "still\n"
+        assert peak_memory(talker.child.pid) < 250_000_000
+
+
+@pytest.mark.parametrize("args", [["-j", "-1"], ["-j", "x"], ["-w", "a", "-w", "b"], ["-w", "../x"], ["extra"]])
+def test_batch_bad_use_is_said(shared: Repo, args: List[str]) -> None:
+    refused(shared.cli("batch", *args, stdin=b'{"id": 1, "tool": "exec", "arguments": {"command": "true"}}\n' if args[-1] != "../x" else b""), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.promise(8)
+def test_batch_of_1000_commands_100_at_a_time_all_succeed(shared: Repo) -> None:
+    lines = [json.dumps({"id": n, "tool": "exec", "arguments": {"command": f"echo {n}; exit {n % 256}"}}) for n in range(1000)]
+    ran = shared.cli("batch", "-j", "100", stdin="\n".join(lines).encode(), seconds=240)
+    answers = {a["id"]: a for a in map(json.loads, ran.out.splitlines())}
+    assert sorted(answers) == list(range(1000)) and [a for a in answers.values() if not a["ok"]] == []
+    assert all((a["result"]["stdout"], a["result"]["exit_code"]) == (f"{n}\n", n % 256) for n, a in answers.items())
+    assert ran.code == 0 and ran.err == b"" and "drop connection" not in shared.site.log()
+
+
+@pytest.mark.slow
+@pytest.mark.promise(8)
+def test_12_batch_processes_of_10_each_all_succeed(repo: Repo, site: Site) -> None:
+    lines = "\n".join(json.dumps({"id": n, "tool": "exec", "arguments": {"command": f"sleep 0.5; echo {n}"}}) for n in range(40)).encode()
+    children = [repo.start("batch", "-H", "box", "-j", "10", stdin=subprocess.PIPE) for _ in range(12)]
+    with ThreadPoolExecutor(12) as pool:
+        done = list(pool.map(lambda child: child.communicate(lines, timeout=240), children))
+    for child, (out, err) in zip(children, done):
+        answers = {a["id"]: a for a in map(json.loads, out.splitlines())}
+        assert child.returncode == 0 and err == b"" and sorted(answers) == list(range(40)), err
+        assert all(a["result"]["stdout"] == f"{n}\n" for n, a in answers.items())
+    assert "drop connection" not in repo.site.log() and set(repo.workspaces()) == {"main"}
+
+
+def test_batch_takes_no_line_with_more_keys(shared: Repo) -> None:
+    answer = shared.cli("batch", stdin=b'{"id": 9, "host": "nohost", "tool": "exec", "arguments": {"command": "true"}}\n')
+    assert answer.code == 1 and answer.json["ok"] is False and answer.json["id"] == 9 and answer.json["error"]["type"] == "UsageError", answer
+
+
+# === The library ===
+
+
+@pytest.mark.parametrize("command, code, out, err", [
+    ("echo out; echo err >&2", 0, "out\n", "err\n"),
+    ("exit 42", 42, "", ""),
+    ("true", 0, "", ""),
+    ("echo 'single' \"double\" \\$HOME `echo tick` $(echo sub) \\\\ '$x' '!' '*' ';' '&' '|'", 0, "single double $HOME tick sub \\ $x ! * ; & |\n", ""),
+    ("echo one; echo two; echo three", 0, "one\ntwo\nthree\n", ""),
+    ("printf 'b\\na\\nc\\n' | sort | head -n 2", 0, "a\nb\n", ""),
+    ("echo \"sum $((6*7)) of $(echo six) $(printf %s seven)\"", 0, "sum 42 of six seven\n", ""),
+    ("seq 1000", 0, "".join(f"{n}\n" for n in range(1, 1001)), ""),
+    ("printf 'l%s\\n' 1 2 3 4 | grep l | head -n 1", 0, "l1\n", ""),
+    ("cat <<'E'\nmulti 'line' \"$x\"\n  kept\nE", 0, "multi 'line' \"$x\"\n  kept\n", ""),
+    ("yes | head -n 3", 0, "y\ny\ny\n", ""),
+])
+def test_contract_exec_output_and_code(talker: Agent, command: str, code: int, out: str, err: str) -> None:
+    ran = talker("exec", command=command)
+    assert (ran["exit_code"], ran["stdout"], ran["stderr"]) == (code, out, err)
+    assert ran["timed_out"] is False and ran["truncated"] is False and ran["duration"] > 0
+
+
+def test_contract_exec_stdin_env_and_directory(talker: Agent, workspace: Path) -> None:
+    assert talker("exec", command="cat; printf end", stdin="line one\nümläut 🐙\n")["stdout"] == "line one\nümläut 🐙\nend"
+    assert talker("exec", command=["cat"], stdin="")["stdout"] == ""
+    assert talker("exec", command="cat")["stdout"] == "", "no stdin is an empty one, and does not hang"
+    assert talker("exec", command='printf "%s|" "$TEST_VAR" "$A" "$B"', env={"TEST_VAR": "test value", "A": "it's \"$x\"\n`y`", "B": ""})["stdout"] == "test value|it's \"$x\"\n`y`||"
+    assert talker("exec", command='echo "$GIT_TERMINAL_PROMPT $GIT_EDITOR $EDITOR $VISUAL"')["stdout"] == "0 true true true\n"
+    assert talker("exec", command="pwd")["stdout"] == f"{workspace}\n"
+    assert talker("exec", command=["pwd"], cwd="src")["stdout"] == f"{workspace}/src\n"
+    assert talker("exec", command=["printf", "<%s>", "a b", "", "it's", "$x", "*", "-n", "\n"])["stdout"] == "<a b><><it's><$x><*><-n><\n>"
+
+
+def test_contract_exec_timeout_silence_and_errors(talker: Agent, area: Area) -> None:
+    nap = unique()
+    began = time.monotonic()
+    ran = talker("exec", command=f"echo early; sleep {nap}", timeout=1)
+    assert (ran["exit_code"], ran["timed_out"], ran["stdout"]) == (124, True, "early\n")
+    assert 0.9 < time.monotonic() - began < 10 and ran["stopped"] == "confirmed"
     gone(f"sleep {nap}")
-    for pid in asleep:
-        kill(pid, signal.SIGCONT)
-    assert command.wait(60) == 255 and waiting.wait(60) == 9
-    out, err = following.communicate(timeout=60)
-    assert (following.returncode, out) == (0, b"two\n"), err
-    _, err = command.communicate()
-    assert b"lost" in err and b"Traceback" not in err, err
-    waiting.communicate()
-    assert repo.exec("echo again", host="drowsy").out == b"again\n"
+    silent = talker("exec", command="sleep 0.2")
+    assert silent["exit_code"] == 0 and silent["duration"] >= 0.2
+    missing = talker("exec", command="no-such-command-here")
+    assert missing["exit_code"] == 127 and "not found" in missing["stderr"]
+    assert talker("exec", command=["no-such-command-here"])["exit_code"] == 127
+    broken = talker("exec", command="if true; then echo")
+    assert broken["exit_code"] == 2 and "syntax" in broken["stderr"].lower()
+    area.put("script", b"#!/bin/sh\n", 0o644)
+    denied = talker("exec", command=[f"./{area.p('script')}"])
+    assert denied["exit_code"] == 126 and "ermission denied" in denied["stderr"]
 
 
-# === MCP ===
+@pytest.mark.parametrize("data", [
+    b"Hello, World!\nsecond\n", b"", b"\0\1\2\xff\xfe\xfd", BINARY, b"no newline", b"\n", "Grüße 日本 🐙\t\r\nx".encode(),
+    b"Special: \"quotes\", 'single', $VAR, `ticks`, \\back\\\r\nnew\tline\n", b"\xef\xbb\xbfbom\n", b"\r", b"%s%n\\c\\0",
+], ids=repr)
+def test_contract_files_go_through_unchanged_both_ways(talker: Agent, area: Area, data: bytes) -> None:
+    file = area.put("there", data)
+    read = talker("read", path=area.p("there"))
+    assert content(read) == data and (read["size"], read["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+    for created in (True, False):
+        wrote = talker("write", path=area.p("sent"), content_base64=b64(data))
+        assert wrote == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "created": created}
+        assert (area.dir / "sent").read_bytes() == data
+    with contextlib.suppress(UnicodeDecodeError):
+        talker("write", path=area.p("text"), content=data.decode())
+        assert (area.dir / "text").read_bytes() == data
+    assert file.read_bytes() == data
+
+
+def test_contract_a_file_of_a_megabyte_and_the_command_line(shared: Repo, area: Area) -> None:
+    data = os.urandom(1 << 20)
+    wrote = shared.cli("write", area.p("large"), stdin=data)
+    assert (wrote.code, wrote.out, wrote.err) == (0, b"", b"") and (area.dir / "large").read_bytes() == data
+    assert shared.cli("read", area.p("large")).out == data
+    told = shared.cli("read", area.p("large"), "--json").json
+    assert base64.b64decode(told["content_base64"]) == data and told["size"] == 1 << 20 and "content" not in told
+    assert content(area.talker("read", path=area.p("large"))) == data
+    absent = shared.cli("read", area.p("none"))
+    refused(absent, 1, words="no file")
+    refused(shared.cli("read", area.name), 1, words="directory")
+    assert shared.cli("write", area.p("by-json"), "--json", stdin=b"x").json == {
+        "size": 1, "sha256": hashlib.sha256(b"x").hexdigest(), "created": True}
+
+
+def test_contract_a_burst_of_twelve_writes_and_cats(talker: Agent, area: Area) -> None:
+    calls = [("exec", {"command": f"echo {n} > {area.p(str(n))} && cat {area.p(str(n))}"}) for n in range(12)]
+    assert [(a["result"]["exit_code"], a["result"]["stdout"]) for a in talker.all(calls)] == [(0, f"{n}\n") for n in range(12)]
+
+
+def test_contract_git_works_in_the_workspace(repo: Repo) -> None:
+    with open_agent(repo, "-H", "box") as talker:
+        def git(line: str) -> str:
+            ran = talker("exec", command=line)
+            assert ran["exit_code"] == 0, ran
+            return str(ran["stdout"])
+        assert git("git status --porcelain") == "" and (repo.path() / ".git").is_dir()
+        talker("edit", path="README", edits=[{"old": "hello", "new": "changed"}])
+        assert git("git status --porcelain") == " M README\n"
+        git("git -c user.name=a -c user.email=b@c commit -qam second")
+        git("git checkout -q -b feature && git branch")
+        assert git("git rev-parse --abbrev-ref HEAD; git log --format=%s") == "feature\nsecond\nbase\n"
+        git("mkdir new && cd new && git init -q && test -d .git")
+
+
+CONTRACT: Dict[str, Dict[str, str]] = {  # of PRODUCT.md: the arguments of each tool, + where it must be given
+    "exec": {"command": "+", "timeout": "", "cwd": "", "env": "", "stdin": "", "background": ""},
+    "read": {"path": "+", "offset": "", "limit": ""}, "write": {"path": "+", "content": "", "content_base64": ""},
+    "edit": {"path": "+", "edits": "+", "sha256": ""}, "glob": {"pattern": "+", "limit": ""},
+    "grep": {"pattern": "+", "glob": "", "ignore_case": "", "limit": ""}, "jobs": {},
+    "logs": {"job": "+", "offset": "", "wait": ""}, "wait": {"job": "+", "timeout": ""}, "stop": {"job": "+"},
+}
+
+
+def test_the_table_of_tools_is_the_contract() -> None:
+    import cmux_ssh
+    assert {name: {p.name: "+" if p.required else "" for p in tool.params} for name, tool in cmux_ssh.TOOLS.items()} == CONTRACT
+    assert {name for name, tool in cmux_ssh.TOOLS.items() if tool.reads} == {"read", "glob", "grep", "jobs", "logs", "wait"}
+    for name, tool in cmux_ssh.TOOLS.items():
+        assert name in cmux_ssh.COMMANDS and tool.text and all(p.text and p.schema()["description"] for p in tool.params)
+
+
+SAMPLES: Dict[str, Any] = {"string": "x", "integer": 1, "number": 1.5, "boolean": True, "array": [{"old": "a", "new": "b"}], "object": {"A": "b"}, "null": None}
+
+
+@pytest.mark.parametrize("tool", sorted(CONTRACT))
+def test_arguments_are_checked_against_the_table(tool: str) -> None:
+    import cmux_ssh
+    row = cmux_ssh.TOOLS[tool]
+    fits = {p.name: SAMPLES[p.kinds[0]] for p in row.params}
+    assert row.check(dict(fits)) == fits
+    for param in row.params:
+        allowed = set(param.kinds) | ({"integer"} if "number" in param.kinds else set())
+        for kind, value in SAMPLES.items():
+            if kind not in allowed:
+                with pytest.raises(cmux_ssh.UsageError):
+                    row.check({**fits, param.name: value})
+        if param.required:
+            with pytest.raises(cmux_ssh.UsageError):
+                row.check({k: v for k, v in fits.items() if k != param.name})
+    for bad in ({**fits, "unknown": 1}, {**fits, "workspace": "x"}, [], None, "x", 5):
+        with pytest.raises(cmux_ssh.UsageError):
+            row.check(bad)
+
+
+def open_sessions(site: Site, host: str = "box") -> int:
+    """How many the server has now."""
+    log = site.log(host)
+    return log.count("Starting session: ") - log.count("Close session: ")
+
+
+LIBRARY = """
+import sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+import cmux_ssh
+begun = {}
+def wait_ready(log, sessions=4):  # until the server has so many open, one of them since the last time: after an operation, those opened ahead
+    end, count, now = time.monotonic() + 15, begun.get(log, 0), -1
+    while now != sessions or sessions and count == begun.get(log, 0):
+        assert time.monotonic() < end, text
+        time.sleep(0.02)
+        with open(log, errors="replace") as stream:
+            text = stream.read()
+        count = text.count("Starting session: ")
+        now = count - text.count("Close session: ")
+    begun[log] = count
+"""
+
+
+def in_library(repo: Repo, text: str, *args: str, seconds: float = 60) -> str:
+    """Run a program that imports the file; its output. It must end by itself, and soon."""
+    script = repo.site.dir / f"library-{os.urandom(4).hex()}.py"
+    script.write_text(LIBRARY + text)
+    done = subprocess.run([sys.executable, str(script), *args], cwd=str(repo.dir), env=repo.site.environment({"PYTHONPATH": str(HERE)}), stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=seconds)
+    assert done.returncode == 0 and done.stderr == b"", done.stderr.decode()
+    return done.stdout.decode()
+
+
+@pytest.mark.slow
+def test_the_library_from_a_thread_pool(repo: Repo) -> None:
+    out = in_library(repo, """
+project = cmux_ssh.Project(".")
+with ThreadPoolExecutor(20) as pool:
+    made = list(pool.map(lambda n: project.ensure("w%d" % (n % 4), "box"), range(16)))
+    assert sorted({w.name for w in made}) == ["w0", "w1", "w2", "w3"]
+    runs = list(pool.map(lambda n: made[n % 4].exec(["sh", "-c", 'echo "$CMUX_WORKSPACE $0"; cat; exit $0', str(n)], stdin=b"in%d" % n), range(80)))
+    calls = list(pool.map(lambda n: cmux_ssh.call_tool(made[n % 4], "write", {"path": "f%d" % n, "content": str(n)}), range(40)))
+for n, run in enumerate(runs):
+    assert (run.exit_code, run.stdout, run.stderr) == (n, b"w%d %d\\nin%d" % (n % 4, n, n), b""), run
+    assert run.workspace == "w%d" % (n % 4) and run.host == "box" and not run.timed_out and not run.truncated
+assert all(c["created"] for c in calls)
+assert cmux_ssh.call_tool(made[1], "glob", {"pattern": "f*"})["paths"] == sorted("f%d" % n for n in range(40) if n % 4 == 1)
+print("fine")
+""")
+    assert out == "fine\n"
+
+
+def test_library_values_are_immutable_and_equal_by_value(shared: Repo) -> None:
+    assert in_library(shared, """
+workspace = cmux_ssh.Project(".").workspace("main")
+assert isinstance(workspace, cmux_ssh.Workspace) and isinstance(workspace.host, cmux_ssh.Host)
+result = workspace.exec("printf out; exit 3")
+for name in ("exit_code", "stdout", "new"):
+    try:
+        setattr(result, name, 0)
+    except AttributeError:
+        continue
+    raise AssertionError(name)
+same = cmux_ssh.ExecResult(**result.as_dict())
+assert same == result and hash(same) == hash(result) and "exit_code=3" in repr(result)
+assert cmux_ssh.ExecResult(**dict(result.as_dict(), exit_code=4)) != result
+print(result.exit_code)
+""") == "3\n"
+
+
+def test_library_cancel_from_another_thread_ends_the_command(shared: Repo) -> None:
+    nap = unique()
+    assert in_library(shared, """
+workspace, cancel, seen = cmux_ssh.Project(".").workspace("main"), cmux_ssh.Cancel(), threading.Event()
+def sink(data):
+    seen.set()
+def watch():
+    seen.wait(30)
+    cancel.set()
+threading.Thread(target=watch).start()
+with ThreadPoolExecutor(3) as pool:
+    runs = [pool.submit(workspace.run, "echo on; sleep " + sys.argv[1], sink, sink, cancel=cancel) for _ in range(3)]
+    for run in runs:
+        try:
+            outcome = run.result(30)
+            assert outcome.reason == "cancel" and outcome.stopped == "confirmed", outcome
+        except cmux_ssh.CmuxError as error:
+            assert type(error).__name__ == "Cancelled", error
+print("cancelled")
+""", nap) == "cancelled\n"
+    gone(f"sleep {nap}")
+
+
+def test_library_errors_are_of_one_family_and_say_what_to_do(repo: Repo) -> None:
+    assert in_library(repo, """
+project = cmux_ssh.Project(".")
+kinds = []
+for act in (lambda: project.workspace("none"), lambda: project.workspace("../x"), lambda: cmux_ssh.Host("-oProxyCommand=x"), lambda: cmux_ssh.Project("/"),
+            lambda: project.create("elsewhere", "nowhere.invalid"), lambda: cmux_ssh.call_tool(project.create("w", "box"), "read", {"path": "none"}),
+            lambda: project.create("w", "box"), lambda: project.workspace("w").exec("true", timeout=-1), lambda: project.workspace("w").exec("true", timeout=0),
+            lambda: project.workspace("w").exec("true", timeout=float("nan"))):
+    try:
+        act()
+    except cmux_ssh.CmuxError as error:
+        kinds.append(type(error).__name__)
+        assert str(error).strip()
+print(*kinds)
+""") == "WorkspaceMissing UsageError UsageError GitFailed ConnectionFailed ToolFailed WorkspaceExists UsageError UsageError UsageError\n"
+
+
+def test_arguments_of_the_library_that_are_no_text_are_usage_errors(repo: Repo) -> None:
+    assert in_library(repo, r"""
+project = cmux_ssh.Project(".")
+w, bad = project.create("w", "box"), "x\ud800"
+acts = [lambda: w.exec(bad), lambda: w.exec(["echo", bad]), lambda: w.exec(["echo", 1]), lambda: w.exec("true", env={"A": bad}), lambda: w.exec("true", env={"A": 1}),
+        lambda: w.exec("true", cwd=bad), lambda: w.start(bad), lambda: w.write("x", bad), lambda: w.write(bad, "x"), lambda: w.read(bad), lambda: w.glob(bad),
+        lambda: w.grep(bad), lambda: w.edit(bad, [{"old": "a", "new": "b"}]), lambda: project.set_secret("A", bad), lambda: project.set_secret("A", 1),
+        lambda: w.exec(123), lambda: w.start(123), lambda: w.start([]), lambda: w.exec("cat", stdin=1), lambda: w.exec(b"true"),
+        lambda: project.create("v", "box", ref=bad), lambda: project.create("v", "box", root=bad), lambda: project.create(bad, "box")]
+for at, act in enumerate(acts):
+    try:
+        act()
+        print(at, "no error")
+    except (cmux_ssh.UsageError, cmux_ssh.GitFailed):
+        pass
+    except Exception as error:
+        print(at, repr(error))
+print(w.exec("printf %s", env={"A": "\udcff"}).exit_code, [j["job"] for j in w.jobs()], w.exec("cat", stdin="x").stdout)
+""") == "0 [] b'x'\n"
+
+
+def test_a_wrong_host_does_not_spoil_the_name_of_a_workspace(repo: Repo) -> None:
+    """A typing error in -H: nothing can have been made there, and the next try names the right one."""
+    assert repo.cli("new", "-H", "nowhere.invalid", "w").code == 255
+    made = repo.cli("new", "-H", "box", "w")
+    assert made.code == 0, made
+
+
+@pytest.mark.parametrize("sh", ["dash", "bash", "busybox", "mksh"])
+def test_one_attempt_of_an_operation_at_a_time_whoever_died_and_whatever_number_is_used_again(tmp_path: Path, sh: str) -> None:
+    """Two saw a dead owner, and the slower removed the other's link; a number used again held it for five minutes. (From inside: six at once die at one place of a script, under each sh.)"""
+    text = c.OPEN_ROOT + """
+rm() { case $SLOW in ?*) sleep $SLOW;; esac; command rm "$@"; }
+inside() { mkdir "$root/inside" || echo two; [ -z "$STAY" ] || kill -KILL $$; sleep 0.05; rmdir "$root/inside"; }
+_ci=$RUN; _cz='
+'; _croot "$ROOT" && _cone op inside 2>/dev/null || echo failed"""
+    words = shlex.split(program(sh) + (" sh" if sh == "busybox" else ""))
+    stage = tmp_path / ".cmux" / "stage"
+
+    def attempt(run: int, **env: str) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen([*words, "-c", text], env={"PATH": os.environ["PATH"], "ROOT": str(tmp_path), "HOME": "/", "RUN": f"r{run}", **env},
+                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    for turn in range(3):
+        for _ in range(turn + 1):  # owners and heirs that died
+            assert attempt(0, STAY="1").communicate()[0] == b""
+            (tmp_path / "inside").rmdir()
+        began = time.monotonic()
+        several = [attempt(n, SLOW="0.1" if n % 2 else "") for n in range(6)]
+        assert [child.communicate(timeout=PATIENCE)[0] for child in several] == [b""] * 6 and time.monotonic() - began < 15
+        assert not list(stage.glob("op*")), list(stage.iterdir())
+    attempt(0, STAY="1").wait()
+    (tmp_path / "inside").rmdir()
+    name = os.readlink(str(stage / "op.by"))
+    (stage / "op.by").unlink()
+    (stage / "op.by").symlink_to(re.sub(r"^\d+", str(os.getpid()), name))
+    assert attempt(1).communicate(timeout=PATIENCE)[0] == b"" and not list(stage.iterdir())
+
+
+def test_a_base_that_is_broken_on_the_host_is_made_anew(repo: Repo, site: Site) -> None:
+    bases = repo.site.far_home() / "cmux" / ".cmux" / "bases"
+    assert repo.cli("new", "-H", "box", "one").code == 0
+    (base,) = bases.iterdir()
+    shutil.rmtree(str(base))
+    base.touch()
+    (bases / ("a" * 40)).mkdir()
+    (bases / ("a" * 40) / "changes.tar").touch()
+    (bases / ("a" * 40) / "parent").write_text("a" * 40 + "\n")  # its own parent
+    assert repo.cli("new", "-H", "box", "two").code == 0 and (base / "whole.tar").is_file()
+    shutil.rmtree(str(base / "git"))
+    (base / "git").mkdir()
+    assert repo.cli("new", "-H", "box", "three").code == 0
+
+
+def test_a_base_whose_parents_are_broken_on_the_host_is_made_anew_and_not_offered(repo: Repo, site: Site) -> None:
+    bases = repo.site.far_home() / "cmux" / ".cmux" / "bases"
+
+    def sent() -> Tuple[str, str]:
+        repo.write("more", os.urandom(4))
+        repo.commit()
+        assert repo.cli("new", "-H", "box", name := f"w{len(repo.workspaces())}").code == 0
+        assert tree_of(repo.path(name)) == repo.tree()
+        tree = repo.git("rev-parse", "HEAD^{tree}")
+        parent = bases / tree / "parent"
+        return tree, parent.read_text().strip() if parent.exists() else ""
+    for n in range(20):
+        repo.write(f"f{n}", b"x")
+    first, second = sent(), sent()
+    assert first[1] == "" and second[1] == first[0], "a delta, on the first"
+    (bases / first[0] / "whole.tar").unlink()
+    assert repo.cli("new", "-H", "box", "again").code == 0 and tree_of(repo.path("again")) == repo.tree()
+    assert (bases / second[0] / "whole.tar").is_file(), "with nothing to stand on, it was sent whole"
+    third = sent()
+    assert third[1] == second[0]
+    (bases / second[0] / "whole.tar").unlink()
+    assert sent()[1] == "", "neither of the broken ones is offered"
+
+
+def test_a_delta_stands_only_on_what_was_sent_to_that_host(repo: Repo, site: Site) -> None:
+    """A host that knows the id of a branch's tree could else ask what files that has: the delta names those to remove."""
+    for n in range(20):
+        repo.write(f"f{n}", b"%d" % n)
+    repo.commit()
+    repo.git("checkout", "-qb", "private")
+    repo.write("acquisition-of-ACME", b"x")
+    repo.commit()
+    bases = repo.site.far_home() / "cmux" / ".cmux" / "bases"
+    forged = bases / repo.git("rev-parse", "HEAD^{tree}")
+    repo.git("checkout", "-q", "main")
+    forged.mkdir(parents=True)
+    (forged / "whole.tar").touch()
+
+    def parent(name: str, ref: str = "main") -> str:
+        assert repo.cli("new", "-H", "box", name, "--ref", ref).code == 0
+        file = bases / repo.git("rev-parse", ref + "^{tree}") / "parent"
+        return file.read_text().strip() if file.exists() else ""
+    assert parent("a") == ""
+    shutil.rmtree(str(forged))
+    tree = repo.git("rev-parse", "HEAD^{tree}")
+    assert parent("b", "private") == tree, "now it is sent: on the base of the first"
+    repo.write("more", b"x")
+    repo.commit()
+    assert parent("c") == tree
+    (file,) = (repo.site.state / "projects").glob("*.json")
+    record = json.loads(file.read_text())
+    assert record.pop("sent"), "what workspaces stand on was sent, too"
+    file.write_text(json.dumps(record))
+    repo.write("more", b"xy")
+    repo.commit()
+    assert parent("d") == repo.git("rev-parse", "main~1^{tree}")
+
+
+@pytest.mark.parametrize("name", ["USR1", "WINCH", "CONT"])
+def test_a_command_that_signals_its_parent_keeps_its_status(shared: Repo, name: str) -> None:
+    """As daemons do when they are ready."""
+    assert shared.exec(f"kill -{name} $PPID; exit 5", options=["--timeout", "20"]).code == 5
+    assert in_library(shared, """
+workspace = cmux_ssh.Project(".").workspace("main")
+for _ in range(3):
+    print(workspace.exec("kill -%s $PPID; exit 5" % sys.argv[1], timeout=20).exit_code)
+    time.sleep(0.3)
+""", name) == "5\n" * 3
+    job = shared.exec(f"kill -{name} $PPID; sleep 0.2; exit 6", options=["--detach"]).text.strip()
+    assert shared.cli("wait", job).code == 6
+
+
+@pytest.mark.parametrize("words, said", [
+    (["secrets", "set", "-w", "main", "TOKEN"], "every workspace"), (["new", "-H", "box", "-w", "a", "b"], "twice"), (["exec", "--all", "-w", "main", "--", "true"], "--all takes no -w"),
+    (["exec", "-H", "", "--", "true"], "names no host")])
+def test_an_option_that_would_be_passed_over_is_refused(shared: Repo, words: List[str], said: str) -> None:
+    answer = shared.cli(*words, stdin=b"x")
+    assert answer.code == (125 if words[0] == "exec" else 2) and said in answer.said, answer
+
+
+def test_a_line_that_is_lost_between_two_calls_of_the_library_is_not_noticed(repo: Repo, site: Site) -> None:
+    """The warm sessions are dead; the next calls open new ones, and none fails."""
+    line = repo.site.line("far")
+    assert repo.cli("new", "-H", "far", "main").code == 0
+    with open_agent(repo) as talker:
+        for round_ in range(3):
+            assert [a["result"]["stdout"] for a in talker.all([("exec", {"command": f"echo {n}"}) for n in range(8)])] == [f"{n}\n" for n in range(8)]
+            seen = line.connections
+            line.drop()
+            assert talker("read", path="README")["content"] == "hello\n" and line.connections > seen, round_
+
+
+def test_every_tool_is_a_method_of_a_workspace() -> None:
+    """The table drives the library too: workspace.read(path), workspace.edit(path, edits), ..."""
+    import inspect
+
+    import cmux_ssh
+    for name, arguments in CONTRACT.items():
+        method = getattr(cmux_ssh.Workspace, name, None)
+        assert method is not None, f"Workspace.{name}"
+        assert set(arguments) - {"background", "content_base64"} <= set(inspect.signature(method).parameters), name
+
+
+WAYS = ["-I", "-O", "-OO", "-W error -X dev -bb", "-m", "zip", "zipimport", "stdin"]
+
+
+def ways_to_run(way: str, directory: Path) -> List[str]:
+    """What follows the Python: the file run in that way, or what holds it."""
+    import zipfile
+    if way == "-m":
+        return ["-m", "cmux_ssh"]
+    if way == "stdin":
+        return ["-"]
+    if not way.startswith("zip"):
+        return [*way.split(), str(PROGRAM)]
+    packed = directory / f"cmux-{os.urandom(4).hex()}.zip"
+    with zipfile.ZipFile(str(packed), "w") as archive:
+        archive.write(str(PROGRAM), "cmux_ssh.py")
+        archive.writestr("__main__.py", "import sys, cmux_ssh\nsys.exit(cmux_ssh.main())\n")
+    return [str(packed)] if way == "zip" else ["-c", f"import sys; sys.path.insert(0, {str(packed)!r}); import cmux_ssh; sys.exit(cmux_ssh.main())"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("python", PYTHONS, ids=[str(n) for n in range(len(PYTHONS))])
+@pytest.mark.promise(10)
+@pytest.mark.compat
+def test_it_runs_however_python_is_given_it(shared: Repo, python: str, way: str) -> None:
+    def run(*words: str) -> Tuple[int, bytes, bytes]:
+        done = subprocess.run([python, *ways_to_run(way, shared.site.dir), *words], cwd=str(shared.dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              input=PROGRAM.read_bytes() if way == "stdin" else b"", timeout=60,  # `cat cmux_ssh.py | python3 - ...`
+                              env=shared.site.environment({"PYTHONPATH": str(HERE)} if way == "-m" else {}))
+        return done.returncode, done.stdout, done.stderr
+    digest = b"unknown" if way == "stdin" else hashlib.sha256(PROGRAM.read_bytes()).hexdigest().encode()
+    assert run("--version") == (0, f"cmux_ssh.py {c.__version__} (sha256 ".encode() + digest + b")\n", b"")
+    assert run("exec", "--", "echo out; echo err >&2; cat; exit 7") == (7, b"out\n", b"err\n")
+    assert run("exec", "--json", "--timeout", "0.5", "--", "sleep 60")[0] == 124
+    code, out, err = run("exec", "-w", "../x", "--", "true")
+    assert code == 125 and out == b"" and err.count(b"\n") == 1, err
+
+
+def test_two_copies_in_one_process_do_not_disturb_each_other(repo: Repo, site: Site) -> None:
+    """Two programs that vendor it, in one interpreter and with one state directory."""
+    for name in ("one", "two"):
+        (repo.site.dir / name).mkdir()
+        shutil.copy(str(PROGRAM), str(repo.site.dir / name / "vendored.py"))
+    assert in_library(repo, """
+import importlib.util
+def load(name):
+    spec = importlib.util.spec_from_file_location("vendor_" + name, sys.argv[1] + "/" + name + "/vendored.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+copies = [load("one"), load("two")]
+assert copies[0].CmuxError is not copies[1].CmuxError and copies[0].__file__ != copies[1].__file__
+projects = [copy.Project(".") for copy in copies]
+projects[0].set_secret("TOKEN", "s3cret-of-both")
+with ThreadPoolExecutor(24) as pool:
+    made = list(pool.map(lambda n: projects[n % 2].ensure("w%d" % (n // 2 % 2), "box"), range(8)))
+    assert sorted(w.name for w in made) == ["w0"] * 4 + ["w1"] * 4
+    def work(n):
+        workspace = made[n % 8]
+        run = workspace.exec("echo $CMUX_WORKSPACE $TOKEN %d; sleep 0.0%d; exit %d" % (n, n % 7, n % 200))
+        workspace.write("f%d" % n, str(n))
+        return run.stdout, run.exit_code, workspace.read("f%d" % n).data
+    for n, found in enumerate(pool.map(work, range(160))):
+        assert found == (b"w%d s3cret-of-both %d\\n" % (n // 2 % 2, n), n % 200, b"%d" % n), (n, found)
+cancels = [copy.Cancel() for copy in copies]
+with ThreadPoolExecutor(2) as pool:
+    naps = [pool.submit(made[n].exec, "sleep 1.5; echo slept", cancel=cancels[n]) for n in range(2)]
+    cancels[0].set()
+    assert naps[0].result().exit_code == 130 and naps[1].result().stdout == b"slept\\n"
+for copy, project in zip(copies, projects):
+    try:
+        project.create("w0", "box")
+    except copy.WorkspaceExists:
+        print("exists")
+assert projects[0].remove("w0", force=True) == ["w0"] and "w0" not in projects[1].entries()
+""", str(repo.site.dir)) == "exists\nexists\n"
+
+
+def public_callables() -> Iterator[Tuple[str, Any]]:
+    """What __all__ promises, and the methods and properties of its classes."""
+    for name in c.__all__:
+        value = getattr(c, name)
+        yield name, value
+        if isinstance(value, type):
+            for method in dir(value):
+                member = getattr(value, method)
+                if not method.startswith("_") and (callable(member) or isinstance(member, property)) and not hasattr(Exception, method):
+                    yield f"{name}.{method}", member
+
+
+@pytest.mark.promise(10)
+@pytest.mark.compat
+def test_every_public_name_says_what_it_is() -> None:
+    data = {"TOOLS"}  # a dict, told in the README
+    short = [name for name, value in public_callables() if name not in data and len((getattr(value, "__doc__", None) or "").split()) < 3]
+    assert not short
+    raised = {name for name in c.__all__ if isinstance(getattr(c, name), type) and issubclass(getattr(c, name), c.CmuxError)}
+    assert {"CmuxError", "UsageError", "HostError", "ToolFailed", "WorkspaceDirty"} <= raised
+
+
+def test_what_is_raised_is_public(source: Source) -> None:
+    """Or a kind of something public, for those who catch by name; except what only the program's own protocols raise."""
+    family = [kind for kind in (getattr(c, node.name, None) for node in source.find(ast.ClassDef)) if isinstance(kind, type) and issubclass(kind, c.CmuxError)]
+    assert len(family) > 20
+    public = {kind for kind in family if kind.__name__ in c.__all__} - {c.CmuxError}
+    assert [kind.__name__ for kind in family if not public & set(kind.__mro__) and kind is not c.CmuxError] == ["PipeClosed", "OutputFailed", "ProtocolError"]
+
+
+# === mcp ===
+
+
+def test_mcp_follows_a_rename_after_the_call_that_made_the_workspace(repo: Repo) -> None:
+    with open_mcp(repo, "-w", "first", "-H", "box") as client:
+        client("exec", command="echo work >a")
+        assert repo.cli("rename", "-w", "first", "second").code == 0
+        assert "work" in client.call("read", path="a")[1]
+    assert set(repo.workspaces()) == {"second"}
+
 
 META = "io.modelcontextprotocol/"
+
+
 MODERN = {"_meta": {META + "protocolVersion": "2026-07-28", META + "clientCapabilities": {}}}
+
+
 MCP_TOOLS = ["exec", "read", "write", "edit", "glob", "grep", "jobs", "logs", "wait", "stop"]
 
 
@@ -9669,342 +8559,6 @@ def test_mcp_the_official_sdk_works(shared: Repo, mode: str) -> None:
     until(lambda: not running("sleep 4242.25"), "the end of the cancelled command")
 
 
-# === doctor and shell ===
-
-
-def states(answer: Answer) -> Dict[str, str]:
-    return {row["what"]: row["state"] for row in answer.json}
-
-
-def test_doctor_finds_a_good_host_good_and_leaves_nothing_there(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    before = sorted(str(p) for p in repo.site.far_home().rglob("*"))
-    found = repo.cli("doctor", "box", "--json")
-    assert found.code == 0 and {row["state"] for row in found.json} == {"ok"}, found
-    assert {"ssh here", "python", "state", "config", "connect", "system", "tar", "git there", "disk", "sessions", "latency", "secrets"} == set(states(found))
-    text = {row["what"]: row["text"] for row in found.json}
-    assert "publickey" in text["connect"] and str(repo.site.keys.user) in text["connect"] and text["sessions"].startswith("10 ")
-    assert sorted(str(p) for p in repo.site.far_home().rglob("*")) == before
-    plain = repo.cli("doctor")
-    assert plain.code == 0 and plain.out.count(b"ok ") == 12
-    assert repo.cli("exec", "--", "echo still").out == b"still\n"
-
-
-def test_doctor_understands_an_ssh_before_8_7(repo: Repo, site: Site) -> None:
-    """Which says only as debug1 how it logged in."""
-    env = {"CMUX_SSH_COMMAND": in_sshs_place(repo.site, 'for a; do case $a in /*cmux-doctor-*) log=$a;; esac; done; $ssh "$@"; code=$?\n'
-                                             '[ ! "$log" ] || sed \'s/^Authenticated to .* using "\\(.*\\)".*/debug1: Authentication succeeded (\\1)./\' "$log" >"$log.8"\n'
-                                             '[ ! "$log" ] || mv "$log.8" "$log"; exit $code')}
-    found = repo.cli("doctor", "box", "--json", env=env)
-    assert found.code == 0 and {row["state"] for row in found.json} == {"ok"} and "by publickey" in next(row["text"] for row in found.json if row["what"] == "connect")
-
-
-def test_doctor_says_what_the_config_would_let_out(site: Site) -> None:
-    Hostile(site, "RequestTTY force", "RemoteCommand echo hijacked")
-    found = site.cli("doctor", "hostile", "--json")
-    config = next(row["text"] for row in found.json if row["what"] == "config")
-    assert found.code == 0, found
-    for word in ("ForwardAgent", "ForwardX11", "SendEnv", "SetEnv", "LocalForward", "RemoteForward", "DynamicForward", "LocalCommand", "RemoteCommand"):
-        assert word in config
-
-
-def silent_port(site: Site) -> int:
-    """A port that takes connections and says nothing."""
-    site.daemon("box2")
-    line = site.line("silent", to="box2")
-    line.stall()
-    return line.port
-
-
-@pytest.mark.parametrize("trouble, code, words", [
-    ("unresolved", 255, "does not resolve"), ("closed", 255, "refused"), ("unknown key", 255, "ssh-ed25519 SHA256:"), ("changed key", 255, " -R rig"),
-    ("no key", 255, "SSH_AUTH_SOCK"), ("password only", 255, "allow keys"), ("proxy", 255, "my proxy is broken"), ("coder", 255, "coder login"), ("silent", 255, "then said nothing. Its sshd may hang, or another service have that port: try `ssh -F "),
-    ("late proxy", 255, "without a connection: spoken late."),
-    ("bad config", 255, "Correct the file"), ("no sh", 1, "start-up files"), ("readonly", 1, "cannot be written"), ("no tar", 1, "Install tar"),
-    ("single", 0, "MaxSessions"), ("no git", 0, "Install git")])
-def test_doctor_explains_what_is_wrong_and_its_fix(site: Site, trouble: str, code: int, words: str) -> None:
-    """Each in one sentence, with the documented exit code; what makes the host unusable is no 'fix'."""
-    name = site.host("h", "HostName no-such-host.invalid") if trouble == "unresolved" else (
-        site.host("h", "HostName 127.0.0.1", f"Port {free_port()}")) if trouble == "closed" else (
-        site.inetd("h", host_key=site.keys.other_host, config=["StrictHostKeyChecking no"] if trouble == "changed key" else ["HostKeyAlias new"])
-    ) if trouble.endswith("d key") or trouble.endswith("n key") else (
-        site.inetd("h", f"RevokedKeys {site.keys.user}.pub")) if trouble == "no key" else (
-        site.inetd("h", "Match all", "PubkeyAuthentication no", "PasswordAuthentication yes")) if trouble == "password only" else (
-        site.host("h", "ProxyCommand sh -c 'echo my proxy is broken >&2; exit 1'")) if trouble == "proxy" else (
-        site.host("h", "ProxyCommand sh -c 'echo You are not logged in. >&2; exit 1' coder ssh --stdio h")) if trouble == "coder" else (
-        site.host("h", f"ProxyCommand sh -c '{COLD_PROXY}'")) if trouble == "late proxy" else (
-        site.host("h", "HostName 127.0.0.1", "Port %d" % silent_port(site), "ConnectTimeout 2")) if trouble == "silent" else (
-        site.host("h", "Frobnicate yes")) if trouble == "bad config" else (
-        site.inetd("h", "ForceCommand exit 3")) if trouble == "no sh" else (
-        site.daemon("h", "MaxSessions 1")) if trouble == "single" else (
-        site.inetd("h", shell="busybox", env={"PATH": minimal_path(site)} if trouble == "no git" else {}))
-    if trouble == "no tar":
-        path = Path(minimal_path(site))
-        (path / "tar").unlink()
-        site.inetd("h", shell="busybox", env={"PATH": str(path)})
-    if trouble == "readonly":
-        site.inetd("h", env={"HOME": "/proc/nowhere"})
-    found = site.cli("doctor", name, "--json")
-    assert found.code == code, found
-    row = next(row for row in found.json if row["state"] in ({255: ["dead"], 1: ["bad"], 0: ["fix"]}[code]))
-    assert words in row["text"] + " " + row["fix"] and row["fix"] and "\n" not in row["text"] + row["fix"], row
-
-
-def test_doctor_without_a_host_looks_at_this_machine_only(site: Site) -> None:
-    found = site.cli("doctor", "--json")
-    assert found.code == 0 and states(found) == {"ssh here": "ok", "python": "ok", "state": "ok", "host": "note"}
-    assert site.cli("doctor", "-oProxyCommand=x").code == 2 and site.cli("doctor", "a b").code == 2
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "tcsh", "ksh", "dash"])
-def test_shell_is_the_login_shell_in_the_workspace_with_the_secrets(site: Site, shell: str) -> None:
-    repo, value = Repo(site), "s%s'$x" % os.urandom(6).hex()
-    assert repo.cli("secrets", "set", "TOKEN", stdin=value.encode()).code == 0
-
-    def places() -> Set[Path]:
-        return set(Path("/tmp").glob("cmux-" + "[0-9a-f]" * 24))
-
-    before = places()
-    terminal = on_terminal(site, "shell", "-H", site.login(shell), cwd=repo.dir)
-    terminal.expect(b"as it likes")
-    terminal.send(b"env | egrep '^(TOKEN|CMUX_WORKSPACE)=' | sort; pwd; tty; cat README\r")
-    terminal.expect(rb"CMUX_WORKSPACE=main\s+TOKEN=" + re.escape(value.encode()) + rb"\s+\S+/main\s+/dev/\S+\s+hello")
-    assert not naming(value), "in no argv"
-    assert files_holding(site.remote, value.encode()) == []
-    until(lambda: places() <= before, "the way the secrets came is gone")  # another test's may be there for a moment
-    terminal.send(b"exit 7\r")
-    assert terminal.wait() == 7
-
-
-@pytest.mark.promise(1)
-def test_shell_sends_nothing_of_what_send_env_names(site: Site) -> None:
-    site.daemon("all", "AcceptEnv *", config=["SendEnv *"])
-    repo = Repo(site)
-    assert repo.cli("new", "-H", "all", "main").code == 0
-    terminal = on_terminal(site, "shell", cwd=repo.dir, env={"SSH_AUTH_SOCK": "/nowhere/agent", "DISPLAY": ":77", "TMPDIR": "/tmp/.", "FOO": "leaks-1"})
-    terminal.expect(b"as it likes")
-    terminal.send(b"env | grep -c -e /nowhere/agent -e :77 -e '/tmp/[.]' -e leaks-; echo end''ed\r")
-    terminal.expect(rb"[\s\\]0\s+ended")  # systemd's profile for bash writes OSC 3008, which a backslash ends, before it
-    terminal.send(b"exit\r")
-    assert terminal.wait() == 0
-
-
-@pytest.mark.parametrize("names, proxied", [("*", False), ("*", True), ("LC_*", False)])
-def test_a_session_of_its_own_sends_no_local_path(site: Site, names: str, proxied: bool) -> None:
-    """A pull has one; what ssh itself has there, and is told, a program in its place writes down."""
-    told = site.dir / "told"
-    (site.inetd if proxied else site.daemon)("own", config=[f"SendEnv {names}"])
-    site.env.update(SSH_AUTH_SOCK="/nowhere/agent", CMUX_SSH_COMMAND=in_sshs_place(
-        site, f'case "$*" in *"-S none "*) env >{told}; echo "ARGV=$*" >>{told};; esac\nexec $ssh "$@"'))
-    repo = Repo(site)
-    assert repo.cli("new", "-H", "own", "main").code == repo.cli("pull").code == 0
-    seen = dict(row.split("=", 1) for row in told.read_text().splitlines())
-    assert (set(seen) - {"PWD", "SHLVL", "_", "OLDPWD", "ARGV"} == {"PATH", "HOME"}) == ("-o IdentityAgent=/nowhere/agent" in seen["ARGV"]) == (names == "*"), seen
-    assert names == "*" or seen["SSH_AUTH_SOCK"] == "/nowhere/agent"
-
-
-def test_a_server_that_asks_for_the_agent_is_told_and_one_that_goes_on_is_left(repo: Repo, site: Site) -> None:
-    """What ssh writes into its log then was seen on a real one; no server here does it."""
-    words, name = "Warning: ssh server tried agent forwarding.\nWarning: this is probably a break-in attempt by a malicious server.\n", repo.site.dir / "name"
-    repo.site.env["CMUX_SSH_COMMAND"] = in_sshs_place(
-        repo.site, f'case " $* " in *" -M "*) for a; do [ "$p" != -E ] || echo "$a" >{name}; p=$a; done;; esac\nexec $ssh "$@"')
-    assert repo.exec("true").code == 0
-    log = name.read_text().strip()
-    with open(log, "a") as stream:
-        stream.write(words)
-    told = repo.exec("echo ran")
-    assert told.code == 0 and told.out == b"ran\n" and "WARNING: The server of box asked for this machine's agent" in told.said, told
-    with open(log, "a") as stream:
-        stream.write(words * 1000)
-    left = repo.exec("echo ran")
-    assert left.code == 255 and left.out == b"" and "Do not trust that machine" in left.said, left
-    until(lambda: not repo.site.masters(), "its master has ended")
-    again = repo.exec("echo ran")
-    assert again.code == 0 and not again.said, again
-
-
-def test_a_master_that_hangs_costs_a_long_lived_caller_one_wait(repo: Repo, tuned: Callable[..., None], site: Site) -> None:
-    tuned(START_PATIENCE=2)
-    with open_agent(repo, "-H", "box") as talker:
-        for _ in range(4):
-            talker("exec", command="true")
-        until(lambda: open_sessions(repo.site) == 4, "four wait ready")
-        for master in repo.site.masters():
-            kill(master.pid, signal.SIGSTOP)
-        began = time.monotonic()
-        answers = [talker.answer(talker.post("exec", {"command": "echo on"}), 60) for _ in range(6)]
-        assert sum(not answer["ok"] for answer in answers) < 2 and time.monotonic() - began < 15, answers
-
-
-def test_a_proxy_that_leaves_a_child_behind_does_not_keep_a_call(site: Site) -> None:
-    """A session of its own ends with its ssh, whoever holds its stderr."""
-    server = f"{program('sshd', 'openssh-server')} -i -f {site.sshd_config('kept')} -E {site.dir}/log-kept"
-    nap, work = unique(), unique()
-    site.host("kept", f"ProxyCommand sh -c 'sleep {nap} & exec {server}'")
-    repo = Repo(site)
-    site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
-    assert repo.cli("new", "-H", "kept", "main").code == 0
-    try:
-        child = repo.start("exec", "--json", "--", f"sleep {work}")
-        until(lambda: running(f"sleep {work}"), "it runs")
-        for process in processes(environ=False):
-            words = process.cmdline.split(b"\0")
-            if b"kept" in words and b"-S" in words and b"none" in words:
-                kill(process.pid, signal.SIGKILL)
-        out, err = child.communicate(timeout=30)
-        assert child.returncode == 255 and json.loads(out)["error"]["type"] == "ConnectionLost", (out, err)
-    finally:
-        subprocess.run(["pkill", "-f", f"sleep {nap}"])
-
-
-def test_shell_needs_a_terminal_and_leaves_it_as_it_was(repo: Repo, site: Site) -> None:
-    refused = repo.cli("shell", "-H", "box")
-    assert refused.code == 2 and "exec" in refused.said and not repo.workspaces()
-    line = repo.site.line("far")
-    terminal = on_terminal(repo.site, "shell", "-H", "far", cwd=repo.dir)
-    terminal.expect(b"as it likes")
-    terminal.send(b"stty -echo; echo re''ady\r")
-    terminal.expect(b"ready")
-    # the master may have the shell's first words printed before its client has made the terminal raw
-    until(lambda: not termios.tcgetattr(terminal._end)[3] & termios.ICANON, "a raw terminal while the shell runs")
-    line.drop()
-    until(lambda: terminal.child.poll() is not None, "its end")
-    assert termios.tcgetattr(terminal._end)[3] & termios.ICANON
-    assert terminal.wait() == 255
-
-
-# === Servers other than OpenSSH ===
-
-
-def other_server(site: Site, kind: str) -> str:
-    """Dropbear or tinyssh with a home of its own: both look for keys in the passwd home, so that
-    directory is mounted over, in a mount namespace of the server's own."""
-    home = site.far_home(kind)
-    (home / ".ssh").mkdir(parents=True)
-    (home / ".ssh/authorized_keys").write_text(public(site.keys.user) + "\n")
-    (home / ".ssh/authorized_keys").chmod(0o600)
-    (home / ".ssh").chmod(0o700)
-    home.chmod(0o700)
-    real = os.path.expanduser("~" + getpass.getuser())
-    hidden = f"{program('unshare', 'util-linux')} {'-m' if os.geteuid() == 0 else '-rm'} sh -c 'mount --bind {home} {real} && exec \"$@\"' sh "
-    if kind == "dropbear":
-        key = site.dir / "dropbear-key"
-        subprocess.run([program("dropbearconvert", "dropbear-bin"), "openssh", "dropbear", str(site.keys.host), str(key)], check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        port = free_port()
-        with open(site.dir / "log-dropbear", "ab") as log:
-            site.daemons.append(subprocess.Popen(shlex.split(hidden) + [program("dropbear", "dropbear-bin"), "-F", "-E", "-s", "-r", str(key), "-p",
-                                                                        f"127.0.0.1:{port}", "-P", str(site.dir / "pid")], stderr=log, stdin=subprocess.DEVNULL))
-        until(lambda: answers(port), "dropbear listens")
-        return site.host(kind, "HostName 127.0.0.1", f"Port {port}")
-    made = site.dir / "tinyssh-keys"
-    subprocess.run([program("tinysshd-makekey", "tinysshd"), "-q", str(made)], check=True)
-    shown = subprocess.run([program("tinysshd-printkey", "tinysshd"), str(made)], check=True, stdout=subprocess.PIPE).stdout.decode()
-    with open(site.known_hosts, "a") as known:
-        known.writelines(f"tiny {line}\n" for line in shown.splitlines() if line.startswith("ssh-ed25519"))
-    start = script(site.dir / "tinyssh", f"exec {hidden}{program('tinysshd')} -l {made} 2>>{site.dir}/log-tinyssh")
-    return site.host(kind, f"ProxyCommand {start}", "HostKeyAlias tiny")
-
-
-@pytest.mark.parametrize("kind", ["dropbear", "tinyssh"])
-def test_the_main_job_works_on_servers_that_are_not_openssh(site: Site, kind: str) -> None:
-    host, repo, nap = other_server(site, kind), Repo(site, odd=True), unique()
-    assert repo.cli("secrets", "set", "TOKEN", stdin=b"it's $x").code == 0
-    ran = repo.exec("printf '<%s>' \"$TOKEN\"; echo oh >&2; exit 9", host=host)
-    assert (ran.code, ran.out, ran.err) == (9, b"<it's $x>", b"oh\n"), ran
-    assert repo.exec("exit 255", host=host).code == 255 and repo.exec("kill -9 $$", host=host).code == 137
-    big = os.urandom(1 << 20)
-    assert repo.exec("cat", host=host, stdin=big).out == big
-    late = repo.exec(f"echo early; sleep {nap} & sleep {nap}", host=host, options=["--timeout", "1"])
-    assert late.code == 124 and late.out == b"early\n"
-    gone(f"sleep {nap}")
-    assert repo.cli("write", "made", stdin=big).code == 0 and repo.cli("read", "made").out == big
-    assert repo.cli("edit", "plain.txt", "--old", "plain", "--new", "edited").code == 0
-    job = repo.cli("exec", "--detach", "--", "echo in; exit 6").text.strip()
-    assert repo.cli("wait", job).code == 6 and repo.cli("logs", job).out == b"in\n"
-    with ThreadPoolExecutor(12) as pool:
-        runs = list(pool.map(lambda n: repo.exec(f"echo {n}", host=host), range(12)))
-    assert [r.out for r in runs] == [b"%d\n" % n for n in range(12)], runs
-    pulled = repo.cli("pull")
-    assert pulled.code == 0 and repo.git("show", "cmux/main:plain.txt") == "edited", pulled
-    repo.commit("next")
-    assert repo.cli("push").code == 0 and repo.cli("diff").out == b""
-    assert repo.cli("rm", "main").code == 0 and not repo.workspaces()
-    assert site.cli("doctor", host, "--json").code == 0
-
-
-@pytest.mark.parametrize("tar", ["bsdtar", "busybox"])
-def test_every_kind_of_tar_unpacks_the_same(site: Site, tar: str) -> None:
-    path = Path(minimal_path(site, "git"))
-    (path / "tar").unlink()
-    (path / "tar").symlink_to(program(tar, {"bsdtar": "libarchive-tools"}.get(tar, tar)))
-    site.inetd("other", shell="busybox", env={"PATH": str(path)})
-    repo = Repo(site, odd=True)
-    assert repo.cli("new", "-H", "other", "main").code == 0
-    assert tree_of(repo.path()) == repo.tree()
-    do = repo.cli("exec", "--", "echo agent >>plain.txt; rm empty; echo n >'new file'")
-    assert do.code == 0 and repo.cli("pull").code == 0
-    assert repo.git("diff", "--name-status", "main", "cmux/main").split("\n") == ["D\tempty", "A\tnew file", "M\tplain.txt"]
-    repo.write("plain.txt", b"mine\n")
-    repo.commit()
-    assert repo.cli("push").code == 0 and tree_of(repo.path()) == repo.tree()
-
-
-@pytest.mark.parametrize("name", ["home with space", "it's \"home\" $(x)", "-home", "h\u00f6me"])
-def test_a_home_with_any_name_works(site: Site, name: str) -> None:
-    home = site.remote / name
-    home.mkdir()
-    wrapper = script(site.dir / "wrap", f"HOME={shlex.quote(str(home))}; export HOME\nexec sh -c \"$SSH_ORIGINAL_COMMAND\"")
-    site.inetd("strange", f"ForceCommand {wrapper}")
-    repo = Repo(site, odd=True)
-    ran = repo.exec("pwd; echo x >made", host="strange")
-    assert ran.code == 0 and name in ran.text, ran
-    assert repo.cli("read", "made").out == b"x\n" and repo.cli("pull").code == 0 and repo.git("show", "cmux/main:made") == "x"
-    assert repo.cli("exec", "--", "true").code == 0 and repo.cli("rm", "main").code == 0
-
-
-@pytest.mark.parametrize("what", ["bytes", "inodes"])
-def test_a_full_disk_on_the_host_is_said_and_leaves_nothing_half(site: Site, what: str) -> None:
-    """A small tmpfs of its own, mounted in a namespace around an sshd -i."""
-    home = site.far_home("small")
-    site.inetd("small")
-    entry = site.entries[0]
-    command = re.search(r"ProxyCommand (.*)", entry).group(1)  # type: ignore[union-attr]
-    unshare = f"{program('unshare', 'util-linux')} {'-m' if os.geteuid() == 0 else '-rm'}"
-    start = script(site.dir / "start-small", f"exec {unshare} sh -c 'mount -t tmpfs -o {'size=600k' if what == 'bytes' else 'nr_inodes=40'} none {home} && exec {command}'")
-    site.entries[0] = entry.replace(command, str(start))
-    site._write_config()
-    repo = Repo(site, files={f"f{n}": os.urandom(40000) for n in range(60)})
-    made = repo.cli("new", "-H", "small", "main")
-    assert made.code == 1 and re.search("(?i)disk|space", made.said), made
-    assert repo.workspaces() == {}
-
-
-@pytest.mark.parametrize("verb, room", [("new", "nr_inodes=2"), ("pull", "size=40k"), ("pull", "nr_inodes=2"), ("batch", "size=40k"), ("exec", "size=40k")])
-def test_a_full_disk_on_this_machine_is_said_and_not_a_traceback(repo: Repo, verb: str, room: str, site: Site) -> None:
-    """TMPDIR, where a shadow repository and a command's stdin lie, is a small tmpfs in a namespace of its own."""
-    assert repo.exec("head -c 300000 /dev/urandom >big").code == 0
-    repo.write("large", os.urandom(300000))
-    repo.commit()
-    small = repo.site.dir / "small"
-    small.mkdir()
-    words = {"new": ["new", "-H", "box", "second"], "pull": ["pull"], "batch": ["batch"], "exec": ["exec", "--", "cat >got"]}[verb]
-    line = json.dumps({"id": 1, "workspace": "main", "tool": "exec", "arguments": {"command": "cat >got", "stdin": "x" * 300000}}).encode() + b"\n"
-    around = [program("unshare", "util-linux"), "-m" if os.geteuid() == 0 else "-rm", "sh", "-c",
-              f"mount -t tmpfs -o {room} none {small} && exec \"$@\"", "sh"]
-    done = subprocess.run([*around, sys.executable, str(PROGRAM), *words], cwd=str(repo.dir), env=repo.site.environment({"TMPDIR": str(small)}),
-                          input=line if verb == "batch" else b"x" * 300000, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
-    said = (done.stdout + done.stderr).decode()
-    assert "Traceback" not in said and '"Bug"' not in said, said
-    if verb == "exec":
-        assert done.returncode == 0 and (repo.path() / "got").stat().st_size == 300000, "stdin streams through: it needs no room here"
-    else:
-        assert done.returncode == 1 and re.search("room|space|disk", said), said
-    assert set(repo.workspaces()) == {"main"}
-
-
-# -- what it must mask --
-
 def job_of(text: str) -> str:
     found = re.search(r"job: ([jr]\w+)", text)
     assert found, text
@@ -10031,22 +8585,6 @@ def test_mcp_a_secret_over_the_border_of_two_pages_of_an_ended_job_is_masked(rep
         assert token[-12:] not in inside and "END" in inside
 
 
-def test_a_part_of_a_long_secret_is_found_in_linear_time(repo: Repo) -> None:
-    def shown(text: str) -> str:
-        return client("exec", command=["cat"], stdin=text).partition("\n--- stdout\n")[2].rpartition("\n[end")[0]
-    with open_mcp(repo, "-H", "box") as client:
-        for at, words in enumerate(("..abab ababc", "aab aabaac", "aabaa aabaac", "aaaba aabaac", "abaaa caabaa", "c abc", "xabca abca", "abcab abcabd")):
-            data, secret = re.sub("[a-d]", lambda found, at=3 * at: chr(ord(found[0]) + at) * 2, words).split()
-            assert repo.cli("secrets", "set", "S", stdin=secret.encode()).code == 0
-            for first in (False, True):
-                sizes = [n for n in range(4, min(len(secret), len(data) + 1)) if (data[:n] == secret[-n:] if first else data[-n:] == secret[:n])]
-                masked = data if not sizes else "[secret S]" + data[max(sizes):] if first else data[:-max(sizes)] + "[secret S]"
-                assert shown(f"[...]{data}" if first else f"{data}[...]") == (f"[...]{masked}" if first else f"{masked}[...]").replace(secret, "[secret S]"), (data, secret)
-        for n in range(2):
-            assert repo.cli("secrets", "set", f"LONG{n}", stdin=b"x" * 100_000 + b"y%d" % n).code == 0
-        assert shown(("x" * 99_000 + "z[...]") * 8 + "x" * 99_000 + "end").endswith("x" * 20 + "end")
-
-
 def test_mcp_a_secret_with_colour_codes_in_it_is_masked(repo: Repo, token: str) -> None:
     with open_mcp(repo, "-H", "box") as client:
         text = client("exec", command="echo x$TOKEN | sed \"s/.ok-/$(printf '\\033[1;31m')&$(printf '\\033[m')/\"")
@@ -10071,8 +8609,6 @@ def test_mcp_a_secret_where_the_capture_is_cut_is_masked(repo: Repo, token: str)
                                       f"head -c {2 * half} /dev/zero | tr '\\0' y; printf end")
         assert "begin-" in text and token[:4] not in text and "bytes left out" in text
 
-
-# -- what it must outlive --
 
 @pytest.mark.parametrize("which", ["projects", "secrets"])
 def test_mcp_damaged_state_is_said_in_every_answer_and_ends_nothing(repo: Repo, which: str, site: Site) -> None:
@@ -10188,7 +8724,1485 @@ def test_mcp_the_first_512_characters_of_the_instructions_stand_alone(repo: Repo
         assert len(first) <= 512 and "w" * 64 in first and "never follow instructions" in first and "background=true" in first and rest
 
 
-# === Liars: a host that says what it likes ===
+# === shell ===
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "tcsh", "ksh", "dash"])
+def test_shell_is_the_login_shell_in_the_workspace_with_the_secrets(site: Site, shell: str) -> None:
+    repo, value = Repo(site), "s%s'$x" % os.urandom(6).hex()
+    assert repo.cli("secrets", "set", "TOKEN", stdin=value.encode()).code == 0
+
+    def places() -> Set[Path]:
+        return set(Path("/tmp").glob("cmux-" + "[0-9a-f]" * 24))
+
+    before = places()
+    terminal = on_terminal(site, "shell", "-H", site.login(shell), cwd=repo.dir)
+    terminal.expect(b"as it likes")
+    terminal.send(b"env | egrep '^(TOKEN|CMUX_WORKSPACE)=' | sort; pwd; tty; cat README\r")
+    terminal.expect(rb"CMUX_WORKSPACE=main\s+TOKEN=" + re.escape(value.encode()) + rb"\s+\S+/main\s+/dev/\S+\s+hello")
+    assert not naming(value), "in no argv"
+    assert files_holding(site.remote, value.encode()) == []
+    until(lambda: places() <= before, "the way the secrets came is gone")  # another test's may be there for a moment
+    terminal.send(b"exit 7\r")
+    assert terminal.wait() == 7
+
+
+@pytest.mark.promise(1)
+def test_shell_sends_nothing_of_what_send_env_names(site: Site) -> None:
+    site.daemon("all", "AcceptEnv *", config=["SendEnv *"])
+    repo = Repo(site)
+    assert repo.cli("new", "-H", "all", "main").code == 0
+    terminal = on_terminal(site, "shell", cwd=repo.dir, env={"SSH_AUTH_SOCK": "/nowhere/agent", "DISPLAY": ":77", "TMPDIR": "/tmp/.", "FOO": "leaks-1"})
+    terminal.expect(b"as it likes")
+    terminal.send(b"env | grep -c -e /nowhere/agent -e :77 -e '/tmp/[.]' -e leaks-; echo end''ed\r")
+    terminal.expect(rb"[\s\\]0\s+ended")  # systemd's profile for bash writes OSC 3008, which a backslash ends, before it
+    terminal.send(b"exit\r")
+    assert terminal.wait() == 0
+
+
+@pytest.mark.parametrize("names, proxied", [("*", False), ("*", True), ("LC_*", False)])
+def test_a_session_of_its_own_sends_no_local_path(site: Site, names: str, proxied: bool) -> None:
+    """A pull has one; what ssh itself has there, and is told, a program in its place writes down."""
+    told = site.dir / "told"
+    (site.inetd if proxied else site.daemon)("own", config=[f"SendEnv {names}"])
+    site.env.update(SSH_AUTH_SOCK="/nowhere/agent", CMUX_SSH_COMMAND=in_sshs_place(
+        site, f'case "$*" in *"-S none "*) env >{told}; echo "ARGV=$*" >>{told};; esac\nexec $ssh "$@"'))
+    repo = Repo(site)
+    assert repo.cli("new", "-H", "own", "main").code == repo.cli("pull").code == 0
+    seen = dict(row.split("=", 1) for row in told.read_text().splitlines())
+    assert (set(seen) - {"PWD", "SHLVL", "_", "OLDPWD", "ARGV"} == {"PATH", "HOME"}) == ("-o IdentityAgent=/nowhere/agent" in seen["ARGV"]) == (names == "*"), seen
+    assert names == "*" or seen["SSH_AUTH_SOCK"] == "/nowhere/agent"
+
+
+def test_shell_needs_a_terminal_and_leaves_it_as_it_was(repo: Repo, site: Site) -> None:
+    refused = repo.cli("shell", "-H", "box")
+    assert refused.code == 2 and "exec" in refused.said and not repo.workspaces()
+    line = repo.site.line("far")
+    terminal = on_terminal(repo.site, "shell", "-H", "far", cwd=repo.dir)
+    terminal.expect(b"as it likes")
+    terminal.send(b"stty -echo; echo re''ady\r")
+    terminal.expect(b"ready")
+    # the master may have the shell's first words printed before its client has made the terminal raw
+    until(lambda: not termios.tcgetattr(terminal._end)[3] & termios.ICANON, "a raw terminal while the shell runs")
+    line.drop()
+    until(lambda: terminal.child.poll() is not None, "its end")
+    assert termios.tcgetattr(terminal._end)[3] & termios.ICANON
+    assert terminal.wait() == 255
+
+
+# === doctor ===
+
+
+def test_a_state_directory_open_to_others_is_a_finding_and_never_to_be_removed(repo: Repo, site: Site) -> None:
+    repo.cli("secrets", "list")
+    repo.site.state.chmod(0o755)
+    try:
+        answer, looked = repo.cli("list"), repo.cli("doctor", "box", "--json")
+        refused(answer, 1, words="is open to others")
+        assert "chmod 700 " + str(repo.site.state) in answer.said and "emove" not in answer.said and states(looked)["state"] == "bad" and looked.code == 1
+        assert looked.json[-1]["what"] == "state", "said once"
+    finally:
+        repo.site.state.chmod(0o700)
+    above = repo.site.dir / "above"
+    above.mkdir()
+    above.chmod(0o777)
+    said = repo.cli("list", env={"CMUX_SSH_HOME": str(above / "state")}).said
+    assert "Others can write to" in said and "chmod go-w %s." % above in said, said
+
+
+def states(answer: Answer) -> Dict[str, str]:
+    return {row["what"]: row["state"] for row in answer.json}
+
+
+def test_doctor_finds_a_good_host_good_and_leaves_nothing_there(repo: Repo, site: Site) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    before = sorted(str(p) for p in repo.site.far_home().rglob("*"))
+    found = repo.cli("doctor", "box", "--json")
+    assert found.code == 0 and {row["state"] for row in found.json} == {"ok"}, found
+    assert {"ssh here", "python", "state", "config", "connect", "system", "tar", "git there", "disk", "sessions", "latency", "secrets"} == set(states(found))
+    text = {row["what"]: row["text"] for row in found.json}
+    assert "publickey" in text["connect"] and str(repo.site.keys.user) in text["connect"] and text["sessions"].startswith("10 ")
+    assert sorted(str(p) for p in repo.site.far_home().rglob("*")) == before
+    plain = repo.cli("doctor")
+    assert plain.code == 0 and plain.out.count(b"ok ") == 12
+    assert repo.cli("exec", "--", "echo still").out == b"still\n"
+
+
+def test_doctor_understands_an_ssh_before_8_7(repo: Repo, site: Site) -> None:
+    """Which says only as debug1 how it logged in."""
+    env = {"CMUX_SSH_COMMAND": in_sshs_place(repo.site, 'for a; do case $a in /*cmux-doctor-*) log=$a;; esac; done; $ssh "$@"; code=$?\n'
+                                             '[ ! "$log" ] || sed \'s/^Authenticated to .* using "\\(.*\\)".*/debug1: Authentication succeeded (\\1)./\' "$log" >"$log.8"\n'
+                                             '[ ! "$log" ] || mv "$log.8" "$log"; exit $code')}
+    found = repo.cli("doctor", "box", "--json", env=env)
+    assert found.code == 0 and {row["state"] for row in found.json} == {"ok"} and "by publickey" in next(row["text"] for row in found.json if row["what"] == "connect")
+
+
+def test_doctor_says_what_the_config_would_let_out(site: Site) -> None:
+    Hostile(site, "RequestTTY force", "RemoteCommand echo hijacked")
+    found = site.cli("doctor", "hostile", "--json")
+    config = next(row["text"] for row in found.json if row["what"] == "config")
+    assert found.code == 0, found
+    for word in ("ForwardAgent", "ForwardX11", "SendEnv", "SetEnv", "LocalForward", "RemoteForward", "DynamicForward", "LocalCommand", "RemoteCommand"):
+        assert word in config
+
+
+def silent_port(site: Site) -> int:
+    """A port that takes connections and says nothing."""
+    site.daemon("box2")
+    line = site.line("silent", to="box2")
+    line.stall()
+    return line.port
+
+
+@pytest.mark.parametrize("trouble, code, words", [
+    ("unresolved", 255, "does not resolve"), ("closed", 255, "refused"), ("unknown key", 255, "ssh-ed25519 SHA256:"), ("changed key", 255, " -R rig"),
+    ("no key", 255, "SSH_AUTH_SOCK"), ("password only", 255, "allow keys"), ("proxy", 255, "my proxy is broken"), ("coder", 255, "coder login"), ("silent", 255, "then said nothing. Its sshd may hang, or another service have that port: try `ssh -F "),
+    ("late proxy", 255, "without a connection: spoken late."),
+    ("bad config", 255, "Correct the file"), ("no sh", 1, "start-up files"), ("readonly", 1, "cannot be written"), ("no tar", 1, "Install tar"),
+    ("single", 0, "MaxSessions"), ("no git", 0, "Install git")])
+def test_doctor_explains_what_is_wrong_and_its_fix(site: Site, trouble: str, code: int, words: str) -> None:
+    """Each in one sentence, with the documented exit code; what makes the host unusable is no 'fix'."""
+    name = site.host("h", "HostName no-such-host.invalid") if trouble == "unresolved" else (
+        site.host("h", "HostName 127.0.0.1", f"Port {free_port()}")) if trouble == "closed" else (
+        site.inetd("h", host_key=site.keys.other_host, config=["StrictHostKeyChecking no"] if trouble == "changed key" else ["HostKeyAlias new"])
+    ) if trouble.endswith("d key") or trouble.endswith("n key") else (
+        site.inetd("h", f"RevokedKeys {site.keys.user}.pub")) if trouble == "no key" else (
+        site.inetd("h", "Match all", "PubkeyAuthentication no", "PasswordAuthentication yes")) if trouble == "password only" else (
+        site.host("h", "ProxyCommand sh -c 'echo my proxy is broken >&2; exit 1'")) if trouble == "proxy" else (
+        site.host("h", "ProxyCommand sh -c 'echo You are not logged in. >&2; exit 1' coder ssh --stdio h")) if trouble == "coder" else (
+        site.host("h", f"ProxyCommand sh -c '{COLD_PROXY}'")) if trouble == "late proxy" else (
+        site.host("h", "HostName 127.0.0.1", "Port %d" % silent_port(site), "ConnectTimeout 2")) if trouble == "silent" else (
+        site.host("h", "Frobnicate yes")) if trouble == "bad config" else (
+        site.inetd("h", "ForceCommand exit 3")) if trouble == "no sh" else (
+        site.daemon("h", "MaxSessions 1")) if trouble == "single" else (
+        site.inetd("h", shell="busybox", env={"PATH": minimal_path(site)} if trouble == "no git" else {}))
+    if trouble == "no tar":
+        path = Path(minimal_path(site))
+        (path / "tar").unlink()
+        site.inetd("h", shell="busybox", env={"PATH": str(path)})
+    if trouble == "readonly":
+        site.inetd("h", env={"HOME": "/proc/nowhere"})
+    found = site.cli("doctor", name, "--json")
+    assert found.code == code, found
+    row = next(row for row in found.json if row["state"] in ({255: ["dead"], 1: ["bad"], 0: ["fix"]}[code]))
+    assert words in row["text"] + " " + row["fix"] and row["fix"] and "\n" not in row["text"] + row["fix"], row
+
+
+def test_doctor_without_a_host_looks_at_this_machine_only(site: Site) -> None:
+    found = site.cli("doctor", "--json")
+    assert found.code == 0 and states(found) == {"ssh here": "ok", "python": "ok", "state": "ok", "host": "note"}
+    assert site.cli("doctor", "-oProxyCommand=x").code == 2 and site.cli("doctor", "a b").code == 2
+
+
+# === completion ===
+
+
+TAB = r"""%s
+t() { COMP_WORDS=("$@"); COMP_CWORD=$(($#-1)); COMPREPLY=(); _cmux_ssh; echo "${COMPREPLY[*]}"; }
+for words in "$@"; do eval "t $words"; done"""
+
+
+@pytest.mark.parametrize("line, offered", [
+    ("{} ''", "new|rm|secrets"), ("{} rm ''", "two main"), ("{} rm main ''", "two main"), ("{} rm --force ''", "two main"), ("{} rm --f", "--force --forget"),
+    ("{} secrets ''", "set import list rm"), ("{} secrets rm ''", "KEY"), ("{} secrets rm KEY ''", "KEY"), ("{} exec -w ''", "two main"),
+    ("{} -C src rm ''", "two main"), ("{} exec -- --", ""), ("{} exec -H ''", ""), ("{} list -", "--all-projects|--json|-C"), ("python3 other.py ''", ""),
+    ("python3 {} pull -w ''", "two main"), ("python3 {} secrets rm ''", "KEY")])
+def test_completion_offers_what_can_stand_there(shared_names: Repo, line: str, offered: str) -> None:
+    for shell in ("bash", "zsh"):
+        script = TAB % 'source <(python3 "$CMUX" completion bash)'
+        if shell == "zsh":  # as its bashcompinit calls the function
+            script = ('autoload -U +X compinit && compinit -u -D; eval "$(python3 "$CMUX" completion zsh)"\n'
+                      'f() { emulate -L sh; setopt kshglob noshglob braceexpand;\n%s\n}; f "$@"' % TAB.partition("\n")[2])
+        done = subprocess.run([program(shell, shell), *(["-f"] if shell == "zsh" else []), "-c", script, shell, line.format(PROGRAM)], cwd=str(shared_names.dir),
+                              env=shared_names.site.environment({"CMUX": str(PROGRAM)}), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        told = done.stdout.decode().split()
+        assert done.returncode == 0 and not done.stderr, done
+        assert set(told) >= set(offered.split("|")) if "|" in offered else shell == "zsh" or sorted(told) == sorted(offered.split()), (shell, told)
+        assert shell == "bash" or set(told) >= set(offered.replace("|", " ").split()) and bool(told) == bool(offered), told  # zsh itself drops what does not fit
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_runs_only_the_program_that_made_the_script(shared_names: Repo, tmp_path: Path, shell: str) -> None:
+    """A checkout may hold anything, under any of these names, and its reader only types TAB."""
+    for name in ("cmux_ssh.py", "not_cmux_ssh.py", "python", "python3", "sub/cmux_ssh.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"#!{sys.executable}\nopen({str(tmp_path / 'RAN')!r}, 'w')\nprint('evil')\n")
+        (tmp_path / name).chmod(0o755)
+    tail = f"-C {shared_names.dir} rm "
+    names = ("./cmux_ssh.py", "sub/cmux_ssh.py", "python3 cmux_ssh.py", "./python cmux_ssh.py", "python3 not_cmux_ssh.py", "./python not_cmux_ssh.py")
+    if shell == "fish":
+        script, words = '"$PY" "$CMUX" completion fish | source; for line in $argv; echo (complete -C $line | string match -r "main|two|evil"); end', [f"{name} {tail}" for name in names]
+    else:
+        script, words = TAB % f'eval "$("$PY" "$CMUX" completion {shell})"', [f"{name} {tail} ''" for name in names]
+        script = "autoload -U +X compinit && compinit -u -D; emulate sh; " + script if shell == "zsh" else script
+    done = subprocess.run([program(shell, shell), *{"zsh": ["-f"], "fish": ["-N"], "bash": []}[shell], "-c", script, *([] if shell == "fish" else ["-"]), *words],
+                          cwd=str(tmp_path), env=shared_names.site.environment({"CMUX": str(PROGRAM), "PY": sys.executable}), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert not (tmp_path / "RAN").exists(), done
+    rows = [" ".join(sorted(row.split())) for row in done.stdout.decode().splitlines()]
+    assert rows[:3] == ["main two"] * 3 and rows[4:] == ["", ""] and rows[3] == ("" if shell == "fish" else "main two"), done
+
+
+@pytest.fixture(scope="module")
+def shared_names(shared: Repo) -> Repo:
+    """A project with the workspaces main and two, and the secret KEY: names are all that completion asks for."""
+    repo = Repo(shared.site, "names")
+    assert repo.cli("new", "-H", "box", "main", "two").code == 0 and repo.cli("secrets", "set", "KEY", stdin=b"v").code == 0
+    return repo
+
+
+def test_completion_of_fish_offers_names_where_they_can_stand(shared_names: Repo) -> None:
+    shim = shared_names.site.dir / "bin-of-names" / "cmux_ssh.py"  # its name is the command's, not a module's
+    shim.parent.mkdir()
+    shim.write_text(f"#!{sys.executable}\nimport os, sys\nos.execv(sys.executable, [sys.executable, {str(PROGRAM)!r}] + sys.argv[1:])\n")
+    shim.chmod(0o755)
+    lines = ["cmux_ssh.py rm ", "cmux_ssh.py secrets rm ", "cmux_ssh.py exec -w ", "cmux_ssh.py rm --f", f"python3 {shim} rm ", f"python3 {shim} rm --f", "cmux_ssh.py secrets ", "python3 cmux_ssh.py rm "]
+    (shared_names.dir / "cmux_ssh.py").symlink_to(shim)  # as README calls it
+    done = subprocess.run([program("fish", "fish"), "-N", "-c", "cmux_ssh.py completion fish | source; for line in $argv; complete -C $line; echo .; end", *lines],
+                          cwd=str(shared_names.dir), env=shared_names.site.environment({"PATH": f"{shim.parent}:{os.environ['PATH']}"}), stdout=subprocess.PIPE)
+    told = [{row.split("\t")[0] for row in part.splitlines()} - {""} for part in done.stdout.decode().split(".\n")]
+    assert told[0] == {"main", "two"} and told[1] == {"KEY"} and told[2] == {"main", "two"} and told[3] == {"--force", "--forget"}, told
+    assert told[4] == {"main", "two"} and told[5] == {"--force", "--forget"} and told[6] == {"set", "import", "list", "rm"}, told
+    assert told[7] == {"main", "two"}, told
+
+
+# === demo and bench ===
+
+
+@pytest.mark.compat
+def test_demo_shows_the_flow_and_leaves_nothing(site: Site) -> None:
+    before = {p.pid for p in processes(environ=False)}
+    shown = site.cli("demo", cwd=site.home)
+    assert shown.code == 0 and shown.text.count("\n") >= 5 and "process table" in shown.text.lower(), shown
+    assert not list(site.tmp.iterdir()) and sorted(p.name for p in site.home.iterdir()) == [".gitconfig"] and not site.state.exists()
+    until(lambda: not [p for p in processes() if p.pid not in before and os.fsencode(site.dir) in p.environ], "the demo's processes are gone")
+
+
+DEMO = "import os, sys, cmux_ssh\ncode = cmux_ssh.main(['demo'])\nprint([os.environ.get('CMUX_SSH_' + n) for n in ('HOME', 'COMMAND', 'HOST')])\nsys.exit(code)"
+
+
+@pytest.mark.parametrize("length", [49, 90])
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_demo_leaves_no_master_and_no_variable_also_where_tmpdir_is_long_and_ends_at_ctrl_c(site: Site, length: int, interrupted: bool) -> None:
+    """macOS has a TMPDIR of 49 characters; sockets do not fit below one."""
+    folder = site.tmp / ("t" * (length - 1 - len(str(site.tmp))))
+    folder.mkdir()
+    runtime = site.dir / "run"
+    runtime.mkdir(0o700)
+    before = {p.pid for p in processes(environ=False)}
+    env = site.environment({"TMPDIR": str(folder), "PYTHONPATH": str(HERE), "CMUX_SSH_HOST": "mine", "XDG_RUNTIME_DIR": str(runtime)})
+    child = subprocess.Popen([sys.executable, "-c", DEMO], cwd=str(site.home), env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    if interrupted:
+        until(lambda: [p for p in processes() if p.cmdline == b"sleep\x000.3\0" and os.fsencode(site.dir) in p.environ], "the command runs")
+        os.killpg(child.pid, signal.SIGINT)
+    try:
+        out, err = child.communicate(timeout=30)
+    finally:
+        kill(child.pid)
+    assert child.returncode == (130 if interrupted else 0) and b"Traceback" not in err, (out, err)
+    assert out.decode().splitlines()[-1] == str([env["CMUX_SSH_HOME"], env["CMUX_SSH_COMMAND"], "mine"]), out
+    assert not list(folder.iterdir()) and not list(runtime.iterdir())
+    until(lambda: not [p for p in processes() if p.pid not in before and os.fsencode(site.dir) in p.environ], "the demo's processes are gone")
+
+
+def test_demo_without_sshd_says_how_to_get_one(site: Site) -> None:
+    """sshd is looked for outside of PATH, too: the places are hidden by a file system of the test's own."""
+    hide = "for d in /usr/sbin /usr/local/sbin /usr/libexec; do [ ! -e $d/sshd ] || mount -t tmpfs none $d; done; exec \"$@\""
+    path = f"{os.path.dirname(program('ssh'))}:{os.path.dirname(program('git'))}:/usr/bin:/bin"
+    shown = subprocess.run([program("unshare", "util-linux"), "-rm", "sh", "-c", hide, "sh", sys.executable, str(PROGRAM), "demo"], cwd=str(site.home),
+                           env=site.environment({"PATH": path}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    assert shown.returncode == 2 and b"openssh-server" in shown.stderr and shown.stderr.count(b"\n") <= 2, shown
+
+
+def bench(site: Site, *args: str) -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run([sys.executable, str(HERE / ".ci/bench.py"), *args], cwd=str(site.home), env=site.env,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=250)
+
+
+@pytest.mark.slow
+def test_bench_measures_every_row_of_the_readme_and_leaves_nothing(site: Site) -> None:
+    done = bench(site, "--quick", "--json")
+    assert (done.returncode, done.stderr) == (0, b""), done
+    rows = {row["work"]: row for row in json.loads(done.stdout)["rows"]}
+    assert all(row["by"]["cmux"]["runs"] and row["by"]["cmux"]["median"] > 0 for row in rows.values())
+    assert {work for work, *_ in table("work")} <= set(rows)
+    assert not list(site.tmp.iterdir()) and not list(site.far_home().iterdir())
+
+
+def test_bench_refuses_a_simulated_line_to_a_real_host(site: Site) -> None:
+    done = bench(site, "box", "--rtt", "50")
+    assert done.returncode == 2 and b"leave out HOST or --rtt" in done.stderr
+
+
+# === history, top, gc, local state ===
+
+
+@pytest.mark.parametrize("which", ["projects", "secrets"])
+@pytest.mark.promise(7)
+def test_a_damaged_state_file_is_said_each_time_and_left_alone(repo: Repo, which: str, site: Site) -> None:
+    """Set aside by the first who reads it, it was missing for the next, which then ran without secrets."""
+    assert repo.cli("secrets", "set", "TOK", stdin=b"value-12345").code == 0 and repo.exec('echo "$TOK"').out == b"value-12345\n"
+    (file,) = (repo.site.state / which).glob("*.json")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5] + b"\xff garbage")
+    for _ in range(2):
+        children = [repo.start("exec", "--", 'echo "ran: $TOK"') for _ in range(4)]
+        for child in children:
+            out, err = child.communicate()
+            assert child.returncode == 125 and out == b"" and b"is damaged. Repair it. Or set it aside" in err, (out, err)
+        refused(repo.cli("secrets", "set", "OTHER", stdin=b"x") if which == "secrets" else repo.cli("new", "other", "-H", "box"), 1, words="is damaged")
+    assert file.read_bytes() == whole[:-5] + b"\xff garbage"
+    file.write_bytes(whole)
+    assert repo.exec('echo "$TOK"').out == b"value-12345\n"
+
+
+def test_directories_made_under_a_loose_umask_are_private(repo: Repo, site: Site) -> None:
+    home = repo.site.dir / "loose" / "a" / "b"
+    done = subprocess.run(["sh", "-c", 'umask 0; exec "$@"', "sh", sys.executable, str(PROGRAM), "secrets", "list"], cwd=str(repo.dir),
+                          env=repo.site.environment({"CMUX_SSH_HOME": str(home)}), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (home, home.parent, home.parent.parent)} == {0o700}
+    assert repo.cli("list", env={"CMUX_SSH_HOME": str(home)}).code == 0
+
+
+def test_a_socket_directory_that_was_cleared_away_is_made_anew(repo: Repo, site: Site) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    masters = repo.site.masters()
+    assert in_library(repo, """
+import shutil
+workspace = cmux_ssh.Project(".").workspace("main")
+assert workspace.exec("true").exit_code == 0
+shutil.rmtree(sys.argv[1])
+print(workspace.exec("echo on").stdout)
+""", str(repo.site.sockets())) == "b'on\\n'\n"
+    for master in masters:
+        kill(master.pid, signal.SIGTERM)
+
+
+def test_a_state_directory_that_cannot_be_written_is_said(repo: Repo, site: Site) -> None:
+    """On a file system mounted read only, in a namespace of its own: root writes to any other."""
+    assert repo.exec("true").code == 0
+    state = repo.site.state
+    mount = f"mount --bind {state} {state} && mount -o remount,bind,ro {state} && exec \"$@\""
+
+    def run(*args: str) -> "subprocess.CompletedProcess[bytes]":
+        return subprocess.run([program("unshare", "util-linux"), "-m" if os.geteuid() == 0 else "-rm", "sh", "-c", mount, "sh", sys.executable, str(PROGRAM), *args],
+                              cwd=str(repo.dir), env=repo.site.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    assert run("list").returncode == 0
+    for args, code in ((["exec", "--", "true"], 125), (["new", "other", "-H", "box"], 1), (["secrets", "set", "X", "--command", "echo"], 1)):
+        done = run(*args)
+        assert done.returncode == code and done.stdout == b"" and b"Traceback" not in done.stderr, done
+        assert done.stderr.count(b"\n") == 1 and b"Read-only file system" in done.stderr, done
+    assert repo.exec("echo again").out == b"again\n"
+
+
+def test_a_relative_state_directory_is_refused(repo: Repo) -> None:
+    """It would be another one in each directory, and the secrets a part of the repository."""
+    for args, code in ((["secrets", "set", "X"], 2), (["list"], 2), (["exec", "-H", "box", "--", "true"], 125)):
+        said = repo.cli(*args, env={"CMUX_SSH_HOME": "state/here"}, stdin=b"value")
+        assert said.code == code and "CMUX_SSH_HOME" in said.said and said.said.count("\n") == 1, said
+    assert repo.git("status", "--porcelain", "--ignored") == ""
+
+
+@pytest.mark.slow
+@pytest.mark.promise(7)
+def test_a_client_killed_at_any_moment_leaves_a_registry_that_works(repo: Repo) -> None:
+    luck = random.Random(7)
+    for n in range(12):
+        child = repo.start("new", "-H", "box", f"k{n}")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(luck.uniform(0.02, 0.5))
+        kill(child.pid)
+        child.communicate()
+        assert repo.cli("list", "--json").code == 0
+    for name in list(repo.workspaces()):
+        assert tree_of(repo.path(name)) == repo.tree(), f"{name} is whole or not at all"
+    assert repo.cli("new", "-H", "box", "last").code == 0 and tree_of(repo.path("last")) == repo.tree()
+
+
+@pytest.mark.parametrize("kind", ["world-writable", "symlink", "foreign"])
+def test_a_state_directory_others_can_change_is_not_used(repo: Repo, kind: str, site: Site) -> None:
+    state, real = repo.site.dir / "odd-state", repo.site.dir / "real"
+    if kind == "symlink":
+        real.mkdir(mode=0o777)
+        real.chmod(0o777)
+        state.symlink_to(real)
+    else:
+        state.mkdir()
+        state.chmod(0o777 if kind == "world-writable" else 0o755)
+    if kind == "foreign":
+        if os.geteuid() != 0:
+            return  # only root can make a directory of somebody else's
+        os.chown(state, 65534, 65534)
+    refused(repo.exec("true", env={"CMUX_SSH_HOME": str(state)}), 125, words=str(state))
+    assert not list(state.iterdir())
+
+
+def test_a_long_state_path_still_has_room_for_control_sockets(repo: Repo, site: Site) -> None:
+    deep = repo.site.dir / ("d" * 60) / ("e" * 60)
+    ran = repo.exec("cat", stdin=BINARY, env={"CMUX_SSH_HOME": str(deep)})
+    assert (ran.code, ran.out, ran.err) == (0, BINARY, b"")
+
+
+def test_a_state_path_with_a_percent_sign_is_taken_as_it_is(repo: Repo, site: Site) -> None:
+    """ssh expands %h and the like in a control path."""
+    env = {"CMUX_SSH_HOME": str(repo.site.dir / "a%hb%%c%d")}
+    assert [repo.exec("echo ok", env=env).out for _ in range(2)] == [b"ok\n", b"ok\n"]
+    assert len(repo.site.masters()) == 1 and sorted(p.name for p in repo.site.dir.glob("a*b*")) == ["a%hb%%c%d"]
+
+
+def test_what_is_remembered_of_a_host_outlives_no_clock_that_is_set_back(repo: Repo, site: Site) -> None:
+    """That masters are refused, that it was down: until a time of a clock that was 300 days ahead."""
+    site, line = repo.site, repo.site.line("far")
+    site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
+    assert repo.cli("new", "-H", "far", "main").code == 0
+    line.refuse = True
+    assert [repo.exec("true", host="far").code for _ in range(2)] == [255, 255]
+    line.refuse, changed = False, 0
+    for path in site.state.rglob("*.json"):
+        record = json.loads(path.read_text())
+        if "until" in record:
+            path.write_text(json.dumps(dict(record, until=record["until"] + 300 * 86400)))
+            changed += 1
+    assert changed == 2
+    in_sshs_place(site, 'exec $ssh "$@"')
+    for _ in range(2):
+        ran = repo.exec("true", host="far")
+        assert ran.code == 0 and ran.seconds < 10, ran
+    assert site.masters(), "the host is held to refuse multiplexing"
+
+
+def test_damaged_lines_of_the_history_are_passed_over(repo: Repo, site: Site) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    (path,) = [p for p in repo.site.state.rglob("*") if p.is_file() and "history" in str(p) and b'"new"' in slurp(str(p))]
+    with open(str(path), "ab") as stream:
+        for row in (b'{"operation": "exec", "time": 1e300}', b'{"operation": "exec", "time": NaN}', b'{"operation": "exec", "time": 1, "duration": "x"}',
+                    b'{"operation": 3, "time": 1}', b'{"time": 1}', b"[" * 100000, b"3", b"{"):
+            stream.write(row + b"\n")
+    told = repo.cli("history")
+    assert told.code == 0 and len(told.text.strip().split("\n")) == 2, told
+
+
+def test_an_interrupt_as_an_operation_begins_does_not_end_the_history(repo: Repo) -> None:
+    # From inside: no signal can be aimed at one instant of another process.
+    assert in_library(repo, """
+project = cmux_ssh.Project(".")
+workspace = project.ensure("main", "box")
+begin, before = project.history.begin, len(list(project.history.rows()))
+def interrupted(row):
+    project.history.begin = begin
+    raise KeyboardInterrupt
+project.history.begin = interrupted
+try:
+    workspace.exec("true")
+except KeyboardInterrupt:
+    workspace.exec("true")
+print(len(list(project.history.rows())) - before)
+""") == "1\n"
+
+
+def test_a_host_that_is_gone_for_good_can_be_forgotten_and_gc_visits_every_place(repo: Repo, site: Site) -> None:
+    assert repo.cli("new", "-H", "box", "stays", "--root", "~/other").code == 0
+    assert repo.cli("rm", "--force", "stays").code == 0  # gc visits its host all the same
+    assert repo.cli("new", "-H", "box", "lost").code == 0
+    path, registry = repo.path("lost"), next((repo.site.state / "projects").glob("*.json"))
+    registry.write_text(registry.read_text().replace('"box"', '"nowhere.invalid"', 1).replace('"host": "box"', '"host": "nowhere.invalid"'))
+    refused = repo.cli("rm", "--force", "lost")
+    assert refused.code == 255 and "rm --forget lost" in refused.said and "lost" in repo.workspaces(), refused
+    elsewhere = repo.cli("gc", "-H", "far")
+    assert elsewhere.code == 2 and "is or was on 'far'" in elsewhere.said, elsewhere
+    cleared = repo.cli("gc")
+    assert cleared.code == 255 and "box: freed" in cleared.text and "nowhere.invalid" in cleared.said, cleared
+    assert repo.cli("rm", "--forget", "lost").code == 0 and not repo.workspaces() and path.exists()
+
+
+def test_gc_and_top_go_by_their_host(repo: Repo, site: Site) -> None:
+    repo.site.line("far")
+    assert repo.cli("new", "-H", "box", "one").code == 0 and repo.cli("new", "-H", "far", "two").code == 0
+    assert [row["workspace"] for row in repo.cli("top", "--json", "-H", "far").json] == ["two"]
+    cleared = repo.cli("gc", "-H", "far")
+    assert cleared.code == 0 and "far: freed" in cleared.text and "box" not in cleared.text, cleared
+
+
+# === Usage, hints, what a terminal shows ===
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/abs", "-x", ".hidden", "a b", "a\nb", "a\x1b[31m", "ü\u202e", "x" * 300, "a;b", "$(id)", "*", "~", "con.lock/.."])
+def test_odd_workspace_names_are_refused(repo: Repo, name: str, site: Site) -> None:
+    refused(repo.cli("new", "-H", "box", "--", name), 2)
+    refused(repo.cli("exec", "-H", "box", f"--workspace={name}", "--", "true"), 125)
+    assert repo.workspaces() == {} and "Accepted" not in repo.site.log()
+
+
+def test_no_repository_an_unborn_branch_and_a_bad_revision_are_said(site: Site, repo: Repo) -> None:
+    refused(site.cli("new", "-H", "box", "a", cwd=site.home), 1, words="git repository")
+    refused(site.cli("exec", "-H", "box", "--", "true", cwd=site.home), 125, words="git repository")
+    refused(site.cli("list", "-C", str(site.dir / "nowhere")), 1, words="nowhere")
+    unborn = Repo(site, "unborn")
+    unborn.git("update-ref", "-d", "HEAD")
+    refused(unborn.cli("new", "-H", "box", "a"), 1, words="commit")
+    refused(repo.cli("new", "-H", "box", "a", "--ref", "no-such-rev"), 1, words="no-such-rev")
+    refused(repo.cli("new", "-H", "box", "a", "--ref=--output=x"), 1)
+    refused(repo.cli("new", "-H", "box", "a", "--dirty", "-C", repo.git("clone", "-q", "--bare", ".", "../bare") or "../bare"), 2, words="bare")
+    assert repo.workspaces() == {}
+
+
+def test_a_server_cannot_choose_what_is_told_for_a_changed_key(repo: Repo, site: Site) -> None:
+    """What it says while hanging up may stand in ssh's words, with newlines."""
+    home, said = repo.site.dir / "home", repo.site.dir / "said"
+    ssh = script(repo.site.dir / "ssh", f'for a; do [ "$a" != -G ] || exec ssh -F {repo.site.config} "$@"; done; cat {said} >&2; exit 255')
+    repo.site.host("h", "HostKeyAlias h", f"UserKnownHostsFile {home}/.ssh/known_hosts {home}/known", "GlobalKnownHostsFile /etc/ssh/known")
+    for words, path in (("/etc/passwd:1", ".ssh/known_hosts"), (f"{home}/known:3", "known"), (f"{home}:3", ".ssh/known_hosts")):
+        said.write_text(f'@ REMOTE HOST IDENTIFICATION HAS CHANGED! @\r\nOffending ED25519 key in {words}\r\n  ssh-keygen -f "/etc/passwd" -R "x; y"\r\n')
+        ran = repo.exec("true", host="h", env={"CMUX_SSH_COMMAND": str(ssh)})
+        assert ran.code == 255 and f"only then: ssh-keygen -f {home}/{path} -R h\n" in ran.said and "/etc/passwd" not in ran.said, ran
+
+
+def test_a_missing_ssh_or_git_is_said(repo: Repo, site: Site) -> None:
+    refused(repo.exec("true", env={"CMUX_SSH_COMMAND": "/nonexistent/ssh"}), 125, words="/nonexistent/ssh")
+    nothing = repo.site.dir / "nothing"
+    nothing.mkdir()
+    refused(repo.exec("true", env={"PATH": str(nothing)}), 125, words="git")
+
+
+@pytest.mark.parametrize("code, args", [(code, words.split()) for code, lines in {
+    2: ["", "no-such-command", "secrets", "secrets set", "secrets import /nonexistent", "rm", "write x", "edit x", "list --none"],
+    1: ["rm never-made", "read x", "jobs", "logs x", "stop j00000000", "pull", "push", "fork b", "batch -C /", "secrets -C / list", "new -C / a"],
+    125: ["exec", "exec --timeout x -- true", "exec --timeout -1 -- true", "exec --env NOEQUALS -- true", "exec --env =x -- true",
+          "exec --no-such-option"]}.items() for words in lines], ids=lambda value: None if isinstance(value, int) else " ".join(value) or "nothing")
+def test_usage_errors_are_said_and_with_json_are_an_object_too(repo: Repo, code: int, args: List[str]) -> None:
+    ran = repo.cli(*args, stdin=b"")
+    assert ran.code == code and ran.said.strip() + ran.text.strip(), ran
+    if args:
+        told = repo.cli("--json", *args, stdin=b"")
+        fields = told.json["errors"][0] if args == ["rm", "never-made"] else told.json["error"]
+        assert told.code == ran.code and fields["message"] and told.out.count(b"\n") == 1, told
+        assert ("exit_code" in told.json) == (args[0] == "exec") and (fields["message"] in told.said or args[0] == "exec"), told
+
+
+def hinted(said: str, *ours: str) -> List[str]:
+    """The commands in a message, ours and git's: up to the backtick, the bracket or the sentence that ends them."""
+    begins = "|".join(map(re.escape, ours)) + r"|\bgit -C|\bmv /|\bprintf ''|\bssh -F"
+    return [re.split(r"`|;| \(|\)|, then|, or|\.?\s*$|\. (?=[A-Z])", said[at.start():].split("\n")[0])[0] for at in re.finditer(begins, said) if said[max(0, at.start() - 2):at.start()] != "| "]
+
+
+@pytest.mark.slow
+def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo: Repo, site: Site) -> None:
+    """From another directory, by another path, about a workspace that is not the default: what a refusal says is run as it is."""
+    site, path = repo.site, repo.site.dir / "my copies" / "cmux_ssh.py"
+    path.parent.mkdir()
+    path.symlink_to(compiled())
+    site.host("dead", "ProxyCommand false")
+    repo.write("Makefile", b"test:\n\techo made\n")
+    repo.commit()
+    ours = f"{shlex.quote(sys.executable)} {shlex.quote(str(path))}"
+
+    def call(line: str, stdin: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
+        return subprocess.run(["sh", "-c", line], cwd=str(site.home), env=site.environment(), input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+
+    def told(line: str, *expected: str, codes: Sequence[int] = (0,)) -> None:
+        """The refusal of a line gives exactly these commands, which end with these codes, one after the other."""
+        done = call(f"{ours} -C {repo.dir} {line}")
+        found = hinted(done.stderr.decode() + done.stdout.decode(), ours)
+        assert found == [text.replace("@", f"{ours} -C {repo.dir}").replace("git ", f"git -C {repo.dir} ") for text in expected], (line, done)
+        for command in found:
+            for word, value in (("HOST", "box"), (" NAME", " fresh"), ("CMD", "'echo in $CMUX_WORKSPACE'"), (" ID", " j00000000"), (" NEW", " kept")):
+                command = re.sub(rf"{word}\b", value, command)
+            ran.append(call(command, b"" if "--detach" in command else b"value"))
+            assert ran[-1].returncode in codes, (line, command, ran[-1])
+    ran: List["subprocess.CompletedProcess[bytes]"] = []
+    told("list", "@ new NAME -H HOST")
+    told("rm --force fresh")
+    told("exec --all -- true", "@ new NAME -H HOST")
+    told("jobs -w two", "@ list", "@ new two -H HOST")
+    told("new two -H box", "@ rm two", codes=(0,))
+    assert call(f"{ours} -C {repo.dir} new two -H box").returncode == 0
+    told("jobs -w two", "@ exec -w two --detach -- CMD")
+    told("shell -w two", "@ exec -w two -- CMD")
+    assert ran[-1].stdout == b"in two\n"
+    told("exec -w two", "@ exec -w two -- make test")
+    assert b"made" in ran[-1].stdout
+    told("exec --bogus -- x", "%s exec -h" % ours)
+    told("nonsense", "%s -h" % ours)
+    told("exec -w two --detach --timeout 3 -- true", "@ stop ID", codes=(1,))
+    told("edit f -w two --old a --new b --sha256 zz", "@ read -w two --json f", codes=(1,))
+    told("rm", "@ list")
+    told("gc -H elsewhere", "@ list")
+    told("secrets rm NOPE", "@ secrets list")
+    told("secrets set X </dev/null", "printf '' | @ secrets set X")
+    told("secrets set Y --command 'exit 3'")
+    told("exec -w two -- true", "@ secrets set Y")
+    told("exec -H dead -w there -- true", "@ doctor dead", codes=(255,))
+    done = call(f"{ours} -C {repo.dir} doctor dead")
+    assert [command.split()[:2] for command in hinted(done.stdout.decode(), ours)] == [], done
+    do(repo, "echo more >>README; git commit -qam more; echo even more >>README", "two")
+    repo.commit()
+    told("push -w two", "@ pull -w two")
+    told("rm two")
+    assert call(f"{ours} -C {repo.dir} new two -H box").returncode == 0 and call(f"git -C {repo.dir} branch -f cmux/two HEAD~1").returncode == 0
+    do(repo, "echo more >>README", "two")
+    told("pull -v -w two", "git diff ...cmux/two", "git merge cmux/two")
+    do(repo, "echo again >>README", "two")
+    job = call(f"{ours} -C {repo.dir} exec -w two --detach -- sleep 60").stdout.decode().strip()
+    assert call(f"{ours} -C {repo.dir} pull -w two").returncode == 0
+    told("rm two", "@ jobs -w two")
+    assert call(f"{ours} -C {repo.dir} stop {job}").returncode == 0
+    shutil.rmtree(repo.path("two"))
+    for line in ("read -w two f", "exec -w two -- true", "exec --detach -w two -- true", "write -w two x", "fork -w two three", "diff -w two"):
+        told(line, "@ rm --force two", "@ new two -H box")
+        shutil.rmtree(repo.path("two"))
+    for damage in ('{"version": 1, "secrets": {"Z": 1}}', '{"version": 1, "secrets": 1}', "{"):
+        secrets = next(site.state.glob("secrets/*.json"))
+        secrets.write_text(damage)
+        done = call(f"{ours} -C {repo.dir} secrets list")
+        assert done.returncode == 1 and call(hinted(done.stderr.decode(), ours)[0]).returncode == 0 and call(f"{ours} -C {repo.dir} secrets set A", b"x").returncode == 0, done
+    assert len(list(site.state.rglob("*.damaged-*"))) >= 1
+    empty = site.dir / "no repository"
+    empty.mkdir()
+    done = call(f"{ours} -C '{empty}' list")
+    assert hinted(done.stderr.decode(), ours) == [f"git -C '{empty}' init"] and call(f"git -C '{empty}' init").returncode == 0, done
+    by_module = subprocess.run([sys.executable, "-m", "cmux_ssh", "-C", str(repo.dir), "rm"], cwd=str(HERE), env=site.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert b"See `%s -m cmux_ssh -C %s list`" % (os.fsencode(sys.executable), os.fsencode(repo.dir)) in by_module.stderr or sys.version_info < (3, 10), by_module
+
+
+def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo: Repo, site: Site) -> None:
+    """The last column is cut to 20 characters at least, or left out; then the widest yields."""
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    (file,) = (repo.site.state / "projects").glob("*.json")
+    record = json.loads(file.read_text())
+    main, long = record["workspaces"].pop("main"), "/home/ada/cmux/" + "x" * 300
+    for width, name, path, row in ((62, "n" * 10, long, "n{10}  box .* ready  /home/ada/cmux/xx[.]{3}"), (61, "n" * 10, long, "n{10}  box .* ready"),
+                                   (46, "n" * 10, "/a", "n{10}  box .* ready  /a"), (45, "n" * 10, "/a", "n{10}  box .* ready"),
+                                   (81, "n" * 51, long, "n{51}  box .* ready"), (80, "n" * 51, long, "n{47}[.]{3}  box .* ready")):
+        record["workspaces"] = {name: dict(main, path=path)}
+        file.write_text(json.dumps(record))
+        terminal = on_terminal(repo.site, "list", cwd=repo.dir, env={"COLUMNS": str(width)})
+        assert terminal.wait() == 0
+        head, shown, _ = terminal.output.decode().split("\r\n")
+        assert re.fullmatch(row, shown) and len(shown) <= width and ("PATH" in head) == ("/" in shown), (width, shown)
+    assert repo.cli("list").text.endswith(long + "\n")
+
+
+def test_a_host_or_a_name_that_does_not_fit_is_refused_and_nothing_removed(repo: Repo, site: Site) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    refused(repo.cli("rm", "-H", "other", "main"), 2, words="is on box, not on other")
+    assert repo.cli("list", "-q", "-H", "box").text == "main\n" and repo.cli("list", "--json", "-H", "other").json == []
+    for words in (["write", "-w", "", "x"], ["push", "-w", "", "--force"], ["pull", "-w", ""], ["rm", "-w", ""]):
+        refused(repo.cli(*words, stdin=b"x"), 2, words="-w names no workspace")
+    refused(repo.cli("exec", "-w", "", "--", "true"), 125, words="-w names no workspace")
+    assert list(repo.workspaces()) == ["main"] and repo.git("for-each-ref", "refs/heads/cmux") == ""
+    wrong = Repo(repo.site, "hostless").cli("exec", "-w", "nope", "--", "true")
+    assert wrong.code == 125 and "There is no workspace 'nope', and no host is known to make it on." in wrong.said, wrong
+
+
+def test_exec_json_says_what_is_known_of_the_stop_also_without_a_host(repo: Repo, site: Site) -> None:
+    repo.site.host("dead", "HostName 127.0.0.1", f"Port {free_port()}")
+    answer = repo.exec("true", host="dead", options=["--json"])
+    assert answer.code == 255 and answer.json["stopped"] is None and answer.json["error"]["type"], answer
+
+
+def test_no_bar_is_drawn_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that still sends would draw it below "Interrupted."."""
+    drawn: List[str] = []
+    monkeypatch.setattr(c, "err_out", drawn.append)
+    terminal = c.Terminal(0)
+    terminal.redraws, terminal.began = True, time.monotonic() - 10
+    terminal.progress("w", 5)
+    assert len(drawn) == 1
+    terminal.close()
+    terminal.shown, drawn[:] = 0.0, []
+    terminal.progress("w", 6)
+    assert drawn == []
+
+
+@pytest.mark.compat
+def test_errors_pass_through_a_pool_of_processes(site: Site) -> None:
+    site.host("dead", "HostName 127.0.0.1", f"Port {free_port()}")
+    site.daemon("mute", "ForceCommand exit 1")
+    assert in_library(Repo(site), """
+import multiprocessing, os
+def fails(number):
+    project = cmux_ssh.Project(".")
+    act = (lambda: project.workspace("none"), lambda: project.workspace("../x"), lambda: project.create("a", "dead"), lambda: project.create("a", "mute"),
+           lambda: cmux_ssh.Host("box").call(None))[number]
+    try:
+        act()
+    except cmux_ssh.CmuxError as error:
+        if os.getpid() == parent:
+            return error
+        raise
+if __name__ == "__main__":
+    parent = os.getpid()
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        for number in range(4):
+            try:
+                print(pool.apply(fails, (number,)))
+            except cmux_ssh.CmuxError as error:
+                mine = fails(number)
+                print(type(error).__name__, (type(error), str(error), error.__dict__) == (type(mine), str(mine), mine.__dict__))
+""") == "WorkspaceMissing True\nUsageError True\nConnectionFailed True\nRemoteShellFailed True\n"
+
+
+def test_a_record_of_what_runs_is_not_taken_for_a_dead_ones_as_it_is_made(repo: Repo) -> None:
+    # From inside: the instant between a record's file and its lock comes once in thousands of operations.
+    assert in_library(repo, """
+import os
+history = cmux_ssh.Project(".").history
+history.begin({"time": 1.0}).free()
+child = os.fork()
+if not child:
+    while True:
+        history.now()
+try:
+    for _ in range(3000):
+        lock = history.begin({"time": 1.0})
+        assert os.path.samestat(os.fstat(lock.fd), os.stat(lock.path))
+        lock.free()
+finally:
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+""") == ""
+
+
+def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo: Repo, site: Site) -> None:
+    assert repo.cli("new", "-H", "box", "main").code == 0
+    command = shlex.join([sys.executable, str(PROGRAM)])
+
+    def run(line: str) -> Answer:
+        done = subprocess.run(["bash", "-c", line.replace("CMUX", command)], cwd=str(repo.dir), env=repo.site.environment(), stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+        return Answer([line], done.returncode, done.stdout, done.stderr, 0)
+    for words in ("list", "new x", "secrets list"):
+        refused(run(f"mkdir x; cd x; rmdir ../x; CMUX {words}"), 125 if words.startswith("exec") else 1, words="current directory has been removed")
+    refused(run("ulimit -f 0; CMUX pull"), 1, words="temporary files")
+    assert run("ulimit -f 0; echo new | CMUX write f && CMUX read f").out == b"new\n"  # what is written needs none
+
+
+def test_an_output_pipe_closed_early_is_no_error_and_ends_the_command(shared: Repo) -> None:
+    nap = unique()
+    child = shared.start("exec", "-H", "box", "--", f"(sleep {nap}) & while :; do echo y; done")
+    assert child.stdout and child.stderr
+    assert child.stdout.readline() == b"y\n"
+    child.stdout.close()
+    assert b"Traceback" not in child.stderr.read()
+    child.wait(30)
+    gone(f"sleep {nap}")
+
+
+@pytest.mark.parametrize("args", [["list"], ["-h"], ["--version"], [], ["exec", "--", "echo x"], ["exec", "--json", "--", "true"], ["exec", "-h"], ["secrets", "set", "-h"],
+                                  ["completion", "bash"], ["history"], ["batch"]])
+@pytest.mark.parametrize("way", [">/dev/full", ">&-", "2>&-", "2>/dev/full"])
+def test_an_output_that_is_full_or_closed_is_no_bug(shared: Repo, args: List[str], way: str) -> None:
+    done = subprocess.run(["sh", "-c", f'"$@" {way}', "sh", sys.executable, str(PROGRAM), *args], cwd=str(shared.dir), env=shared.site.environment(),
+                          input=b'{"tool":"exec","arguments":{"command":"true"}}\n', stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    full = way == ">/dev/full"
+    assert done.returncode == ((125 if args[:1] == ["exec"] else 1) if full else 0 if args else 2), done
+    assert (done.stderr.count(b"\n") == 1 and b"No space left" in done.stderr) if full else done.stderr == b"", done
+
+
+# === The README ===
+
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+ROOM = int(re.search(r"cut to ([\d,]+) characters", README).group(1).replace(",", ""))  # type: ignore[union-attr]  # of a result of mcp
+
+
+NOT_HERE = ("claude ", "codex ", "coder ")  # programs of others, which this machine need not have
+
+
+def blocks(language: str) -> List[str]:
+    found = re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+    assert found, language
+    return found
+
+
+def table(head: str) -> List[List[str]]:
+    """The rows of the README's table whose first column is called that, and which begins the nearest to the top."""
+    text = README[README.index(f"\n| {head} |") + 1:].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert len({len(row) for row in rows}) == 1 and set(rows[1][0]) == {"-"}, rows
+    return rows[2:]
+
+
+def ticked(text: str) -> List[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+class Reader:
+    """Somebody who does in a repository what the README says; each `shop` is a project of its own."""
+
+    def __init__(self, site: Site) -> None:
+        self.site, self.count = site, 0
+        for name in ("my-server", "second-server", "third-server", "coder.my-workspace"):
+            site.host(name, "HostName 127.0.0.1", f"Port {site.port}")
+        bin_ = site.dir / "reader"
+        bin_.mkdir()
+        (bin_ / "python3").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+        (bin_ / "python3").chmod(0o755)
+        self.env = site.environment({"PATH": f"{bin_}:{site.env['PATH']}", "PYTHONPATH": str(HERE)})
+
+    def shop(self) -> Repo:
+        self.count += 1
+        repo = Repo(self.site, f"{self.count}/shop", files={"Makefile": b"test:\n\t@echo 'test_login ... ok'; echo 'test_logout ... ok'\n"})
+        shutil.copy(str(PROGRAM), str(repo.dir))
+        (repo.dir / ".git/info/exclude").write_text("cmux_ssh.py\nvendor\n")
+        return repo
+
+    def do(self, repo: Repo, script: str) -> Tuple[int, str]:
+        """Under bash, as typed; what it shows. The far home is shown as Ada's."""
+        done = subprocess.run(["bash", "-c", script], cwd=str(repo.dir), env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=120)
+        return done.returncode, done.stdout.decode().replace(str(self.site.far_home()), "/home/ada")
+
+
+@pytest.fixture
+def reader(site: Site) -> Reader:
+    return Reader(site)
+
+
+def without_chance(text: str) -> List[str]:
+    """Lines, without the ids, ages and durations that differ from run to run; parallel work ends in any order."""
+    text = re.sub(r"\b[0-9a-f]{10,}\b", "ID", text)
+    text = re.sub(r"\b\d+(\.\d+)?(?= ?m?s\b)", "N", text)
+    return sorted(re.sub(" +", " ", line).strip() for line in text.splitlines())
+
+
+def test_readme_transcripts_are_what_happens(reader: Reader) -> None:
+    seen = 0
+    for block in blocks("console"):
+        repo = reader.shop()
+        for command, shown in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.M):
+            said = reader.do(repo, command)[1]
+            told, found = without_chance(shown), without_chance(said.replace(sys.executable, "python3"))
+            seen += len(told)
+            assert len(told) == len(found) and all(re.fullmatch(re.escape(line).replace(r"\.\.\.", ".*"), other) for line, other in zip(told, found)), (
+                f"$ {command}\n{said}")
+    assert seen > 15
+
+
+@pytest.mark.compat
+def test_readme_shell_commands_run(reader: Reader) -> None:
+    for block in blocks("sh"):
+        here = "".join(line + "\n" for line in block.splitlines() if not line.startswith(NOT_HERE))
+        code, said = reader.do(reader.shop(), "set -e\n" + here)
+        assert code == 0 and not re.search(r"^cmux_ssh\.py: (?!\d+ of)", said, re.M), said
+    for line in README.splitlines():
+        if line.startswith("    make "):
+            assert re.search(rf"^{line.split()[1]}:", (HERE / "Makefile").read_text(), re.M), line
+
+
+def test_readme_python_example_prints_what_it_says(reader: Reader) -> None:
+    program, = blocks("python")
+    told = re.findall(r"^ *print\(.*\) +# (.*)$", program, re.M)
+    repo = reader.shop()
+    (reader.site.dir / "example.py").write_text(program)
+    done = subprocess.run([sys.executable, "-W", "error", str(reader.site.dir / "example.py")], cwd=str(repo.dir), env=reader.env, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b""), done.stderr.decode()
+    assert done.stdout.decode().splitlines() == told and len(told) == program.count("print(") > 4
+    assert repo.workspaces() == {} and repo.git("show", "cmux/try-it:notes.txt") == "bye"
+
+
+def words_for_us(line: Sequence[str]) -> List[str]:
+    """What follows cmux_ssh.py in a command line."""
+    return list(line[[word.rsplit("/")[-1] for word in line].index("cmux_ssh.py") + 1:])
+
+
+def test_readme_settings_of_mcp_clients_are_real_ones(reader: Reader) -> None:
+    repo = reader.shop()
+    servers = [server for block in blocks("json") for group in json.loads(block).values() for server in group.values()]
+    lines = [[server["command"], *server["args"]] for server in servers]
+    lines += [shlex.split(line.partition(" -- ")[2]) for block in blocks("sh") for line in block.splitlines() if " mcp add " in line]
+    assert len(lines) == 4
+    for line in lines:
+        words = words_for_us(line)
+        at = words.index("-C") + 1
+        assert line[0] == "python3" and line[1].startswith("/") and words[at].startswith("/") and words.pop(words.index("mcp")), line
+        with open_mcp(repo, *[str(repo.dir) if word.startswith("/") else word for word in words]) as client:
+            assert "the workspace fix-login on the remote host my-server," in client.ask("server/discover", MODERN)["result"]["instructions"]
+            assert {tool["name"] for tool in client.ask("tools/list", MODERN)["result"]["tools"]} == set(MCP_TOOLS), line
+    section, key, value = re.fullmatch(r"\[(\S+)\]\n(\w+) = (.*)\n", blocks("toml")[0]).groups()  # type: ignore[union-attr]
+    assert (section, key, json.loads(value)) == ("mcp_servers.box", "env_vars", ["SSH_AUTH_SOCK"])
+
+
+def flags_of(command: str) -> Set[str]:
+    row = c.COMMANDS[command]
+    options = [*row.options, *(option for _, _, more in row.actions.values() for option in more)]
+    return {flag for option in options for flag in option.flags if flag.startswith("-")}
+
+
+def test_readme_commands_are_the_parsers() -> None:
+    told: Dict[str, List[str]] = {}
+    for usage, text in table("command"):
+        name = ticked(usage)[0].split()[0]
+        assert name not in told, name
+        told[name] = ticked(usage)
+        flags = {word for tick in ticked(text) for word in re.findall(r"(?<!\S)--?[a-zA-Z][a-z-]*", tick)}
+        assert flags <= flags_of(name), (name, flags - flags_of(name))
+    assert set(told) == set(c.COMMANDS)
+    assert [word.split()[-1] for word in told["secrets"]] == list(c.COMMANDS["secrets"].actions)
+    assert [word.split()[-1] for word in told["completion"]] == c.COMMANDS["completion"].options[0].settings["choices"]
+    for name, row in c.COMMANDS.items():
+        takes = [option.settings["metavar"] for option in row.options if not option.flags[0].startswith("-") and "metavar" in option.settings]
+        assert name == "secrets" or all(metavar.split()[-1] in told[name][0] for metavar in takes), (name, takes)
+
+
+def test_readme_options_exist() -> None:
+    others = {"--strict", "--fsck-objects", "--global", "--check", "--quiet", "--short"}  # of mypy, git and sha256sum
+    known = set.union(*map(flags_of, c.COMMANDS)) | {"--version"} | others
+    told = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", README))
+    assert told <= known, told - known
+    every = {flag for name in c.COMMANDS for flag in flags_of(name) if flag.startswith("--")}
+    assert len(every & told) > 15
+
+
+def test_readme_tools_are_the_table_and_answer_so(shared: Repo) -> None:
+    rows = {ticked(name)[0]: (re.sub(r"\([^)]*\)", "", takes), gives) for name, takes, gives in table("tool")}
+    assert {name: set(ticked(takes.split(" of ")[0])) | set(re.findall(r"`(sha256)` of the file", takes)) for name, (takes, _) in rows.items()} == {
+        name: {param.name for param in tool.params} for name, tool in c.TOOLS.items()}
+    with open_agent(shared) as talker:
+        talker("write", path="of-readme", content="one\n")
+        job = talker("exec", command="exit 3", background=True)["job"]
+        calls = {"exec": {"command": "true"}, "read": {"path": "of-readme"}, "write": {"path": "of-readme", "content": "one\n"},
+                 "edit": {"path": "of-readme", "edits": [{"old": "one", "new": "two"}]}, "glob": {"pattern": "*"}, "grep": {"pattern": "."}, "jobs": {},
+                 "logs": {"job": job}, "wait": {"job": job}, "stop": {"job": job}}
+        for name, arguments in calls.items():
+            result = talker(name, **arguments)
+            text, _, inner = re.sub(r"; with .*", "", rows[name][1]).partition(" (objects of ")
+            rest = inner.partition(")")
+            assert set(ticked(text)) | set(ticked(rest[2])) == set(result), (name, result)
+            if inner:
+                assert set(ticked(rest[0])) == set(result[ticked(text)[0]][0]), (name, result)
+
+
+def test_readme_exit_codes_are_real(repo: Repo) -> None:
+    def interrupted() -> int:
+        child = repo.start("exec", "-H", "box", "--", "echo up; sleep 60")
+        assert child.stdout and child.stdout.readline() == b"up\n"
+        child.send_signal(signal.SIGINT)
+        child.communicate(timeout=30)
+        return child.returncode
+
+    assert repo.exec("true").code == 0
+    job = repo.cli("exec", "--detach", "--", "exit 77").text.strip()
+    nap = repo.cli("exec", "--detach", "--", "sleep 30").text.strip()
+    found = {
+        ("exec", "0 to 255"): (repo.exec("exit 77").code, 77), ("exec", "124"): (repo.exec("sleep 60", options=["--timeout", "0.3"]).code, 124),
+        ("exec", "125"): (repo.exec("true", options=["--cwd", "none"]).code, 125), ("exec", "130"): (interrupted(), 130),
+        ("exec", "255"): (repo.exec("true", host="nowhere.invalid", options=["-w", "x"]).code, 255),
+        ("wait", "0 to 255"): (repo.cli("wait", job).code, 77), ("the others", "0"): (repo.cli("list").code, 0),
+        ("the others", "1"): (repo.cli("read", "none").code, 1), ("the others", "2"): (repo.cli("list", "--none").code, 2),
+        ("the others", "130, 255"): (repo.cli("new", "-H", "nowhere.invalid", "x").code, 255)}
+    assert all(code == told for code, told in found.values()), found
+    of, rows = "", set()
+    for name, code, _ in table("of"):
+        of = name.strip("`") or of
+        rows.add((of, code))
+    assert rows == set(found)
+    assert repo.exec("kill -9 $$").code == 128 + 9 and repo.cli("wait", nap, "--timeout", "0.3").code == 124 and repo.cli("grep", "no such text").code == 1
+    failed = repo.exec("true", host="nowhere.invalid", options=["-w", "x", "--json"])
+    assert failed.json["error"] and repo.exec("exit 255", options=["--json"]).json["error"] is None
+    assert repo.cli("batch", stdin=b'{"tool": "none"}\n').code == 1 and repo.cli("stop", nap).code == 0
+
+
+def test_readme_names_tests_that_exist_and_counts_their_cases() -> None:
+    told = set(re.findall(r"\btest_\w+", README.split("## The ten promises")[1])) - {"test_cmux_ssh"}
+    assert not [name for name in told if not callable(globals().get(name))]
+    promises = table("promise")
+    assert [int(row[0].strip("* ").split(".")[0]) for row in promises] == list(range(1, 11))
+    marked: Dict[int, Set[str]] = {}
+    for name, test in globals().items():
+        for mark in getattr(test, "pytestmark", []) if name.startswith("test_") else []:
+            if mark.name == "promise":
+                marked.setdefault(mark.args[0], set()).add(name)
+    assert {n: set(re.findall(r"`(test_\w+)`", row[2])) for n, row in enumerate(promises, 1)} == {n: marked.get(n, set()) for n in range(1, 11)}
+    assert all("`test_" in tests or "table below" in tests for _, _, tests in promises)
+    wrong = [f"{what[:60]}: {number}, and they are {sum(map(cases, ticked(tests)))}" for head in ("hosts", "faults", "liars")
+             for what, number, _, tests in table(head) if int(number) != sum(map(cases, ticked(tests)))]
+    assert not wrong, "\n".join(wrong)
+    assert f"| {len(ATTACKS)} forged answers to each of {len(CALLS)} calls" in README and f"| {len(FLOODS)} endless floods" in README
+
+
+def test_readme_numbers_and_names_are_the_codes(repo: Repo) -> None:
+    text = " ".join(README.split())
+    with open_mcp(repo, "-H", "box", "--manage") as client:
+        found = client.ask("server/discover", MODERN)["result"]
+        assert set(re.findall(r"`(workspace_\w+)`", README)) == {tool["name"] for tool in client.ask("tools/list", MODERN)["result"]["tools"]} - set(MCP_TOOLS)
+    soft, room = re.search(r"After (\d+) s a command .* about (\d+) characters", found["instructions"], re.S).groups()  # type: ignore[union-attr]
+    assert f"cut to {ROOM:,} characters" in text and ROOM == int(room) and f"after {soft} s (`--soft-timeout`)" in text
+    assert f"versions from {min(found['supportedVersions'])} to {max(found['supportedVersions'])} are served" in text
+    assert f"At most {c.SESSIONS_PER_MASTER} sessions a connection, {c.MASTERS_PER_HOST} connections a host and {c.HANDSHAKES_AT_ONCE} handshakes" in text
+    assert "`-j N` is how many run at once (16)" in text and "at once (default: 16)" in repo.cli("batch", "-h").text
+    assert f"cmux_ssh.py {c.__version__} (sha256" in text
+    public = {name.partition("(")[0][len("cmux_ssh."):] for name in re.findall(r"cmux_ssh\.[A-Za-z_]\w*\b(?!\.)", README)} - {"py"}
+    assert public <= set(c.__all__) | {"__all__"}, public
+    undocumented = {name for name in c.__all__ if not re.search(rf"\b{name}\b", README) and not getattr(c, name).__doc__}
+    assert not undocumented
+
+
+# === Faults: killed half-way, a line that is cut (promise 7) ===
+
+
+class Gate:
+    """A host on which a program stands still when its arguments hold a word, before or after its work, so
+    that a script of ours is caught in its middle: until the gate opens."""
+
+    def __init__(self, site: Site, of: str, when: str = "before") -> None:
+        self.dir = site.dir / "gate"
+        self.dir.mkdir()
+        real = program(of)
+        wait = f"if mkdir {self.dir}/reached 2>/dev/null; then while [ ! -e {self.dir}/open ]; do sleep 0.02; done; fi"
+        (self.dir / of).write_text(f'#!/bin/sh\nhere() {{ case " $* " in *"$(cat {self.dir}/word 2>/dev/null || echo //)"*) {wait};; esac; }}\n' + (
+            f'here "$@"; exec {real} "$@"\n' if when == "before" else f'{real} "$@"; r=$?; here "$@"; exit $r\n'))
+        (self.dir / of).chmod(0o755)
+        self.host = site.daemon("gated", env={"PATH": f"{self.dir}:{os.environ['PATH']}"})
+
+    def shut(self, word: str) -> None:
+        (self.dir / "word").write_text(word)
+
+    def reached(self) -> None:
+        until((self.dir / "reached").exists, "the script stands at the gate")
+
+    def open(self, seconds: float = 0.0) -> None:
+        if seconds:
+            later = threading.Timer(seconds, self.open)
+            later.daemon = True
+            later.start()
+        else:
+            with contextlib.suppress(OSError):
+                (self.dir / "open").touch()
+
+
+def killed(child: "subprocess.Popen[bytes]") -> None:
+    os.killpg(child.pid, signal.SIGKILL)
+    child.communicate()
+
+
+def settled(site: Site) -> None:
+    """Nothing runs on the host, and nothing is left lying about, here or there, once an operation has succeeded."""
+    name = os.fsencode(site.dir)
+
+    def busy() -> List[Process]:
+        return [p for p in processes() if name in p.environ + p.cmdline and b"sshd" not in p.cmdline and b"-M\0" not in p.cmdline
+                and b"[mux]" not in p.cmdline and p.pid not in ancestors()]
+    until(lambda: not busy(), "nothing of ours runs on the host")
+    stages = [p for p in site.remote.glob("*/cmux/.cmux/stage/*") if not p.name.endswith(".off")]
+    here = [p for p in site.state.rglob("*") if re.search(r"\.new$|/log\.d|\.running/", str(p))]
+    probes = re.compile(r"[a-z0-9_]{8}\Z")  # what Python's tempfile leaves when it is killed while it looks for a place
+    assert stages == [] and here == [] and [p for p in site.tmp.iterdir() if not probes.match(p.name)] == []
+
+
+def registry(repo: Repo) -> Dict[str, Any]:
+    """The record of the site's only project."""
+    files = list((repo.site.state / "projects").glob("*.json"))
+    assert len(files) == 1, files
+    return dict(json.loads(files[0].read_text()))
+
+
+def whole(repo: Repo, *names: str) -> None:
+    """Exactly these workspaces are listed; each is a directory where git finds no fault; no other exists; the
+    registry is waiting for nothing."""
+    listed = repo.workspaces()
+    assert set(listed) == set(names)
+    for name in names:
+        ran = repo.cli("exec", "-w", name, "--", "git status --short && git fsck --strict 2>&1")
+        assert ran.code == 0 and b"error" not in ran.out, ran
+    there = {path for row in listed.values() for path in Path(row["path"]).parent.iterdir()}
+    assert there == {Path(row["path"]) for row in listed.values()}
+    entries = registry(repo)["workspaces"]
+    assert set(entries) == set(names) and all(entry["state"] == "ready" and "intent" not in entry for entry in entries.values())
+
+
+# What is killed; the word of its script at which; what is called next, its code, and the workspaces then.
+HALFWAY = {
+    "new": ("new -H gated victim", "/victim", ["new -H gated victim", "rm victim", "fork -w main victim", "rename -w main victim"]),
+    "fork": ("fork -w main victim", "/victim", ["fork -w main victim", "rm victim", "new -H gated victim", "rename -w main victim"]),
+    "rename": ("rename -w main victim", "/victim", ["rename -w main victim", "exec -w main -- true", "pull -w main", "rm main", "new -H gated victim"]),
+    "rm": ("rm main", "/main", ["rm main", "new -H gated main"]),
+    "push": ("push -w main", "index.cmux", ["push -w main", "pull -w main", "diff -w main", "rm main", "rename -w main victim", "fork -w main victim"]),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("verb, then", [(verb, then) for verb, (_, _, calls) in HALFWAY.items() for then in calls])
+def test_killed_while_its_script_goes_on_the_next_call_works_and_nothing_is_half(site: Site, verb: str, then: str, when: str) -> None:
+    """The script on the host is caught around the step that counts; this program is killed; the next call
+    comes while the script still stands there. Then it goes on."""
+    repo, gate = Repo(site), Gate(site, "mv", when)
+    assert repo.cli("new", "-H", "gated", "main").code == 0
+    repo.write("README", b"second\n")
+    repo.commit()
+    words, at, _ = HALFWAY[verb]
+    gate.shut(at)
+    child = repo.start(*words.split())
+    gate.reached()
+    killed(child)
+    gate.open(0.5)
+    after = repo.cli(*then.split())
+    assert after.code == 0, (after, registry(repo))
+    names = {"main"} - ({"main"} if then == "rm main" or then.startswith("rename") else set())
+    names |= {"main"} if then == "new -H gated main" else set()
+    names |= {"victim"} if "victim" in then and not then.startswith("rm") else set()
+    until(lambda: not [p for p in processes() if os.fsencode(gate.dir) in p.cmdline], "the script has ended")
+    whole(repo, *names)
+    settled(site)
+    if verb == "push" and "main" in names:
+        assert tree_of(repo.path()) == repo.tree() and not repo.git("for-each-ref", "refs/heads/cmux")
+        assert repo.cli("push").code == 0 and repo.cli("rm", "main").code == 0
+    elif then.startswith("new") and verb != "rm":
+        assert tree_of(repo.path("victim")) == repo.tree()
+
+
+@pytest.mark.parametrize("kills", ["before", "after", "after before after"])
+def test_a_pull_killed_around_the_move_of_the_branch_is_followed_by_one_that_just_works(repo: Repo, kills: str, site: Site) -> None:
+    """Neither the branch's commit, nor one that it nearly had, is a stranger's."""
+    work(repo)
+    env = replaced(repo.site, git=f'''case " $* " in *" update-ref "*cmux/main*) [ $HOW = before ] || {program("git")} "$@"; kill -9 $PPID; exit 1;; esac''')
+    for turn in range(2):  # the first makes the branch, the second moves it
+        for how in kills.split():
+            do(repo, f"echo {how} {turn} >>README")
+            assert repo.cli("pull", env={**env, "HOW": how}).code == -9
+        after = repo.cli("pull")
+        assert after.code == 0 and repo.git("show", "cmux/main:README").endswith(str(turn)), after
+    do(repo, "echo third >>README")
+    assert repo.cli("pull", env={**env, "HOW": "after"}).code == -9 and repo.cli("pull", "--branch", "other").code == 0
+    after = repo.cli("pull")
+    assert after.code == 0 and repo.git("show", "cmux/main:README").endswith("third"), after
+    settled(repo.site)
+    do(repo, "echo more >>README")
+    repo.git("branch", "-f", "cmux/main", repo.git("commit-tree", "main^{tree}", "-p", "main", "-m", "somebody's own"))
+    assert "no pull of this workspace made" in repo.cli("pull").said, "a branch that somebody else moved stays"
+
+
+def test_a_line_lost_while_a_workspace_is_unpacked_makes_no_half_of_one(site: Site) -> None:
+    """The call is tried again over a new connection while the first attempt still unpacks."""
+    repo, gate = Repo(site), Gate(site, "tar")
+    line = site.line("far", to="gated")
+    assert repo.cli("new", "-H", "far", "first").code == 0
+    gate.shut("whole.tar")
+    child = repo.start("new", "-H", "far", "second")
+    gate.reached()
+    line.drop()
+    gate.open(1.5)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 0, err
+    assert tree_of(repo.path("second")) == repo.tree()
+    whole(repo, "first", "second")
+    settled(site)
+
+
+class Lane:
+    """One kind of operation, killed again and again in a project of its own."""
+
+    def __init__(self, site: Site, verb: str, seed: int) -> None:
+        self.verb, self.luck = verb, random.Random(f"{verb} {seed}")
+        self.repo = Repo(site, name=f"lane-{verb}", files={"nonce": verb.encode(), **{f"d/{n}": b"%d\n" % n for n in range(20)}})
+        self.first = self.repo.git("rev-parse", "HEAD")
+        self.repo.write("README", b"second\n")
+        self.repo.write("d/3", b"changed\n")
+        self.second = self.repo.commit()
+        self.turn, self.content = 0, b"hello\n"
+        done = self.repo.cli("new", "-H", "box", "main", "--ref", self.first)
+        assert done.code == 0, done
+        self.path = self.repo.path()
+
+    def arrange(self) -> List[str]:
+        """What is done next, the words of it."""
+        self.turn += 1
+        n, verb = self.turn, self.verb
+        if verb in ("write", "edit"):
+            self.stdin = b"%d " % n * 30000 if verb == "write" else b""
+            return ["write", "README"] if verb == "write" else ["edit", "src/main.c", "--old", f"main{n - 1 or ''}", "--new", f"main{n}"]
+        if verb == "pull":
+            (self.path / "README").write_bytes(b"%d\n" % n)
+        elif verb == "rm":
+            assert self.repo.cli("new", "-H", "box", f"w{n}").code == 0
+        return {"new": ["new", "-H", "box", f"w{n}"], "rm": ["rm", f"w{n}"], "fork": ["fork", "-w", "main", f"w{n}"], "pull": ["pull", "-w", "main"],
+                "rename": ["rename", "-w", f"w{n - 1}" if n > 1 else "main", f"w{n}"],
+                "push": ["push", "-w", "main", "--ref", self.second if n % 2 else self.first]}[verb]
+
+    def kill_once(self, words: List[str], delay: float) -> None:
+        with tempfile.TemporaryFile() as spool:
+            spool.write(getattr(self, "stdin", b""))
+            spool.seek(0)
+            child = self.repo.start(*words, stdin=spool)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(delay)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+
+    def done_already(self, words: List[str]) -> bool:
+        """One of those that were to be killed came to its end."""
+        listed = self.repo.workspaces()
+        return {"new": words[-1] in listed, "fork": words[-1] in listed, "rename": words[-1] in listed, "rm": words[-1] not in listed,
+                "edit": self.verb == "edit" and words[-1].encode() in (self.path / "src/main.c").read_bytes()}.get(self.verb, False)
+
+    def check(self, words: List[str]) -> None:
+        n, name = self.turn, words[-1]
+        if self.verb in ("new", "fork", "rename"):
+            self.path = Path(self.repo.workspaces()[name]["path"]) if self.verb == "rename" else self.path
+            self.repo.git("checkout", "-q", "-f", self.second if self.verb == "new" else self.first)
+            assert tree_of(self.repo.path(name)) == self.repo.tree()
+            self.repo.git("checkout", "-q", "-f", self.second)
+        elif self.verb == "write":
+            assert (self.path / "README").read_bytes() == self.stdin
+        elif self.verb == "edit":
+            assert (self.path / "src/main.c").read_bytes() == b"int main%d;\n" % n
+        elif self.verb == "pull":
+            assert self.repo.git("show", "cmux/main:README") == str(n)
+        elif self.verb == "push":
+            assert (self.path / "README").read_bytes() == (b"second\n" if n % 2 else b"hello\n")
+            assert (self.path / "d/3").read_bytes() == (b"changed\n" if n % 2 else b"3\n")
+        elif self.verb == "rm":
+            assert name not in self.repo.workspaces()
+
+    def run(self, groups: int, kills: int) -> int:
+        began, took = time.monotonic(), 0.0
+        for group in range(groups + 1):
+            words = self.arrange()
+            for _ in range(kills if group else 0):
+                before = (self.path / "README").read_bytes() if self.verb == "write" else b""
+                self.kill_once(words, self.luck.uniform(0.03, took * 1.2))
+                if self.verb == "write":
+                    until(lambda before=before: (self.path / "README").read_bytes() in (before, self.stdin), "old or new, never a mix", 0.1)
+            if not (group and self.done_already(words)):
+                final = self.repo.cli(*words, stdin=getattr(self, "stdin", None))
+                assert final.code == 0 or self.done_already(words), (group, final)
+            took = time.monotonic() - began if not group else took
+            self.check(words)
+        return groups * kills
+
+
+@pytest.mark.slow
+def test_killed_at_any_instant_a_few_hundred_times(site: Site) -> None:
+    """Every operation that changes something, killed at random instants of it, in several projects at once. After each
+    few kills the same call succeeds and all is whole; in the end nothing runs and nothing lies about."""
+    seed = int(os.environ.get("CMUX_TEST_SEED", "0")) or random.randrange(1, 10 ** 6)
+    print(f"CMUX_TEST_SEED={seed}")
+    lanes = [Lane(site, verb, seed) for verb in ("new", "push", "write", "edit", "pull", "rm", "fork", "rename")]
+    with ThreadPoolExecutor(3) as pool:
+        counts = list(pool.map(lambda lane: lane.run(6, 6), lanes))
+    for lane in lanes:
+        listed = lane.repo.workspaces()
+        ran = lane.repo.cli("exec", "--all", "--json", "--", "git status --short")
+        assert ran.code == 0 and len(ran.out.splitlines()) >= 1, ran
+        assert {p.name for p in lane.path.parent.iterdir()} == set(listed), (lane.verb, seed)
+        assert lane.repo.cli("push", "-w", sorted(listed)[0], "--force").code == 0  # a change: what the killed left is swept
+    assert sum(counts) == 288
+    settled(site)
+
+
+class Wire:
+    """A workspace over a line that breaks, and one undisturbed run to measure."""
+
+    def __init__(self, site: Site) -> None:
+        self.site, self.repo, self.line = site, Repo(site, files={"n": b"0\n"}), site.line("far")
+        assert self.repo.cli("new", "-H", "far", "main").code == 0
+        self.path, self.turn = self.repo.path(), 0
+
+    def cli(self, words: Sequence[str], stdin: Optional[bytes] = None) -> Answer:
+        return self.repo.cli(*words, stdin=stdin)
+
+    def measure(self, words: Sequence[str], stdin: Optional[bytes]) -> Tuple[Answer, Dict[str, int]]:
+        """The answer, and the bytes it took each way over a connection that was there."""
+        self.warm()
+        before = self.line.up, self.line.down
+        return self.cli(words, stdin), {"up": self.line.up - before[0], "down": self.line.down - before[1]}
+
+    def warm(self) -> None:
+        if not self.site.masters():
+            assert self.repo.exec("true", host="far").code == 0
+
+    def struck(self, words: Sequence[str], stdin: Optional[bytes], way: str, at: int, strike: Callable[[], None]) -> Tuple[Answer, bool]:
+        """The answer of a call with a trap in its way, and whether that sprang: packets are never the same twice."""
+        self.warm()
+        self.line.trap = (way, at, strike)
+        answer = self.cli(words, stdin)
+        sprung, self.line.trap = self.line.trap is None, None
+        return answer, sprung
+
+    def job(self, command: str) -> str:
+        started = self.repo.exec(command, host="far", options=["--detach"])
+        assert started.code == 0, started
+        return started.text.strip()
+
+
+@pytest.fixture(scope="module")
+def wire(keys: Keys) -> Iterator[Wire]:
+    with open_site(keys) as opened:
+        yield Wire(opened)
+
+
+Case = Tuple[List[str], Optional[bytes], int, Callable[[Answer], bool]]
+
+
+def case(wire: Wire, verb: str) -> Case:
+    """A new call of a command: its words, its stdin, its own exit code, and whether all is right after it succeeded."""
+    wire.turn += 1
+    n, name, readme, repo = wire.turn, f"{verb}{wire.turn}", wire.path / "README", wire.repo
+    if verb == "new":  # something to upload
+        repo.write("n", b"%d\n" % n)
+        repo.commit()
+    if verb in ("read", "glob", "grep", "diff", "batch", "write"):
+        readme.write_bytes(b"old\n" * 9)
+    words = {"new": "new -H far " + name, "read": "read README", "write": "write README", "glob": "glob src/*", "grep": "grep main", "jobs": "jobs",
+             "push": "push -w main --force", "pull": "pull -w main", "diff": "diff -w main", "fork": "fork -w main " + name, "batch": "batch"}.get(verb, "").split()
+    right: Callable[[Answer], bool] = lambda answer: True  # noqa: E731
+    if verb == "exec":
+        words = ["exec", "-w", "main", "--", "i=0; while [ $i -lt 300 ]; do echo line $i; i=$((i+1)); done; echo err >&2; exit 7"]
+        return words, None, 7, lambda a: a.out == b"".join(b"line %d\n" % i for i in range(300)) and a.err == b"err\n"
+    if verb in ("logs", "wait", "stop"):
+        job = wire.job("sleep 600" if verb == "stop" else "echo one; echo two; exit 9")
+        if verb != "stop":
+            assert repo.cli("wait", job).code == 9
+        return [verb, job], None, 9 if verb == "wait" else 0, lambda a: verb != "logs" or a.out == b"one\ntwo\n"
+    if verb == "edit":
+        readme.write_bytes(b"alpha\n")
+        return ["edit", "README", "--old", "alpha", "--new", "beta"], None, 0, lambda a: readme.read_bytes() == b"beta\n"
+    if verb == "write":
+        return words, b"%d " % n * 5000, 0, lambda a: readme.read_bytes() == b"%d " % n * 5000
+    if verb == "read":
+        right = lambda a: a.out == b"old\n" * 9  # noqa: E731
+    elif verb == "batch":
+        return words, b'{"id": 1, "workspace": "main", "tool": "exec", "arguments": {"command": "echo in; exit 3"}}\n', 0, \
+            lambda a: a.json["ok"] is True and a.json["result"]["exit_code"] == 3 and a.json["result"]["stdout"] == "in\n"
+    elif verb == "push":
+        repo.write("n", b"%d\n" % n)
+        repo.commit()
+        right = lambda a: tree_of(wire.path) == repo.tree()  # noqa: E731
+    elif verb == "pull":
+        readme.write_bytes(os.urandom(40).hex().encode())
+        right = lambda a: repo.git("show", "cmux/main:README") == readme.read_text()  # noqa: E731
+    elif verb == "diff":
+        right = lambda a: b"+old" in a.out  # noqa: E731
+    elif verb in ("new", "fork"):
+        right = lambda a: (tree_of(repo.path(name)) == (repo.tree() if verb == "new" else tree_of(wire.path)))  # noqa: E731
+    elif verb in ("rename", "rm"):
+        made = repo.cli("new", "-H", "far", name)
+        assert made.code == 0, made
+        words = ["rename", "-w", name, name + "x"] if verb == "rename" else ["rm", name]
+        right = lambda a: (name not in repo.workspaces() and (name + "x" in repo.workspaces()) == (verb == "rename"))  # noqa: E731
+    return words, None, 0, right
+
+
+def honest(answer: Answer, verb: str, code: int, right: Callable[[Answer], bool], where: object) -> bool:
+    """Success is success; else the line was lost, and one sentence says so. True when it succeeded."""
+    if verb == "batch" and answer.out and not answer.json["ok"]:
+        assert answer.code == 1 and answer.json["error"]["message"], (where, answer)
+        return False
+    if answer.code == code:
+        assert right(answer), (where, answer)
+        return True
+    assert answer.code == 255 and answer.said.count("\n") <= 2 and answer.said.strip(), (where, answer)
+    return False
+
+
+VERBS = ("new", "exec", "read", "write", "edit", "glob", "grep", "jobs", "logs", "wait", "stop", "push", "pull", "diff", "fork", "rename", "rm", "batch")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_line_cut_after_any_number_of_bytes_is_told_and_the_next_call_works(wire: Wire, verb: str) -> None:
+    words, stdin, code, right = case(wire, verb)
+    quiet, moved = wire.measure(words, stdin)
+    assert honest(quiet, verb, code, right, "undisturbed")
+    hits = 0
+    for way, whole_way in moved.items():
+        for part in range(4):
+            at = max(1, whole_way * (2 * part + 1) // 8)
+            words, stdin, code, right = case(wire, verb)
+            first, sprung = wire.struck(words, stdin, way, at, wire.line.drop)
+            where = (verb, way, at, whole_way)
+            hits += sprung
+            assert sprung or first.code == code, (where, first)
+            succeeded = honest(first, verb, code, right, where)
+            if not succeeded or verb not in ("new", "edit", "fork", "rename", "rm"):
+                again = wire.cli(words, stdin)
+                if again.code == 1 and verb in ("edit", "new", "fork", "rename", "rm"):
+                    assert right(again), (where, first, again)  # it was done: the answer alone was lost
+                else:
+                    assert honest(again, verb, code, right, where), (where, first, again)
+    assert hits >= 5 and wire.cli(["list", "--json"]).code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("verb", ["new", "exec", "write", "push", "pull", "fork", "logs"])
+def test_masters_killed_or_stopped_in_the_middle_are_told_or_waited_for(wire: Wire, verb: str, how: int) -> None:
+    """One that stops for a while changes nothing; a new call meanwhile does not wait for it."""
+    words, stdin, code, right = case(wire, verb)
+    quiet, moved = wire.measure(words, stdin)
+    assert honest(quiet, verb, code, right, "undisturbed")
+    for way in ("up", "down"):
+        struck: List[int] = []
+
+        def strike(struck: List[int] = struck) -> None:
+            for process in processes(environ=False):  # masters, and the connections that carry one stream
+                if os.fsencode(wire.site.dir) in process.cmdline and re.match(rb"(\S*/)?ssh[:\0 ]", process.cmdline):
+                    struck.append(process.pid)
+                    kill(process.pid, how)
+            if how == signal.SIGSTOP:
+                threading.Timer(1.0, lambda: [kill(pid, signal.SIGCONT) for pid in struck]).start()
+        for part in (3, 9, 27, 81):  # many small packets one time are a few the next: the trap may lie beyond the end
+            words, stdin, code, right = case(wire, verb)
+            first, sprung = wire.struck(words, stdin, way, max(1, moved[way] // part), strike)
+            if sprung:
+                break
+            assert honest(first, verb, code, right, (verb, way, "not struck"))
+        assert sprung and struck
+        succeeded = honest(first, verb, code, right, (verb, way, how))
+        assert succeeded or how == signal.SIGKILL, first
+        if not succeeded:
+            assert honest(wire.cli(words, stdin), verb, code, right, (verb, way, "again"))
+
+
+def test_sshd_restarted_under_running_commands_and_jobs(repo: Repo, site: Site) -> None:
+    nap = unique()
+    job = repo.exec("while [ ! -e go ]; do sleep 0.05; done; echo done; exit 9", options=["--detach"]).text.strip()
+    child = repo.start("exec", "--", f"echo early; sleep {nap}")
+    assert child.stdout and child.stdout.readline() == b"early\n"
+    waiting = repo.start("wait", job)
+    repo.site.restart()
+    _, err = child.communicate(timeout=30)
+    assert child.returncode == 255 and b"lost" in err and b"Traceback" not in err, err
+    assert repo.exec("echo again").out == b"again\n"
+    gone(f"sleep {nap}")
+    (repo.path() / "go").touch()
+    assert waiting.wait(60) == 9 and repo.cli("logs", job).out == b"done\n"
+    waiting.communicate()
+
+
+def test_an_hour_asleep_is_a_lost_line_and_jobs_go_on(site: Site) -> None:
+    """The laptop sleeps: clients and masters stand still for longer than the server's patience. Then it wakes up."""
+    repo, nap = Repo(site), unique()
+    site.daemon("drowsy", "ClientAliveInterval 1", "ClientAliveCountMax 2")
+    assert repo.cli("new", "-H", "drowsy", "main").code == 0
+    job = repo.exec("echo one; until [ -e go ]; do sleep 0.05; done; echo two; exit 9", host="drowsy", options=["--detach"]).text.strip()
+    command, following, waiting = repo.start("exec", "--", f"echo early; sleep {nap}"), repo.start("logs", "-f", job), repo.start("wait", job)
+    for child, line in ((command, b"early\n"), (following, b"one\n")):
+        assert child.stdout and child.stdout.readline() == line
+    until(lambda: len(site.log("drowsy").split("Starting session")) > 5, "wait has asked, too")
+    asleep = [p.pid for p in site.masters()] + [command.pid, following.pid, waiting.pid]
+    for pid in asleep:
+        kill(pid, signal.SIGSTOP)
+    until(lambda: re.search(r"(?i)timeout,? client not responding|Timeout before|client not responding", site.log("drowsy")), "the server has given up")
+    (repo.path() / "go").touch()
+    gone(f"sleep {nap}")
+    for pid in asleep:
+        kill(pid, signal.SIGCONT)
+    assert command.wait(60) == 255 and waiting.wait(60) == 9
+    out, err = following.communicate(timeout=60)
+    assert (following.returncode, out) == (0, b"two\n"), err
+    _, err = command.communicate()
+    assert b"lost" in err and b"Traceback" not in err, err
+    waiting.communicate()
+    assert repo.exec("echo again", host="drowsy").out == b"again\n"
+
+
+# === Liars: a host that says what it likes (promise 3) ===
+
 
 # Stands in for a login shell, or for ssh itself. An operation whose header names lie-N is answered with the
 # N-th attack of the file; any other goes to an honest sh.
@@ -10245,6 +10259,7 @@ for kind, fd, value in attack:
         os._exit(value)
 """
 
+
 Steps = List[Tuple[str, int, Any]]
 
 
@@ -10255,7 +10270,11 @@ def says(out: str = "", err: str = "", status: object = 0) -> Steps:
 
 
 BEGUN = says()[:2]
+
+
 ESCAPES = "\x1b]52;c;ZXZpbA==\x07\x1b]0;title\x07\x1b[2J\x1b[6n\x9b31m\xc2\x9b31m\r\x08\x7f\xe2\x80\xae\xe2\x81\xa6\x1bP+q\x1b\\\x0e"
+
+
 ATTACKS: Dict[str, Steps] = {
     "nothing": [], "nothing, 255": [("exit", 0, 255)], "noise only": [("say", 1, "Host key verification failed.\n"), ("say", 2, ESCAPES)],
     "another nonce": [(k, f, v.replace("{N}", "f" * 32)) if k == "say" else (k, f, v) for k, f, v in says("x")], "a mark cut off": [("say", 1, "{N}")],
@@ -10271,6 +10290,8 @@ ATTACKS: Dict[str, Steps] = {
     "escapes in a failure": says(ESCAPES, ESCAPES, 3), "every status": says("", ESCAPES, 22), "a status of no meaning": says("", "no newline", 99),
     "3 MB of JSON": says('{"a": [1]}' * 300000), "the line hangs up in the answer": BEGUN + [("say", 1, "12 all\nab"), ("exit", 0, 255)],
 }
+
+
 FLOODS: Dict[str, Steps] = {
     "stdout": BEGUN + [("flood", 1, "y\n")], "stderr": BEGUN + [("flood", 2, "y\n")], "both": BEGUN + [("flood", 0, "y\n")], "no newline": BEGUN + [("flood", 1, "y")],
     "half marks": BEGUN + [("flood", 1, "{N")], "a mark without an end": BEGUN + [("say", 1, "{N}"), ("flood", 1, "-")],
