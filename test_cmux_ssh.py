@@ -7507,7 +7507,7 @@ def test_contract_git_works_in_the_workspace(repo: Repo) -> None:
         git("mkdir new && cd new && git init -q && test -d .git")
 
 
-CONTRACT: Dict[str, Dict[str, str]] = {  # of PRODUCT.md: the arguments of each tool, + where it must be given
+CONTRACT: Dict[str, Dict[str, str]] = {  # the arguments of each tool, + where it must be given
     "exec": {"command": "+", "timeout": "", "cwd": "", "env": "", "stdin": "", "background": ""},
     "read": {"path": "+", "offset": "", "limit": ""}, "write": {"path": "+", "content": "", "content_base64": ""},
     "edit": {"path": "+", "edits": "+", "sha256": ""}, "glob": {"pattern": "+", "limit": ""},
