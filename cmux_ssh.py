@@ -2321,7 +2321,7 @@ class History:
         import json
         lock = Lock(os.path.join(self.running, "%d.%s" % (os.getpid(), os.urandom(4).hex())), passing=True)
         try:
-            for _ in range(4):  # now() may take the file for a dead one's
+            for _ in range(50):  # now() may take the file for a dead one's
                 if lock.take():
                     os.write(lock.fd, json.dumps(row).encode("ascii"))
                     return lock

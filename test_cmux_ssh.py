@@ -6974,11 +6974,11 @@ def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_sa
 
 
 def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterwards(repo: Repo, site: Site) -> None:
-    repo.write("big", os.urandom(3 << 20))
+    repo.write("big", os.urandom(12 << 20))
     repo.write(".cmux/init", b"#!/bin/sh\nprintf 'one\\033[2J\\007\\rred\\n'; sleep 2; printf two\n", 0o755)
     repo.commit()
     line = repo.site.line("far")
-    line.rate = 1e6
+    line.rate = 4e6
     seen = on_terminal(repo.site, "new", "-H", "far", "a", "b", cwd=repo.dir)
     for pattern in (rb"[ab]  waiting for the archive \d", rb"[ab]  sending [\d.]+ MB", rb"a  init hook \d+s", rb"b  init hook \d+s"):
         seen.expect(pattern)
