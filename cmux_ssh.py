@@ -109,7 +109,8 @@ START_PATIENCE = 60         # from the header sent to the start mark: slow rc fi
 UNKNOWN_FOR = 10            # a secret's command that failed is not run again for masking
 STOP_PATIENCE = 10          # for the host's word that a tree has ended
 STOP_SILENCE = 5            # of the session that carries it; then another one is asked
-CALL_PATIENCE = 600         # for one script of ours: it may unpack a large tree, or hash gigabytes before it says a byte
+CALL_PATIENCE = 600         # for one script of ours: it may unpack a large tree, or hash
+                            # gigabytes before it sends a byte
 STALL_PATIENCE = 60         # a transfer that moves no byte for so long is dead
 BEAT_MOST, BEAT_LEAST = 20, 1  # between two signs of life over a session: ChannelTimeout; while it is awake anyway, more often
 DROPPED_WAITS = (0.2, 0.4, 0.8, 1.6)  # MaxStartups drops a handshake at random
@@ -2195,7 +2196,7 @@ class Registry:
         return record
 
     def _cached(self, path: str, read: Callable[[str], Any]) -> Any:
-        """What ``read`` makes of a file, anew only when that was replaced: a write is a rename."""
+        """What ``read`` returns for a file, called again once the file was replaced (by a rename)."""
         try:
             status = os.stat(path)
         except OSError:
@@ -5185,7 +5186,7 @@ class Archive(Source):
 @contextlib.contextmanager
 def noted(project: ProjectBase, operation: str, workspace: str, host: str = "", detail: object = "",
                op: str = "") -> Iterator[types.SimpleNamespace]:
-    """One operation as the history tells it: ``size`` counts its bytes; ``code`` is its exit code
+    """One operation as the history records it: ``size`` counts its bytes; ``code`` is its exit code
     unless it raises; ``op`` says which workspace, by no name. Those inside it are part of it."""
     import _thread
     thread, masks = _thread.get_ident(), None  # type: int, object

@@ -1,10 +1,10 @@
 """The tests of cmux_ssh.py: real sshd, real git, real shells, the program run as people run it.
 
-Nothing here is mocked. Every test that speaks to a host gets a throwaway OpenSSH daemon of its own on
-127.0.0.1, with stock limits and a home directory made for the test, and the program is started as its
-own process with an environment in which anything that must not be called is a trap. What a test
-started is ended and looked for when it is over. Waiting means polling with a deadline, never sleeping
-and hoping. A missing program fails with the words that install it; it never skips.
+Nothing is mocked. The tests of a process share a throwaway OpenSSH daemon on 127.0.0.1 with stock limits,
+each with a project of its own; a test that takes the fixture `site` has a daemon, a home and a state
+directory to itself. The program runs as its own process, in an environment in which whatever must not be
+called is a trap. What a site started is ended and looked for when it closes. Waiting means polling with a
+deadline. A missing program fails with the words that install it; only what needs root or the mcp package skips.
 """
 
 from __future__ import annotations
