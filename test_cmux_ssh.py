@@ -8165,12 +8165,12 @@ def test_mcp_tools_are_the_table_with_schemas_annotations_and_short_names(mcp: M
 
 
 def test_mcp_every_tool_works_and_its_failures_are_results_the_model_can_act_on(mcp: Mcp) -> None:
-    assert re.search(r"exit_code: 3\n(.|\n)*truncated: False\n(.|\n)*--- stdout\nhi\n(.|\n)*--- stderr\noh\n", mcp("exec", command="echo hi; echo oh >&2; exit 3"))
+    assert re.search(r"exit_code: 3\n(.|\n)*--- stdout\nhi\n(.|\n)*--- stderr\noh\n", mcp("exec", command="echo hi; echo oh >&2; exit 3"))
     assert "<a b><'>" in mcp("exec", command=["printf", "<%s>", "a b", "'"])
     assert "created: True" in mcp("write", path="mcp/x.txt", content="one\ntwo\n")
     assert "one\ntwo\n" in mcp("read", path="mcp/x.txt") and "two\n" in mcp("read", path="mcp/x.txt", offset=2)
     assert "-two\n+2\n" in mcp("edit", path="mcp/x.txt", edits=[{"old": "two", "new": "2"}])
-    assert mcp("glob", pattern="mcp/nothing*") == "truncated: False\npaths: none"
+    assert mcp("glob", pattern="mcp/nothing*") == "paths: none"
     assert "mcp/x.txt" in mcp("glob", pattern="mcp/*") and "mcp/x.txt:2:2" in mcp("grep", pattern="2", glob="mcp/*")
     job = re.search(r"job: (j\w+)", mcp("exec", command="echo begun; sleep 0.3; echo over; exit 5", background=True)).group(1)  # type: ignore[union-attr]
     assert "exit_code: 5" in mcp("wait", job=job) and "begun\nover\n" in mcp("logs", job=job) and job in mcp("jobs")
@@ -8669,17 +8669,41 @@ def test_mcp_ends_though_nobody_reads_its_answers(repo: Repo, how: str) -> None:
 
 
 def test_mcp_making_the_workspace_may_take_longer_than_a_call_and_outlive_it(repo: Repo) -> None:
+    """Each call becomes a job, whatever its tool; one that was cancelled meanwhile does nothing."""
     repo.write(".cmux/init", b"#!/bin/sh\nwhile [ ! -e ../go ]; do sleep 0.1; done; echo made >by-init\n", 0o755)
     repo.commit()
     with open_mcp(repo, "-H", "box", "--soft-timeout", "1") as client:
+        jobs = []
         for _ in range(2):
-            failed, text = client.call("read", path="by-init")
-            assert failed and "still being made" in text and "call again" in text
-        number = client.post("tools/call", {"name": "exec", "arguments": {"command": "true"}, "_meta": {"progressToken": "t"}})
+            text = client("read", path="by-init")
+            assert "state: running" in text and "the workspace main is being made; it goes on" in text, text
+            jobs.append(job_of(text))
+        number = client.post("tools/call", {"name": "exec", "arguments": {"command": "touch cancelled"}})
         client.send(json.dumps({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": number}}).encode())
         (repo.path().parent / "go").touch()
-        until(lambda: not client.call("read", path="by-init")[0], "the workspace")
-        assert "made" in client("read", path="by-init") and number not in client.answers
+        for job in jobs:
+            until(lambda: "made" in client("wait", job=job).partition("--- content")[2], "the content")  # noqa: B023
+        assert number not in client.answers and not (repo.path() / "cancelled").exists()
+
+
+def test_mcp_a_hundred_calls_in_flight_get_a_hundred_answers(shared: Repo) -> None:
+    """Also the ones beyond those that run at once; each is answered after the next had begun to wait."""
+    with open_mcp(shared) as client:
+        numbers = [client.post("tools/call", {"name": "exec", "arguments": {"command": f"sleep 0.3; echo n{n}"}}) for n in range(100)]
+        for n, number in enumerate(numbers):
+            assert f"n{n}\n" in client.answer(number)["result"]["content"][0]["text"]
+
+
+def test_mcp_any_tool_over_the_soft_timeout_becomes_a_job_whose_end_can_be_waited_for(repo: Repo) -> None:
+    repo.write(".cmux/init", b"#!/bin/sh\nwhile [ ! -e ../go ]; do sleep 0.1; done\n", 0o755)
+    repo.commit()
+    with open_mcp(repo, "-H", "box", "--soft-timeout", "1", "--manage") as client:
+        job = job_of(client("workspace_new", name="one"))
+        assert "state: running" in client("wait", job=job)
+        (repo.path("one").parent / "go").touch()
+        until(lambda: "name: one" in client("wait", job=job), "the workspace")
+        assert set(repo.workspaces()) == {"one"}
+        assert "stopped: confirmed" in client("stop", job=job)
 
 
 def test_mcp_a_job_of_an_earlier_server_is_not_there_and_says_what_to_do(mcp: Mcp) -> None:
