@@ -53,6 +53,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import itertools
 import os
 import re
 import select
@@ -6929,7 +6930,7 @@ def absolute(workspace: WorkspaceBase, path: object) -> str:
     """A tool's path as the host gets it: absolute, below the workspace unless it says otherwise."""
     if not isinstance(path, str) or not path or "\0" in path:
         raise UsageError("The path is empty." if path == "" else "A path is text without NUL.")
-    return path if path.startswith("/") else "%s/%s" % (workspace.path, path)
+    return path if path.startswith("/") else f"{workspace.path}/{path}"
 
 
 def tool_reply(workspace: WorkspaceBase, reply: Reply, path: str = "") -> Reply:
@@ -6937,7 +6938,8 @@ def tool_reply(workspace: WorkspaceBase, reply: Reply, path: str = "") -> Reply:
     if reply.status == 37:
         raise gone_there(workspace.name, workspace.host.name)
     if reply.status:
-        text = TOOL_STATUS.get(reply.status, "The host failed with status %d: {said}." % reply.status)
+        text = TOOL_STATUS.get(
+            reply.status, f"The host failed with status {reply.status}: {{said}}.")
         raise ToolFailed(text.format(path=show(path), said=show(reply.said(), 300)[1:-1]))
     return reply
 
@@ -6966,133 +6968,164 @@ class FileChanged(ToolFailed):
 
 def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> bytes:
     """``data`` with every edit applied in order, or ToolFailed that says where each match is."""
-    for number, edit in enumerate(edits, 1):
-        old, new, count = (edit["old"].encode("utf-8", "surrogateescape"),
-                           edit["new"].encode("utf-8", "surrogateescape"), edit.get("count") or 1)
-        which = "Edit %d of %d: " % (number, len(edits)) if len(edits) > 1 else ""
+    for at, edit in enumerate(edits, 1):
+        which = f"Edit {at} of {len(edits)}: the" if len(edits) > 1 else "The"
+        old, new = (edit[key].encode("utf-8", "surrogateescape") for key in ("old", "new"))
         if not old:
-            raise ToolFailed(which + "the text to replace is empty.", "Use write to make a file.")
+            raise ToolFailed(f"{which} text to replace is empty.", "Use write to make a file.")
         if old == new:
-            raise ToolFailed(which + "old and new are the same.")
-        found = data.count(old)
-        if not found and b"\r\n" in data and b"\n" in old and b"\r" not in old:
-            old, new = old.replace(b"\n", b"\r\n"), new.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
-            found = data.count(old)
-        if found == count == 1 and data.find(old, data.find(old) + 1) >= 0:
-            found = 2  # they overlap: which is meant?
-        if found != count:
-            lines: List[str] = []
-            at = data.find(old)
-            while at >= 0 and len(lines) < 10:
-                lines.append(str(data.count(b"\n", 0, at) + 1))
-                at = data.find(old, at + (1 if found == 2 else len(old)))
-            where = " (at line%s %s)" % ("s" if len(lines) > 1 else "", ", ".join(lines)) if lines else ""
-            raise ToolFailed("%she text occurs %d time%s in %s%s, not %d; nothing was changed."
-                             % (which + ("t" if which else "T"), found, "" if found == 1 else "s", show(path), where, count), "Give more context, or the right count." if found else
-                             "Read the file again: whitespace and line ends must match exactly.")
+            raise ToolFailed(f"{which} texts old and new are the same.")
+        if old not in data and b"\r\n" in data and b"\n" in old and b"\r" not in old:
+            old = old.replace(b"\n", b"\r\n")
+            new = new.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+        count, found = edit.get("count") or 1, data.count(old)
+        overlap = count == found == 1 and data.find(old, data.find(old) + 1) >= 0
+        if found != count or overlap:  # of two that overlap: which is meant?
+            form = b"(?=%s)" if overlap else b"%s"
+            places = [match.start() for match in itertools.islice(
+                re.finditer(form % re.escape(old), data), 10)]
+            raise wrong_count(f"{which} text occurs {found + overlap}", count, path,
+                              [str(data.count(b"\n", 0, place) + 1) for place in places])
         data = data.replace(old, new)
     return data
+
+
+def wrong_count(found: str, count: int, path: str, lines: List[str]) -> ToolFailed:
+    """``found``: how often the text occurs, ``lines``: in which lines."""
+    where = f" (at line{'s' * (len(lines) > 1)} {', '.join(lines)})" if lines else ""
+    times = "time" if found.endswith(" 1") else "times"
+    return ToolFailed(
+        f"{found} {times} in {show(path)}{where}, not {count}; nothing was changed.",
+        "Give more context, or the right count." if lines else
+        "Read the file again: whitespace and line ends must match exactly.")
 
 
 def unified_diff(before: bytes, after: bytes, path: str) -> str:
     """What an edit did, as a diff of at most DIFF_MAX characters."""
     import collections
     import difflib
-    old, new = (re.findall(r"[^\n]*\n|[^\n]+\Z", data.decode("utf-8", "replace")) for data in (before, after))
+    old, new = (re.findall(r"[^\n]*\n|[^\n]+\Z", data.decode("utf-8", "replace"))
+                for data in (before, after))
     if len(old) + len(new) > 40000:
         return "(the file is too long for a diff)"
     was, now = collections.Counter(old), collections.Counter(new)
     if (len(old) + len(new)) * sum(((was - now) + (now - was)).values()) > DIFF_WORK_MAX:
         return "(too much changed for a diff)"
-    text = "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in
-                   difflib.unified_diff(old, new, "a/" + path, "b/" + path))
+    text = "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n"
+                   for line in difflib.unified_diff(old, new, "a/" + path, "b/" + path))
     return text if len(text) <= DIFF_MAX else text[:DIFF_MAX] + "\n[...]\n"
 
 
-# What moves on from a place in the pattern, what stays at it (regexes of one character), places that may be passed over.
-_WILD = {"**/": (("(?!)", "(?!)", 2), ("/", ".", 0)), "**": (("(?!)", ".", 1),), "*": (("(?!)", "[^/]", 1),), "?": (("[^/]", "(?!)", 0),), "": (("(?!)", "(?!)", 0),)}
-
-
 _BRACKET = r"\[[!^]?\]?[^\]]*\]"
-_BRACES = re.compile(r"((?:B|(?!B).)*?)\{((?:B|(?!B)[^{}])*)\}(.*)\Z".replace("B", _BRACKET), re.S)
+_BRACES = re.compile(
+    r"((?:B|(?!B).)*?)\{((?:B|(?!B)[^{}])*)\}(.*)\Z".replace("B", _BRACKET), re.S)
 
 
 def glob_patterns(pattern: str, home: str, by_name: bool = False) -> List[str]:
-    """The patterns below the workspace at ``home`` that ``pattern`` stands for, its {a,b} written out as sh does.
-    ``by_name``: one without a slash is for any depth. What could match nothing is a UsageError: an empty answer would lie."""
+    """The patterns below the workspace at ``home`` that ``pattern`` stands for, its {a,b} written
+    out as sh does. ``by_name``: one without a slash is for any depth. UsageError for what could
+    match nothing: an empty answer would lie."""
     found, todo = [], [pattern]  # type: List[str], List[str]
     while todo:
         one = todo.pop()
         braces = _BRACES.match(one)
-        if braces:
-            before, inner, after = braces.groups()
-            words = re.split(r",(?![^\[]*\])", inner)
-            if ".." in inner and not words[1:]:
-                raise UsageError("%s has a range in braces, which is not taken here." % show(pattern), "Write its members out, as {1,2,3}.")
-            todo += [before + word + after for word in words] if words[1:] else ["%s[{]%s[}]%s" % (before, inner, after)]
-            if len(todo) + len(found) > 100:
-                raise UsageError("%s stands for more than 100 patterns." % show(pattern), "Write fewer braces.")
+        if not braces:
+            found.append(glob_below(one, home, by_name))
             continue
-        exact = one.startswith(home + "/")
-        one = one[len(home) + 1:] if exact else one
-        names = one.split("/")
-        if not names[0] and one or ".." in names or re.match(r"~([\w-]*/|\Z)", one):
-            raise UsageError("%s is not a pattern below the workspace." % show(pattern), "Write it relative to the workspace, as "
-                             "'src/**/*.py'. Files elsewhere are found by a command, as find /etc -name '*.conf'.")
-        if one.startswith("!"):
-            raise UsageError("%s would leave files out, which a pattern cannot do." % show(pattern), "Write what to take, as '*.py'.")
-        names = [name for name in names if name not in ("", ".")] + ["**"] * one.endswith("/")  # all below a directory
-        if not names:
-            raise UsageError("The pattern is empty.", "For all files write '**'.")
-        found.append("/".join(["**"] * (by_name and not exact and not names[1:]) + names))
+        before, inner, after = braces.groups()
+        words = re.split(r",(?![^\[]*\])", inner)
+        if ".." in inner and not words[1:]:
+            raise UsageError(f"{show(pattern)} has a range in braces, which is not understood.",
+                             "Write its members out, as {1,2,3}.")
+        todo += ([before + word + after for word in words] if words[1:]
+                 else [f"{before}[{{]{inner}[}}]{after}"])
+        if len(todo) + len(found) > 100:
+            raise UsageError(f"{show(pattern)} stands for more than 100 patterns.",
+                             "Write fewer braces.")
     return found
 
 
+def glob_below(pattern: str, home: str, by_name: bool) -> str:
+    """One pattern without braces, relative to the workspace at ``home``. Raises UsageError."""
+    exact = pattern.startswith(home + "/")
+    names = pattern[len(home) + 1 if exact else 0:].split("/")
+    if names[1:] and not names[0] or ".." in names or re.match(r"~([\w-]*/|\Z)", "/".join(names)):
+        raise UsageError(f"{show(pattern)} is not a pattern below the workspace.",
+                         "Write it relative to the workspace, as 'src/**/*.py'. Files elsewhere "
+                         "are found by a command, as find /etc -name '*.conf'.")
+    if names[0].startswith("!"):
+        raise UsageError(f"{show(pattern)} would leave files out, which a pattern cannot do.",
+                         "Write what to take, as '*.py'.")
+    below = not names[-1] and names[1:]
+    names = [name for name in names if name not in ("", ".")] + ["**"] * bool(below)
+    if not names:
+        raise UsageError("The pattern is empty.", "For all files write '**'.")
+    return "/".join(["**"] * (by_name and not exact and not names[1:]) + names)
+
+
 def glob_test(*patterns: str) -> Callable[[str], bool]:
-    """Whether a path fits any of them: ``*`` and ``?`` stay within a path component, ``**`` crosses them, ``[...]`` as in sh. By the set of the places
-    that a path may have come to in the pattern: re.match would try every way, for hours with a name made for that."""
-    rows: List[Tuple[Any, Any, int]] = []
-    first, last = 1, 0  # the places before and behind the patterns; each ends with an empty word
-    for word in [word for pattern in patterns for word in re.findall(r"\*\*/|\*\*|%s|." % _BRACKET, pattern, re.S) + [""]]:
+    """Whether a path fits any of the patterns: a component ``**`` stands for any number of
+    components, ``*`` for any number of characters of one, ``[...]`` is as in sh."""
+    rows = [list(map(component_test, pattern.split("/"))) for pattern in patterns]
+    for row in rows:
+        if row[-1] is None:  # all files below, and not the directory's own name
+            row.append(component_test("*"))
+    return lambda path: any(components_fit(row, path.split("/")) for row in rows)
+
+
+def component_test(part: str) -> Optional[Callable[[str], Any]]:
+    """What tests one component of a path; None for ``**``."""
+    if part == "**":
+        return None
+    runs = [""]  # of what stands between the stars
+    for word in re.findall(rf"{_BRACKET}|.", part, re.S):
         if "[:" in word:
-            raise UsageError("%s has a character class, which is not taken here." % show(word), "Write its characters out, as [a-z].")
-        inner = re.sub(r"([\\\[\]&|~]|-(?=-))", r"\\\1", word[1:-1]) if word[:1] == "[" else ""
-        one = "(?!/)[%s]" % ("^" + inner[1:] if inner[0] in "!^" else inner) if inner else re.escape(word)
-        try:
-            rows += [(re.compile(move, re.S).match, re.compile(stay, re.S).match, skip) for move, stay, skip in _WILD.get(word, ((one, "(?!)", 0),))]
-        except re.error:
-            raise UsageError("%s is not a glob pattern." % show(word))
-        if not word:
-            first, last = first | 1 << len(rows), last | 1 << len(rows) - 1
-    masks: Dict[str, Tuple[int, int]] = {}  # by character: the places it leads on from, and those it stays at
-    skips = [(1 << at, ((2 << skip) - 2) << at) for at, (_, _, skip) in enumerate(rows) if skip]
+            raise UsageError(f"{show(word)} has a character class, which is not understood.",
+                             "Write its characters out, as [a-z].")
+        inner = re.sub(r"([\\\[\]&|~]|-(?=-))", r"\\\1", word[1:-1])
+        inner = "^" + inner[1:] if inner[:1] == "!" else inner
+        if word == "*":
+            runs.append("")
+        else:
+            runs[-1] += f"[{inner}]" if inner else "." if word == "?" else re.escape(word)
+    # The first place for each run is kept, as fnmatch does it: trying all of them would take hours
+    # with a name made for that.
+    middle = "".join(f"(?=(?P<at{at}>.*?{run}))(?P=at{at})" for at, run in enumerate(runs[1:-1]))
+    try:
+        return re.compile(runs[0] + middle + (".*" + runs[-1]) * bool(runs[1:]) + r"\Z", re.S).match
+    except re.error:
+        raise UsageError(f"{show(part)} is not a glob pattern.")
 
-    def closed(places: int) -> int:
-        for bit, more in skips:
-            places |= more if places & bit else 0
-        return places
 
-    def test(path: str) -> bool:
-        places = closed(first)
-        for char in path:
-            if char not in masks:
-                masks[char] = (sum(1 << at for at, row in enumerate(rows) if row[0](char)), sum(1 << at for at, row in enumerate(rows) if row[1](char)))
-            move, stay = masks[char]
-            places = closed((places & move) << 1 | places & stay)
-            if not places:
-                return False
-        return bool(places & last)
-    return test
+def components_fit(tests: Sequence[Optional[Callable[[str], Any]]], names: Sequence[str]) -> bool:
+    """Only the last ``**`` so far is ever widened: no path makes this slow."""
+    at = done = widened = 0
+    wide = -1
+    while done < len(names):
+        test = tests[at] if at < len(tests) else len
+        if test is None:
+            wide, widened, at = at, done, at + 1
+        elif at < len(tests) and test(names[done]):
+            at, done = at + 1, done + 1
+        elif wide >= 0:
+            widened += 1
+            at, done = wide + 1, widened
+        else:
+            return False
+    return not any(tests[at:])
 
 
 def wider_pattern(patterns: Sequence[str]) -> str:
-    """A find -path pattern that matches whatever one of the ``patterns`` may (there ``*`` crosses slashes)."""
-    pattern = patterns[0] if not patterns[1:] else os.path.commonprefix(list(patterns)).partition("[")[0] + "*"
+    """A find -path pattern that matches whatever one of the ``patterns`` may (there ``*`` crosses
+    slashes)."""
+    pattern = (patterns[0] if not patterns[1:]
+               else os.path.commonprefix(list(patterns)).partition("[")[0] + "*")
     # ? and [...] become * too: in the C locale they stand for one byte of a character
     return "./" + re.sub(r"\*\*/|\*\*|\?|\[.*\]|\\", "*", pattern, flags=re.S)
 
 
-_BINARY = re.compile(rb"grep: \./(.*): binary file matches\Z|Binary file \./(.*) matches\Z", re.S)
+_BINARY = re.compile(
+    rb"grep: \./(.*): binary file matches\Z|Binary file \./(.*) matches\Z", re.S)
 
 
 def binary_row(line: bytes) -> List[Tuple[bytes, int, bytes]]:
@@ -7101,15 +7134,15 @@ def binary_row(line: bytes) -> List[Tuple[bytes, int, bytes]]:
 
 
 def grep_rows(data: bytes, null: bool) -> Iterator[Tuple[bytes, int, bytes]]:
-    """(path, line, text) of what grep printed, in time linear in it, whatever a host makes of it; (path, 0, b"") of
-    a file that it gave up as binary, at its first NUL."""
+    """(path, line, text) of what grep printed, in time linear in it, whatever a host makes of it;
+    (path, 0, b"") of a file that it gave up as binary, at its first NUL."""
     if null:  # path NUL line:text NEWLINE; a path may hold newlines
         path, *rest = data.split(b"\0")
         for part in rest + [b""]:
-            if path[:2] != b"./":  # what grep said between two rows
+            if path[:2] != b"./":  # messages of grep between two rows
                 at = path.find(b"\n./")
-                for said in path[:at if at >= 0 else len(path)].split(b"\n"):
-                    yield from binary_row(said)
+                for line in path[:at if at >= 0 else len(path)].split(b"\n"):
+                    yield from binary_row(line)
                 path = path[at + 1:] if at >= 0 else b""
             row, _, after = part.partition(b"\n")
             count, colon, text = row.partition(b":")

@@ -8284,13 +8284,15 @@ def test_mcp_a_name_made_for_the_pattern_and_a_page_of_cuts_take_no_time(repo: R
 
 def test_globs_are_what_regular_expressions_said(area: Area) -> None:
     def regex(pattern: str) -> "re.Pattern[str]":
-        pattern, out = "/".join([part for part in pattern.split("/") if part not in ("", ".")] + ["**"] * pattern.endswith("/")), ""
-        for word in re.findall(r"\*\*/|\*\*|\*|\?|\[.[^\]]*\]|.", pattern, re.S):
-            inner = word[1:-1].replace("\\", "\\\\").replace("[", "\\[") if word[0] == "[" else ""
-            out += {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(word) or (
-                "(?!/)[%s]" % ("^/" + inner[1:] if inner[0] in "!^" else inner) if inner else re.escape(word))
+        parts, out = [part for part in pattern.split("/") if part not in ("", ".")] + ["**"] * pattern.endswith("/"), ""
+        for at, part in enumerate(parts):
+            for word in [part] if part == "**" else re.findall(r"\*|\?|\[.[^\]]*\]|.", part, re.S):
+                inner = word[1:-1].replace("\\", "\\\\").replace("[", "\\[") if word[0] == "[" else ""
+                out += {"**": ".+" if at == len(parts) - 1 else "(?:.+/)?", "*": "[^/]*", "?": "[^/]"}.get(word) or (
+                    "[%s]" % ("^/" + inner[1:] if inner[0] in "!^" else inner) if inner else re.escape(word))
+            out += "/" if part != "**" and at < len(parts) - 1 else ""
         return re.compile(out + r"\Z", re.S)
-    luck, pieces = random.Random(7), ["**/", "**", "*", "?", "a", "b", "/", "[ab]", "[!a]", "[^b/]", "[", ".", "[]]", "[a\\]", "\n", "[[]"]
+    luck, pieces = random.Random(7), ["**/", "**", "*", "?", "a", "b", "/", "[ab]", "[!a]", "[^b]", "[", ".", "[]]", "[a\\]", "\n", "[[]"]
     for name in ("".join(luck.choice("aab/b.\\[\n]") for _ in range(luck.randint(1, 8))) for _ in range(600)):
         with contextlib.suppress(OSError):  # it is a directory, or lies in a file
             area.put(name, b"") if not re.search(r"(^|/)\.{0,2}(/|$)", name) else None
