@@ -8126,7 +8126,11 @@ class McpServer:
             self._answer(call, MCP_BUSY, True)
         else:
             self.working.add(call)
-            threading.Thread(target=self._work, args=(call,), daemon=True).start()
+            try:
+                threading.Thread(target=self._work, args=(call,), daemon=True).start()
+            except RuntimeError:  # the system has no room for one more thread
+                self.working.discard(call)
+                self._answer(call, MCP_BUSY, True)
 
     def _work(self, call: Call) -> None:
         self.room.acquire()
@@ -8137,8 +8141,7 @@ class McpServer:
             if call.begun:
                 text, failed = self._perform(call), False
         except Exception as error:
-            known = expected(error)
-            text = self._failure(known) if known else defect(error)
+            text = self._failure(error)
         call.end(text, failed)
         if call.begun:
             self._answer(call, text, failed)
@@ -8171,8 +8174,8 @@ class McpServer:
             for call in calls:
                 try:
                     self._tick(call, time.monotonic() - call.arrived)
-                except Exception as bug:
-                    self._answer(call, defect(bug), True)
+                except Exception as error:
+                    self._answer(call, self._failure(error), True)
 
     def _tick(self, call: Call, seconds: float) -> None:
         if seconds >= self.soft:
@@ -8198,7 +8201,10 @@ class McpServer:
                       "on: use wait, logs or stop with this job id, while this server lives")
         self._answer(call, self._shown("exec", self._place(call.arguments), result))
 
-    def _failure(self, failure: CmuxError) -> str:
+    def _failure(self, error: Exception) -> str:
+        failure = expected(error)
+        if failure is None:
+            return defect(error)
         try:
             text = " ".join(filter(None, (str(failure), self._hint(failure))))
             return Veil(self.project).clean(text)
@@ -8222,6 +8228,9 @@ class McpServer:
             name = check_workspace(given["workspace"])
             given = {key: value for key, value in given.items() if key != "workspace"}
         arguments = tool.check(given)
+        going_on = sum(not other.ended for other in list(self.kept.values()))
+        if not tool.reads and tool.name != "stop" and going_on >= MCP_KEPT:
+            raise ToolFailed(f"{MCP_KEPT} calls go on already.", "See jobs, and stop some.")
         call.doing = "running"
         if tool.name in MANAGE_TOOLS:
             call.result = tool.handler(self, cancel=call.cancel, **arguments)
@@ -8239,8 +8248,6 @@ class McpServer:
                   arguments: Dict[str, Any]) -> Dict[str, Any]:
         name, most = call.tool.name, self.soft * 0.9  # what waits answers before the soft timeout
         if name == "exec":
-            if sum(not other.ended for other in list(self.kept.values())) >= MCP_KEPT:
-                raise ToolFailed(f"{MCP_KEPT} calls go on already.", "See jobs, and stop some.")
             return tool_exec(workspace, tee=call.take, cancel=call.cancel, **arguments)
         if name == "logs":
             wait = min(arguments.get("wait", 0), most)
