@@ -7613,37 +7613,33 @@ def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0, cancel: Opt
 class Batch:
     """JSON lines of tool calls in, JSON lines of results out as they finish."""
 
-    def __init__(self, project: Project, workspace: str, host: str, write: Callable[[bytes], None], at_once: int) -> None:
+    def __init__(self, project: Project, workspace: str, host: str,
+                 write: Callable[[bytes], None]) -> None:
         import threading
         self.project, self.workspace, self.host, self.write = project, workspace, host, write
         self.cancel = Cancel()
-        self.places = threading.BoundedSemaphore(2 * at_once)  # lines read ahead of what runs
-        self.at_once = at_once
-        self.mutex = threading.Lock()
+        self.reading, self.writing = threading.Lock(), threading.Lock()
         self.known: Dict[str, Workspace] = {}
         self.failed = 0
         self.closed: Optional[PipeClosed] = None  # nobody reads the results any more
 
-    def run(self, lines: Iterable[bytes]) -> int:
-        """All lines; 0, or 1 if any call failed. KeyboardInterrupt ends what runs first."""
-        import concurrent.futures
-        pool = concurrent.futures.ThreadPoolExecutor(self.at_once)
-        try:
-            for line in lines:
-                if self.closed:
-                    break
+    def run(self, lines: Iterator[bytes], at_once: int) -> int:
+        """All lines, ``at_once`` at a time, each read when there is a thread for it; 0, or 1 if any
+        call failed. KeyboardInterrupt ends what runs first."""
+        def work() -> None:
+            while not self.closed:
+                with self.reading:
+                    line = next(lines, None)
+                if line is None:
+                    return
                 if line.strip():
-                    self.places.acquire()
-                    pool.submit(self._answer, line).add_done_callback(lambda future: self.places.release())
-            for _ in range(2 * self.at_once):  # until all have ended, here, where Ctrl-C still ends them
-                self.places.acquire()
-        except KeyboardInterrupt:
-            self.cancel.set()
-            raise
-        finally:
-            pool.shutdown(wait=True)
-        if self.closed:
-            raise self.closed
+                    self._answer(line)
+        ends = in_parallel([work] * at_once, cancel=self.cancel)
+        for error in [self.closed, *ends]:
+            if isinstance(error, CmuxError):
+                raise error
+        if self.cancel.is_set:
+            raise KeyboardInterrupt
         return 1 if self.failed else 0
 
     def _answer(self, line: bytes) -> None:
@@ -7653,10 +7649,12 @@ class Batch:
             name, tool, arguments = self._parse(line, answer)
             check_call(tool, arguments)  # before a workspace is made for it
             answer["result"] = call_tool(self._workspace(name), tool, arguments, self.cancel)
-        except Exception as error:  # a bug is told in full on stderr by the caller's hook, and to the reader
+        except Exception as error:
             known = expected(error)
-            answer.update(ok=False, error=error_fields(known) if known else {"type": "Bug", "message": repr(error), "hint": ""})
-        with self.mutex:
+            fields = error_fields(known) if known else {
+                "type": "Bug", "message": repr(error), "hint": ""}
+            answer.update(ok=False, error=fields)
+        with self.writing:
             self.failed += not answer["ok"]
             try:
                 if not self.closed:
@@ -9998,8 +9996,9 @@ def project_and_name(options: argparse.Namespace) -> Tuple[Project, str]:
 
 def command_batch(options: argparse.Namespace) -> int:
     project, name = project_and_name(options)
-    batch = Batch(project, name, options.host or "", lambda data: write_out(1, data), options.at_once or 16)
-    return batch.run(read_lines(0, BATCH_LINE_MAX, batch.cancel))
+    batch = Batch(project, name, options.host or "", lambda data: write_out(1, data))
+    lines = read_lines(0, BATCH_LINE_MAX, batch.cancel)
+    return batch.run(lines, options.at_once or 16)
 
 
 def command_mcp(options: argparse.Namespace) -> int:
