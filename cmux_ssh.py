@@ -173,9 +173,7 @@ LISTED_MAX = 2 * 1000 * 1000         # files a host without git may name
 WIRE_LINE_MAX = 8 * 1024    # of a control line in a result's stream: a quoted path is the longest
 STREAMED_FROM = 8 * 1024 * 1024      # git handles larger blobs without holding them in memory
 PLACES_KEPT = 200           # hosts and roots that gc visits, though no workspace is there any more
-DELTA_FEW = 1000            # changed paths, at most, of a delta that is more than half of all paths
 SENT_KEPT = 200             # trees that went to a host: a delta stands on no other
-PARTS_KEPT = 30             # sent trees with submodules or LFS content that are remembered for deltas
 POINTER_MAX = 1024          # bytes of an LFS pointer, says its specification
 
 
@@ -993,10 +991,10 @@ _clist() {
 
 # CREATE root project name base op: make a workspace of a cached or just uploaded base.
 #   replies: root <path>; init, if there is a hook to run; made. Status 20: the name is taken;
-#   21: the base is not here; it then names those that a delta may stand on, newest first (long chains end).
+#   21: the base is not here; it then names those that a delta may stand on, newest first.
 #   Called again with the same op after a lost line, it says made.
-# A base is a directory bases/<id>: whole.tar as it came, git/ (a repository of one commit) where
-# the host has git. Times are the host's own (tar's m): with those of a client whose clock is ahead, make would
+# A base is a directory bases/<id>: whole.tar, git/ (a repository of one commit) where
+# the host has git. One of which only the difference to another was sent is packed here. Times are the host's own (tar's m): with those of a client whose clock is ahead, make would
 # rebuild for ever. A kept tar is faster to unpack than a tree is to copy (0.53 s against 0.67 s
 # for 20,000 files), costs one inode, and can be checked at any time.
 # Files "big" from one byte on go into one pack as they are: a third of the time of a file for each object,
@@ -1007,7 +1005,7 @@ BASE = OPEN_ROOT + GIT_THERE + r"""
 _cgit() { # $1 directory of the tree, $2 directory of the base
   command -v git >/dev/null || return 0
   rm -rf "$1/.git"
-  for f in "$root/$2"/*.tar; do ( cd "$1" && find . -type f -exec touch -r "$f" {} + ); done # as in the index of the first
+  ( cd "$1" && find . -type f -exec touch -r "$root/$2/whole.tar" {} + ) # as in the index of the first
   if [ -d "$2/git" ]; then cp -R "$2/git" "$1/.git" && ( cd "$1" && _cenv && git update-index -q --refresh ); return; fi
   ( cd "$1" || exit 1
     _cenv
@@ -1020,22 +1018,32 @@ _cgit() { # $1 directory of the tree, $2 directory of the base
   rm -rf "$2/git.$op"; cp -R "$1/.git" "$2/git.$op" && mv "$2/git.$op" "$2/git"
   rm -rf "$2/git.$op" "$2/git/git.$op"
 }
-_chas() { [ -f "$1/whole.tar" ] || { [ -f "$1/changes.tar" ] && [ -f "$1/parent" ] && [ "${2:-1}" -lt 9 ] && _chas ".cmux/bases/$(cat "$1/parent")" $((${2:-1}+1)); }; }
-_cunpack() { # base destination: a whole tree, or the parent's with what is gone removed and the delta on top
-  if [ -f "$1/whole.tar" ]; then ( cd "$2" && tar -xmof "$root/$1/whole.tar" ); return; fi
-  _cunpack ".cmux/bases/$(cat "$1/parent")" "$2" && ( cd "$s" && tar -xmof "$root/$1/changes.tar" .cmux-gone ) || return 4
-  ( cd "$2" && while IFS= read -r f; do rm -rf "./$f"; while case $f in */*) ;; *) false;; esac; do f=${f%/*}; rmdir "./$f" 2>/dev/null || break; done; done <"$s/.cmux-gone"
-    tar -xmof "$root/$1/changes.tar" && rm -f .cmux-gone )
+_cgone() { # remove what .cmux-gone names, and the directories that are empty then
+  set --
+  while IFS= read -r f; do
+    set -- "$@" "./$f"
+    [ $# -lt 200 ] || { rm -rf "$@"; set --; }
+  done <.cmux-gone
+  rm -rf "$@"
+  find . -depth -type d -exec rmdir {} + 2>/dev/null
+  return 0
 }
-_cnear() {
-  ls -t .cmux/bases | while IFS= read -r f; do
-    ! _chas ".cmux/bases/$f" 4 || echo "base $f"
-  done | head -n 8
+_cgrow() { # $s/base and $s/tree are of what was sent: the difference to a base that is here
+  rm -rf "$s/tree" "$s/new" && mkdir -p "$s/base" "$s/new" && ( umask 022; cd "$s/new" &&
+    tar -xmof "$root/.cmux/bases/$(cat "$s/parent")/whole.tar" &&
+    tar -xmof "$s/changes.tar" .cmux-gone && _cgone && tar -xmof "$s/changes.tar" &&
+    rm -f .cmux-gone && tar -cf "$s/base/whole.tar" . ) && mv "$s/new" "$s/tree"
 }
-_cput() { _chas "$base" || { rm -rf "$base"; mv "$s/base" "$base"; }; }
+_cput() { [ -f "$base/whole.tar" ] || { rm -rf "$base"; mv "$s/base" "$base"; }; }
 _cget() { # -> $base is here
-  if ! _chas "$base"; then
-    _chas "$s/base" || { _cnear; return 21; }
+  if [ ! -f "$base/whole.tar" ]; then
+    [ ! -f "$s/changes.tar" ] || _cgrow || { rm -rf "$s/changes.tar" "$s/base"; return 21; } # send it whole
+    if [ ! -f "$s/base/whole.tar" ]; then
+      ls -t .cmux/bases | head -n 8 | while IFS= read -r f; do
+        [ ! -f ".cmux/bases/$f/whole.tar" ] || echo "base $f"
+      done
+      return 21
+    fi
     ( _cone "base.${base##*/}" _cput ) || return 3 # another client may put the same there now
   fi
   touch -c "$base"
@@ -1044,7 +1052,7 @@ _cbase() { # ... and unpacked in $s/tree, with a repository
   _cget || return
   if [ ! -d "$s/tree" ]; then
     rm -rf "$s/new"; mkdir -p "$s/new" || return 3
-    ( umask 022; _cunpack "$base" "$s/new" ) && mv "$s/new" "$s/tree" || { rm -rf "$s"; return 4; }
+    ( umask 022; cd "$s/new" && tar -xmof "$root/$base/whole.tar" ) && mv "$s/new" "$s/tree" || { rm -rf "$s"; return 4; }
   fi
   ( umask 022; _cgit "$s/tree" "$base" ) || echo "nogit"
 }
@@ -1076,7 +1084,7 @@ _ccreate() {
 GZIP = "_cop() { echo gzip | gzip | gzip -dc; }"
 
 # UPLOAD root op parent gzip: the stream becomes stage/<op>/base/whole.tar and, at once, stage/<op>/tree;
-#   with a parent, base/changes.tar: what differs from that base, and .cmux-gone, the paths to remove.
+#   with a parent, changes.tar: what differs from that base, and .cmux-gone, the paths to remove.
 #   replies at the end: the line of cksum, which the client compares before it calls CREATE.
 # tar may stop reading at the end-of-archive blocks: the rest is drained, or tee would die.
 UPLOAD = OPEN_ROOT + r"""
@@ -1086,7 +1094,7 @@ _cop() {
   s=.cmux/stage/$2 f=$s/base/whole.tar
   mkdir -p "$s/base" || return 3
   case $3 in
-  ?*) f=$s/base/changes.tar; echo "$3" >"$s/base/parent";;
+  ?*) f=$s/changes.tar; echo "$3" >"$s/parent";;
   *) mkdir -p "$s/tree";;
   esac && : >"$f" || return 3
   case $3 in
@@ -1276,21 +1284,24 @@ _cop() {
 # PUSH root project name oldbase oldtree op commits bytes head tree refs mark newbase keep: the workspace becomes the
 #   new base; again with the same op, it says pushed. With git, in place: only files that differ are touched, ignored ones stay (build
 #   caches, node_modules, a server that watches). Without, the directory is replaced. `keep` (1) leaves a copy of what was in
-#   the trash, and replaces the directory, too, where its repository cannot be moved (5 without it). Without `keep` it looks
+#   the trash, and replaces the directory, too, where its repository cannot be moved (5 without it). With git, what differs
+#   from the workspace's own base is enough, and makes no new one. Without `keep` it looks
 #   itself for what would be lost, as CHANGED does, each time it is asked: an upload takes minutes. 21: upload the base first; 22: no workspace; 25: the lines tell what would be lost.
 PUSH = LOST + BASE + r"""
 _creflog() { :; } # what only a reflog has stays there
 _cn() { GIT_INDEX_FILE=$s/new.index git --git-dir="$g" --work-tree="$s/delta" -c core.fsmonitor=false -c core.looseCompression=0 "$@"; }
 _cdelta() { # the new base's commit, of the old one and the delta, without unpacking either
-  mkdir "$s/delta" && cd "$s/delta" && ( umask 022; tar -xmof "$root/$base/changes.tar" ) && _cn read-tree "$b" &&
+  mkdir "$s/delta" && cd "$s/delta" && ( umask 022; tar -xmof "$s/changes.tar" ) && _cn read-tree "$b" &&
   tr '\n' '\0' <.cmux-gone | _cn update-index -z --force-remove --stdin && rm .cmux-gone && _cn add -f --ignore-removal . &&
   x=$(_cn write-tree) && _cn commit-tree "$x" -m base
 }
+_cown() { o=$w/.git; [ -d "$o" ] && [ "$snap" = 0 ] && _co cat-file -e "$b^{commit}"; }
+_cmine() { [ "$(cat "$s/parent")" = "$1" ]; }
 _cswitch() { # files, refs and index are the new base's; or all is as it was: 1 no repository, 5 it cannot be moved (made anew there, a lock)
   [ -d "$w/.git" ] && [ "$snap" = 0 ] || return 1
-  o=$w/.git a=$g/objects/info/alternates; _co cat-file -e "$b^{commit}" && cp "$a" "$s/alt" || return 5
-  n=; if [ "$(cat "$root/$base/parent")" = "$4" ]; then n=$(_cdelta); fi
-  if [ -z "$n" ]; then
+  a=$g/objects/info/alternates; _cown && cp "$a" "$s/alt" || return 5
+  if _cmine "$4"; then n=$(_cdelta) || return 4
+  else
     cd "$root" && _cbase && n=$(git --git-dir="$base/git" rev-parse -q --verify refs/cmux/base) && cp -R "$base/git/objects/." "$g/objects/" || return 4
     cp "$s/alt" "$a"
   fi
@@ -1306,9 +1317,13 @@ _cpush() {
   base=.cmux/bases/${13} op=$6
   [ "$(cat "$m.push")" != "$6" ] || { echo pushed; return 0; }
   rm -rf "$s/git"
-  if [ "${14}" ] || [ -f "$s/begun" ]; then cd "$root" && _cget || return; _csnap "$4" "$5" "$7" "$8" >"$s/said"; snap=$?
+  if [ "${14}" ] || [ -f "$s/begun" ]; then _csnap "$4" "$5" "$7" "$8" >"$s/said"; snap=$?
   else _clost "$@" >"$s/lost" || return; [ ! -s "$s/lost" ] || { cat "$s/lost"; return 25; }; fi
-  cd "$root" && _cget || return
+  cd "$root" || return 3
+  if ! _cown || ! _cmine "$4"; then
+    [ -f "$base/whole.tar" ] || [ -f "$s/changes.tar" ] || ! _cown || echo "base $4"
+    _cget || return
+  fi
   k=$root/.cmux/trash/kept-$2-$3-$6
   if [ "${14}" ]; then [ -e "$k" ] || { cp -RpP "$w" "$k.new" && mv "$k.new" "$k"; } || { rm -rf "$k.new"; return 3; }; echo "kept $k"; fi
   : >"$s/begun" # an attempt after this one was killed finds the files half changed, by this one
@@ -1377,7 +1392,7 @@ _cop() {
   a=$(du -sk . | sed 's/[^0-9].*//')
   for f in trash/* trash/.[!.]*; do [ ! -e "$f" ] && [ ! -L "$f" ] || { chmod -R u+rwX "$f"; rm -rf "$f"; }; done
   for f in stage/*; do [ -z "$(find "$f" -prune -mtime +0 -print)" ] || { chmod -R u+rwX "$f"; rm -rf "$f"; }; done
-  cat made/*/*.base bases/*/parent >used.$$
+  cat made/*/*.base >used.$$
   for f in bases/*; do grep -qxF "${f#bases/}" used.$$ || [ -z "$(find "$f" -prune -mtime +14 -print)" ] || rm -rf "$f"; done
   rm -f used.$$
   for f in jobs/*/*/*/exit; do [ -z "$(find "$f" -prune -mtime +7 -print)" ] || rm -rf "${f%/exit}"; done
@@ -2107,10 +2122,9 @@ def fits(value: Any, shape: Any) -> bool:
 _ENTRY: Dict[str, Any] = dict.fromkeys("state host root project base tree op".split(), str)
 _ENTRY["created"] = (int, float)
 RECORD = {"name": _WORKSPACE, "id": re.compile(r"[0-9a-f]{12}\Z"), "jobs?": dict,
-          "places?": [[str, str]], "sent?": [[str, str]], "workspaces": {_WORKSPACE: (
+          "places?": [[str, str]], "sent?": [([str, str], [str, str, str])], "workspaces": {_WORKSPACE: (
               dict(_ENTRY, path=str), dict(_ENTRY, state=re.compile(r"(?!ready\Z)")))}}
 SECRET = {re.compile(r"(value|command)\Z"): re.compile("[^\ud800-\udc7f\udd00-\udfff]*\\Z")}
-PARTS = {"source": str, "modules": [[str, str, str]], "lfs": [[str, str, str, str]]}
 PROFILE = {"until": (int, float), "sessions?": int, "direct?": int}
 DOWN = {"until": (int, float), "count": int, "why?": [str, str, str]}
 
@@ -2184,7 +2198,7 @@ class Registry:
         key = hashlib.sha256(os.fsencode(repository)).hexdigest()[:20]
         self.path = os.path.join(state_folder("projects"), key + ".json")
         self.secrets_path = os.path.join(state_folder("secrets"), key + ".json")
-        self.parts_path, self.running = self.path[:-4] + "parts", self.path[:-4] + "running"
+        self.running = self.path[:-4] + "running"
         self._cache: Dict[str, Tuple[object, Any]] = {}
 
     def read(self) -> Dict[str, Any]:
@@ -2221,29 +2235,6 @@ class Registry:
                          "id": os.urandom(6).hex(), "workspaces": {}}
             yield value["secrets"] if secrets else value
             write_json(path, value, 0)
-
-    def parts(self, tree: str) -> Optional[Dict[str, Any]]:
-        """What save_parts() kept of a tree that was sent; None where it was a commit's own."""
-        return read_json(os.path.join(self.parts_path, tree + ".json"), PARTS)
-
-    def all_parts(self) -> Iterator[Dict[str, Any]]:
-        """The same of all, newest first."""
-        for path in self._parts_files():
-            yield read_json(path, PARTS) or {}
-
-    def _parts_files(self) -> List[str]:
-        names = os.listdir(self.parts_path) if os.path.isdir(self.parts_path) else []
-        paths = [os.path.join(self.parts_path, name) for name in names if name.endswith(".json")]
-        return sorted(paths, key=age_of)
-
-    def save_parts(self, tree: str, value: Mapping[str, Any]) -> None:
-        """Kept while a workspace is of that tree; else, for deltas, while it is among the newest."""
-        private_directory(self.parts_path)
-        write_json(os.path.join(self.parts_path, tree + ".json"), value)
-        used = {entry["tree"] + ".json" for entry in self.read()["workspaces"].values()}
-        for path in self._parts_files()[PARTS_KEPT:]:
-            if os.path.basename(path) not in used:
-                remove_file(path)
 
     def creation_lock(self, name: str, shared: bool = False) -> Lock:
         """Held while a workspace is made or removed, so that two processes don't both; ``shared`` by those who copy it."""
@@ -4284,7 +4275,7 @@ class Repository:
     """The user's git repository around a directory. Raises GitFailed where there is none."""
 
     def __init__(self, directory: str) -> None:
-        self.program = find_program("git")
+        self.program, self._top = find_program("git"), ""
         try:
             self.directory = os.path.abspath(directory)
         except FileNotFoundError:
@@ -4362,7 +4353,10 @@ class Repository:
             return ""
 
     def worktree(self) -> str:
-        return self._git("rev-parse", "--show-toplevel").decode("utf-8", "surrogateescape").rstrip("\n")
+        """The top directory of the work tree. Raises GitFailed in a bare repository."""
+        if not self._top:
+            self._top = os.fsdecode(self._git("rev-parse", "--show-toplevel")).rstrip("\n")
+        return self._top
 
     def state_within(self, top: str) -> str:
         """Where the state directory lies in the work tree ``top`` (a home may be a repository); "" if it does not."""
@@ -4371,9 +4365,10 @@ class Repository:
 
     def refuse_state(self, commit: str) -> None:
         """Raise UsageError if a commit holds the state directory, and with it the secrets."""
-        if self._git("rev-parse", "--is-inside-work-tree") != b"true\n":
+        try:
+            own = self.state_within(self.worktree())
+        except GitFailed:
             return  # bare
-        own = self.state_within(self.worktree())
         if own and self.value_of("%s:%s" % (commit, own), ""):
             raise UsageError("Nothing was sent: %s, where %s keeps the secrets, is in the commit %s." % (show(own), PROGRAM, commit[:12]),
                              "Take it out of git (git rm -r --cached %s), or set CMUX_SSH_HOME to another directory." % quote(":/" + own))
@@ -4679,15 +4674,6 @@ class Shadow:
             before, after, _, oid, _ = row.decode("ascii").split(" ")
             yield before[1:], after, oid, next(rows)
 
-    def links(self, tree: str) -> Set[bytes]:
-        """The paths of submodules whose content the tree has not."""
-        return {path for mode, _, path in self.listing(tree) if mode == "160000"}
-
-    def files(self, tree: str) -> str:
-        """The tree as the host's git has it: without links to submodules."""
-        rows = [("0", "0" * len(tree), path) for path in self.links(tree)]
-        return self.altered(tree, rows) if rows else tree
-
     def mentions(self, tree: str, word: bytes) -> bool:
         """Whether a .gitattributes of a tree has a word."""
         oids = [oid for _, oid, path in self.listing(tree)
@@ -4695,16 +4681,13 @@ class Shadow:
         return any(word in data for _, data in self.blobs(oids))
 
     def altered(self, tree: str, rows: Iterable[Tuple[str, str, bytes]]) -> str:
-        """A tree ("": the empty one) with other files at some paths: (mode, id, path), mode 0 takes one away."""
-        env = {"GIT_INDEX_FILE": os.path.join(self.path, "altered.index")}
-        self.fill(tree, env, (os.fsencode("%s %s\t" % row[:2]) + row[2] for row in rows))
+        """A tree ("": the empty one) with other files at some paths: (mode, id, path), mode 0 takes one away.
+        Not by read-tree, which before git 2.39 wants the content of all."""
+        env = {"GIT_INDEX_FILE": os.path.join(self.path, os.urandom(4).hex() + ".index")}
+        own = self.records("ls-tree", "-r", "-z", "--full-tree", tree) if tree else ()
+        more = (os.fsencode("%s %s\t" % row[:2]) + row[2] for row in rows)
+        self.call("update-index", "-z", "--index-info", env=env, stdin=b"\0".join([*own, *more, b""]))
         return self.call("write-tree", "--missing-ok", env=env)
-
-    def fill(self, tree: str, env: Optional[Dict[str, str]] = None, more: Iterable[bytes] = ()) -> None:
-        """Make the index of a tree ("": none) and rows. read-tree before git 2.39 wants LFS content."""
-        rows = self.records("ls-tree", "-r", "-z", "--full-tree", tree) if tree else ()
-        self.call("read-tree", "--empty", env=env)
-        self.call("update-index", "-z", "--index-info", env=env, stdin=b"\0".join([*rows, *more, b""]))
 
     def attribute(self, name: str, paths: Iterable[bytes], env: Optional[Dict[str, str]] = None, *options: str) -> Iterator[Tuple[bytes, bytes]]:
         """(path, value) as the .gitattributes in the index say."""
@@ -4754,15 +4737,11 @@ class Shadow:
         with open(os.path.join(self.git_dir, "info", "exclude"), "wb") as stream:
             stream.write(repository.excludes())
 
-    def delta(self, old: str, new: str, apart: Container[bytes] = ()) -> Tuple[str, List[bytes]]:
-        """The tree of only the files of ``new`` that ``old`` has not so, and .cmux-gone: the list of
-        the paths to remove before. With those of the files that are sent ``apart``, and not in
-        the tree."""
-        changes = self.changes(self.files(old), self.files(new))
-        rows = [(mode, oid, path) for _, mode, oid, path in changes]
+    def delta(self, rows: Sequence[Tuple[str, str, bytes]]) -> str:
+        """The tree of only these files, of (mode, id, path), and .cmux-gone: the list of the paths to
+        remove before, those of mode 0 among them."""
         gone = self.call("hash-object", "-w", "--stdin", stdin=b"".join(path + b"\n" for _, _, path in rows))
-        sent = [row for row in rows if row[0] != "000000" and row[2] not in apart]
-        return self.altered("", [("100644", gone, b".cmux-gone")] + sent), [path for mode, _, path in rows if mode != "000000" and path in apart]
+        return self.altered("", [("100644", gone, b".cmux-gone"), *(row for row in rows if int(row[0]))])
 
     def blobs(self, ids: Sequence[str]) -> Iterator[Tuple[str, bytes]]:
         """(id, content) of small blobs, in order; b"" for one that is not small."""
@@ -4897,115 +4876,81 @@ class Place:
 
 
 class Parts:
-    """What is sent of a commit's tree (``source``): ``tree`` has the content of submodules and of LFS
-    files, as far as it lies on this machine, where ``source`` has links and pointers."""
+    """What is sent of a commit's tree: with the content of submodules and of LFS files, as far as
+    it lies on this machine, where the commit has links and pointers. A function of the commit and
+    of what lies here: nothing of it is stored."""
 
-    def __init__(self, source: str) -> None:
-        self.source = self.tree = source
-        self.plain = True                                   # source has no submodule and no LFS file
-        self.modules: Dict[bytes, Tuple[str, str]] = {}     # path -> its tree, its object store
-        self.lfs: Dict[bytes, Tuple[str, str, str]] = {}    # path -> mode, the pointer's id, the content's
-        self.files: Dict[bytes, Tuple[str, str, int]] = {}  # path -> the content's file, sha256, size
-        self.places: List[Place] = []                       # of the submodules
-        self.lacking = 0                                    # LFS files whose content is not here
-        self.absent = 0                                     # submodules not checked out
+    def __init__(self, shadow: Shadow, place: Place, source: str) -> None:
+        self.shadow = shadow
+        self.modules: Set[bytes] = set()    # the paths of submodules, here or not
+        self.pointers: Dict[bytes, Tuple[str, str, str, int]] = {}  # path -> mode, id, sha256, size
+        self.files: Dict[bytes, str] = {}   # path -> the file that has the content
+        self.places: List[Place] = []       # of the submodules
+        self.lacking = 0                    # LFS files whose content is not here
+        self.absent = 0                     # submodules not checked out
+        self._rows: List[Tuple[str, str, bytes]] = []
+        self._look(place, source, b"")
+        # What names it, without links to submodules. Where LFS content is sent, no tree of the
+        # host's git: whoever reckons the ids of contents has to read them all.
+        self.tree = shadow.altered(source, self._rows) if self._rows else source
+        self.host_tree = "" if self.files else self.tree
 
-    def find(self, shadow: Shadow, place: Place, earlier: Iterator[Dict[str, Any]]) -> None:
-        """Look what is here. ``earlier`` are parts of before: content that was read once keeps its id."""
-        self._look(shadow, place, self.source, b"", {}, earlier)
-        self.tree = self.build(shadow)
-
-    def _look(self, shadow: Shadow, place: Place, tree: str, prefix: bytes, known: Dict[str, str],
-              earlier: Iterator[Dict[str, Any]]) -> None:
+    def _look(self, place: Place, tree: str, prefix: bytes) -> None:
         attributes, links = [], []
-        for mode, oid, path in shadow.listing(tree):
+        for mode, oid, path in self.shadow.listing(tree):
             if mode == "160000":
                 links.append((path, oid))
             elif (b"/" + path).endswith(b"/.gitattributes"):
                 attributes.append(oid)
-        words = [data for _, data in shadow.blobs(attributes)]
-        if any(b"lfs" in data for data in words):
-            self.plain = False
-            for path, mode, oid, sha256, size in shadow.pointers(tree):
-                while oid not in known:
-                    rows = next(earlier, None)
-                    if rows is None:
-                        break
-                    known.update((pointer, content) for _, _, pointer, content in rows.get("lfs", ()))
-                self._take(prefix + path, mode, oid, place.content(sha256, size), sha256, size, known)
+            if prefix and mode != "160000":
+                self._rows.append((mode, oid, prefix + path))
+        if any(b"lfs" in data for _, data in self.shadow.blobs(attributes)):
+            for path, mode, oid, sha256, size in self.shadow.pointers(tree):
+                self._take(place, prefix + path, mode, oid, sha256, size)
         for path, commit in links:
-            self.plain = False
+            self.modules.add(prefix + path)
+            if not prefix:
+                self._rows.append(("0", "0" * len(commit), path))
             module = place.module(path)
-            inner = module and shadow.tree_in(module.objects, commit)
+            inner = module and self.shadow.tree_in(module.objects, commit)
             if not module or not inner:
                 self.absent += 1
             else:
-                shadow.lend(module.objects)
-                self.modules[prefix + path] = inner, module.objects
+                self.shadow.lend(module.objects)
                 self.places.append(module)
-                self._look(shadow, module, inner, prefix + path + b"/", known, earlier)
+                self._look(module, inner, prefix + path + b"/")
 
-    def _take(self, path: bytes, mode: str, pointer: str, file: str, sha256: str, size: int, known: Dict[str, str]) -> None:
-        if file and pointer not in known:
-            known[pointer] = blob_id(file, sha256, size, "sha256" if len(pointer) == 64 else "sha1")
-        if file and known[pointer]:
-            self.lfs[path], self.files[path] = (mode, pointer, known[pointer]), (file, sha256, size)
+    def _take(self, place: Place, path: bytes, mode: str, oid: str, sha256: str, size: int) -> None:
+        import hashlib
+        self.pointers[path] = mode, oid, sha256, size
+        file = place.content(sha256, size)
+        if file:
+            self.files[path] = file
+            content = hashlib.new("sha256" if len(oid) == 64 else "sha1", b"content " + sha256.encode())
+            self._rows.append((mode, content.hexdigest(), path))
         else:
             self.lacking += 1
 
-    def build(self, shadow: Shadow) -> str:
-        """Make ``tree`` in a shadow; its id. The content of LFS files is not there, only its ids."""
-        if not self.modules and not self.lfs:
-            return self.source
-        rows = [("0", "0" * len(self.source), path) for path in self.modules]
-        try:
-            for path, (tree, objects) in self.modules.items():
-                shadow.lend(objects)
-                inner = ((mode, oid, path + b"/" + name) for mode, oid, name in shadow.listing(tree))
-                rows += [row for row in inner if row[2] not in self.modules]
-            rows += [(mode, content, path) for path, (mode, _, content) in self.lfs.items()]
-            return shadow.altered(self.source, rows)
-        except GitFailed:
-            raise GitFailed("The tree that is sent cannot be put together: this repository or a submodule lacks objects of it.",
-                            "Fetch them: git fetch; git submodule update --init")
-
     def stream(self, paths: Iterable[bytes]) -> Iterator[bytes]:
-        """LFS files as tar entries, checked once more while they are read."""
+        """LFS files as tar entries, checked while they are read."""
         import hashlib
         import tarfile
         for path in paths:
-            file, sha256, size = self.files[path]
+            mode, _, sha256, size = self.pointers[path]
             info = tarfile.TarInfo(os.fsdecode(path))
-            info.size, info.mtime, info.mode = size, int(time.time()), 0o755 if self.lfs[path][0] == "100755" else 0o644
+            info.size, info.mtime, info.mode = size, int(time.time()), int(mode[-3:], 8)
             try:
                 yield info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
             except ValueError:  # a long name, more than 8 GB
                 yield info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
             digest = hashlib.sha256()
-            for data in read_content(file, size):
+            for data in read_content(self.files[path], size):
                 digest.update(data)
                 yield data
             if digest.hexdigest() != sha256:
-                raise GitFailed("The LFS content of %s is damaged." % show(os.fsdecode(path)), "Look with: git lfs fsck")
-            if size % 512:
-                yield b"\0" * (-size % 512)
-
-    def as_dict(self) -> Dict[str, Any]:
-        """What build() needs, for a file."""
-        return {"source": self.source, "modules": [[os.fsdecode(path), *row] for path, row in self.modules.items()],
-                "lfs": [[os.fsdecode(path), *row] for path, row in self.lfs.items()]}
-
-    @classmethod
-    def restore(cls, shadow: Shadow, tree: str, value: Optional[Mapping[str, Any]]) -> Parts:
-        """The parts of a tree that was sent, made again in a shadow of what as_dict() said of it."""
-        parts = cls(value["source"] if value else tree)
-        if value:
-            parts.modules = {os.fsencode(path): (inner, objects) for path, inner, objects in value["modules"]}
-            parts.lfs = {os.fsencode(path): (mode, pointer, content) for path, mode, pointer, content in value["lfs"]}
-        parts.tree = parts.build(shadow)
-        if parts.tree != tree:
-            raise GitFailed("What was sent to the host cannot be told any more.")
-        return parts
+                raise GitFailed("The LFS content of %s is damaged." % show(os.fsdecode(path)),
+                                "Look with: git lfs fsck")
+            yield b"\0" * (-size % 512)
 
 
 def read_content(path: str, size: int) -> Iterator[bytes]:
@@ -5275,12 +5220,11 @@ class ProjectState:
         self.handed_over: Dict[bytes, str] = {}   # values of secrets sent by this process -> name
         self._masked: Tuple[Mapping[bytes, str], Mapping[str, Dict[str, str]], List[Tuple[bytes, bytes]]] = ({}, {}, [])
         self.history = History(self.registry)
-        self._plain: Set[str] = set()             # trees known to have no submodule and no LFS file
 
     def _forked(self) -> None:
         import threading
         self._mutex = threading.Lock()
-        self.looking = threading.Lock()          # many workspaces at once: LFS content is read by one
+        self.looking = threading.Lock()           # many workspaces at once: one says what is not sent
         self._fetching = threading.Lock()
         self._unknown: Optional[Tuple[float, CmuxError]] = None  # until when a secret's command is not asked again
         self.fetched: Set[str] = set()            # names of secrets that this process has sent or looked up
@@ -5403,6 +5347,7 @@ class ProjectState:
     def discard(self, name: str, entry: Dict[str, Any]) -> None:
         """The directory into the trash there, the entry out of the registry; not listed from here on,
         unless the host does not do it."""
+        Shadow.reap(temporary_folder())  # of whoever was killed while he made it
         host, op, before = self.host(entry["host"]), os.urandom(8).hex(), entry.get("removals", [])
         self.update(name, state="removing", removals=before + [op])
         try:
@@ -5439,6 +5384,7 @@ class ProjectState:
         intent, host = entry.get("intent"), self.host(entry["host"])
         if not intent:
             return entry
+        Shadow.reap(temporary_folder())
         words = [intent["to"], entry["op"]] if "to" in intent else [""]
         reply = host.call(SETTLE, entry["root"], entry["project"], name, intent["op"], *words)
         check_reply(reply, host.name, "settle an interrupted operation on %s" % name)
@@ -5449,20 +5395,6 @@ class ProjectState:
 
 class ProjectBase(ProjectState):
     """What is done to a project's workspaces: see Project, whose workspaces have the tools."""
-
-    def parts(self, tree: str) -> Parts:
-        """What to send of a commit's tree, by what lies here now."""
-        parts = Parts(tree)
-        with self.looking:
-            if tree in self._plain or any(entry.get("plain") and entry["tree"] == tree for entry in self.entries().values()):
-                return parts
-            with self.repository.in_shadow(tree) as shadow:
-                parts.find(shadow, self.repository.place(), self.registry.all_parts())
-            if parts.plain:
-                self._plain.add(tree)
-            elif parts.tree != tree:
-                self.registry.save_parts(parts.tree, parts.as_dict())
-        return parts
 
     def create(self, name: str, host: str, ref: str = "HEAD", root: str = "", init: bool = True,
                report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> "Workspace":
@@ -5486,7 +5418,8 @@ class ProjectBase(ProjectState):
             with noted(self, "new", name, host, ref) as entry:
                 creation = Creation(self, name, host, ref, root, report, cancel)
                 entry.row["op"] = creation.op
-                workspace = creation.run(init)
+                with contextlib.closing(creation):
+                    workspace = creation.run(init)
                 entry.size = creation.sent
                 return workspace
 
@@ -5614,20 +5547,21 @@ class ProjectBase(ProjectState):
         """Bring a workspace to another local commit; False when it is there already. Refuses to
         overwrite what no pull brought home (WorkspaceDirty); with ``force`` a copy stays in the
         trash on the host until gc. Raises as create() does, too."""
-        with self.registry.creation_lock(check_workspace(name)):
+        with contextlib.ExitStack() as held:
+            held.enter_context(self.registry.creation_lock(check_workspace(name)))
             workspace, report = self.workspace(name), report or Report()
             entry = self.settle(name)
-            made = Creation(self, name, workspace.host.name, ref, entry["root"], report, cancel)
+            made = held.enter_context(contextlib.closing(
+                Creation(self, name, workspace.host.name, ref, entry["root"], report, cancel)))
             made.left_out()
-            same = (made.commit, made.tree) == (entry["base"], entry["tree"]) and not force
-            if same and (entry.get("whole") == made.tree or self._sent(entry)):
+            if not force and (made.commit, made.tree) == (entry["base"], entry.get("whole")):
                 return False
             with noted(self, "push", name, workspace.host.name, ref, entry["op"]) as log:
                 if not force:
                     self._refuse(name, entry, ())
                 self.update(name, intent={"op": made.op, **made.base()})
                 words = self.looked_at(name, entry, made.op) + [made.tree, "1" if force else ""]
-                reply = made.with_base(lambda: workspace.host.call(PUSH, *words, cancel=cancel))
+                reply = made.with_base(lambda: workspace.host.call(PUSH, *words, cancel=cancel), entry["tree"])
                 log.size = made.sent
                 if reply.status in (5, 25):  # nothing was done there
                     with self.registry.editing() as record:
@@ -5676,20 +5610,11 @@ class ProjectBase(ProjectState):
                                 if tuple(place) not in places or tuple(place) in used]
         return freed, failed
 
-    def _sent(self, entry: Dict[str, Any]) -> str:
-        """The tree that the workspace's archive had; "" where that is not known any more."""
-        try:
-            with self.repository.in_shadow(entry["tree"]) as shadow:
-                Parts.restore(shadow, entry["tree"], self.registry.parts(entry["tree"]))
-                return "" if lacks_ignored(shadow, entry) else shadow.files(entry["tree"])
-        except GitFailed:
-            return ""
-
-    def looked_at(self, name: str, entry: Dict[str, Any], op: str, sent: Optional[str] = None) -> List[str]:
+    def looked_at(self, name: str, entry: Dict[str, Any], op: str) -> List[str]:
         """The words for PULL, CHANGED and PUSH: what the workspace is compared with."""
-        sent = self._sent(entry) if sent is None else sent
-        return [entry["root"], entry["project"], name, entry["tree"] if sent else "-",
-                sent if len(sent) == 40 else "",  # else ids there are not like ours
+        tree = entry.get("host_tree", "")
+        return [entry["root"], entry["project"], name, entry["tree"] if "whole" in entry else "-",
+                tree if len(tree) == 40 else "",  # else ids there are not like ours
                 op, str(PULL_COMMITS_MAX), str(PULL_FILE_MAX),
                 *(entry.get("pulled", {}).get(key, "") for key in ("head", "tree", "refs", "mark"))]
 
@@ -5716,7 +5641,7 @@ def end_intent(entry: Dict[str, Any], pushed: bool) -> None:
     """A push or a rename has ended, or was given up. Two forks may settle it at once."""
     intent = entry.pop("intent", {})
     if pushed and intent:
-        entry.update({key: intent.get(key, "") for key in ("base", "tree", "plain", "whole")})
+        entry.update({key: intent.get(key, "") for key in ("base", "tree", "host_tree", "whole")})
         entry.get("pulled", {}).pop("left", None)
         entry["over"] = dict(entry.get("branches", {}))  # it no longer has what these brought home
 
@@ -5767,19 +5692,27 @@ class Creation:
         self.project, self.name, self.report, self.cancel = project, name, report, cancel
         self.host = project.host(host)
         self.root = root
-        self.commit, tree = project.repository.resolve(ref)
+        self.commit, self.source = project.repository.resolve(ref)
         project.repository.refuse_state(self.commit)
-        self.parts = project.parts(tree)
-        self.tree = self.parts.tree
         self.place, self.head = project.remote_name, ref == "HEAD"
         self.op = os.urandom(8).hex()
         self.sent = 0               # bytes of the archive
+        self.shadow = project.repository.in_shadow(self.commit)
+        try:
+            self.parts = Parts(self.shadow, project.repository.place(), self.source)
+        except BaseException:
+            self.close()
+            raise
+        self.tree = self.parts.tree
+
+    def close(self) -> None:
+        self.shadow.close()
 
     def base(self) -> Dict[str, Any]:
         """What the registry keeps of what was sent. Versions that left export-ignored files out
         write no ``whole``."""
         return {"base": self.commit, "tree": self.tree, "whole": self.tree,
-                "plain": self.parts.plain}
+                "host_tree": self.parts.host_tree}
 
     def run(self, init: bool) -> "Workspace":
         entry: Dict[str, Any] = {
@@ -5820,11 +5753,14 @@ class Creation:
 
     def note_sent(self, record: Dict[str, Any], root: str) -> None:
         """Where there is something of the project, for gc; and what was sent there, for deltas."""
-        for key, row, most in (("places", [self.host.name, root], PLACES_KEPT), ("sent", [self.host.name, self.tree], SENT_KEPT)):
+        for key, row, most in (("places", [self.host.name, root], PLACES_KEPT), ("sent", [self.host.name, self.tree, self.source], SENT_KEPT)):
             record[key] = [row] + [other for other in record.get(key, []) if other != row][:most]
 
-    def with_base(self, use: Callable[[], Reply]) -> Reply:
-        """Run ``use``; where the host lacks the base (21), upload it first."""
+    def with_base(self, use: Callable[[], Reply], own: str = "") -> Reply:
+        """Run ``use``; where the host lacks the base (21), upload it first. What little differs from the
+        workspace's ``own`` is sent unasked."""
+        if own:
+            self._upload([own], True)
         reply = use()
         if reply.status == 21:
             lock = self.project.registry.upload_lock(self.tree, self.host.name, self.root)
@@ -5835,38 +5771,37 @@ class Creation:
                 self.report.step(self.name, "being made")
             with lock:
                 reply = use() if waited else reply
-                if reply.status == 21:
-                    try:
-                        self._upload(reply)
-                    finally:
-                        self.report.step(self.name, "being unpacked")
-                    reply = use()
+                for _ in range(2):  # a host that can do nothing with a difference gets all
+                    if reply.status == 21:
+                        try:
+                            self._upload([line[5:] for line in reply.lines() if line.startswith("base ")])
+                        finally:
+                            self.report.step(self.name, "being unpacked")
+                        reply = use()
         return reply
 
-    def _nearest(self, shadow: Shadow, reply: Reply) -> str:
-        """The base on the host that differs least, if a delta against it is worth while; or "". Only one that
-        was sent there before: a delta tells the names of what the base has and this tree has not."""
-        best, paths = "", [path for _, _, path in shadow.listing(self.tree)]
-        if b".cmux-gone" in paths:
-            return ""
-        whole, changed, record = len(paths), paths, self.project.registry.read()
-        rows = record.get("sent", []) + [[entry["host"], entry["tree"]] for entry in record["workspaces"].values() if entry["state"] == "ready"]
-        sent = {tree for host, tree in rows if host == self.host.name} - {self.tree}
-        for line in [line[len("base "):] for line in reply.lines() if line.startswith("base ")][:8]:
-            if line in sent:
-                try:
-                    Parts.restore(shadow, line, self.project.registry.parts(line))
-                    paths = [path for _, _, _, path in shadow.changes(line, self.tree)]
-                except GitFailed:
-                    continue  # a tree that this repository does not have
-                if (not best or len(paths) < len(changed)) and not any(b"\n" in path or path == b".cmux-gone" for path in paths):
-                    best, changed = line, paths
-        if not best or len(changed) < whole / 2:
-            return best
-        if len(changed) > DELTA_FEW:  # the host is slow with so many
-            return ""
-        sizes = shadow.sizes(self.tree)  # few files: what one of them has may be all there is
-        return best if sum(sizes.get(path, 0) for path in changed) < sum(sizes.values()) / 2 else ""
+    def _nearest(self, offered: Iterable[str]) -> Tuple[str, List[Tuple[str, str, bytes]]]:
+        """The base on the host with which the fewest bytes travel, if those are less than half, and what
+        differs, as (mode, id, path); or "". Only one that was sent there before: a delta tells the names
+        of what the base has and this tree has not."""
+        record, shadow, sizes = self.project.registry.read(), self.shadow, self.shadow.sizes(self.tree)
+        sizes.update({path: self.parts.pointers[path][3] for path in self.parts.files})
+        best, least, differs = "", sum(sizes.values()) / 2, []
+        sent = {entry["tree"]: entry["base"] for entry in record["workspaces"].values() if entry["host"] == self.host.name}
+        sent.update({tree: (source or [tree])[0] for host, tree, *source in record.get("sent", []) if host == self.host.name})
+        for tree in [tree for tree in offered if tree in sent and b".cmux-gone" not in sizes]:
+            try:
+                if sent[tree] != tree:  # a commit, or what it is made of has submodules or LFS files
+                    source = shadow.call("rev-parse", sent[tree] + "^{tree}")
+                    if Parts(shadow, self.project.repository.place(), source).tree != tree:
+                        continue  # other content lies here now
+                rows = [row[1:] for row in shadow.changes(tree, self.tree)]
+            except GitFailed:
+                continue  # a commit that this repository does not have
+            travel = sum(sizes.get(path, 0) for _, _, path in rows)
+            if travel < least and not any(b"\n" in path or path == b".cmux-gone" for _, _, path in rows):
+                best, least, differs = tree, travel, rows
+        return best, differs
 
     def left_out(self) -> None:
         """One line, once a command, on what the repository has and the host does not get."""
@@ -5875,9 +5810,8 @@ class Creation:
             if self.tree in said or type(self.report) is Report:  # which says nothing
                 return
             said.add(self.tree)
-            with self.project.repository.in_shadow(self.tree) as shadow:
-                below = sum(place.uncommitted(shadow) for place in self.parts.places)
-                changed = self.project.repository.uncommitted(shadow) if self.head else 0
+            below = sum(place.uncommitted(self.shadow) for place in self.parts.places)
+            changed = self.project.repository.uncommitted(self.shadow) if self.head else 0
         parts = ["%d %s" % (count, re.sub("(file|submodule)s", r"\1", name, count=1) if count == 1 else name) for count, name in (
             (self.parts.absent, "submodules not checked out here"),
             (self.parts.lacking, "LFS files whose content is not here (their pointers are sent)"),
@@ -5886,27 +5820,32 @@ class Creation:
         if parts:
             self.report.note("Not sent: %s." % ", ".join(parts))
 
-    def _archive(self, shadow: Shadow, parent: str) -> Archive:
+    def _archive(self, parent: str, rows: Sequence[Tuple[str, str, bytes]]) -> Archive:
         """The archive of what differs from a base, or of all."""
-        apart, tree = list(self.parts.lfs), self.tree
+        apart, tree = list(self.parts.files), self.tree
         if parent:
-            tree, apart = shadow.delta(parent, self.tree, self.parts.lfs)
-        elif self.parts.lfs:
-            tree = shadow.altered(tree, [("0", "0" * len(tree), path) for path in self.parts.lfs])
-        archive, front = shadow.archive(tree, self.parts.stream(apart)), sum(self.parts.files[path][2] for path in apart)
-        archive.size = functools.lru_cache(maxsize=None)(lambda: front + shadow.archive_size(tree))
+            apart = [path for mode, _, path in rows if int(mode) and path in self.parts.files]
+            tree = self.shadow.delta(rows)
+        if apart:
+            tree = self.shadow.altered(tree, [("0", "0" * len(tree), path) for path in apart])
+        archive = self.shadow.archive(tree, self.parts.stream(apart))
+        front = sum(self.parts.pointers[path][3] for path in apart)
+        archive.size = functools.lru_cache(maxsize=None)(lambda: front + self.shadow.archive_size(tree))
         return archive
 
-    def _upload(self, reply: Reply) -> None:
-        """Stream the archive; it counts only when the host's length and checksum are ours."""
-        with self.project.repository.in_shadow(self.tree) as shadow:
-            self.parts.build(shadow)
-            parent = self._nearest(shadow, reply)
-            archive = self._archive(shadow, parent)
-            try:
-                reply = self._send(archive, parent)
-            finally:
-                archive.close()
+    def _upload(self, offered: Iterable[str], little: bool = False) -> None:
+        """Stream the archive; it counts only when the host's length and checksum are ours. If ``little``,
+        only one that is small."""
+        parent, rows = self._nearest(offered)
+        if little and not parent:
+            return
+        archive = self._archive(parent, rows)
+        try:
+            if little and not archive.small():
+                return
+            reply = self._send(archive, parent)
+        finally:
+            archive.close()
         if reply.status == 0 and archive.ended and reply.stdout.decode("ascii", "replace").strip().split("\n")[-1] == archive.digest.line():
             self.sent, whole = archive.total, archive.digest.length
             self.report.say("sent %s to %s%s" % (human_size(whole), self.host.name, ", compressed to %s" % human_size(
@@ -6245,6 +6184,8 @@ class Harvest:
         self.used: Set[int] = set()
         self.again = self.most = 0            # bytes of files that came before, in the work tree of a commit; in any
         self.held: Dict[bytes, int] = {}      # ... by path, since the commits follow on each other
+        self.pointers: Dict[Tuple[str, int], str] = {}  # sha256 and size of LFS content -> its pointer
+        self.contents: Dict[int, str] = {}              # the marks of such -> the pointer
 
     def blob(self, mark: int, size: int, chunks: Iterable[bytes]) -> None:
         self.total += size
@@ -6256,13 +6197,19 @@ class Harvest:
                          "Let .gitignore cover what was generated, and pull again.")
         self.sizes[mark] = size
         self.importer.write(b"blob\nmark :%d\ndata %d\n" % (mark, size))
-        before = b""
+        import hashlib
+        before, digest = b"", hashlib.sha256()
+        lfs = any(size == length for _, length in self.pointers)
         for chunk in chunks:
             self.importer.write(chunk)
+            if lfs:
+                digest.update(chunk)
             for name, value in self.secrets.items():
                 if value in before + chunk and name not in self.leaks.get(mark, ()):
                     self.leaks.setdefault(mark, []).append(name)
             before = (before + chunk)[-self.overlap:] if self.overlap else b""
+        if lfs and (digest.hexdigest(), size) in self.pointers:
+            self.contents[mark] = self.pointers[digest.hexdigest(), size]
         self.importer.write(b"\n")
 
     def change(self, changes: Dict[bytes, Tuple[str, int]], path: bytes, mode: str, mark: int) -> None:
@@ -6519,9 +6466,9 @@ class Grower:
     """Makes commits in a shadow out of a Harvest, and looks at each again."""
 
     def __init__(self, shadow: Shadow, base: str, harvest: Harvest, ids: Mapping[int, str],
-                 lfs: Mapping[bytes, Tuple[str, str, str]] = {}) -> None:
+                 lfs: Container[bytes] = ()) -> None:
         self.shadow, self.base, self.harvest, self.ids, self.lfs = shadow, base, harvest, ids, lfs
-        self.contents = {content: pointer for _, pointer, content in lfs.values()}
+        self.contents = {ids[mark]: pointer for mark, pointer in harvest.contents.items()}
         self.env = {"GIT_INDEX_FILE": os.path.join(shadow.path, "result.index")}
         self.at = ""  # the commit the index stands at
         self.contested: Set[str] = set()
@@ -6649,8 +6596,9 @@ class Pull:
         self.entry = workspace.project.entry(workspace.name)
         self.base: str = workspace.base
         try:
-            self.parts = Parts.restore(shadow, self.entry["tree"], workspace.project.registry.parts(self.entry["tree"]))
-            self.sent_tree = shadow.files(self.entry["tree"])
+            tree = shadow.call("rev-parse", self.base + "^{tree}")
+            self.parts = Parts(shadow, workspace.project.repository.place(), tree)
+            self.sent_tree = self.parts.tree
         except GitFailed as error:
             raise GitFailed("This repository has not all any more of what %s was made of: %s" % (workspace.name, error),
                             "Fetch the commit %s again; or take the files: %s exec -w %s -- tar -c . >%s.tar" % (
@@ -6661,8 +6609,9 @@ class Pull:
                 "that .gitattributes mark export-ignore: what is missing cannot be compared.",
                 f"Take its files: {PROGRAM} exec -w {workspace.name} -- tar -c . >"
                 f"{workspace.name}.tar; then send all: {PROGRAM} push --force -w {workspace.name}")
-        self.modules = shadow.links(self.entry["tree"]).union(self.parts.modules)
-        self.lfs = {path: row for path, row in self.parts.lfs.items() if not self._in_module(path)}
+        self.modules = self.parts.modules
+        self.lfs = {path: row for path, row in self.parts.pointers.items()
+                    if not self._in_module(path)}
         self.pulled: Dict[str, Any] = {}
         # The paths the host was given:
         self.sent = functools.lru_cache(maxsize=None)(lambda: {path for _, _, path in shadow.listing(self.sent_tree)})
@@ -6674,8 +6623,9 @@ class Pull:
         try:
             secrets = secret_values(self.workspace.project.registry, self.cancel)
             harvest = Harvest(importer, lambda path: path in self.sent(), secrets)
+            harvest.pointers = {(sha256, size): oid for _, oid, sha256, size in self.lfs.values()}
             incoming = Incoming(self.workspace.host, self.cancel, PULL, *self.workspace.project.looked_at(
-                self.workspace.name, self.entry, os.urandom(8).hex(), self.sent_tree), how)
+                self.workspace.name, self.entry, os.urandom(8).hex()), how)
             wire = Wire(self._counted(incoming, harvest))
             dirty, unsent = self._read(wire, incoming, harvest)
             reply = incoming.reply()
@@ -6731,7 +6681,7 @@ class Pull:
     def _tell_lfs(self, commits: List[str]) -> None:
         """A changed or new LFS file came as its content. ``git add`` makes a pointer of it, where LFS is installed."""
         rows = self.shadow.changes(self.base, commits[-1]) if commits and self.lfs else iter(())
-        pointers = {pointer for _, pointer, _ in self.lfs.values()}
+        pointers = {oid for _, oid, _, _ in self.lfs.values()}
         changed = [path for _, mode, oid, path in rows if mode in ("100644", "100755") and oid not in pointers]
         new = self.shadow.lfs_paths(changed, self._grower.env) if changed else []
         self.notes += ["%s came home as content: after the merge, `git add` makes an LFS pointer of it"
