@@ -4243,6 +4243,10 @@ GIT_SAFE = ("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false",
             "-c", "commit.gpgSign=false", "-c", "protocol.allow=never", "-c", "tar.umask=0022",
             "-c", "core.bigFileThreshold=%d" % STREAMED_FROM, "-c", "pack.threads=1",
             "-c", "core.packedGitWindowSize=16m", "-c", "core.packedGitLimit=64m")
+# For the user's own git, which reads the work tree. The split index of another directory is not found.
+USER_SAFE = ("core.hooksPath=/dev/null", "core.fsmonitor=false", "core.splitIndex=false",
+             "core.untrackedCache=false", "core.safecrlf=false", "submodule.recurse=false",
+             "gc.auto=0", "maintenance.auto=false", "protocol.allow=never")
 # Bytes are the repository's own: no filter runs, no commit id, author or date is expanded, no
 # line end changes; a pull without a change is then an empty diff. export-ignore is for releases:
 # an agent needs the tests, too.
@@ -4373,37 +4377,87 @@ class Repository:
             raise UsageError("Nothing was sent: %s, where %s keeps the secrets, is in the commit %s." % (show(own), PROGRAM, commit[:12]),
                              "Take it out of git (git rm -r --cached %s), or set CMUX_SSH_HOME to another directory." % quote(":/" + own))
 
+    def _as_user(self, shadow: Shadow, filters: bool = False) -> Shadow:
+        """A shadow whose git is the user's, with its configuration, in the work tree; index and new
+        objects are the shadow's own. No hook, no fsmonitor and, unless wanted, no filter runs."""
+        import copy
+        shadow.borrow_index(self)
+        own, settings = copy.copy(shadow), list(USER_SAFE)
+        for name in () if filters else self._configured("filter", user_environment()):
+            settings += [name + ".process=", name + ".required=false"]
+        own.start = [self.program, "-C", self.worktree(), *(word for one in settings for word in ("-c", one))]
+        own.env = self._without_hooks(user_environment())
+        own.env.update(GIT_INDEX_FILE=os.path.join(shadow.git_dir, "index"), GIT_NO_REPLACE_OBJECTS="1",
+                       GIT_OBJECT_DIRECTORY=os.path.join(shadow.git_dir, "objects"), GIT_OPTIONAL_LOCKS="0",
+                       GIT_ALTERNATE_OBJECT_DIRECTORIES=shadow.env["GIT_ALTERNATE_OBJECT_DIRECTORIES"],
+                       GIT_ALLOW_PROTOCOL="none", GIT_NO_LAZY_FETCH="1", GIT_TERMINAL_PROMPT="0")
+        return own
+
+    def _configured(self, section: str, env: Dict[str, str]) -> Set[str]:
+        """The subsections that the configuration has of one section, as SECTION.NAME."""
+        words = ["config", "-z", "--name-only", "--get-regexp", r"^%s\..*\." % section]
+        out = run([self.program, "-C", self.directory, *words], env)[1]
+        return {name.rpartition(".")[0] for name in os.fsdecode(out).split("\0")[:-1]}
+
+    def _without_hooks(self, env: Dict[str, str]) -> Dict[str, str]:
+        """git 2.54 runs hooks that the configuration names; core.hooksPath does not stop those."""
+        given, names = env.get("GIT_CONFIG_COUNT", ""), self._configured("hook", env)
+        first = int(given) if given.isdigit() else 0
+        for at, name in enumerate(names, first):
+            env["GIT_CONFIG_KEY_%d" % at] = name + ".enabled"
+            env["GIT_CONFIG_VALUE_%d" % at] = "false"
+        return dict(env, GIT_CONFIG_COUNT=str(first + len(names)))
+
     def uncommitted(self, shadow: Shadow) -> int:
         """How many tracked files are not as HEAD has them."""
         try:
-            top, tree = self.worktree(), self.resolve("HEAD")[1]
-            shadow.borrow_index(self)
-            changed = set(shadow.differing(self._as_add(shadow, top), tree))
-            return len(changed) - len(list(self._same_lfs(shadow, top, tree, changed)))
+            changed = set(self._as_user(shadow).differing((), "HEAD"))
+            return len(changed) - (self._same_lfs(shadow, changed) if changed else 0)
         except GitFailed:
             return 0  # a bare repository
 
+    def _same_lfs(self, shadow: Shadow, paths: Container[bytes]) -> int:
+        """How many of the paths hold what their LFS pointer in HEAD says."""
+        import hashlib
+        same, top = 0, self.worktree()
+        for path, _, _, sha256, size in shadow.pointers(self.resolve("HEAD")[1]):
+            file = os.path.join(top, os.fsdecode(path))
+            if path in paths and os.path.isfile(file) and os.path.getsize(file) == size:
+                digest = hashlib.sha256()
+                for data in read_content(file, size):
+                    digest.update(data)
+                same += digest.hexdigest() == sha256
+        return same
+
     def snapshot(self, allow: Sequence[str] = ()) -> str:
-        """A commit of the work tree as it is, ignored files apart, kept as refs/cmux/sent/ID; the
-        user's index and branches stay as they are. Refuses files that look like secrets."""
+        """A commit of the work tree as `git add -A` would take it, filters of the user's and all, kept as
+        refs/cmux/sent/ID; the user's index and branches stay as they are. Refuses files that look like secrets."""
         commit, tree = self.resolve("HEAD")
         if self._git("rev-parse", "--is-bare-repository") == b"true\n":
             raise UsageError("This repository is bare: it has no work tree to send.", "Leave out --dirty.")
         with self.in_shadow(commit) as shadow:
-            top = self.worktree()
-            shadow.borrow_index(self)
+            user, failed = self._as_user(shadow, filters=True), None
             # add would run `git status` in every submodule, with the config and the filters of that.
-            links = [row.partition(b"\t")[2] for row in shadow.records("ls-files", "-s", "-z") if row.startswith(b"160000 ")]
-            here = self._as_add(shadow, top)
+            links = shadow.index_links()
+            own = self.state_within(self.worktree())
+            if own and not run(user.argv("check-ignore", "-q", "--", own), user.env)[0]:
+                own = ""  # add says so, and fails, where an excluded path is ignored already
+            apart = [":(exclude,literal)" + path for path in [*map(os.fsdecode, links), own] if path]
             try:
-                own = self.state_within(top)
-                if own and not run(shadow.argv(*here, "check-ignore", "-q", "--", own), shadow.env)[0]:
-                    own = ""  # add says so, and fails, where an excluded path is ignored already
-                shadow.call(*here, "add", "-A", "--", ".", *(":(exclude,literal)" + path for path in [*map(os.fsdecode, links), own] if path))
+                list(user.records("add", "-A", "--", ".", *apart, talks=True))
             except GitFailed as error:
-                raise self._nested(shadow, here, links) or error
-            shadow.call(*here, "update-index", "--remove", "-z", "--stdin", stdin=b"".join(path + b"\0" for path in links))
-            new = self._unfiltered(shadow, top, tree, allow)
+                failed = error
+            nested = shadow.index_links() - links
+            if failed:
+                nested.update(path for path in user.records("ls-files", "-o", "--exclude-standard", "-z")
+                              if path.endswith(b"/"))
+            if nested:
+                raise GitFailed("%s is a repository of its own." % show(min(nested).decode("utf-8", "replace").rstrip("/")),
+                                "Let .gitignore cover it, or make it a submodule.")
+            if failed:
+                raise failed
+            user.call("update-index", "--remove", "-z", "--stdin", stdin=b"".join(path + b"\0" for path in links))
+            new = shadow.call("write-tree")
             if new == tree:
                 return commit
             paths = [path.decode("utf-8", "surrogateescape") for _, mode, _, path in shadow.changes(tree, new) if mode != "000000"]
@@ -4416,70 +4470,6 @@ class Repository:
             made = shadow.call("commit-tree", new, "-p", commit, stdin=b"uncommitted work\n", env=person)
             self.publish(shadow.quarantine(made, [commit]), "refs/cmux/sent/" + made[:12], made, "")
             return made
-
-    def _as_add(self, shadow: Shadow, top: str) -> Tuple[str, ...]:
-        """The options with which ``shadow`` reads files as `git add` would, but runs no filter."""
-        shadow.attributes(self._own_attributes() + "* -filter\n")
-        _, out, _ = run([self.program, "-C", self.directory, "config", "--get-regexp",
-                         r"^core\.(autocrlf|eol|filemode|symlinks|ignorecase|precomposeunicode)$"], user_environment())
-        own = [word for line in out.decode("utf-8", "replace").splitlines() for word in ("-c", line.replace(" ", "=", 1))]
-        return ("-C", top, "--work-tree=.", "-c", "core.safecrlf=false", *own, *self._attributes_file())
-
-    def _attributes_file(self) -> Tuple[str, str]:
-        """The option that names the attributes which the user has for all repositories."""
-        home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-        return "-c", "core.attributesFile=%s" % (self.config("core.attributesFile", "--path") or os.path.join(home, "git", "attributes"))
-
-    def _own_attributes(self) -> str:
-        """The attributes that the user keeps in no file of the tree."""
-        try:
-            with open(os.path.join(self.common_dir, "info", "attributes"), encoding="utf-8", errors="surrogateescape") as stream:
-                return stream.read() + "\n"
-        except OSError:
-            return ""
-
-    def excludes(self) -> bytes:
-        """What is ignored here by no .gitignore: core.excludesFile, and then, with the last word, info/exclude."""
-        found = b""
-        own = self.config("core.excludesFile", "--path")
-        for name in (own and os.path.join(self.worktree(), own), os.path.join(self.common_dir, "info", "exclude")):
-            if os.path.isfile(name):
-                with open(name, "rb") as stream:
-                    found += stream.read() + b"\n"
-        return found
-
-    def _unfiltered(self, shadow: Shadow, top: str, tree: str, allow: Sequence[str]) -> str:
-        """The tree of the index, without what differs from ``tree`` only because no filter was run: LFS content that
-        is what its pointer says. Refuses what a filter might have encrypted."""
-        new = shadow.call("write-tree")
-        paths = [path for _, mode, _, path in shadow.changes(tree, new) if mode in ("100644", "100755")]
-        shadow.attributes(self._own_attributes())
-        names = {path: name for path, name in shadow.attribute("filter", paths, None, *self._attributes_file()) if name not in (b"unspecified", b"unset", b"set")}
-        same = list(self._same_lfs(shadow, top, tree, names if b"lfs" in names.values() else ()))
-        for path in set(names).difference(path for _, _, path in same):
-            shown, name = path.decode("utf-8", "surrogateescape"), show(names[path].decode("utf-8", "replace"))
-            if shown not in allow:
-                raise UsageError("Nothing was sent: %s goes through the filter %s, and none is run here." % (show(shown), name),
-                                 "Commit it first, or send it as it lies here: --allow %s" % quote(shown))
-        return shadow.altered(new, same) if same else new
-
-    @staticmethod
-    def _same_lfs(shadow: Shadow, top: str, tree: str,
-                  paths: Container[bytes]) -> Iterator[Tuple[str, str, bytes]]:
-        """(mode, id, path) of those files that are what their LFS pointer in ``tree`` says."""
-        for path, mode, oid, sha256, size in shadow.pointers(tree) if paths else ():
-            file = os.path.join(top, os.fsdecode(path))
-            if path in paths and os.path.isfile(file) and os.path.getsize(file) == size:
-                if blob_id(file, sha256, size, "sha1"):
-                    yield mode, oid, path
-
-    @staticmethod
-    def _nested(shadow: Shadow, here: Sequence[str], links: Sequence[bytes]) -> Optional[GitFailed]:
-        """The error where it is a repository in the work tree, no submodule, that add does not take."""
-        found = [row.partition(b"\t")[2] for row in shadow.records("ls-files", "-s", "-z") if row.startswith(b"160000 ")]
-        found += [path for path in shadow.records(*here, "ls-files", "-o", "--exclude-standard", "-z") if path.endswith(b"/")]
-        path = min(set(found) - set(links), default=b"").decode("utf-8", "replace").rstrip("/")
-        return GitFailed("%s is a repository of its own." % show(path), "Let .gitignore cover it, or make it a submodule.") if path else None
 
     def _worktrees(self) -> List[List[str]]:
         """What `git worktree list` says: its lines, worktree by worktree."""
@@ -4521,15 +4511,8 @@ class Repository:
                 raise GitFailed("git did not take the objects of the result.", "Is the disk full?")
         if ref.startswith("refs/heads/"):
             self.check_branch(ref[11:])  # once more: bringing it took minutes
-        # git 2.54 runs hooks that the configuration names; core.hooksPath does not stop those.
-        words = command + ["config", "-z", "--name-only", "--get-regexp", r"^hook\..*\."]
-        keys = os.fsdecode(run(words, git_environment())[1]).split("\0")[:-1]
-        off = {"GIT_CONFIG_COUNT": str(len(keys))}
-        for at, key in enumerate(keys):
-            off["GIT_CONFIG_KEY_%d" % at] = key.rpartition(".")[0] + ".enabled"
-            off["GIT_CONFIG_VALUE_%d" % at] = "false"
         status, _, err = run(command + ["update-ref", "--no-deref", "-m", "cmux pull", ref, new, old or "0" * len(new)],
-                             git_environment(**off))
+                             self._without_hooks(git_environment()))
         if status:
             raise GitFailed("The branch %s could not be set: %s." % (show(ref[11:]), show(neutralise(err).strip(), 300)),
                             "Choose another with --branch.")
@@ -4562,6 +4545,7 @@ class Shadow:
                 break
         os.mkdir(self.path, 0o700)
         self.git_dir = os.path.join(self.path, "sh.git")
+        self.start = [self.program, "--git-dir=" + self.git_dir, *GIT_SAFE]
         self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null",
                                    GIT_ALTERNATE_OBJECT_DIRECTORIES=self.alternate(repository.object_directory()))
         try:
@@ -4615,7 +4599,7 @@ class Shadow:
                     pass  # it has just gone
 
     def argv(self, *words: str) -> List[str]:
-        return [self.program, "--git-dir=" + self.git_dir] + list(GIT_SAFE) + list(words)
+        return [*self.start, *words]
 
     def records(self, *words: str, stdin: Optional[bytes] = None, end: bytes = b"\0",
                 env: Optional[Dict[str, str]] = None, talks: bool = False) -> Iterator[bytes]:
@@ -4689,9 +4673,9 @@ class Shadow:
         self.call("update-index", "-z", "--index-info", env=env, stdin=b"\0".join([*own, *more, b""]))
         return self.call("write-tree", "--missing-ok", env=env)
 
-    def attribute(self, name: str, paths: Iterable[bytes], env: Optional[Dict[str, str]] = None, *options: str) -> Iterator[Tuple[bytes, bytes]]:
+    def attribute(self, name: str, paths: Iterable[bytes], env: Optional[Dict[str, str]] = None) -> Iterator[Tuple[bytes, bytes]]:
         """(path, value) as the .gitattributes in the index say."""
-        answers = self.records(*options, "check-attr", "-z", "--stdin", "--cached", name, stdin=b"".join(path + b"\0" for path in paths), env=env)
+        answers = self.records("check-attr", "-z", "--stdin", "--cached", name, stdin=b"".join(path + b"\0" for path in paths), env=env)
         for path in answers:
             yield path, (next(answers), next(answers))[1]
 
@@ -4726,16 +4710,19 @@ class Shadow:
         with open(os.path.join(self.git_dir, "info", "attributes"), "w", encoding="utf-8", errors="surrogateescape") as stream:
             stream.write(text)
 
+    def index_links(self) -> Set[bytes]:
+        """The paths of submodules in the index."""
+        return {row.partition(b"\t")[2] for row in self.records("ls-files", "-s", "-z")
+                if row.startswith(b"160000 ")}
+
     def borrow_index(self, repository: Repository) -> None:
-        """A copy of the user's index, whose times spare reading unchanged files, and his excludes. With its own
-        time: git reads again what was changed in the second of the index or later, and only that."""
+        """A copy of the user's index, whose times spare reading unchanged files. With its own time: git
+        reads again what was changed in the second of the index or later, and only that."""
         import shutil
         for name in ["index"] + [name for name in os.listdir(repository.git_dir) if name.startswith("sharedindex.")]:
             source = os.path.join(repository.git_dir, name)
             if os.path.isfile(source):
                 shutil.copy2(source, os.path.join(self.git_dir, name))
-        with open(os.path.join(self.git_dir, "info", "exclude"), "wb") as stream:
-            stream.write(repository.excludes())
 
     def delta(self, rows: Sequence[Tuple[str, str, bytes]]) -> str:
         """The tree of only these files, of (mode, id, path), and .cmux-gone: the list of the paths to
@@ -4965,19 +4952,6 @@ def read_content(path: str, size: int) -> Iterator[bytes]:
                 yield data
     except OSError:
         raise GitFailed("The LFS content %s cannot be read any more." % show(path), "Try again.")
-
-
-def blob_id(path: str, sha256: str, size: int, form: str) -> str:
-    """The id git would give to the content of an LFS object; "" where it is not as the pointer says."""
-    import hashlib
-    whole, blob = hashlib.sha256(), hashlib.new(form, b"blob %d\0" % size)
-    try:
-        for data in read_content(path, size):
-            whole.update(data)
-            blob.update(data)
-    except GitFailed:
-        return ""
-    return blob.hexdigest() if whole.hexdigest() == sha256 else ""
 
 
 def make_repository(path: str, files: Mapping[str, str]) -> str:
