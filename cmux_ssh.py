@@ -952,20 +952,22 @@ _croot() { # $1 root as given, may be empty or begin with ~ -> cd there, $root
   mkdir -p .cmux/bases .cmux/stage .cmux/trash .cmux/made || return 3
   chmod 700 .cmux || return 3
 }
-_cone() { # op function...: one attempt of an operation at a time (a lost line is tried again while the first
-  # may still run), and none once SETTLE or REMOVE has given it up
-  _ck=$root/.cmux/stage/$1; shift
-  _center "$_ck.by" 0.1 3000 || return 3
-  if [ -e "$_ck.off" ]; then r=3; else "$@"; r=$?; fi
-  _cleave "$_ck.by"; return $r
+_cone() { # lock function...: one at a time (a lost line is tried again while the first may still run)
+  _ck=$root/.cmux/stage/$1.by; shift
+  _center "$_ck" 0.1 3000 || return 3
+  "$@"; r=$?
+  _cleave "$_ck"; return $r
 }
-_coff() { # op: no attempt of it begins any more, and the one that runs has ended
-  k=.cmux/stage/$1 n=0; : >"$k.off" || return 3
-  while _cheld "$k.by"; do
-    n=$((n+1)); [ $n -lt 3000 ] || { echo "process ${_co%%.*} of an earlier attempt still runs" >&2; return 3; }
-    sleep 0.1 || { sleep 1; n=$((n+9)); }
-  done
-  chmod -R u+rwX "$k" 2>/dev/null; rm -rf "$k" "$k.by"
+_cturn() { # project name turn op function...: one at a time for a name, and none once a later one has begun,
+  # which also clears away what the last left in the stage: its client was killed
+  mkdir -p .cmux/locks ".cmux/made/$1" && _cone "$1.$2" _clater "$@"
+}
+_clater() {
+  turn=.cmux/locks/turn-$1.$2 last=0 op=
+  [ ! -f "$turn" ] || read -r last op <"$turn"
+  [ "${last:-0}" -le "$3" ] || return 3
+  case $op in "$4" | '') ;; *) chmod -R u+rwX ".cmux/stage/$op"; rm -rf ".cmux/stage/$op";; esac
+  echo "$3 $4" >"$turn" && shift 4 && "$@"
 }
 """
 
@@ -989,7 +991,7 @@ _clist() {
 }
 """
 
-# CREATE root project name base op: make a workspace of a cached or just uploaded base.
+# CREATE root project name base op turn: make a workspace of a cached or just uploaded base.
 #   replies: root <path>; init, if there is a hook to run; made. Status 20: the name is taken;
 #   21: the base is not here; it then names those that a delta may stand on, newest first.
 #   Called again with the same op after a lost line, it says made.
@@ -1058,11 +1060,11 @@ _cbase() { # ... and unpacked in $s/tree, with a repository
 }
 """
 CREATE = BASE + r"""
-_cop() { _croot "$1" && _cone "$5" _ccreate "$@"; }
+_cop() { _croot "$1" && _cturn "$2" "$3" "$6" "$5" _ccreate "$@"; }
 _ccreate() {
   project=$2 name=$3 base=.cmux/bases/$4 op=$5
   printf 'root %s\n' "$root"
-  mkdir -p "$project" ".cmux/made/$project" || return 3
+  mkdir -p "$project" || return 3
   s=$root/.cmux/stage/$op made=.cmux/made/$project/$name
   if [ -e "$project/$name" ] || [ -L "$project/$name" ]; then
     [ "$(cat "$made.op")" = "$op" ] || return 20
@@ -1281,12 +1283,12 @@ _cop() {
 }
 """
 
-# PUSH root project name oldbase oldtree op commits bytes head tree refs mark newbase keep: the workspace becomes the
-#   new base; again with the same op, it says pushed. With git, in place: only files that differ are touched, ignored ones stay (build
-#   caches, node_modules, a server that watches). Without, the directory is replaced. `keep` (1) leaves a copy of what was in
-#   the trash, and replaces the directory, too, where its repository cannot be moved (5 without it). With git, what differs
-#   from the workspace's own base is enough, and makes no new one. Without `keep` it looks
-#   itself for what would be lost, as CHANGED does, each time it is asked: an upload takes minutes. 21: upload the base first; 22: no workspace; 25: the lines tell what would be lost.
+# PUSH root project name oldbase oldtree op commits bytes head tree refs mark newbase keep turn: the workspace becomes
+#   the new base; again with the same op, it says pushed. With git, in place: only files that differ are touched, ignored
+#   ones stay (build caches, node_modules, a server that watches), and what differs from its own base is enough. Without,
+#   the directory is replaced. `keep` (1) leaves a copy of what was in the trash, and replaces the directory, too, where its
+#   repository cannot be moved (5 without it). Without `keep` it looks itself for what would be lost, as CHANGED does, each
+#   time it is asked: an upload takes minutes. 21: upload first; 22: no workspace; 25: the lines tell what would be lost.
 PUSH = LOST + BASE + r"""
 _creflog() { :; } # what only a reflog has stays there
 _cn() { GIT_INDEX_FILE=$s/new.index git --git-dir="$g" --work-tree="$s/delta" -c core.fsmonitor=false -c core.looseCompression=0 "$@"; }
@@ -1316,7 +1318,7 @@ _cswitch() { # files, refs and index are the new base's; or all is as it was: 1 
 _cpush() {
   base=.cmux/bases/${13} op=$6
   [ "$(cat "$m.push")" != "$6" ] || { echo pushed; return 0; }
-  rm -rf "$s/git"
+  rm -rf "$s/git" "$s/delta"
   if [ "${14}" ] || [ -f "$s/begun" ]; then _csnap "$4" "$5" "$7" "$8" >"$s/said"; snap=$?
   else _clost "$@" >"$s/lost" || return; [ ! -s "$s/lost" ] || { cat "$s/lost"; return 25; }; fi
   cd "$root" || return 3
@@ -1337,51 +1339,40 @@ _cpush() {
   echo "${13}" >"$m.base" && _cmark "$6" "$m.mark" "$w" && rm -f "$m.pull" && echo "$6" >"$m.push" && echo pushed
 }
 _cin() { s=$root/.cmux/stage/$6; mkdir -p "$s" || return 3; _cpush "$@"; r=$?; cd "$root"; [ $r = 21 ] || rm -rf "$s"; return $r; }
-_cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && _cone "$6" _cin "$@"; }
+_cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && _cturn "$2" "$3" "${15}" "$6" _cin "$@"; }
 """
 
-# FORK root project name new op: a copy under another name; RENAME (with an op of its own last): the
-#   same directory under another name. Both say done again when called again. 20: the name is taken.
+# FORK root project name new op turn: a copy under another name; RENAME root project name new op turn its lock: the
+#   directory that the operation `its` made, under another name, or back where it was. 20: the name is taken.
 FORK = SNAPSHOT + r"""
-_cop() { _croot "$1" && _cone "$5" _cfork "$@"; }
+_cop() { _croot "$1" && _cturn "$2" "$4" "$6" "$5" _cfork "$@"; }
 _cfork() {
   n=$root/$2/$4 q=$root/.cmux/made/$2/$4 s=.cmux/stage/$5
-  if [ -e "$n" ] || [ -L "$n" ]; then [ "$(cat "$q.op")" = "$5" ] || return 20; echo "done"; return 0; fi
+  if [ -e "$n" ] || [ -L "$n" ]; then [ "$(cat "$q.op")" = "$5" ] || return 20; return 0; fi
   _cw "$2" "$3" || return 22
   rm -rf "$s"; mkdir -p "$s" && cp -RpP "$w" "$s/$5" || { chmod -R u+rwX "$s" 2>/dev/null; rm -rf "$s"; return 3; }
   for x in base mark pull push; do [ ! -f "$m.$x" ] || cp -p "$m.$x" "$q.$x" || return 3; done
   echo "$5" >"$q.op" && mv "$s/$5" "$n" || return 3
   rm -rf "$s"
   if [ -d "$n/$5" ]; then rm -rf "$n/$5"; return 20; fi
-  echo "done"
 }
 """
 RENAME = SNAPSHOT + r"""
-_cop() { _croot "$1" && _cone "$6" _crename "$@"; }
+_cop() { _croot "$1" && _cturn "$2" "$8" "$6" "$5" _crename "$@"; }
 _crename() {
-  n=$root/$2/$4 q=$root/.cmux/made/$2/$4
-  if [ -e "$n" ] || [ -L "$n" ]; then [ "$(cat "$q.op")" = "$5" ] || return 20
-  else _cw "$2" "$3" || return 22; echo "$5" >"$q.op" && mv "$w" "$n" || return 3; fi
-  m=$root/.cmux/made/$2/$3
+  m=$root/.cmux/made/$2/$3 n=$root/$2/$4 q=$root/.cmux/made/$2/$4
+  if [ -e "$n" ] || [ -L "$n" ]; then [ "$(cat "$q.op")" = "$7" ] || return 20
+  else _cw "$2" "$3" || return 22; echo "$7" >"$q.op" && mv "$w" "$n" || return 3; fi
+  [ "$(cat "$m.op")" = "$7" ] || return 0
   for x in base mark pull push; do [ ! -f "$m.$x" ] || mv "$m.$x" "$q.$x" || return 3; done
   rm -f "$m.op"
-  echo "done"
 }
 """
 
-# SETTLE root project name op [new its-op]: the client of a push, or of a rename to `new`, was killed. It
-#   does no more from now on. Says pushed if the push was done; a rename is undone, whole or half.
+# SETTLE root project name op turn push: says which push was done last; what was sent for `push` goes.
 SETTLE = OPEN_ROOT + r"""
-_cop() {
-  _croot "$1" && _coff "$4" || return
-  m=.cmux/made/$2/$5 q=.cmux/made/$2/$3
-  case $5 in
-  '') [ "$(cat "$q.push")" != "$4" ] || echo pushed;;
-  *) [ "$(cat "$m.op")" = "$6" ] || return 0
-    [ -e "$2/$3" ] || mv "$2/$5" "$2/$3" || return 3
-    for x in base mark pull push op; do [ ! -f "$m.$x" ] || mv "$m.$x" "$q.$x" || return 3; done;;
-  esac
-}
+_cop() { _croot "$1" && _cturn "$2" "$3" "$5" "$4" _csaid "$@"; }
+_csaid() { cat ".cmux/made/$2/$3.push"; rm -rf ".cmux/stage/$6"; }
 """
 
 # GC root: trash, what broken uploads left a day ago, jobs that ended a week ago, and bases that no workspace was made of and
@@ -1402,14 +1393,12 @@ _cop() {
 }
 """
 
-# REMOVE root project name op jobs given-up...: a rename into the trash, and a background reap. Constant
-#   time; jobs that run are ended first. A missing directory is success. rm -rf does not follow symbolic links. Given up: the ops of
-#   a creation and of removals whose clients were killed; they may still run, but do no more after this.
+# REMOVE root project name op turn jobs: a rename into the trash, and a background reap. Constant
+#   time; jobs that run are ended first. A missing directory is success. rm -rf does not follow symbolic links.
 REMOVE = OPEN_ROOT + JOB_STATE + r"""
-_cop() { _croot "$1" && _cone "$4" _cremove "$@"; }
+_cop() { _croot "$1" && _cturn "$2" "$3" "$5" "$4" _cremove "$@"; }
 _cremove() {
-  p=$2 w=$3 t=.cmux/trash/$4 j=.cmux/jobs/$2/${5:--}; shift 5
-  for x in "$@"; do _coff "$x" || return; done
+  p=$2 w=$3 t=.cmux/trash/$4 j=.cmux/jobs/$2/${6:--}
   mkdir -p "$t" || return 3
   if [ -L "$p" ]; then return 3; fi
   for d in "$j"/*; do [ ! -d "$d" ] || [ "$(_cstate "$d")" != running ] || ( _cR=$(cat "$d/pid"); _ci=${d##*/}; _cstop ); done
@@ -2121,7 +2110,7 @@ def fits(value: Any, shape: Any) -> bool:
 
 _ENTRY: Dict[str, Any] = dict.fromkeys("state host root project base tree op".split(), str)
 _ENTRY["created"] = (int, float)
-RECORD = {"name": _WORKSPACE, "id": re.compile(r"[0-9a-f]{12}\Z"), "jobs?": dict,
+RECORD = {"name": _WORKSPACE, "id": re.compile(r"[0-9a-f]{12}\Z"), "jobs?": dict, "turn?": int,
           "places?": [[str, str]], "sent?": [([str, str], [str, str, str])], "workspaces": {_WORKSPACE: (
               dict(_ENTRY, path=str), dict(_ENTRY, state=re.compile(r"(?!ready\Z)")))}}
 SECRET = {re.compile(r"(value|command)\Z"): re.compile("[^\ud800-\udc7f\udd00-\udfff]*\\Z")}
@@ -4231,11 +4220,12 @@ class CommandRun:
 
 # === 11. Git ===
 # Owns: every git process on this machine. The only room that names git. Promises: no hook,
-# filter, fsmonitor, textconv, pager or remote helper of any repository runs; the user's work
-# tree, index, refs and config are read, never written.
+# fsmonitor, textconv, pager or remote helper of any repository runs, a filter only for --dirty;
+# the user's work tree, index, refs and config are read, never written.
 
-# In the user's own repository only rev-parse and cat-file run. Everything else runs in a shadow:
-# a new bare repository, empty of config, whose only tie is the real object store as alternate.
+# In the user's own repository only commands that read run; --dirty and the count of what is not
+# sent read the work tree as the user's git does, into index and objects of ours. All else runs in
+# a shadow: a new bare repository, empty of config, with the real object store as alternate.
 GIT_SAFE = ("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false",
             "-c", "core.protectHFS=true", "-c", "core.protectNTFS=true",
             "-c", "submodule.recurse=false", "-c", "fetch.recurseSubmodules=false",
@@ -4411,7 +4401,7 @@ class Repository:
     def uncommitted(self, shadow: Shadow) -> int:
         """How many tracked files are not as HEAD has them."""
         try:
-            changed = set(self._as_user(shadow).differing((), "HEAD"))
+            changed = set(self._as_user(shadow).differing("HEAD"))
             return len(changed) - (self._same_lfs(shadow, changed) if changed else 0)
         except GitFailed:
             return 0  # a bare repository
@@ -4673,16 +4663,12 @@ class Shadow:
         self.call("update-index", "-z", "--index-info", env=env, stdin=b"\0".join([*own, *more, b""]))
         return self.call("write-tree", "--missing-ok", env=env)
 
-    def attribute(self, name: str, paths: Iterable[bytes], env: Optional[Dict[str, str]] = None) -> Iterator[Tuple[bytes, bytes]]:
-        """(path, value) as the .gitattributes in the index say."""
-        answers = self.records("check-attr", "-z", "--stdin", "--cached", name, stdin=b"".join(path + b"\0" for path in paths), env=env)
-        for path in answers:
-            yield path, (next(answers), next(answers))[1]
-
     def lfs_paths(self, paths: Iterable[bytes], env: Dict[str, str]) -> List[bytes]:
-        """Those that LFS manages, by the index of ``env``."""
+        """Those that LFS manages, by the .gitattributes in the index of ``env``."""
         self.attributes("")
-        return [path for path, value in self.attribute("filter", paths, env) if value == b"lfs"]
+        answers = self.records("check-attr", "-z", "--stdin", "--cached", "filter", env=env,
+                               stdin=b"".join(path + b"\0" for path in paths))
+        return [path for path, _, value in zip(answers, answers, answers) if value == b"lfs"]
 
     def pointers(self, tree: str) -> Iterator[Tuple[bytes, str, str, str, int]]:
         """(path, mode, id, sha256, size of the content) of a tree's LFS pointers."""
@@ -4700,7 +4686,7 @@ class Shadow:
             if match:
                 yield (path, *files[path], match.group(1).decode(), int(match.group(2)))
 
-    def differing(self, work: Sequence[str], head: str, **env: str) -> Iterator[bytes]:
+    def differing(self, head: str, *work: str, **env: str) -> Iterator[bytes]:
         """Files that are not as ``head`` has them, by content; not in submodules, whose filters would run."""
         return self.records(*work, "diff", "--no-ext-diff", "--no-textconv", "--no-renames", "--name-only",
                             "--ignore-submodules=dirty", "-z", head, "--", env=env, talks=True)
@@ -4857,7 +4843,7 @@ class Place:
             shutil.copy2(os.path.join(self.git_dir, "index"), env["GIT_INDEX_FILE"])
             status, head, _ = run([shadow.program, "--git-dir=" + self.git_dir, "rev-parse", "--verify", "-q",
                                    "HEAD^{tree}"], git_environment())
-            return not status and any(shadow.differing(("--work-tree=" + self.top,), head.decode().strip(), **env))
+            return not status and any(shadow.differing(head.decode().strip(), "--work-tree=" + self.top, **env))
         except (OSError, GitFailed):
             return False
 
@@ -5308,6 +5294,14 @@ class ProjectState:
             raise no_workspace(name, ", or make it: %s new %s -H HOST" % (PROGRAM, name))
         return entry
 
+    def turn(self, name: str, **fields: Any) -> str:
+        """The same, and the number of what is about to be done to the workspace: after that, the host
+        does nothing of a lower one, whose client was killed."""
+        with self.registry.editing() as record:
+            record["turn"] = max(record.get("turn", 0) + 1, int(time.time()))
+            record["workspaces"].setdefault(name, {}).update(fields)
+            return str(record["turn"])
+
     def update(self, name: str, **fields: Any) -> None:
         """Change fields of a workspace's entry in the registry."""
         with self.registry.editing() as record:
@@ -5322,11 +5316,11 @@ class ProjectState:
         """The directory into the trash there, the entry out of the registry; not listed from here on,
         unless the host does not do it."""
         Shadow.reap(temporary_folder())  # of whoever was killed while he made it
-        host, op, before = self.host(entry["host"]), os.urandom(8).hex(), entry.get("removals", [])
-        self.update(name, state="removing", removals=before + [op])
+        host = self.host(entry["host"])
+        turn = self.turn(name, state="removing")
         try:
-            reply = host.call(REMOVE, entry["root"], entry["project"], name, op,
-                              entry["op"], *before, *([] if entry["state"] == "ready" else [entry["op"]]))
+            reply = host.call(REMOVE, entry["root"], entry["project"], name, os.urandom(8).hex(),
+                              turn, entry["op"])
             check_reply(reply, host.name, "remove the workspace %s" % name)
         except CmuxError as error:
             if not isinstance(error, ConnectionLost):  # then nobody knows
@@ -5359,11 +5353,15 @@ class ProjectState:
         if not intent:
             return entry
         Shadow.reap(temporary_folder())
-        words = [intent["to"], entry["op"]] if "to" in intent else [""]
-        reply = host.call(SETTLE, entry["root"], entry["project"], name, intent["op"], *words)
-        check_reply(reply, host.name, "settle an interrupted operation on %s" % name)
+        place, words = (entry["root"], entry["project"]), (os.urandom(8).hex(), self.turn(name))
+        if "to" in intent:
+            reply = host.call(RENAME, *place, intent["to"], name, *words, entry["op"], name)
+        else:
+            reply = host.call(SETTLE, *place, name, *words, intent["op"])
+        if reply.status != 22:  # else it is nowhere
+            check_reply(reply, host.name, "settle an interrupted operation on %s" % name)
         with self.registry.editing() as record:
-            end_intent(record["workspaces"][name], "pushed" in reply.lines())
+            end_intent(record["workspaces"][name], intent["op"] in reply.lines())
             return dict(record["workspaces"][name])
 
 
@@ -5481,12 +5479,9 @@ class ProjectBase(ProjectState):
         with self._both(source.name, name, shared=True):
             entry = self.settle(source.name)
             self.vacate(name)
-            made = dict(entry, state="forking", op=os.urandom(8).hex(), created=int(time.time()), path=source.path[:-len(source.name)] + name)
-            for key in ("branches", "over", "intent", "removals"):
-                made.pop(key, None)
-            with self.registry.editing() as record:
-                record["workspaces"][name] = made
-            self._move(FORK, source.host, made, source.name, name, made["op"])
+            made = dict(entry, state="forking", op=os.urandom(8).hex(), created=int(time.time()), branches={}, over={},
+                        path=source.path[:-len(source.name)] + name)
+            self._move(FORK, source.host, made, source.name, name, made["op"], self.turn(name, **made))
             self.update(name, state="ready")
             return self.workspace(name)
 
@@ -5497,8 +5492,8 @@ class ProjectBase(ProjectState):
             entry, op = self.settle(source.name), os.urandom(8).hex()
             self.vacate(name)
             entry = dict(entry, path=source.path[:-len(source.name)] + name)
-            self.update(source.name, intent={"op": op, "to": name})
-            self._move(RENAME, source.host, entry, source.name, name, entry["op"], op)
+            turn = self.turn(source.name, intent={"op": op, "to": name})
+            self._move(RENAME, source.host, entry, source.name, name, op, turn, entry["op"], source.name)
             with self.registry.editing() as record:
                 record["workspaces"].pop(source.name, None)
                 record["workspaces"][name] = entry
@@ -5533,8 +5528,8 @@ class ProjectBase(ProjectState):
             with noted(self, "push", name, workspace.host.name, ref, entry["op"]) as log:
                 if not force:
                     self._refuse(name, entry, ())
-                self.update(name, intent={"op": made.op, **made.base()})
-                words = self.looked_at(name, entry, made.op) + [made.tree, "1" if force else ""]
+                turn = self.turn(name, intent={"op": made.op, **made.base()})
+                words = self.looked_at(name, entry, made.op) + [made.tree, "1" if force else "", turn]
                 reply = made.with_base(lambda: workspace.host.call(PUSH, *words, cancel=cancel), entry["tree"])
                 log.size = made.sent
                 if reply.status in (5, 25):  # nothing was done there
@@ -5692,11 +5687,11 @@ class Creation:
         entry: Dict[str, Any] = {
             "state": "creating", "host": self.host.name, "root": self.root, "project": self.place,
             **self.base(), "op": self.op, "created": int(time.time())}
-        self._record(entry)
+        turn = self.project.turn(self.name, **entry)
         try:
             self.left_out()
             reply = self.with_base(lambda: self.host.call(
-                CREATE, self.root, self.place, self.name, self.tree, self.op, cancel=self.cancel))
+                CREATE, self.root, self.place, self.name, self.tree, self.op, turn, cancel=self.cancel))
             if reply.status == 20:
                 raise WorkspaceExists("A directory %s exists already on %s." % (self.name, self.host.name), "Choose another name.")
             check_reply(reply, self.host.name, "make the workspace")

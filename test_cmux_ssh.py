@@ -9817,6 +9817,28 @@ def test_killed_while_its_script_goes_on_the_next_call_works_and_nothing_is_half
         assert tree_of(repo.path("victim")) == repo.tree()
 
 
+@pytest.mark.parametrize("words, then", [("rename -w main victim", "exec -w main -- true"), ("new -H gated victim", "rm victim"),
+                                         ("push -w main", "pull -w main"), ("rm main", "new -H gated main")])
+def test_a_script_that_is_held_up_does_nothing_once_a_later_one_has_begun(site: Site, words: str, then: str) -> None:
+    """It stands before it has the lock of the workspace's name; its client is killed; the next call is done; then it goes on."""
+    repo, gate = Repo(site), Gate(site, "ln")
+    assert repo.cli("new", "-H", "gated", "main").code == 0
+    repo.write("README", b"second\n")
+    repo.commit()
+    gate.shut(".by")
+    child = repo.start(*words.split())
+    gate.reached()
+    killed(child)
+    after = repo.cli(*then.split())
+    assert after.code == 0, after
+    there = tree_of(repo.path())
+    gate.open()
+    until(lambda: not [p for p in processes() if os.fsencode(gate.dir) in p.cmdline], "the script has ended")
+    whole(repo, "main")
+    assert tree_of(repo.path()) == there
+    settled(site)
+
+
 @pytest.mark.parametrize("kills", ["before", "after", "after before after"])
 def test_a_pull_killed_around_the_move_of_the_branch_is_followed_by_one_that_just_works(repo: Repo, kills: str, site: Site) -> None:
     """Neither the branch's commit, nor one that it nearly had, is a stranger's."""
