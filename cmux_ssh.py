@@ -90,7 +90,9 @@ PROGRAM = "cmux_ssh.py"
 
 SESSIONS_PER_MASTER = 8     # sshd allows 10, but frees one only after answering its close: at
                             # 10 a fast client is refused 26 % of its opens, at 8 1 to 3 %
-MASTERS_PER_HOST = 13       # 104 sessions: a hundred agents
+MASTERS_PER_HOST = 64       # 512 sessions; started as they are needed
+SLOT_SOON = 0.2             # one that is in use is free so soon where commands are short: then one more master is started
+SPARED_MOST = 6             # masters, from which on none is started for sessions opened ahead
 HANDSHAKES_AT_ONCE = 8      # stock MaxStartups 10:30:100 drops at random from the 10th on
 CONTROL_PERSIST = 600       # an idle master ends itself
 CONNECT_TIMEOUT = 20        # for ssh, where the user's config has none
@@ -99,10 +101,11 @@ CONNECT_PATIENCE = 60       # for one connection with authentication; ConnectTim
 CONNECT_PATIENCE_SLOW = 600  # where the config says ConnectTimeout 0 (Coder starts a machine)
 INTERACTIVE_PATIENCE = 300  # a person types a passphrase
 CONTROL_PATIENCE = 5        # a live master answers hello in under a millisecond
-SLOT_PATIENCE = 600         # waiting for one of the 104 sessions
+SLOT_PATIENCE = 600         # waiting for one of the 512 sessions
 LOCK_PATIENCE = 1800        # for what another process works on: it may send gigabytes over a slow line
 LOOK_FIRST, LOOK_MOST = 0.003, 0.3  # between looks for what other processes free: they are not heard
-MASTER_PASSED_BY = 30       # one that hangs (SIGSTOP, a dying machine) is not asked again for so long
+SEEN_FOR = 86400            # what was seen of a host is believed for a day
+FOLDER_KEPT = 30 * 86400    # the directory of a host to which nobody has connected for so long is removed
 SHELL_PATIENCE = 2.5        # without a word from our wrapper: then another session is asked what begins there
 FORK_FAILED = (1, 2, 254)   # how mksh, dash and busybox, bash end where they cannot make a process
 START_PATIENCE = 60         # from the header sent to the start mark: slow rc files are read here
@@ -113,12 +116,12 @@ CALL_PATIENCE = 600         # for one script of ours: it may unpack a large tree
                             # gigabytes before it sends a byte
 STALL_PATIENCE = 60         # a transfer that moves no byte for so long is dead
 BEAT_MOST, BEAT_LEAST = 20, 1  # between two signs of life over a session: ChannelTimeout; while it is awake anyway, more often
-DROPPED_WAITS = (0.2, 0.4, 0.8, 1.6)  # MaxStartups drops a handshake at random
-TURNED_AWAY_WAITS = (0.3, 1, 5, 15, 30)  # OpenSSH 9.8 and later say the same words for MaxStartups
-                            # and for a penalty, which lasts 15 s or more; being turned away adds none
+DROPPED_WAITS = (0.2, 0.4, 0.8, 1.6, 5, 15, 30)  # OpenSSH 9.8 and later say the same words for MaxStartups,
+DROPPED_TRIES = 4           # which drops at random, and for a penalty, which lasts 15 s or more; being turned away
+                            # adds none. Where no words came, the first four waits are enough
 DOWN_WAITS = (1, 2, 4, 7, 10)  # after 1, 2, ... failures to connect in a row. A refused key costs 5 s
                             # of penalty, enforced from 15 s on: so spaced, it never gets there
-REFUSED_TRIES = 40          # a refused session open has started nothing; 3 to 100 ms apart
+REFUSED_MOST = 2            # a master that refuses sessions is left alone for 6 ms, then ever longer, up to so long
 SOCKET_PATH_MAX = 86        # 104 bytes on macOS, less 17 that ssh appends while it binds, less NUL
 LOG_MAX = 64 * 1024         # of ssh's own words that are read back
 CHUNK = 128 * 1024          # one read or write
@@ -2111,8 +2114,7 @@ RECORD = {"name": _WORKSPACE, "id": re.compile(r"[0-9a-f]{12}\Z"), "jobs?": dict
               dict(_ENTRY, path=str), dict(_ENTRY, state=re.compile(r"(?!ready\Z)")))}}
 SECRET = {re.compile(r"(value|command)\Z"): re.compile("[^\ud800-\udc7f\udd00-\udfff]*\\Z")}
 PARTS = {"source": str, "modules": [[str, str, str]], "lfs": [[str, str, str, str]]}
-PROFILE = {"until": (int, float), "sessions?": int, "direct?": int}
-DOWN = {"until": (int, float), "count": int, "why?": [str, str, str]}
+DOWN = {"count": int, "why": [str, str, str]}
 
 
 def read_json(path: str, shape: Any = dict) -> Optional[Dict[str, Any]]:
@@ -2702,7 +2704,7 @@ class Session:
 
     def __init__(self, host: str) -> None:
         self.host = host
-        self.master = -1         # which one carries it, if any
+        self.master = ""         # the name of the one that carries it, if any
         self.stdin = self.stdout = self.stderr = self.control = -1
         self.exited = False      # the far side has reported the end of the command
         self.status = -1         # with which
@@ -2952,17 +2954,36 @@ class DirectSession(Session):
             self._done = None
 
 
-class Masters:
-    """The masters of one host, the sessions on them, and what all our processes remember of it.
+if TYPE_CHECKING:
+    Slot = Tuple[str, int]   # the name of a master, the number of a session on it
+_MASTER = re.compile(r"m\.[0-9a-f]{8}\Z")
 
-    A directory named by a hash of the alias and of `ssh -G` (%C collides between aliases):
-    down.json, the failures; profile.json, the sessions that a master was seen to take;
-    sockets 0, 1, ...; a lock file per session slot; locks for starting; hangs.0, ... of masters
-    that do; dropped, as old as the last handshake that the server dropped.
+
+def slots_of(masters: Sequence[str], first: int = 0) -> List[Slot]:
+    """Those of some masters, from number ``first`` on of each."""
+    return [(name, number) for name in masters for number in range(first, SESSIONS_PER_MASTER)]
+
+
+class Masters:
+    """The connections to one host, shared by all processes of this user through a private
+    directory, named by a hash of the alias and of `ssh -G` (%C collides between aliases):
+
+    m.NAME        a master's control socket; m.NAME.log: what its ssh says
+    m.NAME.N      locked while session N of that master is open
+    handshake.N   locked while a connection is being made
+    probe         locked by who connects while no master lives
+    down.json     how often in a row connecting has failed, and why; as old as the last time
+
+    Others are as old as what was seen last: dropped, a handshake that the server dropped; person, a
+    connection of its own that could not log in without one; single, a new master's session refused.
+
+    The name of a socket is random and never used again. So one that refuses, hangs or hangs up is
+    removed at once: sessions on its master go on, and nobody else runs into it.
     """
 
-    tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait; the command line sets both
-    alert: Callable[[str], None] = staticmethod(lambda text: warnings.warn(text, RuntimeWarning, stacklevel=2))
+    tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait
+    alert: Callable[[str], None] = staticmethod(  # the command line sets both
+        lambda text: warnings.warn(text, RuntimeWarning, stacklevel=2))
 
     def __init__(self, config: SSHConfig, interactive: Optional[Callable[[], bool]] = None) -> None:
         import hashlib
@@ -2972,294 +2993,308 @@ class Masters:
         digest = hashlib.sha256(b"1\0" + config.host.encode() + b"\0" + " ".join(
             config.command).encode("utf-8", "surrogateescape") + b"\0" + config.text).hexdigest()
         self.folder = socket_folder(digest[:16])
-        self._profile: Dict[str, int] = {}
-        self._profile_until = 0.0
-        self._gone: Dict[int, int] = {}        # how often each master hung up during hello
-        self._heard: Dict[int, int] = {}       # how long the log of each was
+        self._heard: Dict[str, int] = {}       # how long the log of each master was
         self._shaking = Waiters()              # for a handshake
         self._mutex = threading.Lock()
-        self._held: Dict[Tuple[int, int], Lock] = {}
+        self._held: Dict[Slot, Lock] = {}
         self._freed = {1: Waiters(), 2: Waiters()}  # for one slot, for two at once
         self._waiting = self._launching = 0    # slots that are waited for; masters
-        self._spared = False                   # a master for sessions ahead is being made, or could not be
-        self._full: Dict[int, float] = {}      # masters that refuse sessions, and until when others are asked
-        self.patience = (CONNECT_PATIENCE_SLOW if config.first("connecttimeout") == "0" else CONNECT_PATIENCE)
+        self._spared = False                   # one for sessions ahead is being made, or failed
+        self._refusals: Dict[str, int] = {}    # of each, in a row; and until when it is not asked
+        self._resting: Dict[str, float] = {}
+        slow = config.first("connecttimeout") == "0"
+        self.patience = CONNECT_PATIENCE_SLOW if slow else CONNECT_PATIENCE
 
-    def _path(self, name: object) -> str:
-        return os.path.join(self.folder, str(name))
+    def _path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
 
     def ask_config(self, command: str) -> SSHConfig:
-        """What ssh would do now, for each new connection: Match exec may have changed its mind, and a
-        person the file."""
+        """What ssh would do now, for each new connection: Match exec may have changed its mind, and
+        a person the file."""
         self.config = read_ssh_config(self.host, command)
         return self.config
 
-    def profile(self) -> Dict[str, int]:
-        """{"sessions": how many a master was seen to take (0: the host refuses multiplexing),
-        "direct": 0 where a connection of its own cannot log in without a person}"""
-        if time.monotonic() < self._profile_until:
-            return self._profile
-        limits = {"sessions": SESSIONS_PER_MASTER, "direct": 1}
-        value = recall(self._path("profile.json"), PROFILE)
-        if 0 < value.get("until", 0) - time.time() <= 86400:  # a clock may be set back
-            for key, most in limits.items():
-                limits[key] = value[key] if 0 <= value.get(key, -1) <= most else most
-        self._profile = limits
-        self._profile_until = time.monotonic() + 2  # other processes learn too
-        return self._profile
-
-    def sessions(self) -> int:
-        """How many a master takes; 0: the host refuses multiplexing."""
-        return self.profile()["sessions"]
-
-    def _learn(self, **limits: int) -> None:
-        """Remember for a day what the host was seen to allow."""
-        write_json(self._path("profile.json"), dict(self.profile(), until=time.time() + 86400, **limits))
-        self._profile_until = 0.0
+    # -- what was seen of the host --
 
     def _mark(self, name: str) -> None:
-        """Note, in the age of a file, for all processes, that something happened now."""
+        """Note, in the age of a file, for all processes, that something was seen now."""
         remove_file(self._path(name))
         with Lock(self._path(name)):
             pass
 
-    def _failures(self) -> Tuple[int, float]:
-        """How often in a row connecting failed, and when (by the clock) to try again."""
-        down = recall(self._path("down.json"), DOWN)
-        count, until = down.get("count", 0), down.get("until", 0.0)
-        most = time.time() + DOWN_WAITS[-1] * 1.2  # a clock may be set back
-        return count, until if until <= most else 0.0
+    def _seen(self, name: str, seconds: float = SEEN_FOR) -> bool:
+        return 0 <= age_of(self._path(name)) < seconds  # a clock may be set back
+
+    def single(self) -> bool:
+        """Whether the host takes one session a connection: masters are of no use."""
+        return self._seen("single")
+
+    def needs_person(self) -> bool:
+        """Whether a connection of its own cannot log in without a person. A master that was made
+        with a person's help serves instead."""
+        return self._seen("person") and not self.single()
+
+    def _failed(self) -> Tuple[int, float]:
+        """How often in a row connecting has failed, and when it did last; of a clock that was not
+        set back since."""
+        path = self._path("down.json")
+        try:
+            at = os.stat(path).st_mtime
+        except OSError:
+            return 0, 0.0
+        return (recall(path, DOWN).get("count", 0), at) if at <= time.time() else (0, 0.0)
+
+    def _rest(self) -> float:
+        """Seconds until a host that is down may be asked again."""
+        count, at = self._failed()
+        return at + DOWN_WAITS[min(count, len(DOWN_WAITS)) - 1] - time.time() if count else 0.0
 
     def _remember_failure(self, error: HostError) -> None:
-        count = self._failures()[0] + 1
-        wait = DOWN_WAITS[min(count, len(DOWN_WAITS)) - 1] * (0.8 + 0.4 * os.urandom(1)[0] / 255)
         why = [type(error).__name__, str(error), error.hint]
-        write_json(self._path("down.json"), {"count": count, "until": time.time() + wait, "why": why})
+        write_json(self._path("down.json"), {"count": self._failed()[0] + 1, "why": why})
 
-    def _wait_out(self, until: float, deadline: Deadline, cancel: Optional[Cancel]) -> None:
-        if not nap(min(until - time.time(), DOWN_WAITS[-1] * 1.2), deadline, cancel):
+    def _wait_out(self, deadline: Deadline, cancel: Optional[Cancel]) -> None:
+        if not nap(self._rest(), deadline, cancel):
             raise self._shared_failure()
 
     def _shared_failure(self) -> HostError:
         """What the prober we waited for was told."""
-        kinds = {kind.__name__: kind for kind in (ConnectionFailed, ConnectionDropped, TurnedAway, HostKeyFailed, AuthenticationFailed)}
         name, message, hint = recall(self._path("down.json"), DOWN).get("why") or (
-            "", "%s could not be reached a moment ago." % self.host, "Try again.")
-        return kinds.get(name, ConnectionFailed)(message, hint, self.host)
+            "", f"{self.host} could not be reached a moment ago.", "Try again.")
+        kinds = (ConnectionDropped, TurnedAway, HostKeyFailed, AuthenticationFailed)
+        kind = {kind.__name__: kind for kind in kinds}.get(name, ConnectionFailed)
+        return kind(message, hint, self.host)
 
     # -- connections --
 
-    def _answers(self, index: int) -> bool:
-        try:
-            connect(self._path(index)).close()
-            return True
-        except (ConnectionRefusedError, FileNotFoundError):
-            return False
-        except OSError:
-            return True
-
     def handshake(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> Lock:
-        """Leave to begin one handshake with this host: one of HANDSHAKES_AT_ONCE; of half as many for a minute after
-        the server dropped one, at first of a quarter (Dropbear takes 5 at once from one address)."""
+        """Leave to begin one handshake with this host: one of HANDSHAKES_AT_ONCE; of half as many
+        for a minute after one was dropped, at first of a quarter (Dropbear takes 5 at once)."""
         try:
             while True:
-                age = age_of(self._path("dropped"))
-                for number in range(HANDSHAKES_AT_ONCE // (4 if 0 <= age < 5 else 2 if 0 <= age < 60 else 1)):
-                    lock = Lock(self._path("handshake.%d" % number), waiters=self._shaking)
+                part = 4 if self._seen("dropped", 5) else 2 if self._seen("dropped", 60) else 1
+                for number in range(HANDSHAKES_AT_ONCE // part):
+                    lock = Lock(self._path(f"handshake.{number}"), waiters=self._shaking)
                     if lock.take():
                         return lock
                 if not self._shaking.sleep(deadline, cancel):
-                    raise ConnectionFailed("Too many connections to %s are being made." % self.host, "Try again.", self.host)
+                    raise ConnectionFailed(f"Too many connections to {self.host} are being made.",
+                                           "Try again.", self.host)
         finally:
             self._shaking.leave()
 
-    def again(self, error: HostError, attempt: int, deadline: Deadline, cancel: Optional[Cancel] = None) -> bool:
-        """After a handshake that the server dropped, so that nothing ran there: wait, then True; False
-        when it is not worth another try."""
+    def again(self, error: HostError, attempt: int, deadline: Deadline,
+              cancel: Optional[Cancel] = None) -> bool:
+        """After a handshake that the server dropped, so that nothing ran there: wait, then True;
+        False when it is not worth another try."""
         away = isinstance(error, TurnedAway)
-        waits = TURNED_AWAY_WAITS if away else DROPPED_WAITS
         self._mark("dropped")
-        if attempt < len(waits):
-            pause = waits[attempt] * (1 if attempt > 1 and away else 0.5 + os.urandom(1)[0] / 255)
+        if isinstance(error, ConnectionDropped) and attempt < (len(DROPPED_WAITS) if away else DROPPED_TRIES):
+            pause = DROPPED_WAITS[attempt] * (1 + os.urandom(1)[0] / 512)
             if pause >= 5:
-                self.tell("%s turns this address away for now; trying again in %d seconds" % (self.host, pause))
+                self.tell(f"{self.host} turns this address away for now; "
+                          f"trying again in {pause:.0f} seconds")
             if pause <= deadline.capped(pause) and nap(pause, deadline, cancel):
                 return True
         self._remember_failure(error)
         return False
 
-    def launch(self, index: int, deadline: Deadline, cancel: Optional[Cancel] = None, probing: bool = False,
-               once: bool = False) -> bool:
-        """Start master ``index``; False if somebody else is starting it, or there is one.
-
-        A handshake that the server drops (MaxStartups) is tried again, ever later, unless ``once``.
-        """
-        own = Lock(self._path("launch.%d" % index))
-        if not own.take():
-            return False
-        with own:
-            if self._answers(index):
-                return False
-            remove_file(self._path(index))
-            told: Optional[HostError] = None
-            for attempt in range(100):
-                slot = self.handshake(Deadline(self.patience), cancel)
-                try:
-                    self._start(index, cancel, batch=True)
-                    remove_file(self._path("hangs.%d" % index))
-                    self._gone.pop(index, None)
-                    return True
-                except ConnectionDropped as error:
-                    slot.free()
-                    last = once and not isinstance(error, TurnedAway)
-                    if (last or attempt == 1) and not isinstance(error, TurnedAway):
-                        told = self._ask_proxy()
-                    why = told or error
-                    if not isinstance(why, ConnectionDropped) or not self.again(why, 99 if last else attempt, deadline, cancel):
-                        raise why
-                except (HostKeyFailed, AuthenticationFailed) as error:
-                    if not (probing and error.asks and self.interactive and self.interactive()):
-                        raise
-                    self._start(index, cancel, batch=False)
-                    return True
-                finally:
-                    slot.free()
-            return False
-
-    def _ask_proxy(self) -> Optional[HostError]:
-        """Why the ProxyCommand gives no connection, if it says so. (That of a master speaks to /dev/null: ssh's doing.)"""
-        if not proxy_of(self.config):
-            return None
-        _, words, said = look_closely(self, "exec sh -c :")
-        return None if "Remote protocol version" in words else proxy_failure(self.config, said)
-
-    def _start(self, index: int, cancel: Optional[Cancel], batch: bool) -> None:
-        """One `ssh -M -N`. It puts itself into the background once it is authenticated, and
-        then lets go of the pipe that is its stdout here."""
-        config, log = self.ask_config("exec sh -c :"), self._path("log.%d" % index)
-        remove_file(log)
-        said = os.open(log + ".err", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        other = {"SessionType=default": "SessionType=none"}  # ssh dies of a contradiction to -N
-        if not batch:
-            other["BatchMode=yes"] = "BatchMode=no"
-        argv = [other.get(word, word) for word in ssh_argv(
-            config, "-M", "-N", "-o", "ControlPersist=%d" % CONTROL_PERSIST, "-S", literal(self._path(index)), "-E", log)] + ["--", self.host]
-        patience = self.patience if batch else INTERACTIVE_PATIENCE
-        try:
-            watch, theirs = os.pipe()
-        except OSError:
-            os.close(said)
-            raise StateFailed("This process has too many files open.", "Raise `ulimit -n`, or run fewer at once.")
-        try:
-            process = spawn(argv, scrubbed_environment(config), stdout=theirs, stderr=said if batch else 2, own_group=batch)
-        finally:
-            os.close(theirs)
-            os.close(said)
-        try:
-            self._await_detach(watch, cancel, patience)
-            status = await_end(process, CONTROL_PATIENCE)
-        except BaseException as error:
-            kill_group(process) if batch else process.kill()
-            if isinstance(error, TimeoutError) or type(error) is CmuxError:
-                raise ConnectionFailed("%s did not answer within %d seconds." % (self.host, patience),
-                                       "Is the machine up? Try %s." % look_into(self.host), self.host)
-            raise
-        finally:
-            os.close(watch)
-        words, heard = read_log(log_head(log))
-        if status != 0 or not os.path.exists(self._path(index)):
-            if not words.strip():  # arguments refused
-                words = read_bytes(log + ".err", STATE_MAX) or b""
-                if status == 0 or re.search(rb"(?i)(unknown|unsupported|bad|illegal).*option|multiplex", words):
-                    raise NoMultiplexing("This ssh has no masters.", host=self.host)
-            raise failure_in(words, heard, config)
-        if any(BREAKS_WHEN_SHARED.search(line) for line in heard):
-            end_master(self._path(index))
-            raise NoMultiplexing("This server ends the connection when sessions come and go at once.", host=self.host)
-        if self.profile()["direct"] != batch:
-            self._learn(direct=int(batch))
-
-    @staticmethod
-    def _await_detach(watch: int, cancel: Optional[Cancel], patience: float) -> None:
-        deadline = Deadline(patience)
-        wanted = [(thing, select.POLLIN) for thing in (watch, cancel) if thing is not None]
-        while watch not in poll_once(deadline.capped(60), *wanted) or os.read(watch, CHUNK):
-            if cancel:
-                cancel.check()
-            if deadline.over():
-                raise TimeoutError
-
-    def open_direct(self, command: str, deadline: Deadline, cancel: Optional[Cancel] = None) -> DirectSession:
+    def open_direct(self, command: str, deadline: Deadline,
+                    cancel: Optional[Cancel] = None) -> DirectSession:
         """A session on a connection of its own. The handshake is counted until it is over."""
-        self._wait_out(self._failures()[1], deadline, cancel)
+        self._wait_out(deadline, cancel)
         config, token = self.ask_config(command), self.handshake(deadline, cancel)
-        log = self._path("log." + os.path.basename(token.path))  # whoever holds it next clears it
+        log = token.path + ".log"  # whoever holds it next clears it
         return DirectSession(config, log, command, token.free, self._reported)
 
     def _reported(self, error: Optional[HostError]) -> None:
         if error is None:
             remove_file(self._path("down.json"))
-        elif self.needs_person(error):
-            self._learn(direct=0)
+        elif self.asks(error):
+            self._mark("person")
         else:
             self._remember_failure(error)
 
-    def needs_person(self, error: BaseException) -> bool:
-        """Whether a person might mend a login. One that was made with a person's help can serve instead."""
-        return isinstance(error, (HostKeyFailed, AuthenticationFailed)) and error.asks and self.profile()["sessions"] > 0
+    def asks(self, error: BaseException) -> bool:
+        """Whether a person might mend a login."""
+        login = isinstance(error, (HostKeyFailed, AuthenticationFailed)) and error.asks
+        return login and not self.single()
+
+    # -- one more master --
+
+    def _launch(self, count: int, deadline: Deadline, cancel: Optional[Cancel], first: bool = False,
+                once: bool = False) -> List[Slot]:
+        """Start a master; all its slots, or ``count`` of those that live, if they are free by now.
+        For the ``first`` a person may be asked. A handshake that the server drops is tried again,
+        unless ``once``."""
+        told: Optional[HostError] = None
+        for attempt in range(100):
+            with self.handshake(Deadline(self.patience), cancel):
+                slots = self._try_slots(count)
+                if slots:
+                    return slots
+                name = "m." + os.urandom(4).hex()
+                slots = self._hold(slots_of([name]), SESSIONS_PER_MASTER)
+                try:
+                    self._start_or_ask(name, cancel, first)
+                    remove_file(self._path("down.json"))
+                    return slots
+                except BaseException as error:
+                    self._free_slots(slots)
+                    if isinstance(error, NoMultiplexing):
+                        self._mark("single")
+                        return []
+                    if not isinstance(error, ConnectionDropped):
+                        if isinstance(error, HostError):
+                            self._remember_failure(error)
+                        raise
+                    dropped = error
+            away = isinstance(dropped, TurnedAway)
+            if not away and (once or attempt == 1):
+                told = self._ask_proxy()
+            why = told or dropped
+            attempt = attempt if away or not once else len(DROPPED_WAITS)
+            if not self.again(why, attempt, deadline, cancel):
+                raise why
+        return []
+
+    def _start_or_ask(self, name: str, cancel: Optional[Cancel], first: bool) -> None:
+        try:
+            self._start(name, cancel, batch=True)
+        except (HostKeyFailed, AuthenticationFailed) as error:
+            if not (first and error.asks and self.interactive and self.interactive()):
+                raise
+            self._start(name, cancel, batch=False)
+
+    def _ask_proxy(self) -> Optional[HostError]:
+        """Why the ProxyCommand gives no connection, if it says so. (That of a master speaks to
+        /dev/null: ssh's doing.)"""
+        if not proxy_of(self.config):
+            return None
+        _, words, said = look_closely(self, "exec sh -c :")
+        return None if "Remote protocol version" in words else proxy_failure(self.config, said)
+
+    def _start(self, name: str, cancel: Optional[Cancel], batch: bool) -> None:
+        """One `ssh -M -N`. It puts itself into the background once it is authenticated, and
+        then lets go of the pipe that is its stdout here."""
+        self._sweep()
+        config, path = self.ask_config("exec sh -c :"), self._path(name)
+        log = path + ".log"
+        other = {"SessionType=default": "SessionType=none"}  # ssh dies of a contradiction to -N
+        if not batch:
+            other["BatchMode=yes"] = "BatchMode=no"
+        persist = f"ControlPersist={CONTROL_PERSIST}"
+        argv = ssh_argv(config, "-M", "-N", "-o", persist, "-S", literal(path), "-E", log)
+        argv = [other.get(word, word) for word in argv] + ["--", self.host]
+        environment = scrubbed_environment(config)
+        with open(os.open(log + ".err", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "rb") as said:
+            process = spawn(argv, environment, None, -1, said if batch else 2, own_group=batch)
+        patience = self.patience if batch else INTERACTIVE_PATIENCE
+        try:
+            self._await_detach(process, cancel, patience)
+            status = await_end(process, CONTROL_PATIENCE)
+        except BaseException as error:
+            kill_group(process) if batch else process.kill()
+            if type(error) is CmuxError:
+                raise ConnectionFailed(f"{self.host} did not answer within {patience:.0f} seconds.",
+                                       f"Is the machine up? Try {look_into(self.host)}.", self.host)
+            raise
+        words, heard = read_log(log_head(log))
+        if status != 0 or not os.path.exists(path):
+            if not words.strip():  # arguments refused
+                words = read_bytes(log + ".err", STATE_MAX) or b""
+                unknown = rb"(?i)(unknown|unsupported|bad|illegal).*option|multiplex"
+                if status == 0 or re.search(unknown, words):
+                    raise NoMultiplexing("This ssh has no masters.", host=self.host)
+            raise failure_in(words, heard, config)
+        if any(BREAKS_WHEN_SHARED.search(line) for line in heard):
+            end_master(path)
+            raise NoMultiplexing("This server ends the connection when sessions come and go.", host=self.host)
+        if batch:
+            remove_file(self._path("person"))
+        else:
+            self._mark("person")
+
+    @staticmethod
+    def _await_detach(process: Process, cancel: Optional[Cancel], patience: float) -> None:
+        """Until the stdout of a new master is closed. Raises CmuxError when that takes too long."""
+        assert process.stdout
+        with process.stdout as watch:
+            deadline = Deadline(patience)
+            fd = watch.fileno()
+            wanted = [(thing, select.POLLIN) for thing in (fd, cancel) if thing is not None]
+            while fd not in poll_once(deadline.capped(60), *wanted) or watch.read(CHUNK):
+                if cancel:
+                    cancel.check()
+                if deadline.over():
+                    raise CmuxError("It is too slow.")
+
+    def _sweep(self) -> None:
+        """Remove what masters that have ended left, and the directories of hosts that nobody uses
+        any more. (What is still in use there is made anew.)"""
+        import shutil
+        top = os.path.dirname(self.folder)
+        with contextlib.suppress(OSError):
+            for name in os.listdir(self.folder):
+                ended = name.startswith("m.") and not os.path.lexists(self._path(name[:10]))
+                if ended and age_of(self._path(name)) > 3600:
+                    remove_file(self._path(name))
+            for name in os.listdir(top):
+                if age_of(os.path.join(top, name)) > FOLDER_KEPT:
+                    shutil.rmtree(os.path.join(top, name), ignore_errors=True)
 
     # -- slots, a lock file each: all processes of this user count --
 
-    def _live(self) -> List[int]:
-        """The masters to ask: no process saw one hang MASTER_PASSED_BY ago or less."""
-        return [i for i in range(MASTERS_PER_HOST) if self._is_socket(i)
-                and not 0 <= age_of(self._path("hangs.%d" % i)) < MASTER_PASSED_BY]
-
-
-    def pass_by(self, index: int) -> None:
-        """For a while others are asked: to find out anew takes each process CONTROL_PATIENCE."""
-        self._mark("hangs.%d" % index)
-
-    def _is_socket(self, index: int) -> bool:
+    def masters(self) -> List[str]:
+        """The names of the control sockets."""
         try:
-            status = os.lstat(self._path(index))
+            with os.scandir(self.folder) as found:
+                return sorted(entry.name for entry in found
+                              if _MASTER.match(entry.name) and self._is_socket(entry))
+        except FileNotFoundError:  # a logout or a cleaner of /tmp has taken the directory
+            return []
+
+    @staticmethod
+    def _is_socket(entry: os.DirEntry[str]) -> bool:
+        try:
+            status = entry.stat(follow_symlinks=False)
         except OSError:
             return False
         return stat.S_ISSOCK(status.st_mode) and status.st_uid == os.geteuid()
 
-    def _try_slots(self, first: int = 0, count: int = 1) -> List[Tuple[int, int]]:
+    def abandon(self, name: str) -> None:
+        """A master hangs or has gone: nobody else shall run into it."""
+        remove_file(self._path(name))
+
+    def _try_slots(self, count: int, first: int = 0) -> List[Slot]:
         """So many free slots, or none; from number ``first`` on of each master."""
-        sessions, now, found = self.sessions(), time.monotonic(), []  # type: int, float, List[Tuple[int, int]]
-        live = [index for index in self._live() if self._full.get(index, 0) <= now]
+        now = time.monotonic()
+        live = [name for name in self.masters() if self._resting.get(name, 0) <= now]
+        return self._hold(slots_of(live, first), count)
+
+    def _hold(self, slots: Sequence[Slot], count: int) -> List[Slot]:
+        """Lock ``count`` of these slots, or none."""
+        found: List[Slot] = []
         with self._mutex:
-            if sum(index in live for index, _ in self._held) + count > len(live) * sessions:
-                return []  # all ours: a hundred waiting threads need not look one by one
-            for slot in [(index, number) for index in live for number in range(first, sessions)]:
-                if slot not in self._held:
-                    lock = Lock(self._path("slot.%d.%d" % slot))
-                    if lock.take():
-                        self._held[slot] = lock
-                        found.append(slot)
-                        if len(found) == count:
-                            return found
+            free = [slot for slot in slots if slot not in self._held]
+            if len(free) < count:  # a hundred threads that wait need not look one by one
+                return []
+            for name, number in free:
+                lock = Lock(self._path(f"{name}.{number}"))
+                if lock.take():
+                    self._held[name, number] = lock
+                    found.append((name, number))
+                    if len(found) == count:
+                        return found
             for slot in found:  # silently: those who wait for two would wake each other for ever
                 self._held.pop(slot).free()
         return []
 
-    def _in_use(self, index: int) -> int:
-        """How many slots of a master are held, by any process."""
-        count = 0
-        for number in range(SESSIONS_PER_MASTER):
-            with self._mutex:
-                lock = Lock(self._path("slot.%d.%d" % (index, number)))
-                count += (index, number) in self._held or not lock.take()
-            lock.free()
-        return count
-
-    def _free_slots(self, slots: Sequence[Tuple[int, int]]) -> None:
+    def _free_slots(self, slots: Sequence[Slot]) -> None:
         for slot in slots:
             with self._mutex:
                 lock = self._held.pop(slot, None)
+                self._resting.pop(slot[0], None)  # it may take another session now
             if lock:
                 lock.free()
         self._wake(len(slots))
@@ -3268,131 +3303,124 @@ class Masters:
         """Have as many look for a slot, of those who want one and of those who want two."""
         for waiters in self._freed.values():
             waiters.wake(count)
+
     # -- sessions --
 
-    def open(self, command: str, deadline: Deadline, cancel: Optional[Cancel] = None, count: int = 1) -> List[Session]:
-        """``count`` sessions for ``command``, all or none: who held one and waited for the next could wait for
-        ever. Where masters fail, one, on a connection of its own."""
-        tries = 0
-        while True:
-            if self.sessions() == 0:
-                return [self.open_direct(command, deadline, cancel)]
+    def open(self, command: str, deadline: Deadline, cancel: Optional[Cancel] = None,
+             count: int = 1) -> List[Session]:
+        """``count`` sessions for ``command``, all or none: who held one and waited for the next
+        could wait for ever. Where masters fail, one, on a connection of its own."""
+        while not self.single():
+            slots = self._take_slots(count, deadline, cancel)
+            if not slots:
+                break
+            new = len(slots) > count  # a master of ours, on which nobody has opened a session yet
             try:
-                slots = self._take_slots(count, deadline, cancel)
-            except NoMultiplexing:
-                continue
-            opened: List[Session] = []
-            try:
-                for slot in slots:
-                    opened.append(self._open_on(slot, command))
-                return opened
-            except BaseException as error:
-                for session in opened:
-                    session.close()
-                self._free_slots(slots[len(opened):])
-                if isinstance(error, SessionRefused):
-                    tries += 1
-                    if tries >= REFUSED_TRIES:
-                        self._learn(sessions=self._in_use(slot[0]))  # as many as it carried when it refused
-                        self._full[slot[0]] = time.monotonic() + WARM_IDLE  # they may be in slots that count no more
-                        tries = 0
-                    time.sleep(deadline.capped(min(0.1, 0.003 * 1.2 ** tries)))
-                elif not isinstance(error, (MasterGone, OSError)):
+                return self._open_on(slots[:count], command)
+            except SessionRefused:
+                if new:
+                    self._mark("single")
+            except MasterGone:
+                if new and not nap(1, deadline, cancel):
                     raise
-                elif isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                    raise StateFailed("This process has too many files open.", "Raise `ulimit -n`, or run fewer at once.")
-                else:
-                    self._bury(slot[0], error)
+            finally:
+                self._free_slots(slots[count:])
             if deadline.over():
-                raise ConnectionFailed("No session could be opened on %s in time." % self.host,
+                raise ConnectionFailed(f"No session could be opened on {self.host} in time.",
                                        "Try again; others may be using it.", self.host)
+        return [self.open_direct(command, deadline, cancel)]
 
     def connect(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> None:
-        """See to it that a master lives, if this host has masters at all. Raises ConnectionFailed."""
-        if self.sessions() and not self._live():
-            self._first_master(deadline, cancel)
+        """See to it that a master lives, if this host has any at all. Raises ConnectionFailed."""
+        if not self.single() and not self.masters():
+            self._free_slots(self._first_master(1, deadline, cancel))
 
     def open_ahead(self, command: str, more: bool = False) -> Optional[Session]:
         """A session for later, only from the upper half of a live master's slots: the lower
-        half stays for those who have work now. None if there is none to spare; with ``more`` one more
-        master is started for it first, while there are few."""
-        half = self.sessions() // 2
-        slots = self._try_slots(half) if half else []
-        if half and not slots and more and self._spare_master():
-            slots = self._try_slots(half)
-        if not slots:
+        half stays for those who have work now. None if there is none to spare; with ``more`` one
+        more master is started for it first, while there are few."""
+        half = SESSIONS_PER_MASTER // 2
+        if self.single():
             return None
+        slots = self._try_slots(1, half)
+        if not slots and more and self._spare_master():
+            slots = self._try_slots(1, half)
+        with contextlib.suppress(HostError):
+            return self._open_on(slots, command)[0] if slots else None
+        return None
+
+    def _open_on(self, slots: Sequence[Slot], command: str) -> List[Session]:
+        """Sessions in these slots, or none. Raises SessionRefused, MasterGone: others may do."""
+        opened: List[Session] = []
         try:
-            return self._open_on(slots[0], command)
-        except (HostError, OSError):
-            self._free_slots(slots)
-            return None
+            for name, number in slots:
+                self._heed_log(name)
+                release = functools.partial(self._free_slots, [(name, number)])
+                opened.append(MuxSession(self.host, self._path(name), command, release))
+                opened[-1].master = name
+            for name, _ in slots:
+                self._refusals.pop(name, None)
+            return opened
+        except BaseException as error:
+            for session in opened:
+                session.close()
+            self._free_slots(slots[len(opened):])
+            if isinstance(error, SessionRefused):  # it takes fewer, or has not seen one's end yet
+                count = self._refusals[name] = self._refusals.get(name, 0) + 1
+                pause = min(REFUSED_MOST, LOOK_FIRST * 2 ** min(count, 20))
+                self._resting[name] = time.monotonic() + pause
+            elif isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise StateFailed("This process has too many files open.",
+                                  "Raise `ulimit -n`, or run fewer at once.")
+            elif isinstance(error, (MasterGone, OSError)):
+                self.abandon(name)
+                raise MasterGone(f"The connection to {self.host} was just closed.", host=self.host)
+            raise
 
-    def _open_on(self, slot: Tuple[int, int], command: str) -> Session:
-        self._heed_log(slot[0])
-        session = MuxSession(self.host, self._path(slot[0]), command, lambda: self._free_slots([slot]))
-        session.master = slot[0]
-        return session
-
-    def _heed_log(self, index: int) -> None:
-        """A server that asks for the agent or the screen is refused by ssh itself, which tells its log: that is
-        a security event. One that goes on would fill the disk."""
-        path = self._path("log.%d" % index)
+    def _heed_log(self, name: str) -> None:
+        """A server that asks for the agent or the screen is refused by ssh itself, which tells its
+        log: that is a security event. One that goes on would fill the disk."""
+        path = self._path(name + ".log")
         try:
             size = os.stat(path).st_size
         except OSError:
             return
-        if size == self._heard.get(index, 0):
+        if size == self._heard.get(name, 0):
             return
-        self._heard[index] = size
+        self._heard[name] = size
         if b"break-in attempt" in log_head(path):
             error = classify(b"break-in attempt", self.host)
             if size > LOG_MAX:
-                end_master(self._path(index))
+                end_master(self._path(name))
                 raise error
-            self.alert("WARNING: %s %s" % (error, error.hint))
+            self.alert(f"WARNING: {error} {error.hint}")
 
-    def _bury(self, index: int, error: BaseException) -> None:
-        """A master did not answer. One that refuses or is missing has left a dead socket, which
-        is removed under its launch lock; one that hangs may serve others, and is passed by."""
-        if isinstance(error, (ConnectionRefusedError, FileNotFoundError)):
-            lock = Lock(self._path("launch.%d" % index))
-            if lock.take():
-                with lock:
-                    if not self._answers(index):
-                        remove_file(self._path(index))
-        elif isinstance(error, (MasterGone, ConnectionResetError, BrokenPipeError)) and self._gone.get(index, 0) < 3:
-            self._gone[index] = self._gone.get(index, 0) + 1
-            time.sleep(0.01)  # it was just ending itself: nothing has started
-        else:
-            self._gone.pop(index, None)
-            self.pass_by(index)
-
-    def _take_slots(self, count: int, deadline: Deadline, cancel: Optional[Cancel]) -> List[Tuple[int, int]]:
-        """So many free slots on live masters, starting masters as the demand asks."""
-        slots = self._try_slots(count=count)
+    def _take_slots(self, count: int, deadline: Deadline, cancel: Optional[Cancel]) -> List[Slot]:
+        """So many free slots on live masters, or all of a new one: they are started as the demand
+        asks. None where the host turns out to take one session a connection."""
+        slots = self._try_slots(count)
         if slots:
             return slots
-        patience, freed = Deadline(0.03), self._freed[count]
+        patience, freed = Deadline(SLOT_SOON), self._freed[count]
         with self._mutex:
             self._waiting += count
         try:
-            while True:
-                if self.sessions() == 0:
-                    raise NoMultiplexing("%s takes one session a connection." % self.host, host=self.host)
-                live = len(self._live())
+            while not self.single():
+                live = len(self.masters())
                 if live == 0:
-                    self._wake(sys.maxsize)  # all wait for one who tries, and share what comes of it
-                    self._first_master(deadline, cancel)
+                    self._wake(sys.maxsize)  # all wait for who tries, and share what comes of it
+                    slots = self._first_master(count, deadline, cancel)
                 elif self._may_launch(live, patience.over()):
                     self._wake(1)  # another looks meanwhile
-                    self._one_more(cancel)
-                slots = self._try_slots(count=count)
+                    slots = self._one_more(count, cancel)
+                slots = slots or self._try_slots(count)
                 if slots:
                     return slots
                 if not freed.sleep(deadline, cancel, patience.left() or 3600):
-                    raise ConnectionFailed("All sessions to %s are in use." % self.host,
-                                           "Wait for running commands, or use fewer at once.", self.host)
+                    raise ConnectionFailed(
+                        f"All sessions to {self.host} are in use.",
+                        "Wait for running commands, or use fewer at once.", self.host)
+            return []
         finally:
             with self._mutex:
                 self._waiting -= count
@@ -3400,103 +3428,85 @@ class Masters:
 
     def _may_launch(self, live: int, waited: bool) -> bool:
         with self._mutex:
-            wanted = -(-self._waiting // (self.sessions() or 1))
+            wanted = -(-self._waiting // SESSIONS_PER_MASTER)
             if (waited and self._launching < wanted and live + self._launching < MASTERS_PER_HOST
-                    and time.time() >= self._failures()[1]):  # who was just turned away does not knock
+                    and self._rest() <= 0):  # who was just turned away does not knock
                 self._launching += 1
                 return True
         return False
 
+    def _first_master(self, count: int, deadline: Deadline, cancel: Optional[Cancel]) -> List[Slot]:
+        """Connect, if nobody else does: one prober at a time, the others share its result."""
+        before = self._failed()
+        lock = Lock(self._path("probe"), doing="connects to " + self.host)
+        if not lock.wait(deadline, cancel):
+            raise ConnectionFailed(
+                f"Another process has been connecting to {self.host} for too long.", "Try again.", self.host)
+        with lock:
+            if self.masters() or self.single():
+                return []
+            now = self._failed()
+            if now[0] and now != before:
+                raise self._shared_failure()
+            self._wait_out(deadline, cancel)
+            return self._launch(count, deadline, cancel, True, now[0] > 0)
+
+    def _one_more(self, count: int, cancel: Optional[Cancel]) -> List[Slot]:
+        """Start one more master; that it cannot be is no failure, since others live, but no process
+        tries again at once."""
+        try:
+            return self._launch(count, Deadline(0), cancel)
+        except HostError:
+            return []
+        finally:
+            with self._mutex:
+                self._launching -= 1
+
+    def _spare_master(self) -> bool:
+        """One more master for sessions opened ahead, where other processes hold those of all that
+        live. One that failed is not tried again: where it needs a person, each is a failed login."""
+        with self._mutex:
+            if self._spared or not 0 < len(self.masters()) < SPARED_MOST or self._rest() > 0:
+                return False
+            self._spared = True
+            self._launching += 1
+        slots = self._one_more(SESSIONS_PER_MASTER, None)
+        self._free_slots(slots)
+        self._spared = not slots
+        return not self._spared
+
     # -- for a person --
 
-    def on_terminal(self, command: str, deadline: Deadline) -> Tuple[List[str], Dict[str, str], Callable[[], None], Callable[[], None]]:
-        """(the argv of an ssh that runs ``command`` on this terminal; its environment; what to call when it
-        has begun there; when it has ended). Escape characters are off: a pasted ~C would open forwards."""
-        self.connect(deadline)
+    def on_terminal(self, command: str, deadline: Deadline) -> Tuple[
+            List[str], Dict[str, str], Callable[[], None], Callable[[], None]]:
+        """(the argv of an ssh that runs ``command`` on this terminal; its environment; what to call
+        when it has begun there; when it has ended). Escape characters are off: a pasted ~C would
+        open forwards."""
+        slots = [] if self.single() else self._take_slots(1, deadline, None)
+        self._free_slots(slots[1:])
         config = self.ask_config(command)
         environment, agent = session_environment(config)
-        if self.sessions():
-            slots = self._take_slots(1, deadline, None)
+        if slots:
             options = ["-S", literal(self._path(slots[0][0])), "-o", "ProxyCommand=false"]
-            begun, ended = lambda: None, lambda: self._free_slots(slots)
+            begun, ended = lambda: None, lambda: self._free_slots(slots[:1])
         else:
             options, ended = ["-S", "none", *agent], self.handshake(deadline).free
             begun = ended
-        words = ["-t" if word == "-T" else word for word in ssh_argv(config, "-e", "none", *options)]
-        return words + ["--", self.host, command], dict(environment, TERM=os.environ.get("TERM", "dumb")), begun, ended
+        argv = ssh_argv(config, "-e", "none", *options)
+        words = ["-t" if word == "-T" else word for word in argv]
+        environment["TERM"] = os.environ.get("TERM", "dumb")
+        return words + ["--", self.host, command], environment, begun, ended
 
     def count_sessions(self, command: str, most: int) -> int:
         """How many more sessions a living master takes now, up to ``most``."""
         opened: List[MuxSession] = []
         with contextlib.suppress(HostError, OSError, IndexError):
             while len(opened) < most:
-                opened.append(MuxSession(self.host, self._path(self._live()[0]), command, lambda: None))
+                path = self._path(self.masters()[0])
+                opened.append(MuxSession(self.host, path, command, lambda: None))
         for session in opened:
             session.close()
         return len(opened)
-
-    # -- more of them --
-
-    def _first_master(self, deadline: Deadline, cancel: Optional[Cancel]) -> None:
-        """Connect, if nobody else does: one prober at a time, the others share its result."""
-        before = self._failures()
-        lock = Lock(self._path("probe"), doing="connects to " + self.host)
-        if not lock.wait(deadline, cancel):
-            raise ConnectionFailed("Another process has been connecting to %s for too long." % self.host, "Try again.", self.host)
-        with lock:
-            if self._live():
-                return
-            count, until = self._failures()
-            if count > before[0] or (count and until > before[1]):
-                raise self._shared_failure()
-            self._wait_out(until, deadline, cancel)
-            try:
-                for index in range(MASTERS_PER_HOST):  # one that hangs keeps its place
-                    if not os.path.lexists(self._path(index)) and self.launch(index, deadline, cancel, True, count > 0):
-                        break
-                    if self._live():
-                        break
-                else:
-                    raise ConnectionFailed("No connection to %s works, and none can be added." % self.host,
-                                           "Look at the ssh processes of %s." % show(self.folder), self.host)
-            except NoMultiplexing:
-                self._learn(sessions=0)
-                return
-            except HostError as error:
-                if not isinstance(error, ConnectionDropped):  # again() remembers those
-                    self._remember_failure(error)
-                raise
-            remove_file(self._path("down.json"))
-
-    def _one_more(self, cancel: Optional[Cancel]) -> bool:
-        """Start one more master; that it cannot be is no failure, since others live, but no process
-        tries again at once."""
-        try:
-            for index in range(MASTERS_PER_HOST):
-                if not os.path.lexists(self._path(index)):
-                    try:
-                        if self.launch(index, Deadline(0), cancel):
-                            self._wake(SESSIONS_PER_MASTER)
-                            return True
-                    except HostError as error:
-                        if not isinstance(error, ConnectionDropped):
-                            self._remember_failure(error)
-                        return False
-            return False
-        finally:
-            with self._mutex:
-                self._launching -= 1
-
-    def _spare_master(self) -> bool:
-        """One more master for sessions opened ahead, where other processes hold those of all that live.
-        One that failed is not tried again: where it needs a person, each try would be a failed login."""
-        with self._mutex:
-            if self._spared or not 0 < len(self._live()) < MASTERS_PER_HOST // 2 or time.time() < self._failures()[1]:
-                return False
-            self._spared = True
-            self._launching += 1
-        self._spared = not self._one_more(None)
-        return not self._spared
 
 
 def look_closely(masters: Masters, command: str) -> Tuple[int, str, bytes]:
@@ -3526,7 +3536,7 @@ def end_masters() -> None:
     top = socket_folder("")
     for folder, _, names in os.walk(top):
         for name in names:
-            if name.isdigit():
+            if _MASTER.match(name):
                 end_master(os.path.join(folder, name))
     shutil.rmtree(top, ignore_errors=True)
 
@@ -3541,7 +3551,7 @@ def socket_folder(name: str) -> str:
     directory, or, where that path is too long for a socket, in the user's runtime directory or /tmp."""
     home = state_home()
     folder = os.path.join(home, "m")
-    if len(os.fsencode(folder)) + 1 + 16 + 3 > SOCKET_PATH_MAX:
+    if len(os.fsencode(folder)) + 1 + 16 + 11 > SOCKET_PATH_MAX:
         import hashlib
         runtime = os.environ.get("XDG_RUNTIME_DIR", "")
         base = runtime if os.path.isabs(runtime) and len(runtime) < 40 else "/tmp"
@@ -3988,15 +3998,15 @@ class Host:
 
     def open_bulk(self, cancel: Optional[Cancel]) -> Session:
         """A session on a connection of its own; on a shared one where logging in needs a person."""
-        if self.masters.profile()["direct"]:
-            return self.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel)
-        return self.open(Deadline(SLOT_PATIENCE), cancel)
+        if self.masters.needs_person():
+            return self.open(Deadline(SLOT_PATIENCE), cancel)
+        return self.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel)
 
     def again(self, session: Session, error: BaseException, attempt: int, cancel: Optional[Cancel],
               once: bool, read: bool = False) -> bool:
         """Whether to try again, after a wait, what failed: a dropped handshake; a login that needs a person, since
         open_bulk() knows of that now; and, unless its source was ``read``, a lost line (``once``: before it began)."""
-        if isinstance(session, DirectSession) and self.masters.needs_person(error):
+        if isinstance(session, DirectSession) and self.masters.asks(error):
             return True
         if isinstance(error, ConnectionDropped):
             return self.masters.again(error, attempt, Deadline(SLOT_PATIENCE), cancel)
@@ -4042,8 +4052,8 @@ class Host:
     def silent(self, exchange: Exchange) -> HostError:
         """The error for a host that took the session, perhaps what was sent too, and said nothing. Its master may
         hang, and what waits ready on it: neither is asked again soon."""
-        if exchange.session.master >= 0:
-            self.masters.pass_by(exchange.session.master)
+        if exchange.session.master:
+            self.masters.abandon(exchange.session.master)
             self._give_up()
         kind, more = (HostSilent, " The command may still run there.") if exchange.sent else (ConnectionFailed, "")
         return kind("%s accepted the session, but no shell answered in %d seconds." % (self.name, START_PATIENCE),
@@ -4219,7 +4229,7 @@ class CommandRun:
         except HostError:
             pass
         if not asked.ended and not asked.lost:
-            self.host.masters.pass_by(asked.session.master)
+            self.host.masters.abandon(asked.session.master)
             self.host.close()  # what waits ready may wait on that master
         return self._stop_again()
 
@@ -8612,7 +8622,7 @@ def examine_programs(host: Host, root: str) -> Iterator[Finding]:
 def examine_speed(host: Host) -> Iterator[Finding]:
     """Multiplexing and latency."""
     masters = host.masters
-    if masters.sessions() == 0:
+    if masters.single():
         yield finding("fix", "sessions", "one a connection: every operation connects anew", "Its server refuses multiplexing (MaxSessions 1?); raise it if you can.")
     else:
         count = masters.count_sessions(BOOT, 12)
