@@ -70,6 +70,7 @@ if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command
     import socket
     from typing import TypeVar
     AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
+    Made = TypeVar("Made")
     import subprocess
     import threading
 
@@ -3881,40 +3882,58 @@ class Host:
         lost line is tried again, unless ``once``. ``direct`` uses a session for bulk;
         ``before`` are more header records, ``data`` all of its stdin.
         """
-        first: Optional[HostError] = None
-        for attempt in range(10):
-            session = self.open_bulk(cancel) if direct else self.open(Deadline(SLOT_PATIENCE), cancel)
-            try:
-                records = before + script_records(script, *arguments)
-                return self._call_on(session, records, data, source, cancel, limit)
-            except HostError as error:
-                first = first or error
-                read = source is not None and source.total > 0
-                if not self.again(session, error, attempt, cancel, once, read):
-                    raise first from None  # a line lost once may have done its work
-            finally:
-                self.done(session)
-        raise AssertionError
-
-    @staticmethod
-    def rest(attempt: int, deadline: Deadline, cancel: Optional[Cancel]) -> bool:
-        """Wait for others to end on a host that could not start a process; False when it was tried often enough."""
-        pause = min(8, 0.5 * 1.5 ** attempt) * (0.5 + os.urandom(1)[0] / 255)
-        return attempt < 9 and nap(pause, deadline, cancel)
-
-    def _call_on(self, session: Session, records: bytes, data: Optional[bytes], source: Optional[Source],
-                 cancel: Optional[Cancel], limit: int) -> Reply:
-        out, err = Capture(limit, limit), Capture(LOG_MAX, STATE_MAX)
-        exchange = Exchange(session, records, out, err, source, data is not None, after=data or b"",
-                            eager=not isinstance(session, DirectSession))  # a dropped handshake takes none of it along
-        self.begin(exchange, cancel)
-        trip = time.monotonic() - exchange.asked
+        records = before + script_records(script, *arguments)
         streams = source is not None or bool(data)
-        if not exchange.run(Deadline(None if streams else CALL_PATIENCE), cancel, stall=STALL_PATIENCE if streams else None):
-            raise RemoteFailed("%s did not finish within %d seconds." % (self.name, CALL_PATIENCE))
-        if exchange.out.refused:
-            raise WorkspaceMissing("The directory is not on %s (any more)." % self.name)
-        return Reply(status=exchange.out.status or 0, stdout=out.value(), stderr=err.value(), trip=trip)
+
+        def work(session: Session) -> Reply:
+            out, err = Capture(limit, limit), Capture(LOG_MAX, STATE_MAX)
+            exchange = Exchange(session, records, out, err, source, data is not None, after=data or b"",
+                                eager=not isinstance(session, DirectSession))  # a dropped handshake takes none along
+            self.begin(exchange, cancel)
+            trip = time.monotonic() - exchange.asked
+            if not exchange.run(Deadline(None if streams else CALL_PATIENCE), cancel,
+                                stall=STALL_PATIENCE if streams else None):
+                raise RemoteFailed(f"{self.name} did not finish within {CALL_PATIENCE} seconds.")
+            if exchange.out.refused:
+                raise WorkspaceMissing(f"The directory is not on {self.name} (any more).")
+            self.done(session)
+            return Reply(status=exchange.out.status or 0, stdout=out.value(), stderr=err.value(), trip=trip)
+
+        def repeat(lost: ConnectionLost) -> bool:
+            return not (source and source.total) and not (once and lost.begun)
+        return self.attempt(work, Deadline(SLOT_PATIENCE), cancel, repeat, bulk=direct)
+
+    def attempt(self, work: Callable[..., Made], deadline: Deadline, cancel: Optional[Cancel],
+                repeat: Callable[[ConnectionLost], bool], count: int = 1, bulk: bool = False) -> Made:
+        """What ``work`` makes of a session; of ``count``, or one where each has a connection of its
+        own; ``bulk`` gets such a one. It is tried again after a handshake that was dropped, a login
+        that needs a person (over a master, then), and, where it may ``repeat``, a lost line or a
+        start for want of a process. Sessions with which it fails are given back."""
+        first: Optional[HostError] = None
+        for number in range(10):
+            sessions = self.open_all(count, deadline, cancel, bulk)
+            try:
+                return work(*sessions)
+            except BaseException as error:
+                for session in sessions:
+                    self.done(session)
+                if not isinstance(error, HostError):
+                    raise
+                first = first or error
+                if isinstance(error, ConnectionDropped):
+                    again = self.masters.again(error, number, deadline, cancel)
+                elif not isinstance(error, ConnectionLost):
+                    again = isinstance(sessions[0], DirectSession) and self.masters.asks(error)
+                elif isinstance(error, HostSilent) or not repeat(error):
+                    again = False
+                elif isinstance(error, HostFull):  # others end meanwhile; it holds no process while it waits
+                    pause = min(8, 0.5 * 1.5 ** number) * (0.5 + os.urandom(1)[0] / 255)
+                    again = nap(pause, deadline, cancel)
+                else:
+                    again = number < 2 and nap(0.2 * 2 ** number, deadline, cancel)
+                if not again:
+                    raise first from None  # a line that was lost once may have done its work
+        raise first or AssertionError()
 
     # -- sessions opened ahead: they wait in the shell's read for their header --
 
@@ -3922,8 +3941,12 @@ class Host:
         """A session that runs BOOT: one that waits ready, else a new one. done() gives it back."""
         return self.open_all(1, deadline, cancel)[0]
 
-    def open_all(self, count: int, deadline: Deadline, cancel: Optional[Cancel] = None) -> List[Session]:
-        """So many, all or none; where each has a connection of its own, one."""
+    def open_all(self, count: int, deadline: Deadline, cancel: Optional[Cancel] = None,
+                 bulk: bool = False) -> List[Session]:
+        """So many, all or none; where each has a connection of its own, one. For ``bulk`` it has,
+        unless logging in needs a person."""
+        if bulk and not self.masters.needs_person():
+            return [self.masters.open_direct(BOOT, deadline, cancel)]
         found: List[Session] = []
         with self._mutex:
             self._active, self._resting = self._active + 1, False
@@ -3996,29 +4019,6 @@ class Host:
         for session in ready:
             session.close()
 
-    def open_bulk(self, cancel: Optional[Cancel]) -> Session:
-        """A session on a connection of its own; on a shared one where logging in needs a person."""
-        if self.masters.needs_person():
-            return self.open(Deadline(SLOT_PATIENCE), cancel)
-        return self.masters.open_direct(BOOT, Deadline(SLOT_PATIENCE), cancel)
-
-    def again(self, session: Session, error: BaseException, attempt: int, cancel: Optional[Cancel],
-              once: bool, read: bool = False) -> bool:
-        """Whether to try again, after a wait, what failed: a dropped handshake; a login that needs a person, since
-        open_bulk() knows of that now; and, unless its source was ``read``, a lost line (``once``: before it began)."""
-        if isinstance(session, DirectSession) and self.masters.asks(error):
-            return True
-        if isinstance(error, ConnectionDropped):
-            return self.masters.again(error, attempt, Deadline(SLOT_PATIENCE), cancel)
-        if read or not isinstance(error, ConnectionLost) or isinstance(error, HostSilent):
-            return False
-        if isinstance(error, HostFull) and not once and self.rest(attempt, Deadline(SLOT_PATIENCE), cancel):
-            return True
-        if attempt < 2 and not (once and error.begun):
-            time.sleep(0.2 * 2 ** attempt)
-            return True
-        return False
-
     def begin(self, exchange: Exchange, cancel: Optional[Cancel],
               deadline: Optional[Deadline] = None) -> None:
         """See an operation begin, or be refused, on a connection that may still have to be made; or
@@ -4078,15 +4078,12 @@ class Incoming:
         self.cancel, self.host = cancel, host
         self.err = Capture(LOG_MAX, STATE_MAX)
         self.waiting: List[bytes] = []
-        for attempt in range(10):
-            session = host.open_bulk(cancel)
-            self.exchange = Exchange(session, script_records(script, *arguments), self.waiting.append, self.err)
-            try:
-                return host.begin(self.exchange, cancel)
-            except BaseException as error:
-                self.close()
-                if not host.again(session, error, attempt, cancel, False):
-                    raise
+
+        def work(session: Session) -> None:
+            records = script_records(script, *arguments)
+            self.exchange = Exchange(session, records, self.waiting.append, self.err)
+            host.begin(self.exchange, cancel)
+        host.attempt(work, Deadline(SLOT_PATIENCE), cancel, lambda lost: True, bulk=True)
 
     def take(self) -> bytes:
         if not self.waiting:
@@ -4116,11 +4113,25 @@ class CommandRun:
         self.guard_reply = Capture(100)
 
     def go(self, deadline: Deadline, cancel: Optional[Cancel]) -> Outcome:
-        reason = None
+        """From the start to the end. Until the header is written whole nothing can have begun: a
+        session that is lost before is replaced."""
+        def repeat(lost: ConnectionLost) -> bool:
+            return not lost.begun and not (self.source and self.source.total)
+
+        def work(*sessions: Session) -> Outcome:
+            return self._carry_out(sessions, deadline, cancel)
+        try:
+            return self.host.attempt(work, Deadline(deadline.capped(SLOT_PATIENCE)), cancel, repeat,
+                                     2 if self.source else 1)
+        except Cancelled:  # while it waited
+            return Outcome(status=None, stopped="confirmed", reason="cancel")
+
+    def _carry_out(self, sessions: Sequence[Session], deadline: Deadline, cancel: Optional[Cancel]) -> Outcome:
+        reason = "timeout"
         try:
             try:
-                if not self._carry_out(deadline, cancel):
-                    reason = "timeout"
+                if self._begin(sessions, deadline, cancel).run(deadline, cancel):
+                    return self._outcome()
             except Cancelled:
                 reason = "cancel"
             except (CmuxError, KeyboardInterrupt) as error:
@@ -4128,34 +4139,9 @@ class CommandRun:
                     self._discard()
                     self._stop()
                 raise
-            if reason:
-                return Outcome(status=None, stopped=self._stop(), reason=reason)
-            return self._outcome()
+            return Outcome(status=None, stopped=self._stop(), reason=reason)
         finally:
             self._give_back()
-
-    def _carry_out(self, deadline: Deadline, cancel: Optional[Cancel]) -> bool:
-        """From the start to the end; False at the deadline. Until the header is written whole nothing
-        can have begun, so a session that dies before is replaced. What has not begun for want of a
-        process waits, and holds none, while others end; each time longer."""
-        for attempt in range(10):
-            waiting = Deadline(deadline.capped(SLOT_PATIENCE))
-            try:
-                return self._begin(waiting, deadline, cancel).run(deadline, cancel)
-            except (ConnectionLost, ConnectionDropped) as error:
-                opened = bool(self.exchange or self.guard)
-                sent = self.exchange is not None and self.exchange.sent
-                self._give_back()
-                if isinstance(error, ConnectionDropped):
-                    again = opened and self.host.masters.again(error, attempt, waiting, cancel)
-                elif isinstance(error, HostFull):
-                    read = self.source and self.source.total
-                    again = not error.begun and not read and self.host.rest(attempt, deadline, cancel)
-                else:
-                    again = attempt < 2 and not error.begun and not sent
-                if not again:
-                    raise
-        raise AssertionError
 
     def _give_back(self) -> None:
         for exchange in (self.exchange, self.guard):
@@ -4176,29 +4162,22 @@ class CommandRun:
             guard.run(Deadline(CONTROL_PATIENCE), None, until=lambda: guard.lost or not guard.outgoing)
         return Outcome(status=self.exchange.out.status, stopped=None, reason=None)
 
-    def _begin(self, waiting: Deadline, deadline: Deadline, cancel: Optional[Cancel]) -> Exchange:
-        """See the command begin, and, for a streaming stdin, the guard know of it."""
-        exchange = self._open(waiting, cancel, deadline)
-        self.host.begin(exchange, cancel, deadline)
-        if self.guard and exchange.begun:
-            exchange.guard = self.guard
-            self.guard.outgoing = memoryview(b"%s\n" % exchange.out.pid.encode())
-            self.guard.run(Deadline(CONTROL_PATIENCE), None, until=self.guard.written)
-        return exchange
-
-    def _open(self, waiting: Deadline, cancel: Optional[Cancel], deadline: Deadline) -> Exchange:
-        """The exchange, and the guard. Each with a connection of its own holds a handshake until it has begun:
-        so the guard begins before the other is opened."""
-        sessions = self.host.open_all(2 if self.source else 1, waiting, cancel)
+    def _begin(self, sessions: Sequence[Session], deadline: Deadline, cancel: Optional[Cancel]) -> Exchange:
+        """See the command begin, and, for a streaming stdin, the guard before it. Each with a connection
+        of its own holds a handshake until it has begun: then the other is opened."""
         if self.source:
             self.guard = Exchange(sessions[-1], script_records(GUARD), self.guard_reply,
                                   Capture(100), run_id=self.run_id)
-            if len(sessions) == 1:
-                self.host.begin(self.guard, cancel, deadline)
-                sessions = [self.host.open(waiting, cancel)]
-        self.exchange = Exchange(sessions[0], self.records, self.stdout, self.stderr, self.source, run_id=self.run_id)
-        if self.guard:
             self.host.begin(self.guard, cancel, deadline)
+            if len(sessions) == 1:
+                sessions = [self.host.open(Deadline(deadline.capped(SLOT_PATIENCE)), cancel)]
+        self.exchange = Exchange(sessions[0], self.records, self.stdout, self.stderr, self.source,
+                                 run_id=self.run_id)
+        self.host.begin(self.exchange, cancel, deadline)
+        if self.guard and self.exchange.begun:
+            self.exchange.guard = self.guard
+            self.guard.outgoing = memoryview(b"%s\n" % self.exchange.out.pid.encode())
+            self.guard.run(Deadline(CONTROL_PATIENCE), None, until=self.guard.written)
         return self.exchange
 
     # -- stopping --
