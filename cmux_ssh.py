@@ -3407,11 +3407,10 @@ class Masters:
             self._waiting += count
         try:
             while not self.single():
-                live = len(self.masters())
-                if live == 0:
+                if not self.masters():
                     self._wake(sys.maxsize)  # all wait for who tries, and share what comes of it
                     slots = self._first_master(count, deadline, cancel)
-                elif self._may_launch(live, patience.over()):
+                elif patience.over() and self._may_launch():
                     self._wake(1)  # another looks meanwhile
                     slots = self._one_more(count, cancel)
                 slots = slots or self._try_slots(count)
@@ -3427,14 +3426,13 @@ class Masters:
                 self._waiting -= count
             freed.leave()
 
-    def _may_launch(self, live: int, waited: bool) -> bool:
+    def _may_launch(self) -> bool:
+        """Whether to start one more master: one for every eight slots that are waited for."""
         with self._mutex:
-            wanted = -(-self._waiting // SESSIONS_PER_MASTER)
-            if (waited and self._launching < wanted and live + self._launching < MASTERS_PER_HOST
-                    and self._rest() <= 0):  # who was just turned away does not knock
-                self._launching += 1
-                return True
-        return False
+            wanted = min(-(-self._waiting // SESSIONS_PER_MASTER), MASTERS_PER_HOST - len(self.masters()))
+            may = self._launching < wanted and self._rest() <= 0  # who was turned away does not knock
+            self._launching += may
+            return may
 
     def _first_master(self, count: int, deadline: Deadline, cancel: Optional[Cancel]) -> List[Slot]:
         """Connect, if nobody else does: one prober at a time, the others share its result."""
