@@ -413,10 +413,8 @@ class Cancel:
         self.is_set = True
         with self._guard:
             if self._write >= 0:
-                try:
+                with contextlib.suppress(BlockingIOError):
                     os.write(self._write, b"x")  # stays readable: every poller sees it
-                except BlockingIOError:
-                    pass
 
     def fileno(self) -> int:
         """Readable once it is set, for select and poll."""
@@ -607,7 +605,7 @@ _INSTRUCTIONS = {"PATH", "HOME", "ENV", "BASH_ENV", "PS4", "PROMPT_COMMAND", "CD
 
 def check_variable(name: str, secret: bool = False) -> str:
     """Return ``name`` if it may stand in a command's environment, else UsageError."""
-    reserved = name in _READONLY or bool(re.match(r"_c.?\Z", name))
+    reserved = name in _READONLY or bool(re.match(r"_c.?\Z|_cmux_", name))
     if secret:
         reserved = reserved or name in _INSTRUCTIONS or name.startswith(("LD_", "DYLD_"))
     if not _VARIABLE.match(name) or len(name) > 256:
@@ -751,8 +749,8 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
 #   exit 0     the first line. Our wrapper ignores it; a shell that reads our stdin instead (a ForceCommand,
 #              `exec zsh` in a start-up file) ends before it takes a value for a command
 #   NAME n     an environment variable of the command (secrets travel so, and only so)
-#   _cX  n     a setting of the wrapper: N nonce, i run id, d directory, l lifeline, q how to
-#              run a shell line (-c, -lc), x the line, P the command's PATH
+#   _cmux_X n  a setting of the wrapper: nonce, run (its id), directory, life (whether stdin is watched),
+#              flag (how to run a shell line: -c, -lc), line, path (the command's PATH)
 #   @    n     one more positional parameter
 #   :    n     text to eval now (functions of the operations)
 #   .    n     the end: text to eval as the operation
@@ -762,142 +760,186 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
 # Before the first mark is login noise; NONCEx 96 says the directory is missing. The marks tell
 # accidents apart. They are no defence against malice: a hostile host can always lie.
 
+# The texts become one line in single quotes, without quote, backslash, newline, or ! before a
+# non-blank: sh, bash, zsh, ksh, fish and csh all read that alike; Dropbear takes up to 9,000 bytes.
+# Assumed: POSIX sh, sleep. Used where found: ps or /proc, grep, setsid, bash. Status 96: the
+# directory is missing; 97: the header is cut off. _cmux_stop_tree ends what run _cmux_run has below
+# _cmux_root (a wrapper, a job's supervisor, or -); its status is 0 where the end was seen.
+
 STOP_TEXT = r"""
-_ctab() {
+# Five words for each process: pid, parent, group, session, state. Never its name: one with a
+# newline and numbers would put foreign processes on the list (seen: a stop killed its bystanders).
+# Without a ps that knows sid (busybox, containers) each /proc/PID/stat is read by itself.
+_cmux_table() {
   ps -A -o pid= -o ppid= -o pgid= -o sid= -o stat= && return;
   if [ -r /proc/self/stat ]; then
-    for f in /proc/[0-9]*; do
-      l=; while IFS= read -r x; do l=$l$x; done <"$f/stat";
-      set -- ${l##*")" }; [ $# -gt 9 ] && echo "${f#/proc/} $2 $3 $4 $1";
+    for _cmux_file in /proc/[0-9]*; do
+      _cmux_stat=;
+      while IFS= read -r _cmux_part; do _cmux_stat=$_cmux_stat$_cmux_part; done <"$_cmux_file/stat";
+      set -- ${_cmux_stat##*")" }; [ $# -gt 9 ] && echo "${_cmux_file#/proc/} $2 $3 $4 $1";
     done;
   else
     ps -A -o pid= -o ppid= -o pgid= -o pgid= -o stat=;
   fi;
 };
-_ctree() {
-  _cT=$(_ctab); _ct=" "; _cG=" "; _cW=-; _cS=" ";
-  case $_cY in
-  slow)
-    for _cf in /proc/[0-9]*/environ; do
-      _cA=; [ -r $_cf ] && IFS= read -r _cA <$_cf;
-      case $_cA in *"CMUX_RUN=$_ci"*) _cf=${_cf#/proc/}; _ct="$_ct${_cf%/environ} ";; esac;
+# The environments that name the run. busybox grep stops at the first NUL of a line.
+_cmux_environs() {
+  case $(grep --version 2>&1) in
+  *BusyBox*)
+    for _cmux_file in /proc/[0-9]*/environ; do
+      _cmux_part=; [ -r $_cmux_file ] && IFS= read -r _cmux_part <$_cmux_file;
+      case $_cmux_part in *"CMUX_RUN=$_cmux_run"*) echo $_cmux_file;; esac;
     done;;
-  *)
-    for _cf in $(grep -lsF "CMUX_RUN=$_ci" /proc/[0-9]*/environ); do
-      _cf=${_cf#/proc/}; _ct="$_ct${_cf%/environ} ";
-    done;;
+  *) grep -lsF "CMUX_RUN=$_cmux_run" /proc/[0-9]*/environ;;
   esac;
-  set -- $_cT; while [ $# -gt 4 ]; do _cS="$_cS$1 g$3 "; [ "$1" = "$_cR" ] && _cW=$3; shift 5; done;
-  _cn=1; while [ $_cn = 1 ]; do
-    _cn=0; set -- $_cT; _cA=" "; _cM=;
-    while [ $# -gt 4 ]; do
-      _cB=" $_cR$_ct$_cG"; _cC=g$3;
-      case $3 in "$_cW") _cB=$_ct; _cC=;; esac;
-      case $5 in
-      Z*) ;;
-      *) case $_cB in *" $1 "*|*" $2 "*|*" g$3 "*|*" s$4 "*)
-          _cA="$_cA$1 "; [ "$_cC" ] || _cM="$_cM $1";
-          case $_ct in *" $1 "*) ;; *) _ct="$_ct$1 "; _cn=1;; esac;
-          case $_cG in *" $_cC "*) ;; *) _cG="$_cG$_cC "; _cn=1;; esac;
-          [ "$1" = "$4" ] && case $_cG in *" s$4 "*) ;; *) _cG="${_cG}s$4 "; _cn=1;; esac;;
-        esac;;
-      esac;
-      shift 5;
-    done;
+};
+# The tree: by CMUX_RUN (Linux; daemons that left the session), by parent, group and session. A
+# process that left its session, cleared its environment and lost its parent is not found. Never the
+# group of the wrapper, _cmux_own. -> _cmux_tree, _cmux_targets of kill, _cmux_seen: all there are.
+_cmux_find_tree() {
+  _cmux_rows=$(_cmux_table); _cmux_found=" "; _cmux_groups=" "; _cmux_own=-; _cmux_seen=" ";
+  for _cmux_file in $(_cmux_environs); do
+    _cmux_file=${_cmux_file#/proc/}; _cmux_found="$_cmux_found${_cmux_file%/environ} ";
   done;
-  _ct=$_cA;
-  [ $_cW = - ] || for _cf in $(cat /proc/$_cR/task/$_cR/children); do
-    case $_cS in *" $_cf "*) ;; *) _ct="$_ct$_cf "; _cM="$_cM $_cf"; _cG="${_cG}g$_cf ";; esac;
+  set -- $_cmux_rows;
+  while [ $# -gt 4 ]; do
+    _cmux_seen="$_cmux_seen$1 g$3 "; [ "$1" = "$_cmux_root" ] && _cmux_own=$3; shift 5;
   done;
-  for _cf in $_cG; do case $_cf in g?*) _cM="$_cM -${_cf#g}"; case "$_ca " in *" $_cf "*) ;; *) _ca="$_ca $_cf";; esac;; esac; done;
-  for _cf in $_ca; do
-    case $_cS in *" $_cf "*) ;; *) if kill -0 -${_cf#g}; then _ct="$_ct-${_cf#g} "; _cM="$_cM -${_cf#g}"; fi;; esac;
+  _cmux_more=1; while [ $_cmux_more = 1 ]; do _cmux_add_kin; done;
+  _cmux_tree=$_cmux_alive; _cmux_add_hidden;
+};
+_cmux_add_kin() {
+  _cmux_more=0; set -- $_cmux_rows; _cmux_alive=" "; _cmux_targets=;
+  while [ $# -gt 4 ]; do
+    _cmux_kin=" $_cmux_root$_cmux_found$_cmux_groups"; _cmux_group=g$3;
+    case $3 in "$_cmux_own") _cmux_kin=$_cmux_found; _cmux_group=;; esac;
+    case $5 in Z*) _cmux_kin=;; esac;
+    case $_cmux_kin in *" $1 "*|*" $2 "*|*" g$3 "*|*" s$4 "*)
+      _cmux_alive="$_cmux_alive$1 "; [ "$_cmux_group" ] || _cmux_targets="$_cmux_targets $1";
+      case $_cmux_found in *" $1 "*) ;; *) _cmux_found="$_cmux_found$1 "; _cmux_more=1;; esac;
+      _cmux_add_group $_cmux_group; [ "$1" = "$4" ] && _cmux_add_group s$4;;
+    esac;
+    shift 5;
   done;
 };
-_cstop() {
-  trap "" TERM INT HUP PIPE; _ck=0; _cY=; _ca=;
-  case $(grep --version 2>&1) in *BusyBox*) _cY=slow;; esac;
+_cmux_add_group() {
+  case $_cmux_groups in *" $1 "*) ;; *) _cmux_groups="$_cmux_groups$1 "; _cmux_more=1;; esac;
+};
+# What hides from the table (hidepid, and a process that is not dumpable): the child of the wrapper
+# is in its `children` all the same, and a group without a row may still take signals: so whole
+# groups get them.
+_cmux_add_hidden() {
+  [ $_cmux_own = - ] || for _cmux_pid in $(cat /proc/$_cmux_root/task/$_cmux_root/children); do
+    case $_cmux_seen in *" $_cmux_pid "*) ;; *)
+      _cmux_tree="$_cmux_tree$_cmux_pid "; _cmux_targets="$_cmux_targets $_cmux_pid";
+      _cmux_groups="${_cmux_groups}g$_cmux_pid ";;
+    esac;
+  done;
+  for _cmux_group in $_cmux_groups; do case $_cmux_group in g?*)
+    _cmux_group=${_cmux_group#g}; _cmux_targets="$_cmux_targets -$_cmux_group";
+    case "$_cmux_known " in *" $_cmux_group "*) ;;
+    *) _cmux_known="$_cmux_known $_cmux_group";; esac;;
+  esac; done;
+  for _cmux_group in $_cmux_known; do
+    case $_cmux_seen in *" g$_cmux_group "*) ;; *)
+      if kill -0 -$_cmux_group; then
+        _cmux_tree="$_cmux_tree-$_cmux_group "; _cmux_targets="$_cmux_targets -$_cmux_group";
+      fi;;
+    esac;
+  done;
+};
+# TERM, after two seconds KILL, after four it gives up. Where not even process 1 is to be seen,
+# others may be missing, and no end is confirmed.
+_cmux_stop_tree() {
+  trap "" TERM INT HUP PIPE; _cmux_tenths=0; _cmux_known=;
   while :; do
-    _ctree; case $_ct in " ") case $_cS in *" 1 "*) return 0;; *) return 1;; esac;; esac;
-    case $_ck in 0) kill -TERM $_cM; kill -CONT $_cM;; 2?|3?) kill -KILL $_cM;; 4?) return 1;; esac;
-    if sleep 0.1; then _ck=$((_ck+1)); else sleep 1; _ck=$((_ck+10)); fi;
+    _cmux_find_tree;
+    case $_cmux_tree in " ") case $_cmux_seen in *" 1 "*) return 0;; *) return 1;; esac;; esac;
+    case $_cmux_tenths in
+    0) kill -TERM $_cmux_targets; kill -CONT $_cmux_targets;;
+    2?|3?) kill -KILL $_cmux_targets;;
+    4?) return 1;;
+    esac;
+    _cmux_tenths=$((_cmux_tenths+1)); sleep 0.1 || { sleep 1; _cmux_tenths=$((_cmux_tenths+9)); };
   done;
 };
 """
 BOOT_TEXT = r"""
-_crun() {
-  _cw=; _cs=; trap : USR1; trap "_cs=stop" USR2;
-  case $_cl in life)
-    exec 3<&0 </dev/null;
-    ( exec >&2 4>&-; while IFS= read -r _cl <&3; do :; done; kill -USR2 $$; _cR=$$; _cstop ) & _cw=$! ;
-    exec 3<&-;;
+# The lifeline: where the command takes no stdin, the stdin of the session is watched by a subshell.
+# End of file (this client closed it, or was killed, or its master was) ends the tree. Where stdin
+# streams to the command, a second session (GUARD) watches instead. Lines are only signs of life:
+# sshd ends what is silent (ChannelTimeout). USR2 reports the stop to the parent of the command;
+# USR1, with which daemons report to theirs that they are ready, does nothing.
+_cmux_watch() {
+  exec 3<&0 </dev/null;
+  ( exec >&2 4>&-; while IFS= read -r _cmux_part <&3; do :; done;
+    kill -USR2 $$; _cmux_root=$$; _cmux_stop_tree ) & _cmux_watcher=$! ;
+  exec 3<&-;
+};
+# The command runs in the foreground (an asynchronous list would ignore SIGINT for ever), in a
+# session of its own (so that `kill 0` cannot take the wrapper with it), without the stderr of the
+# wrapper ("Terminated" is not its word). Where nothing gives it a group (dash without setsid and
+# terminal), CMUX_RUN and parents make the difference. --norc: bash started by sshd reads .bashrc
+# otherwise, at 100 ms a command for pyenv users.
+_cmux_command() {
+  _cmux_watcher=; _cmux_stopped=; trap : USR1; trap "_cmux_stopped=stop" USR2;
+  case $_cmux_life in life) _cmux_watch;; esac;
+  case $_cmux_flag in -*)
+    if command -v bash >/dev/null; then set -- bash --norc "$_cmux_flag" -- "$_cmux_line" bash "$@";
+    else set -- sh "$_cmux_flag" -- "$_cmux_line" sh "$@"; fi;;
   esac;
-  case $_cq in -*)
-    if command -v bash >/dev/null; then set -- bash --norc "$_cq" -- "$_cx" bash "$@";
-    else set -- sh "$_cq" -- "$_cx" sh "$@"; fi;;
-  esac;
-  case $_cP in ?*) set -- env "PATH=$_cP" "$@";; esac;
-  if command -v setsid >/dev/null; then ( export CMUX_RUN="$_ci"; exec setsid "$@" 2>&4 4>&- ); _cr=$?;
-  else command set -m; ( export CMUX_RUN="$_ci"; exec "$@" 2>&4 4>&- ); _cr=$?; fi;
-  [ $_cr -lt 256 ] || _cr=$((_cr-128));
-  case $_cw in
-  ?*) _cE=$$; if [ "$_cs" ]; then wait $_cw; _cw=$?; else kill -KILL $_cw; _cw=; fi;;
-  *) [ -z "$_cs" ] || _cw=0;;
+  case $_cmux_path in ?*) set -- env "PATH=$_cmux_path" "$@";; esac;
+  if command -v setsid >/dev/null; then set -- setsid "$@"; else command set -m; fi;
+  ( export CMUX_RUN="$_cmux_run"; exec "$@" 2>&4 4>&- ); _cmux_status=$?;
+  [ $_cmux_status -lt 256 ] || _cmux_status=$((_cmux_status-128));
+  case $_cmux_watcher in
+  ?*) _cmux_self=$$;
+    if [ "$_cmux_stopped" ]; then wait $_cmux_watcher; _cmux_watcher=$?;
+    else kill -KILL $_cmux_watcher; _cmux_watcher=; fi;;
+  *) [ -z "$_cmux_stopped" ] || _cmux_watcher=0;;
   esac;
 };
-echo cmux $((6*7)); unset TMOUT; _cN=; _cE=;
-export CMUX_RUNTIME=ssh GIT_TERMINAL_PROMPT=0 EDITOR=true VISUAL=true GIT_EDITOR=true GIT_SEQUENCE_EDITOR=true;
-_cz=${IFS#??}; _cz=${_cz%"${_cz#?}"}; _cD="$"; _cw=; _cP=; _cq=; _cd=; _cl=;
-while IFS=" " read -r _ck _cn; do
-  _cv=; _cs=; [ "$_cn" != 0 ] || continue;
-  while [ "$_cn" -gt 0 ]; do IFS= read -r _cf || exit 97; _cv=$_cv$_cs$_cf; _cs=$_cz; _cn=$((_cn-1)); done;
-  case $_ck in
+# Editors are `true`: the `git commit` of an agent must not wait for vi. read -r takes single bytes
+# from a pipe, so what follows the header is left for the command.
+echo cmux $((6*7)); unset TMOUT; _cmux_nonce=; _cmux_self=;
+export CMUX_RUNTIME=ssh GIT_TERMINAL_PROMPT=0;
+export EDITOR=true VISUAL=true GIT_EDITOR=true GIT_SEQUENCE_EDITOR=true;
+_cmux_newline=${IFS#??}; _cmux_newline=${_cmux_newline%"${_cmux_newline#?}"};
+_cmux_dollar="$"; _cmux_watcher=; _cmux_path=; _cmux_flag=; _cmux_directory=; _cmux_life=;
+while IFS=" " read -r _cmux_name _cmux_count; do
+  _cmux_value=; _cmux_between=; [ "$_cmux_count" != 0 ] || continue;
+  while [ "$_cmux_count" -gt 0 ]; do
+    IFS= read -r _cmux_part || exit 97;
+    _cmux_value=$_cmux_value$_cmux_between$_cmux_part; _cmux_between=$_cmux_newline;
+    _cmux_count=$((_cmux_count-1));
+  done;
+  case $_cmux_name in
   .) break;;
-  :) eval "$_cv";;
-  @) set -- "$@" "$_cv";;
-  _c?) eval "$_ck=${_cD}_cv";;
-  *) export "$_ck=$_cv" || exit 97;;
+  :) eval "$_cmux_value";;
+  @) set -- "$@" "$_cmux_value";;
+  _cmux_*) eval "$_cmux_name=${_cmux_dollar}_cmux_value";;
+  *) export "$_cmux_name=$_cmux_value" || exit 97;;
   esac;
 done;
-[ "$_ck" = . ] && [ "$_cN" ] || exit 97;
-case $_cd in ?*) CDPATH= cd -- "$_cd" 2>/dev/null || { echo "${_cN}x 96"; echo "${_cN}x 96" >&2; exit 96; };; esac;
+[ "$_cmux_name" = . ] && [ "$_cmux_nonce" ] || exit 97;
+case $_cmux_directory in ?*)
+  CDPATH= cd -- "$_cmux_directory" 2>/dev/null ||
+    { echo "${_cmux_nonce}x 96"; echo "${_cmux_nonce}x 96" >&2; exit 96; };;
+esac;
 exec 4>&2 2>/dev/null;
-echo "$_cN+ $$"; echo "$_cN+ $$" >&4;
-_cr=0; eval "$_cv";
+echo "$_cmux_nonce+ $$"; echo "$_cmux_nonce+ $$" >&4;
+_cmux_status=0; eval "$_cmux_value";
+# A command that dies of SIGPIPE because this client is gone ends before the watcher has looked: the
+# end mark then cannot be written, and the wrapper itself ends the rest of the tree.
 trap "" PIPE;
-{ echo "$_cN- $_cr $_cw" && echo "$_cN- $_cr $_cw" >&4; } || case $_cE in ?*) _cR=$_cE; _cstop;; esac;
+_cmux_value="$_cmux_nonce- $_cmux_status $_cmux_watcher";
+{ echo "$_cmux_value" && echo "$_cmux_value" >&4; } ||
+  case $_cmux_self in ?*) _cmux_root=$_cmux_self; _cmux_stop_tree;; esac;
 """
-# Notes, since the texts above have no room for comments:
-# - One line in single quotes, without quote, backslash, newline, or ! before a non-blank: sh,
-#   bash, zsh, ksh, fish and csh all read that alike. Dropbear takes commands up to 9,000 bytes.
-# - read -r takes single bytes from a pipe, so what follows the header is left for the command.
-# - The command runs in the foreground of the wrapper (an asynchronous list would ignore SIGINT
-#   for ever) in a session of its own (so that `kill 0` cannot take the wrapper with it), with
-#   the wrapper's own stderr closed off ("Terminated" is not the command's word).
-# - The lifeline: where the command takes no stdin, the session's stdin is watched by a subshell.
-#   End of file there (this client closed it, or was killed, or its master was) ends the tree.
-#   Where stdin streams to the command, a second session (guard) watches instead. Lines are only signs of
-#   life: sshd's ChannelTimeout ends what is silent.
-# - _ctree finds the tree by the CMUX_RUN variable in /proc/*/environ (Linux; finds daemons that
-#   left the session), by parent, process group and session; a process that left its session
-#   *and* cleared its environment *and* lost its parent is not found. Never the wrapper's group.
-# - What hides from the table (hidepid, and a process that is not dumpable): the wrapper's child stands in
-#   its `children` all the same, and a group without a row may still take signals: so whole groups get them.
-#   Where not even process 1 is to be seen, others may be missing, and no end is confirmed.
-# - A stop is told to the command's parent by USR2; USR1, with which daemons tell theirs that they are
-#   ready, does nothing there.
-# - The grep of busybox stops at the first NUL of a line: the shell itself reads environ there.
-# - Where nothing can give the command a group of its own (dash without setsid and terminal), it is
-#   told from the watcher by CMUX_RUN and by its parents.
-# - Every command's editors are `true`: an agent's `git commit` must not wait for vi.
-# - A command that dies of SIGPIPE because this client is gone ends before the watcher has looked:
-#   the end mark then cannot be written, and the wrapper itself ends the rest of the tree.
-# - _ctab never trusts a process name: one with a newline and numbers in it would otherwise put
-#   foreign processes on the list (seen: a stop killed its bystanders). ps prints no names here;
-#   without a ps that knows sid (busybox, containers) each /proc/PID/stat is read by itself.
-# - --norc: bash started by sshd reads .bashrc otherwise, at 100 ms a command for pyenv users.
 
-BOOT = "exec sh -c '%s'" % " ".join(map(str.strip, (STOP_TEXT + BOOT_TEXT).strip().splitlines()))
+
+BOOT = "exec sh -c '%s'" % " ".join(
+    line.strip() for line in (STOP_TEXT + BOOT_TEXT).splitlines() if line and line[0] != "#")
 READY = b"cmux 42\n"        # not in BOOT as it stands: what echoes its orders does not say it
 HELD = b"exit 0\n"          # the first line of a header; again in one that holds secrets
 
@@ -929,7 +971,7 @@ _cheld() {
   return 1;
 }
 _center() {
-  _cborn $$; _cm=$$.$_cb.$_ci; _cn=0; _cg=;
+  _cborn $$; _cm=$$.$_cb.$_cmux_run; _cn=0; _cg=;
   until ln -s "$_cm" "$1"; do
     if _cheld "$1"; then :;
     elif ln -s "$_cm" "$_ch"; then
@@ -954,7 +996,7 @@ _croot() { # $1 root as given, may be empty or begin with ~ -> cd there, $root
   case $1 in '') root=$HOME/cmux;; '~') root=$HOME;; '~/'*) root=$HOME/${1#'~/'};; /*) root=$1;; *) root=$HOME/$1;; esac
   [ -d "$root" ] || { mkdir -p -- "$root" && fresh=1; } || return 3
   cd -P -- "$root" && root=$(pwd -P) || return 3
-  case $root in *"$_cz"*) echo "a newline is in the path of its root" >&2; return 3;; esac
+  case $root in *"$_cmux_newline"*) echo "a newline is in the path of its root" >&2; return 3;; esac
   mkdir -p .cmux/bases .cmux/stage .cmux/trash .cmux/made || return 3
   chmod 700 .cmux || return 3
 }
@@ -1401,7 +1443,7 @@ _cremove() {
   for x in "$@"; do _coff "$x" || return; done
   mkdir -p "$t" || return 3
   if [ -L "$p" ]; then return 3; fi
-  for d in "$j"/*; do [ ! -d "$d" ] || [ "$(_cstate "$d")" != running ] || ( _cR=$(cat "$d/pid"); _ci=${d##*/}; _cstop ); done
+  for d in "$j"/*; do [ ! -d "$d" ] || [ "$(_cstate "$d")" != running ] || ( _cmux_root=$(cat "$d/pid"); _cmux_run=${d##*/}; _cmux_stop_tree ); done
   [ ! -d "$j" ] || mv "$j" "$t/jobs" || return 3
   if [ -e "$p/$w" ] || [ -L "$p/$w" ]; then mv "$p/$w" "$t/" || return 3; fi
   for x in base mark op pull push; do rm -f ".cmux/made/$p/$w.$x"; done
@@ -1414,15 +1456,15 @@ _cremove() {
 # guard lost alone must not pass for the command's own end. Replies confirmed, or left (or nothing to tell by).
 GUARD = r"""
 _cop() {
-  _cR=-
+  _cmux_root=-
   while IFS=" " read -r p l; do case $p in
-    .) return 0;; beat) { [ $_cR = - ] || echo "$l~" >/proc/$_cR/fd/1; } 2>/dev/null;; [1-9]*) _cR=$p;; esac; done
-  _ctree
-  case $_ct in
-  " ") [ "$_cW" != - ] || [ -r /proc/self/environ ] || { echo left; return 0; };;
-  *) kill -USR2 $_cR;;
+    .) return 0;; beat) { [ $_cmux_root = - ] || echo "$l~" >/proc/$_cmux_root/fd/1; } 2>/dev/null;; [1-9]*) _cmux_root=$p;; esac; done
+  _cmux_find_tree
+  case $_cmux_tree in
+  " ") [ "$_cmux_own" != - ] || [ -r /proc/self/environ ] || { echo left; return 0; };;
+  *) kill -USR2 $_cmux_root;;
   esac
-  if _cstop; then echo confirmed; else echo left; fi
+  if _cmux_stop_tree; then echo confirmed; else echo left; fi
 }
 """
 
@@ -1488,7 +1530,7 @@ _cop() {
   cat >"$t" || { rm -f "$t"; return 3; }
   if [ "$(cksum <"$t")" != "$5 $4" ]; then rm -f "$t"; return 35; fi
   k=$2/.cmux/locks; [ -d "$k" ] || mkdir -p "$k" || { rm -f "$t"; return 3; }
-  if [ "$p" = "$1" ]; then k=$k/$8; else k=$k/$(printf "%s$_cz" "$p" | cksum | tr " " -); fi
+  if [ "$p" = "$1" ]; then k=$k/$8; else k=$k/$(printf "%s$_cmux_newline" "$p" | cksum | tr " " -); fi
   _center "$k" 0.02 1000 || { rm -f "$t"; return 3; }
   r=0 w=created
   if [ -e "$p" ]; then w=replaced; fi
@@ -1529,10 +1571,10 @@ _cop() {
   for _ce in "${_cj%/*}"/*/exit; do
     if [ -f "$_ce" ] && [ "$(find "$_ce" -mtime +7)" ]; then rm -rf "${_ce%/exit}"; fi
   done
-  case $_cq in -*)
-    if command -v bash >/dev/null; then set -- bash --norc "$_cq" -- "$_cx" bash "$@"; else set -- sh "$_cq" -- "$_cx" sh "$@"; fi;;
+  case $_cmux_flag in -*)
+    if command -v bash >/dev/null; then set -- bash --norc "$_cmux_flag" -- "$_cmux_line" bash "$@"; else set -- sh "$_cmux_flag" -- "$_cmux_line" sh "$@"; fi;;
   esac
-  case $_cP in ?*) set -- env "PATH=$_cP" "$@";; esac
+  case $_cmux_path in ?*) set -- env "PATH=$_cmux_path" "$@";; esac
   umask "$_cu"
   _cs='trap "" HUP; trap : USR1 USR2; echo $$ >"$1/pid"; _cj=$1 CMUX_RUN=$2; shift 2; export CMUX_RUN
     if command -v setsid >/dev/null; then (trap - HUP; exec setsid "$@"); _cr=$?; else command set -m 2>/dev/null; (trap - HUP; exec "$@"); _cr=$?; fi
@@ -1583,9 +1625,9 @@ _cop() {
 STOP = JOB_STATE + r"""
 _cop() {
   [ -d "$1" ] || return 38
-  _cR=$(cat "$1/pid"); _ci=$2
-  [ ! -f "$1/exit" ] && _calive "$1" "$_cR" || _cR=-  # an ended job's number may be a stranger's
-  if ( _cstop ); then echo confirmed; else echo requested; fi
+  _cmux_root=$(cat "$1/pid"); _cmux_run=$2
+  [ ! -f "$1/exit" ] && _calive "$1" "$_cmux_root" || _cmux_root=-  # an ended job's number may be a stranger's
+  if ( _cmux_stop_tree ); then echo confirmed; else echo requested; fi
   n=0; while [ "$(_cstate "$1")" = running ] && [ $n -lt 20 ]; do sleep 0.1 || sleep 1; n=$((n+1)); done
   _cstate "$1"
 }
@@ -1640,14 +1682,14 @@ def record(name: str, value: Union[str, bytes]) -> bytes:
 
 def shell_header(nonce: str, run_id: str, operation: bytes) -> bytes:
     """The frame around the records of one operation, without its end record."""
-    return HELD + record("_cN", nonce) + record("_ci", run_id) + operation
+    return HELD + record("_cmux_nonce", nonce) + record("_cmux_run", run_id) + operation
 
 
 def script_records(script: str, *arguments: str) -> bytes:
     """The records that run one of the scripts above, as an operation of its own."""
     text = "\n".join(filter(None, map(str.strip, script.splitlines())))
     return record(":", text) + b"".join(record("@", a) for a in arguments) + record(
-        ".", '_cop "$@" 2>&4; _cr=$?')
+        ".", '_cop "$@" 2>&4; _cmux_status=$?')
 
 
 def check_command(command: object) -> Tuple[str, Sequence[str]]:
@@ -1666,14 +1708,14 @@ def check_command(command: object) -> Tuple[str, Sequence[str]]:
 
 def line_records(line: str, words: Sequence[str], login: bool) -> bytes:
     """The records of what a shell runs: none for an argv that no profile is read for."""
-    return b"" if words and not login else record("_cq", "-lc" if login else "-c") + record("_cx", line)
+    return b"" if words and not login else record("_cmux_flag", "-lc" if login else "-c") + record("_cmux_line", line)
 
 
 def command_records(command: object, login: bool, stdin: bool) -> bytes:
     """The records that run the user's command."""
     line, words = check_command(command)
-    return b"".join([record("_cl", "" if stdin else "life"), line_records(line, words, login), *(
-        record("@", word) for word in words), record(".", '_crun "$@"')])
+    return b"".join([record("_cmux_life", "" if stdin else "life"), line_records(line, words, login), *(
+        record("@", word) for word in words), record(".", '_cmux_command "$@"')])
 
 
 # === 7. Processes ===
@@ -1739,10 +1781,8 @@ def attach(argv: Sequence[str], env: Mapping[str, str]) -> Optional[int]:
             process.terminate()
             process.wait()
         guard.communicate(b"\n")
-        try:
+        with contextlib.suppress(termios.error):  # the terminal itself has gone
             termios.tcsetattr(0, termios.TCSADRAIN, saved)
-        except termios.error:
-            pass  # the terminal itself has gone
 
 
 def kill_group(process: Process) -> None:
@@ -1750,10 +1790,8 @@ def kill_group(process: Process) -> None:
     waited for is left alone: its number may be a stranger's by now."""
     import signal
     if process.returncode is None:
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
         process.wait()
 
 
@@ -1776,12 +1814,11 @@ def run(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, limit: int
     assert process.stdout and process.stderr
     out, err = bytearray(), bytearray()
     sinks = {process.stdout.fileno(): out, process.stderr.fileno(): err}
-    poller, deadline = select.poll(), Deadline(patience)
+    deadline = Deadline(patience)
     try:
-        for fd in list(sinks) + ([cancel.fileno()] if cancel else []):
-            poller.register(fd, select.POLLIN)
         while sinks:
-            for fd, _ in poller.poll(deadline.capped(3600) * 1000):
+            wanted = [(thing, select.POLLIN) for thing in (*sinks, cancel) if thing is not None]
+            for fd in poll_once(deadline.capped(3600), *wanted):
                 if cancel:
                     cancel.check()
                 chunk = os.read(fd, CHUNK)
@@ -1789,7 +1826,6 @@ def run(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, limit: int
                 if len(sinks[fd]) > limit:
                     raise CmuxError("A local command printed more than %s." % human_size(limit))
                 if not chunk:
-                    poller.unregister(fd)
                     del sinks[fd]
             if sinks and deadline.over():
                 raise CmuxError("A local command did not end in time.")
@@ -1808,10 +1844,8 @@ def raise_descriptor_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        try:
+        with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        except (ValueError, OSError):
-            pass
 
 
 def stop_signals() -> None:
@@ -2569,8 +2603,9 @@ def classify(log: bytes, host: str, config: Optional[SSHConfig] = None) -> HostE
     """The error that ssh's own words stand for. The words are neutralised and shortened."""
     text = log[-LOG_MAX:].decode("utf-8", "replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    words = {"host": host, "to": quote(host), "said": show(lines[-1], 200) if lines else "ssh gave no reason", "doctor": look_into(host),
-             "forget": forget_key(config, text) if config else "", "ssh": os.environ.get("CMUX_SSH_COMMAND", "").strip() or "ssh"}
+    said = show(lines[-1], 200) if lines else "ssh gave no reason"
+    words = {"host": host, "to": quote(host), "said": said, "doctor": look_into(host),
+             "forget": forget_key(config, text) if config else "", "ssh": plain_ssh()}
     for pattern, kind, sentence, hint in FAILURES:
         if re.search(pattern, text):
             error = kind(sentence.format(**words), hint.format(**words), host)
@@ -2744,14 +2779,15 @@ class Session:
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
         """Why the session ended without its end mark. What was ``sent`` whole may have begun unseen."""
-        return ConnectionLost("The connection to %s was lost%s." % (
-            self.host, "" if begun else " before the command was seen to begin" if sent else " before the command began"),
-            "The command may still run there." + self.maybe * begun if begun or sent else "Try again.", self.host, begun or sent)
+        when = "" if begun else " before the command was seen to begin" if sent else " before the command began"
+        hint = "The command may still run there." + self.maybe * begun if begun or sent else "Try again."
+        return ConnectionLost(f"The connection to {self.host} was lost{when}.", hint, self.host, begun or sent)
 
     def full(self) -> HostFull:
         """The wrapper gave up by itself after its start mark: only a fork that fails makes it."""
-        return HostFull("%s could not start a process for this; this account may have too many there." % self.host,
-                        "End some of them, or run fewer at once (-j).", self.host, False)
+        return HostFull(
+            f"{self.host} could not start a process for this; this account may have too many there.",
+            "End some of them, or run fewer at once (-j).", self.host, False)
 
     def close(self) -> None:
         self.close_pipes()
@@ -2776,15 +2812,18 @@ class MuxSession(Session):
     def _open(self, command: str) -> None:
         """Pipeline hello, the request and three descriptors; read until opened or refused."""
         import socket
-        ours_in, theirs_in, ours_out, theirs_out, ours_err, theirs_err = self._pipes()
+        fds: List[int] = []
         try:
-            self.adopt(ours_in, ours_out, ours_err)
+            for _ in range(3):
+                fds += os.pipe()
+            self.adopt(fds[1], fds[2], fds[4])
             self._socket.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(
                 MUX_NEW_SESSION, 0, "", 0, 0, 0, 0, MUX_NO_ESCAPE, "", command))
-            for fd in (theirs_in, theirs_out, theirs_err):
-                self._socket.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))])
+            for fd in (fds[0], fds[3], fds[5]):
+                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))
+                self._socket.sendmsg([b"\0"], [rights])
         finally:
-            drop(theirs_in, theirs_out, theirs_err)
+            drop(*(fd for fd in fds if fd not in (self.stdin, self.stdout, self.stderr)))
         hello = mux_numbers(self._packet())
         if hello[:2] != [MUX_HELLO, 4]:
             raise MasterGone("The control socket speaks another protocol.", host=self.host)
@@ -2794,17 +2833,6 @@ class MuxSession(Session):
         if kind != MUX_OPENED:
             raise MasterGone("The control socket gave an odd answer.", host=self.host)
         self._socket.setblocking(False)
-
-    @staticmethod
-    def _pipes() -> Tuple[int, int, int, int, int, int]:
-        fds: List[int] = []
-        try:
-            for _ in range(3):
-                fds += os.pipe()
-        except OSError:  # none left
-            drop(*fds)
-            raise
-        return fds[1], fds[0], fds[2], fds[3], fds[4], fds[5]
 
     def _packet(self) -> bytes:
         """One packet, blocking, within CONTROL_PATIENCE of silence."""
@@ -2832,13 +2860,11 @@ class MuxSession(Session):
         except OSError:
             data = b""
         self._buffer += data
-        while True:
-            packet = self._next()
-            if packet is None:
-                return bool(data)
-            numbers = mux_numbers(packet)
-            if numbers[0] == MUX_EXIT:
-                self.exited, self.status = True, numbers[2]
+        for packet in iter(self._next, None):
+            kind, _, status = mux_numbers(packet)
+            if kind == MUX_EXIT:
+                self.exited, self.status = True, status
+        return bool(data)
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
         control = (self.control, select.POLLIN)
@@ -2851,18 +2877,14 @@ class MuxSession(Session):
         if self.exited:
             return ConnectionLost("The command on %s was ended together with its wrapper." % self.host,
                                   "Something there killed every process of the session.", self.host)
-        if begun and self._lives():
-            return ConnectionLost("The server of %s ended this session, though the connection lives." % self.host,
-                                  "A ChannelTimeout of its sshd must be longer than %d seconds; or somebody killed the process there. "
-                                  "The command may still run there." % BEAT_MOST, self.host)
-        return super().failure(begun, sent)
-
-    def _lives(self) -> bool:
-        try:
+        with contextlib.suppress(OSError):
             connect(self._path).close()
-        except OSError:
-            return False
-        return True
+            if begun:
+                return ConnectionLost(
+                    f"The server of {self.host} ended this session, though the connection lives.",
+                    f"A ChannelTimeout of its sshd must be longer than {BEAT_MOST} seconds; or somebody "
+                    "killed the process there. The command may still run there.", self.host)
+        return super().failure(begun, sent)
 
     def close(self) -> None:
         """Give the session up. Its slot is free at once: sshd, which ends it a moment later, takes two more
@@ -2923,10 +2945,14 @@ class DirectSession(Session):
 
     def begun(self) -> None:
         if self._done:
+            self._let_go()
+            self._report(None)
+
+    def _let_go(self) -> None:
+        if self._done:
             remove_file(self._log)  # the next handshake with this slot writes its own
             self._done()
             self._done = None
-            self._report(None)
 
     def over(self) -> bool:
         return self._process.poll() is not None
@@ -2949,10 +2975,7 @@ class DirectSession(Session):
     def close(self) -> None:
         self.close_pipes()
         kill_group(self._process)
-        if self._done:
-            remove_file(self._log)
-            self._done()
-            self._done = None
+        self._let_go()
 
 
 if TYPE_CHECKING:
@@ -3733,10 +3756,8 @@ class Exchange:
         self._beaten = time.monotonic()
         over, sign = (self.guard, b"beat " + self.out.nonce) if self.guard else (self, b"")
         if over.sent and not over.source and over.session.stdin >= 0:
-            try:
+            with contextlib.suppress(OSError):  # full, or over: the session's own events tell
                 os.write(over.session.stdin, sign + b"\n")
-            except OSError:
-                pass  # full, or over: the session's own events tell
 
     def _poller(self, cancel: Optional[Cancel]) -> Any:
         """A poll object of what is awaited now; made anew only when that has changed."""
@@ -4104,7 +4125,7 @@ class CommandRun:
     def __init__(self, host: Host, records: bytes, directory: str, stdout: Callable[[bytes], Any],
                  stderr: Callable[[bytes], Any], source: Optional[Source]) -> None:
         self.host, self.source = host, source
-        self.run_id, self.records = os.urandom(12).hex(), record("_cd", directory) + records
+        self.run_id, self.records = os.urandom(12).hex(), record("_cmux_directory", directory) + records
         self.stdout, self.stderr = stdout, stderr
         self.exchange: Optional[Exchange] = None
         self.guard: Optional[Exchange] = None
@@ -5992,7 +6013,7 @@ class WorkspaceBase:
             values[check_variable(name)] = encoded(value)
         if sum(len(value) for value in values.values()) > SECRETS_MAX + 65536:
             raise UsageError("The environment is larger than %s." % human_size(SECRETS_MAX))
-        records = b"".join(record("_cP" if name == "PATH" else name, value) for name, value in values.items())
+        records = b"".join(record("_cmux_path" if name == "PATH" else name, value) for name, value in values.items())
         return (HELD if secrets or extra else b"") + records
 
     def run(self, command: Union[str, Sequence[str]], stdout: Callable[[bytes], Any],
@@ -7300,7 +7321,7 @@ class Workspace(WorkspaceBase):
         WorkspaceMissing."""
         line, words = check_command(command)
         job = "j" + os.urandom(4).hex()
-        records = record("_cd", os.path.join(self.path, cwd) if cwd else self.path) + self.environment(env, cancel)
+        records = record("_cmux_directory", os.path.join(self.path, cwd) if cwd else self.path) + self.environment(env, cancel)
         records += line_records(line, words, login)
         try:
             reply = self.host.call(START, job_directory(self, job), job, *words, before=records, once=True, cancel=cancel)

@@ -10205,7 +10205,7 @@ if not command.startswith("exec sh -c"):
 while name != b".":
     name, count = line().split()
     value = b"".join([line() for _ in range(int(count))])
-    nonce = value.strip() if name == b"_cN" else nonce
+    nonce = value.strip() if name == b"_cmux_nonce" else nonce
 lie = re.search(rb"lie-(\d+)", header)
 if not lie:
     ours, theirs = os.pipe()
