@@ -3082,6 +3082,26 @@ def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo
     assert "drop connection" not in site.log() and "no more sessions" not in site.log()
 
 
+def test_one_dropped_handshake_is_forgotten_after_a_minute(repo: Repo, site: Site) -> None:
+    """While the line is stalled the connections that came are the handshakes under way. It was a day."""
+    line = site.line("far")
+    site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
+    assert repo.cli("new", "-H", "far", "main").code == 0
+    line.away = (1, b"")
+    assert repo.exec("true", host="far").code == 0 and line.away[0] == 0
+    for age, least, most in ((0, 2, 4), (70, 8, 8)):
+        for file in site.state.rglob("*"):
+            os.utime(str(file), (time.time() - age,) * 2)
+        line.stall()
+        before = line.connections
+        children = [repo.start("exec", "--", "true") for _ in range(12)]
+        until(lambda: line.connections - before >= least, f"{least} handshakes at once")
+        time.sleep(1)
+        assert line.connections - before <= most, age
+        line.go_on()
+        assert [child.wait(60) for child in children] == [0] * 12
+
+
 @pytest.mark.parametrize("what", ["slot", "two slots", "handshake", "lock", "host that is down"])
 def test_waiting_costs_nothing_however_many_wait_and_ends_at_once(repo: Repo, what: str, site: Site) -> None:
     """Forty threads; in two seconds each of them looked 300 times, a fifth of a core for the rest of us."""
