@@ -1243,6 +1243,7 @@ def test_a_command_not_found_is_127_and_a_missing_cwd_is_said(shared: Repo) -> N
     assert shared.exec("no-such-command-here", "x").code == 127
     lost = shared.exec("pwd", options=["--cwd", "no/such/dir"])
     assert lost.code == 125 and lost.out == b"" and "no/such/dir" in lost.said
+    assert shared.exec("pwd", options=["--json", "--cwd", "nosuch"]).json["host"] == "box"
 
 
 def test_cwd_and_env_reach_the_command(repo: Repo) -> None:
@@ -2221,11 +2222,9 @@ def test_legitimate_secret_names_work(repo: Repo) -> None:
     assert (ran.code, ran.text.splitlines(), ran.err) == (0, [f"value of {name}" for name in names], b"")
 
 
-def test_a_secret_with_nul_and_an_unknown_secret_are_refused_without_the_value(repo: Repo) -> None:
+def test_a_secret_with_nul_is_refused_without_the_value(repo: Repo) -> None:
     refused = repo.cli("secrets", "set", "TOKEN", stdin=b"abc\0def-hidden")
     assert refused.code == 2 and "hidden" not in refused.said and refused.said.strip()
-    unknown = repo.cli("secrets", "rm", "NOT_THERE")
-    assert unknown.code == 2 and "NOT_THERE" in unknown.said
 
 
 def test_secrets_set_on_a_terminal_asks_without_echo(repo: Repo, site: Site) -> None:
@@ -2266,7 +2265,6 @@ def test_the_value_of_a_secret_is_in_no_complaint(repo: Repo, site: Site) -> Non
     imported = repo.cli("secrets", "import", str(file))
     refused(imported, 2, words="Line 2")
     assert "hunter2" not in said.said + imported.said
-    refused(repo.cli("secrets", "set", "TOK", "--command", "", stdin=b"x"), 2, words="--command is empty")
 
 
 @pytest.mark.parametrize("typed, words", [(b"a\x16\x00b\r", b"NUL"), (b"x" * 5000 + b"\r", b"4095"), (b"\xff\xfe\r", b"not text")], ids=["nul", "long", "bytes"])
@@ -3369,7 +3367,6 @@ def test_a_subdirectory_a_worktree_and_option_C_are_the_same_project(repo: Repo,
     assert repo.exec("true").code == 0
     before = repo.site.cli("-C", str(repo.dir), "-w", "main", "--json", "exec", "--", "echo", "-C", "x")  # as git has it
     assert before.json["stdout"] == "-C x\n", before
-    refused(repo.cli("diff", "-H", "ash", "-w", "main"), 2, words="is on box, not on ash")
     assert repo.site.cli("exec", "--", "ls README", cwd=repo.dir / "src").out == b"README\n"
     assert repo.site.cli("exec", "-C", str(repo.dir), "--", "ls README").out == b"README\n"
     assert set(json.loads(repo.site.cli("list", "-C", str(repo.dir / "src"), "--json").out)[0]) >= {"name", "host", "path", "base", "created"}
@@ -3389,36 +3386,31 @@ def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo: Repo, site: S
     assert repo.cli("new", "-H", "far", "c").code == 0 and tree_of(repo.path("c")) == repo.tree(), "the cache is nobody's work tree"
 
 
-@pytest.mark.parametrize("at", [20_000, 300_000, 1_500_000])
+@pytest.mark.parametrize("how, at", [("cut", 20_000), ("cut", 300_000), ("cut", 1_500_000), ("killed", 100_000), *(
+    (how, at) for how in ("compressed, cut", "compressed, killed") for at in (400_000, 1_100_000, 1_400_000))])
 @pytest.mark.promise(7)
-@pytest.mark.compat
-def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo: Repo, at: int, site: Site) -> None:
-    repo.write("big", os.urandom(2 << 20))
+def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo: Repo, at: int, how: str, site: Site) -> None:
+    line = site.line("far")
+    repo.write("big", source_text(6 << 20) if "compressed" in how else os.urandom(2 << 20))
     repo.commit()
-    line = repo.site.line("far")
-    line.cut["up"] = at
-    cut = repo.cli("new", "-H", "far", "a")
-    assert cut.code == 255 and cut.said.strip(), cut
-    assert repo.workspaces() == {} and not list(repo.site.far_home().glob("cmux/project-*/*"))
-    line.cut["up"] = None
-    again = repo.cli("new", "-H", "far", "a")
-    assert again.code == 0 and tree_of(repo.path("a")) == repo.tree(), again
-
-
-def test_a_client_killed_in_the_middle_of_an_upload_leaves_no_workspace_and_a_retry_works(repo: Repo, site: Site) -> None:
-    repo.write("big", os.urandom(2 << 20))
-    repo.commit()
-    line = repo.site.line("far")
-    child = repo.start("new", "-H", "far", "a")
-    until(lambda: line.up > 100_000, "the upload runs")
-    line.stall()
-    kill(child.pid)
-    child.communicate()
-    line.drop()
+    if "compressed" in how:
+        line.rate, line.delay = 4e6, 0.005
+    if "cut" in how:
+        line.cut["up"] = at
+        cut = repo.cli("new", "-H", "far", "a")
+        assert cut.code == 255 and cut.said.strip(), cut
+    else:
+        child = repo.start("new", "-H", "far", "a")
+        until(lambda: line.up > at, "the upload runs")
+        line.stall()
+        kill(child.pid)
+        child.communicate()
+        line.drop()
+    assert repo.workspaces() == {} and not list(site.far_home().glob("cmux/project-*/*"))
     line.go_on()
-    assert repo.workspaces() == {}
-    again = repo.cli("new", "-H", "far", "a")
-    assert again.code == 0 and tree_of(repo.path("a")) == repo.tree(), again
+    line.cut["up"], line.rate, line.delay = None, float("inf"), 0.0
+    repo.new("a", host="far")
+    assert tree_of(repo.path("a")) == repo.tree()
 
 
 def source_text(size: int) -> bytes:
@@ -3494,31 +3486,6 @@ def test_files_are_as_old_as_the_host_says_though_this_clock_is_ahead(site: Site
         if host != "bare":
             clean = subprocess.run(["git", "diff-files", "--quiet"], cwd=str(repo.path(name)), env={"PATH": os.environ["PATH"]}, check=False)
             assert clean.returncode == 0, "the index knows the files without a look at their content"
-
-
-@pytest.mark.parametrize("at", [400_000, 1_100_000, 1_400_000])
-@pytest.mark.parametrize("how", ["cut", "killed"])
-def test_a_compressed_upload_that_is_cut_leaves_no_workspace_and_a_retry_works(repo: Repo, at: int, how: str, site: Site) -> None:
-    repo.write("text", source_text(6 << 20))
-    repo.commit()
-    line = repo.site.line("far")
-    line.rate, line.delay = 4e6, 0.005
-    if how == "cut":
-        line.cut["up"] = at
-        cut = repo.cli("new", "-H", "far", "a")
-        assert cut.code == 255 and cut.said.strip(), cut
-    else:
-        child = repo.start("new", "-H", "far", "a")
-        until(lambda: line.up > at, "the upload runs")
-        line.stall()
-        kill(child.pid)
-        child.communicate()
-        line.drop()
-    assert repo.workspaces() == {} and not list(repo.site.far_home().glob("cmux/project-*/*"))
-    line.go_on()
-    line.cut["up"], line.rate, line.delay = None, float("inf"), 0.0
-    again = repo.cli("new", "-H", "far", "a")
-    assert again.code == 0 and tree_of(repo.path("a")) == repo.tree(), again
 
 
 def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo: Repo, site: Site) -> None:
@@ -3643,20 +3610,6 @@ def test_lines_that_are_too_many_are_refused_not_cut(shared: Repo) -> None:
         refused(shared.cli("read", "-w", "main", path, "--limit", limit), 1, words="Ask for fewer")
     assert shared.cli("read", "-w", "main", "seq.txt", "--offset", "2000000", "--limit", "2").text == "2000000\n2000001\n"
     do(shared, "rm long.txt seq.txt")
-
-
-def test_options_that_would_mean_nothing_are_refused(shared: Repo) -> None:
-    for words, code, said in (
-            (["rm", "a", "-w", "b"], 2, "given twice"), (["push", "-w", "main", "--dirty", "--ref", "HEAD"], None, ""),
-            (["push", "-w", "main", "--dirty", "--ref", "HEAD~1"], 2, "one of the two"), (["new", "x", "--dirty", "--ref", "main~1"], 2, "one of the two"),
-            (["new", "x", "--allow", "y"], 2, "goes with --dirty"), (["new", "x", "--root", ""], 2, "--root"),
-            (["edit", "-w", "main", "README", "--old", "a", "--new", "b", "--sha256", ""], 2, "64 hexadecimal"),
-            (["history", "-n", "-5"], 2, "from 0"), (["list", "-H", "nowhere"], 0, "No workspaces on nowhere")):
-        done = shared.cli(*words)
-        assert (code is None or done.code == code) and said in done.said, (words, done)
-    both = shared.start("exec", "-w", "main", "-w", "other", "--", "wc -c", stdin=subprocess.PIPE)
-    out, err = both.communicate(b"hello")
-    assert both.returncode == 125 and out == b"" and b"passes stdin on to none of them" in err, (out, err)
 
 
 @pytest.mark.parametrize("names", [["one"], ["one", "two"]])
@@ -4546,11 +4499,11 @@ def test_damaged_tars_are_refused(lab: Lab, data: bytes) -> None:
 def test_a_stream_cut_anywhere_is_refused(lab: Lab) -> None:
     rng = os.urandom(40000)
     whole = b"".join(export(blob(1, rng), blob(2, b"x"), commit(3, b"M 100644 :1 big", b"D src/a.c"), commit(4, b"M 100644 :2 y", parent=b"from :3")))
-    for cut in list(range(0, len(whole) - 300, 1024)) + list(range(len(whole) - 300, len(whole), 7)):
+    for cut in list(range(0, len(whole) - 300, 4096)) + list(range(len(whole) - 300, len(whole), 7)):
         lab.refuse([whole[:cut]])
     listing, archive = tar((b"./big", rng), (b"./y", b"x"))
     whole = listing + archive[:42 * 1024]
-    for cut in list(range(0, len(listing))) + list(range(len(listing) + 100, len(listing) + 40 * 1024, 1024)):
+    for cut in list(range(0, len(listing), 3)) + list(range(len(listing) + 100, len(listing) + 40 * 1024, 4096)):
         lab.refuse([whole[:cut]], "tar")
 
 
@@ -4952,17 +4905,17 @@ def test_more_files_replaced_than_renames_are_looked_for(repo: Repo) -> None:
     assert pulled.code == 0 and "900 files changed" in pulled.text, pulled.text[-300:]
 
 
-@pytest.mark.parametrize("change, gone, there", [("mv v1 t; mv v2 v1; mv t v2", "", {"v1/x": "TWO", "v2/x": "ONE"}), ("rm -r v1; mv v2 v1", "v2/x", {"v1/x": "TWO"})])
-def test_directories_that_changed_places_come_home_from_a_host_without_git(site: Site, change: str, gone: str, there: Dict[str, str]) -> None:
+def test_directories_that_changed_places_come_home_from_a_host_without_git(site: Site) -> None:
     """Nothing in them is newer than the mark; over 64 MB only what is newer is sent."""
     repo = Repo(site, files={"v1/x": b"ONE\n", "v2/x": b"TWO\n", "big": os.urandom(1 << 20) * 68})
-    assert repo.cli("new", "-H", bare_host(site), "main").code == 0
+    repo.new(host=bare_host(site))
     time.sleep(1.2)
-    do(repo, change)
-    assert repo.cli("pull").code == 0
-    assert {path: repo.git("show", f"cmux/main:{path}") for path in there} == there
-    assert repo.git("diff", "--name-only", "--diff-filter=D", "main", "cmux/main") == gone
-    assert repo.cli("rm", "main").code == 0
+    for change, gone, there in (("mv v1 t; mv v2 v1; mv t v2", "", {"v1/x": "TWO", "v2/x": "ONE"}), ("rm -r v1; mv v2 v1", "v2/x", {"v1/x": "ONE"})):
+        do(repo, change)
+        repo.ok("pull")
+        assert {path: repo.git("show", f"cmux/main:{path}") for path in there} == there
+        assert repo.git("diff", "--name-only", "--diff-filter=D", "main", "cmux/main") == gone
+    repo.ok("rm", "main")
 
 
 @pytest.mark.parametrize("host", ["box", "nogit"])
@@ -6013,8 +5966,6 @@ def test_read_is_bounded_and_says_so(talker: Agent, area: Area) -> None:
         file.truncate(3 << 30)
     assert "larger than" in talker.refusal("read", path=area.p("huge"))
     assert "larger than" in talker.refusal("edit", path=area.p("huge"), edits=[{"old": "a", "new": "b"}])
-    for bad in ({"offset": 0}, {"offset": -1}, {"limit": -1}, {"offset": 1.5}, {"offset": "1"}, {"limit": True}):
-        talker.refusal("read", path="README", **bad)
     assert talker("read", path="README", offset=10 ** 12)["content"] == ""
 
 
@@ -6379,13 +6330,19 @@ def test_grep_is_bounded_and_says_so(talker: Agent, area: Area) -> None:
     assert all(len(m["text"]) <= 2000 for m in exact["matches"]), "a minified file does not fill the answer"
 
 
-@pytest.mark.parametrize("tool, arguments", [
-    *(("glob", bad) for bad in ({"pattern": ""}, {"pattern": 5}, {"pattern": "*", "limit": -1}, {"pattern": "*", "limit": "x"}, {"pattern": "a\0b"}, {"pattern": "[z-a]"}, {"pattern": "\ud800"})),
-    *(("grep", bad) for bad in ({"pattern": "("}, {"pattern": "[a"}, {"pattern": "a{2,1}"}, {"pattern": ""}, {"pattern": "a\nb"}, {"pattern": "a\0b"}, {"pattern": "a", "limit": -1},
-                                {"pattern": "a", "glob": "[z-a]"}, {"pattern": "a", "ignore_case": 1}, {"pattern": "\ud800"})),
-], ids=ascii)
-def test_impossible_searches_are_refused(talker: Agent, tool: str, arguments: Dict[str, Any]) -> None:
-    talker.refusal(tool, **arguments)
+def test_impossible_arguments_are_refused(talker: Agent) -> None:
+    job = start_job(talker, "echo hi")
+    assert talker("wait", job=job, timeout=15)["exit_code"] == 0, "the workspace has had jobs"
+    for tool, rows in {
+            "read": [{"path": "README", **bad} for bad in ({"offset": 0}, {"offset": -1}, {"limit": -1}, {"offset": 1.5}, {"offset": "1"}, {"limit": True})],
+            "glob": [{"pattern": ""}, {"pattern": 5}, {"pattern": "*", "limit": -1}, {"pattern": "*", "limit": "x"}, {"pattern": "a\0b"}, {"pattern": "[z-a]"}, {"pattern": "\ud800"}],
+            "grep": [{"pattern": "("}, {"pattern": "[a"}, {"pattern": "a{2,1}"}, {"pattern": ""}, {"pattern": "a\nb"}, {"pattern": "a\0b"}, {"pattern": "a", "limit": -1},
+                     {"pattern": "a", "glob": "[z-a]"}, {"pattern": "a", "ignore_case": 1}, {"pattern": "\ud800"}],
+            "logs": [{"job": job, **bad} for bad in ({"offset": -1}, {"offset": 10 ** 30}, {"wait": -1}, {"wait": "x"}, {"offset": 1.5})]}.items():
+        for arguments in rows:
+            talker.refusal(tool, **arguments)
+    for unknown in ("j00000000", "", "x", "../../etc", "j0000000g", "j000000000", "-f", "j0000000\n", "*", "."):
+        assert all("job" in talker.refusal(tool, job=unknown) for tool in ("logs", "wait", "stop")), unknown
 
 
 def test_what_a_host_answers_to_a_search_is_read_in_linear_time(site: Site) -> None:
@@ -6429,12 +6386,6 @@ def test_grep_reads_files_in_other_encodings(site: Site, lang: str) -> None:
 
 
 # === jobs: --detach, logs, wait, stop ===
-
-
-def test_a_wrong_directory_of_a_job_is_told_as_one(shared: Repo) -> None:
-    refused(shared.cli("exec", "-w", "main", "--detach", "--cwd", "nosuch", "--", "true"), 125, words="There is no directory 'nosuch' in the workspace main")
-    failed = shared.cli("exec", "-w", "main", "--json", "--cwd", "nosuch", "--", "true")
-    assert failed.code == 125 and failed.json["host"] == "box", failed
 
 
 def test_a_job_sees_every_name_and_the_hosts_umask(shared: Repo) -> None:
@@ -6516,13 +6467,14 @@ def state(talker: Agent, job: str) -> Tuple[str, Optional[int]]:
     return row["state"], row["exit_code"]
 
 
-@pytest.mark.parametrize("command, code", [("exit 0", 0), ("exit 1", 1), ("exit 255", 255), ("exit 124", 124), (["sh", "-c", "exit 42"], 42), ("kill -9 $$", 137), ("kill -TERM $$", 143),
-                                           ("kill -SEGV $$", 139), (["no-such-command-here"], 127), ("kill -HUP $$", 129), ("kill -INT $$", 130)])
-def test_a_jobs_exit_code_is_exact(talker: Agent, command: Union[str, List[str]], code: int) -> None:
-    job = start_job(talker, command)
-    waited = talker("wait", job=job, timeout=15)
-    assert (waited["job"], waited["state"], waited["exit_code"]) == (job, "exited", code)
-    assert state(talker, job) == ("exited", code)
+def test_a_jobs_exit_code_is_exact(talker: Agent) -> None:
+    rows: List[Tuple[Union[str, List[str]], int]] = [(f"exit {code}", code) for code in (0, 1, 124, 255)]
+    rows += [(f"kill -{name} $$", 128 + number) for name, number in (("HUP", 1), ("INT", 2), ("9", 9), ("SEGV", 11), ("TERM", 15))]
+    rows += [(["sh", "-c", "exit 42"], 42), (["no-such-command-here"], 127)]
+    for job, command, code in [(start_job(talker, command), command, code) for command, code in rows]:
+        waited = talker("wait", job=job, timeout=15)
+        assert (waited["job"], waited["state"], waited["exit_code"]) == (job, "exited", code), command
+        assert state(talker, job) == ("exited", code), command
 
 
 def test_a_job_gets_what_exec_gets_and_keeps_both_streams(talker: Agent, workspace: Path, area: Area) -> None:
@@ -6546,13 +6498,6 @@ def test_a_missing_directory_is_no_job(talker: Agent) -> None:
     talker.refusal("exec", command="true", background=True, stdin="x")
     talker.refusal("exec", command="true", background=True, timeout=5)
     assert talker("jobs")["jobs"] == before
-
-
-@pytest.mark.parametrize("job", ["j00000000", "", "x", "../../etc", "j0000000g", "j000000000", "-f", "j0000000\n", "*", "."])
-@pytest.mark.parametrize("tool", ["logs", "wait", "stop"])
-def test_an_unknown_or_expired_job_is_said(talker: Agent, tool: str, job: str) -> None:
-    assert talker("wait", job=start_job(talker, "true"), timeout=15)["exit_code"] == 0, "the workspace has had jobs"
-    assert "job" in talker.refusal(tool, job=job)
 
 
 def test_jobs_are_listed_with_what_they_are(shared: Repo, talker: Agent, area: Area) -> None:
@@ -6590,13 +6535,6 @@ def test_logs_waits_for_more_and_no_longer(talker: Agent, area: Area) -> None:
     area.put("2", b"")
     assert talker.answer(ending, 10)["result"]["state"] in ("exited", "running")
     assert talker("wait", job=job)["exit_code"] == 0
-
-
-@pytest.mark.parametrize("bad", [{"offset": -1}, {"offset": 10 ** 30}, {"wait": -1}, {"wait": "x"}, {"offset": 1.5}], ids=repr)
-def test_impossible_places_in_a_log_are_refused(talker: Agent, bad: Dict[str, Any]) -> None:
-    job = start_job(talker, "echo hi")
-    assert talker("wait", job=job, timeout=15)["exit_code"] == 0
-    talker.refusal("logs", job=job, **bad)
 
 
 def test_a_job_survives_the_client_and_the_masters(repo: Repo, site: Site) -> None:
@@ -6787,12 +6725,6 @@ def test_a_job_stays_with_its_workspace_through_a_new_name_and_rm_sees_it(repo: 
     assert repo.cli("rm", "--force", "two").code == 0
     gone(f"sleep {nap}")
     assert repo.cli("new", "-H", "box", "two").code == 0 and repo.cli("jobs", "-w", "two", "--json").json == []
-
-
-@pytest.mark.parametrize("words", [("jobs",), ("read", "README"), ("glob", "*"), ("grep", "x"), ("logs", "j00000000"), ("wait", "j00000000"), ("stop", "j00000000")])
-def test_what_only_looks_makes_no_workspace_of_a_misspelt_name(repo: Repo, words: Sequence[str]) -> None:
-    refused = repo.cli(*words, "-H", "box", "-w", "mispelt")
-    assert refused.code == 1 and "There is no workspace 'mispelt'" in refused.said and not repo.workspaces(), refused
 
 
 def test_stdin_for_a_job_is_refused_and_never_dropped_in_silence(repo: Repo, site: Site) -> None:
@@ -7035,16 +6967,14 @@ def test_more_workspaces_than_rows_are_counted_and_pipes_and_dumb_terminals_see_
 
 
 def test_several_workspaces_bad_use_is_said(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "a", "b").code == 0
+    repo.new("a", "b")
     both = ["exec", "-w", "a", "-w", "b"]
-    for bad in (["-j", "-1"], ["-j", "x"], ["--detach"]):
-        refused(repo.cli(*both, *bad, "--", "true"), 125)
     one_missing = repo.cli(*both, "-w", "nowhere", "--json", "--", "echo here")
     rows = {row["workspace"]: row for row in one_missing.json}
     assert one_missing.code == 125 and rows["a"]["stdout"] == "here\n" and rows["nowhere"]["error"]["message"]
     assert repo.cli("exec", "-w", "a", "-w", "a", "--", "echo once").out == b"once\n"
     refused(repo.cli(*both, "--", "cat", stdin=b"not for many"), 125, words="passes stdin on to none of them")
-    assert repo.cli(*both, "-n", "-j", "1", "-q", "--", "cat", stdin=b"not for many").code == 0
+    repo.ok(*both, "-n", "-j", "1", "-q", "--", "cat", stdin=b"not for many")
 
 
 def test_exec_in_many_says_how_the_stop_ended(repo: Repo) -> None:
@@ -7245,7 +7175,7 @@ def test_batch_answers_every_line_also_the_bad_ones(shared: Repo) -> None:
               (b'{"id": "e16", "tool": "exec", "arguments": {"command": "\\ud800"}}', "e16", False), (b'{"id": "e17", "tool": "exec", "arguments": {"command": "cat", "stdin": "\\ud800"}}', "e17", False),
               (b'{"id": "e18", "tool": "exec", "arguments": {"command": "true", "env": {"A": null}}}', "e18", False), (b'{"id": "e22", "tool": "exec", "arguments": {"command": "true", "timeout": 1%s}}' % (b"0" * 400), "e22", False), (b'{"id": "e19", "tool": "write", "arguments": {"path": "x", "content_base64": "!"}}', "e19", False),
               (b'{"id": "e20", "tool": "write", "arguments": {"path": "x"}}', "e20", False), (b'{"id": "e21", "tool": "write", "arguments": {"path": "x", "content": "a", "content_base64": "YQ=="}}', "e21", False),
-              (b'{"id": 1e999, "tool": "exec", "arguments": {"command": "true"}}', None, False), (b"", "no answer", True), (b"   ", "no answer", True)]
+              (b'{"id": "e23", "host": "nohost", "tool": "exec", "arguments": {"command": "true"}}', "e23", False), (b'{"id": 1e999, "tool": "exec", "arguments": {"command": "true"}}', None, False), (b"", "no answer", True), (b"   ", "no answer", True)]
     ran = shared.cli("batch", stdin=b"\n".join(line for line, _, _ in lines))
     answers = [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON")) for line in ran.out.splitlines()]
     expected = [(json.dumps(i), ok) for _, i, ok in lines if i != "no answer"]
@@ -7361,11 +7291,6 @@ def test_batch_stays_small_whatever_the_commands_print_and_the_lines_hold(shared
         assert peak_memory(talker.child.pid) < 250_000_000
 
 
-@pytest.mark.parametrize("args", [["-j", "-1"], ["-j", "x"], ["-w", "a", "-w", "b"], ["-w", "../x"], ["extra"]])
-def test_batch_bad_use_is_said(shared: Repo, args: List[str]) -> None:
-    refused(shared.cli("batch", *args, stdin=b'{"id": 1, "tool": "exec", "arguments": {"command": "true"}}\n' if args[-1] != "../x" else b""), 2)
-
-
 @pytest.mark.slow
 @pytest.mark.promise(8)
 def test_batch_of_1000_commands_100_at_a_time_all_succeed(shared: Repo) -> None:
@@ -7389,11 +7314,6 @@ def test_12_batch_processes_of_10_each_all_succeed(repo: Repo, site: Site) -> No
         assert child.returncode == 0 and err == b"" and sorted(answers) == list(range(40)), err
         assert all(a["result"]["stdout"] == f"{n}\n" for n, a in answers.items())
     assert "drop connection" not in repo.site.log() and set(repo.workspaces()) == {"main"}
-
-
-def test_batch_takes_no_line_with_more_keys(shared: Repo) -> None:
-    answer = shared.cli("batch", stdin=b'{"id": 9, "host": "nohost", "tool": "exec", "arguments": {"command": "true"}}\n')
-    assert answer.code == 1 and answer.json["ok"] is False and answer.json["id"] == 9 and answer.json["error"]["type"] == "UsageError", answer
 
 
 # === The library ===
@@ -7474,9 +7394,6 @@ def test_contract_a_file_of_a_megabyte_and_the_command_line(shared: Repo, area: 
     told = shared.cli("read", area.p("large"), "--json").json
     assert base64.b64decode(told["content_base64"]) == data and told["size"] == 1 << 20 and "content" not in told
     assert content(area.talker("read", path=area.p("large"))) == data
-    absent = shared.cli("read", area.p("none"))
-    refused(absent, 1, words="no file")
-    refused(shared.cli("read", area.name), 1, words="directory")
     assert shared.cli("write", area.p("by-json"), "--json", stdin=b"x").json == {
         "size": 1, "sha256": hashlib.sha256(b"x").hexdigest(), "created": True}
 
@@ -7797,14 +7714,6 @@ for _ in range(3):
     assert shared.cli("wait", job).code == 6
 
 
-@pytest.mark.parametrize("words, said", [
-    (["secrets", "set", "-w", "main", "TOKEN"], "every workspace"), (["new", "-H", "box", "-w", "a", "b"], "twice"), (["exec", "--all", "-w", "main", "--", "true"], "--all takes no -w"),
-    (["exec", "-H", "", "--", "true"], "names no host")])
-def test_an_option_that_would_be_passed_over_is_refused(shared: Repo, words: List[str], said: str) -> None:
-    answer = shared.cli(*words, stdin=b"x")
-    assert answer.code == (125 if words[0] == "exec" else 2) and said in answer.said, answer
-
-
 def test_a_line_that_is_lost_between_two_calls_of_the_library_is_not_noticed(repo: Repo, site: Site) -> None:
     """The warm sessions are dead; the next calls open new ones, and none fails."""
     line = repo.site.line("far")
@@ -7851,7 +7760,6 @@ def ways_to_run(way: str, directory: Path) -> List[str]:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("python", PYTHONS, ids=[str(n) for n in range(len(PYTHONS))])
 @pytest.mark.promise(10)
-@pytest.mark.compat
 def test_it_runs_however_python_is_given_it(shared: Repo, python: str, way: str) -> None:
     def run(*words: str) -> Tuple[int, bytes, bytes]:
         done = subprocess.run([python, *ways_to_run(way, shared.site.dir), *words], cwd=str(shared.dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -8473,8 +8381,6 @@ def test_mcp_without_a_host_or_with_a_dead_one_says_so_and_lives(repo: Repo, sit
     with open_mcp(repo, "-H", "dead") as client:
         failed, text = client.call("read", path="x")
         assert failed and "refused" in text and client.ask("ping")["result"] == {}
-    wrong = repo.cli("mcp", "-H", "-oProxyCommand=x")
-    assert wrong.code == 2 and wrong.out == b"" and "Traceback" not in wrong.said
 
 
 def test_mcp_a_client_that_stops_reading_does_not_grow_it(shared: Repo) -> None:
@@ -8888,7 +8794,6 @@ def test_doctor_explains_what_is_wrong_and_its_fix(site: Site, trouble: str, cod
 def test_doctor_without_a_host_looks_at_this_machine_only(site: Site) -> None:
     found = site.cli("doctor", "--json")
     assert found.code == 0 and states(found) == {"ssh here": "ok", "python": "ok", "state": "ok", "host": "note"}
-    assert site.cli("doctor", "-oProxyCommand=x").code == 2 and site.cli("doctor", "a b").code == 2
 
 
 # === completion ===
@@ -8899,23 +8804,28 @@ t() { COMP_WORDS=("$@"); COMP_CWORD=$(($#-1)); COMPREPLY=(); _cmux_ssh; echo "${
 for words in "$@"; do eval "t $words"; done"""
 
 
-@pytest.mark.parametrize("line, offered", [
-    ("{} ''", "new|rm|secrets"), ("{} rm ''", "two main"), ("{} rm main ''", "two main"), ("{} rm --force ''", "two main"), ("{} rm --f", "--force --forget"),
-    ("{} secrets ''", "set import list rm"), ("{} secrets rm ''", "KEY"), ("{} secrets rm KEY ''", "KEY"), ("{} exec -w ''", "two main"),
-    ("{} -C src rm ''", "two main"), ("{} exec -- --", ""), ("{} exec -H ''", ""), ("{} list -", "--all-projects|--json|-C"), ("python3 other.py ''", ""),
-    ("python3 {} pull -w ''", "two main"), ("python3 {} secrets rm ''", "KEY")])
-def test_completion_offers_what_can_stand_there(shared_names: Repo, line: str, offered: str) -> None:
-    for shell in ("bash", "zsh"):
-        script = TAB % 'source <(python3 "$CMUX" completion bash)'
-        if shell == "zsh":  # as its bashcompinit calls the function
-            script = ('autoload -U +X compinit && compinit -u -D; eval "$(python3 "$CMUX" completion zsh)"\n'
-                      'f() { emulate -L sh; setopt kshglob noshglob braceexpand;\n%s\n}; f "$@"' % TAB.partition("\n")[2])
-        done = subprocess.run([program(shell, shell), *(["-f"] if shell == "zsh" else []), "-c", script, shell, line.format(PROGRAM)], cwd=str(shared_names.dir),
-                              env=shared_names.site.environment({"CMUX": str(PROGRAM)}), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        told = done.stdout.decode().split()
-        assert done.returncode == 0 and not done.stderr, done
-        assert set(told) >= set(offered.split("|")) if "|" in offered else shell == "zsh" or sorted(told) == sorted(offered.split()), (shell, told)
-        assert shell == "bash" or set(told) >= set(offered.replace("|", " ").split()) and bool(told) == bool(offered), told  # zsh itself drops what does not fit
+OFFERED = {  # exactly, in bash; with a bar between, at least
+    "{} ''": "new|rm|secrets", "{} rm ''": "two main", "{} rm main ''": "two main", "{} rm --force ''": "two main", "{} rm --f": "--force --forget",
+    "{} secrets ''": "set import list rm", "{} secrets rm ''": "KEY", "{} secrets rm KEY ''": "KEY", "{} exec -w ''": "two main", "{} -C src rm ''": "two main", "{} exec -- --": "",
+    "{} exec -H ''": "", "{} list -": "--all-projects|--json|-C", "python3 other.py ''": "", "python3 {} pull -w ''": "two main", "python3 {} secrets rm ''": "KEY"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_offers_what_can_stand_there(shared_names: Repo, shell: str) -> None:
+    script = TAB % 'source <(python3 "$CMUX" completion bash)'
+    if shell == "zsh":  # as its bashcompinit calls the function
+        script = ('autoload -U +X compinit && compinit -u -D; eval "$(python3 "$CMUX" completion zsh)"\n'
+                  'f() { emulate -L sh; setopt kshglob noshglob braceexpand;\n%s\n}; f "$@"' % TAB.partition("\n")[2])
+    done = subprocess.run([program(shell, shell), *(["-f"] if shell == "zsh" else []), "-c", script, shell, *(line.format(PROGRAM) for line in OFFERED)],
+                          cwd=str(shared_names.dir), env=shared_names.site.environment({"CMUX": str(PROGRAM)}), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    rows = done.stdout.decode().split("\n")[:-1]
+    assert done.returncode == 0 and not done.stderr and len(rows) == len(OFFERED), done
+    for (line, offered), told in zip(OFFERED.items(), map(str.split, rows)):
+        wanted = offered.replace("|", " ").split()
+        if shell == "zsh":  # which itself drops what does not fit
+            assert set(told) >= set(wanted) and bool(told) == bool(wanted), (line, told)
+        else:
+            assert set(told) >= set(wanted) if "|" in offered else sorted(told) == sorted(wanted), (line, told)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -9225,10 +9135,12 @@ def test_gc_and_top_go_by_their_host(repo: Repo, site: Site) -> None:
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/abs", "-x", ".hidden", "a b", "a\nb", "a\x1b[31m", "ü\u202e", "x" * 300, "a;b", "$(id)", "*", "~", "con.lock/.."])
-def test_odd_workspace_names_are_refused(repo: Repo, name: str, site: Site) -> None:
-    refused(repo.cli("new", "-H", "box", "--", name), 2)
-    refused(repo.cli("exec", "-H", "box", f"--workspace={name}", "--", "true"), 125)
-    assert repo.workspaces() == {} and "Accepted" not in repo.site.log()
+def test_odd_workspace_names_are_refused(shared: Repo, name: str) -> None:
+    called = shared.site.dir / "was-called"
+    env = {"CMUX_SSH_COMMAND": shared.site.script("shim", f"touch {called}; exit 255")}
+    refused(shared.cli("new", "-H", "box", "--", name, env=env), 2)
+    refused(shared.cli("exec", "-H", "box", f"--workspace={name}", "--", "true", env=env), 125)
+    assert set(shared.workspaces()) == {"main"} and not called.exists()
 
 
 def test_no_repository_an_unborn_branch_and_a_bad_revision_are_said(site: Site, repo: Repo) -> None:
@@ -9262,19 +9174,39 @@ def test_a_missing_ssh_or_git_is_said(repo: Repo, site: Site) -> None:
     refused(repo.exec("true", env={"PATH": str(nothing)}), 125, words="git")
 
 
-@pytest.mark.parametrize("code, args", [(code, words.split()) for code, lines in {
-    2: ["", "no-such-command", "secrets", "secrets set", "secrets import /nonexistent", "rm", "write x", "edit x", "list --none"],
-    1: ["rm never-made", "read x", "jobs", "logs x", "stop j00000000", "pull", "push", "fork b", "batch -C /", "secrets -C / list", "new -C / a"],
-    125: ["exec", "exec --timeout x -- true", "exec --timeout -1 -- true", "exec --env NOEQUALS -- true", "exec --env =x -- true",
-          "exec --no-such-option"]}.items() for words in lines], ids=lambda value: None if isinstance(value, int) else " ".join(value) or "nothing")
-def test_usage_errors_are_said_and_with_json_are_an_object_too(repo: Repo, code: int, args: List[str]) -> None:
-    ran = repo.cli(*args, stdin=b"")
-    assert ran.code == code and ran.said.strip() + ran.text.strip(), ran
+# What is refused: whether the project has the workspace main, the exit code, the line, words of what is said.
+REFUSALS = [(made, code, line, words) for made, code, lines in (
+    (False, 2, {"": "", "no-such-command": "", "secrets": "", "secrets set": "", "secrets set X --command ''": "--command is empty", "secrets rm NOT_THERE": "NOT_THERE",
+                "secrets import /nonexistent": "", "rm": "", "write x": "", "edit x": "", "list --none": "", "new -H box -w a b": "twice", "new x --allow y": "goes with --dirty",
+                "new x --dirty --ref main~1": "one of the two", "new x --root ''": "--root", "write -w '' x": "-w names no workspace", "push -w '' --force": "-w names no workspace",
+                "pull -w ''": "-w names no workspace", "rm -w ''": "-w names no workspace", "history -n -5": "from 0", "doctor -oProxyCommand=x": "unrecognized", "doctor 'a b'": "host",
+                "mcp -H -oProxyCommand=x": "host"}),
+    (False, 1, {"rm never-made": "", "read x": "", "jobs": "", "logs x": "", "stop j00000000": "", "pull": "", "push": "", "fork b": "", "batch -C /": "", "secrets -C / list": "",
+                "new -C / a": "", **{f"{words} -H box -w mispelt": "There is no workspace 'mispelt'" for words in (
+                    "jobs", "read README", "glob *", "grep x", "logs j00000000", "wait j00000000", "stop j00000000")}}),
+    (False, 125, {"exec": "", "exec --timeout x -- true": "", "exec --timeout -1 -- true": "", "exec --env NOEQUALS -- true": "", "exec --env =x -- true": "", "exec --no-such-option": "",
+                  "exec -H '' -- true": "names no host", "exec -w '' -- true": "-w names no workspace",
+                  "exec -w nope -- true": "There is no workspace 'nope', and no host is known to make it on."}),
+    (True, 2, {"rm a -w b": "given twice", "rm -H other main": "is on box, not on other", "diff -H ash -w main": "is on box, not on ash",
+               "push -w main --dirty --ref HEAD~1": "one of the two", "edit README --old a --new b --sha256 ''": "64 hexadecimal", "secrets set -w main TOKEN": "every workspace",
+               "batch -j -1": "", "batch -j x": "", "batch -w a -w b": "", "batch -w ../x": "", "batch extra": ""}),
+    (True, 1, {"read none": "no file", "read src": "directory"}),
+    (True, 125, {"exec --all -w main -- true": "--all takes no -w", "exec -w main -w other -j -1 -- true": "", "exec -w main -w other -j x -- true": "", "exec -w main -w other --detach -- true": "",
+                 "exec -w main --detach --cwd nosuch -- true": "There is no directory 'nosuch' in the workspace main"}),
+) for line, words in lines.items()]
+
+
+@pytest.mark.parametrize("made, code, line, words", REFUSALS, ids=[row[2] or "nothing" for row in REFUSALS])
+def test_usage_errors_are_said_and_with_json_are_an_object_too(repo: Repo, shared: Repo, made: bool, code: int, line: str, words: str) -> None:
+    project, args = shared if made else repo, shlex.split(line)
+    ran = project.cli(*args, stdin=b"")
+    assert ran.code == code and (ran.said + ran.text).strip() and words in ran.said, ran
     if args:
-        told = repo.cli("--json", *args, stdin=b"")
-        fields = told.json["errors"][0] if args == ["rm", "never-made"] else told.json["error"]
+        told = project.cli("--json", *args, stdin=b"")
+        fields = told.json["errors"][0] if args[0] == "rm" and "errors" in told.json else told.json["error"]
         assert told.code == ran.code and fields["message"] and told.out.count(b"\n") == 1, told
         assert ("exit_code" in told.json) == (args[0] == "exec") and (fields["message"] in told.said or args[0] == "exec"), told
+    assert made or not project.workspaces()
 
 
 def hinted(said: str, *ours: str) -> List[str]:
@@ -9380,16 +9312,10 @@ def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo: Repo,
     assert repo.cli("list").text.endswith(long + "\n")
 
 
-def test_a_host_or_a_name_that_does_not_fit_is_refused_and_nothing_removed(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    refused(repo.cli("rm", "-H", "other", "main"), 2, words="is on box, not on other")
-    assert repo.cli("list", "-q", "-H", "box").text == "main\n" and repo.cli("list", "--json", "-H", "other").json == []
-    for words in (["write", "-w", "", "x"], ["push", "-w", "", "--force"], ["pull", "-w", ""], ["rm", "-w", ""]):
-        refused(repo.cli(*words, stdin=b"x"), 2, words="-w names no workspace")
-    refused(repo.cli("exec", "-w", "", "--", "true"), 125, words="-w names no workspace")
-    assert list(repo.workspaces()) == ["main"] and repo.git("for-each-ref", "refs/heads/cmux") == ""
-    wrong = Repo(repo.site, "hostless").cli("exec", "-w", "nope", "--", "true")
-    assert wrong.code == 125 and "There is no workspace 'nope', and no host is known to make it on." in wrong.said, wrong
+def test_list_shows_what_is_on_its_host_and_a_push_of_one_state_may_name_it_twice(shared: Repo) -> None:
+    assert "main" in shared.cli("list", "-q", "-H", "box").text.split() and shared.cli("list", "--json", "-H", "other").json == []
+    assert "No workspaces on nowhere" in shared.ok("list", "-H", "nowhere").said
+    shared.ok("push", "-w", "main", "--dirty", "--ref", "HEAD")
 
 
 def test_exec_json_says_what_is_known_of_the_stop_also_without_a_host(repo: Repo, site: Site) -> None:
