@@ -4857,14 +4857,8 @@ case $*,$1 in "fast-export -h,fast-export") echo "usage: git fast-export [rev-li
 
 def test_pull_and_push_where_git_makes_sha256_repositories(repo: Repo, site: Site) -> None:
     """As git 3 does, unless it is told."""
-    folder = repo.site.dir / "git-3"
-    folder.mkdir()
-    (folder / "git").write_text(f"""#!/bin/sh
-case "$1,$GIT_DEFAULT_HASH,$*" in init,,*--object-format*) ;; init,,*) shift; set -- init --object-format=sha256 "$@";; esac
-exec {program("git")} "$@"
-""")
-    (folder / "git").chmod(0o755)
-    host = repo.site.inetd("git3", env={"PATH": f"{folder}:{os.environ['PATH']}"})
+    host = site.inetd("git3", env=replaced(site, git="""
+case "$1,$GIT_DEFAULT_HASH,$*" in init,,*--object-format*) ;; init,,*) shift; set -- init --object-format=sha256 "$@";; esac"""))
     assert repo.cli("new", "-H", host, "main").code == 0
     for turn in range(2):
         do(repo, AGENT + f"echo {turn} >work; git add work; git commit -qm 'turn {turn}'; echo {turn} >more")
@@ -5109,26 +5103,26 @@ def test_pull_from_a_malicious_repository_of_ones_own_runs_nothing(repo: Repo, s
 
 def test_hooks_that_the_configuration_names_do_not_run_either(repo: Repo, site: Site) -> None:
     """git 2.54 has them; in front of an older one, a program does what it does."""
-    trap, folder = repo.site.dir / "trap", repo.site.dir / "git-2.54"
-    folder.mkdir()
-    (folder / "git").write_text(f"""#!{sys.executable}
+    trap, shim = site.dir / "trap", site.dir / "git-2.54.py"
+    shim.write_text(f"""
 import os, subprocess, sys
 words, real, hooks = sys.argv[1:], {program("git")!r}, {{}}
 if "update-ref" in words:
     told = subprocess.run([real, *words[:words.index("update-ref")], "config", "-z", "--get-regexp", "^hook[.]"], stdout=subprocess.PIPE).stdout
-    for key, value in (row.split("\\n") for row in told.decode().split("\\0")[:-1]):
+    rows = [row.split("\\n") for row in told.decode().split("\\0")[:-1]]  # git before 2.31 does not know these variables
+    rows += [[os.environ["GIT_CONFIG_%s_%d" % (part, n)] for part in ("KEY", "VALUE")] for n in range(int(os.environ.get("GIT_CONFIG_COUNT", 0)))]
+    for key, value in rows:
         hooks.setdefault(key.rpartition(".")[0], {{}})[key.rpartition(".")[2]] = value
     for hook in hooks.values():
         if hook.get("event") == "reference-transaction" and hook.get("enabled") != "false":
             subprocess.run(hook["command"], shell=True)
 os.execv(real, [real, *words])
 """)
-    (folder / "git").chmod(0o755)
     for scope, name in (("--local", "k"), ("--global", "a=b. c")):
         repo.git("config", scope, f"hook.{name}.event", "reference-transaction")
         repo.git("config", scope, f"hook.{name}.command", f"echo ran >>{trap}")
-    env = {"PATH": f"{folder}:{os.environ['PATH']}"}
-    subprocess.run(["git", "update-ref", "refs/heads/proof", "HEAD"], cwd=str(repo.dir), env=repo.site.environment(env), check=True)
+    env = replaced(site, git=f'exec {sys.executable} {shim} "$@"')
+    subprocess.run(["git", "update-ref", "refs/heads/proof", "HEAD"], cwd=str(repo.dir), env=site.environment(env), check=True)
     assert trap.read_text().startswith("ran\nran\n")
     trap.unlink()
     for n, words in enumerate((["new", "-H", "box", "--dirty", "main"], ["exec", "--", "echo x >>README"], ["pull"], ["push", "--dirty"])):
@@ -5521,18 +5515,12 @@ def test_what_was_sent_is_remembered_while_a_workspace_is_of_it(site: Site) -> N
 def test_a_git_that_reads_no_tree_without_its_contents_sends_lfs_content_all_the_same(site: Site) -> None:
     """Before 2.39; in front of a newer one, a program refuses what those do."""
     family, real = Family(site), program("git")
-    folder = site.dir / "git-2.38"
-    folder.mkdir()
-    (folder / "git").write_text(f"""#!/bin/sh
+    env = replaced(site, git=f"""
 case " $* " in *" read-tree "[0-9a-f][0-9a-f]* | *" read-tree "*" "[0-9a-f][0-9a-f]*)
   for tree; do :; done; dir=$1
   missing=$({real} "$dir" ls-tree -r "$tree" | grep ' blob ' | cut -c13-52 | {real} "$dir" cat-file --batch-check | grep missing$) &&
     {{ echo "error: invalid object 100644 $missing" >&2; exit 128; }}
-esac
-exec {real} "$@"
-""")
-    (folder / "git").chmod(0o755)
-    env = {"PATH": f"{folder}:{os.environ['PATH']}"}
+esac""")
     for words in (["new", "-H", "box", "main"], ["exec", "--", "echo x >>README; echo y >>assets/tool.bin"], ["pull"]):
         done = family.cli(*words, env=env)
         assert done.code == 0, done
