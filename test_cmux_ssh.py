@@ -2988,14 +2988,6 @@ def test_a_host_that_is_down_sees_a_handful_of_connections_from_100_attempts(rep
 
 
 @pytest.mark.slow
-def test_long_commands_beyond_ten_sessions_run_at_once(shared: Repo) -> None:
-    """Twelve that all wait for each other: ten sessions on one connection would never do."""
-    meet = "touch here-$N; while [ $(ls here-* | wc -l) -lt 12 ]; do sleep 0.1; done; echo met"
-    children = [shared.start("exec", "-H", "box", "--env", f"N={n}", "--timeout", "60", "--", meet) for n in range(12)]
-    assert [child.communicate(timeout=90)[0] for child in children] == [b"met\n"] * 12
-
-
-@pytest.mark.slow
 def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo: Repo, site: Site) -> None:
     """Each master of theirs takes a mark before it connects and gives it back when it is authenticated; sshd
     numbers the sessions of a connection from 0."""
@@ -5691,25 +5683,6 @@ def test_rename_to_its_own_name_and_two_names_swapped_at_once_are_said(repo: Rep
     with ThreadPoolExecutor(2) as pool:
         ran = list(pool.map(lambda pair: repo.cli("rename", "-w", *pair), [("one", "two"), ("two", "one")]))
     assert {r.code for r in ran} == {1} and set(repo.workspaces()) == {"one", "two"}, ran
-
-
-def test_fork_and_rename_survive_being_killed(repo: Repo) -> None:
-    work(repo)
-    do(repo, "echo u >untracked")
-    there = tree_of(repo.path())
-    for verb, name in (("fork", "two"), ("rename", "three")):
-        for delay in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
-            child = repo.start(verb, "-w", "main", name)
-            time.sleep(delay)
-            os.killpg(child.pid, signal.SIGKILL)
-            child.communicate()
-            if name in repo.workspaces():
-                break
-            assert tree_of(repo.path()) == there if repo.path().is_dir() else verb == "rename"
-        if name not in repo.workspaces():
-            repo.ok(verb, "-w", "main", name)
-        assert tree_of(repo.path(name)) == there
-    assert set(repo.workspaces()) == {"two", "three"}
 
 
 # === read, write, edit ===
@@ -8934,23 +8907,6 @@ def test_a_relative_state_directory_is_refused(repo: Repo) -> None:
     assert repo.git("status", "--porcelain", "--ignored") == ""
 
 
-@pytest.mark.slow
-@pytest.mark.promise(7)
-def test_a_client_killed_at_any_moment_leaves_a_registry_that_works(repo: Repo) -> None:
-    luck = random.Random(7)
-    for n in range(12):
-        child = repo.start("new", "-H", "box", f"k{n}")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(luck.uniform(0.02, 0.5))
-        kill(child.pid)
-        child.communicate()
-        repo.ok("list", "--json")
-    for name in list(repo.workspaces()):
-        assert tree_of(repo.path(name)) == repo.tree(), f"{name} is whole or not at all"
-    repo.new("last")
-    assert tree_of(repo.path("last")) == repo.tree()
-
-
 @pytest.mark.parametrize("kind", ["world-writable", "symlink", "foreign"])
 def test_a_state_directory_others_can_change_is_not_used(repo: Repo, kind: str, site: Site) -> None:
     state, real = site.dir / "odd-state", site.dir / "real"
@@ -9819,6 +9775,7 @@ class Lane:
 
 
 @pytest.mark.slow
+@pytest.mark.promise(7)
 def test_killed_at_any_instant_a_few_hundred_times(site: Site) -> None:
     """Every operation that changes something, killed at random instants of it, in several projects at once. After each
     few kills the same call succeeds and all is whole; in the end nothing runs and nothing lies about."""
