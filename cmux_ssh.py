@@ -1516,8 +1516,8 @@ find . -name .git -prune -o -type f -path "$2" -exec sh -c '
 """
 
 # START dir id command...: run as a job that outlives this session: out (both streams), pid of the
-# supervisor, exit. setsid -f, or an asynchronous list of a bash with job control, so that the
-# job does not inherit the ignored SIGINT of a plain background list.
+# supervisor, exit. setsid -f, or a list of a bash with job control: a plain one ignores SIGINT.
+# It is trapped: ksh dies of what ended its subshell.
 START = r"""
 _cop() {
   _cu=$(umask); umask 077; _cj=$1 _ck=$2; shift 2
@@ -1530,7 +1530,7 @@ _cop() {
   esac
   case $_cP in ?*) set -- env "PATH=$_cP" "$@";; esac
   umask "$_cu"
-  _cs='trap "" HUP; trap : USR1 USR2; echo $$ >"$1/pid"; _cj=$1 CMUX_RUN=$2; shift 2; export CMUX_RUN
+  _cs='trap "" HUP; trap : INT USR1 USR2; echo $$ >"$1/pid"; _cj=$1 CMUX_RUN=$2; shift 2; export CMUX_RUN
     if command -v setsid >/dev/null; then (trap - HUP; exec setsid "$@"); _cr=$?; else command set -m 2>/dev/null; (trap - HUP; exec "$@"); _cr=$?; fi
     [ $_cr -lt 256 ] || _cr=$((_cr-128)); echo $_cr >"$_cj/exit.new"; mv "$_cj/exit.new" "$_cj/exit"'
   CMUX_JOB=$_ck; export CMUX_JOB
