@@ -64,8 +64,8 @@ import warnings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command line
-    from typing import Any, Callable, Container, Dict, IO, Iterable, Iterator, List, Mapping, Optional
-    from typing import Sequence, Set, Tuple, Type, Union
+    from typing import Any, Callable, Collection, Container, Dict, IO, Iterable, Iterator, List
+    from typing import Mapping, Optional, Sequence, Set, Tuple, Type, Union
     import argparse
     import socket
     from typing import TypeVar
@@ -169,8 +169,7 @@ PULL_TOTAL_MAX = 2 * 1024 ** 3       # all that one pull may send: a disk's wort
 PULL_PATHS_MAX = 100 * 1000          # changed paths: about 30 MB of memory here
 PULL_COMMITS_MAX = 1000     # more than an agent makes; beyond it one commit holds the result
 PULL_MESSAGE_MAX = 256 * 1024        # of one commit's message; of all of them 64 times that
-LISTED_MAX = 2 * 1000 * 1000         # files a host without git may name
-WIRE_LINE_MAX = 8 * 1024    # of a control line in a result's stream: a quoted path is the longest
+WIRE_LINE_MAX = 8 * 1024    # of a line in a result's stream: a path is the longest
 STREAMED_FROM = 8 * 1024 * 1024      # git handles larger blobs without holding them in memory
 PLACES_KEPT = 200           # hosts and roots that gc visits, though no workspace is there any more
 DELTA_FEW = 1000            # changed paths, at most, of a delta that is more than half of all paths
@@ -665,7 +664,7 @@ class TerminalText:
         return "".join(shown) + ("\x1b[m" if self.colour else "") if text else ""
 
 
-def show(text: str, limit: int = 100) -> str:
+def show(text: Union[bytes, str], limit: int = 100) -> str:
     """A name for use inside a sentence of ours: one line, neutralised, bounded, quoted."""
     line = neutralise(text).replace("\n", "^J").replace("\t", "^I")
     return "'%s'" % (line if len(line) <= limit else line[:limit - 5] + "[...]")
@@ -981,13 +980,39 @@ _cenv() {
   for v in GIT_AUTHOR GIT_COMMITTER; do export "${v}_NAME=cmux" "${v}_EMAIL=cmux@localhost" "${v}_DATE=946684800 +0000"; done
   raw='* -text -eol -ident -filter -working-tree-encoding'
 }
-_cmark() { # op file directory [all]: when; and, where no git will tell, of what: contents and modes, whatever the times say
-  if [ -z "$4" ] && command -v git >/dev/null; then echo "$1" >"$2"; return; fi
-  : >"$2.now" && { echo "$1"; echo all; ( cd "$3" && _clist ); } >"$2.new" && touch -r "$2.now" "$2.new" && mv "$2.new" "$2" && rm -f "$2.now"
+_cmark() { # op file directory: when; and, where no git will tell, of what
+  if command -v git >/dev/null; then echo "$1" >"$2"; return; fi
+  : >"$2.now" && { echo "$1"; echo listed; ( cd "$3" && _clist ); } >"$2.new" &&
+  touch -r "$2.now" "$2.new" && mv "$2.new" "$2" && rm -f "$2.now"
 }
-_clist() {
-  { find . -name .git -prune -o -type f -exec cksum {} +
-    find . -name .git -prune -o ! -type d -exec ls -ldn {} + | sed 's/^\([^ ]*\)  *[^ ]*  *[^ ]*  *[^ ]*  *[^ ]*  *[^ ]*  *[^ ]*  *[^ ]* /\1 /'; } | LC_ALL=C sort
+_clist() { # the files and links below the current directory, a line each: x (executable), f,
+  # l (link) or u (unreadable); checksum and size of the content; path. Two slashes and an n in it
+  # stand for a newline: find prints no two slashes.
+  export LC_ALL=C
+  _cmux_newline='
+'
+  { find . -name .git -prune -o -type f -perm -100 ! -path "*$_cmux_newline*" -exec cksum {} + |
+      sed 's/^/x /'
+    find . -name .git -prune -o -type f ! -perm -100 ! -path "*$_cmux_newline*" -exec cksum {} + |
+      sed 's/^/f /'
+    find . -name .git -prune -o \( -type f -o -type l \) -exec sh -c '
+      _cmux_newline=$1; shift
+      for _cmux_path; do
+        if [ -h "$_cmux_path" ]; then
+          _cmux_sum=$(readlink "$_cmux_path" | cksum)
+          _cmux_row="l ${_cmux_sum% *} $((${_cmux_sum#* }-1))"
+        elif [ ! -r "$_cmux_path" ]; then _cmux_row="u - -"
+        else case $_cmux_path in
+          *"$_cmux_newline"*) _cmux_row="f $(cksum <"$_cmux_path")"
+            case $(ls -ld "$_cmux_path") in -??[xs]*) _cmux_row=x${_cmux_row#f};; esac;;
+          *) continue;; esac
+        fi
+        while case $_cmux_path in *"$_cmux_newline"*) ;; *) false;; esac; do
+          _cmux_path=${_cmux_path%%"$_cmux_newline"*}//n${_cmux_path#*"$_cmux_newline"}
+        done
+        printf "%s\n" "$_cmux_row $_cmux_path"
+      done' sh "$_cmux_newline" {} +
+  } | sort
 }
 """
 
@@ -1176,7 +1201,7 @@ _creflog() { # the commits that only reflogs (which may name what is gone) or ot
     _co log --ignore-missing --format='commit %h (%s)' --stdin --exclude='refs/*' --all \
       --not $k $x --exclude='refs/remotes/*' --exclude=refs/stash --glob='refs/*'
 }
-_cleft() { # heads: what no pull brings while HEAD ($x) stays, nor did those of these ($k: what is home).
+_cleft() { # heads: what no pull brings while HEAD ($x) stays, nor did pulls of these ($k: at home).
   # What was only fetched is elsewhere, too; a stash has a list of its own.
   x=$(_co rev-parse -q --verify 'HEAD^{commit}') k=
   for v in $b $1; do ! _co cat-file -e "$v^{commit}" || k="$k $v"; done
@@ -1197,83 +1222,147 @@ _cstage() { # the client may be gone when there is something to say: that is no 
   s=$root/.cmux/stage/$1.$$; mkdir -p "$s" || return 3; shift; "$@"; r=$?; cd "$root"; rm -rf "$s"; return $r; }
 """
 
-# PULL root project name base tree op commits bytes heads - - - how: what the workspace changed, a stream.
-#   `note ...` lines, then one line: git BASE DIRTY HEAD TREE REFS, and `git fast-export` of
-#   BASE..HEAD (BASE has mark 1: git before 2.21 cannot name it otherwise), the last commit being
-#   uncommitted work where DIRTY is 1. Or, without git, tar OP,
-#   the NUL-terminated paths of all files, an empty one, and tar archives of those touched since
-#   the mark (or of all: `how` is all, the tree small, or find too coarse to tell), one after
-#   another. 22: no workspace; 24: a file is too large. A moved directory's files are not newer
-#   than the mark: the client asks again for all when it misses one.
-PULL = SNAPSHOT + r"""
+# What pulls brought home: $m.pull, for each a line of its op, HEAD, tree and refs (without git the
+# checksum of the listing for a tree). The client names the last pull that it finished: a line that
+# follows does not count.
+RECORDS = r"""
+_cknown() { # op: the lines that count
+  ! grep -q "^$1 " "$m.pull" 2>/dev/null || sed "/^$1 /q" "$m.pull"
+}
+_cheads() { _cknown "$1" | cut -d' ' -f2; }
+_crecord() { # op last-op head tree refs
+  { _cknown "$2" | tail -n 19; echo "$1 $3 $4 $5"; } >"$m.pull.new" && mv "$m.pull.new" "$m.pull"
+}
+_csum() { cksum <"$s/now" | tr ' ' -; }
+_clisted() { [ "$(sed -n 2p "$m.mark")" = listed ] && tail -n +3 "$m.mark" >"$s/was"; }
+_cpaths() { sed 's/^[^ ]* [^ ]* [^ ]* \.\///'; }
+_cunread() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$s/now"; }
+"""
+
+# PULL root project name base tree op commits bytes last-op record: what the workspace changed, a
+#   stream; with `record`, it counts as brought home once the client names this op. 22: no
+#   workspace; 24: a file is too large. `note ...` lines, then one of these:
+#     git DIRTY BASE   DIRTY is 1 where the last commit is uncommitted work
+#     files            a host without git
+#     all              the same, where it is not known any more what was sent: all files come
+#   Then three sections, of every host:
+#     commits    as `git cat-file --batch` prints them, parents first; an empty line ends them.
+#                None without git
+#     changes    as `git diff-tree --stdin -r -z --raw` prints them, of each commit against its
+#                first parent; without git, of a commit 1. An empty record ends them. Two slashes
+#                and an n are a newline in a path
+#     contents   as `git cat-file --batch` prints them, each once; an empty line ends them
+PULL = SNAPSHOT + RECORDS + r"""
 _cpull() {
-  _csnap "$4" "$5" "$7" "$8"; r=$?
-  case $r in 0) ;; 9) _ctar "$@"; return;; *) return $r;; esac
-  o=$w/.git n=$(_crefs) d=0 top=$h
-  x=$h; [ "$whole" ] || { x=$(_co rev-parse -q --verify 'HEAD^{commit}'); case $x in "$b" | '') ;; *) echo 'note how its commits follow one another: they are too many, rewritten, or hold a repository; the files come as one commit';; esac; }
-  _cleft "$9" | sed -e 's/^stash.*/note the &: git stash pop there and pull/' -e t \
+  _csnap "$4" "$5" "$7" "$8"; _cmux_status=$?
+  case $_cmux_status in 0) ;; 9) _cpull_files "$@"; return;; *) return $_cmux_status;; esac
+  o=$w/.git _cmux_dirty=0 _cmux_top=$h
+  [ -z "${10}" ] || _crecord "$6" "$9" "$h" "$t" "$(_crefs)" || return 3
+  if [ -z "$whole" ]; then
+    case $(_co rev-parse -q --verify 'HEAD^{commit}') in "$b" | '') ;; *)
+      printf 'note how its commits follow one another: they are too many, rewritten, or hold a '
+      echo 'repository; the files come as one commit';;
+    esac
+  fi
+  _cleft "$(_cheads "$9")" | sed -e 's/^stash.*/note the &: git stash pop there and pull/' -e t \
     -e 's/.*/note the &: check it out there and pull/'
   if [ "$(_cg rev-parse "$h^{tree}")" != "$t" ]; then
-    d=1; top=$(GIT_AUTHOR_DATE="@$(date +%s) +0000" GIT_COMMITTER_DATE="@$(date +%s) +0000" _cg commit-tree "$t" -p "$h" -m 'uncommitted work') || return 3
+    _cmux_dirty=1
+    export GIT_AUTHOR_DATE="@$(date +%s) +0000" GIT_COMMITTER_DATE="@$(date +%s) +0000"
+    _cmux_top=$(_cg commit-tree "$t" -p "$h" -m 'uncommitted work') || return 3
   fi
-  x=; ! git fast-export -h 2>&1 | grep -q reencode || x=--reencode=yes
-  _cg update-ref refs/heads/w "$top" && echo ":1 $b" >"$s/marks" && echo "git $b $d $h $t $n" &&
-  _cg fast-export --use-done-feature --import-marks="$s/marks" $x --signed-tags=strip refs/heads/w ^refs/cmux/base
+  _cg rev-list --reverse --topo-order --parents "$b..$_cmux_top" >"$s/commits" &&
+  cut -d' ' -f1,2 "$s/commits" >"$s/list" || return 3
+  echo "git $_cmux_dirty $b"
+  cut -d' ' -f1 "$s/list" | _cg cat-file --batch && echo && _cchanges -z && printf '\0' &&
+  _cchanges | sed -n 's/^:[^ ]* [^ ]* [^ ]* \([^ ]*\) [AMT]	.*/\1/p' | sort -u |
+    _cg cat-file --batch && echo
 }
-_ctar() {
-  cd "$w" && f=$(find . -name .git -prune -o -type f -size "+${8}c" -newer "$m.mark" -print | head -n 1) || return 3
-  case $f in ?*) printf 'large %s\n' "$f"; return 24;; esac
+_conly() { sort "$1" "$2" "$2" >"$s/both" && uniq -u "$s/both"; } # the lines of the first alone
+_cchanges() { _cg diff-tree --stdin -r --raw --no-abbrev --no-renames "$@" <"$s/list"; }
+_cpull_files() {
   _cgits | sed 's/^/note the commits of the git repository in /'
-  _cmark "$6" "$m.pull" . all && echo "tar $6" || return 3
-  find . -name .git -prune -o \( -type f -o -type l \) -exec printf '%s\0' {} + && printf '\0' || return 3
-  set -- "${13}" "$8"
-  k=$(du -sk . | sed 's/[^0-9].*//')
-  if [ "${k:-0}" -le 65536 ] || ! find "$m.mark" -cnewer "$m.mark" >/dev/null 2>&1 || find --help 2>&1 | grep -q BusyBox; then set -- all "$2"; fi
-  case $1 in all) ;; *) # what was moved over a name that was there is no newer, but differs
-    for x in mark pull; do tail -n +3 "$m.$x" >"$s/$x"; done
-    find . -name .git -prune -o \( -newer "$m.mark" -o -cnewer "$m.mark" \) ! -type d -print >"$s/newer"
-    diff "$s/mark" "$s/pull" | sed -n 's/^> [^/]* \.\//.\//p' | sed 's/ -> .*//' | grep -qvxFf "$s/newer" && set -- all "$2";;
-  esac
-  q=; ! tar --no-unquote -cf - /dev/null >/dev/null 2>&1 || q=--no-unquote # else \b is a backspace
-  case $1 in all) find . -name .git -prune -o \( -type f -o -type l \) ! -size "+${2}c" -exec tar $q -cf - {} +;;
-  *) find . -name .git -prune -o \( -newer "$m.mark" -o -cnewer "$m.mark" \) \( -type f -o -type l \) -exec tar $q -cf - {} +;; esac
+  cd "$w" && _clist >"$s/now" || return 3
+  _cunread | sed 's/^/note /'
+  [ -z "${10}" ] || _crecord "$6" "$9" - "$(_csum)" - || return 3
+  _cmux_kind=files; _clisted || { _cmux_kind=all; : >"$s/was"; }
+  _conly "$s/now" "$s/was" >"$s/changed" && sed '/^u/d;=' "$s/changed" >"$s/numbered" &&
+  sed 'N;s/\n/ /' "$s/numbered" >"$s/new" &&
+  _cpaths <"$s/was" >"$s/before" && _cpaths <"$s/now" >"$s/after" &&
+  _conly "$s/before" "$s/after" >"$s/gone" || return 3
+  echo "$_cmux_kind"; echo
+  { echo 1
+    sed 'i\
+:0 000000 0 0 D' "$s/gone"
+    sed -n 's/^\([0-9]*\) x [^ ]* [^ ]* \.\//:0 100755 0 \1 M\
+/p;s/^\([0-9]*\) f [^ ]* [^ ]* \.\//:0 100644 0 \1 M\
+/p;s/^\([0-9]*\) l [^ ]* [^ ]* \.\//:0 120000 0 \1 M\
+/p' "$s/new"; echo; } | tr '\n' '\0'
+  while IFS= read -r _cmux_row; do
+    _cmux_path=./${_cmux_row#* ./} _cmux_row=${_cmux_row%% ./*}; _cmux_size=${_cmux_row##* }
+    while case $_cmux_path in *//n*) ;; *) false;; esac; do
+      _cmux_path=${_cmux_path%%//n*}$_cmux_newline${_cmux_path#*//n}
+    done
+    echo "${_cmux_row%% *} blob $_cmux_size"
+    case $_cmux_row in
+    *' 0') ;; # some systems have no `head -c 0`
+    *' l '*) readlink "$_cmux_path" | head -c "$_cmux_size";;
+    *) head -c "$_cmux_size" "$_cmux_path";;
+    esac
+    echo
+  done <"$s/new"
+  echo
 }
 _cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && _cstage "$6" _cpull "$@"; }
 """
 
-# CHANGED root project name base tree op commits bytes heads tree refs mark [jobs]: what would be
-#   lost with the workspace, a line each, 20 of a kind, beyond what pulls brought home: HEADs, and of
-#   the last a tree and refs, or (no git) its mark; with the name of their directory, jobs that run.
-#   22: no such directory.
-LOST = SNAPSHOT + r"""
+# CHANGED root project name base tree op commits bytes last-op [jobs]: what would be lost with the
+#   workspace, a line each, 20 of a kind, beyond what pulls brought home; with the name of their
+#   directory, jobs that run. 22: no such directory.
+LOST = SNAPSHOT + RECORDS + r"""
 _clost() {
   _csnap "$4" "$5" "$7" "$8" >"$s/said"; snap=$?
-  case $snap in 0) ;; 9)
-    k=$m.mark; [ -z "${12}" ] || [ "$(head -n 1 "$m.pull")" != "${12}" ] || k=$m.pull
-    case $(head -n 2 "$k") in *all) ;; *) echo "what it was made of is not known any more"; return 0;; esac
-    cd "$w" && tail -n +3 "$k" >"$s/was" && _clist >"$s/now" || return 3
-    n=$(find . -name .git -prune -o ! -type d -newer "$k" -print; diff "$s/was" "$s/now" | sed -n 's/^[<>] [^/]* \.\//.\//p')
-    [ "$n" ] || cmp -s "$s/was" "$s/now" || n="some file"
-    [ -z "$n" ] || printf '%s\n' "$n" | sort -u | sed 's/^/changed /' | head -n 20
-    _cgits | sed 's/^/a git repository in /'
-    return 0;;
-  24) cat "$s/said"; return 0;; *) return $snap;; esac
+  case $snap in
+  0) ;;
+  9) _clost_files "$9"; return;;
+  24) cat "$s/said"; return 0;;
+  *) return $snap;;
+  esac
   sed 's/^note //' "$s/said"
-  [ "$t" = "${10}" ] || [ "$t" = "$(_cg rev-parse "$h^{tree}")" ] || _cg diff-index --cached --name-status "$h" | head -n 20
+  _cmux_last=$(_cknown "$9" | tail -n 1)
+  case $_cmux_last in *" $t "*) ;; *)
+    [ "$t" = "$(_cg rev-parse "$h^{tree}")" ] ||
+      _cg diff-index --cached --name-status "$h" | head -n 20;;
+  esac
   o=$w/.git; [ -d "$o" ] || return 0
-  [ "$whole" ] || [ "$(_crefs)" = "${11}" ] || { echo "the git repository was replaced"; }
-  _cleft "$9"
+  [ "$whole" ] || [ "$(_crefs)" = "${_cmux_last##* }" ] || echo "the git repository was replaced"
+  _cleft "$(_cheads "$9")"
   [ -z "$whole" ] || _co log --format='commit %h (%s)' HEAD --not $k --glob=refs/cmux | head -n 20
+}
+_clost_files() { # last-op
+  cd "$w" && _clist >"$s/now" || return 3
+  _cunread | head -n 20
+  case $(_cknown "$1" | tail -n 1) in *" $(_csum) -") ;; *)
+    if ! _clisted; then echo "what it was made of is not known any more"
+    elif ! cmp -s "$s/was" "$s/now"; then
+      _cmux_paths=$(sort "$s/was" "$s/now" | uniq -u | _cpaths | sort -u | head -n 20)
+      printf '%s\n' "${_cmux_paths:-some file}" | sed 's/^/changed .\//'
+    fi;;
+  esac
+  _cgits | sed 's/^/a git repository in /'
 }
 """
 CHANGED = LOST + JOB_STATE + r"""
 _cop() {
   _croot "$1" && { _cw "$2" "$3" || return 22; } && _cstage "$6" _clost "$@" || return
-  for d in "$root/.cmux/jobs/$2/${13:--}"/*; do [ ! -d "$d" ] || [ "$(_cstate "$d")" != running ] || echo "a job that runs: ${d##*/}"; done
+  for _cmux_job in "$root/.cmux/jobs/$2/${10:--}"/*; do
+    [ ! -d "$_cmux_job" ] || [ "$(_cstate "$_cmux_job")" != running ] ||
+      echo "a job that runs: ${_cmux_job##*/}"
+  done
 }
 """
 
-# PUSH root project name oldbase oldtree op commits bytes head tree refs mark newbase keep: the workspace becomes the
+# PUSH root project name oldbase oldtree op commits bytes last-op newbase keep: the workspace becomes the
 #   new base; again with the same op, it says pushed. With git, in place: only files that differ are touched, ignored ones stay (build
 #   caches, node_modules, a server that watches). Without, the directory is replaced. `keep` (1) leaves a copy of what was in
 #   the trash, and replaces the directory, too, where its repository cannot be moved (5 without it). Without `keep` it looks
@@ -1303,23 +1392,23 @@ _cswitch() { # files, refs and index are the new base's; or all is as it was: 1 
   fi
 }
 _cpush() {
-  base=.cmux/bases/${13} op=$6
+  base=.cmux/bases/${10} op=$6
   [ "$(cat "$m.push")" != "$6" ] || { echo pushed; return 0; }
   rm -rf "$s/git"
-  if [ "${14}" ] || [ -f "$s/begun" ]; then cd "$root" && _cget || return; _csnap "$4" "$5" "$7" "$8" >"$s/said"; snap=$?
+  if [ "${11}" ] || [ -f "$s/begun" ]; then cd "$root" && _cget || return; _csnap "$4" "$5" "$7" "$8" >"$s/said"; snap=$?
   else _clost "$@" >"$s/lost" || return; [ ! -s "$s/lost" ] || { cat "$s/lost"; return 25; }; fi
   cd "$root" && _cget || return
   k=$root/.cmux/trash/kept-$2-$3-$6
-  if [ "${14}" ]; then [ -e "$k" ] || { cp -RpP "$w" "$k.new" && mv "$k.new" "$k"; } || { rm -rf "$k.new"; return 3; }; echo "kept $k"; fi
+  if [ "${11}" ]; then [ -e "$k" ] || { cp -RpP "$w" "$k.new" && mv "$k.new" "$k"; } || { rm -rf "$k.new"; return 3; }; echo "kept $k"; fi
   : >"$s/begun" # an attempt after this one was killed finds the files half changed, by this one
   _cswitch "$@"; r=$?
   if [ $r != 0 ]; then
-    [ $r = 1 ] || [ "${14}" ] || return $r # what is ignored there would be lost with the directory, and no copy kept
+    [ $r = 1 ] || [ "${11}" ] || return $r # what is ignored there would be lost with the directory, and no copy kept
     cd "$root" && _cbase || return
     mkdir -p ".cmux/trash/$6" && mv "$w" ".cmux/trash/$6/" && mv "$s/tree" "$w" || return 3
     ( trap '' HUP; exec rm -rf "$root/.cmux/trash/$6" ) </dev/null >/dev/null 2>&1 4>&- &
   fi
-  echo "${13}" >"$m.base" && _cmark "$6" "$m.mark" "$w" && rm -f "$m.pull" && echo "$6" >"$m.push" && echo pushed
+  echo "${10}" >"$m.base" && _cmark "$6" "$m.mark" "$w" && echo "$6" >"$m.push" && echo pushed
 }
 _cin() { s=$root/.cmux/stage/$6; mkdir -p "$s" || return 3; _cpush "$@"; r=$?; cd "$root"; [ $r = 21 ] || rm -rf "$s"; return $r; }
 _cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && _cone "$6" _cin "$@"; }
@@ -4416,9 +4505,7 @@ class Repository:
             if secret:
                 raise UsageError("Nothing was sent: what looks like a secret is among it: %s." % ", ".join(map(show, secret[:20])),
                                  "Let .gitignore cover it, or send it all the same: %s" % " ".join("--allow " + quote(p) for p in secret[:20]))
-            person = {"GIT_%s_%s" % (who, what): value for who in ("AUTHOR", "COMMITTER") for what, value in
-                      (("NAME", "cmux"), ("EMAIL", "cmux@localhost"), ("DATE", "@%d +0000" % time.time()))}
-            made = shadow.call("commit-tree", new, "-p", commit, stdin=b"uncommitted work\n", env=person)
+            made = shadow.commit(new, "uncommitted work\n", commit)
             self.publish(shadow.quarantine(made, [commit]), "refs/cmux/sent/" + made[:12], made, "")
             return made
 
@@ -4656,6 +4743,13 @@ class Shadow:
 
     def call(self, *words: str, stdin: bytes = b"", env: Optional[Dict[str, str]] = None) -> str:
         return b"".join(self.records(*words, stdin=stdin, end=b"\n", env=env)).decode("utf-8", "surrogateescape")
+
+    def commit(self, tree: str, message: str, *parents: str) -> str:
+        """Make a commit in our own name."""
+        env = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in (
+            ("NAME", "cmux"), ("EMAIL", "cmux@localhost"), ("DATE", f"@{int(time.time())} +0000"))}
+        words = [word for parent in parents for word in ("-p", parent)]
+        return self.call("commit-tree", tree, *words, stdin=message.encode(), env=env)
 
     def is_ancestor(self, old: str, new: str) -> bool:
         return run(self.argv("merge-base", "--is-ancestor", old, new), self.env, patience=600)[0] == 0
@@ -5058,28 +5152,28 @@ def commit_all(path: str, message: str) -> None:
 
 
 class Importer:
-    """`git fast-import`, for blobs only (it would take any path in a commit)."""
+    """`git fast-import`. It takes any path in a commit: what is given to it was checked before."""
 
     def __init__(self, shadow: Shadow) -> None:
         self.marks = os.path.join(shadow.path, "marks")
-        self.process = spawn(shadow.argv("fast-import", "--quiet", "--done", "--force", "--depth=0",
-                                         "--export-marks=" + self.marks), shadow.env, stdin=-1)
+        words = ["fast-import", "--quiet", "--done", "--force", "--depth=0",
+                 "--date-format=raw-permissive", "--export-marks=" + self.marks]
+        argv = shadow.argv("-c", "core.ignoreCase=false", *words)
+        self.process = spawn(argv, shadow.env, stdin=-1)
         assert self.process.stdin
-        self.fd = self.process.stdin.fileno()
+        self.stream = open(self.process.stdin.fileno(), "wb", CHUNK, closefd=False)
 
     def write(self, data: bytes) -> None:
-        view = memoryview(data)
         try:
-            while view:
-                view = view[os.write(self.fd, view):]
+            self.stream.write(data)
         except BrokenPipeError:
             raise GitFailed("git fast-import ended early.", "Is the disk full?")
 
     def finish(self) -> Dict[int, str]:
-        """The ids, by mark."""
+        """The ids of the commits, by mark."""
         self.write(b"done\n")
-        assert self.process.stdin
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.stream.flush()
         if self.process.wait():
             raise GitFailed("git fast-import failed.", "Is the disk full?")
         with open(self.marks) as stream:
@@ -5087,6 +5181,8 @@ class Importer:
 
     def close(self) -> None:
         kill_group(self.process)
+        with contextlib.suppress(BrokenPipeError):
+            self.stream.close()
         if self.process.stdin:
             self.process.stdin.close()
 
@@ -5691,7 +5787,7 @@ class ProjectBase(ProjectState):
         return [entry["root"], entry["project"], name, entry["tree"] if sent else "-",
                 sent if len(sent) == 40 else "",  # else ids there are not like ours
                 op, str(PULL_COMMITS_MAX), str(PULL_FILE_MAX),
-                *(entry.get("pulled", {}).get(key, "") for key in ("head", "tree", "refs", "mark"))]
+                entry.get("pulled", {}).get("op", "")]
 
     def _refuse(self, name: str, entry: Dict[str, Any], lines: Iterable[str]) -> None:
         lost = [show(line.replace("\t", " "), 200)[1:-1] for line in lines if line.strip()]
@@ -6131,10 +6227,14 @@ _EXECUTES = re.compile(
     r"usercustomize\.py|[^/]*\.pth|build\.rs|\.cargo|\.bazelrc|gradlew(\.bat)?|[^/]*\.gradle(\.kts)?|mvnw|\.mvn|\.?mise\.toml|\.tool-versions|"
     r"Dockerfile|(docker-)?compose\.ya?ml|CLAUDE\.md|AGENTS\.md|GEMINI\.md|\.cursor[^/]*|\.mcp\.json|\.claude|\.codex|\.cmux|\.clangd|\.vimrc|"
     r"\.exrc|\.nvimrc|\.dir-locals\.el|\.gdbinit|\.lldbinit)(/|$)", re.I)
+_DAMAGED = "its stream is damaged: the line was cut, or a file changed while it was read"
+_TRY_AGAIN = "Nothing was imported. Try again."
+_REMOVE_IT = "Remove it there, or let .gitignore cover it, and pull again."
+_IGNORE = "Let .gitignore cover what was generated, and pull again."
 
 
 def refuse(what: str, hint: str = "") -> ResultRefused:
-    return ResultRefused("The result was refused: %s." % what, hint)
+    return ResultRefused(f"The result was refused: {what}.", hint)
 
 
 def fold(text: str) -> str:
@@ -6173,7 +6273,7 @@ def check_result_path(path: bytes) -> str:
 def check_link(path: bytes, target: bytes) -> None:
     """Raise ResultRefused unless a symbolic link stays in the tree and out of .git. `..` may only
     lead: after a name that is a link itself it would go elsewhere than it reads."""
-    text, place = target.decode("utf-8", "surrogateescape"), show(path.decode("utf-8", "surrogateescape"))
+    text, place = target.decode("utf-8", "surrogateescape"), show(path)
     parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".")]
     ups = 0
     while parts[ups:] and parts[ups] == "..":
@@ -6181,7 +6281,7 @@ def check_link(path: bytes, target: bytes) -> None:
     if not text or len(target) > PATH_MAX or "\0" in text or text.startswith("/") \
             or ups > path.count(b"/") or ".." in parts[ups:] or any(map(is_dot_git, parts)):
         raise refuse("%s is a symbolic link that leaves the tree or may: %s" % (place, show(text)),
-                     "Remove it there, or let .gitignore cover it, and pull again.")
+                     _REMOVE_IT)
     if is_special(path):
         raise refuse("%s is a symbolic link" % place)
 
@@ -6211,12 +6311,12 @@ class Wire:
             if len(self.buffer) - self.at > limit:
                 raise refuse("its stream has a line without an end")
             if not self.more():
-                raise refuse("its stream ends early", "Nothing was imported. Try again.")
+                raise refuse("its stream ends early", _TRY_AGAIN)
 
     def chunks(self, size: int) -> Iterator[bytes]:
         while size:
             if self.at == len(self.buffer) and not self.more():
-                raise refuse("its stream ends early", "Nothing was imported. Try again.")
+                raise refuse("its stream ends early", _TRY_AGAIN)
             piece = self.buffer[self.at:self.at + size]
             self.at += len(piece)
             size -= len(piece)
@@ -6230,397 +6330,308 @@ class Wire:
         return self.buffer[self.at:self.at + 1] if self.at < len(self.buffer) or self.more() else b""
 
 
-class Harvest:
-    """What one stream brought: blobs in the shadow, by mark; commits as checked data."""
+class Commit:
+    """A commit of the host's. ``changes``, against its first parent: path -> mode ("" where it was
+    deleted), content (the host's name for it until that has come, then ours)."""
 
-    def __init__(self, importer: Importer, known: Callable[[bytes], bool], secrets: Mapping[str, bytes]) -> None:
-        self.importer, self.known = importer, known
+    def __init__(self, parents: List[bytes], author: str, committer: str, message: str) -> None:
+        self.parents, self.author, self.committer = parents, author, committer
+        self.message = message
+        self.changes: Dict[bytes, Tuple[str, Any]] = {}
+
+
+_OBJECT = re.compile(rb"([0-9a-f]{1,64}) (commit|blob) (0|[1-9]\d{0,14})\Z")
+_CHANGE = re.compile(rb":[0-7]{1,6} (100644|100755|120000|000000) [0-9a-f]{1,64} "
+                     rb"([0-9a-f]{1,64}) ([ADMT])\Z")
+_PERSON = re.compile(rb" ?(.*) ?<([^<>\n]*)> (\d{1,11}) ([+-])([01]\d|2[0-3])([0-5]\d)\Z")
+# Python has others, which take quadratic time or are no encodings of text.
+_ENCODING = re.compile(r"(iso-?8859|latin|windows|cp|koi8|euc|shift|gb|big5)[\w-]*\Z", re.I)
+
+
+def read_person(line: bytes) -> str:
+    """An author or committer as git writes them, harmless and within bounds."""
+    match = _PERSON.match(line) if len(line) < 1024 else None
+    if not match:
+        raise refuse("it has a commit without an author, or with a damaged one")
+    name, mail = (re.sub(r"[<>\n\0]", "", neutralise(part)).strip(" .,:;\"'\\")[:200]
+                  for part in match.group(1, 2))
+    sign, hours, minutes = match.group(4, 5, 6)
+    ahead = 60 * (60 * int(hours) + int(minutes)) * (1 if sign == b"+" else -1)
+    # A time before 1970 on its own clock ends every `git log` here.
+    when = max(-ahead, min(int(match.group(3)), 4102444800))
+    zone = (sign + hours + minutes).decode()
+    return f"{name or 'unknown'} <{mail or 'unknown@localhost'}> {when} {zone}"
+
+
+def read_commit(data: bytes) -> Commit:
+    head = data.partition(b"\n\n")[0]
+    encoding = re.search(rb"(?m)^encoding (.*)$", head)
+    if encoding and _ENCODING.match(neutralise(encoding.group(1))):
+        with contextlib.suppress(LookupError):
+            data = data.decode(encoding.group(1).decode("ascii"), "replace").encode()
+    head, _, message = data.partition(b"\n\n")
+    people = [re.search(rb"(?m)^%s(.*)$" % word, head) for word in (b"author", b"committer")]
+    author, committer = (read_person(found.group(1) if found else b"") for found in people)
+    return Commit(re.findall(rb"(?m)^parent (.*)$", head), author, committer,
+                  neutralise(message).replace("\0", ""))
+
+
+class Harvest:
+    """Reads what one host sends: commits as checked data, contents into git's fast-import.
+
+    The stream has three sections: commits and contents as `git cat-file --batch` prints them, and
+    between them changes as `git diff-tree --stdin -r -z --raw` does. A host without git sends no
+    commits, and the changes of a commit 1."""
+
+    def __init__(self, wire: Wire, importer: Importer, known: Callable[[], Set[bytes]],
+                 secrets: Mapping[str, bytes]) -> None:
+        self.wire, self.importer, self.known = wire, importer, known
         self.secrets = {name: value for name, value in secrets.items() if len(value) >= 8}
         self.overlap = max(map(len, self.secrets.values()), default=1) - 1
-        self.sizes: Dict[int, int] = {}
-        self.leaks: Dict[int, List[str]] = {}
-        self.left: Dict[bytes, str] = {}      # paths that cannot come, and why
-        self.commits: List[Dict[str, Any]] = []
-        self.total = self.paths = self.words = 0
-        self.used: Set[int] = set()
-        self.again = self.most = 0            # bytes of files that came before, in the work tree of a commit; in any
-        self.held: Dict[bytes, int] = {}      # ... by path, since the commits follow on each other
+        self.commits: Dict[bytes, Commit] = {}
+        self.contents: Dict[bytes, Tuple[int, str]] = {}  # size, our name ("": it has not come)
+        self.links: Dict[bytes, List[bytes]] = {}  # contents that are targets, and of which links
+        self.leaks: Dict[str, List[str]] = {}      # secrets, by our name of the content
+        self.left: Dict[bytes, str] = {}           # paths that cannot come, and why
+        self.total = 0                             # bytes of contents
 
-    def blob(self, mark: int, size: int, chunks: Iterable[bytes]) -> None:
-        self.total += size
-        if size > PULL_FILE_MAX:
-            raise refuse("a file has %s, more than %s" % (human_size(size), human_size(PULL_FILE_MAX)),
-                         "Remove it there, or let .gitignore cover it, and pull again.")
-        if self.total > PULL_TOTAL_MAX or len(self.sizes) >= PULL_PATHS_MAX:
-            raise refuse("it is larger than %s, or has more than %d files" % (human_size(PULL_TOTAL_MAX), PULL_PATHS_MAX),
-                         "Let .gitignore cover what was generated, and pull again.")
-        self.sizes[mark] = size
-        self.importer.write(b"blob\nmark :%d\ndata %d\n" % (mark, size))
-        before = b""
-        for chunk in chunks:
-            self.importer.write(chunk)
-            for name, value in self.secrets.items():
-                if value in before + chunk and name not in self.leaks.get(mark, ()):
-                    self.leaks.setdefault(mark, []).append(name)
-            before = (before + chunk)[-self.overlap:] if self.overlap else b""
-        self.importer.write(b"\n")
+    def read(self, base: bytes, everything: bool, form: str) -> None:
+        """``base`` is the host's name of the base commit, "" without git; then ``everything`` tells
+        that all files come, and those that do not were deleted. ``form`` is the hash of our git."""
+        self._read_commits(base)
+        if not base:
+            person = f"cmux <cmux@localhost> {int(time.time())} +0000"
+            self.commits = {b"1": Commit([base], person, person, "work of the workspace\n")}
+        self._read_changes()
+        for path in self.known().difference(self.commits[b"1"].changes) if everything else ():
+            self.commits[b"1"].changes[path] = "", b""
+        self._read_contents(form)
+        if self.wire.peek():
+            raise refuse("its stream goes on after its end")
+        self._count_repeats()
+        for commit in self.commits.values():
+            for path, (mode, content) in commit.changes.items():
+                commit.changes[path] = mode, self.contents[content][1] if mode else ""
+        self.contents.clear()
 
-    def change(self, changes: Dict[bytes, Tuple[str, int]], path: bytes, mode: str, mark: int) -> None:
-        """One path of a commit: a file by its mark, or a deletion (mode "")."""
-        self.paths += 1
-        if self.paths > PULL_PATHS_MAX:
-            raise refuse("more than %d paths changed" % PULL_PATHS_MAX, "Let .gitignore cover what was generated, and pull again.")
+    def _objects(self, kind: bytes) -> Iterator[Tuple[bytes, int]]:
+        """(name, size) of each object of a section. The caller reads its bytes."""
+        while True:
+            line = self.wire.upto(b"\n")
+            if not line:
+                return
+            match = _OBJECT.match(line)
+            if not match or match.group(2) != kind:
+                raise refuse(_DAMAGED, _TRY_AGAIN)
+            yield match.group(1), int(match.group(3))
+            if self.wire.exact(1) != b"\n":
+                raise refuse(_DAMAGED, _TRY_AGAIN)
+
+    def _read_commits(self, base: bytes) -> None:
+        words = 0
+        for name, size in self._objects(b"commit"):
+            words += size
+            if len(self.commits) > PULL_COMMITS_MAX or size > PULL_MESSAGE_MAX \
+                    or words > 64 * PULL_MESSAGE_MAX:
+                raise refuse(f"it has more than {PULL_COMMITS_MAX} commits, or too long messages")
+            commit = read_commit(self.wire.exact(size))
+            if not 0 < len(commit.parents) <= 16 or name in self.commits or not base \
+                    or not {base, *self.commits}.issuperset(commit.parents):
+                raise refuse("a commit in it has a parent that was not sent")
+            self.commits[name] = commit
+
+    def _read_changes(self) -> None:
+        commit, begun, count = None, set(), 0  # type: Optional[Commit], Set[bytes], int
+        while True:
+            row = self.wire.upto(b"\0")
+            if not row:
+                return
+            match = _CHANGE.match(row)
+            if not match:
+                commit = self.commits.get(row)
+                if commit is None or row in begun:
+                    raise refuse(f"its stream has {show(row)} instead of a change")
+                begun.add(row)
+                continue
+            path, count = self.wire.upto(b"\0").replace(b"//n", b"\n"), count + 1
+            if count > PULL_PATHS_MAX:
+                raise refuse(f"more than {PULL_PATHS_MAX} paths changed", _IGNORE)
+            mode = match.group(1).decode().replace("000000", "")
+            if not commit or path in commit.changes or bool(mode) == (match.group(3) == b"D"):
+                raise refuse(f"its stream names {show(path)} twice, or contradicts itself")
+            self._change(commit, path, mode, match.group(2))
+
+    def _change(self, commit: Commit, path: bytes, mode: str, content: bytes) -> None:
+        if mode:
+            self.contents[content] = 0, ""
         why = check_result_path(path)
-        if why and not self.known(path):  # else it is the user's own spelling
+        if why and path not in self.known():  # else it is the user's own spelling
             self.left.pop(path, None)
             self.left.update({path: why} if mode else {})
             return
-        if path in changes or (mode and mark not in self.sizes):
-            raise refuse("its stream names %s twice or without content" % show(path.decode("utf-8", "replace")))
-        again = self.sizes[mark] if mode and mark in self.used else 0  # some bytes for a name, a whole file in a work tree
-        self.again += again - self.held.pop(path, 0)
-        if again:
-            self.held[path] = again
-        self.used.add(mark)
-        if mode == "120000" and self.sizes[mark] > PATH_MAX:
-            raise refuse("%s is a symbolic link of %s" % (show(path.decode("utf-8", "replace")), human_size(self.sizes[mark])))
-        changes[path] = (mode, mark)
+        if mode == "120000":
+            self.links.setdefault(content, []).append(path)
+        commit.changes[path] = mode, content
 
-    def begin(self, parents: Sequence[int]) -> None:
-        """A commit. What others took away is there in one that does not stand on the last."""
-        if list(parents) != [self.commits[-1]["mark"] if self.commits else 1]:
-            self.again = self.most
-            self.held.clear()
+    def _read_contents(self, form: str) -> None:
+        import hashlib
+        for name, size in self._objects(b"blob"):
+            if self.contents.get(name) != (0, ""):
+                raise refuse("its stream has a content twice, or one that no change names")
+            self.total += size
+            if size > PULL_FILE_MAX:
+                paths = [path for commit in self.commits.values()
+                         for path, change in commit.changes.items() if change[1] == name]
+                raise refuse(f"{show((paths or [b'a file'])[0])} has {human_size(size)}, more than "
+                             f"{human_size(PULL_FILE_MAX)}", _REMOVE_IT)
+            if self.total > PULL_TOTAL_MAX:
+                raise refuse(f"it is larger than {human_size(PULL_TOTAL_MAX)}", _IGNORE)
+            digest = hashlib.new(form, b"blob %d\0" % size)
+            self.importer.write(b"blob\ndata %d\n" % size)
+            leaks: Set[str] = set()
+            before = b""
+            for chunk in self._link(name, size) if name in self.links else self.wire.chunks(size):
+                digest.update(chunk)
+                self.importer.write(chunk)
+                if self.secrets:
+                    text = before + chunk
+                    leaks.update(secret for secret in self.secrets if self.secrets[secret] in text)
+                    before = text[-self.overlap:]
+            self.importer.write(b"\n")
+            self.contents[name] = size, digest.hexdigest()
+            if leaks:
+                self.leaks[digest.hexdigest()] = sorted(leaks)
+        if not all(oid for _, oid in self.contents.values()):
+            raise refuse("its stream lacks contents")
 
-    def end(self, commit: Dict[str, Any]) -> None:
-        self.most = max(self.most, self.again)
-        if self.again > PULL_TOTAL_MAX:
-            raise refuse("it repeats files until they have more than %s" % human_size(PULL_TOTAL_MAX))
-        self.commits.append(commit)
+    def _link(self, name: bytes, size: int) -> List[bytes]:
+        """The target of symbolic links."""
+        if size > PATH_MAX:
+            raise refuse(f"{show(self.links[name][0])} is a symbolic link of {human_size(size)}")
+        target = self.wire.exact(size)
+        for path in self.links[name]:
+            check_link(path, target)
+        return [target]
 
-
-# -- the stream of git fast-export --
-
-_PERSON = re.compile(rb"(?:author|committer) ?(.*) ?<([^<>\n]*)> (\d{1,11}) ([+-]\d{4})\Z")
-
-
-def read_person(line: bytes, word: bytes) -> Tuple[str, str, str]:
-    match = _PERSON.match(line) if line.startswith(word) and len(line) < 1024 else None
-    if not match:
-        raise refuse("its stream has a damaged %s line" % word.decode())
-    name, mail = (re.sub(r"[<>\n]", "", neutralise(part)).strip(" .,:;\"'\\")[:200] for part in match.group(1, 2))
-    zone = int(match.group(4))
-    west = -60 * (zone // 100 * 60 + zone % 100) if zone >= 0 else 60 * (-zone // 100 * 60 + -zone % 100)
-    when = max(west, min(int(match.group(3)), 4102444800))  # before 1970 by its own clock, it ends every `git log` here
-    return name or "unknown", mail or "unknown@localhost", "@%d %s" % (when, match.group(4).decode())
-
-
-def unquote(text: bytes) -> bytes:
-    """A path as fast-export writes it: C-quoted where it has to be."""
-    if not text.startswith(b'"'):
-        return text
-    if not re.match(rb'"([^"\\]|\\([abfnrtv"\\]|[0-3][0-7]{2}))+"\Z', text):
-        raise refuse("its stream has a damaged path")
-    simple = dict(zip(b'abfnrtv"\\', b'\a\b\f\n\r\t\v"\\'))
-    return re.sub(rb"\\([0-7]{3}|.)", lambda m: bytes([int(m.group(1), 8) if len(m.group(1)) == 3 else simple[m.group(1)[0]]]),
-                  text[1:-1])
-
-
-def read_number(line: bytes, word: bytes, limit: int) -> int:
-    match = re.match(re.escape(word) + rb"(0|[1-9]\d{0,15})\Z", line)
-    if not match or int(match.group(1)) > limit:
-        raise refuse("its stream has %s instead of a number after %s" % (show(line.decode("utf-8", "replace")), word.decode().strip()))
-    return int(match.group(1))
-
-
-def read_export(wire: Wire, harvest: Harvest) -> None:
-    """Parse what our git fast-export prints, and nothing else. Marks count up by one; 1 is the base."""
-    if wire.upto(b"\n") != b"feature done":
-        raise refuse("its stream is not one of git fast-export")
-    last, may_follow, idle = 1, False, 0
-    while idle < 1000:
-        line = wire.upto(b"\n")
-        idle += 1
-        if line == b"done":
-            break
-        if line == b"" or (may_follow and line.startswith(b"from ")):
-            may_follow = False
-        elif line.startswith(b"reset "):
-            may_follow = True
-        elif line == b"blob" or line.startswith(b"commit "):
-            last, idle = last + 1, 0
-            if read_number(wire.upto(b"\n"), b"mark :", 10 ** 9) != last:
-                raise refuse("its stream counts wrongly")
-            if line == b"blob":
-                size = read_number(wire.upto(b"\n"), b"data ", 10 ** 15)
-                harvest.blob(last, size, wire.chunks(size))
-                if wire.peek() == b"\n":
-                    wire.exact(1)
-            else:
-                read_commit(wire, last, harvest)
-        else:
-            raise refuse("its stream has the line %s" % show(line.decode("utf-8", "replace")))
-    if idle >= 1000 or wire.peek():
-        raise refuse("its stream goes on after its end")
-
-
-def read_commit(wire: Wire, mark: int, harvest: Harvest) -> None:
-    line = wire.upto(b"\n")
-    author = committer = read_person(line, line.split(b" ")[0][:9])
-    if line.startswith(b"author"):
-        committer = read_person(wire.upto(b"\n"), b"committer")
-    line = wire.upto(b"\n")
-    if line.startswith(b"encoding "):  # one that its git does not know
-        line = wire.upto(b"\n")
-    size = read_number(line, b"data ", PULL_MESSAGE_MAX)
-    message = neutralise(wire.exact(size)).replace("\0", "")
-    harvest.words += size
-    if wire.peek() == b"\n":
-        wire.exact(1)
-    parents: List[int] = []
-    changes: Dict[bytes, Tuple[str, int]] = {}
-    marks = {1, *(commit["mark"] for commit in harvest.commits)}
-    line = wire.upto(b"\n")
-    while len(parents) <= 16 and line.startswith(b"from " if not parents else b"merge "):
-        parents.append(read_number(line.split(b" ", 1)[1], b":", mark - 1))
-        line = wire.upto(b"\n")
-    if not parents or len(parents) > 16 or not marks.issuperset(parents):
-        raise refuse("a commit in it has a parent that was not sent")
-    harvest.begin(parents)
-    while line:
-        match = re.match(rb"(?:M (100644|100755|120000) :([1-9]\d{0,8})|D) (.+)\Z", line, re.S)
-        if not match:
-            raise refuse("its stream has the change %s" % show(line.decode("utf-8", "replace")))
-        harvest.change(changes, unquote(match.group(3)), (match.group(1) or b"").decode(), int(match.group(2) or 0))
-        line = wire.upto(b"\n")
-    if len(harvest.commits) > PULL_COMMITS_MAX or harvest.words > 64 * PULL_MESSAGE_MAX:
-        raise refuse("it has more than %d commits" % PULL_COMMITS_MAX)
-    harvest.end({"mark": mark, "author": author, "committer": committer, "message": message,
-                 "parents": parents, "changes": changes})
-
-
-# -- the stream of a host without git: a list of all files, then tar archives --
-
-def tar_number(field: bytes) -> int:
-    match = re.match(rb" *([0-7]{1,11})[ \0]*\Z", field)
-    if not match:
-        raise refuse("its tar archive has a number that is not octal")
-    return int(match.group(1), 8)
-
-
-def read_tar(wire: Wire, harvest: Harvest, sent: Set[bytes]) -> List[bytes]:
-    """Parse the list and the archives into one commit. ``sent`` is what the host was given: what
-    it lacks now was deleted. Returns the paths that are new there but came with no archive."""
-    listed, new = 0, set()  # type: int, Set[bytes]
-    changes: Dict[bytes, Tuple[str, int]] = {}
-    marks: Dict[bytes, Tuple[str, int]] = {}  # also of what is left out: another name may be a link to it
-    missing = set(sent)
-    while True:
-        path = wire.upto(b"\0", 4 * PATH_MAX)
-        if not path:
-            break
-        listed += 1
-        name = path[2:] if path.startswith(b"./") else b""
-        if listed > LISTED_MAX or not name:
-            raise refuse("its list of files is damaged or endless")
-        missing.discard(name)
-        if name not in sent:
-            new.add(name)
-            if len(new) > PULL_PATHS_MAX:
-                raise refuse("more than %d files are new" % PULL_PATHS_MAX, "Remove what was generated there, and pull again.")
-    for path in missing:
-        harvest.change(changes, path, "", 0)
-    while wire.peek():
-        entry = read_tar_entry(wire)
-        listed += 1
-        if listed > 2 * LISTED_MAX:
-            raise refuse("its tar archive is endless")
-        if entry is None:
-            continue
-        path, mode, size, target = entry
-        if mode == "link":  # a second name of a file that came before
-            if target not in marks:
-                raise refuse("its tar archive links %s to what it does not hold" % show(path.decode("utf-8", "replace")))
-            mode, mark = marks[target]
-        else:
-            mark = len(harvest.sizes) + 1
-            harvest.blob(mark, size, [target] if mode == "120000" else wire.chunks(size))
-            if mode != "120000":
-                wire.exact(-size % 512)
-        marks[path] = mode, mark
-        harvest.change(changes, path, mode, mark)
-    person = ("cmux", "cmux@localhost", "@%d +0000" % time.time())
-    harvest.end({"mark": 0, "author": person, "committer": person, "message": "work of the workspace\n",
-                 "parents": [1], "changes": changes})
-    return sorted(new - set(marks))
-
-
-def read_tar_entry(wire: Wire) -> Optional[Tuple[bytes, str, int, bytes]]:
-    """(path, mode, size, link target) of the next entry, None for a directory or an end block."""
-    longer: Dict[str, bytes] = {}
-    for _ in range(9):  # no more than a pax header and two long names precede a file
-        block = wire.exact(512)
-        if not block.strip(b"\0"):
-            if longer:
-                raise refuse("its tar archive has a name without a file")
-            return None
-        if tar_number(block[148:156]) != sum(block) - sum(block[148:156]) + 256:
-            raise refuse("its tar archive is damaged")
-        kind, size = block[156:157], tar_number(block[124:136])
-        if kind not in (b"x", b"L", b"K"):
-            break
-        if size > 65536:
-            raise refuse("its tar archive has a name of %s" % human_size(size))
-        data = wire.exact(size)
-        wire.exact(-size % 512)
-        if kind == b"x":
-            longer.update(read_pax(data))
-        else:
-            longer["path" if kind == b"L" else "linkpath"] = data.rstrip(b"\0")
-    else:
-        raise refuse("its tar archive has names without a file")
-    name, target = block[:100].split(b"\0")[0], block[157:257].split(b"\0")[0]
-    if block[257:263] == b"ustar\0" and block[345:500].split(b"\0")[0]:
-        name = block[345:500].split(b"\0")[0] + b"/" + name
-    name, target = longer.get("path", name), longer.get("linkpath", target)
-    path = name[2:] if name.startswith(b"./") else name
-    if kind == b"5" and not size:
-        return None
-    if kind not in (b"0", b"\0", b"1", b"2") or (size and kind in (b"1", b"2")):
-        raise refuse("its tar archive holds %s, which is no file and no link" % show(path.decode("utf-8", "replace")))
-    if kind == b"1":
-        return path, "link", 0, target[2:] if target.startswith(b"./") else target
-    if kind == b"2":
-        return path, "120000", len(target), target
-    return path, "100755" if tar_number(block[100:108]) & 0o100 else "100644", size, b""
-
-
-def read_pax(data: bytes) -> Dict[str, bytes]:
-    """path and linkpath of a pax header; times and the like are passed over; a size is refused."""
-    found: Dict[str, bytes] = {}
-    at = 0
-    while at < len(data):
-        match = re.compile(rb"([1-9]\d{0,5}) ([A-Za-z0-9.]{1,100})=").match(data, at)
-        end = at + int(match.group(1)) if match else 0
-        if not match or end > len(data) or end <= match.end() or data[end - 1:end] != b"\n":
-            raise refuse("its tar archive has a damaged header")
-        key = match.group(2).decode()
-        if key in ("path", "linkpath"):
-            found[key] = data[match.end():end - 1]
-        elif key == "size" or key.startswith("GNU.sparse"):
-            raise refuse("its tar archive has a sparse or huge file")
-        at = end
-    return found
+    def _count_repeats(self) -> None:
+        """Some bytes for a name are a whole file in a work tree: each time but the first counts."""
+        used: Set[bytes] = set()
+        held: Dict[bytes, int] = {}  # such bytes, by path, in the tree of the last commit
+        now = most = 0               # their sum; the largest of any commit
+        last: List[bytes] = []
+        for name, commit in self.commits.items():
+            if commit.parents != last:  # it has what the last, not a parent of it, took away
+                now = most
+                held.clear()
+            last = [name]
+            for path, (mode, content) in commit.changes.items():
+                now -= held.pop(path, 0)
+                if mode and content in used:
+                    held[path] = self.contents[content][0]
+                    now += held[path]
+                used.add(content)
+            most = max(most, now)
+            if now > PULL_TOTAL_MAX:
+                raise refuse("it repeats files until they have more than "
+                             + human_size(PULL_TOTAL_MAX))
 
 
 # -- from checked data to commits --
 
 class Grower:
-    """Makes commits in a shadow out of a Harvest, and looks at each again."""
+    """Makes the commits of a Harvest in a shadow, and looks at each again."""
 
-    def __init__(self, shadow: Shadow, base: str, harvest: Harvest, ids: Mapping[int, str],
-                 lfs: Mapping[bytes, Tuple[str, str, str]] = {}) -> None:
-        self.shadow, self.base, self.harvest, self.ids, self.lfs = shadow, base, harvest, ids, lfs
-        self.contents = {content: pointer for _, pointer, content in lfs.values()}
-        self.env = {"GIT_INDEX_FILE": os.path.join(shadow.path, "result.index")}
-        self.at = ""  # the commit the index stands at
+    def __init__(self, shadow: Shadow, base: str, harvest: Harvest) -> None:
+        self.shadow, self.base, self.commits = shadow, base, harvest.commits
+        self.made: Dict[bytes, str] = {}
         self.contested: Set[str] = set()
 
-    def grow(self) -> List[str]:
+    def grow(self, importer: Importer) -> List[str]:
         """The ids of the commits, oldest first."""
-        made = {1: self.base}
-        links = sorted({(self.ids[mark], path) for commit in self.harvest.commits
-                        for path, (mode, mark) in commit["changes"].items() if mode == "120000"})
-        for (_, path), (_, target) in zip(links, self.shadow.blobs([oid for oid, _ in links])):
-            check_link(path, target)
+        marks = {name: mark for mark, name in enumerate(self.commits, 1)}
+        for name, commit in self.commits.items():
+            message = commit.message.encode("utf-8", "replace") or b"\n"
+            head = (f"commit refs/heads/w\nmark :{marks[name]}\nauthor {commit.author}\n"
+                    f"committer {commit.committer}\ndata {len(message)}\n")
+            importer.write(head.encode() + message)
+            parents = [f":{marks[parent]}" if parent in marks else self.base
+                       for parent in commit.parents]
+            for at, parent in enumerate(dict.fromkeys(parents)):
+                importer.write(b"\n%s %s" % (b"merge" if at else b"from", parent.encode()))
+            # Deletions first: a directory may take the place of a file.
+            rows = sorted(commit.changes.items(), key=lambda row: row[1][0])
+            for path, (mode, oid) in rows:
+                word = b"M %s %s" % (mode.encode(), oid.encode()) if mode else b"D"
+                path = path.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n")
+                importer.write(b'\n%s "%s"' % (word, path))
+            importer.write(b"\n\n")
+        ids = importer.finish()
+        self.made = {name: ids[mark] for name, mark in marks.items()}
         self.contested = self._contested()
-        for commit in self.harvest.commits:
-            parents = [made[parent] for parent in commit["parents"]]
-            tree = self._tree(parents[0], commit["changes"])
-            self.at = made[commit["mark"]] = self.commit(tree, parents, commit["message"], commit["author"], commit["committer"])
-        return [made[commit["mark"]] for commit in self.harvest.commits]
+        self._look_again()
+        return list(self.made.values())
 
-    def commit(self, tree: str, parents: Iterable[str], message: str, author: Tuple[str, str, str],
-               committer: Tuple[str, str, str]) -> str:
-        env = {"GIT_%s_%s" % (who, what): value for who, person in (("AUTHOR", author), ("COMMITTER", committer))
-               for what, value in zip(("NAME", "EMAIL", "DATE"), person)}
-        words = [word for parent in dict.fromkeys(parents) for word in ("-p", parent)]
-        return self.shadow.call("commit-tree", tree, *words, stdin=message.encode("utf-8", "replace") or b"\n", env=env)
-
-    def _tree(self, parent: str, changes: Dict[bytes, Tuple[str, int]]) -> str:
-        if self.at != parent:
-            self.shadow.call("read-tree", parent, env=self.env)
-        zero = "0" * len(self.base)
-        wanted = {path: (mode, self.ids[mark]) if mode else ("0", zero)
-                  for path, (mode, mark) in changes.items()}
-        self._point(parent, wanted)
-        rows = sorted(wanted.items(), key=lambda item: item[1][0] != "0")  # deletions first
-        try:
-            self.shadow.call("update-index", "-z", "--index-info", env=self.env, stdin=b"".join(
-                b"%s %s\t%s\0" % (mode.encode(), oid.encode(), path) for path, (mode, oid) in rows))
-        except GitFailed as error:
-            raise refuse("git does not take its paths (%s)" % error)
-        tree = self.shadow.call("write-tree", env=self.env)
-        self._look_again(parent, tree, wanted)
-        return tree
-
-    def _point(self, parent: str, wanted: Dict[bytes, Tuple[str, str]]) -> None:
-        """LFS content that was sent becomes its pointer again: in its place, and where LFS manages the new one."""
-        same = {path for path, (_, oid) in wanted.items() if oid in self.contents and path in self.lfs}
-        moved = [path for path, (_, oid) in wanted.items() if oid in self.contents and path not in self.lfs]
-        for path in same.union(self.shadow.lfs_paths(moved, self.env) if moved else ()):
-            wanted[path] = wanted[path][0], self.contents[wanted[path][1]]
-
-    def _look_again(self, parent: str, tree: str, wanted: Dict[bytes, Tuple[str, str]]) -> None:
+    def _look_again(self) -> None:
         """What differs must be what was wanted, and all of it; no two paths may fold into one."""
-        added, left = [], {path for path, (mode, _) in wanted.items() if mode != "0"}
-        for before, mode, oid, path in self.shadow.changes(parent, tree):
-            if wanted.get(path) != (mode if mode != "000000" else "0", oid):
-                raise refuse("git made something else of %s" % show(path.decode("utf-8", "replace")))
-            left.discard(path)
-            if before == "000000":
-                added.append(path)
-        if left or any(key in self.contested for path in added for key, _ in folds(path)):
-            self._look_at_all(tree, wanted, left, added)
+        pairs = "".join(f"{self.made[name]} {self.made.get(commit.parents[0], self.base)}\n"
+                        for name, commit in self.commits.items())
+        rows = self.shadow.records("diff-tree", "--stdin", "--always", "-r", "-z", "--raw",
+                                   "--no-abbrev", "--no-renames", "--no-ext-diff", "--no-textconv",
+                                   stdin=pairs.encode())
+        row = next(rows, b"")
+        for name, commit in self.commits.items():
+            if row != self.made[name].encode():
+                raise refuse("git made something else of it")
+            left, contest = set(commit.changes), False
+            row = next(rows, b"")
+            while row.startswith(b":"):
+                _, mode, _, oid, _ = row.decode("ascii").split(" ")
+                path = next(rows)
+                if commit.changes.get(path) != (("", "") if mode == "000000" else (mode, oid)):
+                    raise refuse(f"git made something else of {show(path)}")
+                left.discard(path)
+                contest = contest or any(key in self.contested for key, _ in folds(path))
+                row = next(rows, b"")
+            if left or contest:
+                self._look_at_all(name, left)
 
-    def _look_at_all(self, tree: str, wanted: Dict[bytes, Tuple[str, str]], left: Set[bytes], added: Iterable[bytes]) -> None:
+    def _look_at_all(self, name: bytes, left: Set[bytes]) -> None:
         """The same by the whole tree, where the changes alone do not tell."""
         seen: Dict[str, str] = {}
-        for path in [*added, *(path for _, _, path in self.shadow.listing(tree))]:
+        for mode, oid, path in self.shadow.listing(self.made[name]):
+            if self.commits[name].changes.get(path) == (mode, oid):
+                left.discard(path)  # it was so before
             for key, text in folds(path):
-                if (seen.setdefault(key, text) if key in self.contested else text) != text:
-                    raise refuse("%s and %s are one file where case or composition do not count" % (show(text), show(seen[key])))
-        for mode, oid, path in self.shadow.listing(tree) if left else ():
-            if wanted.get(path) == (mode, oid):
-                left.discard(path)
+                if key in self.contested and seen.setdefault(key, text) != text:
+                    raise refuse(f"{show(text)} and {show(seen[key])} are one file where case or "
+                                 "composition do not count")
         if left:
             raise refuse("git dropped some of its paths")
 
     def _contested(self) -> Set[str]:
         """What more than one name folds into, of all that is added and all that was there: one look at the
         whole base, not one for each commit. Not what does so in the base already: that is the user's own."""
-        seen: Dict[str, str] = {}
-        twice: Set[str] = set()
-        for commit in self.harvest.commits:
-            for path in [path for path, (mode, _) in commit["changes"].items() if mode]:
-                twice.update(key for key, text in folds(path) if seen.setdefault(key, text) != text)
-        own: Dict[str, Set[str]] = {}
-        for _, _, path in self.shadow.listing(self.base) if seen else ():
+        added: Dict[str, Tuple[str, ...]] = {}
+        own: Dict[str, Tuple[str, ...]] = {}
+        for commit in self.commits.values():
+            for path in (path for path, (mode, _) in commit.changes.items() if mode):
+                for key, text in folds(path):
+                    if text not in added.get(key, ()):
+                        added[key] = (*added.get(key, ()), text)
+        for _, _, path in self.shadow.listing(self.base) if added else ():
             for key, text in folds(path):
-                if seen.get(key, text) != text:
-                    twice.add(key)
-                if key in seen:
-                    own.setdefault(key, set()).add(text)
-        new = {text for commit in self.harvest.commits for path, (mode, _) in commit["changes"].items() if mode for _, text in folds(path)}
-        strange = {fold(text) for text in new if text not in own.get(fold(text), ())}
-        return twice - {key for key, texts in own.items() if len(texts) > 1 and key not in strange}
+                if key in added and text not in own.get(key, ()):
+                    own[key] = (*own.get(key, ()), text)
+        return {key for key, names in added.items()
+                if not set(own.get(key, names[:1])).issuperset(names)}
 
 
 def folds(path: bytes) -> Iterator[Tuple[str, str]]:
     """(folded, as it is) of a path and of the directories above it."""
     text = path.decode("utf-8", "surrogateescape")
     while text:
-        yield fold(text), text
+        key = fold(text)
+        yield (text if key == text else key), text  # one object where they are equal: less memory
         text = text.rpartition("/")[0]
 
 
@@ -6663,39 +6674,39 @@ class Pull:
                 f"{workspace.name}.tar; then send all: {PROGRAM} push --force -w {workspace.name}")
         self.modules = shadow.links(self.entry["tree"]).union(self.parts.modules)
         self.lfs = {path: row for path, row in self.parts.lfs.items() if not self._in_module(path)}
-        self.pulled: Dict[str, Any] = {}
         # The paths the host was given:
         self.sent = functools.lru_cache(maxsize=None)(lambda: {path for _, _, path in shadow.listing(self.sent_tree)})
 
-    def fetch(self, how: str = "") -> Tuple[List[str], bool]:
-        """(the commits of the workspace, oldest first; whether the last is uncommitted work)"""
+    def fetch(self, record: bool = False) -> Tuple[List[str], bool]:
+        """(the commits of the workspace, oldest first; whether the last is uncommitted work). With
+        ``record``, the host notes what it sends under the name ``self.pulled["op"]``."""
         self.notes: List[str] = []
-        importer, incoming = Importer(self.shadow), None
+        self.pulled: Dict[str, Any] = {"op": os.urandom(8).hex()}
+        importer, incoming, git = Importer(self.shadow), None, False
         try:
             secrets = secret_values(self.workspace.project.registry, self.cancel)
-            harvest = Harvest(importer, lambda path: path in self.sent(), secrets)
-            incoming = Incoming(self.workspace.host, self.cancel, PULL, *self.workspace.project.looked_at(
-                self.workspace.name, self.entry, os.urandom(8).hex(), self.sent_tree), how)
-            wire = Wire(self._counted(incoming, harvest))
-            dirty, unsent = self._read(wire, incoming, harvest)
-            reply = incoming.reply()
-            check_reply(reply, self.workspace.host.name, "give the result of %s" % self.workspace.name)
-            if unsent and how:
-                raise refuse("it lists files and does not send them")
-            if unsent:
-                return self.fetch("all")
-            ids = importer.finish()
-            self._keep_out(harvest, ids)
-            self._grower = Grower(self.shadow, self.base, harvest, ids, self.lfs)
+            words = self.workspace.project.looked_at(
+                self.workspace.name, self.entry, self.pulled["op"], self.sent_tree)
+            incoming = Incoming(self.workspace.host, self.cancel, PULL, *words,
+                                "1" if record else "")
+            wire = Wire(incoming.take)
+            dirty, base, everything = self._begin(wire, incoming)
+            git = bool(base)
+            harvest = Harvest(wire, importer, self.sent, secrets)
+            wire.take = self._counted(incoming, harvest)
+            harvest.read(base, everything, "sha256" if len(self.base) == 64 else "sha1")
+            self._check_reply(incoming)
+            self._keep_out(harvest)
             self._leaks(harvest)
-            commits = self._grower.grow()
+            self._point(harvest)
+            commits = Grower(self.shadow, self.base, harvest).grow(importer)
             self._tell_lfs(commits)
             if dirty and commits and not next(self.shadow.changes((commits[-2:-1] or [self.base])[0], commits[-1]), None):
                 return commits[:-1], False
             return commits, dirty
         except ResultRefused as error:
             error.hint = error.hint.replace("exec -- ", "exec -w %s -- " % self.workspace.name)
-            if "head" in self.pulled and "Try again" not in error.hint:  # not done from here: that could lose work
+            if git and "Try again" not in error.hint:  # not done from here: that could lose work
                 error.hint = "%s If only an earlier commit there has it, squash them: %s exec -w %s -- %s" % (
                     error.hint.rstrip(".") + ".", PROGRAM, self.workspace.name, "'git reset --soft refs/cmux/base && git commit -m all'")
             raise
@@ -6710,32 +6721,49 @@ class Pull:
         return bool(self.modules) and (path in self.modules or any(
             path[:match.start()] in self.modules for match in re.finditer(b"/", path)))
 
-    def _keep_out(self, harvest: Harvest, ids: Mapping[int, str]) -> None:
+    def _keep_out(self, harvest: Harvest) -> None:
         """Leave out what stands where this repository has a submodule: no commit of it can hold that."""
         above = {path[:match.start()] for path in self.modules for match in re.finditer(b"/", path)}
         found: Dict[bytes, Set[Tuple[str, str]]] = {}
-        for changes in [commit["changes"] for commit in harvest.commits if self.modules]:
+        for changes in [commit.changes for commit in harvest.commits.values() if self.modules]:
             for path in [path for path in changes if path in above or self._in_module(path)]:
-                mode, mark = changes.pop(path)
-                found.setdefault(path, set()).add((mode, ids[mark] if mode else ""))
+                found.setdefault(path, set()).add(changes.pop(path))
         for mode, oid, path in self.shadow.listing(self.sent_tree) if found else ():
             if found.get(path) == {(mode, oid)}:  # a host without git may send all files
                 del found[path]
         harvest.left.update(dict.fromkeys(found, "it lies in a submodule: no commit here can hold it"))
-        left = ["%s (%s)" % (show(path.decode("utf-8", "replace"))[1:-1], why)
-                for path, why in sorted(harvest.left.items())]
+        left = [f"{show(path)[1:-1]} ({why})" for path, why in sorted(harvest.left.items())]
         self.notes += ["left out: " + path for path in left[:20]]
         self.notes += ["left out: %d more" % (len(left) - 20)] if left[20:] else []
         self.pulled["left"] = left[:20]
+
+    def _point(self, harvest: Harvest) -> None:
+        """LFS content that was sent becomes its pointer again: in its place, and where LFS manages
+        the new one."""
+        pointers = {content: pointer for _, pointer, content in self.lfs.values()}
+        found = [(commit.changes, path) for commit in harvest.commits.values() if pointers
+                 for path, (_, oid) in commit.changes.items() if oid in pointers]
+        moved = {path for _, path in found}.difference(self.lfs)
+        managed = self._lfs_paths(self.base, moved).union(self.lfs)
+        for changes, path in found:
+            if path in managed:
+                changes[path] = changes[path][0], pointers[changes[path][1]]
+
+    def _lfs_paths(self, commit: str, paths: Collection[bytes]) -> Set[bytes]:
+        """Those that LFS manages, by the .gitattributes of a commit."""
+        env = {"GIT_INDEX_FILE": os.path.join(self.shadow.path, "result.index")}
+        if paths:
+            self.shadow.fill(commit, env)
+        return set(self.shadow.lfs_paths(paths, env)) if paths else set()
 
     def _tell_lfs(self, commits: List[str]) -> None:
         """A changed or new LFS file came as its content. ``git add`` makes a pointer of it, where LFS is installed."""
         rows = self.shadow.changes(self.base, commits[-1]) if commits and self.lfs else iter(())
         pointers = {pointer for _, pointer, _ in self.lfs.values()}
         changed = [path for _, mode, oid, path in rows if mode in ("100644", "100755") and oid not in pointers]
-        new = self.shadow.lfs_paths(changed, self._grower.env) if changed else []
-        self.notes += ["%s came home as content: after the merge, `git add` makes an LFS pointer of it"
-                       % show(path.decode("utf-8", "replace"))[1:-1] for path in new[:20]]
+        managed = sorted(self._lfs_paths(commits[-1], changed)) if changed else []
+        self.notes += [f"{show(path)[1:-1]} came home as content: after the merge, `git add` makes "
+                       "an LFS pointer of it" for path in managed[:20]]
 
     def _counted(self, incoming: Incoming, harvest: Harvest) -> Callable[[], bytes]:
         def take() -> bytes:
@@ -6743,45 +6771,41 @@ class Pull:
             return incoming.take()
         return take
 
-    def _read(self, wire: Wire, incoming: Incoming, harvest: Harvest) -> Tuple[bool, bool]:
-        noted = 0
-        while True:
-            if not wire.peek():
-                reply = incoming.reply()
-                if reply.status == 22:
-                    raise gone_there(self.workspace.name, self.workspace.host.name)
-                check_reply(reply, self.workspace.host.name, "give the result of %s" % self.workspace.name)
-                raise refuse("its stream is empty")
-            line = wire.upto(b"\n")
-            words = line.split(b" ")
-            if words[0] == b"note" and noted < PULL_PATHS_MAX:
-                noted += 1
-                self.notes += ["left out: " + show(line[5:].decode("utf-8", "replace"))[1:-1]] if noted <= 20 else []
-            elif words[0] == b"large":
-                raise refuse("%s there has more than %s" % (show(line[6:].decode("utf-8", "replace")), human_size(PULL_FILE_MAX)),
-                             "Remove it there, or let .gitignore cover it, and pull again.")
-            elif words[0] == b"tar" and len(words) == 2:
-                self.pulled = {"mark": self._word(words[1])}
-                return True, bool(read_tar(wire, harvest, self.sent()))
-            elif words[0] == b"git" and len(words) == 6 and words[2] in (b"0", b"1"):
-                self.pulled = dict(zip(("head", "tree", "refs"), map(self._word, words[3:])))
-                read_export(wire, harvest)
-                return words[2] == b"1", False
-            else:
-                raise refuse("its stream begins with %s" % show(line.decode("utf-8", "replace")))
+    def _check_reply(self, incoming: Incoming) -> None:
+        reply = incoming.reply()
+        if reply.status == 22:
+            raise gone_there(self.workspace.name, self.workspace.host.name)
+        check_reply(reply, self.workspace.host.name, "give the result of %s" % self.workspace.name)
 
-    @staticmethod
-    def _word(word: bytes) -> str:
-        if not re.match(rb"[0-9a-f-]{1,64}\Z", word):
-            raise refuse("its stream has %s instead of an id" % show(word.decode("utf-8", "replace")))
-        return word.decode()
+    def _begin(self, wire: Wire, incoming: Incoming) -> Tuple[bool, bytes, bool]:
+        """What comes before the sections: whether the last commit is uncommitted work; the host's
+        name of the base, b"" without git; whether all files come."""
+        noted = 0
+        while noted < PULL_PATHS_MAX:
+            if not wire.peek():
+                self._check_reply(incoming)
+                raise refuse("its stream is empty")
+            word, _, rest = wire.upto(b"\n").partition(b" ")
+            text = show(rest)
+            if word == b"large":
+                raise refuse("%s there has more than %s" % (text, human_size(PULL_FILE_MAX)),
+                             _REMOVE_IT)
+            if word == b"git" and re.match(rb"[01] [0-9a-f]{40,64}\Z", rest):
+                return rest[:1] == b"1", rest[2:], False
+            if (word, rest) in ((b"files", b""), (b"all", b"")):
+                return True, b"", word == b"all"
+            if word != b"note":
+                break
+            noted += 1
+            self.notes += ["left out: " + text[1:-1]] if noted <= 20 else []
+        raise refuse("its stream begins with %s" % show(word))
 
     def _leaks(self, harvest: Harvest) -> None:
         self.secrets: Dict[str, List[str]] = {}
-        for commit in harvest.commits if harvest.leaks else ():
-            for path, (_, mark) in commit["changes"].items():
-                if harvest.leaks.get(mark):
-                    self.secrets[show(path.decode("utf-8", "replace"), PATH_MAX)[1:-1]] = harvest.leaks[mark]
+        for commit in harvest.commits.values() if harvest.leaks else ():
+            for path, (_, oid) in commit.changes.items():
+                if oid in harvest.leaks:
+                    self.secrets[show(path, PATH_MAX)[1:-1]] = harvest.leaks[oid]
 
     def settle(self, commits: List[str], dirty: bool, before: str, over: bool) -> str:
         """The commit that holds the result on top of ``before``, what an earlier pull made; ``over``: a push has put
@@ -6800,8 +6824,8 @@ class Pull:
             if tip == self.base:
                 return before
             self._refuse_forgotten(before)
-        person = ("cmux", "cmux@localhost", "@%d +0000" % time.time())
-        return self._grower.commit(tree, [before] if known else [before, head], "work of the workspace since the last pull\n", person, person)
+        parents = [before] if known else [before, head]
+        return self.shadow.commit(tree, "work of the workspace since the last pull\n", *parents)
 
     def _refuse_forgotten(self, before: str) -> None:
         """A push has moved the workspace to a base that never had what an earlier pull brought: a commit on top of both
@@ -6812,7 +6836,7 @@ class Pull:
                         for old, new in ((stood, before), (fork, self.base)))
         if mine - theirs:
             raise refuse("the branch has work of an earlier pull that what was pushed since lacks (%s)" % ", ".join(
-                show(path.decode("utf-8", "surrogateescape")) for path in sorted(mine - theirs)[:5]),
+                show(path) for path in sorted(mine - theirs)[:5]),
                 "Bring it to another branch: --branch NAME. Or merge the branch into what you push first.")
 
     def diff(self, *words: str) -> Iterator[bytes]:
@@ -6872,7 +6896,7 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report
                             "Choose another: --branch NAME. Or, if you want to keep it: git branch -m %s NEW" % quote(ref[11:]))
         began = time.time()
         project.update(name, asked=began)
-        commits, dirty = work.fetch()
+        commits, dirty = work.fetch(record=True)
         since = old or workspace.base
         tip = work.settle(commits, dirty, old, old in over)
         executes = work.inspect(since, tip)
@@ -6884,9 +6908,7 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report
         with project.registry.editing() as record:
             entry = record["workspaces"].get(name)
             if entry and entry["op"] == work.entry["op"]:
-                heads = [work.pulled.get("head", ""), *entry.get("pulled", {}).get("head", "").split()]
-                entry["pulled"] = dict(work.pulled, at=began, base=workspace.base,
-                                       head=" ".join(list(dict.fromkeys(heads))[:20]).strip())
+                entry["pulled"] = dict(work.pulled, at=began, base=workspace.base)
                 if tip != since:
                     entry["branches"][ref] = tip
         stat = "\n".join(map(neutralise, work.diff("--stat=100", "--stat-count=500", since, tip))) if tip != since else ""
