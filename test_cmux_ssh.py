@@ -18,7 +18,6 @@ import fcntl
 import functools
 import getpass
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -37,7 +36,6 @@ import stat
 import struct
 import subprocess
 import sys
-import tarfile
 import tempfile
 import termios
 import threading
@@ -119,6 +117,11 @@ def slurp(path: str) -> bytes:
             return file.read()
     except OSError:
         return b""
+
+
+def pointer(content: bytes) -> bytes:
+    """What git has in the place of LFS content."""
+    return b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (hashlib.sha256(content).hexdigest().encode(), len(content))
 
 
 def processes(environ: bool = True) -> List[Process]:
@@ -564,9 +567,7 @@ class Site:
         path.parent.mkdir(exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
-        path.write_text(f"#!/bin/sh\n{text}\n")
-        path.chmod(0o755)
-        return str(path)
+        return str(script(path, text))
 
     def environment(self, env: Optional[Dict[str, str]] = None) -> Dict[str, str]:
         return {**self.env, **(env or {})}
@@ -579,16 +580,16 @@ class Site:
                               stderr=subprocess.PIPE, env=self.environment(env), timeout=60)
 
     def start(self, *args: str, cwd: Optional[Path] = None, env: Optional[Dict[str, str]] = None,
-              stdin: Any = subprocess.DEVNULL) -> "subprocess.Popen[bytes]":
-        """The program, left running, in a process group of its own like a job of a shell."""
-        return subprocess.Popen([sys.executable, compiled(), *args], cwd=str(cwd or self.dir), env=self.environment(env), stdin=stdin,
+              stdin: Any = subprocess.DEVNULL, sh: str = "") -> "subprocess.Popen[bytes]":
+        """The program, left running, in a process group of its own like a job of a shell; or started by a line of sh as "$@"."""
+        return subprocess.Popen([*(["sh", "-c", sh, "sh"] if sh else []), sys.executable, compiled(), *args], cwd=str(cwd or self.dir), env=self.environment(env), stdin=stdin,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
     def cli(self, *args: str, cwd: Optional[Path] = None, env: Optional[Dict[str, str]] = None, stdin: Optional[bytes] = None,
-            seconds: float = 60) -> Answer:
+            seconds: float = 60, sh: str = "") -> Answer:
         """Run the program to its end. A traceback is a failure whatever the test expects."""
         began = time.monotonic()
-        child = self.start(*args, cwd=cwd, env=env, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE)
+        child = self.start(*args, cwd=cwd, env=env, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE, sh=sh)
         try:
             out, err = child.communicate(stdin, timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -608,7 +609,7 @@ class Site:
 
     def sockets(self) -> Path:
         """The directory of the masters' control sockets."""
-        found = [re.search(rb"(/[^\0 ]+)/\d+(?: \[mux\]|\0)", master.cmdline) for master in self.masters()]
+        found = [re.search(rb"(/[^\0 ]+)/m\.\w+(?: \[mux\]|\0)", master.cmdline) for master in self.masters()]
         return next(Path(os.fsdecode(match.group(1))) for match in found if match)
 
     def close(self) -> None:
@@ -710,6 +711,14 @@ def replaced(site: Site, **programs: str) -> Dict[str, str]:
     return {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
+RUN = '; exec "$@"'
+
+
+def mounted(text: str, options: str = "" if os.geteuid() == 0 else "-r") -> str:
+    """A line of sh that runs "$@" where only it sees what this line mounts."""
+    return f"exec {program('unshare', 'util-linux')} {options} -m sh -c {shlex.quote(text + RUN)} sh \"$@\""
+
+
 # === Rig: repositories ===
 
 ODD_FILES: Dict[bytes, bytes] = {
@@ -768,6 +777,16 @@ class Repo:
 
     def cli(self, *args: str, **options: Any) -> Answer:
         return self.site.cli(*args, cwd=self.dir, **options)
+
+    def ok(self, *args: str, **options: Any) -> Answer:
+        """A call that has to succeed."""
+        done = self.cli(*args, **options)
+        assert done.code == 0, done
+        return done
+
+    def new(self, *names: str, host: str = "box", **options: Any) -> Answer:
+        """Workspaces on a host; without names, main."""
+        return self.ok("new", "-H", host, *(names or ["main"]), **options)
 
     def exec(self, *command: str, host: str = "box", options: Sequence[str] = (), **rest: Any) -> Answer:
         return self.cli("exec", "-H", host, *options, "--", *command, **rest)
@@ -870,8 +889,7 @@ def odd(request: pytest.FixtureRequest) -> Repo:
 def shared(common: Site) -> Repo:
     """A project whose workspace exists already, for tests that only run commands in it."""
     repo = Repo(common)
-    made = repo.cli("new", "-H", "box", "main")
-    assert made.code == 0, made
+    repo.new()
     return repo
 
 
@@ -1037,7 +1055,7 @@ def test_only_the_command_line_prints_and_exits(source: Source) -> None:
 
 
 # Lowered with each step of the simplification, never raised. The goals: 330,000 bytes each, no wide line.
-LIMITS = {"bytes of cmux_ssh.py": 537_000, "lines of cmux_ssh.py over 100 columns": 1_133, "bytes of test_cmux_ssh.py": 582_000}
+LIMITS = {"bytes of cmux_ssh.py": 533_000, "lines of cmux_ssh.py over 100 columns": 802, "bytes of test_cmux_ssh.py": 558_500}
 
 
 @pytest.mark.parametrize("measure", LIMITS)
@@ -1125,8 +1143,8 @@ def test_first_lines_say_name_version_and_licence(source: Source) -> None:
 
 @pytest.mark.parametrize("command", ["", *c.COMMANDS, *("secrets " + action for action in c.COMMANDS["secrets"].actions)])
 @pytest.mark.compat
-def test_help_of_a_command_shows_an_example_and_fits(site: Site, command: str) -> None:
-    shown = site.cli(*command.split(), "-h", env={"COLUMNS": "80"})
+def test_help_of_a_command_shows_an_example_and_fits(common: Site, command: str) -> None:
+    shown = common.cli(*command.split(), "-h", env={"COLUMNS": "80"})
     assert shown.code == 0 and re.search(rf"cmux_ssh(\.py)? {command}", shown.text.split("usage:")[1].partition("\n")[2]), shown.text
     assert max(map(len, shown.text.split("\n"))) <= 80, shown.text
     bare = [option.flags for option in c.COMMANDS[command].options if not option.settings.get("help")] if command in c.COMMANDS else []
@@ -1136,19 +1154,13 @@ def test_help_of_a_command_shows_an_example_and_fits(site: Site, command: str) -
 # === exec: bytes, exit codes, stdin (promise 5) ===
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 42, 97, 98, 99, 124, 125, 126, 127, 128, 130, 141, 143, 254, 255])
-@pytest.mark.compat
-def test_exit_codes_are_the_commands_own(shared: Repo, code: int) -> None:
-    ran = shared.exec(f"exit {code}")
-    assert (ran.code, ran.out, ran.err) == (code, b"", b"")
-
-
-@pytest.mark.slow
 @pytest.mark.promise(5)
+@pytest.mark.compat
 def test_every_exit_code_from_0_to_255_is_exact(shared: Repo) -> None:
     """Those that mean something here through a process each, all through one."""
-    for code in (0, 1, 2, 3, 77, 96, *range(123, 132), 137, 143, 254, 255):
-        assert shared.exec("sh", "-c", f"exit {code}").code == code
+    for code in (0, 1, 2, 3, 42, 77, *range(96, 100), *range(123, 132), 137, 141, 143, 254, 255):
+        ran = shared.exec("sh", "-c", f"exit {code}") if code % 2 else shared.exec(f"exit {code}")
+        assert (ran.code, ran.out, ran.err) == (code, b"", b"")
     lines = [json.dumps({"id": n, "tool": "exec", "arguments": {"command": f"exit {n}"}}) for n in range(256)]
     answers = map(json.loads, shared.cli("batch", stdin="\n".join(lines).encode()).out.splitlines())
     assert {a["id"]: a["result"]["exit_code"] for a in answers} == {n: n for n in range(256)}
@@ -1169,7 +1181,7 @@ def test_json_tells_a_commands_own_255_from_a_dead_line(shared: Repo) -> None:
     assert own.code == 255 and own.json["exit_code"] == 255 and not own.json.get("error")
     shared.site.host("nobody-there", "ProxyCommand false")
     dead = shared.exec("exit 255", host="nobody-there", options=["--json", "-w", "elsewhere"])
-    assert dead.code == 255 and dead.json["error"]["message"], dead
+    assert dead.code == 255 and dead.json["error"]["message"] and dead.json["error"]["type"] and dead.json["stopped"] is None, dead
 
 
 @pytest.mark.compat
@@ -1189,16 +1201,10 @@ def test_json_carries_bytes_that_are_not_text_as_base64_and_is_ascii(shared: Rep
     assert esc.json["stdout"] == "\x1b]52;c;x\x07 \u009b \u202e ü\r" and not set(esc.out) - set(b"\n" + bytes(range(32, 127)))
 
 
-def test_a_megabyte_of_random_bytes_goes_through_cat_unchanged(shared: Repo) -> None:
-    data = os.urandom(1 << 20)
-    ran = shared.exec("cat", stdin=data)
-    assert (ran.code, ran.err) == (0, b"") and ran.out == data
-
-
-@pytest.mark.parametrize("data", [b"\0", b"\xff\xfe\x80", b"no newline", b"\n", b"\r\n\r", b"\n~.\n~C\n", b"\x04\x03\x1a", BINARY, b""])
-def test_odd_bytes_go_through_unchanged_both_ways(shared: Repo, data: bytes) -> None:
-    ran = shared.exec("cat; cat >&2 </dev/null", stdin=data)
-    assert (ran.code, ran.out, ran.err) == (0, data, b"")
+def test_odd_bytes_go_through_unchanged_both_ways(shared: Repo) -> None:
+    for data in (b"\0", b"\xff\xfe\x80", b"no newline", b"\n", b"\r\n\r", b"\n~.\n~C\n", b"\x04\x03\x1a", BINARY, b"", os.urandom(1 << 20)):
+        ran = shared.exec("cat; cat >&2 </dev/null", stdin=data)
+        assert (ran.code, ran.err) == (0, b"") and ran.out == data, data[:99]
 
 
 def test_stdout_and_stderr_are_separate_exact_and_free_of_our_words(repo: Repo) -> None:
@@ -1243,8 +1249,8 @@ def test_a_background_child_does_not_hold_the_call(shared: Repo) -> None:
 def test_a_command_not_found_is_127_and_a_missing_cwd_is_said(shared: Repo) -> None:
     assert shared.exec("no-such-command-here").code == 127
     assert shared.exec("no-such-command-here", "x").code == 127
-    lost = shared.exec("pwd", options=["--cwd", "no/such/dir"])
-    assert lost.code == 125 and lost.out == b"" and "no/such/dir" in lost.said
+    refused(shared.exec("pwd", options=["--cwd", "no/such/dir"]), 125, words="no/such/dir")
+    assert shared.exec("pwd", options=["--json", "--cwd", "nosuch"]).json["host"] == "box"
 
 
 def test_cwd_and_env_reach_the_command(repo: Repo) -> None:
@@ -1280,22 +1286,21 @@ def test_login_reads_the_profile_first(shared: Repo) -> None:
 
 def test_the_workspace_defaults_to_the_branch_and_the_host_to_its_own(repo: Repo, site: Site) -> None:
     repo.git("checkout", "-q", "-b", "feature/über x".replace(" ", "-"))
-    box = ("HostName 127.0.0.1", f"Port {repo.site.port}")
+    box = ("HostName 127.0.0.1", f"Port {site.port}")
     assert repo.exec("pwd").code == 0
     (name,) = repo.workspaces()
     assert name.startswith("feature") and "/" not in name
     assert repo.cli("exec", "--", "echo again").out == b"again\n"
     repo.git("checkout", "-q", "main")
-    assert repo.cli("exec", "--", "echo env", env={"CMUX_SSH_HOST": repo.site.host("second", *box)}).out == b"env\n"
-    repo.git("config", "cmux.host", repo.site.host("third", *box))
+    assert repo.cli("exec", "--", "echo env", env={"CMUX_SSH_HOST": site.host("second", *box)}).out == b"env\n"
+    repo.git("config", "cmux.host", site.host("third", *box))
     assert repo.cli("exec", "-w", "third", "--", "echo config").out == b"config\n"
     assert {row["host"] for row in repo.workspaces().values()} == {"box", "second", "third"}
 
 
 @pytest.mark.promise(4)
 def test_exec_without_any_host_says_how_to_name_one(repo: Repo) -> None:
-    ran = repo.cli("exec", "--", "true")
-    assert ran.code == 125 and "-H" in ran.said, ran
+    refused(repo.cli("exec", "--", "true"), 125, words="-H")
 
 
 # === exec: a stop is a stop (promise 6) ===
@@ -1310,8 +1315,6 @@ def gone(needle: str) -> None:
     until(lambda: not running(needle), f"no {needle} is left", 15)
 
 
-@pytest.mark.promise(6)
-@pytest.mark.compat
 @pytest.mark.promise(6)
 @pytest.mark.compat
 def test_a_timeout_keeps_early_output_exits_124_and_leaves_no_process(shared: Repo) -> None:
@@ -1372,14 +1375,14 @@ def test_colours_and_progress_of_a_command_pass_to_a_terminal_and_nothing_else_d
         repo.commit()
         words = ["new", "-H", "box"]
     elif face == "several":
-        assert repo.cli("new", "-H", "box", "a", "b").code == 0
+        repo.new("a", "b")
         words = ["exec", "--all", "-j", "1", "--", COLOURFUL]
     elif face == "exec":
         words = ["exec", "-H", "box", "--", COLOURFUL]
     else:
         words.append(repo.exec(COLOURFUL, options=["--detach"]).text.strip())
-        assert repo.cli("wait", words[-1]).code == 0
-    terminal = on_terminal(repo.site, *words, cwd=repo.dir)
+        repo.ok("wait", words[-1])
+    terminal = on_terminal(site, *words, cwd=repo.dir)
     assert terminal.wait() == 0
     label, on = ("a | ", "\x1b[1;32m") if face == "several" else ("", "\x1b[1;32m")
     seen = re.sub(r"\x1b\[m\x1b\[1;32m", "", terminal.output.decode())  # off between two pieces, and on again
@@ -1393,7 +1396,7 @@ def test_a_dead_master_is_a_lost_line_ends_the_command_and_the_next_call_works(r
     assert repo.exec("true").code == 0
     child = repo.start("exec", "-H", "box", "--json", "--", f"echo early; sleep {nap}")
     until(lambda: running(f"sleep {nap}"), "it sleeps")
-    for master in until(repo.site.masters, "there is a master"):
+    for master in until(site.masters, "there is a master"):
         kill(master.pid)
     out, err = child.communicate(timeout=30)
     assert child.returncode == 255 and b"Traceback" not in err
@@ -1404,7 +1407,7 @@ def test_a_dead_master_is_a_lost_line_ends_the_command_and_the_next_call_works(r
 
 
 def test_a_line_cut_in_mid_command_is_a_lost_line(repo: Repo, site: Site) -> None:
-    line, nap = repo.site.line("far"), unique()
+    line, nap = site.line("far"), unique()
     assert repo.exec("true", host="far").code == 0
     child = repo.start("exec", "-H", "far", "--", f"echo early; sleep {nap}")
     assert child.stdout and child.stdout.readline() == b"early\n"
@@ -1446,7 +1449,8 @@ def test_a_command_that_was_sent_may_have_begun_and_runs_no_second_time(site: Si
     gate, waits = gated(site, "slow")
     line, repo, log = site.line("far", to="slow"), Repo(site), site.dir / "ran"
     env = {"CMUX_SSH_COMMAND": ssh_without_masters(site)} if how == "one connection each" else {}
-    assert repo.cli("new", "-H", "far", "main", env=env).code == 0 and repo.exec("true", host="far", env=env).code == 0
+    repo.new(env=env, host="far")
+    assert repo.exec("true", host="far", env=env).code == 0
     gate.touch()
     child = repo.start("exec", "--json", *(["--detach"] if how == "job" else ["-n"]), "-w", "main", "--", f"echo run >>{log}; : {'x' * 50000}", env=env)
     sent_whole(line, 50000)
@@ -1465,7 +1469,7 @@ def test_a_command_that_was_sent_may_have_begun_and_runs_no_second_time(site: Si
 def test_a_shell_that_is_slow_to_start_may_still_run_what_was_sent(site: Site, tuned: Callable[..., None]) -> None:
     gate, waits = gated(site, "slow")
     repo = Repo(site)
-    assert repo.cli("new", "-H", "slow", "main").code == 0
+    repo.new(host="slow")
     tuned(START_PATIENCE=1)
     gate.touch()
     ran = repo.cli("exec", "--json", "-n", "-w", "main", "--", "true")
@@ -1480,8 +1484,8 @@ def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo: Repo, 
     """It watches over a command whose own stdin streams, on the connection that had room."""
     nap, mine, held = unique(), unique(), []  # type: str, str, List[subprocess.Popen[bytes]]
     assert repo.exec("true").code == 0
-    first = {master.pid for master in repo.site.masters()}
-    while len(repo.site.masters()) == 1:
+    first = {master.pid for master in site.masters()}
+    while len(site.masters()) == 1:
         held.append(repo.start("exec", "-n", "--", f"sleep {nap}"))
         until(lambda: len(running(f"sleep {nap}")) == len(held), "one place more is taken")
     for child in (held.pop(), held.pop()):  # the one that had to have a second connection, and one of the first
@@ -1490,7 +1494,7 @@ def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo: Repo, 
     child = repo.start("exec", "--json", "--", f"sleep {mine}; echo done", stdin=subprocess.PIPE)
     until(lambda: running(f"sleep {mine}"), "it runs")
     time.sleep(0.5)  # the guard is told the pid right after
-    for master in repo.site.masters():
+    for master in site.masters():
         kill(master.pid) if master.pid not in first else None
     out, err = child.communicate(timeout=PATIENCE)
     assert child.returncode == 255 and json.loads(out)["error"]["type"] == "ConnectionLost", (out, err)
@@ -1519,7 +1523,9 @@ print(ran.exit_code, ran.stdout, ran.stderr, warm().exec(["cat"], stdin=b"stream
       warm().exec(["env", *group.split()]).exit_code)
 print(warm().exec(["sh", "-c", "env sleep %s & env sleep %s" % (naps[1], naps[1])], timeout=1).stopped)
 warm()                                  # given up without a header
-""", str(site.dir / "log-nogit"), "kill 0" if setsid else "true", *naps) == "7 b'a\\nb true\\n' b'oops\\n' b'streamed' 127 5 True False b'in' %d\nconfirmed\n" % (143 if setsid else 0), host
+if group != "true":                     # ksh dies of what its subshell died of; without setsid SIGINT is ignored
+    print(workspace.wait(workspace.start(["sh", "-c", "kill -INT $$"]))["exit_code"])
+""", str(site.dir / "log-nogit"), "kill 0" if setsid else "true", *naps) == "7 b'a\\nb true\\n' b'oops\\n' b'streamed' 127 5 True False b'in' %d\nconfirmed\n" % (143 if setsid else 0) + "130\n" * setsid, host
     left = running(f"sleep {naps[0]}")
     assert len(left) == 1 and not running(f"sleep {naps[1]}"), "what a command leaves behind lives on, as with ssh"
     kill(left[0].pid)
@@ -1544,28 +1550,26 @@ def test_where_neither_the_wrapper_nor_proc_is_there_no_end_is_confirmed(tmp_pat
 
 def test_a_stopped_master_does_not_hang_a_new_call(repo: Repo, site: Site) -> None:
     assert repo.exec("true").code == 0
-    (master,) = until(repo.site.masters, "there is a master")
+    (master,) = until(site.masters, "there is a master")
     kill(master.pid, signal.SIGSTOP)
     first = repo.exec("echo alive", seconds=100)
-    kill(next(added.pid for added in repo.site.masters() if added.pid != master.pid), signal.SIGTERM)
+    kill(next(added.pid for added in site.masters() if added.pid != master.pid), signal.SIGTERM)
     again = repo.exec("echo alive", seconds=100)
     assert (first.code, first.out, again.code, again.out) == (0, b"alive\n", 0, b"alive\n"), (first, again)
     assert again.seconds < first.seconds - 2.5, "the next process need not find out again"
 
 
-def test_a_master_that_hung_is_asked_again_after_a_while(repo: Repo, site: Site) -> None:
-    """What is remembered of it is as old as a file; half a minute passes when the files grow old."""
+def test_what_runs_over_a_master_that_hung_goes_on_when_it_wakes(repo: Repo, site: Site) -> None:
+    """Others go over a new one meanwhile, and afterwards."""
     assert repo.exec("true").code == 0
-    (master,) = repo.site.masters()
+    child = repo.start("exec", "-n", "--", "touch begun; until [ -e go ]; do sleep 0.05; done; echo on; exit 4")
+    until(lambda: (repo.path() / "begun").exists(), "it runs")
+    (master,) = site.masters()
     kill(master.pid, signal.SIGSTOP)
     assert repo.exec("true", seconds=100).code == 0
     kill(master.pid, signal.SIGCONT)
-    kill(next(added.pid for added in repo.site.masters() if added.pid != master.pid), signal.SIGTERM)
-    until(lambda: len(repo.site.masters()) == 1, "it is alone again")
-    for age, masters in ((31, 1), (-60, 1), (0, 2)):  # over; of a clock that was set back; now
-        for file in repo.site.sockets().iterdir():
-            os.utime(str(file), (time.time() - age,) * 2) if file.is_file() else None
-        assert repo.exec("true").code == 0 and len(repo.site.masters()) == masters, age
+    assert repo.exec("touch go").code == 0 and len(site.masters()) == 2
+    assert child.communicate(timeout=PATIENCE)[0] == b"on\n" and child.returncode == 4
 
 
 @pytest.mark.parametrize("stdin", [None, pytest.param(b"in", marks=pytest.mark.slow)])
@@ -1579,7 +1583,7 @@ def test_a_command_whose_master_hangs_is_stopped_over_another_one_and_soon(repo:
         child.stdin.close()
         child.stdin = None
     until(lambda: running(f"sleep {nap}"), "it sleeps")
-    for master in repo.site.masters():
+    for master in site.masters():
         kill(master.pid, signal.SIGSTOP)
     out, err = child.communicate(timeout=60)
     told = json.loads(out)
@@ -1604,11 +1608,11 @@ def test_a_timeout_comes_also_while_output_never_pauses(shared: Repo) -> None:
 def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo: Repo, where: str, how: str, site: Site) -> None:
     """Nobody reads, and the output is full: the command is ended all the same, and that is said."""
     nap, several = unique(), where == "several"
-    assert repo.cli("new", "-H", "box", "main", *(["b"] if several else [])).code == 0
+    repo.new("main", *(["b"] if several else []))
     reader, writer = pty.openpty() if where == "terminal" else os.pipe()
     child = subprocess.Popen(
         [sys.executable, str(PROGRAM), "exec", *(["--all"] if several else []), *(["--timeout", "3"] if how == "timeout" else []), "--",
-         f"sleep {nap} & yes"], cwd=str(repo.dir), env=repo.site.environment(), stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE)
+         f"sleep {nap} & yes"], cwd=str(repo.dir), env=site.environment(), stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     try:
         until(lambda: running(f"sleep {nap}"), "it runs")
@@ -1638,7 +1642,7 @@ def test_a_process_that_hides_is_ended_and_its_end_is_not_confirmed_blindly(site
         path.chmod(0o755)
     os.chown(str(site.far_home(host)), 65534, 65534)
     hide = f"import ctypes, time; ctypes.CDLL(None).prctl(4, 0); open('up', 'a'); time.sleep({napping})"
-    assert repo.cli("new", "-H", host, "main").code == 0
+    repo.new(host=host)
     for line in (["python3", "-c", hide], [f'python3 -c "{hide}" & wait'], ["--detach"]):
         if line == ["--detach"]:
             job = repo.cli("exec", "-w", "main", "--detach", "--", "python3", "-c", hide).text.strip()
@@ -1699,8 +1703,7 @@ class Hostile:
     def __init__(self, site: Site, *more: str) -> None:
         self.site, self.ports, self.marker, self.xauth = site, [free_port() for _ in range(3)], site.dir / "local-command-ran", site.dir / "xauth-ran"
         xauth = site.dir / "xauth"
-        xauth.write_text(f"#!/bin/sh\ntouch {self.xauth}\n")
-        xauth.chmod(0o755)
+        script(xauth, f"touch {self.xauth}")
         local, remote, socks = self.ports
         site.daemon("hostile", "AcceptEnv *", "X11Forwarding yes", "GatewayPorts yes", "AllowTcpForwarding yes", "PermitTunnel yes",
                     f"XAuthLocation {xauth}", config=[
@@ -1732,7 +1735,7 @@ def test_a_config_that_lets_everything_leave_lets_nothing_leave(site: Site) -> N
         with contextlib.suppress(FileNotFoundError):
             hostile.xauth.unlink()
         subprocess.run([program("ssh-add"), "-q", "-d", str(site.keys.user)], env=site.environment(env), check=True, stderr=subprocess.DEVNULL)
-        assert repo.cli("new", "-H", "hostile", "main", env={**env, **LEAKS}).code == 0
+        repo.new(env={**env, **LEAKS}, host="hostile")
         child = repo.start("exec", "-H", "hostile", "--", LOOK, env={**env, **LEAKS})
         up = repo.path() / "up"
         until(up.exists, "the command runs")
@@ -1759,7 +1762,7 @@ def test_one_hostile_directive_alone_changes_nothing(site: Site, directive: str)
 
 @pytest.mark.promise(1)
 def test_the_users_own_master_is_neither_used_nor_touched(repo: Repo, site: Site) -> None:
-    site, sock = repo.site, str(repo.site.dir / "user-cm")
+    sock = str(site.dir / "user-cm")
     site.host("mine", "HostName 127.0.0.1", f"Port {site.port}", f"ControlPath {sock}", "ControlMaster auto", "ControlPersist 60")
     theirs = site.ssh("mine", "echo $SSH_CONNECTION", "-n").stdout
     assert os.path.exists(sock) and site.ssh("mine", "echo $SSH_CONNECTION").stdout == theirs
@@ -1779,8 +1782,7 @@ def test_what_the_config_says_only_now_or_only_for_a_command_does_not_leave_eith
     that looks for a word behind the host plays them."""
     new = int(re.findall(rb"OpenSSH_(\d+)", subprocess.run([program("ssh"), "-V"], stderr=subprocess.PIPE).stderr)[0]) >= 10
     repo, flag, seen, login = Repo(site, files={"big": os.urandom(400_000)}), site.dir / "flag", site.dir / "seen", site.dir / "login"
-    login.write_text(f'#!/bin/sh\nenv >>{seen}\nexec sh -c "$SSH_ORIGINAL_COMMAND"\n')
-    login.chmod(0o755)
+    script(login, f'env >>{seen}\nexec sh -c "$SSH_ORIGINAL_COMMAND"')
     site.daemon("far", "AcceptEnv *", f"ForceCommand {login}")
     match = 'command "exec*" sessiontype exec' if new and when != "later" else f'exec "test -e {flag} -o x$CARRIES = xyes"'
     site.entries.insert(0, f'Match originalhost far {match}\n  SendEnv LEAK*\n  StrictHostKeyChecking no\n')
@@ -1796,7 +1798,8 @@ print(main.exec("echo work >README").exit_code)
 open(sys.argv[1], "w").close()
 print(cmux_ssh.pull(main).branch, project.create("other", "far").name)
 """, str(flag if when == "later" else "/dev/null")) == "0\ncmux/main other\n"
-    assert repo.cli("doctor", "far").code == 0 and repo.cli("diff", "-w", "main").code == 0
+    repo.ok("doctor", "far")
+    repo.ok("diff", "-w", "main")
     terminal = on_terminal(site, "shell", "-w", "main", cwd=repo.dir)
     terminal.expect(b"[#$] ")
     terminal.send(b"exit 7\r")
@@ -1810,7 +1813,6 @@ print(cmux_ssh.pull(main).branch, project.create("other", "far").name)
 
 def test_known_hosts_is_not_written_by_the_host(repo: Repo, site: Site) -> None:
     """UpdateHostKeys lets a server write into it."""
-    site = repo.site
     site.daemon("two-keys", f"HostKey {site.keys.other_host}", config=["UpdateHostKeys yes"])
     before = site.known_hosts.read_bytes()
     assert repo.exec("true", host="two-keys").code == 0 and site.known_hosts.read_bytes() == before
@@ -1822,9 +1824,8 @@ def test_proxyjump_proxycommand_and_a_coder_entry_reach_the_host(site: Site) -> 
     site.daemon("inner", config=["ProxyJump box"])
     site.inetd("piped", config=["SendEnv *"])
     coder = site.dir / "coder prog"
-    coder.write_text(f"#!/bin/sh\n[ \"$*\" = 'ssh --stdio --ssh-host-prefix coder. coder.dev' ] || exit 3\n"
-                     f"exec {program('sshd')} -i -f {site.sshd_config('coder')} -E {site.dir}/log-coder\n")
-    coder.chmod(0o755)
+    script(coder, f"[ \"$*\" = 'ssh --stdio --ssh-host-prefix coder. coder.dev' ] || exit 3\n"
+                     f"exec {program('sshd')} -i -f {site.sshd_config('coder')} -E {site.dir}/log-coder")
     site.host("coder.*", "ConnectTimeout=0", "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel ERROR",
               f'ProxyCommand "{coder}" ssh --stdio --ssh-host-prefix coder. %h')
     for name, host in (("a", "inner"), ("b", "piped"), ("c", "coder.dev")):
@@ -1834,11 +1835,9 @@ def test_proxyjump_proxycommand_and_a_coder_entry_reach_the_host(site: Site) -> 
 
 
 def test_proxycommand_keeps_its_environment_though_sendenv_would_send_it(repo: Repo, site: Site) -> None:
-    site = repo.site
     inner = site.sshd_config("needy", "AcceptEnv *")
     proxy = site.dir / "proxy"
-    proxy.write_text(f'#!/bin/sh\n[ "$PROXY_PROFILE" = work ] || exit 3\nexec {program("sshd")} -i -f {inner} -E {site.dir}/log-needy\n')
-    proxy.chmod(0o755)
+    script(proxy, f'[ "$PROXY_PROFILE" = work ] || exit 3\nexec {program("sshd")} -i -f {inner} -E {site.dir}/log-needy')
     site.host("needy", f"ProxyCommand {proxy}", "SendEnv LC_* FOO_?")
     ran = repo.exec("env", host="needy", env={"PROXY_PROFILE": "work", "LC_ALL": "C.UTF-8", "FOO_1": "leak"})
     assert ran.code == 0 and b"leak" not in ran.out and b"LC_ALL" not in ran.out and b"PROXY_PROFILE" not in ran.out, ran
@@ -1849,7 +1848,7 @@ def test_a_changed_host_key_is_refused_even_where_checking_is_off(site: Site) ->
     repo = Repo(site)
     site.inetd("mitm", host_key=site.keys.other_host, config=["StrictHostKeyChecking no", "LogLevel QUIET"])
     before = site.known_hosts.read_bytes()
-    assert repo.cli("secrets", "set", "TOKEN", stdin=b"s3cr3t-for-mitm").code == 0
+    repo.ok("secrets", "set", "TOKEN", stdin=b"s3cr3t-for-mitm")
     ran = repo.exec("cat", host="mitm", stdin=b"hello")
     assert ran.code == 255 and ran.out == b"" and "key" in ran.said.lower() and "changed" in ran.said.lower(), ran
     assert "Accepted publickey" not in site.log("mitm") and site.known_hosts.read_bytes() == before
@@ -1874,7 +1873,7 @@ def test_what_a_server_says_as_it_disconnects_is_not_taken_for_sshs_own_word(rep
         door.bind(("127.0.0.1", 0))
         door.listen(9)
         threading.Thread(target=serve, args=(door,), daemon=True).start()
-        ran = repo.exec("true", host=repo.site.host("rude", "HostName 127.0.0.1", f"Port {door.getsockname()[1]}"))
+        ran = repo.exec("true", host=site.host("rude", "HostName 127.0.0.1", f"Port {door.getsockname()[1]}"))
     assert ran.code == 255 and "ended the connection" in ran.said and "keygen" not in ran.said and "does not resolve" not in ran.said, ran
 
 
@@ -1890,8 +1889,7 @@ def test_an_unknown_host_key_is_refused_with_what_to_do_and_nothing_is_recorded(
 def test_a_server_that_wants_a_password_gets_no_prompt_anywhere(site: Site) -> None:
     asked = site.dir / "asked"
     askpass = site.dir / "askpass"
-    askpass.write_text(f"#!/bin/sh\ntouch {asked}\necho password\n")
-    askpass.chmod(0o755)
+    script(askpass, f"touch {asked}\necho password")
     site.inetd("password", "PasswordAuthentication yes", "KbdInteractiveAuthentication yes", "PubkeyAuthentication no", config=["BatchMode no"])
     ran = Repo(site).exec("true", host="password", env={"SSH_ASKPASS": str(askpass), "SSH_ASKPASS_REQUIRE": "force", "DISPLAY": ":99"})
     assert ran.code == 255 and ran.said.strip() and not asked.exists(), ran
@@ -1904,33 +1902,9 @@ def test_a_forged_ssh_error_of_the_remote_command_is_the_commands_own(shared: Re
     assert ran.json["stderr"] == "Host key verification failed.\n"
 
 
-def test_git_variables_of_the_caller_are_ignored(repo: Repo, site: Site) -> None:
-    trap = repo.site.dir / "trap"
-    env = {"GIT_DIR": "/nonexistent", "GIT_INDEX_FILE": "/nonexistent/index", "GIT_WORK_TREE": "/", "GIT_OBJECT_DIRECTORY": "/nonexistent",
-           "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.fsmonitor", "GIT_CONFIG_VALUE_0": f"touch {trap}"}
-    ran = repo.exec("cat README", env=env)
-    assert (ran.code, ran.out, ran.err) == (0, b"hello\n", b"") and not trap.exists()
-
-
-@pytest.mark.promise(4)
-def test_a_hostile_repository_config_runs_nothing_here(repo: Repo, site: Site) -> None:
-    trap = repo.site.dir / "trap"
-    for key in ("core.fsmonitor", "tar.tar.command", "tar.tgz.command", "gpg.program", "core.sshCommand", "core.pager", "diff.external",
-                "filter.evil.clean", "filter.evil.smudge", "filter.evil.process", "core.editor", "credential.helper", "uploadpack.packObjectsHook"):
-        repo.git("config", key, f"touch {trap}; false")
-    hooks = repo.dir / ".git" / "hooks"
-    hooks.mkdir(exist_ok=True)
-    for hook in ("post-checkout", "reference-transaction", "post-index-change", "pre-auto-gc", "post-commit"):
-        (hooks / hook).write_text(f"#!/bin/sh\ntouch {trap}\n")
-        (hooks / hook).chmod(0o755)
-    (repo.dir / ".git" / "info" / "attributes").write_text("* filter=evil\n")
-    ran = repo.exec("cat README")
-    assert (ran.code, ran.out) == (0, b"hello\n") and not trap.exists()
-
-
 @pytest.mark.promise(4)
 def test_a_promisor_repository_fetches_nothing(repo: Repo, site: Site) -> None:
-    trap, blob = repo.site.dir / "trap", repo.git("rev-parse", "HEAD:README")
+    trap, blob = site.dir / "trap", repo.git("rev-parse", "HEAD:README")
     for key, value in (("core.repositoryformatversion", "1"), ("extensions.partialClone", "origin"), ("remote.origin.promisor", "true"),
                        ("remote.origin.url", f"ext::sh -c touch% {trap}"), ("protocol.ext.allow", "always"),
                        ("core.sshCommand", f"touch {trap}"), ("remote.origin.uploadpack", f"touch {trap};")):
@@ -1943,14 +1917,14 @@ def test_a_promisor_repository_fetches_nothing(repo: Repo, site: Site) -> None:
 def test_a_git_directory_among_the_files_of_another_repository_is_refused(repo: Repo, site: Site) -> None:
     """It came with a clone, and its config names a host and a work tree."""
     inner = repo.dir / "vendor"
-    subprocess.run(["git", "clone", "-q", "--bare", str(repo.dir), str(inner)], env=repo.site.environment(), check=True)
-    (inner / "config").write_text(f"[core]\n repositoryformatversion = 0\n bare = false\n worktree = {repo.site.home}\n[cmux]\n host = box\n")
+    subprocess.run(["git", "clone", "-q", "--bare", str(repo.dir), str(inner)], env=site.environment(), check=True)
+    (inner / "config").write_text(f"[core]\n repositoryformatversion = 0\n bare = false\n worktree = {site.home}\n[cmux]\n host = box\n")
     for words in (["new", "w"], ["new", "--dirty", "w"], ["exec", "-n", "--", "true"], ["list"]):
-        refused(repo.site.cli(*words, cwd=inner), 125 if words[0] == "exec" else 1, words="inside another repository")
-    apart = repo.site.dir / "apart.git"
+        refused(site.cli(*words, cwd=inner), 125 if words[0] == "exec" else 1, words="inside another repository")
+    apart = site.dir / "apart.git"
     inner.rename(apart)
     (apart / "config").write_text("[core]\n repositoryformatversion = 0\n bare = true\n")
-    assert repo.site.cli("list", cwd=apart).code == 0  # a bare repository by itself is one
+    assert site.cli("list", cwd=apart).code == 0  # a bare repository by itself is one
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -1961,18 +1935,16 @@ def test_attributes_that_cannot_be_read_or_are_very_large_are_no_traceback(site:
         (repo.dir / ".git/objects" / blob[:2] / blob[2:]).unlink()
         refused(repo.cli("new", "-H", "box", "w"), 1, words="partial clone")
         return
-    assert repo.cli("new", "-H", "box", "w").code == 0
+    repo.new("w")
     assert tree_of(repo.path("w")) == repo.tree()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a repository of somebody else's")
 def test_a_repository_of_somebody_else_is_refused(repo: Repo) -> None:
     subprocess.run(["chown", "-R", "65534:65534", str(repo.dir)], check=True)
-    made = repo.cli("new", "-H", "box", "a")
-    assert made.code == 1 and "another user" in made.said, made
+    refused(repo.cli("new", "-H", "box", "a"), 1, words="another user")
 
 
-@pytest.mark.promise(1)
 @pytest.mark.promise(1)
 def test_only_the_tree_leaves_no_history_no_config_no_untracked_file(repo: Repo, site: Site) -> None:
     secrets = {"token": b"tok-in-git-config-1", "dotenv": b"untracked-dotenv-2", "stash": b"only-in-the-stash-3", "branch": b"other-branch-blob-4",
@@ -1992,7 +1964,7 @@ def test_only_the_tree_leaves_no_history_no_config_no_untracked_file(repo: Repo,
     head = repo.commit()
     repo.write(".env", secrets["dotenv"])
     assert repo.exec("git log --all --format='%an %ae %H %s'").code == 0
-    far = repo.site.far_home()
+    far = site.far_home()
     assert files_holding(far, b"hello\n"), "looking finds what is there"
     for needle in [*secrets.values(), b"hunter2-8", b"ada@laptop.example", b"Ada Test", head.encode(), os.fsencode(repo.dir)]:
         assert not files_holding(far, needle), needle
@@ -2000,9 +1972,8 @@ def test_only_the_tree_leaves_no_history_no_config_no_untracked_file(repo: Repo,
 
 def test_every_ssh_gets_its_host_behind_a_double_dash(repo: Repo, site: Site) -> None:
     """And none of the options that undo the user's own."""
-    log, shim = repo.site.dir / "argv", repo.site.dir / "ssh-shim"
-    shim.write_text(f'#!/bin/sh\nfor a in "$@"; do printf "%s\\n" "$a"; done >>{log}\necho ---- >>{log}\nexec {program("ssh")} -F {repo.site.config} "$@"\n')
-    shim.chmod(0o755)
+    log, shim = site.dir / "argv", site.dir / "ssh-shim"
+    script(shim, f'for a in "$@"; do printf "%s\\n" "$a"; done >>{log}\necho ---- >>{log}\nexec {program("ssh")} -F {site.config} "$@"')
     assert repo.exec("true", env={"CMUX_SSH_COMMAND": str(shim)}).code == 0
     runs = [run.split("\n") for run in log.read_text().split("----\n") if run]
     assert runs
@@ -2022,7 +1993,7 @@ HARD = ["a b", "", "it's", "$HOME", "!x", "x\ny", "-n", "--", "\\", "\\\\n", "`i
 @pytest.mark.parametrize("shell", SHELLS)
 def test_arguments_output_codes_stdin_and_secrets_are_exact_under_every_login_shell(site: Site, shell: str) -> None:
     repo, host = Repo(site, odd=True), site.login(shell)
-    assert repo.cli("secrets", "set", "TOKEN", stdin="it's\n$(x) \"ü\" \\n !".encode()).code == 0
+    repo.ok("secrets", "set", "TOKEN", stdin="it's\n$(x) \"ü\" \\n !".encode())
     first = repo.exec("printf", "<%s>", *HARD, host=host)
     assert (first.code, first.out, first.err) == (0, "".join(f"<{word}>" for word in HARD).encode(), b"")
     line = repo.exec('printf "<%s>" "it\'s" \'$HOME\' !x; echo " $((1 + 2))" >&2; exit 7', host=host)
@@ -2046,9 +2017,9 @@ def test_a_shell_that_is_not_ours_runs_nothing_of_a_header_and_reads_no_secret(s
     else:
         host = site.daemon("foreign", f"ForceCommand {login}")
     repo = Repo(site)
-    assert repo.cli("new", "-H", host, "main").code == 0
+    repo.new(host=host)
     for number, value in enumerate((f"touch {touched}", f"sleep {nap}")):
-        assert repo.cli("secrets", "set", f"S{number}", stdin=value.encode()).code == 0
+        repo.ok("secrets", "set", f"S{number}", stdin=value.encode())
     flag.touch()
     for words in (["-n"], ["--env", f"V=touch {touched}"], ["--detach"])[:1 if foreign in ("cat", "fish") else 3]:
         ran = repo.exec("true", host=host, options=words, stdin=None if "-n" in words or "--detach" in words else b"touch %s" % os.fsencode(touched))
@@ -2063,11 +2034,11 @@ def test_a_shell_that_is_not_ours_runs_nothing_of_a_header_and_reads_no_secret(s
 @pytest.mark.promise(2)
 def test_a_secret_arrives_byte_for_byte_and_lies_nowhere_on_the_host(repo: Repo, site: Site) -> None:
     value = "it's \"q\"\n$(touch x) `id` \\n\\\\ \t\r\n  spaces  \n#!*ü🐙\u202e-Zx9Yw8".encode()
-    assert repo.cli("secrets", "set", "TOKEN", stdin=value).code == 0
+    repo.ok("secrets", "set", "TOKEN", stdin=value)
     ran = repo.exec('printf %s "$TOKEN"')
     assert (ran.code, ran.out, ran.err) == (0, value, b"")
     assert repo.exec("sh", "-c", "sleep 0.1; printf %s \"$TOKEN\"").out == value
-    assert not files_holding(repo.site.far_home(), b"Zx9Yw8") and "Zx9Yw8" not in repo.site.log()
+    assert not files_holding(site.far_home(), b"Zx9Yw8") and "Zx9Yw8" not in site.log()
 
 
 @pytest.mark.promise(2)
@@ -2075,8 +2046,8 @@ def test_odd_secret_values_arrive_exactly(repo: Repo, site: Site) -> None:
     odd = [b"", b"x", b"trailing\n\n", b" lead and trail ", b"\\", b"-n", b"-e \\c", b"%s%n", b"*", b"a" * 100_000, "é\u2028".encode()]
     values = {f"V{n}": value for n, value in enumerate(odd)}
     for name, value in values.items():
-        words = ["import", str(dotenv(repo.site, {name: value}))] if value.endswith(b"\n") else ["set", name]
-        assert repo.cli("secrets", *words, stdin=value).code == 0, value
+        words = ["import", str(dotenv(site, {name: value}))] if value.endswith(b"\n") else ["set", name]
+        repo.ok("secrets", *words, stdin=value)
     ran = repo.exec("; ".join(f'printf "%s." "${name}"' for name in values))
     assert (ran.code, ran.out) == (0, b"".join(value + b"." for value in odd))
 
@@ -2094,20 +2065,20 @@ def test_while_50_commands_run_the_secret_stands_in_no_process_table(repo: Repo,
     value = b"Sentinel-" + os.urandom(8).hex().encode()
     assert repo.exec("true").code == 0
     with Watch(value) as watch:
-        assert repo.cli("secrets", "set", "TOKEN", stdin=value).code == 0
+        repo.ok("secrets", "set", "TOKEN", stdin=value)
         with ThreadPoolExecutor(10) as pool:
             runs = list(pool.map(lambda n: repo.exec('sleep 0.1; printf %s "$TOKEN" | cksum', host="box"), range(50)))
     assert len({r.out for r in runs}) == 1 and all(r.code == 0 for r in runs), runs
     assert watch.looks > 20 and not watch.hits, watch.hits
-    assert not [p for p in repo.site.masters() if value in p.environ]
-    assert not files_holding(repo.site.far_home(), value) and value.decode() not in repo.site.log()
+    assert not [p for p in site.masters() if value in p.environ]
+    assert not files_holding(site.far_home(), value) and value.decode() not in site.log()
 
 
 @pytest.mark.promise(2)
 def test_a_secret_is_in_the_environment_of_no_local_process(repo: Repo) -> None:
     """Not even where a variable of that name stood in ours: ProxyCommand and Match exec would see it."""
     nap, value = unique(), b"Sentinel-" + os.urandom(8).hex().encode()
-    assert repo.cli("secrets", "set", "TOKEN", stdin=value).code == 0
+    repo.ok("secrets", "set", "TOKEN", stdin=value)
     child = repo.start("exec", "-H", "box", "--", f"sleep {nap}")
     until(lambda: running(f"sleep {nap}"), "it sleeps")
     seen = [p for p in processes() if value in p.environ]
@@ -2118,56 +2089,59 @@ def test_a_secret_is_in_the_environment_of_no_local_process(repo: Repo) -> None:
 
 @pytest.mark.promise(2)
 def test_secrets_are_stored_0600_outside_the_repository_and_listed_by_name_only(repo: Repo, site: Site) -> None:
-    assert repo.cli("secrets", "set", "B_TOKEN", stdin=b"value-of-b").code == 0
-    assert repo.cli("secrets", "set", "A_TOKEN", stdin=b"value-of-a").code == 0
+    repo.ok("secrets", "set", "B_TOKEN", stdin=b"value-of-b")
+    repo.ok("secrets", "set", "A_TOKEN", stdin=b"value-of-a")
     listed = repo.cli("secrets", "list")
     assert listed.out == b"A_TOKEN\nB_TOKEN\n" and listed.err == b""
     assert [row["name"] for row in repo.cli("secrets", "list", "--json").json] == ["A_TOKEN", "B_TOKEN"]
     assert repo.cli("secrets", "set", "C", "--json", stdin=b"c").json == ["C"] == repo.cli("secrets", "rm", "C", "--json").json
-    holders = [Path(p) for p in files_holding(repo.site.dir, b"value-of-a")]
-    assert holders and all(repo.site.state in p.parents and stat.S_IMODE(p.stat().st_mode) == 0o600 for p in holders), holders
-    assert stat.S_IMODE(repo.site.state.stat().st_mode) == 0o700 and repo.git("status", "--porcelain") == ""
-    assert repo.cli("secrets", "rm", "A_TOKEN").code == 0
-    assert repo.cli("secrets", "list").out == b"B_TOKEN\n" and not files_holding(repo.site.dir, b"value-of-a")
+    holders = [Path(p) for p in files_holding(site.dir, b"value-of-a")]
+    assert holders and all(site.state in p.parents and stat.S_IMODE(p.stat().st_mode) == 0o600 for p in holders), holders
+    assert stat.S_IMODE(site.state.stat().st_mode) == 0o700 and repo.git("status", "--porcelain") == ""
+    repo.ok("secrets", "rm", "A_TOKEN")
+    assert repo.cli("secrets", "list").out == b"B_TOKEN\n" and not files_holding(site.dir, b"value-of-a")
 
 
 def test_secrets_belong_to_one_project_and_are_updated_and_removed(repo: Repo, site: Site) -> None:
-    other = Repo(repo.site, "other")
+    other = Repo(site, "other")
     for value in (b"first", b"second"):
-        assert repo.cli("secrets", "set", "TOKEN", stdin=value).code == 0
+        repo.ok("secrets", "set", "TOKEN", stdin=value)
         assert repo.exec('echo "$TOKEN"').out == value + b"\n"
     assert other.cli("secrets", "list").out == b"" and other.exec('echo "<$TOKEN>"').out == b"<>\n"
-    assert repo.cli("secrets", "rm", "TOKEN").code == 0 and repo.exec('echo "<$TOKEN>"').out == b"<>\n"
+    repo.ok("secrets", "rm", "TOKEN")
+    assert repo.exec('echo "<$TOKEN>"').out == b"<>\n"
 
 
 def test_a_secret_command_is_stored_instead_of_the_value(repo: Repo, site: Site) -> None:
-    store = repo.site.dir / "vault"
+    store = site.dir / "vault"
     store.write_text("from-the-vault")
-    assert repo.cli("secrets", "set", "TOKEN", "--command", f"cat {store}").code == 0
-    assert repo.exec('printf %s "$TOKEN"').out == b"from-the-vault" and not files_holding(repo.site.state, b"from-the-vault")
+    repo.ok("secrets", "set", "TOKEN", "--command", f"cat {store}")
+    assert repo.exec('printf %s "$TOKEN"').out == b"from-the-vault" and not files_holding(site.state, b"from-the-vault")
     store.unlink()
-    failed = repo.exec("echo ran")
-    assert failed.code == 125 and failed.out == b"" and "TOKEN" in failed.said, failed
+    refused(repo.exec("echo ran"), 125, words="TOKEN")
+    repo.ok("secrets", "rm", "TOKEN")
+    repo.ok("secrets", "set", "LOUD", "--command", "head -c 200000 /dev/zero >&2; echo v")
+    refused(repo.exec("true"), 125, words="The command for the secret LOUD")
 
 
 def test_no_secret_lies_in_the_history_or_in_the_record_of_a_job_here(repo: Repo, site: Site) -> None:
     values = {"PLAIN": "hunter2-hunter2-XYZ", "QUOTE": "it's-a-secret-Q9", "LINES": "-----BEGIN KEY-----\nMIIEvQIBADANBgkqhkiG9w0B\n-----END KEY-----"}
     for name, value in values.items():
-        assert repo.cli("secrets", "set", name, stdin=value.encode()).code == 0
-    assert repo.cli("secrets", "set", "MADE", "--command", "echo from-com''mand-C7-long").code == 0
+        repo.ok("secrets", "set", name, stdin=value.encode())
+    repo.ok("secrets", "set", "MADE", "--command", "echo from-com''mand-C7-long")
     said = [values["PLAIN"], values["QUOTE"], "from-command-C7-long", values["LINES"].split("\n")[1]]
     assert repo.exec("echo", *said).code == 0
     assert repo.exec(f"echo {said[0]}", options=["--detach"]).code == 0 and repo.exec("echo", *said, options=["--detach"]).code == 0
     told = repo.cli("history").text + repo.cli("jobs").text
     assert all(told.count(f"[secret {name}]") >= 2 for name in ("PLAIN", "QUOTE", "MADE", "LINES")), told
-    kept = b"".join(slurp(str(p)) for p in repo.site.state.rglob("*") if p.is_file() and not any("secrets" in part for part in p.parts))
+    kept = b"".join(slurp(str(p)) for p in site.state.rglob("*") if p.is_file() and not any("secrets" in part for part in p.parts))
     for value in [*said, said[1].replace("'", "'\"'\"'")]:
         assert value.encode() not in kept and json.dumps(value).encode() not in kept, value
 
 
 def test_no_secret_lies_in_the_history_when_words_are_bytes(repo: Repo) -> None:
     value = "s3cr\u00e9t-tok'en-123456"
-    assert repo.cli("secrets", "set", "TOKEN", stdin=value.encode()).code == 0
+    repo.ok("secrets", "set", "TOKEN", stdin=value.encode())
     assert in_library(repo, "print(cmux_ssh.Project('.').ensure('main', 'box').exec([b'printf', sys.argv[1].encode()]).exit_code)", value) == "0\n"
     told = repo.cli("history").text
     assert "[secret TOKEN]" in told and "123456" not in told, told
@@ -2176,36 +2150,18 @@ def test_no_secret_lies_in_the_history_when_words_are_bytes(repo: Repo) -> None:
 @pytest.mark.promise(1)
 def test_dirty_never_takes_the_state_along(repo: Repo, site: Site) -> None:
     """A home that is a repository holds the secrets of every project."""
-    home = Repo(repo.site, name="home/dotfiles")
+    home = Repo(site, name="home/dotfiles")
     env = {"CMUX_SSH_HOME": str(home.dir / ".local" / "state" / "cmux-ssh")}
-    assert repo.cli("secrets", "set", "OTHER", stdin=b"other-project-secret-1234", env=env).code == 0
+    repo.ok("secrets", "set", "OTHER", stdin=b"other-project-secret-1234", env=env)
     home.write("new", b"new\n")
-    made = home.cli("new", "-H", "box", "--dirty", "main", env=env)
-    assert made.code == 0, made
-    there = tree_of(repo.site.far_home() / "cmux")
+    home.new("--dirty", "main", env=env)
+    there = tree_of(site.far_home() / "cmux")
     assert any(path.endswith(b"/main/new") for path in there) and not any(b"other-project" in data or b"cmux-ssh" in path for path, (_, data) in there.items())
     assert b"cmux-ssh" not in home.git("ls-tree", "-r", "--name-only", home.git("for-each-ref", "--format=%(objectname)", "refs/cmux/sent")).encode()
 
 
-def test_a_user_without_a_home_is_told_and_no_secret_lands_in_the_repository(repo: Repo) -> None:
-    env = {"HOME": "relative", "CMUX_SSH_HOME": "", "XDG_STATE_HOME": ""}
-    refused(repo.cli("secrets", "set", "TOKEN", stdin=b"v", env=env), 2, words="no home directory")
-    assert repo.git("status", "--porcelain", "--ignored") == ""
-
-
-def test_the_command_of_a_secret_is_named_when_it_says_too_much(repo: Repo) -> None:
-    assert repo.cli("secrets", "set", "LOUD", "--command", "head -c 200000 /dev/zero >&2; echo v").code == 0
-    failed = repo.exec("true")
-    assert failed.code == 125 and "The command for the secret LOUD" in failed.said, failed
-
-
-def test_secrets_that_were_not_given_or_are_too_large_are_refused(repo: Repo, site: Site) -> None:
-    terminal = on_terminal(repo.site, "secrets", "set", "TOKEN", cwd=repo.dir)
-    terminal.expect(b"TOKEN")
-    until(lambda: not termios.tcgetattr(terminal._end)[3] & termios.ECHO, "the echo is off")
-    terminal.send(b"\x04")
-    assert terminal.wait() == 2 and b"No value was given" in terminal.output
-    path = repo.site.dir / "large"
+def test_a_file_of_secrets_that_is_too_large_is_refused(repo: Repo, site: Site) -> None:
+    path = site.dir / "large"
     path.write_bytes(b"A=1\n" + b"#\n" * (1 << 19) + b"B=2\n")
     refused(repo.cli("secrets", "import", str(path)), 2, words="larger than")
     assert repo.cli("secrets", "list").out == b""
@@ -2221,32 +2177,35 @@ def test_impossible_secret_names_are_refused(shared: Repo, name: str) -> None:
 def test_legitimate_secret_names_work(repo: Repo) -> None:
     names = ["GIT_AUTHOR_NAME", "k", "n", "v", "CMUX", "OPENAI_API_KEY", "lower"]  # not _, which every shell sets anew
     for name in names:
-        assert repo.cli("secrets", "set", name, stdin=f"value of {name}".encode()).code == 0
+        repo.ok("secrets", "set", name, stdin=f"value of {name}".encode())
     ran = repo.exec("; ".join(f'echo "${name}"' for name in names))
     assert (ran.code, ran.text.splitlines(), ran.err) == (0, [f"value of {name}" for name in names], b"")
 
 
-def test_a_secret_with_nul_and_an_unknown_secret_are_refused_without_the_value(repo: Repo) -> None:
+def test_a_secret_with_nul_is_refused_without_the_value(repo: Repo) -> None:
     refused = repo.cli("secrets", "set", "TOKEN", stdin=b"abc\0def-hidden")
     assert refused.code == 2 and "hidden" not in refused.said and refused.said.strip()
-    unknown = repo.cli("secrets", "rm", "NOT_THERE")
-    assert unknown.code == 2 and "NOT_THERE" in unknown.said
 
 
-def test_secrets_set_on_a_terminal_asks_without_echo(repo: Repo, site: Site) -> None:
-    terminal = on_terminal(repo.site, "secrets", "set", "TOKEN", cwd=repo.dir)
-    terminal.expect(b"TOKEN")
+@pytest.mark.parametrize("typed, words", [(b"typed-in-secret\r", b""), (b"\x04", b"No value was given"), (b"\r", b"No value was given"), (b"a\x16\x00b\r", b"NUL"),
+                                          (b"x" * 5000 + b"\r", b"4095"), (b"\xff\xfe\r", b"not text")], ids=["secret", "end", "enter", "nul", "long", "bytes"])
+def test_secrets_set_on_a_terminal_asks_without_echo(repo: Repo, typed: bytes, words: bytes, site: Site) -> None:
+    """What it cannot take is said, and the secret stays what it was."""
+    repo.ok("secrets", "set", "TOKEN", stdin=b"good")
+    terminal = on_terminal(site, "secrets", "set", "TOKEN", cwd=repo.dir)
+    terminal.expect(b"hidden")
     until(lambda: not termios.tcgetattr(terminal._end)[3] & termios.ECHO, "the echo is off")
-    terminal.send(b"typed-in-secret\n")
-    assert terminal.wait() == 0 and b"typed-in-secret" not in terminal.output
-    assert repo.exec('printf %s "$TOKEN"').out == b"typed-in-secret"
+    terminal.send(typed)
+    terminal.expect(words)
+    assert terminal.wait() == (2 if words else 0) and b"typed-in-secret" not in terminal.output
+    assert repo.exec('printf %s "$TOKEN"').out == (b"good" if words else b"typed-in-secret")
 
 
 def test_a_damaged_secrets_file_unmasks_nothing_for_a_model(repo: Repo, site: Site) -> None:
-    assert repo.cli("secrets", "set", "TOK", stdin=b"value-12345").code == 0
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.ok("secrets", "set", "TOK", stdin=b"value-12345")
+    repo.new()
     do(repo, 'echo "$TOK" >leak')
-    (file,) = (repo.site.state / "secrets").glob("*.json")
+    (file,) = (site.state / "secrets").glob("*.json")
     with open_mcp(repo) as client:
         assert "[secret TOK]" in client.call("read", path="leak")[1]
         file.write_bytes(b'{"version": 1, "secr')
@@ -2260,44 +2219,35 @@ def test_secrets_that_no_file_could_hold_are_refused(repo: Repo) -> None:
     stored = [repo.cli("secrets", "set", f"S{n}", stdin=value).code for n in range(24)]
     assert stored[:20] == [0] * 20 and stored[-1] == 1, stored
     refused(repo.cli("secrets", "set", "MORE", stdin=value), 1, words="would become larger")
-    assert repo.cli("secrets", "rm", *(f"S{n}" for n in range(20))).code == 0
+    repo.ok("secrets", "rm", *(f"S{n}" for n in range(20)))
 
 
 def test_the_value_of_a_secret_is_in_no_complaint(repo: Repo, site: Site) -> None:
     said = repo.cli("secrets", "set", "TOK=hunter2")
     refused(said, 2, words="secrets set TOK")
-    file = repo.site.dir / "dot"
+    file = site.dir / "dot"
     file.write_text("A=1\nhttps://bob:hunter2@db.example/x?y=1\n")
     imported = repo.cli("secrets", "import", str(file))
     refused(imported, 2, words="Line 2")
     assert "hunter2" not in said.said + imported.said
-    refused(repo.cli("secrets", "set", "TOK", "--command", "", stdin=b"x"), 2, words="--command is empty")
-
-
-@pytest.mark.parametrize("typed, words", [(b"a\x16\x00b\r", b"NUL"), (b"x" * 5000 + b"\r", b"4095"), (b"\xff\xfe\r", b"not text")], ids=["nul", "long", "bytes"])
-def test_what_the_hidden_prompt_cannot_take_is_said(repo: Repo, typed: bytes, words: bytes, site: Site) -> None:
-    terminal = on_terminal(repo.site, "secrets", "set", "FOO", cwd=repo.dir)
-    terminal.expect(b"hidden")
-    terminal.send(typed)
-    terminal.expect(words)
-    assert terminal.wait() == 2 and repo.cli("secrets", "list").text == ""
 
 
 def test_dotenv_values_and_their_comments(repo: Repo, site: Site) -> None:
-    file = repo.site.dir / "dot"
+    file = site.dir / "dot"
     file.write_bytes("A=x # c\nB= # c\nC=#x\nD='a # b' # c\nE=\"x\\ny\"\t#c\nF='x' y\r\nG=a#b  \r\nexport H = it's\n\n# no\n"
                      "PLAIN=abc\nexport EXPORTED=def\nQUOTED=\"a b\\n$X\"\nSINGLE='it is $HOME \\n'\nUNI=ü\nI=".encode())
-    done = repo.cli("secrets", "import", str(file))
-    assert done.code == 0 and b"abc" not in done.out + done.err, done
+    done = repo.ok("secrets", "import", str(file))
+    assert b"abc" not in done.out + done.err, done
     assert repo.exec('printf "%s|" "$A" "$B" "$C" "$D" "$E" "$F" "$G" "$H" "$PLAIN" "$EXPORTED" "$QUOTED" "$SINGLE" "$UNI" "${I-none}"').text == (
         "x||#x|a # b|x\ny|'x' y|a#b|it's|abc|def|a b\n$X|it is $HOME \\n|ü||")
     file.write_text("A=x" + " " * 110_000 + "y\n")
-    assert repo.cli("secrets", "import", str(file), seconds=10).code == 0 and repo.exec('echo "${#A}"').out == b"110002\n"
+    repo.ok("secrets", "import", str(file), seconds=10)
+    assert repo.exec('echo "${#A}"').out == b"110002\n"
 
 
 def test_a_secret_that_a_shortened_error_cuts_is_masked(repo: Repo) -> None:
     value = "S3cretValue-0123456789-abcdefghijklmnopqrstuvwxyz"
-    assert repo.cli("secrets", "set", "TOK", stdin=value.encode()).code == 0
+    repo.ok("secrets", "set", "TOK", stdin=value.encode())
     with open_mcp(repo, "-H", "box") as client:
         for length in range(50, 140, 5):
             failed, text = client.call("read", path="d" * length + value)
@@ -2306,7 +2256,7 @@ def test_a_secret_that_a_shortened_error_cuts_is_masked(repo: Repo) -> None:
 
 def test_a_secret_command_that_closes_its_output_and_goes_on_is_ended(repo: Repo) -> None:
     nap = unique()  # from inside: of its own it is given two minutes
-    assert repo.cli("secrets", "set", "T", "--command", f"printf hunter2; exec >&- 2>&-; exec sleep {nap}").code == 0
+    repo.ok("secrets", "set", "T", "--command", f"printf hunter2; exec >&- 2>&-; exec sleep {nap}")
     assert in_library(repo, """
 run = cmux_ssh.run
 cmux_ssh.run = lambda *words, **more: run(*words, **dict(more, patience=1))
@@ -2320,17 +2270,15 @@ except cmux_ssh.CmuxError as error:
 
 def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo: Repo, site: Site) -> None:
     assert repo.exec("true").code == 0
-    for words in ("write f", "secrets set X", "secrets set X </dev/null", "batch", "edit README"):
-        done = subprocess.run(["sh", "-c", f'exec "$@" {"" if "<" in words else "<&-"}{words.partition("<")[1] + words.partition("<")[2]}', "sh",
-                               sys.executable, str(PROGRAM), *words.partition(" <")[0].split()],
-                              cwd=str(repo.dir), env=repo.site.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        assert done.returncode == 2 and b"stdin" in done.stderr and b"Traceback" not in done.stderr, (words, done)
+    for words, stdin in (("write f", "<&-"), ("secrets set X", "<&-"), ("secrets set X", "</dev/null"), ("batch", "<&-"), ("edit README", "<&-")):
+        done = repo.cli(*words.split(), sh=f'exec "$@" {stdin}')
+        assert done.code == 2 and "stdin" in done.said, (words, done)
     assert not (repo.path() / "f").exists() and repo.cli("secrets", "list").out == b""
 
 
 def test_library_a_cancel_reaches_the_command_that_makes_a_secret(shared: Repo) -> None:
     nap = unique()
-    assert shared.cli("secrets", "set", "SLOW", "--command", f"exec sleep {nap}").code == 0
+    shared.ok("secrets", "set", "SLOW", "--command", f"exec sleep {nap}")
     try:
         assert in_library(shared, """
 workspace = cmux_ssh.Project(".").workspace("main")
@@ -2343,7 +2291,7 @@ for call in (lambda cancel: workspace.exec("echo ran", cancel=cancel).exit_code,
         print("cancelled")
 """, nap) == "130\ncancelled\n"
     finally:
-        assert shared.cli("secrets", "rm", "SLOW").code == 0
+        shared.ok("secrets", "rm", "SLOW")
     gone(f"sleep {nap}")
 
 
@@ -2364,16 +2312,6 @@ print(repr(workspace.exec("printf %s $TOKEN").stdout))
     assert told.count("[secret TOKEN]") == 2 and "-value" not in told
 
 
-def test_enter_at_the_hidden_prompt_keeps_the_secret(repo: Repo, site: Site) -> None:
-    assert repo.cli("secrets", "set", "FOO", stdin=b"good").code == 0
-    terminal = on_terminal(repo.site, "secrets", "set", "FOO", cwd=repo.dir)
-    terminal.expect(b"hidden")
-    terminal.send(b"\r")
-    terminal.expect(b"No value was given")
-    assert terminal.wait() == 2
-    assert repo.exec('printf %s "$FOO"', host="box").out == b"good"
-
-
 @pytest.mark.promise(1)
 def test_dirty_takes_the_work_tree_along_but_no_secrets(repo: Repo) -> None:
     repo.write(".gitignore", b"ignored\n")
@@ -2383,20 +2321,18 @@ def test_dirty_takes_the_work_tree_along_but_no_secrets(repo: Repo) -> None:
     repo.write("ignored", b"i")
     (repo.dir / "src/main.c").unlink()
     index = (repo.dir / ".git/index").read_bytes()
-    clean = repo.cli("new", "-H", "box", "clean")
-    assert clean.code == 0 and "2 uncommitted" in clean.said, clean
-    made = repo.cli("new", "-H", "box", "main", "--dirty")
-    assert made.code == 0, made
+    clean = repo.new("clean")
+    assert "2 uncommitted" in clean.said, clean
+    repo.new("main", "--dirty")
     assert {p for p in tree_of(repo.path())} == {b".gitignore", b"README", b"untracked", b"nonce"}
     assert (repo.dir / ".git/index").read_bytes() == index
     repo.write("config/.env", b"SECRET=1")
     repo.write("id_rsa", b"KEY")
-    refused = repo.cli("push", "-w", "clean", "--dirty")
-    assert refused.code == 2 and "--allow config/.env --allow id_rsa" in refused.said, refused
-    assert repo.cli("push", "-w", "clean", "--dirty", "--allow", "config/.env", "--allow", "id_rsa").code == 0
+    refused(repo.cli("push", "-w", "clean", "--dirty"), 2, words="--allow config/.env --allow id_rsa")
+    repo.ok("push", "-w", "clean", "--dirty", "--allow", "config/.env", "--allow", "id_rsa")
     assert (repo.path("clean") / "config/.env").exists()
     do(repo, "echo agent >>README")
-    assert repo.cli("pull").code == 0
+    repo.ok("pull")
     assert repo.git("show", "cmux/main:README") == "edited\nagent"
     assert (repo.dir / ".git/index").read_bytes() == index
 
@@ -2407,13 +2343,13 @@ def test_a_part_of_a_long_secret_is_found_in_linear_time(repo: Repo) -> None:
     with open_mcp(repo, "-H", "box") as client:
         for at, words in enumerate(("..abab ababc", "aab aabaac", "aabaa aabaac", "aaaba aabaac", "abaaa caabaa", "c abc", "xabca abca", "abcab abcabd")):
             data, secret = re.sub("[a-d]", lambda found, at=3 * at: chr(ord(found[0]) + at) * 2, words).split()
-            assert repo.cli("secrets", "set", "S", stdin=secret.encode()).code == 0
+            repo.ok("secrets", "set", "S", stdin=secret.encode())
             for first in (False, True):
                 sizes = [n for n in range(4, min(len(secret), len(data) + 1)) if (data[:n] == secret[-n:] if first else data[-n:] == secret[:n])]
                 masked = data if not sizes else "[secret S]" + data[max(sizes):] if first else data[:-max(sizes)] + "[secret S]"
                 assert shown(f"[...]{data}" if first else f"{data}[...]") == (f"[...]{masked}" if first else f"{masked}[...]").replace(secret, "[secret S]"), (data, secret)
         for n in range(2):
-            assert repo.cli("secrets", "set", f"LONG{n}", stdin=b"x" * 100_000 + b"y%d" % n).code == 0
+            repo.ok("secrets", "set", f"LONG{n}", stdin=b"x" * 100_000 + b"y%d" % n)
         assert shown(("x" * 99_000 + "z[...]") * 8 + "x" * 99_000 + "end").endswith("x" * 20 + "end")
 
 
@@ -2439,7 +2375,7 @@ def test_a_server_that_ends_silent_channels_ends_no_command_of_ours(site: Site, 
     site.daemon("hasty", "ChannelTimeout session:command=3s")
     repo, nap = Repo(site), unique()
     env = {"CMUX_SSH_COMMAND": ssh_without_masters(site)} if way == "direct" else {}
-    assert repo.cli("new", "-H", "hasty", "main", env=env).code == 0
+    repo.new(env=env, host="hasty")
     talk = "for i in 1 2 3 4 5 6; do echo $i; sleep 1; done"
 
     def streamed(line: str) -> Tuple[int, bytes]:
@@ -2480,7 +2416,7 @@ def test_a_host_with_only_posix_utilities_is_enough(site: Site) -> None:
     assert tree_of(repo.path()) == repo.tree()
     assert repo.exec(f"echo early; sleep {nap} & sleep {nap}", host="bare", options=["--timeout", "1"]).code == 124
     gone(f"sleep {nap}")
-    assert repo.cli("new", "-H", "bare", "second").code == 0
+    repo.new("second", host="bare")
     assert tree_of(repo.path("second")) == repo.tree()
 
 
@@ -2545,7 +2481,7 @@ def test_a_process_that_was_waited_for_is_not_killed(monkeypatch: pytest.MonkeyP
 
 def test_a_client_without_multiplexing_works(repo: Repo, site: Site) -> None:
     """An ssh that knows no masters: the calls take one connection each."""
-    ran = repo.exec("cat; exit 4", stdin=BINARY, env={"CMUX_SSH_COMMAND": ssh_without_masters(repo.site)})
+    ran = repo.exec("cat; exit 4", stdin=BINARY, env={"CMUX_SSH_COMMAND": ssh_without_masters(site)})
     assert (ran.code, ran.out, ran.err) == (4, BINARY, b"")
 
 
@@ -2557,8 +2493,7 @@ def test_whatever_gzip_the_host_has_the_archive_arrives_or_is_refused(site: Site
                "gzip that hangs": f"[ -n \"$ONCE\" ] || {program('gzip')} -dc; [ -f {site.dir}/once ] && exec sleep 600; : >{site.dir}/once"}
     if programs != "plain":
         real = f'exec {program("gzip")} "$@"'
-        (path / "gzip").write_text(f"#!/bin/sh\n[ \"$1\" ] || {real}\n{scripts.get(programs, real)}\n")
-        (path / "gzip").chmod(0o755)
+        script(path / "gzip", f"[ \"$1\" ] || {real}\n{scripts.get(programs, real)}")
     site.inetd("bare", shell="busybox", env={"PATH": str(path)})
     tuned(GZIP_FROM="inf" if "near" in programs else 0, STALL_PATIENCE=4, CALL_PATIENCE=15)
     repo = Repo(site, files={"text": source_text(4 << 20)})
@@ -2574,8 +2509,7 @@ def test_whatever_gzip_the_host_has_the_archive_arrives_or_is_refused(site: Site
 def test_a_tar_that_goes_on_for_long_after_the_last_byte_is_waited_for_and_shown(site: Site, tuned: Callable[..., None]) -> None:
     slow = site.dir / "slow" / "tar"
     slow.parent.mkdir()
-    slow.write_text(f'#!/bin/sh\n{program("tar")} "$@"; r=$?; sleep 5; exit $r\n')
-    slow.chmod(0o755)
+    script(slow, f'{program("tar")} "$@"; r=$?; sleep 5; exit $r')
     site.inetd("slow", env={"PATH": f"{slow.parent}:{os.environ['PATH']}"})
     tuned(STALL_PATIENCE=2)
     terminal = on_terminal(site, "new", "-H", "slow", "main", cwd=Repo(site).dir)
@@ -2589,12 +2523,12 @@ def test_an_init_hook_on_a_noexec_file_system_is_said(repo: Repo, site: Site) ->
         pytest.skip("only root mounts")
     repo.write(".cmux/init", b"#!/bin/sh\ntouch ran\n", 0o755)
     repo.commit()
-    root = repo.site.far_home() / "cmux"
+    root = site.far_home() / "cmux"
     root.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "noexec", "none", str(root)], check=True)
     try:
-        made = repo.cli("new", "-H", "box", "main")
-        assert made.code == 0 and "failed with status 126" in made.said and "noexec" in made.said, made
+        made = repo.new()
+        assert "failed with status 126" in made.said and "noexec" in made.said, made
         assert not (repo.path() / "ran").exists()
     finally:
         subprocess.run(["umount", "-l", str(root)], check=True)
@@ -2602,7 +2536,7 @@ def test_an_init_hook_on_a_noexec_file_system_is_said(repo: Repo, site: Site) ->
 
 def test_a_full_disk_or_readonly_home_on_the_host_is_said(repo: Repo, site: Site) -> None:
     """A file where the directory should be fails for root, too."""
-    (repo.site.far_home() / "cmux").write_text("in the way")
+    (site.far_home() / "cmux").write_text("in the way")
     made = repo.cli("new", "-H", "box", "a")
     assert made.code == 1 and "cmux" in made.said and repo.workspaces() == {}, made
 
@@ -2617,11 +2551,12 @@ def test_a_cdpath_of_the_host_misleads_no_script(site: Site, shell: str) -> None
     tools.mkdir()
     (tools / "sh").symlink_to(program(shell))
     site.inetd("cdpath", env={"CDPATH": str(trap), "PATH": f"{tools}:{site.env['PATH']}"})
-    assert repo.cli("new", "-H", "cdpath", "main").code == 0
+    repo.new(host="cdpath")
     ran = repo.cli("exec", "--cwd", "sub", "--", "pwd")
     assert (ran.code, ran.text) == (0, f"{repo.path()}/sub\n"), ran
     do(repo, "echo y >sub/y")
-    assert repo.cli("pull").code == 0 and repo.git("show", "cmux/main:sub/y") == "y"
+    repo.ok("pull")
+    assert repo.git("show", "cmux/main:sub/y") == "y"
     terminal = on_terminal(site, "shell", cwd=repo.dir)
     terminal.expect(b"as it likes")
     terminal.send(b"pwd; exit 3\r")
@@ -2659,8 +2594,8 @@ GOOD_HOSTS = ["box", "root@box", "u.s-e_r+1@a.b-c_d", "127.0.0.1", "::1", "u@fe8
 
 @pytest.mark.parametrize("way", ["option", "environment", "git config"])
 def test_hostile_host_strings_are_refused_before_anything_is_started(repo: Repo, way: str, site: Site) -> None:
-    log = repo.site.dir / "was-called"
-    shim = script(repo.site.dir / "shim", f"touch {log}\nexit 255")
+    log = site.dir / "was-called"
+    shim = script(site.dir / "shim", f"touch {log}\nexit 255")
     for host in BAD_HOSTS:
         if way != "option" and (not host.strip() or "\0" in host) or "\0" in host:
             continue  # an empty variable is an unset one; NUL cannot be in an argument
@@ -2676,9 +2611,8 @@ def test_hostile_host_strings_are_refused_before_anything_is_started(repo: Repo,
 
 
 def test_honest_host_strings_reach_ssh(repo: Repo, site: Site) -> None:
-    log, shim = repo.site.dir / "argv", repo.site.dir / "shim"
-    shim.write_text(f'#!/bin/sh\nfor a in "$@"; do printf "%s\\n" "$a"; done >>{log}\nexit 255\n')
-    shim.chmod(0o755)
+    log, shim = site.dir / "argv", site.dir / "shim"
+    script(shim, f'for a in "$@"; do printf "%s\\n" "$a"; done >>{log}\nexit 255')
     for host in GOOD_HOSTS:
         ran = repo.exec("true", host=host, env={"CMUX_SSH_COMMAND": str(shim)})
         assert ran.code == 255 and host in log.read_text().splitlines(), ran
@@ -2687,7 +2621,7 @@ def test_honest_host_strings_reach_ssh(repo: Repo, site: Site) -> None:
 
 def test_a_host_and_a_user_that_only_openssh_itself_restricts_work(repo: Repo, site: Site) -> None:
     """From the option to the state file and back, and in what a hint tells to run."""
-    site, user = repo.site, getpass.getuser()
+    user = getpass.getuser()
     for n, host in enumerate(["k8s/pod=1", "h\u00e4us", "a~b", f"{user}@web+1"]):
         site.host(host.rpartition("@")[2], "HostName 127.0.0.1", f"Port {site.port}")
         assert repo.exec("echo up", host=host, options=["-w", f"w{n}"]).out == b"up\n"
@@ -2698,7 +2632,6 @@ def test_a_host_and_a_user_that_only_openssh_itself_restricts_work(repo: Repo, s
 
 
 def test_a_host_that_does_not_resolve_or_refuses_or_hangs_up_is_255_and_said(repo: Repo, site: Site) -> None:
-    site = repo.site
     refused(repo.exec("true", host="no-such-host.invalid"), 255, words="no-such-host.invalid")
     site.host("closed", "HostName 127.0.0.1", f"Port {free_port()}")
     refused(repo.exec("true", host="closed"), 255, words="refused")
@@ -2706,6 +2639,7 @@ def test_a_host_that_does_not_resolve_or_refuses_or_hangs_up_is_255_and_said(rep
     refused(repo.exec("true", host="hangs-up"), 255, words="hangs-up")
     refused(repo.cli("new", "-H", "closed", "a"), 255)
     assert repo.workspaces() == {}
+    repo.new("a")  # a typing error in -H spoils no name
 
 
 COLD_PROXY = "exec >&-; while kill -0 $PPID 2>&-; do :; done; echo spoken late >&2; exit 1"  # ssh sends it a SIGHUP before it speaks
@@ -2714,21 +2648,20 @@ COLD_PROXY = "exec >&-; while kill -0 $PPID 2>&-; do :; done; echo spoken late >
 @pytest.mark.parametrize("proxy, words", [("echo my proxy is broken >&2; exit 1", "my proxy is broken"), (COLD_PROXY, "spoken late"), ("exit 1", "doctor h"),
                                           ("echo You are not logged in. >&2; exit 1' coder '", "coder login")])
 def test_a_proxy_that_gives_no_connection_is_told_by_its_own_words(repo: Repo, proxy: str, words: str, site: Site) -> None:
-    repo.site.host("h", f"ProxyCommand sh -c '{proxy}'")
+    site.host("h", f"ProxyCommand sh -c '{proxy}'")
     for _ in range(2):  # then the failure is remembered, and one try made
         refused(repo.exec("true", host="h"), 255, words=words)
     assert repo.cli("doctor", "h").code == 255 and repo.workspaces() == {}
 
 
 def test_a_key_that_is_not_accepted_is_255_and_said(repo: Repo, site: Site) -> None:
-    repo.site.inetd("stranger", config=[f"IdentityFile {repo.site.keys.stranger}"])
-    config = repo.site.config.read_text().replace(f"  IdentityFile {repo.site.keys.user}\n", "  # no other key\n")
-    repo.site.config.write_text(config)
+    site.inetd("stranger", config=[f"IdentityFile {site.keys.stranger}"])
+    config = site.config.read_text().replace(f"  IdentityFile {site.keys.user}\n", "  # no other key\n")
+    site.config.write_text(config)
     refused(repo.exec("true", host="stranger"), 255, words="stranger")
 
 
 def test_more_keys_than_the_server_lets_try_are_said(repo: Repo, site: Site) -> None:
-    site = repo.site
     site.daemon("bare-h", "MaxAuthTries 3", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig"])
     with agent(site) as env:
         for n in range(3):
@@ -2747,28 +2680,27 @@ def test_more_keys_than_the_server_lets_try_are_said(repo: Repo, site: Site) -> 
 @pytest.mark.parametrize("words", [("exec", "-H", "box", "--", "true"), ("new", "-H", "box", "main"), ("doctor", "box"), ("batch", "-H", "box")], ids=lambda words: words[0])
 def test_an_ssh_before_7_8_is_refused_in_one_sentence(repo: Repo, words: Tuple[str, ...], site: Site) -> None:
     """It does not know SetEnv."""
-    env = {"CMUX_SSH_COMMAND": in_sshs_place(repo.site, 'for a; do case $a in -V) echo OpenSSH_7.7p1 >&2; exit;; SetEnv=*)\n'
+    env = {"CMUX_SSH_COMMAND": in_sshs_place(site, 'for a; do case $a in -V) echo OpenSSH_7.7p1 >&2; exit;; SetEnv=*)\n'
                                              'echo "command-line: line 0: Bad configuration option: setenv" >&2; exit 255;; esac; done; exec $ssh "$@"')}
     ran = repo.cli(*words, env=env, stdin=b'{"tool": "exec", "arguments": {"command": "true"}}\n')
     said = ran.said + ran.text
     assert ran.code == {"doctor": 1, "batch": 1}.get(words[0], 255) and said.count("OpenSSH 7.8 or newer") == 1 and "may still run" not in said, ran
-    assert repo.workspaces() == {} and "Accepted" not in repo.site.log()
+    assert repo.workspaces() == {} and "Accepted" not in site.log()
 
 
 def test_a_server_that_turns_this_address_away_is_waited_for_and_then_named(repo: Repo, site: Site) -> None:
     """OpenSSH 9.8 and later say so before their banner, for MaxStartups and for a penalty."""
-    line, words = repo.site.line("far"), b"Not allowed at this time\r\n"
+    line, words = site.line("far"), b"Not allowed at this time\r\n"
     line.away = (2, words)
     assert repo.exec("echo in", host="far").out == b"in\n" and line.connections == 3
     line.away = (99, words)
     line.drop()
-    ran = repo.exec("true", host="far", options=["--timeout", "4"])
-    assert ran.code == 255 and "far turns this address away" in ran.said, ran
+    refused(repo.exec("true", host="far", options=["--timeout", "4"]), 255, words="far turns this address away")
     assert "far turns this address away" in repo.cli("doctor", "far").text
 
 
 def test_a_host_that_says_nothing_is_given_up_within_the_configured_time(repo: Repo, site: Site) -> None:
-    line = repo.site.line("silent", "ConnectTimeout 2")
+    line = site.line("silent", "ConnectTimeout 2")
     line.stall()
     ran = repo.exec("true", host="silent", seconds=40)
     refused(ran, 255, words="silent took the connection, and then said nothing")
@@ -2777,7 +2709,6 @@ def test_a_host_that_says_nothing_is_given_up_within_the_configured_time(repo: R
 
 @pytest.mark.parametrize("entry, named", [("HostKeyAlias Box.new", "box.new"), ("", "[127.0.0.1]:{port}"), ("UserKnownHostsFile {first} {second}", "[127.0.0.1]:{port}")])
 def test_the_command_told_for_a_changed_key_makes_ssh_forget_it(repo: Repo, entry: str, named: str, site: Site) -> None:
-    site = repo.site
     first, second = site.dir / "known one", site.dir / "known'2"
     site.daemon("bare-h", config=[entry.format(first=f'"{first}"', second=f'"{second}"'), f'UserKnownHostsFile "{second}"', f"IdentityFile {site.keys.user}", "IdentitiesOnly yes"])
     first.write_text(f"other {public(site.keys.host)}\n")
@@ -2795,7 +2726,7 @@ def test_the_command_told_for_a_changed_key_makes_ssh_forget_it(repo: Repo, entr
     ("unknown", [("yes/no", "no")], 255, "not known"), ("unknown", [("yes/no", "yes")], 0, "it ran"), ("changed", [], 255, "ssh-keygen -f"), ("strict", [], 255, "not known"),
     ("passphrase", [("passphrase", "right")], 0, "it ran"), ("passphrase", [("passphrase", "wrong"), ("passphrase.*passphrase", "")], 255, "accepted none")])
 def test_on_a_terminal_ssh_asks_once_and_what_came_of_it_is_told(repo: Repo, trouble: str, answers_: List[Tuple[str, str]], code: int, words: str, site: Site) -> None:
-    site, key = repo.site, repo.site.dir / "locked"
+    key = site.dir / "locked"
     if trouble == "passphrase":
         shutil.copy(str(site.keys.user), str(key))
         subprocess.run([program("ssh-keygen", "openssh-client"), "-q", "-p", "-P", "", "-N", "right", "-f", str(key)], check=True, stdout=subprocess.DEVNULL)
@@ -2814,7 +2745,7 @@ def test_on_a_terminal_ssh_asks_once_and_what_came_of_it_is_told(repo: Repo, tro
 @pytest.mark.parametrize("lost", ["passphrase", "agent"])
 def test_a_login_that_needed_a_person_serves_all_that_comes_after(repo: Repo, lost: str, site: Site) -> None:
     """A key whose passphrase was typed once, or that has left the agent since. Nothing knocks in vain for long: failed logins cost penalties."""
-    site, key, words = repo.site, repo.site.dir / "locked", ("exec", "-H", "bare-h", "--", "echo work >>README")
+    key, words = site.dir / "locked", ("exec", "-H", "bare-h", "--", "echo work >>README")
     shutil.copy(str(site.keys.user), str(key))
     subprocess.run([program("ssh-keygen"), "-q", "-p", "-P", "", "-N", "right", "-f", str(key)], check=True, stdout=subprocess.DEVNULL)
     site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig"] + ["IdentitiesOnly yes", f"IdentityFile {key}"] * (lost == "passphrase"))
@@ -2828,14 +2759,14 @@ def test_a_login_that_needed_a_person_serves_all_that_comes_after(repo: Repo, lo
             asked(*words)
         else:
             subprocess.run([program("ssh-add"), "-q", str(site.keys.user)], env=site.environment(env), check=True)
-            assert repo.cli(*words, env=env).code == 0
+            repo.ok(*words, env=env)
             subprocess.run([program("ssh-add"), "-q", "-d", str(site.keys.user)], env=site.environment(env), check=True, stderr=subprocess.DEVNULL)
         before = site.log("bare-h").count("Connection from")
         repo.write("big", os.urandom(600_000))
         repo.commit()
         for command in (("diff", "-w", "main"), ("pull", "-w", "main"), ("new", "-H", "bare-h", "big"), ("push", "-w", "main"), ("diff", "-w", "big"),
                         ("rm", "main"), ("exec", "-w", "big", "--", "echo more >>README")):
-            assert repo.cli(*command, env=env).code == 0, command
+            repo.ok(*command, env=env)
         assert tree_of(repo.path("big"))[b"big"] == repo.tree()[b"big"] and "work" in repo.git("show", "cmux/main:README")
         assert site.log("bare-h").count("Connection from") - before == (lost == "agent"), "one try, and never again"
         for master in site.masters():
@@ -2850,9 +2781,9 @@ def test_a_login_that_needed_a_person_serves_all_that_comes_after(repo: Repo, lo
 @pytest.mark.slow
 @pytest.mark.parametrize("root", ["~/else where", "~", "relative/x"])
 def test_contract_a_tilde_is_the_home_over_there(repo: Repo, root: str, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "--root", root, "main").code == 0
+    repo.new("--root", root, "main")
     path = repo.workspaces()["main"]["path"]
-    home = str(repo.site.far_home())
+    home = str(site.far_home())
     assert path.startswith((root.replace("~", home, 1) if root.startswith("~") else f"{home}/{root}") + "/") and Path(path, "README").is_file()
     assert repo.exec("cat README").out == b"hello\n"
     assert repo.cli("read", "README").out == b"hello\n" and repo.cli("write", "w", stdin=b"w").code == 0 and repo.cli("edit", "w", "--old", "w", "--new", "v").code == 0
@@ -2860,9 +2791,9 @@ def test_contract_a_tilde_is_the_home_over_there(repo: Repo, root: str, site: Si
 
 def test_a_server_that_asks_for_the_agent_is_told_and_one_that_goes_on_is_left(repo: Repo, site: Site) -> None:
     """What ssh writes into its log then was seen on a real one; no server here does it."""
-    words, name = "Warning: ssh server tried agent forwarding.\nWarning: this is probably a break-in attempt by a malicious server.\n", repo.site.dir / "name"
-    repo.site.env["CMUX_SSH_COMMAND"] = in_sshs_place(
-        repo.site, f'case " $* " in *" -M "*) for a; do [ "$p" != -E ] || echo "$a" >{name}; p=$a; done;; esac\nexec $ssh "$@"')
+    words, name = "Warning: ssh server tried agent forwarding.\nWarning: this is probably a break-in attempt by a malicious server.\n", site.dir / "name"
+    site.env["CMUX_SSH_COMMAND"] = in_sshs_place(
+        site, f'case " $* " in *" -M "*) for a; do [ "$p" != -E ] || echo "$a" >{name}; p=$a; done;; esac\nexec $ssh "$@"')
     assert repo.exec("true").code == 0
     log = name.read_text().strip()
     with open(log, "a") as stream:
@@ -2871,9 +2802,8 @@ def test_a_server_that_asks_for_the_agent_is_told_and_one_that_goes_on_is_left(r
     assert told.code == 0 and told.out == b"ran\n" and "WARNING: The server of box asked for this machine's agent" in told.said, told
     with open(log, "a") as stream:
         stream.write(words * 1000)
-    left = repo.exec("echo ran")
-    assert left.code == 255 and left.out == b"" and "Do not trust that machine" in left.said, left
-    until(lambda: not repo.site.masters(), "its master has ended")
+    refused(repo.exec("echo ran"), 255, words="Do not trust that machine")
+    until(lambda: not site.masters(), "its master has ended")
     again = repo.exec("echo ran")
     assert again.code == 0 and not again.said, again
 
@@ -2885,7 +2815,7 @@ def test_a_proxy_that_leaves_a_child_behind_does_not_keep_a_call(site: Site) -> 
     site.host("kept", f"ProxyCommand sh -c 'sleep {nap} & exec {server}'")
     repo = Repo(site)
     site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
-    assert repo.cli("new", "-H", "kept", "main").code == 0
+    repo.new(host="kept")
     try:
         child = repo.start("exec", "--json", "--", f"sleep {work}")
         until(lambda: running(f"sleep {work}"), "it runs")
@@ -2906,14 +2836,15 @@ def test_every_kind_of_tar_unpacks_the_same(site: Site, tar: str) -> None:
     (path / "tar").symlink_to(program(tar, {"bsdtar": "libarchive-tools"}.get(tar, tar)))
     site.inetd("other", shell="busybox", env={"PATH": str(path)})
     repo = Repo(site, odd=True)
-    assert repo.cli("new", "-H", "other", "main").code == 0
+    repo.new(host="other")
     assert tree_of(repo.path()) == repo.tree()
-    do = repo.cli("exec", "--", "echo agent >>plain.txt; rm empty; echo n >'new file'")
-    assert do.code == 0 and repo.cli("pull").code == 0
+    repo.ok("exec", "--", "echo agent >>plain.txt; rm empty; echo n >'new file'")
+    repo.ok("pull")
     assert repo.git("diff", "--name-status", "main", "cmux/main").split("\n") == ["D\tempty", "A\tnew file", "M\tplain.txt"]
     repo.write("plain.txt", b"mine\n")
     repo.commit()
-    assert repo.cli("push").code == 0 and tree_of(repo.path()) == repo.tree()
+    repo.ok("push")
+    assert tree_of(repo.path()) == repo.tree()
 
 
 @pytest.mark.parametrize("name", ["home with space", "it's \"home\" $(x)", "-home", "h\u00f6me"])
@@ -2926,7 +2857,8 @@ def test_a_home_with_any_name_works(site: Site, name: str) -> None:
     ran = repo.exec("pwd; echo x >made", host="strange")
     assert ran.code == 0 and name in ran.text, ran
     assert repo.cli("read", "made").out == b"x\n" and repo.cli("pull").code == 0 and repo.git("show", "cmux/main:made") == "x"
-    assert repo.cli("exec", "--", "true").code == 0 and repo.cli("rm", "main").code == 0
+    repo.ok("exec", "--", "true")
+    repo.ok("rm", "main")
 
 
 @pytest.mark.parametrize("what", ["bytes", "inodes"])
@@ -2952,20 +2884,16 @@ def test_a_full_disk_on_this_machine_is_said_and_not_a_traceback(repo: Repo, ver
     assert repo.exec("head -c 300000 /dev/urandom >big").code == 0
     repo.write("large", os.urandom(300000))
     repo.commit()
-    small = repo.site.dir / "small"
+    small = site.dir / "small"
     small.mkdir()
     words = {"new": ["new", "-H", "box", "second"], "pull": ["pull"], "batch": ["batch"], "exec": ["exec", "--", "cat >got"]}[verb]
     line = json.dumps({"id": 1, "workspace": "main", "tool": "exec", "arguments": {"command": "cat >got", "stdin": "x" * 300000}}).encode() + b"\n"
-    around = [program("unshare", "util-linux"), "-m" if os.geteuid() == 0 else "-rm", "sh", "-c",
-              f"mount -t tmpfs -o {room} none {small} && exec \"$@\"", "sh"]
-    done = subprocess.run([*around, sys.executable, str(PROGRAM), *words], cwd=str(repo.dir), env=repo.site.environment({"TMPDIR": str(small)}),
-                          input=line if verb == "batch" else b"x" * 300000, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
-    said = (done.stdout + done.stderr).decode()
-    assert "Traceback" not in said and '"Bug"' not in said, said
+    done = repo.cli(*words, env={"TMPDIR": str(small)}, stdin=line if verb == "batch" else b"x" * 300000, sh=mounted(f"mount -t tmpfs -o {room} none {small}"))
+    assert '"Bug"' not in done.text + done.said, done
     if verb == "exec":
-        assert done.returncode == 0 and (repo.path() / "got").stat().st_size == 300000, "stdin streams through: it needs no room here"
+        assert done.code == 0 and (repo.path() / "got").stat().st_size == 300000, "stdin streams through: it needs no room here"
     else:
-        assert done.returncode == 1 and re.search("room|space|disk", said), said
+        assert done.code == 1 and re.search("room|space|disk", done.text + done.said), done
     assert set(repo.workspaces()) == {"main"}
 
 
@@ -2976,7 +2904,7 @@ def test_a_shell_that_is_not_ours_in_one_session_opened_ahead_runs_nothing(site:
     host, flag, touched = site.login("bash"), site.dir / "flag", site.dir / "touched"
     (site.far_home(host) / ".bashrc").write_text(f"[ ! -e {flag} ] || {{ echo >>{flag}; exec dash; }}\n")
     repo = Repo(site)
-    assert repo.cli("secrets", "set", "S", stdin=b"touch %s" % os.fsencode(touched)).code == 0
+    repo.ok("secrets", "set", "S", stdin=b"touch %s" % os.fsencode(touched))
     assert in_library(repo, """
 import os
 workspace = cmux_ssh.Project(".").create("main", sys.argv[1])
@@ -3001,9 +2929,9 @@ print([said() for _ in range(5)])
 def test_two_processes_that_upload_one_tree_at_once_both_get_their_workspace(repo: Repo, site: Site) -> None:
     repo.write("text", source_text(4 << 20))
     repo.commit()
-    line = repo.site.line("far")
+    line = site.line("far")
     line.rate = 4e6
-    other = Repo(repo.site, "other", files={"README": b"hello\n"})
+    other = Repo(site, "other", files={"README": b"hello\n"})
     other.git("fetch", "-q", str(repo.dir), "main")
     other.git("reset", "-q", "--hard", "FETCH_HEAD")
     children = [r.start("new", "-H", "far", name) for r, name in ((repo, "a"), (repo, "b"), (other, "a"))]
@@ -3018,9 +2946,9 @@ def test_20_processes_at_once_on_a_cold_connection_all_succeed(repo: Repo, site:
     children = [repo.start("exec", "-H", "box", "--", f"echo {n}; cat README") for n in range(20)]
     for n, child in enumerate(children):
         out, err = child.communicate(timeout=120)
-        assert (child.returncode, out, err) == (0, f"{n}\nhello\n".encode(), b""), repo.site.log()
+        assert (child.returncode, out, err) == (0, f"{n}\nhello\n".encode(), b""), site.log()
     assert set(repo.workspaces()) == {"main"}, "created once"
-    assert "drop connection" not in repo.site.log()
+    assert "drop connection" not in site.log()
 
 
 @pytest.mark.slow
@@ -3035,10 +2963,9 @@ def test_200_commands_50_at_a_time_all_succeed(shared: Repo) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["refuses", "hangs up"])
 @pytest.mark.promise(8)
-@pytest.mark.promise(8)
 def test_a_host_that_is_down_sees_a_handful_of_connections_from_100_attempts(repo: Repo, way: str, site: Site) -> None:
     """And each attempt is answered within a minute, though it may wait for its turn to try."""
-    site, log = repo.site, repo.site.dir / "attempts"
+    log = site.dir / "attempts"
     line = site.line("down")
     line.refuse = way == "hangs up"
     if way == "refuses":
@@ -3054,18 +2981,10 @@ def test_a_host_that_is_down_sees_a_handful_of_connections_from_100_attempts(rep
 
 
 @pytest.mark.slow
-def test_long_commands_beyond_ten_sessions_run_at_once(shared: Repo) -> None:
-    """Twelve that all wait for each other: ten sessions on one connection would never do."""
-    meet = "touch here-$N; while [ $(ls here-* | wc -l) -lt 12 ]; do sleep 0.1; done; echo met"
-    children = [shared.start("exec", "-H", "box", "--env", f"N={n}", "--timeout", "60", "--", meet) for n in range(12)]
-    assert [child.communicate(timeout=90)[0] for child in children] == [b"met\n"] * 12
-
-
-@pytest.mark.slow
 def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo: Repo, site: Site) -> None:
     """Each master of theirs takes a mark before it connects and gives it back when it is authenticated; sshd
     numbers the sessions of a connection from 0."""
-    site, marks = repo.site, repo.site.dir / "marks"
+    marks = site.dir / "marks"
     env = {"CMUX_SSH_COMMAND": in_sshs_place(site, f'case " $* " in *" -M "*) ;; *) exec $ssh "$@";; esac\necho + >>{marks}\n$ssh "$@"; r=$?\necho - >>{marks}\nexit $r')}
     assert repo.exec("true", env=env).code == 0
     meet = "touch here-$N; i=0; while [ $(ls here-* | wc -l) -lt 50 ] && [ $i -lt 600 ]; do sleep 0.1; i=$((i+1)); done; echo met"
@@ -3077,23 +2996,46 @@ def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo
         under_way += 1 if mark == "+" else -1
         most = max(most, under_way)
     numbers = [int(n) for n in re.findall(r"Starting session: .* id (\d+)", site.log())]
-    assert most <= 8 and under_way == 0 and marks.read_text().count("+") <= 13
+    assert most <= 8 and under_way == 0 and marks.read_text().count("+") <= 15  # 7 are enough; 8 may be under way
     assert len(numbers) >= 50 and max(numbers) < 8, max(numbers)
     assert "drop connection" not in site.log() and "no more sessions" not in site.log()
+
+
+def test_one_dropped_handshake_is_forgotten_after_a_minute(repo: Repo, site: Site) -> None:
+    """While the line is stalled the connections that came are the handshakes under way. It was a day."""
+    line = site.line("far")
+    site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
+    repo.new(host="far")
+    line.away = (1, b"")
+    assert repo.exec("true", host="far").code == 0 and line.away[0] == 0
+
+    def at_once(least: int, most: int) -> None:
+        line.stall()
+        line.connections = 0
+        children = [repo.start("exec", "--", "true") for _ in range(12)]
+        until(lambda: line.connections >= least, f"{least} handshakes at once")
+        time.sleep(1)
+        assert line.connections <= most
+        line.go_on()
+        assert [child.wait(60) for child in children] == [0] * 12
+    at_once(2, 4)
+    for file in site.state.rglob("*"):
+        os.utime(str(file), (time.time() - 70,) * 2)
+    at_once(8, 8)
 
 
 @pytest.mark.parametrize("what", ["slot", "two slots", "handshake", "lock", "host that is down"])
 def test_waiting_costs_nothing_however_many_wait_and_ends_at_once(repo: Repo, what: str, site: Site) -> None:
     """Forty threads; in two seconds each of them looked 300 times, a fifth of a core for the rest of us."""
-    line = repo.site.line("far")
-    assert repo.cli("new", "-H", "far", "main").code == 0
+    line = site.line("far")
+    repo.new(host="far")
     line.refuse = "slot" in what  # no second connection
     if what == "handshake":
-        repo.site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(repo.site)
+        site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
     if what in ("handshake", "lock"):
         line.stall()
     repo.start("new", "other", "-H", "far") if what == "lock" else None
-    repo.site.host("down", "HostName 127.0.0.1", f"Port {free_port()}")
+    site.host("down", "HostName 127.0.0.1", f"Port {free_port()}")
     for _ in range(4 if what == "host that is down" else 0):
         assert repo.cli("new", "other", "-H", "down").code == 255
     assert in_library(repo, """
@@ -3132,7 +3074,7 @@ def test_commands_with_streamed_stdin_do_not_wait_for_each_others_second_session
     if way == "no masters":
         site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
     repo, line = Repo(site), site.line("far", to="few")
-    assert repo.cli("new", "-H", "far", "main").code == 0
+    repo.new(host="far")
     line.refuse = way == "one master"  # another cannot be had
     assert in_library(repo, """
 together, workspace = threading.Barrier(16), cmux_ssh.Project(".", warm=0).workspace("main")
@@ -3148,19 +3090,17 @@ with ThreadPoolExecutor(16) as pool:
 @pytest.mark.parametrize("sh", ["dash", "bash"])
 def test_a_host_that_allows_few_processes_is_given_fewer_at_once_or_told_of(site: Site, sh: str) -> None:
     """Of forty at once 33 ended together with their wrapper, it was said. (The limit binds no root: the account is another.)"""
-    uid, script = 60000 + os.getpid() % 5000, site.dir / "few"
-    script.write_text(f"#!/bin/sh\nexec {program('setpriv')} --reuid {uid} --clear-groups bash -c 'ulimit -u 26; "
-                      f"exec {program(sh)} -c \"$SSH_ORIGINAL_COMMAND\"'\n")
-    script.chmod(0o755)
-    site.inetd("few", f"ForceCommand {script}")
+    uid = 60000 + os.getpid() % 5000
+    login = site.script("few", f"exec {program('setpriv')} --reuid {uid} --clear-groups bash -c 'ulimit -u 26; exec {program(sh)} -c \"$SSH_ORIGINAL_COMMAND\"'")
+    site.inetd("few", f"ForceCommand {login}")
     for path in (site.dir, site.remote):
         path.chmod(0o755)
     os.chown(str(site.far_home("few")), uid, -1)
     repo = Repo(site)
-    assert repo.cli("new", "-H", "few", "main").code == 0
+    repo.new(host="few")
     lines = "".join(json.dumps({"id": n, "workspace": "main", "tool": "exec", "arguments": {"command": ["sleep", "1"]}}) + "\n" for n in range(40))
     rows = list(map(json.loads, repo.cli("batch", "-j", "40", stdin=lines.encode(), seconds=120).out.splitlines()))
-    assert [row.get("result", row)["exit_code"] for row in rows] == [0] * 40, rows
+    assert [row["ok"] and row["result"]["exit_code"] for row in rows] == [0] * 40, rows
     if sh == "bash":  # which tries for 15 seconds by itself
         return
     others = [subprocess.Popen([program("setpriv"), "--reuid", str(uid), "--clear-groups", "sleep", "60"]) for _ in range(30)]
@@ -3173,15 +3113,15 @@ def test_a_host_that_allows_few_processes_is_given_fewer_at_once_or_told_of(site
 
 
 def test_top_in_a_pipe_says_why_it_knows_nothing(repo: Repo, tuned: Callable[..., None], site: Site) -> None:
-    line = repo.site.line("silent")
-    assert repo.cli("new", "-H", "silent", "main").code == 0
+    line = site.line("silent")
+    repo.new(host="silent")
     line.stall()
     tuned(TOP_PATIENCE=0.5)
     assert "has not answered" in repo.cli("top").text and "has not answered" in repo.cli("top", "--json").json[0]["error"]
 
 
 def test_a_slow_line_is_only_slow(repo: Repo, site: Site) -> None:
-    line = repo.site.line("far")
+    line = site.line("far")
     line.delay = 0.025
     data = os.urandom(1 << 18)
     ran = repo.exec("cat", host="far", stdin=data)
@@ -3189,7 +3129,7 @@ def test_a_slow_line_is_only_slow(repo: Repo, site: Site) -> None:
 
 
 def test_a_line_that_stalls_and_goes_on_loses_nothing(repo: Repo, site: Site) -> None:
-    line, data = repo.site.line("far"), os.urandom(1 << 20)
+    line, data = site.line("far"), os.urandom(1 << 20)
     assert repo.exec("true", host="far").code == 0
     child = repo.start("exec", "-H", "far", "--", "cat", stdin=subprocess.PIPE)
     line.stall()
@@ -3212,23 +3152,23 @@ def test_a_second_process_has_sessions_waiting_too_on_a_master_more(repo: Repo, 
     starts one master more for its own."""
     with open_agent(repo, "-H", "box") as first:
         first("exec", command="true")
-        until(lambda: (open_sessions(repo.site), len(repo.site.masters())) == (4, 1), "the first has its own")
+        until(lambda: (open_sessions(site), len(site.masters())) == (4, 1), "the first has its own")
         with open_agent(repo) as second:
             second("exec", command="true")
-            until(lambda: (open_sessions(repo.site), len(repo.site.masters())) == (8, 2), "the second has, too")
-    until(lambda: open_sessions(repo.site) == 0, "they are given back")
+            until(lambda: (open_sessions(site), len(site.masters())) == (8, 2), "the second has, too")
+    until(lambda: open_sessions(site) == 0, "they are given back")
 
 
 def test_sessions_wait_ready_again_after_a_command_that_took_long(repo: Repo, tuned: Callable[..., None], site: Site) -> None:
     tuned(WARM_IDLE=3)  # what the keeper sleeps once all that waited is given up
     with open_agent(repo, "-H", "box") as talker:
         talker("exec", command="sleep 4")
-        until(lambda: open_sessions(repo.site) == 4, "they are opened", 2.5)
+        until(lambda: open_sessions(site) == 4, "they are opened", 2.5)
 
 
 def test_close_gives_up_a_session_that_is_just_being_opened_ahead(repo: Repo, site: Site) -> None:
-    line = repo.site.line("far")
-    assert repo.cli("new", "-H", "far", "main").code == 0
+    line = site.line("far")
+    repo.new(host="far")
     line.delay = 0.1
     assert in_library(repo, """
 workspace = cmux_ssh.Project(".").workspace("main")
@@ -3240,15 +3180,15 @@ for pause in range(6):
     wait_ready(sys.argv[1], 0)
 print(workspace.exec("exit 3").exit_code)
 wait_ready(sys.argv[1])                 # with the next operation it begins again
-""", str(repo.site.dir / "log-box")) == "3\n"
+""", str(site.dir / "log-box")) == "3\n"
 
 
 def test_a_header_cut_off_by_a_dying_master_is_sent_again(repo: Repo, site: Site) -> None:
     """It was never whole: nothing can have begun."""
     with open_agent(repo, "-H", "box") as talker:
         talker("exec", command="true")
-        until(lambda: open_sessions(repo.site) == 4, "four wait ready")
-        (master,) = repo.site.masters()
+        until(lambda: open_sessions(site) == 4, "four wait ready")
+        (master,) = site.masters()
         kill(master.pid, signal.SIGSTOP)
         threading.Timer(1, kill, (master.pid,)).start()
         assert talker("exec", command=["echo"] + ["x" * 100000] * 2, timeout=30)["exit_code"] == 0
@@ -3294,22 +3234,22 @@ for turn in range(10):
 print("fine")
 """, str(site.dir / "other")) == "fine\n"
     bases = site.far_home() / "cmux" / ".cmux" / "bases"
-    assert all((base / "whole.tar").is_file() or (base / "changes.tar").is_file() for base in bases.iterdir()), list(bases.iterdir())
+    assert all((base / "whole.tar").is_file() for base in bases.iterdir()), list(bases.iterdir())
 
 
 def test_no_master_is_added_for_sessions_ahead_where_none_can_be(repo: Repo, site: Site) -> None:
     """It is tried once: where logging in needs a person, each try is a failed login and its penalty."""
     with open_agent(repo, "-H", "box") as first:
         first("exec", command="true")
-        until(lambda: open_sessions(repo.site) == 4, "the first has its own")
-        (repo.site.dir / "authorized").write_text("")
-        before = repo.site.log().count("Connection from ")
+        until(lambda: open_sessions(site) == 4, "the first has its own")
+        (site.dir / "authorized").write_text("")
+        before = site.log().count("Connection from ")
         with open_agent(repo) as second:
             for _ in range(5):
                 second("exec", command="true")
                 time.sleep(1.6)  # longer than the pause after a failure
-            assert repo.site.log().count("Connection from ") == before + 1
-            assert (open_sessions(repo.site), len(repo.site.masters())) == (4, 1)
+            assert site.log().count("Connection from ") == before + 1
+            assert (open_sessions(site), len(site.masters())) == (4, 1)
 
 
 def test_a_master_that_hangs_costs_a_long_lived_caller_one_wait(repo: Repo, tuned: Callable[..., None], site: Site) -> None:
@@ -3317,8 +3257,8 @@ def test_a_master_that_hangs_costs_a_long_lived_caller_one_wait(repo: Repo, tune
     with open_agent(repo, "-H", "box") as talker:
         for _ in range(4):
             talker("exec", command="true")
-        until(lambda: open_sessions(repo.site) == 4, "four wait ready")
-        for master in repo.site.masters():
+        until(lambda: open_sessions(site) == 4, "four wait ready")
+        for master in site.masters():
             kill(master.pid, signal.SIGSTOP)
         began = time.monotonic()
         answers = [talker.answer(talker.post("exec", {"command": "echo on"}), 60) for _ in range(6)]
@@ -3339,7 +3279,7 @@ def test_new_takes_a_revision(repo: Repo) -> None:
     first = repo.git("rev-parse", "HEAD")
     repo.write("README", b"changed\n")
     repo.commit()
-    assert repo.cli("new", "-H", "box", "old", "--ref", "HEAD~1").code == 0
+    repo.new("old", "--ref", "HEAD~1")
     assert repo.workspaces()["old"]["base"] == first and (repo.path("old") / "README").read_bytes() == b"hello\n"
     assert repo.cli("exec", "-H", "box", "-w", "new", "--", "cat README").out == b"changed\n"
 
@@ -3353,58 +3293,52 @@ def test_two_projects_of_one_name_never_meet(site: Site) -> None:
 
 def test_a_subdirectory_a_worktree_and_option_C_are_the_same_project(repo: Repo, site: Site) -> None:
     assert repo.exec("true").code == 0
-    before = repo.site.cli("-C", str(repo.dir), "-w", "main", "--json", "exec", "--", "echo", "-C", "x")  # as git has it
+    before = site.cli("-C", str(repo.dir), "-w", "main", "--json", "exec", "--", "echo", "-C", "x")  # as git has it
     assert before.json["stdout"] == "-C x\n", before
-    refused(repo.cli("diff", "-H", "ash", "-w", "main"), 2, words="is on box, not on ash")
-    assert repo.site.cli("exec", "--", "ls README", cwd=repo.dir / "src").out == b"README\n"
-    assert repo.site.cli("exec", "-C", str(repo.dir), "--", "ls README").out == b"README\n"
-    assert set(json.loads(repo.site.cli("list", "-C", str(repo.dir / "src"), "--json").out)[0]) >= {"name", "host", "path", "base", "created"}
+    assert site.cli("exec", "--", "ls README", cwd=repo.dir / "src").out == b"README\n"
+    assert site.cli("exec", "-C", str(repo.dir), "--", "ls README").out == b"README\n"
+    assert set(json.loads(site.cli("list", "-C", str(repo.dir / "src"), "--json").out)[0]) >= {"name", "host", "path", "base", "created"}
 
 
 def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo: Repo, site: Site) -> None:
     repo.write("big", os.urandom(2 << 20))
     repo.commit()
-    line = repo.site.line("far")
-    assert repo.cli("new", "-H", "far", "a").code == 0
+    line = site.line("far")
+    repo.new("a", host="far")
     first, line.up = line.up, 0
     assert first > 2 << 20
-    assert repo.cli("new", "-H", "far", "b").code == 0
+    repo.new("b", host="far")
     assert line.up < 64 << 10, line.up
     assert tree_of(repo.path("a")) == tree_of(repo.path("b")) == repo.tree()
     (repo.path("b") / "big").write_bytes(b"edited in place")
-    assert repo.cli("new", "-H", "far", "c").code == 0 and tree_of(repo.path("c")) == repo.tree(), "the cache is nobody's work tree"
+    repo.new("c", host="far")
+    assert tree_of(repo.path("c")) == repo.tree(), "the cache is nobody's work tree"
 
 
-@pytest.mark.parametrize("at", [20_000, 300_000, 1_500_000])
+@pytest.mark.parametrize("how, at", [("cut", 20_000), ("cut", 300_000), ("cut", 1_500_000), ("killed", 100_000), *(
+    (how, at) for how in ("compressed, cut", "compressed, killed") for at in (400_000, 1_100_000, 1_400_000))])
 @pytest.mark.promise(7)
-@pytest.mark.compat
-def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo: Repo, at: int, site: Site) -> None:
-    repo.write("big", os.urandom(2 << 20))
+def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo: Repo, at: int, how: str, site: Site) -> None:
+    line = site.line("far")
+    repo.write("big", source_text(6 << 20) if "compressed" in how else os.urandom(2 << 20))
     repo.commit()
-    line = repo.site.line("far")
-    line.cut["up"] = at
-    cut = repo.cli("new", "-H", "far", "a")
-    assert cut.code == 255 and cut.said.strip(), cut
-    assert repo.workspaces() == {} and not list(repo.site.far_home().glob("cmux/project-*/*"))
-    line.cut["up"] = None
-    again = repo.cli("new", "-H", "far", "a")
-    assert again.code == 0 and tree_of(repo.path("a")) == repo.tree(), again
-
-
-def test_a_client_killed_in_the_middle_of_an_upload_leaves_no_workspace_and_a_retry_works(repo: Repo, site: Site) -> None:
-    repo.write("big", os.urandom(2 << 20))
-    repo.commit()
-    line = repo.site.line("far")
-    child = repo.start("new", "-H", "far", "a")
-    until(lambda: line.up > 100_000, "the upload runs")
-    line.stall()
-    kill(child.pid)
-    child.communicate()
-    line.drop()
+    if "compressed" in how:
+        line.rate, line.delay = 4e6, 0.005
+    if "cut" in how:
+        line.cut["up"] = at
+        refused(repo.cli("new", "-H", "far", "a"), 255)
+    else:
+        child = repo.start("new", "-H", "far", "a")
+        until(lambda: line.up > at, "the upload runs")
+        line.stall()
+        kill(child.pid)
+        child.communicate()
+        line.drop()
+    assert repo.workspaces() == {} and not list(site.far_home().glob("cmux/project-*/*"))
     line.go_on()
-    assert repo.workspaces() == {}
-    again = repo.cli("new", "-H", "far", "a")
-    assert again.code == 0 and tree_of(repo.path("a")) == repo.tree(), again
+    line.cut["up"], line.rate, line.delay = None, float("inf"), 0.0
+    repo.new("a", host="far")
+    assert tree_of(repo.path("a")) == repo.tree()
 
 
 def source_text(size: int) -> bytes:
@@ -3429,16 +3363,16 @@ def test_over_a_long_line_a_large_archive_and_a_large_delta_travel_compressed_an
     for name in "abcdef":
         repo.write(name, source_text(1 << 20))
     repo.commit()
-    line = repo.site.line("far")
+    line = site.line("far")
     line.rate, line.delay = 4e6, 0.005
-    made = repo.cli("new", "-v", "-H", "far", "w")
-    assert made.code == 0 and "compressed to" in made.said and tree_of(repo.path("w")) == repo.tree(), made
+    made = repo.ok("new", "-v", "-H", "far", "w")
+    assert "compressed to" in made.said and tree_of(repo.path("w")) == repo.tree(), made
     assert line.up < 4 << 20, line.up
     repo.write("new", source_text(3 << 20))
     repo.commit()
     line.up = 0
-    pushed = repo.cli("push", "-v", "-w", "w")
-    assert pushed.code == 0 and "compressed to" in pushed.said and tree_of(repo.path("w")) == repo.tree(), pushed
+    pushed = repo.ok("push", "-v", "-w", "w")
+    assert "compressed to" in pushed.said and tree_of(repo.path("w")) == repo.tree(), pushed
     assert line.up < 2.5 * (1 << 20), line.up
 
 
@@ -3469,11 +3403,12 @@ def test_files_are_as_old_as_the_host_says_though_this_clock_is_ahead(site: Site
     shim.chmod(0o755)
     env = {"PATH": f"{shim.parent}:{os.environ['PATH']}"}
     for name in ("first", "second"):
-        assert repo.cli("new", "-H", host, name, env=env).code == 0
+        repo.new(name, env=env, host=host)
     repo.write("plain.txt", b"changed\n")
     repo.write("sub/new", b"new\n")
     repo.commit()
-    assert repo.cli("push", "-w", "first", env=env).code == 0 and repo.cli("new", "-H", host, "third", env=env).code == 0
+    repo.ok("push", "-w", "first", env=env)
+    repo.new("third", env=env, host=host)
     for name in ("first", "second", "third"):
         files = [path for path in repo.path(name).rglob("*") if not path.is_symlink() and ".git" not in path.parts]
         assert files and all(path.stat().st_mtime < time.time() + 1 for path in files), name
@@ -3482,45 +3417,20 @@ def test_files_are_as_old_as_the_host_says_though_this_clock_is_ahead(site: Site
             assert clean.returncode == 0, "the index knows the files without a look at their content"
 
 
-@pytest.mark.parametrize("at", [400_000, 1_100_000, 1_400_000])
-@pytest.mark.parametrize("how", ["cut", "killed"])
-def test_a_compressed_upload_that_is_cut_leaves_no_workspace_and_a_retry_works(repo: Repo, at: int, how: str, site: Site) -> None:
-    repo.write("text", source_text(6 << 20))
-    repo.commit()
-    line = repo.site.line("far")
-    line.rate, line.delay = 4e6, 0.005
-    if how == "cut":
-        line.cut["up"] = at
-        cut = repo.cli("new", "-H", "far", "a")
-        assert cut.code == 255 and cut.said.strip(), cut
-    else:
-        child = repo.start("new", "-H", "far", "a")
-        until(lambda: line.up > at, "the upload runs")
-        line.stall()
-        kill(child.pid)
-        child.communicate()
-        line.drop()
-    assert repo.workspaces() == {} and not list(repo.site.far_home().glob("cmux/project-*/*"))
-    line.go_on()
-    line.cut["up"], line.rate, line.delay = None, float("inf"), 0.0
-    again = repo.cli("new", "-H", "far", "a")
-    assert again.code == 0 and tree_of(repo.path("a")) == repo.tree(), again
-
-
 def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo: Repo, site: Site) -> None:
     """Of an upload, and of a pull; neither in a pipe."""
     name = "a-rather-long-name-of-a-workspace-that-somebody-gave-it-in-1999"
     repo.write("big", os.urandom(5 << 20))
     repo.commit()
-    line = repo.site.line("far")
+    line = site.line("far")
     line.rate = 1e6
-    seen = on_terminal(repo.site, "new", "-H", "far", name, cwd=repo.dir)
+    seen = on_terminal(site, "new", "-H", "far", name, cwd=repo.dir)
     seen.expect(rb"\r\x1b\[Ka-rather[-a-z]*: sending [\d.]+ MB of ~5.\d MB, [\d.]+ [kM]B/s, ~\d+s left")
     assert all(len(text) < 100 for text in seen.lines())
     assert seen.wait() == 0
     assert not [text for text in seen.lines() if "sending" in text], seen.lines()
     assert repo.exec("head -c 3000000 /dev/urandom >result", host="far", options=["-w", name]).code == 0
-    seen = on_terminal(repo.site, "pull", "-w", name, cwd=repo.dir)
+    seen = on_terminal(site, "pull", "-w", name, cwd=repo.dir)
     seen.expect(rb": receiving [\d.]+ MB, [\d.]+ [kM]B/s")
     assert seen.wait() == 0
     assert b"sending" not in seen.output and not [text for text in seen.lines() if "receiving" in text], seen.lines()
@@ -3531,8 +3441,8 @@ def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo:
 def test_a_stalled_upload_holds_up_no_other_host_and_who_waits_for_it_is_told_and_gives_up(repo: Repo, tuned: Callable[..., None], site: Site) -> None:
     repo.write("text", os.urandom(1 << 20))
     repo.commit()
-    line = repo.site.line("far")
-    assert repo.cli("new", "-H", "box", "old", "--ref", "HEAD~1").code == 0
+    line = site.line("far")
+    repo.new("old", "--ref", "HEAD~1")
     stopped = threading.Event()
     line.trap = ("up", 300_000, lambda: (kill(sender.pid, signal.SIGSTOP), stopped.set()) and None)
     sender = repo.start("new", "-H", "far", "a")
@@ -3548,8 +3458,8 @@ def test_a_stalled_upload_holds_up_no_other_host_and_who_waits_for_it_is_told_an
             said = waited.said.replace(f"Waiting for {who}", "", 1) if "exec" not in words else waited.said  # in a pipe it adds no word
             assert said != waited.said or "exec" in words, waited
             assert f"Waited 2 seconds in vain for {who}" in said and f"ps -p {sender.pid}" in said, waited
-        made = repo.cli("new", "-H", "box", "b")
-        assert made.code == 0 and made.seconds < 15, made
+        made = repo.new("b")
+        assert made.seconds < 15, made
     finally:
         kill(sender.pid, signal.SIGCONT)
     assert sender.wait(60) == 0
@@ -3561,11 +3471,12 @@ HOOK = b'#!/bin/sh\necho "init in $CMUX_WORKSPACE with <$TOKEN>"\necho to-stderr
 def test_the_init_hook_runs_once_with_the_environment_and_its_output_is_streamed(repo: Repo) -> None:
     repo.write(".cmux/init", HOOK, 0o755)
     repo.commit()
-    assert repo.cli("secrets", "set", "TOKEN", stdin=b"tok").code == 0
-    made = repo.cli("new", "-H", "box", "a")
-    assert made.code == 0 and b"init in a with <tok>" in made.out + made.err and b"to-stderr" in made.out + made.err
+    repo.ok("secrets", "set", "TOKEN", stdin=b"tok")
+    made = repo.new("a")
+    assert b"init in a with <tok>" in made.out + made.err and b"to-stderr" in made.out + made.err
     assert repo.exec("cat init-ran", options=["-w", "a"]).out == b"once\n"
-    assert repo.cli("new", "-H", "box", "b", "--no-init").code == 0 and not (repo.path("b") / "init-ran").exists()
+    repo.new("b", "--no-init")
+    assert not (repo.path("b") / "init-ran").exists()
 
 
 def test_a_failing_init_hook_is_reported_and_undoes_nothing(repo: Repo) -> None:
@@ -3576,14 +3487,15 @@ def test_a_failing_init_hook_is_reported_and_undoes_nothing(repo: Repo) -> None:
     first = repo.exec("echo output", options=["-w", "b"])
     assert first.code == 0 and first.out.endswith(b"output\n") and "init" in first.said
     assert repo.cli("new", "c", "-H", "box", "--json").json[0]["state"] == "init failed"
-    quiet = repo.cli("new", "d", "-H", "box", "-q")
-    assert quiet.code == 0 and quiet.out == b"" and quiet.said == "cmux_ssh.py: The init hook of d failed.\n", quiet
+    quiet = repo.ok("new", "d", "-H", "box", "-q")
+    assert quiet.out == b"" and quiet.said == "cmux_ssh.py: The init hook of d failed.\n", quiet
 
 
 def test_an_init_that_is_not_executable_is_only_a_file(repo: Repo) -> None:
     repo.write(".cmux/init", HOOK, 0o644)
     repo.commit()
-    assert repo.cli("new", "-H", "box", "a").code == 0 and not (repo.path("a") / "init-ran").exists()
+    repo.new("a")
+    assert not (repo.path("a") / "init-ran").exists()
 
 
 def test_a_repository_cannot_name_its_host_command_or_options(repo: Repo, site: Site) -> None:
@@ -3591,21 +3503,21 @@ def test_a_repository_cannot_name_its_host_command_or_options(repo: Repo, site: 
         repo.write(name, b'{"host": "box"}\nhost = box\n')
     repo.commit()
     ran = repo.cli("exec", "--", "true")
-    assert ran.code == 125 and not repo.site.log().count("Accepted publickey")
+    assert ran.code == 125 and not site.log().count("Accepted publickey")
 
 
 def test_nothing_is_left_behind_on_this_machine(repo: Repo, site: Site) -> None:
     """No temporary file, nothing in the repository, nothing in the home directory but the state."""
-    before = tree_of(repo.dir), repo.git("status", "--porcelain"), sorted(p.name for p in repo.site.home.iterdir())
+    before = tree_of(repo.dir), repo.git("status", "--porcelain"), sorted(p.name for p in site.home.iterdir())
     assert repo.exec("echo x >new-on-the-host").code == 0
-    assert not list(repo.site.tmp.iterdir())
-    assert (tree_of(repo.dir), repo.git("status", "--porcelain"), sorted(p.name for p in repo.site.home.iterdir())) == before
+    assert not list(site.tmp.iterdir())
+    assert (tree_of(repo.dir), repo.git("status", "--porcelain"), sorted(p.name for p in site.home.iterdir())) == before
     assert "cmux" not in repo.git("for-each-ref")
 
 
 def test_a_record_whose_parts_are_wrong_is_said_and_left_alone(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    (file,) = (repo.site.state / "projects").glob("*.json")
+    repo.new()
+    (file,) = (site.state / "projects").glob("*.json")
     good = json.loads(file.read_text())
     entry = good["workspaces"]["main"]
 
@@ -3629,20 +3541,6 @@ def test_lines_that_are_too_many_are_refused_not_cut(shared: Repo) -> None:
         refused(shared.cli("read", "-w", "main", path, "--limit", limit), 1, words="Ask for fewer")
     assert shared.cli("read", "-w", "main", "seq.txt", "--offset", "2000000", "--limit", "2").text == "2000000\n2000001\n"
     do(shared, "rm long.txt seq.txt")
-
-
-def test_options_that_would_mean_nothing_are_refused(shared: Repo) -> None:
-    for words, code, said in (
-            (["rm", "a", "-w", "b"], 2, "given twice"), (["push", "-w", "main", "--dirty", "--ref", "HEAD"], None, ""),
-            (["push", "-w", "main", "--dirty", "--ref", "HEAD~1"], 2, "one of the two"), (["new", "x", "--dirty", "--ref", "main~1"], 2, "one of the two"),
-            (["new", "x", "--allow", "y"], 2, "goes with --dirty"), (["new", "x", "--root", ""], 2, "--root"),
-            (["edit", "-w", "main", "README", "--old", "a", "--new", "b", "--sha256", ""], 2, "64 hexadecimal"),
-            (["history", "-n", "-5"], 2, "from 0"), (["list", "-H", "nowhere"], 0, "No workspaces on nowhere")):
-        done = shared.cli(*words)
-        assert (code is None or done.code == code) and said in done.said, (words, done)
-    both = shared.start("exec", "-w", "main", "-w", "other", "--", "wc -c", stdin=subprocess.PIPE)
-    out, err = both.communicate(b"hello")
-    assert both.returncode == 125 and out == b"" and b"passes stdin on to none of them" in err, (out, err)
 
 
 @pytest.mark.parametrize("names", [["one"], ["one", "two"]])
@@ -3671,26 +3569,15 @@ def test_hooks_of_a_separate_git_directory_and_of_a_submodule(site: Site) -> Non
         assert pulled.code == code and ("runs hooks from there" in pulled.said) == bool(code), pulled
 
 
-def test_commits_that_a_remote_ref_has_too_are_told(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    do(repo, "echo W >w; git add w; git commit -qm sent; git update-ref refs/remotes/foo/bar HEAD; git reset -q --hard HEAD~1")
-    refused(repo.cli("rm", "main"), 1, words="sent")
-
-
 def test_an_ignored_sigchld_makes_no_failure_a_success(repo: Repo, site: Site) -> None:
-    assert repo.cli("secrets", "set", "T", "--command", "echo abcdefg; exit 7").code == 0
-    command = [sys.executable, "-c", "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.executable, [sys.executable] + sys.argv[1:])",
-               str(PROGRAM), "exec", "-H", "box", "--", "echo ran"]
-    done = subprocess.run(command, cwd=str(repo.dir), env=repo.site.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert done.returncode == 125 and done.stdout == b"" and b"failed with status 7" in done.stderr, done
+    repo.ok("secrets", "set", "T", "--command", "echo abcdefg; exit 7")
+    refused(repo.exec("echo ran", sh="trap '' CHLD; exec \"$@\""), 125, words="failed with status 7")
 
 
 def test_two_aliases_of_one_address_do_not_share_a_connection(repo: Repo, site: Site) -> None:
-    site, used = repo.site, repo.site.dir / "used"
+    used = site.dir / "used"
     site.host("one", "HostName 127.0.0.1", f"Port {site.port}")
-    proxy = site.dir / "relay"
-    proxy.write_text(f"#!/bin/sh\necho used >>{used}\nexec {program('ssh')} -F {site.config} -W 127.0.0.1:{site.port} box\n")
-    proxy.chmod(0o755)
+    proxy = script(site.dir / "relay", f"echo used >>{used}\nexec {program('ssh')} -F {site.config} -W 127.0.0.1:{site.port} box")
     site.host("two", "HostName 127.0.0.1", f"Port {site.port}", f"ProxyCommand {proxy}")
     assert repo.exec("true", host="one", options=["-w", "a"]).code == 0 and not used.exists()
     assert repo.exec("true", host="two", options=["-w", "b"]).code == 0 and used.exists()
@@ -3705,15 +3592,15 @@ def test_a_push_whose_first_attempt_was_killed_over_there_is_finished_by_the_nex
     repo, armed = Repo(site, files={f"many/{n}": b"old\n" for n in range(30)}), site.dir / "armed"
     site.daemon("killed", env=replaced(site, git=f"""case "$*" in *'read-tree --reset -u'*) if rm {armed} 2>/dev/null; then for f in many/1*; do echo new >$f; done; p=$$ all=
 while p=$(($(ps -o ppid= -p $p))) && [ "$(ps -o comm= -p $p)" = sh ]; do all="$all $p"; done; kill -9 $all; exit 1; fi;; esac"""))
-    assert repo.cli("new", "-H", "killed", "main").code == 0
+    repo.new(host="killed")
     for n in range(30):
         repo.write("many/%d" % n, b"new\n")
     repo.commit()
     if force:
         do(repo, "echo agent >agents")
     armed.touch()
-    pushed = repo.cli("push", *(["--force"] if force else []))
-    assert pushed.code == 0 and not armed.exists(), pushed
+    pushed = repo.ok("push", *(["--force"] if force else []))
+    assert not armed.exists(), pushed
     path = Path(repo.workspaces()["main"]["path"].replace("~", str(site.far_home("killed"))))
     assert {file.read_bytes() for file in (path / "many").iterdir()} == {b"new\n"}
     do(repo, "s=$(git status --short) && [ -z \"$s\" ]")
@@ -3726,64 +3613,67 @@ def test_push_leaves_a_split_index_that_git_can_read(repo: Repo) -> None:
     for n in range(30):
         repo.write("f%d.txt" % n, b"x%d\n" % n)
     repo.commit()
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.new()
     do(repo, "sleep 1.5; git status; git update-index --split-index; ls .git | grep shared; git status --short")
     for n in range(20):
         repo.write("f%d.txt" % n, b"new\n")
     repo.commit()
-    assert repo.cli("push").code == 0
+    repo.ok("push")
     do(repo, "s=$(git status --short) && [ -z \"$s\" ]")
 
 
-def test_dirty_goes_by_attributes_and_ignores_wherever_they_are_named(repo: Repo) -> None:
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_dirty_goes_by_attributes_and_ignores_wherever_they_are_named(repo: Repo, everywhere: bool, site: Site) -> None:
+    ignored = site.dir / "ignore everywhere" if everywhere else repo.dir / ".myignore"
+    ignored.write_text("private.txt\n")
     (repo.dir / ".git" / "attrs").write_text("*.z filter=crypt\n*.txt text\n")
     repo.git("config", "core.attributesFile", str(repo.dir / ".git" / "attrs"))
-    repo.git("config", "core.excludesFile", ".myignore")
-    repo.write(".myignore", b"private.txt\n")
-    repo.commit()
+    repo.git("config", "core.excludesFile", str(ignored) if everywhere else ".myignore")
     repo.write("private.txt", b"p")
     repo.write("lines.txt", b"a\r\n")
-    assert repo.cli("new", "-H", "box", "--dirty", "main").code == 0
+    repo.new("main", "--dirty")
     assert not (repo.path() / "private.txt").exists() and (repo.path() / "lines.txt").read_bytes() == b"a\n"
+    repo.git("config", "filter.crypt.clean", "rev")
     repo.write("key.z", b"topsecret")
-    refused(repo.cli("push", "--dirty"), 2, words="goes through the filter 'crypt'")
+    repo.ok("push", "--dirty")
+    assert b"terces" in (repo.path() / "key.z").read_bytes()
 
 
 def test_a_forced_push_to_the_same_base_takes_back_nothing_that_was_pulled(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.new()
     do(repo, "echo 1 >agents; git add agents; git commit -qm agentwork")
-    assert repo.cli("pull").code == 0
+    repo.ok("pull")
     pulled = repo.git("rev-parse", "cmux/main")
-    assert repo.cli("push", "--force").code == 0
+    repo.ok("push", "--force")
     assert "Nothing new" in repo.cli("pull").text and repo.git("rev-parse", "cmux/main") == pulled
     do(repo, "echo 2 >second")
     refused(repo.cli("pull"), 1, words="lacks ('agents')")
-    assert repo.cli("pull", "--branch", "other").code == 0
+    repo.ok("pull", "--branch", "other")
     refused(repo.cli("pull"), 1, words="lacks ('agents')")
 
 
 def test_what_was_dirty_is_not_the_agents(repo: Repo) -> None:
     repo.write("mine", b"edited\n")
-    assert repo.cli("new", "-H", "box", "--dirty", "main").code == 0
+    repo.new("--dirty", "main")
     do(repo, "echo 1 >agents")
-    assert repo.cli("pull").code == 0
+    repo.ok("pull")
     repo.git("checkout", "cmux/main", "--", "agents")
     (repo.dir / "mine").unlink()
     repo.git("commit", "-qm", "took agents")
-    assert repo.cli("push").code == 0
+    repo.ok("push")
     do(repo, "echo 2 >second")
-    pulled = repo.cli("pull")
-    assert pulled.code == 0 and repo.git("show", "cmux/main:second") == "2", pulled
+    pulled = repo.ok("pull")
+    assert repo.git("show", "cmux/main:second") == "2", pulled
 
 
 def test_a_refused_push_leaves_nothing_to_settle_and_a_damaged_project_does_not_hide_others(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.new()
     do(repo, "echo 1 >agents")
     repo.commit()
     refused(repo.cli("push"), 1, words="agents")
-    (file,) = (repo.site.state / "projects").glob("*.json")
+    (file,) = (site.state / "projects").glob("*.json")
     assert "intent" not in file.read_text()
-    other = repo.site.state / "projects" / "zz.json"
+    other = site.state / "projects" / "zz.json"
     other.write_text("damaged")
     other.chmod(0o600)
     listed = repo.cli("list", "--all-projects")
@@ -3791,17 +3681,17 @@ def test_a_refused_push_leaves_nothing_to_settle_and_a_damaged_project_does_not_
 
 
 def test_push_says_that_uncommitted_work_stays(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.new()
     assert repo.cli("push").said == ""
     repo.write("README", b"edited\n")
-    pushed = repo.cli("push")
-    assert pushed.code == 0 and "already" in pushed.text and "Not sent: 1 uncommitted file (--dirty takes them along)." in pushed.said, pushed
+    pushed = repo.ok("push")
+    assert "already" in pushed.text and "Not sent: 1 uncommitted file (--dirty takes them along)." in pushed.said, pushed
     assert repo.cli("push", "--dirty").said == "" and slurp(str(repo.path() / "README")) == b"edited\n"
 
 
 def test_what_is_not_sent_is_said_exactly_each_time_a_workspace_is_made_or_pushed_to(repo: Repo) -> None:
     content = b"large" * 1000
-    repo.write("a.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (hashlib.sha256(content).hexdigest().encode(), len(content)))
+    repo.write("a.bin", pointer(content))
     repo.write(".gitattributes", b"*.bin filter=lfs\n*.txt text\n")
     for name in ("staged", "back.txt", "gone"):
         repo.write(name, b"a\nb\n")
@@ -3814,8 +3704,8 @@ def test_what_is_not_sent_is_said_exactly_each_time_a_workspace_is_made_or_pushe
     for name in ("README", "nonce", "src/main.c", "a.bin"):
         os.utime(str(repo.dir / name), (1, 1))
     for words in (["new", "-H", "box", "one"], ["new", "-H", "box", "two", "three"], ["push", "-w", "one"]):
-        said = repo.cli(*words)
-        assert said.code == 0 and said.said.count("Not sent") == 1 and "Not sent: 1 LFS file whose content is not here" in said.said, said
+        said = repo.ok(*words)
+        assert said.said.count("Not sent") == 1 and "Not sent: 1 LFS file whose content is not here" in said.said, said
         assert "uncommitted" not in said.said, said
     repo.write("README", b"edited\n")
     (repo.dir / "gone").unlink()
@@ -3823,13 +3713,14 @@ def test_what_is_not_sent_is_said_exactly_each_time_a_workspace_is_made_or_pushe
     for words in (["new", "-H", "box", "four"], ["push", "-w", "one"], ["push", "--force", "-w", "two"]):
         assert "2 uncommitted files (--dirty takes them along)." in repo.cli(*words).said
     assert (repo.dir / ".git/index").read_bytes() == before
-    assert "Not sent: 1 LFS file" in repo.cli("push", "-w", "one", "--dirty", "--allow", "a.bin").said
+    repo.git("checkout", "-q", "a.bin")
+    assert "Not sent: 1 LFS file" in repo.cli("push", "-w", "one", "--dirty").said
 
 
 @pytest.mark.parametrize("host", ["box", "nogit"])
 def test_push_moves_a_workspace_and_keeps_what_is_ignored(site: Site, host: str) -> None:
     repo = Repo(site, odd=True, files={".gitignore": b"*.o\n", "keep": b"k\n", "f%d" % 1: b"1", "f2": b"2", "f3": b"3"})
-    assert repo.cli("new", "-H", bare_host(site) if host == "nogit" else host, "main").code == 0
+    repo.new(host=place_of(site, host))
     if host == "box":  # without git, nobody there knows what is ignored
         do(repo, "echo o >x.o")
     before = os.stat(str(repo.path() / "keep")).st_mtime_ns
@@ -3841,8 +3732,7 @@ def test_push_moves_a_workspace_and_keeps_what_is_ignored(site: Site, host: str)
     (repo.dir / "link").symlink_to("keep")
     repo.write("run.sh", b"changed", 0o644)
     repo.commit()
-    pushed = repo.cli("push", "-v")
-    assert pushed.code == 0, pushed
+    repo.ok("push", "-v")
     there = tree_of(repo.path())
     kept = there.pop(b"x.o", None)
     assert there == repo.tree()
@@ -3852,70 +3742,69 @@ def test_push_moves_a_workspace_and_keeps_what_is_ignored(site: Site, host: str)
     assert not (repo.path() / "sub/dir").exists()
     assert repo.cli("diff").out == b"" and "already" in repo.cli("push").text
     do(repo, "echo lost >lost")
-    refused = repo.cli("push", "--ref", "HEAD~1")
-    assert refused.code == 1 and "lost" in refused.said
-    forced = repo.cli("push", "--ref", "HEAD~1", "--force")
-    assert forced.code == 0 and "kept" in forced.said, forced
+    refused(repo.cli("push", "--ref", "HEAD~1"), 1, words="lost")
+    forced = repo.ok("push", "--ref", "HEAD~1", "--force")
+    assert "kept" in forced.said, forced
     assert not (repo.path() / "lost").exists()
     assert list(Path(str(repo.path().parent.parent)).glob(".cmux/trash/kept-*/lost"))
     if host == "box":
         repo.git("checkout", "-q", "-f", "HEAD~1")
         assert tree_of(repo.path()).keys() - {b"x.o"} == repo.tree().keys()
         repo.git("checkout", "-q", "-f", "main")
-    gone = repo.cli("gc", "--json")
-    assert gone.code == 0 and not list(repo.path().parent.parent.glob(".cmux/trash/*")), gone
+    gone = repo.ok("gc", "--json")
+    assert not list(repo.path().parent.parent.glob(".cmux/trash/*")), gone
 
 
 @pytest.mark.compat
 def test_a_delta_sends_only_what_changed(site: Site) -> None:
     repo = Repo(site, odd=True, files={"big%d" % i: os.urandom(300000) for i in range(20)})
     line = site.line("far")
-    assert repo.cli("new", "-H", "far", "one").code == 0
+    repo.new("one", host="far")
     for turn in range(9):
         repo.write("sub/turn", b"%d" % turn)
         if turn == 3:
             (repo.dir / "native.txt").unlink()
         repo.commit()
         before = line.up
-        assert repo.cli("new", "-H", "far", "t%d" % turn).code == 0
+        repo.new("t%d" % turn, host="far")
         sent = line.up - before
         assert tree_of(repo.path("t%d" % turn)) == repo.tree()
         assert sent < 50000, (turn, sent)
     assert repo.cli("exec", "-w", "t2", "--", "git status --short; git log --format=%s").out == b"base\n"
-    assert repo.cli("gc").code == 0
-    assert repo.cli("new", "-H", "far", "--ref", "HEAD~3", "again").code == 0
+    repo.ok("gc")
+    repo.new("--ref", "HEAD~3", "again", host="far")
 
 
 def test_a_delta_goes_by_bytes_where_there_are_few_files(site: Site) -> None:
     repo = Repo(site, files={"blob": os.urandom(3000000)})
-    assert repo.cli("new", "-H", "box", "one").code == 0
+    repo.new("one")
     for turn in range(3):
         repo.write("t", b"%d" % turn)
         repo.write("README", b"%d" % turn)  # two of three files: few bytes, but most of them
         repo.commit()
-        assert repo.cli("push", "-w", "one").code == 0
+        repo.ok("push", "-w", "one")
         assert [row["bytes"] < 50000 for row in map(json.loads, repo.cli("history", "--json").text.split("\n")[:-1]) if row["operation"] == "push"][-1]
     repo.write("blob", os.urandom(3000000))
     repo.commit()
-    assert repo.cli("push", "-w", "one").code == 0 and tree_of(repo.path("one")) == repo.tree()
+    repo.ok("push", "-w", "one")
+    assert tree_of(repo.path("one")) == repo.tree()
     for n in range(1200):
         repo.write("vendor/%d" % n, b"x")
     repo.commit()
-    assert repo.cli("new", "-H", "box", "--root", "other", "two").code == 0
+    repo.new("--root", "other", "two")
     repo.git("rm", "-rq", "vendor")
     repo.commit()
-    assert repo.cli("new", "-H", "box", "--root", "other", "three").code == 0
-    bases = list((repo.site.far_home() / "other/.cmux/bases").iterdir())  # whole: with a delta the host would remove 1200 files each time
-    assert [(base / "whole.tar").exists() for base in bases] == [True, True], bases
+    repo.new("--root", "other", "three")
+    assert tree_of(repo.path("three")) == repo.tree()
 
 
 def test_nothing_is_said_of_head_where_a_workspace_has_it_and_more(repo: Repo, site: Site) -> None:
     repo.write("untracked", b"u")
-    assert repo.cli("new", "-H", "box", "dirty", "--dirty").code == 0
-    terminal = on_terminal(repo.site, "exec", "-w", "dirty", "--", "cat untracked; echo; echo d''one", cwd=repo.dir)
+    repo.new("dirty", "--dirty")
+    terminal = on_terminal(site, "exec", "-w", "dirty", "--", "cat untracked; echo; echo d''one", cwd=repo.dir)
     assert terminal.wait() == 0 and b"done" in terminal.output and b"push brings" not in terminal.output
     repo.commit()
-    terminal = on_terminal(repo.site, "exec", "-w", "dirty", "--", "true", cwd=repo.dir)
+    terminal = on_terminal(site, "exec", "-w", "dirty", "--", "true", cwd=repo.dir)
     assert terminal.wait() == 0 and b"to bring it there: " in terminal.output
 
 
@@ -3925,15 +3814,17 @@ def test_push_looks_again_after_its_upload(site: Site, host: str) -> None:
     bare_host(site)
     site.daemon("bare", env={"PATH": str(site.dir / "posix-bin")})
     repo, line = Repo(site), site.line("far", to=host)
-    assert repo.cli("new", "-H", "far", "main").code == 0
+    repo.new(host="far")
     note = repo.path() / "note"
     repo.write("more", os.urandom(2 << 20))
     repo.commit()
     line.trap = ("up", 500_000, lambda: note.write_bytes(b"agent's"))  # type: ignore[assignment,return-value]
     refused(repo.cli("push"), 1, words="note")
     assert note.read_bytes() == b"agent's" and not (note.parent / "more").exists()
-    assert repo.cli("pull").code == 0 and repo.git("show", "cmux/main:note") == "agent's"
-    assert repo.cli("push").code == 0 and tree_of(note.parent) == repo.tree()
+    repo.ok("pull")
+    assert repo.git("show", "cmux/main:note") == "agent's"
+    repo.ok("push")
+    assert tree_of(note.parent) == repo.tree()
 
 
 HEAD_LOCK = "touch .git/HEAD.lock"
@@ -3946,9 +3837,9 @@ HEAD_LOCK = "touch .git/HEAD.lock"
 def test_push_where_the_repository_there_cannot_be_moved_says_so_and_force_replaces_it(repo: Repo, harm: str, site: Site) -> None:
     repo.write(".gitignore", b"ignored\n")
     repo.commit()
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.new()
     do(repo, "git config --global user.name a; git config --global user.email a@x; echo agent >>README; echo cache >ignored; " + harm)
-    assert repo.cli("pull").code == 0
+    repo.ok("pull")
     before = {path.name: path.read_bytes() for path in repo.path().iterdir() if path.is_file()}
     repo.write("more", b"user")
     repo.commit()
@@ -3956,62 +3847,66 @@ def test_push_where_the_repository_there_cannot_be_moved_says_so_and_force_repla
     refused(repo.cli("push"), 1, words="cannot be moved")
     assert (repo.path() / ".git/HEAD").read_bytes() == head
     assert {path.name: path.read_bytes() for path in repo.path().iterdir() if path.is_file()} == before, "all is as it was"
-    pushed = repo.cli("push", "--force")
-    assert pushed.code == 0 and "is kept until gc" in pushed.said, pushed
+    pushed = repo.ok("push", "--force")
+    assert "is kept until gc" in pushed.said, pushed
     assert (repo.path() / "more").read_bytes() == b"user" and b"agent" not in (repo.path() / "README").read_bytes()
     do(repo, "[ ! -e .git/HEAD.lock ] && s=$(git status --short) && [ -z \"$s\" ]")
     do(repo, "echo again >>more; git commit -qam again")
-    pulled = repo.cli("pull", "--branch", "second")
-    assert pulled.code == 0 and repo.git("log", "--format=%s", "main..second") == "again", pulled
+    pulled = repo.ok("pull", "--branch", "second")
+    assert repo.git("log", "--format=%s", "main..second") == "again", pulled
 
 
 def test_a_split_index_hides_no_file_that_is_ignored_but_tracked(repo: Repo) -> None:
     repo.write(".gitignore", b"*.log\n")
     repo.commit()
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.new()
     do(repo, "git config core.splitIndex true; git add -f .; echo keep >result.log; git add -f result.log; ls .git/sharedindex.*")
     refused(repo.cli("rm", "main"), 1, words="result.log")
-    assert repo.cli("pull").code == 0 and repo.git("show", "cmux/main:result.log") == "keep"
+    repo.ok("pull")
+    assert repo.git("show", "cmux/main:result.log") == "keep"
 
 
 def test_what_was_only_fetched_holds_up_no_rm(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.new()
     do(repo, "git init -q ../up && cd ../up && git -c user.name=a -c user.email=a@x commit -q --allow-empty -m theirs && cd - && git fetch -q ../up HEAD:refs/remotes/origin/main")
-    assert repo.cli("rm", "main").code == 0
+    repo.ok("rm", "main")
 
 
 def test_work_that_a_push_left_behind_is_not_told_as_taken_back(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.new()
     do(repo, "echo 1 >agents; git add agents; git commit -qm agentwork")
-    assert repo.cli("pull").code == 0
+    repo.ok("pull")
     pulled = repo.git("rev-parse", "cmux/main")
     repo.write("users", b"u")
     repo.commit()
-    assert repo.cli("push").code == 0
-    nothing = repo.cli("pull")
-    assert nothing.code == 0 and "Nothing new" in nothing.text and repo.git("rev-parse", "cmux/main") == pulled
+    repo.ok("push")
+    nothing = repo.ok("pull")
+    assert "Nothing new" in nothing.text and repo.git("rev-parse", "cmux/main") == pulled
     do(repo, "echo 2 >second")
     refused(repo.cli("pull"), 1, words="lacks ('agents')")
-    assert repo.cli("pull", "--branch", "other").code == 0 and repo.git("diff", "--name-only", "main", "other") == "second"
+    repo.ok("pull", "--branch", "other")
+    assert repo.git("diff", "--name-only", "main", "other") == "second"
     repo.git("merge", "-q", "--squash", "cmux/main")  # not as a commit of its history, but it has it
     repo.commit()
-    assert repo.cli("push").code == 0
+    repo.ok("push")
     do(repo, "echo 3 >third")
-    assert repo.cli("pull").code == 0 and sorted(repo.git("diff", "--name-only", "main~1", "cmux/main").split()) == ["agents", "third"]
+    repo.ok("pull")
+    assert sorted(repo.git("diff", "--name-only", "main~1", "cmux/main").split()) == ["agents", "third"]
 
 
 def test_fork_waits_for_a_push_and_needs_another_name(repo: Repo, site: Site) -> None:
-    line, forks = repo.site.line("far"), []  # type: Line, List[Any]
+    line, forks = site.line("far"), []  # type: Line, List[Any]
 
     def fork() -> None:
         forks.append(repo.start("fork", "-w", "main", "side"))
         with contextlib.suppress(subprocess.TimeoutExpired):
             forks[0].wait(4)
-    assert repo.cli("new", "-H", "far", "main").code == 0
+    repo.new(host="far")
     repo.write("more", os.urandom(2 << 20))
     repo.commit()
     line.trap = ("up", 500_000, fork)
-    assert repo.cli("push").code == 0 and forks[0].wait(60) == 0 and tree_of(repo.path("side")) == repo.tree()
+    repo.ok("push")
+    assert forks[0].wait(60) == 0 and tree_of(repo.path("side")) == repo.tree()
     refused(repo.cli("fork", "-w", "main", "main"), 1, words="has that name already")
 
 
@@ -4019,34 +3914,24 @@ def test_fork_waits_for_a_push_and_needs_another_name(repo: Repo, site: Site) ->
 def test_hooks_of_another_worktree_are_not_changed_either(repo: Repo, layout: str, site: Site) -> None:
     repo.write("hooks/pre-commit", b"#!/bin/sh\n", 0o755)
     repo.commit()
-    other = repo.site.dir / "other"
+    other = site.dir / "other"
     if layout == "bare":
         repo.git("clone", "-q", "--bare", str(repo.dir), str(other))
         subprocess.run(["git", "config", "core.hooksPath", "hooks"], cwd=str(other), check=True)
     else:
         repo.git("worktree", "add", "-q", "-b", "side", str(other))
         repo.git("config", "core.hooksPath", str(repo.dir / "hooks"))
-    assert repo.cli("-C", str(other), "new", "-H", "box", "w").code == 0
-    assert repo.cli("-C", str(other), "exec", "-w", "w", "--", "echo evil >>hooks/pre-commit; echo >hooks/post-checkout").code == 0
+    repo.ok("-C", str(other), "new", "-H", "box", "w")
+    repo.ok("-C", str(other), "exec", "-w", "w", "--", "echo evil >>hooks/pre-commit; echo >hooks/post-checkout")
     refused(repo.cli("-C", str(other), "pull", "-w", "w"), 1, words="runs hooks from there")
 
 
 @pytest.mark.parametrize("date, told", [("@1 -1159", "1970-01-01T00:00:00-11:59"), ("@0 +0000", "1970-01-01T00:00:00Z"), ("@99 +1400", "1970-01-01T14:01:39+14:00")])
 def test_a_date_before_1970_does_not_end_every_log(repo: Repo, date: str, told: str) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.new()
     do(repo, f"echo x >x; git add x; GIT_AUTHOR_DATE='{date}' git commit -qm odd")
-    assert repo.cli("pull").code == 0
+    repo.ok("pull")
     assert repo.git("log", "-1", "--format=%aI", "cmux/main") in (told, told.replace("Z", "+00:00"))
-
-
-def test_dirty_goes_by_what_the_user_ignores_everywhere(repo: Repo, site: Site) -> None:
-    ignored = repo.site.dir / "ignore everywhere"
-    ignored.write_text(".envrc\n")
-    repo.git("config", "core.excludesFile", str(ignored))
-    repo.write(".envrc", b"export KEY=1")
-    repo.write("other", b"o")
-    assert repo.cli("new", "-H", "box", "--dirty", "main").code == 0
-    assert (repo.path() / "other").exists() and not (repo.path() / ".envrc").exists()
 
 
 @pytest.mark.promise(1)
@@ -4058,25 +3943,30 @@ def test_dirty_sends_nothing_that_a_filter_would_have_encrypted(repo: Repo) -> N
     repo.commit()
     os.utime(str(repo.dir / "key.z"), (1, 1))
     repo.write("other", b"o")
-    refused(repo.cli("new", "-H", "box", "--dirty", "main"), 2, words="key.z' goes through the filter 'crypt'")
-    assert "topsecret" not in repo.git("rev-list", "--all", "--objects") and not repo.workspaces()
-    assert repo.cli("new", "-H", "box", "--dirty", "--allow", "key.z", "main").code == 0
-    assert (repo.path() / "key.z").read_bytes() == b"topsecret\n"
+    repo.write("new.z", b"topsecret\n")
+    repo.new("--dirty", "main")
+    assert {(repo.path() / name).read_bytes() for name in ("key.z", "new.z")} == {b"tercespot\n"}
+    repo.git("config", "filter.crypt.clean", "false")
+    repo.write("new.z", b"topmost\n")
+    refused(repo.cli("push", "--dirty"), 1, words="'crypt' failed")
+    assert (repo.path() / "new.z").read_bytes() == b"tercespot\n"
 
 
 def test_dirty_knows_unchanged_lfs_content(repo: Repo) -> None:
     content = b"large" * 1000
-    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (hashlib.sha256(content).hexdigest().encode(), len(content))
     repo.write(".gitattributes", b"*.bin filter=lfs\n")
-    repo.write("a.bin", pointer)
+    repo.write("a.bin", pointer(content))
     repo.commit()
+    script(repo.site.dir / "clean", "s=$(cat; echo x); printf 'version https://git-lfs.github.com/spec/v1\\noid sha256:%s\\nsize %d\\n' $(printf %s \"${s%x}\" | sha256sum | cut -c-64) $((${#s}-1))")
+    repo.git("config", "filter.lfs.clean", str(repo.site.dir / "clean"))
     repo.write("a.bin", content)
     repo.write("other", b"o")
-    assert repo.cli("new", "-H", "box", "--dirty", "main").code == 0
+    repo.new("--dirty", "main")
     base = repo.git("for-each-ref", "--format=%(refname)", "refs/cmux/sent")
-    assert repo.git("show", base + ":a.bin") == pointer.decode().strip() and repo.git("show", base + ":other") == "o"
+    assert repo.git("show", base + ":a.bin") == pointer(content).decode().strip() and repo.git("show", base + ":other") == "o"
     repo.write("a.bin", content + b"more")
-    refused(repo.cli("push", "--dirty"), 2, words="goes through the filter 'lfs'")
+    repo.ok("push", "--dirty")
+    assert (repo.path() / "a.bin").read_bytes().endswith(b"size 5004\n")
 
 
 def test_dirty_reads_line_ends_and_modes_as_git_add_does(repo: Repo) -> None:
@@ -4087,22 +3977,22 @@ def test_dirty_reads_line_ends_and_modes_as_git_add_does(repo: Repo) -> None:
     repo.git("config", "core.fileMode", "false")
     repo.write("text", b"a\r\nb\r\n", 0o755)
     repo.write("other", b"o\r\n")
-    assert repo.cli("new", "-H", "box", "--dirty", "main").code == 0
+    repo.new("--dirty", "main")
     base = repo.git("for-each-ref", "--format=%(refname)", "refs/cmux/sent")
     assert repo.git("diff", "--name-only", "HEAD", base) == "other" and (repo.path() / "other").read_bytes() == b"o\n"
 
 
 def test_hints_name_the_ssh_that_is_used(repo: Repo, site: Site) -> None:
-    repo.site.host("stranger", "HostName 127.0.0.1", f"Port {repo.site.port}", "UserKnownHostsFile /dev/null", "StrictHostKeyChecking yes")
+    site.host("stranger", "HostName 127.0.0.1", f"Port {site.port}", "UserKnownHostsFile /dev/null", "StrictHostKeyChecking yes")
     said = repo.cli("exec", "-H", "stranger", "--", "true").said
-    assert "accept it: %s stranger true" % repo.site.environment()["CMUX_SSH_COMMAND"] in said, said
+    assert "accept it: %s stranger true" % site.environment()["CMUX_SSH_COMMAND"] in said, said
 
 
 def test_a_list_that_does_not_fit_leaves_the_path_out_not_the_names(repo: Repo, site: Site) -> None:
     names = ["issue-1234-fix-the-login-page-for-" + browser for browser in ("safari", "chrome")]
     repo.cli("new", "-H", "box", *names)
     for more in (False, True):
-        terminal = on_terminal(repo.site, "list", cwd=repo.dir)
+        terminal = on_terminal(site, "list", cwd=repo.dir)
         assert terminal.wait() == 0
         shown = terminal.output.decode()
         assert all(name in shown for name in names) and ("PATH" in shown) != more and max(map(len, shown.split("\r\n"))) <= 100, shown
@@ -4113,10 +4003,10 @@ def test_a_list_that_does_not_fit_leaves_the_path_out_not_the_names(repo: Repo, 
 
 def test_a_file_with_the_name_of_our_list_of_deletions_travels(site: Site) -> None:
     repo = Repo(site, files={".cmux-gone": b"README\n", **{f"f{n}": b"%d" % n for n in range(20)}})
-    assert repo.cli("new", "-H", "box", "a").code == 0
+    repo.new("a")
     repo.write("f1", b"new")
     repo.commit()
-    assert repo.cli("new", "-H", "box", "b").code == 0  # else as a delta
+    repo.new("b")  # else as a delta
     assert tree_of(repo.path("b")) == repo.tree()
 
 
@@ -4139,7 +4029,7 @@ def test_dirty_says_which_directory_is_a_repository_of_its_own(repo: Repo, empty
         inner.git("update-ref", "-d", "HEAD")
     refused(repo.cli("new", "--dirty", "-H", "box", "w"), 1, words="'in ner' is a repository of its own. Let .gitignore cover it")
     repo.write(".gitignore", b"in ner/\n")
-    assert repo.cli("new", "--dirty", "-H", "box", "w").code == 0
+    repo.ok("new", "--dirty", "-H", "box", "w")
 
 
 # === pull and diff (promise 3) ===
@@ -4147,22 +4037,19 @@ def test_dirty_says_which_directory_is_a_repository_of_its_own(repo: Repo, empty
 
 def test_a_name_used_again_pulls_onto_its_branch_once_that_was_merged(repo: Repo) -> None:
     for turn in range(2):
-        assert repo.cli("new", "-H", "box", "again").code == 0
-        do_in(repo, "again", f"echo {turn} >f{turn}")
-        assert repo.cli("pull", "-w", "again").code == 0
+        repo.new("again")
+        do(repo, f"echo {turn} >f{turn}", "again")
+        repo.ok("pull", "-w", "again")
         repo.git("merge", "-q", "cmux/again")
-        assert repo.cli("rm", "again").code == 0
+        repo.ok("rm", "again")
     assert repo.git("show", "cmux/again:f1") == "1" and repo.git("show", "cmux/again:f0") == "0"
-    assert repo.cli("new", "-H", "box", "again").code == 0
-    do_in(repo, "again", "echo x >x")
-    assert repo.cli("pull", "-w", "again").code == 0 and repo.cli("rm", "again").code == 0  # not merged
-    assert repo.cli("new", "-H", "box", "again").code == 0
-    do_in(repo, "again", "echo y >y")
+    repo.new("again")
+    do(repo, "echo x >x", "again")
+    repo.ok("pull", "-w", "again")
+    repo.ok("rm", "again")  # not merged
+    repo.new("again")
+    do(repo, "echo y >y", "again")
     refused(repo.cli("pull", "-w", "again"), 1, words="no pull of this workspace made")
-
-
-def do_in(repo: Repo, name: str, line: str) -> None:
-    assert repo.cli("exec", "-w", name, "--", line).code == 0
 
 
 def test_diff_into_a_pipe_or_json_can_be_applied(repo: Repo, site: Site) -> None:
@@ -4173,7 +4060,7 @@ def test_diff_into_a_pipe_or_json_can_be_applied(repo: Repo, site: Site) -> None
     patch = told["diff"].encode() if "diff" in told else base64.b64decode(told["diff_base64"])
     assert patch == plain
     for data in (plain, patch):
-        subprocess.run(["git", "apply", "-"], cwd=str(repo.dir), input=data, env=repo.site.environment(), check=True)
+        subprocess.run(["git", "apply", "-"], cwd=str(repo.dir), input=data, env=site.environment(), check=True)
         for name in ("crlf.txt", "data.bin", "noeol"):
             assert (repo.dir / name).read_bytes() == (repo.path() / name).read_bytes(), name
         repo.git("checkout", "-q", "--", ".")
@@ -4186,7 +4073,7 @@ for name, value in json.loads(sys.argv[1]).items():
     assert getattr(cmux_ssh, name)
     setattr(cmux_ssh, name, value)
 project = cmux_ssh.Project(".")
-places = {how: project.create(how, how) for how in ("git", "tar")}
+places = {how: project.create(how, how) for how in ("git", "files")}
 print(flush=True)
 for how in map(str.strip, sys.stdin):
     try:
@@ -4232,43 +4119,46 @@ class Lab(Repo):
         self.site.env.update(PYTHONPATH=str(HERE), CMUX_SSH_COMMAND=in_sshs_place(
             self.site, f"""case " $* " in *" -G "*|*" -V "*) exec $ssh "$@";; *" -M "*) echo Unsupported option >&2; exit 255;; esac
 while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={self.site.dir}/$2 sh -c "$3\""""))
-        for host, more in (("git", "git"), ("tar", "")):
+        for host, more in (("git", "git"), ("files", "")):
             posix_tools(self.site.dir / host, more)
 
     def state(self) -> Dict[str, bytes]:
         return {str(p): p.read_bytes() for p in sorted(self.dir.rglob("*")) if p.is_file()}
 
-    def say(self, name: str, chunks: Iterable[bytes], status: int) -> None:
-        """Have the host print these chunks: all that is left of them, as long as somebody reads."""
+    def say(self, name: str, chunks: "bytes | Iterable[bytes]", status: int) -> None:
+        """Have the host print these chunks, as long as somebody reads."""
         path = self.site.dir / f"{name}.said"
         path.unlink() if path.exists() else None
         self.site.script(name, f"cat {path}; exit {status}")
 
         def write() -> None:
             with contextlib.suppress(BrokenPipeError), open(str(path), "wb", buffering=0) as file:
-                for chunk in chunks:
+                for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
                     file.write(chunk)
-        if isinstance(chunks, list):
+        if isinstance(chunks, bytes):
             return write()
         os.mkfifo(str(path))
         threading.Thread(target=write, daemon=True).start()
 
-    def pull(self, stream: Iterable[bytes], how: str = "git") -> Dict[str, Any]:
-        """What a pull of a workspace says when this stream is all that the host tells of it."""
+    def pull(self, stream: "Sections", how: str = "git") -> Dict[str, Any]:
+        """What a pull says when these sections are all that the host tells. Fewer than three: the stream is cut there.
+        Without git, the section of the commits is the script's own, and empty."""
         if self.puller is None:
             self.puller = subprocess.Popen([sys.executable, "-c", PULLER, self.limits], cwd=str(self.dir), env=self.site.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             assert self.puller.stdout.readline() == b"\n"  # type: ignore[union-attr]
             tree = self.git("--git-dir", str(next(self.site.remote.glob("cmux/*/git/.git"))), "rev-parse", "refs/cmux/base^{tree}")
-            for tool, cases in (("git/git", f"*-export' -h '*) ;; *-export*) exec ../rest;; *{{tree}}*|*write-tree*) echo {tree};; *rev-parse*) echo 1;; *' init '*) "
+            at = self.site.dir
+            for tool, cases in (("git/git", f"*' cat-file --batch '*) if mkdir {at}/again; then exec {at}/said0; fi; rmdir {at}/again; exec {at}/said2;; *' -z '*) exec {at}/said1;; "
+                                            f"*{{tree}}*|*write-tree*) echo {tree};; *rev-parse*) echo {HOSTS_BASE.decode()};; *' init '*) "
                                             'for g; do :; done; mkdir -p "$g/objects/info";;'),
-                                ("tar/find", f"*' printf '*) exec ../list;; *' tar '*) exec ../rest;; *) exec {program('find')} \"$@\";;")):
-                self.site.script(tool, f'case " $* " in {cases.replace("../", f"{self.site.dir}/")} esac')
-        if how == "tar":  # the list of files comes first, and the script there ends it
-            rest = iter(stream)
-            names, gap, more = next(rest).partition(b"\0\0")
-            stream = [more, *rest] if isinstance(stream, list) else itertools.chain([more], rest)
-            self.say("list", [names + b"\0"] if gap else [names] if isinstance(stream, list) else itertools.chain([names], rest), 0 if gap else 1)
-        self.say("rest", stream, 0)
+                                ("files/tr", f"*' \\n \\0 '*) exec {at}/said1;; *) exec {program('tr')} \"$@\";;")):
+                self.site.script(tool, f'case " $* " in {cases} esac')
+        parts: List[Any] = [*stream, b"", b""]
+        if how == "files" and isinstance(parts[1], bytes):  # one tool says all; the script there ends it
+            parts[1] += parts[2]
+        for n in range(3):
+            self.say(f"said{n}", parts[n], int(n >= len(stream) or len(stream) < 2))
+        shutil.rmtree(str(self.site.dir / "again"), ignore_errors=True)
         self.puller.stdin.write(how.encode() + b"\n")  # type: ignore[union-attr]
         self.puller.stdin.flush()  # type: ignore[union-attr]
         self.told: Dict[str, Any] = json.loads(self.puller.stdout.readline())  # type: ignore[union-attr]
@@ -4278,7 +4168,7 @@ while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={
         branch = self.dir / ".git/refs/heads/cmux/x"
         branch.unlink() if branch.exists() else None
 
-    def take(self, stream: Iterable[bytes], how: str = "git") -> Dict[str, str]:
+    def take(self, stream: "Sections", how: str = "git") -> Dict[str, str]:
         """The paths that a pull changed, and their modes."""
         self.forget()
         told = self.pull(stream, how)
@@ -4286,7 +4176,7 @@ while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={
         rows = self.git("diff-tree", "-r", "-z", "--no-renames", told["base"], told["commit"]).split("\0")
         return {path: row.split()[1] for row, path in zip(rows[::2], rows[1::2])}
 
-    def refuse(self, stream: Iterable[bytes], how: str = "git", what: str = "") -> None:
+    def refuse(self, stream: "Sections", how: str = "git", what: str = "") -> None:
         self.forget()
         before = self.state()
         kind, said = self.pull(stream, how).get("error", ("", "taken"))
@@ -4317,64 +4207,59 @@ def new_lab(keys: Keys) -> Iterator[Callable[..., Lab]]:
         yield lambda **limits: stack.enter_context(contextlib.closing(Lab(keys, **limits)))
 
 
-def higher(text: bytes) -> bytes:
-    """With each mark one higher: the tests count from 1, the stream from 2, 1 being the base."""
-    return re.sub(rb"(?m)^(M \d+ |from |merge ):(\d+)", lambda match: b"%s:%d" % (match.group(1), int(match.group(2)) + 1), text)
+Sections = Sequence["bytes | Iterable[bytes]"]  # commits, changes, contents, without what ends them
 
 
-def blob(mark: int, data: bytes) -> bytes:
-    return b"blob\nmark :%d\ndata %d\n%s\n" % (mark + 1, len(data), data)
+HOSTS_BASE = b"1" * 40  # what the host calls the base
 
 
-BASE = b"from :0"  # higher() makes it 1
+def blob(mark: int, data: bytes) -> Tuple[bytes, bytes, bytes]:
+    return b"", b"", b"%x blob %d\n%s\n" % (mark, len(data), data)
 
 
-def commit(mark: int, *lines: bytes, parent: bytes = BASE, message: bytes = b"m\n",
-           who: bytes = b"A <a@b> 1700000000 +0100") -> bytes:
-    return (b"commit refs/heads/w\nmark :%d\nauthor %s\ncommitter %s\ndata %d\n%s%s\n" % (mark + 1, who, who, len(message), message, higher(parent))
-            + b"".join(higher(line) + b"\n" for line in lines) + b"\n")
+BASE = b"from :0"
 
 
-def export(*parts: bytes) -> List[bytes]:
-    return [b"feature done\n" + b"".join(parts) + b"done\n"]
+def commit(mark: int, *lines: bytes, parent: bytes = BASE, message: bytes = b"m\n", who: bytes = b"A <a@b> 1700000000 +0100",
+           more: bytes = b"") -> Tuple[bytes, bytes, bytes]:
+    """A commit with changes "M mode :content path", "D path", or what else a host may say."""
+    def name(word: bytes) -> bytes:
+        return HOSTS_BASE if word == b":0" else b"%x" % int(word[1:]) if word[:1] == b":" else word
+    data = b"tree %s\n%sauthor %s\ncommitter %s\n%s\n%s" % (b"e" * 40, b"".join(b"parent %s\n" % name(word) for word in parent.split()[1::2]), who, who, more, message)
+    return b"%x commit %d\n%s\n" % (mark, len(data), data), b"%x\0" % mark + b"".join(map(row, lines)), b""
+
+
+def row(line: bytes) -> bytes:
+    match = re.match(rb"M (\d+) :(\d+) (.*)|D (.*)", line, re.S)
+    if not match:
+        return line + b"\0"
+    if match.group(1):
+        return b":000000 %s 0 %x M\0%s\0" % (match.group(1), int(match.group(2)), match.group(3))
+    return b":100644 000000 0 0 D\0%s\0" % match.group(4)
+
+
+def export(*parts: Tuple[bytes, bytes, bytes]) -> List[bytes]:
+    return [b"".join(part) for part in zip((b"", b"", b""), *parts)]
 
 
 def one(path: bytes, mode: bytes = b"100644", data: bytes = b"data\n") -> List[bytes]:
     return export(blob(1, data), commit(2, b"M %s :1 %s" % (mode, path)))
 
 
-def tar(*entries: Tuple[bytes, Any], listed: Optional[bytes] = None, form: int = tarfile.GNU_FORMAT) -> List[bytes]:
-    """A tar stream of (name, bytes or a dict of TarInfo fields)."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=form) as archive:
-        for name, data in entries:
-            info = tarfile.TarInfo(os.fsdecode(name))
-            if isinstance(data, dict):
-                for key, value in data.items():
-                    setattr(info, key, value)
-                archive.addfile(info, io.BytesIO(b"\0" * info.size) if info.isreg() else None)
-            else:
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
-    keep = b"./README\0./docs\0./src/a.c\0./back\\slash\0./.gitattributes\0"
-    names = b"".join(b"%s\0" % (n if n.startswith(b"./") else b"./" + n) for n, _ in entries) if listed is None else listed
-    return [keep + names + b"\0", out.getvalue()]
+def files(*lines: bytes, contents: Sequence[bytes] = (b"x",)) -> List[bytes]:
+    """What a host without git says: the same changes of a commit 1, and contents from 1 on."""
+    return [b"", b"1\0" + b"".join(map(row, lines)) + b"\0", b"".join(blob(n, data)[2] for n, data in enumerate(contents, 1))]
 
 
 def test_honest_streams_arrive(lab: Lab) -> None:
-    found = lab.take(export(blob(1, b"new\n"), commit(2, b"M 100755 :1 \"na\\303\\257ve \\\"q\\n\"", b"D src/a.c"),
+    found = lab.take(export(blob(1, b"new\n"), commit(2, "M 100755 :1 na\u00efve \"q\n".encode(), b"D src/a.c"),
                             blob(3, b"../README"), commit(4, b"M 120000 :3 src/l", parent=b"from :2", message=b"no newline")))
-    assert found == {'naïve "q\n': "100755", "src/a.c": "000000", "src/l": "120000"}
+    assert found == {'na\u00efve "q\n': "100755", "src/a.c": "000000", "src/l": "120000"}
     lab.git("fsck", "--strict")
     assert lab.git("log", "--format=%an|%ae|%at|%s", "main..cmux/x") == "A|a@b|1700000000|no newline\nA|a@b|1700000000|m"
-
-
-def test_honest_tar_arrives(lab: Lab) -> None:
-    found = lab.take(tar((b"./README", b"hi\n"), (b"./new \xc3\xa9\n", b"n"), (b"./s/l", {"type": tarfile.SYMTYPE, "linkname": "../README"}),
-                         (b"./" + b"d" * 120 + b"/" + b"e" * 120, b"long"), (b"./hard", {"type": tarfile.LNKTYPE, "linkname": "./README"})), "tar")
-    assert found == {"new é\n": "100644", "s/l": "120000", "d" * 120 + "/" + "e" * 120: "100644", "hard": "100644"}
-    assert list(lab.take(tar((b"./" + b"d" * 120 + b"/" + b"\xc3\xa9" * 100, b"long"), form=tarfile.PAX_FORMAT), "tar")) == ["d" * 120 + "/" + "é" * 100]
-    assert lab.git("show", "cmux/x:docs") == "x"
+    found = lab.take(files(b"M 100644 :1 README", "M 100644 :2 new \u00e9//n".encode(), b"M 120000 :3 s/l", b"M 100755 :4 " + b"d" * 120 + b"/" + b"e" * 120,
+                           b"D docs", b"M 100644 :1 same", contents=[b"hi\n", b"n", b"../README", b"long"]), "files")
+    assert found == {"new \u00e9\n": "100644", "s/l": "120000", "d" * 120 + "/" + "e" * 120: "100755", "same": "100644", "docs": "000000"}
 
 
 EVIL = [b"../x", b"/abs", b".git/hooks/post-checkout", b"a/.git/config", b".git", b"a/../../x", b"a/..", b"./a", b"a//b", b"a/", b"..", b"."]
@@ -4385,26 +4270,22 @@ ODD = [b".GIT/config", b"git~1/config", b"GIT~2", b".git /x", b".git./x", b".git
        b"x" * 256, b"/".join([b"d"] * 65), b"/".join([b"y" * 100] * 11), b"a\rb", b".Git\\hooks\\x"]
 
 
-def quoted(path: bytes) -> bytes:
-    return b'"' + b"".join(b"\\%03o" % byte if byte < 32 or byte > 126 or byte in b'"\\' else bytes([byte]) for byte in path) + b'"'
-
-
 @pytest.mark.parametrize("path", EVIL)
 @pytest.mark.promise(3)
 def test_evil_paths_are_refused(lab: Lab, path: bytes) -> None:
     for mode in (b"100644", b"120000"):
-        lab.refuse(one(quoted(path), mode))
-    lab.refuse(export(commit(1, b"D " + quoted(path))))
-    lab.refuse(tar((b"./" + path, b"x")), "tar")
-    lab.refuse(tar((path, b"x"), form=tarfile.PAX_FORMAT), "tar") if path[:2] != b"./" else None
+        lab.refuse(one(path, mode))
+    lab.refuse(export(commit(1, b"D " + path)))
+    lab.refuse(files(b"M 100644 :1 " + path), "files")
+    lab.refuse(files(b"D " + path, contents=[]), "files")
 
 
 @pytest.mark.parametrize("path", ODD)
 def test_odd_paths_are_left_out_and_named(lab: Lab, path: bytes) -> None:
     """An honest host may have them; nothing of ours does, and everything else comes."""
-    for at, (how, stream) in enumerate((("git", export(blob(1, b"x"), commit(2, b"M 100644 :1 " + quoted(path), b"M 120000 :1 good"))),
-                                        ("git", export(blob(1, b"x"), commit(2, b"M 100644 :1 good"), commit(3, b"D " + quoted(path), parent=b"from :2"))),
-                                        ("tar", tar((b"./" + path, b"x"), (b"./good", {"type": tarfile.LNKTYPE, "linkname": os.fsdecode(b"./" + path)}))))):
+    for at, (how, stream) in enumerate((("git", export(blob(1, b"x"), commit(2, b"M 100644 :1 " + path, b"M 120000 :1 good"))),
+                                        ("git", export(blob(1, b"x"), commit(2, b"M 100644 :1 good"), commit(3, b"D " + path, parent=b"from :2"))),
+                                        ("files", files(b"M 100644 :1 " + path, b"M 100644 :1 good")))):
         assert set(lab.take(stream, how)) == {"good"}
         named = [note for note in lab.told["notes"] if note.startswith("left out: ")]
         assert len(named) == (at != 1) and all(note.isprintable() for note in named), named
@@ -4416,8 +4297,7 @@ def test_odd_paths_are_left_out_and_named(lab: Lab, path: bytes) -> None:
 def test_evil_links_are_refused(lab: Lab, target: bytes) -> None:
     if target != b"\\etc":
         lab.refuse(one(b"l", b"120000", target))
-    if b"\0" not in target and target and len(target) < 1025 and target != b"\\etc":
-        lab.refuse(tar((b"./l", {"type": tarfile.SYMTYPE, "linkname": target.decode()})), "tar")
+        lab.refuse(files(b"M 120000 :1 l", contents=[target]), "files")
 
 
 def test_one_blob_under_many_names_counts_as_often(new_lab: Callable[..., Lab]) -> None:
@@ -4448,12 +4328,6 @@ def test_names_that_fold_into_one_in_the_base_already_are_the_users_own(new_lab:
     assert set(lab.take(export(blob(1, b"x"), commit(2, b"M 100644 :1 dir/new", b"M 100644 :1 Dir/other")))) == {"dir/new", "Dir/other"}
 
 
-def test_headers_without_end_are_refused(lab: Lab) -> None:
-    header = tarfile.TarInfo("././@LongLink")
-    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 2
-    lab.refuse(itertools.chain([b"./README\0\0"], itertools.repeat(header.tobuf() + b"x".ljust(512, b"\0"))), "tar", "names without a file")
-
-
 @pytest.mark.parametrize("stream", [
     one(b".gitmodules", b"120000", b"README"), one(b".gitattributes", b"120000", b"README"), one(b".GITMODULES", b"120000", b"README"),
     one(b"gitmod~1", b"120000", b"README"),
@@ -4466,13 +4340,23 @@ def test_headers_without_end_are_refused(lab: Lab) -> None:
     export(blob(1, b"x"), commit(2, b"M 100644 :1 a", b"M 100644 :1 a")), export(blob(1, b"x"), commit(2, b"M 100644 :3 a")),
     export(commit(1, b"M 100644 :1 a")), export(commit(1, b"M 100644 inline a")), export(commit(1, b"M 100644 " + b"1" * 40 + b" a")),
     export(commit(1, b"R README x")), export(commit(1, b"C README x")), export(commit(1, b"deleteall")), export(commit(1, b"N :1 x")),
-    export(commit(1, parent=b"from " + b"c" * 40)), export(commit(1, parent=b"from :1")), export(commit(1, parent=b"from main")), export(commit(1, parent=b"merge :1")),
-    export(commit(1, parent=b"")), export(blob(2, b"x")), export(blob(1, b"x"), blob(1, b"y")), export(b"blob\nmark :2\ndata -1\n"), export(b"blob\nmark :2\ndata <<E\nx\nE\n"),
-    export(b"blob\nmark :2\ndata 99999999999999999999\n"), export(b"blob\nmark :2\ndata 21474836480\n"), export(b"tag x\n"), export(b"feature import-marks=/etc/passwd\n"), export(b"option git quiet\n"),
-    export(b"cat-blob :1\n"), export(b"checkpoint\n"), export(b"progress x\n"), export(b"ls \"\"\n"), export(b"alias\nmark :1\nto :1\n"), export() + [b"more"], [b""], [b"done\n"], [b"feature done\n"],
-    [b"x" * 100000], [b"feature done\n" + b"reset " + b"x" * 10000], export(commit(1, who=b"A <a@b> 99999999999999 +0000")), export(commit(1, who=b"A <a@b> 1 +9999")),
-    export(commit(1, who=b"no mail")), export(commit(1, message=b"x" * 300000)), export(commit(1, b"M 100644 :0 a")), export(commit(1, b'D "a\\q"')), export(commit(1, b'D "a')),
-], ids=lambda s: s[0][13:80].decode("latin-1") if s else "")
+    export(commit(1, parent=b"from " + b"c" * 40)), export(commit(1, parent=b"from :1")), export(commit(1, parent=b"from main")), export(commit(1, parent=b"merge :2")),
+    export(commit(1, parent=b"")), export(commit(1, parent=b" ".join([b"from :0"] * 17))), export(commit(1), commit(1)), export(commit(1, parent=b"from :2"), commit(2)),
+    export(blob(2, b"x")), export(blob(1, b"x"), blob(1, b"y"), commit(2, b"M 100644 :1 a")), export(blob(1, b"x"), blob(2, b"y"), commit(2, b"M 100644 :1 a")),
+    *([b"".join(part) for part in zip(commit(2, b"M 100644 :1 a"), (b"", b"", data))] for data in (
+        b"1 blob -1\n", b"1 blob <<E\nx\nE\n", b"1 blob 99999999999999999999\n", b"1 blob 21474836480\n", b"1 blob 01\nx\n", b"1 blob 0x1\nx\n", b"1 blob\n", b"1 missing\n",
+        b"1 tree 1\nx\n", b"1 tag 1\nx\n", b"1 commit 1\nx\n", b"blob\nmark :2\ndata 1\nx\n", b"1 blob 1\nxx", b"1 blob 2\nx\n", b"1 blob 1\nx\n\nmore", b"", b"\n", b"\0", b"1 blob 1\nx\r\n")),
+    *([data, b"", b""] for data in (
+        b"tag x\n", b"feature import-marks=/etc/passwd\n", b"option git quiet\n", b"cat-blob :1\n", b"checkpoint\n", b"progress x\n", b"ls \"\"\n", b"alias\nmark :1\nto :1\n", b"aa commit -1\n",
+        b"aa commit 99999999999999999999\n", b"aa tree 1\nx\n", b"aa blob 1\nx\n", b"aa tag 3\nabc\n", b"aa commit 0\n\n", b"AA commit 0\n\n", b"x" * 65 + b" commit 0\n\n", b"x" * 100000, b"more", b"\0")),
+    *([commit(2)[0], data, b""] for data in (
+        b"3\0", b"2\0" * 2, row(b"D README"), b"2\0:100644 100644 0 1 M\0README\0" * 2, b"2\0:100644 100644 0 1 D\0README\0", b"2\0:100644 000000 0 0 M\0README\0", b"2\0:100644 000000 0 0 D\0nothing\0",
+        b"2\0:100644 100644 0 g M\0README\0", b"2\0:100644 100644 0 %s M\0README\0" % (b"1" * 65), b"2\0:100644 100644 0 1 R100\0README\0x\0", b"2\0:100644 100644 0 1 U\0README\0", b"2\0:100644 1006440 0 1 M\0a\0",
+        b"2\0::100644 100644 100644 1 1 1 MM\0README\0", b"2\0" + b"x" * 10000, b"2\0:100644 000000 0 0 D\0" + b"x" * 10000, b"2\n:100644 000000 0 0 D\nREADME\n", b"2\0\0more")),
+    [b""], [b"done\n"], [b"\n\0"], [b"aa"], [commit(2)[0] + b"\n2\0"],
+    export(commit(1, who=b"A <a@b> 99999999999999 +0000")), export(commit(1, who=b"A <a@b> 1 +9999")), export(commit(1, who=b"no mail")), export(commit(1, who=b"A <a@b>\ncommitter B <b@b> 1 +0000")),
+    export(commit(1, message=b"x" * 300000)), export(blob(1, b"x"), commit(2, b"M 100644 :1 README/y", more=b"encoding rot13\n")),
+], ids=lambda s: repr(b" ".join(s)[:70])[2:-1])
 @pytest.mark.promise(3)
 def test_lying_exports_are_refused(lab: Lab, stream: List[bytes]) -> None:
     lab.refuse(stream)
@@ -4504,59 +4388,36 @@ def test_hostile_names_and_messages_become_harmless(lab: Lab) -> None:
     lab.git("fsck", "--strict")
 
 
-@pytest.mark.parametrize("entry", [
-    {"type": tarfile.CHRTYPE}, {"type": tarfile.BLKTYPE}, {"type": tarfile.FIFOTYPE}, {"type": tarfile.CONTTYPE}, {"type": b"S"}, {"type": b"D"}, {"type": b"M"}, {"type": b"V"},
-    {"type": tarfile.LNKTYPE, "linkname": "../../etc/passwd"}, {"type": tarfile.LNKTYPE, "linkname": "nothing"}, {"type": b"g"},
-])
-@pytest.mark.promise(3)
-def test_evil_tar_entries_are_refused(lab: Lab, entry: Dict[str, Any]) -> None:
-    lab.refuse(tar((b"./x", entry)), "tar")
-
-
-def header(size: bytes = b"00000000001\0", name: bytes = b"./x", kind: bytes = b"0", sum_: Optional[int] = None) -> bytes:
-    block = bytearray(name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + size + b"00000000000\0" + b" " * 8 + kind + b"\0" * 100 + b"ustar\x0000" + b"\0" * 247)
-    block = block[:512].ljust(512, b"\0")
-    block[148:156] = b"%06o\0 " % (sum(block) if sum_ is None else sum_)
-    return bytes(block)
-
-
-@pytest.mark.parametrize("data", [
-    header() + b"x" * 512 + b"\x1f\x8b" + b"x" * 510, header(b"\x80" + b"\0" * 10 + b"\1"), header(b"\xff" * 12), header(b"-0000000001\0"), header(b"77777777777\0"), header(sum_=1), header(sum_=1) + b"x".ljust(1536, b"\0"), header(b"00000000777\0") + b"x" * 10,
-    header(b"00000200001\0", kind=b"L") + b"x" * 512, header(b"00000000005\0", kind=b"x") + b"junk\n".ljust(512, b"\0"), header(b"00000000012\0", kind=b"x") + b"10 size=9\n".ljust(512, b"\0") + header(),
-    header(b"00000000007\0", kind=b"x") + b"99999 path=x\n"[:7].ljust(512, b"\0") + header(), b"\x1f\x8b\x08" + hashlib.sha512(b"noise").digest() * 10, header(name=b"./x")[:400],
-])
-def test_damaged_tars_are_refused(lab: Lab, data: bytes) -> None:
-    lab.refuse([b"./README\0\0" + data], "tar")
+def test_a_host_without_git_that_lies_is_refused(lab: Lab) -> None:
+    for lie in (files(b"M 100644 :2 a"), files(b"M 160000 :1 a"), files(b"M 040000 :1 a"), files(b"M 100644 :1 a", b"M 100644 :1 a"), files(b"D nothing", contents=[]),
+                files(b"2", b"M 100644 :1 a"), files(b"1", b"M 100644 :1 a"), files(b"M 100644 :1 a", contents=[b"x", b"y"]), files(b"M 100644 :1 README/x"), files(b"M 100644 :1 readme"),
+                files(b"M 120000 :1 l", b"M 100644 :2 l/x", contents=[b"src", b"x"]), files(b"M 120000 :1 .gitmodules", contents=[b"README"])):
+        lab.refuse(lie, "files")
 
 
 def test_a_stream_cut_anywhere_is_refused(lab: Lab) -> None:
     rng = os.urandom(40000)
-    whole = b"".join(export(blob(1, rng), blob(2, b"x"), commit(3, b"M 100644 :1 big", b"D src/a.c"), commit(4, b"M 100644 :2 y", parent=b"from :3")))
-    for cut in list(range(0, len(whole) - 300, 1024)) + list(range(len(whole) - 300, len(whole), 7)):
+    commits, changes, contents = export(blob(1, rng), blob(2, b"x"), commit(3, b"M 100644 :1 big", b"D src/a.c"), commit(4, b"M 100644 :2 y", parent=b"from :3"))
+    whole = commits + b"\n" + changes + b"\0" + contents
+    for cut in list(range(0, len(whole) - 300, 4096)) + list(range(len(whole) - 300, len(whole), 7)):
         lab.refuse([whole[:cut]])
-    listing, archive = tar((b"./big", rng), (b"./y", b"x"))
-    whole = listing + archive[:42 * 1024]
-    for cut in list(range(0, len(listing))) + list(range(len(listing) + 100, len(listing) + 40 * 1024, 1024)):
-        lab.refuse([whole[:cut]], "tar")
+    whole = b"".join(files(b"M 100644 :1 big", b"M 100644 :2 y", contents=[rng, b"x"]))
+    for cut in list(range(0, len(whole) - 300, 4096)) + list(range(len(whole) - 300, len(whole), 7)):
+        lab.refuse([b"", whole[:cut]], "files")
 
 
-def endless(kind: str) -> Iterator[bytes]:
-    yield b"./README\0\0" if kind == "tar" else b"feature done\n" if kind != "list" else b""
-    for n in itertools.count(1):
-        if kind == "blobs":
-            yield b"".join(blob(n * 1000 + i - 999, b"%d" % i) for i in range(1000))
-        elif kind == "zeros":
-            yield b"blob\nmark :2\ndata 268435456\n" if n == 1 else b"\0" * 131072
-        elif kind == "paths":
-            yield blob(1, b"x") + commit(2)[:-1] if n == 1 else b"".join(b"M 100644 :1 %s/%d\n" % (b"p" * 80, n * 1000 + i) for i in range(1000))
-        elif kind == "commits":
-            yield b"".join(commit(k, parent=b"from :%d" % (k - 1), message=b"m" * 16000) for k in range(n * 100 - 99, n * 100 + 1))
-        elif kind == "merges":
-            yield commit(1)[:-1] if n == 1 else b"merge :1\n" * 3000
-        elif kind == "list":
-            yield b"".join(b"./%s/%d\0" % (b"p" * 80, n * 1000 + i) for i in range(1000))
-        else:
-            yield {"line": b"reset " + b"x" * 131072, "blank": b"\n" * 131072, "tar": b"\0" * 131072}[kind]
+def endless(kind: str) -> List[Any]:
+    thousand = export(*(blob(i, b"%d" % i) for i in range(1000)), commit(5000, *(b"M 100644 :%d f%d" % (i, i) for i in range(1000))))
+    first = [commit(2)[0], b"2\0"]
+    rows = (b"".join(row(b"M 100644 :1 %s/%d" % (b"p" * 80, n * 1000 + i)) for i in range(1000)) for n in itertools.count())
+    return {
+        "blobs": [*thousand[:2], itertools.chain([thousand[2]], (b"".join(blob(n * 1000 + i, b"%d" % i)[2] for i in range(1000)) for n in itertools.count(9)))],
+        "zeros": [first[0], first[1] + row(b"M 100644 :1 a"), itertools.chain([b"1 blob 268435456\n"], itertools.repeat(b"\0" * 131072))],
+        "paths": [first[0], itertools.chain(first[1:], rows)],
+        "commits": [(b"".join(commit(k, parent=b"from :%d" % (k - 1 if k > 1 else 0), message=b"m" * 16000)[0] for k in range(n * 100 - 99, n * 100 + 1)) for n in itertools.count(1))],
+        "merges": [commit(2, parent=b" ".join([b"from :0"] * 5000))[0], b"", b""],
+        "line": [itertools.repeat(b"x" * 131072)], "blank": [itertools.repeat(b"\n" * 131072)],
+        "list": [b"", itertools.chain([b"1\0"], rows)], "tar": [b"", itertools.repeat(b"\0" * 131072)]}[kind]
 
 
 @pytest.mark.parametrize("kind", ["blobs", "zeros", "paths", "commits", "merges", "line", "blank", "list", "tar"])
@@ -4564,11 +4425,10 @@ def test_endless_streams_end_in_flat_memory(new_lab: Callable[..., Lab], kind: s
     lab = new_lab(PULL_TOTAL_MAX=300 << 20)
     lab.take(one(b"x"))
     before = lab.peak()
-    lab.refuse(endless(kind), "tar" if kind in ("tar", "list") else "git")
+    lab.refuse(endless(kind), "files" if kind in ("tar", "list") else "git")
     assert lab.peak() - before < 64
 
 
-@pytest.mark.compat
 @pytest.mark.compat
 def test_a_hundred_thousand_files_in_flat_memory(new_lab: Callable[..., Lab]) -> None:
     lab, n = new_lab(), 99999
@@ -4582,23 +4442,21 @@ def test_a_hundred_thousand_files_in_flat_memory(new_lab: Callable[..., Lab]) ->
 def test_leaks_are_seen_across_chunks(new_lab: Callable[..., Lab]) -> None:
     lab, data = new_lab(), b"x" * 100 + b"s3cr3t-value" + b"y" * 100
     for name, value in (("TOKEN", b"s3cr3t-value"), ("SHORT", b"x")):
-        assert lab.cli("secrets", "set", name, stdin=value).code == 0
+        lab.ok("secrets", "set", name, stdin=value)
     for cut in range(90, 125):
-        whole = b"".join(one(b"f", data=data))
-        at = whole.index(data) + cut
-        lab.take(time.sleep(0.05) or part for part in (whole[:at], whole[at:]))  # type: ignore[func-returns-value]
+        commits, changes, contents = one(b"f", data=data)
+        at = contents.index(data) + cut
+        lab.take([commits, changes, (time.sleep(0.05) or part for part in (contents[:at], contents[at:]))])  # type: ignore[func-returns-value]
         assert lab.told["secrets"] == {"f": ["TOKEN"]}, cut
 
 
 def work(repo: Repo, name: str = "main") -> str:
-    made = repo.cli("new", "-H", "box", name)
-    assert made.code == 0, made
+    repo.new(name)
     return name
 
 
 def do(repo: Repo, script: str, name: str = "main") -> None:
-    done = repo.cli("exec", "-w", name, "--", script)
-    assert done.code == 0, done
+    repo.ok("exec", "-w", name, "--", script)
 
 
 def untouched(repo: Repo) -> Dict[str, bytes]:
@@ -4625,11 +4483,10 @@ def test_pull_brings_every_honest_change_home(odd: Repo) -> None:
     assert not odd.git("for-each-ref", "refs/heads/cmux")
     do(odd, AGENT + CHANGES)
     before = untouched(odd)
-    shown = odd.cli("diff", "--stat")
-    assert shown.code == 0 and "newlink" in shown.text, shown
+    shown = odd.ok("diff", "--stat")
+    assert "newlink" in shown.text, shown
     assert not odd.git("for-each-ref", "refs/heads/cmux")
-    pulled = odd.cli("pull")
-    assert pulled.code == 0, pulled
+    odd.ok("pull")
     assert untouched(odd) == before
     there = tree_of(odd.path())
     assert odd.git("log", "--format=%an %s", "main..cmux/main").split("\n") == ["cmux uncommitted work", "Agent two", "Agent one: é"]
@@ -4642,11 +4499,11 @@ def test_pull_brings_every_honest_change_home(odd: Repo) -> None:
     assert "Nothing new" in odd.cli("pull").text
     first = odd.git("rev-parse", "cmux/main")
     do(odd, AGENT + "git add -A; git commit -qm three; echo later >later")
-    assert odd.cli("pull").code == 0
+    odd.ok("pull")
     assert odd.git("merge-base", first, "cmux/main") == first
     assert odd.git("show", "cmux/main:later") == "later"
     assert "Nothing new" in odd.cli("pull").text
-    assert odd.cli("rm", "main").code == 0
+    odd.ok("rm", "main")
 
 
 @pytest.mark.parametrize("harm", [
@@ -4658,8 +4515,7 @@ def test_pull_brings_every_honest_change_home(odd: Repo) -> None:
 def test_pull_survives_what_agents_do_to_git(repo: Repo, harm: str) -> None:
     work(repo)
     do(repo, AGENT + "echo changed >README; rm src/main.c; echo n >new; echo '*.o' >.gitignore; echo o >x.o; " + harm)
-    pulled = repo.cli("pull")
-    assert pulled.code == 0, pulled
+    pulled = repo.ok("pull")
     assert repo.git("diff", "--name-status", "main", "cmux/main").split("\n") == ["A\t.gitignore", "M\tREADME", "A\tnew", "D\tsrc/main.c"]
     assert not os.path.exists("/tmp/never")
     if "nested" in harm:
@@ -4667,56 +4523,81 @@ def test_pull_survives_what_agents_do_to_git(repo: Repo, harm: str) -> None:
     assert "Nothing new" in repo.cli("pull").text
 
 
-def bare_host(site: Site) -> str:
-    """A host that has POSIX commands only, and no git."""
+def nobody(site: Site, path: str) -> None:
+    """A host where one logs in as another user than root, with this PATH."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to log in as somebody else")
+    drop = f'exec {program("setpriv", "util-linux")} --reuid 65534 --regid 65534 --clear-groups env PATH={path} HOME={site.dir}/nobody {program("sh")} -c "$SSH_ORIGINAL_COMMAND"'
+    (site.dir / "nobody").mkdir()
+    os.chown(str(site.dir / "nobody"), 65534, 65534)
+    for folder in (site.dir, *site.dir.parents):
+        if not folder.stat().st_mode & 0o001:
+            folder.chmod(folder.stat().st_mode | 0o001)
+    site.daemon("nobody", f"ForceCommand {script(site.dir / 'drop', drop)}")
+
+
+def bare_host(site: Site, tools: str = "") -> str:
+    """A host that has POSIX commands only, and no git; busybox's where that has them."""
     if not (site.dir / "posix-bin").is_dir():
         posix_tools(site.dir / "posix-bin")
+        for name in subprocess.run([program(tools), "--list"], stdout=subprocess.PIPE).stdout.decode().split() if tools else ():
+            if (site.dir / "posix-bin" / name).exists():
+                (site.dir / "posix-bin" / name).unlink()
+                (site.dir / "posix-bin" / name).symlink_to(program(tools))
     return site.inetd("nogit", env={"PATH": str(site.dir / "posix-bin")})
 
 
-def test_pull_without_git_on_the_host(site: Site) -> None:
+@pytest.mark.parametrize("tools", ["", "busybox"])
+def test_pull_without_git_on_the_host(site: Site, tools: str) -> None:
     odd = Repo(site, odd=True)
-    host = bare_host(site)
-    assert odd.cli("new", "-H", host, "main").code == 0
+    host = bare_host(site, tools)
+    odd.new(host=host)
     assert not (odd.path() / ".git").exists()
     done = odd.cli("pull")
     assert "Nothing new" in done.text, done
     do(odd, CHANGES.replace("git mv", "mv").replace("git", ": git"))
     there = tree_of(odd.path())
-    pulled = odd.cli("pull")
-    assert pulled.code == 0, pulled
+    odd.ok("pull")
     odd.git("checkout", "-q", "-f", "cmux/main")
     assert odd.tree() == there
     odd.git("fsck", "--strict")
     odd.git("checkout", "-q", "-f", "main")
     assert "Nothing new" in odd.cli("pull").text
-    assert odd.cli("rm", "main").code == 0
+    odd.ok("rm", "main")
 
 
-def test_a_host_that_lists_files_and_never_sends_them_is_asked_twice(site: Site) -> None:
-    repo = Repo(site)
-    host = bare_host(site)
-    tar = site.dir / "posix-bin" / "tar"
-    real = tar.resolve()
-    tar.unlink()
-    script(tar, f'case $* in *-cf*/dev/null) ;; *-cf*) exit 0;; esac\nexec {real} "$@"')
-    assert repo.cli("new", "-H", host, "main").code == 0
-    do(repo, "echo x >new")
-    refused = repo.cli("pull")
-    assert refused.code == 1 and "does not send them" in refused.said, refused
-
-
-def test_a_host_that_is_asked_again_has_each_note_once(site: Site) -> None:
-    repo, host, once, tar = Repo(site), bare_host(site), site.dir / "once", site.dir / "posix-bin" / "tar"
-    real = tar.resolve()
-    tar.unlink()
-    tar.write_text(f'#!/bin/sh\ncase $* in *-cf*/dev/null) ;; *-cf*) [ -e {once} ] || {{ : >{once}; exit 0; }};; esac\nexec {real} "$@"\n')
-    tar.chmod(0o755)
-    assert repo.cli("new", "-H", host, "main").code == 0
-    do(repo, "mkdir -p sub/.git; echo x >sub/.git/HEAD; echo x >new")
+@pytest.mark.parametrize("how", ["shorter", "gone", "longer"])
+def test_a_file_that_changes_while_it_is_read_does_no_harm(site: Site, how: str) -> None:
+    repo, host, head = Repo(site), bare_host(site), site.dir / "posix-bin" / "head"
+    real, once = head.resolve(), site.dir / "once"
+    head.unlink()
+    script(head, f"""case "$*" in *./log) [ -e {once} ] || {{ : >{once}; case {how} in shorter) echo x >"$3";; gone) rm "$3";; *) echo more >>"$3";; esac; }};; esac
+exec {real} "$@\"""")
+    repo.new(host=host)
+    do(repo, "echo first >log; echo x >more; echo '12 blob 2' >z")
     pulled = repo.cli("pull")
-    assert pulled.code == 0 and once.exists() and repo.git("show", "cmux/main:new") == "x", pulled
-    assert pulled.said.count("git repository in") == 1, pulled
+    if how == "longer":
+        assert pulled.code == 0 and repo.git("show", "cmux/main:log") == "first", pulled
+    else:
+        refused(pulled, 1, words="Nothing was imported. Try again.")
+    assert repo.cli("rm", "main").code == 1
+    repo.ok("pull")
+    assert "z" in repo.git("ls-tree", "--name-only", "cmux/main") and repo.cli("rm", "main").code == 0
+
+
+def test_what_cannot_be_read_there_is_named_and_no_deletion(site: Site) -> None:
+    repo = Repo(site, files={"own": b"o\n"})
+    bare_host(site)
+    nobody(site, str(site.dir / "posix-bin"))
+    repo.new(host="nobody")
+    do(repo, "echo x >new; chmod 0 own new; echo y >more")
+    pulled = repo.ok("pull")
+    assert all(f"./{name}: it cannot be read" in pulled.said for name in ("own", "new")), pulled
+    assert repo.git("diff", "--name-only", "main", "cmux/main") == "more"
+    refused(repo.cli("rm", "main"), 1, words="./new: it cannot be read")
+    do(repo, "chmod 644 own new")
+    repo.ok("pull")
+    assert repo.git("show", "cmux/main:new") == "x" and repo.cli("rm", "main").code == 0
 
 
 @pytest.mark.parametrize("host", ["box", "nogit"])
@@ -4730,17 +4611,20 @@ def test_what_export_ignore_leaves_out_of_releases_comes_and_its_changes_go_home
     assert repo.cli("new", "-H", place, "main").said == "" and tree_of(repo.path()) == repo.tree()
     assert repo.cli("diff").text == ""
     repo.write("docs/dirty", b"d\n")
-    assert repo.cli("push", "--dirty").code == 0 and slurp(str(repo.path() / "docs/dirty")) == b"d\n"
+    repo.ok("push", "--dirty")
+    assert slurp(str(repo.path() / "docs/dirty")) == b"d\n"
     repo.write("docs/b/c", os.urandom(9) + b"\r\n")
     repo.commit()
-    assert repo.cli("push").code == 0 and tree_of(repo.path()) == repo.tree() and repo.cli("diff").text == ""
+    repo.ok("push")
+    assert tree_of(repo.path()) == repo.tree() and repo.cli("diff").text == ""
     do(repo, "echo its >docs/a; rm -r src/deep; echo new >docs/new")
     assert repo.cli("rm", "main").code == 1
-    assert repo.cli("pull").code == 0
+    repo.ok("pull")
     assert repo.git("diff", "--name-status", "main", "cmux/main").split() == ["M", "docs/a", "A", "docs/new", "D", "src/deep/x"]
     do(repo, "rm -r docs")
-    assert repo.cli("pull").code == 0 and "docs" not in repo.git("ls-tree", "-r", "cmux/main")
-    assert repo.cli("rm", "main").code == 0
+    repo.ok("pull")
+    assert "docs" not in repo.git("ls-tree", "-r", "cmux/main")
+    repo.ok("rm", "main")
 
 
 def older(repo: Repo, names: Sequence[str]) -> None:
@@ -4765,49 +4649,48 @@ def older(repo: Repo, names: Sequence[str]) -> None:
 def test_a_workspace_of_a_version_that_left_files_out_loses_nothing(site: Site, host: str) -> None:
     repo, place = Repo(site, files={".gitattributes": b"docs/ export-ignore\n"}), place_of(site, host)
     names = ["clean", "pushed", "work"]
-    assert repo.cli("new", "-H", place, *names).code == 0
+    repo.new(*names, host=place)
     older(repo, names)
     for name in names:
         for verb in ("pull", "diff"):
             refused(repo.cli(verb, "-w", name), 1, words="older version")
-    assert repo.cli("new", "-H", place, "fresh").code == 0 and tree_of(repo.path("fresh")) == repo.tree(), "its base is no base"
+    repo.new("fresh", host=place)
+    assert tree_of(repo.path("fresh")) == repo.tree(), "its base is no base"
     do(repo, "mkdir docs; echo its >docs/a", "work")
     for words in (["rm", "work"], ["push", "-w", "work"]):
         told = repo.cli(*words)
         assert told.code == 1 and "docs/a" in told.said and slurp(str(repo.path("work") / "docs/a")) == b"its\n", told
-    assert repo.cli("rm", "clean").code == 0
-    assert repo.cli("push", "-w", "pushed").code == 0 and tree_of(repo.path("pushed")) == repo.tree(), "also of the same commit"
+    repo.ok("rm", "clean")
+    repo.ok("push", "-w", "pushed")
+    assert tree_of(repo.path("pushed")) == repo.tree(), "also of the same commit"
     assert "already" in repo.cli("push", "-w", "pushed").text
-    forced = repo.cli("push", "--force", "-w", "work")
-    assert forced.code == 0 and "is kept until gc" in forced.said and tree_of(repo.path("work")) == repo.tree()
+    forced = repo.ok("push", "--force", "-w", "work")
+    assert "is kept until gc" in forced.said and tree_of(repo.path("work")) == repo.tree()
     for name in ("pushed", "work"):
         do(repo, "echo its >>docs/a", name)
-        assert repo.cli("pull", "-w", name).code == 0
+        repo.ok("pull", "-w", name)
         assert repo.git("diff", "--name-only", "main", "cmux/" + name) == "docs/a"
 
 
-def test_a_commit_in_another_encoding_comes_also_from_a_newer_git(repo: Repo, site: Site) -> None:
-    """Its help says --[no-]reencode."""
-    host = repo.site.inetd("newer", env=replaced(repo.site, git=f"""case "$*" in "fast-export -h")
-{program("git")} "$@" 2>&1 | sed 's/^    --\\([a-z]\\)/    --[no-]\\1/'; exit 129;; esac"""))
-    assert repo.cli("new", "-H", host, "main").code == 0
-    do(repo, "git fast-export -h 2>&1 | grep -qF -e '--[no-]reencode' && echo x >x && git add . && printf 'gr\\374n' | git -c i18n.commitEncoding=ISO-8859-1 commit -qF -")
-    assert repo.cli("pull").code == 0 and repo.git("log", "-1", "--format=%s", "cmux/main") == "grün"
+def test_a_commit_in_another_encoding_comes_as_utf_8(repo: Repo) -> None:
+    repo.new()
+    do(repo, "echo x >x && git add . && printf 'gr\\374n' | GIT_AUTHOR_NAME=$(printf 'J\\366rg') git -c i18n.commitEncoding=ISO-8859-1 commit -qF -")
+    repo.ok("pull")
+    assert repo.git("log", "-1", "--format=%an %s", "cmux/main") == "J\u00f6rg gr\u00fcn"
 
 
 @pytest.mark.parametrize("how", ["git checkout -q --orphan fresh; echo x >x; git add -A; git commit -qm orphan",
                                  "git checkout -qb feature; echo x >x; git add -A; git commit -q --amend -m amended"], ids=["orphan", "amend"])
 def test_a_branch_that_stands_at_the_base_holds_nothing_that_could_be_lost(repo: Repo, how: str) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.new()
     do(repo, how)
-    pulled = repo.cli("pull")
-    assert pulled.code == 0 and repo.git("show", "cmux/main:x") == "x" and "the branch main" not in pulled.said, pulled
-    gone = repo.cli("rm", "main")
-    assert gone.code == 0, gone
+    pulled = repo.ok("pull")
+    assert repo.git("show", "cmux/main:x") == "x" and "the branch main" not in pulled.said, pulled
+    repo.ok("rm", "main")
 
 
 def test_a_gitmodules_that_git_cannot_read_is_said_and_a_huge_one_takes_no_time(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.new()
     do(repo, "printf '<<<<<<< HEAD\\n[submodule \"x\"]\\n' >.gitmodules")
     refused(repo.cli("pull"), 1, words="not one that git can read")
     do(repo, "{ printf '[submodule \"x\"]\\n url = '; head -c 60000000 /dev/zero | tr '\\0' a; } >.gitmodules")
@@ -4832,12 +4715,13 @@ def test_a_file_changed_in_the_second_of_its_commit_is_seen(repo: Repo, site: Si
     """Its size and its second are those of the index: git reads it again if the index keeps its own time, also as a copy."""
     repo.write("README", b"1111\n")
     repo.commit()
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.new()
     for place in (repo.path(), repo.dir):
-        subprocess.run([sys.executable, "-c", RACY], cwd=str(place), env=repo.site.environment(), check=True)
+        subprocess.run([sys.executable, "-c", RACY], cwd=str(place), env=site.environment(), check=True)
     time.sleep(1.2)
-    assert repo.cli("pull").code == 0 and repo.git("show", "cmux/main:README") == "3333"
-    assert repo.cli("new", "-H", "box", "--dirty", "other").code == 0
+    repo.ok("pull")
+    assert repo.git("show", "cmux/main:README") == "3333"
+    repo.new("--dirty", "other")
     assert slurp(str(repo.path("other") / "README")) == b"3333\n"
 
 
@@ -4845,45 +4729,42 @@ def test_dirty_takes_a_split_index(repo: Repo) -> None:
     repo.git("config", "core.splitIndex", "true")
     repo.git("update-index", "--split-index")
     repo.write("README", b"changed\n")
-    assert repo.cli("new", "-H", "box", "--dirty", "main").code == 0
+    repo.new("--dirty", "main")
     assert slurp(str(repo.path() / "README")) == b"changed\n"
 
 
 @pytest.mark.parametrize("first", ["git commit -q --amend --allow-empty -m amended", "git init -q nested; git -C nested -c user.name=a -c user.email=a@b commit -q --allow-empty -m n; git add nested; git commit -qm link"])
 @pytest.mark.promise(7)
 def test_branches_and_stashes_are_told_also_where_history_cannot_come_home(repo: Repo, first: str) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.new()
     do(repo, "git checkout -qb side; echo s >side; git add .; git commit -qm side; git checkout -q main; echo st >>README; git stash -q; echo x >x; git add .; " + first)
-    pulled = repo.cli("pull")
-    assert pulled.code == 0 and repo.git("show", "cmux/main:x") == "x", pulled
+    pulled = repo.ok("pull")
+    assert repo.git("show", "cmux/main:x") == "x", pulled
     for words in ("left out: the branch side", "left out: the stash stash@{0}", "left out: how its commits follow one another"):
         assert words in pulled.said, pulled
     refusal = repo.cli("rm", "main")
     assert refusal.code == 1 and "branch side" in refusal.said and "stash@{0}" in refusal.said, refusal
     do(repo, "git branch -q -D side; git stash drop -q; rm -rf nested; git reflog expire --expire=now --all")
-    assert repo.cli("pull").code == 0 and repo.cli("rm", "main").code == 0
+    repo.ok("pull")
+    repo.ok("rm", "main")
 
 
 def test_what_was_marked_not_to_be_looked_at_is_looked_at(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.new()
     do(repo, "git update-index --assume-unchanged README; git update-index --skip-worktree src/main.c; echo changed >README; echo changed >src/main.c")
     assert repo.cli("rm", "main").code == 1
-    assert repo.cli("pull").code == 0 and repo.git("show", "cmux/main:README") == "changed"
+    repo.ok("pull")
+    assert repo.git("show", "cmux/main:README") == "changed"
     if tuple(map(int, re.findall(r"\d+", repo.git("version"))[:2])) >= (2, 36):  # older ones believe skip-worktree
         assert repo.git("show", "cmux/main:src/main.c") == "changed"
 
 
-def test_pull_from_a_git_older_than_its_newest_options(repo: Repo, site: Site) -> None:
-    """2.17 to 2.22 know neither --reencode nor --reference-excluded-parents."""
-    host = repo.site.inetd("old", env=replaced(repo.site, git="""
-for word; do case $word in --reencode=*|--reference-excluded-parents) exit 129;; esac; done
-case $*,$1 in "fast-export -h,fast-export") echo "usage: git fast-export [rev-list-opts]"; exit 129;; esac"""))
-    assert repo.cli("new", "-H", host, "main").code == 0
+def test_a_merge_comes_home_as_one(repo: Repo) -> None:
+    repo.new()
     do(repo, "git checkout -qb side; echo s >side; git add .; git commit -qm side; git checkout -q main; echo x >x; git add .; "
              "git commit -qm x; git merge -q -m merged side; echo y >y")
     there = tree_of(repo.path())
-    pulled = repo.cli("pull")
-    assert pulled.code == 0, pulled
+    repo.ok("pull")
     assert repo.git("log", "--format=%s", "main..cmux/main").split("\n")[:2] == ["uncommitted work", "merged"]
     repo.git("checkout", "-q", "-f", "cmux/main")
     assert repo.tree() == there
@@ -4891,29 +4772,23 @@ case $*,$1 in "fast-export -h,fast-export") echo "usage: git fast-export [rev-li
 
 def test_pull_and_push_where_git_makes_sha256_repositories(repo: Repo, site: Site) -> None:
     """As git 3 does, unless it is told."""
-    folder = repo.site.dir / "git-3"
-    folder.mkdir()
-    (folder / "git").write_text(f"""#!/bin/sh
-case "$1,$GIT_DEFAULT_HASH,$*" in init,,*--object-format*) ;; init,,*) shift; set -- init --object-format=sha256 "$@";; esac
-exec {program("git")} "$@"
-""")
-    (folder / "git").chmod(0o755)
-    host = repo.site.inetd("git3", env={"PATH": f"{folder}:{os.environ['PATH']}"})
-    assert repo.cli("new", "-H", host, "main").code == 0
+    host = site.inetd("git3", env=replaced(site, git="""
+case "$1,$GIT_DEFAULT_HASH,$*" in init,,*--object-format*) ;; init,,*) shift; set -- init --object-format=sha256 "$@";; esac"""))
+    repo.new(host=host)
     for turn in range(2):
         do(repo, AGENT + f"echo {turn} >work; git add work; git commit -qm 'turn {turn}'; echo {turn} >more")
-        assert repo.cli("pull").code == 0
+        repo.ok("pull")
         assert repo.git("log", "-2", "--format=%s", "cmux/main") == f"uncommitted work\nturn {turn}"
         repo.git("merge", "-q", "cmux/main")
-        pushed = repo.cli("push")
-        assert pushed.code == 0, pushed
-    assert repo.cli("rm", "main").code == 0
+        repo.ok("push")
+    repo.ok("rm", "main")
 
 
 def test_a_commit_in_an_encoding_that_git_does_not_know(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.new()
     do(repo, "echo x >x; git add .; git -c i18n.commitEncoding=latin-9x commit -qm odd; echo y >y; git add .; GIT_AUTHOR_DATE='@1700000000 +1545' git commit -qm zone")
-    assert repo.cli("pull").code == 0 and repo.git("log", "--format=%s %ad", "--date=format:%z", "main..cmux/main").startswith("zone +1545\nodd")
+    repo.ok("pull")
+    assert repo.git("log", "--format=%s %ad", "--date=format:%z", "main..cmux/main").startswith("zone +1545\nodd")
 
 
 def test_a_base_that_this_repository_has_lost_is_said(repo: Repo, site: Site) -> None:
@@ -4932,24 +4807,22 @@ def test_more_files_replaced_than_renames_are_looked_for(repo: Repo) -> None:
     for n in range(450):
         repo.write(f"o{n}", b"old %d %s" % (n, os.urandom(8).hex().encode()))
     repo.commit()
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.new()
     do(repo, "rm o*; for i in $(seq 450); do echo new $i $i$i$i >n$i; done")
-    assert repo.cli("diff", "--stat").code == 0
-    pulled = repo.cli("pull")
-    assert pulled.code == 0 and "900 files changed" in pulled.text, pulled.text[-300:]
+    repo.ok("diff", "--stat")
+    pulled = repo.ok("pull")
+    assert "900 files changed" in pulled.text, pulled.text[-300:]
 
 
 @pytest.mark.parametrize("change, gone, there", [("mv v1 t; mv v2 v1; mv t v2", "", {"v1/x": "TWO", "v2/x": "ONE"}), ("rm -r v1; mv v2 v1", "v2/x", {"v1/x": "TWO"})])
-def test_directories_that_changed_places_come_home_from_a_host_without_git(site: Site, change: str, gone: str, there: Dict[str, str]) -> None:
-    """Nothing in them is newer than the mark; over 64 MB only what is newer is sent."""
-    repo = Repo(site, files={"v1/x": b"ONE\n", "v2/x": b"TWO\n", "big": os.urandom(1 << 20) * 68})
-    assert repo.cli("new", "-H", bare_host(site), "main").code == 0
-    time.sleep(1.2)
+def test_directories_that_changed_places_come_home_without_git(site: Site, change: str, gone: str, there: Dict[str, str]) -> None:
+    repo = Repo(site, files={"v1/x": b"ONE\n", "v2/x": b"TWO\n"})
+    repo.new(host=bare_host(site))
     do(repo, change)
-    assert repo.cli("pull").code == 0
+    repo.ok("pull")
     assert {path: repo.git("show", f"cmux/main:{path}") for path in there} == there
     assert repo.git("diff", "--name-only", "--diff-filter=D", "main", "cmux/main") == gone
-    assert repo.cli("rm", "main").code == 0
+    repo.ok("rm", "main")
 
 
 @pytest.mark.parametrize("host", ["box", "nogit"])
@@ -4958,16 +4831,16 @@ def test_directories_that_changed_places_come_home_from_a_host_without_git(site:
 @pytest.mark.compat
 def test_rm_refuses_changed_files(site: Site, host: str, harm: str) -> None:
     repo = Repo(site)
-    assert repo.cli("new", "-H", bare_host(site) if host == "nogit" else host, "main").code == 0
+    repo.new(host=place_of(site, host))
     do(repo, harm)
-    refused = repo.cli("rm", "main")
-    assert refused.code == 1 and harm.split()[-1].lstrip(">").replace("src/", "") in refused.said, refused
-    assert repo.cli("pull").code == 0
+    assert repo.ok("diff").out
+    refused(repo.cli("rm", "main"), 1, words=harm.split()[-1].lstrip(">").replace("src/", ""))
+    repo.ok("pull")
     if host == "box":
         do(repo, "echo again >again; echo o >two")
         assert repo.cli("rm", "main").code == 1
-        assert repo.cli("pull").code == 0
-    assert repo.cli("rm", "main").code == 0
+        repo.ok("pull")
+    repo.ok("rm", "main")
 
 
 @pytest.mark.parametrize("harm", ["echo u >new; touch -t 200101010000 new", "cp -p README copy", "mv README renamed", "rm README", "chmod +x README",
@@ -4976,14 +4849,14 @@ def test_rm_and_push_without_git_there_see_what_no_time_tells(site: Site, harm: 
     repo = Repo(site, files={"README": b"read\n", "src/x": b"x\n"})
     repo.write("src/x", b"y\n")
     repo.commit()
-    assert repo.cli("new", "-H", bare_host(site), "main", "other").code == 0
+    repo.new("main", "other", host=bare_host(site))
     do(repo, harm)
     for words in (("rm", "main"), ("push", "--ref", "HEAD~1")):
-        refused = repo.cli(*words)
-        assert refused.code == 1 and "changed ./" in refused.said, refused
-    forked = repo.cli("fork", "twin")
-    assert forked.code == 0 and repo.cli("rm", "twin").code == 1 and repo.cli("rm", "other").code == 0
-    assert repo.cli("pull").code == 0 and repo.cli("rm", "main").code == 0
+        refused(repo.cli(*words), 1, words="changed ./")
+    repo.ok("fork", "twin")
+    assert repo.cli("rm", "twin").code == 1 and repo.cli("rm", "other").code == 0
+    repo.ok("pull")
+    repo.ok("rm", "main")
 
 
 @pytest.mark.parametrize("harm", [
@@ -5001,11 +4874,12 @@ def test_what_a_pull_does_not_bring_it_names_and_rm_refuses_until_it_is_home(rep
     assert pulled.code == 0 and left and left.group(1) in before.said, (before, pulled)
     refused(repo.cli("rm", "main"), 1, words=left.group(1))
     do(repo, f"git checkout -q -f --detach {left.group(1).split()[1]}")
-    assert repo.cli("pull", "--branch", "found").code == 0 and repo.git("log", "--format=%s", "found").startswith("lonely")
+    repo.ok("pull", "--branch", "found")
+    assert repo.git("log", "--format=%s", "found").startswith("lonely")
     do(repo, "git checkout -q -f main || git checkout -q -f -b main refs/cmux/base")
-    again = repo.cli("pull", "--branch", "third")
-    assert again.code == 0 and "check it out" not in again.said, again
-    assert repo.cli("rm", "main").code == 0
+    again = repo.ok("pull", "--branch", "third")
+    assert "check it out" not in again.said, again
+    repo.ok("rm", "main")
 
 
 def test_a_push_leaves_what_only_a_reflog_has_and_rm_still_knows_it(repo: Repo) -> None:
@@ -5014,22 +4888,28 @@ def test_a_push_leaves_what_only_a_reflog_has_and_rm_still_knows_it(repo: Repo) 
     repo.write("more", b"user")
     repo.commit()
     refused(repo.cli("push"), 1, words="other")
-    assert repo.cli("pull").code == 0 and repo.cli("push").code == 0
+    repo.ok("pull")
+    repo.ok("push")
     refused(repo.cli("rm", "main"), 1, words="(lonely)")
     do(repo, "git reflog expire --expire=now --all")
-    assert repo.cli("rm", "main").code == 0
+    repo.ok("rm", "main")
 
 
-@pytest.mark.parametrize("harm", ["echo x >>README; git stash -q", "echo x >>README; git commit -qam lonely",
-                                  "git checkout -q --detach; echo x >>README; git commit -qam lonely"])
+@pytest.mark.parametrize("harm, told", [
+    ("echo x >>README; git stash -q", ["stash"]), ("echo x >>README; git commit -qam lonely", ["lonely"]), ("git checkout -q --detach; echo x >>README; git commit -qam lonely", ["lonely"]),
+    ("echo W >w; git add w; git commit -qm sent; git update-ref refs/remotes/foo/bar HEAD; git reset -q --hard HEAD~1", ["sent"]),
+    ("echo precious >p; git add p; git commit -qm r; git tag t; git checkout -q --orphan fresh; git rm -q --cached p; rm p", ["branch main", "tag t"])])
 @pytest.mark.promise(7)
 @pytest.mark.compat
-def test_rm_refuses_commits_and_stashes(repo: Repo, harm: str) -> None:
+def test_rm_refuses_commits_and_stashes(repo: Repo, harm: str, told: List[str]) -> None:
     work(repo)
     do(repo, AGENT + harm)
-    refused = repo.cli("rm", "main")
-    assert refused.code == 1 and ("lonely" in refused.said or "stash" in refused.said), refused
-    assert repo.cli("rm", "--force", "main").code == 0
+    if "orphan" in harm:
+        assert "the branch main" in repo.cli("pull").said
+    answer = repo.cli("rm", "main")
+    refused(answer, 1, words=told[0])
+    assert told[-1] in answer.said and repo.path().exists()
+    repo.ok("rm", "--force", "main")
 
 
 def test_pull_refuses_what_is_not_its_own(repo: Repo) -> None:
@@ -5040,7 +4920,7 @@ def test_pull_refuses_what_is_not_its_own(repo: Repo) -> None:
     theirs = repo.git("commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", "somebody's own")
     repo.git("branch", "cmux/main", theirs)
     assert repo.cli("pull").code == 1 and repo.git("rev-parse", "cmux/main") == theirs
-    assert repo.cli("pull", "--branch", "other").code == 0
+    repo.ok("pull", "--branch", "other")
     assert repo.git("show", "other:x") == "x"
     do(repo, "head -c 300000000 /dev/zero >big")
     refused = repo.cli("pull", "--branch", "third")
@@ -5055,35 +4935,35 @@ def test_pull_refuses_what_is_not_its_own(repo: Repo) -> None:
 
 @pytest.mark.promise(3)
 def test_pull_says_what_would_run_and_what_leaks(repo: Repo, site: Site) -> None:
-    assert repo.cli("secrets", "set", "TOKEN", stdin=b"s3cr3t-s3cr3t").code == 0
+    repo.ok("secrets", "set", "TOKEN", stdin=b"s3cr3t-s3cr3t")
     work(repo)
     repo.git("config", "core.hooksPath", ".husky")
     do(repo, 'echo "$TOKEN" >.env; echo all: >Makefile; mkdir -p .github/workflows; echo x >.github/workflows/x.yml; echo x >run.sh; chmod +x run.sh; ln -s README l')
-    pulled = repo.cli("pull")
-    assert pulled.code == 0 and ".env holds the secret TOKEN" in pulled.said and "s3cr3t" not in pulled.said + pulled.text, pulled
+    pulled = repo.ok("pull")
+    assert ".env holds the secret TOKEN" in pulled.said and "s3cr3t" not in pulled.said + pulled.text, pulled
     for name in ("Makefile", ".github/workflows/x.yml", "run.sh (executable)", "l (symbolic link)"):
         assert name in pulled.text, pulled
     do(repo, "mkdir .husky; echo x >.husky/post-checkout")
     assert repo.cli("pull").code == 1
-    terminal = on_terminal(repo.site, "pull", "--allow", cwd=repo.dir)
+    terminal = on_terminal(site, "pull", "--allow", cwd=repo.dir)
     assert terminal.wait() == 0 and b"git diff ...cmux/main; to take it: git merge cmux/main" in terminal.output, terminal.output
 
 
 def test_pull_refuses_hooks_reached_by_a_link_above_them_and_shows_names_in_one_line(repo: Repo) -> None:
     repo.write("tools/hooks/x", b"1")
     repo.commit()
-    assert repo.cli("secrets", "set", "TOKEN", stdin=b"s3cr3t-s3cr3t").code == 0
+    repo.ok("secrets", "set", "TOKEN", stdin=b"s3cr3t-s3cr3t")
     work(repo)
     do(repo, "printf %s \"$TOKEN\" >'a\ncmux_ssh.py: all is well.'")
-    pulled = repo.cli("pull")
-    assert pulled.code == 0 and "holds the secret TOKEN" in pulled.said and not re.search("^cmux_ssh.py: all is well", pulled.said, re.M), pulled
+    pulled = repo.ok("pull")
+    assert "holds the secret TOKEN" in pulled.said and not re.search("^cmux_ssh.py: all is well", pulled.said, re.M), pulled
     repo.git("config", "core.hooksPath", "tools/hooks")
     do(repo, "rm -r tools; mkdir -p evil/hooks; ln -s evil tools; echo x >evil/hooks/post-checkout")
     refused(repo.cli("pull"), 1, words="runs hooks from there")
-    assert repo.cli("pull", "--allow").code == 0
+    repo.ok("pull", "--allow")
     repo.git("config", "core.hooksPath", ".")
     do(repo, "mkdir -p below; echo x >below/post-checkout")
-    assert repo.cli("pull").code == 0
+    repo.ok("pull")
     do(repo, "echo x >post-checkout")
     refused(repo.cli("pull"), 1, words="runs hooks from there")
 
@@ -5105,7 +4985,7 @@ def test_hooks_are_found_by_either_name_and_in_any_configuration(repo: Repo, sit
     if tuple(map(int, re.findall(r"\d+", repo.git("--version"))[:2])) >= (2, 31):  # older ones do not know these variables
         env = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.hooksPath", "GIT_CONFIG_VALUE_0": "tools/hooks"}
         refused(repo.cli("pull", env=env), 1, words="runs hooks from there")
-    assert repo.cli("pull").code == 0
+    repo.ok("pull")
 
 
 @pytest.mark.parametrize("url", ["\\\next::sh -c id", '""ext::sh -c id', 'e"x"t::sh -c id', "ext::sh -c id" + "\n#" + "x" * (1 << 20), '"!touch x"', "-u"],
@@ -5118,9 +4998,9 @@ def test_a_submodule_url_that_is_a_command_is_read_as_git_reads_it(repo: Repo, u
 
 @pytest.mark.promise(4)
 def test_pull_from_a_malicious_repository_of_ones_own_runs_nothing(repo: Repo, site: Site) -> None:
-    trap = repo.site.dir / "trap"
-    evil = script(repo.site.dir / "evil.sh", f"echo ran >>{trap}\ncat")
-    for hook in ("reference-transaction", "post-index-change", "post-checkout", "pre-commit", "fsmonitor-watchman"):
+    trap = site.dir / "trap"
+    evil = script(site.dir / "evil.sh", f"echo ran >>{trap}\ncat")
+    for hook in ("reference-transaction", "post-index-change", "post-checkout", "pre-commit", "post-commit", "pre-auto-gc", "fsmonitor-watchman"):
         path = repo.dir / ".git" / "hooks" / hook
         path.parent.mkdir(exist_ok=True)
         shutil.copy(str(evil), str(path))
@@ -5128,13 +5008,14 @@ def test_pull_from_a_malicious_repository_of_ones_own_runs_nothing(repo: Repo, s
     repo.commit()
     trap.unlink() if trap.exists() else None
     for key in ("core.fsmonitor", "filter.evil.clean", "filter.evil.smudge", "filter.evil.process", "diff.evil.textconv", "diff.evil.command", "diff.external", "core.pager",
-                "gpg.program", "core.sshCommand", "tar.tgz.command", "uploadpack.packObjectsHook"):
+                "gpg.program", "core.sshCommand", "tar.tgz.command", "tar.tar.command", "core.editor", "credential.helper", "uploadpack.packObjectsHook"):
         repo.git("config", key, str(evil))
     repo.git("config", "commit.gpgSign", "true")
     repo.git("config", "protocol.ext.allow", "always")
-    env = {"GIT_DIR": "/nonexistent", "GIT_INDEX_FILE": "/nonexistent", "GIT_EXTERNAL_DIFF": str(evil), "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.fsmonitor", "GIT_CONFIG_VALUE_0": str(evil)}
-    assert repo.cli("new", "-H", "box", "main", env=env).code == 0
-    assert repo.cli("exec", "-w", "main", "--", "echo x >>README", env=env).code == 0
+    (repo.dir / ".git/info/attributes").write_text("* filter=evil\n")
+    env = {"GIT_DIR": "/nonexistent", "GIT_INDEX_FILE": "/nonexistent", "GIT_WORK_TREE": "/", "GIT_OBJECT_DIRECTORY": "/nonexistent", "GIT_EXTERNAL_DIFF": str(evil), "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.fsmonitor", "GIT_CONFIG_VALUE_0": str(evil)}
+    repo.new(env=env)
+    repo.ok("exec", "-w", "main", "--", "grep -q hello README && echo x >>README", env=env)
     for words in (["diff"], ["pull"], ["rm", "main"]):
         done = repo.cli(*words, "-w", "main", env=env) if words[0] != "rm" else repo.cli(*words, env=env)
         assert done.code == 0, done
@@ -5143,44 +5024,45 @@ def test_pull_from_a_malicious_repository_of_ones_own_runs_nothing(repo: Repo, s
 
 def test_hooks_that_the_configuration_names_do_not_run_either(repo: Repo, site: Site) -> None:
     """git 2.54 has them; in front of an older one, a program does what it does."""
-    trap, folder = repo.site.dir / "trap", repo.site.dir / "git-2.54"
-    folder.mkdir()
-    (folder / "git").write_text(f"""#!{sys.executable}
+    trap, shim = site.dir / "trap", site.dir / "git-2.54.py"
+    shim.write_text(f"""
 import os, subprocess, sys
 words, real, hooks = sys.argv[1:], {program("git")!r}, {{}}
 if "update-ref" in words:
     told = subprocess.run([real, *words[:words.index("update-ref")], "config", "-z", "--get-regexp", "^hook[.]"], stdout=subprocess.PIPE).stdout
-    for key, value in (row.split("\\n") for row in told.decode().split("\\0")[:-1]):
+    rows = [row.split("\\n") for row in told.decode().split("\\0")[:-1]]  # git before 2.31 does not know these variables
+    rows += [[os.environ["GIT_CONFIG_%s_%d" % (part, n)] for part in ("KEY", "VALUE")] for n in range(int(os.environ.get("GIT_CONFIG_COUNT", 0)))]
+    for key, value in rows:
         hooks.setdefault(key.rpartition(".")[0], {{}})[key.rpartition(".")[2]] = value
     for hook in hooks.values():
         if hook.get("event") == "reference-transaction" and hook.get("enabled") != "false":
             subprocess.run(hook["command"], shell=True)
 os.execv(real, [real, *words])
 """)
-    (folder / "git").chmod(0o755)
     for scope, name in (("--local", "k"), ("--global", "a=b. c")):
         repo.git("config", scope, f"hook.{name}.event", "reference-transaction")
         repo.git("config", scope, f"hook.{name}.command", f"echo ran >>{trap}")
-    env = {"PATH": f"{folder}:{os.environ['PATH']}"}
-    subprocess.run(["git", "update-ref", "refs/heads/proof", "HEAD"], cwd=str(repo.dir), env=repo.site.environment(env), check=True)
+    env = replaced(site, git=f'exec {sys.executable} {shim} "$@"')
+    subprocess.run(["git", "update-ref", "refs/heads/proof", "HEAD"], cwd=str(repo.dir), env=site.environment(env), check=True)
     assert trap.read_text().startswith("ran\nran\n")
     trap.unlink()
     for n, words in enumerate((["new", "-H", "box", "--dirty", "main"], ["exec", "--", "echo x >>README"], ["pull"], ["push", "--dirty"])):
         repo.write("dirty", b"%d" % n)
-        assert repo.cli(*words, env=env).code == 0 and not trap.exists(), words
+        repo.ok(*words, env=env)
+        assert not trap.exists(), words
 
 
 def test_a_line_cut_during_pull_leaves_nothing(site: Site) -> None:
     repo = Repo(site)
     line = site.line("far")
-    assert repo.cli("new", "-H", "far", "main").code == 0
+    repo.new(host="far")
     do(repo, "head -c 400000 /dev/urandom >big")
     for limit in (20000, 100000, 300000):
         line.cut["down"] = limit
         assert repo.cli("pull").code == 255
         assert not repo.git("for-each-ref", "refs/heads/cmux")
     line.cut["down"] = None
-    assert repo.cli("pull").code == 0
+    repo.ok("pull")
 
 
 def test_what_may_not_come_in_and_is_gone_again_is_said_with_the_way_out(repo: Repo) -> None:
@@ -5191,41 +5073,43 @@ def test_what_may_not_come_in_and_is_gone_again_is_said_with_the_way_out(repo: R
     assert "cmux_ssh.py exec -w main -- 'git reset --soft refs/cmux/base && git commit -m all'" in answer.said
     refused(repo.cli("rm", "main"), 1, words="would be lost")
     do(repo, "git reset --soft refs/cmux/base && git commit -m all")
-    assert repo.cli("pull").code == 0 and repo.git("show", "cmux/main:one") == "one" and repo.git("show", "cmux/main:u") == "u"
+    repo.ok("pull")
+    assert repo.git("show", "cmux/main:one") == "one" and repo.git("show", "cmux/main:u") == "u"
     refused(repo.cli("rm", "main"), 1, words=" (a)")  # only a reflog has it, and it cannot come
-    assert repo.cli("rm", "--force", "main").code == 0
+    repo.ok("rm", "--force", "main")
 
 
 @pytest.mark.parametrize("host", ["box", "nogit"])
 def test_names_that_cannot_come_are_left_out_and_those_of_the_base_can_change(site: Site, host: str) -> None:
     own = ["\\lead", "trail\\", "a\\..\\b"]
     repo = Repo(site, files={name: b"old\n" for name in [*own, "README"]})
-    assert repo.cli("new", "-H", place_of(site, host), "main").code == 0
+    repo.new(host=place_of(site, host))
     do(repo, "for f in * ; do echo new >\"$f\"; done; mkdir .GIT sub; for f in 'git~1' .GIT/x 'sub/\\new' \"$(printf 'c\\001')\" \"$(printf 'l\\351')\"; do echo odd >\"$f\"; done")
     odd = [".GIT/x", "c^A", "git~1", "l\ufffd", "sub/\\new"]
     refused(repo.cli("rm", "main"), 1, words="would be lost")
-    shown = repo.cli("diff", "--stat")
-    assert shown.code == 0 and "4 files changed" in shown.text, shown
-    pulled = repo.cli("pull")
-    assert pulled.code == 0 and sorted(line.split()[3].rstrip(":") for line in pulled.said.splitlines() if "left out" in line) == odd, pulled.said
+    shown = repo.ok("diff", "--stat")
+    assert "4 files changed" in shown.text, shown
+    pulled = repo.ok("pull")
+    assert sorted(line.split()[3].rstrip(":") for line in pulled.said.splitlines() if "left out" in line) == odd, pulled.said
     names = repo.git("-c", "core.quotePath=false", "diff", "-z", "--name-only", "main", "cmux/main").split("\0")
     assert set(names) == {*own, "README", ""} and repo.git("show", "cmux/main:\\lead") == "new"
     refused(repo.cli("rm", "main"), 1, words="sub/")
     do(repo, "rm -r sub 'git~1' .GIT c?; rm l*")
-    assert repo.cli("pull").code == 0 and repo.cli("rm", "main").code == 0
+    repo.ok("pull")
+    repo.ok("rm", "main")
 
 
 @pytest.mark.parametrize("push", [False, True])
 def test_a_history_that_cannot_come_home_loses_no_tracked_file_and_brings_no_ignored_one(site: Site, push: bool) -> None:
     """Also where the base came as a delta, and has no repository of its own."""
     repo = Repo(site, files={**{f"f{n}": b"%d" % n for n in range(9)}, ".gitignore": b"dist/\n.env\n"})
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.new()
     if push:
         repo.write("f2", b"new")
         repo.commit()
-        assert repo.cli("push").code == 0
+        repo.ok("push")
     do(repo, AGENT + "mkdir dist; echo precious >dist/report; echo KEY >.env; echo no >dist/no; git add -f dist/report; git commit -qm r; git checkout -q --orphan other; git commit -qm o")
-    assert repo.cli("pull").code == 0
+    repo.ok("pull")
     assert repo.git("diff", "--name-only", "HEAD", "cmux/main") == "dist/report" and repo.git("show", "cmux/main:dist/report") == "precious"
     do(repo, "git checkout -q -b more; git rm -q --cached f1; git tag saved $(git commit-tree -m only-in-tag HEAD^{tree})")
     do(repo, "git checkout -q other")
@@ -5233,24 +5117,25 @@ def test_a_history_that_cannot_come_home_loses_no_tracked_file_and_brings_no_ign
     assert "the tag saved (only-in-tag): check it out there and pull" in repo.cli("pull").said
     refused(repo.cli("rm", "main"), 1, words="tag saved")
     do(repo, "git tag -d saved; git branch -D more main; git reflog expire --expire=now --all")
-    assert repo.cli("pull").code == 0 and repo.cli("rm", "main").code == 0
+    repo.ok("pull")
+    repo.ok("rm", "main")
 
 
 def test_a_repository_that_no_pull_looks_into_is_told(site: Site) -> None:
     repo, host = Repo(site), bare_host(site)
-    assert repo.cli("new", "-H", host, "main").code == 0
+    repo.new(host=host)
     (site.dir / "posix-bin" / "git").symlink_to(program("git"))  # as if it was installed later
     do(repo, "git init -q && git config user.name a && git config user.email a@x && git add -A && git commit -qm base && "
              "git checkout -qb feature && echo W >work && git add work && git commit -qm work && git checkout -q -")
     refused(repo.cli("rm", "main"), 1, words="a git repository in .")
-    pulled = repo.cli("pull")
-    assert pulled.code == 0 and "the commits of the git repository in ." in pulled.said, pulled
+    pulled = repo.ok("pull")
+    assert pulled.said.count("the commits of the git repository in .") == 1, pulled
     refused(repo.cli("rm", "main"), 1, words="a git repository in .")
-    assert repo.cli("rm", "--force", "main").code == 0
+    repo.ok("rm", "--force", "main")
 
 
 def test_pull_and_diff_go_by_the_base_of_now(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.new()
     repo.write("README", b"hello\nusers line\n")
     new = repo.commit()
     assert in_library(repo, """
@@ -5263,17 +5148,18 @@ print([line for line in cmux_ssh.diff(workspace) if line.startswith(("+", "-"))]
 
 
 def test_a_branch_that_was_checked_out_meanwhile_does_not_move(repo: Repo, site: Site) -> None:
-    line = repo.site.line("far")
-    assert repo.cli("new", "-H", "far", "main").code == 0
+    line = site.line("far")
+    repo.new(host="far")
     do(repo, "echo 1 >agents")
-    assert repo.cli("pull").code == 0
+    repo.ok("pull")
     do(repo, "echo 2 >agents; head -c 1000000 /dev/urandom >large")
     before = repo.git("rev-parse", "cmux/main")
     line.trap = ("down", 500_000, lambda: repo.git("checkout", "-q", "cmux/main"))  # type: ignore[assignment,return-value]
     refused(repo.cli("pull"), 1, words="is checked out; nothing")
     assert line.trap is None and repo.git("rev-parse", "cmux/main") == before and not repo.git("status", "--short")
     repo.git("checkout", "-q", "main")
-    assert repo.cli("pull").code == 0 and repo.git("show", "cmux/main:agents") == "2"
+    repo.ok("pull")
+    assert repo.git("show", "cmux/main:agents") == "2"
 
 
 # === Submodules and LFS ===
@@ -5317,7 +5203,7 @@ class Family(Repo):
 
     def lfs(self, path: str, content: bytes, here: bool = True) -> None:
         digest = hashlib.sha256(content).hexdigest()
-        self.write(path, b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (digest.encode(), len(content)))
+        self.write(path, pointer(content))
         if here:
             self.write(".git/lfs/objects/%s/%s/%s" % (digest[:2], digest[2:4], digest), content)
 
@@ -5345,26 +5231,26 @@ def place_of(site: Site, host: str) -> str:
 def test_submodules_and_lfs_content_travel_and_do_not_come_back(site: Site, host: str) -> None:
     family = Family(site)
     before = family.asleep()
-    made = family.cli("new", "-H", place_of(site, host), "main")
-    assert made.code == 0, made
+    made = family.new(host=place_of(site, host))
     for words in ("1 submodule not checked out", "1 LFS file whose content is not here"):
         assert words in made.said, made
     assert tree_of(family.path()) == family.whole()
     assert family.whole()[b"assets/model.bin"][1] == CONTENT and family.whole()[os.fsencode("%s/%s/deep.c" % (LIB, INNER))]
     assert "Nothing new" in family.cli("pull").text and family.cli("diff").out == b""
-    second = family.cli("new", "-v", "-H", place_of(site, host), "second")
-    assert second.code == 0 and ": sent " not in second.said, second
+    second = family.ok("new", "-v", "-H", place_of(site, host), "second")
+    assert ": sent " not in second.said, second
     assert tree_of(family.path("second")) == family.whole()
     if host == "box":
         assert family.cli("exec", "-w", "main", "--", "git status --short; git log --format=%s").out == b"base\n"
     assert family.asleep() == before
-    assert family.cli("rm", "main").code == 0 and family.cli("rm", "second").code == 0
+    family.ok("rm", "main")
+    family.ok("rm", "second")
 
 
 @pytest.mark.parametrize("host", ["box", "nogit"])
 def test_changes_in_submodules_are_left_out_and_kept_from_rm(site: Site, host: str) -> None:
     family = Family(site)
-    assert family.cli("new", "-H", place_of(site, host), "main").code == 0
+    family.new(host=place_of(site, host))
     before = family.asleep()
     script = AGENT + """echo more >>README; echo other >assets/model.bin; echo x >new.bin; cp assets/tool.bin plain; mv assets/tool.bin assets/moved.bin
         cd vendor/li*; echo edit >>x.c; rm -r in*/README; cd ../..; mkdir -p absent; echo agent >absent/new; git add -A; git commit -qm mine; echo u >'vendor/li b "q'"'/untracked"
@@ -5372,8 +5258,7 @@ def test_changes_in_submodules_are_left_out_and_kept_from_rm(site: Site, host: s
     do(family, script if host == "box" else script.replace("git add -A; git commit -qm mine", ":"))
     refused = family.cli("rm", "main")
     assert refused.code == 1 and "submodule" not in refused.said, refused
-    pulled = family.cli("pull")
-    assert pulled.code == 0, pulled
+    pulled = family.ok("pull")
     assert family.asleep() == before
     for path in (LIB + "/x.c", LIB + "/%s/README" % INNER, LIB + "/untracked", "absent/new"):
         assert "left out: %s" % json.dumps(path)[1:-1].replace('\\"', '"') in pulled.said.replace("\\", ""), (path, pulled)
@@ -5389,14 +5274,14 @@ def test_changes_in_submodules_are_left_out_and_kept_from_rm(site: Site, host: s
         refused = family.cli(*words)
         assert refused.code == 1 and "work that would be lost" in refused.said and "README" not in refused.said.replace("/README", ""), refused
         assert "-w main -- git status --short); read brings a file" in refused.said
-    assert family.cli("push", "--ref", "HEAD~1", "--force").code == 0
-    assert family.cli("rm", "main").code == 0
+    family.ok("push", "--ref", "HEAD~1", "--force")
+    family.ok("rm", "main")
 
 
 @pytest.mark.parametrize("host", ["box", "nogit"])
 def test_a_moved_submodule_is_pushed_as_a_delta(site: Site, host: str) -> None:
     family = Family(site)
-    assert family.cli("new", "-H", place_of(site, host), "main").code == 0
+    family.new(host=place_of(site, host))
     inside = Repo.__new__(Repo)
     inside.site, inside.dir = site, family.dir / LIB
     inside.write("x.c", b"moved\n")
@@ -5405,40 +5290,38 @@ def test_a_moved_submodule_is_pushed_as_a_delta(site: Site, host: str) -> None:
     inside.commit("moved")
     family.lfs("assets/tool.bin", b"#!/bin/sh\necho new\n")
     family.commit("submodule moved")
-    pushed = family.cli("push", "-v")
-    assert pushed.code == 0, pushed
+    pushed = family.ok("push", "-v")
     assert re.search(r"sent \d\d\.\d kB", pushed.said), pushed  # the delta, not the 4 MB of all
     assert tree_of(family.path()) == family.whole()
     assert family.cli("diff").out == b"" and "already" in family.cli("push").text
     do(family, "echo work >>README")
-    assert family.cli("pull").code == 0
+    family.ok("pull")
     assert family.git("diff", "--name-only", "main", "cmux/main") == "README"
-    back = family.cli("push", "--ref", "HEAD~1")
-    assert back.code == 0, back
+    family.ok("push", "--ref", "HEAD~1")
     assert (family.path() / LIB / "x.c").read_bytes() == b"x\n" and not (family.path() / LIB / "fresh").exists()
     assert family.cli("diff").out == b"" and family.cli("rm", "main").code == 0
 
 
 def test_a_workspace_outlives_the_submodule_and_the_content_it_was_made_of(site: Site) -> None:
     family = Family(site)
-    assert family.cli("new", "-H", "box", "main").code == 0
+    family.new()
     shutil.rmtree(str(family.dir / ".git/lfs"))
     family.git("submodule", "--quiet", "deinit", "-f", LIB)
     assert "Nothing new" in family.cli("pull").text
     do(family, "echo work >>README; echo x >>vendor/li*/x.c")
-    pulled = family.cli("pull")
-    assert pulled.code == 0 and pulled.said.count("left out") == 1, pulled
+    pulled = family.ok("pull")
+    assert pulled.said.count("left out") == 1, pulled
     assert family.git("diff", "--name-only", "main", "cmux/main") == "README"
     do(family, "rm -rf vendor; echo a file >vendor")
-    pulled = family.cli("pull")
-    assert pulled.code == 0 and "left out: vendor (" in pulled.said and "left out: vendor/li" in pulled.said, pulled
+    pulled = family.ok("pull")
+    assert "left out: vendor (" in pulled.said and "left out: vendor/li" in pulled.said, pulled
     assert family.git("ls-tree", "-r", "cmux/main").count("160000 commit") == 2
     shutil.rmtree(str(family.dir / ".git/modules"))
-    refused = family.cli("diff")
-    assert refused.code == 1 and "submodule" in refused.said and "Traceback" not in refused.said, refused
+    told = family.ok("diff")
+    assert "+work" in told.text and "left out: vendor (" in told.said, told
     assert family.cli("rm", "main").code == 1 and family.cli("rm", "main", "--force").code == 0
-    made = family.cli("new", "-H", "box", "next")
-    assert made.code == 0 and "2 submodules not checked out" in made.said and "5 LFS files" in made.said, made
+    made = family.new("next")
+    assert "2 submodules not checked out" in made.said and "5 LFS files" in made.said, made
     assert "Nothing new" in family.cli("pull", "-w", "next").text
     moved = family.cli("push", "-w", "next")
     assert "already" in moved.text, moved
@@ -5457,16 +5340,16 @@ def test_uncommitted_work_in_a_submodule_is_said_and_none_of_its_filters_run(sit
         (git_dir.parent / "info/attributes").write_text("* filter=evil\n")
     family.write(LIB + "/x.c", b"z\n")
     os.utime(str(family.dir / LIB / "x.c"), (1, 1))
-    clean = family.cli("new", "-H", "box", "clean")
-    assert clean.code == 0 and "1 uncommitted file in submodules" in clean.said, clean
+    clean = family.new("clean")
+    assert "1 uncommitted file in submodules" in clean.said, clean
     family.write("README", b"dirty\n")
-    made = family.cli("new", "-H", "box", "main", "--dirty")
-    assert made.code == 0 and "1 uncommitted file in submodules" in made.said and "1 submodule not checked out" in made.said, made
+    made = family.new("main", "--dirty")
+    assert "1 uncommitted file in submodules" in made.said and "1 submodule not checked out" in made.said, made
     assert (family.path() / "README").read_bytes() == b"dirty\n" and (family.path() / LIB / "x.c").read_bytes() == b"x\n"
     assert not trap.exists()
     subprocess.run(["git", "-C", str(family.dir / LIB), "-c", "core.fsmonitor=false", "-c", "filter.evil.clean=cat", "commit", "-qam", "moved"], check=True, env=site.environment())
     trap.unlink() if trap.exists() else None
-    assert family.cli("push", "-w", "main", "--dirty").code == 0
+    family.ok("push", "-w", "main", "--dirty")
     assert (family.path() / LIB / "x.c").read_bytes() == b"z\n" and not trap.exists()
 
 
@@ -5494,7 +5377,7 @@ def test_a_submodule_that_lies_elsewhere_is_none(site: Site) -> None:
         repo.write(f"sub{n}/.git", text)
     for path, size in (("good.bin", 1), ("link.bin", 2), ("size.bin", 3)):
         content = hashlib.sha256(b"x" * size).hexdigest()
-        repo.write(path, b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (content.encode(), size))
+        repo.write(path, pointer(b"x" * size))
         repo.write(f".git/lfs/objects/{content[:2]}/{content[2:4]}/{content}", b"x" * (size if size < 3 else 1))
         repo.git("add", path)
         if size == 2:
@@ -5504,8 +5387,8 @@ def test_a_submodule_that_lies_elsewhere_is_none(site: Site) -> None:
     for path in paths:
         repo.git("update-index", "--add", "--cacheinfo", f"160000,{lib.git('rev-parse', 'HEAD')},{path}")
     repo.git("update-ref", "HEAD", repo.git("commit-tree", "-p", "HEAD", "-m", "gitlinks", repo.git("write-tree")))
-    made = repo.cli("new", "-H", "box", "main")
-    assert made.code == 0 and "17 submodules not checked out here, 2 LFS files whose content is not here" in made.said, made
+    made = repo.new()
+    assert "17 submodules not checked out here, 2 LFS files whose content is not here" in made.said, made
     assert {path.name for path in repo.path().iterdir() if (path / "README").exists()} == {"real", "sub0", "sub1"}
     assert (repo.path() / "good.bin").read_bytes() == b"x" and all((repo.path() / name).read_bytes()[:7] == b"version" for name in ("link.bin", "size.bin"))
 
@@ -5515,66 +5398,39 @@ def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site: Si
     repo = Repo(site, files={".gitattributes": b"*.bin filter=lfs\n"})
     size = (256 << 20) + 4096
     digest = hashlib.sha256(bytes(size)).hexdigest()
-    repo.write("model.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (digest.encode(), size))
+    repo.write("model.bin", pointer(bytes(size)))
     repo.write(".git/lfs/objects/%s/%s/%s" % (digest[:2], digest[2:4], digest), b"")
     os.truncate(str(repo.dir / ".git/lfs/objects" / digest[:2] / digest[2:4] / digest), size)
     repo.commit("model")
-    assert repo.cli("new", "-H", place_of(site, host), "main").code == 0
+    repo.new(host=place_of(site, host))
     assert (repo.path() / "model.bin").stat().st_size == size
     do(repo, "echo x >>README")
-    pulled = repo.cli("pull")
-    assert pulled.code == 0 and repo.git("diff", "--name-only", "main", "cmux/main") == "README", pulled
+    pulled = repo.ok("pull")
+    assert repo.git("diff", "--name-only", "main", "cmux/main") == "README", pulled
     do(repo, "echo x >>model.bin")
     for words in (["pull"], ["rm", "main"]):
-        refused = repo.cli(*words)
-        assert refused.code == 1 and "model.bin" in refused.said, refused
+        refused(repo.cli(*words), 1, words="model.bin")
     do(repo, "truncate -s -2 model.bin 2>/dev/null || head -c %d model.bin >m && mv m model.bin; touch -d 2001-01-01T00:00:00 model.bin; mv model.bin moved" % size)
     moved = repo.cli("pull")
     assert moved.code == 1 and "Traceback" not in moved.said and "refused" in moved.said, moved
 
 
-def test_what_was_sent_is_remembered_while_a_workspace_is_of_it(site: Site) -> None:
-    family = Family(site)
-    assert family.cli("new", "-H", "box", "main").code == 0
-    (first,) = (site.state / "projects").glob("*.parts/*.json")
-    for number in range(35):
-        shutil.copy(str(first), str(first.with_name("%040x.json" % number)))
-        os.utime(str(first.with_name("%040x.json" % number)), (1000 + number, 1000 + number))
-    os.utime(str(first), (1, 1))
-    family.write("README", b"other")
-    family.commit()
-    assert family.cli("new", "-H", "box", "second").code == 0
-    kept = {path.name for path in first.parent.iterdir()} - {"%040x.json" % number for number in range(6, 35)}
-    assert len(kept) == 2 and first.name in kept, kept
-    assert "Nothing new" in family.cli("pull", "-w", "main").text
-    for damage in (b"{", b'{"version": 1}', b'{"version": 1, "source": "a", "modules": [], "lfs": [["a"]]}', b'{"version": 1, "source": 1, "modules": [], "lfs": []}'):
-        first.write_bytes(damage)
-        refused(family.cli("pull", "-w", "main"), 1, words="The state file")
-
-
 def test_a_git_that_reads_no_tree_without_its_contents_sends_lfs_content_all_the_same(site: Site) -> None:
     """Before 2.39; in front of a newer one, a program refuses what those do."""
     family, real = Family(site), program("git")
-    folder = site.dir / "git-2.38"
-    folder.mkdir()
-    (folder / "git").write_text(f"""#!/bin/sh
+    env = replaced(site, git=f"""
 case " $* " in *" read-tree "[0-9a-f][0-9a-f]* | *" read-tree "*" "[0-9a-f][0-9a-f]*)
   for tree; do :; done; dir=$1
   missing=$({real} "$dir" ls-tree -r "$tree" | grep ' blob ' | cut -c13-52 | {real} "$dir" cat-file --batch-check | grep missing$) &&
     {{ echo "error: invalid object 100644 $missing" >&2; exit 128; }}
-esac
-exec {real} "$@"
-""")
-    (folder / "git").chmod(0o755)
-    env = {"PATH": f"{folder}:{os.environ['PATH']}"}
+esac""")
     for words in (["new", "-H", "box", "main"], ["exec", "--", "echo x >>README; echo y >>assets/tool.bin"], ["pull"]):
-        done = family.cli(*words, env=env)
-        assert done.code == 0, done
+        family.ok(*words, env=env)
     assert family.git("diff", "--name-only", "main", "cmux/main") == "README\nassets/tool.bin"
     family.lfs("assets/model.bin", b"other" * 1000)
     family.commit()
-    pushed = family.cli("push", "-v", env=env)
-    assert pushed.code == 0 and (family.path() / "assets/model.bin").read_bytes() == b"other" * 1000, pushed
+    pushed = family.ok("push", "-v", env=env)
+    assert (family.path() / "assets/model.bin").read_bytes() == b"other" * 1000, pushed
 
 
 def test_damaged_lfs_content_is_not_sent(site: Site) -> None:
@@ -5582,17 +5438,15 @@ def test_damaged_lfs_content_is_not_sent(site: Site) -> None:
     digest = hashlib.sha256(CONTENT).hexdigest()
     path = family.dir / ".git/lfs/objects" / digest[:2] / digest[2:4] / digest
     path.write_bytes(b"X" + CONTENT[1:])
-    made = family.cli("new", "-H", "box", "one")
-    assert made.code == 0 and "2 LFS files whose" in made.said, made
+    refused(family.cli("new", "-H", "box", "one"), 1, words="git lfs fsck")
     path.write_bytes(CONTENT)
-    assert family.cli("new", "-H", "box", "two").code == 0
+    family.new("two")
     family.write("README", b"other")
     family.commit()
     shutil.rmtree(str(family.path("two").parent.parent / ".cmux/bases"))
     path.write_bytes(b"X" + CONTENT[1:])
-    refused = family.cli("new", "-H", "box", "three")
-    assert refused.code == 1 and "assets/model.bin" in refused.said and "git lfs fsck" in refused.said, refused
-    assert "three" not in family.workspaces()
+    refused(family.cli("new", "-H", "box", "three"), 1, words="assets/model.bin")
+    assert set(family.workspaces()) == {"two"}
 
 
 # === list, rm, fork, rename ===
@@ -5600,18 +5454,18 @@ def test_damaged_lfs_content_is_not_sent(site: Site) -> None:
 
 def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo: Repo, site: Site) -> None:
     assert repo.cli("list", "--json").json == []
-    assert repo.cli("new", "-H", "box", "a", "b").code == 0
+    repo.new("a", "b")
     rows = repo.workspaces()
     assert set(rows) == {"a", "b"} and all(row["host"] == "box" and row["base"] == repo.git("rev-parse", "HEAD") and row["created"] for row in rows.values())
     where = Path(repo.cli("exec", "-w", "a", "--", "pwd -P").text.strip())
     assert where == repo.path("a") and where.name == "a" and re.match(r"project-\w+$", where.parent.name)
-    assert where.parent.parent == repo.site.far_home() / "cmux" and stat.S_IMODE(where.parent.parent.stat().st_mode) == 0o700
-    listed = repo.cli("list")
-    assert listed.code == 0 and "a" in listed.text and "box" in listed.text
+    assert where.parent.parent == site.far_home() / "cmux" and stat.S_IMODE(where.parent.parent.stat().st_mode) == 0o700
+    listed = repo.ok("list")
+    assert "a" in listed.text and "box" in listed.text
 
 
 def test_rm_refuses_work_that_would_be_lost_and_says_what(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "clean", "dirty", "added").code == 0
+    repo.new("clean", "dirty", "added")
     assert repo.exec("echo x >>README", options=["-w", "dirty"]).code == 0
     assert repo.exec("echo x >brand-new", options=["-w", "added"]).code == 0
     path = repo.path("dirty")
@@ -5619,60 +5473,50 @@ def test_rm_refuses_work_that_would_be_lost_and_says_what(repo: Repo) -> None:
         refused = repo.cli("rm", name)
         assert refused.code == 1 and file in refused.said and "--force" in refused.said, refused
     where = repo.path("clean")
-    assert repo.cli("rm", "clean").code == 0 and not where.exists() and set(repo.workspaces()) == {"dirty", "added"}
-    assert repo.cli("rm", "--force", "dirty", "added").code == 0 and not path.exists() and repo.workspaces() == {}
+    repo.ok("rm", "clean")
+    assert not where.exists() and set(repo.workspaces()) == {"dirty", "added"}
+    repo.ok("rm", "--force", "dirty", "added")
+    assert not path.exists() and repo.workspaces() == {}
     assert repo.cli("rm", "dirty").code == 1
-    assert repo.cli("new", "-H", "box", "dirty").code == 0 and tree_of(repo.path("dirty")) == repo.tree()
-
-
-def test_rm_sees_committed_work_too(repo: Repo) -> None:
-    assert repo.exec("echo x >>README && git -c user.name=a -c user.email=a@b commit -qam work").code == 0
-    refused = repo.cli("rm", "main")
-    assert refused.code == 1 and repo.path().exists(), refused
+    repo.new("dirty")
+    assert tree_of(repo.path("dirty")) == repo.tree()
 
 
 def test_forks_of_one_workspace_do_not_wait_for_each_other(site: Site) -> None:
     repo = Repo(site)
     site.daemon("slow", env=replaced(site, cp=f"""case "$*" in -RpP*) : >{site.dir}/copy-$$; n=0
 while [ $(ls {site.dir} | grep -c copy-) -lt 4 ]; do sleep 0.1; [ $((n+=1)) -lt 200 ] || exit 1; done;; esac"""))
-    assert repo.cli("new", "-H", "slow", "main").code == 0
+    repo.new(host="slow")
     with ThreadPoolExecutor(4) as pool:
         assert [ran.code for ran in pool.map(lambda n: repo.cli("fork", "-w", "main", "k%d" % n), range(4))] == [0] * 4
     assert set(repo.workspaces()) == {"main", "k0", "k1", "k2", "k3"}
 
 
 def test_a_fork_that_fails_over_read_only_directories_frees_its_name(site: Site) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to log in as somebody else")
     repo = Repo(site)
-    drop = f'exec {program("setpriv", "util-linux")} --reuid 65534 --regid 65534 --clear-groups env HOME={site.dir}/nobody sh -c "$SSH_ORIGINAL_COMMAND"'
-    (site.dir / "nobody").mkdir()
-    os.chown(str(site.dir / "nobody"), 65534, 65534)
-    for path in (site.dir, *site.dir.parents):
-        if not path.stat().st_mode & 0o001:
-            path.chmod(path.stat().st_mode | 0o001)
-    site.daemon("nobody", f"ForceCommand {script(site.dir / 'drop', drop)}")
-    assert repo.cli("new", "-H", "nobody", "main").code == 0
+    nobody(site, os.environ["PATH"])
+    repo.new(host="nobody")
     do(repo, "mkdir -p go/mod; echo a >go/mod/a; echo b >secret; chmod -R a-w go; chmod 0 secret")
-    failed = repo.cli("fork", "-w", "main", "b")
-    assert failed.code == 1 and "secret" in failed.said, failed
+    refused(repo.cli("fork", "-w", "main", "b"), 1, words="secret")
     do(repo, "chmod 600 secret")
-    assert repo.cli("fork", "-w", "main", "b").code == 0
-    assert repo.cli("rm", "--force", "b").code == 0
+    repo.ok("fork", "-w", "main", "b")
+    repo.ok("rm", "--force", "b")
 
 
 def test_rm_refuses_while_a_command_runs(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main", "two").code == 0
+    repo.new("main", "two")
     child = repo.start("exec", "-w", "main", "--", "sleep 60")
     try:
         until(lambda: repo.cli("top", "--json").text.count("sleep 60"), "it runs")
         answer = repo.cli("rm", "main")
         assert answer.code == 1 and "A command runs in the workspace main" in answer.said and "--force" in answer.said, answer
-        assert repo.cli("rm", "two").code == 0 and repo.path().is_dir()
-        assert repo.cli("rename", "-w", "main", "other").code == 0 and repo.cli("new", "-H", "box", "main").code == 0
+        repo.ok("rm", "two")
+        assert repo.path().is_dir()
+        repo.ok("rename", "-w", "main", "other")
+        repo.new()
         refused(repo.cli("rm", "other"), 1, words="A command runs in the workspace other")  # the name it has now
         assert [(row["workspace"], len(row["running"])) for row in repo.cli("top", "--json").json] == [("main", 0), ("other", 1)]
-        assert repo.cli("rm", "main").code == 0
+        repo.ok("rm", "main")
     finally:
         os.killpg(child.pid, signal.SIGKILL)
         child.communicate()
@@ -5681,7 +5525,7 @@ def test_rm_refuses_while_a_command_runs(repo: Repo, site: Site) -> None:
 
 def test_a_forked_child_and_its_parent_share_no_session_and_no_lock(repo: Repo, site: Site) -> None:
     """multiprocessing forks: the copies of our descriptors in a worker must not keep what this process gives up."""
-    repo.site.daemon("other")
+    site.daemon("other")
     assert in_library(repo, """
 import os, signal, warnings
 warnings.simplefilter("ignore")        # 3.12 and later say that a process with threads should not fork
@@ -5717,16 +5561,7 @@ with ThreadPoolExecutor(8) as pool:    # the one connection takes as many as eve
     list(pool.map(cmux_ssh.Project(".", warm=0).workspace("second").exec, ["sleep 1"] * 8))
 print(connections() - before)
 os.kill(child, signal.SIGKILL)
-""", str(repo.site.dir / "log-box"), str(repo.site.dir / "log-other")) == "3 7 0\nconfirmed True\n0\n"
-
-
-def test_rm_names_the_branches_also_where_head_has_no_commit(repo: Repo) -> None:
-    repo.cli("new", "-H", "box", "main")
-    do(repo, AGENT + "echo precious >p; git add p; git commit -qm r; git tag t; git checkout -q --orphan fresh; git rm -q --cached p; rm p")
-    assert "the branch main" in repo.cli("pull").said
-    answer = repo.cli("rm", "main")
-    refused(answer, 1, words="branch main")
-    assert "tag t" in answer.said
+""", str(site.dir / "log-box"), str(site.dir / "log-other")) == "3 7 0\nconfirmed True\n0\n"
 
 
 def test_list_says_pulled_until_something_is_begun(site: Site) -> None:
@@ -5739,10 +5574,13 @@ def test_list_says_pulled_until_something_is_begun(site: Site) -> None:
     do(repo, "echo x >new")
     assert state() == "ready" and repo.cli("pull").code == 0 and state() == "pulled"
     for words in (["exec", "--", "true"], ["write", "f"], ["exec", "--detach", "--", "true"]):
-        assert repo.cli("read", "new").code == 0 and state() == "pulled"
-        assert repo.cli(*words, stdin=b"x" if words[0] == "write" else None).code == 0 and state() == "ready", words
-        assert repo.cli("pull").code == 0 and state() == "pulled"
-    gate.shut(" fast-export ")
+        repo.ok("read", "new")
+        assert state() == "pulled"
+        repo.ok(*words, stdin=b"x" if words[0] == "write" else None)
+        assert state() == "ready", words
+        repo.ok("pull")
+        assert state() == "pulled"
+    gate.shut(" cat-file ")
     child = repo.start("pull")
     gate.reached()
     do(repo, "echo more >>new")
@@ -5753,17 +5591,20 @@ def test_list_says_pulled_until_something_is_begun(site: Site) -> None:
 def test_a_renamed_workspace_keeps_its_history(repo: Repo, site: Site) -> None:
     repo.cli("new", "-H", "box", "a")
     repo.cli("exec", "-w", "a", "--", "exit 3")
-    assert repo.cli("rename", "-w", "a", "b").code == 0 and repo.cli("rename", "-w", "b", "c").code == 0
+    repo.ok("rename", "-w", "a", "b")
+    repo.ok("rename", "-w", "b", "c")
     rows = [json.loads(line)["operation"] for line in repo.cli("history", "-w", "c", "--json").text.split("\n")[:-1]]
     assert rows == ["new", "exec", "rename", "rename"] and repo.cli("top", "--json").json[0]["last_exit_code"] == 3
     assert "Nothing is on record" in repo.cli("history", "-w", "x").said
     child = repo.start("exec", "-w", "c", "--", "echo on; sleep 3; exit 7")
     until(lambda: any(row["running"] for row in repo.cli("top", "--json").json), "it runs")
-    assert repo.cli("rename", "-w", "c", "d").code == 0 and repo.cli("new", "-H", "box", "c").code == 0
+    repo.ok("rename", "-w", "c", "d")
+    repo.new("c")
     child.communicate()
     found = {row["workspace"]: row["last_exit_code"] for row in repo.cli("top", "--json").json}
     assert child.returncode == 7 and found == {"c": None, "d": 7}, found
-    assert repo.cli("rm", "--force", "d").code == 0 and repo.cli("new", "-H", "box", "d").code == 0
+    repo.ok("rm", "--force", "d")
+    repo.new("d")
     rows = [json.loads(line)["operation"] for line in repo.cli("history", "-w", "d", "--json").text.split("\n")[:-1]]
     assert rows == ["new"], "not what was done in another of that name"
 
@@ -5772,18 +5613,18 @@ def test_fork_and_rename(repo: Repo) -> None:
     work(repo)
     do(repo, AGENT + "echo c >>README; git commit -qam mine; echo u >untracked; ln -s README l")
     there = tree_of(repo.path())
-    assert repo.cli("fork", "-w", "main", "second").code == 0
+    repo.ok("fork", "-w", "main", "second")
     assert tree_of(repo.path("second")) == there
     assert repo.cli("fork", "-w", "main", "second").code == 1
     assert repo.cli("rename", "-w", "second", "main").code == 1
     do(repo, "echo other >untracked", "second")
     assert (repo.path() / "untracked").read_text() == "u\n"
-    assert repo.cli("rename", "-w", "second", "third").code == 0
+    repo.ok("rename", "-w", "second", "third")
     assert set(repo.workspaces()) == {"main", "third"}
     assert repo.cli("rm", "third").code == 1
-    assert repo.cli("pull", "-w", "third").code == 0
+    repo.ok("pull", "-w", "third")
     assert repo.git("show", "cmux/third:untracked") == "other"
-    assert repo.cli("rm", "third").code == 0
+    repo.ok("rm", "third")
     foreign = repo.path().parent / "foreign"
     foreign.mkdir()
     for verb in ("fork", "rename"):
@@ -5793,31 +5634,11 @@ def test_fork_and_rename(repo: Repo) -> None:
 
 
 def test_rename_to_its_own_name_and_two_names_swapped_at_once_are_said(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "one", "two").code == 0
+    repo.new("one", "two")
     assert "has that name already" in repo.cli("rename", "-w", "one", "one").said
     with ThreadPoolExecutor(2) as pool:
         ran = list(pool.map(lambda pair: repo.cli("rename", "-w", *pair), [("one", "two"), ("two", "one")]))
     assert {r.code for r in ran} == {1} and set(repo.workspaces()) == {"one", "two"}, ran
-
-
-def test_fork_and_rename_survive_being_killed(repo: Repo) -> None:
-    work(repo)
-    do(repo, "echo u >untracked")
-    there = tree_of(repo.path())
-    for verb, name in (("fork", "two"), ("rename", "three")):
-        for delay in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
-            child = repo.start(verb, "-w", "main", name)
-            time.sleep(delay)
-            os.killpg(child.pid, signal.SIGKILL)
-            child.communicate()
-            if name in repo.workspaces():
-                break
-            assert tree_of(repo.path()) == there if repo.path().is_dir() else verb == "rename"
-        if name not in repo.workspaces():
-            again = repo.cli(verb, "-w", "main", name)
-            assert again.code == 0, again
-        assert tree_of(repo.path(name)) == there
-    assert set(repo.workspaces()) == {"two", "three"}
 
 
 # === read, write, edit ===
@@ -5911,10 +5732,11 @@ def test_impossible_paths_are_refused(talker: Agent, path: object) -> None:
 
 
 def test_a_file_of_a_workspace_that_is_gone_is_not_there_and_makes_no_new_one(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.new()
     shutil.rmtree(repo.path())
     for args in (["read", "x"], ["write", "x"], ["write", "a/x"], ["edit", "x", "--old", "a", "--new", "b"]):
         refused(repo.cli(*args, stdin=b"data"), 1, words="directory of main is not on box")
+    refused(repo.cli("exec", "--detach", "--", "true"), 125)
     assert not repo.path().exists()
 
 
@@ -6000,8 +5822,6 @@ def test_read_is_bounded_and_says_so(talker: Agent, area: Area) -> None:
         file.truncate(3 << 30)
     assert "larger than" in talker.refusal("read", path=area.p("huge"))
     assert "larger than" in talker.refusal("edit", path=area.p("huge"), edits=[{"old": "a", "new": "b"}])
-    for bad in ({"offset": 0}, {"offset": -1}, {"limit": -1}, {"offset": 1.5}, {"offset": "1"}, {"limit": True}):
-        talker.refusal("read", path="README", **bad)
     assert talker("read", path="README", offset=10 ** 12)["content"] == ""
 
 
@@ -6042,7 +5862,7 @@ class StallAfter(Dict[str, Optional[int]]):
 @pytest.mark.parametrize("exists", [True, False])
 @pytest.mark.promise(7)
 def test_a_write_of_8_mb_stopped_half_way_changes_nothing(repo: Repo, how: str, exists: bool, site: Site) -> None:
-    line, old = repo.site.line("far"), os.urandom(8 << 20)
+    line, old = site.line("far"), os.urandom(8 << 20)
     assert repo.exec("mkdir d", host="far").code == 0
     where = repo.path() / "d"
     if exists:
@@ -6067,7 +5887,8 @@ def test_a_write_of_8_mb_stopped_half_way_changes_nothing(repo: Repo, how: str, 
     if exists:
         assert (where / "big").read_bytes() == old and stat.S_IMODE((where / "big").stat().st_mode) == 0o640
     new = os.urandom(1 << 20)
-    assert repo.cli("write", "d/big", stdin=new).code == 0 and (where / "big").read_bytes() == new
+    repo.ok("write", "d/big", stdin=new)
+    assert (where / "big").read_bytes() == new
 
 
 def test_a_reader_sees_the_old_or_the_new_file_and_nothing_else(talker: Agent, area: Area) -> None:
@@ -6090,12 +5911,10 @@ def test_a_reader_sees_the_old_or_the_new_file_and_nothing_else(talker: Agent, a
 
 def test_a_full_disk_keeps_the_old_file(site: Site) -> None:
     """The host's limit on file size stands for the disk."""
-    script = site.dir / "small-files"
-    script.write_text('#!/bin/sh\nulimit -f 600\ntrap "" XFSZ\nexec sh -c "$SSH_ORIGINAL_COMMAND"\n')
-    script.chmod(0o755)
-    site.inetd("full", f"ForceCommand {script}")
+    login = site.script("small-files", 'ulimit -f 600\ntrap "" XFSZ\nexec sh -c "$SSH_ORIGINAL_COMMAND"')
+    site.inetd("full", f"ForceCommand {login}")
     repo = Repo(site)
-    assert repo.cli("new", "-H", "full", "main").code == 0
+    repo.new(host="full")
     (repo.path() / "f").write_bytes(b"old")
     refused(repo.cli("write", "f", stdin=b"x" * 2_000_000), 1)
     assert (repo.path() / "f").read_bytes() == b"old" and not [n for n in os.listdir(str(repo.path())) if ".cmux-" in n]
@@ -6193,8 +6012,8 @@ def test_the_diff_of_an_edit_applies(talker: Agent, area: Area, before: bytes, o
 
 def test_edit_on_the_command_line(shared: Repo, area: Area) -> None:
     file = area.put("f", b"x = 1\ny = 1\n")
-    done = shared.cli("edit", area.p("f"), "--old", "x = 1", "--new", "x = 2")
-    assert done.code == 0 and b"-x = 1\n+x = 2\n" in done.out and file.read_bytes() == b"x = 2\ny = 1\n"
+    done = shared.ok("edit", area.p("f"), "--old", "x = 1", "--new", "x = 2")
+    assert b"-x = 1\n+x = 2\n" in done.out and file.read_bytes() == b"x = 2\ny = 1\n"
     told = shared.cli("edit", area.p("f"), "--json", stdin=b'{"edits": [{"old": "x = 2", "new": "x = 3"}, {"old": "y", "new": "z"}]}').json
     assert file.read_bytes() == b"x = 3\nz = 1\n" and told["sha256"] == hashlib.sha256(b"x = 3\nz = 1\n").hexdigest()
     refused(shared.cli("edit", area.p("f"), "--old", " = ", "--new", ""), 1, words="2 times")
@@ -6366,13 +6185,19 @@ def test_grep_is_bounded_and_says_so(talker: Agent, area: Area) -> None:
     assert all(len(m["text"]) <= 2000 for m in exact["matches"]), "a minified file does not fill the answer"
 
 
-@pytest.mark.parametrize("tool, arguments", [
-    *(("glob", bad) for bad in ({"pattern": ""}, {"pattern": 5}, {"pattern": "*", "limit": -1}, {"pattern": "*", "limit": "x"}, {"pattern": "a\0b"}, {"pattern": "[z-a]"}, {"pattern": "\ud800"})),
-    *(("grep", bad) for bad in ({"pattern": "("}, {"pattern": "[a"}, {"pattern": "a{2,1}"}, {"pattern": ""}, {"pattern": "a\nb"}, {"pattern": "a\0b"}, {"pattern": "a", "limit": -1},
-                                {"pattern": "a", "glob": "[z-a]"}, {"pattern": "a", "ignore_case": 1}, {"pattern": "\ud800"})),
-], ids=ascii)
-def test_impossible_searches_are_refused(talker: Agent, tool: str, arguments: Dict[str, Any]) -> None:
-    talker.refusal(tool, **arguments)
+def test_impossible_arguments_are_refused(talker: Agent) -> None:
+    job = start_job(talker, "echo hi")
+    assert talker("wait", job=job, timeout=15)["exit_code"] == 0, "the workspace has had jobs"
+    for tool, rows in {
+            "read": [{"path": "README", **bad} for bad in ({"offset": 0}, {"offset": -1}, {"limit": -1}, {"offset": 1.5}, {"offset": "1"}, {"limit": True})],
+            "glob": [{"pattern": ""}, {"pattern": 5}, {"pattern": "*", "limit": -1}, {"pattern": "*", "limit": "x"}, {"pattern": "a\0b"}, {"pattern": "[z-a]"}, {"pattern": "\ud800"}],
+            "grep": [{"pattern": "("}, {"pattern": "[a"}, {"pattern": "a{2,1}"}, {"pattern": ""}, {"pattern": "a\nb"}, {"pattern": "a\0b"}, {"pattern": "a", "limit": -1},
+                     {"pattern": "a", "glob": "[z-a]"}, {"pattern": "a", "ignore_case": 1}, {"pattern": "\ud800"}],
+            "logs": [{"job": job, **bad} for bad in ({"offset": -1}, {"offset": 10 ** 30}, {"wait": -1}, {"wait": "x"}, {"offset": 1.5})]}.items():
+        for arguments in rows:
+            talker.refusal(tool, **arguments)
+    for unknown in ("j00000000", "", "x", "../../etc", "j0000000g", "j000000000", "-f", "j0000000\n", "*", "."):
+        assert all("job" in talker.refusal(tool, job=unknown) for tool in ("logs", "wait", "stop")), unknown
 
 
 def test_what_a_host_answers_to_a_search_is_read_in_linear_time(site: Site) -> None:
@@ -6418,19 +6243,13 @@ def test_grep_reads_files_in_other_encodings(site: Site, lang: str) -> None:
 # === jobs: --detach, logs, wait, stop ===
 
 
-def test_a_wrong_directory_of_a_job_is_told_as_one(shared: Repo) -> None:
-    refused(shared.cli("exec", "-w", "main", "--detach", "--cwd", "nosuch", "--", "true"), 125, words="There is no directory 'nosuch' in the workspace main")
-    failed = shared.cli("exec", "-w", "main", "--json", "--cwd", "nosuch", "--", "true")
-    assert failed.code == 125 and failed.json["host"] == "box", failed
-
-
 def test_a_job_sees_every_name_and_the_hosts_umask(shared: Repo) -> None:
     names = ["d", "s", "i", "e", "r", "n", "k", "m", "w", "x"]
     env = [word for name in names for word in ("--env", f"{name}=value-of-{name}")]
     print_all = "; ".join(f'echo {name}="${name}"' for name in names) + "; umask"
     here = shared.cli("exec", "-w", "main", *env, "--", print_all)
     job = shared.cli("exec", "-w", "main", "--detach", *env, "--", print_all).text.strip()
-    assert shared.cli("wait", job).code == 0
+    shared.ok("wait", job)
     assert shared.cli("logs", job).text == here.text and "s=value-of-s" in here.text
 
 
@@ -6438,9 +6257,10 @@ def test_a_supervisor_that_is_slow_to_start_is_waited_for(site: Site) -> None:
     repo = Repo(site)
     site.inetd("slow", env=replaced(site, setsid=f"""case "$1 $2" in "-f true") ;; "-f "*) shift
 exec {program("setsid", "util-linux")} -f sh -c 'sleep 2.5; exec "$@"' sh "$@";; esac"""))
-    started = repo.cli("exec", "-H", "slow", "--detach", "--", "echo ran")
-    assert started.code == 0 and re.match(r"j[0-9a-f]{8}\n", started.text), started
-    assert repo.cli("wait", started.text.strip()).code == 0 and repo.cli("logs", started.text.strip()).out == b"ran\n"
+    started = repo.ok("exec", "-H", "slow", "--detach", "--", "echo ran")
+    assert re.match(r"j[0-9a-f]{8}\n", started.text), started
+    repo.ok("wait", started.text.strip())
+    assert repo.cli("logs", started.text.strip()).out == b"ran\n"
 
 
 def test_jobs_of_a_busybox_host_run_and_hold_up_rm(site: Site) -> None:
@@ -6458,9 +6278,9 @@ def test_jobs_of_a_busybox_host_run_and_hold_up_rm(site: Site) -> None:
     assert [row["state"] for row in rows if row["job"] == job] == ["running"], rows
     refused(repo.cli("rm", "main"), 1, words="a job that runs")
     refused(repo.cli("grep", "("), 1, words="pattern")
-    assert repo.cli("stop", job).code == 0
+    repo.ok("stop", job)
     gone(f"sleep {nap}")
-    assert repo.cli("rm", "main").code == 0
+    repo.ok("rm", "main")
 
 
 def test_a_detached_head_works(repo: Repo) -> None:
@@ -6483,13 +6303,13 @@ for call in (workspace.wait, workspace.logs, workspace.stop):
 
 def test_a_job_that_runs_is_told_though_the_state_takes_no_more(repo: Repo, site: Site) -> None:
     assert repo.exec("true").code == 0
-    (lock,) = repo.site.state.glob("projects/*.json.lock")
+    (lock,) = site.state.glob("projects/*.json.lock")
     lock.unlink()
     lock.mkdir()
     refused(repo.cli("new", "other", "-H", "box"), 1)
-    started = repo.cli("exec", "--detach", "--", "sleep 30")
-    assert started.code == 0 and repo.cli("logs", started.text.strip(), "--json").json["state"] == "running", started
-    assert repo.cli("stop", started.text.strip()).code == 0
+    started = repo.ok("exec", "--detach", "--", "sleep 30")
+    assert repo.cli("logs", started.text.strip(), "--json").json["state"] == "running", started
+    repo.ok("stop", started.text.strip())
 
 
 def start_job(talker: Agent, command: Union[str, List[str]], **more: Any) -> str:
@@ -6503,13 +6323,14 @@ def state(talker: Agent, job: str) -> Tuple[str, Optional[int]]:
     return row["state"], row["exit_code"]
 
 
-@pytest.mark.parametrize("command, code", [("exit 0", 0), ("exit 1", 1), ("exit 255", 255), ("exit 124", 124), (["sh", "-c", "exit 42"], 42), ("kill -9 $$", 137), ("kill -TERM $$", 143),
-                                           ("kill -SEGV $$", 139), (["no-such-command-here"], 127), ("kill -HUP $$", 129), ("kill -INT $$", 130)])
-def test_a_jobs_exit_code_is_exact(talker: Agent, command: Union[str, List[str]], code: int) -> None:
-    job = start_job(talker, command)
-    waited = talker("wait", job=job, timeout=15)
-    assert (waited["job"], waited["state"], waited["exit_code"]) == (job, "exited", code)
-    assert state(talker, job) == ("exited", code)
+def test_a_jobs_exit_code_is_exact(talker: Agent) -> None:
+    rows: List[Tuple[Union[str, List[str]], int]] = [(f"exit {code}", code) for code in (0, 1, 124, 255)]
+    rows += [(f"kill -{name} $$", 128 + number) for name, number in (("HUP", 1), ("INT", 2), ("9", 9), ("SEGV", 11), ("TERM", 15))]
+    rows += [(["sh", "-c", "exit 42"], 42), (["no-such-command-here"], 127)]
+    for job, command, code in [(start_job(talker, command), command, code) for command, code in rows]:
+        waited = talker("wait", job=job, timeout=15)
+        assert (waited["job"], waited["state"], waited["exit_code"]) == (job, "exited", code), command
+        assert state(talker, job) == ("exited", code), command
 
 
 def test_a_job_gets_what_exec_gets_and_keeps_both_streams(talker: Agent, workspace: Path, area: Area) -> None:
@@ -6535,13 +6356,6 @@ def test_a_missing_directory_is_no_job(talker: Agent) -> None:
     assert talker("jobs")["jobs"] == before
 
 
-@pytest.mark.parametrize("job", ["j00000000", "", "x", "../../etc", "j0000000g", "j000000000", "-f", "j0000000\n", "*", "."])
-@pytest.mark.parametrize("tool", ["logs", "wait", "stop"])
-def test_an_unknown_or_expired_job_is_said(talker: Agent, tool: str, job: str) -> None:
-    assert talker("wait", job=start_job(talker, "true"), timeout=15)["exit_code"] == 0, "the workspace has had jobs"
-    assert "job" in talker.refusal(tool, job=job)
-
-
 def test_jobs_are_listed_with_what_they_are(shared: Repo, talker: Agent, area: Area) -> None:
     first = start_job(talker, f": {area.name}; printf 12345; exit 3")
     talker("wait", job=first, timeout=15)
@@ -6560,7 +6374,8 @@ def test_jobs_are_listed_with_what_they_are(shared: Repo, talker: Agent, area: A
     quick = shared.cli("wait", second, "--timeout", "0.2")
     assert quick.code == 124 and quick.said
     area.put("go", b"")
-    assert shared.cli("wait", second).code == 0 and shared.cli("wait", first).code == 3
+    shared.ok("wait", second)
+    assert shared.cli("wait", first).code == 3
     assert shared.cli("logs", first).out == b"12345" and shared.cli("logs", first, "--offset", "3").out == b"45"
 
 
@@ -6579,22 +6394,15 @@ def test_logs_waits_for_more_and_no_longer(talker: Agent, area: Area) -> None:
     assert talker("wait", job=job)["exit_code"] == 0
 
 
-@pytest.mark.parametrize("bad", [{"offset": -1}, {"offset": 10 ** 30}, {"wait": -1}, {"wait": "x"}, {"offset": 1.5}], ids=repr)
-def test_impossible_places_in_a_log_are_refused(talker: Agent, bad: Dict[str, Any]) -> None:
-    job = start_job(talker, "echo hi")
-    assert talker("wait", job=job, timeout=15)["exit_code"] == 0
-    talker.refusal("logs", job=job, **bad)
-
-
 def test_a_job_survives_the_client_and_the_masters(repo: Repo, site: Site) -> None:
     gate = "while [ ! -e go ]; do sleep 0.05; done"
     child = repo.start("exec", "-H", "box", "--detach", "--", f"echo on; {gate}; echo off; exit 6")
     job = child.communicate(timeout=60)[0].decode().strip()
     assert child.returncode == 0 and re.match(r"j[0-9a-f]{8}\Z", job)
     waiter = repo.start("wait", job)
-    for master in until(repo.site.masters, "there is a master"):
+    for master in until(site.masters, "there is a master"):
         kill(master.pid)
-    for daemon in repo.site.daemons:
+    for daemon in site.daemons:
         for process in descendants(daemon.pid):
             if b"sshd" in process.cmdline:
                 kill(process.pid)
@@ -6711,23 +6519,23 @@ def test_logs_of_a_large_output_are_bounded_and_whole(shared: Repo, talker: Agen
 
 def test_a_job_keeps_its_secret_out_of_its_record(repo: Repo, site: Site) -> None:
     needle = os.urandom(8).hex()
-    assert repo.cli("secrets", "set", "KEY", stdin=needle.encode()).code == 0
+    repo.ok("secrets", "set", "KEY", stdin=needle.encode())
     with Watch(needle.encode()) as watch:
         job = repo.exec("echo ${#KEY}; while [ ! -e go ]; do sleep 0.05; done", options=["--detach"]).text.strip()
         until(lambda: repo.cli("logs", job).out == b"16\n", "the job has it")
         until(lambda: watch.looks > 3, "looked")
-    assert watch.hits == [] and files_holding(repo.site.far_home(), needle.encode()) == []
+    assert watch.hits == [] and files_holding(site.far_home(), needle.encode()) == []
     (repo.path() / "go").touch()
-    assert repo.cli("wait", job).code == 0
+    repo.ok("wait", job)
 
 
 @pytest.mark.parametrize("command", ["wait", "logs -f"])
 def test_wait_and_logs_f_say_on_a_terminal_that_the_host_is_down(repo: Repo, command: str, site: Site) -> None:
-    line = repo.site.line("far")
+    line = site.line("far")
     job = repo.exec("echo on; while [ ! -e go ]; do sleep 0.05; done; echo off", host="far", options=["--detach"]).text.strip()
-    sessions = repo.site.log().count("Starting session")
-    terminal = on_terminal(repo.site, *command.split(), job, cwd=repo.dir)
-    until(lambda: repo.site.log().count("Starting session") > sessions, "the host is asked")
+    sessions = site.log().count("Starting session")
+    terminal = on_terminal(site, *command.split(), job, cwd=repo.dir)
+    until(lambda: site.log().count("Starting session") > sessions, "the host is asked")
     line.refuse = True
     line.drop()
     terminal.expect(b"far.* Trying again for up to 5 minutes\\.")
@@ -6740,7 +6548,7 @@ def test_wait_and_logs_f_say_on_a_terminal_that_the_host_is_down(repo: Repo, com
 @pytest.mark.slow
 @pytest.mark.promise(7)
 def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(repo: Repo, site: Site) -> None:
-    line = repo.site.line("far")
+    line = site.line("far")
     steps = "for step in 0 1 2 3; do for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do [ $n = 15 ] && printf 'line ' && {gate}; " \
             "[ $n = 15 ] || printf 'line '; echo $((step*15+n)); done; done; exit 9"
     gate = "while [ ! -e gate$step ]; do sleep 0.05; done"
@@ -6768,34 +6576,29 @@ def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(
 def test_a_job_stays_with_its_workspace_through_a_new_name_and_rm_sees_it(repo: Repo) -> None:
     nap = unique()
     job = repo.cli("exec", "-H", "box", "-w", "one", "--detach", "--", f"echo in; sleep {nap}").text.strip()
-    assert repo.cli("rename", "-w", "one", "two").code == 0 and repo.cli("logs", "-w", "two", job).out == b"in\n"
+    repo.ok("rename", "-w", "one", "two")
+    assert repo.cli("logs", "-w", "two", job).out == b"in\n"
     refused = repo.cli("rm", "two")
     assert refused.code == 1 and job in refused.said and running(f"sleep {nap}"), refused
-    assert repo.cli("rm", "--force", "two").code == 0
+    repo.ok("rm", "--force", "two")
     gone(f"sleep {nap}")
-    assert repo.cli("new", "-H", "box", "two").code == 0 and repo.cli("jobs", "-w", "two", "--json").json == []
-
-
-@pytest.mark.parametrize("words", [("jobs",), ("read", "README"), ("glob", "*"), ("grep", "x"), ("logs", "j00000000"), ("wait", "j00000000"), ("stop", "j00000000")])
-def test_what_only_looks_makes_no_workspace_of_a_misspelt_name(repo: Repo, words: Sequence[str]) -> None:
-    refused = repo.cli(*words, "-H", "box", "-w", "mispelt")
-    assert refused.code == 1 and "There is no workspace 'mispelt'" in refused.said and not repo.workspaces(), refused
+    repo.new("two")
+    assert repo.cli("jobs", "-w", "two", "--json").json == []
 
 
 def test_stdin_for_a_job_is_refused_and_never_dropped_in_silence(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.new()
     refused(repo.cli("exec", "--detach", "--", "wc -c", stdin=b"data"), 125, words="write -w main FILE")
     with open(str(repo.dir / "README"), "rb") as file:
         child = repo.start("exec", "--detach", "--", "wc -c", stdin=file)
         assert child.communicate()[0] == b"" and child.returncode == 125
     assert repo.cli("jobs", "--json").json == [], "nothing was started"
-    assert repo.cli("exec", "-n", "--detach", "--", "true", stdin=b"data").code == 0
+    repo.ok("exec", "-n", "--detach", "--", "true", stdin=b"data")
     idle = repo.start("exec", "--detach", "--", "true", stdin=subprocess.PIPE)  # as a harness leaves it open
     assert idle.wait(PATIENCE) == 0
-    gate, login = repo.site.dir / "gate", repo.site.dir / "login-late"
-    login.write_text(f'#!/bin/sh\n: >{gate}\nwhile [ -e {gate} ]; do sleep 0.05; done\nexec sh -c "$SSH_ORIGINAL_COMMAND"\n')
-    login.chmod(0o755)
-    repo.site.inetd("late", f"ForceCommand {login}")
+    gate, login = site.dir / "gate", site.dir / "login-late"
+    script(login, f': >{gate}\nwhile [ -e {gate} ]; do sleep 0.05; done\nexec sh -c "$SSH_ORIGINAL_COMMAND"')
+    site.inetd("late", f"ForceCommand {login}")
     late = repo.start("exec", "-H", "late", "-w", "late", "--detach", "--", "true", stdin=subprocess.PIPE)
 
     def opened() -> bool:
@@ -6809,33 +6612,26 @@ def test_stdin_for_a_job_is_refused_and_never_dropped_in_silence(repo: Repo, sit
     assert late.returncode == 0 and b"does not read" in late.stderr.read()  # type: ignore[union-attr]
 
 
-def test_a_detached_command_in_a_workspace_that_is_gone_is_no_job(repo: Repo) -> None:
-    assert repo.exec("true").code == 0
-    shutil.rmtree(str(repo.path()))
-    answer = repo.exec("true", options=["--detach"])
-    assert answer.code == 125 and answer.out == b"" and answer.said, answer
-
-
 def test_a_job_is_found_in_the_workspace_that_runs_it(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "main", "side").code == 0
+    repo.new("main", "side")
     job = repo.cli("exec", "-w", "side", "--detach", "--", "echo out; exit 8").text.strip()
     assert repo.cli("wait", job).code == 8 and repo.cli("logs", job).out == b"out\n" and repo.cli("stop", job).code == 0
     refused(repo.cli("logs", "-w", "main", job), 1, words="no job")
     napping = repo.cli("exec", "-w", "side", "--detach", "--", "sleep 600").text.strip()
     kept = repo.cli("rm", "side", "nope", "--json")
     assert kept.code == 1 and [row["name"] for row in kept.json["errors"]] == ["side", "nope"] and "end it with stop" in kept.json["errors"][0]["hint"], kept
-    assert repo.cli("stop", napping).code == 0
+    repo.ok("stop", napping)
 
 
 def test_gc_frees_jobs_that_ended_a_week_ago(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
+    repo.new()
     old, new, runs = (repo.cli("exec", "--detach", "--", script).text.strip() for script in ("echo old", "echo new", "sleep 600"))
     assert repo.cli("wait", old).code == repo.cli("wait", new).code == 0
-    for part in repo.site.far_home().glob(f"cmux/.cmux/jobs/*/*/{old}/exit"):
+    for part in site.far_home().glob(f"cmux/.cmux/jobs/*/*/{old}/exit"):
         os.utime(str(part), (time.time() - 8 * 86400,) * 2)
-    assert repo.cli("gc").code == 0
-    assert {path.name for path in repo.site.far_home().glob("cmux/.cmux/jobs/*/*/*")} == {new, runs}
-    assert repo.cli("stop", runs).code == 0
+    repo.ok("gc")
+    assert {path.name for path in site.far_home().glob("cmux/.cmux/jobs/*/*/*")} == {new, runs}
+    repo.ok("stop", runs)
 
 
 def other_server(site: Site, kind: str) -> str:
@@ -6871,7 +6667,7 @@ def other_server(site: Site, kind: str) -> str:
 @pytest.mark.parametrize("kind", ["dropbear", "tinyssh"])
 def test_the_main_job_works_on_servers_that_are_not_openssh(site: Site, kind: str) -> None:
     host, repo, nap = other_server(site, kind), Repo(site, odd=True), unique()
-    assert repo.cli("secrets", "set", "TOKEN", stdin=b"it's $x").code == 0
+    repo.ok("secrets", "set", "TOKEN", stdin=b"it's $x")
     ran = repo.exec("printf '<%s>' \"$TOKEN\"; echo oh >&2; exit 9", host=host)
     assert (ran.code, ran.out, ran.err) == (9, b"<it's $x>", b"oh\n"), ran
     assert repo.exec("exit 255", host=host).code == 255 and repo.exec("kill -9 $$", host=host).code == 137
@@ -6880,18 +6676,21 @@ def test_the_main_job_works_on_servers_that_are_not_openssh(site: Site, kind: st
     late = repo.exec(f"echo early; sleep {nap} & sleep {nap}", host=host, options=["--timeout", "1"])
     assert late.code == 124 and late.out == b"early\n"
     gone(f"sleep {nap}")
-    assert repo.cli("write", "made", stdin=big).code == 0 and repo.cli("read", "made").out == big
-    assert repo.cli("edit", "plain.txt", "--old", "plain", "--new", "edited").code == 0
+    repo.ok("write", "made", stdin=big)
+    assert repo.cli("read", "made").out == big
+    repo.ok("edit", "plain.txt", "--old", "plain", "--new", "edited")
     job = repo.cli("exec", "--detach", "--", "echo in; exit 6").text.strip()
     assert repo.cli("wait", job).code == 6 and repo.cli("logs", job).out == b"in\n"
     with ThreadPoolExecutor(12) as pool:
         runs = list(pool.map(lambda n: repo.exec(f"echo {n}", host=host), range(12)))
     assert [r.out for r in runs] == [b"%d\n" % n for n in range(12)], runs
-    pulled = repo.cli("pull")
-    assert pulled.code == 0 and repo.git("show", "cmux/main:plain.txt") == "edited", pulled
+    pulled = repo.ok("pull")
+    assert repo.git("show", "cmux/main:plain.txt") == "edited", pulled
     repo.commit("next")
-    assert repo.cli("push").code == 0 and repo.cli("diff").out == b""
-    assert repo.cli("rm", "main").code == 0 and not repo.workspaces()
+    repo.ok("push")
+    assert repo.cli("diff").out == b""
+    repo.ok("rm", "main")
+    assert not repo.workspaces()
     assert site.cli("doctor", host, "--json").code == 0
 
 
@@ -6900,7 +6699,7 @@ def test_the_main_job_works_on_servers_that_are_not_openssh(site: Site, kind: st
 
 def test_new_makes_several_at_once_and_refuses_a_name_that_exists(repo: Repo) -> None:
     names = [f"w{n}" for n in range(6)]
-    assert repo.cli("new", "-H", "box", *names).code == 0
+    repo.new(*names)
     assert set(repo.workspaces()) == set(names) and all(tree_of(repo.path(n)) == repo.tree() for n in names)
     again = repo.cli("new", "-H", "box", "w1", "w9")
     assert again.code == 1 and "w1" in again.said, again
@@ -6911,7 +6710,7 @@ def test_only_bytes_that_wait_on_stdin_are_refused_to_several(repo: Repo) -> Non
     ours, theirs = socket.socketpair()
     ours.shutdown(socket.SHUT_WR)
     read, write = os.pipe()
-    assert repo.cli("new", "-H", "box", "a", "b").code == 0
+    repo.new("a", "b")
     for stdin, code in ((theirs.fileno(), 0), (os.open(os.devnull, os.O_RDONLY), 0), (read, 0), (read, 125)):
         if code:
             os.write(write, b"x")
@@ -6924,7 +6723,7 @@ def test_only_bytes_that_wait_on_stdin_are_refused_to_several(repo: Repo) -> Non
 @pytest.mark.slow
 def test_exec_in_20_workspaces_gives_each_its_own_result(repo: Repo) -> None:
     names = [f"w{n:02}" for n in range(20)]
-    assert repo.cli("new", "-H", "box", *names, seconds=120).code == 0
+    repo.new(*names, seconds=120)
     told = repo.cli("exec", "--all", "--json", "--", 'echo "$CMUX_WORKSPACE"; pwd; echo err >&2; n=${CMUX_WORKSPACE#w}; exit ${n#0}')
     rows = {row["workspace"]: row for row in told.json}
     assert list(rows) == names and told.code == 19
@@ -6937,8 +6736,9 @@ def test_exec_in_20_workspaces_gives_each_its_own_result(repo: Repo) -> None:
 
 
 def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo: Repo, site: Site) -> None:
-    line, nap = repo.site.line("far"), unique()
-    assert repo.cli("new", "-H", "box", "near").code == 0 and repo.cli("new", "-H", "far", "away").code == 0
+    line, nap = site.line("far"), unique()
+    repo.new("near")
+    repo.new("away", host="far")
     command = f'echo early; printf part; [ $CMUX_WORKSPACE = near ] || sleep {nap}'
     for json_wanted in (True, False):
         child = repo.start("exec", "-w", "near", "-w", "away", *(["--json"] if json_wanted else []), "--", command)
@@ -6958,7 +6758,7 @@ def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo: R
 
 def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_said(repo: Repo) -> None:
     nap = unique()
-    assert repo.cli("new", "-H", "box", "a", "b", "c").code == 0
+    repo.new("a", "b", "c")
     command = f'echo "early $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] && exit 4; sleep 1; sleep {nap}'
     child = repo.start("exec", "--all", "--json", "--", command)
     until(lambda: len(running(f"sleep {nap}")) >= 2, "two sleep")
@@ -6977,9 +6777,9 @@ def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterward
     repo.write("big", os.urandom(12 << 20))
     repo.write(".cmux/init", b"#!/bin/sh\nprintf 'one\\033[2J\\007\\rred\\n'; sleep 2; printf two\n", 0o755)
     repo.commit()
-    line = repo.site.line("far")
+    line = site.line("far")
     line.rate = 4e6
-    seen = on_terminal(repo.site, "new", "-H", "far", "a", "b", cwd=repo.dir)
+    seen = on_terminal(site, "new", "-H", "far", "a", "b", cwd=repo.dir)
     for pattern in (rb"[ab]  waiting for the archive \d", rb"[ab]  sending [\d.]+ MB", rb"a  init hook \d+s", rb"b  init hook \d+s"):
         seen.expect(pattern)
     assert seen.wait() == 0
@@ -6987,7 +6787,7 @@ def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterward
     assert shown[:2] == ["a  far:%s" % repo.path("a"), "a | red^[[2J^G"] and shown[2:4] == ["a | two", "b  far:%s" % repo.path("b")], shown
     assert len(shown) == 6, shown
     line.rate = float("inf")
-    seen = on_terminal(repo.site, "exec", "-w", "a", "-w", "b", "--", 'echo "in $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] || exit 3; sleep 3', cwd=repo.dir)
+    seen = on_terminal(site, "exec", "-w", "a", "-w", "b", "--", 'echo "in $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] || exit 3; sleep 3', cwd=repo.dir)
     seen.expect(rb"a  running 1s\x1b\[K\r?\nb  failed \(3\)")
     assert seen.wait() == 3
     shown = sorted(filter(None, seen.lines()))
@@ -6996,9 +6796,9 @@ def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterward
 
 @pytest.mark.parametrize("sig", [b"\x03", None])
 def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo: Repo, sig: Optional[bytes], site: Site) -> None:
-    line, nap = repo.site.line("far"), unique()
-    assert repo.cli("new", "-H", "far", "a", "b").code == 0
-    seen = on_terminal(repo.site, "exec", "--all", "--", f"echo early; sleep {nap}", cwd=repo.dir)
+    line, nap = site.line("far"), unique()
+    repo.new("a", "b", host="far")
+    seen = on_terminal(site, "exec", "--all", "--", f"echo early; sleep {nap}", cwd=repo.dir)
     seen.expect(rb"a  running \d+s")
     seen.send(sig) if sig else line.drop()
     assert seen.wait() == (130 if sig else 255)
@@ -7008,9 +6808,9 @@ def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo: Repo, 
 
 def test_more_workspaces_than_rows_are_counted_and_pipes_and_dumb_terminals_see_none(repo: Repo, site: Site) -> None:
     names = [f"w{n:02}" for n in range(26)]
-    assert repo.cli("new", "-H", "box", *names, seconds=120).code == 0
+    repo.new(*names, seconds=120)
     for env in ({}, {"TERM": "dumb"}):
-        seen = on_terminal(repo.site, "exec", "--all", "-j", "7", "--", "sleep 1; echo x", cwd=repo.dir, env=env)
+        seen = on_terminal(site, "exec", "--all", "-j", "7", "--", "sleep 1; echo x", cwd=repo.dir, env=env)
         if not env:
             seen.expect(rb"w07  running \d+s\x1b\[K\r?\n(w\d\d  (running|connecting) \d+s\x1b\[K\r?\n){6}\d+ of 26 ended, 0 failed, 7 at work")
         assert seen.wait() == 0
@@ -7022,16 +6822,14 @@ def test_more_workspaces_than_rows_are_counted_and_pipes_and_dumb_terminals_see_
 
 
 def test_several_workspaces_bad_use_is_said(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "a", "b").code == 0
+    repo.new("a", "b")
     both = ["exec", "-w", "a", "-w", "b"]
-    for bad in (["-j", "-1"], ["-j", "x"], ["--detach"]):
-        refused(repo.cli(*both, *bad, "--", "true"), 125)
     one_missing = repo.cli(*both, "-w", "nowhere", "--json", "--", "echo here")
     rows = {row["workspace"]: row for row in one_missing.json}
     assert one_missing.code == 125 and rows["a"]["stdout"] == "here\n" and rows["nowhere"]["error"]["message"]
     assert repo.cli("exec", "-w", "a", "-w", "a", "--", "echo once").out == b"once\n"
     refused(repo.cli(*both, "--", "cat", stdin=b"not for many"), 125, words="passes stdin on to none of them")
-    assert repo.cli(*both, "-n", "-j", "1", "-q", "--", "cat", stdin=b"not for many").code == 0
+    repo.ok(*both, "-n", "-j", "1", "-q", "--", "cat", stdin=b"not for many")
 
 
 def test_exec_in_many_says_how_the_stop_ended(repo: Repo) -> None:
@@ -7182,14 +6980,12 @@ def b64(data: bytes) -> str:
 def ordinary(site: Site) -> Repo:
     """A workspace on a host where permissions count, also for root."""
     if os.geteuid() == 0:
-        script = site.dir / "without-override"
-        script.write_text(f'#!/bin/sh\nexec {program("setpriv", "util-linux")} --bounding-set=-dac_override,-dac_read_search -- sh -c "$SSH_ORIGINAL_COMMAND"\n')
-        script.chmod(0o755)
-        site.inetd("plain", f"ForceCommand {script}")
+        login = site.script("without-override", f'exec {program("setpriv", "util-linux")} --bounding-set=-dac_override,-dac_read_search -- sh -c "$SSH_ORIGINAL_COMMAND"')
+        site.inetd("plain", f"ForceCommand {login}")
     else:
         site.inetd("plain")
     made = Repo(site)
-    assert made.cli("new", "-H", "plain", "main").code == 0
+    made.new(host="plain")
     return made
 
 
@@ -7232,7 +7028,7 @@ def test_batch_answers_every_line_also_the_bad_ones(shared: Repo) -> None:
               (b'{"id": "e16", "tool": "exec", "arguments": {"command": "\\ud800"}}', "e16", False), (b'{"id": "e17", "tool": "exec", "arguments": {"command": "cat", "stdin": "\\ud800"}}', "e17", False),
               (b'{"id": "e18", "tool": "exec", "arguments": {"command": "true", "env": {"A": null}}}', "e18", False), (b'{"id": "e22", "tool": "exec", "arguments": {"command": "true", "timeout": 1%s}}' % (b"0" * 400), "e22", False), (b'{"id": "e19", "tool": "write", "arguments": {"path": "x", "content_base64": "!"}}', "e19", False),
               (b'{"id": "e20", "tool": "write", "arguments": {"path": "x"}}', "e20", False), (b'{"id": "e21", "tool": "write", "arguments": {"path": "x", "content": "a", "content_base64": "YQ=="}}', "e21", False),
-              (b'{"id": 1e999, "tool": "exec", "arguments": {"command": "true"}}', None, False), (b"", "no answer", True), (b"   ", "no answer", True)]
+              (b'{"id": "e23", "host": "nohost", "tool": "exec", "arguments": {"command": "true"}}', "e23", False), (b'{"id": 1e999, "tool": "exec", "arguments": {"command": "true"}}', None, False), (b"", "no answer", True), (b"   ", "no answer", True)]
     ran = shared.cli("batch", stdin=b"\n".join(line for line, _, _ in lines))
     answers = [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON")) for line in ran.out.splitlines()]
     expected = [(json.dumps(i), ok) for _, i, ok in lines if i != "no answer"]
@@ -7301,10 +7097,7 @@ def test_a_batch_whose_reader_is_gone_stops(shared: Repo, area: Area) -> None:
 
 def test_a_batch_whose_results_cannot_be_written_fails(shared: Repo) -> None:
     lines = b"".join(json.dumps({"id": n, "tool": "exec", "arguments": {"command": "true"}}).encode() + b"\n" for n in range(3))
-    with open("/dev/full", "wb") as full:
-        done = subprocess.run([sys.executable, str(PROGRAM), "batch", "-w", "main"], cwd=str(shared.dir), env=shared.site.environment(), input=lines,
-                              stdout=full, stderr=subprocess.PIPE, timeout=60)
-    assert done.returncode == 1 and b"No space left" in done.stderr and b"Traceback" not in done.stderr, done
+    refused(shared.cli("batch", "-w", "main", stdin=lines, sh='exec "$@" >/dev/full'), 1, words="No space left")
 
 
 def test_batch_reads_no_further_ahead_than_it_must(shared: Repo, area: Area) -> None:
@@ -7348,11 +7141,6 @@ def test_batch_stays_small_whatever_the_commands_print_and_the_lines_hold(shared
         assert peak_memory(talker.child.pid) < 250_000_000
 
 
-@pytest.mark.parametrize("args", [["-j", "-1"], ["-j", "x"], ["-w", "a", "-w", "b"], ["-w", "../x"], ["extra"]])
-def test_batch_bad_use_is_said(shared: Repo, args: List[str]) -> None:
-    refused(shared.cli("batch", *args, stdin=b'{"id": 1, "tool": "exec", "arguments": {"command": "true"}}\n' if args[-1] != "../x" else b""), 2)
-
-
 @pytest.mark.slow
 @pytest.mark.promise(8)
 def test_batch_of_1000_commands_100_at_a_time_all_succeed(shared: Repo) -> None:
@@ -7375,12 +7163,7 @@ def test_12_batch_processes_of_10_each_all_succeed(repo: Repo, site: Site) -> No
         answers = {a["id"]: a for a in map(json.loads, out.splitlines())}
         assert child.returncode == 0 and err == b"" and sorted(answers) == list(range(40)), err
         assert all(a["result"]["stdout"] == f"{n}\n" for n, a in answers.items())
-    assert "drop connection" not in repo.site.log() and set(repo.workspaces()) == {"main"}
-
-
-def test_batch_takes_no_line_with_more_keys(shared: Repo) -> None:
-    answer = shared.cli("batch", stdin=b'{"id": 9, "host": "nohost", "tool": "exec", "arguments": {"command": "true"}}\n')
-    assert answer.code == 1 and answer.json["ok"] is False and answer.json["id"] == 9 and answer.json["error"]["type"] == "UsageError", answer
+    assert "drop connection" not in site.log() and set(repo.workspaces()) == {"main"}
 
 
 # === The library ===
@@ -7461,9 +7244,6 @@ def test_contract_a_file_of_a_megabyte_and_the_command_line(shared: Repo, area: 
     told = shared.cli("read", area.p("large"), "--json").json
     assert base64.b64decode(told["content_base64"]) == data and told["size"] == 1 << 20 and "content" not in told
     assert content(area.talker("read", path=area.p("large"))) == data
-    absent = shared.cli("read", area.p("none"))
-    refused(absent, 1, words="no file")
-    refused(shared.cli("read", area.name), 1, words="directory")
     assert shared.cli("write", area.p("by-json"), "--json", stdin=b"x").json == {
         "size": 1, "sha256": hashlib.sha256(b"x").hexdigest(), "created": True}
 
@@ -7660,20 +7440,13 @@ print(w.exec("printf %s", env={"A": "\udcff"}).exit_code, [j["job"] for j in w.j
 """) == "0 [] b'x'\n"
 
 
-def test_a_wrong_host_does_not_spoil_the_name_of_a_workspace(repo: Repo) -> None:
-    """A typing error in -H: nothing can have been made there, and the next try names the right one."""
-    assert repo.cli("new", "-H", "nowhere.invalid", "w").code == 255
-    made = repo.cli("new", "-H", "box", "w")
-    assert made.code == 0, made
-
-
 @pytest.mark.parametrize("sh", ["dash", "bash", "busybox", "mksh"])
 def test_one_attempt_of_an_operation_at_a_time_whoever_died_and_whatever_number_is_used_again(tmp_path: Path, sh: str) -> None:
     """Two saw a dead owner, and the slower removed the other's link; a number used again held it for five minutes. (From inside: six at once die at one place of a script, under each sh.)"""
     text = c.OPEN_ROOT + """
 rm() { case $SLOW in ?*) sleep $SLOW;; esac; command rm "$@"; }
 inside() { mkdir "$root/inside" || echo two; [ -z "$STAY" ] || kill -KILL $$; sleep 0.05; rmdir "$root/inside"; }
-_ci=$RUN; _cz='
+_cmux_run=$RUN; _cmux_newline='
 '; _croot "$ROOT" && _cone op inside 2>/dev/null || echo failed"""
     words = shlex.split(program(sh) + (" sh" if sh == "busybox" else ""))
     stage = tmp_path / ".cmux" / "stage"
@@ -7698,42 +7471,45 @@ _ci=$RUN; _cz='
 
 
 def test_a_base_that_is_broken_on_the_host_is_made_anew(repo: Repo, site: Site) -> None:
-    bases = repo.site.far_home() / "cmux" / ".cmux" / "bases"
-    assert repo.cli("new", "-H", "box", "one").code == 0
+    bases = site.far_home() / "cmux" / ".cmux" / "bases"
+    repo.new("one")
     (base,) = bases.iterdir()
     shutil.rmtree(str(base))
     base.touch()
     (bases / ("a" * 40)).mkdir()
-    (bases / ("a" * 40) / "changes.tar").touch()
-    (bases / ("a" * 40) / "parent").write_text("a" * 40 + "\n")  # its own parent
-    assert repo.cli("new", "-H", "box", "two").code == 0 and (base / "whole.tar").is_file()
+    repo.new("two")
+    assert (base / "whole.tar").is_file()
     shutil.rmtree(str(base / "git"))
     (base / "git").mkdir()
-    assert repo.cli("new", "-H", "box", "three").code == 0
+    repo.new("three")
 
 
-def test_a_base_whose_parents_are_broken_on_the_host_is_made_anew_and_not_offered(repo: Repo, site: Site) -> None:
-    bases = repo.site.far_home() / "cmux" / ".cmux" / "bases"
+def travelled(repo: Repo, *words: str) -> int:
+    """The bytes of the archive that a call sends."""
+    repo.ok(*words)
+    return int(json.loads(repo.cli("history", "--json").text.split("\n")[-2])["bytes"])
 
-    def sent() -> Tuple[str, str]:
-        repo.write("more", os.urandom(4))
-        repo.commit()
-        assert repo.cli("new", "-H", "box", name := f"w{len(repo.workspaces())}").code == 0
-        assert tree_of(repo.path(name)) == repo.tree()
-        tree = repo.git("rev-parse", "HEAD^{tree}")
-        parent = bases / tree / "parent"
-        return tree, parent.read_text().strip() if parent.exists() else ""
+
+def test_where_the_base_of_a_delta_is_broken_on_the_host_all_is_sent(repo: Repo, site: Site) -> None:
+    bases = site.far_home() / "cmux" / ".cmux" / "bases"
     for n in range(20):
         repo.write(f"f{n}", b"x")
-    first, second = sent(), sent()
-    assert first[1] == "" and second[1] == first[0], "a delta, on the first"
-    (bases / first[0] / "whole.tar").unlink()
-    assert repo.cli("new", "-H", "box", "again").code == 0 and tree_of(repo.path("again")) == repo.tree()
-    assert (bases / second[0] / "whole.tar").is_file(), "with nothing to stand on, it was sent whole"
-    third = sent()
-    assert third[1] == second[0]
-    (bases / second[0] / "whole.tar").unlink()
-    assert sent()[1] == "", "neither of the broken ones is offered"
+    repo.commit()
+    whole = travelled(repo, "new", "-H", "box", "one")
+    repo.write("more", b"1")
+    repo.commit()
+    (base,) = bases.iterdir()
+    (base / "whole.tar").write_bytes(b"broken" * 1000)
+    assert travelled(repo, "new", "-H", "box", "two") >= whole and tree_of(repo.path("two")) == repo.tree()
+    repo.git("rm", "-q", "more")
+    repo.write("f1", b"2")
+    repo.commit()
+    shutil.rmtree(str(base))
+    assert travelled(repo, "push", "-w", "two") < whole / 2 and tree_of(repo.path("two")) == repo.tree()
+    shutil.rmtree(str(bases))
+    assert travelled(repo, "push", "-w", "two", "--ref", "HEAD~1") < whole / 2, "its own base is in its repository"
+    do(repo, "rm -rf .git", "two")
+    assert travelled(repo, "push", "-w", "two", "--force") >= whole and tree_of(repo.path("two")) == repo.tree()
 
 
 def test_a_delta_stands_only_on_what_was_sent_to_that_host(repo: Repo, site: Site) -> None:
@@ -7744,30 +7520,21 @@ def test_a_delta_stands_only_on_what_was_sent_to_that_host(repo: Repo, site: Sit
     repo.git("checkout", "-qb", "private")
     repo.write("acquisition-of-ACME", b"x")
     repo.commit()
-    bases = repo.site.far_home() / "cmux" / ".cmux" / "bases"
-    forged = bases / repo.git("rev-parse", "HEAD^{tree}")
+    forged = site.far_home() / "cmux" / ".cmux" / "bases" / repo.git("rev-parse", "HEAD^{tree}")
     repo.git("checkout", "-q", "main")
     forged.mkdir(parents=True)
     (forged / "whole.tar").touch()
-
-    def parent(name: str, ref: str = "main") -> str:
-        assert repo.cli("new", "-H", "box", name, "--ref", ref).code == 0
-        file = bases / repo.git("rev-parse", ref + "^{tree}") / "parent"
-        return file.read_text().strip() if file.exists() else ""
-    assert parent("a") == ""
+    whole = travelled(repo, "new", "-H", "box", "a")
+    assert whole > 20 * 1024
     shutil.rmtree(str(forged))
-    tree = repo.git("rev-parse", "HEAD^{tree}")
-    assert parent("b", "private") == tree, "now it is sent: on the base of the first"
-    repo.write("more", b"x")
-    repo.commit()
-    assert parent("c") == tree
-    (file,) = (repo.site.state / "projects").glob("*.json")
+    assert travelled(repo, "new", "-H", "box", "b", "--ref", "private") < whole / 2, "now it is sent: on the base of the first"
+    (file,) = (site.state / "projects").glob("*.json")
     record = json.loads(file.read_text())
     assert record.pop("sent"), "what workspaces stand on was sent, too"
     file.write_text(json.dumps(record))
     repo.write("more", b"xy")
     repo.commit()
-    assert parent("d") == repo.git("rev-parse", "main~1^{tree}")
+    assert travelled(repo, "new", "-H", "box", "d") < whole / 2
 
 
 @pytest.mark.parametrize("name", ["USR1", "WINCH", "CONT"])
@@ -7784,18 +7551,10 @@ for _ in range(3):
     assert shared.cli("wait", job).code == 6
 
 
-@pytest.mark.parametrize("words, said", [
-    (["secrets", "set", "-w", "main", "TOKEN"], "every workspace"), (["new", "-H", "box", "-w", "a", "b"], "twice"), (["exec", "--all", "-w", "main", "--", "true"], "--all takes no -w"),
-    (["exec", "-H", "", "--", "true"], "names no host")])
-def test_an_option_that_would_be_passed_over_is_refused(shared: Repo, words: List[str], said: str) -> None:
-    answer = shared.cli(*words, stdin=b"x")
-    assert answer.code == (125 if words[0] == "exec" else 2) and said in answer.said, answer
-
-
 def test_a_line_that_is_lost_between_two_calls_of_the_library_is_not_noticed(repo: Repo, site: Site) -> None:
     """The warm sessions are dead; the next calls open new ones, and none fails."""
-    line = repo.site.line("far")
-    assert repo.cli("new", "-H", "far", "main").code == 0
+    line = site.line("far")
+    repo.new(host="far")
     with open_agent(repo) as talker:
         for round_ in range(3):
             assert [a["result"]["stdout"] for a in talker.all([("exec", {"command": f"echo {n}"}) for n in range(8)])] == [f"{n}\n" for n in range(8)]
@@ -7838,7 +7597,6 @@ def ways_to_run(way: str, directory: Path) -> List[str]:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("python", PYTHONS, ids=[str(n) for n in range(len(PYTHONS))])
 @pytest.mark.promise(10)
-@pytest.mark.compat
 def test_it_runs_however_python_is_given_it(shared: Repo, python: str, way: str) -> None:
     def run(*words: str) -> Tuple[int, bytes, bytes]:
         done = subprocess.run([python, *ways_to_run(way, shared.site.dir), *words], cwd=str(shared.dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -7856,8 +7614,8 @@ def test_it_runs_however_python_is_given_it(shared: Repo, python: str, way: str)
 def test_two_copies_in_one_process_do_not_disturb_each_other(repo: Repo, site: Site) -> None:
     """Two programs that vendor it, in one interpreter and with one state directory."""
     for name in ("one", "two"):
-        (repo.site.dir / name).mkdir()
-        shutil.copy(str(PROGRAM), str(repo.site.dir / name / "vendored.py"))
+        (site.dir / name).mkdir()
+        shutil.copy(str(PROGRAM), str(site.dir / name / "vendored.py"))
     assert in_library(repo, """
 import importlib.util
 def load(name):
@@ -7890,7 +7648,7 @@ for copy, project in zip(copies, projects):
     except copy.WorkspaceExists:
         print("exists")
 assert projects[0].remove("w0", force=True) == ["w0"] and "w0" not in projects[1].entries()
-""", str(repo.site.dir)) == "exists\nexists\n"
+""", str(site.dir)) == "exists\nexists\n"
 
 
 def public_callables() -> Iterator[Tuple[str, Any]]:
@@ -7929,7 +7687,7 @@ def test_what_is_raised_is_public(source: Source) -> None:
 def test_mcp_follows_a_rename_after_the_call_that_made_the_workspace(repo: Repo) -> None:
     with open_mcp(repo, "-w", "first", "-H", "box") as client:
         client("exec", command="echo work >a")
-        assert repo.cli("rename", "-w", "first", "second").code == 0
+        repo.ok("rename", "-w", "first", "second")
         assert "work" in client.call("read", path="a")[1]
     assert set(repo.workspaces()) == {"second"}
 
@@ -8034,7 +7792,7 @@ def test_mcp_handshake_agrees_on_every_older_version(mcp: Mcp, asked: str, given
 
 def test_mcp_calls_leave_no_descriptors_behind(repo: Repo, monkeypatch: pytest.MonkeyPatch, site: Site) -> None:
     """They are closed, not left to a collector: PyPy's comes late (seen: three more for each call, up to the limit)."""
-    late = repo.site.dir / "late.py"  # CPython's comes at once
+    late = site.dir / "late.py"  # CPython's comes at once
     late.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport cmux_ssh as c\nc.Cancel.__del__ = lambda cancel: None\nsys.exit(c.main())\n")
     monkeypatch.setattr(sys.modules[__name__], "PROGRAM", late)
     with open_mcp(repo, "-H", "box") as client:
@@ -8107,9 +7865,9 @@ def forked(look: Callable[[], bool]) -> int:
 def test_what_killed_writers_left_is_removed_when_it_is_old(site: Site) -> None:
     """And one that another process renames meanwhile disturbs nobody (seen: a traceback)."""
     repo = Repo(site)
-    site.daemon("single", "MaxSessions 1")
-    assert repo.exec("cat", host="single", stdin=b"x").code == 0
-    for name, left in (("m/*/profile.json", {"other.3.new", "2.new", "gone.new"}), ("projects/*.json", {"other.3.new"})):
+    site.line("far").refuse = True
+    assert (repo.cli("new", "-H", "far", "down").code, repo.cli("new", "-H", "box", "up").code) == (255, 0)
+    for name, left in (("m/*/down.json", {"other.3.new", "2.new", "gone.new"}), ("projects/*.json", {"other.3.new"})):
         (record,) = site.state.glob(name)
         files = {new: record.with_name(f"{record.name}.{new}") for new in ("1.new", "2.new", "gone.new")}
         files["other.3.new"] = record.with_name("other.3.new")
@@ -8117,7 +7875,7 @@ def test_what_killed_writers_left_is_removed_when_it_is_old(site: Site) -> None:
             file.symlink_to("nowhere") if new == "gone.new" else file.write_text("x")
         os.utime(str(files["1.new"]), (1, 1))
         record.unlink() if name[0] == "m" else None
-        assert repo.exec("cat", host="single", stdin=b"x").code == repo.cli("new", "-H", "single", "w" + name[0]).code == 0
+        assert (repo.cli("new", "-H", "far", "down").code, repo.cli("new", "-H", "box", "w" + name[0]).code) == (255, 0)
         assert {new for new, file in files.items() if os.path.lexists(str(file))} == left, name
 
 
@@ -8165,12 +7923,12 @@ def test_mcp_tools_are_the_table_with_schemas_annotations_and_short_names(mcp: M
 
 
 def test_mcp_every_tool_works_and_its_failures_are_results_the_model_can_act_on(mcp: Mcp) -> None:
-    assert re.search(r"exit_code: 3\n(.|\n)*truncated: False\n(.|\n)*--- stdout\nhi\n(.|\n)*--- stderr\noh\n", mcp("exec", command="echo hi; echo oh >&2; exit 3"))
+    assert re.search(r"exit_code: 3\n(.|\n)*--- stdout\nhi\n(.|\n)*--- stderr\noh\n", mcp("exec", command="echo hi; echo oh >&2; exit 3"))
     assert "<a b><'>" in mcp("exec", command=["printf", "<%s>", "a b", "'"])
     assert "created: True" in mcp("write", path="mcp/x.txt", content="one\ntwo\n")
     assert "one\ntwo\n" in mcp("read", path="mcp/x.txt") and "two\n" in mcp("read", path="mcp/x.txt", offset=2)
     assert "-two\n+2\n" in mcp("edit", path="mcp/x.txt", edits=[{"old": "two", "new": "2"}])
-    assert mcp("glob", pattern="mcp/nothing*") == "truncated: False\npaths: none"
+    assert mcp("glob", pattern="mcp/nothing*") == "paths: none"
     assert "mcp/x.txt" in mcp("glob", pattern="mcp/*") and "mcp/x.txt:2:2" in mcp("grep", pattern="2", glob="mcp/*")
     job = re.search(r"job: (j\w+)", mcp("exec", command="echo begun; sleep 0.3; echo over; exit 5", background=True)).group(1)  # type: ignore[union-attr]
     assert "exit_code: 5" in mcp("wait", job=job) and "begun\nover\n" in mcp("logs", job=job) and job in mcp("jobs")
@@ -8231,7 +7989,7 @@ def test_mcp_notifications_and_answers_get_no_answer_and_each_of_a_batch_its_own
 @pytest.mark.promise(3)
 def test_mcp_masks_secrets_drops_escapes_bounds_and_marks_what_the_host_says(site: Site) -> None:
     repo, value = Repo(site), f"s3cret-{os.urandom(8).hex()}"
-    assert repo.cli("secrets", "set", "TOKEN", stdin=value.encode()).code == 0
+    repo.ok("secrets", "set", "TOKEN", stdin=value.encode())
     with open_mcp(repo, "-H", "box") as client:
         text = client("exec", command="printf '\\033]52;c;ZXZpbA==\\007\\033[31mred\\033[m\\033]0;title'; printf '\\033\\\\'; echo \" $TOKEN\"; "
                                       "head -c 2000000 /dev/zero | tr '\\0' y; echo THE END $TOKEN; printf 'a\\342\\200\\256b' >&2")
@@ -8249,7 +8007,7 @@ def test_mcp_masks_secrets_drops_escapes_bounds_and_marks_what_the_host_says(sit
 
 def test_mcp_a_secret_cut_by_a_page_of_logs_is_masked_all_the_same(site: Site) -> None:
     repo = Repo(site)
-    assert repo.cli("secrets", "set", "TOKEN", stdin=b"abcdefghijklmnopqrstuvwxyz").code == 0
+    repo.ok("secrets", "set", "TOKEN", stdin=b"abcdefghijklmnopqrstuvwxyz")
     assert repo.exec("true").code == 0  # made: a call that makes the workspace may take longer than the soft timeout
     with open_mcp(repo, "-H", "box", "--soft-timeout", "1") as client:
         text = client("exec", command='printf %s "${TOKEN%??????}"; sleep 3; printf %s "uvwxyz!"; sleep 60')
@@ -8259,7 +8017,7 @@ def test_mcp_a_secret_cut_by_a_page_of_logs_is_masked_all_the_same(site: Site) -
 
 
 def test_mcp_masks_what_a_command_made_also_when_an_earlier_server_sent_it(repo: Repo) -> None:
-    assert repo.cli("secrets", "set", "TOKEN", "--command", "printf %s-12345 made").code == 0
+    repo.ok("secrets", "set", "TOKEN", "--command", "printf %s-12345 made")
     with open_mcp(repo, "-H", "box") as client:
         client("exec", command='echo "key=$TOKEN" >.env')
         job = re.search(r"job: (j\w+)", client("exec", command='echo "job $TOKEN"', background=True)).group(1)  # type: ignore[union-attr]
@@ -8273,7 +8031,7 @@ def test_mcp_masks_what_a_command_made_also_when_an_earlier_server_sent_it(repo:
 def test_mcp_a_name_made_for_the_pattern_and_a_page_of_cuts_take_no_time(repo: Repo) -> None:
     """Seen: one name held the server for ever, in re.match; 2 MB of cuts held it for 99 s."""
     key = "-----BEGIN KEY-----\n" + "\n".join(os.urandom(24).hex() for _ in range(26)) + "\n-----END KEY-----\n"
-    assert repo.cli("secrets", "set", "KEY", stdin=key.encode()).code == 0
+    repo.ok("secrets", "set", "KEY", stdin=key.encode())
     with open_mcp(repo, "-H", "box") as client:
         client("exec", command="touch $(printf 'a%.0s' $(seq 220)) ab")
         began = time.monotonic()
@@ -8284,13 +8042,15 @@ def test_mcp_a_name_made_for_the_pattern_and_a_page_of_cuts_take_no_time(repo: R
 
 def test_globs_are_what_regular_expressions_said(area: Area) -> None:
     def regex(pattern: str) -> "re.Pattern[str]":
-        pattern, out = "/".join([part for part in pattern.split("/") if part not in ("", ".")] + ["**"] * pattern.endswith("/")), ""
-        for word in re.findall(r"\*\*/|\*\*|\*|\?|\[.[^\]]*\]|.", pattern, re.S):
-            inner = word[1:-1].replace("\\", "\\\\").replace("[", "\\[") if word[0] == "[" else ""
-            out += {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(word) or (
-                "(?!/)[%s]" % ("^/" + inner[1:] if inner[0] in "!^" else inner) if inner else re.escape(word))
+        parts, out = [part for part in pattern.split("/") if part not in ("", ".")] + ["**"] * pattern.endswith("/"), ""
+        for at, part in enumerate(parts):
+            for word in [part] if part == "**" else re.findall(r"\*|\?|\[.[^\]]*\]|.", part, re.S):
+                inner = word[1:-1].replace("\\", "\\\\").replace("[", "\\[") if word[0] == "[" else ""
+                out += {"**": ".+" if at == len(parts) - 1 else "(?:.+/)?", "*": "[^/]*", "?": "[^/]"}.get(word) or (
+                    "[%s]" % ("^/" + inner[1:] if inner[0] in "!^" else inner) if inner else re.escape(word))
+            out += "/" if part != "**" and at < len(parts) - 1 else ""
         return re.compile(out + r"\Z", re.S)
-    luck, pieces = random.Random(7), ["**/", "**", "*", "?", "a", "b", "/", "[ab]", "[!a]", "[^b/]", "[", ".", "[]]", "[a\\]", "\n", "[[]"]
+    luck, pieces = random.Random(7), ["**/", "**", "*", "?", "a", "b", "/", "[ab]", "[!a]", "[^b]", "[", ".", "[]]", "[a\\]", "\n", "[[]"]
     for name in ("".join(luck.choice("aab/b.\\[\n]") for _ in range(luck.randint(1, 8))) for _ in range(600)):
         with contextlib.suppress(OSError):  # it is a directory, or lies in a file
             area.put(name, b"") if not re.search(r"(^|/)\.{0,2}(/|$)", name) else None
@@ -8318,7 +8078,7 @@ def test_mcp_what_comes_while_a_call_is_answered_is_in_the_next_page(shared: Rep
 
 def test_mcp_manage_moves_no_branch_of_the_users(repo: Repo) -> None:
     repo.git("branch", "release")
-    assert repo.cli("new", "-H", "box", "one").code == 0
+    repo.new("one")
     with open_mcp(repo, "-w", "one", "--manage") as client:
         client("write", path="work", content="done\n")
         failed, text = client.call("workspace_pull", workspace="one", branch="release")
@@ -8399,7 +8159,7 @@ def test_mcp_its_end_ends_foreground_commands_and_keeps_jobs(repo: Repo, how: st
 
 
 def test_mcp_manage_reaches_other_workspaces_and_only_then(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "one").code == 0
+    repo.new("one")
     with open_mcp(repo, "-w", "one", "--manage") as client:  # the host is known from the workspace
         assert "name: two" in client("workspace_new", name="two")
         assert client("workspace_diff", workspace="two") == "diff: none"
@@ -8417,7 +8177,7 @@ def test_mcp_manage_reaches_other_workspaces_and_only_then(repo: Repo) -> None:
         client("write", path="mine", content="precious\n")
         client("workspace_rename", workspace="one", name="renamed")  # the one it is bound to: it goes along
         assert "precious" in client("read", path="mine") and "made:" not in client("exec", command="true")
-        assert repo.cli("rename", "-w", "renamed", "again").code == 0  # and from outside
+        repo.ok("rename", "-w", "renamed", "again")  # and from outside
         assert "precious" in client("read", path="mine")
         assert "See workspace_list" in client.call("read", workspace="one", path="mine")[1]  # an old name is nobody's
         client("workspace_rename", workspace="again", name="renamed")
@@ -8433,7 +8193,7 @@ def test_mcp_manage_reaches_other_workspaces_and_only_then(repo: Repo) -> None:
 
 
 def test_mcp_follows_a_workspace_whose_rename_is_the_first_call(repo: Repo) -> None:
-    assert repo.cli("new", "-H", "box", "one").code == 0
+    repo.new("one")
     do(repo, "echo precious >mine", "one")
     with open_mcp(repo, "-H", "box", "-w", "one", "--manage") as client:
         client("workspace_rename", workspace="one", name="two")
@@ -8456,12 +8216,10 @@ def test_mcp_without_a_host_or_with_a_dead_one_says_so_and_lives(repo: Repo, sit
     with open_mcp(repo) as client:
         failed, text = client.call("exec", command="true")
         assert failed and "For the user: Name one with -H HOST" in text
-    repo.site.host("dead", "HostName 127.0.0.1", f"Port {free_port()}")
+    site.host("dead", "HostName 127.0.0.1", f"Port {free_port()}")
     with open_mcp(repo, "-H", "dead") as client:
         failed, text = client.call("read", path="x")
         assert failed and "refused" in text and client.ask("ping")["result"] == {}
-    wrong = repo.cli("mcp", "-H", "-oProxyCommand=x")
-    assert wrong.code == 2 and wrong.out == b"" and "Traceback" not in wrong.said
 
 
 def test_mcp_a_client_that_stops_reading_does_not_grow_it(shared: Repo) -> None:
@@ -8553,7 +8311,7 @@ def job_of(text: str) -> str:
 def token(repo: Repo) -> str:
     """The value of the secret TOKEN."""
     value = "tok-" + os.urandom(20).hex()
-    assert repo.cli("secrets", "set", "TOKEN", stdin=value.encode()).code == 0
+    repo.ok("secrets", "set", "TOKEN", stdin=value.encode())
     return value
 
 
@@ -8596,10 +8354,11 @@ def test_mcp_a_secret_where_the_capture_is_cut_is_masked(repo: Repo, token: str)
 
 @pytest.mark.parametrize("which", ["projects", "secrets"])
 def test_mcp_damaged_state_is_said_in_every_answer_and_ends_nothing(repo: Repo, which: str, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0 and repo.cli("secrets", "set", "TOKEN", stdin=b"abcdefgh").code == 0
+    repo.new()
+    repo.ok("secrets", "set", "TOKEN", stdin=b"abcdefgh")
     with open_mcp(repo) as client:
         client("exec", command="true")
-        for path in (repo.site.state / which).glob("*.json"):
+        for path in (site.state / which).glob("*.json"):
             path.write_text('{"version": 2}')
         for tool, arguments in (("exec", {"command": "true"}), ("read", {"path": "README"})):
             failed, text = client.call(tool, **arguments)
@@ -8669,17 +8428,41 @@ def test_mcp_ends_though_nobody_reads_its_answers(repo: Repo, how: str) -> None:
 
 
 def test_mcp_making_the_workspace_may_take_longer_than_a_call_and_outlive_it(repo: Repo) -> None:
+    """Each call becomes a job, whatever its tool; one that was cancelled meanwhile does nothing."""
     repo.write(".cmux/init", b"#!/bin/sh\nwhile [ ! -e ../go ]; do sleep 0.1; done; echo made >by-init\n", 0o755)
     repo.commit()
     with open_mcp(repo, "-H", "box", "--soft-timeout", "1") as client:
+        jobs = []
         for _ in range(2):
-            failed, text = client.call("read", path="by-init")
-            assert failed and "still being made" in text and "call again" in text
-        number = client.post("tools/call", {"name": "exec", "arguments": {"command": "true"}, "_meta": {"progressToken": "t"}})
+            text = client("read", path="by-init")
+            assert "state: running" in text and "the workspace main is being made; it goes on" in text, text
+            jobs.append(job_of(text))
+        number = client.post("tools/call", {"name": "exec", "arguments": {"command": "touch cancelled"}})
         client.send(json.dumps({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": number}}).encode())
         (repo.path().parent / "go").touch()
-        until(lambda: not client.call("read", path="by-init")[0], "the workspace")
-        assert "made" in client("read", path="by-init") and number not in client.answers
+        for job in jobs:
+            until(lambda: "made" in client("wait", job=job).partition("--- content")[2], "the content")  # noqa: B023
+        assert number not in client.answers and not (repo.path() / "cancelled").exists()
+
+
+def test_mcp_a_hundred_calls_in_flight_get_a_hundred_answers(shared: Repo) -> None:
+    """Also the ones beyond those that run at once; each is answered after the next had begun to wait."""
+    with open_mcp(shared) as client:
+        numbers = [client.post("tools/call", {"name": "exec", "arguments": {"command": f"sleep 0.3; echo n{n}"}}) for n in range(100)]
+        for n, number in enumerate(numbers):
+            assert f"n{n}\n" in client.answer(number)["result"]["content"][0]["text"]
+
+
+def test_mcp_any_tool_over_the_soft_timeout_becomes_a_job_whose_end_can_be_waited_for(repo: Repo) -> None:
+    repo.write(".cmux/init", b"#!/bin/sh\nwhile [ ! -e ../go ]; do sleep 0.1; done\n", 0o755)
+    repo.commit()
+    with open_mcp(repo, "-H", "box", "--soft-timeout", "1", "--manage") as client:
+        job = job_of(client("workspace_new", name="one"))
+        assert "state: running" in client("wait", job=job)
+        (repo.path("one").parent / "go").touch()
+        until(lambda: "name: one" in client("wait", job=job), "the workspace")
+        assert set(repo.workspaces()) == {"one"}
+        assert "stopped: confirmed" in client("stop", job=job)
 
 
 def test_mcp_a_job_of_an_earlier_server_is_not_there_and_says_what_to_do(mcp: Mcp) -> None:
@@ -8714,7 +8497,7 @@ def test_mcp_the_first_512_characters_of_the_instructions_stand_alone(repo: Repo
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "tcsh", "ksh", "dash"])
 def test_shell_is_the_login_shell_in_the_workspace_with_the_secrets(site: Site, shell: str) -> None:
     repo, value = Repo(site), "s%s'$x" % os.urandom(6).hex()
-    assert repo.cli("secrets", "set", "TOKEN", stdin=value.encode()).code == 0
+    repo.ok("secrets", "set", "TOKEN", stdin=value.encode())
 
     def places() -> Set[Path]:
         return set(Path("/tmp").glob("cmux-" + "[0-9a-f]" * 24))
@@ -8735,7 +8518,7 @@ def test_shell_is_the_login_shell_in_the_workspace_with_the_secrets(site: Site, 
 def test_shell_sends_nothing_of_what_send_env_names(site: Site) -> None:
     site.daemon("all", "AcceptEnv *", config=["SendEnv *"])
     repo = Repo(site)
-    assert repo.cli("new", "-H", "all", "main").code == 0
+    repo.new(host="all")
     terminal = on_terminal(site, "shell", cwd=repo.dir, env={"SSH_AUTH_SOCK": "/nowhere/agent", "DISPLAY": ":77", "TMPDIR": "/tmp/.", "FOO": "leaks-1"})
     terminal.expect(b"as it likes")
     terminal.send(b"env | grep -c -e /nowhere/agent -e :77 -e '/tmp/[.]' -e leaks-; echo end''ed\r")
@@ -8761,8 +8544,8 @@ def test_a_session_of_its_own_sends_no_local_path(site: Site, names: str, proxie
 def test_shell_needs_a_terminal_and_leaves_it_as_it_was(repo: Repo, site: Site) -> None:
     refused = repo.cli("shell", "-H", "box")
     assert refused.code == 2 and "exec" in refused.said and not repo.workspaces()
-    line = repo.site.line("far")
-    terminal = on_terminal(repo.site, "shell", "-H", "far", cwd=repo.dir)
+    line = site.line("far")
+    terminal = on_terminal(site, "shell", "-H", "far", cwd=repo.dir)
     terminal.expect(b"as it likes")
     terminal.send(b"stty -echo; echo re''ady\r")
     terminal.expect(b"ready")
@@ -8779,15 +8562,15 @@ def test_shell_needs_a_terminal_and_leaves_it_as_it_was(repo: Repo, site: Site) 
 
 def test_a_state_directory_open_to_others_is_a_finding_and_never_to_be_removed(repo: Repo, site: Site) -> None:
     repo.cli("secrets", "list")
-    repo.site.state.chmod(0o755)
+    site.state.chmod(0o755)
     try:
         answer, looked = repo.cli("list"), repo.cli("doctor", "box", "--json")
         refused(answer, 1, words="is open to others")
-        assert "chmod 700 " + str(repo.site.state) in answer.said and "emove" not in answer.said and states(looked)["state"] == "bad" and looked.code == 1
+        assert "chmod 700 " + str(site.state) in answer.said and "emove" not in answer.said and states(looked)["state"] == "bad" and looked.code == 1
         assert looked.json[-1]["what"] == "state", "said once"
     finally:
-        repo.site.state.chmod(0o700)
-    above = repo.site.dir / "above"
+        site.state.chmod(0o700)
+    above = site.dir / "above"
     above.mkdir()
     above.chmod(0o777)
     said = repo.cli("list", env={"CMUX_SSH_HOME": str(above / "state")}).said
@@ -8799,26 +8582,26 @@ def states(answer: Answer) -> Dict[str, str]:
 
 
 def test_doctor_finds_a_good_host_good_and_leaves_nothing_there(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    before = sorted(str(p) for p in repo.site.far_home().rglob("*"))
-    found = repo.cli("doctor", "box", "--json")
-    assert found.code == 0 and {row["state"] for row in found.json} == {"ok"}, found
+    repo.new()
+    before = sorted(str(p) for p in site.far_home().rglob("*"))
+    found = repo.ok("doctor", "box", "--json")
+    assert {row["state"] for row in found.json} == {"ok"}, found
     assert {"ssh here", "python", "state", "config", "connect", "system", "tar", "git there", "disk", "sessions", "latency", "secrets"} == set(states(found))
     text = {row["what"]: row["text"] for row in found.json}
-    assert "publickey" in text["connect"] and str(repo.site.keys.user) in text["connect"] and text["sessions"].startswith("10 ")
-    assert sorted(str(p) for p in repo.site.far_home().rglob("*")) == before
-    plain = repo.cli("doctor")
-    assert plain.code == 0 and plain.out.count(b"ok ") == 12
+    assert "publickey" in text["connect"] and str(site.keys.user) in text["connect"] and text["sessions"].startswith("10 ")
+    assert sorted(str(p) for p in site.far_home().rglob("*")) == before
+    plain = repo.ok("doctor")
+    assert plain.out.count(b"ok ") == 12
     assert repo.cli("exec", "--", "echo still").out == b"still\n"
 
 
 def test_doctor_understands_an_ssh_before_8_7(repo: Repo, site: Site) -> None:
     """Which says only as debug1 how it logged in."""
-    env = {"CMUX_SSH_COMMAND": in_sshs_place(repo.site, 'for a; do case $a in /*cmux-doctor-*) log=$a;; esac; done; $ssh "$@"; code=$?\n'
+    env = {"CMUX_SSH_COMMAND": in_sshs_place(site, 'for a; do case $a in /*cmux-doctor-*) log=$a;; esac; done; $ssh "$@"; code=$?\n'
                                              '[ ! "$log" ] || sed \'s/^Authenticated to .* using "\\(.*\\)".*/debug1: Authentication succeeded (\\1)./\' "$log" >"$log.8"\n'
                                              '[ ! "$log" ] || mv "$log.8" "$log"; exit $code')}
-    found = repo.cli("doctor", "box", "--json", env=env)
-    assert found.code == 0 and {row["state"] for row in found.json} == {"ok"} and "by publickey" in next(row["text"] for row in found.json if row["what"] == "connect")
+    found = repo.ok("doctor", "box", "--json", env=env)
+    assert {row["state"] for row in found.json} == {"ok"} and "by publickey" in next(row["text"] for row in found.json if row["what"] == "connect")
 
 
 def test_doctor_says_what_the_config_would_let_out(site: Site) -> None:
@@ -8875,7 +8658,6 @@ def test_doctor_explains_what_is_wrong_and_its_fix(site: Site, trouble: str, cod
 def test_doctor_without_a_host_looks_at_this_machine_only(site: Site) -> None:
     found = site.cli("doctor", "--json")
     assert found.code == 0 and states(found) == {"ssh here": "ok", "python": "ok", "state": "ok", "host": "note"}
-    assert site.cli("doctor", "-oProxyCommand=x").code == 2 and site.cli("doctor", "a b").code == 2
 
 
 # === completion ===
@@ -8886,23 +8668,28 @@ t() { COMP_WORDS=("$@"); COMP_CWORD=$(($#-1)); COMPREPLY=(); _cmux_ssh; echo "${
 for words in "$@"; do eval "t $words"; done"""
 
 
-@pytest.mark.parametrize("line, offered", [
-    ("{} ''", "new|rm|secrets"), ("{} rm ''", "two main"), ("{} rm main ''", "two main"), ("{} rm --force ''", "two main"), ("{} rm --f", "--force --forget"),
-    ("{} secrets ''", "set import list rm"), ("{} secrets rm ''", "KEY"), ("{} secrets rm KEY ''", "KEY"), ("{} exec -w ''", "two main"),
-    ("{} -C src rm ''", "two main"), ("{} exec -- --", ""), ("{} exec -H ''", ""), ("{} list -", "--all-projects|--json|-C"), ("python3 other.py ''", ""),
-    ("python3 {} pull -w ''", "two main"), ("python3 {} secrets rm ''", "KEY")])
-def test_completion_offers_what_can_stand_there(shared_names: Repo, line: str, offered: str) -> None:
-    for shell in ("bash", "zsh"):
-        script = TAB % 'source <(python3 "$CMUX" completion bash)'
-        if shell == "zsh":  # as its bashcompinit calls the function
-            script = ('autoload -U +X compinit && compinit -u -D; eval "$(python3 "$CMUX" completion zsh)"\n'
-                      'f() { emulate -L sh; setopt kshglob noshglob braceexpand;\n%s\n}; f "$@"' % TAB.partition("\n")[2])
-        done = subprocess.run([program(shell, shell), *(["-f"] if shell == "zsh" else []), "-c", script, shell, line.format(PROGRAM)], cwd=str(shared_names.dir),
-                              env=shared_names.site.environment({"CMUX": str(PROGRAM)}), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        told = done.stdout.decode().split()
-        assert done.returncode == 0 and not done.stderr, done
-        assert set(told) >= set(offered.split("|")) if "|" in offered else shell == "zsh" or sorted(told) == sorted(offered.split()), (shell, told)
-        assert shell == "bash" or set(told) >= set(offered.replace("|", " ").split()) and bool(told) == bool(offered), told  # zsh itself drops what does not fit
+OFFERED = {  # exactly, in bash; with a bar between, at least
+    "{} ''": "new|rm|secrets", "{} rm ''": "two main", "{} rm main ''": "two main", "{} rm --force ''": "two main", "{} rm --f": "--force --forget",
+    "{} secrets ''": "set import list rm", "{} secrets rm ''": "KEY", "{} secrets rm KEY ''": "KEY", "{} exec -w ''": "two main", "{} -C src rm ''": "two main", "{} exec -- --": "",
+    "{} exec -H ''": "", "{} list -": "--all-projects|--json|-C", "python3 other.py ''": "", "python3 {} pull -w ''": "two main", "python3 {} secrets rm ''": "KEY"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_offers_what_can_stand_there(shared_names: Repo, shell: str) -> None:
+    script = TAB % 'source <(python3 "$CMUX" completion bash)'
+    if shell == "zsh":  # as its bashcompinit calls the function
+        script = ('autoload -U +X compinit && compinit -u -D; eval "$(python3 "$CMUX" completion zsh)"\n'
+                  'f() { emulate -L sh; setopt kshglob noshglob braceexpand;\n%s\n}; f "$@"' % TAB.partition("\n")[2])
+    done = subprocess.run([program(shell, shell), *(["-f"] if shell == "zsh" else []), "-c", script, shell, *(line.format(PROGRAM) for line in OFFERED)],
+                          cwd=str(shared_names.dir), env=shared_names.site.environment({"CMUX": str(PROGRAM)}), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    rows = done.stdout.decode().split("\n")[:-1]
+    assert done.returncode == 0 and not done.stderr and len(rows) == len(OFFERED), done
+    for (line, offered), told in zip(OFFERED.items(), map(str.split, rows)):
+        wanted = offered.replace("|", " ").split()
+        if shell == "zsh":  # which itself drops what does not fit
+            assert set(told) >= set(wanted) and bool(told) == bool(wanted), (line, told)
+        else:
+            assert set(told) >= set(wanted) if "|" in offered else sorted(told) == sorted(wanted), (line, told)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -8930,7 +8717,8 @@ def test_completion_runs_only_the_program_that_made_the_script(shared_names: Rep
 def shared_names(shared: Repo) -> Repo:
     """A project with the workspaces main and two, and the secret KEY: names are all that completion asks for."""
     repo = Repo(shared.site, "names")
-    assert repo.cli("new", "-H", "box", "main", "two").code == 0 and repo.cli("secrets", "set", "KEY", stdin=b"v").code == 0
+    repo.new("main", "two")
+    repo.ok("secrets", "set", "KEY", stdin=b"v")
     return repo
 
 
@@ -8990,11 +8778,10 @@ def test_demo_leaves_no_master_and_no_variable_also_where_tmpdir_is_long_and_end
 
 def test_demo_without_sshd_says_how_to_get_one(site: Site) -> None:
     """sshd is looked for outside of PATH, too: the places are hidden by a file system of the test's own."""
-    hide = "for d in /usr/sbin /usr/local/sbin /usr/libexec; do [ ! -e $d/sshd ] || mount -t tmpfs none $d; done; exec \"$@\""
+    hide = "for d in /usr/sbin /usr/local/sbin /usr/libexec; do [ ! -e $d/sshd ] || mount -t tmpfs none $d; done"
     path = f"{os.path.dirname(program('ssh'))}:{os.path.dirname(program('git'))}:/usr/bin:/bin"
-    shown = subprocess.run([program("unshare", "util-linux"), "-rm", "sh", "-c", hide, "sh", sys.executable, str(PROGRAM), "demo"], cwd=str(site.home),
-                           env=site.environment({"PATH": path}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
-    assert shown.returncode == 2 and b"openssh-server" in shown.stderr and shown.stderr.count(b"\n") <= 2, shown
+    shown = site.cli("demo", cwd=site.home, env={"PATH": path}, sh=mounted(hide, "-r"))
+    assert shown.code == 2 and "openssh-server" in shown.said and shown.said.count("\n") <= 2, shown
 
 
 def bench(site: Site, *args: str) -> "subprocess.CompletedProcess[bytes]":
@@ -9024,8 +8811,9 @@ def test_bench_refuses_a_simulated_line_to_a_real_host(site: Site) -> None:
 @pytest.mark.promise(7)
 def test_a_damaged_state_file_is_said_each_time_and_left_alone(repo: Repo, which: str, site: Site) -> None:
     """Set aside by the first who reads it, it was missing for the next, which then ran without secrets."""
-    assert repo.cli("secrets", "set", "TOK", stdin=b"value-12345").code == 0 and repo.exec('echo "$TOK"').out == b"value-12345\n"
-    (file,) = (repo.site.state / which).glob("*.json")
+    repo.ok("secrets", "set", "TOK", stdin=b"value-12345")
+    assert repo.exec('echo "$TOK"').out == b"value-12345\n"
+    (file,) = (site.state / which).glob("*.json")
     whole = file.read_bytes()
     file.write_bytes(whole[:-5] + b"\xff garbage")
     for _ in range(2):
@@ -9040,17 +8828,16 @@ def test_a_damaged_state_file_is_said_each_time_and_left_alone(repo: Repo, which
 
 
 def test_directories_made_under_a_loose_umask_are_private(repo: Repo, site: Site) -> None:
-    home = repo.site.dir / "loose" / "a" / "b"
-    done = subprocess.run(["sh", "-c", 'umask 0; exec "$@"', "sh", sys.executable, str(PROGRAM), "secrets", "list"], cwd=str(repo.dir),
-                          env=repo.site.environment({"CMUX_SSH_HOME": str(home)}), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert done.returncode == 0, done
+    home = site.dir / "loose" / "a" / "b"
+    env = {"CMUX_SSH_HOME": str(home)}
+    repo.ok("secrets", "list", env=env, sh='umask 0; exec "$@"')
     assert {stat.S_IMODE(path.stat().st_mode) for path in (home, home.parent, home.parent.parent)} == {0o700}
-    assert repo.cli("list", env={"CMUX_SSH_HOME": str(home)}).code == 0
+    repo.ok("list", env=env)
 
 
 def test_a_socket_directory_that_was_cleared_away_is_made_anew(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    masters = repo.site.masters()
+    repo.new()
+    masters = site.masters()
     assert in_library(repo, """
 import os, shutil
 workspace = cmux_ssh.Project(".").workspace("main")
@@ -9058,7 +8845,7 @@ assert workspace.exec("true").exit_code == 0
 while os.path.isdir(sys.argv[1]):  # sessions that are opened ahead put locks into it
     shutil.rmtree(sys.argv[1], ignore_errors=True)
 print(workspace.exec("echo on").stdout)
-""", str(repo.site.sockets())) == "b'on\\n'\n"
+""", str(site.sockets())) == "b'on\\n'\n"
     for master in masters:
         kill(master.pid, signal.SIGTERM)
 
@@ -9066,47 +8853,27 @@ print(workspace.exec("echo on").stdout)
 def test_a_state_directory_that_cannot_be_written_is_said(repo: Repo, site: Site) -> None:
     """On a file system mounted read only, in a namespace of its own: root writes to any other."""
     assert repo.exec("true").code == 0
-    state = repo.site.state
-    mount = f"mount --bind {state} {state} && mount -o remount,bind,ro {state} && exec \"$@\""
-
-    def run(*args: str) -> "subprocess.CompletedProcess[bytes]":
-        return subprocess.run([program("unshare", "util-linux"), "-m" if os.geteuid() == 0 else "-rm", "sh", "-c", mount, "sh", sys.executable, str(PROGRAM), *args],
-                              cwd=str(repo.dir), env=repo.site.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
-    assert run("list").returncode == 0
+    sh = mounted(f"mount --bind {site.state} {site.state} && mount -o remount,bind,ro {site.state}")
+    repo.ok("list", sh=sh)
     for args, code in ((["exec", "--", "true"], 125), (["new", "other", "-H", "box"], 1), (["secrets", "set", "X", "--command", "echo"], 1)):
-        done = run(*args)
-        assert done.returncode == code and done.stdout == b"" and b"Traceback" not in done.stderr, done
-        assert done.stderr.count(b"\n") == 1 and b"Read-only file system" in done.stderr, done
+        done = repo.cli(*args, sh=sh)
+        refused(done, code, words="Read-only file system")
+        assert done.said.count("\n") == 1, done
     assert repo.exec("echo again").out == b"again\n"
 
 
 def test_a_relative_state_directory_is_refused(repo: Repo) -> None:
     """It would be another one in each directory, and the secrets a part of the repository."""
-    for args, code in ((["secrets", "set", "X"], 2), (["list"], 2), (["exec", "-H", "box", "--", "true"], 125)):
-        said = repo.cli(*args, env={"CMUX_SSH_HOME": "state/here"}, stdin=b"value")
-        assert said.code == code and "CMUX_SSH_HOME" in said.said and said.said.count("\n") == 1, said
+    for env, words in (({"CMUX_SSH_HOME": "state/here"}, "CMUX_SSH_HOME is not an absolute path"), ({"HOME": "relative", "CMUX_SSH_HOME": "", "XDG_STATE_HOME": ""}, "no home directory")):
+        for args, code in ((["secrets", "set", "X"], 2), (["list"], 2), (["exec", "-H", "box", "--", "true"], 125)):
+            said = repo.cli(*args, env=env, stdin=b"value")
+            assert said.code == code and words in said.said and said.said.count("\n") == 1, said
     assert repo.git("status", "--porcelain", "--ignored") == ""
-
-
-@pytest.mark.slow
-@pytest.mark.promise(7)
-def test_a_client_killed_at_any_moment_leaves_a_registry_that_works(repo: Repo) -> None:
-    luck = random.Random(7)
-    for n in range(12):
-        child = repo.start("new", "-H", "box", f"k{n}")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(luck.uniform(0.02, 0.5))
-        kill(child.pid)
-        child.communicate()
-        assert repo.cli("list", "--json").code == 0
-    for name in list(repo.workspaces()):
-        assert tree_of(repo.path(name)) == repo.tree(), f"{name} is whole or not at all"
-    assert repo.cli("new", "-H", "box", "last").code == 0 and tree_of(repo.path("last")) == repo.tree()
 
 
 @pytest.mark.parametrize("kind", ["world-writable", "symlink", "foreign"])
 def test_a_state_directory_others_can_change_is_not_used(repo: Repo, kind: str, site: Site) -> None:
-    state, real = repo.site.dir / "odd-state", repo.site.dir / "real"
+    state, real = site.dir / "odd-state", site.dir / "real"
     if kind == "symlink":
         real.mkdir(mode=0o777)
         real.chmod(0o777)
@@ -9123,32 +8890,30 @@ def test_a_state_directory_others_can_change_is_not_used(repo: Repo, kind: str, 
 
 
 def test_a_long_state_path_still_has_room_for_control_sockets(repo: Repo, site: Site) -> None:
-    deep = repo.site.dir / ("d" * 60) / ("e" * 60)
+    deep = site.dir / ("d" * 60) / ("e" * 60)
     ran = repo.exec("cat", stdin=BINARY, env={"CMUX_SSH_HOME": str(deep)})
     assert (ran.code, ran.out, ran.err) == (0, BINARY, b"")
 
 
 def test_a_state_path_with_a_percent_sign_is_taken_as_it_is(repo: Repo, site: Site) -> None:
     """ssh expands %h and the like in a control path."""
-    env = {"CMUX_SSH_HOME": str(repo.site.dir / "a%hb%%c%d")}
+    env = {"CMUX_SSH_HOME": str(site.dir / "a%hb%%c%d")}
     assert [repo.exec("echo ok", env=env).out for _ in range(2)] == [b"ok\n", b"ok\n"]
-    assert len(repo.site.masters()) == 1 and sorted(p.name for p in repo.site.dir.glob("a*b*")) == ["a%hb%%c%d"]
+    assert len(site.masters()) == 1 and sorted(p.name for p in site.dir.glob("a*b*")) == ["a%hb%%c%d"]
 
 
 def test_what_is_remembered_of_a_host_outlives_no_clock_that_is_set_back(repo: Repo, site: Site) -> None:
-    """That masters are refused, that it was down: until a time of a clock that was 300 days ahead."""
-    site, line = repo.site, repo.site.line("far")
+    """That masters are refused, that it was down: at a time of a clock that was 300 days ahead."""
+    line = site.line("far")
     site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
-    assert repo.cli("new", "-H", "far", "main").code == 0
+    repo.new(host="far")
     line.refuse = True
     assert [repo.exec("true", host="far").code for _ in range(2)] == [255, 255]
     line.refuse, changed = False, 0
-    for path in site.state.rglob("*.json"):
-        record = json.loads(path.read_text())
-        if "until" in record:
-            path.write_text(json.dumps(dict(record, until=record["until"] + 300 * 86400)))
-            changed += 1
-    assert changed == 2
+    for path in site.state.glob("m/*/*"):
+        os.utime(str(path), (time.time() + 300 * 86400,) * 2)
+        changed += 1
+    assert changed >= 2
     in_sshs_place(site, 'exec $ssh "$@"')
     for _ in range(2):
         ran = repo.exec("true", host="far")
@@ -9157,14 +8922,14 @@ def test_what_is_remembered_of_a_host_outlives_no_clock_that_is_set_back(repo: R
 
 
 def test_damaged_lines_of_the_history_are_passed_over(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    (path,) = [p for p in repo.site.state.rglob("*") if p.is_file() and "history" in str(p) and b'"new"' in slurp(str(p))]
+    repo.new()
+    (path,) = [p for p in site.state.rglob("*") if p.is_file() and "history" in str(p) and b'"new"' in slurp(str(p))]
     with open(str(path), "ab") as stream:
         for row in (b'{"operation": "exec", "time": 1e300}', b'{"operation": "exec", "time": NaN}', b'{"operation": "exec", "time": 1, "duration": "x"}',
                     b'{"operation": 3, "time": 1}', b'{"time": 1}', b"[" * 100000, b"3", b"{"):
             stream.write(row + b"\n")
-    told = repo.cli("history")
-    assert told.code == 0 and len(told.text.strip().split("\n")) == 2, told
+    told = repo.ok("history")
+    assert len(told.text.strip().split("\n")) == 2, told
 
 
 def test_an_interrupt_as_an_operation_begins_does_not_end_the_history(repo: Repo) -> None:
@@ -9186,10 +8951,10 @@ print(len(list(project.history.rows())) - before)
 
 
 def test_a_host_that_is_gone_for_good_can_be_forgotten_and_gc_visits_every_place(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "stays", "--root", "~/other").code == 0
-    assert repo.cli("rm", "--force", "stays").code == 0  # gc visits its host all the same
-    assert repo.cli("new", "-H", "box", "lost").code == 0
-    path, registry = repo.path("lost"), next((repo.site.state / "projects").glob("*.json"))
+    repo.new("stays", "--root", "~/other")
+    repo.ok("rm", "--force", "stays")  # gc visits its host all the same
+    repo.new("lost")
+    path, registry = repo.path("lost"), next((site.state / "projects").glob("*.json"))
     registry.write_text(registry.read_text().replace('"box"', '"nowhere.invalid"', 1).replace('"host": "box"', '"host": "nowhere.invalid"'))
     refused = repo.cli("rm", "--force", "lost")
     assert refused.code == 255 and "rm --forget lost" in refused.said and "lost" in repo.workspaces(), refused
@@ -9197,25 +8962,29 @@ def test_a_host_that_is_gone_for_good_can_be_forgotten_and_gc_visits_every_place
     assert elsewhere.code == 2 and "is or was on 'far'" in elsewhere.said, elsewhere
     cleared = repo.cli("gc")
     assert cleared.code == 255 and "box: freed" in cleared.text and "nowhere.invalid" in cleared.said, cleared
-    assert repo.cli("rm", "--forget", "lost").code == 0 and not repo.workspaces() and path.exists()
+    repo.ok("rm", "--forget", "lost")
+    assert not repo.workspaces() and path.exists()
 
 
 def test_gc_and_top_go_by_their_host(repo: Repo, site: Site) -> None:
-    repo.site.line("far")
-    assert repo.cli("new", "-H", "box", "one").code == 0 and repo.cli("new", "-H", "far", "two").code == 0
+    site.line("far")
+    repo.new("one")
+    repo.new("two", host="far")
     assert [row["workspace"] for row in repo.cli("top", "--json", "-H", "far").json] == ["two"]
-    cleared = repo.cli("gc", "-H", "far")
-    assert cleared.code == 0 and "far: freed" in cleared.text and "box" not in cleared.text, cleared
+    cleared = repo.ok("gc", "-H", "far")
+    assert "far: freed" in cleared.text and "box" not in cleared.text, cleared
 
 
 # === Usage, hints, what a terminal shows ===
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/abs", "-x", ".hidden", "a b", "a\nb", "a\x1b[31m", "ü\u202e", "x" * 300, "a;b", "$(id)", "*", "~", "con.lock/.."])
-def test_odd_workspace_names_are_refused(repo: Repo, name: str, site: Site) -> None:
-    refused(repo.cli("new", "-H", "box", "--", name), 2)
-    refused(repo.cli("exec", "-H", "box", f"--workspace={name}", "--", "true"), 125)
-    assert repo.workspaces() == {} and "Accepted" not in repo.site.log()
+def test_odd_workspace_names_are_refused(shared: Repo, name: str) -> None:
+    called = shared.site.dir / "was-called"
+    env = {"CMUX_SSH_COMMAND": shared.site.script("shim", f"touch {called}; exit 255")}
+    refused(shared.cli("new", "-H", "box", "--", name, env=env), 2)
+    refused(shared.cli("exec", "-H", "box", f"--workspace={name}", "--", "true", env=env), 125)
+    assert set(shared.workspaces()) == {"main"} and not called.exists()
 
 
 def test_no_repository_an_unborn_branch_and_a_bad_revision_are_said(site: Site, repo: Repo) -> None:
@@ -9233,9 +9002,9 @@ def test_no_repository_an_unborn_branch_and_a_bad_revision_are_said(site: Site, 
 
 def test_a_server_cannot_choose_what_is_told_for_a_changed_key(repo: Repo, site: Site) -> None:
     """What it says while hanging up may stand in ssh's words, with newlines."""
-    home, said = repo.site.dir / "home", repo.site.dir / "said"
-    ssh = script(repo.site.dir / "ssh", f'for a; do [ "$a" != -G ] || exec ssh -F {repo.site.config} "$@"; done; cat {said} >&2; exit 255')
-    repo.site.host("h", "HostKeyAlias h", f"UserKnownHostsFile {home}/.ssh/known_hosts {home}/known", "GlobalKnownHostsFile /etc/ssh/known")
+    home, said = site.dir / "home", site.dir / "said"
+    ssh = script(site.dir / "ssh", f'for a; do [ "$a" != -G ] || exec ssh -F {site.config} "$@"; done; cat {said} >&2; exit 255')
+    site.host("h", "HostKeyAlias h", f"UserKnownHostsFile {home}/.ssh/known_hosts {home}/known", "GlobalKnownHostsFile /etc/ssh/known")
     for words, path in (("/etc/passwd:1", ".ssh/known_hosts"), (f"{home}/known:3", "known"), (f"{home}:3", ".ssh/known_hosts")):
         said.write_text(f'@ REMOTE HOST IDENTIFICATION HAS CHANGED! @\r\nOffending ED25519 key in {words}\r\n  ssh-keygen -f "/etc/passwd" -R "x; y"\r\n')
         ran = repo.exec("true", host="h", env={"CMUX_SSH_COMMAND": str(ssh)})
@@ -9244,24 +9013,44 @@ def test_a_server_cannot_choose_what_is_told_for_a_changed_key(repo: Repo, site:
 
 def test_a_missing_ssh_or_git_is_said(repo: Repo, site: Site) -> None:
     refused(repo.exec("true", env={"CMUX_SSH_COMMAND": "/nonexistent/ssh"}), 125, words="/nonexistent/ssh")
-    nothing = repo.site.dir / "nothing"
+    nothing = site.dir / "nothing"
     nothing.mkdir()
     refused(repo.exec("true", env={"PATH": str(nothing)}), 125, words="git")
 
 
-@pytest.mark.parametrize("code, args", [(code, words.split()) for code, lines in {
-    2: ["", "no-such-command", "secrets", "secrets set", "secrets import /nonexistent", "rm", "write x", "edit x", "list --none"],
-    1: ["rm never-made", "read x", "jobs", "logs x", "stop j00000000", "pull", "push", "fork b", "batch -C /", "secrets -C / list", "new -C / a"],
-    125: ["exec", "exec --timeout x -- true", "exec --timeout -1 -- true", "exec --env NOEQUALS -- true", "exec --env =x -- true",
-          "exec --no-such-option"]}.items() for words in lines], ids=lambda value: None if isinstance(value, int) else " ".join(value) or "nothing")
-def test_usage_errors_are_said_and_with_json_are_an_object_too(repo: Repo, code: int, args: List[str]) -> None:
-    ran = repo.cli(*args, stdin=b"")
-    assert ran.code == code and ran.said.strip() + ran.text.strip(), ran
+# What is refused: whether the project has the workspace main, the exit code, the line, words of what is said.
+REFUSALS = [(made, code, line, words) for made, code, lines in (
+    (False, 2, {"": "", "no-such-command": "", "secrets": "", "secrets set": "", "secrets set X --command ''": "--command is empty", "secrets rm NOT_THERE": "NOT_THERE",
+                "secrets import /nonexistent": "", "rm": "", "write x": "", "edit x": "", "list --none": "", "new -H box -w a b": "twice", "new x --allow y": "goes with --dirty",
+                "new x --dirty --ref main~1": "one of the two", "new x --root ''": "--root", "write -w '' x": "-w names no workspace", "push -w '' --force": "-w names no workspace",
+                "pull -w ''": "-w names no workspace", "rm -w ''": "-w names no workspace", "history -n -5": "from 0", "doctor -oProxyCommand=x": "unrecognized", "doctor 'a b'": "host",
+                "mcp -H -oProxyCommand=x": "host"}),
+    (False, 1, {"rm never-made": "", "read x": "", "jobs": "", "logs x": "", "stop j00000000": "", "pull": "", "push": "", "fork b": "", "batch -C /": "", "secrets -C / list": "",
+                "new -C / a": "", **{f"{words} -H box -w mispelt": "There is no workspace 'mispelt'" for words in (
+                    "jobs", "read README", "glob *", "grep x", "logs j00000000", "wait j00000000", "stop j00000000")}}),
+    (False, 125, {"exec": "", "exec --timeout x -- true": "", "exec --timeout -1 -- true": "", "exec --env NOEQUALS -- true": "", "exec --env =x -- true": "", "exec --no-such-option": "",
+                  "exec -H '' -- true": "names no host", "exec -w '' -- true": "-w names no workspace",
+                  "exec -w nope -- true": "There is no workspace 'nope', and no host is known to make it on."}),
+    (True, 2, {"rm a -w b": "given twice", "rm -H other main": "is on box, not on other", "diff -H ash -w main": "is on box, not on ash",
+               "push -w main --dirty --ref HEAD~1": "one of the two", "edit README --old a --new b --sha256 ''": "64 hexadecimal", "secrets set -w main TOKEN": "every workspace",
+               "batch -j -1": "", "batch -j x": "", "batch -w a -w b": "", "batch -w ../x": "", "batch extra": ""}),
+    (True, 1, {"read none": "no file", "read src": "directory"}),
+    (True, 125, {"exec --all -w main -- true": "--all takes no -w", "exec -w main -w other -j -1 -- true": "", "exec -w main -w other -j x -- true": "", "exec -w main -w other --detach -- true": "",
+                 "exec -w main --detach --cwd nosuch -- true": "There is no directory 'nosuch' in the workspace main"}),
+) for line, words in lines.items()]
+
+
+@pytest.mark.parametrize("made, code, line, words", REFUSALS, ids=[row[2] or "nothing" for row in REFUSALS])
+def test_usage_errors_are_said_and_with_json_are_an_object_too(repo: Repo, shared: Repo, made: bool, code: int, line: str, words: str) -> None:
+    project, args = shared if made else repo, shlex.split(line)
+    ran = project.cli(*args, stdin=b"")
+    assert ran.code == code and (ran.said + ran.text).strip() and words in ran.said, ran
     if args:
-        told = repo.cli("--json", *args, stdin=b"")
-        fields = told.json["errors"][0] if args == ["rm", "never-made"] else told.json["error"]
+        told = project.cli("--json", *args, stdin=b"")
+        fields = told.json["errors"][0] if args[0] == "rm" and "errors" in told.json else told.json["error"]
         assert told.code == ran.code and fields["message"] and told.out.count(b"\n") == 1, told
         assert ("exit_code" in told.json) == (args[0] == "exec") and (fields["message"] in told.said or args[0] == "exec"), told
+    assert made or not project.workspaces()
 
 
 def hinted(said: str, *ours: str) -> List[str]:
@@ -9273,7 +9062,7 @@ def hinted(said: str, *ours: str) -> List[str]:
 @pytest.mark.slow
 def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo: Repo, site: Site) -> None:
     """From another directory, by another path, about a workspace that is not the default: what a refusal says is run as it is."""
-    site, path = repo.site, repo.site.dir / "my copies" / "cmux_ssh.py"
+    path = site.dir / "my copies" / "cmux_ssh.py"
     path.parent.mkdir()
     path.symlink_to(compiled())
     site.host("dead", "ProxyCommand false")
@@ -9351,8 +9140,8 @@ def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo: Repo, sit
 
 def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo: Repo, site: Site) -> None:
     """The last column is cut to 20 characters at least, or left out; then the widest yields."""
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    (file,) = (repo.site.state / "projects").glob("*.json")
+    repo.new()
+    (file,) = (site.state / "projects").glob("*.json")
     record = json.loads(file.read_text())
     main, long = record["workspaces"].pop("main"), "/home/ada/cmux/" + "x" * 300
     for width, name, path, row in ((62, "n" * 10, long, "n{10}  box .* ready  /home/ada/cmux/xx[.]{3}"), (61, "n" * 10, long, "n{10}  box .* ready"),
@@ -9360,29 +9149,17 @@ def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo: Repo,
                                    (81, "n" * 51, long, "n{51}  box .* ready"), (80, "n" * 51, long, "n{47}[.]{3}  box .* ready")):
         record["workspaces"] = {name: dict(main, path=path)}
         file.write_text(json.dumps(record))
-        terminal = on_terminal(repo.site, "list", cwd=repo.dir, env={"COLUMNS": str(width)})
+        terminal = on_terminal(site, "list", cwd=repo.dir, env={"COLUMNS": str(width)})
         assert terminal.wait() == 0
         head, shown, _ = terminal.output.decode().split("\r\n")
         assert re.fullmatch(row, shown) and len(shown) <= width and ("PATH" in head) == ("/" in shown), (width, shown)
     assert repo.cli("list").text.endswith(long + "\n")
 
 
-def test_a_host_or_a_name_that_does_not_fit_is_refused_and_nothing_removed(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    refused(repo.cli("rm", "-H", "other", "main"), 2, words="is on box, not on other")
-    assert repo.cli("list", "-q", "-H", "box").text == "main\n" and repo.cli("list", "--json", "-H", "other").json == []
-    for words in (["write", "-w", "", "x"], ["push", "-w", "", "--force"], ["pull", "-w", ""], ["rm", "-w", ""]):
-        refused(repo.cli(*words, stdin=b"x"), 2, words="-w names no workspace")
-    refused(repo.cli("exec", "-w", "", "--", "true"), 125, words="-w names no workspace")
-    assert list(repo.workspaces()) == ["main"] and repo.git("for-each-ref", "refs/heads/cmux") == ""
-    wrong = Repo(repo.site, "hostless").cli("exec", "-w", "nope", "--", "true")
-    assert wrong.code == 125 and "There is no workspace 'nope', and no host is known to make it on." in wrong.said, wrong
-
-
-def test_exec_json_says_what_is_known_of_the_stop_also_without_a_host(repo: Repo, site: Site) -> None:
-    repo.site.host("dead", "HostName 127.0.0.1", f"Port {free_port()}")
-    answer = repo.exec("true", host="dead", options=["--json"])
-    assert answer.code == 255 and answer.json["stopped"] is None and answer.json["error"]["type"], answer
+def test_list_shows_what_is_on_its_host_and_a_push_of_one_state_may_name_it_twice(shared: Repo) -> None:
+    assert "main" in shared.cli("list", "-q", "-H", "box").text.split() and shared.cli("list", "--json", "-H", "other").json == []
+    assert "No workspaces on nowhere" in shared.ok("list", "-H", "nowhere").said
+    shared.ok("push", "-w", "main", "--dirty", "--ref", "HEAD")
 
 
 def test_no_bar_is_drawn_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -9449,17 +9226,12 @@ finally:
 
 
 def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    command = shlex.join([sys.executable, str(PROGRAM)])
-
-    def run(line: str) -> Answer:
-        done = subprocess.run(["bash", "-c", line.replace("CMUX", command)], cwd=str(repo.dir), env=repo.site.environment(), stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
-        return Answer([line], done.returncode, done.stdout, done.stderr, 0)
+    repo.new()
     for words in ("list", "new x", "secrets list"):
-        refused(run(f"mkdir x; cd x; rmdir ../x; CMUX {words}"), 125 if words.startswith("exec") else 1, words="current directory has been removed")
-    refused(run("ulimit -f 0; CMUX pull"), 1, words="temporary files")
-    assert run("ulimit -f 0; echo new | CMUX write f && CMUX read f").out == b"new\n"  # what is written needs none
+        refused(repo.cli(*words.split(), sh='mkdir x; cd x; rmdir ../x; exec "$@"'), 1, words="current directory has been removed")
+    refused(repo.cli("pull", sh='ulimit -f 0; exec "$@"'), 1, words="temporary files")
+    repo.ok("write", "f", stdin=b"new\n", sh='ulimit -f 0; exec "$@"')  # what is written needs none
+    assert repo.cli("read", "f", sh='ulimit -f 0; exec "$@"').out == b"new\n"
 
 
 def test_an_output_pipe_closed_early_is_no_error_and_ends_the_command(shared: Repo) -> None:
@@ -9477,11 +9249,10 @@ def test_an_output_pipe_closed_early_is_no_error_and_ends_the_command(shared: Re
                                   ["completion", "bash"], ["history"], ["batch"]])
 @pytest.mark.parametrize("way", [">/dev/full", ">&-", "2>&-", "2>/dev/full"])
 def test_an_output_that_is_full_or_closed_is_no_bug(shared: Repo, args: List[str], way: str) -> None:
-    done = subprocess.run(["sh", "-c", f'"$@" {way}', "sh", sys.executable, str(PROGRAM), *args], cwd=str(shared.dir), env=shared.site.environment(),
-                          input=b'{"tool":"exec","arguments":{"command":"true"}}\n', stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    done = shared.cli(*args, stdin=b'{"tool":"exec","arguments":{"command":"true"}}\n', sh=f'"$@" {way}')
     full = way == ">/dev/full"
-    assert done.returncode == ((125 if args[:1] == ["exec"] else 1) if full else 0 if args else 2), done
-    assert (done.stderr.count(b"\n") == 1 and b"No space left" in done.stderr) if full else done.stderr == b"", done
+    assert done.code == ((125 if args[:1] == ["exec"] else 1) if full else 0 if args else 2), done
+    assert (done.said.count("\n") == 1 and "No space left" in done.said) if full else done.said == "", done
 
 
 # === The README ===
@@ -9523,8 +9294,7 @@ class Reader:
             site.host(name, "HostName 127.0.0.1", f"Port {site.port}")
         bin_ = site.dir / "reader"
         bin_.mkdir()
-        (bin_ / "python3").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-        (bin_ / "python3").chmod(0o755)
+        script(bin_ / "python3", f'exec {shlex.quote(sys.executable)} "$@"')
         self.env = site.environment({"PATH": f"{bin_}:{site.env['PATH']}", "PYTHONPATH": str(HERE)})
 
     def shop(self) -> Repo:
@@ -9791,8 +9561,8 @@ def whole(repo: Repo, *names: str) -> None:
     listed = repo.workspaces()
     assert set(listed) == set(names)
     for name in names:
-        ran = repo.cli("exec", "-w", name, "--", "git status --short && git fsck --strict 2>&1")
-        assert ran.code == 0 and b"error" not in ran.out, ran
+        ran = repo.ok("exec", "-w", name, "--", "git status --short && git fsck --strict 2>&1")
+        assert b"error" not in ran.out, ran
     there = {path for row in listed.values() for path in Path(row["path"]).parent.iterdir()}
     assert there == {Path(row["path"]) for row in listed.values()}
     entries = registry(repo)["workspaces"]
@@ -9815,7 +9585,7 @@ def test_killed_while_its_script_goes_on_the_next_call_works_and_nothing_is_half
     """The script on the host is caught around the step that counts; this program is killed; the next call
     comes while the script still stands there. Then it goes on."""
     repo, gate = Repo(site), Gate(site, "mv", when)
-    assert repo.cli("new", "-H", "gated", "main").code == 0
+    repo.new(host="gated")
     repo.write("README", b"second\n")
     repo.commit()
     words, at, _ = HALFWAY[verb]
@@ -9824,8 +9594,7 @@ def test_killed_while_its_script_goes_on_the_next_call_works_and_nothing_is_half
     gate.reached()
     killed(child)
     gate.open(0.5)
-    after = repo.cli(*then.split())
-    assert after.code == 0, (after, registry(repo))
+    repo.ok(*then.split())
     names = {"main"} - ({"main"} if then == "rm main" or then.startswith("rename") else set())
     names |= {"main"} if then == "new -H gated main" else set()
     names |= {"victim"} if "victim" in then and not then.startswith("rm") else set()
@@ -9834,27 +9603,49 @@ def test_killed_while_its_script_goes_on_the_next_call_works_and_nothing_is_half
     settled(site)
     if verb == "push" and "main" in names:
         assert tree_of(repo.path()) == repo.tree() and not repo.git("for-each-ref", "refs/heads/cmux")
-        assert repo.cli("push").code == 0 and repo.cli("rm", "main").code == 0
+        repo.ok("push")
+        repo.ok("rm", "main")
     elif then.startswith("new") and verb != "rm":
         assert tree_of(repo.path("victim")) == repo.tree()
+
+
+@pytest.mark.parametrize("words, then", [("rename -w main victim", "exec -w main -- true"), ("new -H gated victim", "rm victim"),
+                                         ("push -w main", "pull -w main"), ("rm main", "new -H gated main")])
+def test_a_script_that_is_held_up_does_nothing_once_a_later_one_has_begun(site: Site, words: str, then: str) -> None:
+    """It stands before it has the lock of the workspace's name; its client is killed; the next call is done; then it goes on."""
+    repo, gate = Repo(site), Gate(site, "ln")
+    repo.new(host="gated")
+    repo.write("README", b"second\n")
+    repo.commit()
+    gate.shut(".by")
+    child = repo.start(*words.split())
+    gate.reached()
+    killed(child)
+    repo.ok(*then.split())
+    there = tree_of(repo.path())
+    gate.open()
+    until(lambda: not [p for p in processes() if os.fsencode(gate.dir) in p.cmdline], "the script has ended")
+    whole(repo, "main")
+    assert tree_of(repo.path()) == there
+    settled(site)
 
 
 @pytest.mark.parametrize("kills", ["before", "after", "after before after"])
 def test_a_pull_killed_around_the_move_of_the_branch_is_followed_by_one_that_just_works(repo: Repo, kills: str, site: Site) -> None:
     """Neither the branch's commit, nor one that it nearly had, is a stranger's."""
     work(repo)
-    env = replaced(repo.site, git=f'''case " $* " in *" update-ref "*cmux/main*) [ $HOW = before ] || {program("git")} "$@"; kill -9 $PPID; exit 1;; esac''')
+    env = replaced(site, git=f'''case " $* " in *" update-ref "*cmux/main*) [ $HOW = before ] || {program("git")} "$@"; kill -9 $PPID; exit 1;; esac''')
     for turn in range(2):  # the first makes the branch, the second moves it
         for how in kills.split():
             do(repo, f"echo {how} {turn} >>README")
-            assert repo.cli("pull", env={**env, "HOW": how}).code == -9
-        after = repo.cli("pull")
-        assert after.code == 0 and repo.git("show", "cmux/main:README").endswith(str(turn)), after
+            assert repo.cli("pull", env={**env, "HOW": how}).code == -9 and repo.cli("rm", "main").code == 1
+        after = repo.ok("pull")
+        assert repo.git("show", "cmux/main:README").endswith(str(turn)), after
     do(repo, "echo third >>README")
     assert repo.cli("pull", env={**env, "HOW": "after"}).code == -9 and repo.cli("pull", "--branch", "other").code == 0
-    after = repo.cli("pull")
-    assert after.code == 0 and repo.git("show", "cmux/main:README").endswith("third"), after
-    settled(repo.site)
+    after = repo.ok("pull")
+    assert repo.git("show", "cmux/main:README").endswith("third"), after
+    settled(site)
     do(repo, "echo more >>README")
     repo.git("branch", "-f", "cmux/main", repo.git("commit-tree", "main^{tree}", "-p", "main", "-m", "somebody's own"))
     assert "no pull of this workspace made" in repo.cli("pull").said, "a branch that somebody else moved stays"
@@ -9864,7 +9655,7 @@ def test_a_line_lost_while_a_workspace_is_unpacked_makes_no_half_of_one(site: Si
     """The call is tried again over a new connection while the first attempt still unpacks."""
     repo, gate = Repo(site), Gate(site, "tar")
     line = site.line("far", to="gated")
-    assert repo.cli("new", "-H", "far", "first").code == 0
+    repo.new("first", host="far")
     gate.shut("whole.tar")
     child = repo.start("new", "-H", "far", "second")
     gate.reached()
@@ -9961,6 +9752,7 @@ class Lane:
 
 
 @pytest.mark.slow
+@pytest.mark.promise(7)
 def test_killed_at_any_instant_a_few_hundred_times(site: Site) -> None:
     """Every operation that changes something, killed at random instants of it, in several projects at once. After each
     few kills the same call succeeds and all is whole; in the end nothing runs and nothing lies about."""
@@ -10065,8 +9857,7 @@ def case(wire: Wire, verb: str) -> Case:
     elif verb in ("new", "fork"):
         right = lambda a: (tree_of(repo.path(name)) == (repo.tree() if verb == "new" else tree_of(wire.path)))  # noqa: E731
     elif verb in ("rename", "rm"):
-        made = repo.cli("new", "-H", "far", name)
-        assert made.code == 0, made
+        repo.new(name, host="far")
         words = ["rename", "-w", name, name + "x"] if verb == "rename" else ["rm", name]
         right = lambda a: (name not in repo.workspaces() and (name + "x" in repo.workspaces()) == (verb == "rename"))  # noqa: E731
     return words, None, 0, right
@@ -10149,7 +9940,7 @@ def test_sshd_restarted_under_running_commands_and_jobs(repo: Repo, site: Site) 
     child = repo.start("exec", "--", f"echo early; sleep {nap}")
     assert child.stdout and child.stdout.readline() == b"early\n"
     waiting = repo.start("wait", job)
-    repo.site.restart()
+    site.restart()
     _, err = child.communicate(timeout=30)
     assert child.returncode == 255 and b"lost" in err and b"Traceback" not in err, err
     assert repo.exec("echo again").out == b"again\n"
@@ -10163,7 +9954,7 @@ def test_an_hour_asleep_is_a_lost_line_and_jobs_go_on(site: Site) -> None:
     """The laptop sleeps: clients and masters stand still for longer than the server's patience. Then it wakes up."""
     repo, nap = Repo(site), unique()
     site.daemon("drowsy", "ClientAliveInterval 1", "ClientAliveCountMax 2")
-    assert repo.cli("new", "-H", "drowsy", "main").code == 0
+    repo.new(host="drowsy")
     job = repo.exec("echo one; until [ -e go ]; do sleep 0.05; done; echo two; exit 9", host="drowsy", options=["--detach"]).text.strip()
     command, following, waiting = repo.start("exec", "--", f"echo early; sleep {nap}"), repo.start("logs", "-f", job), repo.start("wait", job)
     for child, line in ((command, b"early\n"), (following, b"one\n")):
@@ -10209,7 +10000,7 @@ if not command.startswith("exec sh -c"):
 while name != b".":
     name, count = line().split()
     value = b"".join([line() for _ in range(int(count))])
-    nonce = value.strip() if name == b"_cN" else nonce
+    nonce = value.strip() if name == b"_cmux_nonce" else nonce
 lie = re.search(rb"lie-(\d+)", header)
 if not lie:
     ours, theirs = os.pipe()
@@ -10377,42 +10168,42 @@ def test_a_host_that_floods_is_cut_off_in_little_memory(site: Site, flood: str) 
 
 def test_dirty_where_the_state_lies_in_the_repository_and_is_ignored(repo: Repo, site: Site) -> None:
     """A home that is a repository: `git add` fails where an excluded path is ignored already."""
-    home = Repo(repo.site, name="home/dot")
+    home = Repo(site, name="home/dot")
     home.write(".gitignore", b"st\n")
     home.commit()
     home.write("new", b"x")
-    made = home.cli("new", "-H", "box", "--dirty", "main", env={"CMUX_SSH_HOME": str(home.dir / "st" / "cmux-ssh")})
-    assert made.code == 0, made
+    home.new("--dirty", "main", env={"CMUX_SSH_HOME": str(home.dir / "st" / "cmux-ssh")})
 
 
 @pytest.mark.promise(1)
 def test_a_committed_state_directory_is_not_sent(repo: Repo, site: Site) -> None:
-    home = Repo(repo.site, name="home/kept")
+    home = Repo(site, name="home/kept")
     env = {"CMUX_SSH_HOME": str(home.dir / "st" / "cmux-ssh")}
     clean = home.commit()
-    assert home.cli("secrets", "set", "TOK", stdin=b"valuevalue", env=env).code == 0
+    home.ok("secrets", "set", "TOK", stdin=b"valuevalue", env=env)
     home.git("add", "-f", "st")
     home.git("commit", "-q", "-m", "everything")
     for words in (("new", "main"), ("new", "--dirty", "main")):
         refused(home.cli(*words, "-H", "box", env=env), 2, words="in the commit")
-    assert home.cli("new", "-H", "box", "--ref", clean, "main", env=env).code == 0
+    home.new("--ref", clean, "main", env=env)
     refused(home.cli("push", "-w", "main", env=env), 2, words="in the commit")
 
 
 def test_rm_with_its_host_removes_an_unfinished_workspace(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    (file,) = (repo.site.state / "projects").glob("*.json")
+    repo.new()
+    (file,) = (site.state / "projects").glob("*.json")
     record = json.loads(file.read_text())
     record["workspaces"]["main"]["state"] = "creating"
     file.write_text(json.dumps(record))
     refused(repo.cli("rm", "-H", "far", "main"), 2, words="not on far")
-    assert repo.cli("rm", "-H", "box", "main").code == 0 and not repo.workspaces()
+    repo.ok("rm", "-H", "box", "main")
+    assert not repo.workspaces()
 
 
 def test_a_secret_with_half_a_character_is_called_damaged(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    assert repo.cli("secrets", "set", "TOK", stdin=b"valuevalue").code == 0
-    (file,) = [path for path in repo.site.state.rglob("*") if path.is_file() and b"valuevalue" in path.read_bytes()]
+    repo.new()
+    repo.ok("secrets", "set", "TOK", stdin=b"valuevalue")
+    (file,) = [path for path in site.state.rglob("*") if path.is_file() and b"valuevalue" in path.read_bytes()]
     file.write_bytes(file.read_bytes().replace(b"valuevalue", b"\\" + b"ud800x"))
     ran = repo.exec("true")
     assert ran.code and "The secret TOK" in ran.said and "damaged" in ran.said, ran
@@ -10428,9 +10219,9 @@ def test_a_third_spelling_of_what_the_base_has_in_two_is_refused(new_lab: Callab
 
 
 def test_mcp_a_secret_whose_command_fails_does_not_turn_what_was_done_into_a_failure(repo: Repo, site: Site) -> None:
-    assert repo.cli("new", "-H", "box", "main").code == 0
-    ran = repo.site.dir / "ran"
-    assert repo.cli("secrets", "set", "TOK", "--command", "echo ran >>%s; exit 1" % ran).code == 0
+    repo.new()
+    ran = site.dir / "ran"
+    repo.ok("secrets", "set", "TOK", "--command", "echo ran >>%s; exit 1" % ran)
     with open_mcp(repo) as mcp:
         failed, text = mcp.call("write", path="f", content="hello")
         assert not failed and "It was done" in text and "TOK" in text and (repo.path() / "f").read_text() == "hello", text
