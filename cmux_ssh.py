@@ -1562,8 +1562,7 @@ _cremove() {
   if [ -L "$2" ]; then return 3; fi
   for job in "$jobs"/*; do
     [ ! -d "$job" ] || [ "$(_cstate "$job")" != running ] ||
-      (
-        _cmux_root=$(cat "$job/pid"); _cmux_run=${job##*/}; _cmux_stop_tree )
+      ( _cmux_root=$(cat "$job/pid"); _cmux_run=${job##*/}; _cmux_stop_tree )
   done
   [ ! -d "$jobs" ] || mv "$jobs" "$trash/jobs" || return 3
   if [ -e "$place" ] || [ -L "$place" ]; then mv "$place" "$trash/" || return 3; fi
