@@ -5102,7 +5102,7 @@ class Importer:
     def __init__(self, shadow: Shadow) -> None:
         self.marks = os.path.join(shadow.path, "marks")
         words = ["fast-import", "--quiet", "--done", "--force", "--depth=0",
-                 "--date-format=raw-permissive", "--export-marks=" + self.marks]
+                 "--date-format=raw", "--export-marks=" + self.marks]
         argv = shadow.argv("-c", "core.ignoreCase=false", *words)
         self.process = spawn(argv, shadow.env, stdin=-1)
         assert self.process.stdin
@@ -6323,8 +6323,9 @@ def read_person(line: bytes) -> str:
     sign, hours, minutes = match.group(4, 5, 6)
     ahead = 60 * (60 * int(hours) + int(minutes)) * (1 if sign == b"+" else -1)
     # A time before 1970 on its own clock ends every `git log` here.
-    when = max(-ahead, min(int(match.group(3)), 4102444800))
-    zone = (sign + hours + minutes).decode()
+    when = max(-ahead, 0, min(int(match.group(3)), 4102444800))
+    # No place on earth is further from Greenwich, and git before 2.28 imports no such zone.
+    zone = (sign + hours + minutes).decode() if abs(ahead) <= 14 * 3600 else "+0000"
     return f"{name or 'unknown'} <{mail or 'unknown@localhost'}> {when} {zone}"
 
 
