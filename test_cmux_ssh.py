@@ -3527,7 +3527,7 @@ def test_a_record_whose_parts_are_wrong_is_said_and_left_alone(repo: Repo, site:
     for more in ({"name": "../x"}, {"id": "x"}, {"workspaces": []}, {"workspaces": {"../x": entry}}, {"workspaces": {"main": 1}},
                  {"workspaces": {"main": dict(entry, created="now")}}, {"workspaces": {"main": dict(entry, path=None)}},
                  {"workspaces": {"main": dict(entry, state=None)}}, {"jobs": []}, {"places": [["a"]]}, {"sent": [["a", 1]]}, {"sent": {}}):
-        refused(listed(dict(good, **more)), 1, words="has parts that are not as they should be. Repair it. Or set it aside")
+        refused(listed(dict(good, **more)), 1, words="has parts that are not as they should be. Repair it, or set it aside")
         assert json.loads(file.read_text()) == dict(good, **more)
     making = {key: value for key, value in entry.items() if key != "path"}
     for record in ({key: value for key, value in good.items() if key not in ("jobs", "places", "sent")},
@@ -8820,7 +8820,7 @@ def test_a_damaged_state_file_is_said_each_time_and_left_alone(repo: Repo, which
         children = [repo.start("exec", "--", 'echo "ran: $TOK"') for _ in range(4)]
         for child in children:
             out, err = child.communicate()
-            assert child.returncode == 125 and out == b"" and b"is damaged. Repair it. Or set it aside" in err, (out, err)
+            assert child.returncode == 125 and out == b"" and b"is damaged. Repair it, or set it aside" in err, (out, err)
         refused(repo.cli("secrets", "set", "OTHER", stdin=b"x") if which == "secrets" else repo.cli("new", "other", "-H", "box"), 1, words="is damaged")
     assert file.read_bytes() == whole[:-5] + b"\xff garbage"
     file.write_bytes(whole)
@@ -9484,7 +9484,8 @@ def test_readme_numbers_and_names_are_the_codes(repo: Repo) -> None:
     with open_mcp(repo, "-H", "box", "--manage") as client:
         found = client.ask("server/discover", MODERN)["result"]
         assert set(re.findall(r"`(workspace_\w+)`", README)) == {tool["name"] for tool in client.ask("tools/list", MODERN)["result"]["tools"]} - set(MCP_TOOLS)
-    soft, room = re.search(r"After (\d+) s a command .* about (\d+) characters", found["instructions"], re.S).groups()  # type: ignore[union-attr]
+    soft, room = re.search(r"After (\d+) s a call .* about (\d+) characters", found["instructions"], re.S).groups()  # type: ignore[union-attr]
+    assert all(tool in found["instructions"] for tool in ("workspace_new", "workspace_diff", "workspace_pull", "workspace_rm"))
     assert f"cut to {ROOM:,} characters" in text and ROOM == int(room) and f"after {soft} s (`--soft-timeout`)" in text
     assert f"versions from {min(found['supportedVersions'])} to {max(found['supportedVersions'])} are served" in text
     assert f"At most {c.SESSIONS_PER_MASTER} sessions a connection, {c.MASTERS_PER_HOST} connections a host and {c.HANDSHAKES_AT_ONCE} handshakes" in text
