@@ -77,7 +77,7 @@ if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command
 
 __version__ = "0.1.0"
 __all__ = [  # the promise: these names, their arguments and their fields stay within a major version
-    "Project", "Workspace", "Host", "Report", "Cancel", "pull", "diff", "call_tool", "TOOLS", "Tool", "main",
+    "Project", "Workspace", "Host", "Report", "Cancel", "pull", "diff", "call_tool", "TOOLS", "Verb", "main",
     "ExecResult", "Outcome", "FileContent", "Result",
     "CmuxError", "UsageError", "HostError", "ConnectionFailed", "ConnectionDropped", "HostKeyFailed",
     "AuthenticationFailed", "ConnectionLost", "RemoteFailed", "WorkspaceMissing", "WorkspaceExists",
@@ -7425,75 +7425,138 @@ class Project(ProjectBase):
 
 
 # -- the table --
+# From it come the command line with its help and completion, the checks of batch and of the
+# library's call_tool(), and what MCP offers.
 
-class Param:
-    """One argument of a tool: its JSON type (several: any of them), help, whether it must be."""
+KINDS: Dict[str, Tuple[str, Tuple[type, ...], str]] = {  # of a value: in JSON, in Python, in words
+    "text": ("string", (str,), "text"),
+    "flag": ("boolean", (bool,), "true or false"),
+    "count": ("integer", (int,), "a whole number"),
+    "seconds": ("number", (int, float), "a number of seconds"),
+    "texts": ("array", (list,), "a list of texts"),
+    "objects": ("array", (list,), "a list of objects"),
+    "map": ("object", (dict,), "an object"),
+}
+DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)\Z")
+DURATION_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
-    def __init__(self, name: str, kind: str, text: str, required: bool = False, least: Optional[int] = None, shown: str = "") -> None:
-        self.name, self.kinds, self.text, self.required, self.least = name, kind.split("|"), text, required, least
-        self.shown = shown or name.upper()  # in the help of the command line
+
+class Arg:
+    """One argument of a verb: in JSON a member ``name``, on the command line a word or an option.
+
+    ``kind``: one of KINDS, or several with a bar between. ``settings``: ``flags`` of the option
+    (default: --NAME), or ``word`` ("1", "?", "*", "+": how many words it is); ``shown`` for its
+    value in the help; ``default``; ``required``; ``least`` it may be; ``choices``; ``blank``, where
+    an empty text has a meaning; ``face``, where only one has it: "line" or "json".
+    """
+
+    def __init__(self, name: str, kind: str, text: str, **settings: Any) -> None:
+        self.name, self.text, self.settings = name, text, settings
+        self.kinds = kind.split("|")
+        self.word, self.face = settings.get("word", ""), settings.get("face", "")
+        self.default, self.least = settings.get("default"), settings.get("least")
+        self.required = settings.get("required", self.word in ("1", "+"))
+        flags = settings.get("flags", "--" + name.replace("_", "-")).split()
+        self.flags: List[str] = [] if self.word else flags
+        self.valued = not self.word and self.kinds != ["flag"]
+
+    def check(self, value: object, label: str) -> None:
+        """Raise UsageError, with ``label`` for a name, if the value may not stand here."""
+        kinds = [kind for kind in self.kinds if isinstance(value, KINDS[kind][1])]
+        whole = "flag" in self.kinds or not isinstance(value, bool)
+        words = value if kinds == ["texts"] and isinstance(value, list) else []
+        least = -1e15 if self.least is None else self.least
+        bounded = not isinstance(value, (int, float)) or least <= value < 1e15
+        if not (kinds and whole and bounded and all(isinstance(word, str) for word in words)):
+            wanted = " or ".join(KINDS[kind][2] for kind in self.kinds)
+            from_least = "" if self.least is None else f" from {self.least}"
+            raise UsageError(f"{label} takes {wanted}{from_least}.")
+        check_text(value)
+
+    def from_word(self, word: str) -> Any:
+        """The value that a word of the command line stands for. Raises UsageError."""
+        label, value = (self.flags or [self.name])[-1], word  # type: str, Any
+        if self.kinds == ["count"]:
+            value = int(word) if re.match(r"[+-]?\d{1,15}\Z", word) else word
+        elif self.kinds == ["seconds"]:
+            match = DURATION.match(word)
+            value = float(match[1]) * DURATION_UNITS[match[2]] if match else word
+        if not word and self.flags and "blank" not in self.settings:
+            raise UsageError(f"{label} is empty.", "Is a variable of the script not set?")
+        if self.kinds[-1] != "texts":  # of several words each is one text
+            self.check(value, label)
+        return value
 
     def schema(self) -> Dict[str, Any]:
-        if self.name == "edits":
-            item = {"type": "object", "required": ["old", "new"], "additionalProperties": False, "properties": {
-                "old": {"type": "string"}, "new": {"type": "string"}, "count": {"type": "integer", "minimum": 1}}}
-            return {"type": "array", "items": item, "description": self.text}
-        kinds: List[Dict[str, Any]] = [dict({"type": k}, **({"items": {"type": "string"}} if k == "array" else {})) for k in self.kinds]
-        if self.least is not None:
-            kinds[0] = dict(kinds[0], minimum=self.least)
-        return dict(kinds[0] if len(kinds) == 1 else {"anyOf": kinds}, description=self.text)
+        """What MCP describes it by."""
+        rows: List[Dict[str, Any]] = []
+        for kind in self.kinds:
+            rows.append({"type": KINDS[kind][0]})
+            if kind in ("texts", "objects"):
+                rows[-1]["items"] = EDIT_SCHEMA if kind == "objects" else {"type": "string"}
+            if self.least is not None:
+                rows[-1]["minimum"] = self.least
+        return dict(rows[0] if len(rows) == 1 else {"anyOf": rows}, description=self.text)
 
 
-JSON_TYPES: Dict[str, Tuple[type, ...]] = {
-    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "array": (list,), "object": (dict,)}
+EDIT_SCHEMA = {"type": "object", "required": ["old", "new"], "additionalProperties": False, "properties": {
+    "old": {"type": "string"}, "new": {"type": "string"}, "count": {"type": "integer", "minimum": 1}}}
 
 
 def check_text(value: object) -> None:
     """Raise UsageError for text that has no bytes: a lone surrogate, as JSON can spell it."""
     if isinstance(value, str):
         encoded(value)
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else []:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for part in parts:
         check_text(part)
 
 
-class Tool:
-    """One tool: what it is called, what it takes, what does it, and whether it only reads."""
+class Verb:
+    """One thing that can be done, for all faces.
 
-    def __init__(self, name: str, handler: Callable[..., Dict[str, Any]], text: str, reads: bool, *params: Param) -> None:
-        self.name, self.handler, self.text, self.reads, self.params = name, handler, text, reads, params
+    ``text``: a line of help; ``args``: what it takes. ``settings``: ``group`` and ``example`` in
+    the help; ``tool``: what does it, where it is a tool (see TOOLS) and is given a workspace;
+    ``manage``: the same, where MCP has it as a tool only with --manage, and it is given a project;
+    ``model``: what a model reads instead of ``text``; ``reads``: it changes nothing; ``destroys``:
+    it may destroy work; ``repeats``: done twice, it is as done once; ``lacks``: the letters of the
+    global options that mean nothing to it.
+    """
+
+    def __init__(self, name: str, text: str, *args: Arg, **settings: Any) -> None:
+        self.text, self.args, self.settings = text, args, settings
+        self.handler: Any = settings.get("tool") or settings.get("manage")
+        self.name = name
+        self.tool_name = "workspace_" * ("manage" in settings) + name
+        self.reads = settings.get("reads", False)
+        self.params = [arg for arg in args if arg.face != "line"]
 
     def check(self, arguments: object) -> Dict[str, Any]:
-        """The arguments, if they fit the table; else UsageError."""
+        """The arguments of a call in JSON, if they fit the table; else UsageError."""
         if not isinstance(arguments, dict):
-            raise UsageError("The arguments of %s are not an object." % self.name)
-        known = {param.name: param for param in self.params}
+            raise UsageError(f"The arguments of {self.name} are not an object.")
+        known = {arg.name: arg for arg in self.params}
         for name, value in arguments.items():
             if name not in known:
-                raise UsageError("%s has no argument %s." % (self.name, show(str(name))), "It takes: %s." % ", ".join(known))
-            kinds = known[name].kinds
-            fits = any(isinstance(value, JSON_TYPES[k]) and (k == "boolean" or not isinstance(value, bool)) for k in kinds)
-            if not fits or ("array" in kinds and name == "command" and isinstance(value, list)
-                            and not all(isinstance(word, str) for word in value)):
-                raise UsageError("The argument %s of %s must be %s." % (name, self.name, " or ".join(kinds)))
-            least = known[name].least
-            if isinstance(value, (int, float)) and not (-1e15 if least is None else least) <= value < 1e15:
-                raise UsageError("The argument %s of %s must be %d or more, and below 10^15." % (name, self.name, least or 0))
-            check_text(value)
-        for param in self.params:
-            if param.required and param.name not in arguments:
-                raise UsageError("%s needs the argument %s." % (self.name, param.name))
+                raise UsageError(f"{self.name} has no argument {show(str(name))}.",
+                                 f"It takes: {', '.join(known)}.")
+            known[name].check(value, f"The argument {name} of {self.name}")
+        for arg in self.params:
+            if arg.required and arg.name not in arguments:
+                raise UsageError(f"{self.name} needs the argument {arg.name}.")
         return arguments
 
 
-def tool_exec(workspace: Workspace, command: Union[str, List[str]], timeout: Optional[float] = None, cwd: str = "",
-              env: Optional[Dict[str, Any]] = None, stdin: Optional[str] = None, background: bool = False,
-              tee: Optional[Callable[[bytes], Any]] = None, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+def tool_exec(workspace: Workspace, command: Union[str, List[str]], background: bool = False,
+              stdin: Optional[str] = None, **more: Any) -> Dict[str, Any]:
+    """exec of the table. ``more``: timeout, cwd, env, cancel, tee, as Workspace.exec has them."""
     if background:
-        if stdin is not None or timeout is not None:
+        if stdin is not None or more.get("timeout") is not None:
             raise UsageError("A background command takes neither stdin nor timeout.")
-        return {"job": workspace.start(command, cwd, env, cancel=cancel)}
-    data = None if stdin is None else stdin.encode("utf-8", "surrogateescape")
-    result = workspace.exec(command, timeout, cwd, env, data, limit=TOOL_CAPTURE, cancel=cancel, tee=tee)
+        started = {name: more[name] for name in ("cwd", "env", "cancel") if name in more}
+        return {"job": workspace.start(command, **started)}
+    data = None if stdin is None else encoded(stdin)
+    result = workspace.exec(command, stdin=data, limit=TOOL_CAPTURE, **more)
     return json_fields(result.as_dict())
 
 
@@ -7502,12 +7565,12 @@ def shaped(fields: Mapping[str, Any], data: str) -> Dict[str, Any]:
     return json_fields({data if name == "data" else name: value for name, value in fields.items()})
 
 
-def tool_write(workspace: Workspace, path: str, content: Optional[str] = None, content_base64: Optional[str] = None,
-               cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+def tool_write(workspace: Workspace, path: str, content: Optional[str] = None,
+               content_base64: Optional[str] = None, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
     if (content is None) == (content_base64 is None):
         raise UsageError("write needs content, or content_base64.")
     if content is not None:
-        return workspace.write(path, content.encode("utf-8", "surrogateescape"), cancel)
+        return workspace.write(path, encoded(content), cancel)
     import base64
     try:
         return workspace.write(path, base64.b64decode(content_base64 or "", validate=True), cancel)
@@ -7515,50 +7578,232 @@ def tool_write(workspace: Workspace, path: str, content: Optional[str] = None, c
         raise UsageError("content_base64 is not base64.")
 
 
-PATH_PARAM = Param("path", "string", "relative to the workspace, or absolute", True)
-JOB_PARAM = Param("job", "string", "the job's id", True, shown="ID")
-TOOLS: Dict[str, Tool] = {tool.name: tool for tool in (
-    Tool("exec", tool_exec, "Run a command in the workspace on the remote host.", False,
-         Param("command", "string|array", "a string is a shell line, a list an exact argv", True),
-         Param("timeout", "number", "seconds; then the process tree is ended (exit code 124)"),
-         Param("cwd", "string", "relative to the workspace"),
-         Param("env", "object", "more environment variables"),
-         Param("stdin", "string", "text for the command's stdin"),
-         Param("background", "boolean", "start it as a job that goes on by itself; returns its id")),
-    Tool("read", lambda workspace, **words: shaped(workspace.read(**words).as_dict(), "content"), "A file's content, or some of its lines.", True, PATH_PARAM,
-         Param("offset", "integer", "first line, 1 is the first", least=1, shown="LINE"), Param("limit", "integer", "how many lines", least=0, shown="N")),
-    Tool("write", tool_write, "Make content the whole of a file (atomic; makes parent directories).", False, PATH_PARAM,
-         Param("content", "string", "the text"), Param("content_base64", "string", "or the bytes, as base64")),
-    Tool("edit", Workspace.edit, "Replace exact text in a file, all edits or none.", False, PATH_PARAM,
-         Param("edits", "array", "objects of old, new, and count: how many matches there must be (1)", True),
-         Param("sha256", "string", "of the file as last seen: refuse if it changed", shown="HEX")),
-    Tool("glob", Workspace.glob, "Paths of files that match a pattern.", True,
-         Param("pattern", "string", "below the workspace: *, ?, [...], {a,b} within a component, ** across them", True),
-         Param("limit", "integer", "at most so many (1000)", least=1, shown="N")),
-    Tool("grep", Workspace.grep, "Lines that match an extended regular expression.", True,
-         Param("pattern", "string", "extended regular expression", True),
-         Param("glob", "string", "only files that match; without a slash: by name", shown="G"),
-         Param("ignore_case", "boolean", "ignore case"), Param("limit", "integer", "at most so many (200)", least=1, shown="N")),
-    Tool("jobs", lambda workspace, cancel: {"jobs": workspace.jobs(cancel)}, "The background jobs of the workspace.", True),
-    Tool("logs", lambda workspace, **words: shaped(workspace.logs(**words), "output"), "A job's output from a byte offset, and its state.", True, JOB_PARAM,
-         Param("offset", "integer", "first byte, 0 is the first", least=0, shown="BYTE"), Param("wait", "number", "seconds to wait for more, at most 30", least=0, shown="S")),
-    Tool("wait", Workspace.wait, "Wait for a job's end; its exit code.", True, JOB_PARAM,
-         Param("timeout", "number", "seconds; it may still be running then", shown="S")),
-    Tool("stop", Workspace.stop, "End a job and everything it started.", False, JOB_PARAM),
+def manage_new(project: Project, cancel: Cancel, name: str, ref: str = "HEAD",
+               host: str = "") -> Dict[str, Any]:
+    made = project.create(name, host or project.default_host(), ref, cancel=cancel)
+    return made.describe()
+
+
+def manage_fork(project: Project, cancel: Cancel, workspace: str, name: str) -> Dict[str, Any]:
+    return project.fork(project.workspace(workspace), name).describe()
+
+
+def manage_rename(project: Project, cancel: Cancel, workspace: str, name: str) -> Dict[str, Any]:
+    return project.rename(project.workspace(workspace), name).describe()
+
+
+def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = "") -> Dict[str, Any]:
+    if branch and not branch.startswith("cmux/"):  # the user's own branches are not the model's to move
+        raise UsageError(f"The branch {show(branch)} does not begin with cmux/.",
+                         "Leave branch out, or choose one that does.")
+    return pull(project.workspace(workspace), branch, cancel=cancel).as_dict()
+
+
+def manage_rm(project: Project, cancel: Cancel, workspace: str, force: bool = False) -> Dict[str, Any]:
+    if not project.remove(workspace, force):
+        raise no_workspace(workspace)
+    return {"removed": workspace}
+
+
+def manage_push(project: Project, cancel: Cancel, workspace: str, ref: str = "HEAD",
+                force: bool = False) -> Dict[str, Any]:
+    pushed = project.push(workspace, ref, force, cancel=cancel)
+    return dict(project.workspace(workspace).describe(), pushed=pushed)
+
+
+def manage_diff(project: Project, cancel: Cancel, workspace: str, stat: bool = False) -> Dict[str, Any]:
+    lines, size = [], 0
+    for line in diff(project.workspace(workspace), stat, cancel=cancel):
+        lines.append(line)
+        size += len(line)
+        if size > CAPTURE_MAX:
+            break
+    return {"diff": "\n".join(lines)}
+
+
+ONE_JOB = Arg("job", "text", "the job's id", word="1", shown="ID")
+PATH = Arg("path", "text", "relative to the workspace, or absolute", word="1")
+ONE_WORKSPACE = Arg("workspace", "text", "which workspace", required=True, face="json")
+NAME = Arg("name", "text", "the workspace", word="?", face="line")
+NEW_NAME = Arg("name", "text", "the new name", word="1")
+REF = Arg("ref", "text", "the local commit to send", shown="REV", default="HEAD")
+DIRTY = (
+    Arg("dirty", "flag", "the work tree as it is, with uncommitted and untracked files", face="line"),
+    Arg("allow", "texts", "with --dirty: send this file though it looks like a secret", shown="PATH",
+        face="line"))
+PARALLEL = Arg("parallel", "count", "how many at a time (exec: all; batch: 16)", flags="-j --parallel", shown="N", least=1,
+               face="line")
+COMMON = (
+    Arg("directory", "text", "a directory in the git repository", flags="-C", shown="DIR", default="."),
+    Arg("host", "text", "anything `ssh HOST` accepts", flags="-H --host", shown="HOST"),
+    Arg("workspace", "texts", "the workspace (default: the branch's name)", flags="-w --workspace",
+        shown="NAME"),
+    Arg("json", "flag", "JSON on stdout instead of text"),
+    Arg("quiet", "flag", "say less", flags="-q --quiet"),
+    Arg("verbose", "flag", "say what is done", flags="-v --verbose"))
+
+VERBS: Dict[str, Verb] = {verb.name: verb for verb in (
+    Verb("exec", "run a command in a workspace, made first if need be",
+         Arg("command", "text|texts", "a string is a shell line, a list an exact argv", required=True,
+             word="...", shown="-- CMD..."),
+         Arg("timeout", "seconds", "then the process tree is ended (exit code 124)",
+             shown="TIME", least=0.001),
+         Arg("cwd", "text", "relative to the workspace", shown="DIR"),
+         Arg("env", "map", "more environment variables", face="json"),
+         Arg("stdin", "text", "text for the command's stdin", face="json"),
+         Arg("background", "flag", "start it as a job that goes on by itself; returns its id", face="json"),
+         Arg("env", "texts", "one more environment variable", shown="K=V", face="line"),
+         Arg("push", "flag", "first bring the workspace to the local HEAD", face="line"),
+         Arg("login", "flag", "read the login profile first (nvm, pyenv, cargo)", face="line"),
+         Arg("no_stdin", "flag", "never pass stdin on (a terminal never is, nor to several workspaces)",
+             flags="-n --no-stdin", face="line"),
+         Arg("all", "flag", "in every workspace of this project", face="line"),
+         PARALLEL,
+         Arg("detach", "flag", "start it as a job that goes on by itself, without stdin; prints its id",
+             face="line"),
+         group="work", example="exec -H my-server -- make test", tool=tool_exec, destroys=True,
+         model="Run a command in the workspace on the remote host. A string is a shell line (bash where "
+         "there is one). Gives the exit code, stdout and stderr."),
+    Verb("shell", "an interactive shell in a workspace", NAME,
+         group="work", example="shell fix-login", lacks="j"),
+    Verb("diff", "what a workspace changed against its base; creates nothing", NAME, ONE_WORKSPACE,
+         Arg("stat", "flag", "only how much, by file"),
+         group="work", example="diff fix-login --stat", manage=manage_diff, reads=True),
+    Verb("pull", "bring a workspace's work home as commits on branch cmux/NAME", NAME, ONE_WORKSPACE,
+         Arg("branch", "text", "another branch than cmux/NAME", shown="B"),
+         Arg("allow", "flag", "also changes of this repository's own hooks", face="line"),
+         group="work", example="pull fix-login", manage=manage_pull, repeats=True,
+         model="Bring a workspace's work home as commits on a local branch, which begins with cmux/; "
+         "no local file is touched."),
+    Verb("push", "bring a workspace to another local commit; sends what differs", NAME,
+         ONE_WORKSPACE, REF, *DIRTY,
+         Arg("force", "flag", "also over work that has not been pulled (a copy is kept until gc)"),
+         group="work", example="push fix-login", manage=manage_push, destroys=True, repeats=True),
+    Verb("read", "a file's bytes, or lines of it", PATH,
+         Arg("offset", "count", "first line, 1 is the first", least=1, shown="LINE"),
+         Arg("limit", "count", "how many lines", least=0, shown="N"),
+         group="files", example="read src/main.c --offset 10 --limit 20", reads=True,
+         tool=lambda workspace, **given: shaped(workspace.read(**given).as_dict(), "content"),
+         model="A file's content, or some of its lines. Long files come in pages: go on with offset."),
+    Verb("write", "stdin becomes the file, whole or not at all", PATH,
+         Arg("content", "text", "the text", face="json"),
+         Arg("content_base64", "text", "or the bytes, as base64", face="json"),
+         group="files", example="write notes.txt < notes.txt", tool=tool_write, destroys=True,
+         repeats=True, model="Make content the whole of a file (atomic; makes parent directories)."),
+    Verb("edit", "exact replacements, all or none", PATH,
+         Arg("edits", "objects", "objects of old, new, and count: how many matches there must be (1)",
+             required=True, face="json"),
+         Arg("sha256", "text", "of the file as last seen: refuse if it changed", shown="HEX"),
+         Arg("old", "text", "without --old and --new: JSON with edits on stdin", shown="TEXT",
+             blank=True, face="line"),
+         Arg("new", "text", "what replaces it", shown="TEXT", blank=True, face="line"),
+         Arg("count", "count", "how many matches there must be (default: 1)", least=1, shown="N",
+             face="line"),
+         group="files", example="edit a.py --old 'x = 1' --new 'x = 2'", tool=Workspace.edit,
+         model="Replace exact text in a file, all edits or none. Each old text must occur exactly "
+         "once, or count times; read the file first."),
+    Verb("glob", "paths of files that match",
+         Arg("pattern", "text", "below the workspace: *, ?, [...], {a,b} within a component, ** across",
+             word="1"),
+         Arg("limit", "count", "at most so many (default: 1000)", least=1, shown="N"),
+         group="files", example="glob 'src/**/*.py'", tool=Workspace.glob, reads=True),
+    Verb("grep", "lines that match an extended regular expression",
+         Arg("pattern", "text", "an extended regular expression", word="1"),
+         Arg("glob", "text", "only files that match; without a slash: by name", shown="G"),
+         Arg("ignore_case", "flag", "ignore case"),
+         Arg("limit", "count", "at most so many (default: 200)", least=1, shown="N"),
+         group="files", example="grep 'def .*test' --glob '*.py'", tool=Workspace.grep, reads=True),
+    Verb("jobs", "background jobs, started with exec --detach",
+         group="jobs", example="jobs", reads=True, model="The background jobs of the workspace.",
+         tool=lambda workspace, cancel=None: {"jobs": workspace.jobs(cancel)}),
+    Verb("logs", "a job's output", ONE_JOB,
+         Arg("offset", "count", "first byte, 0 is the first", least=0, shown="BYTE"),
+         Arg("wait", "seconds", "to wait for more, at most 30", least=0, shown="TIME"),
+         Arg("follow", "flag", "go on until the job ends, across lost connections",
+             flags="-f --follow", face="line"),
+         group="jobs", example="logs -f j0123abcd", reads=True,
+         tool=lambda workspace, **given: shaped(workspace.logs(**given), "output"),
+         model="A job's output from a byte offset, and its state. Go on from next_offset."),
+    Verb("wait", "wait for a job; its exit code (124: it still runs)", ONE_JOB,
+         Arg("timeout", "seconds", "it may still be running then", least=0, shown="TIME"),
+         group="jobs", example="wait j0123abcd", tool=Workspace.wait, reads=True,
+         model="Wait for a job's end; its exit code."),
+    Verb("stop", "end a job and everything it started", ONE_JOB,
+         group="jobs", example="stop j0123abcd", tool=Workspace.stop, destroys=True, repeats=True),
+    Verb("new", "create one or several workspaces, in parallel",
+         Arg("names", "texts", "default: the branch's name", word="*", shown="NAME", face="line"),
+         Arg("name", "text", "the new name", required=True, face="json"), REF, *DIRTY,
+         Arg("root", "text", "where on the host (default: ~/cmux)", shown="DIR", face="line"),
+         Arg("no_init", "flag", "do not run .cmux/init", face="line"),
+         group="workspaces", example="new fix-login fix-logout -H my-server", manage=manage_new,
+         model="Make a workspace on the host from a local commit."),
+    Verb("list", "this project's workspaces",
+         Arg("all_projects", "flag", "of every project of this machine", face="line"),
+         group="workspaces", example="list --json", lacks="w", reads=True,
+         manage=lambda project, cancel: {"workspaces": [w.describe() for w in project.workspaces()]}),
+    Verb("fork", "a new workspace with the content of another, made on the host",
+         ONE_WORKSPACE, NEW_NAME, group="workspaces", example="fork -w fix-login second-try",
+         manage=manage_fork, model="Make a workspace with the current content of another."),
+    Verb("rename", "give a workspace another name", ONE_WORKSPACE, NEW_NAME, group="workspaces",
+         example="rename -w fix-login login", manage=manage_rename),
+    Verb("rm", "delete workspaces; refuses work that has not been pulled",
+         Arg("names", "texts", "the workspaces, or one with -w", word="*", shown="NAME", face="line"),
+         ONE_WORKSPACE,
+         Arg("force", "flag", "also with work that exists nowhere else, and jobs that run"),
+         Arg("forget", "flag", "only locally: its host is gone for good", face="line"),
+         group="workspaces", example="rm fix-login", lacks="H", manage=manage_rm, destroys=True),
+    Verb("history", "every operation with its time, duration, exit code and bytes",
+         Arg("limit", "count", "the last N, 0 for all", flags="-n --limit", least=0, shown="N",
+             default=50, face="line"),
+         group="workspaces", example="history -w fix-login", lacks="H"),
+    Verb("top", "a live view of the workspaces and what runs in them",
+         group="workspaces", example="top", lacks="w"),
+    Verb("gc", "free trash, leftovers and old bases on this project's hosts",
+         group="workspaces", example="gc", lacks="w"),
+    Verb("mcp", "an MCP server on stdio: the tools, bound to one workspace",
+         Arg("manage", "flag", "the workspace commands as tools too, and other workspaces"),
+         Arg("soft_timeout", "seconds", "after so long a call returns a job", shown="TIME",
+             default=MCP_SOFT, least=0.001),
+         group="agents", example="mcp -H my-server -w fix-login", lacks="j"),
+    Verb("batch", "JSON lines of tool calls on stdin, results on stdout as they end", PARALLEL,
+         group="agents", example="batch -j 32 < calls.jsonl"),
+    Verb("secrets set", "store a secret from stdin or a hidden prompt",
+         Arg("name", "text", "of the environment variable", word="1"),
+         Arg("command", "text", "run CMD for the value, each time", shown="CMD"),
+         group="setup", example="secrets set NPM_TOKEN --command 'op read op://ci/npm'", lacks="H"),
+    Verb("secrets import", "take NAME=value lines from a dotenv file",
+         Arg("file", "text", "read once", word="1"),
+         group="setup", example="secrets import .env", lacks="H"),
+    Verb("secrets list", "the names of the secrets", group="setup", example="secrets list", lacks="H"),
+    Verb("secrets rm", "forget secrets",
+         Arg("names", "texts", "see `secrets list`", word="+", shown="NAME"),
+         group="setup", example="secrets rm NPM_TOKEN", lacks="H"),
+    Verb("doctor", "what is wrong with a host or this machine, and how to mend it",
+         Arg("target", "text", "default: the workspace's host", word="?", shown="HOST"),
+         group="setup", example="doctor my-server"),
+    Verb("completion", "the completion script for a shell, on stdout",
+         Arg("shell", "text", "bash, zsh or fish", word="1", choices=("bash", "zsh", "fish")),
+         group="setup", example="completion bash >> ~/.bashrc", lacks="CHwj"),
+    Verb("demo", "the whole flow against a throwaway sshd on this machine",
+         group="setup", example="demo", lacks="CHwj"),
 )}
+TOOLS = {verb.name: verb for verb in VERBS.values() if "tool" in verb.settings}
+MANAGE_TOOLS = {verb.tool_name: verb for verb in VERBS.values() if "manage" in verb.settings}
 
 
-def call_tool(workspace: WorkspaceBase, name: object, arguments: object, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
-    """Run one tool of the table with checked arguments. Raises CmuxError."""
+def call_tool(workspace: WorkspaceBase, name: object, arguments: object,
+              cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+    """Run one of TOOLS with arguments that are checked first. Raises CmuxError."""
     tool, checked = check_call(name, arguments)
-    return tool.handler(workspace, cancel=cancel, **checked)
+    result: Dict[str, Any] = tool.handler(workspace, cancel=cancel, **checked)
+    return result
 
 
-def check_call(name: object, arguments: object) -> Tuple[Tool, Dict[str, Any]]:
+def check_call(name: object, arguments: object) -> Tuple[Verb, Dict[str, Any]]:
     """The tool and its arguments, if they fit the table; else UsageError."""
     tool = TOOLS.get(name) if isinstance(name, str) else None
     if tool is None:
-        raise UsageError("There is no tool %s." % show(str(name)), "There are: %s." % ", ".join(TOOLS))
+        raise UsageError(f"There is no tool {show(str(name))}.", f"There are: {', '.join(TOOLS)}.")
     return tool, tool.check(arguments)
 
 
@@ -7830,7 +8075,7 @@ class Call:
     """One tools/call, in a thread of its own. It is answered once: by its end, by the soft timeout
     (with a job, under which the work goes on), or, when the client cancels it, not at all."""
 
-    def __init__(self, number: Union[str, int], tool: Tool, params: Dict[str, Any],
+    def __init__(self, number: Union[str, int], tool: Verb, params: Dict[str, Any],
                  size: int, reply: Callable[[Dict[str, Any]], None]) -> None:
         import threading
         token = params.get("_meta", {}).get("progressToken")
@@ -8084,21 +8329,22 @@ class McpServer:
         return {"name": "cmux-ssh", "title": f"SSH workspace {self.workspace}",
                 "version": __version__}
 
-    def _describe(self, tool: Tool) -> Dict[str, Any]:
+    def _describe(self, tool: Verb) -> Dict[str, Any]:
         properties = {param.name: param.schema() for param in tool.params}
         if self.manage and tool.name in TOOLS:
             properties["workspace"] = {
                 "type": "string", "description": f"another workspace than {self.workspace}"}
-        title, idempotent = tool.text.rstrip("."), tool.reads or tool.name in MCP_IDEMPOTENT
-        return {"name": tool.name, "title": title,
-                "description": tool.text + MCP_MORE.get(tool.name, ""),
+        title = tool.text[0].upper() + tool.text[1:]
+        return {"name": tool.tool_name, "title": title,
+                "description": tool.settings.get("model", title + "."),
                 "inputSchema": {
                     "type": "object", "properties": properties, "additionalProperties": False,
                     "required": [param.name for param in tool.params if param.required]},
                 "annotations": {
                     "title": title, "readOnlyHint": tool.reads,
-                    "destructiveHint": tool.name in MCP_DESTROYS,
-                    "idempotentHint": idempotent, "openWorldHint": tool.name == "exec"}}
+                    "destructiveHint": "destroys" in tool.settings,
+                    "idempotentHint": tool.reads or "repeats" in tool.settings,
+                    "openWorldHint": tool.name == "exec"}}
 
     # -- tools/call --
 
@@ -8226,9 +8472,11 @@ class McpServer:
         if not tool.reads and tool.name != "stop" and going_on >= MCP_KEPT:
             raise ToolFailed(f"{MCP_KEPT} calls go on already.", "See jobs, and stop some.")
         call.doing = "running"
-        if tool.name in MANAGE_TOOLS:
-            call.result = tool.handler(self, cancel=call.cancel, **arguments)
-            return self._shown(tool.name, self._place(arguments), call.result)
+        if tool.tool_name in MANAGE_TOOLS:
+            if tool.name == "new":
+                arguments = dict(arguments, host=self.host or self.host_of(self.workspace))
+            call.result = tool.handler(self.project, cancel=call.cancel, **arguments)
+            return self._shown(tool.tool_name, self._place(arguments), call.result)
         if str(arguments.get("job", "")).startswith("r"):
             return self._on_kept(call, arguments)
         workspace = self._workspace(call, name)
@@ -8250,7 +8498,7 @@ class McpServer:
         if name == "wait":
             wait = min(arguments.get("timeout", most), most)
             return workspace.wait(arguments["job"], wait, call.cancel)
-        result = call.tool.handler(workspace, cancel=call.cancel, **arguments)
+        result: Dict[str, Any] = call.tool.handler(workspace, cancel=call.cancel, **arguments)
         if name == "jobs":
             result["jobs"] += [other.listed() for other in list(self.kept.values())
                                if other.workspace == workspace.op]
@@ -8398,64 +8646,6 @@ def row_text(row: Any) -> str:
     return "  ".join("%s=%s" % (key, value) for key, value in row.items() if value not in (None, ""))
 
 
-def manage_new(server: McpServer, cancel: Cancel, name: str, ref: str = "HEAD") -> Dict[str, Any]:
-    return server.project.create(name, server.host or server.host_of(server.workspace) or server.project.default_host(), ref,
-                                 cancel=cancel).describe()
-
-
-def manage_move(server: McpServer, cancel: Cancel, workspace: str, name: str, rename: bool = False) -> Dict[str, Any]:
-    project = server.project
-    return (project.rename if rename else project.fork)(project.workspace(workspace), name).describe()
-
-
-def manage_pull(server: McpServer, cancel: Cancel, workspace: str, branch: str = "") -> Dict[str, Any]:
-    if branch and not branch.startswith("cmux/"):  # the user's own branches are not the model's to move
-        raise UsageError("The branch %s does not begin with cmux/." % show(branch), "Leave branch out, or choose one that does.")
-    return pull(server.project.workspace(workspace), branch, cancel=cancel).as_dict()
-
-
-def manage_rm(server: McpServer, cancel: Cancel, workspace: str, force: bool = False) -> Dict[str, Any]:
-    if not server.project.remove(workspace, force):
-        raise no_workspace(workspace)
-    return {"removed": workspace}
-
-
-def manage_push(server: McpServer, cancel: Cancel, workspace: str, ref: str = "HEAD", force: bool = False) -> Dict[str, Any]:
-    pushed = server.project.push(workspace, ref, force, cancel=cancel)
-    return dict(server.project.workspace(workspace).describe(), pushed=pushed)
-
-
-def manage_diff(server: McpServer, cancel: Cancel, workspace: str, stat: bool = False) -> Dict[str, Any]:
-    lines, size = [], 0
-    for line in diff(server.project.workspace(workspace), stat, cancel=cancel):
-        lines.append(line)
-        size += len(line)
-        if size > CAPTURE_MAX:
-            break
-    return {"diff": "\n".join(lines)}
-
-
-NAME_PARAM = Param("name", "string", "the new name", True)
-WORKSPACE_PARAM = Param("workspace", "string", "which workspace", True)
-REF_PARAM = Param("ref", "string", "the local commit to send (HEAD)")
-MANAGE_TOOLS: Dict[str, Tool] = {tool.name: tool for tool in (
-    Tool("workspace_list", lambda server, cancel: {"workspaces": [w.describe() for w in server.project.workspaces()]},
-         "The workspaces of this project.", True),
-    Tool("workspace_new", manage_new, "Make a workspace on the host from a local commit.", False, NAME_PARAM, REF_PARAM),
-    Tool("workspace_fork", manage_move, "Make a workspace with the present content of another.", False, WORKSPACE_PARAM, NAME_PARAM),
-    Tool("workspace_rename", functools.partial(manage_move, rename=True), "Give a workspace another name.", False, WORKSPACE_PARAM, NAME_PARAM),
-    Tool("workspace_diff", manage_diff, "What a workspace changed against its base.", True, WORKSPACE_PARAM,
-         Param("stat", "boolean", "only how much, by file")),
-    Tool("workspace_pull", manage_pull,
-         "Bring a workspace's work home as commits on a local branch; no file here is touched.",
-         False, WORKSPACE_PARAM, Param("branch", "string", "another branch than cmux/NAME; it begins with cmux/, too")),
-    Tool("workspace_push", manage_push, "Bring a workspace to another local commit.", False, WORKSPACE_PARAM, REF_PARAM,
-         Param("force", "boolean", "also over work that was not pulled")),
-    Tool("workspace_rm", manage_rm, "Delete a workspace.", False, WORKSPACE_PARAM,
-         Param("force", "boolean", "also with work in it that was not pulled: it is lost")),
-)}
-MCP_DESTROYS = {"exec", "write", "stop", "workspace_rm", "workspace_push"}
-MCP_IDEMPOTENT = {"write", "stop", "workspace_pull", "workspace_push"}
 MCP_BODIES = ("stdout", "stderr", "content", "output", "diff", "stat", "paths", "matches", "jobs", "workspaces", "notes", "executes")
 MCP_UNSHOWN = ("data", "workspace", "host")
 MCP_MAY_LACK = ("stdout", "stderr", "content", "output", "notes", "executes")  # without a word
@@ -8463,12 +8653,6 @@ MCP_HINTS: Sequence[Tuple[Type[CmuxError], str]] = (
     (WorkspaceDirty, "Wait for what runs there (jobs, stop), bring the work home first with workspace_pull, or give it up with force."),
     (WorkspaceMissing, "See workspace_list; workspace_new makes one."),
     (WorkspaceExists, "Choose another name."))
-MCP_MORE = {
-    "exec": " A string is a shell line (bash where there is one). Gives the exit code, stdout and stderr.",
-    "read": " Long files come in pages: go on with offset.",
-    "edit": " Each old text must occur exactly once, or count times; read the file first.",
-    "logs": " Go on from next_offset.",
-}
 MCP_REST = {
     "exec": "Some of the output is left out: for all of it, send it to a file (> out.txt 2>&1) and read that with offset and limit.",
     "logs": "Go on with logs, offset=next_offset.",
@@ -9107,12 +9291,16 @@ def open_project(options: argparse.Namespace) -> Project:
 
 # -- the commands: each takes the parsed options and returns an exit code --
 
+NAMED = ("pull", "push", "diff", "shell")  # whose word is the workspace
+
+
 class Execution:
     """A command in one workspace, or in several at once: a row for each."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.cancel = options, Cancel()
-        self.environment, self.command = parse_environment(options.env), options.command
+        self.environment = parse_environment(options.env)
+        self.command: Any = options.command
         if len(self.command) == 1:
             self.command = self.command[0]
         self.project = open_project(options)
@@ -9149,7 +9337,7 @@ class Execution:
 
     def run(self) -> int:
         """All of them, and what is to be said at the end; the worst exit code."""
-        began, at_once = time.monotonic(), self.options.at_once or 0
+        began, at_once = time.monotonic(), self.options.parallel or 0
         rows = self.terminal.in_lanes(self.names, self._row, at_once, self.cancel)
         for at, row in enumerate(rows):
             if isinstance(row, PipeClosed):
@@ -9356,8 +9544,6 @@ def refuse_both(options: argparse.Namespace) -> None:
 
 def command_new(options: argparse.Namespace) -> int:
     refuse_both(options)
-    if options.root == "":
-        raise UsageError("--root names no directory.")
     project = open_project(options)
     names = given_names(options) or [project.default_workspace()]
     host = options.host or project.default_host()
@@ -9417,12 +9603,10 @@ def table_lines(rows: Sequence[Sequence[str]], width: int) -> List[str]:
 
 
 def command_history(options: argparse.Namespace) -> int:
-    if options.count < 0:
-        raise UsageError("history: -n takes a number from 0 (all of them).")
     project = open_project(options)
     name = one_workspace(options)
     rows = project.past(name)
-    rows = rows[-options.count:] if options.count > 0 else rows
+    rows = rows[-options.limit:] if options.limit else rows
     if options.json:
         for row in rows:
             print_json(row)
@@ -9540,41 +9724,68 @@ def complete(shell: str, words: Sequence[str]) -> int:
     """`__complete SHELL WORD...`, for the scripts below: a line for each word that may stand for the last."""
     for word, text in candidates(words[:-1], words[-1]).items():
         if word.startswith(words[-1]):
-            print_text("%s\t%s" % (word, text) if shell == "fish" else word)
+            print_text(f"{word}\t{text}" if shell == "fish" else word)
     return 0
 
 
 def candidates(before: Sequence[str], last: str) -> Dict[str, str]:
     """What may follow the words ``before``, each with its help. Nothing connects to a host."""
-    plain, options, pending, directory = [], COMMON, "", "."  # type: List[str], Tuple[Option, ...], str, str
+    plain, known, pending, directory = [], COMMON, "", "."  # type: List[str], Sequence[Arg], str, str
     for word in before:
         if pending:
-            directory, pending = os.path.expanduser(word) if pending == "-C" else directory, ""
+            directory = os.path.expanduser(word) if pending == "directory" else directory
+            pending = ""
         elif word.startswith("-"):
-            pending = word if any(word in option.flags and option.valued for option in options) else ""
+            pending = next((arg.name for arg in known if word in arg.flags and arg.valued), "")
         else:
             plain.append(word)
-            command = COMMANDS.get(plain[0])
-            if not command:
-                return {}
-            options = command.actions[plain[1]][2] if plain[1:] and plain[1] in command.actions else command.options or COMMON
-    name = " ".join(plain[:1 + (plain[:1] == ["secrets"])])
+            verb = VERBS.get(" ".join(plain[:2 if plain[0] == "secrets" else 1]))
+            known = line_args(verb) if verb else COMMON
+    name = " ".join(plain[:2 if plain[:1] == ["secrets"] else 1])
     if "--" in before or name == "exec" and plain[1:]:
         return {}  # words of the command that is to run
-    if pending in ("-w", "--workspace") or name == "rm" and not (pending or last.startswith("-")):
-        return dict.fromkeys(sorted(Project(directory).entries()), "")
-    if pending:
-        return {}
-    if not last.startswith("-"):
+    verb = VERBS.get(name)
+    if not pending and last.startswith("-"):
+        return {flag: arg.text for arg in known for flag in arg.flags} if verb or not name else {}
+    if not pending and not verb:
+        at = len(name.split())
+        return {" ".join(row.split()[at:][:1]): verb.text for row, verb in VERBS.items()
+                if not name or row.startswith(name + " ")}
+    if not pending:
+        pending = next((arg.name for arg in known if arg.word), "")
         if name == "secrets rm":
-            return dict.fromkeys(sorted(Registry(Repository(directory).common_dir).secrets()), "")
-        if name in ("", "secrets"):
-            return {action: row[0] for action, row in COMMANDS[name].actions.items()} if name else {
-                name: command.text for name, command in COMMANDS.items()}
-        if name == "completion":
+            pending = "secrets"
+        elif name == "completion":
             return dict.fromkeys(COMPLETIONS, "")
-    return {flag: option.settings["help"] for option in options if option.settings.get("help") != HIDDEN
-            for flag in option.flags if flag.startswith("-")}
+        elif name in ("new", "fork", "rename"):
+            return {}
+    return values_of(pending, directory)
+
+
+def values_of(name: str, directory: str) -> Dict[str, str]:
+    """What the argument ``name`` may be in the project of ``directory``."""
+    if name in ("host", "target"):
+        return dict.fromkeys(config_hosts(), "")
+    if name in ("workspace", "name", "names"):
+        return dict.fromkeys(sorted(Project(directory).entries()), "")
+    if name in ("job", "secrets"):
+        registry = Registry(Repository(directory).common_dir)
+        if name == "secrets":
+            return dict.fromkeys(sorted(registry.secrets()), "")
+        return {job: str(row["command"]) for job, row in registry.read().get("jobs", {}).items()}
+    return {}
+
+
+def config_hosts() -> List[str]:
+    """The hosts that the user's ssh config names, patterns left out."""
+    try:
+        with open(os.path.expanduser("~/.ssh/config"), errors="replace") as stream:
+            lines = stream.read(STATE_MAX).splitlines()
+    except OSError:
+        return []
+    words = [line.replace("=", " ").split() for line in lines]
+    return sorted({name for row in words if row and row[0].lower() == "host"
+                   for name in row[1:] if name.isprintable() and not re.search(r"[*?!\"']", name)})
 
 
 # Both scripts run only the program that made them, never what stands on the line: a file of that name may be anybody's.
@@ -9640,9 +9851,11 @@ def human_age(seconds: float) -> str:
 
 
 def one_workspace(options: argparse.Namespace) -> str:
-    names = options.workspace or []
+    """The workspace that is named, as a word or with -w; "" if none is."""
+    names = [*filter(None, [getattr(options, "name", "")] * (options.verb in NAMED)),
+             *(options.workspace or [])]
     if len(names) > 1:
-        raise UsageError("-w is given more than once.")
+        raise UsageError("More than one workspace is named.", "Name one, as a word or with -w.")
     return str(names[0]) if names else ""
 
 
@@ -9663,9 +9876,6 @@ def command_rm(options: argparse.Namespace) -> int:
     failed: List[Dict[str, str]] = []
     for name in names:
         try:
-            there = project.registry.read()["workspaces"].get(name, {}).get("host")
-            if options.host and there and check_host(options.host) != there:
-                raise UsageError("The workspace %s is on %s, not on %s." % (name, there, options.host), "Leave out -H.")
             gone = project.remove(name, options.force, options.forget)
             if not gone:
                 raise no_workspace(name)
@@ -9682,11 +9892,14 @@ def command_rm(options: argparse.Namespace) -> int:
 
 
 def existing_workspace(options: argparse.Namespace) -> Workspace:
+    """The workspace that is named; else that of the job, or of the branch, or the only one."""
     project = open_project(options)
-    name, job = one_workspace(options), project.registry.read().get("jobs", {}).get(getattr(options, "job", ""), {})
-    if not name and job.get("workspace") in project.entries():
-        name = job["workspace"]
-    return project.existing(name or project.default_workspace(), options.host or "")
+    entries, name = project.entries(), one_workspace(options)
+    if not name:
+        job = project.registry.read().get("jobs", {}).get(getattr(options, "job", ""), {})
+        near = [row for row in (job.get("workspace"), project.default_workspace()) if row in entries]
+        name = [*near, *(entries if len(entries) == 1 else ()), project.default_workspace()][0]
+    return project.existing(name, options.host or "")
 
 
 def command_pull(options: argparse.Namespace) -> int:
@@ -9723,9 +9936,9 @@ def command_push(options: argparse.Namespace) -> int:
     return answer(options, dict(now.describe(), pushed=moved), "%s is at %s%s" % (now.name, now.base[:10], "" if moved else " already"))
 
 
-def command_move(options: argparse.Namespace, script: str) -> int:
+def command_move(options: argparse.Namespace) -> int:
     source = existing_workspace(options)
-    action = source.project.fork if script is FORK else source.project.rename
+    action = source.project.fork if options.verb == "fork" else source.project.rename
     made = action(source, options.name).describe()
     return answer(options, made, "%(name)s  %(host)s:%(path)s" % made)
 
@@ -9752,25 +9965,22 @@ def command_diff(options: argparse.Namespace) -> int:
     return 0
 
 
-def command_secrets(options: argparse.Namespace) -> int:
+def secrets_of(options: argparse.Namespace) -> Registry:
     if options.workspace:
         raise UsageError("Secrets are the project's: every workspace sees them.", "Leave out -w.")
-    registry = Registry(Repository(options.directory).common_dir)
-    return {"set": secrets_set, "import": secrets_import, "list": secrets_list, "rm": secrets_rm}[
-        options.action](registry, options)
+    return Registry(Repository(options.directory).common_dir)
 
 
-def secrets_set(registry: Registry, options: argparse.Namespace) -> int:
+def secrets_set(options: argparse.Namespace) -> int:
+    registry = secrets_of(options)
     if "=" in options.name:
         raise UsageError("A secret's value is not taken from the command line, where others see it.",
                          "Pipe it: ... | %s secrets set %s" % (PROGRAM, show(options.name.partition("=")[0])[1:-1]))
     name = check_variable(options.name, secret=True)
     way = "%%s | %s secrets set %s" % (PROGRAM, name)
     pipe, empty = "Pipe it: " + way % "...", "For an empty one: " + way % "printf ''"
-    if options.command_line is not None:
-        if not options.command_line.strip():
-            raise UsageError("--command is empty.", "Name the command that prints the value.")
-        entry = {"command": options.command_line}
+    if options.command is not None:
+        entry = {"command": options.command}
     elif os.isatty(0):
         import getpass
         try:
@@ -9809,7 +10019,8 @@ def read_all(fd: int, limit: int) -> bytes:
     return bytes(data)
 
 
-def secrets_import(registry: Registry, options: argparse.Namespace) -> int:
+def secrets_import(options: argparse.Namespace) -> int:
+    registry = secrets_of(options)
     try:
         with open(options.file, "rb") as stream:
             text = stream.read(SECRETS_MAX + 1)
@@ -9855,7 +10066,8 @@ def parse_dotenv(text: str) -> Dict[str, str]:
     return values
 
 
-def secrets_list(registry: Registry, options: argparse.Namespace) -> int:
+def secrets_list(options: argparse.Namespace) -> int:
+    registry = secrets_of(options)
     stored = registry.secrets()
     if options.json:
         print_json([{"name": name, "kind": "command" if "command" in stored[name] else "value"} for name in sorted(stored)])
@@ -9865,7 +10077,8 @@ def secrets_list(registry: Registry, options: argparse.Namespace) -> int:
     return 0
 
 
-def secrets_rm(registry: Registry, options: argparse.Namespace) -> int:
+def secrets_rm(options: argparse.Namespace) -> int:
+    registry = secrets_of(options)
     with registry.editing(secrets=True) as stored:
         for name in options.names:
             if name not in stored:
@@ -9882,11 +10095,13 @@ def the_workspace(options: argparse.Namespace) -> Workspace:
                           report=Terminal(options.verbosity))
 
 
-def command_tool(name: str, options: argparse.Namespace) -> int:
-    given = {param.name: getattr(options, param.name) for param in TOOLS[name].params}
-    arguments = TOOLS[name].check({key: value for key, value in given.items() if value is not None})
+def command_tool(options: argparse.Namespace) -> int:
+    name = options.verb
+    given = {arg.name: getattr(options, arg.name) for arg in TOOLS[name].params}
+    arguments = {key: value for key, value in given.items() if value is not None}
     looks = TOOLS[name].reads or "job" in given  # these make no workspace of a misspelt name
-    result = call_tool(existing_workspace(options) if looks else the_workspace(options), name, arguments)
+    workspace = existing_workspace(options) if looks else the_workspace(options)
+    result = call_tool(workspace, name, arguments)
     if options.json:
         print_json(result["jobs"] if name == "jobs" else result)
     else:
@@ -9906,7 +10121,9 @@ def command_edit(options: argparse.Namespace) -> int:
     if options.old is not None or options.new is not None:
         if options.old is None or options.new is None:
             raise UsageError("edit needs both --old and --new.")
-        arguments["edits"] = [{"old": options.old, "new": options.new, "count": options.count}]
+        arguments["edits"] = [{"old": options.old, "new": options.new, "count": options.count or 1}]
+    elif options.count is not None:
+        raise UsageError("--count goes with --old and --new.", "In JSON each edit has its own count.")
     else:
         import json
         try:
@@ -9961,9 +10178,8 @@ TOOL_CODE: Dict[str, Callable[[Dict[str, Any]], int]] = {
 
 def command_logs(options: argparse.Namespace) -> int:
     if options.json and not options.follow:
-        return command_tool("logs", options)
+        return command_tool(options)
     offset, wait = options.offset or 0, options.wait or 0
-    TOOLS["logs"].check({"job": options.job, "offset": offset, "wait": wait})
     workspace, out = existing_workspace(options), Outlet(1)
     if options.follow:
         def json_line(data: bytes) -> None:
@@ -9993,13 +10209,11 @@ def command_batch(options: argparse.Namespace) -> int:
     project, name = project_and_name(options)
     batch = Batch(project, name, options.host or "", lambda data: write_out(1, data))
     lines = read_lines(0, BATCH_LINE_MAX, batch.cancel)
-    return batch.run(lines, options.at_once or 16)
+    return batch.run(lines, options.parallel or 16)
 
 
 def command_mcp(options: argparse.Namespace) -> int:
     project, name = project_and_name(options)
-    if not 0 < options.soft_timeout < 1e8:
-        raise UsageError("--soft-timeout takes a number of seconds above 0.")
     host = check_host(options.host) if options.host else ""
     server = McpServer(project, name, host, answer_out, options.manage, options.soft_timeout)
     return server.run(read_lines(0, BATCH_LINE_MAX))
@@ -10056,217 +10270,133 @@ def command_demo(options: argparse.Namespace) -> int:
     return 0
 
 
-# -- the parser: one table; only the chosen command's parser is built --
+# -- the parser: argparse, made from the table for the one command that is called --
 
-class Option:
-    """One option of a command, as argparse takes it."""
-
-    def __init__(self, *flags: str, **settings: Any) -> None:
-        self.flags, self.settings = flags, settings
-        self.valued = settings.get("action") not in ("store_true", "store_const")
-
-
-COMMON = (
-    Option("-C", dest="directory", metavar="DIR", default=".", help="a directory in the git repository (default: this one)"),
-    Option("-H", "--host", metavar="HOST", help="anything `ssh HOST` accepts"),
-    Option("-w", "--workspace", metavar="NAME", action="append", help="the workspace (where one is needed: the branch's name)"),
-    Option("--json", action="store_true", help="JSON on stdout instead of text"),
-    Option("-q", dest="verbosity", action="store_const", const=-1, default=0, help="say less"),
-    Option("-v", dest="verbosity", action="store_const", const=1, help="say what is done"),
-)
+HANDLERS: Dict[str, Callable[[argparse.Namespace], int]] = {
+    "exec": lambda options: Execution(options).run(), "shell": command_shell, "diff": command_diff,
+    "pull": command_pull, "push": command_push, "write": command_write, "edit": command_edit,
+    "logs": command_logs, "new": command_new, "list": command_list, "rm": command_rm,
+    "fork": command_move, "rename": command_move, "history": command_history, "top": command_top,
+    "gc": command_gc, "mcp": command_mcp, "batch": command_batch, "secrets set": secrets_set,
+    "secrets import": secrets_import, "secrets list": secrets_list, "secrets rm": secrets_rm,
+    "doctor": command_doctor, "completion": command_completion, "demo": command_demo}
 
 
-HIDDEN = "(hidden)"
+def line_args(verb: Verb) -> List[Arg]:
+    """What the command line of ``verb`` takes."""
+    lacks = verb.settings.get("lacks", "")
+    known = [arg for arg in COMMON if arg.flags[0].strip("-")[0] not in lacks]
+    return [arg for arg in verb.args if arg.face != "json"] + known
 
 
-class Command:
-    """One command: its handler, a line of help, an example, its options, sub-commands, and the letters
-    of the common options that mean nothing to it: taken, for scripts that pass them to all, and not shown."""
+def usage(group: str = "") -> str:
+    """The list of the commands, or of those that begin with ``group``."""
+    groups: Dict[str, List[str]] = {}
+    for name, verb in VERBS.items():
+        if name.startswith(group):
+            groups.setdefault(verb.settings["group"], []).append(f"  {name:<14} {verb.text}")
+    rows = [f"{title}:\n" + "\n".join(lines) for title, lines in groups.items()]
+    return f"""usage: {PROGRAM} {group + " " if group else ""}COMMAND [options]
 
-    def __init__(self, handler: Callable[[argparse.Namespace], int], text: str, example: str, *options: Option,
-                 actions: Optional[Dict[str, Tuple[str, str, Tuple[Option, ...]]]] = None, lacks: str = "") -> None:
-        self.handler, self.text, self.example, self.actions = handler, text, example, actions or {}
-        common = tuple(Option(*option.flags, **dict(option.settings, help=HIDDEN)) if option.flags[0][1] in lacks else option
-                       for option in COMMON)
-        self.options = options if actions else options + common
-        for action, (line, sample, own) in self.actions.items():
-            self.actions[action] = (line, sample, own + common)
+SSH workspaces for coding agents: work happens on HOST, your keys stay here.
 
+{chr(10).join(rows)}
 
-def tool_command(name: str, text: str, example: str, handler: Optional[Callable[[argparse.Namespace], int]] = None,
-                 *more: Option) -> Command:
-    """A tool of the table as a command: what it must have is a word, what it may have an option."""
-    options = []
-    for param in TOOLS[name].params:
-        if param.name in ("content", "content_base64", "edits"):
-            continue  # come on stdin, or as --old and --new
-        settings: Dict[str, Any] = {"help": param.text}
-        if param.kinds == ["boolean"]:
-            settings["action"] = "store_true"
-        else:
-            settings.update(metavar=param.shown, type={"integer": int, "number": float}.get(param.kinds[0], str))
-        options.append(Option(param.name if param.required else "--" + param.name.replace("_", "-"), **settings))
-    return Command(handler or functools.partial(command_tool, name), text, example, *options, *more)
+Options of most commands, also before the command: -C DIR (the repository),
+-H HOST, -w NAME (the workspace), --json, -q, -v. `{PROGRAM} COMMAND -h`
+shows all of a command, with an example. Exit codes: of exec the command's own,
+124 timeout, 125 this tool failed, 130 interrupted, 255 host unreachable or
+lost; of the others 0, 1, 2, 130, 255."""
 
 
-DIRTY = (Option("--dirty", action="store_true", help="the work tree as it is, with uncommitted and untracked files"),
-         Option("--allow", action="append", default=[], metavar="PATH", help="with --dirty: send this file though it looks like a secret"))
-COMMANDS: Dict[str, Command] = {
-    "new": Command(
-        command_new, "create one or several workspaces, in parallel", "new fix-login fix-logout -H my-server",
-        Option("names", nargs="*", metavar="NAME", help="default: the branch's name"),
-        Option("--ref", default="HEAD", metavar="REV", help="the commit to send (default: HEAD)"),
-        *DIRTY,
-        Option("--root", metavar="DIR", help="where on the host (default: ~/cmux)"),
-        Option("--no-init", action="store_true", help="do not run .cmux/init")),
-    "list": Command(
-        command_list, "this project's workspaces", "list --json",
-        Option("--all-projects", action="store_true", help="of every project of this machine"), lacks="w"),
-    "rm": Command(
-        command_rm, "delete workspaces; refuses work that no pull brought home", "rm fix-login",
-        Option("names", nargs="*", metavar="NAME", help="the workspaces, or one with -w"),
-        Option("--force", action="store_true", help="also with work in it that exists nowhere else, and jobs that run"),
-        Option("--forget", action="store_true", help="only here: its host is gone for good"), lacks="H"),
-    "pull": Command(
-        command_pull, "bring a workspace's work home as commits on branch cmux/NAME", "pull -w fix-login",
-        Option("--branch", default="", metavar="B", help="another branch than cmux/NAME"),
-        Option("--allow", action="store_true", help="also changes of this repository's own hooks")),
-    "push": Command(
-        command_push, "bring a workspace to another local commit; only what differs moves", "push -w fix-login",
-        Option("--ref", default="HEAD", metavar="REV", help="the commit (default: HEAD)"), *DIRTY,
-        Option("--force", action="store_true", help="also over work that no pull brought home (a copy stays there until gc)")),
-    "fork": Command(
-        lambda options: command_move(options, FORK), "a new workspace with the current content of -w's, made on the host", "fork -w fix-login second-try",
-        Option("name", metavar="NAME", help="of the new workspace")),
-    "rename": Command(
-        lambda options: command_move(options, RENAME), "give a workspace another name", "rename -w fix-login login",
-        Option("name", metavar="NAME", help="the new name")),
-    "gc": Command(command_gc, "free trash, leftovers and old bases on this project's hosts", "gc", lacks="w"),
-    "diff": Command(
-        command_diff, "what a workspace changed against its base; creates nothing", "diff -w fix-login --stat",
-        Option("--stat", action="store_true", help="only how much, by file")),
-    "exec": Command(
-        lambda options: Execution(options).run(), "run a command in a workspace, made first if need be", "exec -H my-server -- make test",
-        Option("--timeout", type=float, metavar="S", help="stop the command after S seconds (exit code 124)"),
-        Option("--cwd", default="", metavar="DIR", help="relative to the workspace"),
-        Option("--env", action="append", metavar="K=V", default=[], help="one more environment variable"),
-        Option("--push", action="store_true", help="first bring the workspace to the local HEAD"),
-        Option("--login", action="store_true", help="read the login profile first (nvm, pyenv, cargo)"),
-        Option("-n", dest="no_stdin", action="store_true", help="never pass stdin on (a terminal never is, nor to several workspaces)"),
-        Option("--all", action="store_true", help="in every workspace of this project"),
-        Option("-j", dest="at_once", type=int, metavar="N", help="with several workspaces: N at a time (default: all)"),
-        Option("--detach", action="store_true", help="start it as a job that goes on by itself, without stdin; prints its id"),
-        Option("command", nargs="...", metavar="-- CMD", help="one argument is a shell line, several an exact argv")),
-    "read": tool_command("read", "a file's bytes, or lines of it", "read src/main.c --offset 10 --limit 20"),
-    "write": tool_command("write", "stdin becomes the file, whole or not at all", "write notes.txt < notes.txt", command_write),
-    "edit": tool_command(
-        "edit", "exact replacements, all or none", "edit a.py --old 'x = 1' --new 'x = 2'", command_edit,
-        Option("--old", metavar="TEXT", help="without --old and --new: JSON with edits on stdin"),
-        Option("--new", metavar="TEXT", help="what stands there afterwards"),
-        Option("--count", type=int, default=1, metavar="N", help="how many matches there must be (1)")),
-    "glob": tool_command("glob", "paths of files that match", "glob 'src/**/*.py'"),
-    "grep": tool_command("grep", "lines that match an extended regular expression", "grep 'def .*test' --glob '*.py'"),
-    "jobs": tool_command("jobs", "background jobs, started with exec --detach", "jobs"),
-    "logs": tool_command("logs", "a job's output", "logs -f j0123abcd", command_logs, Option(
-        "-f", dest="follow", action="store_true", help="go on until the job ends, across lost connections")),
-    "wait": tool_command("wait", "wait for a job; its exit code (124: it still runs)", "wait j0123abcd"),
-    "stop": tool_command("stop", "end a job and everything it started", "stop j0123abcd"),
-    "batch": Command(
-        command_batch, "JSON lines of tool calls on stdin, results on stdout as they finish", "batch -j 32 < calls.jsonl",
-        Option("-j", dest="at_once", type=int, metavar="N", help="at once (default: 16)")),
-    "mcp": Command(
-        command_mcp, "an MCP server on stdio: the tools, bound to one workspace", "mcp -H my-server -w fix-login",
-        Option("--manage", action="store_true", help="the workspace commands as tools too, and other workspaces"),
-        Option("--soft-timeout", type=float, default=MCP_SOFT, metavar="S", help="after S seconds a call returns a job (%d)" % MCP_SOFT)),
-    "secrets": Command(
-        command_secrets, "environment variables that every command in a workspace sees",
-        "secrets set NPM_TOKEN < token.txt", lacks="Hw", actions={
-            "set": ("value from stdin or a hidden prompt", "secrets set NPM_TOKEN --command 'op read op://ci/npm'", (
-                Option("name", metavar="NAME", help="of the environment variable"),
-                Option("--command", dest="command_line", metavar="CMD", help="run CMD for the value, each time"))),
-            "import": ("take NAME=value lines from a dotenv file", "secrets import .env", (Option("file", metavar="FILE", help="read once"),)),
-            "list": ("names only", "secrets list", ()),
-            "rm": ("forget", "secrets rm NPM_TOKEN", (Option("names", nargs="+", metavar="NAME", help="see `secrets list`"),))}),
-    "history": Command(
-        command_history, "what was done: operations with time, duration, exit code and bytes", "history -w fix-login",
-        Option("-n", dest="count", type=int, default=50, metavar="N", help="the last N (50; 0: all)"), lacks="H"),
-    "top": Command(command_top, "a live view of the workspaces and what runs in them", "top", lacks="w"),
-    "completion": Command(
-        command_completion, "the completion script for a shell", 'completion bash >> ~/.bashrc',
-        Option("shell", choices=["bash", "zsh", "fish"], help="it goes to stdout"), lacks="CHw"),
-    "shell": Command(command_shell, "an interactive shell in a workspace", "shell -w fix-login"),
-    "doctor": Command(
-        command_doctor, "what is wrong with a host or this machine, and how to mend it", "doctor my-server",
-        Option("target", nargs="?", default="", metavar="HOST", help="default: the workspace's host")),
-    "demo": Command(command_demo, "the whole flow against a throwaway sshd on this machine", "demo", lacks="CHw"),
-}
-
-
-def usage() -> str:
-    rows = ["  %-10s %s" % (name, command.text) for name, command in COMMANDS.items()]
-    return ("usage: %s COMMAND [options]\n\nSSH workspaces for coding agents: work happens on HOST, "
-            "your keys stay here.\n\n%s\n\n`%s COMMAND -h` shows the options and an example.\n"
-            "Exit codes: of exec the command's own, 124 timeout, 125 this tool failed,\n"
-            "130 interrupted, 255 host unreachable or lost; of the others 0, 1, 2, 130, 255." % (PROGRAM, "\n".join(rows), PROGRAM))
-
-
-def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Options of one command line. argparse itself exits on -h (0) and on errors."""
+def add_argument(parser: argparse.ArgumentParser, arg: Arg) -> None:
+    """Have argparse know an argument of the table."""
     import argparse
-    name, rest = words[0], list(words[1:])
-    command = COMMANDS[name]
-    tail: Optional[List[str]] = None
-    if command.actions:
-        rest = command_first(rest)
-    if name == "exec" and "--" in rest:
-        at = rest.index("--")
-        rest, tail = rest[:at], rest[at + 1:]
+    text = arg.text + " (90, 5m, 1h)" * (arg.kinds == ["seconds"])
+    settings: Dict[str, Any] = {"help": text, "default": arg.default}
+    if arg.default not in (None, "."):
+        settings["help"] += f" (default: {arg.default:g})" if arg.kinds == ["seconds"] else f" (default: {arg.default})"
+    if arg.kinds == ["flag"]:
+        settings.update(action="store_true", default=False)
+    else:
+        settings.update(metavar=arg.settings.get("shown", arg.name.upper()), type=arg.from_word)
+    if arg.word == "...":
+        settings.update(nargs=argparse.REMAINDER)
+    elif arg.word:
+        settings.update({"nargs": arg.word} if arg.word != "1" else {})
+        settings.update(choices=arg.settings.get("choices"))
+    else:
+        settings.update(dest=arg.name)
+        settings.update({"action": "append"} if arg.kinds == ["texts"] else {})
+    parser.add_argument(*(arg.flags or [arg.name]), **settings)
+
+
+def parser_of(verb: Verb) -> argparse.ArgumentParser:
+    """The parser of one command. It exits on -h with 0, and raises UsageError."""
+    import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
-            raise UsageError("%s: %s." % (name, neutralise(message)), "See `%s %s -h`." % (PROGRAM, name))
+            raise UsageError(f"{verb.name}: {neutralise(message)}.", f"See `{PROGRAM} {verb.name} -h`.")
 
         def print_help(self, file: Any = None) -> None:
             print_text(self.format_help().rstrip("\n"))
+    words = [{"1": "%s", "?": "[%s]", "*": "[%s ...]", "+": "%s ...", "...": "%s"}[arg.word]
+             % arg.settings.get("shown", arg.name.upper()) for arg in line_args(verb) if arg.word]
+    parser = Parser(
+        prog=f"{PROGRAM} {verb.name}", usage=" ".join(["%(prog)s [options]", *words]),
+        description=verb.text, epilog=f"example: {PROGRAM} {verb.settings['example']}",
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for arg in line_args(verb):
+        add_argument(parser, arg)
+    return parser
 
-    def parser_for(target: argparse.ArgumentParser, options: Iterable[Option]) -> None:
-        for option in options:
-            hidden = {"help": argparse.SUPPRESS} if option.settings.get("help") == HIDDEN else {}
-            target.add_argument(*option.flags, **dict(option.settings, **hidden))
-    shape: Dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = Parser(prog="%s %s" % (PROGRAM, name), description=command.text,
-                    epilog="example: %s %s" % (PROGRAM, command.example), **shape)
-    if command.actions:
-        actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-        for action, (text, example, options) in command.actions.items():
-            child = actions.add_parser(action, help=text, description=text, epilog="example: %s %s" % (PROGRAM, example), **shape)
-            parser_for(child, options)
-    parser_for(parser, command.options)
-    result = parser.parse_args(rest)
-    CALLED["project"] = "" if result.directory == "." else " -C " + quote(result.directory)
-    if name not in ("batch", "mcp") and len(result.workspace or ()) == 1:  # a call of these names its own
-        CALLED["workspace"] = " -w " + quote(result.workspace[0])
-    if getattr(result, "at_once", None) is not None and result.at_once < 1:
-        raise UsageError("%s: -j takes a number from 1." % name)
-    if getattr(result, "host", None) == "":
-        raise UsageError("%s: -H names no host." % name)
-    if "" in (getattr(result, "workspace", None) or ()):  # an unset variable in a script
-        raise UsageError("%s: -w names no workspace." % name)
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The options of one command line, and its ``verb``. argparse itself exits on -h (0)."""
+    name, rest, tail = words[0], list(words[1:]), None  # type: str, List[str], Optional[List[str]]
+    if name == "secrets":
+        rest = command_first(rest)
+        if rest[:1] in (["-h"], ["--help"]):
+            print_text(usage("secrets"))
+            raise SystemExit(0)
+        name, rest = " ".join([name, *rest[:1]]), rest[1:]
+    if name not in VERBS:
+        raise no_command(name)
+    if name == "exec" and "--" in rest:
+        at = rest.index("--")
+        rest, tail = rest[:at], rest[at + 1:]
+    options = parser_of(VERBS[name]).parse_args(rest)
+    for arg in COMMON:  # what the command lacks is as if it was not given
+        options.__dict__.setdefault(arg.name, arg.default)
+    options.verb, options.verbosity = name, int(options.verbose) - int(options.quiet)
+    CALLED["project"] = "" if options.directory == "." else " -C " + quote(options.directory)
+    if name not in ("batch", "mcp") and len(options.workspace or ()) == 1:  # a call of these names its own
+        CALLED["workspace"] = " -w " + quote(options.workspace[0])
     if name == "exec":
-        if tail is not None:
-            if result.command:
-                raise UsageError("exec: %s stands before `--`." % show(result.command[0]), "Write: exec [options] -- CMD...")
-            result.command = tail
-        if not result.command:
-            raise UsageError("exec: no command was given.", "For example: %s exec -- make test" % PROGRAM)
-        if result.timeout is not None and not 0 < result.timeout < 1e8:
-            raise UsageError("--timeout takes a number of seconds above 0, and below 100000000.")
-    return result
+        options.command = command_words(options.command, tail)
+    return options
+
+
+def command_words(words: List[str], tail: Optional[List[str]]) -> List[str]:
+    """The command of exec: ``tail`` is what follows --, where that was written."""
+    if tail is not None and words:
+        raise UsageError(f"exec: {show(words[0])} stands before `--`.", "Write: exec [options] -- CMD...")
+    if not (words or tail):
+        raise UsageError("exec: no command was given.", f"For example: {PROGRAM} exec -- make test")
+    return words if tail is None else tail
+
+
+def no_command(name: str) -> UsageError:
+    import difflib
+    near = difflib.get_close_matches(name, VERBS, 1)
+    return UsageError(f"There is no command {show(name)}.",
+                      f"Did you mean `{PROGRAM} {near[0]}`?" if near else f"See `{PROGRAM} -h`.")
 
 
 def command_first(words: List[str]) -> List[str]:
     """Options may stand before the command, too, as git has its -C there."""
-    at, valued = 0, {flag for option in COMMON for flag in option.flags if option.valued}
+    at, valued = 0, {flag for arg in COMMON for flag in arg.flags if arg.valued}
     while words[at:] and words[at].startswith("-") and words[at] not in ("-h", "--help", "--version"):
         at += 2 if words[at] in valued else 1
     return words[at:at + 1] + words[:at] + words[at + 1:]
@@ -10329,17 +10459,18 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         if words[:1] == ["--version"]:
             print_text(version_text())
             return 0
+        if words[:1] in (["-h"], ["--help"], ["help"]) and words[1:]:
+            words = [*words[1:], "-h"]
         if not words or words[0] in ("-h", "--help", "help"):
             print_text(usage())
             return 0 if words else 2
         if words[0] == "__complete" and words[2:]:
             return complete(words[1], words[2:])
-        if words[0] not in COMMANDS:
-            raise UsageError("There is no command %s." % show(words[0]), "See `%s -h`." % PROGRAM)
-        if words[0] in ("batch", "exec", "mcp"):
+        options = parse(words)
+        if options.verb in ("batch", "exec", "mcp"):
             raise_descriptor_limit()
         stop_signals()
-        return COMMANDS[words[0]].handler(parse(words))
+        return HANDLERS.get(options.verb, command_tool)(options)
     except KeyboardInterrupt:
         return fail(words, Cancelled("Interrupted."))
     except Exception as error:

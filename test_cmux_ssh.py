@@ -1141,14 +1141,13 @@ def test_first_lines_say_name_version_and_licence(source: Source) -> None:
     assert "cmux_ssh" in head and re.search(r"\d+\.\d+", head) and "MIT" in head
 
 
-@pytest.mark.parametrize("command", ["", *c.COMMANDS, *("secrets " + action for action in c.COMMANDS["secrets"].actions)])
+@pytest.mark.parametrize("command", ["", "secrets", *c.VERBS])
 @pytest.mark.compat
 def test_help_of_a_command_shows_an_example_and_fits(common: Site, command: str) -> None:
     shown = common.cli(*command.split(), "-h", env={"COLUMNS": "80"})
     assert shown.code == 0 and re.search(rf"cmux_ssh(\.py)? {command}", shown.text.split("usage:")[1].partition("\n")[2]), shown.text
     assert max(map(len, shown.text.split("\n"))) <= 80, shown.text
-    bare = [option.flags for option in c.COMMANDS[command].options if not option.settings.get("help")] if command in c.COMMANDS else []
-    assert not bare, bare
+    assert command not in c.VERBS or all(arg.text for arg in c.VERBS[command].args)
 
 
 # === exec: bytes, exit codes, stdin (promise 5) ===
@@ -7282,10 +7281,10 @@ def test_the_table_of_tools_is_the_contract() -> None:
     assert {name: {p.name: "+" if p.required else "" for p in tool.params} for name, tool in cmux_ssh.TOOLS.items()} == CONTRACT
     assert {name for name, tool in cmux_ssh.TOOLS.items() if tool.reads} == {"read", "glob", "grep", "jobs", "logs", "wait"}
     for name, tool in cmux_ssh.TOOLS.items():
-        assert name in cmux_ssh.COMMANDS and tool.text and all(p.text and p.schema()["description"] for p in tool.params)
+        assert name in cmux_ssh.VERBS and tool.text and all(p.text and p.schema()["description"] for p in tool.params)
 
 
-SAMPLES: Dict[str, Any] = {"string": "x", "integer": 1, "number": 1.5, "boolean": True, "array": [{"old": "a", "new": "b"}], "object": {"A": "b"}, "null": None}
+SAMPLES: Dict[str, Any] = {"text": "x", "count": 1, "seconds": 1.5, "flag": True, "objects": [{"old": "a", "new": "b"}], "texts": ["a"], "map": {"A": "b"}, "null": None}
 
 
 @pytest.mark.parametrize("tool", sorted(CONTRACT))
@@ -7295,7 +7294,7 @@ def test_arguments_are_checked_against_the_table(tool: str) -> None:
     fits = {p.name: SAMPLES[p.kinds[0]] for p in row.params}
     assert row.check(dict(fits)) == fits
     for param in row.params:
-        allowed = set(param.kinds) | ({"integer"} if "number" in param.kinds else set())
+        allowed = {*param.kinds, *["count"] * ("seconds" in param.kinds), *["texts"] * ("objects" in param.kinds)}
         for kind, value in SAMPLES.items():
             if kind not in allowed:
                 with pytest.raises(cmux_ssh.UsageError):
@@ -9382,9 +9381,8 @@ def test_readme_settings_of_mcp_clients_are_real_ones(reader: Reader) -> None:
 
 
 def flags_of(command: str) -> Set[str]:
-    row = c.COMMANDS[command]
-    options = [*row.options, *(option for _, _, more in row.actions.values() for option in more)]
-    return {flag for option in options for flag in option.flags if flag.startswith("-")}
+    verbs = [verb for name, verb in c.VERBS.items() if name.split()[0] == command]
+    return {flag for verb in verbs for arg in c.line_args(verb) for flag in arg.flags}
 
 
 def test_readme_commands_are_the_parsers() -> None:
@@ -9395,20 +9393,20 @@ def test_readme_commands_are_the_parsers() -> None:
         told[name] = ticked(usage)
         flags = {word for tick in ticked(text) for word in re.findall(r"(?<!\S)--?[a-zA-Z][a-z-]*", tick)}
         assert flags <= flags_of(name), (name, flags - flags_of(name))
-    assert set(told) == set(c.COMMANDS)
-    assert [word.split()[-1] for word in told["secrets"]] == list(c.COMMANDS["secrets"].actions)
-    assert [word.split()[-1] for word in told["completion"]] == c.COMMANDS["completion"].options[0].settings["choices"]
-    for name, row in c.COMMANDS.items():
-        takes = [option.settings["metavar"] for option in row.options if not option.flags[0].startswith("-") and "metavar" in option.settings]
-        assert name == "secrets" or all(metavar.split()[-1] in told[name][0] for metavar in takes), (name, takes)
+    assert set(told) == {name.split()[0] for name in c.VERBS}
+    assert [word.split()[-1] for word in told["secrets"]] == [name.split()[1] for name in c.VERBS if " " in name]
+    assert [word.split()[-1] for word in told["completion"]] == [*c.VERBS["completion"].args[0].settings["choices"]]
+    for name, verb in c.VERBS.items():
+        takes = [arg.settings.get("shown", arg.name.upper()) for arg in verb.args if arg.word and arg.face != "json"]
+        assert name.startswith(("secrets", "completion")) or all(metavar.split()[-1].rstrip(".") in told[name][0] for metavar in takes), (name, takes)
 
 
 def test_readme_options_exist() -> None:
     others = {"--strict", "--fsck-objects", "--global", "--check", "--quiet", "--short"}  # of mypy, git and sha256sum
-    known = set.union(*map(flags_of, c.COMMANDS)) | {"--version"} | others
+    known = set.union(*map(flags_of, c.VERBS)) | {"--version"} | others
     told = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", README))
     assert told <= known, told - known
-    every = {flag for name in c.COMMANDS for flag in flags_of(name) if flag.startswith("--")}
+    every = {flag for name in c.VERBS for flag in flags_of(name) if flag.startswith("--")}
     assert len(every & told) > 15
 
 
