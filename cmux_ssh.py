@@ -1970,8 +1970,11 @@ def raise_descriptor_limit() -> None:
 
 def stop_signals() -> None:
     """Make SIGTERM and SIGHUP end this process as Ctrl-C does: through KeyboardInterrupt, so
-    that what runs on the host is ended too. For the command line only."""
+    that what runs on the host is ended too. For the command line only, and its main thread."""
     import signal
+    import threading
+    if threading.current_thread() is not threading.main_thread():  # main() of an importer
+        return
 
     seen: List[int] = []
 
@@ -5283,9 +5286,10 @@ def masked_detail(what: object, masks: Sequence[Tuple[bytes, bytes]]) -> str:
     return show(" ".join(words), 200)[1:-1]
 
 
-def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0) -> Callable[[AnyFunction], AnyFunction]:
-    """For functions of a workspace whose next argument is worth telling; ``size`` of the result and
-    the arguments."""
+def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0,
+           code: Callable[[Any], int] = lambda result: 0) -> Callable[[AnyFunction], AnyFunction]:
+    """For functions of a workspace whose next argument is worth recording; ``size`` of the result
+    and the arguments, exit ``code`` of the result."""
     def decorate(function: AnyFunction) -> AnyFunction:
         named = "".join(function.__code__.co_varnames[1:2])
 
@@ -5295,6 +5299,7 @@ def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0) -
             with noted(workspace.project, operation, workspace.name, workspace.host.name, what, workspace.op) as entry:
                 result = function(workspace, *args, **kwargs)
                 entry.size = size(result, *args)
+                entry.code = entry.code or code(result)
                 return result
         return call  # type: ignore[return-value]
     return decorate
@@ -6952,8 +6957,8 @@ def cksum_of(data: bytes) -> Tuple[str, int]:
 
 
 class FileContent(Value):
-    """``data``: the bytes asked for; ``size`` and ``sha256`` (may be "") of the whole file."""
-    data: bytes
+    """``content``: the bytes asked for; ``size`` and ``sha256`` (may be "") of the whole file."""
+    content: bytes
     size: int
     sha256: str
 
@@ -7169,6 +7174,13 @@ def parse_state(words: Sequence[str]) -> Dict[str, Any]:
     return {"state": state, "exit_code": code if state == "exited" else None}
 
 
+def wait_code(status: Mapping[str, Any]) -> int:
+    """What `wait` ends with: the job's own code, 124 while it runs, 1 when it was lost."""
+    if status["state"] == "exited":
+        return int(status["exit_code"])
+    return 124 if status["state"] == "running" else 1
+
+
 def parse_jobs(workspace: WorkspaceBase, reply: Reply) -> List[Dict[str, Any]]:
     known = workspace.project.registry.read().get("jobs", {})
     rows = []
@@ -7213,7 +7225,7 @@ class Workspace(WorkspaceBase):
     surrogateescape has them.
     """
 
-    @logged("read", lambda found, *args: len(found.data))
+    @logged("read", lambda found, *args: len(found.content))
     def read(self, path: str, offset: int = 1, limit: int = 0, cancel: Optional[Cancel] = None) -> FileContent:
         """A file's bytes; or its lines from ``offset`` on (1 is the first), ``limit`` of them (0: all).
         Raises ToolFailed: no such file, no permission, not a plain file, or over 10 MiB without a limit."""
@@ -7230,14 +7242,14 @@ class Workspace(WorkspaceBase):
             if len(data) > READ_MAX:
                 raise ToolFailed("The lines asked for of %s are larger than %s." % (show(path), human_size(READ_MAX)), "Ask for fewer: limit.")
             known = words[2] if words[2:] and re.match(r"[0-9a-f]{64}\Z", words[2]) else ""
-            return FileContent(data=data, size=number(words[0]), sha256=known)
+            return FileContent(content=data, size=number(words[0]), sha256=known)
         if len(data) > READ_MAX:
             raise ToolFailed("%s is larger than %s." % (show(path), human_size(READ_MAX)), "Read it by lines: offset and limit.")
         digest, size = sha256_of(data), len(data)  # a file that grows is what was read of it
         if offset > 1 or limit:
             lines = data.splitlines(keepends=True) if b"\r" not in data else re.findall(rb"[^\n]*\n|[^\n]+\Z", data)
             data = b"".join(lines[offset - 1:offset - 1 + limit if limit else None])
-        return FileContent(data=data, size=size, sha256=digest)
+        return FileContent(content=data, size=size, sha256=digest)
 
     def write(self, path: str, content: Union[str, bytes], cancel: Optional[Cancel] = None) -> Dict[str, Any]:
         """Make ``content`` (a str as UTF-8) the whole file, or change nothing; the mode stays, a symlink is
@@ -7278,10 +7290,10 @@ class Workspace(WorkspaceBase):
             before = self.read(path, cancel=cancel)
             if expected and before.sha256 != expected.lower():
                 raise FileChanged("%s changed since it was read." % show(path), "Read it again.")
-            after = apply_edits(before.data, edits, path)
+            after = apply_edits(before.content, edits, path)
             try:
-                self._replace(path, after, "%s %d" % cksum_of(before.data), cancel)
-                return before.data, after
+                self._replace(path, after, "%s %d" % cksum_of(before.content), cancel)
+                return before.content, after
             except FileChanged:
                 time.sleep(0.01 * (attempt + 1) * os.urandom(1)[0] / 255)
         raise FileChanged("%s keeps changing." % show(path), "Try again.")
@@ -7367,10 +7379,10 @@ class Workspace(WorkspaceBase):
         (seconds since 1970)."""
         return parse_jobs(self, tool_reply(self, self.host.call(JOBS, job_directory(self), cancel=cancel)))
 
-    @logged("logs", lambda status, *args: len(status["data"]))
+    @logged("logs", lambda status, *args: len(status["output"]))
     def logs(self, job: str, offset: int = 0, wait: float = 0, limit: int = LOGS_MAX, until: str = "more",
              cancel: Optional[Cancel] = None) -> Dict[str, Any]:
-        """Output of a job from byte ``offset`` on, at most 1 MiB: ``data`` (bytes), ``next_offset``, ``size``,
+        """Output of a job from byte ``offset`` on, at most 1 MiB: ``output`` (bytes), ``next_offset``, ``size``,
         ``job``, ``state``, ``exit_code``. Waits up to ``wait`` seconds (30 at most) for more, or, with
         ``until`` "end", for the end. Raises ToolFailed when there is no such job."""
         if offset < 0:
@@ -7381,9 +7393,9 @@ class Workspace(WorkspaceBase):
         head, _, data = reply.stdout.partition(b"\n")
         words = head.decode("ascii", "replace").split()
         size = max(0, number(words[0])) if words else 0
-        return dict(parse_state(words[1:]), job=job, data=data, next_offset=offset + len(data), size=size)
+        return dict(parse_state(words[1:]), job=job, output=data, next_offset=offset + len(data), size=size)
 
-    @logged("wait")
+    @logged("wait", code=lambda status: wait_code(status))
     def wait(self, job: str, timeout: Optional[float] = None, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
         """Wait for a job's end, across lost connections, ``timeout`` seconds at most: ``job``, ``state``
         (running, if that came first), ``exit_code``, ``size``. Raises ToolFailed when there is no such job."""
@@ -7400,9 +7412,9 @@ class Workspace(WorkspaceBase):
         while True:
             status = through_faults(lambda at=offset: self.logs(  # type: ignore[misc]
                 job, at, 20, cancel=cancel), Deadline(None), cancel)
-            sink(status["data"])
+            sink(status["output"])
             offset = status["next_offset"]
-            if status["state"] != "running" and not status["data"]:
+            if status["state"] != "running" and not status["output"]:
                 return dict(status)
 
     @logged("stop")
@@ -7560,11 +7572,6 @@ def tool_exec(workspace: Workspace, command: Union[str, List[str]], background: 
     return json_fields(result.as_dict())
 
 
-def shaped(fields: Mapping[str, Any], data: str) -> Dict[str, Any]:
-    """The fields for JSON, ``data`` under its name in the table."""
-    return json_fields({data if name == "data" else name: value for name, value in fields.items()})
-
-
 def tool_write(workspace: Workspace, path: str, content: Optional[str] = None,
                content_base64: Optional[str] = None, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
     if (content is None) == (content_base64 is None):
@@ -7683,7 +7690,7 @@ VERBS: Dict[str, Verb] = {verb.name: verb for verb in (
          Arg("offset", "count", "first line, 1 is the first", least=1, shown="LINE"),
          Arg("limit", "count", "how many lines", least=0, shown="N"),
          group="files", example="read src/main.c --offset 10 --limit 20", reads=True,
-         tool=lambda workspace, **given: shaped(workspace.read(**given).as_dict(), "content"),
+         tool=lambda workspace, **given: json_fields(workspace.read(**given).as_dict()),
          model="A file's content, or some of its lines. Long files come in pages: go on with offset."),
     Verb("write", "stdin becomes the file, whole or not at all", PATH,
          Arg("content", "text", "the text", face="json"),
@@ -7722,7 +7729,7 @@ VERBS: Dict[str, Verb] = {verb.name: verb for verb in (
          Arg("follow", "flag", "go on until the job ends, across lost connections",
              flags="-f --follow", face="line"),
          group="jobs", example="logs -f j0123abcd", reads=True,
-         tool=lambda workspace, **given: shaped(workspace.logs(**given), "output"),
+         tool=lambda workspace, **given: json_fields(workspace.logs(**given)),
          model="A job's output from a byte offset, and its state. Go on from next_offset."),
     Verb("wait", "wait for a job; its exit code (124: it still runs)", ONE_JOB,
          Arg("timeout", "seconds", "it may still be running then", least=0, shown="TIME"),
@@ -7765,7 +7772,7 @@ VERBS: Dict[str, Verb] = {verb.name: verb for verb in (
          Arg("soft_timeout", "seconds", "after so long a call returns a job", shown="TIME",
              default=MCP_SOFT, least=0.001),
          group="agents", example="mcp -H my-server -w fix-login", lacks="j"),
-    Verb("batch", "JSON lines of tool calls on stdin, results on stdout as they end", PARALLEL,
+    Verb("batch", "JSON lines of tool calls on stdin, results on stdout", PARALLEL,
          group="agents", example="batch -j 32 < calls.jsonl"),
     Verb("secrets set", "store a secret from stdin or a hidden prompt",
          Arg("name", "text", "of the environment variable", word="1"),
@@ -8011,6 +8018,11 @@ def clip(text: str, room: int) -> Tuple[str, int]:
     return "%s\n[... %d characters left out ...]\n%s" % (text[:head], lost, text[-tail:]), lost
 
 
+def last_states(data: bytes) -> bytes:
+    """What a command printed, with only the last state of a line that it wrote over (progress)."""
+    return re.sub(rb"(?m)^.*\r(?=[^\r\n])", b"", data).rstrip(b"\r")
+
+
 class Veil:
     """Makes text from the host fit for a model: secret values masked, then escapes and characters
     that no one sees taken out. A value is masked as it was sent, also where a cut went through it,
@@ -8020,8 +8032,9 @@ class Veil:
         project.know_secrets()
         self.masks = project.masks()
 
-    def clean(self, data: Union[bytes, str], begun: bool = False) -> str:
-        """``begun``: the data begin somewhere in a stream, perhaps within a secret."""
+    def clean(self, data: Union[bytes, str], begun: bool = False, printed: bool = False) -> str:
+        """``begun``: the data begin somewhere in a stream, perhaps within a secret; ``printed``: by
+        a command, for a terminal."""
         raw = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
         for value, shown in self.masks:
             raw = raw.replace(value, shown)
@@ -8034,7 +8047,8 @@ class Veil:
                 pieces[i] = self._edge(pieces[i], True)
             if i < len(pieces) - 1:
                 pieces[i] = self._edge(pieces[i], False)
-        return neutralise(b"".join(pieces))
+        plain = b"".join(pieces)
+        return neutralise(last_states(plain) if printed else plain)
 
     def _edge(self, data: bytes, first: bool) -> bytes:
         """``data`` with what a cut left of a secret masked, at its first or its last end. Below four
@@ -8437,7 +8451,7 @@ class McpServer:
             for key in ended[:max(0, len(self.kept) - MCP_KEPT)]:  # the oldest make room
                 self.kept.pop(key).close()
         data = call.logs(0)
-        result = dict(call.status(), data=data, next_offset=len(data), note=call.doing + "; it goes "
+        result = dict(call.status(), output=data, next_offset=len(data), note=call.doing + "; it goes "
                       "on: use wait, logs or stop with this job id, while this server lives")
         self._answer(call, self._shown("exec", self._place(call.arguments), result))
 
@@ -8464,9 +8478,10 @@ class McpServer:
         tool, given = call.tool, {} if call.arguments is None else call.arguments
         self._bound(self.project.entries())  # before a first call that renames it
         name = ""
-        if self.manage and tool.name in TOOLS and isinstance(given, dict) and "workspace" in given:
-            name = check_workspace(given["workspace"])
-            given = {key: value for key, value in given.items() if key != "workspace"}
+        if self.manage and isinstance(given, dict):
+            given = self._understood(tool, given)
+            if tool.name in TOOLS and "workspace" in given:
+                name = check_workspace(given.pop("workspace"))
         arguments = tool.check(given)
         going_on = sum(not other.ended for other in list(self.kept.values()))
         if not tool.reads and tool.name != "stop" and going_on >= MCP_KEPT:
@@ -8485,6 +8500,15 @@ class McpServer:
         if call.made_workspace:
             result["made"] = f"the workspace {workspace.name} is new, of commit {workspace.base[:10]}"
         return self._shown(tool.name, workspace.host.name, result, arguments)
+
+    def _understood(self, tool: Verb, given: Dict[str, Any]) -> Dict[str, Any]:
+        """The arguments, with `name` and `workspace` taken for each other where a tool has only
+        one of them: models mix them up."""
+        known = {arg.name for arg in tool.params} | ({"workspace"} if tool.name in TOOLS else set())
+        for one, other in (("name", "workspace"), ("workspace", "name")):
+            if one not in known and other in known and other not in given:
+                given = {other if key == one else key: value for key, value in given.items()}
+        return dict(given)
 
     def _run_tool(self, call: Call, workspace: Workspace,
                   arguments: Dict[str, Any]) -> Dict[str, Any]:
@@ -8560,7 +8584,7 @@ class McpServer:
             offset = int(arguments.get("offset", 0))
             kept.wait(min(arguments.get("wait", 0), 30, most), call.cancel, offset)
             data = kept.logs(offset)
-            result = dict(kept.status(), data=data, next_offset=offset + len(data))
+            result = dict(kept.status(), output=data, next_offset=offset + len(data))
         return self._shown(tool, self._place(kept.arguments), result, arguments)
 
     # -- results as text --
@@ -8581,7 +8605,7 @@ class McpServer:
         parts: List[Tuple[str, Any]] = []
         if tool == "read" and result["size"] and not result.get("content", True):
             facts.append(f"The file ends before line {offset}.")
-        if "data" in result:
+        if "next_offset" in result:
             result = self._page_of_output(result, veil)
         for key, value in result.items():
             if key.endswith("_base64"):
@@ -8596,7 +8620,7 @@ class McpServer:
         for key, value in parts:
             if isinstance(value, list):
                 value = "\n".join(map(row_text, value))
-            value = veil.clean(value, key == "output")
+            value = veil.clean(value, key == "output", key in ("stdout", "stderr", "output"))
             text, lost = page(value, offset, facts) if tool == "read" else clip(value, room)
             room = max(room - len(text), MCP_ROOM // 8)
             if text:
@@ -8616,7 +8640,7 @@ class McpServer:
 
     def _page_of_output(self, result: Dict[str, Any], veil: Veil) -> Dict[str, Any]:
         """A page of a job's output. What may be the first half of a secret waits for the next."""
-        data = result["data"]
+        data = result["output"]
         more = result["state"] == "running" or result["next_offset"] < result["size"]
         held = veil.begun(data) if more else 0
         held = 0 if held == len(data) >= MCP_ROOM else held  # a secret longer than a page
@@ -8647,7 +8671,7 @@ def row_text(row: Any) -> str:
 
 
 MCP_BODIES = ("stdout", "stderr", "content", "output", "diff", "stat", "paths", "matches", "jobs", "workspaces", "notes", "executes")
-MCP_UNSHOWN = ("data", "workspace", "host")
+MCP_UNSHOWN = ("workspace", "host")
 MCP_MAY_LACK = ("stdout", "stderr", "content", "output", "notes", "executes")  # without a word
 MCP_HINTS: Sequence[Tuple[Type[CmuxError], str]] = (
     (WorkspaceDirty, "Wait for what runs there (jobs, stop), bring the work home first with workspace_pull, or give it up with force."),
@@ -8989,29 +9013,50 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
 # Owns: arguments, rendering, progress, exit codes. The only room that prints, and that exits.
 
 class Terminal(Report):
-    """Tells a person, on stderr, and only where it helps."""
+    """What a person sees while work goes on, on stderr: a lane for each workspace at work, drawn
+    again in place below what is printed. Whatever else is printed takes the lanes away first, or
+    goes through put(): one writer at a time. Where stderr is no terminal nothing is drawn."""
+
+    current: Optional[Terminal] = None  # that of this process
 
     def __init__(self, verbosity: int, notes: bool = False) -> None:
-        self.verbosity, self.notes = verbosity, notes
+        import threading
+        self.verbosity, self.notes, self.many = verbosity, notes, False
         self.bars = verbosity >= 0 and sys.stderr is not None and sys.stderr.isatty()
         self.redraws = self.bars and os.environ.get("TERM", "dumb") != "dumb"
-        self.began = self.shown = 0.0   # the transfer under way, and when it was last shown
-        self.bar_open = False
+        self.mutex, self.closed = threading.RLock(), threading.Event()
+        self.lanes: Dict[str, Tuple[str, float]] = {}  # what is done, and since when
+        self.ended: Set[str] = set()
+        self.width, self.drawn, self.paused, self.began = 0, 0, False, 0.0
         self.sinks: Dict[str, Outlet] = {}  # of what init hooks print
+        Terminal.current, Masters.tell, Masters.alert, Lock.tell = self, self.note, self.warn, self.note
 
-    def clear(self) -> None:
-        """Take back what is drawn and not printed."""
-        if self.bar_open:
-            err_out("\r\x1b[K")
-            self.bar_open = False
+    def in_lanes(self, names: Sequence[str], work: Callable[[str], Any], at_once: int, cancel: Cancel) -> List[Any]:
+        """in_parallel() of ``work(name)`` for each; at the end nothing is drawn any more."""
+        self.many = self.many or len(names) > 1
+        self.lanes, self.width = dict.fromkeys(names, ("", 0.0)), max(map(len, names))
+        try:
+            return in_parallel([functools.partial(work, name) for name in names], at_once, cancel)
+        finally:
+            self.close()
+
+    # -- what is reported --
+
+    def put(self, write: Callable[[], None]) -> None:
+        """Print something above the lanes."""
+        with self.mutex:
+            drawn = self.drawn
+            self.clear()
+            write()
+            if drawn and self.many:
+                self._draw()
 
     def line(self, text: str) -> None:
-        self.clear()
-        err_out(text + "\n")
+        self.put(lambda: err_out(text + "\n"))
 
     def say(self, text: str) -> None:
-        if self.verbosity > 0 or (self.bar_open and self.verbosity == 0):
-            self.line("%s: %s" % (PROGRAM, text))
+        if self.verbosity > 0:
+            self.line(f"{PROGRAM}: {text}")
 
     def note(self, text: str) -> None:
         if self.bars or self.notes or self.verbosity > 0:  # exec in a pipe adds no word of its own
@@ -9019,47 +9064,91 @@ class Terminal(Report):
 
     def warn(self, text: str) -> None:
         if self.verbosity >= 0:
-            self.line("%s: %s" % (PROGRAM, neutralise(as_called(text))))
+            self.line(f"{PROGRAM}: {neutralise(as_called(text))}")
 
     def step(self, what: str, doing: str) -> None:
-        self.clear()
-        self.began = 0.0
-        if self.redraws and doing == "unpacking":  # the host's turn, without a byte to count
-            self.bar_open = True
-            err_out("%s: %s" % (what, doing))
+        import threading
+        self.lanes[what], self.paused = (doing, time.monotonic()), False
+        if self.redraws and not self.began:
+            self.began = time.monotonic()
+            threading.Thread(target=self._keep_drawn, daemon=True).start()
+
+    def progress(self, what: str, done: int, total: Optional[Callable[[], int]] = None, doing: str = "sending") -> None:
+        was, now = self.lanes.get(what, ("", 0.0)), time.monotonic()
+        if not was[0].startswith(doing):
+            self.step(what, doing)
+        elif self.redraws and now - was[1] >= 1:
+            self.lanes[what] = (transferred(doing, done, total, now - was[1]), was[1])
 
     def end(self, name: str, code: int) -> None:
         """The work in workspace ``name`` is over."""
         if name in self.sinks:
             self.sinks[name].end()
-
-    def in_lanes(self, names: Sequence[str], work: Callable[[str], Any], at_once: int, cancel: Cancel) -> List[Any]:
-        """in_parallel() of ``work(name)`` for each; at the end nothing is drawn any more."""
-        try:
-            return in_parallel([functools.partial(work, name) for name in names], at_once, cancel)
-        finally:
-            self.close()
-
-    def sink_of(self, name: str, fd: int, patience: Optional[Patience] = None) -> Outlet:
-        """For what a command in workspace ``name`` prints."""
-        return Outlet(fd, patience)
-
-    def close(self) -> None:
-        """Nothing more is drawn, also by threads that go on."""
-        self.redraws = False
-        self.clear()
-
-    def progress(self, what: str, done: int, total: Optional[Callable[[], int]] = None, doing: str = "sending") -> None:
-        now = time.monotonic()
-        self.began = self.began or now
-        if self.redraws and now - self.began >= 1 and now - self.shown >= 0.1:
-            self.shown, self.bar_open = now, True
-            text, width = transferred(doing, done, total, now - self.began), screen_size()[0]
-            err_out("\r\x1b[K%s: %s" % (what[:max(8, width - len(text) - 3)], text))
+        self.ended.add(name)
+        if self.many:
+            self.step(name, f"failed ({code})" if code else "done")
 
     def output(self, data: bytes, what: str) -> None:
         if self.verbosity >= 0:
             self.sinks.setdefault(what, self.sink_of(what, 2))(data)
+
+    def sink_of(self, name: str, fd: int, patience: Optional[Patience] = None) -> Outlet:
+        """For what a command in workspace ``name`` prints; of one alone it goes out as it comes."""
+        if self.many:
+            return Labelled(fd, f"{name.ljust(self.width)} | ", self, patience)
+        self.pause()
+        return Outlet(fd, patience)
+
+    # -- what is drawn --
+
+    def pause(self) -> None:
+        """Draw no more until something happens."""
+        with self.mutex:
+            self.clear()
+            self.paused = True
+
+    def close(self) -> None:
+        """Nothing more is drawn, also by threads that go on."""
+        self.closed.set()
+        self.pause()
+
+    def clear(self) -> None:
+        if self.drawn:
+            draw(2, "\r%s\x1b[J" % ("\x1b[A" * (self.drawn - 1)))
+            self.drawn = 0
+
+    def _keep_drawn(self) -> None:
+        while not self.closed.wait(0.2):
+            if time.monotonic() - self.began >= 1:
+                with self.mutex:
+                    self._draw()
+
+    def _draw(self) -> None:
+        if self.paused or self.closed.is_set():
+            return
+        columns, rows = screen_size()
+        lines = self._lines(columns - 1, max(1, rows - 2))
+        up = "\r" + "\x1b[A" * (self.drawn - 1)
+        draw(2, up + "\n".join(f"{line}\x1b[K" for line in lines) + "\x1b[J")
+        self.drawn = len(lines)
+
+    def _lines(self, columns: int, room: int) -> List[str]:
+        """A line for each workspace; where that is too many, for those at work, and a count."""
+        lanes, rest = list(self.lanes), []  # type: List[str], List[str]
+        if len(lanes) > room:
+            busy = [name for name, (doing, _) in self.lanes.items() if doing and name not in self.ended]
+            failed = sum(self.lanes[name][0] != "done" for name in self.ended)
+            rest = [f"{len(self.ended)} of {len(lanes)} ended, {failed} failed, {len(busy)} at work"]
+            lanes = busy[:room - 1]
+        rows = [(name.ljust(self.width), self._doing(name)) for name in lanes]
+        return [f"{name[:max(8, columns - len(doing) - 2)]}  {doing}"[:columns] for name, doing in rows] + [
+            row[:columns] for row in rest]
+
+    def _doing(self, name: str) -> str:
+        doing, since = self.lanes[name]
+        if name in self.ended or not doing or "/s" in doing:
+            return doing or "waiting"
+        return f"{doing} {human_age(time.monotonic() - since)}"
 
 
 def screen_size() -> Tuple[int, int]:
@@ -9072,105 +9161,10 @@ def screen_size() -> Tuple[int, int]:
 
 def transferred(doing: str, done: int, total: Optional[Callable[[], int]], seconds: float) -> str:
     """sending 3.2 MB of ~60.1 MB, 1.1 MB/s, ~52 s left"""
-    rate = done / max(seconds, 0.001)
-    whole = total() if total else 0
-    text = "%s %s%s, %s/s" % (doing, human_size(done), " of ~%s" % human_size(whole) if whole > done else "", human_size(rate))
-    return text + (", ~%s left" % human_age((whole - done) / rate) if whole > done and rate else "")
-
-
-class Live(Terminal):
-    """Work in several workspaces at once: a line for each, redrawn in place below what is printed.
-    Whatever is printed meanwhile goes through put(): one writer at a time, and never into the lines."""
-
-    shown_now: Optional[Live] = None   # for may_ask()
-
-    def __init__(self, verbosity: int, names: Sequence[str], notes: bool = False) -> None:
-        import threading
-        super().__init__(verbosity, notes)
-        self.mutex, self.closed = threading.RLock(), threading.Event()
-        self.width, self.drawn, self.paused = max(map(len, names or [""])), 0, False
-        self.start = time.monotonic()
-        self.lanes: Dict[str, Tuple[str, float]] = dict.fromkeys(names, ("", 0.0))  # what is done, and since when
-        self.ended: Set[str] = set()
-        Masters.tell, Masters.alert, Live.shown_now = self.note, self.warn, self
-        Lock.tell = self.note
-        if self.redraws:
-            threading.Thread(target=self._keep_drawn, daemon=True).start()
-
-    def put(self, write: Callable[[], None]) -> None:
-        with self.mutex:
-            drawn = self.drawn
-            self.clear()
-            write()
-            if drawn:
-                self._draw()
-
-    def line(self, text: str) -> None:
-        self.put(lambda: Terminal.line(self, text))
-
-    def sink_of(self, name: str, fd: int, patience: Optional[Patience] = None) -> Outlet:
-        return Labelled(fd, "%s | " % name.ljust(self.width), self, patience)
-
-    def step(self, what: str, doing: str) -> None:
-        self.lanes[what], self.paused = (doing, time.monotonic()), False
-
-    def progress(self, what: str, done: int, total: Optional[Callable[[], int]] = None, doing: str = "sending") -> None:
-        was, now = self.lanes[what], time.monotonic()
-        if not was[0].startswith(doing):
-            self.lanes[what] = (doing, now)
-        elif self.redraws and now - was[1] >= 1:
-            self.lanes[what] = (transferred(doing, done, total, now - was[1]), was[1])
-
-    def end(self, name: str, code: int) -> None:
-        super().end(name, code)
-        self.ended.add(name)
-        self.step(name, "failed (%d)" % code if code else "done")
-
-    def pause(self) -> None:
-        """Draw no more until something happens: ssh has a question."""
-        with self.mutex:
-            self.clear()
-            self.paused = True
-
-    def close(self) -> None:
-        self.closed.set()
-        self.pause()
-
-    def clear(self) -> None:
-        if self.drawn:
-            draw(2, "\r%s\x1b[J" % ("\x1b[A" * (self.drawn - 1)))
-            self.drawn = 0
-
-    def _keep_drawn(self) -> None:
-        while not self.closed.wait(0.2):
-            if time.monotonic() - self.start >= 1:
-                with self.mutex:
-                    self._draw()
-
-    def _draw(self) -> None:
-        if self.paused or self.closed.is_set():
-            return
-        columns, rows = screen_size()
-        lines = self._lines(columns - 1, max(1, rows - 2))
-        up = "\r" + "\x1b[A" * (self.drawn - 1)
-        draw(2, up + "\n".join("%s\x1b[K" % line for line in lines) + "\x1b[J")
-        self.drawn = len(lines)
-
-    def _lines(self, columns: int, room: int) -> List[str]:
-        """A line for each workspace; where that is too many, for those at work, and a count."""
-        lanes, rest = list(self.lanes.items()), []  # type: List[Tuple[str, Tuple[str, float]]], List[str]
-        if len(lanes) > room:
-            busy = [name for name, (doing, _) in lanes if doing and name not in self.ended]
-            rest = [("%d of %d ended, %d failed, %d at work" % (len(self.ended), len(lanes), sum(
-                self.lanes[name][0] != "done" for name in list(self.ended)), len(busy)))[:columns]]
-            lanes = [(name, self.lanes[name]) for name in busy[:room - 1]]
-        texts = [(name.ljust(self.width), self._doing(name, *lane)) for name, lane in lanes]
-        return [("%s  %s" % (name[:max(8, columns - len(text) - 2)], text))[:columns] for name, text in texts] + rest
-
-    def _doing(self, name: str, doing: str, since: float) -> str:
-        if name in self.ended or not doing or "/s" in doing:
-            return doing or "waiting"
-        return "%s %s" % (doing, human_age(time.monotonic() - since))
+    rate, whole = done / max(seconds, 0.001), total() if total else 0
+    of = f" of ~{human_size(whole)}" if whole > done else ""
+    left = f", ~{human_age((whole - done) / rate)} left" if whole > done and rate else ""
+    return f"{doing} {human_size(done)}{of}, {human_size(rate)}/s{left}"
 
 
 class Patience:
@@ -9251,7 +9245,14 @@ def answer_out(data: bytes, ending: Cancel) -> None:
         raise PipeClosed("Nobody reads the answers.")
 
 
+def quiet_terminal() -> None:
+    """Take away what is drawn: something else is to be shown."""
+    if Terminal.current:
+        Terminal.current.pause()
+
+
 def print_text(text: str) -> None:
+    quiet_terminal()
     write_out(1, (text + "\n").encode("utf-8", "replace"))
 
 
@@ -9276,16 +9277,14 @@ def may_ask() -> bool:
     except OSError:
         return False
     if person:
-        if Live.shown_now:
-            Live.shown_now.pause()
+        quiet_terminal()
         err_out("%s: ssh may have a question; answer it here.\n" % PROGRAM)
     return person
 
 
 def open_project(options: argparse.Namespace) -> Project:
-    Lock.tell = Terminal(options.verbosity, not getattr(options, "command", "")).note
-    Masters.tell = Terminal(options.verbosity).note
-    Masters.alert = Terminal(options.verbosity).warn
+    if options.verb != "exec":  # in a pipe exec adds no word of its own
+        Lock.tell = options.terminal.warn
     return Project(options.directory, None if options.json else may_ask, warm=0)
 
 
@@ -9307,8 +9306,8 @@ class Execution:
         self.names = self._names(list(dict.fromkeys(options.workspace or [])))
         self.many = options.all or len(self.names) > 1
         self._check()
-        self.terminal = (Live(options.verbosity, self.names) if self.many
-                         else Terminal(options.verbosity))
+        self.terminal: Terminal = options.terminal
+        self.terminal.many = self.many
         self.errors: Dict[str, CmuxError] = {}
 
     def _names(self, given: List[str]) -> List[str]:
@@ -9365,7 +9364,10 @@ class Execution:
                 if not options.no_stdin and data_waits(0):  # of a slow writer
                     self.terminal.warn("The job does not read what came on stdin.")
                 return {"job": job, "workspace": name}
-            self.terminal.step(name, "running")
+            if self.many:
+                self.terminal.step(name, "running")
+            else:
+                self.terminal.pause()
             source = None if options.no_stdin or self.many else open_stdin()
             patience.deadline = Deadline(options.timeout)
             outcome = workspace.run(self.command, out, err, source, options.cwd, self.environment,
@@ -9478,7 +9480,7 @@ class Outlet:
 class Labelled(Outlet):
     """A sink that writes whole lines, each behind a label; one writer at a time."""
 
-    def __init__(self, fd: int, label: str, live: Live, patience: Optional[Patience]) -> None:
+    def __init__(self, fd: int, label: str, live: Terminal, patience: Optional[Patience]) -> None:
         super().__init__(fd, patience)
         self.label, self.live, self.held = label.encode(), live, b""
 
@@ -9553,7 +9555,7 @@ def command_new(options: argparse.Namespace) -> int:
     ref = project.repository.snapshot(options.allow) if options.dirty else options.ref
     for name in names:
         check_workspace(name)
-    terminal, cancel = (Live(options.verbosity, names, True) if names[1:] else Terminal(options.verbosity, True)), Cancel()
+    terminal, cancel = options.terminal, Cancel()
 
     def make(name: str) -> Workspace:
         code = 1
@@ -9617,9 +9619,9 @@ def command_history(options: argparse.Namespace) -> int:
                       human_time(row.get("duration") or 0), str(row.get("exit_code", "")), human_size(row.get("bytes") or 0) if row.get("bytes") else "",
                       str(row.get("detail", ""))))
     if rows:
-        print_table(table)
+        print_table(table, spare=8)
     else:
-        Terminal(options.verbosity).warn("Nothing is on record yet.")
+        options.terminal.warn("Nothing is on record yet.")
     return 0
 
 
@@ -9827,7 +9829,7 @@ def command_list(options: argparse.Namespace) -> int:
     if options.json:
         return answer(options, rows)
     if not rows:
-        Terminal(options.verbosity).warn("No workspaces%s. Make one: %s new NAME -H %s" % (
+        options.terminal.warn("No workspaces%s. Make one: %s new NAME -H %s" % (
             " on " + options.host if options.host else " yet", PROGRAM, quote(options.host or "HOST")))
         return 0
     if options.verbosity < 0:
@@ -9903,7 +9905,7 @@ def existing_workspace(options: argparse.Namespace) -> Workspace:
 
 
 def command_pull(options: argparse.Namespace) -> int:
-    terminal = Terminal(options.verbosity)
+    terminal = options.terminal
     result = pull(existing_workspace(options), options.branch, options.allow, terminal)
     if options.json:
         return answer(options, result.as_dict())
@@ -9931,7 +9933,7 @@ def command_push(options: argparse.Namespace) -> int:
     refuse_both(options)
     workspace = existing_workspace(options)
     ref = workspace.project.repository.snapshot(options.allow) if options.dirty else options.ref
-    moved = workspace.project.push(workspace.name, ref, options.force, Terminal(options.verbosity, notes=True))
+    moved = workspace.project.push(workspace.name, ref, options.force, options.terminal)
     now = workspace.project.workspace(workspace.name)
     return answer(options, dict(now.describe(), pushed=moved), "%s is at %s%s" % (now.name, now.base[:10], "" if moved else " already"))
 
@@ -9955,10 +9957,11 @@ def command_gc(options: argparse.Namespace) -> int:
 def command_diff(options: argparse.Namespace) -> int:
     colours = {"+": "32", "-": "31", "@": "36", "d": "1"} if in_colour() else {}
     exact = options.json or not os.isatty(1)
-    lines = diff_lines(existing_workspace(options), options.stat, Terminal(options.verbosity), binary=exact)
+    lines = diff_lines(existing_workspace(options), options.stat, options.terminal, binary=exact)
     if options.json:
         return answer(options, bytes_field("diff", b"".join(line + b"\n" for line in lines)))
     for line in lines:
+        quiet_terminal()
         text = neutralise(line)
         colour = colours.get(text[:1]) if not options.stat else None
         write_out(1, line + b"\n" if exact else ("\x1b[%sm%s\x1b[m\n" % (colour, text) if colour else text + "\n").encode("utf-8", "replace"), harmless=True)
@@ -10092,7 +10095,7 @@ def secrets_rm(options: argparse.Namespace) -> int:
 def the_workspace(options: argparse.Namespace) -> Workspace:
     project = open_project(options)
     return project.ensure(one_workspace(options) or project.default_workspace(), options.host or "",
-                          report=Terminal(options.verbosity))
+                          report=options.terminal)
 
 
 def command_tool(options: argparse.Namespace) -> int:
@@ -10105,7 +10108,8 @@ def command_tool(options: argparse.Namespace) -> int:
     if options.json:
         print_json(result["jobs"] if name == "jobs" else result)
     else:
-        TOOL_TEXT[name](result, Terminal(options.verbosity))
+        quiet_terminal()
+        TOOL_TEXT[name](result, options.terminal)
     return TOOL_CODE[name](result) if name in TOOL_CODE else 0
 
 
@@ -10172,7 +10176,7 @@ TOOL_TEXT: Dict[str, Callable[[Dict[str, Any], Terminal], None]] = {
 TOOL_CODE: Dict[str, Callable[[Dict[str, Any]], int]] = {
     "grep": lambda result: 0 if result["matches"] else 1,
     "stop": lambda result: 0 if result["stopped"] == "confirmed" else 1,
-    "wait": lambda result: int(result["exit_code"]) if result["state"] == "exited" else 124 if result["state"] == "running" else 1,
+    "wait": wait_code,
 }
 
 
@@ -10181,6 +10185,7 @@ def command_logs(options: argparse.Namespace) -> int:
         return command_tool(options)
     offset, wait = options.offset or 0, options.wait or 0
     workspace, out = existing_workspace(options), Outlet(1)
+    quiet_terminal()
     if options.follow:
         def json_line(data: bytes) -> None:
             if data:
@@ -10192,9 +10197,9 @@ def command_logs(options: argparse.Namespace) -> int:
         return 0
     while True:
         status = workspace.logs(options.job, offset, wait)
-        out(status["data"])
+        out(status["output"])
         offset = status["next_offset"]
-        if offset >= status["size"] or not status["data"]:
+        if offset >= status["size"] or not status["output"]:
             out.end()
             return 0
 
@@ -10248,7 +10253,7 @@ def command_doctor(options: argparse.Namespace) -> int:
 def command_shell(options: argparse.Namespace) -> int:
     if not (os.isatty(0) and os.isatty(1)):
         raise UsageError("shell needs a terminal.", "In a pipe or a script use: %s exec -- CMD" % PROGRAM)
-    workspace, terminal = the_workspace(options), Terminal(options.verbosity)
+    workspace, terminal = the_workspace(options), options.terminal
     terminal.warn("The host now writes to this terminal as it likes, escape sequences included; exit ends it.")
     status = None
     try:
@@ -10266,7 +10271,7 @@ TIDY = b"\x1b[?1047l\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b[
 
 
 def command_demo(options: argparse.Namespace) -> int:
-    demo(lambda text: print_text(neutralise(text)), Terminal(options.verbosity))
+    demo(lambda text: print_text(neutralise(text)), options.terminal)
     return 0
 
 
@@ -10303,10 +10308,10 @@ SSH workspaces for coding agents: work happens on HOST, your keys stay here.
 {chr(10).join(rows)}
 
 Options of most commands, also before the command: -C DIR (the repository),
--H HOST, -w NAME (the workspace), --json, -q, -v. `{PROGRAM} COMMAND -h`
-shows all of a command, with an example. Exit codes: of exec the command's own,
-124 timeout, 125 this tool failed, 130 interrupted, 255 host unreachable or
-lost; of the others 0, 1, 2, 130, 255."""
+-H HOST, -w NAME (the workspace), --json, -q, -v. All of a command with -h:
+  {PROGRAM} {group or "exec"} -h
+Exit codes: of exec the command's own, 124 timeout, 125 this tool failed,
+130 interrupted, 255 host unreachable or lost; of the others 0, 1, 2, 130, 255."""
 
 
 def add_argument(parser: argparse.ArgumentParser, arg: Arg) -> None:
@@ -10337,6 +10342,8 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
+            unknown = re.match("unrecognized arguments: (-[^ ]+)", message)
+            message = f"there is no option {unknown[1]}" if unknown else message
             raise UsageError(f"{verb.name}: {neutralise(message)}.", f"See `{PROGRAM} {verb.name} -h`.")
 
         def print_help(self, file: Any = None) -> None:
@@ -10370,6 +10377,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     for arg in COMMON:  # what the command lacks is as if it was not given
         options.__dict__.setdefault(arg.name, arg.default)
     options.verb, options.verbosity = name, int(options.verbose) - int(options.quiet)
+    options.terminal = Terminal(options.verbosity, notes=name in ("new", "push"))
     CALLED["project"] = "" if options.directory == "." else " -C " + quote(options.directory)
     if name not in ("batch", "mcp") and len(options.workspace or ()) == 1:  # a call of these names its own
         CALLED["workspace"] = " -w " + quote(options.workspace[0])
@@ -10423,7 +10431,8 @@ def typed_program() -> str:
 def report_error(error: CmuxError) -> None:
     text = neutralise(str(error)).strip()
     hint = (" " + neutralise(as_called(error.hint))) if error.hint else ""
-    err_out("%s: %s%s\n" % (PROGRAM, text, hint))
+    quiet_terminal()
+    err_out(f"{PROGRAM}: {text}{hint}\n")
 
 
 def fail(words: Sequence[str], error: CmuxError) -> int:
@@ -10470,7 +10479,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         if options.verb in ("batch", "exec", "mcp"):
             raise_descriptor_limit()
         stop_signals()
-        return HANDLERS.get(options.verb, command_tool)(options)
+        try:
+            return HANDLERS.get(options.verb, command_tool)(options)
+        finally:
+            options.terminal.close()
     except KeyboardInterrupt:
         return fail(words, Cancelled("Interrupted."))
     except Exception as error:

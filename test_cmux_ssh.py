@@ -1518,7 +1518,7 @@ def warm():
     return workspace
 ran = warm().exec(["sh", "-c", 'echo "$A $EDITOR"; echo oops >&2; env sleep %s >/dev/null 2>&1 & exit 7' % naps[0]], env={"A": "a\nb"})  # (ksh has a sleep of its own)
 print(ran.exit_code, ran.stdout, ran.stderr, warm().exec(["cat"], stdin=b"streamed").stdout, warm().exec(["no-such-program"]).exit_code,
-      warm().exec("cat; exit 5", stdin=b"in").exit_code, warm().write(odd, "in")["created"], warm().write(odd, "in")["created"], warm().read(odd).data,
+      warm().exec("cat; exit 5", stdin=b"in").exit_code, warm().write(odd, "in")["created"], warm().write(odd, "in")["created"], warm().read(odd).content,
       warm().exec(["env", *group.split()]).exit_code)
 print(warm().exec(["sh", "-c", "env sleep %s & env sleep %s" % (naps[1], naps[1])], timeout=1).stopped)
 warm()                                  # given up without a header
@@ -2363,7 +2363,7 @@ workspace = cmux_ssh.Project(".").create("main", sys.argv[1])
 def warm():
     wait_ready(sys.argv[2])
     return workspace
-print(warm().exec(["printf", "<%s>", "it's", "!x"]).stdout, warm().write("a\\n'b", "one\\n")["created"], warm().read("a\\n'b").data,
+print(warm().exec(["printf", "<%s>", "it's", "!x"]).stdout, warm().write("a\\n'b", "one\\n")["created"], warm().read("a\\n'b").content,
       warm().edit("a\\n'b", [{"old": "one", "new": "two"}])["diff"].count("two"), warm().exec(["cat"], stdin=b"in").stdout)
 """, host, str(site.dir / f"log-{host}")) == "b\"<it's><!x>\" True b'one\\n' 1 b'in'\n"
 
@@ -2512,7 +2512,7 @@ def test_a_tar_that_goes_on_for_long_after_the_last_byte_is_waited_for_and_shown
     site.inetd("slow", env={"PATH": f"{slow.parent}:{os.environ['PATH']}"})
     tuned(STALL_PATIENCE=2)
     terminal = on_terminal(site, "new", "-H", "slow", "main", cwd=Repo(site).dir)
-    terminal.expect(rb"main: unpacking")
+    terminal.expect(rb"main  unpacking \d+s")
     assert terminal.wait() == 0 and not any("unpacking" in line for line in terminal.lines()), terminal.output
 
 
@@ -3424,13 +3424,13 @@ def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo:
     line = site.line("far")
     line.rate = 1e6
     seen = on_terminal(site, "new", "-H", "far", name, cwd=repo.dir)
-    seen.expect(rb"\r\x1b\[Ka-rather[-a-z]*: sending [\d.]+ MB of ~5.\d MB, [\d.]+ [kM]B/s, ~\d+s left")
+    seen.expect(rb"\ra-rather[-a-z]*  sending [\d.]+ MB of ~5.\d MB, [\d.]+ [kM]B/s, ~\d+s left")
     assert all(len(text) < 100 for text in seen.lines())
     assert seen.wait() == 0
     assert not [text for text in seen.lines() if "sending" in text], seen.lines()
     assert repo.exec("head -c 3000000 /dev/urandom >result", host="far", options=["-w", name]).code == 0
     seen = on_terminal(site, "pull", "-w", name, cwd=repo.dir)
-    seen.expect(rb": receiving [\d.]+ MB, [\d.]+ [kM]B/s")
+    seen.expect(rb"  receiving [\d.]+ MB, [\d.]+ [kM]B/s")
     assert seen.wait() == 0
     assert b"sending" not in seen.output and not [text for text in seen.lines() if "receiving" in text], seen.lines()
     line.rate = 4e6
@@ -7633,7 +7633,7 @@ with ThreadPoolExecutor(24) as pool:
         workspace = made[n % 8]
         run = workspace.exec("echo $CMUX_WORKSPACE $TOKEN %d; sleep 0.0%d; exit %d" % (n, n % 7, n % 200))
         workspace.write("f%d" % n, str(n))
-        return run.stdout, run.exit_code, workspace.read("f%d" % n).data
+        return run.stdout, run.exit_code, workspace.read("f%d" % n).content
     for n, found in enumerate(pool.map(work, range(160))):
         assert found == (b"w%d s3cret-of-both %d\\n" % (n // 2 % 2, n), n % 200, b"%d" % n), (n, found)
 cancels = [copy.Cancel() for copy in copies]
@@ -7933,7 +7933,7 @@ def test_mcp_every_tool_works_and_its_failures_are_results_the_model_can_act_on(
     assert "exit_code: 5" in mcp("wait", job=job) and "begun\nover\n" in mcp("logs", job=job) and job in mcp("jobs")
     assert "over\n" in mcp("logs", job=job, offset=6) and "stopped: confirmed" in mcp("stop", job=job)
     for tool, arguments, words in (("read", {"path": "nope"}, "no file"), ("edit", {"path": "mcp/x.txt", "edits": [{"old": "zz", "new": ""}]}, "0 times"),
-                                   ("exec", {}, "command"), ("exec", {"command": 3}, "string"), ("read", {"path": "x", "bogus": 1}, "bogus"),
+                                   ("exec", {}, "command"), ("exec", {"command": 3}, "a list of texts"), ("read", {"path": "x", "bogus": 1}, "bogus"),
                                    ("exec", {"command": "true", "workspace": "other"}, "workspace"), ("logs", {"job": "j00000000"}, "job"),
                                    ("exec", {"command": "true", "cwd": "no/where"}, "directory"), ("logs", {"job": "../../x"}, "See jobs.")):
         failed, text = mcp.call(tool, **arguments)
@@ -9021,17 +9021,17 @@ def test_a_missing_ssh_or_git_is_said(repo: Repo, site: Site) -> None:
 REFUSALS = [(made, code, line, words) for made, code, lines in (
     (False, 2, {"": "", "no-such-command": "", "secrets": "", "secrets set": "", "secrets set X --command ''": "--command is empty", "secrets rm NOT_THERE": "NOT_THERE",
                 "secrets import /nonexistent": "", "rm": "", "write x": "", "edit x": "", "list --none": "", "new -H box -w a b": "twice", "new x --allow y": "goes with --dirty",
-                "new x --dirty --ref main~1": "one of the two", "new x --root ''": "--root", "write -w '' x": "-w names no workspace", "push -w '' --force": "-w names no workspace",
-                "pull -w ''": "-w names no workspace", "rm -w ''": "-w names no workspace", "history -n -5": "from 0", "doctor -oProxyCommand=x": "unrecognized", "doctor 'a b'": "host",
+                "new x --dirty --ref main~1": "one of the two", "new x --root ''": "--root", "write -w '' x": "--workspace is empty", "push -w '' --force": "--workspace is empty",
+                "pull -w ''": "--workspace is empty", "rm -w ''": "--workspace is empty", "history -n -5": "from 0", "doctor -oProxyCommand=x": "no option -oProxyCommand=x", "doctor 'a b'": "host",
                 "mcp -H -oProxyCommand=x": "host"}),
     (False, 1, {"rm never-made": "", "read x": "", "jobs": "", "logs x": "", "stop j00000000": "", "pull": "", "push": "", "fork b": "", "batch -C /": "", "secrets -C / list": "",
                 "new -C / a": "", **{f"{words} -H box -w mispelt": "There is no workspace 'mispelt'" for words in (
                     "jobs", "read README", "glob *", "grep x", "logs j00000000", "wait j00000000", "stop j00000000")}}),
     (False, 125, {"exec": "", "exec --timeout x -- true": "", "exec --timeout -1 -- true": "", "exec --env NOEQUALS -- true": "", "exec --env =x -- true": "", "exec --no-such-option": "",
-                  "exec -H '' -- true": "names no host", "exec -w '' -- true": "-w names no workspace",
+                  "exec -H '' -- true": "--host is empty", "exec -w '' -- true": "--workspace is empty",
                   "exec -w nope -- true": "There is no workspace 'nope', and no host is known to make it on."}),
-    (True, 2, {"rm a -w b": "given twice", "rm -H other main": "is on box, not on other", "diff -H ash -w main": "is on box, not on ash",
-               "push -w main --dirty --ref HEAD~1": "one of the two", "edit README --old a --new b --sha256 ''": "64 hexadecimal", "secrets set -w main TOKEN": "every workspace",
+    (True, 2, {"rm a -w b": "given twice", "rm -H other main": "no option -H", "shell --json main": "no option --json", "list -w main": "no option -w", "diff -H ash -w main": "is on box, not on ash",
+               "push -w main --dirty --ref HEAD~1": "one of the two", "edit README --old a --new b --sha256 ''": "--sha256 is empty", "edit README --old a --new b --sha256 12": "64 hexadecimal", "edit README --count 2": "--count goes with", "secrets set -w main TOKEN": "every workspace",
                "batch -j -1": "", "batch -j x": "", "batch -w a -w b": "", "batch -w ../x": "", "batch extra": ""}),
     (True, 1, {"read none": "no file", "read src": "directory"}),
     (True, 125, {"exec --all -w main -- true": "--all takes no -w", "exec -w main -w other -j -1 -- true": "", "exec -w main -w other -j x -- true": "", "exec -w main -w other --detach -- true": "",
@@ -9164,15 +9164,15 @@ def test_list_shows_what_is_on_its_host_and_a_push_of_one_state_may_name_it_twic
 def test_no_bar_is_drawn_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that still sends would draw it below "Interrupted."."""
     drawn: List[str] = []
-    monkeypatch.setattr(c, "err_out", drawn.append)
+    monkeypatch.setattr(c, "draw", lambda fd, text: drawn.append(text))
     terminal = c.Terminal(0)
-    terminal.redraws, terminal.began = True, time.monotonic() - 10
-    terminal.progress("w", 5)
+    terminal.lanes["w"] = ("sending", 0.0)
+    terminal._draw()
     assert len(drawn) == 1
     terminal.close()
-    terminal.shown, drawn[:] = 0.0, []
     terminal.progress("w", 6)
-    assert drawn == []
+    terminal._draw()
+    assert len(drawn) == 2 and "w" not in drawn[1]  # it was taken away, and nothing followed
 
 
 @pytest.mark.compat
@@ -9403,7 +9403,7 @@ def test_readme_commands_are_the_parsers() -> None:
 
 def test_readme_options_exist() -> None:
     others = {"--strict", "--fsck-objects", "--global", "--check", "--quiet", "--short"}  # of mypy, git and sha256sum
-    known = set.union(*map(flags_of, c.VERBS)) | {"--version"} | others
+    known = set.union(*(flags_of(name.split()[0]) for name in c.VERBS)) | {"--version"} | others
     told = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", README))
     assert told <= known, told - known
     every = {flag for name in c.VERBS for flag in flags_of(name) if flag.startswith("--")}
@@ -9487,7 +9487,7 @@ def test_readme_numbers_and_names_are_the_codes(repo: Repo) -> None:
     assert f"cut to {ROOM:,} characters" in text and ROOM == int(room) and f"after {soft} s (`--soft-timeout`)" in text
     assert f"versions from {min(found['supportedVersions'])} to {max(found['supportedVersions'])} are served" in text
     assert f"At most {c.SESSIONS_PER_MASTER} sessions a connection, {c.MASTERS_PER_HOST} connections a host and {c.HANDSHAKES_AT_ONCE} handshakes" in text
-    assert "`-j N` is how many run at once (16)" in text and "at once (default: 16)" in repo.cli("batch", "-h").text
+    assert "`-j N` is how many run at once (16)" in text and "batch: 16)" in repo.cli("batch", "-h").text
     assert f"cmux_ssh.py {c.__version__} (sha256" in text
     public = {name.partition("(")[0][len("cmux_ssh."):] for name in re.findall(r"cmux_ssh\.[A-Za-z_]\w*\b(?!\.)", README)} - {"py"}
     assert public <= set(c.__all__) | {"__all__"}, public
