@@ -7218,122 +7218,141 @@ def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Optional
 class Workspace(WorkspaceBase):
     """A directory on a host in which an agent works. Get one from Project.create, .ensure or
     .workspace. The methods are the tools of the table below: arguments and results as there, and
-    as in `batch`; exec() returns an ExecResult. Usable from threads. All raise HostError when the host
-    cannot be reached, UsageError for a wrong argument (TypeError for one of a wrong type), RemoteFailed for
-    an answer that makes no sense, Cancelled when ``cancel`` is set (but exec(): see there). A path is
-    relative to the workspace, or absolute; bytes that are no UTF-8 stand in a str as Python's
-    surrogateescape has them.
+    as in `batch`; exec() returns an ExecResult. Usable from threads.
+
+    All raise HostError when the host cannot be reached, UsageError for a wrong argument (TypeError
+    for one of a wrong type), RemoteFailed for an answer that makes no sense, Cancelled when
+    ``cancel`` is set (but exec(): see its own text). A path is relative to the workspace, or
+    absolute; bytes that are no UTF-8 stand in a str as Python's surrogateescape has them.
     """
 
     @logged("read", lambda found, *args: len(found.content))
-    def read(self, path: str, offset: int = 1, limit: int = 0, cancel: Optional[Cancel] = None) -> FileContent:
-        """A file's bytes; or its lines from ``offset`` on (1 is the first), ``limit`` of them (0: all).
-        Raises ToolFailed: no such file, no permission, not a plain file, or over 10 MiB without a limit."""
+    def read(self, path: str, offset: int = 1, limit: int = 0,
+             cancel: Optional[Cancel] = None) -> FileContent:
+        """A file's bytes; or its lines from ``offset`` on (1 is the first), ``limit`` of them (0:
+        all). Raises ToolFailed: no such file, no permission, not a plain file, or over 10 MiB
+        without a limit."""
         if offset < 1 or limit < 0:
             raise UsageError("Lines count from 1, and a limit cannot be negative.")
-        where = absolute(self, path)
         reply = tool_reply(self, self.host.call(
-            READ, where, str(READ_MAX), str(offset), str(limit), self.path, cancel=cancel, limit=READ_MAX + 4096), path)
+            READ, absolute(self, path), str(READ_MAX), str(offset), str(limit), self.path,
+            cancel=cancel, limit=READ_MAX + 4096), path)
         head, _, data = reply.stdout.partition(b"\n")
         words = head.decode("ascii", "replace").split()
         if len(words) < 2 or number(words[0]) < 0:
             raise RemoteFailed("The host's answer to read is damaged.")
-        if words[1] != "all":
-            if len(data) > READ_MAX:
-                raise ToolFailed("The lines asked for of %s are larger than %s." % (show(path), human_size(READ_MAX)), "Ask for fewer: limit.")
+        whole = words[1] == "all"
+        if len(data) > READ_MAX:
+            what = show(path) if whole else f"What was asked for of {show(path)}"
+            raise ToolFailed(f"{what} is larger than {human_size(READ_MAX)}.",
+                             "Read it by lines: offset and limit." if whole else "Ask for fewer: limit.")
+        if not whole:
             known = words[2] if words[2:] and re.match(r"[0-9a-f]{64}\Z", words[2]) else ""
             return FileContent(content=data, size=number(words[0]), sha256=known)
-        if len(data) > READ_MAX:
-            raise ToolFailed("%s is larger than %s." % (show(path), human_size(READ_MAX)), "Read it by lines: offset and limit.")
         digest, size = sha256_of(data), len(data)  # a file that grows is what was read of it
         if offset > 1 or limit:
-            lines = data.splitlines(keepends=True) if b"\r" not in data else re.findall(rb"[^\n]*\n|[^\n]+\Z", data)
+            lines = re.findall(rb"[^\n]*\n|[^\n]+\Z", data)
             data = b"".join(lines[offset - 1:offset - 1 + limit if limit else None])
         return FileContent(content=data, size=size, sha256=digest)
 
-    def write(self, path: str, content: Union[str, bytes], cancel: Optional[Cancel] = None) -> Dict[str, Any]:
-        """Make ``content`` (a str as UTF-8) the whole file, or change nothing; the mode stays, a symlink is
-        followed, directories are made. ``created``, ``size`` (bytes), ``sha256``. Raises ToolFailed."""
+    def write(self, path: str, content: Union[str, bytes],
+              cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+        """Make ``content`` (a str as UTF-8) the whole file, or change nothing; the mode stays, a
+        symlink is followed, directories are made. ``created``, ``size`` (bytes), ``sha256``.
+        Raises ToolFailed."""
         data = encoded(content)
-        return {"created": self._replace(path, data, "", cancel), "size": len(data), "sha256": sha256_of(data)}
+        created = self._replace(path, data, "", cancel)
+        return {"created": created, "size": len(data), "sha256": sha256_of(data)}
 
     @logged("write", lambda created, path, data, *args: len(data))
     def _replace(self, path: str, data: bytes, old: str, cancel: Optional[Cancel]) -> bool:
-        """write(); True if the file is new. ``old``: "none", or the checksum line of the content that must
-        still be there, else FileChanged."""
+        """write(); True if the file is new. ``old``: "none", or the checksum line of the content
+        that must still be there, else FileChanged."""
         where, (checksum, size) = absolute(self, path), cksum_of(data)
-        reply = self.host.call(WRITE, where, self.root, os.urandom(8).hex(), str(size), checksum, old, self.path,
-                               "%s-%d" % cksum_of(encoded(where + "\n")), data=data, once=True, cancel=cancel)
+        lock = "%s-%d" % cksum_of(encoded(where + "\n"))
+        reply = self.host.call(
+            WRITE, where, self.root, os.urandom(8).hex(), str(size), checksum, old, self.path, lock,
+            data=data, once=True, cancel=cancel)
         if reply.status == 36:
-            raise FileChanged("%s changed meanwhile." % show(path), "Read it again.")
+            raise FileChanged(f"{show(path)} changed meanwhile.", "Read it again.")
         return tool_reply(self, reply, path).stdout.strip() == b"created"
 
-    def edit(self, path: str, edits: List[Dict[str, Any]], sha256: str = "", cancel: Optional[Cancel] = None) -> Dict[str, Any]:
-        """Replace exact text: each edit has ``old``, ``new``, and ``count``, how many matches there must be
-        (1). All are applied or none: ``sha256`` of the file now, ``diff``. With the argument ``sha256``, of
-        the file as last seen, a file that changed is refused (FileChanged). Raises ToolFailed."""
+    def edit(self, path: str, edits: List[Dict[str, Any]], sha256: str = "",
+             cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+        """Replace exact text: each edit has ``old``, ``new``, and ``count``, how many matches there
+        must be (1). All are applied or none: ``sha256`` of the file now, ``diff``. With the
+        argument ``sha256``, of the file as last seen, a file that changed is refused (FileChanged).
+        Raises ToolFailed."""
         for edit in edits:
-            fits = isinstance(edit, dict) and set(edit) <= {"old", "new", "count"} and all(
-                isinstance(edit.get(key), str) for key in ("old", "new"))
-            if not fits or type(edit.get("count", 1)) is not int or edit.get("count", 1) < 1:
-                raise UsageError("An edit is an object with old, new, and perhaps count (1 or more).")
+            texts = isinstance(edit, dict) and all(isinstance(edit.get(key), str) for key in ("old", "new"))
+            count = edit.get("count", 1) if texts else 0
+            if type(count) is not int or count < 1 or not set(edit) <= {"old", "new", "count"}:
+                raise UsageError("An edit is an object with old, new, and perhaps count (from 1).")
         if not edits:
             raise UsageError("No edits were given.")
         before, after = self._edit(path, edits, sha256, cancel)
         return {"sha256": sha256_of(after), "diff": unified_diff(before, after, path)}
 
     @logged("edit", lambda pair, *args: len(pair[1]))
-    def _edit(self, path: str, edits: Sequence[Mapping[str, Any]], expected: str, cancel: Optional[Cancel]) -> Tuple[bytes, bytes]:
-        """(before, after). A concurrent change makes it read and apply again, unless ``expected`` (the
-        sha256 as last seen) no longer holds."""
+    def _edit(self, path: str, edits: Sequence[Mapping[str, Any]], expected: str,
+              cancel: Optional[Cancel]) -> Tuple[bytes, bytes]:
+        """(before, after). A concurrent change makes it read and apply again, unless ``expected``
+        (the sha256 as last seen) no longer holds."""
         for attempt in range(EDIT_TRIES):
             before = self.read(path, cancel=cancel)
             if expected and before.sha256 != expected.lower():
-                raise FileChanged("%s changed since it was read." % show(path), "Read it again.")
+                raise FileChanged(f"{show(path)} changed since it was read.", "Read it again.")
             after = apply_edits(before.content, edits, path)
             try:
                 self._replace(path, after, "%s %d" % cksum_of(before.content), cancel)
                 return before.content, after
             except FileChanged:
                 time.sleep(0.01 * (attempt + 1) * os.urandom(1)[0] / 255)
-        raise FileChanged("%s keeps changing." % show(path), "Try again.")
+        raise FileChanged(f"{show(path)} keeps changing.", "Try again.")
 
     def _search(self, script: str, *arguments: str, cancel: Optional[Cancel]) -> bytes:
         """Run a searching script as a command of its own process group, without the secrets."""
         out, err = Capture(SEARCH_MAX * 2, SEARCH_MAX * 2), Capture(LOG_MAX, STATE_MAX)
         records = command_records(["sh", "-c", script, "sh"] + list(arguments), False, False)
-        outcome = self.host.run(records, self.path, out, err, None, Deadline(SEARCH_PATIENCE), cancel)
+        outcome = self.host.run(
+            records, self.path, out, err, None, Deadline(SEARCH_PATIENCE), cancel)
         if outcome.reason:
-            raise ToolFailed("The search was stopped after %d seconds." % SEARCH_PATIENCE, "Narrow it.")
-        tool_reply(self, Reply(status=outcome.status or 0, stdout=b"", stderr=err.value(), trip=0.0))
+            raise ToolFailed(f"The search was stopped after {SEARCH_PATIENCE} seconds.", "Narrow it.")
+        status = outcome.status or 0
+        tool_reply(self, Reply(status=status, stdout=b"", stderr=err.value(), trip=0.0))
         return out.value()
 
     @logged("glob")
     def glob(self, pattern: str, limit: int = 1000, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
-        """Files that match (``*``, ``?``, ``[...]``, ``{a,b}`` within a component, ``**`` across them; ``.git`` is left out):
-        ``paths``, sorted; ``truncated`` if there are more than ``limit``. Raises ToolFailed after two minutes."""
+        """Files that match (``*``, ``?``, ``[...]``, ``{a,b}`` within a component, ``**`` across
+        them; ``.git`` is left out): ``paths``, sorted; ``truncated`` if there are more than
+        ``limit``. Raises ToolFailed after two minutes."""
         if limit < 1:
             raise UsageError("The limit is below 1.")
         patterns = glob_patterns(pattern, self.path)
         test = glob_test(*patterns)
         data = self._search(GLOB, wider_pattern(patterns), str(SEARCH_MAX), cancel=cancel)
-        parts = data[len(b"lines\n"):].split(b"\n") if data.startswith(b"lines\n") else data.split(b"\0")
+        lines = data.startswith(b"lines\n")
+        parts = data[len(b"lines\n"):].split(b"\n") if lines else data.split(b"\0")
         cut = len(data) >= SEARCH_MAX
-        names = [part[2:].decode("utf-8", "surrogateescape") for part in (parts[:-1] if cut else parts) if 2 < len(part) <= PATH_MAX]
-        found = sorted(name for name in names if test(name))
+        names = [part[2:].decode("utf-8", "surrogateescape")
+                 for part in (parts[:-1] if cut else parts) if 2 < len(part) <= PATH_MAX]
+        found = sorted(filter(test, names))
         return {"paths": found[:limit], "truncated": cut or len(found) > limit}
 
     @logged("grep")
     def grep(self, pattern: str, glob: str = "", ignore_case: bool = False, limit: int = 200,
              cancel: Optional[Cancel] = None) -> Dict[str, Any]:
-        """Lines that match an extended regular expression, in files that match ``glob`` (without a slash: by
-        name, at any depth): ``matches`` (each ``path``, ``line`` from 1, ``text`` of up to 500 characters),
-        ``truncated``. Raises ToolFailed."""
+        """Lines that match an extended regular expression, in files that match ``glob`` (without a
+        slash: by name, at any depth): ``matches`` (each ``path``, ``line`` from 1, ``text`` of up
+        to 500 characters), ``truncated``. Raises ToolFailed."""
         if not pattern or "\n" in pattern or limit < 1:
             raise UsageError("The pattern is empty or holds a newline, or the limit is below 1.")
         patterns = glob_patterns(glob, self.path, True) if glob else ["**"]
         test, most = glob_test(*patterns) if glob else None, max(limit + 1, 2000)
-        data = self._search(GREP, pattern, wider_pattern(patterns), "-i" if ignore_case else "-n", str(SEARCH_MAX), str(most), cancel=cancel)
+        data = self._search(
+            GREP, pattern, wider_pattern(patterns), "-i" if ignore_case else "-n", str(SEARCH_MAX),
+            str(most), cancel=cancel)
         kind, _, data = data.partition(b"\n")
         matches, seen = [], set()  # type: List[Dict[str, Any]], Set[str]
         cut = len(data) >= SEARCH_MAX or data.count(b"\n") >= most
@@ -7343,72 +7362,89 @@ class Workspace(WorkspaceBase):
                 cut = cut or path in seen
             elif len(name) <= PATH_MAX and (not test or test(path)):
                 seen.add(path)
-                matches.append({"path": path, "line": line, "text": row.decode("utf-8", "replace").rstrip("\r")[:LINE_MAX]})
+                text = row.decode("utf-8", "replace").rstrip("\r")[:LINE_MAX]
+                matches.append({"path": path, "line": line, "text": text})
         return {"matches": matches[:limit], "truncated": len(matches) > limit or cut}
 
     # -- jobs --
 
     @logged("start")
-    def start(self, command: Union[str, Sequence[str]], cwd: str = "", env: Optional[Mapping[str, str]] = None,
-              login: bool = False, cancel: Optional[Cancel] = None) -> str:
+    def start(self, command: Union[str, Sequence[str]], cwd: str = "",
+              env: Optional[Mapping[str, str]] = None, login: bool = False,
+              cancel: Optional[Cancel] = None) -> str:
         """Start a background job, which outlives this process and the connection; its id. Raises
         WorkspaceMissing."""
         line, words = check_command(command)
         job = "j" + os.urandom(4).hex()
-        records = record("_cmux_directory", os.path.join(self.path, cwd) if cwd else self.path) + self.environment(env, cancel)
+        directory = os.path.join(self.path, cwd) if cwd else self.path
+        records = record("_cmux_directory", directory) + self.environment(env, cancel)
         records += line_records(line, words, login)
         try:
-            reply = self.host.call(START, job_directory(self, job), job, *words, before=records, once=True, cancel=cancel)
+            reply = self.host.call(START, job_directory(self, job), job, *words, before=records,
+                                   once=True, cancel=cancel)
         except WorkspaceMissing:
             raise self._no_directory(cwd) if cwd else gone_there(self.name, self.host.name)
         check_reply(reply, self.host.name, "start the job")
         if "started" not in reply.lines():
-            raise RemoteFailed("%s did not confirm the start of the job." % self.host.name, "See jobs.")
+            raise RemoteFailed(f"{self.host.name} did not confirm the start of the job.", "See jobs.")
         # It runs, and its caller must have its id.
         with contextlib.suppress(CmuxError), self.project.registry.editing() as known:
             jobs = known.setdefault("jobs", {})
-            jobs[job] = {"workspace": self.name, "command": masked_detail(command, self.project.masks()), "started": round(time.time(), 3)}
+            shown = masked_detail(command, self.project.masks())
+            jobs[job] = {"workspace": self.name, "command": shown, "started": round(time.time(), 3)}
             for old in sorted(jobs, key=lambda name: float(jobs[name]["started"]))[:-JOBS_KEPT]:
                 del jobs[old]
         return job
 
+    def _ask(self, script: str, job: str, *arguments: str, cancel: Optional[Cancel],
+             limit: int = REPLY_MAX) -> Reply:
+        """The reply of a script about one job."""
+        reply = self.host.call(script, job_directory(self, job), *arguments, cancel=cancel, limit=limit)
+        return tool_reply(self, reply, job)
+
     @logged("jobs")
     def jobs(self, cancel: Optional[Cancel] = None) -> List[Dict[str, Any]]:
-        """The jobs, oldest first: ``job`` (its id), ``state`` (running, exited or lost), ``exit_code`` (None
-        unless exited), ``output_size`` (bytes), and, if begun from this machine, ``command``, ``started``
-        (seconds since 1970)."""
-        return parse_jobs(self, tool_reply(self, self.host.call(JOBS, job_directory(self), cancel=cancel)))
+        """The jobs, oldest first: ``job`` (its id), ``state`` (running, exited or lost),
+        ``exit_code`` (None unless exited), ``output_size`` (bytes), and, if begun from this
+        machine, ``command``, ``started`` (seconds since 1970)."""
+        reply = self.host.call(JOBS, job_directory(self), cancel=cancel)
+        return parse_jobs(self, tool_reply(self, reply))
 
     @logged("logs", lambda status, *args: len(status["output"]))
-    def logs(self, job: str, offset: int = 0, wait: float = 0, limit: int = LOGS_MAX, until: str = "more",
-             cancel: Optional[Cancel] = None) -> Dict[str, Any]:
-        """Output of a job from byte ``offset`` on, at most 1 MiB: ``output`` (bytes), ``next_offset``, ``size``,
-        ``job``, ``state``, ``exit_code``. Waits up to ``wait`` seconds (30 at most) for more, or, with
-        ``until`` "end", for the end. Raises ToolFailed when there is no such job."""
+    def logs(self, job: str, offset: int = 0, wait: float = 0, limit: int = LOGS_MAX,
+             until: str = "more", cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+        """Output of a job from byte ``offset`` on, at most 1 MiB: ``output`` (bytes),
+        ``next_offset``, ``size``, ``job``, ``state``, ``exit_code``. Waits up to ``wait`` seconds
+        (30 at most) for more, or, with ``until`` "end", for the end. Raises ToolFailed when there
+        is no such job."""
         if offset < 0:
             raise UsageError("Bytes of a job's output count from 0.")
-        reply = tool_reply(self, self.host.call(
-            LOGS, job_directory(self, job), str(offset), str(limit), str(int(min(wait, 30) * 10)), until,
-            cancel=cancel, limit=limit + 4096), job)
+        tenths = str(int(min(wait, 30) * 10))
+        reply = self._ask(LOGS, job, str(offset), str(limit), tenths, until,
+                          cancel=cancel, limit=limit + 4096)
         head, _, data = reply.stdout.partition(b"\n")
         words = head.decode("ascii", "replace").split()
         size = max(0, number(words[0])) if words else 0
         return dict(parse_state(words[1:]), job=job, output=data, next_offset=offset + len(data), size=size)
 
-    @logged("wait", code=lambda status: wait_code(status))
-    def wait(self, job: str, timeout: Optional[float] = None, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
-        """Wait for a job's end, across lost connections, ``timeout`` seconds at most: ``job``, ``state``
-        (running, if that came first), ``exit_code``, ``size``. Raises ToolFailed when there is no such job."""
+    @logged("wait", code=wait_code)
+    def wait(self, job: str, timeout: Optional[float] = None,
+             cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+        """Wait for a job's end, across lost connections, ``timeout`` seconds at most: ``job``,
+        ``state`` (running, if that came first), ``exit_code``, ``size``. Raises ToolFailed when
+        there is no such job."""
         deadline = Deadline(timeout)
         while True:
-            status = through_faults(lambda: self.logs(job, 0, deadline.capped(25), 0, "end", cancel), deadline, cancel)
+            status = through_faults(lambda: self.logs(
+                job, 0, deadline.capped(25), 0, "end", cancel), deadline, cancel)
             if status["state"] != "running" or deadline.over():
                 return {key: status[key] for key in ("job", "state", "exit_code", "size")}
 
     @logged("logs")
-    def follow(self, job: str, sink: Callable[[bytes], Any], offset: int = 0, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
-        """Pass a job's output to ``sink`` until it ends; after a lost line from the exact byte on. The last
-        of what logs() gives. Raises ToolFailed when there is no such job."""
+    def follow(self, job: str, sink: Callable[[bytes], Any], offset: int = 0,
+               cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+        """Pass a job's output to ``sink`` until it ends; after a lost connection from the exact
+        byte on. The last of what logs() gives. Raises ToolFailed when there is no such job."""
         while True:
             status = through_faults(lambda at=offset: self.logs(  # type: ignore[misc]
                 job, at, 20, cancel=cancel), Deadline(None), cancel)
@@ -7419,10 +7455,12 @@ class Workspace(WorkspaceBase):
 
     @logged("stop")
     def stop(self, job: str, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
-        """End a job and everything it started: ``job``, ``state``, ``exit_code``, and ``stopped``: confirmed,
-        or requested where the end was not seen. Raises ToolFailed when there is no such job."""
-        lines = tool_reply(self, self.host.call(STOP, job_directory(self, job), job, cancel=cancel), job).lines() + ["", ""]
-        return dict(parse_state(lines[1].split()), job=job, stopped="confirmed" if lines[0] == "confirmed" else "requested")
+        """End a job and everything it started: ``job``, ``state``, ``exit_code``, and ``stopped``:
+        confirmed, or requested where the end was not seen. Raises ToolFailed when there is no such
+        job."""
+        how, state, *_ = self._ask(STOP, job, job, cancel=cancel).lines() + ["", ""]
+        stopped = "confirmed" if how == "confirmed" else "requested"
+        return dict(parse_state(state.split()), job=job, stopped=stopped)
 
 
 class Project(ProjectBase):
@@ -9552,7 +9590,7 @@ def command_new(options: argparse.Namespace) -> int:
     if len(set(names)) != len(names):
         raise UsageError("A name is given twice.")
 
-    ref = project.repository.snapshot(options.allow) if options.dirty else options.ref
+    ref = project.repository.snapshot(options.allow or []) if options.dirty else options.ref
     for name in names:
         check_workspace(name)
     terminal, cancel = options.terminal, Cancel()
@@ -9584,30 +9622,32 @@ def command_new(options: argparse.Namespace) -> int:
 
 
 def print_table(rows: Sequence[Sequence[str]], spare: int = 0) -> None:
-    """Columns in line; on a terminal the widest are cut so that a row fits its width. With ``spare`` the last
-    column is cut before any other, to so many characters at least; where it cannot have them it is left out."""
+    """Columns in line; on a terminal the widest are cut so that a row fits its width. With
+    ``spare`` the last column is cut before any other, to so many characters at least; where it
+    cannot have them it is left out."""
     width = terminal_width()
     if spare:
-        rest = width - 2 - max(map(len, table_lines([row[:-1] for row in rows], 1 << 16)))  # what the others leave to it
+        others = table_lines([row[:-1] for row in rows], 1 << 16)
+        rest = width - 2 - max(map(len, others))  # what they leave to it
         fits = rest >= min(spare, max(len(row[-1]) for row in rows))
-        rows = [[*row[:-1], row[-1] if len(row[-1]) <= rest else row[-1][:rest - 3] + "..."] if fits else row[:-1] for row in rows]
+        rows = [[*row[:-1], shortened(row[-1], rest)] if fits else row[:-1] for row in rows]
     print_text("\n".join(table_lines(rows, width)))
 
 
 def table_lines(rows: Sequence[Sequence[str]], width: int) -> List[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > 8:
-        widths[max(range(len(widths)), key=lambda i: (widths[i], i))] -= 1  # of two as wide, the later
+        widths[max(range(len(widths)), key=lambda i: (widths[i], i))] -= 1  # of equals, the later
+    return ["  ".join(shortened(neutralise(text).replace("\n", " "), size).ljust(size)
+                      for text, size in zip(row, widths)).rstrip() for row in rows]
 
-    def cell(text: str, size: int) -> str:
-        return text.ljust(size) if len(text) <= size else text[:size - 3] + "..."
-    return ["  ".join(cell(neutralise(text).replace("\n", " "), size) for text, size in zip(row, widths)).rstrip() for row in rows]
+
+def shortened(text: str, size: int) -> str:
+    return text if len(text) <= size else text[:size - 3] + "..."
 
 
 def command_history(options: argparse.Namespace) -> int:
-    project = open_project(options)
-    name = one_workspace(options)
-    rows = project.past(name)
+    rows = open_project(options).past(one_workspace(options))
     rows = rows[-options.limit:] if options.limit else rows
     if options.json:
         for row in rows:
@@ -9615,8 +9655,10 @@ def command_history(options: argparse.Namespace) -> int:
         return 0
     table = [("WHEN", "WORKSPACE", "WHAT", "TOOK", "CODE", "BYTES", "DETAIL")]
     for row in rows:
-        table.append((time.strftime("%m-%d %H:%M:%S", time.localtime(row["time"])), str(row.get("workspace", "")), row["operation"],
-                      human_time(row.get("duration") or 0), str(row.get("exit_code", "")), human_size(row.get("bytes") or 0) if row.get("bytes") else "",
+        when = time.strftime("%m-%d %H:%M:%S", time.localtime(row["time"]))
+        size = human_size(row["bytes"]) if row.get("bytes") else ""
+        table.append((when, str(row.get("workspace", "")), row["operation"],
+                      human_time(row.get("duration") or 0), str(row.get("exit_code", "")), size,
                       str(row.get("detail", ""))))
     if rows:
         print_table(table, spare=8)
@@ -9626,8 +9668,10 @@ def command_history(options: argparse.Namespace) -> int:
 
 
 class Top:
-    """What `top` knows of each workspace (on one host, or on any): asked for side by side, so that no host
-    holds up the others."""
+    """What `top` knows of each workspace (on one host, or on any): asked for side by side, so that
+    no host holds up the others."""
+
+    UNSEEN: Dict[str, Any] = {"changed": None, "jobs": [], "error": None}
 
     def __init__(self, project: Project, host: Optional[str] = None) -> None:
         self.project, self.host = project, host
@@ -9635,7 +9679,8 @@ class Top:
         self.asked: Set[str] = set()
 
     def _entries(self) -> List[Tuple[str, Dict[str, Any]]]:
-        return sorted((name, entry) for name, entry in self.project.entries().items() if self.host in (None, entry["host"]))
+        return [(name, entry) for name, entry in sorted(self.project.entries().items())
+                if self.host in (None, entry["host"])]
 
     def ask(self) -> None:
         """Start asking every host that has answered its last question."""
@@ -9648,37 +9693,43 @@ class Top:
     def _look(self, name: str) -> None:
         try:
             workspace = self.project.workspace(name)
-            reply = tool_reply(workspace, workspace.host.call(JOBS, job_directory(workspace), workspace.path))
+            reply = tool_reply(workspace, workspace.host.call(
+                JOBS, job_directory(workspace), workspace.path))
             changed = re.match(r"changed +(\d{1,9})\n", reply.stdout.decode("ascii", "replace"))
             jobs = [job for job in parse_jobs(workspace, reply) if job["state"] == "running"]
-            self.seen[name] = {"changed": int(changed.group(1)) if changed else None, "jobs": jobs, "error": None}
+            self.seen[name] = {"changed": int(changed[1]) if changed else None, "jobs": jobs, "error": None}
         except CmuxError as error:
-            self.seen[name] = dict(self.seen.get(name, {"changed": None, "jobs": []}), error=str(error))
+            self.seen[name] = dict(self.seen.get(name, self.UNSEEN), error=str(error))
         finally:
             self.asked.discard(name)
 
     def rows(self) -> List[Dict[str, Any]]:
-        now, last = time.time(), {row.get("op"): row.get("exit_code") for row in self.project.history.rows() if row["operation"] == "exec"}
-        running = self.project.running_now()
+        now, running = time.time(), self.project.running_now()
+        last = {row.get("op"): row.get("exit_code") for row in self.project.history.rows()
+                if row["operation"] == "exec"}
         rows = []
         for name, entry in self._entries():
-            seen = self.seen.get(name, {"changed": None, "jobs": [], "error": None})
-            doing = [{"what": row["operation"], "detail": str(row.get("detail", "")), "for": round(now - row["time"], 1)}
+            seen = self.seen.get(name, self.UNSEEN)
+            doing = [(row["operation"], str(row.get("detail", "")), row["time"])
                      for row in running if row.get("workspace") == name]
-            doing += [{"what": job["job"], "detail": job["command"], "for": round(now - job["started"], 1) if job["started"] else None} for job in seen["jobs"]]
-            rows.append({"workspace": name, "host": entry["host"], "changed": seen["changed"], "last_exit_code": last.get(entry["op"]),
-                         "running": doing, "error": seen["error"]})
+            doing += [(job["job"], job["command"], job["started"]) for job in seen["jobs"]]
+            rows.append({
+                "workspace": name, "host": entry["host"], "changed": seen["changed"],
+                "last_exit_code": last.get(entry["op"]), "error": seen["error"], "running": [
+                    {"what": what, "detail": detail, "for": round(now - since, 1) if since else None}
+                    for what, detail, since in doing]})
         return rows
 
     def lines(self, width: int) -> List[str]:
         table = [("WORKSPACE", "HOST", "CHANGED", "LAST", "FOR", "RUNNING")]
         for row in self.rows():
-            cells = [row["workspace"], row["host"], "-" if row["changed"] is None else str(row["changed"]),
-                     "-" if row["last_exit_code"] is None else str(row["last_exit_code"])]
-            doing = row["running"] or [{"for": None, "detail": row["error"] or "", "what": ""}]
-            for at, item in enumerate(doing):
-                what = item["detail"] if item["what"] in ("", "exec") else "%s %s" % (item["what"], item["detail"])
-                table.append(tuple((cells if at == 0 else [""] * 4) + [human_age(item["for"]) if item["for"] is not None else "", what]))
+            cells = [row["workspace"], row["host"], *(
+                "-" if row[key] is None else str(row[key]) for key in ("changed", "last_exit_code"))]
+            for item in row["running"] or [{"for": None, "detail": row["error"] or "", "what": ""}]:
+                own = "" if item["what"] in ("", "exec") else item["what"] + " "
+                since = "" if item["for"] is None else human_age(item["for"])
+                table.append((*cells, since, own + item["detail"]))
+                cells = [""] * 4
         return table_lines(table, width)
 
 
@@ -9690,8 +9741,9 @@ def command_top(options: argparse.Namespace) -> int:
         patience = Deadline(TOP_PATIENCE)
         while top.asked and not patience.over():
             time.sleep(0.02)
+        late = f"The host has not answered within {TOP_PATIENCE} s."
         for name in list(top.asked):
-            top.seen.setdefault(name, {"changed": None, "jobs": [], "error": "The host has not answered within %g s." % TOP_PATIENCE})
+            top.seen.setdefault(name, dict(top.UNSEEN, error=late))
         print_json(top.rows()) if options.json else print_text("\n".join(top.lines(1 << 16)))
         return 0
     import termios
@@ -9703,9 +9755,9 @@ def command_top(options: argparse.Namespace) -> int:
         while True:
             import shutil
             size = shutil.get_terminal_size()
-            lines = ["%s: %s  (q leaves)" % (project.name, time.strftime("%H:%M:%S")), ""] + top.lines(size.columns)
-            text = "".join("\x1b[K%s\r\n" % line for line in lines[:size.lines - 1])
-            draw(1, "\x1b[H%s\x1b[J" % text)
+            title = f"{project.name}: {time.strftime('%H:%M:%S')}  (q leaves)"
+            lines = [title, "", *top.lines(size.columns)][:size.lines - 1]
+            draw(1, "\x1b[H%s\x1b[J" % "".join(f"\x1b[K{line}\r\n" for line in lines))
             if select.select([0], [], [], TOP_EVERY)[0] and os.read(0, 1) in (b"q", b"Q", b"", b"\x03"):
                 return 0
             top.ask()
@@ -9819,37 +9871,37 @@ def command_list(options: argparse.Namespace) -> int:
     rows: List[Dict[str, Any]] = []
     if options.all_projects:
         for value in all_projects(report_error):
-            rows += [dict(name=name, host=e["host"], path=e["path"], base=e["base"], created=e["created"],
-                          project=value["name"], state=state_of(e)) for name, e in value["workspaces"].items()
-                     if e.get("state") == "ready"]
+            rows += [dict({key: entry[key] for key in ("host", "path", "base", "created")}, name=name,
+                          project=value["name"], state=state_of(entry))
+                     for name, entry in value["workspaces"].items() if entry.get("state") == "ready"]
     else:
-        project = open_project(options)
-        rows = [workspace.describe() for workspace in project.workspaces()]
+        rows = [workspace.describe() for workspace in open_project(options).workspaces()]
     rows = [row for row in rows if options.host in (None, row["host"])]
     if options.json:
         return answer(options, rows)
     if not rows:
-        options.terminal.warn("No workspaces%s. Make one: %s new NAME -H %s" % (
-            " on " + options.host if options.host else " yet", PROGRAM, quote(options.host or "HOST")))
-        return 0
-    if options.verbosity < 0:
-        print_text("\n".join(str(row["name"]) for row in rows))
-        return 0
-    print_table([("NAME", "HOST", "BASE", "AGE", "STATE", "PATH")] + [
-        (row["name"] if not options.all_projects else "%s/%s" % (row["project"], row["name"]), row["host"],
-         row["base"][:10], human_age(time.time() - row["created"]), row["state"], row["path"]) for row in rows], spare=20)
+        where = f" on {options.host}" if options.host else " yet"
+        options.terminal.warn(f"No workspaces{where}. Make one: {PROGRAM} new NAME -H {quote(options.host or 'HOST')}")
+    elif options.verbosity < 0:
+        print_text("\n".join(row["name"] for row in rows))
+    else:
+        print_table([("NAME", "HOST", "BASE", "AGE", "STATE", "PATH")] + [
+            (f"{row['project']}/" * options.all_projects + row["name"], row["host"], row["base"][:10],
+             human_age(time.time() - row["created"]), row["state"], row["path"]) for row in rows], spare=20)
     return 0
 
 
 def human_time(seconds: float) -> str:
-    return "%d ms" % (seconds * 1000) if seconds < 1 else "%.1f s" % seconds if seconds < 100 else human_age(seconds)
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    return f"{seconds:.1f} s" if seconds < 100 else human_age(seconds)
 
 
 def human_age(seconds: float) -> str:
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds >= size:
-            return "%d%s" % (seconds // size, unit)
-    return "%ds" % max(0, seconds)
+            return f"{seconds // size:.0f}{unit}"
+    return f"{int(max(0, seconds))}s"
 
 
 def one_workspace(options: argparse.Namespace) -> str:
@@ -9906,36 +9958,38 @@ def existing_workspace(options: argparse.Namespace) -> Workspace:
 
 def command_pull(options: argparse.Namespace) -> int:
     terminal = options.terminal
-    result = pull(existing_workspace(options), options.branch, options.allow, terminal)
+    result = pull(existing_workspace(options), options.branch or "", options.allow, terminal)
     if options.json:
         return answer(options, result.as_dict())
     for note in result.notes:
         terminal.warn(note)
     for path, names in result.secrets.items():
-        terminal.line("%s: warning: %s holds the secret %s." % (PROGRAM, path, ", ".join(names)))
+        terminal.line(f"{PROGRAM}: warning: {path} holds the secret {', '.join(names)}.")
     if options.verbosity < 0:
         return 0
     if not result.new:
-        print_text("Nothing new in %s." % result.workspace)
+        print_text(f"Nothing new in {result.workspace}.")
         return 0
-    print_text("%s: %d commit%s on %s, now at %s" % (neutralise(result.branch), result.commits, "s"[result.commits == 1:],
-                                                     result.since[:10], result.commit[:10]))
-    print_text(result.stat)
+    commits = f"{result.commits} commit" + "s" * (result.commits != 1)
+    branch = neutralise(result.branch)
+    print_text(f"{branch}: {commits} on {result.since[:10]}, now at {result.commit[:10]}\n{result.stat}")
     if result.executes:
         print_text("These would run, or be obeyed, on this machine after a merge:")
         print_text("\n".join("  " + line for line in result.executes[:200]))
-    branch = quote(neutralise(result.branch))
-    terminal.note("To look at it: git diff ...%s; to take it: git merge %s" % (branch, branch))
+    branch = quote(branch)
+    terminal.note(f"To look at it: git diff ...{branch}; to take it: git merge {branch}")
     return 0
 
 
 def command_push(options: argparse.Namespace) -> int:
     refuse_both(options)
     workspace = existing_workspace(options)
-    ref = workspace.project.repository.snapshot(options.allow) if options.dirty else options.ref
-    moved = workspace.project.push(workspace.name, ref, options.force, options.terminal)
-    now = workspace.project.workspace(workspace.name)
-    return answer(options, dict(now.describe(), pushed=moved), "%s is at %s%s" % (now.name, now.base[:10], "" if moved else " already"))
+    project = workspace.project
+    ref = project.repository.snapshot(options.allow or []) if options.dirty else options.ref
+    moved = project.push(workspace.name, ref, options.force, options.terminal)
+    now = project.workspace(workspace.name)
+    already = "" if moved else " already"
+    return answer(options, dict(now.describe(), pushed=moved), f"{now.name} is at {now.base[:10]}{already}")
 
 
 def command_move(options: argparse.Namespace) -> int:
@@ -9948,14 +10002,15 @@ def command_move(options: argparse.Namespace) -> int:
 def command_gc(options: argparse.Namespace) -> int:
     freed, failed = open_project(options).gc(options.host)
     lost = {getattr(error, "host", None) or "?": {"error": error_fields(error)} for error in failed}
-    answer(options, dict(freed, **lost), *("%s: freed %s" % (host, human_size(count)) for host, count in freed.items()))
+    lines = [f"{host}: freed {human_size(count)}" for host, count in freed.items()]
+    answer(options, dict(freed, **lost), *lines)
     for error in failed:
         report_error(error)
     return max([error.exit_code for error in failed], default=0)
 
 
 def command_diff(options: argparse.Namespace) -> int:
-    colours = {"+": "32", "-": "31", "@": "36", "d": "1"} if in_colour() else {}
+    colours = {"+": "32", "-": "31", "@": "36", "d": "1"} if in_colour() and not options.stat else {}
     exact = options.json or not os.isatty(1)
     lines = diff_lines(existing_workspace(options), options.stat, options.terminal, binary=exact)
     if options.json:
@@ -9963,8 +10018,9 @@ def command_diff(options: argparse.Namespace) -> int:
     for line in lines:
         quiet_terminal()
         text = neutralise(line)
-        colour = colours.get(text[:1]) if not options.stat else None
-        write_out(1, line + b"\n" if exact else ("\x1b[%sm%s\x1b[m\n" % (colour, text) if colour else text + "\n").encode("utf-8", "replace"), harmless=True)
+        colour = colours.get(text[:1])
+        shown = (f"\x1b[{colour}m{text}\x1b[m" if colour else text).encode("utf-8", "replace")
+        write_out(1, (line if exact else shown) + b"\n", harmless=True)
     return 0
 
 
