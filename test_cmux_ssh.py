@@ -8287,6 +8287,22 @@ anyio.run(go, sys.argv[1])
 """
 
 
+def test_mcp_a_line_that_was_written_over_is_shown_in_its_last_state(mcp: Mcp) -> None:
+    shown = mcp("exec", command=r"printf '10%%\r50%%\r100%%\nwindows\r\nnext\ra\rb\r'; printf 'literal ^M stays\n' >&2")
+    assert "\n100%\nwindows\nb\n" in shown and "50%" not in shown and "next" not in shown and "literal ^M stays" in shown, shown
+
+
+def test_mcp_name_and_workspace_are_taken_for_each_other(repo: Repo) -> None:
+    with open_mcp(repo, "-H", "box", "--manage") as client:
+        client("workspace_new", workspace="one")
+        assert "ran in one" in client("exec", name="one", command="echo ran in $CMUX_WORKSPACE")
+        client("workspace_fork", workspace="one", name="two")
+        client("workspace_rm", name="one")
+        assert set(repo.workspaces()) == {"two"}
+        failed, text = client.call("workspace_rm", name="two", workspace="two")
+        assert failed and "no argument 'name'" in text
+
+
 @pytest.mark.parametrize("mode", ["auto", "legacy", "2026-07-28"])
 def test_mcp_the_official_sdk_works(shared: Repo, mode: str) -> None:
     sdk = next((py for py in (os.environ.get("CMUX_TEST_MCP_PYTHON", ""), sys.executable) if py and subprocess.run(
@@ -8670,7 +8686,7 @@ for words in "$@"; do eval "t $words"; done"""
 OFFERED = {  # exactly, in bash; with a bar between, at least
     "{} ''": "new|rm|secrets", "{} rm ''": "two main", "{} rm main ''": "two main", "{} rm --force ''": "two main", "{} rm --f": "--force --forget",
     "{} secrets ''": "set import list rm", "{} secrets rm ''": "KEY", "{} secrets rm KEY ''": "KEY", "{} exec -w ''": "two main", "{} -C src rm ''": "two main", "{} exec -- --": "",
-    "{} exec -H ''": "", "{} list -": "--all-projects|--json|-C", "python3 other.py ''": "", "python3 {} pull -w ''": "two main", "python3 {} secrets rm ''": "KEY"}
+    "{} exec -H ''": "alpha beta", "{} doctor b": "beta", "{} pull ''": "two main", "{} logs ''": "j0123abcd", "{} new ''": "", "{} list -": "--all-projects|--json|-C", "python3 other.py ''": "", "python3 {} pull -w ''": "two main", "python3 {} secrets rm ''": "KEY"}
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
@@ -8718,6 +8734,13 @@ def shared_names(shared: Repo) -> Repo:
     repo = Repo(shared.site, "names")
     repo.new("main", "two")
     repo.ok("secrets", "set", "KEY", stdin=b"v")
+    config = Path(repo.site.environment()["HOME"]) / ".ssh" / "config"
+    config.parent.mkdir(exist_ok=True)
+    config.write_text("Host alpha *.example !no\n  HostName x\nhost=beta\nMatch host gamma\n")
+    [registry] = [path for path in (repo.site.state / "projects").glob("*.json") if '"two"' in path.read_text()]
+    state = json.loads(registry.read_text())
+    state["jobs"] = {"j0123abcd": {"workspace": "two", "command": "make", "started": 1.0}}
+    registry.write_text(json.dumps(state))
     return repo
 
 
@@ -9159,6 +9182,58 @@ def test_list_shows_what_is_on_its_host_and_a_push_of_one_state_may_name_it_twic
     assert "main" in shared.cli("list", "-q", "-H", "box").text.split() and shared.cli("list", "--json", "-H", "other").json == []
     assert "No workspaces on nowhere" in shared.ok("list", "-H", "nowhere").said
     shared.ok("push", "-w", "main", "--dirty", "--ref", "HEAD")
+
+
+def test_help_of_a_command_is_also_the_word_help_and_a_slip_names_the_command_meant(shared: Repo) -> None:
+    assert shared.ok("help", "exec").text == shared.ok("exec", "--help").text
+    refused(shared.cli("exce"), 2, words=" exec`?")
+    shown = shared.ok("-h").text
+    assert re.findall(r"(?m)^(\w+):$", shown) == ["work", "files", "jobs", "workspaces", "agents", "setup"]
+    assert "exec [options] -- CMD..." in shared.ok("exec", "-h").text
+
+
+@pytest.mark.parametrize("short, long", [("-q", "--quiet"), ("-v", "--verbose"), ("-n", "--limit")])
+def test_short_options_have_long_forms(shared: Repo, short: str, long: str) -> None:
+    number = ["1"] * (short == "-n")
+    first, second = (shared.ok("history", flag, *number) for flag in (short, long))
+    assert first.text == second.text and first.said == second.said
+
+
+def test_times_may_have_a_unit(shared: Repo) -> None:
+    began = time.monotonic()
+    assert shared.exec("sleep 30", options=["--timeout", "0.02m"]).code == 124 and time.monotonic() - began < 25
+    for wrong in ("1x", "m", "-1s", "0", "1e3", "99999999999"):
+        refused(shared.exec("true", options=[f"--timeout={wrong}"]), 125, words="--timeout takes a number of seconds")
+
+
+def test_a_workspace_may_be_named_by_a_word_and_the_only_one_need_not_be_named(repo: Repo) -> None:
+    repo.new("one")
+    do_in = repo.exec("echo x >x", options=["-w", "one"])
+    assert do_in.code == 0 and "x" in repo.ok("diff", "one", "--stat").text and "x" in repo.ok("diff", "--stat").text
+    assert "cmux/one" in repo.ok("pull").text and "already" in repo.ok("push", "one").text
+    refused(repo.cli("pull", "one", "-w", "two"), 2, words="More than one workspace")
+    repo.new("two")
+    refused(repo.cli("diff"), 1, words="There is no workspace 'main'")
+
+
+def test_the_command_line_works_in_another_thread_of_an_importer(repo: Repo) -> None:
+    assert in_library(repo, """
+import threading
+codes = []
+thread = threading.Thread(target=lambda: codes.append(cmux_ssh.main(["exec", "-H", "box", "--", "exit 3"])))
+thread.start()
+thread.join()
+print(codes)
+""") == "[3]\n"
+
+
+def test_history_has_the_exit_code_of_a_wait(shared: Repo) -> None:
+    job = shared.ok("exec", "--detach", "--", "rm -f go; until [ -e go ]; do sleep 0.1; done; exit 7").text.strip()
+    assert shared.cli("wait", job, "--timeout", "0").code == 124
+    do(shared, "sleep 0.5; touch go")
+    assert shared.cli("wait", job).code == 7
+    rows = [json.loads(line) for line in shared.ok("history", "--json").text.splitlines()]
+    assert [row["exit_code"] for row in rows if row["operation"] == "wait"][-2:] == [124, 7]
 
 
 def test_no_bar_is_drawn_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
