@@ -992,29 +992,48 @@ _cleave() {
 OPEN_ROOT = LOCKED + r"""
 _croot() { # $1 root as given, may be empty or begin with ~ -> cd there, $root
   umask 077; unset CDPATH
-  case $1 in '') root=$HOME/cmux;; '~') root=$HOME;; '~/'*) root=$HOME/${1#'~/'};; /*) root=$1;; *) root=$HOME/$1;; esac
+  case $1 in
+  '') root=$HOME/cmux;; '~') root=$HOME;; '~/'*) root=$HOME/${1#'~/'};; /*) root=$1;;
+  *) root=$HOME/$1;;
+  esac
   [ -d "$root" ] || { mkdir -p -- "$root" && fresh=1; } || return 3
   cd -P -- "$root" && root=$(pwd -P) || return 3
   case $root in *"$_cmux_newline"*) echo "a newline is in the path of its root" >&2; return 3;; esac
-  mkdir -p .cmux/bases .cmux/stage .cmux/trash .cmux/made || return 3
-  chmod 700 .cmux || return 3
+  mkdir -p .cmux/bases .cmux/stage .cmux/trash .cmux/made .cmux/locks && chmod 700 .cmux || return 3
 }
-_cone() { # lock function...: one at a time (after a lost line the first attempt may still run)
-  _ck=$root/.cmux/stage/$1.by; shift
-  _center "$_ck" 0.1 3000 || return 3
-  "$@"; r=$?
-  _cleave "$_ck"; return $r
+_one_at_a_time() { # lock function...: after a lost line the first attempt may still run
+  own_lock=$root/.cmux/stage/$1.by; shift
+  _center "$own_lock" 0.1 3000 || return 3
+  "$@"; status=$?
+  _cleave "$own_lock"; return $status
 }
-_cturn() { # project name turn op function...: one at a time for a name, and none once a later one
-  # has begun, which also clears away what the last left in the stage: its client was killed
-  mkdir -p .cmux/locks ".cmux/made/$1" && _cone "$1.$2" _clater "$@"
+# _operate function root project turn name op...: one operation at a time on a workspace's name, and
+# none once a later one has begun, which also clears away what the last left in the stage: its client
+# was killed. The function is given what follows the op.
+_operate() {
+  _croot "$2" || return
+  project=$3 turn=$4 name=$5 op=$6 place=$root/$3/$5
+  stage=$root/.cmux/stage/$op known=.cmux/made/$project/$op
+  mkdir -p ".cmux/made/$project" && _one_at_a_time "$project.$name" _in_turn "$@"
 }
-_clater() {
-  turn=.cmux/locks/turn-$1.$2 last=0 op=
-  [ ! -f "$turn" ] || read -r last op <"$turn"
-  [ "${last:-0}" -le "$3" ] || return 3
-  case $op in "$4" | '') ;; *) chmod -R u+rwX ".cmux/stage/$op"; rm -rf ".cmux/stage/$op";; esac
-  echo "$3 $4" >"$turn" && shift 4 && "$@"
+_in_turn() {
+  turns=.cmux/locks/turn-$project.$name last=0 left=
+  [ ! -f "$turns" ] || read -r last left <"$turns"
+  [ "${last:-0}" -le "$turn" ] || return 3
+  case $left in "$op" | '') ;; *) _free ".cmux/stage/$left";; esac
+  action=$1; shift 6
+  echo "$turn $op" >"$turns" && "$action" "$@"
+}
+_free() { chmod -R u+rwX "$1"; rm -rf "$1"; }
+_taken() { [ -e "$1" ] || [ -L "$1" ]; }
+# What is known of a workspace lies in one directory, made/PROJECT/OP/, named by the operation that
+# made it; made/PROJECT/NAME.op says which has the name. So a new name moves nothing.
+_owner() { cat "$root/.cmux/made/$project/$1.op"; }
+_put() { # directory: it becomes $place. mv moves *into* what has come to stand there: that is undone
+  echo "$op" >"$root/.cmux/made/$project/$name.op" && mv "$1" "$stage/$op" &&
+    mv "$stage/$op" "$place" || return 3
+  if [ -d "$place/$op" ]; then rm -rf "$place/$op" "$stage"; return 20; fi
+  rm -rf "$stage"
 }
 """
 
@@ -1064,98 +1083,95 @@ _clist() { # the files and links below the current directory, a line each: x (ex
 }
 """
 
-# CREATE root project name base op turn: make a workspace of a cached or just uploaded base.
-#   replies: root <path>; init, if there is a hook to run; made. Status 20: the name is taken;
-#   21: the base is not here; it then names those that a delta may stand on, newest first.
-#   Called again with the same op after a lost line, it says made.
 # A base is a directory bases/<id>: whole.tar, git/ (a repository of one commit) where the host has
 # git. One of which only the difference to another was sent is packed here. Times are the host's own
 # (tar's m): with those of a client whose clock is ahead, make would rebuild for ever. A kept tar is
 # faster to unpack than a tree is to copy: for 20,000 files 0.18 s of processor time against 0.36,
 # for 1,000 of 16 kB 0.02 against 0.04.
-# Files "big" from one byte on go into one pack as they are: a third of the time of a file for each object,
-# and a repository that is copied in a twentieth of it. MALLOC_: glibc else gives a buffer back to the kernel for each
-# file, a fifth of the time. No fsync (a pack has one, the tree itself has none).
-# mv onto an existing directory would move *into* it: that is looked for and undone.
+# Files "big" from one byte on go into one pack as they are: a third of the time of a file for each
+# object, and a repository that is copied in a twentieth of it. MALLOC_: glibc else gives a buffer
+# back to the kernel for each file, a fifth of the time. No fsync (a pack has one, the tree itself
+# has none).
 BASE = r"""
-_cgit() { # $1 directory of the tree, $2 directory of the base
-  command -v git >/dev/null || return 0
-  rm -rf "$1/.git"
-  # The times are as in the index of the first.
-  ( cd "$1" && find . -type f -exec touch -r "$root/$2/whole.tar" {} + )
-  if [ -d "$2/git" ]; then cp -R "$2/git" "$1/.git" && ( cd "$1" && _cenv && git update-index -q --refresh ); return; fi
-  ( cd "$1" || exit 1
-    _cenv
-    git init -q --template= . && git symbolic-ref HEAD refs/heads/main &&
-    mkdir -p .git/info .git/hooks && echo "$raw" >.git/info/attributes &&
-    printf '[core]\n\tautocrlf = false\n\ttrustctime = false\n\tcheckStat = minimal\n' >>.git/config &&
-    MALLOC_TRIM_THRESHOLD_=99999999 MALLOC_TOP_PAD_=9999999 git -c core.compression=0 -c core.bigFileThreshold=1 -c core.fsync=none add -A -f . &&
-    x=$(git write-tree) && x=$(git commit-tree "$x" -m base) &&
-    printf 'update %s %s\n' HEAD "$x" refs/cmux/base "$x" | git update-ref --stdin ) || { rm -rf "$1/.git"; return 1; }
-  rm -rf "$2/git.$op"; cp -R "$1/.git" "$2/git.$op" && mv "$2/git.$op" "$2/git"
-  rm -rf "$2/git.$op" "$2/git/git.$op"
+_unpack() { ( umask 022; tar -xmof "$@" ); }
+_add() { # git...: all files, as one pack
+  MALLOC_TRIM_THRESHOLD_=99999999 MALLOC_TOP_PAD_=9999999 "$@" -c core.compression=0 \
+    -c core.bigFileThreshold=1 -c core.fsync=none add -f --ignore-removal .
 }
-_cgone() { # remove what .cmux-gone names, and the directories that are empty then
+_make_repository() { # in $stage/tree, for $base, or a copy of the one that is there already
+  command -v git >/dev/null || return 0
+  cd "$stage/tree" && rm -rf .git && _cenv || return
+  find . -type f -exec touch -r "$root/$base/whole.tar" {} + # as in the index of the first
+  kept=$root/$base/git
+  if [ -d "$kept" ]; then cp -R "$kept" .git && git update-index -q --refresh; return; fi
+  git init -q --template= . && git symbolic-ref HEAD refs/heads/main &&
+  mkdir -p .git/info .git/hooks && echo "$raw" >.git/info/attributes &&
+  printf '[core]\n\tautocrlf = false\n\ttrustctime = false\n\tcheckStat = minimal\n' >>.git/config &&
+  _add git && tree=$(git write-tree) && commit=$(git commit-tree "$tree" -m base) &&
+  printf 'update %s %s\n' HEAD "$commit" refs/cmux/base "$commit" | git update-ref --stdin ||
+    { rm -rf .git; return 1; }
+  cp -R .git "$kept.$op" && mv "$kept.$op" "$kept"
+  rm -rf "$kept.$op" "$kept/git.$op"
+}
+_remove_gone() { # what .cmux-gone names, and the directories that are empty then
   set --
-  while IFS= read -r f; do
-    set -- "$@" "./$f"
+  while IFS= read -r path; do
+    set -- "$@" "./$path"
     [ $# -lt 200 ] || { rm -rf "$@"; set --; }
   done <.cmux-gone
   rm -rf "$@"
   find . -depth -type d -exec rmdir {} + 2>/dev/null
   return 0
 }
-_cgrow() { # $s/base and $s/tree are of what was sent: the difference to a base that is here
-  rm -rf "$s/tree" "$s/new" && mkdir -p "$s/base" "$s/new" && ( umask 022; cd "$s/new" &&
-    tar -xmof "$root/.cmux/bases/$(cat "$s/parent")/whole.tar" &&
-    tar -xmof "$s/changes.tar" .cmux-gone && _cgone && tar -xmof "$s/changes.tar" &&
-    rm -f .cmux-gone && tar -cf "$s/base/whole.tar" . ) && mv "$s/new" "$s/tree"
+_grow_base() { # of the difference to a base that lies here -> $stage/base, $stage/tree
+  rm -rf "$stage/tree" "$stage/new" && mkdir -p "$stage/base" "$stage/new" && cd "$stage/new" &&
+  _unpack "$root/.cmux/bases/$(cat ../parent)/whole.tar" &&
+  _unpack ../changes.tar .cmux-gone && _remove_gone && _unpack ../changes.tar &&
+  rm -f .cmux-gone && tar -cf ../base/whole.tar . && mv "$stage/new" "$stage/tree"
 }
-_cput() { [ -f "$base/whole.tar" ] || { rm -rf "$base"; mv "$s/base" "$base"; }; }
-_cget() { # -> $base is here
+_keep_base() { [ -f "$base/whole.tar" ] || { rm -rf "$base"; mv "$stage/base" "$base"; }; }
+_find_base() { # 21: it, or what it stands on, must be sent
   if [ ! -f "$base/whole.tar" ]; then
-    [ ! -f "$s/changes.tar" ] || _cgrow ||
-      { rm -rf "$s/changes.tar" "$s/base"; return 21; } # send it whole
-    if [ ! -f "$s/base/whole.tar" ]; then
-      ls -t .cmux/bases | head -n 8 | while IFS= read -r f; do
-        [ ! -f ".cmux/bases/$f/whole.tar" ] || echo "base $f"
+    [ ! -f "$stage/changes.tar" ] || ( _grow_base ) ||
+      { rm -rf "$stage/changes.tar" "$stage/base"; return 21; }
+    if [ ! -f "$stage/base/whole.tar" ]; then
+      ls -t .cmux/bases | head -n 8 | while IFS= read -r other; do
+        [ ! -f ".cmux/bases/$other/whole.tar" ] || echo "base $other"
       done
       return 21
     fi
-    ( _cone "base.${base##*/}" _cput ) || return 3 # another client may put the same there now
+    ( _one_at_a_time "base.${base##*/}" _keep_base ) || return 3 # another client may have the same
   fi
   touch -c "$base"
 }
-_cbase() { # ... and unpacked in $s/tree, with a repository
-  _cget || return
-  if [ ! -d "$s/tree" ]; then
-    rm -rf "$s/new"; mkdir -p "$s/new" || return 3
-    ( umask 022; cd "$s/new" && tar -xmof "$root/$base/whole.tar" ) &&
-      mv "$s/new" "$s/tree" || { rm -rf "$s"; return 4; }
+_unpack_base() { # -> $stage/tree, with a repository
+  _find_base || return
+  if [ ! -d "$stage/tree" ]; then
+    rm -rf "$stage/new"; mkdir -p "$stage/new" || return 3
+    ( cd "$stage/new" && _unpack "$root/$base/whole.tar" ) && mv "$stage/new" "$stage/tree" ||
+      { rm -rf "$stage"; return 4; }
   fi
-  ( umask 022; _cgit "$s/tree" "$base" ) || echo "nogit"
+  ( umask 022; _make_repository ) || echo nogit
 }
 """
+# CREATE root project turn name op base: make a workspace of a cached or just uploaded base.
+#   replies: root <path>; init, if there is a hook to run; made. Status 20: the name is taken;
+#   21: the base is not here; it then names those that a delta may stand on, newest first.
+#   Called again with the same op after a lost line, it says made.
 CREATE = OPEN_ROOT + GIT_THERE + BASE + r"""
-_cop() { _croot "$1" && _cturn "$2" "$3" "$6" "$5" _ccreate "$@"; }
-_ccreate() {
-  project=$2 name=$3 base=.cmux/bases/$4 op=$5
+_cop() { _operate _create "$@"; }
+_create() {
+  base=.cmux/bases/$1
   printf 'root %s\n' "$root"
-  mkdir -p "$project" || return 3
-  s=$root/.cmux/stage/$op made=.cmux/made/$project/$name
-  if [ -e "$project/$name" ] || [ -L "$project/$name" ]; then
-    [ "$(cat "$made.op")" = "$op" ] || return 20
-    echo made; return 0
-  fi
-  _cbase || return
-  if [ -d "$s/tree/.git" ]; then ( cd "$s/tree" && if ! git var GIT_AUTHOR_IDENT >&2; then # or no commit could be made
-    git config user.name agent && git config user.email agent@localhost; fi ); fi
-  f=$s/tree/.cmux/init; if [ -f "$f" ]; then case $(ls -lLd "$f") in -??[xs]*) echo init;; esac; fi # test -x is false under noexec
-  echo "$op" >"$made.op" && echo "$4" >"$made.base" && _cmark "$op" "$made.mark" "$s/tree" || return 3
-  mv "$s/tree" "$s/$op" && mv "$s/$op" "$project/$name" || return 3
-  if [ -d "$project/$name/$op" ]; then rm -rf "$project/$name/$op" "$s"; return 20; fi
-  rm -rf "$s"
-  echo made
+  if _taken "$place"; then [ "$(_owner "$name")" = "$op" ] || return 20; echo made; return 0; fi
+  _unpack_base || return
+  ( cd "$stage/tree/.git" && ! git var GIT_AUTHOR_IDENT && # or no commit could be made
+    git config user.name agent && git config user.email agent@localhost ) >/dev/null 2>&1
+  # test -x is false under noexec
+  case $(ls -lLd "$stage/tree/.cmux/init" 2>/dev/null) in -??[xs]*) echo init;; esac
+  mkdir -p "$project" "$known" && echo "$1" >"$known/its.base" &&
+    _cmark "$op" "$known/its.mark" "$stage/tree" || return 3
+  _put "$stage/tree" && echo made
 }
 """
 
@@ -1169,17 +1185,17 @@ GZIP = "_cop() { echo gzip | gzip | gzip -dc; }"
 UPLOAD = OPEN_ROOT + r"""
 _cop() {
   _croot "$1" || return
-  stage=.cmux/stage/$2 parent=$3 unpack='gzip -dc'
+  stage=.cmux/stage/$2 unpack='gzip -dc'
   [ "$4" ] || unpack=cat
   mkdir -p "$stage/base" || return 3
-  case $parent in
+  case $3 in
   ?*)
-    archive=$stage/changes.tar; echo "$parent" >"$stage/parent" && : >"$archive" || return 3
+    archive=$stage/changes.tar; echo "$3" >"$stage/parent" && : >"$archive" || return 3
     $unpack | tee "$archive" >/dev/null;;
   *)
     archive=$stage/base/whole.tar; mkdir -p "$stage/tree" && : >"$archive" || return 3
     $unpack | tee "$archive" |
-      ( umask 022; cd "$stage/tree" && tar -xmof -; r=$?; cat >/dev/null; exit $r );;
+      ( umask 022; cd "$stage/tree" && tar -xmof -; status=$?; cat >/dev/null; exit $status );;
   esac || { rm -rf "$stage"; return 4; }
   cksum <"$archive"
 }
@@ -1210,7 +1226,10 @@ _cstate() { # $1 directory
 # Where .git is gone, or its history rewritten or absurd (too many commits, foreign roots, nested
 # repositories), the base's own repository stands in, and $h is the base. Status 9: no git here.
 SNAPSHOT = OPEN_ROOT + GIT_THERE + r"""
-_cw() { w=$root/$1/$2 m=$root/.cmux/made/$1/$2; [ -d "$w" ] && [ ! -L "$w" ] && [ ! -L "$root/$1" ]; }
+_cw() { # project name -> $w its directory, $m what is known of it
+  w=$root/$1/$2 m=; read -r m <"$root/.cmux/made/$1/$2.op"; m=$root/.cmux/made/$1/$m
+  [ -d "$m" ] || mkdir -p "$m"; m=$m/its; [ -d "$w" ] && [ ! -L "$w" ] && [ ! -L "$root/$1" ]
+}
 _cg() { git --git-dir="$g" --work-tree="$w" -c core.fsmonitor=false -c core.hooksPath=/dev/null -c core.bigFileThreshold=8m "$@"; }
 _co() { git --git-dir="$o" -c core.fsmonitor=false -c core.hooksPath=/dev/null "$@" 2>/dev/null; }
 _ctr() { [ -z "$1" ] || [ "$(_co rev-parse -q --verify "$2^{tree}")" = "$1" ]; }
@@ -1425,8 +1444,7 @@ _cop() {
 }
 """
 
-# PUSH root project name oldbase oldtree op commits bytes last-op newbase keep turn: the
-#   workspace becomes the new base; again with the same op, it says pushed. With git, in place: only
+# PUSH root project turn name op, then what CHANGED takes, newbase keep: the workspace becomes the new base; again with the same op, it says pushed. With git, in place: only
 #   files that differ are touched, ignored ones stay (build caches, a server that watches), and what
 #   differs from its own base is enough. Without, the directory is replaced. `keep` (1): a copy goes
 #   to the trash, and the directory is replaced, too, where its repository cannot be moved (else 5).
@@ -1434,115 +1452,132 @@ _cop() {
 #   takes minutes. 21: upload first; 22: no workspace; 25: the lines tell what would be lost.
 PUSH = LOST + BASE + r"""
 _creflog() { :; } # what only a reflog has stays there
-_cn() { GIT_INDEX_FILE=$s/new.index git --git-dir="$g" --work-tree="$s/delta" -c core.fsmonitor=false -c core.looseCompression=0 "$@"; }
-_cdelta() { # the new base's commit, of the old one and the delta, without unpacking either
-  mkdir "$s/delta" && cd "$s/delta" && ( umask 022; tar -xmof "$s/changes.tar" ) &&
-  _cn read-tree "$b" && tr '\n' '\0' <.cmux-gone | _cn update-index -z --force-remove --stdin &&
-  rm .cmux-gone && _cn add -f --ignore-removal . &&
-  x=$(_cn write-tree) && _cn commit-tree "$x" -m base
-}
-_cown() { o=$w/.git; [ -d "$o" ] && [ "$snap" = 0 ] && _co cat-file -e "$b^{commit}"; }
-_cmine() { [ "$(cat "$s/parent")" = "$1" ]; }
-_cswitch() { # files, refs and index are the new base's; or all is as it was: 1 no repository, 5 it cannot be moved (made anew there, a lock)
-  [ -d "$w/.git" ] && [ "$snap" = 0 ] || return 1
-  a=$g/objects/info/alternates; _cown && cp "$a" "$s/alt" || return 5
-  if _cmine "$4"; then n=$(_cdelta) || return 4
-  else
-    cd "$root" && _cbase && n=$(git --git-dir="$base/git" rev-parse -q --verify refs/cmux/base) && cp -R "$base/git/objects/." "$g/objects/" || return 4
-    cp "$s/alt" "$a"
-  fi
-  x=$(_co symbolic-ref -q HEAD) || y=$(_co rev-parse -q --verify HEAD)
-  cd "$w" && _co update-ref "refs/cmux/old/$b" "$b" || return 5
-  if ( umask 022; _cg read-tree --reset -u "$n" ) && { rm "$a"; cp -R "$g/objects/." "$o/objects/" 2>/dev/null; _co symbolic-ref HEAD refs/heads/main; } &&
-    printf 'update %s %s\n' refs/heads/main "$n" refs/cmux/base "$n" | _co update-ref --no-deref --stdin
-  then _cg update-index --no-split-index; cp -p "$g/index" "$o/index.cmux" && mv "$o/index.cmux" "$o/index"
-  else cp "$s/alt" "$a"; ( umask 022; _cg read-tree --reset -u "$t" ); if [ "$x" ]; then _co symbolic-ref HEAD "$x"; else _co update-ref --no-deref HEAD "$y"; fi; return 5
-  fi
-}
-_cpush() {
-  base=.cmux/bases/${10} op=$6
-  [ "$(cat "$m.push")" != "$6" ] || { echo pushed; return 0; }
-  rm -rf "$s/git" "$s/delta"
-  if [ "${11}" ] || [ -f "$s/begun" ]; then _csnap "$4" "$5" "$7" "$8" >"$s/said"; snap=$?
-  else _clost "$@" >"$s/lost" || return; [ ! -s "$s/lost" ] || { cat "$s/lost"; return 25; }; fi
-  cd "$root" || return 3
-  if ! _cown || ! _cmine "$4"; then
-    [ -f "$base/whole.tar" ] || [ -f "$s/changes.tar" ] || ! _cown || echo "base $4"
-    _cget || return
-  fi
-  k=$root/.cmux/trash/kept-$2-$3-$6
-  if [ "${11}" ]; then [ -e "$k" ] || { cp -RpP "$w" "$k.new" && mv "$k.new" "$k"; } || { rm -rf "$k.new"; return 3; }; echo "kept $k"; fi
-  : >"$s/begun" # an attempt after this one was killed finds the files half changed, by this one
-  _cswitch "$@"; r=$?
-  if [ $r != 0 ]; then
-    [ $r = 1 ] || [ "${11}" ] || return $r # what is ignored there would be lost with the directory, and no copy kept
-    cd "$root" && _cbase || return
-    mkdir -p ".cmux/trash/$6" && mv "$w" ".cmux/trash/$6/" && mv "$s/tree" "$w" || return 3
-    ( trap '' HUP; exec rm -rf "$root/.cmux/trash/$6" ) </dev/null >/dev/null 2>&1 4>&- &
-  fi
-  echo "${10}" >"$m.base" && _cmark "$6" "$m.mark" "$w" && echo "$6" >"$m.push" && echo pushed
-}
-_cin() { s=$root/.cmux/stage/$6; mkdir -p "$s" || return 3; _cpush "$@"; r=$?; cd "$root"; [ $r = 21 ] || rm -rf "$s"; return $r; }
-_cop() {
-  _croot "$1" && { _cw "$2" "$3" || return 22; } && _cturn "$2" "$3" "${12}" "$6" _cin "$@"
-}
-"""
-
-# FORK root project name new op turn: a copy under another name; RENAME root project name new op
-#   turn its lock: the directory that the operation `its` made, under another name, or back where it
-#   was. 20: the name is taken.
-FORK = SNAPSHOT + r"""
-_cop() { _croot "$1" && _cturn "$2" "$4" "$6" "$5" _cfork "$@"; }
-_cfork() {
-  new=$root/.cmux/made/$2/$4 target=$root/$2/$4 stage=.cmux/stage/$5
-  if [ -e "$target" ] || [ -L "$target" ]; then
-    [ "$(cat "$new.op")" = "$5" ] || return 20
-    return 0
-  fi
+_cop() { _operate _push "$@"; }
+_push() {
   _cw "$2" "$3" || return 22
-  rm -rf "$stage"
-  mkdir -p "$stage" && cp -RpP "$w" "$stage/$5" ||
-    { chmod -R u+rwX "$stage" 2>/dev/null; rm -rf "$stage"; return 3; }
-  for part in base mark pull push; do
-    [ ! -f "$m.$part" ] || cp -p "$m.$part" "$new.$part" || return 3
-  done
-  echo "$5" >"$new.op" && mv "$stage/$5" "$target" || return 3
-  rm -rf "$stage"
-  if [ -d "$target/$5" ]; then rm -rf "$target/$5"; return 20; fi
+  s=$stage; mkdir -p "$s" || return 3
+  ( _push_steps "$@" ); status=$?
+  [ $status = 21 ] || rm -rf "$s"; return $status
 }
-"""
-RENAME = SNAPSHOT + r"""
-_cop() { _croot "$1" && _cturn "$2" "$8" "$6" "$5" _crename "$@"; }
-_crename() {
-  old=$root/.cmux/made/$2/$3 new=$root/.cmux/made/$2/$4 target=$root/$2/$4
-  if [ -e "$target" ] || [ -L "$target" ]; then [ "$(cat "$new.op")" = "$7" ] || return 20
-  else _cw "$2" "$3" || return 22; echo "$7" >"$new.op" && mv "$w" "$target" || return 3; fi
-  [ "$(cat "$old.op")" = "$7" ] || return 0
-  for part in base mark pull push; do
-    [ ! -f "$old.$part" ] || mv "$old.$part" "$new.$part" || return 3
-  done
-  rm -f "$old.op"
+_push_steps() {
+  oldbase=$4 newbase=${10} keep=${11} base=.cmux/bases/${10}
+  [ "$(cat "$m.push")" != "$op" ] || { echo pushed; return 0; }
+  rm -rf "$s/git" "$s/delta"
+  _look "$@" && cd "$root" && _find_new && _keep_copy || return
+  : >"$s/begun" # an attempt after this one was killed finds the files half changed, by this one
+  ( _switch ) || _replace $? || return
+  cd "$root" && echo "$newbase" >"$m.base" && _cmark "$op" "$m.mark" "$w" &&
+    echo "$op" >"$m.push" && echo pushed
+}
+_look() { # -> what _csnap finds; $snap its status
+  if [ "$keep" ] || [ -f "$s/begun" ]; then
+    _csnap "$4" "$5" "$7" "$8" >"$s/said"; snap=$?; return 0
+  fi
+  _clost "$@" >"$s/lost" || return
+  [ ! -s "$s/lost" ] || { cat "$s/lost"; return 25; }
+}
+_has_own() { o=$w/.git; [ -d "$o" ] && [ "$snap" = 0 ] && _co cat-file -e "$b^{commit}"; }
+_is_sent() { [ "$(cat "$s/parent")" = "$oldbase" ]; } # the difference to its own base
+_find_new() {
+  if _has_own; then
+    ! _is_sent || return 0
+    [ -f "$base/whole.tar" ] || [ -f "$s/changes.tar" ] || echo "base $oldbase"
+  fi
+  _find_base
+}
+_keep_copy() {
+  [ "$keep" ] || return 0
+  copy=$root/.cmux/trash/kept-$project-$name-$op
+  [ -e "$copy" ] || { cp -RpP "$w" "$copy.new" && mv "$copy.new" "$copy"; } ||
+    { rm -rf "$copy.new"; return 3; }
+  echo "kept $copy"
+}
+_new_git() {
+  GIT_INDEX_FILE=$s/new.index git --git-dir="$g" --work-tree="$s/delta" "$@"
+}
+_make_commit() { # of the new base, in $g: of the old one and the difference, without unpacking it
+  mkdir "$s/delta" && cd "$s/delta" || return
+  if _is_sent; then
+    _unpack "$s/changes.tar" && _new_git read-tree "$b" &&
+      tr '\n' '\0' <.cmux-gone | _new_git update-index -z --force-remove --stdin && rm .cmux-gone
+  else _unpack "$root/$base/whole.tar"
+  fi && _add _new_git && tree=$(_new_git write-tree) && _new_git commit-tree "$tree" -m base
+}
+# Files, refs and index become the new base's; or all is as it was, with 1: there is no repository,
+# or 5: it cannot be moved (made anew there, a lock).
+_switch() {
+  [ -d "$w/.git" ] && [ "$snap" = 0 ] || return 1
+  others=$g/objects/info/alternates
+  _has_own && cp "$others" "$s/alternates" || return 5
+  new=$(_make_commit) || return 4
+  branch=$(_co symbolic-ref -q HEAD) || detached=$(_co rev-parse -q --verify HEAD)
+  umask 022
+  cd "$w" && _co update-ref "refs/cmux/old/$b" "$b" || return 5
+  if _cg read-tree --reset -u "$new" && rm "$others" && _take_commit; then
+    _cg update-index --no-split-index
+    cp -p "$g/index" "$o/index.cmux" && mv "$o/index.cmux" "$o/index"
+    return
+  fi
+  cp "$s/alternates" "$others"; _cg read-tree --reset -u "$t"
+  if [ "$branch" ]; then _co symbolic-ref HEAD "$branch"
+  else _co update-ref --no-deref HEAD "$detached"; fi
+  return 5
+}
+_take_commit() {
+  cp -R "$g/objects/." "$o/objects/" 2>/dev/null # what is there already may be read-only
+  _co symbolic-ref HEAD refs/heads/main
+  printf 'update %s %s\n' refs/heads/main "$new" refs/cmux/base "$new" |
+    _co update-ref --no-deref --stdin
+}
+_replace() { # status of _switch. Without a copy, what is ignored would be lost with the directory
+  [ "$1" = 1 ] || [ "$keep" ] || return "$1"
+  cd "$root" && _unpack_base || return
+  gone=$root/.cmux/trash/$op
+  mkdir -p "$gone" && mv "$w" "$gone/" && mv "$s/tree" "$w" || return 3
+  ( trap '' HUP; exec rm -rf "$gone" ) </dev/null >/dev/null 2>&1 4>&- &
 }
 """
 
-# SETTLE root project name op turn push: says which push was done last; what came for `push` goes.
-SETTLE = OPEN_ROOT + r"""
-_cop() { _croot "$1" && _cturn "$2" "$3" "$5" "$4" _csaid "$@"; }
-_csaid() { cat ".cmux/made/$2/$3.push"; rm -rf ".cmux/stage/$6"; }
+# FORK root project turn name op source: a copy under another name. 20: the name is taken.
+FORK = SNAPSHOT + r"""
+_cop() { _operate _fork "$@"; }
+_fork() {
+  if _taken "$place"; then [ "$(_owner "$name")" = "$op" ] || return 20; return 0; fi
+  _cw "$project" "$1" || return 22
+  rm -rf "$stage" "$known"
+  mkdir -p "$stage" && cp -RpP "$w" "$stage/tree" && cp -RpP "${m%/its}" "$known" ||
+    { _free "$stage"; rm -rf "$known"; return 3; }
+  _put "$stage/tree"
+}
+"""
+# RENAME root project turn lock op from to its [push]: the directory that the operation `its` made,
+#   under another name, or back where it was, also where it is already. Says which push was done
+#   last; what came for `push` goes. 20: the name is taken.
+RENAME = SNAPSHOT + r"""
+_cop() { _operate _rename "$@"; }
+_rename() {
+  if _taken "$project/$2"; then [ "$(_owner "$2")" = "$3" ] || return 20
+  else
+    _cw "$project" "$1" || return 22
+    echo "$3" >".cmux/made/$project/$2.op" && mv "$w" "$root/$project/$2" || return 3
+  fi
+  [ "$1" = "$2" ] || [ "$(_owner "$1")" != "$3" ] || rm -f ".cmux/made/$project/$1.op"
+  cat ".cmux/made/$project/$3/its.push"
+  [ ! "$4" ] || rm -rf ".cmux/stage/$4"
+}
 """
 
 # GC root: trash, what broken uploads left a day ago, jobs that ended a week ago, and bases that no workspace was made of and
 #   none was made from for two weeks. Replies the kilobytes freed.
 GC = OPEN_ROOT + r"""
 _cold() { [ "$(find "$2" -prune -mtime "+$1" -print)" ]; } # days path: it is older
-_cfree() { chmod -R u+rwX "$1"; rm -rf "$1"; }
 _csize() { du -sk . | sed 's/[^0-9].*//'; }
 _cop() {
   _croot "$1" && cd "$root/.cmux" || return
   before=$(_csize)
-  for path in trash/* trash/.[!.]*; do [ ! -e "$path" ] && [ ! -L "$path" ] || _cfree "$path"; done
-  for path in stage/* locks/*; do ! _cold 0 "$path" || _cfree "$path"; done
-  cat made/*/*.base >used.$$
+  for path in trash/* trash/.[!.]*; do ! _taken "$path" || _free "$path"; done
+  for path in stage/* locks/*; do ! _cold 0 "$path" || _free "$path"; done
+  cat made/*/*/its.base >used.$$
   for path in bases/*; do
     grep -qxF "${path#bases/}" used.$$ || ! _cold 14 "$path" || rm -rf "$path"
   done
@@ -1552,21 +1587,21 @@ _cop() {
 }
 """
 
-# REMOVE root project name op turn jobs: a rename into the trash, and a background reap. Constant
+# REMOVE root project turn name op its: a rename into the trash, and a background reap. Constant
 #   time; jobs that run are ended first. A missing directory is success.
 REMOVE = OPEN_ROOT + JOB_STATE + r"""
-_cop() { _croot "$1" && _cturn "$2" "$3" "$5" "$4" _cremove "$@"; }
-_cremove() {
-  place=$2/$3 trash=.cmux/trash/$4 jobs=.cmux/jobs/$2/${6:--}
+_cop() { _operate _remove "$@"; }
+_remove() {
+  trash=.cmux/trash/$op jobs=.cmux/jobs/$project/${1:--} known=.cmux/made/$project/${1:--}
   mkdir -p "$trash" || return 3
-  if [ -L "$2" ]; then return 3; fi
+  if [ -L "$project" ]; then return 3; fi
   for job in "$jobs"/*; do
     [ ! -d "$job" ] || [ "$(_cstate "$job")" != running ] ||
       ( _cmux_root=$(cat "$job/pid"); _cmux_run=${job##*/}; _cmux_stop_tree )
   done
   [ ! -d "$jobs" ] || mv "$jobs" "$trash/jobs" || return 3
-  if [ -e "$place" ] || [ -L "$place" ]; then mv "$place" "$trash/" || return 3; fi
-  for part in base mark op pull push; do rm -f ".cmux/made/$place.$part"; done
+  if _taken "$place"; then mv "$place" "$trash/" || return 3; fi
+  rm -rf "$known" ".cmux/made/$project/$name.op"
   ( trap '' HUP; cd / && exec rm -rf "$root/$trash" ) </dev/null >/dev/null 2>&1 4>&- &
 }
 """
@@ -4783,12 +4818,6 @@ class Shadow:
             before, after, _, oid, _ = row.decode("ascii").split(" ")
             yield before[1:], after, oid, next(rows)
 
-    def mentions(self, tree: str, word: bytes) -> bool:
-        """Whether a .gitattributes of a tree has a word."""
-        oids = [oid for _, oid, path in self.listing(tree)
-                if path.rpartition(b"/")[2] == b".gitattributes"]
-        return any(word in data for _, data in self.blobs(oids))
-
     def altered(self, tree: str, rows: Iterable[Tuple[str, str, bytes]]) -> str:
         """A tree ("": the empty one) with other files at some paths: (mode, id, path), mode 0 takes
         one away. Not by read-tree, which before git 2.39 wants the content of all."""
@@ -5430,14 +5459,6 @@ class ProjectState:
             raise no_workspace(name, ", or make it: %s new %s -H HOST" % (PROGRAM, name))
         return entry
 
-    def turn(self, name: str, **fields: Any) -> str:
-        """The same, and the number of what is about to be done to the workspace: after that, the
-        host does nothing of a lower one, whose client was killed."""
-        with self.registry.editing() as record:
-            record["turn"] = max(record.get("turn", 0) + 1, int(time.time()))
-            record["workspaces"].setdefault(name, {}).update(fields)
-            return str(record["turn"])
-
     def update(self, name: str, **fields: Any) -> None:
         """Change fields of a workspace's entry in the registry."""
         with self.registry.editing() as record:
@@ -5452,17 +5473,24 @@ class ProjectState:
         """The directory into the trash there, the entry out of the registry; not listed from here on,
         unless the host does not do it."""
         Shadow.reap(temporary_folder())  # of whoever was killed while he made it
-        host = self.host(entry["host"])
-        turn = self.turn(name, state="removing")
         try:
-            reply = host.call(REMOVE, entry["root"], entry["project"], name, os.urandom(8).hex(),
-                              turn, entry["op"])
-            check_reply(reply, host.name, "remove the workspace %s" % name)
+            reply = self.operate(REMOVE, name, entry, [os.urandom(8).hex(), entry["op"]], {"state": "removing"})
+            check_reply(reply, entry["host"], f"remove the workspace {name}")
         except CmuxError as error:
             if not isinstance(error, ConnectionLost):  # then nobody knows
                 self.update(name, state=entry["state"])
             raise
         self.forget(name)
+
+    def operate(self, script: str, name: str, entry: Mapping[str, Any], words: Sequence[str],
+                change: Mapping[str, Any] = types.MappingProxyType({}), cancel: Optional[Cancel] = None) -> Reply:
+        """Run an operation on a workspace's name on its host, once the registry has the ``change``; the
+        first word names it. The host does no more of those with a lower turn: their clients were killed."""
+        with self.registry.editing() as record:
+            turn = record["turn"] = max(record.get("turn", 0) + 1, int(time.time()))
+            record["workspaces"].setdefault(name, {}).update(change)
+        return self.host(entry["host"]).call(script, entry["root"], entry["project"], str(turn), name, *words,
+                                             cancel=cancel)
 
     def vacate(self, name: str) -> None:
         """See that a name is free. Under its lock, an entry that is not ready is what a process that
@@ -5471,13 +5499,14 @@ class ProjectState:
             if entry.get("intent", {}).get("to") == name:
                 lock = self.registry.creation_lock(other)
                 if not lock.wait(Deadline(5)):  # it may wait for the lock we hold
-                    raise WorkspaceExists("The workspace %s is about to get the name %s." % (other, name), "Try again in a moment.")
+                    raise WorkspaceExists(f"The workspace {other} is about to get the name {name}.",
+                                          "Try again in a moment.")
                 with lock:
                     self.settle(other)
         entry = self.registry.read()["workspaces"].get(name)
         if entry and entry["state"] == "ready":
-            raise WorkspaceExists("The workspace %s exists already." % name,
-                                  "Choose another name, or remove it: %s rm %s" % (PROGRAM, name))
+            raise WorkspaceExists(f"The workspace {name} exists already.",
+                                  f"Choose another name, or remove it: {PROGRAM} rm {name}")
         if entry:
             self.discard(name, entry)
 
@@ -5485,21 +5514,25 @@ class ProjectState:
         """The entry of a workspace after what a push or a rename that was cut off has left to do: a
         push that was done there counts, a rename does not. Under the workspace's lock."""
         entry = self.entry(name)
-        intent, host = entry.get("intent"), self.host(entry["host"])
-        if not intent:
-            return entry
-        Shadow.reap(temporary_folder())
-        words = [name, os.urandom(8).hex(), self.turn(name)]
-        if "to" in intent:
-            script, words = RENAME, [intent["to"], *words, entry["op"], name]
-        else:
-            script, words = SETTLE, [*words, intent["op"]]
-        reply = host.call(script, entry["root"], entry["project"], *words)
-        if reply.status not in (20, 22):  # else it is nowhere, or something else stands there
-            check_reply(reply, host.name, "settle an interrupted operation on %s" % name)
+        intent = entry.get("intent")
+        if intent:
+            Shadow.reap(temporary_folder())
+            reply = self.operate(RENAME, name, entry, [os.urandom(8).hex(), intent.get("to", name), name,
+                                                       entry["op"], intent["op"]])
+            if reply.status not in (20, 22):  # else it is nowhere, or something else stands there
+                check_reply(reply, entry["host"], f"settle an interrupted operation on {name}")
+            self.end_intent(name, intent["op"] in reply.lines())
+        return self.entry(name)
+
+    def end_intent(self, name: str, pushed: bool) -> None:
+        """A push or a rename has ended, or was given up. Two forks may settle it at once."""
         with self.registry.editing() as record:
-            end_intent(record["workspaces"][name], intent["op"] in reply.lines())
-            return dict(record["workspaces"][name])
+            entry = record["workspaces"][name]
+            intent = entry.pop("intent", {})
+            if pushed and intent:
+                entry.update({key: intent[key] for key in ("base", "tree", "host_tree", "whole")})
+                entry.get("pulled", {}).pop("left", None)
+                entry["over"] = dict(entry.get("branches", {}))  # it no longer has what these brought home
 
 
 class ProjectBase(ProjectState):
@@ -5515,22 +5548,74 @@ class ProjectBase(ProjectState):
         check_workspace(name)
         check_host(host)
         if not root.isprintable() or len(root) > PATH_MAX or root.startswith("-"):
-            raise UsageError("%s cannot be the root directory." % show(root))
+            raise UsageError(f"{show(root)} cannot be the root directory.")
         # Before the lock: a hundred callers of a host that is down then share one failure, and do
         # not ask it one after the other.
         report = report or Report()
         report.step(name, "connecting")
         self.host(host).masters.connect(Deadline(SLOT_PATIENCE), cancel)
         report.step(name, "being made")
+        op = os.urandom(8).hex()
         with self.registry.creation_lock(name).hold(cancel):
             self.vacate(name)
-            with noted(self, "new", name, host, ref) as entry:
-                creation = Creation(self, name, host, ref, root, report, cancel)
-                entry.row["op"] = creation.op
-                with contextlib.closing(creation):
-                    workspace = creation.run(init)
-                entry.size = creation.sent
-                return workspace
+            with noted(self, "new", name, host, ref) as log, \
+                    Upload(self, name, host, root, ref, report, cancel) as upload:
+                log.row["op"] = op  # only now: what runs is listed by the names of those that are ready
+                self._make(upload, op, init)
+                log.size = upload.sent
+                entry = self.entry(name)
+                if "init" in entry:
+                    self._run_init(name, entry, report, cancel)
+                return self.workspace(name)
+
+    def _make(self, upload: Upload, op: str, init: bool) -> None:
+        name, host = upload.name, upload.host.name
+        entry: Dict[str, Any] = {"state": "creating", "host": host, "root": upload.root, "op": op, "created": int(time.time()),
+                                 "project": self.remote_name, **upload.base()}
+        upload.left_out()
+        try:
+            reply = upload.with_base(op, lambda: self.operate(
+                CREATE, name, entry, [op, upload.tree], entry, upload.cancel))
+            if reply.status == 20:
+                raise WorkspaceExists(f"A directory {name} exists already on {host}.", "Choose another name.")
+            check_reply(reply, host, "make the workspace")
+            if "made" not in reply.lines():
+                raise RemoteFailed(f"{host} did not confirm the workspace.", "Try again.")
+        except CmuxError as error:
+            # else it may be there: the next `new` or `rm` clears it
+            if not isinstance(error, (ConnectionLost, Cancelled)):
+                self.forget(name)
+            raise
+        root = check_remote_path(next((line[5:] for line in reply.lines() if line.startswith("root ")), ""))
+        entry.update(state="ready", root=root, path=f"{root}/{entry['project']}/{name}")
+        if "nogit" in reply.lines():
+            upload.report.warn(f"git failed on {host}; {name} is not a repository.")
+        if init and "init" in reply.lines():
+            entry["init"] = "pending"
+        with self.registry.editing() as record:
+            record["workspaces"][name] = entry
+            upload.note_sent(record, root)
+
+    def _run_init(self, name: str, entry: Dict[str, Any], report: Report, cancel: Optional[Cancel]) -> None:
+        """The hook's failure is told, and undoes nothing."""
+        report.say(f"running .cmux/init in {name}")
+        report.step(name, "init hook")
+        end: object = "lost"
+
+        def output(data: bytes) -> None:
+            report.output(data, name)
+        try:
+            result = self.workspace(name).run(["./.cmux/init"], output, output, cancel=cancel)
+            if result.reason:
+                raise Cancelled(f"Interrupted; the workspace {name} is there, its init hook was ended.")
+            end = result.status
+            if end:
+                report.warn(f"The init hook of {name} failed with status {end}." + (
+                    f" Is {show(entry['root'])} on a noexec file system?" if end == 126 else ""))
+        except HostError as error:
+            report.warn(f"The init hook of {name} was cut off: {error}")
+        finally:
+            self.update(name, init=end)
 
     def ensure(self, name: str, host: str = "", report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> "Workspace":
         """The workspace, made first from HEAD if it does not exist, on ``host`` (default: default_host());
@@ -5618,8 +5703,11 @@ class ProjectBase(ProjectState):
             self.vacate(name)
             made = dict(entry, state="forking", op=os.urandom(8).hex(), branches={}, over={},
                         created=int(time.time()), path=source.path[:-len(source.name)] + name)
-            turn = self.turn(name, **made)
-            self._move(FORK, source.host, made, source.name, name, made["op"], turn)
+            with noted(self, "fork", source.name, entry["host"], name, entry["op"]):
+                reply = self.operate(FORK, name, made, [made["op"], source.name], made)
+                if reply.status in (20, 22):
+                    self.forget(name)
+                self._check_moved(reply, source, name)
             self.update(name, state="ready")
             return self.workspace(name)
 
@@ -5629,70 +5717,71 @@ class ProjectBase(ProjectState):
         with self._both(source.name, name, shared=False):
             entry, op = self.settle(source.name), os.urandom(8).hex()
             self.vacate(name)
-            entry = dict(entry, path=source.path[:-len(source.name)] + name)
-            turn = self.turn(source.name, intent={"op": op, "to": name})
-            words = op, turn, entry["op"], source.name
-            self._move(RENAME, source.host, entry, source.name, name, *words)
+            with noted(self, "rename", source.name, entry["host"], name, entry["op"]):
+                reply = self.operate(RENAME, source.name, entry, [op, source.name, name, entry["op"], ""],
+                                     {"intent": {"op": op, "to": name}})
+                if reply.status in (20, 22):
+                    self.settle(source.name)
+                self._check_moved(reply, source, name)
             with self.registry.editing() as record:
                 record["workspaces"].pop(source.name, None)
-                record["workspaces"][name] = entry
+                record["workspaces"][name] = dict(entry, path=source.path[:-len(source.name)] + name)
             return self.workspace(name)
 
-    def _move(self, script: str, host: Host, entry: Dict[str, Any], source: str, name: str, *ops: str) -> None:
-        with noted(self, "fork" if script is FORK else "rename", source, host.name, name, self.entry(source)["op"]):
-            reply = host.call(script, entry["root"], entry["project"], source, name, *ops)
-        if reply.status in (20, 22):
-            if script is FORK:
-                self.forget(name)
-            else:
-                self.settle(source)
-            raise gone_there(source, host.name) if reply.status == 22 else WorkspaceExists(
-                "A directory %s exists already on %s." % (name, host.name), "Choose another name.")
-        check_reply(reply, host.name, "make %s of %s" % (name, source))
+    def _check_moved(self, reply: Reply, source: WorkspaceBase, name: str) -> None:
+        host = source.host.name
+        if reply.status == 20:
+            raise WorkspaceExists(f"A directory {name} exists already on {host}.", "Choose another name.")
+        if reply.status == 22:
+            raise gone_there(source.name, host)
+        check_reply(reply, host, f"make {name} of {source.name}")
 
     def push(self, name: str, ref: str = "HEAD", force: bool = False, report: Optional[Report] = None,
              cancel: Optional[Cancel] = None) -> bool:
         """Bring a workspace to another local commit; False when it is there already. Refuses to
         overwrite what no pull brought home (WorkspaceDirty); with ``force`` a copy stays in the
         trash on the host until gc. Raises as create() does, too."""
-        with contextlib.ExitStack() as held:
-            held.enter_context(self.registry.creation_lock(check_workspace(name)))
-            workspace, report = self.workspace(name), report or Report()
-            entry = self.settle(name)
-            made = held.enter_context(contextlib.closing(
-                Creation(self, name, workspace.host.name, ref, entry["root"], report, cancel)))
-            made.left_out()
-            if not force and (made.commit, made.tree) == (entry["base"], entry.get("whole")):
-                return False
-            with noted(self, "push", name, workspace.host.name, ref, entry["op"]) as log:
-                if not force:
-                    self._refuse(name, entry, ())
-                turn = self.turn(name, intent={"op": made.op, **made.base()})
-                words = self.looked_at(name, entry, made.op)
-                words += [made.tree, "1" if force else "", turn]
-                reply = made.with_base(lambda: workspace.host.call(PUSH, *words, cancel=cancel),
-                                       entry["tree"])
-                log.size = made.sent
-                if reply.status in (5, 25):  # nothing was done there
-                    with self.registry.editing() as record:
-                        end_intent(record["workspaces"][name], False)
-                if reply.status == 25:
-                    self._refuse(name, entry, reply.lines())
-                if reply.status == 5:
-                    raise RemoteFailed("The git repository of %s on %s cannot be moved: it was made anew there, or a lock or a branch like main/x "
-                                       "is in the way." % (name, workspace.host.name), "Put that right there, or replace the directory: --force.")
-            if reply.status == 22:
-                raise gone_there(name, workspace.host.name)
-            check_reply(reply, workspace.host.name, "push to %s" % name)
-            if "pushed" not in reply.lines():
-                raise RemoteFailed("%s did not confirm the push." % workspace.host.name, "Try again.")
-            for line in reply.lines():
-                if line.startswith("kept "):
-                    report.warn("What was in %s is kept until gc, on %s: %s" % (name, workspace.host.name, show(line[5:])))
-            with self.registry.editing() as record:
-                end_intent(record["workspaces"][name], True)
-                made.note_sent(record, entry["root"])
+        with self.registry.creation_lock(check_workspace(name)):
+            entry, report = self.settle(name), report or Report()
+            host = entry["host"]
+            with Upload(self, name, host, entry["root"], ref, report, cancel) as upload:
+                upload.left_out()
+                if not force and (upload.commit, upload.tree) == (entry["base"], entry.get("whole")):
+                    return False
+                with noted(self, "push", name, host, ref, entry["op"]) as log:
+                    lines = self._push(upload, entry, force)
+                    log.size = upload.sent
+                for line in lines:
+                    if line.startswith("kept "):
+                        report.warn(f"What was in {name} is kept until gc, on {host}: {show(line[5:])}")
+                self.end_intent(name, True)
+                with self.registry.editing() as record:
+                    upload.note_sent(record, entry["root"])
             return True
+
+    def _push(self, upload: Upload, entry: Dict[str, Any], force: bool) -> List[str]:
+        """The lines of the host's reply, once it has confirmed a push."""
+        name, host, op = upload.name, entry["host"], os.urandom(8).hex()
+        if not force:
+            self._refuse(name, entry, ())
+        words = [op, *self.looked_at(name, entry, op), upload.tree, "1" if force else ""]
+        intent = {"intent": {"op": op, **upload.base()}}
+        reply = upload.with_base(op, lambda: self.operate(
+            PUSH, name, entry, words, intent, upload.cancel), entry["tree"])
+        if reply.status in (5, 25):  # nothing was done there
+            self.end_intent(name, False)
+        if reply.status == 25:
+            self._refuse(name, entry, reply.lines())
+        if reply.status == 5:
+            raise RemoteFailed(f"The git repository of {name} on {host} cannot be moved: it was made anew there, "
+                               "or a lock or a branch like main/x is in the way.",
+                               "Put that right there, or replace the directory: --force.")
+        if reply.status == 22:
+            raise gone_there(name, host)
+        check_reply(reply, host, f"push to {name}")
+        if "pushed" not in reply.lines():
+            raise RemoteFailed(f"{host} did not confirm the push.", "Try again.")
+        return reply.lines()
 
     def gc(self, only: Optional[str] = None) -> Tuple[Dict[str, int], List[CmuxError]]:
         """Free trash, leftovers and old bases on every host that has or had a workspace of the project, or on one
@@ -5741,21 +5830,6 @@ class ProjectBase(ProjectState):
             raise error
 
 
-def lacks_ignored(shadow: Shadow, entry: Dict[str, Any]) -> bool:
-    """Whether an older version may have left out of a workspace what .gitattributes mark so."""
-    tree: str = entry["tree"]
-    return entry.get("whole") != tree and shadow.mentions(tree, b"export-ignore")
-
-
-def end_intent(entry: Dict[str, Any], pushed: bool) -> None:
-    """A push or a rename has ended, or was given up. Two forks may settle it at once."""
-    intent = entry.pop("intent", {})
-    if pushed and intent:
-        entry.update({key: intent.get(key, "") for key in ("base", "tree", "host_tree", "whole")})
-        entry.get("pulled", {}).pop("left", None)
-        entry["over"] = dict(entry.get("branches", {}))  # it no longer has what these brought home
-
-
 def no_workspace(name: str, more: str = "") -> WorkspaceMissing:
     return WorkspaceMissing("There is no workspace %s in this project." % show(name), "See `%s list`%s" % (PROGRAM, more or "."))
 
@@ -5794,106 +5868,65 @@ class Report:
         """Bytes from the init hook of ``what``, as they come."""
 
 
-class Creation:
-    """Making one workspace: intent in the registry, base on the host, publication, record."""
+class Upload:
+    """What is sent of one commit to one host. A context manager."""
 
-    def __init__(self, project: ProjectBase, name: str, host: str, ref: str, root: str, report: Report,
+    def __init__(self, project: ProjectBase, name: str, host: str, root: str, ref: str, report: Report,
                  cancel: Optional[Cancel]) -> None:
         self.project, self.name, self.report, self.cancel = project, name, report, cancel
-        self.host = project.host(host)
-        self.root = root
+        self.host, self.root, self.head = project.host(host), root, ref == "HEAD"
         self.commit, self.source = project.repository.resolve(ref)
         project.repository.refuse_state(self.commit)
-        self.place, self.head = project.remote_name, ref == "HEAD"
-        self.op = os.urandom(8).hex()
         self.sent = 0  # bytes of the archive
         self.shadow = project.repository.in_shadow(self.commit)
         try:
             self.parts = Parts(self.shadow, project.repository.place(), self.source)
         except BaseException:
-            self.close()
+            self.shadow.close()
             raise
         self.tree = self.parts.tree
 
-    def close(self) -> None:
+    def __enter__(self) -> Upload:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.shadow.close()
 
-    def base(self) -> Dict[str, Any]:
+    def base(self) -> Dict[str, str]:
         """What the registry keeps of what was sent. Versions that left export-ignored files out
         write no ``whole``."""
-        return {"base": self.commit, "tree": self.tree, "whole": self.tree,
-                "host_tree": self.parts.host_tree}
-
-    def run(self, init: bool) -> "Workspace":
-        entry: Dict[str, Any] = {
-            "state": "creating", "host": self.host.name, "root": self.root, "project": self.place,
-            **self.base(), "op": self.op, "created": int(time.time())}
-        turn = self.project.turn(self.name, **entry)
-        try:
-            self.left_out()
-            words = self.root, self.place, self.name, self.tree, self.op, turn
-            reply = self.with_base(lambda: self.host.call(CREATE, *words, cancel=self.cancel))
-            if reply.status == 20:
-                raise WorkspaceExists(
-                    f"A directory {self.name} exists already on {self.host.name}.",
-                    "Choose another name.")
-            check_reply(reply, self.host.name, "make the workspace")
-            if "made" not in reply.lines():
-                raise RemoteFailed(f"{self.host.name} did not confirm the workspace.", "Try again.")
-        except CmuxError as error:
-            # else it may be there: the next `new` or `rm` clears it
-            if not isinstance(error, (ConnectionLost, Cancelled)):
-                self.project.forget(self.name)
-            raise
-        root = check_remote_path(next((line[5:] for line in reply.lines() if line.startswith("root ")), ""))
-        hook = init and "init" in reply.lines()
-        entry.update(state="ready", root=root, path=f"{root}/{self.place}/{self.name}")
-        if hook:
-            entry["init"] = "pending"
-        if "nogit" in reply.lines():
-            self.report.warn(f"git failed on {self.host.name}; {self.name} is not a repository.")
-        self._record(entry)
-        if hook:
-            self._run_init(self.project.kind(self.project, self.name, entry), entry)
-        made: "Workspace" = self.project.kind(self.project, self.name, entry)
-        return made
-
-    def _record(self, entry: Dict[str, Any]) -> None:
-        with self.project.registry.editing() as record:
-            record["workspaces"][self.name] = dict(entry)
-            if entry["state"] == "ready":
-                self.note_sent(record, entry["root"])
+        return {"base": self.commit, "tree": self.tree, "whole": self.tree, "host_tree": self.parts.host_tree}
 
     def note_sent(self, record: Dict[str, Any], root: str) -> None:
         """Where something of the project is, for gc; and what was sent there, for deltas."""
-        rows = [("places", [self.host.name, root], PLACES_KEPT),
-                ("sent", [self.host.name, self.tree], SENT_KEPT),
+        rows = [("places", [self.host.name, root], PLACES_KEPT), ("sent", [self.host.name, self.tree], SENT_KEPT),
                 ("composed", [self.tree, self.source], SENT_KEPT)]
         for key, row, most in rows[:2] if self.tree == self.source else rows:
             record[key] = [row] + [other for other in record.get(key, []) if other != row][:most]
 
-    def with_base(self, use: Callable[[], Reply], own: str = "") -> Reply:
-        """Run ``use``; where the host lacks the base (21), upload it first. What little differs
-        from the workspace's ``own`` is sent unasked."""
+    def with_base(self, op: str, use: Callable[[], Reply], own: str = "") -> Reply:
+        """Run ``use``, the operation ``op``; where the host lacks the base (21), upload it first.
+        What little differs from the workspace's ``own`` is sent unasked."""
         if own not in ("", self.tree):
-            self._upload([own], True)
+            self._upload(op, [own], True)
         reply = use()
-        if reply.status == 21:
-            lock = self.project.registry.upload_lock(self.tree, self.host.name, self.root)
-            waited = not lock.take()
-            if waited:
-                self.report.step(self.name, "waiting for the archive")
-                lock.hold(self.cancel)
-                self.report.step(self.name, "being made")
-            with lock:
-                reply = use() if waited else reply
-                for _ in range(2):  # the second time, all of it
-                    if reply.status == 21:
-                        try:
-                            self._upload(line[5:] for line in reply.lines() if line[:5] == "base ")
-                        finally:
-                            self.report.step(self.name, "being unpacked")
-                        reply = use()
+        if reply.status != 21:
+            return reply
+        lock = self.project.registry.upload_lock(self.tree, self.host.name, self.root)
+        waited = not lock.take()
+        if waited:
+            self.report.step(self.name, "waiting for the archive")
+            lock.hold(self.cancel)
+            self.report.step(self.name, "being made")
+        with lock:
+            reply = use() if waited else reply
+            for _ in range(2):  # the second time, all of it
+                if reply.status == 21:
+                    try:
+                        self._upload(op, [line[5:] for line in reply.lines() if line[:5] == "base "])
+                    finally:
+                        self.report.step(self.name, "being unpacked")
+                    reply = use()
         return reply
 
     def _nearest(self, offered: Iterable[str]) -> Tuple[str, List[Tuple[str, str, bytes]]]:
@@ -5905,12 +5938,12 @@ class Creation:
         sizes.update({path: self.parts.pointers[path][3] for path in self.parts.files})
         best, least, differs = "", sum(sizes.values()) / 2, []
         sources = dict(record.get("composed", []))
-        sent = {entry["tree"]: entry["base"] for entry in self.project.entries().values()
-                if entry["host"] == host}
-        sent.update((tree, sources.get(tree, tree)) for place, tree in record.get("sent", [])
-                    if place == host)
-        for tree in [tree for tree in offered if tree in sent and b".cmux-gone" not in sizes]:
+        sent = {entry["tree"]: entry["base"] for entry in self.project.entries().values() if entry["host"] == host}
+        sent.update((tree, sources.get(tree, tree)) for place, tree in record.get("sent", []) if place == host)
+        for tree in offered:
             try:
+                if tree not in sent or b".cmux-gone" in sizes:
+                    continue
                 if sent[tree] != tree:  # a commit, or a tree with submodules or LFS files
                     source = shadow.call("rev-parse", sent[tree] + "^{tree}")
                     if Parts(shadow, self.project.repository.place(), source).tree != tree:
@@ -5933,13 +5966,13 @@ class Creation:
             said.add(self.tree)
             below = sum(place.uncommitted(self.shadow) for place in self.parts.places)
             changed = self.project.repository.uncommitted(self.shadow) if self.head else 0
-        parts = ["%d %s" % (count, re.sub("(file|submodule)s", r"\1", name, count=1) if count == 1 else name) for count, name in (
-            (self.parts.absent, "submodules not checked out here"),
-            (self.parts.lacking, "LFS files whose content is not here (their pointers are sent)"),
-            (changed, "uncommitted files (--dirty takes them along)"),
-            (below, "uncommitted files in submodules")) if count]
+        rows = ((self.parts.absent, "submodule", " not checked out here"),
+                (self.parts.lacking, "LFS file", " whose content is not here (their pointers are sent)"),
+                (changed, "uncommitted file", " (--dirty takes them along)"),
+                (below, "uncommitted file", " in submodules"))
+        parts = [f"{count} {noun}{'s' * (count != 1)}{more}" for count, noun, more in rows if count]
         if parts:
-            self.report.note("Not sent: %s." % ", ".join(parts))
+            self.report.note(f"Not sent: {', '.join(parts)}.")
 
     def _archive(self, parent: str, rows: Sequence[Tuple[str, str, bytes]]) -> Archive:
         """The archive of what differs from a base, or of all."""
@@ -5955,70 +5988,46 @@ class Creation:
         archive.size = lambda: front + size(tree)
         return archive
 
-    def _upload(self, offered: Iterable[str], little: bool = False) -> None:
+    def _upload(self, op: str, offered: Iterable[str], little: bool = False) -> None:
         """Stream the archive; it counts only when the host's length and checksum are ours. If
         ``little``, only one that is small."""
         parent, rows = self._nearest(offered)
         if little and not parent:
             return
-        archive = self._archive(parent, rows)
-        try:
+        with contextlib.closing(self._archive(parent, rows)) as archive:
             if little and not archive.small():
                 return
-            reply = self._send(archive, parent)
-        finally:
-            archive.close()
+            reply = self._send(op, archive, parent)
         if not reply.status and archive.ended and reply.lines()[-2:] == [archive.digest.line(), ""]:
             self.sent, whole = archive.total, archive.digest.length
-            self.report.say("sent %s to %s%s" % (human_size(whole), self.host.name, ", compressed to %s" % human_size(
-                self.sent) if self.sent < whole else ""))
+            packed = f", compressed to {human_size(self.sent)}" if self.sent < whole else ""
+            self.report.say(f"sent {human_size(whole)} to {self.host.name}{packed}")
             return
-        self.host.call(DISCARD, self.root, self.op)
+        self.host.call(DISCARD, self.root, op)
         check_reply(reply, self.host.name, "take the archive")
         raise UploadFailed(f"The archive did not arrive whole on {self.host.name}.", "Try again.")
 
-    def _send(self, archive: Archive, parent: str) -> Reply:
+    def _send(self, op: str, archive: Archive, parent: str) -> Reply:
         archive.progress = lambda done: self.report.step(self.name, "unpacking") if archive.ended else \
             self.report.progress(self.name, done, archive.size)
         direct, how = not archive.small(), ""
         if direct:
-            said = self.host.call(GZIP, before=HELD, cancel=self.cancel)
-            if said.trip >= GZIP_FROM and said.stdout == b"gzip\n":
+            answer = self.host.call(GZIP, before=HELD, cancel=self.cancel)
+            if answer.trip >= GZIP_FROM and answer.stdout == b"gzip\n":
                 how = "gzip"
                 archive.compress()
         try:
-            reply = self.host.call(UPLOAD, self.root, self.op, parent, how, source=archive,
-                                   direct=direct, cancel=self.cancel)
+            reply = self.host.call(UPLOAD, self.root, op, parent, how, source=archive, direct=direct,
+                                   cancel=self.cancel)
         except ConnectionLost as lost:
             archive.check(False)
-            cut = UploadFailed("The connection to %s was lost after %s of the archive; no workspace was made."
-                               % (self.host.name, human_size(archive.digest.length)), "Try again; nothing is left half-done.")
+            cut = UploadFailed(f"The connection to {self.host.name} was lost after {human_size(archive.digest.length)} "
+                               "of the archive; no workspace was made.", "Try again; nothing is left half-done.")
             cut.exit_code = 255
             raise cut from lost
         if archive.ended:  # else the host took no more, and says why
             archive.check()
         return reply
-
-    def _run_init(self, workspace: WorkspaceBase, entry: Dict[str, Any]) -> None:
-        """The hook's failure is told, and undoes nothing."""
-        self.report.say("running .cmux/init in %s" % self.name)
-        self.report.step(self.name, "init hook")
-
-        def output(data: bytes) -> None:
-            self.report.output(data, self.name)
-        try:
-            result = workspace.run(["./.cmux/init"], output, output, cancel=self.cancel)
-            entry["init"] = "lost" if result.reason else result.status
-            if result.reason:
-                raise Cancelled("Interrupted; the workspace %s is there, its init hook was ended." % self.name)
-            if result.status:
-                self.report.warn("The init hook of %s failed with status %s.%s" % (self.name, result.status, " Is %s on a noexec file system?" % show(
-                    self.root or "~/cmux") if result.status == 126 else ""))
-        except HostError as error:
-            entry["init"] = "lost"
-            self.report.warn("The init hook of %s was cut off: %s" % (self.name, error))
-        finally:
-            self._record(entry)
 
 
 def state_of(entry: Mapping[str, Any]) -> str:
@@ -6047,6 +6056,11 @@ class WorkspaceBase:
         self.base: str = entry["base"]
         self.created: float = entry["created"]
         self.state = state_of(entry)
+        if self.state == "init running":
+            lock = project.registry.creation_lock(name)
+            if lock.take():  # whoever ran it was killed
+                lock.free()
+                self.state = "init failed"
 
     def __repr__(self) -> str:
         return "Workspace(%r on %r)" % (self.name, self.host.name)
@@ -6640,7 +6654,7 @@ class Pull:
             raise GitFailed("This repository has not all any more of what %s was made of: %s" % (workspace.name, error),
                             "Fetch the commit %s again; or take the files: %s exec -w %s -- tar -c . >%s.tar" % (
                                 self.base[:10], PROGRAM, workspace.name, workspace.name))
-        if lacks_ignored(shadow, self.entry):
+        if "whole" not in self.entry:
             raise GitFailed(
                 f"The workspace {workspace.name} was made by an older version, which sent no files "
                 "that .gitattributes mark export-ignore: what is missing cannot be compared.",

@@ -3548,6 +3548,12 @@ def test_an_interrupted_init_hook_is_no_success(repo: Repo, names: List[str]) ->
     nap = unique()
     repo.write(".cmux/init", f"#!/bin/sh\nsleep {nap}\n".encode(), 0o755)
     repo.commit()
+    child = repo.start("new", "-H", "box", "killed")
+    until(lambda: running(f"sleep {nap}"), "the hook runs")
+    assert repo.workspaces()["killed"]["state"] == "init running"
+    killed(child)
+    assert repo.workspaces()["killed"]["state"] == "init failed"
+    gone(f"sleep {nap}")
     child = repo.start("new", "-H", "box", *names)
     until(lambda: len(running(f"sleep {nap}")) >= len(names), "the hooks run")
     child.send_signal(signal.SIGINT)
@@ -4641,7 +4647,7 @@ def older(repo: Repo, names: Sequence[str]) -> None:
     own = repo.path(names[0]).parents[1] / ".cmux"
     (own / "bases" / before).rename(own / "bases" / entry["tree"])
     (own / "bases" / entry["tree"] / "whole.tar").rename(own / "bases" / entry["tree"] / "tree.tar")
-    for path in own.glob("made/*/*.base"):
+    for path in own.glob("made/*/*/*.base"):
         path.write_text(entry["tree"] + "\n")
 
 
