@@ -945,21 +945,20 @@ HELD = b"exit 0\n"          # the first line of a header; again in one that hold
 # The functions that our own operations share, then one script each. Parameters are "$1"...;
 # status 0 is success, stdout is the reply; stderr is shown to the user, neutralised.
 
-# A lock on the host is a symbolic link that names its owner: process, when that began (its number is used
-# again, at the latest after a reboot), run. The link of an owner that died stays, and leads to the one of
-# its heir, LOCK.OWNER: whoever removed it could remove what another had just made in its place. The heir's counts
-# only while the first link is what it was: whoever leaves removes that one first.
-# _cborn pid: -> $_cb. _cheld lock: does the last owner, $_co, live? Else $_ch is the next link, $_cg are the dead.
-# _center lock pause tries: own it, or say who does. _cleave lock.
+# A lock on the host is a symbolic link that names its owner: process, when that began (its number
+# is used again, at the latest after a reboot), run. The link of an owner that died stays, and leads
+# to the one of its heir, LOCK.OWNER: whoever removed it could remove what another had just made in
+# its place. The heir's counts only while the first link is what it was: whoever leaves removes that
+# one first.
 LOCKED = r"""
-_cborn() {
+_cborn() { # pid -> $_cb
   _cb=; _cf=;
   if [ -r /proc/self/stat ]; then
     IFS= read -r _cf <"/proc/$1/stat"; IFS= read -r _cb </proc/sys/kernel/random/boot_id;
     set -- $_cf; case $3 in Z) _cb=;; *) _cb=$_cb-${22};; esac;
   else set -- $(ps -o lstart= -p "$1"); _cb=$1$2$3$4$5; fi;
 }
-_cheld() {
+_cheld() { # lock: does the last owner, $_co, live? Else $_ch is the next link, $_cg are the dead
   _ch=$1; _cg=;
   while _co=$(readlink "$_ch"); do
     if kill -0 "${_co%%.*}"; then
@@ -969,7 +968,7 @@ _cheld() {
   done;
   return 1;
 }
-_center() {
+_center() { # lock pause tries: own it, or say who does
   _cborn $$; _cm=$$.$_cb.$_cmux_run; _cn=0; _cg=;
   until ln -s "$_cm" "$1"; do
     if _cheld "$1"; then :;
@@ -980,7 +979,8 @@ _center() {
     elif [ -h "$_ch" ]; then :;
     else _cn=$((_cn+$3/9)); fi;
     _cn=$((_cn+1));
-    [ $_cn -lt "$3" ] || { [ -z "$_co" ] || echo "process ${_co%%.*} of an earlier attempt still runs" >&2; return 3; };
+    [ $_cn -lt "$3" ] || {
+      [ -z "$_co" ] || echo "process ${_co%%.*} of an earlier attempt still runs" >&2; return 3; };
     sleep "$2" || { sleep 1; _cn=$((_cn+9)); };
   done;
 }
@@ -1007,9 +1007,9 @@ _one_at_a_time() { # lock function...: after a lost line the first attempt may s
   "$@"; status=$?
   _cleave "$own_lock"; return $status
 }
-# _operate function root project turn name op...: one operation at a time on a workspace's name, and
-# none once a later one has begun, which also clears away what the last left in the stage: its client
-# was killed. The function is given what follows the op.
+# _operate function root project turn name op...: one operation at a time on a workspace's name,
+# and none once a later one has begun, which also clears away what the last left in the stage: its
+# client was killed. The function is given what follows the op.
 _operate() {
   _croot "$2" || return
   project=$3 turn=$4 name=$5 op=$6 place=$root/$3/$5
@@ -1029,7 +1029,7 @@ _taken() { [ -e "$1" ] || [ -L "$1" ]; }
 # What is known of a workspace lies in one directory, made/PROJECT/OP/, named by the operation that
 # made it; made/PROJECT/NAME.op says which has the name. So a new name moves nothing.
 _owner() { cat "$root/.cmux/made/$project/$1.op"; }
-_put() { # directory: it becomes $place. mv moves *into* what has come to stand there: that is undone
+_put() { # directory: it becomes $place. mv moves *into* what stands there by now: that is undone
   echo "$op" >"$root/.cmux/made/$project/$name.op" && mv "$1" "$stage/$op" &&
     mv "$stage/$op" "$place" || return 3
   if [ -d "$place/$op" ]; then rm -rf "$place/$op" "$stage"; return 20; fi
@@ -1037,14 +1037,17 @@ _put() { # directory: it becomes $place. mv moves *into* what has come to stand 
 }
 """
 
-# What every git of ours on the host sees: no configuration, one identity, one date, the ids of most
-# repositories (git 3 makes others; a base whose tree has another id is not known again).
+# What every git of ours on the host sees: no configuration, one identity, one date, the ids of
+# most repositories (git 3 makes others; a base whose tree has another id is not known again).
 GIT_THERE = r"""
 _cenv() {
   for v in $(env | sed -n 's/^\(GIT_[A-Z_0-9]*\)=.*/\1/p'); do unset "$v"; done
-  export GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_SYSTEM=/dev/null GIT_ATTR_NOSYSTEM=1
-  export HOME=/nonexistent XDG_CONFIG_HOME=/nonexistent GIT_OPTIONAL_LOCKS=0 GIT_NO_REPLACE_OBJECTS=1 LC_ALL=C GIT_DEFAULT_HASH=sha1
-  for v in GIT_AUTHOR GIT_COMMITTER; do export "${v}_NAME=cmux" "${v}_EMAIL=cmux@localhost" "${v}_DATE=946684800 +0000"; done
+  export GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_SYSTEM=/dev/null LC_ALL=C
+  export HOME=/nonexistent XDG_CONFIG_HOME=/nonexistent GIT_ATTR_NOSYSTEM=1 GIT_OPTIONAL_LOCKS=0
+  export GIT_NO_REPLACE_OBJECTS=1 GIT_DEFAULT_HASH=sha1
+  for v in GIT_AUTHOR GIT_COMMITTER; do
+    export "${v}_NAME=cmux" "${v}_EMAIL=cmux@localhost" "${v}_DATE=946684800 +0000"
+  done
   raw='* -text -eol -ident -filter -working-tree-encoding'
 }
 _cmark() { # op file directory: when; and, where no git will tell, of what
@@ -1058,10 +1061,9 @@ _clist() { # the files and links below the current directory, a line each: x (ex
   export LC_ALL=C
   _cmux_newline='
 '
-  { find . -name .git -prune -o -type f -perm -100 ! -path "*$_cmux_newline*" -exec cksum {} + |
-      sed 's/^/x /'
-    find . -name .git -prune -o -type f ! -perm -100 ! -path "*$_cmux_newline*" -exec cksum {} + |
-      sed 's/^/f /'
+  _sums() { find . -name .git -prune -o -type f "$@" ! -path "*$_cmux_newline*" -exec cksum {} +; }
+  { _sums -perm -100 | sed 's/^/x /'
+    _sums ! -perm -100 | sed 's/^/f /'
     find . -name .git -prune -o \( -type f -o -type l \) -exec sh -c '
       _cmux_newline=$1; shift
       for _cmux_path; do
@@ -1106,7 +1108,7 @@ _make_repository() { # in $stage/tree, for $base, or a copy of the one that is t
   if [ -d "$kept" ]; then cp -R "$kept" .git && git update-index -q --refresh; return; fi
   git init -q --template= . && git symbolic-ref HEAD refs/heads/main &&
   mkdir -p .git/info .git/hooks && echo "$raw" >.git/info/attributes &&
-  printf '[core]\n\tautocrlf = false\n\ttrustctime = false\n\tcheckStat = minimal\n' >>.git/config &&
+  printf '[core]\nautocrlf = false\ntrustctime = false\ncheckStat = minimal\n' >>.git/config &&
   _add git && tree=$(git write-tree) && commit=$(git commit-tree "$tree" -m base) &&
   printf 'update %s %s\n' HEAD "$commit" refs/cmux/base "$commit" | git update-ref --stdin ||
     { rm -rf .git; return 1; }
@@ -1178,32 +1180,25 @@ _create() {
 # GZIP: says gzip where that works.
 GZIP = "_cop() { echo gzip | gzip | gzip -dc; }"
 
-# UPLOAD root op parent gzip: the stream becomes stage/<op>/base/whole.tar and, at once, stage/<op>/tree;
+# UPLOAD root op parent gzip: the stream becomes stage/OP/base/whole.tar and, at once, stage/OP/tree;
 #   with a parent, changes.tar: what differs from that base, and .cmux-gone, the paths to remove.
-#   replies at the end: the line of cksum, which the client compares before it calls CREATE.
+#   Replies at the end: the line of cksum, which the client compares before it calls CREATE.
 # tar may stop reading at the end-of-archive blocks: the rest is drained, or tee would die.
 UPLOAD = OPEN_ROOT + r"""
 _cop() {
   _croot "$1" || return
   stage=.cmux/stage/$2 unpack='gzip -dc'
   [ "$4" ] || unpack=cat
-  mkdir -p "$stage/base" || return 3
-  case $3 in
-  ?*)
-    archive=$stage/changes.tar; echo "$3" >"$stage/parent" && : >"$archive" || return 3
-    $unpack | tee "$archive" >/dev/null;;
-  *)
-    archive=$stage/base/whole.tar; mkdir -p "$stage/tree" && : >"$archive" || return 3
-    $unpack | tee "$archive" |
-      ( umask 022; cd "$stage/tree" && tar -xmof -; status=$?; cat >/dev/null; exit $status );;
-  esac || { rm -rf "$stage"; return 4; }
+  if [ "$3" ]; then
+    archive=$stage/changes.tar
+    mkdir -p "$stage" && echo "$3" >"$stage/parent" && $unpack >"$archive"
+  else
+    archive=$stage/base/whole.tar
+    mkdir -p "$stage/base" "$stage/tree" && : >"$archive" && $unpack | tee "$archive" |
+      ( umask 022; cd "$stage/tree" && tar -xmof -; status=$?; cat >/dev/null; exit $status )
+  fi || { rm -rf "$stage"; return 4; }
   cksum <"$archive"
 }
-"""
-
-# DISCARD root op: what an upload left in the stage.
-DISCARD = OPEN_ROOT + r"""
-_cop() { _croot "$1" && rm -rf ".cmux/stage/$2"; }
 """
 
 # Functions of the scripts on jobs. State: running, exited CODE, or lost (no exit, no supervisor).
@@ -1228,7 +1223,9 @@ _cstate() { # $1 directory
 SNAPSHOT = OPEN_ROOT + GIT_THERE + r"""
 _cw() { # project name -> $w its directory, $m what is known of it
   w=$root/$1/$2 m=; read -r m <"$root/.cmux/made/$1/$2.op"; m=$root/.cmux/made/$1/$m
-  [ -d "$m" ] || mkdir -p "$m"; m=$m/its; [ -d "$w" ] && [ ! -L "$w" ] && [ ! -L "$root/$1" ]
+  [ -d "$m" ] || # as an older version left it
+    { mkdir -p "$m"; for v in base mark pull push; do mv "${m%/*}/$2.$v" "$m/its.$v"; done; } 2>/dev/null
+  m=$m/its; [ -d "$w" ] && [ ! -L "$w" ] && [ ! -L "$root/$1" ]
 }
 _cg() { git --git-dir="$g" --work-tree="$w" -c core.fsmonitor=false -c core.hooksPath=/dev/null -c core.bigFileThreshold=8m "$@"; }
 _co() { git --git-dir="$o" -c core.fsmonitor=false -c core.hooksPath=/dev/null "$@" 2>/dev/null; }
@@ -1444,12 +1441,13 @@ _cop() {
 }
 """
 
-# PUSH root project turn name op, then what CHANGED takes, newbase keep: the workspace becomes the new base; again with the same op, it says pushed. With git, in place: only
-#   files that differ are touched, ignored ones stay (build caches, a server that watches), and what
-#   differs from its own base is enough. Without, the directory is replaced. `keep` (1): a copy goes
-#   to the trash, and the directory is replaced, too, where its repository cannot be moved (else 5).
-#   Without `keep` it looks itself for what would be lost, as CHANGED does, each time: an upload
-#   takes minutes. 21: upload first; 22: no workspace; 25: the lines tell what would be lost.
+# PUSH root project turn name op, then the words of CHANGED, newbase keep: the workspace becomes the
+#   new base; again with the same op, it says pushed. With git, in place: only files that differ are
+#   touched, ignored ones stay (build caches, a server that watches), and what differs from its own
+#   base is enough. Without, the directory is replaced. `keep` (1): a copy goes to the trash, and the
+#   directory is replaced, too, where its repository cannot be moved (else 5). Without `keep` it
+#   looks itself for what would be lost, as CHANGED does, each time: an upload takes minutes.
+#   21: upload first; 22: no workspace; 25: the lines say what would be lost.
 PUSH = LOST + BASE + r"""
 _creflog() { :; } # what only a reflog has stays there
 _cop() { _operate _push "$@"; }
@@ -1470,11 +1468,10 @@ _push_steps() {
     echo "$op" >"$m.push" && echo pushed
 }
 _look() { # -> what _csnap finds; $snap its status
-  if [ "$keep" ] || [ -f "$s/begun" ]; then
-    _csnap "$4" "$5" "$7" "$8" >"$s/said"; snap=$?; return 0
-  fi
-  _clost "$@" >"$s/lost" || return
+  _clost "$@" >"$s/lost"; status=$?
+  if [ "$keep" ] || [ -f "$s/begun" ]; then return 0; fi
   [ ! -s "$s/lost" ] || { cat "$s/lost"; return 25; }
+  return $status
 }
 _has_own() { o=$w/.git; [ -d "$o" ] && [ "$snap" = 0 ] && _co cat-file -e "$b^{commit}"; }
 _is_sent() { [ "$(cat "$s/parent")" = "$oldbase" ]; } # the difference to its own base
@@ -1567,8 +1564,8 @@ _rename() {
 }
 """
 
-# GC root: trash, what broken uploads left a day ago, jobs that ended a week ago, and bases that no workspace was made of and
-#   none was made from for two weeks. Replies the kilobytes freed.
+# GC root: trash, what broken uploads left a day ago, jobs that ended a week ago, and bases that no
+#   workspace stands on and none was made from for two weeks. Replies the kilobytes freed.
 GC = OPEN_ROOT + r"""
 _cold() { [ "$(find "$2" -prune -mtime "+$1" -print)" ]; } # days path: it is older
 _csize() { du -sk . | sed 's/[^0-9].*//'; }
@@ -4388,13 +4385,13 @@ class CommandRun:
 # In the user's own repository only commands that read run; --dirty and the count of what is not
 # sent read the work tree as the user's git does, into index and objects of ours. All else runs in
 # a shadow: a new bare repository, empty of config, with the real object store as alternate.
-GIT_SAFE = ("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false",
-            "-c", "core.protectHFS=true", "-c", "core.protectNTFS=true",
-            "-c", "submodule.recurse=false", "-c", "fetch.recurseSubmodules=false",
-            "-c", "gc.auto=0", "-c", "maintenance.auto=false", "-c", "core.attributesFile=/dev/null",
-            "-c", "commit.gpgSign=false", "-c", "protocol.allow=never", "-c", "tar.umask=0022",
-            "-c", "core.bigFileThreshold=%d" % STREAMED_FROM, "-c", "pack.threads=1",
-            "-c", "core.packedGitWindowSize=16m", "-c", "core.packedGitLimit=64m")
+GIT_SAFE = tuple(word for setting in (
+    "core.hooksPath=/dev/null", "core.fsmonitor=false", "core.protectHFS=true",
+    "core.protectNTFS=true", "submodule.recurse=false", "fetch.recurseSubmodules=false",
+    "gc.auto=0", "maintenance.auto=false", "core.attributesFile=/dev/null",
+    "commit.gpgSign=false", "protocol.allow=never", "tar.umask=0022",
+    f"core.bigFileThreshold={STREAMED_FROM}", "pack.threads=1", "core.packedGitWindowSize=16m",
+    "core.packedGitLimit=64m") for word in ("-c", setting))
 # For the user's own git, where it reads the work tree for us.
 USER_SAFE = ("core.hooksPath=/dev/null", "core.fsmonitor=false", "core.splitIndex=false",
              "core.untrackedCache=false", "core.safecrlf=false", "submodule.recurse=false",
@@ -4411,20 +4408,23 @@ def git_environment(**extra: str) -> Dict[str, str]:
 
     protocol.allow=never does not stop a repository's own protocol.ext.allow=always;
     GIT_ALLOW_PROTOCOL does."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     env.update(GIT_CONFIG_NOSYSTEM="1", GIT_ATTR_NOSYSTEM="1", GIT_TERMINAL_PROMPT="0",
-               GIT_ALLOW_PROTOCOL="none", GIT_NO_LAZY_FETCH="1", GIT_NO_REPLACE_OBJECTS="1", GIT_OPTIONAL_LOCKS="0", LC_ALL="C")
-    env.update(extra)
+               GIT_ALLOW_PROTOCOL="none", GIT_NO_LAZY_FETCH="1", GIT_NO_REPLACE_OBJECTS="1",
+               GIT_OPTIONAL_LOCKS="0", LC_ALL="C", **extra)
     return env
 
 
 def user_environment() -> Dict[str, str]:
     """Our environment with what it says of git's configuration, and no other GIT_ variable."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k.startswith("GIT_CONFIG")}
+    return {name: value for name, value in os.environ.items()
+            if not name.startswith("GIT_") or name.startswith("GIT_CONFIG")}
 
 
-_SECRET_FILE = re.compile(r"(^|/)(\.env(\..+)?|\.netrc|\.npmrc|\.pypirc|\.pgpass|\.htpasswd|id_(rsa|dsa|ecdsa|ed25519)|credentials(\.json)?|"
-                          r"secrets?\.(json|ya?ml|toml|txt)|.*\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk))\Z", re.I)
+_SECRET_FILE = re.compile(
+    r"(^|/)(\.env(\..+)?|\.netrc|\.npmrc|\.pypirc|\.pgpass|\.htpasswd|id_(rsa|dsa|ecdsa|ed25519)|"
+    r"credentials(\.json)?|secrets?\.(json|ya?ml|toml|txt)|"
+    r".*\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk))\Z", re.I)
 
 
 class Repository:
@@ -4435,99 +4435,104 @@ class Repository:
         try:
             self.directory = os.path.abspath(directory)
         except FileNotFoundError:
-            raise GitFailed("The current directory has been removed.", "Change into one that is there.")
+            raise GitFailed("The current directory has been removed.",
+                            "Change into one that is there.")
         if not os.path.isdir(self.directory):
-            raise GitFailed("%s is not a directory." % show(directory))
-        out = self._git("rev-parse", "--absolute-git-dir", "--git-common-dir")
-        lines = out.decode("utf-8", "surrogateescape").split("\n")
-        if len(lines) != 3:
+            raise GitFailed(f"{show(directory)} is not a directory.")
+        lines = self._line("rev-parse", "--absolute-git-dir", "--git-common-dir").split("\n")
+        if len(lines) != 2:
             raise GitFailed("The repository's path holds a newline.", "Move it.")
         self.git_dir = lines[0]
         self.common_dir = os.path.realpath(os.path.join(self.directory, lines[1]))
-        if (os.path.realpath(self.directory) + "/").startswith(os.path.realpath(self.git_dir) + "/"):
-            self._refuse_inner()
+        own = os.path.realpath(self.git_dir)
+        if (os.path.realpath(self.directory) + "/").startswith(own + "/"):
+            # One that lies in another repository's work tree may have come with a clone of that,
+            # and its config would be whoever's wrote it: the host, the work tree.
+            words = [self.program, "-C", os.path.dirname(own), *GIT_SAFE, "rev-parse", "--git-dir"]
+            if run(words, git_environment())[0] == 0:
+                raise GitFailed(f"{show(own)} is a git directory inside another repository.",
+                                "Name a directory of the work tree with -C.")
 
-    def _git(self, *words: str) -> bytes:
+    def _line(self, *words: str) -> str:
+        """What a git command prints, without the last newline. Raises GitFailed."""
         # The user's global config is read here for safe.directory alone; rev-parse runs nothing.
         env = git_environment()
         del env["GIT_CONFIG_NOSYSTEM"]
-        status, out, err = run([self.program, "-C", self.directory] + list(GIT_SAFE) + list(words), env)
+        status, out, err = run([self.program, "-C", self.directory, *GIT_SAFE, *words], env)
         if status == 0:
-            return out
-        text = neutralise(err).strip()
+            return out.decode("utf-8", "surrogateescape")[:-1]
+        text, where = neutralise(err).strip(), show(self.directory)
         if "dubious ownership" in text:
-            top = re.search(r"repository at '(.*)'", text)  # which git compares; not a directory below
-            raise GitFailed("%s belongs to another user; git refuses to read it." % show(self.directory),
-                            "If you trust it: git config --global --add safe.directory %s" % quote(top.group(1) if top else self.directory))
+            top = re.search(r"repository at '(.*)'", text)  # which git compares
+            name = quote(top.group(1) if top else self.directory)
+            raise GitFailed(f"{where} belongs to another user; git refuses to read it.",
+                            f"If you trust it: git config --global --add safe.directory {name}")
         if "not a git repository" in text:
-            raise GitFailed("%s is not inside a git repository." % show(self.directory),
+            raise GitFailed(f"{where} is not inside a git repository.",
                             "Change into one, name one with -C, or make one: git init")
-        raise GitFailed("git %s failed: %s." % (words[0], show(text.split("\n")[-1], 200)))
+        last = text.split("\n")[-1]
+        raise GitFailed(f"git {words[0]} failed: {show(last, 200)}.")
 
-    def _refuse_inner(self) -> None:
-        """Inside a git directory. One that lies in another repository's work tree may have come with a clone
-        of that, and its config would be whoever's wrote it: the host, the work tree."""
-        around = os.path.dirname(os.path.realpath(self.git_dir))
-        if run([self.program, "-C", around] + list(GIT_SAFE) + ["rev-parse", "--git-dir"], git_environment())[0] == 0:
-            raise GitFailed("%s is a git directory inside another repository." % show(self.git_dir),
-                            "Name a directory of the work tree with -C.")
+    def _ask(self, *words: str, env: Optional[Dict[str, str]] = None) -> bytes:
+        """What a git command with the user's configuration prints; nothing where it fails."""
+        argv = [self.program, "-C", self.directory, *words]
+        status, out, _ = run(argv, env or user_environment())
+        return b"" if status else out
 
     def branch(self) -> str:
         """The short name of the current branch (also an unborn one); "" when HEAD is detached."""
-        status, out, _ = run([self.program, "-C", self.directory, "symbolic-ref", "-q", "--short", "HEAD"], git_environment())
-        return out.decode("utf-8", "replace").strip() if status == 0 else ""
+        out = self._ask("symbolic-ref", "-q", "--short", "HEAD", env=git_environment())
+        return out.decode("utf-8", "replace").strip()
 
     def config(self, key: str, *kind: str) -> str:
-        """A value of the user's git configuration, any scope: no clone brings a .git/config along, and
-        what looks like a repository among a clone's files was refused above."""
-        status, out, _ = run([self.program, "-C", self.directory, "config", *kind, "--get", key], user_environment())
-        return out.decode("utf-8", "replace")[:-1] if status == 0 else ""
+        """A value of the user's git configuration, any scope: no clone brings a .git/config along,
+        and what looks like a repository among a clone's files was refused above."""
+        return self._ask("config", *kind, "--get", key).decode("utf-8", "replace")[:-1]
 
     def resolve(self, revision: str) -> Tuple[str, str]:
         """The ids of a commit and of its tree. Raises GitFailed."""
         if not revision or revision.startswith("-") or "\0" in revision:
-            raise GitFailed("%s is not a revision." % show(revision))
-        try:
-            commit = self._git("rev-parse", "--verify", "-q", revision + "^{commit}").decode("utf-8", "replace").strip()
-            if not re.match(r"[0-9a-f]{40,64}\Z", commit):  # ^HEAD passes rev-parse
-                raise GitFailed("not one commit")
-        except GitFailed:
+            raise GitFailed(f"{show(revision)} is not a revision.")
+        commit = self.value_of(revision)
+        if not re.match(r"[0-9a-f]{40,64}\Z", commit):  # ^HEAD passes rev-parse
             if revision == "HEAD":
                 raise GitFailed("The repository has no commit yet.", "Commit something first.")
-            raise GitFailed("%s is not a commit of this repository." % show(revision), "Name one that `git log` shows.")
-        return commit, self._git("rev-parse", "--verify", "-q", commit + "^{tree}").decode().strip()
+            raise GitFailed(f"{show(revision)} is not a commit of this repository.",
+                            "Name one that `git log` shows.")
+        return commit, self._line("rev-parse", "--verify", "-q", commit + "^{tree}")
 
     def in_shadow(self, example: str) -> Shadow:
         """A shadow whose object ids are like ``example``."""
         return Shadow(self, "sha256" if len(example) == 64 else "sha1")
 
-    def value_of(self, ref: str, kind: str = "^{commit}") -> str:
-        """The commit (or other object) a full ref name stands for; "" where there is none."""
+    def value_of(self, name: str, kind: str = "^{commit}") -> str:
+        """The id of the commit (or other object) that a name stands for; "" where there is none."""
         try:
-            return self._git("rev-parse", "--verify", "-q", ref + kind).decode().strip()
+            return self._line("rev-parse", "--verify", "-q", name + kind)
         except GitFailed:
             return ""
 
     def worktree(self) -> str:
         """The top directory of the work tree. Raises GitFailed in a bare repository."""
-        if not self._top:
-            self._top = os.fsdecode(self._git("rev-parse", "--show-toplevel")).rstrip("\n")
+        self._top = self._top or self._line("rev-parse", "--show-toplevel")
         return self._top
 
-    def state_within(self, top: str) -> str:
-        """Where the state directory lies in the work tree ``top`` (a home may be a repository); "" if it does not."""
-        own = os.path.relpath(os.path.realpath(state_home()), os.path.realpath(top))
+    def _own_state(self) -> str:
+        """Where the state directory lies in the work tree (a home may be a repository); "" if it
+        does not."""
+        own = os.path.relpath(os.path.realpath(state_home()), os.path.realpath(self.worktree()))
         return "" if own.split("/")[0] == ".." else own
 
     def refuse_state(self, commit: str) -> None:
         """Raise UsageError if a commit holds the state directory, and with it the secrets."""
-        try:
-            own = self.state_within(self.worktree())
-        except GitFailed:
-            return  # bare
-        if own and self.value_of("%s:%s" % (commit, own), ""):
-            raise UsageError("Nothing was sent: %s, where %s keeps the secrets, is in the commit %s." % (show(own), PROGRAM, commit[:12]),
-                             "Take it out of git (git rm -r --cached %s), or set CMUX_SSH_HOME to another directory." % quote(":/" + own))
+        own = ""
+        with contextlib.suppress(GitFailed):  # bare
+            own = self._own_state()
+        if own and self.value_of(f"{commit}:{own}", ""):
+            raise UsageError(f"Nothing was sent: {show(own)}, where {PROGRAM} keeps the secrets, "
+                             f"is in the commit {commit[:12]}.",
+                             f"Take it out of git (git rm -r --cached {quote(':/' + own)}), or set "
+                             "CMUX_SSH_HOME to another directory.")
 
     def _as_user(self, shadow: Shadow, filters: bool = False) -> Shadow:
         """A shadow whose git is the user's, with its configuration, in the work tree; index and new
@@ -4550,8 +4555,8 @@ class Repository:
 
     def _configured(self, section: str, env: Dict[str, str]) -> Set[str]:
         """What the configuration has of a section: SECTION.NAME."""
-        words = ["config", "-z", "--name-only", "--get-regexp", r"^%s\..*\." % section]
-        out = run([self.program, "-C", self.directory, *words], env)[1]
+        pattern = rf"^{section}\..*\."
+        out = self._ask("config", "-z", "--name-only", "--get-regexp", pattern, env=env)
         return {name.rpartition(".")[0] for name in os.fsdecode(out).split("\0")[:-1]}
 
     def _without_hooks(self, env: Dict[str, str]) -> Dict[str, str]:
@@ -4559,131 +4564,135 @@ class Repository:
         given, names = env.get("GIT_CONFIG_COUNT", ""), self._configured("hook", env)
         first = int(given) if given.isdigit() else 0
         for at, name in enumerate(names, first):
-            env["GIT_CONFIG_KEY_%d" % at] = name + ".enabled"
-            env["GIT_CONFIG_VALUE_%d" % at] = "false"
+            env[f"GIT_CONFIG_KEY_{at}"] = name + ".enabled"
+            env[f"GIT_CONFIG_VALUE_{at}"] = "false"
         return dict(env, GIT_CONFIG_COUNT=str(first + len(names)))
 
-    def uncommitted(self, shadow: Shadow) -> int:
-        """How many tracked files are not as HEAD has them."""
+    def uncommitted(self, shadow: Shadow, pointers: Mapping[bytes, Pointer]) -> int:
+        """How many tracked files are not as HEAD has them, whose LFS pointers are these."""
+        count = 0
         try:
-            changed = set(self._as_user(shadow).differing("HEAD"))
-            return len(changed) - (self._same_lfs(shadow, changed) if changed else 0)
+            for path in self._as_user(shadow).differing("HEAD"):
+                file = os.path.join(self.worktree(), os.fsdecode(path))
+                count += path not in pointers or not is_content(file, pointers[path])
         except GitFailed:
-            return 0  # a bare repository
-
-    def _same_lfs(self, shadow: Shadow, paths: Container[bytes]) -> int:
-        """How many of the paths hold what their LFS pointer in HEAD says."""
-        import hashlib
-        same, top = 0, self.worktree()
-        for path, _, _, sha256, size in shadow.pointers(self.resolve("HEAD")[1]):
-            file = os.path.join(top, os.fsdecode(path))
-            if path in paths and os.path.isfile(file) and os.path.getsize(file) == size:
-                digest = hashlib.sha256()
-                for data in read_content(file, size):
-                    digest.update(data)
-                same += digest.hexdigest() == sha256
-        return same
+            pass  # a bare repository
+        return count
 
     def snapshot(self, allow: Sequence[str] = ()) -> str:
         """A commit of the work tree as `git add -A` takes it, with the user's filters, kept as
         refs/cmux/sent/ID; index and branches stay as they are. Refuses what looks like secrets."""
         commit, tree = self.resolve("HEAD")
-        if self._git("rev-parse", "--is-bare-repository") == b"true\n":
-            raise UsageError("This repository is bare: it has no work tree to send.", "Leave out --dirty.")
+        if self._line("rev-parse", "--is-bare-repository") == "true":
+            raise UsageError("This repository is bare: it has no work tree to send.",
+                             "Leave out --dirty.")
         with self.in_shadow(commit) as shadow:
-            user, failed = self._as_user(shadow, filters=True), None
-            # add would run `git status` in every submodule, with the config and the filters of that.
-            links = shadow.index_links()
-            own = self.state_within(self.worktree())
-            if own and not run(user.argv("check-ignore", "-q", "--", own), user.env)[0]:
-                own = ""  # add says so, and fails, where an excluded path is ignored already
-            paths = [*map(os.fsdecode, links), *filter(None, [own])]
-            apart = [":(exclude,literal)" + path for path in paths]
-            try:
-                list(user.records("add", "-A", "--", ".", *apart, talks=True))
-            except GitFailed as error:
-                failed = error
-            nested = shadow.index_links() - links
-            if failed:
-                others = user.records("ls-files", "-o", "--exclude-standard", "-z")
-                nested.update(path for path in others if path.endswith(b"/"))
-            if nested:
-                name = show(min(nested).decode("utf-8", "replace").rstrip("/"))
-                raise GitFailed(f"{name} is a repository of its own.",
-                                "Let .gitignore cover it, or make it a submodule.")
-            if failed:
-                raise failed
-            user.call("update-index", "--remove", "-z", "--stdin", stdin=b"\0".join([*links, b""]))
+            self._add_all(shadow)
             new = shadow.call("write-tree")
             if new == tree:
                 return commit
-            paths = [path.decode("utf-8", "surrogateescape") for _, mode, _, path in shadow.changes(tree, new) if mode != "000000"]
+            changed = shadow.changes(tree, new)
+            paths = [path.decode("utf-8", "surrogateescape") for _, mode, _, path in changed
+                     if mode != "000000"]
             secret = [path for path in paths if _SECRET_FILE.search(path) and path not in allow]
             if secret:
-                raise UsageError("Nothing was sent: what looks like a secret is among it: %s." % ", ".join(map(show, secret[:20])),
-                                 "Let .gitignore cover it, or send it all the same: %s" % " ".join("--allow " + quote(p) for p in secret[:20]))
+                del secret[20:]
+                words = " ".join("--allow " + quote(path) for path in secret)
+                raise UsageError("Nothing was sent: what looks like a secret is among it: "
+                                 f"{', '.join(map(show, secret))}.",
+                                 f"Let .gitignore cover it, or send it all the same: {words}")
             made = shadow.commit(new, "uncommitted work\n", commit)
             self.publish(shadow.quarantine(made, [commit]), "refs/cmux/sent/" + made[:12], made, "")
             return made
 
+    def _add_all(self, shadow: Shadow) -> None:
+        """Bring the index of a shadow to what `git add -A` would make of the user's."""
+        user, failed = self._as_user(shadow, filters=True), None
+        # add would run `git status` in every submodule, with the config and the filters of that.
+        links = shadow.index_links()
+        own = self._own_state()
+        if own and not run(user.argv("check-ignore", "-q", "--", own), user.env)[0]:
+            own = ""  # add says so, and fails, where an excluded path is ignored already
+        apart = [":(exclude,literal)" + path for path in (*map(os.fsdecode, links), own) if path]
+        try:
+            list(user.records("add", "-A", "--", ".", *apart, talks=True))
+        except GitFailed as error:
+            failed = error
+        nested = shadow.index_links() - links
+        if failed:
+            others = user.records("ls-files", "-o", "--exclude-standard", "-z")
+            nested.update(path for path in others if path.endswith(b"/"))
+        if nested:
+            name = show(min(nested).decode("utf-8", "replace").rstrip("/"))
+            raise GitFailed(f"{name} is a repository of its own.",
+                            "Let .gitignore cover it, or make it a submodule.")
+        if failed:
+            raise failed
+        user.call("update-index", "--remove", "-z", "--stdin", stdin=b"\0".join([*links, b""]))
+
     def _worktrees(self) -> List[List[str]]:
         """What `git worktree list` says: its lines, worktree by worktree."""
-        text = self._git("worktree", "list", "--porcelain").decode("utf-8", "surrogateescape")
+        text = self._line("worktree", "list", "--porcelain")
         return [row.split("\n") for row in text.split("\n\n") if row]
 
     def hooks_inside(self) -> List[str]:
-        """The hooks directory relative to the work tree, if a core.hooksPath lies in it, or in another work tree of
-        this repository: as it is named, and where the links in that lead."""
-        named = run([self.program, "-C", self.directory, "rev-parse", "--git-path", "hooks"], user_environment())[1]
-        path, raw = os.path.join(os.path.realpath(self.directory), named.decode("utf-8", "surrogateescape")[:-1]), self.config("core.hooksPath")
-        tops = {os.path.realpath(row[0][len("worktree "):]) for row in self._worktrees() if "bare" not in row}
+        """The hooks directory relative to the work tree, if a core.hooksPath lies in it, or in
+        another work tree of this repository: as it is named, and where the links in that lead."""
+        named = os.fsdecode(self._ask("rev-parse", "--git-path", "hooks")[:-1])
+        path = os.path.join(os.path.realpath(self.directory), named)
+        raw = self.config("core.hooksPath")
+        tops = {os.path.realpath(row[0][len("worktree "):]) for row in self._worktrees()
+                if "bare" not in row}
         tops.discard(os.path.realpath(self.common_dir))  # of a submodule git names that
-        try:
+        with contextlib.suppress(GitFailed):  # a bare repository
             tops.add(os.path.realpath(self.worktree()))
-        except GitFailed:
-            pass  # a bare repository
-        found = {os.path.relpath(near, top) for near in (os.path.normpath(path), os.path.realpath(path)) for top in tops}
-        found.update([os.path.normpath(raw)] if raw and raw[0] not in "/~" else [])
+        found = {os.path.relpath(near, top) for top in tops
+                 for near in (os.path.normpath(path), os.path.realpath(path))}
+        if raw and raw[0] not in "/~":
+            found.add(os.path.normpath(raw))
         return [path for path in found if path.split("/")[0] not in ("..", ".git")]
 
     def check_branch(self, branch: str) -> str:
         """The full name of a branch that can be written: valid, and checked out nowhere."""
-        status = run([self.program, "check-ref-format", "refs/heads/" + branch], git_environment())[0]
+        ref = "refs/heads/" + branch
+        status = run([self.program, "check-ref-format", ref], git_environment())[0]
         if status or branch.startswith("-") or branch == "HEAD" or not branch.isprintable():
-            raise UsageError("%s is not a branch name." % show(branch))
-        if any("branch refs/heads/" + branch in row for row in self._worktrees()):
-            raise GitFailed("The branch %s is checked out; nothing of a host's is written there." % show(branch),
-                            "Choose another with --branch, or check out another one.")
-        return "refs/heads/" + branch
+            raise UsageError(f"{show(branch)} is not a branch name.")
+        if any("branch " + ref in row for row in self._worktrees()):
+            raise GitFailed(
+                f"The branch {show(branch)} is checked out; nothing of a host's is written there.",
+                "Choose another with --branch, or check out another one.")
+        return ref
 
     def publish(self, pack: str, ref: str, new: str, old: str) -> None:
         """Take a pack that was checked in quarantine, then set ``ref`` if it still is ``old``."""
-        command = [self.program, "--git-dir=" + self.git_dir] + list(GIT_SAFE)
+        command = [self.program, "--git-dir=" + self.git_dir, *GIT_SAFE]
         with open(pack, "rb") as stream:
-            process = spawn(command + ["index-pack", "--stdin", "--strict", "--fsck-objects",
-                                       "--max-input-size=%d" % (2 * PULL_TOTAL_MAX)], git_environment(), stdin=stream)
-            if process.wait():
+            words = ["index-pack", "--stdin", "--strict", "--fsck-objects",
+                     f"--max-input-size={2 * PULL_TOTAL_MAX}"]
+            if spawn(command + words, git_environment(), stdin=stream).wait():
                 raise GitFailed("git did not take the objects of the result.", "Is the disk full?")
         if ref.startswith("refs/heads/"):
             self.check_branch(ref[11:])  # once more: bringing it took minutes
-        status, _, err = run(command + ["update-ref", "--no-deref", "-m", "cmux pull", ref, new, old or "0" * len(new)],
-                             self._without_hooks(git_environment()))
+        words = ["update-ref", "--no-deref", "-m", "cmux pull", ref, new, old or "0" * len(new)]
+        status, _, err = run(command + words, self._without_hooks(git_environment()))
         if status:
-            raise GitFailed("The branch %s could not be set: %s." % (show(ref[11:]), show(neutralise(err).strip(), 300)),
+            why = show(neutralise(err).strip(), 300)
+            raise GitFailed(f"The branch {show(ref[11:])} could not be set: {why}.",
                             "Choose another with --branch.")
 
     def place(self) -> Place:
         """Where this repository's submodules and LFS content lie."""
-        try:
+        top = ""
+        with contextlib.suppress(GitFailed):  # bare
             top = os.path.realpath(self.worktree())
-        except GitFailed:
-            top = ""  # bare
-        git_dir = os.path.realpath(self.git_dir)
-        return Place(top, self.common_dir, [os.path.join(base, "modules") for base in (self.common_dir, git_dir)])
+        roots = [os.path.join(base, "modules")
+                 for base in (self.common_dir, os.path.realpath(self.git_dir))]
+        return Place(top, self.common_dir, roots)
 
     def object_directory(self) -> str:
-        out = self._git("rev-parse", "--git-path", "objects").decode("utf-8", "surrogateescape")
-        return os.path.realpath(os.path.join(self.directory, out.rstrip("\n")))
+        out = self._line("rev-parse", "--git-path", "objects")
+        return os.path.realpath(os.path.join(self.directory, out))
 
 
 class Shadow:
@@ -4701,15 +4710,19 @@ class Shadow:
         os.mkdir(self.path, 0o700)
         self.git_dir = os.path.join(self.path, "sh.git")
         self.start = [self.program, "--git-dir=" + self.git_dir, *GIT_SAFE]
+        stores = self.alternate(repository.object_directory())
         self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null",
-                                   GIT_ALTERNATE_OBJECT_DIRECTORIES=self.alternate(repository.object_directory()))
+                                   GIT_ALTERNATE_OBJECT_DIRECTORIES=stores)
         try:
-            form = ["--object-format=" + object_format] if object_format != "sha1" else []
-            list(self.records("init", "-q", "--bare", "--template=", *form, self.git_dir, talks=True))
+            self._init(self.git_dir, object_format)
             os.makedirs(os.path.join(self.git_dir, "info"), exist_ok=True)
         except BaseException:
             self.close()
             raise
+
+    def _init(self, path: str, object_format: str) -> None:
+        form = [] if object_format == "sha1" else ["--object-format=" + object_format]
+        list(self.records("init", "-q", "--bare", "--template=", *form, path, talks=True))
 
     @staticmethod
     def alternate(objects: str) -> str:
@@ -4718,10 +4731,10 @@ class Shadow:
     def lend(self, objects: str) -> None:
         """Read from one more object store. Every git of this shadow would fail where it is not."""
         if os.path.realpath(objects) != objects or not os.path.isdir(objects):
-            raise GitFailed("The object store %s is not there." % show(objects))
-        stores = self.env["GIT_ALTERNATE_OBJECT_DIRECTORIES"]
-        if self.alternate(objects) not in stores:
-            self.env["GIT_ALTERNATE_OBJECT_DIRECTORIES"] = "%s:%s" % (stores, self.alternate(objects))
+            raise GitFailed(f"The object store {show(objects)} is not there.")
+        stores, more = self.env["GIT_ALTERNATE_OBJECT_DIRECTORIES"], self.alternate(objects)
+        if more not in stores:
+            self.env["GIT_ALTERNATE_OBJECT_DIRECTORIES"] = f"{stores}:{more}"
 
     def tree_in(self, objects: str, commit: str) -> str:
         """The tree of a commit that one object store has with everything in it; else ""."""
@@ -4741,28 +4754,28 @@ class Shadow:
         for name in os.listdir(folder):
             if name.startswith("cmux-shadow-"):
                 path = os.path.join(folder, name)
-                try:
-                    base = path[:-len(".lock")] if name.endswith(".lock") else path
-                    lock = Lock(base + ".lock", passing=True)
+                base = path[:-len(".lock")] if name.endswith(".lock") else path
+                lock = Lock(base + ".lock", passing=True)
+                with contextlib.suppress(OSError, StateFailed):  # it has just gone
                     if os.lstat(path).st_uid == os.geteuid() and lock.take():
                         shutil.rmtree(base, ignore_errors=True)
                         lock.passing = not os.path.lexists(base)  # a git of theirs may still write
                         lock.free()
-                except (OSError, StateFailed):
-                    pass  # it has just gone
 
     def argv(self, *words: str) -> List[str]:
         return [*self.start, *words]
 
-    def records(self, *words: str, stdin: Optional[bytes] = None, end: bytes = b"\0",
+    def records(self, *words: str, stdin: bytes = b"", end: bytes = b"\0",
                 env: Optional[Dict[str, str]] = None, talks: bool = False) -> Iterator[bytes]:
-        """What a git command prints, split at ``end``, one by one; nothing is held. Raises GitFailed when
-        it fails or, unless it ``talks``, says anything on stderr (update-index drops paths so)."""
+        """What a git command prints, split at ``end``, one by one; nothing is held. Raises
+        GitFailed when it fails or, unless it ``talks``, has anything on stderr: update-index drops
+        paths so."""
         base = os.path.join(self.path, os.urandom(4).hex())
-        with open(base + ".in", "wb+") as source, open(base + ".err", "wb+") as said:
-            source.write(stdin or b"")
+        with open(base + ".in", "wb+") as source, open(base + ".err", "wb+") as errors:
+            source.write(stdin)
             source.seek(0)
-            process = spawn(self.argv(*words), dict(self.env, **(env or {})), stdin=source, stdout=-1, stderr=said)
+            process = spawn(self.argv(*words), dict(self.env, **(env or {})), stdin=source,
+                            stdout=-1, stderr=errors)
             assert process.stdout
             try:
                 rest = b""
@@ -4776,10 +4789,10 @@ class Shadow:
                 if rest:
                     yield rest
                 process.wait()
-                said.seek(0)
-                text = neutralise(said.read(LOG_MAX)).strip()
+                errors.seek(0)
+                text = neutralise(errors.read(LOG_MAX)).strip()
                 if process.returncode or text and not talks:
-                    raise GitFailed("git %s failed: %s." % (words[0], show(text, 300)))
+                    raise GitFailed(f"git {words[0]} failed: {show(text, 300)}.")
             finally:
                 kill_group(process)
                 process.stdout.close()
@@ -4787,7 +4800,8 @@ class Shadow:
         os.unlink(base + ".err")
 
     def call(self, *words: str, stdin: bytes = b"", env: Optional[Dict[str, str]] = None) -> str:
-        return b"".join(self.records(*words, stdin=stdin, end=b"\n", env=env)).decode("utf-8", "surrogateescape")
+        lines = self.records(*words, stdin=stdin, end=b"\n", env=env)
+        return b"".join(lines).decode("utf-8", "surrogateescape")
 
     def commit(self, tree: str, message: str, *parents: str) -> str:
         """Make a commit in our own name."""
@@ -4797,7 +4811,8 @@ class Shadow:
         return self.call("commit-tree", tree, *words, stdin=message.encode(), env=env)
 
     def is_ancestor(self, old: str, new: str) -> bool:
-        return run(self.argv("merge-base", "--is-ancestor", old, new), self.env, patience=600)[0] == 0
+        words = self.argv("merge-base", "--is-ancestor", old, new)
+        return run(words, self.env, patience=600)[0] == 0
 
     def common(self, one: str, other: str) -> str:
         """The commit that two come from; "" where there is none."""
@@ -4812,8 +4827,8 @@ class Shadow:
 
     def changes(self, old: str, new: str) -> Iterator[Tuple[str, str, str, bytes]]:
         """(old mode, new mode, new id, path) of what differs between two trees or commits."""
-        rows = self.records("diff-tree", "-r", "-z", "--raw", "--no-abbrev", "--no-renames", "--no-ext-diff",
-                            "--no-textconv", old, new)
+        rows = self.records("diff-tree", "-r", "-z", "--raw", "--no-abbrev", "--no-renames",
+                            "--no-ext-diff", "--no-textconv", old, new)
         for row in rows:
             before, after, _, oid, _ = row.decode("ascii").split(" ")
             yield before[1:], after, oid, next(rows)
@@ -4828,6 +4843,14 @@ class Shadow:
         self.call("update-index", "-z", "--index-info", env=env, stdin=lines)
         return self.call("write-tree", "--missing-ok", env=env)
 
+    def delta(self, rows: Sequence[Tuple[str, str, bytes]]) -> str:
+        """The tree of only these files, of (mode, id, path), and .cmux-gone: the list of the paths
+        to remove before, those of mode 0 among them."""
+        names = b"".join(path + b"\n" for _, _, path in rows)
+        gone = self.call("hash-object", "-w", "--stdin", stdin=names)
+        files = [row for row in rows if int(row[0])]
+        return self.altered("", [("100644", gone, b".cmux-gone"), *files])
+
     def lfs_paths(self, paths: Iterable[bytes], env: Dict[str, str]) -> List[bytes]:
         """Those that LFS manages, by the .gitattributes in the index of ``env``."""
         self.attributes("")
@@ -4835,8 +4858,8 @@ class Shadow:
                                stdin=b"".join(path + b"\0" for path in paths))
         return [path for path, _, value in zip(answers, answers, answers) if value == b"lfs"]
 
-    def pointers(self, tree: str) -> Iterator[Tuple[bytes, str, str, str, int]]:
-        """(path, mode, id, sha256, size of the content) of a tree's LFS pointers."""
+    def pointers(self, tree: str) -> Iterator[Tuple[bytes, Pointer]]:
+        """A tree's LFS pointers, by path."""
         env, sizes = {"GIT_INDEX_FILE": os.path.join(self.path, "lfs.index")}, self.sizes(tree)
         self.call("read-tree", tree, env=env)
         files = {path: (mode, oid) for mode, oid, path in self.listing(tree)
@@ -4845,16 +4868,18 @@ class Shadow:
         for path, (_, data) in zip(marked, self.blobs([files[path][1] for path in marked])):
             match = _POINTER.match(data)
             if match:
-                yield (path, *files[path], match.group(1).decode(), int(match.group(2)))
+                yield path, (*files[path], match.group(1).decode(), int(match.group(2)))
 
     def differing(self, head: str, *work: str, **env: str) -> Iterator[bytes]:
-        """Files that are not as ``head`` has them, by content; not in submodules, whose filters would run."""
-        return self.records(*work, "diff", "--no-ext-diff", "--no-textconv", "--no-renames", "--name-only",
-                            "--ignore-submodules=dirty", "-z", head, "--", env=env, talks=True)
+        """Files that are not as ``head`` has them, by content; not in submodules, whose filters
+        would run."""
+        return self.records(*work, "diff", "--no-ext-diff", "--no-textconv", "--no-renames",
+                            "--name-only", "--ignore-submodules=dirty", "-z", head, "--", env=env,
+                            talks=True)
 
     def attributes(self, text: str) -> None:
         """What git goes by here before any .gitattributes."""
-        with open(os.path.join(self.git_dir, "info", "attributes"), "w", encoding="utf-8", errors="surrogateescape") as stream:
+        with open(os.path.join(self.git_dir, "info", "attributes"), "w") as stream:
             stream.write(text)
 
     def index_links(self) -> Set[bytes]:
@@ -4866,17 +4891,10 @@ class Shadow:
         """A copy of the user's index, whose times spare reading unchanged files. With its own time:
         git reads again what was changed in the second of the index or later, and only that."""
         import shutil
-        for name in ["index"] + [name for name in os.listdir(repository.git_dir) if name.startswith("sharedindex.")]:
+        for name in os.listdir(repository.git_dir):
             source = os.path.join(repository.git_dir, name)
-            if os.path.isfile(source):
+            if re.match(r"index\Z|sharedindex\.", name) and os.path.isfile(source):
                 shutil.copy2(source, os.path.join(self.git_dir, name))
-
-    def delta(self, rows: Sequence[Tuple[str, str, bytes]]) -> str:
-        """The tree of only these files, of (mode, id, path), and .cmux-gone: the list of the paths
-        to remove before, those of mode 0 among them."""
-        gone = self.call("hash-object", "-w", "--stdin", stdin=b"".join(path + b"\n" for _, _, path in rows))
-        files = [row for row in rows if int(row[0])]
-        return self.altered("", [("100644", gone, b".cmux-gone"), *files])
 
     def blobs(self, ids: Sequence[str]) -> Iterator[Tuple[str, bytes]]:
         """(id, content) of small blobs, in order; b"" for one that is not small."""
@@ -4884,7 +4902,7 @@ class Shadow:
         if not ids:
             return
         with tempfile.TemporaryFile(dir=self.path) as source:
-            source.write("".join("%s\n" % oid for oid in ids).encode())
+            source.write("".join(oid + "\n" for oid in ids).encode())
             source.seek(0)
             process = spawn(self.argv("cat-file", "--batch"), self.env, stdin=source, stdout=-1)
         assert process.stdout
@@ -4893,8 +4911,7 @@ class Shadow:
                 for oid in ids:
                     row = stream.readline().split()
                     if len(row) != 3:
-                        raise GitFailed("The repository lacks the object %s." % oid,
-                                        "A partial clone lacks objects: fetch them first with git.")
+                        raise GitFailed(f"The repository lacks the object {oid}.", _PARTIAL)
                     size = int(row[2])
                     content = stream.read(min(size, SECRETS_MAX))
                     for left in range(size - len(content), 0, -CHUNK):
@@ -4908,27 +4925,30 @@ class Shadow:
     def quarantine(self, tip: str, known: Iterable[str]) -> str:
         """A pack of what ``tip`` has and the commits ``known`` have not, as a file, having passed
         git's own strict checks in a repository apart (a refusal leaves files behind)."""
-        apart, pack = os.path.join(self.path, "apart.git"), os.path.join(self.path, "result.pack")
-        with open(pack, "wb+") as stream:
-            with open(pack + ".in", "wb+") as source:
-                source.write(("%s\n" % tip + "".join("^%s\n" % k for k in known)).encode())
-                source.seek(0)
-                process = spawn(self.argv("pack-objects", "-q", "--revs", "--stdout"), self.env, stdin=source, stdout=stream)
-                if process.wait():
-                    raise GitFailed("git could not pack the result.")
-            form = ["--object-format=sha256"] if len(tip) == 64 else []
-            list(self.records("init", "-q", "--bare", "--template=", *form, apart, talks=True))
+        apart = os.path.join(self.path, "apart.git")
+        pack = os.path.join(self.path, "result.pack")
+        with open(pack, "wb+") as stream, open(pack + ".io", "wb+") as text:
+            text.write("\n^".join([tip, *known, ""])[:-1].encode())
+            text.seek(0)
+            words = self.argv("pack-objects", "-q", "--revs", "--stdout")
+            if spawn(words, self.env, stdin=text, stdout=stream).wait():
+                raise GitFailed("git could not pack the result.")
+            self._init(apart, "sha256" if len(tip) == 64 else "sha1")
             stream.seek(0)
-            with open(pack + ".err", "wb+") as said:
-                words = [self.program, "--git-dir=" + apart] + list(GIT_SAFE) + ["index-pack", "--stdin", "--strict", "--fsck-objects"]
-                if spawn(words, self.env, stdin=stream, stderr=said).wait():
-                    said.seek(0)
-                    raise ResultRefused("git refuses the result: %s." % show(neutralise(said.read(LOG_MAX)).strip(), 300))
+            text.seek(0)
+            text.truncate()
+            words = [self.program, "--git-dir=" + apart, *GIT_SAFE, "index-pack", "--stdin",
+                     "--strict", "--fsck-objects"]
+            if spawn(words, self.env, stdin=stream, stderr=text).wait():
+                text.seek(0)
+                why = show(neutralise(text.read(LOG_MAX)).strip(), 300)
+                raise ResultRefused(f"git refuses the result: {why}.")
         return pack
 
     def sizes(self, tree: str) -> Dict[bytes, int]:
         """The bytes of each file of a tree."""
-        rows = (row.partition(b"\t") for row in self.records("ls-tree", "-r", "-l", "-z", "--full-tree", tree))
+        listed = self.records("ls-tree", "-r", "-l", "-z", "--full-tree", tree)
+        rows = (row.partition(b"\t") for row in listed)
         return {path: int(meta.split()[3]) for meta, _, path in rows if meta.split()[3].isdigit()}
 
     def archive_size(self, tree: str) -> int:
@@ -4938,9 +4958,10 @@ class Shadow:
     def archive(self, tree: str, front: Iterable[bytes] = ()) -> Archive:
         """``front`` are tar entries without an end, which go before those of the tree."""
         self.attributes(SHADOW_ATTRIBUTES)
-        with open(os.path.join(self.path, "said"), "wb") as said:  # a pipe nobody reads would fill
-            return Archive(spawn(self.argv("archive", "--format=tar", tree), self.env, stdout=-1,
-                                 stderr=said.fileno()), said.name, front)
+        with open(os.path.join(self.path, "errors"), "wb") as errors:  # nobody reads a pipe
+            process = spawn(self.argv("archive", "--format=tar", tree), self.env, stdout=-1,
+                            stderr=errors.fileno())
+        return Archive(process, errors.name, front)
 
     def close(self) -> None:
         import shutil
@@ -4954,38 +4975,42 @@ class Shadow:
         self.close()
 
 
-_POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize (0|[1-9]\d{0,14})\n?\Z")
+if TYPE_CHECKING:
+    Pointer = Tuple[str, str, str, int]  # of an LFS file: mode, id, sha256 and size of the content
+_PARTIAL = "A partial clone lacks objects: fetch them first with git."
+_POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\n"
+                      rb"size (0|[1-9]\d{0,14})\n?\Z")
 
 
 class Place:
-    """A work tree and its git directory, both real paths: where its submodules and LFS content lie."""
+    """A work tree and its git directory, both real paths: where its submodules and LFS content
+    lie. ``roots``: where a .git file may point."""
 
     def __init__(self, top: str, git_dir: str, roots: List[str]) -> None:
-        self.top, self.git_dir, self.roots = top, git_dir, roots   # roots: where a .git file may point
+        self.top, self.git_dir, self.roots = top, git_dir, roots
+        self.objects = os.path.join(git_dir, "objects")
 
     def module(self, path: bytes) -> Optional[Place]:
-        """A submodule that is checked out. Nothing a .git file or a link says leads out of ``roots``."""
-        here = os.path.join(self.top, os.fsdecode(path))
+        """A submodule that is checked out. No .git file or link leads out of ``roots``."""
+        top = os.path.join(self.top, os.fsdecode(path))
+        git_dir = os.path.join(top, ".git")
         try:
-            if not self.top or os.path.realpath(here) != here:
+            if not self.top or os.path.realpath(top) != top:
                 return None
-            git_dir = os.path.join(here, ".git")
             if stat.S_ISREG(os.lstat(git_dir).st_mode):
                 words = read_bytes(git_dir, 4 * PATH_MAX) or b""
                 if not words.startswith(b"gitdir: "):
                     return None
-                git_dir = os.path.realpath(os.path.join(here, os.fsdecode(words[8:].rstrip(b"\r\n"))))
+                named = os.fsdecode(words[8:].rstrip(b"\r\n"))
+                git_dir = os.path.realpath(os.path.join(top, named))
                 if not any(git_dir.startswith(root + os.sep) for root in self.roots):
                     return None
-            found = Place(here, git_dir, self.roots + [os.path.join(git_dir, "modules")])
-            good = os.path.realpath(found.objects) == found.objects and os.stat(found.objects).st_uid == os.stat(self.git_dir).st_uid
-            return found if good and os.path.isdir(found.objects) else None
+            found = Place(top, git_dir, self.roots + [os.path.join(git_dir, "modules")])
+            owner = os.stat(self.git_dir).st_uid
+            good = os.path.realpath(found.objects) == found.objects and os.path.isdir(found.objects)
+            return found if good and os.stat(found.objects).st_uid == owner else None
         except (OSError, ValueError, StateFailed):
             return None
-
-    @property
-    def objects(self) -> str:
-        return os.path.join(self.git_dir, "objects")
 
     def content(self, sha256: str, size: int) -> str:
         """The file that holds an LFS object, by its name and size; "" where there is none."""
@@ -4994,19 +5019,21 @@ class Place:
             status = os.lstat(path)
         except OSError:
             return ""
-        return path if stat.S_ISREG(status.st_mode) and status.st_size == size and os.path.realpath(path) == path else ""
+        good = stat.S_ISREG(status.st_mode) and status.st_size == size
+        return path if good and os.path.realpath(path) == path else ""
 
     def uncommitted(self, shadow: Shadow) -> bool:
         """Whether a submodule has tracked files that differ from its HEAD."""
         import shutil
-        env = {"GIT_INDEX_FILE": os.path.join(shadow.path, "module.index")}
+        index = os.path.join(shadow.path, "module.index")
+        words = [shadow.program, "--git-dir=" + self.git_dir, "rev-parse", "-q", "--verify"]
         try:
             shadow.lend(self.objects)
-            shutil.copy2(os.path.join(self.git_dir, "index"), env["GIT_INDEX_FILE"])
-            status, head, _ = run([shadow.program, "--git-dir=" + self.git_dir, "rev-parse", "--verify", "-q",
-                                   "HEAD^{tree}"], git_environment())
-            work = "--work-tree=" + self.top
-            return not status and any(shadow.differing(head.decode().strip(), work, **env))
+            shutil.copy2(os.path.join(self.git_dir, "index"), index)
+            status, head, _ = run([*words, "HEAD^{tree}"], git_environment())
+            changed = shadow.differing(head.decode().strip(), "--work-tree=" + self.top,
+                                       GIT_INDEX_FILE=index)
+            return not status and any(changed)
         except (OSError, GitFailed):
             return False
 
@@ -5017,8 +5044,8 @@ class Parts:
 
     def __init__(self, shadow: Shadow, place: Place, source: str) -> None:
         self.shadow = shadow
-        self.modules: Set[bytes] = set()    # the paths of submodules, here or not
-        self.pointers: Dict[bytes, Tuple[str, str, str, int]] = {}  # path -> mode, id, sha256, size
+        self.modules: Set[bytes] = set()    # the paths of submodules, checked out or not
+        self.pointers: Dict[bytes, Pointer] = {}
         self.files: Dict[bytes, str] = {}   # path -> the file that has the content
         self.places: List[Place] = []       # of the submodules
         self.lacking = 0                    # LFS files whose content is not here
@@ -5035,13 +5062,14 @@ class Parts:
         for mode, oid, path in self.shadow.listing(tree):
             if mode == "160000":
                 links.append((path, oid))
-            elif (b"/" + path).endswith(b"/.gitattributes"):
+                continue
+            if path.rpartition(b"/")[2] == b".gitattributes":
                 attributes.append(oid)
-            if prefix and mode != "160000":
+            if prefix:
                 self._rows.append((mode, oid, prefix + path))
         if any(b"lfs" in data for _, data in self.shadow.blobs(attributes)):
-            for path, mode, oid, sha256, size in self.shadow.pointers(tree):
-                self._take(place, prefix + path, mode, oid, sha256, size)
+            for path, pointer in self.shadow.pointers(tree):
+                self._take(place, prefix + path, pointer)
         for path, commit in links:
             self.modules.add(prefix + path)
             if not prefix:
@@ -5055,9 +5083,9 @@ class Parts:
                 self.places.append(module)
                 self._look(module, inner, prefix + path + b"/")
 
-    def _take(self, place: Place, path: bytes, mode: str, oid: str, sha256: str, size: int) -> None:
+    def _take(self, place: Place, path: bytes, pointer: Pointer) -> None:
         import hashlib
-        self.pointers[path] = mode, oid, sha256, size
+        self.pointers[path] = mode, oid, sha256, size = pointer
         file = place.content(sha256, size)
         if file:
             self.files[path] = file
@@ -5069,38 +5097,45 @@ class Parts:
 
     def stream(self, paths: Iterable[bytes]) -> Iterator[bytes]:
         """LFS files as tar entries, checked while they are read."""
-        import hashlib
         import tarfile
         for path in paths:
-            mode, _, sha256, size = self.pointers[path]
+            mode, _, _, size = self.pointers[path]
             info = tarfile.TarInfo(os.fsdecode(path))
             info.size, info.mtime, info.mode = size, int(time.time()), int(mode[-3:], 8)
             try:
                 yield info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
             except ValueError:  # a long name, more than 8 GB
                 yield info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
-            digest = hashlib.sha256()
-            for data in read_content(self.files[path], size):
-                digest.update(data)
-                yield data
-            if digest.hexdigest() != sha256:
-                raise GitFailed(f"The LFS content of {show(os.fsdecode(path))} is damaged.",
-                                "Look with: git lfs fsck")
+            yield from read_content(self.files[path], show(path), self.pointers[path])
             yield b"\0" * (-size % 512)
 
 
-def read_content(path: str, size: int) -> Iterator[bytes]:
-    """The bytes of a file, as many as said; GitFailed where there are fewer."""
+def read_content(path: str, name: str, pointer: Pointer) -> Iterator[bytes]:
+    """The bytes of a file, as an LFS pointer has them; else GitFailed."""
+    import hashlib
+    digest, left = hashlib.sha256(), pointer[3]
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as stream:
-            while size:
-                data = stream.read(min(CHUNK, size))
+        with open(os.open(path, flags), "rb", buffering=0) as stream:
+            while left:
+                data = stream.read(min(CHUNK, left))
                 if not data:
                     raise OSError(0, "")
-                size -= len(data)
+                left -= len(data)
+                digest.update(data)
                 yield data
     except OSError:
-        raise GitFailed("The LFS content %s cannot be read any more." % show(path), "Try again.")
+        raise GitFailed(f"The LFS content of {name} cannot be read any more.", "Try again.")
+    if digest.hexdigest() != pointer[2]:
+        raise GitFailed(f"The LFS content of {name} is damaged.", "Look with: git lfs fsck")
+
+
+def is_content(path: str, pointer: Pointer) -> bool:
+    """Whether a file holds what an LFS pointer says."""
+    try:
+        return os.path.getsize(path) == pointer[3] and all(read_content(path, "", pointer))
+    except (OSError, GitFailed):
+        return False
 
 
 def make_repository(path: str, files: Mapping[str, str]) -> str:
@@ -5110,19 +5145,14 @@ def make_repository(path: str, files: Mapping[str, str]) -> str:
         os.makedirs(os.path.dirname(os.path.join(path, name)), exist_ok=True)
         with open(os.path.join(path, name), "w") as stream:
             stream.write(text)
-    commit_all(path, "hello")
-    return path
-
-
-def commit_all(path: str, message: str) -> None:
-    """Commit what is in a repository of make_repository()."""
-    git = find_program("git")
-    identity = {"GIT_AUTHOR_NAME": "demo", "GIT_AUTHOR_EMAIL": "demo@localhost",
-                "GIT_COMMITTER_NAME": "demo", "GIT_COMMITTER_EMAIL": "demo@localhost", "GIT_CONFIG_GLOBAL": "/dev/null"}
-    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", message]):
-        status, _, err = run([git, "-C", path] + words, git_environment(**identity))
+    env = git_environment(GIT_AUTHOR_NAME="demo", GIT_AUTHOR_EMAIL="demo@localhost",
+                          GIT_COMMITTER_NAME="demo", GIT_COMMITTER_EMAIL="demo@localhost",
+                          GIT_CONFIG_GLOBAL="/dev/null")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "hello"]):
+        status, _, err = run([find_program("git"), "-C", path, *words], env)
         if status:
-            raise GitFailed("git %s failed: %s." % (words[0], show(neutralise(err))))
+            raise GitFailed(f"git {words[0]} failed: {show(neutralise(err))}.")
+    return path
 
 
 class Importer:
@@ -5163,7 +5193,7 @@ class Importer:
 
 # POSIX cksum is a CRC-32 that takes the bits of each byte from the other end than zlib's, then
 # the length. Reversing the bits of every byte (translate) and of the result makes zlib do it.
-_REVERSED = bytes(int("{:08b}".format(byte)[::-1], 2) for byte in range(256))
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 class Cksum:
@@ -5183,17 +5213,17 @@ class Cksum:
         import zlib
         size = self.length.to_bytes((self.length.bit_length() + 7) // 8, "little")
         value = zlib.crc32(size.translate(_REVERSED), self.register) ^ 0xFFFFFFFF
-        return "%d %d" % (int("{:032b}".format(value)[::-1], 2) ^ 0xFFFFFFFF, self.length)
+        return f"{int(f'{value:032b}'[::-1], 2) ^ 0xFFFFFFFF} {self.length}"
 
 
 class Archive(Source):
     """The stream of a running `git archive`, with its length and checksum so far. ``total`` counts
     what travels: compressed, after compress()."""
 
-    def __init__(self, process: Process, said: str, front: Iterable[bytes] = ()) -> None:
+    def __init__(self, process: Process, errors: str, front: Iterable[bytes] = ()) -> None:
         assert process.stdout
         super().__init__(process.stdout.fileno())
-        self.process, self.said, self.front = process, said, iter(front)
+        self.process, self.errors, self.front = process, errors, iter(front)
         self.digest = Cksum()
         self.ahead = b""            # read by small(), not yet passed on
         self.packer: Any = None
@@ -5225,8 +5255,8 @@ class Archive(Source):
             self.progress(self.digest.length)
         if self.packer:
             import zlib
-            if data:
-                data = self.packer.compress(data) + self.packer.flush(zlib.Z_SYNC_FLUSH)  # never nothing
+            if data:  # never nothing
+                data = self.packer.compress(data) + self.packer.flush(zlib.Z_SYNC_FLUSH)
             else:
                 data, self.packer = self.packer.flush(), None
         self.total += len(data)
@@ -5238,15 +5268,14 @@ class Archive(Source):
             self.process.stdout.close()
 
     def check(self, ended: bool = True) -> None:
-        """Raise GitFailed unless git ended well (or, where it was not read to its end, still runs): half an
-        archive must not become a base."""
+        """Raise GitFailed unless git ended well (or, where it was not read to its end, still runs):
+        half an archive must not become a base."""
         if ended:
             self.process.wait(timeout=60)
-        with open(self.said, "rb") as stream:
-            said = stream.read(LOG_MAX)
         if self.process.poll():
-            raise GitFailed("git archive failed: %s." % show(neutralise(said).strip(), 300),
-                            "A partial clone lacks objects: fetch them first with git.")
+            with open(self.errors, "rb") as stream:
+                why = show(neutralise(stream.read(LOG_MAX)).strip(), 300)
+            raise GitFailed(f"git archive failed: {why}.", _PARTIAL)
 
 
 # === 12. Workspaces ===
@@ -5254,12 +5283,12 @@ class Archive(Source):
 # rooms above. Promises: a workspace exists whole or not at all, on the host and in the registry.
 
 @contextlib.contextmanager
-def noted(project: ProjectBase, operation: str, workspace: str, host: str = "", detail: object = "",
-               op: str = "") -> Iterator[types.SimpleNamespace]:
+def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
+          detail: object = "", op: str = "") -> Iterator[types.SimpleNamespace]:
     """One operation as the history records it: ``size`` counts its bytes; ``code`` is its exit code
     unless it raises; ``op`` says which workspace, by no name. Those inside it are part of it."""
     import _thread
-    thread, masks = _thread.get_ident(), None  # type: int, object
+    thread = _thread.get_ident()
     row: Dict[str, Any] = {"operation": operation, "workspace": workspace, "host": host}
     if op:
         row["op"] = op
@@ -5268,31 +5297,28 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "", 
         yield entry
         return
 
-    def tell() -> None:
-        """What it is about, without the values of secrets that are known by now: those that commands make are
-        known only once they were handed over."""
-        nonlocal masks
-        try:
-            known = project.masks()
-            if known is not masks:
-                masks, row["detail"] = known, masked_detail(detail, known)
-        except CmuxError:
-            row["detail"] = ""
+    def describe() -> None:
+        """Without the values of secrets that are known by now: those that commands make are known
+        only once they were handed over."""
+        row["detail"] = ""
+        with contextlib.suppress(CmuxError):
+            row["detail"] = masked_detail(detail, project.masks())
     began, row["time"], lock = time.monotonic(), round(time.time(), 3), None
     if operation in ("exec", "shell", "write", "edit", "start"):
         project.touch(op)
     if operation in ("exec", "new", "push", "pull", "diff", "shell"):
-        tell()
+        describe()
         lock = project.history.begin(row)
     try:
         project.logging.add(thread)  # last: a KeyboardInterrupt before it must not leave it there
         yield entry
     except BaseException as error:
-        entry.code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        entry.code = getattr(error, "exit_code", 130 if interrupted else 1)
         raise
     finally:
         project.logging.discard(thread)
-        tell()
+        describe()
         seconds = round(time.monotonic() - began, 3)
         project.history.append(dict(row, duration=seconds, exit_code=entry.code, bytes=entry.size))
         if lock:
@@ -5301,27 +5327,30 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "", 
 
 def masked_detail(what: object, masks: Sequence[Tuple[bytes, bytes]]) -> str:
     """A command, path or pattern for the history: no secret's value, one line, bounded."""
-    words = [what] if isinstance(what, str) else [
-        word.decode("utf-8", "surrogateescape") if isinstance(word, bytes) else str(word) for word in what] if isinstance(what, (list, tuple)) else []
-    for at, word in enumerate(words):
+    line = isinstance(what, str)
+    words = []
+    for word in [what] if line else what if isinstance(what, (list, tuple)) else ():
+        word = word.decode("utf-8", "surrogateescape") if isinstance(word, bytes) else str(word)
         data = encoded(word)
         for value, shown in masks:
             data = data.replace(value, shown)
         plain = data.decode("utf-8", "surrogateescape")
-        words[at] = plain if plain != word or isinstance(what, str) else quote(word)
+        words.append(plain if plain != word or line else quote(word))
     return show(" ".join(words), 200)[1:-1]
 
 
-def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0) -> Callable[[AnyFunction], AnyFunction]:
-    """For functions of a workspace whose next argument is worth telling; ``size`` of the result and
-    the arguments."""
+def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0
+           ) -> Callable[[AnyFunction], AnyFunction]:
+    """For functions of a workspace whose next argument is worth recording; ``size`` of the result
+    and the arguments."""
     def decorate(function: AnyFunction) -> AnyFunction:
         named = "".join(function.__code__.co_varnames[1:2])
 
         @functools.wraps(function)
         def call(workspace: WorkspaceBase, *args: Any, **kwargs: Any) -> Any:
             what = args[0] if args else kwargs.get(named, "")
-            with noted(workspace.project, operation, workspace.name, workspace.host.name, what, workspace.op) as entry:
+            with noted(workspace.project, operation, workspace.name, workspace.host.name, what,
+                       workspace.op) as entry:
                 result = function(workspace, *args, **kwargs)
                 entry.size = size(result, *args)
                 return result
@@ -5329,12 +5358,13 @@ def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0) -
     return decorate
 
 
-class ProjectState:
-    """A local git repository and what is known of its workspaces: see Project."""
+class ProjectBase:
+    """A local git repository and its workspaces: see Project, whose workspaces have the tools."""
 
-    kind: Type[Any]             # of WorkspaceBase: what workspace() and create() return; the room Tools sets it
+    kind: Type[Any]  # of WorkspaceBase: what workspace() returns; the room Tools sets it
 
-    def __init__(self, directory: str = ".", interactive: Optional[Callable[[], bool]] = None, warm: int = WARM_SESSIONS) -> None:
+    def __init__(self, directory: str = ".", interactive: Optional[Callable[[], bool]] = None,
+                 warm: int = WARM_SESSIONS) -> None:
         self._warm = warm
         self.repository = Repository(directory)
         self.registry = Registry(self.repository.common_dir)
@@ -5343,7 +5373,7 @@ class ProjectState:
         self._forked()
         fork_aware().add(self)
         self.handed_over: Dict[bytes, str] = {}   # values of secrets sent by this process -> name
-        self._masked: Tuple[Mapping[bytes, str], Mapping[str, Dict[str, str]], List[Tuple[bytes, bytes]]] = ({}, {}, [])
+        self._masked: Tuple[object, List[Tuple[bytes, bytes]]] = None, []
         self.history = History(self.registry)
 
     def _forked(self) -> None:
@@ -5351,9 +5381,9 @@ class ProjectState:
         self._mutex = threading.Lock()
         self.looking = threading.Lock()  # many workspaces at once: one says what is not sent
         self._fetching = threading.Lock()
-        self._unknown: Optional[Tuple[float, CmuxError]] = None  # until when a secret's command is not asked again
-        self.fetched: Set[str] = set()            # names of secrets that this process has sent or looked up
-        self.logging: Set[int] = set()            # threads in the middle of a logged operation
+        self._unknown: Optional[Tuple[float, CmuxError]] = None  # why a secret's command failed
+        self.fetched: Set[str] = set()   # secrets that this process has sent or looked up
+        self.logging: Set[int] = set()   # threads in the middle of a logged operation
 
     def hand_over(self, secrets: Mapping[str, bytes]) -> None:
         """Remember what a command is given, for masking. The oldest make room: one that is fetched
@@ -5365,9 +5395,11 @@ class ProjectState:
                 del self.handed_over[value]
 
     def know_secrets(self) -> None:
-        """Run the commands that make secrets, if this process has not yet: what an earlier one sent must be masked, too."""
+        """Run the commands that make secrets, if this process has not yet: what an earlier one sent
+        must be masked, too."""
         with self._fetching:
-            if {name for name, entry in self.registry.secrets().items() if "command" in entry} - self.fetched:
+            stored = self.registry.secrets()
+            if {name for name, entry in stored.items() if "command" in entry} - self.fetched:
                 if self._unknown and time.monotonic() < self._unknown[0]:
                     raise self._unknown[1]  # not once more for every call
                 try:
@@ -5377,19 +5409,22 @@ class ProjectState:
                     raise
 
     def masks(self) -> List[Tuple[bytes, bytes]]:
-        """(a secret's value, what to show in its place), longest first, also lines of a value, as a key is
-        shown with other line ends or an indent. Values below four bytes would mask half of all text."""
-        handed, secrets, made = dict(self.handed_over), self.registry.secrets(), self._masked
-        if made[:2] == (handed, secrets):
-            return made[2]
-        known = dict(handed)
+        """(a secret's value, what to show in its place), longest first, also lines of a value, as a
+        key is shown with other line ends or an indent. Values below four bytes would mask half of
+        all text."""
+        known, secrets = dict(self.handed_over), self.registry.secrets()
+        made_of = dict(known), secrets
+        if self._masked[0] == made_of:
+            return self._masked[1]
         for name, entry in secrets.items():
             known[entry.get("value", "").encode("utf-8", "surrogateescape")] = name
         for value, name in list(known.items()):
-            known.update({line.strip(): name for line in value.split(b"\n") if len(line.strip()) >= 16})
-        masks = sorted(((value, b"[secret %s]" % name.encode()) for value, name in known.items() if len(value) >= 4),
-                       key=lambda item: -len(item[0]))
-        self._masked = handed, secrets, masks
+            lines = map(bytes.strip, value.split(b"\n"))
+            known.update({line: name for line in lines if len(line) >= 16})
+        masks = [(value, b"[secret %s]" % name.encode()) for value, name in known.items()
+                 if len(value) >= 4]
+        masks.sort(key=lambda item: -len(item[0]))
+        self._masked = made_of, masks
         return masks
 
     def set_secret(self, name: str, value: Union[str, bytes, None]) -> None:
@@ -5412,7 +5447,7 @@ class ProjectState:
     def remote_name(self) -> str:
         """The project's directory on every host: its name and an id that is random."""
         value = self.registry.read()
-        return "%s-%s" % (value["name"], value["id"])
+        return f"{value['name']}-{value['id']}"
 
     def host(self, name: str) -> Host:
         """The Host of that name, the same for all workspaces of this object. Raises UsageError."""
@@ -5426,18 +5461,23 @@ class ProjectState:
         return safe_workspace(self.repository.branch() or "detached")
 
     def default_host(self, workspace: str = "") -> str:
-        """$CMUX_SSH_HOST, else the user's own `git config cmux.host`, else UsageError (for ``workspace``, which is not there)."""
+        """$CMUX_SSH_HOST, else the user's own `git config cmux.host`, else UsageError (for
+        ``workspace``, which does not exist)."""
         name = os.environ.get("CMUX_SSH_HOST") or self.repository.config("cmux.host")
         if not name:
             known = sorted({entry["host"] for entry in self.entries().values()})
-            raise UsageError("There is no workspace %s, and no host is known to make it on." % show(workspace) if workspace
-                             else "No host is known for this project.", "Name one with -H HOST%s, or set $CMUX_SSH_HOST, or: git config cmux.host HOST"
-                             % (" (its workspaces are on %s)" % ", ".join(known[:5]) if known else ""))
+            where = f" (its workspaces are on {', '.join(known[:5])})" if known else ""
+            raise UsageError(
+                f"There is no workspace {show(workspace)}, and no host is known to make it on."
+                if workspace else "No host is known for this project.",
+                f"Name one with -H HOST{where}, or set $CMUX_SSH_HOST, or: "
+                "git config cmux.host HOST")
         return check_host(name)
 
     def entries(self) -> Dict[str, Dict[str, Any]]:
         """The finished workspaces, by name. One that is being made is not listed."""
-        return {name: entry for name, entry in self.registry.read()["workspaces"].items() if entry.get("state") == "ready"}
+        return {name: entry for name, entry in self.registry.read()["workspaces"].items()
+                if entry.get("state") == "ready"}
 
     def workspace(self, name: str) -> "Workspace":
         """An existing workspace. Raises WorkspaceMissing."""
@@ -5456,7 +5496,7 @@ class ProjectState:
         """What the registry has of a finished workspace. Raises WorkspaceMissing."""
         entry = self.entries().get(check_workspace(name))
         if entry is None:
-            raise no_workspace(name, ", or make it: %s new %s -H HOST" % (PROGRAM, name))
+            raise no_workspace(name, f", or make it: {PROGRAM} new {name} -H HOST")
         return entry
 
     def update(self, name: str, **fields: Any) -> None:
@@ -5469,12 +5509,25 @@ class ProjectState:
         with self.registry.editing() as record:
             record["workspaces"].pop(name, None)
 
+    def operate(self, script: str, name: str, entry: Mapping[str, Any], words: Sequence[str],
+                change: Mapping[str, Any] = types.MappingProxyType({}),
+                cancel: Optional[Cancel] = None) -> Reply:
+        """Run an operation on a workspace's name on its host, once the registry has the ``change``;
+        the first word names the operation. The host does none any more that has a lower turn: its
+        client was killed."""
+        with self.registry.editing() as record:
+            turn = record["turn"] = max(record.get("turn", 0) + 1, int(time.time()))
+            record["workspaces"].setdefault(name, {}).update(change)
+        place = entry["root"], entry["project"], str(turn), name
+        return self.host(entry["host"]).call(script, *place, *words, cancel=cancel)
+
     def discard(self, name: str, entry: Dict[str, Any]) -> None:
-        """The directory into the trash there, the entry out of the registry; not listed from here on,
-        unless the host does not do it."""
+        """The directory into the host's trash, the entry out of the registry; not listed from here
+        on, unless the host does not do it."""
         Shadow.reap(temporary_folder())  # of whoever was killed while he made it
+        words = [os.urandom(8).hex(), entry["op"]]
         try:
-            reply = self.operate(REMOVE, name, entry, [os.urandom(8).hex(), entry["op"]], {"state": "removing"})
+            reply = self.operate(REMOVE, name, entry, words, {"state": "removing"})
             check_reply(reply, entry["host"], f"remove the workspace {name}")
         except CmuxError as error:
             if not isinstance(error, ConnectionLost):  # then nobody knows
@@ -5482,19 +5535,10 @@ class ProjectState:
             raise
         self.forget(name)
 
-    def operate(self, script: str, name: str, entry: Mapping[str, Any], words: Sequence[str],
-                change: Mapping[str, Any] = types.MappingProxyType({}), cancel: Optional[Cancel] = None) -> Reply:
-        """Run an operation on a workspace's name on its host, once the registry has the ``change``; the
-        first word names it. The host does no more of those with a lower turn: their clients were killed."""
-        with self.registry.editing() as record:
-            turn = record["turn"] = max(record.get("turn", 0) + 1, int(time.time()))
-            record["workspaces"].setdefault(name, {}).update(change)
-        return self.host(entry["host"]).call(script, entry["root"], entry["project"], str(turn), name, *words,
-                                             cancel=cancel)
-
     def vacate(self, name: str) -> None:
-        """See that a name is free. Under its lock, an entry that is not ready is what a process that
-        was killed left, and was never reported to anybody: it is cleared away. So is half a rename to it."""
+        """See that a name is free. Under its lock, an entry that is not ready is what a process
+        that was killed left, and was never reported to anybody: it is cleared away. So is half a
+        rename to it."""
         for other, entry in self.entries().items():
             if entry.get("intent", {}).get("to") == name:
                 lock = self.registry.creation_lock(other)
@@ -5503,12 +5547,12 @@ class ProjectState:
                                           "Try again in a moment.")
                 with lock:
                     self.settle(other)
-        entry = self.registry.read()["workspaces"].get(name)
-        if entry and entry["state"] == "ready":
+        left = self.registry.read()["workspaces"].get(name)
+        if left and left["state"] == "ready":
             raise WorkspaceExists(f"The workspace {name} exists already.",
                                   f"Choose another name, or remove it: {PROGRAM} rm {name}")
-        if entry:
-            self.discard(name, entry)
+        if left:
+            self.discard(name, left)
 
     def settle(self, name: str) -> Dict[str, Any]:
         """The entry of a workspace after what a push or a rename that was cut off has left to do: a
@@ -5517,14 +5561,14 @@ class ProjectState:
         intent = entry.get("intent")
         if intent:
             Shadow.reap(temporary_folder())
-            reply = self.operate(RENAME, name, entry, [os.urandom(8).hex(), intent.get("to", name), name,
-                                                       entry["op"], intent["op"]])
+            words = [intent.get("to", name), name, entry["op"], intent["op"]]
+            reply = self.operate(RENAME, name, entry, [os.urandom(8).hex(), *words])
             if reply.status not in (20, 22):  # else it is nowhere, or something else stands there
                 check_reply(reply, entry["host"], f"settle an interrupted operation on {name}")
-            self.end_intent(name, intent["op"] in reply.lines())
+            self._end_intent(name, intent["op"] in reply.lines())
         return self.entry(name)
 
-    def end_intent(self, name: str, pushed: bool) -> None:
+    def _end_intent(self, name: str, pushed: bool) -> None:
         """A push or a rename has ended, or was given up. Two forks may settle it at once."""
         with self.registry.editing() as record:
             entry = record["workspaces"][name]
@@ -5532,16 +5576,13 @@ class ProjectState:
             if pushed and intent:
                 entry.update({key: intent[key] for key in ("base", "tree", "host_tree", "whole")})
                 entry.get("pulled", {}).pop("left", None)
-                entry["over"] = dict(entry.get("branches", {}))  # it no longer has what these brought home
-
-
-class ProjectBase(ProjectState):
-    """What is done to a project's workspaces: see Project, whose workspaces have the tools."""
+                entry["over"] = dict(entry.get("branches", {}))  # what it no longer has
 
     def create(self, name: str, host: str, ref: str = "HEAD", root: str = "", init: bool = True,
                report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> "Workspace":
-        """Make workspace ``name`` on ``host`` from commit ``ref``, below ``root`` there (default ~/cmux), and
-        run its init hook unless ``init`` is false: a hook that fails is told to ``report`` and undoes nothing.
+        """Make workspace ``name`` on ``host`` from commit ``ref``, below ``root`` there (default
+        ~/cmux), and run its init hook unless ``init`` is false: ``report`` gets to know of a hook
+        that fails, which undoes nothing.
 
         Raises WorkspaceExists, UploadFailed, HostError, GitFailed, RemoteFailed, Cancelled.
         """
@@ -5555,38 +5596,40 @@ class ProjectBase(ProjectState):
         report.step(name, "connecting")
         self.host(host).masters.connect(Deadline(SLOT_PATIENCE), cancel)
         report.step(name, "being made")
-        op = os.urandom(8).hex()
         with self.registry.creation_lock(name).hold(cancel):
             self.vacate(name)
             with noted(self, "new", name, host, ref) as log, \
                     Upload(self, name, host, root, ref, report, cancel) as upload:
-                log.row["op"] = op  # only now: what runs is listed by the names of those that are ready
+                log.row["op"] = op = os.urandom(8).hex()  # not before: it has no name yet
                 self._make(upload, op, init)
                 log.size = upload.sent
                 entry = self.entry(name)
                 if "init" in entry:
-                    self._run_init(name, entry, report, cancel)
+                    self._run_init(name, entry["root"], report, cancel)
                 return self.workspace(name)
 
     def _make(self, upload: Upload, op: str, init: bool) -> None:
         name, host = upload.name, upload.host.name
-        entry: Dict[str, Any] = {"state": "creating", "host": host, "root": upload.root, "op": op, "created": int(time.time()),
-                                 "project": self.remote_name, **upload.base()}
+        entry: Dict[str, Any] = {
+            "state": "creating", "host": host, "root": upload.root, "op": op,
+            "project": self.remote_name, "created": int(time.time()), **upload.base()}
         upload.left_out()
         try:
             reply = upload.with_base(op, lambda: self.operate(
                 CREATE, name, entry, [op, upload.tree], entry, upload.cancel))
             if reply.status == 20:
-                raise WorkspaceExists(f"A directory {name} exists already on {host}.", "Choose another name.")
+                raise WorkspaceExists(f"A directory {name} exists already on {host}.",
+                                      "Choose another name.")
             check_reply(reply, host, "make the workspace")
             if "made" not in reply.lines():
                 raise RemoteFailed(f"{host} did not confirm the workspace.", "Try again.")
         except CmuxError as error:
-            # else it may be there: the next `new` or `rm` clears it
+            # else it may exist: the next `new` or `rm` clears it
             if not isinstance(error, (ConnectionLost, Cancelled)):
                 self.forget(name)
             raise
-        root = check_remote_path(next((line[5:] for line in reply.lines() if line.startswith("root ")), ""))
+        roots = [line[5:] for line in reply.lines() if line.startswith("root ")]
+        root = check_remote_path((roots or [""])[0])
         entry.update(state="ready", root=root, path=f"{root}/{entry['project']}/{name}")
         if "nogit" in reply.lines():
             upload.report.warn(f"git failed on {host}; {name} is not a repository.")
@@ -5596,8 +5639,8 @@ class ProjectBase(ProjectState):
             record["workspaces"][name] = entry
             upload.note_sent(record, root)
 
-    def _run_init(self, name: str, entry: Dict[str, Any], report: Report, cancel: Optional[Cancel]) -> None:
-        """The hook's failure is told, and undoes nothing."""
+    def _run_init(self, name: str, root: str, report: Report, cancel: Optional[Cancel]) -> None:
+        """The hook's failure is reported, and undoes nothing."""
         report.say(f"running .cmux/init in {name}")
         report.step(name, "init hook")
         end: object = "lost"
@@ -5607,26 +5650,30 @@ class ProjectBase(ProjectState):
         try:
             result = self.workspace(name).run(["./.cmux/init"], output, output, cancel=cancel)
             if result.reason:
-                raise Cancelled(f"Interrupted; the workspace {name} is there, its init hook was ended.")
+                raise Cancelled(f"Interrupted; the workspace {name} is there, its init hook was "
+                                "ended.")
             end = result.status
+            why = f" Is {show(root)} on a noexec file system?" if end == 126 else ""
             if end:
-                report.warn(f"The init hook of {name} failed with status {end}." + (
-                    f" Is {show(entry['root'])} on a noexec file system?" if end == 126 else ""))
+                report.warn(f"The init hook of {name} failed with status {end}.{why}")
         except HostError as error:
             report.warn(f"The init hook of {name} was cut off: {error}")
         finally:
             self.update(name, init=end)
 
-    def ensure(self, name: str, host: str = "", report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> "Workspace":
-        """The workspace, made first from HEAD if it does not exist, on ``host`` (default: default_host());
-        waits while another process makes it. Raises as create() does, and UsageError if it is elsewhere."""
+    def ensure(self, name: str, host: str = "", report: Optional[Report] = None,
+               cancel: Optional[Cancel] = None) -> "Workspace":
+        """The workspace, made first from HEAD if it does not exist, on ``host`` (default:
+        default_host()); waits while another process makes it. Raises as create() does, and
+        UsageError if it is elsewhere."""
         entry = self.entries().get(check_workspace(name))
         if entry and entry.get("init") == "pending":
             self.registry.creation_lock(name).hold(cancel).free()
         if entry is None:
+            host, report = host or self.default_host(name), report or Report()
             try:
-                made = self.create(name, host or self.default_host(name), report=report, cancel=cancel)
-                (report or Report()).note("The workspace %s is new, on %s." % (name, made.host.name))
+                made = self.create(name, host, report=report, cancel=cancel)
+                report.note(f"The workspace {name} is new, on {made.host.name}.")
                 return made
             except WorkspaceExists:
                 if name not in self.entries():
@@ -5637,62 +5684,74 @@ class ProjectBase(ProjectState):
         """A workspace, if it is on ``host``, where one is given."""
         found = self.workspace(name)
         if host and check_host(host) != found.host.name:
-            raise UsageError("The workspace %s is on %s, not on %s." % (name, found.host.name, host),
+            raise UsageError(f"The workspace {name} is on {found.host.name}, not on {host}.",
                              "Leave out -H, or use another name with -w.")
         return found
 
     def remove(self, name: str, force: bool = False, forget: bool = False) -> List[str]:
-        """Remove a workspace; with jobs that run or work in it that no pull brought home only by ``force``.
-        ``forget``: only here, its host being gone for good. What was removed: [name], or [] when there is
-        none. Raises WorkspaceDirty, HostError, RemoteFailed."""
+        """Remove a workspace; with jobs that run or work that has not been pulled only by
+        ``force``. ``forget``: only here, its host being gone for good. What was removed: [name], or
+        [] when there is none. Raises WorkspaceDirty, HostError, RemoteFailed."""
         with self.registry.creation_lock(check_workspace(name)):
             entry = self.registry.read()["workspaces"].get(name)
             if entry is None:
                 return []
-            host = self.host(entry["host"])
-            with noted(self, "rm", name, host.name, "--forget" if forget else "--force" if force else "", entry["op"]):
+            option = "--forget" if forget else "--force" if force else ""
+            with noted(self, "rm", name, entry["host"], option, entry["op"]):
                 if forget:
                     self.forget(name)
                     return [name]
                 if entry["state"] == "ready":
                     entry = self.settle(name)
                     if not force:
-                        if any(row["workspace"] == name and row["operation"] in ("exec", "shell") for row in self.running_now()):
-                            raise WorkspaceDirty("A command runs in the workspace %s." % name, "Wait for it (see `%s top`), or give it up: `%s rm --force %s`." % (PROGRAM, PROGRAM, name))
-                        reply = host.call(CHANGED, *self.looked_at(name, entry, os.urandom(8).hex()), entry["op"])
-                        if reply.status != 22:
-                            check_reply(reply, host.name, "look for changes in %s" % name)
-                            self._refuse(name, entry, reply.lines())
+                        self._refuse_lost(name, entry)
                 self.discard(name, entry)
         return [name]
 
+    def _refuse_lost(self, name: str, entry: Dict[str, Any]) -> None:
+        """Raise WorkspaceDirty if something would be lost with a workspace."""
+        if any(row["workspace"] == name and row["operation"] in ("exec", "shell")
+               for row in self.running_now()):
+            raise WorkspaceDirty(f"A command runs in the workspace {name}.",
+                                 f"Wait for it (see `{PROGRAM} top`), or give it up: "
+                                 f"`{PROGRAM} rm --force {name}`.")
+        words = *self.looked_at(name, entry, os.urandom(8).hex()), entry["op"]
+        reply = self.host(entry["host"]).call(CHANGED, *words)
+        if reply.status != 22:
+            check_reply(reply, entry["host"], f"look for changes in {name}")
+            self._refuse(name, entry, reply.lines())
+
     def touch(self, op: str) -> None:
-        """Something begins that may change the workspace: it is no more as the last pull found it."""
-        name, entry = next(((name, entry) for name, entry in self.entries().items() if entry["op"] == op), ("", {}))
-        if "asked" in entry and entry.get("touched", 0) <= entry["asked"]:
-            # It is for `list` alone.
-            with contextlib.suppress(CmuxError), self.registry.editing() as record:
-                record["workspaces"].get(name, {}).update(touched=time.time())
+        """Something begins that may change the workspace since the last pull."""
+        for name, entry in self.entries().items():
+            if entry["op"] == op and entry.get("touched", 0) <= entry.get("asked", -1):
+                # It is for `list` alone.
+                with contextlib.suppress(CmuxError), self.registry.editing() as record:
+                    record["workspaces"].get(name, {}).update(touched=time.time())
 
     def running_now(self) -> List[Dict[str, Any]]:
-        """What runs on this machine's behalf, oldest first, under the name that its workspace has now."""
+        """What runs on this machine's behalf, oldest first, under its workspace's name of now."""
         names = {entry["op"]: name for name, entry in self.entries().items()}
-        return [dict(row, workspace=names.get(row["op"]) if row.get("op") else row.get("workspace")) for row in self.history.now()]
+        return [dict(row, workspace=names.get(row["op"]) if row.get("op") else row.get("workspace"))
+                for row in self.history.now()]
 
     def past(self, name: Optional[str] = None) -> List[Dict[str, Any]]:
-        """The history, oldest first: of all, or of the workspace that has this name now, also from before it was
-        renamed; of those that had it, where none has."""
+        """The history, oldest first: of all, or of the workspace that has this name now, also from
+        before it was renamed; of those that had it, where none has."""
         op = self.entries().get(name, {}).get("op") if name else None
-        return [row for row in self.history.rows() if not name or (row.get("op") == op if op and row.get("op") else row.get("workspace") == name)]
+        return [row for row in self.history.rows() if not name or (
+            row.get("op") == op if op and row.get("op") else row.get("workspace") == name)]
 
     @contextlib.contextmanager
     def _both(self, source: str, name: str, shared: bool) -> Iterator[None]:
         """The locks of a workspace and of the name of another."""
         if check_workspace(name) == source:
-            raise WorkspaceExists("The workspace %s has that name already." % name, "Choose another name.")
+            raise WorkspaceExists(f"The workspace {name} has that name already.",
+                                  "Choose another name.")
         with contextlib.ExitStack() as held:
             for one in sorted((name, source)):  # or two would wait for each other
-                held.enter_context(self.registry.creation_lock(one, shared and one == source).hold())
+                lock = self.registry.creation_lock(one, shared and one == source)
+                held.enter_context(lock.hold())
             yield
 
     def fork(self, source: WorkspaceBase, name: str) -> "Workspace":
@@ -5712,49 +5771,54 @@ class ProjectBase(ProjectState):
             return self.workspace(name)
 
     def rename(self, source: WorkspaceBase, name: str) -> "Workspace":
-        """Give a workspace another name, here and on the host; the new object (the old one is of no more
-        use). Until both are done, it has the old name. Raises as fork() does."""
+        """Give a workspace another name, here and on the host; the new object (the old one is of no
+        more use). Until both are done, it has the old name. Raises as fork() does."""
         with self._both(source.name, name, shared=False):
             entry, op = self.settle(source.name), os.urandom(8).hex()
             self.vacate(name)
             with noted(self, "rename", source.name, entry["host"], name, entry["op"]):
-                reply = self.operate(RENAME, source.name, entry, [op, source.name, name, entry["op"], ""],
+                words = [op, source.name, name, entry["op"], ""]
+                reply = self.operate(RENAME, source.name, entry, words,
                                      {"intent": {"op": op, "to": name}})
                 if reply.status in (20, 22):
                     self.settle(source.name)
                 self._check_moved(reply, source, name)
             with self.registry.editing() as record:
-                record["workspaces"].pop(source.name, None)
-                record["workspaces"][name] = dict(entry, path=source.path[:-len(source.name)] + name)
+                moved = dict(entry, path=source.path[:-len(source.name)] + name)
+                del record["workspaces"][source.name]
+                record["workspaces"][name] = moved
             return self.workspace(name)
 
     def _check_moved(self, reply: Reply, source: WorkspaceBase, name: str) -> None:
         host = source.host.name
         if reply.status == 20:
-            raise WorkspaceExists(f"A directory {name} exists already on {host}.", "Choose another name.")
+            raise WorkspaceExists(f"A directory {name} exists already on {host}.",
+                                  "Choose another name.")
         if reply.status == 22:
             raise gone_there(source.name, host)
         check_reply(reply, host, f"make {name} of {source.name}")
 
-    def push(self, name: str, ref: str = "HEAD", force: bool = False, report: Optional[Report] = None,
-             cancel: Optional[Cancel] = None) -> bool:
+    def push(self, name: str, ref: str = "HEAD", force: bool = False,
+             report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> bool:
         """Bring a workspace to another local commit; False when it is there already. Refuses to
-        overwrite what no pull brought home (WorkspaceDirty); with ``force`` a copy stays in the
+        overwrite work that has not been pulled (WorkspaceDirty); with ``force`` a copy stays in the
         trash on the host until gc. Raises as create() does, too."""
         with self.registry.creation_lock(check_workspace(name)):
             entry, report = self.settle(name), report or Report()
             host = entry["host"]
             with Upload(self, name, host, entry["root"], ref, report, cancel) as upload:
                 upload.left_out()
-                if not force and (upload.commit, upload.tree) == (entry["base"], entry.get("whole")):
+                stands = entry["base"], entry.get("whole")
+                if not force and (upload.commit, upload.tree) == stands:
                     return False
                 with noted(self, "push", name, host, ref, entry["op"]) as log:
                     lines = self._push(upload, entry, force)
                     log.size = upload.sent
                 for line in lines:
                     if line.startswith("kept "):
-                        report.warn(f"What was in {name} is kept until gc, on {host}: {show(line[5:])}")
-                self.end_intent(name, True)
+                        report.warn(f"What was in {name} is kept until gc, on {host}: "
+                                    + show(line[5:]))
+                self._end_intent(name, True)
                 with self.registry.editing() as record:
                     upload.note_sent(record, entry["root"])
             return True
@@ -5769,12 +5833,12 @@ class ProjectBase(ProjectState):
         reply = upload.with_base(op, lambda: self.operate(
             PUSH, name, entry, words, intent, upload.cancel), entry["tree"])
         if reply.status in (5, 25):  # nothing was done there
-            self.end_intent(name, False)
+            self._end_intent(name, False)
         if reply.status == 25:
             self._refuse(name, entry, reply.lines())
         if reply.status == 5:
-            raise RemoteFailed(f"The git repository of {name} on {host} cannot be moved: it was made anew there, "
-                               "or a lock or a branch like main/x is in the way.",
+            raise RemoteFailed(f"The git repository of {name} on {host} cannot be moved: it was "
+                               "made anew there, or a lock or a branch like main/x is in the way.",
                                "Put that right there, or replace the directory: --force.")
         if reply.status == 22:
             raise gone_there(name, host)
@@ -5784,29 +5848,33 @@ class ProjectBase(ProjectState):
         return reply.lines()
 
     def gc(self, only: Optional[str] = None) -> Tuple[Dict[str, int], List[CmuxError]]:
-        """Free trash, leftovers and old bases on every host that has or had a workspace of the project, or on one
-        of them: (bytes by host, why it did not go with others). Raises UsageError for another host."""
+        """Free trash, leftovers and old bases on every host that has or had a workspace of the
+        project, or on one of them: (bytes by host, why it did not go with others). Raises
+        UsageError for another host."""
         used = {(entry["host"], entry["root"]) for entry in self.entries().values()}
-        places = [place for place in sorted(used.union(map(tuple, self.registry.read().get("places", [])))) if only in (None, place[0])]
+        known = used.union(map(tuple, self.registry.read().get("places", [])))
+        places = [place for place in sorted(known) if only in (None, place[0])]
         if only and not places:
-            raise UsageError("No workspace of this project is or was on %s." % show(only), "See `%s list`." % PROGRAM)
+            raise UsageError(f"No workspace of this project is or was on {show(only)}.",
+                             f"See `{PROGRAM} list`.")
         freed: Dict[str, int] = {}
         failed: List[CmuxError] = []
-        for host, root in list(places):
+        done = []
+        for host, root in places:
             try:
                 with noted(self, "gc", "", host):
                     reply = self.host(host).call(GC, root)
                     check_reply(reply, host, "clear up")
                 if not re.match(rb"-?\d{1,15}\n\Z", reply.stdout):
-                    raise RemoteFailed("%s did not say what it freed." % host)
+                    raise RemoteFailed(f"{host} did not say what it freed.")
             except CmuxError as error:  # the other hosts all the same
                 failed.append(error)
-                places.remove((host, root))
                 continue
+            done.append((host, root))
             freed[host] = freed.get(host, 0) + max(0, int(reply.stdout)) * 1024
         with self.registry.editing() as record:
             record["places"] = [place for place in record.get("places", [])
-                                if tuple(place) not in places or tuple(place) in used]
+                                if tuple(place) in used or tuple(place) not in done]
         return freed, failed
 
     def looked_at(self, name: str, entry: Dict[str, Any], op: str) -> List[str]:
@@ -5819,35 +5887,41 @@ class ProjectBase(ProjectState):
 
     def _refuse(self, name: str, entry: Dict[str, Any], lines: Iterable[str]) -> None:
         lost = [show(line.replace("\t", " "), 200)[1:-1] for line in lines if line.strip()]
-        way = "Wait for it, or end it with stop (%s jobs -w %s)." if lost and all(line.startswith("a job that runs") for line in lost) else \
-            "Bring it home first: %s pull -w %s." if lost else "Look at it there (%s exec -w %s -- git status --short); read brings a file."
+        way = f"Bring it home first: {PROGRAM} pull -w {name}."
+        if lost and all(line.startswith("a job that runs") for line in lost):
+            way = f"Wait for it, or end it with stop ({PROGRAM} jobs -w {name})."
+        elif not lost:
+            way = (f"Look at it there ({PROGRAM} exec -w {name} -- git status --short); read "
+                   "brings a file.")
         lost += entry.get("pulled", {}).get("left", ())
         if lost:
-            error = WorkspaceDirty("The workspace %s has work that would be lost: %s%s."
-                                   % (name, ", ".join(lost[:5]), ", ..." if len(lost) > 5 else ""),
-                                   way % (PROGRAM, name) + " Or give it up: --force.")
+            some = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
+            error = WorkspaceDirty(f"The workspace {name} has work that would be lost: {some}.",
+                                   way + " Or give it up: --force.")
             error.lost = lost
             raise error
 
 
-def no_workspace(name: str, more: str = "") -> WorkspaceMissing:
-    return WorkspaceMissing("There is no workspace %s in this project." % show(name), "See `%s list`%s" % (PROGRAM, more or "."))
+def no_workspace(name: str, more: str = ".") -> WorkspaceMissing:
+    return WorkspaceMissing(f"There is no workspace {show(name)} in this project.",
+                            f"See `{PROGRAM} list`{more}")
 
 
 def gone_there(name: str, host: str) -> WorkspaceMissing:
-    return WorkspaceMissing("The directory of %s is not on %s (any more)." % (name, host), "To make it anew: `%s rm --force %s`, then `%s new %s -H %s`." % (
-        PROGRAM, name, PROGRAM, name, quote(host)))
+    return WorkspaceMissing(f"The directory of {name} is not on {host} (any more).",
+                            f"To make it anew: `{PROGRAM} rm --force {name}`, then "
+                            f"`{PROGRAM} new {name} -H {quote(host)}`.")
 
 
 def check_reply(reply: Reply, host: str, what: str) -> None:
     """Raise RemoteFailed with the host's own words unless a script ended with status 0."""
     if reply.status:
-        raise RemoteFailed("%s could not %s: %s." % (host, what, show(reply.said(), 300)),
+        raise RemoteFailed(f"{host} could not {what}: {show(reply.said(), 300)}.",
                            "Is its disk full, or the directory not writable?")
 
 
 class Report:
-    """Where work in progress is told. The default is silence; the command line shows it."""
+    """Where work in progress is reported. The default is silence; the command line shows it."""
 
     def say(self, text: str) -> None:
         """A step worth a line in verbose mode."""
@@ -5858,7 +5932,8 @@ class Report:
     def warn(self, text: str) -> None:
         """Something the user should know."""
 
-    def progress(self, what: str, done: int, total: Optional[Callable[[], int]] = None, doing: str = "sending") -> None:
+    def progress(self, what: str, done: int, total: Optional[Callable[[], int]] = None,
+                 doing: str = "sending") -> None:
         """Bytes moved so far for workspace ``what``; ``total`` estimates of how many, at a cost."""
 
     def step(self, what: str, doing: str) -> None:
@@ -5871,16 +5946,16 @@ class Report:
 class Upload:
     """What is sent of one commit to one host. A context manager."""
 
-    def __init__(self, project: ProjectBase, name: str, host: str, root: str, ref: str, report: Report,
-                 cancel: Optional[Cancel]) -> None:
+    def __init__(self, project: ProjectBase, name: str, host: str, root: str, ref: str,
+                 report: Report, cancel: Optional[Cancel]) -> None:
         self.project, self.name, self.report, self.cancel = project, name, report, cancel
         self.host, self.root, self.head = project.host(host), root, ref == "HEAD"
-        self.commit, self.source = project.repository.resolve(ref)
+        self.commit, source = project.repository.resolve(ref)
         project.repository.refuse_state(self.commit)
         self.sent = 0  # bytes of the archive
         self.shadow = project.repository.in_shadow(self.commit)
         try:
-            self.parts = Parts(self.shadow, project.repository.place(), self.source)
+            self.parts = Parts(self.shadow, project.repository.place(), source)
         except BaseException:
             self.shadow.close()
             raise
@@ -5895,14 +5970,15 @@ class Upload:
     def base(self) -> Dict[str, str]:
         """What the registry keeps of what was sent. Versions that left export-ignored files out
         write no ``whole``."""
-        return {"base": self.commit, "tree": self.tree, "whole": self.tree, "host_tree": self.parts.host_tree}
+        return {"base": self.commit, "tree": self.tree, "whole": self.tree,
+                "host_tree": self.parts.host_tree}
 
     def note_sent(self, record: Dict[str, Any], root: str) -> None:
         """Where something of the project is, for gc; and what was sent there, for deltas."""
-        rows = [("places", [self.host.name, root], PLACES_KEPT), ("sent", [self.host.name, self.tree], SENT_KEPT),
-                ("composed", [self.tree, self.source], SENT_KEPT)]
-        for key, row, most in rows[:2] if self.tree == self.source else rows:
-            record[key] = [row] + [other for other in record.get(key, []) if other != row][:most]
+        for key, value, most in (("places", root, PLACES_KEPT), ("sent", self.tree, SENT_KEPT)):
+            row = [self.host.name, value]
+            others = [other for other in record.get(key, []) if other != row]
+            record[key] = [row, *others[:most]]
 
     def with_base(self, op: str, use: Callable[[], Reply], own: str = "") -> Reply:
         """Run ``use``, the operation ``op``; where the host lacks the base (21), upload it first.
@@ -5923,7 +5999,7 @@ class Upload:
             for _ in range(2):  # the second time, all of it
                 if reply.status == 21:
                     try:
-                        self._upload(op, [line[5:] for line in reply.lines() if line[:5] == "base "])
+                        self._upload(op, [row[5:] for row in reply.lines() if row[:5] == "base "])
                     finally:
                         self.report.step(self.name, "being unpacked")
                     reply = use()
@@ -5933,21 +6009,22 @@ class Upload:
         """The base on the host with which the fewest bytes travel, if those are less than half, and
         what differs, as (mode, id, path); or "". Only one that was sent there before: a delta tells
         the names of what the base has and this tree has not."""
-        record, shadow, host = self.project.registry.read(), self.shadow, self.host.name
+        shadow, host, project = self.shadow, self.host.name, self.project
         sizes = shadow.sizes(self.tree)
         sizes.update({path: self.parts.pointers[path][3] for path in self.parts.files})
         best, least, differs = "", sum(sizes.values()) / 2, []
-        sources = dict(record.get("composed", []))
-        sent = {entry["tree"]: entry["base"] for entry in self.project.entries().values() if entry["host"] == host}
-        sent.update((tree, sources.get(tree, tree)) for place, tree in record.get("sent", []) if place == host)
+        sent = {tree: tree for there, tree in project.registry.read().get("sent", [])
+                if there == host}
+        sent.update((entry["tree"], entry["base"]) for entry in project.entries().values()
+                    if entry["host"] == host)
         for tree in offered:
             try:
                 if tree not in sent or b".cmux-gone" in sizes:
                     continue
-                if sent[tree] != tree:  # a commit, or a tree with submodules or LFS files
-                    source = shadow.call("rev-parse", sent[tree] + "^{tree}")
-                    if Parts(shadow, self.project.repository.place(), source).tree != tree:
-                        continue  # other content lies here now
+                source, place = sent[tree] + "^{tree}", project.repository.place()
+                source = shadow.call("rev-parse", source)
+                if source != tree and Parts(shadow, place, source).tree != tree:
+                    continue  # other submodules or LFS files lie here now
                 rows = [row[1:] for row in shadow.changes(tree, self.tree)]
             except GitFailed:
                 continue  # a commit that this repository does not have
@@ -5960,17 +6037,20 @@ class Upload:
     def left_out(self) -> None:
         """One line, once a command, on what the repository has and the host does not get."""
         with self.project.looking:
-            said = vars(self.report).setdefault("not_sent", set())
-            if self.tree in said or type(self.report) is Report:  # which says nothing
+            noted_of = vars(self.report).setdefault("not_sent", set())
+            if self.tree in noted_of or type(self.report) is Report:  # which shows nothing
                 return
-            said.add(self.tree)
+            noted_of.add(self.tree)
             below = sum(place.uncommitted(self.shadow) for place in self.parts.places)
-            changed = self.project.repository.uncommitted(self.shadow) if self.head else 0
-        rows = ((self.parts.absent, "submodule", " not checked out here"),
-                (self.parts.lacking, "LFS file", " whose content is not here (their pointers are sent)"),
-                (changed, "uncommitted file", " (--dirty takes them along)"),
-                (below, "uncommitted file", " in submodules"))
-        parts = [f"{count} {noun}{'s' * (count != 1)}{more}" for count, noun, more in rows if count]
+            changed = self.head and self.project.repository.uncommitted(
+                self.shadow, self.parts.pointers)
+        rows = ((self.parts.absent, "submodule", "not checked out here"),
+                (self.parts.lacking, "LFS file",
+                 "whose content is not here (their pointers are sent)"),
+                (changed, "uncommitted file", "(--dirty takes them along)"),
+                (below, "uncommitted file", "in submodules"))
+        parts = [f"{count} {noun}{'s' * (count != 1)} {more}"
+                 for count, noun, more in rows if count]
         if parts:
             self.report.note(f"Not sent: {', '.join(parts)}.")
 
@@ -5998,18 +6078,22 @@ class Upload:
             if little and not archive.small():
                 return
             reply = self._send(op, archive, parent)
-        if not reply.status and archive.ended and reply.lines()[-2:] == [archive.digest.line(), ""]:
-            self.sent, whole = archive.total, archive.digest.length
-            packed = f", compressed to {human_size(self.sent)}" if self.sent < whole else ""
-            self.report.say(f"sent {human_size(whole)} to {self.host.name}{packed}")
-            return
-        self.host.call(DISCARD, self.root, op)
+        whole = archive.digest.length
         check_reply(reply, self.host.name, "take the archive")
-        raise UploadFailed(f"The archive did not arrive whole on {self.host.name}.", "Try again.")
+        if not archive.ended or reply.lines()[-2:] != [archive.digest.line(), ""]:
+            raise UploadFailed(f"The archive did not arrive whole on {self.host.name}.",
+                               "Try again.")
+        self.sent = archive.total
+        packed = f", compressed to {human_size(self.sent)}" if self.sent < whole else ""
+        self.report.say(f"sent {human_size(whole)} to {self.host.name}{packed}")
 
     def _send(self, op: str, archive: Archive, parent: str) -> Reply:
-        archive.progress = lambda done: self.report.step(self.name, "unpacking") if archive.ended else \
-            self.report.progress(self.name, done, archive.size)
+        def show_progress(done: int) -> None:
+            if archive.ended:
+                self.report.step(self.name, "unpacking")
+            else:
+                self.report.progress(self.name, done, archive.size)
+        archive.progress = show_progress
         direct, how = not archive.small(), ""
         if direct:
             answer = self.host.call(GZIP, before=HELD, cancel=self.cancel)
@@ -6017,27 +6101,19 @@ class Upload:
                 how = "gzip"
                 archive.compress()
         try:
-            reply = self.host.call(UPLOAD, self.root, op, parent, how, source=archive, direct=direct,
-                                   cancel=self.cancel)
+            reply = self.host.call(UPLOAD, self.root, op, parent, how, source=archive,
+                                   direct=direct, cancel=self.cancel)
         except ConnectionLost as lost:
             archive.check(False)
-            cut = UploadFailed(f"The connection to {self.host.name} was lost after {human_size(archive.digest.length)} "
-                               "of the archive; no workspace was made.", "Try again; nothing is left half-done.")
+            size = human_size(archive.digest.length)
+            cut = UploadFailed(f"The connection to {self.host.name} was lost after {size} of the "
+                               "archive; no workspace was made.",
+                               "Try again; nothing is left half-done.")
             cut.exit_code = 255
             raise cut from lost
         if archive.ended:  # else the host took no more, and says why
             archive.check()
         return reply
-
-
-def state_of(entry: Mapping[str, Any]) -> str:
-    """What is known here, without asking the host: ready; pulled, when a pull brought work home, and
-    nothing was begun from here since; init running, init failed."""
-    init = entry.get("init")
-    if init not in (None, 0):
-        return "init running" if init == "pending" else "init failed"
-    pulled = entry.get("pulled")
-    return "pulled" if pulled and entry.get("touched", 0) <= pulled.get("at", 0) else "ready"
 
 
 class WorkspaceBase:
@@ -6051,7 +6127,7 @@ class WorkspaceBase:
         self.host = project.host(entry["host"])
         self.root: str = entry["root"]
         self.place: str = entry["project"]
-        self.op: str = entry["op"]        # its directory of jobs: a new name keeps them, a new workspace has none
+        self.op: str = entry["op"]  # its id: a new name keeps its jobs, a new workspace has none
         self.path: str = check_remote_path(entry["path"])
         self.base: str = entry["base"]
         self.created: float = entry["created"]
@@ -6063,39 +6139,43 @@ class WorkspaceBase:
                 self.state = "init failed"
 
     def __repr__(self) -> str:
-        return "Workspace(%r on %r)" % (self.name, self.host.name)
+        return f"Workspace({self.name!r} on {self.host.name!r})"
 
     def describe(self) -> Dict[str, Any]:
         """What `list --json` prints of it; ``created`` in seconds since 1970."""
         return {"name": self.name, "host": self.host.name, "path": self.path, "base": self.base,
                 "created": self.created, "project": self.project.name, "state": self.state}
 
-    def environment(self, extra: Optional[Mapping[str, str]] = None, cancel: Optional[Cancel] = None) -> bytes:
+    def environment(self, extra: Optional[Mapping[str, str]] = None,
+                    cancel: Optional[Cancel] = None) -> bytes:
         """The header records of a command's environment: ours, the secrets, then ``extra``."""
-        values: Dict[str, Union[str, bytes]] = {"CMUX_WORKSPACE": self.name, "CMUX_PROJECT": self.project.name}
         secrets = secret_values(self.project.registry, cancel)
-        values.update(secrets)
+        values: Dict[str, Union[str, bytes]] = {
+            "CMUX_WORKSPACE": self.name, "CMUX_PROJECT": self.project.name, **secrets}
         self.project.hand_over(secrets)
         for name, value in (extra or {}).items():
             values[check_variable(name)] = encoded(value)
-        if sum(len(value) for value in values.values()) > SECRETS_MAX + 65536:
-            raise UsageError("The environment is larger than %s." % human_size(SECRETS_MAX))
-        records = b"".join(record("_cmux_path" if name == "PATH" else name, value) for name, value in values.items())
-        return (HELD if secrets or extra else b"") + records
+        if sum(map(len, values.values())) > SECRETS_MAX + 65536:
+            raise UsageError(f"The environment is larger than {human_size(SECRETS_MAX)}.")
+        records = [record("_cmux_path" if name == "PATH" else name, value)
+                   for name, value in values.items()]
+        return b"".join([HELD if secrets or extra else b"", *records])
 
     def run(self, command: Union[str, Sequence[str]], stdout: Callable[[bytes], Any],
             stderr: Callable[[bytes], Any], source: Optional[Source] = None, cwd: str = "",
             env: Optional[Mapping[str, str]] = None, login: bool = False,
             timeout: Optional[float] = None, cancel: Optional[Cancel] = None) -> Outcome:
-        """Run ``command``, its output streamed to the callables (which may raise to end it); see exec() for
-        the rest. ``source`` is for the command line: it streams a descriptor into the command's stdin."""
+        """Run ``command``, its output streamed to the callables (which may raise to end it); see
+        exec() for the rest. ``source`` is for the command line: it streams a descriptor into the
+        command's stdin."""
         check_command(command)
         if timeout is not None and not 0 < timeout < 1e8:
             raise UsageError("timeout takes a number of seconds above 0, and below 100000000.")
         try:
-            records = self.environment(env, cancel) + command_records(command, login, source is not None)
+            records = self.environment(env, cancel)
         except Cancelled:  # while a secret's command ran
             return Outcome(status=None, stopped="confirmed", reason="cancel")
+        records += command_records(command, login, source is not None)
         directory = os.path.join(self.path, cwd) if cwd else self.path
         with noted(self.project, "exec", self.name, self.host.name, command, self.op) as entry:
             def counted(sink: Callable[[bytes], Any]) -> Callable[[bytes], None]:
@@ -6104,37 +6184,41 @@ class WorkspaceBase:
                     sink(data)
                 return take
             try:
-                outcome = self.host.run(records, directory, counted(stdout), counted(stderr), source, Deadline(timeout), cancel)
+                outcome = self.host.run(records, directory, counted(stdout), counted(stderr),
+                                        source, Deadline(timeout), cancel)
             except WorkspaceMissing:
                 raise self._no_directory(cwd) if cwd else gone_there(self.name, self.host.name)
             entry.code = outcome.exit_code
             return outcome
 
     def _no_directory(self, cwd: str) -> UsageError:
-        where = "on " + self.host.name if cwd.startswith("/") else "in the workspace " + self.name
-        return UsageError("There is no directory %s %s." % (show(cwd), where), "cwd is relative to the workspace, or absolute.")
+        where = "on " + self.host.name if cwd[0] == "/" else "in the workspace " + self.name
+        return UsageError(f"There is no directory {show(cwd)} {where}.",
+                          "cwd is relative to the workspace, or absolute.")
 
-    def exec(self, command: Union[str, Sequence[str]], timeout: Optional[float] = None, cwd: str = "",
-             env: Optional[Mapping[str, str]] = None, stdin: Union[str, bytes, None] = None, login: bool = False,
-             limit: int = CAPTURE_MAX, cancel: Optional[Cancel] = None, tee: Optional[Callable[[bytes], Any]] = None) -> ExecResult:
+    def exec(self, command: Union[str, Sequence[str]], timeout: Optional[float] = None,
+             cwd: str = "", env: Optional[Mapping[str, str]] = None,
+             stdin: Union[str, bytes, None] = None, login: bool = False, limit: int = CAPTURE_MAX,
+             cancel: Optional[Cancel] = None,
+             tee: Optional[Callable[[bytes], Any]] = None) -> ExecResult:
         """Run a command and wait for it.
 
-        ``command``: a string is a shell line, a sequence an exact argv. ``timeout`` in seconds;
-        at its end the process tree there is ended and what was printed is kept. ``cwd`` relative
-        to the workspace. ``stdin``: bytes (or a str) for the command (None: /dev/null). ``limit``: bytes
-        kept of each stream. ``tee`` is given the bytes of both as they come. Raises HostError (the
-        connection), UsageError and WorkspaceMissing, never for the command's status, nor for ``cancel``: that ends
-        it as a timeout does, with ``exit_code`` 130, and ``stopped`` (None for a command's own 130).
+        ``command``: a string is a shell line, a sequence an exact argv. ``timeout`` in seconds; at
+        its end the process tree there is ended and what was printed is kept. ``cwd`` relative to
+        the workspace. ``stdin``: bytes (or a str) for the command (None: /dev/null). ``limit``:
+        bytes kept of each stream. ``tee`` is given the bytes of both as they come. Raises HostError
+        (the connection), UsageError and WorkspaceMissing, never for the command's status, nor for
+        ``cancel``: that ends it as a timeout does, with ``exit_code`` 130, and ``stopped`` (None
+        for a command's own 130).
         """
         began, out, err = time.monotonic(), Capture(limit), Capture(limit)
         sinks = [lambda data, keep=keep: (keep(data), tee and tee(data)) for keep in (out, err)]
-        stream = None if stdin is None else spool(encoded(stdin))
-        try:
-            source = None if stream is None else Source(stream.fileno())
-            outcome = self.run(command, sinks[0], sinks[1], source, cwd, env, login, timeout, cancel)
-        finally:
-            if stream:
-                stream.close()
+        with contextlib.ExitStack() as held:
+            source = None
+            if stdin is not None:
+                source = Source(held.enter_context(spool(encoded(stdin))).fileno())
+            outcome = self.run(command, sinks[0], sinks[1], source, cwd, env, login, timeout,
+                               cancel)
         return exec_result(self, outcome, out, err, began)
 
     @logged("shell")
@@ -6145,29 +6229,35 @@ class WorkspaceBase:
         writes them into a FIFO that the shell reads once. They are in no argv and on no disk.
         """
         import threading
-        values = dict(secret_values(self.project.registry), CMUX_RUNTIME=b"ssh", CMUX_WORKSPACE=self.name.encode(),
-                      CMUX_PROJECT=self.project.name.encode())
-        lines = [b"%s=%s; export %s\n" % (name.encode(), shell_word(value), name.encode()) for name, value in values.items()]
-        where, place = os.fsencode(self.path), os.urandom(8).hex()
+        values = dict(secret_values(self.project.registry), CMUX_RUNTIME=b"ssh",
+                      CMUX_WORKSPACE=self.name.encode(), CMUX_PROJECT=self.project.name.encode())
+        lines = [b"%s=%s; export %s\n" % (name.encode(), shell_word(value), name.encode())
+                 for name, value in values.items()]
+        where, op = os.fsencode(self.path), os.urandom(8).hex()
         lines.append(b'cd %s || exit 96\nexec "${SHELL:-/bin/sh}" -l\n' % shell_word(where))
-        fifo = os.path.dirname(os.path.dirname(where)) + b"/.cmux/stage/%s/f" % place.encode()
-        masters, ready = self.host.masters, Capture(100)
-        session = self.host.open(Deadline(SLOT_PATIENCE))
+        fifo = os.path.dirname(os.path.dirname(where)) + b"/.cmux/stage/%s/f" % op.encode()
+        octal = "".join(f"\\{byte:03o}" for byte in fifo)
+        ready, patience = Capture(100), SLOT_PATIENCE
+        session = self.host.open(Deadline(patience))
         try:
-            exchange = Exchange(session, HELD + script_records(HANDOVER, self.root, place), ready, ready, close_stdin=True, after=b"".join(lines))
+            header = HELD + script_records(HANDOVER, self.root, op)
+            exchange = Exchange(session, header, ready, ready, close_stdin=True,
+                                after=b"".join(lines))
             self.host.begin(exchange, None)
-            if not exchange.run(Deadline(START_PATIENCE), until=lambda: bool(ready.total) or exchange.ended) or ready.value() != b"ready\n":
-                raise RemoteFailed("%s could not prepare a shell: %s" % (self.host.name, show(neutralise(ready.value()), 200)))
-            argv, environment, begun, ended = masters.on_terminal(TAKEOVER % "".join("\\%03o" % byte for byte in fifo), Deadline(SLOT_PATIENCE))
+            exchange.run(Deadline(START_PATIENCE),
+                         until=lambda: bool(ready.total) or exchange.ended)
+            if ready.value() != b"ready\n":
+                raise RemoteFailed(f"{self.host.name} could not prepare a shell: "
+                                   + show(neutralise(ready.value()), 200))
+            argv, environment, begun, ended = self.host.masters.on_terminal(
+                TAKEOVER % octal, Deadline(patience))
         except BaseException:
             self.host.done(session)
             raise
 
         def hand_over() -> None:
-            try:
-                exchange.run(Deadline(SLOT_PATIENCE))
-            except CmuxError:
-                pass  # the shell over there has nothing to read then, and ends
+            with contextlib.suppress(CmuxError):  # the shell has nothing to read then, and ends
+                exchange.run(Deadline(patience))
             begun()
             self.host.done(session)
         helper = threading.Thread(target=hand_over, daemon=True)
@@ -6179,15 +6269,28 @@ class WorkspaceBase:
             helper.join(CONTROL_PATIENCE)
 
 
+def state_of(entry: Mapping[str, Any]) -> str:
+    """What is known here, without asking the host: ready; pulled, when a pull brought work home,
+    and nothing was begun from here since; init running, init failed."""
+    init = entry.get("init")
+    if init not in (None, 0):
+        return "init running" if init == "pending" else "init failed"
+    pulled = entry.get("pulled")
+    return "pulled" if pulled and entry.get("touched", 0) <= pulled.get("at", 0) else "ready"
+
+
 def shell_word(value: bytes) -> bytes:
     """Bytes as one word of a POSIX shell."""
     return b"'" + value.replace(b"'", b"'\"'\"'") + b"'"
 
 
-def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: Capture, began: float) -> ExecResult:
-    return ExecResult(workspace=workspace.name, host=workspace.host.name, exit_code=outcome.exit_code,
-                      stdout=out.value(), stderr=err.value(), timed_out=outcome.reason == "timeout",
-                      duration=round(time.monotonic() - began, 3), truncated=out.truncated or err.truncated, stopped=outcome.stopped)
+def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: Capture,
+                began: float) -> ExecResult:
+    return ExecResult(workspace=workspace.name, host=workspace.host.name,
+                      exit_code=outcome.exit_code, stdout=out.value(), stderr=err.value(),
+                      timed_out=outcome.reason == "timeout", stopped=outcome.stopped,
+                      duration=round(time.monotonic() - began, 3),
+                      truncated=out.truncated or err.truncated)
 
 
 # === 13. Results ===

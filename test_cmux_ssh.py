@@ -7453,7 +7453,7 @@ def test_one_attempt_of_an_operation_at_a_time_whoever_died_and_whatever_number_
 rm() { case $SLOW in ?*) sleep $SLOW;; esac; command rm "$@"; }
 inside() { mkdir "$root/inside" || echo two; [ -z "$STAY" ] || kill -KILL $$; sleep 0.05; rmdir "$root/inside"; }
 _cmux_run=$RUN; _cmux_newline='
-'; _croot "$ROOT" && _cone op inside 2>/dev/null || echo failed"""
+'; _croot "$ROOT" && _one_at_a_time op inside 2>/dev/null || echo failed"""
     words = shlex.split(program(sh) + (" sh" if sh == "busybox" else ""))
     stage = tmp_path / ".cmux" / "stage"
 
