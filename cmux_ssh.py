@@ -951,41 +951,42 @@ HELD = b"exit 0\n"          # the first line of a header; again in one that hold
 # its place. The heir's counts only while the first link is what it was: whoever leaves removes that
 # one first.
 LOCKED = r"""
-_cborn() { # pid -> $_cb
-  _cb=; _cf=;
+_born() { # pid -> $born
+  born=; row=;
   if [ -r /proc/self/stat ]; then
-    IFS= read -r _cf <"/proc/$1/stat"; IFS= read -r _cb </proc/sys/kernel/random/boot_id;
-    set -- $_cf; case $3 in Z) _cb=;; *) _cb=$_cb-${22};; esac;
-  else set -- $(ps -o lstart= -p "$1"); _cb=$1$2$3$4$5; fi;
+    IFS= read -r row <"/proc/$1/stat"; IFS= read -r born </proc/sys/kernel/random/boot_id;
+    set -- $row; case $3 in Z) born=;; *) born=$born-${22};; esac;
+  else set -- $(ps -o lstart= -p "$1"); born=$1$2$3$4$5; fi;
 }
-_cheld() { # lock: does the last owner, $_co, live? Else $_ch is the next link, $_cg are the dead
-  _ch=$1; _cg=;
-  while _co=$(readlink "$_ch"); do
-    if kill -0 "${_co%%.*}"; then
-      _cborn "${_co%%.*}"; case $_co in "${_co%%.*}.$_cb."*) return 0;; esac;
+_held() { # lock: does the last owner, $owner, live? Else $next is the link to make
+  next=$1; dead=;
+  while owner=$(readlink "$next"); do
+    if kill -0 "${owner%%.*}"; then
+      _born "${owner%%.*}"; case $owner in "${owner%%.*}.$born."*) return 0;; esac;
     fi;
-    _cg="$_cg $_co"; _ch=$1.$_co;
+    dead="$dead $owner"; next=$1.$owner;
   done;
   return 1;
 }
 _center() { # lock pause tries: own it, or say who does
-  _cborn $$; _cm=$$.$_cb.$_cmux_run; _cn=0; _cg=;
-  until ln -s "$_cm" "$1"; do
-    if _cheld "$1"; then :;
-    elif ln -s "$_cm" "$_ch"; then
-      set -- "$@" $_cg;
-      [ "$_ch" = "$1" ] || [ "$(readlink "$1")" = "$4" ] && return;
-      rm -f "$_ch"; set -- "$1" "$2" "$3";
-    elif [ -h "$_ch" ]; then :;
-    else _cn=$((_cn+$3/9)); fi;
-    _cn=$((_cn+1));
-    [ $_cn -lt "$3" ] || {
-      [ -z "$_co" ] || echo "process ${_co%%.*} of an earlier attempt still runs" >&2; return 3; };
-    sleep "$2" || { sleep 1; _cn=$((_cn+9)); };
+  _born $$; self=$$.$born.$_cmux_run; tries=0; dead=;
+  until ln -s "$self" "$1"; do
+    if _held "$1"; then :;
+    elif ln -s "$self" "$next"; then
+      set -- "$@" $dead;
+      [ "$next" = "$1" ] || [ "$(readlink "$1")" = "$4" ] && return;
+      rm -f "$next"; set -- "$1" "$2" "$3";
+    elif [ -h "$next" ]; then :;
+    else tries=$((tries+$3/9)); fi;
+    tries=$((tries+1));
+    [ $tries -lt "$3" ] || {
+      [ -z "$owner" ] || echo "process ${owner%%.*} of an earlier attempt still runs" >&2
+      return 3; };
+    sleep "$2" || { sleep 1; tries=$((tries+9)); };
   done;
 }
 _cleave() {
-  rm -f "$1"; for _cf in $_cg; do rm -f "$1.$_cf"; done;
+  rm -f "$1"; for row in $dead; do rm -f "$1.$row"; done;
 }
 """
 
@@ -1180,7 +1181,7 @@ _create() {
 # GZIP: says gzip where that works.
 GZIP = "_cop() { echo gzip | gzip | gzip -dc; }"
 
-# UPLOAD root op parent gzip: the stream becomes stage/OP/base/whole.tar and, at once, stage/OP/tree;
+# UPLOAD root op parent gzip: the stream becomes stage/OP/base/whole.tar and at once stage/OP/tree;
 #   with a parent, changes.tar: what differs from that base, and .cmux-gone, the paths to remove.
 #   Replies at the end: the line of cksum, which the client compares before it calls CREATE.
 # tar may stop reading at the end-of-archive blocks: the rest is drained, or tee would die.
@@ -1444,8 +1445,8 @@ _cop() {
 # PUSH root project turn name op, then the words of CHANGED, newbase keep: the workspace becomes the
 #   new base; again with the same op, it says pushed. With git, in place: only files that differ are
 #   touched, ignored ones stay (build caches, a server that watches), and what differs from its own
-#   base is enough. Without, the directory is replaced. `keep` (1): a copy goes to the trash, and the
-#   directory is replaced, too, where its repository cannot be moved (else 5). Without `keep` it
+#   base is enough. Without, the directory is replaced. `keep` (1): a copy goes to the trash, and
+#   the directory is replaced, too, where its repository cannot be moved (else 5). Without `keep` it
 #   looks itself for what would be lost, as CHANGED does, each time: an upload takes minutes.
 #   21: upload first; 22: no workspace; 25: the lines say what would be lost.
 PUSH = LOST + BASE + r"""
@@ -1585,7 +1586,7 @@ _cop() {
 """
 
 # REMOVE root project turn name op its: a rename into the trash, and a background reap. Constant
-#   time; jobs that run are ended first. A missing directory is success.
+#   time; jobs that run are ended first. A missing directory is success; somebody else's stays.
 REMOVE = OPEN_ROOT + JOB_STATE + r"""
 _cop() { _operate _remove "$@"; }
 _remove() {
@@ -1597,8 +1598,11 @@ _remove() {
       ( _cmux_root=$(cat "$job/pid"); _cmux_run=${job##*/}; _cmux_stop_tree )
   done
   [ ! -d "$jobs" ] || mv "$jobs" "$trash/jobs" || return 3
-  if _taken "$place"; then mv "$place" "$trash/" || return 3; fi
-  rm -rf "$known" ".cmux/made/$project/$name.op"
+  if [ "$(_owner "$name")" = "$1" ]; then
+    ! _taken "$place" || mv "$place" "$trash/" || return 3
+    rm -f ".cmux/made/$project/$name.op"
+  fi
+  rm -rf "$known"
   ( trap '' HUP; cd / && exec rm -rf "$root/$trash" ) </dev/null >/dev/null 2>&1 4>&- &
 }
 """
@@ -4385,17 +4389,24 @@ class CommandRun:
 # In the user's own repository only commands that read run; --dirty and the count of what is not
 # sent read the work tree as the user's git does, into index and objects of ours. All else runs in
 # a shadow: a new bare repository, empty of config, with the real object store as alternate.
-GIT_SAFE = tuple(word for setting in (
-    "core.hooksPath=/dev/null", "core.fsmonitor=false", "core.protectHFS=true",
-    "core.protectNTFS=true", "submodule.recurse=false", "fetch.recurseSubmodules=false",
-    "gc.auto=0", "maintenance.auto=false", "core.attributesFile=/dev/null",
-    "commit.gpgSign=false", "protocol.allow=never", "tar.umask=0022",
+def git_settings(*values: str) -> Tuple[str, ...]:
+    return tuple(word for value in values for word in ("-c", value))
+
+
+GIT_ALWAYS = git_settings(
+    "core.hooksPath=/dev/null", "core.fsmonitor=false", "submodule.recurse=false", "gc.auto=0",
+    "maintenance.auto=false", "protocol.allow=never")
+GIT_SAFE = GIT_ALWAYS + git_settings(
+    "core.protectHFS=true", "core.protectNTFS=true", "fetch.recurseSubmodules=false",
+    "core.attributesFile=/dev/null", "commit.gpgSign=false", "tar.umask=0022",
     f"core.bigFileThreshold={STREAMED_FROM}", "pack.threads=1", "core.packedGitWindowSize=16m",
-    "core.packedGitLimit=64m") for word in ("-c", setting))
+    "core.packedGitLimit=64m")
 # For the user's own git, where it reads the work tree for us.
-USER_SAFE = ("core.hooksPath=/dev/null", "core.fsmonitor=false", "core.splitIndex=false",
-             "core.untrackedCache=false", "core.safecrlf=false", "submodule.recurse=false",
-             "gc.auto=0", "maintenance.auto=false", "protocol.allow=never")
+USER_SAFE = GIT_ALWAYS + git_settings("core.splitIndex=false", "core.untrackedCache=false",
+                                  "core.safecrlf=false")
+# protocol.allow=never does not stop a repository's own protocol.ext.allow=always; this does.
+GIT_ALONE = {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0",
+             "GIT_NO_REPLACE_OBJECTS": "1", "GIT_OPTIONAL_LOCKS": "0"}
 # Bytes are the repository's own: no filter runs, no commit id, author or date is expanded, no
 # line end changes; a pull without a change is then an empty diff. export-ignore is for releases:
 # an agent needs the tests, too.
@@ -4404,15 +4415,10 @@ SHADOW_ATTRIBUTES = ("* -export-ignore -export-subst -text -eol -ident -filter "
 
 
 def git_environment(**extra: str) -> Dict[str, str]:
-    """Our environment without any GIT_ variable, plus what keeps git to itself.
-
-    protocol.allow=never does not stop a repository's own protocol.ext.allow=always;
-    GIT_ALLOW_PROTOCOL does."""
+    """Our environment without any GIT_ variable, plus what keeps git to itself."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    env.update(GIT_CONFIG_NOSYSTEM="1", GIT_ATTR_NOSYSTEM="1", GIT_TERMINAL_PROMPT="0",
-               GIT_ALLOW_PROTOCOL="none", GIT_NO_LAZY_FETCH="1", GIT_NO_REPLACE_OBJECTS="1",
-               GIT_OPTIONAL_LOCKS="0", LC_ALL="C", **extra)
-    return env
+    return dict(env, GIT_CONFIG_NOSYSTEM="1", GIT_ATTR_NOSYSTEM="1", LC_ALL="C", **GIT_ALONE,
+                **extra)
 
 
 def user_environment() -> Dict[str, str]:
@@ -4539,18 +4545,15 @@ class Repository:
         objects are the shadow's own. No hook, no fsmonitor and, unless wanted, no filter runs."""
         import copy
         shadow.borrow_index(self)
-        own, settings = copy.copy(shadow), list(USER_SAFE)
+        own = copy.copy(shadow)
+        own.start = [self.program, "-C", self.worktree(), *USER_SAFE]
         for name in () if filters else self._configured("filter", user_environment()):
-            settings += [name + ".process=", name + ".required=false"]
-        own.start = [self.program, "-C", self.worktree()]
-        for setting in settings:
-            own.start += ["-c", setting]
+            own.start += git_settings(name + ".process=", name + ".required=false")
         others = "GIT_ALTERNATE_OBJECT_DIRECTORIES"
-        own.env = dict(self._without_hooks(user_environment()), GIT_OPTIONAL_LOCKS="0",
+        own.env = dict(self._without_hooks(user_environment()), **GIT_ALONE,
                        GIT_INDEX_FILE=os.path.join(shadow.git_dir, "index"),
-                       GIT_OBJECT_DIRECTORY=os.path.join(shadow.git_dir, "objects"),
-                       GIT_ALLOW_PROTOCOL="none", GIT_NO_LAZY_FETCH="1", GIT_TERMINAL_PROMPT="0",
-                       GIT_NO_REPLACE_OBJECTS="1", **{others: shadow.env[others]})
+                       GIT_OBJECT_DIRECTORY=os.path.join(shadow.git_dir, "objects"))
+        own.env[others] = shadow.env[others]
         return own
 
     def _configured(self, section: str, env: Dict[str, str]) -> Set[str]:
@@ -5047,9 +5050,7 @@ class Parts:
         self.modules: Set[bytes] = set()    # the paths of submodules, checked out or not
         self.pointers: Dict[bytes, Pointer] = {}
         self.files: Dict[bytes, str] = {}   # path -> the file that has the content
-        self.places: List[Place] = []       # of the submodules
-        self.lacking = 0                    # LFS files whose content is not here
-        self.absent = 0                     # submodules not checked out
+        self.places: List[Place] = []       # of the submodules that are checked out
         self._rows: List[Tuple[str, str, bytes]] = []
         self._look(place, source, b"")
         # What names it, without links to submodules. Where LFS content is sent, the host's git has
@@ -5076,9 +5077,7 @@ class Parts:
                 self._rows.append(("0", "0" * len(commit), path))
             module = place.module(path)
             inner = module and self.shadow.tree_in(module.objects, commit)
-            if not module or not inner:
-                self.absent += 1
-            else:
+            if module and inner:
                 self.shadow.lend(module.objects)
                 self.places.append(module)
                 self._look(module, inner, prefix + path + b"/")
@@ -5092,8 +5091,6 @@ class Parts:
             form = "sha256" if len(oid) == 64 else "sha1"
             content = hashlib.new(form, b"content " + sha256.encode())
             self._rows.append((mode, content.hexdigest(), path))
-        else:
-            self.lacking += 1
 
     def stream(self, paths: Iterable[bytes]) -> Iterator[bytes]:
         """LFS files as tar entries, checked while they are read."""
@@ -6041,18 +6038,18 @@ class Upload:
             if self.tree in noted_of or type(self.report) is Report:  # which shows nothing
                 return
             noted_of.add(self.tree)
-            below = sum(place.uncommitted(self.shadow) for place in self.parts.places)
+            parts = self.parts
+            below = sum(place.uncommitted(self.shadow) for place in parts.places)
             changed = self.head and self.project.repository.uncommitted(
-                self.shadow, self.parts.pointers)
-        rows = ((self.parts.absent, "submodule", "not checked out here"),
-                (self.parts.lacking, "LFS file",
+                self.shadow, parts.pointers)
+        rows = ((len(parts.modules) - len(parts.places), "submodule", "not checked out here"),
+                (len(parts.pointers) - len(parts.files), "LFS file",
                  "whose content is not here (their pointers are sent)"),
                 (changed, "uncommitted file", "(--dirty takes them along)"),
                 (below, "uncommitted file", "in submodules"))
-        parts = [f"{count} {noun}{'s' * (count != 1)} {more}"
-                 for count, noun, more in rows if count]
-        if parts:
-            self.report.note(f"Not sent: {', '.join(parts)}.")
+        text = [f"{count} {noun}{'s' * (count != 1)} {more}" for count, noun, more in rows if count]
+        if text:
+            self.report.note(f"Not sent: {', '.join(text)}.")
 
     def _archive(self, parent: str, rows: Sequence[Tuple[str, str, bytes]]) -> Archive:
         """The archive of what differs from a base, or of all."""

@@ -10200,11 +10200,16 @@ def test_rm_with_its_host_removes_an_unfinished_workspace(repo: Repo, site: Site
     repo.new()
     (file,) = (site.state / "projects").glob("*.json")
     record = json.loads(file.read_text())
-    record["workspaces"]["main"]["state"] = "creating"
+    path, entry = repo.path(), record["workspaces"]["main"]
+    entry["state"] = "creating"
     file.write_text(json.dumps(record))
     refused(repo.cli("rm", "-H", "far", "main"), 2, words="not on far")
     repo.ok("rm", "-H", "box", "main")
-    assert not repo.workspaces()
+    assert not repo.workspaces() and not path.exists()
+    path.mkdir()
+    file.write_text(json.dumps(record))
+    repo.ok("rm", "main")
+    assert path.is_dir(), "it is somebody else's"
 
 
 def test_a_secret_with_half_a_character_is_called_damaged(repo: Repo, site: Site) -> None:
