@@ -4509,7 +4509,7 @@ class Repository:
 
     def in_shadow(self, example: str) -> Shadow:
         """A shadow whose object ids are like ``example``."""
-        return Shadow(self, "sha256" if len(example) == 64 else "sha1")
+        return Shadow(self, example)
 
     def value_of(self, name: str, kind: str = "^{commit}") -> str:
         """The id of the commit (or other object) that a name stands for; "" where there is none."""
@@ -4701,7 +4701,7 @@ class Repository:
 class Shadow:
     """A throwaway bare repository with the real object store as alternate. A context manager."""
 
-    def __init__(self, repository: Repository, object_format: str) -> None:
+    def __init__(self, repository: Repository, example: str) -> None:
         self.program = repository.program
         folder = temporary_folder()
         self.reap(folder)
@@ -4717,14 +4717,14 @@ class Shadow:
         self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null",
                                    GIT_ALTERNATE_OBJECT_DIRECTORIES=stores)
         try:
-            self._init(self.git_dir, object_format)
+            self._init(self.git_dir, example)
             os.makedirs(os.path.join(self.git_dir, "info"), exist_ok=True)
         except BaseException:
             self.close()
             raise
 
-    def _init(self, path: str, object_format: str) -> None:
-        form = [] if object_format == "sha1" else ["--object-format=" + object_format]
+    def _init(self, path: str, example: str) -> None:
+        form = ["--object-format=sha256"] if len(example) == 64 else []
         list(self.records("init", "-q", "--bare", "--template=", *form, path, talks=True))
 
     @staticmethod
@@ -4936,7 +4936,7 @@ class Shadow:
             words = self.argv("pack-objects", "-q", "--revs", "--stdout")
             if spawn(words, self.env, stdin=text, stdout=stream).wait():
                 raise GitFailed("git could not pack the result.")
-            self._init(apart, "sha256" if len(tip) == 64 else "sha1")
+            self._init(apart, tip)
             stream.seek(0)
             text.seek(0)
             text.truncate()
