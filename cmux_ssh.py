@@ -1494,6 +1494,9 @@ _new_git() {
   GIT_INDEX_FILE=$s/new.index git --git-dir="$g" --work-tree="$s/delta" "$@"
 }
 _make_commit() { # of the new base, in $g: of the old one and the difference, without unpacking it
+  if ! _is_sent && git --git-dir="$root/$base/git" rev-parse -q --verify refs/cmux/base; then
+    cp -R "$root/$base/git/objects/." "$g/objects/"; return
+  fi
   mkdir "$s/delta" && cd "$s/delta" || return
   if _is_sent; then
     _unpack "$s/changes.tar" && _new_git read-tree "$b" &&
