@@ -1029,9 +1029,10 @@ _free() { chmod -R u+rwX "$1"; rm -rf "$1"; }
 _taken() { [ -e "$1" ] || [ -L "$1" ]; }
 # What is known of a workspace lies in one directory, made/PROJECT/OP/, named by the operation that
 # made it; made/PROJECT/NAME.op says which has the name. So a new name moves nothing.
-_owner() { cat "$root/.cmux/made/$project/$1.op"; }
+_owner() { cat ".cmux/made/$project/$1.op"; }
 _put() { # directory: it becomes $place. mv moves *into* what stands there by now: that is undone
-  echo "$op" >"$root/.cmux/made/$project/$name.op" && mv "$1" "$stage/$op" &&
+  rm -rf "$stage/$op" # of an attempt that was killed
+  echo "$op" >".cmux/made/$project/$name.op" && mv "$1" "$stage/$op" &&
     mv "$stage/$op" "$place" || return 3
   if [ -d "$place/$op" ]; then rm -rf "$place/$op" "$stage"; return 20; fi
   rm -rf "$stage"
@@ -1461,18 +1462,18 @@ _push() {
 _push_steps() {
   oldbase=$4 newbase=${10} keep=${11} base=.cmux/bases/${10}
   [ "$(cat "$m.push")" != "$op" ] || { echo pushed; return 0; }
-  rm -rf "$s/git" "$s/delta"
+  rm -rf "$s/git" "$s/delta" "$s"/new.index*
   _look "$@" && cd "$root" && _find_new && _keep_copy || return
   : >"$s/begun" # an attempt after this one was killed finds the files half changed, by this one
   ( _switch ) || _replace $? || return
-  cd "$root" && echo "$newbase" >"$m.base" && _cmark "$op" "$m.mark" "$w" &&
+  echo "$newbase" >"$m.base" && _cmark "$op" "$m.mark" "$w" &&
     echo "$op" >"$m.push" && echo pushed
 }
 _look() { # -> what _csnap finds; $snap its status
   _clost "$@" >"$s/lost"; status=$?
   if [ "$keep" ] || [ -f "$s/begun" ]; then return 0; fi
+  [ $status = 0 ] || return $status
   [ ! -s "$s/lost" ] || { cat "$s/lost"; return 25; }
-  return $status
 }
 _has_own() { o=$w/.git; [ -d "$o" ] && [ "$snap" = 0 ] && _co cat-file -e "$b^{commit}"; }
 _is_sent() { [ "$(cat "$s/parent")" = "$oldbase" ]; } # the difference to its own base
@@ -1525,8 +1526,8 @@ _switch() {
   return 5
 }
 _take_commit() {
-  cp -R "$g/objects/." "$o/objects/" 2>/dev/null # what is there already may be read-only
-  _co symbolic-ref HEAD refs/heads/main
+  cp -Rf "$g/objects/." "$o/objects/" && # -f: what is there already is read-only
+  _co symbolic-ref HEAD refs/heads/main &&
   printf 'update %s %s\n' refs/heads/main "$new" refs/cmux/base "$new" |
     _co update-ref --no-deref --stdin
 }
@@ -1560,7 +1561,7 @@ _rename() {
   if _taken "$project/$2"; then [ "$(_owner "$2")" = "$3" ] || return 20
   else
     _cw "$project" "$1" || return 22
-    echo "$3" >".cmux/made/$project/$2.op" && mv "$w" "$root/$project/$2" || return 3
+    echo "$3" >".cmux/made/$project/$2.op" && mv "$w" "$project/$2" || return 3
   fi
   [ "$1" = "$2" ] || [ "$(_owner "$1")" != "$3" ] || rm -f ".cmux/made/$project/$1.op"
   cat ".cmux/made/$project/$3/its.push"
