@@ -5618,10 +5618,7 @@ class ProjectBase:
         try:
             reply = upload.with_base(op, lambda: self.operate(
                 CREATE, name, entry, [op, upload.tree], entry, upload.cancel))
-            if reply.status == 20:
-                raise WorkspaceExists(f"A directory {name} exists already on {host}.",
-                                      "Choose another name.")
-            check_reply(reply, host, "make the workspace")
+            check_reply(reply, host, "make the workspace", name)
             if "made" not in reply.lines():
                 raise RemoteFailed(f"{host} did not confirm the workspace.", "Try again.")
         except CmuxError as error:
@@ -5671,9 +5668,9 @@ class ProjectBase:
         if entry and entry.get("init") == "pending":
             self.registry.creation_lock(name).hold(cancel).free()
         if entry is None:
-            host, report = host or self.default_host(name), report or Report()
+            place, report = host or self.default_host(name), report or Report()
             try:
-                made = self.create(name, host, report=report, cancel=cancel)
+                made = self.create(name, place, report=report, cancel=cancel)
                 report.note(f"The workspace {name} is new, on {made.host.name}.")
                 return made
             except WorkspaceExists:
@@ -5767,7 +5764,7 @@ class ProjectBase:
                 reply = self.operate(FORK, name, made, [made["op"], source.name], made)
                 if reply.status in (20, 22):
                     self.forget(name)
-                self._check_moved(reply, source, name)
+                check_reply(reply, entry["host"], f"fork {source.name}", name, source.name)
             self.update(name, state="ready")
             return self.workspace(name)
 
@@ -5783,21 +5780,12 @@ class ProjectBase:
                                      {"intent": {"op": op, "to": name}})
                 if reply.status in (20, 22):
                     self.settle(source.name)
-                self._check_moved(reply, source, name)
+                check_reply(reply, entry["host"], f"rename {source.name}", name, source.name)
             with self.registry.editing() as record:
                 moved = dict(entry, path=source.path[:-len(source.name)] + name)
                 del record["workspaces"][source.name]
                 record["workspaces"][name] = moved
             return self.workspace(name)
-
-    def _check_moved(self, reply: Reply, source: WorkspaceBase, name: str) -> None:
-        host = source.host.name
-        if reply.status == 20:
-            raise WorkspaceExists(f"A directory {name} exists already on {host}.",
-                                  "Choose another name.")
-        if reply.status == 22:
-            raise gone_there(source.name, host)
-        check_reply(reply, host, f"make {name} of {source.name}")
 
     def push(self, name: str, ref: str = "HEAD", force: bool = False,
              report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> bool:
@@ -5841,9 +5829,7 @@ class ProjectBase:
             raise RemoteFailed(f"The git repository of {name} on {host} cannot be moved: it was "
                                "made anew there, or a lock or a branch like main/x is in the way.",
                                "Put that right there, or replace the directory: --force.")
-        if reply.status == 22:
-            raise gone_there(name, host)
-        check_reply(reply, host, f"push to {name}")
+        check_reply(reply, host, f"push to {name}", name, name)
         if "pushed" not in reply.lines():
             raise RemoteFailed(f"{host} did not confirm the push.", "Try again.")
         return reply.lines()
@@ -5914,8 +5900,14 @@ def gone_there(name: str, host: str) -> WorkspaceMissing:
                             f"`{PROGRAM} new {name} -H {quote(host)}`.")
 
 
-def check_reply(reply: Reply, host: str, what: str) -> None:
-    """Raise RemoteFailed with the host's own words unless a script ended with status 0."""
+def check_reply(reply: Reply, host: str, what: str, new: str = "", name: str = "") -> None:
+    """Raise RemoteFailed with the host's own words unless a script ended with status 0. 20: the
+    name ``new`` is taken; 22: the directory of the workspace ``name`` is not there."""
+    if reply.status == 20 and new:
+        raise WorkspaceExists(f"A directory {new} exists already on {host}.",
+                              "Choose another name.")
+    if reply.status == 22 and name:
+        raise gone_there(name, host)
     if reply.status:
         raise RemoteFailed(f"{host} could not {what}: {show(reply.said(), 300)}.",
                            "Is its disk full, or the directory not writable?")
