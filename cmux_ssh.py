@@ -5599,14 +5599,14 @@ class ProjectBase:
         report.step(name, "being made")
         with self.registry.creation_lock(name).hold(cancel):
             self.vacate(name)
+            place = {"host": host, "root": root}
             with noted(self, "new", name, host, ref) as log, \
-                    Upload(self, name, host, root, ref, report, cancel) as upload:
+                    Upload(self, name, place, ref, report, cancel) as upload:
                 log.row["op"] = op = os.urandom(8).hex()  # not before: it has no name yet
                 self._make(upload, op, init)
                 log.size = upload.sent
-                entry = self.entry(name)
-                if "init" in entry:
-                    self._run_init(name, entry["root"], report, cancel)
+                if "init" in self.entry(name):
+                    self._run_init(name, root, report, cancel)
                 return self.workspace(name)
 
     def _make(self, upload: Upload, op: str, init: bool) -> None:
@@ -5651,7 +5651,7 @@ class ProjectBase:
                 raise Cancelled(f"Interrupted; the workspace {name} is there, its init hook was "
                                 "ended.")
             end = result.status
-            why = f" Is {show(root)} on a noexec file system?" if end == 126 else ""
+            why = f" Is {show(root or '~/cmux')} on a noexec file system?" if end == 126 else ""
             if end:
                 report.warn(f"The init hook of {name} failed with status {end}.{why}")
         except HostError as error:
@@ -5795,7 +5795,7 @@ class ProjectBase:
         with self.registry.creation_lock(check_workspace(name)):
             entry, report = self.settle(name), report or Report()
             host = entry["host"]
-            with Upload(self, name, host, entry["root"], ref, report, cancel) as upload:
+            with Upload(self, name, entry, ref, report, cancel) as upload:
                 upload.left_out()
                 stands = entry["base"], entry.get("whole")
                 if not force and (upload.commit, upload.tree) == stands:
@@ -5939,10 +5939,10 @@ class Report:
 class Upload:
     """What is sent of one commit to one host. A context manager."""
 
-    def __init__(self, project: ProjectBase, name: str, host: str, root: str, ref: str,
+    def __init__(self, project: ProjectBase, name: str, entry: Mapping[str, Any], ref: str,
                  report: Report, cancel: Optional[Cancel]) -> None:
         self.project, self.name, self.report, self.cancel = project, name, report, cancel
-        self.host, self.root, self.head = project.host(host), root, ref == "HEAD"
+        self.host, self.root, self.head = project.host(entry["host"]), entry["root"], ref == "HEAD"
         self.commit, source = project.repository.resolve(ref)
         project.repository.refuse_state(self.commit)
         self.sent = 0  # bytes of the archive
