@@ -1225,8 +1225,9 @@ _cstate() { # $1 directory
 SNAPSHOT = OPEN_ROOT + GIT_THERE + r"""
 _cw() { # project name -> $w its directory, $m what is known of it
   w=$root/$1/$2 m=; read -r m <"$root/.cmux/made/$1/$2.op"; m=$root/.cmux/made/$1/$m
-  [ -d "$m" ] || # as an older version left it
-    { mkdir -p "$m"; for v in base mark pull push; do mv "${m%/*}/$2.$v" "$m/its.$v"; done; } 2>/dev/null
+  [ -d "$m" ] || { # as an older version left it
+    mkdir -p "$m"; for v in base mark pull push; do mv "${m%/*}/$2.$v" "$m/its.$v"; done
+  } 2>/dev/null
   m=$m/its; [ -d "$w" ] && [ ! -L "$w" ] && [ ! -L "$root/$1" ]
 }
 _cg() { git --git-dir="$g" --work-tree="$w" -c core.fsmonitor=false -c core.hooksPath=/dev/null -c core.bigFileThreshold=8m "$@"; }

@@ -4660,7 +4660,12 @@ def older(repo: Repo, names: Sequence[str]) -> None:
     own = repo.path(names[0]).parents[1] / ".cmux"
     (own / "bases" / before).rename(own / "bases" / entry["tree"])
     (own / "bases" / entry["tree"] / "whole.tar").rename(own / "bases" / entry["tree"] / "tree.tar")
-    for path in own.glob("made/*/*/*.base"):
+    for path in own.glob("made/*/*.op"):
+        known = path.parent / path.read_text().strip()
+        for part in known.iterdir():
+            part.rename(path.with_suffix(part.suffix))
+        known.rmdir()
+    for path in own.glob("made/*/*.base"):
         path.write_text(entry["tree"] + "\n")
 
 
