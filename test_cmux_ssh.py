@@ -3592,26 +3592,17 @@ def test_two_aliases_of_one_address_do_not_share_a_connection(repo: Repo, site: 
 # === push and --dirty ===
 
 
-# In a program that a script of ours calls on a host: ends that script.
-KILL_SCRIPT = """p=$$ all=
-while p=$(($(ps -o ppid= -p $p))) && [ "$(ps -o comm= -p $p)" = sh ]; do all="$all $p"; done; kill -9 $all; exit 1"""
-
-
-def test_a_new_whose_first_attempt_was_killed_over_there_is_made_by_the_next(site: Site) -> None:
-    """A tree that waits in the stage must not take the next one in."""
-    repo, armed = Repo(site), site.dir / "armed"
-    site.daemon("killed", env=replaced(site, mv=f"""case "$1" in */stage/*/tree) if rm {armed} 2>/dev/null; then {program("mv")} "$@"; {KILL_SCRIPT}; fi;; esac"""))
-    armed.touch()
-    made = repo.new(host="killed")
-    assert not armed.exists() and tree_of(repo.path()) == repo.tree(), made
-
-
 @pytest.mark.parametrize("force", [False, True])
-def test_a_push_whose_first_attempt_was_killed_over_there_is_finished_by_the_next(site: Site, force: bool) -> None:
-    """It finds files that are half changed, by the first, and must not take them for the agent's."""
+def test_a_new_and_a_push_whose_first_attempt_was_killed_over_there_are_finished_by_the_next(site: Site, force: bool) -> None:
+    """They find a tree in the stage, which must not take the next one in; and files that are half changed, by the first, not by the agent."""
     repo, armed = Repo(site, files={f"many/{n}": b"old\n" for n in range(30)}), site.dir / "armed"
-    site.daemon("killed", env=replaced(site, git=f"""case "$*" in *'read-tree --reset -u'*) if rm {armed} 2>/dev/null; then for f in many/1*; do echo new >$f; done; {KILL_SCRIPT}; fi;; esac"""))
+    end = """p=$$ all=
+while p=$(($(ps -o ppid= -p $p))) && [ "$(ps -o comm= -p $p)" = sh ]; do all="$all $p"; done; kill -9 $all; exit 1; fi;; esac"""
+    site.daemon("killed", env=replaced(site, mv=f"""case $1 in */stage/*/tree) if rm {armed} 2>/dev/null; then {program("mv")} "$@"; {end}""",
+                                       git=f"""case "$*" in *'read-tree --reset -u'*) if rm {armed} 2>/dev/null; then for f in many/1*; do echo new >$f; done; {end}"""))
+    armed.touch()
     repo.new(host="killed")
+    assert not armed.exists() and tree_of(repo.path()) == repo.tree()
     for n in range(30):
         repo.write("many/%d" % n, b"new\n")
     repo.commit()
