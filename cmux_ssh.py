@@ -945,87 +945,111 @@ HELD = b"exit 0\n"          # the first line of a header; again in one that hold
 # The functions that our own operations share, then one script each. Parameters are "$1"...;
 # status 0 is success, stdout is the reply; stderr is shown to the user, neutralised.
 
-# A lock on the host is a symbolic link that names its owner: process, when that began (its number is used
-# again, at the latest after a reboot), run. The link of an owner that died stays, and leads to the one of
-# its heir, LOCK.OWNER: whoever removed it could remove what another had just made in its place. The heir's counts
-# only while the first link is what it was: whoever leaves removes that one first.
-# _cborn pid: -> $_cb. _cheld lock: does the last owner, $_co, live? Else $_ch is the next link, $_cg are the dead.
-# _center lock pause tries: own it, or say who does. _cleave lock.
+# A lock on the host is a symbolic link that names its owner: process, when that began (its number
+# is used again, at the latest after a reboot), run. The link of an owner that died stays, and leads
+# to the one of its heir, LOCK.OWNER: whoever removed it could remove what another had just made in
+# its place. The heir's counts only while the first link is what it was: whoever leaves removes that
+# one first.
 LOCKED = r"""
-_cborn() {
-  _cb=; _cf=;
+_born() { # pid -> $born
+  born=; row=;
   if [ -r /proc/self/stat ]; then
-    IFS= read -r _cf <"/proc/$1/stat"; IFS= read -r _cb </proc/sys/kernel/random/boot_id;
-    set -- $_cf; case $3 in Z) _cb=;; *) _cb=$_cb-${22};; esac;
-  else set -- $(ps -o lstart= -p "$1"); _cb=$1$2$3$4$5; fi;
+    IFS= read -r row <"/proc/$1/stat"; IFS= read -r born </proc/sys/kernel/random/boot_id;
+    set -- $row; case $3 in Z) born=;; *) born=$born-${22};; esac;
+  else set -- $(ps -o lstart= -p "$1"); born=$1$2$3$4$5; fi;
 }
-_cheld() {
-  _ch=$1; _cg=;
-  while _co=$(readlink "$_ch"); do
-    if kill -0 "${_co%%.*}"; then
-      _cborn "${_co%%.*}"; case $_co in "${_co%%.*}.$_cb."*) return 0;; esac;
+_held() { # lock: does the last owner, $owner, live? Else $next is the link to make
+  next=$1; dead=;
+  while owner=$(readlink "$next"); do
+    if kill -0 "${owner%%.*}"; then
+      _born "${owner%%.*}"; case $owner in "${owner%%.*}.$born."*) return 0;; esac;
     fi;
-    _cg="$_cg $_co"; _ch=$1.$_co;
+    dead="$dead $owner"; next=$1.$owner;
   done;
   return 1;
 }
-_center() {
-  _cborn $$; _cm=$$.$_cb.$_cmux_run; _cn=0; _cg=;
-  until ln -s "$_cm" "$1"; do
-    if _cheld "$1"; then :;
-    elif ln -s "$_cm" "$_ch"; then
-      set -- "$@" $_cg;
-      [ "$_ch" = "$1" ] || [ "$(readlink "$1")" = "$4" ] && return;
-      rm -f "$_ch"; set -- "$1" "$2" "$3";
-    elif [ -h "$_ch" ]; then :;
-    else _cn=$((_cn+$3/9)); fi;
-    _cn=$((_cn+1));
-    [ $_cn -lt "$3" ] || { [ -z "$_co" ] || echo "process ${_co%%.*} of an earlier attempt still runs" >&2; return 3; };
-    sleep "$2" || { sleep 1; _cn=$((_cn+9)); };
+_center() { # lock pause tries: own it, or say who does
+  _born $$; self=$$.$born.$_cmux_run; tries=0; dead=;
+  until ln -s "$self" "$1"; do
+    if _held "$1"; then :;
+    elif ln -s "$self" "$next"; then
+      set -- "$@" $dead;
+      [ "$next" = "$1" ] || [ "$(readlink "$1")" = "$4" ] && return;
+      rm -f "$next"; set -- "$1" "$2" "$3";
+    elif [ -h "$next" ]; then :;
+    else tries=$((tries+$3/9)); fi;
+    tries=$((tries+1));
+    [ $tries -lt "$3" ] || {
+      [ -z "$owner" ] || echo "process ${owner%%.*} of an earlier attempt still runs" >&2
+      return 3; };
+    sleep "$2" || { sleep 1; tries=$((tries+9)); };
   done;
 }
 _cleave() {
-  rm -f "$1"; for _cf in $_cg; do rm -f "$1.$_cf"; done;
+  rm -f "$1"; for row in $dead; do rm -f "$1.$row"; done;
 }
 """
 
 OPEN_ROOT = LOCKED + r"""
 _croot() { # $1 root as given, may be empty or begin with ~ -> cd there, $root
   umask 077; unset CDPATH
-  case $1 in '') root=$HOME/cmux;; '~') root=$HOME;; '~/'*) root=$HOME/${1#'~/'};; /*) root=$1;; *) root=$HOME/$1;; esac
+  case $1 in
+  '') root=$HOME/cmux;; '~') root=$HOME;; '~/'*) root=$HOME/${1#'~/'};; /*) root=$1;;
+  *) root=$HOME/$1;;
+  esac
   [ -d "$root" ] || { mkdir -p -- "$root" && fresh=1; } || return 3
   cd -P -- "$root" && root=$(pwd -P) || return 3
   case $root in *"$_cmux_newline"*) echo "a newline is in the path of its root" >&2; return 3;; esac
-  mkdir -p .cmux/bases .cmux/stage .cmux/trash .cmux/made || return 3
-  chmod 700 .cmux || return 3
+  mkdir -p .cmux/bases .cmux/stage .cmux/trash .cmux/made .cmux/locks && chmod 700 .cmux || return 3
 }
-_cone() { # lock function...: one at a time (after a lost line the first attempt may still run)
-  _ck=$root/.cmux/stage/$1.by; shift
-  _center "$_ck" 0.1 3000 || return 3
-  "$@"; r=$?
-  _cleave "$_ck"; return $r
+_one_at_a_time() { # lock function...: after a lost line the first attempt may still run
+  own_lock=$root/.cmux/stage/$1.by; shift
+  _center "$own_lock" 0.1 3000 || return 3
+  "$@"; status=$?
+  _cleave "$own_lock"; return $status
 }
-_cturn() { # project name turn op function...: one at a time for a name, and none once a later one
-  # has begun, which also clears away what the last left in the stage: its client was killed
-  mkdir -p .cmux/locks ".cmux/made/$1" && _cone "$1.$2" _clater "$@"
+# _operate function root project turn name op...: one operation at a time on a workspace's name,
+# and none once a later one has begun, which also clears away what the last left in the stage: its
+# client was killed. The function is given what follows the op.
+_operate() {
+  _croot "$2" || return
+  project=$3 turn=$4 name=$5 op=$6 place=$root/$3/$5
+  stage=$root/.cmux/stage/$op known=.cmux/made/$project/$op
+  mkdir -p ".cmux/made/$project" && _one_at_a_time "$project.$name" _in_turn "$@"
 }
-_clater() {
-  turn=.cmux/locks/turn-$1.$2 last=0 op=
-  [ ! -f "$turn" ] || read -r last op <"$turn"
-  [ "${last:-0}" -le "$3" ] || return 3
-  case $op in "$4" | '') ;; *) chmod -R u+rwX ".cmux/stage/$op"; rm -rf ".cmux/stage/$op";; esac
-  echo "$3 $4" >"$turn" && shift 4 && "$@"
+_in_turn() {
+  turns=.cmux/locks/turn-$project.$name last=0 left=
+  [ ! -f "$turns" ] || read -r last left <"$turns"
+  [ "${last:-0}" -le "$turn" ] || return 3
+  case $left in "$op" | '') ;; *) _free ".cmux/stage/$left";; esac
+  action=$1; shift 6
+  echo "$turn $op" >"$turns" && "$action" "$@"
+}
+_free() { chmod -R u+rwX "$1"; rm -rf "$1"; }
+_taken() { [ -e "$1" ] || [ -L "$1" ]; }
+# What is known of a workspace lies in one directory, made/PROJECT/OP/, named by the operation that
+# made it; made/PROJECT/NAME.op says which has the name. So a new name moves nothing.
+_owner() { cat ".cmux/made/$project/$1.op"; }
+_put() { # directory: it becomes $place. mv moves *into* what stands there by now: that is undone
+  rm -rf "$stage/$op" # of an attempt that was killed
+  echo "$op" >".cmux/made/$project/$name.op" && mv "$1" "$stage/$op" &&
+    mv "$stage/$op" "$place" || return 3
+  if [ -d "$place/$op" ]; then rm -rf "$place/$op" "$stage"; return 20; fi
+  rm -rf "$stage"
 }
 """
 
-# What every git of ours on the host sees: no configuration, one identity, one date, the ids of most
-# repositories (git 3 makes others; a base whose tree has another id is not known again).
+# What every git of ours on the host sees: no configuration, one identity, one date, the ids of
+# most repositories (git 3 makes others; a base whose tree has another id is not known again).
 GIT_THERE = r"""
 _cenv() {
   for v in $(env | sed -n 's/^\(GIT_[A-Z_0-9]*\)=.*/\1/p'); do unset "$v"; done
-  export GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_SYSTEM=/dev/null GIT_ATTR_NOSYSTEM=1
-  export HOME=/nonexistent XDG_CONFIG_HOME=/nonexistent GIT_OPTIONAL_LOCKS=0 GIT_NO_REPLACE_OBJECTS=1 LC_ALL=C GIT_DEFAULT_HASH=sha1
-  for v in GIT_AUTHOR GIT_COMMITTER; do export "${v}_NAME=cmux" "${v}_EMAIL=cmux@localhost" "${v}_DATE=946684800 +0000"; done
+  export GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_SYSTEM=/dev/null LC_ALL=C
+  export HOME=/nonexistent XDG_CONFIG_HOME=/nonexistent GIT_ATTR_NOSYSTEM=1 GIT_OPTIONAL_LOCKS=0
+  export GIT_NO_REPLACE_OBJECTS=1 GIT_DEFAULT_HASH=sha1
+  for v in GIT_AUTHOR GIT_COMMITTER; do
+    export "${v}_NAME=cmux" "${v}_EMAIL=cmux@localhost" "${v}_DATE=946684800 +0000"
+  done
   raw='* -text -eol -ident -filter -working-tree-encoding'
 }
 _cmark() { # op file directory: when; and, where no git will tell, of what
@@ -1039,10 +1063,9 @@ _clist() { # the files and links below the current directory, a line each: x (ex
   export LC_ALL=C
   _cmux_newline='
 '
-  { find . -name .git -prune -o -type f -perm -100 ! -path "*$_cmux_newline*" -exec cksum {} + |
-      sed 's/^/x /'
-    find . -name .git -prune -o -type f ! -perm -100 ! -path "*$_cmux_newline*" -exec cksum {} + |
-      sed 's/^/f /'
+  _sums() { find . -name .git -prune -o -type f "$@" ! -path "*$_cmux_newline*" -exec cksum {} +; }
+  { _sums -perm -100 | sed 's/^/x /'
+    _sums ! -perm -100 | sed 's/^/f /'
     find . -name .git -prune -o \( -type f -o -type l \) -exec sh -c '
       _cmux_newline=$1; shift
       for _cmux_path; do
@@ -1064,130 +1087,120 @@ _clist() { # the files and links below the current directory, a line each: x (ex
 }
 """
 
-# CREATE root project name base op turn: make a workspace of a cached or just uploaded base.
-#   replies: root <path>; init, if there is a hook to run; made. Status 20: the name is taken;
-#   21: the base is not here; it then names those that a delta may stand on, newest first.
-#   Called again with the same op after a lost line, it says made.
 # A base is a directory bases/<id>: whole.tar, git/ (a repository of one commit) where the host has
 # git. One of which only the difference to another was sent is packed here. Times are the host's own
 # (tar's m): with those of a client whose clock is ahead, make would rebuild for ever. A kept tar is
 # faster to unpack than a tree is to copy: for 20,000 files 0.18 s of processor time against 0.36,
 # for 1,000 of 16 kB 0.02 against 0.04.
-# Files "big" from one byte on go into one pack as they are: a third of the time of a file for each object,
-# and a repository that is copied in a twentieth of it. MALLOC_: glibc else gives a buffer back to the kernel for each
-# file, a fifth of the time. No fsync (a pack has one, the tree itself has none).
-# mv onto an existing directory would move *into* it: that is looked for and undone.
+# Files "big" from one byte on go into one pack as they are: a third of the time of a file for each
+# object, and a repository that is copied in a twentieth of it. MALLOC_: glibc else gives a buffer
+# back to the kernel for each file, a fifth of the time. No fsync (a pack has one, the tree itself
+# has none).
 BASE = r"""
-_cgit() { # $1 directory of the tree, $2 directory of the base
-  command -v git >/dev/null || return 0
-  rm -rf "$1/.git"
-  # The times are as in the index of the first.
-  ( cd "$1" && find . -type f -exec touch -r "$root/$2/whole.tar" {} + )
-  if [ -d "$2/git" ]; then cp -R "$2/git" "$1/.git" && ( cd "$1" && _cenv && git update-index -q --refresh ); return; fi
-  ( cd "$1" || exit 1
-    _cenv
-    git init -q --template= . && git symbolic-ref HEAD refs/heads/main &&
-    mkdir -p .git/info .git/hooks && echo "$raw" >.git/info/attributes &&
-    printf '[core]\n\tautocrlf = false\n\ttrustctime = false\n\tcheckStat = minimal\n' >>.git/config &&
-    MALLOC_TRIM_THRESHOLD_=99999999 MALLOC_TOP_PAD_=9999999 git -c core.compression=0 -c core.bigFileThreshold=1 -c core.fsync=none add -A -f . &&
-    x=$(git write-tree) && x=$(git commit-tree "$x" -m base) &&
-    printf 'update %s %s\n' HEAD "$x" refs/cmux/base "$x" | git update-ref --stdin ) || { rm -rf "$1/.git"; return 1; }
-  rm -rf "$2/git.$op"; cp -R "$1/.git" "$2/git.$op" && mv "$2/git.$op" "$2/git"
-  rm -rf "$2/git.$op" "$2/git/git.$op"
+_unpack() { ( umask 022; tar -xmof "$@" ); }
+_add() { # git...: all files, as one pack
+  MALLOC_TRIM_THRESHOLD_=99999999 MALLOC_TOP_PAD_=9999999 "$@" -c core.compression=0 \
+    -c core.bigFileThreshold=1 -c core.fsync=none add -f --ignore-removal .
 }
-_cgone() { # remove what .cmux-gone names, and the directories that are empty then
+_make_repository() { # in $stage/tree, for $base, or a copy of the one that is there already
+  command -v git >/dev/null || return 0
+  cd "$stage/tree" && rm -rf .git && _cenv || return
+  find . -type f -exec touch -r "$root/$base/whole.tar" {} + # as in the index of the first
+  kept=$root/$base/git
+  if [ -d "$kept" ]; then cp -R "$kept" .git && git update-index -q --refresh; return; fi
+  git init -q --template= . && git symbolic-ref HEAD refs/heads/main &&
+  mkdir -p .git/info .git/hooks && echo "$raw" >.git/info/attributes &&
+  printf '[core]\nautocrlf = false\ntrustctime = false\ncheckStat = minimal\n' >>.git/config &&
+  _add git && tree=$(git write-tree) && commit=$(git commit-tree "$tree" -m base) &&
+  printf 'update %s %s\n' HEAD "$commit" refs/cmux/base "$commit" | git update-ref --stdin ||
+    { rm -rf .git; return 1; }
+  cp -R .git "$kept.$op" && mv "$kept.$op" "$kept"
+  rm -rf "$kept.$op" "$kept/git.$op"
+}
+_remove_gone() { # what .cmux-gone names, and the directories that are empty then
   set --
-  while IFS= read -r f; do
-    set -- "$@" "./$f"
+  while IFS= read -r path; do
+    set -- "$@" "./$path"
     [ $# -lt 200 ] || { rm -rf "$@"; set --; }
   done <.cmux-gone
   rm -rf "$@"
   find . -depth -type d -exec rmdir {} + 2>/dev/null
   return 0
 }
-_cgrow() { # $s/base and $s/tree are of what was sent: the difference to a base that is here
-  rm -rf "$s/tree" "$s/new" && mkdir -p "$s/base" "$s/new" && ( umask 022; cd "$s/new" &&
-    tar -xmof "$root/.cmux/bases/$(cat "$s/parent")/whole.tar" &&
-    tar -xmof "$s/changes.tar" .cmux-gone && _cgone && tar -xmof "$s/changes.tar" &&
-    rm -f .cmux-gone && tar -cf "$s/base/whole.tar" . ) && mv "$s/new" "$s/tree"
+_grow_base() { # of the difference to a base that lies here -> $stage/base, $stage/tree
+  rm -rf "$stage/tree" "$stage/new" && mkdir -p "$stage/base" "$stage/new" && cd "$stage/new" &&
+  _unpack "$root/.cmux/bases/$(cat ../parent)/whole.tar" &&
+  _unpack ../changes.tar .cmux-gone && _remove_gone && _unpack ../changes.tar &&
+  rm -f .cmux-gone && tar -cf ../base/whole.tar . && mv "$stage/new" "$stage/tree"
 }
-_cput() { [ -f "$base/whole.tar" ] || { rm -rf "$base"; mv "$s/base" "$base"; }; }
-_cget() { # -> $base is here
+_keep_base() { [ -f "$base/whole.tar" ] || { rm -rf "$base"; mv "$stage/base" "$base"; }; }
+_find_base() { # 21: it, or what it stands on, must be sent
   if [ ! -f "$base/whole.tar" ]; then
-    [ ! -f "$s/changes.tar" ] || _cgrow ||
-      { rm -rf "$s/changes.tar" "$s/base"; return 21; } # send it whole
-    if [ ! -f "$s/base/whole.tar" ]; then
-      ls -t .cmux/bases | head -n 8 | while IFS= read -r f; do
-        [ ! -f ".cmux/bases/$f/whole.tar" ] || echo "base $f"
+    [ ! -f "$stage/changes.tar" ] || ( _grow_base ) ||
+      { rm -rf "$stage/changes.tar" "$stage/base"; return 21; }
+    if [ ! -f "$stage/base/whole.tar" ]; then
+      ls -t .cmux/bases | head -n 8 | while IFS= read -r other; do
+        [ ! -f ".cmux/bases/$other/whole.tar" ] || echo "base $other"
       done
       return 21
     fi
-    ( _cone "base.${base##*/}" _cput ) || return 3 # another client may put the same there now
+    ( _one_at_a_time "base.${base##*/}" _keep_base ) || return 3 # another client may have the same
   fi
   touch -c "$base"
 }
-_cbase() { # ... and unpacked in $s/tree, with a repository
-  _cget || return
-  if [ ! -d "$s/tree" ]; then
-    rm -rf "$s/new"; mkdir -p "$s/new" || return 3
-    ( umask 022; cd "$s/new" && tar -xmof "$root/$base/whole.tar" ) &&
-      mv "$s/new" "$s/tree" || { rm -rf "$s"; return 4; }
+_unpack_base() { # -> $stage/tree, with a repository
+  _find_base || return
+  if [ ! -d "$stage/tree" ]; then
+    rm -rf "$stage/new"; mkdir -p "$stage/new" || return 3
+    ( cd "$stage/new" && _unpack "$root/$base/whole.tar" ) && mv "$stage/new" "$stage/tree" ||
+      { rm -rf "$stage"; return 4; }
   fi
-  ( umask 022; _cgit "$s/tree" "$base" ) || echo "nogit"
+  ( umask 022; _make_repository ) || echo nogit
 }
 """
+# CREATE root project turn name op base: make a workspace of a cached or just uploaded base.
+#   replies: root <path>; init, if there is a hook to run; made. Status 20: the name is taken;
+#   21: the base is not here; it then names those that a delta may stand on, newest first.
+#   Called again with the same op after a lost line, it says made.
 CREATE = OPEN_ROOT + GIT_THERE + BASE + r"""
-_cop() { _croot "$1" && _cturn "$2" "$3" "$6" "$5" _ccreate "$@"; }
-_ccreate() {
-  project=$2 name=$3 base=.cmux/bases/$4 op=$5
+_cop() { _operate _create "$@"; }
+_create() {
+  base=.cmux/bases/$1
   printf 'root %s\n' "$root"
-  mkdir -p "$project" || return 3
-  s=$root/.cmux/stage/$op made=.cmux/made/$project/$name
-  if [ -e "$project/$name" ] || [ -L "$project/$name" ]; then
-    [ "$(cat "$made.op")" = "$op" ] || return 20
-    echo made; return 0
-  fi
-  _cbase || return
-  if [ -d "$s/tree/.git" ]; then ( cd "$s/tree" && if ! git var GIT_AUTHOR_IDENT >&2; then # or no commit could be made
-    git config user.name agent && git config user.email agent@localhost; fi ); fi
-  f=$s/tree/.cmux/init; if [ -f "$f" ]; then case $(ls -lLd "$f") in -??[xs]*) echo init;; esac; fi # test -x is false under noexec
-  echo "$op" >"$made.op" && echo "$4" >"$made.base" && _cmark "$op" "$made.mark" "$s/tree" || return 3
-  mv "$s/tree" "$s/$op" && mv "$s/$op" "$project/$name" || return 3
-  if [ -d "$project/$name/$op" ]; then rm -rf "$project/$name/$op" "$s"; return 20; fi
-  rm -rf "$s"
-  echo made
+  if _taken "$place"; then [ "$(_owner "$name")" = "$op" ] || return 20; echo made; return 0; fi
+  _unpack_base || return
+  ( cd "$stage/tree/.git" && ! git var GIT_AUTHOR_IDENT && # or no commit could be made
+    git config user.name agent && git config user.email agent@localhost ) >/dev/null 2>&1
+  # test -x is false under noexec
+  case $(ls -lLd "$stage/tree/.cmux/init" 2>/dev/null) in -??[xs]*) echo init;; esac
+  mkdir -p "$project" "$known" && echo "$1" >"$known/its.base" &&
+    _cmark "$op" "$known/its.mark" "$stage/tree" || return 3
+  _put "$stage/tree" && echo made
 }
 """
 
 # GZIP: says gzip where that works.
 GZIP = "_cop() { echo gzip | gzip | gzip -dc; }"
 
-# UPLOAD root op parent gzip: the stream becomes stage/<op>/base/whole.tar and, at once, stage/<op>/tree;
+# UPLOAD root op parent gzip: the stream becomes stage/OP/base/whole.tar and at once stage/OP/tree;
 #   with a parent, changes.tar: what differs from that base, and .cmux-gone, the paths to remove.
-#   replies at the end: the line of cksum, which the client compares before it calls CREATE.
+#   Replies at the end: the line of cksum, which the client compares before it calls CREATE.
 # tar may stop reading at the end-of-archive blocks: the rest is drained, or tee would die.
 UPLOAD = OPEN_ROOT + r"""
 _cop() {
   _croot "$1" || return
-  stage=.cmux/stage/$2 parent=$3 unpack='gzip -dc'
+  stage=.cmux/stage/$2 unpack='gzip -dc'
   [ "$4" ] || unpack=cat
-  mkdir -p "$stage/base" || return 3
-  case $parent in
-  ?*)
-    archive=$stage/changes.tar; echo "$parent" >"$stage/parent" && : >"$archive" || return 3
-    $unpack | tee "$archive" >/dev/null;;
-  *)
-    archive=$stage/base/whole.tar; mkdir -p "$stage/tree" && : >"$archive" || return 3
-    $unpack | tee "$archive" |
-      ( umask 022; cd "$stage/tree" && tar -xmof -; r=$?; cat >/dev/null; exit $r );;
-  esac || { rm -rf "$stage"; return 4; }
+  if [ "$3" ]; then
+    archive=$stage/changes.tar
+    mkdir -p "$stage" && echo "$3" >"$stage/parent" && $unpack >"$archive"
+  else
+    archive=$stage/base/whole.tar
+    mkdir -p "$stage/base" "$stage/tree" && : >"$archive" && $unpack | tee "$archive" |
+      ( umask 022; cd "$stage/tree" && tar -xmof -; status=$?; cat >/dev/null; exit $status )
+  fi || { rm -rf "$stage"; return 4; }
   cksum <"$archive"
 }
-"""
-
-# DISCARD root op: what an upload left in the stage.
-DISCARD = OPEN_ROOT + r"""
-_cop() { _croot "$1" && rm -rf ".cmux/stage/$2"; }
 """
 
 # Functions of the scripts on jobs. State: running, exited CODE, or lost (no exit, no supervisor).
@@ -1210,7 +1223,13 @@ _cstate() { # $1 directory
 # Where .git is gone, or its history rewritten or absurd (too many commits, foreign roots, nested
 # repositories), the base's own repository stands in, and $h is the base. Status 9: no git here.
 SNAPSHOT = OPEN_ROOT + GIT_THERE + r"""
-_cw() { w=$root/$1/$2 m=$root/.cmux/made/$1/$2; [ -d "$w" ] && [ ! -L "$w" ] && [ ! -L "$root/$1" ]; }
+_cw() { # project name -> $w its directory, $m what is known of it
+  w=$root/$1/$2 m=; read -r m <"$root/.cmux/made/$1/$2.op"; m=$root/.cmux/made/$1/$m
+  [ -d "$m" ] || { # as an older version left it
+    mkdir -p "$m"; for v in base mark pull push; do mv "${m%/*}/$2.$v" "$m/its.$v"; done
+  } 2>/dev/null
+  m=$m/its; [ -d "$w" ] && [ ! -L "$w" ] && [ ! -L "$root/$1" ]
+}
 _cg() { git --git-dir="$g" --work-tree="$w" -c core.fsmonitor=false -c core.hooksPath=/dev/null -c core.bigFileThreshold=8m "$@"; }
 _co() { git --git-dir="$o" -c core.fsmonitor=false -c core.hooksPath=/dev/null "$@" 2>/dev/null; }
 _ctr() { [ -z "$1" ] || [ "$(_co rev-parse -q --verify "$2^{tree}")" = "$1" ]; }
@@ -1425,124 +1444,143 @@ _cop() {
 }
 """
 
-# PUSH root project name oldbase oldtree op commits bytes last-op newbase keep turn: the
-#   workspace becomes the new base; again with the same op, it says pushed. With git, in place: only
-#   files that differ are touched, ignored ones stay (build caches, a server that watches), and what
-#   differs from its own base is enough. Without, the directory is replaced. `keep` (1): a copy goes
-#   to the trash, and the directory is replaced, too, where its repository cannot be moved (else 5).
-#   Without `keep` it looks itself for what would be lost, as CHANGED does, each time: an upload
-#   takes minutes. 21: upload first; 22: no workspace; 25: the lines tell what would be lost.
+# PUSH root project turn name op, then the words of CHANGED, newbase keep: the workspace becomes the
+#   new base; again with the same op, it says pushed. With git, in place: only files that differ are
+#   touched, ignored ones stay (build caches, a server that watches), and what differs from its own
+#   base is enough. Without, the directory is replaced. `keep` (1): a copy goes to the trash, and
+#   the directory is replaced, too, where its repository cannot be moved (else 5). Without `keep` it
+#   looks itself for what would be lost, as CHANGED does, each time: an upload takes minutes.
+#   21: upload first; 22: no workspace; 25: the lines say what would be lost.
 PUSH = LOST + BASE + r"""
 _creflog() { :; } # what only a reflog has stays there
-_cn() { GIT_INDEX_FILE=$s/new.index git --git-dir="$g" --work-tree="$s/delta" -c core.fsmonitor=false -c core.looseCompression=0 "$@"; }
-_cdelta() { # the new base's commit, of the old one and the delta, without unpacking either
-  mkdir "$s/delta" && cd "$s/delta" && ( umask 022; tar -xmof "$s/changes.tar" ) &&
-  _cn read-tree "$b" && tr '\n' '\0' <.cmux-gone | _cn update-index -z --force-remove --stdin &&
-  rm .cmux-gone && _cn add -f --ignore-removal . &&
-  x=$(_cn write-tree) && _cn commit-tree "$x" -m base
-}
-_cown() { o=$w/.git; [ -d "$o" ] && [ "$snap" = 0 ] && _co cat-file -e "$b^{commit}"; }
-_cmine() { [ "$(cat "$s/parent")" = "$1" ]; }
-_cswitch() { # files, refs and index are the new base's; or all is as it was: 1 no repository, 5 it cannot be moved (made anew there, a lock)
-  [ -d "$w/.git" ] && [ "$snap" = 0 ] || return 1
-  a=$g/objects/info/alternates; _cown && cp "$a" "$s/alt" || return 5
-  if _cmine "$4"; then n=$(_cdelta) || return 4
-  else
-    cd "$root" && _cbase && n=$(git --git-dir="$base/git" rev-parse -q --verify refs/cmux/base) && cp -R "$base/git/objects/." "$g/objects/" || return 4
-    cp "$s/alt" "$a"
-  fi
-  x=$(_co symbolic-ref -q HEAD) || y=$(_co rev-parse -q --verify HEAD)
-  cd "$w" && _co update-ref "refs/cmux/old/$b" "$b" || return 5
-  if ( umask 022; _cg read-tree --reset -u "$n" ) && { rm "$a"; cp -R "$g/objects/." "$o/objects/" 2>/dev/null; _co symbolic-ref HEAD refs/heads/main; } &&
-    printf 'update %s %s\n' refs/heads/main "$n" refs/cmux/base "$n" | _co update-ref --no-deref --stdin
-  then _cg update-index --no-split-index; cp -p "$g/index" "$o/index.cmux" && mv "$o/index.cmux" "$o/index"
-  else cp "$s/alt" "$a"; ( umask 022; _cg read-tree --reset -u "$t" ); if [ "$x" ]; then _co symbolic-ref HEAD "$x"; else _co update-ref --no-deref HEAD "$y"; fi; return 5
-  fi
-}
-_cpush() {
-  base=.cmux/bases/${10} op=$6
-  [ "$(cat "$m.push")" != "$6" ] || { echo pushed; return 0; }
-  rm -rf "$s/git" "$s/delta"
-  if [ "${11}" ] || [ -f "$s/begun" ]; then _csnap "$4" "$5" "$7" "$8" >"$s/said"; snap=$?
-  else _clost "$@" >"$s/lost" || return; [ ! -s "$s/lost" ] || { cat "$s/lost"; return 25; }; fi
-  cd "$root" || return 3
-  if ! _cown || ! _cmine "$4"; then
-    [ -f "$base/whole.tar" ] || [ -f "$s/changes.tar" ] || ! _cown || echo "base $4"
-    _cget || return
-  fi
-  k=$root/.cmux/trash/kept-$2-$3-$6
-  if [ "${11}" ]; then [ -e "$k" ] || { cp -RpP "$w" "$k.new" && mv "$k.new" "$k"; } || { rm -rf "$k.new"; return 3; }; echo "kept $k"; fi
-  : >"$s/begun" # an attempt after this one was killed finds the files half changed, by this one
-  _cswitch "$@"; r=$?
-  if [ $r != 0 ]; then
-    [ $r = 1 ] || [ "${11}" ] || return $r # what is ignored there would be lost with the directory, and no copy kept
-    cd "$root" && _cbase || return
-    mkdir -p ".cmux/trash/$6" && mv "$w" ".cmux/trash/$6/" && mv "$s/tree" "$w" || return 3
-    ( trap '' HUP; exec rm -rf "$root/.cmux/trash/$6" ) </dev/null >/dev/null 2>&1 4>&- &
-  fi
-  echo "${10}" >"$m.base" && _cmark "$6" "$m.mark" "$w" && echo "$6" >"$m.push" && echo pushed
-}
-_cin() { s=$root/.cmux/stage/$6; mkdir -p "$s" || return 3; _cpush "$@"; r=$?; cd "$root"; [ $r = 21 ] || rm -rf "$s"; return $r; }
-_cop() {
-  _croot "$1" && { _cw "$2" "$3" || return 22; } && _cturn "$2" "$3" "${12}" "$6" _cin "$@"
-}
-"""
-
-# FORK root project name new op turn: a copy under another name; RENAME root project name new op
-#   turn its lock: the directory that the operation `its` made, under another name, or back where it
-#   was. 20: the name is taken.
-FORK = SNAPSHOT + r"""
-_cop() { _croot "$1" && _cturn "$2" "$4" "$6" "$5" _cfork "$@"; }
-_cfork() {
-  new=$root/.cmux/made/$2/$4 target=$root/$2/$4 stage=.cmux/stage/$5
-  if [ -e "$target" ] || [ -L "$target" ]; then
-    [ "$(cat "$new.op")" = "$5" ] || return 20
-    return 0
-  fi
+_cop() { _operate _push "$@"; }
+_push() {
   _cw "$2" "$3" || return 22
-  rm -rf "$stage"
-  mkdir -p "$stage" && cp -RpP "$w" "$stage/$5" ||
-    { chmod -R u+rwX "$stage" 2>/dev/null; rm -rf "$stage"; return 3; }
-  for part in base mark pull push; do
-    [ ! -f "$m.$part" ] || cp -p "$m.$part" "$new.$part" || return 3
-  done
-  echo "$5" >"$new.op" && mv "$stage/$5" "$target" || return 3
-  rm -rf "$stage"
-  if [ -d "$target/$5" ]; then rm -rf "$target/$5"; return 20; fi
+  s=$stage; mkdir -p "$s" || return 3
+  ( _push_steps "$@" ); status=$?
+  [ $status = 21 ] || rm -rf "$s"; return $status
+}
+_push_steps() {
+  oldbase=$4 newbase=${10} keep=${11} base=.cmux/bases/${10}
+  [ "$(cat "$m.push")" != "$op" ] || { echo pushed; return 0; }
+  rm -rf "$s/git" "$s/delta" "$s"/new.index*
+  _look "$@" && cd "$root" && _find_new && _keep_copy || return
+  : >"$s/begun" # an attempt after this one was killed finds the files half changed, by this one
+  ( _switch ) || _replace $? || return
+  echo "$newbase" >"$m.base" && _cmark "$op" "$m.mark" "$w" &&
+    echo "$op" >"$m.push" && echo pushed
+}
+_look() { # -> what _csnap finds; $snap its status
+  _clost "$@" >"$s/lost"; status=$?
+  if [ "$keep" ] || [ -f "$s/begun" ]; then return 0; fi
+  [ $status = 0 ] || return $status
+  [ ! -s "$s/lost" ] || { cat "$s/lost"; return 25; }
+}
+_has_own() { o=$w/.git; [ -d "$o" ] && [ "$snap" = 0 ] && _co cat-file -e "$b^{commit}"; }
+_is_sent() { [ "$(cat "$s/parent")" = "$oldbase" ]; } # the difference to its own base
+_find_new() {
+  if _has_own; then
+    ! _is_sent || return 0
+    [ -f "$base/whole.tar" ] || [ -f "$s/changes.tar" ] || echo "base $oldbase"
+  fi
+  _find_base
+}
+_keep_copy() {
+  [ "$keep" ] || return 0
+  copy=$root/.cmux/trash/kept-$project-$name-$op
+  [ -e "$copy" ] || { cp -RpP "$w" "$copy.new" && mv "$copy.new" "$copy"; } ||
+    { rm -rf "$copy.new"; return 3; }
+  echo "kept $copy"
+}
+_new_git() {
+  GIT_INDEX_FILE=$s/new.index git --git-dir="$g" --work-tree="$s/delta" "$@"
+}
+_make_commit() { # of the new base, in $g: of the old one and the difference, without unpacking it
+  if ! _is_sent && git --git-dir="$root/$base/git" rev-parse -q --verify refs/cmux/base; then
+    cp -R "$root/$base/git/objects/." "$g/objects/"; return
+  fi
+  mkdir "$s/delta" && cd "$s/delta" || return
+  if _is_sent; then
+    _unpack "$s/changes.tar" && _new_git read-tree "$b" &&
+      tr '\n' '\0' <.cmux-gone | _new_git update-index -z --force-remove --stdin && rm .cmux-gone
+  else _unpack "$root/$base/whole.tar"
+  fi && _add _new_git && tree=$(_new_git write-tree) && _new_git commit-tree "$tree" -m base
+}
+# Files, refs and index become the new base's; or all is as it was, with 1: there is no repository,
+# or 5: it cannot be moved (made anew there, a lock).
+_switch() {
+  [ -d "$w/.git" ] && [ "$snap" = 0 ] || return 1
+  others=$g/objects/info/alternates
+  _has_own && cp "$others" "$s/alternates" || return 5
+  new=$(_make_commit) || return 4
+  branch=$(_co symbolic-ref -q HEAD) || detached=$(_co rev-parse -q --verify HEAD)
+  umask 022
+  cd "$w" && _co update-ref "refs/cmux/old/$b" "$b" || return 5
+  if _cg read-tree --reset -u "$new" && rm "$others" && _take_commit; then
+    _cg update-index --no-split-index
+    cp -p "$g/index" "$o/index.cmux" && mv "$o/index.cmux" "$o/index"
+    return
+  fi
+  cp "$s/alternates" "$others"; _cg read-tree --reset -u "$t"
+  if [ "$branch" ]; then _co symbolic-ref HEAD "$branch"
+  else _co update-ref --no-deref HEAD "$detached"; fi
+  return 5
+}
+_take_commit() {
+  cp -Rf "$g/objects/." "$o/objects/" && # -f: what is there already is read-only
+  _co symbolic-ref HEAD refs/heads/main &&
+  printf 'update %s %s\n' refs/heads/main "$new" refs/cmux/base "$new" |
+    _co update-ref --no-deref --stdin
+}
+_replace() { # status of _switch. Without a copy, what is ignored would be lost with the directory
+  [ "$1" = 1 ] || [ "$keep" ] || return "$1"
+  cd "$root" && _unpack_base || return
+  gone=$root/.cmux/trash/$op
+  mkdir -p "$gone" && mv "$w" "$gone/" && mv "$s/tree" "$w" || return 3
+  ( trap '' HUP; exec rm -rf "$gone" ) </dev/null >/dev/null 2>&1 4>&- &
 }
 """
+
+# FORK root project turn name op source: a copy under another name. 20: the name is taken.
+FORK = SNAPSHOT + r"""
+_cop() { _operate _fork "$@"; }
+_fork() {
+  if _taken "$place"; then [ "$(_owner "$name")" = "$op" ] || return 20; return 0; fi
+  _cw "$project" "$1" || return 22
+  rm -rf "$stage" "$known"
+  mkdir -p "$stage" && cp -RpP "$w" "$stage/tree" && cp -RpP "${m%/its}" "$known" ||
+    { _free "$stage"; rm -rf "$known"; return 3; }
+  _put "$stage/tree"
+}
+"""
+# RENAME root project turn lock op from to its [push]: the directory that the operation `its` made,
+#   under another name, or back where it was, also where it is already. Says which push was done
+#   last; what came for `push` goes. 20: the name is taken.
 RENAME = SNAPSHOT + r"""
-_cop() { _croot "$1" && _cturn "$2" "$8" "$6" "$5" _crename "$@"; }
-_crename() {
-  old=$root/.cmux/made/$2/$3 new=$root/.cmux/made/$2/$4 target=$root/$2/$4
-  if [ -e "$target" ] || [ -L "$target" ]; then [ "$(cat "$new.op")" = "$7" ] || return 20
-  else _cw "$2" "$3" || return 22; echo "$7" >"$new.op" && mv "$w" "$target" || return 3; fi
-  [ "$(cat "$old.op")" = "$7" ] || return 0
-  for part in base mark pull push; do
-    [ ! -f "$old.$part" ] || mv "$old.$part" "$new.$part" || return 3
-  done
-  rm -f "$old.op"
+_cop() { _operate _rename "$@"; }
+_rename() {
+  if _taken "$project/$2"; then [ "$(_owner "$2")" = "$3" ] || return 20
+  else
+    _cw "$project" "$1" || return 22
+    echo "$3" >".cmux/made/$project/$2.op" && mv "$w" "$project/$2" || return 3
+  fi
+  [ "$1" = "$2" ] || [ "$(_owner "$1")" != "$3" ] || rm -f ".cmux/made/$project/$1.op"
+  cat ".cmux/made/$project/$3/its.push"
+  [ ! "$4" ] || rm -rf ".cmux/stage/$4"
 }
 """
 
-# SETTLE root project name op turn push: says which push was done last; what came for `push` goes.
-SETTLE = OPEN_ROOT + r"""
-_cop() { _croot "$1" && _cturn "$2" "$3" "$5" "$4" _csaid "$@"; }
-_csaid() { cat ".cmux/made/$2/$3.push"; rm -rf ".cmux/stage/$6"; }
-"""
-
-# GC root: trash, what broken uploads left a day ago, jobs that ended a week ago, and bases that no workspace was made of and
-#   none was made from for two weeks. Replies the kilobytes freed.
+# GC root: trash, what broken uploads left a day ago, jobs that ended a week ago, and bases that no
+#   workspace stands on and none was made from for two weeks. Replies the kilobytes freed.
 GC = OPEN_ROOT + r"""
 _cold() { [ "$(find "$2" -prune -mtime "+$1" -print)" ]; } # days path: it is older
-_cfree() { chmod -R u+rwX "$1"; rm -rf "$1"; }
 _csize() { du -sk . | sed 's/[^0-9].*//'; }
 _cop() {
   _croot "$1" && cd "$root/.cmux" || return
   before=$(_csize)
-  for path in trash/* trash/.[!.]*; do [ ! -e "$path" ] && [ ! -L "$path" ] || _cfree "$path"; done
-  for path in stage/* locks/*; do ! _cold 0 "$path" || _cfree "$path"; done
-  cat made/*/*.base >used.$$
+  for path in trash/* trash/.[!.]*; do ! _taken "$path" || _free "$path"; done
+  for path in stage/* locks/*; do ! _cold 0 "$path" || _free "$path"; done
+  cat made/*/*/its.base >used.$$
   for path in bases/*; do
     grep -qxF "${path#bases/}" used.$$ || ! _cold 14 "$path" || rm -rf "$path"
   done
@@ -1552,21 +1590,24 @@ _cop() {
 }
 """
 
-# REMOVE root project name op turn jobs: a rename into the trash, and a background reap. Constant
-#   time; jobs that run are ended first. A missing directory is success.
+# REMOVE root project turn name op its: a rename into the trash, and a background reap. Constant
+#   time; jobs that run are ended first. A missing directory is success; somebody else's stays.
 REMOVE = OPEN_ROOT + JOB_STATE + r"""
-_cop() { _croot "$1" && _cturn "$2" "$3" "$5" "$4" _cremove "$@"; }
-_cremove() {
-  place=$2/$3 trash=.cmux/trash/$4 jobs=.cmux/jobs/$2/${6:--}
+_cop() { _operate _remove "$@"; }
+_remove() {
+  trash=.cmux/trash/$op jobs=.cmux/jobs/$project/${1:--} known=.cmux/made/$project/${1:--}
   mkdir -p "$trash" || return 3
-  if [ -L "$2" ]; then return 3; fi
+  if [ -L "$project" ]; then return 3; fi
   for job in "$jobs"/*; do
     [ ! -d "$job" ] || [ "$(_cstate "$job")" != running ] ||
       ( _cmux_root=$(cat "$job/pid"); _cmux_run=${job##*/}; _cmux_stop_tree )
   done
   [ ! -d "$jobs" ] || mv "$jobs" "$trash/jobs" || return 3
-  if [ -e "$place" ] || [ -L "$place" ]; then mv "$place" "$trash/" || return 3; fi
-  for part in base mark op pull push; do rm -f ".cmux/made/$place.$part"; done
+  if [ "$(_owner "$name")" = "$1" ]; then
+    ! _taken "$place" || mv "$place" "$trash/" || return 3
+    rm -f ".cmux/made/$project/$name.op"
+  fi
+  rm -rf "$known"
   ( trap '' HUP; cd / && exec rm -rf "$root/$trash" ) </dev/null >/dev/null 2>&1 4>&- &
 }
 """
@@ -4356,17 +4397,24 @@ class CommandRun:
 # In the user's own repository only commands that read run; --dirty and the count of what is not
 # sent read the work tree as the user's git does, into index and objects of ours. All else runs in
 # a shadow: a new bare repository, empty of config, with the real object store as alternate.
-GIT_SAFE = ("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false",
-            "-c", "core.protectHFS=true", "-c", "core.protectNTFS=true",
-            "-c", "submodule.recurse=false", "-c", "fetch.recurseSubmodules=false",
-            "-c", "gc.auto=0", "-c", "maintenance.auto=false", "-c", "core.attributesFile=/dev/null",
-            "-c", "commit.gpgSign=false", "-c", "protocol.allow=never", "-c", "tar.umask=0022",
-            "-c", "core.bigFileThreshold=%d" % STREAMED_FROM, "-c", "pack.threads=1",
-            "-c", "core.packedGitWindowSize=16m", "-c", "core.packedGitLimit=64m")
+def git_settings(*values: str) -> Tuple[str, ...]:
+    return tuple(word for value in values for word in ("-c", value))
+
+
+GIT_ALWAYS = git_settings(
+    "core.hooksPath=/dev/null", "core.fsmonitor=false", "submodule.recurse=false", "gc.auto=0",
+    "maintenance.auto=false", "protocol.allow=never")
+GIT_SAFE = GIT_ALWAYS + git_settings(
+    "core.protectHFS=true", "core.protectNTFS=true", "fetch.recurseSubmodules=false",
+    "core.attributesFile=/dev/null", "commit.gpgSign=false", "tar.umask=0022",
+    f"core.bigFileThreshold={STREAMED_FROM}", "pack.threads=1", "core.packedGitWindowSize=16m",
+    "core.packedGitLimit=64m")
 # For the user's own git, where it reads the work tree for us.
-USER_SAFE = ("core.hooksPath=/dev/null", "core.fsmonitor=false", "core.splitIndex=false",
-             "core.untrackedCache=false", "core.safecrlf=false", "submodule.recurse=false",
-             "gc.auto=0", "maintenance.auto=false", "protocol.allow=never")
+USER_SAFE = GIT_ALWAYS + git_settings("core.splitIndex=false", "core.untrackedCache=false",
+                                  "core.safecrlf=false")
+# protocol.allow=never does not stop a repository's own protocol.ext.allow=always; this does.
+GIT_ALONE = {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0",
+             "GIT_NO_REPLACE_OBJECTS": "1", "GIT_OPTIONAL_LOCKS": "0"}
 # Bytes are the repository's own: no filter runs, no commit id, author or date is expanded, no
 # line end changes; a pull without a change is then an empty diff. export-ignore is for releases:
 # an agent needs the tests, too.
@@ -4375,24 +4423,22 @@ SHADOW_ATTRIBUTES = ("* -export-ignore -export-subst -text -eol -ident -filter "
 
 
 def git_environment(**extra: str) -> Dict[str, str]:
-    """Our environment without any GIT_ variable, plus what keeps git to itself.
-
-    protocol.allow=never does not stop a repository's own protocol.ext.allow=always;
-    GIT_ALLOW_PROTOCOL does."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-    env.update(GIT_CONFIG_NOSYSTEM="1", GIT_ATTR_NOSYSTEM="1", GIT_TERMINAL_PROMPT="0",
-               GIT_ALLOW_PROTOCOL="none", GIT_NO_LAZY_FETCH="1", GIT_NO_REPLACE_OBJECTS="1", GIT_OPTIONAL_LOCKS="0", LC_ALL="C")
-    env.update(extra)
-    return env
+    """Our environment without any GIT_ variable, plus what keeps git to itself."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    return dict(env, GIT_CONFIG_NOSYSTEM="1", GIT_ATTR_NOSYSTEM="1", LC_ALL="C", **GIT_ALONE,
+                **extra)
 
 
 def user_environment() -> Dict[str, str]:
     """Our environment with what it says of git's configuration, and no other GIT_ variable."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k.startswith("GIT_CONFIG")}
+    return {name: value for name, value in os.environ.items()
+            if not name.startswith("GIT_") or name.startswith("GIT_CONFIG")}
 
 
-_SECRET_FILE = re.compile(r"(^|/)(\.env(\..+)?|\.netrc|\.npmrc|\.pypirc|\.pgpass|\.htpasswd|id_(rsa|dsa|ecdsa|ed25519)|credentials(\.json)?|"
-                          r"secrets?\.(json|ya?ml|toml|txt)|.*\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk))\Z", re.I)
+_SECRET_FILE = re.compile(
+    r"(^|/)(\.env(\..+)?|\.netrc|\.npmrc|\.pypirc|\.pgpass|\.htpasswd|id_(rsa|dsa|ecdsa|ed25519)|"
+    r"credentials(\.json)?|secrets?\.(json|ya?ml|toml|txt)|"
+    r".*\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk))\Z", re.I)
 
 
 class Repository:
@@ -4403,123 +4449,125 @@ class Repository:
         try:
             self.directory = os.path.abspath(directory)
         except FileNotFoundError:
-            raise GitFailed("The current directory has been removed.", "Change into one that is there.")
+            raise GitFailed("The current directory has been removed.",
+                            "Change into one that is there.")
         if not os.path.isdir(self.directory):
-            raise GitFailed("%s is not a directory." % show(directory))
-        out = self._git("rev-parse", "--absolute-git-dir", "--git-common-dir")
-        lines = out.decode("utf-8", "surrogateescape").split("\n")
-        if len(lines) != 3:
+            raise GitFailed(f"{show(directory)} is not a directory.")
+        lines = self._line("rev-parse", "--absolute-git-dir", "--git-common-dir").split("\n")
+        if len(lines) != 2:
             raise GitFailed("The repository's path holds a newline.", "Move it.")
         self.git_dir = lines[0]
         self.common_dir = os.path.realpath(os.path.join(self.directory, lines[1]))
-        if (os.path.realpath(self.directory) + "/").startswith(os.path.realpath(self.git_dir) + "/"):
-            self._refuse_inner()
+        own = os.path.realpath(self.git_dir)
+        if (os.path.realpath(self.directory) + "/").startswith(own + "/"):
+            # One that lies in another repository's work tree may have come with a clone of that,
+            # and its config would be whoever's wrote it: the host, the work tree.
+            words = [self.program, "-C", os.path.dirname(own), *GIT_SAFE, "rev-parse", "--git-dir"]
+            if run(words, git_environment())[0] == 0:
+                raise GitFailed(f"{show(own)} is a git directory inside another repository.",
+                                "Name a directory of the work tree with -C.")
 
-    def _git(self, *words: str) -> bytes:
+    def _line(self, *words: str) -> str:
+        """What a git command prints, without the last newline. Raises GitFailed."""
         # The user's global config is read here for safe.directory alone; rev-parse runs nothing.
         env = git_environment()
         del env["GIT_CONFIG_NOSYSTEM"]
-        status, out, err = run([self.program, "-C", self.directory] + list(GIT_SAFE) + list(words), env)
+        status, out, err = run([self.program, "-C", self.directory, *GIT_SAFE, *words], env)
         if status == 0:
-            return out
-        text = neutralise(err).strip()
+            return out.decode("utf-8", "surrogateescape")[:-1]
+        text, where = neutralise(err).strip(), show(self.directory)
         if "dubious ownership" in text:
-            top = re.search(r"repository at '(.*)'", text)  # which git compares; not a directory below
-            raise GitFailed("%s belongs to another user; git refuses to read it." % show(self.directory),
-                            "If you trust it: git config --global --add safe.directory %s" % quote(top.group(1) if top else self.directory))
+            top = re.search(r"repository at '(.*)'", text)  # which git compares
+            name = quote(top.group(1) if top else self.directory)
+            raise GitFailed(f"{where} belongs to another user; git refuses to read it.",
+                            f"If you trust it: git config --global --add safe.directory {name}")
         if "not a git repository" in text:
-            raise GitFailed("%s is not inside a git repository." % show(self.directory),
+            raise GitFailed(f"{where} is not inside a git repository.",
                             "Change into one, name one with -C, or make one: git init")
-        raise GitFailed("git %s failed: %s." % (words[0], show(text.split("\n")[-1], 200)))
+        last = text.split("\n")[-1]
+        raise GitFailed(f"git {words[0]} failed: {show(last, 200)}.")
 
-    def _refuse_inner(self) -> None:
-        """Inside a git directory. One that lies in another repository's work tree may have come with a clone
-        of that, and its config would be whoever's wrote it: the host, the work tree."""
-        around = os.path.dirname(os.path.realpath(self.git_dir))
-        if run([self.program, "-C", around] + list(GIT_SAFE) + ["rev-parse", "--git-dir"], git_environment())[0] == 0:
-            raise GitFailed("%s is a git directory inside another repository." % show(self.git_dir),
-                            "Name a directory of the work tree with -C.")
+    def _ask(self, *words: str, env: Optional[Dict[str, str]] = None) -> bytes:
+        """What a git command with the user's configuration prints; nothing where it fails."""
+        argv = [self.program, "-C", self.directory, *words]
+        status, out, _ = run(argv, env or user_environment())
+        return b"" if status else out
 
     def branch(self) -> str:
         """The short name of the current branch (also an unborn one); "" when HEAD is detached."""
-        status, out, _ = run([self.program, "-C", self.directory, "symbolic-ref", "-q", "--short", "HEAD"], git_environment())
-        return out.decode("utf-8", "replace").strip() if status == 0 else ""
+        out = self._ask("symbolic-ref", "-q", "--short", "HEAD", env=git_environment())
+        return out.decode("utf-8", "replace").strip()
 
     def config(self, key: str, *kind: str) -> str:
-        """A value of the user's git configuration, any scope: no clone brings a .git/config along, and
-        what looks like a repository among a clone's files was refused above."""
-        status, out, _ = run([self.program, "-C", self.directory, "config", *kind, "--get", key], user_environment())
-        return out.decode("utf-8", "replace")[:-1] if status == 0 else ""
+        """A value of the user's git configuration, any scope: no clone brings a .git/config along,
+        and what looks like a repository among a clone's files was refused above."""
+        return self._ask("config", *kind, "--get", key).decode("utf-8", "replace")[:-1]
 
     def resolve(self, revision: str) -> Tuple[str, str]:
         """The ids of a commit and of its tree. Raises GitFailed."""
         if not revision or revision.startswith("-") or "\0" in revision:
-            raise GitFailed("%s is not a revision." % show(revision))
-        try:
-            commit = self._git("rev-parse", "--verify", "-q", revision + "^{commit}").decode("utf-8", "replace").strip()
-            if not re.match(r"[0-9a-f]{40,64}\Z", commit):  # ^HEAD passes rev-parse
-                raise GitFailed("not one commit")
-        except GitFailed:
+            raise GitFailed(f"{show(revision)} is not a revision.")
+        commit = self.value_of(revision)
+        if not re.match(r"[0-9a-f]{40,64}\Z", commit):  # ^HEAD passes rev-parse
             if revision == "HEAD":
                 raise GitFailed("The repository has no commit yet.", "Commit something first.")
-            raise GitFailed("%s is not a commit of this repository." % show(revision), "Name one that `git log` shows.")
-        return commit, self._git("rev-parse", "--verify", "-q", commit + "^{tree}").decode().strip()
+            raise GitFailed(f"{show(revision)} is not a commit of this repository.",
+                            "Name one that `git log` shows.")
+        return commit, self._line("rev-parse", "--verify", "-q", commit + "^{tree}")
 
     def in_shadow(self, example: str) -> Shadow:
         """A shadow whose object ids are like ``example``."""
-        return Shadow(self, "sha256" if len(example) == 64 else "sha1")
+        return Shadow(self, example)
 
-    def value_of(self, ref: str, kind: str = "^{commit}") -> str:
-        """The commit (or other object) a full ref name stands for; "" where there is none."""
+    def value_of(self, name: str, kind: str = "^{commit}") -> str:
+        """The id of the commit (or other object) that a name stands for; "" where there is none."""
         try:
-            return self._git("rev-parse", "--verify", "-q", ref + kind).decode().strip()
+            return self._line("rev-parse", "--verify", "-q", name + kind)
         except GitFailed:
             return ""
 
     def worktree(self) -> str:
         """The top directory of the work tree. Raises GitFailed in a bare repository."""
-        if not self._top:
-            self._top = os.fsdecode(self._git("rev-parse", "--show-toplevel")).rstrip("\n")
+        self._top = self._top or self._line("rev-parse", "--show-toplevel")
         return self._top
 
-    def state_within(self, top: str) -> str:
-        """Where the state directory lies in the work tree ``top`` (a home may be a repository); "" if it does not."""
-        own = os.path.relpath(os.path.realpath(state_home()), os.path.realpath(top))
+    def _own_state(self) -> str:
+        """Where the state directory lies in the work tree (a home may be a repository); "" if it
+        does not."""
+        own = os.path.relpath(os.path.realpath(state_home()), os.path.realpath(self.worktree()))
         return "" if own.split("/")[0] == ".." else own
 
     def refuse_state(self, commit: str) -> None:
         """Raise UsageError if a commit holds the state directory, and with it the secrets."""
-        try:
-            own = self.state_within(self.worktree())
-        except GitFailed:
-            return  # bare
-        if own and self.value_of("%s:%s" % (commit, own), ""):
-            raise UsageError("Nothing was sent: %s, where %s keeps the secrets, is in the commit %s." % (show(own), PROGRAM, commit[:12]),
-                             "Take it out of git (git rm -r --cached %s), or set CMUX_SSH_HOME to another directory." % quote(":/" + own))
+        own = ""
+        with contextlib.suppress(GitFailed):  # bare
+            own = self._own_state()
+        if own and self.value_of(f"{commit}:{own}", ""):
+            raise UsageError(f"Nothing was sent: {show(own)}, where {PROGRAM} keeps the secrets, "
+                             f"is in the commit {commit[:12]}.",
+                             f"Take it out of git (git rm -r --cached {quote(':/' + own)}), or set "
+                             "CMUX_SSH_HOME to another directory.")
 
     def _as_user(self, shadow: Shadow, filters: bool = False) -> Shadow:
         """A shadow whose git is the user's, with its configuration, in the work tree; index and new
         objects are the shadow's own. No hook, no fsmonitor and, unless wanted, no filter runs."""
         import copy
         shadow.borrow_index(self)
-        own, settings = copy.copy(shadow), list(USER_SAFE)
+        own = copy.copy(shadow)
+        own.start = [self.program, "-C", self.worktree(), *USER_SAFE]
         for name in () if filters else self._configured("filter", user_environment()):
-            settings += [name + ".process=", name + ".required=false"]
-        own.start = [self.program, "-C", self.worktree()]
-        for setting in settings:
-            own.start += ["-c", setting]
+            own.start += git_settings(name + ".process=", name + ".required=false")
         others = "GIT_ALTERNATE_OBJECT_DIRECTORIES"
-        own.env = dict(self._without_hooks(user_environment()), GIT_OPTIONAL_LOCKS="0",
+        own.env = dict(self._without_hooks(user_environment()), **GIT_ALONE,
                        GIT_INDEX_FILE=os.path.join(shadow.git_dir, "index"),
-                       GIT_OBJECT_DIRECTORY=os.path.join(shadow.git_dir, "objects"),
-                       GIT_ALLOW_PROTOCOL="none", GIT_NO_LAZY_FETCH="1", GIT_TERMINAL_PROMPT="0",
-                       GIT_NO_REPLACE_OBJECTS="1", **{others: shadow.env[others]})
+                       GIT_OBJECT_DIRECTORY=os.path.join(shadow.git_dir, "objects"))
+        own.env[others] = shadow.env[others]
         return own
 
     def _configured(self, section: str, env: Dict[str, str]) -> Set[str]:
         """What the configuration has of a section: SECTION.NAME."""
-        words = ["config", "-z", "--name-only", "--get-regexp", r"^%s\..*\." % section]
-        out = run([self.program, "-C", self.directory, *words], env)[1]
+        pattern = rf"^{section}\..*\."
+        out = self._ask("config", "-z", "--name-only", "--get-regexp", pattern, env=env)
         return {name.rpartition(".")[0] for name in os.fsdecode(out).split("\0")[:-1]}
 
     def _without_hooks(self, env: Dict[str, str]) -> Dict[str, str]:
@@ -4527,137 +4575,141 @@ class Repository:
         given, names = env.get("GIT_CONFIG_COUNT", ""), self._configured("hook", env)
         first = int(given) if given.isdigit() else 0
         for at, name in enumerate(names, first):
-            env["GIT_CONFIG_KEY_%d" % at] = name + ".enabled"
-            env["GIT_CONFIG_VALUE_%d" % at] = "false"
+            env[f"GIT_CONFIG_KEY_{at}"] = name + ".enabled"
+            env[f"GIT_CONFIG_VALUE_{at}"] = "false"
         return dict(env, GIT_CONFIG_COUNT=str(first + len(names)))
 
-    def uncommitted(self, shadow: Shadow) -> int:
-        """How many tracked files are not as HEAD has them."""
+    def uncommitted(self, shadow: Shadow, pointers: Mapping[bytes, Pointer]) -> int:
+        """How many tracked files are not as HEAD has them, whose LFS pointers are these."""
+        count = 0
         try:
-            changed = set(self._as_user(shadow).differing("HEAD"))
-            return len(changed) - (self._same_lfs(shadow, changed) if changed else 0)
+            for path in self._as_user(shadow).differing("HEAD"):
+                file = os.path.join(self.worktree(), os.fsdecode(path))
+                count += path not in pointers or not is_content(file, pointers[path])
         except GitFailed:
-            return 0  # a bare repository
-
-    def _same_lfs(self, shadow: Shadow, paths: Container[bytes]) -> int:
-        """How many of the paths hold what their LFS pointer in HEAD says."""
-        import hashlib
-        same, top = 0, self.worktree()
-        for path, _, _, sha256, size in shadow.pointers(self.resolve("HEAD")[1]):
-            file = os.path.join(top, os.fsdecode(path))
-            if path in paths and os.path.isfile(file) and os.path.getsize(file) == size:
-                digest = hashlib.sha256()
-                for data in read_content(file, size):
-                    digest.update(data)
-                same += digest.hexdigest() == sha256
-        return same
+            pass  # a bare repository
+        return count
 
     def snapshot(self, allow: Sequence[str] = ()) -> str:
         """A commit of the work tree as `git add -A` takes it, with the user's filters, kept as
         refs/cmux/sent/ID; index and branches stay as they are. Refuses what looks like secrets."""
         commit, tree = self.resolve("HEAD")
-        if self._git("rev-parse", "--is-bare-repository") == b"true\n":
-            raise UsageError("This repository is bare: it has no work tree to send.", "Leave out --dirty.")
+        if self._line("rev-parse", "--is-bare-repository") == "true":
+            raise UsageError("This repository is bare: it has no work tree to send.",
+                             "Leave out --dirty.")
         with self.in_shadow(commit) as shadow:
-            user, failed = self._as_user(shadow, filters=True), None
-            # add would run `git status` in every submodule, with the config and the filters of that.
-            links = shadow.index_links()
-            own = self.state_within(self.worktree())
-            if own and not run(user.argv("check-ignore", "-q", "--", own), user.env)[0]:
-                own = ""  # add says so, and fails, where an excluded path is ignored already
-            paths = [*map(os.fsdecode, links), *filter(None, [own])]
-            apart = [":(exclude,literal)" + path for path in paths]
-            try:
-                list(user.records("add", "-A", "--", ".", *apart, talks=True))
-            except GitFailed as error:
-                failed = error
-            nested = shadow.index_links() - links
-            if failed:
-                others = user.records("ls-files", "-o", "--exclude-standard", "-z")
-                nested.update(path for path in others if path.endswith(b"/"))
-            if nested:
-                name = show(min(nested).decode("utf-8", "replace").rstrip("/"))
-                raise GitFailed(f"{name} is a repository of its own.",
-                                "Let .gitignore cover it, or make it a submodule.")
-            if failed:
-                raise failed
-            user.call("update-index", "--remove", "-z", "--stdin", stdin=b"\0".join([*links, b""]))
+            self._add_all(shadow)
             new = shadow.call("write-tree")
             if new == tree:
                 return commit
-            paths = [path.decode("utf-8", "surrogateescape") for _, mode, _, path in shadow.changes(tree, new) if mode != "000000"]
+            changed = shadow.changes(tree, new)
+            paths = [path.decode("utf-8", "surrogateescape") for _, mode, _, path in changed
+                     if mode != "000000"]
             secret = [path for path in paths if _SECRET_FILE.search(path) and path not in allow]
             if secret:
-                raise UsageError("Nothing was sent: what looks like a secret is among it: %s." % ", ".join(map(show, secret[:20])),
-                                 "Let .gitignore cover it, or send it all the same: %s" % " ".join("--allow " + quote(p) for p in secret[:20]))
+                del secret[20:]
+                words = " ".join("--allow " + quote(path) for path in secret)
+                raise UsageError("Nothing was sent: what looks like a secret is among it: "
+                                 f"{', '.join(map(show, secret))}.",
+                                 f"Let .gitignore cover it, or send it all the same: {words}")
             made = shadow.commit(new, "uncommitted work\n", commit)
             self.publish(shadow.quarantine(made, [commit]), "refs/cmux/sent/" + made[:12], made, "")
             return made
 
+    def _add_all(self, shadow: Shadow) -> None:
+        """Bring the index of a shadow to what `git add -A` would make of the user's."""
+        user, failed = self._as_user(shadow, filters=True), None
+        # add would run `git status` in every submodule, with the config and the filters of that.
+        links = shadow.index_links()
+        own = self._own_state()
+        if own and not run(user.argv("check-ignore", "-q", "--", own), user.env)[0]:
+            own = ""  # add says so, and fails, where an excluded path is ignored already
+        apart = [":(exclude,literal)" + path for path in (*map(os.fsdecode, links), own) if path]
+        try:
+            list(user.records("add", "-A", "--", ".", *apart, talks=True))
+        except GitFailed as error:
+            failed = error
+        nested = shadow.index_links() - links
+        if failed:
+            others = user.records("ls-files", "-o", "--exclude-standard", "-z")
+            nested.update(path for path in others if path.endswith(b"/"))
+        if nested:
+            name = show(min(nested).decode("utf-8", "replace").rstrip("/"))
+            raise GitFailed(f"{name} is a repository of its own.",
+                            "Let .gitignore cover it, or make it a submodule.")
+        if failed:
+            raise failed
+        user.call("update-index", "--remove", "-z", "--stdin", stdin=b"\0".join([*links, b""]))
+
     def _worktrees(self) -> List[List[str]]:
         """What `git worktree list` says: its lines, worktree by worktree."""
-        text = self._git("worktree", "list", "--porcelain").decode("utf-8", "surrogateescape")
+        text = self._line("worktree", "list", "--porcelain")
         return [row.split("\n") for row in text.split("\n\n") if row]
 
     def hooks_inside(self) -> List[str]:
-        """The hooks directory relative to the work tree, if a core.hooksPath lies in it, or in another work tree of
-        this repository: as it is named, and where the links in that lead."""
-        named = run([self.program, "-C", self.directory, "rev-parse", "--git-path", "hooks"], user_environment())[1]
-        path, raw = os.path.join(os.path.realpath(self.directory), named.decode("utf-8", "surrogateescape")[:-1]), self.config("core.hooksPath")
-        tops = {os.path.realpath(row[0][len("worktree "):]) for row in self._worktrees() if "bare" not in row}
+        """The hooks directory relative to the work tree, if a core.hooksPath lies in it, or in
+        another work tree of this repository: as it is named, and where the links in that lead."""
+        named = os.fsdecode(self._ask("rev-parse", "--git-path", "hooks")[:-1])
+        path = os.path.join(os.path.realpath(self.directory), named)
+        raw = self.config("core.hooksPath")
+        tops = {os.path.realpath(row[0][len("worktree "):]) for row in self._worktrees()
+                if "bare" not in row}
         tops.discard(os.path.realpath(self.common_dir))  # of a submodule git names that
-        try:
+        with contextlib.suppress(GitFailed):  # a bare repository
             tops.add(os.path.realpath(self.worktree()))
-        except GitFailed:
-            pass  # a bare repository
-        found = {os.path.relpath(near, top) for near in (os.path.normpath(path), os.path.realpath(path)) for top in tops}
-        found.update([os.path.normpath(raw)] if raw and raw[0] not in "/~" else [])
+        found = {os.path.relpath(near, top) for top in tops
+                 for near in (os.path.normpath(path), os.path.realpath(path))}
+        if raw and raw[0] not in "/~":
+            found.add(os.path.normpath(raw))
         return [path for path in found if path.split("/")[0] not in ("..", ".git")]
 
     def check_branch(self, branch: str) -> str:
         """The full name of a branch that can be written: valid, and checked out nowhere."""
-        status = run([self.program, "check-ref-format", "refs/heads/" + branch], git_environment())[0]
+        ref = "refs/heads/" + branch
+        status = run([self.program, "check-ref-format", ref], git_environment())[0]
         if status or branch.startswith("-") or branch == "HEAD" or not branch.isprintable():
-            raise UsageError("%s is not a branch name." % show(branch))
-        if any("branch refs/heads/" + branch in row for row in self._worktrees()):
-            raise GitFailed("The branch %s is checked out; nothing of a host's is written there." % show(branch),
-                            "Choose another with --branch, or check out another one.")
-        return "refs/heads/" + branch
+            raise UsageError(f"{show(branch)} is not a branch name.")
+        if any("branch " + ref in row for row in self._worktrees()):
+            raise GitFailed(
+                f"The branch {show(branch)} is checked out; nothing of a host's is written there.",
+                "Choose another with --branch, or check out another one.")
+        return ref
 
     def publish(self, pack: str, ref: str, new: str, old: str) -> None:
         """Take a pack that was checked in quarantine, then set ``ref`` if it still is ``old``."""
-        command = [self.program, "--git-dir=" + self.git_dir] + list(GIT_SAFE)
+        command = [self.program, "--git-dir=" + self.git_dir, *GIT_SAFE]
         with open(pack, "rb") as stream:
-            process = spawn(command + ["index-pack", "--stdin", "--strict", "--fsck-objects",
-                                       "--max-input-size=%d" % (2 * PULL_TOTAL_MAX)], git_environment(), stdin=stream)
-            if process.wait():
+            words = ["index-pack", "--stdin", "--strict", "--fsck-objects",
+                     f"--max-input-size={2 * PULL_TOTAL_MAX}"]
+            if spawn(command + words, git_environment(), stdin=stream).wait():
                 raise GitFailed("git did not take the objects of the result.", "Is the disk full?")
         if ref.startswith("refs/heads/"):
             self.check_branch(ref[11:])  # once more: bringing it took minutes
-        status, _, err = run(command + ["update-ref", "--no-deref", "-m", "cmux pull", ref, new, old or "0" * len(new)],
-                             self._without_hooks(git_environment()))
+        words = ["update-ref", "--no-deref", "-m", "cmux pull", ref, new, old or "0" * len(new)]
+        status, _, err = run(command + words, self._without_hooks(git_environment()))
         if status:
-            raise GitFailed("The branch %s could not be set: %s." % (show(ref[11:]), show(neutralise(err).strip(), 300)),
+            why = show(neutralise(err).strip(), 300)
+            raise GitFailed(f"The branch {show(ref[11:])} could not be set: {why}.",
                             "Choose another with --branch.")
 
     def place(self) -> Place:
         """Where this repository's submodules and LFS content lie."""
-        try:
+        top = ""
+        with contextlib.suppress(GitFailed):  # bare
             top = os.path.realpath(self.worktree())
-        except GitFailed:
-            top = ""  # bare
-        git_dir = os.path.realpath(self.git_dir)
-        return Place(top, self.common_dir, [os.path.join(base, "modules") for base in (self.common_dir, git_dir)])
+        roots = [os.path.join(base, "modules")
+                 for base in (self.common_dir, os.path.realpath(self.git_dir))]
+        return Place(top, self.common_dir, roots)
 
     def object_directory(self) -> str:
-        out = self._git("rev-parse", "--git-path", "objects").decode("utf-8", "surrogateescape")
-        return os.path.realpath(os.path.join(self.directory, out.rstrip("\n")))
+        out = self._line("rev-parse", "--git-path", "objects")
+        return os.path.realpath(os.path.join(self.directory, out))
 
 
 class Shadow:
     """A throwaway bare repository with the real object store as alternate. A context manager."""
 
-    def __init__(self, repository: Repository, object_format: str) -> None:
+    def __init__(self, repository: Repository, example: str) -> None:
         self.program = repository.program
         folder = temporary_folder()
         self.reap(folder)
@@ -4669,15 +4721,19 @@ class Shadow:
         os.mkdir(self.path, 0o700)
         self.git_dir = os.path.join(self.path, "sh.git")
         self.start = [self.program, "--git-dir=" + self.git_dir, *GIT_SAFE]
+        stores = self.alternate(repository.object_directory())
         self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null",
-                                   GIT_ALTERNATE_OBJECT_DIRECTORIES=self.alternate(repository.object_directory()))
+                                   GIT_ALTERNATE_OBJECT_DIRECTORIES=stores)
         try:
-            form = ["--object-format=" + object_format] if object_format != "sha1" else []
-            list(self.records("init", "-q", "--bare", "--template=", *form, self.git_dir, talks=True))
+            self._init(self.git_dir, example)
             os.makedirs(os.path.join(self.git_dir, "info"), exist_ok=True)
         except BaseException:
             self.close()
             raise
+
+    def _init(self, path: str, example: str) -> None:
+        form = ["--object-format=sha256"] if len(example) == 64 else []
+        list(self.records("init", "-q", "--bare", "--template=", *form, path, talks=True))
 
     @staticmethod
     def alternate(objects: str) -> str:
@@ -4686,10 +4742,10 @@ class Shadow:
     def lend(self, objects: str) -> None:
         """Read from one more object store. Every git of this shadow would fail where it is not."""
         if os.path.realpath(objects) != objects or not os.path.isdir(objects):
-            raise GitFailed("The object store %s is not there." % show(objects))
-        stores = self.env["GIT_ALTERNATE_OBJECT_DIRECTORIES"]
-        if self.alternate(objects) not in stores:
-            self.env["GIT_ALTERNATE_OBJECT_DIRECTORIES"] = "%s:%s" % (stores, self.alternate(objects))
+            raise GitFailed(f"The object store {show(objects)} is not there.")
+        stores, more = self.env["GIT_ALTERNATE_OBJECT_DIRECTORIES"], self.alternate(objects)
+        if more not in stores:
+            self.env["GIT_ALTERNATE_OBJECT_DIRECTORIES"] = f"{stores}:{more}"
 
     def tree_in(self, objects: str, commit: str) -> str:
         """The tree of a commit that one object store has with everything in it; else ""."""
@@ -4709,28 +4765,28 @@ class Shadow:
         for name in os.listdir(folder):
             if name.startswith("cmux-shadow-"):
                 path = os.path.join(folder, name)
-                try:
-                    base = path[:-len(".lock")] if name.endswith(".lock") else path
-                    lock = Lock(base + ".lock", passing=True)
+                base = path[:-len(".lock")] if name.endswith(".lock") else path
+                lock = Lock(base + ".lock", passing=True)
+                with contextlib.suppress(OSError, StateFailed):  # it has just gone
                     if os.lstat(path).st_uid == os.geteuid() and lock.take():
                         shutil.rmtree(base, ignore_errors=True)
                         lock.passing = not os.path.lexists(base)  # a git of theirs may still write
                         lock.free()
-                except (OSError, StateFailed):
-                    pass  # it has just gone
 
     def argv(self, *words: str) -> List[str]:
         return [*self.start, *words]
 
-    def records(self, *words: str, stdin: Optional[bytes] = None, end: bytes = b"\0",
+    def records(self, *words: str, stdin: bytes = b"", end: bytes = b"\0",
                 env: Optional[Dict[str, str]] = None, talks: bool = False) -> Iterator[bytes]:
-        """What a git command prints, split at ``end``, one by one; nothing is held. Raises GitFailed when
-        it fails or, unless it ``talks``, says anything on stderr (update-index drops paths so)."""
+        """What a git command prints, split at ``end``, one by one; nothing is held. Raises
+        GitFailed when it fails or, unless it ``talks``, has anything on stderr: update-index drops
+        paths so."""
         base = os.path.join(self.path, os.urandom(4).hex())
-        with open(base + ".in", "wb+") as source, open(base + ".err", "wb+") as said:
-            source.write(stdin or b"")
+        with open(base + ".in", "wb+") as source, open(base + ".err", "wb+") as errors:
+            source.write(stdin)
             source.seek(0)
-            process = spawn(self.argv(*words), dict(self.env, **(env or {})), stdin=source, stdout=-1, stderr=said)
+            process = spawn(self.argv(*words), dict(self.env, **(env or {})), stdin=source,
+                            stdout=-1, stderr=errors)
             assert process.stdout
             try:
                 rest = b""
@@ -4744,10 +4800,10 @@ class Shadow:
                 if rest:
                     yield rest
                 process.wait()
-                said.seek(0)
-                text = neutralise(said.read(LOG_MAX)).strip()
+                errors.seek(0)
+                text = neutralise(errors.read(LOG_MAX)).strip()
                 if process.returncode or text and not talks:
-                    raise GitFailed("git %s failed: %s." % (words[0], show(text, 300)))
+                    raise GitFailed(f"git {words[0]} failed: {show(text, 300)}.")
             finally:
                 kill_group(process)
                 process.stdout.close()
@@ -4755,7 +4811,8 @@ class Shadow:
         os.unlink(base + ".err")
 
     def call(self, *words: str, stdin: bytes = b"", env: Optional[Dict[str, str]] = None) -> str:
-        return b"".join(self.records(*words, stdin=stdin, end=b"\n", env=env)).decode("utf-8", "surrogateescape")
+        lines = self.records(*words, stdin=stdin, end=b"\n", env=env)
+        return b"".join(lines).decode("utf-8", "surrogateescape")
 
     def commit(self, tree: str, message: str, *parents: str) -> str:
         """Make a commit in our own name."""
@@ -4765,7 +4822,8 @@ class Shadow:
         return self.call("commit-tree", tree, *words, stdin=message.encode(), env=env)
 
     def is_ancestor(self, old: str, new: str) -> bool:
-        return run(self.argv("merge-base", "--is-ancestor", old, new), self.env, patience=600)[0] == 0
+        words = self.argv("merge-base", "--is-ancestor", old, new)
+        return run(words, self.env, patience=600)[0] == 0
 
     def common(self, one: str, other: str) -> str:
         """The commit that two come from; "" where there is none."""
@@ -4780,17 +4838,11 @@ class Shadow:
 
     def changes(self, old: str, new: str) -> Iterator[Tuple[str, str, str, bytes]]:
         """(old mode, new mode, new id, path) of what differs between two trees or commits."""
-        rows = self.records("diff-tree", "-r", "-z", "--raw", "--no-abbrev", "--no-renames", "--no-ext-diff",
-                            "--no-textconv", old, new)
+        rows = self.records("diff-tree", "-r", "-z", "--raw", "--no-abbrev", "--no-renames",
+                            "--no-ext-diff", "--no-textconv", old, new)
         for row in rows:
             before, after, _, oid, _ = row.decode("ascii").split(" ")
             yield before[1:], after, oid, next(rows)
-
-    def mentions(self, tree: str, word: bytes) -> bool:
-        """Whether a .gitattributes of a tree has a word."""
-        oids = [oid for _, oid, path in self.listing(tree)
-                if path.rpartition(b"/")[2] == b".gitattributes"]
-        return any(word in data for _, data in self.blobs(oids))
 
     def altered(self, tree: str, rows: Iterable[Tuple[str, str, bytes]]) -> str:
         """A tree ("": the empty one) with other files at some paths: (mode, id, path), mode 0 takes
@@ -4802,6 +4854,14 @@ class Shadow:
         self.call("update-index", "-z", "--index-info", env=env, stdin=lines)
         return self.call("write-tree", "--missing-ok", env=env)
 
+    def delta(self, rows: Sequence[Tuple[str, str, bytes]]) -> str:
+        """The tree of only these files, of (mode, id, path), and .cmux-gone: the list of the paths
+        to remove before, those of mode 0 among them."""
+        names = b"".join(path + b"\n" for _, _, path in rows)
+        gone = self.call("hash-object", "-w", "--stdin", stdin=names)
+        files = [row for row in rows if int(row[0])]
+        return self.altered("", [("100644", gone, b".cmux-gone"), *files])
+
     def lfs_paths(self, paths: Iterable[bytes], env: Dict[str, str]) -> List[bytes]:
         """Those that LFS manages, by the .gitattributes in the index of ``env``."""
         self.attributes("")
@@ -4809,8 +4869,8 @@ class Shadow:
                                stdin=b"".join(path + b"\0" for path in paths))
         return [path for path, _, value in zip(answers, answers, answers) if value == b"lfs"]
 
-    def pointers(self, tree: str) -> Iterator[Tuple[bytes, str, str, str, int]]:
-        """(path, mode, id, sha256, size of the content) of a tree's LFS pointers."""
+    def pointers(self, tree: str) -> Iterator[Tuple[bytes, Pointer]]:
+        """A tree's LFS pointers, by path."""
         env, sizes = {"GIT_INDEX_FILE": os.path.join(self.path, "lfs.index")}, self.sizes(tree)
         self.call("read-tree", tree, env=env)
         files = {path: (mode, oid) for mode, oid, path in self.listing(tree)
@@ -4819,16 +4879,18 @@ class Shadow:
         for path, (_, data) in zip(marked, self.blobs([files[path][1] for path in marked])):
             match = _POINTER.match(data)
             if match:
-                yield (path, *files[path], match.group(1).decode(), int(match.group(2)))
+                yield path, (*files[path], match.group(1).decode(), int(match.group(2)))
 
     def differing(self, head: str, *work: str, **env: str) -> Iterator[bytes]:
-        """Files that are not as ``head`` has them, by content; not in submodules, whose filters would run."""
-        return self.records(*work, "diff", "--no-ext-diff", "--no-textconv", "--no-renames", "--name-only",
-                            "--ignore-submodules=dirty", "-z", head, "--", env=env, talks=True)
+        """Files that are not as ``head`` has them, by content; not in submodules, whose filters
+        would run."""
+        return self.records(*work, "diff", "--no-ext-diff", "--no-textconv", "--no-renames",
+                            "--name-only", "--ignore-submodules=dirty", "-z", head, "--", env=env,
+                            talks=True)
 
     def attributes(self, text: str) -> None:
         """What git goes by here before any .gitattributes."""
-        with open(os.path.join(self.git_dir, "info", "attributes"), "w", encoding="utf-8", errors="surrogateescape") as stream:
+        with open(os.path.join(self.git_dir, "info", "attributes"), "w") as stream:
             stream.write(text)
 
     def index_links(self) -> Set[bytes]:
@@ -4840,17 +4902,10 @@ class Shadow:
         """A copy of the user's index, whose times spare reading unchanged files. With its own time:
         git reads again what was changed in the second of the index or later, and only that."""
         import shutil
-        for name in ["index"] + [name for name in os.listdir(repository.git_dir) if name.startswith("sharedindex.")]:
+        for name in os.listdir(repository.git_dir):
             source = os.path.join(repository.git_dir, name)
-            if os.path.isfile(source):
+            if re.match(r"index\Z|sharedindex\.", name) and os.path.isfile(source):
                 shutil.copy2(source, os.path.join(self.git_dir, name))
-
-    def delta(self, rows: Sequence[Tuple[str, str, bytes]]) -> str:
-        """The tree of only these files, of (mode, id, path), and .cmux-gone: the list of the paths
-        to remove before, those of mode 0 among them."""
-        gone = self.call("hash-object", "-w", "--stdin", stdin=b"".join(path + b"\n" for _, _, path in rows))
-        files = [row for row in rows if int(row[0])]
-        return self.altered("", [("100644", gone, b".cmux-gone"), *files])
 
     def blobs(self, ids: Sequence[str]) -> Iterator[Tuple[str, bytes]]:
         """(id, content) of small blobs, in order; b"" for one that is not small."""
@@ -4858,7 +4913,7 @@ class Shadow:
         if not ids:
             return
         with tempfile.TemporaryFile(dir=self.path) as source:
-            source.write("".join("%s\n" % oid for oid in ids).encode())
+            source.write("".join(oid + "\n" for oid in ids).encode())
             source.seek(0)
             process = spawn(self.argv("cat-file", "--batch"), self.env, stdin=source, stdout=-1)
         assert process.stdout
@@ -4867,8 +4922,7 @@ class Shadow:
                 for oid in ids:
                     row = stream.readline().split()
                     if len(row) != 3:
-                        raise GitFailed("The repository lacks the object %s." % oid,
-                                        "A partial clone lacks objects: fetch them first with git.")
+                        raise GitFailed(f"The repository lacks the object {oid}.", _PARTIAL)
                     size = int(row[2])
                     content = stream.read(min(size, SECRETS_MAX))
                     for left in range(size - len(content), 0, -CHUNK):
@@ -4882,27 +4936,30 @@ class Shadow:
     def quarantine(self, tip: str, known: Iterable[str]) -> str:
         """A pack of what ``tip`` has and the commits ``known`` have not, as a file, having passed
         git's own strict checks in a repository apart (a refusal leaves files behind)."""
-        apart, pack = os.path.join(self.path, "apart.git"), os.path.join(self.path, "result.pack")
-        with open(pack, "wb+") as stream:
-            with open(pack + ".in", "wb+") as source:
-                source.write(("%s\n" % tip + "".join("^%s\n" % k for k in known)).encode())
-                source.seek(0)
-                process = spawn(self.argv("pack-objects", "-q", "--revs", "--stdout"), self.env, stdin=source, stdout=stream)
-                if process.wait():
-                    raise GitFailed("git could not pack the result.")
-            form = ["--object-format=sha256"] if len(tip) == 64 else []
-            list(self.records("init", "-q", "--bare", "--template=", *form, apart, talks=True))
+        apart = os.path.join(self.path, "apart.git")
+        pack = os.path.join(self.path, "result.pack")
+        with open(pack, "wb+") as stream, open(pack + ".io", "wb+") as text:
+            text.write("\n^".join([tip, *known, ""])[:-1].encode())
+            text.seek(0)
+            words = self.argv("pack-objects", "-q", "--revs", "--stdout")
+            if spawn(words, self.env, stdin=text, stdout=stream).wait():
+                raise GitFailed("git could not pack the result.")
+            self._init(apart, tip)
             stream.seek(0)
-            with open(pack + ".err", "wb+") as said:
-                words = [self.program, "--git-dir=" + apart] + list(GIT_SAFE) + ["index-pack", "--stdin", "--strict", "--fsck-objects"]
-                if spawn(words, self.env, stdin=stream, stderr=said).wait():
-                    said.seek(0)
-                    raise ResultRefused("git refuses the result: %s." % show(neutralise(said.read(LOG_MAX)).strip(), 300))
+            text.seek(0)
+            text.truncate()
+            words = [self.program, "--git-dir=" + apart, *GIT_SAFE, "index-pack", "--stdin",
+                     "--strict", "--fsck-objects"]
+            if spawn(words, self.env, stdin=stream, stderr=text).wait():
+                text.seek(0)
+                why = show(neutralise(text.read(LOG_MAX)).strip(), 300)
+                raise ResultRefused(f"git refuses the result: {why}.")
         return pack
 
     def sizes(self, tree: str) -> Dict[bytes, int]:
         """The bytes of each file of a tree."""
-        rows = (row.partition(b"\t") for row in self.records("ls-tree", "-r", "-l", "-z", "--full-tree", tree))
+        listed = self.records("ls-tree", "-r", "-l", "-z", "--full-tree", tree)
+        rows = (row.partition(b"\t") for row in listed)
         return {path: int(meta.split()[3]) for meta, _, path in rows if meta.split()[3].isdigit()}
 
     def archive_size(self, tree: str) -> int:
@@ -4912,9 +4969,10 @@ class Shadow:
     def archive(self, tree: str, front: Iterable[bytes] = ()) -> Archive:
         """``front`` are tar entries without an end, which go before those of the tree."""
         self.attributes(SHADOW_ATTRIBUTES)
-        with open(os.path.join(self.path, "said"), "wb") as said:  # a pipe nobody reads would fill
-            return Archive(spawn(self.argv("archive", "--format=tar", tree), self.env, stdout=-1,
-                                 stderr=said.fileno()), said.name, front)
+        with open(os.path.join(self.path, "errors"), "wb") as errors:  # nobody reads a pipe
+            process = spawn(self.argv("archive", "--format=tar", tree), self.env, stdout=-1,
+                            stderr=errors.fileno())
+        return Archive(process, errors.name, front)
 
     def close(self) -> None:
         import shutil
@@ -4928,38 +4986,42 @@ class Shadow:
         self.close()
 
 
-_POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize (0|[1-9]\d{0,14})\n?\Z")
+if TYPE_CHECKING:
+    Pointer = Tuple[str, str, str, int]  # of an LFS file: mode, id, sha256 and size of the content
+_PARTIAL = "A partial clone lacks objects: fetch them first with git."
+_POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\n"
+                      rb"size (0|[1-9]\d{0,14})\n?\Z")
 
 
 class Place:
-    """A work tree and its git directory, both real paths: where its submodules and LFS content lie."""
+    """A work tree and its git directory, both real paths: where its submodules and LFS content
+    lie. ``roots``: where a .git file may point."""
 
     def __init__(self, top: str, git_dir: str, roots: List[str]) -> None:
-        self.top, self.git_dir, self.roots = top, git_dir, roots   # roots: where a .git file may point
+        self.top, self.git_dir, self.roots = top, git_dir, roots
+        self.objects = os.path.join(git_dir, "objects")
 
     def module(self, path: bytes) -> Optional[Place]:
-        """A submodule that is checked out. Nothing a .git file or a link says leads out of ``roots``."""
-        here = os.path.join(self.top, os.fsdecode(path))
+        """A submodule that is checked out. No .git file or link leads out of ``roots``."""
+        top = os.path.join(self.top, os.fsdecode(path))
+        git_dir = os.path.join(top, ".git")
         try:
-            if not self.top or os.path.realpath(here) != here:
+            if not self.top or os.path.realpath(top) != top:
                 return None
-            git_dir = os.path.join(here, ".git")
             if stat.S_ISREG(os.lstat(git_dir).st_mode):
                 words = read_bytes(git_dir, 4 * PATH_MAX) or b""
                 if not words.startswith(b"gitdir: "):
                     return None
-                git_dir = os.path.realpath(os.path.join(here, os.fsdecode(words[8:].rstrip(b"\r\n"))))
+                named = os.fsdecode(words[8:].rstrip(b"\r\n"))
+                git_dir = os.path.realpath(os.path.join(top, named))
                 if not any(git_dir.startswith(root + os.sep) for root in self.roots):
                     return None
-            found = Place(here, git_dir, self.roots + [os.path.join(git_dir, "modules")])
-            good = os.path.realpath(found.objects) == found.objects and os.stat(found.objects).st_uid == os.stat(self.git_dir).st_uid
-            return found if good and os.path.isdir(found.objects) else None
+            found = Place(top, git_dir, self.roots + [os.path.join(git_dir, "modules")])
+            owner = os.stat(self.git_dir).st_uid
+            good = os.path.realpath(found.objects) == found.objects and os.path.isdir(found.objects)
+            return found if good and os.stat(found.objects).st_uid == owner else None
         except (OSError, ValueError, StateFailed):
             return None
-
-    @property
-    def objects(self) -> str:
-        return os.path.join(self.git_dir, "objects")
 
     def content(self, sha256: str, size: int) -> str:
         """The file that holds an LFS object, by its name and size; "" where there is none."""
@@ -4968,19 +5030,21 @@ class Place:
             status = os.lstat(path)
         except OSError:
             return ""
-        return path if stat.S_ISREG(status.st_mode) and status.st_size == size and os.path.realpath(path) == path else ""
+        good = stat.S_ISREG(status.st_mode) and status.st_size == size
+        return path if good and os.path.realpath(path) == path else ""
 
     def uncommitted(self, shadow: Shadow) -> bool:
         """Whether a submodule has tracked files that differ from its HEAD."""
         import shutil
-        env = {"GIT_INDEX_FILE": os.path.join(shadow.path, "module.index")}
+        index = os.path.join(shadow.path, "module.index")
+        words = [shadow.program, "--git-dir=" + self.git_dir, "rev-parse", "-q", "--verify"]
         try:
             shadow.lend(self.objects)
-            shutil.copy2(os.path.join(self.git_dir, "index"), env["GIT_INDEX_FILE"])
-            status, head, _ = run([shadow.program, "--git-dir=" + self.git_dir, "rev-parse", "--verify", "-q",
-                                   "HEAD^{tree}"], git_environment())
-            work = "--work-tree=" + self.top
-            return not status and any(shadow.differing(head.decode().strip(), work, **env))
+            shutil.copy2(os.path.join(self.git_dir, "index"), index)
+            status, head, _ = run([*words, "HEAD^{tree}"], git_environment())
+            changed = shadow.differing(head.decode().strip(), "--work-tree=" + self.top,
+                                       GIT_INDEX_FILE=index)
+            return not status and any(changed)
         except (OSError, GitFailed):
             return False
 
@@ -4991,12 +5055,10 @@ class Parts:
 
     def __init__(self, shadow: Shadow, place: Place, source: str) -> None:
         self.shadow = shadow
-        self.modules: Set[bytes] = set()    # the paths of submodules, here or not
-        self.pointers: Dict[bytes, Tuple[str, str, str, int]] = {}  # path -> mode, id, sha256, size
+        self.modules: Set[bytes] = set()    # the paths of submodules, checked out or not
+        self.pointers: Dict[bytes, Pointer] = {}
         self.files: Dict[bytes, str] = {}   # path -> the file that has the content
-        self.places: List[Place] = []       # of the submodules
-        self.lacking = 0                    # LFS files whose content is not here
-        self.absent = 0                     # submodules not checked out
+        self.places: List[Place] = []       # of the submodules that are checked out
         self._rows: List[Tuple[str, str, bytes]] = []
         self._look(place, source, b"")
         # What names it, without links to submodules. Where LFS content is sent, the host's git has
@@ -5009,72 +5071,76 @@ class Parts:
         for mode, oid, path in self.shadow.listing(tree):
             if mode == "160000":
                 links.append((path, oid))
-            elif (b"/" + path).endswith(b"/.gitattributes"):
+                continue
+            if path.rpartition(b"/")[2] == b".gitattributes":
                 attributes.append(oid)
-            if prefix and mode != "160000":
+            if prefix:
                 self._rows.append((mode, oid, prefix + path))
         if any(b"lfs" in data for _, data in self.shadow.blobs(attributes)):
-            for path, mode, oid, sha256, size in self.shadow.pointers(tree):
-                self._take(place, prefix + path, mode, oid, sha256, size)
+            for path, pointer in self.shadow.pointers(tree):
+                self._take(place, prefix + path, pointer)
         for path, commit in links:
             self.modules.add(prefix + path)
             if not prefix:
                 self._rows.append(("0", "0" * len(commit), path))
             module = place.module(path)
             inner = module and self.shadow.tree_in(module.objects, commit)
-            if not module or not inner:
-                self.absent += 1
-            else:
+            if module and inner:
                 self.shadow.lend(module.objects)
                 self.places.append(module)
                 self._look(module, inner, prefix + path + b"/")
 
-    def _take(self, place: Place, path: bytes, mode: str, oid: str, sha256: str, size: int) -> None:
+    def _take(self, place: Place, path: bytes, pointer: Pointer) -> None:
         import hashlib
-        self.pointers[path] = mode, oid, sha256, size
+        self.pointers[path] = mode, oid, sha256, size = pointer
         file = place.content(sha256, size)
         if file:
             self.files[path] = file
             form = "sha256" if len(oid) == 64 else "sha1"
             content = hashlib.new(form, b"content " + sha256.encode())
             self._rows.append((mode, content.hexdigest(), path))
-        else:
-            self.lacking += 1
 
     def stream(self, paths: Iterable[bytes]) -> Iterator[bytes]:
         """LFS files as tar entries, checked while they are read."""
-        import hashlib
         import tarfile
         for path in paths:
-            mode, _, sha256, size = self.pointers[path]
+            mode, _, _, size = self.pointers[path]
             info = tarfile.TarInfo(os.fsdecode(path))
             info.size, info.mtime, info.mode = size, int(time.time()), int(mode[-3:], 8)
             try:
                 yield info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
             except ValueError:  # a long name, more than 8 GB
                 yield info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
-            digest = hashlib.sha256()
-            for data in read_content(self.files[path], size):
-                digest.update(data)
-                yield data
-            if digest.hexdigest() != sha256:
-                raise GitFailed(f"The LFS content of {show(os.fsdecode(path))} is damaged.",
-                                "Look with: git lfs fsck")
+            yield from read_content(self.files[path], show(path), self.pointers[path])
             yield b"\0" * (-size % 512)
 
 
-def read_content(path: str, size: int) -> Iterator[bytes]:
-    """The bytes of a file, as many as said; GitFailed where there are fewer."""
+def read_content(path: str, name: str, pointer: Pointer) -> Iterator[bytes]:
+    """The bytes of a file, as an LFS pointer has them; else GitFailed."""
+    import hashlib
+    digest, left = hashlib.sha256(), pointer[3]
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as stream:
-            while size:
-                data = stream.read(min(CHUNK, size))
+        with open(os.open(path, flags), "rb", buffering=0) as stream:
+            while left:
+                data = stream.read(min(CHUNK, left))
                 if not data:
                     raise OSError(0, "")
-                size -= len(data)
+                left -= len(data)
+                digest.update(data)
                 yield data
     except OSError:
-        raise GitFailed("The LFS content %s cannot be read any more." % show(path), "Try again.")
+        raise GitFailed(f"The LFS content of {name} cannot be read any more.", "Try again.")
+    if digest.hexdigest() != pointer[2]:
+        raise GitFailed(f"The LFS content of {name} is damaged.", "Look with: git lfs fsck")
+
+
+def is_content(path: str, pointer: Pointer) -> bool:
+    """Whether a file holds what an LFS pointer says."""
+    try:
+        return os.path.getsize(path) == pointer[3] and all(read_content(path, "", pointer))
+    except (OSError, GitFailed):
+        return False
 
 
 def make_repository(path: str, files: Mapping[str, str]) -> str:
@@ -5084,19 +5150,14 @@ def make_repository(path: str, files: Mapping[str, str]) -> str:
         os.makedirs(os.path.dirname(os.path.join(path, name)), exist_ok=True)
         with open(os.path.join(path, name), "w") as stream:
             stream.write(text)
-    commit_all(path, "hello")
-    return path
-
-
-def commit_all(path: str, message: str) -> None:
-    """Commit what is in a repository of make_repository()."""
-    git = find_program("git")
-    identity = {"GIT_AUTHOR_NAME": "demo", "GIT_AUTHOR_EMAIL": "demo@localhost",
-                "GIT_COMMITTER_NAME": "demo", "GIT_COMMITTER_EMAIL": "demo@localhost", "GIT_CONFIG_GLOBAL": "/dev/null"}
-    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", message]):
-        status, _, err = run([git, "-C", path] + words, git_environment(**identity))
+    env = git_environment(GIT_AUTHOR_NAME="demo", GIT_AUTHOR_EMAIL="demo@localhost",
+                          GIT_COMMITTER_NAME="demo", GIT_COMMITTER_EMAIL="demo@localhost",
+                          GIT_CONFIG_GLOBAL="/dev/null")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "hello"]):
+        status, _, err = run([find_program("git"), "-C", path, *words], env)
         if status:
-            raise GitFailed("git %s failed: %s." % (words[0], show(neutralise(err))))
+            raise GitFailed(f"git {words[0]} failed: {show(neutralise(err))}.")
+    return path
 
 
 class Importer:
@@ -5137,7 +5198,7 @@ class Importer:
 
 # POSIX cksum is a CRC-32 that takes the bits of each byte from the other end than zlib's, then
 # the length. Reversing the bits of every byte (translate) and of the result makes zlib do it.
-_REVERSED = bytes(int("{:08b}".format(byte)[::-1], 2) for byte in range(256))
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 class Cksum:
@@ -5157,17 +5218,17 @@ class Cksum:
         import zlib
         size = self.length.to_bytes((self.length.bit_length() + 7) // 8, "little")
         value = zlib.crc32(size.translate(_REVERSED), self.register) ^ 0xFFFFFFFF
-        return "%d %d" % (int("{:032b}".format(value)[::-1], 2) ^ 0xFFFFFFFF, self.length)
+        return f"{int(f'{value:032b}'[::-1], 2) ^ 0xFFFFFFFF} {self.length}"
 
 
 class Archive(Source):
     """The stream of a running `git archive`, with its length and checksum so far. ``total`` counts
     what travels: compressed, after compress()."""
 
-    def __init__(self, process: Process, said: str, front: Iterable[bytes] = ()) -> None:
+    def __init__(self, process: Process, errors: str, front: Iterable[bytes] = ()) -> None:
         assert process.stdout
         super().__init__(process.stdout.fileno())
-        self.process, self.said, self.front = process, said, iter(front)
+        self.process, self.errors, self.front = process, errors, iter(front)
         self.digest = Cksum()
         self.ahead = b""            # read by small(), not yet passed on
         self.packer: Any = None
@@ -5199,8 +5260,8 @@ class Archive(Source):
             self.progress(self.digest.length)
         if self.packer:
             import zlib
-            if data:
-                data = self.packer.compress(data) + self.packer.flush(zlib.Z_SYNC_FLUSH)  # never nothing
+            if data:  # never nothing
+                data = self.packer.compress(data) + self.packer.flush(zlib.Z_SYNC_FLUSH)
             else:
                 data, self.packer = self.packer.flush(), None
         self.total += len(data)
@@ -5212,15 +5273,14 @@ class Archive(Source):
             self.process.stdout.close()
 
     def check(self, ended: bool = True) -> None:
-        """Raise GitFailed unless git ended well (or, where it was not read to its end, still runs): half an
-        archive must not become a base."""
+        """Raise GitFailed unless git ended well (or, where it was not read to its end, still runs):
+        half an archive must not become a base."""
         if ended:
             self.process.wait(timeout=60)
-        with open(self.said, "rb") as stream:
-            said = stream.read(LOG_MAX)
         if self.process.poll():
-            raise GitFailed("git archive failed: %s." % show(neutralise(said).strip(), 300),
-                            "A partial clone lacks objects: fetch them first with git.")
+            with open(self.errors, "rb") as stream:
+                why = show(neutralise(stream.read(LOG_MAX)).strip(), 300)
+            raise GitFailed(f"git archive failed: {why}.", _PARTIAL)
 
 
 # === 12. Workspaces ===
@@ -5228,12 +5288,12 @@ class Archive(Source):
 # rooms above. Promises: a workspace exists whole or not at all, on the host and in the registry.
 
 @contextlib.contextmanager
-def noted(project: ProjectBase, operation: str, workspace: str, host: str = "", detail: object = "",
-               op: str = "") -> Iterator[types.SimpleNamespace]:
+def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
+          detail: object = "", op: str = "") -> Iterator[types.SimpleNamespace]:
     """One operation as the history records it: ``size`` counts its bytes; ``code`` is its exit code
     unless it raises; ``op`` says which workspace, by no name. Those inside it are part of it."""
     import _thread
-    thread, masks = _thread.get_ident(), None  # type: int, object
+    thread = _thread.get_ident()
     row: Dict[str, Any] = {"operation": operation, "workspace": workspace, "host": host}
     if op:
         row["op"] = op
@@ -5242,31 +5302,28 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "", 
         yield entry
         return
 
-    def tell() -> None:
-        """What it is about, without the values of secrets that are known by now: those that commands make are
-        known only once they were handed over."""
-        nonlocal masks
-        try:
-            known = project.masks()
-            if known is not masks:
-                masks, row["detail"] = known, masked_detail(detail, known)
-        except CmuxError:
-            row["detail"] = ""
+    def describe() -> None:
+        """Without the values of secrets that are known by now: those that commands make are known
+        only once they were handed over."""
+        row["detail"] = ""
+        with contextlib.suppress(CmuxError):
+            row["detail"] = masked_detail(detail, project.masks())
     began, row["time"], lock = time.monotonic(), round(time.time(), 3), None
     if operation in ("exec", "shell", "write", "edit", "start"):
         project.touch(op)
     if operation in ("exec", "new", "push", "pull", "diff", "shell"):
-        tell()
+        describe()
         lock = project.history.begin(row)
     try:
         project.logging.add(thread)  # last: a KeyboardInterrupt before it must not leave it there
         yield entry
     except BaseException as error:
-        entry.code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        entry.code = getattr(error, "exit_code", 130 if interrupted else 1)
         raise
     finally:
         project.logging.discard(thread)
-        tell()
+        describe()
         seconds = round(time.monotonic() - began, 3)
         project.history.append(dict(row, duration=seconds, exit_code=entry.code, bytes=entry.size))
         if lock:
@@ -5275,14 +5332,15 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "", 
 
 def masked_detail(what: object, masks: Sequence[Tuple[bytes, bytes]]) -> str:
     """A command, path or pattern for the history: no secret's value, one line, bounded."""
-    words = [what] if isinstance(what, str) else [
-        word.decode("utf-8", "surrogateescape") if isinstance(word, bytes) else str(word) for word in what] if isinstance(what, (list, tuple)) else []
-    for at, word in enumerate(words):
+    line = isinstance(what, str)
+    words = []
+    for word in [what] if line else what if isinstance(what, (list, tuple)) else ():
+        word = word.decode("utf-8", "surrogateescape") if isinstance(word, bytes) else str(word)
         data = encoded(word)
         for value, shown in masks:
             data = data.replace(value, shown)
         plain = data.decode("utf-8", "surrogateescape")
-        words[at] = plain if plain != word or isinstance(what, str) else quote(word)
+        words.append(plain if plain != word or line else quote(word))
     return show(" ".join(words), 200)[1:-1]
 
 
@@ -5296,7 +5354,8 @@ def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0,
         @functools.wraps(function)
         def call(workspace: WorkspaceBase, *args: Any, **kwargs: Any) -> Any:
             what = args[0] if args else kwargs.get(named, "")
-            with noted(workspace.project, operation, workspace.name, workspace.host.name, what, workspace.op) as entry:
+            with noted(workspace.project, operation, workspace.name, workspace.host.name, what,
+                       workspace.op) as entry:
                 result = function(workspace, *args, **kwargs)
                 entry.size = size(result, *args)
                 entry.code = entry.code or code(result)
@@ -5305,12 +5364,13 @@ def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0,
     return decorate
 
 
-class ProjectState:
-    """A local git repository and what is known of its workspaces: see Project."""
+class ProjectBase:
+    """A local git repository and its workspaces: see Project, whose workspaces have the tools."""
 
-    kind: Type[Any]             # of WorkspaceBase: what workspace() and create() return; the room Tools sets it
+    kind: Type[Any]  # of WorkspaceBase: what workspace() returns; the room Tools sets it
 
-    def __init__(self, directory: str = ".", interactive: Optional[Callable[[], bool]] = None, warm: int = WARM_SESSIONS) -> None:
+    def __init__(self, directory: str = ".", interactive: Optional[Callable[[], bool]] = None,
+                 warm: int = WARM_SESSIONS) -> None:
         self._warm = warm
         self.repository = Repository(directory)
         self.registry = Registry(self.repository.common_dir)
@@ -5319,7 +5379,7 @@ class ProjectState:
         self._forked()
         fork_aware().add(self)
         self.handed_over: Dict[bytes, str] = {}   # values of secrets sent by this process -> name
-        self._masked: Tuple[Mapping[bytes, str], Mapping[str, Dict[str, str]], List[Tuple[bytes, bytes]]] = ({}, {}, [])
+        self._masked: Tuple[object, List[Tuple[bytes, bytes]]] = None, []
         self.history = History(self.registry)
 
     def _forked(self) -> None:
@@ -5327,9 +5387,9 @@ class ProjectState:
         self._mutex = threading.Lock()
         self.looking = threading.Lock()  # many workspaces at once: one says what is not sent
         self._fetching = threading.Lock()
-        self._unknown: Optional[Tuple[float, CmuxError]] = None  # until when a secret's command is not asked again
-        self.fetched: Set[str] = set()            # names of secrets that this process has sent or looked up
-        self.logging: Set[int] = set()            # threads in the middle of a logged operation
+        self._unknown: Optional[Tuple[float, CmuxError]] = None  # why a secret's command failed
+        self.fetched: Set[str] = set()   # secrets that this process has sent or looked up
+        self.logging: Set[int] = set()   # threads in the middle of a logged operation
 
     def hand_over(self, secrets: Mapping[str, bytes]) -> None:
         """Remember what a command is given, for masking. The oldest make room: one that is fetched
@@ -5341,9 +5401,11 @@ class ProjectState:
                 del self.handed_over[value]
 
     def know_secrets(self) -> None:
-        """Run the commands that make secrets, if this process has not yet: what an earlier one sent must be masked, too."""
+        """Run the commands that make secrets, if this process has not yet: what an earlier one sent
+        must be masked, too."""
         with self._fetching:
-            if {name for name, entry in self.registry.secrets().items() if "command" in entry} - self.fetched:
+            stored = self.registry.secrets()
+            if {name for name, entry in stored.items() if "command" in entry} - self.fetched:
                 if self._unknown and time.monotonic() < self._unknown[0]:
                     raise self._unknown[1]  # not once more for every call
                 try:
@@ -5353,19 +5415,22 @@ class ProjectState:
                     raise
 
     def masks(self) -> List[Tuple[bytes, bytes]]:
-        """(a secret's value, what to show in its place), longest first, also lines of a value, as a key is
-        shown with other line ends or an indent. Values below four bytes would mask half of all text."""
-        handed, secrets, made = dict(self.handed_over), self.registry.secrets(), self._masked
-        if made[:2] == (handed, secrets):
-            return made[2]
-        known = dict(handed)
+        """(a secret's value, what to show in its place), longest first, also lines of a value, as a
+        key is shown with other line ends or an indent. Values below four bytes would mask half of
+        all text."""
+        known, secrets = dict(self.handed_over), self.registry.secrets()
+        made_of = dict(known), secrets
+        if self._masked[0] == made_of:
+            return self._masked[1]
         for name, entry in secrets.items():
             known[entry.get("value", "").encode("utf-8", "surrogateescape")] = name
         for value, name in list(known.items()):
-            known.update({line.strip(): name for line in value.split(b"\n") if len(line.strip()) >= 16})
-        masks = sorted(((value, b"[secret %s]" % name.encode()) for value, name in known.items() if len(value) >= 4),
-                       key=lambda item: -len(item[0]))
-        self._masked = handed, secrets, masks
+            lines = map(bytes.strip, value.split(b"\n"))
+            known.update({line: name for line in lines if len(line) >= 16})
+        masks = [(value, b"[secret %s]" % name.encode()) for value, name in known.items()
+                 if len(value) >= 4]
+        masks.sort(key=lambda item: -len(item[0]))
+        self._masked = made_of, masks
         return masks
 
     def set_secret(self, name: str, value: Union[str, bytes, None]) -> None:
@@ -5388,7 +5453,7 @@ class ProjectState:
     def remote_name(self) -> str:
         """The project's directory on every host: its name and an id that is random."""
         value = self.registry.read()
-        return "%s-%s" % (value["name"], value["id"])
+        return f"{value['name']}-{value['id']}"
 
     def host(self, name: str) -> Host:
         """The Host of that name, the same for all workspaces of this object. Raises UsageError."""
@@ -5402,18 +5467,23 @@ class ProjectState:
         return safe_workspace(self.repository.branch() or "detached")
 
     def default_host(self, workspace: str = "") -> str:
-        """$CMUX_SSH_HOST, else the user's own `git config cmux.host`, else UsageError (for ``workspace``, which is not there)."""
+        """$CMUX_SSH_HOST, else the user's own `git config cmux.host`, else UsageError (for
+        ``workspace``, which does not exist)."""
         name = os.environ.get("CMUX_SSH_HOST") or self.repository.config("cmux.host")
         if not name:
             known = sorted({entry["host"] for entry in self.entries().values()})
-            raise UsageError("There is no workspace %s, and no host is known to make it on." % show(workspace) if workspace
-                             else "No host is known for this project.", "Name one with -H HOST%s, or set $CMUX_SSH_HOST, or: git config cmux.host HOST"
-                             % (" (its workspaces are on %s)" % ", ".join(known[:5]) if known else ""))
+            where = f" (its workspaces are on {', '.join(known[:5])})" if known else ""
+            raise UsageError(
+                f"There is no workspace {show(workspace)}, and no host is known to make it on."
+                if workspace else "No host is known for this project.",
+                f"Name one with -H HOST{where}, or set $CMUX_SSH_HOST, or: "
+                "git config cmux.host HOST")
         return check_host(name)
 
     def entries(self) -> Dict[str, Dict[str, Any]]:
         """The finished workspaces, by name. One that is being made is not listed."""
-        return {name: entry for name, entry in self.registry.read()["workspaces"].items() if entry.get("state") == "ready"}
+        return {name: entry for name, entry in self.registry.read()["workspaces"].items()
+                if entry.get("state") == "ready"}
 
     def workspace(self, name: str) -> "Workspace":
         """An existing workspace. Raises WorkspaceMissing."""
@@ -5432,16 +5502,8 @@ class ProjectState:
         """What the registry has of a finished workspace. Raises WorkspaceMissing."""
         entry = self.entries().get(check_workspace(name))
         if entry is None:
-            raise no_workspace(name, ", or make it: %s new %s -H HOST" % (PROGRAM, name))
+            raise no_workspace(name, f", or make it: {PROGRAM} new {name} -H HOST")
         return entry
-
-    def turn(self, name: str, **fields: Any) -> str:
-        """The same, and the number of what is about to be done to the workspace: after that, the
-        host does nothing of a lower one, whose client was killed."""
-        with self.registry.editing() as record:
-            record["turn"] = max(record.get("turn", 0) + 1, int(time.time()))
-            record["workspaces"].setdefault(name, {}).update(fields)
-            return str(record["turn"])
 
     def update(self, name: str, **fields: Any) -> None:
         """Change fields of a workspace's entry in the registry."""
@@ -5453,16 +5515,26 @@ class ProjectState:
         with self.registry.editing() as record:
             record["workspaces"].pop(name, None)
 
+    def operate(self, script: str, name: str, entry: Mapping[str, Any], words: Sequence[str],
+                change: Mapping[str, Any] = types.MappingProxyType({}),
+                cancel: Optional[Cancel] = None) -> Reply:
+        """Run an operation on a workspace's name on its host, once the registry has the ``change``;
+        the first word names the operation. The host does none any more that has a lower turn: its
+        client was killed."""
+        with self.registry.editing() as record:
+            turn = record["turn"] = max(record.get("turn", 0) + 1, int(time.time()))
+            record["workspaces"].setdefault(name, {}).update(change)
+        place = entry["root"], entry["project"], str(turn), name
+        return self.host(entry["host"]).call(script, *place, *words, cancel=cancel)
+
     def discard(self, name: str, entry: Dict[str, Any]) -> None:
-        """The directory into the trash there, the entry out of the registry; not listed from here on,
-        unless the host does not do it."""
+        """The directory into the host's trash, the entry out of the registry; not listed from here
+        on, unless the host does not do it."""
         Shadow.reap(temporary_folder())  # of whoever was killed while he made it
-        host = self.host(entry["host"])
-        turn = self.turn(name, state="removing")
+        words = [os.urandom(8).hex(), entry["op"]]
         try:
-            reply = host.call(REMOVE, entry["root"], entry["project"], name, os.urandom(8).hex(),
-                              turn, entry["op"])
-            check_reply(reply, host.name, "remove the workspace %s" % name)
+            reply = self.operate(REMOVE, name, entry, words, {"state": "removing"})
+            check_reply(reply, entry["host"], f"remove the workspace {name}")
         except CmuxError as error:
             if not isinstance(error, ConnectionLost):  # then nobody knows
                 self.update(name, state=entry["state"])
@@ -5470,57 +5542,60 @@ class ProjectState:
         self.forget(name)
 
     def vacate(self, name: str) -> None:
-        """See that a name is free. Under its lock, an entry that is not ready is what a process that
-        was killed left, and was never reported to anybody: it is cleared away. So is half a rename to it."""
+        """See that a name is free. Under its lock, an entry that is not ready is what a process
+        that was killed left, and was never reported to anybody: it is cleared away. So is half a
+        rename to it."""
         for other, entry in self.entries().items():
             if entry.get("intent", {}).get("to") == name:
                 lock = self.registry.creation_lock(other)
                 if not lock.wait(Deadline(5)):  # it may wait for the lock we hold
-                    raise WorkspaceExists("The workspace %s is about to get the name %s." % (other, name), "Try again in a moment.")
+                    raise WorkspaceExists(f"The workspace {other} is about to get the name {name}.",
+                                          "Try again in a moment.")
                 with lock:
                     self.settle(other)
-        entry = self.registry.read()["workspaces"].get(name)
-        if entry and entry["state"] == "ready":
-            raise WorkspaceExists("The workspace %s exists already." % name,
-                                  "Choose another name, or remove it: %s rm %s" % (PROGRAM, name))
-        if entry:
-            self.discard(name, entry)
+        left = self.registry.read()["workspaces"].get(name)
+        if left and left["state"] == "ready":
+            raise WorkspaceExists(f"The workspace {name} exists already.",
+                                  f"Choose another name, or remove it: {PROGRAM} rm {name}")
+        if left:
+            self.discard(name, left)
 
     def settle(self, name: str) -> Dict[str, Any]:
         """The entry of a workspace after what a push or a rename that was cut off has left to do: a
         push that was done there counts, a rename does not. Under the workspace's lock."""
         entry = self.entry(name)
-        intent, host = entry.get("intent"), self.host(entry["host"])
-        if not intent:
-            return entry
-        Shadow.reap(temporary_folder())
-        words = [name, os.urandom(8).hex(), self.turn(name)]
-        if "to" in intent:
-            script, words = RENAME, [intent["to"], *words, entry["op"], name]
-        else:
-            script, words = SETTLE, [*words, intent["op"]]
-        reply = host.call(script, entry["root"], entry["project"], *words)
-        if reply.status not in (20, 22):  # else it is nowhere, or something else stands there
-            check_reply(reply, host.name, "settle an interrupted operation on %s" % name)
+        intent = entry.get("intent")
+        if intent:
+            Shadow.reap(temporary_folder())
+            words = [intent.get("to", name), name, entry["op"], intent["op"]]
+            reply = self.operate(RENAME, name, entry, [os.urandom(8).hex(), *words])
+            if reply.status not in (20, 22):  # else it is nowhere, or something else stands there
+                check_reply(reply, entry["host"], f"settle an interrupted operation on {name}")
+            self._end_intent(name, intent["op"] in reply.lines())
+        return self.entry(name)
+
+    def _end_intent(self, name: str, pushed: bool) -> None:
+        """A push or a rename has ended, or was given up. Two forks may settle it at once."""
         with self.registry.editing() as record:
-            end_intent(record["workspaces"][name], intent["op"] in reply.lines())
-            return dict(record["workspaces"][name])
-
-
-class ProjectBase(ProjectState):
-    """What is done to a project's workspaces: see Project, whose workspaces have the tools."""
+            entry = record["workspaces"][name]
+            intent = entry.pop("intent", {})
+            if pushed and intent:
+                entry.update({key: intent[key] for key in ("base", "tree", "host_tree", "whole")})
+                entry.get("pulled", {}).pop("left", None)
+                entry["over"] = dict(entry.get("branches", {}))  # what it no longer has
 
     def create(self, name: str, host: str, ref: str = "HEAD", root: str = "", init: bool = True,
                report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> "Workspace":
-        """Make workspace ``name`` on ``host`` from commit ``ref``, below ``root`` there (default ~/cmux), and
-        run its init hook unless ``init`` is false: a hook that fails is told to ``report`` and undoes nothing.
+        """Make workspace ``name`` on ``host`` from commit ``ref``, below ``root`` there (default
+        ~/cmux), and run its init hook unless ``init`` is false: ``report`` gets to know of a hook
+        that fails, which undoes nothing.
 
         Raises WorkspaceExists, UploadFailed, HostError, GitFailed, RemoteFailed, Cancelled.
         """
         check_workspace(name)
         check_host(host)
         if not root.isprintable() or len(root) > PATH_MAX or root.startswith("-"):
-            raise UsageError("%s cannot be the root directory." % show(root))
+            raise UsageError(f"{show(root)} cannot be the root directory.")
         # Before the lock: a hundred callers of a host that is down then share one failure, and do
         # not ask it one after the other.
         report = report or Report()
@@ -5529,24 +5604,79 @@ class ProjectBase(ProjectState):
         report.step(name, "being made")
         with self.registry.creation_lock(name).hold(cancel):
             self.vacate(name)
-            with noted(self, "new", name, host, ref) as entry:
-                creation = Creation(self, name, host, ref, root, report, cancel)
-                entry.row["op"] = creation.op
-                with contextlib.closing(creation):
-                    workspace = creation.run(init)
-                entry.size = creation.sent
-                return workspace
+            place = {"host": host, "root": root}
+            with noted(self, "new", name, host, ref) as log, \
+                    Upload(self, name, place, ref, report, cancel) as upload:
+                log.row["op"] = op = os.urandom(8).hex()  # not before: it has no name yet
+                self._make(upload, op, init)
+                log.size = upload.sent
+                if "init" in self.entry(name):
+                    self._run_init(name, root, report, cancel)
+                return self.workspace(name)
 
-    def ensure(self, name: str, host: str = "", report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> "Workspace":
-        """The workspace, made first from HEAD if it does not exist, on ``host`` (default: default_host());
-        waits while another process makes it. Raises as create() does, and UsageError if it is elsewhere."""
+    def _make(self, upload: Upload, op: str, init: bool) -> None:
+        name, host = upload.name, upload.host.name
+        entry: Dict[str, Any] = {
+            "state": "creating", "host": host, "root": upload.root, "op": op,
+            "project": self.remote_name, "created": int(time.time()), **upload.base()}
+        upload.left_out()
+        try:
+            reply = upload.with_base(op, lambda: self.operate(
+                CREATE, name, entry, [op, upload.tree], entry, upload.cancel))
+            check_reply(reply, host, "make the workspace", name)
+            if "made" not in reply.lines():
+                raise RemoteFailed(f"{host} did not confirm the workspace.", "Try again.")
+        except CmuxError as error:
+            # else it may exist: the next `new` or `rm` clears it
+            if not isinstance(error, (ConnectionLost, Cancelled)):
+                self.forget(name)
+            raise
+        roots = [line[5:] for line in reply.lines() if line.startswith("root ")]
+        root = check_remote_path((roots or [""])[0])
+        entry.update(state="ready", root=root, path=f"{root}/{entry['project']}/{name}")
+        if "nogit" in reply.lines():
+            upload.report.warn(f"git failed on {host}; {name} is not a repository.")
+        if init and "init" in reply.lines():
+            entry["init"] = "pending"
+        with self.registry.editing() as record:
+            record["workspaces"][name] = entry
+            upload.note_sent(record, root)
+
+    def _run_init(self, name: str, root: str, report: Report, cancel: Optional[Cancel]) -> None:
+        """The hook's failure is reported, and undoes nothing."""
+        report.say(f"running .cmux/init in {name}")
+        report.step(name, "init hook")
+        end: object = "lost"
+
+        def output(data: bytes) -> None:
+            report.output(data, name)
+        try:
+            result = self.workspace(name).run(["./.cmux/init"], output, output, cancel=cancel)
+            if result.reason:
+                raise Cancelled(f"Interrupted; the workspace {name} is there, its init hook was "
+                                "ended.")
+            end = result.status
+            why = f" Is {show(root or '~/cmux')} on a noexec file system?" if end == 126 else ""
+            if end:
+                report.warn(f"The init hook of {name} failed with status {end}.{why}")
+        except HostError as error:
+            report.warn(f"The init hook of {name} was cut off: {error}")
+        finally:
+            self.update(name, init=end)
+
+    def ensure(self, name: str, host: str = "", report: Optional[Report] = None,
+               cancel: Optional[Cancel] = None) -> "Workspace":
+        """The workspace, made first from HEAD if it does not exist, on ``host`` (default:
+        default_host()); waits while another process makes it. Raises as create() does, and
+        UsageError if it is elsewhere."""
         entry = self.entries().get(check_workspace(name))
         if entry and entry.get("init") == "pending":
             self.registry.creation_lock(name).hold(cancel).free()
         if entry is None:
+            place, report = host or self.default_host(name), report or Report()
             try:
-                made = self.create(name, host or self.default_host(name), report=report, cancel=cancel)
-                (report or Report()).note("The workspace %s is new, on %s." % (name, made.host.name))
+                made = self.create(name, place, report=report, cancel=cancel)
+                report.note(f"The workspace {name} is new, on {made.host.name}.")
                 return made
             except WorkspaceExists:
                 if name not in self.entries():
@@ -5557,62 +5687,74 @@ class ProjectBase(ProjectState):
         """A workspace, if it is on ``host``, where one is given."""
         found = self.workspace(name)
         if host and check_host(host) != found.host.name:
-            raise UsageError("The workspace %s is on %s, not on %s." % (name, found.host.name, host),
+            raise UsageError(f"The workspace {name} is on {found.host.name}, not on {host}.",
                              "Leave out -H, or use another name with -w.")
         return found
 
     def remove(self, name: str, force: bool = False, forget: bool = False) -> List[str]:
-        """Remove a workspace; with jobs that run or work in it that no pull brought home only by ``force``.
-        ``forget``: only here, its host being gone for good. What was removed: [name], or [] when there is
-        none. Raises WorkspaceDirty, HostError, RemoteFailed."""
+        """Remove a workspace; with jobs that run or work that has not been pulled only by
+        ``force``. ``forget``: only here, its host being gone for good. What was removed: [name], or
+        [] when there is none. Raises WorkspaceDirty, HostError, RemoteFailed."""
         with self.registry.creation_lock(check_workspace(name)):
             entry = self.registry.read()["workspaces"].get(name)
             if entry is None:
                 return []
-            host = self.host(entry["host"])
-            with noted(self, "rm", name, host.name, "--forget" if forget else "--force" if force else "", entry["op"]):
+            option = "--forget" if forget else "--force" if force else ""
+            with noted(self, "rm", name, entry["host"], option, entry["op"]):
                 if forget:
                     self.forget(name)
                     return [name]
                 if entry["state"] == "ready":
                     entry = self.settle(name)
                     if not force:
-                        if any(row["workspace"] == name and row["operation"] in ("exec", "shell") for row in self.running_now()):
-                            raise WorkspaceDirty("A command runs in the workspace %s." % name, "Wait for it (see `%s top`), or give it up: `%s rm --force %s`." % (PROGRAM, PROGRAM, name))
-                        reply = host.call(CHANGED, *self.looked_at(name, entry, os.urandom(8).hex()), entry["op"])
-                        if reply.status != 22:
-                            check_reply(reply, host.name, "look for changes in %s" % name)
-                            self._refuse(name, entry, reply.lines())
+                        self._refuse_lost(name, entry)
                 self.discard(name, entry)
         return [name]
 
+    def _refuse_lost(self, name: str, entry: Dict[str, Any]) -> None:
+        """Raise WorkspaceDirty if something would be lost with a workspace."""
+        if any(row["workspace"] == name and row["operation"] in ("exec", "shell")
+               for row in self.running_now()):
+            raise WorkspaceDirty(f"A command runs in the workspace {name}.",
+                                 f"Wait for it (see `{PROGRAM} top`), or give it up: "
+                                 f"`{PROGRAM} rm --force {name}`.")
+        words = *self.looked_at(name, entry, os.urandom(8).hex()), entry["op"]
+        reply = self.host(entry["host"]).call(CHANGED, *words)
+        if reply.status != 22:
+            check_reply(reply, entry["host"], f"look for changes in {name}")
+            self._refuse(name, entry, reply.lines())
+
     def touch(self, op: str) -> None:
-        """Something begins that may change the workspace: it is no more as the last pull found it."""
-        name, entry = next(((name, entry) for name, entry in self.entries().items() if entry["op"] == op), ("", {}))
-        if "asked" in entry and entry.get("touched", 0) <= entry["asked"]:
-            # It is for `list` alone.
-            with contextlib.suppress(CmuxError), self.registry.editing() as record:
-                record["workspaces"].get(name, {}).update(touched=time.time())
+        """Something begins that may change the workspace since the last pull."""
+        for name, entry in self.entries().items():
+            if entry["op"] == op and entry.get("touched", 0) <= entry.get("asked", -1):
+                # It is for `list` alone.
+                with contextlib.suppress(CmuxError), self.registry.editing() as record:
+                    record["workspaces"].get(name, {}).update(touched=time.time())
 
     def running_now(self) -> List[Dict[str, Any]]:
-        """What runs on this machine's behalf, oldest first, under the name that its workspace has now."""
+        """What runs on this machine's behalf, oldest first, under its workspace's name of now."""
         names = {entry["op"]: name for name, entry in self.entries().items()}
-        return [dict(row, workspace=names.get(row["op"]) if row.get("op") else row.get("workspace")) for row in self.history.now()]
+        return [dict(row, workspace=names.get(row["op"]) if row.get("op") else row.get("workspace"))
+                for row in self.history.now()]
 
     def past(self, name: Optional[str] = None) -> List[Dict[str, Any]]:
-        """The history, oldest first: of all, or of the workspace that has this name now, also from before it was
-        renamed; of those that had it, where none has."""
+        """The history, oldest first: of all, or of the workspace that has this name now, also from
+        before it was renamed; of those that had it, where none has."""
         op = self.entries().get(name, {}).get("op") if name else None
-        return [row for row in self.history.rows() if not name or (row.get("op") == op if op and row.get("op") else row.get("workspace") == name)]
+        return [row for row in self.history.rows() if not name or (
+            row.get("op") == op if op and row.get("op") else row.get("workspace") == name)]
 
     @contextlib.contextmanager
     def _both(self, source: str, name: str, shared: bool) -> Iterator[None]:
         """The locks of a workspace and of the name of another."""
         if check_workspace(name) == source:
-            raise WorkspaceExists("The workspace %s has that name already." % name, "Choose another name.")
+            raise WorkspaceExists(f"The workspace {name} has that name already.",
+                                  "Choose another name.")
         with contextlib.ExitStack() as held:
             for one in sorted((name, source)):  # or two would wait for each other
-                held.enter_context(self.registry.creation_lock(one, shared and one == source).hold())
+                lock = self.registry.creation_lock(one, shared and one == source)
+                held.enter_context(lock.hold())
             yield
 
     def fork(self, source: WorkspaceBase, name: str) -> "Workspace":
@@ -5623,106 +5765,108 @@ class ProjectBase(ProjectState):
             self.vacate(name)
             made = dict(entry, state="forking", op=os.urandom(8).hex(), branches={}, over={},
                         created=int(time.time()), path=source.path[:-len(source.name)] + name)
-            turn = self.turn(name, **made)
-            self._move(FORK, source.host, made, source.name, name, made["op"], turn)
+            with noted(self, "fork", source.name, entry["host"], name, entry["op"]):
+                reply = self.operate(FORK, name, made, [made["op"], source.name], made)
+                if reply.status in (20, 22):
+                    self.forget(name)
+                check_reply(reply, entry["host"], f"fork {source.name}", name, source.name)
             self.update(name, state="ready")
             return self.workspace(name)
 
     def rename(self, source: WorkspaceBase, name: str) -> "Workspace":
-        """Give a workspace another name, here and on the host; the new object (the old one is of no more
-        use). Until both are done, it has the old name. Raises as fork() does."""
+        """Give a workspace another name, here and on the host; the new object (the old one is of no
+        more use). Until both are done, it has the old name. Raises as fork() does."""
         with self._both(source.name, name, shared=False):
             entry, op = self.settle(source.name), os.urandom(8).hex()
             self.vacate(name)
-            entry = dict(entry, path=source.path[:-len(source.name)] + name)
-            turn = self.turn(source.name, intent={"op": op, "to": name})
-            words = op, turn, entry["op"], source.name
-            self._move(RENAME, source.host, entry, source.name, name, *words)
+            with noted(self, "rename", source.name, entry["host"], name, entry["op"]):
+                words = [op, source.name, name, entry["op"], ""]
+                reply = self.operate(RENAME, source.name, entry, words,
+                                     {"intent": {"op": op, "to": name}})
+                if reply.status in (20, 22):
+                    self.settle(source.name)
+                check_reply(reply, entry["host"], f"rename {source.name}", name, source.name)
             with self.registry.editing() as record:
-                record["workspaces"].pop(source.name, None)
-                record["workspaces"][name] = entry
+                moved = dict(entry, path=source.path[:-len(source.name)] + name)
+                del record["workspaces"][source.name]
+                record["workspaces"][name] = moved
             return self.workspace(name)
 
-    def _move(self, script: str, host: Host, entry: Dict[str, Any], source: str, name: str, *ops: str) -> None:
-        with noted(self, "fork" if script is FORK else "rename", source, host.name, name, self.entry(source)["op"]):
-            reply = host.call(script, entry["root"], entry["project"], source, name, *ops)
-        if reply.status in (20, 22):
-            if script is FORK:
-                self.forget(name)
-            else:
-                self.settle(source)
-            raise gone_there(source, host.name) if reply.status == 22 else WorkspaceExists(
-                "A directory %s exists already on %s." % (name, host.name), "Choose another name.")
-        check_reply(reply, host.name, "make %s of %s" % (name, source))
-
-    def push(self, name: str, ref: str = "HEAD", force: bool = False, report: Optional[Report] = None,
-             cancel: Optional[Cancel] = None) -> bool:
+    def push(self, name: str, ref: str = "HEAD", force: bool = False,
+             report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> bool:
         """Bring a workspace to another local commit; False when it is there already. Refuses to
-        overwrite what no pull brought home (WorkspaceDirty); with ``force`` a copy stays in the
+        overwrite work that has not been pulled (WorkspaceDirty); with ``force`` a copy stays in the
         trash on the host until gc. Raises as create() does, too."""
-        with contextlib.ExitStack() as held:
-            held.enter_context(self.registry.creation_lock(check_workspace(name)))
-            workspace, report = self.workspace(name), report or Report()
-            entry = self.settle(name)
-            made = held.enter_context(contextlib.closing(
-                Creation(self, name, workspace.host.name, ref, entry["root"], report, cancel)))
-            made.left_out()
-            if not force and (made.commit, made.tree) == (entry["base"], entry.get("whole")):
-                return False
-            with noted(self, "push", name, workspace.host.name, ref, entry["op"]) as log:
-                if not force:
-                    self._refuse(name, entry, ())
-                turn = self.turn(name, intent={"op": made.op, **made.base()})
-                words = self.looked_at(name, entry, made.op)
-                words += [made.tree, "1" if force else "", turn]
-                reply = made.with_base(lambda: workspace.host.call(PUSH, *words, cancel=cancel),
-                                       entry["tree"])
-                log.size = made.sent
-                if reply.status in (5, 25):  # nothing was done there
-                    with self.registry.editing() as record:
-                        end_intent(record["workspaces"][name], False)
-                if reply.status == 25:
-                    self._refuse(name, entry, reply.lines())
-                if reply.status == 5:
-                    raise RemoteFailed("The git repository of %s on %s cannot be moved: it was made anew there, or a lock or a branch like main/x "
-                                       "is in the way." % (name, workspace.host.name), "Put that right there, or replace the directory: --force.")
-            if reply.status == 22:
-                raise gone_there(name, workspace.host.name)
-            check_reply(reply, workspace.host.name, "push to %s" % name)
-            if "pushed" not in reply.lines():
-                raise RemoteFailed("%s did not confirm the push." % workspace.host.name, "Try again.")
-            for line in reply.lines():
-                if line.startswith("kept "):
-                    report.warn("What was in %s is kept until gc, on %s: %s" % (name, workspace.host.name, show(line[5:])))
-            with self.registry.editing() as record:
-                end_intent(record["workspaces"][name], True)
-                made.note_sent(record, entry["root"])
+        with self.registry.creation_lock(check_workspace(name)):
+            entry, report = self.settle(name), report or Report()
+            host = entry["host"]
+            with Upload(self, name, entry, ref, report, cancel) as upload:
+                upload.left_out()
+                stands = entry["base"], entry.get("whole")
+                if not force and (upload.commit, upload.tree) == stands:
+                    return False
+                with noted(self, "push", name, host, ref, entry["op"]) as log:
+                    lines = self._push(upload, entry, force)
+                    log.size = upload.sent
+                for line in lines:
+                    if line.startswith("kept "):
+                        report.warn(f"What was in {name} is kept until gc, on {host}: "
+                                    + show(line[5:]))
+                self._end_intent(name, True)
+                with self.registry.editing() as record:
+                    upload.note_sent(record, entry["root"])
             return True
 
+    def _push(self, upload: Upload, entry: Dict[str, Any], force: bool) -> List[str]:
+        """The lines of the host's reply, once it has confirmed a push."""
+        name, host, op = upload.name, entry["host"], os.urandom(8).hex()
+        if not force:
+            self._refuse(name, entry, ())
+        words = [op, *self.looked_at(name, entry, op), upload.tree, "1" if force else ""]
+        intent = {"intent": {"op": op, **upload.base()}}
+        reply = upload.with_base(op, lambda: self.operate(
+            PUSH, name, entry, words, intent, upload.cancel), entry["tree"])
+        if reply.status in (5, 25):  # nothing was done there
+            self._end_intent(name, False)
+        if reply.status == 25:
+            self._refuse(name, entry, reply.lines())
+        if reply.status == 5:
+            raise RemoteFailed(f"The git repository of {name} on {host} cannot be moved: it was "
+                               "made anew there, or a lock or a branch like main/x is in the way.",
+                               "Put that right there, or replace the directory: --force.")
+        check_reply(reply, host, f"push to {name}", name, name)
+        if "pushed" not in reply.lines():
+            raise RemoteFailed(f"{host} did not confirm the push.", "Try again.")
+        return reply.lines()
+
     def gc(self, only: Optional[str] = None) -> Tuple[Dict[str, int], List[CmuxError]]:
-        """Free trash, leftovers and old bases on every host that has or had a workspace of the project, or on one
-        of them: (bytes by host, why it did not go with others). Raises UsageError for another host."""
+        """Free trash, leftovers and old bases on every host that has or had a workspace of the
+        project, or on one of them: (bytes by host, why it did not go with others). Raises
+        UsageError for another host."""
         used = {(entry["host"], entry["root"]) for entry in self.entries().values()}
-        places = [place for place in sorted(used.union(map(tuple, self.registry.read().get("places", [])))) if only in (None, place[0])]
+        known = used.union(map(tuple, self.registry.read().get("places", [])))
+        places = [place for place in sorted(known) if only in (None, place[0])]
         if only and not places:
-            raise UsageError("No workspace of this project is or was on %s." % show(only), "See `%s list`." % PROGRAM)
+            raise UsageError(f"No workspace of this project is or was on {show(only)}.",
+                             f"See `{PROGRAM} list`.")
         freed: Dict[str, int] = {}
         failed: List[CmuxError] = []
-        for host, root in list(places):
+        done = []
+        for host, root in places:
             try:
                 with noted(self, "gc", "", host):
                     reply = self.host(host).call(GC, root)
                     check_reply(reply, host, "clear up")
                 if not re.match(rb"-?\d{1,15}\n\Z", reply.stdout):
-                    raise RemoteFailed("%s did not say what it freed." % host)
+                    raise RemoteFailed(f"{host} did not say what it freed.")
             except CmuxError as error:  # the other hosts all the same
                 failed.append(error)
-                places.remove((host, root))
                 continue
+            done.append((host, root))
             freed[host] = freed.get(host, 0) + max(0, int(reply.stdout)) * 1024
         with self.registry.editing() as record:
             record["places"] = [place for place in record.get("places", [])
-                                if tuple(place) not in places or tuple(place) in used]
+                                if tuple(place) in used or tuple(place) not in done]
         return freed, failed
 
     def looked_at(self, name: str, entry: Dict[str, Any], op: str) -> List[str]:
@@ -5735,50 +5879,47 @@ class ProjectBase(ProjectState):
 
     def _refuse(self, name: str, entry: Dict[str, Any], lines: Iterable[str]) -> None:
         lost = [show(line.replace("\t", " "), 200)[1:-1] for line in lines if line.strip()]
-        way = "Wait for it, or end it with stop (%s jobs -w %s)." if lost and all(line.startswith("a job that runs") for line in lost) else \
-            "Bring it home first: %s pull -w %s." if lost else "Look at it there (%s exec -w %s -- git status --short); read brings a file."
+        way = f"Bring it home first: {PROGRAM} pull -w {name}."
+        if lost and all(line.startswith("a job that runs") for line in lost):
+            way = f"Wait for it, or end it with stop ({PROGRAM} jobs -w {name})."
+        elif not lost:
+            way = (f"Look at it there ({PROGRAM} exec -w {name} -- git status --short); read "
+                   "brings a file.")
         lost += entry.get("pulled", {}).get("left", ())
         if lost:
-            error = WorkspaceDirty("The workspace %s has work that would be lost: %s%s."
-                                   % (name, ", ".join(lost[:5]), ", ..." if len(lost) > 5 else ""),
-                                   way % (PROGRAM, name) + " Or give it up: --force.")
+            some = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
+            error = WorkspaceDirty(f"The workspace {name} has work that would be lost: {some}.",
+                                   way + " Or give it up: --force.")
             error.lost = lost
             raise error
 
 
-def lacks_ignored(shadow: Shadow, entry: Dict[str, Any]) -> bool:
-    """Whether an older version may have left out of a workspace what .gitattributes mark so."""
-    tree: str = entry["tree"]
-    return entry.get("whole") != tree and shadow.mentions(tree, b"export-ignore")
-
-
-def end_intent(entry: Dict[str, Any], pushed: bool) -> None:
-    """A push or a rename has ended, or was given up. Two forks may settle it at once."""
-    intent = entry.pop("intent", {})
-    if pushed and intent:
-        entry.update({key: intent.get(key, "") for key in ("base", "tree", "host_tree", "whole")})
-        entry.get("pulled", {}).pop("left", None)
-        entry["over"] = dict(entry.get("branches", {}))  # it no longer has what these brought home
-
-
-def no_workspace(name: str, more: str = "") -> WorkspaceMissing:
-    return WorkspaceMissing("There is no workspace %s in this project." % show(name), "See `%s list`%s" % (PROGRAM, more or "."))
+def no_workspace(name: str, more: str = ".") -> WorkspaceMissing:
+    return WorkspaceMissing(f"There is no workspace {show(name)} in this project.",
+                            f"See `{PROGRAM} list`{more}")
 
 
 def gone_there(name: str, host: str) -> WorkspaceMissing:
-    return WorkspaceMissing("The directory of %s is not on %s (any more)." % (name, host), "To make it anew: `%s rm --force %s`, then `%s new %s -H %s`." % (
-        PROGRAM, name, PROGRAM, name, quote(host)))
+    return WorkspaceMissing(f"The directory of {name} is not on {host} (any more).",
+                            f"To make it anew: `{PROGRAM} rm --force {name}`, then "
+                            f"`{PROGRAM} new {name} -H {quote(host)}`.")
 
 
-def check_reply(reply: Reply, host: str, what: str) -> None:
-    """Raise RemoteFailed with the host's own words unless a script ended with status 0."""
+def check_reply(reply: Reply, host: str, what: str, new: str = "", name: str = "") -> None:
+    """Raise RemoteFailed with the host's own words unless a script ended with status 0. 20: the
+    name ``new`` is taken; 22: the directory of the workspace ``name`` is not there."""
+    if reply.status == 20 and new:
+        raise WorkspaceExists(f"A directory {new} exists already on {host}.",
+                              "Choose another name.")
+    if reply.status == 22 and name:
+        raise gone_there(name, host)
     if reply.status:
-        raise RemoteFailed("%s could not %s: %s." % (host, what, show(reply.said(), 300)),
+        raise RemoteFailed(f"{host} could not {what}: {show(reply.said(), 300)}.",
                            "Is its disk full, or the directory not writable?")
 
 
 class Report:
-    """Where work in progress is told. The default is silence; the command line shows it."""
+    """Where work in progress is reported. The default is silence; the command line shows it."""
 
     def say(self, text: str) -> None:
         """A step worth a line in verbose mode."""
@@ -5789,7 +5930,8 @@ class Report:
     def warn(self, text: str) -> None:
         """Something the user should know."""
 
-    def progress(self, what: str, done: int, total: Optional[Callable[[], int]] = None, doing: str = "sending") -> None:
+    def progress(self, what: str, done: int, total: Optional[Callable[[], int]] = None,
+                 doing: str = "sending") -> None:
         """Bytes moved so far for workspace ``what``; ``total`` estimates of how many, at a cost."""
 
     def step(self, what: str, doing: str) -> None:
@@ -5799,127 +5941,88 @@ class Report:
         """Bytes from the init hook of ``what``, as they come."""
 
 
-class Creation:
-    """Making one workspace: intent in the registry, base on the host, publication, record."""
+class Upload:
+    """What is sent of one commit to one host. A context manager."""
 
-    def __init__(self, project: ProjectBase, name: str, host: str, ref: str, root: str, report: Report,
-                 cancel: Optional[Cancel]) -> None:
+    def __init__(self, project: ProjectBase, name: str, entry: Mapping[str, Any], ref: str,
+                 report: Report, cancel: Optional[Cancel]) -> None:
         self.project, self.name, self.report, self.cancel = project, name, report, cancel
-        self.host = project.host(host)
-        self.root = root
-        self.commit, self.source = project.repository.resolve(ref)
+        self.host, self.root, self.head = project.host(entry["host"]), entry["root"], ref == "HEAD"
+        self.commit, source = project.repository.resolve(ref)
         project.repository.refuse_state(self.commit)
-        self.place, self.head = project.remote_name, ref == "HEAD"
-        self.op = os.urandom(8).hex()
         self.sent = 0  # bytes of the archive
         self.shadow = project.repository.in_shadow(self.commit)
         try:
-            self.parts = Parts(self.shadow, project.repository.place(), self.source)
+            self.parts = Parts(self.shadow, project.repository.place(), source)
         except BaseException:
-            self.close()
+            self.shadow.close()
             raise
         self.tree = self.parts.tree
 
-    def close(self) -> None:
+    def __enter__(self) -> Upload:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.shadow.close()
 
-    def base(self) -> Dict[str, Any]:
+    def base(self) -> Dict[str, str]:
         """What the registry keeps of what was sent. Versions that left export-ignored files out
         write no ``whole``."""
         return {"base": self.commit, "tree": self.tree, "whole": self.tree,
                 "host_tree": self.parts.host_tree}
 
-    def run(self, init: bool) -> "Workspace":
-        entry: Dict[str, Any] = {
-            "state": "creating", "host": self.host.name, "root": self.root, "project": self.place,
-            **self.base(), "op": self.op, "created": int(time.time())}
-        turn = self.project.turn(self.name, **entry)
-        try:
-            self.left_out()
-            words = self.root, self.place, self.name, self.tree, self.op, turn
-            reply = self.with_base(lambda: self.host.call(CREATE, *words, cancel=self.cancel))
-            if reply.status == 20:
-                raise WorkspaceExists(
-                    f"A directory {self.name} exists already on {self.host.name}.",
-                    "Choose another name.")
-            check_reply(reply, self.host.name, "make the workspace")
-            if "made" not in reply.lines():
-                raise RemoteFailed(f"{self.host.name} did not confirm the workspace.", "Try again.")
-        except CmuxError as error:
-            # else it may be there: the next `new` or `rm` clears it
-            if not isinstance(error, (ConnectionLost, Cancelled)):
-                self.project.forget(self.name)
-            raise
-        root = check_remote_path(next((line[5:] for line in reply.lines() if line.startswith("root ")), ""))
-        hook = init and "init" in reply.lines()
-        entry.update(state="ready", root=root, path=f"{root}/{self.place}/{self.name}")
-        if hook:
-            entry["init"] = "pending"
-        if "nogit" in reply.lines():
-            self.report.warn(f"git failed on {self.host.name}; {self.name} is not a repository.")
-        self._record(entry)
-        if hook:
-            self._run_init(self.project.kind(self.project, self.name, entry), entry)
-        made: "Workspace" = self.project.kind(self.project, self.name, entry)
-        return made
-
-    def _record(self, entry: Dict[str, Any]) -> None:
-        with self.project.registry.editing() as record:
-            record["workspaces"][self.name] = dict(entry)
-            if entry["state"] == "ready":
-                self.note_sent(record, entry["root"])
-
     def note_sent(self, record: Dict[str, Any], root: str) -> None:
         """Where something of the project is, for gc; and what was sent there, for deltas."""
-        rows = [("places", [self.host.name, root], PLACES_KEPT),
-                ("sent", [self.host.name, self.tree], SENT_KEPT),
-                ("composed", [self.tree, self.source], SENT_KEPT)]
-        for key, row, most in rows[:2] if self.tree == self.source else rows:
-            record[key] = [row] + [other for other in record.get(key, []) if other != row][:most]
+        for key, value, most in (("places", root, PLACES_KEPT), ("sent", self.tree, SENT_KEPT)):
+            row = [self.host.name, value]
+            others = [other for other in record.get(key, []) if other != row]
+            record[key] = [row, *others[:most]]
 
-    def with_base(self, use: Callable[[], Reply], own: str = "") -> Reply:
-        """Run ``use``; where the host lacks the base (21), upload it first. What little differs
-        from the workspace's ``own`` is sent unasked."""
+    def with_base(self, op: str, use: Callable[[], Reply], own: str = "") -> Reply:
+        """Run ``use``, the operation ``op``; where the host lacks the base (21), upload it first.
+        What little differs from the workspace's ``own`` is sent unasked."""
         if own not in ("", self.tree):
-            self._upload([own], True)
+            self._upload(op, [own], True)
         reply = use()
-        if reply.status == 21:
-            lock = self.project.registry.upload_lock(self.tree, self.host.name, self.root)
-            waited = not lock.take()
-            if waited:
-                self.report.step(self.name, "waiting for the archive")
-                lock.hold(self.cancel)
-                self.report.step(self.name, "being made")
-            with lock:
-                reply = use() if waited else reply
-                for _ in range(2):  # the second time, all of it
-                    if reply.status == 21:
-                        try:
-                            self._upload(line[5:] for line in reply.lines() if line[:5] == "base ")
-                        finally:
-                            self.report.step(self.name, "being unpacked")
-                        reply = use()
+        if reply.status != 21:
+            return reply
+        lock = self.project.registry.upload_lock(self.tree, self.host.name, self.root)
+        waited = not lock.take()
+        if waited:
+            self.report.step(self.name, "waiting for the archive")
+            lock.hold(self.cancel)
+            self.report.step(self.name, "being made")
+        with lock:
+            reply = use() if waited else reply
+            for _ in range(2):  # the second time, all of it
+                if reply.status == 21:
+                    try:
+                        self._upload(op, [row[5:] for row in reply.lines() if row[:5] == "base "])
+                    finally:
+                        self.report.step(self.name, "being unpacked")
+                    reply = use()
         return reply
 
     def _nearest(self, offered: Iterable[str]) -> Tuple[str, List[Tuple[str, str, bytes]]]:
         """The base on the host with which the fewest bytes travel, if those are less than half, and
         what differs, as (mode, id, path); or "". Only one that was sent there before: a delta tells
         the names of what the base has and this tree has not."""
-        record, shadow, host = self.project.registry.read(), self.shadow, self.host.name
+        shadow, host, project = self.shadow, self.host.name, self.project
         sizes = shadow.sizes(self.tree)
         sizes.update({path: self.parts.pointers[path][3] for path in self.parts.files})
         best, least, differs = "", sum(sizes.values()) / 2, []
-        sources = dict(record.get("composed", []))
-        sent = {entry["tree"]: entry["base"] for entry in self.project.entries().values()
-                if entry["host"] == host}
-        sent.update((tree, sources.get(tree, tree)) for place, tree in record.get("sent", [])
-                    if place == host)
-        for tree in [tree for tree in offered if tree in sent and b".cmux-gone" not in sizes]:
+        sent = {tree: tree for there, tree in project.registry.read().get("sent", [])
+                if there == host}
+        sent.update((entry["tree"], entry["base"]) for entry in project.entries().values()
+                    if entry["host"] == host)
+        for tree in offered:
             try:
-                if sent[tree] != tree:  # a commit, or a tree with submodules or LFS files
-                    source = shadow.call("rev-parse", sent[tree] + "^{tree}")
-                    if Parts(shadow, self.project.repository.place(), source).tree != tree:
-                        continue  # other content lies here now
+                if tree not in sent or b".cmux-gone" in sizes:
+                    continue
+                source, place = sent[tree] + "^{tree}", project.repository.place()
+                source = shadow.call("rev-parse", source)
+                if source != tree and Parts(shadow, place, source).tree != tree:
+                    continue  # other submodules or LFS files lie here now
                 rows = [row[1:] for row in shadow.changes(tree, self.tree)]
             except GitFailed:
                 continue  # a commit that this repository does not have
@@ -5932,19 +6035,22 @@ class Creation:
     def left_out(self) -> None:
         """One line, once a command, on what the repository has and the host does not get."""
         with self.project.looking:
-            said = vars(self.report).setdefault("not_sent", set())
-            if self.tree in said or type(self.report) is Report:  # which says nothing
+            noted_of = vars(self.report).setdefault("not_sent", set())
+            if self.tree in noted_of or type(self.report) is Report:  # which shows nothing
                 return
-            said.add(self.tree)
-            below = sum(place.uncommitted(self.shadow) for place in self.parts.places)
-            changed = self.project.repository.uncommitted(self.shadow) if self.head else 0
-        parts = ["%d %s" % (count, re.sub("(file|submodule)s", r"\1", name, count=1) if count == 1 else name) for count, name in (
-            (self.parts.absent, "submodules not checked out here"),
-            (self.parts.lacking, "LFS files whose content is not here (their pointers are sent)"),
-            (changed, "uncommitted files (--dirty takes them along)"),
-            (below, "uncommitted files in submodules")) if count]
-        if parts:
-            self.report.note("Not sent: %s." % ", ".join(parts))
+            noted_of.add(self.tree)
+            parts = self.parts
+            below = sum(place.uncommitted(self.shadow) for place in parts.places)
+            changed = self.head and self.project.repository.uncommitted(
+                self.shadow, parts.pointers)
+        rows = ((len(parts.modules) - len(parts.places), "submodule", "not checked out here"),
+                (len(parts.pointers) - len(parts.files), "LFS file",
+                 "whose content is not here (their pointers are sent)"),
+                (changed, "uncommitted file", "(--dirty takes them along)"),
+                (below, "uncommitted file", "in submodules"))
+        text = [f"{count} {noun}{'s' * (count != 1)} {more}" for count, noun, more in rows if count]
+        if text:
+            self.report.note(f"Not sent: {', '.join(text)}.")
 
     def _archive(self, parent: str, rows: Sequence[Tuple[str, str, bytes]]) -> Archive:
         """The archive of what differs from a base, or of all."""
@@ -5960,80 +6066,52 @@ class Creation:
         archive.size = lambda: front + size(tree)
         return archive
 
-    def _upload(self, offered: Iterable[str], little: bool = False) -> None:
+    def _upload(self, op: str, offered: Iterable[str], little: bool = False) -> None:
         """Stream the archive; it counts only when the host's length and checksum are ours. If
         ``little``, only one that is small."""
         parent, rows = self._nearest(offered)
         if little and not parent:
             return
-        archive = self._archive(parent, rows)
-        try:
+        with contextlib.closing(self._archive(parent, rows)) as archive:
             if little and not archive.small():
                 return
-            reply = self._send(archive, parent)
-        finally:
-            archive.close()
-        if not reply.status and archive.ended and reply.lines()[-2:] == [archive.digest.line(), ""]:
-            self.sent, whole = archive.total, archive.digest.length
-            self.report.say("sent %s to %s%s" % (human_size(whole), self.host.name, ", compressed to %s" % human_size(
-                self.sent) if self.sent < whole else ""))
-            return
-        self.host.call(DISCARD, self.root, self.op)
+            reply = self._send(op, archive, parent)
+        whole = archive.digest.length
         check_reply(reply, self.host.name, "take the archive")
-        raise UploadFailed(f"The archive did not arrive whole on {self.host.name}.", "Try again.")
+        if not archive.ended or reply.lines()[-2:] != [archive.digest.line(), ""]:
+            raise UploadFailed(f"The archive did not arrive whole on {self.host.name}.",
+                               "Try again.")
+        self.sent = archive.total
+        packed = f", compressed to {human_size(self.sent)}" if self.sent < whole else ""
+        self.report.say(f"sent {human_size(whole)} to {self.host.name}{packed}")
 
-    def _send(self, archive: Archive, parent: str) -> Reply:
-        archive.progress = lambda done: self.report.step(self.name, "unpacking") if archive.ended else \
-            self.report.progress(self.name, done, archive.size)
+    def _send(self, op: str, archive: Archive, parent: str) -> Reply:
+        def show_progress(done: int) -> None:
+            if archive.ended:
+                self.report.step(self.name, "unpacking")
+            else:
+                self.report.progress(self.name, done, archive.size)
+        archive.progress = show_progress
         direct, how = not archive.small(), ""
         if direct:
-            said = self.host.call(GZIP, before=HELD, cancel=self.cancel)
-            if said.trip >= GZIP_FROM and said.stdout == b"gzip\n":
+            answer = self.host.call(GZIP, before=HELD, cancel=self.cancel)
+            if answer.trip >= GZIP_FROM and answer.stdout == b"gzip\n":
                 how = "gzip"
                 archive.compress()
         try:
-            reply = self.host.call(UPLOAD, self.root, self.op, parent, how, source=archive,
+            reply = self.host.call(UPLOAD, self.root, op, parent, how, source=archive,
                                    direct=direct, cancel=self.cancel)
         except ConnectionLost as lost:
             archive.check(False)
-            cut = UploadFailed("The connection to %s was lost after %s of the archive; no workspace was made."
-                               % (self.host.name, human_size(archive.digest.length)), "Try again; nothing is left half-done.")
+            size = human_size(archive.digest.length)
+            cut = UploadFailed(f"The connection to {self.host.name} was lost after {size} of the "
+                               "archive; no workspace was made.",
+                               "Try again; nothing is left half-done.")
             cut.exit_code = 255
             raise cut from lost
         if archive.ended:  # else the host took no more, and says why
             archive.check()
         return reply
-
-    def _run_init(self, workspace: WorkspaceBase, entry: Dict[str, Any]) -> None:
-        """The hook's failure is told, and undoes nothing."""
-        self.report.say("running .cmux/init in %s" % self.name)
-        self.report.step(self.name, "init hook")
-
-        def output(data: bytes) -> None:
-            self.report.output(data, self.name)
-        try:
-            result = workspace.run(["./.cmux/init"], output, output, cancel=self.cancel)
-            entry["init"] = "lost" if result.reason else result.status
-            if result.reason:
-                raise Cancelled("Interrupted; the workspace %s is there, its init hook was ended." % self.name)
-            if result.status:
-                self.report.warn("The init hook of %s failed with status %s.%s" % (self.name, result.status, " Is %s on a noexec file system?" % show(
-                    self.root or "~/cmux") if result.status == 126 else ""))
-        except HostError as error:
-            entry["init"] = "lost"
-            self.report.warn("The init hook of %s was cut off: %s" % (self.name, error))
-        finally:
-            self._record(entry)
-
-
-def state_of(entry: Mapping[str, Any]) -> str:
-    """What is known here, without asking the host: ready; pulled, when a pull brought work home, and
-    nothing was begun from here since; init running, init failed."""
-    init = entry.get("init")
-    if init not in (None, 0):
-        return "init running" if init == "pending" else "init failed"
-    pulled = entry.get("pulled")
-    return "pulled" if pulled and entry.get("touched", 0) <= pulled.get("at", 0) else "ready"
 
 
 class WorkspaceBase:
@@ -6047,46 +6125,55 @@ class WorkspaceBase:
         self.host = project.host(entry["host"])
         self.root: str = entry["root"]
         self.place: str = entry["project"]
-        self.op: str = entry["op"]        # its directory of jobs: a new name keeps them, a new workspace has none
+        self.op: str = entry["op"]  # its id: a new name keeps its jobs, a new workspace has none
         self.path: str = check_remote_path(entry["path"])
         self.base: str = entry["base"]
         self.created: float = entry["created"]
         self.state = state_of(entry)
+        if self.state == "init running":
+            lock = project.registry.creation_lock(name)
+            if lock.take():  # whoever ran it was killed
+                lock.free()
+                self.state = "init failed"
 
     def __repr__(self) -> str:
-        return "Workspace(%r on %r)" % (self.name, self.host.name)
+        return f"Workspace({self.name!r} on {self.host.name!r})"
 
     def describe(self) -> Dict[str, Any]:
         """What `list --json` prints of it; ``created`` in seconds since 1970."""
         return {"name": self.name, "host": self.host.name, "path": self.path, "base": self.base,
                 "created": self.created, "project": self.project.name, "state": self.state}
 
-    def environment(self, extra: Optional[Mapping[str, str]] = None, cancel: Optional[Cancel] = None) -> bytes:
+    def environment(self, extra: Optional[Mapping[str, str]] = None,
+                    cancel: Optional[Cancel] = None) -> bytes:
         """The header records of a command's environment: ours, the secrets, then ``extra``."""
-        values: Dict[str, Union[str, bytes]] = {"CMUX_WORKSPACE": self.name, "CMUX_PROJECT": self.project.name}
         secrets = secret_values(self.project.registry, cancel)
-        values.update(secrets)
+        values: Dict[str, Union[str, bytes]] = {
+            "CMUX_WORKSPACE": self.name, "CMUX_PROJECT": self.project.name, **secrets}
         self.project.hand_over(secrets)
         for name, value in (extra or {}).items():
             values[check_variable(name)] = encoded(value)
-        if sum(len(value) for value in values.values()) > SECRETS_MAX + 65536:
-            raise UsageError("The environment is larger than %s." % human_size(SECRETS_MAX))
-        records = b"".join(record("_cmux_path" if name == "PATH" else name, value) for name, value in values.items())
-        return (HELD if secrets or extra else b"") + records
+        if sum(map(len, values.values())) > SECRETS_MAX + 65536:
+            raise UsageError(f"The environment is larger than {human_size(SECRETS_MAX)}.")
+        records = [record("_cmux_path" if name == "PATH" else name, value)
+                   for name, value in values.items()]
+        return b"".join([HELD if secrets or extra else b"", *records])
 
     def run(self, command: Union[str, Sequence[str]], stdout: Callable[[bytes], Any],
             stderr: Callable[[bytes], Any], source: Optional[Source] = None, cwd: str = "",
             env: Optional[Mapping[str, str]] = None, login: bool = False,
             timeout: Optional[float] = None, cancel: Optional[Cancel] = None) -> Outcome:
-        """Run ``command``, its output streamed to the callables (which may raise to end it); see exec() for
-        the rest. ``source`` is for the command line: it streams a descriptor into the command's stdin."""
+        """Run ``command``, its output streamed to the callables (which may raise to end it); see
+        exec() for the rest. ``source`` is for the command line: it streams a descriptor into the
+        command's stdin."""
         check_command(command)
         if timeout is not None and not 0 < timeout < 1e8:
             raise UsageError("timeout takes a number of seconds above 0, and below 100000000.")
         try:
-            records = self.environment(env, cancel) + command_records(command, login, source is not None)
+            records = self.environment(env, cancel)
         except Cancelled:  # while a secret's command ran
             return Outcome(status=None, stopped="confirmed", reason="cancel")
+        records += command_records(command, login, source is not None)
         directory = os.path.join(self.path, cwd) if cwd else self.path
         with noted(self.project, "exec", self.name, self.host.name, command, self.op) as entry:
             def counted(sink: Callable[[bytes], Any]) -> Callable[[bytes], None]:
@@ -6095,37 +6182,41 @@ class WorkspaceBase:
                     sink(data)
                 return take
             try:
-                outcome = self.host.run(records, directory, counted(stdout), counted(stderr), source, Deadline(timeout), cancel)
+                outcome = self.host.run(records, directory, counted(stdout), counted(stderr),
+                                        source, Deadline(timeout), cancel)
             except WorkspaceMissing:
                 raise self._no_directory(cwd) if cwd else gone_there(self.name, self.host.name)
             entry.code = outcome.exit_code
             return outcome
 
     def _no_directory(self, cwd: str) -> UsageError:
-        where = "on " + self.host.name if cwd.startswith("/") else "in the workspace " + self.name
-        return UsageError("There is no directory %s %s." % (show(cwd), where), "cwd is relative to the workspace, or absolute.")
+        where = "on " + self.host.name if cwd[0] == "/" else "in the workspace " + self.name
+        return UsageError(f"There is no directory {show(cwd)} {where}.",
+                          "cwd is relative to the workspace, or absolute.")
 
-    def exec(self, command: Union[str, Sequence[str]], timeout: Optional[float] = None, cwd: str = "",
-             env: Optional[Mapping[str, str]] = None, stdin: Union[str, bytes, None] = None, login: bool = False,
-             limit: int = CAPTURE_MAX, cancel: Optional[Cancel] = None, tee: Optional[Callable[[bytes], Any]] = None) -> ExecResult:
+    def exec(self, command: Union[str, Sequence[str]], timeout: Optional[float] = None,
+             cwd: str = "", env: Optional[Mapping[str, str]] = None,
+             stdin: Union[str, bytes, None] = None, login: bool = False, limit: int = CAPTURE_MAX,
+             cancel: Optional[Cancel] = None,
+             tee: Optional[Callable[[bytes], Any]] = None) -> ExecResult:
         """Run a command and wait for it.
 
-        ``command``: a string is a shell line, a sequence an exact argv. ``timeout`` in seconds;
-        at its end the process tree there is ended and what was printed is kept. ``cwd`` relative
-        to the workspace. ``stdin``: bytes (or a str) for the command (None: /dev/null). ``limit``: bytes
-        kept of each stream. ``tee`` is given the bytes of both as they come. Raises HostError (the
-        connection), UsageError and WorkspaceMissing, never for the command's status, nor for ``cancel``: that ends
-        it as a timeout does, with ``exit_code`` 130, and ``stopped`` (None for a command's own 130).
+        ``command``: a string is a shell line, a sequence an exact argv. ``timeout`` in seconds; at
+        its end the process tree there is ended and what was printed is kept. ``cwd`` relative to
+        the workspace. ``stdin``: bytes (or a str) for the command (None: /dev/null). ``limit``:
+        bytes kept of each stream. ``tee`` is given the bytes of both as they come. Raises HostError
+        (the connection), UsageError and WorkspaceMissing, never for the command's status, nor for
+        ``cancel``: that ends it as a timeout does, with ``exit_code`` 130, and ``stopped`` (None
+        for a command's own 130).
         """
         began, out, err = time.monotonic(), Capture(limit), Capture(limit)
         sinks = [lambda data, keep=keep: (keep(data), tee and tee(data)) for keep in (out, err)]
-        stream = None if stdin is None else spool(encoded(stdin))
-        try:
-            source = None if stream is None else Source(stream.fileno())
-            outcome = self.run(command, sinks[0], sinks[1], source, cwd, env, login, timeout, cancel)
-        finally:
-            if stream:
-                stream.close()
+        with contextlib.ExitStack() as held:
+            source = None
+            if stdin is not None:
+                source = Source(held.enter_context(spool(encoded(stdin))).fileno())
+            outcome = self.run(command, sinks[0], sinks[1], source, cwd, env, login, timeout,
+                               cancel)
         return exec_result(self, outcome, out, err, began)
 
     @logged("shell")
@@ -6136,29 +6227,35 @@ class WorkspaceBase:
         writes them into a FIFO that the shell reads once. They are in no argv and on no disk.
         """
         import threading
-        values = dict(secret_values(self.project.registry), CMUX_RUNTIME=b"ssh", CMUX_WORKSPACE=self.name.encode(),
-                      CMUX_PROJECT=self.project.name.encode())
-        lines = [b"%s=%s; export %s\n" % (name.encode(), shell_word(value), name.encode()) for name, value in values.items()]
-        where, place = os.fsencode(self.path), os.urandom(8).hex()
+        values = dict(secret_values(self.project.registry), CMUX_RUNTIME=b"ssh",
+                      CMUX_WORKSPACE=self.name.encode(), CMUX_PROJECT=self.project.name.encode())
+        lines = [b"%s=%s; export %s\n" % (name.encode(), shell_word(value), name.encode())
+                 for name, value in values.items()]
+        where, op = os.fsencode(self.path), os.urandom(8).hex()
         lines.append(b'cd %s || exit 96\nexec "${SHELL:-/bin/sh}" -l\n' % shell_word(where))
-        fifo = os.path.dirname(os.path.dirname(where)) + b"/.cmux/stage/%s/f" % place.encode()
-        masters, ready = self.host.masters, Capture(100)
-        session = self.host.open(Deadline(SLOT_PATIENCE))
+        fifo = os.path.dirname(os.path.dirname(where)) + b"/.cmux/stage/%s/f" % op.encode()
+        octal = "".join(f"\\{byte:03o}" for byte in fifo)
+        ready, patience = Capture(100), SLOT_PATIENCE
+        session = self.host.open(Deadline(patience))
         try:
-            exchange = Exchange(session, HELD + script_records(HANDOVER, self.root, place), ready, ready, close_stdin=True, after=b"".join(lines))
+            header = HELD + script_records(HANDOVER, self.root, op)
+            exchange = Exchange(session, header, ready, ready, close_stdin=True,
+                                after=b"".join(lines))
             self.host.begin(exchange, None)
-            if not exchange.run(Deadline(START_PATIENCE), until=lambda: bool(ready.total) or exchange.ended) or ready.value() != b"ready\n":
-                raise RemoteFailed("%s could not prepare a shell: %s" % (self.host.name, show(neutralise(ready.value()), 200)))
-            argv, environment, begun, ended = masters.on_terminal(TAKEOVER % "".join("\\%03o" % byte for byte in fifo), Deadline(SLOT_PATIENCE))
+            exchange.run(Deadline(START_PATIENCE),
+                         until=lambda: bool(ready.total) or exchange.ended)
+            if ready.value() != b"ready\n":
+                raise RemoteFailed(f"{self.host.name} could not prepare a shell: "
+                                   + show(neutralise(ready.value()), 200))
+            argv, environment, begun, ended = self.host.masters.on_terminal(
+                TAKEOVER % octal, Deadline(patience))
         except BaseException:
             self.host.done(session)
             raise
 
         def hand_over() -> None:
-            try:
-                exchange.run(Deadline(SLOT_PATIENCE))
-            except CmuxError:
-                pass  # the shell over there has nothing to read then, and ends
+            with contextlib.suppress(CmuxError):  # the shell has nothing to read then, and ends
+                exchange.run(Deadline(patience))
             begun()
             self.host.done(session)
         helper = threading.Thread(target=hand_over, daemon=True)
@@ -6170,15 +6267,28 @@ class WorkspaceBase:
             helper.join(CONTROL_PATIENCE)
 
 
+def state_of(entry: Mapping[str, Any]) -> str:
+    """What is known here, without asking the host: ready; pulled, when a pull brought work home,
+    and nothing was begun from here since; init running, init failed."""
+    init = entry.get("init")
+    if init not in (None, 0):
+        return "init running" if init == "pending" else "init failed"
+    pulled = entry.get("pulled")
+    return "pulled" if pulled and entry.get("touched", 0) <= pulled.get("at", 0) else "ready"
+
+
 def shell_word(value: bytes) -> bytes:
     """Bytes as one word of a POSIX shell."""
     return b"'" + value.replace(b"'", b"'\"'\"'") + b"'"
 
 
-def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: Capture, began: float) -> ExecResult:
-    return ExecResult(workspace=workspace.name, host=workspace.host.name, exit_code=outcome.exit_code,
-                      stdout=out.value(), stderr=err.value(), timed_out=outcome.reason == "timeout",
-                      duration=round(time.monotonic() - began, 3), truncated=out.truncated or err.truncated, stopped=outcome.stopped)
+def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: Capture,
+                began: float) -> ExecResult:
+    return ExecResult(workspace=workspace.name, host=workspace.host.name,
+                      exit_code=outcome.exit_code, stdout=out.value(), stderr=err.value(),
+                      timed_out=outcome.reason == "timeout", stopped=outcome.stopped,
+                      duration=round(time.monotonic() - began, 3),
+                      truncated=out.truncated or err.truncated)
 
 
 # === 13. Results ===
@@ -6645,7 +6755,7 @@ class Pull:
             raise GitFailed("This repository has not all any more of what %s was made of: %s" % (workspace.name, error),
                             "Fetch the commit %s again; or take the files: %s exec -w %s -- tar -c . >%s.tar" % (
                                 self.base[:10], PROGRAM, workspace.name, workspace.name))
-        if lacks_ignored(shadow, self.entry):
+        if "whole" not in self.entry:
             raise GitFailed(
                 f"The workspace {workspace.name} was made by an older version, which sent no files "
                 "that .gitattributes mark export-ignore: what is missing cannot be compared.",

@@ -3547,6 +3547,12 @@ def test_an_interrupted_init_hook_is_no_success(repo: Repo, names: List[str]) ->
     nap = unique()
     repo.write(".cmux/init", f"#!/bin/sh\nsleep {nap}\n".encode(), 0o755)
     repo.commit()
+    child = repo.start("new", "-H", "box", "killed")
+    until(lambda: running(f"sleep {nap}"), "the hook runs")
+    assert repo.workspaces()["killed"]["state"] == "init running"
+    killed(child)
+    assert repo.workspaces()["killed"]["state"] == "init failed"
+    gone(f"sleep {nap}")
     child = repo.start("new", "-H", "box", *names)
     until(lambda: len(running(f"sleep {nap}")) >= len(names), "the hooks run")
     child.send_signal(signal.SIGINT)
@@ -3586,12 +3592,16 @@ def test_two_aliases_of_one_address_do_not_share_a_connection(repo: Repo, site: 
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_push_whose_first_attempt_was_killed_over_there_is_finished_by_the_next(site: Site, force: bool) -> None:
-    """It finds files that are half changed, by the first, and must not take them for the agent's."""
+def test_a_new_and_a_push_whose_first_attempt_was_killed_over_there_are_finished_by_the_next(site: Site, force: bool) -> None:
+    """They find a tree in the stage, which must not take the next one in; and files that are half changed, by the first, not by the agent."""
     repo, armed = Repo(site, files={f"many/{n}": b"old\n" for n in range(30)}), site.dir / "armed"
-    site.daemon("killed", env=replaced(site, git=f"""case "$*" in *'read-tree --reset -u'*) if rm {armed} 2>/dev/null; then for f in many/1*; do echo new >$f; done; p=$$ all=
-while p=$(($(ps -o ppid= -p $p))) && [ "$(ps -o comm= -p $p)" = sh ]; do all="$all $p"; done; kill -9 $all; exit 1; fi;; esac"""))
+    end = """p=$$ all=
+while p=$(($(ps -o ppid= -p $p))) && [ "$(ps -o comm= -p $p)" = sh ]; do all="$all $p"; done; kill -9 $all; exit 1; fi;; esac"""
+    site.daemon("killed", env=replaced(site, mv=f"""case $1 in */stage/*/tree) if rm {armed} 2>/dev/null; then {program("mv")} "$@"; {end}""",
+                                       git=f"""case "$*" in *'read-tree --reset -u'*) if rm {armed} 2>/dev/null; then for f in many/1*; do echo new >$f; done; {end}"""))
+    armed.touch()
     repo.new(host="killed")
+    assert not armed.exists() and tree_of(repo.path()) == repo.tree()
     for n in range(30):
         repo.write("many/%d" % n, b"new\n")
     repo.commit()
@@ -4640,6 +4650,11 @@ def older(repo: Repo, names: Sequence[str]) -> None:
     own = repo.path(names[0]).parents[1] / ".cmux"
     (own / "bases" / before).rename(own / "bases" / entry["tree"])
     (own / "bases" / entry["tree"] / "whole.tar").rename(own / "bases" / entry["tree"] / "tree.tar")
+    for path in own.glob("made/*/*.op"):
+        known = path.parent / path.read_text().strip()
+        for part in known.iterdir():
+            part.rename(path.with_suffix(part.suffix))
+        known.rmdir()
     for path in own.glob("made/*/*.base"):
         path.write_text(entry["tree"] + "\n")
 
@@ -7446,7 +7461,7 @@ def test_one_attempt_of_an_operation_at_a_time_whoever_died_and_whatever_number_
 rm() { case $SLOW in ?*) sleep $SLOW;; esac; command rm "$@"; }
 inside() { mkdir "$root/inside" || echo two; [ -z "$STAY" ] || kill -KILL $$; sleep 0.05; rmdir "$root/inside"; }
 _cmux_run=$RUN; _cmux_newline='
-'; _croot "$ROOT" && _cone op inside 2>/dev/null || echo failed"""
+'; _croot "$ROOT" && _one_at_a_time op inside 2>/dev/null || echo failed"""
     words = shlex.split(program(sh) + (" sh" if sh == "busybox" else ""))
     stage = tmp_path / ".cmux" / "stage"
 
@@ -10267,11 +10282,16 @@ def test_rm_with_its_host_removes_an_unfinished_workspace(repo: Repo, site: Site
     repo.new()
     (file,) = (site.state / "projects").glob("*.json")
     record = json.loads(file.read_text())
-    record["workspaces"]["main"]["state"] = "creating"
+    path, entry = repo.path(), record["workspaces"]["main"]
+    entry["state"] = "creating"
     file.write_text(json.dumps(record))
     refused(repo.cli("rm", "-H", "far", "main"), 2, words="not on far")
     repo.ok("rm", "-H", "box", "main")
-    assert not repo.workspaces()
+    assert not repo.workspaces() and not path.exists()
+    path.mkdir()
+    file.write_text(json.dumps(record))
+    repo.ok("rm", "main")
+    assert path.is_dir(), "it is somebody else's"
 
 
 def test_a_secret_with_half_a_character_is_called_damaged(repo: Repo, site: Site) -> None:
