@@ -2790,6 +2790,7 @@ MUX_DENIED, MUX_FAILURE, MUX_EXIT, MUX_OPENED = 0x80000002, 0x80000003, 0x800000
 MUX_NO_ESCAPE = 0xffffffff
 
 
+@functools.lru_cache(maxsize=8)
 def mux_packet(*fields: Union[int, str]) -> bytes:
     body = b""
     for field in fields:
@@ -2840,7 +2841,6 @@ class Session:
         self.master = ""         # the name of the one that carries it, if any
         self.stdin = self.stdout = self.stderr = self.control = -1
         self.exited = False      # the far side has reported the end of the command
-        self.status = -1         # with which
         self.counted = False     # among the operations of its Host that run
 
     def adopt(self, stdin: int, stdout: int, stderr: int) -> None:
@@ -2857,7 +2857,7 @@ class Session:
         drop(self.stdin, self.stdout, self.stderr)
         self.stdin = self.stdout = self.stderr = -1
 
-    _forked = close_pipes    # in a child: let go of it, without a word to the other side
+    _forked = close = close_pipes  # in a child: let go of it, without a word to the other side
 
     def control_event(self) -> bool:
         """Read what the control connection has; False when the session is over."""
@@ -2876,7 +2876,7 @@ class Session:
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
         """Why the session ended without its end mark. What was ``sent`` whole may have begun unseen."""
-        when = "" if begun else " before the command was seen to begin" if sent else " before the command began"
+        when = "" if begun else f" before the command {'was seen to begin' if sent else 'began'}"
         hint = "The command may still run there." + self.maybe * begun if begun or sent else "Try again."
         return ConnectionLost(f"The connection to {self.host} was lost{when}.", hint, self.host, begun or sent)
 
@@ -2886,24 +2886,20 @@ class Session:
             f"{self.host} could not start a process for this; this account may have too many there.",
             "End some of them, or run fewer at once (-j).", self.host, False)
 
-    def close(self) -> None:
-        self.close_pipes()
-
 
 class MuxSession(Session):
     """A session opened through a master's control socket, without a process of its own."""
 
-    def __init__(self, host: str, path: str, command: str, release: Callable[[], None]) -> None:
-        super().__init__(host)
-        self._release, self._path = release, path
-        self._buffer = b""
-        self._socket = connect(path)
+    def __init__(self, masters: Masters, slot: Slot, command: str) -> None:
+        super().__init__(masters.host)
+        self._masters, self._slot, self.master = masters, slot, slot[0]
+        self._status, self._buffer = -1, b""
+        self._socket = connect(masters.path(self.master))
         self.control = self._socket.fileno()
         try:
             self._open(command)
         except BaseException:
-            self.close_pipes()
-            self._socket.close()
+            self._forked()
             raise
 
     def _open(self, command: str) -> None:
@@ -2921,12 +2917,11 @@ class MuxSession(Session):
                 self._socket.sendmsg([b"\0"], [rights])
         finally:
             drop(*(fd for fd in fds if fd not in (self.stdin, self.stdout, self.stderr)))
-        hello = mux_numbers(self._packet())
-        if hello[:2] != [MUX_HELLO, 4]:
+        if mux_numbers(self._packet())[:2] != [MUX_HELLO, 4]:
             raise MasterGone("The control socket speaks another protocol.", host=self.host)
-        kind, _, _ = mux_numbers(self._packet())
+        kind = mux_numbers(self._packet())[0]
         if kind in (MUX_FAILURE, MUX_DENIED):
-            raise SessionRefused("%s refused one more session." % self.host, host=self.host)
+            raise SessionRefused(f"{self.host} refused one more session.", host=self.host)
         if kind != MUX_OPENED:
             raise MasterGone("The control socket gave an odd answer.", host=self.host)
         self._socket.setblocking(False)
@@ -2939,14 +2934,14 @@ class MuxSession(Session):
                 return packet
             data = self._socket.recv(4096)
             if not data:
-                raise MasterGone("The connection to %s was just closed." % self.host, host=self.host)
+                raise MasterGone(f"The connection to {self.host} was just closed.", host=self.host)
             self._buffer += data
 
     def _next(self) -> Optional[bytes]:
-        size = int.from_bytes(self._buffer[:4], "big")
-        if len(self._buffer) < 4 or len(self._buffer) < 4 + size:
+        end = 4 + int.from_bytes(self._buffer[:4], "big")
+        if len(self._buffer) < end:
             return None
-        packet, self._buffer = self._buffer[4:4 + size], self._buffer[4 + size:]
+        packet, self._buffer = self._buffer[4:end], self._buffer[end:]
         return packet
 
     def control_event(self) -> bool:
@@ -2960,7 +2955,7 @@ class MuxSession(Session):
         for packet in iter(self._next, None):
             kind, _, status = mux_numbers(packet)
             if kind == MUX_EXIT:
-                self.exited, self.status = True, status
+                self.exited, self._status = True, status
         return bool(data)
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
@@ -2969,13 +2964,13 @@ class MuxSession(Session):
             pass  # the end of the streams may come before the word of the command's end
         if self.exited and not begun:
             return RemoteShellFailed(self.host)
-        if self.status in FORK_FAILED:
+        if self._status in FORK_FAILED:
             return self.full()
         if self.exited:
-            return ConnectionLost("The command on %s was ended together with its wrapper." % self.host,
+            return ConnectionLost(f"The command on {self.host} was ended together with its wrapper.",
                                   "Something there killed every process of the session.", self.host)
         with contextlib.suppress(OSError):
-            connect(self._path).close()
+            connect(self._masters.path(self.master)).close()
             if begun:
                 return ConnectionLost(
                     f"The server of {self.host} ended this session, though the connection lives.",
@@ -2986,11 +2981,9 @@ class MuxSession(Session):
     def close(self) -> None:
         """Give the session up. Its slot is free at once: sshd, which ends it a moment later, takes two more
         than there are slots; and what it refuses has not begun, and is tried again."""
-        self.close_pipes()
         if self.control >= 0:
-            self.control = -1
-            self._socket.close()
-            self._release()
+            self._forked()
+            self._masters.free_slots([self._slot])
 
     def _forked(self) -> None:
         self.control = -1
@@ -3007,32 +3000,29 @@ class RemoteShellFailed(ConnectionFailed):
     """The session ended before our script began: sh failed there, or another shell runs instead."""
 
     def __init__(self, host: str) -> None:
-        super().__init__("%s accepted the session, but did not run our command with a POSIX sh." % host,
-                         "Try `%s %s exec sh -c :`, and look for a ForceCommand, and for a shell that a start-up file runs." % (
-                             plain_ssh(), quote(host)), host)
+        super().__init__(
+            f"{host} accepted the session, but did not run our command with a POSIX sh.",
+            f"Try `{plain_ssh()} {quote(host)} exec sh -c :`, and look for a ForceCommand, "
+            "and for a shell that a start-up file runs.", host)
 
 
 class DirectSession(Session):
-    """A session carried by an ssh process of its own: for bulk streams, and for hosts or
-    clients without multiplexing. ``done`` is called once the handshake is over, ``report`` with
-    None when it went well, or with why it did not."""
+    """A session carried by an ssh process of its own: for bulk streams, and for hosts or clients
+    without multiplexing. ``turn`` is held until the handshake is over."""
 
     maybe = " (If it was silent: did a ChannelTimeout of the host's sshd end it?)"
 
-    def __init__(self, config: SSHConfig, log: str, command: str,
-                 done: Callable[[], None], report: Callable[[Optional[HostError]], None]) -> None:
-        super().__init__(config.host)
-        self._log, self._config = log, config
-        self._done: Optional[Callable[[], None]] = done
-        self._report = report
-        remove_file(log)
+    def __init__(self, masters: Masters, config: SSHConfig, turn: Lock, command: str) -> None:
+        super().__init__(masters.host)
+        self._masters, self._config, self._turn = masters, config, turn
+        self._log = turn.path + ".log"  # whoever holds it next clears it
+        remove_file(self._log)
         environment, agent = session_environment(config)
+        argv = ssh_argv(config, "-S", "none", "-E", self._log, *agent)
         try:
-            self._process = spawn(
-                ssh_argv(config, "-S", "none", "-E", log, *agent) + ["--", config.host, command],
-                environment, stdin=-1, stdout=-1, stderr=-1)
+            self._process = spawn([*argv, "--", config.host, command], environment, -1, -1, -1)
         except BaseException:
-            done()
+            turn.free()
             raise
         streams = (self._process.stdin, self._process.stdout, self._process.stderr)
         self.adopt(*(os.dup(stream.fileno()) for stream in streams if stream))
@@ -3041,32 +3031,34 @@ class DirectSession(Session):
                 stream.close()
 
     def begun(self) -> None:
-        if self._done:
+        if self._shaking():
             self._let_go()
-            self._report(None)
+            self._masters.report(None)
+
+    def _shaking(self) -> bool:
+        """Whether the handshake is not over yet."""
+        return self._turn.fd >= 0
 
     def _let_go(self) -> None:
-        if self._done:
+        if self._shaking():
             remove_file(self._log)  # the next handshake with this slot writes its own
-            self._done()
-            self._done = None
+            self._turn.free()
 
     def over(self) -> bool:
         return self._process.poll() is not None
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
         words, heard = read_log(log_head(self._log))
-        silent, status = not words.strip(), self._process.poll()
+        silent, status, shaking = not words.strip(), self._process.poll(), self._shaking()
         if begun and status in FORK_FAILED:
             return self.full()
-        if silent and self._done and not begun and status is not None and 0 <= status < 255:
+        if silent and shaking and not begun and status is not None and 0 <= status < 255:
             return RemoteShellFailed(self.host)
         # What ends it after the login, ssh often tells on stderr alone: login noise. A proxy's early end it never tells.
-        if begun or not self._done or AFTER_LOGIN.search(words) or (silent and (heard or not proxy_of(self._config))):
+        if begun or not shaking or AFTER_LOGIN.search(words) or (silent and (heard or not proxy_of(self._config))):
             return super().failure(begun, sent)
         error = failure_in(words, heard, self._config)
-        if not isinstance(error, ConnectionDropped):  # again() reports those
-            self._report(error)
+        self._masters.report(error)
         return error
 
     def close(self) -> None:
@@ -3077,7 +3069,11 @@ class DirectSession(Session):
 
 if TYPE_CHECKING:
     Slot = Tuple[str, int]   # the name of a master, the number of a session on it
-_MASTER = re.compile(r"m\.[0-9a-f]{8}\Z")
+
+
+def is_master(name: str) -> bool:
+    """Whether a file is a control socket."""
+    return len(name) == 10 and name.startswith("m.")
 
 
 def slots_of(masters: Sequence[str], first: int = 0) -> List[Slot]:
@@ -3109,25 +3105,22 @@ class Masters:
     def __init__(self, config: SSHConfig, interactive: Optional[Callable[[], bool]] = None) -> None:
         import hashlib
         import threading
-        self.config, self.interactive = config, interactive
-        self.host = config.host
-        digest = hashlib.sha256(b"1\0" + config.host.encode() + b"\0" + " ".join(
-            config.command).encode("utf-8", "surrogateescape") + b"\0" + config.text).hexdigest()
-        self.folder = socket_folder(digest[:16])
+        self.config, self.host, self.interactive = config, config.host, interactive
+        words = os.fsencode("\0".join([config.host, *config.command]))
+        self.folder = socket_folder(hashlib.sha256(words + b"\0" + config.text).hexdigest()[:16])
         self._heard: Dict[str, int] = {}       # how long the log of each master was
         self._shaking = Waiters()              # for a handshake
         self._mutex = threading.Lock()
         self._held: Dict[Slot, Lock] = {}
         self._freed = {1: Waiters(), 2: Waiters()}  # for one slot, for two at once
         self._waiting = self._launching = 0    # slots that are waited for; masters
-        self._spared = False                   # one for sessions ahead is being made, or failed
-        self._refusals: Dict[str, int] = {}    # of each, in a row; and until when it is not asked
-        self._resting: Dict[str, float] = {}
+        self._spared = False                   # a master for sessions ahead was tried
+        self._resting: Dict[str, Tuple[float, float]] = {}  # until when one is not asked; the pause
         slow = config.first("connecttimeout") == "0"
         self.patience = CONNECT_PATIENCE_SLOW if slow else CONNECT_PATIENCE
 
-    def _path(self, name: str) -> str:
-        return os.path.join(self.folder, name)
+    def path(self, name: str) -> str:
+        return f"{self.folder}/{name}"
 
     def ask_config(self, command: str) -> SSHConfig:
         """What ssh would do now, for each new connection: Match exec may have changed its mind, and
@@ -3139,12 +3132,12 @@ class Masters:
 
     def _mark(self, name: str) -> None:
         """Note, in the age of a file, for all processes, that something was seen now."""
-        remove_file(self._path(name))
-        with Lock(self._path(name)):
+        remove_file(self.path(name))
+        with Lock(self.path(name)):
             pass
 
     def _seen(self, name: str, seconds: float = SEEN_FOR) -> bool:
-        return 0 <= age_of(self._path(name)) < seconds  # a clock may be set back
+        return 0 <= age_of(self.path(name)) < seconds  # a clock may be set back
 
     def single(self) -> bool:
         """Whether the host takes one session a connection: masters are of no use."""
@@ -3155,32 +3148,33 @@ class Masters:
         with a person's help serves instead."""
         return self._seen("person") and not self.single()
 
+    def asks(self, error: BaseException) -> bool:
+        """Whether a person might mend a login."""
+        login = isinstance(error, (HostKeyFailed, AuthenticationFailed)) and error.asks
+        return login and not self.single()
+
     def _failed(self) -> Tuple[int, float]:
-        """How often in a row connecting has failed, and when it did last; of a clock that was not
-        set back since."""
-        path = self._path("down.json")
-        try:
-            at = os.stat(path).st_mtime
-        except OSError:
-            return 0, 0.0
-        return (recall(path, DOWN).get("count", 0), at) if at <= time.time() else (0, 0.0)
+        """How often in a row connecting has failed, and how many seconds ago it did last."""
+        path = self.path("down.json")
+        age = age_of(path)
+        return (recall(path, DOWN).get("count", 0) if age >= 0 else 0), age
 
     def _rest(self) -> float:
         """Seconds until a host that is down may be asked again."""
-        count, at = self._failed()
-        return at + DOWN_WAITS[min(count, len(DOWN_WAITS)) - 1] - time.time() if count else 0.0
+        count, age = self._failed()
+        return DOWN_WAITS[min(count, len(DOWN_WAITS)) - 1] - age if count else 0.0
 
     def _remember_failure(self, error: HostError) -> None:
         why = [type(error).__name__, str(error), error.hint]
-        write_json(self._path("down.json"), {"count": self._failed()[0] + 1, "why": why})
+        write_json(self.path("down.json"), {"count": self._failed()[0] + 1, "why": why})
 
     def _wait_out(self, deadline: Deadline, cancel: Optional[Cancel]) -> None:
         if not nap(self._rest(), deadline, cancel):
             raise self._shared_failure()
 
     def _shared_failure(self) -> HostError:
-        """What the prober we waited for was told."""
-        name, message, hint = recall(self._path("down.json"), DOWN).get("why") or (
+        """The failure that another process had."""
+        name, message, hint = recall(self.path("down.json"), DOWN).get("why") or (
             "", f"{self.host} could not be reached a moment ago.", "Try again.")
         kinds = (ConnectionDropped, TurnedAway, HostKeyFailed, AuthenticationFailed)
         kind = {kind.__name__: kind for kind in kinds}.get(name, ConnectionFailed)
@@ -3195,7 +3189,7 @@ class Masters:
             while True:
                 part = 4 if self._seen("dropped", 5) else 2 if self._seen("dropped", 60) else 1
                 for number in range(HANDSHAKES_AT_ONCE // part):
-                    lock = Lock(self._path(f"handshake.{number}"), waiters=self._shaking)
+                    lock = Lock(self.path(f"handshake.{number}"), waiters=self._shaking)
                     if lock.take():
                         return lock
                 if not self._shaking.sleep(deadline, cancel):
@@ -3208,9 +3202,9 @@ class Masters:
               cancel: Optional[Cancel] = None) -> bool:
         """After a handshake that the server dropped, so that nothing ran there: wait, then True;
         False when it is not worth another try."""
-        away = isinstance(error, TurnedAway)
         self._mark("dropped")
-        if isinstance(error, ConnectionDropped) and attempt < (len(DROPPED_WAITS) if away else DROPPED_TRIES):
+        tries = len(DROPPED_WAITS) if isinstance(error, TurnedAway) else DROPPED_TRIES
+        if isinstance(error, ConnectionDropped) and attempt < tries:
             pause = DROPPED_WAITS[attempt] * (1 + os.urandom(1)[0] / 512)
             if pause >= 5:
                 self.tell(f"{self.host} turns this address away for now; "
@@ -3224,22 +3218,17 @@ class Masters:
                     cancel: Optional[Cancel] = None) -> DirectSession:
         """A session on a connection of its own. The handshake is counted until it is over."""
         self._wait_out(deadline, cancel)
-        config, token = self.ask_config(command), self.handshake(deadline, cancel)
-        log = token.path + ".log"  # whoever holds it next clears it
-        return DirectSession(config, log, command, token.free, self._reported)
+        config = self.ask_config(command)
+        return DirectSession(self, config, self.handshake(deadline, cancel), command)
 
-    def _reported(self, error: Optional[HostError]) -> None:
+    def report(self, error: Optional[HostError]) -> None:
+        """How a connection of its own came about; None: well."""
         if error is None:
-            remove_file(self._path("down.json"))
+            remove_file(self.path("down.json"))
         elif self.asks(error):
             self._mark("person")
-        else:
+        elif not isinstance(error, ConnectionDropped):  # again() remembers those
             self._remember_failure(error)
-
-    def asks(self, error: BaseException) -> bool:
-        """Whether a person might mend a login."""
-        login = isinstance(error, (HostKeyFailed, AuthenticationFailed)) and error.asks
-        return login and not self.single()
 
     # -- one more master --
 
@@ -3249,43 +3238,39 @@ class Masters:
         For the ``first`` a person may be asked. A handshake that the server drops is tried again,
         unless ``once``."""
         told: Optional[HostError] = None
-        for attempt in range(100):
+        for attempt in itertools.count(len(DROPPED_WAITS) if once else 0):
             with self.handshake(Deadline(self.patience), cancel):
-                slots = self._try_slots(count)
-                if slots:
-                    return slots
-                name = "m." + os.urandom(4).hex()
-                slots = self._hold(slots_of([name]), SESSIONS_PER_MASTER)
                 try:
-                    self._start_or_ask(name, cancel, first)
-                    remove_file(self._path("down.json"))
-                    return slots
-                except BaseException as error:
-                    self._unlock(slots)  # silently: nobody could use them
-                    if isinstance(error, NoMultiplexing):
-                        self._mark("single")
-                        return []
-                    if not isinstance(error, ConnectionDropped):
-                        if isinstance(error, HostError):
-                            self._remember_failure(error)
-                        raise
+                    return self._try_slots(count) or self._new_master(cancel, first)
+                except NoMultiplexing:
+                    self._mark("single")
+                    return []
+                except ConnectionDropped as error:
                     dropped = error
-            away = isinstance(dropped, TurnedAway)
-            if not away and (once or attempt == 1):
+                except HostError as error:
+                    self._remember_failure(error)
+                    raise
+            if not isinstance(dropped, TurnedAway) and (once or attempt == 1):
                 told = self._ask_proxy()
-            why = told or dropped
-            attempt = attempt if away or not once else len(DROPPED_WAITS)
-            if not self.again(why, attempt, deadline, cancel):
-                raise why
-        return []
+            if not self.again(told or dropped, attempt, deadline, cancel):
+                raise told or dropped
+        raise AssertionError
 
-    def _start_or_ask(self, name: str, cancel: Optional[Cancel], first: bool) -> None:
+    def _new_master(self, cancel: Optional[Cancel], first: bool) -> List[Slot]:
+        name = "m." + os.urandom(4).hex()
+        slots = self._hold(slots_of([name]), SESSIONS_PER_MASTER)
         try:
-            self._start(name, cancel, batch=True)
-        except (HostKeyFailed, AuthenticationFailed) as error:
-            if not (first and error.asks and self.interactive and self.interactive()):
-                raise
-            self._start(name, cancel, batch=False)
+            try:
+                self._start(name, cancel, batch=True)
+            except (HostKeyFailed, AuthenticationFailed) as error:
+                if not (first and error.asks and self.interactive and self.interactive()):
+                    raise
+                self._start(name, cancel, batch=False)
+        except BaseException:
+            self._unlock(slots)  # silently: nobody could use them
+            raise
+        remove_file(self.path("down.json"))
+        return slots
 
     def _ask_proxy(self) -> Optional[HostError]:
         """Why the ProxyCommand gives no connection, if it says so. (That of a master speaks to
@@ -3299,7 +3284,7 @@ class Masters:
         """One `ssh -M -N`. It puts itself into the background once it is authenticated, and
         then lets go of the pipe that is its stdout here."""
         self._sweep()
-        config, path = self.ask_config("exec sh -c :"), self._path(name)
+        config, path = self.ask_config("exec sh -c :"), self.path(name)
         log = path + ".log"
         other = {"SessionType=default": "SessionType=none"}  # ssh dies of a contradiction to -N
         if not batch:
@@ -3307,17 +3292,17 @@ class Masters:
         persist = f"ControlPersist={CONTROL_PERSIST}"
         argv = ssh_argv(config, "-M", "-N", "-o", persist, "-S", literal(path), "-E", log)
         argv = [other.get(word, word) for word in argv] + ["--", self.host]
-        environment = scrubbed_environment(config)
         with open(os.open(log + ".err", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "rb") as said:
-            process = spawn(argv, environment, None, -1, said if batch else 2, own_group=batch)
+            process = spawn(argv, scrubbed_environment(config), None, -1, said if batch else 2,
+                            own_group=batch)
         patience = self.patience if batch else INTERACTIVE_PATIENCE
         try:
-            self._await_detach(process, cancel, patience)
+            self._await_detach(process, Deadline(patience), cancel)
             status = await_end(process, CONTROL_PATIENCE)
         except BaseException as error:
             kill_group(process) if batch else process.kill()
             if type(error) is CmuxError:
-                raise ConnectionFailed(f"{self.host} did not answer within {patience:.0f} seconds.",
+                raise ConnectionFailed(f"{self.host} did not answer within {patience} seconds.",
                                        f"Is the machine up? Try {look_into(self.host)}.", self.host)
             raise
         words, heard = read_log(log_head(log))
@@ -3328,20 +3313,19 @@ class Masters:
                 if status == 0 or re.search(unknown, words):
                     raise NoMultiplexing("This ssh has no masters.", host=self.host)
             raise failure_in(words, heard, config)
-        if any(BREAKS_WHEN_SHARED.search(line) for line in heard):
+        if any(map(BREAKS_WHEN_SHARED.search, heard)):
             end_master(path)
-            raise NoMultiplexing("This server ends the connection when sessions come and go.", host=self.host)
+            raise NoMultiplexing("This server breaks shared connections.", host=self.host)
         if batch:
-            remove_file(self._path("person"))
+            remove_file(self.path("person"))
         else:
             self._mark("person")
 
     @staticmethod
-    def _await_detach(process: Process, cancel: Optional[Cancel], patience: float) -> None:
+    def _await_detach(process: Process, deadline: Deadline, cancel: Optional[Cancel]) -> None:
         """Until the stdout of a new master is closed. Raises CmuxError when that takes too long."""
         assert process.stdout
         with process.stdout as watch:
-            deadline = Deadline(patience)
             fd = watch.fileno()
             wanted = [(thing, select.POLLIN) for thing in (fd, cancel) if thing is not None]
             while fd not in poll_once(deadline.capped(60), *wanted) or watch.read(CHUNK):
@@ -3357,9 +3341,9 @@ class Masters:
         top = os.path.dirname(self.folder)
         with contextlib.suppress(OSError):
             for name in os.listdir(self.folder):
-                ended = name.startswith("m.") and not os.path.lexists(self._path(name[:10]))
-                if ended and age_of(self._path(name)) > 3600:
-                    remove_file(self._path(name))
+                ended = name.startswith("m.") and not os.path.lexists(self.path(name[:10]))
+                if ended and age_of(self.path(name)) > 3600:
+                    remove_file(self.path(name))
             for name in os.listdir(top):
                 if age_of(os.path.join(top, name)) > FOLDER_KEPT:
                     shutil.rmtree(os.path.join(top, name), ignore_errors=True)
@@ -3369,26 +3353,18 @@ class Masters:
     def masters(self) -> List[str]:
         """The names of the control sockets."""
         try:
-            names = os.listdir(self.folder)
+            return sorted(filter(is_master, os.listdir(self.folder)))
         except FileNotFoundError:  # a logout or a cleaner of /tmp has taken the directory
             return []
-        return sorted(filter(self._is_socket, filter(_MASTER.match, names)))
-
-    def _is_socket(self, name: str) -> bool:
-        try:
-            status = os.lstat(self._path(name))
-        except OSError:
-            return False
-        return stat.S_ISSOCK(status.st_mode) and status.st_uid == os.geteuid()
 
     def abandon(self, name: str) -> None:
         """A master hangs or has gone: nobody else shall run into it."""
-        remove_file(self._path(name))
+        remove_file(self.path(name))
 
     def _try_slots(self, count: int, first: int = 0) -> List[Slot]:
         """So many free slots, or none; from number ``first`` on of each master."""
-        now = time.monotonic()
-        live = [name for name in self.masters() if self._resting.get(name, 0) <= now]
+        now, rests = time.monotonic(), self._resting
+        live = [name for name in self.masters() if rests.get(name, (0, 0))[0] <= now]
         return self._hold(slots_of(live, first), count)
 
     def _hold(self, slots: Sequence[Slot], count: int) -> List[Slot]:
@@ -3399,7 +3375,7 @@ class Masters:
             if len(free) < count:  # a hundred threads that wait need not look one by one
                 return []
             for name, number in free:
-                lock = Lock(self._path(f"{name}.{number}"))
+                lock = Lock(self.path(f"{name}.{number}"))
                 if lock.take():
                     self._held[name, number] = lock
                     found.append((name, number))
@@ -3412,11 +3388,12 @@ class Masters:
         for slot in slots:
             with self._mutex:
                 lock = self._held.pop(slot, None)
-                self._resting.pop(slot[0], None)  # it may take another session now
+                if slot[0] in self._resting:  # it may take another session now
+                    self._resting[slot[0]] = 0.0, self._resting[slot[0]][1]
             if lock:
                 lock.free()
 
-    def _free_slots(self, slots: Sequence[Slot]) -> None:
+    def free_slots(self, slots: Sequence[Slot]) -> None:
         self._unlock(slots)
         self._wake(len(slots))
 
@@ -3445,7 +3422,7 @@ class Masters:
                 if new and not nap(1, deadline, cancel):
                     raise
             finally:
-                self._free_slots(slots[count:])
+                self.free_slots(slots[count:])
             if deadline.over():
                 raise ConnectionFailed(f"No session could be opened on {self.host} in time.",
                                        "Try again; others may be using it.", self.host)
@@ -3454,17 +3431,21 @@ class Masters:
     def connect(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> None:
         """See to it that a master lives, if this host has any at all. Raises ConnectionFailed."""
         if not self.single() and not self.masters():
-            self._free_slots(self._first_master(1, deadline, cancel))
+            self.free_slots(self._first_master(1, deadline, cancel))
 
-    def open_ahead(self, command: str, more: bool = False) -> Optional[Session]:
-        """A session for later, only from the upper half of a live master's slots: the lower
-        half stays for those who have work now. None if there is none to spare; with ``more`` one
-        more master is started for it first, while there are few."""
+    def open_ahead(self, command: str) -> Optional[Session]:
+        """A session for later, only from the upper half of a master's slots: the lower half stays
+        for those who have work now. None if there is none to spare. Where other processes hold them
+        all, one more master is started, once: where it needs a person, each is a failed login."""
         half = SESSIONS_PER_MASTER // 2
         if self.single():
             return None
         slots = self._try_slots(1, half)
-        if not slots and more and self._spare_master():
+        if not slots and not self._spared and 0 < len(self.masters()) < SPARED_MOST and self._rest() <= 0:
+            self._spared = True
+            with self._mutex:
+                self._launching += 1
+            self.free_slots(self._one_more(SESSIONS_PER_MASTER, None))
             slots = self._try_slots(1, half)
         with contextlib.suppress(HostError):
             return self._open_on(slots, command)[0] if slots else None
@@ -3474,47 +3455,41 @@ class Masters:
         """Sessions in these slots, or none. Raises SessionRefused, MasterGone: others may do."""
         opened: List[Session] = []
         try:
-            for name, number in slots:
-                self._heed_log(name)
-                release = functools.partial(self._free_slots, [(name, number)])
-                opened.append(MuxSession(self.host, self._path(name), command, release))
-                opened[-1].master = name
-            for name, _ in slots:
-                self._refusals.pop(name, None)
+            for slot in slots:
+                self._heed_log(slot[0])
+                opened.append(MuxSession(self, slot, command))
+                with self._mutex:
+                    self._resting.pop(slot[0], None)
             return opened
         except BaseException as error:
             for session in opened:
                 session.close()
-            self._free_slots(slots[len(opened):])
+            self.free_slots(slots[len(opened):])
             if isinstance(error, SessionRefused):  # it takes fewer, or has not seen one's end yet
-                count = self._refusals[name] = self._refusals.get(name, 0) + 1
-                pause = min(REFUSED_MOST, LOOK_FIRST * 2 ** min(count, 20))
-                self._resting[name] = time.monotonic() + pause
+                pause = min(REFUSED_MOST, 2 * self._resting.get(slot[0], (0, LOOK_FIRST))[1])
+                self._resting[slot[0]] = time.monotonic() + pause, pause
             elif isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 raise StateFailed("This process has too many files open.",
                                   "Raise `ulimit -n`, or run fewer at once.")
             elif isinstance(error, (MasterGone, OSError)):
-                self.abandon(name)
+                self.abandon(slot[0])
                 raise MasterGone(f"The connection to {self.host} was just closed.", host=self.host)
             raise
 
     def _heed_log(self, name: str) -> None:
         """A server that asks for the agent or the screen is refused by ssh itself, which writes
         that to its log: it is a security event. One that goes on would fill the disk."""
-        path = self._path(name + ".log")
-        try:
+        path, size = self.path(name + ".log"), 0
+        with contextlib.suppress(OSError):
             size = os.stat(path).st_size
-        except OSError:
-            return
-        if size == self._heard.get(name, 0):
-            return
-        self._heard[name] = size
-        if b"break-in attempt" in log_head(path):
-            error = classify(b"break-in attempt", self.host)
-            if size > LOG_MAX:
-                end_master(self._path(name))
-                raise error
-            self.alert(f"WARNING: {error} {error.hint}")
+        if size != self._heard.get(name, 0):
+            self._heard[name] = size
+            if b"break-in attempt" in log_head(path):
+                error = classify(b"break-in attempt", self.host)
+                if size > LOG_MAX:
+                    end_master(self.path(name))
+                    raise error
+                self.alert(f"WARNING: {error} {error.hint}")
 
     def _take_slots(self, count: int, deadline: Deadline, cancel: Optional[Cancel]) -> List[Slot]:
         """So many free slots on live masters, or all of a new one: they are started as the demand
@@ -3558,19 +3533,19 @@ class Masters:
 
     def _first_master(self, count: int, deadline: Deadline, cancel: Optional[Cancel]) -> List[Slot]:
         """Connect, if nobody else does: one prober at a time, the others share its result."""
-        before = self._failed()
-        lock = Lock(self._path("probe"), doing="connects to " + self.host)
+        before = self._failed()[0]
+        lock = Lock(self.path("probe"), doing="connects to " + self.host)
         if not lock.wait(deadline, cancel):
             raise ConnectionFailed(
                 f"Another process has been connecting to {self.host} for too long.", "Try again.", self.host)
         with lock:
             if self.masters() or self.single():
                 return []
-            now = self._failed()
-            if now[0] and now != before:
+            now = self._failed()[0]
+            if now and now != before:
                 raise self._shared_failure()
             self._wait_out(deadline, cancel)
-            return self._launch(count, deadline, cancel, True, now[0] > 0)
+            return self._launch(count, deadline, cancel, True, now > 0)
 
     def _one_more(self, count: int, cancel: Optional[Cancel]) -> List[Slot]:
         """Start one more master; that it cannot be is no failure, since others live, but no process
@@ -3583,19 +3558,6 @@ class Masters:
             with self._mutex:
                 self._launching -= 1
 
-    def _spare_master(self) -> bool:
-        """One more master for sessions opened ahead, where other processes hold those of all that
-        live. One that failed is not tried again: where it needs a person, each is a failed login."""
-        with self._mutex:
-            if self._spared or not 0 < len(self.masters()) < SPARED_MOST or self._rest() > 0:
-                return False
-            self._spared = True
-            self._launching += 1
-        slots = self._one_more(SESSIONS_PER_MASTER, None)
-        self._free_slots(slots)
-        self._spared = not slots
-        return not self._spared
-
     # -- for a person --
 
     def on_terminal(self, command: str, deadline: Deadline) -> Tuple[
@@ -3604,12 +3566,12 @@ class Masters:
         when it has begun there; when it has ended). Escape characters are off: a pasted ~C would
         open forwards."""
         slots = [] if self.single() else self._take_slots(1, deadline, None)
-        self._free_slots(slots[1:])
+        self.free_slots(slots[1:])
         config = self.ask_config(command)
         environment, agent = session_environment(config)
         if slots:
-            options = ["-S", literal(self._path(slots[0][0])), "-o", "ProxyCommand=false"]
-            begun, ended = lambda: None, lambda: self._free_slots(slots[:1])
+            options = ["-S", literal(self.path(slots[0][0])), "-o", "ProxyCommand=false"]
+            begun, ended = lambda: None, lambda: self.free_slots(slots[:1])
         else:
             options, ended = ["-S", "none", *agent], self.handshake(deadline).free
             begun = ended
@@ -3623,8 +3585,7 @@ class Masters:
         opened: List[MuxSession] = []
         with contextlib.suppress(HostError, OSError, IndexError):
             while len(opened) < most:
-                path = self._path(self.masters()[0])
-                opened.append(MuxSession(self.host, path, command, lambda: None))
+                opened.append(MuxSession(self, (self.masters()[0], -1), command))
         for session in opened:
             session.close()
         return len(opened)
@@ -3657,7 +3618,7 @@ def end_masters() -> None:
     top = socket_folder("")
     for folder, _, names in os.walk(top):
         for name in names:
-            if _MASTER.match(name):
+            if is_master(name):
                 end_master(os.path.join(folder, name))
     shutil.rmtree(top, ignore_errors=True)
 
@@ -4116,7 +4077,7 @@ class Host:
                         return
             try:
                 while self._active == 0 and not self._resting and len(self._ready) < self._warm:
-                    session = self.masters.open_ahead(BOOT, more=not self._ready)
+                    session = self.masters.open_ahead(BOOT)
                     if session is None:
                         break
                     with self._mutex:
