@@ -76,12 +76,12 @@ if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command
     import threading
 
 __version__ = "0.1.0"
-__all__ = [  # the promise: these names, their arguments and their fields stay within a major version
-    "Project", "Workspace", "Host", "Report", "Cancel", "pull", "diff", "call_tool", "TOOLS", "Tool", "main",
-    "ExecResult", "Outcome", "FileContent", "Result",
-    "CmuxError", "UsageError", "HostError", "ConnectionFailed", "ConnectionDropped", "HostKeyFailed",
-    "AuthenticationFailed", "ConnectionLost", "RemoteFailed", "WorkspaceMissing", "WorkspaceExists",
-    "WorkspaceDirty", "UploadFailed", "ResultRefused", "GitFailed", "StateFailed", "ToolFailed", "FileChanged",
+__all__ = [  # the promise: these names, their arguments and fields stay within a major version
+    "Project", "Workspace", "Host", "Report", "Cancel", "pull", "diff", "call_tool", "TOOLS",
+    "Tool", "main", "ExecResult", "Outcome", "FileContent", "Result", "CmuxError", "UsageError",
+    "HostError", "ConnectionFailed", "ConnectionDropped", "HostKeyFailed", "AuthenticationFailed",
+    "ConnectionLost", "RemoteFailed", "WorkspaceMissing", "WorkspaceExists", "WorkspaceDirty",
+    "UploadFailed", "ResultRefused", "GitFailed", "StateFailed", "ToolFailed", "FileChanged",
     "Cancelled"]
 
 PROGRAM = "cmux_ssh.py"
@@ -93,7 +93,7 @@ PROGRAM = "cmux_ssh.py"
 SESSIONS_PER_MASTER = 8     # sshd allows 10, but frees one only after answering its close: at
                             # 10 a fast client is refused 26 % of its opens, at 8 1 to 3 %
 MASTERS_PER_HOST = 64       # 512 sessions; started as they are needed
-SLOT_SOON = 0.2             # one that is in use is free so soon where commands are short: then one more master is started
+SLOT_SOON = 0.2             # after such a wait, longer than short commands, a master is started
 SPARED_MOST = 6             # masters, from which on none is started for sessions opened ahead
 HANDSHAKES_AT_ONCE = 8      # stock MaxStartups 10:30:100 drops at random from the 10th on
 CONTROL_PERSIST = 600       # an idle master ends itself
@@ -104,11 +104,11 @@ CONNECT_PATIENCE_SLOW = 600  # where the config says ConnectTimeout 0 (Coder sta
 INTERACTIVE_PATIENCE = 300  # a person types a passphrase
 CONTROL_PATIENCE = 5        # a live master answers hello in under a millisecond
 SLOT_PATIENCE = 600         # waiting for one of the 512 sessions
-LOCK_PATIENCE = 1800        # for what another process works on: it may send gigabytes over a slow line
-LOOK_FIRST, LOOK_MOST = 0.003, 0.3  # between looks for what other processes free: they are not heard
+LOCK_PATIENCE = 1800        # for what another process works on: it may send gigabytes, slowly
+LOOK_FIRST, LOOK_MOST = 0.003, 0.3  # between looks for what other processes free
 SEEN_FOR = 86400            # what was seen of a host is believed for a day
-FOLDER_KEPT = 30 * 86400    # the directory of a host to which nobody has connected for so long is removed
-SHELL_PATIENCE = 2.5        # without a word from our wrapper: then another session is asked what begins there
+FOLDER_KEPT = 30 * 86400    # the directory of a host that nobody uses goes after so long
+SHELL_PATIENCE = 2.5        # without a word from our wrapper; then another session is asked
 FORK_FAILED = (1, 2, 254)   # how mksh, dash and busybox, bash end where they cannot make a process
 START_PATIENCE = 60         # from the header sent to the start mark: slow rc files are read here
 UNKNOWN_FOR = 10            # a secret's command that failed is not run again for masking
@@ -117,20 +117,21 @@ STOP_SILENCE = 5            # of the session that carries it; then another one i
 CALL_PATIENCE = 600         # for one script of ours: it may unpack a large tree, or hash
                             # gigabytes before it sends a byte
 STALL_PATIENCE = 60         # a transfer that moves no byte for so long is dead
-BEAT_MOST, BEAT_LEAST = 20, 1  # between two signs of life over a session: ChannelTimeout; while it is awake anyway, more often
-DROPPED_WAITS = (0.2, 0.4, 0.8, 1.6, 5, 15, 30)  # OpenSSH 9.8 and later say the same words for MaxStartups,
-DROPPED_TRIES = 4           # which drops at random, and for a penalty, which lasts 15 s or more; being turned away
-                            # adds none. Where no words came, the first four waits are enough
-DOWN_WAITS = (1, 2, 4, 7, 10)  # after 1, 2, ... failures to connect in a row. A refused key costs 5 s
-                            # of penalty, enforced from 15 s on: so spaced, it never gets there
-REFUSED_MOST = 2            # a master that refuses sessions is left alone for 6 ms, then ever longer, up to so long
+BEAT_MOST, BEAT_LEAST = 20, 1  # between two signs of life over a session (ChannelTimeout), where
+                            # it is silent, and where it is awake anyway
+DROPPED_WAITS = (0.2, 0.4, 0.8, 1.6, 5, 15, 30)  # OpenSSH 9.8 and later say the same words for
+DROPPED_TRIES = 4           # MaxStartups, which drops at random, and for a penalty of 15 s or more.
+                            # Being turned away adds none. Without these words four waits will do
+DOWN_WAITS = (1, 2, 4, 7, 10)  # after 1, 2, ... failures to connect in a row. A refused key costs
+                            # 5 s of penalty, enforced from 15 s on: so spaced, it never gets there
+REFUSED_MOST = 2            # a master that refuses sessions rests for 6 ms, then ever longer
 SOCKET_PATH_MAX = 86        # 104 bytes on macOS, less 17 that ssh appends while it binds, less NUL
 LOG_MAX = 64 * 1024         # of ssh's own words that are read back
 CHUNK = 128 * 1024          # one read or write
 BULK_FROM = 256 * 1024      # an archive over this gets its own connection: a proxy was seen to
                             # cut a multiplexed 646 MB upload at 815,458 bytes without an error
 GZIP_FROM = 0.003           # seconds of a round trip: what is nearer has a line faster than gzip
-GZIP_LEVEL = 4              # measured: level 1 leaves a fifth more to send, 6 takes twice the CPU for 6 %
+GZIP_LEVEL = 4              # level 1 leaves a fifth more to send, 6 takes twice the CPU for 6 %
 CAPTURE_MAX = 8 * 1024 * 1024  # of stdout, and of stderr, kept in memory: head and tail
 REPLY_MAX = 1024 * 1024     # what one of our own scripts may say
 STATE_MAX = 16 * 1024 * 1024  # a registry or secrets file larger than this is damaged
@@ -140,10 +141,10 @@ SEARCH_MAX = 4 * 1024 * 1024  # bytes of paths or matches that a search brings h
 SEARCH_PATIENCE = 120
 LINE_MAX = 500              # characters of one grep match: minified files have long lines
 DIFF_MAX = 20000            # characters of the diff that an edit returns
-DIFF_WORK_MAX = 20000000    # lines times those that differ: difflib took 2.9 s for 50 million, 46 s for 760
+DIFF_WORK_MAX = 20000000    # lines times those that differ: difflib takes 2.9 s for 50 million
 EDIT_TRIES = 60             # of read, apply, compare-and-swap, when others edit the same file
 LOGS_MAX = 1024 * 1024      # bytes of a job's output per call
-HISTORY_MAX = 2 * 1024 * 1024  # bytes of a project's history; then it becomes the older of two files
+HISTORY_MAX = 2 * 1024 * 1024  # bytes of a history; then it becomes the older of two files
 HISTORY_LINE = 1024         # bytes of one line: one write appends it whole
 JOBS_KEPT = 200             # that this machine remembers the commands of, per project
 FAULT_PATIENCE = 300        # logs -f and wait go on trying for so long without a connection
@@ -160,7 +161,7 @@ MCP_LOG_MAX = 64 * 1024 * 1024  # bytes of output kept of each of them
 MCP_PROGRESS = 2            # seconds between notifications of progress
 MCP_GRACE = 2               # after the end of input, for calls that are about to end
 WARM_SESSIONS = 4           # opened ahead by long-lived callers: one round trip instead of two
-KEEPER_PAUSE = 0.001        # from an operation's end: what its caller does with the result comes first
+KEEPER_PAUSE = 0.001        # after an operation: what its caller does with the result comes first
 WARM_IDLE = 20              # without use, they are given up: others may need the slots
 SECRET_MAX = 120 * 1024     # Linux limits one environment string to 128 KiB
 ARGUMENT_MAX = 128 * 1024 - 1  # Linux: MAX_ARG_STRLEN
@@ -471,7 +472,7 @@ class Waiters:
 
     A change in this process wakes one of them. One at a time looks for what others have done, ever
     more rarely; all others sleep without an end: a hundred cost no more than one. Whoever looks in
-    vain sleeps again; whoever gives up or was served wakes another, who may then be the one to look.
+    vain sleeps again; whoever gives up or was served wakes another, who may be the one to look.
     """
 
     def __init__(self) -> None:
@@ -554,7 +555,7 @@ class Capture:
 
 # What OpenSSH 10 does not take is refused before any ssh starts: old clients hand names to a
 # shell by %h and %r (CVE-2023-51385, CVE-2025-61984), so the metacharacters must never reach them;
-# a leading dash is an option (CVE-2017-1000117). An @ inside the user is legitimate: user@target@bastion.
+# a leading dash is an option (CVE-2017-1000117). An @ inside the user is right.
 _USER = re.compile(r"(?!-|ssh://)[^ '\"`$;&<>|(){}]+(?<!\\)\Z")
 _HOSTNAME = re.compile(r"(?!-|ssh://)[^ '\"`$;&<>|(){}\\,]+\Z")
 _URI = re.compile(r"ssh://(?:([^@]+)@)?([A-Za-z0-9][A-Za-z0-9._-]*)(?::([0-9]{1,5}))?/?\Z")
@@ -759,16 +760,17 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
 #
 # The wire, all of it. One fixed command starts every session:  exec sh -c '<BOOT>'
 # It reads a header from its stdin, records of a name, a number of lines, and those lines:
-#   exit 0     the first line. Our wrapper ignores it; a shell that reads our stdin instead (a ForceCommand,
-#              `exec zsh` in a start-up file) ends before it takes a value for a command
+#   exit 0     the first line. Our wrapper ignores it; a shell that reads our stdin instead (a
+#              ForceCommand, `exec zsh` in a start-up file) ends before it obeys a value
 #   NAME n     an environment variable of the command (secrets travel so, and only so)
-#   _cmux_X n  a setting of the wrapper: nonce, run (its id), directory, life (whether stdin is watched),
-#              flag (how to run a shell line: -c, -lc), line, path (the command's PATH)
+#   _cmux_X n  a setting of the wrapper: nonce, run (its id), directory, life (whether stdin is
+#              watched), flag (how to run a shell line: -c, -lc), line, path (its PATH)
 #   @    n     one more positional parameter
 #   :    n     text to eval now (functions of the operations)
 #   .    n     the end: text to eval as the operation
-# Shells read ahead, fish to the end: of a header with secrets (a second `exit 0` marks it) nothing behind the
-# first line is sent before our wrapper has said READY. That is a round trip, but none in a session opened ahead.
+# Shells read ahead, fish to the end: of a header with secrets (a second `exit 0` marks it) nothing
+# behind the first line is sent before our wrapper has said READY. That is a round trip, but none
+# in a session opened ahead.
 # What comes back, on stdout and on stderr each:  NONCE+ pid  ...bytes...  NONCE- status stop
 # Before the first mark is login noise; NONCEx 96 says the directory is missing. The marks tell
 # accidents apart. They are no defence against malice: a hostile host can always lie.
@@ -2195,7 +2197,7 @@ class Lock:
         """Take it, waiting if need be. Raises StateFailed when that takes too long, Cancelled."""
         if self.fd < 0 and not self.wait(Deadline(LOCK_PATIENCE), cancel):
             owner, holder = self._holder()
-            raise StateFailed(f"Waited {LOCK_PATIENCE} seconds in vain for {holder}",
+            raise StateFailed(f"Waited {LOCK_PATIENCE:.0f} seconds in vain for {holder}",
                               f"Look what it does: ps -p {owner}" if owner
                               else f"Find it with: fuser {quote(self.path)}")
         return self
@@ -3393,7 +3395,7 @@ class Masters:
         except BaseException as error:
             kill_group(process) if batch else process.kill()
             if type(error) is CmuxError:
-                raise ConnectionFailed(f"{self.host} did not answer within {patience} seconds.",
+                raise ConnectionFailed(f"{self.host} did not answer within {patience:.0f} seconds.",
                                        f"Is the machine up? Try {look_into(self.host)}.", self.host)
             raise
         words, heard = read_log(log_head(log))
@@ -4234,7 +4236,8 @@ class Host:
         kind, more = (HostSilent, " The command may still run there.") if exchange.sent else (
             ConnectionFailed, "")
         return kind(
-            f"{self.name} accepted the session, but no shell answered in {START_PATIENCE} seconds.",
+            f"{self.name} accepted the session, but no shell answered in {START_PATIENCE:.0f} "
+            "seconds.",
             "Look at its login shell's start-up files." + more, self.name)
 
     def abandon(self, session: Session) -> None:
