@@ -2926,7 +2926,7 @@ class Session:
 
     def __init__(self, host: str) -> None:
         self.host = host
-        self.master = ""         # the name of the one that carries it, if any
+        self.master: Optional[Master] = None  # the one that carries it, if any
         self.stdin = self.stdout = self.stderr = self.control = -1
         self.exited = False      # the far side has reported the end of the command
         self.counted = False     # among the operations of its Host that run
@@ -2981,9 +2981,9 @@ class MuxSession(Session):
 
     def __init__(self, masters: Masters, slot: Slot, command: str) -> None:
         super().__init__(masters.host)
-        self._masters, self._slot, self.master = masters, slot, slot[0]
+        self._masters, self._slot, self.master = masters, slot, slot.master
         self._status, self._buffer = -1, b""
-        self._socket = connect(masters.path(self.master))
+        self._socket = connect(slot.master.path)
         self.control = self._socket.fileno()
         try:
             self._open(command)
@@ -3060,7 +3060,7 @@ class MuxSession(Session):
                 f"The command on {self.host} was ended together with its wrapper.",
                 "Something there killed every process of the session.", self.host)
         with contextlib.suppress(OSError):
-            connect(self._masters.path(self.master)).close()
+            connect(self._slot.master.path).close()
             if begun:
                 return ConnectionLost(
                     f"The server of {self.host} ended this session, though the connection lives.",
@@ -3073,7 +3073,7 @@ class MuxSession(Session):
         two more than there are slots; and what it refuses has not begun, and is tried again."""
         if self.control >= 0:
             self._forked()
-            self._masters.free_slots([self._slot])
+            self._masters.free([self._slot])
 
     def _forked(self) -> None:
         self.control = -1
@@ -3159,18 +3159,27 @@ class DirectSession(Session):
         self._let_go()
 
 
-if TYPE_CHECKING:
-    Slot = Tuple[str, int]   # the name of a master, the number of a session on it
-
-
 def is_master(name: str) -> bool:
     """Whether a file is a control socket."""
     return name[:2] == "m." and len(name) == 10
 
 
-def slots_of(masters: Sequence[str], first: int = 0) -> List[Slot]:
-    """Those of some masters, from number ``first`` on of each."""
-    return [(name, number) for name in masters for number in range(first, SESSIONS_PER_MASTER)]
+class Slot(Lock):
+    """The place of one session on a master: all processes of this user count."""
+
+    def __init__(self, master: Master, number: int) -> None:
+        super().__init__(f"{master.path}.{number}")
+        self.master = master
+
+
+class Master:
+    """A connection that sessions share, and what this process has seen of it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path                # of its control socket
+        self.slots = [Slot(self, number) for number in range(SESSIONS_PER_MASTER)]
+        self.until = self.pause = 0.0   # it refused a session, and is not asked until then
+        self.heard = 0                  # how long its log was
 
 
 class Masters:
@@ -3200,15 +3209,12 @@ class Masters:
         self.config, self.host, self.interactive = config, config.host, interactive
         words = os.fsencode("\0".join([config.host, *config.command]))
         self.folder = socket_folder(hashlib.sha256(words + b"\0" + config.text).hexdigest()[:16])
-        self._heard: Dict[str, int] = {}       # how long the log of each master was
         self._shaking = Waiters()              # for a handshake
         self._mutex = threading.Lock()
-        self._held: Dict[Slot, Lock] = {}
-        self._known: List[str] = []            # the masters that were seen last
+        self._known: Dict[str, Master] = {}    # those that were seen last, by name
         self._freed = {1: Waiters(), 2: Waiters()}  # for one slot, for two at once
         self._waiting = self._launching = 0    # slots that are waited for; masters
         self._spared = False                   # a master for sessions ahead was tried
-        self._resting: Dict[str, Tuple[float, float]] = {}  # until when one is not asked; the pause
         slow = config.first("connecttimeout") == "0"
         self.patience = CONNECT_PATIENCE_SLOW if slow else CONNECT_PATIENCE
 
@@ -3350,17 +3356,17 @@ class Masters:
         raise AssertionError
 
     def _new_master(self, cancel: Optional[Cancel], first: bool) -> List[Slot]:
-        name = "m." + os.urandom(4).hex()
-        slots = self._hold(slots_of([name]), SESSIONS_PER_MASTER)
+        master = Master(self.path("m." + os.urandom(4).hex()))
+        slots = self._hold([master], SESSIONS_PER_MASTER)
         try:
             try:
-                self._start(name, cancel, batch=True)
+                self._start(master.path, cancel, batch=True)
             except (HostKeyFailed, AuthenticationFailed) as error:
                 if not (first and error.asks and self.interactive and self.interactive()):
                     raise
-                self._start(name, cancel, batch=False)
+                self._start(master.path, cancel, batch=False)
         except BaseException:
-            self._unlock(slots)  # silently: nobody could use them
+            self.free(slots, 0)  # nobody could use them
             raise
         remove_file(self.path("down.json"))
         return slots
@@ -3373,12 +3379,11 @@ class Masters:
         _, words, said = look_closely(self, "exec sh -c :")
         return None if "Remote protocol version" in words else proxy_failure(self.config, said)
 
-    def _start(self, name: str, cancel: Optional[Cancel], batch: bool) -> None:
+    def _start(self, path: str, cancel: Optional[Cancel], batch: bool) -> None:
         """One `ssh -M -N`. It puts itself into the background once it is authenticated, and
         then lets go of the pipe that is its stdout here."""
         self._sweep()
-        config, path = self.ask_config("exec sh -c :"), self.path(name)
-        log = path + ".log"
+        config, log = self.ask_config("exec sh -c :"), path + ".log"
         other = {"SessionType=default": "SessionType=none"}  # ssh dies of a contradiction to -N
         if not batch:
             other["BatchMode=yes"] = "BatchMode=no"
@@ -3443,59 +3448,51 @@ class Masters:
 
     # -- slots, a lock file each: all processes of this user count --
 
-    def masters(self) -> List[str]:
-        """The names of the control sockets."""
+    def masters(self) -> List[Master]:
+        """Those whose control socket is there."""
         try:
-            self._known = sorted(filter(is_master, os.listdir(self.folder)))
+            names = sorted(filter(is_master, os.listdir(self.folder)))
         except FileNotFoundError:  # a logout or a cleaner of /tmp has taken the directory
-            self._known = []
-        return self._known
+            names = []
+        self._known = {name: self._known.get(name) or Master(self.path(name)) for name in names}
+        return list(self._known.values())
 
-    def abandon(self, name: str) -> None:
-        """A master hangs or has gone: nobody else shall run into it."""
-        remove_file(self.path(name))
-        self._known = []
+    def abandon(self, master: Master) -> None:
+        """It hangs or has gone: nobody else shall run into it."""
+        remove_file(master.path)
+        self._known = {}
 
     def _try_slots(self, count: int, first: int = 0) -> List[Slot]:
         """So many free slots, or none; from number ``first`` on of each master. Those that are
         known already come first: a look into the directory is dear."""
-        return self._hold(slots_of(self._known, first), count) or self._hold(
-            slots_of(self.masters(), first), count)
+        return self._hold(list(self._known.values()), count, first) or self._hold(
+            self.masters(), count, first)
 
-    def _hold(self, slots: Sequence[Slot], count: int) -> List[Slot]:
-        """Lock ``count`` of these slots of masters that do not rest, or none."""
+    def _hold(self, masters: Sequence[Master], count: int, first: int = 0) -> List[Slot]:
         found: List[Slot] = []
         with self._mutex:
             now = time.monotonic()
-            tired = [name for name, (until, _) in self._resting.items() if until > now]
-            free = [slot for slot in slots if slot not in self._held and slot[0] not in tired]
+            free = [slot for master in masters if master.until <= now
+                    for slot in master.slots[first:] if slot.fd < 0]
             if len(free) < count:  # a hundred threads that wait need not look one by one
                 return []
-            for name, number in free:
-                lock = Lock(self.path(f"{name}.{number}"))
-                if lock.take():
-                    self._held[name, number] = lock
-                    found.append((name, number))
+            for slot in free:
+                if slot.take():
+                    found.append(slot)
                     if len(found) == count:
                         return found
-        self._unlock(found)  # silently: those who wait for two would wake each other for ever
+        self.free(found, 0)  # those who wait for two would wake each other for ever
         return []
 
-    def _unlock(self, slots: Sequence[Slot]) -> None:
+    def free(self, slots: Sequence[Slot], wake: int = 1) -> None:
+        """Give these back, and have as many look for one, of those who want one and of those who
+        want two."""
         for slot in slots:
-            with self._mutex:
-                lock = self._held.pop(slot, None)
-                if slot[0] in self._resting:  # it may take another session now
-                    self._resting[slot[0]] = 0.0, self._resting[slot[0]][1]
-            if lock:
-                lock.free()
-
-    def free_slots(self, slots: Sequence[Slot]) -> None:
-        self._unlock(slots)
-        self._wake(len(slots))
+            slot.free()
+            slot.master.until = 0.0  # it may take another session now
+        self._wake(len(slots) * wake)
 
     def _wake(self, count: int) -> None:
-        """Have as many look for a slot, of those who want one and of those who want two."""
         for waiters in self._freed.values():
             waiters.wake(count)
 
@@ -3519,7 +3516,7 @@ class Masters:
                 if new and not nap(1, deadline, cancel):
                     raise
             finally:
-                self.free_slots(slots[count:])
+                self.free(slots[count:])
             if deadline.over():
                 raise ConnectionFailed(f"No session could be opened on {self.host} in time.",
                                        "Try again; others may be using it.", self.host)
@@ -3528,7 +3525,7 @@ class Masters:
     def connect(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> None:
         """See to it that a master lives, if this host has any at all. Raises ConnectionFailed."""
         if not self.single() and not self.masters():
-            self.free_slots(self._first_master(1, deadline, cancel))
+            self.free(self._first_master(1, deadline, cancel))
 
     def open_ahead(self, command: str) -> Optional[Session]:
         """A session for later, only from the upper half of a master's slots: the lower half stays
@@ -3543,7 +3540,7 @@ class Masters:
             self._spared = True
             with self._mutex:
                 self._launching += 1
-            self.free_slots(self._one_more(SESSIONS_PER_MASTER, None))
+            self.free(self._one_more(SESSIONS_PER_MASTER, None))
             slots = self._try_slots(1, half)
         with contextlib.suppress(HostError):
             return self._open_on(slots, command)[0] if slots else None
@@ -3554,38 +3551,38 @@ class Masters:
         opened: List[Session] = []
         try:
             for slot in slots:
-                self._heed_log(slot[0])
+                self._heed_log(slot.master)
                 opened.append(MuxSession(self, slot, command))
-                with self._mutex:
-                    self._resting.pop(slot[0], None)
+                slot.master.pause = 0.0
             return opened
         except BaseException as error:
             for session in opened:
                 session.close()
-            self.free_slots(slots[len(opened):])
+            self.free(slots[len(opened):])
+            master = slot.master
             if isinstance(error, SessionRefused):  # it takes fewer, or has not seen one's end yet
-                pause = min(REFUSED_MOST, 2 * self._resting.get(slot[0], (0, LOOK_FIRST))[1])
-                self._resting[slot[0]] = time.monotonic() + pause, pause
+                master.pause = min(REFUSED_MOST, 2 * (master.pause or LOOK_FIRST))
+                master.until = time.monotonic() + master.pause
             elif isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 raise StateFailed("This process has too many files open.",
                                   "Raise `ulimit -n`, or run fewer at once.")
             elif isinstance(error, (MasterGone, OSError)):
-                self.abandon(slot[0])
+                self.abandon(master)
                 raise MasterGone(f"The connection to {self.host} was just closed.", host=self.host)
             raise
 
-    def _heed_log(self, name: str) -> None:
+    def _heed_log(self, master: Master) -> None:
         """A server that asks for the agent or the screen is refused by ssh itself, which writes
         that to its log: it is a security event. One that goes on would fill the disk."""
-        path, size = self.path(name + ".log"), 0
+        path, size = master.path + ".log", 0
         with contextlib.suppress(OSError):
             size = os.stat(path).st_size
-        if size != self._heard.get(name, 0):
-            self._heard[name] = size
+        if size != master.heard:
+            master.heard = size
             if b"break-in attempt" in log_head(path):
                 error = classify(b"break-in attempt", self.host)
                 if size > LOG_MAX:
-                    end_master(self.path(name))
+                    end_master(master.path)
                     raise error
                 self.alert(f"WARNING: {error} {error.hint}")
 
@@ -3664,12 +3661,12 @@ class Masters:
         when it has begun there; when it has ended). Escape characters are off: a pasted ~C would
         open forwards."""
         slots = [] if self.single() else self._take_slots(1, deadline, None)
-        self.free_slots(slots[1:])
+        self.free(slots[1:])
         config = self.ask_config(command)
         environment, agent = session_environment(config)
         if slots:
-            options = ["-S", literal(self.path(slots[0][0])), "-o", "ProxyCommand=false"]
-            begun, ended = lambda: None, lambda: self.free_slots(slots[:1])
+            options = ["-S", literal(slots[0].master.path), "-o", "ProxyCommand=false"]
+            begun, ended = lambda: None, lambda: self.free(slots[:1])
         else:
             options, ended = ["-S", "none", *agent], self.handshake(deadline).free
             begun = ended
@@ -3683,7 +3680,7 @@ class Masters:
         opened: List[MuxSession] = []
         with contextlib.suppress(HostError, OSError, IndexError):
             while len(opened) < most:
-                opened.append(MuxSession(self, (self.masters()[0], -1), command))
+                opened.append(MuxSession(self, Slot(self.masters()[0], -1), command))
         for session in opened:
             session.close()
         return len(opened)
