@@ -459,11 +459,9 @@ def poll_once(seconds: Optional[float], *wanted: Tuple[Any, int]) -> Dict[int, i
 def nap(seconds: float, deadline: Deadline, cancel: Optional[Cancel]) -> bool:
     """Sleep; False if the deadline comes first. Raises Cancelled."""
     pause, left = max(0.0, seconds), deadline.left()
+    poll_once(deadline.capped(pause), *([(cancel, select.POLLIN)] if cancel else []))
     if cancel:
-        poll_once(deadline.capped(pause), (cancel, select.POLLIN))
         cancel.check()
-    else:
-        time.sleep(deadline.capped(pause))
     return left is None or pause <= left
 
 
@@ -894,18 +892,11 @@ _cmux_watch() {
 # The command runs in the foreground (an asynchronous list would ignore SIGINT for ever), in a
 # session of its own (so that `kill 0` cannot take the wrapper with it), without the stderr of the
 # wrapper ("Terminated" is not its word). Where nothing gives it a group (dash without setsid and
-# terminal), CMUX_RUN and parents make the difference. --norc: bash started by sshd reads .bashrc
-# otherwise, at 100 ms a command for pyenv users.
+# terminal), CMUX_RUN and parents make the difference.
 _cmux_command() {
   _cmux_watcher=; _cmux_stopped=; trap : USR1; trap "_cmux_stopped=stop" USR2;
   case $_cmux_life in life) _cmux_watch;; esac;
-  case $_cmux_flag in -*)
-    if command -v bash >/dev/null; then set -- bash --norc "$_cmux_flag" -- "$_cmux_line" bash "$@";
-    else set -- sh "$_cmux_flag" -- "$_cmux_line" sh "$@"; fi;;
-  esac;
-  case $_cmux_path in ?*) set -- env "PATH=$_cmux_path" "$@";; esac;
-  if command -v setsid >/dev/null; then set -- setsid "$@"; else command set -m; fi;
-  ( export CMUX_RUN="$_cmux_run"; exec "$@" 2>&4 4>&- ); _cmux_status=$?;
+  _cmux_words _cmux_execute "$@";
   [ $_cmux_status -lt 256 ] || _cmux_status=$((_cmux_status-128));
   case $_cmux_watcher in
   ?*) _cmux_self=$$;
@@ -913,6 +904,21 @@ _cmux_command() {
     else kill -KILL $_cmux_watcher; _cmux_watcher=; fi;;
   *) [ -z "$_cmux_stopped" ] || _cmux_watcher=0;;
   esac;
+};
+_cmux_execute() {
+  if command -v setsid >/dev/null; then set -- setsid "$@"; else command set -m; fi;
+  ( export CMUX_RUN="$_cmux_run"; exec "$@" 2>&4 4>&- ); _cmux_status=$?;
+};
+# Call a function with the words that are really run. --norc: bash started by sshd reads .bashrc
+# otherwise, at 100 ms a command for pyenv users.
+_cmux_words() {
+  _cmux_next=$1; shift;
+  case $_cmux_flag in -*)
+    if command -v bash >/dev/null; then set -- bash --norc "$_cmux_flag" -- "$_cmux_line" bash "$@";
+    else set -- sh "$_cmux_flag" -- "$_cmux_line" sh "$@"; fi;;
+  esac;
+  case $_cmux_path in ?*) set -- env "PATH=$_cmux_path" "$@";; esac;
+  $_cmux_next "$@";
 };
 # Editors are `true`: the `git commit` of an agent must not wait for vi. read -r takes single bytes
 # from a pipe, so what follows the header is left for the command.
@@ -1726,12 +1732,16 @@ _cop() {
   for _cmux_file in "${_cmux_folder%/*}"/*/exit; do
     [ ! "$(find "$_cmux_file" -mtime +7 2>/dev/null)" ] || rm -rf "${_cmux_file%/exit}"
   done
-  case $_cmux_flag in -*)
-    if command -v bash >/dev/null; then set -- bash --norc "$_cmux_flag" -- "$_cmux_line" bash "$@"
-    else set -- sh "$_cmux_flag" -- "$_cmux_line" sh "$@"; fi;;
-  esac
-  case $_cmux_path in ?*) set -- env "PATH=$_cmux_path" "$@";; esac
   umask "$_cmux_umask"
+  _cmux_words _cmux_start "$@"
+  _cmux_tries=0
+  while [ ! -s "$_cmux_folder/pid" ] && [ $_cmux_tries -lt 80 ]; do
+    { [ $_cmux_tries -lt 50 ] && sleep 0.02; } || sleep 1
+    _cmux_tries=$((_cmux_tries+1))
+  done
+  [ ! -s "$_cmux_folder/pid" ] || echo started
+}
+_cmux_start() {
   set -- sh -c 'trap "" HUP; trap : INT USR1 USR2; echo $$ >"$1/pid"
     _cmux_folder=$1 CMUX_RUN=$2; shift 2; export CMUX_RUN
     if command -v setsid >/dev/null; then (trap - HUP; exec setsid "$@")
@@ -1743,12 +1753,6 @@ _cop() {
   if setsid -f true 2>/dev/null; then setsid -f "$@"
   elif command -v bash >/dev/null; then bash -c 'set -m; "$@" &' bash "$@"
   else "$@" & fi </dev/null >"$_cmux_folder/out" 2>&1 4>&-
-  _cmux_tries=0
-  while [ ! -s "$_cmux_folder/pid" ] && [ $_cmux_tries -lt 80 ]; do
-    { [ $_cmux_tries -lt 50 ] && sleep 0.02; } || sleep 1
-    _cmux_tries=$((_cmux_tries+1))
-  done
-  [ ! -s "$_cmux_folder/pid" ] || echo started
 }
 """
 
@@ -3356,7 +3360,8 @@ class Masters:
         raise AssertionError
 
     def _new_master(self, cancel: Optional[Cancel], first: bool) -> List[Slot]:
-        master = Master(self.path("m." + os.urandom(4).hex()))
+        name = "m." + os.urandom(4).hex()
+        master = Master(self.path(name))
         slots = self._hold([master], SESSIONS_PER_MASTER)
         try:
             try:
@@ -3368,6 +3373,7 @@ class Masters:
         except BaseException:
             self.free(slots, 0)  # nobody could use them
             raise
+        self._known = {**self._known, name: master}
         remove_file(self.path("down.json"))
         return slots
 
