@@ -2249,8 +2249,8 @@ def read_bytes(path: str, limit: int) -> Optional[bytes]:
 
 
 def expected(error: BaseException) -> Optional[CmuxError]:
-    """The error as one that a user, a network or a host can cause, such as a full disk here,
-    wherever it comes up; None for a bug."""
+    """The error as one that a user, a network or a host can cause, such as a full local disk; None
+    for a bug."""
     if isinstance(error, CmuxError):
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -2341,9 +2341,9 @@ DOWN = {"count": int, "why": [str, str, str]}
 
 
 def read_json(path: str, shape: Any = dict) -> Optional[Dict[str, Any]]:
-    """An object of a ``shape`` from a private JSON file of version 1; None if there is none.
+    """An object of a ``shape`` from a private JSON file of version 1; None without the file.
 
-    StateFailed for a file that is not one, each time: set aside by the first who reads it, it would
+    StateFailed for what is no such file, each time: set aside by the first who reads it, it would
     be missing for the next, who would then go on without secrets, or begin a project anew.
     """
     import json
@@ -3091,7 +3091,7 @@ def plain_ssh() -> str:
 
 
 class RemoteShellFailed(ConnectionFailed):
-    """The session ended before our script began: sh failed there, or another shell runs instead."""
+    """The session ended before our script began: sh failed, or another shell runs instead."""
 
     def __init__(self, host: str) -> None:
         super().__init__(
@@ -3101,8 +3101,8 @@ class RemoteShellFailed(ConnectionFailed):
 
 
 class DirectSession(Session):
-    """A session carried by an ssh process of its own: for bulk streams, and for hosts or clients
-    without multiplexing. ``turn`` is held until the handshake is over."""
+    """A session carried by an ssh process of its own: for bulk, or without multiplexing. ``turn``
+    is held until the handshake is over."""
 
     maybe = " (If it was silent: did a ChannelTimeout of the host's sshd end it?)"
 
@@ -3148,8 +3148,8 @@ class DirectSession(Session):
             return self.full()
         if silent and shaking and not begun and status is not None and 0 <= status < 255:
             return RemoteShellFailed(self.host)
-        # What ends it after the login, ssh often tells on stderr alone: login noise. A proxy's
-        # early end it never tells.
+        # What ends it after the login, ssh often writes to stderr alone: login noise. It never
+        # reports a proxy's early end.
         lost = AFTER_LOGIN.search(words) or silent and (heard or not proxy_of(self._config))
         if begun or not shaking or lost:
             return super().failure(begun, sent)
@@ -3226,15 +3226,14 @@ class Masters:
         return f"{self.folder}/{name}"
 
     def ask_config(self, command: str) -> SSHConfig:
-        """What ssh would do now, for each new connection: Match exec may have changed its mind, and
-        a person the file."""
+        """What ssh would do now: Match exec may have changed its mind, and a person the file."""
         self.config = read_ssh_config(self.host, command)
         return self.config
 
     # -- what was seen of the host --
 
     def _mark(self, name: str) -> None:
-        """Note, in the age of a file, for all processes, that something was seen now."""
+        """Note for all processes, by a file's age, that something was seen now."""
         remove_file(self.path(name))
         with Lock(self.path(name)):
             pass
@@ -3247,8 +3246,8 @@ class Masters:
         return self._seen("single")
 
     def needs_person(self) -> bool:
-        """Whether a connection of its own cannot log in without a person. A master that was made
-        with a person's help serves instead."""
+        """Whether a connection of its own cannot log in without a person: then a master serves
+        instead."""
         return self._seen("person") and not self.single()
 
     def asks(self, error: BaseException) -> bool:
@@ -3340,7 +3339,7 @@ class Masters:
         """Start a master; all its slots, or ``count`` of those that live, if they are free by now.
         For the ``first`` a person may be asked. A handshake that the server drops is tried again,
         unless ``once``."""
-        told: Optional[HostError] = None
+        reason: Optional[HostError] = None
         for attempt in itertools.count(len(DROPPED_WAITS) if once else 0):
             with self.handshake(Deadline(self.patience), cancel):
                 try:
@@ -3354,9 +3353,9 @@ class Masters:
                     self._remember_failure(error)
                     raise
             if not isinstance(dropped, TurnedAway) and (once or attempt == 1):
-                told = self._ask_proxy()
-            if not self.again(told or dropped, attempt, deadline, cancel):
-                raise told or dropped
+                reason = self._ask_proxy()
+            if not self.again(reason or dropped, attempt, deadline, cancel):
+                raise reason or dropped
         raise AssertionError
 
     def _new_master(self, cancel: Optional[Cancel], first: bool) -> List[Slot]:
@@ -3386,8 +3385,8 @@ class Masters:
         return None if "Remote protocol version" in words else proxy_failure(self.config, said)
 
     def _start(self, path: str, cancel: Optional[Cancel], batch: bool) -> None:
-        """One `ssh -M -N`. It puts itself into the background once it is authenticated, and
-        then lets go of the pipe that is its stdout here."""
+        """One `ssh -M -N`. It puts itself into the background once it is authenticated, and then
+        closes its stdout."""
         self._sweep()
         config, log = self.ask_config("exec sh -c :"), path + ".log"
         other = {"SessionType=default": "SessionType=none"}  # ssh dies of a contradiction to -N
@@ -3427,7 +3426,7 @@ class Masters:
 
     @staticmethod
     def _await_detach(process: Process, deadline: Deadline, cancel: Optional[Cancel]) -> None:
-        """Until the stdout of a new master is closed. Raises CmuxError when that takes too long."""
+        """Until the stdout of a new master is closed; CmuxError when that takes too long."""
         assert process.stdout
         with process.stdout as watch:
             fd = watch.fileno()
@@ -3439,8 +3438,8 @@ class Masters:
                     raise CmuxError("It is too slow.")
 
     def _sweep(self) -> None:
-        """Remove what masters that have ended left, and the directories of hosts that nobody uses
-        any more. (What is still in use there is made anew.)"""
+        """Remove what ended masters left, and the directories of hosts that nobody uses any more.
+        (What is in use all the same is made anew.)"""
         import shutil
         top = os.path.dirname(self.folder)
         with contextlib.suppress(OSError):
@@ -3529,7 +3528,7 @@ class Masters:
         return [self.open_direct(command, deadline, cancel)]
 
     def connect(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> None:
-        """See to it that a master lives, if this host has any at all. Raises ConnectionFailed."""
+        """Make sure that a master lives, if this host has any. Raises ConnectionFailed."""
         if not self.single() and not self.masters():
             self.free(self._first_master(1, deadline, cancel))
 
@@ -3666,6 +3665,7 @@ class Masters:
         """(the argv of an ssh that runs ``command`` on this terminal; its environment; what to call
         when it has begun there; when it has ended). Escape characters are off: a pasted ~C would
         open forwards."""
+        self.masters()  # ssh is not given a socket that has gone
         slots = [] if self.single() else self._take_slots(1, deadline, None)
         self.free(slots[1:])
         config = self.ask_config(command)
@@ -3694,10 +3694,10 @@ class Masters:
 
 def look_closely(masters: Masters, command: str) -> Tuple[int, str, bytes]:
     """Run ``command`` over a connection of its own with ssh's debugging words: (status, those
-    words, what else was on stderr: a ProxyCommand's). For diagnosis; never asks, and is tried once.
+    words, what else was on stderr: a ProxyCommand's). For diagnosis; never asks, is tried once.
 
-    One that has closed its stdout gets a SIGHUP from ssh before it has said why: it is spared that,
-    and has a second."""
+    ssh sends a proxy that has closed its stdout a SIGHUP before that has written why: it is spared
+    that, and has a second."""
     import tempfile
     config, leave = masters.ask_config(command), masters.handshake(Deadline(masters.patience))
     with tempfile.NamedTemporaryFile(prefix="cmux-doctor-", dir=temporary_folder()) as log:
@@ -3917,7 +3917,7 @@ class Exchange:
         self._beaten = time.monotonic()
         over, sign = (self.guard, b"beat " + self.out.nonce) if self.guard else (self, b"")
         if over.sent and not over.source and over.session.stdin >= 0:
-            with contextlib.suppress(OSError):  # full, or over: the session's own events tell
+            with contextlib.suppress(OSError):  # full, or over: its own events report that
                 os.write(over.session.stdin, sign + b"\n")
 
     def _poller(self, cancel: Optional[Cancel]) -> Any:
@@ -3969,7 +3969,7 @@ class Exchange:
             self.sent = self.sent or not self.outgoing
         except BlockingIOError:
             return
-        except OSError:  # the far side takes no more: what it says, or the session's end, tells why
+        except OSError:  # the host takes no more: its words, or the session's end, report why
             self.outgoing, self._held = memoryview(b""), 0
             self.source, self.close_stdin = None, True
         self._close_if_written()
@@ -4186,7 +4186,7 @@ class Host:
                     if self._resting:
                         self._give_up()
             except (CmuxError, OSError):
-                pass  # the next operation meets the same failure, and has somebody to tell
+                pass  # the next operation meets the same failure, and reports it
 
     def close(self) -> None:
         """Give up the sessions that wait ready, until the next operation. Masters end by themselves
@@ -4285,11 +4285,11 @@ class Incoming:
         return self.waiting.pop(0) if self.waiting else b""
 
     def reply(self) -> Reply:
-        """The end: the status, and what was said on stderr."""
+        """The end: the status, and what came on stderr."""
         while self.take():
             pass
-        status, said = self.exchange.out.status or 0, self.err.value()
-        return Reply(status=status, stdout=b"", stderr=said, trip=0.0)
+        status, words = self.exchange.out.status or 0, self.err.value()
+        return Reply(status=status, stdout=b"", stderr=words, trip=0.0)
 
     def close(self) -> None:
         self.host.done(self.exchange.session)
