@@ -3477,15 +3477,12 @@ class Masters:
         found: List[Slot] = []
         with self._mutex:
             now = time.monotonic()
-            free = [slot for master in masters if master.until <= now
-                    for slot in master.slots[first:] if slot.fd < 0]
-            if len(free) < count:  # a hundred threads that wait need not look one by one
-                return []
-            for slot in free:
-                if slot.take():
-                    found.append(slot)
-                    if len(found) == count:
-                        return found
+            for master in masters:
+                for slot in master.slots[first:] if master.until <= now else []:
+                    if slot.fd < 0 and slot.take():
+                        found.append(slot)
+                        if len(found) == count:
+                            return found
         self.free(found, 0)  # those who wait for two would wake each other for ever
         return []
 
