@@ -487,8 +487,9 @@ class Waiters:
 
     def wake(self, count: int = 1) -> None:
         """Have so many of them look now."""
-        with self._changed:
-            self._changed.notify(count)
+        if self._asleep:
+            with self._changed:
+                self._changed.notify(count)
 
     def leave(self) -> None:
         """One of them was served, or gives up."""
@@ -2127,7 +2128,7 @@ def private_directory(path: str) -> str:
 
 def state_folder(name: str) -> str:
     """A private directory in that of the state."""
-    return private_directory(os.path.join(private_directory(state_home()), name))
+    return private_directory(private_directory(state_home()) + "/" + name)
 
 
 class Lock:
@@ -2410,8 +2411,8 @@ class Registry:
         import hashlib
         self.repository = repository
         key = hashlib.sha256(os.fsencode(repository)).hexdigest()[:20]
-        self.path = os.path.join(state_folder("projects"), key + ".json")
-        self.secrets_path = os.path.join(state_folder("secrets"), key + ".json")
+        self.path = f"{state_folder('projects')}/{key}.json"
+        self.secrets_path = f"{state_folder('secrets')}/{key}.json"
         self.running = self.path[:-4] + "running"
         self._cache: Dict[str, Tuple[object, Any]] = {}
 
@@ -2450,15 +2451,14 @@ class Registry:
 
     def creation_lock(self, name: str, shared: bool = False) -> Lock:
         """Held by who makes or removes a workspace; ``shared`` by those who copy it."""
-        path = os.path.join(self.running, "name." + name)
-        return Lock(path, True, shared, doing="works on the workspace " + name)
+        doing = "works on the workspace " + name
+        return Lock(f"{self.running}/name.{name}", True, shared, doing=doing)
 
     def upload_lock(self, tree: str, host: str, root: str) -> Lock:
         """Held by who uploads a tree to a host; others wait, and then copy it there."""
         import hashlib
         place = hashlib.sha256(os.fsencode(f"{tree}\0{host}\0{root}")).hexdigest()
-        path = os.path.join(self.running, "tree." + place)
-        return Lock(path, True, doing="sends the same files to " + host)
+        return Lock(f"{self.running}/tree.{place}", True, doing="sends the same files to " + host)
 
     def secrets(self) -> Mapping[str, Dict[str, str]]:
         """name -> {"value": ...} or {"command": ...}."""
@@ -2485,7 +2485,7 @@ class History:
     """
 
     def __init__(self, registry: Registry) -> None:
-        self.path = registry.path[:-len("json")] + "history"
+        self.path = registry.path[:-4] + "history"
         self.running = registry.running
         self.swept = False
 
@@ -2522,8 +2522,7 @@ class History:
     def begin(self, row: Mapping[str, Any]) -> Optional[Lock]:
         """A record that lasts until it is freed, or until this process dies."""
         import json
-        name = f"{os.getpid()}.{os.urandom(4).hex()}"
-        lock = Lock(os.path.join(self.running, name), passing=True)
+        lock = Lock(f"{self.running}/{os.getpid()}.{os.urandom(4).hex()}", passing=True)
         try:
             for _ in range(50):  # now() may take the file for a dead one's
                 if lock.take():
@@ -2538,7 +2537,7 @@ class History:
         import json
         rows: List[Any] = []
         for name in os.listdir(self.running) if os.path.isdir(self.running) else []:
-            lock = Lock(os.path.join(self.running, name), passing=True)
+            lock = Lock(f"{self.running}/{name}", passing=True)
             with contextlib.suppress(OSError, StateFailed, ValueError):
                 row = None if lock.take() else json.loads(read_bytes(lock.path, 64 * 1024) or b"0")
                 lock.free()
@@ -4151,6 +4150,8 @@ class Host:
         with self._mutex:
             self._active -= session.counted
             session.counted = False
+            if self._active:
+                return
             self._wake.set()
             if self._warm and self._keeper is None:
                 import threading
