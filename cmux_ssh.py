@@ -2931,7 +2931,6 @@ class Session:
         self.host = host
         self.master: Optional[Master] = None  # the one that carries it, if any
         self.stdin = self.stdout = self.stderr = self.control = -1
-        self.exited = False      # the far side has reported the end of the command
         self.counted = False     # among the operations of its Host that run
 
     def adopt(self, stdin: int, stdout: int, stderr: int) -> None:
@@ -2985,7 +2984,7 @@ class MuxSession(Session):
     def __init__(self, masters: Masters, slot: Slot, command: str) -> None:
         super().__init__(masters.host)
         self._masters, self._slot, self.master = masters, slot, slot.master
-        self._status, self._buffer = -1, b""
+        self._status, self._buffer = -1, b""  # of the command, once the master has reported its end
         self._socket = connect(slot.master.path)
         self.control = self._socket.fileno()
         try:
@@ -3047,18 +3046,18 @@ class MuxSession(Session):
         for packet in iter(self._next, None):
             kind, _, status = mux_numbers(packet)
             if kind == MUX_EXIT:
-                self.exited, self._status = True, status
+                self._status = status
         return bool(data)
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
         control = (self.control, select.POLLIN)
-        while not self.exited and poll_once(1, control) and self.control_event():
+        while self._status < 0 and poll_once(1, control) and self.control_event():
             pass  # the end of the streams may come before the word of the command's end
-        if self.exited and not begun:
+        if self._status >= 0 and not begun:
             return RemoteShellFailed(self.host)
         if self._status in FORK_FAILED:
             return self.full()
-        if self.exited:
+        if self._status >= 0:
             return ConnectionLost(
                 f"The command on {self.host} was ended together with its wrapper.",
                 "Something there killed every process of the session.", self.host)
