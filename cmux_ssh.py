@@ -2336,7 +2336,8 @@ _ROWS = [[str, str]]
 RECORD = {"name": _WORKSPACE, "id": re.compile(r"[0-9a-f]{12}\Z"), "jobs?": dict, "turn?": int,
           "places?": _ROWS, "sent?": _ROWS, "composed?": _ROWS, "workspaces": {_WORKSPACE: (
               dict(_ENTRY, path=str), dict(_ENTRY, state=re.compile(r"(?!ready\Z)")))}}
-SECRET = {re.compile(r"(value|command)\Z"): re.compile("[^\ud800-\udc7f\udd00-\udfff]*\\Z")}
+_TEXT = re.compile("[^\ud800-\udc7f\udd00-\udfff]*\\Z")
+SECRET = {"value": _TEXT}, {"command": _TEXT}
 ROW = {"operation": str, "time": (int, float), "duration?": (int, float)}
 DOWN = {"count": int, "why": [str, str, str]}
 
@@ -2468,13 +2469,11 @@ class Registry:
 
 def read_secrets(path: str) -> Dict[str, Dict[str, str]]:
     """The secrets of a file. Checked, since people edit files."""
-    stored = (read_json(path) or {}).get("secrets", {})
-    if not isinstance(stored, dict):
-        raise damaged(path, "has no secrets in it")
+    stored: Dict[str, Any] = (read_json(path, {"secrets?": dict}) or {}).get("secrets", {})
     for name, entry in stored.items():
         check_variable(name, secret=True)
-        if not fits(entry, SECRET) or len(entry) != 1:
-            raise damaged(path, "is damaged", "secret %s in" % name)
+        if not fits(entry, SECRET):
+            raise damaged(path, "is damaged", f"secret {name} in")
     return stored
 
 
