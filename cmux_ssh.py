@@ -3007,12 +3007,10 @@ class MuxSession(Session):
                 self._socket.sendmsg([b"\0"], [rights])
         finally:
             drop(*(fd for fd in fds if fd not in (self.stdin, self.stdout, self.stderr)))
-        if mux_numbers(self._packet())[:2] != [MUX_HELLO, 4]:
-            raise MasterGone("The control socket speaks another protocol.", host=self.host)
-        kind = mux_numbers(self._packet())[0]
-        if kind in (MUX_FAILURE, MUX_DENIED):
+        hello, answer = mux_numbers(self._packet()), mux_numbers(self._packet())
+        if answer[0] in (MUX_FAILURE, MUX_DENIED):
             raise SessionRefused(f"{self.host} refused one more session.", host=self.host)
-        if kind != MUX_OPENED:
+        if hello[:2] != [MUX_HELLO, 4] or answer[0] != MUX_OPENED:
             raise MasterGone("The control socket gave an odd answer.", host=self.host)
         self._socket.setblocking(False)
 
@@ -3122,16 +3120,13 @@ class DirectSession(Session):
                 stream.close()
 
     def begun(self) -> None:
-        if self._shaking():
+        if self._turn.fd >= 0:
             self._let_go()
             self._masters.report(None)
 
-    def _shaking(self) -> bool:
-        """Whether the handshake is not over yet."""
-        return self._turn.fd >= 0
-
     def _let_go(self) -> None:
-        if self._shaking():
+        """The handshake is over."""
+        if self._turn.fd >= 0:
             remove_file(self._log)  # the next handshake with this slot writes its own
             self._turn.free()
 
@@ -3140,7 +3135,7 @@ class DirectSession(Session):
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
         words, heard = read_log(log_head(self._log))
-        silent, status, shaking = not words.strip(), self._process.poll(), self._shaking()
+        silent, status, shaking = not words.strip(), self._process.poll(), self._turn.fd >= 0
         if begun and status in FORK_FAILED:
             return self.full()
         if silent and shaking and not begun and status is not None and 0 <= status < 255:
