@@ -76,12 +76,12 @@ if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command
     import threading
 
 __version__ = "0.1.0"
-__all__ = [  # the promise: these names, their arguments and their fields stay within a major version
-    "Project", "Workspace", "Host", "Report", "Cancel", "pull", "diff", "call_tool", "TOOLS", "Verb", "main",
-    "ExecResult", "Outcome", "FileContent", "Result",
-    "CmuxError", "UsageError", "HostError", "ConnectionFailed", "ConnectionDropped", "HostKeyFailed",
-    "AuthenticationFailed", "ConnectionLost", "RemoteFailed", "WorkspaceMissing", "WorkspaceExists",
-    "WorkspaceDirty", "UploadFailed", "ResultRefused", "GitFailed", "StateFailed", "ToolFailed", "FileChanged",
+__all__ = [  # the promise: these names, their arguments and fields stay within a major version
+    "Project", "Workspace", "Host", "Report", "Cancel", "pull", "diff", "call_tool", "TOOLS",
+    "Verb", "main", "ExecResult", "Outcome", "FileContent", "Result", "CmuxError", "UsageError",
+    "HostError", "ConnectionFailed", "ConnectionDropped", "HostKeyFailed", "AuthenticationFailed",
+    "ConnectionLost", "RemoteFailed", "WorkspaceMissing", "WorkspaceExists", "WorkspaceDirty",
+    "UploadFailed", "ResultRefused", "GitFailed", "StateFailed", "ToolFailed", "FileChanged",
     "Cancelled"]
 
 PROGRAM = "cmux_ssh.py"
@@ -93,7 +93,7 @@ PROGRAM = "cmux_ssh.py"
 SESSIONS_PER_MASTER = 8     # sshd allows 10, but frees one only after answering its close: at
                             # 10 a fast client is refused 26 % of its opens, at 8 1 to 3 %
 MASTERS_PER_HOST = 64       # 512 sessions; started as they are needed
-SLOT_SOON = 0.2             # one that is in use is free so soon where commands are short: then one more master is started
+SLOT_SOON = 0.2             # after such a wait, longer than short commands, a master is started
 SPARED_MOST = 6             # masters, from which on none is started for sessions opened ahead
 HANDSHAKES_AT_ONCE = 8      # stock MaxStartups 10:30:100 drops at random from the 10th on
 CONTROL_PERSIST = 600       # an idle master ends itself
@@ -104,11 +104,11 @@ CONNECT_PATIENCE_SLOW = 600  # where the config says ConnectTimeout 0 (Coder sta
 INTERACTIVE_PATIENCE = 300  # a person types a passphrase
 CONTROL_PATIENCE = 5        # a live master answers hello in under a millisecond
 SLOT_PATIENCE = 600         # waiting for one of the 512 sessions
-LOCK_PATIENCE = 1800        # for what another process works on: it may send gigabytes over a slow line
-LOOK_FIRST, LOOK_MOST = 0.003, 0.3  # between looks for what other processes free: they are not heard
+LOCK_PATIENCE = 1800        # for what another process works on: it may send gigabytes, slowly
+LOOK_FIRST, LOOK_MOST = 0.003, 0.3  # between looks for what other processes free
 SEEN_FOR = 86400            # what was seen of a host is believed for a day
-FOLDER_KEPT = 30 * 86400    # the directory of a host to which nobody has connected for so long is removed
-SHELL_PATIENCE = 2.5        # without a word from our wrapper: then another session is asked what begins there
+FOLDER_KEPT = 30 * 86400    # the directory of a host that nobody uses goes after so long
+SHELL_PATIENCE = 2.5        # without a word from our wrapper; then another session is asked
 FORK_FAILED = (1, 2, 254)   # how mksh, dash and busybox, bash end where they cannot make a process
 START_PATIENCE = 60         # from the header sent to the start mark: slow rc files are read here
 UNKNOWN_FOR = 10            # a secret's command that failed is not run again for masking
@@ -117,20 +117,21 @@ STOP_SILENCE = 5            # of the session that carries it; then another one i
 CALL_PATIENCE = 600         # for one script of ours: it may unpack a large tree, or hash
                             # gigabytes before it sends a byte
 STALL_PATIENCE = 60         # a transfer that moves no byte for so long is dead
-BEAT_MOST, BEAT_LEAST = 20, 1  # between two signs of life over a session: ChannelTimeout; while it is awake anyway, more often
-DROPPED_WAITS = (0.2, 0.4, 0.8, 1.6, 5, 15, 30)  # OpenSSH 9.8 and later say the same words for MaxStartups,
-DROPPED_TRIES = 4           # which drops at random, and for a penalty, which lasts 15 s or more; being turned away
-                            # adds none. Where no words came, the first four waits are enough
-DOWN_WAITS = (1, 2, 4, 7, 10)  # after 1, 2, ... failures to connect in a row. A refused key costs 5 s
-                            # of penalty, enforced from 15 s on: so spaced, it never gets there
-REFUSED_MOST = 2            # a master that refuses sessions is left alone for 6 ms, then ever longer, up to so long
+BEAT_MOST, BEAT_LEAST = 20, 1  # between two signs of life over a session (ChannelTimeout), where
+                            # it is silent, and where it is awake anyway
+DROPPED_WAITS = (0.2, 0.4, 0.8, 1.6, 5, 15, 30)  # OpenSSH 9.8 and later say the same words for
+DROPPED_TRIES = 4           # MaxStartups, which drops at random, and for a penalty of 15 s or more.
+                            # Being turned away adds none. Without these words four waits will do
+DOWN_WAITS = (1, 2, 4, 7, 10)  # after 1, 2, ... failures to connect in a row. A refused key costs
+                            # 5 s of penalty, enforced from 15 s on: so spaced, it never gets there
+REFUSED_MOST = 2            # a master that refuses sessions rests for 6 ms, then ever longer
 SOCKET_PATH_MAX = 86        # 104 bytes on macOS, less 17 that ssh appends while it binds, less NUL
 LOG_MAX = 64 * 1024         # of ssh's own words that are read back
 CHUNK = 128 * 1024          # one read or write
 BULK_FROM = 256 * 1024      # an archive over this gets its own connection: a proxy was seen to
                             # cut a multiplexed 646 MB upload at 815,458 bytes without an error
 GZIP_FROM = 0.003           # seconds of a round trip: what is nearer has a line faster than gzip
-GZIP_LEVEL = 4              # measured: level 1 leaves a fifth more to send, 6 takes twice the CPU for 6 %
+GZIP_LEVEL = 4              # level 1 leaves a fifth more to send, 6 takes twice the CPU for 6 %
 CAPTURE_MAX = 8 * 1024 * 1024  # of stdout, and of stderr, kept in memory: head and tail
 REPLY_MAX = 1024 * 1024     # what one of our own scripts may say
 STATE_MAX = 16 * 1024 * 1024  # a registry or secrets file larger than this is damaged
@@ -140,10 +141,10 @@ SEARCH_MAX = 4 * 1024 * 1024  # bytes of paths or matches that a search brings h
 SEARCH_PATIENCE = 120
 LINE_MAX = 500              # characters of one grep match: minified files have long lines
 DIFF_MAX = 20000            # characters of the diff that an edit returns
-DIFF_WORK_MAX = 20000000    # lines times those that differ: difflib took 2.9 s for 50 million, 46 s for 760
+DIFF_WORK_MAX = 20000000    # lines times those that differ: difflib takes 2.9 s for 50 million
 EDIT_TRIES = 60             # of read, apply, compare-and-swap, when others edit the same file
 LOGS_MAX = 1024 * 1024      # bytes of a job's output per call
-HISTORY_MAX = 2 * 1024 * 1024  # bytes of a project's history; then it becomes the older of two files
+HISTORY_MAX = 2 * 1024 * 1024  # bytes of a history; then it becomes the older of two files
 HISTORY_LINE = 1024         # bytes of one line: one write appends it whole
 JOBS_KEPT = 200             # that this machine remembers the commands of, per project
 FAULT_PATIENCE = 300        # logs -f and wait go on trying for so long without a connection
@@ -160,7 +161,7 @@ MCP_LOG_MAX = 64 * 1024 * 1024  # bytes of output kept of each of them
 MCP_PROGRESS = 2            # seconds between notifications of progress
 MCP_GRACE = 2               # after the end of input, for calls that are about to end
 WARM_SESSIONS = 4           # opened ahead by long-lived callers: one round trip instead of two
-KEEPER_PAUSE = 0.001        # from an operation's end: what its caller does with the result comes first
+KEEPER_PAUSE = 0.001        # after an operation: what its caller does with the result comes first
 WARM_IDLE = 20              # without use, they are given up: others may need the slots
 SECRET_MAX = 120 * 1024     # Linux limits one environment string to 128 KiB
 ARGUMENT_MAX = 128 * 1024 - 1  # Linux: MAX_ARG_STRLEN
@@ -199,7 +200,7 @@ class CmuxError(Exception):
         super().__init__(message)
         self.hint = hint or self.default_hint
 
-    def __reduce__(self) -> Any:  # as it is, whatever a subclass takes to be made: pools of processes pickle errors
+    def __reduce__(self) -> Any:  # pools of processes pickle errors: whatever a subclass takes
         return type(self).__new__, (type(self), *self.args), self.__dict__
 
 
@@ -280,7 +281,7 @@ class StateFailed(CmuxError):
     """The local state is damaged, foreign or not writable."""
 
 class Cancelled(CmuxError):
-    """The caller's Cancel was set. Of a command, run() and exec() tell that in their result instead."""
+    """The caller's Cancel was set. run() and exec() of a command say that in their result."""
     exit_code = 130
 
 class PipeClosed(CmuxError):
@@ -295,13 +296,17 @@ CALLED = {"program": PROGRAM, "project": "", "workspace": ""}
 
 
 def as_called(hint: str) -> str:
-    """A hint whose commands (`cmux_ssh.py VERB ...`, or of git) can be pasted where this process was started."""
+    """A hint whose commands (`cmux_ssh.py VERB ...`, or of git) can be pasted where this process
+    was started."""
+    program, project, workspace = CALLED["program"], CALLED["project"], CALLED["workspace"]
+
     def ours(match: Any) -> str:
-        bound = match.group(1) in ("exec", "shell", "pull", "push", "diff", "read", "jobs") and not match.group(2)
-        return "%s%s %s%s" % (CALLED["program"], CALLED["project"], match.group(1), CALLED["workspace"] if bound else "")
-    hint = re.sub(r"(?<![\w./])%s (-h|[a-z]+)(?=([^`;]*? -w )?)" % re.escape(PROGRAM), ours, hint)
-    local = r"(?<!-- )(?<!-- ')\bgit (?=(branch|config cmux|diff|fetch|init|lfs|log|merge|rm|submodule)\b)"
-    return re.sub(local, lambda match: "git%s " % CALLED["project"], hint)
+        verb, named = match.groups()
+        bound = verb in ("exec", "shell", "pull", "push", "diff", "read", "jobs") and not named
+        return f"{program}{project} {verb}{workspace if bound else ''}"
+    hint = re.sub(rf"(?<![\w./]){re.escape(PROGRAM)} (-h|[a-z]+)(?=([^`;]*? -w )?)", ours, hint)
+    local = "branch|config cmux|diff|fetch|init|lfs|log|merge|rm|submodule"
+    return re.sub(rf"(?<!-- )(?<!-- ')\bgit (?=({local})\b)", lambda match: f"git{project} ", hint)
 
 
 # === 4. Values ===
@@ -314,12 +319,13 @@ class Value:
     """
 
     def __init__(self, **fields: Any) -> None:
-        if set(fields) != set(self.__annotations__):
-            raise TypeError("fields are missing or unknown: %s" % ", ".join(set(fields) ^ set(self.__annotations__)))
+        odd = set(fields) ^ set(self.__annotations__)
+        if odd:
+            raise TypeError("fields are missing or unknown: " + ", ".join(odd))
         self.__dict__.update(fields)
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError("%s is immutable" % type(self).__name__)
+        raise AttributeError(f"{type(self).__name__} is immutable")
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and self.as_dict() == other.as_dict()
@@ -328,8 +334,8 @@ class Value:
         return hash(repr(self))
 
     def __repr__(self) -> str:
-        shown = ", ".join("%s=%r" % item for item in self.as_dict().items())
-        return "%s(%s)" % (type(self).__name__, shown)
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.as_dict().items())
+        return f"{type(self).__name__}({shown})"
 
     def as_dict(self) -> Dict[str, Any]:
         """The fields, by name."""
@@ -393,9 +399,10 @@ class Deadline:
 
 
 class Cancel:
-    """Set from any thread, or a signal handler, to end the operations that were given it: the process
-    tree on the host is ended first. run() then returns an Outcome of reason ``cancel``, exec() exit
-    code 130; all else raises Cancelled. It stays set: make a new one for what comes after."""
+    """Set from any thread, or a signal handler, to end the operations that were given it: the
+    process tree on the host is ended first. run() then returns an Outcome of reason ``cancel``,
+    exec() exit code 130; all else raises Cancelled. It stays set: make a new one for what comes
+    after."""
 
     def __init__(self) -> None:
         self._read = self._write = -1  # a pipe, made when somebody polls
@@ -404,7 +411,7 @@ class Cancel:
 
     def _forked(self) -> None:
         import _thread
-        self._guard = _thread.RLock()  # a signal may set it in the middle of whatever its thread does here
+        self._guard = _thread.RLock()  # a signal may set it in the middle of what its thread does
         self.close()
 
     def set(self) -> None:
@@ -432,13 +439,12 @@ class Cancel:
             raise Cancelled("Cancelled.")
 
     def close(self) -> None:
-        """Free its two descriptors, when nothing that was given this runs any more (PyPy collects them late)."""
+        """Free its two descriptors, when nothing that was given this runs any more."""
         with self._guard:
             drop(self._read, self._write)
             self._read = self._write = -1
 
-    def __del__(self) -> None:
-        self.close()
+    __del__ = close
 
 
 def poll_once(seconds: Optional[float], *wanted: Tuple[Any, int]) -> Dict[int, int]:
@@ -453,11 +459,9 @@ def poll_once(seconds: Optional[float], *wanted: Tuple[Any, int]) -> Dict[int, i
 def nap(seconds: float, deadline: Deadline, cancel: Optional[Cancel]) -> bool:
     """Sleep; False if the deadline comes first. Raises Cancelled."""
     pause, left = max(0.0, seconds), deadline.left()
+    poll_once(deadline.capped(pause), *([(cancel, select.POLLIN)] if cancel else []))
     if cancel:
-        poll_once(deadline.capped(pause), (cancel, select.POLLIN))
         cancel.check()
-    else:
-        time.sleep(deadline.capped(pause))
     return left is None or pause <= left
 
 
@@ -466,7 +470,7 @@ class Waiters:
 
     A change in this process wakes one of them. One at a time looks for what others have done, ever
     more rarely; all others sleep without an end: a hundred cost no more than one. Whoever looks in
-    vain sleeps again; whoever gives up or was served wakes another, who may then be the one to look.
+    vain sleeps again; whoever gives up or was served wakes another, who may be the one to look.
     """
 
     def __init__(self) -> None:
@@ -483,8 +487,9 @@ class Waiters:
 
     def wake(self, count: int = 1) -> None:
         """Have so many of them look now."""
-        with self._changed:
-            self._changed.notify(count)
+        if self._asleep:
+            with self._changed:
+                self._changed.notify(count)
 
     def leave(self) -> None:
         """One of them was served, or gives up."""
@@ -514,7 +519,8 @@ class Waiters:
 
 
 class Capture:
-    """Bytes of one stream, bounded: the first and the last half of ``limit`` are kept; over ``most`` is a flood."""
+    """Bytes of one stream, bounded: the first and the last half of ``limit`` are kept; over
+    ``most`` is a flood."""
 
     def __init__(self, limit: int = CAPTURE_MAX, most: int = 1 << 62) -> None:
         self.half, self.most = max(1, limit // 2), most
@@ -538,10 +544,9 @@ class Capture:
 
     def value(self) -> bytes:
         tail = bytes(self.tail[-self.half:])
-        if not self.truncated:
-            return bytes(self.head) + tail
         lost = self.total - len(self.head) - len(tail)
-        return bytes(self.head) + b"\n[... %d bytes left out ...]\n" % lost + tail
+        note = b"\n[... %d bytes left out ...]\n" % lost if lost else b""
+        return bytes(self.head) + note + tail
 
 
 # === 5. Checking and quoting ===
@@ -549,7 +554,7 @@ class Capture:
 
 # What OpenSSH 10 does not take is refused before any ssh starts: old clients hand names to a
 # shell by %h and %r (CVE-2023-51385, CVE-2025-61984), so the metacharacters must never reach them;
-# a leading dash is an option (CVE-2017-1000117). An @ inside the user is legitimate: user@target@bastion.
+# a leading dash is an option (CVE-2017-1000117). An @ inside the user is right.
 _USER = re.compile(r"(?!-|ssh://)[^ '\"`$;&<>|(){}]+(?<!\\)\Z")
 _HOSTNAME = re.compile(r"(?!-|ssh://)[^ '\"`$;&<>|(){}\\,]+\Z")
 _URI = re.compile(r"ssh://(?:([^@]+)@)?([A-Za-z0-9][A-Za-z0-9._-]*)(?::([0-9]{1,5}))?/?\Z")
@@ -563,7 +568,7 @@ def check_host(text: object) -> str:
     Name, user@host, alias, IPv6 address, ssh://[user@]host[:port]. The same check holds for
     hosts from the command line, state files, batch lines and MCP arguments.
     """
-    hint = "Give what you would type after ssh: a name, user@name, or an alias from your ssh config."
+    hint = "Give what you would type after ssh: a name, user@name, or an alias of your ssh config."
     if not isinstance(text, str) or not text:
         raise UsageError("No host was given.", hint)
     user, at, host = text.rpartition("@")
@@ -574,17 +579,19 @@ def check_host(text: object) -> str:
         host, port = uri.group(2), int(uri.group(3) or 22)
     good = _HOSTNAME.match(host) and (not at or _USER.match(user)) and 0 < port < 65536
     if not good or not (text + user).isprintable() or len(text) > HOST_MAX:
-        raise UsageError("%s is not a host name." % show(text), hint)
+        raise UsageError(f"{show(text)} is not a host name.", hint)
     return text
 
 
 def check_workspace(name: object) -> str:
     """Return ``name`` if it can be a workspace's name and directory, else UsageError."""
-    if not isinstance(name, str) or not _WORKSPACE.match(name) or name.endswith((".", ".lock")) or ".." in name:
-        raise UsageError("%s is not a workspace name." % show(str(name)),
-                         "Use 1 to %d letters, digits, dots, dashes and underscores, beginning "
-                         "with a letter, digit or underscore; no two dots together, no dot or .lock at the end." % NAME_MAX)
-    return name
+    good = isinstance(name, str) and _WORKSPACE.match(name) and ".." not in name
+    if not good or name.endswith((".", ".lock")):  # type: ignore[attr-defined]
+        raise UsageError(
+            f"{show(str(name))} is not a workspace name.",
+            f"Use 1 to {NAME_MAX} letters, digits, dots, dashes and underscores, beginning with a "
+            "letter, digit or underscore; no two dots together, no dot or .lock at the end.")
+    return str(name)
 
 
 def safe_workspace(branch: str) -> str:
@@ -595,11 +602,12 @@ def safe_workspace(branch: str) -> str:
 
 # A secret is project input: it may name any variable but those with which the shells that carry
 # it would read it as an instruction. --env is the user's own word, and may also set PATH.
-_READONLY = {"IFS", "OPTIND", "PPID", "UID", "EUID", "SHELLOPTS", "BASHOPTS", "BASH_VERSINFO", "CMUX_RUN", "TMOUT",
-             # and what a shell makes itself, whatever it is told, or stops at
-             "GROUPS", "DIRSTACK", "FUNCNAME", "PIPESTATUS", "RANDOM", "SRANDOM", "SECONDS", "LINENO", "BASHPID", "HISTCMD"}
-_INSTRUCTIONS = {"PATH", "HOME", "ENV", "BASH_ENV", "PS4", "PROMPT_COMMAND", "CDPATH",
-                 "CMUX_WORKSPACE", "CMUX_PROJECT", "CMUX_RUNTIME"}
+_READONLY = set("IFS OPTIND PPID UID EUID SHELLOPTS BASHOPTS BASH_VERSINFO CMUX_RUN TMOUT "
+                # and what a shell makes itself, whatever it is told, or stops at
+                "GROUPS DIRSTACK FUNCNAME PIPESTATUS RANDOM SRANDOM SECONDS LINENO BASHPID HISTCMD"
+                .split())
+_INSTRUCTIONS = set("PATH HOME ENV BASH_ENV PS4 PROMPT_COMMAND CDPATH "
+                    "CMUX_WORKSPACE CMUX_PROJECT CMUX_RUNTIME".split())
 
 
 def check_variable(name: str, secret: bool = False) -> str:
@@ -608,10 +616,11 @@ def check_variable(name: str, secret: bool = False) -> str:
     if secret:
         reserved = reserved or name in _INSTRUCTIONS or name.startswith(("LD_", "DYLD_"))
     if not _VARIABLE.match(name) or len(name) > 256:
-        raise UsageError("%s is not a variable name." % show(name),
+        raise UsageError(f"{show(name)} is not a variable name.",
                          "Use letters, digits and underscores, not beginning with a digit.")
     if reserved:
-        raise UsageError("The variable %s is reserved." % name, "This program sets it there." if name.startswith("CMUX_")
+        ours = name.startswith("CMUX_")
+        raise UsageError(f"The variable {name} is reserved.", "This program sets it there." if ours
                          else "It has a meaning of its own to the shell on the host.")
     return name
 
@@ -619,12 +628,12 @@ def check_variable(name: str, secret: bool = False) -> str:
 def check_remote_path(text: str) -> str:
     """Return an absolute path that the host named, if it can be one; else RemoteFailed."""
     if not text.startswith("/") or len(text) > PATH_MAX or not text.isprintable():
-        raise RemoteFailed("The host named a directory that cannot be one: %s." % show(text))
+        raise RemoteFailed(f"The host named a directory that cannot be one: {show(text)}.")
     return text
 
 
 def number(text: str) -> int:
-    """A count that the host named; -1 if it is none. (int() takes '\u00b2' for none, and 5000 digits ill.)"""
+    """A count that the host named; -1 if it is none. (int() takes more, and long ones slowly.)"""
     return int(text) if re.match(r"[0-9]{1,15}\Z", text) else -1
 
 
@@ -632,10 +641,11 @@ def number(text: str) -> int:
 # sequence (OSC 52, DCS, CSI, charset switch) can form, so no parser is needed.
 @functools.lru_cache(maxsize=None)
 def _harmless() -> Dict[int, str]:
-    odd = [0x61C, 0x180E, 0xFEFF, *range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 0x2070), *range(0xFFF9, 0xFFFC),
-           *range(0xD800, 0xE000), *range(0xE0000, 0xE0080)]
+    odd = [0x61C, 0x180E, 0xFEFF, *range(0x200B, 0x2010), *range(0x2028, 0x202F),
+           *range(0x2060, 0x2070), *range(0xFFF9, 0xFFFC), *range(0xD800, 0xE000),
+           *range(0xE0000, 0xE0080)]
     return {**{c: "^" + chr(c ^ 64) for c in (*range(32), 127) if c not in (9, 10)},
-            **{c: "\\x%02x" % c for c in range(0x80, 0xA0)}, **{c: "\\u%04x" % c for c in odd}}
+            **{c: f"\\x{c:02x}" for c in range(0x80, 0xA0)}, **{c: f"\\u{c:04x}" for c in odd}}
 
 
 def neutralise(data: Union[bytes, str]) -> str:
@@ -645,13 +655,15 @@ def neutralise(data: Union[bytes, str]) -> str:
 
 
 class TerminalText:
-    """What a command prints, piece by piece, for a terminal: as neutralise() has it, but carriage return and colours
-    (SGR) pass. A character or a colour may be cut between two pieces; a colour left on ends with its piece, so that it
-    never hides what others print, and the next piece takes it up again."""
+    """What a command prints, piece by piece, for a terminal: as neutralise() has it, but carriage
+    return and colours (SGR) pass. A character or a colour may be cut between two pieces; a colour
+    left on ends with its piece, so that it never hides what others print, and the next piece takes
+    it up again."""
 
     def __init__(self) -> None:
         import codecs
-        self.decode, self.held, self.colour = codecs.getincrementaldecoder("utf-8")("replace").decode, "", ""
+        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self.held = self.colour = ""
 
     def __call__(self, data: bytes, last: bool = False) -> str:
         text, shown = self.held + self.decode(data, last), [self.colour]
@@ -669,7 +681,7 @@ class TerminalText:
 def show(text: Union[bytes, str], limit: int = 100) -> str:
     """A name for use inside a sentence of ours: one line, neutralised, bounded, quoted."""
     line = neutralise(text).replace("\n", "^J").replace("\t", "^I")
-    return "'%s'" % (line if len(line) <= limit else line[:limit - 5] + "[...]")
+    return f"'{line if len(line) <= limit else line[:limit - 5] + '[...]'}'"
 
 
 def quote(word: str) -> str:
@@ -686,7 +698,8 @@ def encoded(value: object) -> bytes:
     try:
         return str.encode(value, "utf-8", "surrogateescape")  # type: ignore[arg-type]
     except (TypeError, UnicodeEncodeError):
-        raise UsageError("An argument is of type %s, or holds a lone surrogate: that is no text." % type(value).__name__)
+        raise UsageError(f"An argument is of type {type(value).__name__}, or holds a lone "
+                         "surrogate: that is no text.")
 
 
 def bytes_field(name: str, data: bytes) -> Dict[str, str]:
@@ -699,15 +712,15 @@ def bytes_field(name: str, data: bytes) -> Dict[str, str]:
 
 
 def json_fields(fields: Mapping[str, Any]) -> Dict[str, Any]:
-    """``fields`` with those that are bytes as bytes_field() tells them."""
-    told: Dict[str, Any] = {}
+    """``fields`` with those that are bytes as bytes_field() has them."""
+    made: Dict[str, Any] = {}
     for name, value in fields.items():
-        told.update(bytes_field(name, value) if isinstance(value, bytes) else {name: value})
-    return told
+        made.update(bytes_field(name, value) if isinstance(value, bytes) else {name: value})
+    return made
 
 
 def field_bytes(name: str, fields: Mapping[str, str]) -> bytes:
-    """The bytes that bytes_field() told."""
+    """The bytes of a field from bytes_field()."""
     if name in fields:
         return fields[name].encode("utf-8")
     import base64
@@ -716,11 +729,11 @@ def field_bytes(name: str, fields: Mapping[str, str]) -> bytes:
 
 def human_size(count: float) -> str:
     """1234567 -> '1.2 MB'."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return "%d %s" % (count, unit) if unit == "bytes" else "%.1f %s" % (count, unit)
-        count /= 1000.0
-    raise AssertionError
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            break
+        count, unit = count / 1000, "GB"
+    return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
 
 
 def overlap(data: bytes, value: bytes, first: bool) -> int:
@@ -730,7 +743,8 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
     at = data.find(value[:1], max(0, len(data) - len(value) + 1))
     tail = data[at:] if at >= 0 else b""
     most, size, borders, text = len(tail), 0, [0], value[:len(tail)] + tail
-    for at in range(1, len(text)):  # by Knuth, Morris and Pratt: the host may repeat the beginning of a long secret
+    # By Knuth, Morris and Pratt: the host may repeat the beginning of a long secret.
+    for at in range(1, len(text)):
         size = size if at != most else 0
         while size and value[size] != text[at]:
             size = borders[size - 1]
@@ -745,16 +759,17 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
 #
 # The wire, all of it. One fixed command starts every session:  exec sh -c '<BOOT>'
 # It reads a header from its stdin, records of a name, a number of lines, and those lines:
-#   exit 0     the first line. Our wrapper ignores it; a shell that reads our stdin instead (a ForceCommand,
-#              `exec zsh` in a start-up file) ends before it takes a value for a command
+#   exit 0     the first line. Our wrapper ignores it; a shell that reads our stdin instead (a
+#              ForceCommand, `exec zsh` in a start-up file) ends before it obeys a value
 #   NAME n     an environment variable of the command (secrets travel so, and only so)
-#   _cmux_X n  a setting of the wrapper: nonce, run (its id), directory, life (whether stdin is watched),
-#              flag (how to run a shell line: -c, -lc), line, path (the command's PATH)
+#   _cmux_X n  a setting of the wrapper: nonce, run (its id), directory, life (whether stdin is
+#              watched), flag (how to run a shell line: -c, -lc), line, path (its PATH)
 #   @    n     one more positional parameter
 #   :    n     text to eval now (functions of the operations)
 #   .    n     the end: text to eval as the operation
-# Shells read ahead, fish to the end: of a header with secrets (a second `exit 0` marks it) nothing behind the
-# first line is sent before our wrapper has said READY. That is a round trip, but none in a session opened ahead.
+# Shells read ahead, fish to the end: of a header with secrets (a second `exit 0` marks it) nothing
+# behind the first line is sent before our wrapper has said READY. That is a round trip, but none
+# in a session opened ahead.
 # What comes back, on stdout and on stderr each:  NONCE+ pid  ...bytes...  NONCE- status stop
 # Before the first mark is login noise; NONCEx 96 says the directory is missing. The marks tell
 # accidents apart. They are no defence against malice: a hostile host can always lie.
@@ -878,18 +893,11 @@ _cmux_watch() {
 # The command runs in the foreground (an asynchronous list would ignore SIGINT for ever), in a
 # session of its own (so that `kill 0` cannot take the wrapper with it), without the stderr of the
 # wrapper ("Terminated" is not its word). Where nothing gives it a group (dash without setsid and
-# terminal), CMUX_RUN and parents make the difference. --norc: bash started by sshd reads .bashrc
-# otherwise, at 100 ms a command for pyenv users.
+# terminal), CMUX_RUN and parents make the difference.
 _cmux_command() {
   _cmux_watcher=; _cmux_stopped=; trap : USR1; trap "_cmux_stopped=stop" USR2;
   case $_cmux_life in life) _cmux_watch;; esac;
-  case $_cmux_flag in -*)
-    if command -v bash >/dev/null; then set -- bash --norc "$_cmux_flag" -- "$_cmux_line" bash "$@";
-    else set -- sh "$_cmux_flag" -- "$_cmux_line" sh "$@"; fi;;
-  esac;
-  case $_cmux_path in ?*) set -- env "PATH=$_cmux_path" "$@";; esac;
-  if command -v setsid >/dev/null; then set -- setsid "$@"; else command set -m; fi;
-  ( export CMUX_RUN="$_cmux_run"; exec "$@" 2>&4 4>&- ); _cmux_status=$?;
+  _cmux_words _cmux_execute "$@";
   [ $_cmux_status -lt 256 ] || _cmux_status=$((_cmux_status-128));
   case $_cmux_watcher in
   ?*) _cmux_self=$$;
@@ -897,6 +905,21 @@ _cmux_command() {
     else kill -KILL $_cmux_watcher; _cmux_watcher=; fi;;
   *) [ -z "$_cmux_stopped" ] || _cmux_watcher=0;;
   esac;
+};
+_cmux_execute() {
+  if command -v setsid >/dev/null; then set -- setsid "$@"; else command set -m; fi;
+  ( export CMUX_RUN="$_cmux_run"; exec "$@" 2>&4 4>&- ); _cmux_status=$?;
+};
+# Call a function with the words that are really run. --norc: bash started by sshd reads .bashrc
+# otherwise, at 100 ms a command for pyenv users.
+_cmux_words() {
+  _cmux_next=$1; shift;
+  case $_cmux_flag in -*)
+    if command -v bash >/dev/null; then set -- bash --norc "$_cmux_flag" -- "$_cmux_line" bash "$@";
+    else set -- sh "$_cmux_flag" -- "$_cmux_line" sh "$@"; fi;;
+  esac;
+  case $_cmux_path in ?*) set -- env "PATH=$_cmux_path" "$@";; esac;
+  $_cmux_next "$@";
 };
 # Editors are `true`: the `git commit` of an agent must not wait for vi. read -r takes single bytes
 # from a pipe, so what follows the header is left for the command.
@@ -1612,14 +1635,20 @@ _remove() {
 }
 """
 
-# GUARD: the lifeline of a command whose own stdin streams. Reads the pid of the command's
-# wrapper, then waits; at `beat NONCE` it writes a mark into the wrapper's stdout (Linux); a line "." lets go, end of file ends the tree, and has the wrapper say so: a
-# guard lost alone must not pass for the command's own end. Replies confirmed, or left (or nothing to tell by).
+# GUARD: the lifeline of a command whose own stdin streams. It reads the pid of the command's
+# wrapper, then waits. At `beat NONCE` it writes a mark into the wrapper's stdout (Linux); "." lets
+# go; end of file ends the tree, and has the wrapper say so: a guard that is lost alone must not
+# pass for the command's own end. Replies confirmed, or left (or nothing to tell by).
 GUARD = r"""
 _cop() {
   _cmux_root=-
-  while IFS=" " read -r p l; do case $p in
-    .) return 0;; beat) { [ $_cmux_root = - ] || echo "$l~" >/proc/$_cmux_root/fd/1; } 2>/dev/null;; [1-9]*) _cmux_root=$p;; esac; done
+  while IFS=" " read -r word nonce; do
+    case $word in
+    .) return 0;;
+    beat) { [ $_cmux_root = - ] || echo "$nonce~" >/proc/$_cmux_root/fd/1; } 2>/dev/null;;
+    [1-9]*) _cmux_root=$word;;
+    esac
+  done
   _cmux_find_tree
   case $_cmux_tree in
   " ") [ "$_cmux_own" != - ] || [ -r /proc/self/environ ] || { echo left; return 0; };;
@@ -1631,16 +1660,16 @@ _cop() {
 
 # The tools' scripts. Paths are absolute; the statuses are one table for all of them:
 TOOL_STATUS = {
-    30: "There is no file {path}.", 31: "{path} is a directory.", 32: "{path} is not a regular file.",
-    33: "{path} may not be read or written there.", 34: "The host does not take the pattern: {said}.",
+    3: "{said}.", 30: "There is no file {path}.", 31: "{path} is a directory.",
+    32: "{path} is not a regular file.", 33: "{path} may not be read or written there.",
+    34: "The host does not take the pattern: {said}.",
     35: "The content for {path} did not arrive whole.", 36: "{path} changed meanwhile.",
-    38: "There is no job {path}.",
-    39: "A name in {path} is longer than 255 bytes.", 3: "{said}.",
+    38: "There is no job {path}.", 39: "A name in {path} is longer than 255 bytes.",
 }
 
-# READ path max first count home: "size how\n", then the bytes: all of a file up to max, else the lines.
-#   With count 0 the size is left to the client, and one byte more than max tells it "too large":
-#   that saves a process of two on every read.
+# READ path max first count home: "size how\n", then all bytes of a file up to max, else the lines.
+#   With count 0 the client counts the size, and one byte more than max tells it "too large": that
+#   saves a process of two on every read.
 READ = r"""
 _cop() {
   [ -e "$1" ] || { [ -d "$5" ] || return 37; return 30; }
@@ -1648,105 +1677,124 @@ _cop() {
   [ -f "$1" ] || return 32
   [ -r "$1" ] || return 33
   if [ "$4" = 0 ]; then echo "0 all"; head -c "$(($2+1))" "$1"; return; fi
-  n=$(wc -c <"$1") || return 33
-  n=$((n))
-  if [ "$n" -le "$2" ]; then echo "$n all"; head -c "$2" "$1"; return; fi
-  h=$( (sha256sum <"$1" || shasum -a 256 <"$1") 2>/dev/null) || h=
-  echo "$n lines ${h%% *}"
+  size=$(wc -c <"$1") || return 33
+  size=$((size))
+  if [ "$size" -le "$2" ]; then echo "$size all"; head -c "$2" "$1"; return; fi
+  sum=$( (sha256sum <"$1" || shasum -a 256 <"$1") 2>/dev/null) || sum=
+  echo "$size lines ${sum%% *}"
   tail -n "+$3" "$1" | head -n "$4" | head -c "$(($2+1))"
 }
 """
 
-# WRITE path root op size cksum old home lock: stdin becomes the file, by a rename beside it, and only
-# when its length and checksum are as said; with old ("cksum size", or "none"), only when the file
-# still is that. Makes parents, but not home, the workspace, anew. Replies created or replaced.
-# The lock makes compare and rename one step among all users of
-# this tool. Its name is the cksum of the path; where that has no links, the client has reckoned it, which
-# saves three processes. The temporary file is this process's own: an attempt whose line was lost may still
-# run beside the next. cp (for mode and owner)
-# is tried again: GNU's gives up on a file that another writer's rename replaces under it.
+# WRITE path root op size cksum old home lock: stdin becomes the file, by a rename beside it, and
+# only when its length and checksum are as said; with old ("cksum size", or "none"), only when the
+# file still is that. Makes parents, but not home, the workspace, anew. Replies created or replaced.
+# The lock makes compare and rename one step among all users of this tool. Its name is the cksum of
+# the path; where that has no links, the client has reckoned it, which saves three processes. The
+# temporary file is this process's own: an attempt whose line was lost may still run beside the
+# next. cp (for mode and owner) is tried again: GNU's gives up on a file that another writer's
+# rename replaces under it.
 WRITE = LOCKED + r"""
 _cop() {
-  p=$1 i=0
-  while [ -L "$p" ]; do
-    l=$(readlink "$p"; echo x); l=${l%?x}
-    case $l in /*) p=$l;; *) p=${p%/*}/$l;; esac
-    i=$((i+1)); [ $i -lt 40 ] || return 32
+  file=$1 tries=0
+  while [ -L "$file" ]; do
+    link=$(readlink "$file"; echo x); link=${link%?x}
+    case $link in /*) file=$link;; *) file=${file%/*}/$link;; esac
+    tries=$((tries+1)); [ $tries -lt 40 ] || return 32
   done
-  [ ! -d "$p" ] || return 31
-  if [ -e "$p" ]; then
-    [ -f "$p" ] || return 32
-    [ -w "$p" ] || return 33
+  [ ! -d "$file" ] || return 31
+  if [ -e "$file" ]; then
+    [ -f "$file" ] || return 32
+    [ -w "$file" ] || return 33
   fi
-  d=${p%/*} n=${p##*/}
-  case $n in ""|.|..) return 31;; esac
-  [ ${#n} -lt 256 ] || return 39
-  if [ ! -d "${d:-/}" ]; then [ -d "$7" ] || return 37; mkdir -p "$d" || return 3; fi
-  [ -w "${d:-/}" ] && cd -P "${d:-/}" 2>/dev/null || return 33
-  d=${PWD%/} p=${PWD%/}/$n
-  t=$d/.cmux-$3-$$.tmp
-  i=0; while [ -e "$p" ] && ! l=$(cp -p "$p" "$t" 2>&1); do
-    i=$((i+1)); [ $i -lt 9 ] || { echo "$l" >&2; rm -f "$t"; return 3; }
+  folder=${file%/*} name=${file##*/}
+  case $name in ""|.|..) return 31;; esac
+  [ ${#name} -lt 256 ] || return 39
+  if [ ! -d "${folder:-/}" ]; then [ -d "$7" ] || return 37; mkdir -p "$folder" || return 3; fi
+  [ -w "${folder:-/}" ] && cd -P "${folder:-/}" 2>/dev/null || return 33
+  file=${PWD%/}/$name new=${PWD%/}/.cmux-$3-$$.tmp lock=$2/.cmux/locks
+  _ctry "$@"; result=$?
+  rm -f "$new"
+  return $result
+}
+_ctry() {
+  tries=0
+  while [ -e "$file" ] && ! said=$(cp -p "$file" "$new" 2>&1); do
+    tries=$((tries+1)); [ $tries -lt 9 ] || { echo "$said" >&2; return 3; }
   done
-  cat >"$t" || { rm -f "$t"; return 3; }
-  if [ "$(cksum <"$t")" != "$5 $4" ]; then rm -f "$t"; return 35; fi
-  k=$2/.cmux/locks; [ -d "$k" ] || mkdir -p "$k" || { rm -f "$t"; return 3; }
-  if [ "$p" = "$1" ]; then k=$k/$8; else k=$k/$(printf "%s$_cmux_newline" "$p" | cksum | tr " " -); fi
-  _center "$k" 0.02 1000 || { rm -f "$t"; return 3; }
-  r=0 w=created
-  if [ -e "$p" ]; then w=replaced; fi
-  case $6 in
+  cat >"$new" || return 3
+  [ "$(cksum <"$new")" = "$5 $4" ] || return 35
+  [ -d "$lock" ] || mkdir -p "$lock" || return 3
+  if [ "$file" = "$1" ]; then lock=$lock/$8
+  else lock=$lock/$(printf "%s$_cmux_newline" "$file" | cksum | tr " " -); fi
+  _center "$lock" 0.02 1000 || return 3
+  _creplace "$6"; result=$?
+  _cleave "$lock"
+  return $result
+}
+_creplace() {
+  how=created
+  if [ -e "$file" ]; then how=replaced; fi
+  case $1 in
   "") ;;
-  none) [ ! -e "$p" ] || r=36;;
-  *) [ "$(cksum <"$p")" = "$6" ] || r=36;;
+  none) [ ! -e "$file" ] || return 36;;
+  *) [ "$(cksum <"$file")" = "$1" ] || return 36;;
   esac
-  if [ $r = 0 ]; then mv -f "$t" "$p" || r=3; fi
-  _cleave "$k"; rm -f "$t"
-  [ $r != 0 ] || echo $w
-  return $r
+  mv -f "$new" "$file" || return 3
+  echo $how
 }
 """
 
 # GLOB (as a command, "$1" a find -path pattern that is wider than the glob): the paths, NUL ended.
 GLOB = r"""
-if find . -prune -print0 >/dev/null 2>&1; then p=-print0; else p=-print; echo lines; fi
-find . -name .git -prune -o ! -type d -path "$1" $p 2>/dev/null | head -c "$2"
+if find . -prune -print0 >/dev/null 2>&1; then print=-print0; else print=-print; echo lines; fi
+find . -name .git -prune -o ! -type d -path "$1" $print 2>/dev/null | head -c "$2"
 """
 
-# GREP (as a command): pattern, wider path pattern, -i or -n (no-op), bytes, lines. GNU's says on stderr, between two
-# lines of its output, that it gave a file up as binary.
+# GREP (as a command): pattern, wider path pattern, -i or -n (no-op), bytes, lines. GNU's says on
+# stderr, between two lines of its output, that it gave a file up as binary.
 GREP = r"""
 echo | grep -E $3 -e "$1" >/dev/null || [ $? -lt 2 ] || exit 34
-n=; if echo x | grep --null -n x /dev/null - >/dev/null 2>&1; then n=--null; echo null; else echo plain; fi
+null=
+if echo x | grep --null -n x /dev/null - >/dev/null 2>&1; then null=--null; echo null
+else echo plain; fi
 find . -name .git -prune -o -type f -path "$2" -exec sh -c '
-  n=$1 i=$2 e=$3; shift 3; exec grep -nE $n $i -e "$e" /dev/null "$@" 2>&1' sh "$n" "$3" "$1" {} + 2>/dev/null | head -n "$5" | head -c "$4"
+  null=$1 option=$2 pattern=$3; shift 3
+  exec grep -nE $null $option -e "$pattern" /dev/null "$@" 2>&1' sh "$null" "$3" "$1" {} + \
+  2>/dev/null | head -n "$5" | head -c "$4"
 """
 
 # START dir id command...: run as a job that outlives this session: out (both streams), pid of the
 # supervisor, exit. setsid -f, or a list of a bash with job control: a plain one ignores SIGINT.
-# It is trapped: ksh dies of what ended its subshell.
+# It is trapped: ksh dies of what ended its subshell. Names of ours: secrets are in the environment.
 START = r"""
 _cop() {
-  _cu=$(umask); umask 077; _cj=$1 _ck=$2; shift 2
-  mkdir -p "$_cj" || return 3
-  for _ce in "${_cj%/*}"/*/exit; do
-    if [ -f "$_ce" ] && [ "$(find "$_ce" -mtime +7)" ]; then rm -rf "${_ce%/exit}"; fi
+  _cmux_umask=$(umask); umask 077; _cmux_folder=$1 _cmux_job=$2; shift 2
+  mkdir -p "$_cmux_folder" || return 3
+  for _cmux_file in "${_cmux_folder%/*}"/*/exit; do
+    [ ! "$(find "$_cmux_file" -mtime +7 2>/dev/null)" ] || rm -rf "${_cmux_file%/exit}"
   done
-  case $_cmux_flag in -*)
-    if command -v bash >/dev/null; then set -- bash --norc "$_cmux_flag" -- "$_cmux_line" bash "$@"; else set -- sh "$_cmux_flag" -- "$_cmux_line" sh "$@"; fi;;
-  esac
-  case $_cmux_path in ?*) set -- env "PATH=$_cmux_path" "$@";; esac
-  umask "$_cu"
-  _cs='trap "" HUP; trap : INT USR1 USR2; echo $$ >"$1/pid"; _cj=$1 CMUX_RUN=$2; shift 2; export CMUX_RUN
-    if command -v setsid >/dev/null; then (trap - HUP; exec setsid "$@"); _cr=$?; else command set -m 2>/dev/null; (trap - HUP; exec "$@"); _cr=$?; fi
-    [ $_cr -lt 256 ] || _cr=$((_cr-128)); echo $_cr >"$_cj/exit.new"; mv "$_cj/exit.new" "$_cj/exit"'
-  CMUX_JOB=$_ck; export CMUX_JOB
-  if setsid -f true 2>/dev/null; then setsid -f sh -c "$_cs" sh "$_cj" "$_ck" "$@" </dev/null >"$_cj/out" 2>&1 4>&-
-  elif command -v bash >/dev/null; then bash -c 'set -m; "$@" &' bash sh -c "$_cs" sh "$_cj" "$_ck" "$@" </dev/null >"$_cj/out" 2>&1 4>&-
-  else sh -c "$_cs" sh "$_cj" "$_ck" "$@" </dev/null >"$_cj/out" 2>&1 4>&- &
-  fi
-  n=0; while [ ! -s "$_cj/pid" ] && [ $n -lt 80 ]; do if [ $n -lt 50 ]; then sleep 0.02 || sleep 1; else sleep 1; fi; n=$((n+1)); done
-  [ ! -s "$_cj/pid" ] || echo started
+  umask "$_cmux_umask"
+  _cmux_words _cmux_start "$@"
+  _cmux_tries=0
+  while [ ! -s "$_cmux_folder/pid" ] && [ $_cmux_tries -lt 80 ]; do
+    { [ $_cmux_tries -lt 50 ] && sleep 0.02; } || sleep 1
+    _cmux_tries=$((_cmux_tries+1))
+  done
+  [ ! -s "$_cmux_folder/pid" ] || echo started
+}
+_cmux_start() {
+  set -- sh -c 'trap "" HUP; trap : INT USR1 USR2; echo $$ >"$1/pid"
+    _cmux_folder=$1 CMUX_RUN=$2; shift 2; export CMUX_RUN
+    if command -v setsid >/dev/null; then (trap - HUP; exec setsid "$@")
+    else command set -m 2>/dev/null; (trap - HUP; exec "$@"); fi
+    _cmux_status=$?; [ $_cmux_status -lt 256 ] || _cmux_status=$((_cmux_status-128))
+    echo $_cmux_status >"$_cmux_folder/exit.new"
+    mv "$_cmux_folder/exit.new" "$_cmux_folder/exit"' sh "$_cmux_folder" "$_cmux_job" "$@"
+  CMUX_JOB=$_cmux_job; export CMUX_JOB
+  if setsid -f true 2>/dev/null; then setsid -f "$@"
+  elif command -v bash >/dev/null; then bash -c 'set -m; "$@" &' bash "$@"
+  else "$@" & fi </dev/null >"$_cmux_folder/out" 2>&1 4>&-
 }
 """
 
@@ -1758,10 +1806,10 @@ _cop() {
     echo "changed $( (cd "$2" && git rev-parse --git-dir >/dev/null &&
       git --no-optional-locks -c core.fsmonitor=false status --porcelain | wc -l) || echo -)"
   fi
-  for d in "$1"/*; do
-    [ -d "$d" ] || continue
-    n=$(wc -c <"$d/out") || n=0
-    echo "${d##*/} $((n)) $(_cstate "$d")"
+  for job in "$1"/*; do
+    [ -d "$job" ] || continue
+    size=$(wc -c <"$job/out") || size=0
+    echo "${job##*/} $((size)) $(_cstate "$job")"
   done
 }
 """
@@ -1770,39 +1818,43 @@ _cop() {
 LOGS = JOB_STATE + r"""
 _cop() {
   [ -d "$1" ] || return 38
-  i=0
+  waited=0
   while :; do
-    s=$(_cstate "$1"); n=$(wc -c <"$1/out"); n=$((n))
-    case $s in running) ;; *) break;; esac
-    [ "$5" = more ] && [ "$n" -gt "$2" ] && break
-    [ $i -lt "$4" ] || break
-    if sleep 0.1; then i=$((i+1)); else sleep 1; i=$((i+10)); fi
+    state=$(_cstate "$1"); size=$(wc -c <"$1/out"); size=$((size))
+    [ "$state" = running ] && [ $waited -lt "$4" ] || break
+    [ "$5" != more ] || [ "$size" -le "$2" ] || break
+    if sleep 0.1; then waited=$((waited+1)); else sleep 1; waited=$((waited+10)); fi
   done
-  echo "$n $s"
+  echo "$size $state"
   if [ "$3" -gt 0 ]; then tail -c "+$(($2+1))" "$1/out" | head -c "$3"; fi
 }
 """
-# STOP dir id: end a job's tree, and say what was seen of it, and its state.
+# STOP dir id: end a job's tree, and say what was seen of it, and its state. The number of a job
+# that has ended may be a stranger's.
 STOP = JOB_STATE + r"""
 _cop() {
   [ -d "$1" ] || return 38
-  _cmux_root=$(cat "$1/pid"); _cmux_run=$2
-  [ ! -f "$1/exit" ] && _calive "$1" "$_cmux_root" || _cmux_root=-  # an ended job's number may be a stranger's
+  _cmux_root=$(cat "$1/pid") _cmux_run=$2 tries=0
+  [ ! -f "$1/exit" ] && _calive "$1" "$_cmux_root" || _cmux_root=-
   if ( _cmux_stop_tree ); then echo confirmed; else echo requested; fi
-  n=0; while [ "$(_cstate "$1")" = running ] && [ $n -lt 20 ]; do sleep 0.1 || sleep 1; n=$((n+1)); done
+  while [ "$(_cstate "$1")" = running ] && [ $tries -lt 20 ]; do
+    sleep 0.1 || sleep 1; tries=$((tries+1))
+  done
   _cstate "$1"
 }
 """
 
 
-# HANDOVER root op: stdin goes to whoever opens the FIFO first (a shell on a terminal), through kernel
-# memory: it lies on no disk. The FIFO stands below .cmux, 0700: in /tmp a stranger, who can see its
-# name in the process table, could put one of his there. Nobody for 60 s: it is given up.
+# HANDOVER root op: stdin goes to whoever opens the FIFO first (a shell on a terminal), through
+# kernel memory: it lies on no disk. The FIFO stands below .cmux, 0700: in /tmp a stranger, who can
+# see its name in the process table, could put one of his there. Nobody for 60 s: it is given up.
 HANDOVER = OPEN_ROOT + r"""
 _cop() {
   _croot "$1" && cd .cmux/stage && mkdir "$2" && mkfifo "$2/f" || return 3
   echo ready
-  ( n=0; while [ $n -lt 60 ] && kill -0 $$; do sleep 1; n=$((n+1)); done; rm -rf "$2"; [ $n -lt 60 ] || kill $$ ) >/dev/null 2>&1 4>&- &
+  ( seconds=0
+    while [ $seconds -lt 60 ] && kill -0 $$; do sleep 1; seconds=$((seconds+1)); done
+    rm -rf "$2"; [ $seconds -lt 60 ] || kill $$ ) >/dev/null 2>&1 4>&- &
   cat >"$2/f"; rm -rf "$2"
 }
 """
@@ -1816,12 +1868,12 @@ _cop() {
   echo "system $(uname -sm)"; echo "shell ${SHELL:-unknown}"; echo "time $(date +%s)"
   _croot "$1" || { echo "readonly $1"; return 0; }
   echo "root $root"
-  t=.cmux/stage/$2; mkdir -p "$t" || { echo "readonly $root"; return 0; }
+  stage=.cmux/stage/$2; mkdir -p "$stage" || { echo "readonly $root"; return 0; }
   if command -v tar >/dev/null; then
-    ( cd "$t" && tar -xmof - && [ -s probe ] ) && echo "tar $(tar --version | head -n 1)"
+    ( cd "$stage" && tar -xmof - && [ -s probe ] ) && echo "tar $(tar --version | head -n 1)"
   fi
-  cat >/dev/null; rm -rf "$t"
-  for p in git bash setsid ps; do if command -v $p >/dev/null; then echo "has $p"; fi; done
+  cat >/dev/null; rm -rf "$stage"
+  for name in git bash setsid ps; do ! command -v $name >/dev/null || echo "has $name"; done
   if command -v git >/dev/null; then echo "version $(git --version)"; fi
   set -- $(df -Pk . | tail -n 1); echo "free $4"
   set -- $(df -Pi . | tail -n 1); echo "inodes $4"
@@ -1829,7 +1881,8 @@ _cop() {
 }
 """
 # What the self-test of secrets runs: is the value of CMUX_PROBE in any process's argv?
-SEEN = r"""t=$(ps -A -o args= || cat /proc/[0-9]*/cmdline | tr '\0' ' '); case $t in *"$CMUX_PROBE"*) echo seen;; ?*) echo unseen;; esac"""
+SEEN = r"""all=$(ps -A -o args= || cat /proc/[0-9]*/cmdline | tr '\0' ' ')
+case $all in *"$CMUX_PROBE"*) echo seen;; ?*) echo unseen;; esac"""
 
 
 def record(name: str, value: Union[str, bytes]) -> bytes:
@@ -1854,29 +1907,33 @@ def script_records(script: str, *arguments: str) -> bytes:
 
 
 def check_command(command: object) -> Tuple[str, Sequence[str]]:
-    """(the shell line, its words): of a command that is a line, or an exact argv. Raises UsageError."""
+    """(the shell line, its words): of a command that is a line, or an exact argv. UsageError."""
     if not isinstance(command, (str, list, tuple)) or not command or not command[0]:
-        raise UsageError("No command was given: a line of text, or a list of words.", "For example: %s exec -- make test" % PROGRAM)
+        raise UsageError("No command was given: a line of text, or a list of words.",
+                         f"For example: {PROGRAM} exec -- make test")
     words = [] if isinstance(command, str) else command
     if any(len(encoded(word)) > ARGUMENT_MAX for word in words or [command]):
-        raise UsageError("A word of the command is larger than %s." % human_size(ARGUMENT_MAX),
+        raise UsageError(f"A word of the command is larger than {human_size(ARGUMENT_MAX)}.",
                          "Write it to a file in the workspace, or pass it on stdin.")
     if len(words) * sum(map(len, words)) > ARGV_WORK_MAX:
-        raise UsageError("The command has too many words (%d)." % len(words),
+        raise UsageError(f"The command has too many words ({len(words)}).",
                          "Write them to a file in the workspace, and use xargs there.")
     return command if isinstance(command, str) else 'exec "$@"', words
 
 
 def line_records(line: str, words: Sequence[str], login: bool) -> bytes:
     """The records of what a shell runs: none for an argv that no profile is read for."""
-    return b"" if words and not login else record("_cmux_flag", "-lc" if login else "-c") + record("_cmux_line", line)
+    if words and not login:
+        return b""
+    return record("_cmux_flag", "-lc" if login else "-c") + record("_cmux_line", line)
 
 
 def command_records(command: object, login: bool, stdin: bool) -> bytes:
     """The records that run the user's command."""
     line, words = check_command(command)
-    return b"".join([record("_cmux_life", "" if stdin else "life"), line_records(line, words, login), *(
-        record("@", word) for word in words), record(".", '_cmux_command "$@"')])
+    records = [record("_cmux_life", "" if stdin else "life"), line_records(line, words, login)]
+    records += [record("@", word) for word in words]
+    return b"".join(records) + record(".", '_cmux_command "$@"')
 
 
 # === 7. Processes ===
@@ -1895,14 +1952,17 @@ def find_program(name: str, more: Sequence[str] = ()) -> str:
         try:
             return os.path.abspath(name)
         except FileNotFoundError:
-            raise UsageError("The current directory is gone, and %s is named from there." % show(name), "Name it from / on.")
+            raise UsageError(f"The current directory is gone, from which {show(name)} is named.",
+                             "Name it from / on.")
     for entry in (*os.get_exec_path(), *more):
         path = os.path.join(entry, name)
         if os.path.isabs(entry) and os.access(path, os.X_OK) and os.path.isfile(path):
             return path
-    package = {"ssh": "openssh-client", "ssh-keygen": "openssh-client", "sshd": "openssh-server", "git": "git", "ps": "procps"}.get(name)
-    raise UsageError("The program %s is not installed here." % name, "Install it (for example: apt-get install %s)." % package
-                     if package else "Is $CMUX_SSH_COMMAND as it should be?")
+    packages = {"ssh": "openssh-client", "ssh-keygen": "openssh-client", "sshd": "openssh-server",
+                "git": "git", "ps": "procps"}
+    raise UsageError(f"The program {name} is not installed here.",
+                     f"Install it (for example: apt-get install {packages[name]})."
+                     if name in packages else "Is $CMUX_SSH_COMMAND as it should be?")
 
 
 def spawn(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, stdin: Any = None,
@@ -1914,16 +1974,16 @@ def spawn(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, stdin: A
     kill_group() ends it with its children (an ssh with its ProxyCommand).
     """
     import subprocess
-    null = subprocess.DEVNULL
+    stdin, stdout, stderr = (subprocess.DEVNULL if stream is None else stream
+                             for stream in (stdin, stdout, stderr))
     try:
         return subprocess.Popen(
-            list(argv), env=None if env is None else dict(env), cwd=cwd, bufsize=0,
-            stdin=null if stdin is None else stdin, stdout=null if stdout is None else stdout,
-            stderr=null if stderr is None else stderr, start_new_session=own_group)
+            list(argv), env=None if env is None else dict(env), cwd=cwd, bufsize=0, stdin=stdin,
+            stdout=stdout, stderr=stderr, start_new_session=own_group)
     except OSError as error:
-        raise UsageError("Cannot start %s: %s." % (show(argv[0]), os.strerror(error.errno or 0)))
+        raise UsageError(f"Cannot start {show(argv[0])}: {os.strerror(error.errno or 0)}.")
     except ValueError:
-        raise UsageError("An argument holds a NUL byte or a lone surrogate, which no program can be given.")
+        raise UsageError("An argument holds a NUL byte or a lone surrogate: no program takes it.")
 
 
 def attach(argv: Sequence[str], env: Mapping[str, str]) -> Optional[int]:
@@ -1957,7 +2017,8 @@ def kill_group(process: Process) -> None:
 
 
 def await_end(process: Process, seconds: float) -> int:
-    """The status of a process that closed its output, which it may do long before its end. Raises CmuxError."""
+    """The status of a process that closed its output, which it may do long before its end.
+    Raises CmuxError."""
     import subprocess
     try:
         return process.wait(timeout=seconds)
@@ -1965,8 +2026,8 @@ def await_end(process: Process, seconds: float) -> int:
         raise CmuxError("A local command did not end in time.")
 
 
-def run(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, limit: int = REPLY_MAX, patience: float = 60,
-        cancel: Optional[Cancel] = None) -> Tuple[int, bytes, bytes]:
+def run(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, limit: int = REPLY_MAX,
+        patience: float = 60, cancel: Optional[Cancel] = None) -> Tuple[int, bytes, bytes]:
     """Run a short local command: (status, stdout, stderr), each at most ``limit`` bytes.
 
     Raises UsageError when it cannot start, CmuxError when it is too slow or too loud, Cancelled.
@@ -1985,7 +2046,7 @@ def run(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, limit: int
                 chunk = os.read(fd, CHUNK)
                 sinks[fd] += chunk
                 if len(sinks[fd]) > limit:
-                    raise CmuxError("A local command printed more than %s." % human_size(limit))
+                    raise CmuxError(f"A local command printed more than {human_size(limit)}.")
                 if not chunk:
                     del sinks[fd]
             if sinks and deadline.over():
@@ -2000,7 +2061,7 @@ def run(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, limit: int
 
 
 def raise_descriptor_limit() -> None:
-    """macOS starts programs with 256 descriptors; a session takes four here. For the command line."""
+    """macOS starts programs with 256 descriptors; a session takes four. For the command line."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
@@ -2016,7 +2077,6 @@ def stop_signals() -> None:
     import threading
     if threading.current_thread() is not threading.main_thread():  # main() of an importer
         return
-
     seen: List[int] = []
 
     def interrupt(number: int, frame: object) -> None:
@@ -2024,7 +2084,7 @@ def stop_signals() -> None:
         if len(seen) > 2:  # whoever insists is not kept waiting for the host's word
             os._exit(130)
         raise KeyboardInterrupt
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where our parent ignores it, no status of a command would reach us
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, no status would reach us
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, interrupt)
@@ -2045,15 +2105,17 @@ def die_by_pipe() -> None:
 def state_home() -> str:
     """$CMUX_SSH_HOME, else $XDG_STATE_HOME/cmux-ssh, else ~/.local/state/cmux-ssh; absolute."""
     home = os.environ.get("CMUX_SSH_HOME")
-    if home and not os.path.isabs(home):  # another one per directory, and secrets in the repository
-        raise UsageError("CMUX_SSH_HOME is not an absolute path: %s." % show(home), "Write it out, from / on.")
+    if home and not os.path.isabs(home):  # another per directory, and secrets in the repository
+        raise UsageError(f"CMUX_SSH_HOME is not an absolute path: {show(home)}.",
+                         "Write it out, from / on.")
     if not home:
         base = os.environ.get("XDG_STATE_HOME") or ""
         if not os.path.isabs(base):
-            base = os.path.join(os.path.expanduser("~"), ".local", "state")
+            base = os.path.expanduser("~/.local/state")
         home = os.path.join(base, "cmux-ssh")
     if not os.path.isabs(home):
-        raise UsageError("This user has no home directory.", "Say where to keep what has to be kept: CMUX_SSH_HOME=/a/directory")
+        raise UsageError("This user has no home directory.",
+                         "Say where to keep what has to be kept: CMUX_SSH_HOME=/a/directory")
     return os.path.abspath(home)
 
 
@@ -2071,7 +2133,8 @@ def _trusted(status: os.stat_result) -> bool:
 
 
 def make_private(path: str) -> None:
-    """The directory and those above it, 0700 whatever the umask: one that others could write to would be refused ever after."""
+    """The directory and those above it, 0700 whatever the umask: one that others could write to
+    would be refused ever after."""
     if not os.path.isdir(path):
         make_private(os.path.dirname(path))
         with contextlib.suppress(FileExistsError):
@@ -2089,64 +2152,66 @@ def private_directory(path: str) -> str:
         make_private(path)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
-        raise StateFailed("Cannot use the directory %s: %s." % (show(path), error.strerror),
+        raise StateFailed(f"Cannot use the directory {show(path)}: {error.strerror}.",
                           "Put that right, or " + home)
     try:
         status = os.fstat(fd)
     finally:
         os.close(fd)
     if status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        raise StateFailed("The directory %s is open to others." % show(path), "If it is yours: chmod 700 %s. Or %s" % (quote(path), home))
+        raise StateFailed(f"The directory {show(path)} is open to others.",
+                          f"If it is yours: chmod 700 {quote(path)}. Or {home}")
     below, parent = "", os.path.dirname(os.path.realpath(path))
     while parent != below:
         if not _trusted(os.stat(parent)):
-            raise StateFailed("Others can write to %s, above %s." % (show(parent), show(path)),
-                              "If it is yours: chmod go-w %s. Or %s" % (quote(parent), home))
+            raise StateFailed(f"Others can write to {show(parent)}, above {show(path)}.",
+                              f"If it is yours: chmod go-w {quote(parent)}. Or {home}")
         below, parent = parent, os.path.dirname(parent)
     return path
 
 
 def state_folder(name: str) -> str:
     """A private directory in that of the state."""
-    return private_directory(os.path.join(private_directory(state_home()), name))
+    return private_directory(private_directory(state_home()) + "/" + name)
 
 
 class Lock:
-    """An advisory lock on a file, ``shared`` or not. The kernel frees it when its process dies. The file of one
-    that is ``passing`` goes with it (of a shared one with the last); whoever waited for that file then finds another, or none.
-    ``doing`` says what its owner does, to those who wait: the file then names its process."""
+    """An advisory lock on a file, ``shared`` or not. The kernel frees it when its process dies. The
+    file of one that is ``passing`` goes with it (of a shared one with the last); whoever waited for
+    it then finds another, or none. ``doing`` says what its owner does, to those who wait: the file
+    then names its process."""
 
-    tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait; the command line sets it
+    tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait
     _waiting: Dict[str, Waiters] = {}  # for the lock of a path
 
-    def __init__(self, path: str, passing: bool = False, shared: bool = False, waiters: Optional[Waiters] = None,
-                 doing: str = "") -> None:
-        self.path, self.passing, self.shared, self.waiters, self.doing = path, passing, shared, waiters, doing
-        self.fd = -1
+    def __init__(self, path: str, passing: bool = False, shared: bool = False,
+                 waiters: Optional[Waiters] = None, doing: str = "") -> None:
+        self.path, self.passing, self.shared, self.doing = path, passing, shared, doing
+        self.waiters, self.fd = waiters, -1
 
     def take(self) -> bool:
         """Take it if it is free; False if somebody has it."""
-        fd, taken, flags = -1, False, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        folder, name = os.path.split(self.path)
+        fd, flags = -1, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         try:
             try:
                 fd = os.open(self.path, flags, 0o600)
             except FileNotFoundError:  # a logout or a cleaner of /tmp has taken its directory
-                fd = os.open(os.path.join(private_directory(folder), name), flags, 0o600)
-            taken = self._flock(fd, self.shared)
+                private_directory(os.path.dirname(self.path))
+                fd = os.open(self.path, flags, 0o600)
+            if self._flock(fd, self.shared):
+                self.fd, fd = fd, -1
         except OSError as error:
-            raise StateFailed("Cannot lock %s: %s." % (show(self.path), error.strerror))
+            raise StateFailed(f"Cannot lock {show(self.path)}: {error.strerror}.")
         finally:
-            if not taken:
-                drop(fd)
-        if taken:
-            self.fd = fd
-            fork_aware().add(self)
-            if self.doing:
-                with contextlib.suppress(OSError):  # a full disk: who waits does without
-                    os.ftruncate(fd, 0)
-                    os.pwrite(fd, b"%d" % os.getpid(), 0)
-        return taken
+            drop(fd)
+        if self.fd < 0:
+            return False
+        fork_aware().add(self)
+        if self.doing:
+            with contextlib.suppress(OSError):  # a full disk: who waits does without
+                os.ftruncate(self.fd, 0)
+                os.pwrite(self.fd, b"%d" % os.getpid(), 0)
+        return True
 
     def _forked(self) -> None:
         drop(self.fd)
@@ -2172,7 +2237,7 @@ class Lock:
                 owner, holder = self._holder()
                 if silence.over() and self.doing and not waiters.told and owner != os.getpid():
                     waiters.told = True
-                    self.tell("Waiting for %s" % holder)
+                    self.tell("Waiting for " + holder)
             return False
         finally:
             waiters.leave()
@@ -2181,8 +2246,9 @@ class Lock:
         """Take it, waiting if need be. Raises StateFailed when that takes too long, Cancelled."""
         if self.fd < 0 and not self.wait(Deadline(LOCK_PATIENCE), cancel):
             owner, holder = self._holder()
-            raise StateFailed("Waited %d seconds in vain for %s" % (LOCK_PATIENCE, holder),
-                              "Look what it does: ps -p %d" % owner if owner else "Find it with: fuser %s" % quote(self.path))
+            raise StateFailed(f"Waited {LOCK_PATIENCE:.0f} seconds in vain for {holder}",
+                              f"Look what it does: ps -p {owner}" if owner
+                              else f"Find it with: fuser {quote(self.path)}")
         return self
 
     def _holder(self) -> Tuple[int, str]:
@@ -2191,8 +2257,8 @@ class Lock:
             owner = int(read_bytes(self.path, 20) or b"0")
         except (StateFailed, ValueError):
             owner = 0
-        who = "process %d" % owner if owner else "another process"
-        return owner, "%s, which %s." % (who, self.doing or "holds " + show(self.path))
+        who = f"process {owner}" if owner else "another process"
+        return owner, f"{who}, which {self.doing or 'holds ' + show(self.path)}."
 
     def free(self) -> None:
         if self.fd >= 0:
@@ -2219,22 +2285,23 @@ def read_bytes(path: str, limit: int) -> Optional[bytes]:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise StateFailed("Cannot read %s: %s." % (show(path), error.strerror))
+        raise StateFailed(f"Cannot read {show(path)}: {error.strerror}.")
     if owner != os.geteuid():
-        raise StateFailed("The file %s belongs to someone else." % show(path))
+        raise StateFailed(f"The file {show(path)} belongs to someone else.")
     if len(data) > limit:
-        raise StateFailed("The file %s is larger than %s." % (show(path), human_size(limit)))
+        raise StateFailed(f"The file {show(path)} is larger than {human_size(limit)}.")
     return data
 
 
 def expected(error: BaseException) -> Optional[CmuxError]:
-    """The error as one that a user, a network or a host can cause, a full disk here among them, wherever it comes
-    up; None for a bug."""
+    """The error as one that a user, a network or a host can cause, such as a full local disk; None
+    for a bug."""
     if isinstance(error, CmuxError):
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StateFailed("There is no room left here%s." % (", at %s" % show(str(error.filename)) if error.filename else ""),
-                           "Make room on that disk, or set TMPDIR or CMUX_SSH_HOME to another.")
+        where = f", at {show(str(error.filename))}" if error.filename else ""
+        return StateFailed(f"There is no room left here{where}.", "Make room on that disk, or set "
+                           "TMPDIR or CMUX_SSH_HOME to another.")
     return None
 
 
@@ -2244,7 +2311,8 @@ def temporary_folder() -> str:
     try:
         return tempfile.gettempdir()
     except OSError:
-        raise StateFailed("No directory for temporary files can be written.", "Make room, or set TMPDIR to another.")
+        raise StateFailed("No directory for temporary files can be written.",
+                          "Make room, or set TMPDIR to another.")
 
 
 def spool(data: bytes) -> IO[bytes]:
@@ -2256,7 +2324,7 @@ def spool(data: bytes) -> IO[bytes]:
         stream.seek(0)
         return stream
     except OSError as error:
-        raise StateFailed("Cannot write a temporary file: %s." % error.strerror,
+        raise StateFailed(f"Cannot write a temporary file: {error.strerror}.",
                           "Make room, or set TMPDIR.")
 
 
@@ -2275,8 +2343,8 @@ def remove_file(path: str) -> None:
 
 def damaged(path: str, what: str, thing: str = "state file") -> StateFailed:
     """A state file cannot be used. Nothing is overwritten: it may have been damaged before."""
-    move = "mv %s %s" % (quote(path), quote("%s.damaged-%d" % (path, time.time())))
-    return StateFailed("The %s %s %s." % (thing, show(path, 300), what),
+    move = f"mv {quote(path)} {quote(f'{path}.damaged-{time.time():.0f}')}"
+    return StateFailed(f"The {thing} {show(path, 300)} {what}.",
                        "Repair it, or set it aside to start without it: " + move)
 
 
@@ -2312,15 +2380,17 @@ _ROWS = [[str, str]]
 RECORD = {"name": _WORKSPACE, "id": re.compile(r"[0-9a-f]{12}\Z"), "jobs?": dict, "turn?": int,
           "places?": _ROWS, "sent?": _ROWS, "composed?": _ROWS, "workspaces": {_WORKSPACE: (
               dict(_ENTRY, path=str), dict(_ENTRY, state=re.compile(r"(?!ready\Z)")))}}
-SECRET = {re.compile(r"(value|command)\Z"): re.compile("[^\ud800-\udc7f\udd00-\udfff]*\\Z")}
+_TEXT = re.compile("[^\ud800-\udc7f\udd00-\udfff]*\\Z")
+SECRET = {"value": _TEXT}, {"command": _TEXT}
+ROW = {"operation": str, "time": (int, float), "duration?": (int, float)}
 DOWN = {"count": int, "why": [str, str, str]}
 
 
 def read_json(path: str, shape: Any = dict) -> Optional[Dict[str, Any]]:
-    """An object of a ``shape`` from a private JSON file of version 1; None if there is none.
+    """An object of a ``shape`` from a private JSON file of version 1; None without the file.
 
-    StateFailed for a file that is not one, each time: set aside by the first who reads it, it would be missing for the
-    next, who would then go on without secrets, or begin a project anew.
+    StateFailed for what is no such file, each time: set aside by the first who reads it, it would
+    be missing for the next, who would then go on without secrets, or begin a project anew.
     """
     import json
     data = read_bytes(path, STATE_MAX)
@@ -2328,12 +2398,13 @@ def read_json(path: str, shape: Any = dict) -> Optional[Dict[str, Any]]:
         return None
     try:
         value: Dict[str, Any] = json.loads(data.decode("utf-8"))
-        if not fits(value, {"version": int}):
-            raise ValueError("no version")
     except (ValueError, RecursionError):
+        value = {}
+    if not fits(value, {"version": int}):
         raise damaged(path, "is damaged")
     if value["version"] != 1:
-        raise StateFailed("The state file %s was written by a newer version." % show(path), "Use that version of %s." % PROGRAM)
+        raise StateFailed(f"The state file {show(path)} was written by a newer version.",
+                          f"Use that version of {PROGRAM}.")
     if not fits(value, shape):
         raise damaged(path, "has parts that are not as they should be")
     return value
@@ -2354,13 +2425,15 @@ def write_json(path: str, value: Mapping[str, Any], age: float = 3600) -> None:
     import json
     data = json.dumps(dict(value, version=1), indent=1, sort_keys=True).encode() + b"\n"
     if len(data) > STATE_MAX:  # nobody could read it
-        raise StateFailed("The state file %s would become larger than %s." % (show(path), human_size(STATE_MAX)), "Nothing was changed.")
+        raise StateFailed(f"The state file {show(path)} would become larger than "
+                          f"{human_size(STATE_MAX)}.", "Nothing was changed.")
     folder, name = os.path.split(path)
-    temporary = "%s.%d.%s.new" % (path, os.getpid(), os.urandom(4).hex())
+    temporary = f"{path}.{os.getpid()}.{os.urandom(4).hex()}.new"
     try:
         for entry in os.listdir(folder):
-            left, ours = os.path.join(folder, entry), entry.startswith(name + ".")
-            if ours and entry.endswith(".new") and (not age or age_of(left) > age):
+            left = os.path.join(folder, entry)
+            if entry.startswith(name + ".") and entry.endswith(".new") and (
+                    not age or age_of(left) > age):
                 remove_file(left)
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
             stream.write(data)
@@ -2369,7 +2442,7 @@ def write_json(path: str, value: Mapping[str, Any], age: float = 3600) -> None:
         os.rename(temporary, path)
     except OSError as error:
         remove_file(temporary)
-        raise StateFailed("Cannot write %s: %s." % (show(path), error.strerror))
+        raise StateFailed(f"Cannot write {show(path)}: {error.strerror}.")
 
 
 class Registry:
@@ -2383,8 +2456,8 @@ class Registry:
         import hashlib
         self.repository = repository
         key = hashlib.sha256(os.fsencode(repository)).hexdigest()[:20]
-        self.path = os.path.join(state_folder("projects"), key + ".json")
-        self.secrets_path = os.path.join(state_folder("secrets"), key + ".json")
+        self.path = f"{state_folder('projects')}/{key}.json"
+        self.secrets_path = f"{state_folder('secrets')}/{key}.json"
         self.running = self.path[:-4] + "running"
         self._cache: Dict[str, Tuple[object, Any]] = {}
 
@@ -2397,14 +2470,13 @@ class Registry:
         return record
 
     def _cached(self, path: str, read: Callable[[str], Any]) -> Any:
-        """What ``read`` returns for a file, called again once the file was replaced (by a rename)."""
-        try:
+        """What ``read`` returns for a file; it is called again once the file was replaced."""
+        mark: object = None
+        with contextlib.suppress(OSError):
             status = os.stat(path)
-        except OSError:
-            return read(path)
-        mark = (status.st_ino, status.st_mtime_ns, status.st_size)
-        if self._cache.get(path, ((), None))[0] != mark:
-            self._cache[path] = (mark, read(path))
+            mark = status.st_ino, status.st_mtime_ns, status.st_size
+        if self._cache.get(path, (0, None))[0] != mark:
+            self._cache[path] = mark, read(path)
         return self._cache[path][1]
 
     @contextlib.contextmanager
@@ -2414,26 +2486,24 @@ class Registry:
         with Lock(path + ".lock", doing="changes " + show(path)):
             value: Any = {"secrets": read_secrets(path)} if secrets else read_json(path, RECORD)
             if value is None:
-                name = os.path.basename(self.repository.rstrip("/"))
-                if name == ".git":
-                    name = os.path.basename(os.path.dirname(self.repository))
+                name = os.path.basename(re.sub(r"/+(\.git)?/*\Z", "", self.repository))
+                name = name[:-4] if name.endswith(".git") else name
                 value = {"repository": os.fsencode(self.repository).decode("utf-8", "replace"),
-                         "name": safe_workspace(name[:-4] if name.endswith(".git") else name)[:40],
-                         "id": os.urandom(6).hex(), "workspaces": {}}
+                         "name": safe_workspace(name)[:40], "id": os.urandom(6).hex(),
+                         "workspaces": {}}
             yield value["secrets"] if secrets else value
             write_json(path, value, 0)
 
     def creation_lock(self, name: str, shared: bool = False) -> Lock:
-        """Held while a workspace is made or removed, so that two processes don't both; ``shared`` by those who copy it."""
-        path = os.path.join(self.running, "name." + name)
-        return Lock(path, True, shared, doing="works on the workspace " + name)
+        """Held by who makes or removes a workspace; ``shared`` by those who copy it."""
+        doing = "works on the workspace " + name
+        return Lock(f"{self.running}/name.{name}", True, shared, doing=doing)
 
     def upload_lock(self, tree: str, host: str, root: str) -> Lock:
-        """Held while a tree is uploaded to a host: one upload of it at a time, the others then copy there."""
+        """Held by who uploads a tree to a host; others wait, and then copy it there."""
         import hashlib
-        place = hashlib.sha256(os.fsencode("%s\0%s\0%s" % (tree, host, root))).hexdigest()
-        path = os.path.join(self.running, "tree." + place)
-        return Lock(path, True, doing="sends the same files to " + host)
+        place = hashlib.sha256(os.fsencode(f"{tree}\0{host}\0{root}")).hexdigest()
+        return Lock(f"{self.running}/tree.{place}", True, doing="sends the same files to " + host)
 
     def secrets(self) -> Mapping[str, Dict[str, str]]:
         """name -> {"value": ...} or {"command": ...}."""
@@ -2443,13 +2513,11 @@ class Registry:
 
 def read_secrets(path: str) -> Dict[str, Dict[str, str]]:
     """The secrets of a file. Checked, since people edit files."""
-    stored = (read_json(path) or {}).get("secrets", {})
-    if not isinstance(stored, dict):
-        raise damaged(path, "has no secrets in it")
+    stored: Dict[str, Any] = (read_json(path, {"secrets?": dict}) or {}).get("secrets", {})
     for name, entry in stored.items():
         check_variable(name, secret=True)
-        if not fits(entry, SECRET) or len(entry) != 1:
-            raise damaged(path, "is damaged", "secret %s in" % name)
+        if not fits(entry, SECRET):
+            raise damaged(path, "is damaged", f"secret {name} in")
     return stored
 
 
@@ -2460,14 +2528,14 @@ class History:
     """
 
     def __init__(self, registry: Registry) -> None:
-        self.path = registry.path[:-len("json")] + "history"
+        self.path = registry.path[:-4] + "history"
         self.running = registry.running
         self.swept = False
 
     def append(self, row: Mapping[str, Any]) -> None:
         import json
         line = json.dumps(row)
-        if len(line) > HISTORY_LINE:  # the detail has been bounded by its author: odd names can still swell
+        if len(line) > HISTORY_LINE:  # its author bounded the detail: odd names can still swell
             line = json.dumps(dict(row, detail=""))
         with contextlib.suppress(OSError, StateFailed):
             if not self.swept:
@@ -2488,17 +2556,16 @@ class History:
         import json
         for path in (self.path + ".1", self.path):
             for line in (read_bytes(path, STATE_MAX) or b"").split(b"\n"):
-                try:
+                with contextlib.suppress(ValueError, RecursionError):
                     row = json.loads(line.decode("ascii"))
-                    if isinstance(row["operation"], str) and 0 <= row["time"] < 1e11 and 0 <= row.get("duration", 0) < 1e11:
+                    times = [row["time"], row.get("duration", 0)] if fits(row, ROW) else [-1]
+                    if all(0 <= seconds < 1e11 for seconds in times):
                         yield row
-                except (ValueError, RecursionError, TypeError, KeyError):
-                    pass
 
     def begin(self, row: Mapping[str, Any]) -> Optional[Lock]:
         """A record that lasts until it is freed, or until this process dies."""
         import json
-        lock = Lock(os.path.join(self.running, "%d.%s" % (os.getpid(), os.urandom(4).hex())), passing=True)
+        lock = Lock(f"{self.running}/{os.getpid()}.{os.urandom(4).hex()}", passing=True)
         try:
             for _ in range(50):  # now() may take the file for a dead one's
                 if lock.take():
@@ -2513,7 +2580,7 @@ class History:
         import json
         rows: List[Any] = []
         for name in os.listdir(self.running) if os.path.isdir(self.running) else []:
-            lock = Lock(os.path.join(self.running, name), passing=True)
+            lock = Lock(f"{self.running}/{name}", passing=True)
             with contextlib.suppress(OSError, StateFailed, ValueError):
                 row = None if lock.take() else json.loads(read_bytes(lock.path, 64 * 1024) or b"0")
                 lock.free()
@@ -2523,12 +2590,11 @@ class History:
 
 
 def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Dict[str, Any]]:
-    """The records of every project this machine knows; of one that is damaged, its error is told."""
+    """The records of all projects this machine knows; ``report`` gets the error of a bad one."""
     folder = state_folder("projects")
     for name in sorted(os.listdir(folder)):
         try:
-            path = os.path.join(folder, name)
-            value = read_json(path, RECORD) if name.endswith(".json") else None
+            value = name.endswith(".json") and read_json(os.path.join(folder, name), RECORD)
             if value:
                 yield value
         except StateFailed as error:
@@ -2544,29 +2610,32 @@ def secret_values(registry: Registry, cancel: Optional[Cancel] = None) -> Dict[s
     for name, entry in registry.secrets().items():
         if "command" in entry:
             try:
-                status, out, _ = run(["/bin/sh", "-c", entry["command"]], limit=SECRET_MAX, patience=120, cancel=cancel)
+                argv = ["/bin/sh", "-c", entry["command"]]
+                status, out, _ = run(argv, limit=SECRET_MAX, patience=120, cancel=cancel)
+            except Cancelled:
+                raise
             except CmuxError as error:
-                if isinstance(error, Cancelled):
-                    raise
-                raise CmuxError("The command for the secret %s: %s" % (name, error), error.hint)
+                raise CmuxError(f"The command for the secret {name}: {error}", error.hint)
             if status != 0:
-                raise CmuxError("The command for the secret %s failed with status %d." % (name, status),
-                                "Run it by hand, or set it again: %s secrets set %s" % (PROGRAM, name))
+                raise CmuxError(
+                    f"The command for the secret {name} failed with status {status}.",
+                    f"Run it by hand, or set it again: {PROGRAM} secrets set {name}")
             values[name] = out.rstrip(b"\n")
         else:
-            values[name] = entry["value"].encode("utf-8", "surrogateescape")
+            values[name] = encoded(entry["value"])
         check_secret(name, values[name])
     if sum(map(len, values.values())) > SECRETS_MAX:
-        raise CmuxError("The project's secrets are larger than %s." % human_size(SECRETS_MAX),
-                        "Remove some by `%s secrets rm NAME`; see `%s secrets list`." % (PROGRAM, PROGRAM))
+        raise CmuxError(
+            f"The project's secrets are larger than {human_size(SECRETS_MAX)}.",
+            f"Remove some by `{PROGRAM} secrets rm NAME`; see `{PROGRAM} secrets list`.")
     return values
 
 
 def check_secret(name: str, value: bytes) -> None:
     if b"\0" in value:
-        raise UsageError("The secret %s holds a NUL byte, which no environment variable can." % name)
+        raise UsageError(f"The secret {name} holds a NUL byte, which no variable can.")
     if len(value) > SECRET_MAX:
-        raise UsageError("The secret %s is larger than %s." % (name, human_size(SECRET_MAX)),
+        raise UsageError(f"The secret {name} is larger than {human_size(SECRET_MAX)}.",
                          "Linux limits an environment variable to 128 KiB.")
 
 
@@ -2597,11 +2666,12 @@ FORCED_IF_KNOWN = (
     ("forkafterauthentication", "ForkAfterAuthentication=no"),
     ("gssapidelegatecredentials", "GSSAPIDelegateCredentials=no"),
     ("channeltimeout", "ChannelTimeout=none"),  # the client's own
-    ("logverbose", "LogVerbose=kex.c:kex_exchange_identification():*"),  # why a server hangs up: see read_log
+    ("logverbose", "LogVerbose=kex.c:kex_exchange_identification():*"),  # for read_log
 )
 # `-o SendEnv=-*` does not undo a config's SendEnv, so what its patterns match leaves the
 # environment of ssh. Where the pattern is *, these stay: ssh and its ProxyCommand need them.
-NEEDED_ENV = {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "SSH_AUTH_SOCK", "DISPLAY", "XDG_RUNTIME_DIR", "TMPDIR"}
+NEEDED_ENV = set("PATH HOME USER LOGNAME SHELL SSH_AUTH_SOCK DISPLAY TMPDIR XDG_RUNTIME_DIR"
+                 .split())
 
 # What ssh says in its own log (-E: the host cannot write there), and what it means.
 # The order matters: the first pattern found decides.
@@ -2616,7 +2686,7 @@ FAILURES: Tuple[Tuple[str, Type[HostError], str, str], ...] = (
      "The host name {host} does not resolve.", "Check the spelling, and your ssh config."),
     (r"Too many authentication failures", AuthenticationFailed,
      "{host} ended the login because too many keys were tried.",
-     "Say in your ssh config which key it takes: IdentitiesOnly yes, and IdentityFile with its path."),
+     "Say in your ssh config which key it takes: IdentitiesOnly yes, and IdentityFile PATH."),
     (r"Permission denied|No more authentication methods|no mutual signature", AuthenticationFailed,
      "{host} accepted none of your keys.",
      "Check that `{ssh} {to} true` works without a question (ssh-add -l lists the agent's keys)."),
@@ -2645,9 +2715,11 @@ FAILURES: Tuple[Tuple[str, Type[HostError], str, str], ...] = (
 # LogVerbose makes ssh log, as debug1, what a server says before its keys are known; of that we look
 # for two things. The words with which OpenSSH 9.8 and later turn an address away, and servers that
 # end the whole connection when sessions come and go at once (Dropbear's issues 173, 321).
+HEARD = re.compile(rb"debug1: \S*kex_exchange_identification(?:\(\):\d+ \([^()]*\))?: (.*)")
 TURNED_AWAY = re.compile(rb"banner line \d+: Not allowed at this time\Z")
 DISCONNECT = b"Received disconnect from "
-AFTER_LOGIN = re.compile(rb"(?m)^(Read from remote host |Connection to .* closed by remote host|client_loop: |Timeout, server )")
+AFTER_LOGIN = re.compile(rb"(?m)^(Read from remote host |Connection to .* closed by remote host|"
+                         rb"client_loop: |Timeout, server )")
 BREAKS_WHEN_SHARED = re.compile(rb"remote software version dropbear_20(22\.8[23]|24\.8[45])\b")
 
 
@@ -2671,19 +2743,20 @@ def ssh_command() -> List[str]:
         try:
             words = shlex.split(text) or words
         except ValueError as error:
-            raise UsageError("CMUX_SSH_COMMAND cannot be split into words: %s." % error)
+            raise UsageError(f"CMUX_SSH_COMMAND cannot be split into words: {error}.")
     if re.search(r"(?i)stricthostkeychecking[\s=]*(no|off|false)\b", text):
         raise UsageError("CMUX_SSH_COMMAND switches host key checking off.",
-                         "Leave that out; for a throwaway host say it in its entry of the ssh config, "
-                         "where it becomes accept-new.")
+                         "Leave that out; for a throwaway host say it in its entry of the ssh "
+                         "config, where it becomes accept-new.")
     return [find_program(words[0])] + words[1:]
 
 
 def read_ssh_config(host: str, command: str = "") -> SSHConfig:
     """Ask ssh how it would reach ``host``. Starts no connection. Raises HostError.
 
-    -N, or a config with ForkAfterAuthentication makes ssh die for want of a command. What holds only
-    for a connection that carries ``command`` (OpenSSH 10: Match sessiontype, Match command) is added."""
+    -N, or a config with ForkAfterAuthentication makes ssh die for want of a command. What holds
+    only for a connection that carries ``command`` (OpenSSH 10 has Match sessiontype and Match
+    command) is added."""
     program = ssh_command()
     values: Dict[str, List[str]] = {}
     text = show_config(program + ["-G", "-N", "--", host], host, values)
@@ -2711,33 +2784,37 @@ def ssh_argv(config: SSHConfig, *options: str) -> List[str]:
     if {"no", "off", "false"} & set(config.values.get("stricthostkeychecking", ())):
         wanted.append("StrictHostKeyChecking=accept-new")  # a changed key is then refused
     if config.first("connecttimeout") in ("", "none"):
-        wanted.append("ConnectTimeout=%d" % CONNECT_TIMEOUT)
+        wanted.append(f"ConnectTimeout={CONNECT_TIMEOUT}")
     forced = ["-a", "-x", "-T"]  # no agent, X11, terminal (and its escapes in stdin)
     forced += [word for option in wanted for word in ("-o", option)] + list(options)
-    words = config.command[1:]
-    plain = os.path.basename(config.command[0]).startswith("ssh") and not any(os.path.basename(word) == "ssh" for word in words)
-    return config.command[:1] + (forced + words if plain else words + forced)
+    program, *words = config.command
+    names = [os.path.basename(word) for word in config.command]
+    plain = names[0].startswith("ssh") and "ssh" not in names[1:]
+    return [program] + (forced + words if plain else words + forced)
 
 
 def sent_patterns(config: SSHConfig) -> List[re.Pattern[str]]:
+    import fnmatch
     words = [word for value in config.values.get("sendenv", []) for word in value.split()]
-    return [re.compile(re.escape(w).replace(r"\*", ".*").replace(r"\?", ".") + r"\Z") for w in words if not w.startswith("-")]
+    return [re.compile(fnmatch.translate(w.replace("[", "[[]"))) for w in words if w[:1] != "-"]
 
 
 def scrubbed_environment(config: SSHConfig, needed: Container[str] = NEEDED_ENV) -> Dict[str, str]:
-    """Our environment without what the config's SendEnv would send along, but for what a master needs: it opens no
-    session, and so sends nothing."""
+    """Our environment without what the config's SendEnv would send along, but for what a master
+    needs: it opens no session, and so sends nothing."""
     tests = sent_patterns(config)
-    return {name: value for name, value in os.environ.items() if name in needed or not any(test.match(name) for test in tests)}
+    return {name: value for name, value in os.environ.items()
+            if name in needed or not any(test.match(name) for test in tests)}
 
 
 def session_environment(config: SSHConfig) -> Tuple[Dict[str, str], List[str]]:
-    """The environment of an ssh that opens a session itself, and the options that it needs for want of the rest. What the
-    config names (a proxy, ${HOME}, Match exec) is found by two names: under a SendEnv * these go along."""
+    """The environment of an ssh that opens a session itself, and the options that it needs for want
+    of the rest. What the config names (a proxy, ${HOME}, Match exec) is found by two names: under
+    a SendEnv * these go along."""
     environment = scrubbed_environment(config, ("PATH", "HOME"))
     agent = os.environ.get("SSH_AUTH_SOCK")
     lacks = agent and "SSH_AUTH_SOCK" not in environment and not config.first("identityagent")
-    return environment, ["-o", "IdentityAgent=%s" % agent] if lacks else []
+    return environment, ["-o", f"IdentityAgent={agent}"] if lacks else []
 
 
 def classify(log: bytes, host: str, config: Optional[SSHConfig] = None) -> HostError:
@@ -2747,34 +2824,36 @@ def classify(log: bytes, host: str, config: Optional[SSHConfig] = None) -> HostE
     said = show(lines[-1], 200) if lines else "ssh gave no reason"
     words = {"host": host, "to": quote(host), "said": said, "doctor": look_into(host),
              "forget": forget_key(config, text) if config else "", "ssh": plain_ssh()}
-    for pattern, kind, sentence, hint in FAILURES:
-        if re.search(pattern, text):
-            error = kind(sentence.format(**words), hint.format(**words), host)
-            break
-    else:
-        error = ConnectionFailed("Cannot connect to %s: %s." % (host, words["said"]), "Try %s." % words["doctor"], host)
-    error.asks = not re.search(r"requested strict checking|Too many authentication failures", text)
+    unknown = "", ConnectionFailed, "Cannot connect to {host}: {said}.", "Try {doctor}."
+    _, kind, sentence, hint = next((row for row in FAILURES if re.search(row[0], text)), unknown)
+    error = kind(sentence.format(**words), hint.format(**words), host)
+    final = r"requested strict checking|Too many authentication failures"
+    error.asks = not re.search(final, text)
     return error
 
 
 def look_into(host: str) -> str:
     """What to run where the cause is not plain. (doctor itself says something else instead.)"""
-    return "`%s doctor %s`" % (PROGRAM, quote(host))
+    return f"`{PROGRAM} doctor {quote(host)}`"
 
 
 def forget_key(config: SSHConfig, words: str) -> str:
-    """The command that forgets a changed key. ssh's words hold one, too, but a server can add lines to them:
-    they only choose among the files of `ssh -G`."""
+    """The command that forgets a changed key. ssh's words hold one, too, but a server can add lines
+    to them: they only choose among the files of `ssh -G`."""
     port, name = config.first("port"), config.first("hostkeyalias")
     if not name:
-        name = config.first("hostname") if port == "22" else "[%s]:%s" % (config.first("hostname"), port)
-    files = "%s %s" % (config.first("userknownhostsfile"), config.first("globalknownhostsfile"))
-    found = [path for path in re.findall(r"(?m)^Offending .* key in (/.*):\d+\r?$", words) if " %s " % path in " %s " % files]
-    return "ssh-keygen -f %s -R %s" % (quote(found[-1] if found else files.split(" ")[0]), quote(name))
+        name = config.first("hostname")
+        name = name if port == "22" else f"[{name}]:{port}"
+    files = f"{config.first('userknownhostsfile')} {config.first('globalknownhostsfile')}"
+    found = [path for path in re.findall(r"(?m)^Offending .* key in (/.*):\d+\r?$", words)
+             if f" {path} " in f" {files} "]
+    path = found[-1] if found else files.split(" ")[0]
+    return f"ssh-keygen -f {quote(path)} -R {quote(name)}"
 
 
 def log_head(path: str) -> bytes:
-    """The beginning of a log of ssh's: a server that asks for channels again and again makes it as long as it likes."""
+    """The beginning of a log of ssh's: a server that asks for channels again and again makes it as
+    long as it likes."""
     try:
         with open(path, "rb") as stream:
             return stream.read(LOG_MAX * 4)
@@ -2783,48 +2862,59 @@ def log_head(path: str) -> bytes:
 
 
 def read_log(log: bytes) -> Tuple[bytes, List[bytes]]:
-    """(ssh's own words in its log, what the server said of itself). Only the former may be believed: the server
-    can say "Host key verification failed" too, also in its reason for a disconnect, ssh's last words."""
+    """(ssh's own words in its log, what the server said of itself). Only the former may be
+    believed: the server can say "Host key verification failed" too, also in its reason for a
+    disconnect, ssh's last words."""
     own: List[bytes] = []
     words, away, reason = log.replace(b"\r\n", b"\n").partition(DISCONNECT)
     heard = [away + reason] if away else []
     for line in words.split(b"\n"):
-        said = re.match(rb"debug1: \S*kex_exchange_identification(?:\(\):\d+ \([^()]*\))?: (.*)", line)
-        (heard if said else own).append(said.group(1) if said else line)
-    return b"\n".join(line for line in own if not line.startswith((b"debug1: ", b"OpenSSH_"))), heard
+        said = HEARD.match(line)
+        if said:
+            heard.append(said.group(1))
+        elif not line.startswith((b"debug1: ", b"OpenSSH_")):
+            own.append(line)
+    return b"\n".join(own), heard
 
 
 def failure_in(words: bytes, heard: List[bytes], config: SSHConfig) -> HostError:
     """Why a connection failed, from read_log()."""
-    reason = heard[0] if heard and heard[0].startswith(DISCONNECT) and not words.strip() else b""
+    host, silent = config.host, not words.strip()
+    reason = heard[0] if heard and heard[0].startswith(DISCONNECT) and silent else b""
     if b"Too many authentication failures" in reason:
         words = b"Too many authentication failures"
     elif reason:
-        return ConnectionFailed("%s ended the connection: %s." % (config.host, show(reason.decode("utf-8", "replace"), 200)),
-                                "Look closer: %s." % look_into(config.host), config.host)
-    if not words.strip() and proxy_of(config):
+        return ConnectionFailed(f"{host} ended the connection: {show(reason, 200)}.",
+                                f"Look closer: {look_into(host)}.", host)
+    elif silent and proxy_of(config):
         words = b"banner exchange"  # it ended before ssh spoke to it, which ssh keeps to itself
-    error = classify(words, config.host, config)
-    if isinstance(error, ConnectionDropped) and any(TURNED_AWAY.match(line) for line in heard):
-        return TurnedAway("%s turns this address away: too many connections, or a penalty for failed logins." % config.host,
-                          "Wait before the next try: a penalty lasts from 15 seconds to 10 minutes, and each refused key adds to it.", config.host)
+    error = classify(words, host, config)
+    if isinstance(error, ConnectionDropped) and any(map(TURNED_AWAY.match, heard)):
+        return TurnedAway(
+            f"{host} turns this address away: too many connections, or a penalty for bad logins.",
+            "Wait before the next try: a penalty lasts from 15 seconds to 10 minutes, and each "
+            "refused key adds to it.", host)
     return error
 
 
 def proxy_of(config: SSHConfig) -> str:
     """Which of the two the config has, or neither."""
-    return next((key for key in ("ProxyCommand", "ProxyJump") if config.first(key.lower()) not in ("", "none")), "")
+    found = (key for key in ("ProxyCommand", "ProxyJump")
+             if config.first(key.lower()) not in ("", "none"))
+    return next(found, "")
 
 
 def proxy_failure(config: SSHConfig, said: bytes) -> Optional[HostError]:
     """What a ProxyCommand's (or ProxyJump's) last words stand for; None without any."""
-    way, last = proxy_of(config), neutralise(said).strip().split("\n")[-1][:300]
+    way, host = proxy_of(config), config.host
+    last = neutralise(said).strip().split("\n")[-1][:300].rstrip(".")
     if not way or not last:
         return None
-    if re.search(r"(?i)coder", config.first("proxycommand") + last) and re.search(r"(?i)log ?in|logged|signed|session|401|token", last):
-        return ConnectionFailed("Coder does not let you in: %s." % last.rstrip("."), "Run: coder login", config.host)
-    return ConnectionDropped("The %s of %s ended without a connection: %s." % (way, config.host, last.rstrip(".")),
-                             "Mend what it names, or try %s." % look_into(config.host), config.host)
+    coder = re.search(r"(?i)coder", config.first("proxycommand") + last)
+    if coder and re.search(r"(?i)log ?in|logged|signed|session|401|token", last):
+        return ConnectionFailed(f"Coder does not let you in: {last}.", "Run: coder login", host)
+    return ConnectionDropped(f"The {way} of {host} ended without a connection: {last}.",
+                             f"Mend what it names, or try {look_into(host)}.", host)
 
 
 # The control protocol, OpenSSH's PROTOCOL.mux version 4: packets of a 32-bit length and a body;
@@ -2834,6 +2924,7 @@ MUX_DENIED, MUX_FAILURE, MUX_EXIT, MUX_OPENED = 0x80000002, 0x80000003, 0x800000
 MUX_NO_ESCAPE = 0xffffffff
 
 
+@functools.lru_cache(maxsize=8)
 def mux_packet(*fields: Union[int, str]) -> bytes:
     body = b""
     for field in fields:
@@ -2881,10 +2972,8 @@ class Session:
 
     def __init__(self, host: str) -> None:
         self.host = host
-        self.master = ""         # the name of the one that carries it, if any
+        self.master: Optional[Master] = None  # the one that carries it, if any
         self.stdin = self.stdout = self.stderr = self.control = -1
-        self.exited = False      # the far side has reported the end of the command
-        self.status = -1         # with which
         self.counted = False     # among the operations of its Host that run
 
     def adopt(self, stdin: int, stdout: int, stderr: int) -> None:
@@ -2901,7 +2990,7 @@ class Session:
         drop(self.stdin, self.stdout, self.stderr)
         self.stdin = self.stdout = self.stderr = -1
 
-    _forked = close_pipes    # in a child: let go of it, without a word to the other side
+    _forked = close = close_pipes  # in a child: let go of it, without a word to the other side
 
     def control_event(self) -> bool:
         """Read what the control connection has; False when the session is over."""
@@ -2919,35 +3008,32 @@ class Session:
         """The host has answered: authentication is behind us."""
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
-        """Why the session ended without its end mark. What was ``sent`` whole may have begun unseen."""
-        when = "" if begun else " before the command was seen to begin" if sent else " before the command began"
-        hint = "The command may still run there." + self.maybe * begun if begun or sent else "Try again."
-        return ConnectionLost(f"The connection to {self.host} was lost{when}.", hint, self.host, begun or sent)
+        """Why the session ended without its end mark. What was ``sent`` whole may have begun."""
+        when = "" if begun else f" before the command {'was seen to begin' if sent else 'began'}"
+        sent = sent or begun
+        hint = "The command may still run there." + self.maybe * begun if sent else "Try again."
+        what = f"The connection to {self.host} was lost{when}."
+        return ConnectionLost(what, hint, self.host, sent)
 
     def full(self) -> HostFull:
         """The wrapper gave up by itself after its start mark: only a fork that fails makes it."""
-        return HostFull(
-            f"{self.host} could not start a process for this; this account may have too many there.",
-            "End some of them, or run fewer at once (-j).", self.host, False)
-
-    def close(self) -> None:
-        self.close_pipes()
+        return HostFull(f"{self.host} could not start a process for this; it may have too many of "
+                        "this account.", "End some, or run fewer at once (-j).", self.host, False)
 
 
 class MuxSession(Session):
     """A session opened through a master's control socket, without a process of its own."""
 
-    def __init__(self, host: str, path: str, command: str, release: Callable[[], None]) -> None:
-        super().__init__(host)
-        self._release, self._path = release, path
-        self._buffer = b""
-        self._socket = connect(path)
+    def __init__(self, masters: Masters, slot: Slot, command: str) -> None:
+        super().__init__(masters.host)
+        self._masters, self._slot, self.master = masters, slot, slot.master
+        self._status, self._buffer = -1, b""  # of the command, once the master has reported its end
+        self._socket = connect(slot.master.path)
         self.control = self._socket.fileno()
         try:
             self._open(command)
         except BaseException:
-            self.close_pipes()
-            self._socket.close()
+            self._forked()
             raise
 
     def _open(self, command: str) -> None:
@@ -2965,13 +3051,10 @@ class MuxSession(Session):
                 self._socket.sendmsg([b"\0"], [rights])
         finally:
             drop(*(fd for fd in fds if fd not in (self.stdin, self.stdout, self.stderr)))
-        hello = mux_numbers(self._packet())
-        if hello[:2] != [MUX_HELLO, 4]:
-            raise MasterGone("The control socket speaks another protocol.", host=self.host)
-        kind, _, _ = mux_numbers(self._packet())
-        if kind in (MUX_FAILURE, MUX_DENIED):
-            raise SessionRefused("%s refused one more session." % self.host, host=self.host)
-        if kind != MUX_OPENED:
+        hello, answer = mux_numbers(self._packet()), mux_numbers(self._packet())
+        if answer[0] in (MUX_FAILURE, MUX_DENIED):
+            raise SessionRefused(f"{self.host} refused one more session.", host=self.host)
+        if hello[:2] != [MUX_HELLO, 4] or answer[0] != MUX_OPENED:
             raise MasterGone("The control socket gave an odd answer.", host=self.host)
         self._socket.setblocking(False)
 
@@ -2983,14 +3066,14 @@ class MuxSession(Session):
                 return packet
             data = self._socket.recv(4096)
             if not data:
-                raise MasterGone("The connection to %s was just closed." % self.host, host=self.host)
+                raise MasterGone(f"The connection to {self.host} was just closed.", host=self.host)
             self._buffer += data
 
     def _next(self) -> Optional[bytes]:
-        size = int.from_bytes(self._buffer[:4], "big")
-        if len(self._buffer) < 4 or len(self._buffer) < 4 + size:
+        end = 4 + int.from_bytes(self._buffer[:4], "big")
+        if len(self._buffer) < end:
             return None
-        packet, self._buffer = self._buffer[4:4 + size], self._buffer[4 + size:]
+        packet, self._buffer = self._buffer[4:end], self._buffer[end:]
         return packet
 
     def control_event(self) -> bool:
@@ -3004,37 +3087,36 @@ class MuxSession(Session):
         for packet in iter(self._next, None):
             kind, _, status = mux_numbers(packet)
             if kind == MUX_EXIT:
-                self.exited, self.status = True, status
+                self._status = status
         return bool(data)
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
         control = (self.control, select.POLLIN)
-        while not self.exited and poll_once(1, control) and self.control_event():
+        while self._status < 0 and poll_once(1, control) and self.control_event():
             pass  # the end of the streams may come before the word of the command's end
-        if self.exited and not begun:
+        if self._status >= 0 and not begun:
             return RemoteShellFailed(self.host)
-        if self.status in FORK_FAILED:
+        if self._status in FORK_FAILED:
             return self.full()
-        if self.exited:
-            return ConnectionLost("The command on %s was ended together with its wrapper." % self.host,
-                                  "Something there killed every process of the session.", self.host)
+        if self._status >= 0:
+            return ConnectionLost(
+                f"The command on {self.host} was ended together with its wrapper.",
+                "Something there killed every process of the session.", self.host)
         with contextlib.suppress(OSError):
-            connect(self._path).close()
+            connect(self._slot.master.path).close()
             if begun:
                 return ConnectionLost(
                     f"The server of {self.host} ended this session, though the connection lives.",
-                    f"A ChannelTimeout of its sshd must be longer than {BEAT_MOST} seconds; or somebody "
-                    "killed the process there. The command may still run there.", self.host)
+                    f"A ChannelTimeout of its sshd must be longer than {BEAT_MOST} seconds, or "
+                    "a process was killed there. The command may still run there.", self.host)
         return super().failure(begun, sent)
 
     def close(self) -> None:
-        """Give the session up. Its slot is free at once: sshd, which ends it a moment later, takes two more
-        than there are slots; and what it refuses has not begun, and is tried again."""
-        self.close_pipes()
+        """Give the session up. Its slot is free at once: sshd, which ends it a moment later, takes
+        two more than there are slots; and what it refuses has not begun, and is tried again."""
         if self.control >= 0:
-            self.control = -1
-            self._socket.close()
-            self._release()
+            self._forked()
+            self._masters.free([self._slot])
 
     def _forked(self) -> None:
         self.control = -1
@@ -3048,35 +3130,32 @@ def plain_ssh() -> str:
 
 
 class RemoteShellFailed(ConnectionFailed):
-    """The session ended before our script began: sh failed there, or another shell runs instead."""
+    """The session ended before our script began: sh failed, or another shell runs instead."""
 
     def __init__(self, host: str) -> None:
-        super().__init__("%s accepted the session, but did not run our command with a POSIX sh." % host,
-                         "Try `%s %s exec sh -c :`, and look for a ForceCommand, and for a shell that a start-up file runs." % (
-                             plain_ssh(), quote(host)), host)
+        super().__init__(
+            f"{host} accepted the session, but did not run our command with a POSIX sh.",
+            f"Try `{plain_ssh()} {quote(host)} exec sh -c :`, and look for a ForceCommand, "
+            "and for a shell that a start-up file runs.", host)
 
 
 class DirectSession(Session):
-    """A session carried by an ssh process of its own: for bulk streams, and for hosts or
-    clients without multiplexing. ``done`` is called once the handshake is over, ``report`` with
-    None when it went well, or with why it did not."""
+    """A session carried by an ssh process of its own: for bulk, or without multiplexing. ``turn``
+    is held until the handshake is over."""
 
     maybe = " (If it was silent: did a ChannelTimeout of the host's sshd end it?)"
 
-    def __init__(self, config: SSHConfig, log: str, command: str,
-                 done: Callable[[], None], report: Callable[[Optional[HostError]], None]) -> None:
-        super().__init__(config.host)
-        self._log, self._config = log, config
-        self._done: Optional[Callable[[], None]] = done
-        self._report = report
-        remove_file(log)
+    def __init__(self, masters: Masters, config: SSHConfig, turn: Lock, command: str) -> None:
+        super().__init__(masters.host)
+        self._masters, self._config, self._turn = masters, config, turn
+        self._log = turn.path + ".log"  # whoever holds it next clears it
+        remove_file(self._log)
         environment, agent = session_environment(config)
+        argv = ssh_argv(config, "-S", "none", "-E", self._log, *agent)
         try:
-            self._process = spawn(
-                ssh_argv(config, "-S", "none", "-E", log, *agent) + ["--", config.host, command],
-                environment, stdin=-1, stdout=-1, stderr=-1)
+            self._process = spawn([*argv, "--", config.host, command], environment, -1, -1, -1)
         except BaseException:
-            done()
+            turn.free()
             raise
         streams = (self._process.stdin, self._process.stdout, self._process.stderr)
         self.adopt(*(os.dup(stream.fileno()) for stream in streams if stream))
@@ -3085,32 +3164,33 @@ class DirectSession(Session):
                 stream.close()
 
     def begun(self) -> None:
-        if self._done:
+        if self._turn.fd >= 0:
             self._let_go()
-            self._report(None)
+            self._masters.report(None)
 
     def _let_go(self) -> None:
-        if self._done:
+        """The handshake is over."""
+        if self._turn.fd >= 0:
             remove_file(self._log)  # the next handshake with this slot writes its own
-            self._done()
-            self._done = None
+            self._turn.free()
 
     def over(self) -> bool:
         return self._process.poll() is not None
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
         words, heard = read_log(log_head(self._log))
-        silent, status = not words.strip(), self._process.poll()
+        silent, status, shaking = not words.strip(), self._process.poll(), self._turn.fd >= 0
         if begun and status in FORK_FAILED:
             return self.full()
-        if silent and self._done and not begun and status is not None and 0 <= status < 255:
+        if silent and shaking and not begun and status is not None and 0 <= status < 255:
             return RemoteShellFailed(self.host)
-        # What ends it after the login, ssh often tells on stderr alone: login noise. A proxy's early end it never tells.
-        if begun or not self._done or AFTER_LOGIN.search(words) or (silent and (heard or not proxy_of(self._config))):
+        # What ends it after the login, ssh often writes to stderr alone: login noise. It never
+        # reports a proxy's early end.
+        lost = AFTER_LOGIN.search(words) or silent and (heard or not proxy_of(self._config))
+        if begun or not shaking or lost:
             return super().failure(begun, sent)
         error = failure_in(words, heard, self._config)
-        if not isinstance(error, ConnectionDropped):  # again() reports those
-            self._report(error)
+        self._masters.report(error)
         return error
 
     def close(self) -> None:
@@ -3119,14 +3199,27 @@ class DirectSession(Session):
         self._let_go()
 
 
-if TYPE_CHECKING:
-    Slot = Tuple[str, int]   # the name of a master, the number of a session on it
-_MASTER = re.compile(r"m\.[0-9a-f]{8}\Z")
+def is_master(name: str) -> bool:
+    """Whether a file is a control socket."""
+    return name[:2] == "m." and len(name) == 10
 
 
-def slots_of(masters: Sequence[str], first: int = 0) -> List[Slot]:
-    """Those of some masters, from number ``first`` on of each."""
-    return [(name, number) for name in masters for number in range(first, SESSIONS_PER_MASTER)]
+class Slot(Lock):
+    """The place of one session on a master: all processes of this user count."""
+
+    def __init__(self, master: Master, number: int) -> None:
+        super().__init__(f"{master.path}.{number}")
+        self.master = master
+
+
+class Master:
+    """A connection that sessions share, and what this process has seen of it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path                # of its control socket
+        self.slots = [Slot(self, number) for number in range(SESSIONS_PER_MASTER)]
+        self.until = self.pause = 0.0   # it refused a session, and is not asked until then
+        self.heard = 0                  # how long its log was
 
 
 class Masters:
@@ -3153,78 +3246,73 @@ class Masters:
     def __init__(self, config: SSHConfig, interactive: Optional[Callable[[], bool]] = None) -> None:
         import hashlib
         import threading
-        self.config, self.interactive = config, interactive
-        self.host = config.host
-        digest = hashlib.sha256(b"1\0" + config.host.encode() + b"\0" + " ".join(
-            config.command).encode("utf-8", "surrogateescape") + b"\0" + config.text).hexdigest()
-        self.folder = socket_folder(digest[:16])
-        self._heard: Dict[str, int] = {}       # how long the log of each master was
+        self.config, self.host, self.interactive = config, config.host, interactive
+        words = os.fsencode("\0".join([config.host, *config.command]))
+        self.folder = socket_folder(hashlib.sha256(words + b"\0" + config.text).hexdigest()[:16])
         self._shaking = Waiters()              # for a handshake
         self._mutex = threading.Lock()
-        self._held: Dict[Slot, Lock] = {}
+        self._known: Dict[str, Master] = {}    # those that were seen last, by name
         self._freed = {1: Waiters(), 2: Waiters()}  # for one slot, for two at once
         self._waiting = self._launching = 0    # slots that are waited for; masters
-        self._spared = False                   # one for sessions ahead is being made, or failed
-        self._refusals: Dict[str, int] = {}    # of each, in a row; and until when it is not asked
-        self._resting: Dict[str, float] = {}
+        self._spared = False                   # a master for sessions ahead was tried
         slow = config.first("connecttimeout") == "0"
         self.patience = CONNECT_PATIENCE_SLOW if slow else CONNECT_PATIENCE
 
-    def _path(self, name: str) -> str:
-        return os.path.join(self.folder, name)
+    def path(self, name: str) -> str:
+        return f"{self.folder}/{name}"
 
     def ask_config(self, command: str) -> SSHConfig:
-        """What ssh would do now, for each new connection: Match exec may have changed its mind, and
-        a person the file."""
+        """What ssh would do now: Match exec may have changed its mind, and a person the file."""
         self.config = read_ssh_config(self.host, command)
         return self.config
 
     # -- what was seen of the host --
 
     def _mark(self, name: str) -> None:
-        """Note, in the age of a file, for all processes, that something was seen now."""
-        remove_file(self._path(name))
-        with Lock(self._path(name)):
+        """Note for all processes, by a file's age, that something was seen now."""
+        remove_file(self.path(name))
+        with Lock(self.path(name)):
             pass
 
     def _seen(self, name: str, seconds: float = SEEN_FOR) -> bool:
-        return 0 <= age_of(self._path(name)) < seconds  # a clock may be set back
+        return 0 <= age_of(self.path(name)) < seconds  # a clock may be set back
 
     def single(self) -> bool:
         """Whether the host takes one session a connection: masters are of no use."""
         return self._seen("single")
 
     def needs_person(self) -> bool:
-        """Whether a connection of its own cannot log in without a person. A master that was made
-        with a person's help serves instead."""
+        """Whether a connection of its own cannot log in without a person: then a master serves
+        instead."""
         return self._seen("person") and not self.single()
 
+    def asks(self, error: BaseException) -> bool:
+        """Whether a person might mend a login."""
+        login = isinstance(error, (HostKeyFailed, AuthenticationFailed)) and error.asks
+        return login and not self.single()
+
     def _failed(self) -> Tuple[int, float]:
-        """How often in a row connecting has failed, and when it did last; of a clock that was not
-        set back since."""
-        path = self._path("down.json")
-        try:
-            at = os.stat(path).st_mtime
-        except OSError:
-            return 0, 0.0
-        return (recall(path, DOWN).get("count", 0), at) if at <= time.time() else (0, 0.0)
+        """How often in a row connecting has failed, and how many seconds ago it did last."""
+        path = self.path("down.json")
+        age = age_of(path)
+        return (recall(path, DOWN).get("count", 0) if age >= 0 else 0), age
 
     def _rest(self) -> float:
         """Seconds until a host that is down may be asked again."""
-        count, at = self._failed()
-        return at + DOWN_WAITS[min(count, len(DOWN_WAITS)) - 1] - time.time() if count else 0.0
+        count, age = self._failed()
+        return DOWN_WAITS[min(count, len(DOWN_WAITS)) - 1] - age if count else 0.0
 
     def _remember_failure(self, error: HostError) -> None:
         why = [type(error).__name__, str(error), error.hint]
-        write_json(self._path("down.json"), {"count": self._failed()[0] + 1, "why": why})
+        write_json(self.path("down.json"), {"count": self._failed()[0] + 1, "why": why})
 
     def _wait_out(self, deadline: Deadline, cancel: Optional[Cancel]) -> None:
         if not nap(self._rest(), deadline, cancel):
             raise self._shared_failure()
 
     def _shared_failure(self) -> HostError:
-        """What the prober we waited for was told."""
-        name, message, hint = recall(self._path("down.json"), DOWN).get("why") or (
+        """The failure that another process had."""
+        name, message, hint = recall(self.path("down.json"), DOWN).get("why") or (
             "", f"{self.host} could not be reached a moment ago.", "Try again.")
         kinds = (ConnectionDropped, TurnedAway, HostKeyFailed, AuthenticationFailed)
         kind = {kind.__name__: kind for kind in kinds}.get(name, ConnectionFailed)
@@ -3239,7 +3327,7 @@ class Masters:
             while True:
                 part = 4 if self._seen("dropped", 5) else 2 if self._seen("dropped", 60) else 1
                 for number in range(HANDSHAKES_AT_ONCE // part):
-                    lock = Lock(self._path(f"handshake.{number}"), waiters=self._shaking)
+                    lock = Lock(self.path(f"handshake.{number}"), waiters=self._shaking)
                     if lock.take():
                         return lock
                 if not self._shaking.sleep(deadline, cancel):
@@ -3252,9 +3340,9 @@ class Masters:
               cancel: Optional[Cancel] = None) -> bool:
         """After a handshake that the server dropped, so that nothing ran there: wait, then True;
         False when it is not worth another try."""
-        away = isinstance(error, TurnedAway)
         self._mark("dropped")
-        if isinstance(error, ConnectionDropped) and attempt < (len(DROPPED_WAITS) if away else DROPPED_TRIES):
+        tries = len(DROPPED_WAITS) if isinstance(error, TurnedAway) else DROPPED_TRIES
+        if isinstance(error, ConnectionDropped) and attempt < tries:
             pause = DROPPED_WAITS[attempt] * (1 + os.urandom(1)[0] / 512)
             if pause >= 5:
                 self.tell(f"{self.host} turns this address away for now; "
@@ -3268,22 +3356,17 @@ class Masters:
                     cancel: Optional[Cancel] = None) -> DirectSession:
         """A session on a connection of its own. The handshake is counted until it is over."""
         self._wait_out(deadline, cancel)
-        config, token = self.ask_config(command), self.handshake(deadline, cancel)
-        log = token.path + ".log"  # whoever holds it next clears it
-        return DirectSession(config, log, command, token.free, self._reported)
+        config = self.ask_config(command)
+        return DirectSession(self, config, self.handshake(deadline, cancel), command)
 
-    def _reported(self, error: Optional[HostError]) -> None:
+    def report(self, error: Optional[HostError]) -> None:
+        """How a connection of its own came about; None: well."""
         if error is None:
-            remove_file(self._path("down.json"))
+            remove_file(self.path("down.json"))
         elif self.asks(error):
             self._mark("person")
-        else:
+        elif not isinstance(error, ConnectionDropped):  # again() remembers those
             self._remember_failure(error)
-
-    def asks(self, error: BaseException) -> bool:
-        """Whether a person might mend a login."""
-        login = isinstance(error, (HostKeyFailed, AuthenticationFailed)) and error.asks
-        return login and not self.single()
 
     # -- one more master --
 
@@ -3292,44 +3375,42 @@ class Masters:
         """Start a master; all its slots, or ``count`` of those that live, if they are free by now.
         For the ``first`` a person may be asked. A handshake that the server drops is tried again,
         unless ``once``."""
-        told: Optional[HostError] = None
-        for attempt in range(100):
+        reason: Optional[HostError] = None
+        for attempt in itertools.count(len(DROPPED_WAITS) if once else 0):
             with self.handshake(Deadline(self.patience), cancel):
-                slots = self._try_slots(count)
-                if slots:
-                    return slots
-                name = "m." + os.urandom(4).hex()
-                slots = self._hold(slots_of([name]), SESSIONS_PER_MASTER)
                 try:
-                    self._start_or_ask(name, cancel, first)
-                    remove_file(self._path("down.json"))
-                    return slots
-                except BaseException as error:
-                    self._unlock(slots)  # silently: nobody could use them
-                    if isinstance(error, NoMultiplexing):
-                        self._mark("single")
-                        return []
-                    if not isinstance(error, ConnectionDropped):
-                        if isinstance(error, HostError):
-                            self._remember_failure(error)
-                        raise
+                    return self._try_slots(count) or self._new_master(cancel, first)
+                except NoMultiplexing:
+                    self._mark("single")
+                    return []
+                except ConnectionDropped as error:
                     dropped = error
-            away = isinstance(dropped, TurnedAway)
-            if not away and (once or attempt == 1):
-                told = self._ask_proxy()
-            why = told or dropped
-            attempt = attempt if away or not once else len(DROPPED_WAITS)
-            if not self.again(why, attempt, deadline, cancel):
-                raise why
-        return []
+                except HostError as error:
+                    self._remember_failure(error)
+                    raise
+            if not isinstance(dropped, TurnedAway) and (once or attempt == 1):
+                reason = self._ask_proxy()
+            if not self.again(reason or dropped, attempt, deadline, cancel):
+                raise reason or dropped
+        raise AssertionError
 
-    def _start_or_ask(self, name: str, cancel: Optional[Cancel], first: bool) -> None:
+    def _new_master(self, cancel: Optional[Cancel], first: bool) -> List[Slot]:
+        name = "m." + os.urandom(4).hex()
+        master = Master(self.path(name))
+        slots = self._hold([master], SESSIONS_PER_MASTER)
         try:
-            self._start(name, cancel, batch=True)
-        except (HostKeyFailed, AuthenticationFailed) as error:
-            if not (first and error.asks and self.interactive and self.interactive()):
-                raise
-            self._start(name, cancel, batch=False)
+            try:
+                self._start(master.path, cancel, batch=True)
+            except (HostKeyFailed, AuthenticationFailed) as error:
+                if not (first and error.asks and self.interactive and self.interactive()):
+                    raise
+                self._start(master.path, cancel, batch=False)
+        except BaseException:
+            self.free(slots, 0)  # nobody could use them
+            raise
+        self._known = {**self._known, name: master}
+        remove_file(self.path("down.json"))
+        return slots
 
     def _ask_proxy(self) -> Optional[HostError]:
         """Why the ProxyCommand gives no connection, if it says so. (That of a master speaks to
@@ -3339,24 +3420,23 @@ class Masters:
         _, words, said = look_closely(self, "exec sh -c :")
         return None if "Remote protocol version" in words else proxy_failure(self.config, said)
 
-    def _start(self, name: str, cancel: Optional[Cancel], batch: bool) -> None:
-        """One `ssh -M -N`. It puts itself into the background once it is authenticated, and
-        then lets go of the pipe that is its stdout here."""
+    def _start(self, path: str, cancel: Optional[Cancel], batch: bool) -> None:
+        """One `ssh -M -N`. It puts itself into the background once it is authenticated, and then
+        closes its stdout."""
         self._sweep()
-        config, path = self.ask_config("exec sh -c :"), self._path(name)
-        log = path + ".log"
+        config, log = self.ask_config("exec sh -c :"), path + ".log"
         other = {"SessionType=default": "SessionType=none"}  # ssh dies of a contradiction to -N
         if not batch:
             other["BatchMode=yes"] = "BatchMode=no"
         persist = f"ControlPersist={CONTROL_PERSIST}"
         argv = ssh_argv(config, "-M", "-N", "-o", persist, "-S", literal(path), "-E", log)
         argv = [other.get(word, word) for word in argv] + ["--", self.host]
-        environment = scrubbed_environment(config)
         with open(os.open(log + ".err", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "rb") as said:
-            process = spawn(argv, environment, None, -1, said if batch else 2, own_group=batch)
+            process = spawn(argv, scrubbed_environment(config), None, -1, said if batch else 2,
+                            own_group=batch)
         patience = self.patience if batch else INTERACTIVE_PATIENCE
         try:
-            self._await_detach(process, cancel, patience)
+            self._await_detach(process, Deadline(patience), cancel)
             status = await_end(process, CONTROL_PATIENCE)
         except BaseException as error:
             kill_group(process) if batch else process.kill()
@@ -3372,20 +3452,19 @@ class Masters:
                 if status == 0 or re.search(unknown, words):
                     raise NoMultiplexing("This ssh has no masters.", host=self.host)
             raise failure_in(words, heard, config)
-        if any(BREAKS_WHEN_SHARED.search(line) for line in heard):
+        if any(map(BREAKS_WHEN_SHARED.search, heard)):
             end_master(path)
-            raise NoMultiplexing("This server ends the connection when sessions come and go.", host=self.host)
+            raise NoMultiplexing("This server breaks shared connections.", host=self.host)
         if batch:
-            remove_file(self._path("person"))
+            remove_file(self.path("person"))
         else:
             self._mark("person")
 
     @staticmethod
-    def _await_detach(process: Process, cancel: Optional[Cancel], patience: float) -> None:
-        """Until the stdout of a new master is closed. Raises CmuxError when that takes too long."""
+    def _await_detach(process: Process, deadline: Deadline, cancel: Optional[Cancel]) -> None:
+        """Until the stdout of a new master is closed; CmuxError when that takes too long."""
         assert process.stdout
         with process.stdout as watch:
-            deadline = Deadline(patience)
             fd = watch.fileno()
             wanted = [(thing, select.POLLIN) for thing in (fd, cancel) if thing is not None]
             while fd not in poll_once(deadline.capped(60), *wanted) or watch.read(CHUNK):
@@ -3395,77 +3474,63 @@ class Masters:
                     raise CmuxError("It is too slow.")
 
     def _sweep(self) -> None:
-        """Remove what masters that have ended left, and the directories of hosts that nobody uses
-        any more. (What is still in use there is made anew.)"""
+        """Remove what ended masters left, and the directories of hosts that nobody uses any more.
+        (What is in use all the same is made anew.)"""
         import shutil
         top = os.path.dirname(self.folder)
         with contextlib.suppress(OSError):
             for name in os.listdir(self.folder):
-                ended = name.startswith("m.") and not os.path.lexists(self._path(name[:10]))
-                if ended and age_of(self._path(name)) > 3600:
-                    remove_file(self._path(name))
+                ended = name.startswith("m.") and not os.path.lexists(self.path(name[:10]))
+                if ended and age_of(self.path(name)) > 3600:
+                    remove_file(self.path(name))
             for name in os.listdir(top):
                 if age_of(os.path.join(top, name)) > FOLDER_KEPT:
                     shutil.rmtree(os.path.join(top, name), ignore_errors=True)
 
     # -- slots, a lock file each: all processes of this user count --
 
-    def masters(self) -> List[str]:
-        """The names of the control sockets."""
+    def masters(self) -> List[Master]:
+        """Those whose control socket is there."""
         try:
-            names = os.listdir(self.folder)
+            names = sorted(filter(is_master, os.listdir(self.folder)))
         except FileNotFoundError:  # a logout or a cleaner of /tmp has taken the directory
-            return []
-        return sorted(filter(self._is_socket, filter(_MASTER.match, names)))
+            names = []
+        self._known = {name: self._known.get(name) or Master(self.path(name)) for name in names}
+        return list(self._known.values())
 
-    def _is_socket(self, name: str) -> bool:
-        try:
-            status = os.lstat(self._path(name))
-        except OSError:
-            return False
-        return stat.S_ISSOCK(status.st_mode) and status.st_uid == os.geteuid()
-
-    def abandon(self, name: str) -> None:
-        """A master hangs or has gone: nobody else shall run into it."""
-        remove_file(self._path(name))
+    def abandon(self, master: Master) -> None:
+        """It hangs or has gone: nobody else shall run into it."""
+        remove_file(master.path)
+        self._known = {}
 
     def _try_slots(self, count: int, first: int = 0) -> List[Slot]:
-        """So many free slots, or none; from number ``first`` on of each master."""
-        now = time.monotonic()
-        live = [name for name in self.masters() if self._resting.get(name, 0) <= now]
-        return self._hold(slots_of(live, first), count)
+        """So many free slots, or none; from number ``first`` on of each master. Those that are
+        known already come first: a look into the directory is dear."""
+        return self._hold(list(self._known.values()), count, first) or self._hold(
+            self.masters(), count, first)
 
-    def _hold(self, slots: Sequence[Slot], count: int) -> List[Slot]:
-        """Lock ``count`` of these slots, or none."""
+    def _hold(self, masters: Sequence[Master], count: int, first: int = 0) -> List[Slot]:
         found: List[Slot] = []
         with self._mutex:
-            free = [slot for slot in slots if slot not in self._held]
-            if len(free) < count:  # a hundred threads that wait need not look one by one
-                return []
-            for name, number in free:
-                lock = Lock(self._path(f"{name}.{number}"))
-                if lock.take():
-                    self._held[name, number] = lock
-                    found.append((name, number))
-                    if len(found) == count:
-                        return found
-        self._unlock(found)  # silently: those who wait for two would wake each other for ever
+            now = time.monotonic()
+            for master in masters:
+                for slot in master.slots[first:] if master.until <= now else []:
+                    if slot.fd < 0 and slot.take():
+                        found.append(slot)
+                        if len(found) == count:
+                            return found
+        self.free(found, 0)  # those who wait for two would wake each other for ever
         return []
 
-    def _unlock(self, slots: Sequence[Slot]) -> None:
+    def free(self, slots: Sequence[Slot], wake: int = 1) -> None:
+        """Give these back, and have as many look for one, of those who want one and of those who
+        want two."""
         for slot in slots:
-            with self._mutex:
-                lock = self._held.pop(slot, None)
-                self._resting.pop(slot[0], None)  # it may take another session now
-            if lock:
-                lock.free()
-
-    def _free_slots(self, slots: Sequence[Slot]) -> None:
-        self._unlock(slots)
-        self._wake(len(slots))
+            slot.free()
+            slot.master.until = 0.0  # it may take another session now
+        self._wake(len(slots) * wake)
 
     def _wake(self, count: int) -> None:
-        """Have as many look for a slot, of those who want one and of those who want two."""
         for waiters in self._freed.values():
             waiters.wake(count)
 
@@ -3489,26 +3554,31 @@ class Masters:
                 if new and not nap(1, deadline, cancel):
                     raise
             finally:
-                self._free_slots(slots[count:])
+                self.free(slots[count:])
             if deadline.over():
                 raise ConnectionFailed(f"No session could be opened on {self.host} in time.",
                                        "Try again; others may be using it.", self.host)
         return [self.open_direct(command, deadline, cancel)]
 
     def connect(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> None:
-        """See to it that a master lives, if this host has any at all. Raises ConnectionFailed."""
+        """Make sure that a master lives, if this host has any. Raises ConnectionFailed."""
         if not self.single() and not self.masters():
-            self._free_slots(self._first_master(1, deadline, cancel))
+            self.free(self._first_master(1, deadline, cancel))
 
-    def open_ahead(self, command: str, more: bool = False) -> Optional[Session]:
-        """A session for later, only from the upper half of a live master's slots: the lower
-        half stays for those who have work now. None if there is none to spare; with ``more`` one
-        more master is started for it first, while there are few."""
+    def open_ahead(self, command: str) -> Optional[Session]:
+        """A session for later, only from the upper half of a master's slots: the lower half stays
+        for those who have work now. None if there is none to spare. Where other processes hold them
+        all, one more master is started, once: where it needs a person, each is a failed login."""
         half = SESSIONS_PER_MASTER // 2
         if self.single():
             return None
         slots = self._try_slots(1, half)
-        if not slots and more and self._spare_master():
+        few = 0 < len(self.masters()) < SPARED_MOST
+        if not slots and few and not self._spared and self._rest() <= 0:
+            self._spared = True
+            with self._mutex:
+                self._launching += 1
+            self.free(self._one_more(SESSIONS_PER_MASTER, None))
             slots = self._try_slots(1, half)
         with contextlib.suppress(HostError):
             return self._open_on(slots, command)[0] if slots else None
@@ -3518,47 +3588,41 @@ class Masters:
         """Sessions in these slots, or none. Raises SessionRefused, MasterGone: others may do."""
         opened: List[Session] = []
         try:
-            for name, number in slots:
-                self._heed_log(name)
-                release = functools.partial(self._free_slots, [(name, number)])
-                opened.append(MuxSession(self.host, self._path(name), command, release))
-                opened[-1].master = name
-            for name, _ in slots:
-                self._refusals.pop(name, None)
+            for slot in slots:
+                self._heed_log(slot.master)
+                opened.append(MuxSession(self, slot, command))
+                slot.master.pause = 0.0
             return opened
         except BaseException as error:
             for session in opened:
                 session.close()
-            self._free_slots(slots[len(opened):])
+            self.free(slots[len(opened):])
+            master = slot.master
             if isinstance(error, SessionRefused):  # it takes fewer, or has not seen one's end yet
-                count = self._refusals[name] = self._refusals.get(name, 0) + 1
-                pause = min(REFUSED_MOST, LOOK_FIRST * 2 ** min(count, 20))
-                self._resting[name] = time.monotonic() + pause
+                master.pause = min(REFUSED_MOST, 2 * (master.pause or LOOK_FIRST))
+                master.until = time.monotonic() + master.pause
             elif isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 raise StateFailed("This process has too many files open.",
                                   "Raise `ulimit -n`, or run fewer at once.")
             elif isinstance(error, (MasterGone, OSError)):
-                self.abandon(name)
+                self.abandon(master)
                 raise MasterGone(f"The connection to {self.host} was just closed.", host=self.host)
             raise
 
-    def _heed_log(self, name: str) -> None:
+    def _heed_log(self, master: Master) -> None:
         """A server that asks for the agent or the screen is refused by ssh itself, which writes
         that to its log: it is a security event. One that goes on would fill the disk."""
-        path = self._path(name + ".log")
-        try:
+        path, size = master.path + ".log", 0
+        with contextlib.suppress(OSError):
             size = os.stat(path).st_size
-        except OSError:
-            return
-        if size == self._heard.get(name, 0):
-            return
-        self._heard[name] = size
-        if b"break-in attempt" in log_head(path):
-            error = classify(b"break-in attempt", self.host)
-            if size > LOG_MAX:
-                end_master(self._path(name))
-                raise error
-            self.alert(f"WARNING: {error} {error.hint}")
+        if size != master.heard:
+            master.heard = size
+            if b"break-in attempt" in log_head(path):
+                error = classify(b"break-in attempt", self.host)
+                if size > LOG_MAX:
+                    end_master(master.path)
+                    raise error
+                self.alert(f"WARNING: {error} {error.hint}")
 
     def _take_slots(self, count: int, deadline: Deadline, cancel: Optional[Cancel]) -> List[Slot]:
         """So many free slots on live masters, or all of a new one: they are started as the demand
@@ -3596,25 +3660,25 @@ class Masters:
         with self._mutex:
             most = 1 if self._failed()[0] else -(-self._waiting // SESSIONS_PER_MASTER)
             wanted = min(most, MASTERS_PER_HOST - len(self.masters()))
-            may = self._launching < wanted and self._rest() <= 0  # who was turned away does not knock
+            may = self._launching < wanted and self._rest() <= 0  # nor where it was turned away
             self._launching += may
             return may
 
     def _first_master(self, count: int, deadline: Deadline, cancel: Optional[Cancel]) -> List[Slot]:
         """Connect, if nobody else does: one prober at a time, the others share its result."""
-        before = self._failed()
-        lock = Lock(self._path("probe"), doing="connects to " + self.host)
+        before = self._failed()[0]
+        lock = Lock(self.path("probe"), doing="connects to " + self.host)
         if not lock.wait(deadline, cancel):
-            raise ConnectionFailed(
-                f"Another process has been connecting to {self.host} for too long.", "Try again.", self.host)
+            raise ConnectionFailed(f"Another process has been connecting to {self.host} for too "
+                                   "long.", "Try again.", self.host)
         with lock:
             if self.masters() or self.single():
                 return []
-            now = self._failed()
-            if now[0] and now != before:
+            now = self._failed()[0]
+            if now and now != before:
                 raise self._shared_failure()
             self._wait_out(deadline, cancel)
-            return self._launch(count, deadline, cancel, True, now[0] > 0)
+            return self._launch(count, deadline, cancel, True, now > 0)
 
     def _one_more(self, count: int, cancel: Optional[Cancel]) -> List[Slot]:
         """Start one more master; that it cannot be is no failure, since others live, but no process
@@ -3627,19 +3691,6 @@ class Masters:
             with self._mutex:
                 self._launching -= 1
 
-    def _spare_master(self) -> bool:
-        """One more master for sessions opened ahead, where other processes hold those of all that
-        live. One that failed is not tried again: where it needs a person, each is a failed login."""
-        with self._mutex:
-            if self._spared or not 0 < len(self.masters()) < SPARED_MOST or self._rest() > 0:
-                return False
-            self._spared = True
-            self._launching += 1
-        slots = self._one_more(SESSIONS_PER_MASTER, None)
-        self._free_slots(slots)
-        self._spared = not slots
-        return not self._spared
-
     # -- for a person --
 
     def on_terminal(self, command: str, deadline: Deadline) -> Tuple[
@@ -3647,13 +3698,14 @@ class Masters:
         """(the argv of an ssh that runs ``command`` on this terminal; its environment; what to call
         when it has begun there; when it has ended). Escape characters are off: a pasted ~C would
         open forwards."""
+        self.masters()  # ssh is not given a socket that has gone
         slots = [] if self.single() else self._take_slots(1, deadline, None)
-        self._free_slots(slots[1:])
+        self.free(slots[1:])
         config = self.ask_config(command)
         environment, agent = session_environment(config)
         if slots:
-            options = ["-S", literal(self._path(slots[0][0])), "-o", "ProxyCommand=false"]
-            begun, ended = lambda: None, lambda: self._free_slots(slots[:1])
+            options = ["-S", literal(slots[0].master.path), "-o", "ProxyCommand=false"]
+            begun, ended = lambda: None, lambda: self.free(slots[:1])
         else:
             options, ended = ["-S", "none", *agent], self.handshake(deadline).free
             begun = ended
@@ -3667,26 +3719,26 @@ class Masters:
         opened: List[MuxSession] = []
         with contextlib.suppress(HostError, OSError, IndexError):
             while len(opened) < most:
-                path = self._path(self.masters()[0])
-                opened.append(MuxSession(self.host, path, command, lambda: None))
+                opened.append(MuxSession(self, Slot(self.masters()[0], -1), command))
         for session in opened:
             session.close()
         return len(opened)
 
 
 def look_closely(masters: Masters, command: str) -> Tuple[int, str, bytes]:
-    """Run ``command`` over a connection of its own with ssh's debugging words: (status, those words,
-    what else was on stderr: a ProxyCommand's). For diagnosis; never asks, and is tried once.
+    """Run ``command`` over a connection of its own with ssh's debugging words: (status, those
+    words, what else was on stderr: a ProxyCommand's). For diagnosis; never asks, is tried once.
 
-    One that has closed its stdout gets a SIGHUP from ssh before it has said why: it is spared that,
-    and has a second."""
+    ssh sends a proxy that has closed its stdout a SIGHUP before that has written why: it is spared
+    that, and has a second."""
     import tempfile
     config, leave = masters.ask_config(command), masters.handshake(Deadline(masters.patience))
     with tempfile.NamedTemporaryFile(prefix="cmux-doctor-", dir=temporary_folder()) as log:
-        argv = ["/bin/sh", "-c", "trap '' HUP; \"$@\"; code=$?; [ $code != 255 ] || sleep 1; trap : TERM; kill 0; exit $code", "sh"]
+        argv = ["/bin/sh", "-c", "trap '' HUP; \"$@\"; code=$?; [ $code != 255 ] || sleep 1; "
+                "trap : TERM; kill 0; exit $code", "sh"]
         argv += ssh_argv(config, "-S", "none", "-v", "-E", log.name) + ["--", config.host, command]
         try:
-            status, _, said = run(argv, scrubbed_environment(config), limit=STATE_MAX, patience=masters.patience)
+            status, _, said = run(argv, scrubbed_environment(config), STATE_MAX, masters.patience)
         except CmuxError:
             status, said = 255, b""
         finally:
@@ -3696,13 +3748,13 @@ def look_closely(masters: Masters, command: str) -> Tuple[int, str, bytes]:
 
 
 def end_masters() -> None:
-    """End every master of this state directory, and remove their sockets, which may lie elsewhere."""
+    """End every master of this state directory, and remove their sockets, which may lie
+    elsewhere."""
     import shutil
     top = socket_folder("")
     for folder, _, names in os.walk(top):
-        for name in names:
-            if _MASTER.match(name):
-                end_master(os.path.join(folder, name))
+        for name in filter(is_master, names):
+            end_master(os.path.join(folder, name))
     shutil.rmtree(top, ignore_errors=True)
 
 
@@ -3712,16 +3764,17 @@ def literal(path: str) -> str:
 
 
 def socket_folder(name: str) -> str:
-    """The private directory for the control sockets of the host ``name`` (16 digits; "": of all): below the state
-    directory, or, where that path is too long for a socket, in the user's runtime directory or /tmp."""
+    """The private directory for the control sockets of the host ``name`` (16 digits; "": of all):
+    below the state directory, or, where that path is too long for a socket, in the user's runtime
+    directory or /tmp."""
     home = state_home()
     folder = os.path.join(home, "m")
-    if len(os.fsencode(folder)) + 1 + 16 + 11 > SOCKET_PATH_MAX:
+    if len(os.fsencode(folder)) + len("/0123456789abcdef/m.01234567") > SOCKET_PATH_MAX:
         import hashlib
         runtime = os.environ.get("XDG_RUNTIME_DIR", "")
         base = runtime if os.path.isabs(runtime) and len(runtime) < 40 else "/tmp"
         short = hashlib.sha256(os.fsencode(home)).hexdigest()[:8]
-        folder = os.path.join(base, "cmux-%d-%s" % (os.geteuid(), short))
+        folder = os.path.join(base, f"cmux-{os.geteuid()}-{short}")
     else:
         private_directory(home)
     private_directory(folder)
@@ -3755,59 +3808,51 @@ class Stream:
             return True
         if not data:
             self.closed = True
-            if self.begun and not self.ended and self.held:
-                self.sink(self.held)  # a false start of a mark, cut off
-                self.held = b""
+            self._pass(self.held * (not self.ended))  # a false start of a mark, cut off
+            self.held = b""
             return False
         if not self.ready:
             self.noise += data
             self.ready, self.noise = READY in self.noise, self.noise[-len(READY):]
-        self._feed(data)
+        self._feed(self.held + data)
         return True
 
-    def _feed(self, data: bytes) -> None:
-        buffer = self.held + data
+    def _feed(self, buffer: bytes) -> None:
         self.held = b""
         while buffer and not self.ended:
             at = buffer.find(self.nonce)
-            if at < 0:
-                keep = overlap(buffer, self.nonce, False)
-                self._pass(buffer[:len(buffer) - keep])
-                self.held = buffer[len(buffer) - keep:]
-                return
-            start, limit = at + len(self.nonce), at + len(self.nonce) + self.MARK_MAX
-            end = buffer.find(b"\n", start, limit)
-            if end < 0 and len(buffer) < limit:
+            start = at + len(self.nonce)
+            end = buffer.find(b"\n", start, start + self.MARK_MAX)
+            if at < 0 or end < 0 and len(buffer) < start + self.MARK_MAX:  # the rest may follow
+                at = at if at >= 0 else len(buffer) - overlap(buffer, self.nonce, False)
                 self._pass(buffer[:at])
                 self.held = buffer[at:]
                 return
             if end < 0:  # no mark of ours: data, or it would hide all that follows
                 self._pass(buffer[:start])
                 buffer = buffer[start:]
-                continue
-            self._pass(buffer[:at])
-            self._mark(buffer[start:end])
-            buffer = buffer[end + 1:]
+            else:
+                self._pass(buffer[:at])
+                self._mark(buffer[start:end])
+                buffer = buffer[end + 1:]
 
     def _pass(self, data: bytes) -> None:
         if self.begun and data:
             self.sink(data)
 
     def _mark(self, mark: bytes) -> None:
-        kind, words = mark[:1], mark[1:].split()
+        kind = mark[:1]
         try:
-            numbers = [int(word) for word in words]
+            first, *more = map(int, mark[1:].split())
         except ValueError:
             return
-        if kind == b"+" and not self.begun and len(numbers) == 1:
-            self.begun, self.pid = True, str(numbers[0])
-        elif kind == b"x" and not self.begun and numbers and numbers[0] > 0:
-            self.refused = numbers[0]
-            self.ended = True
-        elif kind == b"-" and self.begun and numbers and 0 <= numbers[0] <= 255:
-            self.status = numbers[0]
-            self.stop = {0: "confirmed", 1: "requested"}.get(numbers[1] if numbers[1:] else -1, "")
-            self.ended = True
+        if kind == b"+" and not self.begun and not more:
+            self.begun, self.pid = True, str(first)
+        elif kind == b"x" and not self.begun and first > 0:
+            self.refused, self.ended = first, True
+        elif kind == b"-" and self.begun and 0 <= first <= 255:
+            self.status, self.ended = first, True
+            self.stop = {0: "confirmed", 1: "requested"}.get(more[0] if more else -1, "")
 
 
 class Source:
@@ -3821,7 +3866,7 @@ class Source:
         try:
             data = os.read(self.fd, CHUNK)
         except OSError as error:
-            raise UsageError("The command's stdin cannot be read: %s." % os.strerror(error.errno or 0))
+            raise UsageError(f"The command's stdin cannot be read: {error.strerror}.")
         self.total += len(data)
         return data
 
@@ -3830,17 +3875,21 @@ class Exchange:
     """One operation on one open session. run() moves bytes until the end marks, the session's
     end, or the caller's limits; it may be called again to go on."""
 
-    def __init__(self, session: Session, operation: bytes, stdout: Callable[[bytes], Any], stderr: Callable[[bytes], Any],
-                 source: Optional[Source] = None, close_stdin: bool = False, eager: bool = False, run_id: str = "", after: bytes = b"") -> None:
+    def __init__(self, session: Session, operation: bytes, stdout: Callable[[bytes], Any],
+                 stderr: Callable[[bytes], Any], source: Optional[Source] = None,
+                 close_stdin: bool = False, run_id: str = "", after: bytes = b"") -> None:
         nonce = os.urandom(16).hex()
         self.session = session
-        self.eager = eager               # the source may be sent before the start mark is seen
+        # The source of a command, or behind a handshake that may be dropped, waits for the mark +.
+        self.eager = not run_id and session.control >= 0
         self._registered: Tuple[int, ...] = ()
         self._poll: Any = None
         self.out = Stream(session.stdout, nonce.encode(), stdout)
         self.err = Stream(session.stderr, nonce.encode(), stderr)
-        self.outgoing = memoryview(shell_header(nonce, run_id or os.urandom(8).hex(), operation) + after)
-        self._held = len(self.outgoing) - len(HELD) if HELD in operation else 0  # of it, until our wrapper has shown itself
+        header = shell_header(nonce, run_id or os.urandom(8).hex(), operation)
+        self.outgoing = memoryview(header + after)
+        # So much of it waits until our wrapper has shown itself.
+        self._held = len(self.outgoing) - len(HELD) if HELD in operation else 0
         self.asked = 0.0                 # when that is sent
         self.source = source
         self.close_stdin = close_stdin   # once everything is written
@@ -3867,11 +3916,10 @@ class Exchange:
 
     def run(self, deadline: Deadline, cancel: Optional[Cancel] = None,
             until: Optional[Callable[[], bool]] = None, stall: Optional[float] = None) -> bool:
-        """True when ended (or ``until``); False at the deadline. Raises HostError when the
-        session is lost, or when no byte has moved for ``stall`` seconds (for CALL_PATIENCE once all is sent:
-        the host unpacks and sums); Cancelled when ``cancel`` is set."""
-        finished = until or (lambda: self.ended)
-        while not finished():
+        """True when ended (or ``until``); False at the deadline. Raises HostError when the session
+        is lost, or no byte has moved for ``stall`` seconds (for CALL_PATIENCE once all is sent: the
+        host unpacks and sums); Cancelled when ``cancel`` is set."""
+        while not (until() if until else self.ended):
             if self.out.closed and not self.lost and self.session.over():
                 self._drain()
             if self.lost:
@@ -3883,23 +3931,26 @@ class Exchange:
                 stall = stall if self.source or self.outgoing else CALL_PATIENCE
                 wait = min(wait, max(0.0, self.moved + stall - time.monotonic()))
             events = self._poller(cancel).poll(wait * 1000 + (wait > 0))
+            now = time.monotonic()
             if deadline.over():  # also where output never pauses
                 return False
-            if not events and stall is not None and time.monotonic() >= self.moved + stall:
-                raise ConnectionLost("No byte has moved to or from %s for %d seconds."
-                                     % (self.session.host, stall), "Try again.", self.session.host)
+            if not events and stall is not None and now >= self.moved + stall:
+                raise ConnectionLost(
+                    f"No byte has moved to or from {self.session.host} for {stall:.0f} seconds.",
+                    "Try again.", self.session.host)
             for fd, _ in events:
                 self._event(fd)
-            if time.monotonic() > self._beaten + (BEAT_LEAST if events else BEAT_MOST - 0.1):
+            if now > self._beaten + (BEAT_LEAST if events else BEAT_MOST - 0.1):
                 self._beat()
         return True
 
     def _beat(self) -> None:
-        """Let something harmless pass over the session, and over its guard's: sshd's ChannelTimeout ends a silent one."""
+        """Let something harmless pass over the session, and over its guard's: sshd's ChannelTimeout
+        ends a silent one."""
         self._beaten = time.monotonic()
         over, sign = (self.guard, b"beat " + self.out.nonce) if self.guard else (self, b"")
         if over.sent and not over.source and over.session.stdin >= 0:
-            with contextlib.suppress(OSError):  # full, or over: the session's own events tell
+            with contextlib.suppress(OSError):  # full, or over: its own events report that
                 os.write(over.session.stdin, sign + b"\n")
 
     def _poller(self, cancel: Optional[Cancel]) -> Any:
@@ -3922,7 +3973,7 @@ class Exchange:
         return self._poll
 
     def _event(self, fd: int) -> None:
-        if fd == self.out.fd or fd == self.err.fd:
+        if fd in (self.out.fd, self.err.fd):
             stream = self.out if fd == self.out.fd else self.err
             if not stream.ended:  # what comes after is thrown away
                 self.moved = time.monotonic()
@@ -3939,21 +3990,21 @@ class Exchange:
             self.moved = time.monotonic()
             self._write()
         elif self.source and fd == self.source.fd:
-            data = self.source.read()
-            self.outgoing = memoryview(data)
-            if not data:
-                self.source = None
-                self.close_stdin = True
+            self.outgoing = memoryview(self.source.read())
+            if not self.outgoing:
+                self.source, self.close_stdin = None, True
                 self._close_if_written()
 
     def _write(self) -> None:
+        part = self.outgoing[:len(self.outgoing) - self._held][:CHUNK]
         try:
-            self.outgoing = self.outgoing[os.write(self.session.stdin, self.outgoing[:len(self.outgoing) - self._held][:CHUNK]):]
+            self.outgoing = self.outgoing[os.write(self.session.stdin, part):]
             self.sent = self.sent or not self.outgoing
         except BlockingIOError:
             return
-        except OSError:  # the far side takes no more: what it says, or the session's end, tells why
-            self.outgoing, self._held, self.source, self.close_stdin = memoryview(b""), 0, None, True
+        except OSError:  # the host takes no more: its words, or the session's end, report why
+            self.outgoing, self._held = memoryview(b""), 0
+            self.source, self.close_stdin = None, True
         self._close_if_written()
 
     def _close_if_written(self) -> None:
@@ -3980,8 +4031,10 @@ class Reply(Value):
         return self.stdout.decode("utf-8", "surrogateescape").split("\n")
 
     def said(self) -> str:
-        """The last line of its stderr, without the shell's name and the line of our script, or the status."""
-        return re.sub(r"^\S+: (line )?\d+: ", "", neutralise(self.stderr).strip().split("\n")[-1]) or "status %d" % self.status
+        """The last line of its stderr, without the shell's name and the line of our script; or the
+        status."""
+        last = neutralise(self.stderr).strip().split("\n")[-1]
+        return re.sub(r"^\S+: (line )?\d+: ", "", last) or f"status {self.status}"
 
 
 class Outcome(Value):
@@ -4006,10 +4059,9 @@ class Host:
     Raises UsageError for a name that cannot be one. Connecting happens on first use.
     """
 
-    def __init__(self, name: str, interactive: Optional[Callable[[], bool]] = None, warm: int = WARM_SESSIONS) -> None:
-        self.name = check_host(name)
-        self._interactive = interactive
-        self._warm = warm
+    def __init__(self, name: str, interactive: Optional[Callable[[], bool]] = None,
+                 warm: int = WARM_SESSIONS) -> None:
+        self.name, self._interactive, self._warm = check_host(name), interactive, warm
         self._forked()
         fork_aware().add(self)
 
@@ -4018,14 +4070,14 @@ class Host:
         import threading
         self._ready: List[Session] = []
         self._active = 0                  # operations that run now
-        self._resting = False             # closed: nothing is opened ahead before the next operation
+        self._resting = False             # closed: until the next one nothing is opened ahead
         self._keeper: Optional[threading.Thread] = None
         self._wake = threading.Event()
         self._masters: Optional[Masters] = None
         self._mutex = threading.Lock()
 
     def __repr__(self) -> str:
-        return "Host(%r)" % self.name
+        return f"Host({self.name!r})"
 
     @property
     def masters(self) -> Masters:
@@ -4045,57 +4097,56 @@ class Host:
         ``before`` are more header records, ``data`` all of its stdin.
         """
         records = before + script_records(script, *arguments)
-        streams = source is not None or bool(data)
+        patience, stall = (None, STALL_PATIENCE) if source or data else (CALL_PATIENCE, None)
 
-        def work(session: Session) -> Reply:
+        def work(sessions: List[Session]) -> Reply:
             out, err = Capture(limit, limit), Capture(LOG_MAX, STATE_MAX)
-            exchange = Exchange(session, records, out, err, source, data is not None, after=data or b"",
-                                eager=not isinstance(session, DirectSession))  # a dropped handshake takes none along
+            exchange = Exchange(sessions[0], records, out, err, source, data is not None,
+                                after=data or b"")
             self.begin(exchange, cancel)
             trip = time.monotonic() - exchange.asked
-            if not exchange.run(Deadline(None if streams else CALL_PATIENCE), cancel,
-                                stall=STALL_PATIENCE if streams else None):
-                raise RemoteFailed(f"{self.name} did not finish within {CALL_PATIENCE} seconds.")
-            if exchange.out.refused:
-                raise WorkspaceMissing(f"The directory is not on {self.name} (any more).")
-            self.done(session)
-            return Reply(status=exchange.out.status or 0, stdout=out.value(), stderr=err.value(), trip=trip)
+            if not exchange.run(Deadline(patience), cancel, stall=stall):
+                raise RemoteFailed(f"{self.name} did not finish within {patience} seconds.")
+            return Reply(status=exchange.out.status or 0, stdout=out.value(), stderr=err.value(),
+                         trip=trip)
 
         def repeat(lost: ConnectionLost) -> bool:
             return not (source and source.total) and not (once and lost.begun)
         return self.attempt(work, Deadline(SLOT_PATIENCE), cancel, repeat, bulk=direct)
 
-    def attempt(self, work: Callable[..., Made], deadline: Deadline, cancel: Optional[Cancel],
-                repeat: Callable[[ConnectionLost], bool], count: int = 1, bulk: bool = False) -> Made:
-        """What ``work`` makes of a session; of ``count``, or one where each has a connection of its
-        own; ``bulk`` gets such a one. It is tried again after a handshake that was dropped, a login
-        that needs a person (over a master, then), and, where it may ``repeat``, a lost line or a
-        start for want of a process. Sessions with which it fails are given back."""
+    def attempt(self, work: Callable[[List[Session]], Made], deadline: Deadline,
+                cancel: Optional[Cancel], repeat: Callable[[ConnectionLost], bool], count: int = 1,
+                bulk: bool = False) -> Made:
+        """What ``work`` makes of a list of sessions: of ``count``, or one where each has a
+        connection of its own; ``bulk`` gets such a one. What it leaves in the list is given back.
+        It is tried again after a handshake that was dropped, a login that needs a person (over a
+        master, then), and, where it may ``repeat``, a lost line, or one for want of a process."""
         first: Optional[HostError] = None
         for number in range(10):
             sessions = self.open_all(count, deadline, cancel, bulk)
+            direct = isinstance(sessions[0], DirectSession)
             try:
-                return work(*sessions)
-            except BaseException as error:
+                return work(sessions)
+            except HostError as error:
+                failed = error
+            finally:
                 for session in sessions:
                     self.done(session)
-                if not isinstance(error, HostError):
-                    raise
-                first = first or error
-                if isinstance(error, ConnectionDropped):
-                    again = self.masters.again(error, number, deadline, cancel)
-                elif not isinstance(error, ConnectionLost):
-                    again = isinstance(sessions[0], DirectSession) and self.masters.asks(error)
-                elif isinstance(error, HostSilent) or not repeat(error):
-                    again = False
-                elif isinstance(error, HostFull):  # others end meanwhile; it holds no process while it waits
-                    pause = min(8, 0.5 * 1.5 ** number) * (0.5 + os.urandom(1)[0] / 255)
-                    again = nap(pause, deadline, cancel)
-                else:
-                    again = number < 2 and nap(0.2 * 2 ** number, deadline, cancel)
-                if not again:
-                    raise first from None  # a line that was lost once may have done its work
-        raise first or AssertionError()
+            first = first or failed
+            if isinstance(failed, ConnectionDropped):
+                again = self.masters.again(failed, number, deadline, cancel)
+            elif not isinstance(failed, ConnectionLost):
+                again = direct and self.masters.asks(failed)
+            elif isinstance(failed, HostSilent) or not repeat(failed):
+                again = False
+            elif isinstance(failed, HostFull):  # others end meanwhile; who waits holds no process
+                pause = min(8, 0.5 * 1.5 ** number) * (0.5 + os.urandom(1)[0] / 255)
+                again = nap(pause, deadline, cancel)
+            else:
+                again = number < 2 and nap(0.2 * 2 ** number, deadline, cancel)
+            if not again:
+                break
+        raise first or AssertionError()  # a line that was lost once may have done its work
 
     # -- sessions opened ahead: they wait in the shell's read for their header --
 
@@ -4136,6 +4187,8 @@ class Host:
         with self._mutex:
             self._active -= session.counted
             session.counted = False
+            if self._active:
+                return
             self._wake.set()
             if self._warm and self._keeper is None:
                 import threading
@@ -4160,7 +4213,7 @@ class Host:
                         return
             try:
                 while self._active == 0 and not self._resting and len(self._ready) < self._warm:
-                    session = self.masters.open_ahead(BOOT, more=not self._ready)
+                    session = self.masters.open_ahead(BOOT)
                     if session is None:
                         break
                     with self._mutex:
@@ -4168,10 +4221,11 @@ class Host:
                     if self._resting:
                         self._give_up()
             except (CmuxError, OSError):
-                pass  # the next operation meets the same failure, and has somebody to tell
+                pass  # the next operation meets the same failure, and reports it
 
     def close(self) -> None:
-        """Give up the sessions that wait ready, until the next operation. Masters end by themselves when idle."""
+        """Give up the sessions that wait ready, until the next operation. Masters end by themselves
+        when idle."""
         self._resting = True
         self._give_up()
 
@@ -4183,20 +4237,23 @@ class Host:
 
     def begin(self, exchange: Exchange, cancel: Optional[Cancel],
               deadline: Optional[Deadline] = None) -> None:
-        """See an operation begin, or be refused, on a connection that may still have to be made; or
-        the deadline pass. Raises HostError."""
+        """See an operation begin, on a connection that may still have to be made; or the deadline
+        pass. Raises HostError; WorkspaceMissing where its directory is not there."""
         deadline = deadline or Deadline(None)
         direct = isinstance(exchange.session, DirectSession)
         patience = Deadline(deadline.capped(START_PATIENCE + (CONNECT_PATIENCE if direct else 0)))
-        if not exchange.run(Deadline(patience.capped(SHELL_PATIENCE)), cancel, until=exchange.answered):
+        soon, answered = Deadline(patience.capped(SHELL_PATIENCE)), exchange.answered
+        if not exchange.run(soon, cancel, answered):
             if not direct and not patience.over() and not exchange.out.ready:
                 self._see_our_shell(cancel)
-            if not exchange.run(patience, cancel, until=exchange.answered) and not deadline.over():
-                raise self.silent(exchange)
+            if not exchange.run(patience, cancel, answered) and not deadline.over():
+                raise self._silent(exchange)
+        if exchange.out.refused:
+            raise WorkspaceMissing(f"The directory is not on {self.name} (any more).")
 
     def _see_our_shell(self, cancel: Optional[Cancel]) -> None:
-        """Raise RemoteShellFailed where a shell that is not ours reads our stdin to its end: it ends another session,
-        whose stdin is closed. One that is slow to start is silent there, too."""
+        """Raise RemoteShellFailed where a shell that is not ours reads our stdin to its end: it
+        ends another session, whose stdin is closed. One that is slow is silent there, too."""
         session = None
         try:
             session = self.masters.open(BOOT, Deadline(1), cancel)[0]
@@ -4211,15 +4268,21 @@ class Host:
             if session:
                 session.close()
 
-    def silent(self, exchange: Exchange) -> HostError:
-        """The error for a host that took the session, perhaps what was sent too, and said nothing. Its master may
-        hang, and what waits ready on it: neither is asked again soon."""
-        if exchange.session.master:
-            self.masters.abandon(exchange.session.master)
-            self._give_up()
-        kind, more = (HostSilent, " The command may still run there.") if exchange.sent else (ConnectionFailed, "")
-        return kind("%s accepted the session, but no shell answered in %d seconds." % (self.name, START_PATIENCE),
-                    "Look at its login shell's start-up files." + more, self.name)
+    def _silent(self, exchange: Exchange) -> HostError:
+        """The error for a host that took the session, perhaps what was sent, and said nothing."""
+        self.abandon(exchange.session)
+        kind, more = (HostSilent, " The command may still run there.") if exchange.sent else (
+            ConnectionFailed, "")
+        return kind(
+            f"{self.name} accepted the session, but no shell answered in {START_PATIENCE:.0f} "
+            "seconds.",
+            "Look at its login shell's start-up files." + more, self.name)
+
+    def abandon(self, session: Session) -> None:
+        """Its master may hang, and what waits ready on it: neither is asked again."""
+        if session.master:
+            self.masters.abandon(session.master)
+            self.close()
 
     def run(self, records: bytes, directory: str, stdout: Callable[[bytes], Any],
             stderr: Callable[[bytes], Any], source: Optional[Source] = None,
@@ -4229,7 +4292,9 @@ class Host:
         Bytes reach ``stdout`` and ``stderr`` as they come. At the deadline, on ``cancel`` and on
         what these raise (KeyboardInterrupt, too) the process tree on the host is ended first.
         """
-        return CommandRun(self, records, directory, stdout, stderr, source).go(deadline or Deadline(None), cancel)
+        records = record("_cmux_directory", directory) + records
+        command = CommandRun(self, records, stdout, stderr, source)
+        return command.go(deadline or Deadline(None), cancel)
 
 
 class Incoming:
@@ -4241,22 +4306,25 @@ class Incoming:
         self.err = Capture(LOG_MAX, STATE_MAX)
         self.waiting: List[bytes] = []
 
-        def work(session: Session) -> None:
+        def work(sessions: List[Session]) -> None:
             records = script_records(script, *arguments)
-            self.exchange = Exchange(session, records, self.waiting.append, self.err)
+            self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err)
             host.begin(self.exchange, cancel)
+            sessions.clear()  # close() gives it back
         host.attempt(work, Deadline(SLOT_PATIENCE), cancel, lambda lost: True, bulk=True)
 
     def take(self) -> bytes:
         if not self.waiting:
-            self.exchange.run(Deadline(None), self.cancel, lambda: bool(self.waiting) or self.exchange.ended, stall=CALL_PATIENCE)
+            self.exchange.run(Deadline(None), self.cancel, stall=CALL_PATIENCE,
+                              until=lambda: bool(self.waiting) or self.exchange.ended)
         return self.waiting.pop(0) if self.waiting else b""
 
     def reply(self) -> Reply:
-        """The end: the status, and what was said on stderr."""
+        """The end: the status, and what came on stderr."""
         while self.take():
             pass
-        return Reply(status=self.exchange.out.status or 0, stdout=b"", stderr=self.err.value(), trip=0.0)
+        status, words = self.exchange.out.status or 0, self.err.value()
+        return Reply(status=status, stdout=b"", stderr=words, trip=0.0)
 
     def close(self) -> None:
         self.host.done(self.exchange.session)
@@ -4265,14 +4333,14 @@ class Incoming:
 class CommandRun:
     """One user command: the session that carries it, and the guard that watches over it."""
 
-    def __init__(self, host: Host, records: bytes, directory: str, stdout: Callable[[bytes], Any],
+    def __init__(self, host: Host, records: bytes, stdout: Callable[[bytes], Any],
                  stderr: Callable[[bytes], Any], source: Optional[Source]) -> None:
-        self.host, self.source = host, source
-        self.run_id, self.records = os.urandom(12).hex(), record("_cmux_directory", directory) + records
+        self.host, self.records, self.source = host, records, source
         self.stdout, self.stderr = stdout, stderr
+        self.run_id = os.urandom(12).hex()
         self.exchange: Optional[Exchange] = None
         self.guard: Optional[Exchange] = None
-        self.guard_reply = Capture(100)
+        self.verdict = Capture(100)      # of the guard
 
     def go(self, deadline: Deadline, cancel: Optional[Cancel]) -> Outcome:
         """From the start to the end. Until the header is written whole nothing can have begun: a
@@ -4280,108 +4348,91 @@ class CommandRun:
         def repeat(lost: ConnectionLost) -> bool:
             return not lost.begun and not (self.source and self.source.total)
 
-        def work(*sessions: Session) -> Outcome:
-            return self._carry_out(sessions, deadline, cancel)
-        try:
-            return self.host.attempt(work, Deadline(deadline.capped(SLOT_PATIENCE)), cancel, repeat,
-                                     2 if self.source else 1)
-        except Cancelled:  # while it waited
-            return Outcome(status=None, stopped="confirmed", reason="cancel")
-
-    def _carry_out(self, sessions: Sequence[Session], deadline: Deadline, cancel: Optional[Cancel]) -> Outcome:
-        reason = "timeout"
-        try:
+        def work(sessions: List[Session]) -> Outcome:
+            self.exchange = self.guard = None
+            reason = "timeout"
             try:
                 if self._begin(sessions, deadline, cancel).run(deadline, cancel):
                     return self._outcome()
             except Cancelled:
                 reason = "cancel"
             except (CmuxError, KeyboardInterrupt) as error:
-                if not isinstance(error, HostError):  # a sink, the source: nothing may go on unseen
-                    self._discard()
-                    self._stop()
+                if not isinstance(error, (HostError, WorkspaceMissing)):
+                    self._stop(discard=True)  # a sink, the source: nothing may go on unseen
                 raise
             return Outcome(status=None, stopped=self._stop(), reason=reason)
-        finally:
-            self._give_back()
-
-    def _give_back(self) -> None:
-        for exchange in (self.exchange, self.guard):
-            if exchange:
-                self.host.done(exchange.session)
-        self.exchange = self.guard = None
+        try:
+            return self.host.attempt(work, Deadline(deadline.capped(SLOT_PATIENCE)), cancel, repeat,
+                                     2 if self.source else 1)
+        except Cancelled:  # while it waited
+            return Outcome(status=None, stopped="confirmed", reason="cancel")
 
     def _outcome(self) -> Outcome:
         assert self.exchange
-        if self.exchange.out.refused:
-            raise WorkspaceMissing("The directory is not on %s (any more)." % self.host.name)
         if self.exchange.out.stop:  # not by us
-            raise ConnectionLost("The connection that watched over the command on %s was lost, and so the command was ended."
-                                 % self.host.name, "Run it again.", self.host.name)
-        guard = self.guard
-        if guard:
-            guard.outgoing = memoryview(b".\n")
-            guard.run(Deadline(CONTROL_PATIENCE), None, until=lambda: guard.lost or not guard.outgoing)
+            raise ConnectionLost(
+                f"The connection that watched over the command on {self.host.name} was lost, "
+                "and so the command was ended.", "Run it again.", self.host.name)
+        with contextlib.suppress(HostError):
+            self._tell_guard(".")
         return Outcome(status=self.exchange.out.status, stopped=None, reason=None)
 
-    def _begin(self, sessions: Sequence[Session], deadline: Deadline, cancel: Optional[Cancel]) -> Exchange:
-        """See the command begin, and, for a streaming stdin, the guard before it. Each with a connection
-        of its own holds a handshake until it has begun: then the other is opened."""
+    def _begin(self, sessions: List[Session], deadline: Deadline,
+               cancel: Optional[Cancel]) -> Exchange:
+        """See the command begin, and, for a streaming stdin, the guard before it. Each with a
+        connection of its own holds a handshake until it has begun: then the other is opened."""
         if self.source:
-            self.guard = Exchange(sessions[-1], script_records(GUARD), self.guard_reply,
-                                  Capture(100), run_id=self.run_id)
+            self.guard = Exchange(sessions[-1], script_records(GUARD), self.verdict, len,
+                                  run_id=self.run_id)
             self.host.begin(self.guard, cancel, deadline)
             if len(sessions) == 1:
-                sessions = [self.host.open(Deadline(deadline.capped(SLOT_PATIENCE)), cancel)]
+                sessions.insert(0, self.host.open(Deadline(deadline.capped(SLOT_PATIENCE)), cancel))
         self.exchange = Exchange(sessions[0], self.records, self.stdout, self.stderr, self.source,
                                  run_id=self.run_id)
         self.host.begin(self.exchange, cancel, deadline)
-        if self.guard and self.exchange.begun:
+        if self.exchange.begun:
             self.exchange.guard = self.guard
-            self.guard.outgoing = memoryview(b"%s\n" % self.exchange.out.pid.encode())
-            self.guard.run(Deadline(CONTROL_PATIENCE), None, until=self.guard.written)
+            self._tell_guard(self.exchange.out.pid)
         return self.exchange
+
+    def _tell_guard(self, line: str) -> None:
+        if self.guard:
+            self.guard.outgoing = memoryview(b"%s\n" % line.encode())
+            self.guard.run(Deadline(CONTROL_PATIENCE), until=self.guard.written)
 
     # -- stopping --
 
-    def _discard(self) -> None:
-        if self.exchange:
-            self.exchange.source = None
-            self.exchange.out.sink = self.exchange.err.sink = lambda data: None
-
-    def _stop(self) -> str:
+    def _stop(self, discard: bool = False) -> str:
         """End the tree on the host: confirmed, requested (asked, not seen to end), unknown."""
-        if not self.exchange or not (self.exchange.begun or not self.exchange.outgoing):
+        exchange, asked = self.exchange, self.guard or self.exchange
+        if not exchange or not asked or not (exchange.begun or not exchange.outgoing):
             return "confirmed"  # the header was never complete: nothing can have begun
-        patience, asked = Deadline(STOP_SILENCE), self.guard or self.exchange
+        if discard:
+            exchange.source, exchange.out.sink, exchange.err.sink = None, len, len
+        if not self.guard:
+            exchange.outgoing = memoryview(b"")
         try:
+            asked.session.close_stdin()
+            confirmed = asked.run(Deadline(STOP_SILENCE)) and exchange.out.stop == "confirmed"
             if self.guard:
-                self.guard.session.close_stdin()
-                self.guard.run(patience)
-                self.exchange.run(Deadline(1))
-                verdict = self.guard_reply.value()
-                if verdict == b"confirmed\n":
-                    return "confirmed"
-            else:
-                self.exchange.outgoing = memoryview(b"")
-                self.exchange.session.close_stdin()
-                if self.exchange.run(patience) and self.exchange.out.stop == "confirmed":
-                    return "confirmed"
+                exchange.run(Deadline(1))
+                confirmed = self.verdict.value() == b"confirmed\n"
+            if confirmed:
+                return "confirmed"
         except HostError:
             pass
         if not asked.ended and not asked.lost:
-            self.host.masters.abandon(asked.session.master)
-            self.host.close()  # what waits ready may wait on that master
-        return self._stop_again()
+            self.host.abandon(asked.session)
+        return self._stop_again(exchange.out.pid or "-")
 
-    def _stop_again(self) -> str:
+    def _stop_again(self, pid: str) -> str:
         """Over a second session, which looks again and says what it sees."""
-        assert self.exchange
         try:
             reply, session = Capture(100), self.host.open(Deadline(STOP_PATIENCE))
             try:
-                Exchange(session, script_records(GUARD), reply, Capture(100), close_stdin=True, run_id=self.run_id,
-                         after=b"%s\n" % (self.exchange.out.pid or "-").encode()).run(Deadline(STOP_PATIENCE))
+                guard = Exchange(session, script_records(GUARD), reply, len, close_stdin=True,
+                                 run_id=self.run_id, after=b"%s\n" % pid.encode())
+                guard.run(Deadline(STOP_PATIENCE))
             finally:
                 self.host.done(session)
             return "confirmed" if reply.value() == b"confirmed\n" else "requested"
