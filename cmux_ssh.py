@@ -6245,7 +6245,6 @@ _EXECUTES = re.compile("(^|/)(%s)(/|$)" % "|".join(r"""
     (docker-)?compose\.ya?ml CLAUDE\.md AGENTS\.md GEMINI\.md \.cursor[^/]* \.mcp\.json \.claude
     \.codex \.cmux \.clangd \.vimrc \.exrc \.nvimrc \.dir-locals\.el \.gdbinit \.lldbinit
     """.split()), re.I)
-_DAMAGED = "its stream is damaged: the line was cut, or a file changed while it was read"
 _TRY_AGAIN = "Nothing was imported. Try again."
 _REMOVE_IT = "Remove it there, or let .gitignore cover it, and pull again."
 _IGNORE = "Let .gitignore cover what was generated, and pull again."
@@ -6256,7 +6255,7 @@ def refuse(what: str, hint: str = "") -> ResultRefused:
 
 
 def fold(text: str) -> str:
-    """What a file system that ignores case, composition and invisible characters compares."""
+    """What a file system compares that ignores case, composition and invisible characters."""
     if text.isascii():
         return text.lower()
     from unicodedata import normalize
@@ -6278,7 +6277,7 @@ def folds(path: bytes) -> Iterator[Tuple[str, str]]:
 
 
 def fold_name(name: str) -> str:
-    """The same for one name, without the stream, blanks and dots at its end that NTFS ignores."""
+    """The same of one name, without the stream, blanks and dots at its end that NTFS ignores."""
     return fold(name).split(":")[0].rstrip(" .")
 
 
@@ -6331,13 +6330,16 @@ def check_link(path: bytes, target: bytes) -> None:
 class Wire:
     """Reads a stream exactly: to a delimiter, or a number of bytes. The end is an error."""
 
-    def __init__(self, take: Callable[[], bytes]) -> None:
-        self.take, self.buffer, self.at = take, b"", 0
+    def __init__(self, take: Callable[[], bytes], progress: Callable[[int], None]) -> None:
+        self.take, self.progress, self.total = take, progress, 0
+        self.buffer, self.at = b"", 0
 
     def ended(self) -> bool:
         """Whether nothing is left, once all that came was taken."""
         if self.at == len(self.buffer):
+            self.progress(self.total)
             self.buffer, self.at = self.take(), 0
+            self.total += len(self.buffer)
         return not self.buffer
 
     def upto(self, end: bytes) -> bytes:
@@ -6375,12 +6377,10 @@ class Commit:
         self.changes: Dict[bytes, Tuple[str, Any]] = {}
 
 
-_OBJECT = re.compile(rb"([0-9a-f]{1,64}) (commit|blob) (0|[1-9]\d{0,14})\Z")
-_MODES = {b"100644": "100644", b"100755": "100755", b"120000": "120000", b"000000": ""}
-_CHANGE = re.compile(rb":[0-7]{1,6} (%s) [0-9a-f]{1,64} ([0-9a-f]{1,64}) ([ADMT])\Z"
-                     % b"|".join(_MODES))
+_CHANGE = re.compile(rb":[0-7]{1,6} (100644|100755|120000|000000) [0-9a-f]{1,64} "
+                     rb"([0-9a-f]{1,64}) ([ADMT])\Z")
 _PERSON = re.compile(rb" ?(.*) ?<([^<>\n]*)> (\d{1,11}) ([+-])([01]\d|2[0-3])([0-5]\d)\Z")
-# Python has others, which take quadratic time or are no encodings of text.
+# Python has others, which take quadratic time or are no text.
 _ENCODING = re.compile(rb"(?m)^encoding ((?:iso-?8859|latin|windows|cp|koi8|euc|shift|gb|big5)"
                        rb"[\w-]*)$", re.I)
 
@@ -6450,17 +6450,17 @@ class Harvest:
         self.contents.clear()
 
     def _objects(self, kind: bytes) -> Iterator[Tuple[bytes, int]]:
-        """(name, size) of each object of a section. The caller reads its bytes."""
+        """(name, size) of each object. The caller reads its bytes."""
         while True:
             line = self.wire.upto(b"\n")
             if not line:
                 return
-            match = _OBJECT.match(line)
-            if not match or match.group(2) != kind:
-                raise refuse(_DAMAGED, _TRY_AGAIN)
-            yield match.group(1), int(match.group(3))
-            if self.wire.exact(1) != b"\n":
-                raise refuse(_DAMAGED, _TRY_AGAIN)
+            match = re.match(rb"([0-9a-f]{1,64}) %s (0|[1-9]\d{0,14})\Z" % kind, line)
+            if match:
+                yield match.group(1), int(match.group(2))
+            if not match or self.wire.exact(1) != b"\n":
+                raise refuse("its stream is damaged: the line was cut, or a file changed while it "
+                             "was read", _TRY_AGAIN)
 
     def _read_commits(self, base: bytes) -> None:
         words = 0
@@ -6491,7 +6491,7 @@ class Harvest:
             path, count = self.wire.upto(b"\0").replace(b"//n", b"\n"), count + 1
             if count > PULL_PATHS_MAX:
                 raise refuse(f"more than {PULL_PATHS_MAX} paths changed", _IGNORE)
-            mode = _MODES[match.group(1)]
+            mode = sys.intern(match.group(1).decode().replace("000000", ""))  # for less memory
             if not commit or path in commit.changes or bool(mode) == (match.group(3) == b"D"):
                 raise refuse(f"its stream names {show(path)} twice, or contradicts itself")
             self._change(commit, path, mode, match.group(2))
@@ -6553,7 +6553,6 @@ class Harvest:
         return oid
 
     def _link(self, name: bytes, size: int) -> List[bytes]:
-        """The target of symbolic links."""
         if size > PATH_MAX:
             raise refuse(f"{show(self.links[name][0])} is a symbolic link of {human_size(size)}")
         target = self.wire.exact(size)
@@ -6622,26 +6621,24 @@ class Grower:
         """No two paths may fold into one, except the user's own, which do in the base. A look at
         the base, and one at a commit only where it names what may do so."""
         names: Dict[str, str] = {}
-        contested = set()
-        added = (path for commit in self.commits.values()
-                 for path, (mode, _) in commit.changes.items() if mode)
-        for path in added:
-            for key, text in folds(path):
-                if names.setdefault(key, text) != text:
-                    contested.add(key)
+        contested: Set[str] = set()
+        for commit in self.commits.values():
+            for path in (path for path, (mode, _) in commit.changes.items() if mode):
+                contested.update(key for key, text in folds(path)
+                                 if names.setdefault(key, text) != text)
         for _, _, path in self.shadow.listing(self.base) if names else ():
             contested.update(key for key, text in folds(path) if names.get(key, text) != text)
         own = self._spellings(self.base, contested) if contested else {}
         for name, commit in self.commits.items():
-            if contested and any(key in contested for path in commit.changes
-                                 for key, _ in folds(path)):
-                for key, texts in self._spellings(self.made[name], contested).items():
-                    if texts - own.get(key, set()):
-                        raise refuse(" and ".join(map(show, sorted(texts))) + " are one file where "
-                                     "case or composition do not count")
+            if contested.isdisjoint(key for path in commit.changes for key, _ in folds(path)):
+                continue
+            for key, texts in self._spellings(self.made[name], contested).items():
+                if texts - own.get(key, set()):
+                    raise refuse(f"{' and '.join(map(show, sorted(texts)))} are one file where case "
+                                 "or composition do not count")
 
     def _spellings(self, tree: str, keys: Set[str]) -> Dict[str, Set[str]]:
-        """The names in a tree that fold into each of some keys, where there are several."""
+        """The names in a tree that fold into each of some keys, where they are several."""
         found: Dict[str, Set[str]] = {}
         for _, _, path in self.shadow.listing(tree):
             for key, text in folds(path):
@@ -6667,7 +6664,7 @@ class Result(Value):
 
 
 class Pull:
-    """One pull or diff: fetch() reads the stream into the shadow, settle() makes the tip."""
+    """One pull or diff."""
 
     def __init__(self, workspace: WorkspaceBase, shadow: Shadow, report: Optional[Report],
                  allow: bool, cancel: Optional[Cancel]) -> None:
@@ -6688,8 +6685,8 @@ class Pull:
                 f"Fetch the commit {self.base[:10]} again; or take the files: {take_files}")
         if lacks_ignored(shadow, self.entry):
             raise GitFailed(
-                f"The workspace {self.name} was made by an older version, which sent no files "
-                "that .gitattributes mark export-ignore: what is missing cannot be compared.",
+                f"The workspace {self.name} was made by an older version, which sent no "
+                "export-ignored files: what is missing cannot be compared.",
                 f"Take its files: {take_files}; then: {PROGRAM} push --force -w {self.name}")
         self.sent_tree, self.modules = parts.tree, parts.modules
         self.lfs = {path: row for path, row in parts.pointers.items() if not self._in_module(path)}
@@ -6706,16 +6703,11 @@ class Pull:
             words = self.project.looked_at(self.name, self.entry, self.pulled["op"])
             self.report.step(self.name, "collecting")
             incoming = Incoming(self.workspace.host, self.cancel, PULL, *words, "1" * record)
-            take = incoming.take
-            wire = Wire(take)
+            progress = functools.partial(self.report.progress, self.name, doing="receiving")
+            wire = Wire(incoming.take, progress)
             dirty, base, everything = self._begin(wire, incoming)
             pointers = {(sha256, size): oid for _, oid, sha256, size in self.lfs.values()}
             harvest = Harvest(wire, importer, self.sent, secrets, pointers)
-
-            def counted() -> bytes:
-                self.report.progress(self.name, harvest.total, doing="receiving")
-                return take()
-            wire.take = counted
             harvest.read(base, everything, "sha256" if len(self.base) == 64 else "sha1")
             self._check_reply(incoming)
             self.report.step(self.name, "checking")
@@ -6738,7 +6730,6 @@ class Pull:
                 incoming.close()
 
     def _grow(self, harvest: Harvest, importer: Importer) -> List[str]:
-        """The commits of what was read, without what cannot come."""
         self._keep_out(harvest)
         for commit in harvest.commits.values() if harvest.leaks else ():
             for path, (_, oid) in commit.changes.items():
@@ -6781,7 +6772,6 @@ class Pull:
         raise refuse(f"its stream begins with {show(word)}")
 
     def _in_module(self, path: bytes) -> bool:
-        """Whether a path is a submodule's, or lies in one."""
         return path in self.modules or not self.modules.isdisjoint(above(path))
 
     def _keep_out(self, harvest: Harvest) -> None:
@@ -6821,15 +6811,13 @@ class Pull:
         return set(self.shadow.lfs_paths(paths, env))
 
     def _note_lfs(self, commits: List[str]) -> None:
-        """A changed or new LFS file came as its content. ``git add`` makes a pointer of it, where
-        LFS is installed."""
         rows = self.shadow.changes(self.base, commits[-1]) if commits and self.lfs else ()
         pointers = {oid for _, oid, _, _ in self.lfs.values()}
         changed = [path for _, mode, oid, path in rows
                    if mode in ("100644", "100755") and oid not in pointers]
-        managed = sorted(self._lfs_paths(commits[-1], changed)) if changed else []
-        self.notes += [f"{show(path)[1:-1]} came home as content: after the merge, `git add` makes "
-                       "an LFS pointer of it" for path in managed[:20]]
+        for path in sorted(self._lfs_paths((commits or [""])[-1], changed))[:20]:
+            self.notes.append(f"{show(path)[1:-1]} came home as content: after the merge, `git add` "
+                              "makes an LFS pointer of it")
 
     def settle(self, commits: List[str], dirty: bool, before: str, over: bool) -> Tuple[str, str]:
         """(the commit of the result, what it stands on): ``before``, which an earlier pull made,
@@ -6898,7 +6886,6 @@ class Pull:
         return found
 
     def _check_modules(self, oid: str) -> None:
-        """Refuse a .gitmodules that would run something."""
         try:
             if int(self.shadow.call("cat-file", "-s", oid)) > SECRETS_MAX:
                 raise refuse(f"its .gitmodules is larger than {human_size(SECRETS_MAX)}")
@@ -6910,8 +6897,8 @@ class Pull:
             raise refuse("its .gitmodules names a URL or an update that is a command")
 
     def keep(self, ref: str, since: str, tip: str, old: str) -> None:
-        """Move the branch; an ``old`` that ``tip`` does not stand on is set aside. The registry knows
-        before: after a kill in between, the branch is the workspace's own at either commit."""
+        """Move the branch; an ``old`` that ``tip`` does not stand on is set aside. The registry
+        knows before: after a kill in between, the branch is our own at either commit."""
         repository = self.project.repository
         with self.project.registry.editing() as record:
             record["workspaces"][self.name].setdefault("branches", {})[ref] = f"{old} {tip}"
@@ -6920,8 +6907,8 @@ class Pull:
             aside = f"{ref}-{old[:8]}"
             if repository.value_of(aside) != old:
                 repository.publish(pack, aside, old, "")
-            self.notes.append(f"the branch {show(ref[11:])[1:-1]} had work of an earlier pull that "
-                              f"what was pushed since lacks: that is kept as {show(aside[11:])[1:-1]}")
+            self.notes.append(f"{ref[11:]} had work of an earlier pull that what was pushed since "
+                              f"lacks: that is kept as {aside[11:]}")
         repository.publish(pack, ref, tip, old)
 
     def bring(self, ref: str) -> Result:
@@ -8588,8 +8575,8 @@ DEMO_FILES = {"hello.txt": "hello\n", "Makefile": """test:
 
 
 class ThrowawayServer:
-    """An ssh config whose host ``demo`` is this machine, with its own keys and home. A context
-    manager; everything is gone at the end. Raises UsageError where no sshd is installed."""
+    """An ssh config whose host ``demo`` is this machine, with its own keys and home, until the
+    block ends. Raises UsageError where no sshd is installed."""
 
     def __init__(self) -> None:
         import tempfile
@@ -8620,7 +8607,7 @@ class ThrowawayServer:
 
 
 def in_a_process_table(value: str) -> bool:
-    """Whether any process of this machine has ``value`` in its command line now."""
+    """Whether a process of this machine has ``value`` in its command line."""
     if not os.path.isdir("/proc/self"):
         _, out, _ = run([find_program("ps"), "-A", "-o", "args="], limit=STATE_MAX)
         return value.encode() in out
@@ -8673,7 +8660,7 @@ def demo_command(project: Project, tell: Callable[[str], None], report: Report) 
     tell(f"The process tables of both sides were read {len(seen)} times meanwhile: the secret was "
          + ("SEEN." if any(seen) else "in none of them."))
     if result.exit_code or any(seen) or secret.encode() not in result.stdout:
-        raise RemoteFailed("The demo did not go as it should.", "Please report it, with this output.")
+        raise RemoteFailed("The demo did not go as it should.", "Report it, with this output.")
 
 
 def demo_removal(project: Project, tell: Callable[[str], None]) -> None:
@@ -8695,12 +8682,12 @@ def demo_removal(project: Project, tell: Callable[[str], None]) -> None:
 
 # === 18. Doctor ===
 # Owns: looking at this machine's setup and at one host, and saying what each finding means. May
-# touch: the rooms above. Promises: every finding in one sentence, every bad one with its fix; nothing
-# is left on the host; what ssh or the host said is neutralised and bounded.
+# touch: the rooms above. Promises: every finding in one sentence, every bad one with its fix;
+# nothing is left on the host; what ssh or the host said is neutralised and bounded.
 
 class Finding(Value):
-    """One line of doctor. ``state``: ok; note (good to know); fix (works, could be better); bad (the
-    host cannot be used so); dead (it cannot be reached)."""
+    """One line of doctor. ``state``: ok; note (good to know); fix (works, could be better); bad
+    (the host cannot be used so); dead (it cannot be reached)."""
     state: str
     what: str
     text: str
@@ -8763,28 +8750,21 @@ def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
     if isinstance(error, HostKeyFailed) and key:
         text += f" It offers {key.group(1)}."
     elif isinstance(error, AuthenticationFailed) and error.asks:
-        text, fix = explain_keys(text, fix, words)
+        keys = re.findall(r"Offering public key: (.*?) (?:RSA|DSA|ECDSA|ED25519)\S* ", words)
+        takes = (re.findall(r"Authentications that can continue: (\S+)", words) or [""])[-1]
+        text += f" It takes: {takes or 'nothing'}. Offered: {', '.join(keys) or 'no key at all'}."
+        if takes and "publickey" not in takes:
+            fix = "Ask its owner to allow keys: passwords cannot be typed here."
+        elif not os.environ.get("SSH_AUTH_SOCK"):
+            fix = "No agent runs here (SSH_AUTH_SOCK is not set): start one and ssh-add your " \
+                "key, or name it with IdentityFile."
+        elif not re.search(r"Offering public key: .*agent", words):
+            fix = "Your agent holds no key that was offered: ssh-add it, or name it with " \
+                "IdentityFile."
     elif proxy not in ("", "none") and type(error) is ConnectionDropped:
-        text = text if said.strip() else \
-            "The ProxyCommand ended without a connection, and without a word."
+        text = text if said.strip() else "The ProxyCommand ended without a connection or a word."
         fix = f"Run it by hand: {proxy[:300]}"
     return unreachable(config.host, text, fix)
-
-
-def explain_keys(text: str, fix: str, words: str) -> Tuple[str, str]:
-    offers = re.findall(r"Offering public key: .*", words)
-    names = re.findall(r"Offering public key: (.*?) (?:RSA|DSA|ECDSA|ED25519)\S* ", words)
-    takes = re.findall(r"Authentications that can continue: (\S+)", words)[-1:]
-    text += f" It takes: {''.join(takes) or 'nothing'}. Offered: " \
-        f"{', '.join(names) or 'no key at all'}."
-    if takes and "publickey" not in takes[0]:
-        fix = "Ask its owner to allow keys: passwords cannot be typed here."
-    elif not os.environ.get("SSH_AUTH_SOCK"):
-        fix = "No agent runs here (SSH_AUTH_SOCK is not set): start one and ssh-add your key, " \
-            "or name it with IdentityFile."
-    elif not any("agent" in line for line in offers):
-        fix = "Your agent holds no key that was offered: ssh-add it, or name it with IdentityFile."
-    return text, fix
 
 
 def unreachable(host: str, text: str, fix: str) -> Finding:
@@ -8864,8 +8844,9 @@ def examine_secrets(host: Host) -> Finding:
     records = record("CMUX_PROBE", value) + command_records(command, False, False)
     host.run(records, "/", look, lambda data: None, deadline=Deadline(30))
     if any(here) or out.value().startswith(b"seen"):
-        return finding("bad", "secrets", "a secret showed in a process table "
-                       + ("here" if any(here) else "there"), "Do not use this host, and report this.")
+        place = "here" if any(here) else "there"
+        return finding("bad", "secrets", f"a secret showed in a process table {place}",
+                       "Do not use this host, and report this.")
     if not out.value().startswith(b"unseen"):
         return finding("note", "secrets", "the host shows no process table to look into")
     return finding("ok", "secrets",
