@@ -6335,7 +6335,6 @@ class Wire:
         self.buffer, self.at = b"", 0
 
     def ended(self) -> bool:
-        """Whether nothing is left, once all that came was taken."""
         if self.at == len(self.buffer):
             self.progress(self.total)
             self.buffer, self.at = self.take(), 0
@@ -6528,7 +6527,7 @@ class Harvest:
             raise refuse("its stream lacks contents")
 
     def _import(self, chunks: Iterable[bytes], size: int, form: str) -> str:
-        """Give git a content, and look for secrets in it; our name for it."""
+        """Give git a content, look for secrets in it; our name for it."""
         import hashlib
         digest = hashlib.new(form, b"blob %d\0" % size)
         plain = hashlib.sha256() if size in self.sizes else None
@@ -6579,9 +6578,9 @@ class Grower:
             for word, parent in zip(itertools.chain(["from"], itertools.repeat("merge")), parents):
                 importer.write(f"\n{word} {parent}".encode())
             # Deletions first: a directory may take the place of a file.
-            for path, (mode, oid) in itertools.chain(
-                    (row for row in commit.changes.items() if not row[1][0]),
-                    (row for row in commit.changes.items() if row[1][0])):
+            rows = commit.changes.items()
+            for path, (mode, oid) in itertools.chain((row for row in rows if not row[1][0]),
+                                                     (row for row in rows if row[1][0])):
                 path = path.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n")
                 word = f"M {mode} {oid}" if mode else "D"
                 importer.write(b'\n%s "%s"' % (word.encode(), path))
@@ -6618,8 +6617,8 @@ class Grower:
                 raise refuse("git dropped some of its paths")
 
     def _compare_names(self) -> None:
-        """No two paths may fold into one, except the user's own, which do in the base. A look at
-        the base, and one at a commit only where it names what may do so."""
+        """No two paths may fold into one, but the user's own, which do in the base. A commit is
+        looked at only where it names what may do so."""
         names: Dict[str, str] = {}
         contested: Set[str] = set()
         for commit in self.commits.values():
@@ -6634,8 +6633,8 @@ class Grower:
                 continue
             for key, texts in self._spellings(self.made[name], contested).items():
                 if texts - own.get(key, set()):
-                    raise refuse(f"{' and '.join(map(show, sorted(texts)))} are one file where case "
-                                 "or composition do not count")
+                    raise refuse(" and ".join(map(show, sorted(texts)[:2])) + " are one file where "
+                                 "case or composition do not count")
 
     def _spellings(self, tree: str, keys: Set[str]) -> Dict[str, Set[str]]:
         """The names in a tree that fold into each of some keys, where they are several."""
@@ -6691,7 +6690,7 @@ class Pull:
         self.sent_tree, self.modules = parts.tree, parts.modules
         self.lfs = {path: row for path, row in parts.pointers.items() if not self._in_module(path)}
         # The paths that the host was given:
-        self.sent = functools.lru_cache(maxsize=None)(
+        self.sent = functools.lru_cache(None)(
             lambda: {path for _, _, path in shadow.listing(self.sent_tree)})
 
     def fetch(self, record: bool = False) -> Tuple[List[str], bool]:
@@ -6752,8 +6751,8 @@ class Pull:
         check_reply(reply, self.workspace.host.name, f"give the result of {self.name}")
 
     def _begin(self, wire: Wire, incoming: Incoming) -> Tuple[bool, bytes, bool]:
-        """What comes before the sections: whether the last commit is uncommitted work; the host's
-        name of the base, b"" without git; whether all files come."""
+        """Whether the last commit is uncommitted work; the host's name of the base, b"" without
+        git; whether all files come."""
         for noted in range(PULL_PATHS_MAX):
             if wire.ended():
                 self._check_reply(incoming)
@@ -6816,8 +6815,8 @@ class Pull:
         changed = [path for _, mode, oid, path in rows
                    if mode in ("100644", "100755") and oid not in pointers]
         for path in sorted(self._lfs_paths((commits or [""])[-1], changed))[:20]:
-            self.notes.append(f"{show(path)[1:-1]} came home as content: after the merge, `git add` "
-                              "makes an LFS pointer of it")
+            self.notes.append(f"{show(path)[1:-1]} came home as content: after the merge, "
+                              "`git add` makes an LFS pointer of it")
 
     def settle(self, commits: List[str], dirty: bool, before: str, over: bool) -> Tuple[str, str]:
         """(the commit of the result, what it stands on): ``before``, which an earlier pull made,
@@ -6835,12 +6834,11 @@ class Pull:
             return tip, before
         if over or not known and not self.shadow.is_ancestor(self.base, before):
             return (before, before) if tip == self.base else (tip, self.base)
-        parents = [before] if known else [before, head]
-        message = "work of the workspace since the last pull\n"
+        parents, message = [before, head][:2 - known], "work of the workspace since the last pull\n"
         return self.shadow.commit(tree, message, *parents), before
 
     def merged(self, before: str) -> bool:
-        """Whether the base has what an earlier pull brought, by whatever commit."""
+        """Whether the base has what an earlier pull brought."""
         if self.shadow.is_ancestor(before, self.base):
             return True
         stood = self.entry.get("pulled", {}).get("base", "")
@@ -8619,7 +8617,7 @@ def in_a_process_table(value: str) -> bool:
 
 
 def demo(tell: Callable[[str], None], report: Report) -> None:
-    """The whole flow against a throwaway sshd: archive, secret, command, check, removal."""
+    """The whole flow against a throwaway sshd."""
     with ThrowawayServer() as server, environment(
             CMUX_SSH_HOME=os.path.join(server.path, "state"),
             CMUX_SSH_COMMAND=f"ssh -F {quote(server.config)}"):
@@ -8813,7 +8811,6 @@ def examine_programs(host: Host, root: str) -> Iterator[Finding]:
 
 
 def examine_speed(host: Host) -> Iterator[Finding]:
-    """Multiplexing and latency."""
     if host.masters.single():
         yield finding("fix", "sessions", "one a connection: every operation connects anew",
                       "Its server refuses multiplexing (MaxSessions 1?); raise it if you can.")
