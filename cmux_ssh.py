@@ -1223,24 +1223,24 @@ _cg() { # git in the snapshot's repository
 _co() { # git in the repository $o
   git --git-dir="$o" -c core.fsmonitor=false -c core.hooksPath=/dev/null "$@" 2>/dev/null
 }
-commit_of() { _co rev-parse -q --verify "$1^{commit}"; }
+commit_at() { _co rev-parse -q --verify "$1^{commit}"; }
 base_in() { # repository tree ("": any) -> $o, $b
-  o=$1; [ -d "$o" ] && [ ! -L "$o" ] && b=$(commit_of refs/cmux/base) &&
+  o=$1; [ -d "$o" ] && [ ! -L "$o" ] && b=$(commit_at refs/cmux/base) &&
     { [ -z "$2" ] || [ "$(_co rev-parse -q --verify "$b^{tree}")" = "$2" ]; }
 }
 history_comes() { # commits: -> $h
-  h=$(commit_of HEAD) && _co merge-base --is-ancestor "$b" "$h" &&
+  h=$(commit_at HEAD) && _co merge-base --is-ancestor "$b" "$h" &&
     [ "$(_co rev-list --count "$b..$h")" -le "$1" ] &&
     [ -z "$(_co rev-list --max-parents=0 "$b..$h")" ] &&
     ! _co rev-list "$b..$h" | _co diff-tree --stdin -r -m --raw | grep -q '^:[0-7]* 160000'
 }
-make_repository() {
+snap_repository() {
   git init -q --bare --template= "$g" && mkdir -p "$g/info" &&
     echo "$o/objects" >"$g/objects/info/alternates" && echo "$raw" >"$g/info/attributes" &&
     _cg symbolic-ref HEAD refs/heads/w && _cg update-ref refs/cmux/base "$b" &&
     _cg update-ref refs/heads/w "$h"
 }
-exclude_nested() { # repositories in the workspace
+snap_excludes() { # repositories in the workspace
   [ ! -f .git/info/exclude ] || cp .git/info/exclude "$g/info/exclude"
   find . -name .git -prune -print | while IFS= read -r path; do
     path=${path%/.git}; [ "$path" != . ] || continue
@@ -1248,7 +1248,7 @@ exclude_nested() { # repositories in the workspace
     printf '%s/\n' "${path#.}" | sed 's/[][\\*?!# ]/\\&/g' >>"$g/info/exclude"
   done
 }
-take_index() { # of the agent, which knows what has not changed
+snap_index() { # of the agent, which knows what has not changed
   cp -p .git/sharedindex.* "$g/" 2>/dev/null # of core.splitIndex
   if [ "$whole" ] && cp -p .git/index "$g/index" 2>/dev/null && _cg ls-files >/dev/null 2>&1
   then return; fi
@@ -1263,12 +1263,12 @@ as_sent() { # a large file
   size=$(_cg cat-file -s "$b:${1#./}") && [ "$(find "$1" -prune -size "${size}c")" ] &&
     [ "$(_cg hash-object --no-filters -- "$1")" = "$(_cg rev-parse "$b:${1#./}")" ]
 }
-refuse_large() { # bytes
+snap_large() { # bytes
   find . -name .git -prune -o -type f -size "+${1}c" -print | ( while IFS= read -r path; do
     _cg check-ignore -q -- "$path" || as_sent "$path" || { printf 'large %s\n' "$path"; exit 24; }
   done )
 }
-take_files() {
+snap_files() {
   # What was marked not to be looked at is looked at.
   _cg -c core.sparseCheckout=true update-index -q --really-refresh >/dev/null 2>&1
   _cg -c core.sparseCheckout=true add -A --ignore-errors . >"$s/bad" 2>&1 || { # the rest comes
@@ -1287,8 +1287,8 @@ _csnap() { # base-id its-tree commits bytes
     base_in "$root/.cmux/bases/$1/git" "$2" || { [ "$2" ] && base_in "$w/.git" "$2"; } || return 9
     h=$b
   }
-  make_repository && cd "$w" || return 3
-  exclude_nested; take_index && refuse_large "$4" && take_files
+  snap_repository && cd "$w" || return 3
+  snap_excludes; snap_index && snap_large "$4" && snap_files
 }
 _creflog() { # commits that only reflogs, which may name what is gone, or HEADs of worktrees have
   { _co log -g --format=%H --branches; _co log -g --format=%H HEAD
@@ -1298,7 +1298,7 @@ _creflog() { # commits that only reflogs, which may name what is gone, or HEADs 
 }
 left_behind() { # heads: what no pull brings while HEAD ($top) stays, nor did pulls of these heads.
   # What was only fetched is elsewhere, too; a stash has a list of its own.
-  top=$(commit_of HEAD) brought=
+  top=$(commit_at HEAD) brought=
   for head in $b $1; do ! _co cat-file -e "$head^{commit}" || brought="$brought $head"; done
   _co for-each-ref --format='%(refname) %(contents:subject)' |
     grep -Ev '^refs/(remotes/|cmux/|stash )' | while read -r ref subject; do
@@ -1339,7 +1339,7 @@ record_pull() { # op last-op head tree refs
 list_now() { cd "$w" && _clist >"$s/now"; }
 list_sent() { [ "$(sed -n 2p "$m.mark")" = listed ] && tail -n +3 "$m.mark" >"$s/was"; }
 sum_list() { cksum <"$s/now" | tr ' ' -; }
-paths() { sed 's/^[^ ]* [^ ]* [^ ]* \.\///'; }
+only_paths() { sed 's/^[^ ]* [^ ]* [^ ]* \.\///'; }
 unreadable() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$s/now"; }
 """
 
@@ -1365,7 +1365,7 @@ pull() {
   note_left "$9"; commit_rest && list_commits && send_commits
 }
 note_left() { # last-op
-  case $whole,$(commit_of HEAD) in 1,* | ,"$b" | ,) ;; *)
+  case $whole,$(commit_at HEAD) in 1,* | ,"$b" | ,) ;; *)
     printf 'note how its commits follow one another: they are too many, rewritten, or hold a '
     echo 'repository; the files come as one commit';;
   esac
@@ -1402,7 +1402,7 @@ only() { sort "$1" "$2" "$2" >"$s/both" && uniq -u "$s/both"; } # the lines of t
 compare_lists() { # -> $s/new: numbered lines; $s/gone: paths
   only "$s/now" "$s/was" >"$s/changed" && sed '/^u/d;=' "$s/changed" >"$s/numbered" &&
     sed 'N;s/\n/ /' "$s/numbered" >"$s/new" &&
-    paths <"$s/was" >"$s/before" && paths <"$s/now" >"$s/after" &&
+    only_paths <"$s/was" >"$s/before" && only_paths <"$s/now" >"$s/after" &&
     only "$s/before" "$s/after" >"$s/gone"
 }
 send_changes() {
@@ -1459,7 +1459,7 @@ lost_files() { # last-op
   case $(pulls "$1" | tail -n 1) in *" $(sum_list) -") ;; *)
     if ! list_sent; then echo "what it was made of is not known any more"
     elif ! cmp -s "$s/was" "$s/now"; then
-      changed=$(sort "$s/was" "$s/now" | uniq -u | paths | sort -u | head -n 20)
+      changed=$(sort "$s/was" "$s/now" | uniq -u | only_paths | sort -u | head -n 20)
       printf '%s\n' "${changed:-some file}" | sed 's/^/changed .\//'
     fi;;
   esac
