@@ -175,6 +175,7 @@ PULL_FILE_MAX = 256 * 1024 * 1024    # one pulled file; git hosts refuse 100 MB
 PULL_TOTAL_MAX = 2 * 1024 ** 3       # all that one pull may send: a disk's worth is an attack
 PULL_PATHS_MAX = 100 * 1000          # changed paths: about 30 MB of memory here
 PULL_COMMITS_MAX = 1000     # more than an agent makes; beyond it one commit holds the result
+PULL_MODULES_MAX = 100      # changed files .gitmodules: git reads each in processes of its own
 PULL_MESSAGE_MAX = 256 * 1024        # of one commit's message; of all of them 64 times that
 WIRE_LINE_MAX = 8 * 1024    # of a line in a result's stream: a path is the longest
 STREAMED_FROM = 8 * 1024 * 1024      # git handles larger blobs without holding them in memory
@@ -1244,7 +1245,8 @@ _cstate() { # $1 directory
 # git in a repository of its own ($g, in the stage), whose alternate is the workspace's: nothing
 # of the agent's is written or configured. -> $b base, $h its HEAD, $t the tree as it is now.
 # Where .git is gone, or its history rewritten or absurd (too many commits, foreign roots, nested
-# repositories), the base's own repository stands in, and $h is the base. Status 9: no git here.
+# repositories), the base's own repository stands in, $h is the base, $whole empty. Status 9: no
+# git here; 24: a file is too large.
 SNAPSHOT = OPEN_ROOT + GIT_THERE + r"""
 _cw() { # project name -> $w its directory, $m what is known of it
   w=$root/$1/$2 m=; read -r m <"$root/.cmux/made/$1/$2.op"; m=$root/.cmux/made/$1/$m
@@ -1253,95 +1255,131 @@ _cw() { # project name -> $w its directory, $m what is known of it
   } 2>/dev/null
   m=$m/its; [ -d "$w" ] && [ ! -L "$w" ] && [ ! -L "$root/$1" ]
 }
-_cg() { git --git-dir="$g" --work-tree="$w" -c core.fsmonitor=false -c core.hooksPath=/dev/null -c core.bigFileThreshold=8m "$@"; }
-_co() { git --git-dir="$o" -c core.fsmonitor=false -c core.hooksPath=/dev/null "$@" 2>/dev/null; }
-_ctr() { [ -z "$1" ] || [ "$(_co rev-parse -q --verify "$2^{tree}")" = "$1" ]; }
-_csame() { # $1, a large file, is as it was sent
-  x=$(_cg cat-file -s "$b:${1#./}") && [ "$(find "$1" -prune -size "${x}c")" ] &&
-  [ "$(_cg hash-object --no-filters -- "$1")" = "$(_cg rev-parse "$b:${1#./}")" ]
+_cg() { # git in the snapshot's repository
+  git --git-dir="$g" --work-tree="$w" -c core.fsmonitor=false -c core.hooksPath=/dev/null \
+    -c core.bigFileThreshold=8m "$@"
+}
+_co() { # git in the repository $o
+  git --git-dir="$o" -c core.fsmonitor=false -c core.hooksPath=/dev/null "$@" 2>/dev/null
+}
+commit_at() { _co rev-parse -q --verify "$1^{commit}"; }
+base_in() { # repository tree ("": any) -> $o, $b
+  o=$1; [ -d "$o" ] && [ ! -L "$o" ] && b=$(commit_at refs/cmux/base) &&
+    { [ -z "$2" ] || [ "$(_co rev-parse -q --verify "$b^{tree}")" = "$2" ]; }
+}
+history_comes() { # commits: -> $h
+  h=$(commit_at HEAD) && _co merge-base --is-ancestor "$b" "$h" &&
+    [ "$(_co rev-list --count "$b..$h")" -le "$1" ] &&
+    [ -z "$(_co rev-list --max-parents=0 "$b..$h")" ] &&
+    ! _co rev-list "$b..$h" | _co diff-tree --stdin -r -m --raw | grep -q '^:[0-7]* 160000'
+}
+snap_repository() {
+  git init -q --bare --template= "$g" && mkdir -p "$g/info" &&
+    echo "$o/objects" >"$g/objects/info/alternates" && echo "$raw" >"$g/info/attributes" &&
+    _cg symbolic-ref HEAD refs/heads/w && _cg update-ref refs/cmux/base "$b" &&
+    _cg update-ref refs/heads/w "$h"
+}
+snap_excludes() { # repositories in the workspace
+  [ ! -f .git/info/exclude ] || cp .git/info/exclude "$g/info/exclude"
+  find . -name .git -prune -print | while IFS= read -r path; do
+    path=${path%/.git}; [ "$path" != . ] || continue
+    printf 'note nested repository %s\n' "$path"
+    printf '%s/\n' "${path#.}" | sed 's/[][\\*?!# ]/\\&/g' >>"$g/info/exclude"
+  done
+}
+snap_index() { # of the agent, which knows what has not changed
+  cp -p .git/sharedindex.* "$g/" 2>/dev/null # of core.splitIndex
+  if [ "$whole" ] && cp -p .git/index "$g/index" 2>/dev/null && _cg ls-files >/dev/null 2>&1
+  then return; fi
+  rm -f "$g/index"; _cg read-tree "$h" || return 3
+  if cp .git/index "$s/theirs" 2>/dev/null; then # what is ignored, but tracked all the same
+    ( export GIT_INDEX_FILE="$s/theirs"; _cg ls-files -c -i -s --exclude-standard 2>/dev/null ) |
+      sed -n 's/^1[^6][^	]*	//p' | _cg update-index --add --remove --stdin 2>/dev/null
+  fi
+  return 0
+}
+as_sent() { # a large file
+  size=$(_cg cat-file -s "$b:${1#./}") && [ "$(find "$1" -prune -size "${size}c")" ] &&
+    [ "$(_cg hash-object --no-filters -- "$1")" = "$(_cg rev-parse "$b:${1#./}")" ]
+}
+snap_large() { # bytes
+  find . -name .git -prune -o -type f -size "+${1}c" -print | ( while IFS= read -r path; do
+    _cg check-ignore -q -- "$path" || as_sent "$path" || { printf 'large %s\n' "$path"; exit 24; }
+  done )
+}
+snap_files() {
+  # What was marked not to be looked at is looked at.
+  _cg -c core.sparseCheckout=true update-index -q --really-refresh >/dev/null 2>&1
+  _cg -c core.sparseCheckout=true add -A --ignore-errors . >"$s/bad" 2>&1 || { # the rest comes
+    notes=$(sed -n "s/^error: [Ii]nvalid path '\(.*\)'/note \1: git there does not take it/p
+      s/^error: unable to index file \(.*\)/note \1: git there cannot read it/p" "$s/bad")
+    [ "$notes" ] || { cat "$s/bad" >&2; return 3; }
+    printf '%s\n' "$notes"
+  }
+  t=$(_cg write-tree)
 }
 _csnap() { # base-id its-tree commits bytes
   command -v git >/dev/null && _cenv || return 9
-  g=$s/git x=$root/.cmux/bases/$1/git o=$w/.git h= whole=1
-  if [ -d "$o" ] && [ ! -L "$o" ] && b=$(_co rev-parse -q --verify 'refs/cmux/base^{commit}') && _ctr "$2" "$b"; then
-    h=$(_co rev-parse -q --verify 'HEAD^{commit}') && _co merge-base --is-ancestor "$b" "$h" &&
-    [ "$(_co rev-list --count "$b..$h")" -le "$3" ] && [ -z "$(_co rev-list --max-parents=0 "$b..$h")" ] &&
-    ! _co rev-list "$b..$h" | _co diff-tree --stdin -r -m --raw | grep -q '^:[0-7]* 160000' || h=
-  fi
-  if [ -z "$h" ]; then
-    o=$x whole=; h=$(_co rev-parse -q --verify 'refs/cmux/base^{commit}') && _ctr "$2" "$h" || { # a delta has none of its own
-      o=$w/.git; [ "$2" ] && [ -d "$o" ] && [ ! -L "$o" ] && h=$(_co rev-parse -q --verify 'refs/cmux/base^{commit}') && _ctr "$2" "$h"; } || return 9
-    b=$h
-  fi
-  git init -q --bare --template= "$g" && mkdir -p "$g/info" && echo "$o/objects" >"$g/objects/info/alternates" &&
-  echo "$raw" >"$g/info/attributes" && _cg symbolic-ref HEAD refs/heads/w &&
-  _cg update-ref refs/cmux/base "$b" && _cg update-ref refs/heads/w "$h" || return 3
-  [ ! -f "$w/.git/info/exclude" ] || cp "$w/.git/info/exclude" "$g/info/exclude"
-  cd "$w" || return 3
-  find . -name .git -prune -print | while IFS= read -r f; do case $f in
-    ./.git) ;; *) echo "note nested repository ${f%/.git}"; f=${f#.}; printf '%s\n' "${f%.git}" | sed 's/[][\\*?!# ]/\\&/g' >>"$g/info/exclude";; esac; done
-  cp -p "$w"/.git/sharedindex.* "$g/" 2>/dev/null # of core.splitIndex
-  if [ "$whole" ] && cp -p "$w/.git/index" "$g/index" 2>/dev/null && _cg ls-files >/dev/null 2>&1; then :
-  else
-    rm -f "$g/index"; _cg read-tree "$h" || return 3
-    if cp "$w/.git/index" "$s/theirs" 2>/dev/null; then # what is ignored, but tracked all the same
-      ( export GIT_INDEX_FILE="$s/theirs"; _cg ls-files -c -i -s --exclude-standard 2>/dev/null ) |
-        sed -n 's/^1[^6][^	]*	//p' | _cg update-index --add --remove --stdin 2>/dev/null
-    fi
-  fi
-  f=$(find . -name .git -prune -o -type f -size "+${4}c" -print | while IFS= read -r f; do
-    _cg check-ignore -q -- "$f" || _csame "$f" || { printf '%s' "$f"; break; }; done)
-  case $f in ?*) printf 'large %s\n' "$f"; return 24;; esac
-  _cg -c core.sparseCheckout=true update-index -q --really-refresh >/dev/null 2>&1 # what was marked not to be looked at is
-  _cg -c core.sparseCheckout=true add -A --ignore-errors . >"$s/bad" 2>&1 || { # the rest comes
-    f=$(sed -n "s/^error: [Ii]nvalid path '\(.*\)'/note \1: git there does not take it/p
-      s/^error: unable to index file \(.*\)/note \1: git there cannot read it/p" "$s/bad")
-    [ "$f" ] || { cat "$s/bad" >&2; return 3; }
-    printf '%s\n' "$f"; }
-  t=$(_cg write-tree)
+  g=$s/git whole=1
+  base_in "$w/.git" "$2" && history_comes "$3" || {
+    whole= # a base that came as a delta has no repository of its own
+    base_in "$root/.cmux/bases/$1/git" "$2" || { [ "$2" ] && base_in "$w/.git" "$2"; } || return 9
+    h=$b
+  }
+  snap_repository && cd "$w" || return 3
+  snap_excludes; snap_index && snap_large "$4" && snap_files
 }
-_creflog() { # the commits that only reflogs (which may name what is gone) or other worktrees' HEADs have
+_creflog() { # commits that only reflogs, which may name what is gone, or HEADs of worktrees have
   { _co log -g --format=%H --branches; _co log -g --format=%H HEAD
     cat "$o/logs/HEAD" "$o"/worktrees/*/logs/HEAD 2>/dev/null | cut -d' ' -f2; } |
     _co log --ignore-missing --format='commit %h (%s)' --stdin --exclude='refs/*' --all \
-      --not $k $x --exclude='refs/remotes/*' --exclude=refs/stash --glob='refs/*'
+      --not $brought $top --exclude='refs/remotes/*' --exclude=refs/stash --glob='refs/*'
 }
-_cleft() { # heads: what no pull brings while HEAD ($x) stays, nor did pulls of these ($k: at home).
+left_behind() { # heads: what no pull brings while HEAD ($top) stays, nor did pulls of these heads.
   # What was only fetched is elsewhere, too; a stash has a list of its own.
-  x=$(_co rev-parse -q --verify 'HEAD^{commit}') k=
-  for v in $b $1; do ! _co cat-file -e "$v^{commit}" || k="$k $v"; done
+  top=$(commit_at HEAD) brought=
+  for head in $b $1; do ! _co cat-file -e "$head^{commit}" || brought="$brought $head"; done
   _co for-each-ref --format='%(refname) %(contents:subject)' |
-    grep -Ev '^refs/(remotes/|cmux/|stash )' | while read -r v n; do
-      [ ! "$(_co rev-list -n 1 "$v" --not $k $x --glob=refs/cmux)" ] || printf '%s (%s)\n' "$v" "$n"
+    grep -Ev '^refs/(remotes/|cmux/|stash )' | while read -r ref subject; do
+      [ ! "$(_co rev-list -n 1 "$ref" --not $brought $top --glob=refs/cmux)" ] ||
+        printf '%s (%s)\n' "$ref" "$subject"
     done | sed 's,^refs/heads/,branch ,; s,^refs/tags/,tag ,; s,^refs/,ref ,' | head -n 20
   _creflog | head -n 20
   _co stash list --format='stash %gd (%s)' | head -n 20
 }
-_cgits() { # repositories that were written since the workspace was made: nothing of them comes home the tar way
-  cd "$w" && find . -name .git -prune -print | while IFS= read -r f; do
-    [ -z "$(find "$f" -type f ! -name index -newer "$m.mark" | head -n 1)" ] || printf '%s\n' "${f%/.git}"; done
+written_gits() { # since the workspace was made: nothing of them comes home without git
+  cd "$w" && find . -name .git -prune -print | while IFS= read -r path; do
+    [ -z "$(find "$path" -type f ! -name index -newer "$m.mark" | head -n 1)" ] ||
+      printf '%s\n' "${path%/.git}"
+  done
 }
-_crefs() { { _co for-each-ref; _co rev-parse HEAD; _co rev-parse -q --verify refs/stash; } | cksum | tr ' ' -; }
-_cstage() { # the client may be gone when there is something to say: that is no end without clearing up
+sum_refs() {
+  { _co for-each-ref; _co rev-parse HEAD; _co rev-parse -q --verify refs/stash; } |
+    cksum | tr ' ' -
+}
+in_stage() { # op function...; it is cleared, too, where the client is gone
   trap 'cd "$root"; rm -rf "$s"; exit 1' PIPE HUP TERM
-  s=$root/.cmux/stage/$1.$$; mkdir -p "$s" || return 3; shift; "$@"; r=$?; cd "$root"; rm -rf "$s"; return $r; }
+  s=$root/.cmux/stage/$1.$$; mkdir -p "$s" || return 3
+  shift; "$@"; status=$?
+  cd "$root"; rm -rf "$s"; return $status
+}
 """
 
 # What pulls brought home: $m.pull, for each a line of its op, HEAD, tree and refs (without git the
 # checksum of the listing for a tree). The client names the last pull that it finished: a line that
 # follows does not count.
 RECORDS = r"""
-_cknown() { # op: the lines that count
+pulls() { # last-op: the lines that count
   ! grep -q "^$1 " "$m.pull" 2>/dev/null || sed "/^$1 /q" "$m.pull"
 }
-_cheads() { _cknown "$1" | cut -d' ' -f2; }
-_crecord() { # op last-op head tree refs
-  { _cknown "$2" | tail -n 19; echo "$1 $3 $4 $5"; } >"$m.pull.new" && mv "$m.pull.new" "$m.pull"
+record_pull() { # op last-op head tree refs
+  { pulls "$2" | tail -n 19; echo "$1 $3 $4 $5"; } >"$m.pull.new" && mv "$m.pull.new" "$m.pull"
 }
-_csum() { cksum <"$s/now" | tr ' ' -; }
-_clisted() { [ "$(sed -n 2p "$m.mark")" = listed ] && tail -n +3 "$m.mark" >"$s/was"; }
-_cpaths() { sed 's/^[^ ]* [^ ]* [^ ]* \.\///'; }
-_cunread() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$s/now"; }
+list_now() { cd "$w" && _clist >"$s/now"; }
+list_sent() { [ "$(sed -n 2p "$m.mark")" = listed ] && tail -n +3 "$m.mark" >"$s/was"; }
+sum_list() { cksum <"$s/now" | tr ' ' -; }
+only_paths() { sed 's/^[^ ]* [^ ]* [^ ]* \.\///'; }
+unreadable() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$s/now"; }
 """
 
 # PULL root project name base tree op commits bytes last-op record: what the workspace changed, a
@@ -1358,44 +1396,55 @@ _cunread() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$s/now"; }
 #                and an n are a newline in a path
 #     contents   as `git cat-file --batch` prints them, each once; an empty line ends them
 PULL = SNAPSHOT + RECORDS + r"""
-_cpull() {
-  _csnap "$4" "$5" "$7" "$8"; _cmux_status=$?
-  case $_cmux_status in 0) ;; 9) _cpull_files "$@"; return;; *) return $_cmux_status;; esac
-  o=$w/.git _cmux_dirty=0 _cmux_top=$h
-  [ -z "${10}" ] || _crecord "$6" "$9" "$h" "$t" "$(_crefs)" || return 3
-  if [ -z "$whole" ]; then
-    case $(_co rev-parse -q --verify 'HEAD^{commit}') in "$b" | '') ;; *)
-      printf 'note how its commits follow one another: they are too many, rewritten, or hold a '
-      echo 'repository; the files come as one commit';;
-    esac
-  fi
-  _cleft "$(_cheads "$9")" | sed -e 's/^stash.*/note the &: git stash pop there and pull/' -e t \
-    -e 's/.*/note the &: check it out there and pull/'
-  if [ "$(_cg rev-parse "$h^{tree}")" != "$t" ]; then
-    _cmux_dirty=1
-    export GIT_AUTHOR_DATE="@$(date +%s) +0000" GIT_COMMITTER_DATE="@$(date +%s) +0000"
-    _cmux_top=$(_cg commit-tree "$t" -p "$h" -m 'uncommitted work') || return 3
-  fi
-  _cg rev-list --reverse --topo-order --parents "$b..$_cmux_top" >"$s/commits" &&
-  cut -d' ' -f1,2 "$s/commits" >"$s/list" || return 3
-  echo "git $_cmux_dirty $b"
-  cut -d' ' -f1 "$s/list" | _cg cat-file --batch && echo && _cchanges -z && printf '\0' &&
-  _cchanges | sed -n 's/^:[^ ]* [^ ]* [^ ]* \([^ ]*\) [AMT]	.*/\1/p' | sort -u |
+pull() {
+  _csnap "$4" "$5" "$7" "$8"; status=$?
+  case $status in 0) ;; 9) pull_files "$@"; return;; *) return $status;; esac
+  o=$w/.git
+  [ -z "${10}" ] || record_pull "$6" "$9" "$h" "$t" "$(sum_refs)" || return 3
+  note_left "$9"; commit_rest && list_commits && send_commits
+}
+note_left() { # last-op
+  case $whole,$(commit_at HEAD) in 1,* | ,"$b" | ,) ;; *)
+    printf 'note how its commits follow one another: they are too many, rewritten, or hold a '
+    echo 'repository; the files come as one commit';;
+  esac
+  left_behind "$(pulls "$1" | cut -d' ' -f2)" |
+    sed -e 's/^stash.*/note the &: git stash pop there and pull/' -e t \
+      -e 's/.*/note the &: check it out there and pull/'
+}
+commit_rest() { # -> $tip, $dirty
+  tip=$h dirty=0; [ "$(_cg rev-parse "$h^{tree}")" != "$t" ] || return 0
+  dirty=1 GIT_AUTHOR_DATE="@$(date +%s) +0000"; GIT_COMMITTER_DATE=$GIT_AUTHOR_DATE
+  tip=$(_cg commit-tree "$t" -p "$h" -m 'uncommitted work')
+}
+list_commits() { # each with its first parent
+  _cg rev-list --reverse --topo-order --parents "$b..$tip" >"$s/commits" &&
+    cut -d' ' -f1,2 "$s/commits" >"$s/list"
+}
+changes() { _cg diff-tree --stdin -r --raw --no-abbrev --no-renames "$@" <"$s/list"; }
+send_commits() {
+  echo "git $dirty $b"
+  cut -d' ' -f1 "$s/list" | _cg cat-file --batch && echo && changes -z && printf '\0' &&
+    changes | sed -n 's/^:[^ ]* [^ ]* [^ ]* \([^ ]*\) [AMT]	.*/\1/p' | sort -u |
     _cg cat-file --batch && echo
 }
-_conly() { sort "$1" "$2" "$2" >"$s/both" && uniq -u "$s/both"; } # the lines of the first alone
-_cchanges() { _cg diff-tree --stdin -r --raw --no-abbrev --no-renames "$@" <"$s/list"; }
-_cpull_files() {
-  _cgits | sed 's/^/note the commits of the git repository in /'
-  cd "$w" && _clist >"$s/now" || return 3
-  _cunread | sed 's/^/note /'
-  [ -z "${10}" ] || _crecord "$6" "$9" - "$(_csum)" - || return 3
-  _cmux_kind=files; _clisted || { _cmux_kind=all; : >"$s/was"; }
-  _conly "$s/now" "$s/was" >"$s/changed" && sed '/^u/d;=' "$s/changed" >"$s/numbered" &&
-  sed 'N;s/\n/ /' "$s/numbered" >"$s/new" &&
-  _cpaths <"$s/was" >"$s/before" && _cpaths <"$s/now" >"$s/after" &&
-  _conly "$s/before" "$s/after" >"$s/gone" || return 3
-  echo "$_cmux_kind"; echo
+pull_files() {
+  written_gits | sed 's/^/note the commits of the git repository in /'
+  list_now || return 3
+  unreadable | sed 's/^/note /'
+  [ -z "${10}" ] || record_pull "$6" "$9" - "$(sum_list)" - || return 3
+  kind=files; list_sent || { kind=all; : >"$s/was"; }
+  compare_lists || return 3
+  echo "$kind"; echo; send_changes; send_files
+}
+only() { sort "$1" "$2" "$2" >"$s/both" && uniq -u "$s/both"; } # the lines of the first alone
+compare_lists() { # -> $s/new: numbered lines; $s/gone: paths
+  only "$s/now" "$s/was" >"$s/changed" && sed '/^u/d;=' "$s/changed" >"$s/numbered" &&
+    sed 'N;s/\n/ /' "$s/numbered" >"$s/new" &&
+    only_paths <"$s/was" >"$s/before" && only_paths <"$s/now" >"$s/after" &&
+    only "$s/before" "$s/after" >"$s/gone"
+}
+send_changes() {
   { echo 1
     sed 'i\
 :0 000000 0 0 D' "$s/gone"
@@ -1403,22 +1452,24 @@ _cpull_files() {
 /p;s/^\([0-9]*\) f [^ ]* [^ ]* \.\//:0 100644 0 \1 M\
 /p;s/^\([0-9]*\) l [^ ]* [^ ]* \.\//:0 120000 0 \1 M\
 /p' "$s/new"; echo; } | tr '\n' '\0'
-  while IFS= read -r _cmux_row; do
-    _cmux_path=./${_cmux_row#* ./} _cmux_row=${_cmux_row%% ./*}; _cmux_size=${_cmux_row##* }
-    while case $_cmux_path in *//n*) ;; *) false;; esac; do
-      _cmux_path=${_cmux_path%%//n*}$_cmux_newline${_cmux_path#*//n}
+}
+send_files() {
+  while IFS= read -r row; do
+    path=./${row#* ./} row=${row%% ./*}; size=${row##* }
+    while case $path in *//n*) ;; *) false;; esac; do
+      path=${path%%//n*}$_cmux_newline${path#*//n}
     done
-    echo "${_cmux_row%% *} blob $_cmux_size"
-    case $_cmux_row in
+    echo "${row%% *} blob $size"
+    case $row in
     *' 0') ;; # some systems have no `head -c 0`
-    *' l '*) readlink "$_cmux_path" | head -c "$_cmux_size";;
-    *) head -c "$_cmux_size" "$_cmux_path";;
+    *' l '*) readlink "$path" | head -c "$size";;
+    *) head -c "$size" "$path";;
     esac
     echo
   done <"$s/new"
   echo
 }
-_cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && _cstage "$6" _cpull "$@"; }
+_cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && in_stage "$6" pull "$@"; }
 """
 
 # CHANGED root project name base tree op commits bytes last-op [jobs]: what would be lost with the
@@ -1427,42 +1478,38 @@ _cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && _cstage "$6" _cpull "
 LOST = SNAPSHOT + RECORDS + r"""
 _clost() {
   _csnap "$4" "$5" "$7" "$8" >"$s/said"; snap=$?
-  case $snap in
-  0) ;;
-  9) _clost_files "$9"; return;;
-  24) cat "$s/said"; return 0;;
-  *) return $snap;;
-  esac
+  case $snap in 0 | 24) ;; 9) lost_files "$9"; return;; *) return $snap;; esac
   sed 's/^note //' "$s/said"
-  _cmux_last=$(_cknown "$9" | tail -n 1)
-  case $_cmux_last in *" $t "*) ;; *)
+  [ $snap = 0 ] || return 0
+  last=$(pulls "$9" | tail -n 1)
+  case $last in *" $t "*) ;; *)
     [ "$t" = "$(_cg rev-parse "$h^{tree}")" ] ||
       _cg diff-index --cached --name-status "$h" | head -n 20;;
   esac
   o=$w/.git; [ -d "$o" ] || return 0
-  [ "$whole" ] || [ "$(_crefs)" = "${_cmux_last##* }" ] || echo "the git repository was replaced"
-  _cleft "$(_cheads "$9")"
-  [ -z "$whole" ] || _co log --format='commit %h (%s)' HEAD --not $k --glob=refs/cmux | head -n 20
+  [ "$whole" ] || [ "$(sum_refs)" = "${last##* }" ] || echo "the git repository was replaced"
+  left_behind "$(pulls "$9" | cut -d' ' -f2)"
+  [ -z "$whole" ] || _co log --format='commit %h (%s)' HEAD --not $brought --glob=refs/cmux |
+    head -n 20
 }
-_clost_files() { # last-op
-  cd "$w" && _clist >"$s/now" || return 3
-  _cunread | head -n 20
-  case $(_cknown "$1" | tail -n 1) in *" $(_csum) -") ;; *)
-    if ! _clisted; then echo "what it was made of is not known any more"
+lost_files() { # last-op
+  list_now || return 3
+  unreadable | head -n 20
+  case $(pulls "$1" | tail -n 1) in *" $(sum_list) -") ;; *)
+    if ! list_sent; then echo "what it was made of is not known any more"
     elif ! cmp -s "$s/was" "$s/now"; then
-      _cmux_paths=$(sort "$s/was" "$s/now" | uniq -u | _cpaths | sort -u | head -n 20)
-      printf '%s\n' "${_cmux_paths:-some file}" | sed 's/^/changed .\//'
+      changed=$(sort "$s/was" "$s/now" | uniq -u | only_paths | sort -u | head -n 20)
+      printf '%s\n' "${changed:-some file}" | sed 's/^/changed .\//'
     fi;;
   esac
-  _cgits | sed 's/^/a git repository in /'
+  written_gits | sed 's/^/a git repository in /'
 }
 """
 CHANGED = LOST + JOB_STATE + r"""
 _cop() {
-  _croot "$1" && { _cw "$2" "$3" || return 22; } && _cstage "$6" _clost "$@" || return
-  for _cmux_job in "$root/.cmux/jobs/$2/${10:--}"/*; do
-    [ ! -d "$_cmux_job" ] || [ "$(_cstate "$_cmux_job")" != running ] ||
-      echo "a job that runs: ${_cmux_job##*/}"
+  _croot "$1" && { _cw "$2" "$3" || return 22; } && in_stage "$6" _clost "$@" || return
+  for job in "$root/.cmux/jobs/$2/${10:--}"/*; do
+    [ ! -d "$job" ] || [ "$(_cstate "$job")" != running ] || echo "a job that runs: ${job##*/}"
   done
 }
 """
@@ -6343,22 +6390,24 @@ def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: C
 
 
 # === 13. Results ===
-# Owns: what comes back from a host: the parsers of its streams, the checks, the commits made of
-# them. May touch: the rooms above; git only through a Shadow. Promises: no byte of the host's
-# reaches a work tree, an index, a hook, a config or an object that anything refers to before all
-# of it was read, checked and bounded; a stream that ends early, or lies, leaves no ref.
+# Owns: what comes back from a host: the parser of its stream, the checks, the commits made of it.
+# May touch: the rooms above; git only through a Shadow. Promises: no byte of the host's reaches a
+# work tree, an index, a hook, a config or an object that anything refers to before all of it was
+# read, checked and bounded; a stream that ends early, or lies, leaves no ref.
 
-_HFS_IGNORED = {c: None for c in list(range(0x200C, 0x2010)) + list(range(0x202A, 0x202F))
-                + list(range(0x206A, 0x2070)) + [0xFEFF]}
+_HFS_IGNORED = dict.fromkeys([*range(0x200C, 0x2010), *range(0x202A, 0x202F),
+                              *range(0x206A, 0x2070), 0xFEFF])
 # What would run or be obeyed on this machine after a merge.
-_EXECUTES = re.compile(
-    r"(^|/)(\.gitattributes|\.gitmodules|\.lfsconfig|\.githooks|\.husky|\.pre-commit-config\.yaml|\.envrc|\.vscode|\.idea|\.zed|"
-    r"\.devcontainer|\.github|\.gitlab-ci\.yml|\.circleci|Jenkinsfile|\.ci|(GNU)?[Mm]akefile|[^/]*\.mk|CMakeLists\.txt|[Jj]ustfile|Rakefile|Gemfile|"
-    r"package\.json|\.npmrc|\.yarnrc[^/]*|\.pnpmfile\.cjs|pyproject\.toml|setup\.(py|cfg)|tox\.ini|noxfile\.py|conftest\.py|sitecustomize\.py|"
-    r"usercustomize\.py|[^/]*\.pth|build\.rs|\.cargo|\.bazelrc|gradlew(\.bat)?|[^/]*\.gradle(\.kts)?|mvnw|\.mvn|\.?mise\.toml|\.tool-versions|"
-    r"Dockerfile|(docker-)?compose\.ya?ml|CLAUDE\.md|AGENTS\.md|GEMINI\.md|\.cursor[^/]*|\.mcp\.json|\.claude|\.codex|\.cmux|\.clangd|\.vimrc|"
-    r"\.exrc|\.nvimrc|\.dir-locals\.el|\.gdbinit|\.lldbinit)(/|$)", re.I)
-_DAMAGED = "its stream is damaged: the line was cut, or a file changed while it was read"
+_EXECUTES = re.compile("(^|/)(%s)(/|$)" % "|".join(r"""
+    \.gitattributes \.gitmodules \.lfsconfig \.githooks \.husky \.pre-commit-config\.yaml \.envrc
+    \.vscode \.idea \.zed \.devcontainer \.github \.gitlab-ci\.yml \.circleci Jenkinsfile \.ci
+    (GNU)?makefile [^/]*\.mk CMakeLists\.txt justfile Rakefile Gemfile package\.json \.npmrc
+    \.yarnrc[^/]* \.pnpmfile\.cjs pyproject\.toml setup\.(py|cfg) tox\.ini noxfile\.py conftest\.py
+    sitecustomize\.py usercustomize\.py [^/]*\.pth build\.rs \.cargo \.bazelrc gradlew(\.bat)?
+    [^/]*\.gradle(\.kts)? mvnw \.mvn \.?mise\.toml \.tool-versions Dockerfile
+    (docker-)?compose\.ya?ml CLAUDE\.md AGENTS\.md GEMINI\.md \.cursor[^/]* \.mcp\.json \.claude
+    \.codex \.cmux \.clangd \.vimrc \.exrc \.nvimrc \.dir-locals\.el \.gdbinit \.lldbinit
+    """.split()), re.I)
 _TRY_AGAIN = "Nothing was imported. Try again."
 _REMOVE_IT = "Remove it there, or let .gitignore cover it, and pull again."
 _IGNORE = "Let .gitignore cover what was generated, and pull again."
@@ -6369,84 +6418,107 @@ def refuse(what: str, hint: str = "") -> ResultRefused:
 
 
 def fold(text: str) -> str:
-    """What a file system that ignores case, composition and invisible characters compares."""
+    """What a file system compares that ignores case, composition and invisible characters."""
     if text.isascii():
         return text.lower()
     from unicodedata import normalize
     return normalize("NFC", normalize("NFKC", text.translate(_HFS_IGNORED)).casefold())
 
 
-def is_dot_git(component: str) -> bool:
-    """Whether any file system takes this name for .git: case, git~1, streams, ignorables."""
-    name = fold(component).split(":")[0].rstrip(" .")
-    return name == ".git" or bool(re.match(r"git~\d+\Z", name))
+def above(path: bytes) -> Iterator[bytes]:
+    """The directories above a path."""
+    return (path[:slash.start()] for slash in re.finditer(b"/", path))
+
+
+def folds(path: bytes) -> Iterator[Tuple[str, str]]:
+    """(folded, as it is) of a path and of the directories above it."""
+    text = path.decode("utf-8", "surrogateescape")
+    while text:
+        key = fold(text)
+        yield (text if key == text else key), text  # one object where they are equal: less memory
+        text = text.rpartition("/")[0]
+
+
+def fold_name(name: str) -> str:
+    """The same of one name, without the stream, blanks and dots at its end that NTFS ignores."""
+    return fold(name).split(":")[0].rstrip(" .")
+
+
+def is_dot_git(name: str) -> bool:
+    """Whether any file system takes this name for .git."""
+    return bool(re.match(r"(\.git|git~\d+)\Z", fold_name(name)))
+
+
+def is_special(path: bytes) -> bool:
+    """Whether any file system takes a path for one of the files that git itself obeys."""
+    name = fold_name(path.decode("utf-8", "surrogateescape").rpartition("/")[2])
+    return bool(re.match(r"(\.gitmodules|\.gitattributes|\.gitignore|\.mailmap"
+                         r"|gi(tmod|7eba).*~\d+)\Z", name, re.S))
 
 
 def check_result_path(path: bytes) -> str:
-    """Why a path the host named may not stand in a tree of ours; "" if it may. ResultRefused for what
-    no file system there can hold."""
+    """Why a path of the host's may not stand in a tree of ours; "" if it may. Refuses what no file
+    system can hold."""
     text = path.decode("utf-8", "surrogateescape")
     if "\0" in text or not {"", ".", "..", ".git"}.isdisjoint(text.split("/")):
-        raise refuse("the path %s leaves the tree, or names a git directory" % show(text))
-    if len(path) > PATH_MAX or path.count(b"/") >= DEPTH_MAX or max(map(len, path.split(b"/"))) > 255:
+        raise refuse(f"the path {show(text)} leaves the tree, or names a git directory")
+    if len(path) > PATH_MAX or path.count(b"/") >= DEPTH_MAX \
+            or max(map(len, path.split(b"/"))) > 255:
         return "it is too long or too deep"
     parts = text.replace("\\", "/").split("/")
     if any(part in ("", ".", "..") or is_dot_git(part) for part in parts):
         return "another system takes it for another place"
-    import unicodedata
+    from unicodedata import category
     for character in "" if text.isprintable() and text.isascii() else text:
-        bad = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co")
+        bad = category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co")
         if bad and character not in "\n\t\u200c\u200d":
             return "it has a control character, or is not UTF-8"
     return ""
 
 
 def check_link(path: bytes, target: bytes) -> None:
-    """Raise ResultRefused unless a symbolic link stays in the tree and out of .git. `..` may only
-    lead: after a name that is a link itself it would go elsewhere than it reads."""
-    text, place = target.decode("utf-8", "surrogateescape"), show(path)
+    """Refuse a symbolic link that leaves the tree, or leads into .git. `..` may only lead: after
+    a name that is a link itself it would go elsewhere than it reads."""
+    text = target.decode("utf-8", "surrogateescape")
     parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".")]
-    ups = 0
-    while parts[ups:] and parts[ups] == "..":
-        ups += 1
+    ups = len(list(itertools.takewhile("..".__eq__, parts)))
     if not text or len(target) > PATH_MAX or "\0" in text or text.startswith("/") \
             or ups > path.count(b"/") or ".." in parts[ups:] or any(map(is_dot_git, parts)):
-        raise refuse("%s is a symbolic link that leaves the tree or may: %s" % (place, show(text)),
+        raise refuse(f"{show(path)} is a symbolic link that leaves the tree or may: {show(text)}",
                      _REMOVE_IT)
     if is_special(path):
-        raise refuse("%s is a symbolic link" % place)
-
-
-def is_special(path: bytes) -> bool:
-    name = fold(path.decode("utf-8", "surrogateescape").rpartition("/")[2]).split(":")[0].rstrip(" .")
-    return name in (".gitmodules", ".gitattributes", ".gitignore", ".mailmap") or bool(re.match(r"gi(tmod|7eba)[^/]*~\d+\Z", name))
+        raise refuse(f"{show(path)} is a symbolic link")
 
 
 class Wire:
     """Reads a stream exactly: to a delimiter, or a number of bytes. The end is an error."""
 
-    def __init__(self, take: Callable[[], bytes]) -> None:
-        self.take, self.buffer, self.at = take, b"", 0
+    def __init__(self, take: Callable[[], bytes], progress: Callable[[int], None]) -> None:
+        self.take, self.progress, self.total = take, progress, 0
+        self.buffer, self.at = b"", 0
 
-    def more(self) -> bool:
-        data = self.take()
-        self.buffer, self.at = self.buffer[self.at:] + data, 0
-        return bool(data)
+    def ended(self) -> bool:
+        if self.at == len(self.buffer):
+            self.progress(self.total)
+            self.buffer, self.at = self.take(), 0
+            self.total += len(self.buffer)
+        return not self.buffer
 
-    def upto(self, end: bytes, limit: int = WIRE_LINE_MAX) -> bytes:
-        while True:
-            found = self.buffer.find(end, self.at, self.at + limit + 1)
-            if found >= 0:
-                line, self.at = self.buffer[self.at:found], found + 1
-                return line
-            if len(self.buffer) - self.at > limit:
+    def upto(self, end: bytes) -> bytes:
+        line = b""
+        while not self.ended():
+            part, found, _ = self.buffer[self.at:self.at + WIRE_LINE_MAX].partition(end)
+            self.at += len(part) + len(found)
+            line += part
+            if len(line) > WIRE_LINE_MAX:
                 raise refuse("its stream has a line without an end")
-            if not self.more():
-                raise refuse("its stream ends early", _TRY_AGAIN)
+            if found:
+                return line
+        raise refuse("its stream ends early", _TRY_AGAIN)
 
     def chunks(self, size: int) -> Iterator[bytes]:
         while size:
-            if self.at == len(self.buffer) and not self.more():
+            if self.ended():
                 raise refuse("its stream ends early", _TRY_AGAIN)
             piece = self.buffer[self.at:self.at + size]
             self.at += len(piece)
@@ -6456,10 +6528,6 @@ class Wire:
     def exact(self, size: int) -> bytes:
         return b"".join(self.chunks(size))
 
-    def peek(self) -> bytes:
-        """The next byte, or b"" at the end."""
-        return self.buffer[self.at:self.at + 1] if self.at < len(self.buffer) or self.more() else b""
-
 
 class Commit:
     """A commit of the host's. ``changes``, against its first parent: path -> mode ("" where it was
@@ -6467,16 +6535,16 @@ class Commit:
 
     def __init__(self, parents: List[bytes], author: str, committer: str, message: str) -> None:
         self.parents, self.author, self.committer = parents, author, committer
-        self.message = message
+        self.message = message.encode("utf-8", "replace") or b"\n"
         self.changes: Dict[bytes, Tuple[str, Any]] = {}
 
 
-_OBJECT = re.compile(rb"([0-9a-f]{1,64}) (commit|blob) (0|[1-9]\d{0,14})\Z")
 _CHANGE = re.compile(rb":[0-7]{1,6} (100644|100755|120000|000000) [0-9a-f]{1,64} "
                      rb"([0-9a-f]{1,64}) ([ADMT])\Z")
 _PERSON = re.compile(rb" ?(.*) ?<([^<>\n]*)> (\d{1,11}) ([+-])([01]\d|2[0-3])([0-5]\d)\Z")
-# Python has others, which take quadratic time or are no encodings of text.
-_ENCODING = re.compile(r"(iso-?8859|latin|windows|cp|koi8|euc|shift|gb|big5)[\w-]*\Z", re.I)
+# Python has others, which take quadratic time or are no text.
+_ENCODING = re.compile(rb"(?m)^encoding ((?:iso-?8859|latin|windows|cp|koi8|euc|shift|gb|big5)"
+                       rb"[\w-]*)$", re.I)
 
 
 def read_person(line: bytes) -> str:
@@ -6496,9 +6564,8 @@ def read_person(line: bytes) -> str:
 
 
 def read_commit(data: bytes) -> Commit:
-    head = data.partition(b"\n\n")[0]
-    encoding = re.search(rb"(?m)^encoding (.*)$", head)
-    if encoding and _ENCODING.match(neutralise(encoding.group(1))):
+    encoding = _ENCODING.search(data.partition(b"\n\n")[0])
+    if encoding:
         with contextlib.suppress(LookupError):
             data = data.decode(encoding.group(1).decode("ascii"), "replace").encode()
     head, _, message = data.partition(b"\n\n")
@@ -6509,29 +6576,26 @@ def read_commit(data: bytes) -> Commit:
 
 
 class Harvest:
-    """Reads what one host sends: commits as checked data, contents into git's fast-import.
-
-    The stream has three sections: commits and contents as `git cat-file --batch` prints them, and
-    between them changes as `git diff-tree --stdin -r -z --raw` does. A host without git sends no
-    commits, and the changes of a commit 1."""
+    """Reads the three sections of PULL: commits as checked data, contents into fast-import."""
 
     def __init__(self, wire: Wire, importer: Importer, known: Callable[[], Set[bytes]],
-                 secrets: Mapping[str, bytes]) -> None:
+                 secrets: Mapping[str, bytes], pointers: Mapping[Tuple[str, int], str]) -> None:
         self.wire, self.importer, self.known = wire, importer, known
         self.secrets = {name: value for name, value in secrets.items() if len(value) >= 8}
         self.overlap = max(map(len, self.secrets.values()), default=1) - 1
+        self.pointers = pointers          # sha256, size of LFS content -> its pointer
+        self.sizes = {size for _, size in pointers}
         self.commits: Dict[bytes, Commit] = {}
-        self.contents: Dict[bytes, Tuple[int, str]] = {}  # size, our name ("": it has not come)
+        self.contents: Dict[bytes, Any] = {}       # how many changes name it; then our name for it
         self.links: Dict[bytes, List[bytes]] = {}  # contents that are targets, and of which links
         self.leaks: Dict[str, List[str]] = {}      # secrets, by our name of the content
-        self.pointers: Dict[Tuple[str, int], str] = {}  # sha256, size of LFS content -> its pointer
-        self.pointed: Dict[str, str] = {}          # our name of such content -> its pointer
+        self.pointed: Dict[str, str] = {}          # our name of LFS content -> its pointer
         self.left: Dict[bytes, str] = {}           # paths that cannot come, and why
-        self.total = 0                             # bytes of contents
+        self.total = self.spread = 0  # bytes of contents; as often as a path has them
 
     def read(self, base: bytes, everything: bool, form: str) -> None:
-        """``base`` is the host's name of the base commit, "" without git; then ``everything`` tells
-        that all files come, and those that do not were deleted. ``form`` is the hash of our git."""
+        """``base``: the host's name of the base commit, b"" without git; ``everything``: what does
+        not come was deleted; ``form``: the hash of our git."""
         self._read_commits(base)
         if not base:
             person = f"cmux <cmux@localhost> {int(time.time())} +0000"
@@ -6540,26 +6604,25 @@ class Harvest:
         for path in self.known().difference(self.commits[b"1"].changes) if everything else ():
             self.commits[b"1"].changes[path] = "", b""
         self._read_contents(form)
-        if self.wire.peek():
+        if not self.wire.ended():
             raise refuse("its stream goes on after its end")
-        self._count_repeats()
         for commit in self.commits.values():
             for path, (mode, content) in commit.changes.items():
-                commit.changes[path] = mode, self.contents[content][1] if mode else ""
+                commit.changes[path] = mode, self.contents[content] if mode else ""
         self.contents.clear()
 
     def _objects(self, kind: bytes) -> Iterator[Tuple[bytes, int]]:
-        """(name, size) of each object of a section. The caller reads its bytes."""
+        """(name, size) of each object. The caller reads its bytes."""
         while True:
             line = self.wire.upto(b"\n")
             if not line:
                 return
-            match = _OBJECT.match(line)
-            if not match or match.group(2) != kind:
-                raise refuse(_DAMAGED, _TRY_AGAIN)
-            yield match.group(1), int(match.group(3))
-            if self.wire.exact(1) != b"\n":
-                raise refuse(_DAMAGED, _TRY_AGAIN)
+            match = re.match(rb"([0-9a-f]{1,64}) %s (0|[1-9]\d{0,14})\Z" % kind, line)
+            if match:
+                yield match.group(1), int(match.group(2))
+            if not match or self.wire.exact(1) != b"\n":
+                raise refuse("its stream is damaged: the line was cut, or a file changed while it "
+                             "was read", _TRY_AGAIN)
 
     def _read_commits(self, base: bytes) -> None:
         words = 0
@@ -6568,9 +6631,9 @@ class Harvest:
             if len(self.commits) > PULL_COMMITS_MAX or size > PULL_MESSAGE_MAX \
                     or words > 64 * PULL_MESSAGE_MAX:
                 raise refuse(f"it has more than {PULL_COMMITS_MAX} commits, or too long messages")
-            commit = read_commit(self.wire.exact(size))
-            if not 0 < len(commit.parents) <= 16 or name in self.commits or not base \
-                    or not {base, *self.commits}.issuperset(commit.parents):
+            commit, earlier = read_commit(self.wire.exact(size)), {base, *self.commits}
+            if not base or name in earlier or not 0 < len(commit.parents) <= 16 \
+                    or not earlier.issuperset(commit.parents):
                 raise refuse("a commit in it has a parent that was not sent")
             self.commits[name] = commit
 
@@ -6590,14 +6653,14 @@ class Harvest:
             path, count = self.wire.upto(b"\0").replace(b"//n", b"\n"), count + 1
             if count > PULL_PATHS_MAX:
                 raise refuse(f"more than {PULL_PATHS_MAX} paths changed", _IGNORE)
-            mode = match.group(1).decode().replace("000000", "")
+            mode = sys.intern(match.group(1).decode().replace("000000", ""))  # for less memory
             if not commit or path in commit.changes or bool(mode) == (match.group(3) == b"D"):
                 raise refuse(f"its stream names {show(path)} twice, or contradicts itself")
             self._change(commit, path, mode, match.group(2))
 
     def _change(self, commit: Commit, path: bytes, mode: str, content: bytes) -> None:
         if mode:
-            self.contents[content] = 0, ""
+            self.contents[content] = self.contents.get(content, 0) + 1
         why = check_result_path(path)
         if why and path not in self.known():  # else it is the user's own spelling
             self.left.pop(path, None)
@@ -6608,11 +6671,12 @@ class Harvest:
         commit.changes[path] = mode, content
 
     def _read_contents(self, form: str) -> None:
-        import hashlib
         for name, size in self._objects(b"blob"):
-            if self.contents.get(name) != (0, ""):
+            uses = self.contents.get(name)
+            if not isinstance(uses, int):
                 raise refuse("its stream has a content twice, or one that no change names")
             self.total += size
+            self.spread += size * uses
             if size > PULL_FILE_MAX:
                 paths = [path for commit in self.commits.values()
                          for path, change in commit.changes.items() if change[1] == name]
@@ -6620,31 +6684,37 @@ class Harvest:
                              f"{human_size(PULL_FILE_MAX)}", _REMOVE_IT)
             if self.total > PULL_TOTAL_MAX:
                 raise refuse(f"it is larger than {human_size(PULL_TOTAL_MAX)}", _IGNORE)
-            digest = hashlib.new(form, b"blob %d\0" % size)
-            plain = hashlib.sha256() if any(size == of for _, of in self.pointers) else None
-            self.importer.write(b"blob\ndata %d\n" % size)
-            leaks: Set[str] = set()
-            before = b""
-            for chunk in self._link(name, size) if name in self.links else self.wire.chunks(size):
-                digest.update(chunk)
-                if plain:
-                    plain.update(chunk)
-                self.importer.write(chunk)
-                if self.secrets:
-                    text = before + chunk
-                    leaks.update(secret for secret in self.secrets if self.secrets[secret] in text)
-                    before = text[-self.overlap:]
-            self.importer.write(b"\n")
-            self.contents[name] = size, digest.hexdigest()
-            if plain and (plain.hexdigest(), size) in self.pointers:
-                self.pointed[digest.hexdigest()] = self.pointers[plain.hexdigest(), size]
-            if leaks:
-                self.leaks[digest.hexdigest()] = sorted(leaks)
-        if not all(oid for _, oid in self.contents.values()):
+            chunks = self._link(name, size) if name in self.links else self.wire.chunks(size)
+            self.contents[name] = self._import(chunks, size, form)
+        if not all(isinstance(oid, str) for oid in self.contents.values()):
             raise refuse("its stream lacks contents")
 
+    def _import(self, chunks: Iterable[bytes], size: int, form: str) -> str:
+        """Give git a content, look for secrets in it; our name for it."""
+        import hashlib
+        digest = hashlib.new(form, b"blob %d\0" % size)
+        plain = hashlib.sha256() if size in self.sizes else None
+        leaks: Set[str] = set()
+        before = b""
+        self.importer.write(b"blob\ndata %d\n" % size)
+        for chunk in chunks:
+            digest.update(chunk)
+            if plain:
+                plain.update(chunk)
+            self.importer.write(chunk)
+            if self.secrets:
+                text = before + chunk
+                leaks.update(name for name, value in self.secrets.items() if value in text)
+                before = text[-self.overlap:]
+        self.importer.write(b"\n")
+        oid = digest.hexdigest()
+        if plain and (plain.hexdigest(), size) in self.pointers:
+            self.pointed[oid] = self.pointers[plain.hexdigest(), size]
+        if leaks:
+            self.leaks[oid] = sorted(leaks)
+        return oid
+
     def _link(self, name: bytes, size: int) -> List[bytes]:
-        """The target of symbolic links."""
         if size > PATH_MAX:
             raise refuse(f"{show(self.links[name][0])} is a symbolic link of {human_size(size)}")
         target = self.wire.exact(size)
@@ -6652,66 +6722,40 @@ class Harvest:
             check_link(path, target)
         return [target]
 
-    def _count_repeats(self) -> None:
-        """Some bytes for a name are a whole file in a work tree: each time but the first counts."""
-        used: Set[bytes] = set()
-        held: Dict[bytes, int] = {}  # such bytes, by path, in the tree of the last commit
-        now = most = 0               # their sum; the largest of any commit
-        last: List[bytes] = []
-        for name, commit in self.commits.items():
-            if commit.parents != last:  # it has what the last, not a parent of it, took away
-                now = most
-                held.clear()
-            last = [name]
-            for path, (mode, content) in commit.changes.items():
-                now -= held.pop(path, 0)
-                if mode and content in used:
-                    held[path] = self.contents[content][0]
-                    now += held[path]
-                used.add(content)
-            most = max(most, now)
-            if now > PULL_TOTAL_MAX:
-                raise refuse("it repeats files until they have more than "
-                             + human_size(PULL_TOTAL_MAX))
-
-
-# -- from checked data to commits --
 
 class Grower:
     """Makes the commits of a Harvest in a shadow, and looks at each again."""
 
-    def __init__(self, shadow: Shadow, base: str, harvest: Harvest) -> None:
-        self.shadow, self.base, self.commits = shadow, base, harvest.commits
+    def __init__(self, shadow: Shadow, base: str, commits: Dict[bytes, Commit]) -> None:
+        self.shadow, self.base, self.commits = shadow, base, commits
         self.made: Dict[bytes, str] = {}
-        self.contested: Set[str] = set()
 
     def grow(self, importer: Importer) -> List[str]:
         """The ids of the commits, oldest first."""
-        marks = {name: mark for mark, name in enumerate(self.commits, 1)}
+        marks = {name: f":{mark}" for mark, name in enumerate(self.commits, 1)}
         for name, commit in self.commits.items():
-            message = commit.message.encode("utf-8", "replace") or b"\n"
-            head = (f"commit refs/heads/w\nmark :{marks[name]}\nauthor {commit.author}\n"
-                    f"committer {commit.committer}\ndata {len(message)}\n")
-            importer.write(head.encode() + message)
-            parents = [f":{marks[parent]}" if parent in marks else self.base
-                       for parent in commit.parents]
-            for at, parent in enumerate(dict.fromkeys(parents)):
-                importer.write(b"\n%s %s" % (b"merge" if at else b"from", parent.encode()))
+            importer.write((f"commit refs/heads/w\nmark {marks[name]}\nauthor {commit.author}\n"
+                            f"committer {commit.committer}\ndata {len(commit.message)}\n").encode())
+            importer.write(commit.message)
+            parents = dict.fromkeys(marks.get(parent, self.base) for parent in commit.parents)
+            for word, parent in zip(itertools.chain(["from"], itertools.repeat("merge")), parents):
+                importer.write(f"\n{word} {parent}".encode())
             # Deletions first: a directory may take the place of a file.
-            rows = sorted(commit.changes.items(), key=lambda row: row[1][0])
-            for path, (mode, oid) in rows:
-                word = b"M %s %s" % (mode.encode(), oid.encode()) if mode else b"D"
+            rows = commit.changes.items()
+            for path, (mode, oid) in itertools.chain((row for row in rows if not row[1][0]),
+                                                     (row for row in rows if row[1][0])):
                 path = path.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n")
-                importer.write(b'\n%s "%s"' % (word, path))
+                word = f"M {mode} {oid}" if mode else "D"
+                importer.write(b'\n%s "%s"' % (word.encode(), path))
             importer.write(b"\n\n")
         ids = importer.finish()
-        self.made = {name: ids[mark] for name, mark in marks.items()}
-        self.contested = self._contested()
+        self.made = {name: ids[int(mark[1:])] for name, mark in marks.items()}
         self._look_again()
+        self._compare_names()
         return list(self.made.values())
 
     def _look_again(self) -> None:
-        """What differs must be what was wanted, and all of it; no two paths may fold into one."""
+        """What differs must be what was wanted, and all of it."""
         pairs = "".join(f"{self.made[name]} {self.made.get(commit.parents[0], self.base)}\n"
                         for name, commit in self.commits.items())
         rows = self.shadow.records("diff-tree", "--stdin", "--always", "-r", "-z", "--raw",
@@ -6721,62 +6765,53 @@ class Grower:
         for name, commit in self.commits.items():
             if row != self.made[name].encode():
                 raise refuse("git made something else of it")
-            left, contest = set(commit.changes), False
-            row = next(rows, b"")
+            left, row = set(commit.changes), next(rows, b"")
             while row.startswith(b":"):
                 _, mode, _, oid, _ = row.decode("ascii").split(" ")
                 path = next(rows)
                 if commit.changes.get(path) != (("", "") if mode == "000000" else (mode, oid)):
                     raise refuse(f"git made something else of {show(path)}")
                 left.discard(path)
-                contest = contest or any(key in self.contested for key, _ in folds(path))
                 row = next(rows, b"")
-            if left or contest:
-                self._look_at_all(name, left)
+            for mode, oid, path in self.shadow.listing(self.made[name]) if left else ():
+                if commit.changes.get(path) == (mode, oid):
+                    left.discard(path)  # it was so before
+            if left:
+                raise refuse("git dropped some of its paths")
 
-    def _look_at_all(self, name: bytes, left: Set[bytes]) -> None:
-        """The same by the whole tree, where the changes alone do not tell."""
-        seen: Dict[str, str] = {}
-        for mode, oid, path in self.shadow.listing(self.made[name]):
-            if self.commits[name].changes.get(path) == (mode, oid):
-                left.discard(path)  # it was so before
-            for key, text in folds(path):
-                if key in self.contested and seen.setdefault(key, text) != text:
-                    raise refuse(f"{show(text)} and {show(seen[key])} are one file where case or "
-                                 "composition do not count")
-        if left:
-            raise refuse("git dropped some of its paths")
-
-    def _contested(self) -> Set[str]:
-        """What more than one name folds into, of all that is added and all that was there: one look at the
-        whole base, not one for each commit. Not what does so in the base already: that is the user's own."""
-        added: Dict[str, Tuple[str, ...]] = {}
-        own: Dict[str, Tuple[str, ...]] = {}
+    def _compare_names(self) -> None:
+        """No two paths may fold into one, but the user's own, which do in the base. A commit is
+        looked at only where it names what may do so."""
+        names: Dict[str, str] = {}
+        contested: Set[str] = set()
         for commit in self.commits.values():
             for path in (path for path, (mode, _) in commit.changes.items() if mode):
-                for key, text in folds(path):
-                    if text not in added.get(key, ()):
-                        added[key] = (*added.get(key, ()), text)
-        for _, _, path in self.shadow.listing(self.base) if added else ():
+                contested.update(key for key, text in folds(path)
+                                 if names.setdefault(key, text) != text)
+        for _, _, path in self.shadow.listing(self.base) if names else ():
+            contested.update(key for key, text in folds(path) if names.get(key, text) != text)
+        own = self._spellings(self.base, contested) if contested else {}
+        for name, commit in self.commits.items():
+            if contested.isdisjoint(key for path in commit.changes for key, _ in folds(path)):
+                continue
+            for key, texts in self._spellings(self.made[name], contested).items():
+                if texts - own.get(key, set()):
+                    raise refuse(" and ".join(map(show, sorted(texts)[:2])) + " are one file where "
+                                 "case or composition do not count")
+
+    def _spellings(self, tree: str, keys: Set[str]) -> Dict[str, Set[str]]:
+        """The names in a tree that fold into each of some keys, where they are several."""
+        found: Dict[str, Set[str]] = {}
+        for _, _, path in self.shadow.listing(tree):
             for key, text in folds(path):
-                if key in added and text not in own.get(key, ()):
-                    own[key] = (*own.get(key, ()), text)
-        return {key for key, names in added.items()
-                if not set(own.get(key, names[:1])).issuperset(names)}
-
-
-def folds(path: bytes) -> Iterator[Tuple[str, str]]:
-    """(folded, as it is) of a path and of the directories above it."""
-    text = path.decode("utf-8", "surrogateescape")
-    while text:
-        key = fold(text)
-        yield (text if key == text else key), text  # one object where they are equal: less memory
-        text = text.rpartition("/")[0]
+                if key in keys:
+                    found.setdefault(key, set()).add(text)
+        return {key: texts for key, texts in found.items() if len(texts) > 1}
 
 
 class Result(Value):
-    """What a workspace has that its base has not. ``branch`` "" and ``commit`` "" when nothing;
-    ``new`` tells whether the branch moved; ``executes`` are changes that would run here."""
+    """What a workspace has that its base has not. ``branch`` is "" where that is nothing; ``new``:
+    it moved, from ``since`` to ``commit``; ``executes`` are changes that would run here."""
     workspace: str
     branch: str
     base: str
@@ -6791,92 +6826,131 @@ class Result(Value):
 
 
 class Pull:
-    """One pull or diff: fetch() reads the stream into the shadow, settle() makes the tip."""
+    """One pull or diff."""
 
-    def __init__(self, workspace: WorkspaceBase, shadow: Shadow, report: Report, allow: bool = False,
-                 cancel: Optional[Cancel] = None) -> None:
-        self.workspace, self.shadow, self.report, self.allow, self.cancel = workspace, shadow, report, allow, cancel
-        self.entry = workspace.project.entry(workspace.name)
-        self.base: str = workspace.base
+    def __init__(self, workspace: WorkspaceBase, shadow: Shadow, report: Optional[Report],
+                 allow: bool, cancel: Optional[Cancel]) -> None:
+        self.workspace, self.shadow, self.report = workspace, shadow, report or Report()
+        self.allow, self.cancel, self.project = allow, cancel, workspace.project
+        self.name, self.base = workspace.name, workspace.base
+        self.entry = self.project.entry(self.name)
+        self.notes: List[str] = []
+        self.secrets: Dict[str, List[str]] = {}  # names of secrets, by path
+        self.pulled: Dict[str, Any] = {"op": os.urandom(8).hex()}
+        take_files = f"{PROGRAM} exec -w {self.name} -- tar -c . >{self.name}.tar"
         try:
             tree = shadow.call("rev-parse", self.base + "^{tree}")
-            self.parts = Parts(shadow, workspace.project.repository.place(), tree)
-            self.sent_tree = self.parts.tree
+            parts = Parts(shadow, self.project.repository.place(), tree)
         except GitFailed as error:
-            raise GitFailed("This repository has not all any more of what %s was made of: %s" % (workspace.name, error),
-                            "Fetch the commit %s again; or take the files: %s exec -w %s -- tar -c . >%s.tar" % (
-                                self.base[:10], PROGRAM, workspace.name, workspace.name))
+            raise GitFailed(
+                f"This repository has not all any more of what {self.name} was made of: {error}",
+                f"Fetch the commit {self.base[:10]} again; or take the files: {take_files}")
         if "whole" not in self.entry:
             raise GitFailed(
-                f"The workspace {workspace.name} was made by an older version, which sent no files "
-                "that .gitattributes mark export-ignore: what is missing cannot be compared.",
-                f"Take its files: {PROGRAM} exec -w {workspace.name} -- tar -c . >"
-                f"{workspace.name}.tar; then send all: {PROGRAM} push --force -w {workspace.name}")
-        self.modules = self.parts.modules
-        self.lfs = {path: row for path, row in self.parts.pointers.items()
-                    if not self._in_module(path)}
-        # The paths the host was given:
-        self.sent = functools.lru_cache(maxsize=None)(lambda: {path for _, _, path in shadow.listing(self.sent_tree)})
+                f"The workspace {self.name} was made by an older version, which sent no "
+                "export-ignored files: what is missing cannot be compared.",
+                f"Take its files: {take_files}; then: {PROGRAM} push --force -w {self.name}")
+        self.sent_tree, self.modules = parts.tree, parts.modules
+        self.lfs = {path: row for path, row in parts.pointers.items() if not self._in_module(path)}
+        # The paths that the host was given:
+        self.sent = functools.lru_cache(None)(
+            lambda: {path for _, _, path in shadow.listing(self.sent_tree)})
 
     def fetch(self, record: bool = False) -> Tuple[List[str], bool]:
         """(the commits of the workspace, oldest first; whether the last is uncommitted work). With
         ``record``, the host notes what it sends under the name ``self.pulled["op"]``."""
-        self.notes: List[str] = []
-        self.pulled: Dict[str, Any] = {"op": os.urandom(8).hex()}
-        importer, incoming, git = Importer(self.shadow), None, False
+        importer, incoming, base = Importer(self.shadow), None, b""
         try:
-            secrets = secret_values(self.workspace.project.registry, self.cancel)
-            words = self.workspace.project.looked_at(
-                self.workspace.name, self.entry, self.pulled["op"])
-            incoming = Incoming(self.workspace.host, self.cancel, PULL, *words,
-                                "1" if record else "")
-            wire = Wire(incoming.take)
+            secrets = secret_values(self.project.registry, self.cancel)
+            words = self.project.looked_at(self.name, self.entry, self.pulled["op"])
+            self.report.step(self.name, "collecting")
+            incoming = Incoming(self.workspace.host, self.cancel, PULL, *words, "1" * record)
+            progress = functools.partial(self.report.progress, self.name, doing="receiving")
+            wire = Wire(incoming.take, progress)
             dirty, base, everything = self._begin(wire, incoming)
-            git = bool(base)
-            harvest = Harvest(wire, importer, self.sent, secrets)
-            harvest.pointers = {(sha256, size): oid for _, oid, sha256, size in self.lfs.values()}
-            wire.take = self._counted(incoming, harvest)
+            pointers = {(sha256, size): oid for _, oid, sha256, size in self.lfs.values()}
+            harvest = Harvest(wire, importer, self.sent, secrets, pointers)
             harvest.read(base, everything, "sha256" if len(self.base) == 64 else "sha1")
             self._check_reply(incoming)
-            self._keep_out(harvest)
-            self._leaks(harvest)
-            self._point(harvest)
-            commits = Grower(self.shadow, self.base, harvest).grow(importer)
-            self._tell_lfs(commits)
-            if dirty and commits and not next(self.shadow.changes((commits[-2:-1] or [self.base])[0], commits[-1]), None):
-                return commits[:-1], False
+            self.report.step(self.name, "checking")
+            commits = self._grow(harvest, importer)
+            last = (commits[-2:-1] or [self.base])[0]
+            if dirty and commits and not next(self.shadow.changes(last, commits[-1]), None):
+                return commits[:-1], False  # all of the uncommitted work was left out
             return commits, dirty
         except ResultRefused as error:
-            error.hint = error.hint.replace("exec -- ", "exec -w %s -- " % self.workspace.name)
-            if git and "Try again" not in error.hint:  # not done from here: that could lose work
-                error.hint = "%s If only an earlier commit there has it, squash them: %s exec -w %s -- %s" % (
-                    error.hint.rstrip(".") + ".", PROGRAM, self.workspace.name, "'git reset --soft refs/cmux/base && git commit -m all'")
+            if base and "Try again" not in error.hint:  # not done from here: that could lose work
+                error.hint = (
+                    f"{error.hint.rstrip('.')}. If only an earlier commit there has it, squash "
+                    f"them: {PROGRAM} exec -w {self.name} -- "
+                    "'git reset --soft refs/cmux/base && git commit -m all'").lstrip(". ")
             raise
         finally:
-            self.report.step(self.workspace.name, "being looked at")
+            self.report.step(self.name, "done")
             importer.close()
             if incoming:
                 incoming.close()
 
+    def _grow(self, harvest: Harvest, importer: Importer) -> List[str]:
+        self._keep_out(harvest)
+        for commit in harvest.commits.values() if harvest.leaks else ():
+            for path, (_, oid) in commit.changes.items():
+                if oid in harvest.leaks:
+                    self.secrets[show(path, PATH_MAX)[1:-1]] = harvest.leaks[oid]
+        self._point(harvest)
+        commits = Grower(self.shadow, self.base, harvest.commits).grow(importer)
+        if harvest.spread > PULL_TOTAL_MAX:  # some bytes for a name are a whole file in a work tree
+            old, new = (sum(self.shadow.sizes(tree).values()) for tree in (self.base, commits[-1]))
+            if new - old > PULL_TOTAL_MAX:
+                raise refuse("it repeats files until they have more than "
+                             + human_size(PULL_TOTAL_MAX))
+        self._note_lfs(commits)
+        return commits
+
+    def _check_reply(self, incoming: Incoming) -> None:
+        reply = incoming.reply()
+        if reply.status == 22:
+            raise gone_there(self.name, self.workspace.host.name)
+        check_reply(reply, self.workspace.host.name, f"give the result of {self.name}")
+
+    def _begin(self, wire: Wire, incoming: Incoming) -> Tuple[bool, bytes, bool]:
+        """Whether the last commit is uncommitted work; the host's name of the base, b"" without
+        git; whether all files come."""
+        for noted in range(PULL_PATHS_MAX):
+            if wire.ended():
+                self._check_reply(incoming)
+                raise refuse("its stream is empty")
+            word, _, rest = wire.upto(b"\n").partition(b" ")
+            if word == b"large":
+                raise refuse(f"{show(rest)} there has more than {human_size(PULL_FILE_MAX)}",
+                             _REMOVE_IT)
+            if word == b"git" and re.match(rb"[01] [0-9a-f]{40,64}\Z", rest):
+                return rest[:1] == b"1", rest[2:], False
+            if word in (b"files", b"all") and not rest:
+                return True, b"", word == b"all"
+            if word != b"note":
+                break
+            self.notes += ["left out: " + show(rest)[1:-1]] if noted < 20 else []
+        raise refuse(f"its stream begins with {show(word)}")
+
     def _in_module(self, path: bytes) -> bool:
-        """Whether a path is a submodule's, or lies in one."""
-        return bool(self.modules) and (path in self.modules or any(
-            path[:match.start()] in self.modules for match in re.finditer(b"/", path)))
+        return path in self.modules or not self.modules.isdisjoint(above(path))
 
     def _keep_out(self, harvest: Harvest) -> None:
-        """Leave out what stands where this repository has a submodule: no commit of it can hold that."""
-        above = {path[:match.start()] for path in self.modules for match in re.finditer(b"/", path)}
+        """Leave out what stands where this repository has a submodule."""
+        roots = set(itertools.chain(*map(above, self.modules)))
         found: Dict[bytes, Set[Tuple[str, str]]] = {}
         for changes in [commit.changes for commit in harvest.commits.values() if self.modules]:
-            for path in [path for path in changes if path in above or self._in_module(path)]:
+            for path in [path for path in changes if path in roots or self._in_module(path)]:
                 found.setdefault(path, set()).add(changes.pop(path))
         for mode, oid, path in self.shadow.listing(self.sent_tree) if found else ():
             if found.get(path) == {(mode, oid)}:  # a host without git may send all files
                 del found[path]
-        harvest.left.update(dict.fromkeys(found, "it lies in a submodule: no commit here can hold it"))
+        harvest.left.update(dict.fromkeys(
+            found, "it lies in a submodule: no commit here can hold it"))
         left = [f"{show(path)[1:-1]} ({why})" for path, why in sorted(harvest.left.items())]
         self.notes += ["left out: " + path for path in left[:20]]
-        self.notes += ["left out: %d more" % (len(left) - 20)] if left[20:] else []
+        self.notes += [f"left out: {len(left) - 20} more"] if left[20:] else []
         self.pulled["left"] = left[:20]
 
     def _point(self, harvest: Harvest) -> None:
@@ -6885,179 +6959,167 @@ class Pull:
         pointers = harvest.pointed
         found = [(commit.changes, path) for commit in harvest.commits.values() if pointers
                  for path, (_, oid) in commit.changes.items() if oid in pointers]
-        moved = {path for _, path in found}.difference(self.lfs)
-        managed = self._lfs_paths(self.base, moved).union(self.lfs)
+        managed = self._lfs_paths(self.base, {path for _, path in found})
         for changes, path in found:
             if path in managed:
                 changes[path] = changes[path][0], pointers[changes[path][1]]
 
     def _lfs_paths(self, commit: str, paths: Collection[bytes]) -> Set[bytes]:
         """Those that LFS manages, by the .gitattributes of a commit."""
+        if not paths:
+            return set()
         env = {"GIT_INDEX_FILE": os.path.join(self.shadow.path, "result.index")}
-        if paths:
-            self.shadow.call("read-tree", commit, env=env)
-        return set(self.shadow.lfs_paths(paths, env)) if paths else set()
+        self.shadow.call("read-tree", commit, env=env)
+        return set(self.shadow.lfs_paths(paths, env))
 
-    def _tell_lfs(self, commits: List[str]) -> None:
-        """A changed or new LFS file came as its content. ``git add`` makes a pointer of it, where LFS is installed."""
-        rows = self.shadow.changes(self.base, commits[-1]) if commits and self.lfs else iter(())
+    def _note_lfs(self, commits: List[str]) -> None:
+        rows = self.shadow.changes(self.base, commits[-1]) if commits and self.lfs else ()
         pointers = {oid for _, oid, _, _ in self.lfs.values()}
-        changed = [path for _, mode, oid, path in rows if mode in ("100644", "100755") and oid not in pointers]
-        managed = sorted(self._lfs_paths(commits[-1], changed)) if changed else []
-        self.notes += [f"{show(path)[1:-1]} came home as content: after the merge, `git add` makes "
-                       "an LFS pointer of it" for path in managed[:20]]
+        changed = [path for _, mode, oid, path in rows
+                   if mode in ("100644", "100755") and oid not in pointers]
+        for path in sorted(self._lfs_paths((commits or [""])[-1], changed))[:20]:
+            self.notes.append(f"{show(path)[1:-1]} came home as content: after the merge, "
+                              "`git add` makes an LFS pointer of it")
 
-    def _counted(self, incoming: Incoming, harvest: Harvest) -> Callable[[], bytes]:
-        def take() -> bytes:
-            self.report.progress(self.workspace.name, harvest.total, doing="receiving")
-            return incoming.take()
-        return take
-
-    def _check_reply(self, incoming: Incoming) -> None:
-        reply = incoming.reply()
-        if reply.status == 22:
-            raise gone_there(self.workspace.name, self.workspace.host.name)
-        check_reply(reply, self.workspace.host.name, "give the result of %s" % self.workspace.name)
-
-    def _begin(self, wire: Wire, incoming: Incoming) -> Tuple[bool, bytes, bool]:
-        """What comes before the sections: whether the last commit is uncommitted work; the host's
-        name of the base, b"" without git; whether all files come."""
-        noted = 0
-        while noted < PULL_PATHS_MAX:
-            if not wire.peek():
-                self._check_reply(incoming)
-                raise refuse("its stream is empty")
-            word, _, rest = wire.upto(b"\n").partition(b" ")
-            text = show(rest)
-            if word == b"large":
-                raise refuse("%s there has more than %s" % (text, human_size(PULL_FILE_MAX)),
-                             _REMOVE_IT)
-            if word == b"git" and re.match(rb"[01] [0-9a-f]{40,64}\Z", rest):
-                return rest[:1] == b"1", rest[2:], False
-            if (word, rest) in ((b"files", b""), (b"all", b"")):
-                return True, b"", word == b"all"
-            if word != b"note":
-                break
-            noted += 1
-            self.notes += ["left out: " + text[1:-1]] if noted <= 20 else []
-        raise refuse("its stream begins with %s" % show(word))
-
-    def _leaks(self, harvest: Harvest) -> None:
-        self.secrets: Dict[str, List[str]] = {}
-        for commit in harvest.commits.values() if harvest.leaks else ():
-            for path, (_, oid) in commit.changes.items():
-                if oid in harvest.leaks:
-                    self.secrets[show(path, PATH_MAX)[1:-1]] = harvest.leaks[oid]
-
-    def settle(self, commits: List[str], dirty: bool, before: str, over: bool) -> str:
-        """The commit that holds the result on top of ``before``, what an earlier pull made; ``over``: a push has put
-        something else in its place since."""
+    def settle(self, commits: List[str], dirty: bool, before: str, over: bool) -> Tuple[str, str]:
+        """(the commit of the result, what it stands on): ``before``, which an earlier pull made,
+        or the base where a push has put that out of the workspace (``over``): a commit on top of
+        it would say that the agent took it back."""
         history = commits[:-1] if dirty else commits
         head, tip = (history or [self.base])[-1], (commits or [self.base])[-1]
         if not before:
-            return tip
+            return tip, self.base
         tree = self.shadow.call("rev-parse", tip + "^{tree}")
         known = self.shadow.is_ancestor(head, before)
         if known and tree == self.shadow.call("rev-parse", before + "^{tree}"):
-            return before
+            return before, before
         if self.shadow.is_ancestor(before, head):
-            return tip
-        if over or (not known and not self.shadow.is_ancestor(self.base, before)):
-            if tip == self.base:
-                return before
-            self._refuse_forgotten(before)
-        parents = [before] if known else [before, head]
-        return self.shadow.commit(tree, "work of the workspace since the last pull\n", *parents)
+            return tip, before
+        if over or not known and not self.shadow.is_ancestor(self.base, before):
+            return (before, before) if tip == self.base else (tip, self.base)
+        parents, message = [before, head][:2 - known], "work of the workspace since the last pull\n"
+        return self.shadow.commit(tree, message, *parents), before
 
-    def _refuse_forgotten(self, before: str) -> None:
-        """A push has moved the workspace to a base that never had what an earlier pull brought: a commit on top of both
-        would say that the agent took it back."""
-        fork, stood = self.shadow.common(before, self.base), self.entry.get("pulled", {}).get("base", "")
-        stood = stood if stood and self.shadow.is_ancestor(stood, before) else fork
-        mine, theirs = ({path for _, _, _, path in self.shadow.changes(old, new)} if old else set()
-                        for old, new in ((stood, before), (fork, self.base)))
-        if mine - theirs:
-            raise refuse("the branch has work of an earlier pull that what was pushed since lacks (%s)" % ", ".join(
-                show(path) for path in sorted(mine - theirs)[:5]),
-                "Bring it to another branch: --branch NAME. Or merge the branch into what you push first.")
+    def merged(self, before: str) -> bool:
+        """Whether the base has what an earlier pull brought."""
+        if self.shadow.is_ancestor(before, self.base):
+            return True
+        stood = self.entry.get("pulled", {}).get("base", "")
+        if not stood or not self.shadow.is_ancestor(stood, before):
+            stood = self.shadow.common(before, self.base)
+        lacks = {path for _, _, _, path in self.shadow.changes(before, self.base)}
+        return bool(stood) and not any(
+            path in lacks for _, _, _, path in self.shadow.changes(stood, before))
 
     def diff(self, *words: str) -> Iterator[bytes]:
-        return self.shadow.records("diff-tree", "-r", "-M", "-l400", "--no-ext-diff", "--no-textconv", *words, end=b"\n",
-                                   talks=True)  # of more than 400 that may be renamed it says that it leaves them
+        # Of more than 400 that may be renamed it says on stderr that it leaves them.
+        return self.shadow.records("diff-tree", "-r", "-M", "-l400", "--no-ext-diff",
+                                   "--no-textconv", *words, end=b"\n", talks=True)
 
     def inspect(self, old: str, new: str) -> List[str]:
-        """The changes that would execute here after a merge. Refuses those below an in-tree
-        core.hooksPath unless allowed, and submodules with a URL that is a command."""
-        hooks, found, modules = [fold(path) + "/" for path in self.workspace.project.repository.hooks_inside()], [], []
+        """The changes that would execute on this machine after a merge. Refuses hooks, unless
+        allowed, and submodules that would run a command."""
+        hooks = [fold(path) + "/" for path in self.project.repository.hooks_inside()]
+        found, modules = [], set()
         for before, mode, oid, path in self.shadow.changes(old, new):
+            if mode == "000000":
+                continue
             text = path.decode("utf-8", "surrogateescape")
-            why = "file that tools obey" if _EXECUTES.search(text) else ""
             near = fold(text) + "/"
-            inside = any("/" not in text if far == "./" else near.startswith(far) or far.startswith(near) for far in hooks)  # or a link above
-            if mode != "000000" and inside:
+            if any("/" not in text if far == "./" else near.startswith(far) or far.startswith(near)
+                   for far in hooks):  # or a link above
                 why = "git hook"
                 if not self.allow:
-                    raise refuse("it changes %s, and this repository runs hooks from there" % show(text),
-                                 "Look at it with diff; to take it all the same: --allow.")
-            if is_special(path) and "mod" in fold(text) and mode != "000000":
-                modules.append(oid)
-            if mode == "100755" and before != mode:
-                why = why or "executable"
-            if mode == "120000":
-                why = why or "symbolic link"
-            if why and mode != "000000":
-                found.append("%s (%s)" % (neutralise(text).replace("\n", "^J"), why))
+                    raise refuse(f"it changes {show(text)}, and this repository runs hooks from "
+                                 "there", "Look at it with diff; to take it all the same: --allow.")
+            else:
+                why = "file that tools obey" if _EXECUTES.search(text) else \
+                    "executable" if mode == "100755" != before else \
+                    "symbolic link" if mode == "120000" else ""
+            if is_special(path) and "mod" in fold(text):
+                modules.add(oid)
+            if why:
+                found.append(f"{show(text, PATH_MAX)[1:-1]} ({why})")
+        if len(modules) > PULL_MODULES_MAX:
+            raise refuse(f"it has more than {PULL_MODULES_MAX} files .gitmodules", _IGNORE)
         for oid in modules:
-            try:
-                if int(self.shadow.call("cat-file", "-s", oid)) > SECRETS_MAX:
-                    raise refuse("its .gitmodules is larger than %s" % human_size(SECRETS_MAX))
-                rows = list(self.shadow.records("config", "-z", "--blob", oid, "--list"))
-            except GitFailed:
-                raise refuse("its .gitmodules is not one that git can read", "Repair it there, and pull again.")
-            if any(re.search(rb"\n([A-Za-z0-9.+]+::|-|!)", row) for row in rows):
-                raise refuse("its .gitmodules names a URL or an update that is a command")
+            self._check_modules(oid)
         return found
+
+    def _check_modules(self, oid: str) -> None:
+        try:
+            if int(self.shadow.call("cat-file", "-s", oid)) > SECRETS_MAX:
+                raise refuse(f"its .gitmodules is larger than {human_size(SECRETS_MAX)}")
+            rows = list(self.shadow.records("config", "-z", "--blob", oid, "--list"))
+        except GitFailed:
+            raise refuse("its .gitmodules is not one that git can read",
+                         "Repair it there, and pull again.")
+        if any(re.search(rb"\n([A-Za-z0-9.+]+::|-|!)", row) for row in rows):
+            raise refuse("its .gitmodules names a URL or an update that is a command")
+
+    def keep(self, ref: str, since: str, tip: str, old: str) -> None:
+        """Move the branch; an ``old`` that ``tip`` does not stand on is set aside. The registry
+        knows before: after a kill in between, the branch is our own at either commit."""
+        repository = self.project.repository
+        with self.project.registry.editing() as record:
+            record["workspaces"][self.name].setdefault("branches", {})[ref] = f"{old} {tip}"
+        pack = self.shadow.quarantine(tip, {since, self.base})
+        if since != old and old and not self.merged(old):
+            aside = f"{ref}-{old[:8]}"
+            if repository.value_of(aside) != old:
+                repository.publish(pack, aside, old, "")
+            self.notes.append(f"{ref[11:]} had work of an earlier pull that what was pushed since "
+                              f"lacks: that is kept as {aside[11:]}")
+        repository.publish(pack, ref, tip, old)
+
+    def bring(self, ref: str) -> Result:
+        """Fetch, and move the branch."""
+        repository, branch = self.project.repository, ref[11:]
+        old = repository.value_of(ref)
+        own, over = (self.entry.get(key, {}).get(ref, "").split() for key in ("branches", "over"))
+        merged = bool(old) and self.shadow.is_ancestor(old, self.base)
+        if old and not merged and old not in own:
+            raise GitFailed(
+                f"The branch {show(branch)} has commits that no pull of this workspace made.",
+                f"Choose another: {PROGRAM} pull -w {self.name} --branch NAME. Or, if you want to "
+                f"keep it: git branch -m {quote(branch)} NEW")
+        began = time.time()
+        self.project.update(self.name, asked=began)
+        commits, dirty = self.fetch(record=True)
+        tip, since = self.settle(commits, dirty, "" if merged else old, old in over)
+        executes, moved = self.inspect(since, tip), tip != since
+        if moved:
+            self.report.step(self.name, "storing")
+            self.keep(ref, since, tip, old)
+        with self.project.registry.editing() as record:
+            entry = record["workspaces"][self.name]
+            entry["pulled"] = dict(self.pulled, at=began, base=self.base)
+            if moved:
+                entry["branches"][ref] = tip
+        rows = self.diff("--stat=100", "--stat-count=500", since, tip) if moved else ()
+        count = self.shadow.call("rev-list", "--count", tip, "^" + since) if moved else "0"
+        return Result(workspace=self.name, branch=branch if tip != self.base else "",
+                      base=self.base, commit=tip, since=since, commits=int(count), new=moved,
+                      executes=executes, secrets=self.secrets, notes=self.notes,
+                      stat="\n".join(map(neutralise, rows)))
 
 
 @logged("pull")
-def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False, report: Optional[Report] = None,
-         cancel: Optional[Cancel] = None) -> Result:
+def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False,
+         report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> Result:
     """Bring the workspace's work home as commits on ``branch`` (default cmux/NAME), on top of its
     base. The work tree is not touched. Raises ResultRefused, GitFailed, HostError."""
     project, name = workspace.project, workspace.name
     ref = project.repository.check_branch(branch or "cmux/" + name)
-    with contextlib.ExitStack() as held:
-        held.enter_context(project.registry.creation_lock(name))
-        workspace = project.kind(project, name, project.settle(name))  # a push may have moved it since
-        shadow = held.enter_context(project.repository.in_shadow(workspace.base))
-        work = Pull(workspace, shadow, report or Report(), allow, cancel)
-        old = project.repository.value_of(ref)
-        own, over = (work.entry.get(key, {}).get(ref, "").split() for key in ("branches", "over"))
-        if old and old not in own and not shadow.is_ancestor(old, workspace.base):
-            raise GitFailed("The branch %s has commits that no pull of this workspace made." % show(ref[11:]),
-                            "Choose another: --branch NAME. Or, if you want to keep it: git branch -m %s NEW" % quote(ref[11:]))
-        began = time.time()
-        project.update(name, asked=began)
-        commits, dirty = work.fetch(record=True)
-        since = old or workspace.base
-        tip = work.settle(commits, dirty, old, old in over)
-        executes = work.inspect(since, tip)
-        if tip != since:
-            # Said before it is done: killed in between, the next pull knows the branch as its own, where it is and where it was.
-            with project.registry.editing() as record:
-                record["workspaces"][name].setdefault("branches", {})[ref] = "%s %s" % (old, tip)
-            project.repository.publish(shadow.quarantine(tip, {since, workspace.base}), ref, tip, old)
-        with project.registry.editing() as record:
-            entry = record["workspaces"].get(name)
-            if entry and entry["op"] == work.entry["op"]:
-                entry["pulled"] = dict(work.pulled, at=began, base=workspace.base)
-                if tip != since:
-                    entry["branches"][ref] = tip
-        stat = "\n".join(map(neutralise, work.diff("--stat=100", "--stat-count=500", since, tip))) if tip != since else ""
-        count = int(shadow.call("rev-list", "--count", tip, "^" + since)) if tip != since else 0
-        return Result(workspace=name, branch=ref[11:] if tip != workspace.base else "", base=workspace.base, commit=tip,
-                      since=since, commits=count, new=tip != since, executes=executes, secrets=work.secrets,
-                      notes=work.notes, stat=stat)
+    with project.registry.creation_lock(name):
+        # A push may have moved it since.
+        workspace = project.kind(project, name, project.settle(name))
+        with project.repository.in_shadow(workspace.base) as shadow:
+            work = Pull(workspace, shadow, report, allow, cancel)
+            try:
+                return work.bring(ref)
+            finally:
+                work.report.step(name, "done")
 
 
 def diff(workspace: WorkspaceBase, stat: bool = False, report: Optional[Report] = None,
@@ -7069,15 +7131,18 @@ def diff(workspace: WorkspaceBase, stat: bool = False, report: Optional[Report] 
 def diff_lines(workspace: WorkspaceBase, stat: bool = False, report: Optional[Report] = None,
                cancel: Optional[Cancel] = None, binary: bool = False) -> Iterator[bytes]:
     """The same as the bytes are: for git apply, never for a terminal."""
-    workspace = workspace.project.workspace(workspace.name)  # a push may have moved it since
-    with noted(workspace.project, "diff", workspace.name, workspace.host.name, "", workspace.op), workspace.project.repository.in_shadow(workspace.base) as shadow:
-        work = Pull(workspace, shadow, report or Report(), True, cancel)
+    project = workspace.project
+    workspace = project.workspace(workspace.name)  # a push may have moved it since
+    words = ("--stat=100", "--stat-count=500") if stat else ("-p", "--binary")[:1 + binary]
+    with noted(project, "diff", workspace.name, workspace.host.name, "", workspace.op), \
+            project.repository.in_shadow(workspace.base) as shadow:
+        work = Pull(workspace, shadow, report, True, cancel)
         commits, _ = work.fetch()
         for path, names in work.secrets.items():
-            work.report.warn("%s holds the secret %s." % (path, ", ".join(names)))
+            work.report.warn(f"{path} holds the secret {', '.join(names)}.")
         for note in work.notes:
             work.report.warn(note)
-        yield from work.diff(*(("--stat=100", "--stat-count=500") if stat else ("-p", "--binary") if binary else ("-p",)), workspace.base, (commits or [workspace.base])[-1])
+        yield from work.diff(*words, workspace.base, (commits or [workspace.base])[-1])
 
 
 # === 14. Tools ===
@@ -8889,7 +8954,7 @@ MCP_REST = {
 
 @contextlib.contextmanager
 def environment(**values: str) -> Iterator[None]:
-    """Variables of this process, until the block ends: whoever imported this file gets his own back."""
+    """Variables of this process, until the block ends: who imported this file gets his own back."""
     saved = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -8899,33 +8964,41 @@ def environment(**values: str) -> Iterator[None]:
             os.environ.pop(name, "") if value is None else os.environ.update({name: value})
 
 
+SERVER_FILES = {
+    "sshd_config": "HostKey {0}/host\nAuthorizedKeysFile {0}/user.pub\nUsePAM no\nStrictModes no\n"
+                   "PidFile none\nPermitRootLogin yes\nLogLevel QUIET\nSetEnv HOME={0}/home\n",
+    "ssh_config": "Host demo\nHostName demo\nIdentityFile {0}/user\nIdentitiesOnly yes\n"
+                  "UserKnownHostsFile {0}/known_hosts\n"
+                  "ProxyCommand {1} -i -f {0}/sshd_config -E {0}/sshd.log\n"}
+DEMO_FILES = {"hello.txt": "hello\n", "Makefile": """test:
+\t@echo "tests run on $$(uname -n) in $$PWD"
+\t@test -n "$$API_TOKEN" && echo "with API_TOKEN=$$API_TOKEN"
+"""}
+
+
 class ThrowawayServer:
-    """An ssh config whose host ``demo`` is this machine, with its own keys and home. A context
-    manager; everything is gone at the end. Raises UsageError where no sshd is installed."""
+    """An ssh config whose host ``demo`` is this machine, with its own keys and home, until the
+    block ends. Raises UsageError where no sshd is installed."""
 
     def __init__(self) -> None:
         import tempfile
-        self.sshd = find_program("sshd", ("/usr/sbin", "/usr/local/sbin", "/usr/libexec", "/opt/homebrew/sbin"))
-        self.path = tempfile.mkdtemp(prefix="cmux-demo-", dir="/tmp" if " " in temporary_folder() else None)
-        self.home = os.path.join(self.path, "home")
-        self.config = os.path.join(self.path, "ssh_config")
+        sshd = find_program("sshd", ("/usr/sbin", "/usr/local/sbin", "/usr/libexec",
+                                     "/opt/homebrew/sbin"))
         keygen = find_program("ssh-keygen")
-        os.mkdir(self.home, 0o700)
+        near = "/tmp" if " " in temporary_folder() else None
+        self.path = tempfile.mkdtemp(prefix="cmux-demo-", dir=near)
+        self.config = os.path.join(self.path, "ssh_config")
+        os.mkdir(os.path.join(self.path, "home"), 0o700)
         for name in ("host", "user"):
-            run([keygen, "-q", "-t", "ed25519", "-N", "", "-C", "demo", "-f", os.path.join(self.path, name)])
-        self._write("sshd_config", "HostKey {0}/host\nAuthorizedKeysFile {0}/user.pub\nUsePAM no\n"
-                    "StrictModes no\nPidFile none\nPermitRootLogin yes\nLogLevel QUIET\n" "SetEnv HOME={0}/home\n")
+            key = os.path.join(self.path, name)
+            run([keygen, "-q", "-t", "ed25519", "-N", "", "-C", "demo", "-f", key])
         with open(os.path.join(self.path, "host.pub")) as stream:
-            self._write("known_hosts", "demo " + stream.read())
-        self._write("ssh_config", "Host demo\n  HostName demo\n  IdentityFile {0}/user\n"
-                    "  IdentitiesOnly yes\n  UserKnownHostsFile {0}/known_hosts\n"
-                    "  ProxyCommand %s -i -f {0}/sshd_config -E {0}/sshd.log\n" % self.sshd)
+            files = dict(SERVER_FILES, known_hosts="demo " + stream.read())
+        for name, text in files.items():
+            with open(os.path.join(self.path, name), "w") as stream:
+                stream.write(text.replace("{0}", self.path).replace("{1}", sshd))
         if os.geteuid() == 0 and sys.platform.startswith("linux"):
             os.makedirs("/run/sshd", 0o755, exist_ok=True)  # sshd insists, as root
-
-    def _write(self, name: str, text: str) -> None:
-        with open(os.path.join(self.path, name), "w") as stream:
-            stream.write(text.replace("{0}", self.path))
 
     def __enter__(self) -> ThrowawayServer:
         return self
@@ -8936,40 +9009,41 @@ class ThrowawayServer:
 
 
 def in_a_process_table(value: str) -> bool:
-    """Whether any process of this machine has ``value`` in its command line now."""
-    if os.path.isdir("/proc/self"):
-        for pid in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                with open("/proc/%s/cmdline" % pid, "rb") as stream:
-                    if value.encode() in stream.read():
-                        return True
-            except OSError:
-                pass
-        return False
-    _, out, _ = run([find_program("ps"), "-A", "-o", "args="], limit=STATE_MAX)
-    return value.encode() in out
+    """Whether a process of this machine has ``value`` in its command line."""
+    if not os.path.isdir("/proc/self"):
+        _, out, _ = run([find_program("ps"), "-A", "-o", "args="], limit=STATE_MAX)
+        return value.encode() in out
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as stream:
+            if value.encode() in stream.read():
+                return True
+    return False
 
 
 def demo(tell: Callable[[str], None], report: Report) -> None:
-    """The whole flow against a throwaway sshd: archive, secret, command, check, removal."""
+    """The whole flow against a throwaway sshd."""
     with ThrowawayServer() as server, environment(
-            CMUX_SSH_HOME=os.path.join(server.path, "state"), CMUX_SSH_COMMAND="ssh -F %s" % quote(server.config)):
+            CMUX_SSH_HOME=os.path.join(server.path, "state"),
+            CMUX_SSH_COMMAND=f"ssh -F {quote(server.config)}"):
         directory = make_repository(os.path.join(server.path, "hello"), DEMO_FILES)
         try:
-            demo_flow(Project(directory), tell, report)
+            project = Project(directory)
+            demo_command(project, tell, report)
+            demo_removal(project, tell)
         finally:
             end_masters()
     tell("Everything the demo made is gone again.")
 
 
-def demo_flow(project: Project, tell: Callable[[str], None], report: Report) -> None:
+def demo_command(project: Project, tell: Callable[[str], None], report: Report) -> None:
     import threading
-    secret, seen, done = "demo-" + os.urandom(12).hex(), [], threading.Event()  # type: str, List[bool], threading.Event
+    secret, done = f"demo-{os.urandom(12).hex()}", threading.Event()
+    seen: List[bool] = []
     tell("A throwaway sshd on this machine, reached by ssh through a ProxyCommand: host `demo`.")
     project.set_secret("API_TOKEN", secret)
     tell("A git repository with a Makefile, and a project secret: API_TOKEN.")
     workspace = project.create("try-it", "demo", report=report)
-    tell("Workspace try-it made of commit %s at %s" % (workspace.base[:10], workspace.path))
+    tell(f"Workspace try-it made of commit {workspace.base[:10]} at {workspace.path}")
 
     def watch() -> None:
         while not done.is_set():
@@ -8984,44 +9058,38 @@ def demo_flow(project: Project, tell: Callable[[str], None], report: Report) -> 
         watcher.join()
     for line in neutralise(result.stdout + result.stderr).splitlines():
         tell("  demo> " + line.replace(secret, "[the secret]"))
-    tell("It ended with exit code %d." % result.exit_code)
-    tell("The process tables of both sides were read %d times meanwhile: the secret was %s."
-         % (len(seen), "SEEN" if any(seen) else "in none of them"))
+    tell(f"It ended with exit code {result.exit_code}.")
+    tell(f"The process tables of both sides were read {len(seen)} times meanwhile: the secret was "
+         + ("SEEN." if any(seen) else "in none of them."))
     if result.exit_code or any(seen) or secret.encode() not in result.stdout:
-        raise RemoteFailed("The demo did not go as it should.", "Please report it with this output.")
-    demo_removal(project, workspace, tell)
+        raise RemoteFailed("The demo did not go as it should.", "Report it, with this output.")
 
 
-def demo_removal(project: Project, workspace: Workspace, tell: Callable[[str], None]) -> None:
+def demo_removal(project: Project, tell: Callable[[str], None]) -> None:
+    workspace = project.workspace("try-it")
     workspace.exec("echo more >> hello.txt")
     tell("A command there changed hello.txt.")
     try:
         project.remove("try-it")
         raise RemoteFailed("A workspace with changes was removed.")
     except WorkspaceDirty as refusal:
-        tell("rm refuses while there is work: %s" % refusal)
+        tell(f"rm refuses while there is work: {refusal}")
     result = pull(workspace)
-    tell("pull brought it home as a commit on branch %s; the work tree is untouched:" % result.branch)
+    tell(f"pull brought it home as a commit on branch {result.branch}; the work tree is untouched:")
     for line in result.stat.splitlines():
         tell("  " + line)
     project.remove("try-it")
     tell("Now nothing would be lost, and rm removed it.")
 
 
-DEMO_FILES = {"hello.txt": "hello\n", "Makefile": """test:
-\t@echo "tests run on $$(uname -n) in $$PWD"
-\t@test -n "$$API_TOKEN" && echo "with API_TOKEN=$$API_TOKEN"
-"""}
-
-
 # === 18. Doctor ===
 # Owns: looking at this machine's setup and at one host, and saying what each finding means. May
-# touch: the rooms above. Promises: every finding in one sentence, every bad one with its fix; nothing
-# is left on the host; what ssh or the host said is neutralised and bounded.
+# touch: the rooms above. Promises: every finding in one sentence, every bad one with its fix;
+# nothing is left on the host; what ssh or the host said is neutralised and bounded.
 
 class Finding(Value):
-    """One line of doctor. ``state``: ok; note (good to know); fix (works, could be better); bad (the
-    host cannot be used so); dead (it cannot be reached)."""
+    """One line of doctor. ``state``: ok; note (good to know); fix (works, could be better); bad
+    (the host cannot be used so); dead (it cannot be reached)."""
     state: str
     what: str
     text: str
@@ -9029,41 +9097,48 @@ class Finding(Value):
 
 
 def finding(state: str, what: str, text: str, fix: str = "") -> Finding:
-    return Finding(state=state, what=what, text=neutralise(text)[:1000], fix=as_called(neutralise(fix))[:1000])
+    fix = "" if state == "ok" else as_called(neutralise(fix))[:1000]
+    return Finding(state=state, what=what, text=neutralise(text)[:1000], fix=fix)
 
 
 # What `ssh -G` may show, the value that lets it happen, and what it is.
 LEAKS = (
-    ("forwardagent", r"(?!no\Z)", "your agent (ForwardAgent)"), ("forwardx11", "yes", "your display (ForwardX11)"),
-    ("sendenv", "", "environment variables (SendEnv)"), ("setenv", "", "set variables (SetEnv)"),
-    ("localforward", "", "a local port (LocalForward)"), ("remoteforward", "", "a remote port (RemoteForward)"),
-    ("dynamicforward", "", "a proxy (DynamicForward)"), ("tunnel", r"(?!false\Z|no\Z)", "a network (Tunnel)"),
+    ("forwardagent", r"(?!no\Z)", "your agent (ForwardAgent)"),
+    ("forwardx11", "yes", "your display (ForwardX11)"),
+    ("sendenv", "", "environment variables (SendEnv)"),
+    ("setenv", "", "set variables (SetEnv)"),
+    ("localforward", "", "a local port (LocalForward)"),
+    ("remoteforward", "", "a remote port (RemoteForward)"),
+    ("dynamicforward", "", "a proxy (DynamicForward)"),
+    ("tunnel", r"(?!false\Z|no\Z)", "a network (Tunnel)"),
     ("gssapidelegatecredentials", "yes", "Kerberos tickets (GSSAPIDelegateCredentials)"),
-    ("permitlocalcommand", "yes", "a command run here (LocalCommand)"), ("remotecommand", r"(?!none\Z)", "another command (RemoteCommand)"),
-    ("stricthostkeychecking", "no|off|false", "an unchecked host (StrictHostKeyChecking; a changed key is refused all the same)"),
-)
+    ("permitlocalcommand", "yes", "a command run here (LocalCommand)"),
+    ("remotecommand", r"(?!none\Z)", "another command (RemoteCommand)"),
+    ("stricthostkeychecking", "no|off|false", "an unchecked host (StrictHostKeyChecking; a changed "
+                                              "key is refused all the same)"))
 
 
 def examine_here() -> Iterator[Finding]:
     """What can be said without any host."""
     said = neutralise(run([ssh_command()[0], "-V"], patience=CONNECT_TIMEOUT)[2]).strip()
     version = re.search(r"OpenSSH_(?:for_Windows_)?(\d+)\.(\d+)", said)
-    old = version is not None and (int(version.group(1)), int(version.group(2))) < (7, 8)
-    yield finding("bad" if old else "ok" if version else "fix", "ssh here", said[:100],
-                  "" if version and not old else "Install OpenSSH 7.8 or newer, or name one with CMUX_SSH_COMMAND.")
+    state = "fix" if not version else "ok" if tuple(map(int, version.groups())) >= (7, 8) else "bad"
+    yield finding(state, "ssh here", said[:100],
+                  "Install OpenSSH 7.8 or newer, or name one with CMUX_SSH_COMMAND.")
     yield finding("ok", "python", "%d.%d.%d" % sys.version_info[:3])
     try:
-        yield finding("ok", "state", "%s is private" % private_directory(state_home()))
+        yield finding("ok", "state", f"{private_directory(state_home())} is private")
     except CmuxError as error:
         yield finding("bad", "state", str(error), error.hint)
 
 
 def examine_config(config: SSHConfig) -> Finding:
     """What the user's config would let out, had it its way."""
-    leaks = [text for key, value, text in LEAKS if any(re.match(value, said) for said in config.values.get(key, []))]
-    if not leaks:
-        return finding("ok", "config", "nothing in your ssh config would leave this machine")
-    return finding("ok", "config", "forced off here, though your ssh config has it: " + ", ".join(leaks))
+    leaks = [text for key, value, text in LEAKS
+             if any(re.match(value, said) for said in config.values.get(key, []))]
+    return finding("ok", "config", "forced off here, though your ssh config has it: "
+                   + ", ".join(leaks) if leaks else
+                   "nothing in your ssh config would leave this machine")
 
 
 def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
@@ -9075,102 +9150,127 @@ def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
     text, fix, proxy = str(error), error.hint, config.first("proxycommand")
     key = re.search(r"Server host key: (\S+ SHA256:\S+)", words)
     if isinstance(error, HostKeyFailed) and key:
-        text += " It offers %s." % key.group(1)
+        text += f" It offers {key.group(1)}."
     elif isinstance(error, AuthenticationFailed) and error.asks:
-        offered = re.findall(r"Offering public key: (.*?) (?:RSA|DSA|ECDSA|ED25519)\S* ", words)
-        takes = re.findall(r"Authentications that can continue: (\S+)", words)
-        text += " It takes: %s. Offered: %s." % (takes[-1] if takes else "nothing", ", ".join(offered) or "no key at all")
-        if takes and "publickey" not in takes[-1]:
+        keys = re.findall(r"Offering public key: (.*?) (?:RSA|DSA|ECDSA|ED25519)\S* ", words)
+        takes = (re.findall(r"Authentications that can continue: (\S+)", words) or [""])[-1]
+        text += f" It takes: {takes or 'nothing'}. Offered: {', '.join(keys) or 'no key at all'}."
+        if takes and "publickey" not in takes:
             fix = "Ask its owner to allow keys: passwords cannot be typed here."
         elif not os.environ.get("SSH_AUTH_SOCK"):
-            fix = "No agent runs here (SSH_AUTH_SOCK is not set): start one and ssh-add your key, or name it with IdentityFile."
-        elif not any("agent" in line for line in re.findall(r"Offering public key: .*", words)):
-            fix = "Your agent holds no key that was offered: ssh-add it, or name it with IdentityFile."
+            fix = "No agent runs here (SSH_AUTH_SOCK is not set): start one and ssh-add your " \
+                "key, or name it with IdentityFile."
+        elif not re.search(r"Offering public key: .*agent", words):
+            fix = "Your agent holds no key that was offered: ssh-add it, or name it with " \
+                "IdentityFile."
     elif proxy not in ("", "none") and type(error) is ConnectionDropped:
-        text = text if said.strip() else "The ProxyCommand ended without a connection, and without a word."
-        fix = "Run it by hand: %s" % proxy[:300]
+        text = text if said.strip() else "The ProxyCommand ended without a connection or a word."
+        fix = f"Run it by hand: {proxy[:300]}"
     return unreachable(config.host, text, fix)
 
 
 def unreachable(host: str, text: str, fix: str) -> Finding:
-    return finding("dead", "connect", text, fix.replace(look_into(host), "`%s -v %s true`" % (plain_ssh(), quote(host))))
-
-
-def probe_archive() -> bytes:
-    import tarfile
-    entry = tarfile.TarInfo("probe")
-    entry.size = 3
-    return entry.tobuf(tarfile.USTAR_FORMAT) + b"ok\n".ljust(512, b"\0") + bytes(1024)
+    by_hand = f"`{plain_ssh()} -v {quote(host)} true`"
+    return finding("dead", "connect", text, fix.replace(look_into(host), by_hand))
 
 
 def examine_programs(host: Host, root: str) -> Iterator[Finding]:
     """What the host has, and whether its disk takes files."""
-    with spool(probe_archive()) as stream:
+    import tarfile
+    entry = tarfile.TarInfo("probe")
+    entry.size = 3
+    archive = entry.tobuf(tarfile.USTAR_FORMAT) + b"ok\n".ljust(512, b"\0") + bytes(1024)
+    with spool(archive) as stream:
         reply = host.call(PROBE, root, os.urandom(8).hex(), source=Source(stream.fileno()))
     facts: Dict[str, str] = {}
     has = set()
-    for line in reply.lines()[:50]:
-        word, _, rest = line.partition(" ")
+    for word, _, rest in (line.partition(" ") for line in reply.lines()[:50]):
         facts.setdefault(word, rest[:200])
         has.update([rest] if word == "has" else [])
-    yield finding("ok", "system", "%s, login shell %s" % (facts.get("system", "unknown"), facts.get("shell", "unknown")))
+    yield finding("ok", "system", f"{facts.get('system', 'unknown')}, "
+                  f"login shell {facts.get('shell', 'unknown')}")
     if "readonly" in facts or reply.status:
         said = neutralise(reply.stderr).strip().split("\n")[-1]
-        yield finding("bad", "directory", "%s cannot be written: %s" % (facts.get("readonly") or "~/cmux", said), "Make it writable, or choose another with new --root DIR.")
+        yield finding("bad", "directory",
+                      f"{facts.get('readonly') or '~/cmux'} cannot be written: {said}",
+                      "Make it writable, or choose another with new --root DIR.")
         return
-    if "tar" in facts:
-        yield finding("ok", "tar", facts["tar"] or "there")
-    else:
-        yield finding("bad", "tar", "there is no tar that extracts", "Install tar there.")
-    if "git" in has:
-        yield finding("ok", "git there", facts.get("version", "there"))
-    else:
-        yield finding("fix", "git there", "there is none: no commits in workspaces, and push replaces the directory", "Install git there.")
-    lacking = sorted({"bash", "setsid", "ps"} - has)
+    yield finding("ok", "tar", facts["tar"] or "there") if "tar" in facts else finding(
+        "bad", "tar", "there is no tar that extracts", "Install tar there.")
+    yield finding("ok", "git there", facts.get("version", "there")) if "git" in has else finding(
+        "fix", "git there", "there is none: no commits in workspaces, and push replaces the "
+        "directory", "Install git there.")
+    lacking = ", ".join(sorted({"bash", "setsid", "ps"} - has))
     if lacking:
-        yield finding("note", "programs", "without %s; nothing needs them" % ", ".join(lacking))
-    free, inodes = ([number(facts.get(k, "")) for k in ("free", "inodes")])
-    short = 0 <= free < 512 * 1024 or 0 <= inodes < 10000
-    yield finding("fix" if short else "ok", "disk", "%s free%s in %s" % (
-        human_size(free * 1024) if free >= 0 else "unknown", ", %d inodes" % inodes if inodes >= 0 else "", facts.get("root", "")),
-        "Free some: %s gc, or choose another place with new --root DIR." % PROGRAM if short else "")
-    clock = number(facts.get("time", ""))
+        yield finding("note", "programs", f"without {lacking}; nothing needs them")
+    free, inodes, clock = (number(facts.get(key, "")) for key in ("free", "inodes", "time"))
+    size = human_size(free * 1024) if free >= 0 else "unknown"
+    yield finding(
+        "fix" if 0 <= free < 512 * 1024 or 0 <= inodes < 10000 else "ok", "disk",
+        f"{size} free{f', {inodes} inodes' if inodes >= 0 else ''} in {facts.get('root', '')}",
+        f"Free some: {PROGRAM} gc, or choose another place with new --root DIR.")
     if clock >= 0 and abs(clock - time.time()) > 120:
-        yield finding("fix", "clock", "its clock is off by %d s" % (clock - time.time()), "make and git go by file times: set it.")
+        yield finding("fix", "clock", f"its clock is off by {int(clock - time.time())} s",
+                      "make and git go by file times: set it.")
 
 
 def examine_speed(host: Host) -> Iterator[Finding]:
-    """Multiplexing and latency."""
-    masters = host.masters
-    if masters.single():
-        yield finding("fix", "sessions", "one a connection: every operation connects anew", "Its server refuses multiplexing (MaxSessions 1?); raise it if you can.")
+    if host.masters.single():
+        yield finding("fix", "sessions", "one a connection: every operation connects anew",
+                      "Its server refuses multiplexing (MaxSessions 1?); raise it if you can.")
     else:
-        count = masters.count_sessions(BOOT, 12)
-        yield finding("ok" if count >= SESSIONS_PER_MASTER else "fix", "sessions", "%s on one connection; %d are used" % (
-            "12 or more" if count >= 12 else count, min(count, SESSIONS_PER_MASTER)), "" if count >= SESSIONS_PER_MASTER else "MaxSessions 10 in its sshd_config is the usual.")
+        count = host.masters.count_sessions(BOOT, 12)
+        yield finding("ok" if count >= SESSIONS_PER_MASTER else "fix", "sessions",
+                      f"{'12 or more' if count >= 12 else count} on one connection; "
+                      f"{min(count, SESSIONS_PER_MASTER)} are used",
+                      "MaxSessions 10 in its sshd_config is the usual.")
     times = []
     for _ in range(5):
         began = time.monotonic()
         host.call("_cop() { :; }")
         times.append(time.monotonic() - began)
-    yield finding("ok", "latency", "%.0f ms for one operation (median of 5)" % (sorted(times)[2] * 1000))
+    yield finding("ok", "latency",
+                  f"{sorted(times)[2] * 1000:.0f} ms for one operation (median of 5)")
 
 
 def examine_secrets(host: Host) -> Finding:
     """A secret of this moment, handed over as every secret is: does any process table show it?"""
     value, out = os.urandom(16).hex(), Capture(1000)
-    records = record("CMUX_PROBE", value) + command_records(["sh", "-c", SEEN + "; sleep 0.3 || sleep 1"], False, False)
+    command = ["sh", "-c", SEEN + "; sleep 0.3 || sleep 1"]
     here: List[bool] = []
 
     def look(data: bytes) -> None:
         out(data)
         here.append(in_a_process_table(value))
+    records = record("CMUX_PROBE", value) + command_records(command, False, False)
     host.run(records, "/", look, lambda data: None, deadline=Deadline(30))
     if any(here) or out.value().startswith(b"seen"):
-        return finding("bad", "secrets", "a secret showed in a process table %s" % ("here" if any(here) else "there"), "Do not use this host, and report this.")
+        place = "here" if any(here) else "there"
+        return finding("bad", "secrets", f"a secret showed in a process table {place}",
+                       "Do not use this host, and report this.")
     if not out.value().startswith(b"unseen"):
         return finding("note", "secrets", "the host shows no process table to look into")
-    return finding("ok", "secrets", "a secret handed over shows in no process table, here or there")
+    return finding("ok", "secrets",
+                   "a secret handed over shows in no process table, here or there")
+
+
+def examine_connection(host: Host) -> List[Finding]:
+    """Whether it can be reached, how it authenticated, and whether a shell begins."""
+    began = time.monotonic()
+    status, words, said = look_closely(host.masters, "exec sh -c :")
+    used = re.search(r"(?m)^(?:debug1: Authentication succeeded \(|Authenticated to .* using \")"
+                     r"([^\")]{1,60})", words)
+    if not used:
+        return [explain(host.masters.config, words, said)]
+    server = re.search(r"remote software version (\S{1,80})", words)
+    key = re.search(r"Server accepts key: (.{1,300}?)(?: explicit)?(?: agent)?\s*\n", words)
+    found = finding("ok", "connect", f"{server.group(1) if server else 'a server'} in "
+                    f"{time.monotonic() - began:.2f} s, by {used.group(1)}"
+                    f"{' with ' + key.group(1) if key else ''}")
+    return [found] if not status else [found, finding(
+        "bad", "shell", f"no POSIX sh began there (status {status})",
+        "Look at the login shell's start-up files: "
+        f"{plain_ssh()} {quote(host.name)} exec sh -c :")]
 
 
 def doctor(name: str, root: str = "") -> Iterator[Finding]:
@@ -9180,28 +9280,17 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
         if found.state == "bad":
             return
     if not name:
-        yield finding("note", "host", "none was named", "Name one: %s doctor HOST" % PROGRAM)
+        yield finding("note", "host", "none was named", f"Name one: {PROGRAM} doctor HOST")
         return
     host = Host(name, warm=0)
     try:
-        config = host.masters.config
-        yield examine_config(config)
-        began = time.monotonic()
-        status, words, said = look_closely(host.masters, "exec sh -c :")
-        used = re.search(r"(?m)^(?:debug1: Authentication succeeded \(|Authenticated to .* using \")([^\")]{1,60})", words)
-        if not used:
-            yield explain(config, words, said)
-            return
-        server, key = re.search(r"remote software version (\S{1,80})", words), re.search(r"Server accepts key: (.{1,300}?)(?: explicit)?(?: agent)?\s*\n", words)
-        yield finding("ok", "connect", "%s in %.2f s, by %s%s" % (server.group(1) if server else "a server", time.monotonic() - began, used.group(1),
-                                                                  " with " + key.group(1) if key else ""))
-        if status:
-            yield finding("bad", "shell", "no POSIX sh began there (status %d)" % status, "Look at the login shell's start-up files: %s %s exec sh -c :" % (
-                plain_ssh(), quote(name)))
-            return
-        yield from examine_programs(host, root)
-        yield from examine_speed(host)
-        yield examine_secrets(host)
+        yield examine_config(host.masters.config)
+        findings = examine_connection(host)
+        yield from findings
+        if findings[-1].state == "ok":
+            yield from examine_programs(host, root)
+            yield from examine_speed(host)
+            yield examine_secrets(host)
     except HostError as error:
         yield unreachable(name, str(error), error.hint)
     except CmuxError as error:
