@@ -74,11 +74,12 @@ def program(name: str, package: str = "") -> str:
     return path
 
 
-def compiled() -> str:
-    """The program as Python has compiled it, under its own name: at each of some thousand starts it would be
-    compiled anew, for half of all the time that the tests take. (Others start PROGRAM itself.)"""
+def compiled() -> List[str]:
+    """The words that run the program as Python has compiled it, under its own name: at each of some thousand starts it would
+    be compiled anew, for half of all the time that the tests take. (Others start PROGRAM itself.) Nor is time spent on
+    site-packages, of which it needs none."""
     plain = PROGRAM.name != "cmux_ssh.py" or sys.implementation.name != "cpython"  # tuned by a test; PyPy takes source alone
-    return str(PROGRAM) if plain else compiled_copy()
+    return [sys.executable, "-S", str(PROGRAM) if plain else compiled_copy()]
 
 
 @functools.lru_cache(maxsize=None)
@@ -582,7 +583,7 @@ class Site:
     def start(self, *args: str, cwd: Optional[Path] = None, env: Optional[Dict[str, str]] = None,
               stdin: Any = subprocess.DEVNULL, sh: str = "") -> "subprocess.Popen[bytes]":
         """The program, left running, in a process group of its own like a job of a shell; or started by a line of sh as "$@"."""
-        return subprocess.Popen([*(["sh", "-c", sh, "sh"] if sh else []), sys.executable, compiled(), *args], cwd=str(cwd or self.dir), env=self.environment(env), stdin=stdin,
+        return subprocess.Popen([*(["sh", "-c", sh, "sh"] if sh else []), *compiled(), *args], cwd=str(cwd or self.dir), env=self.environment(env), stdin=stdin,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
     def cli(self, *args: str, cwd: Optional[Path] = None, env: Optional[Dict[str, str]] = None, stdin: Optional[bytes] = None,
@@ -693,7 +694,7 @@ class Terminal:
 
 
 def on_terminal(site: Site, *args: str, cwd: Path, env: Optional[Dict[str, str]] = None) -> Terminal:
-    return Terminal([sys.executable, compiled(), *args], cwd, site.environment({"TERM": "xterm", **(env or {})}))
+    return Terminal([*compiled(), *args], cwd, site.environment({"TERM": "xterm", **(env or {})}))
 
 
 def script(path: Path, text: str) -> Path:
@@ -766,13 +767,16 @@ class Repo:
 
     def tree(self) -> Dict[bytes, Tuple[str, bytes]]:
         """What the commit holds, path by path: the repository's own bytes."""
+        def git(*words: str, stdin: bytes = b"") -> bytes:
+            return subprocess.run(["git", *words], cwd=self.dir, env=self.site.env, input=stdin, stdout=subprocess.PIPE, check=True).stdout
+        rows = [row.split(b"\t", 1) for row in git("ls-tree", "-rz", "HEAD").split(b"\0")[:-1]]
+        blobs = git("cat-file", "--batch", stdin=b"".join(meta.split()[2] + b"\n" for meta, _ in rows))
         found = {}
-        listing = subprocess.run(["git", "ls-tree", "-rz", "HEAD"], cwd=str(self.dir), env=self.site.environment(), stdout=subprocess.PIPE, check=True)
-        for row in filter(None, listing.stdout.split(b"\0")):
-            meta, path = row.split(b"\t", 1)
-            mode, _, oid = meta.decode().split()
-            blob = subprocess.run(["git", "cat-file", "blob", oid], cwd=str(self.dir), env=self.site.environment(), stdout=subprocess.PIPE, check=True)
-            found[path] = ({"100644": "file", "100755": "exec", "120000": "link"}[mode], blob.stdout)
+        for meta, path in rows:
+            head, blobs = blobs.split(b"\n", 1)
+            size = int(head.split()[2])
+            found[path] = {b"100644": "file", b"100755": "exec", b"120000": "link"}[meta[:6]], blobs[:size]
+            blobs = blobs[size + 1:]
         return found
 
     def cli(self, *args: str, **options: Any) -> Answer:
@@ -798,8 +802,13 @@ class Repo:
         return {row["name"]: row for row in self.cli("list", "--json").json}
 
     def path(self, name: str = "main") -> Path:
-        """Where the workspace is; the host is this machine, so a test can look."""
-        return Path(self.workspaces()[name]["path"].replace("~", str(self.site.far_home()), 1))
+        """Where the workspace is; the host is this machine, so a test can look. By the record of this project, or by
+        `list`, which asks the host."""
+        rows: Dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            digest = hashlib.sha256(os.fsencode(self.dir / ".git")).hexdigest()
+            rows = json.loads((self.site.state / f"projects/{digest[:20]}.json").read_bytes())["workspaces"]
+        return Path((rows if name in rows else self.workspaces())[name]["path"].replace("~", str(self.site.far_home()), 1))
 
 
 def tree_of(directory: Path) -> Dict[bytes, Tuple[str, bytes]]:
@@ -7010,7 +7019,7 @@ def test_write_reads_stdin_in_linear_time_and_only_what_it_may_take(shared: Repo
         file.truncate(150_000_000)
         for args, code, words in ((("write", "-w", "main", "f"), 2, "larger than 104.9 MB"), (("edit", "-w", "main", "f"), 2, "larger than"), (("secrets", "set", "X"), 2, "larger than"),
                                   (("write", "-w", "main", ""), 2, "path is empty"), (("write", "-H", "a b", "-w", "never", "f"), 2, "host name")):
-            done = subprocess.run([sys.executable, compiled(), *args], cwd=str(shared.dir), env=shared.site.environment(), stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            done = subprocess.run([*compiled(), *args], cwd=str(shared.dir), env=shared.site.environment(), stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             assert done.returncode == code and words.encode() in done.stderr and os.lseek(file.fileno(), 0, os.SEEK_CUR) == 0, done
 
 
@@ -9064,7 +9073,7 @@ def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo: Repo, sit
     """From another directory, by another path, about a workspace that is not the default: what a refusal says is run as it is."""
     path = site.dir / "my copies" / "cmux_ssh.py"
     path.parent.mkdir()
-    path.symlink_to(compiled())
+    path.symlink_to(compiled()[-1])
     site.host("dead", "ProxyCommand false")
     repo.write("Makefile", b"test:\n\techo made\n")
     repo.commit()
