@@ -475,7 +475,8 @@ class Site:
 
     def sshd_config(self, name: str, *lines: str, shell: str = "", env: Optional[Dict[str, str]] = None,
                     host_key: Optional[Path] = None) -> Path:
-        """A configuration for sshd with stock limits, whose sessions live in a home of their own."""
+        """A configuration for sshd with stock limits, whose sessions live in a home of their own. (With sntrup761, ssh 9.2
+        spends 0.12 s of the processor on each connection, a seventh of all the time that the tests take.)"""
         home = self.far_home(name)
         home.mkdir(exist_ok=True)
         variables = {"HOME": str(home), "CMUX_TEST_SITE": str(self.dir), **(env or {})}
@@ -483,7 +484,7 @@ class Site:
             variables["SHELL"] = program(shell)
         text = [f"HostKey {host_key or self.keys.host}", f"AuthorizedKeysFile {self.dir / 'authorized'}", "PidFile none", "UsePAM no",
                 "StrictModes no", "PermitRootLogin yes", "PasswordAuthentication no", "KbdInteractiveAuthentication no",
-                "LogLevel VERBOSE", "SetEnv " + " ".join(f'"{k}={v}"' for k, v in variables.items()), *lines]
+                "KexAlgorithms curve25519-sha256", "LogLevel VERBOSE", "SetEnv " + " ".join(f'"{k}={v}"' for k, v in variables.items()), *lines]
         if shell:
             text.append(f"ForceCommand {self._login(name, shell, home)}")
         path = self.dir / f"sshd-{name}"
@@ -631,10 +632,10 @@ class Site:
 class Terminal:
     """A program on a real terminal, as a person has it."""
 
-    def __init__(self, argv: Sequence[str], cwd: Path, env: Dict[str, str]) -> None:
+    def __init__(self, argv: Sequence[str], cwd: Path, env: Dict[str, str], rows: int = 24) -> None:
         self.output, self._screen = b"", b""
         self._end, far = pty.openpty()
-        fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+        fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 100, 0, 0))
         self.child = subprocess.Popen(argv, cwd=str(cwd), env=env, stdin=far, stdout=far, stderr=far, start_new_session=True,
                                       preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
         os.close(far)
@@ -693,8 +694,8 @@ class Terminal:
             assert b"Traceback" not in self.output, self.output.decode(errors="replace")
 
 
-def on_terminal(site: Site, *args: str, cwd: Path, env: Optional[Dict[str, str]] = None) -> Terminal:
-    return Terminal([*compiled(), *args], cwd, site.environment({"TERM": "xterm", **(env or {})}))
+def on_terminal(site: Site, *args: str, cwd: Path, env: Optional[Dict[str, str]] = None, rows: int = 24) -> Terminal:
+    return Terminal([*compiled(), *args], cwd, site.environment({"TERM": "xterm", **(env or {})}), rows)
 
 
 def script(path: Path, text: str) -> Path:
@@ -1372,7 +1373,7 @@ def test_ctrl_c_on_a_terminal_is_130(shared: Repo) -> None:
     gone(f"sleep {nap}")
 
 
-COLOURFUL = (r"printf '\303'; sleep .4; printf '\244 \033[3'; sleep .4; printf '1mred\033[0m \33[1;32m10%%\r20%%'; sleep .4; printf '\033[m\n"
+COLOURFUL = (r"printf '\303'; sleep .2; printf '\244 \033[3'; sleep .2; printf '1mred\033[0m \33[1;32m10%%\r20%%'; sleep .2; printf '\033[m\n"
              r"\033]0;t\007\033[2J\b\303\033[8888888888888888888888888888888888888888888m\302\2331m\r\n\033[7mleft'")
 
 
@@ -1620,7 +1621,7 @@ def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo: R
     repo.new("main", *(["b"] if several else []))
     reader, writer = pty.openpty() if where == "terminal" else os.pipe()
     child = subprocess.Popen(
-        [sys.executable, str(PROGRAM), "exec", *(["--all"] if several else []), *(["--timeout", "3"] if how == "timeout" else []), "--",
+        [*compiled(), "exec", *(["--all"] if several else []), *(["--timeout", "3"] if how == "timeout" else []), "--",
          f"sleep {nap} & yes"], cwd=str(repo.dir), env=site.environment(), stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     try:
@@ -3360,10 +3361,10 @@ def source_text(size: int) -> bytes:
 @pytest.fixture
 def tuned(site: Site, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Other limits for the program from now on."""
-    def tune(**limits: float) -> None:
+    def tune(**limits: Any) -> None:
         path = site.dir / "tuned.py"
         path.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport cmux_ssh as c\n" + "".join(
-            f"assert c.{name}; c.{name} = float('{value}')\n" for name, value in limits.items()) + "sys.exit(c.main())\n")
+            f"assert c.{name}; c.{name} = {value if isinstance(value, int) else f'float({str(value)!r})'}\n" for name, value in limits.items()) + "sys.exit(c.main())\n")
         monkeypatch.setattr(sys.modules[__name__], "PROGRAM", path)
     return tune
 
@@ -3432,7 +3433,7 @@ def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo:
     repo.write("big", os.urandom(5 << 20))
     repo.commit()
     line = site.line("far")
-    line.rate = 1e6
+    line.rate = 2e6
     seen = on_terminal(site, "new", "-H", "far", name, cwd=repo.dir)
     seen.expect(rb"\r\x1b\[Ka-rather[-a-z]*: sending [\d.]+ MB of ~5.\d MB, [\d.]+ [kM]B/s, ~\d+s left")
     assert all(len(text) < 100 for text in seen.lines())
@@ -3451,18 +3452,18 @@ def test_a_stalled_upload_holds_up_no_other_host_and_who_waits_for_it_is_told_an
     repo.write("text", os.urandom(1 << 20))
     repo.commit()
     line = site.line("far")
-    repo.new("old", "--ref", "HEAD~1")
+    repo.new("old", "older", "--ref", "HEAD~1")
     stopped = threading.Event()
     line.trap = ("up", 300_000, lambda: (kill(sender.pid, signal.SIGSTOP), stopped.set()) and None)
     sender = repo.start("new", "-H", "far", "a")
     try:
         until(stopped.is_set, "the upload stalls")
         tuned(LOCK_PATIENCE=2.5)
-        for words, doing in (
-                ("new -H far c", "sends the same files to far"), ("new -H box a", "works on the workspace a"), ("rm a", "works on the workspace a"), ("rename -w old a", "works on the workspace a"),
-                ("fork -w old a", "works on the workspace a"), ("exec -H box -w a -- true", "works on the workspace a")):
-            waited = repo.cli(*words.split())
-            who = f"process {sender.pid}, which {doing}."
+        calls = ("new -H far c", "new -H box a", "rm a", "rename -w old a", "fork -w older a", "exec -H box -w a -- true")
+        with ThreadPoolExecutor(len(calls)) as pool:
+            answers = list(pool.map(lambda words: repo.cli(*words.split()), calls))
+        for words, waited in zip(calls, answers):
+            who = f"process {sender.pid}, which {'sends the same files to far' if 'far' in words else 'works on the workspace a'}."
             assert waited.code == (125 if "exec" in words else 1) and waited.out == b"" and 2 < waited.seconds < 15, waited
             said = waited.said.replace(f"Waiting for {who}", "", 1) if "exec" not in words else waited.said  # in a pipe it adds no word
             assert said != waited.said or "exec" in words, waited
@@ -3766,7 +3767,7 @@ def test_push_moves_a_workspace_and_keeps_what_is_ignored(site: Site, host: str)
 
 @pytest.mark.compat
 def test_a_delta_sends_only_what_changed(site: Site) -> None:
-    repo = Repo(site, odd=True, files={"big%d" % i: os.urandom(300000) for i in range(20)})
+    repo = Repo(site, odd=True, files={"big%d" % i: os.urandom(30000) for i in range(20)})
     line = site.line("far")
     repo.new("one", host="far")
     for turn in range(9):
@@ -4131,8 +4132,10 @@ while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={
         for host, more in (("git", "git"), ("files", "")):
             posix_tools(self.site.dir / host, more)
 
-    def state(self) -> Dict[str, bytes]:
-        return {str(p): p.read_bytes() for p in sorted(self.dir.rglob("*")) if p.is_file()}
+    def state(self) -> Dict[str, Tuple[int, ...]]:
+        """Which file each is, and when it was last changed."""
+        paths = [os.path.join(folder, name) for folder, _, names in os.walk(self.dir) for name in names]
+        return {path: (is_.st_ino, is_.st_size, is_.st_mtime_ns, is_.st_ctime_ns) for path in paths for is_ in [os.lstat(path)]}
 
     def say(self, name: str, chunks: "bytes | Iterable[bytes]", status: int) -> None:
         """Have the host print these chunks, as long as somebody reads."""
@@ -4421,7 +4424,7 @@ def endless(kind: str) -> List[Any]:
     rows = (b"".join(row(b"M 100644 :1 %s/%d" % (b"p" * 80, n * 1000 + i)) for i in range(1000)) for n in itertools.count())
     return {
         "blobs": [*thousand[:2], itertools.chain([thousand[2]], (b"".join(blob(n * 1000 + i, b"%d" % i)[2] for i in range(1000)) for n in itertools.count(9)))],
-        "zeros": [first[0], first[1] + row(b"M 100644 :1 a"), itertools.chain([b"1 blob 268435456\n"], itertools.repeat(b"\0" * 131072))],
+        "zeros": [first[0], first[1] + row(b"M 100644 :1 a"), itertools.chain([b"1 blob 83886080\n"], itertools.repeat(b"\0" * 131072))],
         "paths": [first[0], itertools.chain(first[1:], rows)],
         "commits": [(b"".join(commit(k, parent=b"from :%d" % (k - 1 if k > 1 else 0), message=b"m" * 16000)[0] for k in range(n * 100 - 99, n * 100 + 1)) for n in itertools.count(1))],
         "merges": [commit(2, parent=b" ".join([b"from :0"] * 5000))[0], b"", b""],
@@ -4431,7 +4434,7 @@ def endless(kind: str) -> List[Any]:
 
 @pytest.mark.parametrize("kind", ["blobs", "zeros", "paths", "commits", "merges", "line", "blank", "list", "tar"])
 def test_endless_streams_end_in_flat_memory(new_lab: Callable[..., Lab], kind: str) -> None:
-    lab = new_lab(PULL_TOTAL_MAX=300 << 20)
+    lab = new_lab(PULL_TOTAL_MAX=100 << 20, PULL_FILE_MAX=80 << 20)
     lab.take(one(b"x"))
     before = lab.peak()
     lab.refuse(endless(kind), "files" if kind in ("tar", "list") else "git")
@@ -4449,14 +4452,14 @@ def test_a_hundred_thousand_files_in_flat_memory(new_lab: Callable[..., Lab]) ->
 
 
 def test_leaks_are_seen_across_chunks(new_lab: Callable[..., Lab]) -> None:
-    lab, data = new_lab(), b"x" * 100 + b"s3cr3t-value" + b"y" * 100
+    """One chunk ends in each file, in every place of the value."""
+    lab, data = new_lab(), {cut: b"x%03d" % cut + b"x" * 96 + b"s3cr3t-value" + b"y" * 100 for cut in range(90, 125)}
     for name, value in (("TOKEN", b"s3cr3t-value"), ("SHORT", b"x")):
         lab.ok("secrets", "set", name, stdin=value)
-    for cut in range(90, 125):
-        commits, changes, contents = one(b"f", data=data)
-        at = contents.index(data) + cut
-        lab.take([commits, changes, (time.sleep(0.05) or part for part in (contents[:at], contents[at:]))])  # type: ignore[func-returns-value]
-        assert lab.told["secrets"] == {"f": ["TOKEN"]}, cut
+    commits, changes, contents = export(*itertools.starmap(blob, data.items()), commit(999, *(b"M 100644 :%d f%d" % (cut, cut) for cut in data)))
+    ends = [0, *(contents.index(text) + cut for cut, text in data.items()), len(contents)]
+    lab.take([commits, changes, (time.sleep(0.05) or contents[at:end] for at, end in zip(ends, ends[1:]))])  # type: ignore[func-returns-value]
+    assert lab.told["secrets"] == {f"f{cut}": ["TOKEN"] for cut in data}
 
 
 def work(repo: Repo, name: str = "main") -> str:
@@ -4518,7 +4521,8 @@ def test_pull_brings_every_honest_change_home(odd: Repo) -> None:
 @pytest.mark.parametrize("harm", [
     "rm -rf .git", "rm -rf .git; git init -q; git add -A; git commit -qm other", "git update-ref -d refs/cmux/base", "rm -rf .git; echo x >.git",
     "git checkout -q --orphan fresh; git add -A; git commit -qm orphan", "rm .git/index", "rm -rf .git/objects", "git init -q nested; git init -q n2; echo x >n2/x; cd n2; git add x; git commit -qm x; cd ..; git add n2; git commit -qm gitlink",
-    "i=0; while [ $i -lt 1010 ]; do git commit -q --allow-empty -m x; i=$((i+1)); done",
+    "i=0; while [ $i -lt 1010 ]; do printf 'commit refs/heads/main\ncommitter A <a@b> 9 +0000\ndata 1\nx\n'; [ $i != 0 ] || "
+    "echo from $(git rev-parse main); i=$((i+1)); done | git fast-import --quiet",
     "git config core.fsmonitor 'touch /tmp/never'; git config filter.x.clean false; echo '* filter=x' >.git/info/attributes; git config core.autocrlf true",
 ])
 def test_pull_survives_what_agents_do_to_git(repo: Repo, harm: str) -> None:
@@ -5037,21 +5041,20 @@ def test_hooks_that_the_configuration_names_do_not_run_either(repo: Repo, site: 
     shim.write_text(f"""
 import os, subprocess, sys
 words, real, hooks = sys.argv[1:], {program("git")!r}, {{}}
-if "update-ref" in words:
-    told = subprocess.run([real, *words[:words.index("update-ref")], "config", "-z", "--get-regexp", "^hook[.]"], stdout=subprocess.PIPE).stdout
-    rows = [row.split("\\n") for row in told.decode().split("\\0")[:-1]]  # git before 2.31 does not know these variables
-    rows += [[os.environ["GIT_CONFIG_%s_%d" % (part, n)] for part in ("KEY", "VALUE")] for n in range(int(os.environ.get("GIT_CONFIG_COUNT", 0)))]
-    for key, value in rows:
-        hooks.setdefault(key.rpartition(".")[0], {{}})[key.rpartition(".")[2]] = value
-    for hook in hooks.values():
-        if hook.get("event") == "reference-transaction" and hook.get("enabled") != "false":
-            subprocess.run(hook["command"], shell=True)
+told = subprocess.run([real, *words[:words.index("update-ref")], "config", "-z", "--get-regexp", "^hook[.]"], stdout=subprocess.PIPE).stdout
+rows = [row.split("\\n") for row in told.decode().split("\\0")[:-1]]  # git before 2.31 does not know these variables
+rows += [[os.environ["GIT_CONFIG_%s_%d" % (part, n)] for part in ("KEY", "VALUE")] for n in range(int(os.environ.get("GIT_CONFIG_COUNT", 0)))]
+for key, value in rows:
+    hooks.setdefault(key.rpartition(".")[0], {{}})[key.rpartition(".")[2]] = value
+for hook in hooks.values():
+    if hook.get("event") == "reference-transaction" and hook.get("enabled") != "false":
+        subprocess.run(hook["command"], shell=True)
 os.execv(real, [real, *words])
 """)
     for scope, name in (("--local", "k"), ("--global", "a=b. c")):
         repo.git("config", scope, f"hook.{name}.event", "reference-transaction")
         repo.git("config", scope, f"hook.{name}.command", f"echo ran >>{trap}")
-    env = replaced(site, git=f'exec {sys.executable} {shim} "$@"')
+    env = replaced(site, git=f'case " $* " in *" update-ref "*) exec {sys.executable} -S {shim} "$@";; esac')
     subprocess.run(["git", "update-ref", "refs/heads/proof", "HEAD"], cwd=str(repo.dir), env=site.environment(env), check=True)
     assert trap.read_text().startswith("ran\nran\n")
     trap.unlink()
@@ -5403,9 +5406,10 @@ def test_a_submodule_that_lies_elsewhere_is_none(site: Site) -> None:
 
 
 @pytest.mark.parametrize("host", ["box", "nogit"])
-def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site: Site, host: str) -> None:
+def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site: Site, tuned: Callable[..., None], host: str) -> None:
     repo = Repo(site, files={".gitattributes": b"*.bin filter=lfs\n"})
-    size = (256 << 20) + 4096
+    tuned(PULL_FILE_MAX=16 << 20)
+    size = (16 << 20) + 4096
     digest = hashlib.sha256(bytes(size)).hexdigest()
     repo.write("model.bin", pointer(bytes(size)))
     repo.write(".git/lfs/objects/%s/%s/%s" % (digest[:2], digest[2:4], digest), b"")
@@ -5842,6 +5846,7 @@ def test_read_of_a_file_that_grows_is_consistent(talker: Agent, area: Area) -> N
         with open(str(file), "ab", buffering=0) as end:
             while not stop.is_set() and end.tell() < 8_000_000:
                 end.write(b"more\n" * 20)
+                time.sleep(0.0002)
     thread = threading.Thread(target=append)
     thread.start()
     try:
@@ -6663,7 +6668,7 @@ def other_server(site: Site, kind: str) -> str:
             site.daemons.append(subprocess.Popen(shlex.split(hidden) + [program("dropbear", "dropbear-bin"), "-F", "-E", "-s", "-r", str(key), "-p",
                                                                         f"127.0.0.1:{port}", "-P", str(site.dir / "pid")], stderr=log, stdin=subprocess.DEVNULL))
         until(lambda: answers(port), "dropbear listens")
-        return site.host(kind, "HostName 127.0.0.1", f"Port {port}")
+        return site.host(kind, "HostName 127.0.0.1", f"Port {port}", "KexAlgorithms curve25519-sha256")
     made = site.dir / "tinyssh-keys"
     subprocess.run([program("tinysshd-makekey", "tinysshd"), "-q", str(made)], check=True)
     shown = subprocess.run([program("tinysshd-printkey", "tinysshd"), str(made)], check=True, stdout=subprocess.PIPE).stdout.decode()
@@ -6816,15 +6821,15 @@ def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo: Repo, 
 
 
 def test_more_workspaces_than_rows_are_counted_and_pipes_and_dumb_terminals_see_none(repo: Repo, site: Site) -> None:
-    names = [f"w{n:02}" for n in range(26)]
-    repo.new(*names, seconds=120)
+    names = [f"w{n:02}" for n in range(14)]
+    repo.new(*names)
     for env in ({}, {"TERM": "dumb"}):
-        seen = on_terminal(site, "exec", "--all", "-j", "7", "--", "sleep 1; echo x", cwd=repo.dir, env=env)
+        seen = on_terminal(site, "exec", "--all", "-j", "7", "--", "sleep 1; echo x", cwd=repo.dir, env=env, rows=12)
         if not env:
-            seen.expect(rb"w07  running \d+s\x1b\[K\r?\n(w\d\d  (running|connecting) \d+s\x1b\[K\r?\n){6}\d+ of 26 ended, 0 failed, 7 at work")
+            seen.expect(rb"w07  running \d+s\x1b\[K\r?\n(w\d\d  (running|connecting) \d+s\x1b\[K\r?\n){6}\d+ of 14 ended, 0 failed, 7 at work")
         assert seen.wait() == 0
         shown = list(filter(None, seen.lines()))
-        assert len(shown) == 27 and all(" | x" in text for text in shown[:26]) and "26 of 26" in shown[26], shown
+        assert len(shown) == 15 and all(" | x" in text for text in shown[:14]) and "14 of 14" in shown[14], shown
         assert (b"\x1b" in seen.output) == (not env)
     piped = repo.cli("exec", "-w", "w00", "-w", "w01", "--", "sleep 1.5; echo x")
     assert piped.out.count(b" | x\n") == 2 and len(piped.err.splitlines()) == 1 and b"\x1b" not in piped.err
