@@ -74,11 +74,12 @@ def program(name: str, package: str = "") -> str:
     return path
 
 
-def compiled() -> str:
-    """The program as Python has compiled it, under its own name: at each of some thousand starts it would be
-    compiled anew, for half of all the time that the tests take. (Others start PROGRAM itself.)"""
+def compiled() -> List[str]:
+    """The words that run the program as Python has compiled it, under its own name: at each of some thousand starts it would
+    be compiled anew, for half of all the time that the tests take. (Others start PROGRAM itself.) Nor is time spent on
+    site-packages, of which it needs none."""
     plain = PROGRAM.name != "cmux_ssh.py" or sys.implementation.name != "cpython"  # tuned by a test; PyPy takes source alone
-    return str(PROGRAM) if plain else compiled_copy()
+    return [sys.executable, "-S", str(PROGRAM) if plain else compiled_copy()]
 
 
 @functools.lru_cache(maxsize=None)
@@ -173,6 +174,11 @@ def ancestors() -> List[int]:
         pid = parents[pid]
         line.append(pid)
     return line
+
+
+def spent() -> float:
+    """Seconds of the processor of all programs that ended here: no busy machine makes them more."""
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
 
 def kill(pid: int, sig: int = signal.SIGKILL) -> None:
@@ -412,7 +418,7 @@ class Answer:
 
     @property
     def json(self) -> Any:
-        assert self.out.isascii() if hasattr(self.out, "isascii") else True
+        assert self.out.isascii()
         return json.loads(self.out)
 
     @property
@@ -474,7 +480,8 @@ class Site:
 
     def sshd_config(self, name: str, *lines: str, shell: str = "", env: Optional[Dict[str, str]] = None,
                     host_key: Optional[Path] = None) -> Path:
-        """A configuration for sshd with stock limits, whose sessions live in a home of their own."""
+        """A configuration for sshd with stock limits, whose sessions live in a home of their own. (With sntrup761, ssh 9.2
+        spends 0.12 s of the processor on each connection, a seventh of all the time that the tests take.)"""
         home = self.far_home(name)
         home.mkdir(exist_ok=True)
         variables = {"HOME": str(home), "CMUX_TEST_SITE": str(self.dir), **(env or {})}
@@ -482,7 +489,7 @@ class Site:
             variables["SHELL"] = program(shell)
         text = [f"HostKey {host_key or self.keys.host}", f"AuthorizedKeysFile {self.dir / 'authorized'}", "PidFile none", "UsePAM no",
                 "StrictModes no", "PermitRootLogin yes", "PasswordAuthentication no", "KbdInteractiveAuthentication no",
-                "LogLevel VERBOSE", "SetEnv " + " ".join(f'"{k}={v}"' for k, v in variables.items()), *lines]
+                "KexAlgorithms curve25519-sha256", "LogLevel VERBOSE", "SetEnv " + " ".join(f'"{k}={v}"' for k, v in variables.items()), *lines]
         if shell:
             text.append(f"ForceCommand {self._login(name, shell, home)}")
         path = self.dir / f"sshd-{name}"
@@ -582,7 +589,7 @@ class Site:
     def start(self, *args: str, cwd: Optional[Path] = None, env: Optional[Dict[str, str]] = None,
               stdin: Any = subprocess.DEVNULL, sh: str = "") -> "subprocess.Popen[bytes]":
         """The program, left running, in a process group of its own like a job of a shell; or started by a line of sh as "$@"."""
-        return subprocess.Popen([*(["sh", "-c", sh, "sh"] if sh else []), sys.executable, compiled(), *args], cwd=str(cwd or self.dir), env=self.environment(env), stdin=stdin,
+        return subprocess.Popen([*(["sh", "-c", sh, "sh"] if sh else []), *compiled(), *args], cwd=str(cwd or self.dir), env=self.environment(env), stdin=stdin,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
     def cli(self, *args: str, cwd: Optional[Path] = None, env: Optional[Dict[str, str]] = None, stdin: Optional[bytes] = None,
@@ -630,10 +637,10 @@ class Site:
 class Terminal:
     """A program on a real terminal, as a person has it."""
 
-    def __init__(self, argv: Sequence[str], cwd: Path, env: Dict[str, str]) -> None:
+    def __init__(self, argv: Sequence[str], cwd: Path, env: Dict[str, str], rows: int = 24) -> None:
         self.output, self._screen = b"", b""
         self._end, far = pty.openpty()
-        fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+        fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 100, 0, 0))
         self.child = subprocess.Popen(argv, cwd=str(cwd), env=env, stdin=far, stdout=far, stderr=far, start_new_session=True,
                                       preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
         os.close(far)
@@ -692,8 +699,8 @@ class Terminal:
             assert b"Traceback" not in self.output, self.output.decode(errors="replace")
 
 
-def on_terminal(site: Site, *args: str, cwd: Path, env: Optional[Dict[str, str]] = None) -> Terminal:
-    return Terminal([sys.executable, compiled(), *args], cwd, site.environment({"TERM": "xterm", **(env or {})}))
+def on_terminal(site: Site, *args: str, cwd: Path, env: Optional[Dict[str, str]] = None, rows: int = 24) -> Terminal:
+    return Terminal([*compiled(), *args], cwd, site.environment({"TERM": "xterm", **(env or {})}), rows)
 
 
 def script(path: Path, text: str) -> Path:
@@ -714,8 +721,9 @@ def replaced(site: Site, **programs: str) -> Dict[str, str]:
 RUN = '; exec "$@"'
 
 
-def mounted(text: str, options: str = "" if os.geteuid() == 0 else "-r") -> str:
+def mounted(text: str, options: str = "") -> str:
     """A line of sh that runs "$@" where only it sees what this line mounts."""
+    options = options if os.geteuid() == 0 else "-r"
     return f"exec {program('unshare', 'util-linux')} {options} -m sh -c {shlex.quote(text + RUN)} sh \"$@\""
 
 
@@ -766,13 +774,16 @@ class Repo:
 
     def tree(self) -> Dict[bytes, Tuple[str, bytes]]:
         """What the commit holds, path by path: the repository's own bytes."""
+        def git(*words: str, stdin: bytes = b"") -> bytes:
+            return subprocess.run(["git", *words], cwd=self.dir, env=self.site.env, input=stdin, stdout=subprocess.PIPE, check=True).stdout
+        rows = [row.split(b"\t", 1) for row in git("ls-tree", "-rz", "HEAD").split(b"\0")[:-1]]
+        blobs = git("cat-file", "--batch", stdin=b"".join(meta.split()[2] + b"\n" for meta, _ in rows))
         found = {}
-        listing = subprocess.run(["git", "ls-tree", "-rz", "HEAD"], cwd=str(self.dir), env=self.site.environment(), stdout=subprocess.PIPE, check=True)
-        for row in filter(None, listing.stdout.split(b"\0")):
-            meta, path = row.split(b"\t", 1)
-            mode, _, oid = meta.decode().split()
-            blob = subprocess.run(["git", "cat-file", "blob", oid], cwd=str(self.dir), env=self.site.environment(), stdout=subprocess.PIPE, check=True)
-            found[path] = ({"100644": "file", "100755": "exec", "120000": "link"}[mode], blob.stdout)
+        for meta, path in rows:
+            head, blobs = blobs.split(b"\n", 1)
+            size = int(head.split()[2])
+            found[path] = {b"100644": "file", b"100755": "exec", b"120000": "link"}[meta[:6]], blobs[:size]
+            blobs = blobs[size + 1:]
         return found
 
     def cli(self, *args: str, **options: Any) -> Answer:
@@ -798,8 +809,17 @@ class Repo:
         return {row["name"]: row for row in self.cli("list", "--json").json}
 
     def path(self, name: str = "main") -> Path:
-        """Where the workspace is; the host is this machine, so a test can look."""
-        return Path(self.workspaces()[name]["path"].replace("~", str(self.site.far_home()), 1))
+        """Where the workspace is; the host is this machine, so a test can look. By the record of this project, or by
+        `list`, which asks the host."""
+        rows = self.recorded()
+        return Path((rows if name in rows else self.workspaces())[name]["path"].replace("~", str(self.site.far_home()), 1))
+
+    def recorded(self) -> Dict[str, Any]:
+        """The workspaces in the record of this project; none where there is no record, or it is damaged."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            digest = hashlib.sha256(os.fsencode(self.dir / ".git")).hexdigest()
+            return dict(json.loads((self.site.state / f"projects/{digest[:20]}.json").read_bytes())["workspaces"])
+        return {}
 
 
 def tree_of(directory: Path) -> Dict[bytes, Tuple[str, bytes]]:
@@ -1160,8 +1180,7 @@ def test_every_exit_code_from_0_to_255_is_exact(shared: Repo) -> None:
     for code in (0, 1, 2, 3, 42, 77, *range(96, 100), *range(123, 132), 137, 141, 143, 254, 255):
         ran = shared.exec("sh", "-c", f"exit {code}") if code % 2 else shared.exec(f"exit {code}")
         assert (ran.code, ran.out, ran.err) == (code, b"", b"")
-    lines = [json.dumps({"id": n, "tool": "exec", "arguments": {"command": f"exit {n}"}}) for n in range(256)]
-    answers = map(json.loads, shared.cli("batch", stdin="\n".join(lines).encode()).out.splitlines())
+    answers = map(json.loads, shared.cli("batch", stdin=calls(f"exit {n}" for n in range(256))).out.splitlines())
     assert {a["id"]: a["result"]["exit_code"] for a in answers} == {n: n for n in range(256)}
 
 
@@ -1362,12 +1381,12 @@ def test_ctrl_c_on_a_terminal_is_130(shared: Repo) -> None:
     gone(f"sleep {nap}")
 
 
-COLOURFUL = (r"printf '\303'; sleep .4; printf '\244 \033[3'; sleep .4; printf '1mred\033[0m \33[1;32m10%%\r20%%'; sleep .4; printf '\033[m\n"
+COLOURFUL = (r"printf '\303'; sleep .2; printf '\244 \033[3'; sleep .2; printf '1mred\033[0m \33[1;32m10%%\r20%%'; sleep .2; printf '\033[m\n"
              r"\033]0;t\007\033[2J\b\303\033[8888888888888888888888888888888888888888888m\302\2331m\r\n\033[7mleft'")
 
 
 @pytest.mark.parametrize("face", ["exec", "logs", "logs -f", "new", "several"])
-def test_colours_and_progress_of_a_command_pass_to_a_terminal_and_nothing_else_does(repo: Repo, face: str, site: Site) -> None:
+def test_colours_and_progress_of_a_command_pass_to_a_terminal_and_nothing_else_does(repo: Repo, face: str) -> None:
     words = face.split()
     if face == "new":
         repo.write(".cmux/init", b"#!/bin/sh\n" + COLOURFUL.encode(), 0o755)
@@ -1381,7 +1400,7 @@ def test_colours_and_progress_of_a_command_pass_to_a_terminal_and_nothing_else_d
     else:
         words.append(repo.exec(COLOURFUL, options=["--detach"]).text.strip())
         repo.ok("wait", words[-1])
-    terminal = on_terminal(site, *words, cwd=repo.dir)
+    terminal = on_terminal(repo.site, *words, cwd=repo.dir)
     assert terminal.wait() == 0
     label, on = ("a | ", "\x1b[1;32m") if face == "several" else ("", "\x1b[1;32m")
     seen = re.sub(r"\x1b\[m\x1b\[1;32m", "", terminal.output.decode())  # off between two pieces, and on again
@@ -1604,14 +1623,14 @@ def test_a_timeout_comes_also_while_output_never_pauses(shared: Repo) -> None:
 @pytest.mark.parametrize("how", ["timeout", "SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("where", ["pipe", "terminal", "several"])
 @pytest.mark.promise(6)
-def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo: Repo, where: str, how: str, site: Site) -> None:
+def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo: Repo, where: str, how: str) -> None:
     """Nobody reads, and the output is full: the command is ended all the same, and that is said."""
     nap, several = unique(), where == "several"
     repo.new("main", *(["b"] if several else []))
     reader, writer = pty.openpty() if where == "terminal" else os.pipe()
     child = subprocess.Popen(
-        [sys.executable, str(PROGRAM), "exec", *(["--all"] if several else []), *(["--timeout", "3"] if how == "timeout" else []), "--",
-         f"sleep {nap} & yes"], cwd=str(repo.dir), env=site.environment(), stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE)
+        [*compiled(), "exec", *(["--all"] if several else []), *(["--timeout", "3"] if how == "timeout" else []), "--",
+         f"sleep {nap} & yes"], cwd=repo.dir, env=repo.site.environment(), stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     try:
         until(lambda: running(f"sleep {nap}"), "it runs")
@@ -1685,15 +1704,23 @@ def agent(site: Site) -> Iterator[Dict[str, str]]:
     try:
         until(lambda: os.path.exists(sock), "the agent listens")
         env = {"SSH_AUTH_SOCK": sock}
-        subprocess.run([program("ssh-add", "openssh-client"), "-q", str(site.keys.stranger)], env=site.environment(env), check=True)
+        ssh_add(site, env, "-q", site.keys.stranger)
         yield env
     finally:
         child.kill()
         child.wait()
 
 
-def agent_keys(site: Site, env: Dict[str, str]) -> bytes:
-    return subprocess.run([program("ssh-add", "openssh-client"), "-L"], env=site.environment(env), stdout=subprocess.PIPE).stdout
+def ssh_add(site: Site, env: Dict[str, str], *words: object) -> bytes:
+    return subprocess.run([program("ssh-add", "openssh-client"), *map(str, words)], env=site.environment(env), check=words != ("-L",), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+
+
+def locked_key(site: Site) -> Path:
+    """The user's key with the passphrase "right"."""
+    key = site.dir / "locked"
+    shutil.copy(site.keys.user, key)
+    subprocess.run([program("ssh-keygen", "openssh-client"), "-q", "-p", "-P", "", "-N", "right", "-f", str(key)], check=True, stdout=subprocess.DEVNULL)
+    return key
 
 
 class Hostile:
@@ -1725,15 +1752,15 @@ LOOK = 'env; echo "agent=<$SSH_AUTH_SOCK> display=<$DISPLAY>"; tty; echo up >up;
 def test_a_config_that_lets_everything_leave_lets_nothing_leave(site: Site) -> None:
     repo, hostile = Repo(site), Hostile(site, "RequestTTY force", "RemoteCommand echo hijacked")
     with agent(site) as env:
-        before = agent_keys(site, env)
+        before = ssh_add(site, env, "-L")
         # The control: plain ssh with this very config does leak, or the test would prove nothing.
         plain = site.ssh("hostile", "", "-o", "RemoteCommand=env", "-o", "ControlMaster=no", "-T", env={**env, **LEAKS})
         assert b"SSH_AUTH_SOCK=" in plain.stdout and b"FOO_SECRET=leak" in plain.stdout and b"FROM_CONFIG=leak" in plain.stdout, plain
-        assert hostile.marker.exists() and agent_keys(site, env) != before
+        assert hostile.marker.exists() and ssh_add(site, env, "-L") != before
         hostile.marker.unlink()
         with contextlib.suppress(FileNotFoundError):
             hostile.xauth.unlink()
-        subprocess.run([program("ssh-add"), "-q", "-d", str(site.keys.user)], env=site.environment(env), check=True, stderr=subprocess.DEVNULL)
+        ssh_add(site, env, "-q", "-d", site.keys.user)
         repo.new(env={**env, **LEAKS}, host="hostile")
         child = repo.start("exec", "-H", "hostile", "--", LOOK, env={**env, **LEAKS})
         up = repo.path() / "up"
@@ -1745,7 +1772,7 @@ def test_a_config_that_lets_everything_leave_lets_nothing_leave(site: Site) -> N
         assert listening == [] and b"leak" not in out and b"hijacked" not in out
         assert b"agent=<> display=<>" in out and b"not a tty" in out, out
         assert not hostile.marker.exists() and not hostile.xauth.exists() and not (site.dir / "user-cm").exists()
-        assert agent_keys(site, env) == before
+        assert ssh_add(site, env, "-L") == before
 
 
 @pytest.mark.parametrize("directive", ["RemoteCommand echo hijacked", "SessionType none", "StdinNull yes", "ForkAfterAuthentication yes", "RequestTTY force",
@@ -2023,7 +2050,7 @@ def test_a_shell_that_is_not_ours_runs_nothing_of_a_header_and_reads_no_secret(s
     for words in (["-n"], ["--env", f"V=touch {touched}"], ["--detach"])[:1 if foreign in ("cat", "fish") else 3]:
         ran = repo.exec("true", host=host, options=words, stdin=None if "-n" in words or "--detach" in words else b"touch %s" % os.fsencode(touched))
         refused(ran, 255, words="did not run our command")
-        assert ran.seconds < 6, ran
+        assert ran.seconds < 30, "not after the minute in which a shell may be slow"
     assert not touched.exists() and not running(f"sleep {nap}")
     assert not re.search(b"S0|sleep|true", slurp(str(got))) and (foreign != "cat" or slurp(str(got)).startswith(b"exit 0\n"))
     flag.unlink()
@@ -2148,7 +2175,7 @@ def test_no_secret_lies_in_the_history_when_words_are_bytes(repo: Repo) -> None:
 
 @pytest.mark.promise(1)
 def test_dirty_never_takes_the_state_along(repo: Repo, site: Site) -> None:
-    """A home that is a repository holds the secrets of every project."""
+    """A home that is a repository holds the secrets of every project. And `git add` fails where an excluded path is ignored already."""
     home = Repo(site, name="home/dotfiles")
     env = {"CMUX_SSH_HOME": str(home.dir / ".local" / "state" / "cmux-ssh")}
     repo.ok("secrets", "set", "OTHER", stdin=b"other-project-secret-1234", env=env)
@@ -2157,6 +2184,8 @@ def test_dirty_never_takes_the_state_along(repo: Repo, site: Site) -> None:
     there = tree_of(site.far_home() / "cmux")
     assert any(path.endswith(b"/main/new") for path in there) and not any(b"other-project" in data or b"cmux-ssh" in path for path, (_, data) in there.items())
     assert b"cmux-ssh" not in home.git("ls-tree", "-r", "--name-only", home.git("for-each-ref", "--format=%(objectname)", "refs/cmux/sent")).encode()
+    home.write(".gitignore", b".local\n")
+    home.new("--dirty", "ignored", env=env)
 
 
 def test_a_file_of_secrets_that_is_too_large_is_refused(repo: Repo, site: Site) -> None:
@@ -2188,10 +2217,10 @@ def test_a_secret_with_nul_is_refused_without_the_value(repo: Repo) -> None:
 
 @pytest.mark.parametrize("typed, words", [(b"typed-in-secret\r", b""), (b"\x04", b"No value was given"), (b"\r", b"No value was given"), (b"a\x16\x00b\r", b"NUL"),
                                           (b"x" * 5000 + b"\r", b"4095"), (b"\xff\xfe\r", b"not text")], ids=["secret", "end", "enter", "nul", "long", "bytes"])
-def test_secrets_set_on_a_terminal_asks_without_echo(repo: Repo, typed: bytes, words: bytes, site: Site) -> None:
+def test_secrets_set_on_a_terminal_asks_without_echo(repo: Repo, typed: bytes, words: bytes) -> None:
     """What it cannot take is said, and the secret stays what it was."""
     repo.ok("secrets", "set", "TOKEN", stdin=b"good")
-    terminal = on_terminal(site, "secrets", "set", "TOKEN", cwd=repo.dir)
+    terminal = on_terminal(repo.site, "secrets", "set", "TOKEN", cwd=repo.dir)
     terminal.expect(b"hidden")
     until(lambda: not termios.tcgetattr(terminal._end)[3] & termios.ECHO, "the echo is off")
     terminal.send(typed)
@@ -2666,8 +2695,8 @@ def test_more_keys_than_the_server_lets_try_are_said(repo: Repo, site: Site) -> 
         for n in range(3):
             more = str(site.dir / f"key{n}")
             subprocess.run([program("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", more], check=True)
-            subprocess.run([program("ssh-add"), "-q", more], env=site.environment(env), check=True)
-        subprocess.run([program("ssh-add"), "-q", str(site.keys.user)], env=site.environment(env), check=True)
+            ssh_add(site, env, "-q", more)
+        ssh_add(site, env, "-q", site.keys.user)
         ran, found = repo.exec("true", host="bare-h", env=env), repo.cli("doctor", "bare-h", env=env)
         terminal = on_terminal(site, "exec", "-H", "bare-h", "--", "true", cwd=repo.dir, env=env)
         assert terminal.wait() == 255 and b"question" not in terminal.output, "nobody could answer it"
@@ -2725,11 +2754,8 @@ def test_the_command_told_for_a_changed_key_makes_ssh_forget_it(repo: Repo, entr
     ("unknown", [("yes/no", "no")], 255, "not known"), ("unknown", [("yes/no", "yes")], 0, "it ran"), ("changed", [], 255, "ssh-keygen -f"), ("strict", [], 255, "not known"),
     ("passphrase", [("passphrase", "right")], 0, "it ran"), ("passphrase", [("passphrase", "wrong"), ("passphrase.*passphrase", "")], 255, "accepted none")])
 def test_on_a_terminal_ssh_asks_once_and_what_came_of_it_is_told(repo: Repo, trouble: str, answers_: List[Tuple[str, str]], code: int, words: str, site: Site) -> None:
-    key = site.dir / "locked"
     if trouble == "passphrase":
-        shutil.copy(str(site.keys.user), str(key))
-        subprocess.run([program("ssh-keygen", "openssh-client"), "-q", "-p", "-P", "", "-N", "right", "-f", str(key)], check=True, stdout=subprocess.DEVNULL)
-        site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig", f"IdentityFile {key}", "IdentitiesOnly yes"])
+        site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig", f"IdentityFile {locked_key(site)}", "IdentitiesOnly yes"])
     else:
         site.daemon("h", host_key=site.keys.other_host, config=[f"StrictHostKeyChecking {'yes' if trouble == 'strict' else 'ask'}", f"HostKeyAlias {'rig' if trouble == 'changed' else 'new'}"])
     terminal = on_terminal(site, "exec", "-H", "bare-h" if trouble == "passphrase" else "h", "--", "echo it ran", cwd=repo.dir)
@@ -2744,9 +2770,7 @@ def test_on_a_terminal_ssh_asks_once_and_what_came_of_it_is_told(repo: Repo, tro
 @pytest.mark.parametrize("lost", ["passphrase", "agent"])
 def test_a_login_that_needed_a_person_serves_all_that_comes_after(repo: Repo, lost: str, site: Site) -> None:
     """A key whose passphrase was typed once, or that has left the agent since. Nothing knocks in vain for long: failed logins cost penalties."""
-    key, words = site.dir / "locked", ("exec", "-H", "bare-h", "--", "echo work >>README")
-    shutil.copy(str(site.keys.user), str(key))
-    subprocess.run([program("ssh-keygen"), "-q", "-p", "-P", "", "-N", "right", "-f", str(key)], check=True, stdout=subprocess.DEVNULL)
+    key, words = locked_key(site), ("exec", "-H", "bare-h", "--", "echo work >>README")
     site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig"] + ["IdentitiesOnly yes", f"IdentityFile {key}"] * (lost == "passphrase"))
     with agent(site) as env:
         def asked(*words: str) -> None:
@@ -2757,9 +2781,9 @@ def test_a_login_that_needed_a_person_serves_all_that_comes_after(repo: Repo, lo
         if lost == "passphrase":
             asked(*words)
         else:
-            subprocess.run([program("ssh-add"), "-q", str(site.keys.user)], env=site.environment(env), check=True)
+            ssh_add(site, env, "-q", site.keys.user)
             repo.ok(*words, env=env)
-            subprocess.run([program("ssh-add"), "-q", "-d", str(site.keys.user)], env=site.environment(env), check=True, stderr=subprocess.DEVNULL)
+            ssh_add(site, env, "-q", "-d", site.keys.user)
         before = site.log("bare-h").count("Connection from")
         repo.write("big", os.urandom(600_000))
         repo.commit()
@@ -3025,7 +3049,7 @@ def test_one_dropped_handshake_is_forgotten_after_a_minute(repo: Repo, site: Sit
 
 @pytest.mark.parametrize("what", ["slot", "two slots", "handshake", "lock", "host that is down"])
 def test_waiting_costs_nothing_however_many_wait_and_ends_at_once(repo: Repo, what: str, site: Site) -> None:
-    """Forty threads; in two seconds each of them looked 300 times, a fifth of a core for the rest of us."""
+    """Forty threads; in a second each of them looked 150 times, a fifth of a core for the rest of us."""
     line = site.line("far")
     repo.new(host="far")
     line.refuse = "slot" in what  # no second connection
@@ -3038,7 +3062,7 @@ def test_waiting_costs_nothing_however_many_wait_and_ends_at_once(repo: Repo, wh
     for _ in range(4 if what == "host that is down" else 0):
         assert repo.cli("new", "other", "-H", "down").code == 255
     assert in_library(repo, """
-import resource
+import os, resource
 project, cancel, stop, what = cmux_ssh.Project(".", warm=0), cmux_ssh.Cancel(), cmux_ssh.Cancel(), sys.argv[1]
 pool, slots = ThreadPoolExecutor(50), "slot" in what
 if slots or what == "handshake":
@@ -3049,20 +3073,28 @@ if slots or what == "handshake":
 else:
     wait = lambda: project.create("other", "box" if what == "lock" else "down", cancel=stop)
 waiting = [pool.submit(wait) for _ in range(40)]
-time.sleep(2.5)
-used, cpu = resource.getrusage(resource.RUSAGE_SELF), time.process_time()
-time.sleep(2)
-cpu, now = time.process_time() - cpu, resource.getrusage(resource.RUSAGE_SELF)
-switches = now.ru_nvcsw - used.ru_nvcsw
-print(cpu < 0.1 and switches < 400 or (cpu, switches), sum(one.done() for one in waiting))
+for _ in range(20):                        # until all wait, on a busy machine
+    switches, cpu = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw, time.process_time()
+    time.sleep(1)
+    cpu, switches = time.process_time() - cpu, resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - switches
+    quiet = cpu < 0.05 and switches < 200
+    if quiet:
+        break
+print(quiet or (cpu, switches), sum(one.done() for one in waiting))
 began = time.monotonic()
 if slots:                                  # what is freed goes to those who wait, at once
     cancel.set()
-    print({one.result() for one in waiting}, time.monotonic() - began < 9)
+    print({one.result() for one in waiting}, end=" ")
+    took, began = time.monotonic() - began, time.monotonic()
+    list(pool.map(lambda _: wait(), range(40)))
+    print(took < 2 * (time.monotonic() - began) + 5)
 else:
     stop.set()
-    print({type(one.exception()).__name__ if what != "handshake" else one.result() for one in waiting}, time.monotonic() - began < 2)
+    print({type(one.exception()).__name__ if what != "handshake" else one.result() for one in waiting}, time.monotonic() - began < 8)
 cancel.set()
+if what == "handshake":                    # the commands that could not begin are asked after for long
+    sys.stdout.flush()
+    os._exit(0)
 """, what).splitlines() == ["True 0", {"slot": "{0} True", "two slots": "{0} True", "handshake": "{130} True"}.get(what, "{'Cancelled'} True")]
 
 
@@ -3097,8 +3129,7 @@ def test_a_host_that_allows_few_processes_is_given_fewer_at_once_or_told_of(site
     os.chown(str(site.far_home("few")), uid, -1)
     repo = Repo(site)
     repo.new(host="few")
-    lines = "".join(json.dumps({"id": n, "workspace": "main", "tool": "exec", "arguments": {"command": ["sleep", "1"]}}) + "\n" for n in range(40))
-    rows = list(map(json.loads, repo.cli("batch", "-j", "40", stdin=lines.encode(), seconds=120).out.splitlines()))
+    rows = list(map(json.loads, repo.cli("batch", "-j", "40", stdin=calls([["sleep", "1"]] * 40, workspace="main"), seconds=120).out.splitlines()))
     assert [row["ok"] and row["result"]["exit_code"] for row in rows] == [0] * 40, rows
     if sh == "bash":  # which tries for 15 seconds by itself
         return
@@ -3203,7 +3234,7 @@ first.exec("true")
 time.sleep(1)
 began = time.monotonic()
 second = cmux_ssh.Project(".", warm=0).workspace("main")
-print(second.exec("exit 4").exit_code, first.exec("exit 5").exit_code, time.monotonic() - began < 12)
+print(second.exec("exit 4").exit_code, first.exec("exit 5").exit_code, time.monotonic() - began < 40)
 """) == "4 5 True\n"
 
 
@@ -3342,18 +3373,17 @@ def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo:
 
 def source_text(size: int) -> bytes:
     """Lines that compress as source text does, to a fifth or so, and are no two times the same."""
-    words = [os.urandom(3).hex() for _ in range(200)]
-    text = "".join("    %s = %s(%s, %s)\n" % tuple(random.choice(words) for _ in range(4)) for _ in range(size // 30))
-    return text.encode()[:size]
+    words = iter(random.choices([os.urandom(3).hex() for _ in range(200)], k=size // 30 * 4))
+    return "".join(map("    %s = %s(%s, %s)\n".__mod__, zip(words, words, words, words))).encode()[:size]
 
 
 @pytest.fixture
 def tuned(site: Site, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Other limits for the program from now on."""
-    def tune(**limits: float) -> None:
+    def tune(**limits: Any) -> None:
         path = site.dir / "tuned.py"
         path.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport cmux_ssh as c\n" + "".join(
-            f"assert c.{name}; c.{name} = float('{value}')\n" for name, value in limits.items()) + "sys.exit(c.main())\n")
+            f"assert c.{name}; c.{name} = {value if isinstance(value, int) else f'float({str(value)!r})'}\n" for name, value in limits.items()) + "sys.exit(c.main())\n")
         monkeypatch.setattr(sys.modules[__name__], "PROGRAM", path)
     return tune
 
@@ -3422,7 +3452,7 @@ def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo:
     repo.write("big", os.urandom(5 << 20))
     repo.commit()
     line = site.line("far")
-    line.rate = 1e6
+    line.rate = 2e6
     seen = on_terminal(site, "new", "-H", "far", name, cwd=repo.dir)
     seen.expect(rb"\ra-rather[-a-z]*  sending [\d.]+ MB of ~5.\d MB, [\d.]+ [kM]B/s, ~\d+s left")
     assert all(len(text) < 100 for text in seen.lines())
@@ -3441,18 +3471,18 @@ def test_a_stalled_upload_holds_up_no_other_host_and_who_waits_for_it_is_told_an
     repo.write("text", os.urandom(1 << 20))
     repo.commit()
     line = site.line("far")
-    repo.new("old", "--ref", "HEAD~1")
+    repo.new("old", "older", "--ref", "HEAD~1")
     stopped = threading.Event()
     line.trap = ("up", 300_000, lambda: (kill(sender.pid, signal.SIGSTOP), stopped.set()) and None)
     sender = repo.start("new", "-H", "far", "a")
     try:
         until(stopped.is_set, "the upload stalls")
         tuned(LOCK_PATIENCE=2.5)
-        for words, doing in (
-                ("new -H far c", "sends the same files to far"), ("new -H box a", "works on the workspace a"), ("rm a", "works on the workspace a"), ("rename -w old a", "works on the workspace a"),
-                ("fork -w old a", "works on the workspace a"), ("exec -H box -w a -- true", "works on the workspace a")):
-            waited = repo.cli(*words.split())
-            who = f"process {sender.pid}, which {doing}."
+        calls = ("new -H far c", "new -H box a", "rm a", "rename -w old a", "fork -w older a", "exec -H box -w a -- true")
+        with ThreadPoolExecutor(len(calls)) as pool:
+            answers = list(pool.map(lambda words: repo.cli(*words.split()), calls))
+        for words, waited in zip(calls, answers):
+            who = f"process {sender.pid}, which {'sends the same files to far' if 'far' in words else 'works on the workspace a'}."
             assert waited.code == (125 if "exec" in words else 1) and waited.out == b"" and 2 < waited.seconds < 15, waited
             said = waited.said.replace(f"Waiting for {who}", "", 1) if "exec" not in words else waited.said  # in a pipe it adds no word
             assert said != waited.said or "exec" in words, waited
@@ -3767,7 +3797,7 @@ def test_push_moves_a_workspace_and_keeps_what_is_ignored(site: Site, host: str)
 
 @pytest.mark.compat
 def test_a_delta_sends_only_what_changed(site: Site) -> None:
-    repo = Repo(site, odd=True, files={"big%d" % i: os.urandom(300000) for i in range(20)})
+    repo = Repo(site, odd=True, files={"big%d" % i: os.urandom(30000) for i in range(20)})
     line = site.line("far")
     repo.new("one", host="far")
     for turn in range(9):
@@ -4135,8 +4165,11 @@ while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={
         for host, more in (("git", "git"), ("files", "")):
             posix_tools(self.site.dir / host, more)
 
-    def state(self) -> Dict[str, bytes]:
-        return {str(p): p.read_bytes() for p in sorted(self.dir.rglob("*")) if p.is_file()}
+    def state(self) -> Dict[str, Tuple[int, ...]]:
+        """Which file each is, and when it was last changed. (git gives an object that it has already the time of now.)"""
+        paths = [os.path.join(folder, name) for folder, _, names in os.walk(self.dir) for name in names]
+        return {path: (is_.st_ino, is_.st_size, *(() if "/.git/objects/" in path else (is_.st_mtime_ns, is_.st_ctime_ns)))
+                for path in paths for is_ in [os.lstat(path)]}
 
     def say(self, name: str, chunks: "bytes | Iterable[bytes]", status: int) -> None:
         """Have the host print these chunks, as long as somebody reads."""
@@ -4193,7 +4226,8 @@ while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={
         self.forget()
         before = self.state()
         kind, said = self.pull(stream, how).get("error", ("", "taken"))
-        assert (kind, what in said, self.state() == before) == ("ResultRefused", True, True), (kind, said)
+        changed = {path for path, _ in self.state().items() ^ before.items()}
+        assert (kind, what in said, changed) == ("ResultRefused", True, set()), (kind, said)
         assert said.isprintable(), said
 
     def peak(self) -> int:
@@ -4337,7 +4371,8 @@ def test_names_that_fold_into_one_in_the_base_already_are_the_users_own(new_lab:
     for path in ("Dir/a", "dir/b"):
         lab.write(path, b"x")
     lab.commit()
-    lab.refuse(export(blob(1, b"x"), commit(2, b"M 100644 :1 dir/B")), what="one file where case")
+    for data, line in ((b"x", b"M 100644 :1 dir/B"), (b"x", b"M 100644 :1 DIR/evil"), (b"src", b"M 120000 :1 DIR")):  # the last two: a third spelling
+        lab.refuse(export(blob(1, data), commit(2, line)), what="one file where case")
     assert set(lab.take(export(blob(1, b"x"), commit(2, b"M 100644 :1 dir/new", b"M 100644 :1 Dir/other")))) == {"dir/new", "Dir/other"}
 
 
@@ -4430,7 +4465,7 @@ def endless(kind: str) -> List[Any]:
     rows = (b"".join(row(b"M 100644 :1 %s/%d" % (b"p" * 80, n * 1000 + i)) for i in range(1000)) for n in itertools.count())
     return {
         "blobs": [*thousand[:2], itertools.chain([thousand[2]], (b"".join(blob(n * 1000 + i, b"%d" % i)[2] for i in range(1000)) for n in itertools.count(9)))],
-        "zeros": [first[0], first[1] + row(b"M 100644 :1 a"), itertools.chain([b"1 blob 268435456\n"], itertools.repeat(b"\0" * 131072))],
+        "zeros": [first[0], first[1] + row(b"M 100644 :1 a"), itertools.chain([b"1 blob 83886080\n"], itertools.repeat(b"\0" * 131072))],
         "paths": [first[0], itertools.chain(first[1:], rows)],
         "commits": [(b"".join(commit(k, parent=b"from :%d" % (k - 1 if k > 1 else 0), message=b"m" * 16000)[0] for k in range(n * 100 - 99, n * 100 + 1)) for n in itertools.count(1))],
         "merges": [commit(2, parent=b" ".join([b"from :0"] * 5000))[0], b"", b""],
@@ -4440,7 +4475,7 @@ def endless(kind: str) -> List[Any]:
 
 @pytest.mark.parametrize("kind", ["blobs", "zeros", "paths", "commits", "merges", "line", "blank", "list", "tar"])
 def test_endless_streams_end_in_flat_memory(new_lab: Callable[..., Lab], kind: str) -> None:
-    lab = new_lab(PULL_TOTAL_MAX=300 << 20)
+    lab = new_lab(PULL_TOTAL_MAX=100 << 20, PULL_FILE_MAX=80 << 20)
     lab.take(one(b"x"))
     before = lab.peak()
     lab.refuse(endless(kind), "files" if kind in ("tar", "list") else "git")
@@ -4459,14 +4494,14 @@ def test_a_hundred_thousand_files_in_flat_memory(new_lab: Callable[..., Lab]) ->
 
 
 def test_leaks_are_seen_across_chunks(new_lab: Callable[..., Lab]) -> None:
-    lab, data = new_lab(), b"x" * 100 + b"s3cr3t-value" + b"y" * 100
+    """One chunk ends in each file, in every place of the value."""
+    lab, data = new_lab(), {cut: b"x%03d" % cut + b"x" * 96 + b"s3cr3t-value" + b"y" * 100 for cut in range(90, 125)}
     for name, value in (("TOKEN", b"s3cr3t-value"), ("SHORT", b"x")):
         lab.ok("secrets", "set", name, stdin=value)
-    for cut in range(90, 125):
-        commits, changes, contents = one(b"f", data=data)
-        at = contents.index(data) + cut
-        lab.take([commits, changes, (time.sleep(0.05) or part for part in (contents[:at], contents[at:]))])  # type: ignore[func-returns-value]
-        assert lab.told["secrets"] == {"f": ["TOKEN"]}, cut
+    commits, changes, contents = export(*itertools.starmap(blob, data.items()), commit(999, *(b"M 100644 :%d f%d" % (cut, cut) for cut in data)))
+    ends = [0, *(contents.index(text) + cut for cut, text in data.items()), len(contents)]
+    lab.take([commits, changes, (time.sleep(0.05) or contents[at:end] for at, end in zip(ends, ends[1:]))])  # type: ignore[func-returns-value]
+    assert lab.told["secrets"] == {f"f{cut}": ["TOKEN"] for cut in data}
 
 
 def work(repo: Repo, name: str = "main") -> str:
@@ -4528,7 +4563,8 @@ def test_pull_brings_every_honest_change_home(odd: Repo) -> None:
 @pytest.mark.parametrize("harm", [
     "rm -rf .git", "rm -rf .git; git init -q; git add -A; git commit -qm other", "git update-ref -d refs/cmux/base", "rm -rf .git; echo x >.git",
     "git checkout -q --orphan fresh; git add -A; git commit -qm orphan", "rm .git/index", "rm -rf .git/objects", "git init -q nested; git init -q n2; echo x >n2/x; cd n2; git add x; git commit -qm x; cd ..; git add n2; git commit -qm gitlink",
-    "i=0; while [ $i -lt 1010 ]; do git commit -q --allow-empty -m x; i=$((i+1)); done",
+    "i=0; while [ $i -lt 1010 ]; do printf 'commit refs/heads/main\ncommitter A <a@b> 9 +0000\ndata 1\nx\n'; [ $i != 0 ] || "
+    "echo from $(git rev-parse main); i=$((i+1)); done | git fast-import --quiet",
     "git config core.fsmonitor 'touch /tmp/never'; git config filter.x.clean false; echo '* filter=x' >.git/info/attributes; git config core.autocrlf true",
 ])
 def test_pull_survives_what_agents_do_to_git(repo: Repo, harm: str) -> None:
@@ -4718,9 +4754,9 @@ def test_a_gitmodules_that_git_cannot_read_is_said_and_a_huge_one_takes_no_time(
     do(repo, "printf '<<<<<<< HEAD\\n[submodule \"x\"]\\n' >.gitmodules")
     refused(repo.cli("pull"), 1, words="not one that git can read")
     do(repo, "{ printf '[submodule \"x\"]\\n url = '; head -c 60000000 /dev/zero | tr '\\0' a; } >.gitmodules")
-    began = time.monotonic()
-    repo.cli("pull")
-    assert time.monotonic() - began < 15  # by growing one record of it: 20 s, and four times that for twice as much
+    began = spent()
+    refused(repo.cli("pull"), 1, words="gitmodules is larger than")
+    assert spent() - began < 10  # by growing one record of it: 20 s, and four times that for twice as much
 
 
 RACY = """
@@ -4940,20 +4976,20 @@ def test_pull_refuses_what_is_not_its_own(repo: Repo) -> None:
     work(repo)
     do(repo, "echo x >x")
     for branch in ("-x", "../x", "HEAD", "main", "a..b", "x y", "x.lock"):
-        assert repo.cli("pull", "--branch=" + branch).code != 0
+        refused(repo.cli("pull", "--branch=" + branch), 1 if branch == "main" else 2, words=f"'{branch}' is ")
     theirs = repo.git("commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", "somebody's own")
     repo.git("branch", "cmux/main", theirs)
     assert repo.cli("pull").code == 1 and repo.git("rev-parse", "cmux/main") == theirs
     repo.ok("pull", "--branch", "other")
     assert repo.git("show", "other:x") == "x"
     do(repo, "head -c 300000000 /dev/zero >big")
-    refused = repo.cli("pull", "--branch", "third")
-    assert refused.code == 1 and "big" in refused.said, refused
+    refused(repo.cli("pull", "--branch", "third"), 1, words="big")
     do(repo, "rm big; truncate -s 20G sparse")
-    refused = repo.cli("pull", "--branch", "third")
-    assert refused.code == 1 and "sparse" in refused.said and refused.seconds < 10, refused
+    sparse = repo.cli("pull", "--branch", "third")
+    refused(sparse, 1, words="sparse")
+    assert sparse.seconds < 10, sparse
     do(repo, "rm sparse; ln -s /etc/passwd l")
-    assert repo.cli("pull", "--branch", "third").code == 1
+    refused(repo.cli("pull", "--branch", "third"), 1, words="/etc/passwd")
     assert repo.git("for-each-ref", "--format=%(refname)") == "refs/heads/cmux/main\nrefs/heads/main\nrefs/heads/other"
 
 
@@ -5052,21 +5088,20 @@ def test_hooks_that_the_configuration_names_do_not_run_either(repo: Repo, site: 
     shim.write_text(f"""
 import os, subprocess, sys
 words, real, hooks = sys.argv[1:], {program("git")!r}, {{}}
-if "update-ref" in words:
-    told = subprocess.run([real, *words[:words.index("update-ref")], "config", "-z", "--get-regexp", "^hook[.]"], stdout=subprocess.PIPE).stdout
-    rows = [row.split("\\n") for row in told.decode().split("\\0")[:-1]]  # git before 2.31 does not know these variables
-    rows += [[os.environ["GIT_CONFIG_%s_%d" % (part, n)] for part in ("KEY", "VALUE")] for n in range(int(os.environ.get("GIT_CONFIG_COUNT", 0)))]
-    for key, value in rows:
-        hooks.setdefault(key.rpartition(".")[0], {{}})[key.rpartition(".")[2]] = value
-    for hook in hooks.values():
-        if hook.get("event") == "reference-transaction" and hook.get("enabled") != "false":
-            subprocess.run(hook["command"], shell=True)
+told = subprocess.run([real, *words[:words.index("update-ref")], "config", "-z", "--get-regexp", "^hook[.]"], stdout=subprocess.PIPE).stdout
+rows = [row.split("\\n") for row in told.decode().split("\\0")[:-1]]  # git before 2.31 does not know these variables
+rows += [[os.environ["GIT_CONFIG_%s_%d" % (part, n)] for part in ("KEY", "VALUE")] for n in range(int(os.environ.get("GIT_CONFIG_COUNT", 0)))]
+for key, value in rows:
+    hooks.setdefault(key.rpartition(".")[0], {{}})[key.rpartition(".")[2]] = value
+for hook in hooks.values():
+    if hook.get("event") == "reference-transaction" and hook.get("enabled") != "false":
+        subprocess.run(hook["command"], shell=True)
 os.execv(real, [real, *words])
 """)
     for scope, name in (("--local", "k"), ("--global", "a=b. c")):
         repo.git("config", scope, f"hook.{name}.event", "reference-transaction")
         repo.git("config", scope, f"hook.{name}.command", f"echo ran >>{trap}")
-    env = replaced(site, git=f'exec {sys.executable} {shim} "$@"')
+    env = replaced(site, git=f'case " $* " in *" update-ref "*) exec {sys.executable} -S {shim} "$@";; esac')
     subprocess.run(["git", "update-ref", "refs/heads/proof", "HEAD"], cwd=str(repo.dir), env=site.environment(env), check=True)
     assert trap.read_text().startswith("ran\nran\n")
     trap.unlink()
@@ -5418,9 +5453,10 @@ def test_a_submodule_that_lies_elsewhere_is_none(site: Site) -> None:
 
 
 @pytest.mark.parametrize("host", ["box", "nogit"])
-def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site: Site, host: str) -> None:
+def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site: Site, tuned: Callable[..., None], host: str) -> None:
     repo = Repo(site, files={".gitattributes": b"*.bin filter=lfs\n"})
-    size = (256 << 20) + 4096
+    tuned(PULL_FILE_MAX=16 << 20)
+    size = (16 << 20) + 4096
     digest = hashlib.sha256(bytes(size)).hexdigest()
     repo.write("model.bin", pointer(bytes(size)))
     repo.write(".git/lfs/objects/%s/%s/%s" % (digest[:2], digest[2:4], digest), b"")
@@ -5857,6 +5893,7 @@ def test_read_of_a_file_that_grows_is_consistent(talker: Agent, area: Area) -> N
         with open(str(file), "ab", buffering=0) as end:
             while not stop.is_set() and end.tell() < 8_000_000:
                 end.write(b"more\n" * 20)
+                time.sleep(0.0002)
     thread = threading.Thread(target=append)
     thread.start()
     try:
@@ -6414,7 +6451,7 @@ def test_logs_waits_for_more_and_no_longer(talker: Agent, area: Area) -> None:
     assert talker("logs", job=job, offset=2, wait=0.3)["output"] == "" and time.monotonic() - began < 5
     ending = talker.post("logs", {"job": job, "offset": 2, "wait": 30})
     area.put("2", b"")
-    assert talker.answer(ending, 10)["result"]["state"] in ("exited", "running")
+    assert talker.answer(ending, 10)["result"]["state"] == "exited"
     assert talker("wait", job=job)["exit_code"] == 0
 
 
@@ -6449,7 +6486,7 @@ def test_stop_ends_the_whole_tree_and_says_so(talker: Agent, command: str) -> No
     told = talker("stop", job=job)
     assert told["stopped"] == "confirmed" and told["job"] == job
     assert not running(f"sleep {nap}"), "confirmed means that it has ended"
-    assert told["state"] == "exited" and told["exit_code"] in (137, 143) and state(talker, job)[0] == "exited"
+    assert (told["state"], told["exit_code"]) == state(talker, job) == ("exited", 137 if "trap" in command else 143)
     assert talker("logs", job=job)["output"].startswith("here\n") and talker("wait", job=job, timeout=5)["exit_code"] == told["exit_code"]
     assert state(talker, other) == ("running", None) and talker("stop", job=other)["stopped"] == "confirmed"
     assert talker("stop", job=job)["stopped"] == "confirmed", "again is no error"
@@ -6678,14 +6715,14 @@ def other_server(site: Site, kind: str) -> str:
             site.daemons.append(subprocess.Popen(shlex.split(hidden) + [program("dropbear", "dropbear-bin"), "-F", "-E", "-s", "-r", str(key), "-p",
                                                                         f"127.0.0.1:{port}", "-P", str(site.dir / "pid")], stderr=log, stdin=subprocess.DEVNULL))
         until(lambda: answers(port), "dropbear listens")
-        return site.host(kind, "HostName 127.0.0.1", f"Port {port}")
+        return site.host(kind, "HostName 127.0.0.1", f"Port {port}", "KexAlgorithms curve25519-sha256")
     made = site.dir / "tinyssh-keys"
     subprocess.run([program("tinysshd-makekey", "tinysshd"), "-q", str(made)], check=True)
     shown = subprocess.run([program("tinysshd-printkey", "tinysshd"), str(made)], check=True, stdout=subprocess.PIPE).stdout.decode()
     with open(site.known_hosts, "a") as known:
         known.writelines(f"tiny {line}\n" for line in shown.splitlines() if line.startswith("ssh-ed25519"))
     start = script(site.dir / "tinyssh", f"exec {hidden}{program('tinysshd')} -l {made} 2>>{site.dir}/log-tinyssh")
-    return site.host(kind, f"ProxyCommand {start}", "HostKeyAlias tiny")
+    return site.host(kind, f"ProxyCommand {start}", "HostKeyAlias tiny", "KexAlgorithms curve25519-sha256")
 
 
 @pytest.mark.parametrize("kind", ["dropbear", "tinyssh"])
@@ -6812,7 +6849,7 @@ def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterward
     assert len(shown) == 6, shown
     line.rate = float("inf")
     seen = on_terminal(site, "exec", "-w", "a", "-w", "b", "--", 'echo "in $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] || exit 3; sleep 3', cwd=repo.dir)
-    seen.expect(rb"a  running 1s\x1b\[K\r?\nb  failed \(3\)")
+    seen.expect(rb"a  running \d+s\x1b\[K\r?\nb  failed \(3\)")
     assert seen.wait() == 3
     shown = sorted(filter(None, seen.lines()))
     assert shown[:2] == ["a | in a", "b | in b"] and len(shown) == 3 and "1 of 2" in shown[2], shown
@@ -6831,15 +6868,15 @@ def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo: Repo, 
 
 
 def test_more_workspaces_than_rows_are_counted_and_pipes_and_dumb_terminals_see_none(repo: Repo, site: Site) -> None:
-    names = [f"w{n:02}" for n in range(26)]
-    repo.new(*names, seconds=120)
+    names = [f"w{n:02}" for n in range(14)]
+    repo.new(*names)
     for env in ({}, {"TERM": "dumb"}):
-        seen = on_terminal(site, "exec", "--all", "-j", "7", "--", "sleep 1; echo x", cwd=repo.dir, env=env)
+        seen = on_terminal(site, "exec", "--all", "-j", "7", "--", "sleep 1; echo x", cwd=repo.dir, env=env, rows=12)
         if not env:
-            seen.expect(rb"w07  running \d+s\x1b\[K\r?\n(w\d\d  (running|connecting) \d+s\x1b\[K\r?\n){6}\d+ of 26 ended, 0 failed, 7 at work")
+            seen.expect(rb"w07  running \d+s\x1b\[K\r?\n(w\d\d  (running|connecting) \d+s\x1b\[K\r?\n){6}\d+ of 14 ended, 0 failed, 7 at work")
         assert seen.wait() == 0
         shown = list(filter(None, seen.lines()))
-        assert len(shown) == 27 and all(" | x" in text for text in shown[:26]) and "26 of 26" in shown[26], shown
+        assert len(shown) == 15 and all(" | x" in text for text in shown[:14]) and "14 of 14" in shown[14], shown
         assert (b"\x1b" in seen.output) == (not env)
     piped = repo.cli("exec", "-w", "w00", "-w", "w01", "--", "sleep 1.5; echo x")
     assert piped.out.count(b" | x\n") == 2 and len(piped.err.splitlines()) == 1 and b"\x1b" not in piped.err
@@ -6867,14 +6904,18 @@ def test_exec_in_many_says_how_the_stop_ended(repo: Repo) -> None:
 # === batch ===
 
 
+def calls(commands: Iterable[Any], **more: str) -> bytes:
+    """A line for each command, numbered from 0."""
+    return b"".join(json.dumps({"id": n, "tool": "exec", "arguments": {"command": command}, **more}).encode() + b"\n" for n, command in enumerate(commands))
+
+
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.promise(6)
 def test_a_batch_whose_input_has_ended_is_stopped_too(shared: Repo, sig: int) -> None:
     nap = unique()
-    lines = b"".join(json.dumps({"id": n, "tool": "exec", "arguments": {"command": f"sleep {nap}"}}).encode() + b"\n" for n in range(3))
     child = shared.start("batch", "-w", "main", "-j", "2", stdin=subprocess.PIPE)
     assert child.stdin
-    child.stdin.write(lines)
+    child.stdin.write(calls([f"sleep {nap}"] * 3))
     child.stdin.close()
     child.stdin = None
     until(lambda: len(running(f"sleep {nap}")) >= 2, "they run")
@@ -7024,8 +7065,6 @@ def test_what_the_account_on_the_host_may_not_write_is_said_in_plain_words(ordin
 
 
 def test_write_reads_stdin_in_linear_time_and_only_what_it_may_take(shared: Repo, tmp_path: Path) -> None:
-    def spent() -> float:
-        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     began = spent()
     told = shared.cli("write", "-w", "main", "large", "--json", stdin=b"x" * 72_000_000)
     assert told.json["size"] == 72_000_000 and spent() - began < 6, spent() - began  # 20 s where each piece copied all before it
@@ -7034,25 +7073,26 @@ def test_write_reads_stdin_in_linear_time_and_only_what_it_may_take(shared: Repo
         file.truncate(150_000_000)
         for args, code, words in ((("write", "-w", "main", "f"), 2, "larger than 104.9 MB"), (("edit", "-w", "main", "f"), 2, "larger than"), (("secrets", "set", "X"), 2, "larger than"),
                                   (("write", "-w", "main", ""), 2, "path is empty"), (("write", "-H", "a b", "-w", "never", "f"), 2, "host name")):
-            done = subprocess.run([sys.executable, compiled(), *args], cwd=str(shared.dir), env=shared.site.environment(), stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            done = subprocess.run([*compiled(), *args], cwd=str(shared.dir), env=shared.site.environment(), stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             assert done.returncode == code and words.encode() in done.stderr and os.lseek(file.fileno(), 0, os.SEEK_CUR) == 0, done
 
 
 def test_batch_answers_every_line_also_the_bad_ones(shared: Repo) -> None:
     good = {"tool": "exec", "arguments": {"command": "echo hi"}}
     lines: List[Tuple[bytes, Any, bool]] = [(json.dumps(dict(good, id=i)).encode(), i, True) for i in (1, "one", "ü🐙\n\ud800", 1.5, -7, 2 ** 70, "", None, 0)]
-    lines += [(b"not json", None, False), (b"{", None, False), (b"[]", None, False), (b"5", None, False), (b"null", None, False), (b'"x"', None, False), (b"\xff\xfe", None, False), (b"[" * 100_000, None, False),
-              (b'{"id": NaN}', None, False), (b'{"id": {"a": 1}, "tool": "jobs"}', None, False), (b'{"id": "e1"}', "e1", False), (b'{"id": "e2", "tool": "rm -rf"}', "e2", False),
-              (b'{"id": "e3", "tool": ["exec"]}', "e3", False), (b'{"id": "e4", "tool": "exec"}', "e4", False), (b'{"id": "e5", "tool": "exec", "arguments": []}', "e5", False),
-              (b'{"id": "e6", "tool": "exec", "arguments": {"command": 5}}', "e6", False), (b'{"id": "e7", "tool": "exec", "arguments": {"command": "true", "more": 1}}', "e7", False),
-              (b'{"id": "e8", "tool": "exec", "arguments": {"command": []}}', "e8", False), (b'{"id": "e9", "tool": "exec", "arguments": {"command": ""}}', "e9", False),
-              (b'{"id": "e10", "tool": "exec", "workspace": 5, "arguments": {"command": "true"}}', "e10", False), (b'{"id": "e11", "tool": "read", "workspace": "../x", "arguments": {"path": "README"}}', "e11", False),
-              (b'{"id": "e12", "tool": "exec", "arguments": {"command": "true", "timeout": 0}}', "e12", False), (b'{"id": "e13", "tool": "exec", "arguments": {"command": "true", "cwd": "no/such"}}', "e13", False),
-              (b'{"id": "e14", "tool": "exec", "arguments": {"command": "true", "env": {"A B": "x"}}}', "e14", False), (b'{"id": "e15", "tool": "exec", "arguments": {"command": ["a\\u0000b"]}}', "e15", False),
-              (b'{"id": "e16", "tool": "exec", "arguments": {"command": "\\ud800"}}', "e16", False), (b'{"id": "e17", "tool": "exec", "arguments": {"command": "cat", "stdin": "\\ud800"}}', "e17", False),
-              (b'{"id": "e18", "tool": "exec", "arguments": {"command": "true", "env": {"A": null}}}', "e18", False), (b'{"id": "e22", "tool": "exec", "arguments": {"command": "true", "timeout": 1%s}}' % (b"0" * 400), "e22", False), (b'{"id": "e19", "tool": "write", "arguments": {"path": "x", "content_base64": "!"}}', "e19", False),
-              (b'{"id": "e20", "tool": "write", "arguments": {"path": "x"}}', "e20", False), (b'{"id": "e21", "tool": "write", "arguments": {"path": "x", "content": "a", "content_base64": "YQ=="}}', "e21", False),
-              (b'{"id": "e23", "host": "nohost", "tool": "exec", "arguments": {"command": "true"}}', "e23", False), (b'{"id": 1e999, "tool": "exec", "arguments": {"command": "true"}}', None, False), (b"", "no answer", True), (b"   ", "no answer", True)]
+    lines += [(line, None, False) for line in (b"not json", b"{", b"[]", b"5", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"id": NaN}', b'{"id": {"a": 1}, "tool": "jobs"}',
+                                               b'{"id": 1e999, "tool": "exec", "arguments": {"command": "true"}}')]
+    true = {"command": "true"}
+    for n, bad in enumerate((
+            {}, {"tool": "rm -rf"}, {"tool": ["exec"]}, {"arguments": None}, {"arguments": []}, {"arguments": {"command": 5}}, {"arguments": {**true, "more": 1}},
+            {"arguments": {"command": []}}, {"arguments": {"command": ""}}, {"workspace": 5, "arguments": true}, {"tool": "read", "workspace": "../x", "arguments": {"path": "README"}},
+            {"arguments": {**true, "timeout": 0}}, {"arguments": {**true, "cwd": "no/such"}}, {"arguments": {**true, "env": {"A B": "x"}}}, {"arguments": {"command": ["a\0b"]}},
+            {"arguments": {"command": "\ud800"}}, {"arguments": {"command": "cat", "stdin": "\ud800"}}, {"arguments": {**true, "env": {"A": None}}},
+            {"arguments": {**true, "timeout": 10 ** 400}}, {"tool": "write", "arguments": {"path": "x", "content_base64": "!"}}, {"tool": "write", "arguments": {"path": "x"}},
+            {"tool": "write", "arguments": {"path": "x", "content": "a", "content_base64": "YQ=="}}, {"host": "nohost", "arguments": true})):
+        call: Dict[str, Any] = {"id": f"e{n}", **({"tool": "exec"} if n else {}), **bad}  # type: ignore[dict-item]
+        lines.append((json.dumps({key: value for key, value in call.items() if value is not None}).encode(), f"e{n}", False))
+    lines += [(b"", "no answer", True), (b"   ", "no answer", True)]
     ran = shared.cli("batch", stdin=b"\n".join(line for line, _, _ in lines))
     answers = [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON")) for line in ran.out.splitlines()]
     expected = [(json.dumps(i), ok) for _, i, ok in lines if i != "no answer"]
@@ -7120,8 +7160,7 @@ def test_a_batch_whose_reader_is_gone_stops(shared: Repo, area: Area) -> None:
 
 
 def test_a_batch_whose_results_cannot_be_written_fails(shared: Repo) -> None:
-    lines = b"".join(json.dumps({"id": n, "tool": "exec", "arguments": {"command": "true"}}).encode() + b"\n" for n in range(3))
-    refused(shared.cli("batch", "-w", "main", stdin=lines, sh='exec "$@" >/dev/full'), 1, words="No space left")
+    refused(shared.cli("batch", "-w", "main", stdin=calls(["true"] * 3), sh='exec "$@" >/dev/full'), 1, words="No space left")
 
 
 def test_batch_reads_no_further_ahead_than_it_must(shared: Repo, area: Area) -> None:
@@ -7130,7 +7169,7 @@ def test_batch_reads_no_further_ahead_than_it_must(shared: Repo, area: Area) -> 
     talker.post("exec", {"command": f"until [ -e {area.p('go')} ]; do sleep 0.05; done"})
     assert talker.child.stdin
     fd, sent = talker.child.stdin.fileno(), 0
-    line = json.dumps({"id": 0, "tool": "exec", "arguments": {"command": ": " + "x" * 4000}}).encode() + b"\n"
+    line = calls([": " + "x" * 4000])
     os.set_blocking(fd, False)
     while select.select([], [fd], [], 1.5)[1]:
         with contextlib.suppress(BlockingIOError):
@@ -7168,8 +7207,7 @@ def test_batch_stays_small_whatever_the_commands_print_and_the_lines_hold(shared
 @pytest.mark.slow
 @pytest.mark.promise(8)
 def test_batch_of_1000_commands_100_at_a_time_all_succeed(shared: Repo) -> None:
-    lines = [json.dumps({"id": n, "tool": "exec", "arguments": {"command": f"echo {n}; exit {n % 256}"}}) for n in range(1000)]
-    ran = shared.cli("batch", "-j", "100", stdin="\n".join(lines).encode(), seconds=240)
+    ran = shared.cli("batch", "-j", "100", stdin=calls(f"echo {n}; exit {n % 256}" for n in range(1000)), seconds=240)
     answers = {a["id"]: a for a in map(json.loads, ran.out.splitlines())}
     assert sorted(answers) == list(range(1000)) and [a for a in answers.values() if not a["ok"]] == []
     assert all((a["result"]["stdout"], a["result"]["exit_code"]) == (f"{n}\n", n % 256) for n, a in answers.items())
@@ -7179,7 +7217,7 @@ def test_batch_of_1000_commands_100_at_a_time_all_succeed(shared: Repo) -> None:
 @pytest.mark.slow
 @pytest.mark.promise(8)
 def test_12_batch_processes_of_10_each_all_succeed(repo: Repo, site: Site) -> None:
-    lines = "\n".join(json.dumps({"id": n, "tool": "exec", "arguments": {"command": f"sleep 0.5; echo {n}"}}) for n in range(40)).encode()
+    lines = calls(f"sleep 0.5; echo {n}" for n in range(40))
     children = [repo.start("batch", "-H", "box", "-j", "10", stdin=subprocess.PIPE) for _ in range(12)]
     with ThreadPoolExecutor(12) as pool:
         done = list(pool.map(lambda child: child.communicate(lines, timeout=240), children))
@@ -7270,26 +7308,6 @@ def test_contract_a_file_of_a_megabyte_and_the_command_line(shared: Repo, area: 
     assert content(area.talker("read", path=area.p("large"))) == data
     assert shared.cli("write", area.p("by-json"), "--json", stdin=b"x").json == {
         "size": 1, "sha256": hashlib.sha256(b"x").hexdigest(), "created": True}
-
-
-def test_contract_a_burst_of_twelve_writes_and_cats(talker: Agent, area: Area) -> None:
-    calls = [("exec", {"command": f"echo {n} > {area.p(str(n))} && cat {area.p(str(n))}"}) for n in range(12)]
-    assert [(a["result"]["exit_code"], a["result"]["stdout"]) for a in talker.all(calls)] == [(0, f"{n}\n") for n in range(12)]
-
-
-def test_contract_git_works_in_the_workspace(repo: Repo) -> None:
-    with open_agent(repo, "-H", "box") as talker:
-        def git(line: str) -> str:
-            ran = talker("exec", command=line)
-            assert ran["exit_code"] == 0, ran
-            return str(ran["stdout"])
-        assert git("git status --porcelain") == "" and (repo.path() / ".git").is_dir()
-        talker("edit", path="README", edits=[{"old": "hello", "new": "changed"}])
-        assert git("git status --porcelain") == " M README\n"
-        git("git -c user.name=a -c user.email=b@c commit -qam second")
-        git("git checkout -q -b feature && git branch")
-        assert git("git rev-parse --abbrev-ref HEAD; git log --format=%s") == "feature\nsecond\nbase\n"
-        git("mkdir new && cd new && git init -q && test -d .git")
 
 
 CONTRACT: Dict[str, Dict[str, str]] = {  # the arguments of each tool, + where it must be given
@@ -7756,6 +7774,9 @@ class Mcp:
         self.send(json.dumps({"jsonrpc": "2.0", "id": self.count, "method": method, "params": params or {}}).encode())
         return self.count
 
+    def begin(self, command: str, **more: Any) -> int:
+        return self.post("tools/call", {"name": "exec", "arguments": {"command": command}, **more})
+
     def answer(self, number: Any, seconds: float = PATIENCE) -> Any:
         with self.changed:
             assert self.changed.wait_for(lambda: number in self.answers, seconds), f"no answer to {number}: {self.others}"
@@ -7954,7 +7975,7 @@ def test_mcp_every_tool_works_and_its_failures_are_results_the_model_can_act_on(
     assert "-two\n+2\n" in mcp("edit", path="mcp/x.txt", edits=[{"old": "two", "new": "2"}])
     assert mcp("glob", pattern="mcp/nothing*") == "paths: none"
     assert "mcp/x.txt" in mcp("glob", pattern="mcp/*") and "mcp/x.txt:2:2" in mcp("grep", pattern="2", glob="mcp/*")
-    job = re.search(r"job: (j\w+)", mcp("exec", command="echo begun; sleep 0.3; echo over; exit 5", background=True)).group(1)  # type: ignore[union-attr]
+    job = job_of(mcp("exec", command="echo begun; sleep 0.3; echo over; exit 5", background=True))
     assert "exit_code: 5" in mcp("wait", job=job) and "begun\nover\n" in mcp("logs", job=job) and job in mcp("jobs")
     assert "over\n" in mcp("logs", job=job, offset=6) and "stopped: confirmed" in mcp("stop", job=job)
     for tool, arguments, words in (("read", {"path": "nope"}, "no file"), ("edit", {"path": "mcp/x.txt", "edits": [{"old": "zz", "new": ""}]}, "0 times"),
@@ -7969,12 +7990,12 @@ def test_mcp_every_tool_works_and_its_failures_are_results_the_model_can_act_on(
 
 def test_mcp_calls_run_at_once_and_answer_as_they_finish(mcp: Mcp) -> None:
     """The first ends only once the last has run."""
-    slow = mcp.post("tools/call", {"name": "exec", "arguments": {"command": "rm -f go; until [ -e go ]; do sleep 0.1; done; echo slow"}})
-    numbers = {mcp.post("tools/call", {"name": "exec", "arguments": {"command": f"echo n{n}"}}): n for n in range(8)}
+    slow = mcp.begin("rm -f go; until [ -e go ]; do sleep 0.1; done; echo slow")
+    numbers = {mcp.begin(f"echo n{n}"): n for n in range(8)}
     for number, n in numbers.items():
         assert f"n{n}\n" in mcp.answer(number)["result"]["content"][0]["text"]
     assert slow not in mcp.answers
-    last = mcp.post("tools/call", {"name": "exec", "arguments": {"command": "echo >go"}})
+    last = mcp.begin("echo >go")
     assert "exit_code: 0" in mcp.answer(last)["result"]["content"][0]["text"] and "slow" in mcp.answer(slow)["result"]["content"][0]["text"]
 
 
@@ -7982,9 +8003,9 @@ def test_mcp_calls_run_at_once_and_answer_as_they_finish(mcp: Mcp) -> None:
     (b"garbage", -32700), (b"\xff\xfe{}", -32700), (b"NaN", -32700), (b"[" * 100000, -32700), (b'{"jsonrpc":"2.0"', -32700), (b"3", -32600), (b'"x"', -32600),
     (b"null", -32600), (b"{}", -32600), (b"[]", -32600), (b'{"jsonrpc":"1.0","id":1,"method":"ping"}', -32600), (b'{"jsonrpc":"2.0","id":null,"method":"ping"}', -32600),
     (b'{"jsonrpc":"2.0","id":1.5,"method":"ping"}', -32600), (b'{"jsonrpc":"2.0","id":true,"method":"ping"}', -32600), (b'{"jsonrpc":"2.0","id":[],"method":"ping"}', -32600),
-    (b'{"jsonrpc":"2.0","id":"g","method":3}', -32600), (b'{"jsonrpc":"2.0","id":"g"}', -32600), (b'{"jsonrpc":"2.0","id":"g","method":"no/such"}', -32601),
-    (b'{"jsonrpc":"2.0","id":"g","method":"ping","params":[1]}', -32602), (b'{"jsonrpc":"2.0","id":"g","method":"tools/call","params":{"name":["x"]}}', -32602),
-    (b'{"jsonrpc":"2.0","id":"g","method":"tools/call","params":{"_meta":3}}', -32602), (b'{"jsonrpc":"2.0","id":"g","method":"\\ud800"}', -32601),
+    *((b'{"jsonrpc":"2.0","id":"g"%s}' % rest, code) for rest, code in (
+        (b',"method":3', -32600), (b"", -32600), (b',"method":"no/such"', -32601), (b',"method":"ping","params":[1]', -32602), (b',"method":"\\ud800"', -32601),
+        (b',"method":"tools/call","params":{"name":["x"]}', -32602), (b',"method":"tools/call","params":{"_meta":3}', -32602))),
     (b'"' + b"x" * (17 << 20), -32600)], ids=lambda value: repr(value)[:40] if isinstance(value, bytes) else str(value))
 def test_mcp_garbage_is_answered_and_ends_nothing(mcp: Mcp, line: bytes, code: int) -> None:
     mcp.send(line)
@@ -8035,7 +8056,7 @@ def test_mcp_a_secret_cut_by_a_page_of_logs_is_masked_all_the_same(site: Site) -
     assert repo.exec("true").code == 0  # made: a call that makes the workspace may take longer than the soft timeout
     with open_mcp(repo, "-H", "box", "--soft-timeout", "1") as client:
         text = client("exec", command='printf %s "${TOKEN%??????}"; sleep 3; printf %s "uvwxyz!"; sleep 60')
-        job = re.search(r"job: (r\w+)", text).group(1)  # type: ignore[union-attr]
+        job = job_of(text)
         assert "abcdef" not in text and "next_offset: 0" in text
         until(lambda: "[secret TOKEN]!" in client("logs", job=job, offset=0, wait=1), "the rest of the secret")
 
@@ -8044,7 +8065,7 @@ def test_mcp_masks_what_a_command_made_also_when_an_earlier_server_sent_it(repo:
     repo.ok("secrets", "set", "TOKEN", "--command", "printf %s-12345 made")
     with open_mcp(repo, "-H", "box") as client:
         client("exec", command='echo "key=$TOKEN" >.env')
-        job = re.search(r"job: (j\w+)", client("exec", command='echo "job $TOKEN"', background=True)).group(1)  # type: ignore[union-attr]
+        job = job_of(client("exec", command='echo "job $TOKEN"', background=True))
         client("wait", job=job)
     for tool, words in (("read", {"path": ".env"}), ("logs", {"job": job}), ("grep", {"pattern": "key="})):
         with open_mcp(repo, "-H", "box") as client:  # each the first call of a server
@@ -8125,22 +8146,22 @@ def test_mcp_long_files_come_in_pages_that_join(mcp: Mcp, shared: Repo) -> None:
 
 def test_mcp_a_call_over_the_soft_timeout_becomes_a_job_with_progress(mcp: Mcp) -> None:
     nap = unique()
-    number = mcp.post("tools/call", {"name": "exec", "arguments": {"command": f"echo one; sleep {nap}"}, "_meta": {"progressToken": "tok"}})
+    number = mcp.begin(f"echo one; sleep {nap}", _meta={"progressToken": "tok"})
     text = mcp.answer(number)["result"]["content"][0]["text"]
-    job = re.search(r"job: (r\w+)", text).group(1)  # type: ignore[union-attr]
+    job = job_of(text)
     assert "state: running" in text and "one\n" in text and "next_offset: 4" in text
     assert "state=running" in mcp("jobs") and job in mcp("jobs") and "state: running" in mcp("wait", job=job, timeout=0.2)
     assert "one" in mcp("logs", job=job) and "one" not in mcp("logs", job=job, offset=4)
     stopped = mcp("stop", job=job)
     assert "stopped: confirmed" in stopped and not running(f"sleep {nap}")
-    number = mcp.post("tools/call", {"name": "exec", "arguments": {"command": "sleep 1.9"}, "_meta": {"progressToken": 7}})
+    number = mcp.begin("sleep 1.9", _meta={"progressToken": 7})
     mcp.answer(number)
     mcp.others.clear()
 
 
 def test_mcp_progress_rises_and_ends_with_the_call(repo: Repo) -> None:
     with open_mcp(repo, "-H", "box") as client:
-        number = client.post("tools/call", {"name": "exec", "arguments": {"command": "sleep 4.5; echo done"}, "_meta": {"progressToken": "tok"}})
+        number = client.begin("sleep 4.5; echo done", _meta={"progressToken": "tok"})
         assert "done" in client.answer(number)["result"]["content"][0]["text"]
         seen = [m["params"] for m in client.others if m["method"] == "notifications/progress"]
         steps = [params["progress"] for params in seen]
@@ -8150,7 +8171,7 @@ def test_mcp_progress_rises_and_ends_with_the_call(repo: Repo) -> None:
 @pytest.mark.promise(6)
 def test_mcp_cancel_ends_the_tree_there_and_answers_no_more(mcp: Mcp) -> None:
     nap = unique()
-    number = mcp.post("tools/call", {"name": "exec", "arguments": {"command": f"sleep {nap} & sleep {nap}"}})
+    number = mcp.begin(f"sleep {nap} & sleep {nap}")
     until(lambda: len(running(f"sleep {nap}")) == 2, "two sleep")
     mcp.send(json.dumps({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": number, "reason": "enough"}}).encode())
     until(lambda: not running(f"sleep {nap}"), "the end of them")
@@ -8164,9 +8185,9 @@ def test_mcp_its_end_ends_foreground_commands_and_keeps_jobs(repo: Repo, how: st
         stack.callback(lambda: [kill(p.pid) for p in running(f"sleep {keep}")])
         assert repo.exec("true").code == 0
         client = Mcp(repo, "-H", "box", "--soft-timeout", "1")
-        job = re.search(r"job: (j\w+)", client("exec", command=f"echo kept; sleep {keep}", background=True)).group(1)  # type: ignore[union-attr]
+        job = job_of(client("exec", command=f"echo kept; sleep {keep}", background=True))
         assert "state: running" in client("exec", command=f"sleep {nap}")
-        client.post("tools/call", {"name": "exec", "arguments": {"command": f"sleep {nap}; true"}})
+        client.begin(f"sleep {nap}; true")
         until(lambda: len(running(f"sleep {nap}")) == 2, "two sleep")
         began = time.monotonic()
         if how == "eof":
@@ -8355,7 +8376,7 @@ def token(repo: Repo) -> str:
     return value
 
 
-def test_mcp_a_secret_over_the_border_of_two_pages_of_an_ended_job_is_masked(repo: Repo, token: str) -> None:
+def test_mcp_a_secret_is_masked_over_the_border_of_pages_with_colour_codes_in_it_and_where_grep_cuts_a_line(repo: Repo, token: str) -> None:
     with open_mcp(repo, "-H", "box") as client:
         job = job_of(client("exec", command=f"head -c {ROOM - 20} /dev/zero | tr '\\0' y; echo $TOKEN; echo END", background=True))
         client("wait", job=job)
@@ -8365,16 +8386,8 @@ def test_mcp_a_secret_over_the_border_of_two_pages_of_an_ended_job_is_masked(rep
         assert "[secret TOKEN]\nEND" in client("logs", job=job, offset=int(offset.group(1)))
         inside = client("logs", job=job, offset=ROOM)
         assert token[-12:] not in inside and "END" in inside
-
-
-def test_mcp_a_secret_with_colour_codes_in_it_is_masked(repo: Repo, token: str) -> None:
-    with open_mcp(repo, "-H", "box") as client:
         text = client("exec", command="echo x$TOKEN | sed \"s/.ok-/$(printf '\\033[1;31m')&$(printf '\\033[m')/\"")
         assert token not in text and "x[secret TOKEN]" in text
-
-
-def test_mcp_a_secret_in_a_long_line_is_masked_where_grep_cuts_it(repo: Repo, token: str) -> None:
-    with open_mcp(repo, "-H", "box") as client:
         client("write", path="min.js", content="needle" + "y" * 10000 + "\n")
         size = len(re.search("needle(y+)", client("grep", pattern="needle")).group(1))  # type: ignore[union-attr]
         client("write", path="min.js", content="needle" + "y" * (size - 14) + token + "z" * 100 + "\n")
@@ -8406,20 +8419,17 @@ def test_mcp_damaged_state_is_said_in_every_answer_and_ends_nothing(repo: Repo, 
         assert client.call("read")[0]
         assert "instructions" in client.ask("initialize", {"protocolVersion": "2025-11-25"})["result"]
         assert "instructions" in client.ask("server/discover", MODERN)["result"]
-        client.post("tools/call", {"name": "exec", "arguments": {"command": "true"}})
+        client.begin("true")
 
 
 @pytest.mark.parametrize("value", ["1e400", "-1e400", "[" * DEEP + "]" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP, '"\\ud800"', '"' + "x" * 100000 + '"', "12345678901234567890"], ids=["huge", "negative", "lists", "objects", "surrogate", "long", "digits"])
 def test_mcp_odd_values_everywhere_give_one_line_of_real_json(mcp: Mcp, value: str) -> None:
-    places = ('"method":"tools/list","params":{"_meta":{"io.modelcontextprotocol/protocolVersion":%s}}',
-              '"method":"initialize","params":{"protocolVersion":%s}', '"method":"tools/call","params":{"name":%s}',
-              '"method":"tools/call","params":{"name":"exec","arguments":{"command":"true","timeout":%s}}',
-              '"method":"tools/call","params":{"name":"exec","arguments":{"command":"true","env":{"A":%s}}}',
-              '"method":"tools/call","params":{"name":"exec","arguments":%s}', '"method":"tools/call","params":{"name":"wait","arguments":{"job":"j00000000","timeout":%s}}',
-              '"method":"tools/call","params":{"name":"logs","arguments":{"job":"j00000000","offset":%s}}',
-              '"method":"tools/call","params":{"name":"read","arguments":{"path":"README","limit":%s}}',
-              '"method":"tools/call","params":{"name":"edit","arguments":{"path":"README","edits":%s}}',
-              '"method":"tools/call","params":{"name":"exec","arguments":{"command":"true"},"_meta":{"progressToken":%s}}')
+    calls = ('{"name":%s}', '{"name":"exec","arguments":{"command":"true","timeout":%s}}', '{"name":"exec","arguments":{"command":"true","env":{"A":%s}}}',
+             '{"name":"exec","arguments":%s}', '{"name":"wait","arguments":{"job":"j00000000","timeout":%s}}', '{"name":"logs","arguments":{"job":"j00000000","offset":%s}}',
+             '{"name":"read","arguments":{"path":"README","limit":%s}}', '{"name":"edit","arguments":{"path":"README","edits":%s}}',
+             '{"name":"exec","arguments":{"command":"true"},"_meta":{"progressToken":%s}}')
+    places = ('"method":"tools/list","params":{"_meta":{"io.modelcontextprotocol/protocolVersion":%s}}', '"method":"initialize","params":{"protocolVersion":%s}',
+              *('"method":"tools/call","params":' + call for call in calls))
     for number, place in enumerate(places):
         mcp.send(('{"jsonrpc":"2.0","id":"odd%d",%s}' % (number, place % value)).encode())
         answer = mcp.answer("odd%d" % number)
@@ -8477,7 +8487,7 @@ def test_mcp_making_the_workspace_may_take_longer_than_a_call_and_outlive_it(rep
             text = client("read", path="by-init")
             assert "state: running" in text and "the workspace main is being made; it goes on" in text, text
             jobs.append(job_of(text))
-        number = client.post("tools/call", {"name": "exec", "arguments": {"command": "touch cancelled"}})
+        number = client.begin("touch cancelled")
         client.send(json.dumps({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": number}}).encode())
         (repo.path().parent / "go").touch()
         for job in jobs:
@@ -8488,7 +8498,7 @@ def test_mcp_making_the_workspace_may_take_longer_than_a_call_and_outlive_it(rep
 def test_mcp_a_hundred_calls_in_flight_get_a_hundred_answers(shared: Repo) -> None:
     """Also the ones beyond those that run at once; each is answered after the next had begun to wait."""
     with open_mcp(shared) as client:
-        numbers = [client.post("tools/call", {"name": "exec", "arguments": {"command": f"sleep 0.3; echo n{n}"}}) for n in range(100)]
+        numbers = [client.begin(f"sleep 0.3; echo n{n}") for n in range(100)]
         for n, number in enumerate(numbers):
             assert f"n{n}\n" in client.answer(number)["result"]["content"][0]["text"]
 
@@ -8661,37 +8671,39 @@ def silent_port(site: Site) -> int:
     return line.port
 
 
-@pytest.mark.parametrize("trouble, code, words", [
-    ("unresolved", 255, "does not resolve"), ("closed", 255, "refused"), ("unknown key", 255, "ssh-ed25519 SHA256:"), ("changed key", 255, " -R rig"),
-    ("no key", 255, "SSH_AUTH_SOCK"), ("password only", 255, "allow keys"), ("proxy", 255, "my proxy is broken"), ("coder", 255, "coder login"), ("silent", 255, "then said nothing. Its sshd may hang, or another service have that port: try `ssh -F "),
-    ("late proxy", 255, "without a connection: spoken late."),
-    ("bad config", 255, "Correct the file"), ("no sh", 1, "start-up files"), ("readonly", 1, "cannot be written"), ("no tar", 1, "Install tar"),
-    ("single", 0, "MaxSessions"), ("no git", 0, "Install git")])
-def test_doctor_explains_what_is_wrong_and_its_fix(site: Site, trouble: str, code: int, words: str) -> None:
+def without_tar(site: Site) -> str:
+    path = minimal_path(site)
+    os.unlink(f"{path}/tar")
+    return site.inetd("h", shell="busybox", env={"PATH": path})
+
+
+DOCTOR: Dict[str, Tuple[Callable[[Site], str], int, str]] = {  # how the host h comes to have the trouble, the exit code, words
+    "unresolved": (lambda site: site.host("h", "HostName no-such-host.invalid"), 255, "does not resolve"),
+    "closed": (lambda site: site.host("h", "HostName 127.0.0.1", f"Port {free_port()}"), 255, "refused"),
+    "unknown key": (lambda site: site.inetd("h", host_key=site.keys.other_host, config=["HostKeyAlias new"]), 255, "ssh-ed25519 SHA256:"),
+    "changed key": (lambda site: site.inetd("h", host_key=site.keys.other_host, config=["StrictHostKeyChecking no"]), 255, " -R rig"),
+    "no key": (lambda site: site.inetd("h", f"RevokedKeys {site.keys.user}.pub"), 255, "SSH_AUTH_SOCK"),
+    "password only": (lambda site: site.inetd("h", "Match all", "PubkeyAuthentication no", "PasswordAuthentication yes"), 255, "allow keys"),
+    "proxy": (lambda site: site.host("h", "ProxyCommand sh -c 'echo my proxy is broken >&2; exit 1'"), 255, "my proxy is broken"),
+    "coder": (lambda site: site.host("h", "ProxyCommand sh -c 'echo You are not logged in. >&2; exit 1' coder ssh --stdio h"), 255, "coder login"),
+    "silent": (lambda site: site.host("h", "HostName 127.0.0.1", f"Port {silent_port(site)}", "ConnectTimeout 2"), 255,
+               "then said nothing. Its sshd may hang, or another service have that port: try `ssh -F "),
+    "late proxy": (lambda site: site.host("h", f"ProxyCommand sh -c '{COLD_PROXY}'"), 255, "without a connection: spoken late."),
+    "bad config": (lambda site: site.host("h", "Frobnicate yes"), 255, "Correct the file"),
+    "no sh": (lambda site: site.inetd("h", "ForceCommand exit 3"), 1, "start-up files"),
+    "readonly": (lambda site: site.inetd("h", env={"HOME": "/proc/nowhere"}), 1, "cannot be written"),
+    "no tar": (without_tar, 1, "Install tar"), "single": (lambda site: site.daemon("h", "MaxSessions 1"), 0, "MaxSessions"),
+    "no git": (lambda site: site.inetd("h", shell="busybox", env={"PATH": minimal_path(site)}), 0, "Install git"),
+}
+
+
+@pytest.mark.parametrize("trouble", DOCTOR)
+def test_doctor_explains_what_is_wrong_and_its_fix(site: Site, trouble: str) -> None:
     """Each in one sentence, with the documented exit code; what makes the host unusable is no 'fix'."""
-    name = site.host("h", "HostName no-such-host.invalid") if trouble == "unresolved" else (
-        site.host("h", "HostName 127.0.0.1", f"Port {free_port()}")) if trouble == "closed" else (
-        site.inetd("h", host_key=site.keys.other_host, config=["StrictHostKeyChecking no"] if trouble == "changed key" else ["HostKeyAlias new"])
-    ) if trouble.endswith("d key") or trouble.endswith("n key") else (
-        site.inetd("h", f"RevokedKeys {site.keys.user}.pub")) if trouble == "no key" else (
-        site.inetd("h", "Match all", "PubkeyAuthentication no", "PasswordAuthentication yes")) if trouble == "password only" else (
-        site.host("h", "ProxyCommand sh -c 'echo my proxy is broken >&2; exit 1'")) if trouble == "proxy" else (
-        site.host("h", "ProxyCommand sh -c 'echo You are not logged in. >&2; exit 1' coder ssh --stdio h")) if trouble == "coder" else (
-        site.host("h", f"ProxyCommand sh -c '{COLD_PROXY}'")) if trouble == "late proxy" else (
-        site.host("h", "HostName 127.0.0.1", "Port %d" % silent_port(site), "ConnectTimeout 2")) if trouble == "silent" else (
-        site.host("h", "Frobnicate yes")) if trouble == "bad config" else (
-        site.inetd("h", "ForceCommand exit 3")) if trouble == "no sh" else (
-        site.daemon("h", "MaxSessions 1")) if trouble == "single" else (
-        site.inetd("h", shell="busybox", env={"PATH": minimal_path(site)} if trouble == "no git" else {}))
-    if trouble == "no tar":
-        path = Path(minimal_path(site))
-        (path / "tar").unlink()
-        site.inetd("h", shell="busybox", env={"PATH": str(path)})
-    if trouble == "readonly":
-        site.inetd("h", env={"HOME": "/proc/nowhere"})
-    found = site.cli("doctor", name, "--json")
+    make, code, words = DOCTOR[trouble]
+    found = site.cli("doctor", make(site), "--json")
     assert found.code == code, found
-    row = next(row for row in found.json if row["state"] in ({255: ["dead"], 1: ["bad"], 0: ["fix"]}[code]))
+    row = next(row for row in found.json if row["state"] == {255: "dead", 1: "bad", 0: "fix"}[code])
     assert words in row["text"] + " " + row["fix"] and row["fix"] and "\n" not in row["text"] + row["fix"], row
 
 
@@ -9031,7 +9043,7 @@ def test_odd_workspace_names_are_refused(shared: Repo, name: str) -> None:
     env = {"CMUX_SSH_COMMAND": shared.site.script("shim", f"touch {called}; exit 255")}
     refused(shared.cli("new", "-H", "box", "--", name, env=env), 2)
     refused(shared.cli("exec", "-H", "box", f"--workspace={name}", "--", "true", env=env), 125)
-    assert set(shared.workspaces()) == {"main"} and not called.exists()
+    assert set(shared.recorded()) == {"main"} and not called.exists()
 
 
 def test_no_repository_an_unborn_branch_and_a_bad_revision_are_said(site: Site, repo: Repo) -> None:
@@ -9097,7 +9109,7 @@ def test_usage_errors_are_said_and_with_json_are_an_object_too(repo: Repo, share
         fields = told.json["errors"][0] if args[0] == "rm" and "errors" in told.json else told.json["error"]
         assert told.code == ran.code and fields["message"] and told.out.count(b"\n") == 1, told
         assert ("exit_code" in told.json) == (args[0] == "exec") and (fields["message"] in told.said or args[0] == "exec"), told
-    assert made or not project.workspaces()
+    assert made or not project.recorded()
 
 
 def hinted(said: str, *ours: str) -> List[str]:
@@ -9111,7 +9123,7 @@ def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo: Repo, sit
     """From another directory, by another path, about a workspace that is not the default: what a refusal says is run as it is."""
     path = site.dir / "my copies" / "cmux_ssh.py"
     path.parent.mkdir()
-    path.symlink_to(compiled())
+    path.symlink_to(compiled()[-1])
     site.host("dead", "ProxyCommand false")
     repo.write("Makefile", b"test:\n\techo made\n")
     repo.commit()
@@ -10293,15 +10305,6 @@ def test_a_host_that_floods_is_cut_off_in_little_memory(site: Site, flood: str) 
         assert talker("exec", command="echo honest")["stdout"] == "honest\n"
 
 
-def test_dirty_where_the_state_lies_in_the_repository_and_is_ignored(repo: Repo, site: Site) -> None:
-    """A home that is a repository: `git add` fails where an excluded path is ignored already."""
-    home = Repo(site, name="home/dot")
-    home.write(".gitignore", b"st\n")
-    home.commit()
-    home.write("new", b"x")
-    home.new("--dirty", "main", env={"CMUX_SSH_HOME": str(home.dir / "st" / "cmux-ssh")})
-
-
 @pytest.mark.promise(1)
 def test_a_committed_state_directory_is_not_sent(repo: Repo, site: Site) -> None:
     home = Repo(site, name="home/kept")
@@ -10338,16 +10341,7 @@ def test_a_secret_with_half_a_character_is_called_damaged(repo: Repo, site: Site
     (file,) = [path for path in site.state.rglob("*") if path.is_file() and b"valuevalue" in path.read_bytes()]
     file.write_bytes(file.read_bytes().replace(b"valuevalue", b"\\" + b"ud800x"))
     ran = repo.exec("true")
-    assert ran.code and "The secret TOK" in ran.said and "damaged" in ran.said, ran
-
-
-@pytest.mark.parametrize("data, line", [(b"x", b"M 100644 :1 DIR/evil"), (b"src", b"M 120000 :1 DIR")], ids=["file", "link"])
-def test_a_third_spelling_of_what_the_base_has_in_two_is_refused(new_lab: Callable[..., Lab], data: bytes, line: bytes) -> None:
-    lab = new_lab()
-    for path in ("Dir/a", "dir/b"):
-        lab.write(path, b"x")
-    lab.commit()
-    lab.refuse(export(blob(1, data), commit(2, line)), what="one file where case")
+    assert ran.code == 125 and "The secret TOK" in ran.said and "damaged" in ran.said, ran
 
 
 def test_mcp_a_secret_whose_command_fails_does_not_turn_what_was_done_into_a_failure(repo: Repo, site: Site) -> None:
