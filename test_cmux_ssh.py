@@ -7,8 +7,6 @@ called is a trap. What a site started is ended and looked for when it closes. Wa
 deadline. A missing program fails with the words that install it; only what needs root or the mcp package skips.
 """
 
-from __future__ import annotations
-
 import ast
 import atexit
 import base64
@@ -43,7 +41,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
+from subprocess import DEVNULL, PIPE
 
 import pytest
 
@@ -54,6 +52,10 @@ import cmux_ssh as c  # noqa: E402
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+each = pytest.mark.parametrize
+promise = pytest.mark.promise
+compat = pytest.mark.compat
+slow = pytest.mark.slow
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE / "cmux_ssh.py"
 PYPY = sys.implementation.name == "pypy"  # its memory is larger, its stack is smaller
@@ -66,7 +68,7 @@ BINARY = bytes(range(256)) * 3 + b"\0\xff\xfe no final newline"
 # === Rig: programs and processes ===
 
 
-def program(name: str, package: str = "") -> str:
+def program(name, package=""):
     """The path of a program the tests need; without it they fail and say how to get it."""
     path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/local/sbin")
     if path is None:
@@ -74,7 +76,7 @@ def program(name: str, package: str = "") -> str:
     return path
 
 
-def compiled() -> List[str]:
+def compiled():
     """The words that run the program as Python has compiled it, under its own name: at each of some thousand starts it would
     be compiled anew, for half of all the time that the tests take. (Others start PROGRAM itself.) Nor is time spent on
     site-packages, of which it needs none."""
@@ -83,7 +85,7 @@ def compiled() -> List[str]:
 
 
 @functools.lru_cache(maxsize=None)
-def compiled_copy() -> str:
+def compiled_copy():
     folder = tempfile.mkdtemp(prefix="cmux-compiled-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = os.path.join(folder, PROGRAM.name)
@@ -91,7 +93,7 @@ def compiled_copy() -> str:
     return path
 
 
-def until(probe: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
+def until(probe, what, seconds=PATIENCE):
     """The first true answer of probe, asked again and again until the deadline."""
     end = time.monotonic() + seconds
     while True:
@@ -105,14 +107,14 @@ def until(probe: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any
 class Process:
     """One row of the process table, as bytes: cmdline with NULs between words, environ likewise."""
 
-    def __init__(self, pid: int, ppid: int, cmdline: bytes, environ: bytes) -> None:
+    def __init__(self, pid, ppid, cmdline, environ):
         self.pid, self.ppid, self.cmdline, self.environ = pid, ppid, cmdline, environ
 
-    def __repr__(self) -> str:
+    def __repr__(self):
         return f"<{self.pid} of {self.ppid}: {self.cmdline.replace(chr(0).encode(), b' ').decode(errors='replace')[:300]}>"
 
 
-def slurp(path: str) -> bytes:
+def slurp(path):
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -120,12 +122,12 @@ def slurp(path: str) -> bytes:
         return b""
 
 
-def pointer(content: bytes) -> bytes:
+def pointer(content):
     """What git has in the place of LFS content."""
     return b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (hashlib.sha256(content).hexdigest().encode(), len(content))
 
 
-def processes(environ: bool = True) -> List[Process]:
+def processes(environ=True):
     """Every living process of this machine that we may see; zombies have no cmdline and are left out."""
     if not os.path.isdir("/proc/self"):
         return processes_from_ps()
@@ -139,25 +141,25 @@ def processes(environ: bool = True) -> List[Process]:
     return found
 
 
-def processes_from_ps() -> List[Process]:
-    table = subprocess.run(["ps", "-axww", "-o", "pid=,ppid=,command="], stdout=subprocess.PIPE, check=True).stdout
-    whole = subprocess.run(["ps", "-axEww", "-o", "pid=,command="], stdout=subprocess.PIPE, check=True).stdout
+def processes_from_ps():
+    table = subprocess.run(["ps", "-axww", "-o", "pid=,ppid=,command="], stdout=PIPE, check=True).stdout
+    whole = subprocess.run(["ps", "-axEww", "-o", "pid=,command="], stdout=PIPE, check=True).stdout
     environs = {int(line.split(None, 1)[0]): line for line in whole.splitlines() if line.split()}
     rows = [line.split(None, 2) for line in table.splitlines()]
     return [Process(int(r[0]), int(r[1]), r[2], environs.get(int(r[0]), b"")) for r in rows if len(r) == 3]
 
 
-def running(command: str) -> List[Process]:
+def running(command):
     """The processes that run exactly this command; not those that only name it, like the shell around it."""
     return [p for p in processes(environ=False) if p.cmdline.replace(b"\0", b" ").strip() == command.encode()]
 
 
-def naming(text: str) -> List[Process]:
+def naming(text):
     """The processes whose command line holds text anywhere."""
     return [p for p in processes(environ=False) if text.encode() in p.cmdline and p.pid != os.getpid()]
 
 
-def descendants(pid: int) -> List[Process]:
+def descendants(pid):
     table = processes(environ=False)
     family = {pid}
     while True:
@@ -167,7 +169,7 @@ def descendants(pid: int) -> List[Process]:
         family |= more
 
 
-def ancestors() -> List[int]:
+def ancestors():
     parents = {p.pid: p.ppid for p in processes(environ=False)}
     line, pid = [os.getpid()], os.getpid()
     while pid in parents and parents[pid] > 0:
@@ -176,21 +178,21 @@ def ancestors() -> List[int]:
     return line
 
 
-def spent() -> float:
+def spent():
     """Seconds of the processor of all programs that ended here: no busy machine makes them more."""
     return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
 
-def kill(pid: int, sig: int = signal.SIGKILL) -> None:
+def kill(pid, sig=signal.SIGKILL):
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, sig)
 
 
-def end_everything_of(directory: Path) -> None:
+def end_everything_of(directory):
     """SIGKILL to every process that names the directory in its command line or environment."""
     name, spare = os.fsencode(directory), set(ancestors())
 
-    def strike() -> bool:
+    def strike():
         left = [p for p in processes() if (name in p.cmdline or name in p.environ) and p.pid not in spare]
         for process in left:
             kill(process.pid)
@@ -202,21 +204,21 @@ def end_everything_of(directory: Path) -> None:
 class Watch:
     """Looks at every command line on this machine, again and again, for bytes that must stand in none."""
 
-    def __init__(self, needle: bytes) -> None:
-        self.needle, self.hits, self.looks = needle, [], 0  # type: bytes, List[Process], int
+    def __init__(self, needle):
+        self.needle, self.hits, self.looks = needle, [], 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def _run(self) -> None:
+    def _run(self):
         while not self._stop.is_set():
             self.hits += [p for p in processes(environ=False) if self.needle in p.cmdline]
             self.looks += 1
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self):
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         self._stop.set()
         self._thread.join()
 
@@ -227,7 +229,7 @@ class Watch:
 class Line:
     """A TCP proxy between ssh and sshd that counts, delays, stalls, cuts and refuses on demand."""
 
-    def __init__(self, target_port: int) -> None:
+    def __init__(self, target_port):
         self.target_port = target_port
         self.connections = self.up = self.down = 0  # connections seen, bytes towards the host, bytes from it
         self.delay = 0.0  # seconds each way
@@ -235,11 +237,11 @@ class Line:
         self._free = {"up": 0.0, "down": 0.0}  # when each way has sent what it was given
         self.away = (0, b"")  # so many more connections are told this, and closed
         self.refuse = False  # accept and hang up at once, as a port forwarder with nothing behind it does
-        self.cut: Dict[str, Optional[int]] = {"up": None, "down": None}  # end a connection after so many bytes
-        self.trap: Optional[Tuple[str, int, Callable[[], None]]] = None  # after so many bytes more, once
+        self.cut = {"up": None, "down": None}  # end a connection after so many bytes
+        self.trap = None  # after so many bytes more, once
         self.flowing = threading.Event()
         self.flowing.set()
-        self._live: List[socket.socket] = []
+        self._live = []
         self._lock = threading.Lock()
         self._door = socket.socket()
         self._door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -248,7 +250,7 @@ class Line:
         self.port = self._door.getsockname()[1]
         threading.Thread(target=self._serve, daemon=True).start()
 
-    def _serve(self) -> None:
+    def _serve(self):
         while True:
             try:
                 near = self._door.accept()[0]
@@ -272,11 +274,11 @@ class Line:
             with self._lock:
                 self._live += [near, far]
             for source, sink, way in ((near, far, "up"), (far, near, "down")):
-                pipe: "queue.Queue[Tuple[float, bytes]]" = queue.Queue(256)
+                pipe = queue.Queue(256)
                 threading.Thread(target=self._read, args=(source, pipe), daemon=True).start()
                 threading.Thread(target=self._write, args=(sink, source, pipe, way), daemon=True).start()
 
-    def _read(self, source: socket.socket, pipe: "queue.Queue[Tuple[float, bytes]]") -> None:
+    def _read(self, source, pipe):
         data = b"?"
         while data:
             try:
@@ -285,7 +287,7 @@ class Line:
                 data = b""
             pipe.put((time.monotonic() + self.delay, data))
 
-    def _write(self, sink: socket.socket, source: socket.socket, pipe: "queue.Queue[Tuple[float, bytes]]", way: str) -> None:
+    def _write(self, sink, source, pipe, way):
         carried = 0
         while True:
             due, data = pipe.get()
@@ -314,7 +316,7 @@ class Line:
             with self._lock:
                 setattr(self, way, getattr(self, way) + len(data))
 
-    def _spring(self, way: str, data: bytes, sink: socket.socket) -> bytes:
+    def _spring(self, way, data, sink):
         """What is left of the data after a trap that lies in it: what comes before is passed on first."""
         with self._lock:
             if not self.trap or self.trap[0] != way or not data:
@@ -329,27 +331,27 @@ class Line:
         self.flowing.wait()
         return data[left:]  # never empty: that would be the end of the stream
 
-    def _hang_up(self, end: socket.socket) -> None:
+    def _hang_up(self, end):
         """Hang up with a reset; shutdown first, because a thread may sit in recv on it."""
         with contextlib.suppress(OSError):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             end.shutdown(socket.SHUT_RDWR)
         end.close()
 
-    def drop(self) -> None:
+    def drop(self):
         """Cut every connection there is, now."""
         with self._lock:
             live, self._live = self._live, []
         for end in live:
             self._hang_up(end)
 
-    def stall(self) -> None:
+    def stall(self):
         self.flowing.clear()
 
-    def go_on(self) -> None:
+    def go_on(self):
         self.flowing.set()
 
-    def close(self) -> None:
+    def close(self):
         self.go_on()
         with contextlib.suppress(OSError):
             self._door.shutdown(socket.SHUT_RDWR)
@@ -360,7 +362,7 @@ class Line:
 PORTS = iter(range(1 << 60))
 
 
-def free_port() -> int:
+def free_port():
     """A port nobody listens on, and nobody else will: of twenty that are this process's own among the test's, below
     those that the kernel hands out (else another test may get what this one calls closed)."""
     for turn in PORTS:
@@ -372,7 +374,7 @@ def free_port() -> int:
     raise AssertionError
 
 
-def answers(port: int) -> bool:
+def answers(port):
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex(("127.0.0.1", port)) == 0
@@ -398,7 +400,7 @@ stty tail tar tee test touch tr true tty uname uniq wc which xargs""".split()
 class Keys:
     """The host's and the user's key pair, made once for all tests."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory):
         self.host, self.user, self.stranger, self.other_host = (
             directory / name for name in ("host_key", "user_key", "stranger_key", "other_host_key"))
         for key in (self.host, self.user, self.stranger, self.other_host):
@@ -406,37 +408,37 @@ class Keys:
                            check=True)
 
 
-def public(key: Path) -> str:
+def public(key):
     return " ".join(Path(f"{key}.pub").read_text().split()[:2])
 
 
 class Answer:
     """How a run of the program ended."""
 
-    def __init__(self, argv: Sequence[str], code: int, out: bytes, err: bytes, seconds: float) -> None:
+    def __init__(self, argv, code, out, err, seconds):
         self.argv, self.code, self.out, self.err, self.seconds = argv, code, out, err, seconds
 
     @property
-    def json(self) -> Any:
+    def json(self):
         assert self.out.isascii()
         return json.loads(self.out)
 
     @property
-    def text(self) -> str:
+    def text(self):
         return self.out.decode()
 
     @property
-    def said(self) -> str:
+    def said(self):
         return self.err.decode(errors="replace")
 
-    def __repr__(self) -> str:
+    def __repr__(self):
         return f"<{' '.join(map(shlex.quote, self.argv))}: {self.code} after {self.seconds:.2f} s\nout {self.out[-2000:]!r}\nerr {self.err[-2000:]!r}>"
 
 
 class Site:
     """One laptop and its hosts: a local home, a state directory, an ssh config, daemons; all below one directory."""
 
-    def __init__(self, keys: Keys) -> None:
+    def __init__(self, keys):
         self.keys = keys
         self.dir = Path(tempfile.mkdtemp(prefix="cmux-t", dir="/tmp")).resolve()
         self.home, self.state, self.tmp, self.remote = (self.dir / n for n in ("home", "state", "tmp", "far"))
@@ -455,16 +457,16 @@ class Site:
             "GIT_EDITOR": "false", "EDITOR": "false", "VISUAL": "false", "GIT_PAGER": "false", "PAGER": "false",
             "SSH_ASKPASS": "/bin/false", "GIT_ASKPASS": "/bin/false", "GIT_SSH_COMMAND": "false",
         }
-        self.entries: List[str] = []
-        self.lines: List[Line] = []
-        self.daemons: List["subprocess.Popen[bytes]"] = []
+        self.entries = []
+        self.lines = []
+        self.daemons = []
         self.port = 0
-        self.ports: Dict[str, int] = {}
+        self.ports = {}
         self._write_config()
 
     # -- hosts
 
-    def host(self, name: str, *config: str, shared: bool = True) -> str:
+    def host(self, name, *config, shared=True):
         """Add an entry to the ssh config; shared adds the keys and known hosts of the rig below it."""
         self.entries.insert(0, f"Host {name}\n" + "".join(f"  {line}\n" for line in config))
         if not shared:
@@ -472,14 +474,14 @@ class Site:
         self._write_config()
         return name
 
-    def _write_config(self) -> None:
+    def _write_config(self):
         common = (f"Host * !bare-*\n  User {getpass.getuser()}\n  IdentityFile {self.keys.user}\n  IdentitiesOnly yes\n"
                   f"  UserKnownHostsFile {self.known_hosts}\n  GlobalKnownHostsFile /dev/null\n  HostKeyAlias rig\n"
                   "  StrictHostKeyChecking yes\n")
         self.config.write_text("\n".join(self.entries) + "\n" + common)
 
-    def sshd_config(self, name: str, *lines: str, shell: str = "", env: Optional[Dict[str, str]] = None,
-                    host_key: Optional[Path] = None) -> Path:
+    def sshd_config(self, name, *lines, shell="", env=None,
+                    host_key=None):
         """A configuration for sshd with stock limits, whose sessions live in a home of their own. (With sntrup761, ssh 9.2
         spends 0.12 s of the processor on each connection, a seventh of all the time that the tests take.)"""
         home = self.far_home(name)
@@ -496,7 +498,7 @@ class Site:
         path.write_text("\n".join(text) + "\n")
         return path
 
-    def _login(self, name: str, shell: str, home: Path) -> Path:
+    def _login(self, name, shell, home):
         """A script that does what sshd does with that login shell: SHELL -c COMMAND; and the noise."""
         path, words = self.dir / f"login-{name}", program(shell) + (" sh" if shell == "busybox" else "")
         text = f'#!/bin/sh\n[ -n "$SSH_ORIGINAL_COMMAND" ] || exec {words} -l\nexec {words} -c "$SSH_ORIGINAL_COMMAND"\n'
@@ -510,19 +512,19 @@ class Site:
         path.chmod(0o755)
         return path
 
-    def far_home(self, name: str = "box") -> Path:
+    def far_home(self, name="box"):
         return self.remote / name
 
-    def inetd(self, name: str, *lines: str, config: Sequence[str] = (), **options: Any) -> str:
+    def inetd(self, name, *lines, config=(), **options):
         """A host without port or daemon: each connection is an `sshd -i` behind ProxyCommand."""
         path = self.sshd_config(name, *lines, **options)
         return self.host(name, f"ProxyCommand {program('sshd', 'openssh-server')} -i -f {path} -E {self.dir}/log-{name}", *config)
 
-    def login(self, shell: str) -> str:
+    def login(self, shell):
         """The host whose account has this login shell, made when it is first asked for."""
         return f"box-{shell}" if (self.dir / f"login-box-{shell}").exists() else self.inetd(f"box-{shell}", shell=shell)
 
-    def daemon(self, name: str, *lines: str, config: Sequence[str] = (), **options: Any) -> str:
+    def daemon(self, name, *lines, config=(), **options):
         """A real sshd on a free port of 127.0.0.1."""
         self.sshd_config(name, *lines, **options)
         for _ in range(5):
@@ -535,18 +537,18 @@ class Site:
         self.ports[name] = port
         return self.host(name, "HostName 127.0.0.1", f"Port {port}", *config)
 
-    def listen(self, name: str, port: int) -> Optional["subprocess.Popen[bytes]"]:
+    def listen(self, name, port):
         """The daemon of that name, started on a port; None if somebody has it."""
         with open(self.dir / f"log-{name}", "ab") as log:
             child = subprocess.Popen([program("sshd", "openssh-server"), "-D", "-e", "-f", str(self.dir / f"sshd-{name}"), "-p", str(port),
-                                      "-o", "ListenAddress=127.0.0.1"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/")
+                                      "-o", "ListenAddress=127.0.0.1"], stdin=DEVNULL, stdout=log, stderr=log, cwd="/")
         until(lambda: child.poll() is not None or answers(port), f"sshd listens on {port}")
         if child.poll() is not None:
             return None
         self.daemons.append(child)
         return child
 
-    def restart(self, name: str = "box") -> None:
+    def restart(self, name="box"):
         """The listener and what it has forked for connections killed, and another on the same port."""
         for daemon in self.daemons:
             for process in descendants(daemon.pid):
@@ -556,19 +558,19 @@ class Site:
             daemon.wait()
         until(lambda: self.listen(name, self.ports[name]), "sshd listens again")
 
-    def line(self, name: str, *config: str, to: str = "box") -> Line:
+    def line(self, name, *config, to="box"):
         """A host of that name which is `box` (or another daemon) behind a line that can fail."""
         line = Line(self.ports[to])
         self.lines.append(line)
         self.host(name, "HostName 127.0.0.1", f"Port {line.port}", *config)
         return line
 
-    def log(self, name: str = "box") -> str:
-        return slurp(str(self.dir / f"log-{name}")).decode(errors="replace")
+    def log(self, name="box"):
+        return slurp(self.dir / f"log-{name}").decode(errors="replace")
 
     # -- running
 
-    def script(self, name: str, text: str) -> str:
+    def script(self, name, text):
         """A program of sh, in place of what has that path below the directory."""
         path = self.dir / name
         path.parent.mkdir(exist_ok=True)
@@ -576,27 +578,26 @@ class Site:
             path.unlink()
         return str(script(path, text))
 
-    def environment(self, env: Optional[Dict[str, str]] = None) -> Dict[str, str]:
+    def environment(self, env=None):
         return {**self.env, **(env or {})}
 
-    def ssh(self, host: str, command: str, *options: str, stdin: Optional[bytes] = None,
-            env: Optional[Dict[str, str]] = None) -> "subprocess.CompletedProcess[bytes]":
+    def ssh(self, host, command, *options, stdin=None,
+            env=None):
         """Plain ssh with the same config, to see what the host does by itself."""
         return subprocess.run([program("ssh", "openssh-client"), "-F", str(self.config), "-o", "BatchMode=yes", *options, host, command],
-                              input=stdin, stdin=subprocess.DEVNULL if stdin is None else None, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, env=self.environment(env), timeout=60)
+                              input=stdin, stdin=DEVNULL if stdin is None else None, capture_output=True, env=self.environment(env), timeout=60)
 
-    def start(self, *args: str, cwd: Optional[Path] = None, env: Optional[Dict[str, str]] = None,
-              stdin: Any = subprocess.DEVNULL, sh: str = "") -> "subprocess.Popen[bytes]":
+    def start(self, *args, cwd=None, env=None,
+              stdin=DEVNULL, sh=""):
         """The program, left running, in a process group of its own like a job of a shell; or started by a line of sh as "$@"."""
-        return subprocess.Popen([*(["sh", "-c", sh, "sh"] if sh else []), *compiled(), *args], cwd=str(cwd or self.dir), env=self.environment(env), stdin=stdin,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        return subprocess.Popen([*(["sh", "-c", sh, "sh"] if sh else []), *compiled(), *args], cwd=cwd or self.dir, env=self.environment(env), stdin=stdin,
+                                stdout=PIPE, stderr=PIPE, start_new_session=True)
 
-    def cli(self, *args: str, cwd: Optional[Path] = None, env: Optional[Dict[str, str]] = None, stdin: Optional[bytes] = None,
-            seconds: float = 60, sh: str = "") -> Answer:
+    def cli(self, *args, cwd=None, env=None, stdin=None,
+            seconds=60, sh=""):
         """Run the program to its end. A traceback is a failure whatever the test expects."""
         began = time.monotonic()
-        child = self.start(*args, cwd=cwd, env=env, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE, sh=sh)
+        child = self.start(*args, cwd=cwd, env=env, stdin=DEVNULL if stdin is None else PIPE, sh=sh)
         try:
             out, err = child.communicate(stdin, timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -608,18 +609,18 @@ class Site:
         assert b"Traceback" not in out + err, f"a traceback: {answer!r}\n{err.decode(errors='replace')}"
         return answer
 
-    def masters(self) -> List[Process]:
+    def masters(self):
         """The ssh processes of this site that hold connections open."""
         name = os.fsencode(self.dir)
         return [p for p in processes(environ=False)
                 if name in p.cmdline and (b"[mux]" in p.cmdline or b"\0-M\0" in p.cmdline) and b"sshd" not in p.cmdline]
 
-    def sockets(self) -> Path:
+    def sockets(self):
         """The directory of the masters' control sockets."""
         found = [re.search(rb"(/[^\0 ]+)/m\.\w+(?: \[mux\]|\0)", master.cmdline) for master in self.masters()]
         return next(Path(os.fsdecode(match.group(1))) for match in found if match)
 
-    def close(self) -> None:
+    def close(self):
         for line in self.lines:
             line.close()
         for daemon in self.daemons:
@@ -630,22 +631,22 @@ class Site:
         end_everything_of(self.dir)
         for log in sorted(self.dir.glob("log-*")):
             print(f"--- {log.name} ---\n{log.read_text(errors='replace')[-4000:]}")
-        subprocess.run(["chmod", "-R", "u+rwx", str(self.dir)], stderr=subprocess.DEVNULL, check=False)
-        shutil.rmtree(str(self.dir), ignore_errors=True)
+        subprocess.run(["chmod", "-R", "u+rwx", str(self.dir)], stderr=DEVNULL, check=False)
+        shutil.rmtree(self.dir, ignore_errors=True)
 
 
 class Terminal:
     """A program on a real terminal, as a person has it."""
 
-    def __init__(self, argv: Sequence[str], cwd: Path, env: Dict[str, str], rows: int = 24) -> None:
+    def __init__(self, argv, cwd, env, rows=24):
         self.output, self._screen = b"", b""
         self._end, far = pty.openpty()
         fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 100, 0, 0))
-        self.child = subprocess.Popen(argv, cwd=str(cwd), env=env, stdin=far, stdout=far, stderr=far, start_new_session=True,
+        self.child = subprocess.Popen(argv, cwd=cwd, env=env, stdin=far, stdout=far, stderr=far, start_new_session=True,
                                       preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
         os.close(far)
 
-    def _read(self, seconds: float) -> bool:
+    def _read(self, seconds):
         """Take in what is there; False once the terminal is closed."""
         if not select.select([self._end], [], [], seconds)[0]:
             return True
@@ -658,10 +659,10 @@ class Terminal:
         self.output += data
         return bool(data)
 
-    def send(self, keys: bytes) -> None:
+    def send(self, keys):
         os.write(self._end, keys)
 
-    def lines(self) -> List[str]:
+    def lines(self):
         """All lines that a terminal without end would show now, with the escape sequences we use obeyed and any other left to be seen."""
         lines, row, column = [""], 0, 0
         for part in re.findall(r"\x1b\[A|\x1b\[K|\x1b\[J|\r|\n|[^\r\n\x1b]+|\x1b", self.output.decode(errors="replace")):
@@ -680,12 +681,12 @@ class Terminal:
                 column += len(part)
         return lines
 
-    def expect(self, pattern: bytes, seconds: float = PATIENCE) -> None:
+    def expect(self, pattern, seconds=PATIENCE):
         end = time.monotonic() + seconds
         while not re.search(pattern, self.output):
             assert time.monotonic() < end and self._read(0.1), f"never saw {pattern!r} in {self.output!r}"
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self, seconds=60):
         end = time.monotonic() + seconds
         while self._read(0.1) and time.monotonic() < end:
             if self.child.poll() is not None and not select.select([self._end], [], [], 0.1)[0]:
@@ -699,18 +700,18 @@ class Terminal:
             assert b"Traceback" not in self.output, self.output.decode(errors="replace")
 
 
-def on_terminal(site: Site, *args: str, cwd: Path, env: Optional[Dict[str, str]] = None, rows: int = 24) -> Terminal:
+def on_terminal(site, *args, cwd, env=None, rows=24):
     return Terminal([*compiled(), *args], cwd, site.environment({"TERM": "xterm", **(env or {})}), rows)
 
 
-def script(path: Path, text: str) -> Path:
+def script(path, text):
     """A program of sh."""
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return path
 
 
-def replaced(site: Site, **programs: str) -> Dict[str, str]:
+def replaced(site, **programs):
     """A PATH on which these programs are scripts, which go on as the programs themselves unless they exit."""
     folder = Path(tempfile.mkdtemp(dir=site.dir))
     for name, text in programs.items():
@@ -721,7 +722,7 @@ def replaced(site: Site, **programs: str) -> Dict[str, str]:
 RUN = '; exec "$@"'
 
 
-def mounted(text: str, options: str = "") -> str:
+def mounted(text, options=""):
     """A line of sh that runs "$@" where only it sees what this line mounts."""
     options = options if os.geteuid() == 0 else "-r"
     return f"exec {program('unshare', 'util-linux')} {options} -m sh -c {shlex.quote(text + RUN)} sh \"$@\""
@@ -729,7 +730,7 @@ def mounted(text: str, options: str = "") -> str:
 
 # === Rig: repositories ===
 
-ODD_FILES: Dict[bytes, bytes] = {
+ODD_FILES = {
     b"plain.txt": b"plain\n", b"with space.txt": b"space\n", b"quote'\"`$(x).txt": b"quotes\n", b"new\nline": b"newline\n",
     b"back\\slash": b"backslash\n", "naïve-日本-🐙.txt".encode(): "Grüße\n".encode(), b"-leading-dash": b"dash\n", b"empty": b"",
     b"binary.bin": BINARY, b"crlf.txt": b"one\r\ntwo\r\n", b"native.txt": b"one\ntwo\n", b"sub/dir/deep.txt": b"deep\n",
@@ -742,7 +743,7 @@ ODD_FILES: Dict[bytes, bytes] = {
 class Repo:
     """A real repository of one or more commits, and what a host should see of it."""
 
-    def __init__(self, site: Site, name: str = "project", odd: bool = False, files: Optional[Dict[str, bytes]] = None) -> None:
+    def __init__(self, site, name="project", odd=False, files=None):
         self.site, self.dir = site, site.dir / name
         self.dir.mkdir(parents=True)
         self.git("init", "-q", "-b", "main")
@@ -755,27 +756,27 @@ class Repo:
             (self.dir / "dangling").symlink_to("nowhere/at all")
         self.commit("first")
 
-    def git(self, *args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=str(self.dir), env=self.site.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    def git(self, *args):
+        done = subprocess.run(["git", *args], cwd=self.dir, env=self.site.environment(), capture_output=True)
         assert done.returncode == 0, (args, done.stderr)
         return done.stdout.decode().strip()
 
-    def write(self, path: str, data: bytes, mode: Optional[int] = None) -> None:
+    def write(self, path, data, mode=None):
         target = self.dir / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
         if mode is not None:
             target.chmod(mode)
 
-    def commit(self, message: str = "more") -> str:
+    def commit(self, message="more"):
         self.git("add", "-A")
         self.git("commit", "-q", "--allow-empty", "-m", message)
         return self.git("rev-parse", "HEAD")
 
-    def tree(self) -> Dict[bytes, Tuple[str, bytes]]:
+    def tree(self):
         """What the commit holds, path by path: the repository's own bytes."""
-        def git(*words: str, stdin: bytes = b"") -> bytes:
-            return subprocess.run(["git", *words], cwd=self.dir, env=self.site.env, input=stdin, stdout=subprocess.PIPE, check=True).stdout
+        def git(*words, stdin=b""):
+            return subprocess.run(["git", *words], cwd=self.dir, env=self.site.env, input=stdin, stdout=PIPE, check=True).stdout
         rows = [row.split(b"\t", 1) for row in git("ls-tree", "-rz", "HEAD").split(b"\0")[:-1]]
         blobs = git("cat-file", "--batch", stdin=b"".join(meta.split()[2] + b"\n" for meta, _ in rows))
         found = {}
@@ -786,35 +787,35 @@ class Repo:
             blobs = blobs[size + 1:]
         return found
 
-    def cli(self, *args: str, **options: Any) -> Answer:
+    def cli(self, *args, **options):
         return self.site.cli(*args, cwd=self.dir, **options)
 
-    def ok(self, *args: str, **options: Any) -> Answer:
+    def ok(self, *args, **options):
         """A call that has to succeed."""
         done = self.cli(*args, **options)
         assert done.code == 0, done
         return done
 
-    def new(self, *names: str, host: str = "box", **options: Any) -> Answer:
+    def new(self, *names, host="box", **options):
         """Workspaces on a host; without names, main."""
         return self.ok("new", "-H", host, *(names or ["main"]), **options)
 
-    def exec(self, *command: str, host: str = "box", options: Sequence[str] = (), **rest: Any) -> Answer:
+    def exec(self, *command, host="box", options=(), **rest):
         return self.cli("exec", "-H", host, *options, "--", *command, **rest)
 
-    def start(self, *args: str, **options: Any) -> "subprocess.Popen[bytes]":
+    def start(self, *args, **options):
         return self.site.start(*args, cwd=self.dir, **options)
 
-    def workspaces(self) -> Dict[str, Any]:
+    def workspaces(self):
         return {row["name"]: row for row in self.cli("list", "--json").json}
 
-    def path(self, name: str = "main") -> Path:
+    def path(self, name="main"):
         """Where the workspace is; the host is this machine, so a test can look. By the record of this project, or by
         `list`, which asks the host."""
         rows = self.recorded()
         return Path((rows if name in rows else self.workspaces())[name]["path"].replace("~", str(self.site.far_home()), 1))
 
-    def recorded(self) -> Dict[str, Any]:
+    def recorded(self):
         """The workspaces in the record of this project; none where there is no record, or it is damaged."""
         with contextlib.suppress(OSError, ValueError, KeyError):
             digest = hashlib.sha256(os.fsencode(self.dir / ".git")).hexdigest()
@@ -822,9 +823,9 @@ class Repo:
         return {}
 
 
-def tree_of(directory: Path) -> Dict[bytes, Tuple[str, bytes]]:
+def tree_of(directory):
     """The files below a directory in the form of Repo.tree, without .git."""
-    found: Dict[bytes, Tuple[str, bytes]] = {}
+    found = {}
     top = os.fsencode(directory)
     for folder, folders, files in os.walk(top):
         if folder == top and b".git" in folders:
@@ -839,16 +840,16 @@ def tree_of(directory: Path) -> Dict[bytes, Tuple[str, bytes]]:
     return found
 
 
-def files_holding(directory: Path, needle: bytes) -> List[str]:
+def files_holding(directory, needle):
     """The files below a directory that hold some bytes, git's compressed objects and tar archives looked into."""
     found = []
-    for folder, _, files in os.walk(str(directory)):
+    for folder, _, files in os.walk(directory):
         for name in files:
             path = os.path.join(folder, name)
             if not os.path.islink(path) and os.path.isfile(path) and needle in slurp(path):
                 found.append(path)
         if os.path.isdir(os.path.join(folder, "objects")) and os.path.isfile(os.path.join(folder, "HEAD")):
-            everything = subprocess.run(["git", "--git-dir", folder, "cat-file", "--batch-all-objects", "--batch"], stdout=subprocess.PIPE,
+            everything = subprocess.run(["git", "--git-dir", folder, "cat-file", "--batch-all-objects", "--batch"], stdout=PIPE,
                                         env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"}, check=True).stdout
             found += [f"an object in {folder}"] if needle in everything else []
     return found
@@ -858,7 +859,7 @@ def files_holding(directory: Path, needle: bytes) -> List[str]:
 
 
 @pytest.fixture(scope="session")
-def keys() -> Iterator[Keys]:
+def keys():
     with tempfile.TemporaryDirectory(prefix="cmux-k", dir="/tmp") as directory:
         if os.geteuid() == 0:  # sshd's separation directory; a service manager makes it at boot
             os.makedirs("/run/sshd", mode=0o755, exist_ok=True)
@@ -866,7 +867,7 @@ def keys() -> Iterator[Keys]:
 
 
 @contextlib.contextmanager
-def open_site(keys: Keys) -> Iterator[Site]:
+def open_site(keys):
     site = Site(keys)
     try:
         site.daemon("box")
@@ -876,37 +877,37 @@ def open_site(keys: Keys) -> Iterator[Site]:
 
 
 @pytest.fixture
-def site(keys: Keys) -> Iterator[Site]:
+def site(keys):
     """A laptop with the host `box` (a daemon), all of it this test's own."""
     with open_site(keys) as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
-def common(keys: Keys) -> Iterator[Site]:
+def common(keys):
     """One laptop for all tests of this process that ask for no `site` of their own."""
     with open_site(keys) as opened:
         yield opened
 
 
-def site_of(request: pytest.FixtureRequest) -> Site:
+def site_of(request):
     return request.getfixturevalue("site" if "site" in request.fixturenames else "common")
 
 
 @pytest.fixture
-def repo(request: pytest.FixtureRequest) -> Repo:
+def repo(request):
     """A small project, different in every test, on the test's own `site` where it asks for one."""
     return Repo(site_of(request), f"{os.urandom(4).hex()}/project", files={"nonce": os.urandom(16)})
 
 
 @pytest.fixture
-def odd(request: pytest.FixtureRequest) -> Repo:
+def odd(request):
     """A project with every kind of file and name."""
     return Repo(site_of(request), f"{os.urandom(4).hex()}/project", odd=True)
 
 
 @pytest.fixture(scope="module")
-def shared(common: Site) -> Repo:
+def shared(common):
     """A project whose workspace exists already, for tests that only run commands in it."""
     repo = Repo(common)
     repo.new()
@@ -914,12 +915,12 @@ def shared(common: Site) -> Repo:
 
 
 @pytest.fixture(autouse=True)
-def hang_guard(request: pytest.FixtureRequest) -> Iterator[None]:
+def hang_guard(request):
     """Nothing may take five minutes: a test that hangs fails instead of stopping the run.
     pytest puts a test's name into the environment: one of a megabyte starts no process at all."""
     assert len(request.node.nodeid) < 10_000, "give the parameters of this test short ids"
 
-    def ring(*_: object) -> None:
+    def ring(*_):
         raise AssertionError("the test took more than five minutes")
 
     before = signal.signal(signal.SIGALRM, ring)
@@ -932,13 +933,13 @@ def hang_guard(request: pytest.FixtureRequest) -> Iterator[None]:
 # === The rig tells the truth ===
 
 
-def test_rig_box_is_a_real_sshd_with_a_home_of_its_own(site: Site) -> None:
+def test_rig_box_is_a_real_sshd_with_a_home_of_its_own(site):
     done = site.ssh("box", 'echo "$HOME"; cat; echo err >&2; exit 3', stdin=b"in\0")
     assert (done.returncode, done.stdout, done.stderr) == (3, f"{site.far_home()}\n".encode() + b"in\0", b"err\n"), site.log()
 
 
-@pytest.mark.parametrize("shell", SHELLS)
-def test_rig_login_shells_are_the_real_ones_and_noisy(site: Site, shell: str) -> None:
+@each("shell", SHELLS)
+def test_rig_login_shells_are_the_real_ones_and_noisy(site, shell):
     own = "$fish_pid" if shell == "fish" else "$$"
     done = site.ssh(site.login(shell), f"readlink /proc/{own}/exe; true" if os.path.isdir("/proc/self") else f"ps -o comm= -p {own}; true")
     assert f"noise-of-{shell}".encode() in done.stdout and f"noise-of-{shell}".encode() in done.stderr, done
@@ -946,7 +947,7 @@ def test_rig_login_shells_are_the_real_ones_and_noisy(site: Site, shell: str) ->
     assert os.path.basename(last) == os.path.basename(os.path.realpath(program(shell))), done
 
 
-def test_rig_line_counts_delays_cuts_and_refuses(site: Site) -> None:
+def test_rig_line_counts_delays_cuts_and_refuses(site):
     line = site.line("far")
     assert site.ssh("far", "echo hi").stdout == b"hi\n"
     assert line.connections == 1 and line.up > 500 and line.down > 500
@@ -964,7 +965,7 @@ def test_rig_line_counts_delays_cuts_and_refuses(site: Site) -> None:
     assert site.ssh("far", "true").returncode == 255 and line.connections == before + 1
 
 
-def test_rig_cleans_up_after_itself(keys: Keys) -> None:
+def test_rig_cleans_up_after_itself(keys):
     with open_site(keys) as site:
         gone = site.dir
         assert site.ssh("box", "setsid sleep 4711 >/dev/null 2>&1 & echo started").stdout == b"started\n"
@@ -980,47 +981,47 @@ def test_rig_cleans_up_after_itself(keys: Keys) -> None:
 class Source:
     """cmux_ssh.py as text, syntax tree and rooms; what stands above the first banner is the room Header."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.text = PROGRAM.read_text(encoding="utf-8")
         self.tree = ast.parse(self.text)
         self.banners = [(number + 1, *match.groups()) for number, line in enumerate(self.text.splitlines())
-                        for match in [re.match(r"# === (\d+)\. (.+) ===$", line)] if match]  # type: List[Any]
+                        for match in [re.match(r"# === (\d+)\. (.+) ===$", line)] if match]
 
-    def room(self, node: Any) -> str:
+    def room(self, node):
         name = "Header"
         for line, _, banner in self.banners:
             name = banner if line <= node.lineno else name
         return name
 
-    def rank(self, node: Any) -> int:
+    def rank(self, node):
         return sum(line <= node.lineno for line, _, _ in self.banners)
 
-    def find(self, *kinds: type) -> List[Any]:
+    def find(self, *kinds):
         return [node for node in ast.walk(self.tree) if isinstance(node, kinds)]
 
-    def outside(self, room: str, nodes: List[Any]) -> List[str]:
+    def outside(self, room, nodes):
         """Where nodes stand that only one room may hold."""
         return [f"line {node.lineno} ({self.room(node)}): {self.text.splitlines()[node.lineno - 1].strip()}"
                 for node in nodes if self.room(node) != room]
 
 
 @pytest.fixture(scope="module")
-def source() -> Source:
+def source():
     return Source()
 
 
-def test_rooms_stand_in_order(source: Source) -> None:
+def test_rooms_stand_in_order(source):
     assert [int(number) for _, number, _ in source.banners] == list(range(1, len(source.banners) + 1)) and source.banners
 
 
-def defined_names(node: Any) -> List[str]:
+def defined_names(node):
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
     return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
 
 
-def test_a_room_names_only_rooms_above_it(source: Source) -> None:
+def test_a_room_names_only_rooms_above_it(source):
     home = {}
     for node in source.tree.body:
         for name in defined_names(node):
@@ -1034,41 +1035,41 @@ def test_a_room_names_only_rooms_above_it(source: Source) -> None:
     assert not wrong
 
 
-def names_used(source: Source, module: str) -> List[Any]:
+def names_used(source, module):
     """Uses of a module: its name, or an import of or from it that isn't at the top of the file."""
     return [n for n in source.find(ast.Name) if n.id == module] + [
         n for n in source.find(ast.Import, ast.ImportFrom) if source.room(n) != "Header"
         and module in ([a.name for a in n.names] if isinstance(n, ast.Import) else [n.module])]
 
 
-def attributes_of(source: Source, module: str, pattern: str) -> List[Any]:
+def attributes_of(source, module, pattern):
     return [n for n in source.find(ast.Attribute)
             if isinstance(n.value, ast.Name) and n.value.id == module and re.match(pattern + r"\Z", n.attr)]
 
 
-@pytest.mark.promise(4)
-def test_only_the_room_processes_spawns_and_kills(source: Source) -> None:
+@promise(4)
+def test_only_the_room_processes_spawns_and_kills(source):
     doors = names_used(source, "subprocess") + names_used(source, "signal") + names_used(source, "multiprocessing")
     doors += attributes_of(source, "os", r"fork\w*|posix_spawn\w*|kill|killpg|system|popen|exec[lv]\w*|spawn\w*|_exit")
     assert not source.outside("Processes", doors)
 
 
-def commands(source: Source, word: str) -> List[Any]:
+def commands(source, word):
     """Where a literal word begins a list or tuple, or is an argument of a call: the shapes a command has."""
     firsts = [n.elts[0] for n in source.find(ast.List, ast.Tuple) if n.elts]
     firsts += [a for n in source.find(ast.Call) for a in n.args]
     return [n for n in firsts if isinstance(n, ast.Constant) and n.value == word]
 
 
-def test_only_the_room_ssh_speaks_to_ssh(source: Source) -> None:
+def test_only_the_room_ssh_speaks_to_ssh(source):
     assert not source.outside("SSH", names_used(source, "socket") + commands(source, "ssh"))
 
 
-def test_only_the_room_git_speaks_to_git(source: Source) -> None:
+def test_only_the_room_git_speaks_to_git(source):
     assert not source.outside("Git", commands(source, "git"))
 
 
-def test_only_the_command_line_prints_and_exits(source: Source) -> None:
+def test_only_the_command_line_prints_and_exits(source):
     prints = [n for n in source.find(ast.Name) if n.id in ("print", "input", "SystemExit", "exit", "quit")]
     prints += attributes_of(source, "sys", "stdout|stderr|exit|__stdout__|__stderr__")
     assert not source.outside("Command line", prints)
@@ -1078,20 +1079,20 @@ def test_only_the_command_line_prints_and_exits(source: Source) -> None:
 LIMITS = {"bytes of cmux_ssh.py": 533_000, "lines of cmux_ssh.py over 100 columns": 802, "bytes of test_cmux_ssh.py": 558_500}
 
 
-@pytest.mark.parametrize("measure", LIMITS)
-def test_size_is_at_its_limit_and_the_limit_at_the_size(source: Source, measure: str) -> None:
+@each("measure", LIMITS)
+def test_size_is_at_its_limit_and_the_limit_at_the_size(source, measure):
     found = {"bytes of cmux_ssh.py": PROGRAM.stat().st_size, "bytes of test_cmux_ssh.py": Path(__file__).stat().st_size,
              "lines of cmux_ssh.py over 100 columns": sum(len(line) > 100 for line in source.text.splitlines())}[measure]
     assert found <= LIMITS[measure], f"{measure}: {found}; make it smaller"
     assert found >= LIMITS[measure] * 0.99, f"{measure}: {found}; lower the limit to it"
 
 
-def test_functions_stay_short(source: Source) -> None:
+def test_functions_stay_short(source):
     functions = source.find(ast.FunctionDef, ast.AsyncFunctionDef)
     assert not [n.name for n in functions if n.end_lineno - n.lineno >= 60]
 
 
-def test_everything_is_annotated(source: Source) -> None:
+def test_everything_is_annotated(source):
     bare = []
     for function in source.find(ast.FunctionDef, ast.AsyncFunctionDef):
         a = function.args
@@ -1101,11 +1102,11 @@ def test_everything_is_annotated(source: Source) -> None:
     assert not bare
 
 
-@pytest.mark.promise(10)
-@pytest.mark.compat
-def test_only_the_standard_library_is_imported(source: Source) -> None:
+@promise(10)
+@compat
+def test_only_the_standard_library_is_imported(source):
     done = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); import cmux_ssh"],
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                          capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     roots = {a.name.split(".")[0] for n in source.find(ast.Import) for a in n.names}
     roots |= {n.module.split(".")[0] for n in source.find(ast.ImportFrom) if n.module}
@@ -1113,9 +1114,9 @@ def test_only_the_standard_library_is_imported(source: Source) -> None:
     assert known is None or not roots - set(known), roots
 
 
-@pytest.mark.promise(10)
-@pytest.mark.compat
-def test_import_starts_nothing_and_writes_nothing(site: Site) -> None:
+@promise(10)
+@compat
+def test_import_starts_nothing_and_writes_nothing(site):
     code = """
 import decimal, gc, locale, os, signal, sys, threading, warnings
 os.umask(0o77)  # what this process has may come from an import of its parent
@@ -1129,41 +1130,41 @@ before = world()
 import cmux_ssh
 print(world() == before, all(hasattr(cmux_ssh, n) for n in cmux_ssh.__all__), len(set(cmux_ssh.__all__)) == len(cmux_ssh.__all__))
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=str(site.home), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=site.home, capture_output=True,
                           env=site.environment({"PYTHONPATH": str(HERE), "CMUX_SSH_COMMAND": "false"}))
     assert (done.stdout, done.stderr) == (b"True True True\n", b"")
     assert not site.state.exists() and not list(site.tmp.iterdir())
 
 
-def test_assertions_do_no_work_that_python_O_would_leave_out(source: Source) -> None:
+def test_assertions_do_no_work_that_python_O_would_leave_out(source):
     """They tell mypy what is known; what a host or a user can bring about is raised."""
     calls = [call for node in source.find(ast.Assert) for call in ast.walk(node.test) if isinstance(call, (ast.Call, ast.NamedExpr, ast.Compare))]
     assert all(isinstance(call, ast.Call) and getattr(call.func, "id", "") == "isinstance" for call in calls), [call.lineno for call in calls]
 
 
-def test_the_head_lists_the_rooms_as_they_stand(source: Source) -> None:
+def test_the_head_lists_the_rooms_as_they_stand(source):
     rows = re.findall(r"(?:^ {4}| {2})([ \d]\d) (\w+(?: \w+)?) {2,}\S", source.text.split('"""')[1], re.M)
     told = sorted((int(number), name) for number, name in rows)
     assert [number for number, _ in told] == [int(number) for _, number, _ in source.banners]
     assert all(banner.startswith(name) for (_, name), (_, _, banner) in zip(told, source.banners)), told
 
 
-@pytest.mark.promise(10)
-@pytest.mark.compat
-def test_version_names_itself_and_its_digest() -> None:
-    done = subprocess.run([sys.executable, "-W", "error", "-I", "-S", str(PROGRAM), "--version"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@promise(10)
+@compat
+def test_version_names_itself_and_its_digest():
+    done = subprocess.run([sys.executable, "-W", "error", "-I", "-S", str(PROGRAM), "--version"], capture_output=True)
     assert done.returncode == 0 and done.stderr == b"" and done.stdout.startswith(b"cmux_ssh")
     assert done.stdout == f"cmux_ssh.py {c.__version__} (sha256 {hashlib.sha256(PROGRAM.read_bytes()).hexdigest()})\n".encode()
 
 
-def test_first_lines_say_name_version_and_licence(source: Source) -> None:
+def test_first_lines_say_name_version_and_licence(source):
     head = "\n".join(source.text.splitlines()[:8])
     assert "cmux_ssh" in head and re.search(r"\d+\.\d+", head) and "MIT" in head
 
 
-@pytest.mark.parametrize("command", ["", "secrets", *c.VERBS])
-@pytest.mark.compat
-def test_help_of_a_command_shows_an_example_and_fits(common: Site, command: str) -> None:
+@each("command", ["", "secrets", *c.VERBS])
+@compat
+def test_help_of_a_command_shows_an_example_and_fits(common, command):
     shown = common.cli(*command.split(), "-h", env={"COLUMNS": "80"})
     assert shown.code == 0 and re.search(rf"cmux_ssh(\.py)? {command}", shown.text.split("usage:")[1].partition("\n")[2]), shown.text
     assert max(map(len, shown.text.split("\n"))) <= 80, shown.text
@@ -1173,9 +1174,9 @@ def test_help_of_a_command_shows_an_example_and_fits(common: Site, command: str)
 # === exec: bytes, exit codes, stdin (promise 5) ===
 
 
-@pytest.mark.promise(5)
-@pytest.mark.compat
-def test_every_exit_code_from_0_to_255_is_exact(shared: Repo) -> None:
+@promise(5)
+@compat
+def test_every_exit_code_from_0_to_255_is_exact(shared):
     """Those that mean something here through a process each, all through one."""
     for code in (0, 1, 2, 3, 42, 77, *range(96, 100), *range(123, 132), 137, 141, 143, 254, 255):
         ran = shared.exec("sh", "-c", f"exit {code}") if code % 2 else shared.exec(f"exit {code}")
@@ -1184,17 +1185,17 @@ def test_every_exit_code_from_0_to_255_is_exact(shared: Repo) -> None:
     assert {a["id"]: a["result"]["exit_code"] for a in answers} == {n: n for n in range(256)}
 
 
-@pytest.mark.parametrize("name, number", [("HUP", 1), ("INT", 2), ("QUIT", 3), ("KILL", 9), ("USR1", 10), ("SEGV", 11), ("PIPE", 13), ("TERM", 15)])
-@pytest.mark.promise(5)
-@pytest.mark.compat
-def test_a_death_by_signal_is_128_plus_the_signal(shared: Repo, name: str, number: int) -> None:
+@each("name, number", [("HUP", 1), ("INT", 2), ("QUIT", 3), ("KILL", 9), ("USR1", 10), ("SEGV", 11), ("PIPE", 13), ("TERM", 15)])
+@promise(5)
+@compat
+def test_a_death_by_signal_is_128_plus_the_signal(shared, name, number):
     if name != "QUIT":  # bash ignores it, and a shell line runs under bash
         assert shared.exec(f"kill -{name} $$").code == 128 + number
     assert shared.exec("sh", "-c", f"kill -{name} $$").code == 128 + number
 
 
-@pytest.mark.promise(5)
-def test_json_tells_a_commands_own_255_from_a_dead_line(shared: Repo) -> None:
+@promise(5)
+def test_json_tells_a_commands_own_255_from_a_dead_line(shared):
     own = shared.exec("exit 255", options=["--json"])
     assert own.code == 255 and own.json["exit_code"] == 255 and not own.json.get("error")
     shared.site.host("nobody-there", "ProxyCommand false")
@@ -1202,8 +1203,8 @@ def test_json_tells_a_commands_own_255_from_a_dead_line(shared: Repo) -> None:
     assert dead.code == 255 and dead.json["error"]["message"] and dead.json["error"]["type"] and dead.json["stopped"] is None, dead
 
 
-@pytest.mark.compat
-def test_json_has_the_promised_keys(shared: Repo) -> None:
+@compat
+def test_json_has_the_promised_keys(shared):
     ran = shared.exec("echo out; echo err >&2; exit 3", options=["--json"])
     assert ran.code == 3 and ran.err == b"" and ran.out.count(b"\n") == 1
     result = ran.json
@@ -1212,71 +1213,71 @@ def test_json_has_the_promised_keys(shared: Repo) -> None:
     assert 0 <= result["duration"] < 20
 
 
-def test_json_carries_bytes_that_are_not_text_as_base64_and_is_ascii(shared: Repo) -> None:
+def test_json_carries_bytes_that_are_not_text_as_base64_and_is_ascii(shared):
     result = shared.exec("cat", options=["--json"], stdin=BINARY).json
     assert base64.b64decode(result["stdout_base64"]) == BINARY and "stdout" not in result
     esc = shared.exec("cat", options=["--json"], stdin="\x1b]52;c;x\x07 \u009b \u202e ü\r".encode())
     assert esc.json["stdout"] == "\x1b]52;c;x\x07 \u009b \u202e ü\r" and not set(esc.out) - set(b"\n" + bytes(range(32, 127)))
 
 
-def test_odd_bytes_go_through_unchanged_both_ways(shared: Repo) -> None:
+def test_odd_bytes_go_through_unchanged_both_ways(shared):
     for data in (b"\0", b"\xff\xfe\x80", b"no newline", b"\n", b"\r\n\r", b"\n~.\n~C\n", b"\x04\x03\x1a", BINARY, b"", os.urandom(1 << 20)):
         ran = shared.exec("cat; cat >&2 </dev/null", stdin=data)
         assert (ran.code, ran.err) == (0, b"") and ran.out == data, data[:99]
 
 
-def test_stdout_and_stderr_are_separate_exact_and_free_of_our_words(repo: Repo) -> None:
+def test_stdout_and_stderr_are_separate_exact_and_free_of_our_words(repo):
     """Also on first use, when the workspace is made on the way."""
     for _ in range(2):
         ran = repo.exec("printf out; printf err >&2")
         assert (ran.code, ran.out, ran.err) == (0, b"out", b"err")
 
 
-@pytest.mark.promise(5)
-def test_a_megabyte_on_both_streams_at_once_arrives_whole(shared: Repo) -> None:
+@promise(5)
+def test_a_megabyte_on_both_streams_at_once_arrives_whole(shared):
     ran = shared.exec("dd if=/dev/zero bs=1024 count=1024 2>/dev/null | tr '\\0' a & "
                       "dd if=/dev/zero bs=1024 count=1024 2>/dev/null | tr '\\0' b >&2; wait")
     assert ran.code == 0 and ran.out == b"a" * (1 << 20) and ran.err == b"b" * (1 << 20)
 
 
-def test_output_streams_as_it_is_written(shared: Repo) -> None:
-    child = shared.start("exec", "-H", "box", "--", "echo first; read x; echo $x", stdin=subprocess.PIPE)
+def test_output_streams_as_it_is_written(shared):
+    child = shared.start("exec", "-H", "box", "--", "echo first; read x; echo $x", stdin=PIPE)
     assert child.stdout and child.stdin
     assert child.stdout.readline() == b"first\n"
     out, err = child.communicate(b"second\n", timeout=30)
     assert (child.returncode, out, err) == (0, b"second\n", b"")
 
 
-def test_a_command_that_ignores_a_large_stdin_is_no_error(shared: Repo) -> None:
+def test_a_command_that_ignores_a_large_stdin_is_no_error(shared):
     ran = shared.exec("echo done", stdin=bytes(1 << 22))
     assert (ran.code, ran.out, ran.err) == (0, b"done\n", b"")
 
 
-def test_option_n_leaves_stdin_alone(shared: Repo) -> None:
+def test_option_n_leaves_stdin_alone(shared):
     ran = shared.exec("cat; echo end", options=["-n"], stdin=b"secret stdin")
     assert (ran.code, ran.out) == (0, b"end\n")
 
 
-@pytest.mark.promise(5)
-@pytest.mark.compat
-def test_a_background_child_does_not_hold_the_call(shared: Repo) -> None:
+@promise(5)
+@compat
+def test_a_background_child_does_not_hold_the_call(shared):
     ran = shared.exec("sleep 30 & echo ok")
     assert (ran.code, ran.out, ran.err) == (0, b"ok\n", b"") and ran.seconds < 10
 
 
-def test_a_command_not_found_is_127_and_a_missing_cwd_is_said(shared: Repo) -> None:
+def test_a_command_not_found_is_127_and_a_missing_cwd_is_said(shared):
     assert shared.exec("no-such-command-here").code == 127
     assert shared.exec("no-such-command-here", "x").code == 127
     refused(shared.exec("pwd", options=["--cwd", "no/such/dir"]), 125, words="no/such/dir")
     assert shared.exec("pwd", options=["--json", "--cwd", "nosuch"]).json["host"] == "box"
 
 
-def test_cwd_and_env_reach_the_command(repo: Repo) -> None:
+def test_cwd_and_env_reach_the_command(repo):
     ran = repo.exec('printf "%s|%s|%s" "$A" "$B" "${PWD##*/}"', options=["--env", "A=x y=z", "--env", "B=it's $HOME\n\"q\"", "--cwd", "src"])
     assert (ran.code, ran.out) == (0, b"x y=z|it's $HOME\n\"q\"|src")
 
 
-def test_the_promised_environment_and_nothing_of_ours(shared: Repo) -> None:
+def test_the_promised_environment_and_nothing_of_ours(shared):
     ran = shared.exec("env", env={"MY_LOCAL_TOKEN": "leak", "AWS_SECRET_ACCESS_KEY": "leak", "LC_X": "leak"})
     seen = dict(line.split("=", 1) for line in ran.text.splitlines() if "=" in line)
     assert (seen["CMUX_WORKSPACE"], seen["CMUX_PROJECT"], seen["CMUX_RUNTIME"]) == ("main", "project", "ssh")
@@ -1284,25 +1285,25 @@ def test_the_promised_environment_and_nothing_of_ours(shared: Repo) -> None:
     assert "leak" not in ran.text and not {"CMUX_SSH_HOME", "CMUX_SSH_COMMAND", "SSH_ASKPASS", "GIT_CONFIG_GLOBAL"} & set(seen)
 
 
-def test_one_argument_is_a_line_for_bash_and_several_are_an_argv(shared: Repo) -> None:
+def test_one_argument_is_a_line_for_bash_and_several_are_an_argv(shared):
     assert shared.exec('a=(x y); [[ ${a[1]} == y ]] && echo "$BASH_VERSION"').out.strip(), "the host has bash"
     assert shared.exec("echo", "$HOME; *").out == b"$HOME; *\n"
     assert shared.exec("echo a; echo b |\n cat # c").out == b"a\nb\n"
 
 
-@pytest.mark.parametrize("line", ["-e", "-c", "+x", "--version"])
-def test_a_shell_line_is_never_an_option_of_its_shell(shared: Repo, line: str) -> None:
+@each("line", ["-e", "-c", "+x", "--version"])
+def test_a_shell_line_is_never_an_option_of_its_shell(shared, line):
     ran = shared.exec(line, stdin=b"echo read from stdin\n")
     assert (ran.code, ran.out) == (127, b""), ran
 
 
-def test_login_reads_the_profile_first(shared: Repo) -> None:
+def test_login_reads_the_profile_first(shared):
     (shared.site.far_home() / ".profile").write_text("export FROM_PROFILE=yes; echo noise\n")
     assert shared.exec('echo "<$FROM_PROFILE>"').out == b"<>\n"
     assert shared.exec('echo "<$FROM_PROFILE>"', options=["--login"]).out.endswith(b"<yes>\n")
 
 
-def test_the_workspace_defaults_to_the_branch_and_the_host_to_its_own(repo: Repo, site: Site) -> None:
+def test_the_workspace_defaults_to_the_branch_and_the_host_to_its_own(repo, site):
     repo.git("checkout", "-q", "-b", "feature/über x".replace(" ", "-"))
     box = ("HostName 127.0.0.1", f"Port {site.port}")
     assert repo.exec("pwd").code == 0
@@ -1316,26 +1317,26 @@ def test_the_workspace_defaults_to_the_branch_and_the_host_to_its_own(repo: Repo
     assert {row["host"] for row in repo.workspaces().values()} == {"box", "second", "third"}
 
 
-@pytest.mark.promise(4)
-def test_exec_without_any_host_says_how_to_name_one(repo: Repo) -> None:
+@promise(4)
+def test_exec_without_any_host_says_how_to_name_one(repo):
     refused(repo.cli("exec", "--", "true"), 125, words="-H")
 
 
 # === exec: a stop is a stop (promise 6) ===
 
 
-def unique() -> str:
+def unique():
     """A number for sleep that no other process on this machine sleeps for."""
     return f"{random.randrange(40000, 10**8)}"
 
 
-def gone(needle: str) -> None:
+def gone(needle):
     until(lambda: not running(needle), f"no {needle} is left", 15)
 
 
-@pytest.mark.promise(6)
-@pytest.mark.compat
-def test_a_timeout_keeps_early_output_exits_124_and_leaves_no_process(shared: Repo) -> None:
+@promise(6)
+@compat
+def test_a_timeout_keeps_early_output_exits_124_and_leaves_no_process(shared):
     nap = unique()
     ran = shared.exec(f"echo early; sleep {nap} & sleep {nap}", options=["--timeout", "1"])
     assert (ran.code, ran.out) == (124, b"early\n") and ran.seconds < 15
@@ -1346,20 +1347,20 @@ def test_a_timeout_keeps_early_output_exits_124_and_leaves_no_process(shared: Re
     gone(f"sleep {nap}")
 
 
-def test_a_timeout_ends_a_command_that_ignores_term(shared: Repo) -> None:
+def test_a_timeout_ends_a_command_that_ignores_term(shared):
     nap = unique()
     ran = shared.exec(f"trap '' TERM INT HUP; echo on; sleep {nap}; sleep {nap}", options=["--timeout", "1"])
     assert (ran.code, ran.out) == (124, b"on\n")
     gone(f"sleep {nap}")
 
 
-@pytest.mark.parametrize("stdin", ["null", "open"])
-@pytest.mark.parametrize("sig, code", [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
-@pytest.mark.promise(6)
-def test_a_stopped_client_ends_the_remote_command(shared: Repo, sig: int, code: int, stdin: str) -> None:
+@each("stdin", ["null", "open"])
+@each("sig, code", [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+@promise(6)
+def test_a_stopped_client_ends_the_remote_command(shared, sig, code, stdin):
     nap = unique()
     child = shared.start("exec", "-H", "box", "--", f"echo early; sleep {nap} & sleep {nap}",
-                         stdin=subprocess.PIPE if stdin == "open" else subprocess.DEVNULL)
+                         stdin=PIPE if stdin == "open" else DEVNULL)
     assert child.stdout
     assert child.stdout.readline() == b"early\n"
     until(lambda: len(running(f"sleep {nap}")) >= 2, "both sleeps run")
@@ -1369,9 +1370,9 @@ def test_a_stopped_client_ends_the_remote_command(shared: Repo, sig: int, code: 
     gone(f"sleep {nap}")
 
 
-@pytest.mark.promise(6)
-@pytest.mark.compat
-def test_ctrl_c_on_a_terminal_is_130(shared: Repo) -> None:
+@promise(6)
+@compat
+def test_ctrl_c_on_a_terminal_is_130(shared):
     nap = unique()
     terminal = on_terminal(shared.site, "exec", "-H", "box", "--", f"echo early; sleep {nap}", cwd=shared.dir)
     terminal.expect(b"early")
@@ -1385,8 +1386,8 @@ COLOURFUL = (r"printf '\303'; sleep .2; printf '\244 \033[3'; sleep .2; printf '
              r"\033]0;t\007\033[2J\b\303\033[8888888888888888888888888888888888888888888m\302\2331m\r\n\033[7mleft'")
 
 
-@pytest.mark.parametrize("face", ["exec", "logs", "logs -f", "new", "several"])
-def test_colours_and_progress_of_a_command_pass_to_a_terminal_and_nothing_else_does(repo: Repo, face: str) -> None:
+@each("face", ["exec", "logs", "logs -f", "new", "several"])
+def test_colours_and_progress_of_a_command_pass_to_a_terminal_and_nothing_else_does(repo, face):
     words = face.split()
     if face == "new":
         repo.write(".cmux/init", b"#!/bin/sh\n" + COLOURFUL.encode(), 0o755)
@@ -1409,7 +1410,7 @@ def test_colours_and_progress_of_a_command_pass_to_a_terminal_and_nothing_else_d
     assert f"{label}\x1b[7mleft\x1b[m" in seen, seen
 
 
-def test_a_dead_master_is_a_lost_line_ends_the_command_and_the_next_call_works(repo: Repo, site: Site) -> None:
+def test_a_dead_master_is_a_lost_line_ends_the_command_and_the_next_call_works(repo, site):
     nap = unique()
     assert repo.exec("true").code == 0
     child = repo.start("exec", "-H", "box", "--json", "--", f"echo early; sleep {nap}")
@@ -1424,7 +1425,7 @@ def test_a_dead_master_is_a_lost_line_ends_the_command_and_the_next_call_works(r
     assert repo.exec("echo again").out == b"again\n"
 
 
-def test_a_line_cut_in_mid_command_is_a_lost_line(repo: Repo, site: Site) -> None:
+def test_a_line_cut_in_mid_command_is_a_lost_line(repo, site):
     line, nap = site.line("far"), unique()
     assert repo.exec("true", host="far").code == 0
     child = repo.start("exec", "-H", "far", "--", f"echo early; sleep {nap}")
@@ -1436,12 +1437,12 @@ def test_a_line_cut_in_mid_command_is_a_lost_line(repo: Repo, site: Site) -> Non
     assert repo.exec("echo again", host="far").out == b"again\n"
 
 
-def ssh_without_masters(site: Site) -> str:
+def ssh_without_masters(site):
     return in_sshs_place(site, 'for a in "$@"; do case $a in -M|-MN|ControlMaster=yes|ControlMaster=auto)\n'
                          'echo "command-line line 0: Unsupported option ControlMaster" >&2; exit 255;; esac; done\nexec $ssh "$@"')
 
 
-def gated(site: Site, name: str) -> Tuple[Path, Path]:
+def gated(site, name):
     """A daemon whose login, while the first of two files is there, waits for it to go and makes the second: the session
     is there and no shell has read anything yet."""
     gate, waits = site.dir / "gate", site.dir / "waits"
@@ -1450,19 +1451,19 @@ def gated(site: Site, name: str) -> Tuple[Path, Path]:
     return gate, waits
 
 
-def sent_whole(line: Line, more: int) -> None:
+def sent_whole(line, more):
     """Wait until so many bytes more have gone up the line, and nothing follows them."""
     goal, seen = line.up + more, [0, 0.0]
 
-    def quiet() -> bool:
+    def quiet():
         if line.up != seen[0]:
             seen[:] = [line.up, time.monotonic()]
         return line.up >= goal and time.monotonic() > seen[1] + 1
     until(quiet, "it is sent")
 
 
-@pytest.mark.parametrize("how", ["exec", "job", "one connection each"])
-def test_a_command_that_was_sent_may_have_begun_and_runs_no_second_time(site: Site, how: str) -> None:
+@each("how", ["exec", "job", "one connection each"])
+def test_a_command_that_was_sent_may_have_begun_and_runs_no_second_time(site, how):
     """The line is lost before the host's first word about it comes back."""
     gate, waits = gated(site, "slow")
     line, repo, log = site.line("far", to="slow"), Repo(site), site.dir / "ran"
@@ -1481,10 +1482,10 @@ def test_a_command_that_was_sent_may_have_begun_and_runs_no_second_time(site: Si
         told = json.loads(out)["error"]
         assert told["type"] == "ConnectionLost" and "before the command was seen to begin" in told["message"] and "may still run" in told["hint"], told
     assert repo.exec("true", host="far").code == 0  # by now a second one would have begun
-    assert slurp(str(log)) == b"run\n"
+    assert slurp(log) == b"run\n"
 
 
-def test_a_shell_that_is_slow_to_start_may_still_run_what_was_sent(site: Site, tuned: Callable[..., None]) -> None:
+def test_a_shell_that_is_slow_to_start_may_still_run_what_was_sent(site, tuned):
     gate, waits = gated(site, "slow")
     repo = Repo(site)
     repo.new(host="slow")
@@ -1498,9 +1499,9 @@ def test_a_shell_that_is_slow_to_start_may_still_run_what_was_sent(site: Site, t
     assert site.log("slow").count("Starting session") == before + 1, "a minute each is not waited three times"
 
 
-def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo: Repo, site: Site) -> None:
+def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo, site):
     """It watches over a command whose own stdin streams, on the connection that had room."""
-    nap, mine, held = unique(), unique(), []  # type: str, str, List[subprocess.Popen[bytes]]
+    nap, mine, held = unique(), unique(), []
     assert repo.exec("true").code == 0
     first = {master.pid for master in site.masters()}
     while len(site.masters()) == 1:
@@ -1509,7 +1510,7 @@ def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo: Repo, 
     for child in (held.pop(), held.pop()):  # the one that had to have a second connection, and one of the first
         child.terminate()
         child.communicate()
-    child = repo.start("exec", "--json", "--", f"sleep {mine}; echo done", stdin=subprocess.PIPE)
+    child = repo.start("exec", "--json", "--", f"sleep {mine}; echo done", stdin=PIPE)
     until(lambda: running(f"sleep {mine}"), "it runs")
     time.sleep(0.5)  # the guard is told the pid right after
     for master in site.masters():
@@ -1522,9 +1523,9 @@ def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo: Repo, 
         other.communicate()
 
 
-@pytest.mark.parametrize("sh", ["dash", "bash", "mksh", "ksh", "busybox"])
-@pytest.mark.parametrize("setsid", [True, False])
-def test_a_session_opened_ahead_does_what_one_opened_for_a_command_does(site: Site, sh: str, setsid: bool) -> None:
+@each("sh", ["dash", "bash", "mksh", "ksh", "busybox"])
+@each("setsid", [True, False])
+def test_a_session_opened_ahead_does_what_one_opened_for_a_command_does(site, sh, setsid):
     """Its process waits for the header already in a session of its own."""
     host, tools, naps = bare_host(site), site.dir / "posix-bin", [unique(), unique()]
     site.script("posix-bin/sh", f'exec {program(sh)}{" sh" if sh == "busybox" else ""} "$@"')
@@ -1550,12 +1551,12 @@ if group != "true":                     # ksh dies of what its subshell died of;
     until(lambda: not [p for p in processes() if os.fsencode(tools) in p.environ and b"ssh" not in p.cmdline], "no shell waits any more")
 
 
-def test_where_neither_the_wrapper_nor_proc_is_there_no_end_is_confirmed(tmp_path: Path) -> None:
+def test_where_neither_the_wrapper_nor_proc_is_there_no_end_is_confirmed(tmp_path):
     """(From inside: a guard that was not told of its command yet cannot be had on purpose.)"""
-    def guard(pid: object, proc: str) -> bytes:
+    def guard(pid, proc):
         header = c.shell_header("N" * 32, "run", c.script_records(c.GUARD)) + b"%s\n" % str(pid).encode()
         return subprocess.run(["sh", "-c", c.BOOT[len("exec sh -c '"):-1].replace("/proc", proc)], input=header.replace(b"/proc", proc.encode()),
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60).stdout
+                              stdout=PIPE, stderr=DEVNULL, timeout=60).stdout
     here = subprocess.Popen(["sleep", unique()], start_new_session=True)
     try:
         assert b"\nleft\n" in guard("-", "/nowhere") and b"\nleft\n" in guard(99999999, "/nowhere")
@@ -1566,7 +1567,7 @@ def test_where_neither_the_wrapper_nor_proc_is_there_no_end_is_confirmed(tmp_pat
         here.wait()
 
 
-def test_a_stopped_master_does_not_hang_a_new_call(repo: Repo, site: Site) -> None:
+def test_a_stopped_master_does_not_hang_a_new_call(repo, site):
     assert repo.exec("true").code == 0
     (master,) = until(site.masters, "there is a master")
     kill(master.pid, signal.SIGSTOP)
@@ -1577,7 +1578,7 @@ def test_a_stopped_master_does_not_hang_a_new_call(repo: Repo, site: Site) -> No
     assert again.seconds < first.seconds - 2.5, "the next process need not find out again"
 
 
-def test_what_runs_over_a_master_that_hung_goes_on_when_it_wakes(repo: Repo, site: Site) -> None:
+def test_what_runs_over_a_master_that_hung_goes_on_when_it_wakes(repo, site):
     """Others go over a new one meanwhile, and afterwards."""
     assert repo.exec("true").code == 0
     child = repo.start("exec", "-n", "--", "touch begun; until [ -e go ]; do sleep 0.05; done; echo on; exit 4")
@@ -1590,11 +1591,11 @@ def test_what_runs_over_a_master_that_hung_goes_on_when_it_wakes(repo: Repo, sit
     assert child.communicate(timeout=PATIENCE)[0] == b"on\n" and child.returncode == 4
 
 
-@pytest.mark.parametrize("stdin", [None, pytest.param(b"in", marks=pytest.mark.slow)])
-def test_a_command_whose_master_hangs_is_stopped_over_another_one_and_soon(repo: Repo, stdin: Optional[bytes], site: Site) -> None:
+@each("stdin", [None, pytest.param(b"in", marks=slow)])
+def test_a_command_whose_master_hangs_is_stopped_over_another_one_and_soon(repo, stdin, site):
     nap = unique()
     assert repo.exec("true").code == 0
-    child = repo.start("exec", "--timeout", "3", "--json", "--", f"cat; echo on; sleep {nap}", stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE)
+    child = repo.start("exec", "--timeout", "3", "--json", "--", f"cat; echo on; sleep {nap}", stdin=DEVNULL if stdin is None else PIPE)
     if stdin:
         assert child.stdin
         child.stdin.write(stdin)
@@ -1610,9 +1611,9 @@ def test_a_command_whose_master_hangs_is_stopped_over_another_one_and_soon(repo:
     gone(f"sleep {nap}")
 
 
-def test_a_timeout_comes_also_while_output_never_pauses(shared: Repo) -> None:
+def test_a_timeout_comes_also_while_output_never_pauses(shared):
     """Somebody reads, slowly: there is always something to pass on."""
-    child, began = shared.start("exec", "--timeout", "1", "--", "yes", stdin=subprocess.DEVNULL), time.monotonic()
+    child, began = shared.start("exec", "--timeout", "1", "--", "yes", stdin=DEVNULL), time.monotonic()
     assert child.stdout
     while os.read(child.stdout.fileno(), 4096):
         assert time.monotonic() - began < 15, "it never timed out"
@@ -1620,17 +1621,17 @@ def test_a_timeout_comes_also_while_output_never_pauses(shared: Repo) -> None:
     assert child.wait(15) == 124
 
 
-@pytest.mark.parametrize("how", ["timeout", "SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("where", ["pipe", "terminal", "several"])
-@pytest.mark.promise(6)
-def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo: Repo, where: str, how: str) -> None:
+@each("how", ["timeout", "SIGINT", "SIGTERM"])
+@each("where", ["pipe", "terminal", "several"])
+@promise(6)
+def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo, where, how):
     """Nobody reads, and the output is full: the command is ended all the same, and that is said."""
     nap, several = unique(), where == "several"
     repo.new("main", *(["b"] if several else []))
     reader, writer = pty.openpty() if where == "terminal" else os.pipe()
     child = subprocess.Popen(
         [*compiled(), "exec", *(["--all"] if several else []), *(["--timeout", "3"] if how == "timeout" else []), "--",
-         f"sleep {nap} & yes"], cwd=repo.dir, env=repo.site.environment(), stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE)
+         f"sleep {nap} & yes"], cwd=repo.dir, env=repo.site.environment(), stdin=DEVNULL, stdout=writer, stderr=PIPE)
     os.close(writer)
     try:
         until(lambda: running(f"sleep {nap}"), "it runs")
@@ -1646,10 +1647,10 @@ def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo: R
         os.close(reader)
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounts a /proc of its own")
-@pytest.mark.parametrize("shell", ["dash", "bash", "mksh", "ksh", "busybox sh", "zsh"])
-def test_a_process_that_hides_is_ended_and_its_end_is_not_confirmed_blindly(site: Site, shell: str) -> None:
+@each("shell", ["dash", "bash", "mksh", "ksh", "busybox sh", "zsh"])
+def test_a_process_that_hides_is_ended_and_its_end_is_not_confirmed_blindly(site, shell):
     """hidepid=2, and a command, or a child of its group, that is not dumpable: no table shows it to its own user."""
     napping = unique()
     site.script("names/sh", """exec bash -c 'exec -a sh zsh "$@"' sh "$@\"""" if shell == "zsh" else f'exec {shell} "$@"')
@@ -1658,7 +1659,7 @@ def test_a_process_that_hides_is_ended_and_its_end_is_not_confirmed_blindly(site
     host, repo = site.daemon("hides", f"ForceCommand {login}"), Repo(site)
     for path in (site.dir, site.remote):
         path.chmod(0o755)
-    os.chown(str(site.far_home(host)), 65534, 65534)
+    os.chown(site.far_home(host), 65534, 65534)
     hide = f"import ctypes, time; ctypes.CDLL(None).prctl(4, 0); open('up', 'a'); time.sleep({napping})"
     repo.new(host=host)
     for line in (["python3", "-c", hide], [f'python3 -c "{hide}" & wait'], ["--detach"]):
@@ -1674,8 +1675,8 @@ def test_a_process_that_hides_is_ended_and_its_end_is_not_confirmed_blindly(site
         (repo.path() / "up").unlink()
 
 
-@pytest.mark.parametrize("ps", [True, False])
-def test_a_process_name_with_a_newline_misleads_no_stop(site: Site, ps: bool) -> None:
+@each("ps", [True, False])
+def test_a_process_name_with_a_newline_misleads_no_stop(site, ps):
     """It once shifted the table of processes, and a stop killed bystanders."""
     tools = [] if ps else ["setsid", "bash"]
     site.inetd("odd", shell="busybox", env={} if ps else {"PATH": minimal_path(site, *tools)})
@@ -1697,10 +1698,10 @@ def test_a_process_name_with_a_newline_misleads_no_stop(site: Site, ps: bool) ->
 
 
 @contextlib.contextmanager
-def agent(site: Site) -> Iterator[Dict[str, str]]:
+def agent(site):
     """An ssh-agent that holds a key, and the variable that leads to it."""
     sock = str(site.dir / "agent")
-    child = subprocess.Popen([program("ssh-agent", "openssh-client"), "-D", "-a", sock], stdout=subprocess.DEVNULL, env=site.env)
+    child = subprocess.Popen([program("ssh-agent", "openssh-client"), "-D", "-a", sock], stdout=DEVNULL, env=site.env)
     try:
         until(lambda: os.path.exists(sock), "the agent listens")
         env = {"SSH_AUTH_SOCK": sock}
@@ -1711,22 +1712,22 @@ def agent(site: Site) -> Iterator[Dict[str, str]]:
         child.wait()
 
 
-def ssh_add(site: Site, env: Dict[str, str], *words: object) -> bytes:
-    return subprocess.run([program("ssh-add", "openssh-client"), *map(str, words)], env=site.environment(env), check=words != ("-L",), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+def ssh_add(site, env, *words):
+    return subprocess.run([program("ssh-add", "openssh-client"), *map(str, words)], env=site.environment(env), check=words != ("-L",), stdout=PIPE, stderr=DEVNULL).stdout
 
 
-def locked_key(site: Site) -> Path:
+def locked_key(site):
     """The user's key with the passphrase "right"."""
     key = site.dir / "locked"
     shutil.copy(site.keys.user, key)
-    subprocess.run([program("ssh-keygen", "openssh-client"), "-q", "-p", "-P", "", "-N", "right", "-f", str(key)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([program("ssh-keygen", "openssh-client"), "-q", "-p", "-P", "", "-N", "right", "-f", str(key)], check=True, stdout=DEVNULL)
     return key
 
 
 class Hostile:
     """A host entry with everything on that lets something leave, and a server that takes it all."""
 
-    def __init__(self, site: Site, *more: str) -> None:
+    def __init__(self, site, *more):
         self.site, self.ports, self.marker, self.xauth = site, [free_port() for _ in range(3)], site.dir / "local-command-ran", site.dir / "xauth-ran"
         xauth = site.dir / "xauth"
         script(xauth, f"touch {self.xauth}")
@@ -1738,7 +1739,7 @@ class Hostile:
                         f"DynamicForward {socks}", "PermitLocalCommand yes", f"LocalCommand touch {self.marker}", "AddKeysToAgent yes",
                         "UpdateHostKeys yes", "LogLevel QUIET", f"ControlPath {site.dir}/user-cm", "ControlMaster auto", "ControlPersist 30", *more])
 
-    def listening(self) -> List[int]:
+    def listening(self):
         return [port for port in self.ports if answers(port)]
 
 
@@ -1748,8 +1749,8 @@ LEAKS = {"FOO_SECRET": "leak", "LC_LEAK": "leak", "DISPLAY": "localhost:99"}
 LOOK = 'env; echo "agent=<$SSH_AUTH_SOCK> display=<$DISPLAY>"; tty; echo up >up; while [ ! -e go ]; do sleep 0.05; done; rm -f go up'
 
 
-@pytest.mark.promise(1)
-def test_a_config_that_lets_everything_leave_lets_nothing_leave(site: Site) -> None:
+@promise(1)
+def test_a_config_that_lets_everything_leave_lets_nothing_leave(site):
     repo, hostile = Repo(site), Hostile(site, "RequestTTY force", "RemoteCommand echo hijacked")
     with agent(site) as env:
         before = ssh_add(site, env, "-L")
@@ -1775,19 +1776,19 @@ def test_a_config_that_lets_everything_leave_lets_nothing_leave(site: Site) -> N
         assert ssh_add(site, env, "-L") == before
 
 
-@pytest.mark.parametrize("directive", ["RemoteCommand echo hijacked", "SessionType none", "StdinNull yes", "ForkAfterAuthentication yes", "RequestTTY force",
+@each("directive", ["RemoteCommand echo hijacked", "SessionType none", "StdinNull yes", "ForkAfterAuthentication yes", "RequestTTY force",
                                        "LogLevel QUIET", "ControlMaster auto", "IgnoreUnknown UseKeychain\n  UseKeychain yes", "Compression yes",
                                        "EscapeChar ~", "ServerAliveInterval 1", "BatchMode no", "ConnectTimeout 0"])
-@pytest.mark.promise(1)
-def test_one_hostile_directive_alone_changes_nothing(site: Site, directive: str) -> None:
+@promise(1)
+def test_one_hostile_directive_alone_changes_nothing(site, directive):
     site.host("one", "IgnoreUnknown SessionType,StdinNull,ForkAfterAuthentication" if "Unknown" not in directive else "# ", directive,
               "HostName 127.0.0.1", f"Port {site.port}", f"ControlPath {site.dir}/user-cm")
     ran = Repo(site).exec("cat; echo err >&2; exit 5", host="one", stdin=b"\n~.\n~C\n" + BINARY)
     assert (ran.code, ran.out, ran.err) == (5, b"\n~.\n~C\n" + BINARY, b"err\n")
 
 
-@pytest.mark.promise(1)
-def test_the_users_own_master_is_neither_used_nor_touched(repo: Repo, site: Site) -> None:
+@promise(1)
+def test_the_users_own_master_is_neither_used_nor_touched(repo, site):
     sock = str(site.dir / "user-cm")
     site.host("mine", "HostName 127.0.0.1", f"Port {site.port}", f"ControlPath {sock}", "ControlMaster auto", "ControlPersist 60")
     theirs = site.ssh("mine", "echo $SSH_CONNECTION", "-n").stdout
@@ -1797,16 +1798,16 @@ def test_the_users_own_master_is_neither_used_nor_touched(repo: Repo, site: Site
     assert site.ssh("mine", "echo $SSH_CONNECTION").stdout == theirs
 
 
-def in_sshs_place(site: Site, text: str) -> str:
+def in_sshs_place(site, text):
     """A script that CMUX_SSH_COMMAND names; $ssh is the real one."""
     return site.script("in-sshs-place", f"ssh='{program('ssh')} -F {site.config}'\n{text}")
 
 
-@pytest.mark.parametrize("when", ["later", "for a command"])
-def test_what_the_config_says_only_now_or_only_for_a_command_does_not_leave_either(site: Site, when: str) -> None:
+@each("when", ["later", "for a command"])
+def test_what_the_config_says_only_now_or_only_for_a_command_does_not_leave_either(site, when):
     """Match exec may change its mind. OpenSSH 10 has Match sessiontype and Match command: before, a program in ssh's place
     that looks for a word behind the host plays them."""
-    new = int(re.findall(rb"OpenSSH_(\d+)", subprocess.run([program("ssh"), "-V"], stderr=subprocess.PIPE).stderr)[0]) >= 10
+    new = int(re.findall(rb"OpenSSH_(\d+)", subprocess.run([program("ssh"), "-V"], stderr=PIPE).stderr)[0]) >= 10
     repo, flag, seen, login = Repo(site, files={"big": os.urandom(400_000)}), site.dir / "flag", site.dir / "seen", site.dir / "login"
     script(login, f'env >>{seen}\nexec sh -c "$SSH_ORIGINAL_COMMAND"')
     site.daemon("far", "AcceptEnv *", f"ForceCommand {login}")
@@ -1837,15 +1838,15 @@ print(cmux_ssh.pull(main).branch, project.create("other", "far").name)
     assert site.ssh("far", "exec true", env={"CARRIES": "yes"}).returncode == 0 and b"leak" in seen.read_bytes(), "plain ssh does all that"
 
 
-def test_known_hosts_is_not_written_by_the_host(repo: Repo, site: Site) -> None:
+def test_known_hosts_is_not_written_by_the_host(repo, site):
     """UpdateHostKeys lets a server write into it."""
     site.daemon("two-keys", f"HostKey {site.keys.other_host}", config=["UpdateHostKeys yes"])
     before = site.known_hosts.read_bytes()
     assert repo.exec("true", host="two-keys").code == 0 and site.known_hosts.read_bytes() == before
 
 
-@pytest.mark.promise(1)
-def test_proxyjump_proxycommand_and_a_coder_entry_reach_the_host(site: Site) -> None:
+@promise(1)
+def test_proxyjump_proxycommand_and_a_coder_entry_reach_the_host(site):
     repo = Repo(site)
     site.daemon("inner", config=["ProxyJump box"])
     site.inetd("piped", config=["SendEnv *"])
@@ -1860,7 +1861,7 @@ def test_proxyjump_proxycommand_and_a_coder_entry_reach_the_host(site: Site) -> 
     assert "Accepted publickey" in site.log("inner") and "Accepted publickey" in site.log("box")
 
 
-def test_proxycommand_keeps_its_environment_though_sendenv_would_send_it(repo: Repo, site: Site) -> None:
+def test_proxycommand_keeps_its_environment_though_sendenv_would_send_it(repo, site):
     inner = site.sshd_config("needy", "AcceptEnv *")
     proxy = site.dir / "proxy"
     script(proxy, f'[ "$PROXY_PROFILE" = work ] || exit 3\nexec {program("sshd")} -i -f {inner} -E {site.dir}/log-needy')
@@ -1869,8 +1870,8 @@ def test_proxycommand_keeps_its_environment_though_sendenv_would_send_it(repo: R
     assert ran.code == 0 and b"leak" not in ran.out and b"LC_ALL" not in ran.out and b"PROXY_PROFILE" not in ran.out, ran
 
 
-@pytest.mark.promise(1)
-def test_a_changed_host_key_is_refused_even_where_checking_is_off(site: Site) -> None:
+@promise(1)
+def test_a_changed_host_key_is_refused_even_where_checking_is_off(site):
     repo = Repo(site)
     site.inetd("mitm", host_key=site.keys.other_host, config=["StrictHostKeyChecking no", "LogLevel QUIET"])
     before = site.known_hosts.read_bytes()
@@ -1880,12 +1881,12 @@ def test_a_changed_host_key_is_refused_even_where_checking_is_off(site: Site) ->
     assert "Accepted publickey" not in site.log("mitm") and site.known_hosts.read_bytes() == before
 
 
-@pytest.mark.parametrize("text", [b"REMOTE HOST IDENTIFICATION HAS CHANGED", b"x\nHost key verification failed.", b"Could not resolve hostname"])
-def test_what_a_server_says_as_it_disconnects_is_not_taken_for_sshs_own_word(repo: Repo, text: bytes, site: Site) -> None:
+@each("text", [b"REMOTE HOST IDENTIFICATION HAS CHANGED", b"x\nHost key verification failed.", b"Could not resolve hostname"])
+def test_what_a_server_says_as_it_disconnects_is_not_taken_for_sshs_own_word(repo, text, site):
     body = b"\x01" + struct.pack(">II", 2, len(text)) + text + struct.pack(">I", 0)
     pad = 8 - (len(body) + 5) % 8 + 8
 
-    def serve(door: socket.socket) -> None:
+    def serve(door):
         while True:
             try:
                 with door.accept()[0] as peer:
@@ -1903,7 +1904,7 @@ def test_what_a_server_says_as_it_disconnects_is_not_taken_for_sshs_own_word(rep
     assert ran.code == 255 and "ended the connection" in ran.said and "keygen" not in ran.said and "does not resolve" not in ran.said, ran
 
 
-def test_an_unknown_host_key_is_refused_with_what_to_do_and_nothing_is_recorded(site: Site) -> None:
+def test_an_unknown_host_key_is_refused_with_what_to_do_and_nothing_is_recorded(site):
     repo, empty = Repo(site), site.dir / "no_known_hosts"
     empty.touch()
     site.inetd("new-here", config=["StrictHostKeyChecking ask", f"UserKnownHostsFile {empty}", "LogLevel QUIET"])
@@ -1912,7 +1913,7 @@ def test_an_unknown_host_key_is_refused_with_what_to_do_and_nothing_is_recorded(
     assert empty.read_bytes() == b""
 
 
-def test_a_server_that_wants_a_password_gets_no_prompt_anywhere(site: Site) -> None:
+def test_a_server_that_wants_a_password_gets_no_prompt_anywhere(site):
     asked = site.dir / "asked"
     askpass = site.dir / "askpass"
     script(askpass, f"touch {asked}\necho password")
@@ -1921,15 +1922,15 @@ def test_a_server_that_wants_a_password_gets_no_prompt_anywhere(site: Site) -> N
     assert ran.code == 255 and ran.said.strip() and not asked.exists(), ran
 
 
-@pytest.mark.promise(5)
-def test_a_forged_ssh_error_of_the_remote_command_is_the_commands_own(shared: Repo) -> None:
+@promise(5)
+def test_a_forged_ssh_error_of_the_remote_command_is_the_commands_own(shared):
     ran = shared.exec("echo 'Host key verification failed.' >&2; exit 255", options=["--json"])
     assert ran.code == 255 and ran.json["exit_code"] == 255 and not ran.json.get("error")
     assert ran.json["stderr"] == "Host key verification failed.\n"
 
 
-@pytest.mark.promise(4)
-def test_a_promisor_repository_fetches_nothing(repo: Repo, site: Site) -> None:
+@promise(4)
+def test_a_promisor_repository_fetches_nothing(repo, site):
     trap, blob = site.dir / "trap", repo.git("rev-parse", "HEAD:README")
     for key, value in (("core.repositoryformatversion", "1"), ("extensions.partialClone", "origin"), ("remote.origin.promisor", "true"),
                        ("remote.origin.url", f"ext::sh -c touch% {trap}"), ("protocol.ext.allow", "always"),
@@ -1940,7 +1941,7 @@ def test_a_promisor_repository_fetches_nothing(repo: Repo, site: Site) -> None:
     assert made.code == 1 and not trap.exists() and repo.workspaces() == {}
 
 
-def test_a_git_directory_among_the_files_of_another_repository_is_refused(repo: Repo, site: Site) -> None:
+def test_a_git_directory_among_the_files_of_another_repository_is_refused(repo, site):
     """It came with a clone, and its config names a host and a work tree."""
     inner = repo.dir / "vendor"
     subprocess.run(["git", "clone", "-q", "--bare", str(repo.dir), str(inner)], env=site.environment(), check=True)
@@ -1953,8 +1954,8 @@ def test_a_git_directory_among_the_files_of_another_repository_is_refused(repo: 
     assert site.cli("list", cwd=apart).code == 0  # a bare repository by itself is one
 
 
-@pytest.mark.parametrize("large", [False, True])
-def test_attributes_that_cannot_be_read_or_are_very_large_are_no_traceback(site: Site, large: bool) -> None:
+@each("large", [False, True])
+def test_attributes_that_cannot_be_read_or_are_very_large_are_no_traceback(site, large):
     repo = Repo(site, files={".gitattributes": b"#" * (1 << 20) + b"\n* text\n" if large else b"x text\n", "a/.gitattributes": b"hidden export-ignore\n", "a/hidden": b"1"})
     if not large:
         blob = repo.git("rev-parse", "HEAD:.gitattributes")
@@ -1966,13 +1967,13 @@ def test_attributes_that_cannot_be_read_or_are_very_large_are_no_traceback(site:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a repository of somebody else's")
-def test_a_repository_of_somebody_else_is_refused(repo: Repo) -> None:
+def test_a_repository_of_somebody_else_is_refused(repo):
     subprocess.run(["chown", "-R", "65534:65534", str(repo.dir)], check=True)
     refused(repo.cli("new", "-H", "box", "a"), 1, words="another user")
 
 
-@pytest.mark.promise(1)
-def test_only_the_tree_leaves_no_history_no_config_no_untracked_file(repo: Repo, site: Site) -> None:
+@promise(1)
+def test_only_the_tree_leaves_no_history_no_config_no_untracked_file(repo, site):
     secrets = {"token": b"tok-in-git-config-1", "dotenv": b"untracked-dotenv-2", "stash": b"only-in-the-stash-3", "branch": b"other-branch-blob-4",
                "old": b"only-in-history-5", "message": b"commit-message-6"}
     repo.git("config", "http.extraheader", secrets["token"].decode())
@@ -1996,7 +1997,7 @@ def test_only_the_tree_leaves_no_history_no_config_no_untracked_file(repo: Repo,
         assert not files_holding(far, needle), needle
 
 
-def test_every_ssh_gets_its_host_behind_a_double_dash(repo: Repo, site: Site) -> None:
+def test_every_ssh_gets_its_host_behind_a_double_dash(repo, site):
     """And none of the options that undo the user's own."""
     log, shim = site.dir / "argv", site.dir / "ssh-shim"
     script(shim, f'for a in "$@"; do printf "%s\\n" "$a"; done >>{log}\necho ---- >>{log}\nexec {program("ssh")} -F {site.config} "$@"')
@@ -2016,8 +2017,8 @@ HARD = ["a b", "", "it's", "$HOME", "!x", "x\ny", "-n", "--", "\\", "\\\\n", "`i
         "#", "=x", "^a", "[!]", "\x01\x7f", "!!", "\\!"]
 
 
-@pytest.mark.parametrize("shell", SHELLS)
-def test_arguments_output_codes_stdin_and_secrets_are_exact_under_every_login_shell(site: Site, shell: str) -> None:
+@each("shell", SHELLS)
+def test_arguments_output_codes_stdin_and_secrets_are_exact_under_every_login_shell(site, shell):
     repo, host = Repo(site, odd=True), site.login(shell)
     repo.ok("secrets", "set", "TOKEN", stdin="it's\n$(x) \"ü\" \\n !".encode())
     first = repo.exec("printf", "<%s>", *HARD, host=host)
@@ -2032,8 +2033,8 @@ def test_arguments_output_codes_stdin_and_secrets_are_exact_under_every_login_sh
 FOREIGN = ("bash -l", "zsh", "dash", "fish", "tcsh", "mksh", "ksh", "busybox sh", "cat", ".bashrc")
 
 
-@pytest.mark.parametrize("foreign", FOREIGN)
-def test_a_shell_that_is_not_ours_runs_nothing_of_a_header_and_reads_no_secret(site: Site, foreign: str) -> None:
+@each("foreign", FOREIGN)
+def test_a_shell_that_is_not_ours_runs_nothing_of_a_header_and_reads_no_secret(site, foreign):
     """The account's ForceCommand, or what its .bashrc runs, reads what we send in place of our command."""
     flag, touched, got, nap, login = site.dir / "flag", site.dir / "touched", site.dir / "got", unique(), site.script(
         "login", f'[ ! -e {site.dir}/flag ] || exec {foreign if foreign != "cat" else f"cat >>{site.dir}/got"}\nexec sh -c "$SSH_ORIGINAL_COMMAND"')
@@ -2052,13 +2053,13 @@ def test_a_shell_that_is_not_ours_runs_nothing_of_a_header_and_reads_no_secret(s
         refused(ran, 255, words="did not run our command")
         assert ran.seconds < 30, "not after the minute in which a shell may be slow"
     assert not touched.exists() and not running(f"sleep {nap}")
-    assert not re.search(b"S0|sleep|true", slurp(str(got))) and (foreign != "cat" or slurp(str(got)).startswith(b"exit 0\n"))
+    assert not re.search(b"S0|sleep|true", slurp(got)) and (foreign != "cat" or slurp(got).startswith(b"exit 0\n"))
     flag.unlink()
     assert repo.exec('printf %s "$S1"', host=host).out == b"sleep " + nap.encode()
 
 
-@pytest.mark.promise(2)
-def test_a_secret_arrives_byte_for_byte_and_lies_nowhere_on_the_host(repo: Repo, site: Site) -> None:
+@promise(2)
+def test_a_secret_arrives_byte_for_byte_and_lies_nowhere_on_the_host(repo, site):
     value = "it's \"q\"\n$(touch x) `id` \\n\\\\ \t\r\n  spaces  \n#!*ü🐙\u202e-Zx9Yw8".encode()
     repo.ok("secrets", "set", "TOKEN", stdin=value)
     ran = repo.exec('printf %s "$TOKEN"')
@@ -2067,8 +2068,8 @@ def test_a_secret_arrives_byte_for_byte_and_lies_nowhere_on_the_host(repo: Repo,
     assert not files_holding(site.far_home(), b"Zx9Yw8") and "Zx9Yw8" not in site.log()
 
 
-@pytest.mark.promise(2)
-def test_odd_secret_values_arrive_exactly(repo: Repo, site: Site) -> None:
+@promise(2)
+def test_odd_secret_values_arrive_exactly(repo, site):
     odd = [b"", b"x", b"trailing\n\n", b" lead and trail ", b"\\", b"-n", b"-e \\c", b"%s%n", b"*", b"a" * 100_000, "é\u2028".encode()]
     values = {f"V{n}": value for n, value in enumerate(odd)}
     for name, value in values.items():
@@ -2078,16 +2079,16 @@ def test_odd_secret_values_arrive_exactly(repo: Repo, site: Site) -> None:
     assert (ran.code, ran.out) == (0, b"".join(value + b"." for value in odd))
 
 
-def dotenv(site: Site, values: Dict[str, bytes]) -> Path:
+def dotenv(site, values):
     path = site.dir / "dotenv"
     path.write_bytes(b"".join(k.encode() + b'="' + v.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n") + b'"\n' for k, v in values.items()))
     return path
 
 
-@pytest.mark.slow
-@pytest.mark.promise(2)
-@pytest.mark.compat
-def test_while_50_commands_run_the_secret_stands_in_no_process_table(repo: Repo, site: Site) -> None:
+@slow
+@promise(2)
+@compat
+def test_while_50_commands_run_the_secret_stands_in_no_process_table(repo, site):
     value = b"Sentinel-" + os.urandom(8).hex().encode()
     assert repo.exec("true").code == 0
     with Watch(value) as watch:
@@ -2100,8 +2101,8 @@ def test_while_50_commands_run_the_secret_stands_in_no_process_table(repo: Repo,
     assert not files_holding(site.far_home(), value) and value.decode() not in site.log()
 
 
-@pytest.mark.promise(2)
-def test_a_secret_is_in_the_environment_of_no_local_process(repo: Repo) -> None:
+@promise(2)
+def test_a_secret_is_in_the_environment_of_no_local_process(repo):
     """Not even where a variable of that name stood in ours: ProxyCommand and Match exec would see it."""
     nap, value = unique(), b"Sentinel-" + os.urandom(8).hex().encode()
     repo.ok("secrets", "set", "TOKEN", stdin=value)
@@ -2113,8 +2114,8 @@ def test_a_secret_is_in_the_environment_of_no_local_process(repo: Repo) -> None:
     child.communicate()
 
 
-@pytest.mark.promise(2)
-def test_secrets_are_stored_0600_outside_the_repository_and_listed_by_name_only(repo: Repo, site: Site) -> None:
+@promise(2)
+def test_secrets_are_stored_0600_outside_the_repository_and_listed_by_name_only(repo, site):
     repo.ok("secrets", "set", "B_TOKEN", stdin=b"value-of-b")
     repo.ok("secrets", "set", "A_TOKEN", stdin=b"value-of-a")
     listed = repo.cli("secrets", "list")
@@ -2128,7 +2129,7 @@ def test_secrets_are_stored_0600_outside_the_repository_and_listed_by_name_only(
     assert repo.cli("secrets", "list").out == b"B_TOKEN\n" and not files_holding(site.dir, b"value-of-a")
 
 
-def test_secrets_belong_to_one_project_and_are_updated_and_removed(repo: Repo, site: Site) -> None:
+def test_secrets_belong_to_one_project_and_are_updated_and_removed(repo, site):
     other = Repo(site, "other")
     for value in (b"first", b"second"):
         repo.ok("secrets", "set", "TOKEN", stdin=value)
@@ -2138,7 +2139,7 @@ def test_secrets_belong_to_one_project_and_are_updated_and_removed(repo: Repo, s
     assert repo.exec('echo "<$TOKEN>"').out == b"<>\n"
 
 
-def test_a_secret_command_is_stored_instead_of_the_value(repo: Repo, site: Site) -> None:
+def test_a_secret_command_is_stored_instead_of_the_value(repo, site):
     store = site.dir / "vault"
     store.write_text("from-the-vault")
     repo.ok("secrets", "set", "TOKEN", "--command", f"cat {store}")
@@ -2150,7 +2151,7 @@ def test_a_secret_command_is_stored_instead_of_the_value(repo: Repo, site: Site)
     refused(repo.exec("true"), 125, words="The command for the secret LOUD")
 
 
-def test_no_secret_lies_in_the_history_or_in_the_record_of_a_job_here(repo: Repo, site: Site) -> None:
+def test_no_secret_lies_in_the_history_or_in_the_record_of_a_job_here(repo, site):
     values = {"PLAIN": "hunter2-hunter2-XYZ", "QUOTE": "it's-a-secret-Q9", "LINES": "-----BEGIN KEY-----\nMIIEvQIBADANBgkqhkiG9w0B\n-----END KEY-----"}
     for name, value in values.items():
         repo.ok("secrets", "set", name, stdin=value.encode())
@@ -2160,12 +2161,12 @@ def test_no_secret_lies_in_the_history_or_in_the_record_of_a_job_here(repo: Repo
     assert repo.exec(f"echo {said[0]}", options=["--detach"]).code == 0 and repo.exec("echo", *said, options=["--detach"]).code == 0
     told = repo.cli("history").text + repo.cli("jobs").text
     assert all(told.count(f"[secret {name}]") >= 2 for name in ("PLAIN", "QUOTE", "MADE", "LINES")), told
-    kept = b"".join(slurp(str(p)) for p in site.state.rglob("*") if p.is_file() and not any("secrets" in part for part in p.parts))
+    kept = b"".join(slurp(p) for p in site.state.rglob("*") if p.is_file() and not any("secrets" in part for part in p.parts))
     for value in [*said, said[1].replace("'", "'\"'\"'")]:
         assert value.encode() not in kept and json.dumps(value).encode() not in kept, value
 
 
-def test_no_secret_lies_in_the_history_when_words_are_bytes(repo: Repo) -> None:
+def test_no_secret_lies_in_the_history_when_words_are_bytes(repo):
     value = "s3cr\u00e9t-tok'en-123456"
     repo.ok("secrets", "set", "TOKEN", stdin=value.encode())
     assert in_library(repo, "print(cmux_ssh.Project('.').ensure('main', 'box').exec([b'printf', sys.argv[1].encode()]).exit_code)", value) == "0\n"
@@ -2173,8 +2174,8 @@ def test_no_secret_lies_in_the_history_when_words_are_bytes(repo: Repo) -> None:
     assert "[secret TOKEN]" in told and "123456" not in told, told
 
 
-@pytest.mark.promise(1)
-def test_dirty_never_takes_the_state_along(repo: Repo, site: Site) -> None:
+@promise(1)
+def test_dirty_never_takes_the_state_along(repo, site):
     """A home that is a repository holds the secrets of every project. And `git add` fails where an excluded path is ignored already."""
     home = Repo(site, name="home/dotfiles")
     env = {"CMUX_SSH_HOME": str(home.dir / ".local" / "state" / "cmux-ssh")}
@@ -2188,21 +2189,21 @@ def test_dirty_never_takes_the_state_along(repo: Repo, site: Site) -> None:
     home.new("--dirty", "ignored", env=env)
 
 
-def test_a_file_of_secrets_that_is_too_large_is_refused(repo: Repo, site: Site) -> None:
+def test_a_file_of_secrets_that_is_too_large_is_refused(repo, site):
     path = site.dir / "large"
     path.write_bytes(b"A=1\n" + b"#\n" * (1 << 19) + b"B=2\n")
     refused(repo.cli("secrets", "import", str(path)), 2, words="larger than")
     assert repo.cli("secrets", "list").out == b""
 
 
-@pytest.mark.parametrize("name", ["", "1A", "A-B", "A B", "A=B", "a\nb", "Ü", "PATH", "IFS", "-x", "CMUX_WORKSPACE"])
-def test_impossible_secret_names_are_refused(shared: Repo, name: str) -> None:
+@each("name", ["", "1A", "A-B", "A B", "A=B", "a\nb", "Ü", "PATH", "IFS", "-x", "CMUX_WORKSPACE"])
+def test_impossible_secret_names_are_refused(shared, name):
     refused(shared.cli("secrets", "set", "--", name, stdin=b"v"), 2)
     assert shared.cli("secrets", "list").out == b""
 
 
-@pytest.mark.compat
-def test_legitimate_secret_names_work(repo: Repo) -> None:
+@compat
+def test_legitimate_secret_names_work(repo):
     names = ["GIT_AUTHOR_NAME", "k", "n", "v", "CMUX", "OPENAI_API_KEY", "lower"]  # not _, which every shell sets anew
     for name in names:
         repo.ok("secrets", "set", name, stdin=f"value of {name}".encode())
@@ -2210,14 +2211,14 @@ def test_legitimate_secret_names_work(repo: Repo) -> None:
     assert (ran.code, ran.text.splitlines(), ran.err) == (0, [f"value of {name}" for name in names], b"")
 
 
-def test_a_secret_with_nul_is_refused_without_the_value(repo: Repo) -> None:
+def test_a_secret_with_nul_is_refused_without_the_value(repo):
     refused = repo.cli("secrets", "set", "TOKEN", stdin=b"abc\0def-hidden")
     assert refused.code == 2 and "hidden" not in refused.said and refused.said.strip()
 
 
-@pytest.mark.parametrize("typed, words", [(b"typed-in-secret\r", b""), (b"\x04", b"No value was given"), (b"\r", b"No value was given"), (b"a\x16\x00b\r", b"NUL"),
+@each("typed, words", [(b"typed-in-secret\r", b""), (b"\x04", b"No value was given"), (b"\r", b"No value was given"), (b"a\x16\x00b\r", b"NUL"),
                                           (b"x" * 5000 + b"\r", b"4095"), (b"\xff\xfe\r", b"not text")], ids=["secret", "end", "enter", "nul", "long", "bytes"])
-def test_secrets_set_on_a_terminal_asks_without_echo(repo: Repo, typed: bytes, words: bytes) -> None:
+def test_secrets_set_on_a_terminal_asks_without_echo(repo, typed, words):
     """What it cannot take is said, and the secret stays what it was."""
     repo.ok("secrets", "set", "TOKEN", stdin=b"good")
     terminal = on_terminal(repo.site, "secrets", "set", "TOKEN", cwd=repo.dir)
@@ -2229,7 +2230,7 @@ def test_secrets_set_on_a_terminal_asks_without_echo(repo: Repo, typed: bytes, w
     assert repo.exec('printf %s "$TOKEN"').out == (b"good" if words else b"typed-in-secret")
 
 
-def test_a_damaged_secrets_file_unmasks_nothing_for_a_model(repo: Repo, site: Site) -> None:
+def test_a_damaged_secrets_file_unmasks_nothing_for_a_model(repo, site):
     repo.ok("secrets", "set", "TOK", stdin=b"value-12345")
     repo.new()
     do(repo, 'echo "$TOK" >leak')
@@ -2242,7 +2243,7 @@ def test_a_damaged_secrets_file_unmasks_nothing_for_a_model(repo: Repo, site: Si
             assert failed and "is damaged" in text and "value-12345" not in text
 
 
-def test_secrets_that_no_file_could_hold_are_refused(repo: Repo) -> None:
+def test_secrets_that_no_file_could_hold_are_refused(repo):
     value = b"\x01" * 122000
     stored = [repo.cli("secrets", "set", f"S{n}", stdin=value).code for n in range(24)]
     assert stored[:20] == [0] * 20 and stored[-1] == 1, stored
@@ -2250,7 +2251,7 @@ def test_secrets_that_no_file_could_hold_are_refused(repo: Repo) -> None:
     repo.ok("secrets", "rm", *(f"S{n}" for n in range(20)))
 
 
-def test_the_value_of_a_secret_is_in_no_complaint(repo: Repo, site: Site) -> None:
+def test_the_value_of_a_secret_is_in_no_complaint(repo, site):
     said = repo.cli("secrets", "set", "TOK=hunter2")
     refused(said, 2, words="secrets set TOK")
     file = site.dir / "dot"
@@ -2260,7 +2261,7 @@ def test_the_value_of_a_secret_is_in_no_complaint(repo: Repo, site: Site) -> Non
     assert "hunter2" not in said.said + imported.said
 
 
-def test_dotenv_values_and_their_comments(repo: Repo, site: Site) -> None:
+def test_dotenv_values_and_their_comments(repo, site):
     file = site.dir / "dot"
     file.write_bytes("A=x # c\nB= # c\nC=#x\nD='a # b' # c\nE=\"x\\ny\"\t#c\nF='x' y\r\nG=a#b  \r\nexport H = it's\n\n# no\n"
                      "PLAIN=abc\nexport EXPORTED=def\nQUOTED=\"a b\\n$X\"\nSINGLE='it is $HOME \\n'\nUNI=ü\nI=".encode())
@@ -2273,7 +2274,7 @@ def test_dotenv_values_and_their_comments(repo: Repo, site: Site) -> None:
     assert repo.exec('echo "${#A}"').out == b"110002\n"
 
 
-def test_a_secret_that_a_shortened_error_cuts_is_masked(repo: Repo) -> None:
+def test_a_secret_that_a_shortened_error_cuts_is_masked(repo):
     value = "S3cretValue-0123456789-abcdefghijklmnopqrstuvwxyz"
     repo.ok("secrets", "set", "TOK", stdin=value.encode())
     with open_mcp(repo, "-H", "box") as client:
@@ -2282,7 +2283,7 @@ def test_a_secret_that_a_shortened_error_cuts_is_masked(repo: Repo) -> None:
             assert failed and "S3cr" not in text and ("[secret TOK]" in text) == (length <= 90), text  # after 90 all of it is cut
 
 
-def test_a_secret_command_that_closes_its_output_and_goes_on_is_ended(repo: Repo) -> None:
+def test_a_secret_command_that_closes_its_output_and_goes_on_is_ended(repo):
     nap = unique()  # from inside: of its own it is given two minutes
     repo.ok("secrets", "set", "T", "--command", f"printf hunter2; exec >&- 2>&-; exec sleep {nap}")
     assert in_library(repo, """
@@ -2296,7 +2297,7 @@ except cmux_ssh.CmuxError as error:
     gone(f"sleep {nap}")
 
 
-def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo: Repo, site: Site) -> None:
+def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo, site):
     assert repo.exec("true").code == 0
     for words, stdin in (("write f", "<&-"), ("secrets set X", "<&-"), ("secrets set X", "</dev/null"), ("batch", "<&-"), ("edit README", "<&-")):
         done = repo.cli(*words.split(), sh=f'exec "$@" {stdin}')
@@ -2304,7 +2305,7 @@ def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo: Repo,
     assert not (repo.path() / "f").exists() and repo.cli("secrets", "list").out == b""
 
 
-def test_library_a_cancel_reaches_the_command_that_makes_a_secret(shared: Repo) -> None:
+def test_library_a_cancel_reaches_the_command_that_makes_a_secret(shared):
     nap = unique()
     shared.ok("secrets", "set", "SLOW", "--command", f"exec sleep {nap}")
     try:
@@ -2323,7 +2324,7 @@ for call in (lambda cancel: workspace.exec("echo ran", cancel=cancel).exit_code,
     gone(f"sleep {nap}")
 
 
-def test_a_secret_that_another_process_changes_is_the_new_one_at_once_and_masked(repo: Repo) -> None:
+def test_a_secret_that_another_process_changes_is_the_new_one_at_once_and_masked(repo):
     assert in_library(repo, """
 import subprocess
 project = cmux_ssh.Project(".")
@@ -2340,8 +2341,8 @@ print(repr(workspace.exec("printf %s $TOKEN").stdout))
     assert told.count("[secret TOKEN]") == 2 and "-value" not in told
 
 
-@pytest.mark.promise(1)
-def test_dirty_takes_the_work_tree_along_but_no_secrets(repo: Repo) -> None:
+@promise(1)
+def test_dirty_takes_the_work_tree_along_but_no_secrets(repo):
     repo.write(".gitignore", b"ignored\n")
     repo.commit()
     repo.write("README", b"edited\n")
@@ -2365,8 +2366,8 @@ def test_dirty_takes_the_work_tree_along_but_no_secrets(repo: Repo) -> None:
     assert (repo.dir / ".git/index").read_bytes() == index
 
 
-def test_a_part_of_a_long_secret_is_found_in_linear_time(repo: Repo) -> None:
-    def shown(text: str) -> str:
+def test_a_part_of_a_long_secret_is_found_in_linear_time(repo):
+    def shown(text):
         return client("exec", command=["cat"], stdin=text).partition("\n--- stdout\n")[2].rpartition("\n[end")[0]
     with open_mcp(repo, "-H", "box") as client:
         for at, words in enumerate(("..abab ababc", "aab aabaac", "aabaa aabaac", "aaaba aabaac", "abaaa caabaa", "c abc", "xabca abca", "abcab abcabd")):
@@ -2384,8 +2385,8 @@ def test_a_part_of_a_long_secret_is_found_in_linear_time(repo: Repo) -> None:
 # === Hosts: any that ssh reaches (promise 9) ===
 
 
-@pytest.mark.parametrize("shell", SHELLS)
-def test_sessions_opened_ahead_begin_under_every_login_shell(site: Site, shell: str) -> None:
+@each("shell", SHELLS)
+def test_sessions_opened_ahead_begin_under_every_login_shell(site, shell):
     host = site.login(shell)
     assert in_library(Repo(site, odd=True), """
 workspace = cmux_ssh.Project(".").create("main", sys.argv[1])
@@ -2397,19 +2398,19 @@ print(warm().exec(["printf", "<%s>", "it's", "!x"]).stdout, warm().write("a\\n'b
 """, host, str(site.dir / f"log-{host}")) == "b\"<it's><!x>\" True b'one\\n' 1 b'in'\n"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["master", "direct"])
-def test_a_server_that_ends_silent_channels_ends_no_command_of_ours(site: Site, tuned: Callable[..., None], way: str) -> None:
+@slow
+@each("way", ["master", "direct"])
+def test_a_server_that_ends_silent_channels_ends_no_command_of_ours(site, tuned, way):
     site.daemon("hasty", "ChannelTimeout session:command=3s")
     repo, nap = Repo(site), unique()
     env = {"CMUX_SSH_COMMAND": ssh_without_masters(site)} if way == "direct" else {}
     repo.new(env=env, host="hasty")
     talk = "for i in 1 2 3 4 5 6; do echo $i; sleep 1; done"
 
-    def streamed(line: str) -> Tuple[int, bytes]:
-        child = repo.start("exec", "-w", "main", "--", line, stdin=subprocess.PIPE, env=env)
+    def streamed(line):
+        child = repo.start("exec", "-w", "main", "--", line, stdin=PIPE, env=env)
         code = child.wait(30)  # its stdin stays open all the while
-        return code, child.stdout.read() + child.stderr.read()  # type: ignore[union-attr]
+        return code, child.stdout.read() + child.stderr.read()
     assert streamed(talk) == (0, b"1\n2\n3\n4\n5\n6\n"), "the guard is not silent while the command talks"
     lost = repo.cli("exec", "-n", "-w", "main", "--", f"sleep {nap}", env=env)
     refused(lost, 255, words="ChannelTimeout")
@@ -2420,11 +2421,11 @@ def test_a_server_that_ends_silent_channels_ends_no_command_of_ours(site: Site, 
     gone(f"sleep {nap}")
 
 
-def minimal_path(site: Site, *more: str) -> str:
+def minimal_path(site, *more):
     """A directory with the POSIX utilities busybox has, and the named programs of this machine."""
     directory = site.dir / "-".join(("bin", *more))
     directory.mkdir()
-    applets = subprocess.run([program("busybox"), "--list"], stdout=subprocess.PIPE, check=True).stdout.decode().split()
+    applets = subprocess.run([program("busybox"), "--list"], stdout=PIPE, check=True).stdout.decode().split()
     for name in POSIX:
         if name in applets:
             (directory / name).symlink_to(program("busybox"))
@@ -2435,7 +2436,7 @@ def minimal_path(site: Site, *more: str) -> str:
     return str(directory)
 
 
-def test_a_host_with_only_posix_utilities_is_enough(site: Site) -> None:
+def test_a_host_with_only_posix_utilities_is_enough(site):
     site.inetd("bare", shell="busybox", env={"PATH": minimal_path(site)})
     repo, nap = Repo(site, odd=True), unique()
     assert site.ssh("bare", "command -v git bash python3 timeout setsid base64 sha256sum gzip").stdout.split()[1:] == []
@@ -2448,13 +2449,13 @@ def test_a_host_with_only_posix_utilities_is_enough(site: Site) -> None:
     assert tree_of(repo.path("second")) == repo.tree()
 
 
-def test_a_host_with_busybox_and_git_is_enough(site: Site) -> None:
+def test_a_host_with_busybox_and_git_is_enough(site):
     site.inetd("small", shell="busybox", env={"PATH": minimal_path(site, "git")})
     repo = Repo(site, odd=True)
     assert repo.exec("git status --porcelain; git log --format=%s | wc -l", host="small").out.strip() == b"1"
 
 
-def test_a_server_that_refuses_a_second_session_per_connection_works(site: Site) -> None:
+def test_a_server_that_refuses_a_second_session_per_connection_works(site):
     """What gateways and tiny servers do; the sessions go over connections of their own."""
     site.daemon("single", "MaxSessions 1")
     repo = Repo(site)
@@ -2463,7 +2464,7 @@ def test_a_server_that_refuses_a_second_session_per_connection_works(site: Site)
     assert [r.out for r in runs] == [b"%d\n" % n for n in range(4)], runs
 
 
-def test_pipes_that_cannot_be_made_leave_none_open(shared: Repo) -> None:
+def test_pipes_that_cannot_be_made_leave_none_open(shared):
     assert in_library(shared, """
 import os, resource
 workspace = cmux_ssh.Project(".", warm=0).workspace("main")
@@ -2494,9 +2495,9 @@ print(failed > 5, workspace.exec("exit 3").exit_code)
 """) == "True 3\n"
 
 
-def test_a_process_that_was_waited_for_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_was_waited_for_is_not_killed(monkeypatch):
     """Its number may be a stranger's by now. (From inside: no number can be had a second time on purpose.)"""
-    struck: List[int] = []
+    struck = []
     monkeypatch.setattr(os, "killpg", lambda pid, sig: struck.append(pid))
     ended, running_on = c.spawn(["/bin/true"]), c.spawn(["/bin/sh", "-c", "read x"], stdin=-1)
     ended.wait()
@@ -2507,14 +2508,14 @@ def test_a_process_that_was_waited_for_is_not_killed(monkeypatch: pytest.MonkeyP
     assert struck == [running_on.pid]
 
 
-def test_a_client_without_multiplexing_works(repo: Repo, site: Site) -> None:
+def test_a_client_without_multiplexing_works(repo, site):
     """An ssh that knows no masters: the calls take one connection each."""
     ran = repo.exec("cat; exit 4", stdin=BINARY, env={"CMUX_SSH_COMMAND": ssh_without_masters(site)})
     assert (ran.code, ran.out, ran.err) == (4, BINARY, b"")
 
 
-@pytest.mark.parametrize("programs", ["plain", "gzip", "gzip, near", "false gzip", "gzip that stops", "gzip that hangs"])
-def test_whatever_gzip_the_host_has_the_archive_arrives_or_is_refused(site: Site, tuned: Callable[..., None], programs: str) -> None:
+@each("programs", ["plain", "gzip", "gzip, near", "false gzip", "gzip that stops", "gzip that hangs"])
+def test_whatever_gzip_the_host_has_the_archive_arrives_or_is_refused(site, tuned, programs):
     """As if it were far away, and near."""
     path = Path(minimal_path(site))
     scripts = {"false gzip": "cat >/dev/null; echo gzip", "gzip that stops": f"head -c 60000 | {program('gzip')} -dc",
@@ -2534,7 +2535,7 @@ def test_whatever_gzip_the_host_has_the_archive_arrives_or_is_refused(site: Site
     assert ("compressed to" in made.said) == (programs == "gzip"), made
 
 
-def test_a_tar_that_goes_on_for_long_after_the_last_byte_is_waited_for_and_shown(site: Site, tuned: Callable[..., None]) -> None:
+def test_a_tar_that_goes_on_for_long_after_the_last_byte_is_waited_for_and_shown(site, tuned):
     slow = site.dir / "slow" / "tar"
     slow.parent.mkdir()
     script(slow, f'{program("tar")} "$@"; r=$?; sleep 5; exit $r')
@@ -2545,7 +2546,7 @@ def test_a_tar_that_goes_on_for_long_after_the_last_byte_is_waited_for_and_shown
     assert terminal.wait() == 0 and not any("unpacking" in line for line in terminal.lines()), terminal.output
 
 
-def test_an_init_hook_on_a_noexec_file_system_is_said(repo: Repo, site: Site) -> None:
+def test_an_init_hook_on_a_noexec_file_system_is_said(repo, site):
     """What sh says of it: bash, dash and mksh have no `test -x` there, others fail to run it."""
     if os.geteuid() != 0 or not sys.platform.startswith("linux"):
         pytest.skip("only root mounts")
@@ -2562,15 +2563,15 @@ def test_an_init_hook_on_a_noexec_file_system_is_said(repo: Repo, site: Site) ->
         subprocess.run(["umount", "-l", str(root)], check=True)
 
 
-def test_a_full_disk_or_readonly_home_on_the_host_is_said(repo: Repo, site: Site) -> None:
+def test_a_full_disk_or_readonly_home_on_the_host_is_said(repo, site):
     """A file where the directory should be fails for root, too."""
     (site.far_home() / "cmux").write_text("in the way")
     made = repo.cli("new", "-H", "box", "a")
     assert made.code == 1 and "cmux" in made.said and repo.workspaces() == {}, made
 
 
-@pytest.mark.parametrize("shell", ["dash", "bash", "mksh"])
-def test_a_cdpath_of_the_host_misleads_no_script(site: Site, shell: str) -> None:
+@each("shell", ["dash", "bash", "mksh"])
+def test_a_cdpath_of_the_host_misleads_no_script(site, shell):
     """Where CDPATH names a directory that has what a relative `cd` asks for, cd goes there, and prints where."""
     repo, trap = Repo(site, files={"sub/x": b"x\n"}), site.dir / "trap"
     for path in ("cmux", ".cmux", "sub"):
@@ -2592,7 +2593,7 @@ def test_a_cdpath_of_the_host_misleads_no_script(site: Site, shell: str) -> None
     assert not [p for p in trap.rglob("*") if p.name not in ("cmux", ".cmux", "sub")]
 
 
-def test_a_home_with_a_newline_is_refused(site: Site) -> None:
+def test_a_home_with_a_newline_is_refused(site):
     repo, home = Repo(site), site.dir / "new\nline"
     home.mkdir()
     login = script(site.dir / "login", f"HOME='{home}'; export HOME; exec sh -c \"$SSH_ORIGINAL_COMMAND\"")
@@ -2601,7 +2602,7 @@ def test_a_home_with_a_newline_is_refused(site: Site) -> None:
     assert not repo.workspaces()
 
 
-def refused(answer: Answer, code: int, words: str = "") -> None:
+def refused(answer, code, words=""):
     """One clear message: the right code, nothing on stdout, no traceback, not a wall of text."""
     assert answer.code == code, answer
     assert answer.out == b"" and answer.said.strip() and answer.said.count("\n") <= 4, answer
@@ -2620,8 +2621,8 @@ GOOD_HOSTS = ["box", "root@box", "u.s-e_r+1@a.b-c_d", "127.0.0.1", "::1", "u@fe8
               "u@a@" + "b" * 250]
 
 
-@pytest.mark.parametrize("way", ["option", "environment", "git config"])
-def test_hostile_host_strings_are_refused_before_anything_is_started(repo: Repo, way: str, site: Site) -> None:
+@each("way", ["option", "environment", "git config"])
+def test_hostile_host_strings_are_refused_before_anything_is_started(repo, way, site):
     log = site.dir / "was-called"
     shim = script(site.dir / "shim", f"touch {log}\nexit 255")
     for host in BAD_HOSTS:
@@ -2638,7 +2639,7 @@ def test_hostile_host_strings_are_refused_before_anything_is_started(repo: Repo,
         assert not log.exists() and not (repo.dir / "trap").exists(), host
 
 
-def test_honest_host_strings_reach_ssh(repo: Repo, site: Site) -> None:
+def test_honest_host_strings_reach_ssh(repo, site):
     log, shim = site.dir / "argv", site.dir / "shim"
     script(shim, f'for a in "$@"; do printf "%s\\n" "$a"; done >>{log}\nexit 255')
     for host in GOOD_HOSTS:
@@ -2647,7 +2648,7 @@ def test_honest_host_strings_reach_ssh(repo: Repo, site: Site) -> None:
         assert shlex.split(re.findall("`(.*)`", ran.said)[0])[-1] == host, "and the command to paste names it"
 
 
-def test_a_host_and_a_user_that_only_openssh_itself_restricts_work(repo: Repo, site: Site) -> None:
+def test_a_host_and_a_user_that_only_openssh_itself_restricts_work(repo, site):
     """From the option to the state file and back, and in what a hint tells to run."""
     user = getpass.getuser()
     for n, host in enumerate(["k8s/pod=1", "h\u00e4us", "a~b", f"{user}@web+1"]):
@@ -2659,7 +2660,7 @@ def test_a_host_and_a_user_that_only_openssh_itself_restricts_work(repo: Repo, s
     assert site.environment()["CMUX_SSH_COMMAND"] + " 'DOMAIN\\ada@locked' true" in said, said
 
 
-def test_a_host_that_does_not_resolve_or_refuses_or_hangs_up_is_255_and_said(repo: Repo, site: Site) -> None:
+def test_a_host_that_does_not_resolve_or_refuses_or_hangs_up_is_255_and_said(repo, site):
     refused(repo.exec("true", host="no-such-host.invalid"), 255, words="no-such-host.invalid")
     site.host("closed", "HostName 127.0.0.1", f"Port {free_port()}")
     refused(repo.exec("true", host="closed"), 255, words="refused")
@@ -2673,23 +2674,23 @@ def test_a_host_that_does_not_resolve_or_refuses_or_hangs_up_is_255_and_said(rep
 COLD_PROXY = "exec >&-; while kill -0 $PPID 2>&-; do :; done; echo spoken late >&2; exit 1"  # ssh sends it a SIGHUP before it speaks
 
 
-@pytest.mark.parametrize("proxy, words", [("echo my proxy is broken >&2; exit 1", "my proxy is broken"), (COLD_PROXY, "spoken late"), ("exit 1", "doctor h"),
+@each("proxy, words", [("echo my proxy is broken >&2; exit 1", "my proxy is broken"), (COLD_PROXY, "spoken late"), ("exit 1", "doctor h"),
                                           ("echo You are not logged in. >&2; exit 1' coder '", "coder login")])
-def test_a_proxy_that_gives_no_connection_is_told_by_its_own_words(repo: Repo, proxy: str, words: str, site: Site) -> None:
+def test_a_proxy_that_gives_no_connection_is_told_by_its_own_words(repo, proxy, words, site):
     site.host("h", f"ProxyCommand sh -c '{proxy}'")
     for _ in range(2):  # then the failure is remembered, and one try made
         refused(repo.exec("true", host="h"), 255, words=words)
     assert repo.cli("doctor", "h").code == 255 and repo.workspaces() == {}
 
 
-def test_a_key_that_is_not_accepted_is_255_and_said(repo: Repo, site: Site) -> None:
+def test_a_key_that_is_not_accepted_is_255_and_said(repo, site):
     site.inetd("stranger", config=[f"IdentityFile {site.keys.stranger}"])
     config = site.config.read_text().replace(f"  IdentityFile {site.keys.user}\n", "  # no other key\n")
     site.config.write_text(config)
     refused(repo.exec("true", host="stranger"), 255, words="stranger")
 
 
-def test_more_keys_than_the_server_lets_try_are_said(repo: Repo, site: Site) -> None:
+def test_more_keys_than_the_server_lets_try_are_said(repo, site):
     site.daemon("bare-h", "MaxAuthTries 3", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig"])
     with agent(site) as env:
         for n in range(3):
@@ -2705,8 +2706,8 @@ def test_more_keys_than_the_server_lets_try_are_said(repo: Repo, site: Site) -> 
     assert (ran.code, found.code) == (255, 255)
 
 
-@pytest.mark.parametrize("words", [("exec", "-H", "box", "--", "true"), ("new", "-H", "box", "main"), ("doctor", "box"), ("batch", "-H", "box")], ids=lambda words: words[0])
-def test_an_ssh_before_7_8_is_refused_in_one_sentence(repo: Repo, words: Tuple[str, ...], site: Site) -> None:
+@each("words", [("exec", "-H", "box", "--", "true"), ("new", "-H", "box", "main"), ("doctor", "box"), ("batch", "-H", "box")], ids=lambda words: words[0])
+def test_an_ssh_before_7_8_is_refused_in_one_sentence(repo, words, site):
     """It does not know SetEnv."""
     env = {"CMUX_SSH_COMMAND": in_sshs_place(site, 'for a; do case $a in -V) echo OpenSSH_7.7p1 >&2; exit;; SetEnv=*)\n'
                                              'echo "command-line: line 0: Bad configuration option: setenv" >&2; exit 255;; esac; done; exec $ssh "$@"')}
@@ -2716,7 +2717,7 @@ def test_an_ssh_before_7_8_is_refused_in_one_sentence(repo: Repo, words: Tuple[s
     assert repo.workspaces() == {} and "Accepted" not in site.log()
 
 
-def test_a_server_that_turns_this_address_away_is_waited_for_and_then_named(repo: Repo, site: Site) -> None:
+def test_a_server_that_turns_this_address_away_is_waited_for_and_then_named(repo, site):
     """OpenSSH 9.8 and later say so before their banner, for MaxStartups and for a penalty."""
     line, words = site.line("far"), b"Not allowed at this time\r\n"
     line.away = (2, words)
@@ -2727,7 +2728,7 @@ def test_a_server_that_turns_this_address_away_is_waited_for_and_then_named(repo
     assert "far turns this address away" in repo.cli("doctor", "far").text
 
 
-def test_a_host_that_says_nothing_is_given_up_within_the_configured_time(repo: Repo, site: Site) -> None:
+def test_a_host_that_says_nothing_is_given_up_within_the_configured_time(repo, site):
     line = site.line("silent", "ConnectTimeout 2")
     line.stall()
     ran = repo.exec("true", host="silent", seconds=40)
@@ -2735,8 +2736,8 @@ def test_a_host_that_says_nothing_is_given_up_within_the_configured_time(repo: R
     assert "doctor silent" in ran.said and line.connections == 1, "it is no drop, which would be tried again"
 
 
-@pytest.mark.parametrize("entry, named", [("HostKeyAlias Box.new", "box.new"), ("", "[127.0.0.1]:{port}"), ("UserKnownHostsFile {first} {second}", "[127.0.0.1]:{port}")])
-def test_the_command_told_for_a_changed_key_makes_ssh_forget_it(repo: Repo, entry: str, named: str, site: Site) -> None:
+@each("entry, named", [("HostKeyAlias Box.new", "box.new"), ("", "[127.0.0.1]:{port}"), ("UserKnownHostsFile {first} {second}", "[127.0.0.1]:{port}")])
+def test_the_command_told_for_a_changed_key_makes_ssh_forget_it(repo, entry, named, site):
     first, second = site.dir / "known one", site.dir / "known'2"
     site.daemon("bare-h", config=[entry.format(first=f'"{first}"', second=f'"{second}"'), f'UserKnownHostsFile "{second}"', f"IdentityFile {site.keys.user}", "IdentitiesOnly yes"])
     first.write_text(f"other {public(site.keys.host)}\n")
@@ -2746,14 +2747,14 @@ def test_the_command_told_for_a_changed_key_makes_ssh_forget_it(repo: Repo, entr
     command = told.said.split("only then: ")[1]
     doctor = next(row for row in repo.cli("doctor", "bare-h", "--json").json if row["what"] == "connect")
     assert doctor["fix"].endswith(command.strip())
-    assert subprocess.run(["sh", "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode == 0, command
+    assert subprocess.run(["sh", "-c", command], stdout=DEVNULL, stderr=DEVNULL, check=False).returncode == 0, command
     refused(repo.exec("true", host="bare-h"), 255, words="not known")
 
 
-@pytest.mark.parametrize("trouble, answers_, code, words", [
+@each("trouble, answers_, code, words", [
     ("unknown", [("yes/no", "no")], 255, "not known"), ("unknown", [("yes/no", "yes")], 0, "it ran"), ("changed", [], 255, "ssh-keygen -f"), ("strict", [], 255, "not known"),
     ("passphrase", [("passphrase", "right")], 0, "it ran"), ("passphrase", [("passphrase", "wrong"), ("passphrase.*passphrase", "")], 255, "accepted none")])
-def test_on_a_terminal_ssh_asks_once_and_what_came_of_it_is_told(repo: Repo, trouble: str, answers_: List[Tuple[str, str]], code: int, words: str, site: Site) -> None:
+def test_on_a_terminal_ssh_asks_once_and_what_came_of_it_is_told(repo, trouble, answers_, code, words, site):
     if trouble == "passphrase":
         site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig", f"IdentityFile {locked_key(site)}", "IdentitiesOnly yes"])
     else:
@@ -2767,13 +2768,13 @@ def test_on_a_terminal_ssh_asks_once_and_what_came_of_it_is_told(repo: Repo, tro
     assert (b"may have a question" in terminal.output) == bool(answers_), terminal.output
 
 
-@pytest.mark.parametrize("lost", ["passphrase", "agent"])
-def test_a_login_that_needed_a_person_serves_all_that_comes_after(repo: Repo, lost: str, site: Site) -> None:
+@each("lost", ["passphrase", "agent"])
+def test_a_login_that_needed_a_person_serves_all_that_comes_after(repo, lost, site):
     """A key whose passphrase was typed once, or that has left the agent since. Nothing knocks in vain for long: failed logins cost penalties."""
     key, words = locked_key(site), ("exec", "-H", "bare-h", "--", "echo work >>README")
     site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig"] + ["IdentitiesOnly yes", f"IdentityFile {key}"] * (lost == "passphrase"))
     with agent(site) as env:
-        def asked(*words: str) -> None:
+        def asked(*words):
             terminal = on_terminal(site, *words, cwd=repo.dir, env=env)
             terminal.expect(b"passphrase")
             terminal.send(b"right\r")
@@ -2801,9 +2802,9 @@ def test_a_login_that_needed_a_person_serves_all_that_comes_after(repo: Repo, lo
             assert site.log("bare-h").count("Connection from") - before == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("root", ["~/else where", "~", "relative/x"])
-def test_contract_a_tilde_is_the_home_over_there(repo: Repo, root: str, site: Site) -> None:
+@slow
+@each("root", ["~/else where", "~", "relative/x"])
+def test_contract_a_tilde_is_the_home_over_there(repo, root, site):
     repo.new("--root", root, "main")
     path = repo.workspaces()["main"]["path"]
     home = str(site.far_home())
@@ -2812,7 +2813,7 @@ def test_contract_a_tilde_is_the_home_over_there(repo: Repo, root: str, site: Si
     assert repo.cli("read", "README").out == b"hello\n" and repo.cli("write", "w", stdin=b"w").code == 0 and repo.cli("edit", "w", "--old", "w", "--new", "v").code == 0
 
 
-def test_a_server_that_asks_for_the_agent_is_told_and_one_that_goes_on_is_left(repo: Repo, site: Site) -> None:
+def test_a_server_that_asks_for_the_agent_is_told_and_one_that_goes_on_is_left(repo, site):
     """What ssh writes into its log then was seen on a real one; no server here does it."""
     words, name = "Warning: ssh server tried agent forwarding.\nWarning: this is probably a break-in attempt by a malicious server.\n", site.dir / "name"
     site.env["CMUX_SSH_COMMAND"] = in_sshs_place(
@@ -2831,7 +2832,7 @@ def test_a_server_that_asks_for_the_agent_is_told_and_one_that_goes_on_is_left(r
     assert again.code == 0 and not again.said, again
 
 
-def test_a_proxy_that_leaves_a_child_behind_does_not_keep_a_call(site: Site) -> None:
+def test_a_proxy_that_leaves_a_child_behind_does_not_keep_a_call(site):
     """A session of its own ends with its ssh, whoever holds its stderr."""
     server = f"{program('sshd', 'openssh-server')} -i -f {site.sshd_config('kept')} -E {site.dir}/log-kept"
     nap, work = unique(), unique()
@@ -2852,8 +2853,8 @@ def test_a_proxy_that_leaves_a_child_behind_does_not_keep_a_call(site: Site) -> 
         subprocess.run(["pkill", "-f", f"sleep {nap}"])
 
 
-@pytest.mark.parametrize("tar", ["bsdtar", "busybox"])
-def test_every_kind_of_tar_unpacks_the_same(site: Site, tar: str) -> None:
+@each("tar", ["bsdtar", "busybox"])
+def test_every_kind_of_tar_unpacks_the_same(site, tar):
     path = Path(minimal_path(site, "git"))
     (path / "tar").unlink()
     (path / "tar").symlink_to(program(tar, {"bsdtar": "libarchive-tools"}.get(tar, tar)))
@@ -2870,8 +2871,8 @@ def test_every_kind_of_tar_unpacks_the_same(site: Site, tar: str) -> None:
     assert tree_of(repo.path()) == repo.tree()
 
 
-@pytest.mark.parametrize("name", ["home with space", "it's \"home\" $(x)", "-home", "h\u00f6me"])
-def test_a_home_with_any_name_works(site: Site, name: str) -> None:
+@each("name", ["home with space", "it's \"home\" $(x)", "-home", "h\u00f6me"])
+def test_a_home_with_any_name_works(site, name):
     home = site.remote / name
     home.mkdir()
     wrapper = script(site.dir / "wrap", f"HOME={shlex.quote(str(home))}; export HOME\nexec sh -c \"$SSH_ORIGINAL_COMMAND\"")
@@ -2884,13 +2885,13 @@ def test_a_home_with_any_name_works(site: Site, name: str) -> None:
     repo.ok("rm", "main")
 
 
-@pytest.mark.parametrize("what", ["bytes", "inodes"])
-def test_a_full_disk_on_the_host_is_said_and_leaves_nothing_half(site: Site, what: str) -> None:
+@each("what", ["bytes", "inodes"])
+def test_a_full_disk_on_the_host_is_said_and_leaves_nothing_half(site, what):
     """A small tmpfs of its own, mounted in a namespace around an sshd -i."""
     home = site.far_home("small")
     site.inetd("small")
     entry = site.entries[0]
-    command = re.search(r"ProxyCommand (.*)", entry).group(1)  # type: ignore[union-attr]
+    command = re.search(r"ProxyCommand (.*)", entry).group(1)
     unshare = f"{program('unshare', 'util-linux')} {'-m' if os.geteuid() == 0 else '-rm'}"
     start = script(site.dir / "start-small", f"exec {unshare} sh -c 'mount -t tmpfs -o {'size=600k' if what == 'bytes' else 'nr_inodes=40'} none {home} && exec {command}'")
     site.entries[0] = entry.replace(command, str(start))
@@ -2901,8 +2902,8 @@ def test_a_full_disk_on_the_host_is_said_and_leaves_nothing_half(site: Site, wha
     assert repo.workspaces() == {}
 
 
-@pytest.mark.parametrize("verb, room", [("new", "nr_inodes=2"), ("pull", "size=40k"), ("pull", "nr_inodes=2"), ("batch", "size=40k"), ("exec", "size=40k")])
-def test_a_full_disk_on_this_machine_is_said_and_not_a_traceback(repo: Repo, verb: str, room: str, site: Site) -> None:
+@each("verb, room", [("new", "nr_inodes=2"), ("pull", "size=40k"), ("pull", "nr_inodes=2"), ("batch", "size=40k"), ("exec", "size=40k")])
+def test_a_full_disk_on_this_machine_is_said_and_not_a_traceback(repo, verb, room, site):
     """TMPDIR, where a shadow repository and a command's stdin lie, is a small tmpfs in a namespace of its own."""
     assert repo.exec("head -c 300000 /dev/urandom >big").code == 0
     repo.write("large", os.urandom(300000))
@@ -2923,7 +2924,7 @@ def test_a_full_disk_on_this_machine_is_said_and_not_a_traceback(repo: Repo, ver
 # === Many at once (promise 8) ===
 
 
-def test_a_shell_that_is_not_ours_in_one_session_opened_ahead_runs_nothing(site: Site) -> None:
+def test_a_shell_that_is_not_ours_in_one_session_opened_ahead_runs_nothing(site):
     host, flag, touched = site.login("bash"), site.dir / "flag", site.dir / "touched"
     (site.far_home(host) / ".bashrc").write_text(f"[ ! -e {flag} ] || {{ echo >>{flag}; exec dash; }}\n")
     repo = Repo(site)
@@ -2949,7 +2950,7 @@ print([said() for _ in range(5)])
     assert not touched.exists()
 
 
-def test_two_processes_that_upload_one_tree_at_once_both_get_their_workspace(repo: Repo, site: Site) -> None:
+def test_two_processes_that_upload_one_tree_at_once_both_get_their_workspace(repo, site):
     repo.write("text", source_text(4 << 20))
     repo.commit()
     line = site.line("far")
@@ -2963,9 +2964,9 @@ def test_two_processes_that_upload_one_tree_at_once_both_get_their_workspace(rep
     assert tree_of(repo.path("a")) == tree_of(repo.path("b")) == tree_of(other.path("a")) == repo.tree()
 
 
-@pytest.mark.slow
-@pytest.mark.promise(8)
-def test_20_processes_at_once_on_a_cold_connection_all_succeed(repo: Repo, site: Site) -> None:
+@slow
+@promise(8)
+def test_20_processes_at_once_on_a_cold_connection_all_succeed(repo, site):
     children = [repo.start("exec", "-H", "box", "--", f"echo {n}; cat README") for n in range(20)]
     for n, child in enumerate(children):
         out, err = child.communicate(timeout=120)
@@ -2974,19 +2975,19 @@ def test_20_processes_at_once_on_a_cold_connection_all_succeed(repo: Repo, site:
     assert "drop connection" not in site.log()
 
 
-@pytest.mark.slow
-@pytest.mark.promise(8)
-def test_200_commands_50_at_a_time_all_succeed(shared: Repo) -> None:
+@slow
+@promise(8)
+def test_200_commands_50_at_a_time_all_succeed(shared):
     with ThreadPoolExecutor(50) as pool:
         runs = list(pool.map(lambda n: shared.exec(f"echo {n}; exit {n}"), range(200)))
     assert [(r.code, r.out, r.err) for r in runs] == [(n, b"%d\n" % n, b"") for n in range(200)]
     assert "drop connection" not in shared.site.log()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["refuses", "hangs up"])
-@pytest.mark.promise(8)
-def test_a_host_that_is_down_sees_a_handful_of_connections_from_100_attempts(repo: Repo, way: str, site: Site) -> None:
+@slow
+@each("way", ["refuses", "hangs up"])
+@promise(8)
+def test_a_host_that_is_down_sees_a_handful_of_connections_from_100_attempts(repo, way, site):
     """And each attempt is answered within a minute, though it may wait for its turn to try."""
     log = site.dir / "attempts"
     line = site.line("down")
@@ -3003,8 +3004,8 @@ def test_a_host_that_is_down_sees_a_handful_of_connections_from_100_attempts(rep
     until(lambda: repo.exec("echo up", host="down", env=env).out == b"up\n", "it is seen when it is back", 60)
 
 
-@pytest.mark.slow
-def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo: Repo, site: Site) -> None:
+@slow
+def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo, site):
     """Each master of theirs takes a mark before it connects and gives it back when it is authenticated; sshd
     numbers the sessions of a connection from 0."""
     marks = site.dir / "marks"
@@ -3024,7 +3025,7 @@ def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo
     assert "drop connection" not in site.log() and "no more sessions" not in site.log()
 
 
-def test_one_dropped_handshake_is_forgotten_after_a_minute(repo: Repo, site: Site) -> None:
+def test_one_dropped_handshake_is_forgotten_after_a_minute(repo, site):
     """While the line is stalled the connections that came are the handshakes under way. It was a day."""
     line = site.line("far")
     site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
@@ -3032,7 +3033,7 @@ def test_one_dropped_handshake_is_forgotten_after_a_minute(repo: Repo, site: Sit
     line.away = (1, b"")
     assert repo.exec("true", host="far").code == 0 and line.away[0] == 0
 
-    def at_once(least: int, most: int) -> None:
+    def at_once(least, most):
         line.stall()
         line.connections = 0
         children = [repo.start("exec", "--", "true") for _ in range(12)]
@@ -3043,12 +3044,12 @@ def test_one_dropped_handshake_is_forgotten_after_a_minute(repo: Repo, site: Sit
         assert [child.wait(60) for child in children] == [0] * 12
     at_once(2, 4)
     for file in site.state.rglob("*"):
-        os.utime(str(file), (time.time() - 70,) * 2)
+        os.utime(file, (time.time() - 70,) * 2)
     at_once(8, 8)
 
 
-@pytest.mark.parametrize("what", ["slot", "two slots", "handshake", "lock", "host that is down"])
-def test_waiting_costs_nothing_however_many_wait_and_ends_at_once(repo: Repo, what: str, site: Site) -> None:
+@each("what", ["slot", "two slots", "handshake", "lock", "host that is down"])
+def test_waiting_costs_nothing_however_many_wait_and_ends_at_once(repo, what, site):
     """Forty threads; in a second each of them looked 150 times, a fifth of a core for the rest of us."""
     line = site.line("far")
     repo.new(host="far")
@@ -3098,8 +3099,8 @@ if what == "handshake":                    # the commands that could not begin a
 """, what).splitlines() == ["True 0", {"slot": "{0} True", "two slots": "{0} True", "handshake": "{130} True"}.get(what, "{'Cancelled'} True")]
 
 
-@pytest.mark.parametrize("way", ["one master", "MaxSessions 1", "no masters"])
-def test_commands_with_streamed_stdin_do_not_wait_for_each_others_second_session(site: Site, way: str) -> None:
+@each("way", ["one master", "MaxSessions 1", "no masters"])
+def test_commands_with_streamed_stdin_do_not_wait_for_each_others_second_session(site, way):
     """Each needs two: those that held one waited for the next for ten minutes, and all failed."""
     site.daemon("few", way if way == "MaxSessions 1" else "")
     if way == "no masters":
@@ -3118,15 +3119,15 @@ with ThreadPoolExecutor(16) as pool:
 """) == "16\n"
 
 
-@pytest.mark.parametrize("sh", ["dash", "bash"])
-def test_a_host_that_allows_few_processes_is_given_fewer_at_once_or_told_of(site: Site, sh: str) -> None:
+@each("sh", ["dash", "bash"])
+def test_a_host_that_allows_few_processes_is_given_fewer_at_once_or_told_of(site, sh):
     """Of forty at once 33 ended together with their wrapper, it was said. (The limit binds no root: the account is another.)"""
     uid = 60000 + os.getpid() % 5000
     login = site.script("few", f"exec {program('setpriv')} --reuid {uid} --clear-groups bash -c 'ulimit -u 26; exec {program(sh)} -c \"$SSH_ORIGINAL_COMMAND\"'")
     site.inetd("few", f"ForceCommand {login}")
     for path in (site.dir, site.remote):
         path.chmod(0o755)
-    os.chown(str(site.far_home("few")), uid, -1)
+    os.chown(site.far_home("few"), uid, -1)
     repo = Repo(site)
     repo.new(host="few")
     rows = list(map(json.loads, repo.cli("batch", "-j", "40", stdin=calls([["sleep", "1"]] * 40, workspace="main"), seconds=120).out.splitlines()))
@@ -3142,7 +3143,7 @@ def test_a_host_that_allows_few_processes_is_given_fewer_at_once_or_told_of(site
     assert ran.code == 255 and "could not start a process" in ran.said, ran
 
 
-def test_top_in_a_pipe_says_why_it_knows_nothing(repo: Repo, tuned: Callable[..., None], site: Site) -> None:
+def test_top_in_a_pipe_says_why_it_knows_nothing(repo, tuned, site):
     line = site.line("silent")
     repo.new(host="silent")
     line.stall()
@@ -3150,7 +3151,7 @@ def test_top_in_a_pipe_says_why_it_knows_nothing(repo: Repo, tuned: Callable[...
     assert "has not answered" in repo.cli("top").text and "has not answered" in repo.cli("top", "--json").json[0]["error"]
 
 
-def test_a_slow_line_is_only_slow(repo: Repo, site: Site) -> None:
+def test_a_slow_line_is_only_slow(repo, site):
     line = site.line("far")
     line.delay = 0.025
     data = os.urandom(1 << 18)
@@ -3158,17 +3159,17 @@ def test_a_slow_line_is_only_slow(repo: Repo, site: Site) -> None:
     assert (ran.code, ran.err) == (0, b"") and ran.out == data
 
 
-def test_a_line_that_stalls_and_goes_on_loses_nothing(repo: Repo, site: Site) -> None:
+def test_a_line_that_stalls_and_goes_on_loses_nothing(repo, site):
     line, data = site.line("far"), os.urandom(1 << 20)
     assert repo.exec("true", host="far").code == 0
-    child = repo.start("exec", "-H", "far", "--", "cat", stdin=subprocess.PIPE)
+    child = repo.start("exec", "-H", "far", "--", "cat", stdin=PIPE)
     line.stall()
     threading.Timer(1.5, line.go_on).start()
     out, err = child.communicate(data, timeout=60)
     assert (child.returncode, err) == (0, b"") and out == data
 
 
-def test_contract_ten_at_once_deep_parents_and_spaces(talker: Agent, area: Area) -> None:
+def test_contract_ten_at_once_deep_parents_and_spaces(talker, area):
     deep = "/".join(f"level {n}" for n in range(10)) + "/a file.txt"
     calls = [("write", {"path": area.p(f"{n}/{deep}"), "content": f"content {n}"}) for n in range(10)]
     assert all(a["ok"] and a["result"]["created"] for a in talker.all(calls))
@@ -3177,7 +3178,7 @@ def test_contract_ten_at_once_deep_parents_and_spaces(talker: Agent, area: Area)
     assert talker("exec", command=f"cat '{area.p('3/' + deep)}'")["stdout"] == "content 3"
 
 
-def test_a_second_process_has_sessions_waiting_too_on_a_master_more(repo: Repo, site: Site) -> None:
+def test_a_second_process_has_sessions_waiting_too_on_a_master_more(repo, site):
     """Sessions opened ahead take the upper half of a master's slots: the first process has them all. The next
     starts one master more for its own."""
     with open_agent(repo, "-H", "box") as first:
@@ -3189,14 +3190,14 @@ def test_a_second_process_has_sessions_waiting_too_on_a_master_more(repo: Repo, 
     until(lambda: open_sessions(site) == 0, "they are given back")
 
 
-def test_sessions_wait_ready_again_after_a_command_that_took_long(repo: Repo, tuned: Callable[..., None], site: Site) -> None:
+def test_sessions_wait_ready_again_after_a_command_that_took_long(repo, tuned, site):
     tuned(WARM_IDLE=3)  # what the keeper sleeps once all that waited is given up
     with open_agent(repo, "-H", "box") as talker:
         talker("exec", command="sleep 4")
         until(lambda: open_sessions(site) == 4, "they are opened", 2.5)
 
 
-def test_close_gives_up_a_session_that_is_just_being_opened_ahead(repo: Repo, site: Site) -> None:
+def test_close_gives_up_a_session_that_is_just_being_opened_ahead(repo, site):
     line = site.line("far")
     repo.new(host="far")
     line.delay = 0.1
@@ -3213,7 +3214,7 @@ wait_ready(sys.argv[1])                 # with the next operation it begins agai
 """, str(site.dir / "log-box")) == "3\n"
 
 
-def test_a_header_cut_off_by_a_dying_master_is_sent_again(repo: Repo, site: Site) -> None:
+def test_a_header_cut_off_by_a_dying_master_is_sent_again(repo, site):
     """It was never whole: nothing can have begun."""
     with open_agent(repo, "-H", "box") as talker:
         talker("exec", command="true")
@@ -3224,8 +3225,8 @@ def test_a_header_cut_off_by_a_dying_master_is_sent_again(repo: Repo, site: Site
         assert talker("exec", command=["echo"] + ["x" * 100000] * 2, timeout=30)["exit_code"] == 0
 
 
-@pytest.mark.parametrize("sessions", [1, 2])
-def test_sessions_that_wait_ready_elsewhere_do_not_block_a_host_that_takes_few(site: Site, sessions: int) -> None:
+@each("sessions", [1, 2])
+def test_sessions_that_wait_ready_elsewhere_do_not_block_a_host_that_takes_few(site, sessions):
     """They lie in slots that do not count any more, once it was learnt how few it takes."""
     site.daemon("few", f"MaxSessions {sessions}")
     assert in_library(Repo(site), """
@@ -3238,7 +3239,7 @@ print(second.exec("exit 4").exit_code, first.exec("exit 5").exit_code, time.mono
 """) == "4 5 True\n"
 
 
-def test_two_clones_that_send_one_tree_at_once_spoil_nothing(site: Site) -> None:
+def test_two_clones_that_send_one_tree_at_once_spoil_nothing(site):
     """upload_lock is of one repository: the host sees to it itself (seen: a base that was an empty file, for ever)."""
     repo = Repo(site, files={f"d/{n}": b"%d" % n for n in range(30)})
     subprocess.run(["git", "clone", "-q", str(repo.dir), str(site.dir / "other")], env=site.environment(), check=True)
@@ -3267,7 +3268,7 @@ print("fine")
     assert all((base / "whole.tar").is_file() for base in bases.iterdir()), list(bases.iterdir())
 
 
-def test_no_master_is_added_for_sessions_ahead_where_none_can_be(repo: Repo, site: Site) -> None:
+def test_no_master_is_added_for_sessions_ahead_where_none_can_be(repo, site):
     """It is tried once: where logging in needs a person, each try is a failed login and its penalty."""
     with open_agent(repo, "-H", "box") as first:
         first("exec", command="true")
@@ -3282,7 +3283,7 @@ def test_no_master_is_added_for_sessions_ahead_where_none_can_be(repo: Repo, sit
             assert (open_sessions(site), len(site.masters())) == (4, 1)
 
 
-def test_a_master_that_hangs_costs_a_long_lived_caller_one_wait(repo: Repo, tuned: Callable[..., None], site: Site) -> None:
+def test_a_master_that_hangs_costs_a_long_lived_caller_one_wait(repo, tuned, site):
     tuned(START_PATIENCE=2)
     with open_agent(repo, "-H", "box") as talker:
         for _ in range(4):
@@ -3298,14 +3299,14 @@ def test_a_master_that_hangs_costs_a_long_lived_caller_one_wait(repo: Repo, tune
 # === new: uploads and the init hook ===
 
 
-def test_every_kind_of_file_arrives_as_the_repository_has_it(odd: Repo) -> None:
+def test_every_kind_of_file_arrives_as_the_repository_has_it(odd):
     """Names, modes, links and bytes; no filter, no line ends, no $Format$; also what export-ignore names."""
     ran = odd.exec("git status --porcelain --ignored; git log --format=%s | wc -l; ./run.sh")
     assert (ran.code, ran.out.split()) == (0, [b"1", b"ran"])
     assert tree_of(odd.path()) == odd.tree()
 
 
-def test_new_takes_a_revision(repo: Repo) -> None:
+def test_new_takes_a_revision(repo):
     first = repo.git("rev-parse", "HEAD")
     repo.write("README", b"changed\n")
     repo.commit()
@@ -3314,14 +3315,14 @@ def test_new_takes_a_revision(repo: Repo) -> None:
     assert repo.cli("exec", "-H", "box", "-w", "new", "--", "cat README").out == b"changed\n"
 
 
-def test_two_projects_of_one_name_never_meet(site: Site) -> None:
+def test_two_projects_of_one_name_never_meet(site):
     one, two = Repo(site, "a/project", files={"who": b"one"}), Repo(site, "b/project", files={"who": b"two"})
     assert one.exec("cat who").out == b"one" and two.exec("cat who").out == b"two"
     assert one.path().parent != two.path().parent and set(one.workspaces()) == {"main"}
     assert len(one.cli("list", "--all-projects", "--json").json) == 2
 
 
-def test_a_subdirectory_a_worktree_and_option_C_are_the_same_project(repo: Repo, site: Site) -> None:
+def test_a_subdirectory_a_worktree_and_option_C_are_the_same_project(repo, site):
     assert repo.exec("true").code == 0
     before = site.cli("-C", str(repo.dir), "-w", "main", "--json", "exec", "--", "echo", "-C", "x")  # as git has it
     assert before.json["stdout"] == "-C x\n", before
@@ -3330,7 +3331,7 @@ def test_a_subdirectory_a_worktree_and_option_C_are_the_same_project(repo: Repo,
     assert set(json.loads(site.cli("list", "-C", str(repo.dir / "src"), "--json").out)[0]) >= {"name", "host", "path", "base", "created"}
 
 
-def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo: Repo, site: Site) -> None:
+def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo, site):
     repo.write("big", os.urandom(2 << 20))
     repo.commit()
     line = site.line("far")
@@ -3345,10 +3346,10 @@ def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo: Repo, site: S
     assert tree_of(repo.path("c")) == repo.tree(), "the cache is nobody's work tree"
 
 
-@pytest.mark.parametrize("how, at", [("cut", 20_000), ("cut", 300_000), ("cut", 1_500_000), ("killed", 100_000), *(
+@each("how, at", [("cut", 20_000), ("cut", 300_000), ("cut", 1_500_000), ("killed", 100_000), *(
     (how, at) for how in ("compressed, cut", "compressed, killed") for at in (400_000, 1_100_000, 1_400_000))])
-@pytest.mark.promise(7)
-def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo: Repo, at: int, how: str, site: Site) -> None:
+@promise(7)
+def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo, at, how, site):
     line = site.line("far")
     repo.write("big", source_text(6 << 20) if "compressed" in how else os.urandom(2 << 20))
     repo.commit()
@@ -3371,16 +3372,16 @@ def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo:
     assert tree_of(repo.path("a")) == repo.tree()
 
 
-def source_text(size: int) -> bytes:
+def source_text(size):
     """Lines that compress as source text does, to a fifth or so, and are no two times the same."""
     words = iter(random.choices([os.urandom(3).hex() for _ in range(200)], k=size // 30 * 4))
     return "".join(map("    %s = %s(%s, %s)\n".__mod__, zip(words, words, words, words))).encode()[:size]
 
 
 @pytest.fixture
-def tuned(site: Site, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def tuned(site, monkeypatch):
     """Other limits for the program from now on."""
-    def tune(**limits: Any) -> None:
+    def tune(**limits):
         path = site.dir / "tuned.py"
         path.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport cmux_ssh as c\n" + "".join(
             f"assert c.{name}; c.{name} = {value if isinstance(value, int) else f'float({str(value)!r})'}\n" for name, value in limits.items()) + "sys.exit(c.main())\n")
@@ -3388,7 +3389,7 @@ def tuned(site: Site, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return tune
 
 
-def test_over_a_long_line_a_large_archive_and_a_large_delta_travel_compressed_and_arrive_whole(repo: Repo, site: Site) -> None:
+def test_over_a_long_line_a_large_archive_and_a_large_delta_travel_compressed_and_arrive_whole(repo, site):
     for name in "abcdef":
         repo.write(name, source_text(1 << 20))
     repo.commit()
@@ -3418,8 +3419,8 @@ new.close()
 '''
 
 
-@pytest.mark.parametrize("host", ["box", "bare", "bsdtar"])
-def test_files_are_as_old_as_the_host_says_though_this_clock_is_ahead(site: Site, host: str) -> None:
+@each("host", ["box", "bare", "bsdtar"])
+def test_files_are_as_old_as_the_host_says_though_this_clock_is_ahead(site, host):
     """git archives a tree with the time of now; in the host's future, make would rebuild for ever."""
     if host == "bare":
         site.inetd("bare", shell="busybox", env={"PATH": minimal_path(site)})
@@ -3442,11 +3443,11 @@ def test_files_are_as_old_as_the_host_says_though_this_clock_is_ahead(site: Site
         files = [path for path in repo.path(name).rglob("*") if not path.is_symlink() and ".git" not in path.parts]
         assert files and all(path.stat().st_mtime < time.time() + 1 for path in files), name
         if host != "bare":
-            clean = subprocess.run(["git", "diff-files", "--quiet"], cwd=str(repo.path(name)), env={"PATH": os.environ["PATH"]}, check=False)
+            clean = subprocess.run(["git", "diff-files", "--quiet"], cwd=repo.path(name), env={"PATH": os.environ["PATH"]}, check=False)
             assert clean.returncode == 0, "the index knows the files without a look at their content"
 
 
-def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo: Repo, site: Site) -> None:
+def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo, site):
     """Of an upload, and of a pull; neither in a pipe."""
     name = "a-rather-long-name-of-a-workspace-that-somebody-gave-it-in-1999"
     repo.write("big", os.urandom(5 << 20))
@@ -3467,7 +3468,7 @@ def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo:
     assert b"sending" not in repo.cli("new", "-H", "far", "--root", "other", "b").err
 
 
-def test_a_stalled_upload_holds_up_no_other_host_and_who_waits_for_it_is_told_and_gives_up(repo: Repo, tuned: Callable[..., None], site: Site) -> None:
+def test_a_stalled_upload_holds_up_no_other_host_and_who_waits_for_it_is_told_and_gives_up(repo, tuned, site):
     repo.write("text", os.urandom(1 << 20))
     repo.commit()
     line = site.line("far")
@@ -3497,7 +3498,7 @@ def test_a_stalled_upload_holds_up_no_other_host_and_who_waits_for_it_is_told_an
 HOOK = b'#!/bin/sh\necho "init in $CMUX_WORKSPACE with <$TOKEN>"\necho to-stderr >&2\necho once >>init-ran\nexit "${CODE:-0}"\n'
 
 
-def test_the_init_hook_runs_once_with_the_environment_and_its_output_is_streamed(repo: Repo) -> None:
+def test_the_init_hook_runs_once_with_the_environment_and_its_output_is_streamed(repo):
     repo.write(".cmux/init", HOOK, 0o755)
     repo.commit()
     repo.ok("secrets", "set", "TOKEN", stdin=b"tok")
@@ -3508,7 +3509,7 @@ def test_the_init_hook_runs_once_with_the_environment_and_its_output_is_streamed
     assert not (repo.path("b") / "init-ran").exists()
 
 
-def test_a_failing_init_hook_is_reported_and_undoes_nothing(repo: Repo) -> None:
+def test_a_failing_init_hook_is_reported_and_undoes_nothing(repo):
     repo.write(".cmux/init", HOOK.replace(b'"${CODE:-0}"', b"9"), 0o755)
     repo.commit()
     made = repo.cli("new", "-H", "box", "a")
@@ -3520,14 +3521,14 @@ def test_a_failing_init_hook_is_reported_and_undoes_nothing(repo: Repo) -> None:
     assert quiet.out == b"" and quiet.said == "cmux_ssh.py: The init hook of d failed.\n", quiet
 
 
-def test_an_init_that_is_not_executable_is_only_a_file(repo: Repo) -> None:
+def test_an_init_that_is_not_executable_is_only_a_file(repo):
     repo.write(".cmux/init", HOOK, 0o644)
     repo.commit()
     repo.new("a")
     assert not (repo.path("a") / "init-ran").exists()
 
 
-def test_a_repository_cannot_name_its_host_command_or_options(repo: Repo, site: Site) -> None:
+def test_a_repository_cannot_name_its_host_command_or_options(repo, site):
     for name in (".cmux/config", ".cmux/host", ".cmuxrc", ".cmux.json", ".cmux/config.json"):
         repo.write(name, b'{"host": "box"}\nhost = box\n')
     repo.commit()
@@ -3535,7 +3536,7 @@ def test_a_repository_cannot_name_its_host_command_or_options(repo: Repo, site: 
     assert ran.code == 125 and not site.log().count("Accepted publickey")
 
 
-def test_nothing_is_left_behind_on_this_machine(repo: Repo, site: Site) -> None:
+def test_nothing_is_left_behind_on_this_machine(repo, site):
     """No temporary file, nothing in the repository, nothing in the home directory but the state."""
     before = tree_of(repo.dir), repo.git("status", "--porcelain"), sorted(p.name for p in site.home.iterdir())
     assert repo.exec("echo x >new-on-the-host").code == 0
@@ -3544,13 +3545,13 @@ def test_nothing_is_left_behind_on_this_machine(repo: Repo, site: Site) -> None:
     assert "cmux" not in repo.git("for-each-ref")
 
 
-def test_a_record_whose_parts_are_wrong_is_said_and_left_alone(repo: Repo, site: Site) -> None:
+def test_a_record_whose_parts_are_wrong_is_said_and_left_alone(repo, site):
     repo.new()
     (file,) = (site.state / "projects").glob("*.json")
     good = json.loads(file.read_text())
     entry = good["workspaces"]["main"]
 
-    def listed(record: Dict[str, Any]) -> Answer:
+    def listed(record):
         file.write_text(json.dumps(record))
         return repo.cli("list")
     for more in ({"name": "../x"}, {"id": "x"}, {"workspaces": []}, {"workspaces": {"../x": entry}}, {"workspaces": {"main": 1}},
@@ -3564,7 +3565,7 @@ def test_a_record_whose_parts_are_wrong_is_said_and_left_alone(repo: Repo, site:
         assert "main" in listed(record).text
 
 
-def test_lines_that_are_too_many_are_refused_not_cut(shared: Repo) -> None:
+def test_lines_that_are_too_many_are_refused_not_cut(shared):
     do(shared, "head -c 12000000 /dev/zero | tr '\\0' x >long.txt; seq 1 2500000 >seq.txt")
     for path, limit in (("long.txt", "1"), ("seq.txt", "2400000")):
         refused(shared.cli("read", "-w", "main", path, "--limit", limit), 1, words="Ask for fewer")
@@ -3572,8 +3573,8 @@ def test_lines_that_are_too_many_are_refused_not_cut(shared: Repo) -> None:
     do(shared, "rm long.txt seq.txt")
 
 
-@pytest.mark.parametrize("names", [["one"], ["one", "two"]])
-def test_an_interrupted_init_hook_is_no_success(repo: Repo, names: List[str]) -> None:
+@each("names", [["one"], ["one", "two"]])
+def test_an_interrupted_init_hook_is_no_success(repo, names):
     nap = unique()
     repo.write(".cmux/init", f"#!/bin/sh\nsleep {nap}\n".encode(), 0o755)
     repo.commit()
@@ -3592,7 +3593,7 @@ def test_an_interrupted_init_hook_is_no_success(repo: Repo, names: List[str]) ->
     assert all(row["state"] == "init failed" for row in repo.cli("list", "--json").json)
 
 
-def test_hooks_of_a_separate_git_directory_and_of_a_submodule(site: Site) -> None:
+def test_hooks_of_a_separate_git_directory_and_of_a_submodule(site):
     repo, outer = Repo(site, "apart"), Repo(site, "outer")
     repo.git("init", "-q", "--separate-git-dir", str(site.dir / "apart.git"))
     repo.git("config", "core.hooksPath", str(repo.dir / "githooks"))
@@ -3604,12 +3605,12 @@ def test_hooks_of_a_separate_git_directory_and_of_a_submodule(site: Site) -> Non
         assert pulled.code == code and ("runs hooks from there" in pulled.said) == bool(code), pulled
 
 
-def test_an_ignored_sigchld_makes_no_failure_a_success(repo: Repo, site: Site) -> None:
+def test_an_ignored_sigchld_makes_no_failure_a_success(repo, site):
     repo.ok("secrets", "set", "T", "--command", "echo abcdefg; exit 7")
     refused(repo.exec("echo ran", sh="trap '' CHLD; exec \"$@\""), 125, words="failed with status 7")
 
 
-def test_two_aliases_of_one_address_do_not_share_a_connection(repo: Repo, site: Site) -> None:
+def test_two_aliases_of_one_address_do_not_share_a_connection(repo, site):
     used = site.dir / "used"
     site.host("one", "HostName 127.0.0.1", f"Port {site.port}")
     proxy = script(site.dir / "relay", f"echo used >>{used}\nexec {program('ssh')} -F {site.config} -W 127.0.0.1:{site.port} box")
@@ -3621,8 +3622,8 @@ def test_two_aliases_of_one_address_do_not_share_a_connection(repo: Repo, site: 
 # === push and --dirty ===
 
 
-@pytest.mark.parametrize("force", [False, True])
-def test_a_new_and_a_push_whose_first_attempt_was_killed_over_there_are_finished_by_the_next(site: Site, force: bool) -> None:
+@each("force", [False, True])
+def test_a_new_and_a_push_whose_first_attempt_was_killed_over_there_are_finished_by_the_next(site, force):
     """They find a tree in the stage, which must not take the next one in; and files that are half changed, by the first, not by the agent."""
     repo, armed = Repo(site, files={f"many/{n}": b"old\n" for n in range(30)}), site.dir / "armed"
     end = """p=$$ all=
@@ -3648,7 +3649,7 @@ while p=$(($(ps -o ppid= -p $p))) && [ "$(ps -o comm= -p $p)" = sh ]; do all="$a
     assert len(kept) == force and all((path / "agents").read_bytes() == b"agent\n" and (path / "many/1").read_bytes() == b"old\n" for path in kept)
 
 
-def test_push_leaves_a_split_index_that_git_can_read(repo: Repo) -> None:
+def test_push_leaves_a_split_index_that_git_can_read(repo):
     for n in range(30):
         repo.write("f%d.txt" % n, b"x%d\n" % n)
     repo.commit()
@@ -3661,8 +3662,8 @@ def test_push_leaves_a_split_index_that_git_can_read(repo: Repo) -> None:
     do(repo, "s=$(git status --short) && [ -z \"$s\" ]")
 
 
-@pytest.mark.parametrize("everywhere", [False, True])
-def test_dirty_goes_by_attributes_and_ignores_wherever_they_are_named(repo: Repo, everywhere: bool, site: Site) -> None:
+@each("everywhere", [False, True])
+def test_dirty_goes_by_attributes_and_ignores_wherever_they_are_named(repo, everywhere, site):
     ignored = site.dir / "ignore everywhere" if everywhere else repo.dir / ".myignore"
     ignored.write_text("private.txt\n")
     (repo.dir / ".git" / "attrs").write_text("*.z filter=crypt\n*.txt text\n")
@@ -3678,7 +3679,7 @@ def test_dirty_goes_by_attributes_and_ignores_wherever_they_are_named(repo: Repo
     assert b"terces" in (repo.path() / "key.z").read_bytes()
 
 
-def test_a_forced_push_to_the_same_base_takes_back_nothing_that_was_pulled(repo: Repo) -> None:
+def test_a_forced_push_to_the_same_base_takes_back_nothing_that_was_pulled(repo):
     repo.new()
     do(repo, "echo 1 >agents; git add agents; git commit -qm agentwork")
     repo.ok("pull")
@@ -3692,7 +3693,7 @@ def test_a_forced_push_to_the_same_base_takes_back_nothing_that_was_pulled(repo:
     assert repo.git("diff", "--name-only", "main", "cmux/main") == "second" and repo.cli("pull").said == ""
 
 
-def test_what_was_dirty_is_not_the_agents(repo: Repo) -> None:
+def test_what_was_dirty_is_not_the_agents(repo):
     repo.write("mine", b"edited\n")
     repo.new("--dirty", "main")
     do(repo, "echo 1 >agents")
@@ -3706,7 +3707,7 @@ def test_what_was_dirty_is_not_the_agents(repo: Repo) -> None:
     assert repo.git("show", "cmux/main:second") == "2", pulled
 
 
-def test_a_refused_push_leaves_nothing_to_settle_and_a_damaged_project_does_not_hide_others(repo: Repo, site: Site) -> None:
+def test_a_refused_push_leaves_nothing_to_settle_and_a_damaged_project_does_not_hide_others(repo, site):
     repo.new()
     do(repo, "echo 1 >agents")
     repo.commit()
@@ -3720,16 +3721,16 @@ def test_a_refused_push_leaves_nothing_to_settle_and_a_damaged_project_does_not_
     assert "main" in listed.text and "is damaged" in listed.said, listed
 
 
-def test_push_says_that_uncommitted_work_stays(repo: Repo) -> None:
+def test_push_says_that_uncommitted_work_stays(repo):
     repo.new()
     assert repo.cli("push").said == ""
     repo.write("README", b"edited\n")
     pushed = repo.ok("push")
     assert "already" in pushed.text and "Not sent: 1 uncommitted file (--dirty takes them along)." in pushed.said, pushed
-    assert repo.cli("push", "--dirty").said == "" and slurp(str(repo.path() / "README")) == b"edited\n"
+    assert repo.cli("push", "--dirty").said == "" and slurp(repo.path() / "README") == b"edited\n"
 
 
-def test_what_is_not_sent_is_said_exactly_each_time_a_workspace_is_made_or_pushed_to(repo: Repo) -> None:
+def test_what_is_not_sent_is_said_exactly_each_time_a_workspace_is_made_or_pushed_to(repo):
     content = b"large" * 1000
     repo.write("a.bin", pointer(content))
     repo.write(".gitattributes", b"*.bin filter=lfs\n*.txt text\n")
@@ -3742,7 +3743,7 @@ def test_what_is_not_sent_is_said_exactly_each_time_a_workspace_is_made_or_pushe
     repo.git("add", "staged")
     repo.write("staged", b"a\nb\n")  # as in HEAD again: --dirty would send nothing of it
     for name in ("README", "nonce", "src/main.c", "a.bin"):
-        os.utime(str(repo.dir / name), (1, 1))
+        os.utime(repo.dir / name, (1, 1))
     for words in (["new", "-H", "box", "one"], ["new", "-H", "box", "two", "three"], ["push", "-w", "one"]):
         said = repo.ok(*words)
         assert said.said.count("Not sent") == 1 and "Not sent: 1 LFS file whose content is not here" in said.said, said
@@ -3757,13 +3758,13 @@ def test_what_is_not_sent_is_said_exactly_each_time_a_workspace_is_made_or_pushe
     assert "Not sent: 1 LFS file" in repo.cli("push", "-w", "one", "--dirty").said
 
 
-@pytest.mark.parametrize("host", ["box", "nogit"])
-def test_push_moves_a_workspace_and_keeps_what_is_ignored(site: Site, host: str) -> None:
+@each("host", ["box", "nogit"])
+def test_push_moves_a_workspace_and_keeps_what_is_ignored(site, host):
     repo = Repo(site, odd=True, files={".gitignore": b"*.o\n", "keep": b"k\n", "f%d" % 1: b"1", "f2": b"2", "f3": b"3"})
     repo.new(host=place_of(site, host))
     if host == "box":  # without git, nobody there knows what is ignored
         do(repo, "echo o >x.o")
-    before = os.stat(str(repo.path() / "keep")).st_mtime_ns
+    before = os.stat(repo.path() / "keep").st_mtime_ns
     (repo.dir / "plain.txt").unlink()
     repo.write("plain.txt/now a dir", b"d")
     (repo.dir / "sub/dir/deep.txt").unlink()
@@ -3777,7 +3778,7 @@ def test_push_moves_a_workspace_and_keeps_what_is_ignored(site: Site, host: str)
     kept = there.pop(b"x.o", None)
     assert there == repo.tree()
     if host == "box":
-        assert kept and os.stat(str(repo.path() / "keep")).st_mtime_ns == before
+        assert kept and os.stat(repo.path() / "keep").st_mtime_ns == before
         assert repo.cli("exec", "-w", "main", "--", "git status --short").out == b""
     assert not (repo.path() / "sub/dir").exists()
     assert repo.cli("diff").out == b"" and "already" in repo.cli("push").text
@@ -3795,8 +3796,8 @@ def test_push_moves_a_workspace_and_keeps_what_is_ignored(site: Site, host: str)
     assert not list(repo.path().parent.parent.glob(".cmux/trash/*")), gone
 
 
-@pytest.mark.compat
-def test_a_delta_sends_only_what_changed(site: Site) -> None:
+@compat
+def test_a_delta_sends_only_what_changed(site):
     repo = Repo(site, odd=True, files={"big%d" % i: os.urandom(30000) for i in range(20)})
     line = site.line("far")
     repo.new("one", host="far")
@@ -3815,7 +3816,7 @@ def test_a_delta_sends_only_what_changed(site: Site) -> None:
     repo.new("--ref", "HEAD~3", "again", host="far")
 
 
-def test_a_delta_goes_by_bytes_where_there_are_few_files(site: Site) -> None:
+def test_a_delta_goes_by_bytes_where_there_are_few_files(site):
     repo = Repo(site, files={"blob": os.urandom(3000000)})
     repo.new("one")
     for turn in range(3):
@@ -3838,7 +3839,7 @@ def test_a_delta_goes_by_bytes_where_there_are_few_files(site: Site) -> None:
     assert tree_of(repo.path("three")) == repo.tree()
 
 
-def test_nothing_is_said_of_head_where_a_workspace_has_it_and_more(repo: Repo, site: Site) -> None:
+def test_nothing_is_said_of_head_where_a_workspace_has_it_and_more(repo, site):
     repo.write("untracked", b"u")
     repo.new("dirty", "--dirty")
     terminal = on_terminal(site, "exec", "-w", "dirty", "--", "cat untracked; echo; echo d''one", cwd=repo.dir)
@@ -3848,9 +3849,9 @@ def test_nothing_is_said_of_head_where_a_workspace_has_it_and_more(repo: Repo, s
     assert terminal.wait() == 0 and b"to bring it there: " in terminal.output
 
 
-@pytest.mark.parametrize("host", ["box", "bare"])
-@pytest.mark.promise(7)
-def test_push_looks_again_after_its_upload(site: Site, host: str) -> None:
+@each("host", ["box", "bare"])
+@promise(7)
+def test_push_looks_again_after_its_upload(site, host):
     bare_host(site)
     site.daemon("bare", env={"PATH": str(site.dir / "posix-bin")})
     repo, line = Repo(site), site.line("far", to=host)
@@ -3858,7 +3859,7 @@ def test_push_looks_again_after_its_upload(site: Site, host: str) -> None:
     note = repo.path() / "note"
     repo.write("more", os.urandom(2 << 20))
     repo.commit()
-    line.trap = ("up", 500_000, lambda: note.write_bytes(b"agent's"))  # type: ignore[assignment,return-value]
+    line.trap = ("up", 500_000, lambda: note.write_bytes(b"agent's"))
     refused(repo.cli("push"), 1, words="note")
     assert note.read_bytes() == b"agent's" and not (note.parent / "more").exists()
     repo.ok("pull")
@@ -3870,11 +3871,11 @@ def test_push_looks_again_after_its_upload(site: Site, host: str) -> None:
 HEAD_LOCK = "touch .git/HEAD.lock"
 
 
-@pytest.mark.parametrize("harm", ["rm -rf .git; git init -q -b main; git add -A; git commit -qm anew",
+@each("harm", ["rm -rf .git; git init -q -b main; git add -A; git commit -qm anew",
                                   "rm -rf .git; git init -q --object-format=sha256 -b main; git add -A; git commit -qm anew",
                                   HEAD_LOCK, "touch .git/refs/heads/main.lock", "git branch -m main/sub",
                                   "git checkout -q --detach; touch .git/refs/heads/main.lock"], ids=["anew", "sha256", "HEAD", "main", "sub", "detached"])
-def test_push_where_the_repository_there_cannot_be_moved_says_so_and_force_replaces_it(repo: Repo, harm: str, site: Site) -> None:
+def test_push_where_the_repository_there_cannot_be_moved_says_so_and_force_replaces_it(repo, harm, site):
     repo.write(".gitignore", b"ignored\n")
     repo.commit()
     repo.new()
@@ -3896,7 +3897,7 @@ def test_push_where_the_repository_there_cannot_be_moved_says_so_and_force_repla
     assert repo.git("log", "--format=%s", "main..second") == "again", pulled
 
 
-def test_a_split_index_hides_no_file_that_is_ignored_but_tracked(repo: Repo) -> None:
+def test_a_split_index_hides_no_file_that_is_ignored_but_tracked(repo):
     repo.write(".gitignore", b"*.log\n")
     repo.commit()
     repo.new()
@@ -3906,13 +3907,13 @@ def test_a_split_index_hides_no_file_that_is_ignored_but_tracked(repo: Repo) -> 
     assert repo.git("show", "cmux/main:result.log") == "keep"
 
 
-def test_what_was_only_fetched_holds_up_no_rm(repo: Repo) -> None:
+def test_what_was_only_fetched_holds_up_no_rm(repo):
     repo.new()
     do(repo, "git init -q ../up && cd ../up && git -c user.name=a -c user.email=a@x commit -q --allow-empty -m theirs && cd - && git fetch -q ../up HEAD:refs/remotes/origin/main")
     repo.ok("rm", "main")
 
 
-def test_work_that_a_push_left_behind_is_set_aside_not_told_as_taken_back(repo: Repo, site: Site) -> None:
+def test_work_that_a_push_left_behind_is_set_aside_not_told_as_taken_back(repo, site):
     repo.new()
     do(repo, "echo 1 >agents; git add agents; git commit -qm agentwork")
     repo.ok("pull")
@@ -3935,10 +3936,10 @@ def test_work_that_a_push_left_behind_is_set_aside_not_told_as_taken_back(repo: 
     assert repo.git("diff", "--name-only", "main", "cmux/main") == "third"
 
 
-def test_fork_waits_for_a_push_and_needs_another_name(repo: Repo, site: Site) -> None:
-    line, forks = site.line("far"), []  # type: Line, List[Any]
+def test_fork_waits_for_a_push_and_needs_another_name(repo, site):
+    line, forks = site.line("far"), []
 
-    def fork() -> None:
+    def fork():
         forks.append(repo.start("fork", "-w", "main", "side"))
         with contextlib.suppress(subprocess.TimeoutExpired):
             forks[0].wait(4)
@@ -3951,14 +3952,14 @@ def test_fork_waits_for_a_push_and_needs_another_name(repo: Repo, site: Site) ->
     refused(repo.cli("fork", "-w", "main", "main"), 1, words="has that name already")
 
 
-@pytest.mark.parametrize("layout", ["bare", "linked"])
-def test_hooks_of_another_worktree_are_not_changed_either(repo: Repo, layout: str, site: Site) -> None:
+@each("layout", ["bare", "linked"])
+def test_hooks_of_another_worktree_are_not_changed_either(repo, layout, site):
     repo.write("hooks/pre-commit", b"#!/bin/sh\n", 0o755)
     repo.commit()
     other = site.dir / "other"
     if layout == "bare":
         repo.git("clone", "-q", "--bare", str(repo.dir), str(other))
-        subprocess.run(["git", "config", "core.hooksPath", "hooks"], cwd=str(other), check=True)
+        subprocess.run(["git", "config", "core.hooksPath", "hooks"], cwd=other, check=True)
     else:
         repo.git("worktree", "add", "-q", "-b", "side", str(other))
         repo.git("config", "core.hooksPath", str(repo.dir / "hooks"))
@@ -3967,22 +3968,22 @@ def test_hooks_of_another_worktree_are_not_changed_either(repo: Repo, layout: st
     refused(repo.cli("-C", str(other), "pull", "-w", "w"), 1, words="runs hooks from there")
 
 
-@pytest.mark.parametrize("date, told", [("@1 -1159", "1970-01-01T00:00:00-11:59"), ("@0 +0000", "1970-01-01T00:00:00Z"), ("@99 +1400", "1970-01-01T14:01:39+14:00"), ("@99 +1401", "1970-01-01T00:01:39Z")])
-def test_a_date_before_1970_does_not_end_every_log(repo: Repo, date: str, told: str) -> None:
+@each("date, told", [("@1 -1159", "1970-01-01T00:00:00-11:59"), ("@0 +0000", "1970-01-01T00:00:00Z"), ("@99 +1400", "1970-01-01T14:01:39+14:00"), ("@99 +1401", "1970-01-01T00:01:39Z")])
+def test_a_date_before_1970_does_not_end_every_log(repo, date, told):
     repo.new()
     do(repo, f"echo x >x; git add x; GIT_AUTHOR_DATE='{date}' git commit -qm odd")
     repo.ok("pull")
     assert repo.git("log", "-1", "--format=%aI", "cmux/main") in (told, told.replace("Z", "+00:00"))
 
 
-@pytest.mark.promise(1)
-def test_dirty_sends_nothing_that_a_filter_would_have_encrypted(repo: Repo) -> None:
+@promise(1)
+def test_dirty_sends_nothing_that_a_filter_would_have_encrypted(repo):
     for key, value in (("clean", "rev"), ("smudge", "rev"), ("required", "true")):
         repo.git("config", "filter.crypt." + key, value)
     repo.write(".gitattributes", b"*.z filter=crypt\n")
     repo.write("key.z", b"topsecret\n")
     repo.commit()
-    os.utime(str(repo.dir / "key.z"), (1, 1))
+    os.utime(repo.dir / "key.z", (1, 1))
     repo.write("other", b"o")
     repo.write("new.z", b"topsecret\n")
     repo.new("--dirty", "main")
@@ -3993,7 +3994,7 @@ def test_dirty_sends_nothing_that_a_filter_would_have_encrypted(repo: Repo) -> N
     assert (repo.path() / "new.z").read_bytes() == b"tercespot\n"
 
 
-def test_dirty_knows_unchanged_lfs_content(repo: Repo) -> None:
+def test_dirty_knows_unchanged_lfs_content(repo):
     content = b"large" * 1000
     repo.write(".gitattributes", b"*.bin filter=lfs\n")
     repo.write("a.bin", pointer(content))
@@ -4010,7 +4011,7 @@ def test_dirty_knows_unchanged_lfs_content(repo: Repo) -> None:
     assert (repo.path() / "a.bin").read_bytes().endswith(b"size 5004\n")
 
 
-def test_dirty_reads_line_ends_and_modes_as_git_add_does(repo: Repo) -> None:
+def test_dirty_reads_line_ends_and_modes_as_git_add_does(repo):
     repo.write(".gitattributes", b"* text=auto\n")
     repo.write("text", b"a\nb\n")
     repo.commit()
@@ -4023,13 +4024,13 @@ def test_dirty_reads_line_ends_and_modes_as_git_add_does(repo: Repo) -> None:
     assert repo.git("diff", "--name-only", "HEAD", base) == "other" and (repo.path() / "other").read_bytes() == b"o\n"
 
 
-def test_hints_name_the_ssh_that_is_used(repo: Repo, site: Site) -> None:
+def test_hints_name_the_ssh_that_is_used(repo, site):
     site.host("stranger", "HostName 127.0.0.1", f"Port {site.port}", "UserKnownHostsFile /dev/null", "StrictHostKeyChecking yes")
     said = repo.cli("exec", "-H", "stranger", "--", "true").said
     assert "accept it: %s stranger true" % site.environment()["CMUX_SSH_COMMAND"] in said, said
 
 
-def test_a_list_that_does_not_fit_leaves_the_path_out_not_the_names(repo: Repo, site: Site) -> None:
+def test_a_list_that_does_not_fit_leaves_the_path_out_not_the_names(repo, site):
     names = ["issue-1234-fix-the-login-page-for-" + browser for browser in ("safari", "chrome")]
     repo.cli("new", "-H", "box", *names)
     for more in (False, True):
@@ -4042,7 +4043,7 @@ def test_a_list_that_does_not_fit_leaves_the_path_out_not_the_names(repo: Repo, 
     assert "PATH" in repo.cli("list").text
 
 
-def test_a_file_with_the_name_of_our_list_of_deletions_travels(site: Site) -> None:
+def test_a_file_with_the_name_of_our_list_of_deletions_travels(site):
     repo = Repo(site, files={".cmux-gone": b"README\n", **{f"f{n}": b"%d" % n for n in range(20)}})
     repo.new("a")
     repo.write("f1", b"new")
@@ -4051,7 +4052,7 @@ def test_a_file_with_the_name_of_our_list_of_deletions_travels(site: Site) -> No
     assert tree_of(repo.path("b")) == repo.tree()
 
 
-def test_a_process_lists_the_temporary_directory_once(repo: Repo) -> None:
+def test_a_process_lists_the_temporary_directory_once(repo):
     seen = in_library(repo, """
 import tempfile
 seen = []
@@ -4063,8 +4064,8 @@ print(seen.count(tempfile.gettempdir()))
     assert seen == "1\n", seen
 
 
-@pytest.mark.parametrize("empty", [False, True])
-def test_dirty_says_which_directory_is_a_repository_of_its_own(repo: Repo, empty: bool, site: Site) -> None:
+@each("empty", [False, True])
+def test_dirty_says_which_directory_is_a_repository_of_its_own(repo, empty, site):
     inner = Repo(site, f"{repo.dir.relative_to(site.dir)}/in ner")
     if empty:
         inner.git("update-ref", "-d", "HEAD")
@@ -4076,7 +4077,7 @@ def test_dirty_says_which_directory_is_a_repository_of_its_own(repo: Repo, empty
 # === pull and diff (promise 3) ===
 
 
-def test_a_name_used_again_pulls_onto_its_branch_once_that_was_merged(repo: Repo) -> None:
+def test_a_name_used_again_pulls_onto_its_branch_once_that_was_merged(repo):
     for turn in range(2):
         repo.new("again")
         do(repo, f"echo {turn} >f{turn}", "again")
@@ -4095,7 +4096,7 @@ def test_a_name_used_again_pulls_onto_its_branch_once_that_was_merged(repo: Repo
     refused(repo.cli("pull", "-w", "again"), 1, words="no pull of this workspace made")
 
 
-def test_diff_into_a_pipe_or_json_can_be_applied(repo: Repo, site: Site) -> None:
+def test_diff_into_a_pipe_or_json_can_be_applied(repo, site):
     repo.write("crlf.txt", b"a\r\nb\r\n")
     repo.commit()
     assert repo.exec("printf 'a\\r\\nB\\033[1m\\r\\n' >crlf.txt; head -c 3000 /dev/urandom >data.bin; printf end >noeol").code == 0
@@ -4103,7 +4104,7 @@ def test_diff_into_a_pipe_or_json_can_be_applied(repo: Repo, site: Site) -> None
     patch = told["diff"].encode() if "diff" in told else base64.b64decode(told["diff_base64"])
     assert patch == plain
     for data in (plain, patch):
-        subprocess.run(["git", "apply", "-"], cwd=str(repo.dir), input=data, env=site.environment(), check=True)
+        subprocess.run(["git", "apply", "-"], cwd=repo.dir, input=data, env=site.environment(), check=True)
         for name in ("crlf.txt", "data.bin", "noeol"):
             assert (repo.dir / name).read_bytes() == (repo.path() / name).read_bytes(), name
         repo.git("checkout", "-q", "--", ".")
@@ -4127,7 +4128,7 @@ for how in map(str.strip, sys.stdin):
 """
 
 
-def cases(name: str) -> int:
+def cases(name):
     """How many tests one function of this file is."""
     marks = [mark for mark in getattr(globals()[name], "pytestmark", []) if mark.name == "parametrize"]
     count = 1
@@ -4136,7 +4137,7 @@ def cases(name: str) -> int:
     return count
 
 
-def posix_tools(folder: Path, *more: str) -> None:
+def posix_tools(folder, *more):
     folder.mkdir()
     for name, path in ((name, shutil.which(name)) for name in (*POSIX, *more)):
         (folder / name).symlink_to(path) if path else None
@@ -4150,8 +4151,8 @@ class Lab(Repo):
     """A repository, and two hosts, one with git and one without, whose answer to a pull we write ourselves. One process
     pulls whenever we say so; its ssh is a program that runs here what it is given: that saves five hundred handshakes."""
 
-    def __init__(self, keys: Keys, **limits: int) -> None:
-        self.site, self.puller = Site(keys), None  # type: Site, Optional[subprocess.Popen[bytes]]
+    def __init__(self, keys, **limits):
+        self.site, self.puller = Site(keys), None
         self.dir, self.limits = self.site.dir / "lab", json.dumps(limits)
         self.dir.mkdir()
         self.git("init", "-q", "-b", "main")
@@ -4165,33 +4166,33 @@ while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={
         for host, more in (("git", "git"), ("files", "")):
             posix_tools(self.site.dir / host, more)
 
-    def state(self) -> Dict[str, Tuple[int, ...]]:
+    def state(self):
         """Which file each is, and when it was last changed. (git gives an object that it has already the time of now.)"""
         paths = [os.path.join(folder, name) for folder, _, names in os.walk(self.dir) for name in names]
         return {path: (is_.st_ino, is_.st_size, *(() if "/.git/objects/" in path else (is_.st_mtime_ns, is_.st_ctime_ns)))
                 for path in paths for is_ in [os.lstat(path)]}
 
-    def say(self, name: str, chunks: "bytes | Iterable[bytes]", status: int) -> None:
+    def say(self, name, chunks, status):
         """Have the host print these chunks, as long as somebody reads."""
         path = self.site.dir / f"{name}.said"
         path.unlink() if path.exists() else None
         self.site.script(name, f"cat {path}; exit {status}")
 
-        def write() -> None:
-            with contextlib.suppress(BrokenPipeError), open(str(path), "wb", buffering=0) as file:
+        def write():
+            with contextlib.suppress(BrokenPipeError), open(path, "wb", buffering=0) as file:
                 for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
                     file.write(chunk)
         if isinstance(chunks, bytes):
             return write()
-        os.mkfifo(str(path))
+        os.mkfifo(path)
         threading.Thread(target=write, daemon=True).start()
 
-    def pull(self, stream: "Sections", how: str = "git") -> Dict[str, Any]:
+    def pull(self, stream, how="git"):
         """What a pull says when these sections are all that the host tells. Fewer than three: the stream is cut there.
         Without git, the section of the commits is the script's own, and empty."""
         if self.puller is None:
-            self.puller = subprocess.Popen([sys.executable, "-c", PULLER, self.limits], cwd=str(self.dir), env=self.site.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            assert self.puller.stdout.readline() == b"\n"  # type: ignore[union-attr]
+            self.puller = subprocess.Popen([sys.executable, "-c", PULLER, self.limits], cwd=self.dir, env=self.site.env, stdin=PIPE, stdout=PIPE)
+            assert self.puller.stdout.readline() == b"\n"
             tree = self.git("--git-dir", str(next(self.site.remote.glob("cmux/*/git/.git"))), "rev-parse", "refs/cmux/base^{tree}")
             at = self.site.dir
             for tool, cases in (("git/git", f"*' cat-file --batch '*) if mkdir {at}/again; then exec {at}/said0; fi; rmdir {at}/again; exec {at}/said2;; *' -z '*) exec {at}/said1;; "
@@ -4199,22 +4200,22 @@ while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={
                                             'for g; do :; done; mkdir -p "$g/objects/info";;'),
                                 ("files/tr", f"*' \\n \\0 '*) exec {at}/said1;; *) exec {program('tr')} \"$@\";;")):
                 self.site.script(tool, f'case " $* " in {cases} esac')
-        parts: List[Any] = [*stream, b"", b""]
+        parts = [*stream, b"", b""]
         if how == "files" and isinstance(parts[1], bytes):  # one tool says all; the script there ends it
             parts[1] += parts[2]
         for n in range(3):
             self.say(f"said{n}", parts[n], int(n >= len(stream) or len(stream) < 2))
-        shutil.rmtree(str(self.site.dir / "again"), ignore_errors=True)
-        self.puller.stdin.write(how.encode() + b"\n")  # type: ignore[union-attr]
-        self.puller.stdin.flush()  # type: ignore[union-attr]
-        self.told: Dict[str, Any] = json.loads(self.puller.stdout.readline())  # type: ignore[union-attr]
+        shutil.rmtree(self.site.dir / "again", ignore_errors=True)
+        self.puller.stdin.write(how.encode() + b"\n")
+        self.puller.stdin.flush()
+        self.told = json.loads(self.puller.stdout.readline())
         return self.told
 
-    def forget(self) -> None:
+    def forget(self):
         branch = self.dir / ".git/refs/heads/cmux/x"
         branch.unlink() if branch.exists() else None
 
-    def take(self, stream: "Sections", how: str = "git") -> Dict[str, str]:
+    def take(self, stream, how="git"):
         """The paths that a pull changed, and their modes."""
         self.forget()
         told = self.pull(stream, how)
@@ -4222,7 +4223,7 @@ while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={
         rows = self.git("diff-tree", "-r", "-z", "--no-renames", told["base"], told["commit"]).split("\0")
         return {path: row.split()[1] for row, path in zip(rows[::2], rows[1::2])}
 
-    def refuse(self, stream: "Sections", how: str = "git", what: str = "") -> None:
+    def refuse(self, stream, how="git", what=""):
         self.forget()
         before = self.state()
         kind, said = self.pull(stream, how).get("error", ("", "taken"))
@@ -4230,11 +4231,11 @@ while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={
         assert (kind, what in said, changed) == ("ResultRefused", True, set()), (kind, said)
         assert said.isprintable(), said
 
-    def peak(self) -> int:
+    def peak(self):
         """The most memory, in MiB, that the process had. (Its ru_maxrss is no less than what its parent had.)"""
-        return int(slurp(f"/proc/{self.puller.pid}/status").split(b"VmHWM:")[1].split()[0]) >> 10  # type: ignore[union-attr]
+        return int(slurp(f"/proc/{self.puller.pid}/status").split(b"VmHWM:")[1].split()[0]) >> 10
 
-    def close(self) -> None:
+    def close(self):
         if self.puller:
             self.puller.kill()
             self.puller.communicate()
@@ -4242,41 +4243,38 @@ while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={
 
 
 @pytest.fixture(scope="module")
-def lab(keys: Keys) -> Iterator[Lab]:
+def lab(keys):
     with contextlib.closing(Lab(keys)) as opened:
         yield opened
 
 
 @pytest.fixture
-def new_lab(keys: Keys) -> Iterator[Callable[..., Lab]]:
+def new_lab(keys):
     """Labs of this test's own: with other limits, or a base of their own."""
     with contextlib.ExitStack() as stack:
         yield lambda **limits: stack.enter_context(contextlib.closing(Lab(keys, **limits)))
 
 
-Sections = Sequence["bytes | Iterable[bytes]"]  # commits, changes, contents, without what ends them
-
-
 HOSTS_BASE = b"1" * 40  # what the host calls the base
 
 
-def blob(mark: int, data: bytes) -> Tuple[bytes, bytes, bytes]:
+def blob(mark, data):
     return b"", b"", b"%x blob %d\n%s\n" % (mark, len(data), data)
 
 
 BASE = b"from :0"
 
 
-def commit(mark: int, *lines: bytes, parent: bytes = BASE, message: bytes = b"m\n", who: bytes = b"A <a@b> 1700000000 +0100",
-           more: bytes = b"") -> Tuple[bytes, bytes, bytes]:
+def commit(mark, *lines, parent=BASE, message=b"m\n", who=b"A <a@b> 1700000000 +0100",
+           more=b""):
     """A commit with changes "M mode :content path", "D path", or what else a host may say."""
-    def name(word: bytes) -> bytes:
+    def name(word):
         return HOSTS_BASE if word == b":0" else b"%x" % int(word[1:]) if word[:1] == b":" else word
     data = b"tree %s\n%sauthor %s\ncommitter %s\n%s\n%s" % (b"e" * 40, b"".join(b"parent %s\n" % name(word) for word in parent.split()[1::2]), who, who, more, message)
     return b"%x commit %d\n%s\n" % (mark, len(data), data), b"%x\0" % mark + b"".join(map(row, lines)), b""
 
 
-def row(line: bytes) -> bytes:
+def row(line):
     match = re.match(rb"M (\d+) :(\d+) (.*)|D (.*)", line, re.S)
     if not match:
         return line + b"\0"
@@ -4285,20 +4283,20 @@ def row(line: bytes) -> bytes:
     return b":100644 000000 0 0 D\0%s\0" % match.group(4)
 
 
-def export(*parts: Tuple[bytes, bytes, bytes]) -> List[bytes]:
+def export(*parts):
     return [b"".join(part) for part in zip((b"", b"", b""), *parts)]
 
 
-def one(path: bytes, mode: bytes = b"100644", data: bytes = b"data\n") -> List[bytes]:
+def one(path, mode=b"100644", data=b"data\n"):
     return export(blob(1, data), commit(2, b"M %s :1 %s" % (mode, path)))
 
 
-def files(*lines: bytes, contents: Sequence[bytes] = (b"x",)) -> List[bytes]:
+def files(*lines, contents=(b"x",)):
     """What a host without git says: the same changes of a commit 1, and contents from 1 on."""
     return [b"", b"1\0" + b"".join(map(row, lines)) + b"\0", b"".join(blob(n, data)[2] for n, data in enumerate(contents, 1))]
 
 
-def test_honest_streams_arrive(lab: Lab) -> None:
+def test_honest_streams_arrive(lab):
     found = lab.take(export(blob(1, b"new\n"), commit(2, "M 100755 :1 na\u00efve \"q\n".encode(), b"D src/a.c"),
                             blob(3, b"../README"), commit(4, b"M 120000 :3 src/l", parent=b"from :2", message=b"no newline")))
     assert found == {'na\u00efve "q\n': "100755", "src/a.c": "000000", "src/l": "120000"}
@@ -4317,9 +4315,9 @@ ODD = [b".GIT/config", b"git~1/config", b"GIT~2", b".git /x", b".git./x", b".git
        b"x" * 256, b"/".join([b"d"] * 65), b"/".join([b"y" * 100] * 11), b"a\rb", b".Git\\hooks\\x"]
 
 
-@pytest.mark.parametrize("path", EVIL)
-@pytest.mark.promise(3)
-def test_evil_paths_are_refused(lab: Lab, path: bytes) -> None:
+@each("path", EVIL)
+@promise(3)
+def test_evil_paths_are_refused(lab, path):
     for mode in (b"100644", b"120000"):
         lab.refuse(one(path, mode))
     lab.refuse(export(commit(1, b"D " + path)))
@@ -4327,8 +4325,8 @@ def test_evil_paths_are_refused(lab: Lab, path: bytes) -> None:
     lab.refuse(files(b"D " + path, contents=[]), "files")
 
 
-@pytest.mark.parametrize("path", ODD)
-def test_odd_paths_are_left_out_and_named(lab: Lab, path: bytes) -> None:
+@each("path", ODD)
+def test_odd_paths_are_left_out_and_named(lab, path):
     """An honest host may have them; nothing of ours does, and everything else comes."""
     for at, (how, stream) in enumerate((("git", export(blob(1, b"x"), commit(2, b"M 100644 :1 " + path, b"M 120000 :1 good"))),
                                         ("git", export(blob(1, b"x"), commit(2, b"M 100644 :1 good"), commit(3, b"D " + path, parent=b"from :2"))),
@@ -4339,15 +4337,15 @@ def test_odd_paths_are_left_out_and_named(lab: Lab, path: bytes) -> None:
         assert not named or path.decode(errors="replace")[:40] in named[0] or not re.match(rb"[ !#-\[\]-~]+\Z", path), named
 
 
-@pytest.mark.parametrize("target", [b"/etc/passwd", b"../x", b"a/../../x", b".git/config", b"x/.GIT", b"", b"a\0b", b"..", b"x/..", b"\\etc", b"a" * 1025])
-@pytest.mark.promise(3)
-def test_evil_links_are_refused(lab: Lab, target: bytes) -> None:
+@each("target", [b"/etc/passwd", b"../x", b"a/../../x", b".git/config", b"x/.GIT", b"", b"a\0b", b"..", b"x/..", b"\\etc", b"a" * 1025])
+@promise(3)
+def test_evil_links_are_refused(lab, target):
     if target != b"\\etc":
         lab.refuse(one(b"l", b"120000", target))
         lab.refuse(files(b"M 120000 :1 l", contents=[target]), "files")
 
 
-def test_one_blob_under_many_names_counts_as_often(new_lab: Callable[..., Lab]) -> None:
+def test_one_blob_under_many_names_counts_as_often(new_lab):
     lab = new_lab(PULL_TOTAL_MAX=1 << 20)
     names = [b"M 100644 :1 f%d" % n for n in range(12)]
     lab.refuse(export(blob(1, b"x" * 100000), commit(2, *names)), what="it repeats files")
@@ -4358,7 +4356,7 @@ def test_one_blob_under_many_names_counts_as_often(new_lab: Callable[..., Lab]) 
     assert len(lab.take(export(blob(1, b"x" * 100000), commit(2, *names[:10])))) == 10
 
 
-def test_a_directory_renamed_again_and_again_is_as_large_as_before(new_lab: Callable[..., Lab]) -> None:
+def test_a_directory_renamed_again_and_again_is_as_large_as_before(new_lab):
     lab = new_lab(PULL_TOTAL_MAX=1 << 20)
     moves = [commit(at, *[b"M 100644 :1 d%d/%d" % (at, n) for n in range(9)], *[b"D d%d/%d" % (at - 1, n) for n in range(9)],
                     parent=b"from :%d" % (at - 1)) for at in range(3, 10)]
@@ -4366,7 +4364,7 @@ def test_a_directory_renamed_again_and_again_is_as_large_as_before(new_lab: Call
     assert set(found) == {"d9/%d" % n for n in range(9)}
 
 
-def test_names_that_fold_into_one_in_the_base_already_are_the_users_own(new_lab: Callable[..., Lab]) -> None:
+def test_names_that_fold_into_one_in_the_base_already_are_the_users_own(new_lab):
     lab = new_lab()
     for path in ("Dir/a", "dir/b"):
         lab.write(path, b"x")
@@ -4376,7 +4374,7 @@ def test_names_that_fold_into_one_in_the_base_already_are_the_users_own(new_lab:
     assert set(lab.take(export(blob(1, b"x"), commit(2, b"M 100644 :1 dir/new", b"M 100644 :1 Dir/other")))) == {"dir/new", "Dir/other"}
 
 
-@pytest.mark.parametrize("stream", [
+@each("stream", [
     one(b".gitmodules", b"120000", b"README"), one(b".gitattributes", b"120000", b"README"), one(b".GITMODULES", b"120000", b"README"),
     one(b"gitmod~1", b"120000", b"README"),
     one(b".gitmodules", data=b'[submodule "../../x"]\n\tpath = a\n\turl = b\n'), one(b".gitmodules", data=b'[submodule "a"]\n\tpath = a\n\turl = -ufoo\n'),
@@ -4407,13 +4405,13 @@ def test_names_that_fold_into_one_in_the_base_already_are_the_users_own(new_lab:
     export(commit(1, who=b"A <a@b> 99999999999999 +0000")), export(commit(1, who=b"A <a@b> 1 +9999")), export(commit(1, who=b"no mail")), export(commit(1, who=b"A <a@b>\ncommitter B <b@b> 1 +0000")),
     export(commit(1, message=b"x" * 300000)), export(blob(1, b"x"), commit(2, b"M 100644 :1 README/y", more=b"encoding rot13\n")),
 ], ids=lambda s: repr(b" ".join(s)[:70])[2:-1])
-@pytest.mark.promise(3)
-@pytest.mark.promise(3)
-def test_lying_exports_are_refused(lab: Lab, stream: List[bytes]) -> None:
+@promise(3)
+@promise(3)
+def test_lying_exports_are_refused(lab, stream):
     lab.refuse(stream)
 
 
-def test_the_whole_tree_is_looked_at_no_oftener_for_more_commits(new_lab: Callable[..., Lab]) -> None:
+def test_the_whole_tree_is_looked_at_no_oftener_for_more_commits(new_lab):
     """A thousand commits on a tree of a hundred thousand files were hours. The git here says how often."""
     lab, seen = new_lab(), []
     lab.site.script("bin/git", f'case " $* " in *" ls-tree "*) echo look >>{lab.site.dir}/looks;; esac\nexec {program("git")} "$@"')
@@ -4425,15 +4423,15 @@ def test_the_whole_tree_is_looked_at_no_oftener_for_more_commits(new_lab: Callab
     assert 0 < seen[1] == seen[2], seen
 
 
-def test_names_that_collide_across_commits_are_refused(lab: Lab) -> None:
+def test_names_that_collide_across_commits_are_refused(lab):
     parts = [blob(1, b"x"), commit(2, b"M 100644 :1 new/a"), commit(3, b"M 100644 :1 other", parent=b"from :2")]
     lab.refuse(export(*parts, commit(4, b"M 100644 :1 NEW/b", parent=b"from :3")))
     assert set(lab.take(export(*parts, commit(4, b"D new/a", b"M 100644 :1 NEW/b", parent=b"from :3")))) == {"NEW/b", "other"}  # one after the other is no collision
 
 
-@pytest.mark.promise(3)
-@pytest.mark.promise(3)
-def test_hostile_names_and_messages_become_harmless(lab: Lab) -> None:
+@promise(3)
+@promise(3)
+def test_hostile_names_and_messages_become_harmless(lab):
     lab.take(export(commit(1, who="\x1b[31mEve <> 5 +0000".encode().replace(b"<>", b"<e\x1bve>"), message=b"\x1b]52;c;x\x07 \0 \xff\n",
                            more="encoding latin\u00fc\n".encode())))
     raw = lab.git("cat-file", "commit", "cmux/x")
@@ -4441,14 +4439,14 @@ def test_hostile_names_and_messages_become_harmless(lab: Lab) -> None:
     lab.git("fsck", "--strict")
 
 
-def test_a_host_without_git_that_lies_is_refused(lab: Lab) -> None:
+def test_a_host_without_git_that_lies_is_refused(lab):
     for lie in (files(b"M 100644 :2 a"), files(b"M 160000 :1 a"), files(b"M 040000 :1 a"), files(b"M 100644 :1 a", b"M 100644 :1 a"), files(b"D nothing", contents=[]),
                 files(b"2", b"M 100644 :1 a"), files(b"1", b"M 100644 :1 a"), files(b"M 100644 :1 a", contents=[b"x", b"y"]), files(b"M 100644 :1 README/x"), files(b"M 100644 :1 readme"),
                 files(b"M 120000 :1 l", b"M 100644 :2 l/x", contents=[b"src", b"x"]), files(b"M 120000 :1 .gitmodules", contents=[b"README"])):
         lab.refuse(lie, "files")
 
 
-def test_a_stream_cut_anywhere_is_refused(lab: Lab) -> None:
+def test_a_stream_cut_anywhere_is_refused(lab):
     rng = os.urandom(40000)
     commits, changes, contents = export(blob(1, rng), blob(2, b"x"), commit(3, b"M 100644 :1 big", b"D src/a.c"), commit(4, b"M 100644 :2 y", parent=b"from :3"))
     whole = commits + b"\n" + changes + b"\0" + contents
@@ -4459,7 +4457,7 @@ def test_a_stream_cut_anywhere_is_refused(lab: Lab) -> None:
         lab.refuse([b"", whole[:cut]], "files")
 
 
-def endless(kind: str) -> List[Any]:
+def endless(kind):
     thousand = export(*(blob(i, b"%d" % i) for i in range(1000)), commit(5000, *(b"M 100644 :%d f%d" % (i, i) for i in range(1000))))
     first = [commit(2)[0], b"2\0"]
     rows = (b"".join(row(b"M 100644 :1 %s/%d" % (b"p" * 80, n * 1000 + i)) for i in range(1000)) for n in itertools.count())
@@ -4473,8 +4471,8 @@ def endless(kind: str) -> List[Any]:
         "list": [b"", itertools.chain([b"1\0"], rows)], "tar": [b"", itertools.repeat(b"\0" * 131072)]}[kind]
 
 
-@pytest.mark.parametrize("kind", ["blobs", "zeros", "paths", "commits", "merges", "line", "blank", "list", "tar"])
-def test_endless_streams_end_in_flat_memory(new_lab: Callable[..., Lab], kind: str) -> None:
+@each("kind", ["blobs", "zeros", "paths", "commits", "merges", "line", "blank", "list", "tar"])
+def test_endless_streams_end_in_flat_memory(new_lab, kind):
     lab = new_lab(PULL_TOTAL_MAX=100 << 20, PULL_FILE_MAX=80 << 20)
     lab.take(one(b"x"))
     before = lab.peak()
@@ -4482,9 +4480,9 @@ def test_endless_streams_end_in_flat_memory(new_lab: Callable[..., Lab], kind: s
     assert lab.peak() - before < 64
 
 
-@pytest.mark.compat
-@pytest.mark.compat
-def test_a_hundred_thousand_files_in_flat_memory(new_lab: Callable[..., Lab]) -> None:
+@compat
+@compat
+def test_a_hundred_thousand_files_in_flat_memory(new_lab):
     lab, n = new_lab(), 99999
     lab.take(one(b"x"))
     before = lab.peak()
@@ -4493,27 +4491,27 @@ def test_a_hundred_thousand_files_in_flat_memory(new_lab: Callable[..., Lab]) ->
     assert lab.peak() - before < 40
 
 
-def test_leaks_are_seen_across_chunks(new_lab: Callable[..., Lab]) -> None:
+def test_leaks_are_seen_across_chunks(new_lab):
     """One chunk ends in each file, in every place of the value."""
     lab, data = new_lab(), {cut: b"x%03d" % cut + b"x" * 96 + b"s3cr3t-value" + b"y" * 100 for cut in range(90, 125)}
     for name, value in (("TOKEN", b"s3cr3t-value"), ("SHORT", b"x")):
         lab.ok("secrets", "set", name, stdin=value)
     commits, changes, contents = export(*itertools.starmap(blob, data.items()), commit(999, *(b"M 100644 :%d f%d" % (cut, cut) for cut in data)))
     ends = [0, *(contents.index(text) + cut for cut, text in data.items()), len(contents)]
-    lab.take([commits, changes, (time.sleep(0.05) or contents[at:end] for at, end in zip(ends, ends[1:]))])  # type: ignore[func-returns-value]
+    lab.take([commits, changes, (time.sleep(0.05) or contents[at:end] for at, end in zip(ends, ends[1:]))])
     assert lab.told["secrets"] == {f"f{cut}": ["TOKEN"] for cut in data}
 
 
-def work(repo: Repo, name: str = "main") -> str:
+def work(repo, name="main"):
     repo.new(name)
     return name
 
 
-def do(repo: Repo, script: str, name: str = "main") -> None:
+def do(repo, script, name="main"):
     repo.ok("exec", "-w", name, "--", script)
 
 
-def untouched(repo: Repo) -> Dict[str, bytes]:
+def untouched(repo):
     keep = ("objects", "refs/heads/cmux", "logs/refs/heads/cmux")
     return {str(p): p.read_bytes() if p.is_file() and not p.is_symlink() else b"" for p in sorted(repo.dir.rglob("*"))
             if not str(p.relative_to(repo.dir)).startswith(tuple(".git/" + k for k in keep))}
@@ -4531,7 +4529,7 @@ line'; rm -rf xxx*; rm 'back\slash'; mkdir 'back\slash'; echo z >'back\slash/z'
 """
 
 
-def test_pull_brings_every_honest_change_home(odd: Repo) -> None:
+def test_pull_brings_every_honest_change_home(odd):
     work(odd)
     assert odd.cli("diff").out == b"" and "Nothing new" in odd.cli("pull").text
     assert not odd.git("for-each-ref", "refs/heads/cmux")
@@ -4560,14 +4558,14 @@ def test_pull_brings_every_honest_change_home(odd: Repo) -> None:
     odd.ok("rm", "main")
 
 
-@pytest.mark.parametrize("harm", [
+@each("harm", [
     "rm -rf .git", "rm -rf .git; git init -q; git add -A; git commit -qm other", "git update-ref -d refs/cmux/base", "rm -rf .git; echo x >.git",
     "git checkout -q --orphan fresh; git add -A; git commit -qm orphan", "rm .git/index", "rm -rf .git/objects", "git init -q nested; git init -q n2; echo x >n2/x; cd n2; git add x; git commit -qm x; cd ..; git add n2; git commit -qm gitlink",
     "i=0; while [ $i -lt 1010 ]; do printf 'commit refs/heads/main\ncommitter A <a@b> 9 +0000\ndata 1\nx\n'; [ $i != 0 ] || "
     "echo from $(git rev-parse main); i=$((i+1)); done | git fast-import --quiet",
     "git config core.fsmonitor 'touch /tmp/never'; git config filter.x.clean false; echo '* filter=x' >.git/info/attributes; git config core.autocrlf true",
 ])
-def test_pull_survives_what_agents_do_to_git(repo: Repo, harm: str) -> None:
+def test_pull_survives_what_agents_do_to_git(repo, harm):
     work(repo)
     do(repo, AGENT + "echo changed >README; rm src/main.c; echo n >new; echo '*.o' >.gitignore; echo o >x.o; " + harm)
     pulled = repo.ok("pull")
@@ -4578,32 +4576,32 @@ def test_pull_survives_what_agents_do_to_git(repo: Repo, harm: str) -> None:
     assert "Nothing new" in repo.cli("pull").text
 
 
-def nobody(site: Site, path: str) -> None:
+def nobody(site, path):
     """A host where one logs in as another user than root, with this PATH."""
     if os.geteuid() != 0:
         pytest.skip("needs root, to log in as somebody else")
     drop = f'exec {program("setpriv", "util-linux")} --reuid 65534 --regid 65534 --clear-groups env PATH={path} HOME={site.dir}/nobody {program("sh")} -c "$SSH_ORIGINAL_COMMAND"'
     (site.dir / "nobody").mkdir()
-    os.chown(str(site.dir / "nobody"), 65534, 65534)
+    os.chown(site.dir / "nobody", 65534, 65534)
     for folder in (site.dir, *site.dir.parents):
         if not folder.stat().st_mode & 0o001:
             folder.chmod(folder.stat().st_mode | 0o001)
     site.daemon("nobody", f"ForceCommand {script(site.dir / 'drop', drop)}")
 
 
-def bare_host(site: Site, tools: str = "") -> str:
+def bare_host(site, tools=""):
     """A host that has POSIX commands only, and no git; busybox's where that has them."""
     if not (site.dir / "posix-bin").is_dir():
         posix_tools(site.dir / "posix-bin")
-        for name in subprocess.run([program(tools), "--list"], stdout=subprocess.PIPE).stdout.decode().split() if tools else ():
+        for name in subprocess.run([program(tools), "--list"], stdout=PIPE).stdout.decode().split() if tools else ():
             if (site.dir / "posix-bin" / name).exists():
                 (site.dir / "posix-bin" / name).unlink()
                 (site.dir / "posix-bin" / name).symlink_to(program(tools))
     return site.inetd("nogit", env={"PATH": str(site.dir / "posix-bin")})
 
 
-@pytest.mark.parametrize("tools", ["", "busybox"])
-def test_pull_without_git_on_the_host(site: Site, tools: str) -> None:
+@each("tools", ["", "busybox"])
+def test_pull_without_git_on_the_host(site, tools):
     odd = Repo(site, odd=True)
     host = bare_host(site, tools)
     odd.new(host=host)
@@ -4621,8 +4619,8 @@ def test_pull_without_git_on_the_host(site: Site, tools: str) -> None:
     odd.ok("rm", "main")
 
 
-@pytest.mark.parametrize("how", ["shorter", "gone", "longer"])
-def test_a_file_that_changes_while_it_is_read_does_no_harm(site: Site, how: str) -> None:
+@each("how", ["shorter", "gone", "longer"])
+def test_a_file_that_changes_while_it_is_read_does_no_harm(site, how):
     repo, host, head = Repo(site), bare_host(site), site.dir / "posix-bin" / "head"
     real, once = head.resolve(), site.dir / "once"
     head.unlink()
@@ -4640,7 +4638,7 @@ exec {real} "$@\"""")
     assert "z" in repo.git("ls-tree", "--name-only", "cmux/main") and repo.cli("rm", "main").code == 0
 
 
-def test_what_cannot_be_read_there_is_named_and_no_deletion(site: Site) -> None:
+def test_what_cannot_be_read_there_is_named_and_no_deletion(site):
     repo = Repo(site, files={"own": b"o\n"})
     bare_host(site)
     nobody(site, str(site.dir / "posix-bin"))
@@ -4655,8 +4653,8 @@ def test_what_cannot_be_read_there_is_named_and_no_deletion(site: Site) -> None:
     assert repo.git("show", "cmux/main:new") == "x" and repo.cli("rm", "main").code == 0
 
 
-@pytest.mark.parametrize("host", ["box", "nogit"])
-def test_what_export_ignore_leaves_out_of_releases_comes_and_its_changes_go_home(site: Site, host: str) -> None:
+@each("host", ["box", "nogit"])
+def test_what_export_ignore_leaves_out_of_releases_comes_and_its_changes_go_home(site, host):
     """Also by a directory, as a delta, and with --dirty."""
     repo, place = Repo(site), place_of(site, host)
     repo.write(".gitattributes", b"docs/ export-ignore\n*/deep/ export-ignore export-subst\n")
@@ -4667,7 +4665,7 @@ def test_what_export_ignore_leaves_out_of_releases_comes_and_its_changes_go_home
     assert repo.cli("diff").text == ""
     repo.write("docs/dirty", b"d\n")
     repo.ok("push", "--dirty")
-    assert slurp(str(repo.path() / "docs/dirty")) == b"d\n"
+    assert slurp(repo.path() / "docs/dirty") == b"d\n"
     repo.write("docs/b/c", os.urandom(9) + b"\r\n")
     repo.commit()
     repo.ok("push")
@@ -4682,7 +4680,7 @@ def test_what_export_ignore_leaves_out_of_releases_comes_and_its_changes_go_home
     repo.ok("rm", "main")
 
 
-def older(repo: Repo, names: Sequence[str]) -> None:
+def older(repo, names):
     """Make of the workspaces of a commit what a version left there that sent no export-ignored file of the next commit."""
     before = repo.git("rev-parse", "HEAD^{tree}")
     repo.write("docs/a", b"mine\n")
@@ -4705,8 +4703,8 @@ def older(repo: Repo, names: Sequence[str]) -> None:
         path.write_text(entry["tree"] + "\n")
 
 
-@pytest.mark.parametrize("host", ["box", "nogit"])
-def test_a_workspace_of_a_version_that_left_files_out_loses_nothing(site: Site, host: str) -> None:
+@each("host", ["box", "nogit"])
+def test_a_workspace_of_a_version_that_left_files_out_loses_nothing(site, host):
     repo, place = Repo(site, files={".gitattributes": b"docs/ export-ignore\n"}), place_of(site, host)
     names = ["clean", "pushed", "work"]
     repo.new(*names, host=place)
@@ -4719,7 +4717,7 @@ def test_a_workspace_of_a_version_that_left_files_out_loses_nothing(site: Site, 
     do(repo, "mkdir docs; echo its >docs/a", "work")
     for words in (["rm", "work"], ["push", "-w", "work"]):
         told = repo.cli(*words)
-        assert told.code == 1 and "docs/a" in told.said and slurp(str(repo.path("work") / "docs/a")) == b"its\n", told
+        assert told.code == 1 and "docs/a" in told.said and slurp(repo.path("work") / "docs/a") == b"its\n", told
     repo.ok("rm", "clean")
     repo.ok("push", "-w", "pushed")
     assert tree_of(repo.path("pushed")) == repo.tree(), "also of the same commit"
@@ -4732,16 +4730,16 @@ def test_a_workspace_of_a_version_that_left_files_out_loses_nothing(site: Site, 
         assert repo.git("diff", "--name-only", "main", "cmux/" + name) == "docs/a"
 
 
-def test_a_commit_in_another_encoding_comes_as_utf_8(repo: Repo) -> None:
+def test_a_commit_in_another_encoding_comes_as_utf_8(repo):
     repo.new()
     do(repo, "echo x >x && git add . && printf 'gr\\374n' | GIT_AUTHOR_NAME=$(printf 'J\\366rg') git -c i18n.commitEncoding=ISO-8859-1 commit -qF -")
     repo.ok("pull")
     assert repo.git("log", "-1", "--format=%an %s", "cmux/main") == "J\u00f6rg gr\u00fcn"
 
 
-@pytest.mark.parametrize("how", ["git checkout -q --orphan fresh; echo x >x; git add -A; git commit -qm orphan",
+@each("how", ["git checkout -q --orphan fresh; echo x >x; git add -A; git commit -qm orphan",
                                  "git checkout -qb feature; echo x >x; git add -A; git commit -q --amend -m amended"], ids=["orphan", "amend"])
-def test_a_branch_that_stands_at_the_base_holds_nothing_that_could_be_lost(repo: Repo, how: str) -> None:
+def test_a_branch_that_stands_at_the_base_holds_nothing_that_could_be_lost(repo, how):
     repo.new()
     do(repo, how)
     pulled = repo.ok("pull")
@@ -4749,7 +4747,7 @@ def test_a_branch_that_stands_at_the_base_holds_nothing_that_could_be_lost(repo:
     repo.ok("rm", "main")
 
 
-def test_a_gitmodules_that_git_cannot_read_is_said_and_a_huge_one_takes_no_time(repo: Repo) -> None:
+def test_a_gitmodules_that_git_cannot_read_is_said_and_a_huge_one_takes_no_time(repo):
     repo.new()
     do(repo, "printf '<<<<<<< HEAD\\n[submodule \"x\"]\\n' >.gitmodules")
     refused(repo.cli("pull"), 1, words="not one that git can read")
@@ -4770,32 +4768,32 @@ with open("README", "r+") as stream:
 """
 
 
-@pytest.mark.promise(7)
-def test_a_file_changed_in_the_second_of_its_commit_is_seen(repo: Repo, site: Site) -> None:
+@promise(7)
+def test_a_file_changed_in_the_second_of_its_commit_is_seen(repo, site):
     """Its size and its second are those of the index: git reads it again if the index keeps its own time, also as a copy."""
     repo.write("README", b"1111\n")
     repo.commit()
     repo.new()
     for place in (repo.path(), repo.dir):
-        subprocess.run([sys.executable, "-c", RACY], cwd=str(place), env=site.environment(), check=True)
+        subprocess.run([sys.executable, "-c", RACY], cwd=place, env=site.environment(), check=True)
     time.sleep(1.2)
     repo.ok("pull")
     assert repo.git("show", "cmux/main:README") == "3333"
     repo.new("--dirty", "other")
-    assert slurp(str(repo.path("other") / "README")) == b"3333\n"
+    assert slurp(repo.path("other") / "README") == b"3333\n"
 
 
-def test_dirty_takes_a_split_index(repo: Repo) -> None:
+def test_dirty_takes_a_split_index(repo):
     repo.git("config", "core.splitIndex", "true")
     repo.git("update-index", "--split-index")
     repo.write("README", b"changed\n")
     repo.new("--dirty", "main")
-    assert slurp(str(repo.path() / "README")) == b"changed\n"
+    assert slurp(repo.path() / "README") == b"changed\n"
 
 
-@pytest.mark.parametrize("first", ["git commit -q --amend --allow-empty -m amended", "git init -q nested; git -C nested -c user.name=a -c user.email=a@b commit -q --allow-empty -m n; git add nested; git commit -qm link"])
-@pytest.mark.promise(7)
-def test_branches_and_stashes_are_told_also_where_history_cannot_come_home(repo: Repo, first: str) -> None:
+@each("first", ["git commit -q --amend --allow-empty -m amended", "git init -q nested; git -C nested -c user.name=a -c user.email=a@b commit -q --allow-empty -m n; git add nested; git commit -qm link"])
+@promise(7)
+def test_branches_and_stashes_are_told_also_where_history_cannot_come_home(repo, first):
     repo.new()
     do(repo, "git checkout -qb side; echo s >side; git add .; git commit -qm side; git checkout -q main; echo st >>README; git stash -q; echo x >x; git add .; " + first)
     pulled = repo.ok("pull")
@@ -4809,7 +4807,7 @@ def test_branches_and_stashes_are_told_also_where_history_cannot_come_home(repo:
     repo.ok("rm", "main")
 
 
-def test_what_was_marked_not_to_be_looked_at_is_looked_at(repo: Repo) -> None:
+def test_what_was_marked_not_to_be_looked_at_is_looked_at(repo):
     repo.new()
     do(repo, "git update-index --assume-unchanged README; git update-index --skip-worktree src/main.c; echo changed >README; echo changed >src/main.c")
     assert repo.cli("rm", "main").code == 1
@@ -4819,7 +4817,7 @@ def test_what_was_marked_not_to_be_looked_at_is_looked_at(repo: Repo) -> None:
         assert repo.git("show", "cmux/main:src/main.c") == "changed"
 
 
-def test_a_merge_comes_home_as_one(repo: Repo) -> None:
+def test_a_merge_comes_home_as_one(repo):
     repo.new()
     do(repo, "git checkout -qb side; echo s >side; git add .; git commit -qm side; git checkout -q main; echo x >x; git add .; "
              "git commit -qm x; git merge -q -m merged side; echo y >y")
@@ -4830,7 +4828,7 @@ def test_a_merge_comes_home_as_one(repo: Repo) -> None:
     assert repo.tree() == there
 
 
-def test_pull_and_push_where_git_makes_sha256_repositories(repo: Repo, site: Site) -> None:
+def test_pull_and_push_where_git_makes_sha256_repositories(repo, site):
     """As git 3 does, unless it is told."""
     host = site.inetd("git3", env=replaced(site, git="""
 case "$1,$GIT_DEFAULT_HASH,$*" in init,,*--object-format*) ;; init,,*) shift; set -- init --object-format=sha256 "$@";; esac"""))
@@ -4844,14 +4842,14 @@ case "$1,$GIT_DEFAULT_HASH,$*" in init,,*--object-format*) ;; init,,*) shift; se
     repo.ok("rm", "main")
 
 
-def test_a_commit_in_an_encoding_that_git_does_not_know(repo: Repo) -> None:
+def test_a_commit_in_an_encoding_that_git_does_not_know(repo):
     repo.new()
     do(repo, "echo x >x; git add .; git -c i18n.commitEncoding=latin-9x commit -qm odd; echo y >y; git add .; GIT_AUTHOR_DATE='@1700000000 +1545' git commit -qm zone")
     repo.ok("pull")
     assert repo.git("log", "--format=%s %ad", "--date=format:%z", "main..cmux/main").startswith("zone +0000\nodd")
 
 
-def test_a_base_that_this_repository_has_lost_is_said(repo: Repo, site: Site) -> None:
+def test_a_base_that_this_repository_has_lost_is_said(repo, site):
     work(repo)
     repo.write("README", b"amended\n")
     repo.git("commit", "-q", "-a", "--amend", "-m", "amended")
@@ -4863,7 +4861,7 @@ def test_a_base_that_this_repository_has_lost_is_said(repo: Repo, site: Site) ->
     assert repo.cli("rm", "main").code == 1
 
 
-def test_more_files_replaced_than_renames_are_looked_for(repo: Repo) -> None:
+def test_more_files_replaced_than_renames_are_looked_for(repo):
     for n in range(450):
         repo.write(f"o{n}", b"old %d %s" % (n, os.urandom(8).hex().encode()))
     repo.commit()
@@ -4874,8 +4872,8 @@ def test_more_files_replaced_than_renames_are_looked_for(repo: Repo) -> None:
     assert "900 files changed" in pulled.text, pulled.text[-300:]
 
 
-@pytest.mark.parametrize("change, gone, there", [("mv v1 t; mv v2 v1; mv t v2", "", {"v1/x": "TWO", "v2/x": "ONE"}), ("rm -r v1; mv v2 v1", "v2/x", {"v1/x": "TWO"})])
-def test_directories_that_changed_places_come_home_without_git(site: Site, change: str, gone: str, there: Dict[str, str]) -> None:
+@each("change, gone, there", [("mv v1 t; mv v2 v1; mv t v2", "", {"v1/x": "TWO", "v2/x": "ONE"}), ("rm -r v1; mv v2 v1", "v2/x", {"v1/x": "TWO"})])
+def test_directories_that_changed_places_come_home_without_git(site, change, gone, there):
     repo = Repo(site, files={"v1/x": b"ONE\n", "v2/x": b"TWO\n"})
     repo.new(host=bare_host(site))
     do(repo, change)
@@ -4885,11 +4883,11 @@ def test_directories_that_changed_places_come_home_without_git(site: Site, chang
     repo.ok("rm", "main")
 
 
-@pytest.mark.parametrize("host", ["box", "nogit"])
-@pytest.mark.parametrize("harm", ["echo u >untracked", "echo c >>README", "rm README; echo x >src/x"])
-@pytest.mark.promise(7)
-@pytest.mark.compat
-def test_rm_refuses_changed_files(site: Site, host: str, harm: str) -> None:
+@each("host", ["box", "nogit"])
+@each("harm", ["echo u >untracked", "echo c >>README", "rm README; echo x >src/x"])
+@promise(7)
+@compat
+def test_rm_refuses_changed_files(site, host, harm):
     repo = Repo(site)
     repo.new(host=place_of(site, host))
     do(repo, harm)
@@ -4903,9 +4901,9 @@ def test_rm_refuses_changed_files(site: Site, host: str, harm: str) -> None:
     repo.ok("rm", "main")
 
 
-@pytest.mark.parametrize("harm", ["echo u >new; touch -t 200101010000 new", "cp -p README copy", "mv README renamed", "rm README", "chmod +x README",
+@each("harm", ["echo u >new; touch -t 200101010000 new", "cp -p README copy", "mv README renamed", "rm README", "chmod +x README",
                                   "ln -sf elsewhere link", "touch -r README r; echo z >>README; touch -r r README; rm r"])
-def test_rm_and_push_without_git_there_see_what_no_time_tells(site: Site, harm: str) -> None:
+def test_rm_and_push_without_git_there_see_what_no_time_tells(site, harm):
     repo = Repo(site, files={"README": b"read\n", "src/x": b"x\n"})
     repo.write("src/x", b"y\n")
     repo.commit()
@@ -4919,12 +4917,12 @@ def test_rm_and_push_without_git_there_see_what_no_time_tells(site: Site, harm: 
     repo.ok("rm", "main")
 
 
-@pytest.mark.parametrize("harm", [
+@each("harm", [
     "git checkout -q --detach; {}; git checkout -q main", "{}; git reset -q --hard HEAD~1", "{}; git commit -q --amend -m other",
     "git worktree add -q --detach ~/wt; cd ~/wt; {}", "git checkout -q --detach; {}; git checkout -q --orphan fresh",
     "git checkout -q -b side; {}; git checkout -q main", "{}; git update-ref refs/odd/one HEAD; git reset -q --hard HEAD~1",
 ], ids=["detached", "reset", "amend", "worktree", "orphan", "branch", "ref"])
-def test_what_a_pull_does_not_bring_it_names_and_rm_refuses_until_it_is_home(repo: Repo, harm: str) -> None:
+def test_what_a_pull_does_not_bring_it_names_and_rm_refuses_until_it_is_home(repo, harm):
     work(repo)
     do(repo, AGENT + harm.format("echo x >>README && git commit -qam lonely"))
     before = repo.cli("rm", "main")
@@ -4942,7 +4940,7 @@ def test_what_a_pull_does_not_bring_it_names_and_rm_refuses_until_it_is_home(rep
     repo.ok("rm", "main")
 
 
-def test_a_push_leaves_what_only_a_reflog_has_and_rm_still_knows_it(repo: Repo) -> None:
+def test_a_push_leaves_what_only_a_reflog_has_and_rm_still_knows_it(repo):
     work(repo)
     do(repo, AGENT + "echo x >>README; git commit -qam lonely; git commit -q --amend -m other")
     repo.write("more", b"user")
@@ -4955,13 +4953,13 @@ def test_a_push_leaves_what_only_a_reflog_has_and_rm_still_knows_it(repo: Repo) 
     repo.ok("rm", "main")
 
 
-@pytest.mark.parametrize("harm, told", [
+@each("harm, told", [
     ("echo x >>README; git stash -q", ["stash"]), ("echo x >>README; git commit -qam lonely", ["lonely"]), ("git checkout -q --detach; echo x >>README; git commit -qam lonely", ["lonely"]),
     ("echo W >w; git add w; git commit -qm sent; git update-ref refs/remotes/foo/bar HEAD; git reset -q --hard HEAD~1", ["sent"]),
     ("echo precious >p; git add p; git commit -qm r; git tag t; git checkout -q --orphan fresh; git rm -q --cached p; rm p", ["branch main", "tag t"])])
-@pytest.mark.promise(7)
-@pytest.mark.compat
-def test_rm_refuses_commits_and_stashes(repo: Repo, harm: str, told: List[str]) -> None:
+@promise(7)
+@compat
+def test_rm_refuses_commits_and_stashes(repo, harm, told):
     work(repo)
     do(repo, AGENT + harm)
     if "orphan" in harm:
@@ -4972,7 +4970,7 @@ def test_rm_refuses_commits_and_stashes(repo: Repo, harm: str, told: List[str]) 
     repo.ok("rm", "--force", "main")
 
 
-def test_pull_refuses_what_is_not_its_own(repo: Repo) -> None:
+def test_pull_refuses_what_is_not_its_own(repo):
     work(repo)
     do(repo, "echo x >x")
     for branch in ("-x", "../x", "HEAD", "main", "a..b", "x y", "x.lock"):
@@ -4993,8 +4991,8 @@ def test_pull_refuses_what_is_not_its_own(repo: Repo) -> None:
     assert repo.git("for-each-ref", "--format=%(refname)") == "refs/heads/cmux/main\nrefs/heads/main\nrefs/heads/other"
 
 
-@pytest.mark.promise(3)
-def test_pull_says_what_would_run_and_what_leaks(repo: Repo, site: Site) -> None:
+@promise(3)
+def test_pull_says_what_would_run_and_what_leaks(repo, site):
     repo.ok("secrets", "set", "TOKEN", stdin=b"s3cr3t-s3cr3t")
     work(repo)
     repo.git("config", "core.hooksPath", ".husky")
@@ -5009,7 +5007,7 @@ def test_pull_says_what_would_run_and_what_leaks(repo: Repo, site: Site) -> None
     assert terminal.wait() == 0 and b"git diff ...cmux/main; to take it: git merge cmux/main" in terminal.output, terminal.output
 
 
-def test_pull_refuses_hooks_reached_by_a_link_above_them_and_shows_names_in_one_line(repo: Repo) -> None:
+def test_pull_refuses_hooks_reached_by_a_link_above_them_and_shows_names_in_one_line(repo):
     repo.write("tools/hooks/x", b"1")
     repo.commit()
     repo.ok("secrets", "set", "TOKEN", stdin=b"s3cr3t-s3cr3t")
@@ -5028,7 +5026,7 @@ def test_pull_refuses_hooks_reached_by_a_link_above_them_and_shows_names_in_one_
     refused(repo.cli("pull"), 1, words="runs hooks from there")
 
 
-def test_hooks_are_found_by_either_name_and_in_any_configuration(repo: Repo, site: Site) -> None:
+def test_hooks_are_found_by_either_name_and_in_any_configuration(repo, site):
     repo.write("tools/hooks/x", b"1")
     (repo.dir / "myhooks").symlink_to("tools/hooks")
     repo.commit()
@@ -5048,22 +5046,22 @@ def test_hooks_are_found_by_either_name_and_in_any_configuration(repo: Repo, sit
     repo.ok("pull")
 
 
-@pytest.mark.parametrize("url", ["\\\next::sh -c id", '""ext::sh -c id', 'e"x"t::sh -c id', "ext::sh -c id" + "\n#" + "x" * (1 << 20), '"!touch x"', "-u"],
+@each("url", ["\\\next::sh -c id", '""ext::sh -c id', 'e"x"t::sh -c id', "ext::sh -c id" + "\n#" + "x" * (1 << 20), '"!touch x"', "-u"],
                          ids=["escaped", "quoted", "partly", "large", "bang", "dash"])
-def test_a_submodule_url_that_is_a_command_is_read_as_git_reads_it(repo: Repo, url: str) -> None:
+def test_a_submodule_url_that_is_a_command_is_read_as_git_reads_it(repo, url):
     work(repo)
     (repo.path() / ".gitmodules").write_text('[submodule "a"]\n\tpath = a\n\turl = %s\n' % url)
     refused(repo.cli("pull"), 1, words="gitmodules is larger than" if len(url) > 100000 else "a URL or an update that is a command")
 
 
-@pytest.mark.promise(4)
-def test_pull_from_a_malicious_repository_of_ones_own_runs_nothing(repo: Repo, site: Site) -> None:
+@promise(4)
+def test_pull_from_a_malicious_repository_of_ones_own_runs_nothing(repo, site):
     trap = site.dir / "trap"
     evil = script(site.dir / "evil.sh", f"echo ran >>{trap}\ncat")
     for hook in ("reference-transaction", "post-index-change", "post-checkout", "pre-commit", "post-commit", "pre-auto-gc", "fsmonitor-watchman"):
         path = repo.dir / ".git" / "hooks" / hook
         path.parent.mkdir(exist_ok=True)
-        shutil.copy(str(evil), str(path))
+        shutil.copy(evil, path)
     repo.write(".gitattributes", b"* filter=evil diff=evil\n")
     repo.commit()
     trap.unlink() if trap.exists() else None
@@ -5082,7 +5080,7 @@ def test_pull_from_a_malicious_repository_of_ones_own_runs_nothing(repo: Repo, s
     assert not trap.exists(), trap.read_text()
 
 
-def test_hooks_that_the_configuration_names_do_not_run_either(repo: Repo, site: Site) -> None:
+def test_hooks_that_the_configuration_names_do_not_run_either(repo, site):
     """git 2.54 has them; in front of an older one, a program does what it does."""
     trap, shim = site.dir / "trap", site.dir / "git-2.54.py"
     shim.write_text(f"""
@@ -5102,7 +5100,7 @@ os.execv(real, [real, *words])
         repo.git("config", scope, f"hook.{name}.event", "reference-transaction")
         repo.git("config", scope, f"hook.{name}.command", f"echo ran >>{trap}")
     env = replaced(site, git=f'case " $* " in *" update-ref "*) exec {sys.executable} -S {shim} "$@";; esac')
-    subprocess.run(["git", "update-ref", "refs/heads/proof", "HEAD"], cwd=str(repo.dir), env=site.environment(env), check=True)
+    subprocess.run(["git", "update-ref", "refs/heads/proof", "HEAD"], cwd=repo.dir, env=site.environment(env), check=True)
     assert trap.read_text().startswith("ran\nran\n")
     trap.unlink()
     for n, words in enumerate((["new", "-H", "box", "--dirty", "main"], ["exec", "--", "echo x >>README"], ["pull"], ["push", "--dirty"])):
@@ -5111,7 +5109,7 @@ os.execv(real, [real, *words])
         assert not trap.exists(), words
 
 
-def test_a_line_cut_during_pull_leaves_nothing(site: Site) -> None:
+def test_a_line_cut_during_pull_leaves_nothing(site):
     repo = Repo(site)
     line = site.line("far")
     repo.new(host="far")
@@ -5124,7 +5122,7 @@ def test_a_line_cut_during_pull_leaves_nothing(site: Site) -> None:
     repo.ok("pull")
 
 
-def test_what_may_not_come_in_and_is_gone_again_is_said_with_the_way_out(repo: Repo) -> None:
+def test_what_may_not_come_in_and_is_gone_again_is_said_with_the_way_out(repo):
     repo.cli("new", "-H", "box", "main")
     do(repo, AGENT + "echo one >one; git add .; git commit -qm one; ln -s ../../x evil; git add evil; git commit -qm a; git rm -q evil; git commit -qm b; echo u >u")
     answer = repo.cli("pull")
@@ -5138,8 +5136,8 @@ def test_what_may_not_come_in_and_is_gone_again_is_said_with_the_way_out(repo: R
     repo.ok("rm", "--force", "main")
 
 
-@pytest.mark.parametrize("host", ["box", "nogit"])
-def test_names_that_cannot_come_are_left_out_and_those_of_the_base_can_change(site: Site, host: str) -> None:
+@each("host", ["box", "nogit"])
+def test_names_that_cannot_come_are_left_out_and_those_of_the_base_can_change(site, host):
     own = ["\\lead", "trail\\", "a\\..\\b"]
     repo = Repo(site, files={name: b"old\n" for name in [*own, "README"]})
     repo.new(host=place_of(site, host))
@@ -5158,8 +5156,8 @@ def test_names_that_cannot_come_are_left_out_and_those_of_the_base_can_change(si
     repo.ok("rm", "main")
 
 
-@pytest.mark.parametrize("push", [False, True])
-def test_a_history_that_cannot_come_home_loses_no_tracked_file_and_brings_no_ignored_one(site: Site, push: bool) -> None:
+@each("push", [False, True])
+def test_a_history_that_cannot_come_home_loses_no_tracked_file_and_brings_no_ignored_one(site, push):
     """Also where the base came as a delta, and has no repository of its own."""
     repo = Repo(site, files={**{f"f{n}": b"%d" % n for n in range(9)}, ".gitignore": b"dist/\n.env\n"})
     repo.new()
@@ -5180,7 +5178,7 @@ def test_a_history_that_cannot_come_home_loses_no_tracked_file_and_brings_no_ign
     repo.ok("rm", "main")
 
 
-def test_a_repository_that_no_pull_looks_into_is_told(site: Site) -> None:
+def test_a_repository_that_no_pull_looks_into_is_told(site):
     repo, host = Repo(site), bare_host(site)
     repo.new(host=host)
     (site.dir / "posix-bin" / "git").symlink_to(program("git"))  # as if it was installed later
@@ -5193,7 +5191,7 @@ def test_a_repository_that_no_pull_looks_into_is_told(site: Site) -> None:
     repo.ok("rm", "--force", "main")
 
 
-def test_pull_and_diff_go_by_the_base_of_now(repo: Repo) -> None:
+def test_pull_and_diff_go_by_the_base_of_now(repo):
     repo.new()
     repo.write("README", b"hello\nusers line\n")
     new = repo.commit()
@@ -5206,14 +5204,14 @@ print([line for line in cmux_ssh.diff(workspace) if line.startswith(("+", "-"))]
 """) == "['+a'] %s\n" % new
 
 
-def test_a_branch_that_was_checked_out_meanwhile_does_not_move(repo: Repo, site: Site) -> None:
+def test_a_branch_that_was_checked_out_meanwhile_does_not_move(repo, site):
     line = site.line("far")
     repo.new(host="far")
     do(repo, "echo 1 >agents")
     repo.ok("pull")
     do(repo, "echo 2 >agents; head -c 1000000 /dev/urandom >large")
     before = repo.git("rev-parse", "cmux/main")
-    line.trap = ("down", 500_000, lambda: repo.git("checkout", "-q", "cmux/main"))  # type: ignore[assignment,return-value]
+    line.trap = ("down", 500_000, lambda: repo.git("checkout", "-q", "cmux/main"))
     refused(repo.cli("pull"), 1, words="is checked out; nothing")
     assert line.trap is None and repo.git("rev-parse", "cmux/main") == before and not repo.git("status", "--short")
     repo.git("checkout", "-q", "main")
@@ -5230,7 +5228,7 @@ LIB, INNER = 'vendor/li b "q\'', "in ner"
 CONTENT = b"\0LFS content\n" * 300000
 
 
-def content(result: Dict[str, Any]) -> bytes:
+def content(result):
     """The bytes of a result of read, whichever way they came."""
     assert ("content" in result) != ("content_base64" in result), result
     return result["content"].encode() if "content" in result else base64.b64decode(result["content_base64"])
@@ -5240,7 +5238,7 @@ class Family(Repo):
     """A superproject: a submodule with another inside, one that is not checked out; LFS files with and without
     their content here (git-lfs is not needed for that)."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site):
         libs = {}
         for name, files in (("inner", {"deep.c": b"deep\n"}), ("lib", {"x.c": b"x\n", "-y z": b"y\n"}), ("absent", {"a": b"a\n"})):
             libs[name] = Repo(site, name, files=files)
@@ -5260,13 +5258,13 @@ class Family(Repo):
         self.commit("family")
         self.git("submodule", "--quiet", "deinit", "-f", "absent")
 
-    def lfs(self, path: str, content: bytes, here: bool = True) -> None:
+    def lfs(self, path, content, here=True):
         digest = hashlib.sha256(content).hexdigest()
         self.write(path, pointer(content))
         if here:
             self.write(".git/lfs/objects/%s/%s/%s" % (digest[:2], digest[2:4], digest), content)
 
-    def whole(self) -> Dict[bytes, Tuple[str, bytes]]:
+    def whole(self):
         """What the host should get."""
         found = {path: value for path, value in tree_of(self.dir).items() if path.split(b"/")[-1] != b".git"}
         for path in filter(lambda path: path.endswith(b".bin") and path != b"gone.bin", found):
@@ -5276,18 +5274,18 @@ class Family(Repo):
             found[path] = found[path][0], (self.dir / ".git/lfs/objects" / name[:2] / name[2:4] / name).read_bytes()
         return found
 
-    def asleep(self) -> Dict[str, bytes]:
+    def asleep(self):
         """Everything of this repository and its submodules that nothing of ours may touch."""
         return {str(p): p.read_bytes() if p.is_file() and not p.is_symlink() else b"" for p in sorted(self.dir.rglob("*"))
                 if not str(p.relative_to(self.dir)).startswith((".git/objects", ".git/refs/heads/cmux", ".git/logs/refs/heads/cmux"))}
 
 
-def place_of(site: Site, host: str) -> str:
+def place_of(site, host):
     return bare_host(site) if host == "nogit" else host
 
 
-@pytest.mark.parametrize("host", ["box", "nogit"])
-def test_submodules_and_lfs_content_travel_and_do_not_come_back(site: Site, host: str) -> None:
+@each("host", ["box", "nogit"])
+def test_submodules_and_lfs_content_travel_and_do_not_come_back(site, host):
     family = Family(site)
     before = family.asleep()
     made = family.new(host=place_of(site, host))
@@ -5306,8 +5304,8 @@ def test_submodules_and_lfs_content_travel_and_do_not_come_back(site: Site, host
     family.ok("rm", "second")
 
 
-@pytest.mark.parametrize("host", ["box", "nogit"])
-def test_changes_in_submodules_are_left_out_and_kept_from_rm(site: Site, host: str) -> None:
+@each("host", ["box", "nogit"])
+def test_changes_in_submodules_are_left_out_and_kept_from_rm(site, host):
     family = Family(site)
     family.new(host=place_of(site, host))
     before = family.asleep()
@@ -5337,8 +5335,8 @@ def test_changes_in_submodules_are_left_out_and_kept_from_rm(site: Site, host: s
     family.ok("rm", "main")
 
 
-@pytest.mark.parametrize("host", ["box", "nogit"])
-def test_a_moved_submodule_is_pushed_as_a_delta(site: Site, host: str) -> None:
+@each("host", ["box", "nogit"])
+def test_a_moved_submodule_is_pushed_as_a_delta(site, host):
     family = Family(site)
     family.new(host=place_of(site, host))
     inside = Repo.__new__(Repo)
@@ -5361,10 +5359,10 @@ def test_a_moved_submodule_is_pushed_as_a_delta(site: Site, host: str) -> None:
     assert family.cli("diff").out == b"" and family.cli("rm", "main").code == 0
 
 
-def test_a_workspace_outlives_the_submodule_and_the_content_it_was_made_of(site: Site) -> None:
+def test_a_workspace_outlives_the_submodule_and_the_content_it_was_made_of(site):
     family = Family(site)
     family.new()
-    shutil.rmtree(str(family.dir / ".git/lfs"))
+    shutil.rmtree(family.dir / ".git/lfs")
     family.git("submodule", "--quiet", "deinit", "-f", LIB)
     assert "Nothing new" in family.cli("pull").text
     do(family, "echo work >>README; echo x >>vendor/li*/x.c")
@@ -5375,7 +5373,7 @@ def test_a_workspace_outlives_the_submodule_and_the_content_it_was_made_of(site:
     pulled = family.ok("pull")
     assert "left out: vendor (" in pulled.said and "left out: vendor/li" in pulled.said, pulled
     assert family.git("ls-tree", "-r", "cmux/main").count("160000 commit") == 2
-    shutil.rmtree(str(family.dir / ".git/modules"))
+    shutil.rmtree(family.dir / ".git/modules")
     told = family.ok("diff")
     assert "+work" in told.text and "left out: vendor (" in told.said, told
     assert family.cli("rm", "main").code == 1 and family.cli("rm", "main", "--force").code == 0
@@ -5388,7 +5386,7 @@ def test_a_workspace_outlives_the_submodule_and_the_content_it_was_made_of(site:
     assert "is at" in family.cli("push", "-w", "next").text and (family.path("next") / "assets/model.bin").read_bytes() == CONTENT
 
 
-def test_uncommitted_work_in_a_submodule_is_said_and_none_of_its_filters_run(site: Site) -> None:
+def test_uncommitted_work_in_a_submodule_is_said_and_none_of_its_filters_run(site):
     family = Family(site)
     trap = site.dir / "trap"
     evil = script(site.dir / "evil.sh", f"echo ran >>{trap}\ncat")
@@ -5398,7 +5396,7 @@ def test_uncommitted_work_in_a_submodule_is_said_and_none_of_its_filters_run(sit
         (git_dir.parent / "info").mkdir(exist_ok=True)
         (git_dir.parent / "info/attributes").write_text("* filter=evil\n")
     family.write(LIB + "/x.c", b"z\n")
-    os.utime(str(family.dir / LIB / "x.c"), (1, 1))
+    os.utime(family.dir / LIB / "x.c", (1, 1))
     clean = family.new("clean")
     assert "1 uncommitted file in submodules" in clean.said, clean
     family.write("README", b"dirty\n")
@@ -5412,13 +5410,13 @@ def test_uncommitted_work_in_a_submodule_is_said_and_none_of_its_filters_run(sit
     assert (family.path() / LIB / "x.c").read_bytes() == b"z\n" and not trap.exists()
 
 
-def test_a_submodule_that_lies_elsewhere_is_none(site: Site) -> None:
+def test_a_submodule_that_lies_elsewhere_is_none(site):
     """Only what git itself would have put there is read: no link, no foreign owner's idea of a path."""
     lib, repo, secret = Repo(site, "lib"), Repo(site, "top", files={".gitattributes": b"*.bin filter=lfs\n"}), site.dir / "secret"
     top, modules = repo.dir, repo.dir / ".git/modules"
     for folder in (modules / "good", modules / "linked", secret, top / "real/.git", site.dir / "away/.git"):
-        shutil.copytree(str(lib.dir / ".git"), str(folder))
-    shutil.rmtree(str(modules / "linked/objects"))
+        shutil.copytree(lib.dir / ".git", folder)
+    shutil.rmtree(modules / "linked/objects")
     (modules / "linked/objects").symlink_to(secret / "objects")
     (modules / "escape").symlink_to(secret)
     (top / "link").symlink_to(site.dir / "away")
@@ -5426,7 +5424,7 @@ def test_a_submodule_that_lies_elsewhere_is_none(site: Site) -> None:
     (top / "dotlink").mkdir()
     (top / "dotlink/.git").symlink_to(secret)
     (top / "fifo").mkdir()
-    os.mkfifo(str(top / "fifo/.git"))
+    os.mkfifo(top / "fifo/.git")
     paths = ["real", "link", "inner-link", "dotlink", "fifo", "none"]
     for n, text in enumerate((b"gitdir: ../.git/modules/good\n", b"gitdir: %s\n" % os.fsencode(modules / "good"), b"gitdir: ../.git/modules/linked\n",
                               b"gitdir: ../.git/modules/escape\n", b"gitdir: %s\n" % os.fsencode(secret), b"gitdir: ../.git/modules/../../../secret\n",
@@ -5441,7 +5439,7 @@ def test_a_submodule_that_lies_elsewhere_is_none(site: Site) -> None:
         repo.git("add", path)
         if size == 2:
             stored = top / f".git/lfs/objects/{content[:2]}/{content[2:4]}/{content}"
-            shutil.move(str(stored), str(secret / "x"))
+            shutil.move(stored, secret / "x")
             stored.symlink_to(secret / "x")
     for path in paths:
         repo.git("update-index", "--add", "--cacheinfo", f"160000,{lib.git('rev-parse', 'HEAD')},{path}")
@@ -5452,15 +5450,15 @@ def test_a_submodule_that_lies_elsewhere_is_none(site: Site) -> None:
     assert (repo.path() / "good.bin").read_bytes() == b"x" and all((repo.path() / name).read_bytes()[:7] == b"version" for name in ("link.bin", "size.bin"))
 
 
-@pytest.mark.parametrize("host", ["box", "nogit"])
-def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site: Site, tuned: Callable[..., None], host: str) -> None:
+@each("host", ["box", "nogit"])
+def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site, tuned, host):
     repo = Repo(site, files={".gitattributes": b"*.bin filter=lfs\n"})
     tuned(PULL_FILE_MAX=16 << 20)
     size = (16 << 20) + 4096
     digest = hashlib.sha256(bytes(size)).hexdigest()
     repo.write("model.bin", pointer(bytes(size)))
     repo.write(".git/lfs/objects/%s/%s/%s" % (digest[:2], digest[2:4], digest), b"")
-    os.truncate(str(repo.dir / ".git/lfs/objects" / digest[:2] / digest[2:4] / digest), size)
+    os.truncate(repo.dir / ".git/lfs/objects" / digest[:2] / digest[2:4] / digest, size)
     repo.commit("model")
     repo.new(host=place_of(site, host))
     assert (repo.path() / "model.bin").stat().st_size == size
@@ -5475,7 +5473,7 @@ def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site: Si
     assert moved.code == 1 and "Traceback" not in moved.said and "refused" in moved.said, moved
 
 
-def test_a_git_that_reads_no_tree_without_its_contents_sends_lfs_content_all_the_same(site: Site) -> None:
+def test_a_git_that_reads_no_tree_without_its_contents_sends_lfs_content_all_the_same(site):
     """Before 2.39; in front of a newer one, a program refuses what those do."""
     family, real = Family(site), program("git")
     env = replaced(site, git=f"""
@@ -5493,7 +5491,7 @@ esac""")
     assert (family.path() / "assets/model.bin").read_bytes() == b"other" * 1000, pushed
 
 
-def test_damaged_lfs_content_is_not_sent(site: Site) -> None:
+def test_damaged_lfs_content_is_not_sent(site):
     family = Family(site)
     digest = hashlib.sha256(CONTENT).hexdigest()
     path = family.dir / ".git/lfs/objects" / digest[:2] / digest[2:4] / digest
@@ -5503,7 +5501,7 @@ def test_damaged_lfs_content_is_not_sent(site: Site) -> None:
     family.new("two")
     family.write("README", b"other")
     family.commit()
-    shutil.rmtree(str(family.path("two").parent.parent / ".cmux/bases"))
+    shutil.rmtree(family.path("two").parent.parent / ".cmux/bases")
     path.write_bytes(b"X" + CONTENT[1:])
     refused(family.cli("new", "-H", "box", "three"), 1, words="assets/model.bin")
     assert set(family.workspaces()) == {"two"}
@@ -5512,7 +5510,7 @@ def test_damaged_lfs_content_is_not_sent(site: Site) -> None:
 # === list, rm, fork, rename ===
 
 
-def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo: Repo, site: Site) -> None:
+def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo, site):
     assert repo.cli("list", "--json").json == []
     repo.new("a", "b")
     rows = repo.workspaces()
@@ -5524,7 +5522,7 @@ def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo: Rep
     assert "a" in listed.text and "box" in listed.text
 
 
-def test_rm_refuses_work_that_would_be_lost_and_says_what(repo: Repo) -> None:
+def test_rm_refuses_work_that_would_be_lost_and_says_what(repo):
     repo.new("clean", "dirty", "added")
     assert repo.exec("echo x >>README", options=["-w", "dirty"]).code == 0
     assert repo.exec("echo x >brand-new", options=["-w", "added"]).code == 0
@@ -5542,7 +5540,7 @@ def test_rm_refuses_work_that_would_be_lost_and_says_what(repo: Repo) -> None:
     assert tree_of(repo.path("dirty")) == repo.tree()
 
 
-def test_forks_of_one_workspace_do_not_wait_for_each_other(site: Site) -> None:
+def test_forks_of_one_workspace_do_not_wait_for_each_other(site):
     repo = Repo(site)
     site.daemon("slow", env=replaced(site, cp=f"""case "$*" in -RpP*) : >{site.dir}/copy-$$; n=0
 while [ $(ls {site.dir} | grep -c copy-) -lt 4 ]; do sleep 0.1; [ $((n+=1)) -lt 200 ] || exit 1; done;; esac"""))
@@ -5552,7 +5550,7 @@ while [ $(ls {site.dir} | grep -c copy-) -lt 4 ]; do sleep 0.1; [ $((n+=1)) -lt 
     assert set(repo.workspaces()) == {"main", "k0", "k1", "k2", "k3"}
 
 
-def test_a_fork_that_fails_over_read_only_directories_frees_its_name(site: Site) -> None:
+def test_a_fork_that_fails_over_read_only_directories_frees_its_name(site):
     repo = Repo(site)
     nobody(site, os.environ["PATH"])
     repo.new(host="nobody")
@@ -5563,7 +5561,7 @@ def test_a_fork_that_fails_over_read_only_directories_frees_its_name(site: Site)
     repo.ok("rm", "--force", "b")
 
 
-def test_rm_refuses_while_a_command_runs(repo: Repo, site: Site) -> None:
+def test_rm_refuses_while_a_command_runs(repo, site):
     repo.new("main", "two")
     child = repo.start("exec", "-w", "main", "--", "sleep 60")
     try:
@@ -5583,7 +5581,7 @@ def test_rm_refuses_while_a_command_runs(repo: Repo, site: Site) -> None:
     assert until(lambda: repo.cli("rm", "other").code == 0, "its record ends with it")
 
 
-def test_a_forked_child_and_its_parent_share_no_session_and_no_lock(repo: Repo, site: Site) -> None:
+def test_a_forked_child_and_its_parent_share_no_session_and_no_lock(repo, site):
     """multiprocessing forks: the copies of our descriptors in a worker must not keep what this process gives up."""
     site.daemon("other")
     assert in_library(repo, """
@@ -5624,11 +5622,11 @@ os.kill(child, signal.SIGKILL)
 """, str(site.dir / "log-box"), str(site.dir / "log-other")) == "3 7 0\nconfirmed True\n0\n"
 
 
-def test_list_says_pulled_until_something_is_begun(site: Site) -> None:
+def test_list_says_pulled_until_something_is_begun(site):
     repo, gate = Repo(site), Gate(site, "git")
 
-    def state() -> str:
-        found: str = repo.cli("list", "--json").json[0]["state"]
+    def state():
+        found = repo.cli("list", "--json").json[0]["state"]
         return found
     repo.cli("new", "-H", gate.host, "main")
     do(repo, "echo x >new")
@@ -5648,7 +5646,7 @@ def test_list_says_pulled_until_something_is_begun(site: Site) -> None:
     assert child.wait() == 0 and state() == "ready"
 
 
-def test_a_renamed_workspace_keeps_its_history(repo: Repo, site: Site) -> None:
+def test_a_renamed_workspace_keeps_its_history(repo, site):
     repo.cli("new", "-H", "box", "a")
     repo.cli("exec", "-w", "a", "--", "exit 3")
     repo.ok("rename", "-w", "a", "b")
@@ -5669,7 +5667,7 @@ def test_a_renamed_workspace_keeps_its_history(repo: Repo, site: Site) -> None:
     assert rows == ["new"], "not what was done in another of that name"
 
 
-def test_fork_and_rename(repo: Repo) -> None:
+def test_fork_and_rename(repo):
     work(repo)
     do(repo, AGENT + "echo c >>README; git commit -qam mine; echo u >untracked; ln -s README l")
     there = tree_of(repo.path())
@@ -5693,7 +5691,7 @@ def test_fork_and_rename(repo: Repo) -> None:
     assert set(repo.workspaces()) == {"main"} and repo.path().is_dir()
 
 
-def test_rename_to_its_own_name_and_two_names_swapped_at_once_are_said(repo: Repo) -> None:
+def test_rename_to_its_own_name_and_two_names_swapped_at_once_are_said(repo):
     repo.new("one", "two")
     assert "has that name already" in repo.cli("rename", "-w", "one", "one").said
     with ThreadPoolExecutor(2) as pool:
@@ -5704,8 +5702,8 @@ def test_rename_to_its_own_name_and_two_names_swapped_at_once_are_said(repo: Rep
 # === read, write, edit ===
 
 
-def test_an_edit_of_many_places_is_soon_told(area: Area) -> None:
-    def edited(*edits: Dict[str, Any]) -> str:
+def test_an_edit_of_many_places_is_soon_told(area):
+    def edited(*edits):
         return str(area.talker("edit", path=area.p("many"), edits=edits)["diff"])
     area.put("many", b"".join(b"line %d of many\n" % n for n in range(19000)))
     assert edited(*({"old": "line %d of" % n, "new": "LINE %d of" % n} for n in range(0, 19000, 19))) == "(too much changed for a diff)"
@@ -5713,14 +5711,14 @@ def test_an_edit_of_many_places_is_soon_told(area: Area) -> None:
     assert re.findall(r"^\+.*", ends, re.M)[1:] == ["+first", "+line 0 of many", "+last"]
 
 
-def test_matches_that_overlap_are_ambiguous(area: Area) -> None:
+def test_matches_that_overlap_are_ambiguous(area):
     file = area.put("f", b"aaa\n")
     assert re.search(r"2 times in '\S*f' .at lines 1, 1., not 1", area.talker.refusal("edit", path=area.p("f"), edits=[{"old": "aa", "new": "b"}]))
     area.put("f", b"aaaa\n")
     assert area.talker("edit", path=area.p("f"), edits=[{"old": "aa", "new": "b", "count": 2}]) and file.read_bytes() == b"bb\n"
 
 
-def test_contract_an_edit_in_an_editor_of_a_commit_does_not_hang(talker: Agent) -> None:
+def test_contract_an_edit_in_an_editor_of_a_commit_does_not_hang(talker):
     ran = talker("exec", command="mkdir ed && cd ed && git init -q . && git -c user.name=a -c user.email=b@c commit --allow-empty -m x && git -c user.name=a -c user.email=b@c commit --amend; cd .. && rm -rf ed", timeout=15)
     assert ran["exit_code"] == 0 and not ran["timed_out"], ran
 
@@ -5729,10 +5727,10 @@ ODD_NAMES = ["it's \"quoted\" `$(x)`", "new\nline", "trailing newline\n", "-rf",
              "..x", "%s", "\x1b[31m", "\x7f", "a\rb", "'", "a#b", "é" * 100]
 
 
-@pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
-def test_every_tool_takes_odd_names(talker: Agent, area: Area, name: str) -> None:
+@each("name", ODD_NAMES, ids=ascii)
+def test_every_tool_takes_odd_names(talker, area, name):
     for path in (area.p(name), area.p(f"{name}/in {name[:100]}"), str(area.dir / f"abs{name[:190]}")):
-        (shutil.rmtree if (area.dir / name).is_dir() else os.unlink)(str(area.dir / name)) if (area.dir / name).exists() else None  # type: ignore[operator]
+        (shutil.rmtree if (area.dir / name).is_dir() else os.unlink)(str(area.dir / name)) if (area.dir / name).exists() else None
         real = area.workspace / path
         assert talker("write", path=path, content="hello there\n")["created"] is True
         assert real.read_bytes() == b"hello there\n"
@@ -5744,17 +5742,17 @@ def test_every_tool_takes_odd_names(talker: Agent, area: Area, name: str) -> Non
         assert {"path": relative, "line": 1, "text": "goodbye there"} in talker("grep", pattern="goodbye", glob=f"{area.name}/**")["matches"]
 
 
-@pytest.mark.parametrize("tool", ["read", "write", "edit"])
-@pytest.mark.parametrize("kind, words", [("fifo", "not a regular file"), ("device", "not a regular file"), ("endless", "not a regular file"), ("socket", "not a regular file"),
+@each("tool", ["read", "write", "edit"])
+@each("kind, words", [("fifo", "not a regular file"), ("device", "not a regular file"), ("endless", "not a regular file"), ("socket", "not a regular file"),
                                          ("directory", "is a directory"), ("link to a directory", "is a directory"), ("loop", ""), ("through a file", ""), ("too long", "")])
-def test_what_is_no_file_is_refused_and_nothing_hangs(talker: Agent, area: Area, tool: str, kind: str, words: str) -> None:
+def test_what_is_no_file_is_refused_and_nothing_hangs(talker, area, tool, kind, words):
     path = area.p("it")
     if kind == "fifo":
-        os.mkfifo(str(area.dir / "it"))
+        os.mkfifo(area.dir / "it")
     elif kind in ("device", "endless"):
         path = "/dev/null" if kind == "device" else "/dev/zero"
     elif kind == "socket":
-        here = os.open(str(area.dir), os.O_RDONLY)
+        here = os.open(area.dir, os.O_RDONLY)
         with socket.socket(socket.AF_UNIX) as door:
             door.bind(f"/proc/self/fd/{here}/it" if os.path.isdir("/proc/self/fd") else str(area.dir / "it")[-100:])
         os.close(here)
@@ -5770,28 +5768,28 @@ def test_what_is_no_file_is_refused_and_nothing_hangs(talker: Agent, area: Area,
         path = area.p("plain/it")
     elif kind == "too long":
         path = area.p("x" * 300)
-    before = sorted(os.listdir(str(area.dir)))
-    arguments: Dict[str, Any] = {"read": {}, "write": {"content": "x"}, "edit": {"edits": [{"old": "a", "new": "b"}]}}[tool]
+    before = sorted(os.listdir(area.dir))
+    arguments = {"read": {}, "write": {"content": "x"}, "edit": {"edits": [{"old": "a", "new": "b"}]}}[tool]
     assert words in talker.refusal(tool, path=path, **arguments)
-    assert sorted(os.listdir(str(area.dir))) == before
+    assert sorted(os.listdir(area.dir)) == before
 
 
-@pytest.mark.parametrize("tool", ["read", "edit"])
-def test_a_file_that_is_not_there_is_said(talker: Agent, area: Area, tool: str) -> None:
-    more: Dict[str, Any] = {"edits": [{"old": "a", "new": "b"}]} if tool == "edit" else {}
+@each("tool", ["read", "edit"])
+def test_a_file_that_is_not_there_is_said(talker, area, tool):
+    more = {"edits": [{"old": "a", "new": "b"}]} if tool == "edit" else {}
     assert "no file" in talker.refusal(tool, path=area.p("none"), **more)
     assert "no file" in talker.refusal(tool, path=area.p("no/such/dir"), **more)
     (area.dir / "dangling").symlink_to("nowhere")
     assert "no file" in talker.refusal(tool, path=area.p("dangling"), **more)
 
 
-@pytest.mark.parametrize("path", ["", "a\0b", 5, None, ["a"], "\ud800"])
-def test_impossible_paths_are_refused(talker: Agent, path: object) -> None:
+@each("path", ["", "a\0b", 5, None, ["a"], "\ud800"])
+def test_impossible_paths_are_refused(talker, path):
     for tool, more in (("read", {}), ("write", {"content": "x"}), ("edit", {"edits": [{"old": "a", "new": "b"}]})):
-        talker.refusal(tool, path=path, **more)  # type: ignore[arg-type]
+        talker.refusal(tool, path=path, **more)
 
 
-def test_a_file_of_a_workspace_that_is_gone_is_not_there_and_makes_no_new_one(repo: Repo) -> None:
+def test_a_file_of_a_workspace_that_is_gone_is_not_there_and_makes_no_new_one(repo):
     repo.new()
     shutil.rmtree(repo.path())
     for args in (["read", "x"], ["write", "x"], ["write", "a/x"], ["edit", "x", "--old", "a", "--new", "b"]):
@@ -5800,15 +5798,15 @@ def test_a_file_of_a_workspace_that_is_gone_is_not_there_and_makes_no_new_one(re
     assert not repo.path().exists()
 
 
-@pytest.mark.parametrize("tail", ["/", "/.", "//"])
-def test_a_path_that_ends_in_a_slash_makes_no_file_and_no_directory(talker: Agent, area: Area, tail: str) -> None:
+@each("tail", ["/", "/.", "//"])
+def test_a_path_that_ends_in_a_slash_makes_no_file_and_no_directory(talker, area, tail):
     area.put("file", b"old")
     talker.refusal("write", path=area.p("fresh" + tail), content="x")
     talker.refusal("write", path=area.p("file" + tail), content="x")
     assert [p.name for p in area.dir.iterdir()] == ["file"] and (area.dir / "file").read_bytes() == b"old"
 
 
-def test_permissions_are_said_and_kept(ordinary: Repo) -> None:
+def test_permissions_are_said_and_kept(ordinary):
     here = ordinary.path()
     (here / "closed").write_bytes(b"old")
     (here / "readonly").write_bytes(b"old")
@@ -5817,7 +5815,7 @@ def test_permissions_are_said_and_kept(ordinary: Repo) -> None:
     (here / "closed").chmod(0)
     (here / "readonly").chmod(0o444)
     (here / "shut").chmod(0o555)
-    edit: Dict[str, Any] = {"edits": [{"old": "old", "new": "new"}]}
+    edit = {"edits": [{"old": "old", "new": "new"}]}
     with open_agent(ordinary) as talker:
         assert "may not" in talker.refusal("read", path="closed")
         assert "may not" in talker.refusal("write", path="closed", content="x")
@@ -5828,13 +5826,13 @@ def test_permissions_are_said_and_kept(ordinary: Repo) -> None:
         for path in ("shut/in", "shut/fresh", "shut/more/fresh"):
             assert talker.refusal("write", path=path, content="x")
         assert talker.refusal("edit", path="shut/in", **edit)
-        assert os.listdir(str(here / "shut")) == ["in"] and (here / "shut" / "in").read_bytes() == b"old"
+        assert os.listdir(here / "shut") == ["in"] and (here / "shut" / "in").read_bytes() == b"old"
         assert (here / "readonly").read_bytes() == b"old" and stat.S_IMODE((here / "readonly").stat().st_mode) == 0o444
         assert talker("grep", pattern="old")["matches"] != []
 
 
-@pytest.mark.parametrize("mode", [0o755, 0o600, 0o640, 0o777, 0o4755, 0o400 | 0o200])
-def test_write_and_edit_keep_the_mode_and_follow_links(talker: Agent, area: Area, mode: int) -> None:
+@each("mode", [0o755, 0o600, 0o640, 0o777, 0o4755, 0o400 | 0o200])
+def test_write_and_edit_keep_the_mode_and_follow_links(talker, area, mode):
     real = area.put("sub/real", b"old\n", mode)
     (area.dir / "first").symlink_to("second")
     (area.dir / "second").symlink_to("sub/third")
@@ -5843,17 +5841,17 @@ def test_write_and_edit_keep_the_mode_and_follow_links(talker: Agent, area: Area
     assert real.read_bytes() == b"written\n" and stat.S_IMODE(real.stat().st_mode) == mode
     talker("edit", path=area.p("second"), edits=[{"old": "written", "new": "edited"}])
     assert real.read_bytes() == b"edited\n" and stat.S_IMODE(real.stat().st_mode) == mode
-    assert [os.readlink(str(area.dir / n)) for n in ("first", "second", "sub/third")] == ["second", "sub/third", str(real)]
+    assert [os.readlink(area.dir / n) for n in ("first", "second", "sub/third")] == ["second", "sub/third", str(real)]
 
 
-def test_write_through_a_dangling_link_makes_its_target_and_odd_link_targets_work(talker: Agent, area: Area) -> None:
+def test_write_through_a_dangling_link_makes_its_target_and_odd_link_targets_work(talker, area):
     for number, target in enumerate(["new dir/new file", "-dash", "line\nbreak\n", "../" + area.name + "/up", "a'b\"c\\"]):
         (area.dir / f"link{number}").symlink_to(target)
         assert talker("write", path=area.p(f"link{number}"), content=target)["created"] is True
         assert (area.dir / f"link{number}").is_symlink() and (area.dir / target).read_bytes() == target.encode()
 
 
-def test_new_files_get_the_hosts_own_mode_and_parents_too(talker: Agent, area: Area) -> None:
+def test_new_files_get_the_hosts_own_mode_and_parents_too(talker, area):
     talker("exec", command=f"mkdir -p {area.p('by-hand')}; : > {area.p('by-hand/x')}")
     talker("write", path=area.p("by-tool/x"), content="")
     for name in ("", "/x"):
@@ -5863,9 +5861,9 @@ def test_new_files_get_the_hosts_own_mode_and_parents_too(talker: Agent, area: A
 LINES = b"one\r\ntwo\n\n\xff\xfe four\x0bstill\x0cfour\nfive\rstill five\nsix without end"
 
 
-@pytest.mark.parametrize("size", ["small", "large"])
-@pytest.mark.parametrize("offset, limit", [(1, 1), (2, 2), (1, 100), (3, 1), (4, 2), (6, 5), (7, 1), (5, 0)])
-def test_read_by_lines_splits_at_newlines_only(talker: Agent, area: Area, size: str, offset: int, limit: int) -> None:
+@each("size", ["small", "large"])
+@each("offset, limit", [(1, 1), (2, 2), (1, 100), (3, 1), (4, 2), (6, 5), (7, 1), (5, 0)])
+def test_read_by_lines_splits_at_newlines_only(talker, area, size, offset, limit):
     """A file below the limit of read is cut up here, a larger one over there: both alike."""
     data = LINES if size == "small" else LINES + b"\n" + b"filler\n" * 1_700_000
     if size == "large" and not limit:
@@ -5877,20 +5875,20 @@ def test_read_by_lines_splits_at_newlines_only(talker: Agent, area: Area, size: 
     assert read["sha256"] == hashlib.sha256(data).hexdigest()
 
 
-def test_read_is_bounded_and_says_so(talker: Agent, area: Area) -> None:
-    with open(str(area.dir / "huge"), "wb") as file:
+def test_read_is_bounded_and_says_so(talker, area):
+    with open(area.dir / "huge", "wb") as file:
         file.truncate(3 << 30)
     assert "larger than" in talker.refusal("read", path=area.p("huge"))
     assert "larger than" in talker.refusal("edit", path=area.p("huge"), edits=[{"old": "a", "new": "b"}])
     assert talker("read", path="README", offset=10 ** 12)["content"] == ""
 
 
-def test_read_of_a_file_that_grows_is_consistent(talker: Agent, area: Area) -> None:
+def test_read_of_a_file_that_grows_is_consistent(talker, area):
     """size, sha256 and content are of one moment, however fast somebody appends."""
     file, stop = area.put("log", b"x" * 100_000), threading.Event()
 
-    def append() -> None:
-        with open(str(file), "ab", buffering=0) as end:
+    def append():
+        with open(file, "ab", buffering=0) as end:
             while not stop.is_set() and end.tell() < 8_000_000:
                 end.write(b"more\n" * 20)
                 time.sleep(0.0002)
@@ -5906,23 +5904,23 @@ def test_read_of_a_file_that_grows_is_consistent(talker: Agent, area: Area) -> N
         thread.join()
 
 
-class StallAfter(Dict[str, Optional[int]]):
+class StallAfter(dict):
     """In the place of Line.cut: the line stalls by itself once so many bytes went up."""
 
-    def __init__(self, line: Line, size: int) -> None:
+    def __init__(self, line, size):
         super().__init__(up=None, down=None)
         self.line, self.at = line, line.up + size
 
-    def __getitem__(self, way: str) -> Optional[int]:
+    def __getitem__(self, way):
         if way == "up" and self.line.up > self.at:
             self.line.stall()
         return None
 
 
-@pytest.mark.parametrize("how", ["client killed", "line cut", "client interrupted"])
-@pytest.mark.parametrize("exists", [True, False])
-@pytest.mark.promise(7)
-def test_a_write_of_8_mb_stopped_half_way_changes_nothing(repo: Repo, how: str, exists: bool, site: Site) -> None:
+@each("how", ["client killed", "line cut", "client interrupted"])
+@each("exists", [True, False])
+@promise(7)
+def test_a_write_of_8_mb_stopped_half_way_changes_nothing(repo, how, exists, site):
     line, old = site.line("far"), os.urandom(8 << 20)
     assert repo.exec("mkdir d", host="far").code == 0
     where = repo.path() / "d"
@@ -5930,7 +5928,7 @@ def test_a_write_of_8_mb_stopped_half_way_changes_nothing(repo: Repo, how: str, 
         (where / "big").write_bytes(old)
         (where / "big").chmod(0o640)
     line.cut = StallAfter(line, 4 << 20)
-    child = repo.start("write", "d/big", stdin=subprocess.PIPE)
+    child = repo.start("write", "d/big", stdin=PIPE)
     feeder = threading.Thread(target=child.communicate, args=(os.urandom(8 << 20),))
     feeder.start()
     until(lambda: not line.flowing.is_set(), "half of it is sent")
@@ -5952,13 +5950,13 @@ def test_a_write_of_8_mb_stopped_half_way_changes_nothing(repo: Repo, how: str, 
     assert (where / "big").read_bytes() == new
 
 
-def test_a_reader_sees_the_old_or_the_new_file_and_nothing_else(talker: Agent, area: Area) -> None:
+def test_a_reader_sees_the_old_or_the_new_file_and_nothing_else(talker, area):
     versions = [bytes([n]) * 300_000 for n in range(65, 75)]
     file, stop, seen = area.put("f", versions[0]), threading.Event(), set()
 
-    def look() -> None:
+    def look():
         while not stop.is_set():
-            seen.add(slurp(str(file)))
+            seen.add(slurp(file))
     thread = threading.Thread(target=look)
     thread.start()
     try:
@@ -5970,7 +5968,7 @@ def test_a_reader_sees_the_old_or_the_new_file_and_nothing_else(talker: Agent, a
     assert len(seen) > 1 and seen <= set(versions), [(s[:3], len(s)) for s in seen]
 
 
-def test_a_full_disk_keeps_the_old_file(site: Site) -> None:
+def test_a_full_disk_keeps_the_old_file(site):
     """The host's limit on file size stands for the disk."""
     login = site.script("small-files", 'ulimit -f 600\ntrap "" XFSZ\nexec sh -c "$SSH_ORIGINAL_COMMAND"')
     site.inetd("full", f"ForceCommand {login}")
@@ -5978,10 +5976,10 @@ def test_a_full_disk_keeps_the_old_file(site: Site) -> None:
     repo.new(host="full")
     (repo.path() / "f").write_bytes(b"old")
     refused(repo.cli("write", "f", stdin=b"x" * 2_000_000), 1)
-    assert (repo.path() / "f").read_bytes() == b"old" and not [n for n in os.listdir(str(repo.path())) if ".cmux-" in n]
+    assert (repo.path() / "f").read_bytes() == b"old" and not [n for n in os.listdir(repo.path()) if ".cmux-" in n]
 
 
-def test_a_host_with_only_posix_utilities_has_every_tool(site: Site) -> None:
+def test_a_host_with_only_posix_utilities_has_every_tool(site):
     site.inetd("bare", shell="busybox", env={"PATH": minimal_path(site)})
     repo = Repo(site, odd=True)
     with open_agent(repo, "-H", "bare") as talker:
@@ -6004,7 +6002,7 @@ def test_a_host_with_only_posix_utilities_has_every_tool(site: Site) -> None:
         assert talker("jobs")["jobs"][0]["job"] == job
 
 
-@pytest.mark.parametrize("before, edits, after", [
+@each("before, edits, after", [
     (b"a b c\n", [("b", "B", None)], b"a B c\n"),
     (b"x x x\n", [("x", "y", 3)], b"y y y\n"),
     (b"one\ntwo\n", [("one", "1", None), ("two", "2", None)], b"1\n2\n"),
@@ -6020,7 +6018,7 @@ def test_a_host_with_only_posix_utilities_has_every_tool(site: Site) -> None:
     (b"aaaa", [("aa", "b", 2)], b"bb"),
     (b"\tindent\n", [("\tindent", "    indent", None)], b"    indent\n"),
 ])
-def test_edit_replaces_exactly(talker: Agent, area: Area, before: bytes, edits: List[Tuple[str, str, Optional[int]]], after: bytes) -> None:
+def test_edit_replaces_exactly(talker, area, before, edits, after):
     file = area.put("f", before)
     asked = [dict({"old": old, "new": new}, **({"count": count} if count else {})) for old, new, count in edits]
     told = talker("edit", path=area.p("f"), edits=asked)
@@ -6028,7 +6026,7 @@ def test_edit_replaces_exactly(talker: Agent, area: Area, before: bytes, edits: 
     assert told["diff"].startswith(f"--- a/{area.p('f')}\n+++ b/{area.p('f')}\n@@ ")
 
 
-@pytest.mark.parametrize("edits, words", [
+@each("edits, words", [
     ([{"old": "x", "new": "y"}], ["3 times", "lines 1, 2, 4"]),
     ([{"old": "x", "new": "y", "count": 2}], ["3 times", "not 2"]),
     ([{"old": "absent", "new": "y"}], ["0 times"]),
@@ -6040,7 +6038,7 @@ def test_edit_replaces_exactly(talker: Agent, area: Area, before: bytes, edits: 
     ([{"old": "only", "new": "y", "count": 0}], []), ([{"old": "only", "new": "y", "count": -1}], []), ([{"old": "only", "new": "y", "count": "1"}], []),
     ([{"old": "only", "new": "\ud800"}], []), ("only", []), ({"old": "only", "new": "y"}, []),
 ], ids=ascii)
-def test_edit_refuses_and_changes_nothing(talker: Agent, area: Area, edits: Any, words: List[str]) -> None:
+def test_edit_refuses_and_changes_nothing(talker, area, edits, words):
     file = area.put("f", b"x only\nx\n\nx\n")
     before = file.stat()
     said = talker.refusal("edit", path=area.p("f"), edits=edits).lower()
@@ -6048,7 +6046,7 @@ def test_edit_refuses_and_changes_nothing(talker: Agent, area: Area, edits: Any,
     assert file.read_bytes() == b"x only\nx\n\nx\n" and file.stat().st_mtime_ns == before.st_mtime_ns and file.stat().st_ino == before.st_ino
 
 
-def test_edit_of_a_version_that_is_no_more_is_refused(talker: Agent, area: Area) -> None:
+def test_edit_of_a_version_that_is_no_more_is_refused(talker, area):
     file = area.put("f", b"one\n")
     seen = talker("read", path=area.p("f"))["sha256"]
     after = talker("edit", path=area.p("f"), edits=[{"old": "one", "new": "two"}], sha256=seen)["sha256"]
@@ -6059,19 +6057,19 @@ def test_edit_of_a_version_that_is_no_more_is_refused(talker: Agent, area: Area)
     talker.refusal("edit", path=area.p("f"), edits=[{"old": "three", "new": "four"}], sha256="not a digest")
 
 
-@pytest.mark.parametrize("before, old, new", [
+@each("before, old, new", [
     (b"a\nb\nc\nd\ne\nf\ng\nh\n", "d", "D"), (b"a\nb", "b", "B"), (b"a\nb", "b", "b\n"), (b"a\x0cb\nc\n", "c", "C"), ("a\u2028b\nc\n".encode(), "c", "C"), (b"a\rb\nc\n", "c", "C"),
     (b"one\r\ntwo\r\n", "two", "2")])
-def test_the_diff_of_an_edit_applies(talker: Agent, area: Area, before: bytes, old: str, new: str) -> None:
+def test_the_diff_of_an_edit_applies(talker, area, before, old, new):
     file = area.put("f", before)
     diff = talker("edit", path=area.p("f"), edits=[{"old": old, "new": new}])["diff"]
     after = file.read_bytes()
     file.write_bytes(before)
-    applied = subprocess.run(["git", "apply", "--whitespace=nowarn", "-"], cwd=str(area.workspace), input=diff.encode(), stderr=subprocess.PIPE, check=False)
+    applied = subprocess.run(["git", "apply", "--whitespace=nowarn", "-"], cwd=area.workspace, input=diff.encode(), stderr=PIPE, check=False)
     assert applied.returncode == 0 and file.read_bytes() == after, (applied.stderr, diff)
 
 
-def test_edit_on_the_command_line(shared: Repo, area: Area) -> None:
+def test_edit_on_the_command_line(shared, area):
     file = area.put("f", b"x = 1\ny = 1\n")
     done = shared.ok("edit", area.p("f"), "--old", "x = 1", "--new", "x = 2")
     assert b"-x = 1\n+x = 2\n" in done.out and file.read_bytes() == b"x = 2\ny = 1\n"
@@ -6087,9 +6085,9 @@ def test_edit_on_the_command_line(shared: Repo, area: Area) -> None:
     assert (area.dir / "other").read_bytes() == b"x = 3\n", "the path of the command line counts"
 
 
-@pytest.mark.slow
-@pytest.mark.promise(7)
-def test_edits_from_16_processes_on_one_file_are_all_kept(shared: Repo, area: Area) -> None:
+@slow
+@promise(7)
+def test_edits_from_16_processes_on_one_file_are_all_kept(shared, area):
     file = area.put("list", b"begin\nend\n")
     children = [shared.start("edit", area.p("list"), "--old", "end\n", "--new", f"line {n}\nend\n") for n in range(16)]
     codes = {n: (child.communicate(timeout=120), child.returncode)[1] for n, child in enumerate(children)}
@@ -6099,9 +6097,9 @@ def test_edits_from_16_processes_on_one_file_are_all_kept(shared: Repo, area: Ar
     assert set(codes.values()) == {0}, codes
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("spelling", ["plain", "every way"])
-def test_edits_at_once_are_kept_however_the_file_is_named(talker: Agent, area: Area, spelling: str) -> None:
+@slow
+@each("spelling", ["plain", "every way"])
+def test_edits_at_once_are_kept_however_the_file_is_named(talker, area, spelling):
     file = area.put("sub/list", b"begin\nend\n")
     (area.dir / "link").symlink_to("sub/list")
     (area.dir / "way").symlink_to("sub")
@@ -6113,7 +6111,7 @@ def test_edits_at_once_are_kept_however_the_file_is_named(talker: Agent, area: A
     assert all(answer["ok"] for answer in answers), [a for a in answers if not a["ok"]]
 
 
-def test_writes_at_once_leave_one_of_them_whole(talker: Agent, area: Area) -> None:
+def test_writes_at_once_leave_one_of_them_whole(talker, area):
     datas = [bytes([65 + n]) * 200_000 for n in range(12)]
     answers = talker.all([("write", {"path": area.p("f"), "content_base64": b64(data)}) for data in datas])
     assert all(a["ok"] for a in answers) and (area.dir / "f").read_bytes() in datas
@@ -6122,7 +6120,7 @@ def test_writes_at_once_leave_one_of_them_whole(talker: Agent, area: Area) -> No
 # === glob and grep ===
 
 
-def test_grep_says_when_a_nul_hides_the_rest_and_loses_no_next_file(shared: Repo) -> None:
+def test_grep_says_when_a_nul_hides_the_rest_and_loses_no_next_file(shared):
     do(shared, "mkdir nul && cd nul && { seq 1 30000 | sed 's/00$/ ERROR/'; printf 'x\\0y\\n'; seq 1 9000 | sed 's/00$/ ERROR/'; } >a.log && echo ERROR >b.log && "
                "printf 'E\\0\\nERROR\\n' >c.bin && echo ERROR >d.log")
     try:
@@ -6134,7 +6132,7 @@ def test_grep_says_when_a_nul_hides_the_rest_and_loses_no_next_file(shared: Repo
         do(shared, "rm -r nul")
 
 
-def test_brackets_of_a_glob_are_as_in_sh(shared: Repo, area: Area) -> None:
+def test_brackets_of_a_glob_are_as_in_sh(shared, area):
     rows = [("x[a&&b]", "x&", "xc"), ("x[a||b]", "x|", "xc"), ("[!]a]x", "bx", "]x"), ("[]a]x", "]x", "bx"), ("[a-c]x", "bx", "-x"), ("[^a]x", "bx", "ax"),
             ("[[]x", "[x", "]x"), ("[!-x]", "5", "x"), ("[!-x]", "a", "-"), ("x[--0]", "x.", "x1"), ("[a--]", "-", "b")]
     for _, yes, no in rows:
@@ -6152,7 +6150,7 @@ TREE = {"a.py": b"", "b.txt": b"", "[x].py": b"", "src/a.py": b"", "src/b.py": b
         "sub/.git/f.py": b"", "a b/c d.py": b"", "naïve.py": b"", "日本.py": b"", "back\\slash.py": b"", "x\ny.py": b""}
 
 
-@pytest.mark.parametrize("pattern, expected", [
+@each("pattern, expected", [
     ("*.py", ["[x].py", "a.py", "back\\slash.py", "naïve.py", "x\ny.py", "日本.py"]),
     ("**/*.py", [n for n in TREE if n.endswith(".py") and "/.git" not in n]),
     ("**", [n for n in TREE if ".git" not in n]),
@@ -6164,7 +6162,7 @@ TREE = {"a.py": b"", "b.txt": b"", "[x].py": b"", "src/a.py": b"", "src/b.py": b
     ("src", []), ("nothing*", []), ("src?a.py", []), ("src[/]a.py", []), ("**/.git/**", []), ("-name", []), ("{a,b}.py", ["a.py"]), ("**/{a,[bc]}.{py,txt}", ["a.py", "b.txt", "src/a.py", "src/b.py", "src/deep/er/c.py"]),
     ("src/{a,{b,deep/er/c}}.py", ["src/a.py", "src/b.py", "src/deep/er/c.py"]), ("src/deep/", ["src/deep/d.txt", "src/deep/er/c.py"]), ("src//./*.py", ["src/a.py", "src/b.py"]),
 ], ids=ascii)
-def test_glob_finds_what_the_pattern_says(talker: Agent, workspace: Path, area: Area, pattern: str, expected: List[str]) -> None:
+def test_glob_finds_what_the_pattern_says(talker, workspace, area, pattern, expected):
     """In a workspace of its own shape: the area stands before every pattern."""
     for name, data in TREE.items():
         area.put(name, data)
@@ -6174,16 +6172,16 @@ def test_glob_finds_what_the_pattern_says(talker: Agent, workspace: Path, area: 
         assert found == {"paths": sorted(area.p(n) for n in expected), "truncated": False}
 
 
-@pytest.mark.parametrize("pattern, words", [
+@each("pattern, words", [
     ("/etc/**", "Write it relative to the workspace, as 'src/**/*.py'"), ("~/**", "relative to the workspace"), ("~root/x", "relative"), ("~", "relative"), ("../**", "relative"), ("a/../../b", "relative"),
     ("{src,/etc}/**", "relative"), ("{1..3}.py", "{1,2,3}"), ("!*.md", "as '*.py'"), ("[[:digit:]]", "[a-z]"), ("{a,b}" * 7, "fewer braces"), ("/", "relative"), ("././.", "'**'")])
-def test_a_pattern_that_could_match_nothing_is_refused_with_what_to_write(talker: Agent, pattern: str, words: str) -> None:
+def test_a_pattern_that_could_match_nothing_is_refused_with_what_to_write(talker, pattern, words):
     for tool, arguments in (("glob", {"pattern": pattern}), ("grep", {"pattern": "x", "glob": pattern})):
         error = talker.answer(talker.post(tool, arguments))["error"]
         assert error["type"] == "UsageError" and words in error["hint"], error
 
 
-def test_the_files_of_a_grep_are_chosen_by_braces_and_absolute_patterns_too(talker: Agent, workspace: Path, area: Area) -> None:
+def test_the_files_of_a_grep_are_chosen_by_braces_and_absolute_patterns_too(talker, workspace, area):
     for name in ("a.py", "b.ts", "sub/c.py", "d.md", "{e}.py", "[f,g].py"):
         area.put(name, b"found-19\n")
     for glob, names in (("*.{py,ts}", ["[f,g].py", "a.py", "b.ts", "sub/c.py", "{e}.py"]), (f"{workspace}/{area.name}/*.{{py,ts}}", ["[f,g].py", "a.py", "b.ts", "{e}.py"]), ("*{e}.*", ["{e}.py"]),
@@ -6191,7 +6189,7 @@ def test_the_files_of_a_grep_are_chosen_by_braces_and_absolute_patterns_too(talk
         assert sorted(m["path"] for m in talker("grep", pattern="found-19", glob=glob)["matches"]) == [area.p(name) for name in names], glob
 
 
-def test_glob_is_bounded_and_says_so(talker: Agent, area: Area) -> None:
+def test_glob_is_bounded_and_says_so(talker, area):
     for n in range(20):
         area.put(f"{n:02}", b"")
     everything = [area.p(f"{n:02}") for n in range(20)]
@@ -6199,7 +6197,7 @@ def test_glob_is_bounded_and_says_so(talker: Agent, area: Area) -> None:
     assert talker("glob", pattern=f"{area.name}/*", limit=19) == {"paths": everything[:19], "truncated": True}
 
 
-def test_a_name_that_is_not_text_can_be_found_and_read(talker: Agent, area: Area) -> None:
+def test_a_name_that_is_not_text_can_be_found_and_read(talker, area):
     """What glob and grep name can be handed back to read, whatever its bytes."""
     with open(os.fsencode(area.dir) + b"/latin-\xe4.txt", "wb") as file:
         file.write(b"needle\n")
@@ -6208,16 +6206,16 @@ def test_a_name_that_is_not_text_can_be_found_and_read(talker: Agent, area: Area
     assert [m["path"] for m in talker("grep", pattern="needle", glob=f"{area.name}/**")["matches"]] == found
 
 
-def test_grep_finds_lines(shared: Repo, talker: Agent, area: Area) -> None:
+def test_grep_finds_lines(shared, talker, area):
     area.put("a.py", b"import os\ndef Test_one():\n    pass # (x|y) a+b\n")
     area.put("sub/b.py", b"no\r\ndef test_two():\r\n")
     area.put("sub/c.txt", "def grün_test\n".encode())
     area.put(".git/d.py", b"def test_hidden\n")
     area.put("bin", b"\0\1 def test_binary\0\n")
-    os.mkfifo(str(area.dir / "pipe"))
+    os.mkfifo(area.dir / "pipe")
     (area.dir / "loop").symlink_to("..")
 
-    def grep(pattern: str, **more: Any) -> List[Tuple[str, int, str]]:
+    def grep(pattern, **more):
         told = talker("grep", pattern=pattern, **{"glob": f"{area.name}/**", **more})
         return sorted((m["path"][len(area.name) + 1:], m["line"], m["text"]) for m in told["matches"] if m["path"] != area.p("bin"))
     both = [("a.py", 2, "def Test_one():"), ("sub/b.py", 2, "def test_two():")]
@@ -6235,7 +6233,7 @@ def test_grep_finds_lines(shared: Repo, talker: Agent, area: Area) -> None:
     assert shared.cli("grep", "nowhere-to-be-" + "found").code == 1
 
 
-def test_grep_is_bounded_and_says_so(talker: Agent, area: Area) -> None:
+def test_grep_is_bounded_and_says_so(talker, area):
     area.put("many", b"needle\n" * 5000 + b"x" * 100_000 + b"needle-in-a-long-line\n")
     all_of = {"glob": f"{area.name}/**"}
     told = talker("grep", pattern="needle", limit=300, **all_of)
@@ -6246,7 +6244,7 @@ def test_grep_is_bounded_and_says_so(talker: Agent, area: Area) -> None:
     assert all(len(m["text"]) <= 2000 for m in exact["matches"]), "a minified file does not fill the answer"
 
 
-def test_impossible_arguments_are_refused(talker: Agent) -> None:
+def test_impossible_arguments_are_refused(talker):
     job = start_job(talker, "echo hi")
     assert talker("wait", job=job, timeout=15)["exit_code"] == 0, "the workspace has had jobs"
     for tool, rows in {
@@ -6261,14 +6259,14 @@ def test_impossible_arguments_are_refused(talker: Agent) -> None:
         assert all("job" in talker.refusal(tool, job=unknown) for tool in ("logs", "wait", "stop")), unknown
 
 
-def test_what_a_host_answers_to_a_search_is_read_in_linear_time(site: Site) -> None:
+def test_what_a_host_answers_to_a_search_is_read_in_linear_time(site):
     """Megabytes, for which a pattern with two ways to match would take days."""
     size, answer, plain = 400_000, site.dir / "answer", site.dir / "plain"
     site.daemon("search", env=replaced(site, find=f"[ ! -e {answer} ] || exec cat {answer}", head=f"[ ! -e {answer} ] || exec cat",
                                        grep=f'[ ! -e {plain} ] || case "$*" in *--null*) exit 2;; esac'))
     said = b"x\n" * 1000000 + b"grep: ./a: binary file matches\n"
     with open_agent(Repo(site), "-H", "search") as talker:
-        def found(data: bytes) -> Tuple[List[Tuple[str, int, str]], bool]:
+        def found(data):
             answer.write_bytes(data)
             told = talker("grep", pattern="x")
             return [(row["path"], row["line"], row["text"]) for row in told["matches"]], told["truncated"]
@@ -6283,7 +6281,7 @@ def test_what_a_host_answers_to_a_search_is_read_in_linear_time(site: Site) -> N
                 assert found(said + b"./a\0" + b"1:row\n" + said + b"./b\0" + b"2:row\n") == ([("a", 1, "row"), ("b", 2, "row")], True)
 
 
-def test_grep_misses_nothing_without_saying_so(talker: Agent, area: Area) -> None:
+def test_grep_misses_nothing_without_saying_so(talker, area):
     """Thousands of matches in files that the glob leaves out, and a few in those that it takes."""
     for n in range(4):
         area.put(f"src/sub{n}/x.py", b"needle\n" * 1500)
@@ -6292,8 +6290,8 @@ def test_grep_misses_nothing_without_saying_so(talker: Agent, area: Area) -> Non
     assert told["truncated"] or sorted(m["path"] for m in told["matches"]) == [area.p(f"src/own{n}.py") for n in range(4)], told
 
 
-@pytest.mark.parametrize("lang", ["C", "C.UTF-8"])
-def test_grep_reads_files_in_other_encodings(site: Site, lang: str) -> None:
+@each("lang", ["C", "C.UTF-8"])
+def test_grep_reads_files_in_other_encodings(site, lang):
     site.inetd("other", env={"LANG": lang, "LC_ALL": lang})
     repo = Repo(site, files={"latin.c": b"/* Gr\xfc\xdfe */\nint needle;\n", "utf.c": "/* Grüße */ int needle;\n".encode(), "naïve.c": b"x\n"})
     with open_agent(repo, "-H", "other") as talker:
@@ -6304,7 +6302,7 @@ def test_grep_reads_files_in_other_encodings(site: Site, lang: str) -> None:
 # === jobs: --detach, logs, wait, stop ===
 
 
-def test_a_job_sees_every_name_and_the_hosts_umask(shared: Repo) -> None:
+def test_a_job_sees_every_name_and_the_hosts_umask(shared):
     names = ["d", "s", "i", "e", "r", "n", "k", "m", "w", "x"]
     env = [word for name in names for word in ("--env", f"{name}=value-of-{name}")]
     print_all = "; ".join(f'echo {name}="${name}"' for name in names) + "; umask"
@@ -6314,7 +6312,7 @@ def test_a_job_sees_every_name_and_the_hosts_umask(shared: Repo) -> None:
     assert shared.cli("logs", job).text == here.text and "s=value-of-s" in here.text
 
 
-def test_a_supervisor_that_is_slow_to_start_is_waited_for(site: Site) -> None:
+def test_a_supervisor_that_is_slow_to_start_is_waited_for(site):
     repo = Repo(site)
     site.inetd("slow", env=replaced(site, setsid=f"""case "$1 $2" in "-f true") ;; "-f "*) shift
 exec {program("setsid", "util-linux")} -f sh -c 'sleep 2.5; exec "$@"' sh "$@";; esac"""))
@@ -6324,10 +6322,10 @@ exec {program("setsid", "util-linux")} -f sh -c 'sleep 2.5; exec "$@"' sh "$@";;
     assert repo.cli("logs", started.text.strip()).out == b"ran\n"
 
 
-def test_jobs_of_a_busybox_host_run_and_hold_up_rm(site: Site) -> None:
+def test_jobs_of_a_busybox_host_run_and_hold_up_rm(site):
     repo, folder, nap = Repo(site), site.dir / "busy-bin", unique()
     folder.mkdir()
-    applets = subprocess.run([program("busybox", "busybox"), "--list"], stdout=subprocess.PIPE, check=True).stdout.decode().split()
+    applets = subprocess.run([program("busybox", "busybox"), "--list"], stdout=PIPE, check=True).stdout.decode().split()
     for name in applets:
         (folder / name).symlink_to(program("busybox"))
     for name in ("cksum", "git"):
@@ -6344,13 +6342,13 @@ def test_jobs_of_a_busybox_host_run_and_hold_up_rm(site: Site) -> None:
     repo.ok("rm", "main")
 
 
-def test_a_detached_head_works(repo: Repo) -> None:
+def test_a_detached_head_works(repo):
     repo.git("checkout", "-q", "--detach")
     ran = repo.exec("cat README")
     assert (ran.code, ran.out) == (0, b"hello\n"), ran
 
 
-def test_the_library_refuses_a_job_that_is_none(repo: Repo) -> None:
+def test_the_library_refuses_a_job_that_is_none(repo):
     assert in_library(repo, """
 workspace = cmux_ssh.Project(".").ensure("main", "box")
 for call in (workspace.wait, workspace.logs, workspace.stop):
@@ -6362,7 +6360,7 @@ for call in (workspace.wait, workspace.logs, workspace.stop):
 """) == ""
 
 
-def test_a_job_that_runs_is_told_though_the_state_takes_no_more(repo: Repo, site: Site) -> None:
+def test_a_job_that_runs_is_told_though_the_state_takes_no_more(repo, site):
     assert repo.exec("true").code == 0
     (lock,) = site.state.glob("projects/*.json.lock")
     lock.unlink()
@@ -6373,19 +6371,19 @@ def test_a_job_that_runs_is_told_though_the_state_takes_no_more(repo: Repo, site
     repo.ok("stop", started.text.strip())
 
 
-def start_job(talker: Agent, command: Union[str, List[str]], **more: Any) -> str:
+def start_job(talker, command, **more):
     told = talker("exec", command=command, background=True, **more)
     assert set(told) == {"job"}
     return str(told["job"])
 
 
-def state(talker: Agent, job: str) -> Tuple[str, Optional[int]]:
+def state(talker, job):
     row = next(row for row in talker("jobs")["jobs"] if row["job"] == job)
     return row["state"], row["exit_code"]
 
 
-def test_a_jobs_exit_code_is_exact(talker: Agent) -> None:
-    rows: List[Tuple[Union[str, List[str]], int]] = [(f"exit {code}", code) for code in (0, 1, 124, 255)]
+def test_a_jobs_exit_code_is_exact(talker):
+    rows = [(f"exit {code}", code) for code in (0, 1, 124, 255)]
     rows += [(f"kill -{name} $$", 128 + number) for name, number in (("HUP", 1), ("INT", 2), ("9", 9), ("SEGV", 11), ("TERM", 15))]
     rows += [(["sh", "-c", "exit 42"], 42), (["no-such-command-here"], 127)]
     for job, command, code in [(start_job(talker, command), command, code) for command, code in rows]:
@@ -6394,7 +6392,7 @@ def test_a_jobs_exit_code_is_exact(talker: Agent) -> None:
         assert state(talker, job) == ("exited", code), command
 
 
-def test_a_job_gets_what_exec_gets_and_keeps_both_streams(talker: Agent, workspace: Path, area: Area) -> None:
+def test_a_job_gets_what_exec_gets_and_keeps_both_streams(talker, workspace, area):
     command = 'pwd; echo "$CMUX_RUNTIME $A $GIT_TERMINAL_PROMPT"; cat; echo err >&2; printf "\\0\\377"; cat "$0" 2>/dev/null'
     job = start_job(talker, command, cwd=area.name, env={"A": "it's\n\"$x\""})
     assert talker("wait", job=job, timeout=15)["exit_code"] == 1
@@ -6409,7 +6407,7 @@ def test_a_job_gets_what_exec_gets_and_keeps_both_streams(talker: Agent, workspa
     assert talker("wait", job=signals, timeout=15)["exit_code"] == 5, "a job may catch SIGINT: it is not ignored from the start"
 
 
-def test_a_missing_directory_is_no_job(talker: Agent) -> None:
+def test_a_missing_directory_is_no_job(talker):
     before = talker("jobs")["jobs"]
     assert "directory" in talker.refusal("exec", command="true", background=True, cwd="no/such")
     talker.refusal("exec", command="true", background=True, stdin="x")
@@ -6417,7 +6415,7 @@ def test_a_missing_directory_is_no_job(talker: Agent) -> None:
     assert talker("jobs")["jobs"] == before
 
 
-def test_jobs_are_listed_with_what_they_are(shared: Repo, talker: Agent, area: Area) -> None:
+def test_jobs_are_listed_with_what_they_are(shared, talker, area):
     first = start_job(talker, f": {area.name}; printf 12345; exit 3")
     talker("wait", job=first, timeout=15)
     second = start_job(talker, ["sh", "-c", f"while [ ! -e {area.p('go')} ]; do sleep 0.05; done"])
@@ -6440,7 +6438,7 @@ def test_jobs_are_listed_with_what_they_are(shared: Repo, talker: Agent, area: A
     assert shared.cli("logs", first).out == b"12345" and shared.cli("logs", first, "--offset", "3").out == b"45"
 
 
-def test_logs_waits_for_more_and_no_longer(talker: Agent, area: Area) -> None:
+def test_logs_waits_for_more_and_no_longer(talker, area):
     job = start_job(talker, f"printf a; while [ ! -e {area.p('1')} ]; do sleep 0.05; done; printf b; while [ ! -e {area.p('2')} ]; do sleep 0.05; done")
     assert talker("logs", job=job, wait=10)["output"] == "a"
     waiting = talker.post("logs", {"job": job, "offset": 1, "wait": 15})
@@ -6455,7 +6453,7 @@ def test_logs_waits_for_more_and_no_longer(talker: Agent, area: Area) -> None:
     assert talker("wait", job=job)["exit_code"] == 0
 
 
-def test_a_job_survives_the_client_and_the_masters(repo: Repo, site: Site) -> None:
+def test_a_job_survives_the_client_and_the_masters(repo, site):
     gate = "while [ ! -e go ]; do sleep 0.05; done"
     child = repo.start("exec", "-H", "box", "--detach", "--", f"echo on; {gate}; echo off; exit 6")
     job = child.communicate(timeout=60)[0].decode().strip()
@@ -6475,11 +6473,11 @@ def test_a_job_survives_the_client_and_the_masters(repo: Repo, site: Site) -> No
     assert repo.cli("logs", "-f", job).out == b"on\noff\n"
 
 
-@pytest.mark.parametrize("command", ["sleep {n} & sleep {n}", pytest.param("trap '' TERM INT HUP; sleep {n} & sleep {n}; sleep {n}", marks=pytest.mark.slow), "setsid sleep {n} & (setsid sleep {n} &) ; sleep {n}",
+@each("command", ["sleep {n} & sleep {n}", pytest.param("trap '' TERM INT HUP; sleep {n} & sleep {n}; sleep {n}", marks=slow), "setsid sleep {n} & (setsid sleep {n} &) ; sleep {n}",
                                      "bash -c 'set -m; sleep {n} & disown; sleep {n}'"])
-@pytest.mark.promise(6)
-@pytest.mark.compat
-def test_stop_ends_the_whole_tree_and_says_so(talker: Agent, command: str) -> None:
+@promise(6)
+@compat
+def test_stop_ends_the_whole_tree_and_says_so(talker, command):
     nap = unique()
     job, other = start_job(talker, "echo here; " + command.format(n=nap)), start_job(talker, f"sleep 9{nap}")
     until(lambda: len(running(f" {nap}") + running(f"sleep {nap}")) >= 2, "they sleep")
@@ -6492,12 +6490,12 @@ def test_stop_ends_the_whole_tree_and_says_so(talker: Agent, command: str) -> No
     assert talker("stop", job=job)["stopped"] == "confirmed", "again is no error"
 
 
-def record_of(repo: Repo, job: str) -> Path:
+def record_of(repo, job):
     """The directory of a job's record on the host."""
     return next(p for p in repo.site.far_home().rglob(job) if p.is_dir())
 
 
-def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared: Repo, talker: Agent) -> None:
+def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared, talker):
     nap = unique()
     job = start_job(talker, "exit 3")
     assert talker("wait", job=job, timeout=15)["exit_code"] == 3
@@ -6512,7 +6510,7 @@ def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared
         stranger.wait()
 
 
-def test_stop_of_a_finished_job_ends_nothing_of_a_stranger_that_cannot_be_looked_into(tmp_path: Path) -> None:
+def test_stop_of_a_finished_job_ends_nothing_of_a_stranger_that_cannot_be_looked_into(tmp_path):
     """Where there is no /proc, or it may not be read, the old pid alone would make a stranger's children ours."""
     record, nap = tmp_path / "j0123abcd", unique()
     record.mkdir()
@@ -6523,7 +6521,7 @@ def test_stop_of_a_finished_job_ends_nothing_of_a_stranger_that_cannot_be_looked
             (record / name).write_text(f"{text}\n")
         header = c.shell_header("N" * 32, "run", c.script_records(c.STOP, str(record), record.name)).replace(b"/proc", b"/nowhere")
         done = subprocess.run(["sh", "-c", c.BOOT[len("exec sh -c '"):-1].replace("/proc", "/nowhere")], input=header,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+                              capture_output=True, timeout=60)
         assert b"exited 0\n" in done.stdout and stranger.poll() is None and running(f"sleep {nap}"), done
     finally:
         kill(child.pid)
@@ -6531,7 +6529,7 @@ def test_stop_of_a_finished_job_ends_nothing_of_a_stranger_that_cannot_be_looked
         stranger.wait()
 
 
-def test_a_job_whose_record_was_cut_off_is_lost_not_running(shared: Repo, talker: Agent) -> None:
+def test_a_job_whose_record_was_cut_off_is_lost_not_running(shared, talker):
     """As after a crash of the host: no exit, and the pid belongs to somebody else by now."""
     nap = unique()
     job = start_job(talker, f"sleep {nap}")
@@ -6555,13 +6553,13 @@ def test_a_job_whose_record_was_cut_off_is_lost_not_running(shared: Repo, talker
         stranger.wait()
 
 
-def test_old_records_expire_and_a_job_that_still_runs_does_not(shared: Repo, talker: Agent, area: Area) -> None:
+def test_old_records_expire_and_a_job_that_still_runs_does_not(shared, talker, area):
     old, long = start_job(talker, "echo old"), start_job(talker, f"while [ ! -e {area.p('go')} ]; do sleep 0.05; done; echo done")
     assert talker("wait", job=old, timeout=15)["exit_code"] == 0
     weeks_ago = time.time() - 30 * 86400
     for job in (old, long):
         for path in [*record_of(shared, job).iterdir(), record_of(shared, job)]:
-            os.utime(str(path), (weeks_ago, weeks_ago))
+            os.utime(path, (weeks_ago, weeks_ago))
     talker("wait", job=start_job(talker, "true"), timeout=15)
     assert old not in [row["job"] for row in talker("jobs")["jobs"]] and "no job" in talker.refusal("logs", job=old)
     assert state(talker, long) == ("running", None)
@@ -6569,7 +6567,7 @@ def test_old_records_expire_and_a_job_that_still_runs_does_not(shared: Repo, tal
     assert talker("wait", job=long, timeout=15)["exit_code"] == 0 and talker("logs", job=long)["output"] == "done\n"
 
 
-def test_logs_of_a_large_output_are_bounded_and_whole(shared: Repo, talker: Agent) -> None:
+def test_logs_of_a_large_output_are_bounded_and_whole(shared, talker):
     job = start_job(talker, "seq 400000")
     assert talker("wait", job=job, timeout=30)["exit_code"] == 0
     whole = "".join(f"{n}\n" for n in range(1, 400001)).encode()
@@ -6578,7 +6576,7 @@ def test_logs_of_a_large_output_are_bounded_and_whole(shared: Repo, talker: Agen
     assert shared.cli("logs", job).out == whole and shared.cli("logs", "-f", job, "--offset", "1000000").out == whole[1000000:]
 
 
-def test_a_job_keeps_its_secret_out_of_its_record(repo: Repo, site: Site) -> None:
+def test_a_job_keeps_its_secret_out_of_its_record(repo, site):
     needle = os.urandom(8).hex()
     repo.ok("secrets", "set", "KEY", stdin=needle.encode())
     with Watch(needle.encode()) as watch:
@@ -6590,8 +6588,8 @@ def test_a_job_keeps_its_secret_out_of_its_record(repo: Repo, site: Site) -> Non
     repo.ok("wait", job)
 
 
-@pytest.mark.parametrize("command", ["wait", "logs -f"])
-def test_wait_and_logs_f_say_on_a_terminal_that_the_host_is_down(repo: Repo, command: str, site: Site) -> None:
+@each("command", ["wait", "logs -f"])
+def test_wait_and_logs_f_say_on_a_terminal_that_the_host_is_down(repo, command, site):
     line = site.line("far")
     job = repo.exec("echo on; while [ ! -e go ]; do sleep 0.05; done; echo off", host="far", options=["--detach"]).text.strip()
     sessions = site.log().count("Starting session")
@@ -6606,9 +6604,9 @@ def test_wait_and_logs_f_say_on_a_terminal_that_the_host_is_down(repo: Repo, com
     assert b"answers again" in terminal.output and terminal.output.count(b"Trying again") == 1
 
 
-@pytest.mark.slow
-@pytest.mark.promise(7)
-def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(repo: Repo, site: Site) -> None:
+@slow
+@promise(7)
+def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(repo, site):
     line = site.line("far")
     steps = "for step in 0 1 2 3; do for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do [ $n = 15 ] && printf 'line ' && {gate}; " \
             "[ $n = 15 ] || printf 'line '; echo $((step*15+n)); done; done; exit 9"
@@ -6634,7 +6632,7 @@ def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(
     assert line.connections >= 4 and repo.cli("wait", job).code == 9
 
 
-def test_a_job_stays_with_its_workspace_through_a_new_name_and_rm_sees_it(repo: Repo) -> None:
+def test_a_job_stays_with_its_workspace_through_a_new_name_and_rm_sees_it(repo):
     nap = unique()
     job = repo.cli("exec", "-H", "box", "-w", "one", "--detach", "--", f"echo in; sleep {nap}").text.strip()
     repo.ok("rename", "-w", "one", "two")
@@ -6647,33 +6645,33 @@ def test_a_job_stays_with_its_workspace_through_a_new_name_and_rm_sees_it(repo: 
     assert repo.cli("jobs", "-w", "two", "--json").json == []
 
 
-def test_stdin_for_a_job_is_refused_and_never_dropped_in_silence(repo: Repo, site: Site) -> None:
+def test_stdin_for_a_job_is_refused_and_never_dropped_in_silence(repo, site):
     repo.new()
     refused(repo.cli("exec", "--detach", "--", "wc -c", stdin=b"data"), 125, words="write -w main FILE")
-    with open(str(repo.dir / "README"), "rb") as file:
+    with open(repo.dir / "README", "rb") as file:
         child = repo.start("exec", "--detach", "--", "wc -c", stdin=file)
         assert child.communicate()[0] == b"" and child.returncode == 125
     assert repo.cli("jobs", "--json").json == [], "nothing was started"
     repo.ok("exec", "-n", "--detach", "--", "true", stdin=b"data")
-    idle = repo.start("exec", "--detach", "--", "true", stdin=subprocess.PIPE)  # as a harness leaves it open
+    idle = repo.start("exec", "--detach", "--", "true", stdin=PIPE)  # as a harness leaves it open
     assert idle.wait(PATIENCE) == 0
     gate, login = site.dir / "gate", site.dir / "login-late"
     script(login, f': >{gate}\nwhile [ -e {gate} ]; do sleep 0.05; done\nexec sh -c "$SSH_ORIGINAL_COMMAND"')
     site.inetd("late", f"ForceCommand {login}")
-    late = repo.start("exec", "-H", "late", "-w", "late", "--detach", "--", "true", stdin=subprocess.PIPE)
+    late = repo.start("exec", "-H", "late", "-w", "late", "--detach", "--", "true", stdin=PIPE)
 
-    def opened() -> bool:
+    def opened():
         with contextlib.suppress(OSError):
             gate.unlink()
         return late.poll() is not None
     until(gate.exists, "it connects")
-    late.stdin.write(b"late")  # type: ignore[union-attr]
-    late.stdin.flush()  # type: ignore[union-attr]
+    late.stdin.write(b"late")
+    late.stdin.flush()
     until(opened, "it ends")
-    assert late.returncode == 0 and b"does not read" in late.stderr.read()  # type: ignore[union-attr]
+    assert late.returncode == 0 and b"does not read" in late.stderr.read()
 
 
-def test_a_job_is_found_in_the_workspace_that_runs_it(repo: Repo) -> None:
+def test_a_job_is_found_in_the_workspace_that_runs_it(repo):
     repo.new("main", "side")
     job = repo.cli("exec", "-w", "side", "--detach", "--", "echo out; exit 8").text.strip()
     assert repo.cli("wait", job).code == 8 and repo.cli("logs", job).out == b"out\n" and repo.cli("stop", job).code == 0
@@ -6684,18 +6682,18 @@ def test_a_job_is_found_in_the_workspace_that_runs_it(repo: Repo) -> None:
     repo.ok("stop", napping)
 
 
-def test_gc_frees_jobs_that_ended_a_week_ago(repo: Repo, site: Site) -> None:
+def test_gc_frees_jobs_that_ended_a_week_ago(repo, site):
     repo.new()
     old, new, runs = (repo.cli("exec", "--detach", "--", script).text.strip() for script in ("echo old", "echo new", "sleep 600"))
     assert repo.cli("wait", old).code == repo.cli("wait", new).code == 0
     for part in site.far_home().glob(f"cmux/.cmux/jobs/*/*/{old}/exit"):
-        os.utime(str(part), (time.time() - 8 * 86400,) * 2)
+        os.utime(part, (time.time() - 8 * 86400,) * 2)
     repo.ok("gc")
     assert {path.name for path in site.far_home().glob("cmux/.cmux/jobs/*/*/*")} == {new, runs}
     repo.ok("stop", runs)
 
 
-def other_server(site: Site, kind: str) -> str:
+def other_server(site, kind):
     """Dropbear or tinyssh with a home of its own: both look for keys in the passwd home, so that
     directory is mounted over, in a mount namespace of the server's own."""
     home = site.far_home(kind)
@@ -6709,24 +6707,24 @@ def other_server(site: Site, kind: str) -> str:
     if kind == "dropbear":
         key = site.dir / "dropbear-key"
         subprocess.run([program("dropbearconvert", "dropbear-bin"), "openssh", "dropbear", str(site.keys.host), str(key)], check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                       stdout=DEVNULL, stderr=DEVNULL)
         port = free_port()
         with open(site.dir / "log-dropbear", "ab") as log:
             site.daemons.append(subprocess.Popen(shlex.split(hidden) + [program("dropbear", "dropbear-bin"), "-F", "-E", "-s", "-r", str(key), "-p",
-                                                                        f"127.0.0.1:{port}", "-P", str(site.dir / "pid")], stderr=log, stdin=subprocess.DEVNULL))
+                                                                        f"127.0.0.1:{port}", "-P", str(site.dir / "pid")], stderr=log, stdin=DEVNULL))
         until(lambda: answers(port), "dropbear listens")
         return site.host(kind, "HostName 127.0.0.1", f"Port {port}", "KexAlgorithms curve25519-sha256")
     made = site.dir / "tinyssh-keys"
     subprocess.run([program("tinysshd-makekey", "tinysshd"), "-q", str(made)], check=True)
-    shown = subprocess.run([program("tinysshd-printkey", "tinysshd"), str(made)], check=True, stdout=subprocess.PIPE).stdout.decode()
+    shown = subprocess.run([program("tinysshd-printkey", "tinysshd"), str(made)], check=True, stdout=PIPE).stdout.decode()
     with open(site.known_hosts, "a") as known:
         known.writelines(f"tiny {line}\n" for line in shown.splitlines() if line.startswith("ssh-ed25519"))
     start = script(site.dir / "tinyssh", f"exec {hidden}{program('tinysshd')} -l {made} 2>>{site.dir}/log-tinyssh")
     return site.host(kind, f"ProxyCommand {start}", "HostKeyAlias tiny", "KexAlgorithms curve25519-sha256")
 
 
-@pytest.mark.parametrize("kind", ["dropbear", "tinyssh"])
-def test_the_main_job_works_on_servers_that_are_not_openssh(site: Site, kind: str) -> None:
+@each("kind", ["dropbear", "tinyssh"])
+def test_the_main_job_works_on_servers_that_are_not_openssh(site, kind):
     host, repo, nap = other_server(site, kind), Repo(site, odd=True), unique()
     repo.ok("secrets", "set", "TOKEN", stdin=b"it's $x")
     ran = repo.exec("printf '<%s>' \"$TOKEN\"; echo oh >&2; exit 9", host=host)
@@ -6758,7 +6756,7 @@ def test_the_main_job_works_on_servers_that_are_not_openssh(site: Site, kind: st
 # === Several workspaces at once ===
 
 
-def test_new_makes_several_at_once_and_refuses_a_name_that_exists(repo: Repo) -> None:
+def test_new_makes_several_at_once_and_refuses_a_name_that_exists(repo):
     names = [f"w{n}" for n in range(6)]
     repo.new(*names)
     assert set(repo.workspaces()) == set(names) and all(tree_of(repo.path(n)) == repo.tree() for n in names)
@@ -6767,7 +6765,7 @@ def test_new_makes_several_at_once_and_refuses_a_name_that_exists(repo: Repo) ->
     assert repo.exec("echo keep >kept; cat kept", options=["-w", "w1"]).out == b"keep\n"
 
 
-def test_only_bytes_that_wait_on_stdin_are_refused_to_several(repo: Repo) -> None:
+def test_only_bytes_that_wait_on_stdin_are_refused_to_several(repo):
     ours, theirs = socket.socketpair()
     ours.shutdown(socket.SHUT_WR)
     read, write = os.pipe()
@@ -6781,8 +6779,8 @@ def test_only_bytes_that_wait_on_stdin_are_refused_to_several(repo: Repo) -> Non
     ours.close(), theirs.close()
 
 
-@pytest.mark.slow
-def test_exec_in_20_workspaces_gives_each_its_own_result(repo: Repo) -> None:
+@slow
+def test_exec_in_20_workspaces_gives_each_its_own_result(repo):
     names = [f"w{n:02}" for n in range(20)]
     repo.new(*names, seconds=120)
     told = repo.cli("exec", "--all", "--json", "--", 'echo "$CMUX_WORKSPACE"; pwd; echo err >&2; n=${CMUX_WORKSPACE#w}; exit ${n#0}')
@@ -6796,7 +6794,7 @@ def test_exec_in_20_workspaces_gives_each_its_own_result(repo: Repo) -> None:
     assert "20 of 20" in text.said
 
 
-def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo: Repo, site: Site) -> None:
+def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo, site):
     line, nap = site.line("far"), unique()
     repo.new("near")
     repo.new("away", host="far")
@@ -6817,7 +6815,7 @@ def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo: R
         gone(f"sleep {nap}")
 
 
-def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_said(repo: Repo) -> None:
+def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_said(repo):
     nap = unique()
     repo.new("a", "b", "c")
     command = f'echo "early $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] && exit 4; sleep 1; sleep {nap}'
@@ -6834,7 +6832,7 @@ def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_sa
     gone(f"sleep {nap}")
 
 
-def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterwards(repo: Repo, site: Site) -> None:
+def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterwards(repo, site):
     repo.write("big", os.urandom(12 << 20))
     repo.write(".cmux/init", b"#!/bin/sh\nprintf 'one\\033[2J\\007\\rred\\n'; sleep 2; printf two\n", 0o755)
     repo.commit()
@@ -6855,8 +6853,8 @@ def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterward
     assert shown[:2] == ["a | in a", "b | in b"] and len(shown) == 3 and "1 of 2" in shown[2], shown
 
 
-@pytest.mark.parametrize("sig", [b"\x03", None])
-def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo: Repo, sig: Optional[bytes], site: Site) -> None:
+@each("sig", [b"\x03", None])
+def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo, sig, site):
     line, nap = site.line("far"), unique()
     repo.new("a", "b", host="far")
     seen = on_terminal(site, "exec", "--all", "--", f"echo early; sleep {nap}", cwd=repo.dir)
@@ -6867,7 +6865,7 @@ def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo: Repo, 
     assert not shown and "0 of 2" in " ".join(seen.lines()), seen.lines()
 
 
-def test_more_workspaces_than_rows_are_counted_and_pipes_and_dumb_terminals_see_none(repo: Repo, site: Site) -> None:
+def test_more_workspaces_than_rows_are_counted_and_pipes_and_dumb_terminals_see_none(repo, site):
     names = [f"w{n:02}" for n in range(14)]
     repo.new(*names)
     for env in ({}, {"TERM": "dumb"}):
@@ -6882,7 +6880,7 @@ def test_more_workspaces_than_rows_are_counted_and_pipes_and_dumb_terminals_see_
     assert piped.out.count(b" | x\n") == 2 and len(piped.err.splitlines()) == 1 and b"\x1b" not in piped.err
 
 
-def test_several_workspaces_bad_use_is_said(repo: Repo) -> None:
+def test_several_workspaces_bad_use_is_said(repo):
     repo.new("a", "b")
     both = ["exec", "-w", "a", "-w", "b"]
     one_missing = repo.cli(*both, "-w", "nowhere", "--json", "--", "echo here")
@@ -6893,7 +6891,7 @@ def test_several_workspaces_bad_use_is_said(repo: Repo) -> None:
     repo.ok(*both, "-n", "-j", "1", "-q", "--", "cat", stdin=b"not for many")
 
 
-def test_exec_in_many_says_how_the_stop_ended(repo: Repo) -> None:
+def test_exec_in_many_says_how_the_stop_ended(repo):
     repo.cli("new", "-H", "box", "a", "b")
     done = repo.cli("exec", "--all", "--timeout", "1", "--", "sleep 77")
     assert done.code == 124 and "a, b (124: stopped, its processes have ended)" in done.said
@@ -6904,16 +6902,16 @@ def test_exec_in_many_says_how_the_stop_ended(repo: Repo) -> None:
 # === batch ===
 
 
-def calls(commands: Iterable[Any], **more: str) -> bytes:
+def calls(commands, **more):
     """A line for each command, numbered from 0."""
     return b"".join(json.dumps({"id": n, "tool": "exec", "arguments": {"command": command}, **more}).encode() + b"\n" for n, command in enumerate(commands))
 
 
-@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.promise(6)
-def test_a_batch_whose_input_has_ended_is_stopped_too(shared: Repo, sig: int) -> None:
+@each("sig", [signal.SIGINT, signal.SIGTERM])
+@promise(6)
+def test_a_batch_whose_input_has_ended_is_stopped_too(shared, sig):
     nap = unique()
-    child = shared.start("batch", "-w", "main", "-j", "2", stdin=subprocess.PIPE)
+    child = shared.start("batch", "-w", "main", "-j", "2", stdin=PIPE)
     assert child.stdin
     child.stdin.write(calls([f"sleep {nap}"] * 3))
     child.stdin.close()
@@ -6930,16 +6928,16 @@ def test_a_batch_whose_input_has_ended_is_stopped_too(shared: Repo, sig: int) ->
 class Agent:
     """A `batch` that stays open: a tool call is a line to it, and its answer one from it."""
 
-    def __init__(self, repo: Repo, *options: str) -> None:
-        self.child = repo.start("batch", *options, stdin=subprocess.PIPE)
-        self._held, self._ids, self._early = b"", 0, {}  # type: bytes, int, Dict[int, Dict[str, Any]]
+    def __init__(self, repo, *options):
+        self.child = repo.start("batch", *options, stdin=PIPE)
+        self._held, self._ids, self._early = b"", 0, {}
 
-    def send(self, line: bytes) -> None:
+    def send(self, line):
         assert self.child.stdin
         self.child.stdin.write(line + b"\n")
         self.child.stdin.flush()
 
-    def line(self, seconds: float = PATIENCE) -> bytes:
+    def line(self, seconds=PATIENCE):
         """The next line of answers; an end of them is a failure."""
         assert self.child.stdout
         end = time.monotonic() + seconds
@@ -6951,23 +6949,23 @@ class Agent:
         line, self._held = self._held.split(b"\n", 1)
         return line
 
-    def post(self, tool: str, arguments: Dict[str, Any], **more: Any) -> int:
+    def post(self, tool, arguments, **more):
         self._ids += 1
         self.send(json.dumps({"id": self._ids, "tool": tool, "arguments": arguments, **more}).encode())
         return self._ids
 
-    def answer(self, number: int, seconds: float = PATIENCE) -> Dict[str, Any]:
+    def answer(self, number, seconds=PATIENCE):
         while number not in self._early:
             found = json.loads(self.line(seconds))
             self._early[found["id"]] = found
         return self._early.pop(number)
 
-    def __call__(self, tool: str, **arguments: Any) -> Any:
+    def __call__(self, tool, **arguments):
         answer = self.answer(self.post(tool, arguments))
         assert answer["ok"], answer
         return answer["result"]
 
-    def refusal(self, tool: str, **arguments: Any) -> str:
+    def refusal(self, tool, **arguments):
         """The message with which a call is refused: one sentence, of an expected kind."""
         answer = self.answer(self.post(tool, arguments))
         assert not answer["ok"], answer
@@ -6975,18 +6973,18 @@ class Agent:
         assert answer["error"]["message"].strip() and "\n" not in answer["error"]["message"], answer
         return str(answer["error"]["message"])
 
-    def all(self, calls: Sequence[Tuple[str, Dict[str, Any]]], seconds: float = 60) -> List[Dict[str, Any]]:
+    def all(self, calls, seconds=60):
         """Many calls at once; their answers in the order of the calls."""
         return [self.answer(number, seconds) for number in [self.post(tool, arguments) for tool, arguments in calls]]
 
-    def close(self, seconds: float = 60) -> Tuple[int, bytes, bytes]:
+    def close(self, seconds=60):
         out, err = self.child.communicate(timeout=seconds)
         assert b"Traceback" not in err, err.decode(errors="replace")
         return self.child.returncode, out, err
 
 
 @contextlib.contextmanager
-def open_agent(repo: Repo, *options: str) -> Iterator[Agent]:
+def open_agent(repo, *options):
     talker = Agent(repo, *options)
     try:
         yield talker
@@ -6997,52 +6995,52 @@ def open_agent(repo: Repo, *options: str) -> Iterator[Agent]:
 
 
 @pytest.fixture(scope="module")
-def talker(shared: Repo) -> Iterator[Agent]:
+def talker(shared):
     with open_agent(shared) as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
-def workspace(shared: Repo) -> Path:
+def workspace(shared):
     return shared.path()
 
 
 class Area:
     """A directory of one test's own in the shared workspace, as the host sees it and as a tool names it."""
 
-    def __init__(self, talker: Agent, workspace: Path) -> None:
+    def __init__(self, talker, workspace):
         self.talker, self.name = talker, "area-" + os.urandom(4).hex()
         self.workspace, self.dir = workspace, workspace / self.name
         self.dir.mkdir()
 
-    def p(self, name: str) -> str:
+    def p(self, name):
         return f"{self.name}/{name}"
 
-    def put(self, name: str, data: bytes, mode: int = 0o644) -> Path:
+    def put(self, name, data, mode=0o644):
         path = self.dir / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         path.chmod(mode)
         return path
 
-    def left(self) -> List[str]:
+    def left(self):
         """Names below it that this program may have forgotten."""
         return [str(p) for p in self.dir.rglob("*") if ".cmux" in p.name or p.name.endswith(".tmp")]
 
 
 @pytest.fixture
-def area(talker: Agent, workspace: Path) -> Iterator[Area]:
+def area(talker, workspace):
     opened = Area(talker, workspace)
     yield opened
     assert opened.left() == [], "no temporary file stays"
 
 
-def b64(data: bytes) -> str:
+def b64(data):
     return base64.b64encode(data).decode()
 
 
 @pytest.fixture
-def ordinary(site: Site) -> Repo:
+def ordinary(site):
     """A workspace on a host where permissions count, also for root."""
     if os.geteuid() == 0:
         login = site.script("without-override", f'exec {program("setpriv", "util-linux")} --bounding-set=-dac_override,-dac_read_search -- sh -c "$SSH_ORIGINAL_COMMAND"')
@@ -7054,7 +7052,7 @@ def ordinary(site: Site) -> Repo:
     return made
 
 
-def test_what_the_account_on_the_host_may_not_write_is_said_in_plain_words(ordinary: Repo) -> None:
+def test_what_the_account_on_the_host_may_not_write_is_said_in_plain_words(ordinary):
     do(ordinary, "mkdir -p closed/sub fixed; echo old >fixed/old; echo x >unread; chmod 0 closed unread; chmod 555 fixed")
     for args in [["write", path] for path in ("closed/f", "closed/sub/f", "closed/new/f", "fixed/f", "fixed/old", "fixed/sub/f", "unread")] + [
             ["edit", path, "--old", "old", "--new", "new"] for path in ("fixed/old", "unread")]:
@@ -7064,7 +7062,7 @@ def test_what_the_account_on_the_host_may_not_write_is_said_in_plain_words(ordin
     do(ordinary, "chmod 755 closed fixed")
 
 
-def test_write_reads_stdin_in_linear_time_and_only_what_it_may_take(shared: Repo, tmp_path: Path) -> None:
+def test_write_reads_stdin_in_linear_time_and_only_what_it_may_take(shared, tmp_path):
     began = spent()
     told = shared.cli("write", "-w", "main", "large", "--json", stdin=b"x" * 72_000_000)
     assert told.json["size"] == 72_000_000 and spent() - began < 6, spent() - began  # 20 s where each piece copied all before it
@@ -7073,13 +7071,13 @@ def test_write_reads_stdin_in_linear_time_and_only_what_it_may_take(shared: Repo
         file.truncate(150_000_000)
         for args, code, words in ((("write", "-w", "main", "f"), 2, "larger than 104.9 MB"), (("edit", "-w", "main", "f"), 2, "larger than"), (("secrets", "set", "X"), 2, "larger than"),
                                   (("write", "-w", "main", ""), 2, "path is empty"), (("write", "-H", "a b", "-w", "never", "f"), 2, "host name")):
-            done = subprocess.run([*compiled(), *args], cwd=str(shared.dir), env=shared.site.environment(), stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            done = subprocess.run([*compiled(), *args], cwd=shared.dir, env=shared.site.environment(), stdin=file, capture_output=True)
             assert done.returncode == code and words.encode() in done.stderr and os.lseek(file.fileno(), 0, os.SEEK_CUR) == 0, done
 
 
-def test_batch_answers_every_line_also_the_bad_ones(shared: Repo) -> None:
+def test_batch_answers_every_line_also_the_bad_ones(shared):
     good = {"tool": "exec", "arguments": {"command": "echo hi"}}
-    lines: List[Tuple[bytes, Any, bool]] = [(json.dumps(dict(good, id=i)).encode(), i, True) for i in (1, "one", "ü🐙\n\ud800", 1.5, -7, 2 ** 70, "", None, 0)]
+    lines = [(json.dumps(dict(good, id=i)).encode(), i, True) for i in (1, "one", "ü🐙\n\ud800", 1.5, -7, 2 ** 70, "", None, 0)]
     lines += [(line, None, False) for line in (b"not json", b"{", b"[]", b"5", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"id": NaN}', b'{"id": {"a": 1}, "tool": "jobs"}',
                                                b'{"id": 1e999, "tool": "exec", "arguments": {"command": "true"}}')]
     true = {"command": "true"}
@@ -7090,7 +7088,7 @@ def test_batch_answers_every_line_also_the_bad_ones(shared: Repo) -> None:
             {"arguments": {"command": "\ud800"}}, {"arguments": {"command": "cat", "stdin": "\ud800"}}, {"arguments": {**true, "env": {"A": None}}},
             {"arguments": {**true, "timeout": 10 ** 400}}, {"tool": "write", "arguments": {"path": "x", "content_base64": "!"}}, {"tool": "write", "arguments": {"path": "x"}},
             {"tool": "write", "arguments": {"path": "x", "content": "a", "content_base64": "YQ=="}}, {"host": "nohost", "arguments": true})):
-        call: Dict[str, Any] = {"id": f"e{n}", **({"tool": "exec"} if n else {}), **bad}  # type: ignore[dict-item]
+        call = {"id": f"e{n}", **({"tool": "exec"} if n else {}), **bad}
         lines.append((json.dumps({key: value for key, value in call.items() if value is not None}).encode(), f"e{n}", False))
     lines += [(b"", "no answer", True), (b"   ", "no answer", True)]
     ran = shared.cli("batch", stdin=b"\n".join(line for line, _, _ in lines))
@@ -7104,7 +7102,7 @@ def test_batch_answers_every_line_also_the_bad_ones(shared: Repo) -> None:
     assert ran.code == 1 and shared.cli("batch", stdin=json.dumps(good).encode()).code == 0 and shared.cli("batch", stdin=b"").code == 0
 
 
-def test_batch_answers_as_they_finish_and_drains_at_the_end(shared: Repo) -> None:
+def test_batch_answers_as_they_finish_and_drains_at_the_end(shared):
     with open_agent(shared) as talker:
         slow = talker.post("exec", {"command": "until [ -e drain-now ]; do sleep 0.05; done; echo slow"})
         assert talker("exec", command="echo fast")["stdout"] == "fast\n", "it does not wait for the first"
@@ -7114,11 +7112,11 @@ def test_batch_answers_as_they_finish_and_drains_at_the_end(shared: Repo) -> Non
         answers = {a["id"]: a for a in map(json.loads, (talker._held + out).splitlines())}
         assert code == 0 and err == b"" and set(answers) | set(talker._early) == {slow, *rest}
         assert {a["result"]["exit_code"] for a in answers.values()} == {0}
-        talker.child.communicate = lambda *_, **__: (b"", b"")  # type: ignore[method-assign,assignment]
+        talker.child.communicate = lambda *_, **__: (b"", b"")
     (shared.path() / "drain-now").unlink()
 
 
-def test_batch_takes_the_workspace_of_each_line(repo: Repo) -> None:
+def test_batch_takes_the_workspace_of_each_line(repo):
     with open_agent(repo, "-H", "box") as talker:
         posted = {name: [talker.post("exec", {"command": "echo $CMUX_WORKSPACE"}, workspace=name) for _ in range(4)] for name in ("one", "two", "three")}
         for name, numbers in posted.items():
@@ -7126,8 +7124,8 @@ def test_batch_takes_the_workspace_of_each_line(repo: Repo) -> None:
     assert set(repo.workspaces()) == {"one", "two", "three"}, "made once each"
 
 
-@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_batch_ends_what_runs_there(shared: Repo, sig: int) -> None:
+@each("sig", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_batch_ends_what_runs_there(shared, sig):
     nap = unique()
     talker = Agent(shared, "-j", "4")
     for _ in range(10):
@@ -7140,7 +7138,7 @@ def test_a_stopped_batch_ends_what_runs_there(shared: Repo, sig: int) -> None:
     gone(f"sleep {nap}")
 
 
-def test_a_batch_whose_reader_is_gone_stops(shared: Repo, area: Area) -> None:
+def test_a_batch_whose_reader_is_gone_stops(shared, area):
     nap = unique()
     talker = Agent(shared, "-j", "2")
     assert talker("exec", command="true")["exit_code"] == 0
@@ -7159,11 +7157,11 @@ def test_a_batch_whose_reader_is_gone_stops(shared: Repo, area: Area) -> None:
             kill(process.pid)
 
 
-def test_a_batch_whose_results_cannot_be_written_fails(shared: Repo) -> None:
+def test_a_batch_whose_results_cannot_be_written_fails(shared):
     refused(shared.cli("batch", "-w", "main", stdin=calls(["true"] * 3), sh='exec "$@" >/dev/full'), 1, words="No space left")
 
 
-def test_batch_reads_no_further_ahead_than_it_must(shared: Repo, area: Area) -> None:
+def test_batch_reads_no_further_ahead_than_it_must(shared, area):
     """Whoever writes faster than the host works has to wait; the lines are not piled up in memory."""
     talker = Agent(shared, "-j", "1")
     talker.post("exec", {"command": f"until [ -e {area.p('go')} ]; do sleep 0.05; done"})
@@ -7181,14 +7179,14 @@ def test_batch_reads_no_further_ahead_than_it_must(shared: Repo, area: Area) -> 
     assert sent > 8000
 
 
-def peak_memory(pid: int) -> int:
+def peak_memory(pid):
     """Bytes; the peak where the system tells it, else what is held now."""
     found = re.search(rb"VmHWM:\s+(\d+) kB", slurp(f"/proc/{pid}/status"))
-    return int(found.group(1) if found else subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], stdout=subprocess.PIPE, check=True).stdout) * 1024
+    return int(found.group(1) if found else subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], stdout=PIPE, check=True).stdout) * 1024
 
 
-@pytest.mark.slow
-def test_batch_stays_small_whatever_the_commands_print_and_the_lines_hold(shared: Repo) -> None:
+@slow
+def test_batch_stays_small_whatever_the_commands_print_and_the_lines_hold(shared):
     with open_agent(shared, "-j", "4") as talker:
         for number in [talker.post("exec", {"command": "head -c 30000000 /dev/zero | tr '\\0' x; echo end"}) for _ in range(12)]:
             told = talker.answer(number, 120)["result"]
@@ -7204,9 +7202,9 @@ def test_batch_stays_small_whatever_the_commands_print_and_the_lines_hold(shared
         assert peak_memory(talker.child.pid) < 250_000_000
 
 
-@pytest.mark.slow
-@pytest.mark.promise(8)
-def test_batch_of_1000_commands_100_at_a_time_all_succeed(shared: Repo) -> None:
+@slow
+@promise(8)
+def test_batch_of_1000_commands_100_at_a_time_all_succeed(shared):
     ran = shared.cli("batch", "-j", "100", stdin=calls(f"echo {n}; exit {n % 256}" for n in range(1000)), seconds=240)
     answers = {a["id"]: a for a in map(json.loads, ran.out.splitlines())}
     assert sorted(answers) == list(range(1000)) and [a for a in answers.values() if not a["ok"]] == []
@@ -7214,11 +7212,11 @@ def test_batch_of_1000_commands_100_at_a_time_all_succeed(shared: Repo) -> None:
     assert ran.code == 0 and ran.err == b"" and "drop connection" not in shared.site.log()
 
 
-@pytest.mark.slow
-@pytest.mark.promise(8)
-def test_12_batch_processes_of_10_each_all_succeed(repo: Repo, site: Site) -> None:
+@slow
+@promise(8)
+def test_12_batch_processes_of_10_each_all_succeed(repo, site):
     lines = calls(f"sleep 0.5; echo {n}" for n in range(40))
-    children = [repo.start("batch", "-H", "box", "-j", "10", stdin=subprocess.PIPE) for _ in range(12)]
+    children = [repo.start("batch", "-H", "box", "-j", "10", stdin=PIPE) for _ in range(12)]
     with ThreadPoolExecutor(12) as pool:
         done = list(pool.map(lambda child: child.communicate(lines, timeout=240), children))
     for child, (out, err) in zip(children, done):
@@ -7231,7 +7229,7 @@ def test_12_batch_processes_of_10_each_all_succeed(repo: Repo, site: Site) -> No
 # === The library ===
 
 
-@pytest.mark.parametrize("command, code, out, err", [
+@each("command, code, out, err", [
     ("echo out; echo err >&2", 0, "out\n", "err\n"),
     ("exit 42", 42, "", ""),
     ("true", 0, "", ""),
@@ -7244,13 +7242,13 @@ def test_12_batch_processes_of_10_each_all_succeed(repo: Repo, site: Site) -> No
     ("cat <<'E'\nmulti 'line' \"$x\"\n  kept\nE", 0, "multi 'line' \"$x\"\n  kept\n", ""),
     ("yes | head -n 3", 0, "y\ny\ny\n", ""),
 ])
-def test_contract_exec_output_and_code(talker: Agent, command: str, code: int, out: str, err: str) -> None:
+def test_contract_exec_output_and_code(talker, command, code, out, err):
     ran = talker("exec", command=command)
     assert (ran["exit_code"], ran["stdout"], ran["stderr"]) == (code, out, err)
     assert ran["timed_out"] is False and ran["truncated"] is False and ran["duration"] > 0
 
 
-def test_contract_exec_stdin_env_and_directory(talker: Agent, workspace: Path) -> None:
+def test_contract_exec_stdin_env_and_directory(talker, workspace):
     assert talker("exec", command="cat; printf end", stdin="line one\nümläut 🐙\n")["stdout"] == "line one\nümläut 🐙\nend"
     assert talker("exec", command=["cat"], stdin="")["stdout"] == ""
     assert talker("exec", command="cat")["stdout"] == "", "no stdin is an empty one, and does not hang"
@@ -7261,7 +7259,7 @@ def test_contract_exec_stdin_env_and_directory(talker: Agent, workspace: Path) -
     assert talker("exec", command=["printf", "<%s>", "a b", "", "it's", "$x", "*", "-n", "\n"])["stdout"] == "<a b><><it's><$x><*><-n><\n>"
 
 
-def test_contract_exec_timeout_silence_and_errors(talker: Agent, area: Area) -> None:
+def test_contract_exec_timeout_silence_and_errors(talker, area):
     nap = unique()
     began = time.monotonic()
     ran = talker("exec", command=f"echo early; sleep {nap}", timeout=1)
@@ -7280,11 +7278,11 @@ def test_contract_exec_timeout_silence_and_errors(talker: Agent, area: Area) -> 
     assert denied["exit_code"] == 126 and "ermission denied" in denied["stderr"]
 
 
-@pytest.mark.parametrize("data", [
+@each("data", [
     b"Hello, World!\nsecond\n", b"", b"\0\1\2\xff\xfe\xfd", BINARY, b"no newline", b"\n", "Grüße 日本 🐙\t\r\nx".encode(),
     b"Special: \"quotes\", 'single', $VAR, `ticks`, \\back\\\r\nnew\tline\n", b"\xef\xbb\xbfbom\n", b"\r", b"%s%n\\c\\0",
 ], ids=repr)
-def test_contract_files_go_through_unchanged_both_ways(talker: Agent, area: Area, data: bytes) -> None:
+def test_contract_files_go_through_unchanged_both_ways(talker, area, data):
     file = area.put("there", data)
     read = talker("read", path=area.p("there"))
     assert content(read) == data and (read["size"], read["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
@@ -7298,7 +7296,7 @@ def test_contract_files_go_through_unchanged_both_ways(talker: Agent, area: Area
     assert file.read_bytes() == data
 
 
-def test_contract_a_file_of_a_megabyte_and_the_command_line(shared: Repo, area: Area) -> None:
+def test_contract_a_file_of_a_megabyte_and_the_command_line(shared, area):
     data = os.urandom(1 << 20)
     wrote = shared.cli("write", area.p("large"), stdin=data)
     assert (wrote.code, wrote.out, wrote.err) == (0, b"", b"") and (area.dir / "large").read_bytes() == data
@@ -7310,7 +7308,7 @@ def test_contract_a_file_of_a_megabyte_and_the_command_line(shared: Repo, area: 
         "size": 1, "sha256": hashlib.sha256(b"x").hexdigest(), "created": True}
 
 
-CONTRACT: Dict[str, Dict[str, str]] = {  # the arguments of each tool, + where it must be given
+CONTRACT = {  # the arguments of each tool, + where it must be given
     "exec": {"command": "+", "timeout": "", "cwd": "", "env": "", "stdin": "", "background": ""},
     "read": {"path": "+", "offset": "", "limit": ""}, "write": {"path": "+", "content": "", "content_base64": ""},
     "edit": {"path": "+", "edits": "+", "sha256": ""}, "glob": {"pattern": "+", "limit": ""},
@@ -7319,7 +7317,7 @@ CONTRACT: Dict[str, Dict[str, str]] = {  # the arguments of each tool, + where i
 }
 
 
-def test_the_table_of_tools_is_the_contract() -> None:
+def test_the_table_of_tools_is_the_contract():
     import cmux_ssh
     assert {name: {p.name: "+" if p.required else "" for p in tool.params} for name, tool in cmux_ssh.TOOLS.items()} == CONTRACT
     assert {name for name, tool in cmux_ssh.TOOLS.items() if tool.reads} == {"read", "glob", "grep", "jobs", "logs", "wait"}
@@ -7327,11 +7325,11 @@ def test_the_table_of_tools_is_the_contract() -> None:
         assert name in cmux_ssh.VERBS and tool.text and all(p.text and p.schema()["description"] for p in tool.params)
 
 
-SAMPLES: Dict[str, Any] = {"text": "x", "count": 1, "seconds": 1.5, "flag": True, "objects": [{"old": "a", "new": "b"}], "texts": ["a"], "map": {"A": "b"}, "null": None}
+SAMPLES = {"text": "x", "count": 1, "seconds": 1.5, "flag": True, "objects": [{"old": "a", "new": "b"}], "texts": ["a"], "map": {"A": "b"}, "null": None}
 
 
-@pytest.mark.parametrize("tool", sorted(CONTRACT))
-def test_arguments_are_checked_against_the_table(tool: str) -> None:
+@each("tool", sorted(CONTRACT))
+def test_arguments_are_checked_against_the_table(tool):
     import cmux_ssh
     row = cmux_ssh.TOOLS[tool]
     fits = {p.name: SAMPLES[p.kinds[0]] for p in row.params}
@@ -7350,7 +7348,7 @@ def test_arguments_are_checked_against_the_table(tool: str) -> None:
             row.check(bad)
 
 
-def open_sessions(site: Site, host: str = "box") -> int:
+def open_sessions(site, host="box"):
     """How many the server has now."""
     log = site.log(host)
     return log.count("Starting session: ") - log.count("Close session: ")
@@ -7374,18 +7372,18 @@ def wait_ready(log, sessions=4):  # until the server has so many open, one of th
 """
 
 
-def in_library(repo: Repo, text: str, *args: str, seconds: float = 60) -> str:
+def in_library(repo, text, *args, seconds=60):
     """Run a program that imports the file; its output. It must end by itself, and soon."""
     script = repo.site.dir / f"library-{os.urandom(4).hex()}.py"
     script.write_text(LIBRARY + text)
-    done = subprocess.run([sys.executable, str(script), *args], cwd=str(repo.dir), env=repo.site.environment({"PYTHONPATH": str(HERE)}), stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=seconds)
+    done = subprocess.run([sys.executable, str(script), *args], cwd=repo.dir, env=repo.site.environment({"PYTHONPATH": str(HERE)}), stdin=DEVNULL,
+                          capture_output=True, timeout=seconds)
     assert done.returncode == 0 and done.stderr == b"", done.stderr.decode()
     return done.stdout.decode()
 
 
-@pytest.mark.slow
-def test_the_library_from_a_thread_pool(repo: Repo) -> None:
+@slow
+def test_the_library_from_a_thread_pool(repo):
     out = in_library(repo, """
 project = cmux_ssh.Project(".")
 with ThreadPoolExecutor(20) as pool:
@@ -7403,7 +7401,7 @@ print("fine")
     assert out == "fine\n"
 
 
-def test_library_values_are_immutable_and_equal_by_value(shared: Repo) -> None:
+def test_library_values_are_immutable_and_equal_by_value(shared):
     assert in_library(shared, """
 workspace = cmux_ssh.Project(".").workspace("main")
 assert isinstance(workspace, cmux_ssh.Workspace) and isinstance(workspace.host, cmux_ssh.Host)
@@ -7421,7 +7419,7 @@ print(result.exit_code)
 """) == "3\n"
 
 
-def test_library_cancel_from_another_thread_ends_the_command(shared: Repo) -> None:
+def test_library_cancel_from_another_thread_ends_the_command(shared):
     nap = unique()
     assert in_library(shared, """
 workspace, cancel, seen = cmux_ssh.Project(".").workspace("main"), cmux_ssh.Cancel(), threading.Event()
@@ -7444,7 +7442,7 @@ print("cancelled")
     gone(f"sleep {nap}")
 
 
-def test_library_errors_are_of_one_family_and_say_what_to_do(repo: Repo) -> None:
+def test_library_errors_are_of_one_family_and_say_what_to_do(repo):
     assert in_library(repo, """
 project = cmux_ssh.Project(".")
 kinds = []
@@ -7461,7 +7459,7 @@ print(*kinds)
 """) == "WorkspaceMissing UsageError UsageError GitFailed ConnectionFailed ToolFailed WorkspaceExists UsageError UsageError UsageError\n"
 
 
-def test_arguments_of_the_library_that_are_no_text_are_usage_errors(repo: Repo) -> None:
+def test_arguments_of_the_library_that_are_no_text_are_usage_errors(repo):
     assert in_library(repo, r"""
 project = cmux_ssh.Project(".")
 w, bad = project.create("w", "box"), "x\ud800"
@@ -7482,8 +7480,8 @@ print(w.exec("printf %s", env={"A": "\udcff"}).exit_code, [j["job"] for j in w.j
 """) == "0 [] b'x'\n"
 
 
-@pytest.mark.parametrize("sh", ["dash", "bash", "busybox", "mksh"])
-def test_one_attempt_of_an_operation_at_a_time_whoever_died_and_whatever_number_is_used_again(tmp_path: Path, sh: str) -> None:
+@each("sh", ["dash", "bash", "busybox", "mksh"])
+def test_one_attempt_of_an_operation_at_a_time_whoever_died_and_whatever_number_is_used_again(tmp_path, sh):
     """Two saw a dead owner, and the slower removed the other's link; a number used again held it for five minutes. (From inside: six at once die at one place of a script, under each sh.)"""
     text = c.OPEN_ROOT + """
 rm() { case $SLOW in ?*) sleep $SLOW;; esac; command rm "$@"; }
@@ -7493,9 +7491,9 @@ _cmux_run=$RUN; _cmux_newline='
     words = shlex.split(program(sh) + (" sh" if sh == "busybox" else ""))
     stage = tmp_path / ".cmux" / "stage"
 
-    def attempt(run: int, **env: str) -> "subprocess.Popen[bytes]":
+    def attempt(run, **env):
         return subprocess.Popen([*words, "-c", text], env={"PATH": os.environ["PATH"], "ROOT": str(tmp_path), "HOME": "/", "RUN": f"r{run}", **env},
-                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                                stdout=PIPE, stderr=DEVNULL)
     for turn in range(3):
         for _ in range(turn + 1):  # owners and heirs that died
             assert attempt(0, STAY="1").communicate()[0] == b""
@@ -7506,33 +7504,33 @@ _cmux_run=$RUN; _cmux_newline='
         assert not list(stage.glob("op*")), list(stage.iterdir())
     attempt(0, STAY="1").wait()
     (tmp_path / "inside").rmdir()
-    name = os.readlink(str(stage / "op.by"))
+    name = os.readlink(stage / "op.by")
     (stage / "op.by").unlink()
     (stage / "op.by").symlink_to(re.sub(r"^\d+", str(os.getpid()), name))
     assert attempt(1).communicate(timeout=PATIENCE)[0] == b"" and not list(stage.iterdir())
 
 
-def test_a_base_that_is_broken_on_the_host_is_made_anew(repo: Repo, site: Site) -> None:
+def test_a_base_that_is_broken_on_the_host_is_made_anew(repo, site):
     bases = site.far_home() / "cmux" / ".cmux" / "bases"
     repo.new("one")
     (base,) = bases.iterdir()
-    shutil.rmtree(str(base))
+    shutil.rmtree(base)
     base.touch()
     (bases / ("a" * 40)).mkdir()
     repo.new("two")
     assert (base / "whole.tar").is_file()
-    shutil.rmtree(str(base / "git"))
+    shutil.rmtree(base / "git")
     (base / "git").mkdir()
     repo.new("three")
 
 
-def travelled(repo: Repo, *words: str) -> int:
+def travelled(repo, *words):
     """The bytes of the archive that a call sends."""
     repo.ok(*words)
     return int(json.loads(repo.cli("history", "--json").text.split("\n")[-2])["bytes"])
 
 
-def test_where_the_base_of_a_delta_is_broken_on_the_host_all_is_sent(repo: Repo, site: Site) -> None:
+def test_where_the_base_of_a_delta_is_broken_on_the_host_all_is_sent(repo, site):
     bases = site.far_home() / "cmux" / ".cmux" / "bases"
     for n in range(20):
         repo.write(f"f{n}", b"x")
@@ -7546,15 +7544,15 @@ def test_where_the_base_of_a_delta_is_broken_on_the_host_all_is_sent(repo: Repo,
     repo.git("rm", "-q", "more")
     repo.write("f1", b"2")
     repo.commit()
-    shutil.rmtree(str(base))
+    shutil.rmtree(base)
     assert travelled(repo, "push", "-w", "two") < whole / 2 and tree_of(repo.path("two")) == repo.tree()
-    shutil.rmtree(str(bases))
+    shutil.rmtree(bases)
     assert travelled(repo, "push", "-w", "two", "--ref", "HEAD~1") < whole / 2, "its own base is in its repository"
     do(repo, "rm -rf .git", "two")
     assert travelled(repo, "push", "-w", "two", "--force") >= whole and tree_of(repo.path("two")) == repo.tree()
 
 
-def test_a_delta_stands_only_on_what_was_sent_to_that_host(repo: Repo, site: Site) -> None:
+def test_a_delta_stands_only_on_what_was_sent_to_that_host(repo, site):
     """A host that knows the id of a branch's tree could else ask what files that has: the delta names those to remove."""
     for n in range(20):
         repo.write(f"f{n}", b"%d" % n)
@@ -7568,7 +7566,7 @@ def test_a_delta_stands_only_on_what_was_sent_to_that_host(repo: Repo, site: Sit
     (forged / "whole.tar").touch()
     whole = travelled(repo, "new", "-H", "box", "a")
     assert whole > 20 * 1024
-    shutil.rmtree(str(forged))
+    shutil.rmtree(forged)
     assert travelled(repo, "new", "-H", "box", "b", "--ref", "private") < whole / 2, "now it is sent: on the base of the first"
     (file,) = (site.state / "projects").glob("*.json")
     record = json.loads(file.read_text())
@@ -7579,8 +7577,8 @@ def test_a_delta_stands_only_on_what_was_sent_to_that_host(repo: Repo, site: Sit
     assert travelled(repo, "new", "-H", "box", "d") < whole / 2
 
 
-@pytest.mark.parametrize("name", ["USR1", "WINCH", "CONT"])
-def test_a_command_that_signals_its_parent_keeps_its_status(shared: Repo, name: str) -> None:
+@each("name", ["USR1", "WINCH", "CONT"])
+def test_a_command_that_signals_its_parent_keeps_its_status(shared, name):
     """As daemons do when they are ready."""
     assert shared.exec(f"kill -{name} $PPID; exit 5", options=["--timeout", "20"]).code == 5
     assert in_library(shared, """
@@ -7593,7 +7591,7 @@ for _ in range(3):
     assert shared.cli("wait", job).code == 6
 
 
-def test_a_line_that_is_lost_between_two_calls_of_the_library_is_not_noticed(repo: Repo, site: Site) -> None:
+def test_a_line_that_is_lost_between_two_calls_of_the_library_is_not_noticed(repo, site):
     """The warm sessions are dead; the next calls open new ones, and none fails."""
     line = site.line("far")
     repo.new(host="far")
@@ -7605,7 +7603,7 @@ def test_a_line_that_is_lost_between_two_calls_of_the_library_is_not_noticed(rep
             assert talker("read", path="README")["content"] == "hello\n" and line.connections > seen, round_
 
 
-def test_every_tool_is_a_method_of_a_workspace() -> None:
+def test_every_tool_is_a_method_of_a_workspace():
     """The table drives the library too: workspace.read(path), workspace.edit(path, edits), ..."""
     import inspect
 
@@ -7619,7 +7617,7 @@ def test_every_tool_is_a_method_of_a_workspace() -> None:
 WAYS = ["-I", "-O", "-OO", "-W error -X dev -bb", "-m", "zip", "zipimport", "stdin"]
 
 
-def ways_to_run(way: str, directory: Path) -> List[str]:
+def ways_to_run(way, directory):
     """What follows the Python: the file run in that way, or what holds it."""
     import zipfile
     if way == "-m":
@@ -7635,13 +7633,13 @@ def ways_to_run(way: str, directory: Path) -> List[str]:
     return [str(packed)] if way == "zip" else ["-c", f"import sys; sys.path.insert(0, {str(packed)!r}); import cmux_ssh; sys.exit(cmux_ssh.main())"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("python", PYTHONS, ids=[str(n) for n in range(len(PYTHONS))])
-@pytest.mark.promise(10)
-def test_it_runs_however_python_is_given_it(shared: Repo, python: str, way: str) -> None:
-    def run(*words: str) -> Tuple[int, bytes, bytes]:
-        done = subprocess.run([python, *ways_to_run(way, shared.site.dir), *words], cwd=str(shared.dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+@slow
+@each("way", WAYS)
+@each("python", PYTHONS, ids=[str(n) for n in range(len(PYTHONS))])
+@promise(10)
+def test_it_runs_however_python_is_given_it(shared, python, way):
+    def run(*words):
+        done = subprocess.run([python, *ways_to_run(way, shared.site.dir), *words], cwd=shared.dir, capture_output=True,
                               input=PROGRAM.read_bytes() if way == "stdin" else b"", timeout=60,  # `cat cmux_ssh.py | python3 - ...`
                               env=shared.site.environment({"PYTHONPATH": str(HERE)} if way == "-m" else {}))
         return done.returncode, done.stdout, done.stderr
@@ -7653,11 +7651,11 @@ def test_it_runs_however_python_is_given_it(shared: Repo, python: str, way: str)
     assert code == 125 and out == b"" and err.count(b"\n") == 1, err
 
 
-def test_two_copies_in_one_process_do_not_disturb_each_other(repo: Repo, site: Site) -> None:
+def test_two_copies_in_one_process_do_not_disturb_each_other(repo, site):
     """Two programs that vendor it, in one interpreter and with one state directory."""
     for name in ("one", "two"):
         (site.dir / name).mkdir()
-        shutil.copy(str(PROGRAM), str(site.dir / name / "vendored.py"))
+        shutil.copy(PROGRAM, site.dir / name / "vendored.py")
     assert in_library(repo, """
 import importlib.util
 def load(name):
@@ -7693,7 +7691,7 @@ assert projects[0].remove("w0", force=True) == ["w0"] and "w0" not in projects[1
 """, str(site.dir)) == "exists\nexists\n"
 
 
-def public_callables() -> Iterator[Tuple[str, Any]]:
+def public_callables():
     """What __all__ promises, and the methods and properties of its classes."""
     for name in c.__all__:
         value = getattr(c, name)
@@ -7705,9 +7703,9 @@ def public_callables() -> Iterator[Tuple[str, Any]]:
                     yield f"{name}.{method}", member
 
 
-@pytest.mark.promise(10)
-@pytest.mark.compat
-def test_every_public_name_says_what_it_is() -> None:
+@promise(10)
+@compat
+def test_every_public_name_says_what_it_is():
     data = {"TOOLS"}  # a dict, told in the README
     short = [name for name, value in public_callables() if name not in data and len((getattr(value, "__doc__", None) or "").split()) < 3]
     assert not short
@@ -7715,7 +7713,7 @@ def test_every_public_name_says_what_it_is() -> None:
     assert {"CmuxError", "UsageError", "HostError", "ToolFailed", "WorkspaceDirty"} <= raised
 
 
-def test_what_is_raised_is_public(source: Source) -> None:
+def test_what_is_raised_is_public(source):
     """Or a kind of something public, for those who catch by name; except what only the program's own protocols raise."""
     family = [kind for kind in (getattr(c, node.name, None) for node in source.find(ast.ClassDef)) if isinstance(kind, type) and issubclass(kind, c.CmuxError)]
     assert len(family) > 20
@@ -7726,7 +7724,7 @@ def test_what_is_raised_is_public(source: Source) -> None:
 # === mcp ===
 
 
-def test_mcp_follows_a_rename_after_the_call_that_made_the_workspace(repo: Repo) -> None:
+def test_mcp_follows_a_rename_after_the_call_that_made_the_workspace(repo):
     with open_mcp(repo, "-w", "first", "-H", "box") as client:
         client("exec", command="echo work >a")
         repo.ok("rename", "-w", "first", "second")
@@ -7746,13 +7744,13 @@ MCP_TOOLS = ["exec", "read", "write", "edit", "glob", "grep", "jobs", "logs", "w
 class Mcp:
     """A client of `mcp`: requests out, answers and notifications in, kept until they are asked for."""
 
-    def __init__(self, repo: Repo, *options: str) -> None:
-        self.child = repo.start("mcp", *options, stdin=subprocess.PIPE)
-        self.count, self.answers, self.others, self.changed = 0, {}, [], threading.Condition()  # type: int, Dict[Any, Any], List[Any], Any
-        self.lines: List[bytes] = []
+    def __init__(self, repo, *options):
+        self.child = repo.start("mcp", *options, stdin=PIPE)
+        self.count, self.answers, self.others, self.changed = 0, {}, [], threading.Condition()
+        self.lines = []
         threading.Thread(target=self._read, daemon=True).start()
 
-    def _read(self) -> None:
+    def _read(self):
         assert self.child.stdout
         for line in self.child.stdout:
             message = json.loads(line)
@@ -7764,44 +7762,44 @@ class Mcp:
                     self.others.append(message)
                 self.changed.notify_all()
 
-    def send(self, line: bytes) -> None:
+    def send(self, line):
         assert self.child.stdin
         self.child.stdin.write(line + b"\n")
         self.child.stdin.flush()
 
-    def post(self, method: str, params: Optional[Dict[str, Any]] = None) -> int:
+    def post(self, method, params=None):
         self.count += 1
         self.send(json.dumps({"jsonrpc": "2.0", "id": self.count, "method": method, "params": params or {}}).encode())
         return self.count
 
-    def begin(self, command: str, **more: Any) -> int:
+    def begin(self, command, **more):
         return self.post("tools/call", {"name": "exec", "arguments": {"command": command}, **more})
 
-    def answer(self, number: Any, seconds: float = PATIENCE) -> Any:
+    def answer(self, number, seconds=PATIENCE):
         with self.changed:
             assert self.changed.wait_for(lambda: number in self.answers, seconds), f"no answer to {number}: {self.others}"
             return self.answers.pop(number)
 
-    def other(self, seconds: float = PATIENCE) -> Any:
+    def other(self, seconds=PATIENCE):
         with self.changed:
             assert self.changed.wait_for(lambda: self.others, seconds), "nothing came"
             return self.others.pop(0)
 
-    def ask(self, method: str, params: Optional[Dict[str, Any]] = None) -> Any:
+    def ask(self, method, params=None):
         return self.answer(self.post(method, params))
 
-    def call(self, tool: str, **arguments: Any) -> Tuple[bool, str]:
+    def call(self, tool, **arguments):
         """(whether it is an error, the text)"""
         result = self.ask("tools/call", {"name": tool, "arguments": arguments})["result"]
         assert [part["type"] for part in result["content"]] == ["text"] and "structuredContent" not in result
         return result["isError"], result["content"][0]["text"]
 
-    def __call__(self, tool: str, **arguments: Any) -> str:
+    def __call__(self, tool, **arguments):
         failed, text = self.call(tool, **arguments)
         assert not failed, text
         return text
 
-    def end(self, seconds: float = PATIENCE) -> bytes:
+    def end(self, seconds=PATIENCE):
         assert self.child.stdin and self.child.stderr
         self.child.stdin.close()
         self.child.wait(seconds)
@@ -7809,7 +7807,7 @@ class Mcp:
 
 
 @contextlib.contextmanager
-def open_mcp(repo: Repo, *options: str) -> Iterator[Mcp]:
+def open_mcp(repo, *options):
     client = Mcp(repo, *options)
     try:
         yield client
@@ -7821,13 +7819,13 @@ def open_mcp(repo: Repo, *options: str) -> Iterator[Mcp]:
 
 
 @pytest.fixture(scope="module")
-def mcp(shared: Repo) -> Iterator[Mcp]:
+def mcp(shared):
     with open_mcp(shared, "--soft-timeout", "2") as client:
         yield client
 
 
-@pytest.mark.parametrize("asked, given", [(v, v) for v in ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")] + [("2031-01-01", "2025-11-25")])
-def test_mcp_handshake_agrees_on_every_older_version(mcp: Mcp, asked: str, given: str) -> None:
+@each("asked, given", [(v, v) for v in ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")] + [("2031-01-01", "2025-11-25")])
+def test_mcp_handshake_agrees_on_every_older_version(mcp, asked, given):
     result = mcp.ask("initialize", {"protocolVersion": asked, "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}})["result"]
     assert result["protocolVersion"] == given and result["capabilities"] == {"tools": {}} and result["serverInfo"]["name"] == "cmux-ssh"
     head = result["instructions"][:512]
@@ -7835,13 +7833,13 @@ def test_mcp_handshake_agrees_on_every_older_version(mcp: Mcp, asked: str, given
     assert mcp.ask("ping")["result"] == {}
 
 
-def test_mcp_calls_leave_no_descriptors_behind(repo: Repo, monkeypatch: pytest.MonkeyPatch, site: Site) -> None:
+def test_mcp_calls_leave_no_descriptors_behind(repo, monkeypatch, site):
     """They are closed, not left to a collector: PyPy's comes late (seen: three more for each call, up to the limit)."""
     late = site.dir / "late.py"  # CPython's comes at once
     late.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport cmux_ssh as c\nc.Cancel.__del__ = lambda cancel: None\nsys.exit(c.main())\n")
     monkeypatch.setattr(sys.modules[__name__], "PROGRAM", late)
     with open_mcp(repo, "-H", "box") as client:
-        def calls() -> int:
+        def calls():
             for _ in range(15):
                 client("exec", command=["true"]), client("read", path="README"), client("exec", command="cat", stdin="in"), client("glob", pattern="*")
             return len(os.listdir(f"/proc/{client.child.pid}/fd"))
@@ -7849,7 +7847,7 @@ def test_mcp_calls_leave_no_descriptors_behind(repo: Repo, monkeypatch: pytest.M
         assert calls() < before + 20
 
 
-def test_a_forked_child_has_the_parents_cancel_for_its_own() -> None:
+def test_a_forked_child_has_the_parents_cancel_for_its_own():
     cancel = c.Cancel()
     cancel.fileno()
     stuck = c.Cancel()  # from inside: its guard is held for microseconds
@@ -7857,7 +7855,7 @@ def test_a_forked_child_has_the_parents_cancel_for_its_own() -> None:
     held = threading.Event()
     free = threading.Event()
 
-    def hold() -> None:
+    def hold():
         with stuck._guard:  # by another thread, in the instant of the fork
             held.set()
             free.wait()
@@ -7872,12 +7870,12 @@ def test_a_forked_child_has_the_parents_cancel_for_its_own() -> None:
     assert select.select([cancel], [], [], 5)[0] == [cancel]
 
 
-def test_a_forked_child_lets_go_of_all_though_one_thing_is_closed_already() -> None:
+def test_a_forked_child_lets_go_of_all_though_one_thing_is_closed_already():
     """Another thread of the parent was in the middle of closing it."""
     cancels = [c.Cancel() for _ in range(12)]
     numbers = [cancel.fileno() for cancel in cancels]
 
-    def all_gone() -> bool:
+    def all_gone():
         return not any(os.path.exists(f"/dev/fd/{number}") for number in numbers)
     for number in numbers[:3]:
         os.close(number)
@@ -7886,7 +7884,7 @@ def test_a_forked_child_lets_go_of_all_though_one_thing_is_closed_already() -> N
         os.dup2(numbers[3], number)
 
 
-def forked(look: Callable[[], bool]) -> int:
+def forked(look):
     """Whether a child finds ``look()`` true: 0."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 3.12 and later: a process with threads should not fork
@@ -7907,7 +7905,7 @@ def forked(look: Callable[[], bool]) -> int:
     return -1
 
 
-def test_what_killed_writers_left_is_removed_when_it_is_old(site: Site) -> None:
+def test_what_killed_writers_left_is_removed_when_it_is_old(site):
     """And one that another process renames meanwhile disturbs nobody (seen: a traceback)."""
     repo = Repo(site)
     site.line("far").refuse = True
@@ -7918,13 +7916,13 @@ def test_what_killed_writers_left_is_removed_when_it_is_old(site: Site) -> None:
         files["other.3.new"] = record.with_name("other.3.new")
         for new, file in files.items():
             file.symlink_to("nowhere") if new == "gone.new" else file.write_text("x")
-        os.utime(str(files["1.new"]), (1, 1))
+        os.utime(files["1.new"], (1, 1))
         record.unlink() if name[0] == "m" else None
         assert (repo.cli("new", "-H", "far", "down").code, repo.cli("new", "-H", "box", "w" + name[0]).code) == (255, 0)
-        assert {new for new, file in files.items() if os.path.lexists(str(file))} == left, name
+        assert {new for new, file in files.items() if os.path.lexists(file)} == left, name
 
 
-def test_a_cancel_is_readable_once_set_whenever_it_is_first_polled() -> None:
+def test_a_cancel_is_readable_once_set_whenever_it_is_first_polled():
     for order in ("set", "poll"), ("poll", "set"):
         cancel = c.Cancel()
         for act in order:
@@ -7936,7 +7934,7 @@ def test_a_cancel_is_readable_once_set_whenever_it_is_first_polled() -> None:
         assert cancel.is_set
 
 
-def test_mcp_stateless_era_answers_discover_and_every_request_by_itself(mcp: Mcp) -> None:
+def test_mcp_stateless_era_answers_discover_and_every_request_by_itself(mcp):
     found = mcp.ask("server/discover", MODERN)["result"]
     assert "2026-07-28" in found["supportedVersions"] and found["resultType"] == "complete"
     assert isinstance(found["ttlMs"], int) and found["cacheScope"] == "private" and found["_meta"][META + "serverInfo"]["name"] == "cmux-ssh"
@@ -7950,7 +7948,7 @@ def test_mcp_stateless_era_answers_discover_and_every_request_by_itself(mcp: Mcp
     assert mcp.ask("ping", MODERN)["error"]["code"] == -32601 and mcp.ask("initialize", MODERN)["error"]["code"] == -32601
 
 
-def test_mcp_tools_are_the_table_with_schemas_annotations_and_short_names(mcp: Mcp, shared: Repo) -> None:
+def test_mcp_tools_are_the_table_with_schemas_annotations_and_short_names(mcp, shared):
     first, again = (mcp.ask("tools/list")["result"]["tools"] for _ in range(2))
     assert first == again and [tool["name"] for tool in first] == MCP_TOOLS == list(c.TOOLS)
     with open_mcp(shared, "--manage") as manager:
@@ -7967,7 +7965,7 @@ def test_mcp_tools_are_the_table_with_schemas_annotations_and_short_names(mcp: M
     assert hints["workspace_rm"]["destructiveHint"] and not hints["edit"]["destructiveHint"]
 
 
-def test_mcp_every_tool_works_and_its_failures_are_results_the_model_can_act_on(mcp: Mcp) -> None:
+def test_mcp_every_tool_works_and_its_failures_are_results_the_model_can_act_on(mcp):
     assert re.search(r"exit_code: 3\n(.|\n)*--- stdout\nhi\n(.|\n)*--- stderr\noh\n", mcp("exec", command="echo hi; echo oh >&2; exit 3"))
     assert "<a b><'>" in mcp("exec", command=["printf", "<%s>", "a b", "'"])
     assert "created: True" in mcp("write", path="mcp/x.txt", content="one\ntwo\n")
@@ -7988,7 +7986,7 @@ def test_mcp_every_tool_works_and_its_failures_are_results_the_model_can_act_on(
     assert mcp.ask("tools/call", {"name": "exec", "arguments": [1]})["result"]["isError"]
 
 
-def test_mcp_calls_run_at_once_and_answer_as_they_finish(mcp: Mcp) -> None:
+def test_mcp_calls_run_at_once_and_answer_as_they_finish(mcp):
     """The first ends only once the last has run."""
     slow = mcp.begin("rm -f go; until [ -e go ]; do sleep 0.1; done; echo slow")
     numbers = {mcp.begin(f"echo n{n}"): n for n in range(8)}
@@ -7999,7 +7997,7 @@ def test_mcp_calls_run_at_once_and_answer_as_they_finish(mcp: Mcp) -> None:
     assert "exit_code: 0" in mcp.answer(last)["result"]["content"][0]["text"] and "slow" in mcp.answer(slow)["result"]["content"][0]["text"]
 
 
-@pytest.mark.parametrize("line, code", [
+@each("line, code", [
     (b"garbage", -32700), (b"\xff\xfe{}", -32700), (b"NaN", -32700), (b"[" * 100000, -32700), (b'{"jsonrpc":"2.0"', -32700), (b"3", -32600), (b'"x"', -32600),
     (b"null", -32600), (b"{}", -32600), (b"[]", -32600), (b'{"jsonrpc":"1.0","id":1,"method":"ping"}', -32600), (b'{"jsonrpc":"2.0","id":null,"method":"ping"}', -32600),
     (b'{"jsonrpc":"2.0","id":1.5,"method":"ping"}', -32600), (b'{"jsonrpc":"2.0","id":true,"method":"ping"}', -32600), (b'{"jsonrpc":"2.0","id":[],"method":"ping"}', -32600),
@@ -8007,14 +8005,14 @@ def test_mcp_calls_run_at_once_and_answer_as_they_finish(mcp: Mcp) -> None:
         (b',"method":3', -32600), (b"", -32600), (b',"method":"no/such"', -32601), (b',"method":"ping","params":[1]', -32602), (b',"method":"\\ud800"', -32601),
         (b',"method":"tools/call","params":{"name":["x"]}', -32602), (b',"method":"tools/call","params":{"_meta":3}', -32602))),
     (b'"' + b"x" * (17 << 20), -32600)], ids=lambda value: repr(value)[:40] if isinstance(value, bytes) else str(value))
-def test_mcp_garbage_is_answered_and_ends_nothing(mcp: Mcp, line: bytes, code: int) -> None:
+def test_mcp_garbage_is_answered_and_ends_nothing(mcp, line, code):
     mcp.send(line)
     error = (mcp.answer("g") if b'"id":"g","method"' in line and code != -32600 else mcp.other())["error"]
     assert error["code"] == code and error["message"]
     assert mcp.ask("ping")["result"] == {}
 
 
-def test_mcp_notifications_and_answers_get_no_answer_and_each_of_a_batch_its_own(mcp: Mcp) -> None:
+def test_mcp_notifications_and_answers_get_no_answer_and_each_of_a_batch_its_own(mcp):
     for line in (b'{"jsonrpc":"2.0","method":"notifications/initialized"}', b'{"jsonrpc":"2.0","method":"no/such","params":3}', b"", b"   ",
                  b'{"jsonrpc":"2.0","id":9,"result":{}}', b'{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":{"a":1}}}'):
         mcp.send(line)
@@ -8031,8 +8029,8 @@ def test_mcp_notifications_and_answers_get_no_answer_and_each_of_a_batch_its_own
     assert not mcp.others
 
 
-@pytest.mark.promise(3)
-def test_mcp_masks_secrets_drops_escapes_bounds_and_marks_what_the_host_says(site: Site) -> None:
+@promise(3)
+def test_mcp_masks_secrets_drops_escapes_bounds_and_marks_what_the_host_says(site):
     repo, value = Repo(site), f"s3cret-{os.urandom(8).hex()}"
     repo.ok("secrets", "set", "TOKEN", stdin=value.encode())
     with open_mcp(repo, "-H", "box") as client:
@@ -8050,7 +8048,7 @@ def test_mcp_masks_secrets_drops_escapes_bounds_and_marks_what_the_host_says(sit
     assert b"leak" in tree_of(repo.path())
 
 
-def test_mcp_a_secret_cut_by_a_page_of_logs_is_masked_all_the_same(site: Site) -> None:
+def test_mcp_a_secret_cut_by_a_page_of_logs_is_masked_all_the_same(site):
     repo = Repo(site)
     repo.ok("secrets", "set", "TOKEN", stdin=b"abcdefghijklmnopqrstuvwxyz")
     assert repo.exec("true").code == 0  # made: a call that makes the workspace may take longer than the soft timeout
@@ -8061,7 +8059,7 @@ def test_mcp_a_secret_cut_by_a_page_of_logs_is_masked_all_the_same(site: Site) -
         until(lambda: "[secret TOKEN]!" in client("logs", job=job, offset=0, wait=1), "the rest of the secret")
 
 
-def test_mcp_masks_what_a_command_made_also_when_an_earlier_server_sent_it(repo: Repo) -> None:
+def test_mcp_masks_what_a_command_made_also_when_an_earlier_server_sent_it(repo):
     repo.ok("secrets", "set", "TOKEN", "--command", "printf %s-12345 made")
     with open_mcp(repo, "-H", "box") as client:
         client("exec", command='echo "key=$TOKEN" >.env')
@@ -8073,7 +8071,7 @@ def test_mcp_masks_what_a_command_made_also_when_an_earlier_server_sent_it(repo:
             assert "made-12345" not in text and "[secret TOKEN]" in text, (tool, text)
 
 
-def test_mcp_a_name_made_for_the_pattern_and_a_page_of_cuts_take_no_time(repo: Repo) -> None:
+def test_mcp_a_name_made_for_the_pattern_and_a_page_of_cuts_take_no_time(repo):
     """Seen: one name held the server for ever, in re.match; 2 MB of cuts held it for 99 s."""
     key = "-----BEGIN KEY-----\n" + "\n".join(os.urandom(24).hex() for _ in range(26)) + "\n-----END KEY-----\n"
     repo.ok("secrets", "set", "KEY", stdin=key.encode())
@@ -8085,8 +8083,8 @@ def test_mcp_a_name_made_for_the_pattern_and_a_page_of_cuts_take_no_time(repo: R
         assert time.monotonic() - began < 20
 
 
-def test_globs_are_what_regular_expressions_said(area: Area) -> None:
-    def regex(pattern: str) -> "re.Pattern[str]":
+def test_globs_are_what_regular_expressions_said(area):
+    def regex(pattern):
         parts, out = [part for part in pattern.split("/") if part not in ("", ".")] + ["**"] * pattern.endswith("/"), ""
         for at, part in enumerate(parts):
             for word in [part] if part == "**" else re.findall(r"\*|\?|\[.[^\]]*\]|.", part, re.S):
@@ -8105,15 +8103,15 @@ def test_globs_are_what_regular_expressions_said(area: Area) -> None:
     assert [sorted(filter(regex(pattern).match, names)) for pattern in patterns] == found and sum(map(len, found)) > 1000 and len(names) > 100
 
 
-@pytest.mark.parametrize("pause", [":", "sleep 0.01"])
-def test_mcp_what_comes_while_a_call_is_answered_is_in_the_next_page(shared: Repo, pause: str) -> None:
+@each("pause", [":", "sleep 0.01"])
+def test_mcp_what_comes_while_a_call_is_answered_is_in_the_next_page(shared, pause):
     """next_offset is where the page ended, not where the output is by then."""
     with open_mcp(shared, "--soft-timeout", "0.5") as client:
         text, joined = client("exec", command=f"n=0; while echo $((n+=1)); do {pause}; done"), ""
         job = job_of(text)
         for _ in range(12):
             joined += text.partition("\n--- output\n")[2].rpartition("\n[end")[0]
-            offset = int(re.search(r"next_offset: (\d+)", text).group(1))  # type: ignore[union-attr]
+            offset = int(re.search(r"next_offset: (\d+)", text).group(1))
             joined += "\n" * (len(joined) == offset - 1)
             assert len(joined) == offset > 0
             text = client("logs", job=job, offset=offset, wait=1)
@@ -8121,7 +8119,7 @@ def test_mcp_what_comes_while_a_call_is_answered_is_in_the_next_page(shared: Rep
         assert joined == "".join(f"{n + 1}\n" for n in range(joined.count("\n") + 1))[:len(joined)]
 
 
-def test_mcp_manage_moves_no_branch_of_the_users(repo: Repo) -> None:
+def test_mcp_manage_moves_no_branch_of_the_users(repo):
     repo.git("branch", "release")
     repo.new("one")
     with open_mcp(repo, "-w", "one", "--manage") as client:
@@ -8132,10 +8130,10 @@ def test_mcp_manage_moves_no_branch_of_the_users(repo: Repo) -> None:
     assert repo.git("rev-parse", "release") == repo.git("rev-parse", "main") and repo.git("show", "cmux/other:work") == "done"
 
 
-def test_mcp_long_files_come_in_pages_that_join(mcp: Mcp, shared: Repo) -> None:
+def test_mcp_long_files_come_in_pages_that_join(mcp, shared):
     lines = [b"line %05d %s" % (n, b"x" * 30) for n in range(3000)]
     (shared.path() / "long.txt").write_bytes(b"\n".join(lines) + b"\n")
-    found, offset, pages = [], 1, 0  # type: List[str], int, int
+    found, offset, pages = [], 1, 0
     while offset <= 3000:
         text = mcp("read", path="long.txt", offset=offset)
         found += re.findall(r"^line .*$", text, re.M)
@@ -8144,7 +8142,7 @@ def test_mcp_long_files_come_in_pages_that_join(mcp: Mcp, shared: Repo) -> None:
     assert [line.encode() for line in found] == lines and pages > 3
 
 
-def test_mcp_a_call_over_the_soft_timeout_becomes_a_job_with_progress(mcp: Mcp) -> None:
+def test_mcp_a_call_over_the_soft_timeout_becomes_a_job_with_progress(mcp):
     nap = unique()
     number = mcp.begin(f"echo one; sleep {nap}", _meta={"progressToken": "tok"})
     text = mcp.answer(number)["result"]["content"][0]["text"]
@@ -8159,7 +8157,7 @@ def test_mcp_a_call_over_the_soft_timeout_becomes_a_job_with_progress(mcp: Mcp) 
     mcp.others.clear()
 
 
-def test_mcp_progress_rises_and_ends_with_the_call(repo: Repo) -> None:
+def test_mcp_progress_rises_and_ends_with_the_call(repo):
     with open_mcp(repo, "-H", "box") as client:
         number = client.begin("sleep 4.5; echo done", _meta={"progressToken": "tok"})
         assert "done" in client.answer(number)["result"]["content"][0]["text"]
@@ -8168,8 +8166,8 @@ def test_mcp_progress_rises_and_ends_with_the_call(repo: Repo) -> None:
         assert steps and steps == sorted(set(steps)) and all(params["progressToken"] == "tok" for params in seen)
 
 
-@pytest.mark.promise(6)
-def test_mcp_cancel_ends_the_tree_there_and_answers_no_more(mcp: Mcp) -> None:
+@promise(6)
+def test_mcp_cancel_ends_the_tree_there_and_answers_no_more(mcp):
     nap = unique()
     number = mcp.begin(f"sleep {nap} & sleep {nap}")
     until(lambda: len(running(f"sleep {nap}")) == 2, "two sleep")
@@ -8178,8 +8176,8 @@ def test_mcp_cancel_ends_the_tree_there_and_answers_no_more(mcp: Mcp) -> None:
     assert mcp.ask("ping")["result"] == {} and number not in mcp.answers
 
 
-@pytest.mark.parametrize("how", ["eof", "kill", "term"])
-def test_mcp_its_end_ends_foreground_commands_and_keeps_jobs(repo: Repo, how: str) -> None:
+@each("how", ["eof", "kill", "term"])
+def test_mcp_its_end_ends_foreground_commands_and_keeps_jobs(repo, how):
     nap, keep = unique(), unique()
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: [kill(p.pid) for p in running(f"sleep {keep}")])
@@ -8203,7 +8201,7 @@ def test_mcp_its_end_ends_foreground_commands_and_keeps_jobs(repo: Repo, how: st
         gone(f"sleep {keep}")
 
 
-def test_mcp_manage_reaches_other_workspaces_and_only_then(repo: Repo) -> None:
+def test_mcp_manage_reaches_other_workspaces_and_only_then(repo):
     repo.new("one")
     with open_mcp(repo, "-w", "one", "--manage") as client:  # the host is known from the workspace
         assert "name: two" in client("workspace_new", name="two")
@@ -8237,7 +8235,7 @@ def test_mcp_manage_reaches_other_workspaces_and_only_then(repo: Repo) -> None:
     assert set(repo.workspaces()) == {"one", "four"}
 
 
-def test_mcp_follows_a_workspace_whose_rename_is_the_first_call(repo: Repo) -> None:
+def test_mcp_follows_a_workspace_whose_rename_is_the_first_call(repo):
     repo.new("one")
     do(repo, "echo precious >mine", "one")
     with open_mcp(repo, "-H", "box", "-w", "one", "--manage") as client:
@@ -8246,7 +8244,7 @@ def test_mcp_follows_a_workspace_whose_rename_is_the_first_call(repo: Repo) -> N
     assert set(repo.workspaces()) == {"two"}
 
 
-def test_mcp_says_when_the_workspace_is_new_and_where_a_page_is_cut(repo: Repo) -> None:
+def test_mcp_says_when_the_workspace_is_new_and_where_a_page_is_cut(repo):
     with open_mcp(repo, "-H", "box") as client:
         assert f"made: the workspace main is new, of commit {repo.git('rev-parse', 'HEAD')[:10]}" in client("exec", command="printf 'a\\nb' >two; yes | head -c 99999 | tr -d '\\n' >long; echo >>long; echo end >>long")
         assert "made:" not in client("exec", command="true")
@@ -8256,8 +8254,8 @@ def test_mcp_says_when_the_workspace_is_new_and_where_a_page_is_cut(repo: Repo) 
         assert "Go on" not in client("read", path="long", offset=1, limit=1)
 
 
-@pytest.mark.promise(4)
-def test_mcp_without_a_host_or_with_a_dead_one_says_so_and_lives(repo: Repo, site: Site) -> None:
+@promise(4)
+def test_mcp_without_a_host_or_with_a_dead_one_says_so_and_lives(repo, site):
     with open_mcp(repo) as client:
         failed, text = client.call("exec", command="true")
         assert failed and "For the user: Name one with -H HOST" in text
@@ -8267,8 +8265,8 @@ def test_mcp_without_a_host_or_with_a_dead_one_says_so_and_lives(repo: Repo, sit
         assert failed and "refused" in text and client.ask("ping")["result"] == {}
 
 
-def test_mcp_a_client_that_stops_reading_does_not_grow_it(shared: Repo) -> None:
-    child = shared.start("mcp", stdin=subprocess.PIPE)
+def test_mcp_a_client_that_stops_reading_does_not_grow_it(shared):
+    child = shared.start("mcp", stdin=PIPE)
     try:
         assert child.stdin
         os.set_blocking(child.stdin.fileno(), False)
@@ -8283,20 +8281,20 @@ def test_mcp_a_client_that_stops_reading_does_not_grow_it(shared: Repo) -> None:
                 quiet += 1
                 time.sleep(0.05)
         assert sent < 5000, "it stops reading when nobody reads its answers"
-        assert int(re.search(rb"VmHWM:\s+(\d+)", slurp(f"/proc/{child.pid}/status") or b"VmHWM: 0").group(1)) < (200 if PYPY else 100) * 1024  # type: ignore[union-attr]
+        assert int(re.search(rb"VmHWM:\s+(\d+)", slurp(f"/proc/{child.pid}/status") or b"VmHWM: 0").group(1)) < (200 if PYPY else 100) * 1024
     finally:
         child.kill()
         child.communicate()
 
 
-@pytest.mark.slow
-def test_mcp_ten_thousand_calls_leave_memory_flat(shared: Repo) -> None:
+@slow
+def test_mcp_ten_thousand_calls_leave_memory_flat(shared):
     with open_mcp(shared) as client:
-        def memory() -> int:
+        def memory():
             found = re.search(rb"VmRSS:\s+(\d+)", slurp(f"/proc/{client.child.pid}/status"))
             return int(found.group(1)) if found else 0
 
-        def rounds(count: int) -> None:
+        def rounds(count):
             for _ in range(count):
                 numbers = [client.post("tools/call", {"name": "read", "arguments": {"path": "README"}}) for _ in range(5)]
                 numbers += [client.post("tools/call", {"name": "read", "arguments": {}}) for _ in range(45)]
@@ -8333,12 +8331,12 @@ anyio.run(go, sys.argv[1])
 """
 
 
-def test_mcp_a_line_that_was_written_over_is_shown_in_its_last_state(mcp: Mcp) -> None:
+def test_mcp_a_line_that_was_written_over_is_shown_in_its_last_state(mcp):
     shown = mcp("exec", command=r"printf '10%%\r50%%\r100%%\nwindows\r\nnext\ra\rb\r'; printf 'literal ^M stays\n' >&2")
     assert "\n100%\nwindows\nb\n" in shown and "50%" not in shown and "next" not in shown and "literal ^M stays" in shown, shown
 
 
-def test_mcp_name_and_workspace_are_taken_for_each_other(repo: Repo) -> None:
+def test_mcp_name_and_workspace_are_taken_for_each_other(repo):
     with open_mcp(repo, "-H", "box", "--manage") as client:
         client("workspace_new", workspace="one")
         assert "ran in one" in client("exec", name="one", command="echo ran in $CMUX_WORKSPACE")
@@ -8349,34 +8347,34 @@ def test_mcp_name_and_workspace_are_taken_for_each_other(repo: Repo) -> None:
         assert failed and "no argument 'name'" in text
 
 
-@pytest.mark.parametrize("mode", ["auto", "legacy", "2026-07-28"])
-def test_mcp_the_official_sdk_works(shared: Repo, mode: str) -> None:
+@each("mode", ["auto", "legacy", "2026-07-28"])
+def test_mcp_the_official_sdk_works(shared, mode):
     sdk = next((py for py in (os.environ.get("CMUX_TEST_MCP_PYTHON", ""), sys.executable) if py and subprocess.run(
-        [py, "-c", "import mcp.client.client"], stderr=subprocess.DEVNULL).returncode == 0), "")
+        [py, "-c", "import mcp.client.client"], stderr=DEVNULL).returncode == 0), "")
     if not sdk:
         pytest.skip("the package mcp (2.0 or newer) is not installed; it is for developers: pip install mcp, or CMUX_TEST_MCP_PYTHON=its python")
-    done = subprocess.run([sdk, "-c", SDK, mode, str(PROGRAM), "mcp", "-w", "main"], cwd=str(shared.dir), env=shared.site.environment(),
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    done = subprocess.run([sdk, "-c", SDK, mode, str(PROGRAM), "mcp", "-w", "main"], cwd=shared.dir, env=shared.site.environment(),
+                          capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode().split()[2:] == MCP_TOOLS and done.stdout.split()[1] == (b"2025-11-25" if mode == "legacy" else b"2026-07-28")
     until(lambda: not running("sleep 4242.25"), "the end of the cancelled command")
 
 
-def job_of(text: str) -> str:
+def job_of(text):
     found = re.search(r"job: ([jr]\w+)", text)
     assert found, text
     return found.group(1)
 
 
 @pytest.fixture
-def token(repo: Repo) -> str:
+def token(repo):
     """The value of the secret TOKEN."""
     value = "tok-" + os.urandom(20).hex()
     repo.ok("secrets", "set", "TOKEN", stdin=value.encode())
     return value
 
 
-def test_mcp_a_secret_is_masked_over_the_border_of_pages_with_colour_codes_in_it_and_where_grep_cuts_a_line(repo: Repo, token: str) -> None:
+def test_mcp_a_secret_is_masked_over_the_border_of_pages_with_colour_codes_in_it_and_where_grep_cuts_a_line(repo, token):
     with open_mcp(repo, "-H", "box") as client:
         job = job_of(client("exec", command=f"head -c {ROOM - 20} /dev/zero | tr '\\0' y; echo $TOKEN; echo END", background=True))
         client("wait", job=job)
@@ -8389,13 +8387,13 @@ def test_mcp_a_secret_is_masked_over_the_border_of_pages_with_colour_codes_in_it
         text = client("exec", command="echo x$TOKEN | sed \"s/.ok-/$(printf '\\033[1;31m')&$(printf '\\033[m')/\"")
         assert token not in text and "x[secret TOKEN]" in text
         client("write", path="min.js", content="needle" + "y" * 10000 + "\n")
-        size = len(re.search("needle(y+)", client("grep", pattern="needle")).group(1))  # type: ignore[union-attr]
+        size = len(re.search("needle(y+)", client("grep", pattern="needle")).group(1))
         client("write", path="min.js", content="needle" + "y" * (size - 14) + token + "z" * 100 + "\n")
         found = client("grep", pattern="needle")
         assert size < 9000 and "needleyy" in found and token[:6] not in found
 
 
-def test_mcp_a_secret_where_the_capture_is_cut_is_masked(repo: Repo, token: str) -> None:
+def test_mcp_a_secret_where_the_capture_is_cut_is_masked(repo, token):
     with open_agent(repo, "-H", "box") as talker:
         half = talker("exec", command="head -c 9000000 /dev/zero | tr '\\0' y")["stdout"].index("\n[... ")
     colours = (half - 12) // 5 * 5   # taken out, so that the cut comes near the beginning
@@ -8405,8 +8403,8 @@ def test_mcp_a_secret_where_the_capture_is_cut_is_masked(repo: Repo, token: str)
         assert "begin-" in text and token[:4] not in text and "bytes left out" in text
 
 
-@pytest.mark.parametrize("which", ["projects", "secrets"])
-def test_mcp_damaged_state_is_said_in_every_answer_and_ends_nothing(repo: Repo, which: str, site: Site) -> None:
+@each("which", ["projects", "secrets"])
+def test_mcp_damaged_state_is_said_in_every_answer_and_ends_nothing(repo, which, site):
     repo.new()
     repo.ok("secrets", "set", "TOKEN", stdin=b"abcdefgh")
     with open_mcp(repo) as client:
@@ -8422,8 +8420,8 @@ def test_mcp_damaged_state_is_said_in_every_answer_and_ends_nothing(repo: Repo, 
         client.begin("true")
 
 
-@pytest.mark.parametrize("value", ["1e400", "-1e400", "[" * DEEP + "]" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP, '"\\ud800"', '"' + "x" * 100000 + '"', "12345678901234567890"], ids=["huge", "negative", "lists", "objects", "surrogate", "long", "digits"])
-def test_mcp_odd_values_everywhere_give_one_line_of_real_json(mcp: Mcp, value: str) -> None:
+@each("value", ["1e400", "-1e400", "[" * DEEP + "]" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP, '"\\ud800"', '"' + "x" * 100000 + '"', "12345678901234567890"], ids=["huge", "negative", "lists", "objects", "surrogate", "long", "digits"])
+def test_mcp_odd_values_everywhere_give_one_line_of_real_json(mcp, value):
     calls = ('{"name":%s}', '{"name":"exec","arguments":{"command":"true","timeout":%s}}', '{"name":"exec","arguments":{"command":"true","env":{"A":%s}}}',
              '{"name":"exec","arguments":%s}', '{"name":"wait","arguments":{"job":"j00000000","timeout":%s}}', '{"name":"logs","arguments":{"job":"j00000000","offset":%s}}',
              '{"name":"read","arguments":{"path":"README","limit":%s}}', '{"name":"edit","arguments":{"path":"README","edits":%s}}',
@@ -8442,15 +8440,15 @@ def test_mcp_odd_values_everywhere_give_one_line_of_real_json(mcp: Mcp, value: s
         assert line.isascii() and line.count(b"\n") == 1
 
 
-def test_mcp_a_sequence_without_an_end_swallows_no_more_than_its_line(mcp: Mcp) -> None:
+def test_mcp_a_sequence_without_an_end_swallows_no_more_than_its_line(mcp):
     text = mcp("exec", command="printf 'a\\033]0;title\\nb\\033Pdcs\\nc\\033_apc\\nTHE END\\n'")
     assert "THE END" in text and "\nb" in text and "title" not in text and "dcs" not in text
 
 
-@pytest.mark.parametrize("how", ["eof", "term"])
-def test_mcp_ends_though_nobody_reads_its_answers(repo: Repo, how: str) -> None:
+@each("how", ["eof", "term"])
+def test_mcp_ends_though_nobody_reads_its_answers(repo, how):
     nap = unique()
-    child = repo.start("mcp", "-H", "box", stdin=subprocess.PIPE)
+    child = repo.start("mcp", "-H", "box", stdin=PIPE)
     try:
         assert child.stdin
         child.stdin.write(json.dumps({"jsonrpc": "2.0", "id": "n", "method": "tools/call", "params": {
@@ -8477,7 +8475,7 @@ def test_mcp_ends_though_nobody_reads_its_answers(repo: Repo, how: str) -> None:
         child.wait()
 
 
-def test_mcp_making_the_workspace_may_take_longer_than_a_call_and_outlive_it(repo: Repo) -> None:
+def test_mcp_making_the_workspace_may_take_longer_than_a_call_and_outlive_it(repo):
     """Each call becomes a job, whatever its tool; one that was cancelled meanwhile does nothing."""
     repo.write(".cmux/init", b"#!/bin/sh\nwhile [ ! -e ../go ]; do sleep 0.1; done; echo made >by-init\n", 0o755)
     repo.commit()
@@ -8495,7 +8493,7 @@ def test_mcp_making_the_workspace_may_take_longer_than_a_call_and_outlive_it(rep
         assert number not in client.answers and not (repo.path() / "cancelled").exists()
 
 
-def test_mcp_a_hundred_calls_in_flight_get_a_hundred_answers(shared: Repo) -> None:
+def test_mcp_a_hundred_calls_in_flight_get_a_hundred_answers(shared):
     """Also the ones beyond those that run at once; each is answered after the next had begun to wait."""
     with open_mcp(shared) as client:
         numbers = [client.begin(f"sleep 0.3; echo n{n}") for n in range(100)]
@@ -8503,7 +8501,7 @@ def test_mcp_a_hundred_calls_in_flight_get_a_hundred_answers(shared: Repo) -> No
             assert f"n{n}\n" in client.answer(number)["result"]["content"][0]["text"]
 
 
-def test_mcp_any_tool_over_the_soft_timeout_becomes_a_job_whose_end_can_be_waited_for(repo: Repo) -> None:
+def test_mcp_any_tool_over_the_soft_timeout_becomes_a_job_whose_end_can_be_waited_for(repo):
     repo.write(".cmux/init", b"#!/bin/sh\nwhile [ ! -e ../go ]; do sleep 0.1; done\n", 0o755)
     repo.commit()
     with open_mcp(repo, "-H", "box", "--soft-timeout", "1", "--manage") as client:
@@ -8515,13 +8513,13 @@ def test_mcp_any_tool_over_the_soft_timeout_becomes_a_job_whose_end_can_be_waite
         assert "stopped: confirmed" in client("stop", job=job)
 
 
-def test_mcp_a_job_of_an_earlier_server_is_not_there_and_says_what_to_do(mcp: Mcp) -> None:
+def test_mcp_a_job_of_an_earlier_server_is_not_there_and_says_what_to_do(mcp):
     for tool in ("logs", "wait", "stop"):
         failed, text = mcp.call(tool, job="r00000000")
         assert failed and "background=true" in text
 
 
-def test_mcp_pages_of_logs_join_without_a_broken_character(mcp: Mcp) -> None:
+def test_mcp_pages_of_logs_join_without_a_broken_character(mcp):
     job = job_of(mcp("exec", command="printf x; i=0; while [ $i -lt 9000 ]; do printf 'a\\303\\251\\342\\202\\254'; i=$((i+1)); done", background=True))
     mcp("wait", job=job)
     whole, offset = "", 0
@@ -8530,11 +8528,11 @@ def test_mcp_pages_of_logs_join_without_a_broken_character(mcp: Mcp) -> None:
         piece = re.search(r"--- output\n(.*)\n\[end", text)
         if not piece:
             break
-        whole, offset = whole + piece.group(1), int(re.search(r"next_offset: (\d+)", text).group(1))  # type: ignore[union-attr]
+        whole, offset = whole + piece.group(1), int(re.search(r"next_offset: (\d+)", text).group(1))
     assert whole == "x" + "aé€" * 9000
 
 
-def test_mcp_the_first_512_characters_of_the_instructions_stand_alone(repo: Repo) -> None:
+def test_mcp_the_first_512_characters_of_the_instructions_stand_alone(repo):
     long = "user@" + "a" * 60 + ".example.com"
     with open_mcp(repo, "-H", long, "-w", "w" * 64) as client:
         first, rest = client.ask("server/discover", MODERN)["result"]["instructions"].split("\n\n")
@@ -8544,12 +8542,12 @@ def test_mcp_the_first_512_characters_of_the_instructions_stand_alone(repo: Repo
 # === shell ===
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "tcsh", "ksh", "dash"])
-def test_shell_is_the_login_shell_in_the_workspace_with_the_secrets(site: Site, shell: str) -> None:
+@each("shell", ["bash", "zsh", "fish", "tcsh", "ksh", "dash"])
+def test_shell_is_the_login_shell_in_the_workspace_with_the_secrets(site, shell):
     repo, value = Repo(site), "s%s'$x" % os.urandom(6).hex()
     repo.ok("secrets", "set", "TOKEN", stdin=value.encode())
 
-    def places() -> Set[Path]:
+    def places():
         return set(Path("/tmp").glob("cmux-" + "[0-9a-f]" * 24))
 
     before = places()
@@ -8564,8 +8562,8 @@ def test_shell_is_the_login_shell_in_the_workspace_with_the_secrets(site: Site, 
     assert terminal.wait() == 7
 
 
-@pytest.mark.promise(1)
-def test_shell_sends_nothing_of_what_send_env_names(site: Site) -> None:
+@promise(1)
+def test_shell_sends_nothing_of_what_send_env_names(site):
     site.daemon("all", "AcceptEnv *", config=["SendEnv *"])
     repo = Repo(site)
     repo.new(host="all")
@@ -8577,8 +8575,8 @@ def test_shell_sends_nothing_of_what_send_env_names(site: Site) -> None:
     assert terminal.wait() == 0
 
 
-@pytest.mark.parametrize("names, proxied", [("*", False), ("*", True), ("LC_*", False)])
-def test_a_session_of_its_own_sends_no_local_path(site: Site, names: str, proxied: bool) -> None:
+@each("names, proxied", [("*", False), ("*", True), ("LC_*", False)])
+def test_a_session_of_its_own_sends_no_local_path(site, names, proxied):
     """A pull has one; what ssh itself has there, and is told, a program in its place writes down."""
     told = site.dir / "told"
     (site.inetd if proxied else site.daemon)("own", config=[f"SendEnv {names}"])
@@ -8591,7 +8589,7 @@ def test_a_session_of_its_own_sends_no_local_path(site: Site, names: str, proxie
     assert names == "*" or seen["SSH_AUTH_SOCK"] == "/nowhere/agent"
 
 
-def test_shell_needs_a_terminal_and_leaves_it_as_it_was(repo: Repo, site: Site) -> None:
+def test_shell_needs_a_terminal_and_leaves_it_as_it_was(repo, site):
     refused = repo.cli("shell", "-H", "box")
     assert refused.code == 2 and "exec" in refused.said and not repo.workspaces()
     line = site.line("far")
@@ -8610,7 +8608,7 @@ def test_shell_needs_a_terminal_and_leaves_it_as_it_was(repo: Repo, site: Site) 
 # === doctor ===
 
 
-def test_a_state_directory_open_to_others_is_a_finding_and_never_to_be_removed(repo: Repo, site: Site) -> None:
+def test_a_state_directory_open_to_others_is_a_finding_and_never_to_be_removed(repo, site):
     repo.cli("secrets", "list")
     site.state.chmod(0o755)
     try:
@@ -8627,11 +8625,11 @@ def test_a_state_directory_open_to_others_is_a_finding_and_never_to_be_removed(r
     assert "Others can write to" in said and "chmod go-w %s." % above in said, said
 
 
-def states(answer: Answer) -> Dict[str, str]:
+def states(answer):
     return {row["what"]: row["state"] for row in answer.json}
 
 
-def test_doctor_finds_a_good_host_good_and_leaves_nothing_there(repo: Repo, site: Site) -> None:
+def test_doctor_finds_a_good_host_good_and_leaves_nothing_there(repo, site):
     repo.new()
     before = sorted(str(p) for p in site.far_home().rglob("*"))
     found = repo.ok("doctor", "box", "--json")
@@ -8645,7 +8643,7 @@ def test_doctor_finds_a_good_host_good_and_leaves_nothing_there(repo: Repo, site
     assert repo.cli("exec", "--", "echo still").out == b"still\n"
 
 
-def test_doctor_understands_an_ssh_before_8_7(repo: Repo, site: Site) -> None:
+def test_doctor_understands_an_ssh_before_8_7(repo, site):
     """Which says only as debug1 how it logged in."""
     env = {"CMUX_SSH_COMMAND": in_sshs_place(site, 'for a; do case $a in /*cmux-doctor-*) log=$a;; esac; done; $ssh "$@"; code=$?\n'
                                              '[ ! "$log" ] || sed \'s/^Authenticated to .* using "\\(.*\\)".*/debug1: Authentication succeeded (\\1)./\' "$log" >"$log.8"\n'
@@ -8654,7 +8652,7 @@ def test_doctor_understands_an_ssh_before_8_7(repo: Repo, site: Site) -> None:
     assert {row["state"] for row in found.json} == {"ok"} and "by publickey" in next(row["text"] for row in found.json if row["what"] == "connect")
 
 
-def test_doctor_says_what_the_config_would_let_out(site: Site) -> None:
+def test_doctor_says_what_the_config_would_let_out(site):
     Hostile(site, "RequestTTY force", "RemoteCommand echo hijacked")
     found = site.cli("doctor", "hostile", "--json")
     config = next(row["text"] for row in found.json if row["what"] == "config")
@@ -8663,7 +8661,7 @@ def test_doctor_says_what_the_config_would_let_out(site: Site) -> None:
         assert word in config
 
 
-def silent_port(site: Site) -> int:
+def silent_port(site):
     """A port that takes connections and says nothing."""
     site.daemon("box2")
     line = site.line("silent", to="box2")
@@ -8671,13 +8669,13 @@ def silent_port(site: Site) -> int:
     return line.port
 
 
-def without_tar(site: Site) -> str:
+def without_tar(site):
     path = minimal_path(site)
     os.unlink(f"{path}/tar")
     return site.inetd("h", shell="busybox", env={"PATH": path})
 
 
-DOCTOR: Dict[str, Tuple[Callable[[Site], str], int, str]] = {  # how the host h comes to have the trouble, the exit code, words
+DOCTOR = {  # how the host h comes to have the trouble, the exit code, words
     "unresolved": (lambda site: site.host("h", "HostName no-such-host.invalid"), 255, "does not resolve"),
     "closed": (lambda site: site.host("h", "HostName 127.0.0.1", f"Port {free_port()}"), 255, "refused"),
     "unknown key": (lambda site: site.inetd("h", host_key=site.keys.other_host, config=["HostKeyAlias new"]), 255, "ssh-ed25519 SHA256:"),
@@ -8697,8 +8695,8 @@ DOCTOR: Dict[str, Tuple[Callable[[Site], str], int, str]] = {  # how the host h 
 }
 
 
-@pytest.mark.parametrize("trouble", DOCTOR)
-def test_doctor_explains_what_is_wrong_and_its_fix(site: Site, trouble: str) -> None:
+@each("trouble", DOCTOR)
+def test_doctor_explains_what_is_wrong_and_its_fix(site, trouble):
     """Each in one sentence, with the documented exit code; what makes the host unusable is no 'fix'."""
     make, code, words = DOCTOR[trouble]
     found = site.cli("doctor", make(site), "--json")
@@ -8707,7 +8705,7 @@ def test_doctor_explains_what_is_wrong_and_its_fix(site: Site, trouble: str) -> 
     assert words in row["text"] + " " + row["fix"] and row["fix"] and "\n" not in row["text"] + row["fix"], row
 
 
-def test_doctor_without_a_host_looks_at_this_machine_only(site: Site) -> None:
+def test_doctor_without_a_host_looks_at_this_machine_only(site):
     found = site.cli("doctor", "--json")
     assert found.code == 0 and states(found) == {"ssh here": "ok", "python": "ok", "state": "ok", "host": "note"}
 
@@ -8726,14 +8724,14 @@ OFFERED = {  # exactly, in bash; with a bar between, at least
     "{} exec -H ''": "alpha beta", "{} doctor b": "beta", "{} pull ''": "two main", "{} logs ''": "j0123abcd", "{} new ''": "", "{} list -": "--all-projects|--json|-C", "python3 other.py ''": "", "python3 {} pull -w ''": "two main", "python3 {} secrets rm ''": "KEY"}
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_completion_offers_what_can_stand_there(shared_names: Repo, shell: str) -> None:
+@each("shell", ["bash", "zsh"])
+def test_completion_offers_what_can_stand_there(shared_names, shell):
     script = TAB % 'source <(python3 "$CMUX" completion bash)'
     if shell == "zsh":  # as its bashcompinit calls the function
         script = ('autoload -U +X compinit && compinit -u -D; eval "$(python3 "$CMUX" completion zsh)"\n'
                   'f() { emulate -L sh; setopt kshglob noshglob braceexpand;\n%s\n}; f "$@"' % TAB.partition("\n")[2])
     done = subprocess.run([program(shell, shell), *(["-f"] if shell == "zsh" else []), "-c", script, shell, *(line.format(PROGRAM) for line in OFFERED)],
-                          cwd=str(shared_names.dir), env=shared_names.site.environment({"CMUX": str(PROGRAM)}), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                          cwd=shared_names.dir, env=shared_names.site.environment({"CMUX": str(PROGRAM)}), capture_output=True)
     rows = done.stdout.decode().split("\n")[:-1]
     assert done.returncode == 0 and not done.stderr and len(rows) == len(OFFERED), done
     for (line, offered), told in zip(OFFERED.items(), map(str.split, rows)):
@@ -8744,8 +8742,8 @@ def test_completion_offers_what_can_stand_there(shared_names: Repo, shell: str) 
             assert set(told) >= set(wanted) if "|" in offered else sorted(told) == sorted(wanted), (line, told)
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_runs_only_the_program_that_made_the_script(shared_names: Repo, tmp_path: Path, shell: str) -> None:
+@each("shell", ["bash", "zsh", "fish"])
+def test_completion_runs_only_the_program_that_made_the_script(shared_names, tmp_path, shell):
     """A checkout may hold anything, under any of these names, and its reader only types TAB."""
     for name in ("cmux_ssh.py", "not_cmux_ssh.py", "python", "python3", "sub/cmux_ssh.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -8759,14 +8757,14 @@ def test_completion_runs_only_the_program_that_made_the_script(shared_names: Rep
         script, words = TAB % f'eval "$("$PY" "$CMUX" completion {shell})"', [f"{name} {tail} ''" for name in names]
         script = "autoload -U +X compinit && compinit -u -D; emulate sh; " + script if shell == "zsh" else script
     done = subprocess.run([program(shell, shell), *{"zsh": ["-f"], "fish": ["-N"], "bash": []}[shell], "-c", script, *([] if shell == "fish" else ["-"]), *words],
-                          cwd=str(tmp_path), env=shared_names.site.environment({"CMUX": str(PROGRAM), "PY": sys.executable}), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                          cwd=tmp_path, env=shared_names.site.environment({"CMUX": str(PROGRAM), "PY": sys.executable}), capture_output=True)
     assert not (tmp_path / "RAN").exists(), done
     rows = [" ".join(sorted(row.split())) for row in done.stdout.decode().splitlines()]
     assert rows[:3] == ["main two"] * 3 and rows[4:] == ["", ""] and rows[3] == ("" if shell == "fish" else "main two"), done
 
 
 @pytest.fixture(scope="module")
-def shared_names(shared: Repo) -> Repo:
+def shared_names(shared):
     """A project with the workspaces main and two, and the secret KEY: names are all that completion asks for."""
     repo = Repo(shared.site, "names")
     repo.new("main", "two")
@@ -8781,7 +8779,7 @@ def shared_names(shared: Repo) -> Repo:
     return repo
 
 
-def test_completion_of_fish_offers_names_where_they_can_stand(shared_names: Repo) -> None:
+def test_completion_of_fish_offers_names_where_they_can_stand(shared_names):
     shim = shared_names.site.dir / "bin-of-names" / "cmux_ssh.py"  # its name is the command's, not a module's
     shim.parent.mkdir()
     shim.write_text(f"#!{sys.executable}\nimport os, sys\nos.execv(sys.executable, [sys.executable, {str(PROGRAM)!r}] + sys.argv[1:])\n")
@@ -8789,7 +8787,7 @@ def test_completion_of_fish_offers_names_where_they_can_stand(shared_names: Repo
     lines = ["cmux_ssh.py rm ", "cmux_ssh.py secrets rm ", "cmux_ssh.py exec -w ", "cmux_ssh.py rm --f", f"python3 {shim} rm ", f"python3 {shim} rm --f", "cmux_ssh.py secrets ", "python3 cmux_ssh.py rm "]
     (shared_names.dir / "cmux_ssh.py").symlink_to(shim)  # as README calls it
     done = subprocess.run([program("fish", "fish"), "-N", "-c", "cmux_ssh.py completion fish | source; for line in $argv; complete -C $line; echo .; end", *lines],
-                          cwd=str(shared_names.dir), env=shared_names.site.environment({"PATH": f"{shim.parent}:{os.environ['PATH']}"}), stdout=subprocess.PIPE)
+                          cwd=shared_names.dir, env=shared_names.site.environment({"PATH": f"{shim.parent}:{os.environ['PATH']}"}), stdout=PIPE)
     told = [{row.split("\t")[0] for row in part.splitlines()} - {""} for part in done.stdout.decode().split(".\n")]
     assert told[0] == {"main", "two"} and told[1] == {"KEY"} and told[2] == {"main", "two"} and told[3] == {"--force", "--forget"}, told
     assert told[4] == {"main", "two"} and told[5] == {"--force", "--forget"} and told[6] == {"set", "import", "list", "rm"}, told
@@ -8799,8 +8797,8 @@ def test_completion_of_fish_offers_names_where_they_can_stand(shared_names: Repo
 # === demo and bench ===
 
 
-@pytest.mark.compat
-def test_demo_shows_the_flow_and_leaves_nothing(site: Site) -> None:
+@compat
+def test_demo_shows_the_flow_and_leaves_nothing(site):
     before = {p.pid for p in processes(environ=False)}
     shown = site.cli("demo", cwd=site.home)
     assert shown.code == 0 and shown.text.count("\n") >= 5 and "process table" in shown.text.lower(), shown
@@ -8811,9 +8809,9 @@ def test_demo_shows_the_flow_and_leaves_nothing(site: Site) -> None:
 DEMO = "import os, sys, cmux_ssh\ncode = cmux_ssh.main(['demo'])\nprint([os.environ.get('CMUX_SSH_' + n) for n in ('HOME', 'COMMAND', 'HOST')])\nsys.exit(code)"
 
 
-@pytest.mark.parametrize("length", [49, 90])
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_demo_leaves_no_master_and_no_variable_also_where_tmpdir_is_long_and_ends_at_ctrl_c(site: Site, length: int, interrupted: bool) -> None:
+@each("length", [49, 90])
+@each("interrupted", [False, True])
+def test_demo_leaves_no_master_and_no_variable_also_where_tmpdir_is_long_and_ends_at_ctrl_c(site, length, interrupted):
     """macOS has a TMPDIR of 49 characters; sockets do not fit below one."""
     folder = site.tmp / ("t" * (length - 1 - len(str(site.tmp))))
     folder.mkdir()
@@ -8821,7 +8819,7 @@ def test_demo_leaves_no_master_and_no_variable_also_where_tmpdir_is_long_and_end
     runtime.mkdir(0o700)
     before = {p.pid for p in processes(environ=False)}
     env = site.environment({"TMPDIR": str(folder), "PYTHONPATH": str(HERE), "CMUX_SSH_HOST": "mine", "XDG_RUNTIME_DIR": str(runtime)})
-    child = subprocess.Popen([sys.executable, "-c", DEMO], cwd=str(site.home), env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    child = subprocess.Popen([sys.executable, "-c", DEMO], cwd=site.home, env=env, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True)
     if interrupted:
         until(lambda: [p for p in processes() if p.cmdline == b"sleep\x000.3\0" and os.fsencode(site.dir) in p.environ], "the command runs")
         os.killpg(child.pid, signal.SIGINT)
@@ -8835,7 +8833,7 @@ def test_demo_leaves_no_master_and_no_variable_also_where_tmpdir_is_long_and_end
     until(lambda: not [p for p in processes() if p.pid not in before and os.fsencode(site.dir) in p.environ], "the demo's processes are gone")
 
 
-def test_demo_without_sshd_says_how_to_get_one(site: Site) -> None:
+def test_demo_without_sshd_says_how_to_get_one(site):
     """sshd is looked for outside of PATH, too: the places are hidden by a file system of the test's own."""
     hide = "for d in /usr/sbin /usr/local/sbin /usr/libexec; do [ ! -e $d/sshd ] || mount -t tmpfs none $d; done"
     path = f"{os.path.dirname(program('ssh'))}:{os.path.dirname(program('git'))}:/usr/bin:/bin"
@@ -8843,13 +8841,13 @@ def test_demo_without_sshd_says_how_to_get_one(site: Site) -> None:
     assert shown.code == 2 and "openssh-server" in shown.said and shown.said.count("\n") <= 2, shown
 
 
-def bench(site: Site, *args: str) -> "subprocess.CompletedProcess[bytes]":
-    return subprocess.run([sys.executable, str(HERE / ".ci/bench.py"), *args], cwd=str(site.home), env=site.env,
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=250)
+def bench(site, *args):
+    return subprocess.run([sys.executable, str(HERE / ".ci/bench.py"), *args], cwd=site.home, env=site.env,
+                          stdin=DEVNULL, capture_output=True, timeout=250)
 
 
-@pytest.mark.slow
-def test_bench_measures_every_row_of_the_readme_and_leaves_nothing(site: Site) -> None:
+@slow
+def test_bench_measures_every_row_of_the_readme_and_leaves_nothing(site):
     done = bench(site, "--quick", "--json")
     assert (done.returncode, done.stderr) == (0, b""), done
     rows = {row["work"]: row for row in json.loads(done.stdout)["rows"]}
@@ -8858,7 +8856,7 @@ def test_bench_measures_every_row_of_the_readme_and_leaves_nothing(site: Site) -
     assert not list(site.tmp.iterdir()) and not list(site.far_home().iterdir())
 
 
-def test_bench_refuses_a_simulated_line_to_a_real_host(site: Site) -> None:
+def test_bench_refuses_a_simulated_line_to_a_real_host(site):
     done = bench(site, "box", "--rtt", "50")
     assert done.returncode == 2 and b"leave out HOST or --rtt" in done.stderr
 
@@ -8866,9 +8864,9 @@ def test_bench_refuses_a_simulated_line_to_a_real_host(site: Site) -> None:
 # === history, top, gc, local state ===
 
 
-@pytest.mark.parametrize("which", ["projects", "secrets"])
-@pytest.mark.promise(7)
-def test_a_damaged_state_file_is_said_each_time_and_left_alone(repo: Repo, which: str, site: Site) -> None:
+@each("which", ["projects", "secrets"])
+@promise(7)
+def test_a_damaged_state_file_is_said_each_time_and_left_alone(repo, which, site):
     """Set aside by the first who reads it, it was missing for the next, which then ran without secrets."""
     repo.ok("secrets", "set", "TOK", stdin=b"value-12345")
     assert repo.exec('echo "$TOK"').out == b"value-12345\n"
@@ -8886,7 +8884,7 @@ def test_a_damaged_state_file_is_said_each_time_and_left_alone(repo: Repo, which
     assert repo.exec('echo "$TOK"').out == b"value-12345\n"
 
 
-def test_directories_made_under_a_loose_umask_are_private(repo: Repo, site: Site) -> None:
+def test_directories_made_under_a_loose_umask_are_private(repo, site):
     home = site.dir / "loose" / "a" / "b"
     env = {"CMUX_SSH_HOME": str(home)}
     repo.ok("secrets", "list", env=env, sh='umask 0; exec "$@"')
@@ -8894,7 +8892,7 @@ def test_directories_made_under_a_loose_umask_are_private(repo: Repo, site: Site
     repo.ok("list", env=env)
 
 
-def test_a_socket_directory_that_was_cleared_away_is_made_anew(repo: Repo, site: Site) -> None:
+def test_a_socket_directory_that_was_cleared_away_is_made_anew(repo, site):
     repo.new()
     masters = site.masters()
     assert in_library(repo, """
@@ -8909,7 +8907,7 @@ print(workspace.exec("echo on").stdout)
         kill(master.pid, signal.SIGTERM)
 
 
-def test_a_state_directory_that_cannot_be_written_is_said(repo: Repo, site: Site) -> None:
+def test_a_state_directory_that_cannot_be_written_is_said(repo, site):
     """On a file system mounted read only, in a namespace of its own: root writes to any other."""
     assert repo.exec("true").code == 0
     sh = mounted(f"mount --bind {site.state} {site.state} && mount -o remount,bind,ro {site.state}")
@@ -8921,7 +8919,7 @@ def test_a_state_directory_that_cannot_be_written_is_said(repo: Repo, site: Site
     assert repo.exec("echo again").out == b"again\n"
 
 
-def test_a_relative_state_directory_is_refused(repo: Repo) -> None:
+def test_a_relative_state_directory_is_refused(repo):
     """It would be another one in each directory, and the secrets a part of the repository."""
     for env, words in (({"CMUX_SSH_HOME": "state/here"}, "CMUX_SSH_HOME is not an absolute path"), ({"HOME": "relative", "CMUX_SSH_HOME": "", "XDG_STATE_HOME": ""}, "no home directory")):
         for args, code in ((["secrets", "set", "X"], 2), (["list"], 2), (["exec", "-H", "box", "--", "true"], 125)):
@@ -8930,8 +8928,8 @@ def test_a_relative_state_directory_is_refused(repo: Repo) -> None:
     assert repo.git("status", "--porcelain", "--ignored") == ""
 
 
-@pytest.mark.parametrize("kind", ["world-writable", "symlink", "foreign"])
-def test_a_state_directory_others_can_change_is_not_used(repo: Repo, kind: str, site: Site) -> None:
+@each("kind", ["world-writable", "symlink", "foreign"])
+def test_a_state_directory_others_can_change_is_not_used(repo, kind, site):
     state, real = site.dir / "odd-state", site.dir / "real"
     if kind == "symlink":
         real.mkdir(mode=0o777)
@@ -8948,20 +8946,20 @@ def test_a_state_directory_others_can_change_is_not_used(repo: Repo, kind: str, 
     assert not list(state.iterdir())
 
 
-def test_a_long_state_path_still_has_room_for_control_sockets(repo: Repo, site: Site) -> None:
+def test_a_long_state_path_still_has_room_for_control_sockets(repo, site):
     deep = site.dir / ("d" * 60) / ("e" * 60)
     ran = repo.exec("cat", stdin=BINARY, env={"CMUX_SSH_HOME": str(deep)})
     assert (ran.code, ran.out, ran.err) == (0, BINARY, b"")
 
 
-def test_a_state_path_with_a_percent_sign_is_taken_as_it_is(repo: Repo, site: Site) -> None:
+def test_a_state_path_with_a_percent_sign_is_taken_as_it_is(repo, site):
     """ssh expands %h and the like in a control path."""
     env = {"CMUX_SSH_HOME": str(site.dir / "a%hb%%c%d")}
     assert [repo.exec("echo ok", env=env).out for _ in range(2)] == [b"ok\n", b"ok\n"]
     assert len(site.masters()) == 1 and sorted(p.name for p in site.dir.glob("a*b*")) == ["a%hb%%c%d"]
 
 
-def test_what_is_remembered_of_a_host_outlives_no_clock_that_is_set_back(repo: Repo, site: Site) -> None:
+def test_what_is_remembered_of_a_host_outlives_no_clock_that_is_set_back(repo, site):
     """That masters are refused, that it was down: at a time of a clock that was 300 days ahead."""
     line = site.line("far")
     site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
@@ -8970,7 +8968,7 @@ def test_what_is_remembered_of_a_host_outlives_no_clock_that_is_set_back(repo: R
     assert [repo.exec("true", host="far").code for _ in range(2)] == [255, 255]
     line.refuse, changed = False, 0
     for path in site.state.glob("m/*/*"):
-        os.utime(str(path), (time.time() + 300 * 86400,) * 2)
+        os.utime(path, (time.time() + 300 * 86400,) * 2)
         changed += 1
     assert changed >= 2
     in_sshs_place(site, 'exec $ssh "$@"')
@@ -8980,10 +8978,10 @@ def test_what_is_remembered_of_a_host_outlives_no_clock_that_is_set_back(repo: R
     assert site.masters(), "the host is held to refuse multiplexing"
 
 
-def test_damaged_lines_of_the_history_are_passed_over(repo: Repo, site: Site) -> None:
+def test_damaged_lines_of_the_history_are_passed_over(repo, site):
     repo.new()
-    (path,) = [p for p in site.state.rglob("*") if p.is_file() and "history" in str(p) and b'"new"' in slurp(str(p))]
-    with open(str(path), "ab") as stream:
+    (path,) = [p for p in site.state.rglob("*") if p.is_file() and "history" in str(p) and b'"new"' in slurp(p)]
+    with open(path, "ab") as stream:
         for row in (b'{"operation": "exec", "time": 1e300}', b'{"operation": "exec", "time": NaN}', b'{"operation": "exec", "time": 1, "duration": "x"}',
                     b'{"operation": 3, "time": 1}', b'{"time": 1}', b"[" * 100000, b"3", b"{"):
             stream.write(row + b"\n")
@@ -8991,7 +8989,7 @@ def test_damaged_lines_of_the_history_are_passed_over(repo: Repo, site: Site) ->
     assert len(told.text.strip().split("\n")) == 2, told
 
 
-def test_an_interrupt_as_an_operation_begins_does_not_end_the_history(repo: Repo) -> None:
+def test_an_interrupt_as_an_operation_begins_does_not_end_the_history(repo):
     # From inside: no signal can be aimed at one instant of another process.
     assert in_library(repo, """
 project = cmux_ssh.Project(".")
@@ -9009,7 +9007,7 @@ print(len(list(project.history.rows())) - before)
 """) == "1\n"
 
 
-def test_a_host_that_is_gone_for_good_can_be_forgotten_and_gc_visits_every_place(repo: Repo, site: Site) -> None:
+def test_a_host_that_is_gone_for_good_can_be_forgotten_and_gc_visits_every_place(repo, site):
     repo.new("stays", "--root", "~/other")
     repo.ok("rm", "--force", "stays")  # gc visits its host all the same
     repo.new("lost")
@@ -9025,7 +9023,7 @@ def test_a_host_that_is_gone_for_good_can_be_forgotten_and_gc_visits_every_place
     assert not repo.workspaces() and path.exists()
 
 
-def test_gc_and_top_go_by_their_host(repo: Repo, site: Site) -> None:
+def test_gc_and_top_go_by_their_host(repo, site):
     site.line("far")
     repo.new("one")
     repo.new("two", host="far")
@@ -9037,8 +9035,8 @@ def test_gc_and_top_go_by_their_host(repo: Repo, site: Site) -> None:
 # === Usage, hints, what a terminal shows ===
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/abs", "-x", ".hidden", "a b", "a\nb", "a\x1b[31m", "ü\u202e", "x" * 300, "a;b", "$(id)", "*", "~", "con.lock/.."])
-def test_odd_workspace_names_are_refused(shared: Repo, name: str) -> None:
+@each("name", ["", ".", "..", "../x", "a/b", "/abs", "-x", ".hidden", "a b", "a\nb", "a\x1b[31m", "ü\u202e", "x" * 300, "a;b", "$(id)", "*", "~", "con.lock/.."])
+def test_odd_workspace_names_are_refused(shared, name):
     called = shared.site.dir / "was-called"
     env = {"CMUX_SSH_COMMAND": shared.site.script("shim", f"touch {called}; exit 255")}
     refused(shared.cli("new", "-H", "box", "--", name, env=env), 2)
@@ -9046,7 +9044,7 @@ def test_odd_workspace_names_are_refused(shared: Repo, name: str) -> None:
     assert set(shared.recorded()) == {"main"} and not called.exists()
 
 
-def test_no_repository_an_unborn_branch_and_a_bad_revision_are_said(site: Site, repo: Repo) -> None:
+def test_no_repository_an_unborn_branch_and_a_bad_revision_are_said(site, repo):
     refused(site.cli("new", "-H", "box", "a", cwd=site.home), 1, words="git repository")
     refused(site.cli("exec", "-H", "box", "--", "true", cwd=site.home), 125, words="git repository")
     refused(site.cli("list", "-C", str(site.dir / "nowhere")), 1, words="nowhere")
@@ -9059,7 +9057,7 @@ def test_no_repository_an_unborn_branch_and_a_bad_revision_are_said(site: Site, 
     assert repo.workspaces() == {}
 
 
-def test_a_server_cannot_choose_what_is_told_for_a_changed_key(repo: Repo, site: Site) -> None:
+def test_a_server_cannot_choose_what_is_told_for_a_changed_key(repo, site):
     """What it says while hanging up may stand in ssh's words, with newlines."""
     home, said = site.dir / "home", site.dir / "said"
     ssh = script(site.dir / "ssh", f'for a; do [ "$a" != -G ] || exec ssh -F {site.config} "$@"; done; cat {said} >&2; exit 255')
@@ -9070,7 +9068,7 @@ def test_a_server_cannot_choose_what_is_told_for_a_changed_key(repo: Repo, site:
         assert ran.code == 255 and f"only then: ssh-keygen -f {home}/{path} -R h\n" in ran.said and "/etc/passwd" not in ran.said, ran
 
 
-def test_a_missing_ssh_or_git_is_said(repo: Repo, site: Site) -> None:
+def test_a_missing_ssh_or_git_is_said(repo, site):
     refused(repo.exec("true", env={"CMUX_SSH_COMMAND": "/nonexistent/ssh"}), 125, words="/nonexistent/ssh")
     nothing = site.dir / "nothing"
     nothing.mkdir()
@@ -9099,8 +9097,8 @@ REFUSALS = [(made, code, line, words) for made, code, lines in (
 ) for line, words in lines.items()]
 
 
-@pytest.mark.parametrize("made, code, line, words", REFUSALS, ids=[row[2] or "nothing" for row in REFUSALS])
-def test_usage_errors_are_said_and_with_json_are_an_object_too(repo: Repo, shared: Repo, made: bool, code: int, line: str, words: str) -> None:
+@each("made, code, line, words", REFUSALS, ids=[row[2] or "nothing" for row in REFUSALS])
+def test_usage_errors_are_said_and_with_json_are_an_object_too(repo, shared, made, code, line, words):
     project, args = shared if made else repo, shlex.split(line)
     ran = project.cli(*args, stdin=b"")
     assert ran.code == code and (ran.said + ran.text).strip() and words in ran.said, ran
@@ -9112,14 +9110,14 @@ def test_usage_errors_are_said_and_with_json_are_an_object_too(repo: Repo, share
     assert made or not project.recorded()
 
 
-def hinted(said: str, *ours: str) -> List[str]:
+def hinted(said, *ours):
     """The commands in a message, ours and git's: up to the backtick, the bracket or the sentence that ends them."""
     begins = "|".join(map(re.escape, ours)) + r"|\bgit -C|\bmv /|\bprintf ''|\bssh -F"
     return [re.split(r"`|;| \(|\)|, then|, or|\.?\s*$|\. (?=[A-Z])", said[at.start():].split("\n")[0])[0] for at in re.finditer(begins, said) if said[max(0, at.start() - 2):at.start()] != "| "]
 
 
-@pytest.mark.slow
-def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo: Repo, site: Site) -> None:
+@slow
+def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo, site):
     """From another directory, by another path, about a workspace that is not the default: what a refusal says is run as it is."""
     path = site.dir / "my copies" / "cmux_ssh.py"
     path.parent.mkdir()
@@ -9129,10 +9127,10 @@ def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo: Repo, sit
     repo.commit()
     ours = f"{shlex.quote(sys.executable)} {shlex.quote(str(path))}"
 
-    def call(line: str, stdin: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
-        return subprocess.run(["sh", "-c", line], cwd=str(site.home), env=site.environment(), input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    def call(line, stdin=b""):
+        return subprocess.run(["sh", "-c", line], cwd=site.home, env=site.environment(), input=stdin, capture_output=True, timeout=60)
 
-    def told(line: str, *expected: str, codes: Sequence[int] = (0,)) -> None:
+    def told(line, *expected, codes=(0,)):
         """The refusal of a line gives exactly these commands, which end with these codes, one after the other."""
         done = call(f"{ours} -C {repo.dir} {line}")
         found = hinted(done.stderr.decode() + done.stdout.decode(), ours)
@@ -9142,7 +9140,7 @@ def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo: Repo, sit
                 command = re.sub(rf"{word}\b", value, command)
             ran.append(call(command, b"" if "--detach" in command else b"value"))
             assert ran[-1].returncode in codes, (line, command, ran[-1])
-    ran: List["subprocess.CompletedProcess[bytes]"] = []
+    ran = []
     told("list", "@ new NAME -H HOST")
     told("rm --force fresh")
     told("exec --all -- true", "@ new NAME -H HOST")
@@ -9193,11 +9191,11 @@ def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo: Repo, sit
     empty.mkdir()
     done = call(f"{ours} -C '{empty}' list")
     assert hinted(done.stderr.decode(), ours) == [f"git -C '{empty}' init"] and call(f"git -C '{empty}' init").returncode == 0, done
-    by_module = subprocess.run([sys.executable, "-m", "cmux_ssh", "-C", str(repo.dir), "rm"], cwd=str(HERE), env=site.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    by_module = subprocess.run([sys.executable, "-m", "cmux_ssh", "-C", str(repo.dir), "rm"], cwd=HERE, env=site.environment(), capture_output=True)
     assert b"See `%s -m cmux_ssh -C %s list`" % (os.fsencode(sys.executable), os.fsencode(repo.dir)) in by_module.stderr or sys.version_info < (3, 10), by_module
 
 
-def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo: Repo, site: Site) -> None:
+def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo, site):
     """The last column is cut to 20 characters at least, or left out; then the widest yields."""
     repo.new()
     (file,) = (site.state / "projects").glob("*.json")
@@ -9215,13 +9213,13 @@ def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo: Repo,
     assert repo.cli("list").text.endswith(long + "\n")
 
 
-def test_list_shows_what_is_on_its_host_and_a_push_of_one_state_may_name_it_twice(shared: Repo) -> None:
+def test_list_shows_what_is_on_its_host_and_a_push_of_one_state_may_name_it_twice(shared):
     assert "main" in shared.cli("list", "-q", "-H", "box").text.split() and shared.cli("list", "--json", "-H", "other").json == []
     assert "No workspaces on nowhere" in shared.ok("list", "-H", "nowhere").said
     shared.ok("push", "-w", "main", "--dirty", "--ref", "HEAD")
 
 
-def test_help_of_a_command_is_also_the_word_help_and_a_slip_names_the_command_meant(shared: Repo) -> None:
+def test_help_of_a_command_is_also_the_word_help_and_a_slip_names_the_command_meant(shared):
     assert shared.ok("help", "exec").text == shared.ok("exec", "--help").text
     refused(shared.cli("exce"), 2, words=" exec`?")
     shown = shared.ok("-h").text
@@ -9229,21 +9227,21 @@ def test_help_of_a_command_is_also_the_word_help_and_a_slip_names_the_command_me
     assert "exec [options] -- CMD..." in shared.ok("exec", "-h").text
 
 
-@pytest.mark.parametrize("short, long", [("-q", "--quiet"), ("-v", "--verbose"), ("-n", "--limit")])
-def test_short_options_have_long_forms(shared: Repo, short: str, long: str) -> None:
+@each("short, long", [("-q", "--quiet"), ("-v", "--verbose"), ("-n", "--limit")])
+def test_short_options_have_long_forms(shared, short, long):
     number = ["1"] * (short == "-n")
     first, second = (shared.ok("history", flag, *number) for flag in (short, long))
     assert first.text == second.text and first.said == second.said
 
 
-def test_times_may_have_a_unit(shared: Repo) -> None:
+def test_times_may_have_a_unit(shared):
     began = time.monotonic()
     assert shared.exec("sleep 30", options=["--timeout", "0.02m"]).code == 124 and time.monotonic() - began < 25
     for wrong in ("1x", "m", "-1s", "0", "1e3", "99999999999"):
         refused(shared.exec("true", options=[f"--timeout={wrong}"]), 125, words="--timeout takes a number of seconds")
 
 
-def test_a_workspace_may_be_named_by_a_word_and_the_only_one_need_not_be_named(repo: Repo) -> None:
+def test_a_workspace_may_be_named_by_a_word_and_the_only_one_need_not_be_named(repo):
     repo.new("one")
     do_in = repo.exec("echo x >x", options=["-w", "one"])
     assert do_in.code == 0 and "x" in repo.ok("diff", "one", "--stat").text and "x" in repo.ok("diff", "--stat").text
@@ -9253,7 +9251,7 @@ def test_a_workspace_may_be_named_by_a_word_and_the_only_one_need_not_be_named(r
     refused(repo.cli("diff"), 1, words="There is no workspace 'main'")
 
 
-def test_the_command_line_works_in_another_thread_of_an_importer(repo: Repo) -> None:
+def test_the_command_line_works_in_another_thread_of_an_importer(repo):
     assert in_library(repo, """
 import threading
 codes = []
@@ -9264,7 +9262,7 @@ print(codes)
 """) == "[3]\n"
 
 
-def test_history_has_the_exit_code_of_a_wait(shared: Repo) -> None:
+def test_history_has_the_exit_code_of_a_wait(shared):
     job = shared.ok("exec", "--detach", "--", "rm -f go; until [ -e go ]; do sleep 0.1; done; exit 7").text.strip()
     assert shared.cli("wait", job, "--timeout", "0").code == 124
     do(shared, "sleep 0.5; touch go")
@@ -9273,9 +9271,9 @@ def test_history_has_the_exit_code_of_a_wait(shared: Repo) -> None:
     assert [row["exit_code"] for row in rows if row["operation"] == "wait"][-2:] == [124, 7]
 
 
-def test_no_bar_is_drawn_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_bar_is_drawn_after_the_end(monkeypatch):
     """A thread that still sends would draw it below "Interrupted."."""
-    drawn: List[str] = []
+    drawn = []
     monkeypatch.setattr(c, "draw", lambda fd, text: drawn.append(text))
     terminal = c.Terminal(0)
     terminal.lanes["w"] = ("sending", 0.0)
@@ -9287,8 +9285,8 @@ def test_no_bar_is_drawn_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(drawn) == 2 and "w" not in drawn[1]  # it was taken away, and nothing followed
 
 
-@pytest.mark.compat
-def test_errors_pass_through_a_pool_of_processes(site: Site) -> None:
+@compat
+def test_errors_pass_through_a_pool_of_processes(site):
     site.host("dead", "HostName 127.0.0.1", f"Port {free_port()}")
     site.daemon("mute", "ForceCommand exit 1")
     assert in_library(Repo(site), """
@@ -9315,7 +9313,7 @@ if __name__ == "__main__":
 """) == "WorkspaceMissing True\nUsageError True\nConnectionFailed True\nRemoteShellFailed True\n"
 
 
-def test_a_record_of_what_runs_is_not_taken_for_a_dead_ones_as_it_is_made(repo: Repo) -> None:
+def test_a_record_of_what_runs_is_not_taken_for_a_dead_ones_as_it_is_made(repo):
     # From inside: the instant between a record's file and its lock comes once in thousands of operations.
     assert in_library(repo, """
 import os
@@ -9336,7 +9334,7 @@ finally:
 """) == ""
 
 
-def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo: Repo, site: Site) -> None:
+def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo, site):
     repo.new()
     for words in ("list", "new x", "secrets list"):
         refused(repo.cli(*words.split(), sh='mkdir x; cd x; rmdir ../x; exec "$@"'), 1, words="current directory has been removed")
@@ -9345,7 +9343,7 @@ def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo: Repo
     assert repo.cli("read", "f", sh='ulimit -f 0; exec "$@"').out == b"new\n"
 
 
-def test_an_output_pipe_closed_early_is_no_error_and_ends_the_command(shared: Repo) -> None:
+def test_an_output_pipe_closed_early_is_no_error_and_ends_the_command(shared):
     nap = unique()
     child = shared.start("exec", "-H", "box", "--", f"(sleep {nap}) & while :; do echo y; done")
     assert child.stdout and child.stderr
@@ -9356,10 +9354,10 @@ def test_an_output_pipe_closed_early_is_no_error_and_ends_the_command(shared: Re
     gone(f"sleep {nap}")
 
 
-@pytest.mark.parametrize("args", [["list"], ["-h"], ["--version"], [], ["exec", "--", "echo x"], ["exec", "--json", "--", "true"], ["exec", "-h"], ["secrets", "set", "-h"],
+@each("args", [["list"], ["-h"], ["--version"], [], ["exec", "--", "echo x"], ["exec", "--json", "--", "true"], ["exec", "-h"], ["secrets", "set", "-h"],
                                   ["completion", "bash"], ["history"], ["batch"]])
-@pytest.mark.parametrize("way", [">/dev/full", ">&-", "2>&-", "2>/dev/full"])
-def test_an_output_that_is_full_or_closed_is_no_bug(shared: Repo, args: List[str], way: str) -> None:
+@each("way", [">/dev/full", ">&-", "2>&-", "2>/dev/full"])
+def test_an_output_that_is_full_or_closed_is_no_bug(shared, args, way):
     done = shared.cli(*args, stdin=b'{"tool":"exec","arguments":{"command":"true"}}\n', sh=f'"$@" {way}')
     full = way == ">/dev/full"
     assert done.code == ((125 if args[:1] == ["exec"] else 1) if full else 0 if args else 2), done
@@ -9372,19 +9370,19 @@ def test_an_output_that_is_full_or_closed_is_no_bug(shared: Repo, args: List[str
 README = (HERE / "README.md").read_text(encoding="utf-8")
 
 
-ROOM = int(re.search(r"cut to ([\d,]+) characters", README).group(1).replace(",", ""))  # type: ignore[union-attr]  # of a result of mcp
+ROOM = int(re.search(r"cut to ([\d,]+) characters", README).group(1).replace(",", ""))  # of a result of mcp
 
 
 NOT_HERE = ("claude ", "codex ", "coder ")  # programs of others, which this machine need not have
 
 
-def blocks(language: str) -> List[str]:
+def blocks(language):
     found = re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
     assert found, language
     return found
 
 
-def table(head: str) -> List[List[str]]:
+def table(head):
     """The rows of the README's table whose first column is called that, and which begins the nearest to the top."""
     text = README[README.index(f"\n| {head} |") + 1:].partition("\n\n")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
@@ -9392,14 +9390,14 @@ def table(head: str) -> List[List[str]]:
     return rows[2:]
 
 
-def ticked(text: str) -> List[str]:
+def ticked(text):
     return re.findall(r"`([^`]+)`", text)
 
 
 class Reader:
     """Somebody who does in a repository what the README says; each `shop` is a project of its own."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site):
         self.site, self.count = site, 0
         for name in ("my-server", "second-server", "third-server", "coder.my-workspace"):
             site.host(name, "HostName 127.0.0.1", f"Port {site.port}")
@@ -9408,33 +9406,33 @@ class Reader:
         script(bin_ / "python3", f'exec {shlex.quote(sys.executable)} "$@"')
         self.env = site.environment({"PATH": f"{bin_}:{site.env['PATH']}", "PYTHONPATH": str(HERE)})
 
-    def shop(self) -> Repo:
+    def shop(self):
         self.count += 1
         repo = Repo(self.site, f"{self.count}/shop", files={"Makefile": b"test:\n\t@echo 'test_login ... ok'; echo 'test_logout ... ok'\n"})
-        shutil.copy(str(PROGRAM), str(repo.dir))
+        shutil.copy(PROGRAM, repo.dir)
         (repo.dir / ".git/info/exclude").write_text("cmux_ssh.py\nvendor\n")
         return repo
 
-    def do(self, repo: Repo, script: str) -> Tuple[int, str]:
+    def do(self, repo, script):
         """Under bash, as typed; what it shows. The far home is shown as Ada's."""
-        done = subprocess.run(["bash", "-c", script], cwd=str(repo.dir), env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        done = subprocess.run(["bash", "-c", script], cwd=repo.dir, env=self.env, stdin=DEVNULL, stdout=PIPE,
                               stderr=subprocess.STDOUT, timeout=120)
         return done.returncode, done.stdout.decode().replace(str(self.site.far_home()), "/home/ada")
 
 
 @pytest.fixture
-def reader(site: Site) -> Reader:
+def reader(site):
     return Reader(site)
 
 
-def without_chance(text: str) -> List[str]:
+def without_chance(text):
     """Lines, without the ids, ages and durations that differ from run to run; parallel work ends in any order."""
     text = re.sub(r"\b[0-9a-f]{10,}\b", "ID", text)
     text = re.sub(r"\b\d+(\.\d+)?(?= ?m?s\b)", "N", text)
     return sorted(re.sub(" +", " ", line).strip() for line in text.splitlines())
 
 
-def test_readme_transcripts_are_what_happens(reader: Reader) -> None:
+def test_readme_transcripts_are_what_happens(reader):
     seen = 0
     for block in blocks("console"):
         repo = reader.shop()
@@ -9447,8 +9445,8 @@ def test_readme_transcripts_are_what_happens(reader: Reader) -> None:
     assert seen > 15
 
 
-@pytest.mark.compat
-def test_readme_shell_commands_run(reader: Reader) -> None:
+@compat
+def test_readme_shell_commands_run(reader):
     for block in blocks("sh"):
         here = "".join(line + "\n" for line in block.splitlines() if not line.startswith(NOT_HERE))
         code, said = reader.do(reader.shop(), "set -e\n" + here)
@@ -9458,24 +9456,24 @@ def test_readme_shell_commands_run(reader: Reader) -> None:
             assert re.search(rf"^{line.split()[1]}:", (HERE / "Makefile").read_text(), re.M), line
 
 
-def test_readme_python_example_prints_what_it_says(reader: Reader) -> None:
+def test_readme_python_example_prints_what_it_says(reader):
     program, = blocks("python")
     told = re.findall(r"^ *print\(.*\) +# (.*)$", program, re.M)
     repo = reader.shop()
     (reader.site.dir / "example.py").write_text(program)
-    done = subprocess.run([sys.executable, "-W", "error", str(reader.site.dir / "example.py")], cwd=str(repo.dir), env=reader.env, stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
+    done = subprocess.run([sys.executable, "-W", "error", str(reader.site.dir / "example.py")], cwd=repo.dir, env=reader.env, stdin=DEVNULL,
+                          capture_output=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, b""), done.stderr.decode()
     assert done.stdout.decode().splitlines() == told and len(told) == program.count("print(") > 4
     assert repo.workspaces() == {} and repo.git("show", "cmux/try-it:notes.txt") == "bye"
 
 
-def words_for_us(line: Sequence[str]) -> List[str]:
+def words_for_us(line):
     """What follows cmux_ssh.py in a command line."""
     return list(line[[word.rsplit("/")[-1] for word in line].index("cmux_ssh.py") + 1:])
 
 
-def test_readme_settings_of_mcp_clients_are_real_ones(reader: Reader) -> None:
+def test_readme_settings_of_mcp_clients_are_real_ones(reader):
     repo = reader.shop()
     servers = [server for block in blocks("json") for group in json.loads(block).values() for server in group.values()]
     lines = [[server["command"], *server["args"]] for server in servers]
@@ -9488,17 +9486,17 @@ def test_readme_settings_of_mcp_clients_are_real_ones(reader: Reader) -> None:
         with open_mcp(repo, *[str(repo.dir) if word.startswith("/") else word for word in words]) as client:
             assert "the workspace fix-login on the remote host my-server," in client.ask("server/discover", MODERN)["result"]["instructions"]
             assert {tool["name"] for tool in client.ask("tools/list", MODERN)["result"]["tools"]} == set(MCP_TOOLS), line
-    section, key, value = re.fullmatch(r"\[(\S+)\]\n(\w+) = (.*)\n", blocks("toml")[0]).groups()  # type: ignore[union-attr]
+    section, key, value = re.fullmatch(r"\[(\S+)\]\n(\w+) = (.*)\n", blocks("toml")[0]).groups()
     assert (section, key, json.loads(value)) == ("mcp_servers.box", "env_vars", ["SSH_AUTH_SOCK"])
 
 
-def flags_of(command: str) -> Set[str]:
+def flags_of(command):
     verbs = [verb for name, verb in c.VERBS.items() if name.split()[0] == command]
     return {flag for verb in verbs for arg in c.line_args(verb) for flag in arg.flags}
 
 
-def test_readme_commands_are_the_parsers() -> None:
-    told: Dict[str, List[str]] = {}
+def test_readme_commands_are_the_parsers():
+    told = {}
     for usage, text in table("command"):
         name = ticked(usage)[0].split()[0]
         assert name not in told, name
@@ -9513,7 +9511,7 @@ def test_readme_commands_are_the_parsers() -> None:
         assert name.startswith(("secrets", "completion")) or all(metavar.split()[-1].rstrip(".") in told[name][0] for metavar in takes), (name, takes)
 
 
-def test_readme_options_exist() -> None:
+def test_readme_options_exist():
     others = {"--strict", "--fsck-objects", "--global", "--check", "--quiet", "--short"}  # of mypy, git and sha256sum
     known = set.union(*(flags_of(name.split()[0]) for name in c.VERBS)) | {"--version"} | others
     told = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", README))
@@ -9522,7 +9520,7 @@ def test_readme_options_exist() -> None:
     assert len(every & told) > 15
 
 
-def test_readme_tools_are_the_table_and_answer_so(shared: Repo) -> None:
+def test_readme_tools_are_the_table_and_answer_so(shared):
     rows = {ticked(name)[0]: (re.sub(r"\([^)]*\)", "", takes), gives) for name, takes, gives in table("tool")}
     assert {name: set(ticked(takes.split(" of ")[0])) | set(re.findall(r"`(sha256)` of the file", takes)) for name, (takes, _) in rows.items()} == {
         name: {param.name for param in tool.params} for name, tool in c.TOOLS.items()}
@@ -9541,8 +9539,8 @@ def test_readme_tools_are_the_table_and_answer_so(shared: Repo) -> None:
                 assert set(ticked(rest[0])) == set(result[ticked(text)[0]][0]), (name, result)
 
 
-def test_readme_exit_codes_are_real(repo: Repo) -> None:
-    def interrupted() -> int:
+def test_readme_exit_codes_are_real(repo):
+    def interrupted():
         child = repo.start("exec", "-H", "box", "--", "echo up; sleep 60")
         assert child.stdout and child.stdout.readline() == b"up\n"
         child.send_signal(signal.SIGINT)
@@ -9571,12 +9569,12 @@ def test_readme_exit_codes_are_real(repo: Repo) -> None:
     assert repo.cli("batch", stdin=b'{"tool": "none"}\n').code == 1 and repo.cli("stop", nap).code == 0
 
 
-def test_readme_names_tests_that_exist_and_counts_their_cases() -> None:
+def test_readme_names_tests_that_exist_and_counts_their_cases():
     told = set(re.findall(r"\btest_\w+", README.split("## The ten promises")[1])) - {"test_cmux_ssh"}
     assert not [name for name in told if not callable(globals().get(name))]
     promises = table("promise")
     assert [int(row[0].strip("* ").split(".")[0]) for row in promises] == list(range(1, 11))
-    marked: Dict[int, Set[str]] = {}
+    marked = {}
     for name, test in globals().items():
         for mark in getattr(test, "pytestmark", []) if name.startswith("test_") else []:
             if mark.name == "promise":
@@ -9589,12 +9587,12 @@ def test_readme_names_tests_that_exist_and_counts_their_cases() -> None:
     assert f"| {len(ATTACKS)} forged answers to each of {len(CALLS)} calls" in README and f"| {len(FLOODS)} endless floods" in README
 
 
-def test_readme_numbers_and_names_are_the_codes(repo: Repo) -> None:
+def test_readme_numbers_and_names_are_the_codes(repo):
     text = " ".join(README.split())
     with open_mcp(repo, "-H", "box", "--manage") as client:
         found = client.ask("server/discover", MODERN)["result"]
         assert set(re.findall(r"`(workspace_\w+)`", README)) == {tool["name"] for tool in client.ask("tools/list", MODERN)["result"]["tools"]} - set(MCP_TOOLS)
-    soft, room = re.search(r"After (\d+) s a call .* about (\d+) characters", found["instructions"], re.S).groups()  # type: ignore[union-attr]
+    soft, room = re.search(r"After (\d+) s a call .* about (\d+) characters", found["instructions"], re.S).groups()
     assert all(tool in found["instructions"] for tool in ("workspace_new", "workspace_diff", "workspace_pull", "workspace_rm"))
     assert f"cut to {ROOM:,} characters" in text and ROOM == int(room) and f"after {soft} s (`--soft-timeout`)" in text
     assert f"versions from {min(found['supportedVersions'])} to {max(found['supportedVersions'])} are served" in text
@@ -9614,7 +9612,7 @@ class Gate:
     """A host on which a program stands still when its arguments hold a word, before or after its work, so
     that a script of ours is caught in its middle: until the gate opens."""
 
-    def __init__(self, site: Site, of: str, when: str = "before") -> None:
+    def __init__(self, site, of, when="before"):
         self.dir = site.dir / "gate"
         self.dir.mkdir()
         real = program(of)
@@ -9624,13 +9622,13 @@ class Gate:
         (self.dir / of).chmod(0o755)
         self.host = site.daemon("gated", env={"PATH": f"{self.dir}:{os.environ['PATH']}"})
 
-    def shut(self, word: str) -> None:
+    def shut(self, word):
         (self.dir / "word").write_text(word)
 
-    def reached(self) -> None:
+    def reached(self):
         until((self.dir / "reached").exists, "the script stands at the gate")
 
-    def open(self, seconds: float = 0.0) -> None:
+    def open(self, seconds=0.0):
         if seconds:
             later = threading.Timer(seconds, self.open)
             later.daemon = True
@@ -9640,16 +9638,16 @@ class Gate:
                 (self.dir / "open").touch()
 
 
-def killed(child: "subprocess.Popen[bytes]") -> None:
+def killed(child):
     os.killpg(child.pid, signal.SIGKILL)
     child.communicate()
 
 
-def settled(site: Site) -> None:
+def settled(site):
     """Nothing runs on the host, and nothing is left lying about, here or there, once an operation has succeeded."""
     name = os.fsencode(site.dir)
 
-    def busy() -> List[Process]:
+    def busy():
         return [p for p in processes() if name in p.environ + p.cmdline and b"sshd" not in p.cmdline and b"-M\0" not in p.cmdline
                 and b"[mux]" not in p.cmdline and p.pid not in ancestors()]
     until(lambda: not busy(), "nothing of ours runs on the host")
@@ -9659,14 +9657,14 @@ def settled(site: Site) -> None:
     assert stages == [] and here == [] and [p for p in site.tmp.iterdir() if not probes.match(p.name)] == []
 
 
-def registry(repo: Repo) -> Dict[str, Any]:
+def registry(repo):
     """The record of the site's only project."""
     files = list((repo.site.state / "projects").glob("*.json"))
     assert len(files) == 1, files
     return dict(json.loads(files[0].read_text()))
 
 
-def whole(repo: Repo, *names: str) -> None:
+def whole(repo, *names):
     """Exactly these workspaces are listed; each is a directory where git finds no fault; no other exists; the
     registry is waiting for nothing."""
     listed = repo.workspaces()
@@ -9690,9 +9688,9 @@ HALFWAY = {
 }
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("verb, then", [(verb, then) for verb, (_, _, calls) in HALFWAY.items() for then in calls])
-def test_killed_while_its_script_goes_on_the_next_call_works_and_nothing_is_half(site: Site, verb: str, then: str, when: str) -> None:
+@each("when", ["before", "after"])
+@each("verb, then", [(verb, then) for verb, (_, _, calls) in HALFWAY.items() for then in calls])
+def test_killed_while_its_script_goes_on_the_next_call_works_and_nothing_is_half(site, verb, then, when):
     """The script on the host is caught around the step that counts; this program is killed; the next call
     comes while the script still stands there. Then it goes on."""
     repo, gate = Repo(site), Gate(site, "mv", when)
@@ -9720,9 +9718,9 @@ def test_killed_while_its_script_goes_on_the_next_call_works_and_nothing_is_half
         assert tree_of(repo.path("victim")) == repo.tree()
 
 
-@pytest.mark.parametrize("words, then", [("rename -w main victim", "exec -w main -- true"), ("new -H gated victim", "rm victim"),
+@each("words, then", [("rename -w main victim", "exec -w main -- true"), ("new -H gated victim", "rm victim"),
                                          ("push -w main", "pull -w main"), ("rm main", "new -H gated main")])
-def test_a_script_that_is_held_up_does_nothing_once_a_later_one_has_begun(site: Site, words: str, then: str) -> None:
+def test_a_script_that_is_held_up_does_nothing_once_a_later_one_has_begun(site, words, then):
     """It stands before it has the lock of the workspace's name; its client is killed; the next call is done; then it goes on."""
     repo, gate = Repo(site), Gate(site, "ln")
     repo.new(host="gated")
@@ -9741,8 +9739,8 @@ def test_a_script_that_is_held_up_does_nothing_once_a_later_one_has_begun(site: 
     settled(site)
 
 
-@pytest.mark.parametrize("kills", ["before", "after", "after before after"])
-def test_a_pull_killed_around_the_move_of_the_branch_is_followed_by_one_that_just_works(repo: Repo, kills: str, site: Site) -> None:
+@each("kills", ["before", "after", "after before after"])
+def test_a_pull_killed_around_the_move_of_the_branch_is_followed_by_one_that_just_works(repo, kills, site):
     """Neither the branch's commit, nor one that it nearly had, is a stranger's."""
     work(repo)
     env = replaced(site, git=f'''case " $* " in *" update-ref "*cmux/main*) [ $HOW = before ] || {program("git")} "$@"; kill -9 $PPID; exit 1;; esac''')
@@ -9762,7 +9760,7 @@ def test_a_pull_killed_around_the_move_of_the_branch_is_followed_by_one_that_jus
     assert "no pull of this workspace made" in repo.cli("pull").said, "a branch that somebody else moved stays"
 
 
-def test_a_line_lost_while_a_workspace_is_unpacked_makes_no_half_of_one(site: Site) -> None:
+def test_a_line_lost_while_a_workspace_is_unpacked_makes_no_half_of_one(site):
     """The call is tried again over a new connection while the first attempt still unpacks."""
     repo, gate = Repo(site), Gate(site, "tar")
     line = site.line("far", to="gated")
@@ -9782,7 +9780,7 @@ def test_a_line_lost_while_a_workspace_is_unpacked_makes_no_half_of_one(site: Si
 class Lane:
     """One kind of operation, killed again and again in a project of its own."""
 
-    def __init__(self, site: Site, verb: str, seed: int) -> None:
+    def __init__(self, site, verb, seed):
         self.verb, self.luck = verb, random.Random(f"{verb} {seed}")
         self.repo = Repo(site, name=f"lane-{verb}", files={"nonce": verb.encode(), **{f"d/{n}": b"%d\n" % n for n in range(20)}})
         self.first = self.repo.git("rev-parse", "HEAD")
@@ -9794,7 +9792,7 @@ class Lane:
         assert done.code == 0, done
         self.path = self.repo.path()
 
-    def arrange(self) -> List[str]:
+    def arrange(self):
         """What is done next, the words of it."""
         self.turn += 1
         n, verb = self.turn, self.verb
@@ -9809,7 +9807,7 @@ class Lane:
                 "rename": ["rename", "-w", f"w{n - 1}" if n > 1 else "main", f"w{n}"],
                 "push": ["push", "-w", "main", "--ref", self.second if n % 2 else self.first]}[verb]
 
-    def kill_once(self, words: List[str], delay: float) -> None:
+    def kill_once(self, words, delay):
         with tempfile.TemporaryFile() as spool:
             spool.write(getattr(self, "stdin", b""))
             spool.seek(0)
@@ -9820,13 +9818,13 @@ class Lane:
             os.killpg(child.pid, signal.SIGKILL)
         child.communicate()
 
-    def done_already(self, words: List[str]) -> bool:
+    def done_already(self, words):
         """One of those that were to be killed came to its end."""
         listed = self.repo.workspaces()
         return {"new": words[-1] in listed, "fork": words[-1] in listed, "rename": words[-1] in listed, "rm": words[-1] not in listed,
                 "edit": self.verb == "edit" and words[-1].encode() in (self.path / "src/main.c").read_bytes()}.get(self.verb, False)
 
-    def check(self, words: List[str]) -> None:
+    def check(self, words):
         n, name = self.turn, words[-1]
         if self.verb in ("new", "fork", "rename"):
             self.path = Path(self.repo.workspaces()[name]["path"]) if self.verb == "rename" else self.path
@@ -9845,7 +9843,7 @@ class Lane:
         elif self.verb == "rm":
             assert name not in self.repo.workspaces()
 
-    def run(self, groups: int, kills: int) -> int:
+    def run(self, groups, kills):
         began, took = time.monotonic(), 0.0
         for group in range(groups + 1):
             words = self.arrange()
@@ -9862,9 +9860,9 @@ class Lane:
         return groups * kills
 
 
-@pytest.mark.slow
-@pytest.mark.promise(7)
-def test_killed_at_any_instant_a_few_hundred_times(site: Site) -> None:
+@slow
+@promise(7)
+def test_killed_at_any_instant_a_few_hundred_times(site):
     """Every operation that changes something, killed at random instants of it, in several projects at once. After each
     few kills the same call succeeds and all is whole; in the end nothing runs and nothing lies about."""
     seed = int(os.environ.get("CMUX_TEST_SEED", "0")) or random.randrange(1, 10 ** 6)
@@ -9885,25 +9883,25 @@ def test_killed_at_any_instant_a_few_hundred_times(site: Site) -> None:
 class Wire:
     """A workspace over a line that breaks, and one undisturbed run to measure."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site):
         self.site, self.repo, self.line = site, Repo(site, files={"n": b"0\n"}), site.line("far")
         assert self.repo.cli("new", "-H", "far", "main").code == 0
         self.path, self.turn = self.repo.path(), 0
 
-    def cli(self, words: Sequence[str], stdin: Optional[bytes] = None) -> Answer:
+    def cli(self, words, stdin=None):
         return self.repo.cli(*words, stdin=stdin)
 
-    def measure(self, words: Sequence[str], stdin: Optional[bytes]) -> Tuple[Answer, Dict[str, int]]:
+    def measure(self, words, stdin):
         """The answer, and the bytes it took each way over a connection that was there."""
         self.warm()
         before = self.line.up, self.line.down
         return self.cli(words, stdin), {"up": self.line.up - before[0], "down": self.line.down - before[1]}
 
-    def warm(self) -> None:
+    def warm(self):
         if not self.site.masters():
             assert self.repo.exec("true", host="far").code == 0
 
-    def struck(self, words: Sequence[str], stdin: Optional[bytes], way: str, at: int, strike: Callable[[], None]) -> Tuple[Answer, bool]:
+    def struck(self, words, stdin, way, at, strike):
         """The answer of a call with a trap in its way, and whether that sprang: packets are never the same twice."""
         self.warm()
         self.line.trap = (way, at, strike)
@@ -9911,22 +9909,19 @@ class Wire:
         sprung, self.line.trap = self.line.trap is None, None
         return answer, sprung
 
-    def job(self, command: str) -> str:
+    def job(self, command):
         started = self.repo.exec(command, host="far", options=["--detach"])
         assert started.code == 0, started
         return started.text.strip()
 
 
 @pytest.fixture(scope="module")
-def wire(keys: Keys) -> Iterator[Wire]:
+def wire(keys):
     with open_site(keys) as opened:
         yield Wire(opened)
 
 
-Case = Tuple[List[str], Optional[bytes], int, Callable[[Answer], bool]]
-
-
-def case(wire: Wire, verb: str) -> Case:
+def case(wire, verb):
     """A new call of a command: its words, its stdin, its own exit code, and whether all is right after it succeeded."""
     wire.turn += 1
     n, name, readme, repo = wire.turn, f"{verb}{wire.turn}", wire.path / "README", wire.repo
@@ -9937,7 +9932,7 @@ def case(wire: Wire, verb: str) -> Case:
         readme.write_bytes(b"old\n" * 9)
     words = {"new": "new -H far " + name, "read": "read README", "write": "write README", "glob": "glob src/*", "grep": "grep main", "jobs": "jobs",
              "push": "push -w main --force", "pull": "pull -w main", "diff": "diff -w main", "fork": "fork -w main " + name, "batch": "batch"}.get(verb, "").split()
-    right: Callable[[Answer], bool] = lambda answer: True  # noqa: E731
+    right = lambda answer: True  # noqa: E731
     if verb == "exec":
         words = ["exec", "-w", "main", "--", "i=0; while [ $i -lt 300 ]; do echo line $i; i=$((i+1)); done; echo err >&2; exit 7"]
         return words, None, 7, lambda a: a.out == b"".join(b"line %d\n" % i for i in range(300)) and a.err == b"err\n"
@@ -9974,7 +9969,7 @@ def case(wire: Wire, verb: str) -> Case:
     return words, None, 0, right
 
 
-def honest(answer: Answer, verb: str, code: int, right: Callable[[Answer], bool], where: object) -> bool:
+def honest(answer, verb, code, right, where):
     """Success is success; else the line was lost, and one sentence says so. True when it succeeded."""
     if verb == "batch" and answer.out and not answer.json["ok"]:
         assert answer.code == 1 and answer.json["error"]["message"], (where, answer)
@@ -9989,9 +9984,9 @@ def honest(answer: Answer, verb: str, code: int, right: Callable[[Answer], bool]
 VERBS = ("new", "exec", "read", "write", "edit", "glob", "grep", "jobs", "logs", "wait", "stop", "push", "pull", "diff", "fork", "rename", "rm", "batch")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("verb", VERBS)
-def test_the_line_cut_after_any_number_of_bytes_is_told_and_the_next_call_works(wire: Wire, verb: str) -> None:
+@slow
+@each("verb", VERBS)
+def test_the_line_cut_after_any_number_of_bytes_is_told_and_the_next_call_works(wire, verb):
     words, stdin, code, right = case(wire, verb)
     quiet, moved = wire.measure(words, stdin)
     assert honest(quiet, verb, code, right, "undisturbed")
@@ -10014,18 +10009,18 @@ def test_the_line_cut_after_any_number_of_bytes_is_told_and_the_next_call_works(
     assert hits >= 5 and wire.cli(["list", "--json"]).code == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("verb", ["new", "exec", "write", "push", "pull", "fork", "logs"])
-def test_masters_killed_or_stopped_in_the_middle_are_told_or_waited_for(wire: Wire, verb: str, how: int) -> None:
+@slow
+@each("how", [signal.SIGKILL, signal.SIGSTOP])
+@each("verb", ["new", "exec", "write", "push", "pull", "fork", "logs"])
+def test_masters_killed_or_stopped_in_the_middle_are_told_or_waited_for(wire, verb, how):
     """One that stops for a while changes nothing; a new call meanwhile does not wait for it."""
     words, stdin, code, right = case(wire, verb)
     quiet, moved = wire.measure(words, stdin)
     assert honest(quiet, verb, code, right, "undisturbed")
     for way in ("up", "down"):
-        struck: List[int] = []
+        struck = []
 
-        def strike(struck: List[int] = struck) -> None:
+        def strike(struck=struck):
             for process in processes(environ=False):  # masters, and the connections that carry one stream
                 if os.fsencode(wire.site.dir) in process.cmdline and re.match(rb"(\S*/)?ssh[:\0 ]", process.cmdline):
                     struck.append(process.pid)
@@ -10045,7 +10040,7 @@ def test_masters_killed_or_stopped_in_the_middle_are_told_or_waited_for(wire: Wi
             assert honest(wire.cli(words, stdin), verb, code, right, (verb, way, "again"))
 
 
-def test_sshd_restarted_under_running_commands_and_jobs(repo: Repo, site: Site) -> None:
+def test_sshd_restarted_under_running_commands_and_jobs(repo, site):
     nap = unique()
     job = repo.exec("while [ ! -e go ]; do sleep 0.05; done; echo done; exit 9", options=["--detach"]).text.strip()
     child = repo.start("exec", "--", f"echo early; sleep {nap}")
@@ -10061,7 +10056,7 @@ def test_sshd_restarted_under_running_commands_and_jobs(repo: Repo, site: Site) 
     waiting.communicate()
 
 
-def test_an_hour_asleep_is_a_lost_line_and_jobs_go_on(site: Site) -> None:
+def test_an_hour_asleep_is_a_lost_line_and_jobs_go_on(site):
     """The laptop sleeps: clients and masters stand still for longer than the server's patience. Then it wakes up."""
     repo, nap = Repo(site), unique()
     site.daemon("drowsy", "ClientAliveInterval 1", "ClientAliveCountMax 2")
@@ -10147,10 +10142,7 @@ for kind, fd, value in attack:
 """
 
 
-Steps = List[Tuple[str, int, Any]]
-
-
-def says(out: str = "", err: str = "", status: object = 0) -> Steps:
+def says(out="", err="", status=0):
     """An answer in the right frame: marks, these words, and that status."""
     return [("say", 1, "{N}+ 77\n"), ("say", 2, "{N}+ 77\n"), ("say", 1, out), ("say", 2, err),
             ("say", 1, "{N}- %s\n" % status), ("say", 2, "{N}- %s\n" % status)]
@@ -10162,7 +10154,7 @@ BEGUN = says()[:2]
 ESCAPES = "\x1b]52;c;ZXZpbA==\x07\x1b]0;title\x07\x1b[2J\x1b[6n\x9b31m\xc2\x9b31m\r\x08\x7f\xe2\x80\xae\xe2\x81\xa6\x1bP+q\x1b\\\x0e"
 
 
-ATTACKS: Dict[str, Steps] = {
+ATTACKS = {
     "nothing": [], "nothing, 255": [("exit", 0, 255)], "noise only": [("say", 1, "Host key verification failed.\n"), ("say", 2, ESCAPES)],
     "another nonce": [(k, f, v.replace("{N}", "f" * 32)) if k == "say" else (k, f, v) for k, f, v in says("x")], "a mark cut off": [("say", 1, "{N}")],
     "begun, no end": BEGUN, "an end without a beginning": says()[4:], "an end on one stream only": BEGUN + [("say", 1, "{N}- 0\n")],
@@ -10179,7 +10171,7 @@ ATTACKS: Dict[str, Steps] = {
 }
 
 
-FLOODS: Dict[str, Steps] = {
+FLOODS = {
     "stdout": BEGUN + [("flood", 1, "y\n")], "stderr": BEGUN + [("flood", 2, "y\n")], "both": BEGUN + [("flood", 0, "y\n")], "no newline": BEGUN + [("flood", 1, "y")],
     "half marks": BEGUN + [("flood", 1, "{N")], "a mark without an end": BEGUN + [("say", 1, "{N}"), ("flood", 1, "-")],
 }
@@ -10189,7 +10181,7 @@ class Liar:
     """A host that lies about workspaces called lie-N and is honest about others, reached in one of two ways: a real
     sshd with a hostile login shell, or a program in the place of ssh that talks nonsense itself."""
 
-    def __init__(self, site: Site, how: str = "sshd") -> None:
+    def __init__(self, site, how="sshd"):
         self.site, self.spec, script, shell = site, site.dir / "attacks", site.dir / "liar.py", site.dir / "liar-shell"
         script.write_text(LIAR)
         shell.write_text(f"#!/bin/sh\nCMUX_LIAR={self.spec} exec {sys.executable} -I -S {script} \"$@\"\n")
@@ -10206,7 +10198,7 @@ class Liar:
         made = self.repo.cli("new", "-H", "liar", "main")
         assert made.code == 0, made
 
-    def lies(self, *attacks: Steps) -> List[str]:
+    def lies(self, *attacks):
         """A workspace for each attack: copies of an honest one's entry in the registry of this machine."""
         self.spec.write_text(json.dumps(attacks))
         names = [f"lie-{n}" for n in range(len(attacks))]
@@ -10218,19 +10210,19 @@ class Liar:
         return names
 
 
-CALLS: List[Tuple[str, Dict[str, Any]]] = [
+CALLS = [
     ("exec", {"command": "true", "timeout": 20}), ("exec", {"command": "cat", "stdin": "x" * 100000, "timeout": 20}), ("exec", {"command": "true", "background": True}),
     ("read", {"path": "README"}), ("read", {"path": "README", "limit": 5}), ("write", {"path": "README", "content": "x" * 300000}),
     ("edit", {"path": "README", "edits": [{"old": "hello", "new": "x"}]}), ("glob", {"pattern": "**"}), ("grep", {"pattern": "x"}), ("jobs", {}),
     ("logs", {"job": "j0123abcd"}), ("wait", {"job": "j0123abcd", "timeout": 1}), ("stop", {"job": "j0123abcd"})]
 
 
-def peak(pid: int) -> int:
+def peak(pid):
     """The most memory a process ever had, in megabytes."""
-    return int(re.search(r"VmHWM:\s*(\d+)", slurp(f"/proc/{pid}/status").decode()).group(1)) // 1024  # type: ignore[union-attr]
+    return int(re.search(r"VmHWM:\s*(\d+)", slurp(f"/proc/{pid}/status").decode()).group(1)) // 1024
 
 
-def sane(answer: Dict[str, Any], what: str) -> None:
+def sane(answer, what):
     text = json.dumps(answer)
     assert answer["ok"] or answer["error"]["type"] not in ("Bug", ""), (what, text[:2000])
     if not answer["ok"]:
@@ -10238,10 +10230,10 @@ def sane(answer: Dict[str, Any], what: str) -> None:
         assert len(said) < 1000 and not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]", said), (what, text[:2000])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["sshd", "ssh"])
-@pytest.mark.promise(3)
-def test_no_forged_answer_of_a_host_is_a_traceback_or_an_unbounded_error(site: Site, how: str) -> None:
+@slow
+@each("how", ["sshd", "ssh"])
+@promise(3)
+def test_no_forged_answer_of_a_host_is_a_traceback_or_an_unbounded_error(site, how):
     """Every tool against every lie: wrong and doubled marks, impossible statuses, lengths, numbers and states."""
     liar = Liar(site, how)
     names = dict(zip(liar.lies(*ATTACKS.values()), ATTACKS))
@@ -10258,8 +10250,8 @@ def test_no_forged_answer_of_a_host_is_a_traceback_or_an_unbounded_error(site: S
     assert {"main", *names} == set(liar.repo.workspaces())
 
 
-@pytest.mark.slow
-def test_no_forged_answer_to_a_pull_is_taken_or_a_traceback(site: Site) -> None:
+@slow
+def test_no_forged_answer_to_a_pull_is_taken_or_a_traceback(site):
     """Every lie above, and what comes before the three sections of a result; the last is honest."""
     liar, result = Liar(site), b"\n%s\n%s\0%s\n" % tuple(one(b"x"))
     heads = [b"git 2 " + HOSTS_BASE, b"git 1 zz", b"git 0 " + b"1" * 39, b"git 0 " + b"1" * 65, b"GIT 0 " + HOSTS_BASE, b"files x", b"files", b"all", b"note", b"large", b"\0", b""]
@@ -10286,10 +10278,10 @@ with ThreadPoolExecutor(8) as pool:
     assert liar.repo.git("for-each-ref", "--format=%(refname:short)", "refs/heads/cmux") == f"cmux/{names[-1]}"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("flood", FLOODS)
-@pytest.mark.promise(3)
-def test_a_host_that_floods_is_cut_off_in_little_memory(site: Site, flood: str) -> None:
+@slow
+@each("flood", FLOODS)
+@promise(3)
+def test_a_host_that_floods_is_cut_off_in_little_memory(site, flood):
     liar = Liar(site)
     name = liar.lies(FLOODS[flood])[0]
     with open_agent(liar.repo, "-j", "16") as talker:
@@ -10305,8 +10297,8 @@ def test_a_host_that_floods_is_cut_off_in_little_memory(site: Site, flood: str) 
         assert talker("exec", command="echo honest")["stdout"] == "honest\n"
 
 
-@pytest.mark.promise(1)
-def test_a_committed_state_directory_is_not_sent(repo: Repo, site: Site) -> None:
+@promise(1)
+def test_a_committed_state_directory_is_not_sent(repo, site):
     home = Repo(site, name="home/kept")
     env = {"CMUX_SSH_HOME": str(home.dir / "st" / "cmux-ssh")}
     clean = home.commit()
@@ -10319,7 +10311,7 @@ def test_a_committed_state_directory_is_not_sent(repo: Repo, site: Site) -> None
     refused(home.cli("push", "-w", "main", env=env), 2, words="in the commit")
 
 
-def test_rm_with_its_host_removes_an_unfinished_workspace(repo: Repo, site: Site) -> None:
+def test_rm_with_its_host_removes_an_unfinished_workspace(repo, site):
     repo.new()
     (file,) = (site.state / "projects").glob("*.json")
     record = json.loads(file.read_text())
@@ -10335,7 +10327,7 @@ def test_rm_with_its_host_removes_an_unfinished_workspace(repo: Repo, site: Site
     assert path.is_dir(), "it is somebody else's"
 
 
-def test_a_secret_with_half_a_character_is_called_damaged(repo: Repo, site: Site) -> None:
+def test_a_secret_with_half_a_character_is_called_damaged(repo, site):
     repo.new()
     repo.ok("secrets", "set", "TOK", stdin=b"valuevalue")
     (file,) = [path for path in site.state.rglob("*") if path.is_file() and b"valuevalue" in path.read_bytes()]
@@ -10344,7 +10336,7 @@ def test_a_secret_with_half_a_character_is_called_damaged(repo: Repo, site: Site
     assert ran.code == 125 and "The secret TOK" in ran.said and "damaged" in ran.said, ran
 
 
-def test_mcp_a_secret_whose_command_fails_does_not_turn_what_was_done_into_a_failure(repo: Repo, site: Site) -> None:
+def test_mcp_a_secret_whose_command_fails_does_not_turn_what_was_done_into_a_failure(repo, site):
     repo.new()
     ran = site.dir / "ran"
     repo.ok("secrets", "set", "TOK", "--command", "echo ran >>%s; exit 1" % ran)
@@ -10356,7 +10348,7 @@ def test_mcp_a_secret_whose_command_fails_does_not_turn_what_was_done_into_a_fai
     assert ran.read_text() == "ran\n"
 
 
-def test_a_glob_with_many_places_takes_time_linear_in_the_names(area: Area) -> None:
+def test_a_glob_with_many_places_takes_time_linear_in_the_names(area):
     dice, took = random.Random(1), []
     names = ["/".join("".join(dice.choice("ab") for _ in range(240)) for _ in range(4)) for _ in range(400)]
     for name in names:
