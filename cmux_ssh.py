@@ -66,7 +66,7 @@ import warnings
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command line
     from typing import Any, Callable, Collection, Container, Dict, IO, Iterable, Iterator, List
-    from typing import Mapping, Optional, Sequence, Set, Tuple, Type, Union
+    from typing import Mapping, Sequence, Set, Tuple, Type
     import argparse
     import socket
     from typing import TypeVar
@@ -356,7 +356,7 @@ class ExecResult(Value):
     timed_out: bool
     duration: float
     truncated: bool
-    stopped: Optional[str]
+    stopped: str | None
 
 
 def drop(*fds: int) -> None:
@@ -384,10 +384,10 @@ def fork_aware() -> Any:
 class Deadline:
     """A point in time. ``Deadline(None)`` never comes."""
 
-    def __init__(self, seconds: Optional[float]) -> None:
+    def __init__(self, seconds: float | None) -> None:
         self.at = None if seconds is None else time.monotonic() + seconds
 
-    def left(self) -> Optional[float]:
+    def left(self) -> float | None:
         return None if self.at is None else max(0.0, self.at - time.monotonic())
 
     def over(self) -> bool:
@@ -448,7 +448,7 @@ class Cancel:
     __del__ = close
 
 
-def poll_once(seconds: Optional[float], *wanted: Tuple[Any, int]) -> Dict[int, int]:
+def poll_once(seconds: float | None, *wanted: Tuple[Any, int]) -> Dict[int, int]:
     """The events, by descriptor, that come of ``wanted`` (a descriptor, and which of its events)
     within ``seconds``. None: without an end."""
     poller = select.poll()
@@ -457,7 +457,7 @@ def poll_once(seconds: Optional[float], *wanted: Tuple[Any, int]) -> Dict[int, i
     return dict(poller.poll(seconds and min(seconds, 2e6) * 1000))  # poll takes 31 bits
 
 
-def nap(seconds: float, deadline: Deadline, cancel: Optional[Cancel]) -> bool:
+def nap(seconds: float, deadline: Deadline, cancel: Cancel | None) -> bool:
     """Sleep; False if the deadline comes first. Raises Cancelled."""
     pause, left = max(0.0, seconds), deadline.left()
     poll_once(deadline.capped(pause), *([(cancel, select.POLLIN)] if cancel else []))
@@ -481,7 +481,7 @@ class Waiters:
     def _forked(self) -> None:
         import threading
         self._changed = threading.Condition()
-        self._asleep: List[Tuple[Deadline, Optional[Cancel]]] = []
+        self._asleep: List[Tuple[Deadline, Cancel | None]] = []
         self._watched = False       # one of them looks from time to time
         self._pause = LOOK_FIRST
         self.told = False           # a person knows what they wait for
@@ -497,7 +497,7 @@ class Waiters:
         self._pause, self.told = LOOK_FIRST, False
         self.wake()
 
-    def sleep(self, deadline: Deadline, cancel: Optional[Cancel], most: float = 3600) -> bool:
+    def sleep(self, deadline: Deadline, cancel: Cancel | None, most: float = 3600) -> bool:
         """Until it is worth a look, ``most`` seconds; False at the deadline. Raises Cancelled."""
         if cancel:
             cancel.check()
@@ -649,7 +649,7 @@ def _harmless() -> Dict[int, str]:
             **{c: f"\\x{c:02x}" for c in range(0x80, 0xA0)}, **{c: f"\\u{c:04x}" for c in odd}}
 
 
-def neutralise(data: Union[bytes, str]) -> str:
+def neutralise(data: bytes | str) -> str:
     """Text that no terminal obeys, of anything the host said. Newline and tab stay."""
     text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
     return text.replace("\r\n", "\n").translate(_harmless())
@@ -679,7 +679,7 @@ class TerminalText:
         return "".join(shown) + ("\x1b[m" if self.colour else "") if text else ""
 
 
-def show(text: Union[bytes, str], limit: int = 100) -> str:
+def show(text: bytes | str, limit: int = 100) -> str:
     """A name for use inside a sentence of ours: one line, neutralised, bounded, quoted."""
     line = neutralise(text).replace("\n", "^J").replace("\t", "^I")
     return f"'{line if len(line) <= limit else line[:limit - 5] + '[...]'}'"
@@ -1051,6 +1051,14 @@ _in_turn() {
 }
 _free() { chmod -R u+rwX "$1"; rm -rf "$1"; }
 _taken() { [ -e "$1" ] || [ -L "$1" ]; }
+_cw() { # project name -> $w its directory, $m what is known of it
+  w=$root/$1/$2 m=; read -r m <"$root/.cmux/made/$1/$2.op"; m=$root/.cmux/made/$1/$m
+  [ -d "$m" ] || { # as an older version left it
+    mkdir -p "$m.new"; for v in base mark pull push; do mv "${m%/*}/$2.$v" "$m.new/$v"; done
+    mv "$m.new" "$m"
+  } 2>/dev/null
+  [ -d "$w" ] && [ ! -L "$w" ] && [ ! -L "$root/$1" ]
+}
 # What is known of a workspace lies in one directory, made/PROJECT/OP/, named by the operation that
 # made it; made/PROJECT/NAME.op says which has the name. So a new name moves nothing.
 _owner() { cat ".cmux/made/$project/$1.op"; }
@@ -1197,8 +1205,8 @@ _create() {
     git config user.name agent && git config user.email agent@localhost ) >/dev/null 2>&1
   # test -x is false under noexec
   case $(ls -lLd "$stage/tree/.cmux/init" 2>/dev/null) in -??[xs]*) echo init;; esac
-  mkdir -p "$project" "$known" && echo "$1" >"$known/its.base" &&
-    _cmark "$op" "$known/its.mark" "$stage/tree" || return 3
+  mkdir -p "$project" "$known" && echo "$1" >"$known/base" &&
+    _cmark "$op" "$known/mark" "$stage/tree" || return 3
   _put "$stage/tree" && echo made
 }
 """
@@ -1241,20 +1249,13 @@ _cstate() { # $1 directory
 }
 """
 
-# What PULL, CHANGED and PUSH share: _cw finds the workspace, _csnap makes a snapshot of it with
+# What PULL, CHANGED and PUSH share: _csnap makes a snapshot of it with
 # git in a repository of its own ($g, in the stage), whose alternate is the workspace's: nothing
 # of the agent's is written or configured. -> $b base, $h its HEAD, $t the tree as it is now.
 # Where .git is gone, or its history rewritten or absurd (too many commits, foreign roots, nested
 # repositories), the base's own repository stands in, $h is the base, $whole empty. Status 9: no
 # git here; 24: a file is too large.
 SNAPSHOT = OPEN_ROOT + GIT_THERE + r"""
-_cw() { # project name -> $w its directory, $m what is known of it
-  w=$root/$1/$2 m=; read -r m <"$root/.cmux/made/$1/$2.op"; m=$root/.cmux/made/$1/$m
-  [ -d "$m" ] || { # as an older version left it
-    mkdir -p "$m"; for v in base mark pull push; do mv "${m%/*}/$2.$v" "$m/its.$v"; done
-  } 2>/dev/null
-  m=$m/its; [ -d "$w" ] && [ ! -L "$w" ] && [ ! -L "$root/$1" ]
-}
 _cg() { # git in the snapshot's repository
   git --git-dir="$g" --work-tree="$w" -c core.fsmonitor=false -c core.hooksPath=/dev/null \
     -c core.bigFileThreshold=8m "$@"
@@ -1349,7 +1350,7 @@ left_behind() { # heads: what no pull brings while HEAD ($top) stays, nor did pu
 }
 written_gits() { # since the workspace was made: nothing of them comes home without git
   cd "$w" && find . -name .git -prune -print | while IFS= read -r path; do
-    [ -z "$(find "$path" -type f ! -name index -newer "$m.mark" | head -n 1)" ] ||
+    [ -z "$(find "$path" -type f ! -name index -newer "$m/mark" | head -n 1)" ] ||
       printf '%s\n' "${path%/.git}"
   done
 }
@@ -1365,18 +1366,18 @@ in_stage() { # op function...; it is cleared, too, where the client is gone
 }
 """
 
-# What pulls brought home: $m.pull, for each a line of its op, HEAD, tree and refs (without git the
+# What pulls brought home: $m/pull, for each a line of its op, HEAD, tree and refs (without git the
 # checksum of the listing for a tree). The client names the last pull that it finished: a line that
 # follows does not count.
 RECORDS = r"""
 pulls() { # last-op: the lines that count
-  ! grep -q "^$1 " "$m.pull" 2>/dev/null || sed "/^$1 /q" "$m.pull"
+  ! grep -q "^$1 " "$m/pull" 2>/dev/null || sed "/^$1 /q" "$m/pull"
 }
 record_pull() { # op last-op head tree refs
-  { pulls "$2" | tail -n 19; echo "$1 $3 $4 $5"; } >"$m.pull.new" && mv "$m.pull.new" "$m.pull"
+  { pulls "$2" | tail -n 19; echo "$1 $3 $4 $5"; } >"$m/pull.new" && mv "$m/pull.new" "$m/pull"
 }
 list_now() { cd "$w" && _clist >"$s/now"; }
-list_sent() { [ "$(sed -n 2p "$m.mark")" = listed ] && tail -n +3 "$m.mark" >"$s/was"; }
+list_sent() { [ "$(sed -n 2p "$m/mark")" = listed ] && tail -n +3 "$m/mark" >"$s/was"; }
 sum_list() { cksum <"$s/now" | tr ' ' -; }
 only_paths() { sed 's/^[^ ]* [^ ]* [^ ]* \.\///'; }
 unreadable() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$s/now"; }
@@ -1532,13 +1533,13 @@ _push() {
 }
 _push_steps() {
   oldbase=$4 newbase=${10} keep=${11} base=.cmux/bases/${10}
-  [ "$(cat "$m.push")" != "$op" ] || { echo pushed; return 0; }
+  [ "$(cat "$m/push")" != "$op" ] || { echo pushed; return 0; }
   rm -rf "$s/git" "$s/delta" "$s"/new.index*
   _look "$@" && cd "$root" && _find_new && _keep_copy || return
   : >"$s/begun" # an attempt after this one was killed finds the files half changed, by this one
   ( _switch ) || _replace $? || return
-  echo "$newbase" >"$m.base" && _cmark "$op" "$m.mark" "$w" &&
-    echo "$op" >"$m.push" && echo pushed
+  echo "$newbase" >"$m/base" && _cmark "$op" "$m/mark" "$w" &&
+    echo "$op" >"$m/push" && echo pushed
 }
 _look() { # -> what _csnap finds; $snap its status
   _clost "$@" >"$s/lost"; status=$?
@@ -1612,13 +1613,13 @@ _replace() { # status of _switch. Without a copy, what is ignored would be lost 
 """
 
 # FORK root project turn name op source: a copy under another name. 20: the name is taken.
-FORK = SNAPSHOT + r"""
+FORK = OPEN_ROOT + r"""
 _cop() { _operate _fork "$@"; }
 _fork() {
   if _taken "$place"; then [ "$(_owner "$name")" = "$op" ] || return 20; return 0; fi
   _cw "$project" "$1" || return 22
   rm -rf "$stage" "$known"
-  mkdir -p "$stage" && cp -RpP "$w" "$stage/tree" && cp -RpP "${m%/its}" "$known" ||
+  mkdir -p "$stage" && cp -RpP "$w" "$stage/tree" && cp -RpP "$m" "$known" ||
     { _free "$stage"; rm -rf "$known"; return 3; }
   _put "$stage/tree"
 }
@@ -1626,7 +1627,7 @@ _fork() {
 # RENAME root project turn lock op from to its [push]: the directory that the operation `its` made,
 #   under another name, or back where it was, also where it is already. Says which push was done
 #   last; what came for `push` goes. 20: the name is taken.
-RENAME = SNAPSHOT + r"""
+RENAME = OPEN_ROOT + r"""
 _cop() { _operate _rename "$@"; }
 _rename() {
   if _taken "$project/$2"; then [ "$(_owner "$2")" = "$3" ] || return 20
@@ -1635,7 +1636,7 @@ _rename() {
     echo "$3" >".cmux/made/$project/$2.op" && mv "$w" "$project/$2" || return 3
   fi
   [ "$1" = "$2" ] || [ "$(_owner "$1")" != "$3" ] || rm -f ".cmux/made/$project/$1.op"
-  cat ".cmux/made/$project/$3/its.push"
+  cat ".cmux/made/$project/$3/push"
   [ ! "$4" ] || rm -rf ".cmux/stage/$4"
 }
 """
@@ -1650,7 +1651,7 @@ _cop() {
   before=$(_csize)
   for path in trash/* trash/.[!.]*; do ! _taken "$path" || _free "$path"; done
   for path in stage/* locks/*; do ! _cold 0 "$path" || _free "$path"; done
-  cat made/*/*/its.base >used.$$
+  cat made/*/*/base made/*/*.base >used.$$
   for path in bases/*; do
     grep -qxF "${path#bases/}" used.$$ || ! _cold 14 "$path" || rm -rf "$path"
   done
@@ -1932,7 +1933,7 @@ SEEN = r"""all=$(ps -A -o args= || cat /proc/[0-9]*/cmdline | tr '\0' ' ')
 case $all in *"$CMUX_PROBE"*) echo seen;; ?*) echo unseen;; esac"""
 
 
-def record(name: str, value: Union[str, bytes]) -> bytes:
+def record(name: str, value: str | bytes) -> bytes:
     """One record of the header. NUL cannot travel (no shell variable holds it)."""
     data = encoded(value)
     if b"\0" in data:
@@ -1946,10 +1947,16 @@ def shell_header(nonce: str, run_id: str, operation: bytes) -> bytes:
     return HELD + record("_cmux_nonce", nonce) + record("_cmux_run", run_id) + operation
 
 
+@functools.lru_cache(maxsize=None)
+def sent_text(script: str) -> str:
+    """A script without what only its readers need: a fifth of what is sent."""
+    text = re.sub(r"(?m)(^|\s)# [^'\"\n]*$", "", script)
+    return "\n".join(filter(None, map(str.strip, text.splitlines())))
+
+
 def script_records(script: str, *arguments: str) -> bytes:
     """The records that run one of the scripts above, as an operation of its own."""
-    text = "\n".join(filter(None, map(str.strip, script.splitlines())))
-    return record(":", text) + b"".join(record("@", a) for a in arguments) + record(
+    return record(":", sent_text(script)) + b"".join(record("@", a) for a in arguments) + record(
         ".", '_cop "$@" 2>&4; _cmux_status=$?')
 
 
@@ -2012,8 +2019,8 @@ def find_program(name: str, more: Sequence[str] = ()) -> str:
                      if name in packages else "Is $CMUX_SSH_COMMAND as it should be?")
 
 
-def spawn(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, stdin: Any = None,
-          stdout: Any = None, stderr: Any = None, cwd: Optional[str] = None,
+def spawn(argv: Sequence[str], env: Mapping[str, str] | None = None, stdin: Any = None,
+          stdout: Any = None, stderr: Any = None, cwd: str | None = None,
           own_group: bool = True) -> Process:
     """Start a process. ``None`` for a stream means /dev/null; -1 means a pipe.
 
@@ -2033,7 +2040,7 @@ def spawn(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, stdin: A
         raise UsageError("An argument holds a NUL byte or a lone surrogate: no program takes it.")
 
 
-def attach(argv: Sequence[str], env: Mapping[str, str]) -> Optional[int]:
+def attach(argv: Sequence[str], env: Mapping[str, str]) -> int | None:
     """Run a program on this terminal; its exit status, None if a signal ended it. The terminal is
     left as it was, whatever ends the program. Where this process is killed, a guard that notices
     ends the program, which puts the terminal right itself."""
@@ -2073,8 +2080,8 @@ def await_end(process: Process, seconds: float) -> int:
         raise CmuxError("A local command did not end in time.")
 
 
-def run(argv: Sequence[str], env: Optional[Mapping[str, str]] = None, limit: int = REPLY_MAX,
-        patience: float = 60, cancel: Optional[Cancel] = None) -> Tuple[int, bytes, bytes]:
+def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = REPLY_MAX,
+        patience: float = 60, cancel: Cancel | None = None) -> Tuple[int, bytes, bytes]:
     """Run a short local command: (status, stdout, stderr), each at most ``limit`` bytes.
 
     Raises UsageError when it cannot start, CmuxError when it is too slow or too loud, Cancelled.
@@ -2232,7 +2239,7 @@ class Lock:
     _waiting: Dict[str, Waiters] = {}  # for the lock of a path
 
     def __init__(self, path: str, passing: bool = False, shared: bool = False,
-                 waiters: Optional[Waiters] = None, doing: str = "") -> None:
+                 waiters: Waiters | None = None, doing: str = "") -> None:
         self.path, self.passing, self.shared, self.doing = path, passing, shared, doing
         self.waiters, self.fd = waiters, -1
 
@@ -2272,7 +2279,7 @@ class Lock:
         except (BlockingIOError, PermissionError, FileNotFoundError):
             return False
 
-    def wait(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> bool:
+    def wait(self, deadline: Deadline, cancel: Cancel | None = None) -> bool:
         """Take it, waiting until the deadline; False when that came first."""
         if self.take():
             return True
@@ -2289,7 +2296,7 @@ class Lock:
         finally:
             waiters.leave()
 
-    def hold(self, cancel: Optional[Cancel] = None) -> Lock:
+    def hold(self, cancel: Cancel | None = None) -> Lock:
         """Take it, waiting if need be. Raises StateFailed when that takes too long, Cancelled."""
         if self.fd < 0 and not self.wait(Deadline(LOCK_PATIENCE), cancel):
             owner, holder = self._holder()
@@ -2324,7 +2331,7 @@ class Lock:
         self.free()
 
 
-def read_bytes(path: str, limit: int) -> Optional[bytes]:
+def read_bytes(path: str, limit: int) -> bytes | None:
     """The content of a private file; None if there is none. Raises StateFailed."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as stream:
@@ -2340,7 +2347,7 @@ def read_bytes(path: str, limit: int) -> Optional[bytes]:
     return data
 
 
-def expected(error: BaseException) -> Optional[CmuxError]:
+def expected(error: BaseException) -> CmuxError | None:
     """The error as one that a user, a network or a host can cause, such as a full local disk; None
     for a bug."""
     if isinstance(error, CmuxError):
@@ -2433,7 +2440,7 @@ ROW = {"operation": str, "time": (int, float), "duration?": (int, float)}
 DOWN = {"count": int, "why": [str, str, str]}
 
 
-def read_json(path: str, shape: Any = dict) -> Optional[Dict[str, Any]]:
+def read_json(path: str, shape: Any = dict) -> Dict[str, Any] | None:
     """An object of a ``shape`` from a private JSON file of version 1; None without the file.
 
     StateFailed for what is no such file, each time: set aside by the first who reads it, it would
@@ -2609,7 +2616,7 @@ class History:
                     if all(0 <= seconds < 1e11 for seconds in times):
                         yield row
 
-    def begin(self, row: Mapping[str, Any]) -> Optional[Lock]:
+    def begin(self, row: Mapping[str, Any]) -> Lock | None:
         """A record that lasts until it is freed, or until this process dies."""
         import json
         lock = Lock(f"{self.running}/{os.getpid()}.{os.urandom(4).hex()}", passing=True)
@@ -2648,7 +2655,7 @@ def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Dict[str, An
             report(error)
 
 
-def secret_values(registry: Registry, cancel: Optional[Cancel] = None) -> Dict[str, bytes]:
+def secret_values(registry: Registry, cancel: Cancel | None = None) -> Dict[str, bytes]:
     """The project's secrets, commands run now (by the user's shell, as typed by the user).
 
     Raises CmuxError naming the secret, never its value; Cancelled.
@@ -2864,7 +2871,7 @@ def session_environment(config: SSHConfig) -> Tuple[Dict[str, str], List[str]]:
     return environment, ["-o", f"IdentityAgent={agent}"] if lacks else []
 
 
-def classify(log: bytes, host: str, config: Optional[SSHConfig] = None) -> HostError:
+def classify(log: bytes, host: str, config: SSHConfig | None = None) -> HostError:
     """The error that ssh's own words stand for. The words are neutralised and shortened."""
     text = log[-LOG_MAX:].decode("utf-8", "replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -2951,7 +2958,7 @@ def proxy_of(config: SSHConfig) -> str:
     return next(found, "")
 
 
-def proxy_failure(config: SSHConfig, said: bytes) -> Optional[HostError]:
+def proxy_failure(config: SSHConfig, said: bytes) -> HostError | None:
     """What a ProxyCommand's (or ProxyJump's) last words stand for; None without any."""
     way, host = proxy_of(config), config.host
     last = neutralise(said).strip().split("\n")[-1][:300].rstrip(".")
@@ -2972,7 +2979,7 @@ MUX_NO_ESCAPE = 0xffffffff
 
 
 @functools.lru_cache(maxsize=8)
-def mux_packet(*fields: Union[int, str]) -> bytes:
+def mux_packet(*fields: int | str) -> bytes:
     body = b""
     for field in fields:
         if isinstance(field, int):
@@ -3019,7 +3026,7 @@ class Session:
 
     def __init__(self, host: str) -> None:
         self.host = host
-        self.master: Optional[Master] = None  # the one that carries it, if any
+        self.master: Master | None = None  # the one that carries it, if any
         self.stdin = self.stdout = self.stderr = self.control = -1
         self.counted = False     # among the operations of its Host that run
 
@@ -3116,7 +3123,7 @@ class MuxSession(Session):
                 raise MasterGone(f"The connection to {self.host} was just closed.", host=self.host)
             self._buffer += data
 
-    def _next(self) -> Optional[bytes]:
+    def _next(self) -> bytes | None:
         end = 4 + int.from_bytes(self._buffer[:4], "big")
         if len(self._buffer) < end:
             return None
@@ -3290,7 +3297,7 @@ class Masters:
     alert: Callable[[str], None] = staticmethod(  # the command line sets both
         lambda text: warnings.warn(text, RuntimeWarning, stacklevel=2))
 
-    def __init__(self, config: SSHConfig, interactive: Optional[Callable[[], bool]] = None) -> None:
+    def __init__(self, config: SSHConfig, interactive: Callable[[], bool] | None = None) -> None:
         import hashlib
         import threading
         self.config, self.host, self.interactive = config, config.host, interactive
@@ -3353,7 +3360,7 @@ class Masters:
         why = [type(error).__name__, str(error), error.hint]
         write_json(self.path("down.json"), {"count": self._failed()[0] + 1, "why": why})
 
-    def _wait_out(self, deadline: Deadline, cancel: Optional[Cancel]) -> None:
+    def _wait_out(self, deadline: Deadline, cancel: Cancel | None) -> None:
         if not nap(self._rest(), deadline, cancel):
             raise self._shared_failure()
 
@@ -3367,7 +3374,7 @@ class Masters:
 
     # -- connections --
 
-    def handshake(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> Lock:
+    def handshake(self, deadline: Deadline, cancel: Cancel | None = None) -> Lock:
         """Leave to begin one handshake with this host: one of HANDSHAKES_AT_ONCE; of half as many
         for a minute after one was dropped, at first of a quarter (Dropbear takes 5 at once)."""
         try:
@@ -3384,7 +3391,7 @@ class Masters:
             self._shaking.leave()
 
     def again(self, error: HostError, attempt: int, deadline: Deadline,
-              cancel: Optional[Cancel] = None) -> bool:
+              cancel: Cancel | None = None) -> bool:
         """After a handshake that the server dropped, so that nothing ran there: wait, then True;
         False when it is not worth another try."""
         self._mark("dropped")
@@ -3400,13 +3407,13 @@ class Masters:
         return False
 
     def open_direct(self, command: str, deadline: Deadline,
-                    cancel: Optional[Cancel] = None) -> DirectSession:
+                    cancel: Cancel | None = None) -> DirectSession:
         """A session on a connection of its own. The handshake is counted until it is over."""
         self._wait_out(deadline, cancel)
         config = self.ask_config(command)
         return DirectSession(self, config, self.handshake(deadline, cancel), command)
 
-    def report(self, error: Optional[HostError]) -> None:
+    def report(self, error: HostError | None) -> None:
         """How a connection of its own came about; None: well."""
         if error is None:
             remove_file(self.path("down.json"))
@@ -3417,12 +3424,12 @@ class Masters:
 
     # -- one more master --
 
-    def _launch(self, count: int, deadline: Deadline, cancel: Optional[Cancel], first: bool = False,
+    def _launch(self, count: int, deadline: Deadline, cancel: Cancel | None, first: bool = False,
                 once: bool = False) -> List[Slot]:
         """Start a master; all its slots, or ``count`` of those that live, if they are free by now.
         For the ``first`` a person may be asked. A handshake that the server drops is tried again,
         unless ``once``."""
-        reason: Optional[HostError] = None
+        reason: HostError | None = None
         for attempt in itertools.count(len(DROPPED_WAITS) if once else 0):
             with self.handshake(Deadline(self.patience), cancel):
                 try:
@@ -3441,7 +3448,7 @@ class Masters:
                 raise reason or dropped
         raise AssertionError
 
-    def _new_master(self, cancel: Optional[Cancel], first: bool) -> List[Slot]:
+    def _new_master(self, cancel: Cancel | None, first: bool) -> List[Slot]:
         name = "m." + os.urandom(4).hex()
         master = Master(self.path(name))
         slots = self._hold([master], SESSIONS_PER_MASTER)
@@ -3459,7 +3466,7 @@ class Masters:
         remove_file(self.path("down.json"))
         return slots
 
-    def _ask_proxy(self) -> Optional[HostError]:
+    def _ask_proxy(self) -> HostError | None:
         """Why the ProxyCommand gives no connection, if it says so. (That of a master speaks to
         /dev/null: ssh's doing.)"""
         if not proxy_of(self.config):
@@ -3467,7 +3474,7 @@ class Masters:
         _, words, said = look_closely(self, "exec sh -c :")
         return None if "Remote protocol version" in words else proxy_failure(self.config, said)
 
-    def _start(self, path: str, cancel: Optional[Cancel], batch: bool) -> None:
+    def _start(self, path: str, cancel: Cancel | None, batch: bool) -> None:
         """One `ssh -M -N`. It puts itself into the background once it is authenticated, and then
         closes its stdout."""
         self._sweep()
@@ -3508,7 +3515,7 @@ class Masters:
             self._mark("person")
 
     @staticmethod
-    def _await_detach(process: Process, deadline: Deadline, cancel: Optional[Cancel]) -> None:
+    def _await_detach(process: Process, deadline: Deadline, cancel: Cancel | None) -> None:
         """Until the stdout of a new master is closed; CmuxError when that takes too long."""
         assert process.stdout
         with process.stdout as watch:
@@ -3583,7 +3590,7 @@ class Masters:
 
     # -- sessions --
 
-    def open(self, command: str, deadline: Deadline, cancel: Optional[Cancel] = None,
+    def open(self, command: str, deadline: Deadline, cancel: Cancel | None = None,
              count: int = 1) -> List[Session]:
         """``count`` sessions for ``command``, all or none: who held one and waited for the next
         could wait for ever. Where masters fail, one, on a connection of its own."""
@@ -3607,12 +3614,12 @@ class Masters:
                                        "Try again; others may be using it.", self.host)
         return [self.open_direct(command, deadline, cancel)]
 
-    def connect(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> None:
+    def connect(self, deadline: Deadline, cancel: Cancel | None = None) -> None:
         """Make sure that a master lives, if this host has any. Raises ConnectionFailed."""
         if not self.single() and not self.masters():
             self.free(self._first_master(1, deadline, cancel))
 
-    def open_ahead(self, command: str) -> Optional[Session]:
+    def open_ahead(self, command: str) -> Session | None:
         """A session for later, only from the upper half of a master's slots: the lower half stays
         for those who have work now. None if there is none to spare. Where other processes hold them
         all, one more master is started, once: where it needs a person, each is a failed login."""
@@ -3671,7 +3678,7 @@ class Masters:
                     raise error
                 self.alert(f"WARNING: {error} {error.hint}")
 
-    def _take_slots(self, count: int, deadline: Deadline, cancel: Optional[Cancel]) -> List[Slot]:
+    def _take_slots(self, count: int, deadline: Deadline, cancel: Cancel | None) -> List[Slot]:
         """So many free slots on live masters, or all of a new one: they are started as the demand
         asks. None where the host turns out to take one session a connection."""
         slots = self._try_slots(count)
@@ -3711,7 +3718,7 @@ class Masters:
             self._launching += may
             return may
 
-    def _first_master(self, count: int, deadline: Deadline, cancel: Optional[Cancel]) -> List[Slot]:
+    def _first_master(self, count: int, deadline: Deadline, cancel: Cancel | None) -> List[Slot]:
         """Connect, if nobody else does: one prober at a time, the others share its result."""
         before = self._failed()[0]
         lock = Lock(self.path("probe"), doing="connects to " + self.host)
@@ -3727,7 +3734,7 @@ class Masters:
             self._wait_out(deadline, cancel)
             return self._launch(count, deadline, cancel, True, now > 0)
 
-    def _one_more(self, count: int, cancel: Optional[Cancel]) -> List[Slot]:
+    def _one_more(self, count: int, cancel: Cancel | None) -> List[Slot]:
         """Start one more master; that it cannot be is no failure, since others live, but no process
         tries again at once."""
         try:
@@ -3843,7 +3850,7 @@ class Stream:
         self.ready = self.begun = self.ended = self.closed = False
         self.held = self.noise = b""
         self.pid = ""
-        self.status: Optional[int] = None
+        self.status: int | None = None
         self.stop = ""
         self.refused = 0          # the number after the mark x: the operation did not begin
 
@@ -3923,7 +3930,7 @@ class Exchange:
     end, or the caller's limits; it may be called again to go on."""
 
     def __init__(self, session: Session, operation: bytes, stdout: Callable[[bytes], Any],
-                 stderr: Callable[[bytes], Any], source: Optional[Source] = None,
+                 stderr: Callable[[bytes], Any], source: Source | None = None,
                  close_stdin: bool = False, run_id: str = "", after: bytes = b"") -> None:
         nonce = os.urandom(16).hex()
         self.session = session
@@ -3943,7 +3950,7 @@ class Exchange:
         self.sent = False                # the header is with the host, or on its way
         self.lost = False                # the session is over, marks or not
         self.moved = time.monotonic()    # when the last byte went either way
-        self.guard: Optional[Exchange] = None  # which watches over this one
+        self.guard: Exchange | None = None  # which watches over this one
         self._beaten = self.moved        # when the last sign of life was sent
 
     @property
@@ -3961,8 +3968,8 @@ class Exchange:
     def written(self) -> bool:
         return not self.outgoing
 
-    def run(self, deadline: Deadline, cancel: Optional[Cancel] = None,
-            until: Optional[Callable[[], bool]] = None, stall: Optional[float] = None) -> bool:
+    def run(self, deadline: Deadline, cancel: Cancel | None = None,
+            until: Callable[[], bool] | None = None, stall: float | None = None) -> bool:
         """True when ended (or ``until``); False at the deadline. Raises HostError when the session
         is lost, or no byte has moved for ``stall`` seconds (for CALL_PATIENCE once all is sent: the
         host unpacks and sums); Cancelled when ``cancel`` is set."""
@@ -4000,7 +4007,7 @@ class Exchange:
             with contextlib.suppress(OSError):  # full, or over: its own events report that
                 os.write(over.session.stdin, sign + b"\n")
 
-    def _poller(self, cancel: Optional[Cancel]) -> Any:
+    def _poller(self, cancel: Cancel | None) -> Any:
         """A poll object of what is awaited now; made anew only when that has changed."""
         wanted = [stream.fd for stream in (self.out, self.err) if not stream.closed]
         if self.session.control >= 0:
@@ -4087,9 +4094,9 @@ class Reply(Value):
 class Outcome(Value):
     """How a command ended: ``status`` None if it was stopped first; ``stopped`` as in ExecResult;
     ``reason`` is None, ``timeout`` or ``cancel``."""
-    status: Optional[int]
-    stopped: Optional[str]
-    reason: Optional[str]
+    status: int | None
+    stopped: str | None
+    reason: str | None
 
     @property
     def exit_code(self) -> int:
@@ -4106,7 +4113,7 @@ class Host:
     Raises UsageError for a name that cannot be one. Connecting happens on first use.
     """
 
-    def __init__(self, name: str, interactive: Optional[Callable[[], bool]] = None,
+    def __init__(self, name: str, interactive: Callable[[], bool] | None = None,
                  warm: int = WARM_SESSIONS) -> None:
         self.name, self._interactive, self._warm = check_host(name), interactive, warm
         self._forked()
@@ -4118,9 +4125,9 @@ class Host:
         self._ready: List[Session] = []
         self._active = 0                  # operations that run now
         self._resting = False             # closed: until the next one nothing is opened ahead
-        self._keeper: Optional[threading.Thread] = None
+        self._keeper: threading.Thread | None = None
         self._wake = threading.Event()
-        self._masters: Optional[Masters] = None
+        self._masters: Masters | None = None
         self._mutex = threading.Lock()
 
     def __repr__(self) -> str:
@@ -4134,9 +4141,9 @@ class Host:
                 self._masters = Masters(read_ssh_config(self.name), self._interactive)
             return self._masters
 
-    def call(self, script: str, *arguments: str, source: Optional[Source] = None,
-             direct: bool = False, cancel: Optional[Cancel] = None, limit: int = REPLY_MAX,
-             before: bytes = b"", data: Optional[bytes] = None, once: bool = False) -> Reply:
+    def call(self, script: str, *arguments: str, source: Source | None = None,
+             direct: bool = False, cancel: Cancel | None = None, limit: int = REPLY_MAX,
+             before: bytes = b"", data: bytes | None = None, once: bool = False) -> Reply:
         """Run one of the remote scripts. Raises HostError; its status is the caller's to judge.
 
         Scripts are written so that running one twice does what running it once does, so that a
@@ -4162,13 +4169,13 @@ class Host:
         return self.attempt(work, Deadline(SLOT_PATIENCE), cancel, repeat, bulk=direct)
 
     def attempt(self, work: Callable[[List[Session]], Made], deadline: Deadline,
-                cancel: Optional[Cancel], repeat: Callable[[ConnectionLost], bool], count: int = 1,
+                cancel: Cancel | None, repeat: Callable[[ConnectionLost], bool], count: int = 1,
                 bulk: bool = False) -> Made:
         """What ``work`` makes of a list of sessions: of ``count``, or one where each has a
         connection of its own; ``bulk`` gets such a one. What it leaves in the list is given back.
         It is tried again after a handshake that was dropped, a login that needs a person (over a
         master, then), and, where it may ``repeat``, a lost line, or one for want of a process."""
-        first: Optional[HostError] = None
+        first: HostError | None = None
         for number in range(10):
             sessions = self.open_all(count, deadline, cancel, bulk)
             direct = isinstance(sessions[0], DirectSession)
@@ -4197,11 +4204,11 @@ class Host:
 
     # -- sessions opened ahead: they wait in the shell's read for their header --
 
-    def open(self, deadline: Deadline, cancel: Optional[Cancel] = None) -> Session:
+    def open(self, deadline: Deadline, cancel: Cancel | None = None) -> Session:
         """A session that runs BOOT: one that waits ready, else a new one. done() gives it back."""
         return self.open_all(1, deadline, cancel)[0]
 
-    def open_all(self, count: int, deadline: Deadline, cancel: Optional[Cancel] = None,
+    def open_all(self, count: int, deadline: Deadline, cancel: Cancel | None = None,
                  bulk: bool = False) -> List[Session]:
         """So many, all or none; where each has a connection of its own, one. For ``bulk`` it has,
         unless logging in needs a person."""
@@ -4282,8 +4289,8 @@ class Host:
         for session in ready:
             session.close()
 
-    def begin(self, exchange: Exchange, cancel: Optional[Cancel],
-              deadline: Optional[Deadline] = None) -> None:
+    def begin(self, exchange: Exchange, cancel: Cancel | None,
+              deadline: Deadline | None = None) -> None:
         """See an operation begin, on a connection that may still have to be made; or the deadline
         pass. Raises HostError; WorkspaceMissing where its directory is not there."""
         deadline = deadline or Deadline(None)
@@ -4298,7 +4305,7 @@ class Host:
         if exchange.out.refused:
             raise WorkspaceMissing(f"The directory is not on {self.name} (any more).")
 
-    def _see_our_shell(self, cancel: Optional[Cancel]) -> None:
+    def _see_our_shell(self, cancel: Cancel | None) -> None:
         """Raise RemoteShellFailed where a shell that is not ours reads our stdin to its end: it
         ends another session, whose stdin is closed. One that is slow is silent there, too."""
         session = None
@@ -4332,8 +4339,8 @@ class Host:
             self.close()
 
     def run(self, records: bytes, directory: str, stdout: Callable[[bytes], Any],
-            stderr: Callable[[bytes], Any], source: Optional[Source] = None,
-            deadline: Optional[Deadline] = None, cancel: Optional[Cancel] = None) -> Outcome:
+            stderr: Callable[[bytes], Any], source: Source | None = None,
+            deadline: Deadline | None = None, cancel: Cancel | None = None) -> Outcome:
         """Run a user's command (``records`` from command_records and the environment).
 
         Bytes reach ``stdout`` and ``stderr`` as they come. At the deadline, on ``cancel`` and on
@@ -4348,7 +4355,7 @@ class Incoming:
     """The stdout of one of our scripts, read as it comes, on a session for bulk. take()
     gives some bytes, and b"" once the script has ended; nothing is held but what was not taken."""
 
-    def __init__(self, host: Host, cancel: Optional[Cancel], script: str, *arguments: str) -> None:
+    def __init__(self, host: Host, cancel: Cancel | None, script: str, *arguments: str) -> None:
         self.cancel, self.host = cancel, host
         self.err = Capture(LOG_MAX, STATE_MAX)
         self.waiting: List[bytes] = []
@@ -4381,15 +4388,15 @@ class CommandRun:
     """One user command: the session that carries it, and the guard that watches over it."""
 
     def __init__(self, host: Host, records: bytes, stdout: Callable[[bytes], Any],
-                 stderr: Callable[[bytes], Any], source: Optional[Source]) -> None:
+                 stderr: Callable[[bytes], Any], source: Source | None) -> None:
         self.host, self.records, self.source = host, records, source
         self.stdout, self.stderr = stdout, stderr
         self.run_id = os.urandom(12).hex()
-        self.exchange: Optional[Exchange] = None
-        self.guard: Optional[Exchange] = None
+        self.exchange: Exchange | None = None
+        self.guard: Exchange | None = None
         self.verdict = Capture(100)      # of the guard
 
-    def go(self, deadline: Deadline, cancel: Optional[Cancel]) -> Outcome:
+    def go(self, deadline: Deadline, cancel: Cancel | None) -> Outcome:
         """From the start to the end. Until the header is written whole nothing can have begun: a
         session that is lost before is replaced."""
         def repeat(lost: ConnectionLost) -> bool:
@@ -4425,7 +4432,7 @@ class CommandRun:
         return Outcome(status=self.exchange.out.status, stopped=None, reason=None)
 
     def _begin(self, sessions: List[Session], deadline: Deadline,
-               cancel: Optional[Cancel]) -> Exchange:
+               cancel: Cancel | None) -> Exchange:
         """See the command begin, and, for a streaming stdin, the guard before it. Each with a
         connection of its own holds a handshake until it has begun: then the other is opened."""
         if self.source:
@@ -4585,7 +4592,7 @@ class Repository:
         last = text.split("\n")[-1]
         raise GitFailed(f"git {words[0]} failed: {show(last, 200)}.")
 
-    def _ask(self, *words: str, env: Optional[Dict[str, str]] = None) -> bytes:
+    def _ask(self, *words: str, env: Dict[str, str] | None = None) -> bytes:
         """What a git command with the user's configuration prints; nothing where it fails."""
         argv = [self.program, "-C", self.directory, *words]
         status, out, _ = run(argv, env or user_environment())
@@ -4875,7 +4882,7 @@ class Shadow:
         return [*self.start, *words]
 
     def records(self, *words: str, stdin: bytes = b"", end: bytes = b"\0",
-                env: Optional[Dict[str, str]] = None, talks: bool = False) -> Iterator[bytes]:
+                env: Dict[str, str] | None = None, talks: bool = False) -> Iterator[bytes]:
         """What a git command prints, split at ``end``, one by one; nothing is held. Raises
         GitFailed when it fails or, unless it ``talks``, has anything on stderr: update-index drops
         paths so."""
@@ -4908,7 +4915,7 @@ class Shadow:
         os.unlink(base + ".in")
         os.unlink(base + ".err")
 
-    def call(self, *words: str, stdin: bytes = b"", env: Optional[Dict[str, str]] = None) -> str:
+    def call(self, *words: str, stdin: bytes = b"", env: Dict[str, str] | None = None) -> str:
         lines = self.records(*words, stdin=stdin, end=b"\n", env=env)
         return b"".join(lines).decode("utf-8", "surrogateescape")
 
@@ -5099,7 +5106,7 @@ class Place:
         self.top, self.git_dir, self.roots = top, git_dir, roots
         self.objects = os.path.join(git_dir, "objects")
 
-    def module(self, path: bytes) -> Optional[Place]:
+    def module(self, path: bytes) -> Place | None:
         """A submodule that is checked out. No .git file or link leads out of ``roots``."""
         top = os.path.join(self.top, os.fsdecode(path))
         git_dir = os.path.join(top, ".git")
@@ -5331,7 +5338,7 @@ class Archive(Source):
         self.ahead = b""            # read by small(), not yet passed on
         self.packer: Any = None
         self.ended = False          # all of it was read
-        self.progress: Optional[Callable[[int], None]] = None
+        self.progress: Callable[[int], None] | None = None
         self.size: Callable[[], int] = lambda: 0  # an estimate of all that comes
 
     def small(self) -> bool:
@@ -5467,7 +5474,7 @@ class ProjectBase:
 
     kind: Type[Any]  # of WorkspaceBase: what workspace() returns; the room Tools sets it
 
-    def __init__(self, directory: str = ".", interactive: Optional[Callable[[], bool]] = None,
+    def __init__(self, directory: str = ".", interactive: Callable[[], bool] | None = None,
                  warm: int = WARM_SESSIONS) -> None:
         self._warm = warm
         self.repository = Repository(directory)
@@ -5485,7 +5492,7 @@ class ProjectBase:
         self._mutex = threading.Lock()
         self.looking = threading.Lock()  # many workspaces at once: one says what is not sent
         self._fetching = threading.Lock()
-        self._unknown: Optional[Tuple[float, CmuxError]] = None  # why a secret's command failed
+        self._unknown: Tuple[float, CmuxError] | None = None  # why a secret's command failed
         self.fetched: Set[str] = set()   # secrets that this process has sent or looked up
         self.logging: Set[int] = set()   # threads in the middle of a logged operation
 
@@ -5531,7 +5538,7 @@ class ProjectBase:
         self._masked = made_of, masks
         return masks
 
-    def set_secret(self, name: str, value: Union[str, bytes, None]) -> None:
+    def set_secret(self, name: str, value: str | bytes | None) -> None:
         """Store what every command of this project sees as the environment variable ``name``, in a
         0600 file on this machine; None forgets it. Raises UsageError, StateFailed."""
         check_variable(name, secret=True)
@@ -5615,7 +5622,7 @@ class ProjectBase:
 
     def operate(self, script: str, name: str, entry: Mapping[str, Any], words: Sequence[str],
                 change: Mapping[str, Any] = types.MappingProxyType({}),
-                cancel: Optional[Cancel] = None) -> Reply:
+                cancel: Cancel | None = None) -> Reply:
         """Run an operation on a workspace's name on its host, once the registry has the ``change``;
         the first word names the operation. The host does none any more that has a lower turn: its
         client was killed."""
@@ -5683,7 +5690,7 @@ class ProjectBase:
                 entry["over"] = dict(entry.get("branches", {}))  # what it no longer has
 
     def create(self, name: str, host: str, ref: str = "HEAD", root: str = "", init: bool = True,
-               report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> "Workspace":
+               report: Report | None = None, cancel: Cancel | None = None) -> "Workspace":
         """Make workspace ``name`` on ``host`` from commit ``ref``, below ``root`` there (default
         ~/cmux), and run its init hook unless ``init`` is false: ``report`` gets to know of a hook
         that fails, which undoes nothing.
@@ -5740,7 +5747,7 @@ class ProjectBase:
             record["workspaces"][name] = entry
             upload.note_sent(record, root)
 
-    def _run_init(self, name: str, root: str, report: Report, cancel: Optional[Cancel]) -> None:
+    def _run_init(self, name: str, root: str, report: Report, cancel: Cancel | None) -> None:
         """The hook's failure is reported, and undoes nothing."""
         report.say(f"running .cmux/init in {name}")
         report.step(name, "init hook")
@@ -5762,8 +5769,8 @@ class ProjectBase:
         finally:
             self.update(name, init=end)
 
-    def ensure(self, name: str, host: str = "", report: Optional[Report] = None,
-               cancel: Optional[Cancel] = None) -> "Workspace":
+    def ensure(self, name: str, host: str = "", report: Report | None = None,
+               cancel: Cancel | None = None) -> "Workspace":
         """The workspace, made first from HEAD if it does not exist, on ``host`` (default:
         default_host()); waits while another process makes it. Raises as create() does, and
         UsageError if it is elsewhere."""
@@ -5836,7 +5843,7 @@ class ProjectBase:
         return [dict(row, workspace=names.get(row["op"]) if row.get("op") else row.get("workspace"))
                 for row in self.history.now()]
 
-    def past(self, name: Optional[str] = None) -> List[Dict[str, Any]]:
+    def past(self, name: str | None = None) -> List[Dict[str, Any]]:
         """The history, oldest first: of all, or of the workspace that has this name now, also from
         before it was renamed; of those that had it, where none has."""
         op = self.entries().get(name, {}).get("op") if name else None
@@ -5891,7 +5898,7 @@ class ProjectBase:
             return self.workspace(name)
 
     def push(self, name: str, ref: str = "HEAD", force: bool = False,
-             report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> bool:
+             report: Report | None = None, cancel: Cancel | None = None) -> bool:
         """Bring a workspace to another local commit; False when it is there already. Refuses to
         overwrite work that has not been pulled (WorkspaceDirty); with ``force`` a copy stays in the
         trash on the host until gc. Raises as create() does, too."""
@@ -5937,7 +5944,7 @@ class ProjectBase:
             raise RemoteFailed(f"{host} did not confirm the push.", "Try again.")
         return reply.lines()
 
-    def gc(self, only: Optional[str] = None) -> Tuple[Dict[str, int], List[CmuxError]]:
+    def gc(self, only: str | None = None) -> Tuple[Dict[str, int], List[CmuxError]]:
         """Free trash, leftovers and old bases on every host that has or had a workspace of the
         project, or on one of them: (bytes by host, why it did not go with others). Raises
         UsageError for another host."""
@@ -6028,7 +6035,7 @@ class Report:
     def warn(self, text: str) -> None:
         """Something the user should know."""
 
-    def progress(self, what: str, done: int, total: Optional[Callable[[], int]] = None,
+    def progress(self, what: str, done: int, total: Callable[[], int] | None = None,
                  doing: str = "sending") -> None:
         """Bytes moved so far for workspace ``what``; ``total`` estimates of how many, at a cost."""
 
@@ -6043,7 +6050,7 @@ class Upload:
     """What is sent of one commit to one host. A context manager."""
 
     def __init__(self, project: ProjectBase, name: str, entry: Mapping[str, Any], ref: str,
-                 report: Report, cancel: Optional[Cancel]) -> None:
+                 report: Report, cancel: Cancel | None) -> None:
         self.project, self.name, self.report, self.cancel = project, name, report, cancel
         self.host, self.root, self.head = project.host(entry["host"]), entry["root"], ref == "HEAD"
         self.commit, source = project.repository.resolve(ref)
@@ -6242,11 +6249,11 @@ class WorkspaceBase:
         return {"name": self.name, "host": self.host.name, "path": self.path, "base": self.base,
                 "created": self.created, "project": self.project.name, "state": self.state}
 
-    def environment(self, extra: Optional[Mapping[str, str]] = None,
-                    cancel: Optional[Cancel] = None) -> bytes:
+    def environment(self, extra: Mapping[str, str] | None = None,
+                    cancel: Cancel | None = None) -> bytes:
         """The header records of a command's environment: ours, the secrets, then ``extra``."""
         secrets = secret_values(self.project.registry, cancel)
-        values: Dict[str, Union[str, bytes]] = {
+        values: Dict[str, str | bytes] = {
             "CMUX_WORKSPACE": self.name, "CMUX_PROJECT": self.project.name, **secrets}
         self.project.hand_over(secrets)
         for name, value in (extra or {}).items():
@@ -6257,10 +6264,10 @@ class WorkspaceBase:
                    for name, value in values.items()]
         return b"".join([HELD if secrets or extra else b"", *records])
 
-    def run(self, command: Union[str, Sequence[str]], stdout: Callable[[bytes], Any],
-            stderr: Callable[[bytes], Any], source: Optional[Source] = None, cwd: str = "",
-            env: Optional[Mapping[str, str]] = None, login: bool = False,
-            timeout: Optional[float] = None, cancel: Optional[Cancel] = None) -> Outcome:
+    def run(self, command: str | Sequence[str], stdout: Callable[[bytes], Any],
+            stderr: Callable[[bytes], Any], source: Source | None = None, cwd: str = "",
+            env: Mapping[str, str] | None = None, login: bool = False,
+            timeout: float | None = None, cancel: Cancel | None = None) -> Outcome:
         """Run ``command``, its output streamed to the callables (which may raise to end it); see
         exec() for the rest. ``source`` is for the command line: it streams a descriptor into the
         command's stdin."""
@@ -6292,11 +6299,11 @@ class WorkspaceBase:
         return UsageError(f"There is no directory {show(cwd)} {where}.",
                           "cwd is relative to the workspace, or absolute.")
 
-    def exec(self, command: Union[str, Sequence[str]], timeout: Optional[float] = None,
-             cwd: str = "", env: Optional[Mapping[str, str]] = None,
-             stdin: Union[str, bytes, None] = None, login: bool = False, limit: int = CAPTURE_MAX,
-             cancel: Optional[Cancel] = None,
-             tee: Optional[Callable[[bytes], Any]] = None) -> ExecResult:
+    def exec(self, command: str | Sequence[str], timeout: float | None = None,
+             cwd: str = "", env: Mapping[str, str] | None = None,
+             stdin: str | bytes | None = None, login: bool = False, limit: int = CAPTURE_MAX,
+             cancel: Cancel | None = None,
+             tee: Callable[[bytes], Any] | None = None) -> ExecResult:
         """Run a command and wait for it.
 
         ``command``: a string is a shell line, a sequence an exact argv. ``timeout`` in seconds; at
@@ -6318,7 +6325,7 @@ class WorkspaceBase:
         return exec_result(self, outcome, out, err, began)
 
     @logged("shell")
-    def shell(self) -> Optional[int]:
+    def shell(self) -> int | None:
         """The user's login shell there, on this terminal; its exit status, None if it was cut off.
 
         The terminal is the session's stdin, so the secrets come another way: a second session
@@ -6638,7 +6645,7 @@ class Harvest:
             self.commits[name] = commit
 
     def _read_changes(self) -> None:
-        commit, begun, count = None, set(), 0  # type: Optional[Commit], Set[bytes], int
+        commit, begun, count = None, set(), 0  # type: Commit | None, Set[bytes], int
         while True:
             row = self.wire.upto(b"\0")
             if not row:
@@ -6828,8 +6835,8 @@ class Result(Value):
 class Pull:
     """One pull or diff."""
 
-    def __init__(self, workspace: WorkspaceBase, shadow: Shadow, report: Optional[Report],
-                 allow: bool, cancel: Optional[Cancel]) -> None:
+    def __init__(self, workspace: WorkspaceBase, shadow: Shadow, report: Report | None,
+                 allow: bool, cancel: Cancel | None) -> None:
         self.workspace, self.shadow, self.report = workspace, shadow, report or Report()
         self.allow, self.cancel, self.project = allow, cancel, workspace.project
         self.name, self.base = workspace.name, workspace.base
@@ -7106,7 +7113,7 @@ class Pull:
 
 @logged("pull")
 def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False,
-         report: Optional[Report] = None, cancel: Optional[Cancel] = None) -> Result:
+         report: Report | None = None, cancel: Cancel | None = None) -> Result:
     """Bring the workspace's work home as commits on ``branch`` (default cmux/NAME), on top of its
     base. The work tree is not touched. Raises ResultRefused, GitFailed, HostError."""
     project, name = workspace.project, workspace.name
@@ -7122,14 +7129,14 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False,
                 work.report.step(name, "done")
 
 
-def diff(workspace: WorkspaceBase, stat: bool = False, report: Optional[Report] = None,
-         cancel: Optional[Cancel] = None) -> Iterator[str]:
+def diff(workspace: WorkspaceBase, stat: bool = False, report: Report | None = None,
+         cancel: Cancel | None = None) -> Iterator[str]:
     """What the workspace changed against its base, line by line, neutralised. Creates nothing."""
     return map(neutralise, diff_lines(workspace, stat, report, cancel))
 
 
-def diff_lines(workspace: WorkspaceBase, stat: bool = False, report: Optional[Report] = None,
-               cancel: Optional[Cancel] = None, binary: bool = False) -> Iterator[bytes]:
+def diff_lines(workspace: WorkspaceBase, stat: bool = False, report: Report | None = None,
+               cancel: Cancel | None = None, binary: bool = False) -> Iterator[bytes]:
     """The same as the bytes are: for git apply, never for a terminal."""
     project = workspace.project
     workspace = project.workspace(workspace.name)  # a push may have moved it since
@@ -7300,7 +7307,7 @@ def glob_test(*patterns: str) -> Callable[[str], bool]:
     return lambda path: any(components_fit(row, path.split("/")) for row in rows)
 
 
-def component_test(part: str) -> Optional[Callable[[str], Any]]:
+def component_test(part: str) -> Callable[[str], Any] | None:
     """What tests one component of a path; None for ``**``."""
     if part == "**":
         return None
@@ -7324,7 +7331,7 @@ def component_test(part: str) -> Optional[Callable[[str], Any]]:
         raise UsageError(f"{show(part)} is not a glob pattern.")
 
 
-def components_fit(tests: Sequence[Optional[Callable[[str], Any]]], names: Sequence[str]) -> bool:
+def components_fit(tests: Sequence[Callable[[str], Any] | None], names: Sequence[str]) -> bool:
     """Only the last ``**`` so far is ever widened: no path makes this slow."""
     at = done = widened = 0
     wide = -1
@@ -7419,7 +7426,7 @@ def parse_jobs(workspace: WorkspaceBase, reply: Reply) -> List[Dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["started"] or 0, row["job"]))
 
 
-def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Optional[Cancel]) -> Any:
+def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Cancel | None) -> Any:
     """The value of ``call``; a lost or refused connection is tried again for FAULT_PATIENCE."""
     patience, told = Deadline(FAULT_PATIENCE), False
     while True:
@@ -7454,7 +7461,7 @@ class Workspace(WorkspaceBase):
 
     @logged("read", lambda found, *args: len(found.content))
     def read(self, path: str, offset: int = 1, limit: int = 0,
-             cancel: Optional[Cancel] = None) -> FileContent:
+             cancel: Cancel | None = None) -> FileContent:
         """A file's bytes; or its lines from ``offset`` on (1 is the first), ``limit`` of them (0:
         all). Raises ToolFailed: no such file, no permission, not a plain file, or over 10 MiB
         without a limit."""
@@ -7481,8 +7488,8 @@ class Workspace(WorkspaceBase):
             data = b"".join(lines[offset - 1:offset - 1 + limit if limit else None])
         return FileContent(content=data, size=size, sha256=digest)
 
-    def write(self, path: str, content: Union[str, bytes],
-              cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+    def write(self, path: str, content: str | bytes,
+              cancel: Cancel | None = None) -> Dict[str, Any]:
         """Make ``content`` (a str as UTF-8) the whole file, or change nothing; the mode stays, a
         symlink is followed, directories are made. ``created``, ``size`` (bytes), ``sha256``.
         Raises ToolFailed."""
@@ -7491,7 +7498,7 @@ class Workspace(WorkspaceBase):
         return {"created": created, "size": len(data), "sha256": sha256_of(data)}
 
     @logged("write", lambda created, path, data, *args: len(data))
-    def _replace(self, path: str, data: bytes, old: str, cancel: Optional[Cancel]) -> bool:
+    def _replace(self, path: str, data: bytes, old: str, cancel: Cancel | None) -> bool:
         """write(); True if the file is new. ``old``: "none", or the checksum line of the content
         that must still be there, else FileChanged."""
         where, (checksum, size) = absolute(self, path), cksum_of(data)
@@ -7504,7 +7511,7 @@ class Workspace(WorkspaceBase):
         return tool_reply(self, reply, path).stdout.strip() == b"created"
 
     def edit(self, path: str, edits: List[Dict[str, Any]], sha256: str = "",
-             cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+             cancel: Cancel | None = None) -> Dict[str, Any]:
         """Replace exact text: each edit has ``old``, ``new``, and ``count``, how many matches there
         must be (1). All are applied or none: ``sha256`` of the file now, ``diff``. With the
         argument ``sha256``, of the file as last seen, a file that changed is refused (FileChanged).
@@ -7521,7 +7528,7 @@ class Workspace(WorkspaceBase):
 
     @logged("edit", lambda pair, *args: len(pair[1]))
     def _edit(self, path: str, edits: Sequence[Mapping[str, Any]], expected: str,
-              cancel: Optional[Cancel]) -> Tuple[bytes, bytes]:
+              cancel: Cancel | None) -> Tuple[bytes, bytes]:
         """(before, after). A concurrent change makes it read and apply again, unless ``expected``
         (the sha256 as last seen) no longer holds."""
         for attempt in range(EDIT_TRIES):
@@ -7536,7 +7543,7 @@ class Workspace(WorkspaceBase):
                 time.sleep(0.01 * (attempt + 1) * os.urandom(1)[0] / 255)
         raise FileChanged(f"{show(path)} keeps changing.", "Try again.")
 
-    def _search(self, script: str, *arguments: str, cancel: Optional[Cancel]) -> bytes:
+    def _search(self, script: str, *arguments: str, cancel: Cancel | None) -> bytes:
         """Run a searching script as a command of its own process group, without the secrets."""
         out, err = Capture(SEARCH_MAX * 2, SEARCH_MAX * 2), Capture(LOG_MAX, STATE_MAX)
         records = command_records(["sh", "-c", script, "sh"] + list(arguments), False, False)
@@ -7549,7 +7556,7 @@ class Workspace(WorkspaceBase):
         return out.value()
 
     @logged("glob")
-    def glob(self, pattern: str, limit: int = 1000, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+    def glob(self, pattern: str, limit: int = 1000, cancel: Cancel | None = None) -> Dict[str, Any]:
         """Files that match (``*``, ``?``, ``[...]``, ``{a,b}`` within a component, ``**`` across
         them; ``.git`` is left out): ``paths``, sorted; ``truncated`` if there are more than
         ``limit``. Raises ToolFailed after two minutes."""
@@ -7568,7 +7575,7 @@ class Workspace(WorkspaceBase):
 
     @logged("grep")
     def grep(self, pattern: str, glob: str = "", ignore_case: bool = False, limit: int = 200,
-             cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+             cancel: Cancel | None = None) -> Dict[str, Any]:
         """Lines that match an extended regular expression, in files that match ``glob`` (without a
         slash: by name, at any depth): ``matches`` (each ``path``, ``line`` from 1, ``text`` of up
         to 500 characters), ``truncated``. Raises ToolFailed."""
@@ -7595,9 +7602,9 @@ class Workspace(WorkspaceBase):
     # -- jobs --
 
     @logged("start")
-    def start(self, command: Union[str, Sequence[str]], cwd: str = "",
-              env: Optional[Mapping[str, str]] = None, login: bool = False,
-              cancel: Optional[Cancel] = None) -> str:
+    def start(self, command: str | Sequence[str], cwd: str = "",
+              env: Mapping[str, str] | None = None, login: bool = False,
+              cancel: Cancel | None = None) -> str:
         """Start a background job, which outlives this process and the connection; its id. Raises
         WorkspaceMissing."""
         line, words = check_command(command)
@@ -7622,14 +7629,14 @@ class Workspace(WorkspaceBase):
                 del jobs[old]
         return job
 
-    def _ask(self, script: str, job: str, *arguments: str, cancel: Optional[Cancel],
+    def _ask(self, script: str, job: str, *arguments: str, cancel: Cancel | None,
              limit: int = REPLY_MAX) -> Reply:
         """The reply of a script about one job."""
         reply = self.host.call(script, job_directory(self, job), *arguments, cancel=cancel, limit=limit)
         return tool_reply(self, reply, job)
 
     @logged("jobs")
-    def jobs(self, cancel: Optional[Cancel] = None) -> List[Dict[str, Any]]:
+    def jobs(self, cancel: Cancel | None = None) -> List[Dict[str, Any]]:
         """The jobs, oldest first: ``job`` (its id), ``state`` (running, exited or lost),
         ``exit_code`` (None unless exited), ``output_size`` (bytes), and, if begun from this
         machine, ``command``, ``started`` (seconds since 1970)."""
@@ -7638,7 +7645,7 @@ class Workspace(WorkspaceBase):
 
     @logged("logs", lambda status, *args: len(status["output"]))
     def logs(self, job: str, offset: int = 0, wait: float = 0, limit: int = LOGS_MAX,
-             until: str = "more", cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+             until: str = "more", cancel: Cancel | None = None) -> Dict[str, Any]:
         """Output of a job from byte ``offset`` on, at most 1 MiB: ``output`` (bytes),
         ``next_offset``, ``size``, ``job``, ``state``, ``exit_code``. Waits up to ``wait`` seconds
         (30 at most) for more, or, with ``until`` "end", for the end. Raises ToolFailed when there
@@ -7654,8 +7661,8 @@ class Workspace(WorkspaceBase):
         return dict(parse_state(words[1:]), job=job, output=data, next_offset=offset + len(data), size=size)
 
     @logged("wait", code=wait_code)
-    def wait(self, job: str, timeout: Optional[float] = None,
-             cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+    def wait(self, job: str, timeout: float | None = None,
+             cancel: Cancel | None = None) -> Dict[str, Any]:
         """Wait for a job's end, across lost connections, ``timeout`` seconds at most: ``job``,
         ``state`` (running, if that came first), ``exit_code``, ``size``. Raises ToolFailed when
         there is no such job."""
@@ -7668,7 +7675,7 @@ class Workspace(WorkspaceBase):
 
     @logged("logs")
     def follow(self, job: str, sink: Callable[[bytes], Any], offset: int = 0,
-               cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+               cancel: Cancel | None = None) -> Dict[str, Any]:
         """Pass a job's output to ``sink`` until it ends; after a lost connection from the exact
         byte on. The last of what logs() gives. Raises ToolFailed when there is no such job."""
         while True:
@@ -7680,7 +7687,7 @@ class Workspace(WorkspaceBase):
                 return dict(status)
 
     @logged("stop")
-    def stop(self, job: str, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+    def stop(self, job: str, cancel: Cancel | None = None) -> Dict[str, Any]:
         """End a job and everything it started: ``job``, ``state``, ``exit_code``, and ``stopped``:
         confirmed, or requested where the end was not seen. Raises ToolFailed when there is no such
         job."""
@@ -7823,8 +7830,8 @@ class Verb:
         return arguments
 
 
-def tool_exec(workspace: Workspace, command: Union[str, List[str]], background: bool = False,
-              stdin: Optional[str] = None, **more: Any) -> Dict[str, Any]:
+def tool_exec(workspace: Workspace, command: str | List[str], background: bool = False,
+              stdin: str | None = None, **more: Any) -> Dict[str, Any]:
     """exec of the table. ``more``: timeout, cwd, env, cancel, tee, as Workspace.exec has them."""
     if background:
         if stdin is not None or more.get("timeout") is not None:
@@ -7836,8 +7843,8 @@ def tool_exec(workspace: Workspace, command: Union[str, List[str]], background: 
     return json_fields(result.as_dict())
 
 
-def tool_write(workspace: Workspace, path: str, content: Optional[str] = None,
-               content_base64: Optional[str] = None, cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+def tool_write(workspace: Workspace, path: str, content: str | None = None,
+               content_base64: str | None = None, cancel: Cancel | None = None) -> Dict[str, Any]:
     if (content is None) == (content_base64 is None):
         raise UsageError("write needs content, or content_base64.")
     if content is not None:
@@ -8022,7 +8029,7 @@ VERBS: Dict[str, Verb] = {verb.name: verb for verb in (
          ONE_WORKSPACE,
          Arg("force", "flag", "also with work that exists nowhere else, and jobs that run"),
          Arg("forget", "flag", "only locally: its host is gone for good", face="line"),
-         group="workspaces", example="rm fix-login", lacks="H", manage=manage_rm, destroys=True),
+         group="workspaces", example="rm fix-login", manage=manage_rm, destroys=True),
     Verb("history", "every operation with its time, duration, exit code and bytes",
          Arg("limit", "count", "the last N, 0 for all", flags="-n --limit", least=0, shown="N",
              default=50, face="line"),
@@ -8063,7 +8070,7 @@ MANAGE_TOOLS = {verb.tool_name: verb for verb in VERBS.values() if "manage" in v
 
 
 def call_tool(workspace: WorkspaceBase, name: object, arguments: object,
-              cancel: Optional[Cancel] = None) -> Dict[str, Any]:
+              cancel: Cancel | None = None) -> Dict[str, Any]:
     """Run one of TOOLS with arguments that are checked first. Raises CmuxError."""
     tool, checked = check_call(name, arguments)
     result: Dict[str, Any] = tool.handler(workspace, cancel=cancel, **checked)
@@ -8083,7 +8090,7 @@ def check_call(name: object, arguments: object) -> Tuple[Verb, Dict[str, Any]]:
 # injected reader and writer. Promises: bounded memory; every result is delivered, whatever else
 # fails; one bug is raised, not swallowed.
 
-def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0, cancel: Optional[Cancel] = None) -> List[Any]:
+def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0, cancel: Cancel | None = None) -> List[Any]:
     """Run each job in a thread, ``at_once`` (0: all) at a time: in order, its value, or the
     CmuxError it raised. On KeyboardInterrupt ``cancel`` is set, and what runs is awaited."""
     import threading
@@ -8133,7 +8140,7 @@ class Batch:
         self.reading, self.writing = threading.Lock(), threading.Lock()
         self.known: Dict[str, Workspace] = {}
         self.failed = 0
-        self.closed: Optional[PipeClosed] = None  # nobody reads the results any more
+        self.closed: PipeClosed | None = None  # nobody reads the results any more
 
     def run(self, lines: Iterator[bytes], at_once: int) -> int:
         """All lines, ``at_once`` at a time, each read when there is a thread for it; 0, or 1 if any
@@ -8222,7 +8229,7 @@ def read_some(fd: int) -> bytes:
         raise UsageError("stdin cannot be read: %s." % os.strerror(error.errno or 0))
 
 
-def read_lines(fd: int, limit: int, cancel: Optional[Cancel] = None) -> Iterator[bytes]:
+def read_lines(fd: int, limit: int, cancel: Cancel | None = None) -> Iterator[bytes]:
     """Lines of a descriptor, until its end or ``cancel``; of one longer than ``limit`` only the
     beginning is kept."""
     held, watched = bytearray(), [(thing, select.POLLIN) for thing in (fd, cancel) if thing is not None]
@@ -8296,7 +8303,7 @@ class Veil:
         project.know_secrets()
         self.masks = project.masks()
 
-    def clean(self, data: Union[bytes, str], begun: bool = False, printed: bool = False) -> str:
+    def clean(self, data: bytes | str, begun: bool = False, printed: bool = False) -> str:
         """``begun``: the data begin somewhere in a stream, perhaps within a secret; ``printed``: by
         a command, for a terminal."""
         raw = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
@@ -8344,7 +8351,7 @@ def memory_file() -> IO[bytes]:
 class ProtocolError(CmuxError):
     """Answered as a JSON-RPC error: the request is malformed, or names what does not exist."""
 
-    def __init__(self, code: int, message: str, data: Optional[Dict[str, Any]] = None) -> None:
+    def __init__(self, code: int, message: str, data: Dict[str, Any] | None = None) -> None:
         super().__init__(message)
         self.code, self.data = code, data
 
@@ -8353,7 +8360,7 @@ class Call:
     """One tools/call, in a thread of its own. It is answered once: by its end, by the soft timeout
     (with a job, under which the work goes on), or, when the client cancels it, not at all."""
 
-    def __init__(self, number: Union[str, int], tool: Verb, params: Dict[str, Any],
+    def __init__(self, number: str | int, tool: Verb, params: Dict[str, Any],
                  size: int, reply: Callable[[Dict[str, Any]], None]) -> None:
         import threading
         token = params.get("_meta", {}).get("progressToken")
@@ -8370,7 +8377,7 @@ class Call:
         self.ended = False          # then these hold what came of it:
         self.result: Dict[str, Any] = {}
         self.text, self.failed = "", False
-        self.output: Optional[IO[bytes]] = None  # of a command, up to MCP_LOG_MAX bytes, for logs
+        self.output: IO[bytes] | None = None  # of a command, up to MCP_LOG_MAX bytes, for logs
         self.size = 0
 
     def take(self, data: bytes) -> None:
@@ -8463,7 +8470,7 @@ class McpServer:
         self.tools = dict(TOOLS, **MANAGE_TOOLS) if manage else TOOLS
         self.room = threading.Semaphore(MCP_AT_ONCE)  # held from a call's begin to its answer
         self.changed = threading.Condition()    # guards all that follows
-        self.calls: Dict[Union[str, int], Call] = {}  # not answered yet
+        self.calls: Dict[str | int, Call] = {}  # not answered yet
         self.working: Set[Call] = set()         # not ended yet
         self.kept: Dict[str, Call] = {}         # answered with a job
         place = host or self.host_of(workspace) or "configured for it"
@@ -8560,7 +8567,7 @@ class McpServer:
             call.cancel.set()
             self._answer(call, None)
 
-    def _request(self, number: Union[str, int], method: str, params: Any) -> None:
+    def _request(self, number: str | int, method: str, params: Any) -> None:
         meta = params.get("_meta", {}) if isinstance(params, dict) else None
         if not isinstance(meta, dict):
             raise ProtocolError(-32602, "The parameters are not an object.")
@@ -8626,7 +8633,7 @@ class McpServer:
 
     # -- tools/call --
 
-    def _enqueue(self, number: Union[str, int], params: Dict[str, Any],
+    def _enqueue(self, number: str | int, params: Dict[str, Any],
                  reply: Callable[[Dict[str, Any]], None]) -> None:
         import threading
         name = params.get("name")
@@ -8670,7 +8677,7 @@ class McpServer:
             if call.id not in self.kept:
                 call.close()
 
-    def _answer(self, call: Call, text: Optional[str], failed: bool = False) -> None:
+    def _answer(self, call: Call, text: str | None, failed: bool = False) -> None:
         """Answer the call, unless that was done before. None: it was cancelled, and gets none."""
         with self.changed:
             if call.answered:
@@ -8854,7 +8861,7 @@ class McpServer:
     # -- results as text --
 
     def _shown(self, tool: str, host: str, result: Dict[str, Any],
-               arguments: Optional[Dict[str, Any]] = None) -> str:
+               arguments: Dict[str, Any] | None = None) -> str:
         """Facts first, then what the host sent, fenced by a word that it cannot know."""
         try:
             veil = Veil(self.project)
@@ -8919,7 +8926,7 @@ def defect(bug: Exception) -> str:
     return f"A defect of this server: {type(bug).__name__}."
 
 
-def error_message(number: Union[str, int, None], error: ProtocolError) -> Dict[str, Any]:
+def error_message(number: str | int | None, error: ProtocolError) -> Dict[str, Any]:
     fields: Dict[str, Any] = {"code": error.code, "message": str(error)}
     return {"jsonrpc": "2.0", "id": number, "error": dict(fields, data=error.data) if error.data else fields}
 
@@ -9305,7 +9312,7 @@ class Terminal(Report):
     again in place below what is printed. Whatever else is printed takes the lanes away first, or
     goes through put(): one writer at a time. Where stderr is no terminal nothing is drawn."""
 
-    current: Optional[Terminal] = None  # that of this process
+    current: Terminal | None = None  # that of this process
 
     def __init__(self, verbosity: int, notes: bool = False) -> None:
         import threading
@@ -9361,7 +9368,7 @@ class Terminal(Report):
             self.began = time.monotonic()
             threading.Thread(target=self._keep_drawn, daemon=True).start()
 
-    def progress(self, what: str, done: int, total: Optional[Callable[[], int]] = None, doing: str = "sending") -> None:
+    def progress(self, what: str, done: int, total: Callable[[], int] | None = None, doing: str = "sending") -> None:
         was, now = self.lanes.get(what, ("", 0.0)), time.monotonic()
         if not was[0].startswith(doing):
             self.step(what, doing)
@@ -9380,7 +9387,7 @@ class Terminal(Report):
         if self.verbosity >= 0:
             self.sinks.setdefault(what, self.sink_of(what, 2))(data)
 
-    def sink_of(self, name: str, fd: int, patience: Optional[Patience] = None) -> Outlet:
+    def sink_of(self, name: str, fd: int, patience: Patience | None = None) -> Outlet:
         """For what a command in workspace ``name`` prints; of one alone it goes out as it comes."""
         if self.many:
             return Labelled(fd, f"{name.ljust(self.width)} | ", self, patience)
@@ -9447,7 +9454,7 @@ def screen_size() -> Tuple[int, int]:
         return 80, 24
 
 
-def transferred(doing: str, done: int, total: Optional[Callable[[], int]], seconds: float) -> str:
+def transferred(doing: str, done: int, total: Callable[[], int] | None, seconds: float) -> str:
     """sending 3.2 MB of ~60.1 MB, 1.1 MB/s, ~52 s left"""
     rate, whole = done / max(seconds, 0.001), total() if total else 0
     of = f" of ~{human_size(whole)}" if whole > done else ""
@@ -9486,7 +9493,7 @@ def own_terminal(fd: int) -> int:
         return fd
 
 
-def write_out(fd: int, data: bytes, harmless: bool = False, patience: Optional[Patience] = None) -> None:
+def write_out(fd: int, data: bytes, harmless: bool = False, patience: Patience | None = None) -> None:
     """Bytes to our stdout or stderr: raw into a pipe or file, neutralised on a terminal."""
     if not harmless and os.isatty(fd):
         data = neutralise(data).encode("utf-8", "replace")
@@ -9721,7 +9728,7 @@ def how_failed(row: Mapping[str, Any]) -> str:
     return ": ".join([str(row["exit_code"])] + why)
 
 
-def exec_failure(name: Optional[str], host: Optional[str], error: CmuxError, began: float) -> Dict[str, Any]:
+def exec_failure(name: str | None, host: str | None, error: CmuxError, began: float) -> Dict[str, Any]:
     """The object of `exec --json` for a command that did not run, or whose line was lost."""
     return {"workspace": name, "host": getattr(error, "host", None) or host, "exit_code": exec_code(error), "stdout": "",
             "stderr": "", "timed_out": False, "duration": round(time.monotonic() - began, 3),
@@ -9748,7 +9755,7 @@ class Outlet:
 
     truncated = False
 
-    def __init__(self, fd: int, patience: Optional[Patience] = None) -> None:
+    def __init__(self, fd: int, patience: Patience | None = None) -> None:
         self.text = TerminalText() if os.isatty(fd) else None
         self.fd, self.patience = own_terminal(fd) if self.text and patience else fd, patience
 
@@ -9768,7 +9775,7 @@ class Outlet:
 class Labelled(Outlet):
     """A sink that writes whole lines, each behind a label; one writer at a time."""
 
-    def __init__(self, fd: int, label: str, live: Terminal, patience: Optional[Patience]) -> None:
+    def __init__(self, fd: int, label: str, live: Terminal, patience: Patience | None) -> None:
         super().__init__(fd, patience)
         self.label, self.live, self.held = label.encode(), live, b""
 
@@ -9789,7 +9796,7 @@ class Labelled(Outlet):
             self(b"\n")
 
 
-def open_stdin() -> Optional[Source]:
+def open_stdin() -> Source | None:
     """Our stdin as the command's, unless there is nothing to read: a terminal, /dev/null, a
     closed descriptor, a pipe that has ended. The command then gets /dev/null."""
     try:
@@ -9923,7 +9930,7 @@ class Top:
 
     UNSEEN: Dict[str, Any] = {"changed": None, "jobs": [], "error": None}
 
-    def __init__(self, project: Project, host: Optional[str] = None) -> None:
+    def __init__(self, project: Project, host: str | None = None) -> None:
         self.project, self.host = project, host
         self.seen: Dict[str, Dict[str, Any]] = {}
         self.asked: Set[str] = set()
@@ -10180,6 +10187,10 @@ def command_rm(options: argparse.Namespace) -> int:
     failed: List[Dict[str, str]] = []
     for name in names:
         try:
+            host = project.registry.read()["workspaces"].get(name, {}).get("host")
+            if options.host and host and check_host(options.host) != host:
+                raise UsageError(f"The workspace {name} is on {host}, not on {options.host}.",
+                                 "Leave out -H.")
             gone = project.remove(name, options.force, options.forget)
             if not gone:
                 raise no_workspace(name)
@@ -10667,7 +10678,7 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The options of one command line, and its ``verb``. argparse itself exits on -h (0)."""
-    name, rest, tail = words[0], list(words[1:]), None  # type: str, List[str], Optional[List[str]]
+    name, rest, tail = words[0], list(words[1:]), None  # type: str, List[str], List[str] | None
     if name == "secrets":
         rest = command_first(rest)
         if rest[:1] in (["-h"], ["--help"]):
@@ -10692,7 +10703,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def command_words(words: List[str], tail: Optional[List[str]]) -> List[str]:
+def command_words(words: List[str], tail: List[str] | None) -> List[str]:
     """The command of exec: ``tail`` is what follows --, where that was written."""
     if tail is not None and words:
         raise UsageError(f"exec: {show(words[0])} stands before `--`.", "Write: exec [options] -- CMD...")
@@ -10762,7 +10773,7 @@ def version_text() -> str:
     return "%s %s (sha256 %s)" % (PROGRAM, __version__, digest)
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code. Expected failures are one sentence on stderr."""
     words = command_first(list(sys.argv[1:] if arguments is None else arguments))
     if os.name != "posix":

@@ -815,11 +815,14 @@ class Repo:
         rows = self.recorded()
         return Path((rows if name in rows else self.workspaces())[name]["path"].replace("~", str(self.site.far_home()), 1))
 
+    def record(self):
+        """The file in which this project's workspaces are recorded."""
+        return self.site.state / f"projects/{hashlib.sha256(os.fsencode(self.dir / '.git')).hexdigest()[:20]}.json"
+
     def recorded(self):
         """The workspaces in the record of this project; none where there is no record, or it is damaged."""
         with contextlib.suppress(OSError, ValueError, KeyError):
-            digest = hashlib.sha256(os.fsencode(self.dir / ".git")).hexdigest()
-            return dict(json.loads((self.site.state / f"projects/{digest[:20]}.json").read_bytes())["workspaces"])
+            return dict(json.loads(self.record().read_bytes())["workspaces"])
         return {}
 
 
@@ -8772,7 +8775,7 @@ def shared_names(shared):
     config = Path(repo.site.environment()["HOME"]) / ".ssh" / "config"
     config.parent.mkdir(exist_ok=True)
     config.write_text("Host alpha *.example !no\n  HostName x\nhost=beta\nMatch host gamma\n")
-    [registry] = [path for path in (repo.site.state / "projects").glob("*.json") if '"two"' in path.read_text()]
+    registry = repo.record()
     state = json.loads(registry.read_text())
     state["jobs"] = {"j0123abcd": {"workspace": "two", "command": "make", "started": 1.0}}
     registry.write_text(json.dumps(state))
@@ -9088,7 +9091,7 @@ REFUSALS = [(made, code, line, words) for made, code, lines in (
     (False, 125, {"exec": "", "exec --timeout x -- true": "", "exec --timeout -1 -- true": "", "exec --env NOEQUALS -- true": "", "exec --env =x -- true": "", "exec --no-such-option": "",
                   "exec -H '' -- true": "--host is empty", "exec -w '' -- true": "--workspace is empty",
                   "exec -w nope -- true": "There is no workspace 'nope', and no host is known to make it on."}),
-    (True, 2, {"rm a -w b": "given twice", "rm -H other main": "no option -H", "shell --json main": "no option --json", "list -w main": "no option -w", "diff -H ash -w main": "is on box, not on ash",
+    (True, 2, {"rm a -w b": "given twice", "rm -H other main": "is on box, not on other", "history -H box": "no option -H", "shell --json main": "no option --json", "list -w main": "no option -w", "diff -H ash -w main": "is on box, not on ash",
                "push -w main --dirty --ref HEAD~1": "one of the two", "edit README --old a --new b --sha256 ''": "--sha256 is empty", "edit README --old a --new b --sha256 12": "64 hexadecimal", "edit README --count 2": "--count goes with", "secrets set -w main TOKEN": "every workspace",
                "batch -j -1": "", "batch -j x": "", "batch -w a -w b": "", "batch -w ../x": "", "batch extra": ""}),
     (True, 1, {"read none": "no file", "read src": "directory"}),
