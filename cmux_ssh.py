@@ -65,15 +65,15 @@ import warnings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command line
-    from typing import Any, Callable, Collection, Container, Dict, IO, Iterable, Iterator, List
-    from typing import Mapping, Sequence, Set, Tuple, Type
     import argparse
     import socket
-    from typing import TypeVar
-    AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
-    Made = TypeVar("Made")
     import subprocess
     import threading
+    from typing import Any, Callable, Collection, Container, IO, Iterable, Iterator
+    from typing import Mapping, Sequence, TypeVar
+    AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
+    Made = TypeVar("Made")
+    Fields = dict[str, Any]  # of a record, or of a JSON object
 
 __version__ = "0.1.0"
 __all__ = [  # the promise: these names, their arguments and fields stay within a major version
@@ -338,7 +338,7 @@ class Value:
         shown = ", ".join(f"{name}={value!r}" for name, value in self.as_dict().items())
         return f"{type(self).__name__}({shown})"
 
-    def as_dict(self) -> Dict[str, Any]:
+    def as_dict(self) -> Fields:
         """The fields, by name."""
         return {name: getattr(self, name) for name in self.__annotations__}
 
@@ -448,7 +448,7 @@ class Cancel:
     __del__ = close
 
 
-def poll_once(seconds: float | None, *wanted: Tuple[Any, int]) -> Dict[int, int]:
+def poll_once(seconds: float | None, *wanted: tuple[Any, int]) -> dict[int, int]:
     """The events, by descriptor, that come of ``wanted`` (a descriptor, and which of its events)
     within ``seconds``. None: without an end."""
     poller = select.poll()
@@ -481,7 +481,7 @@ class Waiters:
     def _forked(self) -> None:
         import threading
         self._changed = threading.Condition()
-        self._asleep: List[Tuple[Deadline, Cancel | None]] = []
+        self._asleep: list[tuple[Deadline, Cancel | None]] = []
         self._watched = False       # one of them looks from time to time
         self._pause = LOOK_FIRST
         self.told = False           # a person knows what they wait for
@@ -641,7 +641,7 @@ def number(text: str) -> int:
 # C0, DEL, C1, bidirectional controls, zero-width and tag characters. With ESC itself escaped no
 # sequence (OSC 52, DCS, CSI, charset switch) can form, so no parser is needed.
 @functools.lru_cache(maxsize=None)
-def _harmless() -> Dict[int, str]:
+def _harmless() -> dict[int, str]:
     odd = [0x61C, 0x180E, 0xFEFF, *range(0x200B, 0x2010), *range(0x2028, 0x202F),
            *range(0x2060, 0x2070), *range(0xFFF9, 0xFFFC), *range(0xD800, 0xE000),
            *range(0xE0000, 0xE0080)]
@@ -703,7 +703,12 @@ def encoded(value: object) -> bytes:
                          "surrogate: that is no text.")
 
 
-def bytes_field(name: str, data: bytes) -> Dict[str, str]:
+def as_text(data: bytes) -> str:
+    """Bytes of the host or of git as a str that encoded() turns back into them."""
+    return data.decode("utf-8", "surrogateescape")
+
+
+def bytes_field(name: str, data: bytes) -> dict[str, str]:
     """``name``, or ``name_base64`` where the bytes are not UTF-8."""
     try:
         return {name: data.decode("utf-8")}
@@ -712,9 +717,9 @@ def bytes_field(name: str, data: bytes) -> Dict[str, str]:
         return {name + "_base64": base64.b64encode(data).decode("ascii")}
 
 
-def json_fields(fields: Mapping[str, Any]) -> Dict[str, Any]:
+def json_fields(fields: Mapping[str, Any]) -> Fields:
     """``fields`` with those that are bytes as bytes_field() has them."""
-    made: Dict[str, Any] = {}
+    made: Fields = {}
     for name, value in fields.items():
         made.update(bytes_field(name, value) if isinstance(value, bytes) else {name: value})
     return made
@@ -1960,7 +1965,7 @@ def script_records(script: str, *arguments: str) -> bytes:
         ".", '_cop "$@" 2>&4; _cmux_status=$?')
 
 
-def check_command(command: object) -> Tuple[str, Sequence[str]]:
+def check_command(command: object) -> tuple[str, Sequence[str]]:
     """(the shell line, its words): of a command that is a line, or an exact argv. UsageError."""
     if not isinstance(command, (str, list, tuple)) or not command or not command[0]:
         raise UsageError("No command was given: a line of text, or a list of words.",
@@ -2081,7 +2086,7 @@ def await_end(process: Process, seconds: float) -> int:
 
 
 def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = REPLY_MAX,
-        patience: float = 60, cancel: Cancel | None = None) -> Tuple[int, bytes, bytes]:
+        patience: float = 60, cancel: Cancel | None = None) -> tuple[int, bytes, bytes]:
     """Run a short local command: (status, stdout, stderr), each at most ``limit`` bytes.
 
     Raises UsageError when it cannot start, CmuxError when it is too slow or too loud, Cancelled.
@@ -2131,7 +2136,7 @@ def stop_signals() -> None:
     import threading
     if threading.current_thread() is not threading.main_thread():  # main() of an importer
         return
-    seen: List[int] = []
+    seen: list[int] = []
 
     def interrupt(number: int, frame: object) -> None:
         seen.append(number)
@@ -2236,7 +2241,7 @@ class Lock:
     then names its process."""
 
     tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait
-    _waiting: Dict[str, Waiters] = {}  # for the lock of a path
+    _waiting: dict[str, Waiters] = {}  # for the lock of a path
 
     def __init__(self, path: str, passing: bool = False, shared: bool = False,
                  waiters: Waiters | None = None, doing: str = "") -> None:
@@ -2305,7 +2310,7 @@ class Lock:
                               else f"Find it with: fuser {quote(self.path)}")
         return self
 
-    def _holder(self) -> Tuple[int, str]:
+    def _holder(self) -> tuple[int, str]:
         """The process that has it, 0 where that is not known; and what it does."""
         try:
             owner = int(read_bytes(self.path, 20) or b"0")
@@ -2428,7 +2433,7 @@ def fits(value: Any, shape: Any) -> bool:
     return True
 
 
-_ENTRY: Dict[str, Any] = dict.fromkeys("state host root project base tree op".split(), str)
+_ENTRY: Fields = dict.fromkeys("state host root project base tree op".split(), str)
 _ENTRY["created"] = (int, float)
 _ROWS = [[str, str]]
 RECORD = {"name": _WORKSPACE, "id": re.compile(r"[0-9a-f]{12}\Z"), "jobs?": dict, "turn?": int,
@@ -2440,7 +2445,7 @@ ROW = {"operation": str, "time": (int, float), "duration?": (int, float)}
 DOWN = {"count": int, "why": [str, str, str]}
 
 
-def read_json(path: str, shape: Any = dict) -> Dict[str, Any] | None:
+def read_json(path: str, shape: Any = dict) -> Fields | None:
     """An object of a ``shape`` from a private JSON file of version 1; None without the file.
 
     StateFailed for what is no such file, each time: set aside by the first who reads it, it would
@@ -2451,7 +2456,7 @@ def read_json(path: str, shape: Any = dict) -> Dict[str, Any] | None:
     if data is None:
         return None
     try:
-        value: Dict[str, Any] = json.loads(data.decode("utf-8"))
+        value: Fields = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError):
         value = {}
     if not fits(value, {"version": int}):
@@ -2464,7 +2469,7 @@ def read_json(path: str, shape: Any = dict) -> Dict[str, Any] | None:
     return value
 
 
-def recall(path: str, shape: Any) -> Dict[str, Any]:
+def recall(path: str, shape: Any) -> Fields:
     """The same of a file that may be lost; {} where it is missing or damaged."""
     try:
         return read_json(path, shape) or {}
@@ -2513,11 +2518,11 @@ class Registry:
         self.path = f"{state_folder('projects')}/{key}.json"
         self.secrets_path = f"{state_folder('secrets')}/{key}.json"
         self.running = self.path[:-4] + "running"
-        self._cache: Dict[str, Tuple[object, Any]] = {}
+        self._cache: dict[str, tuple[object, Any]] = {}
 
-    def read(self) -> Dict[str, Any]:
+    def read(self) -> Fields:
         """The project's record, not to be changed; made on first use."""
-        record: Dict[str, Any] = self._cached(self.path, lambda path: read_json(path, RECORD))
+        record: Fields = self._cached(self.path, lambda path: read_json(path, RECORD))
         if record is None:
             with self.editing() as record:
                 pass
@@ -2534,7 +2539,7 @@ class Registry:
         return self._cache[path][1]
 
     @contextlib.contextmanager
-    def editing(self, secrets: bool = False) -> Iterator[Dict[str, Any]]:
+    def editing(self, secrets: bool = False) -> Iterator[Fields]:
         """The record, or the secrets, to be changed under the lock; written unless that raises."""
         path = self.secrets_path if secrets else self.path
         with Lock(path + ".lock", doing="changes " + show(path)):
@@ -2559,15 +2564,15 @@ class Registry:
         place = hashlib.sha256(os.fsencode(f"{tree}\0{host}\0{root}")).hexdigest()
         return Lock(f"{self.running}/tree.{place}", True, doing="sends the same files to " + host)
 
-    def secrets(self) -> Mapping[str, Dict[str, str]]:
+    def secrets(self) -> Mapping[str, dict[str, str]]:
         """name -> {"value": ...} or {"command": ...}."""
-        secrets: Dict[str, Dict[str, str]] = self._cached(self.secrets_path, read_secrets)
+        secrets: dict[str, dict[str, str]] = self._cached(self.secrets_path, read_secrets)
         return secrets
 
 
-def read_secrets(path: str) -> Dict[str, Dict[str, str]]:
+def read_secrets(path: str) -> dict[str, dict[str, str]]:
     """The secrets of a file. Checked, since people edit files."""
-    stored: Dict[str, Any] = (read_json(path, {"secrets?": dict}) or {}).get("secrets", {})
+    stored: Fields = (read_json(path, {"secrets?": dict}) or {}).get("secrets", {})
     for name, entry in stored.items():
         check_variable(name, secret=True)
         if not fits(entry, SECRET):
@@ -2605,7 +2610,7 @@ class History:
                     if os.stat(self.path).st_size > HISTORY_MAX:
                         os.rename(self.path, self.path + ".1")
 
-    def rows(self) -> Iterator[Dict[str, Any]]:
+    def rows(self) -> Iterator[Fields]:
         """Oldest first. A torn or damaged line is passed over."""
         import json
         for path in (self.path + ".1", self.path):
@@ -2629,10 +2634,10 @@ class History:
             lock.free()
         return None
 
-    def now(self) -> List[Dict[str, Any]]:
+    def now(self) -> list[Fields]:
         """What runs now, oldest first. What processes that died had is cleared away, locks too."""
         import json
-        rows: List[Any] = []
+        rows: list[Any] = []
         for name in os.listdir(self.running) if os.path.isdir(self.running) else []:
             lock = Lock(f"{self.running}/{name}", passing=True)
             with contextlib.suppress(OSError, StateFailed, ValueError):
@@ -2643,7 +2648,7 @@ class History:
         return sorted(rows, key=lambda row: float(row["time"]))
 
 
-def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Dict[str, Any]]:
+def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Fields]:
     """The records of all projects this machine knows; ``report`` gets the error of a bad one."""
     folder = state_folder("projects")
     for name in sorted(os.listdir(folder)):
@@ -2655,12 +2660,12 @@ def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Dict[str, An
             report(error)
 
 
-def secret_values(registry: Registry, cancel: Cancel | None = None) -> Dict[str, bytes]:
+def secret_values(registry: Registry, cancel: Cancel | None = None) -> dict[str, bytes]:
     """The project's secrets, commands run now (by the user's shell, as typed by the user).
 
     Raises CmuxError naming the secret, never its value; Cancelled.
     """
-    values: Dict[str, bytes] = {}
+    values: dict[str, bytes] = {}
     for name, entry in registry.secrets().items():
         if "command" in entry:
             try:
@@ -2729,7 +2734,7 @@ NEEDED_ENV = set("PATH HOME USER LOGNAME SHELL SSH_AUTH_SOCK DISPLAY TMPDIR XDG_
 
 # What ssh says in its own log (-E: the host cannot write there), and what it means.
 # The order matters: the first pattern found decides.
-FAILURES: Tuple[Tuple[str, Type[HostError], str, str], ...] = (
+FAILURES: tuple[tuple[str, type[HostError], str, str], ...] = (
     (r"REMOTE HOST IDENTIFICATION HAS CHANGED", HostKeyFailed,
      "The key of {host} has changed: somebody may be listening in, or the machine was made anew.",
      "Ask its owner for the new fingerprint; only then: {forget}"),
@@ -2780,15 +2785,15 @@ BREAKS_WHEN_SHARED = re.compile(rb"remote software version dropbear_20(22\.8[23]
 class SSHConfig(Value):
     """What `ssh -G HOST` says: ``values`` by lower-case key, and the ssh argv to start."""
     host: str
-    command: List[str]
-    values: Dict[str, List[str]]
+    command: list[str]
+    values: dict[str, list[str]]
     text: bytes
 
     def first(self, key: str) -> str:
         return self.values.get(key, [""])[0]
 
 
-def ssh_command() -> List[str]:
+def ssh_command() -> list[str]:
     """$CMUX_SSH_COMMAND split as a shell would, else ssh; the program as an absolute path."""
     text = os.environ.get("CMUX_SSH_COMMAND", "").strip()
     words = ["ssh"]
@@ -2812,7 +2817,7 @@ def read_ssh_config(host: str, command: str = "") -> SSHConfig:
     only for a connection that carries ``command`` (OpenSSH 10 has Match sessiontype and Match
     command) is added."""
     program = ssh_command()
-    values: Dict[str, List[str]] = {}
+    values: dict[str, list[str]] = {}
     text = show_config(program + ["-G", "-N", "--", host], host, values)
     config = SSHConfig(host=host, command=program, values=values, text=text)
     if command:
@@ -2820,17 +2825,17 @@ def read_ssh_config(host: str, command: str = "") -> SSHConfig:
     return config
 
 
-def show_config(argv: List[str], host: str, values: Dict[str, List[str]]) -> bytes:
+def show_config(argv: list[str], host: str, values: dict[str, list[str]]) -> bytes:
     status, out, err = run(argv, patience=CONNECT_TIMEOUT)
     if status != 0:
         raise classify(err, host)
-    for line in out.decode("utf-8", "surrogateescape").splitlines():
+    for line in as_text(out).splitlines():
         key, _, value = line.partition(" ")
         values.setdefault(key.lower(), []).append(value)
     return out
 
 
-def ssh_argv(config: SSHConfig, *options: str) -> List[str]:
+def ssh_argv(config: SSHConfig, *options: str) -> list[str]:
     """The argv of an ssh of ours up to the host: the forced options stand directly behind the
     program, since the first value wins, also against options in $CMUX_SSH_COMMAND. (A wrapper,
     such as sshpass, gets them at its end.)"""
@@ -2847,13 +2852,13 @@ def ssh_argv(config: SSHConfig, *options: str) -> List[str]:
     return [program] + (forced + words if plain else words + forced)
 
 
-def sent_patterns(config: SSHConfig) -> List[re.Pattern[str]]:
+def sent_patterns(config: SSHConfig) -> list[re.Pattern[str]]:
     import fnmatch
     words = [word for value in config.values.get("sendenv", []) for word in value.split()]
     return [re.compile(fnmatch.translate(w.replace("[", "[[]"))) for w in words if w[:1] != "-"]
 
 
-def scrubbed_environment(config: SSHConfig, needed: Container[str] = NEEDED_ENV) -> Dict[str, str]:
+def scrubbed_environment(config: SSHConfig, needed: Container[str] = NEEDED_ENV) -> dict[str, str]:
     """Our environment without what the config's SendEnv would send along, but for what a master
     needs: it opens no session, and so sends nothing."""
     tests = sent_patterns(config)
@@ -2861,7 +2866,7 @@ def scrubbed_environment(config: SSHConfig, needed: Container[str] = NEEDED_ENV)
             if name in needed or not any(test.match(name) for test in tests)}
 
 
-def session_environment(config: SSHConfig) -> Tuple[Dict[str, str], List[str]]:
+def session_environment(config: SSHConfig) -> tuple[dict[str, str], list[str]]:
     """The environment of an ssh that opens a session itself, and the options that it needs for want
     of the rest. What the config names (a proxy, ${HOME}, Match exec) is found by two names: under
     a SendEnv * these go along."""
@@ -2915,11 +2920,11 @@ def log_head(path: str) -> bytes:
         return b""
 
 
-def read_log(log: bytes) -> Tuple[bytes, List[bytes]]:
+def read_log(log: bytes) -> tuple[bytes, list[bytes]]:
     """(ssh's own words in its log, what the server said of itself). Only the former may be
     believed: the server can say "Host key verification failed" too, also in its reason for a
     disconnect, ssh's last words."""
-    own: List[bytes] = []
+    own: list[bytes] = []
     words, away, reason = log.replace(b"\r\n", b"\n").partition(DISCONNECT)
     heard = [away + reason] if away else []
     for line in words.split(b"\n"):
@@ -2931,7 +2936,7 @@ def read_log(log: bytes) -> Tuple[bytes, List[bytes]]:
     return b"\n".join(own), heard
 
 
-def failure_in(words: bytes, heard: List[bytes], config: SSHConfig) -> HostError:
+def failure_in(words: bytes, heard: list[bytes], config: SSHConfig) -> HostError:
     """Why a connection failed, from read_log()."""
     host, silent = config.host, not words.strip()
     reason = heard[0] if heard and heard[0].startswith(DISCONNECT) and silent else b""
@@ -2985,12 +2990,12 @@ def mux_packet(*fields: int | str) -> bytes:
         if isinstance(field, int):
             body += field.to_bytes(4, "big")
         else:
-            data = field.encode("utf-8", "surrogateescape")
+            data = encoded(field)
             body += len(data).to_bytes(4, "big") + data
     return len(body).to_bytes(4, "big") + body
 
 
-def mux_numbers(packet: bytes) -> List[int]:
+def mux_numbers(packet: bytes) -> list[int]:
     return [int.from_bytes(packet[i:i + 4], "big") for i in (0, 4, 8)]
 
 
@@ -3093,7 +3098,7 @@ class MuxSession(Session):
     def _open(self, command: str) -> None:
         """Pipeline hello, the request and three descriptors; read until opened or refused."""
         import socket
-        fds: List[int] = []
+        fds: list[int] = []
         try:
             for _ in range(3):
                 fds += os.pipe()
@@ -3305,7 +3310,7 @@ class Masters:
         self.folder = socket_folder(hashlib.sha256(words + b"\0" + config.text).hexdigest()[:16])
         self._shaking = Waiters()              # for a handshake
         self._mutex = threading.Lock()
-        self._known: Dict[str, Master] = {}    # those that were seen last, by name
+        self._known: dict[str, Master] = {}    # those that were seen last, by name
         self._freed = {1: Waiters(), 2: Waiters()}  # for one slot, for two at once
         self._waiting = self._launching = 0    # slots that are waited for; masters
         self._spared = False                   # a master for sessions ahead was tried
@@ -3345,7 +3350,7 @@ class Masters:
         login = isinstance(error, (HostKeyFailed, AuthenticationFailed)) and error.asks
         return login and not self.single()
 
-    def _failed(self) -> Tuple[int, float]:
+    def _failed(self) -> tuple[int, float]:
         """How often in a row connecting has failed, and how many seconds ago it did last."""
         path = self.path("down.json")
         age = age_of(path)
@@ -3425,7 +3430,7 @@ class Masters:
     # -- one more master --
 
     def _launch(self, count: int, deadline: Deadline, cancel: Cancel | None, first: bool = False,
-                once: bool = False) -> List[Slot]:
+                once: bool = False) -> list[Slot]:
         """Start a master; all its slots, or ``count`` of those that live, if they are free by now.
         For the ``first`` a person may be asked. A handshake that the server drops is tried again,
         unless ``once``."""
@@ -3448,7 +3453,7 @@ class Masters:
                 raise reason or dropped
         raise AssertionError
 
-    def _new_master(self, cancel: Cancel | None, first: bool) -> List[Slot]:
+    def _new_master(self, cancel: Cancel | None, first: bool) -> list[Slot]:
         name = "m." + os.urandom(4).hex()
         master = Master(self.path(name))
         slots = self._hold([master], SESSIONS_PER_MASTER)
@@ -3543,7 +3548,7 @@ class Masters:
 
     # -- slots, a lock file each: all processes of this user count --
 
-    def masters(self) -> List[Master]:
+    def masters(self) -> list[Master]:
         """Those whose control socket is there."""
         try:
             names = sorted(filter(is_master, os.listdir(self.folder)))
@@ -3557,14 +3562,14 @@ class Masters:
         remove_file(master.path)
         self._known = {}
 
-    def _try_slots(self, count: int, first: int = 0) -> List[Slot]:
+    def _try_slots(self, count: int, first: int = 0) -> list[Slot]:
         """So many free slots, or none; from number ``first`` on of each master. Those that are
         known already come first: a look into the directory is dear."""
         return self._hold(list(self._known.values()), count, first) or self._hold(
             self.masters(), count, first)
 
-    def _hold(self, masters: Sequence[Master], count: int, first: int = 0) -> List[Slot]:
-        found: List[Slot] = []
+    def _hold(self, masters: Sequence[Master], count: int, first: int = 0) -> list[Slot]:
+        found: list[Slot] = []
         with self._mutex:
             now = time.monotonic()
             for master in masters:
@@ -3591,7 +3596,7 @@ class Masters:
     # -- sessions --
 
     def open(self, command: str, deadline: Deadline, cancel: Cancel | None = None,
-             count: int = 1) -> List[Session]:
+             count: int = 1) -> list[Session]:
         """``count`` sessions for ``command``, all or none: who held one and waited for the next
         could wait for ever. Where masters fail, one, on a connection of its own."""
         while not self.single():
@@ -3638,9 +3643,9 @@ class Masters:
             return self._open_on(slots, command)[0] if slots else None
         return None
 
-    def _open_on(self, slots: Sequence[Slot], command: str) -> List[Session]:
+    def _open_on(self, slots: Sequence[Slot], command: str) -> list[Session]:
         """Sessions in these slots, or none. Raises SessionRefused, MasterGone: others may do."""
-        opened: List[Session] = []
+        opened: list[Session] = []
         try:
             for slot in slots:
                 self._heed_log(slot.master)
@@ -3678,7 +3683,7 @@ class Masters:
                     raise error
                 self.alert(f"WARNING: {error} {error.hint}")
 
-    def _take_slots(self, count: int, deadline: Deadline, cancel: Cancel | None) -> List[Slot]:
+    def _take_slots(self, count: int, deadline: Deadline, cancel: Cancel | None) -> list[Slot]:
         """So many free slots on live masters, or all of a new one: they are started as the demand
         asks. None where the host turns out to take one session a connection."""
         slots = self._try_slots(count)
@@ -3718,7 +3723,7 @@ class Masters:
             self._launching += may
             return may
 
-    def _first_master(self, count: int, deadline: Deadline, cancel: Cancel | None) -> List[Slot]:
+    def _first_master(self, count: int, deadline: Deadline, cancel: Cancel | None) -> list[Slot]:
         """Connect, if nobody else does: one prober at a time, the others share its result."""
         before = self._failed()[0]
         lock = Lock(self.path("probe"), doing="connects to " + self.host)
@@ -3734,7 +3739,7 @@ class Masters:
             self._wait_out(deadline, cancel)
             return self._launch(count, deadline, cancel, True, now > 0)
 
-    def _one_more(self, count: int, cancel: Cancel | None) -> List[Slot]:
+    def _one_more(self, count: int, cancel: Cancel | None) -> list[Slot]:
         """Start one more master; that it cannot be is no failure, since others live, but no process
         tries again at once."""
         try:
@@ -3747,8 +3752,8 @@ class Masters:
 
     # -- for a person --
 
-    def on_terminal(self, command: str, deadline: Deadline) -> Tuple[
-            List[str], Dict[str, str], Callable[[], None], Callable[[], None]]:
+    def on_terminal(self, command: str, deadline: Deadline) -> tuple[
+            list[str], dict[str, str], Callable[[], None], Callable[[], None]]:
         """(the argv of an ssh that runs ``command`` on this terminal; its environment; what to call
         when it has begun there; when it has ended). Escape characters are off: a pasted ~C would
         open forwards."""
@@ -3770,7 +3775,7 @@ class Masters:
 
     def count_sessions(self, command: str, most: int) -> int:
         """How many more sessions a living master takes now, up to ``most``."""
-        opened: List[MuxSession] = []
+        opened: list[MuxSession] = []
         with contextlib.suppress(HostError, OSError, IndexError):
             while len(opened) < most:
                 opened.append(MuxSession(self, Slot(self.masters()[0], -1), command))
@@ -3779,7 +3784,7 @@ class Masters:
         return len(opened)
 
 
-def look_closely(masters: Masters, command: str) -> Tuple[int, str, bytes]:
+def look_closely(masters: Masters, command: str) -> tuple[int, str, bytes]:
     """Run ``command`` over a connection of its own with ssh's debugging words: (status, those
     words, what else was on stderr: a ProxyCommand's). For diagnosis; never asks, is tried once.
 
@@ -3936,7 +3941,7 @@ class Exchange:
         self.session = session
         # The source of a command, or behind a handshake that may be dropped, waits for the mark +.
         self.eager = not run_id and session.control >= 0
-        self._registered: Tuple[int, ...] = ()
+        self._registered: tuple[int, ...] = ()
         self._poll: Any = None
         self.out = Stream(session.stdout, nonce.encode(), stdout)
         self.err = Stream(session.stderr, nonce.encode(), stderr)
@@ -4081,8 +4086,8 @@ class Reply(Value):
     stderr: bytes
     trip: float
 
-    def lines(self) -> List[str]:
-        return self.stdout.decode("utf-8", "surrogateescape").split("\n")
+    def lines(self) -> list[str]:
+        return as_text(self.stdout).split("\n")
 
     def said(self) -> str:
         """The last line of its stderr, without the shell's name and the line of our script; or the
@@ -4122,7 +4127,7 @@ class Host:
     def _forked(self) -> None:
         """As new: what was open, and the thread that kept it, is another process's."""
         import threading
-        self._ready: List[Session] = []
+        self._ready: list[Session] = []
         self._active = 0                  # operations that run now
         self._resting = False             # closed: until the next one nothing is opened ahead
         self._keeper: threading.Thread | None = None
@@ -4153,7 +4158,7 @@ class Host:
         records = before + script_records(script, *arguments)
         patience, stall = (None, STALL_PATIENCE) if source or data else (CALL_PATIENCE, None)
 
-        def work(sessions: List[Session]) -> Reply:
+        def work(sessions: list[Session]) -> Reply:
             out, err = Capture(limit, limit), Capture(LOG_MAX, STATE_MAX)
             exchange = Exchange(sessions[0], records, out, err, source, data is not None,
                                 after=data or b"")
@@ -4168,7 +4173,7 @@ class Host:
             return not (source and source.total) and not (once and lost.begun)
         return self.attempt(work, Deadline(SLOT_PATIENCE), cancel, repeat, bulk=direct)
 
-    def attempt(self, work: Callable[[List[Session]], Made], deadline: Deadline,
+    def attempt(self, work: Callable[[list[Session]], Made], deadline: Deadline,
                 cancel: Cancel | None, repeat: Callable[[ConnectionLost], bool], count: int = 1,
                 bulk: bool = False) -> Made:
         """What ``work`` makes of a list of sessions: of ``count``, or one where each has a
@@ -4209,12 +4214,12 @@ class Host:
         return self.open_all(1, deadline, cancel)[0]
 
     def open_all(self, count: int, deadline: Deadline, cancel: Cancel | None = None,
-                 bulk: bool = False) -> List[Session]:
+                 bulk: bool = False) -> list[Session]:
         """So many, all or none; where each has a connection of its own, one. For ``bulk`` it has,
         unless logging in needs a person."""
         if bulk and not self.masters.needs_person():
             return [self.masters.open_direct(BOOT, deadline, cancel)]
-        found: List[Session] = []
+        found: list[Session] = []
         with self._mutex:
             self._active, self._resting = self._active + 1, False
             while self._ready and len(found) < count:
@@ -4358,9 +4363,9 @@ class Incoming:
     def __init__(self, host: Host, cancel: Cancel | None, script: str, *arguments: str) -> None:
         self.cancel, self.host = cancel, host
         self.err = Capture(LOG_MAX, STATE_MAX)
-        self.waiting: List[bytes] = []
+        self.waiting: list[bytes] = []
 
-        def work(sessions: List[Session]) -> None:
+        def work(sessions: list[Session]) -> None:
             records = script_records(script, *arguments)
             self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err)
             host.begin(self.exchange, cancel)
@@ -4402,7 +4407,7 @@ class CommandRun:
         def repeat(lost: ConnectionLost) -> bool:
             return not lost.begun and not (self.source and self.source.total)
 
-        def work(sessions: List[Session]) -> Outcome:
+        def work(sessions: list[Session]) -> Outcome:
             self.exchange = self.guard = None
             reason = "timeout"
             try:
@@ -4431,7 +4436,7 @@ class CommandRun:
             self._tell_guard(".")
         return Outcome(status=self.exchange.out.status, stopped=None, reason=None)
 
-    def _begin(self, sessions: List[Session], deadline: Deadline,
+    def _begin(self, sessions: list[Session], deadline: Deadline,
                cancel: Cancel | None) -> Exchange:
         """See the command begin, and, for a streaming stdin, the guard before it. Each with a
         connection of its own holds a handshake until it has begun: then the other is opened."""
@@ -4502,7 +4507,7 @@ class CommandRun:
 # In the user's own repository only commands that read run; --dirty and the count of what is not
 # sent read the work tree as the user's git does, into index and objects of ours. All else runs in
 # a shadow: a new bare repository, empty of config, with the real object store as alternate.
-def git_settings(*values: str) -> Tuple[str, ...]:
+def git_settings(*values: str) -> tuple[str, ...]:
     return tuple(word for value in values for word in ("-c", value))
 
 
@@ -4527,14 +4532,14 @@ SHADOW_ATTRIBUTES = ("* -export-ignore -export-subst -text -eol -ident -filter "
                      "-working-tree-encoding\n")
 
 
-def git_environment(**extra: str) -> Dict[str, str]:
+def git_environment(**extra: str) -> dict[str, str]:
     """Our environment without any GIT_ variable, plus what keeps git to itself."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     return dict(env, GIT_CONFIG_NOSYSTEM="1", GIT_ATTR_NOSYSTEM="1", LC_ALL="C", **GIT_ALONE,
                 **extra)
 
 
-def user_environment() -> Dict[str, str]:
+def user_environment() -> dict[str, str]:
     """Our environment with what it says of git's configuration, and no other GIT_ variable."""
     return {name: value for name, value in os.environ.items()
             if not name.startswith("GIT_") or name.startswith("GIT_CONFIG")}
@@ -4579,7 +4584,7 @@ class Repository:
         del env["GIT_CONFIG_NOSYSTEM"]
         status, out, err = run([self.program, "-C", self.directory, *GIT_SAFE, *words], env)
         if status == 0:
-            return out.decode("utf-8", "surrogateescape")[:-1]
+            return as_text(out)[:-1]
         text, where = neutralise(err).strip(), show(self.directory)
         if "dubious ownership" in text:
             top = re.search(r"repository at '(.*)'", text)  # which git compares
@@ -4592,7 +4597,7 @@ class Repository:
         last = text.split("\n")[-1]
         raise GitFailed(f"git {words[0]} failed: {show(last, 200)}.")
 
-    def _ask(self, *words: str, env: Dict[str, str] | None = None) -> bytes:
+    def _ask(self, *words: str, env: dict[str, str] | None = None) -> bytes:
         """What a git command with the user's configuration prints; nothing where it fails."""
         argv = [self.program, "-C", self.directory, *words]
         status, out, _ = run(argv, env or user_environment())
@@ -4608,7 +4613,7 @@ class Repository:
         and what looks like a repository among a clone's files was refused above."""
         return self._ask("config", *kind, "--get", key).decode("utf-8", "replace")[:-1]
 
-    def resolve(self, revision: str) -> Tuple[str, str]:
+    def resolve(self, revision: str) -> tuple[str, str]:
         """The ids of a commit and of its tree. Raises GitFailed."""
         if not revision or revision.startswith("-") or "\0" in revision:
             raise GitFailed(f"{show(revision)} is not a revision.")
@@ -4669,13 +4674,13 @@ class Repository:
         own.env[others] = shadow.env[others]
         return own
 
-    def _configured(self, section: str, env: Dict[str, str]) -> Set[str]:
+    def _configured(self, section: str, env: dict[str, str]) -> set[str]:
         """What the configuration has of a section: SECTION.NAME."""
         pattern = rf"^{section}\..*\."
         out = self._ask("config", "-z", "--name-only", "--get-regexp", pattern, env=env)
         return {name.rpartition(".")[0] for name in os.fsdecode(out).split("\0")[:-1]}
 
-    def _without_hooks(self, env: Dict[str, str]) -> Dict[str, str]:
+    def _without_hooks(self, env: dict[str, str]) -> dict[str, str]:
         """git 2.54 runs hooks that the configuration names; core.hooksPath does not stop those."""
         given, names = env.get("GIT_CONFIG_COUNT", ""), self._configured("hook", env)
         first = int(given) if given.isdigit() else 0
@@ -4708,7 +4713,7 @@ class Repository:
             if new == tree:
                 return commit
             changed = shadow.changes(tree, new)
-            paths = [path.decode("utf-8", "surrogateescape") for _, mode, _, path in changed
+            paths = [as_text(path) for _, mode, _, path in changed
                      if mode != "000000"]
             secret = [path for path in paths if _SECRET_FILE.search(path) and path not in allow]
             if secret:
@@ -4746,12 +4751,12 @@ class Repository:
             raise failed
         user.call("update-index", "--remove", "-z", "--stdin", stdin=b"\0".join([*links, b""]))
 
-    def _worktrees(self) -> List[List[str]]:
+    def _worktrees(self) -> list[list[str]]:
         """What `git worktree list` says: its lines, worktree by worktree."""
         text = self._line("worktree", "list", "--porcelain")
         return [row.split("\n") for row in text.split("\n\n") if row]
 
-    def hooks_inside(self) -> List[str]:
+    def hooks_inside(self) -> list[str]:
         """The hooks directory relative to the work tree, if a core.hooksPath lies in it, or in
         another work tree of this repository: as it is named, and where the links in that lead."""
         named = os.fsdecode(self._ask("rev-parse", "--git-path", "hooks")[:-1])
@@ -4878,11 +4883,11 @@ class Shadow:
                         lock.passing = not os.path.lexists(base)  # a git of theirs may still write
                         lock.free()
 
-    def argv(self, *words: str) -> List[str]:
+    def argv(self, *words: str) -> list[str]:
         return [*self.start, *words]
 
     def records(self, *words: str, stdin: bytes = b"", end: bytes = b"\0",
-                env: Dict[str, str] | None = None, talks: bool = False) -> Iterator[bytes]:
+                env: dict[str, str] | None = None, talks: bool = False) -> Iterator[bytes]:
         """What a git command prints, split at ``end``, one by one; nothing is held. Raises
         GitFailed when it fails or, unless it ``talks``, has anything on stderr: update-index drops
         paths so."""
@@ -4915,7 +4920,7 @@ class Shadow:
         os.unlink(base + ".in")
         os.unlink(base + ".err")
 
-    def call(self, *words: str, stdin: bytes = b"", env: Dict[str, str] | None = None) -> str:
+    def call(self, *words: str, stdin: bytes = b"", env: dict[str, str] | None = None) -> str:
         lines = self.records(*words, stdin=stdin, end=b"\n", env=env)
         return b"".join(lines).decode("utf-8", "surrogateescape")
 
@@ -4934,14 +4939,14 @@ class Shadow:
         """The commit that two come from; "" where there is none."""
         return run(self.argv("merge-base", one, other), self.env, patience=600)[1].decode().strip()
 
-    def listing(self, tree: str) -> Iterator[Tuple[str, str, bytes]]:
+    def listing(self, tree: str) -> Iterator[tuple[str, str, bytes]]:
         """(mode, id, path) of every file of a tree or commit."""
         for row in self.records("ls-tree", "-r", "-z", "--full-tree", tree):
             meta, _, path = row.partition(b"\t")
             mode, _, oid = meta.decode("ascii").split(" ")
             yield mode, oid, path
 
-    def changes(self, old: str, new: str) -> Iterator[Tuple[str, str, str, bytes]]:
+    def changes(self, old: str, new: str) -> Iterator[tuple[str, str, str, bytes]]:
         """(old mode, new mode, new id, path) of what differs between two trees or commits."""
         rows = self.records("diff-tree", "-r", "-z", "--raw", "--no-abbrev", "--no-renames",
                             "--no-ext-diff", "--no-textconv", old, new)
@@ -4949,7 +4954,7 @@ class Shadow:
             before, after, _, oid, _ = row.decode("ascii").split(" ")
             yield before[1:], after, oid, next(rows)
 
-    def altered(self, tree: str, rows: Iterable[Tuple[str, str, bytes]]) -> str:
+    def altered(self, tree: str, rows: Iterable[tuple[str, str, bytes]]) -> str:
         """A tree ("": the empty one) with other files at some paths: (mode, id, path), mode 0 takes
         one away. Not by read-tree, which before git 2.39 wants the content of all."""
         env = {"GIT_INDEX_FILE": os.path.join(self.path, os.urandom(4).hex() + ".index")}
@@ -4959,7 +4964,7 @@ class Shadow:
         self.call("update-index", "-z", "--index-info", env=env, stdin=lines)
         return self.call("write-tree", "--missing-ok", env=env)
 
-    def delta(self, rows: Sequence[Tuple[str, str, bytes]]) -> str:
+    def delta(self, rows: Sequence[tuple[str, str, bytes]]) -> str:
         """The tree of only these files, of (mode, id, path), and .cmux-gone: the list of the paths
         to remove before, those of mode 0 among them."""
         names = b"".join(path + b"\n" for _, _, path in rows)
@@ -4967,14 +4972,14 @@ class Shadow:
         files = [row for row in rows if int(row[0])]
         return self.altered("", [("100644", gone, b".cmux-gone"), *files])
 
-    def lfs_paths(self, paths: Iterable[bytes], env: Dict[str, str]) -> List[bytes]:
+    def lfs_paths(self, paths: Iterable[bytes], env: dict[str, str]) -> list[bytes]:
         """Those that LFS manages, by the .gitattributes in the index of ``env``."""
         self.attributes("")
         answers = self.records("check-attr", "-z", "--stdin", "--cached", "filter", env=env,
                                stdin=b"".join(path + b"\0" for path in paths))
         return [path for path, _, value in zip(answers, answers, answers) if value == b"lfs"]
 
-    def pointers(self, tree: str) -> Iterator[Tuple[bytes, Pointer]]:
+    def pointers(self, tree: str) -> Iterator[tuple[bytes, Pointer]]:
         """A tree's LFS pointers, by path."""
         env, sizes = {"GIT_INDEX_FILE": os.path.join(self.path, "lfs.index")}, self.sizes(tree)
         self.call("read-tree", tree, env=env)
@@ -4998,7 +5003,7 @@ class Shadow:
         with open(os.path.join(self.git_dir, "info", "attributes"), "w") as stream:
             stream.write(text)
 
-    def index_links(self) -> Set[bytes]:
+    def index_links(self) -> set[bytes]:
         """The paths of submodules in the index."""
         return {row.partition(b"\t")[2] for row in self.records("ls-files", "-s", "-z")
                 if row.startswith(b"160000 ")}
@@ -5012,7 +5017,7 @@ class Shadow:
             if re.match(r"index\Z|sharedindex\.", name) and os.path.isfile(source):
                 shutil.copy2(source, os.path.join(self.git_dir, name))
 
-    def blobs(self, ids: Sequence[str]) -> Iterator[Tuple[str, bytes]]:
+    def blobs(self, ids: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         """(id, content) of small blobs, in order; b"" for one that is not small."""
         import tempfile
         if not ids:
@@ -5061,7 +5066,7 @@ class Shadow:
                 raise ResultRefused(f"git refuses the result: {why}.")
         return pack
 
-    def sizes(self, tree: str) -> Dict[bytes, int]:
+    def sizes(self, tree: str) -> dict[bytes, int]:
         """The bytes of each file of a tree."""
         listed = self.records("ls-tree", "-r", "-l", "-z", "--full-tree", tree)
         rows = (row.partition(b"\t") for row in listed)
@@ -5092,7 +5097,7 @@ class Shadow:
 
 
 if TYPE_CHECKING:
-    Pointer = Tuple[str, str, str, int]  # of an LFS file: mode, id, sha256 and size of the content
+    Pointer = tuple[str, str, str, int]  # of an LFS file: mode, id, sha256 and size of the content
 _PARTIAL = "A partial clone lacks objects: fetch them first with git."
 _POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\n"
                       rb"size (0|[1-9]\d{0,14})\n?\Z")
@@ -5102,7 +5107,7 @@ class Place:
     """A work tree and its git directory, both real paths: where its submodules and LFS content
     lie. ``roots``: where a .git file may point."""
 
-    def __init__(self, top: str, git_dir: str, roots: List[str]) -> None:
+    def __init__(self, top: str, git_dir: str, roots: list[str]) -> None:
         self.top, self.git_dir, self.roots = top, git_dir, roots
         self.objects = os.path.join(git_dir, "objects")
 
@@ -5160,11 +5165,11 @@ class Parts:
 
     def __init__(self, shadow: Shadow, place: Place, source: str) -> None:
         self.shadow = shadow
-        self.modules: Set[bytes] = set()    # the paths of submodules, checked out or not
-        self.pointers: Dict[bytes, Pointer] = {}
-        self.files: Dict[bytes, str] = {}   # path -> the file that has the content
-        self.places: List[Place] = []       # of the submodules that are checked out
-        self._rows: List[Tuple[str, str, bytes]] = []
+        self.modules: set[bytes] = set()    # the paths of submodules, checked out or not
+        self.pointers: dict[bytes, Pointer] = {}
+        self.files: dict[bytes, str] = {}   # path -> the file that has the content
+        self.places: list[Place] = []       # of the submodules that are checked out
+        self._rows: list[tuple[str, str, bytes]] = []
         self._look(place, source, b"")
         # What names it, without links to submodules. Where LFS content is sent, the host's git has
         # another tree: to know the ids of contents, one would have to read them all.
@@ -5283,7 +5288,7 @@ class Importer:
         except BrokenPipeError:
             raise GitFailed("git fast-import ended early.", "Is the disk full?")
 
-    def finish(self) -> Dict[int, str]:
+    def finish(self) -> dict[int, str]:
         """The ids of the commits, by mark."""
         self.write(b"done\n")
         with contextlib.suppress(BrokenPipeError):
@@ -5399,7 +5404,7 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
     unless it raises; ``op`` says which workspace, by no name. Those inside it are part of it."""
     import _thread
     thread = _thread.get_ident()
-    row: Dict[str, Any] = {"operation": operation, "workspace": workspace, "host": host}
+    row: Fields = {"operation": operation, "workspace": workspace, "host": host}
     if op:
         row["op"] = op
     entry = types.SimpleNamespace(row=row, code=0, size=0)
@@ -5435,16 +5440,16 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
             lock.free()
 
 
-def masked_detail(what: object, masks: Sequence[Tuple[bytes, bytes]]) -> str:
+def masked_detail(what: object, masks: Sequence[tuple[bytes, bytes]]) -> str:
     """A command, path or pattern for the history: no secret's value, one line, bounded."""
     line = isinstance(what, str)
     words = []
     for word in [what] if line else what if isinstance(what, (list, tuple)) else ():
-        word = word.decode("utf-8", "surrogateescape") if isinstance(word, bytes) else str(word)
+        word = as_text(word) if isinstance(word, bytes) else str(word)
         data = encoded(word)
         for value, shown in masks:
             data = data.replace(value, shown)
-        plain = data.decode("utf-8", "surrogateescape")
+        plain = as_text(data)
         words.append(plain if plain != word or line else quote(word))
     return show(" ".join(words), 200)[1:-1]
 
@@ -5472,7 +5477,7 @@ def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0,
 class ProjectBase:
     """A local git repository and its workspaces: see Project, whose workspaces have the tools."""
 
-    kind: Type[Any]  # of WorkspaceBase: what workspace() returns; the room Tools sets it
+    kind: type[Any]  # of WorkspaceBase: what workspace() returns; the room Tools sets it
 
     def __init__(self, directory: str = ".", interactive: Callable[[], bool] | None = None,
                  warm: int = WARM_SESSIONS) -> None:
@@ -5480,11 +5485,11 @@ class ProjectBase:
         self.repository = Repository(directory)
         self.registry = Registry(self.repository.common_dir)
         self._interactive = interactive
-        self._hosts: Dict[str, Host] = {}
+        self._hosts: dict[str, Host] = {}
         self._forked()
         fork_aware().add(self)
-        self.handed_over: Dict[bytes, str] = {}   # values of secrets sent by this process -> name
-        self._masked: Tuple[object, List[Tuple[bytes, bytes]]] = None, []
+        self.handed_over: dict[bytes, str] = {}   # values of secrets sent by this process -> name
+        self._masked: tuple[object, list[tuple[bytes, bytes]]] = None, []
         self.history = History(self.registry)
 
     def _forked(self) -> None:
@@ -5492,9 +5497,9 @@ class ProjectBase:
         self._mutex = threading.Lock()
         self.looking = threading.Lock()  # many workspaces at once: one says what is not sent
         self._fetching = threading.Lock()
-        self._unknown: Tuple[float, CmuxError] | None = None  # why a secret's command failed
-        self.fetched: Set[str] = set()   # secrets that this process has sent or looked up
-        self.logging: Set[int] = set()   # threads in the middle of a logged operation
+        self._unknown: tuple[float, CmuxError] | None = None  # why a secret's command failed
+        self.fetched: set[str] = set()   # secrets that this process has sent or looked up
+        self.logging: set[int] = set()   # threads in the middle of a logged operation
 
     def hand_over(self, secrets: Mapping[str, bytes]) -> None:
         """Remember what a command is given, for masking. The oldest make room: one that is fetched
@@ -5519,7 +5524,7 @@ class ProjectBase:
                     self._unknown = time.monotonic() + UNKNOWN_FOR, error
                     raise
 
-    def masks(self) -> List[Tuple[bytes, bytes]]:
+    def masks(self) -> list[tuple[bytes, bytes]]:
         """(a secret's value, what to show in its place), longest first, also lines of a value, as a
         key is shown with other line ends or an indent. Values below four bytes would mask half of
         all text."""
@@ -5547,7 +5552,7 @@ class ProjectBase:
         with self.registry.editing(secrets=True) as stored:
             stored.pop(name, None)
             if data is not None:
-                stored[name] = {"value": data.decode("utf-8", "surrogateescape")}
+                stored[name] = {"value": as_text(data)}
 
     @property
     def name(self) -> str:
@@ -5585,7 +5590,7 @@ class ProjectBase:
                 "git config cmux.host HOST")
         return check_host(name)
 
-    def entries(self) -> Dict[str, Dict[str, Any]]:
+    def entries(self) -> dict[str, Fields]:
         """The finished workspaces, by name. One that is being made is not listed."""
         return {name: entry for name, entry in self.registry.read()["workspaces"].items()
                 if entry.get("state") == "ready"}
@@ -5599,11 +5604,11 @@ class ProjectBase:
         found: "Workspace" = self.kind(self, name, entry)
         return found
 
-    def workspaces(self) -> List["Workspace"]:
+    def workspaces(self) -> list["Workspace"]:
         """All that are finished, by name; asks no host."""
         return [self.kind(self, name, entry) for name, entry in sorted(self.entries().items())]
 
-    def entry(self, name: str) -> Dict[str, Any]:
+    def entry(self, name: str) -> Fields:
         """What the registry has of a finished workspace. Raises WorkspaceMissing."""
         entry = self.entries().get(check_workspace(name))
         if entry is None:
@@ -5632,7 +5637,7 @@ class ProjectBase:
         place = entry["root"], entry["project"], str(turn), name
         return self.host(entry["host"]).call(script, *place, *words, cancel=cancel)
 
-    def discard(self, name: str, entry: Dict[str, Any]) -> None:
+    def discard(self, name: str, entry: Fields) -> None:
         """The directory into the host's trash, the entry out of the registry; not listed from here
         on, unless the host does not do it."""
         Shadow.reap(temporary_folder())  # of whoever was killed while he made it
@@ -5665,7 +5670,7 @@ class ProjectBase:
         if left:
             self.discard(name, left)
 
-    def settle(self, name: str) -> Dict[str, Any]:
+    def settle(self, name: str) -> Fields:
         """The entry of a workspace after what a push or a rename that was cut off has left to do: a
         push that was done there counts, a rename does not. Under the workspace's lock."""
         entry = self.entry(name)
@@ -5721,7 +5726,7 @@ class ProjectBase:
 
     def _make(self, upload: Upload, op: str, init: bool) -> None:
         name, host = upload.name, upload.host.name
-        entry: Dict[str, Any] = {
+        entry: Fields = {
             "state": "creating", "host": host, "root": upload.root, "op": op,
             "project": self.remote_name, "created": int(time.time()), **upload.base()}
         upload.left_out()
@@ -5796,7 +5801,7 @@ class ProjectBase:
                              "Leave out -H, or use another name with -w.")
         return found
 
-    def remove(self, name: str, force: bool = False, forget: bool = False) -> List[str]:
+    def remove(self, name: str, force: bool = False, forget: bool = False) -> list[str]:
         """Remove a workspace; with jobs that run or work that has not been pulled only by
         ``force``. ``forget``: only here, its host being gone for good. What was removed: [name], or
         [] when there is none. Raises WorkspaceDirty, HostError, RemoteFailed."""
@@ -5816,7 +5821,7 @@ class ProjectBase:
                 self.discard(name, entry)
         return [name]
 
-    def _refuse_lost(self, name: str, entry: Dict[str, Any]) -> None:
+    def _refuse_lost(self, name: str, entry: Fields) -> None:
         """Raise WorkspaceDirty if something would be lost with a workspace."""
         if any(row["workspace"] == name and row["operation"] in ("exec", "shell")
                for row in self.running_now()):
@@ -5837,13 +5842,13 @@ class ProjectBase:
                 with contextlib.suppress(CmuxError), self.registry.editing() as record:
                     record["workspaces"].get(name, {}).update(touched=time.time())
 
-    def running_now(self) -> List[Dict[str, Any]]:
+    def running_now(self) -> list[Fields]:
         """What runs on this machine's behalf, oldest first, under its workspace's name of now."""
         names = {entry["op"]: name for name, entry in self.entries().items()}
         return [dict(row, workspace=names.get(row["op"]) if row.get("op") else row.get("workspace"))
                 for row in self.history.now()]
 
-    def past(self, name: str | None = None) -> List[Dict[str, Any]]:
+    def past(self, name: str | None = None) -> list[Fields]:
         """The history, oldest first: of all, or of the workspace that has this name now, also from
         before it was renamed; of those that had it, where none has."""
         op = self.entries().get(name, {}).get("op") if name else None
@@ -5922,7 +5927,7 @@ class ProjectBase:
                     upload.note_sent(record, entry["root"])
             return True
 
-    def _push(self, upload: Upload, entry: Dict[str, Any], force: bool) -> List[str]:
+    def _push(self, upload: Upload, entry: Fields, force: bool) -> list[str]:
         """The lines of the host's reply, once it has confirmed a push."""
         name, host, op = upload.name, entry["host"], os.urandom(8).hex()
         if not force:
@@ -5944,7 +5949,7 @@ class ProjectBase:
             raise RemoteFailed(f"{host} did not confirm the push.", "Try again.")
         return reply.lines()
 
-    def gc(self, only: str | None = None) -> Tuple[Dict[str, int], List[CmuxError]]:
+    def gc(self, only: str | None = None) -> tuple[dict[str, int], list[CmuxError]]:
         """Free trash, leftovers and old bases on every host that has or had a workspace of the
         project, or on one of them: (bytes by host, why it did not go with others). Raises
         UsageError for another host."""
@@ -5954,8 +5959,8 @@ class ProjectBase:
         if only and not places:
             raise UsageError(f"No workspace of this project is or was on {show(only)}.",
                              f"See `{PROGRAM} list`.")
-        freed: Dict[str, int] = {}
-        failed: List[CmuxError] = []
+        freed: dict[str, int] = {}
+        failed: list[CmuxError] = []
         done = []
         for host, root in places:
             try:
@@ -5974,7 +5979,7 @@ class ProjectBase:
                                 if tuple(place) in used or tuple(place) not in done]
         return freed, failed
 
-    def looked_at(self, name: str, entry: Dict[str, Any], op: str) -> List[str]:
+    def looked_at(self, name: str, entry: Fields, op: str) -> list[str]:
         """The words for PULL, CHANGED and PUSH: what the workspace is compared with."""
         tree = entry.get("host_tree", "")
         return [entry["root"], entry["project"], name, entry["tree"] if "whole" in entry else "-",
@@ -5982,7 +5987,7 @@ class ProjectBase:
                 op, str(PULL_COMMITS_MAX), str(PULL_FILE_MAX),
                 entry.get("pulled", {}).get("op", "")]
 
-    def _refuse(self, name: str, entry: Dict[str, Any], lines: Iterable[str]) -> None:
+    def _refuse(self, name: str, entry: Fields, lines: Iterable[str]) -> None:
         lost = [show(line.replace("\t", " "), 200)[1:-1] for line in lines if line.strip()]
         way = f"Bring it home first: {PROGRAM} pull -w {name}."
         if lost and all(line.startswith("a job that runs") for line in lost):
@@ -6070,13 +6075,13 @@ class Upload:
     def __exit__(self, *_: object) -> None:
         self.shadow.close()
 
-    def base(self) -> Dict[str, str]:
+    def base(self) -> dict[str, str]:
         """What the registry keeps of what was sent. Versions that left export-ignored files out
         write no ``whole``."""
         return {"base": self.commit, "tree": self.tree, "whole": self.tree,
                 "host_tree": self.parts.host_tree}
 
-    def note_sent(self, record: Dict[str, Any], root: str) -> None:
+    def note_sent(self, record: Fields, root: str) -> None:
         """Where something of the project is, for gc; and what was sent there, for deltas."""
         for key, value, most in (("places", root, PLACES_KEPT), ("sent", self.tree, SENT_KEPT)):
             row = [self.host.name, value]
@@ -6108,7 +6113,7 @@ class Upload:
                     reply = use()
         return reply
 
-    def _nearest(self, offered: Iterable[str]) -> Tuple[str, List[Tuple[str, str, bytes]]]:
+    def _nearest(self, offered: Iterable[str]) -> tuple[str, list[tuple[str, str, bytes]]]:
         """The base on the host with which the fewest bytes travel, if those are less than half, and
         what differs, as (mode, id, path); or "". Only one that was sent there before: a delta tells
         the names of what the base has and this tree has not."""
@@ -6157,7 +6162,7 @@ class Upload:
         if text:
             self.report.note(f"Not sent: {', '.join(text)}.")
 
-    def _archive(self, parent: str, rows: Sequence[Tuple[str, str, bytes]]) -> Archive:
+    def _archive(self, parent: str, rows: Sequence[tuple[str, str, bytes]]) -> Archive:
         """The archive of what differs from a base, or of all."""
         apart, tree = list(self.parts.files), self.tree
         if parent:
@@ -6244,7 +6249,7 @@ class WorkspaceBase:
     def __repr__(self) -> str:
         return f"Workspace({self.name!r} on {self.host.name!r})"
 
-    def describe(self) -> Dict[str, Any]:
+    def describe(self) -> Fields:
         """What `list --json` prints of it; ``created`` in seconds since 1970."""
         return {"name": self.name, "host": self.host.name, "path": self.path, "base": self.base,
                 "created": self.created, "project": self.project.name, "state": self.state}
@@ -6253,7 +6258,7 @@ class WorkspaceBase:
                     cancel: Cancel | None = None) -> bytes:
         """The header records of a command's environment: ours, the secrets, then ``extra``."""
         secrets = secret_values(self.project.registry, cancel)
-        values: Dict[str, str | bytes] = {
+        values: dict[str, str | bytes] = {
             "CMUX_WORKSPACE": self.name, "CMUX_PROJECT": self.project.name, **secrets}
         self.project.hand_over(secrets)
         for name, value in (extra or {}).items():
@@ -6437,9 +6442,9 @@ def above(path: bytes) -> Iterator[bytes]:
     return (path[:slash.start()] for slash in re.finditer(b"/", path))
 
 
-def folds(path: bytes) -> Iterator[Tuple[str, str]]:
+def folds(path: bytes) -> Iterator[tuple[str, str]]:
     """(folded, as it is) of a path and of the directories above it."""
-    text = path.decode("utf-8", "surrogateescape")
+    text = as_text(path)
     while text:
         key = fold(text)
         yield (text if key == text else key), text  # one object where they are equal: less memory
@@ -6458,7 +6463,7 @@ def is_dot_git(name: str) -> bool:
 
 def is_special(path: bytes) -> bool:
     """Whether any file system takes a path for one of the files that git itself obeys."""
-    name = fold_name(path.decode("utf-8", "surrogateescape").rpartition("/")[2])
+    name = fold_name(as_text(path).rpartition("/")[2])
     return bool(re.match(r"(\.gitmodules|\.gitattributes|\.gitignore|\.mailmap"
                          r"|gi(tmod|7eba).*~\d+)\Z", name, re.S))
 
@@ -6466,7 +6471,7 @@ def is_special(path: bytes) -> bool:
 def check_result_path(path: bytes) -> str:
     """Why a path of the host's may not stand in a tree of ours; "" if it may. Refuses what no file
     system can hold."""
-    text = path.decode("utf-8", "surrogateescape")
+    text = as_text(path)
     if "\0" in text or not {"", ".", "..", ".git"}.isdisjoint(text.split("/")):
         raise refuse(f"the path {show(text)} leaves the tree, or names a git directory")
     if len(path) > PATH_MAX or path.count(b"/") >= DEPTH_MAX \
@@ -6486,7 +6491,7 @@ def check_result_path(path: bytes) -> str:
 def check_link(path: bytes, target: bytes) -> None:
     """Refuse a symbolic link that leaves the tree, or leads into .git. `..` may only lead: after
     a name that is a link itself it would go elsewhere than it reads."""
-    text = target.decode("utf-8", "surrogateescape")
+    text = as_text(target)
     parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".")]
     ups = len(list(itertools.takewhile("..".__eq__, parts)))
     if not text or len(target) > PATH_MAX or "\0" in text or text.startswith("/") \
@@ -6540,10 +6545,10 @@ class Commit:
     """A commit of the host's. ``changes``, against its first parent: path -> mode ("" where it was
     deleted), content (the host's name for it until that has come, then ours)."""
 
-    def __init__(self, parents: List[bytes], author: str, committer: str, message: str) -> None:
+    def __init__(self, parents: list[bytes], author: str, committer: str, message: str) -> None:
         self.parents, self.author, self.committer = parents, author, committer
         self.message = message.encode("utf-8", "replace") or b"\n"
-        self.changes: Dict[bytes, Tuple[str, Any]] = {}
+        self.changes: dict[bytes, tuple[str, Any]] = {}
 
 
 _CHANGE = re.compile(rb":[0-7]{1,6} (100644|100755|120000|000000) [0-9a-f]{1,64} "
@@ -6585,19 +6590,19 @@ def read_commit(data: bytes) -> Commit:
 class Harvest:
     """Reads the three sections of PULL: commits as checked data, contents into fast-import."""
 
-    def __init__(self, wire: Wire, importer: Importer, known: Callable[[], Set[bytes]],
-                 secrets: Mapping[str, bytes], pointers: Mapping[Tuple[str, int], str]) -> None:
+    def __init__(self, wire: Wire, importer: Importer, known: Callable[[], set[bytes]],
+                 secrets: Mapping[str, bytes], pointers: Mapping[tuple[str, int], str]) -> None:
         self.wire, self.importer, self.known = wire, importer, known
         self.secrets = {name: value for name, value in secrets.items() if len(value) >= 8}
         self.overlap = max(map(len, self.secrets.values()), default=1) - 1
         self.pointers = pointers          # sha256, size of LFS content -> its pointer
         self.sizes = {size for _, size in pointers}
-        self.commits: Dict[bytes, Commit] = {}
-        self.contents: Dict[bytes, Any] = {}       # how many changes name it; then our name for it
-        self.links: Dict[bytes, List[bytes]] = {}  # contents that are targets, and of which links
-        self.leaks: Dict[str, List[str]] = {}      # secrets, by our name of the content
-        self.pointed: Dict[str, str] = {}          # our name of LFS content -> its pointer
-        self.left: Dict[bytes, str] = {}           # paths that cannot come, and why
+        self.commits: dict[bytes, Commit] = {}
+        self.contents: dict[bytes, Any] = {}       # how many changes name it; then our name for it
+        self.links: dict[bytes, list[bytes]] = {}  # contents that are targets, and of which links
+        self.leaks: dict[str, list[str]] = {}      # secrets, by our name of the content
+        self.pointed: dict[str, str] = {}          # our name of LFS content -> its pointer
+        self.left: dict[bytes, str] = {}           # paths that cannot come, and why
         self.total = self.spread = 0  # bytes of contents; as often as a path has them
 
     def read(self, base: bytes, everything: bool, form: str) -> None:
@@ -6618,7 +6623,7 @@ class Harvest:
                 commit.changes[path] = mode, self.contents[content] if mode else ""
         self.contents.clear()
 
-    def _objects(self, kind: bytes) -> Iterator[Tuple[bytes, int]]:
+    def _objects(self, kind: bytes) -> Iterator[tuple[bytes, int]]:
         """(name, size) of each object. The caller reads its bytes."""
         while True:
             line = self.wire.upto(b"\n")
@@ -6645,7 +6650,7 @@ class Harvest:
             self.commits[name] = commit
 
     def _read_changes(self) -> None:
-        commit, begun, count = None, set(), 0  # type: Commit | None, Set[bytes], int
+        commit, begun, count = None, set(), 0  # type: Commit | None, set[bytes], int
         while True:
             row = self.wire.upto(b"\0")
             if not row:
@@ -6701,7 +6706,7 @@ class Harvest:
         import hashlib
         digest = hashlib.new(form, b"blob %d\0" % size)
         plain = hashlib.sha256() if size in self.sizes else None
-        leaks: Set[str] = set()
+        leaks: set[str] = set()
         before = b""
         self.importer.write(b"blob\ndata %d\n" % size)
         for chunk in chunks:
@@ -6721,7 +6726,7 @@ class Harvest:
             self.leaks[oid] = sorted(leaks)
         return oid
 
-    def _link(self, name: bytes, size: int) -> List[bytes]:
+    def _link(self, name: bytes, size: int) -> list[bytes]:
         if size > PATH_MAX:
             raise refuse(f"{show(self.links[name][0])} is a symbolic link of {human_size(size)}")
         target = self.wire.exact(size)
@@ -6733,11 +6738,11 @@ class Harvest:
 class Grower:
     """Makes the commits of a Harvest in a shadow, and looks at each again."""
 
-    def __init__(self, shadow: Shadow, base: str, commits: Dict[bytes, Commit]) -> None:
+    def __init__(self, shadow: Shadow, base: str, commits: dict[bytes, Commit]) -> None:
         self.shadow, self.base, self.commits = shadow, base, commits
-        self.made: Dict[bytes, str] = {}
+        self.made: dict[bytes, str] = {}
 
-    def grow(self, importer: Importer) -> List[str]:
+    def grow(self, importer: Importer) -> list[str]:
         """The ids of the commits, oldest first."""
         marks = {name: f":{mark}" for mark, name in enumerate(self.commits, 1)}
         for name, commit in self.commits.items():
@@ -6789,8 +6794,8 @@ class Grower:
     def _compare_names(self) -> None:
         """No two paths may fold into one, but the user's own, which do in the base. A commit is
         looked at only where it names what may do so."""
-        names: Dict[str, str] = {}
-        contested: Set[str] = set()
+        names: dict[str, str] = {}
+        contested: set[str] = set()
         for commit in self.commits.values():
             for path in (path for path, (mode, _) in commit.changes.items() if mode):
                 contested.update(key for key, text in folds(path)
@@ -6806,9 +6811,9 @@ class Grower:
                     raise refuse(" and ".join(map(show, sorted(texts)[:2])) + " are one file where "
                                  "case or composition do not count")
 
-    def _spellings(self, tree: str, keys: Set[str]) -> Dict[str, Set[str]]:
+    def _spellings(self, tree: str, keys: set[str]) -> dict[str, set[str]]:
         """The names in a tree that fold into each of some keys, where they are several."""
-        found: Dict[str, Set[str]] = {}
+        found: dict[str, set[str]] = {}
         for _, _, path in self.shadow.listing(tree):
             for key, text in folds(path):
                 if key in keys:
@@ -6826,9 +6831,9 @@ class Result(Value):
     since: str
     commits: int
     new: bool
-    executes: List[str]
-    secrets: Dict[str, List[str]]
-    notes: List[str]
+    executes: list[str]
+    secrets: dict[str, list[str]]
+    notes: list[str]
     stat: str
 
 
@@ -6841,9 +6846,9 @@ class Pull:
         self.allow, self.cancel, self.project = allow, cancel, workspace.project
         self.name, self.base = workspace.name, workspace.base
         self.entry = self.project.entry(self.name)
-        self.notes: List[str] = []
-        self.secrets: Dict[str, List[str]] = {}  # names of secrets, by path
-        self.pulled: Dict[str, Any] = {"op": os.urandom(8).hex()}
+        self.notes: list[str] = []
+        self.secrets: dict[str, list[str]] = {}  # names of secrets, by path
+        self.pulled: Fields = {"op": os.urandom(8).hex()}
         take_files = f"{PROGRAM} exec -w {self.name} -- tar -c . >{self.name}.tar"
         try:
             tree = shadow.call("rev-parse", self.base + "^{tree}")
@@ -6863,7 +6868,7 @@ class Pull:
         self.sent = functools.lru_cache(None)(
             lambda: {path for _, _, path in shadow.listing(self.sent_tree)})
 
-    def fetch(self, record: bool = False) -> Tuple[List[str], bool]:
+    def fetch(self, record: bool = False) -> tuple[list[str], bool]:
         """(the commits of the workspace, oldest first; whether the last is uncommitted work). With
         ``record``, the host notes what it sends under the name ``self.pulled["op"]``."""
         importer, incoming, base = Importer(self.shadow), None, b""
@@ -6898,7 +6903,7 @@ class Pull:
             if incoming:
                 incoming.close()
 
-    def _grow(self, harvest: Harvest, importer: Importer) -> List[str]:
+    def _grow(self, harvest: Harvest, importer: Importer) -> list[str]:
         self._keep_out(harvest)
         for commit in harvest.commits.values() if harvest.leaks else ():
             for path, (_, oid) in commit.changes.items():
@@ -6920,7 +6925,7 @@ class Pull:
             raise gone_there(self.name, self.workspace.host.name)
         check_reply(reply, self.workspace.host.name, f"give the result of {self.name}")
 
-    def _begin(self, wire: Wire, incoming: Incoming) -> Tuple[bool, bytes, bool]:
+    def _begin(self, wire: Wire, incoming: Incoming) -> tuple[bool, bytes, bool]:
         """Whether the last commit is uncommitted work; the host's name of the base, b"" without
         git; whether all files come."""
         for noted in range(PULL_PATHS_MAX):
@@ -6946,7 +6951,7 @@ class Pull:
     def _keep_out(self, harvest: Harvest) -> None:
         """Leave out what stands where this repository has a submodule."""
         roots = set(itertools.chain(*map(above, self.modules)))
-        found: Dict[bytes, Set[Tuple[str, str]]] = {}
+        found: dict[bytes, set[tuple[str, str]]] = {}
         for changes in [commit.changes for commit in harvest.commits.values() if self.modules]:
             for path in [path for path in changes if path in roots or self._in_module(path)]:
                 found.setdefault(path, set()).add(changes.pop(path))
@@ -6971,7 +6976,7 @@ class Pull:
             if path in managed:
                 changes[path] = changes[path][0], pointers[changes[path][1]]
 
-    def _lfs_paths(self, commit: str, paths: Collection[bytes]) -> Set[bytes]:
+    def _lfs_paths(self, commit: str, paths: Collection[bytes]) -> set[bytes]:
         """Those that LFS manages, by the .gitattributes of a commit."""
         if not paths:
             return set()
@@ -6979,7 +6984,7 @@ class Pull:
         self.shadow.call("read-tree", commit, env=env)
         return set(self.shadow.lfs_paths(paths, env))
 
-    def _note_lfs(self, commits: List[str]) -> None:
+    def _note_lfs(self, commits: list[str]) -> None:
         rows = self.shadow.changes(self.base, commits[-1]) if commits and self.lfs else ()
         pointers = {oid for _, oid, _, _ in self.lfs.values()}
         changed = [path for _, mode, oid, path in rows
@@ -6988,7 +6993,7 @@ class Pull:
             self.notes.append(f"{show(path)[1:-1]} came home as content: after the merge, "
                               "`git add` makes an LFS pointer of it")
 
-    def settle(self, commits: List[str], dirty: bool, before: str, over: bool) -> Tuple[str, str]:
+    def settle(self, commits: list[str], dirty: bool, before: str, over: bool) -> tuple[str, str]:
         """(the commit of the result, what it stands on): ``before``, which an earlier pull made,
         or the base where a push has put that out of the workspace (``over``): a commit on top of
         it would say that the agent took it back."""
@@ -7023,7 +7028,7 @@ class Pull:
         return self.shadow.records("diff-tree", "-r", "-M", "-l400", "--no-ext-diff",
                                    "--no-textconv", *words, end=b"\n", talks=True)
 
-    def inspect(self, old: str, new: str) -> List[str]:
+    def inspect(self, old: str, new: str) -> list[str]:
         """The changes that would execute on this machine after a merge. Refuses hooks, unless
         allowed, and submodules that would run a command."""
         hooks = [fold(path) + "/" for path in self.project.repository.hooks_inside()]
@@ -7031,7 +7036,7 @@ class Pull:
         for before, mode, oid, path in self.shadow.changes(old, new):
             if mode == "000000":
                 continue
-            text = path.decode("utf-8", "surrogateescape")
+            text = as_text(path)
             near = fold(text) + "/"
             if any("/" not in text if far == "./" else near.startswith(far) or far.startswith(near)
                    for far in hooks):  # or a link above
@@ -7183,7 +7188,7 @@ def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def cksum_of(data: bytes) -> Tuple[str, int]:
+def cksum_of(data: bytes) -> tuple[str, int]:
     digest = Cksum()
     digest.update(data)
     return digest.line().split()[0], len(data)
@@ -7204,7 +7209,7 @@ def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> b
     """``data`` with every edit applied in order, or ToolFailed that says where each match is."""
     for at, edit in enumerate(edits, 1):
         which = f"Edit {at} of {len(edits)}: the" if len(edits) > 1 else "The"
-        old, new = (edit[key].encode("utf-8", "surrogateescape") for key in ("old", "new"))
+        old, new = (encoded(edit[key]) for key in ("old", "new"))
         if not old:
             raise ToolFailed(f"{which} text to replace is empty.", "Use write to make a file.")
         if old == new:
@@ -7224,7 +7229,7 @@ def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> b
     return data
 
 
-def wrong_count(found: str, count: int, path: str, lines: List[str]) -> ToolFailed:
+def wrong_count(found: str, count: int, path: str, lines: list[str]) -> ToolFailed:
     """``found``: how often the text occurs, ``lines``: in which lines."""
     where = f" (at line{'s' * (len(lines) > 1)} {', '.join(lines)})" if lines else ""
     times = "time" if found.endswith(" 1") else "times"
@@ -7255,11 +7260,11 @@ _BRACES = re.compile(
     r"((?:B|(?!B).)*?)\{((?:B|(?!B)[^{}])*)\}(.*)\Z".replace("B", _BRACKET), re.S)
 
 
-def glob_patterns(pattern: str, home: str, by_name: bool = False) -> List[str]:
+def glob_patterns(pattern: str, home: str, by_name: bool = False) -> list[str]:
     """The patterns below the workspace at ``home`` that ``pattern`` stands for, its {a,b} written
     out as sh does. ``by_name``: one without a slash is for any depth. UsageError for what could
     match nothing: an empty answer would lie."""
-    found, todo = [], [pattern]  # type: List[str], List[str]
+    found, todo = [], [pattern]  # type: list[str], list[str]
     while todo:
         one = todo.pop()
         braces = _BRACES.match(one)
@@ -7362,12 +7367,12 @@ _BINARY = re.compile(
     rb"grep: \./(.*): binary file matches\Z|Binary file \./(.*) matches\Z", re.S)
 
 
-def binary_row(line: bytes) -> List[Tuple[bytes, int, bytes]]:
+def binary_row(line: bytes) -> list[tuple[bytes, int, bytes]]:
     match = _BINARY.match(line)
     return [(match.group(1) or match.group(2), 0, b"")] if match else []
 
 
-def grep_rows(data: bytes, null: bool) -> Iterator[Tuple[bytes, int, bytes]]:
+def grep_rows(data: bytes, null: bool) -> Iterator[tuple[bytes, int, bytes]]:
     """(path, line, text) of what grep printed, in time linear in it, whatever a host makes of it;
     (path, 0, b"") of a file that it gave up as binary, at its first NUL."""
     if null:  # path NUL line:text NEWLINE; a path may hold newlines
@@ -7398,7 +7403,7 @@ def job_directory(workspace: WorkspaceBase, *job: str) -> str:
     return "/".join(("%s/.cmux/jobs/%s/%s" % (workspace.root, workspace.place, workspace.op), *job))
 
 
-def parse_state(words: Sequence[str]) -> Dict[str, Any]:
+def parse_state(words: Sequence[str]) -> Fields:
     """running | exited CODE | lost -> state and exit_code."""
     state = words[0] if words and words[0] in ("running", "exited", "lost") else "lost"
     code = number(words[1]) if state == "exited" and words[1:] else -1
@@ -7414,7 +7419,7 @@ def wait_code(status: Mapping[str, Any]) -> int:
     return 124 if status["state"] == "running" else 1
 
 
-def parse_jobs(workspace: WorkspaceBase, reply: Reply) -> List[Dict[str, Any]]:
+def parse_jobs(workspace: WorkspaceBase, reply: Reply) -> list[Fields]:
     known = workspace.project.registry.read().get("jobs", {})
     rows = []
     for line in reply.lines():
@@ -7489,7 +7494,7 @@ class Workspace(WorkspaceBase):
         return FileContent(content=data, size=size, sha256=digest)
 
     def write(self, path: str, content: str | bytes,
-              cancel: Cancel | None = None) -> Dict[str, Any]:
+              cancel: Cancel | None = None) -> Fields:
         """Make ``content`` (a str as UTF-8) the whole file, or change nothing; the mode stays, a
         symlink is followed, directories are made. ``created``, ``size`` (bytes), ``sha256``.
         Raises ToolFailed."""
@@ -7510,8 +7515,8 @@ class Workspace(WorkspaceBase):
             raise FileChanged(f"{show(path)} changed meanwhile.", "Read it again.")
         return tool_reply(self, reply, path).stdout.strip() == b"created"
 
-    def edit(self, path: str, edits: List[Dict[str, Any]], sha256: str = "",
-             cancel: Cancel | None = None) -> Dict[str, Any]:
+    def edit(self, path: str, edits: list[Fields], sha256: str = "",
+             cancel: Cancel | None = None) -> Fields:
         """Replace exact text: each edit has ``old``, ``new``, and ``count``, how many matches there
         must be (1). All are applied or none: ``sha256`` of the file now, ``diff``. With the
         argument ``sha256``, of the file as last seen, a file that changed is refused (FileChanged).
@@ -7528,7 +7533,7 @@ class Workspace(WorkspaceBase):
 
     @logged("edit", lambda pair, *args: len(pair[1]))
     def _edit(self, path: str, edits: Sequence[Mapping[str, Any]], expected: str,
-              cancel: Cancel | None) -> Tuple[bytes, bytes]:
+              cancel: Cancel | None) -> tuple[bytes, bytes]:
         """(before, after). A concurrent change makes it read and apply again, unless ``expected``
         (the sha256 as last seen) no longer holds."""
         for attempt in range(EDIT_TRIES):
@@ -7556,7 +7561,7 @@ class Workspace(WorkspaceBase):
         return out.value()
 
     @logged("glob")
-    def glob(self, pattern: str, limit: int = 1000, cancel: Cancel | None = None) -> Dict[str, Any]:
+    def glob(self, pattern: str, limit: int = 1000, cancel: Cancel | None = None) -> Fields:
         """Files that match (``*``, ``?``, ``[...]``, ``{a,b}`` within a component, ``**`` across
         them; ``.git`` is left out): ``paths``, sorted; ``truncated`` if there are more than
         ``limit``. Raises ToolFailed after two minutes."""
@@ -7575,7 +7580,7 @@ class Workspace(WorkspaceBase):
 
     @logged("grep")
     def grep(self, pattern: str, glob: str = "", ignore_case: bool = False, limit: int = 200,
-             cancel: Cancel | None = None) -> Dict[str, Any]:
+             cancel: Cancel | None = None) -> Fields:
         """Lines that match an extended regular expression, in files that match ``glob`` (without a
         slash: by name, at any depth): ``matches`` (each ``path``, ``line`` from 1, ``text`` of up
         to 500 characters), ``truncated``. Raises ToolFailed."""
@@ -7587,10 +7592,10 @@ class Workspace(WorkspaceBase):
             GREP, pattern, wider_pattern(patterns), "-i" if ignore_case else "-n", str(SEARCH_MAX),
             str(most), cancel=cancel)
         kind, _, data = data.partition(b"\n")
-        matches, seen = [], set()  # type: List[Dict[str, Any]], Set[str]
+        matches, seen = [], set()  # type: list[Fields], set[str]
         cut = len(data) >= SEARCH_MAX or data.count(b"\n") >= most
         for name, line, row in grep_rows(data, kind == b"null"):
-            path = name.decode("utf-8", "surrogateescape")
+            path = as_text(name)
             if not line:  # text up to a NUL: it may have more
                 cut = cut or path in seen
             elif len(name) <= PATH_MAX and (not test or test(path)):
@@ -7636,7 +7641,7 @@ class Workspace(WorkspaceBase):
         return tool_reply(self, reply, job)
 
     @logged("jobs")
-    def jobs(self, cancel: Cancel | None = None) -> List[Dict[str, Any]]:
+    def jobs(self, cancel: Cancel | None = None) -> list[Fields]:
         """The jobs, oldest first: ``job`` (its id), ``state`` (running, exited or lost),
         ``exit_code`` (None unless exited), ``output_size`` (bytes), and, if begun from this
         machine, ``command``, ``started`` (seconds since 1970)."""
@@ -7645,7 +7650,7 @@ class Workspace(WorkspaceBase):
 
     @logged("logs", lambda status, *args: len(status["output"]))
     def logs(self, job: str, offset: int = 0, wait: float = 0, limit: int = LOGS_MAX,
-             until: str = "more", cancel: Cancel | None = None) -> Dict[str, Any]:
+             until: str = "more", cancel: Cancel | None = None) -> Fields:
         """Output of a job from byte ``offset`` on, at most 1 MiB: ``output`` (bytes),
         ``next_offset``, ``size``, ``job``, ``state``, ``exit_code``. Waits up to ``wait`` seconds
         (30 at most) for more, or, with ``until`` "end", for the end. Raises ToolFailed when there
@@ -7662,7 +7667,7 @@ class Workspace(WorkspaceBase):
 
     @logged("wait", code=wait_code)
     def wait(self, job: str, timeout: float | None = None,
-             cancel: Cancel | None = None) -> Dict[str, Any]:
+             cancel: Cancel | None = None) -> Fields:
         """Wait for a job's end, across lost connections, ``timeout`` seconds at most: ``job``,
         ``state`` (running, if that came first), ``exit_code``, ``size``. Raises ToolFailed when
         there is no such job."""
@@ -7675,7 +7680,7 @@ class Workspace(WorkspaceBase):
 
     @logged("logs")
     def follow(self, job: str, sink: Callable[[bytes], Any], offset: int = 0,
-               cancel: Cancel | None = None) -> Dict[str, Any]:
+               cancel: Cancel | None = None) -> Fields:
         """Pass a job's output to ``sink`` until it ends; after a lost connection from the exact
         byte on. The last of what logs() gives. Raises ToolFailed when there is no such job."""
         while True:
@@ -7687,7 +7692,7 @@ class Workspace(WorkspaceBase):
                 return dict(status)
 
     @logged("stop")
-    def stop(self, job: str, cancel: Cancel | None = None) -> Dict[str, Any]:
+    def stop(self, job: str, cancel: Cancel | None = None) -> Fields:
         """End a job and everything it started: ``job``, ``state``, ``exit_code``, and ``stopped``:
         confirmed, or requested where the end was not seen. Raises ToolFailed when there is no such
         job."""
@@ -7711,7 +7716,7 @@ class Project(ProjectBase):
 # From it come the command line with its help and completion, the checks of batch and of the
 # library's call_tool(), and what MCP offers.
 
-KINDS: Dict[str, Tuple[str, Tuple[type, ...], str]] = {  # of a value: in JSON, in Python, in words
+KINDS: dict[str, tuple[str, tuple[type, ...], str]] = {  # of a value: in JSON, in Python, in words
     "text": ("string", (str,), "text"),
     "flag": ("boolean", (bool,), "true or false"),
     "count": ("integer", (int,), "a whole number"),
@@ -7740,7 +7745,7 @@ class Arg:
         self.default, self.least = settings.get("default"), settings.get("least")
         self.required = settings.get("required", self.word in ("1", "+"))
         flags = settings.get("flags", "--" + name.replace("_", "-")).split()
-        self.flags: List[str] = [] if self.word else flags
+        self.flags: list[str] = [] if self.word else flags
         self.valued = not self.word and self.kinds != ["flag"]
 
     def check(self, value: object, label: str) -> None:
@@ -7770,9 +7775,9 @@ class Arg:
             self.check(value, label)
         return value
 
-    def schema(self) -> Dict[str, Any]:
+    def schema(self) -> Fields:
         """What MCP describes it by."""
-        rows: List[Dict[str, Any]] = []
+        rows: list[Fields] = []
         for kind in self.kinds:
             rows.append({"type": KINDS[kind][0]})
             if kind in ("texts", "objects"):
@@ -7814,7 +7819,7 @@ class Verb:
         self.reads = settings.get("reads", False)
         self.params = [arg for arg in args if arg.face != "line"]
 
-    def check(self, arguments: object) -> Dict[str, Any]:
+    def check(self, arguments: object) -> Fields:
         """The arguments of a call in JSON, if they fit the table; else UsageError."""
         if not isinstance(arguments, dict):
             raise UsageError(f"The arguments of {self.name} are not an object.")
@@ -7830,8 +7835,8 @@ class Verb:
         return arguments
 
 
-def tool_exec(workspace: Workspace, command: str | List[str], background: bool = False,
-              stdin: str | None = None, **more: Any) -> Dict[str, Any]:
+def tool_exec(workspace: Workspace, command: str | list[str], background: bool = False,
+              stdin: str | None = None, **more: Any) -> Fields:
     """exec of the table. ``more``: timeout, cwd, env, cancel, tee, as Workspace.exec has them."""
     if background:
         if stdin is not None or more.get("timeout") is not None:
@@ -7844,7 +7849,7 @@ def tool_exec(workspace: Workspace, command: str | List[str], background: bool =
 
 
 def tool_write(workspace: Workspace, path: str, content: str | None = None,
-               content_base64: str | None = None, cancel: Cancel | None = None) -> Dict[str, Any]:
+               content_base64: str | None = None, cancel: Cancel | None = None) -> Fields:
     if (content is None) == (content_base64 is None):
         raise UsageError("write needs content, or content_base64.")
     if content is not None:
@@ -7857,39 +7862,39 @@ def tool_write(workspace: Workspace, path: str, content: str | None = None,
 
 
 def manage_new(project: Project, cancel: Cancel, name: str, ref: str = "HEAD",
-               host: str = "") -> Dict[str, Any]:
+               host: str = "") -> Fields:
     made = project.create(name, host or project.default_host(), ref, cancel=cancel)
     return made.describe()
 
 
-def manage_fork(project: Project, cancel: Cancel, workspace: str, name: str) -> Dict[str, Any]:
+def manage_fork(project: Project, cancel: Cancel, workspace: str, name: str) -> Fields:
     return project.fork(project.workspace(workspace), name).describe()
 
 
-def manage_rename(project: Project, cancel: Cancel, workspace: str, name: str) -> Dict[str, Any]:
+def manage_rename(project: Project, cancel: Cancel, workspace: str, name: str) -> Fields:
     return project.rename(project.workspace(workspace), name).describe()
 
 
-def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = "") -> Dict[str, Any]:
+def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = "") -> Fields:
     if branch and not branch.startswith("cmux/"):  # the user's own branches are not the model's to move
         raise UsageError(f"The branch {show(branch)} does not begin with cmux/.",
                          "Leave branch out, or choose one that does.")
     return pull(project.workspace(workspace), branch, cancel=cancel).as_dict()
 
 
-def manage_rm(project: Project, cancel: Cancel, workspace: str, force: bool = False) -> Dict[str, Any]:
+def manage_rm(project: Project, cancel: Cancel, workspace: str, force: bool = False) -> Fields:
     if not project.remove(workspace, force):
         raise no_workspace(workspace)
     return {"removed": workspace}
 
 
 def manage_push(project: Project, cancel: Cancel, workspace: str, ref: str = "HEAD",
-                force: bool = False) -> Dict[str, Any]:
+                force: bool = False) -> Fields:
     pushed = project.push(workspace, ref, force, cancel=cancel)
     return dict(project.workspace(workspace).describe(), pushed=pushed)
 
 
-def manage_diff(project: Project, cancel: Cancel, workspace: str, stat: bool = False) -> Dict[str, Any]:
+def manage_diff(project: Project, cancel: Cancel, workspace: str, stat: bool = False) -> Fields:
     lines, size = [], 0
     for line in diff(project.workspace(workspace), stat, cancel=cancel):
         lines.append(line)
@@ -7920,7 +7925,7 @@ COMMON = (
     Arg("quiet", "flag", "say less", flags="-q --quiet"),
     Arg("verbose", "flag", "say what is done", flags="-v --verbose"))
 
-VERBS: Dict[str, Verb] = {verb.name: verb for verb in (
+VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("exec", "run a command in a workspace, made first if need be",
          Arg("command", "text|texts", "a string is a shell line, a list an exact argv", required=True,
              word="...", shown="-- CMD..."),
@@ -8070,14 +8075,14 @@ MANAGE_TOOLS = {verb.tool_name: verb for verb in VERBS.values() if "manage" in v
 
 
 def call_tool(workspace: WorkspaceBase, name: object, arguments: object,
-              cancel: Cancel | None = None) -> Dict[str, Any]:
+              cancel: Cancel | None = None) -> Fields:
     """Run one of TOOLS with arguments that are checked first. Raises CmuxError."""
     tool, checked = check_call(name, arguments)
-    result: Dict[str, Any] = tool.handler(workspace, cancel=cancel, **checked)
+    result: Fields = tool.handler(workspace, cancel=cancel, **checked)
     return result
 
 
-def check_call(name: object, arguments: object) -> Tuple[Verb, Dict[str, Any]]:
+def check_call(name: object, arguments: object) -> tuple[Verb, Fields]:
     """The tool and its arguments, if they fit the table; else UsageError."""
     tool = TOOLS.get(name) if isinstance(name, str) else None
     if tool is None:
@@ -8090,12 +8095,12 @@ def check_call(name: object, arguments: object) -> Tuple[Verb, Dict[str, Any]]:
 # injected reader and writer. Promises: bounded memory; every result is delivered, whatever else
 # fails; one bug is raised, not swallowed.
 
-def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0, cancel: Cancel | None = None) -> List[Any]:
+def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0, cancel: Cancel | None = None) -> list[Any]:
     """Run each job in a thread, ``at_once`` (0: all) at a time: in order, its value, or the
     CmuxError it raised. On KeyboardInterrupt ``cancel`` is set, and what runs is awaited."""
     import threading
-    results: List[Any] = [Cancelled("Not begun.")] * len(jobs)
-    bugs: List[BaseException] = []
+    results: list[Any] = [Cancelled("Not begun.")] * len(jobs)
+    bugs: list[BaseException] = []
     order, mutex, ended = iter(range(len(jobs))), threading.Lock(), threading.Event()
     count = min(at_once or len(jobs), len(jobs))
     left = [count]
@@ -8138,7 +8143,7 @@ class Batch:
         self.project, self.workspace, self.host, self.write = project, workspace, host, write
         self.cancel = Cancel()
         self.reading, self.writing = threading.Lock(), threading.Lock()
-        self.known: Dict[str, Workspace] = {}
+        self.known: dict[str, Workspace] = {}
         self.failed = 0
         self.closed: PipeClosed | None = None  # nobody reads the results any more
 
@@ -8163,7 +8168,7 @@ class Batch:
 
     def _answer(self, line: bytes) -> None:
         import json
-        answer: Dict[str, Any] = {"id": None, "ok": True}
+        answer: Fields = {"id": None, "ok": True}
         try:
             name, tool, arguments = self._parse(line, answer)
             check_call(tool, arguments)  # before a workspace is made for it
@@ -8182,7 +8187,7 @@ class Batch:
                 self.closed = error
                 self.cancel.set()
 
-    def _parse(self, line: bytes, answer: Dict[str, Any]) -> Tuple[str, Any, Any]:
+    def _parse(self, line: bytes, answer: Fields) -> tuple[str, Any, Any]:
         """(workspace, tool, arguments); the id into ``answer`` as soon as it is known."""
         if len(line) > BATCH_LINE_MAX:
             raise UsageError("A line is longer than %s." % human_size(BATCH_LINE_MAX))
@@ -8218,7 +8223,7 @@ def strict_json(line: bytes) -> Any:
         raise ValueError("nested too deep")
 
 
-def error_fields(error: CmuxError) -> Dict[str, str]:
+def error_fields(error: CmuxError) -> dict[str, str]:
     return {"type": type(error).__name__, "message": str(error), "hint": as_called(error.hint)}
 
 
@@ -8280,7 +8285,7 @@ _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b\n]*(?:\x07
 _CUT = re.compile(rb"(\s?\[\.\.\.(?: [^\]\n]{0,60})?\]\s?)")  # what Capture, an edit's diff and row_text put where they cut
 
 
-def clip(text: str, room: int) -> Tuple[str, int]:
+def clip(text: str, room: int) -> tuple[str, int]:
     """Head and tail of a text that is longer than ``room`` characters, and how many are left out."""
     if len(text) <= room:
         return text, 0
@@ -8306,10 +8311,10 @@ class Veil:
     def clean(self, data: bytes | str, begun: bool = False, printed: bool = False) -> str:
         """``begun``: the data begin somewhere in a stream, perhaps within a secret; ``printed``: by
         a command, for a terminal."""
-        raw = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
+        raw = encoded(data) if isinstance(data, str) else data
         for value, shown in self.masks:
             raw = raw.replace(value, shown)
-        plain = _ESCAPES.sub("", raw.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+        plain = _ESCAPES.sub("", as_text(raw)).encode("utf-8", "surrogateescape")
         for value, shown in self.masks if plain != raw else []:  # again: grep --color puts its codes into the middle of one
             plain = plain.replace(value, shown)
         pieces = _CUT.split(plain)  # text, cut, text, cut, ..., text
@@ -8351,7 +8356,7 @@ def memory_file() -> IO[bytes]:
 class ProtocolError(CmuxError):
     """Answered as a JSON-RPC error: the request is malformed, or names what does not exist."""
 
-    def __init__(self, code: int, message: str, data: Dict[str, Any] | None = None) -> None:
+    def __init__(self, code: int, message: str, data: Fields | None = None) -> None:
         super().__init__(message)
         self.code, self.data = code, data
 
@@ -8360,8 +8365,8 @@ class Call:
     """One tools/call, in a thread of its own. It is answered once: by its end, by the soft timeout
     (with a job, under which the work goes on), or, when the client cancels it, not at all."""
 
-    def __init__(self, number: str | int, tool: Verb, params: Dict[str, Any],
-                 size: int, reply: Callable[[Dict[str, Any]], None]) -> None:
+    def __init__(self, number: str | int, tool: Verb, params: Fields,
+                 size: int, reply: Callable[[Fields], None]) -> None:
         import threading
         token = params.get("_meta", {}).get("progressToken")
         self.number, self.tool, self.reply, self.bytes = number, tool, reply, size
@@ -8375,7 +8380,7 @@ class Call:
         self.cancel, self.news = Cancel(), threading.Condition()
         self.begun = self.answered = self.made_workspace = False
         self.ended = False          # then these hold what came of it:
-        self.result: Dict[str, Any] = {}
+        self.result: Fields = {}
         self.text, self.failed = "", False
         self.output: IO[bytes] | None = None  # of a command, up to MCP_LOG_MAX bytes, for logs
         self.size = 0
@@ -8412,12 +8417,12 @@ class Call:
                 self.news.wait(deadline.capped(0.2))
         return self.ended
 
-    def status(self) -> Dict[str, Any]:
+    def status(self) -> Fields:
         state = "running" if not self.ended else "lost" if self.failed else "exited"
         return {"job": self.id, "state": state, "exit_code": self.result.get("exit_code"),
                 "size": self.size}
 
-    def listed(self) -> Dict[str, Any]:
+    def listed(self) -> Fields:
         """A row of jobs(), as it has them of the host."""
         row = self.status()
         command = (self.arguments or {}).get("command", self.tool.name)
@@ -8429,7 +8434,7 @@ class Call:
             self.output.close()
 
 
-def page(text: str, offset: int, facts: List[str]) -> Tuple[str, int]:
+def page(text: str, offset: int, facts: list[str]) -> tuple[str, int]:
     """The lines of a file that fit; facts() gets where to go on."""
     if len(text) <= MCP_ROOM:
         return text, 0
@@ -8470,9 +8475,9 @@ class McpServer:
         self.tools = dict(TOOLS, **MANAGE_TOOLS) if manage else TOOLS
         self.room = threading.Semaphore(MCP_AT_ONCE)  # held from a call's begin to its answer
         self.changed = threading.Condition()    # guards all that follows
-        self.calls: Dict[str | int, Call] = {}  # not answered yet
-        self.working: Set[Call] = set()         # not ended yet
-        self.kept: Dict[str, Call] = {}         # answered with a job
+        self.calls: dict[str | int, Call] = {}  # not answered yet
+        self.working: set[Call] = set()         # not ended yet
+        self.kept: dict[str, Call] = {}         # answered with a job
         place = host or self.host_of(workspace) or "configured for it"
         self.instructions = MCP_INSTRUCTIONS.format(
             name=workspace, host=place[:36], soft=soft, room=MCP_ROOM)
@@ -8503,7 +8508,7 @@ class McpServer:
                 call.wait(STOP_PATIENCE, Cancel())
         return 0
 
-    def send(self, message: Dict[str, Any]) -> None:
+    def send(self, message: Fields) -> None:
         import json
         data = json.dumps(message).encode("ascii") + b"\n"  # ASCII: U+2028 is a line end to some
         with self.writing:
@@ -8573,7 +8578,7 @@ class McpServer:
             raise ProtocolError(-32602, "The parameters are not an object.")
         stateless = self._is_stateless(method, meta)
 
-        def respond(result: Dict[str, Any]) -> None:
+        def respond(result: Fields) -> None:
             if stateless:
                 result = dict(result, resultType="complete",
                               _meta={MCP_META + "serverInfo": self._info()})
@@ -8596,7 +8601,7 @@ class McpServer:
         else:
             raise ProtocolError(-32601, f"There is no method {show(method)}.")
 
-    def _is_stateless(self, method: str, meta: Dict[str, Any]) -> bool:
+    def _is_stateless(self, method: str, meta: Fields) -> bool:
         """Whether the request belongs to the stateless era, and carries what that demands."""
         asked = meta.get(MCP_META + "protocolVersion")
         if asked is None:
@@ -8610,11 +8615,11 @@ class McpServer:
             raise ProtocolError(-32602, f"_meta has no {MCP_META}clientCapabilities.")
         return True
 
-    def _info(self) -> Dict[str, str]:
+    def _info(self) -> dict[str, str]:
         return {"name": "cmux-ssh", "title": f"SSH workspace {self.workspace}",
                 "version": __version__}
 
-    def _describe(self, tool: Verb) -> Dict[str, Any]:
+    def _describe(self, tool: Verb) -> Fields:
         properties = {param.name: param.schema() for param in tool.params}
         if self.manage and tool.name in TOOLS:
             properties["workspace"] = {
@@ -8633,8 +8638,8 @@ class McpServer:
 
     # -- tools/call --
 
-    def _enqueue(self, number: str | int, params: Dict[str, Any],
-                 reply: Callable[[Dict[str, Any]], None]) -> None:
+    def _enqueue(self, number: str | int, params: Fields,
+                 reply: Callable[[Fields], None]) -> None:
         import threading
         name = params.get("name")
         tool = self.tools.get(name) if isinstance(name, str) else None
@@ -8772,7 +8777,7 @@ class McpServer:
             result["made"] = f"the workspace {workspace.name} is new, of commit {workspace.base[:10]}"
         return self._shown(tool.name, workspace.host.name, result, arguments)
 
-    def _understood(self, tool: Verb, given: Dict[str, Any]) -> Dict[str, Any]:
+    def _understood(self, tool: Verb, given: Fields) -> Fields:
         """The arguments, with `name` and `workspace` taken for each other where a tool has only
         one of them: models mix them up."""
         known = {arg.name for arg in tool.params} | ({"workspace"} if tool.name in TOOLS else set())
@@ -8782,7 +8787,7 @@ class McpServer:
         return dict(given)
 
     def _run_tool(self, call: Call, workspace: Workspace,
-                  arguments: Dict[str, Any]) -> Dict[str, Any]:
+                  arguments: Fields) -> Fields:
         name, most = call.tool.name, self.soft * 0.9  # what waits answers before the soft timeout
         if name == "exec":
             return tool_exec(workspace, tee=call.take, cancel=call.cancel, **arguments)
@@ -8793,7 +8798,7 @@ class McpServer:
         if name == "wait":
             wait = min(arguments.get("timeout", most), most)
             return workspace.wait(arguments["job"], wait, call.cancel)
-        result: Dict[str, Any] = call.tool.handler(workspace, cancel=call.cancel, **arguments)
+        result: Fields = call.tool.handler(workspace, cancel=call.cancel, **arguments)
         if name == "jobs":
             result["jobs"] += [other.listed() for other in list(self.kept.values())
                                if other.workspace == workspace.op]
@@ -8807,7 +8812,7 @@ class McpServer:
     def host_of(self, name: str) -> str:
         return str(self.project.entries().get(name, {}).get("host", ""))
 
-    def _bound(self, entries: Mapping[str, Dict[str, Any]]) -> str:
+    def _bound(self, entries: Mapping[str, Fields]) -> str:
         """The present name of the workspace this is bound to: anybody may have renamed it."""
         with self.changed:
             if self.workspace not in entries:
@@ -8832,7 +8837,7 @@ class McpServer:
             self._bound(self.project.entries())  # what it is called from now on
         return found
 
-    def _on_kept(self, call: Call, arguments: Dict[str, Any]) -> str:
+    def _on_kept(self, call: Call, arguments: Fields) -> str:
         """logs, wait or stop of a call that was answered with a job."""
         kept = self.kept.get(arguments["job"])
         if kept is None:
@@ -8860,8 +8865,8 @@ class McpServer:
 
     # -- results as text --
 
-    def _shown(self, tool: str, host: str, result: Dict[str, Any],
-               arguments: Dict[str, Any] | None = None) -> str:
+    def _shown(self, tool: str, host: str, result: Fields,
+               arguments: Fields | None = None) -> str:
         """Facts first, then what the host sent, fenced by a word that it cannot know."""
         try:
             veil = Veil(self.project)
@@ -8873,7 +8878,7 @@ class McpServer:
             return "\n".join(plain + [f"It was done, but what the host sent is not shown: {error} "
                                       + error.hint])
         offset, facts = (arguments or {}).get("offset", 1), []
-        parts: List[Tuple[str, Any]] = []
+        parts: list[tuple[str, Any]] = []
         if tool == "read" and result["size"] and not result.get("content", True):
             facts.append(f"The file ends before line {offset}.")
         if "next_offset" in result:
@@ -8909,7 +8914,7 @@ class McpServer:
             body.append(f"[end {fence}]")
         return "\n".join(facts + body) or "done"
 
-    def _page_of_output(self, result: Dict[str, Any], veil: Veil) -> Dict[str, Any]:
+    def _page_of_output(self, result: Fields, veil: Veil) -> Fields:
         """A page of a job's output. What may be the first half of a secret waits for the next."""
         data = result["output"]
         more = result["state"] == "running" or result["next_offset"] < result["size"]
@@ -8926,8 +8931,8 @@ def defect(bug: Exception) -> str:
     return f"A defect of this server: {type(bug).__name__}."
 
 
-def error_message(number: str | int | None, error: ProtocolError) -> Dict[str, Any]:
-    fields: Dict[str, Any] = {"code": error.code, "message": str(error)}
+def error_message(number: str | int | None, error: ProtocolError) -> Fields:
+    fields: Fields = {"code": error.code, "message": str(error)}
     return {"jsonrpc": "2.0", "id": number, "error": dict(fields, data=error.data) if error.data else fields}
 
 
@@ -8944,7 +8949,7 @@ def row_text(row: Any) -> str:
 MCP_BODIES = ("stdout", "stderr", "content", "output", "diff", "stat", "paths", "matches", "jobs", "workspaces", "notes", "executes")
 MCP_UNSHOWN = ("workspace", "host")
 MCP_MAY_LACK = ("stdout", "stderr", "content", "output", "notes", "executes")  # without a word
-MCP_HINTS: Sequence[Tuple[Type[CmuxError], str]] = (
+MCP_HINTS: Sequence[tuple[type[CmuxError], str]] = (
     (WorkspaceDirty, "Wait for what runs there (jobs, stop), bring the work home first with workspace_pull, or give it up with force."),
     (WorkspaceMissing, "See workspace_list; workspace_new makes one."),
     (WorkspaceExists, "Choose another name."))
@@ -9045,7 +9050,7 @@ def demo(tell: Callable[[str], None], report: Report) -> None:
 def demo_command(project: Project, tell: Callable[[str], None], report: Report) -> None:
     import threading
     secret, done = f"demo-{os.urandom(12).hex()}", threading.Event()
-    seen: List[bool] = []
+    seen: list[bool] = []
     tell("A throwaway sshd on this machine, reached by ssh through a ProxyCommand: host `demo`.")
     project.set_secret("API_TOKEN", secret)
     tell("A git repository with a Makefile, and a project secret: API_TOKEN.")
@@ -9189,7 +9194,7 @@ def examine_programs(host: Host, root: str) -> Iterator[Finding]:
     archive = entry.tobuf(tarfile.USTAR_FORMAT) + b"ok\n".ljust(512, b"\0") + bytes(1024)
     with spool(archive) as stream:
         reply = host.call(PROBE, root, os.urandom(8).hex(), source=Source(stream.fileno()))
-    facts: Dict[str, str] = {}
+    facts: dict[str, str] = {}
     has = set()
     for word, _, rest in (line.partition(" ") for line in reply.lines()[:50]):
         facts.setdefault(word, rest[:200])
@@ -9244,7 +9249,7 @@ def examine_secrets(host: Host) -> Finding:
     """A secret of this moment, handed over as every secret is: does any process table show it?"""
     value, out = os.urandom(16).hex(), Capture(1000)
     command = ["sh", "-c", SEEN + "; sleep 0.3 || sleep 1"]
-    here: List[bool] = []
+    here: list[bool] = []
 
     def look(data: bytes) -> None:
         out(data)
@@ -9261,7 +9266,7 @@ def examine_secrets(host: Host) -> Finding:
                    "a secret handed over shows in no process table, here or there")
 
 
-def examine_connection(host: Host) -> List[Finding]:
+def examine_connection(host: Host) -> list[Finding]:
     """Whether it can be reached, how it authenticated, and whether a shell begins."""
     began = time.monotonic()
     status, words, said = look_closely(host.masters, "exec sh -c :")
@@ -9320,13 +9325,13 @@ class Terminal(Report):
         self.bars = verbosity >= 0 and sys.stderr is not None and sys.stderr.isatty()
         self.redraws = self.bars and os.environ.get("TERM", "dumb") != "dumb"
         self.mutex, self.closed = threading.RLock(), threading.Event()
-        self.lanes: Dict[str, Tuple[str, float]] = {}  # what is done, and since when
-        self.ended: Set[str] = set()
+        self.lanes: dict[str, tuple[str, float]] = {}  # what is done, and since when
+        self.ended: set[str] = set()
         self.width, self.drawn, self.paused, self.began = 0, 0, False, 0.0
-        self.sinks: Dict[str, Outlet] = {}  # of what init hooks print
+        self.sinks: dict[str, Outlet] = {}  # of what init hooks print
         Terminal.current, Masters.tell, Masters.alert, Lock.tell = self, self.note, self.warn, self.note
 
-    def in_lanes(self, names: Sequence[str], work: Callable[[str], Any], at_once: int, cancel: Cancel) -> List[Any]:
+    def in_lanes(self, names: Sequence[str], work: Callable[[str], Any], at_once: int, cancel: Cancel) -> list[Any]:
         """in_parallel() of ``work(name)`` for each; at the end nothing is drawn any more."""
         self.many = self.many or len(names) > 1
         self.lanes, self.width = dict.fromkeys(names, ("", 0.0)), max(map(len, names))
@@ -9427,9 +9432,9 @@ class Terminal(Report):
         draw(2, up + "\n".join(f"{line}\x1b[K" for line in lines) + "\x1b[J")
         self.drawn = len(lines)
 
-    def _lines(self, columns: int, room: int) -> List[str]:
+    def _lines(self, columns: int, room: int) -> list[str]:
         """A line for each workspace; where that is too many, for those at work, and a count."""
-        lanes, rest = list(self.lanes), []  # type: List[str], List[str]
+        lanes, rest = list(self.lanes), []  # type: list[str], list[str]
         if len(lanes) > room:
             busy = [name for name, (doing, _) in self.lanes.items() if doing and name not in self.ended]
             failed = sum(self.lanes[name][0] != "done" for name in self.ended)
@@ -9446,7 +9451,7 @@ class Terminal(Report):
         return f"{doing} {human_age(time.monotonic() - since)}"
 
 
-def screen_size() -> Tuple[int, int]:
+def screen_size() -> tuple[int, int]:
     """Columns and rows of the terminal that is our stderr."""
     try:
         return os.get_terminal_size(2)
@@ -9466,9 +9471,9 @@ class Patience:
     """How long whoever reads our output is waited for: without an end until the deadline, or an
     event of one of ``ends``; then ``grace`` seconds. What he has not taken by then is dropped."""
 
-    def __init__(self, grace: float, *ends: Tuple[Any, int]) -> None:
+    def __init__(self, grace: float, *ends: tuple[Any, int]) -> None:
         self.grace, self.ends, self.deadline = grace, ends, Deadline(None)
-        self.lost: Set[int] = set()  # descriptors that nobody reads
+        self.lost: set[int] = set()  # descriptors that nobody reads
 
     def takes(self, fd: int) -> bool:
         """Wait until ``fd`` takes some bytes (PIPE_BUF, of a pipe); False if that is given up."""
@@ -9603,9 +9608,9 @@ class Execution:
         self._check()
         self.terminal: Terminal = options.terminal
         self.terminal.many = self.many
-        self.errors: Dict[str, CmuxError] = {}
+        self.errors: dict[str, CmuxError] = {}
 
-    def _names(self, given: List[str]) -> List[str]:
+    def _names(self, given: list[str]) -> list[str]:
         if not self.options.all:
             return given or [self.project.default_workspace()]
         if given:
@@ -9646,7 +9651,7 @@ class Execution:
             self._tell(rows[0])
         return max(int(row.get("exit_code", 0)) for row in rows)
 
-    def _row(self, name: str) -> Dict[str, Any]:
+    def _row(self, name: str) -> Fields:
         options, began, row = self.options, time.monotonic(), {"exit_code": 1}
         patience, host = Patience(0.5, (self.cancel, select.POLLIN)), options.host
         out, err = [Capture(TOOL_CAPTURE if self.many else CAPTURE_MAX) if options.json else
@@ -9706,8 +9711,8 @@ class Execution:
                 "stopped after %g s" % self.options.timeout if row["timed_out"] else "interrupted",
                 STOPPED[row["stopped"]] % (" on " + row["host"])))
 
-    def _sum_up(self, rows: List[Dict[str, Any]], seconds: float) -> None:
-        bad: Dict[str, List[str]] = {}  # how -> which: a host that is down is said once
+    def _sum_up(self, rows: list[Fields], seconds: float) -> None:
+        bad: dict[str, list[str]] = {}  # how -> which: a host that is down is said once
         for row in rows:
             if row["exit_code"]:
                 bad.setdefault(how_failed(row), []).append(row["workspace"])
@@ -9728,7 +9733,7 @@ def how_failed(row: Mapping[str, Any]) -> str:
     return ": ".join([str(row["exit_code"])] + why)
 
 
-def exec_failure(name: str | None, host: str | None, error: CmuxError, began: float) -> Dict[str, Any]:
+def exec_failure(name: str | None, host: str | None, error: CmuxError, began: float) -> Fields:
     """The object of `exec --json` for a command that did not run, or whose line was lost."""
     return {"workspace": name, "host": getattr(error, "host", None) or host, "exit_code": exec_code(error), "stdout": "",
             "stderr": "", "timed_out": False, "duration": round(time.monotonic() - began, 3),
@@ -9821,8 +9826,8 @@ def point_out_stale(project: Project, workspace: Workspace, terminal: Terminal) 
             workspace.name, workspace.base[:10], commit[:10], PROGRAM, workspace.name))
 
 
-def parse_environment(pairs: Sequence[str]) -> Dict[str, str]:
-    values: Dict[str, str] = {}
+def parse_environment(pairs: Sequence[str]) -> dict[str, str]:
+    values: dict[str, str] = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals:
@@ -9860,7 +9865,7 @@ def command_new(options: argparse.Namespace) -> int:
         finally:
             terminal.end(name, code)
     done = terminal.in_lanes(names, make, 0, cancel)
-    rows: List[Dict[str, Any]] = []
+    rows: list[Fields] = []
     code = 0
     for name, made in zip(names, done):
         if isinstance(made, CmuxError):
@@ -9891,7 +9896,7 @@ def print_table(rows: Sequence[Sequence[str]], spare: int = 0) -> None:
     print_text("\n".join(table_lines(rows, width)))
 
 
-def table_lines(rows: Sequence[Sequence[str]], width: int) -> List[str]:
+def table_lines(rows: Sequence[Sequence[str]], width: int) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows)]
     while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > 8:
         widths[max(range(len(widths)), key=lambda i: (widths[i], i))] -= 1  # of equals, the later
@@ -9928,14 +9933,14 @@ class Top:
     """What `top` knows of each workspace (on one host, or on any): asked for side by side, so that
     no host holds up the others."""
 
-    UNSEEN: Dict[str, Any] = {"changed": None, "jobs": [], "error": None}
+    UNSEEN: Fields = {"changed": None, "jobs": [], "error": None}
 
     def __init__(self, project: Project, host: str | None = None) -> None:
         self.project, self.host = project, host
-        self.seen: Dict[str, Dict[str, Any]] = {}
-        self.asked: Set[str] = set()
+        self.seen: dict[str, Fields] = {}
+        self.asked: set[str] = set()
 
-    def _entries(self) -> List[Tuple[str, Dict[str, Any]]]:
+    def _entries(self) -> list[tuple[str, Fields]]:
         return [(name, entry) for name, entry in sorted(self.project.entries().items())
                 if self.host in (None, entry["host"])]
 
@@ -9960,7 +9965,7 @@ class Top:
         finally:
             self.asked.discard(name)
 
-    def rows(self) -> List[Dict[str, Any]]:
+    def rows(self) -> list[Fields]:
         now, running = time.time(), self.project.running_now()
         last = {row.get("op"): row.get("exit_code") for row in self.project.history.rows()
                 if row["operation"] == "exec"}
@@ -9977,7 +9982,7 @@ class Top:
                     for what, detail, since in doing]})
         return rows
 
-    def lines(self, width: int) -> List[str]:
+    def lines(self, width: int) -> list[str]:
         table = [("WORKSPACE", "HOST", "CHANGED", "LAST", "FOR", "RUNNING")]
         for row in self.rows():
             cells = [row["workspace"], row["host"], *(
@@ -10039,9 +10044,9 @@ def complete(shell: str, words: Sequence[str]) -> int:
     return 0
 
 
-def candidates(before: Sequence[str], last: str) -> Dict[str, str]:
+def candidates(before: Sequence[str], last: str) -> dict[str, str]:
     """What may follow the words ``before``, each with its help. Nothing connects to a host."""
-    plain, known, pending, directory = [], COMMON, "", "."  # type: List[str], Sequence[Arg], str, str
+    plain, known, pending, directory = [], COMMON, "", "."  # type: list[str], Sequence[Arg], str, str
     for word in before:
         if pending:
             directory = os.path.expanduser(word) if pending == "directory" else directory
@@ -10073,7 +10078,7 @@ def candidates(before: Sequence[str], last: str) -> Dict[str, str]:
     return values_of(pending, directory)
 
 
-def values_of(name: str, directory: str) -> Dict[str, str]:
+def values_of(name: str, directory: str) -> dict[str, str]:
     """What the argument ``name`` may be in the project of ``directory``."""
     if name in ("host", "target"):
         return dict.fromkeys(config_hosts(), "")
@@ -10087,7 +10092,7 @@ def values_of(name: str, directory: str) -> Dict[str, str]:
     return {}
 
 
-def config_hosts() -> List[str]:
+def config_hosts() -> list[str]:
     """The hosts that the user's ssh config names, patterns left out."""
     try:
         with open(os.path.expanduser("~/.ssh/config"), errors="replace") as stream:
@@ -10125,7 +10130,7 @@ COMPLETIONS = {"bash": _BASH, "zsh": "autoload -U +X bashcompinit && bashcompini
 
 
 def command_list(options: argparse.Namespace) -> int:
-    rows: List[Dict[str, Any]] = []
+    rows: list[Fields] = []
     if options.all_projects:
         for value in all_projects(report_error):
             rows += [dict({key: entry[key] for key in ("host", "path", "base", "created")}, name=name,
@@ -10170,7 +10175,7 @@ def one_workspace(options: argparse.Namespace) -> str:
     return str(names[0]) if names else ""
 
 
-def given_names(options: argparse.Namespace) -> List[str]:
+def given_names(options: argparse.Namespace) -> list[str]:
     """Workspaces named as words, or one with -w."""
     if options.names and options.workspace:
         raise UsageError("Names are given twice: as words and with -w.")
@@ -10183,8 +10188,8 @@ def command_rm(options: argparse.Namespace) -> int:
     if not names:
         raise UsageError("Name the workspaces to remove.", "See `%s list`." % PROGRAM)
     code = 0
-    removed: List[str] = []
-    failed: List[Dict[str, str]] = []
+    removed: list[str] = []
+    failed: list[dict[str, str]] = []
     for name in names:
         try:
             host = project.registry.read()["workspaces"].get(name, {}).get("host")
@@ -10320,7 +10325,7 @@ def secrets_set(options: argparse.Namespace) -> int:
         data = read_all(0, SECRET_MAX + 2)
         data = data[:-1] if data.endswith(b"\n") else data
         check_secret(name, data)
-        entry = {"value": data.decode("utf-8", "surrogateescape")}
+        entry = {"value": as_text(data)}
     with registry.editing(secrets=True) as stored:
         stored[name] = entry
     return answer(options, [name])
@@ -10348,19 +10353,19 @@ def secrets_import(options: argparse.Namespace) -> int:
         raise UsageError("Cannot read %s: %s." % (show(options.file), os.strerror(error.errno or 0)))
     if len(text) > SECRETS_MAX:
         raise UsageError("%s is larger than %s." % (show(options.file), human_size(SECRETS_MAX)))
-    values = parse_dotenv(text.decode("utf-8", "surrogateescape"))
+    values = parse_dotenv(as_text(text))
     for name, value in values.items():
-        check_secret(name, value.encode("utf-8", "surrogateescape"))
+        check_secret(name, encoded(value))
     with registry.editing(secrets=True) as stored:
         stored.update({name: {"value": value} for name, value in values.items()})
     return answer(options, sorted(values), "%d secrets: %s" % (len(values), ", ".join(sorted(values))))
 
 
-def parse_dotenv(text: str) -> Dict[str, str]:
+def parse_dotenv(text: str) -> dict[str, str]:
     """NAME=value lines: comments, `export`, 'single' (raw) and "double" quotes (with \\n, \\t,
     \\", \\\\, \\$), which may span lines. A bare value ends at ` #`. Raises UsageError, with the
     line's number and never its content."""
-    values: Dict[str, str] = {}
+    values: dict[str, str] = {}
     escapes = {"n": "\n", "r": "\r", "t": "\t", "\n": ""}
     pattern = re.compile(
         r"[ \t]*(?:export[ \t]+)?(?P<name>[^\s=#'\"]+)[ \t]*=[ \t]*(?:(?:'(?P<raw>[^']*)'|\"(?P<quoted>(?:[^\"\\]|\\.)*)\")"
@@ -10438,7 +10443,7 @@ def command_write(options: argparse.Namespace) -> int:
 
 
 def command_edit(options: argparse.Namespace) -> int:
-    arguments: Dict[str, Any] = {"path": options.path}
+    arguments: Fields = {"path": options.path}
     if options.old is not None or options.new is not None:
         if options.old is None or options.new is None:
             raise UsageError("edit needs both --old and --new.")
@@ -10462,14 +10467,14 @@ def command_edit(options: argparse.Namespace) -> int:
     return answer(options, result, *filter(None, [result["diff"].rstrip("\n")]))
 
 
-def text_rows(rows: List[str], truncated: bool, terminal: Terminal) -> None:
+def text_rows(rows: list[str], truncated: bool, terminal: Terminal) -> None:
     if rows:
         write_out(1, "\n".join(rows + [""]).encode("utf-8", "surrogateescape"))  # names are bytes
     if truncated:
         terminal.warn("There are more; narrow the pattern, or raise --limit.")
 
 
-def text_jobs(result: Dict[str, Any], terminal: Terminal) -> None:
+def text_jobs(result: Fields, terminal: Terminal) -> None:
     if not result["jobs"]:
         return terminal.warn("No jobs here. Start one: %s exec --detach -- CMD" % PROGRAM)
     print_table([("JOB", "STATE", "AGE", "COMMAND")] + [
@@ -10477,7 +10482,7 @@ def text_jobs(result: Dict[str, Any], terminal: Terminal) -> None:
          human_age(time.time() - row["started"]) if row["started"] else "?", row["command"]) for row in result["jobs"]])
 
 
-TOOL_TEXT: Dict[str, Callable[[Dict[str, Any], Terminal], None]] = {
+TOOL_TEXT: dict[str, Callable[[Fields, Terminal], None]] = {
     "jobs": text_jobs,
     "read": lambda result, terminal: write_out(1, field_bytes("content", result)),
     "stop": lambda result, terminal: None if result["stopped"] == "confirmed" else terminal.warn(
@@ -10490,7 +10495,7 @@ TOOL_TEXT: Dict[str, Callable[[Dict[str, Any], Terminal], None]] = {
         ["%(path)s:%(line)d:%(text)s" % match for match in result["matches"]], result["truncated"], terminal),
 }
 # What they end with, where that is not 0.
-TOOL_CODE: Dict[str, Callable[[Dict[str, Any]], int]] = {
+TOOL_CODE: dict[str, Callable[[Fields], int]] = {
     "grep": lambda result: 0 if result["matches"] else 1,
     "stop": lambda result: 0 if result["stopped"] == "confirmed" else 1,
     "wait": wait_code,
@@ -10521,7 +10526,7 @@ def command_logs(options: argparse.Namespace) -> int:
             return 0
 
 
-def project_and_name(options: argparse.Namespace) -> Tuple[Project, str]:
+def project_and_name(options: argparse.Namespace) -> tuple[Project, str]:
     """For a caller that is no person."""
     project = Project(options.directory)
     return project, check_workspace(one_workspace(options) or project.default_workspace())
@@ -10594,7 +10599,7 @@ def command_demo(options: argparse.Namespace) -> int:
 
 # -- the parser: argparse, made from the table for the one command that is called --
 
-HANDLERS: Dict[str, Callable[[argparse.Namespace], int]] = {
+HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "exec": lambda options: Execution(options).run(), "shell": command_shell, "diff": command_diff,
     "pull": command_pull, "push": command_push, "write": command_write, "edit": command_edit,
     "logs": command_logs, "new": command_new, "list": command_list, "rm": command_rm,
@@ -10604,7 +10609,7 @@ HANDLERS: Dict[str, Callable[[argparse.Namespace], int]] = {
     "doctor": command_doctor, "completion": command_completion, "demo": command_demo}
 
 
-def line_args(verb: Verb) -> List[Arg]:
+def line_args(verb: Verb) -> list[Arg]:
     """What the command line of ``verb`` takes."""
     lacks = verb.settings.get("lacks", "")
     known = [arg for arg in COMMON if arg.flags[0].strip("-")[0] not in lacks]
@@ -10613,7 +10618,7 @@ def line_args(verb: Verb) -> List[Arg]:
 
 def usage(group: str = "") -> str:
     """The list of the commands, or of those that begin with ``group``."""
-    groups: Dict[str, List[str]] = {}
+    groups: dict[str, list[str]] = {}
     for name, verb in VERBS.items():
         if name.startswith(group):
             groups.setdefault(verb.settings["group"], []).append(f"  {name:<14} {verb.text}")
@@ -10635,7 +10640,7 @@ def add_argument(parser: argparse.ArgumentParser, arg: Arg) -> None:
     """Have argparse know an argument of the table."""
     import argparse
     text = arg.text + " (90, 5m, 1h)" * (arg.kinds == ["seconds"])
-    settings: Dict[str, Any] = {"help": text, "default": arg.default}
+    settings: Fields = {"help": text, "default": arg.default}
     if arg.default not in (None, "."):
         settings["help"] += f" (default: {arg.default:g})" if arg.kinds == ["seconds"] else f" (default: {arg.default})"
     if arg.kinds == ["flag"]:
@@ -10678,7 +10683,7 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The options of one command line, and its ``verb``. argparse itself exits on -h (0)."""
-    name, rest, tail = words[0], list(words[1:]), None  # type: str, List[str], List[str] | None
+    name, rest, tail = words[0], list(words[1:]), None  # type: str, list[str], list[str] | None
     if name == "secrets":
         rest = command_first(rest)
         if rest[:1] in (["-h"], ["--help"]):
@@ -10703,7 +10708,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def command_words(words: List[str], tail: List[str] | None) -> List[str]:
+def command_words(words: list[str], tail: list[str] | None) -> list[str]:
     """The command of exec: ``tail`` is what follows --, where that was written."""
     if tail is not None and words:
         raise UsageError(f"exec: {show(words[0])} stands before `--`.", "Write: exec [options] -- CMD...")
@@ -10719,7 +10724,7 @@ def no_command(name: str) -> UsageError:
                       f"Did you mean `{PROGRAM} {near[0]}`?" if near else f"See `{PROGRAM} -h`.")
 
 
-def command_first(words: List[str]) -> List[str]:
+def command_first(words: list[str]) -> list[str]:
     """Options may stand before the command, too, as git has its -C there."""
     at, valued = 0, {flag for arg in COMMON for flag in arg.flags if arg.valued}
     while words[at:] and words[at].startswith("-") and words[at] not in ("-h", "--help", "--version"):

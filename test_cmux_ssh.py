@@ -1079,7 +1079,7 @@ def test_only_the_command_line_prints_and_exits(source):
 
 
 # Lowered with each step of the simplification, never raised. The goals: 330,000 bytes each, no wide line.
-LIMITS = {"bytes of cmux_ssh.py": 533_000, "lines of cmux_ssh.py over 100 columns": 802, "bytes of test_cmux_ssh.py": 558_500}
+LIMITS = {"bytes of cmux_ssh.py": 532_500, "lines of cmux_ssh.py over 100 columns": 133, "bytes of test_cmux_ssh.py": 539_500}
 
 
 @each("measure", LIMITS)
