@@ -1933,7 +1933,7 @@ _cop() {
   [ -z "$fresh" ] || { cd /; rmdir "$root"/.cmux/* "$root/.cmux" "$root"; }
 }
 """
-# What the self-test of secrets runs: is the value of CMUX_PROBE in any process's argv?
+# The self-test of secrets, for both sides: is the value of CMUX_PROBE in any process's argv?
 SEEN = r"""all=$(ps -A -o args= || cat /proc/[0-9]*/cmdline | tr '\0' ' ')
 case $all in *"$CMUX_PROBE"*) echo seen;; ?*) echo unseen;; esac"""
 
@@ -7867,20 +7867,6 @@ def tool_write(workspace: Workspace, path: str, content: str | None = None,
         raise UsageError("content_base64 is not base64.")
 
 
-def manage_new(project: Project, cancel: Cancel, name: str, ref: str = "HEAD",
-               host: str = "") -> Fields:
-    made = project.create(name, host or project.default_host(), ref, cancel=cancel)
-    return made.describe()
-
-
-def manage_fork(project: Project, cancel: Cancel, workspace: str, name: str) -> Fields:
-    return project.fork(project.workspace(workspace), name).describe()
-
-
-def manage_rename(project: Project, cancel: Cancel, workspace: str, name: str) -> Fields:
-    return project.rename(project.workspace(workspace), name).describe()
-
-
 def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = "") -> Fields:
     if branch and not branch.startswith("cmux/"):  # the user's own are not the model's to move
         raise UsageError(f"The branch {show(branch)} does not begin with cmux/.",
@@ -7910,7 +7896,8 @@ def manage_diff(project: Project, cancel: Cancel, workspace: str, stat: bool = F
     return {"diff": "\n".join(lines)}
 
 
-ONE_JOB = Arg("job", "text", "the job's id", word="1", shown="ID")
+ONE_JOB = Arg("job", "text", "the job's id; in a shell the last one, if none is given", word="?",
+              shown="ID", required=True)  # for a model
 PATH = Arg("path", "text", "relative to the workspace, or absolute", word="1")
 ONE_WORKSPACE = Arg("workspace", "text", "which workspace", required=True, face="json")
 NAME = Arg("name", "text", "the workspace", word="?", face="line")
@@ -8030,7 +8017,9 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          Arg("name", "text", "the new name", required=True, face="json"), REF, *DIRTY,
          Arg("root", "text", "where on the host (default: ~/cmux)", shown="DIR", face="line"),
          Arg("no_init", "flag", "do not run .cmux/init", face="line"),
-         example="fix-login fix-logout -H my-server", manage=manage_new,
+         example="fix-login fix-logout -H my-server",
+         manage=lambda project, cancel, name, ref="HEAD", host="": project.create(
+             name, host or project.default_host(), ref, cancel=cancel).describe(),
          model="Make a workspace on the host from a local commit."),
     Verb("list", "this project's workspaces",
          Arg("all_projects", "flag", "of every project of this machine", face="line"),
@@ -8039,9 +8028,12 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
              "workspaces": [workspace.describe() for workspace in project.workspaces()]}),
     Verb("fork", "a new workspace with the content of another, made on the host",
          ONE_WORKSPACE, NEW_NAME, example="-w fix-login second-try",
-         manage=manage_fork, model="Make a workspace with the current content of another."),
+         manage=lambda project, cancel, workspace, name: project.fork(
+             project.workspace(workspace), name).describe(),
+         model="Make a workspace with the current content of another."),
     Verb("rename", "give a workspace another name", ONE_WORKSPACE, NEW_NAME,
-         example="-w fix-login login", manage=manage_rename),
+         example="-w fix-login login", manage=lambda project, cancel, workspace, name:
+         project.rename(project.workspace(workspace), name).describe()),
     Verb("rm", "delete workspaces; refuses work that has not been pulled",
          Arg("names", "texts", "the workspaces, or one with -w", word="*", shown="NAME",
              face="line"),
@@ -9063,14 +9055,8 @@ class ThrowawayServer:
 
 def in_a_process_table(value: str) -> bool:
     """Whether a process of this machine has ``value`` in its command line."""
-    if not os.path.isdir("/proc/self"):
-        _, out, _ = run([find_program("ps"), "-A", "-o", "args="], limit=STATE_MAX)
-        return value.encode() in out
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as stream:
-            if value.encode() in stream.read():
-                return True
-    return False
+    _, out, _ = run(["/bin/sh", "-c", SEEN], dict(os.environ, CMUX_PROBE=value))
+    return out.startswith(b"seen")
 
 
 def demo(tell: Callable[[str], None], report: Report) -> None:
@@ -10107,7 +10093,7 @@ def complete(shell: str, words: Sequence[str]) -> int:
 
 def candidates(before: Sequence[str], last: str) -> dict[str, str]:
     """What may follow the words ``before``, each with its help. Nothing connects to a host."""
-    plain, pending, directory = [], "", "."  # type: list[str], str, str
+    plain, pending, directory, name = [], "", ".", ""  # type: list[str], str, str, str
     known: Sequence[Arg] = COMMON
     for word in before:
         if pending:
@@ -10117,18 +10103,16 @@ def candidates(before: Sequence[str], last: str) -> dict[str, str]:
             pending = next((arg.name for arg in known if word in arg.flags and arg.valued), "")
         else:
             plain.append(word)
-            verb = VERBS.get(" ".join(plain[:2 if plain[0] == "secrets" else 1]))
-            known = line_args(verb) if verb else COMMON
-    name = " ".join(plain[:2 if plain[:1] == ["secrets"] else 1])
+            name = " ".join(plain[:1 + (plain[0] == "secrets")])
+            known = line_args(VERBS[name]) if name in VERBS else COMMON
     if "--" in before or name == "exec" and plain[1:]:
         return {}  # words of the command that is to run
-    verb = VERBS.get(name)
     if not pending and last.startswith("-"):
-        return {flag: arg.text for arg in known for flag in arg.flags} if verb or not name else {}
-    if not pending and not verb:
+        return {flag: arg.text for arg in known for flag in arg.flags}
+    if not pending and name not in VERBS:
         at = len(name.split())
-        return {" ".join(row.split()[at:][:1]): verb.text for row, verb in VERBS.items()
-                if not name or row.startswith(name + " ")}
+        return {row.split()[at]: verb.text for row, verb in VERBS.items()
+                if row.split()[:at] == name.split()}
     if not pending:
         pending = next((arg.name for arg in known if arg.word), "")
         if name == "secrets rm":
@@ -10501,12 +10485,23 @@ def the_workspace(options: argparse.Namespace) -> Workspace:
                           report=options.terminal)
 
 
+def job_of(options: argparse.Namespace, workspace: Workspace) -> str:
+    """The job that is named, else the last one of the workspace."""
+    jobs = [] if options.job else workspace.jobs()
+    if not (options.job or jobs):
+        raise ToolFailed(f"The workspace {workspace.name} has no jobs.",
+                         f"Start one: {PROGRAM} exec --detach -- CMD")
+    return str(options.job or jobs[-1]["job"])
+
+
 def command_tool(options: argparse.Namespace) -> int:
     name = options.verb
     given = {arg.name: getattr(options, arg.name) for arg in TOOLS[name].params}
     arguments = {key: value for key, value in given.items() if value is not None}
     looks = TOOLS[name].reads or "job" in given  # these make no workspace of a misspelt name
     workspace = existing_workspace(options) if looks else the_workspace(options)
+    if "job" in given:
+        arguments["job"] = job_of(options, workspace)
     result = call_tool(workspace, name, arguments)
     if options.json:
         print_json(result["jobs"] if name == "jobs" else result)
@@ -10592,18 +10587,19 @@ def command_logs(options: argparse.Namespace) -> int:
         return command_tool(options)
     offset, wait = options.offset or 0, options.wait or 0
     workspace, out = existing_workspace(options), Outlet(1)
+    job = job_of(options, workspace)
     quiet_terminal()
     if options.follow:
         def json_line(data: bytes) -> None:
             if data:
                 print_json(bytes_field("output", data))
-        end = workspace.follow(options.job, json_line if options.json else out, offset)
+        end = workspace.follow(job, json_line if options.json else out, offset)
         if options.json:
             print_json({"state": end["state"], "exit_code": end["exit_code"]})
         out.end()
         return 0
     while True:
-        status = workspace.logs(options.job, offset, wait)
+        status = workspace.logs(job, offset, wait)
         out(status["output"])
         offset = status["next_offset"]
         if offset >= status["size"] or not status["output"]:

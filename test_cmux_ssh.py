@@ -9273,6 +9273,15 @@ def test_history_has_the_exit_code_of_a_wait(shared):
     assert [row["exit_code"] for row in rows if row["operation"] == "wait"][-2:] == [124, 7]
 
 
+def test_the_last_job_is_meant_where_none_is_named(repo):
+    repo.new()
+    refused(repo.cli("logs"), 1, words="has no jobs")
+    for n in range(2):
+        repo.ok("exec", "--detach", "--", f"echo {n}; exit 4")
+    assert repo.cli("wait").code == 4 and repo.ok("logs").text == "1\n" == repo.ok("logs", "-f").text
+    assert repo.cli("stop", "--json").json["state"] == "exited"
+
+
 def test_no_bar_is_drawn_after_the_end(monkeypatch):
     """A thread that still sends would draw it below "Interrupted."."""
     drawn = []
