@@ -4490,7 +4490,7 @@ def test_a_hundred_thousand_files_in_flat_memory(new_lab):
     before = lab.peak()
     assert len(lab.take(export(*(blob(i + 1, b"%d" % i) for i in range(n)),
                                commit(n + 1, *[b"M 100644 :%d dir%d/some/file-%d.txt" % (i + 1, i % 100, i) for i in range(n)])))) == n
-    assert lab.peak() < max(64, before + 30), "where the file is not compiled yet, that alone takes 46 MB"
+    assert lab.peak() < max(64, before + 30), "to compile the file takes 46 MB"
 
 
 def test_leaks_are_seen_across_chunks(new_lab):
