@@ -1219,21 +1219,25 @@ _create() {
 # GZIP: says gzip where that works.
 GZIP = "_cop() { echo gzip | gzip | gzip -dc; }"
 
-# UPLOAD root op parent gzip: the stream becomes stage/OP/base/whole.tar and at once stage/OP/tree;
-#   with a parent, changes.tar: what differs from that base, and .cmux-gone, the paths to remove.
-#   Replies at the end: the line of cksum, which the client compares before it calls CREATE.
+# UPLOAD root project turn name op parent gzip: the stream becomes stage/OP/base/whole.tar and at
+#   once stage/OP/tree; with a parent, changes.tar: what differs from that base, and .cmux-gone, the
+#   paths to remove. Replies at the end the line of cksum, which the client compares before it goes
+#   on. The stage is made in its turn: a later one clears it away.
 # tar may stop reading at the end-of-archive blocks: the rest is drained, or tee would die.
 UPLOAD = OPEN_ROOT + r"""
-_cop() {
-  _croot "$1" || return
-  stage=.cmux/stage/$2 unpack='gzip -dc'
-  [ "$4" ] || unpack=cat
-  if [ "$3" ]; then
+_cop() { _operate _open_stage "$@" && _take_archive; }
+_open_stage() {
+  parent=$1 unpack='gzip -dc'
+  [ "$2" ] || unpack=cat
+  mkdir -p "$stage/base" && { [ "$parent" ] || mkdir -p "$stage/tree"; }
+}
+_take_archive() {
+  if [ "$parent" ]; then
     archive=$stage/changes.tar
-    mkdir -p "$stage" && echo "$3" >"$stage/parent" && $unpack >"$archive"
+    echo "$parent" >"$stage/parent" && $unpack >"$archive"
   else
     archive=$stage/base/whole.tar
-    mkdir -p "$stage/base" "$stage/tree" && : >"$archive" && $unpack | tee "$archive" |
+    : >"$archive" && $unpack | tee "$archive" |
       ( umask 022; cd "$stage/tree" && tar -xmof -; status=$?; cat >/dev/null; exit $status )
   fi || { rm -rf "$stage"; return 4; }
   cksum <"$archive"
@@ -5626,8 +5630,7 @@ class ProjectBase:
             record["workspaces"].pop(name, None)
 
     def operate(self, script: str, name: str, entry: Mapping[str, Any], words: Sequence[str],
-                change: Mapping[str, Any] = types.MappingProxyType({}),
-                cancel: Cancel | None = None) -> Reply:
+                change: Mapping[str, Any] = types.MappingProxyType({}), **more: Any) -> Reply:
         """Run an operation on a workspace's name on its host, once the registry has the ``change``;
         the first word names the operation. The host does none any more that has a lower turn: its
         client was killed."""
@@ -5635,7 +5638,7 @@ class ProjectBase:
             turn = record["turn"] = max(record.get("turn", 0) + 1, int(time.time()))
             record["workspaces"].setdefault(name, {}).update(change)
         place = entry["root"], entry["project"], str(turn), name
-        return self.host(entry["host"]).call(script, *place, *words, cancel=cancel)
+        return self.host(entry["host"]).call(script, *place, *words, **more)
 
     def discard(self, name: str, entry: Fields) -> None:
         """The directory into the host's trash, the entry out of the registry; not listed from here
@@ -5714,7 +5717,7 @@ class ProjectBase:
         report.step(name, "being made")
         with self.registry.creation_lock(name).hold(cancel):
             self.vacate(name)
-            place = {"host": host, "root": root}
+            place = {"host": host, "root": root, "project": self.remote_name}
             with noted(self, "new", name, host, ref) as log, \
                     Upload(self, name, place, ref, report, cancel) as upload:
                 log.row["op"] = op = os.urandom(8).hex()  # not before: it has no name yet
@@ -5727,12 +5730,12 @@ class ProjectBase:
     def _make(self, upload: Upload, op: str, init: bool) -> None:
         name, host = upload.name, upload.host.name
         entry: Fields = {
-            "state": "creating", "host": host, "root": upload.root, "op": op,
-            "project": self.remote_name, "created": int(time.time()), **upload.base()}
+            "state": "creating", **upload.place, "op": op, "created": int(time.time()),
+            **upload.base()}
         upload.left_out()
         try:
             reply = upload.with_base(op, lambda: self.operate(
-                CREATE, name, entry, [op, upload.tree], entry, upload.cancel))
+                CREATE, name, entry, [op, upload.tree], entry, cancel=upload.cancel))
             check_reply(reply, host, "make the workspace", name)
             if "made" not in reply.lines():
                 raise RemoteFailed(f"{host} did not confirm the workspace.", "Try again.")
@@ -5933,9 +5936,9 @@ class ProjectBase:
         if not force:
             self._refuse(name, entry, ())
         words = [op, *self.looked_at(name, entry, op), upload.tree, "1" if force else ""]
-        intent = {"intent": {"op": op, **upload.base()}}
+        self.update(name, intent={"op": op, **upload.base()})
         reply = upload.with_base(op, lambda: self.operate(
-            PUSH, name, entry, words, intent, upload.cancel), entry["tree"])
+            PUSH, name, entry, words, cancel=upload.cancel), entry["tree"])
         if reply.status in (5, 25):  # nothing was done there
             self._end_intent(name, False)
         if reply.status == 25:
@@ -6057,7 +6060,7 @@ class Upload:
     def __init__(self, project: ProjectBase, name: str, entry: Mapping[str, Any], ref: str,
                  report: Report, cancel: Cancel | None) -> None:
         self.project, self.name, self.report, self.cancel = project, name, report, cancel
-        self.host, self.root, self.head = project.host(entry["host"]), entry["root"], ref == "HEAD"
+        self.host, self.place, self.head = project.host(entry["host"]), entry, ref == "HEAD"
         self.commit, source = project.repository.resolve(ref)
         project.repository.refuse_state(self.commit)
         self.sent = 0  # bytes of the archive
@@ -6096,7 +6099,7 @@ class Upload:
         reply = use()
         if reply.status != 21:
             return reply
-        lock = self.project.registry.upload_lock(self.tree, self.host.name, self.root)
+        lock = self.project.registry.upload_lock(self.tree, self.host.name, self.place["root"])
         waited = not lock.take()
         if waited:
             self.report.step(self.name, "waiting for the archive")
@@ -6209,8 +6212,8 @@ class Upload:
                 how = "gzip"
                 archive.compress()
         try:
-            reply = self.host.call(UPLOAD, self.root, op, parent, how, source=archive,
-                                   direct=direct, cancel=self.cancel)
+            reply = self.project.operate(UPLOAD, self.name, self.place, [op, parent, how],
+                                         cancel=self.cancel, source=archive, direct=direct)
         except ConnectionLost as lost:
             archive.check(False)
             size = human_size(archive.digest.length)
