@@ -10810,9 +10810,9 @@ def command_words(words: list[str], tail: list[str] | None) -> list[str]:
 
 def no_command(name: str) -> UsageError:
     import difflib
-    near = difflib.get_close_matches(name, VERBS, 1)
+    near = difflib.get_close_matches(name, {verb.split()[0]: 0 for verb in VERBS}, 1)
     return UsageError(f"There is no command {show(name)}.",
-                      f"Did you mean `{PROGRAM} {near[0]}`?" if near else f"See `{PROGRAM} -h`.")
+                      f"See `{' '.join([PROGRAM, *near, '-h'])}`.")
 
 
 def command_first(words: list[str]) -> list[str]:

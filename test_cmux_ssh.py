@@ -9223,7 +9223,8 @@ def test_list_shows_what_is_on_its_host_and_a_push_of_one_state_may_name_it_twic
 
 def test_help_of_a_command_is_also_the_word_help_and_a_slip_names_the_command_meant(shared):
     assert shared.ok("help", "exec").text == shared.ok("exec", "--help").text
-    refused(shared.cli("exce"), 2, words=" exec`?")
+    refused(shared.cli("exce"), 2, words=" exec -h`")
+    refused(shared.cli("secrets", "lst"), 2, words=" secrets -h`")
     shown = shared.ok("-h").text
     assert re.findall(r"(?m)^(\w+):$", shown) == ["work", "files", "jobs", "workspaces", "agents", "setup"]
     assert "exec [options] -- CMD..." in shared.ok("exec", "-h").text
