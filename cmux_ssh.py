@@ -604,7 +604,7 @@ def safe_workspace(branch: str) -> str:
 # A secret is project input: it may name any variable but those with which the shells that carry
 # it would read it as an instruction. --env is the user's own word, and may also set PATH.
 _READONLY = set("IFS OPTIND PPID UID EUID SHELLOPTS BASHOPTS BASH_VERSINFO CMUX_RUN TMOUT "
-                # and what a shell makes itself, whatever it is told, or stops at
+                # and what a shell sets itself, or refuses to set
                 "GROUPS DIRSTACK FUNCNAME PIPESTATUS RANDOM SRANDOM SECONDS LINENO BASHPID HISTCMD"
                 .split())
 _INSTRUCTIONS = set("PATH HOME ENV BASH_ENV PS4 PROMPT_COMMAND CDPATH "
@@ -1076,7 +1076,7 @@ _put() { # directory: it becomes $place. mv moves *into* what stands there by no
 }
 """
 
-# What every git of ours on the host sees: no configuration, one identity, one date, the ids of
+# Every git of ours on the host runs with no configuration, one identity, one date, the ids of
 # most repositories (git 3 makes others; a base whose tree has another id is not known again).
 GIT_THERE = r"""
 _cenv() {
@@ -1587,7 +1587,7 @@ _make_commit() { # of the new base, in $g: of the old one and the difference, wi
   fi && _add _new_git && tree=$(_new_git write-tree) && _new_git commit-tree "$tree" -m base
 }
 # Files, refs and index become the new base's; or all is as it was, with 1: there is no repository,
-# or 5: it cannot be moved (made anew there, a lock).
+# or 5: it cannot be moved (another one, or a lock).
 _switch() {
   [ -d "$w/.git" ] && [ "$snap" = 0 ] || return 1
   others=$g/objects/info/alternates
