@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-# cmux_ssh.py 0.1.0 - SSH workspaces for coding agents, in one file - MIT licence
+# cmux_ssh.py 0.2.0 - SSH workspaces for coding agents, in one file - MIT licence
 """SSH workspaces for coding agents: the model and your keys stay here, its hands are over there.
 
 From a local git repository this file sends the git archive to a remote host through the
@@ -75,7 +75,7 @@ if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command
     Made = TypeVar("Made")
     Fields = dict[str, Any]  # of a record, or of a JSON object
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [  # the promise: these names, their arguments and fields stay within a major version
     "Project", "Workspace", "Host", "Report", "Cancel", "pull", "diff", "call_tool", "TOOLS",
     "Verb", "main", "ExecResult", "Outcome", "FileContent", "Result", "CmuxError", "UsageError",
