@@ -51,7 +51,7 @@ release:  ## tag this version, with its notes and the digest of the file; refuse
 	@[ -z "$$(git status --porcelain)" ] || { echo "The tree is dirty: commit or stash first." >&2; exit 1; }
 	@{ sed -n '/^## $(VERSION)/,/^## [0-9]/p' .github/CHANGELOG.md | sed '$${/^## /d;}'; } >.git/notes
 	@[ -s .git/notes ] || { echo ".github/CHANGELOG.md has no section for $(VERSION)." >&2; exit 1; }
-	@echo "sha256 of cmux_ssh.py: $$(sha256sum <cmux_ssh.py | cut -d' ' -f1)" >>.git/notes
+	@$(PYTHON) cmux_ssh.py --version >>.git/notes
 	git tag -a --cleanup=verbatim -F .git/notes v$(VERSION)
 
 clean:  ## remove what these targets made
