@@ -448,19 +448,20 @@ class Cancel:
     __del__ = close
 
 
-def poll_once(seconds: float | None, *wanted: tuple[Any, int]) -> dict[int, int]:
-    """The events, by descriptor, that come of ``wanted`` (a descriptor, and which of its events)
-    within ``seconds``. None: without an end."""
+def poll_once(seconds: float | None, *wanted: Any) -> dict[int, int]:
+    """The events, by descriptor, of ``wanted`` within ``seconds`` (None: no limit). Each of these
+    is to be readable, or a pair with other events, or None, which is left out."""
     poller = select.poll()
-    for thing, events in wanted:
-        poller.register(thing, events)
+    for thing in wanted:
+        if thing is not None:
+            poller.register(*(thing if isinstance(thing, tuple) else (thing, select.POLLIN)))
     return dict(poller.poll(seconds and min(seconds, 2e6) * 1000))  # poll takes 31 bits
 
 
 def nap(seconds: float, deadline: Deadline, cancel: Cancel | None) -> bool:
     """Sleep; False if the deadline comes first. Raises Cancelled."""
     pause, left = max(0.0, seconds), deadline.left()
-    poll_once(deadline.capped(pause), *([(cancel, select.POLLIN)] if cancel else []))
+    poll_once(deadline.capped(pause), cancel)
     if cancel:
         cancel.check()
     return left is None or pause <= left
@@ -2102,8 +2103,7 @@ def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = 
     deadline = Deadline(patience)
     try:
         while sinks:
-            wanted = [(thing, select.POLLIN) for thing in (*sinks, cancel) if thing is not None]
-            for fd in poll_once(deadline.capped(3600), *wanted):
+            for fd in poll_once(deadline.capped(3600), cancel, *sinks):
                 if cancel:
                     cancel.check()
                 chunk = os.read(fd, CHUNK)
@@ -3061,7 +3061,7 @@ class Session:
 
     def alive(self) -> bool:
         """Whether a session that waits ready still can take its header."""
-        return not poll_once(0, (self.control, select.POLLIN))
+        return not poll_once(0, self.control)
 
     def over(self) -> bool:
         """Whether its process has ended, though a child of that may hold its streams."""
@@ -3154,8 +3154,7 @@ class MuxSession(Session):
         return bool(data)
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
-        control = (self.control, select.POLLIN)
-        while self._status < 0 and poll_once(1, control) and self.control_event():
+        while self._status < 0 and poll_once(1, self.control) and self.control_event():
             pass  # the end of the streams may come before the word of the command's end
         if self._status >= 0 and not begun:
             return RemoteShellFailed(self.host)
@@ -3529,8 +3528,7 @@ class Masters:
         assert process.stdout
         with process.stdout as watch:
             fd = watch.fileno()
-            wanted = [(thing, select.POLLIN) for thing in (fd, cancel) if thing is not None]
-            while fd not in poll_once(deadline.capped(60), *wanted) or watch.read(CHUNK):
+            while fd not in poll_once(deadline.capped(60), cancel, fd) or watch.read(CHUNK):
                 if cancel:
                     cancel.check()
                 if deadline.over():
@@ -3846,13 +3844,13 @@ def socket_folder(name: str) -> str:
 
 # === 10. Operations ===
 # Owns: one operation on a host from its header to its end marks, and how it is stopped. May
-# touch: descriptors of the sessions above. Promises: exact bytes, exact status; a lost line is
-# never taken for a status, nor a status for a lost line; a stop is reported as what it was.
+# touch: descriptors of the sessions above. Promises: exact bytes, exact status; a lost connection
+# is never taken for a status, nor the reverse; a stop is reported as what it was.
 
 class Stream:
-    """Finds the marks in one of the two streams, and passes what lies between to ``sink``."""
+    """Finds the marks in stdout or stderr, and passes what lies between to ``sink``."""
 
-    MARK_MAX = 64               # a letter, two numbers, the newline
+    MARK_MAX = 64               # bytes: a letter, two numbers, the newline
 
     def __init__(self, fd: int, nonce: bytes, sink: Callable[[bytes], Any]) -> None:
         self.fd, self.nonce, self.sink = fd, nonce, sink
@@ -3864,15 +3862,14 @@ class Stream:
         self.refused = 0          # the number after the mark x: the operation did not begin
 
     def read(self) -> bool:
-        """Take what is there; False at the end of the stream."""
+        """Read once; False at the end of the stream."""
         try:
             data = os.read(self.fd, CHUNK)
         except BlockingIOError:
             return True
         if not data:
             self.closed = True
-            self._pass(self.held * (not self.ended))  # a false start of a mark, cut off
-            self.held = b""
+            self._pass(self.held)  # it looked like the beginning of a mark
             return False
         if not self.ready:
             self.noise += data
@@ -3922,8 +3919,7 @@ class Source:
     """Bytes for a command's stdin from a descriptor of ours; ``total`` counts them."""
 
     def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.total = 0
+        self.fd, self.total = fd, 0
 
     def read(self) -> bytes:
         try:
@@ -3935,31 +3931,29 @@ class Source:
 
 
 class Exchange:
-    """One operation on one open session. run() moves bytes until the end marks, the session's
-    end, or the caller's limits; it may be called again to go on."""
+    """One operation on one open session."""
 
     def __init__(self, session: Session, operation: bytes, stdout: Callable[[bytes], Any],
                  stderr: Callable[[bytes], Any], source: Source | None = None,
                  close_stdin: bool = False, run_id: str = "", after: bytes = b"") -> None:
         nonce = os.urandom(16).hex()
         self.session = session
-        # The source of a command, or behind a handshake that may be dropped, waits for the mark +.
+        # Else the source is read from the mark + on: of a command, and behind a handshake that may
+        # be dropped.
         self.eager = not run_id and session.control >= 0
-        self._registered: tuple[int, ...] = ()
-        self._poll: Any = None
         self.out = Stream(session.stdout, nonce.encode(), stdout)
         self.err = Stream(session.stderr, nonce.encode(), stderr)
         header = shell_header(nonce, run_id or os.urandom(8).hex(), operation)
         self.outgoing = memoryview(header + after)
-        # So much of it waits until our wrapper has shown itself.
+        # How many bytes wait until our wrapper has printed READY.
         self._held = len(self.outgoing) - len(HELD) if HELD in operation else 0
-        self.asked = 0.0                 # when that is sent
+        self.asked = 0.0                 # when those were sent
         self.source = source
         self.close_stdin = close_stdin   # once everything is written
-        self.sent = False                # the header is with the host, or on its way
-        self.lost = False                # the session is over, marks or not
-        self.moved = time.monotonic()    # when the last byte went either way
-        self.guard: Exchange | None = None  # which watches over this one
+        self.sent = False                # the whole header
+        self.lost = False                # the session is over, with end marks or not
+        self.moved = time.monotonic()    # when a byte was last sent or received
+        self.guard: Exchange | None = None
         self._beaten = self.moved        # when the last sign of life was sent
 
     @property
@@ -3974,14 +3968,12 @@ class Exchange:
         """Begun, or refused."""
         return self.begun or self.out.ended
 
-    def written(self) -> bool:
-        return not self.outgoing
-
     def run(self, deadline: Deadline, cancel: Cancel | None = None,
             until: Callable[[], bool] | None = None, stall: float | None = None) -> bool:
-        """True when ended (or ``until``); False at the deadline. Raises HostError when the session
-        is lost, or no byte has moved for ``stall`` seconds (for CALL_PATIENCE once all is sent: the
-        host unpacks and sums); Cancelled when ``cancel`` is set."""
+        """Move bytes. True when ended (or ``until``); False at the deadline; then it can go on.
+
+        Raises HostError when the session is lost, or no byte has moved for ``stall`` seconds (for
+        CALL_PATIENCE once all is sent: the host unpacks and sums); Cancelled."""
         while not (until() if until else self.ended):
             if self.out.closed and not self.lost and self.session.over():
                 self._drain()
@@ -3993,7 +3985,7 @@ class Exchange:
             if stall is not None:
                 stall = stall if self.source or self.outgoing else CALL_PATIENCE
                 wait = min(wait, max(0.0, self.moved + stall - time.monotonic()))
-            events = self._poller(cancel).poll(wait * 1000 + (wait > 0))
+            events = self._events(wait, cancel)
             now = time.monotonic()
             if deadline.over():  # also where output never pauses
                 return False
@@ -4001,44 +3993,35 @@ class Exchange:
                 raise ConnectionLost(
                     f"No byte has moved to or from {self.session.host} for {stall:.0f} seconds.",
                     "Try again.", self.session.host)
-            for fd, _ in events:
+            for fd in events:
                 self._event(fd)
             if now > self._beaten + (BEAT_LEAST if events else BEAT_MOST - 0.1):
                 self._beat()
         return True
 
     def _beat(self) -> None:
-        """Let something harmless pass over the session, and over its guard's: sshd's ChannelTimeout
-        ends a silent one."""
+        """Send something harmless over the session, and its guard's: sshd's ChannelTimeout ends a
+        silent one."""
         self._beaten = time.monotonic()
         over, sign = (self.guard, b"beat " + self.out.nonce) if self.guard else (self, b"")
         if over.sent and not over.source and over.session.stdin >= 0:
             with contextlib.suppress(OSError):  # full, or over: its own events report that
                 os.write(over.session.stdin, sign + b"\n")
 
-    def _poller(self, cancel: Cancel | None) -> Any:
-        """A poll object of what is awaited now; made anew only when that has changed."""
-        wanted = [stream.fd for stream in (self.out, self.err) if not stream.closed]
+    def _events(self, seconds: float, cancel: Cancel | None) -> dict[int, int]:
+        wanted: list[Any] = [stream.fd for stream in (self.out, self.err) if not stream.closed]
         if self.session.control >= 0:
             wanted.append(self.session.control)
-        if cancel:
-            wanted.append(cancel.fileno())
-        writing = len(self.outgoing) > self._held and self.session.stdin >= 0
-        if not writing and not self._held and self.source and (self.begun or self.eager):
+        if len(self.outgoing) > self._held and self.session.stdin >= 0:
+            wanted.append((self.session.stdin, select.POLLOUT))
+        elif not self._held and self.source and (self.begun or self.eager):
             wanted.append(self.source.fd)
-        key = tuple(wanted) + (-1 - writing,)
-        if key != self._registered:
-            self._poll, self._registered = select.poll(), key
-            for fd in wanted:
-                self._poll.register(fd, select.POLLIN)
-            if writing:
-                self._poll.register(self.session.stdin, select.POLLOUT)
-        return self._poll
+        return poll_once(seconds, cancel, *wanted)
 
     def _event(self, fd: int) -> None:
         if fd in (self.out.fd, self.err.fd):
             stream = self.out if fd == self.out.fd else self.err
-            if not stream.ended:  # what comes after is thrown away
+            if not stream.ended:  # what follows is dropped
                 self.moved = time.monotonic()
             stream.read()
             if self.out.ready and self._held:
@@ -4065,7 +4048,7 @@ class Exchange:
             self.sent = self.sent or not self.outgoing
         except BlockingIOError:
             return
-        except OSError:  # the host takes no more: its words, or the session's end, report why
+        except OSError:  # the host takes no more: its output, or the session's end, says why
             self.outgoing, self._held = memoryview(b""), 0
             self.source, self.close_stdin = None, True
         self._close_if_written()
@@ -4075,16 +4058,15 @@ class Exchange:
             self.session.close_stdin()
 
     def _drain(self) -> None:
-        """The session is over: what it wrote before is still in our pipes."""
+        """Read what the session, which is over, has left in our pipes."""
         for stream in (self.out, self.err):
-            while not stream.closed and stream.read() and poll_once(0, (stream.fd, select.POLLIN)):
+            while not stream.closed and stream.read() and poll_once(0, stream.fd):
                 pass
         self.lost = True
 
 
 class Reply(Value):
-    """What one of our own scripts answered: its status, and its stdout, bounded; after HELD
-    also the seconds of a round trip."""
+    """What one of our scripts answered; ``trip`` is a round trip in seconds, after HELD."""
     status: int
     stdout: bytes
     stderr: bytes
@@ -4094,8 +4076,7 @@ class Reply(Value):
         return as_text(self.stdout).split("\n")
 
     def said(self) -> str:
-        """The last line of its stderr, without the shell's name and the line of our script; or the
-        status."""
+        """The last line of its stderr, without the shell's name and line; or the status."""
         last = neutralise(self.stderr).strip().split("\n")[-1]
         return re.sub(r"^\S+: (line )?\d+: ", "", last) or f"status {self.status}"
 
@@ -4114,12 +4095,11 @@ class Outcome(Value):
 
 
 class Host:
-    """A machine that ``ssh NAME`` reaches, for any number of threads.
+    """A machine that ``ssh NAME`` reaches, for any number of threads; connected on first use.
 
-    ``name`` is what you would type after ssh. ``interactive`` is asked once, where a key or a
-    passphrase is needed, whether a person may be asked; the default never asks. ``warm``
-    sessions are kept ready after the first operation (0: none, for a single command).
-    Raises UsageError for a name that cannot be one. Connecting happens on first use.
+    ``interactive`` is called once, where a key or a passphrase is needed: may ssh ask a person?
+    The default never asks. ``warm`` sessions are kept ready after the first operation (0: none,
+    for a single command). Raises UsageError for a name that cannot be one.
     """
 
     def __init__(self, name: str, interactive: Callable[[], bool] | None = None,
@@ -4129,11 +4109,11 @@ class Host:
         fork_aware().add(self)
 
     def _forked(self) -> None:
-        """As new: what was open, and the thread that kept it, is another process's."""
+        """As new: the sessions, and the thread that keeps them, belong to another process."""
         import threading
         self._ready: list[Session] = []
         self._active = 0                  # operations that run now
-        self._resting = False             # closed: until the next one nothing is opened ahead
+        self._resting = False             # closed: nothing is opened ahead until the next one
         self._keeper: threading.Thread | None = None
         self._wake = threading.Event()
         self._masters: Masters | None = None
@@ -4144,7 +4124,7 @@ class Host:
 
     @property
     def masters(self) -> Masters:
-        """The connections, of what `ssh -G` says at the first use."""
+        """The connections; `ssh -G` is asked at the first use."""
         with self._mutex:
             if self._masters is None:
                 self._masters = Masters(read_ssh_config(self.name), self._interactive)
@@ -4155,9 +4135,8 @@ class Host:
              before: bytes = b"", data: bytes | None = None, once: bool = False) -> Reply:
         """Run one of the remote scripts. Raises HostError; its status is the caller's to judge.
 
-        Scripts are written so that running one twice does what running it once does, so that a
-        lost line is tried again, unless ``once``. ``direct`` uses a session for bulk;
-        ``before`` are more header records, ``data`` all of its stdin.
+        Scripts may run twice, so a lost connection is tried again, unless ``once``. ``direct`` uses
+        a session for bulk; ``before`` are more header records, ``data`` is all of its stdin.
         """
         records = before + script_records(script, *arguments)
         patience, stall = (None, STALL_PATIENCE) if source or data else (CALL_PATIENCE, None)
@@ -4180,10 +4159,9 @@ class Host:
     def attempt(self, work: Callable[[list[Session]], Made], deadline: Deadline,
                 cancel: Cancel | None, repeat: Callable[[ConnectionLost], bool], count: int = 1,
                 bulk: bool = False) -> Made:
-        """What ``work`` makes of a list of sessions: of ``count``, or one where each has a
-        connection of its own; ``bulk`` gets such a one. What it leaves in the list is given back.
-        It is tried again after a handshake that was dropped, a login that needs a person (over a
-        master, then), and, where it may ``repeat``, a lost line, or one for want of a process."""
+        """What ``work`` returns for a list of sessions, as open_all() opens them. What it leaves in
+        the list is closed. It is tried again after a dropped handshake, a login that needs a person
+        (over a master, then), and, where it may ``repeat``, a lost connection or a full host."""
         first: HostError | None = None
         for number in range(10):
             sessions = self.open_all(count, deadline, cancel, bulk)
@@ -4209,17 +4187,17 @@ class Host:
                 again = number < 2 and nap(0.2 * 2 ** number, deadline, cancel)
             if not again:
                 break
-        raise first or AssertionError()  # a line that was lost once may have done its work
+        raise first or AssertionError()  # the first lost connection may have done its work
 
-    # -- sessions opened ahead: they wait in the shell's read for their header --
+    # -- sessions opened ahead: the shell reads, and waits for a header --
 
     def open(self, deadline: Deadline, cancel: Cancel | None = None) -> Session:
-        """A session that runs BOOT: one that waits ready, else a new one. done() gives it back."""
+        """A session that runs BOOT: one opened ahead, else a new one. done() closes it."""
         return self.open_all(1, deadline, cancel)[0]
 
     def open_all(self, count: int, deadline: Deadline, cancel: Cancel | None = None,
                  bulk: bool = False) -> list[Session]:
-        """So many, all or none; where each has a connection of its own, one. For ``bulk`` it has,
+        """So many, all or none; one where each has a connection of its own, as for ``bulk``,
         unless logging in needs a person."""
         if bulk and not self.masters.needs_person():
             return [self.masters.open_direct(BOOT, deadline, cancel)]
@@ -4234,7 +4212,7 @@ class Host:
                     session.close()
         try:
             if len(found) < count:
-                for session in found:  # not to hold one while waiting for another
+                for session in found:  # whoever holds one must not wait for another
                     session.close()
                 found = self.masters.open(BOOT, deadline, cancel, count)
             found[0].counted = True
@@ -4262,8 +4240,7 @@ class Host:
                     self._keeper = None
 
     def _keep(self) -> None:
-        """After work, not during it, open sessions ahead; give them up when nobody has used any for
-        WARM_IDLE seconds."""
+        """Open sessions ahead between operations; close them after WARM_IDLE seconds unused."""
         while True:
             used = self._wake.wait(WARM_IDLE)
             time.sleep(KEEPER_PAUSE)
@@ -4287,8 +4264,7 @@ class Host:
                 pass  # the next operation meets the same failure, and reports it
 
     def close(self) -> None:
-        """Give up the sessions that wait ready, until the next operation. Masters end by themselves
-        when idle."""
+        """Close the sessions opened ahead, until the next operation. Masters end when idle."""
         self._resting = True
         self._give_up()
 
@@ -4300,8 +4276,8 @@ class Host:
 
     def begin(self, exchange: Exchange, cancel: Cancel | None,
               deadline: Deadline | None = None) -> None:
-        """See an operation begin, on a connection that may still have to be made; or the deadline
-        pass. Raises HostError; WorkspaceMissing where its directory is not there."""
+        """Wait until an operation has begun, or the deadline has passed. Raises HostError;
+        WorkspaceMissing where its directory is missing."""
         deadline = deadline or Deadline(None)
         direct = isinstance(exchange.session, DirectSession)
         patience = Deadline(deadline.capped(START_PATIENCE + (CONNECT_PATIENCE if direct else 0)))
@@ -4315,8 +4291,8 @@ class Host:
             raise WorkspaceMissing(f"The directory is not on {self.name} (any more).")
 
     def _see_our_shell(self, cancel: Cancel | None) -> None:
-        """Raise RemoteShellFailed where a shell that is not ours reads our stdin to its end: it
-        ends another session, whose stdin is closed. One that is slow is silent there, too."""
+        """Raise RemoteShellFailed where a foreign shell reads our stdin: given another session with
+        a closed stdin, it ends, while a slow shell is silent again."""
         session = None
         try:
             session = self.masters.open(BOOT, Deadline(1), cancel)[0]
@@ -4332,17 +4308,15 @@ class Host:
                 session.close()
 
     def _silent(self, exchange: Exchange) -> HostError:
-        """The error for a host that took the session, perhaps what was sent, and said nothing."""
         self.abandon(exchange.session)
         kind, more = (HostSilent, " The command may still run there.") if exchange.sent else (
             ConnectionFailed, "")
-        return kind(
-            f"{self.name} accepted the session, but no shell answered in {START_PATIENCE:.0f} "
-            "seconds.",
-            "Look at its login shell's start-up files." + more, self.name)
+        return kind(f"{self.name} accepted the session, but no shell answered in "
+                    f"{START_PATIENCE:.0f} seconds.",
+                    "Look at its login shell's start-up files." + more, self.name)
 
     def abandon(self, session: Session) -> None:
-        """Its master may hang, and what waits ready on it: neither is asked again."""
+        """Its master may hang: it is not used again, nor are sessions opened ahead."""
         if session.master:
             self.masters.abandon(session.master)
             self.close()
@@ -4356,13 +4330,12 @@ class Host:
         what these raise (KeyboardInterrupt, too) the process tree on the host is ended first.
         """
         records = record("_cmux_directory", directory) + records
-        command = CommandRun(self, records, stdout, stderr, source)
-        return command.go(deadline or Deadline(None), cancel)
+        return CommandRun(self, records, stdout, stderr, source).go(
+            deadline or Deadline(None), cancel)
 
 
 class Incoming:
-    """The stdout of one of our scripts, read as it comes, on a session for bulk. take()
-    gives some bytes, and b"" once the script has ended; nothing is held but what was not taken."""
+    """The stdout of one of our scripts, piece by piece, on a session for bulk."""
 
     def __init__(self, host: Host, cancel: Cancel | None, script: str, *arguments: str) -> None:
         self.cancel, self.host = cancel, host
@@ -4373,28 +4346,29 @@ class Incoming:
             records = script_records(script, *arguments)
             self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err)
             host.begin(self.exchange, cancel)
-            sessions.clear()  # close() gives it back
+            sessions.clear()  # close() closes it
         host.attempt(work, Deadline(SLOT_PATIENCE), cancel, lambda lost: True, bulk=True)
 
     def take(self) -> bytes:
+        """Some bytes; b"" once the script has ended."""
         if not self.waiting:
             self.exchange.run(Deadline(None), self.cancel, stall=CALL_PATIENCE,
                               until=lambda: bool(self.waiting) or self.exchange.ended)
         return self.waiting.pop(0) if self.waiting else b""
 
     def reply(self) -> Reply:
-        """The end: the status, and what came on stderr."""
+        """The status and stderr, at the end."""
         while self.take():
             pass
-        status, words = self.exchange.out.status or 0, self.err.value()
-        return Reply(status=status, stdout=b"", stderr=words, trip=0.0)
+        return Reply(status=self.exchange.out.status or 0, stdout=b"", stderr=self.err.value(),
+                     trip=0.0)
 
     def close(self) -> None:
         self.host.done(self.exchange.session)
 
 
 class CommandRun:
-    """One user command: the session that carries it, and the guard that watches over it."""
+    """One user command, and the guard that watches over it where stdin streams."""
 
     def __init__(self, host: Host, records: bytes, stdout: Callable[[bytes], Any],
                  stderr: Callable[[bytes], Any], source: Source | None) -> None:
@@ -4406,8 +4380,8 @@ class CommandRun:
         self.verdict = Capture(100)      # of the guard
 
     def go(self, deadline: Deadline, cancel: Cancel | None) -> Outcome:
-        """From the start to the end. Until the header is written whole nothing can have begun: a
-        session that is lost before is replaced."""
+        """Run it to its end. A session that is lost before the header is written whole is replaced:
+        nothing can have begun."""
         def repeat(lost: ConnectionLost) -> bool:
             return not lost.begun and not (self.source and self.source.total)
 
@@ -4421,7 +4395,7 @@ class CommandRun:
                 reason = "cancel"
             except (CmuxError, KeyboardInterrupt) as error:
                 if not isinstance(error, (HostError, WorkspaceMissing)):
-                    self._stop(discard=True)  # a sink, the source: nothing may go on unseen
+                    self._stop(discard=True)  # a sink or the source failed
                 raise
             return Outcome(status=None, stopped=self._stop(), reason=reason)
         try:
@@ -4442,8 +4416,8 @@ class CommandRun:
 
     def _begin(self, sessions: list[Session], deadline: Deadline,
                cancel: Cancel | None) -> Exchange:
-        """See the command begin, and, for a streaming stdin, the guard before it. Each with a
-        connection of its own holds a handshake until it has begun: then the other is opened."""
+        """Begin the command, and before it, for a streaming stdin, the guard. Each connection of
+        its own holds a handshake until it has begun: only then is the other opened."""
         if self.source:
             self.guard = Exchange(sessions[-1], script_records(GUARD), self.verdict, len,
                                   run_id=self.run_id)
@@ -4461,14 +4435,15 @@ class CommandRun:
     def _tell_guard(self, line: str) -> None:
         if self.guard:
             self.guard.outgoing = memoryview(b"%s\n" % line.encode())
-            self.guard.run(Deadline(CONTROL_PATIENCE), until=self.guard.written)
+            guard = self.guard
+            guard.run(Deadline(CONTROL_PATIENCE), until=lambda: not guard.outgoing)
 
     # -- stopping --
 
     def _stop(self, discard: bool = False) -> str:
-        """End the tree on the host: confirmed, requested (asked, not seen to end), unknown."""
+        """End the tree on the host: confirmed, requested (not seen to end), or unknown."""
         exchange, asked = self.exchange, self.guard or self.exchange
-        if not exchange or not asked or not (exchange.begun or not exchange.outgoing):
+        if not exchange or not asked or exchange.outgoing and not exchange.begun:
             return "confirmed"  # the header was never complete: nothing can have begun
         if discard:
             exchange.source, exchange.out.sink, exchange.err.sink = None, len, len
@@ -4489,7 +4464,7 @@ class CommandRun:
         return self._stop_again(exchange.out.pid or "-")
 
     def _stop_again(self, pid: str) -> str:
-        """Over a second session, which looks again and says what it sees."""
+        """End the tree over another session, and report what that sees."""
         try:
             reply, session = Capture(100), self.host.open(Deadline(STOP_PATIENCE))
             try:
@@ -8259,10 +8234,9 @@ def read_some(fd: int) -> bytes:
 def read_lines(fd: int, limit: int, cancel: Cancel | None = None) -> Iterator[bytes]:
     """Lines of a descriptor, until its end or ``cancel``; of one longer than ``limit`` only the
     beginning is kept."""
-    watched = [(thing, select.POLLIN) for thing in (fd, cancel) if thing is not None]
     held = bytearray()
     while True:
-        poll_once(None, *watched)
+        poll_once(None, cancel, fd)
         data = read_some(fd) if not (cancel and cancel.is_set) else b""
         if not data:
             break
@@ -9852,7 +9826,7 @@ def open_stdin() -> Source | None:
             return None
     except OSError:
         return None
-    events = poll_once(0, (0, select.POLLIN))
+    events = poll_once(0, 0)
     return None if events and not events[0] & select.POLLIN else Source(0)
 
 
