@@ -2709,13 +2709,13 @@ def check_secret(name: str, value: bytes) -> None:
 # and 8 handshakes a host at once, counted across all processes of this user; a host that is
 # down is asked by one process at a time, ever more rarely; every wait has an end.
 
-# First value wins in ssh: these beat any config. What each stops was seen live on a real sshd.
+# ssh takes the first value it finds: these beat any config. What each stops was seen on a real
+# sshd. (-S is a socket of ours or none: the user's own master is never used.)
 FORCED = (
-    "BatchMode=yes",                         # never a prompt (and -S ours or none: never the
-                                             # user's own master, whatever ControlMaster says)
+    "BatchMode=yes",                         # never a prompt
     "ClearAllForwardings=yes",               # local, remote, dynamic forwards, and tunnels
     "PermitLocalCommand=no", "RemoteCommand=none",
-    "SetEnv=CMUX_SSH=1",                     # replaces the config's list; it can't be emptied
+    "SetEnv=CMUX_SSH=1",                     # replaces the config's list, which can't be emptied
     "AddKeysToAgent=no", "UpdateHostKeys=no",
     "Compression=no",                        # decompression before any limit of ours
     "LogLevel=ERROR",                        # QUIET hides a failed host key check
@@ -2724,20 +2724,20 @@ FORCED = (
 # Only where `ssh -G` prints the key (OpenSSH 8.7; a build with GSSAPI): unknown ones are fatal,
 # and IgnoreUnknown on the command line would replace the user's own.
 FORCED_IF_KNOWN = (
-    ("stdinnull", "StdinNull=no"),           # would eat our stdin in silence
-    ("sessiontype", "SessionType=default"),  # none: hangs for ever
+    ("stdinnull", "StdinNull=no"),           # yes: our stdin is dropped
+    ("sessiontype", "SessionType=default"),  # none: it hangs for ever
     ("forkafterauthentication", "ForkAfterAuthentication=no"),
     ("gssapidelegatecredentials", "GSSAPIDelegateCredentials=no"),
     ("channeltimeout", "ChannelTimeout=none"),  # the client's own
     ("logverbose", "LogVerbose=kex.c:kex_exchange_identification():*"),  # for read_log
 )
-# `-o SendEnv=-*` does not undo a config's SendEnv, so what its patterns match leaves the
-# environment of ssh. Where the pattern is *, these stay: ssh and its ProxyCommand need them.
+# `-o SendEnv=-*` does not undo a config's SendEnv, so what its patterns match is removed from the
+# environment of ssh, except these: ssh and its ProxyCommand need them.
 NEEDED_ENV = set("PATH HOME USER LOGNAME SHELL SSH_AUTH_SOCK DISPLAY TMPDIR XDG_RUNTIME_DIR"
                  .split())
 
-# What ssh says in its own log (-E: the host cannot write there), and what it means.
-# The order matters: the first pattern found decides.
+# What ssh writes into its own log (-E: the host cannot), and what it means. The first pattern that
+# is found decides.
 FAILURES: tuple[tuple[str, type[HostError], str, str], ...] = (
     (r"REMOTE HOST IDENTIFICATION HAS CHANGED", HostKeyFailed,
      "The key of {host} has changed: somebody may be listening in, or the machine was made anew.",
@@ -2775,9 +2775,9 @@ FAILURES: tuple[tuple[str, type[HostError], str, str], ...] = (
 )
 
 
-# LogVerbose makes ssh log, as debug1, what a server says before its keys are known; of that we look
-# for two things. The words with which OpenSSH 9.8 and later turn an address away, and servers that
-# end the whole connection when sessions come and go at once (Dropbear's issues 173, 321).
+# LogVerbose makes ssh log, as debug1, what a server says before its keys are known. We look for the
+# words with which OpenSSH 9.8 and later turn an address away, and for servers that end the whole
+# connection when sessions come and go at once (Dropbear's issues 173, 321).
 HEARD = re.compile(rb"debug1: \S*kex_exchange_identification(?:\(\):\d+ \([^()]*\))?: (.*)")
 TURNED_AWAY = re.compile(rb"banner line \d+: Not allowed at this time\Z")
 DISCONNECT = b"Received disconnect from "
@@ -2787,11 +2787,10 @@ BREAKS_WHEN_SHARED = re.compile(rb"remote software version dropbear_20(22\.8[23]
 
 
 class SSHConfig(Value):
-    """What `ssh -G HOST` says: ``values`` by lower-case key, and the ssh argv to start."""
+    """What `ssh -G HOST` prints: ``values`` by lower-case key; and the ``command`` that is ssh."""
     host: str
     command: list[str]
     values: dict[str, list[str]]
-    text: bytes
 
     def first(self, key: str) -> str:
         return self.values.get(key, [""])[0]
@@ -2809,40 +2808,36 @@ def ssh_command() -> list[str]:
             raise UsageError(f"CMUX_SSH_COMMAND cannot be split into words: {error}.")
     if re.search(r"(?i)stricthostkeychecking[\s=]*(no|off|false)\b", text):
         raise UsageError("CMUX_SSH_COMMAND switches host key checking off.",
-                         "Leave that out; for a throwaway host say it in its entry of the ssh "
-                         "config, where it becomes accept-new.")
+                         "Leave that out. For a throwaway host put it into the ssh config, where "
+                         "it becomes accept-new.")
     return [find_program(words[0])] + words[1:]
 
 
 def read_ssh_config(host: str, command: str = "") -> SSHConfig:
-    """Ask ssh how it would reach ``host``. Starts no connection. Raises HostError.
+    """Ask ssh how it would reach ``host``, without connecting. Raises HostError. Added is what
+    holds only for a connection that carries ``command`` (OpenSSH 10: Match sessiontype, command).
 
-    -N, or a config with ForkAfterAuthentication makes ssh die for want of a command. What holds
-    only for a connection that carries ``command`` (OpenSSH 10 has Match sessiontype and Match
-    command) is added."""
-    program = ssh_command()
-    values: dict[str, list[str]] = {}
-    text = show_config(program + ["-G", "-N", "--", host], host, values)
-    config = SSHConfig(host=host, command=program, values=values, text=text)
+    -N: else a config with ForkAfterAuthentication makes ssh die for want of a command."""
+    config = SSHConfig(host=host, command=ssh_command(), values={})
+    add_config(config, config.command + ["-G", "-N", "--", host])
     if command:
-        show_config(ssh_argv(config, "-G") + ["--", host, command], host, values)
+        add_config(config, ssh_argv(config, "-G") + ["--", host, command])
     return config
 
 
-def show_config(argv: list[str], host: str, values: dict[str, list[str]]) -> bytes:
+def add_config(config: SSHConfig, argv: list[str]) -> None:
     status, out, err = run(argv, patience=CONNECT_TIMEOUT)
     if status != 0:
-        raise classify(err, host)
+        raise classify(err, config.host)
     for line in as_text(out).splitlines():
         key, _, value = line.partition(" ")
-        values.setdefault(key.lower(), []).append(value)
-    return out
+        config.values.setdefault(key.lower(), []).append(value)
 
 
 def ssh_argv(config: SSHConfig, *options: str) -> list[str]:
-    """The argv of an ssh of ours up to the host: the forced options stand directly behind the
-    program, since the first value wins, also against options in $CMUX_SSH_COMMAND. (A wrapper,
-    such as sshpass, gets them at its end.)"""
+    """The argv of an ssh of ours up to the host. The forced options stand directly behind the
+    program, before those in $CMUX_SSH_COMMAND: the first value wins. (A wrapper, such as sshpass,
+    gets them at its end.)"""
     wanted = list(FORCED) + [option for key, option in FORCED_IF_KNOWN if key in config.values]
     if {"no", "off", "false"} & set(config.values.get("stricthostkeychecking", ())):
         wanted.append("StrictHostKeyChecking=accept-new")  # a changed key is then refused
@@ -2856,24 +2851,20 @@ def ssh_argv(config: SSHConfig, *options: str) -> list[str]:
     return [program] + (forced + words if plain else words + forced)
 
 
-def sent_patterns(config: SSHConfig) -> list[re.Pattern[str]]:
-    import fnmatch
-    words = [word for value in config.values.get("sendenv", []) for word in value.split()]
-    return [re.compile(fnmatch.translate(w.replace("[", "[[]"))) for w in words if w[:1] != "-"]
-
-
 def scrubbed_environment(config: SSHConfig, needed: Container[str] = NEEDED_ENV) -> dict[str, str]:
-    """Our environment without what the config's SendEnv would send along, but for what a master
-    needs: it opens no session, and so sends nothing."""
-    tests = sent_patterns(config)
+    """Our environment without what the config's SendEnv would send, but with what is ``needed`` (by
+    a master: it opens no session, and so sends nothing)."""
+    import fnmatch
+    patterns = [fnmatch.translate(word.replace("[", "[[]")) for word
+                in " ".join(config.values.get("sendenv", ())).split() if word[0] != "-"]
     return {name: value for name, value in os.environ.items()
-            if name in needed or not any(test.match(name) for test in tests)}
+            if name in needed or not any(re.match(pattern, name) for pattern in patterns)}
 
 
 def session_environment(config: SSHConfig) -> tuple[dict[str, str], list[str]]:
-    """The environment of an ssh that opens a session itself, and the options that it needs for want
-    of the rest. What the config names (a proxy, ${HOME}, Match exec) is found by two names: under
-    a SendEnv * these go along."""
+    """The environment of an ssh that opens a session itself, and the options that replace the rest.
+    PATH and HOME stay, and so are sent under a SendEnv *: what the config names (a proxy, ${HOME},
+    Match exec) needs them."""
     environment = scrubbed_environment(config, ("PATH", "HOME"))
     agent = os.environ.get("SSH_AUTH_SOCK")
     lacks = agent and "SSH_AUTH_SOCK" not in environment and not config.first("identityagent")
@@ -2881,7 +2872,7 @@ def session_environment(config: SSHConfig) -> tuple[dict[str, str], list[str]]:
 
 
 def classify(log: bytes, host: str, config: SSHConfig | None = None) -> HostError:
-    """The error that ssh's own words stand for. The words are neutralised and shortened."""
+    """The error that ssh's own words mean."""
     text = log[-LOG_MAX:].decode("utf-8", "replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = show(lines[-1], 200) if lines else "ssh gave no reason"
@@ -2896,13 +2887,13 @@ def classify(log: bytes, host: str, config: SSHConfig | None = None) -> HostErro
 
 
 def look_into(host: str) -> str:
-    """What to run where the cause is not plain. (doctor itself says something else instead.)"""
+    """What to run where the cause is unclear. (doctor replaces it.)"""
     return f"`{PROGRAM} doctor {quote(host)}`"
 
 
 def forget_key(config: SSHConfig, words: str) -> str:
-    """The command that forgets a changed key. ssh's words hold one, too, but a server can add lines
-    to them: they only choose among the files of `ssh -G`."""
+    """The command that forgets a changed key. ssh's words hold one, too, but a server can add to
+    them: they only choose among the files of `ssh -G`."""
     port, name = config.first("port"), config.first("hostkeyalias")
     if not name:
         name = config.first("hostname")
@@ -2915,8 +2906,8 @@ def forget_key(config: SSHConfig, words: str) -> str:
 
 
 def log_head(path: str) -> bytes:
-    """The beginning of a log of ssh's: a server that asks for channels again and again makes it as
-    long as it likes."""
+    """The beginning of a log of ssh: a server that asks for channels makes it as long as it likes.
+    """
     try:
         with open(path, "rb") as stream:
             return stream.read(LOG_MAX * 4)
@@ -2925,9 +2916,8 @@ def log_head(path: str) -> bytes:
 
 
 def read_log(log: bytes) -> tuple[bytes, list[bytes]]:
-    """(ssh's own words in its log, what the server said of itself). Only the former may be
-    believed: the server can say "Host key verification failed" too, also in its reason for a
-    disconnect, ssh's last words."""
+    """(ssh's own words in its log, the server's). Only the former may be believed: a server can say
+    "Host key verification failed", too, also as its reason for a disconnect, which comes last."""
     own: list[bytes] = []
     words, away, reason = log.replace(b"\r\n", b"\n").partition(DISCONNECT)
     heard = [away + reason] if away else []
@@ -2950,7 +2940,7 @@ def failure_in(words: bytes, heard: list[bytes], config: SSHConfig) -> HostError
         return ConnectionFailed(f"{host} ended the connection: {show(reason, 200)}.",
                                 f"Look closer: {look_into(host)}.", host)
     elif silent and proxy_of(config):
-        words = b"banner exchange"  # it ended before ssh spoke to it, which ssh keeps to itself
+        words = b"banner exchange"  # it ended before that, which ssh does not log
     error = classify(words, host, config)
     if isinstance(error, ConnectionDropped) and any(map(TURNED_AWAY.match, heard)):
         return TurnedAway(
@@ -2961,14 +2951,13 @@ def failure_in(words: bytes, heard: list[bytes], config: SSHConfig) -> HostError
 
 
 def proxy_of(config: SSHConfig) -> str:
-    """Which of the two the config has, or neither."""
-    found = (key for key in ("ProxyCommand", "ProxyJump")
-             if config.first(key.lower()) not in ("", "none"))
-    return next(found, "")
+    """ProxyCommand, ProxyJump, or none ("")."""
+    return next((key for key in ("ProxyCommand", "ProxyJump")
+                 if config.first(key.lower()) not in ("", "none")), "")
 
 
 def proxy_failure(config: SSHConfig, said: bytes) -> HostError | None:
-    """What a ProxyCommand's (or ProxyJump's) last words stand for; None without any."""
+    """The error that the last line of a proxy's stderr means; None without one."""
     way, host = proxy_of(config), config.host
     last = neutralise(said).strip().split("\n")[-1][:300].rstrip(".")
     if not way or not last:
@@ -2981,7 +2970,7 @@ def proxy_failure(config: SSHConfig, said: bytes) -> HostError | None:
 
 
 # The control protocol, OpenSSH's PROTOCOL.mux version 4: packets of a 32-bit length and a body;
-# strings carry their own 32-bit length. What we send and what we read, all of it:
+# strings carry their own 32-bit length. All that we send and read:
 MUX_HELLO, MUX_NEW_SESSION, MUX_TERMINATE = 0x00000001, 0x10000002, 0x10000005
 MUX_DENIED, MUX_FAILURE, MUX_EXIT, MUX_OPENED = 0x80000002, 0x80000003, 0x80000004, 0x80000006
 MUX_NO_ESCAPE = 0xffffffff
@@ -3004,7 +2993,6 @@ def mux_numbers(packet: bytes) -> list[int]:
 
 
 def connect(path: str) -> socket.socket:
-    """A connection to a control socket."""
     import socket
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(CONTROL_PATIENCE)
@@ -3017,7 +3005,6 @@ def connect(path: str) -> socket.socket:
 
 
 def end_master(path: str) -> None:
-    """Ask a master to end."""
     with contextlib.suppress(OSError), connect(path) as control:
         control.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(MUX_TERMINATE, 0))
         while control.recv(4096):
@@ -3025,17 +3012,14 @@ def end_master(path: str) -> None:
 
 
 class Session:
-    """One command on the host: our ends of its stdin, stdout and stderr, non-blocking.
-
-    ``control`` is the descriptor that reports the session's end: the control connection, or
-    -1 when a process of its own carries the session.
-    """
+    """One command on the host: our ends of its stdin, stdout and stderr, non-blocking. ``control``
+    reports the session's end: the control connection, or -1 where an ssh of its own carries it."""
 
     maybe = ""               # what else may have ended it
 
     def __init__(self, host: str) -> None:
         self.host = host
-        self.master: Master | None = None  # the one that carries it, if any
+        self.master: Master | None = None
         self.stdin = self.stdout = self.stderr = self.control = -1
         self.counted = False     # among the operations of its Host that run
 
@@ -3053,14 +3037,14 @@ class Session:
         drop(self.stdin, self.stdout, self.stderr)
         self.stdin = self.stdout = self.stderr = -1
 
-    _forked = close = close_pipes  # in a child: let go of it, without a word to the other side
+    _forked = close = close_pipes  # a child of ours closes its copies, and sends nothing
 
     def control_event(self) -> bool:
-        """Read what the control connection has; False when the session is over."""
+        """Read from the control connection; False when the session is over."""
         return True
 
     def alive(self) -> bool:
-        """Whether a session that waits ready still can take its header."""
+        """Whether a session opened ahead can still take a header."""
         return not poll_once(0, self.control)
 
     def over(self) -> bool:
@@ -3068,7 +3052,7 @@ class Session:
         return False
 
     def begun(self) -> None:
-        """The host has answered: authentication is behind us."""
+        """Note that the host has answered, and so has authenticated us."""
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
         """Why the session ended without its end mark. What was ``sent`` whole may have begun."""
@@ -3079,7 +3063,7 @@ class Session:
         return ConnectionLost(what, hint, self.host, sent)
 
     def full(self) -> HostFull:
-        """The wrapper gave up by itself after its start mark: only a fork that fails makes it."""
+        """The wrapper gave up after its start mark: only a fork that fails makes it."""
         return HostFull(f"{self.host} could not start a process for this; it may have too many of "
                         "this account.", "End some, or run fewer at once (-j).", self.host, False)
 
@@ -3090,7 +3074,7 @@ class MuxSession(Session):
     def __init__(self, masters: Masters, slot: Slot, command: str) -> None:
         super().__init__(masters.host)
         self._masters, self._slot, self.master = masters, slot, slot.master
-        self._status, self._buffer = -1, b""  # of the command, once the master has reported its end
+        self._status, self._buffer = -1, b""  # the command's status, once the master reports it
         self._socket = connect(slot.master.path)
         self.control = self._socket.fileno()
         try:
@@ -3100,7 +3084,7 @@ class MuxSession(Session):
             raise
 
     def _open(self, command: str) -> None:
-        """Pipeline hello, the request and three descriptors; read until opened or refused."""
+        """Send hello, the request and three descriptors at once; then read the answers."""
         import socket
         fds: list[int] = []
         try:
@@ -3122,7 +3106,6 @@ class MuxSession(Session):
         self._socket.setblocking(False)
 
     def _packet(self) -> bytes:
-        """One packet, blocking, within CONTROL_PATIENCE of silence."""
         while True:
             packet = self._next()
             if packet is not None:
@@ -3155,7 +3138,7 @@ class MuxSession(Session):
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
         while self._status < 0 and poll_once(1, self.control) and self.control_event():
-            pass  # the end of the streams may come before the word of the command's end
+            pass  # the streams may end before the status comes
         if self._status >= 0 and not begun:
             return RemoteShellFailed(self.host)
         if self._status in FORK_FAILED:
@@ -3174,8 +3157,8 @@ class MuxSession(Session):
         return super().failure(begun, sent)
 
     def close(self) -> None:
-        """Give the session up. Its slot is free at once: sshd, which ends it a moment later, takes
-        two more than there are slots; and what it refuses has not begun, and is tried again."""
+        """Its slot is free at once, though sshd ends it a moment later: sshd takes two more than
+        there are slots, and what it refuses has not begun, and is tried again."""
         if self.control >= 0:
             self._forked()
             self._masters.free([self._slot])
@@ -3187,12 +3170,12 @@ class MuxSession(Session):
 
 
 def plain_ssh() -> str:
-    """The ssh that we would run, for a line to paste."""
+    """Our ssh, for a line to paste."""
     return os.environ.get("CMUX_SSH_COMMAND", "").strip() or "ssh"
 
 
 class RemoteShellFailed(ConnectionFailed):
-    """The session ended before our script began: sh failed, or another shell runs instead."""
+    """The session ended before our script began: sh failed, or another shell runs."""
 
     def __init__(self, host: str) -> None:
         super().__init__(
@@ -3202,15 +3185,15 @@ class RemoteShellFailed(ConnectionFailed):
 
 
 class DirectSession(Session):
-    """A session carried by an ssh process of its own: for bulk, or without multiplexing. ``turn``
-    is held until the handshake is over."""
+    """A session on an ssh of its own, for bulk or without multiplexing. ``turn`` is held until the
+    handshake is over."""
 
     maybe = " (If it was silent: did a ChannelTimeout of the host's sshd end it?)"
 
     def __init__(self, masters: Masters, config: SSHConfig, turn: Lock, command: str) -> None:
         super().__init__(masters.host)
         self._masters, self._config, self._turn = masters, config, turn
-        self._log = turn.path + ".log"  # whoever holds it next clears it
+        self._log = turn.path + ".log"
         remove_file(self._log)
         environment, agent = session_environment(config)
         argv = ssh_argv(config, "-S", "none", "-E", self._log, *agent)
@@ -3231,9 +3214,8 @@ class DirectSession(Session):
             self._masters.report(None)
 
     def _let_go(self) -> None:
-        """The handshake is over."""
         if self._turn.fd >= 0:
-            remove_file(self._log)  # the next handshake with this slot writes its own
+            remove_file(self._log)  # the next that holds the turn writes its own
             self._turn.free()
 
     def over(self) -> bool:
@@ -3246,7 +3228,7 @@ class DirectSession(Session):
             return self.full()
         if silent and shaking and not begun and status is not None and 0 <= status < 255:
             return RemoteShellFailed(self.host)
-        # What ends it after the login, ssh often writes to stderr alone: login noise. It never
+        # ssh often writes what ends it after the login to stderr alone, among login noise. It never
         # reports a proxy's early end.
         lost = AFTER_LOGIN.search(words) or silent and (heard or not proxy_of(self._config))
         if begun or not shaking or lost:
@@ -3262,12 +3244,12 @@ class DirectSession(Session):
 
 
 def is_master(name: str) -> bool:
-    """Whether a file is a control socket."""
+    """Whether a file is a control socket, by its name."""
     return name[:2] == "m." and len(name) == 10
 
 
 class Slot(Lock):
-    """The place of one session on a master: all processes of this user count."""
+    """The place of one session on a master, among all processes of this user."""
 
     def __init__(self, master: Master, number: int) -> None:
         super().__init__(f"{master.path}.{number}")
@@ -3280,25 +3262,26 @@ class Master:
     def __init__(self, path: str) -> None:
         self.path = path                # of its control socket
         self.slots = [Slot(self, number) for number in range(SESSIONS_PER_MASTER)]
-        self.until = self.pause = 0.0   # it refused a session, and is not asked until then
-        self.heard = 0                  # how long its log was
+        self.until = self.pause = 0.0   # it refused a session, and rests until then, so long
+        self.heard = 0                  # the size of its log
 
 
 class Masters:
-    """The connections to one host, shared by all processes of this user through a private
-    directory, named by a hash of the alias and of `ssh -G` (%C collides between aliases):
+    """The connections to one host, shared by all processes of this user through a private directory
+    that is named by a hash of the alias and of `ssh -G` (%C collides between aliases):
 
     m.NAME        a master's control socket; m.NAME.log: what its ssh says
     m.NAME.N      locked while session N of that master is open
     handshake.N   locked while a connection is being made
     probe         locked by who connects while no master lives
-    down.json     how often in a row connecting has failed, and why; as old as the last time
+    down.json     how often in a row connecting has failed, and why
 
-    Others are as old as what was seen last: dropped, a handshake that the server dropped; person, a
-    connection of its own that could not log in without one; single, a new master's session refused.
+    The age of others says when something was last seen: dropped, a handshake that the server
+    dropped; person, a direct connection that could not log in without one; single, a new master's
+    first session refused.
 
     The name of a socket is random and never used again. So one that refuses, hangs or hangs up is
-    removed at once: sessions on its master go on, and nobody else runs into it.
+    removed at once: sessions on its master go on, and nobody else uses it.
     """
 
     tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait
@@ -3309,13 +3292,12 @@ class Masters:
         import hashlib
         import threading
         self.config, self.host, self.interactive = config, config.host, interactive
-        words = os.fsencode("\0".join([config.host, *config.command]))
-        self.folder = socket_folder(hashlib.sha256(words + b"\0" + config.text).hexdigest()[:16])
+        self.folder = socket_folder(hashlib.sha256(repr(config).encode()).hexdigest()[:16])
         self._shaking = Waiters()              # for a handshake
         self._mutex = threading.Lock()
         self._known: dict[str, Master] = {}    # those that were seen last, by name
         self._freed = {1: Waiters(), 2: Waiters()}  # for one slot, for two at once
-        self._waiting = self._launching = 0    # slots that are waited for; masters
+        self._waiting = self._launching = 0    # slots waited for; masters being started
         self._spared = False                   # a master for sessions ahead was tried
         slow = config.first("connecttimeout") == "0"
         self.patience = CONNECT_PATIENCE_SLOW if slow else CONNECT_PATIENCE
@@ -3324,14 +3306,14 @@ class Masters:
         return f"{self.folder}/{name}"
 
     def ask_config(self, command: str) -> SSHConfig:
-        """What ssh would do now: Match exec may have changed its mind, and a person the file."""
+        """What ssh would do now: the file, or the result of a Match exec, may have changed."""
         self.config = read_ssh_config(self.host, command)
         return self.config
 
     # -- what was seen of the host --
 
     def _mark(self, name: str) -> None:
-        """Note for all processes, by a file's age, that something was seen now."""
+        """Note for all processes that something was seen now."""
         remove_file(self.path(name))
         with Lock(self.path(name)):
             pass
@@ -3344,8 +3326,7 @@ class Masters:
         return self._seen("single")
 
     def needs_person(self) -> bool:
-        """Whether a connection of its own cannot log in without a person: then a master serves
-        instead."""
+        """Whether only a master can log in: a direct connection needs a person."""
         return self._seen("person") and not self.single()
 
     def asks(self, error: BaseException) -> bool:
@@ -3354,7 +3335,7 @@ class Masters:
         return login and not self.single()
 
     def _failed(self) -> tuple[int, float]:
-        """How often in a row connecting has failed, and how many seconds ago it did last."""
+        """How often in a row connecting has failed, and seconds since the last time."""
         path = self.path("down.json")
         age = age_of(path)
         return (recall(path, DOWN).get("count", 0) if age >= 0 else 0), age
@@ -3373,7 +3354,7 @@ class Masters:
             raise self._shared_failure()
 
     def _shared_failure(self) -> HostError:
-        """The failure that another process had."""
+        """The last failure, of any process."""
         name, message, hint = recall(self.path("down.json"), DOWN).get("why") or (
             "", f"{self.host} could not be reached a moment ago.", "Try again.")
         kinds = (ConnectionDropped, TurnedAway, HostKeyFailed, AuthenticationFailed)
@@ -3383,8 +3364,8 @@ class Masters:
     # -- connections --
 
     def handshake(self, deadline: Deadline, cancel: Cancel | None = None) -> Lock:
-        """Leave to begin one handshake with this host: one of HANDSHAKES_AT_ONCE; of half as many
-        for a minute after one was dropped, at first of a quarter (Dropbear takes 5 at once)."""
+        """The right to one of HANDSHAKES_AT_ONCE handshakes with this host; of half as many for a
+        minute after one was dropped, at first of a quarter (Dropbear takes 5 at once)."""
         try:
             while True:
                 part = 4 if self._seen("dropped", 5) else 2 if self._seen("dropped", 60) else 1
@@ -3400,8 +3381,8 @@ class Masters:
 
     def again(self, error: HostError, attempt: int, deadline: Deadline,
               cancel: Cancel | None = None) -> bool:
-        """After a handshake that the server dropped, so that nothing ran there: wait, then True;
-        False when it is not worth another try."""
+        """After a handshake that the server dropped (so nothing ran): wait, then True; False when
+        another try is not worth it."""
         self._mark("dropped")
         tries = len(DROPPED_WAITS) if isinstance(error, TurnedAway) else DROPPED_TRIES
         if isinstance(error, ConnectionDropped) and attempt < tries:
@@ -3416,13 +3397,13 @@ class Masters:
 
     def open_direct(self, command: str, deadline: Deadline,
                     cancel: Cancel | None = None) -> DirectSession:
-        """A session on a connection of its own. The handshake is counted until it is over."""
+        """A session on a connection of its own."""
         self._wait_out(deadline, cancel)
         config = self.ask_config(command)
         return DirectSession(self, config, self.handshake(deadline, cancel), command)
 
     def report(self, error: HostError | None) -> None:
-        """How a connection of its own came about; None: well."""
+        """Note whether a direct connection could be made; None: it could."""
         if error is None:
             remove_file(self.path("down.json"))
         elif self.asks(error):
@@ -3434,9 +3415,8 @@ class Masters:
 
     def _launch(self, count: int, deadline: Deadline, cancel: Cancel | None, first: bool = False,
                 once: bool = False) -> list[Slot]:
-        """Start a master; all its slots, or ``count`` of those that live, if they are free by now.
-        For the ``first`` a person may be asked. A handshake that the server drops is tried again,
-        unless ``once``."""
+        """All slots of a new master, or ``count`` on others, if they are free by now. For the
+        ``first`` a person may be asked. A dropped handshake is tried again, unless ``once``."""
         reason: HostError | None = None
         for attempt in itertools.count(len(DROPPED_WAITS) if once else 0):
             with self.handshake(Deadline(self.patience), cancel):
@@ -3475,16 +3455,16 @@ class Masters:
         return slots
 
     def _ask_proxy(self) -> HostError | None:
-        """Why the ProxyCommand gives no connection, if it says so. (That of a master speaks to
-        /dev/null: ssh's doing.)"""
+        """Why the ProxyCommand gives no connection, if it says so. (Under a master ssh sends its
+        stderr to /dev/null.)"""
         if not proxy_of(self.config):
             return None
         _, words, said = look_closely(self, "exec sh -c :")
         return None if "Remote protocol version" in words else proxy_failure(self.config, said)
 
     def _start(self, path: str, cancel: Cancel | None, batch: bool) -> None:
-        """One `ssh -M -N`. It puts itself into the background once it is authenticated, and then
-        closes its stdout."""
+        """Start `ssh -M -N`, which closes its stdout once it is authenticated, and stays in the
+        background."""
         self._sweep()
         config, log = self.ask_config("exec sh -c :"), path + ".log"
         other = {"SessionType=default": "SessionType=none"}  # ssh dies of a contradiction to -N
@@ -3524,7 +3504,7 @@ class Masters:
 
     @staticmethod
     def _await_detach(process: Process, deadline: Deadline, cancel: Cancel | None) -> None:
-        """Until the stdout of a new master is closed; CmuxError when that takes too long."""
+        """Wait until a new master closes its stdout; CmuxError when that takes too long."""
         assert process.stdout
         with process.stdout as watch:
             fd = watch.fileno()
@@ -3536,7 +3516,7 @@ class Masters:
 
     def _sweep(self) -> None:
         """Remove what ended masters left, and the directories of hosts that nobody uses any more.
-        (What is in use all the same is made anew.)"""
+        (One in use all the same is made anew.)"""
         import shutil
         top = os.path.dirname(self.folder)
         with contextlib.suppress(OSError):
@@ -3551,7 +3531,7 @@ class Masters:
     # -- slots, a lock file each: all processes of this user count --
 
     def masters(self) -> list[Master]:
-        """Those whose control socket is there."""
+        """Those that have a control socket."""
         try:
             names = sorted(filter(is_master, os.listdir(self.folder)))
         except FileNotFoundError:  # a logout or a cleaner of /tmp has taken the directory
@@ -3560,13 +3540,13 @@ class Masters:
         return list(self._known.values())
 
     def abandon(self, master: Master) -> None:
-        """It hangs or has gone: nobody else shall run into it."""
+        """It hangs or has ended: nobody shall use it again."""
         remove_file(master.path)
         self._known = {}
 
     def _try_slots(self, count: int, first: int = 0) -> list[Slot]:
-        """So many free slots, or none; from number ``first`` on of each master. Those that are
-        known already come first: a look into the directory is dear."""
+        """So many free slots, or none, from number ``first`` on of each master. Known masters come
+        before a look into the directory, which costs more."""
         return self._hold(list(self._known.values()), count, first) or self._hold(
             self.masters(), count, first)
 
@@ -3580,12 +3560,11 @@ class Masters:
                         found.append(slot)
                         if len(found) == count:
                             return found
-        self.free(found, 0)  # those who wait for two would wake each other for ever
+        self.free(found, 0)  # who waits for two would wake others who do, for ever
         return []
 
     def free(self, slots: Sequence[Slot], wake: int = 1) -> None:
-        """Give these back, and have as many look for one, of those who want one and of those who
-        want two."""
+        """Free these, and wake as many of those who wait for one, and of those who wait for two."""
         for slot in slots:
             slot.free()
             slot.master.until = 0.0  # it may take another session now
@@ -3599,13 +3578,13 @@ class Masters:
 
     def open(self, command: str, deadline: Deadline, cancel: Cancel | None = None,
              count: int = 1) -> list[Session]:
-        """``count`` sessions for ``command``, all or none: who held one and waited for the next
-        could wait for ever. Where masters fail, one, on a connection of its own."""
+        """``count`` sessions for ``command``, all or none: who holds one and waits for another
+        could wait for ever. Where masters fail, one on a connection of its own."""
         while not self.single():
             slots = self._take_slots(count, deadline, cancel)
             if not slots:
                 break
-            new = len(slots) > count  # we started this master: nobody else has a session on it
+            new = len(slots) > count  # our own new master, with no session on it
             try:
                 return self._open_on(slots[:count], command)
             except SessionRefused:
@@ -3627,9 +3606,9 @@ class Masters:
             self.free(self._first_master(1, deadline, cancel))
 
     def open_ahead(self, command: str) -> Session | None:
-        """A session for later, only from the upper half of a master's slots: the lower half stays
-        for those who have work now. None if there is none to spare. Where other processes hold them
-        all, one more master is started, once: where it needs a person, each is a failed login."""
+        """A session for later, from the upper half of a master's slots: the lower half is for work
+        of now. None if there is none to spare. Where other processes hold them all, one more master
+        is started, only once: where logging in needs a person, each try is a failed login."""
         half = SESSIONS_PER_MASTER // 2
         if self.single():
             return None
@@ -3671,8 +3650,8 @@ class Masters:
             raise
 
     def _heed_log(self, master: Master) -> None:
-        """A server that asks for the agent or the screen is refused by ssh itself, which writes
-        that to its log: it is a security event. One that goes on would fill the disk."""
+        """Warn of a server that asks for the agent or the screen, which ssh refuses and logs. One
+        that goes on would fill the disk."""
         path, size = master.path + ".log", 0
         with contextlib.suppress(OSError):
             size = os.stat(path).st_size
@@ -3686,8 +3665,8 @@ class Masters:
                 self.alert(f"WARNING: {error} {error.hint}")
 
     def _take_slots(self, count: int, deadline: Deadline, cancel: Cancel | None) -> list[Slot]:
-        """So many free slots on live masters, or all of a new one: they are started as the demand
-        asks. None where the host turns out to take one session a connection."""
+        """So many free slots on live masters, or all of a new one, started as they are needed. None
+        where the host turns out to take one session a connection."""
         slots = self._try_slots(count)
         if slots:
             return slots
@@ -3697,7 +3676,7 @@ class Masters:
         try:
             while not self.single():
                 if not self.masters():
-                    self._wake(sys.maxsize)  # all wait for who tries, and share what comes of it
+                    self._wake(sys.maxsize)  # all wait for one who tries, and share the result
                     slots = self._first_master(count, deadline, cancel)
                 elif patience.over() and self._may_launch():
                     self._wake(1)  # another looks meanwhile
@@ -3716,17 +3695,17 @@ class Masters:
             freed.leave()
 
     def _may_launch(self) -> bool:
-        """Whether to start one more master: one for every eight slots that are waited for, one at
-        a time where the last could not be."""
+        """Whether to start one more master: one for every eight slots waited for, one at a time
+        after a failure."""
         with self._mutex:
             most = 1 if self._failed()[0] else -(-self._waiting // SESSIONS_PER_MASTER)
             wanted = min(most, MASTERS_PER_HOST - len(self.masters()))
-            may = self._launching < wanted and self._rest() <= 0  # nor where it was turned away
+            may = self._launching < wanted and self._rest() <= 0
             self._launching += may
             return may
 
     def _first_master(self, count: int, deadline: Deadline, cancel: Cancel | None) -> list[Slot]:
-        """Connect, if nobody else does: one prober at a time, the others share its result."""
+        """Connect, one process at a time: the others share its result."""
         before = self._failed()[0]
         lock = Lock(self.path("probe"), doing="connects to " + self.host)
         if not lock.wait(deadline, cancel):
@@ -3742,8 +3721,8 @@ class Masters:
             return self._launch(count, deadline, cancel, True, now > 0)
 
     def _one_more(self, count: int, cancel: Cancel | None) -> list[Slot]:
-        """Start one more master; that it cannot be is no failure, since others live, but no process
-        tries again at once."""
+        """Start one more master. Its failure is none of ours, since others live, but it keeps all
+        processes from trying again at once."""
         try:
             return self._launch(count, Deadline(0), cancel)
         except HostError:
@@ -3757,9 +3736,9 @@ class Masters:
     def on_terminal(self, command: str, deadline: Deadline) -> tuple[
             list[str], dict[str, str], Callable[[], None], Callable[[], None]]:
         """(the argv of an ssh that runs ``command`` on this terminal; its environment; what to call
-        when it has begun there; when it has ended). Escape characters are off: a pasted ~C would
-        open forwards."""
-        self.masters()  # ssh is not given a socket that has gone
+        when it has begun on the host; when it has ended). Escape characters are off: a pasted ~C
+        would open forwards."""
+        self.masters()  # not to give ssh a socket that is gone
         slots = [] if self.single() else self._take_slots(1, deadline, None)
         self.free(slots[1:])
         config = self.ask_config(command)
@@ -3776,7 +3755,7 @@ class Masters:
         return words + ["--", self.host, command], environment, begun, ended
 
     def count_sessions(self, command: str, most: int) -> int:
-        """How many more sessions a living master takes now, up to ``most``."""
+        """How many more sessions a live master takes now, up to ``most``."""
         opened: list[MuxSession] = []
         with contextlib.suppress(HostError, OSError, IndexError):
             while len(opened) < most:
@@ -3787,11 +3766,11 @@ class Masters:
 
 
 def look_closely(masters: Masters, command: str) -> tuple[int, str, bytes]:
-    """Run ``command`` over a connection of its own with ssh's debugging words: (status, those
-    words, what else was on stderr: a ProxyCommand's). For diagnosis; never asks, is tried once.
+    """Run ``command`` once on a connection of its own, for diagnosis: (status, ssh's debugging
+    words, what else was on stderr: a ProxyCommand's).
 
-    ssh sends a proxy that has closed its stdout a SIGHUP before that has written why: it is spared
-    that, and has a second."""
+    ssh sends a proxy that closes its stdout a SIGHUP before it can write why: it is ignored, for a
+    second."""
     import tempfile
     config, leave = masters.ask_config(command), masters.handshake(Deadline(masters.patience))
     with tempfile.NamedTemporaryFile(prefix="cmux-doctor-", dir=temporary_folder()) as log:
@@ -3809,8 +3788,7 @@ def look_closely(masters: Masters, command: str) -> tuple[int, str, bytes]:
 
 
 def end_masters() -> None:
-    """End every master of this state directory, and remove their sockets, which may lie
-    elsewhere."""
+    """End every master of this state directory, and remove the sockets."""
     import shutil
     top = socket_folder("")
     for folder, _, names in os.walk(top):
@@ -3820,14 +3798,14 @@ def end_masters() -> None:
 
 
 def literal(path: str) -> str:
-    """A path for -S, in which ssh expands what begins with %."""
+    """A path for -S, where % is special."""
     return path.replace("%", "%%")
 
 
 def socket_folder(name: str) -> str:
-    """The private directory for the control sockets of the host ``name`` (16 digits; "": of all):
-    below the state directory, or, where that path is too long for a socket, in the user's runtime
-    directory or /tmp."""
+    """The private directory for the sockets of a host, by the 16 digits of ``name`` ("": of all):
+    below the state directory or, where that is too long for a socket, the user's runtime directory
+    or /tmp."""
     home = state_home()
     folder = os.path.join(home, "m")
     if len(os.fsencode(folder)) + len("/0123456789abcdef/m.01234567") > SOCKET_PATH_MAX:
