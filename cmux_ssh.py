@@ -314,7 +314,7 @@ def as_called(hint: str) -> str:
 # Owns: results, deadlines, cancellation. May touch: the clock, one pipe per Cancel.
 
 class Value:
-    """An immutable record: what its class annotates are its fields, compared and shown by value.
+    """An immutable record whose fields are what its class annotates, compared by value.
 
     (dataclasses and typing.NamedTuple cost 10 to 18 ms of start-up.)
     """
@@ -346,7 +346,7 @@ class Value:
 class ExecResult(Value):
     """What a command did. ``exit_code`` is its own, 128+N for a death by signal N, 124 when
     ``timed_out``; ``stdout`` and ``stderr`` are bytes (head and tail when ``truncated``);
-    ``duration`` in seconds; ``stopped`` is None, or ``confirmed``, ``requested``, ``unknown``:
+    ``duration`` is in seconds; ``stopped`` is None, or ``confirmed``, ``requested``, ``unknown``:
     how certain it is that the process tree on the host has ended."""
     workspace: str
     host: str
@@ -360,7 +360,6 @@ class ExecResult(Value):
 
 
 def drop(*fds: int) -> None:
-    """Close those of the descriptors that there are."""
     for fd in fds:
         if fd >= 0:
             os.close(fd)
@@ -394,7 +393,7 @@ class Deadline:
         return self.at is not None and time.monotonic() >= self.at
 
     def capped(self, seconds: float) -> float:
-        """The seconds left, at most ``seconds``: for waiting in steps."""
+        """The seconds left, at most ``seconds``."""
         left = self.left()
         return seconds if left is None else min(left, seconds)
 
@@ -402,8 +401,7 @@ class Deadline:
 class Cancel:
     """Set from any thread, or a signal handler, to end the operations that were given it: the
     process tree on the host is ended first. run() then returns an Outcome of reason ``cancel``,
-    exec() exit code 130; all else raises Cancelled. It stays set: make a new one for what comes
-    after."""
+    exec() exit code 130; all else raises Cancelled. It stays set."""
 
     def __init__(self) -> None:
         self._read = self._write = -1  # a pipe, made when somebody polls
@@ -412,16 +410,16 @@ class Cancel:
 
     def _forked(self) -> None:
         import _thread
-        self._guard = _thread.RLock()  # a signal may set it in the middle of what its thread does
+        self._guard = _thread.RLock()  # a signal handler may set it while its thread is in here
         self.close()
 
     def set(self) -> None:
-        """End what was given this, now and later. Returns at once; ``is_set`` tells."""
+        """End what was given this, now and later. Returns at once."""
         self.is_set = True
         with self._guard:
             if self._write >= 0:
                 with contextlib.suppress(BlockingIOError):
-                    os.write(self._write, b"x")  # stays readable: every poller sees it
+                    os.write(self._write, b"x")  # nobody reads it: every poller sees it
 
     def fileno(self) -> int:
         """Readable once it is set, for select and poll."""
@@ -435,12 +433,11 @@ class Cancel:
             return self._read
 
     def check(self) -> None:
-        """Raise Cancelled if it is set."""
         if self.is_set:
             raise Cancelled("Cancelled.")
 
     def close(self) -> None:
-        """Free its two descriptors, when nothing that was given this runs any more."""
+        """Free its two descriptors, when nothing uses it any more."""
         with self._guard:
             drop(self._read, self._write)
             self._read = self._write = -1
@@ -470,16 +467,12 @@ def nap(seconds: float, deadline: Deadline, cancel: Cancel | None) -> bool:
 class Waiters:
     """The threads of this process that wait for what other processes may free, too.
 
-    A change in this process wakes one of them. One at a time looks for what others have done, ever
-    more rarely; all others sleep without an end: a hundred cost no more than one. Whoever looks in
-    vain sleeps again; whoever gives up or was served wakes another, who may be the one to look.
+    What this process frees wakes one of them. For what others free one at a time looks, ever more
+    rarely; the rest sleep without an end: a hundred cost no more than one. Who gets nothing sleeps
+    again; who is served, or gives up, wakes another, who may be the one to look.
     """
 
     def __init__(self) -> None:
-        self._forked()
-        fork_aware().add(self)
-
-    def _forked(self) -> None:
         import threading
         self._changed = threading.Condition()
         self._asleep: list[tuple[Deadline, Cancel | None]] = []
@@ -488,7 +481,6 @@ class Waiters:
         self.told = False           # a person knows what they wait for
 
     def wake(self, count: int = 1) -> None:
-        """Have so many of them look now."""
         if self._asleep:
             with self._changed:
                 self._changed.notify(count)
@@ -499,7 +491,7 @@ class Waiters:
         self.wake()
 
     def sleep(self, deadline: Deadline, cancel: Cancel | None, most: float = 3600) -> bool:
-        """Until it is worth a look, ``most`` seconds; False at the deadline. Raises Cancelled."""
+        """Until a look is worth it, ``most`` seconds; False at the deadline. Raises Cancelled."""
         if cancel:
             cancel.check()
         if deadline.over():
@@ -521,8 +513,8 @@ class Waiters:
 
 
 class Capture:
-    """Bytes of one stream, bounded: the first and the last half of ``limit`` are kept; over
-    ``most`` is a flood."""
+    """The first and the last half of ``limit`` bytes of a stream; more than ``most`` is an error.
+    """
 
     def __init__(self, limit: int = CAPTURE_MAX, most: int = 1 << 62) -> None:
         self.half, self.most = max(1, limit // 2), most
@@ -554,9 +546,9 @@ class Capture:
 # === 5. Checking and quoting ===
 # Owns: what a host, a name, a path may be; how remote bytes become harmless. Touches: nothing.
 
-# What OpenSSH 10 does not take is refused before any ssh starts: old clients hand names to a
-# shell by %h and %r (CVE-2023-51385, CVE-2025-61984), so the metacharacters must never reach them;
-# a leading dash is an option (CVE-2017-1000117). An @ inside the user is right.
+# What OpenSSH 10 refuses is refused before any ssh starts: older ones hand metacharacters in names
+# to a shell by %h and %r (CVE-2023-51385, CVE-2025-61984), and a leading dash is an option
+# (CVE-2017-1000117). A user may hold an @.
 _USER = re.compile(r"(?!-|ssh://)[^ '\"`$;&<>|(){}]+(?<!\\)\Z")
 _HOSTNAME = re.compile(r"(?!-|ssh://)[^ '\"`$;&<>|(){}\\,]+\Z")
 _URI = re.compile(r"ssh://(?:([^@]+)@)?([A-Za-z0-9][A-Za-z0-9._-]*)(?::([0-9]{1,5}))?/?\Z")
@@ -565,11 +557,8 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
 def check_host(text: object) -> str:
-    """Return ``text`` if it is something ``ssh HOST`` takes as a destination, else UsageError.
-
-    Name, user@host, alias, IPv6 address, ssh://[user@]host[:port]. The same check holds for
-    hosts from the command line, state files, batch lines and MCP arguments.
-    """
+    """Return ``text`` if ``ssh HOST`` takes it, wherever it comes from, else raise UsageError: a
+    name, user@host, alias, IPv6 address, ssh://[user@]host[:port]."""
     hint = "Give what you would type after ssh: a name, user@name, or an alias of your ssh config."
     if not isinstance(text, str) or not text:
         raise UsageError("No host was given.", hint)
@@ -597,15 +586,15 @@ def check_workspace(name: object) -> str:
 
 
 def safe_workspace(branch: str) -> str:
-    """The workspace name made from a branch name: what is not allowed becomes a dash."""
+    """A workspace's name, of a branch's: what is not allowed becomes a dash."""
     name = re.sub(r"[^A-Za-z0-9._-]+|\.\.+", "-", branch).strip("-.")[:NAME_MAX].rstrip("-.")
     return name if _WORKSPACE.match(name) and not name.endswith(".lock") else "workspace"
 
 
-# A secret is project input: it may name any variable but those with which the shells that carry
-# it would read it as an instruction. --env is the user's own word, and may also set PATH.
+# A secret may be named by the project: so by no variable that the shells which carry it obey.
+# --env comes from the user, and may set PATH, too; but nothing that a shell sets itself, or does
+# not let be set.
 _READONLY = set("IFS OPTIND PPID UID EUID SHELLOPTS BASHOPTS BASH_VERSINFO CMUX_RUN TMOUT "
-                # and what a shell sets itself, or refuses to set
                 "GROUPS DIRSTACK FUNCNAME PIPESTATUS RANDOM SRANDOM SECONDS LINENO BASHPID HISTCMD"
                 .split())
 _INSTRUCTIONS = set("PATH HOME ENV BASH_ENV PS4 PROMPT_COMMAND CDPATH "
@@ -635,12 +624,12 @@ def check_remote_path(text: str) -> str:
 
 
 def number(text: str) -> int:
-    """A count that the host named; -1 if it is none. (int() takes more, and long ones slowly.)"""
+    """A count that the host named, else -1. (int() takes more, and is slow with long ones.)"""
     return int(text) if re.match(r"[0-9]{1,15}\Z", text) else -1
 
 
-# C0, DEL, C1, bidirectional controls, zero-width and tag characters. With ESC itself escaped no
-# sequence (OSC 52, DCS, CSI, charset switch) can form, so no parser is needed.
+# C0, DEL, C1, bidirectional controls, zero-width and tag characters. Without ESC no sequence (OSC
+# 52, DCS, CSI, charset switch) can form, so no parser is needed.
 @functools.lru_cache(maxsize=None)
 def _harmless() -> dict[int, str]:
     odd = [0x61C, 0x180E, 0xFEFF, *range(0x200B, 0x2010), *range(0x2028, 0x202F),
@@ -651,16 +640,15 @@ def _harmless() -> dict[int, str]:
 
 
 def neutralise(data: bytes | str) -> str:
-    """Text that no terminal obeys, of anything the host said. Newline and tab stay."""
+    """What the host printed, as text that no terminal obeys. Newline and tab stay."""
     text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
     return text.replace("\r\n", "\n").translate(_harmless())
 
 
 class TerminalText:
-    """What a command prints, piece by piece, for a terminal: as neutralise() has it, but carriage
-    return and colours (SGR) pass. A character or a colour may be cut between two pieces; a colour
-    left on ends with its piece, so that it never hides what others print, and the next piece takes
-    it up again."""
+    """neutralise() for what a command prints, piece by piece, in which carriage return and colours
+    (SGR) pass. A character or a colour may be cut between two pieces. A colour ends with its piece,
+    so that it never hides what others print, and begins again with the next."""
 
     def __init__(self) -> None:
         import codecs
@@ -681,31 +669,31 @@ class TerminalText:
 
 
 def show(text: bytes | str, limit: int = 100) -> str:
-    """A name for use inside a sentence of ours: one line, neutralised, bounded, quoted."""
+    """A name for a sentence of ours: one line, neutralised, bounded, quoted."""
     line = neutralise(text).replace("\n", "^J").replace("\t", "^I")
     return f"'{line if len(line) <= limit else line[:limit - 5] + '[...]'}'"
 
 
 def quote(word: str) -> str:
-    """``word`` as one word of a POSIX shell line (for lines shown to the user)."""
+    """``word`` as one word of a shell line, to be shown."""
     if word and re.match(r"[A-Za-z0-9_@%+=:,./-]+\Z", word):
         return word
     return "'" + word.replace("'", "'\"'\"'") + "'"
 
 
 def encoded(value: object) -> bytes:
-    """The bytes of an argument. Raises UsageError for what has none."""
+    """The bytes of an argument. Raises UsageError."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value)
     try:
         return str.encode(value, "utf-8", "surrogateescape")  # type: ignore[arg-type]
     except (TypeError, UnicodeEncodeError):
-        raise UsageError(f"An argument is of type {type(value).__name__}, or holds a lone "
-                         "surrogate: that is no text.")
+        raise UsageError(f"An argument is no text: of type {type(value).__name__}, or with a lone "
+                         "surrogate.")
 
 
 def as_text(data: bytes) -> str:
-    """Bytes of the host or of git as a str that encoded() turns back into them."""
+    """Bytes as a str that encoded() turns back into them."""
     return data.decode("utf-8", "surrogateescape")
 
 
@@ -727,7 +715,7 @@ def json_fields(fields: Mapping[str, Any]) -> Fields:
 
 
 def field_bytes(name: str, fields: Mapping[str, str]) -> bytes:
-    """The bytes of a field from bytes_field()."""
+    """The opposite of bytes_field()."""
     if name in fields:
         return fields[name].encode("utf-8")
     import base64
@@ -744,13 +732,13 @@ def human_size(count: float) -> str:
 
 
 def overlap(data: bytes, value: bytes, first: bool) -> int:
-    """The bytes at one end of ``data`` that are the other end of ``value``, and not all of it."""
+    """How many bytes at one end of ``data`` are the other end of ``value``, but not all of it."""
     if first:
         data, value = data[:len(value)][::-1], value[::-1]
     at = data.find(value[:1], max(0, len(data) - len(value) + 1))
     tail = data[at:] if at >= 0 else b""
     most, size, borders, text = len(tail), 0, [0], value[:len(tail)] + tail
-    # By Knuth, Morris and Pratt: the host may repeat the beginning of a long secret.
+    # By Knuth, Morris and Pratt, in linear time: the host may repeat the beginning of a secret.
     for at in range(1, len(text)):
         size = size if at != most else 0
         while size and value[size] != text[at]:
@@ -2003,15 +1991,15 @@ def command_records(command: object, login: bool, stdin: bool) -> bytes:
 # === 7. Processes ===
 # Owns: starting, watching and ending local processes. The only room that imports subprocess and
 # signal. Promises: no shell, argv lists only; no program from the current directory; a child
-# that is given up is killed with its group.
+# that is not waited for is killed with its group.
 
 if TYPE_CHECKING:
     Process = subprocess.Popen[bytes]
 
 
 def find_program(name: str, more: Sequence[str] = ()) -> str:
-    """The absolute path of ``name`` in $PATH. Relative entries of PATH are passed over: a
-    repository must not bring its own ssh or git. Raises UsageError."""
+    """The absolute path of ``name`` in $PATH, but for its relative entries: a repository must not
+    bring its own ssh or git. Raises UsageError."""
     if "/" in name:
         try:
             return os.path.abspath(name)
@@ -2041,9 +2029,8 @@ def spawn(argv: Sequence[str], env: Mapping[str, str] | None = None, stdin: Any 
     stdin, stdout, stderr = (subprocess.DEVNULL if stream is None else stream
                              for stream in (stdin, stdout, stderr))
     try:
-        return subprocess.Popen(
-            list(argv), env=None if env is None else dict(env), cwd=cwd, bufsize=0, stdin=stdin,
-            stdout=stdout, stderr=stderr, start_new_session=own_group)
+        return subprocess.Popen(argv, env=env, cwd=cwd, bufsize=0, stdin=stdin, stdout=stdout,
+                                stderr=stderr, start_new_session=own_group)
     except OSError as error:
         raise UsageError(f"Cannot start {show(argv[0])}: {os.strerror(error.errno or 0)}.")
     except ValueError:
@@ -2052,8 +2039,7 @@ def spawn(argv: Sequence[str], env: Mapping[str, str] | None = None, stdin: Any 
 
 def attach(argv: Sequence[str], env: Mapping[str, str]) -> int | None:
     """Run a program on this terminal; its exit status, None if a signal ended it. The terminal is
-    left as it was, whatever ends the program. Where this process is killed, a guard that notices
-    ends the program, which puts the terminal right itself."""
+    left as it was. Where this process is killed, a guard ends the program, which restores it."""
     import termios
     saved = termios.tcgetattr(0)
     process = spawn(argv, env, stdin=0, stdout=1, stderr=2, own_group=False)
@@ -2071,8 +2057,8 @@ def attach(argv: Sequence[str], env: Mapping[str, str]) -> int | None:
 
 
 def kill_group(process: Process) -> None:
-    """End a process started with ``own_group`` and everything in its group, at once. One that was
-    waited for is left alone: its number may be a stranger's by now."""
+    """Kill a process started with ``own_group``, and its group; not one that was waited for, whose
+    number may be a stranger's by now."""
     import signal
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -2081,8 +2067,7 @@ def kill_group(process: Process) -> None:
 
 
 def await_end(process: Process, seconds: float) -> int:
-    """The status of a process that closed its output, which it may do long before its end.
-    Raises CmuxError."""
+    """The status of a process that has closed its output. Raises CmuxError."""
     import subprocess
     try:
         return process.wait(timeout=seconds)
@@ -2096,31 +2081,28 @@ def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = 
 
     Raises UsageError when it cannot start, CmuxError when it is too slow or too loud, Cancelled.
     """
-    process = spawn(argv, env, stdout=-1, stderr=-1)
+    process, deadline = spawn(argv, env, stdout=-1, stderr=-1), Deadline(patience)
     assert process.stdout and process.stderr
     out, err = bytearray(), bytearray()
     sinks = {process.stdout.fileno(): out, process.stderr.fileno(): err}
-    deadline = Deadline(patience)
-    try:
-        while sinks:
-            for fd in poll_once(deadline.capped(3600), cancel, *sinks):
-                if cancel:
-                    cancel.check()
-                chunk = os.read(fd, CHUNK)
-                sinks[fd] += chunk
-                if len(sinks[fd]) > limit:
-                    raise CmuxError(f"A local command printed more than {human_size(limit)}.")
-                if not chunk:
-                    del sinks[fd]
-            if sinks and deadline.over():
-                raise CmuxError("A local command did not end in time.")
-        return await_end(process, deadline.capped(3600)), bytes(out), bytes(err)
-    except BaseException:
-        kill_group(process)
-        raise
-    finally:
-        process.stdout.close()
-        process.stderr.close()
+    with process.stdout, process.stderr:
+        try:
+            while sinks:
+                for fd in poll_once(deadline.capped(3600), cancel, *sinks):
+                    if cancel:
+                        cancel.check()
+                    chunk = os.read(fd, CHUNK)
+                    sinks[fd] += chunk
+                    if len(sinks[fd]) > limit:
+                        raise CmuxError(f"A local command printed more than {human_size(limit)}.")
+                    if not chunk:
+                        del sinks[fd]
+                if sinks and deadline.over():
+                    raise CmuxError("A local command did not end in time.")
+            return await_end(process, deadline.capped(3600)), bytes(out), bytes(err)
+        except BaseException:
+            kill_group(process)
+            raise
 
 
 def raise_descriptor_limit() -> None:
@@ -2134,8 +2116,8 @@ def raise_descriptor_limit() -> None:
 
 
 def stop_signals() -> None:
-    """Make SIGTERM and SIGHUP end this process as Ctrl-C does: through KeyboardInterrupt, so
-    that what runs on the host is ended too. For the command line only, and its main thread."""
+    """SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that what runs on the host is
+    ended, too. For the main thread of the command line."""
     import signal
     import threading
     if threading.current_thread() is not threading.main_thread():  # main() of an importer
@@ -2144,7 +2126,7 @@ def stop_signals() -> None:
 
     def interrupt(number: int, frame: object) -> None:
         seen.append(number)
-        if len(seen) > 2:  # whoever insists is not kept waiting for the host's word
+        if len(seen) > 2:  # who insists does not wait for the host's answer
             os._exit(130)
         raise KeyboardInterrupt
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, no status would reach us
@@ -2154,7 +2136,7 @@ def stop_signals() -> None:
 
 
 def die_by_pipe() -> None:
-    """End this process as a reader that went away expects (128 + SIGPIPE in a shell)."""
+    """End this process as a writer ends whose reader went away."""
     import signal
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGPIPE)
@@ -2163,7 +2145,7 @@ def die_by_pipe() -> None:
 # === 8. State ===
 # Owns: files of this machine: private directories, locks, small JSON files. The only room that
 # writes local state. Promises: 0700 and 0600; a process killed at any instruction leaves the
-# old file or the new one; a damaged file is set aside with a message, never overwritten.
+# old file or the new one; a damaged file is reported, never overwritten.
 
 def state_home() -> str:
     """$CMUX_SSH_HOME, else $XDG_STATE_HOME/cmux-ssh, else ~/.local/state/cmux-ssh; absolute."""
@@ -2172,18 +2154,18 @@ def state_home() -> str:
         raise UsageError(f"CMUX_SSH_HOME is not an absolute path: {show(home)}.",
                          "Write it out, from / on.")
     if not home:
-        base = os.environ.get("XDG_STATE_HOME") or ""
+        base = os.environ.get("XDG_STATE_HOME", "")
         if not os.path.isabs(base):
             base = os.path.expanduser("~/.local/state")
         home = os.path.join(base, "cmux-ssh")
     if not os.path.isabs(home):
         raise UsageError("This user has no home directory.",
-                         "Say where to keep what has to be kept: CMUX_SSH_HOME=/a/directory")
+                         "Name a directory for the state: CMUX_SSH_HOME=/a/directory")
     return os.path.abspath(home)
 
 
 def _trusted(status: os.stat_result) -> bool:
-    """Whether nobody but this user and root can replace what lies in a directory."""
+    """Whether only this user and root can replace what lies in a directory."""
     if status.st_uid not in (0, os.geteuid()):
         return False
     loose = status.st_mode & 0o022
@@ -2196,8 +2178,8 @@ def _trusted(status: os.stat_result) -> bool:
 
 
 def make_private(path: str) -> None:
-    """The directory and those above it, 0700 whatever the umask: one that others could write to
-    would be refused ever after."""
+    """The directory and those above it, 0700 whatever the umask: one that others can write to is
+    refused."""
     if not os.path.isdir(path):
         make_private(os.path.dirname(path))
         with contextlib.suppress(FileExistsError):
@@ -2205,11 +2187,9 @@ def make_private(path: str) -> None:
 
 
 def private_directory(path: str) -> str:
-    """Make ``path`` if need be; return it if it is ours alone, 0700, behind safe ancestors.
-
-    ssh does not check who owns a control socket: a foreign one would be handed our command
-    lines and descriptors. This check is the whole defence. Raises StateFailed.
-    """
+    """Make ``path`` if need be; return it if it is ours alone, 0700, behind safe ancestors. Raises
+    StateFailed. ssh does not check who owns a control socket, and would hand a foreign one our
+    command lines and descriptors: this check is the whole defence."""
     home = "set CMUX_SSH_HOME to a directory of your own."
     try:
         make_private(path)
@@ -2234,18 +2214,16 @@ def private_directory(path: str) -> str:
 
 
 def state_folder(name: str) -> str:
-    """A private directory in that of the state."""
     return private_directory(private_directory(state_home()) + "/" + name)
 
 
 class Lock:
-    """An advisory lock on a file, ``shared`` or not. The kernel frees it when its process dies. The
-    file of one that is ``passing`` goes with it (of a shared one with the last); whoever waited for
-    it then finds another, or none. ``doing`` says what its owner does, to those who wait: the file
-    then names its process."""
+    """An advisory lock on a file, ``shared`` or not, which the kernel frees when its process dies.
+    That of a ``passing`` one is removed with it (of a shared one with the last). ``doing`` says
+    what its owner does, to those who wait: then the file holds its process id."""
 
     tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait
-    _waiting: dict[str, Waiters] = {}  # for the lock of a path
+    _waiting: dict[tuple[int, str], Waiters] = {}  # by this process (it may fork), and path
 
     def __init__(self, path: str, passing: bool = False, shared: bool = False,
                  waiters: Waiters | None = None, doing: str = "") -> None:
@@ -2253,12 +2231,12 @@ class Lock:
         self.waiters, self.fd = waiters, -1
 
     def take(self) -> bool:
-        """Take it if it is free; False if somebody has it."""
+        """Take it if it is free; False if somebody holds it."""
         fd, flags = -1, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         try:
             try:
                 fd = os.open(self.path, flags, 0o600)
-            except FileNotFoundError:  # a logout or a cleaner of /tmp has taken its directory
+            except FileNotFoundError:  # a logout or a cleaner of /tmp has removed its directory
                 private_directory(os.path.dirname(self.path))
                 fd = os.open(self.path, flags, 0o600)
             if self._flock(fd, self.shared):
@@ -2271,7 +2249,7 @@ class Lock:
             return False
         fork_aware().add(self)
         if self.doing:
-            with contextlib.suppress(OSError):  # a full disk: who waits does without
+            with contextlib.suppress(OSError):  # a full disk
                 os.ftruncate(self.fd, 0)
                 os.pwrite(self.fd, b"%d" % os.getpid(), 0)
         return True
@@ -2289,10 +2267,11 @@ class Lock:
             return False
 
     def wait(self, deadline: Deadline, cancel: Cancel | None = None) -> bool:
-        """Take it, waiting until the deadline; False when that came first."""
+        """Take it, waiting until the deadline; False when that comes first."""
         if self.take():
             return True
-        waiters, silence = self._waiting.setdefault(self.path, Waiters()), Deadline(1)
+        key, silence = (os.getpid(), self.path), Deadline(1)
+        waiters = self._waiting.setdefault(key, Waiters())
         try:
             while waiters.sleep(deadline, cancel, silence.left() or 3600):
                 if self.take():
@@ -2306,7 +2285,7 @@ class Lock:
             waiters.leave()
 
     def hold(self, cancel: Cancel | None = None) -> Lock:
-        """Take it, waiting if need be. Raises StateFailed when that takes too long, Cancelled."""
+        """Take it, waiting if need be. Raises StateFailed after LOCK_PATIENCE, Cancelled."""
         if self.fd < 0 and not self.wait(Deadline(LOCK_PATIENCE), cancel):
             owner, holder = self._holder()
             raise StateFailed(f"Waited {LOCK_PATIENCE:.0f} seconds in vain for {holder}",
@@ -2315,7 +2294,7 @@ class Lock:
         return self
 
     def _holder(self) -> tuple[int, str]:
-        """The process that has it, 0 where that is not known; and what it does."""
+        """The process that holds it, 0 where that is not known; and what it does."""
         try:
             owner = int(read_bytes(self.path, 20) or b"0")
         except (StateFailed, ValueError):
@@ -2329,7 +2308,7 @@ class Lock:
                 remove_file(self.path)
             os.close(self.fd)
             self.fd = -1
-            waiters = self.waiters or self._waiting.get(self.path)
+            waiters = self.waiters or self._waiting.get((os.getpid(), self.path))
             if waiters:
                 waiters.wake()
 
@@ -2357,8 +2336,7 @@ def read_bytes(path: str, limit: int) -> bytes | None:
 
 
 def expected(error: BaseException) -> CmuxError | None:
-    """The error as one that a user, a network or a host can cause, such as a full local disk; None
-    for a bug."""
+    """The error as one that a user, a network or a host can cause; None for a bug."""
     if isinstance(error, CmuxError):
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -2369,7 +2347,7 @@ def expected(error: BaseException) -> CmuxError | None:
 
 
 def temporary_folder() -> str:
-    """The directory for temporary files. Raises StateFailed where there is none."""
+    """The directory for temporary files. Raises StateFailed."""
     import tempfile
     try:
         return tempfile.gettempdir()
@@ -2379,7 +2357,7 @@ def temporary_folder() -> str:
 
 
 def spool(data: bytes) -> IO[bytes]:
-    """A temporary file that holds ``data``, about to be read. Raises StateFailed."""
+    """A temporary file of ``data``, to be read. Raises StateFailed."""
     import tempfile
     try:
         stream = tempfile.TemporaryFile(dir=temporary_folder())
@@ -2405,16 +2383,15 @@ def remove_file(path: str) -> None:
 
 
 def damaged(path: str, what: str, thing: str = "state file") -> StateFailed:
-    """A state file cannot be used. Nothing is overwritten: it may have been damaged before."""
     move = f"mv {quote(path)} {quote(f'{path}.damaged-{time.time():.0f}')}"
     return StateFailed(f"The {thing} {show(path, 300)} {what}.",
                        "Repair it, or set it aside to start without it: " + move)
 
 
 def fits(value: Any, shape: Any) -> bool:
-    """Whether a value has a shape: a type; a pattern, for a text; a tuple, of which one must fit; a
-    list, of one shape for any number, of more for just these; a dict, for the keys that it has
-    (those that end in ? may be missing), or with a pattern for all."""
+    """Whether a value has a shape: a type; a pattern, for a text; a tuple of shapes, one of which
+    must fit; a list, of one shape for any number or of one for each; a dict, for the keys that it
+    names (those that end in ? may be missing), or with a pattern for all keys."""
     if isinstance(shape, tuple):
         return any(fits(value, one) for one in shape)
     if isinstance(shape, re.Pattern):
@@ -2452,8 +2429,8 @@ DOWN = {"count": int, "why": [str, str, str]}
 def read_json(path: str, shape: Any = dict) -> Fields | None:
     """An object of a ``shape`` from a private JSON file of version 1; None without the file.
 
-    StateFailed for what is no such file, each time: set aside by the first who reads it, it would
-    be missing for the next, who would then go on without secrets, or begin a project anew.
+    Raises StateFailed for any other file, each time. It is not moved away: the next who reads it
+    would go on without secrets, or begin a project anew.
     """
     import json
     data = read_bytes(path, STATE_MAX)
@@ -2474,7 +2451,7 @@ def read_json(path: str, shape: Any = dict) -> Fields | None:
 
 
 def recall(path: str, shape: Any) -> Fields:
-    """The same of a file that may be lost; {} where it is missing or damaged."""
+    """read_json() of a file that may be lost; {} where it is missing or damaged."""
     try:
         return read_json(path, shape) or {}
     except StateFailed:
@@ -2482,9 +2459,8 @@ def recall(path: str, shape: Any) -> Fields:
 
 
 def write_json(path: str, value: Mapping[str, Any], age: float = 3600) -> None:
-    """Replace a private file as a whole: write aside, fsync, rename. What writers that were killed
-    left beside it is removed: under the file's lock at once, else of such an ``age``, in seconds,
-    that nobody writes it any more. Raises StateFailed."""
+    """Replace a private file as a whole: write aside, fsync, rename. Files that killed writers left
+    are removed after ``age`` seconds; 0 is for who holds the file's lock. Raises StateFailed."""
     import json
     data = json.dumps(dict(value, version=1), indent=1, sort_keys=True).encode() + b"\n"
     if len(data) > STATE_MAX:  # nobody could read it
@@ -2509,11 +2485,8 @@ def write_json(path: str, value: Mapping[str, Any], age: float = 3600) -> None:
 
 
 class Registry:
-    """What this machine knows of one project: its random id, its workspaces, its secrets.
-
-    One JSON file per project, named by a hash of the repository's path. Every change is made
-    under a lock, by editing().
-    """
+    """What this machine knows of one project: its random id, its workspaces, its secrets. One JSON
+    file of each kind, named by a hash of the repository's path and changed by editing()."""
 
     def __init__(self, repository: str) -> None:
         import hashlib
@@ -2525,7 +2498,7 @@ class Registry:
         self._cache: dict[str, tuple[object, Any]] = {}
 
     def read(self) -> Fields:
-        """The project's record, not to be changed; made on first use."""
+        """The project's record, to be read only; made on first use."""
         record: Fields = self._cached(self.path, lambda path: read_json(path, RECORD))
         if record is None:
             with self.editing() as record:
@@ -2533,7 +2506,7 @@ class Registry:
         return record
 
     def _cached(self, path: str, read: Callable[[str], Any]) -> Any:
-        """What ``read`` returns for a file; it is called again once the file was replaced."""
+        """What ``read`` returns for a file; called again when that was replaced."""
         mark: object = None
         with contextlib.suppress(OSError):
             status = os.stat(path)
@@ -2544,7 +2517,7 @@ class Registry:
 
     @contextlib.contextmanager
     def editing(self, secrets: bool = False) -> Iterator[Fields]:
-        """The record, or the secrets, to be changed under the lock; written unless that raises."""
+        """The record, or the secrets, to be changed under the lock; then they are written."""
         path = self.secrets_path if secrets else self.path
         with Lock(path + ".lock", doing="changes " + show(path)):
             value: Any = {"secrets": read_secrets(path)} if secrets else read_json(path, RECORD)
@@ -2558,12 +2531,12 @@ class Registry:
             write_json(path, value, 0)
 
     def creation_lock(self, name: str, shared: bool = False) -> Lock:
-        """Held by who makes or removes a workspace; ``shared`` by those who copy it."""
+        """Held to make or remove a workspace; ``shared`` to copy it."""
         doing = "works on the workspace " + name
         return Lock(f"{self.running}/name.{name}", True, shared, doing=doing)
 
     def upload_lock(self, tree: str, host: str, root: str) -> Lock:
-        """Held by who uploads a tree to a host; others wait, and then copy it there."""
+        """Held to upload a tree to a host; those who wait then copy it on the host."""
         import hashlib
         place = hashlib.sha256(os.fsencode(f"{tree}\0{host}\0{root}")).hexdigest()
         return Lock(f"{self.running}/tree.{place}", True, doing="sends the same files to " + host)
@@ -2585,10 +2558,8 @@ def read_secrets(path: str) -> dict[str, dict[str, str]]:
 
 
 class History:
-    """What was done in a project, a JSON line an operation, and what runs now, a locked file each.
-
-    Many processes append at once: O_APPEND and one short write. It never fails its caller.
-    """
+    """What was done in a project, a JSON line for each operation, which one write appends, and what
+    runs now, a locked file for each. It never fails its caller."""
 
     def __init__(self, registry: Registry) -> None:
         self.path = registry.path[:-4] + "history"
@@ -2598,12 +2569,12 @@ class History:
     def append(self, row: Mapping[str, Any]) -> None:
         import json
         line = json.dumps(row)
-        if len(line) > HISTORY_LINE:  # its author bounded the detail: odd names can still swell
+        if len(line) > HISTORY_LINE:  # the detail is bounded, but odd names swell
             line = json.dumps(dict(row, detail=""))
         with contextlib.suppress(OSError, StateFailed):
             if not self.swept:
                 self.swept = True
-                self.now()  # clears away what processes that were killed left
+                self.now()  # removes what killed processes left
             fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             with open(fd, "ab", 0) as stream:
                 stream.write(line.encode("ascii") + b"\n")
@@ -2615,7 +2586,7 @@ class History:
                         os.rename(self.path, self.path + ".1")
 
     def rows(self) -> Iterator[Fields]:
-        """Oldest first. A torn or damaged line is passed over."""
+        """Oldest first, without damaged lines."""
         import json
         for path in (self.path + ".1", self.path):
             for line in (read_bytes(path, STATE_MAX) or b"").split(b"\n"):
@@ -2626,7 +2597,7 @@ class History:
                         yield row
 
     def begin(self, row: Mapping[str, Any]) -> Lock | None:
-        """A record that lasts until it is freed, or until this process dies."""
+        """A record that lasts until it is freed, or this process dies."""
         import json
         lock = Lock(f"{self.running}/{os.getpid()}.{os.urandom(4).hex()}", passing=True)
         try:
@@ -2639,7 +2610,7 @@ class History:
         return None
 
     def now(self) -> list[Fields]:
-        """What runs now, oldest first. What processes that died had is cleared away, locks too."""
+        """What runs now, oldest first. The files of processes that died are removed."""
         import json
         rows: list[Any] = []
         for name in os.listdir(self.running) if os.path.isdir(self.running) else []:
@@ -2653,7 +2624,7 @@ class History:
 
 
 def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Fields]:
-    """The records of all projects this machine knows; ``report`` gets the error of a bad one."""
+    """The records of all projects; ``report`` gets the error of a bad one."""
     folder = state_folder("projects")
     for name in sorted(os.listdir(folder)):
         try:
@@ -2665,7 +2636,7 @@ def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Fields]:
 
 
 def secret_values(registry: Registry, cancel: Cancel | None = None) -> dict[str, bytes]:
-    """The project's secrets, commands run now (by the user's shell, as typed by the user).
+    """The project's secrets; commands, which the user typed, run now, in a shell.
 
     Raises CmuxError naming the secret, never its value; Cancelled.
     """
