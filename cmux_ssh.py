@@ -313,30 +313,17 @@ def as_called(hint: str) -> str:
 # === 4. Values ===
 # Owns: results, deadlines, cancellation. May touch: the clock, one pipe per Cancel.
 
-class Value:
-    """An immutable record whose fields are what its class annotates, compared by value.
+class Value(types.SimpleNamespace):
+    """An immutable record of the fields that its class annotates, compared by value.
 
     (dataclasses and typing.NamedTuple cost 10 to 18 ms of start-up.)
     """
 
-    def __init__(self, **fields: Any) -> None:
-        odd = set(fields) ^ set(self.__annotations__)
-        if odd:
-            raise TypeError("fields are missing or unknown: " + ", ".join(odd))
-        self.__dict__.update(fields)
-
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{type(self).__name__} is immutable")
 
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self.as_dict() == other.as_dict()
-
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # type: ignore[override]
         return hash(repr(self))
-
-    def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value!r}" for name, value in self.as_dict().items())
-        return f"{type(self).__name__}({shown})"
 
     def as_dict(self) -> Fields:
         """The fields, by name."""
@@ -756,29 +743,29 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
 # It reads a header from its stdin, records of a name, a number of lines, and those lines:
 #   exit 0     the first line. Our wrapper ignores it; a shell that reads our stdin instead (a
 #              ForceCommand, `exec zsh` in a start-up file) ends before it obeys a value
-#   NAME n     an environment variable of the command (secrets travel so, and only so)
+#   NAME n     an environment variable of the command (the only way of secrets)
 #   _cmux_X n  a setting of the wrapper: nonce, run (its id), directory, life (whether stdin is
 #              watched), flag (how to run a shell line: -c, -lc), line, path (its PATH)
 #   @    n     one more positional parameter
 #   :    n     text to eval now (functions of the operations)
 #   .    n     the end: text to eval as the operation
-# Shells read ahead, fish to the end: of a header with secrets (a second `exit 0` marks it) nothing
-# behind the first line is sent before our wrapper has said READY. That is a round trip, but none
-# in a session opened ahead.
+# Shells read ahead, fish to the end: of a header with secrets (marked by a second `exit 0`) only
+# the first line is sent before our wrapper has printed READY. In a session opened ahead that costs
+# no round trip.
 # What comes back, on stdout and on stderr each:  NONCE+ pid  ...bytes...  NONCE- status stop
-# Before the first mark is login noise; NONCEx 96 says the directory is missing. The marks tell
-# accidents apart. They are no defence against malice: a hostile host can always lie.
+# Before the first mark is login noise; NONCEx 96 says that the directory is missing. The marks
+# exclude accidents, not malice: a hostile host can always lie.
 
 # The texts become one line in single quotes, without quote, backslash, newline, or ! before a
-# non-blank: sh, bash, zsh, ksh, fish and csh all read that alike; Dropbear takes up to 9,000 bytes.
+# non-blank: sh, bash, zsh, ksh, fish and csh read that alike; Dropbear takes up to 9,000 bytes.
 # Assumed: POSIX sh, sleep. Used where found: ps or /proc, grep, setsid, bash. Status 96: the
 # directory is missing; 97: the header is cut off. _cmux_stop_tree ends what run _cmux_run has below
 # _cmux_root (a wrapper, a job's supervisor, or -); its status is 0 where the end was seen.
 
 STOP_TEXT = r"""
-# Five words for each process: pid, parent, group, session, state. Never its name: one with a
-# newline and numbers would put foreign processes on the list (seen: a stop killed its bystanders).
-# Without a ps that knows sid (busybox, containers) each /proc/PID/stat is read by itself.
+# For each process: pid, parent, group, session, state. Never its name: one with a newline and
+# numbers would add foreign processes (seen: a stop killed bystanders). Without a ps that knows sid
+# (busybox, containers) it reads each /proc/PID/stat.
 _cmux_table() {
   ps -A -o pid= -o ppid= -o pgid= -o sid= -o stat= && return;
   if [ -r /proc/self/stat ]; then
@@ -834,8 +821,8 @@ _cmux_add_kin() {
 _cmux_add_group() {
   case $_cmux_groups in *" $1 "*) ;; *) _cmux_groups="$_cmux_groups$1 "; _cmux_more=1;; esac;
 };
-# What hides from the table (hidepid, and a process that is not dumpable): the child of the wrapper
-# is in its `children` all the same, and a group without a row may still take signals: so whole
+# What hides from the table (hidepid, and a process that is not dumpable): the wrapper lists its
+# child in `children` all the same, and a group without a row may still take signals: so whole
 # groups get them.
 _cmux_add_hidden() {
   [ $_cmux_own = - ] || for _cmux_pid in $(cat /proc/$_cmux_root/task/$_cmux_root/children); do
@@ -857,8 +844,8 @@ _cmux_add_hidden() {
     esac;
   done;
 };
-# TERM, after two seconds KILL, after four it gives up. Where not even process 1 is to be seen,
-# others may be missing, and no end is confirmed.
+# TERM, after two seconds KILL, after four it gives up. Where process 1 cannot be seen, others may
+# be hidden, too, and no end is confirmed.
 _cmux_stop_tree() {
   trap "" TERM INT HUP PIPE; _cmux_tenths=0; _cmux_known=;
   while :; do
@@ -874,21 +861,21 @@ _cmux_stop_tree() {
 };
 """
 BOOT_TEXT = r"""
-# The lifeline: where the command takes no stdin, the stdin of the session is watched by a subshell.
-# End of file (this client closed it, or was killed, or its master was) ends the tree. Where stdin
-# streams to the command, a second session (GUARD) watches instead. Lines are only signs of life:
-# sshd ends what is silent (ChannelTimeout). USR2 reports the stop to the parent of the command;
-# USR1, with which daemons report to theirs that they are ready, does nothing.
+# The lifeline: where the command takes no stdin, a subshell reads the stdin of the session. Its end
+# (the client closed it, or was killed, or its master was) ends the tree. Where stdin streams to the
+# command, a second session (GUARD) watches instead. Lines are only signs of life: sshd ends what is
+# silent (ChannelTimeout). USR2 reports the stop to the parent of the command; USR1, with which
+# daemons report to theirs that they are ready, does nothing.
 _cmux_watch() {
   exec 3<&0 </dev/null;
   ( exec >&2 4>&-; while IFS= read -r _cmux_part <&3; do :; done;
     kill -USR2 $$; _cmux_root=$$; _cmux_stop_tree ) & _cmux_watcher=$! ;
   exec 3<&-;
 };
-# The command runs in the foreground (an asynchronous list would ignore SIGINT for ever), in a
-# session of its own (so that `kill 0` cannot take the wrapper with it), without the stderr of the
-# wrapper ("Terminated" is not its word). Where nothing gives it a group (dash without setsid and
-# terminal), CMUX_RUN and parents make the difference.
+# The command runs in the foreground (an asynchronous list ignores SIGINT for ever), in a session of
+# its own (so that `kill 0` spares the wrapper), without the stderr of the wrapper, which prints
+# "Terminated". Where nothing gives it a group (dash without setsid and terminal), it is found by
+# CMUX_RUN and parents.
 _cmux_command() {
   _cmux_watcher=; _cmux_stopped=; trap : USR1; trap "_cmux_stopped=stop" USR2;
   case $_cmux_life in life) _cmux_watch;; esac;
@@ -905,8 +892,8 @@ _cmux_execute() {
   if command -v setsid >/dev/null; then set -- setsid "$@"; else command set -m; fi;
   ( export CMUX_RUN="$_cmux_run"; exec "$@" 2>&4 4>&- ); _cmux_status=$?;
 };
-# Call a function with the words that are really run. --norc: bash started by sshd reads .bashrc
-# otherwise, at 100 ms a command for pyenv users.
+# Call a function with the words to run. --norc: else a bash under sshd reads .bashrc, which takes
+# 100 ms with pyenv.
 _cmux_words() {
   _cmux_next=$1; shift;
   case $_cmux_flag in -*)
@@ -916,8 +903,8 @@ _cmux_words() {
   case $_cmux_path in ?*) set -- env "PATH=$_cmux_path" "$@";; esac;
   $_cmux_next "$@";
 };
-# Editors are `true`: the `git commit` of an agent must not wait for vi. read -r takes single bytes
-# from a pipe, so what follows the header is left for the command.
+# Editors are `true`: the `git commit` of an agent must not wait for vi. read -r reads single bytes
+# of a pipe, and leaves what follows the header for the command.
 echo cmux $((6*7)); unset TMOUT; _cmux_nonce=; _cmux_self=;
 export CMUX_RUNTIME=ssh GIT_TERMINAL_PROMPT=0;
 export EDITOR=true VISUAL=true GIT_EDITOR=true GIT_SEQUENCE_EDITOR=true;
@@ -946,8 +933,8 @@ esac;
 exec 4>&2 2>/dev/null;
 echo "$_cmux_nonce+ $$"; echo "$_cmux_nonce+ $$" >&4;
 _cmux_status=0; eval "$_cmux_value";
-# A command that dies of SIGPIPE because this client is gone ends before the watcher has looked: the
-# end mark then cannot be written, and the wrapper itself ends the rest of the tree.
+# A command that dies of SIGPIPE, as the client is gone, may end before the watcher sees that: then
+# the end mark cannot be written, and the wrapper ends the rest of the tree.
 trap "" PIPE;
 _cmux_value="$_cmux_nonce- $_cmux_status $_cmux_watcher";
 { echo "$_cmux_value" && echo "$_cmux_value" >&4; } ||
@@ -957,17 +944,16 @@ _cmux_value="$_cmux_nonce- $_cmux_status $_cmux_watcher";
 
 BOOT = "exec sh -c '%s'" % " ".join(
     line.strip() for line in (STOP_TEXT + BOOT_TEXT).splitlines() if line and line[0] != "#")
-READY = b"cmux 42\n"        # not in BOOT as it stands: what echoes its orders does not say it
+READY = b"cmux 42\n"        # BOOT does not hold it: what only echoes that never prints it
 HELD = b"exit 0\n"          # the first line of a header; again in one that holds secrets
 
 # The functions that our own operations share, then one script each. Parameters are "$1"...;
 # status 0 is success, stdout is the reply; stderr is shown to the user, neutralised.
 
 # A lock on the host is a symbolic link that names its owner: process, when that began (its number
-# is used again, at the latest after a reboot), run. The link of an owner that died stays, and leads
-# to the one of its heir, LOCK.OWNER: whoever removed it could remove what another had just made in
-# its place. The heir's counts only while the first link is what it was: whoever leaves removes that
-# one first.
+# is used again, at the latest after a reboot), run. The link of a dead owner stays, and leads to
+# that of its heir, LOCK.OWNER: who removed it could remove what another had just made in its place.
+# An heir's link counts only while the first link stays as it was: its owner removes that one first.
 LOCKED = r"""
 _born() { # pid -> $born
   born=; row=;
@@ -1020,28 +1006,28 @@ _croot() { # $1 root as given, may be empty or begin with ~ -> cd there, $root
   case $root in *"$_cmux_newline"*) echo "a newline is in the path of its root" >&2; return 3;; esac
   mkdir -p .cmux/bases .cmux/stage .cmux/trash .cmux/made .cmux/locks && chmod 700 .cmux || return 3
 }
-_one_at_a_time() { # lock function...: after a lost line the first attempt may still run
+_one_at_a_time() { # lock function...: an earlier attempt may still run
   own_lock=$root/.cmux/stage/$1.by; shift
   _center "$own_lock" 0.1 3000 || return 3
   "$@"; status=$?
   _cleave "$own_lock"; return $status
 }
-# _operate function root project turn name op...: one operation at a time on a workspace's name,
-# and none once a later one has begun, which also clears away what the last left in the stage: its
-# client was killed. The function is given what follows the op.
+# root project turn name op...: _work, with what follows the op, for one operation at a time on a
+# name, and none once a later one has begun. That one also removes what the last, whose client was
+# killed, left in the stage.
+_cop() { _operate "$@"; }
 _operate() {
-  _croot "$2" || return
-  project=$3 turn=$4 name=$5 op=$6 place=$root/$3/$5
+  _croot "$1" || return
+  project=$2 turn=$3 name=$4 op=$5 place=$root/$2/$4
   stage=$root/.cmux/stage/$op known=.cmux/made/$project/$op
-  mkdir -p ".cmux/made/$project" && _one_at_a_time "$project.$name" _in_turn "$@"
+  mkdir -p ".cmux/made/$project" && shift 5 && _one_at_a_time "$project.$name" _in_turn "$@"
 }
 _in_turn() {
   turns=.cmux/locks/turn-$project.$name last=0 left=
   [ ! -f "$turns" ] || read -r last left <"$turns"
   [ "${last:-0}" -le "$turn" ] || return 3
   case $left in "$op" | '') ;; *) _free ".cmux/stage/$left";; esac
-  action=$1; shift 6
-  echo "$turn $op" >"$turns" && "$action" "$@"
+  echo "$turn $op" >"$turns" && _work "$@"
 }
 _free() { chmod -R u+rwX "$1"; rm -rf "$1"; }
 _taken() { [ -e "$1" ] || [ -L "$1" ]; }
@@ -1053,10 +1039,10 @@ _cw() { # project name -> $w its directory, $m what is known of it
   } 2>/dev/null
   [ -d "$w" ] && [ ! -L "$w" ] && [ ! -L "$root/$1" ]
 }
-# What is known of a workspace lies in one directory, made/PROJECT/OP/, named by the operation that
-# made it; made/PROJECT/NAME.op says which has the name. So a new name moves nothing.
+# What is known of a workspace lies in made/PROJECT/OP/, named by the operation that made it;
+# made/PROJECT/NAME.op says which has the name, so that renaming moves nothing.
 _owner() { cat ".cmux/made/$project/$1.op"; }
-_put() { # directory: it becomes $place. mv moves *into* what stands there by now: that is undone
+_put() { # directory: it becomes $place. mv moves it *into* one that exists by now: that is undone
   rm -rf "$stage/$op" # of an attempt that was killed
   echo "$op" >".cmux/made/$project/$name.op" && mv "$1" "$stage/$op" &&
     mv "$stage/$op" "$place" || return 3
@@ -1065,8 +1051,8 @@ _put() { # directory: it becomes $place. mv moves *into* what stands there by no
 }
 """
 
-# Every git of ours on the host runs with no configuration, one identity, one date, the ids of
-# most repositories (git 3 makes others; a base whose tree has another id is not known again).
+# Every git of ours on the host runs without configuration, with one identity, one date, and sha1
+# (git 3 has another default; a base whose tree has another id would not be found again).
 GIT_THERE = r"""
 _cenv() {
   for v in $(env | sed -n 's/^\(GIT_[A-Z_0-9]*\)=.*/\1/p'); do unset "$v"; done
@@ -1078,7 +1064,7 @@ _cenv() {
   done
   raw='* -text -eol -ident -filter -working-tree-encoding'
 }
-_cmark() { # op file directory: when; and, where no git will tell, of what
+_cmark() { # op file directory: when it was made and, without git, of what
   if command -v git >/dev/null; then echo "$1" >"$2"; return; fi
   : >"$2.now" && { echo "$1"; echo listed; ( cd "$3" && _clist ); } >"$2.new" &&
   touch -r "$2.now" "$2.new" && mv "$2.new" "$2" && rm -f "$2.now"
@@ -1087,41 +1073,37 @@ _clist() { # the files and links below the current directory, a line each: x (ex
   # l (link) or u (unreadable); checksum and size of the content; path. Two slashes and an n in it
   # stand for a newline: find prints no two slashes.
   export LC_ALL=C
-  _cmux_newline='
-'
   _sums() { find . -name .git -prune -o -type f "$@" ! -path "*$_cmux_newline*" -exec cksum {} +; }
   { _sums -perm -100 | sed 's/^/x /'
     _sums ! -perm -100 | sed 's/^/f /'
     find . -name .git -prune -o \( -type f -o -type l \) -exec sh -c '
-      _cmux_newline=$1; shift
-      for _cmux_path; do
-        if [ -h "$_cmux_path" ]; then
-          _cmux_sum=$(readlink "$_cmux_path" | cksum)
-          _cmux_row="l ${_cmux_sum% *} $((${_cmux_sum#* }-1))"
-        elif [ ! -r "$_cmux_path" ]; then _cmux_row="u - -"
-        else case $_cmux_path in
-          *"$_cmux_newline"*) _cmux_row="f $(cksum <"$_cmux_path")"
-            case $(ls -ld "$_cmux_path") in -??[xs]*) _cmux_row=x${_cmux_row#f};; esac;;
+      newline=$1; shift
+      for path; do
+        if [ -h "$path" ]; then
+          sum=$(readlink "$path" | cksum)
+          row="l ${sum% *} $((${sum#* }-1))"
+        elif [ ! -r "$path" ]; then row="u - -"
+        else case $path in
+          *"$newline"*) row="f $(cksum <"$path")"
+            case $(ls -ld "$path") in -??[xs]*) row=x${row#f};; esac;;
           *) continue;; esac
         fi
-        while case $_cmux_path in *"$_cmux_newline"*) ;; *) false;; esac; do
-          _cmux_path=${_cmux_path%%"$_cmux_newline"*}//n${_cmux_path#*"$_cmux_newline"}
+        while case $path in *"$newline"*) ;; *) false;; esac; do
+          path=${path%%"$newline"*}//n${path#*"$newline"}
         done
-        printf "%s\n" "$_cmux_row $_cmux_path"
+        printf "%s\n" "$row $path"
       done' sh "$_cmux_newline" {} +
   } | sort
 }
 """
 
-# A base is a directory bases/<id>: whole.tar, git/ (a repository of one commit) where the host has
-# git. One of which only the difference to another was sent is packed here. Times are the host's own
-# (tar's m): with those of a client whose clock is ahead, make would rebuild for ever. A kept tar is
-# faster to unpack than a tree is to copy: for 20,000 files 0.18 s of processor time against 0.36,
-# for 1,000 of 16 kB 0.02 against 0.04.
+# A base is a directory bases/<id>: whole.tar (the host makes it of a difference), and git/, a
+# repository of one commit, where it has git. Times are those of the host (tar's m): if the client's
+# clock is ahead, make would rebuild for ever. To unpack a tar takes less than to copy a tree: for
+# 20,000 files 0.18 s of processor time against 0.36, for 1,000 of 16 kB 0.02 against 0.04.
 # Files "big" from one byte on go into one pack as they are: a third of the time of a file for each
-# object, and a repository that is copied in a twentieth of it. MALLOC_: glibc else gives a buffer
-# back to the kernel for each file, a fifth of the time. No fsync (a pack has one, the tree itself
-# has none).
+# object, and a repository that is copied in a twentieth of it. MALLOC_: else glibc gives a buffer
+# back to the kernel for each file, a fifth of the time. No fsync (the tree itself has none).
 BASE = r"""
 _unpack() { ( umask 022; tar -xmof "$@" ); }
 _add() { # git...: all files, as one pack
@@ -1153,7 +1135,7 @@ _remove_gone() { # what .cmux-gone names, and the directories that are empty the
   find . -depth -type d -exec rmdir {} + 2>/dev/null
   return 0
 }
-_grow_base() { # of the difference to a base that lies here -> $stage/base, $stage/tree
+_grow_base() { # of the difference to another base -> $stage/base, $stage/tree
   rm -rf "$stage/tree" "$stage/new" && mkdir -p "$stage/base" "$stage/new" && cd "$stage/new" &&
   _unpack "$root/.cmux/bases/$(cat ../parent)/whole.tar" &&
   _unpack ../changes.tar .cmux-gone && _remove_gone && _unpack ../changes.tar &&
@@ -1185,12 +1167,11 @@ _unpack_base() { # -> $stage/tree, with a repository
 }
 """
 # CREATE root project turn name op base: make a workspace of a cached or just uploaded base.
-#   replies: root <path>; init, if there is a hook to run; made. Status 20: the name is taken;
-#   21: the base is not here; it then names those that a delta may stand on, newest first.
-#   Called again with the same op after a lost line, it says made.
+#   Replies: root <path>; init, if there is a hook to run; made, also again with the same op. Status
+#   20: the name is taken; 21: the base is missing; then it lists those that a delta may stand on,
+#   newest first.
 CREATE = OPEN_ROOT + GIT_THERE + BASE + r"""
-_cop() { _operate _create "$@"; }
-_create() {
+_work() {
   base=.cmux/bases/$1
   printf 'root %s\n' "$root"
   if _taken "$place"; then [ "$(_owner "$name")" = "$op" ] || return 20; echo made; return 0; fi
@@ -1205,17 +1186,16 @@ _create() {
 }
 """
 
-# GZIP: says gzip where that works.
+# GZIP: prints gzip where that works.
 GZIP = "_cop() { echo gzip | gzip | gzip -dc; }"
 
 # UPLOAD root project turn name op parent gzip: the stream becomes stage/OP/base/whole.tar and at
 #   once stage/OP/tree; with a parent, changes.tar: what differs from that base, and .cmux-gone, the
-#   paths to remove. Replies at the end the line of cksum, which the client compares before it goes
-#   on. The stage is made in its turn: a later one clears it away.
+#   paths to remove. Replies the line of cksum, which the client compares before it goes on.
 # tar may stop reading at the end-of-archive blocks: the rest is drained, or tee would die.
 UPLOAD = OPEN_ROOT + r"""
-_cop() { _operate _open_stage "$@" && _take_archive; }
-_open_stage() {
+_cop() { _operate "$@" && _take_archive; }
+_work() {
   parent=$1 unpack='gzip -dc'
   [ "$2" ] || unpack=cat
   mkdir -p "$stage/base" && { [ "$parent" ] || mkdir -p "$stage/tree"; }
@@ -1233,9 +1213,9 @@ _take_archive() {
 }
 """
 
-# Functions of the scripts on jobs. State: running, exited CODE, or lost (no exit, no supervisor).
+# State: running, exited CODE, or lost (no exit, no supervisor).
 JOB_STATE = r"""
-_calive() { # $1 directory, $2 pid: not a stranger that was given the number since
+_calive() { # $1 directory, $2 pid: not a stranger that has the number now
   kill -0 "$2" 2>/dev/null || return 1
   [ ! -r "/proc/$2/environ" ] || tr '\0' '\n' <"/proc/$2/environ" | grep -qxF "CMUX_JOB=${1##*/}"
 }
@@ -1247,20 +1227,17 @@ _cstate() { # $1 directory
 }
 """
 
-# What PULL, CHANGED and PUSH share: _csnap makes a snapshot of it with
-# git in a repository of its own ($g, in the stage), whose alternate is the workspace's: nothing
-# of the agent's is written or configured. -> $b base, $h its HEAD, $t the tree as it is now.
-# Where .git is gone, or its history rewritten or absurd (too many commits, foreign roots, nested
-# repositories), the base's own repository stands in, $h is the base, $whole empty. Status 9: no
-# git here; 24: a file is too large.
+# For PULL, CHANGED and PUSH: _csnap makes a snapshot of the workspace in a git repository of its
+# own ($g, in the stage), whose alternate is the agent's, which stays as it is. -> $b base, $h the
+# agent's HEAD, $t the tree as it is now. Where .git is missing, or its history rewritten or absurd
+# (too many commits, foreign roots, nested repositories), it uses the base's repository: $h is the
+# base, $whole empty. Status 9: no git; 24: a file is too large.
 SNAPSHOT = OPEN_ROOT + GIT_THERE + r"""
+_cgit() { git -c core.fsmonitor=false -c core.hooksPath=/dev/null "$@"; }
 _cg() { # git in the snapshot's repository
-  git --git-dir="$g" --work-tree="$w" -c core.fsmonitor=false -c core.hooksPath=/dev/null \
-    -c core.bigFileThreshold=8m "$@"
+  _cgit --git-dir="$g" --work-tree="$w" -c core.bigFileThreshold=8m "$@"
 }
-_co() { # git in the repository $o
-  git --git-dir="$o" -c core.fsmonitor=false -c core.hooksPath=/dev/null "$@" 2>/dev/null
-}
+_co() { _cgit --git-dir="$o" "$@" 2>/dev/null; } # git in the repository $o
 commit_at() { _co rev-parse -q --verify "$1^{commit}"; }
 base_in() { # repository tree ("": any) -> $o, $b
   o=$1; [ -d "$o" ] && [ ! -L "$o" ] && b=$(commit_at refs/cmux/base) &&
@@ -1286,12 +1263,12 @@ snap_excludes() { # repositories in the workspace
     printf '%s/\n' "${path#.}" | sed 's/[][\\*?!# ]/\\&/g' >>"$g/info/exclude"
   done
 }
-snap_index() { # of the agent, which knows what has not changed
+snap_index() { # the agent's, which knows what has not changed
   cp -p .git/sharedindex.* "$g/" 2>/dev/null # of core.splitIndex
   if [ "$whole" ] && cp -p .git/index "$g/index" 2>/dev/null && _cg ls-files >/dev/null 2>&1
   then return; fi
   rm -f "$g/index"; _cg read-tree "$h" || return 3
-  if cp .git/index "$s/theirs" 2>/dev/null; then # what is ignored, but tracked all the same
+  if cp .git/index "$s/theirs" 2>/dev/null; then # what is ignored, but tracked
     ( export GIT_INDEX_FILE="$s/theirs"; _cg ls-files -c -i -s --exclude-standard 2>/dev/null ) |
       sed -n 's/^1[^6][^	]*	//p' | _cg update-index --add --remove --stdin 2>/dev/null
   fi
@@ -1328,14 +1305,14 @@ _csnap() { # base-id its-tree commits bytes
   snap_repository && cd "$w" || return 3
   snap_excludes; snap_index && snap_large "$4" && snap_files
 }
-_creflog() { # commits that only reflogs, which may name what is gone, or HEADs of worktrees have
+_creflog() { # commits that only reflogs (some may be gone) or HEADs of worktrees have
   { _co log -g --format=%H --branches; _co log -g --format=%H HEAD
     cat "$o/logs/HEAD" "$o"/worktrees/*/logs/HEAD 2>/dev/null | cut -d' ' -f2; } |
     _co log --ignore-missing --format='commit %h (%s)' --stdin --exclude='refs/*' --all \
       --not $brought $top --exclude='refs/remotes/*' --exclude=refs/stash --glob='refs/*'
 }
-left_behind() { # heads: what no pull brings while HEAD ($top) stays, nor did pulls of these heads.
-  # What was only fetched is elsewhere, too; a stash has a list of its own.
+left_behind() { # heads: what neither a pull of HEAD ($top) brings nor pulls of these heads brought.
+  # What was only fetched exists elsewhere, too; a stash has a list of its own.
   top=$(commit_at HEAD) brought=
   for head in $b $1; do ! _co cat-file -e "$head^{commit}" || brought="$brought $head"; done
   _co for-each-ref --format='%(refname) %(contents:subject)' |
@@ -1346,7 +1323,7 @@ left_behind() { # heads: what no pull brings while HEAD ($top) stays, nor did pu
   _creflog | head -n 20
   _co stash list --format='stash %gd (%s)' | head -n 20
 }
-written_gits() { # since the workspace was made: nothing of them comes home without git
+written_gits() { # since the workspace was made: without git nothing of them comes home
   cd "$w" && find . -name .git -prune -print | while IFS= read -r path; do
     [ -z "$(find "$path" -type f ! -name index -newer "$m/mark" | head -n 1)" ] ||
       printf '%s\n' "${path%/.git}"
@@ -1356,7 +1333,7 @@ sum_refs() {
   { _co for-each-ref; _co rev-parse HEAD; _co rev-parse -q --verify refs/stash; } |
     cksum | tr ' ' -
 }
-in_stage() { # op function...; it is cleared, too, where the client is gone
+in_stage() { # op function...; the stage is removed, too, where the client is gone
   trap 'cd "$root"; rm -rf "$s"; exit 1' PIPE HUP TERM
   s=$root/.cmux/stage/$1.$$; mkdir -p "$s" || return 3
   shift; "$@"; status=$?
@@ -1364,9 +1341,8 @@ in_stage() { # op function...; it is cleared, too, where the client is gone
 }
 """
 
-# What pulls brought home: $m/pull, for each a line of its op, HEAD, tree and refs (without git the
-# checksum of the listing for a tree). The client names the last pull that it finished: a line that
-# follows does not count.
+# What pulls brought home: $m/pull, for each a line of op, HEAD, tree (without git the checksum of
+# the listing) and refs. The client names the last pull that it finished: later lines do not count.
 RECORDS = r"""
 pulls() { # last-op: the lines that count
   ! grep -q "^$1 " "$m/pull" 2>/dev/null || sed "/^$1 /q" "$m/pull"
@@ -1381,13 +1357,13 @@ only_paths() { sed 's/^[^ ]* [^ ]* [^ ]* \.\///'; }
 unreadable() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$s/now"; }
 """
 
-# PULL root project name base tree op commits bytes last-op record: what the workspace changed, a
+# PULL root project name base tree op commits bytes last-op record: what the workspace changed, as a
 #   stream; with `record`, it counts as brought home once the client names this op. 22: no
 #   workspace; 24: a file is too large. `note ...` lines, then one of these:
 #     git DIRTY BASE   DIRTY is 1 where the last commit is uncommitted work
 #     files            a host without git
-#     all              the same, where it is not known any more what was sent: all files come
-#   Then three sections, of every host:
+#     all              the same, where what was sent is not known any more: all files come
+#   Then three sections, from every host:
 #     commits    as `git cat-file --batch` prints them, parents first; an empty line ends them.
 #                None without git
 #     changes    as `git diff-tree --stdin -r -z --raw` prints them, of each commit against its
@@ -1447,10 +1423,9 @@ send_changes() {
   { echo 1
     sed 'i\
 :0 000000 0 0 D' "$s/gone"
-    sed -n 's/^\([0-9]*\) x [^ ]* [^ ]* \.\//:0 100755 0 \1 M\
-/p;s/^\([0-9]*\) f [^ ]* [^ ]* \.\//:0 100644 0 \1 M\
-/p;s/^\([0-9]*\) l [^ ]* [^ ]* \.\//:0 120000 0 \1 M\
-/p' "$s/new"; echo; } | tr '\n' '\0'
+    sed '/^[0-9]* x/s/x/100755/;/^[0-9]* f/s/f/100644/;/^[0-9]* l/s/l/120000/
+s/^\([0-9]*\) \([0-9]*\) [^ ]* [^ ]* \.\//:0 \2 0 \1 M\
+/' "$s/new"; echo; } | tr '\n' '\0'
 }
 send_files() {
   while IFS= read -r row; do
@@ -1472,8 +1447,8 @@ _cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && in_stage "$6" pull "$
 """
 
 # CHANGED root project name base tree op commits bytes last-op [jobs]: what would be lost with the
-#   workspace, a line each, 20 of a kind, beyond what pulls brought home; with the name of their
-#   directory, jobs that run. 22: no such directory.
+#   workspace, since no pull brought it home, a line each, at most 20 of a kind; and jobs that run,
+#   given the name of their directory. 22: no such directory.
 LOST = SNAPSHOT + RECORDS + r"""
 _clost() {
   _csnap "$4" "$5" "$7" "$8" >"$s/said"; snap=$?
@@ -1513,17 +1488,16 @@ _cop() {
 }
 """
 
-# PUSH root project turn name op, then the words of CHANGED, newbase keep: the workspace becomes the
-#   new base; again with the same op, it says pushed. With git, in place: only files that differ are
-#   touched, ignored ones stay (build caches, a server that watches), and what differs from its own
-#   base is enough. Without, the directory is replaced. `keep` (1): a copy goes to the trash, and
-#   the directory is replaced, too, where its repository cannot be moved (else 5). Without `keep` it
-#   looks itself for what would be lost, as CHANGED does, each time: an upload takes minutes.
+# PUSH root project turn name op, then the words of CHANGED, newbase keep: the workspace becomes
+#   the new base; replies pushed, also again with the same op. With git, in place: only files that
+#   differ are touched, ignored ones stay (build caches, a server that watches), and the difference
+#   to its own base is enough. Without, the directory is replaced. `keep` (1): a copy goes to the
+#   trash, and the directory is replaced, too, where its repository cannot be moved (else 5).
+#   Otherwise it looks for what would be lost, as CHANGED does, each time: an upload takes minutes.
 #   21: upload first; 22: no workspace; 25: the lines say what would be lost.
 PUSH = LOST + BASE + r"""
 _creflog() { :; } # what only a reflog has stays there
-_cop() { _operate _push "$@"; }
-_push() {
+_work() {
   _cw "$2" "$3" || return 22
   s=$stage; mkdir -p "$s" || return 3
   ( _push_steps "$@" ); status=$?
@@ -1534,7 +1508,7 @@ _push_steps() {
   [ "$(cat "$m/push")" != "$op" ] || { echo pushed; return 0; }
   rm -rf "$s/git" "$s/delta" "$s"/new.index*
   _look "$@" && cd "$root" && _find_new && _keep_copy || return
-  : >"$s/begun" # an attempt after this one was killed finds the files half changed, by this one
+  : >"$s/begun" # if this attempt is killed, the next finds its half changed files
   ( _switch ) || _replace $? || return
   echo "$newbase" >"$m/base" && _cmark "$op" "$m/mark" "$w" &&
     echo "$op" >"$m/push" && echo pushed
@@ -1575,8 +1549,8 @@ _make_commit() { # of the new base, in $g: of the old one and the difference, wi
   else _unpack "$root/$base/whole.tar"
   fi && _add _new_git && tree=$(_new_git write-tree) && _new_git commit-tree "$tree" -m base
 }
-# Files, refs and index become the new base's; or all is as it was, with 1: there is no repository,
-# or 5: it cannot be moved (another one, or a lock).
+# Files, refs and index become the new base's; or all stays, with 1: there is no repository, or 5:
+# it cannot be moved (another one, or a lock).
 _switch() {
   [ -d "$w/.git" ] && [ "$snap" = 0 ] || return 1
   others=$g/objects/info/alternates
@@ -1596,12 +1570,12 @@ _switch() {
   return 5
 }
 _take_commit() {
-  cp -Rf "$g/objects/." "$o/objects/" && # -f: what is there already is read-only
+  cp -Rf "$g/objects/." "$o/objects/" && # -f: objects are read-only
   _co symbolic-ref HEAD refs/heads/main &&
   printf 'update %s %s\n' refs/heads/main "$new" refs/cmux/base "$new" |
     _co update-ref --no-deref --stdin
 }
-_replace() { # status of _switch. Without a copy, what is ignored would be lost with the directory
+_replace() { # status of _switch. Without a copy, ignored files would be lost with the directory
   [ "$1" = 1 ] || [ "$keep" ] || return "$1"
   cd "$root" && _unpack_base || return
   gone=$root/.cmux/trash/$op
@@ -1612,8 +1586,7 @@ _replace() { # status of _switch. Without a copy, what is ignored would be lost 
 
 # FORK root project turn name op source: a copy under another name. 20: the name is taken.
 FORK = OPEN_ROOT + r"""
-_cop() { _operate _fork "$@"; }
-_fork() {
+_work() {
   if _taken "$place"; then [ "$(_owner "$name")" = "$op" ] || return 20; return 0; fi
   _cw "$project" "$1" || return 22
   rm -rf "$stage" "$known"
@@ -1622,12 +1595,11 @@ _fork() {
   _put "$stage/tree"
 }
 """
-# RENAME root project turn lock op from to its [push]: the directory that the operation `its` made,
-#   under another name, or back where it was, also where it is already. Says which push was done
-#   last; what came for `push` goes. 20: the name is taken.
+# RENAME root project turn lock op from to its [push]: the directory that the operation `its` made
+#   gets another name, or its old one, or has it already. Replies the op of the last push; removes
+#   what was uploaded for `push`. 20: the name is taken.
 RENAME = OPEN_ROOT + r"""
-_cop() { _operate _rename "$@"; }
-_rename() {
+_work() {
   if _taken "$project/$2"; then [ "$(_owner "$2")" = "$3" ] || return 20
   else
     _cw "$project" "$1" || return 22
@@ -1639,8 +1611,8 @@ _rename() {
 }
 """
 
-# GC root: trash, what broken uploads left a day ago, jobs that ended a week ago, and bases that no
-#   workspace stands on and none was made from for two weeks. Replies the kilobytes freed.
+# GC root: removes trash, what broken uploads left a day ago, jobs that ended a week ago, and bases
+#   unused by any workspace, new ones too, for two weeks. Replies the kilobytes freed.
 GC = OPEN_ROOT + r"""
 _cold() { [ "$(find "$2" -prune -mtime "+$1" -print)" ]; } # days path: it is older
 _csize() { du -sk . | sed 's/[^0-9].*//'; }
@@ -1659,11 +1631,10 @@ _cop() {
 }
 """
 
-# REMOVE root project turn name op its: a rename into the trash, and a background reap. Constant
-#   time; jobs that run are ended first. A missing directory is success; somebody else's stays.
+# REMOVE root project turn name op its: ends the jobs that run, and renames all into the trash,
+#   which is emptied in the background. A missing directory is success; somebody else's stays.
 REMOVE = OPEN_ROOT + JOB_STATE + r"""
-_cop() { _operate _remove "$@"; }
-_remove() {
+_work() {
   trash=.cmux/trash/$op jobs=.cmux/jobs/$project/${1:--} known=.cmux/made/$project/${1:--}
   mkdir -p "$trash" || return 3
   if [ -L "$project" ]; then return 3; fi
@@ -1681,10 +1652,10 @@ _remove() {
 }
 """
 
-# GUARD: the lifeline of a command whose own stdin streams. It reads the pid of the command's
-# wrapper, then waits. At `beat NONCE` it writes a mark into the wrapper's stdout (Linux); "." lets
-# go; end of file ends the tree, and has the wrapper say so: a guard that is lost alone must not
-# pass for the command's own end. Replies confirmed, or left (or nothing to tell by).
+# GUARD: the lifeline of a command whose stdin streams. It reads the pid of the command's wrapper,
+# then waits. At `beat NONCE` it writes a mark into the wrapper's stdout (Linux); "." ends it alone;
+# end of file ends the tree, which the wrapper then reports: that is not the command's own end.
+# Replies confirmed, or left (it may still run).
 GUARD = r"""
 _cop() {
   _cmux_root=-
@@ -1714,8 +1685,8 @@ TOOL_STATUS = {
 }
 
 # READ path max first count home: "size how\n", then all bytes of a file up to max, else the lines.
-#   With count 0 the client counts the size, and one byte more than max tells it "too large": that
-#   saves a process of two on every read.
+#   With count 0 the client counts the bytes, and one more than max means "too large": that saves
+#   one of two processes.
 READ = r"""
 _cop() {
   [ -e "$1" ] || { [ -d "$5" ] || return 37; return 30; }
@@ -1733,13 +1704,12 @@ _cop() {
 """
 
 # WRITE path root op size cksum old home lock: stdin becomes the file, by a rename beside it, and
-# only when its length and checksum are as said; with old ("cksum size", or "none"), only when the
-# file still is that. Makes parents, but not home, the workspace, anew. Replies created or replaced.
+# only if size and checksum are right; with old ("cksum size", or "none"), only if the file still is
+# that. Makes parents, but not home, the workspace. Replies created or replaced.
 # The lock makes compare and rename one step among all users of this tool. Its name is the cksum of
-# the path; where that has no links, the client has reckoned it, which saves three processes. The
-# temporary file is this process's own: an attempt whose line was lost may still run beside the
-# next. cp (for mode and owner) is tried again: GNU's gives up on a file that another writer's
-# rename replaces under it.
+# the path, from the client where that has no links, which saves three processes. The temporary file
+# is named by this process: an earlier attempt may still run. cp (for mode and owner) is tried
+# again: GNU's fails on a file that another writer's rename replaces meanwhile.
 WRITE = LOCKED + r"""
 _cop() {
   file=$1 tries=0
@@ -1797,8 +1767,8 @@ if find . -prune -print0 >/dev/null 2>&1; then print=-print0; else print=-print;
 find . -name .git -prune -o ! -type d -path "$1" $print 2>/dev/null | head -c "$2"
 """
 
-# GREP (as a command): pattern, wider path pattern, -i or -n (no-op), bytes, lines. GNU's says on
-# stderr, between two lines of its output, that it gave a file up as binary.
+# GREP (as a command): pattern, wider path pattern, -i or -n (no-op), bytes, lines. GNU's prints on
+# stderr, between two lines of output, that a file is binary.
 GREP = r"""
 echo | grep -E $3 -e "$1" >/dev/null || [ $? -lt 2 ] || exit 34
 null=
@@ -1811,8 +1781,8 @@ find . -name .git -prune -o -type f -path "$2" -exec sh -c '
 """
 
 # START dir id command...: run as a job that outlives this session: out (both streams), pid of the
-# supervisor, exit. setsid -f, or a list of a bash with job control: a plain one ignores SIGINT.
-# It is trapped: ksh dies of what ended its subshell. Names of ours: secrets are in the environment.
+# supervisor, exit. setsid -f, or a bash with job control: in a plain list SIGINT is ignored. It is
+# trapped: ksh dies of what ended its subshell. _cmux_: secrets are in the environment.
 START = r"""
 _cop() {
   _cmux_umask=$(umask); umask 077; _cmux_folder=$1 _cmux_job=$2; shift 2
@@ -1875,8 +1845,8 @@ _cop() {
   if [ "$3" -gt 0 ]; then tail -c "+$(($2+1))" "$1/out" | head -c "$3"; fi
 }
 """
-# STOP dir id: end a job's tree, and say what was seen of it, and its state. The number of a job
-# that has ended may be a stranger's.
+# STOP dir id: end a job's tree; replies whether that was seen, and the state. The pid of a job that
+# has ended may be a stranger's.
 STOP = JOB_STATE + r"""
 _cop() {
   [ -d "$1" ] || return 38
@@ -1891,9 +1861,9 @@ _cop() {
 """
 
 
-# HANDOVER root op: stdin goes to whoever opens the FIFO first (a shell on a terminal), through
-# kernel memory: it lies on no disk. The FIFO stands below .cmux, 0700: in /tmp a stranger, who can
-# see its name in the process table, could put one of his there. Nobody for 60 s: it is given up.
+# HANDOVER root op: stdin goes to whoever opens the FIFO first (a shell on a terminal), and so lies
+# on no disk. The FIFO stands below .cmux, 0700: in /tmp a stranger, who sees its name in the
+# process table, could make one. It is removed after 60 s.
 HANDOVER = OPEN_ROOT + r"""
 _cop() {
   _croot "$1" && cd .cmux/stage && mkdir "$2" && mkfifo "$2/f" || return 3
@@ -1904,11 +1874,11 @@ _cop() {
   cat >"$2/f"; rm -rf "$2"
 }
 """
-# What the shell on the terminal runs first. The path is octal digits: every login shell reads them
-# alike. Not `. FIFO`, of which bash 3.2 (macOS) reads nothing.
+# What the shell on the terminal runs first. The path is in octal digits, which every login shell
+# reads alike. Not `. FIFO`: bash 3.2 (macOS) reads nothing of it.
 TAKEOVER = """exec sh -c 'eval "$(cat "$(printf "%s")")"'"""
-# PROBE root op: facts about the host, a word and its value a line; stdin is a tar archive of the
-# one file probe, to see that tar extracts.
+# PROBE root op: facts about the host, a word and its value a line; stdin is a tar archive of one
+# file, probe.
 PROBE = OPEN_ROOT + r"""
 _cop() {
   echo "system $(uname -sm)"; echo "shell ${SHELL:-unknown}"; echo "time $(date +%s)"
@@ -1947,7 +1917,7 @@ def shell_header(nonce: str, run_id: str, operation: bytes) -> bytes:
 
 @functools.lru_cache(maxsize=None)
 def sent_text(script: str) -> str:
-    """A script without what only its readers need: a fifth of what is sent."""
+    """A script without comments and indentation, a fifth of it."""
     text = re.sub(r"(?m)(^|\s)# [^'\"\n]*$", "", script)
     return "\n".join(filter(None, map(str.strip, text.splitlines())))
 
@@ -1959,7 +1929,7 @@ def script_records(script: str, *arguments: str) -> bytes:
 
 
 def check_command(command: object) -> tuple[str, Sequence[str]]:
-    """(the shell line, its words): of a command that is a line, or an exact argv. UsageError."""
+    """(the shell line, its words) of a command that is a line, or an exact argv. UsageError."""
     if not isinstance(command, (str, list, tuple)) or not command or not command[0]:
         raise UsageError("No command was given: a line of text, or a list of words.",
                          f"For example: {PROGRAM} exec -- make test")
@@ -2010,11 +1980,11 @@ def find_program(name: str, more: Sequence[str] = ()) -> str:
         path = os.path.join(entry, name)
         if os.path.isabs(entry) and os.access(path, os.X_OK) and os.path.isfile(path):
             return path
-    packages = {"ssh": "openssh-client", "ssh-keygen": "openssh-client", "sshd": "openssh-server",
-                "git": "git", "ps": "procps"}
+    package = {"ssh": "openssh-client", "ssh-keygen": "openssh-client", "sshd": "openssh-server",
+               "git": "git"}.get(name)
     raise UsageError(f"The program {name} is not installed here.",
-                     f"Install it (for example: apt-get install {packages[name]})."
-                     if name in packages else "Is $CMUX_SSH_COMMAND as it should be?")
+                     f"Install it (for example: apt-get install {package})."
+                     if package else "Is $CMUX_SSH_COMMAND as it should be?")
 
 
 def spawn(argv: Sequence[str], env: Mapping[str, str] | None = None, stdin: Any = None,
@@ -3887,9 +3857,6 @@ class Exchange:
                  close_stdin: bool = False, run_id: str = "", after: bytes = b"") -> None:
         nonce = os.urandom(16).hex()
         self.session = session
-        # Else the source is read from the mark + on: of a command, and behind a handshake that may
-        # be dropped.
-        self.eager = not run_id and session.control >= 0
         self.out = Stream(session.stdout, nonce.encode(), stdout)
         self.err = Stream(session.stderr, nonce.encode(), stderr)
         header = shell_header(nonce, run_id or os.urandom(8).hex(), operation)
@@ -3963,7 +3930,7 @@ class Exchange:
             wanted.append(self.session.control)
         if len(self.outgoing) > self._held and self.session.stdin >= 0:
             wanted.append((self.session.stdin, select.POLLOUT))
-        elif not self._held and self.source and (self.begun or self.eager):
+        elif self.source and self.begun:  # before, the operation can be tried again
             wanted.append(self.source.fd)
         return poll_once(seconds, cancel, *wanted)
 
