@@ -90,98 +90,102 @@ PROGRAM = "cmux_ssh.py"
 # === 2. Limits ===
 # Owns: every number, each with its reason. Touches: nothing. Seconds and bytes unless said.
 
-SESSIONS_PER_MASTER = 8     # sshd allows 10, but frees one only after answering its close: at
-                            # 10 a fast client is refused 26 % of its opens, at 8 1 to 3 %
-MASTERS_PER_HOST = 64       # 512 sessions; started as they are needed
-SLOT_SOON = 0.2             # after such a wait, longer than short commands, a master is started
-SPARED_MOST = 6             # masters, from which on none is started for sessions opened ahead
-HANDSHAKES_AT_ONCE = 8      # stock MaxStartups 10:30:100 drops at random from the 10th on
-CONTROL_PERSIST = 600       # an idle master ends itself
-CONNECT_TIMEOUT = 20        # for ssh, where the user's config has none
-CONNECT_PATIENCE = 60       # for one connection with authentication; ConnectTimeout does not
-                            # cover a server that goes silent after its banner
+# sshd allows 10 sessions, but frees one only after answering its close: at 10 a fast client is
+# refused 26 % of its opens, at 8 1 to 3 %.
+SESSIONS_PER_MASTER = 8
+MASTERS_PER_HOST = 64  # 512 sessions; started as they are needed
+SLOT_SOON = 0.2  # after such a wait, longer than short commands, a master is started
+SPARED_MOST = 6  # masters, from which on none is started for sessions opened ahead
+HANDSHAKES_AT_ONCE = 8  # stock MaxStartups 10:30:100 drops at random from the 10th on
+CONTROL_PERSIST = 600  # an idle master ends itself
+CONNECT_TIMEOUT = 20  # for ssh, where the user's config has none
+# For one connection with authentication: ConnectTimeout does not cover a server that goes silent
+# after its banner.
+CONNECT_PATIENCE = 60
 CONNECT_PATIENCE_SLOW = 600  # where the config says ConnectTimeout 0 (Coder starts a machine)
 INTERACTIVE_PATIENCE = 300  # a person types a passphrase
-CONTROL_PATIENCE = 5        # a live master answers hello in under a millisecond
-SLOT_PATIENCE = 600         # waiting for one of the 512 sessions
-LOCK_PATIENCE = 1800        # for what another process works on: it may send gigabytes, slowly
+CONTROL_PATIENCE = 5  # a live master answers hello in under a millisecond
+SLOT_PATIENCE = 600  # waiting for one of the 512 sessions
+LOCK_PATIENCE = 1800  # for what another process works on: it may send gigabytes, slowly
 LOOK_FIRST, LOOK_MOST = 0.003, 0.3  # between looks for what other processes free
-SEEN_FOR = 86400            # what was seen of a host is believed for a day
-FOLDER_KEPT = 30 * 86400    # the directory of a host that nobody uses goes after so long
-SHELL_PATIENCE = 2.5        # without a word from our wrapper; then another session is asked
-FORK_FAILED = (1, 2, 254)   # how mksh, dash and busybox, bash end where they cannot make a process
-START_PATIENCE = 60         # from the header sent to the start mark: slow rc files are read here
-UNKNOWN_FOR = 10            # a secret's command that failed is not run again for masking
-STOP_PATIENCE = 10          # for the host's word that a tree has ended
-STOP_SILENCE = 5            # of the session that carries it; then another one is asked
-CALL_PATIENCE = 600         # for one script of ours: it may unpack a large tree, or hash
-                            # gigabytes before it sends a byte
-STALL_PATIENCE = 60         # a transfer that moves no byte for so long is dead
-BEAT_MOST, BEAT_LEAST = 20, 1  # between two signs of life over a session (ChannelTimeout), where
-                            # it is silent, and where it is awake anyway
-DROPPED_WAITS = (0.2, 0.4, 0.8, 1.6, 5, 15, 30)  # OpenSSH 9.8 and later say the same words for
-DROPPED_TRIES = 4           # MaxStartups, which drops at random, and for a penalty of 15 s or more.
-                            # Being turned away adds none. Without these words four waits will do
-DOWN_WAITS = (1, 2, 4, 7, 10)  # after 1, 2, ... failures to connect in a row. A refused key costs
-                            # 5 s of penalty, enforced from 15 s on: so spaced, it never gets there
-REFUSED_MOST = 2            # a master that refuses sessions rests for 6 ms, then ever longer
-SOCKET_PATH_MAX = 86        # 104 bytes on macOS, less 17 that ssh appends while it binds, less NUL
-LOG_MAX = 64 * 1024         # of ssh's own words that are read back
-CHUNK = 128 * 1024          # one read or write
-BULK_FROM = 256 * 1024      # an archive over this gets its own connection: a proxy was seen to
-                            # cut a multiplexed 646 MB upload at 815,458 bytes without an error
-GZIP_FROM = 0.003           # seconds of a round trip: what is nearer has a line faster than gzip
-GZIP_LEVEL = 4              # level 1 leaves a fifth more to send, 6 takes twice the CPU for 6 %
+SEEN_FOR = 86400  # what was seen of a host is believed for a day
+FOLDER_KEPT = 30 * 86400  # the directory of a host that nobody uses
+SHELL_PATIENCE = 2.5  # for the first output of our wrapper; then another session is asked
+FORK_FAILED = (1, 2, 254)  # how mksh, dash and busybox, bash end where they cannot make a process
+START_PATIENCE = 60  # from the header sent to the start mark: slow rc files are read here
+UNKNOWN_FOR = 10  # a secret's command that failed is not run again for masking
+STOP_PATIENCE = 10  # for the host to report that a tree has ended
+STOP_SILENCE = 5  # of the session that carries it; then another one is asked
+CALL_PATIENCE = 600  # for one script of ours: it may unpack a large tree, or hash gigabytes
+STALL_PATIENCE = 60  # a transfer that moves no byte for so long is dead
+# Between two signs of life over a session (ChannelTimeout), where it is silent, and where not.
+BEAT_MOST, BEAT_LEAST = 20, 1
+# OpenSSH 9.8 and later print the same for MaxStartups, which drops at random, and for a penalty of
+# 15 s or more. Being turned away adds none. Where they do not print it, four waits will do.
+DROPPED_WAITS = (0.2, 0.4, 0.8, 1.6, 5, 15, 30)
+DROPPED_TRIES = 4
+# After 1, 2, ... failures to connect in a row. A refused key costs 5 s of penalty, enforced from
+# 15 s on: so spaced, it never gets that far.
+DOWN_WAITS = (1, 2, 4, 7, 10)
+REFUSED_MOST = 2  # a master that refuses sessions rests for 6 ms, then ever longer
+SOCKET_PATH_MAX = 86  # 104 bytes on macOS, less 17 that ssh appends while it binds, less NUL
+LOG_MAX = 64 * 1024  # of ssh's log that is read back
+CHUNK = 128 * 1024  # one read or write
+# An archive over this gets its own connection: a proxy was seen to cut a multiplexed 646 MB upload
+# at 815,458 bytes without an error.
+BULK_FROM = 256 * 1024
+GZIP_FROM = 0.003  # seconds of a round trip: a nearer host has a line faster than gzip
+GZIP_LEVEL = 4  # level 1 leaves a fifth more to send, 6 takes twice the CPU for 6 %
 CAPTURE_MAX = 8 * 1024 * 1024  # of stdout, and of stderr, kept in memory: head and tail
-REPLY_MAX = 1024 * 1024     # what one of our own scripts may say
+REPLY_MAX = 1024 * 1024  # of one of our own scripts
 STATE_MAX = 16 * 1024 * 1024  # a registry or secrets file larger than this is damaged
 READ_MAX = 10 * 1024 * 1024  # a file larger than this is read by lines
 TOOL_CAPTURE = 1024 * 1024  # of each stream of one exec of batch or MCP: a hundred run at once
-SEARCH_MAX = 4 * 1024 * 1024  # bytes of paths or matches that a search brings home
+SEARCH_MAX = 4 * 1024 * 1024  # bytes of paths or matches of one search
 SEARCH_PATIENCE = 120
-LINE_MAX = 500              # characters of one grep match: minified files have long lines
-DIFF_MAX = 20000            # characters of the diff that an edit returns
-DIFF_WORK_MAX = 20000000    # lines times those that differ: difflib takes 2.9 s for 50 million
-EDIT_TRIES = 60             # of read, apply, compare-and-swap, when others edit the same file
-LOGS_MAX = 1024 * 1024      # bytes of a job's output per call
+LINE_MAX = 500  # characters of one grep match: minified files have long lines
+DIFF_MAX = 20000  # characters of the diff that an edit returns
+DIFF_WORK_MAX = 20000000  # lines times those that differ: difflib takes 2.9 s for 50 million
+EDIT_TRIES = 60  # of read, apply, compare-and-swap, when others edit the same file
+LOGS_MAX = 1024 * 1024  # bytes of a job's output per call
 HISTORY_MAX = 2 * 1024 * 1024  # bytes of a history; then it becomes the older of two files
-HISTORY_LINE = 1024         # bytes of one line: one write appends it whole
-JOBS_KEPT = 200             # that this machine remembers the commands of, per project
-FAULT_PATIENCE = 300        # logs -f and wait go on trying for so long without a connection
+HISTORY_LINE = 1024  # bytes of one line: one write appends it whole
+JOBS_KEPT = 200  # that this machine remembers the commands of, per project
+FAULT_PATIENCE = 300  # logs -f and wait try on for so long without a connection
 BATCH_LINE_MAX = 16 * 1024 * 1024
-TOP_EVERY = 2               # seconds between two looks at the hosts
-TOP_PATIENCE = 10           # for a single look
-MCP_SOFT = 45               # seconds; desktop clients give a call up at 60
-MCP_ROOM = 18000            # characters of a result; Claude Code warns at 10,000 tokens
-MCP_AT_ONCE = 32            # calls that run and are not answered yet; others wait in a queue
-MCP_PENDING = 512           # calls that run or wait, each in its thread
+TOP_EVERY = 2  # seconds between two looks at the hosts
+TOP_PATIENCE = 10  # for a single look
+MCP_SOFT = 45  # seconds; desktop clients give a call up at 60
+MCP_ROOM = 18000  # characters of a result; Claude Code warns at 10,000 tokens
+MCP_AT_ONCE = 32  # calls that run and are not answered yet; others wait in a queue
+MCP_PENDING = 512  # calls that run or wait, each in its thread
 MCP_PENDING_BYTES = 64 * 1024 * 1024  # and the sum of their lines
-MCP_KEPT = 64               # calls left running after the soft timeout, as jobs of the server
+MCP_KEPT = 64  # calls left running after the soft timeout, as jobs of the server
 MCP_LOG_MAX = 64 * 1024 * 1024  # bytes of output kept of each of them
-MCP_PROGRESS = 2            # seconds between notifications of progress
-MCP_GRACE = 2               # after the end of input, for calls that are about to end
-WARM_SESSIONS = 4           # opened ahead by long-lived callers: one round trip instead of two
-KEEPER_PAUSE = 0.001        # after an operation: what its caller does with the result comes first
-WARM_IDLE = 20              # without use, they are given up: others may need the slots
-SECRET_MAX = 120 * 1024     # Linux limits one environment string to 128 KiB
+MCP_PROGRESS = 2  # seconds between notifications of progress
+MCP_GRACE = 2  # after the end of input, for calls that are about to end
+WARM_SESSIONS = 4  # opened ahead by long-lived callers: one round trip instead of two
+KEEPER_PAUSE = 0.001  # after an operation: what its caller does with the result comes first
+WARM_IDLE = 20  # without use, they are closed: others may need the slots
+SECRET_MAX = 120 * 1024  # Linux limits one environment string to 128 KiB
 ARGUMENT_MAX = 128 * 1024 - 1  # Linux: MAX_ARG_STRLEN
 ARGV_WORK_MAX = 500 * 1024 * 1024  # words times bytes: a POSIX shell appends in quadratic time
-SECRETS_MAX = 1024 * 1024   # all of them, and the environment of one command
-NAME_MAX = 64               # of a workspace
-HOST_MAX = 1024             # of a host with its user: bastions put whole routes into it
-PATH_MAX = 1024             # of a path named by the host
-DEPTH_MAX = 64              # components of a pulled path: git write-tree crashes at 60,000
-PULL_FILE_MAX = 256 * 1024 * 1024    # one pulled file; git hosts refuse 100 MB
-PULL_TOTAL_MAX = 2 * 1024 ** 3       # all that one pull may send: a disk's worth is an attack
-PULL_PATHS_MAX = 100 * 1000          # changed paths: about 30 MB of memory here
-PULL_COMMITS_MAX = 1000     # more than an agent makes; beyond it one commit holds the result
-PULL_MODULES_MAX = 100      # changed files .gitmodules: git reads each in processes of its own
-PULL_MESSAGE_MAX = 256 * 1024        # of one commit's message; of all of them 64 times that
-WIRE_LINE_MAX = 8 * 1024    # of a line in a result's stream: a path is the longest
-STREAMED_FROM = 8 * 1024 * 1024      # git handles larger blobs without holding them in memory
-PLACES_KEPT = 200           # hosts and roots that gc visits, though no workspace is there any more
-SENT_KEPT = 200             # trees that went to a host: a delta stands on no other
-POINTER_MAX = 1024          # bytes of an LFS pointer, says its specification
+SECRETS_MAX = 1024 * 1024  # all of them, and the environment of one command
+NAME_MAX = 64  # of a workspace
+HOST_MAX = 1024  # of a host with its user: bastions put whole routes into it
+PATH_MAX = 1024  # of a path named by the host
+DEPTH_MAX = 64  # components of a pulled path: git write-tree crashes at 60,000
+PULL_FILE_MAX = 256 * 1024 * 1024  # one pulled file; git hosts refuse 100 MB
+PULL_TOTAL_MAX = 2 * 1024 ** 3  # all that one pull may send: a disk's worth is an attack
+PULL_PATHS_MAX = 100 * 1000  # changed paths: about 30 MB of memory here
+PULL_COMMITS_MAX = 1000  # more than an agent makes; beyond it one commit holds the result
+PULL_MODULES_MAX = 100  # changed files .gitmodules: git reads each in processes of its own
+PULL_MESSAGE_MAX = 256 * 1024  # of one commit's message; of all of them 64 times that
+WIRE_LINE_MAX = 8 * 1024  # of a line in a result's stream: a path is the longest
+STREAMED_FROM = 8 * 1024 * 1024  # git handles larger blobs without holding them in memory
+PLACES_KEPT = 200  # hosts and roots that gc visits, though no workspace is there any more
+SENT_KEPT = 200  # trees that went to a host: a delta stands on no other
+POINTER_MAX = 1024  # bytes of an LFS pointer, says its specification
 
 
 # === 3. Errors ===
@@ -1423,9 +1427,10 @@ send_changes() {
   { echo 1
     sed 'i\
 :0 000000 0 0 D' "$s/gone"
-    sed '/^[0-9]* x/s/x/100755/;/^[0-9]* f/s/f/100644/;/^[0-9]* l/s/l/120000/
-s/^\([0-9]*\) \([0-9]*\) [^ ]* [^ ]* \.\//:0 \2 0 \1 M\
-/' "$s/new"; echo; } | tr '\n' '\0'
+    sed -n 's/^\([0-9]*\) x [^ ]* [^ ]* \.\//:0 100755 0 \1 M\
+/p;s/^\([0-9]*\) f [^ ]* [^ ]* \.\//:0 100644 0 \1 M\
+/p;s/^\([0-9]*\) l [^ ]* [^ ]* \.\//:0 120000 0 \1 M\
+/p' "$s/new"; echo; } | tr '\n' '\0'
 }
 send_files() {
   while IFS= read -r row; do
