@@ -594,13 +594,11 @@ _INSTRUCTIONS = set("PATH HOME ENV BASH_ENV PS4 PROMPT_COMMAND CDPATH "
 
 def check_variable(name: str, secret: bool = False) -> str:
     """Return ``name`` if it may stand in a command's environment, else UsageError."""
-    reserved = name in _READONLY or bool(re.match(r"_c.?\Z|_cmux_", name))
-    if secret:
-        reserved = reserved or name in _INSTRUCTIONS or name.startswith(("LD_", "DYLD_"))
     if not _VARIABLE.match(name) or len(name) > 256:
         raise UsageError(f"{show(name)} is not a variable name.",
                          "Use letters, digits and underscores, not beginning with a digit.")
-    if reserved:
+    if name in _READONLY or name.startswith("_cmux_") or secret and (
+            name in _INSTRUCTIONS or name.startswith(("LD_", "DYLD_"))):
         ours = name.startswith("CMUX_")
         raise UsageError(f"The variable {name} is reserved.", "This program sets it there." if ours
                          else "It has a meaning of its own to the shell on the host.")
@@ -1910,13 +1908,12 @@ def record(name: str, value: str | bytes) -> bytes:
     """One record of the header. NUL cannot travel (no shell variable holds it)."""
     data = encoded(value)
     if b"\0" in data:
-        raise UsageError("A value for %s holds a NUL byte." % show(name),
-                         "No command line, environment variable or path can hold one.")
+        raise UsageError(f"A value for {show(name)} holds a NUL byte.",
+                         "No command line, environment variable or path can.")
     return b"%s %d\n%s\n" % (name.encode(), data.count(b"\n") + 1, data)
 
 
 def shell_header(nonce: str, run_id: str, operation: bytes) -> bytes:
-    """The frame around the records of one operation, without its end record."""
     return HELD + record("_cmux_nonce", nonce) + record("_cmux_run", run_id) + operation
 
 
@@ -1928,7 +1925,6 @@ def sent_text(script: str) -> str:
 
 
 def script_records(script: str, *arguments: str) -> bytes:
-    """The records that run one of the scripts above, as an operation of its own."""
     return record(":", sent_text(script)) + b"".join(record("@", a) for a in arguments) + record(
         ".", '_cop "$@" 2>&4; _cmux_status=$?')
 
@@ -1956,7 +1952,6 @@ def line_records(line: str, words: Sequence[str], login: bool) -> bytes:
 
 
 def command_records(command: object, login: bool, stdin: bool) -> bytes:
-    """The records that run the user's command."""
     line, words = check_command(command)
     records = [record("_cmux_life", "" if stdin else "life"), line_records(line, words, login)]
     records += [record("@", word) for word in words]
@@ -2322,7 +2317,6 @@ def expected(error: BaseException) -> CmuxError | None:
 
 
 def temporary_folder() -> str:
-    """The directory for temporary files. Raises StateFailed."""
     import tempfile
     try:
         return tempfile.gettempdir()
@@ -2743,7 +2737,6 @@ class SSHConfig(Value):
 
 
 def ssh_command() -> list[str]:
-    """$CMUX_SSH_COMMAND split as a shell would, else ssh; the program as an absolute path."""
     text = os.environ.get("CMUX_SSH_COMMAND", "").strip()
     words = ["ssh"]
     if text:
@@ -2818,7 +2811,6 @@ def session_environment(config: SSHConfig) -> tuple[dict[str, str], list[str]]:
 
 
 def classify(log: bytes, host: str, config: SSHConfig | None = None) -> HostError:
-    """The error that ssh's own words mean."""
     text = log[-LOG_MAX:].decode("utf-8", "replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = show(lines[-1], 200) if lines else "ssh gave no reason"
@@ -2877,7 +2869,6 @@ def read_log(log: bytes) -> tuple[bytes, list[bytes]]:
 
 
 def failure_in(words: bytes, heard: list[bytes], config: SSHConfig) -> HostError:
-    """Why a connection failed, from read_log()."""
     host, silent = config.host, not words.strip()
     reason = heard[0] if heard and heard[0].startswith(DISCONNECT) and silent else b""
     if b"Too many authentication failures" in reason:
@@ -2961,8 +2952,6 @@ class Session:
     """One command on the host: our ends of its stdin, stdout and stderr, non-blocking. ``control``
     reports the session's end: the control connection, or -1 where an ssh of its own carries it."""
 
-    maybe = ""               # what else may have ended it
-
     def __init__(self, host: str) -> None:
         self.host = host
         self.master: Master | None = None
@@ -3002,11 +2991,15 @@ class Session:
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
         """Why the session ended without its end mark. What was ``sent`` whole may have begun."""
-        when = "" if begun else f" before the command {'was seen to begin' if sent else 'began'}"
-        sent = sent or begun
-        hint = "The command may still run there." + self.maybe * begun if sent else "Try again."
-        what = f"The connection to {self.host} was lost{when}."
-        return ConnectionLost(what, hint, self.host, sent)
+        sent, when, hint = sent or begun, " before the command began", "Try again."
+        if sent:
+            when = "" if begun else " before the command was seen to begin"
+            hint = "The command may still run there."
+        if begun:
+            hint += (" (If it was silent: a ChannelTimeout of its sshd must be longer than "
+                     f"{BEAT_MOST} seconds.)")
+        return ConnectionLost(f"The connection to {self.host} was lost{when}.", hint, self.host,
+                              sent)
 
     def full(self) -> HostFull:
         """The wrapper gave up after its start mark: only a fork that fails makes it."""
@@ -3093,13 +3086,6 @@ class MuxSession(Session):
             return ConnectionLost(
                 f"The command on {self.host} was ended together with its wrapper.",
                 "Something there killed every process of the session.", self.host)
-        with contextlib.suppress(OSError):
-            connect(self._slot.master.path).close()
-            if begun:
-                return ConnectionLost(
-                    f"The server of {self.host} ended this session, though the connection lives.",
-                    f"A ChannelTimeout of its sshd must be longer than {BEAT_MOST} seconds, or "
-                    "a process was killed there. The command may still run there.", self.host)
         return super().failure(begun, sent)
 
     def close(self) -> None:
@@ -3116,7 +3102,6 @@ class MuxSession(Session):
 
 
 def plain_ssh() -> str:
-    """Our ssh, for a line to paste."""
     return os.environ.get("CMUX_SSH_COMMAND", "").strip() or "ssh"
 
 
@@ -3133,8 +3118,6 @@ class RemoteShellFailed(ConnectionFailed):
 class DirectSession(Session):
     """A session on an ssh of its own, for bulk or without multiplexing. ``turn`` is held until the
     handshake is over."""
-
-    maybe = " (If it was silent: did a ChannelTimeout of the host's sshd end it?)"
 
     def __init__(self, masters: Masters, config: SSHConfig, turn: Lock, command: str) -> None:
         super().__init__(masters.host)
@@ -3190,7 +3173,6 @@ class DirectSession(Session):
 
 
 def is_master(name: str) -> bool:
-    """Whether a file is a control socket, by its name."""
     return name[:2] == "m." and len(name) == 10
 
 
@@ -3300,7 +3282,6 @@ class Masters:
             raise self._shared_failure()
 
     def _shared_failure(self) -> HostError:
-        """The last failure, of any process."""
         name, message, hint = recall(self.path("down.json"), DOWN).get("why") or (
             "", f"{self.host} could not be reached a moment ago.", "Try again.")
         kinds = (ConnectionDropped, TurnedAway, HostKeyFailed, AuthenticationFailed)
@@ -3343,7 +3324,6 @@ class Masters:
 
     def open_direct(self, command: str, deadline: Deadline,
                     cancel: Cancel | None = None) -> DirectSession:
-        """A session on a connection of its own."""
         self._wait_out(deadline, cancel)
         config = self.ask_config(command)
         return DirectSession(self, config, self.handshake(deadline, cancel), command)
@@ -3701,7 +3681,6 @@ class Masters:
         return words + ["--", self.host, command], environment, begun, ended
 
     def count_sessions(self, command: str, most: int) -> int:
-        """How many more sessions a live master takes now, up to ``most``."""
         opened: list[MuxSession] = []
         with contextlib.suppress(HostError, OSError, IndexError):
             while len(opened) < most:
@@ -3886,7 +3865,6 @@ class Exchange:
         return self.out.ended and self.err.ended
 
     def answered(self) -> bool:
-        """Begun, or refused."""
         return self.begun or self.out.ended
 
     def run(self, deadline: Deadline, cancel: Cancel | None = None,
