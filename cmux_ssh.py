@@ -381,7 +381,7 @@ class Deadline:
         return None if self.at is None else max(0.0, self.at - time.monotonic())
 
     def over(self) -> bool:
-        return self.at is not None and time.monotonic() >= self.at
+        return self.left() == 0
 
     def capped(self, seconds: float) -> float:
         """The seconds left, at most ``seconds``."""
@@ -3432,9 +3432,9 @@ class Masters:
     def _await_detach(process: Process, deadline: Deadline, cancel: Cancel | None) -> None:
         """Wait until a new master closes its stdout; CmuxError when that takes too long."""
         assert process.stdout
-        with process.stdout as watch:
-            fd = watch.fileno()
-            while fd not in poll_once(deadline.capped(60), cancel, fd) or watch.read(CHUNK):
+        with process.stdout as stdout:
+            fd = stdout.fileno()
+            while fd not in poll_once(deadline.capped(60), cancel, fd) or stdout.read(CHUNK):
                 if cancel:
                     cancel.check()
                 if deadline.over():
@@ -3838,18 +3838,18 @@ class Exchange:
 
     def __init__(self, session: Session, operation: bytes, stdout: Callable[[bytes], Any],
                  stderr: Callable[[bytes], Any], source: Source | None = None,
-                 close_stdin: bool = False, run_id: str = "", after: bytes = b"") -> None:
+                 data: bytes | None = None, run_id: str = "") -> None:
         nonce = os.urandom(16).hex()
         self.session = session
         self.out = Stream(session.stdout, nonce.encode(), stdout)
         self.err = Stream(session.stderr, nonce.encode(), stderr)
         header = shell_header(nonce, run_id or os.urandom(8).hex(), operation)
-        self.outgoing = memoryview(header + after)
+        self.outgoing = memoryview(header + (data or b""))
         # How many bytes wait until our wrapper has printed READY.
         self._held = len(self.outgoing) - len(HELD) if HELD in operation else 0
         self.asked = 0.0                 # when those were sent
         self.source = source
-        self.close_stdin = close_stdin   # once everything is written
+        self.close_stdin = data is not None  # once everything is written
         self.sent = False                # the whole header
         self.lost = False                # the session is over, with end marks or not
         self.moved = time.monotonic()    # when a byte was last sent or received
@@ -4042,8 +4042,7 @@ class Host:
 
         def work(sessions: list[Session]) -> Reply:
             out, err = Capture(limit, limit), Capture(LOG_MAX, STATE_MAX)
-            exchange = Exchange(sessions[0], records, out, err, source, data is not None,
-                                after=data or b"")
+            exchange = Exchange(sessions[0], records, out, err, source, data)
             self.begin(exchange, cancel)
             trip = time.monotonic() - exchange.asked
             if not exchange.run(Deadline(patience), cancel, stall=stall):
@@ -4195,7 +4194,7 @@ class Host:
         session = None
         try:
             session = self.masters.open(BOOT, Deadline(1), cancel)[0]
-            probe = Exchange(session, b"", len, len, close_stdin=True)
+            probe = Exchange(session, b"", len, len, data=b"")
             probe.run(Deadline(SHELL_PATIENCE / 2), cancel)
         except RemoteShellFailed:
             if not probe.out.ready:
@@ -4367,8 +4366,8 @@ class CommandRun:
         try:
             reply, session = Capture(100), self.host.open(Deadline(STOP_PATIENCE))
             try:
-                guard = Exchange(session, script_records(GUARD), reply, len, close_stdin=True,
-                                 run_id=self.run_id, after=b"%s\n" % pid.encode())
+                guard = Exchange(session, script_records(GUARD), reply, len,
+                                 data=pid.encode() + b"\n", run_id=self.run_id)
                 guard.run(Deadline(STOP_PATIENCE))
             finally:
                 self.host.done(session)
@@ -6226,8 +6225,7 @@ class WorkspaceBase:
         session = self.host.open(Deadline(patience))
         try:
             header = HELD + script_records(HANDOVER, self.root, op)
-            exchange = Exchange(session, header, ready, ready, close_stdin=True,
-                                after=b"".join(lines))
+            exchange = Exchange(session, header, ready, ready, data=b"".join(lines))
             self.host.begin(exchange, None)
             exchange.run(Deadline(START_PATIENCE),
                          until=lambda: bool(ready.total) or exchange.ended)
