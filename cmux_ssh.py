@@ -229,7 +229,7 @@ class ConnectionDropped(ConnectionFailed):
     """The server dropped the handshake (MaxStartups, penalties); trying again may work."""
 
 class TurnedAway(ConnectionDropped):
-    """The server takes nobody from this address for now, and says so."""
+    """The server refuses this address for now, and says so."""
 
 class HostKeyFailed(ConnectionFailed):
     """The host's key is unknown or has changed; nothing was sent."""
@@ -245,19 +245,19 @@ class ConnectionLost(HostError):
         self.begun = begun
 
 class HostSilent(ConnectionLost):
-    """What is to be run was sent, and no shell has taken it yet; a slow one still may."""
+    """The operation was sent, and no shell has begun it; a slow one still may."""
 
 class HostFull(ConnectionLost):
-    """The host could not start a process: this account has as many as it may."""
+    """The host could not start a process: this account has too many."""
 
 class SessionRefused(HostError):
     """A master or its server refused one more session; nothing has started."""
 
 class NoMultiplexing(HostError):
-    """This ssh, or this server, knows no masters: one connection per session then."""
+    """This ssh, or this server, has no masters: one connection for each session."""
 
 class MasterGone(HostError):
-    """A control socket that refuses, hangs or hangs up before the session was open."""
+    """A control socket that refused, hung or hung up before the session was open."""
 
 class RemoteFailed(CmuxError):
     """The host answered, and the answer is a failure (disk full, permission) or nonsense."""
@@ -293,7 +293,7 @@ class PipeClosed(CmuxError):
     """Whoever read our output has gone away."""
 
 class OutputFailed(PipeClosed):
-    """Our output takes no more, and says why: a full disk."""
+    """Our output cannot be written, for a reason such as a full disk."""
 
 
 # How this process was called, once the command line knows: the program, its -C and its -w.
@@ -301,8 +301,7 @@ CALLED = {"program": PROGRAM, "project": "", "workspace": ""}
 
 
 def as_called(hint: str) -> str:
-    """A hint whose commands (`cmux_ssh.py VERB ...`, or of git) can be pasted where this process
-    was started."""
+    """A hint whose commands (`cmux_ssh.py VERB ...`, or of git) can be pasted as they are."""
     program, project, workspace = CALLED["program"], CALLED["project"], CALLED["workspace"]
 
     def ours(match: Any) -> str:
@@ -477,7 +476,6 @@ class Waiters:
                 self._changed.notify(count)
 
     def leave(self) -> None:
-        """One of them was served, or gives up."""
         self._pause, self.told = LOOK_FIRST, False
         self.wake()
 
@@ -504,8 +502,7 @@ class Waiters:
 
 
 class Capture:
-    """The first and the last half of ``limit`` bytes of a stream; more than ``most`` is an error.
-    """
+    """The first and the last half of ``limit`` bytes; more than ``most`` is an error."""
 
     def __init__(self, limit: int = CAPTURE_MAX, most: int = 1 << 62) -> None:
         self.half, self.most = max(1, limit // 2), most
@@ -566,7 +563,7 @@ def check_host(text: object) -> str:
 
 
 def check_workspace(name: object) -> str:
-    """Return ``name`` if it can be a workspace's name and directory, else UsageError."""
+    """Return ``name`` if it can be a workspace's name, else raise UsageError."""
     good = isinstance(name, str) and _WORKSPACE.match(name) and ".." not in name
     if not good or name.endswith((".", ".lock")):  # type: ignore[attr-defined]
         raise UsageError(
@@ -577,7 +574,7 @@ def check_workspace(name: object) -> str:
 
 
 def safe_workspace(branch: str) -> str:
-    """A workspace's name, of a branch's: what is not allowed becomes a dash."""
+    """A workspace's name, made of a branch's."""
     name = re.sub(r"[^A-Za-z0-9._-]+|\.\.+", "-", branch).strip("-.")[:NAME_MAX].rstrip("-.")
     return name if _WORKSPACE.match(name) and not name.endswith(".lock") else "workspace"
 
@@ -593,7 +590,7 @@ _INSTRUCTIONS = set("PATH HOME ENV BASH_ENV PS4 PROMPT_COMMAND CDPATH "
 
 
 def check_variable(name: str, secret: bool = False) -> str:
-    """Return ``name`` if it may stand in a command's environment, else UsageError."""
+    """Return ``name`` if a command's environment may hold it, else raise UsageError."""
     if not _VARIABLE.match(name) or len(name) > 256:
         raise UsageError(f"{show(name)} is not a variable name.",
                          "Use letters, digits and underscores, not beginning with a digit.")
@@ -606,7 +603,7 @@ def check_variable(name: str, secret: bool = False) -> str:
 
 
 def check_remote_path(text: str) -> str:
-    """Return an absolute path that the host named, if it can be one; else RemoteFailed."""
+    """Return an absolute path that the host named; RemoteFailed if it cannot be one."""
     if not text.startswith("/") or len(text) > PATH_MAX or not text.isprintable():
         raise RemoteFailed(f"The host named a directory that cannot be one: {show(text)}.")
     return text
@@ -687,7 +684,6 @@ def as_text(data: bytes) -> str:
 
 
 def bytes_field(name: str, data: bytes) -> dict[str, str]:
-    """``name``, or ``name_base64`` where the bytes are not UTF-8."""
     try:
         return {name: data.decode("utf-8")}
     except UnicodeDecodeError:
@@ -712,7 +708,7 @@ def field_bytes(name: str, fields: Mapping[str, str]) -> bytes:
 
 
 def human_size(count: float) -> str:
-    """1234567 -> '1.2 MB'."""
+    """1234567 -> 1.2 MB"""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             break
@@ -1905,7 +1901,7 @@ case $all in *"$CMUX_PROBE"*) echo seen;; ?*) echo unseen;; esac"""
 
 
 def record(name: str, value: str | bytes) -> bytes:
-    """One record of the header. NUL cannot travel (no shell variable holds it)."""
+    """One record of the header. No shell variable can hold a NUL."""
     data = encoded(value)
     if b"\0" in data:
         raise UsageError(f"A value for {show(name)} holds a NUL byte.",
@@ -1945,7 +1941,7 @@ def check_command(command: object) -> tuple[str, Sequence[str]]:
 
 
 def line_records(line: str, words: Sequence[str], login: bool) -> bytes:
-    """The records of what a shell runs: none for an argv that no profile is read for."""
+    """The records of what a shell runs; none for an argv, unless it reads a profile."""
     if words and not login:
         return b""
     return record("_cmux_flag", "-lc" if login else "-c") + record("_cmux_line", line)
@@ -2027,8 +2023,7 @@ def attach(argv: Sequence[str], env: Mapping[str, str]) -> int | None:
 
 
 def kill_group(process: Process) -> None:
-    """Kill a process started with ``own_group``, and its group; not one that was waited for, whose
-    number may be a stranger's by now."""
+    """Kill a process with its group; not one that was waited for, whose number may be reused."""
     import signal
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -2118,7 +2113,7 @@ def die_by_pipe() -> None:
 # old file or the new one; a damaged file is reported, never overwritten.
 
 def state_home() -> str:
-    """$CMUX_SSH_HOME, else $XDG_STATE_HOME/cmux-ssh, else ~/.local/state/cmux-ssh; absolute."""
+    """$CMUX_SSH_HOME, else cmux-ssh in $XDG_STATE_HOME or ~/.local/state; absolute."""
     home = os.environ.get("CMUX_SSH_HOME")
     if home and not os.path.isabs(home):  # another per directory, and secrets in the repository
         raise UsageError(f"CMUX_SSH_HOME is not an absolute path: {show(home)}.",
@@ -2201,7 +2196,7 @@ class Lock:
         self.waiters, self.fd = waiters, -1
 
     def take(self) -> bool:
-        """Take it if it is free; False if somebody holds it."""
+        """Take it, if it is free."""
         fd, flags = -1, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         try:
             try:
@@ -2237,7 +2232,7 @@ class Lock:
             return False
 
     def wait(self, deadline: Deadline, cancel: Cancel | None = None) -> bool:
-        """Take it, waiting until the deadline; False when that comes first."""
+        """take() until the deadline."""
         if self.take():
             return True
         key, silence = (os.getpid(), self.path), Deadline(1)
@@ -2326,7 +2321,7 @@ def temporary_folder() -> str:
 
 
 def spool(data: bytes) -> IO[bytes]:
-    """A temporary file of ``data``, to be read. Raises StateFailed."""
+    """A temporary file of ``data``. Raises StateFailed."""
     import tempfile
     try:
         stream = tempfile.TemporaryFile(dir=temporary_folder())
@@ -2339,7 +2334,7 @@ def spool(data: bytes) -> IO[bytes]:
 
 
 def age_of(path: str) -> float:
-    """Seconds since a file was written; negative if there is none."""
+    """Seconds since a file was written; negative without one."""
     try:
         return time.time() - os.stat(path).st_mtime
     except OSError:
@@ -2505,13 +2500,13 @@ class Registry:
         return Lock(f"{self.running}/name.{name}", True, shared, doing=doing)
 
     def upload_lock(self, tree: str, host: str, root: str) -> Lock:
-        """Held to upload a tree to a host; those who wait then copy it on the host."""
+        """Held to upload a tree to a host."""
         import hashlib
         place = hashlib.sha256(os.fsencode(f"{tree}\0{host}\0{root}")).hexdigest()
         return Lock(f"{self.running}/tree.{place}", True, doing="sends the same files to " + host)
 
     def secrets(self) -> Mapping[str, dict[str, str]]:
-        """name -> {"value": ...} or {"command": ...}."""
+        """name -> {"value": ...} or {"command": ...}"""
         secrets: dict[str, dict[str, str]] = self._cached(self.secrets_path, read_secrets)
         return secrets
 
@@ -2727,7 +2722,7 @@ BREAKS_WHEN_SHARED = re.compile(rb"remote software version dropbear_20(22\.8[23]
 
 
 class SSHConfig(Value):
-    """What `ssh -G HOST` prints: ``values`` by lower-case key; and the ``command`` that is ssh."""
+    """What `ssh -G HOST` prints, by lower-case key; ``command`` is ssh itself."""
     host: str
     command: list[str]
     values: dict[str, list[str]]
@@ -2825,7 +2820,7 @@ def classify(log: bytes, host: str, config: SSHConfig | None = None) -> HostErro
 
 
 def look_into(host: str) -> str:
-    """What to run where the cause is unclear. (doctor replaces it.)"""
+    """A command for where the cause is unclear. (doctor replaces it.)"""
     return f"`{PROGRAM} doctor {quote(host)}`"
 
 
@@ -2888,13 +2883,12 @@ def failure_in(words: bytes, heard: list[bytes], config: SSHConfig) -> HostError
 
 
 def proxy_of(config: SSHConfig) -> str:
-    """ProxyCommand, ProxyJump, or none ("")."""
     return next((key for key in ("ProxyCommand", "ProxyJump")
                  if config.first(key.lower()) not in ("", "none")), "")
 
 
 def proxy_failure(config: SSHConfig, said: bytes) -> HostError | None:
-    """The error that the last line of a proxy's stderr means; None without one."""
+    """The error that the last line of a proxy's stderr means."""
     way, host = proxy_of(config), config.host
     last = neutralise(said).strip().split("\n")[-1][:300].rstrip(".")
     if not way or not last:
@@ -2975,7 +2969,7 @@ class Session:
     _forked = close = close_pipes  # a child of ours closes its copies, and sends nothing
 
     def control_event(self) -> bool:
-        """Read from the control connection; False when the session is over."""
+        """Read the control connection; False when the session is over."""
         return True
 
     def alive(self) -> bool:
@@ -2983,11 +2977,11 @@ class Session:
         return not poll_once(0, self.control)
 
     def over(self) -> bool:
-        """Whether its process has ended, though a child of that may hold its streams."""
+        """Whether its process has ended; a child of that may hold the streams."""
         return False
 
     def begun(self) -> None:
-        """Note that the host has answered, and so has authenticated us."""
+        """The host has answered: authentication is over."""
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
         """Why the session ended without its end mark. What was ``sent`` whole may have begun."""
@@ -3008,7 +3002,7 @@ class Session:
 
 
 class MuxSession(Session):
-    """A session opened through a master's control socket, without a process of its own."""
+    """A session over a master's control socket, without a process."""
 
     def __init__(self, masters: Masters, slot: Slot, command: str) -> None:
         super().__init__(masters.host)
@@ -3023,7 +3017,6 @@ class MuxSession(Session):
             raise
 
     def _open(self, command: str) -> None:
-        """Send hello, the request and three descriptors at once; then read the answers."""
         import socket
         fds: list[int] = []
         try:
@@ -3116,8 +3109,7 @@ class RemoteShellFailed(ConnectionFailed):
 
 
 class DirectSession(Session):
-    """A session on an ssh of its own, for bulk or without multiplexing. ``turn`` is held until the
-    handshake is over."""
+    """A session on an ssh of its own. ``turn`` is held until the handshake is over."""
 
     def __init__(self, masters: Masters, config: SSHConfig, turn: Lock, command: str) -> None:
         super().__init__(masters.host)
@@ -3241,7 +3233,6 @@ class Masters:
     # -- what was seen of the host --
 
     def _mark(self, name: str) -> None:
-        """Note for all processes that something was seen now."""
         remove_file(self.path(name))
         with Lock(self.path(name)):
             pass
@@ -3269,7 +3260,7 @@ class Masters:
         return (recall(path, DOWN).get("count", 0) if age >= 0 else 0), age
 
     def _rest(self) -> float:
-        """Seconds until a host that is down may be asked again."""
+        """Seconds until a host that is down is asked again."""
         count, age = self._failed()
         return DOWN_WAITS[min(count, len(DOWN_WAITS)) - 1] - age if count else 0.0
 
@@ -3457,7 +3448,7 @@ class Masters:
     # -- slots, a lock file each: all processes of this user count --
 
     def masters(self) -> list[Master]:
-        """Those that have a control socket."""
+        """Those with a control socket."""
         try:
             names = sorted(filter(is_master, os.listdir(self.folder)))
         except FileNotFoundError:  # a logout or a cleaner of /tmp has taken the directory
@@ -3466,7 +3457,7 @@ class Masters:
         return list(self._known.values())
 
     def abandon(self, master: Master) -> None:
-        """It hangs or has ended: nobody shall use it again."""
+        """It hangs or has ended: remove its socket."""
         remove_file(master.path)
         self._known = {}
 
@@ -3527,7 +3518,7 @@ class Masters:
         return [self.open_direct(command, deadline, cancel)]
 
     def connect(self, deadline: Deadline, cancel: Cancel | None = None) -> None:
-        """Make sure that a master lives, if this host has any. Raises ConnectionFailed."""
+        """Start a master, if none lives and this host has any. Raises ConnectionFailed."""
         if not self.single() and not self.masters():
             self.free(self._first_master(1, deadline, cancel))
 
@@ -3631,7 +3622,7 @@ class Masters:
             return may
 
     def _first_master(self, count: int, deadline: Deadline, cancel: Cancel | None) -> list[Slot]:
-        """Connect, one process at a time: the others share its result."""
+        """Connect, one process at a time; the others share its result."""
         before = self._failed()[0]
         lock = Lock(self.path("probe"), doing="connects to " + self.host)
         if not lock.wait(deadline, cancel):
@@ -3713,7 +3704,7 @@ def look_closely(masters: Masters, command: str) -> tuple[int, str, bytes]:
 
 
 def end_masters() -> None:
-    """End every master of this state directory, and remove the sockets."""
+    """End the masters of this state directory, and remove their sockets."""
     import shutil
     top = socket_folder("")
     for folder, _, names in os.walk(top):
@@ -3765,7 +3756,7 @@ class Stream:
         self.refused = 0          # the number after the mark x: the operation did not begin
 
     def read(self) -> bool:
-        """Read once; False at the end of the stream."""
+        """Read once; False at the end."""
         try:
             data = os.read(self.fd, CHUNK)
         except BlockingIOError:
@@ -3957,7 +3948,7 @@ class Exchange:
             self.session.close_stdin()
 
     def _drain(self) -> None:
-        """Read what the session, which is over, has left in our pipes."""
+        """Read what a session that is over has left in our pipes."""
         for stream in (self.out, self.err):
             while not stream.closed and stream.read() and poll_once(0, stream.fd):
                 pass
@@ -4008,7 +3999,6 @@ class Host:
         fork_aware().add(self)
 
     def _forked(self) -> None:
-        """As new: the sessions, and the thread that keeps them, belong to another process."""
         import threading
         self._ready: list[Session] = []
         self._active = 0                  # operations that run now
@@ -4023,7 +4013,6 @@ class Host:
 
     @property
     def masters(self) -> Masters:
-        """The connections; `ssh -G` is asked at the first use."""
         with self._mutex:
             if self._masters is None:
                 self._masters = Masters(read_ssh_config(self.name), self._interactive)
@@ -4121,7 +4110,7 @@ class Host:
             raise
 
     def done(self, session: Session) -> None:
-        """End a session from open()."""
+        """Close a session of open() or open_all()."""
         session.close()
         with self._mutex:
             self._active -= session.counted
@@ -4255,7 +4244,7 @@ class Incoming:
         return self.waiting.pop(0) if self.waiting else b""
 
     def reply(self) -> Reply:
-        """The status and stderr, at the end."""
+        """The end: status and stderr."""
         while self.take():
             pass
         return Reply(status=self.exchange.out.status or 0, stdout=b"", stderr=self.err.value(),
@@ -4266,7 +4255,7 @@ class Incoming:
 
 
 class CommandRun:
-    """One user command, and the guard that watches over it where stdin streams."""
+    """One user command, and the guard for a streaming stdin."""
 
     def __init__(self, host: Host, records: bytes, stdout: Callable[[bytes], Any],
                  stderr: Callable[[bytes], Any], source: Source | None) -> None:
@@ -4362,7 +4351,7 @@ class CommandRun:
         return self._stop_again(exchange.out.pid or "-")
 
     def _stop_again(self, pid: str) -> str:
-        """End the tree over another session, and report what that sees."""
+        """End it over another session, and report what that sees."""
         try:
             reply, session = Capture(100), self.host.open(Deadline(STOP_PATIENCE))
             try:
