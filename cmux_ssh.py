@@ -3253,20 +3253,18 @@ class Masters:
         login = isinstance(error, (HostKeyFailed, AuthenticationFailed)) and error.asks
         return login and not self.single()
 
-    def _failed(self) -> tuple[int, float]:
-        """How often in a row connecting has failed, and seconds since the last time."""
-        path = self.path("down.json")
-        age = age_of(path)
-        return (recall(path, DOWN).get("count", 0) if age >= 0 else 0), age
+    def _failed(self) -> int:
+        """How often in a row connecting has failed."""
+        return int(recall(self.path("down.json"), DOWN).get("count", 0))
 
     def _rest(self) -> float:
         """Seconds until a host that is down is asked again."""
-        count, age = self._failed()
+        count, age = self._failed(), age_of(self.path("down.json"))
         return DOWN_WAITS[min(count, len(DOWN_WAITS)) - 1] - age if count else 0.0
 
     def _remember_failure(self, error: HostError) -> None:
         why = [type(error).__name__, str(error), error.hint]
-        write_json(self.path("down.json"), {"count": self._failed()[0] + 1, "why": why})
+        write_json(self.path("down.json"), {"count": self._failed() + 1, "why": why})
 
     def _wait_out(self, deadline: Deadline, cancel: Cancel | None) -> None:
         if not nap(self._rest(), deadline, cancel):
@@ -3615,7 +3613,7 @@ class Masters:
         """Whether to start one more master: one for every eight slots waited for, one at a time
         after a failure."""
         with self._mutex:
-            most = 1 if self._failed()[0] else -(-self._waiting // SESSIONS_PER_MASTER)
+            most = 1 if self._failed() else -(-self._waiting // SESSIONS_PER_MASTER)
             wanted = min(most, MASTERS_PER_HOST - len(self.masters()))
             may = self._launching < wanted and self._rest() <= 0
             self._launching += may
@@ -3623,7 +3621,7 @@ class Masters:
 
     def _first_master(self, count: int, deadline: Deadline, cancel: Cancel | None) -> list[Slot]:
         """Connect, one process at a time; the others share its result."""
-        before = self._failed()[0]
+        before = self._failed()
         lock = Lock(self.path("probe"), doing="connects to " + self.host)
         if not lock.wait(deadline, cancel):
             raise ConnectionFailed(f"Another process has been connecting to {self.host} for too "
@@ -3631,7 +3629,7 @@ class Masters:
         with lock:
             if self.masters() or self.single():
                 return []
-            now = self._failed()[0]
+            now = self._failed()
             if now and now != before:
                 raise self._shared_failure()
             self._wait_out(deadline, cancel)
