@@ -74,6 +74,7 @@ if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command
     AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
     Made = TypeVar("Made")
     Fields = dict[str, Any]  # of a record, or of a JSON object
+    Sink = Callable[[bytes], Any]
 
 __version__ = "0.1.0"
 __all__ = [  # the promise: these names, their arguments and fields stay within a major version
@@ -92,6 +93,7 @@ PROGRAM = "cmux_ssh.py"
 
 # sshd allows 10 sessions, but frees one only after answering its close: at 10 a fast client is
 # refused 26 % of its opens, at 8 1 to 3 %.
+MIB = 1024 * 1024
 SESSIONS_PER_MASTER = 8
 MASTERS_PER_HOST = 64  # 512 sessions; started as they are needed
 SLOT_SOON = 0.2  # after such a wait, longer than short commands, a master is started
@@ -136,32 +138,32 @@ CHUNK = 128 * 1024  # one read or write
 BULK_FROM = 256 * 1024
 GZIP_FROM = 0.003  # seconds of a round trip: a nearer host has a line faster than gzip
 GZIP_LEVEL = 4  # level 1 leaves a fifth more to send, 6 takes twice the CPU for 6 %
-CAPTURE_MAX = 8 * 1024 * 1024  # of stdout, and of stderr, kept in memory: head and tail
-REPLY_MAX = 1024 * 1024  # of one of our own scripts
-STATE_MAX = 16 * 1024 * 1024  # a registry or secrets file larger than this is damaged
-READ_MAX = 10 * 1024 * 1024  # a file larger than this is read by lines
-TOOL_CAPTURE = 1024 * 1024  # of each stream of one exec of batch or MCP: a hundred run at once
-SEARCH_MAX = 4 * 1024 * 1024  # bytes of paths or matches of one search
+CAPTURE_MAX = 8 * MIB  # of stdout, and of stderr, kept in memory: head and tail
+REPLY_MAX = MIB  # of one of our own scripts
+STATE_MAX = 16 * MIB  # a registry or secrets file larger than this is damaged
+READ_MAX = 10 * MIB  # a file larger than this is read by lines
+TOOL_CAPTURE = MIB  # of each stream of one exec of batch or MCP: a hundred run at once
+SEARCH_MAX = 4 * MIB  # bytes of paths or matches of one search
 SEARCH_PATIENCE = 120
 LINE_MAX = 500  # characters of one grep match: minified files have long lines
 DIFF_MAX = 20000  # characters of the diff that an edit returns
 DIFF_WORK_MAX = 20000000  # lines times those that differ: difflib takes 2.9 s for 50 million
 EDIT_TRIES = 60  # of read, apply, compare-and-swap, when others edit the same file
-LOGS_MAX = 1024 * 1024  # bytes of a job's output per call
-HISTORY_MAX = 2 * 1024 * 1024  # bytes of a history; then it becomes the older of two files
+LOGS_MAX = MIB  # bytes of a job's output per call
+HISTORY_MAX = 2 * MIB  # bytes of a history; then it becomes the older of two files
 HISTORY_LINE = 1024  # bytes of one line: one write appends it whole
 JOBS_KEPT = 200  # that this machine remembers the commands of, per project
 FAULT_PATIENCE = 300  # logs -f and wait try on for so long without a connection
-BATCH_LINE_MAX = 16 * 1024 * 1024
+BATCH_LINE_MAX = 16 * MIB
 TOP_EVERY = 2  # seconds between two looks at the hosts
 TOP_PATIENCE = 10  # for a single look
 MCP_SOFT = 45  # seconds; desktop clients give a call up at 60
 MCP_ROOM = 18000  # characters of a result; Claude Code warns at 10,000 tokens
 MCP_AT_ONCE = 32  # calls that run and are not answered yet; others wait in a queue
 MCP_PENDING = 512  # calls that run or wait, each in its thread
-MCP_PENDING_BYTES = 64 * 1024 * 1024  # and the sum of their lines
+MCP_PENDING_BYTES = 64 * MIB  # and the sum of their lines
 MCP_KEPT = 64  # calls left running after the soft timeout, as jobs of the server
-MCP_LOG_MAX = 64 * 1024 * 1024  # bytes of output kept of each of them
+MCP_LOG_MAX = 64 * MIB  # bytes of output kept of each of them
 MCP_PROGRESS = 2  # seconds between notifications of progress
 MCP_GRACE = 2  # after the end of input, for calls that are about to end
 WARM_SESSIONS = 4  # opened ahead by long-lived callers: one round trip instead of two
@@ -169,20 +171,20 @@ KEEPER_PAUSE = 0.001  # after an operation: what its caller does with the result
 WARM_IDLE = 20  # without use, they are closed: others may need the slots
 SECRET_MAX = 120 * 1024  # Linux limits one environment string to 128 KiB
 ARGUMENT_MAX = 128 * 1024 - 1  # Linux: MAX_ARG_STRLEN
-ARGV_WORK_MAX = 500 * 1024 * 1024  # words times bytes: a POSIX shell appends in quadratic time
-SECRETS_MAX = 1024 * 1024  # all of them, and the environment of one command
+ARGV_WORK_MAX = 500 * MIB  # words times bytes: a POSIX shell appends in quadratic time
+SECRETS_MAX = MIB  # all of them, and the environment of one command
 NAME_MAX = 64  # of a workspace
 HOST_MAX = 1024  # of a host with its user: bastions put whole routes into it
 PATH_MAX = 1024  # of a path named by the host
 DEPTH_MAX = 64  # components of a pulled path: git write-tree crashes at 60,000
-PULL_FILE_MAX = 256 * 1024 * 1024  # one pulled file; git hosts refuse 100 MB
+PULL_FILE_MAX = 256 * MIB  # one pulled file; git hosts refuse 100 MB
 PULL_TOTAL_MAX = 2 * 1024 ** 3  # all that one pull may send: a disk's worth is an attack
 PULL_PATHS_MAX = 100 * 1000  # changed paths: about 30 MB of memory here
 PULL_COMMITS_MAX = 1000  # more than an agent makes; beyond it one commit holds the result
 PULL_MODULES_MAX = 100  # changed files .gitmodules: git reads each in processes of its own
 PULL_MESSAGE_MAX = 256 * 1024  # of one commit's message; of all of them 64 times that
 WIRE_LINE_MAX = 8 * 1024  # of a line in a result's stream: a path is the longest
-STREAMED_FROM = 8 * 1024 * 1024  # git handles larger blobs without holding them in memory
+STREAMED_FROM = 8 * MIB  # git handles larger blobs without holding them in memory
 PLACES_KEPT = 200  # hosts and roots that gc visits, though no workspace is there any more
 SENT_KEPT = 200  # trees that went to a host: a delta stands on no other
 POINTER_MAX = 1024  # bytes of an LFS pointer, says its specification
@@ -3744,7 +3746,7 @@ class Stream:
 
     MARK_MAX = 64               # bytes: a letter, two numbers, the newline
 
-    def __init__(self, fd: int, nonce: bytes, sink: Callable[[bytes], Any]) -> None:
+    def __init__(self, fd: int, nonce: bytes, sink: Sink) -> None:
         self.fd, self.nonce, self.sink = fd, nonce, sink
         self.ready = self.begun = self.ended = self.closed = False
         self.held = self.noise = b""
@@ -3825,9 +3827,9 @@ class Source:
 class Exchange:
     """One operation on one open session."""
 
-    def __init__(self, session: Session, operation: bytes, stdout: Callable[[bytes], Any],
-                 stderr: Callable[[bytes], Any], source: Source | None = None,
-                 data: bytes | None = None, run_id: str = "") -> None:
+    def __init__(self, session: Session, operation: bytes, stdout: Sink, stderr: Sink,
+                 source: Source | None = None, data: bytes | None = None,
+                 run_id: str = "") -> None:
         nonce = os.urandom(16).hex()
         self.session = session
         self.out = Stream(session.stdout, nonce.encode(), stdout)
@@ -4206,8 +4208,8 @@ class Host:
             self.masters.abandon(session.master)
             self.close()
 
-    def run(self, records: bytes, directory: str, stdout: Callable[[bytes], Any],
-            stderr: Callable[[bytes], Any], source: Source | None = None,
+    def run(self, records: bytes, directory: str, stdout: Sink, stderr: Sink,
+            source: Source | None = None,
             deadline: Deadline | None = None, cancel: Cancel | None = None) -> Outcome:
         """Run a user's command (``records`` from command_records and the environment).
 
@@ -4255,8 +4257,8 @@ class Incoming:
 class CommandRun:
     """One user command, and the guard for a streaming stdin."""
 
-    def __init__(self, host: Host, records: bytes, stdout: Callable[[bytes], Any],
-                 stderr: Callable[[bytes], Any], source: Source | None) -> None:
+    def __init__(self, host: Host, records: bytes, stdout: Sink, stderr: Sink,
+                 source: Source | None) -> None:
         self.host, self.records, self.source = host, records, source
         self.stdout, self.stderr = stdout, stderr
         self.run_id = os.urandom(12).hex()
