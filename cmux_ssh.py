@@ -2186,8 +2186,8 @@ def state_folder(name: str) -> str:
 
 class Lock:
     """An advisory lock on a file, ``shared`` or not, which the kernel frees when its process dies.
-    That of a ``passing`` one is removed with it (of a shared one with the last). ``doing`` says
-    what its owner does, to those who wait: then the file holds its process id."""
+    The file of a ``passing`` one is removed with it (of a shared one with the last). ``doing`` says
+    what its owner does, to those who wait: then the file holds the owner's process id."""
 
     tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait
     _waiting: dict[tuple[int, str], Waiters] = {}  # by this process (it may fork), and path
@@ -2326,7 +2326,7 @@ def spool(data: bytes) -> IO[bytes]:
     """A temporary file of ``data``. Raises StateFailed."""
     import tempfile
     try:
-        stream = tempfile.TemporaryFile(dir=temporary_folder())
+        stream = tempfile.TemporaryFile()
         stream.write(data)
         stream.seek(0)
         return stream
