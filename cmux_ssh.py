@@ -74,6 +74,7 @@ if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command
     AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
     Made = TypeVar("Made")
     Fields = dict[str, Any]  # of a record, or of a JSON object
+    Sink = Callable[[bytes], Any]
 
 __version__ = "0.2.0"
 __all__ = [  # the promise: these names, their arguments and fields stay within a major version
@@ -90,98 +91,103 @@ PROGRAM = "cmux_ssh.py"
 # === 2. Limits ===
 # Owns: every number, each with its reason. Touches: nothing. Seconds and bytes unless said.
 
-SESSIONS_PER_MASTER = 8     # sshd allows 10, but frees one only after answering its close: at
-                            # 10 a fast client is refused 26 % of its opens, at 8 1 to 3 %
-MASTERS_PER_HOST = 64       # 512 sessions; started as they are needed
-SLOT_SOON = 0.2             # after such a wait, longer than short commands, a master is started
-SPARED_MOST = 6             # masters, from which on none is started for sessions opened ahead
-HANDSHAKES_AT_ONCE = 8      # stock MaxStartups 10:30:100 drops at random from the 10th on
-CONTROL_PERSIST = 600       # an idle master ends itself
-CONNECT_TIMEOUT = 20        # for ssh, where the user's config has none
-CONNECT_PATIENCE = 60       # for one connection with authentication; ConnectTimeout does not
-                            # cover a server that goes silent after its banner
+# sshd allows 10 sessions, but frees one only after answering its close: at 10 a fast client is
+# refused 26 % of its opens, at 8 1 to 3 %.
+MIB = 1024 * 1024
+SESSIONS_PER_MASTER = 8
+MASTERS_PER_HOST = 64  # 512 sessions; started as they are needed
+SLOT_SOON = 0.2  # after such a wait, longer than short commands, a master is started
+SPARED_MOST = 6  # masters, from which on none is started for sessions opened ahead
+HANDSHAKES_AT_ONCE = 8  # stock MaxStartups 10:30:100 drops at random from the 10th on
+CONTROL_PERSIST = 600  # an idle master ends itself
+CONNECT_TIMEOUT = 20  # for ssh, where the user's config has none
+# For one connection with authentication: ConnectTimeout does not cover a server that goes silent
+# after its banner.
+CONNECT_PATIENCE = 60
 CONNECT_PATIENCE_SLOW = 600  # where the config says ConnectTimeout 0 (Coder starts a machine)
 INTERACTIVE_PATIENCE = 300  # a person types a passphrase
-CONTROL_PATIENCE = 5        # a live master answers hello in under a millisecond
-SLOT_PATIENCE = 600         # waiting for one of the 512 sessions
-LOCK_PATIENCE = 1800        # for what another process works on: it may send gigabytes, slowly
+CONTROL_PATIENCE = 5  # a live master answers hello in under a millisecond
+SLOT_PATIENCE = 600  # waiting for one of the 512 sessions
+LOCK_PATIENCE = 1800  # for what another process works on: it may send gigabytes, slowly
 LOOK_FIRST, LOOK_MOST = 0.003, 0.3  # between looks for what other processes free
-SEEN_FOR = 86400            # what was seen of a host is believed for a day
-FOLDER_KEPT = 30 * 86400    # the directory of a host that nobody uses goes after so long
-SHELL_PATIENCE = 2.5        # without a word from our wrapper; then another session is asked
-FORK_FAILED = (1, 2, 254)   # how mksh, dash and busybox, bash end where they cannot make a process
-START_PATIENCE = 60         # from the header sent to the start mark: slow rc files are read here
-UNKNOWN_FOR = 10            # a secret's command that failed is not run again for masking
-STOP_PATIENCE = 10          # for the host's word that a tree has ended
-STOP_SILENCE = 5            # of the session that carries it; then another one is asked
-CALL_PATIENCE = 600         # for one script of ours: it may unpack a large tree, or hash
-                            # gigabytes before it sends a byte
-STALL_PATIENCE = 60         # a transfer that moves no byte for so long is dead
-BEAT_MOST, BEAT_LEAST = 20, 1  # between two signs of life over a session (ChannelTimeout), where
-                            # it is silent, and where it is awake anyway
-DROPPED_WAITS = (0.2, 0.4, 0.8, 1.6, 5, 15, 30)  # OpenSSH 9.8 and later say the same words for
-DROPPED_TRIES = 4           # MaxStartups, which drops at random, and for a penalty of 15 s or more.
-                            # Being turned away adds none. Without these words four waits will do
-DOWN_WAITS = (1, 2, 4, 7, 10)  # after 1, 2, ... failures to connect in a row. A refused key costs
-                            # 5 s of penalty, enforced from 15 s on: so spaced, it never gets there
-REFUSED_MOST = 2            # a master that refuses sessions rests for 6 ms, then ever longer
-SOCKET_PATH_MAX = 86        # 104 bytes on macOS, less 17 that ssh appends while it binds, less NUL
-LOG_MAX = 64 * 1024         # of ssh's own words that are read back
-CHUNK = 128 * 1024          # one read or write
-BULK_FROM = 256 * 1024      # an archive over this gets its own connection: a proxy was seen to
-                            # cut a multiplexed 646 MB upload at 815,458 bytes without an error
-GZIP_FROM = 0.003           # seconds of a round trip: what is nearer has a line faster than gzip
-GZIP_LEVEL = 4              # level 1 leaves a fifth more to send, 6 takes twice the CPU for 6 %
-CAPTURE_MAX = 8 * 1024 * 1024  # of stdout, and of stderr, kept in memory: head and tail
-REPLY_MAX = 1024 * 1024     # what one of our own scripts may say
-STATE_MAX = 16 * 1024 * 1024  # a registry or secrets file larger than this is damaged
-READ_MAX = 10 * 1024 * 1024  # a file larger than this is read by lines
-TOOL_CAPTURE = 1024 * 1024  # of each stream of one exec of batch or MCP: a hundred run at once
-SEARCH_MAX = 4 * 1024 * 1024  # bytes of paths or matches that a search brings home
+SEEN_FOR = 86400  # what was seen of a host is believed for a day
+FOLDER_KEPT = 30 * 86400  # the directory of a host that nobody uses
+SHELL_PATIENCE = 2.5  # for the first output of our wrapper; then another session is asked
+FORK_FAILED = (1, 2, 254)  # how mksh, dash and busybox, bash end where they cannot make a process
+START_PATIENCE = 60  # from the header sent to the start mark: slow rc files are read here
+UNKNOWN_FOR = 10  # a secret's command that failed is not run again for masking
+STOP_PATIENCE = 10  # for the host to report that a tree has ended
+STOP_SILENCE = 5  # of the session that carries it; then another one is asked
+CALL_PATIENCE = 600  # for one script of ours: it may unpack a large tree, or hash gigabytes
+STALL_PATIENCE = 60  # a transfer that moves no byte for so long is dead
+# Between two signs of life over a session (ChannelTimeout), where it is silent, and where not.
+BEAT_MOST, BEAT_LEAST = 20, 1
+# OpenSSH 9.8 and later print the same for MaxStartups, which drops at random, and for a penalty of
+# 15 s or more. Being turned away adds none. Where they do not print it, four waits will do.
+DROPPED_WAITS = (0.2, 0.4, 0.8, 1.6, 5, 15, 30)
+DROPPED_TRIES = 4
+# After 1, 2, ... failures to connect in a row. A refused key costs 5 s of penalty, enforced from
+# 15 s on: so spaced, it never gets that far.
+DOWN_WAITS = (1, 2, 4, 7, 10)
+REFUSED_MOST = 2  # a master that refuses sessions rests for 6 ms, then ever longer
+SOCKET_PATH_MAX = 86  # 104 bytes on macOS, less 17 that ssh appends while it binds, less NUL
+LOG_MAX = 64 * 1024  # of ssh's log that is read back
+CHUNK = 128 * 1024  # one read or write
+# An archive over this gets its own connection: a proxy was seen to cut a multiplexed 646 MB upload
+# at 815,458 bytes without an error.
+BULK_FROM = 256 * 1024
+GZIP_FROM = 0.003  # seconds of a round trip: a nearer host has a line faster than gzip
+GZIP_LEVEL = 4  # level 1 leaves a fifth more to send, 6 takes twice the CPU for 6 %
+CAPTURE_MAX = 8 * MIB  # of stdout, and of stderr, kept in memory: head and tail
+REPLY_MAX = MIB  # of one of our own scripts
+STATE_MAX = 16 * MIB  # a registry or secrets file larger than this is damaged
+READ_MAX = 10 * MIB  # a file larger than this is read by lines
+TOOL_CAPTURE = MIB  # of each stream of one exec of batch or MCP: a hundred run at once
+SEARCH_MAX = 4 * MIB  # bytes of paths or matches of one search
 SEARCH_PATIENCE = 120
-LINE_MAX = 500              # characters of one grep match: minified files have long lines
-DIFF_MAX = 20000            # characters of the diff that an edit returns
-DIFF_WORK_MAX = 20000000    # lines times those that differ: difflib takes 2.9 s for 50 million
-EDIT_TRIES = 60             # of read, apply, compare-and-swap, when others edit the same file
-LOGS_MAX = 1024 * 1024      # bytes of a job's output per call
-HISTORY_MAX = 2 * 1024 * 1024  # bytes of a history; then it becomes the older of two files
-HISTORY_LINE = 1024         # bytes of one line: one write appends it whole
-JOBS_KEPT = 200             # that this machine remembers the commands of, per project
-FAULT_PATIENCE = 300        # logs -f and wait go on trying for so long without a connection
-BATCH_LINE_MAX = 16 * 1024 * 1024
-TOP_EVERY = 2               # seconds between two looks at the hosts
-TOP_PATIENCE = 10           # for a single look
-MCP_SOFT = 45               # seconds; desktop clients give a call up at 60
-MCP_ROOM = 18000            # characters of a result; Claude Code warns at 10,000 tokens
-MCP_AT_ONCE = 32            # calls that run and are not answered yet; others wait in a queue
-MCP_PENDING = 512           # calls that run or wait, each in its thread
-MCP_PENDING_BYTES = 64 * 1024 * 1024  # and the sum of their lines
-MCP_KEPT = 64               # calls left running after the soft timeout, as jobs of the server
-MCP_LOG_MAX = 64 * 1024 * 1024  # bytes of output kept of each of them
-MCP_PROGRESS = 2            # seconds between notifications of progress
-MCP_GRACE = 2               # after the end of input, for calls that are about to end
-WARM_SESSIONS = 4           # opened ahead by long-lived callers: one round trip instead of two
-KEEPER_PAUSE = 0.001        # after an operation: what its caller does with the result comes first
-WARM_IDLE = 20              # without use, they are given up: others may need the slots
-SECRET_MAX = 120 * 1024     # Linux limits one environment string to 128 KiB
+LINE_MAX = 500  # characters of one grep match: minified files have long lines
+DIFF_MAX = 20000  # characters of the diff that an edit returns
+DIFF_WORK_MAX = 20000000  # lines times those that differ: difflib takes 2.9 s for 50 million
+EDIT_TRIES = 60  # of read, apply, compare-and-swap, when others edit the same file
+LOGS_MAX = MIB  # bytes of a job's output per call
+HISTORY_MAX = 2 * MIB  # bytes of a history; then it becomes the older of two files
+HISTORY_LINE = 1024  # bytes of one line: one write appends it whole
+JOBS_KEPT = 200  # that this machine remembers the commands of, per project
+FAULT_PATIENCE = 300  # logs -f and wait try on for so long without a connection
+BATCH_LINE_MAX = 16 * MIB
+TOP_EVERY = 2  # seconds between two looks at the hosts
+TOP_PATIENCE = 10  # for a single look
+MCP_SOFT = 45  # seconds; desktop clients give a call up at 60
+MCP_ROOM = 18000  # characters of a result; Claude Code warns at 10,000 tokens
+MCP_AT_ONCE = 32  # calls that run and are not answered yet; others wait in a queue
+MCP_PENDING = 512  # calls that run or wait, each in its thread
+MCP_PENDING_BYTES = 64 * MIB  # and the sum of their lines
+MCP_KEPT = 64  # calls left running after the soft timeout, as jobs of the server
+MCP_LOG_MAX = 64 * MIB  # bytes of output kept of each of them
+MCP_PROGRESS = 2  # seconds between notifications of progress
+MCP_GRACE = 2  # after the end of input, for calls that are about to end
+WARM_SESSIONS = 4  # opened ahead by long-lived callers: one round trip instead of two
+KEEPER_PAUSE = 0.001  # after an operation: what its caller does with the result comes first
+WARM_IDLE = 20  # without use, they are closed: others may need the slots
+SECRET_MAX = 120 * 1024  # Linux limits one environment string to 128 KiB
 ARGUMENT_MAX = 128 * 1024 - 1  # Linux: MAX_ARG_STRLEN
-ARGV_WORK_MAX = 500 * 1024 * 1024  # words times bytes: a POSIX shell appends in quadratic time
-SECRETS_MAX = 1024 * 1024   # all of them, and the environment of one command
-NAME_MAX = 64               # of a workspace
-HOST_MAX = 1024             # of a host with its user: bastions put whole routes into it
-PATH_MAX = 1024             # of a path named by the host
-DEPTH_MAX = 64              # components of a pulled path: git write-tree crashes at 60,000
-PULL_FILE_MAX = 256 * 1024 * 1024    # one pulled file; git hosts refuse 100 MB
-PULL_TOTAL_MAX = 2 * 1024 ** 3       # all that one pull may send: a disk's worth is an attack
-PULL_PATHS_MAX = 100 * 1000          # changed paths: about 30 MB of memory here
-PULL_COMMITS_MAX = 1000     # more than an agent makes; beyond it one commit holds the result
-PULL_MODULES_MAX = 100      # changed files .gitmodules: git reads each in processes of its own
-PULL_MESSAGE_MAX = 256 * 1024        # of one commit's message; of all of them 64 times that
-WIRE_LINE_MAX = 8 * 1024    # of a line in a result's stream: a path is the longest
-STREAMED_FROM = 8 * 1024 * 1024      # git handles larger blobs without holding them in memory
-PLACES_KEPT = 200           # hosts and roots that gc visits, though no workspace is there any more
-SENT_KEPT = 200             # trees that went to a host: a delta stands on no other
-POINTER_MAX = 1024          # bytes of an LFS pointer, says its specification
+ARGV_WORK_MAX = 500 * MIB  # words times bytes: a POSIX shell appends in quadratic time
+SECRETS_MAX = MIB  # all of them, and the environment of one command
+NAME_MAX = 64  # of a workspace
+HOST_MAX = 1024  # of a host with its user: bastions put whole routes into it
+PATH_MAX = 1024  # of a path named by the host
+DEPTH_MAX = 64  # components of a pulled path: git write-tree crashes at 60,000
+PULL_FILE_MAX = 256 * MIB  # one pulled file; git hosts refuse 100 MB
+PULL_TOTAL_MAX = 2 * 1024 ** 3  # all that one pull may send: a disk's worth is an attack
+PULL_PATHS_MAX = 100 * 1000  # changed paths: about 30 MB of memory here
+PULL_COMMITS_MAX = 1000  # more than an agent makes; beyond it one commit holds the result
+PULL_MODULES_MAX = 100  # changed files .gitmodules: git reads each in processes of its own
+PULL_MESSAGE_MAX = 256 * 1024  # of one commit's message; of all of them 64 times that
+WIRE_LINE_MAX = 8 * 1024  # of a line in a result's stream: a path is the longest
+STREAMED_FROM = 8 * MIB  # git handles larger blobs without holding them in memory
+PLACES_KEPT = 200  # hosts and roots that gc visits, though no workspace is there any more
+SENT_KEPT = 200  # trees that went to a host: a delta stands on no other
+POINTER_MAX = 1024  # bytes of an LFS pointer, says its specification
 
 
 # === 3. Errors ===
@@ -225,7 +231,7 @@ class ConnectionDropped(ConnectionFailed):
     """The server dropped the handshake (MaxStartups, penalties); trying again may work."""
 
 class TurnedAway(ConnectionDropped):
-    """The server takes nobody from this address for now, and says so."""
+    """The server refuses this address for now, and says so."""
 
 class HostKeyFailed(ConnectionFailed):
     """The host's key is unknown or has changed; nothing was sent."""
@@ -241,19 +247,19 @@ class ConnectionLost(HostError):
         self.begun = begun
 
 class HostSilent(ConnectionLost):
-    """What is to be run was sent, and no shell has taken it yet; a slow one still may."""
+    """The operation was sent, and no shell has begun it; a slow one still may."""
 
 class HostFull(ConnectionLost):
-    """The host could not start a process: this account has as many as it may."""
+    """The host could not start a process: this account has too many."""
 
 class SessionRefused(HostError):
     """A master or its server refused one more session; nothing has started."""
 
 class NoMultiplexing(HostError):
-    """This ssh, or this server, knows no masters: one connection per session then."""
+    """This ssh, or this server, has no masters: one connection for each session."""
 
 class MasterGone(HostError):
-    """A control socket that refuses, hangs or hangs up before the session was open."""
+    """A control socket that refused, hung or hung up before the session was open."""
 
 class RemoteFailed(CmuxError):
     """The host answered, and the answer is a failure (disk full, permission) or nonsense."""
@@ -289,7 +295,7 @@ class PipeClosed(CmuxError):
     """Whoever read our output has gone away."""
 
 class OutputFailed(PipeClosed):
-    """Our output takes no more, and says why: a full disk."""
+    """Our output cannot be written, for a reason such as a full disk."""
 
 
 # How this process was called, once the command line knows: the program, its -C and its -w.
@@ -297,8 +303,7 @@ CALLED = {"program": PROGRAM, "project": "", "workspace": ""}
 
 
 def as_called(hint: str) -> str:
-    """A hint whose commands (`cmux_ssh.py VERB ...`, or of git) can be pasted where this process
-    was started."""
+    """A hint whose commands (`cmux_ssh.py VERB ...`, or of git) can be pasted as they are."""
     program, project, workspace = CALLED["program"], CALLED["project"], CALLED["workspace"]
 
     def ours(match: Any) -> str:
@@ -313,30 +318,17 @@ def as_called(hint: str) -> str:
 # === 4. Values ===
 # Owns: results, deadlines, cancellation. May touch: the clock, one pipe per Cancel.
 
-class Value:
-    """An immutable record: what its class annotates are its fields, compared and shown by value.
+class Value(types.SimpleNamespace):
+    """An immutable record of the fields that its class annotates, compared by value.
 
     (dataclasses and typing.NamedTuple cost 10 to 18 ms of start-up.)
     """
 
-    def __init__(self, **fields: Any) -> None:
-        odd = set(fields) ^ set(self.__annotations__)
-        if odd:
-            raise TypeError("fields are missing or unknown: " + ", ".join(odd))
-        self.__dict__.update(fields)
-
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{type(self).__name__} is immutable")
 
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self.as_dict() == other.as_dict()
-
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # type: ignore[override]
         return hash(repr(self))
-
-    def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value!r}" for name, value in self.as_dict().items())
-        return f"{type(self).__name__}({shown})"
 
     def as_dict(self) -> Fields:
         """The fields, by name."""
@@ -346,7 +338,7 @@ class Value:
 class ExecResult(Value):
     """What a command did. ``exit_code`` is its own, 128+N for a death by signal N, 124 when
     ``timed_out``; ``stdout`` and ``stderr`` are bytes (head and tail when ``truncated``);
-    ``duration`` in seconds; ``stopped`` is None, or ``confirmed``, ``requested``, ``unknown``:
+    ``duration`` is in seconds; ``stopped`` is None, or ``confirmed``, ``requested``, ``unknown``:
     how certain it is that the process tree on the host has ended."""
     workspace: str
     host: str
@@ -360,7 +352,6 @@ class ExecResult(Value):
 
 
 def drop(*fds: int) -> None:
-    """Close those of the descriptors that there are."""
     for fd in fds:
         if fd >= 0:
             os.close(fd)
@@ -391,10 +382,10 @@ class Deadline:
         return None if self.at is None else max(0.0, self.at - time.monotonic())
 
     def over(self) -> bool:
-        return self.at is not None and time.monotonic() >= self.at
+        return self.left() == 0
 
     def capped(self, seconds: float) -> float:
-        """The seconds left, at most ``seconds``: for waiting in steps."""
+        """The seconds left, at most ``seconds``."""
         left = self.left()
         return seconds if left is None else min(left, seconds)
 
@@ -402,8 +393,7 @@ class Deadline:
 class Cancel:
     """Set from any thread, or a signal handler, to end the operations that were given it: the
     process tree on the host is ended first. run() then returns an Outcome of reason ``cancel``,
-    exec() exit code 130; all else raises Cancelled. It stays set: make a new one for what comes
-    after."""
+    exec() exit code 130; all else raises Cancelled. It stays set."""
 
     def __init__(self) -> None:
         self._read = self._write = -1  # a pipe, made when somebody polls
@@ -412,16 +402,16 @@ class Cancel:
 
     def _forked(self) -> None:
         import _thread
-        self._guard = _thread.RLock()  # a signal may set it in the middle of what its thread does
+        self._guard = _thread.RLock()  # a signal handler may set it while its thread is in here
         self.close()
 
     def set(self) -> None:
-        """End what was given this, now and later. Returns at once; ``is_set`` tells."""
+        """End what was given this, now and later. Returns at once."""
         self.is_set = True
         with self._guard:
             if self._write >= 0:
                 with contextlib.suppress(BlockingIOError):
-                    os.write(self._write, b"x")  # stays readable: every poller sees it
+                    os.write(self._write, b"x")  # nobody reads it: every poller sees it
 
     def fileno(self) -> int:
         """Readable once it is set, for select and poll."""
@@ -435,12 +425,11 @@ class Cancel:
             return self._read
 
     def check(self) -> None:
-        """Raise Cancelled if it is set."""
         if self.is_set:
             raise Cancelled("Cancelled.")
 
     def close(self) -> None:
-        """Free its two descriptors, when nothing that was given this runs any more."""
+        """Free its two descriptors, when nothing uses it any more."""
         with self._guard:
             drop(self._read, self._write)
             self._read = self._write = -1
@@ -448,19 +437,20 @@ class Cancel:
     __del__ = close
 
 
-def poll_once(seconds: float | None, *wanted: tuple[Any, int]) -> dict[int, int]:
-    """The events, by descriptor, that come of ``wanted`` (a descriptor, and which of its events)
-    within ``seconds``. None: without an end."""
+def poll_once(seconds: float | None, *wanted: Any) -> dict[int, int]:
+    """The events, by descriptor, of ``wanted`` within ``seconds`` (None: no limit). Each of these
+    is to be readable, or a pair with other events, or None, which is left out."""
     poller = select.poll()
-    for thing, events in wanted:
-        poller.register(thing, events)
+    for thing in wanted:
+        if thing is not None:
+            poller.register(*(thing if isinstance(thing, tuple) else (thing, select.POLLIN)))
     return dict(poller.poll(seconds and min(seconds, 2e6) * 1000))  # poll takes 31 bits
 
 
 def nap(seconds: float, deadline: Deadline, cancel: Cancel | None) -> bool:
     """Sleep; False if the deadline comes first. Raises Cancelled."""
     pause, left = max(0.0, seconds), deadline.left()
-    poll_once(deadline.capped(pause), *([(cancel, select.POLLIN)] if cancel else []))
+    poll_once(deadline.capped(pause), cancel)
     if cancel:
         cancel.check()
     return left is None or pause <= left
@@ -469,16 +459,12 @@ def nap(seconds: float, deadline: Deadline, cancel: Cancel | None) -> bool:
 class Waiters:
     """The threads of this process that wait for what other processes may free, too.
 
-    A change in this process wakes one of them. One at a time looks for what others have done, ever
-    more rarely; all others sleep without an end: a hundred cost no more than one. Whoever looks in
-    vain sleeps again; whoever gives up or was served wakes another, who may be the one to look.
+    What this process frees wakes one of them. For what others free one at a time looks, ever more
+    rarely; the rest sleep without an end: a hundred cost no more than one. Who gets nothing sleeps
+    again; who is served, or gives up, wakes another, who may be the one to look.
     """
 
     def __init__(self) -> None:
-        self._forked()
-        fork_aware().add(self)
-
-    def _forked(self) -> None:
         import threading
         self._changed = threading.Condition()
         self._asleep: list[tuple[Deadline, Cancel | None]] = []
@@ -487,18 +473,16 @@ class Waiters:
         self.told = False           # a person knows what they wait for
 
     def wake(self, count: int = 1) -> None:
-        """Have so many of them look now."""
         if self._asleep:
             with self._changed:
                 self._changed.notify(count)
 
     def leave(self) -> None:
-        """One of them was served, or gives up."""
         self._pause, self.told = LOOK_FIRST, False
         self.wake()
 
     def sleep(self, deadline: Deadline, cancel: Cancel | None, most: float = 3600) -> bool:
-        """Until it is worth a look, ``most`` seconds; False at the deadline. Raises Cancelled."""
+        """Until a look is worth it, ``most`` seconds; False at the deadline. Raises Cancelled."""
         if cancel:
             cancel.check()
         if deadline.over():
@@ -520,8 +504,7 @@ class Waiters:
 
 
 class Capture:
-    """Bytes of one stream, bounded: the first and the last half of ``limit`` are kept; over
-    ``most`` is a flood."""
+    """The first and the last half of ``limit`` bytes; more than ``most`` is an error."""
 
     def __init__(self, limit: int = CAPTURE_MAX, most: int = 1 << 62) -> None:
         self.half, self.most = max(1, limit // 2), most
@@ -553,9 +536,9 @@ class Capture:
 # === 5. Checking and quoting ===
 # Owns: what a host, a name, a path may be; how remote bytes become harmless. Touches: nothing.
 
-# What OpenSSH 10 does not take is refused before any ssh starts: old clients hand names to a
-# shell by %h and %r (CVE-2023-51385, CVE-2025-61984), so the metacharacters must never reach them;
-# a leading dash is an option (CVE-2017-1000117). An @ inside the user is right.
+# What OpenSSH 10 refuses is refused before any ssh starts: older ones hand metacharacters in names
+# to a shell by %h and %r (CVE-2023-51385, CVE-2025-61984), and a leading dash is an option
+# (CVE-2017-1000117). A user may hold an @.
 _USER = re.compile(r"(?!-|ssh://)[^ '\"`$;&<>|(){}]+(?<!\\)\Z")
 _HOSTNAME = re.compile(r"(?!-|ssh://)[^ '\"`$;&<>|(){}\\,]+\Z")
 _URI = re.compile(r"ssh://(?:([^@]+)@)?([A-Za-z0-9][A-Za-z0-9._-]*)(?::([0-9]{1,5}))?/?\Z")
@@ -564,11 +547,8 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
 def check_host(text: object) -> str:
-    """Return ``text`` if it is something ``ssh HOST`` takes as a destination, else UsageError.
-
-    Name, user@host, alias, IPv6 address, ssh://[user@]host[:port]. The same check holds for
-    hosts from the command line, state files, batch lines and MCP arguments.
-    """
+    """Return ``text`` if ``ssh HOST`` takes it, wherever it comes from, else raise UsageError: a
+    name, user@host, alias, IPv6 address, ssh://[user@]host[:port]."""
     hint = "Give what you would type after ssh: a name, user@name, or an alias of your ssh config."
     if not isinstance(text, str) or not text:
         raise UsageError("No host was given.", hint)
@@ -585,7 +565,7 @@ def check_host(text: object) -> str:
 
 
 def check_workspace(name: object) -> str:
-    """Return ``name`` if it can be a workspace's name and directory, else UsageError."""
+    """Return ``name`` if it can be a workspace's name, else raise UsageError."""
     good = isinstance(name, str) and _WORKSPACE.match(name) and ".." not in name
     if not good or name.endswith((".", ".lock")):  # type: ignore[attr-defined]
         raise UsageError(
@@ -596,15 +576,15 @@ def check_workspace(name: object) -> str:
 
 
 def safe_workspace(branch: str) -> str:
-    """The workspace name made from a branch name: what is not allowed becomes a dash."""
+    """A workspace's name, made of a branch's."""
     name = re.sub(r"[^A-Za-z0-9._-]+|\.\.+", "-", branch).strip("-.")[:NAME_MAX].rstrip("-.")
     return name if _WORKSPACE.match(name) and not name.endswith(".lock") else "workspace"
 
 
-# A secret is project input: it may name any variable but those with which the shells that carry
-# it would read it as an instruction. --env is the user's own word, and may also set PATH.
+# A secret may be named by the project: so by no variable that the shells which carry it obey.
+# --env comes from the user, and may set PATH, too; but nothing that a shell sets itself, or does
+# not let be set.
 _READONLY = set("IFS OPTIND PPID UID EUID SHELLOPTS BASHOPTS BASH_VERSINFO CMUX_RUN TMOUT "
-                # and what a shell sets itself, or refuses to set
                 "GROUPS DIRSTACK FUNCNAME PIPESTATUS RANDOM SRANDOM SECONDS LINENO BASHPID HISTCMD"
                 .split())
 _INSTRUCTIONS = set("PATH HOME ENV BASH_ENV PS4 PROMPT_COMMAND CDPATH "
@@ -612,14 +592,12 @@ _INSTRUCTIONS = set("PATH HOME ENV BASH_ENV PS4 PROMPT_COMMAND CDPATH "
 
 
 def check_variable(name: str, secret: bool = False) -> str:
-    """Return ``name`` if it may stand in a command's environment, else UsageError."""
-    reserved = name in _READONLY or bool(re.match(r"_c.?\Z|_cmux_", name))
-    if secret:
-        reserved = reserved or name in _INSTRUCTIONS or name.startswith(("LD_", "DYLD_"))
+    """Return ``name`` if a command's environment may hold it, else raise UsageError."""
     if not _VARIABLE.match(name) or len(name) > 256:
         raise UsageError(f"{show(name)} is not a variable name.",
                          "Use letters, digits and underscores, not beginning with a digit.")
-    if reserved:
+    if name in _READONLY or name.startswith("_cmux_") or secret and (
+            name in _INSTRUCTIONS or name.startswith(("LD_", "DYLD_"))):
         ours = name.startswith("CMUX_")
         raise UsageError(f"The variable {name} is reserved.", "This program sets it there." if ours
                          else "It has a meaning of its own to the shell on the host.")
@@ -627,19 +605,19 @@ def check_variable(name: str, secret: bool = False) -> str:
 
 
 def check_remote_path(text: str) -> str:
-    """Return an absolute path that the host named, if it can be one; else RemoteFailed."""
+    """Return an absolute path that the host named; RemoteFailed if it cannot be one."""
     if not text.startswith("/") or len(text) > PATH_MAX or not text.isprintable():
         raise RemoteFailed(f"The host named a directory that cannot be one: {show(text)}.")
     return text
 
 
 def number(text: str) -> int:
-    """A count that the host named; -1 if it is none. (int() takes more, and long ones slowly.)"""
+    """A count that the host named, else -1. (int() takes more, and is slow with long ones.)"""
     return int(text) if re.match(r"[0-9]{1,15}\Z", text) else -1
 
 
-# C0, DEL, C1, bidirectional controls, zero-width and tag characters. With ESC itself escaped no
-# sequence (OSC 52, DCS, CSI, charset switch) can form, so no parser is needed.
+# C0, DEL, C1, bidirectional controls, zero-width and tag characters. Without ESC no sequence (OSC
+# 52, DCS, CSI, charset switch) can form, so no parser is needed.
 @functools.lru_cache(maxsize=None)
 def _harmless() -> dict[int, str]:
     odd = [0x61C, 0x180E, 0xFEFF, *range(0x200B, 0x2010), *range(0x2028, 0x202F),
@@ -650,16 +628,15 @@ def _harmless() -> dict[int, str]:
 
 
 def neutralise(data: bytes | str) -> str:
-    """Text that no terminal obeys, of anything the host said. Newline and tab stay."""
+    """What the host printed, as text that no terminal obeys. Newline and tab stay."""
     text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
     return text.replace("\r\n", "\n").translate(_harmless())
 
 
 class TerminalText:
-    """What a command prints, piece by piece, for a terminal: as neutralise() has it, but carriage
-    return and colours (SGR) pass. A character or a colour may be cut between two pieces; a colour
-    left on ends with its piece, so that it never hides what others print, and the next piece takes
-    it up again."""
+    """neutralise() for what a command prints, piece by piece, in which carriage return and colours
+    (SGR) pass. A character or a colour may be cut between two pieces. A colour ends with its piece,
+    so that it never hides what others print, and begins again with the next."""
 
     def __init__(self) -> None:
         import codecs
@@ -680,36 +657,35 @@ class TerminalText:
 
 
 def show(text: bytes | str, limit: int = 100) -> str:
-    """A name for use inside a sentence of ours: one line, neutralised, bounded, quoted."""
+    """A name for a sentence of ours: one line, neutralised, bounded, quoted."""
     line = neutralise(text).replace("\n", "^J").replace("\t", "^I")
     return f"'{line if len(line) <= limit else line[:limit - 5] + '[...]'}'"
 
 
 def quote(word: str) -> str:
-    """``word`` as one word of a POSIX shell line (for lines shown to the user)."""
+    """``word`` as one word of a shell line, to be shown."""
     if word and re.match(r"[A-Za-z0-9_@%+=:,./-]+\Z", word):
         return word
     return "'" + word.replace("'", "'\"'\"'") + "'"
 
 
 def encoded(value: object) -> bytes:
-    """The bytes of an argument. Raises UsageError for what has none."""
+    """The bytes of an argument. Raises UsageError."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value)
     try:
         return str.encode(value, "utf-8", "surrogateescape")  # type: ignore[arg-type]
     except (TypeError, UnicodeEncodeError):
-        raise UsageError(f"An argument is of type {type(value).__name__}, or holds a lone "
-                         "surrogate: that is no text.")
+        raise UsageError(f"An argument is no text: of type {type(value).__name__}, or with a lone "
+                         "surrogate.")
 
 
 def as_text(data: bytes) -> str:
-    """Bytes of the host or of git as a str that encoded() turns back into them."""
+    """Bytes as a str that encoded() turns back into them."""
     return data.decode("utf-8", "surrogateescape")
 
 
 def bytes_field(name: str, data: bytes) -> dict[str, str]:
-    """``name``, or ``name_base64`` where the bytes are not UTF-8."""
     try:
         return {name: data.decode("utf-8")}
     except UnicodeDecodeError:
@@ -726,7 +702,7 @@ def json_fields(fields: Mapping[str, Any]) -> Fields:
 
 
 def field_bytes(name: str, fields: Mapping[str, str]) -> bytes:
-    """The bytes of a field from bytes_field()."""
+    """The opposite of bytes_field()."""
     if name in fields:
         return fields[name].encode("utf-8")
     import base64
@@ -734,7 +710,7 @@ def field_bytes(name: str, fields: Mapping[str, str]) -> bytes:
 
 
 def human_size(count: float) -> str:
-    """1234567 -> '1.2 MB'."""
+    """1234567 -> 1.2 MB"""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             break
@@ -743,13 +719,13 @@ def human_size(count: float) -> str:
 
 
 def overlap(data: bytes, value: bytes, first: bool) -> int:
-    """The bytes at one end of ``data`` that are the other end of ``value``, and not all of it."""
+    """How many bytes at one end of ``data`` are the other end of ``value``, but not all of it."""
     if first:
         data, value = data[:len(value)][::-1], value[::-1]
     at = data.find(value[:1], max(0, len(data) - len(value) + 1))
     tail = data[at:] if at >= 0 else b""
     most, size, borders, text = len(tail), 0, [0], value[:len(tail)] + tail
-    # By Knuth, Morris and Pratt: the host may repeat the beginning of a long secret.
+    # By Knuth, Morris and Pratt, in linear time: the host may repeat the beginning of a secret.
     for at in range(1, len(text)):
         size = size if at != most else 0
         while size and value[size] != text[at]:
@@ -767,29 +743,29 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
 # It reads a header from its stdin, records of a name, a number of lines, and those lines:
 #   exit 0     the first line. Our wrapper ignores it; a shell that reads our stdin instead (a
 #              ForceCommand, `exec zsh` in a start-up file) ends before it obeys a value
-#   NAME n     an environment variable of the command (secrets travel so, and only so)
+#   NAME n     an environment variable of the command (the only way of secrets)
 #   _cmux_X n  a setting of the wrapper: nonce, run (its id), directory, life (whether stdin is
 #              watched), flag (how to run a shell line: -c, -lc), line, path (its PATH)
 #   @    n     one more positional parameter
 #   :    n     text to eval now (functions of the operations)
 #   .    n     the end: text to eval as the operation
-# Shells read ahead, fish to the end: of a header with secrets (a second `exit 0` marks it) nothing
-# behind the first line is sent before our wrapper has said READY. That is a round trip, but none
-# in a session opened ahead.
+# Shells read ahead, fish to the end: of a header with secrets (marked by a second `exit 0`) only
+# the first line is sent before our wrapper has printed READY. In a session opened ahead that costs
+# no round trip.
 # What comes back, on stdout and on stderr each:  NONCE+ pid  ...bytes...  NONCE- status stop
-# Before the first mark is login noise; NONCEx 96 says the directory is missing. The marks tell
-# accidents apart. They are no defence against malice: a hostile host can always lie.
+# Before the first mark is login noise; NONCEx 96 says that the directory is missing. The marks
+# exclude accidents, not malice: a hostile host can always lie.
 
 # The texts become one line in single quotes, without quote, backslash, newline, or ! before a
-# non-blank: sh, bash, zsh, ksh, fish and csh all read that alike; Dropbear takes up to 9,000 bytes.
+# non-blank: sh, bash, zsh, ksh, fish and csh read that alike; Dropbear takes up to 9,000 bytes.
 # Assumed: POSIX sh, sleep. Used where found: ps or /proc, grep, setsid, bash. Status 96: the
 # directory is missing; 97: the header is cut off. _cmux_stop_tree ends what run _cmux_run has below
 # _cmux_root (a wrapper, a job's supervisor, or -); its status is 0 where the end was seen.
 
 STOP_TEXT = r"""
-# Five words for each process: pid, parent, group, session, state. Never its name: one with a
-# newline and numbers would put foreign processes on the list (seen: a stop killed its bystanders).
-# Without a ps that knows sid (busybox, containers) each /proc/PID/stat is read by itself.
+# For each process: pid, parent, group, session, state. Never its name: one with a newline and
+# numbers would add foreign processes (seen: a stop killed bystanders). Without a ps that knows sid
+# (busybox, containers) it reads each /proc/PID/stat.
 _cmux_table() {
   ps -A -o pid= -o ppid= -o pgid= -o sid= -o stat= && return;
   if [ -r /proc/self/stat ]; then
@@ -845,8 +821,8 @@ _cmux_add_kin() {
 _cmux_add_group() {
   case $_cmux_groups in *" $1 "*) ;; *) _cmux_groups="$_cmux_groups$1 "; _cmux_more=1;; esac;
 };
-# What hides from the table (hidepid, and a process that is not dumpable): the child of the wrapper
-# is in its `children` all the same, and a group without a row may still take signals: so whole
+# What hides from the table (hidepid, and a process that is not dumpable): the wrapper lists its
+# child in `children` all the same, and a group without a row may still take signals: so whole
 # groups get them.
 _cmux_add_hidden() {
   [ $_cmux_own = - ] || for _cmux_pid in $(cat /proc/$_cmux_root/task/$_cmux_root/children); do
@@ -868,8 +844,8 @@ _cmux_add_hidden() {
     esac;
   done;
 };
-# TERM, after two seconds KILL, after four it gives up. Where not even process 1 is to be seen,
-# others may be missing, and no end is confirmed.
+# TERM, after two seconds KILL, after four it gives up. Where process 1 cannot be seen, others may
+# be hidden, too, and no end is confirmed.
 _cmux_stop_tree() {
   trap "" TERM INT HUP PIPE; _cmux_tenths=0; _cmux_known=;
   while :; do
@@ -885,21 +861,21 @@ _cmux_stop_tree() {
 };
 """
 BOOT_TEXT = r"""
-# The lifeline: where the command takes no stdin, the stdin of the session is watched by a subshell.
-# End of file (this client closed it, or was killed, or its master was) ends the tree. Where stdin
-# streams to the command, a second session (GUARD) watches instead. Lines are only signs of life:
-# sshd ends what is silent (ChannelTimeout). USR2 reports the stop to the parent of the command;
-# USR1, with which daemons report to theirs that they are ready, does nothing.
+# The lifeline: where the command takes no stdin, a subshell reads the stdin of the session. Its end
+# (the client closed it, or was killed, or its master was) ends the tree. Where stdin streams to the
+# command, a second session (GUARD) watches instead. Lines are only signs of life: sshd ends what is
+# silent (ChannelTimeout). USR2 reports the stop to the parent of the command; USR1, with which
+# daemons report to theirs that they are ready, does nothing.
 _cmux_watch() {
   exec 3<&0 </dev/null;
   ( exec >&2 4>&-; while IFS= read -r _cmux_part <&3; do :; done;
     kill -USR2 $$; _cmux_root=$$; _cmux_stop_tree ) & _cmux_watcher=$! ;
   exec 3<&-;
 };
-# The command runs in the foreground (an asynchronous list would ignore SIGINT for ever), in a
-# session of its own (so that `kill 0` cannot take the wrapper with it), without the stderr of the
-# wrapper ("Terminated" is not its word). Where nothing gives it a group (dash without setsid and
-# terminal), CMUX_RUN and parents make the difference.
+# The command runs in the foreground (an asynchronous list ignores SIGINT for ever), in a session of
+# its own (so that `kill 0` spares the wrapper), without the stderr of the wrapper, which prints
+# "Terminated". Where nothing gives it a group (dash without setsid and terminal), it is found by
+# CMUX_RUN and parents.
 _cmux_command() {
   _cmux_watcher=; _cmux_stopped=; trap : USR1; trap "_cmux_stopped=stop" USR2;
   case $_cmux_life in life) _cmux_watch;; esac;
@@ -916,8 +892,8 @@ _cmux_execute() {
   if command -v setsid >/dev/null; then set -- setsid "$@"; else command set -m; fi;
   ( export CMUX_RUN="$_cmux_run"; exec "$@" 2>&4 4>&- ); _cmux_status=$?;
 };
-# Call a function with the words that are really run. --norc: bash started by sshd reads .bashrc
-# otherwise, at 100 ms a command for pyenv users.
+# Call a function with the words to run. --norc: else a bash under sshd reads .bashrc, which takes
+# 100 ms with pyenv.
 _cmux_words() {
   _cmux_next=$1; shift;
   case $_cmux_flag in -*)
@@ -927,8 +903,8 @@ _cmux_words() {
   case $_cmux_path in ?*) set -- env "PATH=$_cmux_path" "$@";; esac;
   $_cmux_next "$@";
 };
-# Editors are `true`: the `git commit` of an agent must not wait for vi. read -r takes single bytes
-# from a pipe, so what follows the header is left for the command.
+# Editors are `true`: the `git commit` of an agent must not wait for vi. read -r reads single bytes
+# of a pipe, and leaves what follows the header for the command.
 echo cmux $((6*7)); unset TMOUT; _cmux_nonce=; _cmux_self=;
 export CMUX_RUNTIME=ssh GIT_TERMINAL_PROMPT=0;
 export EDITOR=true VISUAL=true GIT_EDITOR=true GIT_SEQUENCE_EDITOR=true;
@@ -957,8 +933,8 @@ esac;
 exec 4>&2 2>/dev/null;
 echo "$_cmux_nonce+ $$"; echo "$_cmux_nonce+ $$" >&4;
 _cmux_status=0; eval "$_cmux_value";
-# A command that dies of SIGPIPE because this client is gone ends before the watcher has looked: the
-# end mark then cannot be written, and the wrapper itself ends the rest of the tree.
+# A command that dies of SIGPIPE, as the client is gone, may end before the watcher sees that: then
+# the end mark cannot be written, and the wrapper ends the rest of the tree.
 trap "" PIPE;
 _cmux_value="$_cmux_nonce- $_cmux_status $_cmux_watcher";
 { echo "$_cmux_value" && echo "$_cmux_value" >&4; } ||
@@ -968,17 +944,16 @@ _cmux_value="$_cmux_nonce- $_cmux_status $_cmux_watcher";
 
 BOOT = "exec sh -c '%s'" % " ".join(
     line.strip() for line in (STOP_TEXT + BOOT_TEXT).splitlines() if line and line[0] != "#")
-READY = b"cmux 42\n"        # not in BOOT as it stands: what echoes its orders does not say it
+READY = b"cmux 42\n"        # BOOT does not hold it: what only echoes that never prints it
 HELD = b"exit 0\n"          # the first line of a header; again in one that holds secrets
 
 # The functions that our own operations share, then one script each. Parameters are "$1"...;
 # status 0 is success, stdout is the reply; stderr is shown to the user, neutralised.
 
 # A lock on the host is a symbolic link that names its owner: process, when that began (its number
-# is used again, at the latest after a reboot), run. The link of an owner that died stays, and leads
-# to the one of its heir, LOCK.OWNER: whoever removed it could remove what another had just made in
-# its place. The heir's counts only while the first link is what it was: whoever leaves removes that
-# one first.
+# is used again, at the latest after a reboot), run. The link of a dead owner stays, and leads to
+# that of its heir, LOCK.OWNER: who removed it could remove what another had just made in its place.
+# An heir's link counts only while the first link stays as it was: its owner removes that one first.
 LOCKED = r"""
 _born() { # pid -> $born
   born=; row=;
@@ -1031,28 +1006,28 @@ _croot() { # $1 root as given, may be empty or begin with ~ -> cd there, $root
   case $root in *"$_cmux_newline"*) echo "a newline is in the path of its root" >&2; return 3;; esac
   mkdir -p .cmux/bases .cmux/stage .cmux/trash .cmux/made .cmux/locks && chmod 700 .cmux || return 3
 }
-_one_at_a_time() { # lock function...: after a lost line the first attempt may still run
+_one_at_a_time() { # lock function...: an earlier attempt may still run
   own_lock=$root/.cmux/stage/$1.by; shift
   _center "$own_lock" 0.1 3000 || return 3
   "$@"; status=$?
   _cleave "$own_lock"; return $status
 }
-# _operate function root project turn name op...: one operation at a time on a workspace's name,
-# and none once a later one has begun, which also clears away what the last left in the stage: its
-# client was killed. The function is given what follows the op.
+# root project turn name op...: _work, with what follows the op, for one operation at a time on a
+# name, and none once a later one has begun. That one also removes what the last, whose client was
+# killed, left in the stage.
+_cop() { _operate "$@"; }
 _operate() {
-  _croot "$2" || return
-  project=$3 turn=$4 name=$5 op=$6 place=$root/$3/$5
+  _croot "$1" || return
+  project=$2 turn=$3 name=$4 op=$5 place=$root/$2/$4
   stage=$root/.cmux/stage/$op known=.cmux/made/$project/$op
-  mkdir -p ".cmux/made/$project" && _one_at_a_time "$project.$name" _in_turn "$@"
+  mkdir -p ".cmux/made/$project" && shift 5 && _one_at_a_time "$project.$name" _in_turn "$@"
 }
 _in_turn() {
   turns=.cmux/locks/turn-$project.$name last=0 left=
   [ ! -f "$turns" ] || read -r last left <"$turns"
   [ "${last:-0}" -le "$turn" ] || return 3
   case $left in "$op" | '') ;; *) _free ".cmux/stage/$left";; esac
-  action=$1; shift 6
-  echo "$turn $op" >"$turns" && "$action" "$@"
+  echo "$turn $op" >"$turns" && _work "$@"
 }
 _free() { chmod -R u+rwX "$1"; rm -rf "$1"; }
 _taken() { [ -e "$1" ] || [ -L "$1" ]; }
@@ -1064,10 +1039,10 @@ _cw() { # project name -> $w its directory, $m what is known of it
   } 2>/dev/null
   [ -d "$w" ] && [ ! -L "$w" ] && [ ! -L "$root/$1" ]
 }
-# What is known of a workspace lies in one directory, made/PROJECT/OP/, named by the operation that
-# made it; made/PROJECT/NAME.op says which has the name. So a new name moves nothing.
+# What is known of a workspace lies in made/PROJECT/OP/, named by the operation that made it;
+# made/PROJECT/NAME.op says which has the name, so that renaming moves nothing.
 _owner() { cat ".cmux/made/$project/$1.op"; }
-_put() { # directory: it becomes $place. mv moves *into* what stands there by now: that is undone
+_put() { # directory: it becomes $place. mv moves it *into* one that exists by now: that is undone
   rm -rf "$stage/$op" # of an attempt that was killed
   echo "$op" >".cmux/made/$project/$name.op" && mv "$1" "$stage/$op" &&
     mv "$stage/$op" "$place" || return 3
@@ -1076,8 +1051,8 @@ _put() { # directory: it becomes $place. mv moves *into* what stands there by no
 }
 """
 
-# Every git of ours on the host runs with no configuration, one identity, one date, the ids of
-# most repositories (git 3 makes others; a base whose tree has another id is not known again).
+# Every git of ours on the host runs without configuration, with one identity, one date, and sha1
+# (git 3 has another default; a base whose tree has another id would not be found again).
 GIT_THERE = r"""
 _cenv() {
   for v in $(env | sed -n 's/^\(GIT_[A-Z_0-9]*\)=.*/\1/p'); do unset "$v"; done
@@ -1089,7 +1064,7 @@ _cenv() {
   done
   raw='* -text -eol -ident -filter -working-tree-encoding'
 }
-_cmark() { # op file directory: when; and, where no git will tell, of what
+_cmark() { # op file directory: when it was made and, without git, of what
   if command -v git >/dev/null; then echo "$1" >"$2"; return; fi
   : >"$2.now" && { echo "$1"; echo listed; ( cd "$3" && _clist ); } >"$2.new" &&
   touch -r "$2.now" "$2.new" && mv "$2.new" "$2" && rm -f "$2.now"
@@ -1098,41 +1073,37 @@ _clist() { # the files and links below the current directory, a line each: x (ex
   # l (link) or u (unreadable); checksum and size of the content; path. Two slashes and an n in it
   # stand for a newline: find prints no two slashes.
   export LC_ALL=C
-  _cmux_newline='
-'
   _sums() { find . -name .git -prune -o -type f "$@" ! -path "*$_cmux_newline*" -exec cksum {} +; }
   { _sums -perm -100 | sed 's/^/x /'
     _sums ! -perm -100 | sed 's/^/f /'
     find . -name .git -prune -o \( -type f -o -type l \) -exec sh -c '
-      _cmux_newline=$1; shift
-      for _cmux_path; do
-        if [ -h "$_cmux_path" ]; then
-          _cmux_sum=$(readlink "$_cmux_path" | cksum)
-          _cmux_row="l ${_cmux_sum% *} $((${_cmux_sum#* }-1))"
-        elif [ ! -r "$_cmux_path" ]; then _cmux_row="u - -"
-        else case $_cmux_path in
-          *"$_cmux_newline"*) _cmux_row="f $(cksum <"$_cmux_path")"
-            case $(ls -ld "$_cmux_path") in -??[xs]*) _cmux_row=x${_cmux_row#f};; esac;;
+      newline=$1; shift
+      for path; do
+        if [ -h "$path" ]; then
+          sum=$(readlink "$path" | cksum)
+          row="l ${sum% *} $((${sum#* }-1))"
+        elif [ ! -r "$path" ]; then row="u - -"
+        else case $path in
+          *"$newline"*) row="f $(cksum <"$path")"
+            case $(ls -ld "$path") in -??[xs]*) row=x${row#f};; esac;;
           *) continue;; esac
         fi
-        while case $_cmux_path in *"$_cmux_newline"*) ;; *) false;; esac; do
-          _cmux_path=${_cmux_path%%"$_cmux_newline"*}//n${_cmux_path#*"$_cmux_newline"}
+        while case $path in *"$newline"*) ;; *) false;; esac; do
+          path=${path%%"$newline"*}//n${path#*"$newline"}
         done
-        printf "%s\n" "$_cmux_row $_cmux_path"
+        printf "%s\n" "$row $path"
       done' sh "$_cmux_newline" {} +
   } | sort
 }
 """
 
-# A base is a directory bases/<id>: whole.tar, git/ (a repository of one commit) where the host has
-# git. One of which only the difference to another was sent is packed here. Times are the host's own
-# (tar's m): with those of a client whose clock is ahead, make would rebuild for ever. A kept tar is
-# faster to unpack than a tree is to copy: for 20,000 files 0.18 s of processor time against 0.36,
-# for 1,000 of 16 kB 0.02 against 0.04.
+# A base is a directory bases/<id>: whole.tar (the host makes it of a difference), and git/, a
+# repository of one commit, where it has git. Times are those of the host (tar's m): if the client's
+# clock is ahead, make would rebuild for ever. To unpack a tar takes less than to copy a tree: for
+# 20,000 files 0.18 s of processor time against 0.36, for 1,000 of 16 kB 0.02 against 0.04.
 # Files "big" from one byte on go into one pack as they are: a third of the time of a file for each
-# object, and a repository that is copied in a twentieth of it. MALLOC_: glibc else gives a buffer
-# back to the kernel for each file, a fifth of the time. No fsync (a pack has one, the tree itself
-# has none).
+# object, and a repository that is copied in a twentieth of it. MALLOC_: else glibc gives a buffer
+# back to the kernel for each file, a fifth of the time. No fsync (the tree itself has none).
 BASE = r"""
 _unpack() { ( umask 022; tar -xmof "$@" ); }
 _add() { # git...: all files, as one pack
@@ -1164,7 +1135,7 @@ _remove_gone() { # what .cmux-gone names, and the directories that are empty the
   find . -depth -type d -exec rmdir {} + 2>/dev/null
   return 0
 }
-_grow_base() { # of the difference to a base that lies here -> $stage/base, $stage/tree
+_grow_base() { # of the difference to another base -> $stage/base, $stage/tree
   rm -rf "$stage/tree" "$stage/new" && mkdir -p "$stage/base" "$stage/new" && cd "$stage/new" &&
   _unpack "$root/.cmux/bases/$(cat ../parent)/whole.tar" &&
   _unpack ../changes.tar .cmux-gone && _remove_gone && _unpack ../changes.tar &&
@@ -1196,12 +1167,11 @@ _unpack_base() { # -> $stage/tree, with a repository
 }
 """
 # CREATE root project turn name op base: make a workspace of a cached or just uploaded base.
-#   replies: root <path>; init, if there is a hook to run; made. Status 20: the name is taken;
-#   21: the base is not here; it then names those that a delta may stand on, newest first.
-#   Called again with the same op after a lost line, it says made.
+#   Replies: root <path>; init, if there is a hook to run; made, also again with the same op. Status
+#   20: the name is taken; 21: the base is missing; then it lists those that a delta may stand on,
+#   newest first.
 CREATE = OPEN_ROOT + GIT_THERE + BASE + r"""
-_cop() { _operate _create "$@"; }
-_create() {
+_work() {
   base=.cmux/bases/$1
   printf 'root %s\n' "$root"
   if _taken "$place"; then [ "$(_owner "$name")" = "$op" ] || return 20; echo made; return 0; fi
@@ -1216,17 +1186,16 @@ _create() {
 }
 """
 
-# GZIP: says gzip where that works.
+# GZIP: prints gzip where that works.
 GZIP = "_cop() { echo gzip | gzip | gzip -dc; }"
 
 # UPLOAD root project turn name op parent gzip: the stream becomes stage/OP/base/whole.tar and at
 #   once stage/OP/tree; with a parent, changes.tar: what differs from that base, and .cmux-gone, the
-#   paths to remove. Replies at the end the line of cksum, which the client compares before it goes
-#   on. The stage is made in its turn: a later one clears it away.
+#   paths to remove. Replies the line of cksum, which the client compares before it goes on.
 # tar may stop reading at the end-of-archive blocks: the rest is drained, or tee would die.
 UPLOAD = OPEN_ROOT + r"""
-_cop() { _operate _open_stage "$@" && _take_archive; }
-_open_stage() {
+_cop() { _operate "$@" && _take_archive; }
+_work() {
   parent=$1 unpack='gzip -dc'
   [ "$2" ] || unpack=cat
   mkdir -p "$stage/base" && { [ "$parent" ] || mkdir -p "$stage/tree"; }
@@ -1244,9 +1213,9 @@ _take_archive() {
 }
 """
 
-# Functions of the scripts on jobs. State: running, exited CODE, or lost (no exit, no supervisor).
+# State: running, exited CODE, or lost (no exit, no supervisor).
 JOB_STATE = r"""
-_calive() { # $1 directory, $2 pid: not a stranger that was given the number since
+_calive() { # $1 directory, $2 pid: not a stranger that has the number now
   kill -0 "$2" 2>/dev/null || return 1
   [ ! -r "/proc/$2/environ" ] || tr '\0' '\n' <"/proc/$2/environ" | grep -qxF "CMUX_JOB=${1##*/}"
 }
@@ -1258,20 +1227,17 @@ _cstate() { # $1 directory
 }
 """
 
-# What PULL, CHANGED and PUSH share: _csnap makes a snapshot of it with
-# git in a repository of its own ($g, in the stage), whose alternate is the workspace's: nothing
-# of the agent's is written or configured. -> $b base, $h its HEAD, $t the tree as it is now.
-# Where .git is gone, or its history rewritten or absurd (too many commits, foreign roots, nested
-# repositories), the base's own repository stands in, $h is the base, $whole empty. Status 9: no
-# git here; 24: a file is too large.
+# For PULL, CHANGED and PUSH: _csnap makes a snapshot of the workspace in a git repository of its
+# own ($g, in the stage), whose alternate is the agent's, which stays as it is. -> $b base, $h the
+# agent's HEAD, $t the tree as it is now. Where .git is missing, or its history rewritten or absurd
+# (too many commits, foreign roots, nested repositories), it uses the base's repository: $h is the
+# base, $whole empty. Status 9: no git; 24: a file is too large.
 SNAPSHOT = OPEN_ROOT + GIT_THERE + r"""
+_cgit() { git -c core.fsmonitor=false -c core.hooksPath=/dev/null "$@"; }
 _cg() { # git in the snapshot's repository
-  git --git-dir="$g" --work-tree="$w" -c core.fsmonitor=false -c core.hooksPath=/dev/null \
-    -c core.bigFileThreshold=8m "$@"
+  _cgit --git-dir="$g" --work-tree="$w" -c core.bigFileThreshold=8m "$@"
 }
-_co() { # git in the repository $o
-  git --git-dir="$o" -c core.fsmonitor=false -c core.hooksPath=/dev/null "$@" 2>/dev/null
-}
+_co() { _cgit --git-dir="$o" "$@" 2>/dev/null; } # git in the repository $o
 commit_at() { _co rev-parse -q --verify "$1^{commit}"; }
 base_in() { # repository tree ("": any) -> $o, $b
   o=$1; [ -d "$o" ] && [ ! -L "$o" ] && b=$(commit_at refs/cmux/base) &&
@@ -1297,12 +1263,12 @@ snap_excludes() { # repositories in the workspace
     printf '%s/\n' "${path#.}" | sed 's/[][\\*?!# ]/\\&/g' >>"$g/info/exclude"
   done
 }
-snap_index() { # of the agent, which knows what has not changed
+snap_index() { # the agent's, which knows what has not changed
   cp -p .git/sharedindex.* "$g/" 2>/dev/null # of core.splitIndex
   if [ "$whole" ] && cp -p .git/index "$g/index" 2>/dev/null && _cg ls-files >/dev/null 2>&1
   then return; fi
   rm -f "$g/index"; _cg read-tree "$h" || return 3
-  if cp .git/index "$s/theirs" 2>/dev/null; then # what is ignored, but tracked all the same
+  if cp .git/index "$s/theirs" 2>/dev/null; then # what is ignored, but tracked
     ( export GIT_INDEX_FILE="$s/theirs"; _cg ls-files -c -i -s --exclude-standard 2>/dev/null ) |
       sed -n 's/^1[^6][^	]*	//p' | _cg update-index --add --remove --stdin 2>/dev/null
   fi
@@ -1339,14 +1305,14 @@ _csnap() { # base-id its-tree commits bytes
   snap_repository && cd "$w" || return 3
   snap_excludes; snap_index && snap_large "$4" && snap_files
 }
-_creflog() { # commits that only reflogs, which may name what is gone, or HEADs of worktrees have
+_creflog() { # commits that only reflogs (some may be gone) or HEADs of worktrees have
   { _co log -g --format=%H --branches; _co log -g --format=%H HEAD
     cat "$o/logs/HEAD" "$o"/worktrees/*/logs/HEAD 2>/dev/null | cut -d' ' -f2; } |
     _co log --ignore-missing --format='commit %h (%s)' --stdin --exclude='refs/*' --all \
       --not $brought $top --exclude='refs/remotes/*' --exclude=refs/stash --glob='refs/*'
 }
-left_behind() { # heads: what no pull brings while HEAD ($top) stays, nor did pulls of these heads.
-  # What was only fetched is elsewhere, too; a stash has a list of its own.
+left_behind() { # heads: what neither a pull of HEAD ($top) brings nor pulls of these heads brought.
+  # What was only fetched exists elsewhere, too; a stash has a list of its own.
   top=$(commit_at HEAD) brought=
   for head in $b $1; do ! _co cat-file -e "$head^{commit}" || brought="$brought $head"; done
   _co for-each-ref --format='%(refname) %(contents:subject)' |
@@ -1357,7 +1323,7 @@ left_behind() { # heads: what no pull brings while HEAD ($top) stays, nor did pu
   _creflog | head -n 20
   _co stash list --format='stash %gd (%s)' | head -n 20
 }
-written_gits() { # since the workspace was made: nothing of them comes home without git
+written_gits() { # since the workspace was made: without git nothing of them comes home
   cd "$w" && find . -name .git -prune -print | while IFS= read -r path; do
     [ -z "$(find "$path" -type f ! -name index -newer "$m/mark" | head -n 1)" ] ||
       printf '%s\n' "${path%/.git}"
@@ -1367,7 +1333,7 @@ sum_refs() {
   { _co for-each-ref; _co rev-parse HEAD; _co rev-parse -q --verify refs/stash; } |
     cksum | tr ' ' -
 }
-in_stage() { # op function...; it is cleared, too, where the client is gone
+in_stage() { # op function...; the stage is removed, too, where the client is gone
   trap 'cd "$root"; rm -rf "$s"; exit 1' PIPE HUP TERM
   s=$root/.cmux/stage/$1.$$; mkdir -p "$s" || return 3
   shift; "$@"; status=$?
@@ -1375,9 +1341,8 @@ in_stage() { # op function...; it is cleared, too, where the client is gone
 }
 """
 
-# What pulls brought home: $m/pull, for each a line of its op, HEAD, tree and refs (without git the
-# checksum of the listing for a tree). The client names the last pull that it finished: a line that
-# follows does not count.
+# What pulls brought home: $m/pull, for each a line of op, HEAD, tree (without git the checksum of
+# the listing) and refs. The client names the last pull that it finished: later lines do not count.
 RECORDS = r"""
 pulls() { # last-op: the lines that count
   ! grep -q "^$1 " "$m/pull" 2>/dev/null || sed "/^$1 /q" "$m/pull"
@@ -1392,13 +1357,13 @@ only_paths() { sed 's/^[^ ]* [^ ]* [^ ]* \.\///'; }
 unreadable() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$s/now"; }
 """
 
-# PULL root project name base tree op commits bytes last-op record: what the workspace changed, a
+# PULL root project name base tree op commits bytes last-op record: what the workspace changed, as a
 #   stream; with `record`, it counts as brought home once the client names this op. 22: no
 #   workspace; 24: a file is too large. `note ...` lines, then one of these:
 #     git DIRTY BASE   DIRTY is 1 where the last commit is uncommitted work
 #     files            a host without git
-#     all              the same, where it is not known any more what was sent: all files come
-#   Then three sections, of every host:
+#     all              the same, where what was sent is not known any more: all files come
+#   Then three sections, from every host:
 #     commits    as `git cat-file --batch` prints them, parents first; an empty line ends them.
 #                None without git
 #     changes    as `git diff-tree --stdin -r -z --raw` prints them, of each commit against its
@@ -1483,8 +1448,8 @@ _cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && in_stage "$6" pull "$
 """
 
 # CHANGED root project name base tree op commits bytes last-op [jobs]: what would be lost with the
-#   workspace, a line each, 20 of a kind, beyond what pulls brought home; with the name of their
-#   directory, jobs that run. 22: no such directory.
+#   workspace, since no pull brought it home, a line each, at most 20 of a kind; and jobs that run,
+#   given the name of their directory. 22: no such directory.
 LOST = SNAPSHOT + RECORDS + r"""
 _clost() {
   _csnap "$4" "$5" "$7" "$8" >"$s/said"; snap=$?
@@ -1524,17 +1489,16 @@ _cop() {
 }
 """
 
-# PUSH root project turn name op, then the words of CHANGED, newbase keep: the workspace becomes the
-#   new base; again with the same op, it says pushed. With git, in place: only files that differ are
-#   touched, ignored ones stay (build caches, a server that watches), and what differs from its own
-#   base is enough. Without, the directory is replaced. `keep` (1): a copy goes to the trash, and
-#   the directory is replaced, too, where its repository cannot be moved (else 5). Without `keep` it
-#   looks itself for what would be lost, as CHANGED does, each time: an upload takes minutes.
+# PUSH root project turn name op, then the words of CHANGED, newbase keep: the workspace becomes
+#   the new base; replies pushed, also again with the same op. With git, in place: only files that
+#   differ are touched, ignored ones stay (build caches, a server that watches), and the difference
+#   to its own base is enough. Without, the directory is replaced. `keep` (1): a copy goes to the
+#   trash, and the directory is replaced, too, where its repository cannot be moved (else 5).
+#   Otherwise it looks for what would be lost, as CHANGED does, each time: an upload takes minutes.
 #   21: upload first; 22: no workspace; 25: the lines say what would be lost.
 PUSH = LOST + BASE + r"""
 _creflog() { :; } # what only a reflog has stays there
-_cop() { _operate _push "$@"; }
-_push() {
+_work() {
   _cw "$2" "$3" || return 22
   s=$stage; mkdir -p "$s" || return 3
   ( _push_steps "$@" ); status=$?
@@ -1545,7 +1509,7 @@ _push_steps() {
   [ "$(cat "$m/push")" != "$op" ] || { echo pushed; return 0; }
   rm -rf "$s/git" "$s/delta" "$s"/new.index*
   _look "$@" && cd "$root" && _find_new && _keep_copy || return
-  : >"$s/begun" # an attempt after this one was killed finds the files half changed, by this one
+  : >"$s/begun" # if this attempt is killed, the next finds its half changed files
   ( _switch ) || _replace $? || return
   echo "$newbase" >"$m/base" && _cmark "$op" "$m/mark" "$w" &&
     echo "$op" >"$m/push" && echo pushed
@@ -1586,8 +1550,8 @@ _make_commit() { # of the new base, in $g: of the old one and the difference, wi
   else _unpack "$root/$base/whole.tar"
   fi && _add _new_git && tree=$(_new_git write-tree) && _new_git commit-tree "$tree" -m base
 }
-# Files, refs and index become the new base's; or all is as it was, with 1: there is no repository,
-# or 5: it cannot be moved (another one, or a lock).
+# Files, refs and index become the new base's; or all stays, with 1: there is no repository, or 5:
+# it cannot be moved (another one, or a lock).
 _switch() {
   [ -d "$w/.git" ] && [ "$snap" = 0 ] || return 1
   others=$g/objects/info/alternates
@@ -1607,12 +1571,12 @@ _switch() {
   return 5
 }
 _take_commit() {
-  cp -Rf "$g/objects/." "$o/objects/" && # -f: what is there already is read-only
+  cp -Rf "$g/objects/." "$o/objects/" && # -f: objects are read-only
   _co symbolic-ref HEAD refs/heads/main &&
   printf 'update %s %s\n' refs/heads/main "$new" refs/cmux/base "$new" |
     _co update-ref --no-deref --stdin
 }
-_replace() { # status of _switch. Without a copy, what is ignored would be lost with the directory
+_replace() { # status of _switch. Without a copy, ignored files would be lost with the directory
   [ "$1" = 1 ] || [ "$keep" ] || return "$1"
   cd "$root" && _unpack_base || return
   gone=$root/.cmux/trash/$op
@@ -1623,8 +1587,7 @@ _replace() { # status of _switch. Without a copy, what is ignored would be lost 
 
 # FORK root project turn name op source: a copy under another name. 20: the name is taken.
 FORK = OPEN_ROOT + r"""
-_cop() { _operate _fork "$@"; }
-_fork() {
+_work() {
   if _taken "$place"; then [ "$(_owner "$name")" = "$op" ] || return 20; return 0; fi
   _cw "$project" "$1" || return 22
   rm -rf "$stage" "$known"
@@ -1633,12 +1596,11 @@ _fork() {
   _put "$stage/tree"
 }
 """
-# RENAME root project turn lock op from to its [push]: the directory that the operation `its` made,
-#   under another name, or back where it was, also where it is already. Says which push was done
-#   last; what came for `push` goes. 20: the name is taken.
+# RENAME root project turn lock op from to its [push]: the directory that the operation `its` made
+#   gets another name, or its old one, or has it already. Replies the op of the last push; removes
+#   what was uploaded for `push`. 20: the name is taken.
 RENAME = OPEN_ROOT + r"""
-_cop() { _operate _rename "$@"; }
-_rename() {
+_work() {
   if _taken "$project/$2"; then [ "$(_owner "$2")" = "$3" ] || return 20
   else
     _cw "$project" "$1" || return 22
@@ -1650,8 +1612,8 @@ _rename() {
 }
 """
 
-# GC root: trash, what broken uploads left a day ago, jobs that ended a week ago, and bases that no
-#   workspace stands on and none was made from for two weeks. Replies the kilobytes freed.
+# GC root: removes trash, what broken uploads left a day ago, jobs that ended a week ago, and bases
+#   unused by any workspace, new ones too, for two weeks. Replies the kilobytes freed.
 GC = OPEN_ROOT + r"""
 _cold() { [ "$(find "$2" -prune -mtime "+$1" -print)" ]; } # days path: it is older
 _csize() { du -sk . | sed 's/[^0-9].*//'; }
@@ -1670,11 +1632,10 @@ _cop() {
 }
 """
 
-# REMOVE root project turn name op its: a rename into the trash, and a background reap. Constant
-#   time; jobs that run are ended first. A missing directory is success; somebody else's stays.
+# REMOVE root project turn name op its: ends the jobs that run, and renames all into the trash,
+#   which is emptied in the background. A missing directory is success; somebody else's stays.
 REMOVE = OPEN_ROOT + JOB_STATE + r"""
-_cop() { _operate _remove "$@"; }
-_remove() {
+_work() {
   trash=.cmux/trash/$op jobs=.cmux/jobs/$project/${1:--} known=.cmux/made/$project/${1:--}
   mkdir -p "$trash" || return 3
   if [ -L "$project" ]; then return 3; fi
@@ -1692,10 +1653,10 @@ _remove() {
 }
 """
 
-# GUARD: the lifeline of a command whose own stdin streams. It reads the pid of the command's
-# wrapper, then waits. At `beat NONCE` it writes a mark into the wrapper's stdout (Linux); "." lets
-# go; end of file ends the tree, and has the wrapper say so: a guard that is lost alone must not
-# pass for the command's own end. Replies confirmed, or left (or nothing to tell by).
+# GUARD: the lifeline of a command whose stdin streams. It reads the pid of the command's wrapper,
+# then waits. At `beat NONCE` it writes a mark into the wrapper's stdout (Linux); "." ends it alone;
+# end of file ends the tree, which the wrapper then reports: that is not the command's own end.
+# Replies confirmed, or left (it may still run).
 GUARD = r"""
 _cop() {
   _cmux_root=-
@@ -1725,8 +1686,8 @@ TOOL_STATUS = {
 }
 
 # READ path max first count home: "size how\n", then all bytes of a file up to max, else the lines.
-#   With count 0 the client counts the size, and one byte more than max tells it "too large": that
-#   saves a process of two on every read.
+#   With count 0 the client counts the bytes, and one more than max means "too large": that saves
+#   one of two processes.
 READ = r"""
 _cop() {
   [ -e "$1" ] || { [ -d "$5" ] || return 37; return 30; }
@@ -1744,13 +1705,12 @@ _cop() {
 """
 
 # WRITE path root op size cksum old home lock: stdin becomes the file, by a rename beside it, and
-# only when its length and checksum are as said; with old ("cksum size", or "none"), only when the
-# file still is that. Makes parents, but not home, the workspace, anew. Replies created or replaced.
+# only if size and checksum are right; with old ("cksum size", or "none"), only if the file still is
+# that. Makes parents, but not home, the workspace. Replies created or replaced.
 # The lock makes compare and rename one step among all users of this tool. Its name is the cksum of
-# the path; where that has no links, the client has reckoned it, which saves three processes. The
-# temporary file is this process's own: an attempt whose line was lost may still run beside the
-# next. cp (for mode and owner) is tried again: GNU's gives up on a file that another writer's
-# rename replaces under it.
+# the path, from the client where that has no links, which saves three processes. The temporary file
+# is named by this process: an earlier attempt may still run. cp (for mode and owner) is tried
+# again: GNU's fails on a file that another writer's rename replaces meanwhile.
 WRITE = LOCKED + r"""
 _cop() {
   file=$1 tries=0
@@ -1808,8 +1768,8 @@ if find . -prune -print0 >/dev/null 2>&1; then print=-print0; else print=-print;
 find . -name .git -prune -o ! -type d -path "$1" $print 2>/dev/null | head -c "$2"
 """
 
-# GREP (as a command): pattern, wider path pattern, -i or -n (no-op), bytes, lines. GNU's says on
-# stderr, between two lines of its output, that it gave a file up as binary.
+# GREP (as a command): pattern, wider path pattern, -i or -n (no-op), bytes, lines. GNU's prints on
+# stderr, between two lines of output, that a file is binary.
 GREP = r"""
 echo | grep -E $3 -e "$1" >/dev/null || [ $? -lt 2 ] || exit 34
 null=
@@ -1822,8 +1782,8 @@ find . -name .git -prune -o -type f -path "$2" -exec sh -c '
 """
 
 # START dir id command...: run as a job that outlives this session: out (both streams), pid of the
-# supervisor, exit. setsid -f, or a list of a bash with job control: a plain one ignores SIGINT.
-# It is trapped: ksh dies of what ended its subshell. Names of ours: secrets are in the environment.
+# supervisor, exit. setsid -f, or a bash with job control: in a plain list SIGINT is ignored. It is
+# trapped: ksh dies of what ended its subshell. _cmux_: secrets are in the environment.
 START = r"""
 _cop() {
   _cmux_umask=$(umask); umask 077; _cmux_folder=$1 _cmux_job=$2; shift 2
@@ -1886,8 +1846,8 @@ _cop() {
   if [ "$3" -gt 0 ]; then tail -c "+$(($2+1))" "$1/out" | head -c "$3"; fi
 }
 """
-# STOP dir id: end a job's tree, and say what was seen of it, and its state. The number of a job
-# that has ended may be a stranger's.
+# STOP dir id: end a job's tree; replies whether that was seen, and the state. The pid of a job that
+# has ended may be a stranger's.
 STOP = JOB_STATE + r"""
 _cop() {
   [ -d "$1" ] || return 38
@@ -1902,9 +1862,9 @@ _cop() {
 """
 
 
-# HANDOVER root op: stdin goes to whoever opens the FIFO first (a shell on a terminal), through
-# kernel memory: it lies on no disk. The FIFO stands below .cmux, 0700: in /tmp a stranger, who can
-# see its name in the process table, could put one of his there. Nobody for 60 s: it is given up.
+# HANDOVER root op: stdin goes to whoever opens the FIFO first (a shell on a terminal), and so lies
+# on no disk. The FIFO stands below .cmux, 0700: in /tmp a stranger, who sees its name in the
+# process table, could make one. It is removed after 60 s.
 HANDOVER = OPEN_ROOT + r"""
 _cop() {
   _croot "$1" && cd .cmux/stage && mkdir "$2" && mkfifo "$2/f" || return 3
@@ -1915,11 +1875,11 @@ _cop() {
   cat >"$2/f"; rm -rf "$2"
 }
 """
-# What the shell on the terminal runs first. The path is octal digits: every login shell reads them
-# alike. Not `. FIFO`, of which bash 3.2 (macOS) reads nothing.
+# What the shell on the terminal runs first. The path is in octal digits, which every login shell
+# reads alike. Not `. FIFO`: bash 3.2 (macOS) reads nothing of it.
 TAKEOVER = """exec sh -c 'eval "$(cat "$(printf "%s")")"'"""
-# PROBE root op: facts about the host, a word and its value a line; stdin is a tar archive of the
-# one file probe, to see that tar extracts.
+# PROBE root op: facts about the host, a word and its value a line; stdin is a tar archive of one
+# file, probe.
 PROBE = OPEN_ROOT + r"""
 _cop() {
   echo "system $(uname -sm)"; echo "shell ${SHELL:-unknown}"; echo "time $(date +%s)"
@@ -1943,34 +1903,32 @@ case $all in *"$CMUX_PROBE"*) echo seen;; ?*) echo unseen;; esac"""
 
 
 def record(name: str, value: str | bytes) -> bytes:
-    """One record of the header. NUL cannot travel (no shell variable holds it)."""
+    """One record of the header. No shell variable can hold a NUL."""
     data = encoded(value)
     if b"\0" in data:
-        raise UsageError("A value for %s holds a NUL byte." % show(name),
-                         "No command line, environment variable or path can hold one.")
+        raise UsageError(f"A value for {show(name)} holds a NUL byte.",
+                         "No command line, environment variable or path can.")
     return b"%s %d\n%s\n" % (name.encode(), data.count(b"\n") + 1, data)
 
 
 def shell_header(nonce: str, run_id: str, operation: bytes) -> bytes:
-    """The frame around the records of one operation, without its end record."""
     return HELD + record("_cmux_nonce", nonce) + record("_cmux_run", run_id) + operation
 
 
 @functools.lru_cache(maxsize=None)
 def sent_text(script: str) -> str:
-    """A script without what only its readers need: a fifth of what is sent."""
+    """A script without comments and indentation, a fifth of it."""
     text = re.sub(r"(?m)(^|\s)# [^'\"\n]*$", "", script)
     return "\n".join(filter(None, map(str.strip, text.splitlines())))
 
 
 def script_records(script: str, *arguments: str) -> bytes:
-    """The records that run one of the scripts above, as an operation of its own."""
     return record(":", sent_text(script)) + b"".join(record("@", a) for a in arguments) + record(
         ".", '_cop "$@" 2>&4; _cmux_status=$?')
 
 
 def check_command(command: object) -> tuple[str, Sequence[str]]:
-    """(the shell line, its words): of a command that is a line, or an exact argv. UsageError."""
+    """(the shell line, its words) of a command that is a line, or an exact argv. UsageError."""
     if not isinstance(command, (str, list, tuple)) or not command or not command[0]:
         raise UsageError("No command was given: a line of text, or a list of words.",
                          f"For example: {PROGRAM} exec -- make test")
@@ -1985,14 +1943,13 @@ def check_command(command: object) -> tuple[str, Sequence[str]]:
 
 
 def line_records(line: str, words: Sequence[str], login: bool) -> bytes:
-    """The records of what a shell runs: none for an argv that no profile is read for."""
+    """The records of what a shell runs; none for an argv, unless it reads a profile."""
     if words and not login:
         return b""
     return record("_cmux_flag", "-lc" if login else "-c") + record("_cmux_line", line)
 
 
 def command_records(command: object, login: bool, stdin: bool) -> bytes:
-    """The records that run the user's command."""
     line, words = check_command(command)
     records = [record("_cmux_life", "" if stdin else "life"), line_records(line, words, login)]
     records += [record("@", word) for word in words]
@@ -2002,15 +1959,15 @@ def command_records(command: object, login: bool, stdin: bool) -> bytes:
 # === 7. Processes ===
 # Owns: starting, watching and ending local processes. The only room that imports subprocess and
 # signal. Promises: no shell, argv lists only; no program from the current directory; a child
-# that is given up is killed with its group.
+# that is not waited for is killed with its group.
 
 if TYPE_CHECKING:
     Process = subprocess.Popen[bytes]
 
 
 def find_program(name: str, more: Sequence[str] = ()) -> str:
-    """The absolute path of ``name`` in $PATH. Relative entries of PATH are passed over: a
-    repository must not bring its own ssh or git. Raises UsageError."""
+    """The absolute path of ``name`` in $PATH, but for its relative entries: a repository must not
+    bring its own ssh or git. Raises UsageError."""
     if "/" in name:
         try:
             return os.path.abspath(name)
@@ -2021,11 +1978,11 @@ def find_program(name: str, more: Sequence[str] = ()) -> str:
         path = os.path.join(entry, name)
         if os.path.isabs(entry) and os.access(path, os.X_OK) and os.path.isfile(path):
             return path
-    packages = {"ssh": "openssh-client", "ssh-keygen": "openssh-client", "sshd": "openssh-server",
-                "git": "git", "ps": "procps"}
+    package = {"ssh": "openssh-client", "ssh-keygen": "openssh-client", "sshd": "openssh-server",
+               "git": "git"}.get(name)
     raise UsageError(f"The program {name} is not installed here.",
-                     f"Install it (for example: apt-get install {packages[name]})."
-                     if name in packages else "Is $CMUX_SSH_COMMAND as it should be?")
+                     f"Install it (for example: apt-get install {package})."
+                     if package else "Is $CMUX_SSH_COMMAND as it should be?")
 
 
 def spawn(argv: Sequence[str], env: Mapping[str, str] | None = None, stdin: Any = None,
@@ -2040,9 +1997,8 @@ def spawn(argv: Sequence[str], env: Mapping[str, str] | None = None, stdin: Any 
     stdin, stdout, stderr = (subprocess.DEVNULL if stream is None else stream
                              for stream in (stdin, stdout, stderr))
     try:
-        return subprocess.Popen(
-            list(argv), env=None if env is None else dict(env), cwd=cwd, bufsize=0, stdin=stdin,
-            stdout=stdout, stderr=stderr, start_new_session=own_group)
+        return subprocess.Popen(argv, env=env, cwd=cwd, bufsize=0, stdin=stdin, stdout=stdout,
+                                stderr=stderr, start_new_session=own_group)
     except OSError as error:
         raise UsageError(f"Cannot start {show(argv[0])}: {os.strerror(error.errno or 0)}.")
     except ValueError:
@@ -2051,8 +2007,7 @@ def spawn(argv: Sequence[str], env: Mapping[str, str] | None = None, stdin: Any 
 
 def attach(argv: Sequence[str], env: Mapping[str, str]) -> int | None:
     """Run a program on this terminal; its exit status, None if a signal ended it. The terminal is
-    left as it was, whatever ends the program. Where this process is killed, a guard that notices
-    ends the program, which puts the terminal right itself."""
+    left as it was. Where this process is killed, a guard ends the program, which restores it."""
     import termios
     saved = termios.tcgetattr(0)
     process = spawn(argv, env, stdin=0, stdout=1, stderr=2, own_group=False)
@@ -2070,8 +2025,7 @@ def attach(argv: Sequence[str], env: Mapping[str, str]) -> int | None:
 
 
 def kill_group(process: Process) -> None:
-    """End a process started with ``own_group`` and everything in its group, at once. One that was
-    waited for is left alone: its number may be a stranger's by now."""
+    """Kill a process with its group; not one that was waited for, whose number may be reused."""
     import signal
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -2080,8 +2034,7 @@ def kill_group(process: Process) -> None:
 
 
 def await_end(process: Process, seconds: float) -> int:
-    """The status of a process that closed its output, which it may do long before its end.
-    Raises CmuxError."""
+    """The status of a process that has closed its output. Raises CmuxError."""
     import subprocess
     try:
         return process.wait(timeout=seconds)
@@ -2095,32 +2048,28 @@ def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = 
 
     Raises UsageError when it cannot start, CmuxError when it is too slow or too loud, Cancelled.
     """
-    process = spawn(argv, env, stdout=-1, stderr=-1)
+    process, deadline = spawn(argv, env, stdout=-1, stderr=-1), Deadline(patience)
     assert process.stdout and process.stderr
     out, err = bytearray(), bytearray()
     sinks = {process.stdout.fileno(): out, process.stderr.fileno(): err}
-    deadline = Deadline(patience)
-    try:
-        while sinks:
-            wanted = [(thing, select.POLLIN) for thing in (*sinks, cancel) if thing is not None]
-            for fd in poll_once(deadline.capped(3600), *wanted):
-                if cancel:
-                    cancel.check()
-                chunk = os.read(fd, CHUNK)
-                sinks[fd] += chunk
-                if len(sinks[fd]) > limit:
-                    raise CmuxError(f"A local command printed more than {human_size(limit)}.")
-                if not chunk:
-                    del sinks[fd]
-            if sinks and deadline.over():
-                raise CmuxError("A local command did not end in time.")
-        return await_end(process, deadline.capped(3600)), bytes(out), bytes(err)
-    except BaseException:
-        kill_group(process)
-        raise
-    finally:
-        process.stdout.close()
-        process.stderr.close()
+    with process.stdout, process.stderr:
+        try:
+            while sinks:
+                for fd in poll_once(deadline.capped(3600), cancel, *sinks):
+                    if cancel:
+                        cancel.check()
+                    chunk = os.read(fd, CHUNK)
+                    sinks[fd] += chunk
+                    if len(sinks[fd]) > limit:
+                        raise CmuxError(f"A local command printed more than {human_size(limit)}.")
+                    if not chunk:
+                        del sinks[fd]
+                if sinks and deadline.over():
+                    raise CmuxError("A local command did not end in time.")
+            return await_end(process, deadline.capped(3600)), bytes(out), bytes(err)
+        except BaseException:
+            kill_group(process)
+            raise
 
 
 def raise_descriptor_limit() -> None:
@@ -2134,8 +2083,8 @@ def raise_descriptor_limit() -> None:
 
 
 def stop_signals() -> None:
-    """Make SIGTERM and SIGHUP end this process as Ctrl-C does: through KeyboardInterrupt, so
-    that what runs on the host is ended too. For the command line only, and its main thread."""
+    """SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that what runs on the host is
+    ended, too. For the main thread of the command line."""
     import signal
     import threading
     if threading.current_thread() is not threading.main_thread():  # main() of an importer
@@ -2144,7 +2093,7 @@ def stop_signals() -> None:
 
     def interrupt(number: int, frame: object) -> None:
         seen.append(number)
-        if len(seen) > 2:  # whoever insists is not kept waiting for the host's word
+        if len(seen) > 2:  # who insists does not wait for the host's answer
             os._exit(130)
         raise KeyboardInterrupt
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, no status would reach us
@@ -2154,7 +2103,7 @@ def stop_signals() -> None:
 
 
 def die_by_pipe() -> None:
-    """End this process as a reader that went away expects (128 + SIGPIPE in a shell)."""
+    """End this process as a writer ends whose reader went away."""
     import signal
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGPIPE)
@@ -2163,27 +2112,27 @@ def die_by_pipe() -> None:
 # === 8. State ===
 # Owns: files of this machine: private directories, locks, small JSON files. The only room that
 # writes local state. Promises: 0700 and 0600; a process killed at any instruction leaves the
-# old file or the new one; a damaged file is set aside with a message, never overwritten.
+# old file or the new one; a damaged file is reported, never overwritten.
 
 def state_home() -> str:
-    """$CMUX_SSH_HOME, else $XDG_STATE_HOME/cmux-ssh, else ~/.local/state/cmux-ssh; absolute."""
+    """$CMUX_SSH_HOME, else cmux-ssh in $XDG_STATE_HOME or ~/.local/state; absolute."""
     home = os.environ.get("CMUX_SSH_HOME")
     if home and not os.path.isabs(home):  # another per directory, and secrets in the repository
         raise UsageError(f"CMUX_SSH_HOME is not an absolute path: {show(home)}.",
                          "Write it out, from / on.")
     if not home:
-        base = os.environ.get("XDG_STATE_HOME") or ""
+        base = os.environ.get("XDG_STATE_HOME", "")
         if not os.path.isabs(base):
             base = os.path.expanduser("~/.local/state")
         home = os.path.join(base, "cmux-ssh")
     if not os.path.isabs(home):
         raise UsageError("This user has no home directory.",
-                         "Say where to keep what has to be kept: CMUX_SSH_HOME=/a/directory")
+                         "Name a directory for the state: CMUX_SSH_HOME=/a/directory")
     return os.path.abspath(home)
 
 
 def _trusted(status: os.stat_result) -> bool:
-    """Whether nobody but this user and root can replace what lies in a directory."""
+    """Whether only this user and root can replace what lies in a directory."""
     if status.st_uid not in (0, os.geteuid()):
         return False
     loose = status.st_mode & 0o022
@@ -2196,8 +2145,8 @@ def _trusted(status: os.stat_result) -> bool:
 
 
 def make_private(path: str) -> None:
-    """The directory and those above it, 0700 whatever the umask: one that others could write to
-    would be refused ever after."""
+    """The directory and those above it, 0700 whatever the umask: one that others can write to is
+    refused."""
     if not os.path.isdir(path):
         make_private(os.path.dirname(path))
         with contextlib.suppress(FileExistsError):
@@ -2205,11 +2154,9 @@ def make_private(path: str) -> None:
 
 
 def private_directory(path: str) -> str:
-    """Make ``path`` if need be; return it if it is ours alone, 0700, behind safe ancestors.
-
-    ssh does not check who owns a control socket: a foreign one would be handed our command
-    lines and descriptors. This check is the whole defence. Raises StateFailed.
-    """
+    """Make ``path`` if need be; return it if it is ours alone, 0700, behind safe ancestors. Raises
+    StateFailed. ssh does not check who owns a control socket, and would hand a foreign one our
+    command lines and descriptors: this check is the whole defence."""
     home = "set CMUX_SSH_HOME to a directory of your own."
     try:
         make_private(path)
@@ -2234,18 +2181,16 @@ def private_directory(path: str) -> str:
 
 
 def state_folder(name: str) -> str:
-    """A private directory in that of the state."""
     return private_directory(private_directory(state_home()) + "/" + name)
 
 
 class Lock:
-    """An advisory lock on a file, ``shared`` or not. The kernel frees it when its process dies. The
-    file of one that is ``passing`` goes with it (of a shared one with the last); whoever waited for
-    it then finds another, or none. ``doing`` says what its owner does, to those who wait: the file
-    then names its process."""
+    """An advisory lock on a file, ``shared`` or not, which the kernel frees when its process dies.
+    The file of a ``passing`` one is removed with it (of a shared one with the last). ``doing`` says
+    what its owner does, to those who wait: then the file holds the owner's process id."""
 
     tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait
-    _waiting: dict[str, Waiters] = {}  # for the lock of a path
+    _waiting: dict[tuple[int, str], Waiters] = {}  # by this process (it may fork), and path
 
     def __init__(self, path: str, passing: bool = False, shared: bool = False,
                  waiters: Waiters | None = None, doing: str = "") -> None:
@@ -2253,12 +2198,12 @@ class Lock:
         self.waiters, self.fd = waiters, -1
 
     def take(self) -> bool:
-        """Take it if it is free; False if somebody has it."""
+        """Take it, if it is free."""
         fd, flags = -1, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         try:
             try:
                 fd = os.open(self.path, flags, 0o600)
-            except FileNotFoundError:  # a logout or a cleaner of /tmp has taken its directory
+            except FileNotFoundError:  # a logout or a cleaner of /tmp has removed its directory
                 private_directory(os.path.dirname(self.path))
                 fd = os.open(self.path, flags, 0o600)
             if self._flock(fd, self.shared):
@@ -2271,7 +2216,7 @@ class Lock:
             return False
         fork_aware().add(self)
         if self.doing:
-            with contextlib.suppress(OSError):  # a full disk: who waits does without
+            with contextlib.suppress(OSError):  # a full disk
                 os.ftruncate(self.fd, 0)
                 os.pwrite(self.fd, b"%d" % os.getpid(), 0)
         return True
@@ -2289,10 +2234,11 @@ class Lock:
             return False
 
     def wait(self, deadline: Deadline, cancel: Cancel | None = None) -> bool:
-        """Take it, waiting until the deadline; False when that came first."""
+        """take() until the deadline."""
         if self.take():
             return True
-        waiters, silence = self._waiting.setdefault(self.path, Waiters()), Deadline(1)
+        key, silence = (os.getpid(), self.path), Deadline(1)
+        waiters = self._waiting.setdefault(key, Waiters())
         try:
             while waiters.sleep(deadline, cancel, silence.left() or 3600):
                 if self.take():
@@ -2306,7 +2252,7 @@ class Lock:
             waiters.leave()
 
     def hold(self, cancel: Cancel | None = None) -> Lock:
-        """Take it, waiting if need be. Raises StateFailed when that takes too long, Cancelled."""
+        """Take it, waiting if need be. Raises StateFailed after LOCK_PATIENCE, Cancelled."""
         if self.fd < 0 and not self.wait(Deadline(LOCK_PATIENCE), cancel):
             owner, holder = self._holder()
             raise StateFailed(f"Waited {LOCK_PATIENCE:.0f} seconds in vain for {holder}",
@@ -2315,7 +2261,7 @@ class Lock:
         return self
 
     def _holder(self) -> tuple[int, str]:
-        """The process that has it, 0 where that is not known; and what it does."""
+        """The process that holds it, 0 where that is not known; and what it does."""
         try:
             owner = int(read_bytes(self.path, 20) or b"0")
         except (StateFailed, ValueError):
@@ -2329,7 +2275,7 @@ class Lock:
                 remove_file(self.path)
             os.close(self.fd)
             self.fd = -1
-            waiters = self.waiters or self._waiting.get(self.path)
+            waiters = self.waiters or self._waiting.get((os.getpid(), self.path))
             if waiters:
                 waiters.wake()
 
@@ -2357,8 +2303,7 @@ def read_bytes(path: str, limit: int) -> bytes | None:
 
 
 def expected(error: BaseException) -> CmuxError | None:
-    """The error as one that a user, a network or a host can cause, such as a full local disk; None
-    for a bug."""
+    """The error as one that a user, a network or a host can cause; None for a bug."""
     if isinstance(error, CmuxError):
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -2369,7 +2314,6 @@ def expected(error: BaseException) -> CmuxError | None:
 
 
 def temporary_folder() -> str:
-    """The directory for temporary files. Raises StateFailed where there is none."""
     import tempfile
     try:
         return tempfile.gettempdir()
@@ -2379,10 +2323,10 @@ def temporary_folder() -> str:
 
 
 def spool(data: bytes) -> IO[bytes]:
-    """A temporary file that holds ``data``, about to be read. Raises StateFailed."""
+    """A temporary file of ``data``. Raises StateFailed."""
     import tempfile
     try:
-        stream = tempfile.TemporaryFile(dir=temporary_folder())
+        stream = tempfile.TemporaryFile()
         stream.write(data)
         stream.seek(0)
         return stream
@@ -2392,7 +2336,7 @@ def spool(data: bytes) -> IO[bytes]:
 
 
 def age_of(path: str) -> float:
-    """Seconds since a file was written; negative if there is none."""
+    """Seconds since a file was written; negative without one."""
     try:
         return time.time() - os.stat(path).st_mtime
     except OSError:
@@ -2405,16 +2349,15 @@ def remove_file(path: str) -> None:
 
 
 def damaged(path: str, what: str, thing: str = "state file") -> StateFailed:
-    """A state file cannot be used. Nothing is overwritten: it may have been damaged before."""
     move = f"mv {quote(path)} {quote(f'{path}.damaged-{time.time():.0f}')}"
     return StateFailed(f"The {thing} {show(path, 300)} {what}.",
                        "Repair it, or set it aside to start without it: " + move)
 
 
 def fits(value: Any, shape: Any) -> bool:
-    """Whether a value has a shape: a type; a pattern, for a text; a tuple, of which one must fit; a
-    list, of one shape for any number, of more for just these; a dict, for the keys that it has
-    (those that end in ? may be missing), or with a pattern for all."""
+    """Whether a value has a shape: a type; a pattern, for a text; a tuple of shapes, one of which
+    must fit; a list, of one shape for any number or of one for each; a dict, for the keys that it
+    names (those that end in ? may be missing), or with a pattern for all keys."""
     if isinstance(shape, tuple):
         return any(fits(value, one) for one in shape)
     if isinstance(shape, re.Pattern):
@@ -2452,8 +2395,8 @@ DOWN = {"count": int, "why": [str, str, str]}
 def read_json(path: str, shape: Any = dict) -> Fields | None:
     """An object of a ``shape`` from a private JSON file of version 1; None without the file.
 
-    StateFailed for what is no such file, each time: set aside by the first who reads it, it would
-    be missing for the next, who would then go on without secrets, or begin a project anew.
+    Raises StateFailed for any other file, each time. It is not moved away: the next who reads it
+    would go on without secrets, or begin a project anew.
     """
     import json
     data = read_bytes(path, STATE_MAX)
@@ -2474,7 +2417,7 @@ def read_json(path: str, shape: Any = dict) -> Fields | None:
 
 
 def recall(path: str, shape: Any) -> Fields:
-    """The same of a file that may be lost; {} where it is missing or damaged."""
+    """read_json() of a file that may be lost; {} where it is missing or damaged."""
     try:
         return read_json(path, shape) or {}
     except StateFailed:
@@ -2482,9 +2425,8 @@ def recall(path: str, shape: Any) -> Fields:
 
 
 def write_json(path: str, value: Mapping[str, Any], age: float = 3600) -> None:
-    """Replace a private file as a whole: write aside, fsync, rename. What writers that were killed
-    left beside it is removed: under the file's lock at once, else of such an ``age``, in seconds,
-    that nobody writes it any more. Raises StateFailed."""
+    """Replace a private file as a whole: write aside, fsync, rename. Files that killed writers left
+    are removed after ``age`` seconds; 0 is for who holds the file's lock. Raises StateFailed."""
     import json
     data = json.dumps(dict(value, version=1), indent=1, sort_keys=True).encode() + b"\n"
     if len(data) > STATE_MAX:  # nobody could read it
@@ -2509,11 +2451,8 @@ def write_json(path: str, value: Mapping[str, Any], age: float = 3600) -> None:
 
 
 class Registry:
-    """What this machine knows of one project: its random id, its workspaces, its secrets.
-
-    One JSON file per project, named by a hash of the repository's path. Every change is made
-    under a lock, by editing().
-    """
+    """What this machine knows of one project: its random id, its workspaces, its secrets. One JSON
+    file of each kind, named by a hash of the repository's path and changed by editing()."""
 
     def __init__(self, repository: str) -> None:
         import hashlib
@@ -2525,7 +2464,7 @@ class Registry:
         self._cache: dict[str, tuple[object, Any]] = {}
 
     def read(self) -> Fields:
-        """The project's record, not to be changed; made on first use."""
+        """The project's record, to be read only; made on first use."""
         record: Fields = self._cached(self.path, lambda path: read_json(path, RECORD))
         if record is None:
             with self.editing() as record:
@@ -2533,7 +2472,7 @@ class Registry:
         return record
 
     def _cached(self, path: str, read: Callable[[str], Any]) -> Any:
-        """What ``read`` returns for a file; it is called again once the file was replaced."""
+        """What ``read`` returns for a file; called again when that was replaced."""
         mark: object = None
         with contextlib.suppress(OSError):
             status = os.stat(path)
@@ -2544,7 +2483,7 @@ class Registry:
 
     @contextlib.contextmanager
     def editing(self, secrets: bool = False) -> Iterator[Fields]:
-        """The record, or the secrets, to be changed under the lock; written unless that raises."""
+        """The record, or the secrets, to be changed under the lock; then they are written."""
         path = self.secrets_path if secrets else self.path
         with Lock(path + ".lock", doing="changes " + show(path)):
             value: Any = {"secrets": read_secrets(path)} if secrets else read_json(path, RECORD)
@@ -2558,18 +2497,18 @@ class Registry:
             write_json(path, value, 0)
 
     def creation_lock(self, name: str, shared: bool = False) -> Lock:
-        """Held by who makes or removes a workspace; ``shared`` by those who copy it."""
+        """Held to make or remove a workspace; ``shared`` to copy it."""
         doing = "works on the workspace " + name
         return Lock(f"{self.running}/name.{name}", True, shared, doing=doing)
 
     def upload_lock(self, tree: str, host: str, root: str) -> Lock:
-        """Held by who uploads a tree to a host; others wait, and then copy it there."""
+        """Held to upload a tree to a host."""
         import hashlib
         place = hashlib.sha256(os.fsencode(f"{tree}\0{host}\0{root}")).hexdigest()
         return Lock(f"{self.running}/tree.{place}", True, doing="sends the same files to " + host)
 
     def secrets(self) -> Mapping[str, dict[str, str]]:
-        """name -> {"value": ...} or {"command": ...}."""
+        """name -> {"value": ...} or {"command": ...}"""
         secrets: dict[str, dict[str, str]] = self._cached(self.secrets_path, read_secrets)
         return secrets
 
@@ -2585,10 +2524,8 @@ def read_secrets(path: str) -> dict[str, dict[str, str]]:
 
 
 class History:
-    """What was done in a project, a JSON line an operation, and what runs now, a locked file each.
-
-    Many processes append at once: O_APPEND and one short write. It never fails its caller.
-    """
+    """What was done in a project, a JSON line for each operation, which one write appends, and what
+    runs now, a locked file for each. It never fails its caller."""
 
     def __init__(self, registry: Registry) -> None:
         self.path = registry.path[:-4] + "history"
@@ -2598,12 +2535,12 @@ class History:
     def append(self, row: Mapping[str, Any]) -> None:
         import json
         line = json.dumps(row)
-        if len(line) > HISTORY_LINE:  # its author bounded the detail: odd names can still swell
+        if len(line) > HISTORY_LINE:  # the detail is bounded, but odd names swell
             line = json.dumps(dict(row, detail=""))
         with contextlib.suppress(OSError, StateFailed):
             if not self.swept:
                 self.swept = True
-                self.now()  # clears away what processes that were killed left
+                self.now()  # removes what killed processes left
             fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             with open(fd, "ab", 0) as stream:
                 stream.write(line.encode("ascii") + b"\n")
@@ -2615,7 +2552,7 @@ class History:
                         os.rename(self.path, self.path + ".1")
 
     def rows(self) -> Iterator[Fields]:
-        """Oldest first. A torn or damaged line is passed over."""
+        """Oldest first, without damaged lines."""
         import json
         for path in (self.path + ".1", self.path):
             for line in (read_bytes(path, STATE_MAX) or b"").split(b"\n"):
@@ -2626,7 +2563,7 @@ class History:
                         yield row
 
     def begin(self, row: Mapping[str, Any]) -> Lock | None:
-        """A record that lasts until it is freed, or until this process dies."""
+        """A record that lasts until it is freed, or this process dies."""
         import json
         lock = Lock(f"{self.running}/{os.getpid()}.{os.urandom(4).hex()}", passing=True)
         try:
@@ -2639,7 +2576,7 @@ class History:
         return None
 
     def now(self) -> list[Fields]:
-        """What runs now, oldest first. What processes that died had is cleared away, locks too."""
+        """What runs now, oldest first. The files of processes that died are removed."""
         import json
         rows: list[Any] = []
         for name in os.listdir(self.running) if os.path.isdir(self.running) else []:
@@ -2653,7 +2590,7 @@ class History:
 
 
 def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Fields]:
-    """The records of all projects this machine knows; ``report`` gets the error of a bad one."""
+    """The records of all projects; ``report`` gets the error of a bad one."""
     folder = state_folder("projects")
     for name in sorted(os.listdir(folder)):
         try:
@@ -2665,7 +2602,7 @@ def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Fields]:
 
 
 def secret_values(registry: Registry, cancel: Cancel | None = None) -> dict[str, bytes]:
-    """The project's secrets, commands run now (by the user's shell, as typed by the user).
+    """The project's secrets; commands, which the user typed, run now, in a shell.
 
     Raises CmuxError naming the secret, never its value; Cancelled.
     """
@@ -2709,13 +2646,13 @@ def check_secret(name: str, value: bytes) -> None:
 # and 8 handshakes a host at once, counted across all processes of this user; a host that is
 # down is asked by one process at a time, ever more rarely; every wait has an end.
 
-# First value wins in ssh: these beat any config. What each stops was seen live on a real sshd.
+# ssh takes the first value it finds: these beat any config. What each stops was seen on a real
+# sshd. (-S is a socket of ours or none: the user's own master is never used.)
 FORCED = (
-    "BatchMode=yes",                         # never a prompt (and -S ours or none: never the
-                                             # user's own master, whatever ControlMaster says)
+    "BatchMode=yes",                         # never a prompt
     "ClearAllForwardings=yes",               # local, remote, dynamic forwards, and tunnels
     "PermitLocalCommand=no", "RemoteCommand=none",
-    "SetEnv=CMUX_SSH=1",                     # replaces the config's list; it can't be emptied
+    "SetEnv=CMUX_SSH=1",                     # replaces the config's list, which can't be emptied
     "AddKeysToAgent=no", "UpdateHostKeys=no",
     "Compression=no",                        # decompression before any limit of ours
     "LogLevel=ERROR",                        # QUIET hides a failed host key check
@@ -2724,20 +2661,20 @@ FORCED = (
 # Only where `ssh -G` prints the key (OpenSSH 8.7; a build with GSSAPI): unknown ones are fatal,
 # and IgnoreUnknown on the command line would replace the user's own.
 FORCED_IF_KNOWN = (
-    ("stdinnull", "StdinNull=no"),           # would eat our stdin in silence
-    ("sessiontype", "SessionType=default"),  # none: hangs for ever
+    ("stdinnull", "StdinNull=no"),           # yes: our stdin is dropped
+    ("sessiontype", "SessionType=default"),  # none: it hangs for ever
     ("forkafterauthentication", "ForkAfterAuthentication=no"),
     ("gssapidelegatecredentials", "GSSAPIDelegateCredentials=no"),
     ("channeltimeout", "ChannelTimeout=none"),  # the client's own
     ("logverbose", "LogVerbose=kex.c:kex_exchange_identification():*"),  # for read_log
 )
-# `-o SendEnv=-*` does not undo a config's SendEnv, so what its patterns match leaves the
-# environment of ssh. Where the pattern is *, these stay: ssh and its ProxyCommand need them.
+# `-o SendEnv=-*` does not undo a config's SendEnv, so what its patterns match is removed from the
+# environment of ssh, except these: ssh and its ProxyCommand need them.
 NEEDED_ENV = set("PATH HOME USER LOGNAME SHELL SSH_AUTH_SOCK DISPLAY TMPDIR XDG_RUNTIME_DIR"
                  .split())
 
-# What ssh says in its own log (-E: the host cannot write there), and what it means.
-# The order matters: the first pattern found decides.
+# What ssh writes into its own log (-E: the host cannot), and what it means. The first pattern that
+# is found decides.
 FAILURES: tuple[tuple[str, type[HostError], str, str], ...] = (
     (r"REMOTE HOST IDENTIFICATION HAS CHANGED", HostKeyFailed,
      "The key of {host} has changed: somebody may be listening in, or the machine was made anew.",
@@ -2775,9 +2712,9 @@ FAILURES: tuple[tuple[str, type[HostError], str, str], ...] = (
 )
 
 
-# LogVerbose makes ssh log, as debug1, what a server says before its keys are known; of that we look
-# for two things. The words with which OpenSSH 9.8 and later turn an address away, and servers that
-# end the whole connection when sessions come and go at once (Dropbear's issues 173, 321).
+# LogVerbose makes ssh log, as debug1, what a server says before its keys are known. We look for the
+# words with which OpenSSH 9.8 and later turn an address away, and for servers that end the whole
+# connection when sessions come and go at once (Dropbear's issues 173, 321).
 HEARD = re.compile(rb"debug1: \S*kex_exchange_identification(?:\(\):\d+ \([^()]*\))?: (.*)")
 TURNED_AWAY = re.compile(rb"banner line \d+: Not allowed at this time\Z")
 DISCONNECT = b"Received disconnect from "
@@ -2787,18 +2724,16 @@ BREAKS_WHEN_SHARED = re.compile(rb"remote software version dropbear_20(22\.8[23]
 
 
 class SSHConfig(Value):
-    """What `ssh -G HOST` says: ``values`` by lower-case key, and the ssh argv to start."""
+    """What `ssh -G HOST` prints, by lower-case key; ``command`` is ssh itself."""
     host: str
     command: list[str]
     values: dict[str, list[str]]
-    text: bytes
 
     def first(self, key: str) -> str:
         return self.values.get(key, [""])[0]
 
 
 def ssh_command() -> list[str]:
-    """$CMUX_SSH_COMMAND split as a shell would, else ssh; the program as an absolute path."""
     text = os.environ.get("CMUX_SSH_COMMAND", "").strip()
     words = ["ssh"]
     if text:
@@ -2809,40 +2744,36 @@ def ssh_command() -> list[str]:
             raise UsageError(f"CMUX_SSH_COMMAND cannot be split into words: {error}.")
     if re.search(r"(?i)stricthostkeychecking[\s=]*(no|off|false)\b", text):
         raise UsageError("CMUX_SSH_COMMAND switches host key checking off.",
-                         "Leave that out; for a throwaway host say it in its entry of the ssh "
-                         "config, where it becomes accept-new.")
+                         "Leave that out. For a throwaway host put it into the ssh config, where "
+                         "it becomes accept-new.")
     return [find_program(words[0])] + words[1:]
 
 
 def read_ssh_config(host: str, command: str = "") -> SSHConfig:
-    """Ask ssh how it would reach ``host``. Starts no connection. Raises HostError.
+    """Ask ssh how it would reach ``host``, without connecting. Raises HostError. Added is what
+    holds only for a connection that carries ``command`` (OpenSSH 10: Match sessiontype, command).
 
-    -N, or a config with ForkAfterAuthentication makes ssh die for want of a command. What holds
-    only for a connection that carries ``command`` (OpenSSH 10 has Match sessiontype and Match
-    command) is added."""
-    program = ssh_command()
-    values: dict[str, list[str]] = {}
-    text = show_config(program + ["-G", "-N", "--", host], host, values)
-    config = SSHConfig(host=host, command=program, values=values, text=text)
+    -N: else a config with ForkAfterAuthentication makes ssh die for want of a command."""
+    config = SSHConfig(host=host, command=ssh_command(), values={})
+    add_config(config, config.command + ["-G", "-N", "--", host])
     if command:
-        show_config(ssh_argv(config, "-G") + ["--", host, command], host, values)
+        add_config(config, ssh_argv(config, "-G") + ["--", host, command])
     return config
 
 
-def show_config(argv: list[str], host: str, values: dict[str, list[str]]) -> bytes:
+def add_config(config: SSHConfig, argv: list[str]) -> None:
     status, out, err = run(argv, patience=CONNECT_TIMEOUT)
     if status != 0:
-        raise classify(err, host)
+        raise classify(err, config.host)
     for line in as_text(out).splitlines():
         key, _, value = line.partition(" ")
-        values.setdefault(key.lower(), []).append(value)
-    return out
+        config.values.setdefault(key.lower(), []).append(value)
 
 
 def ssh_argv(config: SSHConfig, *options: str) -> list[str]:
-    """The argv of an ssh of ours up to the host: the forced options stand directly behind the
-    program, since the first value wins, also against options in $CMUX_SSH_COMMAND. (A wrapper,
-    such as sshpass, gets them at its end.)"""
+    """The argv of an ssh of ours up to the host. The forced options stand directly behind the
+    program, before those in $CMUX_SSH_COMMAND: the first value wins. (A wrapper, such as sshpass,
+    gets them at its end.)"""
     wanted = list(FORCED) + [option for key, option in FORCED_IF_KNOWN if key in config.values]
     if {"no", "off", "false"} & set(config.values.get("stricthostkeychecking", ())):
         wanted.append("StrictHostKeyChecking=accept-new")  # a changed key is then refused
@@ -2856,24 +2787,20 @@ def ssh_argv(config: SSHConfig, *options: str) -> list[str]:
     return [program] + (forced + words if plain else words + forced)
 
 
-def sent_patterns(config: SSHConfig) -> list[re.Pattern[str]]:
-    import fnmatch
-    words = [word for value in config.values.get("sendenv", []) for word in value.split()]
-    return [re.compile(fnmatch.translate(w.replace("[", "[[]"))) for w in words if w[:1] != "-"]
-
-
 def scrubbed_environment(config: SSHConfig, needed: Container[str] = NEEDED_ENV) -> dict[str, str]:
-    """Our environment without what the config's SendEnv would send along, but for what a master
-    needs: it opens no session, and so sends nothing."""
-    tests = sent_patterns(config)
+    """Our environment without what the config's SendEnv would send, but with what is ``needed`` (by
+    a master: it opens no session, and so sends nothing)."""
+    import fnmatch
+    patterns = [fnmatch.translate(word.replace("[", "[[]")) for word
+                in " ".join(config.values.get("sendenv", ())).split() if word[0] != "-"]
     return {name: value for name, value in os.environ.items()
-            if name in needed or not any(test.match(name) for test in tests)}
+            if name in needed or not any(re.match(pattern, name) for pattern in patterns)}
 
 
 def session_environment(config: SSHConfig) -> tuple[dict[str, str], list[str]]:
-    """The environment of an ssh that opens a session itself, and the options that it needs for want
-    of the rest. What the config names (a proxy, ${HOME}, Match exec) is found by two names: under
-    a SendEnv * these go along."""
+    """The environment of an ssh that opens a session itself, and the options that replace the rest.
+    PATH and HOME stay, and so are sent under a SendEnv *: what the config names (a proxy, ${HOME},
+    Match exec) needs them."""
     environment = scrubbed_environment(config, ("PATH", "HOME"))
     agent = os.environ.get("SSH_AUTH_SOCK")
     lacks = agent and "SSH_AUTH_SOCK" not in environment and not config.first("identityagent")
@@ -2881,7 +2808,6 @@ def session_environment(config: SSHConfig) -> tuple[dict[str, str], list[str]]:
 
 
 def classify(log: bytes, host: str, config: SSHConfig | None = None) -> HostError:
-    """The error that ssh's own words stand for. The words are neutralised and shortened."""
     text = log[-LOG_MAX:].decode("utf-8", "replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = show(lines[-1], 200) if lines else "ssh gave no reason"
@@ -2896,13 +2822,13 @@ def classify(log: bytes, host: str, config: SSHConfig | None = None) -> HostErro
 
 
 def look_into(host: str) -> str:
-    """What to run where the cause is not plain. (doctor itself says something else instead.)"""
+    """A command for where the cause is unclear. (doctor replaces it.)"""
     return f"`{PROGRAM} doctor {quote(host)}`"
 
 
 def forget_key(config: SSHConfig, words: str) -> str:
-    """The command that forgets a changed key. ssh's words hold one, too, but a server can add lines
-    to them: they only choose among the files of `ssh -G`."""
+    """The command that forgets a changed key. ssh's words hold one, too, but a server can add to
+    them: they only choose among the files of `ssh -G`."""
     port, name = config.first("port"), config.first("hostkeyalias")
     if not name:
         name = config.first("hostname")
@@ -2915,8 +2841,8 @@ def forget_key(config: SSHConfig, words: str) -> str:
 
 
 def log_head(path: str) -> bytes:
-    """The beginning of a log of ssh's: a server that asks for channels again and again makes it as
-    long as it likes."""
+    """The beginning of a log of ssh: a server that asks for channels makes it as long as it likes.
+    """
     try:
         with open(path, "rb") as stream:
             return stream.read(LOG_MAX * 4)
@@ -2925,9 +2851,8 @@ def log_head(path: str) -> bytes:
 
 
 def read_log(log: bytes) -> tuple[bytes, list[bytes]]:
-    """(ssh's own words in its log, what the server said of itself). Only the former may be
-    believed: the server can say "Host key verification failed" too, also in its reason for a
-    disconnect, ssh's last words."""
+    """(ssh's own words in its log, the server's). Only the former may be believed: a server can say
+    "Host key verification failed", too, also as its reason for a disconnect, which comes last."""
     own: list[bytes] = []
     words, away, reason = log.replace(b"\r\n", b"\n").partition(DISCONNECT)
     heard = [away + reason] if away else []
@@ -2941,7 +2866,6 @@ def read_log(log: bytes) -> tuple[bytes, list[bytes]]:
 
 
 def failure_in(words: bytes, heard: list[bytes], config: SSHConfig) -> HostError:
-    """Why a connection failed, from read_log()."""
     host, silent = config.host, not words.strip()
     reason = heard[0] if heard and heard[0].startswith(DISCONNECT) and silent else b""
     if b"Too many authentication failures" in reason:
@@ -2950,7 +2874,7 @@ def failure_in(words: bytes, heard: list[bytes], config: SSHConfig) -> HostError
         return ConnectionFailed(f"{host} ended the connection: {show(reason, 200)}.",
                                 f"Look closer: {look_into(host)}.", host)
     elif silent and proxy_of(config):
-        words = b"banner exchange"  # it ended before ssh spoke to it, which ssh keeps to itself
+        words = b"banner exchange"  # it ended before that, which ssh does not log
     error = classify(words, host, config)
     if isinstance(error, ConnectionDropped) and any(map(TURNED_AWAY.match, heard)):
         return TurnedAway(
@@ -2961,14 +2885,12 @@ def failure_in(words: bytes, heard: list[bytes], config: SSHConfig) -> HostError
 
 
 def proxy_of(config: SSHConfig) -> str:
-    """Which of the two the config has, or neither."""
-    found = (key for key in ("ProxyCommand", "ProxyJump")
-             if config.first(key.lower()) not in ("", "none"))
-    return next(found, "")
+    return next((key for key in ("ProxyCommand", "ProxyJump")
+                 if config.first(key.lower()) not in ("", "none")), "")
 
 
 def proxy_failure(config: SSHConfig, said: bytes) -> HostError | None:
-    """What a ProxyCommand's (or ProxyJump's) last words stand for; None without any."""
+    """The error that the last line of a proxy's stderr means."""
     way, host = proxy_of(config), config.host
     last = neutralise(said).strip().split("\n")[-1][:300].rstrip(".")
     if not way or not last:
@@ -2981,7 +2903,7 @@ def proxy_failure(config: SSHConfig, said: bytes) -> HostError | None:
 
 
 # The control protocol, OpenSSH's PROTOCOL.mux version 4: packets of a 32-bit length and a body;
-# strings carry their own 32-bit length. What we send and what we read, all of it:
+# strings carry their own 32-bit length. All that we send and read:
 MUX_HELLO, MUX_NEW_SESSION, MUX_TERMINATE = 0x00000001, 0x10000002, 0x10000005
 MUX_DENIED, MUX_FAILURE, MUX_EXIT, MUX_OPENED = 0x80000002, 0x80000003, 0x80000004, 0x80000006
 MUX_NO_ESCAPE = 0xffffffff
@@ -3004,7 +2926,6 @@ def mux_numbers(packet: bytes) -> list[int]:
 
 
 def connect(path: str) -> socket.socket:
-    """A connection to a control socket."""
     import socket
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(CONTROL_PATIENCE)
@@ -3017,7 +2938,6 @@ def connect(path: str) -> socket.socket:
 
 
 def end_master(path: str) -> None:
-    """Ask a master to end."""
     with contextlib.suppress(OSError), connect(path) as control:
         control.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(MUX_TERMINATE, 0))
         while control.recv(4096):
@@ -3025,17 +2945,12 @@ def end_master(path: str) -> None:
 
 
 class Session:
-    """One command on the host: our ends of its stdin, stdout and stderr, non-blocking.
-
-    ``control`` is the descriptor that reports the session's end: the control connection, or
-    -1 when a process of its own carries the session.
-    """
-
-    maybe = ""               # what else may have ended it
+    """One command on the host: our ends of its stdin, stdout and stderr, non-blocking. ``control``
+    reports the session's end: the control connection, or -1 where an ssh of its own carries it."""
 
     def __init__(self, host: str) -> None:
         self.host = host
-        self.master: Master | None = None  # the one that carries it, if any
+        self.master: Master | None = None
         self.stdin = self.stdout = self.stderr = self.control = -1
         self.counted = False     # among the operations of its Host that run
 
@@ -3053,44 +2968,48 @@ class Session:
         drop(self.stdin, self.stdout, self.stderr)
         self.stdin = self.stdout = self.stderr = -1
 
-    _forked = close = close_pipes  # in a child: let go of it, without a word to the other side
+    _forked = close = close_pipes  # a child of ours closes its copies, and sends nothing
 
     def control_event(self) -> bool:
-        """Read what the control connection has; False when the session is over."""
+        """Read the control connection; False when the session is over."""
         return True
 
     def alive(self) -> bool:
-        """Whether a session that waits ready still can take its header."""
-        return not poll_once(0, (self.control, select.POLLIN))
+        """Whether a session opened ahead can still take a header."""
+        return not poll_once(0, self.control)
 
     def over(self) -> bool:
-        """Whether its process has ended, though a child of that may hold its streams."""
+        """Whether its process has ended; a child of that may hold the streams."""
         return False
 
     def begun(self) -> None:
-        """The host has answered: authentication is behind us."""
+        """The host has answered: authentication is over."""
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
         """Why the session ended without its end mark. What was ``sent`` whole may have begun."""
-        when = "" if begun else f" before the command {'was seen to begin' if sent else 'began'}"
-        sent = sent or begun
-        hint = "The command may still run there." + self.maybe * begun if sent else "Try again."
-        what = f"The connection to {self.host} was lost{when}."
-        return ConnectionLost(what, hint, self.host, sent)
+        sent, when, hint = sent or begun, " before the command began", "Try again."
+        if sent:
+            when = "" if begun else " before the command was seen to begin"
+            hint = "The command may still run there."
+        if begun:
+            hint += (" (If it was silent: a ChannelTimeout of its sshd must be longer than "
+                     f"{BEAT_MOST} seconds.)")
+        return ConnectionLost(f"The connection to {self.host} was lost{when}.", hint, self.host,
+                              sent)
 
     def full(self) -> HostFull:
-        """The wrapper gave up by itself after its start mark: only a fork that fails makes it."""
+        """The wrapper gave up after its start mark: only a fork that fails makes it."""
         return HostFull(f"{self.host} could not start a process for this; it may have too many of "
                         "this account.", "End some, or run fewer at once (-j).", self.host, False)
 
 
 class MuxSession(Session):
-    """A session opened through a master's control socket, without a process of its own."""
+    """A session over a master's control socket, without a process."""
 
     def __init__(self, masters: Masters, slot: Slot, command: str) -> None:
         super().__init__(masters.host)
         self._masters, self._slot, self.master = masters, slot, slot.master
-        self._status, self._buffer = -1, b""  # of the command, once the master has reported its end
+        self._status, self._buffer = -1, b""  # the command's status, once the master reports it
         self._socket = connect(slot.master.path)
         self.control = self._socket.fileno()
         try:
@@ -3100,7 +3019,6 @@ class MuxSession(Session):
             raise
 
     def _open(self, command: str) -> None:
-        """Pipeline hello, the request and three descriptors; read until opened or refused."""
         import socket
         fds: list[int] = []
         try:
@@ -3122,7 +3040,6 @@ class MuxSession(Session):
         self._socket.setblocking(False)
 
     def _packet(self) -> bytes:
-        """One packet, blocking, within CONTROL_PATIENCE of silence."""
         while True:
             packet = self._next()
             if packet is not None:
@@ -3154,9 +3071,8 @@ class MuxSession(Session):
         return bool(data)
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
-        control = (self.control, select.POLLIN)
-        while self._status < 0 and poll_once(1, control) and self.control_event():
-            pass  # the end of the streams may come before the word of the command's end
+        while self._status < 0 and poll_once(1, self.control) and self.control_event():
+            pass  # the streams may end before the status comes
         if self._status >= 0 and not begun:
             return RemoteShellFailed(self.host)
         if self._status in FORK_FAILED:
@@ -3165,18 +3081,11 @@ class MuxSession(Session):
             return ConnectionLost(
                 f"The command on {self.host} was ended together with its wrapper.",
                 "Something there killed every process of the session.", self.host)
-        with contextlib.suppress(OSError):
-            connect(self._slot.master.path).close()
-            if begun:
-                return ConnectionLost(
-                    f"The server of {self.host} ended this session, though the connection lives.",
-                    f"A ChannelTimeout of its sshd must be longer than {BEAT_MOST} seconds, or "
-                    "a process was killed there. The command may still run there.", self.host)
         return super().failure(begun, sent)
 
     def close(self) -> None:
-        """Give the session up. Its slot is free at once: sshd, which ends it a moment later, takes
-        two more than there are slots; and what it refuses has not begun, and is tried again."""
+        """Its slot is free at once, though sshd ends it a moment later: sshd takes two more than
+        there are slots, and what it refuses has not begun, and is tried again."""
         if self.control >= 0:
             self._forked()
             self._masters.free([self._slot])
@@ -3188,12 +3097,11 @@ class MuxSession(Session):
 
 
 def plain_ssh() -> str:
-    """The ssh that we would run, for a line to paste."""
     return os.environ.get("CMUX_SSH_COMMAND", "").strip() or "ssh"
 
 
 class RemoteShellFailed(ConnectionFailed):
-    """The session ended before our script began: sh failed, or another shell runs instead."""
+    """The session ended before our script began: sh failed, or another shell runs."""
 
     def __init__(self, host: str) -> None:
         super().__init__(
@@ -3203,15 +3111,12 @@ class RemoteShellFailed(ConnectionFailed):
 
 
 class DirectSession(Session):
-    """A session carried by an ssh process of its own: for bulk, or without multiplexing. ``turn``
-    is held until the handshake is over."""
-
-    maybe = " (If it was silent: did a ChannelTimeout of the host's sshd end it?)"
+    """A session on an ssh of its own. ``turn`` is held until the handshake is over."""
 
     def __init__(self, masters: Masters, config: SSHConfig, turn: Lock, command: str) -> None:
         super().__init__(masters.host)
         self._masters, self._config, self._turn = masters, config, turn
-        self._log = turn.path + ".log"  # whoever holds it next clears it
+        self._log = turn.path + ".log"
         remove_file(self._log)
         environment, agent = session_environment(config)
         argv = ssh_argv(config, "-S", "none", "-E", self._log, *agent)
@@ -3232,9 +3137,8 @@ class DirectSession(Session):
             self._masters.report(None)
 
     def _let_go(self) -> None:
-        """The handshake is over."""
         if self._turn.fd >= 0:
-            remove_file(self._log)  # the next handshake with this slot writes its own
+            remove_file(self._log)  # the next that holds the turn writes its own
             self._turn.free()
 
     def over(self) -> bool:
@@ -3247,7 +3151,7 @@ class DirectSession(Session):
             return self.full()
         if silent and shaking and not begun and status is not None and 0 <= status < 255:
             return RemoteShellFailed(self.host)
-        # What ends it after the login, ssh often writes to stderr alone: login noise. It never
+        # ssh often writes what ends it after the login to stderr alone, among login noise. It never
         # reports a proxy's early end.
         lost = AFTER_LOGIN.search(words) or silent and (heard or not proxy_of(self._config))
         if begun or not shaking or lost:
@@ -3263,12 +3167,11 @@ class DirectSession(Session):
 
 
 def is_master(name: str) -> bool:
-    """Whether a file is a control socket."""
     return name[:2] == "m." and len(name) == 10
 
 
 class Slot(Lock):
-    """The place of one session on a master: all processes of this user count."""
+    """The place of one session on a master, among all processes of this user."""
 
     def __init__(self, master: Master, number: int) -> None:
         super().__init__(f"{master.path}.{number}")
@@ -3281,25 +3184,26 @@ class Master:
     def __init__(self, path: str) -> None:
         self.path = path                # of its control socket
         self.slots = [Slot(self, number) for number in range(SESSIONS_PER_MASTER)]
-        self.until = self.pause = 0.0   # it refused a session, and is not asked until then
-        self.heard = 0                  # how long its log was
+        self.until = self.pause = 0.0   # it refused a session, and rests until then, so long
+        self.heard = 0                  # the size of its log
 
 
 class Masters:
-    """The connections to one host, shared by all processes of this user through a private
-    directory, named by a hash of the alias and of `ssh -G` (%C collides between aliases):
+    """The connections to one host, shared by all processes of this user through a private directory
+    that is named by a hash of the alias and of `ssh -G` (%C collides between aliases):
 
     m.NAME        a master's control socket; m.NAME.log: what its ssh says
     m.NAME.N      locked while session N of that master is open
     handshake.N   locked while a connection is being made
     probe         locked by who connects while no master lives
-    down.json     how often in a row connecting has failed, and why; as old as the last time
+    down.json     how often in a row connecting has failed, and why
 
-    Others are as old as what was seen last: dropped, a handshake that the server dropped; person, a
-    connection of its own that could not log in without one; single, a new master's session refused.
+    The age of others says when something was last seen: dropped, a handshake that the server
+    dropped; person, a direct connection that could not log in without one; single, a new master's
+    first session refused.
 
     The name of a socket is random and never used again. So one that refuses, hangs or hangs up is
-    removed at once: sessions on its master go on, and nobody else runs into it.
+    removed at once: sessions on its master go on, and nobody else uses it.
     """
 
     tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait
@@ -3310,13 +3214,12 @@ class Masters:
         import hashlib
         import threading
         self.config, self.host, self.interactive = config, config.host, interactive
-        words = os.fsencode("\0".join([config.host, *config.command]))
-        self.folder = socket_folder(hashlib.sha256(words + b"\0" + config.text).hexdigest()[:16])
+        self.folder = socket_folder(hashlib.sha256(repr(config).encode()).hexdigest()[:16])
         self._shaking = Waiters()              # for a handshake
         self._mutex = threading.Lock()
         self._known: dict[str, Master] = {}    # those that were seen last, by name
         self._freed = {1: Waiters(), 2: Waiters()}  # for one slot, for two at once
-        self._waiting = self._launching = 0    # slots that are waited for; masters
+        self._waiting = self._launching = 0    # slots waited for; masters being started
         self._spared = False                   # a master for sessions ahead was tried
         slow = config.first("connecttimeout") == "0"
         self.patience = CONNECT_PATIENCE_SLOW if slow else CONNECT_PATIENCE
@@ -3325,14 +3228,13 @@ class Masters:
         return f"{self.folder}/{name}"
 
     def ask_config(self, command: str) -> SSHConfig:
-        """What ssh would do now: Match exec may have changed its mind, and a person the file."""
+        """What ssh would do now: the file, or the result of a Match exec, may have changed."""
         self.config = read_ssh_config(self.host, command)
         return self.config
 
     # -- what was seen of the host --
 
     def _mark(self, name: str) -> None:
-        """Note for all processes, by a file's age, that something was seen now."""
         remove_file(self.path(name))
         with Lock(self.path(name)):
             pass
@@ -3345,8 +3247,7 @@ class Masters:
         return self._seen("single")
 
     def needs_person(self) -> bool:
-        """Whether a connection of its own cannot log in without a person: then a master serves
-        instead."""
+        """Whether only a master can log in: a direct connection needs a person."""
         return self._seen("person") and not self.single()
 
     def asks(self, error: BaseException) -> bool:
@@ -3354,27 +3255,24 @@ class Masters:
         login = isinstance(error, (HostKeyFailed, AuthenticationFailed)) and error.asks
         return login and not self.single()
 
-    def _failed(self) -> tuple[int, float]:
-        """How often in a row connecting has failed, and how many seconds ago it did last."""
-        path = self.path("down.json")
-        age = age_of(path)
-        return (recall(path, DOWN).get("count", 0) if age >= 0 else 0), age
+    def _failed(self) -> int:
+        """How often in a row connecting has failed."""
+        return int(recall(self.path("down.json"), DOWN).get("count", 0))
 
     def _rest(self) -> float:
-        """Seconds until a host that is down may be asked again."""
-        count, age = self._failed()
+        """Seconds until a host that is down is asked again."""
+        count, age = self._failed(), age_of(self.path("down.json"))
         return DOWN_WAITS[min(count, len(DOWN_WAITS)) - 1] - age if count else 0.0
 
     def _remember_failure(self, error: HostError) -> None:
         why = [type(error).__name__, str(error), error.hint]
-        write_json(self.path("down.json"), {"count": self._failed()[0] + 1, "why": why})
+        write_json(self.path("down.json"), {"count": self._failed() + 1, "why": why})
 
     def _wait_out(self, deadline: Deadline, cancel: Cancel | None) -> None:
         if not nap(self._rest(), deadline, cancel):
             raise self._shared_failure()
 
     def _shared_failure(self) -> HostError:
-        """The failure that another process had."""
         name, message, hint = recall(self.path("down.json"), DOWN).get("why") or (
             "", f"{self.host} could not be reached a moment ago.", "Try again.")
         kinds = (ConnectionDropped, TurnedAway, HostKeyFailed, AuthenticationFailed)
@@ -3384,8 +3282,8 @@ class Masters:
     # -- connections --
 
     def handshake(self, deadline: Deadline, cancel: Cancel | None = None) -> Lock:
-        """Leave to begin one handshake with this host: one of HANDSHAKES_AT_ONCE; of half as many
-        for a minute after one was dropped, at first of a quarter (Dropbear takes 5 at once)."""
+        """The right to one of HANDSHAKES_AT_ONCE handshakes with this host; of half as many for a
+        minute after one was dropped, at first of a quarter (Dropbear takes 5 at once)."""
         try:
             while True:
                 part = 4 if self._seen("dropped", 5) else 2 if self._seen("dropped", 60) else 1
@@ -3401,8 +3299,8 @@ class Masters:
 
     def again(self, error: HostError, attempt: int, deadline: Deadline,
               cancel: Cancel | None = None) -> bool:
-        """After a handshake that the server dropped, so that nothing ran there: wait, then True;
-        False when it is not worth another try."""
+        """After a handshake that the server dropped (so nothing ran): wait, then True; False when
+        another try is not worth it."""
         self._mark("dropped")
         tries = len(DROPPED_WAITS) if isinstance(error, TurnedAway) else DROPPED_TRIES
         if isinstance(error, ConnectionDropped) and attempt < tries:
@@ -3417,13 +3315,12 @@ class Masters:
 
     def open_direct(self, command: str, deadline: Deadline,
                     cancel: Cancel | None = None) -> DirectSession:
-        """A session on a connection of its own. The handshake is counted until it is over."""
         self._wait_out(deadline, cancel)
         config = self.ask_config(command)
         return DirectSession(self, config, self.handshake(deadline, cancel), command)
 
     def report(self, error: HostError | None) -> None:
-        """How a connection of its own came about; None: well."""
+        """Note whether a direct connection could be made; None: it could."""
         if error is None:
             remove_file(self.path("down.json"))
         elif self.asks(error):
@@ -3435,9 +3332,8 @@ class Masters:
 
     def _launch(self, count: int, deadline: Deadline, cancel: Cancel | None, first: bool = False,
                 once: bool = False) -> list[Slot]:
-        """Start a master; all its slots, or ``count`` of those that live, if they are free by now.
-        For the ``first`` a person may be asked. A handshake that the server drops is tried again,
-        unless ``once``."""
+        """All slots of a new master, or ``count`` on others, if they are free by now. For the
+        ``first`` a person may be asked. A dropped handshake is tried again, unless ``once``."""
         reason: HostError | None = None
         for attempt in itertools.count(len(DROPPED_WAITS) if once else 0):
             with self.handshake(Deadline(self.patience), cancel):
@@ -3476,16 +3372,16 @@ class Masters:
         return slots
 
     def _ask_proxy(self) -> HostError | None:
-        """Why the ProxyCommand gives no connection, if it says so. (That of a master speaks to
-        /dev/null: ssh's doing.)"""
+        """Why the ProxyCommand gives no connection, if it says so. (Under a master ssh sends its
+        stderr to /dev/null.)"""
         if not proxy_of(self.config):
             return None
         _, words, said = look_closely(self, "exec sh -c :")
         return None if "Remote protocol version" in words else proxy_failure(self.config, said)
 
     def _start(self, path: str, cancel: Cancel | None, batch: bool) -> None:
-        """One `ssh -M -N`. It puts itself into the background once it is authenticated, and then
-        closes its stdout."""
+        """Start `ssh -M -N`, which closes its stdout once it is authenticated, and stays in the
+        background."""
         self._sweep()
         config, log = self.ask_config("exec sh -c :"), path + ".log"
         other = {"SessionType=default": "SessionType=none"}  # ssh dies of a contradiction to -N
@@ -3525,12 +3421,11 @@ class Masters:
 
     @staticmethod
     def _await_detach(process: Process, deadline: Deadline, cancel: Cancel | None) -> None:
-        """Until the stdout of a new master is closed; CmuxError when that takes too long."""
+        """Wait until a new master closes its stdout; CmuxError when that takes too long."""
         assert process.stdout
-        with process.stdout as watch:
-            fd = watch.fileno()
-            wanted = [(thing, select.POLLIN) for thing in (fd, cancel) if thing is not None]
-            while fd not in poll_once(deadline.capped(60), *wanted) or watch.read(CHUNK):
+        with process.stdout as stdout:
+            fd = stdout.fileno()
+            while fd not in poll_once(deadline.capped(60), cancel, fd) or stdout.read(CHUNK):
                 if cancel:
                     cancel.check()
                 if deadline.over():
@@ -3538,7 +3433,7 @@ class Masters:
 
     def _sweep(self) -> None:
         """Remove what ended masters left, and the directories of hosts that nobody uses any more.
-        (What is in use all the same is made anew.)"""
+        (One in use all the same is made anew.)"""
         import shutil
         top = os.path.dirname(self.folder)
         with contextlib.suppress(OSError):
@@ -3553,7 +3448,7 @@ class Masters:
     # -- slots, a lock file each: all processes of this user count --
 
     def masters(self) -> list[Master]:
-        """Those whose control socket is there."""
+        """Those with a control socket."""
         try:
             names = sorted(filter(is_master, os.listdir(self.folder)))
         except FileNotFoundError:  # a logout or a cleaner of /tmp has taken the directory
@@ -3562,13 +3457,13 @@ class Masters:
         return list(self._known.values())
 
     def abandon(self, master: Master) -> None:
-        """It hangs or has gone: nobody else shall run into it."""
+        """It hangs or has ended: remove its socket."""
         remove_file(master.path)
         self._known = {}
 
     def _try_slots(self, count: int, first: int = 0) -> list[Slot]:
-        """So many free slots, or none; from number ``first`` on of each master. Those that are
-        known already come first: a look into the directory is dear."""
+        """So many free slots, or none, from number ``first`` on of each master. Known masters come
+        before a look into the directory, which costs more."""
         return self._hold(list(self._known.values()), count, first) or self._hold(
             self.masters(), count, first)
 
@@ -3582,12 +3477,11 @@ class Masters:
                         found.append(slot)
                         if len(found) == count:
                             return found
-        self.free(found, 0)  # those who wait for two would wake each other for ever
+        self.free(found, 0)  # who waits for two would wake others who do, for ever
         return []
 
     def free(self, slots: Sequence[Slot], wake: int = 1) -> None:
-        """Give these back, and have as many look for one, of those who want one and of those who
-        want two."""
+        """Free these, and wake as many of those who wait for one, and of those who wait for two."""
         for slot in slots:
             slot.free()
             slot.master.until = 0.0  # it may take another session now
@@ -3601,13 +3495,13 @@ class Masters:
 
     def open(self, command: str, deadline: Deadline, cancel: Cancel | None = None,
              count: int = 1) -> list[Session]:
-        """``count`` sessions for ``command``, all or none: who held one and waited for the next
-        could wait for ever. Where masters fail, one, on a connection of its own."""
+        """``count`` sessions for ``command``, all or none: who holds one and waits for another
+        could wait for ever. Where masters fail, one on a connection of its own."""
         while not self.single():
             slots = self._take_slots(count, deadline, cancel)
             if not slots:
                 break
-            new = len(slots) > count  # we started this master: nobody else has a session on it
+            new = len(slots) > count  # our own new master, with no session on it
             try:
                 return self._open_on(slots[:count], command)
             except SessionRefused:
@@ -3624,14 +3518,14 @@ class Masters:
         return [self.open_direct(command, deadline, cancel)]
 
     def connect(self, deadline: Deadline, cancel: Cancel | None = None) -> None:
-        """Make sure that a master lives, if this host has any. Raises ConnectionFailed."""
+        """Start a master, if none lives and this host has any. Raises ConnectionFailed."""
         if not self.single() and not self.masters():
             self.free(self._first_master(1, deadline, cancel))
 
     def open_ahead(self, command: str) -> Session | None:
-        """A session for later, only from the upper half of a master's slots: the lower half stays
-        for those who have work now. None if there is none to spare. Where other processes hold them
-        all, one more master is started, once: where it needs a person, each is a failed login."""
+        """A session for later, from the upper half of a master's slots: the lower half is for work
+        of now. None if there is none to spare. Where other processes hold them all, one more master
+        is started, only once: where logging in needs a person, each try is a failed login."""
         half = SESSIONS_PER_MASTER // 2
         if self.single():
             return None
@@ -3673,8 +3567,8 @@ class Masters:
             raise
 
     def _heed_log(self, master: Master) -> None:
-        """A server that asks for the agent or the screen is refused by ssh itself, which writes
-        that to its log: it is a security event. One that goes on would fill the disk."""
+        """Warn of a server that asks for the agent or the screen, which ssh refuses and logs. One
+        that goes on would fill the disk."""
         path, size = master.path + ".log", 0
         with contextlib.suppress(OSError):
             size = os.stat(path).st_size
@@ -3688,8 +3582,8 @@ class Masters:
                 self.alert(f"WARNING: {error} {error.hint}")
 
     def _take_slots(self, count: int, deadline: Deadline, cancel: Cancel | None) -> list[Slot]:
-        """So many free slots on live masters, or all of a new one: they are started as the demand
-        asks. None where the host turns out to take one session a connection."""
+        """So many free slots on live masters, or all of a new one, started as they are needed. None
+        where the host turns out to take one session a connection."""
         slots = self._try_slots(count)
         if slots:
             return slots
@@ -3699,7 +3593,7 @@ class Masters:
         try:
             while not self.single():
                 if not self.masters():
-                    self._wake(sys.maxsize)  # all wait for who tries, and share what comes of it
+                    self._wake(sys.maxsize)  # all wait for one who tries, and share the result
                     slots = self._first_master(count, deadline, cancel)
                 elif patience.over() and self._may_launch():
                     self._wake(1)  # another looks meanwhile
@@ -3718,18 +3612,18 @@ class Masters:
             freed.leave()
 
     def _may_launch(self) -> bool:
-        """Whether to start one more master: one for every eight slots that are waited for, one at
-        a time where the last could not be."""
+        """Whether to start one more master: one for every eight slots waited for, one at a time
+        after a failure."""
         with self._mutex:
-            most = 1 if self._failed()[0] else -(-self._waiting // SESSIONS_PER_MASTER)
+            most = 1 if self._failed() else -(-self._waiting // SESSIONS_PER_MASTER)
             wanted = min(most, MASTERS_PER_HOST - len(self.masters()))
-            may = self._launching < wanted and self._rest() <= 0  # nor where it was turned away
+            may = self._launching < wanted and self._rest() <= 0
             self._launching += may
             return may
 
     def _first_master(self, count: int, deadline: Deadline, cancel: Cancel | None) -> list[Slot]:
-        """Connect, if nobody else does: one prober at a time, the others share its result."""
-        before = self._failed()[0]
+        """Connect, one process at a time; the others share its result."""
+        before = self._failed()
         lock = Lock(self.path("probe"), doing="connects to " + self.host)
         if not lock.wait(deadline, cancel):
             raise ConnectionFailed(f"Another process has been connecting to {self.host} for too "
@@ -3737,15 +3631,15 @@ class Masters:
         with lock:
             if self.masters() or self.single():
                 return []
-            now = self._failed()[0]
+            now = self._failed()
             if now and now != before:
                 raise self._shared_failure()
             self._wait_out(deadline, cancel)
             return self._launch(count, deadline, cancel, True, now > 0)
 
     def _one_more(self, count: int, cancel: Cancel | None) -> list[Slot]:
-        """Start one more master; that it cannot be is no failure, since others live, but no process
-        tries again at once."""
+        """Start one more master. Its failure is none of ours, since others live, but it keeps all
+        processes from trying again at once."""
         try:
             return self._launch(count, Deadline(0), cancel)
         except HostError:
@@ -3759,9 +3653,9 @@ class Masters:
     def on_terminal(self, command: str, deadline: Deadline) -> tuple[
             list[str], dict[str, str], Callable[[], None], Callable[[], None]]:
         """(the argv of an ssh that runs ``command`` on this terminal; its environment; what to call
-        when it has begun there; when it has ended). Escape characters are off: a pasted ~C would
-        open forwards."""
-        self.masters()  # ssh is not given a socket that has gone
+        when it has begun on the host; when it has ended). Escape characters are off: a pasted ~C
+        would open forwards."""
+        self.masters()  # not to give ssh a socket that is gone
         slots = [] if self.single() else self._take_slots(1, deadline, None)
         self.free(slots[1:])
         config = self.ask_config(command)
@@ -3778,7 +3672,6 @@ class Masters:
         return words + ["--", self.host, command], environment, begun, ended
 
     def count_sessions(self, command: str, most: int) -> int:
-        """How many more sessions a living master takes now, up to ``most``."""
         opened: list[MuxSession] = []
         with contextlib.suppress(HostError, OSError, IndexError):
             while len(opened) < most:
@@ -3789,11 +3682,11 @@ class Masters:
 
 
 def look_closely(masters: Masters, command: str) -> tuple[int, str, bytes]:
-    """Run ``command`` over a connection of its own with ssh's debugging words: (status, those
-    words, what else was on stderr: a ProxyCommand's). For diagnosis; never asks, is tried once.
+    """Run ``command`` once on a connection of its own, for diagnosis: (status, ssh's debugging
+    words, what else was on stderr: a ProxyCommand's).
 
-    ssh sends a proxy that has closed its stdout a SIGHUP before that has written why: it is spared
-    that, and has a second."""
+    ssh sends a proxy that closes its stdout a SIGHUP before it can write why: it is ignored, for a
+    second."""
     import tempfile
     config, leave = masters.ask_config(command), masters.handshake(Deadline(masters.patience))
     with tempfile.NamedTemporaryFile(prefix="cmux-doctor-", dir=temporary_folder()) as log:
@@ -3811,8 +3704,7 @@ def look_closely(masters: Masters, command: str) -> tuple[int, str, bytes]:
 
 
 def end_masters() -> None:
-    """End every master of this state directory, and remove their sockets, which may lie
-    elsewhere."""
+    """End the masters of this state directory, and remove their sockets."""
     import shutil
     top = socket_folder("")
     for folder, _, names in os.walk(top):
@@ -3822,14 +3714,14 @@ def end_masters() -> None:
 
 
 def literal(path: str) -> str:
-    """A path for -S, in which ssh expands what begins with %."""
+    """A path for -S, where % is special."""
     return path.replace("%", "%%")
 
 
 def socket_folder(name: str) -> str:
-    """The private directory for the control sockets of the host ``name`` (16 digits; "": of all):
-    below the state directory, or, where that path is too long for a socket, in the user's runtime
-    directory or /tmp."""
+    """The private directory for the sockets of a host, by the 16 digits of ``name`` ("": of all):
+    below the state directory or, where that is too long for a socket, the user's runtime directory
+    or /tmp."""
     home = state_home()
     folder = os.path.join(home, "m")
     if len(os.fsencode(folder)) + len("/0123456789abcdef/m.01234567") > SOCKET_PATH_MAX:
@@ -3846,15 +3738,15 @@ def socket_folder(name: str) -> str:
 
 # === 10. Operations ===
 # Owns: one operation on a host from its header to its end marks, and how it is stopped. May
-# touch: descriptors of the sessions above. Promises: exact bytes, exact status; a lost line is
-# never taken for a status, nor a status for a lost line; a stop is reported as what it was.
+# touch: descriptors of the sessions above. Promises: exact bytes, exact status; a lost connection
+# is never taken for a status, nor the reverse; a stop is reported as what it was.
 
 class Stream:
-    """Finds the marks in one of the two streams, and passes what lies between to ``sink``."""
+    """Finds the marks in stdout or stderr, and passes what lies between to ``sink``."""
 
-    MARK_MAX = 64               # a letter, two numbers, the newline
+    MARK_MAX = 64               # bytes: a letter, two numbers, the newline
 
-    def __init__(self, fd: int, nonce: bytes, sink: Callable[[bytes], Any]) -> None:
+    def __init__(self, fd: int, nonce: bytes, sink: Sink) -> None:
         self.fd, self.nonce, self.sink = fd, nonce, sink
         self.ready = self.begun = self.ended = self.closed = False
         self.held = self.noise = b""
@@ -3864,15 +3756,14 @@ class Stream:
         self.refused = 0          # the number after the mark x: the operation did not begin
 
     def read(self) -> bool:
-        """Take what is there; False at the end of the stream."""
+        """Read once; False at the end."""
         try:
             data = os.read(self.fd, CHUNK)
         except BlockingIOError:
             return True
         if not data:
             self.closed = True
-            self._pass(self.held * (not self.ended))  # a false start of a mark, cut off
-            self.held = b""
+            self._pass(self.held)  # it looked like the beginning of a mark
             return False
         if not self.ready:
             self.noise += data
@@ -3922,8 +3813,7 @@ class Source:
     """Bytes for a command's stdin from a descriptor of ours; ``total`` counts them."""
 
     def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.total = 0
+        self.fd, self.total = fd, 0
 
     def read(self) -> bytes:
         try:
@@ -3935,31 +3825,26 @@ class Source:
 
 
 class Exchange:
-    """One operation on one open session. run() moves bytes until the end marks, the session's
-    end, or the caller's limits; it may be called again to go on."""
+    """One operation on one open session."""
 
-    def __init__(self, session: Session, operation: bytes, stdout: Callable[[bytes], Any],
-                 stderr: Callable[[bytes], Any], source: Source | None = None,
-                 close_stdin: bool = False, run_id: str = "", after: bytes = b"") -> None:
+    def __init__(self, session: Session, operation: bytes, stdout: Sink, stderr: Sink,
+                 source: Source | None = None, data: bytes | None = None,
+                 run_id: str = "") -> None:
         nonce = os.urandom(16).hex()
         self.session = session
-        # The source of a command, or behind a handshake that may be dropped, waits for the mark +.
-        self.eager = not run_id and session.control >= 0
-        self._registered: tuple[int, ...] = ()
-        self._poll: Any = None
         self.out = Stream(session.stdout, nonce.encode(), stdout)
         self.err = Stream(session.stderr, nonce.encode(), stderr)
         header = shell_header(nonce, run_id or os.urandom(8).hex(), operation)
-        self.outgoing = memoryview(header + after)
-        # So much of it waits until our wrapper has shown itself.
+        self.outgoing = memoryview(header + (data or b""))
+        # How many bytes wait until our wrapper has printed READY.
         self._held = len(self.outgoing) - len(HELD) if HELD in operation else 0
-        self.asked = 0.0                 # when that is sent
+        self.asked = 0.0                 # when those were sent
         self.source = source
-        self.close_stdin = close_stdin   # once everything is written
-        self.sent = False                # the header is with the host, or on its way
-        self.lost = False                # the session is over, marks or not
-        self.moved = time.monotonic()    # when the last byte went either way
-        self.guard: Exchange | None = None  # which watches over this one
+        self.close_stdin = data is not None  # once everything is written
+        self.sent = False                # the whole header
+        self.lost = False                # the session is over, with end marks or not
+        self.moved = time.monotonic()    # when a byte was last sent or received
+        self.guard: Exchange | None = None
         self._beaten = self.moved        # when the last sign of life was sent
 
     @property
@@ -3971,17 +3856,14 @@ class Exchange:
         return self.out.ended and self.err.ended
 
     def answered(self) -> bool:
-        """Begun, or refused."""
         return self.begun or self.out.ended
-
-    def written(self) -> bool:
-        return not self.outgoing
 
     def run(self, deadline: Deadline, cancel: Cancel | None = None,
             until: Callable[[], bool] | None = None, stall: float | None = None) -> bool:
-        """True when ended (or ``until``); False at the deadline. Raises HostError when the session
-        is lost, or no byte has moved for ``stall`` seconds (for CALL_PATIENCE once all is sent: the
-        host unpacks and sums); Cancelled when ``cancel`` is set."""
+        """Move bytes. True when ended (or ``until``); False at the deadline; then it can go on.
+
+        Raises HostError when the session is lost, or no byte has moved for ``stall`` seconds (for
+        CALL_PATIENCE once all is sent: the host unpacks and sums); Cancelled."""
         while not (until() if until else self.ended):
             if self.out.closed and not self.lost and self.session.over():
                 self._drain()
@@ -3993,7 +3875,7 @@ class Exchange:
             if stall is not None:
                 stall = stall if self.source or self.outgoing else CALL_PATIENCE
                 wait = min(wait, max(0.0, self.moved + stall - time.monotonic()))
-            events = self._poller(cancel).poll(wait * 1000 + (wait > 0))
+            events = self._events(wait, cancel)
             now = time.monotonic()
             if deadline.over():  # also where output never pauses
                 return False
@@ -4001,44 +3883,35 @@ class Exchange:
                 raise ConnectionLost(
                     f"No byte has moved to or from {self.session.host} for {stall:.0f} seconds.",
                     "Try again.", self.session.host)
-            for fd, _ in events:
+            for fd in events:
                 self._event(fd)
             if now > self._beaten + (BEAT_LEAST if events else BEAT_MOST - 0.1):
                 self._beat()
         return True
 
     def _beat(self) -> None:
-        """Let something harmless pass over the session, and over its guard's: sshd's ChannelTimeout
-        ends a silent one."""
+        """Send something harmless over the session, and its guard's: sshd's ChannelTimeout ends a
+        silent one."""
         self._beaten = time.monotonic()
         over, sign = (self.guard, b"beat " + self.out.nonce) if self.guard else (self, b"")
         if over.sent and not over.source and over.session.stdin >= 0:
             with contextlib.suppress(OSError):  # full, or over: its own events report that
                 os.write(over.session.stdin, sign + b"\n")
 
-    def _poller(self, cancel: Cancel | None) -> Any:
-        """A poll object of what is awaited now; made anew only when that has changed."""
-        wanted = [stream.fd for stream in (self.out, self.err) if not stream.closed]
+    def _events(self, seconds: float, cancel: Cancel | None) -> dict[int, int]:
+        wanted: list[Any] = [stream.fd for stream in (self.out, self.err) if not stream.closed]
         if self.session.control >= 0:
             wanted.append(self.session.control)
-        if cancel:
-            wanted.append(cancel.fileno())
-        writing = len(self.outgoing) > self._held and self.session.stdin >= 0
-        if not writing and not self._held and self.source and (self.begun or self.eager):
+        if len(self.outgoing) > self._held and self.session.stdin >= 0:
+            wanted.append((self.session.stdin, select.POLLOUT))
+        elif self.source and self.begun:  # before, the operation can be tried again
             wanted.append(self.source.fd)
-        key = tuple(wanted) + (-1 - writing,)
-        if key != self._registered:
-            self._poll, self._registered = select.poll(), key
-            for fd in wanted:
-                self._poll.register(fd, select.POLLIN)
-            if writing:
-                self._poll.register(self.session.stdin, select.POLLOUT)
-        return self._poll
+        return poll_once(seconds, cancel, *wanted)
 
     def _event(self, fd: int) -> None:
         if fd in (self.out.fd, self.err.fd):
             stream = self.out if fd == self.out.fd else self.err
-            if not stream.ended:  # what comes after is thrown away
+            if not stream.ended:  # what follows is dropped
                 self.moved = time.monotonic()
             stream.read()
             if self.out.ready and self._held:
@@ -4065,7 +3938,7 @@ class Exchange:
             self.sent = self.sent or not self.outgoing
         except BlockingIOError:
             return
-        except OSError:  # the host takes no more: its words, or the session's end, report why
+        except OSError:  # the host takes no more: its output, or the session's end, says why
             self.outgoing, self._held = memoryview(b""), 0
             self.source, self.close_stdin = None, True
         self._close_if_written()
@@ -4075,16 +3948,15 @@ class Exchange:
             self.session.close_stdin()
 
     def _drain(self) -> None:
-        """The session is over: what it wrote before is still in our pipes."""
+        """Read what a session that is over has left in our pipes."""
         for stream in (self.out, self.err):
-            while not stream.closed and stream.read() and poll_once(0, (stream.fd, select.POLLIN)):
+            while not stream.closed and stream.read() and poll_once(0, stream.fd):
                 pass
         self.lost = True
 
 
 class Reply(Value):
-    """What one of our own scripts answered: its status, and its stdout, bounded; after HELD
-    also the seconds of a round trip."""
+    """What one of our scripts answered; ``trip`` is a round trip in seconds, after HELD."""
     status: int
     stdout: bytes
     stderr: bytes
@@ -4094,8 +3966,7 @@ class Reply(Value):
         return as_text(self.stdout).split("\n")
 
     def said(self) -> str:
-        """The last line of its stderr, without the shell's name and the line of our script; or the
-        status."""
+        """The last line of its stderr, without the shell's name and line; or the status."""
         last = neutralise(self.stderr).strip().split("\n")[-1]
         return re.sub(r"^\S+: (line )?\d+: ", "", last) or f"status {self.status}"
 
@@ -4114,12 +3985,11 @@ class Outcome(Value):
 
 
 class Host:
-    """A machine that ``ssh NAME`` reaches, for any number of threads.
+    """A machine that ``ssh NAME`` reaches, for any number of threads; connected on first use.
 
-    ``name`` is what you would type after ssh. ``interactive`` is asked once, where a key or a
-    passphrase is needed, whether a person may be asked; the default never asks. ``warm``
-    sessions are kept ready after the first operation (0: none, for a single command).
-    Raises UsageError for a name that cannot be one. Connecting happens on first use.
+    ``interactive`` is called once, where a key or a passphrase is needed: may ssh ask a person?
+    The default never asks. ``warm`` sessions are kept ready after the first operation (0: none,
+    for a single command). Raises UsageError for a name that cannot be one.
     """
 
     def __init__(self, name: str, interactive: Callable[[], bool] | None = None,
@@ -4129,11 +3999,10 @@ class Host:
         fork_aware().add(self)
 
     def _forked(self) -> None:
-        """As new: what was open, and the thread that kept it, is another process's."""
         import threading
         self._ready: list[Session] = []
         self._active = 0                  # operations that run now
-        self._resting = False             # closed: until the next one nothing is opened ahead
+        self._resting = False             # closed: nothing is opened ahead until the next one
         self._keeper: threading.Thread | None = None
         self._wake = threading.Event()
         self._masters: Masters | None = None
@@ -4144,7 +4013,6 @@ class Host:
 
     @property
     def masters(self) -> Masters:
-        """The connections, of what `ssh -G` says at the first use."""
         with self._mutex:
             if self._masters is None:
                 self._masters = Masters(read_ssh_config(self.name), self._interactive)
@@ -4155,17 +4023,15 @@ class Host:
              before: bytes = b"", data: bytes | None = None, once: bool = False) -> Reply:
         """Run one of the remote scripts. Raises HostError; its status is the caller's to judge.
 
-        Scripts are written so that running one twice does what running it once does, so that a
-        lost line is tried again, unless ``once``. ``direct`` uses a session for bulk;
-        ``before`` are more header records, ``data`` all of its stdin.
+        Scripts may run twice, so a lost connection is tried again, unless ``once``. ``direct`` uses
+        a session for bulk; ``before`` are more header records, ``data`` is all of its stdin.
         """
         records = before + script_records(script, *arguments)
         patience, stall = (None, STALL_PATIENCE) if source or data else (CALL_PATIENCE, None)
 
         def work(sessions: list[Session]) -> Reply:
             out, err = Capture(limit, limit), Capture(LOG_MAX, STATE_MAX)
-            exchange = Exchange(sessions[0], records, out, err, source, data is not None,
-                                after=data or b"")
+            exchange = Exchange(sessions[0], records, out, err, source, data)
             self.begin(exchange, cancel)
             trip = time.monotonic() - exchange.asked
             if not exchange.run(Deadline(patience), cancel, stall=stall):
@@ -4180,10 +4046,9 @@ class Host:
     def attempt(self, work: Callable[[list[Session]], Made], deadline: Deadline,
                 cancel: Cancel | None, repeat: Callable[[ConnectionLost], bool], count: int = 1,
                 bulk: bool = False) -> Made:
-        """What ``work`` makes of a list of sessions: of ``count``, or one where each has a
-        connection of its own; ``bulk`` gets such a one. What it leaves in the list is given back.
-        It is tried again after a handshake that was dropped, a login that needs a person (over a
-        master, then), and, where it may ``repeat``, a lost line, or one for want of a process."""
+        """What ``work`` returns for a list of sessions, as open_all() opens them. What it leaves in
+        the list is closed. It is tried again after a dropped handshake, a login that needs a person
+        (over a master, then), and, where it may ``repeat``, a lost connection or a full host."""
         first: HostError | None = None
         for number in range(10):
             sessions = self.open_all(count, deadline, cancel, bulk)
@@ -4209,17 +4074,17 @@ class Host:
                 again = number < 2 and nap(0.2 * 2 ** number, deadline, cancel)
             if not again:
                 break
-        raise first or AssertionError()  # a line that was lost once may have done its work
+        raise first or AssertionError()  # the first lost connection may have done its work
 
-    # -- sessions opened ahead: they wait in the shell's read for their header --
+    # -- sessions opened ahead: the shell reads, and waits for a header --
 
     def open(self, deadline: Deadline, cancel: Cancel | None = None) -> Session:
-        """A session that runs BOOT: one that waits ready, else a new one. done() gives it back."""
+        """A session that runs BOOT: one opened ahead, else a new one. done() closes it."""
         return self.open_all(1, deadline, cancel)[0]
 
     def open_all(self, count: int, deadline: Deadline, cancel: Cancel | None = None,
                  bulk: bool = False) -> list[Session]:
-        """So many, all or none; where each has a connection of its own, one. For ``bulk`` it has,
+        """So many, all or none; one where each has a connection of its own, as for ``bulk``,
         unless logging in needs a person."""
         if bulk and not self.masters.needs_person():
             return [self.masters.open_direct(BOOT, deadline, cancel)]
@@ -4234,7 +4099,7 @@ class Host:
                     session.close()
         try:
             if len(found) < count:
-                for session in found:  # not to hold one while waiting for another
+                for session in found:  # whoever holds one must not wait for another
                     session.close()
                 found = self.masters.open(BOOT, deadline, cancel, count)
             found[0].counted = True
@@ -4245,7 +4110,7 @@ class Host:
             raise
 
     def done(self, session: Session) -> None:
-        """End a session from open()."""
+        """Close a session of open() or open_all()."""
         session.close()
         with self._mutex:
             self._active -= session.counted
@@ -4262,8 +4127,7 @@ class Host:
                     self._keeper = None
 
     def _keep(self) -> None:
-        """After work, not during it, open sessions ahead; give them up when nobody has used any for
-        WARM_IDLE seconds."""
+        """Open sessions ahead between operations; close them after WARM_IDLE seconds unused."""
         while True:
             used = self._wake.wait(WARM_IDLE)
             time.sleep(KEEPER_PAUSE)
@@ -4287,8 +4151,7 @@ class Host:
                 pass  # the next operation meets the same failure, and reports it
 
     def close(self) -> None:
-        """Give up the sessions that wait ready, until the next operation. Masters end by themselves
-        when idle."""
+        """Close the sessions opened ahead, until the next operation. Masters end when idle."""
         self._resting = True
         self._give_up()
 
@@ -4300,8 +4163,8 @@ class Host:
 
     def begin(self, exchange: Exchange, cancel: Cancel | None,
               deadline: Deadline | None = None) -> None:
-        """See an operation begin, on a connection that may still have to be made; or the deadline
-        pass. Raises HostError; WorkspaceMissing where its directory is not there."""
+        """Wait until an operation has begun, or the deadline has passed. Raises HostError;
+        WorkspaceMissing where its directory is missing."""
         deadline = deadline or Deadline(None)
         direct = isinstance(exchange.session, DirectSession)
         patience = Deadline(deadline.capped(START_PATIENCE + (CONNECT_PATIENCE if direct else 0)))
@@ -4315,12 +4178,12 @@ class Host:
             raise WorkspaceMissing(f"The directory is not on {self.name} (any more).")
 
     def _see_our_shell(self, cancel: Cancel | None) -> None:
-        """Raise RemoteShellFailed where a shell that is not ours reads our stdin to its end: it
-        ends another session, whose stdin is closed. One that is slow is silent there, too."""
+        """Raise RemoteShellFailed where a foreign shell reads our stdin: given another session with
+        a closed stdin, it ends, while a slow shell is silent again."""
         session = None
         try:
             session = self.masters.open(BOOT, Deadline(1), cancel)[0]
-            probe = Exchange(session, b"", len, len, close_stdin=True)
+            probe = Exchange(session, b"", len, len, data=b"")
             probe.run(Deadline(SHELL_PATIENCE / 2), cancel)
         except RemoteShellFailed:
             if not probe.out.ready:
@@ -4332,23 +4195,21 @@ class Host:
                 session.close()
 
     def _silent(self, exchange: Exchange) -> HostError:
-        """The error for a host that took the session, perhaps what was sent, and said nothing."""
         self.abandon(exchange.session)
         kind, more = (HostSilent, " The command may still run there.") if exchange.sent else (
             ConnectionFailed, "")
-        return kind(
-            f"{self.name} accepted the session, but no shell answered in {START_PATIENCE:.0f} "
-            "seconds.",
-            "Look at its login shell's start-up files." + more, self.name)
+        return kind(f"{self.name} accepted the session, but no shell answered in "
+                    f"{START_PATIENCE:.0f} seconds.",
+                    "Look at its login shell's start-up files." + more, self.name)
 
     def abandon(self, session: Session) -> None:
-        """Its master may hang, and what waits ready on it: neither is asked again."""
+        """Its master may hang: it is not used again, nor are sessions opened ahead."""
         if session.master:
             self.masters.abandon(session.master)
             self.close()
 
-    def run(self, records: bytes, directory: str, stdout: Callable[[bytes], Any],
-            stderr: Callable[[bytes], Any], source: Source | None = None,
+    def run(self, records: bytes, directory: str, stdout: Sink, stderr: Sink,
+            source: Source | None = None,
             deadline: Deadline | None = None, cancel: Cancel | None = None) -> Outcome:
         """Run a user's command (``records`` from command_records and the environment).
 
@@ -4356,13 +4217,12 @@ class Host:
         what these raise (KeyboardInterrupt, too) the process tree on the host is ended first.
         """
         records = record("_cmux_directory", directory) + records
-        command = CommandRun(self, records, stdout, stderr, source)
-        return command.go(deadline or Deadline(None), cancel)
+        return CommandRun(self, records, stdout, stderr, source).go(
+            deadline or Deadline(None), cancel)
 
 
 class Incoming:
-    """The stdout of one of our scripts, read as it comes, on a session for bulk. take()
-    gives some bytes, and b"" once the script has ended; nothing is held but what was not taken."""
+    """The stdout of one of our scripts, piece by piece, on a session for bulk."""
 
     def __init__(self, host: Host, cancel: Cancel | None, script: str, *arguments: str) -> None:
         self.cancel, self.host = cancel, host
@@ -4373,31 +4233,32 @@ class Incoming:
             records = script_records(script, *arguments)
             self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err)
             host.begin(self.exchange, cancel)
-            sessions.clear()  # close() gives it back
+            sessions.clear()  # close() closes it
         host.attempt(work, Deadline(SLOT_PATIENCE), cancel, lambda lost: True, bulk=True)
 
     def take(self) -> bytes:
+        """Some bytes; b"" once the script has ended."""
         if not self.waiting:
             self.exchange.run(Deadline(None), self.cancel, stall=CALL_PATIENCE,
                               until=lambda: bool(self.waiting) or self.exchange.ended)
         return self.waiting.pop(0) if self.waiting else b""
 
     def reply(self) -> Reply:
-        """The end: the status, and what came on stderr."""
+        """The end: status and stderr."""
         while self.take():
             pass
-        status, words = self.exchange.out.status or 0, self.err.value()
-        return Reply(status=status, stdout=b"", stderr=words, trip=0.0)
+        return Reply(status=self.exchange.out.status or 0, stdout=b"", stderr=self.err.value(),
+                     trip=0.0)
 
     def close(self) -> None:
         self.host.done(self.exchange.session)
 
 
 class CommandRun:
-    """One user command: the session that carries it, and the guard that watches over it."""
+    """One user command, and the guard for a streaming stdin."""
 
-    def __init__(self, host: Host, records: bytes, stdout: Callable[[bytes], Any],
-                 stderr: Callable[[bytes], Any], source: Source | None) -> None:
+    def __init__(self, host: Host, records: bytes, stdout: Sink, stderr: Sink,
+                 source: Source | None) -> None:
         self.host, self.records, self.source = host, records, source
         self.stdout, self.stderr = stdout, stderr
         self.run_id = os.urandom(12).hex()
@@ -4406,8 +4267,8 @@ class CommandRun:
         self.verdict = Capture(100)      # of the guard
 
     def go(self, deadline: Deadline, cancel: Cancel | None) -> Outcome:
-        """From the start to the end. Until the header is written whole nothing can have begun: a
-        session that is lost before is replaced."""
+        """Run it to its end. A session that is lost before the header is written whole is replaced:
+        nothing can have begun."""
         def repeat(lost: ConnectionLost) -> bool:
             return not lost.begun and not (self.source and self.source.total)
 
@@ -4421,7 +4282,7 @@ class CommandRun:
                 reason = "cancel"
             except (CmuxError, KeyboardInterrupt) as error:
                 if not isinstance(error, (HostError, WorkspaceMissing)):
-                    self._stop(discard=True)  # a sink, the source: nothing may go on unseen
+                    self._stop(discard=True)  # a sink or the source failed
                 raise
             return Outcome(status=None, stopped=self._stop(), reason=reason)
         try:
@@ -4442,8 +4303,8 @@ class CommandRun:
 
     def _begin(self, sessions: list[Session], deadline: Deadline,
                cancel: Cancel | None) -> Exchange:
-        """See the command begin, and, for a streaming stdin, the guard before it. Each with a
-        connection of its own holds a handshake until it has begun: then the other is opened."""
+        """Begin the command, and before it, for a streaming stdin, the guard. Each connection of
+        its own holds a handshake until it has begun: only then is the other opened."""
         if self.source:
             self.guard = Exchange(sessions[-1], script_records(GUARD), self.verdict, len,
                                   run_id=self.run_id)
@@ -4461,14 +4322,15 @@ class CommandRun:
     def _tell_guard(self, line: str) -> None:
         if self.guard:
             self.guard.outgoing = memoryview(b"%s\n" % line.encode())
-            self.guard.run(Deadline(CONTROL_PATIENCE), until=self.guard.written)
+            guard = self.guard
+            guard.run(Deadline(CONTROL_PATIENCE), until=lambda: not guard.outgoing)
 
     # -- stopping --
 
     def _stop(self, discard: bool = False) -> str:
-        """End the tree on the host: confirmed, requested (asked, not seen to end), unknown."""
+        """End the tree on the host: confirmed, requested (not seen to end), or unknown."""
         exchange, asked = self.exchange, self.guard or self.exchange
-        if not exchange or not asked or not (exchange.begun or not exchange.outgoing):
+        if not exchange or not asked or exchange.outgoing and not exchange.begun:
             return "confirmed"  # the header was never complete: nothing can have begun
         if discard:
             exchange.source, exchange.out.sink, exchange.err.sink = None, len, len
@@ -4489,12 +4351,12 @@ class CommandRun:
         return self._stop_again(exchange.out.pid or "-")
 
     def _stop_again(self, pid: str) -> str:
-        """Over a second session, which looks again and says what it sees."""
+        """End it over another session, and report what that sees."""
         try:
             reply, session = Capture(100), self.host.open(Deadline(STOP_PATIENCE))
             try:
-                guard = Exchange(session, script_records(GUARD), reply, len, close_stdin=True,
-                                 run_id=self.run_id, after=b"%s\n" % pid.encode())
+                guard = Exchange(session, script_records(GUARD), reply, len,
+                                 data=pid.encode() + b"\n", run_id=self.run_id)
                 guard.run(Deadline(STOP_PATIENCE))
             finally:
                 self.host.done(session)
@@ -6352,8 +6214,7 @@ class WorkspaceBase:
         session = self.host.open(Deadline(patience))
         try:
             header = HELD + script_records(HANDOVER, self.root, op)
-            exchange = Exchange(session, header, ready, ready, close_stdin=True,
-                                after=b"".join(lines))
+            exchange = Exchange(session, header, ready, ready, data=b"".join(lines))
             self.host.begin(exchange, None)
             exchange.run(Deadline(START_PATIENCE),
                          until=lambda: bool(ready.total) or exchange.ended)
@@ -8259,10 +8120,9 @@ def read_some(fd: int) -> bytes:
 def read_lines(fd: int, limit: int, cancel: Cancel | None = None) -> Iterator[bytes]:
     """Lines of a descriptor, until its end or ``cancel``; of one longer than ``limit`` only the
     beginning is kept."""
-    watched = [(thing, select.POLLIN) for thing in (fd, cancel) if thing is not None]
     held = bytearray()
     while True:
-        poll_once(None, *watched)
+        poll_once(None, cancel, fd)
         data = read_some(fd) if not (cancel and cancel.is_set) else b""
         if not data:
             break
@@ -9852,7 +9712,7 @@ def open_stdin() -> Source | None:
             return None
     except OSError:
         return None
-    events = poll_once(0, (0, select.POLLIN))
+    events = poll_once(0, 0)
     return None if events and not events[0] & select.POLLIN else Source(0)
 
 
