@@ -4527,6 +4527,7 @@ GIT_SAFE = GIT_ALWAYS + git_settings(
 USER_SAFE = GIT_ALWAYS + git_settings("core.splitIndex=false", "core.untrackedCache=false",
                                   "core.safecrlf=false")
 # protocol.allow=never does not stop a repository's own protocol.ext.allow=always; this does.
+ALTERNATES = "GIT_ALTERNATE_OBJECT_DIRECTORIES"
 GIT_ALONE = {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0",
              "GIT_NO_REPLACE_OBJECTS": "1", "GIT_OPTIONAL_LOCKS": "0"}
 # Bytes are the repository's own: no filter runs, no commit id, author or date is expanded, no
@@ -4559,7 +4560,7 @@ class Repository:
     """The user's git repository around a directory. Raises GitFailed where there is none."""
 
     def __init__(self, directory: str) -> None:
-        self.program, self._top = find_program("git"), ""
+        self.program = find_program("git")
         try:
             self.directory = os.path.abspath(directory)
         except FileNotFoundError:
@@ -4640,22 +4641,22 @@ class Repository:
         except GitFailed:
             return ""
 
-    def worktree(self) -> str:
-        """The top directory of the work tree. Raises GitFailed in a bare repository."""
-        self._top = self._top or self._line("rev-parse", "--show-toplevel")
-        return self._top
+    @functools.cached_property
+    def top(self) -> str:
+        """The top directory of the work tree, with no link in it; "" in a bare repository."""
+        with contextlib.suppress(GitFailed):
+            return os.path.realpath(self._line("rev-parse", "--show-toplevel"))
+        return ""
 
     def _own_state(self) -> str:
-        """Where the state directory lies in the work tree (a home may be a repository); "" if it
-        does not."""
-        own = os.path.relpath(os.path.realpath(state_home()), os.path.realpath(self.worktree()))
-        return "" if own.split("/")[0] == ".." else own
+        """The state directory relative to the work tree, if it lies in it (a home may be a
+        repository)."""
+        own = os.path.relpath(os.path.realpath(state_home()), self.top or "/")
+        return own if self.top and own.split("/")[0] != ".." else ""
 
     def refuse_state(self, commit: str) -> None:
         """Raise UsageError if a commit holds the state directory, and with it the secrets."""
-        own = ""
-        with contextlib.suppress(GitFailed):  # bare
-            own = self._own_state()
+        own = self._own_state()
         if own and self.value_of(f"{commit}:{own}", ""):
             raise UsageError(f"Nothing was sent: {show(own)}, where {PROGRAM} keeps the secrets, "
                              f"is in the commit {commit[:12]}.",
@@ -4663,23 +4664,22 @@ class Repository:
                              "CMUX_SSH_HOME to another directory.")
 
     def _as_user(self, shadow: Shadow, filters: bool = False) -> Shadow:
-        """A shadow whose git is the user's, with its configuration, in the work tree; index and new
+        """A shadow whose git reads the work tree with the user's configuration; index and new
         objects are the shadow's own. No hook, no fsmonitor and, unless wanted, no filter runs."""
         import copy
         shadow.borrow_index(self)
         own = copy.copy(shadow)
-        own.start = [self.program, "-C", self.worktree(), *USER_SAFE]
+        own.start = [self.program, "-C", self.top, *USER_SAFE]
         for name in () if filters else self._configured("filter", user_environment()):
             own.start += git_settings(name + ".process=", name + ".required=false")
-        others = "GIT_ALTERNATE_OBJECT_DIRECTORIES"
         own.env = dict(self._without_hooks(user_environment()), **GIT_ALONE,
                        GIT_INDEX_FILE=os.path.join(shadow.git_dir, "index"),
                        GIT_OBJECT_DIRECTORY=os.path.join(shadow.git_dir, "objects"))
-        own.env[others] = shadow.env[others]
+        own.env[ALTERNATES] = shadow.env[ALTERNATES]
         return own
 
     def _configured(self, section: str, env: dict[str, str]) -> set[str]:
-        """What the configuration has of a section: SECTION.NAME."""
+        """The SECTION.NAMEs of the configuration."""
         pattern = rf"^{section}\..*\."
         out = self._ask("config", "-z", "--name-only", "--get-regexp", pattern, env=env)
         return {name.rpartition(".")[0] for name in os.fsdecode(out).split("\0")[:-1]}
@@ -4696,28 +4696,25 @@ class Repository:
     def uncommitted(self, shadow: Shadow, pointers: Mapping[bytes, Pointer]) -> int:
         """How many tracked files are not as HEAD has them, whose LFS pointers are these."""
         count = 0
-        try:
-            for path in self._as_user(shadow).differing("HEAD"):
-                file = os.path.join(self.worktree(), os.fsdecode(path))
+        with contextlib.suppress(GitFailed):
+            for path in self._as_user(shadow).differing("HEAD") if self.top else ():
+                file = os.path.join(self.top, os.fsdecode(path))
                 count += path not in pointers or not is_content(file, pointers[path])
-        except GitFailed:
-            pass  # a bare repository
         return count
 
     def snapshot(self, allow: Sequence[str] = ()) -> str:
         """A commit of the work tree as `git add -A` takes it, with the user's filters, kept as
         refs/cmux/sent/ID; index and branches stay as they are. Refuses what looks like secrets."""
         commit, tree = self.resolve("HEAD")
-        if self._line("rev-parse", "--is-bare-repository") == "true":
-            raise UsageError("This repository is bare: it has no work tree to send.",
+        if not self.top:
+            raise UsageError("There is no work tree to send: this repository is bare.",
                              "Leave out --dirty.")
         with self.in_shadow(commit) as shadow:
             self._add_all(shadow)
             new = shadow.call("write-tree")
             if new == tree:
                 return commit
-            changed = shadow.changes(tree, new)
-            paths = [as_text(path) for _, mode, _, path in changed
+            paths = [as_text(path) for _, mode, _, path in shadow.changes(tree, new)
                      if mode != "000000"]
             secret = [path for path in paths if _SECRET_FILE.search(path) and path not in allow]
             if secret:
@@ -4737,7 +4734,7 @@ class Repository:
         links = shadow.index_links()
         own = self._own_state()
         if own and not run(user.argv("check-ignore", "-q", "--", own), user.env)[0]:
-            own = ""  # add says so, and fails, where an excluded path is ignored already
+            own = ""  # add fails where an excluded path is ignored already
         apart = [":(exclude,literal)" + path for path in (*map(os.fsdecode, links), own) if path]
         try:
             list(user.records("add", "-A", "--", ".", *apart, talks=True))
@@ -4756,7 +4753,7 @@ class Repository:
         user.call("update-index", "--remove", "-z", "--stdin", stdin=b"\0".join([*links, b""]))
 
     def _worktrees(self) -> list[list[str]]:
-        """What `git worktree list` says: its lines, worktree by worktree."""
+        """The lines of `git worktree list`, worktree by worktree."""
         text = self._line("worktree", "list", "--porcelain")
         return [row.split("\n") for row in text.split("\n\n") if row]
 
@@ -4769,9 +4766,7 @@ class Repository:
         tops = {os.path.realpath(row[0][len("worktree "):]) for row in self._worktrees()
                 if "bare" not in row}
         tops.discard(os.path.realpath(self.common_dir))  # of a submodule git names that
-        with contextlib.suppress(GitFailed):  # a bare repository
-            tops.add(os.path.realpath(self.worktree()))
-        found = {os.path.relpath(near, top) for top in tops
+        found = {os.path.relpath(near, top) for top in tops.union(filter(None, [self.top]))
                  for near in (os.path.normpath(path), os.path.realpath(path))}
         if raw and raw[0] not in "/~":
             found.add(os.path.normpath(raw))
@@ -4792,32 +4787,40 @@ class Repository:
     def publish(self, pack: str, ref: str, new: str, old: str) -> None:
         """Take a pack that was checked in quarantine, then set ``ref`` if it still is ``old``."""
         command = [self.program, "--git-dir=" + self.git_dir, *GIT_SAFE]
-        with open(pack, "rb") as stream:
-            words = ["index-pack", "--stdin", "--strict", "--fsck-objects",
-                     f"--max-input-size={2 * PULL_TOTAL_MAX}"]
-            if spawn(command + words, git_environment(), stdin=stream).wait():
-                raise GitFailed("git did not take the objects of the result.", "Is the disk full?")
+        why = index_pack(command, git_environment(), pack)
+        if why:
+            raise GitFailed(f"git did not take the result: {why}.", "Is the disk full?")
         if ref.startswith("refs/heads/"):
             self.check_branch(ref[11:])  # once more: bringing it took minutes
-        words = ["update-ref", "--no-deref", "-m", "cmux pull", ref, new, old or "0" * len(new)]
-        status, _, err = run(command + words, self._without_hooks(git_environment()))
+        command += ["update-ref", "--no-deref", "-m", "cmux pull", ref, new, old or "0" * len(new)]
+        status, _, err = run(command, self._without_hooks(git_environment()))
         if status:
-            why = show(neutralise(err).strip(), 300)
-            raise GitFailed(f"The branch {show(ref[11:])} could not be set: {why}.",
-                            "Choose another with --branch.")
+            raise GitFailed(f"The branch {show(ref[11:])} could not be set: "
+                            f"{show(err.strip(), 300)}.", "Choose another with --branch.")
 
     def place(self) -> Place:
         """Where this repository's submodules and LFS content lie."""
-        top = ""
-        with contextlib.suppress(GitFailed):  # bare
-            top = os.path.realpath(self.worktree())
         roots = [os.path.join(base, "modules")
                  for base in (self.common_dir, os.path.realpath(self.git_dir))]
-        return Place(top, self.common_dir, roots)
+        return Place(self.top, self.common_dir, roots)
 
     def object_directory(self) -> str:
         out = self._line("rev-parse", "--git-path", "objects")
         return os.path.realpath(os.path.join(self.directory, out))
+
+
+def read_errors(stream: IO[bytes]) -> bytes:
+    stream.seek(0)
+    return stream.read(LOG_MAX).strip()
+
+
+def index_pack(command: list[str], env: Mapping[str, str], pack: str) -> str:
+    """Have git check a pack, strictly, and keep it; "", or why it refuses."""
+    words = ["index-pack", "--stdin", "--strict", "--fsck-objects",
+             f"--max-input-size={2 * PULL_TOTAL_MAX}"]
+    with open(pack, "rb") as stream, spool(b"") as errors:
+        failed = spawn(command + words, env, stdin=stream, stderr=errors).wait()
+        return show(read_errors(errors), 300) if failed else ""
 
 
 class Shadow:
@@ -4835,9 +4838,8 @@ class Shadow:
         os.mkdir(self.path, 0o700)
         self.git_dir = os.path.join(self.path, "sh.git")
         self.start = [self.program, "--git-dir=" + self.git_dir, *GIT_SAFE]
-        stores = self.alternate(repository.object_directory())
-        self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null",
-                                   GIT_ALTERNATE_OBJECT_DIRECTORIES=stores)
+        self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null")
+        self.env[ALTERNATES] = self.alternate(repository.object_directory())
         try:
             self._init(self.git_dir, example)
             os.makedirs(os.path.join(self.git_dir, "info"), exist_ok=True)
@@ -4857,13 +4859,13 @@ class Shadow:
         """Read from one more object store. Every git of this shadow would fail where it is not."""
         if os.path.realpath(objects) != objects or not os.path.isdir(objects):
             raise GitFailed(f"The object store {show(objects)} is not there.")
-        stores, more = self.env["GIT_ALTERNATE_OBJECT_DIRECTORIES"], self.alternate(objects)
-        if more not in stores:
-            self.env["GIT_ALTERNATE_OBJECT_DIRECTORIES"] = f"{stores}:{more}"
+        more = self.alternate(objects)
+        if more not in self.env[ALTERNATES]:
+            self.env[ALTERNATES] += ":" + more
 
     def tree_in(self, objects: str, commit: str) -> str:
         """The tree of a commit that one object store has with everything in it; else ""."""
-        env = {"GIT_ALTERNATE_OBJECT_DIRECTORIES": self.alternate(objects)}
+        env = {ALTERNATES: self.alternate(objects)}
         try:
             tree = self.call("rev-parse", "--verify", "-q", commit + "^{tree}", env=env)
             self.call("rev-list", "--objects", "--no-walk", "--quiet", commit, env=env)
@@ -4895,10 +4897,7 @@ class Shadow:
         """What a git command prints, split at ``end``, one by one; nothing is held. Raises
         GitFailed when it fails or, unless it ``talks``, has anything on stderr: update-index drops
         paths so."""
-        base = os.path.join(self.path, os.urandom(4).hex())
-        with open(base + ".in", "wb+") as source, open(base + ".err", "wb+") as errors:
-            source.write(stdin)
-            source.seek(0)
+        with spool(stdin) as source, spool(b"") as errors:
             process = spawn(self.argv(*words), dict(self.env, **(env or {})), stdin=source,
                             stdout=-1, stderr=errors)
             assert process.stdout
@@ -4913,16 +4912,12 @@ class Shadow:
                     yield from parts
                 if rest:
                     yield rest
-                process.wait()
-                errors.seek(0)
-                text = neutralise(errors.read(LOG_MAX)).strip()
-                if process.returncode or text and not talks:
+                failed, text = process.wait(), read_errors(errors)
+                if failed or text and not talks:
                     raise GitFailed(f"git {words[0]} failed: {show(text, 300)}.")
             finally:
                 kill_group(process)
                 process.stdout.close()
-        os.unlink(base + ".in")
-        os.unlink(base + ".err")
 
     def call(self, *words: str, stdin: bytes = b"", env: dict[str, str] | None = None) -> str:
         lines = self.records(*words, stdin=stdin, end=b"\n", env=env)
@@ -4976,8 +4971,12 @@ class Shadow:
         files = [row for row in rows if int(row[0])]
         return self.altered("", [("100644", gone, b".cmux-gone"), *files])
 
-    def lfs_paths(self, paths: Iterable[bytes], env: dict[str, str]) -> list[bytes]:
-        """Those that LFS manages, by the .gitattributes in the index of ``env``."""
+    def lfs_paths(self, tree: str, paths: Collection[bytes]) -> list[bytes]:
+        """Those that LFS manages, by the .gitattributes of a tree or commit."""
+        if not paths:
+            return []
+        env = {"GIT_INDEX_FILE": os.path.join(self.path, "lfs.index")}
+        self.call("read-tree", tree, env=env)
         self.attributes("")
         answers = self.records("check-attr", "-z", "--stdin", "--cached", "filter", env=env,
                                stdin=b"".join(path + b"\0" for path in paths))
@@ -4985,12 +4984,11 @@ class Shadow:
 
     def pointers(self, tree: str) -> Iterator[tuple[bytes, Pointer]]:
         """A tree's LFS pointers, by path."""
-        env, sizes = {"GIT_INDEX_FILE": os.path.join(self.path, "lfs.index")}, self.sizes(tree)
-        self.call("read-tree", tree, env=env)
+        sizes = self.sizes(tree)
         files = {path: (mode, oid) for mode, oid, path in self.listing(tree)
                  if mode[:3] == "100" and sizes.get(path, POINTER_MAX + 1) <= POINTER_MAX}
-        marked = self.lfs_paths(files, env)
-        for path, (_, data) in zip(marked, self.blobs([files[path][1] for path in marked])):
+        marked = self.lfs_paths(tree, files)
+        for path, data in zip(marked, self.blobs([files[path][1] for path in marked])):
             match = _POINTER.match(data)
             if match:
                 yield path, (*files[path], match.group(1).decode(), int(match.group(2)))
@@ -5021,14 +5019,11 @@ class Shadow:
             if re.match(r"index\Z|sharedindex\.", name) and os.path.isfile(source):
                 shutil.copy2(source, os.path.join(self.git_dir, name))
 
-    def blobs(self, ids: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-        """(id, content) of small blobs, in order; b"" for one that is not small."""
-        import tempfile
+    def blobs(self, ids: Sequence[str]) -> Iterator[bytes]:
+        """The contents of small blobs, in order; b"" for one that is not small."""
         if not ids:
             return
-        with tempfile.TemporaryFile(dir=self.path) as source:
-            source.write("".join(oid + "\n" for oid in ids).encode())
-            source.seek(0)
+        with spool("".join(oid + "\n" for oid in ids).encode()) as source:
             process = spawn(self.argv("cat-file", "--batch"), self.env, stdin=source, stdout=-1)
         assert process.stdout
         try:
@@ -5042,32 +5037,25 @@ class Shadow:
                     for left in range(size - len(content), 0, -CHUNK):
                         content = stream.read(min(left, CHUNK)) and b""
                     stream.read(1)
-                    yield oid, content
+                    yield content
         finally:
             kill_group(process)
             process.stdout.close()
 
     def quarantine(self, tip: str, known: Iterable[str]) -> str:
-        """A pack of what ``tip`` has and the commits ``known`` have not, as a file, having passed
-        git's own strict checks in a repository apart (a refusal leaves files behind)."""
+        """A file: a pack of what ``tip`` has and the commits ``known`` have not, which passed
+        git's strict checks in a repository of its own (a refusal leaves files behind)."""
         apart = os.path.join(self.path, "apart.git")
         pack = os.path.join(self.path, "result.pack")
-        with open(pack, "wb+") as stream, open(pack + ".io", "wb+") as text:
-            text.write("\n^".join([tip, *known, ""])[:-1].encode())
-            text.seek(0)
+        with open(pack, "wb") as stream, \
+                spool("\n^".join([tip, *known, ""])[:-1].encode()) as revisions:
             words = self.argv("pack-objects", "-q", "--revs", "--stdout")
-            if spawn(words, self.env, stdin=text, stdout=stream).wait():
+            if spawn(words, self.env, stdin=revisions, stdout=stream).wait():
                 raise GitFailed("git could not pack the result.")
-            self._init(apart, tip)
-            stream.seek(0)
-            text.seek(0)
-            text.truncate()
-            words = [self.program, "--git-dir=" + apart, *GIT_SAFE, "index-pack", "--stdin",
-                     "--strict", "--fsck-objects"]
-            if spawn(words, self.env, stdin=stream, stderr=text).wait():
-                text.seek(0)
-                why = show(neutralise(text.read(LOG_MAX)).strip(), 300)
-                raise ResultRefused(f"git refuses the result: {why}.")
+        self._init(apart, tip)
+        why = index_pack([self.program, "--git-dir=" + apart, *GIT_SAFE], self.env, pack)
+        if why:
+            raise ResultRefused(f"git refuses the result: {why}.")
         return pack
 
     def sizes(self, tree: str) -> dict[bytes, int]:
@@ -5083,10 +5071,10 @@ class Shadow:
     def archive(self, tree: str, front: Iterable[bytes] = ()) -> Archive:
         """``front`` are tar entries without an end, which go before those of the tree."""
         self.attributes(SHADOW_ATTRIBUTES)
-        with open(os.path.join(self.path, "errors"), "wb") as errors:  # nobody reads a pipe
-            process = spawn(self.argv("archive", "--format=tar", tree), self.env, stdout=-1,
-                            stderr=errors.fileno())
-        return Archive(process, errors.name, front)
+        errors = spool(b"")  # nobody would read a pipe
+        process = spawn(self.argv("archive", "--format=tar", tree), self.env, stdout=-1,
+                        stderr=errors)
+        return Archive(process, errors, front)
 
     def close(self) -> None:
         import shutil
@@ -5190,7 +5178,7 @@ class Parts:
                 attributes.append(oid)
             if prefix:
                 self._rows.append((mode, oid, prefix + path))
-        if any(b"lfs" in data for _, data in self.shadow.blobs(attributes)):
+        if any(b"lfs" in data for data in self.shadow.blobs(attributes)):
             for path, pointer in self.shadow.pointers(tree):
                 self._take(place, prefix + path, pointer)
         for path, commit in links:
@@ -5259,18 +5247,16 @@ def is_content(path: str, pointer: Pointer) -> bool:
 
 def make_repository(path: str, files: Mapping[str, str]) -> str:
     """A new repository of one commit with these files (for the demo)."""
-    os.makedirs(path)
+    os.mkdir(path)
     for name, text in files.items():
-        os.makedirs(os.path.dirname(os.path.join(path, name)), exist_ok=True)
         with open(os.path.join(path, name), "w") as stream:
             stream.write(text)
-    env = git_environment(GIT_AUTHOR_NAME="demo", GIT_AUTHOR_EMAIL="demo@localhost",
-                          GIT_COMMITTER_NAME="demo", GIT_COMMITTER_EMAIL="demo@localhost",
-                          GIT_CONFIG_GLOBAL="/dev/null")
+    command = [find_program("git"), "-C", path,
+               *git_settings("user.name=demo", "user.email=demo@localhost")]
     for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "hello"]):
-        status, _, err = run([find_program("git"), "-C", path, *words], env)
+        status, _, err = run(command + words, git_environment(GIT_CONFIG_GLOBAL="/dev/null"))
         if status:
-            raise GitFailed(f"git {words[0]} failed: {show(neutralise(err))}.")
+            raise GitFailed(f"git {words[0]} failed: {show(err)}.")
     return path
 
 
@@ -5339,7 +5325,7 @@ class Archive(Source):
     """The stream of a running `git archive`, with its length and checksum so far. ``total`` counts
     what travels: compressed, after compress()."""
 
-    def __init__(self, process: Process, errors: str, front: Iterable[bytes] = ()) -> None:
+    def __init__(self, process: Process, errors: IO[bytes], front: Iterable[bytes]) -> None:
         assert process.stdout
         super().__init__(process.stdout.fileno())
         self.process, self.errors, self.front = process, errors, iter(front)
@@ -5383,6 +5369,7 @@ class Archive(Source):
 
     def close(self) -> None:
         kill_group(self.process)
+        self.errors.close()
         if self.process.stdout:
             self.process.stdout.close()
 
@@ -5392,8 +5379,7 @@ class Archive(Source):
         if ended:
             self.process.wait(timeout=60)
         if self.process.poll():
-            with open(self.errors, "rb") as stream:
-                why = show(neutralise(stream.read(LOG_MAX)).strip(), 300)
+            why = show(read_errors(self.errors), 300)
             raise GitFailed(f"git archive failed: {why}.", _PARTIAL)
 
 
@@ -6974,25 +6960,17 @@ class Pull:
         pointers = harvest.pointed
         found = [(commit.changes, path) for commit in harvest.commits.values() if pointers
                  for path, (_, oid) in commit.changes.items() if oid in pointers]
-        managed = self._lfs_paths(self.base, {path for _, path in found})
+        managed = set(self.shadow.lfs_paths(self.base, {path for _, path in found}))
         for changes, path in found:
             if path in managed:
                 changes[path] = changes[path][0], pointers[changes[path][1]]
-
-    def _lfs_paths(self, commit: str, paths: Collection[bytes]) -> set[bytes]:
-        """Those that LFS manages, by the .gitattributes of a commit."""
-        if not paths:
-            return set()
-        env = {"GIT_INDEX_FILE": os.path.join(self.shadow.path, "result.index")}
-        self.shadow.call("read-tree", commit, env=env)
-        return set(self.shadow.lfs_paths(paths, env))
 
     def _note_lfs(self, commits: list[str]) -> None:
         rows = self.shadow.changes(self.base, commits[-1]) if commits and self.lfs else ()
         pointers = {oid for _, oid, _, _ in self.lfs.values()}
         changed = [path for _, mode, oid, path in rows
                    if mode in ("100644", "100755") and oid not in pointers]
-        for path in sorted(self._lfs_paths((commits or [""])[-1], changed))[:20]:
+        for path in sorted(self.shadow.lfs_paths((commits or [""])[-1], changed))[:20]:
             self.notes.append(f"{show(path)[1:-1]} came home as content: after the merge, "
                               "`git add` makes an LFS pointer of it")
 
