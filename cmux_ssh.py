@@ -5390,8 +5390,9 @@ class Archive(Source):
 @contextlib.contextmanager
 def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
           detail: object = "", op: str = "") -> Iterator[types.SimpleNamespace]:
-    """One operation as the history records it: ``size`` counts its bytes; ``code`` is its exit code
-    unless it raises; ``op`` says which workspace, by no name. Those inside it are part of it."""
+    """Record an operation in the history. The block sets ``size`` (bytes) and ``code`` (the exit
+    code, unless it raises); ``op``: the workspace's id. An operation inside another is part of
+    it."""
     import _thread
     thread = _thread.get_ident()
     row: Fields = {"operation": operation, "workspace": workspace, "host": host}
@@ -5402,9 +5403,7 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
         yield entry
         return
 
-    def describe() -> None:
-        """Without the values of secrets that are known by now: those that commands make are known
-        only once they were handed over."""
+    def describe() -> None:  # again at the end: a command's secret is known once it was sent
         row["detail"] = ""
         with contextlib.suppress(CmuxError):
             row["detail"] = masked_detail(detail, project.masks())
@@ -5415,7 +5414,7 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
         describe()
         lock = project.history.begin(row)
     try:
-        project.logging.add(thread)  # last: a KeyboardInterrupt before it must not leave it there
+        project.logging.add(thread)  # in the try: an interrupt must not leave it there
         yield entry
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
@@ -5430,24 +5429,27 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
             lock.free()
 
 
+def mask(data: bytes, masks: Iterable[tuple[bytes, bytes]]) -> bytes:
+    for value, shown in masks:
+        data = data.replace(value, shown)
+    return data
+
+
 def masked_detail(what: object, masks: Sequence[tuple[bytes, bytes]]) -> str:
-    """A command, path or pattern for the history: no secret's value, one line, bounded."""
+    """A command, path or pattern for the history: masked, one line, bounded."""
     line = isinstance(what, str)
     words = []
     for word in [what] if line else what if isinstance(what, (list, tuple)) else ():
         word = as_text(word) if isinstance(word, bytes) else str(word)
-        data = encoded(word)
-        for value, shown in masks:
-            data = data.replace(value, shown)
-        plain = as_text(data)
+        plain = as_text(mask(encoded(word), masks))
         words.append(plain if plain != word or line else quote(word))
     return show(" ".join(words), 200)[1:-1]
 
 
 def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0,
            code: Callable[[Any], int] = lambda result: 0) -> Callable[[AnyFunction], AnyFunction]:
-    """For functions of a workspace whose next argument is worth recording; ``size`` of the result
-    and the arguments, exit ``code`` of the result."""
+    """Record a function of a workspace with its next argument; ``size`` is made of the result and
+    the arguments, the exit ``code`` of the result."""
     def decorate(function: AnyFunction) -> AnyFunction:
         named = "".join(function.__code__.co_varnames[1:2])
 
@@ -5492,8 +5494,8 @@ class ProjectBase:
         self.logging: set[int] = set()   # threads in the middle of a logged operation
 
     def hand_over(self, secrets: Mapping[str, bytes]) -> None:
-        """Remember what a command is given, for masking. The oldest make room: one that is fetched
-        by a command may be another each time."""
+        """Remember what a command is given, for masking; at most 1,000 values, as a secret's
+        command may print another each time."""
         with self._mutex:
             self.fetched.update(secrets)
             self.handed_over.update({value: name for name, value in secrets.items()})
@@ -5501,8 +5503,8 @@ class ProjectBase:
                 del self.handed_over[value]
 
     def know_secrets(self) -> None:
-        """Run the commands that make secrets, if this process has not yet: what an earlier one sent
-        must be masked, too."""
+        """Run the commands that print secrets, if this process has not yet: what an earlier process
+        sent must be masked, too."""
         with self._fetching:
             stored = self.registry.secrets()
             if {name for name, entry in stored.items() if "command" in entry} - self.fetched:
@@ -5515,9 +5517,9 @@ class ProjectBase:
                     raise
 
     def masks(self) -> list[tuple[bytes, bytes]]:
-        """(a secret's value, what to show in its place), longest first, also lines of a value, as a
-        key is shown with other line ends or an indent. Values below four bytes would mask half of
-        all text."""
+        """(a secret's value, what to show instead), longest first; also the lines of a value, since
+        a key is printed with other line ends or an indent. Below four bytes a value would mask half
+        of all text."""
         known, secrets = dict(self.handed_over), self.registry.secrets()
         made_of = dict(known), secrets
         if self._masked[0] == made_of:
@@ -5548,12 +5550,6 @@ class ProjectBase:
     def name(self) -> str:
         """The project's name: its directory's, made safe."""
         return str(self.registry.read()["name"])
-
-    @property
-    def remote_name(self) -> str:
-        """The project's directory on every host: its name and an id that is random."""
-        value = self.registry.read()
-        return f"{value['name']}-{value['id']}"
 
     def host(self, name: str) -> Host:
         """The Host of that name, the same for all workspaces of this object. Raises UsageError."""
@@ -5617,9 +5613,10 @@ class ProjectBase:
 
     def operate(self, script: str, name: str, entry: Mapping[str, Any], words: Sequence[str],
                 change: Mapping[str, Any] = types.MappingProxyType({}), **more: Any) -> Reply:
-        """Run an operation on a workspace's name on its host, once the registry has the ``change``;
-        the first word names the operation. The host does none any more that has a lower turn: its
-        client was killed."""
+        """Put the ``change`` into the registry, then run an operation on a workspace's name on its
+        host; the first word is the operation's id. The host refuses one of a lower turn: its client
+        was killed."""
+        Shadow.reap(temporary_folder())
         with self.registry.editing() as record:
             turn = record["turn"] = max(record.get("turn", 0) + 1, int(time.time()))
             record["workspaces"].setdefault(name, {}).update(change)
@@ -5627,23 +5624,21 @@ class ProjectBase:
         return self.host(entry["host"]).call(script, *place, *words, **more)
 
     def discard(self, name: str, entry: Fields) -> None:
-        """The directory into the host's trash, the entry out of the registry; not listed from here
-        on, unless the host does not do it."""
-        Shadow.reap(temporary_folder())  # of whoever was killed while he made it
+        """Move the directory into the host's trash, and forget the entry, which is not listed
+        meanwhile."""
         words = [os.urandom(8).hex(), entry["op"]]
         try:
             reply = self.operate(REMOVE, name, entry, words, {"state": "removing"})
             check_reply(reply, entry["host"], f"remove the workspace {name}")
         except CmuxError as error:
-            if not isinstance(error, ConnectionLost):  # then nobody knows
+            if not isinstance(error, ConnectionLost):  # then it may be removed
                 self.update(name, state=entry["state"])
             raise
         self.forget(name)
 
     def vacate(self, name: str) -> None:
-        """See that a name is free. Under its lock, an entry that is not ready is what a process
-        that was killed left, and was never reported to anybody: it is cleared away. So is half a
-        rename to it."""
+        """See that a name is free, under its lock: an entry that is not ready, or half a rename to
+        it, is what a process that was killed left. It is cleared away."""
         for other, entry in self.entries().items():
             if entry.get("intent", {}).get("to") == name:
                 lock = self.registry.creation_lock(other)
@@ -5660,24 +5655,23 @@ class ProjectBase:
             self.discard(name, left)
 
     def settle(self, name: str) -> Fields:
-        """The entry of a workspace after what a push or a rename that was cut off has left to do: a
-        push that was done there counts, a rename does not. Under the workspace's lock."""
+        """The entry of a workspace, once a push or rename that was cut off is settled: a push that
+        the host has done counts, a rename is undone. Under the workspace's lock."""
         entry = self.entry(name)
         intent = entry.get("intent")
         if intent:
-            Shadow.reap(temporary_folder())
             words = [intent.get("to", name), name, entry["op"], intent["op"]]
             reply = self.operate(RENAME, name, entry, [os.urandom(8).hex(), *words])
-            if reply.status not in (20, 22):  # else it is nowhere, or something else stands there
+            if reply.status not in (20, 22):  # else it is gone, or another directory is in its way
                 check_reply(reply, entry["host"], f"settle an interrupted operation on {name}")
             self._end_intent(name, intent["op"] in reply.lines())
         return self.entry(name)
 
     def _end_intent(self, name: str, pushed: bool) -> None:
-        """A push or a rename has ended, or was given up. Two forks may settle it at once."""
+        """A push or a rename has ended, or was given up."""
         with self.registry.editing() as record:
             entry = record["workspaces"][name]
-            intent = entry.pop("intent", {})
+            intent = entry.pop("intent", {})  # none, where another fork has settled it just now
             if pushed and intent:
                 entry.update({key: intent[key] for key in ("base", "tree", "host_tree", "whole")})
                 entry.get("pulled", {}).pop("left", None)
@@ -5695,15 +5689,15 @@ class ProjectBase:
         check_host(host)
         if not root.isprintable() or len(root) > PATH_MAX or root.startswith("-"):
             raise UsageError(f"{show(root)} cannot be the root directory.")
-        # Before the lock: a hundred callers of a host that is down then share one failure, and do
-        # not ask it one after the other.
+        # Before the lock: a hundred callers share the failure of a host that is down.
         report = report or Report()
         report.step(name, "connecting")
         self.host(host).masters.connect(Deadline(SLOT_PATIENCE), cancel)
         report.step(name, "being made")
         with self.registry.creation_lock(name).hold(cancel):
             self.vacate(name)
-            place = {"host": host, "root": root, "project": self.remote_name}
+            project = "{name}-{id}".format_map(self.registry.read())  # its directory on the host
+            place = {"host": host, "root": root, "project": project}
             with noted(self, "new", name, host, ref) as log, \
                     Upload(self, name, place, ref, report, cancel) as upload:
                 log.row["op"] = op = os.urandom(8).hex()  # not before: it has no name yet
@@ -5722,9 +5716,7 @@ class ProjectBase:
         try:
             reply = upload.with_base(op, lambda: self.operate(
                 CREATE, name, entry, [op, upload.tree], entry, cancel=upload.cancel))
-            check_reply(reply, host, "make the workspace", name)
-            if "made" not in reply.lines():
-                raise RemoteFailed(f"{host} did not confirm the workspace.", "Try again.")
+            check_reply(reply, host, "make the workspace", name, word="made")
         except CmuxError as error:
             # else it may exist: the next `new` or `rm` clears it
             if not isinstance(error, (ConnectionLost, Cancelled)):
@@ -5742,18 +5734,14 @@ class ProjectBase:
             upload.note_sent(record, root)
 
     def _run_init(self, name: str, root: str, report: Report, cancel: Cancel | None) -> None:
-        """The hook's failure is reported, and undoes nothing."""
         report.say(f"running .cmux/init in {name}")
         report.step(name, "init hook")
         end: object = "lost"
-
-        def output(data: bytes) -> None:
-            report.output(data, name)
+        output = functools.partial(report.output, what=name)
         try:
             result = self.workspace(name).run(["./.cmux/init"], output, output, cancel=cancel)
             if result.reason:
-                raise Cancelled(f"Interrupted; the workspace {name} is there, its init hook was "
-                                "ended.")
+                raise Cancelled(f"Interrupted: the init hook of the workspace {name} was ended.")
             end = result.status
             why = f" Is {show(root or '~/cmux')} on a noexec file system?" if end == 126 else ""
             if end:
@@ -5811,7 +5799,6 @@ class ProjectBase:
         return [name]
 
     def _refuse_lost(self, name: str, entry: Fields) -> None:
-        """Raise WorkspaceDirty if something would be lost with a workspace."""
         if any(row["workspace"] == name and row["operation"] in ("exec", "shell")
                for row in self.running_now()):
             raise WorkspaceDirty(f"A command runs in the workspace {name}.",
@@ -5824,22 +5811,21 @@ class ProjectBase:
             self._refuse(name, entry, reply.lines())
 
     def touch(self, op: str) -> None:
-        """Something begins that may change the workspace since the last pull."""
+        """Note, for `list`, that something begins which may change the workspace after a pull."""
         for name, entry in self.entries().items():
             if entry["op"] == op and entry.get("touched", 0) <= entry.get("asked", -1):
-                # It is for `list` alone.
                 with contextlib.suppress(CmuxError), self.registry.editing() as record:
                     record["workspaces"].get(name, {}).update(touched=time.time())
 
     def running_now(self) -> list[Fields]:
-        """What runs on this machine's behalf, oldest first, under its workspace's name of now."""
+        """What this machine runs now, oldest first, with its workspace's present name."""
         names = {entry["op"]: name for name, entry in self.entries().items()}
         return [dict(row, workspace=names.get(row["op"]) if row.get("op") else row.get("workspace"))
                 for row in self.history.now()]
 
     def past(self, name: str | None = None) -> list[Fields]:
-        """The history, oldest first: of all, or of the workspace that has this name now, also from
-        before it was renamed; of those that had it, where none has."""
+        """The history, oldest first: of all, or of the workspace that has this name now, by any
+        name it had; where none has it, of those that had."""
         op = self.entries().get(name, {}).get("op") if name else None
         return [row for row in self.history.rows() if not name or (
             row.get("op") == op if op and row.get("op") else row.get("workspace") == name)]
@@ -5917,7 +5903,7 @@ class ProjectBase:
             return True
 
     def _push(self, upload: Upload, entry: Fields, force: bool) -> list[str]:
-        """The lines of the host's reply, once it has confirmed a push."""
+        """The lines of the host's reply."""
         name, host, op = upload.name, entry["host"], os.urandom(8).hex()
         if not force:
             self._refuse(name, entry, ())
@@ -5933,15 +5919,13 @@ class ProjectBase:
             raise RemoteFailed(f"The git repository of {name} on {host} cannot be moved: it was "
                                "made anew there, or a lock or a branch like main/x is in the way.",
                                "Put that right there, or replace the directory: --force.")
-        check_reply(reply, host, f"push to {name}", name, name)
-        if "pushed" not in reply.lines():
-            raise RemoteFailed(f"{host} did not confirm the push.", "Try again.")
+        check_reply(reply, host, f"push to {name}", name, name, "pushed")
         return reply.lines()
 
     def gc(self, only: str | None = None) -> tuple[dict[str, int], list[CmuxError]]:
         """Free trash, leftovers and old bases on every host that has or had a workspace of the
-        project, or on one of them: (bytes by host, why it did not go with others). Raises
-        UsageError for another host."""
+        project, or on one of them: (bytes by host, the errors of others). Raises UsageError for
+        another host."""
         used = {(entry["host"], entry["root"]) for entry in self.entries().values()}
         known = used.union(map(tuple, self.registry.read().get("places", [])))
         places = [place for place in sorted(known) if only in (None, place[0])]
@@ -6004,9 +5988,11 @@ def gone_there(name: str, host: str) -> WorkspaceMissing:
                             f"`{PROGRAM} new {name} -H {quote(host)}`.")
 
 
-def check_reply(reply: Reply, host: str, what: str, new: str = "", name: str = "") -> None:
-    """Raise RemoteFailed with the host's own words unless a script ended with status 0. 20: the
-    name ``new`` is taken; 22: the directory of the workspace ``name`` is not there."""
+def check_reply(reply: Reply, host: str, what: str, new: str = "", name: str = "",
+                word: str = "") -> None:
+    """Raise RemoteFailed with the host's own words unless a script ended with status 0 and, where
+    it has one, its last ``word``. 20: the name ``new`` is taken; 22: the directory of the workspace
+    ``name`` is not there."""
     if reply.status == 20 and new:
         raise WorkspaceExists(f"A directory {new} exists already on {host}.",
                               "Choose another name.")
@@ -6015,6 +6001,8 @@ def check_reply(reply: Reply, host: str, what: str, new: str = "", name: str = "
     if reply.status:
         raise RemoteFailed(f"{host} could not {what}: {show(reply.said(), 300)}.",
                            "Is its disk full, or the directory not writable?")
+    if word and word not in reply.lines():
+        raise RemoteFailed(f"{host} did not confirm that it could {what}.", "Try again.")
 
 
 class Report:
@@ -6031,7 +6019,7 @@ class Report:
 
     def progress(self, what: str, done: int, total: Callable[[], int] | None = None,
                  doing: str = "sending") -> None:
-        """Bytes moved so far for workspace ``what``; ``total`` estimates of how many, at a cost."""
+        """Bytes moved so far for workspace ``what``; ``total()`` estimates all, at a cost."""
 
     def step(self, what: str, doing: str) -> None:
         """What is done for workspace ``what`` from now on."""
@@ -6041,7 +6029,7 @@ class Report:
 
 
 class Upload:
-    """What is sent of one commit to one host. A context manager."""
+    """One commit on its way to one host. A context manager."""
 
     def __init__(self, project: ProjectBase, name: str, entry: Mapping[str, Any], ref: str,
                  report: Report, cancel: Cancel | None) -> None:
@@ -6065,21 +6053,21 @@ class Upload:
         self.shadow.close()
 
     def base(self) -> dict[str, str]:
-        """What the registry keeps of what was sent. Versions that left export-ignored files out
-        write no ``whole``."""
+        """What the registry keeps of what was sent. ``whole``: with export-ignored files, which
+        older versions left out."""
         return {"base": self.commit, "tree": self.tree, "whole": self.tree,
                 "host_tree": self.parts.host_tree}
 
     def note_sent(self, record: Fields, root: str) -> None:
-        """Where something of the project is, for gc; and what was sent there, for deltas."""
+        """Note the place, for gc, and the tree, for deltas."""
         for key, value, most in (("places", root, PLACES_KEPT), ("sent", self.tree, SENT_KEPT)):
             row = [self.host.name, value]
             others = [other for other in record.get(key, []) if other != row]
             record[key] = [row, *others[:most]]
 
     def with_base(self, op: str, use: Callable[[], Reply], own: str = "") -> Reply:
-        """Run ``use``, the operation ``op``; where the host lacks the base (21), upload it first.
-        What little differs from the workspace's ``own`` is sent unasked."""
+        """Run ``use``, the operation ``op``; where the host lacks the base (21), upload it first. A
+        small difference to the workspace's ``own`` base is sent without being asked for."""
         if own not in ("", self.tree):
             self._upload(op, [own], True)
         reply = use()
@@ -6103,9 +6091,9 @@ class Upload:
         return reply
 
     def _nearest(self, offered: Iterable[str]) -> tuple[str, list[tuple[str, str, bytes]]]:
-        """The base on the host with which the fewest bytes travel, if those are less than half, and
-        what differs, as (mode, id, path); or "". Only one that was sent there before: a delta tells
-        the names of what the base has and this tree has not."""
+        """The base on the host with which the fewest bytes travel ("" unless less than half), and
+        what differs, as (mode, id, path). It must have been sent there before: a delta names the
+        files that this tree lacks."""
         shadow, host, project = self.shadow, self.host.name, self.project
         sizes = shadow.sizes(self.tree)
         sizes.update({path: self.parts.pointers[path][3] for path in self.parts.files})
@@ -6132,7 +6120,7 @@ class Upload:
         return best, differs
 
     def left_out(self) -> None:
-        """One line, once a command, on what the repository has and the host does not get."""
+        """Report, once a command, what the repository has and the host does not get."""
         with self.project.looking:
             noted_of = vars(self.report).setdefault("not_sent", set())
             if self.tree in noted_of or type(self.report) is Report:  # which shows nothing
@@ -6152,7 +6140,7 @@ class Upload:
             self.report.note(f"Not sent: {', '.join(text)}.")
 
     def _archive(self, parent: str, rows: Sequence[tuple[str, str, bytes]]) -> Archive:
-        """The archive of what differs from a base, or of all."""
+        """The archive of all, or of what differs from a base."""
         apart, tree = list(self.parts.files), self.tree
         if parent:
             apart = [path for mode, _, path in rows if int(mode) and path in self.parts.files]
@@ -6166,8 +6154,8 @@ class Upload:
         return archive
 
     def _upload(self, op: str, offered: Iterable[str], little: bool = False) -> None:
-        """Stream the archive; it counts only when the host's length and checksum are ours. If
-        ``little``, only one that is small."""
+        """Send the archive (if ``little``, only a small one). It counts when the host's length and
+        checksum are ours."""
         parent, rows = self._nearest(offered)
         if little and not parent:
             return
@@ -6204,8 +6192,7 @@ class Upload:
             archive.check(False)
             size = human_size(archive.digest.length)
             cut = UploadFailed(f"The connection to {self.host.name} was lost after {size} of the "
-                               "archive; no workspace was made.",
-                               "Try again; nothing is left half-done.")
+                               "archive.", "Try again; nothing is left half-done.")
             cut.exit_code = 255
             raise cut from lost
         if archive.ended:  # else the host took no more, and says why
@@ -6284,11 +6271,13 @@ class WorkspaceBase:
                 outcome = self.host.run(records, directory, counted(stdout), counted(stderr),
                                         source, Deadline(timeout), cancel)
             except WorkspaceMissing:
-                raise self._no_directory(cwd) if cwd else gone_there(self.name, self.host.name)
+                raise self._no_directory(cwd)
             entry.code = outcome.exit_code
             return outcome
 
-    def _no_directory(self, cwd: str) -> UsageError:
+    def _no_directory(self, cwd: str) -> CmuxError:
+        if not cwd:
+            return gone_there(self.name, self.host.name)
         where = "on " + self.host.name if cwd[0] == "/" else "in the workspace " + self.name
         return UsageError(f"There is no directory {show(cwd)} {where}.",
                           "cwd is relative to the workspace, or absolute.")
@@ -6326,20 +6315,19 @@ class WorkspaceBase:
         writes them into a FIFO that the shell reads once. They are in no argv and on no disk.
         """
         import threading
-        values = dict(secret_values(self.project.registry), CMUX_RUNTIME=b"ssh",
-                      CMUX_WORKSPACE=self.name.encode(), CMUX_PROJECT=self.project.name.encode())
-        lines = [b"%s=%s; export %s\n" % (name.encode(), shell_word(value), name.encode())
-                 for name, value in values.items()]
-        where, op = os.fsencode(self.path), os.urandom(8).hex()
-        lines.append(b'cd %s || exit 96\nexec "${SHELL:-/bin/sh}" -l\n' % shell_word(where))
-        fifo = os.path.dirname(os.path.dirname(where)) + b"/.cmux/stage/%s/f" % op.encode()
-        octal = "".join(f"\\{byte:03o}" for byte in fifo)
+        values = {name: as_text(value)
+                  for name, value in secret_values(self.project.registry).items()}
+        values.update(CMUX_RUNTIME="ssh", CMUX_WORKSPACE=self.name, CMUX_PROJECT=self.project.name)
+        lines = [f"{name}={quote(value)}; export {name}\n" for name, value in values.items()]
+        lines.append(f'cd {quote(self.path)} || exit 96\nexec "${{SHELL:-/bin/sh}}" -l\n')
+        op = os.urandom(8).hex()
+        octal = "".join(f"\\{byte:03o}" for byte in encoded(f"{self.root}/.cmux/stage/{op}/f"))
         ready, patience = Capture(100), SLOT_PATIENCE
         session = self.host.open(Deadline(patience))
         try:
             header = HELD + script_records(HANDOVER, self.root, op)
             exchange = Exchange(session, header, ready, ready, close_stdin=True,
-                                after=b"".join(lines))
+                                after=encoded("".join(lines)))
             self.host.begin(exchange, None)
             exchange.run(Deadline(START_PATIENCE),
                          until=lambda: bool(ready.total) or exchange.ended)
@@ -6367,18 +6355,13 @@ class WorkspaceBase:
 
 
 def state_of(entry: Mapping[str, Any]) -> str:
-    """What is known here, without asking the host: ready; pulled, when a pull brought work home,
-    and nothing was begun from here since; init running, init failed."""
+    """The state as far as this machine knows: ready; pulled, while nothing was begun since a pull;
+    init running; init failed."""
     init = entry.get("init")
     if init not in (None, 0):
         return "init running" if init == "pending" else "init failed"
     pulled = entry.get("pulled")
     return "pulled" if pulled and entry.get("touched", 0) <= pulled.get("at", 0) else "ready"
-
-
-def shell_word(value: bytes) -> bytes:
-    """Bytes as one word of a POSIX shell."""
-    return b"'" + value.replace(b"'", b"'\"'\"'") + b"'"
 
 
 def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: Capture,
@@ -7604,7 +7587,7 @@ class Workspace(WorkspaceBase):
             reply = self.host.call(START, job_directory(self, job), job, *words, before=records,
                                    once=True, cancel=cancel)
         except WorkspaceMissing:
-            raise self._no_directory(cwd) if cwd else gone_there(self.name, self.host.name)
+            raise self._no_directory(cwd)
         check_reply(reply, self.host.name, "start the job")
         if "started" not in reply.lines():
             raise RemoteFailed(f"{self.host.name} did not confirm the job's start.", "See jobs.")
@@ -8316,13 +8299,10 @@ class Veil:
     def clean(self, data: bytes | str, begun: bool = False, printed: bool = False) -> str:
         """``begun``: the data begin somewhere in a stream, perhaps within a secret; ``printed``: by
         a command, for a terminal."""
-        raw = encoded(data) if isinstance(data, str) else data
-        for value, shown in self.masks:
-            raw = raw.replace(value, shown)
-        plain = _ESCAPES.sub("", as_text(raw)).encode("utf-8", "surrogateescape")
-        # Again: grep --color puts its codes into the middle of one.
-        for value, shown in self.masks if plain != raw else []:
-            plain = plain.replace(value, shown)
+        raw = mask(encoded(data), self.masks)
+        plain = encoded(_ESCAPES.sub("", as_text(raw)))
+        if plain != raw:  # grep --color puts its codes into the middle of a secret
+            plain = mask(plain, self.masks)
         pieces = _CUT.split(plain)  # text, cut, text, cut, ..., text
         for i in range(0, len(pieces), 2):
             if i or begun:
