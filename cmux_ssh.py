@@ -4620,9 +4620,7 @@ class Repository:
 
     def resolve(self, revision: str) -> tuple[str, str]:
         """The ids of a commit and of its tree. Raises GitFailed."""
-        if not revision or revision.startswith("-") or "\0" in revision:
-            raise GitFailed(f"{show(revision)} is not a revision.")
-        commit = self.value_of(revision)
+        commit = "" if revision[:1] in ("", "-") else self.value_of(revision)
         if not re.match(r"[0-9a-f]{40,64}\Z", commit):  # ^HEAD passes rev-parse
             if revision == "HEAD":
                 raise GitFailed("The repository has no commit yet.", "Commit something first.")
@@ -4630,9 +4628,9 @@ class Repository:
                             "Name one that `git log` shows.")
         return commit, self._line("rev-parse", "--verify", "-q", commit + "^{tree}")
 
-    def in_shadow(self, example: str) -> Shadow:
-        """A shadow whose object ids are like ``example``."""
-        return Shadow(self, example)
+    def in_shadow(self, example: str) -> contextlib.closing[Shadow]:
+        """A shadow whose object ids are like ``example``, until the block ends."""
+        return contextlib.closing(Shadow(self, example))
 
     def value_of(self, name: str, kind: str = "^{commit}") -> str:
         """The id of the commit (or other object) that a name stands for; "" where there is none."""
@@ -4824,7 +4822,7 @@ def index_pack(command: list[str], env: Mapping[str, str], pack: str) -> str:
 
 
 class Shadow:
-    """A throwaway bare repository with the real object store as alternate. A context manager."""
+    """A throwaway bare repository with the real object store as alternate."""
 
     def __init__(self, repository: Repository, example: str) -> None:
         self.program = repository.program
@@ -4947,8 +4945,7 @@ class Shadow:
 
     def changes(self, old: str, new: str) -> Iterator[tuple[str, str, str, bytes]]:
         """(old mode, new mode, new id, path) of what differs between two trees or commits."""
-        rows = self.records("diff-tree", "-r", "-z", "--raw", "--no-abbrev", "--no-renames",
-                            "--no-ext-diff", "--no-textconv", old, new)
+        rows = self.records(*RAW_DIFF, old, new)
         for row in rows:
             before, after, _, oid, _ = row.decode("ascii").split(" ")
             yield before[1:], after, oid, next(rows)
@@ -5081,15 +5078,11 @@ class Shadow:
         shutil.rmtree(self.path, ignore_errors=True)
         self.lock.free()
 
-    def __enter__(self) -> Shadow:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 if TYPE_CHECKING:
     Pointer = tuple[str, str, str, int]  # of an LFS file: mode, id, sha256 and size of the content
+RAW_DIFF = ("diff-tree", "-r", "-z", "--raw", "--no-abbrev", "--no-renames", "--no-ext-diff",
+            "--no-textconv")
 _PARTIAL = "A partial clone lacks objects: fetch them first with git."
 _POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\n"
                       rb"size (0|[1-9]\d{0,14})\n?\Z")
@@ -5698,8 +5691,8 @@ class ProjectBase:
             self.vacate(name)
             project = "{name}-{id}".format_map(self.registry.read())  # its directory on the host
             place = {"host": host, "root": root, "project": project}
-            with noted(self, "new", name, host, ref) as log, \
-                    Upload(self, name, place, ref, report, cancel) as upload:
+            with noted(self, "new", name, host, ref) as log, contextlib.closing(
+                    Upload(self, name, place, ref, report, cancel)) as upload:
                 log.row["op"] = op = os.urandom(8).hex()  # not before: it has no name yet
                 self._make(upload, op, init)
                 log.size = upload.sent
@@ -5885,7 +5878,7 @@ class ProjectBase:
         with self.registry.creation_lock(check_workspace(name)):
             entry, report = self.settle(name), report or Report()
             host = entry["host"]
-            with Upload(self, name, entry, ref, report, cancel) as upload:
+            with contextlib.closing(Upload(self, name, entry, ref, report, cancel)) as upload:
                 upload.left_out()
                 stands = entry["base"], entry.get("whole")
                 if not force and (upload.commit, upload.tree) == stands:
@@ -6029,7 +6022,7 @@ class Report:
 
 
 class Upload:
-    """One commit on its way to one host. A context manager."""
+    """One commit on its way to one host."""
 
     def __init__(self, project: ProjectBase, name: str, entry: Mapping[str, Any], ref: str,
                  report: Report, cancel: Cancel | None) -> None:
@@ -6038,19 +6031,14 @@ class Upload:
         self.commit, source = project.repository.resolve(ref)
         project.repository.refuse_state(self.commit)
         self.sent = 0  # bytes of the archive
-        self.shadow = project.repository.in_shadow(self.commit)
+        self.shadow = Shadow(project.repository, self.commit)
+        self.close = self.shadow.close
         try:
             self.parts = Parts(self.shadow, project.repository.place(), source)
         except BaseException:
-            self.shadow.close()
+            self.close()
             raise
         self.tree = self.parts.tree
-
-    def __enter__(self) -> Upload:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.shadow.close()
 
     def base(self) -> dict[str, str]:
         """What the registry keeps of what was sent. ``whole``: with export-ignored files, which
@@ -6376,12 +6364,12 @@ def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: C
 # === 13. Results ===
 # Owns: what comes back from a host: the parser of its stream, the checks, the commits made of it.
 # May touch: the rooms above; git only through a Shadow. Promises: no byte of the host's reaches a
-# work tree, an index, a hook, a config or an object that anything refers to before all of it was
-# read, checked and bounded; a stream that ends early, or lies, leaves no ref.
+# work tree, an index, a hook, a config or a referenced object before all of it was read, checked
+# and bounded; a stream that ends early, or lies, leaves no ref.
 
 _HFS_IGNORED = dict.fromkeys([*range(0x200C, 0x2010), *range(0x202A, 0x202F),
                               *range(0x206A, 0x2070), 0xFEFF])
-# What would run or be obeyed on this machine after a merge.
+# What would run or configure tools on this machine after a merge.
 _EXECUTES = re.compile("(^|/)(%s)(/|$)" % "|".join(r"""
     \.gitattributes \.gitmodules \.lfsconfig \.githooks \.husky \.pre-commit-config\.yaml \.envrc
     \.vscode \.idea \.zed \.devcontainer \.github \.gitlab-ci\.yml \.circleci Jenkinsfile \.ci
@@ -6402,7 +6390,7 @@ def refuse(what: str, hint: str = "") -> ResultRefused:
 
 
 def fold(text: str) -> str:
-    """What a file system compares that ignores case, composition and invisible characters."""
+    """A name as file systems compare it that ignore case, composition, invisible characters."""
     if text.isascii():
         return text.lower()
     from unicodedata import normalize
@@ -6424,7 +6412,7 @@ def folds(path: bytes) -> Iterator[tuple[str, str]]:
 
 
 def fold_name(name: str) -> str:
-    """The same of one name, without the stream, blanks and dots at its end that NTFS ignores."""
+    """fold(), without the stream, blanks and dots at the end, which NTFS ignores."""
     return fold(name).split(":")[0].rstrip(" .")
 
 
@@ -6441,8 +6429,7 @@ def is_special(path: bytes) -> bool:
 
 
 def check_result_path(path: bytes) -> str:
-    """Why a path of the host's may not stand in a tree of ours; "" if it may. Refuses what no file
-    system can hold."""
+    """Why a path must be left out; "" if it may come. Refuses one that leaves the tree."""
     text = as_text(path)
     if "\0" in text or not {"", ".", "..", ".git"}.isdisjoint(text.split("/")):
         raise refuse(f"the path {show(text)} leaves the tree, or names a git directory")
@@ -6453,16 +6440,16 @@ def check_result_path(path: bytes) -> str:
     if any(part in ("", ".", "..") or is_dot_git(part) for part in parts):
         return "another system takes it for another place"
     from unicodedata import category
-    for character in "" if text.isprintable() and text.isascii() else text:
-        bad = category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co")
-        if bad and character not in "\n\t\u200c\u200d":
-            return "it has a control character, or is not UTF-8"
+    unusual = "" if text.isprintable() and text.isascii() else text
+    if any(category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co")
+           and character not in "\n\t\u200c\u200d" for character in unusual):
+        return "it has a control character, or is not UTF-8"
     return ""
 
 
 def check_link(path: bytes, target: bytes) -> None:
-    """Refuse a symbolic link that leaves the tree, or leads into .git. `..` may only lead: after
-    a name that is a link itself it would go elsewhere than it reads."""
+    """Refuse a symbolic link that leaves the tree, or leads into .git. `..` must come first: after
+    a name, which may be a link, it leads elsewhere than it reads."""
     text = as_text(target)
     parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".")]
     ups = len(list(itertools.takewhile("..".__eq__, parts)))
@@ -6514,8 +6501,8 @@ class Wire:
 
 
 class Commit:
-    """A commit of the host's. ``changes``, against its first parent: path -> mode ("" where it was
-    deleted), content (the host's name for it until that has come, then ours)."""
+    """A commit of the host's. ``changes`` against its first parent: path -> mode ("": deleted),
+    content (the host's name for it until that has come, then ours)."""
 
     def __init__(self, parents: list[bytes], author: str, committer: str, message: str) -> None:
         self.parents, self.author, self.committer = parents, author, committer
@@ -6526,13 +6513,13 @@ class Commit:
 _CHANGE = re.compile(rb":[0-7]{1,6} (100644|100755|120000|000000) [0-9a-f]{1,64} "
                      rb"([0-9a-f]{1,64}) ([ADMT])\Z")
 _PERSON = re.compile(rb" ?(.*) ?<([^<>\n]*)> (\d{1,11}) ([+-])([01]\d|2[0-3])([0-5]\d)\Z")
-# Python has others, which take quadratic time or are no text.
+# Python's other encodings take quadratic time or are no text.
 _ENCODING = re.compile(rb"(?m)^encoding ((?:iso-?8859|latin|windows|cp|koi8|euc|shift|gb|big5)"
                        rb"[\w-]*)$", re.I)
 
 
 def read_person(line: bytes) -> str:
-    """An author or committer as git writes them, harmless and within bounds."""
+    """An author or committer as git writes them, neutralised and bounded."""
     match = _PERSON.match(line) if len(line) < 1024 else None
     if not match:
         raise refuse("it has a commit without an author, or with a damaged one")
@@ -6542,7 +6529,7 @@ def read_person(line: bytes) -> str:
     ahead = 60 * (60 * int(hours) + int(minutes)) * (1 if sign == b"+" else -1)
     # A time before 1970 on its own clock ends every `git log` here.
     when = max(-ahead, 0, min(int(match.group(3)), 4102444800))
-    # No place on earth is further from Greenwich, and git before 2.28 imports no such zone.
+    # No zone on earth is further off, and git before 2.28 imports none.
     zone = (sign + hours + minutes).decode() if abs(ahead) <= 14 * 3600 else "+0000"
     return f"{name or 'unknown'} <{mail or 'unknown@localhost'}> {when} {zone}"
 
@@ -6571,14 +6558,14 @@ class Harvest:
         self.sizes = {size for _, size in pointers}
         self.commits: dict[bytes, Commit] = {}
         self.contents: dict[bytes, Any] = {}       # how many changes name it; then our name for it
-        self.links: dict[bytes, list[bytes]] = {}  # contents that are targets, and of which links
-        self.leaks: dict[str, list[str]] = {}      # secrets, by our name of the content
+        self.links: dict[bytes, list[bytes]] = {}  # content that is a target -> its links
+        self.leaks: dict[str, list[str]] = {}      # our name of a content -> the secrets in it
         self.pointed: dict[str, str] = {}          # our name of LFS content -> its pointer
-        self.left: dict[bytes, str] = {}           # paths that cannot come, and why
-        self.total = self.spread = 0  # bytes of contents; as often as a path has them
+        self.left: dict[bytes, str] = {}           # path that cannot come -> why
+        self.total = self.spread = 0  # bytes of contents; counted for each path
 
     def read(self, base: bytes, everything: bool, form: str) -> None:
-        """``base``: the host's name of the base commit, b"" without git; ``everything``: what does
+        """``base``: the host's id of the base commit, b"" without git; ``everything``: what does
         not come was deleted; ``form``: the hash of our git."""
         self._read_commits(base)
         if not base:
@@ -6596,7 +6583,7 @@ class Harvest:
         self.contents.clear()
 
     def _objects(self, kind: bytes) -> Iterator[tuple[bytes, int]]:
-        """(name, size) of each object. The caller reads its bytes."""
+        """(name, size) of each object; the caller reads its bytes."""
         while True:
             line = self.wire.upto(b"\n")
             if not line:
@@ -6674,7 +6661,7 @@ class Harvest:
             raise refuse("its stream lacks contents")
 
     def _import(self, chunks: Iterable[bytes], size: int, form: str) -> str:
-        """Give git a content, look for secrets in it; our name for it."""
+        """Give a content to git, and look for secrets in it; its id."""
         import hashlib
         digest = hashlib.new(form, b"blob %d\0" % size)
         plain = hashlib.sha256() if size in self.sizes else None
@@ -6722,12 +6709,10 @@ class Grower:
                             f"committer {commit.committer}\ndata {len(commit.message)}\n").encode())
             importer.write(commit.message)
             parents = dict.fromkeys(marks.get(parent, self.base) for parent in commit.parents)
-            for word, parent in zip(itertools.chain(["from"], itertools.repeat("merge")), parents):
+            for word, parent in zip(["from"] + ["merge"] * 16, parents):
                 importer.write(f"\n{word} {parent}".encode())
             # Deletions first: a directory may take the place of a file.
-            rows = commit.changes.items()
-            for path, (mode, oid) in itertools.chain((row for row in rows if not row[1][0]),
-                                                     (row for row in rows if row[1][0])):
+            for path, (mode, oid) in sorted(commit.changes.items(), key=lambda row: row[1][0] > ""):
                 path = path.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n")
                 word = f"M {mode} {oid}" if mode else "D"
                 importer.write(b'\n%s "%s"' % (word.encode(), path))
@@ -6742,9 +6727,7 @@ class Grower:
         """What differs must be what was wanted, and all of it."""
         pairs = "".join(f"{self.made[name]} {self.made.get(commit.parents[0], self.base)}\n"
                         for name, commit in self.commits.items())
-        rows = self.shadow.records("diff-tree", "--stdin", "--always", "-r", "-z", "--raw",
-                                   "--no-abbrev", "--no-renames", "--no-ext-diff", "--no-textconv",
-                                   stdin=pairs.encode())
+        rows = self.shadow.records(*RAW_DIFF, "--stdin", "--always", stdin=pairs.encode())
         row = next(rows, b"")
         for name, commit in self.commits.items():
             if row != self.made[name].encode():
@@ -6764,8 +6747,8 @@ class Grower:
                 raise refuse("git dropped some of its paths")
 
     def _compare_names(self) -> None:
-        """No two paths may fold into one, but the user's own, which do in the base. A commit is
-        looked at only where it names what may do so."""
+        """No two paths may fold into one, unless they do so in the base. Only commits that name
+        such paths are looked at."""
         names: dict[str, str] = {}
         contested: set[str] = set()
         for commit in self.commits.values():
@@ -6784,7 +6767,7 @@ class Grower:
                                  "case or composition do not count")
 
     def _spellings(self, tree: str, keys: set[str]) -> dict[str, set[str]]:
-        """The names in a tree that fold into each of some keys, where they are several."""
+        """Which names of a tree fold into each of these keys, where they are several."""
         found: dict[str, set[str]] = {}
         for _, _, path in self.shadow.listing(tree):
             for key, text in folds(path):
@@ -6794,8 +6777,8 @@ class Grower:
 
 
 class Result(Value):
-    """What a workspace has that its base has not. ``branch`` is "" where that is nothing; ``new``:
-    it moved, from ``since`` to ``commit``; ``executes`` are changes that would run here."""
+    """What a workspace has that its base has not. ``branch``: "" where that is nothing; ``new``: it
+    moved, from ``since`` to ``commit``; ``executes``: changes that would run on this machine."""
     workspace: str
     branch: str
     base: str
@@ -6827,12 +6810,12 @@ class Pull:
             parts = Parts(shadow, self.project.repository.place(), tree)
         except GitFailed as error:
             raise GitFailed(
-                f"This repository has not all any more of what {self.name} was made of: {error}",
+                f"This repository lacks some of what {self.name} was made of: {error}",
                 f"Fetch the commit {self.base[:10]} again; or take the files: {take_files}")
         if "whole" not in self.entry:
             raise GitFailed(
                 f"The workspace {self.name} was made by an older version, which sent no "
-                "export-ignored files: what is missing cannot be compared.",
+                "export-ignored files: they cannot be compared.",
                 f"Take its files: {take_files}; then: {PROGRAM} push --force -w {self.name}")
         self.sent_tree, self.modules = parts.tree, parts.modules
         self.lfs = {path: row for path, row in parts.pointers.items() if not self._in_module(path)}
@@ -6842,7 +6825,7 @@ class Pull:
 
     def fetch(self, record: bool = False) -> tuple[list[str], bool]:
         """(the commits of the workspace, oldest first; whether the last is uncommitted work). With
-        ``record``, the host notes what it sends under the name ``self.pulled["op"]``."""
+        ``record``, the host notes what it sends, as ``self.pulled["op"]``."""
         importer, incoming, base = Importer(self.shadow), None, b""
         try:
             secrets = secret_values(self.project.registry, self.cancel)
@@ -6863,7 +6846,7 @@ class Pull:
                 return commits[:-1], False  # all of the uncommitted work was left out
             return commits, dirty
         except ResultRefused as error:
-            if base and "Try again" not in error.hint:  # not done from here: that could lose work
+            if base and "Try again" not in error.hint:  # to do it from here could lose work
                 error.hint = (
                     f"{error.hint.rstrip('.')}. If only an earlier commit there has it, squash "
                     f"them: {PROGRAM} exec -w {self.name} -- "
@@ -6898,8 +6881,8 @@ class Pull:
         check_reply(reply, self.workspace.host.name, f"give the result of {self.name}")
 
     def _begin(self, wire: Wire, incoming: Incoming) -> tuple[bool, bytes, bool]:
-        """Whether the last commit is uncommitted work; the host's name of the base, b"" without
-        git; whether all files come."""
+        """Whether the last commit is uncommitted work; the host's id of the base, b"" without git;
+        whether all files come."""
         for noted in range(PULL_PATHS_MAX):
             if wire.ended():
                 self._check_reply(incoming)
@@ -6921,7 +6904,7 @@ class Pull:
         return path in self.modules or not self.modules.isdisjoint(above(path))
 
     def _keep_out(self, harvest: Harvest) -> None:
-        """Leave out what stands where this repository has a submodule."""
+        """Leave out what lies in this repository's submodules."""
         roots = set(itertools.chain(*map(above, self.modules)))
         found: dict[bytes, set[tuple[str, str]]] = {}
         for changes in [commit.changes for commit in harvest.commits.values() if self.modules]:
@@ -6938,8 +6921,7 @@ class Pull:
         self.pulled["left"] = left[:20]
 
     def _point(self, harvest: Harvest) -> None:
-        """LFS content that was sent becomes its pointer again: in its place, and where LFS manages
-        the new one."""
+        """Turn LFS content into its pointer again, wherever LFS manages the path."""
         pointers = harvest.pointed
         found = [(commit.changes, path) for commit in harvest.commits.values() if pointers
                  for path, (_, oid) in commit.changes.items() if oid in pointers]
@@ -6958,9 +6940,9 @@ class Pull:
                               "`git add` makes an LFS pointer of it")
 
     def settle(self, commits: list[str], dirty: bool, before: str, over: bool) -> tuple[str, str]:
-        """(the commit of the result, what it stands on): ``before``, which an earlier pull made,
-        or the base where a push has put that out of the workspace (``over``): a commit on top of
-        it would say that the agent took it back."""
+        """(the commit of the result, what it stands on): ``before``, which an earlier pull made, or
+        the base, where a push took that out of the workspace (``over``): on top of it, the result
+        would seem to revert it."""
         history = commits[:-1] if dirty else commits
         head, tip = (history or [self.base])[-1], (commits or [self.base])[-1]
         if not before:
@@ -6993,8 +6975,8 @@ class Pull:
                                    "--no-textconv", *words, end=b"\n", talks=True)
 
     def inspect(self, old: str, new: str) -> list[str]:
-        """The changes that would execute on this machine after a merge. Refuses hooks, unless
-        allowed, and submodules that would run a command."""
+        """The changes that would run on this machine after a merge. Refuses hooks, unless allowed,
+        and submodules that run a command."""
         hooks = [fold(path) + "/" for path in self.project.repository.hooks_inside()]
         found, modules = [], set()
         for before, mode, oid, path in self.shadow.changes(old, new):
@@ -7035,7 +7017,7 @@ class Pull:
 
     def keep(self, ref: str, since: str, tip: str, old: str) -> None:
         """Move the branch; an ``old`` that ``tip`` does not stand on is set aside. The registry
-        knows before: after a kill in between, the branch is our own at either commit."""
+        gets both first: after a kill in between, either is known as our own."""
         repository = self.project.repository
         with self.project.registry.editing() as record:
             record["workspaces"][self.name].setdefault("branches", {})[ref] = f"{old} {tip}"
@@ -8076,8 +8058,8 @@ def check_call(name: object, arguments: object) -> tuple[Verb, Fields]:
 
 def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0,
                 cancel: Cancel | None = None) -> list[Any]:
-    """Run each job in a thread, ``at_once`` (0: all) at a time: in order, its value, or the
-    CmuxError it raised. On KeyboardInterrupt ``cancel`` is set, and what runs is awaited."""
+    """Run each job in a thread, ``at_once`` (0: all) at a time: in order, its value or its
+    CmuxError. On KeyboardInterrupt ``cancel`` is set, and what runs is awaited."""
     import threading
     results: list[Any] = [Cancelled("Not begun.")] * len(jobs)
     bugs: list[BaseException] = []
@@ -8169,41 +8151,35 @@ class Batch:
 
     def _parse(self, line: bytes, answer: Fields) -> tuple[str, Any, Any]:
         """(workspace, tool, arguments); the id into ``answer`` as soon as it is known."""
-        if len(line) > BATCH_LINE_MAX:
-            raise UsageError("A line is longer than %s." % human_size(BATCH_LINE_MAX))
-        try:
-            value = strict_json(line)
-        except ValueError:
-            raise UsageError("A line is not JSON.")
-        request_id = value.get("id") if isinstance(value, dict) else None
+        value = strict_json(line)
+        fields = value if isinstance(value, dict) else {"": value}
+        request_id, name = fields.get("id"), fields.get("workspace", "")
         plain = type(request_id) in (str, int, float, type(None))
         if not plain or request_id in (float("inf"), -float("inf")):
             raise UsageError("The id of a line is not a string or number.")
         answer["id"] = request_id
-        keys = {"id", "workspace", "tool", "arguments"}
-        named = isinstance(value, dict) and isinstance(value.get("workspace", ""), str)
-        if not named or set(value) - keys:
+        if not isinstance(name, str) or set(fields) - {"id", "workspace", "tool", "arguments"}:
             raise UsageError("A line is not an object of id, workspace, tool and arguments alone.")
-        name = value.get("workspace") or self.workspace
-        return name, value.get("tool"), value.get("arguments", {})
+        return name or self.workspace, fields.get("tool"), fields.get("arguments", {})
 
     def _workspace(self, name: str) -> Workspace:
-        found = self.known.get(name)
-        if found is None:
-            found = self.known[name] = self.project.ensure(name, self.host, cancel=self.cancel)
-        return found
+        if name not in self.known:
+            self.known[name] = self.project.ensure(name, self.host, cancel=self.cancel)
+        return self.known[name]
 
 
 def strict_json(line: bytes) -> Any:
-    """The value of a line of JSON, without Python's NaN and Infinity. Raises ValueError."""
+    """The value of a line of JSON, without Python's NaN and Infinity. Raises UsageError."""
     import json
 
     def refuse(word: str) -> None:
         raise ValueError(word)
+    if len(line) > BATCH_LINE_MAX:
+        raise UsageError(f"A line is longer than {human_size(BATCH_LINE_MAX)}.")
     try:
         return json.loads(line.decode("utf-8"), parse_constant=refuse)
-    except RecursionError:
-        raise ValueError("nested too deep")
+    except (ValueError, RecursionError):
+        raise UsageError("A line is not JSON.")
 
 
 def error_fields(error: CmuxError) -> dict[str, str]:
@@ -8214,7 +8190,7 @@ def read_some(fd: int) -> bytes:
     try:
         return os.read(fd, CHUNK)
     except OSError as error:
-        raise UsageError("stdin cannot be read: %s." % os.strerror(error.errno or 0))
+        raise UsageError(f"stdin cannot be read: {error.strerror}.")
 
 
 def read_lines(fd: int, limit: int, cancel: Cancel | None = None) -> Iterator[bytes]:
@@ -8264,8 +8240,8 @@ MCP_MANAGE_INSTRUCTIONS = (
     "workspace_push brings it to another local commit; workspace_rm deletes it, and refuses while "
     "work has not been pulled.")
 MCP_BUSY = "Too many calls wait, and this one has not begun: call again when some have ended."
-# What a terminal would obey is no use to a model, and colours cost it tokens: sequences go whole.
-# One without its end takes no more than its line: it would hide all that follows.
+# Escape sequences are removed whole: a model has no terminal, and colours cost it tokens. One
+# without an end takes at most its line with it.
 _ESCAPES = re.compile(
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)?|[ -/]*[0-~])|"
     r"\x9b[0-?]*[ -/]*[@-~]|[\x90\x98\x9d-\x9f][^\x07\x1b\x9c\n]*(?:[\x07\x9c]|\x1b\\)?")
@@ -8275,11 +8251,10 @@ _CUT = re.compile(rb"(\s?\[\.\.\.(?: [^\]\n]{0,60})?\]\s?)")
 
 def clip(text: str, room: int) -> tuple[str, int]:
     """Head and tail of a text longer than ``room`` characters, and how many are left out."""
-    if len(text) <= room:
+    lost, head = len(text) - room, room * 3 // 5
+    if lost <= 0:
         return text, 0
-    head, tail = room * 3 // 5, room - room * 3 // 5
-    lost = len(text) - head - tail
-    return "%s\n[... %d characters left out ...]\n%s" % (text[:head], lost, text[-tail:]), lost
+    return f"{text[:head]}\n[... {lost} characters left out ...]\n{text[head + lost:]}", lost
 
 
 def last_states(data: bytes) -> bytes:
@@ -8288,17 +8263,16 @@ def last_states(data: bytes) -> bytes:
 
 
 class Veil:
-    """Makes text from the host fit for a model: secret values masked, then escapes and characters
-    that no one sees taken out. A value is masked as it was sent, also where a cut went through it,
-    not in other spellings of it: what a command does to hide a value from this, it can do."""
+    """Makes text from the host fit for a model: secret values masked, escapes and invisible
+    characters removed. A value is masked as it was sent, also where a cut went through it; a
+    command can spell it otherwise to get it past this."""
 
     def __init__(self, project: Project) -> None:
         project.know_secrets()
         self.masks = project.masks()
 
     def clean(self, data: bytes | str, begun: bool = False, printed: bool = False) -> str:
-        """``begun``: the data begin somewhere in a stream, perhaps within a secret; ``printed``: by
-        a command, for a terminal."""
+        """``begun``: the data may begin within a secret; ``printed``: for a terminal."""
         raw = mask(encoded(data), self.masks)
         plain = encoded(_ESCAPES.sub("", as_text(raw)))
         if plain != raw:  # grep --color puts its codes into the middle of a secret
@@ -8313,8 +8287,8 @@ class Veil:
         return neutralise(last_states(plain) if printed else plain)
 
     def _edge(self, data: bytes, first: bool) -> bytes:
-        """``data`` with what a cut left of a secret masked, at its first or its last end. Below
-        four bytes it tells nothing."""
+        """``data`` with what a cut left of a secret at one end masked, if it is four bytes or
+        more."""
         # Four bytes are looked for first: a host may send many cuts.
         sizes = [(overlap(data, value, first), shown) for value, shown in self.masks
                  if len(data) > 3 and (value[-4:] if first else value[:4]) in data]
@@ -8322,8 +8296,8 @@ class Veil:
         return data if size < 4 else shown + data[size:] if first else data[:-size] + shown
 
     def begun(self, data: bytes) -> int:
-        """How many bytes at the end may be the beginning of a secret, or of a character: they wait
-        for the next piece."""
+        """How many bytes at the end may begin a secret or a character: they wait for the next
+        piece."""
         import codecs
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         decoder.decode(data[-4:])
@@ -8332,8 +8306,7 @@ class Veil:
 
 
 def memory_file() -> IO[bytes]:
-    """A file on no disk, for output that may hold a secret; where the system has none (macOS), a
-    temporary one without a name."""
+    """A file in memory, for output that may hold a secret; on macOS a temporary one."""
     import tempfile
     try:
         return open(os.memfd_create("cmux"), "w+b")
@@ -8350,8 +8323,8 @@ class ProtocolError(CmuxError):
 
 
 class Call:
-    """One tools/call, in a thread of its own. It is answered once: by its end, by the soft timeout
-    (with a job, under which the work goes on), or, when the client cancels it, not at all."""
+    """One tools/call, in a thread of its own. It is answered once, at its end or at the soft
+    timeout (with a job: the work goes on), but not when the client cancels it."""
 
     def __init__(self, number: str | int, tool: Verb, params: Fields,
                  size: int, reply: Callable[[Fields], None]) -> None:
@@ -8397,8 +8370,8 @@ class Call:
         self.cancel.close()
 
     def wait(self, seconds: float, cancel: Cancel, size: int = 1 << 60) -> bool:
-        """Wait for its end, for more than ``size`` bytes of output, ``seconds``, or ``cancel``;
-        whether it has ended."""
+        """Wait, ``seconds`` at most, for its end, more than ``size`` bytes of output, or
+        ``cancel``; whether it has ended."""
         deadline = Deadline(seconds)
         with self.news:
             while not (self.ended or self.size > size or deadline.over() or cancel.is_set):
@@ -8411,7 +8384,7 @@ class Call:
                 "size": self.size}
 
     def listed(self) -> Fields:
-        """A row of jobs(), as it has them of the host."""
+        """A row as in jobs()."""
         row = self.status()
         command = (self.arguments or {}).get("command", self.tool.name)
         return dict(row, output_size=row.pop("size"), command=str(command)[:200],
@@ -8423,7 +8396,7 @@ class Call:
 
 
 def page(text: str, offset: int, facts: list[str]) -> tuple[str, int]:
-    """The lines of a file that fit; facts() gets where to go on."""
+    """The lines of a file that fit; where to go on is added to ``facts``."""
     if len(text) <= MCP_ROOM:
         return text, 0
     shown = text[:text.rfind("\n", 0, MCP_ROOM) + 1]
@@ -8516,13 +8489,11 @@ class McpServer:
     def _line(self, line: bytes) -> None:
         self.line_bytes = len(line)
         try:
-            if len(line) > BATCH_LINE_MAX:
-                raise ProtocolError(
-                    -32600, f"A message is longer than {human_size(BATCH_LINE_MAX)}.")
             try:
                 value = strict_json(line)
-            except ValueError:
-                raise ProtocolError(-32700, "A line is not JSON.")
+            except UsageError as error:
+                code = -32600 if len(line) > BATCH_LINE_MAX else -32700
+                raise ProtocolError(code, str(error))
             batch = isinstance(value, list)
             if batch and not (value and self.version == "2025-03-26"):  # the one that has them
                 raise ProtocolError(-32600, "A line holds one message in this protocol version.")
@@ -8532,7 +8503,7 @@ class McpServer:
             self.send(error_message(None, error))
 
     def _message(self, message: Any) -> None:
-        """Answer it, now or later, where it wants an answer: one line for each, also of a batch."""
+        """Answer a request, now or later."""
         number = None
         try:
             if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
@@ -8590,7 +8561,8 @@ class McpServer:
             raise ProtocolError(-32601, f"There is no method {show(method)}.")
 
     def _is_stateless(self, method: str, meta: Fields) -> bool:
-        """Whether the request belongs to the stateless era, and carries what that demands."""
+        """Whether the request belongs to the stateless era. Raises ProtocolError if it lacks what
+        that demands."""
         asked = meta.get(MCP_META + "protocolVersion")
         if asked is None:
             return method == "server/discover"
@@ -8671,7 +8643,7 @@ class McpServer:
                 call.close()
 
     def _answer(self, call: Call, text: str | None, failed: bool = False) -> None:
-        """Answer the call, unless that was done before. None: it was cancelled, and gets none."""
+        """Answer the call, unless that was done before; with None (it was cancelled) silently."""
         with self.changed:
             if call.answered:
                 return
@@ -8706,7 +8678,7 @@ class McpServer:
                 "message": f"{call.doing} for {seconds:.0f} s{output}"}})
 
     def _overdue(self, call: Call) -> None:
-        """The soft timeout: the client would soon give the call up."""
+        """Answer with a job, before the client gives the call up."""
         if not call.begun:
             return self._answer(call, MCP_BUSY, True)
         with self.changed:
@@ -8731,7 +8703,7 @@ class McpServer:
             return f"{state} {state.hint}"
 
     def _hint(self, failure: CmuxError) -> str:
-        """What a model can do next: a tool, where one does it; the command line is the user's."""
+        """What a model can do next. The command line is the user's."""
         for kind, hint in MCP_HINTS if self.manage else ():
             if isinstance(failure, kind):
                 return hint
@@ -8747,14 +8719,18 @@ class McpServer:
             given = self._understood(tool, given)
             if tool.name in TOOLS and "workspace" in given:
                 name = check_workspace(given.pop("workspace"))
-        arguments = tool.check(given)
+        arguments, most = dict(tool.check(given)), self.soft * 0.9
+        if tool.name == "logs":  # what waits answers before the soft timeout
+            arguments["wait"] = min(arguments.get("wait", 0), most)
+        elif tool.name == "wait":
+            arguments["timeout"] = min(arguments.get("timeout", most), most)
         going_on = sum(not other.ended for other in list(self.kept.values()))
         if not tool.reads and tool.name != "stop" and going_on >= MCP_KEPT:
             raise ToolFailed(f"{MCP_KEPT} calls go on already.", "See jobs, and stop some.")
         call.doing = "running"
         if tool.tool_name in MANAGE_TOOLS:
             if tool.name == "new":
-                arguments = dict(arguments, host=self.host or self.host_of(self.workspace))
+                arguments["host"] = self.host or self.host_of(self.workspace)
             call.result = tool.handler(self.project, cancel=call.cancel, **arguments)
             return self._shown(tool.tool_name, self._place(arguments), call.result)
         if str(arguments.get("job", "")).startswith("r"):
@@ -8768,34 +8744,27 @@ class McpServer:
         return self._shown(tool.name, workspace.host.name, result, arguments)
 
     def _understood(self, tool: Verb, given: Fields) -> Fields:
-        """The arguments, with `name` and `workspace` taken for each other where a tool has only
-        one of them: models mix them up."""
+        """The arguments. Models mix `name` and `workspace` up: each is taken for the other where a
+        tool has only that."""
         known = {arg.name for arg in tool.params} | ({"workspace"} if tool.name in TOOLS else set())
         for one, other in (("name", "workspace"), ("workspace", "name")):
             if one not in known and other in known and other not in given:
                 given = {other if key == one else key: value for key, value in given.items()}
         return dict(given)
 
-    def _run_tool(self, call: Call, workspace: Workspace,
-                  arguments: Fields) -> Fields:
-        name, most = call.tool.name, self.soft * 0.9  # what waits answers before the soft timeout
-        if name == "exec":
+    def _run_tool(self, call: Call, workspace: Workspace, arguments: Fields) -> Fields:
+        if call.tool.name == "exec":
             return tool_exec(workspace, tee=call.take, cancel=call.cancel, **arguments)
-        if name == "logs":
-            wait = min(arguments.get("wait", 0), most)
-            return workspace.logs(arguments["job"], arguments.get("offset", 0), wait, MCP_ROOM,
-                                  cancel=call.cancel)
-        if name == "wait":
-            wait = min(arguments.get("timeout", most), most)
-            return workspace.wait(arguments["job"], wait, call.cancel)
+        if call.tool.name == "logs":
+            return workspace.logs(limit=MCP_ROOM, cancel=call.cancel, **arguments)
         result: Fields = call.tool.handler(workspace, cancel=call.cancel, **arguments)
-        if name == "jobs":
+        if call.tool.name == "jobs":
             result["jobs"] += [other.listed() for other in list(self.kept.values())
                                if other.workspace == workspace.op]
         return result
 
     def _place(self, arguments: Any) -> str:
-        """Whose word a result is: a host's name."""
+        """The host that a result comes from."""
         name = arguments.get("workspace", "") if isinstance(arguments, dict) else ""
         return self.host_of(str(name or self.workspace)) or self.host or "the host"
 
@@ -8812,9 +8781,9 @@ class McpServer:
             return self.workspace
 
     def _workspace(self, call: Call, name: str) -> Workspace:
-        """The workspace of a name ("": the one bound to). Only that one is made, if need be: a slip
-        of another name makes none. Its making goes on beyond the end of this call, or a client with
-        a timeout of its own would begin a long upload again and again."""
+        """The workspace of a name ("": the one bound to, which alone is made if need be: a slip of
+        a name makes none). Its making outlives this call, or a client with a timeout of its own
+        would begin a long upload again and again."""
         entries, own = self.project.entries(), name in ("", self.workspace)
         name, host = (self._bound(entries), self.host) if own else (name, "")
         entry = entries.get(name) if own else self.project.entry(name)
@@ -8835,7 +8804,7 @@ class McpServer:
                 f"There is no job {show(arguments['job'])} any more: such a job ends with the "
                 "server that began it.",
                 "Run the command again, with background=true if it takes long.")
-        tool, most = call.tool.name, self.soft * 0.9
+        tool = call.tool.name
         if tool == "stop":
             if not kept.ended:
                 kept.cancel.set()
@@ -8843,12 +8812,12 @@ class McpServer:
             how = kept.result.get("stopped") or ("confirmed" if kept.ended else "requested")
             result = dict(kept.status(), stopped=how)
         elif tool == "wait":
-            if kept.wait(min(arguments.get("timeout", most), most), call.cancel):
+            if kept.wait(arguments["timeout"], call.cancel):
                 return f"job: {kept.id}\nstate: {kept.status()['state']}\n{kept.text}"
             result = kept.status()
         else:
             offset = int(arguments.get("offset", 0))
-            kept.wait(min(arguments.get("wait", 0), 30, most), call.cancel, offset)
+            kept.wait(min(arguments["wait"], 30), call.cancel, offset)
             data = kept.logs(offset)
             result = dict(kept.status(), output=data, next_offset=offset + len(data))
         return self._shown(tool, self._place(kept.arguments), result, arguments)
@@ -8857,7 +8826,7 @@ class McpServer:
 
     def _shown(self, tool: str, host: str, result: Fields,
                arguments: Fields | None = None) -> str:
-        """Facts first, then what the host sent, fenced by a word that it cannot know."""
+        """Facts, then what the host sent, between lines that it cannot forge."""
         try:
             veil = Veil(self.project)
         except CmuxError as error:  # what is done is done: report that, and nothing of the host's
@@ -8905,7 +8874,7 @@ class McpServer:
         return "\n".join(facts + body) or "done"
 
     def _page_of_output(self, result: Fields, veil: Veil) -> Fields:
-        """A page of a job's output. What may be the first half of a secret waits for the next."""
+        """A page of a job's output. What may begin a secret waits for the next one."""
         data = result["output"]
         more = result["state"] == "running" or result["next_offset"] < result["size"]
         held = veil.begun(data) if more else 0
@@ -8933,7 +8902,7 @@ def row_text(row: Any) -> str:
         return str(row)
     if "text" in row:
         cut = " [... cut]" if len(row["text"]) >= LINE_MAX else ""
-        return "%s:%d:%s%s" % (row["path"], row["line"], row["text"], cut)
+        return f"{row['path']}:{row['line']}:{row['text']}{cut}"
     return "  ".join(f"{key}={value}" for key, value in row.items() if value not in (None, ""))
 
 
@@ -8982,36 +8951,31 @@ DEMO_FILES = {"hello.txt": "hello\n", "Makefile": """test:
 """}
 
 
-class ThrowawayServer:
-    """An ssh config whose host ``demo`` is this machine, with its own keys and home, until the
-    block ends. Raises UsageError where no sshd is installed."""
-
-    def __init__(self) -> None:
-        import tempfile
-        sshd = find_program("sshd", ("/usr/sbin", "/usr/local/sbin", "/usr/libexec",
-                                     "/opt/homebrew/sbin"))
-        keygen = find_program("ssh-keygen")
-        near = "/tmp" if " " in temporary_folder() else None
-        self.path = tempfile.mkdtemp(prefix="cmux-demo-", dir=near)
-        self.config = os.path.join(self.path, "ssh_config")
-        os.mkdir(os.path.join(self.path, "home"), 0o700)
-        for name in ("host", "user"):
-            key = os.path.join(self.path, name)
-            run([keygen, "-q", "-t", "ed25519", "-N", "", "-C", "demo", "-f", key])
-        with open(os.path.join(self.path, "host.pub")) as stream:
+@contextlib.contextmanager
+def throwaway_server() -> Iterator[str]:
+    """A directory whose ``ssh_config`` has a host ``demo``: this machine, with keys and a home of
+    its own, until the block ends. Raises UsageError where no sshd is installed."""
+    import shutil
+    import tempfile
+    sshd = find_program("sshd", ("/usr/sbin", "/usr/local/sbin", "/usr/libexec",
+                                 "/opt/homebrew/sbin"))
+    keygen = find_program("ssh-keygen")
+    near = "/tmp" if " " in temporary_folder() else None
+    path = tempfile.mkdtemp(prefix="cmux-demo-", dir=near)
+    try:
+        os.mkdir(path + "/home", 0o700)
+        for key in ("host", "user"):
+            run([keygen, "-q", "-t", "ed25519", "-N", "", "-C", "demo", "-f", f"{path}/{key}"])
+        with open(path + "/host.pub") as stream:
             files = dict(SERVER_FILES, known_hosts="demo " + stream.read())
         for name, text in files.items():
-            with open(os.path.join(self.path, name), "w") as stream:
-                stream.write(text.replace("{0}", self.path).replace("{1}", sshd))
+            with open(f"{path}/{name}", "w") as stream:
+                stream.write(text.replace("{0}", path).replace("{1}", sshd))
         if os.geteuid() == 0 and sys.platform.startswith("linux"):
             os.makedirs("/run/sshd", 0o755, exist_ok=True)  # sshd insists, as root
-
-    def __enter__(self) -> ThrowawayServer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        import shutil
-        shutil.rmtree(self.path, ignore_errors=True)
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def in_a_process_table(value: str) -> bool:
@@ -9022,12 +8986,10 @@ def in_a_process_table(value: str) -> bool:
 
 def demo(tell: Callable[[str], None], report: Report) -> None:
     """The whole flow against a throwaway sshd."""
-    with ThrowawayServer() as server, environment(
-            CMUX_SSH_HOME=os.path.join(server.path, "state"),
-            CMUX_SSH_COMMAND=f"ssh -F {quote(server.config)}"):
-        directory = make_repository(os.path.join(server.path, "hello"), DEMO_FILES)
+    with throwaway_server() as path, environment(
+            CMUX_SSH_HOME=path + "/state", CMUX_SSH_COMMAND=f"ssh -F {quote(path)}/ssh_config"):
         try:
-            project = Project(directory)
+            project = Project(make_repository(path + "/hello", DEMO_FILES))
             demo_command(project, tell, report)
             demo_removal(project, tell)
         finally:
@@ -9059,8 +9021,8 @@ def demo_command(project: Project, tell: Callable[[str], None], report: Report) 
     for line in neutralise(result.stdout + result.stderr).splitlines():
         tell("  demo> " + line.replace(secret, "[the secret]"))
     tell(f"It ended with exit code {result.exit_code}.")
-    tell(f"The process tables of both sides were read {len(seen)} times meanwhile: the secret was "
-         + ("SEEN." if any(seen) else "in none of them."))
+    tell(f"The process table was read {len(seen)} times meanwhile: the secret was "
+         + ("SEEN." if any(seen) else "never in it."))
     if result.exit_code or any(seen) or secret.encode() not in result.stdout:
         raise RemoteFailed("The demo did not go as it should.", "Report it, with this output.")
 
@@ -9119,7 +9081,7 @@ LEAKS = (
 
 
 def examine_here() -> Iterator[Finding]:
-    """What can be said without any host."""
+    """This machine's ssh, Python and state."""
     said = neutralise(run([ssh_command()[0], "-V"], patience=CONNECT_TIMEOUT)[2]).strip()
     version = re.search(r"OpenSSH_(?:for_Windows_)?(\d+)\.(\d+)", said)
     state = "fix" if not version else "ok" if tuple(map(int, version.groups())) >= (7, 8) else "bad"
@@ -9133,7 +9095,7 @@ def examine_here() -> Iterator[Finding]:
 
 
 def examine_config(config: SSHConfig) -> Finding:
-    """What the user's config would let out, had it its way."""
+    """What the user's ssh config would let out, and is forced off."""
     leaks = [text for key, value, text in LEAKS
              if any(re.match(value, said) for said in config.values.get(key, []))]
     return finding("ok", "config", "forced off here, though your ssh config has it: "
@@ -9142,7 +9104,7 @@ def examine_config(config: SSHConfig) -> Finding:
 
 
 def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
-    """Why the connection failed, from ssh's debugging words and its ProxyCommand's."""
+    """Why the connection failed, from ssh's debugging messages and its ProxyCommand's."""
     plain, heard = read_log(words.encode())
     error = failure_in(plain if plain.strip() or proxy_of(config) else said, heard, config)
     if isinstance(error, ConnectionDropped):
