@@ -5162,6 +5162,7 @@ class Parts:
         self.host_tree = "" if self.files else self.tree
 
     def _look(self, place: Place, tree: str, prefix: bytes) -> None:
+        import hashlib
         attributes, links = [], []
         for mode, oid, path in self.shadow.listing(tree):
             if mode == "160000":
@@ -5173,7 +5174,13 @@ class Parts:
                 self._rows.append((mode, oid, prefix + path))
         if any(b"lfs" in data for data in self.shadow.blobs(attributes)):
             for path, pointer in self.shadow.pointers(tree):
-                self._take(place, prefix + path, pointer)
+                path, (mode, oid, sha256, size) = prefix + path, pointer
+                self.pointers[path], file = pointer, place.content(sha256, size)
+                if file:
+                    self.files[path] = file
+                    form = "sha256" if len(oid) == 64 else "sha1"
+                    content = hashlib.new(form, b"content " + sha256.encode())
+                    self._rows.append((mode, content.hexdigest(), path))
         for path, commit in links:
             self.modules.add(prefix + path)
             if not prefix:
@@ -5184,16 +5191,6 @@ class Parts:
                 self.shadow.lend(module.objects)
                 self.places.append(module)
                 self._look(module, inner, prefix + path + b"/")
-
-    def _take(self, place: Place, path: bytes, pointer: Pointer) -> None:
-        import hashlib
-        self.pointers[path] = mode, oid, sha256, size = pointer
-        file = place.content(sha256, size)
-        if file:
-            self.files[path] = file
-            form = "sha256" if len(oid) == 64 else "sha1"
-            content = hashlib.new(form, b"content " + sha256.encode())
-            self._rows.append((mode, content.hexdigest(), path))
 
     def stream(self, paths: Iterable[bytes]) -> Iterator[bytes]:
         """LFS files as tar entries, checked while they are read."""
@@ -5799,7 +5796,7 @@ class ProjectBase:
                                  f"`{PROGRAM} rm --force {name}`.")
         words = *self.looked_at(name, entry, os.urandom(8).hex()), entry["op"]
         reply = self.host(entry["host"]).call(CHANGED, *words)
-        if reply.status != 22:
+        if reply.status != 22:  # the directory is not there
             check_reply(reply, entry["host"], f"look for changes in {name}")
             self._refuse(name, entry, reply.lines())
 
@@ -5927,22 +5924,20 @@ class ProjectBase:
                              f"See `{PROGRAM} list`.")
         freed: dict[str, int] = {}
         failed: list[CmuxError] = []
-        done = []
+        done: set[tuple[str, str]] = set()
         for host, root in places:
             try:
                 with noted(self, "gc", "", host):
                     reply = self.host(host).call(GC, root)
                     check_reply(reply, host, "clear up")
-                if not re.match(rb"-?\d{1,15}\n\Z", reply.stdout):
-                    raise RemoteFailed(f"{host} did not say what it freed.")
             except CmuxError as error:  # the other hosts all the same
                 failed.append(error)
                 continue
-            done.append((host, root))
-            freed[host] = freed.get(host, 0) + max(0, int(reply.stdout)) * 1024
+            done.add((host, root))
+            freed[host] = freed.get(host, 0) + max(0, number(reply.lines()[0])) * 1024
         with self.registry.editing() as record:
             record["places"] = [place for place in record.get("places", [])
-                                if tuple(place) in used or tuple(place) not in done]
+                                if tuple(place) not in done - used]
         return freed, failed
 
     def looked_at(self, name: str, entry: Fields, op: str) -> list[str]:
@@ -6875,10 +6870,8 @@ class Pull:
         return commits
 
     def _check_reply(self, incoming: Incoming) -> None:
-        reply = incoming.reply()
-        if reply.status == 22:
-            raise gone_there(self.name, self.workspace.host.name)
-        check_reply(reply, self.workspace.host.name, f"give the result of {self.name}")
+        check_reply(incoming.reply(), self.workspace.host.name, f"give the result of {self.name}",
+                    name=self.name)
 
     def _begin(self, wire: Wire, incoming: Incoming) -> tuple[bool, bytes, bool]:
         """Whether the last commit is uncommitted work; the host's id of the base, b"" without git;
@@ -8134,7 +8127,9 @@ class Batch:
         try:
             name, tool, arguments = self._parse(line, answer)
             check_call(tool, arguments)  # before a workspace is made for it
-            answer["result"] = call_tool(self._workspace(name), tool, arguments, self.cancel)
+            if name not in self.known:
+                self.known[name] = self.project.ensure(name, self.host, cancel=self.cancel)
+            answer["result"] = call_tool(self.known[name], tool, arguments, self.cancel)
         except Exception as error:
             known = expected(error)
             fields = error_fields(known) if known else {
@@ -8161,11 +8156,6 @@ class Batch:
         if not isinstance(name, str) or set(fields) - {"id", "workspace", "tool", "arguments"}:
             raise UsageError("A line is not an object of id, workspace, tool and arguments alone.")
         return name or self.workspace, fields.get("tool"), fields.get("arguments", {})
-
-    def _workspace(self, name: str) -> Workspace:
-        if name not in self.known:
-            self.known[name] = self.project.ensure(name, self.host, cancel=self.cancel)
-        return self.known[name]
 
 
 def strict_json(line: bytes) -> Any:
@@ -8257,11 +8247,6 @@ def clip(text: str, room: int) -> tuple[str, int]:
     return f"{text[:head]}\n[... {lost} characters left out ...]\n{text[head + lost:]}", lost
 
 
-def last_states(data: bytes) -> bytes:
-    """What a command printed, with only the last state of a line that it wrote over (progress)."""
-    return re.sub(rb"(?m)^.*\r(?=[^\r\n])", b"", data).rstrip(b"\r")
-
-
 class Veil:
     """Makes text from the host fit for a model: secret values masked, escapes and invisible
     characters removed. A value is masked as it was sent, also where a cut went through it; a
@@ -8284,7 +8269,9 @@ class Veil:
             if i < len(pieces) - 1:
                 pieces[i] = self._edge(pieces[i], False)
         plain = b"".join(pieces)
-        return neutralise(last_states(plain) if printed else plain)
+        if printed:  # of a line that was written over (progress) only the last state
+            plain = re.sub(rb"(?m)^.*\r(?=[^\r\n])", b"", plain).rstrip(b"\r")
+        return neutralise(plain)
 
     def _edge(self, data: bytes, first: bool) -> bytes:
         """``data`` with what a cut left of a secret at one end masked, if it is four bytes or
@@ -8519,28 +8506,27 @@ class McpServer:
             if number is not None:
                 self._request(number, method, params)
             elif method == "notifications/cancelled" and isinstance(params, dict):
-                self._cancelled(params.get("requestId"))
+                asked = params.get("requestId")
+                call = self.calls.get(asked) if type(asked) in (str, int) else None
+                if call:
+                    call.cancel.set()
+                    self._answer(call, None)
         except ProtocolError as error:
             self.send(error_message(number, error))
         except Exception as bug:  # no input ends the server
             self.send(error_message(number, ProtocolError(-32603, defect(bug))))
-
-    def _cancelled(self, number: object) -> None:
-        call = self.calls.get(number) if type(number) in (str, int) else None  # type: ignore
-        if call:
-            call.cancel.set()
-            self._answer(call, None)
 
     def _request(self, number: str | int, method: str, params: Any) -> None:
         meta = params.get("_meta", {}) if isinstance(params, dict) else None
         if not isinstance(meta, dict):
             raise ProtocolError(-32602, "The parameters are not an object.")
         stateless = self._is_stateless(method, meta)
+        info = {"name": "cmux-ssh", "title": f"SSH workspace {self.workspace}",
+                "version": __version__}
 
         def respond(result: Fields) -> None:
             if stateless:
-                result = dict(result, resultType="complete",
-                              _meta={MCP_META + "serverInfo": self._info()})
+                result = dict(result, resultType="complete", _meta={MCP_META + "serverInfo": info})
             self.send({"jsonrpc": "2.0", "id": number, "result": result})
         fresh = {"ttlMs": 3600000, "cacheScope": "private"} if stateless else {}
         if method == "tools/call":
@@ -8554,7 +8540,7 @@ class McpServer:
             wanted = params.get("protocolVersion")
             self.version = wanted if wanted in MCP_HANDSHAKE else MCP_HANDSHAKE[0]
             respond({"protocolVersion": self.version, "capabilities": {"tools": {}},
-                    "serverInfo": self._info(), "instructions": self.instructions})
+                    "serverInfo": info, "instructions": self.instructions})
         elif method == "ping" and not stateless:
             respond({})
         else:
@@ -8574,10 +8560,6 @@ class McpServer:
         if not isinstance(meta.get(MCP_META + "clientCapabilities"), dict):
             raise ProtocolError(-32602, f"_meta has no {MCP_META}clientCapabilities.")
         return True
-
-    def _info(self) -> dict[str, str]:
-        return {"name": "cmux-ssh", "title": f"SSH workspace {self.workspace}",
-                "version": __version__}
 
     def _describe(self, tool: Verb) -> Fields:
         properties = {param.name: param.schema() for param in tool.params}
@@ -8662,20 +8644,18 @@ class McpServer:
                 self.changed.wait(0.2 if self.calls else None)
                 calls = list(self.calls.values())
             for call in calls:
+                seconds = time.monotonic() - call.arrived
                 try:
-                    self._tick(call, time.monotonic() - call.arrived)
+                    if seconds >= self.soft:
+                        self._overdue(call)
+                    elif seconds >= call.progress_at and call.token is not None:
+                        call.progress_at = seconds + MCP_PROGRESS
+                        output = f", {human_size(call.size)} of output" if call.size else ""
+                        self.send({"jsonrpc": "2.0", "method": "notifications/progress", "params": {
+                            "progressToken": call.token, "progress": round(seconds, 1),
+                            "message": f"{call.doing} for {seconds:.0f} s{output}"}})
                 except Exception as error:
                     self._answer(call, self._failure(error), True)
-
-    def _tick(self, call: Call, seconds: float) -> None:
-        if seconds >= self.soft:
-            self._overdue(call)
-        elif seconds >= call.progress_at and call.token is not None:
-            call.progress_at = seconds + MCP_PROGRESS
-            output = f", {human_size(call.size)} of output" if call.size else ""
-            self.send({"jsonrpc": "2.0", "method": "notifications/progress", "params": {
-                "progressToken": call.token, "progress": round(seconds, 1),
-                "message": f"{call.doing} for {seconds:.0f} s{output}"}})
 
     def _overdue(self, call: Call) -> None:
         """Answer with a job, before the client gives the call up."""
@@ -8707,8 +8687,8 @@ class McpServer:
         for kind, hint in MCP_HINTS if self.manage else ():
             if isinstance(failure, kind):
                 return hint
-        for_user = re.search(r"`|\$| --?\w|%s" % PROGRAM, failure.hint)
-        return ("For the user: " if for_user else "") + as_called(failure.hint)
+        for_user = re.search(rf"`|\$| --?\w|{PROGRAM}", failure.hint)
+        return "For the user: " * bool(for_user) + as_called(failure.hint)
 
     def _perform(self, call: Call) -> str:
         """Run the tool; its result as text."""
