@@ -4610,8 +4610,7 @@ class Repository:
 
     def branch(self) -> str:
         """The short name of the current branch (also an unborn one); "" when HEAD is detached."""
-        out = self._ask("symbolic-ref", "-q", "--short", "HEAD", env=git_environment())
-        return out.decode("utf-8", "replace").strip()
+        return self._ask("symbolic-ref", "-q", "--short", "HEAD").decode("utf-8", "replace").strip()
 
     def config(self, key: str, *kind: str) -> str:
         """A value of the user's git configuration, any scope: no clone brings a .git/config along,
@@ -5471,7 +5470,6 @@ class ProjectBase:
         self._forked()
         fork_aware().add(self)
         self.handed_over: dict[bytes, str] = {}   # values of secrets sent by this process -> name
-        self._masked: tuple[object, list[tuple[bytes, bytes]]] = None, []
         self.history = History(self.registry)
 
     def _forked(self) -> None:
@@ -5510,20 +5508,15 @@ class ProjectBase:
         """(a secret's value, what to show instead), longest first; also the lines of a value, since
         a key is printed with other line ends or an indent. Below four bytes a value would mask half
         of all text."""
-        known, secrets = dict(self.handed_over), self.registry.secrets()
-        made_of = dict(known), secrets
-        if self._masked[0] == made_of:
-            return self._masked[1]
-        for name, entry in secrets.items():
-            known[entry.get("value", "").encode("utf-8", "surrogateescape")] = name
+        known = dict(self.handed_over)
+        for name, entry in self.registry.secrets().items():
+            known[encoded(entry.get("value", ""))] = name
         for value, name in list(known.items()):
             lines = map(bytes.strip, value.split(b"\n"))
             known.update({line: name for line in lines if len(line) >= 16})
         masks = [(value, b"[secret %s]" % name.encode()) for value, name in known.items()
                  if len(value) >= 4]
-        masks.sort(key=lambda item: -len(item[0]))
-        self._masked = made_of, masks
-        return masks
+        return sorted(masks, key=lambda item: -len(item[0]))
 
     def set_secret(self, name: str, value: str | bytes | None) -> None:
         """Store what every command of this project sees as the environment variable ``name``, in a
@@ -8506,8 +8499,8 @@ class McpServer:
             if number is not None:
                 self._request(number, method, params)
             elif method == "notifications/cancelled" and isinstance(params, dict):
-                asked = params.get("requestId")
-                call = self.calls.get(asked) if type(asked) in (str, int) else None
+                which: Any = params.get("requestId")
+                call = self.calls.get(which) if type(which) in (str, int) else None
                 if call:
                     call.cancel.set()
                     self._answer(call, None)
