@@ -4670,8 +4670,8 @@ class Repository:
         for name in () if filters else self._configured("filter", user_environment()):
             own.start += git_settings(name + ".process=", name + ".required=false")
         own.env = dict(self._without_hooks(user_environment()), **GIT_ALONE,
-                       GIT_INDEX_FILE=os.path.join(shadow.git_dir, "index"),
-                       GIT_OBJECT_DIRECTORY=os.path.join(shadow.git_dir, "objects"))
+                       GIT_INDEX_FILE=shadow.git_dir + "/index",
+                       GIT_OBJECT_DIRECTORY=shadow.git_dir + "/objects")
         own.env[ALTERNATES] = shadow.env[ALTERNATES]
         return own
 
@@ -4797,7 +4797,7 @@ class Repository:
 
     def place(self) -> Place:
         """Where this repository's submodules and LFS content lie."""
-        roots = [os.path.join(base, "modules")
+        roots = [base + "/modules"
                  for base in (self.common_dir, os.path.realpath(self.git_dir))]
         return Place(self.top, self.common_dir, roots)
 
@@ -4828,18 +4828,18 @@ class Shadow:
         folder = temporary_folder()
         self.reap(folder)
         while True:  # the lock stands before the directory is there and until it has gone
-            self.path = os.path.join(folder, "cmux-shadow-" + os.urandom(8).hex())
+            self.path = f"{folder}/cmux-shadow-{os.urandom(8).hex()}"
             self.lock = Lock(self.path + ".lock", passing=True)
             if self.lock.take():
                 break
         os.mkdir(self.path, 0o700)
-        self.git_dir = os.path.join(self.path, "sh.git")
+        self.git_dir = self.path + "/sh.git"
         self.start = [self.program, "--git-dir=" + self.git_dir, *GIT_SAFE]
         self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null")
         self.env[ALTERNATES] = self.alternate(repository.object_directory())
         try:
             self._init(self.git_dir, example)
-            os.makedirs(os.path.join(self.git_dir, "info"), exist_ok=True)
+            os.makedirs(self.git_dir + "/info", exist_ok=True)
         except BaseException:
             self.close()
             raise
@@ -4918,7 +4918,7 @@ class Shadow:
 
     def call(self, *words: str, stdin: bytes = b"", env: dict[str, str] | None = None) -> str:
         lines = self.records(*words, stdin=stdin, end=b"\n", env=env)
-        return b"".join(lines).decode("utf-8", "surrogateescape")
+        return as_text(b"".join(lines))
 
     def commit(self, tree: str, message: str, *parents: str) -> str:
         """Make a commit in our own name."""
@@ -4971,7 +4971,7 @@ class Shadow:
         """Those that LFS manages, by the .gitattributes of a tree or commit."""
         if not paths:
             return []
-        env = {"GIT_INDEX_FILE": os.path.join(self.path, "lfs.index")}
+        env = {"GIT_INDEX_FILE": self.path + "/lfs.index"}
         self.call("read-tree", tree, env=env)
         self.attributes("")
         answers = self.records("check-attr", "-z", "--stdin", "--cached", "filter", env=env,
@@ -5041,8 +5041,8 @@ class Shadow:
     def quarantine(self, tip: str, known: Iterable[str]) -> str:
         """A file: a pack of what ``tip`` has and the commits ``known`` have not, which passed
         git's strict checks in a repository of its own (a refusal leaves files behind)."""
-        apart = os.path.join(self.path, "apart.git")
-        pack = os.path.join(self.path, "result.pack")
+        apart = self.path + "/apart.git"
+        pack = self.path + "/result.pack"
         with open(pack, "wb") as stream, \
                 spool("\n^".join([tip, *known, ""])[:-1].encode()) as revisions:
             words = self.argv("pack-objects", "-q", "--revs", "--stdout")
@@ -5093,12 +5093,12 @@ class Place:
 
     def __init__(self, top: str, git_dir: str, roots: list[str]) -> None:
         self.top, self.git_dir, self.roots = top, git_dir, roots
-        self.objects = os.path.join(git_dir, "objects")
+        self.objects = git_dir + "/objects"
 
     def module(self, path: bytes) -> Place | None:
         """A submodule that is checked out. No .git file or link leads out of ``roots``."""
         top = os.path.join(self.top, os.fsdecode(path))
-        git_dir = os.path.join(top, ".git")
+        git_dir = top + "/.git"
         try:
             if not self.top or os.path.realpath(top) != top:
                 return None
@@ -5110,7 +5110,7 @@ class Place:
                 git_dir = os.path.realpath(os.path.join(top, named))
                 if not any(git_dir.startswith(root + os.sep) for root in self.roots):
                     return None
-            found = Place(top, git_dir, self.roots + [os.path.join(git_dir, "modules")])
+            found = Place(top, git_dir, self.roots + [git_dir + "/modules"])
             owner = os.stat(self.git_dir).st_uid
             good = os.path.realpath(found.objects) == found.objects and os.path.isdir(found.objects)
             return found if good and os.stat(found.objects).st_uid == owner else None
@@ -5119,7 +5119,7 @@ class Place:
 
     def content(self, sha256: str, size: int) -> str:
         """The file that holds an LFS object, by its name and size; "" where there is none."""
-        path = os.path.join(self.git_dir, "lfs", "objects", sha256[:2], sha256[2:4], sha256)
+        path = f"{self.git_dir}/lfs/objects/{sha256[:2]}/{sha256[2:4]}/{sha256}"
         try:
             status = os.lstat(path)
         except OSError:
@@ -5130,11 +5130,11 @@ class Place:
     def uncommitted(self, shadow: Shadow) -> bool:
         """Whether a submodule has tracked files that differ from its HEAD."""
         import shutil
-        index = os.path.join(shadow.path, "module.index")
+        index = shadow.path + "/module.index"
         words = [shadow.program, "--git-dir=" + self.git_dir, "rev-parse", "-q", "--verify"]
         try:
             shadow.lend(self.objects)
-            shutil.copy2(os.path.join(self.git_dir, "index"), index)
+            shutil.copy2(self.git_dir + "/index", index)
             status, head, _ = run([*words, "HEAD^{tree}"], git_environment())
             changed = shadow.differing(head.decode().strip(), "--work-tree=" + self.top,
                                        GIT_INDEX_FILE=index)
@@ -5253,7 +5253,7 @@ class Importer:
     """`git fast-import`. It takes any path in a commit: what is given to it was checked before."""
 
     def __init__(self, shadow: Shadow) -> None:
-        self.marks = os.path.join(shadow.path, "marks")
+        self.marks = shadow.path + "/marks"
         words = ["fast-import", "--quiet", "--done", "--force", "--depth=0",
                  "--date-format=raw", "--export-marks=" + self.marks]
         argv = shadow.argv("-c", "core.ignoreCase=false", *words)
@@ -5855,9 +5855,9 @@ class ProjectBase:
                     self.settle(source.name)
                 check_reply(reply, entry["host"], f"rename {source.name}", name, source.name)
             with self.registry.editing() as record:
-                moved = dict(entry, path=source.path[:-len(source.name)] + name)
                 del record["workspaces"][source.name]
-                record["workspaces"][name] = moved
+                path = source.path[:-len(source.name)] + name
+                record["workspaces"][name] = dict(entry, path=path)
             return self.workspace(name)
 
     def push(self, name: str, ref: str = "HEAD", force: bool = False,
@@ -6309,7 +6309,7 @@ class WorkspaceBase:
                          until=lambda: bool(ready.total) or exchange.ended)
             if ready.value() != b"ready\n":
                 raise RemoteFailed(f"{self.host.name} could not prepare a shell: "
-                                   + show(neutralise(ready.value()), 200))
+                                   + show(ready.value(), 200))
             argv, environment, begun, ended = self.host.masters.on_terminal(
                 TAKEOVER % octal, Deadline(patience))
         except BaseException:
@@ -9125,9 +9125,8 @@ def examine_programs(host: Host, root: str) -> Iterator[Finding]:
     yield finding("ok", "system", f"{facts.get('system', 'unknown')}, "
                   f"login shell {facts.get('shell', 'unknown')}")
     if "readonly" in facts or reply.status:
-        said = neutralise(reply.stderr).strip().split("\n")[-1]
         yield finding("bad", "directory",
-                      f"{facts.get('readonly') or '~/cmux'} cannot be written: {said}",
+                      f"{facts.get('readonly') or '~/cmux'} cannot be written: {reply.said()}",
                       "Make it writable, or choose another with new --root DIR.")
         return
     yield finding("ok", "tar", facts["tar"] or "there") if "tar" in facts else finding(
