@@ -4824,17 +4824,13 @@ class Shadow:
     """A throwaway bare repository with the real object store as alternate."""
 
     def __init__(self, repository: Repository, example: str) -> None:
-        self.program = repository.program
-        folder = temporary_folder()
-        self.reap(folder)
-        while True:  # the lock stands before the directory is there and until it has gone
-            self.path = f"{folder}/cmux-shadow-{os.urandom(8).hex()}"
-            self.lock = Lock(self.path + ".lock", passing=True)
-            if self.lock.take():
-                break
-        os.mkdir(self.path, 0o700)
+        import tempfile
+        self.repository = repository
+        self.reap(temporary_folder())
+        self.path = tempfile.mkdtemp(prefix="cmux-shadow-", dir=temporary_folder())
+        self.lock = self.lock_of(self.path).hold()  # where reap() was faster, a new directory
         self.git_dir = self.path + "/sh.git"
-        self.start = [self.program, "--git-dir=" + self.git_dir, *GIT_SAFE]
+        self.start = self.at(self.git_dir)
         self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null")
         self.env[ALTERNATES] = self.alternate(repository.object_directory())
         try:
@@ -4847,6 +4843,15 @@ class Shadow:
     def _init(self, path: str, example: str) -> None:
         form = ["--object-format=sha256"] if len(example) == 64 else []
         list(self.records("init", "-q", "--bare", "--template=", *form, path, talks=True))
+
+    def at(self, git_dir: str) -> list[str]:
+        """How a command of git in a repository of ours begins."""
+        return [self.repository.program, "--git-dir=" + git_dir, *GIT_SAFE]
+
+    @staticmethod
+    def lock_of(path: str) -> Lock:
+        """What the process holds whose shadow this is."""
+        return Lock(path + "/lock", passing=True)
 
     @staticmethod
     def alternate(objects: str) -> str:
@@ -4876,15 +4881,13 @@ class Shadow:
         """Remove, once, the shadows of processes that were killed: their locks are free."""
         import shutil
         for name in os.listdir(folder):
-            if name.startswith("cmux-shadow-"):
-                path = os.path.join(folder, name)
-                base = path[:-len(".lock")] if name.endswith(".lock") else path
-                lock = Lock(base + ".lock", passing=True)
-                with contextlib.suppress(OSError, StateFailed):  # it has just gone
-                    if os.lstat(path).st_uid == os.geteuid() and lock.take():
-                        shutil.rmtree(base, ignore_errors=True)
-                        lock.passing = not os.path.lexists(base)  # a git of theirs may still write
-                        lock.free()
+            path = os.path.join(folder, name)
+            lock = Shadow.lock_of(path)
+            with contextlib.suppress(OSError, StateFailed):  # it has just gone
+                if name.startswith("cmux-shadow-") and os.lstat(path).st_uid == os.geteuid() \
+                        and lock.take():
+                    shutil.rmtree(path, ignore_errors=True)
+                    lock.free()
 
     def argv(self, *words: str) -> list[str]:
         return [*self.start, *words]
@@ -5049,7 +5052,7 @@ class Shadow:
             if spawn(words, self.env, stdin=revisions, stdout=stream).wait():
                 raise GitFailed("git could not pack the result.")
         self._init(apart, tip)
-        why = index_pack([self.program, "--git-dir=" + apart, *GIT_SAFE], self.env, pack)
+        why = index_pack(self.at(apart), self.env, pack)
         if why:
             raise ResultRefused(f"git refuses the result: {why}.")
         return pack
@@ -5131,11 +5134,11 @@ class Place:
         """Whether a submodule has tracked files that differ from its HEAD."""
         import shutil
         index = shadow.path + "/module.index"
-        words = [shadow.program, "--git-dir=" + self.git_dir, "rev-parse", "-q", "--verify"]
+        words = [*shadow.at(self.git_dir), "rev-parse", "-q", "--verify", "HEAD^{tree}"]
         try:
             shadow.lend(self.objects)
             shutil.copy2(self.git_dir + "/index", index)
-            status, head, _ = run([*words, "HEAD^{tree}"], git_environment())
+            status, head, _ = run(words, git_environment())
             changed = shadow.differing(head.decode().strip(), "--work-tree=" + self.top,
                                        GIT_INDEX_FILE=index)
             return not status and any(changed)
@@ -5147,14 +5150,14 @@ class Parts:
     """What is sent of a commit's tree: where that has links and pointers, the content of submodules
     and of LFS files, as far as it lies on this machine. Nothing of it is stored."""
 
-    def __init__(self, shadow: Shadow, place: Place, source: str) -> None:
+    def __init__(self, shadow: Shadow, source: str) -> None:
         self.shadow = shadow
         self.modules: set[bytes] = set()    # the paths of submodules, checked out or not
         self.pointers: dict[bytes, Pointer] = {}
         self.files: dict[bytes, str] = {}   # path -> the file that has the content
         self.places: list[Place] = []       # of the submodules that are checked out
         self._rows: list[tuple[str, str, bytes]] = []
-        self._look(place, source, b"")
+        self._look(shadow.repository.place(), source, b"")
         # What names it, without links to submodules. Where LFS content is sent, the host's git has
         # another tree: to know the ids of contents, one would have to read them all.
         self.tree = shadow.altered(source, self._rows) if self._rows else source
@@ -6022,7 +6025,7 @@ class Upload:
         self.shadow = Shadow(project.repository, self.commit)
         self.close = self.shadow.close
         try:
-            self.parts = Parts(self.shadow, project.repository.place(), source)
+            self.parts = Parts(self.shadow, source)
         except BaseException:
             self.close()
             raise
@@ -6082,9 +6085,8 @@ class Upload:
             try:
                 if tree not in sent or b".cmux-gone" in sizes:
                     continue
-                source, place = sent[tree] + "^{tree}", project.repository.place()
-                source = shadow.call("rev-parse", source)
-                if source != tree and Parts(shadow, place, source).tree != tree:
+                source = shadow.call("rev-parse", sent[tree] + "^{tree}")
+                if source != tree and Parts(shadow, source).tree != tree:
                     continue  # other submodules or LFS files lie here now
                 rows = [row[1:] for row in shadow.changes(tree, self.tree)]
             except GitFailed:
@@ -6795,7 +6797,7 @@ class Pull:
         take_files = f"{PROGRAM} exec -w {self.name} -- tar -c . >{self.name}.tar"
         try:
             tree = shadow.call("rev-parse", self.base + "^{tree}")
-            parts = Parts(shadow, self.project.repository.place(), tree)
+            parts = Parts(shadow, tree)
         except GitFailed as error:
             raise GitFailed(
                 f"This repository lacks some of what {self.name} was made of: {error}",
