@@ -6800,7 +6800,7 @@ class Pull:
             parts = Parts(shadow, tree)
         except GitFailed as error:
             raise GitFailed(
-                f"This repository lacks some of what {self.name} was made of: {error}",
+                f"This repository has not all any more of what {self.name} was made of: {error}",
                 f"Fetch the commit {self.base[:10]} again; or take the files: {take_files}")
         if "whole" not in self.entry:
             raise GitFailed(
