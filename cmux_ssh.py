@@ -4508,9 +4508,9 @@ class CommandRun:
 # fsmonitor, textconv, pager or remote helper of any repository runs, a filter only for --dirty;
 # the user's work tree, index, refs and config are read, never written.
 
-# In the user's own repository only commands that read run; --dirty and the count of what is not
-# sent read the work tree as the user's git does, into index and objects of ours. All else runs in
-# a shadow: a new bare repository, empty of config, with the real object store as alternate.
+# In the user's own repository only commands that read run; --dirty and the count of uncommitted
+# files read the work tree with the user's configuration, into an index and objects of ours. All
+# else runs in a shadow: a new bare repository without config that borrows the real objects.
 def git_settings(*values: str) -> tuple[str, ...]:
     return tuple(word for value in values for word in ("-c", value))
 
@@ -4575,8 +4575,8 @@ class Repository:
         self.common_dir = os.path.realpath(os.path.join(self.directory, lines[1]))
         own = os.path.realpath(self.git_dir)
         if (os.path.realpath(self.directory) + "/").startswith(own + "/"):
-            # One that lies in another repository's work tree may have come with a clone of that,
-            # and its config would be whoever's wrote it: the host, the work tree.
+            # In another repository's work tree it may have come with a clone, or a pull: its
+            # config could be an attacker's.
             words = [self.program, "-C", os.path.dirname(own), *GIT_SAFE, "rev-parse", "--git-dir"]
             if run(words, git_environment())[0] == 0:
                 raise GitFailed(f"{show(own)} is a git directory inside another repository.",
@@ -4727,7 +4727,7 @@ class Repository:
     def _add_all(self, shadow: Shadow) -> None:
         """Bring the index of a shadow to what `git add -A` would make of the user's."""
         user, failed = self._as_user(shadow, filters=True), None
-        # add would run `git status` in every submodule, with the config and the filters of that.
+        # add would run `git status` in every submodule, with its config and its filters.
         links = shadow.index_links()
         own = self._own_state()
         if own and not run(user.argv("check-ignore", "-q", "--", own), user.env)[0]:
@@ -4762,7 +4762,7 @@ class Repository:
         raw = self.config("core.hooksPath")
         tops = {os.path.realpath(row[0][len("worktree "):]) for row in self._worktrees()
                 if "bare" not in row}
-        tops.discard(os.path.realpath(self.common_dir))  # of a submodule git names that
+        tops.discard(os.path.realpath(self.common_dir))  # which git lists for a submodule
         found = {os.path.relpath(near, top) for top in tops.union(filter(None, [self.top]))
                  for near in (os.path.normpath(path), os.path.realpath(path))}
         if raw and raw[0] not in "/~":
@@ -4866,7 +4866,7 @@ class Shadow:
             self.env[ALTERNATES] += ":" + more
 
     def tree_in(self, objects: str, commit: str) -> str:
-        """The tree of a commit that one object store has with everything in it; else ""."""
+        """The tree of a commit, if an object store has all of it; else ""."""
         env = {ALTERNATES: self.alternate(objects)}
         try:
             tree = self.call("rev-parse", "--verify", "-q", commit + "^{tree}", env=env)
@@ -4894,9 +4894,8 @@ class Shadow:
 
     def records(self, *words: str, stdin: bytes = b"", end: bytes = b"\0",
                 env: dict[str, str] | None = None, talks: bool = False) -> Iterator[bytes]:
-        """What a git command prints, split at ``end``, one by one; nothing is held. Raises
-        GitFailed when it fails or, unless it ``talks``, has anything on stderr: update-index drops
-        paths so."""
+        """What a git command prints, split at ``end``, one by one. Raises GitFailed when it fails
+        or, unless it ``talks``, writes to stderr: so does update-index when it drops a path."""
         with spool(stdin) as source, spool(b"") as errors:
             process = spawn(self.argv(*words), dict(self.env, **(env or {})), stdin=source,
                             stdout=-1, stderr=errors)
@@ -4930,16 +4929,15 @@ class Shadow:
         words = [word for parent in parents for word in ("-p", parent)]
         return self.call("commit-tree", tree, *words, stdin=message.encode(), env=env)
 
-    def is_ancestor(self, old: str, new: str) -> bool:
-        words = self.argv("merge-base", "--is-ancestor", old, new)
-        return run(words, self.env, patience=600)[0] == 0
-
     def common(self, one: str, other: str) -> str:
         """The commit that two come from; "" where there is none."""
         return run(self.argv("merge-base", one, other), self.env, patience=600)[1].decode().strip()
 
-    def listing(self, tree: str) -> Iterator[tuple[str, str, bytes]]:
-        """(mode, id, path) of every file of a tree or commit."""
+    def is_ancestor(self, old: str, new: str) -> bool:
+        return self.common(old, new) == old
+
+    def listing(self, tree: str) -> Iterator[Row]:
+        """Every file of a tree or commit."""
         for row in self.records("ls-tree", "-r", "-z", "--full-tree", tree):
             meta, _, path = row.partition(b"\t")
             mode, _, oid = meta.decode("ascii").split(" ")
@@ -4952,9 +4950,9 @@ class Shadow:
             before, after, _, oid, _ = row.decode("ascii").split(" ")
             yield before[1:], after, oid, next(rows)
 
-    def altered(self, tree: str, rows: Iterable[tuple[str, str, bytes]]) -> str:
-        """A tree ("": the empty one) with other files at some paths: (mode, id, path), mode 0 takes
-        one away. Not by read-tree, which before git 2.39 wants the content of all."""
+    def altered(self, tree: str, rows: Iterable[Row]) -> str:
+        """A tree ("": the empty one) with other files at some paths; mode 0 removes one. Not by
+        read-tree, which before git 2.39 wants the content of all."""
         env = {"GIT_INDEX_FILE": os.path.join(self.path, os.urandom(4).hex() + ".index")}
         own = self.records("ls-tree", "-r", "-z", "--full-tree", tree) if tree else ()
         more = (os.fsencode("%s %s\t" % row[:2]) + row[2] for row in rows)
@@ -4962,9 +4960,9 @@ class Shadow:
         self.call("update-index", "-z", "--index-info", env=env, stdin=lines)
         return self.call("write-tree", "--missing-ok", env=env)
 
-    def delta(self, rows: Sequence[tuple[str, str, bytes]]) -> str:
-        """The tree of only these files, of (mode, id, path), and .cmux-gone: the list of the paths
-        to remove before, those of mode 0 among them."""
+    def delta(self, rows: Sequence[Row]) -> str:
+        """The tree of only these files and .cmux-gone, the list of the paths to remove before: all
+        of these, with those of mode 0."""
         names = b"".join(path + b"\n" for _, _, path in rows)
         gone = self.call("hash-object", "-w", "--stdin", stdin=names)
         files = [row for row in rows if int(row[0])]
@@ -4993,14 +4991,13 @@ class Shadow:
                 yield path, (*files[path], match.group(1).decode(), int(match.group(2)))
 
     def differing(self, head: str, *work: str, **env: str) -> Iterator[bytes]:
-        """Files that are not as ``head`` has them, by content; not in submodules, whose filters
-        would run."""
+        """Files whose content differs from ``head``; not in submodules, whose filters would run."""
         return self.records(*work, "diff", "--no-ext-diff", "--no-textconv", "--no-renames",
                             "--name-only", "--ignore-submodules=dirty", "-z", head, "--", env=env,
                             talks=True)
 
     def attributes(self, text: str) -> None:
-        """What git goes by here before any .gitattributes."""
+        """Set the attributes that go before any .gitattributes."""
         with open(os.path.join(self.git_dir, "info", "attributes"), "w") as stream:
             stream.write(text)
 
@@ -5010,8 +5007,8 @@ class Shadow:
                 if row.startswith(b"160000 ")}
 
     def borrow_index(self, repository: Repository) -> None:
-        """A copy of the user's index, whose times spare reading unchanged files. With its own time:
-        git reads again what was changed in the second of the index or later, and only that."""
+        """Copy the user's index, with its time: git then reads only files that were changed in the
+        second of the index or later."""
         import shutil
         for name in os.listdir(repository.git_dir):
             source = os.path.join(repository.git_dir, name)
@@ -5042,7 +5039,7 @@ class Shadow:
             process.stdout.close()
 
     def quarantine(self, tip: str, known: Iterable[str]) -> str:
-        """A file: a pack of what ``tip`` has and the commits ``known`` have not, which passed
+        """The file of a pack, of what ``tip`` has and the commits ``known`` have not, that passed
         git's strict checks in a repository of its own (a refusal leaves files behind)."""
         apart = self.path + "/apart.git"
         pack = self.path + "/result.pack"
@@ -5064,11 +5061,11 @@ class Shadow:
         return {path: int(meta.split()[3]) for meta, _, path in rows if meta.split()[3].isdigit()}
 
     def archive_size(self, tree: str) -> int:
-        """About how long the archive will be: a header for each file, contents in blocks of 512."""
+        """The archive's length, about: a header for each file, contents in blocks of 512 bytes."""
         return sum(512 + -size % 512 + size for size in self.sizes(tree).values())
 
     def archive(self, tree: str, front: Iterable[bytes] = ()) -> Archive:
-        """``front`` are tar entries without an end, which go before those of the tree."""
+        """``front``: tar entries, without an end, to go before those of the tree."""
         self.attributes(SHADOW_ATTRIBUTES)
         errors = spool(b"")  # nobody would read a pipe
         process = spawn(self.argv("archive", "--format=tar", tree), self.env, stdout=-1,
@@ -5082,6 +5079,7 @@ class Shadow:
 
 
 if TYPE_CHECKING:
+    Row = tuple[str, str, bytes]         # of a tree: mode, id, path
     Pointer = tuple[str, str, str, int]  # of an LFS file: mode, id, sha256 and size of the content
 RAW_DIFF = ("diff-tree", "-r", "-z", "--raw", "--no-abbrev", "--no-renames", "--no-ext-diff",
             "--no-textconv")
@@ -5091,15 +5089,15 @@ _POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha25
 
 
 class Place:
-    """A work tree and its git directory, both real paths: where its submodules and LFS content
-    lie. ``roots``: where a .git file may point."""
+    """A work tree and its git directory (real paths), where its submodules and LFS content lie.
+    ``roots``: where a submodule's .git file may point."""
 
     def __init__(self, top: str, git_dir: str, roots: list[str]) -> None:
         self.top, self.git_dir, self.roots = top, git_dir, roots
         self.objects = git_dir + "/objects"
 
     def module(self, path: bytes) -> Place | None:
-        """A submodule that is checked out. No .git file or link leads out of ``roots``."""
+        """A submodule that is checked out, if no .git file or link of it leads out of ``roots``."""
         top = os.path.join(self.top, os.fsdecode(path))
         git_dir = top + "/.git"
         try:
@@ -5147,8 +5145,8 @@ class Place:
 
 
 class Parts:
-    """What is sent of a commit's tree: where that has links and pointers, the content of submodules
-    and of LFS files, as far as it lies on this machine. Nothing of it is stored."""
+    """What is sent of a commit's tree: with the content of submodules and LFS files instead of
+    links and pointers, as far as this machine has it. Nothing of it is stored."""
 
     def __init__(self, shadow: Shadow, source: str) -> None:
         self.shadow = shadow
@@ -5156,10 +5154,10 @@ class Parts:
         self.pointers: dict[bytes, Pointer] = {}
         self.files: dict[bytes, str] = {}   # path -> the file that has the content
         self.places: list[Place] = []       # of the submodules that are checked out
-        self._rows: list[tuple[str, str, bytes]] = []
+        self._rows: list[Row] = []
         self._look(shadow.repository.place(), source, b"")
-        # What names it, without links to submodules. Where LFS content is sent, the host's git has
-        # another tree: to know the ids of contents, one would have to read them all.
+        # The id of what is sent, without links to submodules. With LFS content the host's git has
+        # another tree, whose id we do not know: it would take reading all that content.
         self.tree = shadow.altered(source, self._rows) if self._rows else source
         self.host_tree = "" if self.files else self.tree
 
@@ -5210,7 +5208,7 @@ class Parts:
 
 
 def read_content(path: str, name: str, pointer: Pointer) -> Iterator[bytes]:
-    """The bytes of a file, as an LFS pointer has them; else GitFailed."""
+    """The bytes of a file. Raises GitFailed where they are not those of the LFS pointer."""
     import hashlib
     digest, left = hashlib.sha256(), pointer[3]
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -5253,7 +5251,7 @@ def make_repository(path: str, files: Mapping[str, str]) -> str:
 
 
 class Importer:
-    """`git fast-import`. It takes any path in a commit: what is given to it was checked before."""
+    """`git fast-import`. It takes any path: what it is given was checked before."""
 
     def __init__(self, shadow: Shadow) -> None:
         self.marks = shadow.path + "/marks"
@@ -5288,8 +5286,8 @@ class Importer:
             self.process.stdin.close()
 
 
-# POSIX cksum is a CRC-32 that takes the bits of each byte from the other end than zlib's, then
-# the length. Reversing the bits of every byte (translate) and of the result makes zlib do it.
+# POSIX cksum is a CRC-32 of the bytes, their bits in reverse, and of their count. Reversing the
+# bits of every byte (translate) and of the result makes zlib compute it.
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
@@ -5314,8 +5312,8 @@ class Cksum:
 
 
 class Archive(Source):
-    """The stream of a running `git archive`, with its length and checksum so far. ``total`` counts
-    what travels: compressed, after compress()."""
+    """The stream of a running `git archive`, with its length and checksum so far. ``total``: the
+    bytes that travel, compressed after compress()."""
 
     def __init__(self, process: Process, errors: IO[bytes], front: Iterable[bytes]) -> None:
         assert process.stdout
@@ -5366,8 +5364,8 @@ class Archive(Source):
             self.process.stdout.close()
 
     def check(self, ended: bool = True) -> None:
-        """Raise GitFailed unless git ended well (or, where it was not read to its end, still runs):
-        half an archive must not become a base."""
+        """Raise GitFailed unless git ended well (or, where it did not write all, runs): half an
+        archive must not become a base."""
         if ended:
             self.process.wait(timeout=60)
         if self.process.poll():
@@ -5940,7 +5938,7 @@ class ProjectBase:
         """The words for PULL, CHANGED and PUSH: what the workspace is compared with."""
         tree = entry.get("host_tree", "")
         return [entry["root"], entry["project"], name, entry["tree"] if "whole" in entry else "-",
-                tree if len(tree) == 40 else "",  # else ids there are not like ours
+                tree if len(tree) == 40 else "",  # the host's ids are SHA-1
                 op, str(PULL_COMMITS_MAX), str(PULL_FILE_MAX),
                 entry.get("pulled", {}).get("op", "")]
 
@@ -6069,10 +6067,9 @@ class Upload:
                     reply = use()
         return reply
 
-    def _nearest(self, offered: Iterable[str]) -> tuple[str, list[tuple[str, str, bytes]]]:
+    def _nearest(self, offered: Iterable[str]) -> tuple[str, list[Row]]:
         """The base on the host with which the fewest bytes travel ("" unless less than half), and
-        what differs, as (mode, id, path). It must have been sent there before: a delta names the
-        files that this tree lacks."""
+        what differs. It must have been sent there before: a delta names files of its."""
         shadow, host, project = self.shadow, self.host.name, self.project
         sizes = shadow.sizes(self.tree)
         sizes.update({path: self.parts.pointers[path][3] for path in self.parts.files})
@@ -6117,7 +6114,7 @@ class Upload:
         if text:
             self.report.note(f"Not sent: {', '.join(text)}.")
 
-    def _archive(self, parent: str, rows: Sequence[tuple[str, str, bytes]]) -> Archive:
+    def _archive(self, parent: str, rows: Sequence[Row]) -> Archive:
         """The archive of all, or of what differs from a base."""
         apart, tree = list(self.parts.files), self.tree
         if parent:
@@ -6958,7 +6955,7 @@ class Pull:
             path in lacks for _, _, _, path in self.shadow.changes(stood, before))
 
     def diff(self, *words: str) -> Iterator[bytes]:
-        # Of more than 400 that may be renamed it says on stderr that it leaves them.
+        # With more than 400 candidates for a rename git writes a warning, hence talks.
         return self.shadow.records("diff-tree", "-r", "-M", "-l400", "--no-ext-diff",
                                    "--no-textconv", *words, end=b"\n", talks=True)
 
