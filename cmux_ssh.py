@@ -4370,9 +4370,9 @@ class CommandRun:
 # fsmonitor, textconv, pager or remote helper of any repository runs, a filter only for --dirty;
 # the user's work tree, index, refs and config are read, never written.
 
-# In the user's own repository only commands that read run; --dirty and the count of what is not
-# sent read the work tree as the user's git does, into index and objects of ours. All else runs in
-# a shadow: a new bare repository, empty of config, with the real object store as alternate.
+# In the user's own repository only commands that read run; --dirty and the count of uncommitted
+# files read the work tree with the user's configuration, into an index and objects of ours. All
+# else runs in a shadow: a new bare repository without config that borrows the real objects.
 def git_settings(*values: str) -> tuple[str, ...]:
     return tuple(word for value in values for word in ("-c", value))
 
@@ -4389,6 +4389,7 @@ GIT_SAFE = GIT_ALWAYS + git_settings(
 USER_SAFE = GIT_ALWAYS + git_settings("core.splitIndex=false", "core.untrackedCache=false",
                                   "core.safecrlf=false")
 # protocol.allow=never does not stop a repository's own protocol.ext.allow=always; this does.
+ALTERNATES = "GIT_ALTERNATE_OBJECT_DIRECTORIES"
 GIT_ALONE = {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0",
              "GIT_NO_REPLACE_OBJECTS": "1", "GIT_OPTIONAL_LOCKS": "0"}
 # Bytes are the repository's own: no filter runs, no commit id, author or date is expanded, no
@@ -4421,7 +4422,7 @@ class Repository:
     """The user's git repository around a directory. Raises GitFailed where there is none."""
 
     def __init__(self, directory: str) -> None:
-        self.program, self._top = find_program("git"), ""
+        self.program = find_program("git")
         try:
             self.directory = os.path.abspath(directory)
         except FileNotFoundError:
@@ -4436,8 +4437,8 @@ class Repository:
         self.common_dir = os.path.realpath(os.path.join(self.directory, lines[1]))
         own = os.path.realpath(self.git_dir)
         if (os.path.realpath(self.directory) + "/").startswith(own + "/"):
-            # One that lies in another repository's work tree may have come with a clone of that,
-            # and its config would be whoever's wrote it: the host, the work tree.
+            # In another repository's work tree it may have come with a clone, or a pull: its
+            # config could be an attacker's.
             words = [self.program, "-C", os.path.dirname(own), *GIT_SAFE, "rev-parse", "--git-dir"]
             if run(words, git_environment())[0] == 0:
                 raise GitFailed(f"{show(own)} is a git directory inside another repository.",
@@ -4471,8 +4472,7 @@ class Repository:
 
     def branch(self) -> str:
         """The short name of the current branch (also an unborn one); "" when HEAD is detached."""
-        out = self._ask("symbolic-ref", "-q", "--short", "HEAD", env=git_environment())
-        return out.decode("utf-8", "replace").strip()
+        return self._ask("symbolic-ref", "-q", "--short", "HEAD").decode("utf-8", "replace").strip()
 
     def config(self, key: str, *kind: str) -> str:
         """A value of the user's git configuration, any scope: no clone brings a .git/config along,
@@ -4481,9 +4481,7 @@ class Repository:
 
     def resolve(self, revision: str) -> tuple[str, str]:
         """The ids of a commit and of its tree. Raises GitFailed."""
-        if not revision or revision.startswith("-") or "\0" in revision:
-            raise GitFailed(f"{show(revision)} is not a revision.")
-        commit = self.value_of(revision)
+        commit = "" if revision[:1] in ("", "-") else self.value_of(revision)
         if not re.match(r"[0-9a-f]{40,64}\Z", commit):  # ^HEAD passes rev-parse
             if revision == "HEAD":
                 raise GitFailed("The repository has no commit yet.", "Commit something first.")
@@ -4491,9 +4489,9 @@ class Repository:
                             "Name one that `git log` shows.")
         return commit, self._line("rev-parse", "--verify", "-q", commit + "^{tree}")
 
-    def in_shadow(self, example: str) -> Shadow:
-        """A shadow whose object ids are like ``example``."""
-        return Shadow(self, example)
+    def in_shadow(self, example: str) -> contextlib.closing[Shadow]:
+        """A shadow whose object ids are like ``example``, until the block ends."""
+        return contextlib.closing(Shadow(self, example))
 
     def value_of(self, name: str, kind: str = "^{commit}") -> str:
         """The id of the commit (or other object) that a name stands for; "" where there is none."""
@@ -4502,22 +4500,22 @@ class Repository:
         except GitFailed:
             return ""
 
-    def worktree(self) -> str:
-        """The top directory of the work tree. Raises GitFailed in a bare repository."""
-        self._top = self._top or self._line("rev-parse", "--show-toplevel")
-        return self._top
+    @functools.cached_property
+    def top(self) -> str:
+        """The top directory of the work tree, with no link in it; "" in a bare repository."""
+        with contextlib.suppress(GitFailed):
+            return os.path.realpath(self._line("rev-parse", "--show-toplevel"))
+        return ""
 
     def _own_state(self) -> str:
-        """Where the state directory lies in the work tree (a home may be a repository); "" if it
-        does not."""
-        own = os.path.relpath(os.path.realpath(state_home()), os.path.realpath(self.worktree()))
-        return "" if own.split("/")[0] == ".." else own
+        """The state directory relative to the work tree, if it lies in it (a home may be a
+        repository)."""
+        own = os.path.relpath(os.path.realpath(state_home()), self.top or "/")
+        return own if self.top and own.split("/")[0] != ".." else ""
 
     def refuse_state(self, commit: str) -> None:
         """Raise UsageError if a commit holds the state directory, and with it the secrets."""
-        own = ""
-        with contextlib.suppress(GitFailed):  # bare
-            own = self._own_state()
+        own = self._own_state()
         if own and self.value_of(f"{commit}:{own}", ""):
             raise UsageError(f"Nothing was sent: {show(own)}, where {PROGRAM} keeps the secrets, "
                              f"is in the commit {commit[:12]}.",
@@ -4525,23 +4523,22 @@ class Repository:
                              "CMUX_SSH_HOME to another directory.")
 
     def _as_user(self, shadow: Shadow, filters: bool = False) -> Shadow:
-        """A shadow whose git is the user's, with its configuration, in the work tree; index and new
+        """A shadow whose git reads the work tree with the user's configuration; index and new
         objects are the shadow's own. No hook, no fsmonitor and, unless wanted, no filter runs."""
         import copy
         shadow.borrow_index(self)
         own = copy.copy(shadow)
-        own.start = [self.program, "-C", self.worktree(), *USER_SAFE]
+        own.start = [self.program, "-C", self.top, *USER_SAFE]
         for name in () if filters else self._configured("filter", user_environment()):
             own.start += git_settings(name + ".process=", name + ".required=false")
-        others = "GIT_ALTERNATE_OBJECT_DIRECTORIES"
         own.env = dict(self._without_hooks(user_environment()), **GIT_ALONE,
-                       GIT_INDEX_FILE=os.path.join(shadow.git_dir, "index"),
-                       GIT_OBJECT_DIRECTORY=os.path.join(shadow.git_dir, "objects"))
-        own.env[others] = shadow.env[others]
+                       GIT_INDEX_FILE=shadow.git_dir + "/index",
+                       GIT_OBJECT_DIRECTORY=shadow.git_dir + "/objects")
+        own.env[ALTERNATES] = shadow.env[ALTERNATES]
         return own
 
     def _configured(self, section: str, env: dict[str, str]) -> set[str]:
-        """What the configuration has of a section: SECTION.NAME."""
+        """The SECTION.NAMEs of the configuration."""
         pattern = rf"^{section}\..*\."
         out = self._ask("config", "-z", "--name-only", "--get-regexp", pattern, env=env)
         return {name.rpartition(".")[0] for name in os.fsdecode(out).split("\0")[:-1]}
@@ -4558,28 +4555,25 @@ class Repository:
     def uncommitted(self, shadow: Shadow, pointers: Mapping[bytes, Pointer]) -> int:
         """How many tracked files are not as HEAD has them, whose LFS pointers are these."""
         count = 0
-        try:
-            for path in self._as_user(shadow).differing("HEAD"):
-                file = os.path.join(self.worktree(), os.fsdecode(path))
+        with contextlib.suppress(GitFailed):
+            for path in self._as_user(shadow).differing("HEAD") if self.top else ():
+                file = os.path.join(self.top, os.fsdecode(path))
                 count += path not in pointers or not is_content(file, pointers[path])
-        except GitFailed:
-            pass  # a bare repository
         return count
 
     def snapshot(self, allow: Sequence[str] = ()) -> str:
         """A commit of the work tree as `git add -A` takes it, with the user's filters, kept as
         refs/cmux/sent/ID; index and branches stay as they are. Refuses what looks like secrets."""
         commit, tree = self.resolve("HEAD")
-        if self._line("rev-parse", "--is-bare-repository") == "true":
-            raise UsageError("This repository is bare: it has no work tree to send.",
+        if not self.top:
+            raise UsageError("There is no work tree to send: this repository is bare.",
                              "Leave out --dirty.")
         with self.in_shadow(commit) as shadow:
             self._add_all(shadow)
             new = shadow.call("write-tree")
             if new == tree:
                 return commit
-            changed = shadow.changes(tree, new)
-            paths = [as_text(path) for _, mode, _, path in changed
+            paths = [as_text(path) for _, mode, _, path in shadow.changes(tree, new)
                      if mode != "000000"]
             secret = [path for path in paths if _SECRET_FILE.search(path) and path not in allow]
             if secret:
@@ -4595,11 +4589,11 @@ class Repository:
     def _add_all(self, shadow: Shadow) -> None:
         """Bring the index of a shadow to what `git add -A` would make of the user's."""
         user, failed = self._as_user(shadow, filters=True), None
-        # add would run `git status` in every submodule, with the config and the filters of that.
+        # add would run `git status` in every submodule, with its config and its filters.
         links = shadow.index_links()
         own = self._own_state()
         if own and not run(user.argv("check-ignore", "-q", "--", own), user.env)[0]:
-            own = ""  # add says so, and fails, where an excluded path is ignored already
+            own = ""  # add fails where an excluded path is ignored already
         apart = [":(exclude,literal)" + path for path in (*map(os.fsdecode, links), own) if path]
         try:
             list(user.records("add", "-A", "--", ".", *apart, talks=True))
@@ -4618,7 +4612,7 @@ class Repository:
         user.call("update-index", "--remove", "-z", "--stdin", stdin=b"\0".join([*links, b""]))
 
     def _worktrees(self) -> list[list[str]]:
-        """What `git worktree list` says: its lines, worktree by worktree."""
+        """The lines of `git worktree list`, worktree by worktree."""
         text = self._line("worktree", "list", "--porcelain")
         return [row.split("\n") for row in text.split("\n\n") if row]
 
@@ -4630,10 +4624,8 @@ class Repository:
         raw = self.config("core.hooksPath")
         tops = {os.path.realpath(row[0][len("worktree "):]) for row in self._worktrees()
                 if "bare" not in row}
-        tops.discard(os.path.realpath(self.common_dir))  # of a submodule git names that
-        with contextlib.suppress(GitFailed):  # a bare repository
-            tops.add(os.path.realpath(self.worktree()))
-        found = {os.path.relpath(near, top) for top in tops
+        tops.discard(os.path.realpath(self.common_dir))  # which git lists for a submodule
+        found = {os.path.relpath(near, top) for top in tops.union(filter(None, [self.top]))
                  for near in (os.path.normpath(path), os.path.realpath(path))}
         if raw and raw[0] not in "/~":
             found.add(os.path.normpath(raw))
@@ -4654,55 +4646,58 @@ class Repository:
     def publish(self, pack: str, ref: str, new: str, old: str) -> None:
         """Take a pack that was checked in quarantine, then set ``ref`` if it still is ``old``."""
         command = [self.program, "--git-dir=" + self.git_dir, *GIT_SAFE]
-        with open(pack, "rb") as stream:
-            words = ["index-pack", "--stdin", "--strict", "--fsck-objects",
-                     f"--max-input-size={2 * PULL_TOTAL_MAX}"]
-            if spawn(command + words, git_environment(), stdin=stream).wait():
-                raise GitFailed("git did not take the objects of the result.", "Is the disk full?")
+        why = index_pack(command, git_environment(), pack)
+        if why:
+            raise GitFailed(f"git did not take the result: {why}.", "Is the disk full?")
         if ref.startswith("refs/heads/"):
             self.check_branch(ref[11:])  # once more: bringing it took minutes
-        words = ["update-ref", "--no-deref", "-m", "cmux pull", ref, new, old or "0" * len(new)]
-        status, _, err = run(command + words, self._without_hooks(git_environment()))
+        command += ["update-ref", "--no-deref", "-m", "cmux pull", ref, new, old or "0" * len(new)]
+        status, _, err = run(command, self._without_hooks(git_environment()))
         if status:
-            why = show(neutralise(err).strip(), 300)
-            raise GitFailed(f"The branch {show(ref[11:])} could not be set: {why}.",
-                            "Choose another with --branch.")
+            raise GitFailed(f"The branch {show(ref[11:])} could not be set: "
+                            f"{show(err.strip(), 300)}.", "Choose another with --branch.")
 
     def place(self) -> Place:
         """Where this repository's submodules and LFS content lie."""
-        top = ""
-        with contextlib.suppress(GitFailed):  # bare
-            top = os.path.realpath(self.worktree())
-        roots = [os.path.join(base, "modules")
+        roots = [base + "/modules"
                  for base in (self.common_dir, os.path.realpath(self.git_dir))]
-        return Place(top, self.common_dir, roots)
+        return Place(self.top, self.common_dir, roots)
 
     def object_directory(self) -> str:
         out = self._line("rev-parse", "--git-path", "objects")
         return os.path.realpath(os.path.join(self.directory, out))
 
 
+def read_errors(stream: IO[bytes]) -> bytes:
+    stream.seek(0)
+    return stream.read(LOG_MAX).strip()
+
+
+def index_pack(command: list[str], env: Mapping[str, str], pack: str) -> str:
+    """Have git check a pack, strictly, and keep it; "", or why it refuses."""
+    words = ["index-pack", "--stdin", "--strict", "--fsck-objects",
+             f"--max-input-size={2 * PULL_TOTAL_MAX}"]
+    with open(pack, "rb") as stream, spool(b"") as errors:
+        failed = spawn(command + words, env, stdin=stream, stderr=errors).wait()
+        return show(read_errors(errors), 300) if failed else ""
+
+
 class Shadow:
-    """A throwaway bare repository with the real object store as alternate. A context manager."""
+    """A throwaway bare repository with the real object store as alternate."""
 
     def __init__(self, repository: Repository, example: str) -> None:
-        self.program = repository.program
-        folder = temporary_folder()
-        self.reap(folder)
-        while True:  # the lock stands before the directory is there and until it has gone
-            self.path = os.path.join(folder, "cmux-shadow-" + os.urandom(8).hex())
-            self.lock = Lock(self.path + ".lock", passing=True)
-            if self.lock.take():
-                break
-        os.mkdir(self.path, 0o700)
-        self.git_dir = os.path.join(self.path, "sh.git")
-        self.start = [self.program, "--git-dir=" + self.git_dir, *GIT_SAFE]
-        stores = self.alternate(repository.object_directory())
-        self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null",
-                                   GIT_ALTERNATE_OBJECT_DIRECTORIES=stores)
+        import tempfile
+        self.repository = repository
+        self.reap(temporary_folder())
+        self.path = tempfile.mkdtemp(prefix="cmux-shadow-", dir=temporary_folder())
+        self.lock = self.lock_of(self.path).hold()  # where reap() was faster, a new directory
+        self.git_dir = self.path + "/sh.git"
+        self.start = self.at(self.git_dir)
+        self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null")
+        self.env[ALTERNATES] = self.alternate(repository.object_directory())
         try:
             self._init(self.git_dir, example)
-            os.makedirs(os.path.join(self.git_dir, "info"), exist_ok=True)
+            os.makedirs(self.git_dir + "/info", exist_ok=True)
         except BaseException:
             self.close()
             raise
@@ -4710,6 +4705,15 @@ class Shadow:
     def _init(self, path: str, example: str) -> None:
         form = ["--object-format=sha256"] if len(example) == 64 else []
         list(self.records("init", "-q", "--bare", "--template=", *form, path, talks=True))
+
+    def at(self, git_dir: str) -> list[str]:
+        """How a command of git in a repository of ours begins."""
+        return [self.repository.program, "--git-dir=" + git_dir, *GIT_SAFE]
+
+    @staticmethod
+    def lock_of(path: str) -> Lock:
+        """What the process holds whose shadow this is."""
+        return Lock(path + "/lock", passing=True)
 
     @staticmethod
     def alternate(objects: str) -> str:
@@ -4719,13 +4723,13 @@ class Shadow:
         """Read from one more object store. Every git of this shadow would fail where it is not."""
         if os.path.realpath(objects) != objects or not os.path.isdir(objects):
             raise GitFailed(f"The object store {show(objects)} is not there.")
-        stores, more = self.env["GIT_ALTERNATE_OBJECT_DIRECTORIES"], self.alternate(objects)
-        if more not in stores:
-            self.env["GIT_ALTERNATE_OBJECT_DIRECTORIES"] = f"{stores}:{more}"
+        more = self.alternate(objects)
+        if more not in self.env[ALTERNATES]:
+            self.env[ALTERNATES] += ":" + more
 
     def tree_in(self, objects: str, commit: str) -> str:
-        """The tree of a commit that one object store has with everything in it; else ""."""
-        env = {"GIT_ALTERNATE_OBJECT_DIRECTORIES": self.alternate(objects)}
+        """The tree of a commit, if an object store has all of it; else ""."""
+        env = {ALTERNATES: self.alternate(objects)}
         try:
             tree = self.call("rev-parse", "--verify", "-q", commit + "^{tree}", env=env)
             self.call("rev-list", "--objects", "--no-walk", "--quiet", commit, env=env)
@@ -4739,28 +4743,22 @@ class Shadow:
         """Remove, once, the shadows of processes that were killed: their locks are free."""
         import shutil
         for name in os.listdir(folder):
-            if name.startswith("cmux-shadow-"):
-                path = os.path.join(folder, name)
-                base = path[:-len(".lock")] if name.endswith(".lock") else path
-                lock = Lock(base + ".lock", passing=True)
-                with contextlib.suppress(OSError, StateFailed):  # it has just gone
-                    if os.lstat(path).st_uid == os.geteuid() and lock.take():
-                        shutil.rmtree(base, ignore_errors=True)
-                        lock.passing = not os.path.lexists(base)  # a git of theirs may still write
-                        lock.free()
+            path = os.path.join(folder, name)
+            lock = Shadow.lock_of(path)
+            with contextlib.suppress(OSError, StateFailed):  # it has just gone
+                if name.startswith("cmux-shadow-") and os.lstat(path).st_uid == os.geteuid() \
+                        and lock.take():
+                    shutil.rmtree(path, ignore_errors=True)
+                    lock.free()
 
     def argv(self, *words: str) -> list[str]:
         return [*self.start, *words]
 
     def records(self, *words: str, stdin: bytes = b"", end: bytes = b"\0",
                 env: dict[str, str] | None = None, talks: bool = False) -> Iterator[bytes]:
-        """What a git command prints, split at ``end``, one by one; nothing is held. Raises
-        GitFailed when it fails or, unless it ``talks``, has anything on stderr: update-index drops
-        paths so."""
-        base = os.path.join(self.path, os.urandom(4).hex())
-        with open(base + ".in", "wb+") as source, open(base + ".err", "wb+") as errors:
-            source.write(stdin)
-            source.seek(0)
+        """What a git command prints, split at ``end``, one by one. Raises GitFailed when it fails
+        or, unless it ``talks``, writes to stderr: so does update-index when it drops a path."""
+        with spool(stdin) as source, spool(b"") as errors:
             process = spawn(self.argv(*words), dict(self.env, **(env or {})), stdin=source,
                             stdout=-1, stderr=errors)
             assert process.stdout
@@ -4775,20 +4773,16 @@ class Shadow:
                     yield from parts
                 if rest:
                     yield rest
-                process.wait()
-                errors.seek(0)
-                text = neutralise(errors.read(LOG_MAX)).strip()
-                if process.returncode or text and not talks:
+                failed, text = process.wait(), read_errors(errors)
+                if failed or text and not talks:
                     raise GitFailed(f"git {words[0]} failed: {show(text, 300)}.")
             finally:
                 kill_group(process)
                 process.stdout.close()
-        os.unlink(base + ".in")
-        os.unlink(base + ".err")
 
     def call(self, *words: str, stdin: bytes = b"", env: dict[str, str] | None = None) -> str:
         lines = self.records(*words, stdin=stdin, end=b"\n", env=env)
-        return b"".join(lines).decode("utf-8", "surrogateescape")
+        return as_text(b"".join(lines))
 
     def commit(self, tree: str, message: str, *parents: str) -> str:
         """Make a commit in our own name."""
@@ -4797,16 +4791,15 @@ class Shadow:
         words = [word for parent in parents for word in ("-p", parent)]
         return self.call("commit-tree", tree, *words, stdin=message.encode(), env=env)
 
-    def is_ancestor(self, old: str, new: str) -> bool:
-        words = self.argv("merge-base", "--is-ancestor", old, new)
-        return run(words, self.env, patience=600)[0] == 0
-
     def common(self, one: str, other: str) -> str:
         """The commit that two come from; "" where there is none."""
         return run(self.argv("merge-base", one, other), self.env, patience=600)[1].decode().strip()
 
-    def listing(self, tree: str) -> Iterator[tuple[str, str, bytes]]:
-        """(mode, id, path) of every file of a tree or commit."""
+    def is_ancestor(self, old: str, new: str) -> bool:
+        return self.common(old, new) == old
+
+    def listing(self, tree: str) -> Iterator[Row]:
+        """Every file of a tree or commit."""
         for row in self.records("ls-tree", "-r", "-z", "--full-tree", tree):
             meta, _, path = row.partition(b"\t")
             mode, _, oid = meta.decode("ascii").split(" ")
@@ -4814,15 +4807,14 @@ class Shadow:
 
     def changes(self, old: str, new: str) -> Iterator[tuple[str, str, str, bytes]]:
         """(old mode, new mode, new id, path) of what differs between two trees or commits."""
-        rows = self.records("diff-tree", "-r", "-z", "--raw", "--no-abbrev", "--no-renames",
-                            "--no-ext-diff", "--no-textconv", old, new)
+        rows = self.records(*RAW_DIFF, old, new)
         for row in rows:
             before, after, _, oid, _ = row.decode("ascii").split(" ")
             yield before[1:], after, oid, next(rows)
 
-    def altered(self, tree: str, rows: Iterable[tuple[str, str, bytes]]) -> str:
-        """A tree ("": the empty one) with other files at some paths: (mode, id, path), mode 0 takes
-        one away. Not by read-tree, which before git 2.39 wants the content of all."""
+    def altered(self, tree: str, rows: Iterable[Row]) -> str:
+        """A tree ("": the empty one) with other files at some paths; mode 0 removes one. Not by
+        read-tree, which before git 2.39 wants the content of all."""
         env = {"GIT_INDEX_FILE": os.path.join(self.path, os.urandom(4).hex() + ".index")}
         own = self.records("ls-tree", "-r", "-z", "--full-tree", tree) if tree else ()
         more = (os.fsencode("%s %s\t" % row[:2]) + row[2] for row in rows)
@@ -4830,16 +4822,20 @@ class Shadow:
         self.call("update-index", "-z", "--index-info", env=env, stdin=lines)
         return self.call("write-tree", "--missing-ok", env=env)
 
-    def delta(self, rows: Sequence[tuple[str, str, bytes]]) -> str:
-        """The tree of only these files, of (mode, id, path), and .cmux-gone: the list of the paths
-        to remove before, those of mode 0 among them."""
+    def delta(self, rows: Sequence[Row]) -> str:
+        """The tree of only these files and .cmux-gone, the list of the paths to remove before: all
+        of these, with those of mode 0."""
         names = b"".join(path + b"\n" for _, _, path in rows)
         gone = self.call("hash-object", "-w", "--stdin", stdin=names)
         files = [row for row in rows if int(row[0])]
         return self.altered("", [("100644", gone, b".cmux-gone"), *files])
 
-    def lfs_paths(self, paths: Iterable[bytes], env: dict[str, str]) -> list[bytes]:
-        """Those that LFS manages, by the .gitattributes in the index of ``env``."""
+    def lfs_paths(self, tree: str, paths: Collection[bytes]) -> list[bytes]:
+        """Those that LFS manages, by the .gitattributes of a tree or commit."""
+        if not paths:
+            return []
+        env = {"GIT_INDEX_FILE": self.path + "/lfs.index"}
+        self.call("read-tree", tree, env=env)
         self.attributes("")
         answers = self.records("check-attr", "-z", "--stdin", "--cached", "filter", env=env,
                                stdin=b"".join(path + b"\0" for path in paths))
@@ -4847,25 +4843,23 @@ class Shadow:
 
     def pointers(self, tree: str) -> Iterator[tuple[bytes, Pointer]]:
         """A tree's LFS pointers, by path."""
-        env, sizes = {"GIT_INDEX_FILE": os.path.join(self.path, "lfs.index")}, self.sizes(tree)
-        self.call("read-tree", tree, env=env)
+        sizes = self.sizes(tree)
         files = {path: (mode, oid) for mode, oid, path in self.listing(tree)
                  if mode[:3] == "100" and sizes.get(path, POINTER_MAX + 1) <= POINTER_MAX}
-        marked = self.lfs_paths(files, env)
-        for path, (_, data) in zip(marked, self.blobs([files[path][1] for path in marked])):
+        marked = self.lfs_paths(tree, files)
+        for path, data in zip(marked, self.blobs([files[path][1] for path in marked])):
             match = _POINTER.match(data)
             if match:
                 yield path, (*files[path], match.group(1).decode(), int(match.group(2)))
 
     def differing(self, head: str, *work: str, **env: str) -> Iterator[bytes]:
-        """Files that are not as ``head`` has them, by content; not in submodules, whose filters
-        would run."""
+        """Files whose content differs from ``head``; not in submodules, whose filters would run."""
         return self.records(*work, "diff", "--no-ext-diff", "--no-textconv", "--no-renames",
                             "--name-only", "--ignore-submodules=dirty", "-z", head, "--", env=env,
                             talks=True)
 
     def attributes(self, text: str) -> None:
-        """What git goes by here before any .gitattributes."""
+        """Set the attributes that go before any .gitattributes."""
         with open(os.path.join(self.git_dir, "info", "attributes"), "w") as stream:
             stream.write(text)
 
@@ -4875,22 +4869,19 @@ class Shadow:
                 if row.startswith(b"160000 ")}
 
     def borrow_index(self, repository: Repository) -> None:
-        """A copy of the user's index, whose times spare reading unchanged files. With its own time:
-        git reads again what was changed in the second of the index or later, and only that."""
+        """Copy the user's index, with its time: git then reads only files that were changed in the
+        second of the index or later."""
         import shutil
         for name in os.listdir(repository.git_dir):
             source = os.path.join(repository.git_dir, name)
             if re.match(r"index\Z|sharedindex\.", name) and os.path.isfile(source):
                 shutil.copy2(source, os.path.join(self.git_dir, name))
 
-    def blobs(self, ids: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-        """(id, content) of small blobs, in order; b"" for one that is not small."""
-        import tempfile
+    def blobs(self, ids: Sequence[str]) -> Iterator[bytes]:
+        """The contents of small blobs, in order; b"" for one that is not small."""
         if not ids:
             return
-        with tempfile.TemporaryFile(dir=self.path) as source:
-            source.write("".join(oid + "\n" for oid in ids).encode())
-            source.seek(0)
+        with spool("".join(oid + "\n" for oid in ids).encode()) as source:
             process = spawn(self.argv("cat-file", "--batch"), self.env, stdin=source, stdout=-1)
         assert process.stdout
         try:
@@ -4904,32 +4895,25 @@ class Shadow:
                     for left in range(size - len(content), 0, -CHUNK):
                         content = stream.read(min(left, CHUNK)) and b""
                     stream.read(1)
-                    yield oid, content
+                    yield content
         finally:
             kill_group(process)
             process.stdout.close()
 
     def quarantine(self, tip: str, known: Iterable[str]) -> str:
-        """A pack of what ``tip`` has and the commits ``known`` have not, as a file, having passed
-        git's own strict checks in a repository apart (a refusal leaves files behind)."""
-        apart = os.path.join(self.path, "apart.git")
-        pack = os.path.join(self.path, "result.pack")
-        with open(pack, "wb+") as stream, open(pack + ".io", "wb+") as text:
-            text.write("\n^".join([tip, *known, ""])[:-1].encode())
-            text.seek(0)
+        """The file of a pack, of what ``tip`` has and the commits ``known`` have not, that passed
+        git's strict checks in a repository of its own (a refusal leaves files behind)."""
+        apart = self.path + "/apart.git"
+        pack = self.path + "/result.pack"
+        with open(pack, "wb") as stream, \
+                spool("\n^".join([tip, *known, ""])[:-1].encode()) as revisions:
             words = self.argv("pack-objects", "-q", "--revs", "--stdout")
-            if spawn(words, self.env, stdin=text, stdout=stream).wait():
+            if spawn(words, self.env, stdin=revisions, stdout=stream).wait():
                 raise GitFailed("git could not pack the result.")
-            self._init(apart, tip)
-            stream.seek(0)
-            text.seek(0)
-            text.truncate()
-            words = [self.program, "--git-dir=" + apart, *GIT_SAFE, "index-pack", "--stdin",
-                     "--strict", "--fsck-objects"]
-            if spawn(words, self.env, stdin=stream, stderr=text).wait():
-                text.seek(0)
-                why = show(neutralise(text.read(LOG_MAX)).strip(), 300)
-                raise ResultRefused(f"git refuses the result: {why}.")
+        self._init(apart, tip)
+        why = index_pack(self.at(apart), self.env, pack)
+        if why:
+            raise ResultRefused(f"git refuses the result: {why}.")
         return pack
 
     def sizes(self, tree: str) -> dict[bytes, int]:
@@ -4939,48 +4923,45 @@ class Shadow:
         return {path: int(meta.split()[3]) for meta, _, path in rows if meta.split()[3].isdigit()}
 
     def archive_size(self, tree: str) -> int:
-        """About how long the archive will be: a header for each file, contents in blocks of 512."""
+        """The archive's length, about: a header for each file, contents in blocks of 512 bytes."""
         return sum(512 + -size % 512 + size for size in self.sizes(tree).values())
 
     def archive(self, tree: str, front: Iterable[bytes] = ()) -> Archive:
-        """``front`` are tar entries without an end, which go before those of the tree."""
+        """``front``: tar entries, without an end, to go before those of the tree."""
         self.attributes(SHADOW_ATTRIBUTES)
-        with open(os.path.join(self.path, "errors"), "wb") as errors:  # nobody reads a pipe
-            process = spawn(self.argv("archive", "--format=tar", tree), self.env, stdout=-1,
-                            stderr=errors.fileno())
-        return Archive(process, errors.name, front)
+        errors = spool(b"")  # nobody would read a pipe
+        process = spawn(self.argv("archive", "--format=tar", tree), self.env, stdout=-1,
+                        stderr=errors)
+        return Archive(process, errors, front)
 
     def close(self) -> None:
         import shutil
         shutil.rmtree(self.path, ignore_errors=True)
         self.lock.free()
 
-    def __enter__(self) -> Shadow:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 if TYPE_CHECKING:
+    Row = tuple[str, str, bytes]         # of a tree: mode, id, path
     Pointer = tuple[str, str, str, int]  # of an LFS file: mode, id, sha256 and size of the content
+RAW_DIFF = ("diff-tree", "-r", "-z", "--raw", "--no-abbrev", "--no-renames", "--no-ext-diff",
+            "--no-textconv")
 _PARTIAL = "A partial clone lacks objects: fetch them first with git."
 _POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\n"
                       rb"size (0|[1-9]\d{0,14})\n?\Z")
 
 
 class Place:
-    """A work tree and its git directory, both real paths: where its submodules and LFS content
-    lie. ``roots``: where a .git file may point."""
+    """A work tree and its git directory (real paths), where its submodules and LFS content lie.
+    ``roots``: where a submodule's .git file may point."""
 
     def __init__(self, top: str, git_dir: str, roots: list[str]) -> None:
         self.top, self.git_dir, self.roots = top, git_dir, roots
-        self.objects = os.path.join(git_dir, "objects")
+        self.objects = git_dir + "/objects"
 
     def module(self, path: bytes) -> Place | None:
-        """A submodule that is checked out. No .git file or link leads out of ``roots``."""
+        """A submodule that is checked out, if no .git file or link of it leads out of ``roots``."""
         top = os.path.join(self.top, os.fsdecode(path))
-        git_dir = os.path.join(top, ".git")
+        git_dir = top + "/.git"
         try:
             if not self.top or os.path.realpath(top) != top:
                 return None
@@ -4992,7 +4973,7 @@ class Place:
                 git_dir = os.path.realpath(os.path.join(top, named))
                 if not any(git_dir.startswith(root + os.sep) for root in self.roots):
                     return None
-            found = Place(top, git_dir, self.roots + [os.path.join(git_dir, "modules")])
+            found = Place(top, git_dir, self.roots + [git_dir + "/modules"])
             owner = os.stat(self.git_dir).st_uid
             good = os.path.realpath(found.objects) == found.objects and os.path.isdir(found.objects)
             return found if good and os.stat(found.objects).st_uid == owner else None
@@ -5001,7 +4982,7 @@ class Place:
 
     def content(self, sha256: str, size: int) -> str:
         """The file that holds an LFS object, by its name and size; "" where there is none."""
-        path = os.path.join(self.git_dir, "lfs", "objects", sha256[:2], sha256[2:4], sha256)
+        path = f"{self.git_dir}/lfs/objects/{sha256[:2]}/{sha256[2:4]}/{sha256}"
         try:
             status = os.lstat(path)
         except OSError:
@@ -5012,12 +4993,12 @@ class Place:
     def uncommitted(self, shadow: Shadow) -> bool:
         """Whether a submodule has tracked files that differ from its HEAD."""
         import shutil
-        index = os.path.join(shadow.path, "module.index")
-        words = [shadow.program, "--git-dir=" + self.git_dir, "rev-parse", "-q", "--verify"]
+        index = shadow.path + "/module.index"
+        words = [*shadow.at(self.git_dir), "rev-parse", "-q", "--verify", "HEAD^{tree}"]
         try:
             shadow.lend(self.objects)
-            shutil.copy2(os.path.join(self.git_dir, "index"), index)
-            status, head, _ = run([*words, "HEAD^{tree}"], git_environment())
+            shutil.copy2(self.git_dir + "/index", index)
+            status, head, _ = run(words, git_environment())
             changed = shadow.differing(head.decode().strip(), "--work-tree=" + self.top,
                                        GIT_INDEX_FILE=index)
             return not status and any(changed)
@@ -5026,23 +5007,24 @@ class Place:
 
 
 class Parts:
-    """What is sent of a commit's tree: where that has links and pointers, the content of submodules
-    and of LFS files, as far as it lies on this machine. Nothing of it is stored."""
+    """What is sent of a commit's tree: with the content of submodules and LFS files instead of
+    links and pointers, as far as this machine has it. Nothing of it is stored."""
 
-    def __init__(self, shadow: Shadow, place: Place, source: str) -> None:
+    def __init__(self, shadow: Shadow, source: str) -> None:
         self.shadow = shadow
         self.modules: set[bytes] = set()    # the paths of submodules, checked out or not
         self.pointers: dict[bytes, Pointer] = {}
         self.files: dict[bytes, str] = {}   # path -> the file that has the content
         self.places: list[Place] = []       # of the submodules that are checked out
-        self._rows: list[tuple[str, str, bytes]] = []
-        self._look(place, source, b"")
-        # What names it, without links to submodules. Where LFS content is sent, the host's git has
-        # another tree: to know the ids of contents, one would have to read them all.
+        self._rows: list[Row] = []
+        self._look(shadow.repository.place(), source, b"")
+        # The id of what is sent, without links to submodules. With LFS content the host's git has
+        # another tree, whose id we do not know: it would take reading all that content.
         self.tree = shadow.altered(source, self._rows) if self._rows else source
         self.host_tree = "" if self.files else self.tree
 
     def _look(self, place: Place, tree: str, prefix: bytes) -> None:
+        import hashlib
         attributes, links = [], []
         for mode, oid, path in self.shadow.listing(tree):
             if mode == "160000":
@@ -5052,9 +5034,15 @@ class Parts:
                 attributes.append(oid)
             if prefix:
                 self._rows.append((mode, oid, prefix + path))
-        if any(b"lfs" in data for _, data in self.shadow.blobs(attributes)):
+        if any(b"lfs" in data for data in self.shadow.blobs(attributes)):
             for path, pointer in self.shadow.pointers(tree):
-                self._take(place, prefix + path, pointer)
+                path, (mode, oid, sha256, size) = prefix + path, pointer
+                self.pointers[path], file = pointer, place.content(sha256, size)
+                if file:
+                    self.files[path] = file
+                    form = "sha256" if len(oid) == 64 else "sha1"
+                    content = hashlib.new(form, b"content " + sha256.encode())
+                    self._rows.append((mode, content.hexdigest(), path))
         for path, commit in links:
             self.modules.add(prefix + path)
             if not prefix:
@@ -5065,16 +5053,6 @@ class Parts:
                 self.shadow.lend(module.objects)
                 self.places.append(module)
                 self._look(module, inner, prefix + path + b"/")
-
-    def _take(self, place: Place, path: bytes, pointer: Pointer) -> None:
-        import hashlib
-        self.pointers[path] = mode, oid, sha256, size = pointer
-        file = place.content(sha256, size)
-        if file:
-            self.files[path] = file
-            form = "sha256" if len(oid) == 64 else "sha1"
-            content = hashlib.new(form, b"content " + sha256.encode())
-            self._rows.append((mode, content.hexdigest(), path))
 
     def stream(self, paths: Iterable[bytes]) -> Iterator[bytes]:
         """LFS files as tar entries, checked while they are read."""
@@ -5092,7 +5070,7 @@ class Parts:
 
 
 def read_content(path: str, name: str, pointer: Pointer) -> Iterator[bytes]:
-    """The bytes of a file, as an LFS pointer has them; else GitFailed."""
+    """The bytes of a file. Raises GitFailed where they are not those of the LFS pointer."""
     import hashlib
     digest, left = hashlib.sha256(), pointer[3]
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -5121,26 +5099,24 @@ def is_content(path: str, pointer: Pointer) -> bool:
 
 def make_repository(path: str, files: Mapping[str, str]) -> str:
     """A new repository of one commit with these files (for the demo)."""
-    os.makedirs(path)
+    os.mkdir(path)
     for name, text in files.items():
-        os.makedirs(os.path.dirname(os.path.join(path, name)), exist_ok=True)
         with open(os.path.join(path, name), "w") as stream:
             stream.write(text)
-    env = git_environment(GIT_AUTHOR_NAME="demo", GIT_AUTHOR_EMAIL="demo@localhost",
-                          GIT_COMMITTER_NAME="demo", GIT_COMMITTER_EMAIL="demo@localhost",
-                          GIT_CONFIG_GLOBAL="/dev/null")
+    command = [find_program("git"), "-C", path,
+               *git_settings("user.name=demo", "user.email=demo@localhost")]
     for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "hello"]):
-        status, _, err = run([find_program("git"), "-C", path, *words], env)
+        status, _, err = run(command + words, git_environment(GIT_CONFIG_GLOBAL="/dev/null"))
         if status:
-            raise GitFailed(f"git {words[0]} failed: {show(neutralise(err))}.")
+            raise GitFailed(f"git {words[0]} failed: {show(err)}.")
     return path
 
 
 class Importer:
-    """`git fast-import`. It takes any path in a commit: what is given to it was checked before."""
+    """`git fast-import`. It takes any path: what it is given was checked before."""
 
     def __init__(self, shadow: Shadow) -> None:
-        self.marks = os.path.join(shadow.path, "marks")
+        self.marks = shadow.path + "/marks"
         words = ["fast-import", "--quiet", "--done", "--force", "--depth=0",
                  "--date-format=raw", "--export-marks=" + self.marks]
         argv = shadow.argv("-c", "core.ignoreCase=false", *words)
@@ -5172,8 +5148,8 @@ class Importer:
             self.process.stdin.close()
 
 
-# POSIX cksum is a CRC-32 that takes the bits of each byte from the other end than zlib's, then
-# the length. Reversing the bits of every byte (translate) and of the result makes zlib do it.
+# POSIX cksum is a CRC-32 of the bytes, their bits in reverse, and of their count. Reversing the
+# bits of every byte (translate) and of the result makes zlib compute it.
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
@@ -5198,10 +5174,10 @@ class Cksum:
 
 
 class Archive(Source):
-    """The stream of a running `git archive`, with its length and checksum so far. ``total`` counts
-    what travels: compressed, after compress()."""
+    """The stream of a running `git archive`, with its length and checksum so far. ``total``: the
+    bytes that travel, compressed after compress()."""
 
-    def __init__(self, process: Process, errors: str, front: Iterable[bytes] = ()) -> None:
+    def __init__(self, process: Process, errors: IO[bytes], front: Iterable[bytes]) -> None:
         assert process.stdout
         super().__init__(process.stdout.fileno())
         self.process, self.errors, self.front = process, errors, iter(front)
@@ -5245,17 +5221,17 @@ class Archive(Source):
 
     def close(self) -> None:
         kill_group(self.process)
+        self.errors.close()
         if self.process.stdout:
             self.process.stdout.close()
 
     def check(self, ended: bool = True) -> None:
-        """Raise GitFailed unless git ended well (or, where it was not read to its end, still runs):
-        half an archive must not become a base."""
+        """Raise GitFailed unless git ended well (or, where it did not write all, runs): half an
+        archive must not become a base."""
         if ended:
             self.process.wait(timeout=60)
         if self.process.poll():
-            with open(self.errors, "rb") as stream:
-                why = show(neutralise(stream.read(LOG_MAX)).strip(), 300)
+            why = show(read_errors(self.errors), 300)
             raise GitFailed(f"git archive failed: {why}.", _PARTIAL)
 
 
@@ -5266,8 +5242,9 @@ class Archive(Source):
 @contextlib.contextmanager
 def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
           detail: object = "", op: str = "") -> Iterator[types.SimpleNamespace]:
-    """One operation as the history records it: ``size`` counts its bytes; ``code`` is its exit code
-    unless it raises; ``op`` says which workspace, by no name. Those inside it are part of it."""
+    """Record an operation in the history. The block sets ``size`` (bytes) and ``code`` (the exit
+    code, unless it raises); ``op``: the workspace's id. An operation inside another is part of
+    it."""
     import _thread
     thread = _thread.get_ident()
     row: Fields = {"operation": operation, "workspace": workspace, "host": host}
@@ -5278,9 +5255,7 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
         yield entry
         return
 
-    def describe() -> None:
-        """Without the values of secrets that are known by now: those that commands make are known
-        only once they were handed over."""
+    def describe() -> None:  # again at the end: a command's secret is known once it was sent
         row["detail"] = ""
         with contextlib.suppress(CmuxError):
             row["detail"] = masked_detail(detail, project.masks())
@@ -5291,7 +5266,7 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
         describe()
         lock = project.history.begin(row)
     try:
-        project.logging.add(thread)  # last: a KeyboardInterrupt before it must not leave it there
+        project.logging.add(thread)  # in the try: an interrupt must not leave it there
         yield entry
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
@@ -5306,24 +5281,27 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
             lock.free()
 
 
+def mask(data: bytes, masks: Iterable[tuple[bytes, bytes]]) -> bytes:
+    for value, shown in masks:
+        data = data.replace(value, shown)
+    return data
+
+
 def masked_detail(what: object, masks: Sequence[tuple[bytes, bytes]]) -> str:
-    """A command, path or pattern for the history: no secret's value, one line, bounded."""
+    """A command, path or pattern for the history: masked, one line, bounded."""
     line = isinstance(what, str)
     words = []
     for word in [what] if line else what if isinstance(what, (list, tuple)) else ():
         word = as_text(word) if isinstance(word, bytes) else str(word)
-        data = encoded(word)
-        for value, shown in masks:
-            data = data.replace(value, shown)
-        plain = as_text(data)
+        plain = as_text(mask(encoded(word), masks))
         words.append(plain if plain != word or line else quote(word))
     return show(" ".join(words), 200)[1:-1]
 
 
 def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0,
            code: Callable[[Any], int] = lambda result: 0) -> Callable[[AnyFunction], AnyFunction]:
-    """For functions of a workspace whose next argument is worth recording; ``size`` of the result
-    and the arguments, exit ``code`` of the result."""
+    """Record a function of a workspace with its next argument; ``size`` is made of the result and
+    the arguments, the exit ``code`` of the result."""
     def decorate(function: AnyFunction) -> AnyFunction:
         named = "".join(function.__code__.co_varnames[1:2])
 
@@ -5355,7 +5333,6 @@ class ProjectBase:
         self._forked()
         fork_aware().add(self)
         self.handed_over: dict[bytes, str] = {}   # values of secrets sent by this process -> name
-        self._masked: tuple[object, list[tuple[bytes, bytes]]] = None, []
         self.history = History(self.registry)
 
     def _forked(self) -> None:
@@ -5368,8 +5345,8 @@ class ProjectBase:
         self.logging: set[int] = set()   # threads in the middle of a logged operation
 
     def hand_over(self, secrets: Mapping[str, bytes]) -> None:
-        """Remember what a command is given, for masking. The oldest make room: one that is fetched
-        by a command may be another each time."""
+        """Remember what a command is given, for masking; at most 1,000 values, as a secret's
+        command may print another each time."""
         with self._mutex:
             self.fetched.update(secrets)
             self.handed_over.update({value: name for name, value in secrets.items()})
@@ -5377,8 +5354,8 @@ class ProjectBase:
                 del self.handed_over[value]
 
     def know_secrets(self) -> None:
-        """Run the commands that make secrets, if this process has not yet: what an earlier one sent
-        must be masked, too."""
+        """Run the commands that print secrets, if this process has not yet: what an earlier process
+        sent must be masked, too."""
         with self._fetching:
             stored = self.registry.secrets()
             if {name for name, entry in stored.items() if "command" in entry} - self.fetched:
@@ -5391,23 +5368,18 @@ class ProjectBase:
                     raise
 
     def masks(self) -> list[tuple[bytes, bytes]]:
-        """(a secret's value, what to show in its place), longest first, also lines of a value, as a
-        key is shown with other line ends or an indent. Values below four bytes would mask half of
-        all text."""
-        known, secrets = dict(self.handed_over), self.registry.secrets()
-        made_of = dict(known), secrets
-        if self._masked[0] == made_of:
-            return self._masked[1]
-        for name, entry in secrets.items():
-            known[entry.get("value", "").encode("utf-8", "surrogateescape")] = name
+        """(a secret's value, what to show instead), longest first; also the lines of a value, since
+        a key is printed with other line ends or an indent. Below four bytes a value would mask half
+        of all text."""
+        known = dict(self.handed_over)
+        for name, entry in self.registry.secrets().items():
+            known[encoded(entry.get("value", ""))] = name
         for value, name in list(known.items()):
             lines = map(bytes.strip, value.split(b"\n"))
             known.update({line: name for line in lines if len(line) >= 16})
         masks = [(value, b"[secret %s]" % name.encode()) for value, name in known.items()
                  if len(value) >= 4]
-        masks.sort(key=lambda item: -len(item[0]))
-        self._masked = made_of, masks
-        return masks
+        return sorted(masks, key=lambda item: -len(item[0]))
 
     def set_secret(self, name: str, value: str | bytes | None) -> None:
         """Store what every command of this project sees as the environment variable ``name``, in a
@@ -5424,12 +5396,6 @@ class ProjectBase:
     def name(self) -> str:
         """The project's name: its directory's, made safe."""
         return str(self.registry.read()["name"])
-
-    @property
-    def remote_name(self) -> str:
-        """The project's directory on every host: its name and an id that is random."""
-        value = self.registry.read()
-        return f"{value['name']}-{value['id']}"
 
     def host(self, name: str) -> Host:
         """The Host of that name, the same for all workspaces of this object. Raises UsageError."""
@@ -5493,9 +5459,10 @@ class ProjectBase:
 
     def operate(self, script: str, name: str, entry: Mapping[str, Any], words: Sequence[str],
                 change: Mapping[str, Any] = types.MappingProxyType({}), **more: Any) -> Reply:
-        """Run an operation on a workspace's name on its host, once the registry has the ``change``;
-        the first word names the operation. The host does none any more that has a lower turn: its
-        client was killed."""
+        """Put the ``change`` into the registry, then run an operation on a workspace's name on its
+        host; the first word is the operation's id. The host refuses one of a lower turn: its client
+        was killed."""
+        Shadow.reap(temporary_folder())
         with self.registry.editing() as record:
             turn = record["turn"] = max(record.get("turn", 0) + 1, int(time.time()))
             record["workspaces"].setdefault(name, {}).update(change)
@@ -5503,23 +5470,21 @@ class ProjectBase:
         return self.host(entry["host"]).call(script, *place, *words, **more)
 
     def discard(self, name: str, entry: Fields) -> None:
-        """The directory into the host's trash, the entry out of the registry; not listed from here
-        on, unless the host does not do it."""
-        Shadow.reap(temporary_folder())  # of whoever was killed while he made it
+        """Move the directory into the host's trash, and forget the entry, which is not listed
+        meanwhile."""
         words = [os.urandom(8).hex(), entry["op"]]
         try:
             reply = self.operate(REMOVE, name, entry, words, {"state": "removing"})
             check_reply(reply, entry["host"], f"remove the workspace {name}")
         except CmuxError as error:
-            if not isinstance(error, ConnectionLost):  # then nobody knows
+            if not isinstance(error, ConnectionLost):  # then it may be removed
                 self.update(name, state=entry["state"])
             raise
         self.forget(name)
 
     def vacate(self, name: str) -> None:
-        """See that a name is free. Under its lock, an entry that is not ready is what a process
-        that was killed left, and was never reported to anybody: it is cleared away. So is half a
-        rename to it."""
+        """See that a name is free, under its lock: an entry that is not ready, or half a rename to
+        it, is what a process that was killed left. It is cleared away."""
         for other, entry in self.entries().items():
             if entry.get("intent", {}).get("to") == name:
                 lock = self.registry.creation_lock(other)
@@ -5536,24 +5501,23 @@ class ProjectBase:
             self.discard(name, left)
 
     def settle(self, name: str) -> Fields:
-        """The entry of a workspace after what a push or a rename that was cut off has left to do: a
-        push that was done there counts, a rename does not. Under the workspace's lock."""
+        """The entry of a workspace, once a push or rename that was cut off is settled: a push that
+        the host has done counts, a rename is undone. Under the workspace's lock."""
         entry = self.entry(name)
         intent = entry.get("intent")
         if intent:
-            Shadow.reap(temporary_folder())
             words = [intent.get("to", name), name, entry["op"], intent["op"]]
             reply = self.operate(RENAME, name, entry, [os.urandom(8).hex(), *words])
-            if reply.status not in (20, 22):  # else it is nowhere, or something else stands there
+            if reply.status not in (20, 22):  # else it is gone, or another directory is in its way
                 check_reply(reply, entry["host"], f"settle an interrupted operation on {name}")
             self._end_intent(name, intent["op"] in reply.lines())
         return self.entry(name)
 
     def _end_intent(self, name: str, pushed: bool) -> None:
-        """A push or a rename has ended, or was given up. Two forks may settle it at once."""
+        """A push or a rename has ended, or was given up."""
         with self.registry.editing() as record:
             entry = record["workspaces"][name]
-            intent = entry.pop("intent", {})
+            intent = entry.pop("intent", {})  # none, where another fork has settled it just now
             if pushed and intent:
                 entry.update({key: intent[key] for key in ("base", "tree", "host_tree", "whole")})
                 entry.get("pulled", {}).pop("left", None)
@@ -5571,17 +5535,17 @@ class ProjectBase:
         check_host(host)
         if not root.isprintable() or len(root) > PATH_MAX or root.startswith("-"):
             raise UsageError(f"{show(root)} cannot be the root directory.")
-        # Before the lock: a hundred callers of a host that is down then share one failure, and do
-        # not ask it one after the other.
+        # Before the lock: a hundred callers share the failure of a host that is down.
         report = report or Report()
         report.step(name, "connecting")
         self.host(host).masters.connect(Deadline(SLOT_PATIENCE), cancel)
         report.step(name, "being made")
         with self.registry.creation_lock(name).hold(cancel):
             self.vacate(name)
-            place = {"host": host, "root": root, "project": self.remote_name}
-            with noted(self, "new", name, host, ref) as log, \
-                    Upload(self, name, place, ref, report, cancel) as upload:
+            project = "{name}-{id}".format_map(self.registry.read())  # its directory on the host
+            place = {"host": host, "root": root, "project": project}
+            with noted(self, "new", name, host, ref) as log, contextlib.closing(
+                    Upload(self, name, place, ref, report, cancel)) as upload:
                 log.row["op"] = op = os.urandom(8).hex()  # not before: it has no name yet
                 self._make(upload, op, init)
                 log.size = upload.sent
@@ -5598,9 +5562,7 @@ class ProjectBase:
         try:
             reply = upload.with_base(op, lambda: self.operate(
                 CREATE, name, entry, [op, upload.tree], entry, cancel=upload.cancel))
-            check_reply(reply, host, "make the workspace", name)
-            if "made" not in reply.lines():
-                raise RemoteFailed(f"{host} did not confirm the workspace.", "Try again.")
+            check_reply(reply, host, "make the workspace", name, word="made")
         except CmuxError as error:
             # else it may exist: the next `new` or `rm` clears it
             if not isinstance(error, (ConnectionLost, Cancelled)):
@@ -5618,18 +5580,14 @@ class ProjectBase:
             upload.note_sent(record, root)
 
     def _run_init(self, name: str, root: str, report: Report, cancel: Cancel | None) -> None:
-        """The hook's failure is reported, and undoes nothing."""
         report.say(f"running .cmux/init in {name}")
         report.step(name, "init hook")
         end: object = "lost"
-
-        def output(data: bytes) -> None:
-            report.output(data, name)
+        output = functools.partial(report.output, what=name)
         try:
             result = self.workspace(name).run(["./.cmux/init"], output, output, cancel=cancel)
             if result.reason:
-                raise Cancelled(f"Interrupted; the workspace {name} is there, its init hook was "
-                                "ended.")
+                raise Cancelled(f"Interrupted: the init hook of the workspace {name} was ended.")
             end = result.status
             why = f" Is {show(root or '~/cmux')} on a noexec file system?" if end == 126 else ""
             if end:
@@ -5687,7 +5645,6 @@ class ProjectBase:
         return [name]
 
     def _refuse_lost(self, name: str, entry: Fields) -> None:
-        """Raise WorkspaceDirty if something would be lost with a workspace."""
         if any(row["workspace"] == name and row["operation"] in ("exec", "shell")
                for row in self.running_now()):
             raise WorkspaceDirty(f"A command runs in the workspace {name}.",
@@ -5695,27 +5652,26 @@ class ProjectBase:
                                  f"`{PROGRAM} rm --force {name}`.")
         words = *self.looked_at(name, entry, os.urandom(8).hex()), entry["op"]
         reply = self.host(entry["host"]).call(CHANGED, *words)
-        if reply.status != 22:
+        if reply.status != 22:  # the directory is not there
             check_reply(reply, entry["host"], f"look for changes in {name}")
             self._refuse(name, entry, reply.lines())
 
     def touch(self, op: str) -> None:
-        """Something begins that may change the workspace since the last pull."""
+        """Note, for `list`, that something begins which may change the workspace after a pull."""
         for name, entry in self.entries().items():
             if entry["op"] == op and entry.get("touched", 0) <= entry.get("asked", -1):
-                # It is for `list` alone.
                 with contextlib.suppress(CmuxError), self.registry.editing() as record:
                     record["workspaces"].get(name, {}).update(touched=time.time())
 
     def running_now(self) -> list[Fields]:
-        """What runs on this machine's behalf, oldest first, under its workspace's name of now."""
+        """What this machine runs now, oldest first, with its workspace's present name."""
         names = {entry["op"]: name for name, entry in self.entries().items()}
         return [dict(row, workspace=names.get(row["op"]) if row.get("op") else row.get("workspace"))
                 for row in self.history.now()]
 
     def past(self, name: str | None = None) -> list[Fields]:
-        """The history, oldest first: of all, or of the workspace that has this name now, also from
-        before it was renamed; of those that had it, where none has."""
+        """The history, oldest first: of all, or of the workspace that has this name now, by any
+        name it had; where none has it, of those that had."""
         op = self.entries().get(name, {}).get("op") if name else None
         return [row for row in self.history.rows() if not name or (
             row.get("op") == op if op and row.get("op") else row.get("workspace") == name)]
@@ -5762,9 +5718,9 @@ class ProjectBase:
                     self.settle(source.name)
                 check_reply(reply, entry["host"], f"rename {source.name}", name, source.name)
             with self.registry.editing() as record:
-                moved = dict(entry, path=source.path[:-len(source.name)] + name)
                 del record["workspaces"][source.name]
-                record["workspaces"][name] = moved
+                path = source.path[:-len(source.name)] + name
+                record["workspaces"][name] = dict(entry, path=path)
             return self.workspace(name)
 
     def push(self, name: str, ref: str = "HEAD", force: bool = False,
@@ -5775,7 +5731,7 @@ class ProjectBase:
         with self.registry.creation_lock(check_workspace(name)):
             entry, report = self.settle(name), report or Report()
             host = entry["host"]
-            with Upload(self, name, entry, ref, report, cancel) as upload:
+            with contextlib.closing(Upload(self, name, entry, ref, report, cancel)) as upload:
                 upload.left_out()
                 stands = entry["base"], entry.get("whole")
                 if not force and (upload.commit, upload.tree) == stands:
@@ -5793,7 +5749,7 @@ class ProjectBase:
             return True
 
     def _push(self, upload: Upload, entry: Fields, force: bool) -> list[str]:
-        """The lines of the host's reply, once it has confirmed a push."""
+        """The lines of the host's reply."""
         name, host, op = upload.name, entry["host"], os.urandom(8).hex()
         if not force:
             self._refuse(name, entry, ())
@@ -5809,15 +5765,13 @@ class ProjectBase:
             raise RemoteFailed(f"The git repository of {name} on {host} cannot be moved: it was "
                                "made anew there, or a lock or a branch like main/x is in the way.",
                                "Put that right there, or replace the directory: --force.")
-        check_reply(reply, host, f"push to {name}", name, name)
-        if "pushed" not in reply.lines():
-            raise RemoteFailed(f"{host} did not confirm the push.", "Try again.")
+        check_reply(reply, host, f"push to {name}", name, name, "pushed")
         return reply.lines()
 
     def gc(self, only: str | None = None) -> tuple[dict[str, int], list[CmuxError]]:
         """Free trash, leftovers and old bases on every host that has or had a workspace of the
-        project, or on one of them: (bytes by host, why it did not go with others). Raises
-        UsageError for another host."""
+        project, or on one of them: (bytes by host, the errors of others). Raises UsageError for
+        another host."""
         used = {(entry["host"], entry["root"]) for entry in self.entries().values()}
         known = used.union(map(tuple, self.registry.read().get("places", [])))
         places = [place for place in sorted(known) if only in (None, place[0])]
@@ -5826,29 +5780,27 @@ class ProjectBase:
                              f"See `{PROGRAM} list`.")
         freed: dict[str, int] = {}
         failed: list[CmuxError] = []
-        done = []
+        done: set[tuple[str, str]] = set()
         for host, root in places:
             try:
                 with noted(self, "gc", "", host):
                     reply = self.host(host).call(GC, root)
                     check_reply(reply, host, "clear up")
-                if not re.match(rb"-?\d{1,15}\n\Z", reply.stdout):
-                    raise RemoteFailed(f"{host} did not say what it freed.")
             except CmuxError as error:  # the other hosts all the same
                 failed.append(error)
                 continue
-            done.append((host, root))
-            freed[host] = freed.get(host, 0) + max(0, int(reply.stdout)) * 1024
+            done.add((host, root))
+            freed[host] = freed.get(host, 0) + max(0, number(reply.lines()[0])) * 1024
         with self.registry.editing() as record:
             record["places"] = [place for place in record.get("places", [])
-                                if tuple(place) in used or tuple(place) not in done]
+                                if tuple(place) not in done - used]
         return freed, failed
 
     def looked_at(self, name: str, entry: Fields, op: str) -> list[str]:
         """The words for PULL, CHANGED and PUSH: what the workspace is compared with."""
         tree = entry.get("host_tree", "")
         return [entry["root"], entry["project"], name, entry["tree"] if "whole" in entry else "-",
-                tree if len(tree) == 40 else "",  # else ids there are not like ours
+                tree if len(tree) == 40 else "",  # the host's ids are SHA-1
                 op, str(PULL_COMMITS_MAX), str(PULL_FILE_MAX),
                 entry.get("pulled", {}).get("op", "")]
 
@@ -5880,9 +5832,11 @@ def gone_there(name: str, host: str) -> WorkspaceMissing:
                             f"`{PROGRAM} new {name} -H {quote(host)}`.")
 
 
-def check_reply(reply: Reply, host: str, what: str, new: str = "", name: str = "") -> None:
-    """Raise RemoteFailed with the host's own words unless a script ended with status 0. 20: the
-    name ``new`` is taken; 22: the directory of the workspace ``name`` is not there."""
+def check_reply(reply: Reply, host: str, what: str, new: str = "", name: str = "",
+                word: str = "") -> None:
+    """Raise RemoteFailed with the host's own words unless a script ended with status 0 and, where
+    it has one, its last ``word``. 20: the name ``new`` is taken; 22: the directory of the workspace
+    ``name`` is not there."""
     if reply.status == 20 and new:
         raise WorkspaceExists(f"A directory {new} exists already on {host}.",
                               "Choose another name.")
@@ -5891,6 +5845,8 @@ def check_reply(reply: Reply, host: str, what: str, new: str = "", name: str = "
     if reply.status:
         raise RemoteFailed(f"{host} could not {what}: {show(reply.said(), 300)}.",
                            "Is its disk full, or the directory not writable?")
+    if word and word not in reply.lines():
+        raise RemoteFailed(f"{host} did not confirm that it could {what}.", "Try again.")
 
 
 class Report:
@@ -5907,7 +5863,7 @@ class Report:
 
     def progress(self, what: str, done: int, total: Callable[[], int] | None = None,
                  doing: str = "sending") -> None:
-        """Bytes moved so far for workspace ``what``; ``total`` estimates of how many, at a cost."""
+        """Bytes moved so far for workspace ``what``; ``total()`` estimates all, at a cost."""
 
     def step(self, what: str, doing: str) -> None:
         """What is done for workspace ``what`` from now on."""
@@ -5917,7 +5873,7 @@ class Report:
 
 
 class Upload:
-    """What is sent of one commit to one host. A context manager."""
+    """One commit on its way to one host."""
 
     def __init__(self, project: ProjectBase, name: str, entry: Mapping[str, Any], ref: str,
                  report: Report, cancel: Cancel | None) -> None:
@@ -5926,36 +5882,31 @@ class Upload:
         self.commit, source = project.repository.resolve(ref)
         project.repository.refuse_state(self.commit)
         self.sent = 0  # bytes of the archive
-        self.shadow = project.repository.in_shadow(self.commit)
+        self.shadow = Shadow(project.repository, self.commit)
+        self.close = self.shadow.close
         try:
-            self.parts = Parts(self.shadow, project.repository.place(), source)
+            self.parts = Parts(self.shadow, source)
         except BaseException:
-            self.shadow.close()
+            self.close()
             raise
         self.tree = self.parts.tree
 
-    def __enter__(self) -> Upload:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.shadow.close()
-
     def base(self) -> dict[str, str]:
-        """What the registry keeps of what was sent. Versions that left export-ignored files out
-        write no ``whole``."""
+        """What the registry keeps of what was sent. ``whole``: with export-ignored files, which
+        older versions left out."""
         return {"base": self.commit, "tree": self.tree, "whole": self.tree,
                 "host_tree": self.parts.host_tree}
 
     def note_sent(self, record: Fields, root: str) -> None:
-        """Where something of the project is, for gc; and what was sent there, for deltas."""
+        """Note the place, for gc, and the tree, for deltas."""
         for key, value, most in (("places", root, PLACES_KEPT), ("sent", self.tree, SENT_KEPT)):
             row = [self.host.name, value]
             others = [other for other in record.get(key, []) if other != row]
             record[key] = [row, *others[:most]]
 
     def with_base(self, op: str, use: Callable[[], Reply], own: str = "") -> Reply:
-        """Run ``use``, the operation ``op``; where the host lacks the base (21), upload it first.
-        What little differs from the workspace's ``own`` is sent unasked."""
+        """Run ``use``, the operation ``op``; where the host lacks the base (21), upload it first. A
+        small difference to the workspace's ``own`` base is sent without being asked for."""
         if own not in ("", self.tree):
             self._upload(op, [own], True)
         reply = use()
@@ -5978,10 +5929,9 @@ class Upload:
                     reply = use()
         return reply
 
-    def _nearest(self, offered: Iterable[str]) -> tuple[str, list[tuple[str, str, bytes]]]:
-        """The base on the host with which the fewest bytes travel, if those are less than half, and
-        what differs, as (mode, id, path); or "". Only one that was sent there before: a delta tells
-        the names of what the base has and this tree has not."""
+    def _nearest(self, offered: Iterable[str]) -> tuple[str, list[Row]]:
+        """The base on the host with which the fewest bytes travel ("" unless less than half), and
+        what differs. It must have been sent there before: a delta names files of its."""
         shadow, host, project = self.shadow, self.host.name, self.project
         sizes = shadow.sizes(self.tree)
         sizes.update({path: self.parts.pointers[path][3] for path in self.parts.files})
@@ -5994,9 +5944,8 @@ class Upload:
             try:
                 if tree not in sent or b".cmux-gone" in sizes:
                     continue
-                source, place = sent[tree] + "^{tree}", project.repository.place()
-                source = shadow.call("rev-parse", source)
-                if source != tree and Parts(shadow, place, source).tree != tree:
+                source = shadow.call("rev-parse", sent[tree] + "^{tree}")
+                if source != tree and Parts(shadow, source).tree != tree:
                     continue  # other submodules or LFS files lie here now
                 rows = [row[1:] for row in shadow.changes(tree, self.tree)]
             except GitFailed:
@@ -6008,7 +5957,7 @@ class Upload:
         return best, differs
 
     def left_out(self) -> None:
-        """One line, once a command, on what the repository has and the host does not get."""
+        """Report, once a command, what the repository has and the host does not get."""
         with self.project.looking:
             noted_of = vars(self.report).setdefault("not_sent", set())
             if self.tree in noted_of or type(self.report) is Report:  # which shows nothing
@@ -6027,8 +5976,8 @@ class Upload:
         if text:
             self.report.note(f"Not sent: {', '.join(text)}.")
 
-    def _archive(self, parent: str, rows: Sequence[tuple[str, str, bytes]]) -> Archive:
-        """The archive of what differs from a base, or of all."""
+    def _archive(self, parent: str, rows: Sequence[Row]) -> Archive:
+        """The archive of all, or of what differs from a base."""
         apart, tree = list(self.parts.files), self.tree
         if parent:
             apart = [path for mode, _, path in rows if int(mode) and path in self.parts.files]
@@ -6042,8 +5991,8 @@ class Upload:
         return archive
 
     def _upload(self, op: str, offered: Iterable[str], little: bool = False) -> None:
-        """Stream the archive; it counts only when the host's length and checksum are ours. If
-        ``little``, only one that is small."""
+        """Send the archive (if ``little``, only a small one). It counts when the host's length and
+        checksum are ours."""
         parent, rows = self._nearest(offered)
         if little and not parent:
             return
@@ -6080,8 +6029,7 @@ class Upload:
             archive.check(False)
             size = human_size(archive.digest.length)
             cut = UploadFailed(f"The connection to {self.host.name} was lost after {size} of the "
-                               "archive; no workspace was made.",
-                               "Try again; nothing is left half-done.")
+                               "archive.", "Try again; nothing is left half-done.")
             cut.exit_code = 255
             raise cut from lost
         if archive.ended:  # else the host took no more, and says why
@@ -6160,11 +6108,13 @@ class WorkspaceBase:
                 outcome = self.host.run(records, directory, counted(stdout), counted(stderr),
                                         source, Deadline(timeout), cancel)
             except WorkspaceMissing:
-                raise self._no_directory(cwd) if cwd else gone_there(self.name, self.host.name)
+                raise self._no_directory(cwd)
             entry.code = outcome.exit_code
             return outcome
 
-    def _no_directory(self, cwd: str) -> UsageError:
+    def _no_directory(self, cwd: str) -> CmuxError:
+        if not cwd:
+            return gone_there(self.name, self.host.name)
         where = "on " + self.host.name if cwd[0] == "/" else "in the workspace " + self.name
         return UsageError(f"There is no directory {show(cwd)} {where}.",
                           "cwd is relative to the workspace, or absolute.")
@@ -6202,25 +6152,24 @@ class WorkspaceBase:
         writes them into a FIFO that the shell reads once. They are in no argv and on no disk.
         """
         import threading
-        values = dict(secret_values(self.project.registry), CMUX_RUNTIME=b"ssh",
-                      CMUX_WORKSPACE=self.name.encode(), CMUX_PROJECT=self.project.name.encode())
-        lines = [b"%s=%s; export %s\n" % (name.encode(), shell_word(value), name.encode())
-                 for name, value in values.items()]
-        where, op = os.fsencode(self.path), os.urandom(8).hex()
-        lines.append(b'cd %s || exit 96\nexec "${SHELL:-/bin/sh}" -l\n' % shell_word(where))
-        fifo = os.path.dirname(os.path.dirname(where)) + b"/.cmux/stage/%s/f" % op.encode()
-        octal = "".join(f"\\{byte:03o}" for byte in fifo)
+        values = {name: as_text(value)
+                  for name, value in secret_values(self.project.registry).items()}
+        values.update(CMUX_RUNTIME="ssh", CMUX_WORKSPACE=self.name, CMUX_PROJECT=self.project.name)
+        lines = [f"{name}={quote(value)}; export {name}\n" for name, value in values.items()]
+        lines.append(f'cd {quote(self.path)} || exit 96\nexec "${{SHELL:-/bin/sh}}" -l\n')
+        op = os.urandom(8).hex()
+        octal = "".join(f"\\{byte:03o}" for byte in encoded(f"{self.root}/.cmux/stage/{op}/f"))
         ready, patience = Capture(100), SLOT_PATIENCE
         session = self.host.open(Deadline(patience))
         try:
             header = HELD + script_records(HANDOVER, self.root, op)
-            exchange = Exchange(session, header, ready, ready, data=b"".join(lines))
+            exchange = Exchange(session, header, ready, ready, data=encoded("".join(lines)))
             self.host.begin(exchange, None)
             exchange.run(Deadline(START_PATIENCE),
                          until=lambda: bool(ready.total) or exchange.ended)
             if ready.value() != b"ready\n":
                 raise RemoteFailed(f"{self.host.name} could not prepare a shell: "
-                                   + show(neutralise(ready.value()), 200))
+                                   + show(ready.value(), 200))
             argv, environment, begun, ended = self.host.masters.on_terminal(
                 TAKEOVER % octal, Deadline(patience))
         except BaseException:
@@ -6242,18 +6191,13 @@ class WorkspaceBase:
 
 
 def state_of(entry: Mapping[str, Any]) -> str:
-    """What is known here, without asking the host: ready; pulled, when a pull brought work home,
-    and nothing was begun from here since; init running, init failed."""
+    """The state as far as this machine knows: ready; pulled, while nothing was begun since a pull;
+    init running; init failed."""
     init = entry.get("init")
     if init not in (None, 0):
         return "init running" if init == "pending" else "init failed"
     pulled = entry.get("pulled")
     return "pulled" if pulled and entry.get("touched", 0) <= pulled.get("at", 0) else "ready"
-
-
-def shell_word(value: bytes) -> bytes:
-    """Bytes as one word of a POSIX shell."""
-    return b"'" + value.replace(b"'", b"'\"'\"'") + b"'"
 
 
 def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: Capture,
@@ -6268,12 +6212,12 @@ def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: C
 # === 13. Results ===
 # Owns: what comes back from a host: the parser of its stream, the checks, the commits made of it.
 # May touch: the rooms above; git only through a Shadow. Promises: no byte of the host's reaches a
-# work tree, an index, a hook, a config or an object that anything refers to before all of it was
-# read, checked and bounded; a stream that ends early, or lies, leaves no ref.
+# work tree, an index, a hook, a config or a referenced object before all of it was read, checked
+# and bounded; a stream that ends early, or lies, leaves no ref.
 
 _HFS_IGNORED = dict.fromkeys([*range(0x200C, 0x2010), *range(0x202A, 0x202F),
                               *range(0x206A, 0x2070), 0xFEFF])
-# What would run or be obeyed on this machine after a merge.
+# What would run or configure tools on this machine after a merge.
 _EXECUTES = re.compile("(^|/)(%s)(/|$)" % "|".join(r"""
     \.gitattributes \.gitmodules \.lfsconfig \.githooks \.husky \.pre-commit-config\.yaml \.envrc
     \.vscode \.idea \.zed \.devcontainer \.github \.gitlab-ci\.yml \.circleci Jenkinsfile \.ci
@@ -6294,7 +6238,7 @@ def refuse(what: str, hint: str = "") -> ResultRefused:
 
 
 def fold(text: str) -> str:
-    """What a file system compares that ignores case, composition and invisible characters."""
+    """A name as file systems compare it that ignore case, composition, invisible characters."""
     if text.isascii():
         return text.lower()
     from unicodedata import normalize
@@ -6316,7 +6260,7 @@ def folds(path: bytes) -> Iterator[tuple[str, str]]:
 
 
 def fold_name(name: str) -> str:
-    """The same of one name, without the stream, blanks and dots at its end that NTFS ignores."""
+    """fold(), without the stream, blanks and dots at the end, which NTFS ignores."""
     return fold(name).split(":")[0].rstrip(" .")
 
 
@@ -6333,8 +6277,7 @@ def is_special(path: bytes) -> bool:
 
 
 def check_result_path(path: bytes) -> str:
-    """Why a path of the host's may not stand in a tree of ours; "" if it may. Refuses what no file
-    system can hold."""
+    """Why a path must be left out; "" if it may come. Refuses one that leaves the tree."""
     text = as_text(path)
     if "\0" in text or not {"", ".", "..", ".git"}.isdisjoint(text.split("/")):
         raise refuse(f"the path {show(text)} leaves the tree, or names a git directory")
@@ -6345,16 +6288,16 @@ def check_result_path(path: bytes) -> str:
     if any(part in ("", ".", "..") or is_dot_git(part) for part in parts):
         return "another system takes it for another place"
     from unicodedata import category
-    for character in "" if text.isprintable() and text.isascii() else text:
-        bad = category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co")
-        if bad and character not in "\n\t\u200c\u200d":
-            return "it has a control character, or is not UTF-8"
+    unusual = "" if text.isprintable() and text.isascii() else text
+    if any(category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co")
+           and character not in "\n\t\u200c\u200d" for character in unusual):
+        return "it has a control character, or is not UTF-8"
     return ""
 
 
 def check_link(path: bytes, target: bytes) -> None:
-    """Refuse a symbolic link that leaves the tree, or leads into .git. `..` may only lead: after
-    a name that is a link itself it would go elsewhere than it reads."""
+    """Refuse a symbolic link that leaves the tree, or leads into .git. `..` must come first: after
+    a name, which may be a link, it leads elsewhere than it reads."""
     text = as_text(target)
     parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".")]
     ups = len(list(itertools.takewhile("..".__eq__, parts)))
@@ -6406,8 +6349,8 @@ class Wire:
 
 
 class Commit:
-    """A commit of the host's. ``changes``, against its first parent: path -> mode ("" where it was
-    deleted), content (the host's name for it until that has come, then ours)."""
+    """A commit of the host's. ``changes`` against its first parent: path -> mode ("": deleted),
+    content (the host's name for it until that has come, then ours)."""
 
     def __init__(self, parents: list[bytes], author: str, committer: str, message: str) -> None:
         self.parents, self.author, self.committer = parents, author, committer
@@ -6418,13 +6361,13 @@ class Commit:
 _CHANGE = re.compile(rb":[0-7]{1,6} (100644|100755|120000|000000) [0-9a-f]{1,64} "
                      rb"([0-9a-f]{1,64}) ([ADMT])\Z")
 _PERSON = re.compile(rb" ?(.*) ?<([^<>\n]*)> (\d{1,11}) ([+-])([01]\d|2[0-3])([0-5]\d)\Z")
-# Python has others, which take quadratic time or are no text.
+# Python's other encodings take quadratic time or are no text.
 _ENCODING = re.compile(rb"(?m)^encoding ((?:iso-?8859|latin|windows|cp|koi8|euc|shift|gb|big5)"
                        rb"[\w-]*)$", re.I)
 
 
 def read_person(line: bytes) -> str:
-    """An author or committer as git writes them, harmless and within bounds."""
+    """An author or committer as git writes them, neutralised and bounded."""
     match = _PERSON.match(line) if len(line) < 1024 else None
     if not match:
         raise refuse("it has a commit without an author, or with a damaged one")
@@ -6434,7 +6377,7 @@ def read_person(line: bytes) -> str:
     ahead = 60 * (60 * int(hours) + int(minutes)) * (1 if sign == b"+" else -1)
     # A time before 1970 on its own clock ends every `git log` here.
     when = max(-ahead, 0, min(int(match.group(3)), 4102444800))
-    # No place on earth is further from Greenwich, and git before 2.28 imports no such zone.
+    # No zone on earth is further off, and git before 2.28 imports none.
     zone = (sign + hours + minutes).decode() if abs(ahead) <= 14 * 3600 else "+0000"
     return f"{name or 'unknown'} <{mail or 'unknown@localhost'}> {when} {zone}"
 
@@ -6463,14 +6406,14 @@ class Harvest:
         self.sizes = {size for _, size in pointers}
         self.commits: dict[bytes, Commit] = {}
         self.contents: dict[bytes, Any] = {}       # how many changes name it; then our name for it
-        self.links: dict[bytes, list[bytes]] = {}  # contents that are targets, and of which links
-        self.leaks: dict[str, list[str]] = {}      # secrets, by our name of the content
+        self.links: dict[bytes, list[bytes]] = {}  # content that is a target -> its links
+        self.leaks: dict[str, list[str]] = {}      # our name of a content -> the secrets in it
         self.pointed: dict[str, str] = {}          # our name of LFS content -> its pointer
-        self.left: dict[bytes, str] = {}           # paths that cannot come, and why
-        self.total = self.spread = 0  # bytes of contents; as often as a path has them
+        self.left: dict[bytes, str] = {}           # path that cannot come -> why
+        self.total = self.spread = 0  # bytes of contents; counted for each path
 
     def read(self, base: bytes, everything: bool, form: str) -> None:
-        """``base``: the host's name of the base commit, b"" without git; ``everything``: what does
+        """``base``: the host's id of the base commit, b"" without git; ``everything``: what does
         not come was deleted; ``form``: the hash of our git."""
         self._read_commits(base)
         if not base:
@@ -6488,7 +6431,7 @@ class Harvest:
         self.contents.clear()
 
     def _objects(self, kind: bytes) -> Iterator[tuple[bytes, int]]:
-        """(name, size) of each object. The caller reads its bytes."""
+        """(name, size) of each object; the caller reads its bytes."""
         while True:
             line = self.wire.upto(b"\n")
             if not line:
@@ -6566,7 +6509,7 @@ class Harvest:
             raise refuse("its stream lacks contents")
 
     def _import(self, chunks: Iterable[bytes], size: int, form: str) -> str:
-        """Give git a content, look for secrets in it; our name for it."""
+        """Give a content to git, and look for secrets in it; its id."""
         import hashlib
         digest = hashlib.new(form, b"blob %d\0" % size)
         plain = hashlib.sha256() if size in self.sizes else None
@@ -6614,12 +6557,10 @@ class Grower:
                             f"committer {commit.committer}\ndata {len(commit.message)}\n").encode())
             importer.write(commit.message)
             parents = dict.fromkeys(marks.get(parent, self.base) for parent in commit.parents)
-            for word, parent in zip(itertools.chain(["from"], itertools.repeat("merge")), parents):
+            for word, parent in zip(["from"] + ["merge"] * 16, parents):
                 importer.write(f"\n{word} {parent}".encode())
             # Deletions first: a directory may take the place of a file.
-            rows = commit.changes.items()
-            for path, (mode, oid) in itertools.chain((row for row in rows if not row[1][0]),
-                                                     (row for row in rows if row[1][0])):
+            for path, (mode, oid) in sorted(commit.changes.items(), key=lambda row: row[1][0] > ""):
                 path = path.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n")
                 word = f"M {mode} {oid}" if mode else "D"
                 importer.write(b'\n%s "%s"' % (word.encode(), path))
@@ -6634,9 +6575,7 @@ class Grower:
         """What differs must be what was wanted, and all of it."""
         pairs = "".join(f"{self.made[name]} {self.made.get(commit.parents[0], self.base)}\n"
                         for name, commit in self.commits.items())
-        rows = self.shadow.records("diff-tree", "--stdin", "--always", "-r", "-z", "--raw",
-                                   "--no-abbrev", "--no-renames", "--no-ext-diff", "--no-textconv",
-                                   stdin=pairs.encode())
+        rows = self.shadow.records(*RAW_DIFF, "--stdin", "--always", stdin=pairs.encode())
         row = next(rows, b"")
         for name, commit in self.commits.items():
             if row != self.made[name].encode():
@@ -6656,8 +6595,8 @@ class Grower:
                 raise refuse("git dropped some of its paths")
 
     def _compare_names(self) -> None:
-        """No two paths may fold into one, but the user's own, which do in the base. A commit is
-        looked at only where it names what may do so."""
+        """No two paths may fold into one, unless they do so in the base. Only commits that name
+        such paths are looked at."""
         names: dict[str, str] = {}
         contested: set[str] = set()
         for commit in self.commits.values():
@@ -6676,7 +6615,7 @@ class Grower:
                                  "case or composition do not count")
 
     def _spellings(self, tree: str, keys: set[str]) -> dict[str, set[str]]:
-        """The names in a tree that fold into each of some keys, where they are several."""
+        """Which names of a tree fold into each of these keys, where they are several."""
         found: dict[str, set[str]] = {}
         for _, _, path in self.shadow.listing(tree):
             for key, text in folds(path):
@@ -6686,8 +6625,8 @@ class Grower:
 
 
 class Result(Value):
-    """What a workspace has that its base has not. ``branch`` is "" where that is nothing; ``new``:
-    it moved, from ``since`` to ``commit``; ``executes`` are changes that would run here."""
+    """What a workspace has that its base has not. ``branch``: "" where that is nothing; ``new``: it
+    moved, from ``since`` to ``commit``; ``executes``: changes that would run on this machine."""
     workspace: str
     branch: str
     base: str
@@ -6716,7 +6655,7 @@ class Pull:
         take_files = f"{PROGRAM} exec -w {self.name} -- tar -c . >{self.name}.tar"
         try:
             tree = shadow.call("rev-parse", self.base + "^{tree}")
-            parts = Parts(shadow, self.project.repository.place(), tree)
+            parts = Parts(shadow, tree)
         except GitFailed as error:
             raise GitFailed(
                 f"This repository has not all any more of what {self.name} was made of: {error}",
@@ -6724,7 +6663,7 @@ class Pull:
         if "whole" not in self.entry:
             raise GitFailed(
                 f"The workspace {self.name} was made by an older version, which sent no "
-                "export-ignored files: what is missing cannot be compared.",
+                "export-ignored files: they cannot be compared.",
                 f"Take its files: {take_files}; then: {PROGRAM} push --force -w {self.name}")
         self.sent_tree, self.modules = parts.tree, parts.modules
         self.lfs = {path: row for path, row in parts.pointers.items() if not self._in_module(path)}
@@ -6734,7 +6673,7 @@ class Pull:
 
     def fetch(self, record: bool = False) -> tuple[list[str], bool]:
         """(the commits of the workspace, oldest first; whether the last is uncommitted work). With
-        ``record``, the host notes what it sends under the name ``self.pulled["op"]``."""
+        ``record``, the host notes what it sends, as ``self.pulled["op"]``."""
         importer, incoming, base = Importer(self.shadow), None, b""
         try:
             secrets = secret_values(self.project.registry, self.cancel)
@@ -6755,7 +6694,7 @@ class Pull:
                 return commits[:-1], False  # all of the uncommitted work was left out
             return commits, dirty
         except ResultRefused as error:
-            if base and "Try again" not in error.hint:  # not done from here: that could lose work
+            if base and "Try again" not in error.hint:  # to do it from here could lose work
                 error.hint = (
                     f"{error.hint.rstrip('.')}. If only an earlier commit there has it, squash "
                     f"them: {PROGRAM} exec -w {self.name} -- "
@@ -6784,14 +6723,12 @@ class Pull:
         return commits
 
     def _check_reply(self, incoming: Incoming) -> None:
-        reply = incoming.reply()
-        if reply.status == 22:
-            raise gone_there(self.name, self.workspace.host.name)
-        check_reply(reply, self.workspace.host.name, f"give the result of {self.name}")
+        check_reply(incoming.reply(), self.workspace.host.name, f"give the result of {self.name}",
+                    name=self.name)
 
     def _begin(self, wire: Wire, incoming: Incoming) -> tuple[bool, bytes, bool]:
-        """Whether the last commit is uncommitted work; the host's name of the base, b"" without
-        git; whether all files come."""
+        """Whether the last commit is uncommitted work; the host's id of the base, b"" without git;
+        whether all files come."""
         for noted in range(PULL_PATHS_MAX):
             if wire.ended():
                 self._check_reply(incoming)
@@ -6813,7 +6750,7 @@ class Pull:
         return path in self.modules or not self.modules.isdisjoint(above(path))
 
     def _keep_out(self, harvest: Harvest) -> None:
-        """Leave out what stands where this repository has a submodule."""
+        """Leave out what lies in this repository's submodules."""
         roots = set(itertools.chain(*map(above, self.modules)))
         found: dict[bytes, set[tuple[str, str]]] = {}
         for changes in [commit.changes for commit in harvest.commits.values() if self.modules]:
@@ -6830,37 +6767,28 @@ class Pull:
         self.pulled["left"] = left[:20]
 
     def _point(self, harvest: Harvest) -> None:
-        """LFS content that was sent becomes its pointer again: in its place, and where LFS manages
-        the new one."""
+        """Turn LFS content into its pointer again, wherever LFS manages the path."""
         pointers = harvest.pointed
         found = [(commit.changes, path) for commit in harvest.commits.values() if pointers
                  for path, (_, oid) in commit.changes.items() if oid in pointers]
-        managed = self._lfs_paths(self.base, {path for _, path in found})
+        managed = set(self.shadow.lfs_paths(self.base, {path for _, path in found}))
         for changes, path in found:
             if path in managed:
                 changes[path] = changes[path][0], pointers[changes[path][1]]
-
-    def _lfs_paths(self, commit: str, paths: Collection[bytes]) -> set[bytes]:
-        """Those that LFS manages, by the .gitattributes of a commit."""
-        if not paths:
-            return set()
-        env = {"GIT_INDEX_FILE": os.path.join(self.shadow.path, "result.index")}
-        self.shadow.call("read-tree", commit, env=env)
-        return set(self.shadow.lfs_paths(paths, env))
 
     def _note_lfs(self, commits: list[str]) -> None:
         rows = self.shadow.changes(self.base, commits[-1]) if commits and self.lfs else ()
         pointers = {oid for _, oid, _, _ in self.lfs.values()}
         changed = [path for _, mode, oid, path in rows
                    if mode in ("100644", "100755") and oid not in pointers]
-        for path in sorted(self._lfs_paths((commits or [""])[-1], changed))[:20]:
+        for path in sorted(self.shadow.lfs_paths((commits or [""])[-1], changed))[:20]:
             self.notes.append(f"{show(path)[1:-1]} came home as content: after the merge, "
                               "`git add` makes an LFS pointer of it")
 
     def settle(self, commits: list[str], dirty: bool, before: str, over: bool) -> tuple[str, str]:
-        """(the commit of the result, what it stands on): ``before``, which an earlier pull made,
-        or the base where a push has put that out of the workspace (``over``): a commit on top of
-        it would say that the agent took it back."""
+        """(the commit of the result, what it stands on): ``before``, which an earlier pull made, or
+        the base, where a push took that out of the workspace (``over``): on top of it, the result
+        would seem to revert it."""
         history = commits[:-1] if dirty else commits
         head, tip = (history or [self.base])[-1], (commits or [self.base])[-1]
         if not before:
@@ -6888,13 +6816,13 @@ class Pull:
             path in lacks for _, _, _, path in self.shadow.changes(stood, before))
 
     def diff(self, *words: str) -> Iterator[bytes]:
-        # Of more than 400 that may be renamed it says on stderr that it leaves them.
+        # With more than 400 candidates for a rename git writes a warning, hence talks.
         return self.shadow.records("diff-tree", "-r", "-M", "-l400", "--no-ext-diff",
                                    "--no-textconv", *words, end=b"\n", talks=True)
 
     def inspect(self, old: str, new: str) -> list[str]:
-        """The changes that would execute on this machine after a merge. Refuses hooks, unless
-        allowed, and submodules that would run a command."""
+        """The changes that would run on this machine after a merge. Refuses hooks, unless allowed,
+        and submodules that run a command."""
         hooks = [fold(path) + "/" for path in self.project.repository.hooks_inside()]
         found, modules = [], set()
         for before, mode, oid, path in self.shadow.changes(old, new):
@@ -6935,7 +6863,7 @@ class Pull:
 
     def keep(self, ref: str, since: str, tip: str, old: str) -> None:
         """Move the branch; an ``old`` that ``tip`` does not stand on is set aside. The registry
-        knows before: after a kill in between, the branch is our own at either commit."""
+        gets both first: after a kill in between, either is known as our own."""
         repository = self.project.repository
         with self.project.registry.editing() as record:
             record["workspaces"][self.name].setdefault("branches", {})[ref] = f"{old} {tip}"
@@ -7487,7 +7415,7 @@ class Workspace(WorkspaceBase):
             reply = self.host.call(START, job_directory(self, job), job, *words, before=records,
                                    once=True, cancel=cancel)
         except WorkspaceMissing:
-            raise self._no_directory(cwd) if cwd else gone_there(self.name, self.host.name)
+            raise self._no_directory(cwd)
         check_reply(reply, self.host.name, "start the job")
         if "started" not in reply.lines():
             raise RemoteFailed(f"{self.host.name} did not confirm the job's start.", "See jobs.")
@@ -7976,8 +7904,8 @@ def check_call(name: object, arguments: object) -> tuple[Verb, Fields]:
 
 def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0,
                 cancel: Cancel | None = None) -> list[Any]:
-    """Run each job in a thread, ``at_once`` (0: all) at a time: in order, its value, or the
-    CmuxError it raised. On KeyboardInterrupt ``cancel`` is set, and what runs is awaited."""
+    """Run each job in a thread, ``at_once`` (0: all) at a time: in order, its value or its
+    CmuxError. On KeyboardInterrupt ``cancel`` is set, and what runs is awaited."""
     import threading
     results: list[Any] = [Cancelled("Not begun.")] * len(jobs)
     bugs: list[BaseException] = []
@@ -8052,7 +7980,9 @@ class Batch:
         try:
             name, tool, arguments = self._parse(line, answer)
             check_call(tool, arguments)  # before a workspace is made for it
-            answer["result"] = call_tool(self._workspace(name), tool, arguments, self.cancel)
+            if name not in self.known:
+                self.known[name] = self.project.ensure(name, self.host, cancel=self.cancel)
+            answer["result"] = call_tool(self.known[name], tool, arguments, self.cancel)
         except Exception as error:
             known = expected(error)
             fields = error_fields(known) if known else {
@@ -8069,41 +7999,30 @@ class Batch:
 
     def _parse(self, line: bytes, answer: Fields) -> tuple[str, Any, Any]:
         """(workspace, tool, arguments); the id into ``answer`` as soon as it is known."""
-        if len(line) > BATCH_LINE_MAX:
-            raise UsageError("A line is longer than %s." % human_size(BATCH_LINE_MAX))
-        try:
-            value = strict_json(line)
-        except ValueError:
-            raise UsageError("A line is not JSON.")
-        request_id = value.get("id") if isinstance(value, dict) else None
+        value = strict_json(line)
+        fields = value if isinstance(value, dict) else {"": value}
+        request_id, name = fields.get("id"), fields.get("workspace", "")
         plain = type(request_id) in (str, int, float, type(None))
         if not plain or request_id in (float("inf"), -float("inf")):
             raise UsageError("The id of a line is not a string or number.")
         answer["id"] = request_id
-        keys = {"id", "workspace", "tool", "arguments"}
-        named = isinstance(value, dict) and isinstance(value.get("workspace", ""), str)
-        if not named or set(value) - keys:
+        if not isinstance(name, str) or set(fields) - {"id", "workspace", "tool", "arguments"}:
             raise UsageError("A line is not an object of id, workspace, tool and arguments alone.")
-        name = value.get("workspace") or self.workspace
-        return name, value.get("tool"), value.get("arguments", {})
-
-    def _workspace(self, name: str) -> Workspace:
-        found = self.known.get(name)
-        if found is None:
-            found = self.known[name] = self.project.ensure(name, self.host, cancel=self.cancel)
-        return found
+        return name or self.workspace, fields.get("tool"), fields.get("arguments", {})
 
 
 def strict_json(line: bytes) -> Any:
-    """The value of a line of JSON, without Python's NaN and Infinity. Raises ValueError."""
+    """The value of a line of JSON, without Python's NaN and Infinity. Raises UsageError."""
     import json
 
     def refuse(word: str) -> None:
         raise ValueError(word)
+    if len(line) > BATCH_LINE_MAX:
+        raise UsageError(f"A line is longer than {human_size(BATCH_LINE_MAX)}.")
     try:
         return json.loads(line.decode("utf-8"), parse_constant=refuse)
-    except RecursionError:
-        raise ValueError("nested too deep")
+    except (ValueError, RecursionError):
+        raise UsageError("A line is not JSON.")
 
 
 def error_fields(error: CmuxError) -> dict[str, str]:
@@ -8114,7 +8033,7 @@ def read_some(fd: int) -> bytes:
     try:
         return os.read(fd, CHUNK)
     except OSError as error:
-        raise UsageError("stdin cannot be read: %s." % os.strerror(error.errno or 0))
+        raise UsageError(f"stdin cannot be read: {error.strerror}.")
 
 
 def read_lines(fd: int, limit: int, cancel: Cancel | None = None) -> Iterator[bytes]:
@@ -8163,8 +8082,8 @@ MCP_MANAGE_INSTRUCTIONS = (
     "workspace_push brings it to another local commit; workspace_rm deletes it, and refuses while "
     "work has not been pulled.")
 MCP_BUSY = "Too many calls wait, and this one has not begun: call again when some have ended."
-# What a terminal would obey is no use to a model, and colours cost it tokens: sequences go whole.
-# One without its end takes no more than its line: it would hide all that follows.
+# Escape sequences are removed whole: a model has no terminal, and colours cost it tokens. One
+# without an end takes at most its line with it.
 _ESCAPES = re.compile(
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)?|[ -/]*[0-~])|"
     r"\x9b[0-?]*[ -/]*[@-~]|[\x90\x98\x9d-\x9f][^\x07\x1b\x9c\n]*(?:[\x07\x9c]|\x1b\\)?")
@@ -8174,37 +8093,27 @@ _CUT = re.compile(rb"(\s?\[\.\.\.(?: [^\]\n]{0,60})?\]\s?)")
 
 def clip(text: str, room: int) -> tuple[str, int]:
     """Head and tail of a text longer than ``room`` characters, and how many are left out."""
-    if len(text) <= room:
+    lost, head = len(text) - room, room * 3 // 5
+    if lost <= 0:
         return text, 0
-    head, tail = room * 3 // 5, room - room * 3 // 5
-    lost = len(text) - head - tail
-    return "%s\n[... %d characters left out ...]\n%s" % (text[:head], lost, text[-tail:]), lost
-
-
-def last_states(data: bytes) -> bytes:
-    """What a command printed, with only the last state of a line that it wrote over (progress)."""
-    return re.sub(rb"(?m)^.*\r(?=[^\r\n])", b"", data).rstrip(b"\r")
+    return f"{text[:head]}\n[... {lost} characters left out ...]\n{text[head + lost:]}", lost
 
 
 class Veil:
-    """Makes text from the host fit for a model: secret values masked, then escapes and characters
-    that no one sees taken out. A value is masked as it was sent, also where a cut went through it,
-    not in other spellings of it: what a command does to hide a value from this, it can do."""
+    """Makes text from the host fit for a model: secret values masked, escapes and invisible
+    characters removed. A value is masked as it was sent, also where a cut went through it; a
+    command can spell it otherwise to get it past this."""
 
     def __init__(self, project: Project) -> None:
         project.know_secrets()
         self.masks = project.masks()
 
     def clean(self, data: bytes | str, begun: bool = False, printed: bool = False) -> str:
-        """``begun``: the data begin somewhere in a stream, perhaps within a secret; ``printed``: by
-        a command, for a terminal."""
-        raw = encoded(data) if isinstance(data, str) else data
-        for value, shown in self.masks:
-            raw = raw.replace(value, shown)
-        plain = _ESCAPES.sub("", as_text(raw)).encode("utf-8", "surrogateescape")
-        # Again: grep --color puts its codes into the middle of one.
-        for value, shown in self.masks if plain != raw else []:
-            plain = plain.replace(value, shown)
+        """``begun``: the data may begin within a secret; ``printed``: for a terminal."""
+        raw = mask(encoded(data), self.masks)
+        plain = encoded(_ESCAPES.sub("", as_text(raw)))
+        if plain != raw:  # grep --color puts its codes into the middle of a secret
+            plain = mask(plain, self.masks)
         pieces = _CUT.split(plain)  # text, cut, text, cut, ..., text
         for i in range(0, len(pieces), 2):
             if i or begun:
@@ -8212,11 +8121,13 @@ class Veil:
             if i < len(pieces) - 1:
                 pieces[i] = self._edge(pieces[i], False)
         plain = b"".join(pieces)
-        return neutralise(last_states(plain) if printed else plain)
+        if printed:  # of a line that was written over (progress) only the last state
+            plain = re.sub(rb"(?m)^.*\r(?=[^\r\n])", b"", plain).rstrip(b"\r")
+        return neutralise(plain)
 
     def _edge(self, data: bytes, first: bool) -> bytes:
-        """``data`` with what a cut left of a secret masked, at its first or its last end. Below
-        four bytes it tells nothing."""
+        """``data`` with what a cut left of a secret at one end masked, if it is four bytes or
+        more."""
         # Four bytes are looked for first: a host may send many cuts.
         sizes = [(overlap(data, value, first), shown) for value, shown in self.masks
                  if len(data) > 3 and (value[-4:] if first else value[:4]) in data]
@@ -8224,8 +8135,8 @@ class Veil:
         return data if size < 4 else shown + data[size:] if first else data[:-size] + shown
 
     def begun(self, data: bytes) -> int:
-        """How many bytes at the end may be the beginning of a secret, or of a character: they wait
-        for the next piece."""
+        """How many bytes at the end may begin a secret or a character: they wait for the next
+        piece."""
         import codecs
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         decoder.decode(data[-4:])
@@ -8234,8 +8145,7 @@ class Veil:
 
 
 def memory_file() -> IO[bytes]:
-    """A file on no disk, for output that may hold a secret; where the system has none (macOS), a
-    temporary one without a name."""
+    """A file in memory, for output that may hold a secret; on macOS a temporary one."""
     import tempfile
     try:
         return open(os.memfd_create("cmux"), "w+b")
@@ -8252,8 +8162,8 @@ class ProtocolError(CmuxError):
 
 
 class Call:
-    """One tools/call, in a thread of its own. It is answered once: by its end, by the soft timeout
-    (with a job, under which the work goes on), or, when the client cancels it, not at all."""
+    """One tools/call, in a thread of its own. It is answered once, at its end or at the soft
+    timeout (with a job: the work goes on), but not when the client cancels it."""
 
     def __init__(self, number: str | int, tool: Verb, params: Fields,
                  size: int, reply: Callable[[Fields], None]) -> None:
@@ -8299,8 +8209,8 @@ class Call:
         self.cancel.close()
 
     def wait(self, seconds: float, cancel: Cancel, size: int = 1 << 60) -> bool:
-        """Wait for its end, for more than ``size`` bytes of output, ``seconds``, or ``cancel``;
-        whether it has ended."""
+        """Wait, ``seconds`` at most, for its end, more than ``size`` bytes of output, or
+        ``cancel``; whether it has ended."""
         deadline = Deadline(seconds)
         with self.news:
             while not (self.ended or self.size > size or deadline.over() or cancel.is_set):
@@ -8313,7 +8223,7 @@ class Call:
                 "size": self.size}
 
     def listed(self) -> Fields:
-        """A row of jobs(), as it has them of the host."""
+        """A row as in jobs()."""
         row = self.status()
         command = (self.arguments or {}).get("command", self.tool.name)
         return dict(row, output_size=row.pop("size"), command=str(command)[:200],
@@ -8325,7 +8235,7 @@ class Call:
 
 
 def page(text: str, offset: int, facts: list[str]) -> tuple[str, int]:
-    """The lines of a file that fit; facts() gets where to go on."""
+    """The lines of a file that fit; where to go on is added to ``facts``."""
     if len(text) <= MCP_ROOM:
         return text, 0
     shown = text[:text.rfind("\n", 0, MCP_ROOM) + 1]
@@ -8418,13 +8328,11 @@ class McpServer:
     def _line(self, line: bytes) -> None:
         self.line_bytes = len(line)
         try:
-            if len(line) > BATCH_LINE_MAX:
-                raise ProtocolError(
-                    -32600, f"A message is longer than {human_size(BATCH_LINE_MAX)}.")
             try:
                 value = strict_json(line)
-            except ValueError:
-                raise ProtocolError(-32700, "A line is not JSON.")
+            except UsageError as error:
+                code = -32600 if len(line) > BATCH_LINE_MAX else -32700
+                raise ProtocolError(code, str(error))
             batch = isinstance(value, list)
             if batch and not (value and self.version == "2025-03-26"):  # the one that has them
                 raise ProtocolError(-32600, "A line holds one message in this protocol version.")
@@ -8434,7 +8342,7 @@ class McpServer:
             self.send(error_message(None, error))
 
     def _message(self, message: Any) -> None:
-        """Answer it, now or later, where it wants an answer: one line for each, also of a batch."""
+        """Answer a request, now or later."""
         number = None
         try:
             if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
@@ -8450,28 +8358,27 @@ class McpServer:
             if number is not None:
                 self._request(number, method, params)
             elif method == "notifications/cancelled" and isinstance(params, dict):
-                self._cancelled(params.get("requestId"))
+                which: Any = params.get("requestId")
+                call = self.calls.get(which) if type(which) in (str, int) else None
+                if call:
+                    call.cancel.set()
+                    self._answer(call, None)
         except ProtocolError as error:
             self.send(error_message(number, error))
         except Exception as bug:  # no input ends the server
             self.send(error_message(number, ProtocolError(-32603, defect(bug))))
-
-    def _cancelled(self, number: object) -> None:
-        call = self.calls.get(number) if type(number) in (str, int) else None  # type: ignore
-        if call:
-            call.cancel.set()
-            self._answer(call, None)
 
     def _request(self, number: str | int, method: str, params: Any) -> None:
         meta = params.get("_meta", {}) if isinstance(params, dict) else None
         if not isinstance(meta, dict):
             raise ProtocolError(-32602, "The parameters are not an object.")
         stateless = self._is_stateless(method, meta)
+        info = {"name": "cmux-ssh", "title": f"SSH workspace {self.workspace}",
+                "version": __version__}
 
         def respond(result: Fields) -> None:
             if stateless:
-                result = dict(result, resultType="complete",
-                              _meta={MCP_META + "serverInfo": self._info()})
+                result = dict(result, resultType="complete", _meta={MCP_META + "serverInfo": info})
             self.send({"jsonrpc": "2.0", "id": number, "result": result})
         fresh = {"ttlMs": 3600000, "cacheScope": "private"} if stateless else {}
         if method == "tools/call":
@@ -8485,14 +8392,15 @@ class McpServer:
             wanted = params.get("protocolVersion")
             self.version = wanted if wanted in MCP_HANDSHAKE else MCP_HANDSHAKE[0]
             respond({"protocolVersion": self.version, "capabilities": {"tools": {}},
-                    "serverInfo": self._info(), "instructions": self.instructions})
+                    "serverInfo": info, "instructions": self.instructions})
         elif method == "ping" and not stateless:
             respond({})
         else:
             raise ProtocolError(-32601, f"There is no method {show(method)}.")
 
     def _is_stateless(self, method: str, meta: Fields) -> bool:
-        """Whether the request belongs to the stateless era, and carries what that demands."""
+        """Whether the request belongs to the stateless era. Raises ProtocolError if it lacks what
+        that demands."""
         asked = meta.get(MCP_META + "protocolVersion")
         if asked is None:
             return method == "server/discover"
@@ -8504,10 +8412,6 @@ class McpServer:
         if not isinstance(meta.get(MCP_META + "clientCapabilities"), dict):
             raise ProtocolError(-32602, f"_meta has no {MCP_META}clientCapabilities.")
         return True
-
-    def _info(self) -> dict[str, str]:
-        return {"name": "cmux-ssh", "title": f"SSH workspace {self.workspace}",
-                "version": __version__}
 
     def _describe(self, tool: Verb) -> Fields:
         properties = {param.name: param.schema() for param in tool.params}
@@ -8573,7 +8477,7 @@ class McpServer:
                 call.close()
 
     def _answer(self, call: Call, text: str | None, failed: bool = False) -> None:
-        """Answer the call, unless that was done before. None: it was cancelled, and gets none."""
+        """Answer the call, unless that was done before; with None (it was cancelled) silently."""
         with self.changed:
             if call.answered:
                 return
@@ -8592,23 +8496,21 @@ class McpServer:
                 self.changed.wait(0.2 if self.calls else None)
                 calls = list(self.calls.values())
             for call in calls:
+                seconds = time.monotonic() - call.arrived
                 try:
-                    self._tick(call, time.monotonic() - call.arrived)
+                    if seconds >= self.soft:
+                        self._overdue(call)
+                    elif seconds >= call.progress_at and call.token is not None:
+                        call.progress_at = seconds + MCP_PROGRESS
+                        output = f", {human_size(call.size)} of output" if call.size else ""
+                        self.send({"jsonrpc": "2.0", "method": "notifications/progress", "params": {
+                            "progressToken": call.token, "progress": round(seconds, 1),
+                            "message": f"{call.doing} for {seconds:.0f} s{output}"}})
                 except Exception as error:
                     self._answer(call, self._failure(error), True)
 
-    def _tick(self, call: Call, seconds: float) -> None:
-        if seconds >= self.soft:
-            self._overdue(call)
-        elif seconds >= call.progress_at and call.token is not None:
-            call.progress_at = seconds + MCP_PROGRESS
-            output = f", {human_size(call.size)} of output" if call.size else ""
-            self.send({"jsonrpc": "2.0", "method": "notifications/progress", "params": {
-                "progressToken": call.token, "progress": round(seconds, 1),
-                "message": f"{call.doing} for {seconds:.0f} s{output}"}})
-
     def _overdue(self, call: Call) -> None:
-        """The soft timeout: the client would soon give the call up."""
+        """Answer with a job, before the client gives the call up."""
         if not call.begun:
             return self._answer(call, MCP_BUSY, True)
         with self.changed:
@@ -8633,12 +8535,12 @@ class McpServer:
             return f"{state} {state.hint}"
 
     def _hint(self, failure: CmuxError) -> str:
-        """What a model can do next: a tool, where one does it; the command line is the user's."""
+        """What a model can do next. The command line is the user's."""
         for kind, hint in MCP_HINTS if self.manage else ():
             if isinstance(failure, kind):
                 return hint
-        for_user = re.search(r"`|\$| --?\w|%s" % PROGRAM, failure.hint)
-        return ("For the user: " if for_user else "") + as_called(failure.hint)
+        for_user = re.search(rf"`|\$| --?\w|{PROGRAM}", failure.hint)
+        return "For the user: " * bool(for_user) + as_called(failure.hint)
 
     def _perform(self, call: Call) -> str:
         """Run the tool; its result as text."""
@@ -8649,14 +8551,18 @@ class McpServer:
             given = self._understood(tool, given)
             if tool.name in TOOLS and "workspace" in given:
                 name = check_workspace(given.pop("workspace"))
-        arguments = tool.check(given)
+        arguments, most = dict(tool.check(given)), self.soft * 0.9
+        if tool.name == "logs":  # what waits answers before the soft timeout
+            arguments["wait"] = min(arguments.get("wait", 0), most)
+        elif tool.name == "wait":
+            arguments["timeout"] = min(arguments.get("timeout", most), most)
         going_on = sum(not other.ended for other in list(self.kept.values()))
         if not tool.reads and tool.name != "stop" and going_on >= MCP_KEPT:
             raise ToolFailed(f"{MCP_KEPT} calls go on already.", "See jobs, and stop some.")
         call.doing = "running"
         if tool.tool_name in MANAGE_TOOLS:
             if tool.name == "new":
-                arguments = dict(arguments, host=self.host or self.host_of(self.workspace))
+                arguments["host"] = self.host or self.host_of(self.workspace)
             call.result = tool.handler(self.project, cancel=call.cancel, **arguments)
             return self._shown(tool.tool_name, self._place(arguments), call.result)
         if str(arguments.get("job", "")).startswith("r"):
@@ -8670,34 +8576,27 @@ class McpServer:
         return self._shown(tool.name, workspace.host.name, result, arguments)
 
     def _understood(self, tool: Verb, given: Fields) -> Fields:
-        """The arguments, with `name` and `workspace` taken for each other where a tool has only
-        one of them: models mix them up."""
+        """The arguments. Models mix `name` and `workspace` up: each is taken for the other where a
+        tool has only that."""
         known = {arg.name for arg in tool.params} | ({"workspace"} if tool.name in TOOLS else set())
         for one, other in (("name", "workspace"), ("workspace", "name")):
             if one not in known and other in known and other not in given:
                 given = {other if key == one else key: value for key, value in given.items()}
         return dict(given)
 
-    def _run_tool(self, call: Call, workspace: Workspace,
-                  arguments: Fields) -> Fields:
-        name, most = call.tool.name, self.soft * 0.9  # what waits answers before the soft timeout
-        if name == "exec":
+    def _run_tool(self, call: Call, workspace: Workspace, arguments: Fields) -> Fields:
+        if call.tool.name == "exec":
             return tool_exec(workspace, tee=call.take, cancel=call.cancel, **arguments)
-        if name == "logs":
-            wait = min(arguments.get("wait", 0), most)
-            return workspace.logs(arguments["job"], arguments.get("offset", 0), wait, MCP_ROOM,
-                                  cancel=call.cancel)
-        if name == "wait":
-            wait = min(arguments.get("timeout", most), most)
-            return workspace.wait(arguments["job"], wait, call.cancel)
+        if call.tool.name == "logs":
+            return workspace.logs(limit=MCP_ROOM, cancel=call.cancel, **arguments)
         result: Fields = call.tool.handler(workspace, cancel=call.cancel, **arguments)
-        if name == "jobs":
+        if call.tool.name == "jobs":
             result["jobs"] += [other.listed() for other in list(self.kept.values())
                                if other.workspace == workspace.op]
         return result
 
     def _place(self, arguments: Any) -> str:
-        """Whose word a result is: a host's name."""
+        """The host that a result comes from."""
         name = arguments.get("workspace", "") if isinstance(arguments, dict) else ""
         return self.host_of(str(name or self.workspace)) or self.host or "the host"
 
@@ -8714,9 +8613,9 @@ class McpServer:
             return self.workspace
 
     def _workspace(self, call: Call, name: str) -> Workspace:
-        """The workspace of a name ("": the one bound to). Only that one is made, if need be: a slip
-        of another name makes none. Its making goes on beyond the end of this call, or a client with
-        a timeout of its own would begin a long upload again and again."""
+        """The workspace of a name ("": the one bound to, which alone is made if need be: a slip of
+        a name makes none). Its making outlives this call, or a client with a timeout of its own
+        would begin a long upload again and again."""
         entries, own = self.project.entries(), name in ("", self.workspace)
         name, host = (self._bound(entries), self.host) if own else (name, "")
         entry = entries.get(name) if own else self.project.entry(name)
@@ -8737,7 +8636,7 @@ class McpServer:
                 f"There is no job {show(arguments['job'])} any more: such a job ends with the "
                 "server that began it.",
                 "Run the command again, with background=true if it takes long.")
-        tool, most = call.tool.name, self.soft * 0.9
+        tool = call.tool.name
         if tool == "stop":
             if not kept.ended:
                 kept.cancel.set()
@@ -8745,12 +8644,12 @@ class McpServer:
             how = kept.result.get("stopped") or ("confirmed" if kept.ended else "requested")
             result = dict(kept.status(), stopped=how)
         elif tool == "wait":
-            if kept.wait(min(arguments.get("timeout", most), most), call.cancel):
+            if kept.wait(arguments["timeout"], call.cancel):
                 return f"job: {kept.id}\nstate: {kept.status()['state']}\n{kept.text}"
             result = kept.status()
         else:
             offset = int(arguments.get("offset", 0))
-            kept.wait(min(arguments.get("wait", 0), 30, most), call.cancel, offset)
+            kept.wait(min(arguments["wait"], 30), call.cancel, offset)
             data = kept.logs(offset)
             result = dict(kept.status(), output=data, next_offset=offset + len(data))
         return self._shown(tool, self._place(kept.arguments), result, arguments)
@@ -8759,7 +8658,7 @@ class McpServer:
 
     def _shown(self, tool: str, host: str, result: Fields,
                arguments: Fields | None = None) -> str:
-        """Facts first, then what the host sent, fenced by a word that it cannot know."""
+        """Facts, then what the host sent, between lines that it cannot forge."""
         try:
             veil = Veil(self.project)
         except CmuxError as error:  # what is done is done: report that, and nothing of the host's
@@ -8807,7 +8706,7 @@ class McpServer:
         return "\n".join(facts + body) or "done"
 
     def _page_of_output(self, result: Fields, veil: Veil) -> Fields:
-        """A page of a job's output. What may be the first half of a secret waits for the next."""
+        """A page of a job's output. What may begin a secret waits for the next one."""
         data = result["output"]
         more = result["state"] == "running" or result["next_offset"] < result["size"]
         held = veil.begun(data) if more else 0
@@ -8835,7 +8734,7 @@ def row_text(row: Any) -> str:
         return str(row)
     if "text" in row:
         cut = " [... cut]" if len(row["text"]) >= LINE_MAX else ""
-        return "%s:%d:%s%s" % (row["path"], row["line"], row["text"], cut)
+        return f"{row['path']}:{row['line']}:{row['text']}{cut}"
     return "  ".join(f"{key}={value}" for key, value in row.items() if value not in (None, ""))
 
 
@@ -8884,36 +8783,31 @@ DEMO_FILES = {"hello.txt": "hello\n", "Makefile": """test:
 """}
 
 
-class ThrowawayServer:
-    """An ssh config whose host ``demo`` is this machine, with its own keys and home, until the
-    block ends. Raises UsageError where no sshd is installed."""
-
-    def __init__(self) -> None:
-        import tempfile
-        sshd = find_program("sshd", ("/usr/sbin", "/usr/local/sbin", "/usr/libexec",
-                                     "/opt/homebrew/sbin"))
-        keygen = find_program("ssh-keygen")
-        near = "/tmp" if " " in temporary_folder() else None
-        self.path = tempfile.mkdtemp(prefix="cmux-demo-", dir=near)
-        self.config = os.path.join(self.path, "ssh_config")
-        os.mkdir(os.path.join(self.path, "home"), 0o700)
-        for name in ("host", "user"):
-            key = os.path.join(self.path, name)
-            run([keygen, "-q", "-t", "ed25519", "-N", "", "-C", "demo", "-f", key])
-        with open(os.path.join(self.path, "host.pub")) as stream:
+@contextlib.contextmanager
+def throwaway_server() -> Iterator[str]:
+    """A directory whose ``ssh_config`` has a host ``demo``: this machine, with keys and a home of
+    its own, until the block ends. Raises UsageError where no sshd is installed."""
+    import shutil
+    import tempfile
+    sshd = find_program("sshd", ("/usr/sbin", "/usr/local/sbin", "/usr/libexec",
+                                 "/opt/homebrew/sbin"))
+    keygen = find_program("ssh-keygen")
+    near = "/tmp" if " " in temporary_folder() else None
+    path = tempfile.mkdtemp(prefix="cmux-demo-", dir=near)
+    try:
+        os.mkdir(path + "/home", 0o700)
+        for key in ("host", "user"):
+            run([keygen, "-q", "-t", "ed25519", "-N", "", "-C", "demo", "-f", f"{path}/{key}"])
+        with open(path + "/host.pub") as stream:
             files = dict(SERVER_FILES, known_hosts="demo " + stream.read())
         for name, text in files.items():
-            with open(os.path.join(self.path, name), "w") as stream:
-                stream.write(text.replace("{0}", self.path).replace("{1}", sshd))
+            with open(f"{path}/{name}", "w") as stream:
+                stream.write(text.replace("{0}", path).replace("{1}", sshd))
         if os.geteuid() == 0 and sys.platform.startswith("linux"):
             os.makedirs("/run/sshd", 0o755, exist_ok=True)  # sshd insists, as root
-
-    def __enter__(self) -> ThrowawayServer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        import shutil
-        shutil.rmtree(self.path, ignore_errors=True)
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def in_a_process_table(value: str) -> bool:
@@ -8924,12 +8818,10 @@ def in_a_process_table(value: str) -> bool:
 
 def demo(tell: Callable[[str], None], report: Report) -> None:
     """The whole flow against a throwaway sshd."""
-    with ThrowawayServer() as server, environment(
-            CMUX_SSH_HOME=os.path.join(server.path, "state"),
-            CMUX_SSH_COMMAND=f"ssh -F {quote(server.config)}"):
-        directory = make_repository(os.path.join(server.path, "hello"), DEMO_FILES)
+    with throwaway_server() as path, environment(
+            CMUX_SSH_HOME=path + "/state", CMUX_SSH_COMMAND=f"ssh -F {quote(path)}/ssh_config"):
         try:
-            project = Project(directory)
+            project = Project(make_repository(path + "/hello", DEMO_FILES))
             demo_command(project, tell, report)
             demo_removal(project, tell)
         finally:
@@ -8961,8 +8853,8 @@ def demo_command(project: Project, tell: Callable[[str], None], report: Report) 
     for line in neutralise(result.stdout + result.stderr).splitlines():
         tell("  demo> " + line.replace(secret, "[the secret]"))
     tell(f"It ended with exit code {result.exit_code}.")
-    tell(f"The process tables of both sides were read {len(seen)} times meanwhile: the secret was "
-         + ("SEEN." if any(seen) else "in none of them."))
+    tell(f"The process table was read {len(seen)} times meanwhile: the secret was "
+         + ("SEEN." if any(seen) else "never in it."))
     if result.exit_code or any(seen) or secret.encode() not in result.stdout:
         raise RemoteFailed("The demo did not go as it should.", "Report it, with this output.")
 
@@ -9021,7 +8913,7 @@ LEAKS = (
 
 
 def examine_here() -> Iterator[Finding]:
-    """What can be said without any host."""
+    """This machine's ssh, Python and state."""
     said = neutralise(run([ssh_command()[0], "-V"], patience=CONNECT_TIMEOUT)[2]).strip()
     version = re.search(r"OpenSSH_(?:for_Windows_)?(\d+)\.(\d+)", said)
     state = "fix" if not version else "ok" if tuple(map(int, version.groups())) >= (7, 8) else "bad"
@@ -9035,7 +8927,7 @@ def examine_here() -> Iterator[Finding]:
 
 
 def examine_config(config: SSHConfig) -> Finding:
-    """What the user's config would let out, had it its way."""
+    """What the user's ssh config would let out, and is forced off."""
     leaks = [text for key, value, text in LEAKS
              if any(re.match(value, said) for said in config.values.get(key, []))]
     return finding("ok", "config", "forced off here, though your ssh config has it: "
@@ -9044,7 +8936,7 @@ def examine_config(config: SSHConfig) -> Finding:
 
 
 def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
-    """Why the connection failed, from ssh's debugging words and its ProxyCommand's."""
+    """Why the connection failed, from ssh's debugging messages and its ProxyCommand's."""
     plain, heard = read_log(words.encode())
     error = failure_in(plain if plain.strip() or proxy_of(config) else said, heard, config)
     if isinstance(error, ConnectionDropped):
@@ -9092,9 +8984,8 @@ def examine_programs(host: Host, root: str) -> Iterator[Finding]:
     yield finding("ok", "system", f"{facts.get('system', 'unknown')}, "
                   f"login shell {facts.get('shell', 'unknown')}")
     if "readonly" in facts or reply.status:
-        said = neutralise(reply.stderr).strip().split("\n")[-1]
         yield finding("bad", "directory",
-                      f"{facts.get('readonly') or '~/cmux'} cannot be written: {said}",
+                      f"{facts.get('readonly') or '~/cmux'} cannot be written: {reply.said()}",
                       "Make it writable, or choose another with new --root DIR.")
         return
     yield finding("ok", "tar", facts["tar"] or "there") if "tar" in facts else finding(
