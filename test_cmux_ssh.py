@@ -1244,7 +1244,6 @@ def test_a_megabyte_on_both_streams_at_once_arrives_whole(shared):
 
 def test_output_streams_as_it_is_written(shared):
     child = shared.start("exec", "-H", "box", "--", "echo first; read x; echo $x", stdin=PIPE)
-    assert child.stdout and child.stdin
     assert child.stdout.readline() == b"first\n"
     out, err = child.communicate(b"second\n", timeout=30)
     assert (child.returncode, out, err) == (0, b"second\n", b"")
@@ -1332,56 +1331,64 @@ def unique():
     return f"{random.randrange(40000, 10**8)}"
 
 
-def gone(needle):
-    until(lambda: not running(needle), f"no {needle} is left", 15)
+class Nap(str):
+    """A `sleep` of a test's own: a command that no other process on this machine is."""
+
+    def __new__(cls):
+        return str.__new__(cls, f"sleep {unique()}")
+
+    def runs(self, count=1):
+        until(lambda: len(running(self)) >= count, f"{self} runs")
+
+    def gone(self):
+        until(lambda: not running(self), f"no {self} is left", 15)
 
 
 @promise(6)
 @compat
 def test_a_timeout_keeps_early_output_exits_124_and_leaves_no_process(shared):
-    nap = unique()
-    ran = shared.exec(f"echo early; sleep {nap} & sleep {nap}", options=["--timeout", "1"])
+    nap = Nap()
+    ran = shared.exec(f"echo early; {nap} & {nap}", options=["--timeout", "1"])
     assert (ran.code, ran.out) == (124, b"early\n") and ran.seconds < 15
-    gone(f"sleep {nap}")
+    nap.gone()
     assert shared.exec("echo a long time", options=["--timeout", "99999999"]).out == b"a long time\n"
-    told = shared.exec(f"echo early; sleep {nap}", options=["--timeout", "1", "--json"])
+    told = shared.exec(f"echo early; {nap}", options=["--timeout", "1", "--json"])
     assert told.code == 124 and told.json["timed_out"] is True and told.json["stdout"] == "early\n"
-    gone(f"sleep {nap}")
+    nap.gone()
 
 
 def test_a_timeout_ends_a_command_that_ignores_term(shared):
-    nap = unique()
-    ran = shared.exec(f"trap '' TERM INT HUP; echo on; sleep {nap}; sleep {nap}", options=["--timeout", "1"])
+    nap = Nap()
+    ran = shared.exec(f"trap '' TERM INT HUP; echo on; {nap}; {nap}", options=["--timeout", "1"])
     assert (ran.code, ran.out) == (124, b"on\n")
-    gone(f"sleep {nap}")
+    nap.gone()
 
 
 @each("stdin", ["null", "open"])
 @each("sig, code", [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
 @promise(6)
 def test_a_stopped_client_ends_the_remote_command(shared, sig, code, stdin):
-    nap = unique()
-    child = shared.start("exec", "-H", "box", "--", f"echo early; sleep {nap} & sleep {nap}",
+    nap = Nap()
+    child = shared.start("exec", "-H", "box", "--", f"echo early; {nap} & {nap}",
                          stdin=PIPE if stdin == "open" else DEVNULL)
-    assert child.stdout
     assert child.stdout.readline() == b"early\n"
-    until(lambda: len(running(f"sleep {nap}")) >= 2, "both sleeps run")
+    nap.runs(2)
     os.killpg(child.pid, sig) if sig == signal.SIGINT else os.kill(child.pid, sig)
     _, err = child.communicate(timeout=30)
     assert child.returncode == code and b"Traceback" not in err, err
-    gone(f"sleep {nap}")
+    nap.gone()
 
 
 @promise(6)
 @compat
 def test_ctrl_c_on_a_terminal_is_130(shared):
-    nap = unique()
-    terminal = on_terminal(shared.site, "exec", "-H", "box", "--", f"echo early; sleep {nap}", cwd=shared.dir)
+    nap = Nap()
+    terminal = on_terminal(shared.site, "exec", "-H", "box", "--", f"echo early; {nap}", cwd=shared.dir)
     terminal.expect(b"early")
-    until(lambda: running(f"sleep {nap}"), "it sleeps")
+    nap.runs()
     terminal.send(b"\x03")
     assert terminal.wait() == 130
-    gone(f"sleep {nap}")
+    nap.gone()
 
 
 COLOURFUL = (r"printf '\303'; sleep .2; printf '\244 \033[3'; sleep .2; printf '1mred\033[0m \33[1;32m10%%\r20%%'; sleep .2; printf '\033[m\n"
@@ -1413,29 +1420,29 @@ def test_colours_and_progress_of_a_command_pass_to_a_terminal_and_nothing_else_d
 
 
 def test_a_dead_master_is_a_lost_line_ends_the_command_and_the_next_call_works(repo, site):
-    nap = unique()
+    nap = Nap()
     assert repo.exec("true").code == 0
-    child = repo.start("exec", "-H", "box", "--json", "--", f"echo early; sleep {nap}")
-    until(lambda: running(f"sleep {nap}"), "it sleeps")
+    child = repo.start("exec", "-H", "box", "--json", "--", f"echo early; {nap}")
+    nap.runs()
     for master in until(site.masters, "there is a master"):
         kill(master.pid)
     out, err = child.communicate(timeout=30)
     assert child.returncode == 255 and b"Traceback" not in err
     document = json.loads(out)
     assert document["error"]["message"], document
-    gone(f"sleep {nap}")
+    nap.gone()
     assert repo.exec("echo again").out == b"again\n"
 
 
 def test_a_line_cut_in_mid_command_is_a_lost_line(repo, site):
-    line, nap = site.line("far"), unique()
+    line, nap = site.line("far"), Nap()
     assert repo.exec("true", host="far").code == 0
-    child = repo.start("exec", "-H", "far", "--", f"echo early; sleep {nap}")
-    assert child.stdout and child.stdout.readline() == b"early\n"
+    child = repo.start("exec", "-H", "far", "--", f"echo early; {nap}")
+    assert child.stdout.readline() == b"early\n"
     line.drop()
     _, err = child.communicate(timeout=30)
     assert child.returncode == 255 and err.strip() and b"Traceback" not in err
-    gone(f"sleep {nap}")
+    nap.gone()
     assert repo.exec("echo again", host="far").out == b"again\n"
 
 
@@ -1503,23 +1510,23 @@ def test_a_shell_that_is_slow_to_start_may_still_run_what_was_sent(site, tuned):
 
 def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo, site):
     """It watches over a command whose own stdin streams, on the connection that had room."""
-    nap, mine, held = unique(), unique(), []
+    nap, mine, held = Nap(), Nap(), []
     assert repo.exec("true").code == 0
     first = {master.pid for master in site.masters()}
     while len(site.masters()) == 1:
-        held.append(repo.start("exec", "-n", "--", f"sleep {nap}"))
-        until(lambda: len(running(f"sleep {nap}")) == len(held), "one place more is taken")
+        held.append(repo.start("exec", "-n", "--", nap))
+        nap.runs(len(held))
     for child in (held.pop(), held.pop()):  # the one that had to have a second connection, and one of the first
         child.terminate()
         child.communicate()
-    child = repo.start("exec", "--json", "--", f"sleep {mine}; echo done", stdin=PIPE)
-    until(lambda: running(f"sleep {mine}"), "it runs")
+    child = repo.start("exec", "--json", "--", f"{mine}; echo done", stdin=PIPE)
+    mine.runs()
     time.sleep(0.5)  # the guard is told the pid right after
     for master in site.masters():
         kill(master.pid) if master.pid not in first else None
     out, err = child.communicate(timeout=PATIENCE)
     assert child.returncode == 255 and json.loads(out)["error"]["type"] == "ConnectionLost", (out, err)
-    gone(f"sleep {mine}")
+    mine.gone()
     for other in held:
         other.terminate()
         other.communicate()
@@ -1529,7 +1536,7 @@ def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo, site):
 @each("setsid", [True, False])
 def test_a_session_opened_ahead_does_what_one_opened_for_a_command_does(site, sh, setsid):
     """Its process waits for the header already in a session of its own."""
-    host, tools, naps = bare_host(site), site.dir / "posix-bin", [unique(), unique()]
+    host, tools, naps = bare_host(site), site.dir / "posix-bin", [Nap(), Nap()]
     site.script("posix-bin/sh", f'exec {program(sh)}{" sh" if sh == "busybox" else ""} "$@"')
     (tools / "setsid").symlink_to(program("setsid", "util-linux")) if setsid else None
     assert in_library(Repo(site), r"""
@@ -1538,17 +1545,17 @@ workspace, odd = cmux_ssh.Project(".").create("main", "nogit"), "new/a\nfile\n"
 def warm():
     wait_ready(log)
     return workspace
-ran = warm().exec(["sh", "-c", 'echo "$A $EDITOR"; echo oops >&2; env sleep %s >/dev/null 2>&1 & exit 7' % naps[0]], env={"A": "a\nb"})  # (ksh has a sleep of its own)
+ran = warm().exec(["sh", "-c", 'echo "$A $EDITOR"; echo oops >&2; env %s >/dev/null 2>&1 & exit 7' % naps[0]], env={"A": "a\nb"})  # (ksh has a sleep of its own)
 print(ran.exit_code, ran.stdout, ran.stderr, warm().exec(["cat"], stdin=b"streamed").stdout, warm().exec(["no-such-program"]).exit_code,
       warm().exec("cat; exit 5", stdin=b"in").exit_code, warm().write(odd, "in")["created"], warm().write(odd, "in")["created"], warm().read(odd).content,
       warm().exec(["env", *group.split()]).exit_code)
-print(warm().exec(["sh", "-c", "env sleep %s & env sleep %s" % (naps[1], naps[1])], timeout=1).stopped)
+print(warm().exec(["sh", "-c", "env %s & env %s" % (naps[1], naps[1])], timeout=1).stopped)
 warm()                                  # given up without a header
 if group != "true":                     # ksh dies of what its subshell died of; without setsid SIGINT is ignored
     print(workspace.wait(workspace.start(["sh", "-c", "kill -INT $$"]))["exit_code"])
 """, str(site.dir / "log-nogit"), "kill 0" if setsid else "true", *naps) == "7 b'a\\nb true\\n' b'oops\\n' b'streamed' 127 5 True False b'in' %d\nconfirmed\n" % (143 if setsid else 0) + "130\n" * setsid, host
-    left = running(f"sleep {naps[0]}")
-    assert len(left) == 1 and not running(f"sleep {naps[1]}"), "what a command leaves behind lives on, as with ssh"
+    left = running(naps[0])
+    assert len(left) == 1 and not running(naps[1]), "what a command leaves behind lives on, as with ssh"
     kill(left[0].pid)
     until(lambda: not [p for p in processes() if os.fsencode(tools) in p.environ and b"ssh" not in p.cmdline], "no shell waits any more")
 
@@ -1559,7 +1566,7 @@ def test_where_neither_the_wrapper_nor_proc_is_there_no_end_is_confirmed(tmp_pat
         header = c.shell_header("N" * 32, "run", c.script_records(c.GUARD)) + b"%s\n" % str(pid).encode()
         return subprocess.run(["sh", "-c", c.BOOT[len("exec sh -c '"):-1].replace("/proc", proc)], input=header.replace(b"/proc", proc.encode()),
                               stdout=PIPE, stderr=DEVNULL, timeout=60).stdout
-    here = subprocess.Popen(["sleep", unique()], start_new_session=True)
+    here = subprocess.Popen(Nap().split(), start_new_session=True)
     try:
         assert b"\nleft\n" in guard("-", "/nowhere") and b"\nleft\n" in guard(99999999, "/nowhere")
         assert b"\nconfirmed\n" in guard(here.pid, "/nowhere")
@@ -1595,28 +1602,26 @@ def test_what_runs_over_a_master_that_hung_goes_on_when_it_wakes(repo, site):
 
 @each("stdin", [None, pytest.param(b"in", marks=slow)])
 def test_a_command_whose_master_hangs_is_stopped_over_another_one_and_soon(repo, stdin, site):
-    nap = unique()
+    nap = Nap()
     assert repo.exec("true").code == 0
-    child = repo.start("exec", "--timeout", "3", "--json", "--", f"cat; echo on; sleep {nap}", stdin=DEVNULL if stdin is None else PIPE)
+    child = repo.start("exec", "--timeout", "3", "--json", "--", f"cat; echo on; {nap}", stdin=DEVNULL if stdin is None else PIPE)
     if stdin:
-        assert child.stdin
         child.stdin.write(stdin)
         child.stdin.close()
         child.stdin = None
-    until(lambda: running(f"sleep {nap}"), "it sleeps")
+    nap.runs()
     for master in site.masters():
         kill(master.pid, signal.SIGSTOP)
     out, err = child.communicate(timeout=60)
     told = json.loads(out)
     assert (child.returncode, told["timed_out"], told["stopped"]) == (124, True, "confirmed"), (told, err)
     assert told["duration"] < 18, "the silent session is not waited for as long as one that answers"
-    gone(f"sleep {nap}")
+    nap.gone()
 
 
 def test_a_timeout_comes_also_while_output_never_pauses(shared):
     """Somebody reads, slowly: there is always something to pass on."""
     child, began = shared.start("exec", "--timeout", "1", "--", "yes", stdin=DEVNULL), time.monotonic()
-    assert child.stdout
     while os.read(child.stdout.fileno(), 4096):
         assert time.monotonic() - began < 15, "it never timed out"
         time.sleep(0.01)
@@ -1628,22 +1633,22 @@ def test_a_timeout_comes_also_while_output_never_pauses(shared):
 @promise(6)
 def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo, where, how):
     """Nobody reads, and the output is full: the command is ended all the same, and that is said."""
-    nap, several = unique(), where == "several"
+    nap, several = Nap(), where == "several"
     repo.new("main", *(["b"] if several else []))
     reader, writer = pty.openpty() if where == "terminal" else os.pipe()
     child = subprocess.Popen(
         [*compiled(), "exec", *(["--all"] if several else []), *(["--timeout", "3"] if how == "timeout" else []), "--",
-         f"sleep {nap} & yes"], cwd=repo.dir, env=repo.site.environment(), stdin=DEVNULL, stdout=writer, stderr=PIPE)
+         f"{nap} & yes"], cwd=repo.dir, env=repo.site.environment(), stdin=DEVNULL, stdout=writer, stderr=PIPE)
     os.close(writer)
     try:
-        until(lambda: running(f"sleep {nap}"), "it runs")
+        nap.runs()
         time.sleep(1)  # until the output is full
         if how != "timeout":
             child.send_signal(getattr(signal, how))
         _, err = child.communicate(timeout=30)
         said = b"0 of 2 succeeded" if several else b"its processes on box have ended"
         assert child.returncode == (124 if how == "timeout" else 130) and said in err and b"Traceback" not in err, err
-        gone(f"sleep {nap}")
+        nap.gone()
     finally:
         child.kill()
         os.close(reader)
@@ -1682,13 +1687,13 @@ def test_a_process_name_with_a_newline_misleads_no_stop(site, ps):
     """It once shifted the table of processes, and a stop killed bystanders."""
     tools = [] if ps else ["setsid", "bash"]
     site.inetd("odd", shell="busybox", env={} if ps else {"PATH": minimal_path(site, *tools)})
-    repo, nap, odd = Repo(site), unique(), site.dir / "a\nb c d"
+    repo, nap, odd = Repo(site), Nap(), site.dir / "a\nb c d"
     shutil.copy(program("sleep"), odd)
     bystanders = [subprocess.Popen([str(odd), "300"]), subprocess.Popen(["sleep", "300"])]
     try:
-        ran = repo.exec(f"sleep {nap} & sleep {nap}", host="odd", options=["--timeout", "1"])
+        ran = repo.exec(f"{nap} & {nap}", host="odd", options=["--timeout", "1"])
         assert ran.code == 124, ran
-        gone(f"sleep {nap}")
+        nap.gone()
         assert [child.poll() for child in bystanders] == [None, None]
     finally:
         for child in bystanders:
@@ -2038,7 +2043,7 @@ FOREIGN = ("bash -l", "zsh", "dash", "fish", "tcsh", "mksh", "ksh", "busybox sh"
 @each("foreign", FOREIGN)
 def test_a_shell_that_is_not_ours_runs_nothing_of_a_header_and_reads_no_secret(site, foreign):
     """The account's ForceCommand, or what its .bashrc runs, reads what we send in place of our command."""
-    flag, touched, got, nap, login = site.dir / "flag", site.dir / "touched", site.dir / "got", unique(), site.script(
+    flag, touched, got, nap, login = site.dir / "flag", site.dir / "touched", site.dir / "got", Nap(), site.script(
         "login", f'[ ! -e {site.dir}/flag ] || exec {foreign if foreign != "cat" else f"cat >>{site.dir}/got"}\nexec sh -c "$SSH_ORIGINAL_COMMAND"')
     if foreign == ".bashrc":
         host = site.login("bash")
@@ -2047,17 +2052,17 @@ def test_a_shell_that_is_not_ours_runs_nothing_of_a_header_and_reads_no_secret(s
         host = site.daemon("foreign", f"ForceCommand {login}")
     repo = Repo(site)
     repo.new(host=host)
-    for number, value in enumerate((f"touch {touched}", f"sleep {nap}")):
+    for number, value in enumerate((f"touch {touched}", nap)):
         repo.ok("secrets", "set", f"S{number}", stdin=value.encode())
     flag.touch()
     for words in (["-n"], ["--env", f"V=touch {touched}"], ["--detach"])[:1 if foreign in ("cat", "fish") else 3]:
         ran = repo.exec("true", host=host, options=words, stdin=None if "-n" in words or "--detach" in words else b"touch %s" % os.fsencode(touched))
         refused(ran, 255, words="did not run our command")
         assert ran.seconds < 30, "not after the minute in which a shell may be slow"
-    assert not touched.exists() and not running(f"sleep {nap}")
+    assert not touched.exists() and not running(nap)
     assert not re.search(b"S0|sleep|true", slurp(got)) and (foreign != "cat" or slurp(got).startswith(b"exit 0\n"))
     flag.unlink()
-    assert repo.exec('printf %s "$S1"', host=host).out == b"sleep " + nap.encode()
+    assert repo.exec('printf %s "$S1"', host=host).out == nap.encode()
 
 
 @promise(2)
@@ -2106,10 +2111,10 @@ def test_while_50_commands_run_the_secret_stands_in_no_process_table(repo, site)
 @promise(2)
 def test_a_secret_is_in_the_environment_of_no_local_process(repo):
     """Not even where a variable of that name stood in ours: ProxyCommand and Match exec would see it."""
-    nap, value = unique(), b"Sentinel-" + os.urandom(8).hex().encode()
+    nap, value = Nap(), b"Sentinel-" + os.urandom(8).hex().encode()
     repo.ok("secrets", "set", "TOKEN", stdin=value)
-    child = repo.start("exec", "-H", "box", "--", f"sleep {nap}")
-    until(lambda: running(f"sleep {nap}"), "it sleeps")
+    child = repo.start("exec", "-H", "box", "--", nap)
+    nap.runs()
     seen = [p for p in processes() if value in p.environ]
     assert seen and all(b"CMUX_TEST_SITE" in p.environ for p in seen), seen
     kill(child.pid)
@@ -2286,8 +2291,8 @@ def test_a_secret_that_a_shortened_error_cuts_is_masked(repo):
 
 
 def test_a_secret_command_that_closes_its_output_and_goes_on_is_ended(repo):
-    nap = unique()  # from inside: of its own it is given two minutes
-    repo.ok("secrets", "set", "T", "--command", f"printf hunter2; exec >&- 2>&-; exec sleep {nap}")
+    nap = Nap()  # from inside: of its own it is given two minutes
+    repo.ok("secrets", "set", "T", "--command", f"printf hunter2; exec >&- 2>&-; exec {nap}")
     assert in_library(repo, """
 run = cmux_ssh.run
 cmux_ssh.run = lambda *words, **more: run(*words, **dict(more, patience=1))
@@ -2296,7 +2301,7 @@ try:
 except cmux_ssh.CmuxError as error:
     print(error)
 """) == "The command for the secret T: A local command did not end in time.\n"
-    gone(f"sleep {nap}")
+    nap.gone()
 
 
 def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo, site):
@@ -2308,8 +2313,8 @@ def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo, site)
 
 
 def test_library_a_cancel_reaches_the_command_that_makes_a_secret(shared):
-    nap = unique()
-    shared.ok("secrets", "set", "SLOW", "--command", f"exec sleep {nap}")
+    nap = Nap()
+    shared.ok("secrets", "set", "SLOW", "--command", f"exec {nap}")
     try:
         assert in_library(shared, """
 workspace = cmux_ssh.Project(".").workspace("main")
@@ -2320,10 +2325,10 @@ for call in (lambda cancel: workspace.exec("echo ran", cancel=cancel).exit_code,
         print(call(cancel))
     except cmux_ssh.Cancelled:
         print("cancelled")
-""", nap) == "130\ncancelled\n"
+""") == "130\ncancelled\n"
     finally:
         shared.ok("secrets", "rm", "SLOW")
-    gone(f"sleep {nap}")
+    nap.gone()
 
 
 def test_a_secret_that_another_process_changes_is_the_new_one_at_once_and_masked(repo):
@@ -2404,7 +2409,7 @@ print(warm().exec(["printf", "<%s>", "it's", "!x"]).stdout, warm().write("a\\n'b
 @each("way", ["master", "direct"])
 def test_a_server_that_ends_silent_channels_ends_no_command_of_ours(site, tuned, way):
     site.daemon("hasty", "ChannelTimeout session:command=3s")
-    repo, nap = Repo(site), unique()
+    repo, nap = Repo(site), Nap()
     env = {"CMUX_SSH_COMMAND": ssh_without_masters(site)} if way == "direct" else {}
     repo.new(env=env, host="hasty")
     talk = "for i in 1 2 3 4 5 6; do echo $i; sleep 1; done"
@@ -2414,13 +2419,13 @@ def test_a_server_that_ends_silent_channels_ends_no_command_of_ours(site, tuned,
         code = child.wait(30)  # its stdin stays open all the while
         return code, child.stdout.read() + child.stderr.read()
     assert streamed(talk) == (0, b"1\n2\n3\n4\n5\n6\n"), "the guard is not silent while the command talks"
-    lost = repo.cli("exec", "-n", "-w", "main", "--", f"sleep {nap}", env=env)
+    lost = repo.cli("exec", "-n", "-w", "main", "--", nap, env=env)
     refused(lost, 255, words="ChannelTimeout")
     tuned(BEAT_MOST=1)
     assert streamed("sleep 6; echo end") == (0, b"end\n")
     assert repo.cli("exec", "-n", "-w", "main", "--", "sleep 6; exit 7", env=env).code == 7
-    assert repo.cli("exec", "-n", "-w", "main", "--timeout", "6", "--", f"sleep {nap}", env=env).code == 124
-    gone(f"sleep {nap}")
+    assert repo.cli("exec", "-n", "-w", "main", "--timeout", "6", "--", nap, env=env).code == 124
+    nap.gone()
 
 
 def minimal_path(site, *more):
@@ -2440,13 +2445,13 @@ def minimal_path(site, *more):
 
 def test_a_host_with_only_posix_utilities_is_enough(site):
     site.inetd("bare", shell="busybox", env={"PATH": minimal_path(site)})
-    repo, nap = Repo(site, odd=True), unique()
+    repo, nap = Repo(site, odd=True), Nap()
     assert site.ssh("bare", "command -v git bash python3 timeout setsid base64 sha256sum gzip").stdout.split()[1:] == []
     ran = repo.exec("printf '<%s>' \"it's\"; exit 9", host="bare")
     assert (ran.code, ran.out, ran.err) == (9, b"<it's>", b"")
     assert tree_of(repo.path()) == repo.tree()
-    assert repo.exec(f"echo early; sleep {nap} & sleep {nap}", host="bare", options=["--timeout", "1"]).code == 124
-    gone(f"sleep {nap}")
+    assert repo.exec(f"echo early; {nap} & {nap}", host="bare", options=["--timeout", "1"]).code == 124
+    nap.gone()
     repo.new("second", host="bare")
     assert tree_of(repo.path("second")) == repo.tree()
 
@@ -2837,14 +2842,14 @@ def test_a_server_that_asks_for_the_agent_is_told_and_one_that_goes_on_is_left(r
 def test_a_proxy_that_leaves_a_child_behind_does_not_keep_a_call(site):
     """A session of its own ends with its ssh, whoever holds its stderr."""
     server = f"{program('sshd', 'openssh-server')} -i -f {site.sshd_config('kept')} -E {site.dir}/log-kept"
-    nap, work = unique(), unique()
-    site.host("kept", f"ProxyCommand sh -c 'sleep {nap} & exec {server}'")
+    nap, work = Nap(), Nap()
+    site.host("kept", f"ProxyCommand sh -c '{nap} & exec {server}'")
     repo = Repo(site)
     site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
     repo.new(host="kept")
     try:
-        child = repo.start("exec", "--json", "--", f"sleep {work}")
-        until(lambda: running(f"sleep {work}"), "it runs")
+        child = repo.start("exec", "--json", "--", work)
+        work.runs()
         for process in processes(environ=False):
             words = process.cmdline.split(b"\0")
             if b"kept" in words and b"-S" in words and b"none" in words:
@@ -2852,7 +2857,7 @@ def test_a_proxy_that_leaves_a_child_behind_does_not_keep_a_call(site):
         out, err = child.communicate(timeout=30)
         assert child.returncode == 255 and json.loads(out)["error"]["type"] == "ConnectionLost", (out, err)
     finally:
-        subprocess.run(["pkill", "-f", f"sleep {nap}"])
+        subprocess.run(["pkill", "-f", nap])
 
 
 @each("tar", ["bsdtar", "busybox"])
@@ -3577,21 +3582,21 @@ def test_lines_that_are_too_many_are_refused_not_cut(shared):
 
 @each("names", [["one"], ["one", "two"]])
 def test_an_interrupted_init_hook_is_no_success(repo, names):
-    nap = unique()
-    repo.write(".cmux/init", f"#!/bin/sh\nsleep {nap}\n".encode(), 0o755)
+    nap = Nap()
+    repo.write(".cmux/init", f"#!/bin/sh\n{nap}\n".encode(), 0o755)
     repo.commit()
     child = repo.start("new", "-H", "box", "killed")
-    until(lambda: running(f"sleep {nap}"), "the hook runs")
+    nap.runs()
     assert repo.workspaces()["killed"]["state"] == "init running"
     killed(child)
     assert repo.workspaces()["killed"]["state"] == "init failed"
-    gone(f"sleep {nap}")
+    nap.gone()
     child = repo.start("new", "-H", "box", *names)
-    until(lambda: len(running(f"sleep {nap}")) >= len(names), "the hooks run")
+    nap.runs(len(names))
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=30)
     assert child.returncode == 130 and out == b"" and b"nterrupted" in err, (out, err)
-    gone(f"sleep {nap}")
+    nap.gone()
     assert all(row["state"] == "init failed" for row in repo.cli("list", "--json").json)
 
 
@@ -4408,7 +4413,6 @@ def test_names_that_fold_into_one_in_the_base_already_are_the_users_own(new_lab)
     export(commit(1, message=b"x" * 300000)), export(blob(1, b"x"), commit(2, b"M 100644 :1 README/y", more=b"encoding rot13\n")),
 ], ids=lambda s: repr(b" ".join(s)[:70])[2:-1])
 @promise(3)
-@promise(3)
 def test_lying_exports_are_refused(lab, stream):
     lab.refuse(stream)
 
@@ -4431,7 +4435,6 @@ def test_names_that_collide_across_commits_are_refused(lab):
     assert set(lab.take(export(*parts, commit(4, b"D new/a", b"M 100644 :1 NEW/b", parent=b"from :3")))) == {"NEW/b", "other"}  # one after the other is no collision
 
 
-@promise(3)
 @promise(3)
 def test_hostile_names_and_messages_become_harmless(lab):
     lab.take(export(commit(1, who="\x1b[31mEve <> 5 +0000".encode().replace(b"<>", b"<e\x1bve>"), message=b"\x1b]52;c;x\x07 \0 \xff\n",
@@ -4482,7 +4485,6 @@ def test_endless_streams_end_in_flat_memory(new_lab, kind):
     assert lab.peak() - before < 64
 
 
-@compat
 @compat
 def test_a_hundred_thousand_files_in_flat_memory(new_lab):
     lab, n = new_lab(), 99999
@@ -5996,11 +5998,11 @@ def test_a_host_with_only_posix_utilities_has_every_tool(site):
         job = talker("exec", command="echo hi; exit 7", background=True)["job"]
         assert talker("wait", job=job, timeout=15)["exit_code"] == 7
         assert talker("logs", job=job)["output"] == "hi\n"
-        nap = unique()
-        sleeper = talker("exec", command=f"sleep {nap} & sleep {nap}", background=True)["job"]
-        until(lambda: len(running(f"sleep {nap}")) >= 2, "it sleeps")
+        nap = Nap()
+        sleeper = talker("exec", command=f"{nap} & {nap}", background=True)["job"]
+        nap.runs(2)
         assert talker("stop", job=sleeper)["stopped"] == "confirmed"
-        gone(f"sleep {nap}")
+        nap.gone()
         assert talker("jobs")["jobs"][0]["job"] == job
 
 
@@ -6325,7 +6327,7 @@ exec {program("setsid", "util-linux")} -f sh -c 'sleep 2.5; exec "$@"' sh "$@";;
 
 
 def test_jobs_of_a_busybox_host_run_and_hold_up_rm(site):
-    repo, folder, nap = Repo(site), site.dir / "busy-bin", unique()
+    repo, folder, nap = Repo(site), site.dir / "busy-bin", Nap()
     folder.mkdir()
     applets = subprocess.run([program("busybox", "busybox"), "--list"], stdout=PIPE, check=True).stdout.decode().split()
     for name in applets:
@@ -6334,13 +6336,13 @@ def test_jobs_of_a_busybox_host_run_and_hold_up_rm(site):
         if not (folder / name).exists():
             (folder / name).symlink_to(program(name))
     site.inetd("busy", env={"PATH": str(folder)})
-    job = repo.cli("exec", "-H", "busy", "--detach", "--", f"echo begun; sleep {nap}; exit 7").text.strip()
+    job = repo.cli("exec", "-H", "busy", "--detach", "--", f"echo begun; {nap}; exit 7").text.strip()
     rows = repo.cli("jobs", "--json").json
     assert [row["state"] for row in rows if row["job"] == job] == ["running"], rows
     refused(repo.cli("rm", "main"), 1, words="a job that runs")
     refused(repo.cli("grep", "("), 1, words="pattern")
     repo.ok("stop", job)
-    gone(f"sleep {nap}")
+    nap.gone()
     repo.ok("rm", "main")
 
 
@@ -6475,17 +6477,17 @@ def test_a_job_survives_the_client_and_the_masters(repo, site):
     assert repo.cli("logs", "-f", job).out == b"on\noff\n"
 
 
-@each("command", ["sleep {n} & sleep {n}", pytest.param("trap '' TERM INT HUP; sleep {n} & sleep {n}; sleep {n}", marks=slow), "setsid sleep {n} & (setsid sleep {n} &) ; sleep {n}",
-                                     "bash -c 'set -m; sleep {n} & disown; sleep {n}'"])
+@each("command", ["{n} & {n}", pytest.param("trap '' TERM INT HUP; {n} & {n}; {n}", marks=slow), "setsid {n} & (setsid {n} &) ; {n}",
+                  "bash -c 'set -m; {n} & disown; {n}'"])
 @promise(6)
 @compat
 def test_stop_ends_the_whole_tree_and_says_so(talker, command):
-    nap = unique()
-    job, other = start_job(talker, "echo here; " + command.format(n=nap)), start_job(talker, f"sleep 9{nap}")
-    until(lambda: len(running(f" {nap}") + running(f"sleep {nap}")) >= 2, "they sleep")
+    nap = Nap()
+    job, other = start_job(talker, "echo here; " + command.format(n=nap)), start_job(talker, f"{nap}9")
+    nap.runs(2)
     told = talker("stop", job=job)
     assert told["stopped"] == "confirmed" and told["job"] == job
-    assert not running(f"sleep {nap}"), "confirmed means that it has ended"
+    assert not running(nap), "confirmed means that it has ended"
     assert (told["state"], told["exit_code"]) == state(talker, job) == ("exited", 137 if "trap" in command else 143)
     assert talker("logs", job=job)["output"].startswith("here\n") and talker("wait", job=job, timeout=5)["exit_code"] == told["exit_code"]
     assert state(talker, other) == ("running", None) and talker("stop", job=other)["stopped"] == "confirmed"
@@ -6498,10 +6500,10 @@ def record_of(repo, job):
 
 
 def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared, talker):
-    nap = unique()
+    nap = Nap()
     job = start_job(talker, "exit 3")
     assert talker("wait", job=job, timeout=15)["exit_code"] == 3
-    stranger = subprocess.Popen(["sleep", nap], start_new_session=True)
+    stranger = subprocess.Popen(nap.split(), start_new_session=True)
     try:
         (record_of(shared, job) / "pid").write_text(f"{stranger.pid}\n")
         talker("stop", job=job)
@@ -6514,17 +6516,17 @@ def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared
 
 def test_stop_of_a_finished_job_ends_nothing_of_a_stranger_that_cannot_be_looked_into(tmp_path):
     """Where there is no /proc, or it may not be read, the old pid alone would make a stranger's children ours."""
-    record, nap = tmp_path / "j0123abcd", unique()
+    record, nap = tmp_path / "j0123abcd", Nap()
     record.mkdir()
-    stranger = subprocess.Popen(["sh", "-c", f"setsid sleep {nap} & wait"], start_new_session=True)
+    stranger = subprocess.Popen(["sh", "-c", f"setsid {nap} & wait"], start_new_session=True)
     try:
-        child = until(lambda: running(f"sleep {nap}"), "it has a child")[0]
+        child = until(lambda: running(nap), "it has a child")[0]
         for name, text in (("pid", stranger.pid), ("exit", 0), ("out", "")):
             (record / name).write_text(f"{text}\n")
         header = c.shell_header("N" * 32, "run", c.script_records(c.STOP, str(record), record.name)).replace(b"/proc", b"/nowhere")
         done = subprocess.run(["sh", "-c", c.BOOT[len("exec sh -c '"):-1].replace("/proc", "/nowhere")], input=header,
                               capture_output=True, timeout=60)
-        assert b"exited 0\n" in done.stdout and stranger.poll() is None and running(f"sleep {nap}"), done
+        assert b"exited 0\n" in done.stdout and stranger.poll() is None and running(nap), done
     finally:
         kill(child.pid)
         stranger.kill()
@@ -6533,18 +6535,18 @@ def test_stop_of_a_finished_job_ends_nothing_of_a_stranger_that_cannot_be_looked
 
 def test_a_job_whose_record_was_cut_off_is_lost_not_running(shared, talker):
     """As after a crash of the host: no exit, and the pid belongs to somebody else by now."""
-    nap = unique()
-    job = start_job(talker, f"sleep {nap}")
-    until(lambda: running(f"sleep {nap}"), "it sleeps")
+    nap = Nap()
+    job = start_job(talker, nap)
+    nap.runs()
     record = record_of(shared, job)
     for process in running(job):
         kill(process.pid)
     kill(int((record / "pid").read_text()))
-    for process in running(f"sleep {nap}"):
+    for process in running(nap):
         kill(process.pid)
     until(lambda: state(talker, job)[0] == "lost", "it is said to be lost")
     assert talker("wait", job=job, timeout=5)["state"] == "lost" and shared.cli("wait", job).code == 1
-    stranger = subprocess.Popen(["sleep", nap], start_new_session=True)
+    stranger = subprocess.Popen(nap.split(), start_new_session=True)
     try:
         (record / "pid").write_text(f"{stranger.pid}\n")
         assert state(talker, job)[0] == "lost"
@@ -6617,13 +6619,12 @@ def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(
     where = repo.path()
     child = repo.start("logs", "-f", job)
     whole, seen = "".join(f"line {n}\n" for n in range(1, 61)).encode(), b""
-    assert child.stdout
     for step in range(4):
         target = whole[: whole.index(b"line %d\n" % (step * 15 + 15)) + 5]
         while len(seen) < len(target):
             assert select.select([child.stdout], [], [], 60)[0], (step, seen)
             data = os.read(child.stdout.fileno(), 65536)
-            assert data, (seen, child.stderr.read() if child.stderr else b"")
+            assert data, (seen, child.stderr.read())
             seen += data
         assert seen == target
         if step < 3:
@@ -6635,14 +6636,14 @@ def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(
 
 
 def test_a_job_stays_with_its_workspace_through_a_new_name_and_rm_sees_it(repo):
-    nap = unique()
-    job = repo.cli("exec", "-H", "box", "-w", "one", "--detach", "--", f"echo in; sleep {nap}").text.strip()
+    nap = Nap()
+    job = repo.cli("exec", "-H", "box", "-w", "one", "--detach", "--", f"echo in; {nap}").text.strip()
     repo.ok("rename", "-w", "one", "two")
     assert repo.cli("logs", "-w", "two", job).out == b"in\n"
     refused = repo.cli("rm", "two")
-    assert refused.code == 1 and job in refused.said and running(f"sleep {nap}"), refused
+    assert refused.code == 1 and job in refused.said and running(nap), refused
     repo.ok("rm", "--force", "two")
-    gone(f"sleep {nap}")
+    nap.gone()
     repo.new("two")
     assert repo.cli("jobs", "-w", "two", "--json").json == []
 
@@ -6727,16 +6728,16 @@ def other_server(site, kind):
 
 @each("kind", ["dropbear", "tinyssh"])
 def test_the_main_job_works_on_servers_that_are_not_openssh(site, kind):
-    host, repo, nap = other_server(site, kind), Repo(site, odd=True), unique()
+    host, repo, nap = other_server(site, kind), Repo(site, odd=True), Nap()
     repo.ok("secrets", "set", "TOKEN", stdin=b"it's $x")
     ran = repo.exec("printf '<%s>' \"$TOKEN\"; echo oh >&2; exit 9", host=host)
     assert (ran.code, ran.out, ran.err) == (9, b"<it's $x>", b"oh\n"), ran
     assert repo.exec("exit 255", host=host).code == 255 and repo.exec("kill -9 $$", host=host).code == 137
     big = os.urandom(1 << 20)
     assert repo.exec("cat", host=host, stdin=big).out == big
-    late = repo.exec(f"echo early; sleep {nap} & sleep {nap}", host=host, options=["--timeout", "1"])
+    late = repo.exec(f"echo early; {nap} & {nap}", host=host, options=["--timeout", "1"])
     assert late.code == 124 and late.out == b"early\n"
-    gone(f"sleep {nap}")
+    nap.gone()
     repo.ok("write", "made", stdin=big)
     assert repo.cli("read", "made").out == big
     repo.ok("edit", "plain.txt", "--old", "plain", "--new", "edited")
@@ -6797,13 +6798,13 @@ def test_exec_in_20_workspaces_gives_each_its_own_result(repo):
 
 
 def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo, site):
-    line, nap = site.line("far"), unique()
+    line, nap = site.line("far"), Nap()
     repo.new("near")
     repo.new("away", host="far")
-    command = f'echo early; printf part; [ $CMUX_WORKSPACE = near ] || sleep {nap}'
+    command = f'echo early; printf part; [ $CMUX_WORKSPACE = near ] || {nap}'
     for json_wanted in (True, False):
         child = repo.start("exec", "-w", "near", "-w", "away", *(["--json"] if json_wanted else []), "--", command)
-        until(lambda: running(f"sleep {nap}"), "it sleeps")
+        nap.runs()
         line.drop()
         out, err = child.communicate(timeout=60)
         assert child.returncode == 255 and b"Traceback" not in err, err
@@ -6814,24 +6815,24 @@ def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo, s
         else:
             assert sorted(out.splitlines()) == [b"away | early", b"away | part", b"near | early", b"near | part"]
             assert b"1 of 2" in err and b"away (255" in err
-        gone(f"sleep {nap}")
+        nap.gone()
 
 
 def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_said(repo):
-    nap = unique()
+    nap = Nap()
     repo.new("a", "b", "c")
-    command = f'echo "early $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] && exit 4; sleep 1; sleep {nap}'
+    command = f'echo "early $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] && exit 4; sleep 1; {nap}'
     child = repo.start("exec", "--all", "--json", "--", command)
-    until(lambda: len(running(f"sleep {nap}")) >= 2, "two sleep")
+    nap.runs(2)
     os.killpg(child.pid, signal.SIGINT)
     out, err = child.communicate(timeout=30)
     rows = {row["workspace"]: row for row in json.loads(out)}
     assert child.returncode == 130 and {n: r["exit_code"] for n, r in rows.items()} == {"a": 4, "b": 130, "c": 130}, err
     assert {n: r["stdout"] for n, r in rows.items()} == {n: f"early {n}\n" for n in "abc"}
-    gone(f"sleep {nap}")
+    nap.gone()
     late = repo.cli("exec", "--all", "--timeout", "2", "--", command)
     assert late.code == 124 and sorted(late.text.splitlines()) == ["a | early a", "b | early b", "c | early c"]
-    gone(f"sleep {nap}")
+    nap.gone()
 
 
 def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterwards(repo, site):
@@ -6857,9 +6858,9 @@ def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterward
 
 @each("sig", [b"\x03", None])
 def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo, sig, site):
-    line, nap = site.line("far"), unique()
+    line, nap = site.line("far"), Nap()
     repo.new("a", "b", host="far")
-    seen = on_terminal(site, "exec", "--all", "--", f"echo early; sleep {nap}", cwd=repo.dir)
+    seen = on_terminal(site, "exec", "--all", "--", f"echo early; {nap}", cwd=repo.dir)
     seen.expect(rb"a  running \d+s")
     seen.send(sig) if sig else line.drop()
     assert seen.wait() == (130 if sig else 255)
@@ -6912,19 +6913,18 @@ def calls(commands, **more):
 @each("sig", [signal.SIGINT, signal.SIGTERM])
 @promise(6)
 def test_a_batch_whose_input_has_ended_is_stopped_too(shared, sig):
-    nap = unique()
+    nap = Nap()
     child = shared.start("batch", "-w", "main", "-j", "2", stdin=PIPE)
-    assert child.stdin
-    child.stdin.write(calls([f"sleep {nap}"] * 3))
+    child.stdin.write(calls([nap] * 3))
     child.stdin.close()
     child.stdin = None
-    until(lambda: len(running(f"sleep {nap}")) >= 2, "they run")
+    nap.runs(2)
     child.send_signal(sig)
     out, _ = child.communicate(timeout=30)
     rows = [json.loads(line) for line in out.splitlines()]
     assert child.returncode == 130 and all(not row["ok"] or row["result"]["exit_code"] == 130 for row in rows), out
     assert sum(row["ok"] and row["result"]["stopped"] == "confirmed" for row in rows) == 3, out
-    gone(f"sleep {nap}")
+    nap.gone()
 
 
 class Agent:
@@ -6935,18 +6935,16 @@ class Agent:
         self._held, self._ids, self._early = b"", 0, {}
 
     def send(self, line):
-        assert self.child.stdin
         self.child.stdin.write(line + b"\n")
         self.child.stdin.flush()
 
     def line(self, seconds=PATIENCE):
         """The next line of answers; an end of them is a failure."""
-        assert self.child.stdout
         end = time.monotonic() + seconds
         while b"\n" not in self._held:
             assert select.select([self.child.stdout], [], [], max(0.0, end - time.monotonic()))[0], f"no answer in {seconds:g} s"
             data = os.read(self.child.stdout.fileno(), 1 << 20)
-            assert data, f"batch has ended: {self.child.stderr.read() if self.child.stderr else b''!r}"
+            assert data, f"batch has ended: {self.child.stderr.read()!r}"
             self._held += data
         line, self._held = self._held.split(b"\n", 1)
         return line
@@ -7128,34 +7126,33 @@ def test_batch_takes_the_workspace_of_each_line(repo):
 
 @each("sig", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_batch_ends_what_runs_there(shared, sig):
-    nap = unique()
+    nap = Nap()
     talker = Agent(shared, "-j", "4")
     for _ in range(10):
-        talker.post("exec", {"command": f"sleep {nap}"})
-    until(lambda: len(running(f"sleep {nap}")) >= 4, "four sleep")
+        talker.post("exec", {"command": nap})
+    nap.runs(4)
     kill(talker.child.pid, sig)
     out, err = talker.child.communicate(timeout=30)
     assert talker.child.returncode == {signal.SIGINT: 130, signal.SIGTERM: 130, signal.SIGKILL: -9}[signal.Signals(sig)] and b"Traceback" not in err, err
     assert all(json.loads(line)["id"] for line in out.splitlines())
-    gone(f"sleep {nap}")
+    nap.gone()
 
 
 def test_a_batch_whose_reader_is_gone_stops(shared, area):
-    nap = unique()
+    nap = Nap()
     talker = Agent(shared, "-j", "2")
     assert talker("exec", command="true")["exit_code"] == 0
-    talker.post("exec", {"command": f"sleep {nap}"})
-    until(lambda: running(f"sleep {nap}"), "it sleeps")
-    assert talker.child.stdout and talker.child.stdin
+    talker.post("exec", {"command": nap})
+    nap.runs()
     talker.child.stdout.close()
     talker.post("exec", {"command": "echo nobody reads this"})
     try:
         talker.child.wait(PATIENCE)
-        gone(f"sleep {nap}")
+        nap.gone()
     finally:
         talker.child.kill()
         talker.child.wait()
-        for process in running(f"sleep {nap}"):
+        for process in running(nap):
             kill(process.pid)
 
 
@@ -7167,7 +7164,6 @@ def test_batch_reads_no_further_ahead_than_it_must(shared, area):
     """Whoever writes faster than the host works has to wait; the lines are not piled up in memory."""
     talker = Agent(shared, "-j", "1")
     talker.post("exec", {"command": f"until [ -e {area.p('go')} ]; do sleep 0.05; done"})
-    assert talker.child.stdin
     fd, sent = talker.child.stdin.fileno(), 0
     line = calls([": " + "x" * 4000])
     os.set_blocking(fd, False)
@@ -7195,7 +7191,6 @@ def test_batch_stays_small_whatever_the_commands_print_and_the_lines_hold(shared
             assert told["truncated"] is True and told["stdout"].endswith("xend\n") and len(told["stdout"]) < 3_000_000
         assert peak_memory(talker.child.pid) < 150_000_000
         for _ in range(40):
-            assert talker.child.stdin
             talker.child.stdin.write(b"x" * 2_000_000)
         talker.send(b"")
         long = json.loads(talker.line(60))
@@ -7262,12 +7257,12 @@ def test_contract_exec_stdin_env_and_directory(talker, workspace):
 
 
 def test_contract_exec_timeout_silence_and_errors(talker, area):
-    nap = unique()
+    nap = Nap()
     began = time.monotonic()
-    ran = talker("exec", command=f"echo early; sleep {nap}", timeout=1)
+    ran = talker("exec", command=f"echo early; {nap}", timeout=1)
     assert (ran["exit_code"], ran["timed_out"], ran["stdout"]) == (124, True, "early\n")
     assert 0.9 < time.monotonic() - began < 10 and ran["stopped"] == "confirmed"
-    gone(f"sleep {nap}")
+    nap.gone()
     silent = talker("exec", command="sleep 0.2")
     assert silent["exit_code"] == 0 and silent["duration"] >= 0.2
     missing = talker("exec", command="no-such-command-here")
@@ -7422,7 +7417,7 @@ print(result.exit_code)
 
 
 def test_library_cancel_from_another_thread_ends_the_command(shared):
-    nap = unique()
+    nap = Nap()
     assert in_library(shared, """
 workspace, cancel, seen = cmux_ssh.Project(".").workspace("main"), cmux_ssh.Cancel(), threading.Event()
 def sink(data):
@@ -7432,7 +7427,7 @@ def watch():
     cancel.set()
 threading.Thread(target=watch).start()
 with ThreadPoolExecutor(3) as pool:
-    runs = [pool.submit(workspace.run, "echo on; sleep " + sys.argv[1], sink, sink, cancel=cancel) for _ in range(3)]
+    runs = [pool.submit(workspace.run, "echo on; " + sys.argv[1], sink, sink, cancel=cancel) for _ in range(3)]
     for run in runs:
         try:
             outcome = run.result(30)
@@ -7441,7 +7436,7 @@ with ThreadPoolExecutor(3) as pool:
             assert type(error).__name__ == "Cancelled", error
 print("cancelled")
 """, nap) == "cancelled\n"
-    gone(f"sleep {nap}")
+    nap.gone()
 
 
 def test_library_errors_are_of_one_family_and_say_what_to_do(repo):
@@ -7753,7 +7748,6 @@ class Mcp:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self):
-        assert self.child.stdout
         for line in self.child.stdout:
             message = json.loads(line)
             with self.changed:
@@ -7765,7 +7759,6 @@ class Mcp:
                 self.changed.notify_all()
 
     def send(self, line):
-        assert self.child.stdin
         self.child.stdin.write(line + b"\n")
         self.child.stdin.flush()
 
@@ -7802,7 +7795,6 @@ class Mcp:
         return text
 
     def end(self, seconds=PATIENCE):
-        assert self.child.stdin and self.child.stderr
         self.child.stdin.close()
         self.child.wait(seconds)
         return self.child.stderr.read()
@@ -8145,15 +8137,15 @@ def test_mcp_long_files_come_in_pages_that_join(mcp, shared):
 
 
 def test_mcp_a_call_over_the_soft_timeout_becomes_a_job_with_progress(mcp):
-    nap = unique()
-    number = mcp.begin(f"echo one; sleep {nap}", _meta={"progressToken": "tok"})
+    nap = Nap()
+    number = mcp.begin(f"echo one; {nap}", _meta={"progressToken": "tok"})
     text = mcp.answer(number)["result"]["content"][0]["text"]
     job = job_of(text)
     assert "state: running" in text and "one\n" in text and "next_offset: 4" in text
     assert "state=running" in mcp("jobs") and job in mcp("jobs") and "state: running" in mcp("wait", job=job, timeout=0.2)
     assert "one" in mcp("logs", job=job) and "one" not in mcp("logs", job=job, offset=4)
     stopped = mcp("stop", job=job)
-    assert "stopped: confirmed" in stopped and not running(f"sleep {nap}")
+    assert "stopped: confirmed" in stopped and not running(nap)
     number = mcp.begin("sleep 1.9", _meta={"progressToken": 7})
     mcp.answer(number)
     mcp.others.clear()
@@ -8170,25 +8162,25 @@ def test_mcp_progress_rises_and_ends_with_the_call(repo):
 
 @promise(6)
 def test_mcp_cancel_ends_the_tree_there_and_answers_no_more(mcp):
-    nap = unique()
-    number = mcp.begin(f"sleep {nap} & sleep {nap}")
-    until(lambda: len(running(f"sleep {nap}")) == 2, "two sleep")
+    nap = Nap()
+    number = mcp.begin(f"{nap} & {nap}")
+    nap.runs(2)
     mcp.send(json.dumps({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": number, "reason": "enough"}}).encode())
-    until(lambda: not running(f"sleep {nap}"), "the end of them")
+    nap.gone()
     assert mcp.ask("ping")["result"] == {} and number not in mcp.answers
 
 
 @each("how", ["eof", "kill", "term"])
 def test_mcp_its_end_ends_foreground_commands_and_keeps_jobs(repo, how):
-    nap, keep = unique(), unique()
+    nap, keep = Nap(), Nap()
     with contextlib.ExitStack() as stack:
-        stack.callback(lambda: [kill(p.pid) for p in running(f"sleep {keep}")])
+        stack.callback(lambda: [kill(p.pid) for p in running(keep)])
         assert repo.exec("true").code == 0
         client = Mcp(repo, "-H", "box", "--soft-timeout", "1")
-        job = job_of(client("exec", command=f"echo kept; sleep {keep}", background=True))
-        assert "state: running" in client("exec", command=f"sleep {nap}")
-        client.begin(f"sleep {nap}; true")
-        until(lambda: len(running(f"sleep {nap}")) == 2, "two sleep")
+        job = job_of(client("exec", command=f"echo kept; {keep}", background=True))
+        assert "state: running" in client("exec", command=nap)
+        client.begin(f"{nap}; true")
+        nap.runs(2)
         began = time.monotonic()
         if how == "eof":
             client.end(20)
@@ -8196,11 +8188,11 @@ def test_mcp_its_end_ends_foreground_commands_and_keeps_jobs(repo, how):
             kill(client.child.pid, signal.SIGKILL if how == "kill" else signal.SIGTERM)
             client.child.wait(20)
         assert time.monotonic() - began < 12
-        until(lambda: not running(f"sleep {nap}"), "the end of the foreground commands")
+        nap.gone()
         with open_mcp(repo) as again:
             assert "state=running" in again("jobs") and "kept" in again("logs", job=job)
             assert "stopped: confirmed" in again("stop", job=job)
-        gone(f"sleep {keep}")
+        keep.gone()
 
 
 def test_mcp_manage_reaches_other_workspaces_and_only_then(repo):
@@ -8270,7 +8262,6 @@ def test_mcp_without_a_host_or_with_a_dead_one_says_so_and_lives(repo, site):
 def test_mcp_a_client_that_stops_reading_does_not_grow_it(shared):
     child = shared.start("mcp", stdin=PIPE)
     try:
-        assert child.stdin
         os.set_blocking(child.stdin.fileno(), False)
         call = json.dumps({"jsonrpc": "2.0", "id": "N", "method": "tools/call", "params": {"name": "exec", "arguments": {
             "command": "head -c 100000 /dev/zero | tr '\\0' z"}}}).encode() + b"\n"
@@ -8449,14 +8440,13 @@ def test_mcp_a_sequence_without_an_end_swallows_no_more_than_its_line(mcp):
 
 @each("how", ["eof", "term"])
 def test_mcp_ends_though_nobody_reads_its_answers(repo, how):
-    nap = unique()
+    nap = Nap()
     child = repo.start("mcp", "-H", "box", stdin=PIPE)
     try:
-        assert child.stdin
         child.stdin.write(json.dumps({"jsonrpc": "2.0", "id": "n", "method": "tools/call", "params": {
-            "name": "exec", "arguments": {"command": f"sleep {nap}"}}}).encode() + b"\n")
+            "name": "exec", "arguments": {"command": nap}}}).encode() + b"\n")
         child.stdin.flush()
-        until(lambda: running(f"sleep {nap}"), "a sleep")
+        nap.runs()
         os.set_blocking(child.stdin.fileno(), False)
         quiet = 0
         while quiet < 20:
@@ -8471,7 +8461,7 @@ def test_mcp_ends_though_nobody_reads_its_answers(repo, how):
         else:
             child.terminate()
         child.wait(20)
-        until(lambda: not running(f"sleep {nap}"), "its end")
+        nap.gone()
     finally:
         child.kill()
         child.wait()
@@ -9356,14 +9346,13 @@ def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo, site
 
 
 def test_an_output_pipe_closed_early_is_no_error_and_ends_the_command(shared):
-    nap = unique()
-    child = shared.start("exec", "-H", "box", "--", f"(sleep {nap}) & while :; do echo y; done")
-    assert child.stdout and child.stderr
+    nap = Nap()
+    child = shared.start("exec", "-H", "box", "--", f"({nap}) & while :; do echo y; done")
     assert child.stdout.readline() == b"y\n"
     child.stdout.close()
     assert b"Traceback" not in child.stderr.read()
     child.wait(30)
-    gone(f"sleep {nap}")
+    nap.gone()
 
 
 @each("args", [["list"], ["-h"], ["--version"], [], ["exec", "--", "echo x"], ["exec", "--json", "--", "true"], ["exec", "-h"], ["secrets", "set", "-h"],
@@ -9554,7 +9543,7 @@ def test_readme_tools_are_the_table_and_answer_so(shared):
 def test_readme_exit_codes_are_real(repo):
     def interrupted():
         child = repo.start("exec", "-H", "box", "--", "echo up; sleep 60")
-        assert child.stdout and child.stdout.readline() == b"up\n"
+        assert child.stdout.readline() == b"up\n"
         child.send_signal(signal.SIGINT)
         child.communicate(timeout=30)
         return child.returncode
@@ -10067,16 +10056,16 @@ def test_masters_killed_or_stopped_in_the_middle_are_told_or_waited_for(wire, ve
 
 
 def test_sshd_restarted_under_running_commands_and_jobs(repo, site):
-    nap = unique()
+    nap = Nap()
     job = repo.exec("while [ ! -e go ]; do sleep 0.05; done; echo done; exit 9", options=["--detach"]).text.strip()
-    child = repo.start("exec", "--", f"echo early; sleep {nap}")
-    assert child.stdout and child.stdout.readline() == b"early\n"
+    child = repo.start("exec", "--", f"echo early; {nap}")
+    assert child.stdout.readline() == b"early\n"
     waiting = repo.start("wait", job)
     site.restart()
     _, err = child.communicate(timeout=30)
     assert child.returncode == 255 and b"lost" in err and b"Traceback" not in err, err
     assert repo.exec("echo again").out == b"again\n"
-    gone(f"sleep {nap}")
+    nap.gone()
     (repo.path() / "go").touch()
     assert waiting.wait(60) == 9 and repo.cli("logs", job).out == b"done\n"
     waiting.communicate()
@@ -10084,20 +10073,20 @@ def test_sshd_restarted_under_running_commands_and_jobs(repo, site):
 
 def test_an_hour_asleep_is_a_lost_line_and_jobs_go_on(site):
     """The laptop sleeps: clients and masters stand still for longer than the server's patience. Then it wakes up."""
-    repo, nap = Repo(site), unique()
+    repo, nap = Repo(site), Nap()
     site.daemon("drowsy", "ClientAliveInterval 1", "ClientAliveCountMax 2")
     repo.new(host="drowsy")
     job = repo.exec("echo one; until [ -e go ]; do sleep 0.05; done; echo two; exit 9", host="drowsy", options=["--detach"]).text.strip()
-    command, following, waiting = repo.start("exec", "--", f"echo early; sleep {nap}"), repo.start("logs", "-f", job), repo.start("wait", job)
+    command, following, waiting = repo.start("exec", "--", f"echo early; {nap}"), repo.start("logs", "-f", job), repo.start("wait", job)
     for child, line in ((command, b"early\n"), (following, b"one\n")):
-        assert child.stdout and child.stdout.readline() == line
+        assert child.stdout.readline() == line
     until(lambda: len(site.log("drowsy").split("Starting session")) > 5, "wait has asked, too")
     asleep = [p.pid for p in site.masters()] + [command.pid, following.pid, waiting.pid]
     for pid in asleep:
         kill(pid, signal.SIGSTOP)
     until(lambda: re.search(r"(?i)timeout,? client not responding|Timeout before|client not responding", site.log("drowsy")), "the server has given up")
     (repo.path() / "go").touch()
-    gone(f"sleep {nap}")
+    nap.gone()
     for pid in asleep:
         kill(pid, signal.SIGCONT)
     assert command.wait(60) == 255 and waiting.wait(60) == 9
