@@ -474,6 +474,10 @@ class Site:
         self._write_config()
         return name
 
+    def at(self, name, port=None, *config):
+        """A host that is a port of this machine: that of the first daemon, unless another is given."""
+        return self.host(name, "HostName 127.0.0.1", f"Port {port or self.port}", *config)
+
     def _write_config(self):
         common = (f"Host * !bare-*\n  User {getpass.getuser()}\n  IdentityFile {self.keys.user}\n  IdentitiesOnly yes\n"
                   f"  UserKnownHostsFile {self.known_hosts}\n  GlobalKnownHostsFile /dev/null\n  HostKeyAlias rig\n"
@@ -512,6 +516,10 @@ class Site:
         path.chmod(0o755)
         return path
 
+    def first(self, text, by=""):
+        """What sshd is told, so that a session does this first, and begins by that program."""
+        return "ForceCommand " + self.script(f"first-{os.urandom(4).hex()}", f'{text}\nexec {by} sh -c "$SSH_ORIGINAL_COMMAND"')
+
     def far_home(self, name="box"):
         return self.remote / name
 
@@ -535,7 +543,7 @@ class Site:
             pytest.fail(f"sshd does not start: {self.log(name)}")
         self.port = self.port or port
         self.ports[name] = port
-        return self.host(name, "HostName 127.0.0.1", f"Port {port}", *config)
+        return self.at(name, port, *config)
 
     def listen(self, name, port):
         """The daemon of that name, started on a port; None if somebody has it."""
@@ -562,7 +570,7 @@ class Site:
         """A host of that name which is `box` (or another daemon) behind a line that can fail."""
         line = Line(self.ports[to])
         self.lines.append(line)
-        self.host(name, "HostName 127.0.0.1", f"Port {line.port}", *config)
+        self.at(name, line.port, *config)
         return line
 
     def log(self, name="box"):
@@ -815,9 +823,19 @@ class Repo:
         rows = self.recorded()
         return Path((rows if name in rows else self.workspaces())[name]["path"].replace("~", str(self.site.far_home()), 1))
 
+    def history(self, *words):
+        return list(map(json.loads, self.ok("history", "--json", *words).text.splitlines()))
+
     def record(self):
         """The file in which this project's workspaces are recorded."""
         return self.site.state / f"projects/{hashlib.sha256(os.fsencode(self.dir / '.git')).hexdigest()[:20]}.json"
+
+    @contextlib.contextmanager
+    def amended(self):
+        """The record, to be changed."""
+        record = json.loads(self.record().read_bytes())
+        yield record
+        self.record().write_text(json.dumps(record))
 
     def recorded(self):
         """The workspaces in the record of this project; none where there is no record, or it is damaged."""
@@ -1306,14 +1324,13 @@ def test_login_reads_the_profile_first(shared):
 
 def test_the_workspace_defaults_to_the_branch_and_the_host_to_its_own(repo, site):
     repo.git("checkout", "-q", "-b", "feature/über x".replace(" ", "-"))
-    box = ("HostName 127.0.0.1", f"Port {site.port}")
     assert repo.exec("pwd").code == 0
     (name,) = repo.workspaces()
     assert name.startswith("feature") and "/" not in name
     assert repo.cli("exec", "--", "echo again").out == b"again\n"
     repo.git("checkout", "-q", "main")
-    assert repo.cli("exec", "--", "echo env", env={"CMUX_SSH_HOST": site.host("second", *box)}).out == b"env\n"
-    repo.git("config", "cmux.host", site.host("third", *box))
+    assert repo.cli("exec", "--", "echo env", env={"CMUX_SSH_HOST": site.at("second")}).out == b"env\n"
+    repo.git("config", "cmux.host", site.at("third"))
     assert repo.cli("exec", "-w", "third", "--", "echo config").out == b"config\n"
     assert {row["host"] for row in repo.workspaces().values()} == {"box", "second", "third"}
 
@@ -1455,8 +1472,7 @@ def gated(site, name):
     """A daemon whose login, while the first of two files is there, waits for it to go and makes the second: the session
     is there and no shell has read anything yet."""
     gate, waits = site.dir / "gate", site.dir / "waits"
-    login = site.script(f"login-{name}", f'[ ! -e {gate} ] || : >{waits}\nwhile [ -e {gate} ]; do sleep 0.05; done\nexec sh -c "$SSH_ORIGINAL_COMMAND"')
-    site.daemon(name, f"ForceCommand {login}")
+    site.daemon(name, site.first(f"[ ! -e {gate} ] || : >{waits}\nwhile [ -e {gate} ]; do sleep 0.05; done"))
     return gate, waits
 
 
@@ -1685,13 +1701,12 @@ def test_a_process_that_hides_is_ended_and_its_end_is_not_confirmed_blindly(site
 @each("ps", [True, False])
 def test_a_process_name_with_a_newline_misleads_no_stop(site, ps):
     """It once shifted the table of processes, and a stop killed bystanders."""
-    tools = [] if ps else ["setsid", "bash"]
-    site.inetd("odd", shell="busybox", env={} if ps else {"PATH": minimal_path(site, *tools)})
+    site.inetd("bare", shell="busybox") if ps else small_host(site, "setsid", "bash")
     repo, nap, odd = Repo(site), Nap(), site.dir / "a\nb c d"
     shutil.copy(program("sleep"), odd)
     bystanders = [subprocess.Popen([str(odd), "300"]), subprocess.Popen(["sleep", "300"])]
     try:
-        ran = repo.exec(f"{nap} & {nap}", host="odd", options=["--timeout", "1"])
+        ran = repo.exec(f"{nap} & {nap}", host="bare", options=["--timeout", "1"])
         assert ran.code == 124, ran
         nap.gone()
         assert [child.poll() for child in bystanders] == [None, None]
@@ -1797,7 +1812,7 @@ def test_one_hostile_directive_alone_changes_nothing(site, directive):
 @promise(1)
 def test_the_users_own_master_is_neither_used_nor_touched(repo, site):
     sock = str(site.dir / "user-cm")
-    site.host("mine", "HostName 127.0.0.1", f"Port {site.port}", f"ControlPath {sock}", "ControlMaster auto", "ControlPersist 60")
+    site.at("mine", None, f"ControlPath {sock}", "ControlMaster auto", "ControlPersist 60")
     theirs = site.ssh("mine", "echo $SSH_CONNECTION", "-n").stdout
     assert os.path.exists(sock) and site.ssh("mine", "echo $SSH_CONNECTION").stdout == theirs
     ours = repo.exec("echo $SSH_CONNECTION", host="mine")
@@ -1815,9 +1830,8 @@ def test_what_the_config_says_only_now_or_only_for_a_command_does_not_leave_eith
     """Match exec may change its mind. OpenSSH 10 has Match sessiontype and Match command: before, a program in ssh's place
     that looks for a word behind the host plays them."""
     new = int(re.findall(rb"OpenSSH_(\d+)", subprocess.run([program("ssh"), "-V"], stderr=PIPE).stderr)[0]) >= 10
-    repo, flag, seen, login = Repo(site, files={"big": os.urandom(400_000)}), site.dir / "flag", site.dir / "seen", site.dir / "login"
-    script(login, f'env >>{seen}\nexec sh -c "$SSH_ORIGINAL_COMMAND"')
-    site.daemon("far", "AcceptEnv *", f"ForceCommand {login}")
+    repo, flag, seen = Repo(site, files={"big": os.urandom(400_000)}), site.dir / "flag", site.dir / "seen"
+    site.daemon("far", "AcceptEnv *", site.first(f"env >>{seen}"))
     match = 'command "exec*" sessiontype exec' if new and when != "later" else f'exec "test -e {flag} -o x$CARRIES = xyes"'
     site.entries.insert(0, f'Match originalhost far {match}\n  SendEnv LEAK*\n  StrictHostKeyChecking no\n')
     site._write_config()
@@ -1907,7 +1921,7 @@ def test_what_a_server_says_as_it_disconnects_is_not_taken_for_sshs_own_word(rep
         door.bind(("127.0.0.1", 0))
         door.listen(9)
         threading.Thread(target=serve, args=(door,), daemon=True).start()
-        ran = repo.exec("true", host=site.host("rude", "HostName 127.0.0.1", f"Port {door.getsockname()[1]}"))
+        ran = repo.exec("true", host=site.at("rude", door.getsockname()[1]))
     assert ran.code == 255 and "ended the connection" in ran.said and "keygen" not in ran.said and "does not resolve" not in ran.said, ran
 
 
@@ -2043,13 +2057,12 @@ FOREIGN = ("bash -l", "zsh", "dash", "fish", "tcsh", "mksh", "ksh", "busybox sh"
 @each("foreign", FOREIGN)
 def test_a_shell_that_is_not_ours_runs_nothing_of_a_header_and_reads_no_secret(site, foreign):
     """The account's ForceCommand, or what its .bashrc runs, reads what we send in place of our command."""
-    flag, touched, got, nap, login = site.dir / "flag", site.dir / "touched", site.dir / "got", Nap(), site.script(
-        "login", f'[ ! -e {site.dir}/flag ] || exec {foreign if foreign != "cat" else f"cat >>{site.dir}/got"}\nexec sh -c "$SSH_ORIGINAL_COMMAND"')
+    flag, touched, got, nap = site.dir / "flag", site.dir / "touched", site.dir / "got", Nap()
     if foreign == ".bashrc":
         host = site.login("bash")
         (site.far_home(host) / ".bashrc").write_text(f"[ ! -e {flag} ] || exec zsh\n")
     else:
-        host = site.daemon("foreign", f"ForceCommand {login}")
+        host = site.daemon("foreign", site.first(f"[ ! -e {flag} ] || exec {foreign}" + f" >>{got}" * (foreign == "cat")))
     repo = Repo(site)
     repo.new(host=host)
     for number, value in enumerate((f"touch {touched}", nap)):
@@ -2428,23 +2441,23 @@ def test_a_server_that_ends_silent_channels_ends_no_command_of_ours(site, tuned,
     nap.gone()
 
 
-def minimal_path(site, *more):
-    """A directory with the POSIX utilities busybox has, and the named programs of this machine."""
-    directory = site.dir / "-".join(("bin", *more))
-    directory.mkdir()
-    applets = subprocess.run([program("busybox"), "--list"], stdout=PIPE, check=True).stdout.decode().split()
-    for name in POSIX:
-        if name in applets:
-            (directory / name).symlink_to(program("busybox"))
-        elif shutil.which(name):
-            (directory / name).symlink_to(program(name))
-    for name in more:
-        (directory / name).symlink_to(program(name))
-    return str(directory)
+def posix_tools(folder, *more, busybox=True):
+    """A path with the POSIX utilities, busybox's where it has them, and the named programs."""
+    folder.mkdir()
+    applets = subprocess.run([program("busybox"), "--list"], stdout=PIPE, check=True).stdout.decode().split() if busybox else ()
+    for name in (*POSIX, *more):
+        path = program("busybox") if name in applets else shutil.which(name) if name in POSIX else program(name)
+        (folder / name).symlink_to(path) if path else None
+    return str(folder)
+
+
+def small_host(site, *more):
+    """A host of busybox, also as its login shell; it has no git unless that is named."""
+    return site.inetd("bare", shell="busybox", env={"PATH": posix_tools(site.dir / "busybox-bin", *more)})
 
 
 def test_a_host_with_only_posix_utilities_is_enough(site):
-    site.inetd("bare", shell="busybox", env={"PATH": minimal_path(site)})
+    small_host(site)
     repo, nap = Repo(site, odd=True), Nap()
     assert site.ssh("bare", "command -v git bash python3 timeout setsid base64 sha256sum gzip").stdout.split()[1:] == []
     ran = repo.exec("printf '<%s>' \"it's\"; exit 9", host="bare")
@@ -2457,9 +2470,9 @@ def test_a_host_with_only_posix_utilities_is_enough(site):
 
 
 def test_a_host_with_busybox_and_git_is_enough(site):
-    site.inetd("small", shell="busybox", env={"PATH": minimal_path(site, "git")})
+    small_host(site, "git")
     repo = Repo(site, odd=True)
-    assert repo.exec("git status --porcelain; git log --format=%s | wc -l", host="small").out.strip() == b"1"
+    assert repo.exec("git status --porcelain; git log --format=%s | wc -l", host="bare").out.strip() == b"1"
 
 
 def test_a_server_that_refuses_a_second_session_per_connection_works(site):
@@ -2524,13 +2537,13 @@ def test_a_client_without_multiplexing_works(repo, site):
 @each("programs", ["plain", "gzip", "gzip, near", "false gzip", "gzip that stops", "gzip that hangs"])
 def test_whatever_gzip_the_host_has_the_archive_arrives_or_is_refused(site, tuned, programs):
     """As if it were far away, and near."""
-    path = Path(minimal_path(site))
+    small_host(site)
+    path = site.dir / "busybox-bin"
     scripts = {"false gzip": "cat >/dev/null; echo gzip", "gzip that stops": f"head -c 60000 | {program('gzip')} -dc",
                "gzip that hangs": f"[ -n \"$ONCE\" ] || {program('gzip')} -dc; [ -f {site.dir}/once ] && exec sleep 600; : >{site.dir}/once"}
     if programs != "plain":
         real = f'exec {program("gzip")} "$@"'
         script(path / "gzip", f"[ \"$1\" ] || {real}\n{scripts.get(programs, real)}")
-    site.inetd("bare", shell="busybox", env={"PATH": str(path)})
     tuned(GZIP_FROM="inf" if "near" in programs else 0, STALL_PATIENCE=4, CALL_PATIENCE=15)
     repo = Repo(site, files={"text": source_text(4 << 20)})
     made = repo.cli("new", "-v", "-H", "bare", "w", seconds=120)
@@ -2603,8 +2616,7 @@ def test_a_cdpath_of_the_host_misleads_no_script(site, shell):
 def test_a_home_with_a_newline_is_refused(site):
     repo, home = Repo(site), site.dir / "new\nline"
     home.mkdir()
-    login = script(site.dir / "login", f"HOME='{home}'; export HOME; exec sh -c \"$SSH_ORIGINAL_COMMAND\"")
-    site.daemon("odd-home", f"ForceCommand {login}")
+    site.daemon("odd-home", site.first(f"HOME='{home}'; export HOME"))
     refused(repo.cli("new", "-H", "odd-home", "main"), 1, words="a newline is in the path")
     assert not repo.workspaces()
 
@@ -2659,7 +2671,7 @@ def test_a_host_and_a_user_that_only_openssh_itself_restricts_work(repo, site):
     """From the option to the state file and back, and in what a hint tells to run."""
     user = getpass.getuser()
     for n, host in enumerate(["k8s/pod=1", "h\u00e4us", "a~b", f"{user}@web+1"]):
-        site.host(host.rpartition("@")[2], "HostName 127.0.0.1", f"Port {site.port}")
+        site.at(host.rpartition("@")[2])
         assert repo.exec("echo up", host=host, options=["-w", f"w{n}"]).out == b"up\n"
         assert repo.cli("exec", "-w", f"w{n}", "--", "echo up").out == b"up\n" and repo.workspaces()[f"w{n}"]["host"] == host
     site.inetd("locked", "DenyUsers *")
@@ -2669,7 +2681,7 @@ def test_a_host_and_a_user_that_only_openssh_itself_restricts_work(repo, site):
 
 def test_a_host_that_does_not_resolve_or_refuses_or_hangs_up_is_255_and_said(repo, site):
     refused(repo.exec("true", host="no-such-host.invalid"), 255, words="no-such-host.invalid")
-    site.host("closed", "HostName 127.0.0.1", f"Port {free_port()}")
+    site.at("closed", free_port())
     refused(repo.exec("true", host="closed"), 255, words="refused")
     site.line("hangs-up").refuse = True
     refused(repo.exec("true", host="hangs-up"), 255, words="hangs-up")
@@ -2862,12 +2874,12 @@ def test_a_proxy_that_leaves_a_child_behind_does_not_keep_a_call(site):
 
 @each("tar", ["bsdtar", "busybox"])
 def test_every_kind_of_tar_unpacks_the_same(site, tar):
-    path = Path(minimal_path(site, "git"))
-    (path / "tar").unlink()
-    (path / "tar").symlink_to(program(tar, {"bsdtar": "libarchive-tools"}.get(tar, tar)))
-    site.inetd("other", shell="busybox", env={"PATH": str(path)})
+    small_host(site, "git")
+    path = site.dir / "busybox-bin/tar"
+    path.unlink()
+    path.symlink_to(program(tar, {"bsdtar": "libarchive-tools"}.get(tar, tar)))
     repo = Repo(site, odd=True)
-    repo.new(host="other")
+    repo.new(host="bare")
     assert tree_of(repo.path()) == repo.tree()
     repo.ok("exec", "--", "echo agent >>plain.txt; rm empty; echo n >'new file'")
     repo.ok("pull")
@@ -2882,8 +2894,7 @@ def test_every_kind_of_tar_unpacks_the_same(site, tar):
 def test_a_home_with_any_name_works(site, name):
     home = site.remote / name
     home.mkdir()
-    wrapper = script(site.dir / "wrap", f"HOME={shlex.quote(str(home))}; export HOME\nexec sh -c \"$SSH_ORIGINAL_COMMAND\"")
-    site.inetd("strange", f"ForceCommand {wrapper}")
+    site.inetd("strange", site.first(f"HOME={shlex.quote(str(home))}; export HOME"))
     repo = Repo(site, odd=True)
     ran = repo.exec("pwd; echo x >made", host="strange")
     assert ran.code == 0 and name in ran.text, ran
@@ -3000,14 +3011,14 @@ def test_a_host_that_is_down_sees_a_handful_of_connections_from_100_attempts(rep
     line = site.line("down")
     line.refuse = way == "hangs up"
     if way == "refuses":
-        site.host("down", "HostName 127.0.0.1", f"Port {free_port()}")
+        site.at("down", free_port())
     env = {"CMUX_SSH_COMMAND": in_sshs_place(site, f'case " $* " in *" -G "*|*" -V "*|*" -O "*) ;; *) echo try >>{log};; esac\nexec $ssh "$@"')}
     with ThreadPoolExecutor(20) as pool:
         runs = list(pool.map(lambda n: repo.exec("true", host="down", seconds=60, env=env), range(100)))
     assert {r.code for r in runs} == {255} and all(r.said.strip() for r in runs)
     assert log.read_text().count("try") <= 12 and line.connections <= 12
     line.refuse = False
-    site.host("down", "HostName 127.0.0.1", f"Port {line.port}")
+    site.at("down", line.port)
     until(lambda: repo.exec("echo up", host="down", env=env).out == b"up\n", "it is seen when it is back", 60)
 
 
@@ -3066,7 +3077,7 @@ def test_waiting_costs_nothing_however_many_wait_and_ends_at_once(repo, what, si
     if what in ("handshake", "lock"):
         line.stall()
     repo.start("new", "other", "-H", "far") if what == "lock" else None
-    site.host("down", "HostName 127.0.0.1", f"Port {free_port()}")
+    site.at("down", free_port())
     for _ in range(4 if what == "host that is down" else 0):
         assert repo.cli("new", "other", "-H", "down").code == 255
     assert in_library(repo, """
@@ -3430,7 +3441,7 @@ new.close()
 def test_files_are_as_old_as_the_host_says_though_this_clock_is_ahead(site, host):
     """git archives a tree with the time of now; in the host's future, make would rebuild for ever."""
     if host == "bare":
-        site.inetd("bare", shell="busybox", env={"PATH": minimal_path(site)})
+        small_host(site)
     if host == "bsdtar":
         (site.dir / "tar").symlink_to(program("bsdtar", "libarchive-tools"))
         site.inetd("bsdtar", env={"PATH": f"{site.dir}:{os.environ['PATH']}"})
@@ -3554,7 +3565,7 @@ def test_nothing_is_left_behind_on_this_machine(repo, site):
 
 def test_a_record_whose_parts_are_wrong_is_said_and_left_alone(repo, site):
     repo.new()
-    (file,) = (site.state / "projects").glob("*.json")
+    file = repo.record()
     good = json.loads(file.read_text())
     entry = good["workspaces"]["main"]
 
@@ -3619,9 +3630,9 @@ def test_an_ignored_sigchld_makes_no_failure_a_success(repo, site):
 
 def test_two_aliases_of_one_address_do_not_share_a_connection(repo, site):
     used = site.dir / "used"
-    site.host("one", "HostName 127.0.0.1", f"Port {site.port}")
+    site.at("one")
     proxy = script(site.dir / "relay", f"echo used >>{used}\nexec {program('ssh')} -F {site.config} -W 127.0.0.1:{site.port} box")
-    site.host("two", "HostName 127.0.0.1", f"Port {site.port}", f"ProxyCommand {proxy}")
+    site.at("two", None, f"ProxyCommand {proxy}")
     assert repo.exec("true", host="one", options=["-w", "a"]).code == 0 and not used.exists()
     assert repo.exec("true", host="two", options=["-w", "b"]).code == 0 and used.exists()
 
@@ -3719,8 +3730,7 @@ def test_a_refused_push_leaves_nothing_to_settle_and_a_damaged_project_does_not_
     do(repo, "echo 1 >agents")
     repo.commit()
     refused(repo.cli("push"), 1, words="agents")
-    (file,) = (site.state / "projects").glob("*.json")
-    assert "intent" not in file.read_text()
+    assert "intent" not in repo.record().read_text()
     other = site.state / "projects" / "zz.json"
     other.write_text("damaged")
     other.chmod(0o600)
@@ -3831,7 +3841,7 @@ def test_a_delta_goes_by_bytes_where_there_are_few_files(site):
         repo.write("README", b"%d" % turn)  # two of three files: few bytes, but most of them
         repo.commit()
         repo.ok("push", "-w", "one")
-        assert [row["bytes"] < 50000 for row in map(json.loads, repo.cli("history", "--json").text.split("\n")[:-1]) if row["operation"] == "push"][-1]
+        assert [row["bytes"] < 50000 for row in repo.history() if row["operation"] == "push"][-1]
     repo.write("blob", os.urandom(3000000))
     repo.commit()
     repo.ok("push", "-w", "one")
@@ -4032,7 +4042,7 @@ def test_dirty_reads_line_ends_and_modes_as_git_add_does(repo):
 
 
 def test_hints_name_the_ssh_that_is_used(repo, site):
-    site.host("stranger", "HostName 127.0.0.1", f"Port {site.port}", "UserKnownHostsFile /dev/null", "StrictHostKeyChecking yes")
+    site.at("stranger", None, "UserKnownHostsFile /dev/null", "StrictHostKeyChecking yes")
     said = repo.cli("exec", "-H", "stranger", "--", "true").said
     assert "accept it: %s stranger true" % site.environment()["CMUX_SSH_COMMAND"] in said, said
 
@@ -4144,12 +4154,6 @@ def cases(name):
     return count
 
 
-def posix_tools(folder, *more):
-    folder.mkdir()
-    for name, path in ((name, shutil.which(name)) for name in (*POSIX, *more)):
-        (folder / name).symlink_to(path) if path else None
-
-
 # The default Python, and the oldest and newest that pyenv has.
 PYTHONS = [sys.executable] + [str(p) for v in ("3.9", "3.13") for p in sorted(Path("~/.pyenv/versions").expanduser().glob(v + ".*/bin/python3"))[-1:]]
 
@@ -4170,8 +4174,7 @@ class Lab(Repo):
         self.site.env.update(PYTHONPATH=str(HERE), CMUX_SSH_COMMAND=in_sshs_place(
             self.site, f"""case " $* " in *" -G "*|*" -V "*) exec $ssh "$@";; *" -M "*) echo Unsupported option >&2; exit 255;; esac
 while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={self.site.dir}/$2 sh -c "$3\""""))
-        for host, more in (("git", "git"), ("files", "")):
-            posix_tools(self.site.dir / host, more)
+        posix_tools(self.site.dir / "git", "git", busybox=False), posix_tools(self.site.dir / "files", busybox=False)
 
     def state(self):
         """Which file each is, and when it was last changed. (git gives an object that it has already the time of now.)"""
@@ -4237,10 +4240,6 @@ while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={
         changed = {path for path, _ in self.state().items() ^ before.items()}
         assert (kind, what in said, changed) == ("ResultRefused", True, set()), (kind, said)
         assert said.isprintable(), said
-
-    def peak(self):
-        """The most memory, in MiB, that the process had. (Its ru_maxrss is no less than what its parent had.)"""
-        return int(slurp(f"/proc/{self.puller.pid}/status").split(b"VmHWM:")[1].split()[0]) >> 10
 
     def close(self):
         if self.puller:
@@ -4480,19 +4479,19 @@ def endless(kind):
 def test_endless_streams_end_in_flat_memory(new_lab, kind):
     lab = new_lab(PULL_TOTAL_MAX=100 << 20, PULL_FILE_MAX=80 << 20)
     lab.take(one(b"x"))
-    before = lab.peak()
+    before = peak(lab.puller.pid)
     lab.refuse(endless(kind), "files" if kind in ("tar", "list") else "git")
-    assert lab.peak() - before < 64
+    assert peak(lab.puller.pid) - before < 64
 
 
 @compat
 def test_a_hundred_thousand_files_in_flat_memory(new_lab):
     lab, n = new_lab(), 99999
     lab.take(one(b"x"))
-    before = lab.peak()
+    before = peak(lab.puller.pid)
     assert len(lab.take(export(*(blob(i + 1, b"%d" % i) for i in range(n)),
                                commit(n + 1, *[b"M 100644 :%d dir%d/some/file-%d.txt" % (i + 1, i % 100, i) for i in range(n)])))) == n
-    assert lab.peak() < max(64, before + 30), "to compile the file takes 46 MB"
+    assert peak(lab.puller.pid) < max(64, before + 30), "to compile the file takes 46 MB"
 
 
 def test_leaks_are_seen_across_chunks(new_lab):
@@ -4584,31 +4583,24 @@ def nobody(site, path):
     """A host where one logs in as another user than root, with this PATH."""
     if os.geteuid() != 0:
         pytest.skip("needs root, to log in as somebody else")
-    drop = f'exec {program("setpriv", "util-linux")} --reuid 65534 --regid 65534 --clear-groups env PATH={path} HOME={site.dir}/nobody {program("sh")} -c "$SSH_ORIGINAL_COMMAND"'
     (site.dir / "nobody").mkdir()
     os.chown(site.dir / "nobody", 65534, 65534)
     for folder in (site.dir, *site.dir.parents):
         if not folder.stat().st_mode & 0o001:
             folder.chmod(folder.stat().st_mode | 0o001)
-    site.daemon("nobody", f"ForceCommand {script(site.dir / 'drop', drop)}")
+    site.daemon("nobody", site.first("", f'{program("setpriv", "util-linux")} --reuid 65534 --regid 65534 --clear-groups env PATH={path} HOME={site.dir}/nobody'))
 
 
-def bare_host(site, tools=""):
-    """A host that has POSIX commands only, and no git; busybox's where that has them."""
-    if not (site.dir / "posix-bin").is_dir():
-        posix_tools(site.dir / "posix-bin")
-        for name in subprocess.run([program(tools), "--list"], stdout=PIPE).stdout.decode().split() if tools else ():
-            if (site.dir / "posix-bin" / name).exists():
-                (site.dir / "posix-bin" / name).unlink()
-                (site.dir / "posix-bin" / name).symlink_to(program(tools))
-    return site.inetd("nogit", env={"PATH": str(site.dir / "posix-bin")})
+def bare_host(site, busybox=False):
+    """A host that has POSIX commands only, and no git."""
+    folder = site.dir / "posix-bin"
+    return site.inetd("nogit", env={"PATH": str(folder) if folder.is_dir() else posix_tools(folder, busybox=busybox)})
 
 
-@each("tools", ["", "busybox"])
-def test_pull_without_git_on_the_host(site, tools):
+@each("busybox", [False, True])
+def test_pull_without_git_on_the_host(site, busybox):
     odd = Repo(site, odd=True)
-    host = bare_host(site, tools)
-    odd.new(host=host)
+    odd.new(host=bare_host(site, busybox))
     assert not (odd.path() / ".git").exists()
     done = odd.cli("pull")
     assert "Nothing new" in done.text, done
@@ -4689,12 +4681,10 @@ def older(repo, names):
     before = repo.git("rev-parse", "HEAD^{tree}")
     repo.write("docs/a", b"mine\n")
     entry = {"base": repo.commit(), "tree": repo.git("rev-parse", "HEAD^{tree}")}
-    registry, = repo.site.state.glob("projects/*.json")
-    record = json.loads(registry.read_text())
-    for name in names:
-        del record["workspaces"][name]["whole"]
-        record["workspaces"][name].update(entry)
-    registry.write_text(json.dumps(record))
+    with repo.amended() as record:
+        for name in names:
+            del record["workspaces"][name]["whole"]
+            record["workspaces"][name].update(entry)
     own = repo.path(names[0]).parents[1] / ".cmux"
     (own / "bases" / before).rename(own / "bases" / entry["tree"])
     (own / "bases" / entry["tree"] / "whole.tar").rename(own / "bases" / entry["tree"] / "tree.tar")
@@ -5655,7 +5645,7 @@ def test_a_renamed_workspace_keeps_its_history(repo, site):
     repo.cli("exec", "-w", "a", "--", "exit 3")
     repo.ok("rename", "-w", "a", "b")
     repo.ok("rename", "-w", "b", "c")
-    rows = [json.loads(line)["operation"] for line in repo.cli("history", "-w", "c", "--json").text.split("\n")[:-1]]
+    rows = [row["operation"] for row in repo.history("-w", "c")]
     assert rows == ["new", "exec", "rename", "rename"] and repo.cli("top", "--json").json[0]["last_exit_code"] == 3
     assert "Nothing is on record" in repo.cli("history", "-w", "x").said
     child = repo.start("exec", "-w", "c", "--", "echo on; sleep 3; exit 7")
@@ -5667,7 +5657,7 @@ def test_a_renamed_workspace_keeps_its_history(repo, site):
     assert child.returncode == 7 and found == {"c": None, "d": 7}, found
     repo.ok("rm", "--force", "d")
     repo.new("d")
-    rows = [json.loads(line)["operation"] for line in repo.cli("history", "-w", "d", "--json").text.split("\n")[:-1]]
+    rows = [row["operation"] for row in repo.history("-w", "d")]
     assert rows == ["new"], "not what was done in another of that name"
 
 
@@ -5974,8 +5964,7 @@ def test_a_reader_sees_the_old_or_the_new_file_and_nothing_else(talker, area):
 
 def test_a_full_disk_keeps_the_old_file(site):
     """The host's limit on file size stands for the disk."""
-    login = site.script("small-files", 'ulimit -f 600\ntrap "" XFSZ\nexec sh -c "$SSH_ORIGINAL_COMMAND"')
-    site.inetd("full", f"ForceCommand {login}")
+    site.inetd("full", site.first('ulimit -f 600\ntrap "" XFSZ'))
     repo = Repo(site)
     repo.new(host="full")
     (repo.path() / "f").write_bytes(b"old")
@@ -5984,7 +5973,7 @@ def test_a_full_disk_keeps_the_old_file(site):
 
 
 def test_a_host_with_only_posix_utilities_has_every_tool(site):
-    site.inetd("bare", shell="busybox", env={"PATH": minimal_path(site)})
+    small_host(site)
     repo = Repo(site, odd=True)
     with open_agent(repo, "-H", "bare") as talker:
         assert talker("write", path="a/new\nfile", content_base64=b64(BINARY))["created"] is True
@@ -6327,15 +6316,8 @@ exec {program("setsid", "util-linux")} -f sh -c 'sleep 2.5; exec "$@"' sh "$@";;
 
 
 def test_jobs_of_a_busybox_host_run_and_hold_up_rm(site):
-    repo, folder, nap = Repo(site), site.dir / "busy-bin", Nap()
-    folder.mkdir()
-    applets = subprocess.run([program("busybox", "busybox"), "--list"], stdout=PIPE, check=True).stdout.decode().split()
-    for name in applets:
-        (folder / name).symlink_to(program("busybox"))
-    for name in ("cksum", "git"):
-        if not (folder / name).exists():
-            (folder / name).symlink_to(program(name))
-    site.inetd("busy", env={"PATH": str(folder)})
+    repo, nap = Repo(site), Nap()
+    site.inetd("busy", env={"PATH": posix_tools(site.dir / "busy", "git", "setsid", "stat", "timeout")})
     job = repo.cli("exec", "-H", "busy", "--detach", "--", f"echo begun; {nap}; exit 7").text.strip()
     rows = repo.cli("jobs", "--json").json
     assert [row["state"] for row in rows if row["job"] == job] == ["running"], rows
@@ -6658,9 +6640,8 @@ def test_stdin_for_a_job_is_refused_and_never_dropped_in_silence(repo, site):
     repo.ok("exec", "-n", "--detach", "--", "true", stdin=b"data")
     idle = repo.start("exec", "--detach", "--", "true", stdin=PIPE)  # as a harness leaves it open
     assert idle.wait(PATIENCE) == 0
-    gate, login = site.dir / "gate", site.dir / "login-late"
-    script(login, f': >{gate}\nwhile [ -e {gate} ]; do sleep 0.05; done\nexec sh -c "$SSH_ORIGINAL_COMMAND"')
-    site.inetd("late", f"ForceCommand {login}")
+    gate = site.dir / "gate"
+    site.inetd("late", site.first(f": >{gate}\nwhile [ -e {gate} ]; do sleep 0.05; done"))
     late = repo.start("exec", "-H", "late", "-w", "late", "--detach", "--", "true", stdin=PIPE)
 
     def opened():
@@ -6716,7 +6697,7 @@ def other_server(site, kind):
             site.daemons.append(subprocess.Popen(shlex.split(hidden) + [program("dropbear", "dropbear-bin"), "-F", "-E", "-s", "-r", str(key), "-p",
                                                                         f"127.0.0.1:{port}", "-P", str(site.dir / "pid")], stderr=log, stdin=DEVNULL))
         until(lambda: answers(port), "dropbear listens")
-        return site.host(kind, "HostName 127.0.0.1", f"Port {port}", "KexAlgorithms curve25519-sha256")
+        return site.at(kind, port, "KexAlgorithms curve25519-sha256")
     made = site.dir / "tinyssh-keys"
     subprocess.run([program("tinysshd-makekey", "tinysshd"), "-q", str(made)], check=True)
     shown = subprocess.run([program("tinysshd-printkey", "tinysshd"), str(made)], check=True, stdout=PIPE).stdout.decode()
@@ -7042,11 +7023,8 @@ def b64(data):
 @pytest.fixture
 def ordinary(site):
     """A workspace on a host where permissions count, also for root."""
-    if os.geteuid() == 0:
-        login = site.script("without-override", f'exec {program("setpriv", "util-linux")} --bounding-set=-dac_override,-dac_read_search -- sh -c "$SSH_ORIGINAL_COMMAND"')
-        site.inetd("plain", f"ForceCommand {login}")
-    else:
-        site.inetd("plain")
+    drop = program("setpriv", "util-linux") + " --bounding-set=-dac_override,-dac_read_search --"
+    site.inetd("plain", *[site.first("", drop)] * (os.geteuid() == 0))
     made = Repo(site)
     made.new(host="plain")
     return made
@@ -7177,10 +7155,10 @@ def test_batch_reads_no_further_ahead_than_it_must(shared, area):
     assert sent > 8000
 
 
-def peak_memory(pid):
-    """Bytes; the peak where the system tells it, else what is held now."""
-    found = re.search(rb"VmHWM:\s+(\d+) kB", slurp(f"/proc/{pid}/status"))
-    return int(found.group(1) if found else subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], stdout=PIPE, check=True).stdout) * 1024
+def peak(pid):
+    """The most memory a process ever had, in MiB (what it has now, where the system tells no more): no less than its parent had."""
+    found = re.search(rb"VmHWM:\s+(\d+)", slurp(f"/proc/{pid}/status"))
+    return int(found[1] if found else subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], stdout=PIPE, check=True).stdout) >> 10
 
 
 @slow
@@ -7189,14 +7167,14 @@ def test_batch_stays_small_whatever_the_commands_print_and_the_lines_hold(shared
         for number in [talker.post("exec", {"command": "head -c 30000000 /dev/zero | tr '\\0' x; echo end"}) for _ in range(12)]:
             told = talker.answer(number, 120)["result"]
             assert told["truncated"] is True and told["stdout"].endswith("xend\n") and len(told["stdout"]) < 3_000_000
-        assert peak_memory(talker.child.pid) < 150_000_000
+        assert peak(talker.child.pid) < 143
         for _ in range(40):
             talker.child.stdin.write(b"x" * 2_000_000)
         talker.send(b"")
         long = json.loads(talker.line(60))
         assert long["ok"] is False and long["id"] is None and long["error"]["type"] != "Bug"
         assert talker("exec", command="echo still")["stdout"] == "still\n"
-        assert peak_memory(talker.child.pid) < 250_000_000
+        assert peak(talker.child.pid) < 238
 
 
 @slow
@@ -7524,7 +7502,7 @@ def test_a_base_that_is_broken_on_the_host_is_made_anew(repo, site):
 def travelled(repo, *words):
     """The bytes of the archive that a call sends."""
     repo.ok(*words)
-    return int(json.loads(repo.cli("history", "--json").text.split("\n")[-2])["bytes"])
+    return repo.history()[-1]["bytes"]
 
 
 def test_where_the_base_of_a_delta_is_broken_on_the_host_all_is_sent(repo, site):
@@ -7565,10 +7543,8 @@ def test_a_delta_stands_only_on_what_was_sent_to_that_host(repo, site):
     assert whole > 20 * 1024
     shutil.rmtree(forged)
     assert travelled(repo, "new", "-H", "box", "b", "--ref", "private") < whole / 2, "now it is sent: on the base of the first"
-    (file,) = (site.state / "projects").glob("*.json")
-    record = json.loads(file.read_text())
-    assert record.pop("sent"), "what workspaces stand on was sent, too"
-    file.write_text(json.dumps(record))
+    with repo.amended() as record:
+        assert record.pop("sent"), "what workspaces stand on was sent, too"
     repo.write("more", b"xy")
     repo.commit()
     assert travelled(repo, "new", "-H", "box", "d") < whole / 2
@@ -7774,6 +7750,9 @@ class Mcp:
         with self.changed:
             assert self.changed.wait_for(lambda: number in self.answers, seconds), f"no answer to {number}: {self.others}"
             return self.answers.pop(number)
+
+    def text(self, number):
+        return self.answer(number)["result"]["content"][0]["text"]
 
     def other(self, seconds=PATIENCE):
         with self.changed:
@@ -7985,10 +7964,10 @@ def test_mcp_calls_run_at_once_and_answer_as_they_finish(mcp):
     slow = mcp.begin("rm -f go; until [ -e go ]; do sleep 0.1; done; echo slow")
     numbers = {mcp.begin(f"echo n{n}"): n for n in range(8)}
     for number, n in numbers.items():
-        assert f"n{n}\n" in mcp.answer(number)["result"]["content"][0]["text"]
+        assert f"n{n}\n" in mcp.text(number)
     assert slow not in mcp.answers
     last = mcp.begin("echo >go")
-    assert "exit_code: 0" in mcp.answer(last)["result"]["content"][0]["text"] and "slow" in mcp.answer(slow)["result"]["content"][0]["text"]
+    assert "exit_code: 0" in mcp.text(last) and "slow" in mcp.text(slow)
 
 
 @each("line, code", [
@@ -8014,7 +7993,7 @@ def test_mcp_notifications_and_answers_get_no_answer_and_each_of_a_batch_its_own
     batch = [dict(ping, id="p"), dict(ping), 3, {"jsonrpc": "2.0", "id": "t", "method": "tools/call", "params": {"name": "exec", "arguments": {"command": "echo b"}}}]
     mcp.ask("initialize", {"protocolVersion": "2025-03-26"})
     mcp.send(json.dumps(batch).encode())
-    assert mcp.other()["error"]["code"] == -32600 and mcp.answer("p")["result"] == {} and "b\n" in mcp.answer("t")["result"]["content"][0]["text"]
+    assert mcp.other()["error"]["code"] == -32600 and mcp.answer("p")["result"] == {} and "b\n" in mcp.text("t")
     for version in ("2024-11-05", "2025-06-18", "2025-11-25"):
         mcp.ask("initialize", {"protocolVersion": version})
         mcp.send(json.dumps(batch).encode())
@@ -8139,7 +8118,7 @@ def test_mcp_long_files_come_in_pages_that_join(mcp, shared):
 def test_mcp_a_call_over_the_soft_timeout_becomes_a_job_with_progress(mcp):
     nap = Nap()
     number = mcp.begin(f"echo one; {nap}", _meta={"progressToken": "tok"})
-    text = mcp.answer(number)["result"]["content"][0]["text"]
+    text = mcp.text(number)
     job = job_of(text)
     assert "state: running" in text and "one\n" in text and "next_offset: 4" in text
     assert "state=running" in mcp("jobs") and job in mcp("jobs") and "state: running" in mcp("wait", job=job, timeout=0.2)
@@ -8154,7 +8133,7 @@ def test_mcp_a_call_over_the_soft_timeout_becomes_a_job_with_progress(mcp):
 def test_mcp_progress_rises_and_ends_with_the_call(repo):
     with open_mcp(repo, "-H", "box") as client:
         number = client.begin("sleep 4.5; echo done", _meta={"progressToken": "tok"})
-        assert "done" in client.answer(number)["result"]["content"][0]["text"]
+        assert "done" in client.text(number)
         seen = [m["params"] for m in client.others if m["method"] == "notifications/progress"]
         steps = [params["progress"] for params in seen]
         assert steps and steps == sorted(set(steps)) and all(params["progressToken"] == "tok" for params in seen)
@@ -8253,7 +8232,7 @@ def test_mcp_without_a_host_or_with_a_dead_one_says_so_and_lives(repo, site):
     with open_mcp(repo) as client:
         failed, text = client.call("exec", command="true")
         assert failed and "For the user: Name one with -H HOST" in text
-    site.host("dead", "HostName 127.0.0.1", f"Port {free_port()}")
+    site.at("dead", free_port())
     with open_mcp(repo, "-H", "dead") as client:
         failed, text = client.call("read", path="x")
         assert failed and "refused" in text and client.ask("ping")["result"] == {}
@@ -8274,7 +8253,7 @@ def test_mcp_a_client_that_stops_reading_does_not_grow_it(shared):
                 quiet += 1
                 time.sleep(0.05)
         assert sent < 5000, "it stops reading when nobody reads its answers"
-        assert int(re.search(rb"VmHWM:\s+(\d+)", slurp(f"/proc/{child.pid}/status") or b"VmHWM: 0").group(1)) < (200 if PYPY else 100) * 1024
+        assert peak(child.pid) < (200 if PYPY else 100)
     finally:
         child.kill()
         child.communicate()
@@ -8490,7 +8469,7 @@ def test_mcp_a_hundred_calls_in_flight_get_a_hundred_answers(shared):
     with open_mcp(shared) as client:
         numbers = [client.begin(f"sleep 0.3; echo n{n}") for n in range(100)]
         for n, number in enumerate(numbers):
-            assert f"n{n}\n" in client.answer(number)["result"]["content"][0]["text"]
+            assert f"n{n}\n" in client.text(number)
 
 
 def test_mcp_any_tool_over_the_soft_timeout_becomes_a_job_whose_end_can_be_waited_for(repo):
@@ -8662,28 +8641,28 @@ def silent_port(site):
 
 
 def without_tar(site):
-    path = minimal_path(site)
-    os.unlink(f"{path}/tar")
-    return site.inetd("h", shell="busybox", env={"PATH": path})
+    host = small_host(site)
+    (site.dir / "busybox-bin/tar").unlink()
+    return host
 
 
 DOCTOR = {  # how the host h comes to have the trouble, the exit code, words
     "unresolved": (lambda site: site.host("h", "HostName no-such-host.invalid"), 255, "does not resolve"),
-    "closed": (lambda site: site.host("h", "HostName 127.0.0.1", f"Port {free_port()}"), 255, "refused"),
+    "closed": (lambda site: site.at("h", free_port()), 255, "refused"),
     "unknown key": (lambda site: site.inetd("h", host_key=site.keys.other_host, config=["HostKeyAlias new"]), 255, "ssh-ed25519 SHA256:"),
     "changed key": (lambda site: site.inetd("h", host_key=site.keys.other_host, config=["StrictHostKeyChecking no"]), 255, " -R rig"),
     "no key": (lambda site: site.inetd("h", f"RevokedKeys {site.keys.user}.pub"), 255, "SSH_AUTH_SOCK"),
     "password only": (lambda site: site.inetd("h", "Match all", "PubkeyAuthentication no", "PasswordAuthentication yes"), 255, "allow keys"),
     "proxy": (lambda site: site.host("h", "ProxyCommand sh -c 'echo my proxy is broken >&2; exit 1'"), 255, "my proxy is broken"),
     "coder": (lambda site: site.host("h", "ProxyCommand sh -c 'echo You are not logged in. >&2; exit 1' coder ssh --stdio h"), 255, "coder login"),
-    "silent": (lambda site: site.host("h", "HostName 127.0.0.1", f"Port {silent_port(site)}", "ConnectTimeout 2"), 255,
+    "silent": (lambda site: site.at("h", silent_port(site), "ConnectTimeout 2"), 255,
                "then said nothing. Its sshd may hang, or another service have that port: try `ssh -F "),
     "late proxy": (lambda site: site.host("h", f"ProxyCommand sh -c '{COLD_PROXY}'"), 255, "without a connection: spoken late."),
     "bad config": (lambda site: site.host("h", "Frobnicate yes"), 255, "Correct the file"),
     "no sh": (lambda site: site.inetd("h", "ForceCommand exit 3"), 1, "start-up files"),
     "readonly": (lambda site: site.inetd("h", env={"HOME": "/proc/nowhere"}), 1, "cannot be written"),
     "no tar": (without_tar, 1, "Install tar"), "single": (lambda site: site.daemon("h", "MaxSessions 1"), 0, "MaxSessions"),
-    "no git": (lambda site: site.inetd("h", shell="busybox", env={"PATH": minimal_path(site)}), 0, "Install git"),
+    "no git": (small_host, 0, "Install git"),
 }
 
 
@@ -8764,10 +8743,8 @@ def shared_names(shared):
     config = Path(repo.site.environment()["HOME"]) / ".ssh" / "config"
     config.parent.mkdir(exist_ok=True)
     config.write_text("Host alpha *.example !no\n  HostName x\nhost=beta\nMatch host gamma\n")
-    registry = repo.record()
-    state = json.loads(registry.read_text())
-    state["jobs"] = {"j0123abcd": {"workspace": "two", "command": "make", "started": 1.0}}
-    registry.write_text(json.dumps(state))
+    with repo.amended() as record:
+        record["jobs"] = {"j0123abcd": {"workspace": "two", "command": "make", "started": 1.0}}
     return repo
 
 
@@ -9003,7 +8980,7 @@ def test_a_host_that_is_gone_for_good_can_be_forgotten_and_gc_visits_every_place
     repo.new("stays", "--root", "~/other")
     repo.ok("rm", "--force", "stays")  # gc visits its host all the same
     repo.new("lost")
-    path, registry = repo.path("lost"), next((site.state / "projects").glob("*.json"))
+    path, registry = repo.path("lost"), repo.record()
     registry.write_text(registry.read_text().replace('"box"', '"nowhere.invalid"', 1).replace('"host": "box"', '"host": "nowhere.invalid"'))
     refused = repo.cli("rm", "--force", "lost")
     assert refused.code == 255 and "rm --forget lost" in refused.said and "lost" in repo.workspaces(), refused
@@ -9190,7 +9167,7 @@ def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo, site):
 def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo, site):
     """The last column is cut to 20 characters at least, or left out; then the widest yields."""
     repo.new()
-    (file,) = (site.state / "projects").glob("*.json")
+    file = repo.record()
     record = json.loads(file.read_text())
     main, long = record["workspaces"].pop("main"), "/home/ada/cmux/" + "x" * 300
     for width, name, path, row in ((62, "n" * 10, long, "n{10}  box .* ready  /home/ada/cmux/xx[.]{3}"), (61, "n" * 10, long, "n{10}  box .* ready"),
@@ -9260,8 +9237,7 @@ def test_history_has_the_exit_code_of_a_wait(shared):
     assert shared.cli("wait", job, "--timeout", "0").code == 124
     do(shared, "sleep 0.5; touch go")
     assert shared.cli("wait", job).code == 7
-    rows = [json.loads(line) for line in shared.ok("history", "--json").text.splitlines()]
-    assert [row["exit_code"] for row in rows if row["operation"] == "wait"][-2:] == [124, 7]
+    assert [row["exit_code"] for row in shared.history() if row["operation"] == "wait"][-2:] == [124, 7]
 
 
 def test_the_last_job_is_meant_where_none_is_named(repo):
@@ -9289,7 +9265,7 @@ def test_no_bar_is_drawn_after_the_end(monkeypatch):
 
 @compat
 def test_errors_pass_through_a_pool_of_processes(site):
-    site.host("dead", "HostName 127.0.0.1", f"Port {free_port()}")
+    site.at("dead", free_port())
     site.daemon("mute", "ForceCommand exit 1")
     assert in_library(Repo(site), """
 import multiprocessing, os
@@ -9401,7 +9377,7 @@ class Reader:
     def __init__(self, site):
         self.site, self.count = site, 0
         for name in ("my-server", "second-server", "third-server", "coder.my-workspace"):
-            site.host(name, "HostName 127.0.0.1", f"Port {site.port}")
+            site.at(name)
         bin_ = site.dir / "reader"
         bin_.mkdir()
         script(bin_ / "python3", f'exec {shlex.quote(sys.executable)} "$@"')
@@ -9658,13 +9634,6 @@ def settled(site):
     assert stages == [] and here == [] and [p for p in site.tmp.iterdir() if not probes.match(p.name)] == []
 
 
-def registry(repo):
-    """The record of the site's only project."""
-    files = list((repo.site.state / "projects").glob("*.json"))
-    assert len(files) == 1, files
-    return dict(json.loads(files[0].read_text()))
-
-
 def whole(repo, *names):
     """Exactly these workspaces are listed; each is a directory where git finds no fault; no other exists; the
     registry is waiting for nothing."""
@@ -9675,7 +9644,7 @@ def whole(repo, *names):
         assert b"error" not in ran.out, ran
     there = {path for row in listed.values() for path in Path(row["path"]).parent.iterdir()}
     assert there == {Path(row["path"]) for row in listed.values()}
-    entries = registry(repo)["workspaces"]
+    entries = repo.recorded()
     assert set(entries) == set(names) and all(entry["state"] == "ready" and "intent" not in entry for entry in entries.values())
 
 
@@ -10217,11 +10186,9 @@ class Liar:
         """A workspace for each attack: copies of an honest one's entry in the registry of this machine."""
         self.spec.write_text(json.dumps(attacks))
         names = [f"lie-{n}" for n in range(len(attacks))]
-        file = next((self.site.state / "projects").glob("*.json"))
-        record = json.loads(file.read_text())
-        main = record["workspaces"]["main"]
-        record["workspaces"].update({name: dict(main, path=main["path"][:-4] + name, op=name) for name in names})
-        file.write_text(json.dumps(record))
+        with self.repo.amended() as record:
+            main = record["workspaces"]["main"]
+            record["workspaces"].update({name: dict(main, path=main["path"][:-4] + name, op=name) for name in names})
         return names
 
 
@@ -10230,11 +10197,6 @@ CALLS = [
     ("read", {"path": "README"}), ("read", {"path": "README", "limit": 5}), ("write", {"path": "README", "content": "x" * 300000}),
     ("edit", {"path": "README", "edits": [{"old": "hello", "new": "x"}]}), ("glob", {"pattern": "**"}), ("grep", {"pattern": "x"}), ("jobs", {}),
     ("logs", {"job": "j0123abcd"}), ("wait", {"job": "j0123abcd", "timeout": 1}), ("stop", {"job": "j0123abcd"})]
-
-
-def peak(pid):
-    """The most memory a process ever had, in megabytes."""
-    return int(re.search(r"VmHWM:\s*(\d+)", slurp(f"/proc/{pid}/status").decode()).group(1)) // 1024
 
 
 def sane(answer, what):
@@ -10328,7 +10290,7 @@ def test_a_committed_state_directory_is_not_sent(repo, site):
 
 def test_rm_with_its_host_removes_an_unfinished_workspace(repo, site):
     repo.new()
-    (file,) = (site.state / "projects").glob("*.json")
+    file = repo.record()
     record = json.loads(file.read_text())
     path, entry = repo.path(), record["workspaces"]["main"]
     entry["state"] = "creating"
