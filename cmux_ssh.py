@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 # cmux_ssh.py 0.1.0 - SSH workspaces for coding agents, in one file - MIT licence
-"""SSH workspaces for coding agents: the model and your keys stay here, its hands are over there.
+"""SSH workspaces for coding agents: the model and your keys stay local, the tools run remotely.
 
-From a local git repository this file sends the git archive to a remote host through the
-system's own ssh, hands over the project's secrets on stdin, runs commands there, for many
-agents at once, and keeps the two machines apart: nothing else leaves this one.
+From a local git repository this file sends the files of a commit to a remote host through the
+system's own ssh, hands over the project's secrets on stdin, and runs commands, for many agents
+at once. Nothing else leaves this machine.
 
     python3 cmux_ssh.py exec -H my-server -- make test     # creates the workspace on first use
     python3 cmux_ssh.py secrets set NPM_TOKEN              # typed or piped, never in an argv
@@ -12,12 +12,12 @@ agents at once, and keeps the two machines apart: nothing else leaves this one.
     python3 cmux_ssh.py pull -w fix-login                  # its work as commits on cmux/fix-login
     python3 cmux_ssh.py demo                               # the whole flow, on this machine only
 
-Copy the file, import it, or run it. It needs Python 3.9+, OpenSSH 7.8+ and git here, and a
-POSIX sh and tar there. It reads and writes one directory of its own, $CMUX_SSH_HOME (default
-~/.local/state/cmux-ssh), and executes no code when imported beyond defining names.
+Copy the file, import it, or run it. It needs Python 3.9+, OpenSSH 7.8+ and git locally, a POSIX
+sh and tar remotely. It reads and writes one directory of its own, $CMUX_SSH_HOME (default
+~/.local/state/cmux-ssh), and an import only defines names.
 
 The file is a row of rooms. A room uses only the rooms above it, and each door to the outside
-(processes, local state, ssh, git, the terminal) belongs to one room; the tests hold this.
+(processes, local state, ssh, git, the terminal) belongs to one room. Tests check this.
 
      1 Header        what this is                   11 Git           archive, trees, shadows
      2 Limits        every number, its reason       12 Workspaces    create, push, fork, remove
@@ -45,8 +45,8 @@ ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEAL
 """
 
 # === 1. Header ===
-# Owns: the name, the version, what is public. Touches: nothing. Every import that costs more
-# than a millisecond (json, argparse, shlex, hashlib, threading) is made where it is needed.
+# Owns: the name, the version, what is public. Touches: nothing. An import that costs more than a
+# millisecond (json, argparse, shlex, hashlib, threading) stands where it is needed.
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ PROGRAM = "cmux_ssh.py"
 
 
 # === 2. Limits ===
-# Owns: every number, each with its reason. Touches: nothing. Seconds and bytes unless said.
+# Owns: every number, each with its reason. Touches: nothing. In seconds and bytes, if not noted.
 
 # sshd allows 10 sessions, but frees one only after answering its close: at 10 a fast client is
 # refused 26 % of its opens, at 8 1 to 3 %.
@@ -192,7 +192,7 @@ POINTER_MAX = 1024  # bytes of an LFS pointer, says its specification
 
 # === 3. Errors ===
 # Owns: the whole family. Touches: nothing. An error is a sentence that says what happened, and
-# a hint that says what to do next. A bug is any other exception, and keeps its traceback.
+# a hint that says what to do next. Any other exception is a bug, and keeps its traceback.
 
 class CmuxError(Exception):
     """Base of all expected failures: ``str(e)`` is the sentence, ``e.hint`` what to do next.
@@ -863,9 +863,9 @@ _cmux_stop_tree() {
 BOOT_TEXT = r"""
 # The lifeline: where the command takes no stdin, a subshell reads the stdin of the session. Its end
 # (the client closed it, or was killed, or its master was) ends the tree. Where stdin streams to the
-# command, a second session (GUARD) watches instead. Lines are only signs of life: sshd ends what is
-# silent (ChannelTimeout). USR2 reports the stop to the parent of the command; USR1, with which
-# daemons report to theirs that they are ready, does nothing.
+# command, a second session (GUARD) watches instead. Lines are only signs of life. USR2 reports the
+# stop to the parent of the command; USR1, with which daemons report to theirs that they are ready,
+# does nothing.
 _cmux_watch() {
   exec 3<&0 </dev/null;
   ( exec >&2 4>&-; while IFS= read -r _cmux_part <&3; do :; done;
@@ -945,7 +945,7 @@ _cmux_value="$_cmux_nonce- $_cmux_status $_cmux_watcher";
 BOOT = "exec sh -c '%s'" % " ".join(
     line.strip() for line in (STOP_TEXT + BOOT_TEXT).splitlines() if line and line[0] != "#")
 READY = b"cmux 42\n"        # BOOT does not hold it: what only echoes that never prints it
-HELD = b"exit 0\n"          # the first line of a header; again in one that holds secrets
+HELD = b"exit 0\n"
 
 # The functions that our own operations share, then one script each. Parameters are "$1"...;
 # status 0 is success, stdout is the reply; stderr is shown to the user, neutralised.
@@ -3084,8 +3084,8 @@ class MuxSession(Session):
         return super().failure(begun, sent)
 
     def close(self) -> None:
-        """Its slot is free at once, though sshd ends it a moment later: sshd takes two more than
-        there are slots, and what it refuses has not begun, and is tried again."""
+        """Its slot is free at once: what sshd refuses until it has ended this has not begun, and is
+        tried again."""
         if self.control >= 0:
             self._forked()
             self._masters.free([self._slot])
@@ -3890,8 +3890,7 @@ class Exchange:
         return True
 
     def _beat(self) -> None:
-        """Send something harmless over the session, and its guard's: sshd's ChannelTimeout ends a
-        silent one."""
+        """Send a sign of life over the session, and its guard's."""
         self._beaten = time.monotonic()
         over, sign = (self.guard, b"beat " + self.out.nonce) if self.guard else (self, b"")
         if over.sent and not over.source and over.session.stdin >= 0:
@@ -4099,7 +4098,7 @@ class Host:
                     session.close()
         try:
             if len(found) < count:
-                for session in found:  # whoever holds one must not wait for another
+                for session in found:
                     session.close()
                 found = self.masters.open(BOOT, deadline, cancel, count)
             found[0].counted = True
