@@ -468,9 +468,9 @@ class Waiters:
         import threading
         self._changed = threading.Condition()
         self._asleep: list[tuple[Deadline, Cancel | None]] = []
-        self._watched = False       # one of them looks from time to time
+        self._watched = False  # one of them looks from time to time
         self._pause = LOOK_FIRST
-        self.told = False           # a person knows what they wait for
+        self.told = False  # a person knows what they wait for
 
     def wake(self, count: int = 1) -> None:
         if self._asleep:
@@ -944,7 +944,7 @@ _cmux_value="$_cmux_nonce- $_cmux_status $_cmux_watcher";
 
 BOOT = "exec sh -c '%s'" % " ".join(
     line.strip() for line in (STOP_TEXT + BOOT_TEXT).splitlines() if line and line[0] != "#")
-READY = b"cmux 42\n"        # BOOT does not hold it: what only echoes that never prints it
+READY = b"cmux 42\n"  # BOOT does not hold it: what only echoes that never prints it
 HELD = b"exit 0\n"
 
 # The functions that our own operations share, then one script each. Parameters are "$1"...;
@@ -2649,19 +2649,19 @@ def check_secret(name: str, value: bytes) -> None:
 # ssh takes the first value it finds: these beat any config. What each stops was seen on a real
 # sshd. (-S is a socket of ours or none: the user's own master is never used.)
 FORCED = (
-    "BatchMode=yes",                         # never a prompt
-    "ClearAllForwardings=yes",               # local, remote, dynamic forwards, and tunnels
+    "BatchMode=yes",  # never a prompt
+    "ClearAllForwardings=yes",  # local, remote, dynamic forwards, and tunnels
     "PermitLocalCommand=no", "RemoteCommand=none",
-    "SetEnv=CMUX_SSH=1",                     # replaces the config's list, which can't be emptied
+    "SetEnv=CMUX_SSH=1",  # replaces the config's list, which can't be emptied
     "AddKeysToAgent=no", "UpdateHostKeys=no",
-    "Compression=no",                        # decompression before any limit of ours
-    "LogLevel=ERROR",                        # QUIET hides a failed host key check
+    "Compression=no",  # decompression before any limit of ours
+    "LogLevel=ERROR",  # QUIET hides a failed host key check
     "ServerAliveInterval=15", "ServerAliveCountMax=4",
 )
 # Only where `ssh -G` prints the key (OpenSSH 8.7; a build with GSSAPI): unknown ones are fatal,
 # and IgnoreUnknown on the command line would replace the user's own.
 FORCED_IF_KNOWN = (
-    ("stdinnull", "StdinNull=no"),           # yes: our stdin is dropped
+    ("stdinnull", "StdinNull=no"),  # yes: our stdin is dropped
     ("sessiontype", "SessionType=default"),  # none: it hangs for ever
     ("forkafterauthentication", "ForkAfterAuthentication=no"),
     ("gssapidelegatecredentials", "GSSAPIDelegateCredentials=no"),
@@ -2952,7 +2952,7 @@ class Session:
         self.host = host
         self.master: Master | None = None
         self.stdin = self.stdout = self.stderr = self.control = -1
-        self.counted = False     # among the operations of its Host that run
+        self.counted = False  # among the operations of its Host that run
 
     def adopt(self, stdin: int, stdout: int, stderr: int) -> None:
         fork_aware().add(self)
@@ -3182,10 +3182,10 @@ class Master:
     """A connection that sessions share, and what this process has seen of it."""
 
     def __init__(self, path: str) -> None:
-        self.path = path                # of its control socket
+        self.path = path  # of its control socket
         self.slots = [Slot(self, number) for number in range(SESSIONS_PER_MASTER)]
-        self.until = self.pause = 0.0   # it refused a session, and rests until then, so long
-        self.heard = 0                  # the size of its log
+        self.until = self.pause = 0.0  # it refused a session, and rests until then, so long
+        self.heard = 0  # the size of its log
 
 
 class Masters:
@@ -3215,12 +3215,12 @@ class Masters:
         import threading
         self.config, self.host, self.interactive = config, config.host, interactive
         self.folder = socket_folder(hashlib.sha256(repr(config).encode()).hexdigest()[:16])
-        self._shaking = Waiters()              # for a handshake
+        self._shaking = Waiters()  # for a handshake
         self._mutex = threading.Lock()
-        self._known: dict[str, Master] = {}    # those that were seen last, by name
+        self._known: dict[str, Master] = {}  # those that were seen last, by name
         self._freed = {1: Waiters(), 2: Waiters()}  # for one slot, for two at once
-        self._waiting = self._launching = 0    # slots waited for; masters being started
-        self._spared = False                   # a master for sessions ahead was tried
+        self._waiting = self._launching = 0  # slots waited for; masters being started
+        self._spared = False  # a master for sessions ahead was tried
         slow = config.first("connecttimeout") == "0"
         self.patience = CONNECT_PATIENCE_SLOW if slow else CONNECT_PATIENCE
 
@@ -3744,7 +3744,7 @@ def socket_folder(name: str) -> str:
 class Stream:
     """Finds the marks in stdout or stderr, and passes what lies between to ``sink``."""
 
-    MARK_MAX = 64               # bytes: a letter, two numbers, the newline
+    MARK_MAX = 64  # bytes: a letter, two numbers, the newline
 
     def __init__(self, fd: int, nonce: bytes, sink: Sink) -> None:
         self.fd, self.nonce, self.sink = fd, nonce, sink
@@ -3753,7 +3753,7 @@ class Stream:
         self.pid = ""
         self.status: int | None = None
         self.stop = ""
-        self.refused = 0          # the number after the mark x: the operation did not begin
+        self.refused = 0  # the number after the mark x: the operation did not begin
 
     def read(self) -> bool:
         """Read once; False at the end."""
@@ -3838,14 +3838,14 @@ class Exchange:
         self.outgoing = memoryview(header + (data or b""))
         # How many bytes wait until our wrapper has printed READY.
         self._held = len(self.outgoing) - len(HELD) if HELD in operation else 0
-        self.asked = 0.0                 # when those were sent
+        self.asked = 0.0  # when those were sent
         self.source = source
         self.close_stdin = data is not None  # once everything is written
-        self.sent = False                # the whole header
-        self.lost = False                # the session is over, with end marks or not
-        self.moved = time.monotonic()    # when a byte was last sent or received
+        self.sent = False  # the whole header
+        self.lost = False  # the session is over, with end marks or not
+        self.moved = time.monotonic()  # when a byte was last sent or received
         self.guard: Exchange | None = None
-        self._beaten = self.moved        # when the last sign of life was sent
+        self._beaten = self.moved  # when the last sign of life was sent
 
     @property
     def begun(self) -> bool:
@@ -4000,8 +4000,8 @@ class Host:
     def _forked(self) -> None:
         import threading
         self._ready: list[Session] = []
-        self._active = 0                  # operations that run now
-        self._resting = False             # closed: nothing is opened ahead until the next one
+        self._active = 0  # operations that run now
+        self._resting = False  # closed: nothing is opened ahead until the next one
         self._keeper: threading.Thread | None = None
         self._wake = threading.Event()
         self._masters: Masters | None = None
@@ -4263,7 +4263,7 @@ class CommandRun:
         self.run_id = os.urandom(12).hex()
         self.exchange: Exchange | None = None
         self.guard: Exchange | None = None
-        self.verdict = Capture(100)      # of the guard
+        self.verdict = Capture(100)  # of the guard
 
     def go(self, deadline: Deadline, cancel: Cancel | None) -> Outcome:
         """Run it to its end. A session that is lost before the header is written whole is replaced:
