@@ -328,7 +328,7 @@ class Value(types.SimpleNamespace):
         raise AttributeError(f"{type(self).__name__} is immutable")
 
     def __hash__(self) -> int:  # type: ignore[override]
-        return hash(repr(self))
+        return hash(repr(self.as_dict()))
 
     def as_dict(self) -> Fields:
         """The fields, by name."""
@@ -2661,12 +2661,12 @@ FORCED = (
 # Only where `ssh -G` prints the key (OpenSSH 8.7; a build with GSSAPI): unknown ones are fatal,
 # and IgnoreUnknown on the command line would replace the user's own.
 FORCED_IF_KNOWN = (
-    ("stdinnull", "StdinNull=no"),  # yes: our stdin is dropped
-    ("sessiontype", "SessionType=default"),  # none: it hangs for ever
-    ("forkafterauthentication", "ForkAfterAuthentication=no"),
-    ("gssapidelegatecredentials", "GSSAPIDelegateCredentials=no"),
-    ("channeltimeout", "ChannelTimeout=none"),  # the client's own
-    ("logverbose", "LogVerbose=kex.c:kex_exchange_identification():*"),  # for read_log
+    "StdinNull=no",  # yes: our stdin is dropped
+    "SessionType=default",  # none: it hangs for ever
+    "ForkAfterAuthentication=no",
+    "GSSAPIDelegateCredentials=no",
+    "ChannelTimeout=none",  # the client's own
+    "LogVerbose=kex.c:kex_exchange_identification():*",  # for read_log
 )
 # `-o SendEnv=-*` does not undo a config's SendEnv, so what its patterns match is removed from the
 # environment of ssh, except these: ssh and its ProxyCommand need them.
@@ -2774,7 +2774,8 @@ def ssh_argv(config: SSHConfig, *options: str) -> list[str]:
     """The argv of an ssh of ours up to the host. The forced options stand directly behind the
     program, before those in $CMUX_SSH_COMMAND: the first value wins. (A wrapper, such as sshpass,
     gets them at its end.)"""
-    wanted = list(FORCED) + [option for key, option in FORCED_IF_KNOWN if key in config.values]
+    wanted = [*FORCED, *(option for option in FORCED_IF_KNOWN
+                         if option.partition("=")[0].lower() in config.values)]
     if {"no", "off", "false"} & set(config.values.get("stricthostkeychecking", ())):
         wanted.append("StrictHostKeyChecking=accept-new")  # a changed key is then refused
     if config.first("connecttimeout") in ("", "none"):
