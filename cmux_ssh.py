@@ -357,7 +357,7 @@ def drop(*fds: int) -> None:
             os.close(fd)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def fork_aware() -> Any:
     """The things whose ``_forked()`` is called in each child that is forked (multiprocessing):
     its copies of our descriptors would keep locks and sessions that this process gives up."""
@@ -373,7 +373,7 @@ def fork_aware() -> Any:
 
 
 class Deadline:
-    """A point in time. ``Deadline(None)`` never comes."""
+    """A point in time; without ``seconds`` it never comes."""
 
     def __init__(self, seconds: float | None) -> None:
         self.at = None if seconds is None else time.monotonic() + seconds
@@ -388,6 +388,9 @@ class Deadline:
         """The seconds left, at most ``seconds``."""
         left = self.left()
         return seconds if left is None else min(left, seconds)
+
+
+NEVER = Deadline(None)
 
 
 class Cancel:
@@ -464,13 +467,14 @@ class Waiters:
     again; who is served, or gives up, wakes another, who may be the one to look.
     """
 
+    _watched = False  # one of them looks from time to time
+    _pause = LOOK_FIRST
+    told = False  # a person knows what they wait for
+
     def __init__(self) -> None:
         import threading
         self._changed = threading.Condition()
         self._asleep: list[tuple[Deadline, Cancel | None]] = []
-        self._watched = False  # one of them looks from time to time
-        self._pause = LOOK_FIRST
-        self.told = False  # a person knows what they wait for
 
     def wake(self, count: int = 1) -> None:
         if self._asleep:
@@ -618,7 +622,7 @@ def number(text: str) -> int:
 
 # C0, DEL, C1, bidirectional controls, zero-width and tag characters. Without ESC no sequence (OSC
 # 52, DCS, CSI, charset switch) can form, so no parser is needed.
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _harmless() -> dict[int, str]:
     odd = [0x61C, 0x180E, 0xFEFF, *range(0x200B, 0x2010), *range(0x2028, 0x202F),
            *range(0x2060, 0x2070), *range(0xFFF9, 0xFFFC), *range(0xD800, 0xE000),
@@ -1915,7 +1919,7 @@ def shell_header(nonce: str, run_id: str, operation: bytes) -> bytes:
     return HELD + record("_cmux_nonce", nonce) + record("_cmux_run", run_id) + operation
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def sent_text(script: str) -> str:
     """A script without comments and indentation, a fifth of it."""
     text = re.sub(r"(?m)(^|\s)# [^'\"\n]*$", "", script)
@@ -3538,8 +3542,8 @@ class Masters:
                 self._launching += 1
             self.free(self._one_more(SESSIONS_PER_MASTER, None))
             slots = self._try_slots(1, half)
-        with contextlib.suppress(HostError):
-            return self._open_on(slots, command)[0] if slots else None
+        with contextlib.suppress(HostError, IndexError):
+            return self._open_on(slots, command)[0]
         return None
 
     def _open_on(self, slots: Sequence[Slot], command: str) -> list[Session]:
@@ -3746,15 +3750,14 @@ class Stream:
     """Finds the marks in stdout or stderr, and passes what lies between to ``sink``."""
 
     MARK_MAX = 64  # bytes: a letter, two numbers, the newline
+    ready = begun = ended = closed = False
+    held = noise = b""
+    pid = stop = ""
+    status: int | None = None
+    refused = 0  # the number after the mark x: the operation did not begin
 
     def __init__(self, fd: int, nonce: bytes, sink: Sink) -> None:
         self.fd, self.nonce, self.sink = fd, nonce, sink
-        self.ready = self.begun = self.ended = self.closed = False
-        self.held = self.noise = b""
-        self.pid = ""
-        self.status: int | None = None
-        self.stop = ""
-        self.refused = 0  # the number after the mark x: the operation did not begin
 
     def read(self) -> bool:
         """Read once; False at the end."""
@@ -4162,10 +4165,9 @@ class Host:
             session.close()
 
     def begin(self, exchange: Exchange, cancel: Cancel | None,
-              deadline: Deadline | None = None) -> None:
+              deadline: Deadline = NEVER) -> None:
         """Wait until an operation has begun, or the deadline has passed. Raises HostError;
         WorkspaceMissing where its directory is missing."""
-        deadline = deadline or Deadline(None)
         direct = isinstance(exchange.session, DirectSession)
         patience = Deadline(deadline.capped(START_PATIENCE + (CONNECT_PATIENCE if direct else 0)))
         soon, answered = Deadline(patience.capped(SHELL_PATIENCE)), exchange.answered
@@ -4210,15 +4212,14 @@ class Host:
 
     def run(self, records: bytes, directory: str, stdout: Sink, stderr: Sink,
             source: Source | None = None,
-            deadline: Deadline | None = None, cancel: Cancel | None = None) -> Outcome:
+            deadline: Deadline = NEVER, cancel: Cancel | None = None) -> Outcome:
         """Run a user's command (``records`` from command_records and the environment).
 
         Bytes reach ``stdout`` and ``stderr`` as they come. At the deadline, on ``cancel`` and on
         what these raise (KeyboardInterrupt, too) the process tree on the host is ended first.
         """
         records = record("_cmux_directory", directory) + records
-        return CommandRun(self, records, stdout, stderr, source).go(
-            deadline or Deadline(None), cancel)
+        return CommandRun(self, records, stdout, stderr, source).go(deadline, cancel)
 
 
 class Incoming:
@@ -4239,7 +4240,7 @@ class Incoming:
     def take(self) -> bytes:
         """Some bytes; b"" once the script has ended."""
         if not self.waiting:
-            self.exchange.run(Deadline(None), self.cancel, stall=CALL_PATIENCE,
+            self.exchange.run(NEVER, self.cancel, stall=CALL_PATIENCE,
                               until=lambda: bool(self.waiting) or self.exchange.ended)
         return self.waiting.pop(0) if self.waiting else b""
 
