@@ -851,7 +851,7 @@ _cmux_add_hidden() {
 # TERM, after two seconds KILL, after four it gives up. Where process 1 cannot be seen, others may
 # be hidden, too, and no end is confirmed.
 _cmux_stop_tree() {
-  trap "" TERM INT HUP PIPE; _cmux_tenths=0; _cmux_known=;
+  trap "" TERM INT HUP PIPE; _cmux_tenths=0;
   while :; do
     _cmux_find_tree;
     case $_cmux_tree in " ") case $_cmux_seen in *" 1 "*) return 0;; *) return 1;; esac;; esac;
@@ -881,7 +881,7 @@ _cmux_watch() {
 # "Terminated". Where nothing gives it a group (dash without setsid and terminal), it is found by
 # CMUX_RUN and parents.
 _cmux_command() {
-  _cmux_watcher=; _cmux_stopped=; trap : USR1; trap "_cmux_stopped=stop" USR2;
+  trap : USR1; trap "_cmux_stopped=stop" USR2;
   case $_cmux_life in life) _cmux_watch;; esac;
   _cmux_words _cmux_execute "$@";
   [ $_cmux_status -lt 256 ] || _cmux_status=$((_cmux_status-128));
@@ -909,11 +909,10 @@ _cmux_words() {
 };
 # Editors are `true`: the `git commit` of an agent must not wait for vi. read -r reads single bytes
 # of a pipe, and leaves what follows the header for the command.
-echo cmux $((6*7)); unset TMOUT; _cmux_nonce=; _cmux_self=;
-export CMUX_RUNTIME=ssh GIT_TERMINAL_PROMPT=0;
+echo cmux $((6*7)); unset TMOUT; export CMUX_RUNTIME=ssh GIT_TERMINAL_PROMPT=0;
 export EDITOR=true VISUAL=true GIT_EDITOR=true GIT_SEQUENCE_EDITOR=true;
 _cmux_newline=${IFS#??}; _cmux_newline=${_cmux_newline%"${_cmux_newline#?}"};
-_cmux_dollar="$"; _cmux_watcher=; _cmux_path=; _cmux_flag=; _cmux_directory=; _cmux_life=;
+_cmux_dollar="$"; _cmux_mark() { echo "$_cmux_nonce$1" && echo "$_cmux_nonce$1" >&4; };
 while IFS=" " read -r _cmux_name _cmux_count; do
   _cmux_value=; _cmux_between=; [ "$_cmux_count" != 0 ] || continue;
   while [ "$_cmux_count" -gt 0 ]; do
@@ -930,18 +929,15 @@ while IFS=" " read -r _cmux_name _cmux_count; do
   esac;
 done;
 [ "$_cmux_name" = . ] && [ "$_cmux_nonce" ] || exit 97;
-case $_cmux_directory in ?*)
-  CDPATH= cd -- "$_cmux_directory" 2>/dev/null ||
-    { echo "${_cmux_nonce}x 96"; echo "${_cmux_nonce}x 96" >&2; exit 96; };;
-esac;
 exec 4>&2 2>/dev/null;
-echo "$_cmux_nonce+ $$"; echo "$_cmux_nonce+ $$" >&4;
-_cmux_status=0; eval "$_cmux_value";
+case $_cmux_directory in ?*)
+  CDPATH= cd -- "$_cmux_directory" || { _cmux_mark "x 96"; exit 96; };;
+esac;
+_cmux_mark "+ $$"; _cmux_status=0; eval "$_cmux_value";
 # A command that dies of SIGPIPE, as the client is gone, may end before the watcher sees that: then
 # the end mark cannot be written, and the wrapper ends the rest of the tree.
 trap "" PIPE;
-_cmux_value="$_cmux_nonce- $_cmux_status $_cmux_watcher";
-{ echo "$_cmux_value" && echo "$_cmux_value" >&4; } ||
+_cmux_mark "- $_cmux_status $_cmux_watcher" ||
   case $_cmux_self in ?*) _cmux_root=$_cmux_self; _cmux_stop_tree;; esac;
 """
 
