@@ -1030,6 +1030,7 @@ _in_turn() {
   echo "$turn $op" >"$turns" && _work "$@"
 }
 _free() { chmod -R u+rwX "$1"; rm -rf "$1"; }
+_discard() { ( trap '' HUP; cd / && exec rm -rf "$1" ) </dev/null >/dev/null 2>&1 4>&- & }
 _taken() { [ -e "$1" ] || [ -L "$1" ]; }
 _cw() { # project name -> $w its directory, $m what is known of it
   w=$root/$1/$2 m=; read -r m <"$root/.cmux/made/$1/$2.op"; m=$root/.cmux/made/$1/$m
@@ -1581,7 +1582,7 @@ _replace() { # status of _switch. Without a copy, ignored files would be lost wi
   cd "$root" && _unpack_base || return
   gone=$root/.cmux/trash/$op
   mkdir -p "$gone" && mv "$w" "$gone/" && mv "$s/tree" "$w" || return 3
-  ( trap '' HUP; exec rm -rf "$gone" ) </dev/null >/dev/null 2>&1 4>&- &
+  _discard "$gone"
 }
 """
 
@@ -1649,7 +1650,7 @@ _work() {
     rm -f ".cmux/made/$project/$name.op"
   fi
   rm -rf "$known"
-  ( trap '' HUP; cd / && exec rm -rf "$root/$trash" ) </dev/null >/dev/null 2>&1 4>&- &
+  _discard "$root/$trash"
 }
 """
 
