@@ -4267,9 +4267,6 @@ class CommandRun:
     def go(self, deadline: Deadline, cancel: Cancel | None) -> Outcome:
         """Run it to its end. A session that is lost before the header is written whole is replaced:
         nothing can have begun."""
-        def repeat(lost: ConnectionLost) -> bool:
-            return not lost.begun and not (self.source and self.source.total)
-
         def work(sessions: list[Session]) -> Outcome:
             self.exchange = self.guard = None
             reason = "timeout"
@@ -4284,8 +4281,8 @@ class CommandRun:
                 raise
             return Outcome(status=None, stopped=self._stop(), reason=reason)
         try:
-            return self.host.attempt(work, Deadline(deadline.capped(SLOT_PATIENCE)), cancel, repeat,
-                                     2 if self.source else 1)
+            return self.host.attempt(work, Deadline(deadline.capped(SLOT_PATIENCE)), cancel,
+                                     lambda lost: not lost.begun, 2 if self.source else 1)
         except Cancelled:  # while it waited
             return Outcome(status=None, stopped="confirmed", reason="cancel")
 
