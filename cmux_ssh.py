@@ -414,7 +414,7 @@ class Cancel:
         with self._guard:
             if self._write >= 0:
                 with contextlib.suppress(BlockingIOError):
-                    os.write(self._write, b"x")  # nobody reads it: every poller sees it
+                    os.write(self._write, b"x")  # stays readable: every poller sees it
 
     def fileno(self) -> int:
         """Readable once it is set, for select and poll."""
@@ -585,9 +585,8 @@ def safe_workspace(branch: str) -> str:
     return name if _WORKSPACE.match(name) and not name.endswith(".lock") else "workspace"
 
 
-# A secret may be named by the project: so by no variable that the shells which carry it obey.
-# --env comes from the user, and may set PATH, too; but nothing that a shell sets itself, or does
-# not let be set.
+# A secret is project input: it may name any variable but those with which the shells that carry
+# it would read it as an instruction. --env is the user's own word, and may also set PATH.
 _READONLY = set("IFS OPTIND PPID UID EUID SHELLOPTS BASHOPTS BASH_VERSINFO CMUX_RUN TMOUT "
                 "GROUPS DIRSTACK FUNCNAME PIPESTATUS RANDOM SRANDOM SECONDS LINENO BASHPID HISTCMD"
                 .split())
@@ -1214,7 +1213,7 @@ _take_archive() {
 }
 """
 
-# State: running, exited CODE, or lost (no exit, no supervisor).
+# Functions of the scripts on jobs. State: running, exited CODE, or lost (no exit, no supervisor).
 JOB_STATE = r"""
 _calive() { # $1 directory, $2 pid: not a stranger that has the number now
   kill -0 "$2" 2>/dev/null || return 1
@@ -1334,7 +1333,7 @@ sum_refs() {
   { _co for-each-ref; _co rev-parse HEAD; _co rev-parse -q --verify refs/stash; } |
     cksum | tr ' ' -
 }
-in_stage() { # op function...; the stage is removed, too, where the client is gone
+in_stage() { # op function...; it is cleared, too, where the client is gone
   trap 'cd "$root"; rm -rf "$s"; exit 1' PIPE HUP TERM
   s=$root/.cmux/stage/$1.$$; mkdir -p "$s" || return 3
   shift; "$@"; status=$?
@@ -1358,7 +1357,7 @@ only_paths() { sed 's/^[^ ]* [^ ]* [^ ]* \.\///'; }
 unreadable() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$s/now"; }
 """
 
-# PULL root project name base tree op commits bytes last-op record: what the workspace changed, as a
+# PULL root project name base tree op commits bytes last-op record: what the workspace changed, a
 #   stream; with `record`, it counts as brought home once the client names this op. 22: no
 #   workspace; 24: a file is too large. `note ...` lines, then one of these:
 #     git DIRTY BASE   DIRTY is 1 where the last commit is uncommitted work
@@ -1847,8 +1846,8 @@ _cop() {
   if [ "$3" -gt 0 ]; then tail -c "+$(($2+1))" "$1/out" | head -c "$3"; fi
 }
 """
-# STOP dir id: end a job's tree; replies whether that was seen, and the state. The pid of a job that
-# has ended may be a stranger's.
+# STOP dir id: end a job's tree, and say what was seen of it, and its state. The number of a job
+# that has ended may be a stranger's.
 STOP = JOB_STATE + r"""
 _cop() {
   [ -d "$1" ] || return 38
@@ -2484,7 +2483,7 @@ class Registry:
 
     @contextlib.contextmanager
     def editing(self, secrets: bool = False) -> Iterator[Fields]:
-        """The record, or the secrets, to be changed under the lock; then they are written."""
+        """The record, or the secrets, to be changed under the lock; written unless that raises."""
         path = self.secrets_path if secrets else self.path
         with Lock(path + ".lock", doing="changes " + show(path)):
             value: Any = {"secrets": read_secrets(path)} if secrets else read_json(path, RECORD)
@@ -2509,7 +2508,7 @@ class Registry:
         return Lock(f"{self.running}/tree.{place}", True, doing="sends the same files to " + host)
 
     def secrets(self) -> Mapping[str, dict[str, str]]:
-        """name -> {"value": ...} or {"command": ...}"""
+        """name -> {"value": ...} or {"command": ...}."""
         secrets: dict[str, dict[str, str]] = self._cached(self.secrets_path, read_secrets)
         return secrets
 
@@ -2603,7 +2602,7 @@ def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Fields]:
 
 
 def secret_values(registry: Registry, cancel: Cancel | None = None) -> dict[str, bytes]:
-    """The project's secrets; commands, which the user typed, run now, in a shell.
+    """The project's secrets, commands run now (by the user's shell, as typed by the user).
 
     Raises CmuxError naming the secret, never its value; Cancelled.
     """
@@ -2713,9 +2712,9 @@ FAILURES: tuple[tuple[str, type[HostError], str, str], ...] = (
 )
 
 
-# LogVerbose makes ssh log, as debug1, what a server says before its keys are known. We look for the
-# words with which OpenSSH 9.8 and later turn an address away, and for servers that end the whole
-# connection when sessions come and go at once (Dropbear's issues 173, 321).
+# LogVerbose makes ssh log, as debug1, what a server says before its keys are known; of that we look
+# for two things. The words with which OpenSSH 9.8 and later turn an address away, and servers that
+# end the whole connection when sessions come and go at once (Dropbear's issues 173, 321).
 HEARD = re.compile(rb"debug1: \S*kex_exchange_identification(?:\(\):\d+ \([^()]*\))?: (.*)")
 TURNED_AWAY = re.compile(rb"banner line \d+: Not allowed at this time\Z")
 DISCONNECT = b"Received disconnect from "
@@ -3520,7 +3519,7 @@ class Masters:
         return [self.open_direct(command, deadline, cancel)]
 
     def connect(self, deadline: Deadline, cancel: Cancel | None = None) -> None:
-        """Start a master, if none lives and this host has any. Raises ConnectionFailed."""
+        """Make sure that a master lives, if this host has any. Raises ConnectionFailed."""
         if not self.single() and not self.masters():
             self.free(self._first_master(1, deadline, cancel))
 
@@ -3684,8 +3683,8 @@ class Masters:
 
 
 def look_closely(masters: Masters, command: str) -> tuple[int, str, bytes]:
-    """Run ``command`` once on a connection of its own, for diagnosis: (status, ssh's debugging
-    words, what else was on stderr: a ProxyCommand's).
+    """Run ``command`` over a connection of its own with ssh's debugging words: (status, those
+    words, what else was on stderr: a ProxyCommand's). For diagnosis; never asks, is tried once.
 
     ssh sends a proxy that closes its stdout a SIGHUP before it can write why: it is ignored, for a
     second."""
@@ -4231,7 +4230,7 @@ class Incoming:
             records = script_records(script, *arguments)
             self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err)
             host.begin(self.exchange, cancel)
-            sessions.clear()  # close() closes it
+            sessions.clear()  # close() gives it back
         host.attempt(work, Deadline(SLOT_PATIENCE), cancel, lambda lost: True, bulk=True)
 
     def take(self) -> bytes:
