@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 # cmux_ssh.py 0.2.0 - SSH workspaces for coding agents, in one file - MIT licence
-"""SSH workspaces for coding agents: the model and your keys stay here, its hands are over there.
+"""SSH workspaces for coding agents: the model and your keys stay local, the tools run remotely.
 
-From a local git repository this file sends the git archive to a remote host through the
-system's own ssh, hands over the project's secrets on stdin, runs commands there, for many
-agents at once, and keeps the two machines apart: nothing else leaves this one.
+From a local git repository this file sends the files of a commit to a remote host through the
+system's own ssh, hands over the project's secrets on stdin, and runs commands, for many agents
+at once. Nothing else leaves this machine.
 
     python3 cmux_ssh.py exec -H my-server -- make test     # creates the workspace on first use
     python3 cmux_ssh.py secrets set NPM_TOKEN              # typed or piped, never in an argv
@@ -12,12 +12,12 @@ agents at once, and keeps the two machines apart: nothing else leaves this one.
     python3 cmux_ssh.py pull -w fix-login                  # its work as commits on cmux/fix-login
     python3 cmux_ssh.py demo                               # the whole flow, on this machine only
 
-Copy the file, import it, or run it. It needs Python 3.9+, OpenSSH 7.8+ and git here, and a
-POSIX sh and tar there. It reads and writes one directory of its own, $CMUX_SSH_HOME (default
-~/.local/state/cmux-ssh), and executes no code when imported beyond defining names.
+Copy the file, import it, or run it. It needs Python 3.9+, OpenSSH 7.8+ and git locally, a POSIX
+sh and tar remotely. It reads and writes one directory of its own, $CMUX_SSH_HOME (default
+~/.local/state/cmux-ssh), and an import only defines names.
 
 The file is a row of rooms. A room uses only the rooms above it, and each door to the outside
-(processes, local state, ssh, git, the terminal) belongs to one room; the tests hold this.
+(processes, local state, ssh, git, the terminal) belongs to one room. Tests check this.
 
      1 Header        what this is                   11 Git           archive, trees, shadows
      2 Limits        every number, its reason       12 Workspaces    create, push, fork, remove
@@ -45,8 +45,8 @@ ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEAL
 """
 
 # === 1. Header ===
-# Owns: the name, the version, what is public. Touches: nothing. Every import that costs more
-# than a millisecond (json, argparse, shlex, hashlib, threading) is made where it is needed.
+# Owns: the name, the version, what is public. Touches: nothing. An import that costs more than a
+# millisecond (json, argparse, shlex, hashlib, threading) stands where it is needed.
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ PROGRAM = "cmux_ssh.py"
 
 
 # === 2. Limits ===
-# Owns: every number, each with its reason. Touches: nothing. Seconds and bytes unless said.
+# Owns: every number, each with its reason. Touches: nothing. In seconds and bytes, if not noted.
 
 # sshd allows 10 sessions, but frees one only after answering its close: at 10 a fast client is
 # refused 26 % of its opens, at 8 1 to 3 %.
@@ -192,7 +192,7 @@ POINTER_MAX = 1024  # bytes of an LFS pointer, says its specification
 
 # === 3. Errors ===
 # Owns: the whole family. Touches: nothing. An error is a sentence that says what happened, and
-# a hint that says what to do next. A bug is any other exception, and keeps its traceback.
+# a hint that says what to do next. Any other exception is a bug, and keeps its traceback.
 
 class CmuxError(Exception):
     """Base of all expected failures: ``str(e)`` is the sentence, ``e.hint`` what to do next.
@@ -328,7 +328,7 @@ class Value(types.SimpleNamespace):
         raise AttributeError(f"{type(self).__name__} is immutable")
 
     def __hash__(self) -> int:  # type: ignore[override]
-        return hash(repr(self))
+        return hash(repr(self.as_dict()))
 
     def as_dict(self) -> Fields:
         """The fields, by name."""
@@ -357,7 +357,7 @@ def drop(*fds: int) -> None:
             os.close(fd)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def fork_aware() -> Any:
     """The things whose ``_forked()`` is called in each child that is forked (multiprocessing):
     its copies of our descriptors would keep locks and sessions that this process gives up."""
@@ -373,7 +373,7 @@ def fork_aware() -> Any:
 
 
 class Deadline:
-    """A point in time. ``Deadline(None)`` never comes."""
+    """A point in time; without ``seconds`` it never comes."""
 
     def __init__(self, seconds: float | None) -> None:
         self.at = None if seconds is None else time.monotonic() + seconds
@@ -388,6 +388,9 @@ class Deadline:
         """The seconds left, at most ``seconds``."""
         left = self.left()
         return seconds if left is None else min(left, seconds)
+
+
+NEVER = Deadline(None)
 
 
 class Cancel:
@@ -411,7 +414,7 @@ class Cancel:
         with self._guard:
             if self._write >= 0:
                 with contextlib.suppress(BlockingIOError):
-                    os.write(self._write, b"x")  # nobody reads it: every poller sees it
+                    os.write(self._write, b"x")  # stays readable: every poller sees it
 
     def fileno(self) -> int:
         """Readable once it is set, for select and poll."""
@@ -464,13 +467,14 @@ class Waiters:
     again; who is served, or gives up, wakes another, who may be the one to look.
     """
 
+    _watched = False  # one of them looks from time to time
+    _pause = LOOK_FIRST
+    told = False  # a person knows what they wait for
+
     def __init__(self) -> None:
         import threading
         self._changed = threading.Condition()
         self._asleep: list[tuple[Deadline, Cancel | None]] = []
-        self._watched = False       # one of them looks from time to time
-        self._pause = LOOK_FIRST
-        self.told = False           # a person knows what they wait for
 
     def wake(self, count: int = 1) -> None:
         if self._asleep:
@@ -581,9 +585,8 @@ def safe_workspace(branch: str) -> str:
     return name if _WORKSPACE.match(name) and not name.endswith(".lock") else "workspace"
 
 
-# A secret may be named by the project: so by no variable that the shells which carry it obey.
-# --env comes from the user, and may set PATH, too; but nothing that a shell sets itself, or does
-# not let be set.
+# A secret is project input: it may name any variable but those with which the shells that carry
+# it would read it as an instruction. --env is the user's own word, and may also set PATH.
 _READONLY = set("IFS OPTIND PPID UID EUID SHELLOPTS BASHOPTS BASH_VERSINFO CMUX_RUN TMOUT "
                 "GROUPS DIRSTACK FUNCNAME PIPESTATUS RANDOM SRANDOM SECONDS LINENO BASHPID HISTCMD"
                 .split())
@@ -618,7 +621,7 @@ def number(text: str) -> int:
 
 # C0, DEL, C1, bidirectional controls, zero-width and tag characters. Without ESC no sequence (OSC
 # 52, DCS, CSI, charset switch) can form, so no parser is needed.
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _harmless() -> dict[int, str]:
     odd = [0x61C, 0x180E, 0xFEFF, *range(0x200B, 0x2010), *range(0x2028, 0x202F),
            *range(0x2060, 0x2070), *range(0xFFF9, 0xFFFC), *range(0xD800, 0xE000),
@@ -847,7 +850,7 @@ _cmux_add_hidden() {
 # TERM, after two seconds KILL, after four it gives up. Where process 1 cannot be seen, others may
 # be hidden, too, and no end is confirmed.
 _cmux_stop_tree() {
-  trap "" TERM INT HUP PIPE; _cmux_tenths=0; _cmux_known=;
+  trap "" TERM INT HUP PIPE; _cmux_tenths=0;
   while :; do
     _cmux_find_tree;
     case $_cmux_tree in " ") case $_cmux_seen in *" 1 "*) return 0;; *) return 1;; esac;; esac;
@@ -863,9 +866,9 @@ _cmux_stop_tree() {
 BOOT_TEXT = r"""
 # The lifeline: where the command takes no stdin, a subshell reads the stdin of the session. Its end
 # (the client closed it, or was killed, or its master was) ends the tree. Where stdin streams to the
-# command, a second session (GUARD) watches instead. Lines are only signs of life: sshd ends what is
-# silent (ChannelTimeout). USR2 reports the stop to the parent of the command; USR1, with which
-# daemons report to theirs that they are ready, does nothing.
+# command, a second session (GUARD) watches instead. Lines are only signs of life. USR2 reports the
+# stop to the parent of the command; USR1, with which daemons report to theirs that they are ready,
+# does nothing.
 _cmux_watch() {
   exec 3<&0 </dev/null;
   ( exec >&2 4>&-; while IFS= read -r _cmux_part <&3; do :; done;
@@ -877,7 +880,7 @@ _cmux_watch() {
 # "Terminated". Where nothing gives it a group (dash without setsid and terminal), it is found by
 # CMUX_RUN and parents.
 _cmux_command() {
-  _cmux_watcher=; _cmux_stopped=; trap : USR1; trap "_cmux_stopped=stop" USR2;
+  trap : USR1; trap "_cmux_stopped=stop" USR2;
   case $_cmux_life in life) _cmux_watch;; esac;
   _cmux_words _cmux_execute "$@";
   [ $_cmux_status -lt 256 ] || _cmux_status=$((_cmux_status-128));
@@ -905,11 +908,10 @@ _cmux_words() {
 };
 # Editors are `true`: the `git commit` of an agent must not wait for vi. read -r reads single bytes
 # of a pipe, and leaves what follows the header for the command.
-echo cmux $((6*7)); unset TMOUT; _cmux_nonce=; _cmux_self=;
-export CMUX_RUNTIME=ssh GIT_TERMINAL_PROMPT=0;
+echo cmux $((6*7)); unset TMOUT; export CMUX_RUNTIME=ssh GIT_TERMINAL_PROMPT=0;
 export EDITOR=true VISUAL=true GIT_EDITOR=true GIT_SEQUENCE_EDITOR=true;
 _cmux_newline=${IFS#??}; _cmux_newline=${_cmux_newline%"${_cmux_newline#?}"};
-_cmux_dollar="$"; _cmux_watcher=; _cmux_path=; _cmux_flag=; _cmux_directory=; _cmux_life=;
+_cmux_dollar="$"; _cmux_mark() { echo "$_cmux_nonce$1" && echo "$_cmux_nonce$1" >&4; };
 while IFS=" " read -r _cmux_name _cmux_count; do
   _cmux_value=; _cmux_between=; [ "$_cmux_count" != 0 ] || continue;
   while [ "$_cmux_count" -gt 0 ]; do
@@ -926,26 +928,23 @@ while IFS=" " read -r _cmux_name _cmux_count; do
   esac;
 done;
 [ "$_cmux_name" = . ] && [ "$_cmux_nonce" ] || exit 97;
-case $_cmux_directory in ?*)
-  CDPATH= cd -- "$_cmux_directory" 2>/dev/null ||
-    { echo "${_cmux_nonce}x 96"; echo "${_cmux_nonce}x 96" >&2; exit 96; };;
-esac;
 exec 4>&2 2>/dev/null;
-echo "$_cmux_nonce+ $$"; echo "$_cmux_nonce+ $$" >&4;
-_cmux_status=0; eval "$_cmux_value";
+case $_cmux_directory in ?*)
+  CDPATH= cd -- "$_cmux_directory" || { _cmux_mark "x 96"; exit 96; };;
+esac;
+_cmux_mark "+ $$"; _cmux_status=0; eval "$_cmux_value";
 # A command that dies of SIGPIPE, as the client is gone, may end before the watcher sees that: then
 # the end mark cannot be written, and the wrapper ends the rest of the tree.
 trap "" PIPE;
-_cmux_value="$_cmux_nonce- $_cmux_status $_cmux_watcher";
-{ echo "$_cmux_value" && echo "$_cmux_value" >&4; } ||
+_cmux_mark "- $_cmux_status $_cmux_watcher" ||
   case $_cmux_self in ?*) _cmux_root=$_cmux_self; _cmux_stop_tree;; esac;
 """
 
 
 BOOT = "exec sh -c '%s'" % " ".join(
     line.strip() for line in (STOP_TEXT + BOOT_TEXT).splitlines() if line and line[0] != "#")
-READY = b"cmux 42\n"        # BOOT does not hold it: what only echoes that never prints it
-HELD = b"exit 0\n"          # the first line of a header; again in one that holds secrets
+READY = b"cmux 42\n"  # BOOT does not hold it: what only echoes that never prints it
+HELD = b"exit 0\n"
 
 # The functions that our own operations share, then one script each. Parameters are "$1"...;
 # status 0 is success, stdout is the reply; stderr is shown to the user, neutralised.
@@ -1030,6 +1029,7 @@ _in_turn() {
   echo "$turn $op" >"$turns" && _work "$@"
 }
 _free() { chmod -R u+rwX "$1"; rm -rf "$1"; }
+_discard() { ( trap '' HUP; cd / && exec rm -rf "$1" ) </dev/null >/dev/null 2>&1 4>&- & }
 _taken() { [ -e "$1" ] || [ -L "$1" ]; }
 _cw() { # project name -> $w its directory, $m what is known of it
   w=$root/$1/$2 m=; read -r m <"$root/.cmux/made/$1/$2.op"; m=$root/.cmux/made/$1/$m
@@ -1213,7 +1213,7 @@ _take_archive() {
 }
 """
 
-# State: running, exited CODE, or lost (no exit, no supervisor).
+# Functions of the scripts on jobs. State: running, exited CODE, or lost (no exit, no supervisor).
 JOB_STATE = r"""
 _calive() { # $1 directory, $2 pid: not a stranger that has the number now
   kill -0 "$2" 2>/dev/null || return 1
@@ -1333,7 +1333,7 @@ sum_refs() {
   { _co for-each-ref; _co rev-parse HEAD; _co rev-parse -q --verify refs/stash; } |
     cksum | tr ' ' -
 }
-in_stage() { # op function...; the stage is removed, too, where the client is gone
+in_stage() { # op function...; it is cleared, too, where the client is gone
   trap 'cd "$root"; rm -rf "$s"; exit 1' PIPE HUP TERM
   s=$root/.cmux/stage/$1.$$; mkdir -p "$s" || return 3
   shift; "$@"; status=$?
@@ -1357,7 +1357,7 @@ only_paths() { sed 's/^[^ ]* [^ ]* [^ ]* \.\///'; }
 unreadable() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$s/now"; }
 """
 
-# PULL root project name base tree op commits bytes last-op record: what the workspace changed, as a
+# PULL root project name base tree op commits bytes last-op record: what the workspace changed, a
 #   stream; with `record`, it counts as brought home once the client names this op. 22: no
 #   workspace; 24: a file is too large. `note ...` lines, then one of these:
 #     git DIRTY BASE   DIRTY is 1 where the last commit is uncommitted work
@@ -1581,7 +1581,7 @@ _replace() { # status of _switch. Without a copy, ignored files would be lost wi
   cd "$root" && _unpack_base || return
   gone=$root/.cmux/trash/$op
   mkdir -p "$gone" && mv "$w" "$gone/" && mv "$s/tree" "$w" || return 3
-  ( trap '' HUP; exec rm -rf "$gone" ) </dev/null >/dev/null 2>&1 4>&- &
+  _discard "$gone"
 }
 """
 
@@ -1649,7 +1649,7 @@ _work() {
     rm -f ".cmux/made/$project/$name.op"
   fi
   rm -rf "$known"
-  ( trap '' HUP; cd / && exec rm -rf "$root/$trash" ) </dev/null >/dev/null 2>&1 4>&- &
+  _discard "$root/$trash"
 }
 """
 
@@ -1846,8 +1846,8 @@ _cop() {
   if [ "$3" -gt 0 ]; then tail -c "+$(($2+1))" "$1/out" | head -c "$3"; fi
 }
 """
-# STOP dir id: end a job's tree; replies whether that was seen, and the state. The pid of a job that
-# has ended may be a stranger's.
+# STOP dir id: end a job's tree, and say what was seen of it, and its state. The number of a job
+# that has ended may be a stranger's.
 STOP = JOB_STATE + r"""
 _cop() {
   [ -d "$1" ] || return 38
@@ -1915,7 +1915,7 @@ def shell_header(nonce: str, run_id: str, operation: bytes) -> bytes:
     return HELD + record("_cmux_nonce", nonce) + record("_cmux_run", run_id) + operation
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def sent_text(script: str) -> str:
     """A script without comments and indentation, a fifth of it."""
     text = re.sub(r"(?m)(^|\s)# [^'\"\n]*$", "", script)
@@ -2483,7 +2483,7 @@ class Registry:
 
     @contextlib.contextmanager
     def editing(self, secrets: bool = False) -> Iterator[Fields]:
-        """The record, or the secrets, to be changed under the lock; then they are written."""
+        """The record, or the secrets, to be changed under the lock; written unless that raises."""
         path = self.secrets_path if secrets else self.path
         with Lock(path + ".lock", doing="changes " + show(path)):
             value: Any = {"secrets": read_secrets(path)} if secrets else read_json(path, RECORD)
@@ -2508,7 +2508,7 @@ class Registry:
         return Lock(f"{self.running}/tree.{place}", True, doing="sends the same files to " + host)
 
     def secrets(self) -> Mapping[str, dict[str, str]]:
-        """name -> {"value": ...} or {"command": ...}"""
+        """name -> {"value": ...} or {"command": ...}."""
         secrets: dict[str, dict[str, str]] = self._cached(self.secrets_path, read_secrets)
         return secrets
 
@@ -2602,7 +2602,7 @@ def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Fields]:
 
 
 def secret_values(registry: Registry, cancel: Cancel | None = None) -> dict[str, bytes]:
-    """The project's secrets; commands, which the user typed, run now, in a shell.
+    """The project's secrets, commands run now (by the user's shell, as typed by the user).
 
     Raises CmuxError naming the secret, never its value; Cancelled.
     """
@@ -2649,24 +2649,24 @@ def check_secret(name: str, value: bytes) -> None:
 # ssh takes the first value it finds: these beat any config. What each stops was seen on a real
 # sshd. (-S is a socket of ours or none: the user's own master is never used.)
 FORCED = (
-    "BatchMode=yes",                         # never a prompt
-    "ClearAllForwardings=yes",               # local, remote, dynamic forwards, and tunnels
+    "BatchMode=yes",  # never a prompt
+    "ClearAllForwardings=yes",  # local, remote, dynamic forwards, and tunnels
     "PermitLocalCommand=no", "RemoteCommand=none",
-    "SetEnv=CMUX_SSH=1",                     # replaces the config's list, which can't be emptied
+    "SetEnv=CMUX_SSH=1",  # replaces the config's list, which can't be emptied
     "AddKeysToAgent=no", "UpdateHostKeys=no",
-    "Compression=no",                        # decompression before any limit of ours
-    "LogLevel=ERROR",                        # QUIET hides a failed host key check
+    "Compression=no",  # decompression before any limit of ours
+    "LogLevel=ERROR",  # QUIET hides a failed host key check
     "ServerAliveInterval=15", "ServerAliveCountMax=4",
 )
 # Only where `ssh -G` prints the key (OpenSSH 8.7; a build with GSSAPI): unknown ones are fatal,
 # and IgnoreUnknown on the command line would replace the user's own.
 FORCED_IF_KNOWN = (
-    ("stdinnull", "StdinNull=no"),           # yes: our stdin is dropped
-    ("sessiontype", "SessionType=default"),  # none: it hangs for ever
-    ("forkafterauthentication", "ForkAfterAuthentication=no"),
-    ("gssapidelegatecredentials", "GSSAPIDelegateCredentials=no"),
-    ("channeltimeout", "ChannelTimeout=none"),  # the client's own
-    ("logverbose", "LogVerbose=kex.c:kex_exchange_identification():*"),  # for read_log
+    "StdinNull=no",  # yes: our stdin is dropped
+    "SessionType=default",  # none: it hangs for ever
+    "ForkAfterAuthentication=no",
+    "GSSAPIDelegateCredentials=no",
+    "ChannelTimeout=none",  # the client's own
+    "LogVerbose=kex.c:kex_exchange_identification():*",  # for read_log
 )
 # `-o SendEnv=-*` does not undo a config's SendEnv, so what its patterns match is removed from the
 # environment of ssh, except these: ssh and its ProxyCommand need them.
@@ -2712,9 +2712,9 @@ FAILURES: tuple[tuple[str, type[HostError], str, str], ...] = (
 )
 
 
-# LogVerbose makes ssh log, as debug1, what a server says before its keys are known. We look for the
-# words with which OpenSSH 9.8 and later turn an address away, and for servers that end the whole
-# connection when sessions come and go at once (Dropbear's issues 173, 321).
+# LogVerbose makes ssh log, as debug1, what a server says before its keys are known; of that we look
+# for two things. The words with which OpenSSH 9.8 and later turn an address away, and servers that
+# end the whole connection when sessions come and go at once (Dropbear's issues 173, 321).
 HEARD = re.compile(rb"debug1: \S*kex_exchange_identification(?:\(\):\d+ \([^()]*\))?: (.*)")
 TURNED_AWAY = re.compile(rb"banner line \d+: Not allowed at this time\Z")
 DISCONNECT = b"Received disconnect from "
@@ -2774,7 +2774,8 @@ def ssh_argv(config: SSHConfig, *options: str) -> list[str]:
     """The argv of an ssh of ours up to the host. The forced options stand directly behind the
     program, before those in $CMUX_SSH_COMMAND: the first value wins. (A wrapper, such as sshpass,
     gets them at its end.)"""
-    wanted = list(FORCED) + [option for key, option in FORCED_IF_KNOWN if key in config.values]
+    wanted = [*FORCED, *(option for option in FORCED_IF_KNOWN
+                         if option.partition("=")[0].lower() in config.values)]
     if {"no", "off", "false"} & set(config.values.get("stricthostkeychecking", ())):
         wanted.append("StrictHostKeyChecking=accept-new")  # a changed key is then refused
     if config.first("connecttimeout") in ("", "none"):
@@ -2952,7 +2953,7 @@ class Session:
         self.host = host
         self.master: Master | None = None
         self.stdin = self.stdout = self.stderr = self.control = -1
-        self.counted = False     # among the operations of its Host that run
+        self.counted = False  # among the operations of its Host that run
 
     def adopt(self, stdin: int, stdout: int, stderr: int) -> None:
         fork_aware().add(self)
@@ -3084,8 +3085,8 @@ class MuxSession(Session):
         return super().failure(begun, sent)
 
     def close(self) -> None:
-        """Its slot is free at once, though sshd ends it a moment later: sshd takes two more than
-        there are slots, and what it refuses has not begun, and is tried again."""
+        """Its slot is free at once: what sshd refuses until it has ended this has not begun, and is
+        tried again."""
         if self.control >= 0:
             self._forked()
             self._masters.free([self._slot])
@@ -3182,10 +3183,10 @@ class Master:
     """A connection that sessions share, and what this process has seen of it."""
 
     def __init__(self, path: str) -> None:
-        self.path = path                # of its control socket
+        self.path = path  # of its control socket
         self.slots = [Slot(self, number) for number in range(SESSIONS_PER_MASTER)]
-        self.until = self.pause = 0.0   # it refused a session, and rests until then, so long
-        self.heard = 0                  # the size of its log
+        self.until = self.pause = 0.0  # it refused a session, and rests until then, so long
+        self.heard = 0  # the size of its log
 
 
 class Masters:
@@ -3215,12 +3216,12 @@ class Masters:
         import threading
         self.config, self.host, self.interactive = config, config.host, interactive
         self.folder = socket_folder(hashlib.sha256(repr(config).encode()).hexdigest()[:16])
-        self._shaking = Waiters()              # for a handshake
+        self._shaking = Waiters()  # for a handshake
         self._mutex = threading.Lock()
-        self._known: dict[str, Master] = {}    # those that were seen last, by name
+        self._known: dict[str, Master] = {}  # those that were seen last, by name
         self._freed = {1: Waiters(), 2: Waiters()}  # for one slot, for two at once
-        self._waiting = self._launching = 0    # slots waited for; masters being started
-        self._spared = False                   # a master for sessions ahead was tried
+        self._waiting = self._launching = 0  # slots waited for; masters being started
+        self._spared = False  # a master for sessions ahead was tried
         slow = config.first("connecttimeout") == "0"
         self.patience = CONNECT_PATIENCE_SLOW if slow else CONNECT_PATIENCE
 
@@ -3518,7 +3519,7 @@ class Masters:
         return [self.open_direct(command, deadline, cancel)]
 
     def connect(self, deadline: Deadline, cancel: Cancel | None = None) -> None:
-        """Start a master, if none lives and this host has any. Raises ConnectionFailed."""
+        """Make sure that a master lives, if this host has any. Raises ConnectionFailed."""
         if not self.single() and not self.masters():
             self.free(self._first_master(1, deadline, cancel))
 
@@ -3537,8 +3538,8 @@ class Masters:
                 self._launching += 1
             self.free(self._one_more(SESSIONS_PER_MASTER, None))
             slots = self._try_slots(1, half)
-        with contextlib.suppress(HostError):
-            return self._open_on(slots, command)[0] if slots else None
+        with contextlib.suppress(HostError, IndexError):
+            return self._open_on(slots, command)[0]
         return None
 
     def _open_on(self, slots: Sequence[Slot], command: str) -> list[Session]:
@@ -3682,8 +3683,8 @@ class Masters:
 
 
 def look_closely(masters: Masters, command: str) -> tuple[int, str, bytes]:
-    """Run ``command`` once on a connection of its own, for diagnosis: (status, ssh's debugging
-    words, what else was on stderr: a ProxyCommand's).
+    """Run ``command`` over a connection of its own with ssh's debugging words: (status, those
+    words, what else was on stderr: a ProxyCommand's). For diagnosis; never asks, is tried once.
 
     ssh sends a proxy that closes its stdout a SIGHUP before it can write why: it is ignored, for a
     second."""
@@ -3744,16 +3745,15 @@ def socket_folder(name: str) -> str:
 class Stream:
     """Finds the marks in stdout or stderr, and passes what lies between to ``sink``."""
 
-    MARK_MAX = 64               # bytes: a letter, two numbers, the newline
+    MARK_MAX = 64  # bytes: a letter, two numbers, the newline
+    ready = begun = ended = closed = False
+    held = noise = b""
+    pid = stop = ""
+    status: int | None = None
+    refused = 0  # the number after the mark x: the operation did not begin
 
     def __init__(self, fd: int, nonce: bytes, sink: Sink) -> None:
         self.fd, self.nonce, self.sink = fd, nonce, sink
-        self.ready = self.begun = self.ended = self.closed = False
-        self.held = self.noise = b""
-        self.pid = ""
-        self.status: int | None = None
-        self.stop = ""
-        self.refused = 0          # the number after the mark x: the operation did not begin
 
     def read(self) -> bool:
         """Read once; False at the end."""
@@ -3838,14 +3838,14 @@ class Exchange:
         self.outgoing = memoryview(header + (data or b""))
         # How many bytes wait until our wrapper has printed READY.
         self._held = len(self.outgoing) - len(HELD) if HELD in operation else 0
-        self.asked = 0.0                 # when those were sent
+        self.asked = 0.0  # when those were sent
         self.source = source
         self.close_stdin = data is not None  # once everything is written
-        self.sent = False                # the whole header
-        self.lost = False                # the session is over, with end marks or not
-        self.moved = time.monotonic()    # when a byte was last sent or received
+        self.sent = False  # the whole header
+        self.lost = False  # the session is over, with end marks or not
+        self.moved = time.monotonic()  # when a byte was last sent or received
         self.guard: Exchange | None = None
-        self._beaten = self.moved        # when the last sign of life was sent
+        self._beaten = self.moved  # when the last sign of life was sent
 
     @property
     def begun(self) -> bool:
@@ -3890,8 +3890,7 @@ class Exchange:
         return True
 
     def _beat(self) -> None:
-        """Send something harmless over the session, and its guard's: sshd's ChannelTimeout ends a
-        silent one."""
+        """Send a sign of life over the session, and its guard's."""
         self._beaten = time.monotonic()
         over, sign = (self.guard, b"beat " + self.out.nonce) if self.guard else (self, b"")
         if over.sent and not over.source and over.session.stdin >= 0:
@@ -4001,8 +4000,8 @@ class Host:
     def _forked(self) -> None:
         import threading
         self._ready: list[Session] = []
-        self._active = 0                  # operations that run now
-        self._resting = False             # closed: nothing is opened ahead until the next one
+        self._active = 0  # operations that run now
+        self._resting = False  # closed: nothing is opened ahead until the next one
         self._keeper: threading.Thread | None = None
         self._wake = threading.Event()
         self._masters: Masters | None = None
@@ -4099,7 +4098,7 @@ class Host:
                     session.close()
         try:
             if len(found) < count:
-                for session in found:  # whoever holds one must not wait for another
+                for session in found:
                     session.close()
                 found = self.masters.open(BOOT, deadline, cancel, count)
             found[0].counted = True
@@ -4162,10 +4161,9 @@ class Host:
             session.close()
 
     def begin(self, exchange: Exchange, cancel: Cancel | None,
-              deadline: Deadline | None = None) -> None:
+              deadline: Deadline = NEVER) -> None:
         """Wait until an operation has begun, or the deadline has passed. Raises HostError;
         WorkspaceMissing where its directory is missing."""
-        deadline = deadline or Deadline(None)
         direct = isinstance(exchange.session, DirectSession)
         patience = Deadline(deadline.capped(START_PATIENCE + (CONNECT_PATIENCE if direct else 0)))
         soon, answered = Deadline(patience.capped(SHELL_PATIENCE)), exchange.answered
@@ -4210,15 +4208,14 @@ class Host:
 
     def run(self, records: bytes, directory: str, stdout: Sink, stderr: Sink,
             source: Source | None = None,
-            deadline: Deadline | None = None, cancel: Cancel | None = None) -> Outcome:
+            deadline: Deadline = NEVER, cancel: Cancel | None = None) -> Outcome:
         """Run a user's command (``records`` from command_records and the environment).
 
         Bytes reach ``stdout`` and ``stderr`` as they come. At the deadline, on ``cancel`` and on
         what these raise (KeyboardInterrupt, too) the process tree on the host is ended first.
         """
         records = record("_cmux_directory", directory) + records
-        return CommandRun(self, records, stdout, stderr, source).go(
-            deadline or Deadline(None), cancel)
+        return CommandRun(self, records, stdout, stderr, source).go(deadline, cancel)
 
 
 class Incoming:
@@ -4233,13 +4230,13 @@ class Incoming:
             records = script_records(script, *arguments)
             self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err)
             host.begin(self.exchange, cancel)
-            sessions.clear()  # close() closes it
+            sessions.clear()  # close() gives it back
         host.attempt(work, Deadline(SLOT_PATIENCE), cancel, lambda lost: True, bulk=True)
 
     def take(self) -> bytes:
         """Some bytes; b"" once the script has ended."""
         if not self.waiting:
-            self.exchange.run(Deadline(None), self.cancel, stall=CALL_PATIENCE,
+            self.exchange.run(NEVER, self.cancel, stall=CALL_PATIENCE,
                               until=lambda: bool(self.waiting) or self.exchange.ended)
         return self.waiting.pop(0) if self.waiting else b""
 
@@ -4264,14 +4261,11 @@ class CommandRun:
         self.run_id = os.urandom(12).hex()
         self.exchange: Exchange | None = None
         self.guard: Exchange | None = None
-        self.verdict = Capture(100)      # of the guard
+        self.verdict = Capture(100)  # of the guard
 
     def go(self, deadline: Deadline, cancel: Cancel | None) -> Outcome:
         """Run it to its end. A session that is lost before the header is written whole is replaced:
         nothing can have begun."""
-        def repeat(lost: ConnectionLost) -> bool:
-            return not lost.begun and not (self.source and self.source.total)
-
         def work(sessions: list[Session]) -> Outcome:
             self.exchange = self.guard = None
             reason = "timeout"
@@ -4286,8 +4280,8 @@ class CommandRun:
                 raise
             return Outcome(status=None, stopped=self._stop(), reason=reason)
         try:
-            return self.host.attempt(work, Deadline(deadline.capped(SLOT_PATIENCE)), cancel, repeat,
-                                     2 if self.source else 1)
+            return self.host.attempt(work, Deadline(deadline.capped(SLOT_PATIENCE)), cancel,
+                                     lambda lost: not lost.begun, 2 if self.source else 1)
         except Cancelled:  # while it waited
             return Outcome(status=None, stopped="confirmed", reason="cancel")
 
