@@ -4526,8 +4526,8 @@ GIT_SAFE = GIT_ALWAYS + git_settings(
 # For the user's own git, where it reads the work tree for us.
 USER_SAFE = GIT_ALWAYS + git_settings("core.splitIndex=false", "core.untrackedCache=false",
                                   "core.safecrlf=false")
-# protocol.allow=never does not stop a repository's own protocol.ext.allow=always; this does.
 ALTERNATES = "GIT_ALTERNATE_OBJECT_DIRECTORIES"
+# protocol.allow=never does not stop a repository's own protocol.ext.allow=always; this does.
 GIT_ALONE = {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0",
              "GIT_NO_REPLACE_OBJECTS": "1", "GIT_OPTIONAL_LOCKS": "0"}
 # Bytes are the repository's own: no filter runs, no commit id, author or date is expanded, no
@@ -4571,16 +4571,16 @@ class Repository:
         lines = self._line("rev-parse", "--absolute-git-dir", "--git-common-dir").split("\n")
         if len(lines) != 2:
             raise GitFailed("The repository's path holds a newline.", "Move it.")
-        self.git_dir = lines[0]
+        self.git_dir = os.path.realpath(lines[0])
         self.common_dir = os.path.realpath(os.path.join(self.directory, lines[1]))
-        own = os.path.realpath(self.git_dir)
-        if (os.path.realpath(self.directory) + "/").startswith(own + "/"):
+        if (os.path.realpath(self.directory) + "/").startswith(self.git_dir + "/"):
             # In another repository's work tree it may have come with a clone, or a pull: its
             # config could be an attacker's.
-            words = [self.program, "-C", os.path.dirname(own), *GIT_SAFE, "rev-parse", "--git-dir"]
+            above = os.path.dirname(self.git_dir)
+            words = [self.program, "-C", above, *GIT_SAFE, "rev-parse", "--git-dir"]
             if run(words, git_environment())[0] == 0:
-                raise GitFailed(f"{show(own)} is a git directory inside another repository.",
-                                "Name a directory of the work tree with -C.")
+                raise GitFailed(f"{show(self.git_dir)} is a git directory inside another "
+                                "repository.", "Name a directory of the work tree with -C.")
 
     def _line(self, *words: str) -> str:
         """What a git command prints, without the last newline. Raises GitFailed."""
@@ -4762,8 +4762,10 @@ class Repository:
         raw = self.config("core.hooksPath")
         tops = {os.path.realpath(row[0][len("worktree "):]) for row in self._worktrees()
                 if "bare" not in row}
-        tops.discard(os.path.realpath(self.common_dir))  # which git lists for a submodule
-        found = {os.path.relpath(near, top) for top in tops.union(filter(None, [self.top]))
+        tops.discard(self.common_dir)  # which git lists for a submodule
+        if self.top:
+            tops.add(self.top)
+        found = {os.path.relpath(near, top) for top in tops
                  for near in (os.path.normpath(path), os.path.realpath(path))}
         if raw and raw[0] not in "/~":
             found.add(os.path.normpath(raw))
@@ -4797,8 +4799,7 @@ class Repository:
 
     def place(self) -> Place:
         """Where this repository's submodules and LFS content lie."""
-        roots = [base + "/modules"
-                 for base in (self.common_dir, os.path.realpath(self.git_dir))]
+        roots = [self.common_dir + "/modules", self.git_dir + "/modules"]
         return Place(self.top, self.common_dir, roots)
 
     def object_directory(self) -> str:
@@ -4825,7 +4826,7 @@ class Shadow:
 
     def __init__(self, repository: Repository, example: str) -> None:
         import tempfile
-        self.repository = repository
+        self.repository, self.form = repository, "sha256" if len(example) == 64 else "sha1"
         self.reap(temporary_folder())
         self.path = tempfile.mkdtemp(prefix="cmux-shadow-", dir=temporary_folder())
         self.lock = self.lock_of(self.path).hold()  # where reap() was faster, a new directory
@@ -4834,14 +4835,14 @@ class Shadow:
         self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null")
         self.env[ALTERNATES] = self.alternate(repository.object_directory())
         try:
-            self._init(self.git_dir, example)
+            self._init(self.git_dir)
             os.makedirs(self.git_dir + "/info", exist_ok=True)
         except BaseException:
             self.close()
             raise
 
-    def _init(self, path: str, example: str) -> None:
-        form = ["--object-format=sha256"] if len(example) == 64 else []
+    def _init(self, path: str) -> None:
+        form = [] if self.form == "sha1" else ["--object-format=" + self.form]  # git 2.29
         list(self.records("init", "-q", "--bare", "--template=", *form, path, talks=True))
 
     def at(self, git_dir: str) -> list[str]:
@@ -5048,7 +5049,7 @@ class Shadow:
             words = self.argv("pack-objects", "-q", "--revs", "--stdout")
             if spawn(words, self.env, stdin=revisions, stdout=stream).wait():
                 raise GitFailed("git could not pack the result.")
-        self._init(apart, tip)
+        self._init(apart)
         why = index_pack(self.at(apart), self.env, pack)
         if why:
             raise ResultRefused(f"git refuses the result: {why}.")
@@ -5178,8 +5179,7 @@ class Parts:
                 self.pointers[path], file = pointer, place.content(sha256, size)
                 if file:
                     self.files[path] = file
-                    form = "sha256" if len(oid) == 64 else "sha1"
-                    content = hashlib.new(form, b"content " + sha256.encode())
+                    content = hashlib.new(self.shadow.form, b"content " + sha256.encode())
                     self._rows.append((mode, content.hexdigest(), path))
         for path, commit in links:
             self.modules.add(prefix + path)
@@ -5254,7 +5254,7 @@ class Importer:
     """`git fast-import`. It takes any path: what it is given was checked before."""
 
     def __init__(self, shadow: Shadow) -> None:
-        self.marks = shadow.path + "/marks"
+        self.form, self.marks = shadow.form, shadow.path + "/marks"
         words = ["fast-import", "--quiet", "--done", "--force", "--depth=0",
                  "--date-format=raw", "--export-marks=" + self.marks]
         argv = shadow.argv("-c", "core.ignoreCase=false", *words)
@@ -5693,7 +5693,7 @@ class ProjectBase:
     def _make(self, upload: Upload, op: str, init: bool) -> None:
         name, host = upload.name, upload.host.name
         entry: Fields = {
-            "state": "creating", **upload.place, "op": op, "created": int(time.time()),
+            "state": "creating", **upload.entry, "op": op, "created": int(time.time()),
             **upload.base()}
         upload.left_out()
         try:
@@ -6015,7 +6015,7 @@ class Upload:
     def __init__(self, project: ProjectBase, name: str, entry: Mapping[str, Any], ref: str,
                  report: Report, cancel: Cancel | None) -> None:
         self.project, self.name, self.report, self.cancel = project, name, report, cancel
-        self.host, self.place, self.head = project.host(entry["host"]), entry, ref == "HEAD"
+        self.host, self.entry, self.head = project.host(entry["host"]), entry, ref == "HEAD"
         self.commit, source = project.repository.resolve(ref)
         project.repository.refuse_state(self.commit)
         self.sent = 0  # bytes of the archive
@@ -6049,7 +6049,7 @@ class Upload:
         reply = use()
         if reply.status != 21:
             return reply
-        lock = self.project.registry.upload_lock(self.tree, self.host.name, self.place["root"])
+        lock = self.project.registry.upload_lock(self.tree, self.host.name, self.entry["root"])
         waited = not lock.take()
         if waited:
             self.report.step(self.name, "waiting for the archive")
@@ -6096,10 +6096,10 @@ class Upload:
     def left_out(self) -> None:
         """Report, once a command, what the repository has and the host does not get."""
         with self.project.looking:
-            noted_of = vars(self.report).setdefault("not_sent", set())
-            if self.tree in noted_of or type(self.report) is Report:  # which shows nothing
+            reported = vars(self.report).setdefault("not_sent", set())
+            if self.tree in reported or type(self.report) is Report:  # which shows nothing
                 return
-            noted_of.add(self.tree)
+            reported.add(self.tree)
             parts = self.parts
             below = sum(place.uncommitted(self.shadow) for place in parts.places)
             changed = self.head and self.project.repository.uncommitted(
@@ -6160,7 +6160,7 @@ class Upload:
                 how = "gzip"
                 archive.compress()
         try:
-            reply = self.project.operate(UPLOAD, self.name, self.place, [op, parent, how],
+            reply = self.project.operate(UPLOAD, self.name, self.entry, [op, parent, how],
                                          cancel=self.cancel, source=archive, direct=direct)
         except ConnectionLost as lost:
             archive.check(False)
@@ -6550,9 +6550,9 @@ class Harvest:
         self.left: dict[bytes, str] = {}           # path that cannot come -> why
         self.total = self.spread = 0  # bytes of contents; counted for each path
 
-    def read(self, base: bytes, everything: bool, form: str) -> None:
+    def read(self, base: bytes, everything: bool) -> None:
         """``base``: the host's id of the base commit, b"" without git; ``everything``: what does
-        not come was deleted; ``form``: the hash of our git."""
+        not come was deleted."""
         self._read_commits(base)
         if not base:
             person = f"cmux <cmux@localhost> {int(time.time())} +0000"
@@ -6560,7 +6560,7 @@ class Harvest:
         self._read_changes()
         for path in self.known().difference(self.commits[b"1"].changes) if everything else ():
             self.commits[b"1"].changes[path] = "", b""
-        self._read_contents(form)
+        self._read_contents()
         if not self.wire.ended():
             raise refuse("its stream goes on after its end")
         for commit in self.commits.values():
@@ -6627,7 +6627,7 @@ class Harvest:
             self.links.setdefault(content, []).append(path)
         commit.changes[path] = mode, content
 
-    def _read_contents(self, form: str) -> None:
+    def _read_contents(self) -> None:
         for name, size in self._objects(b"blob"):
             uses = self.contents.get(name)
             if not isinstance(uses, int):
@@ -6642,14 +6642,14 @@ class Harvest:
             if self.total > PULL_TOTAL_MAX:
                 raise refuse(f"it is larger than {human_size(PULL_TOTAL_MAX)}", _IGNORE)
             chunks = self._link(name, size) if name in self.links else self.wire.chunks(size)
-            self.contents[name] = self._import(chunks, size, form)
+            self.contents[name] = self._import(chunks, size)
         if not all(isinstance(oid, str) for oid in self.contents.values()):
             raise refuse("its stream lacks contents")
 
-    def _import(self, chunks: Iterable[bytes], size: int, form: str) -> str:
+    def _import(self, chunks: Iterable[bytes], size: int) -> str:
         """Give a content to git, and look for secrets in it; its id."""
         import hashlib
-        digest = hashlib.new(form, b"blob %d\0" % size)
+        digest = hashlib.new(self.importer.form, b"blob %d\0" % size)
         plain = hashlib.sha256() if size in self.sizes else None
         leaks: set[str] = set()
         before = b""
@@ -6823,7 +6823,7 @@ class Pull:
             dirty, base, everything = self._begin(wire, incoming)
             pointers = {(sha256, size): oid for _, oid, sha256, size in self.lfs.values()}
             harvest = Harvest(wire, importer, self.sent, secrets, pointers)
-            harvest.read(base, everything, "sha256" if len(self.base) == 64 else "sha1")
+            harvest.read(base, everything)
             self._check_reply(incoming)
             self.report.step(self.name, "checking")
             commits = self._grow(harvest, importer)
@@ -6923,7 +6923,7 @@ class Pull:
             self.notes.append(f"{show(path)[1:-1]} came home as content: after the merge, "
                               "`git add` makes an LFS pointer of it")
 
-    def settle(self, commits: list[str], dirty: bool, before: str, over: bool) -> tuple[str, str]:
+    def combine(self, commits: list[str], dirty: bool, before: str, over: bool) -> tuple[str, str]:
         """(the commit of the result, what it stands on): ``before``, which an earlier pull made, or
         the base, where a push took that out of the workspace (``over``): on top of it, the result
         would seem to revert it."""
@@ -7028,7 +7028,7 @@ class Pull:
         began = time.time()
         self.project.update(self.name, asked=began)
         commits, dirty = self.fetch(record=True)
-        tip, since = self.settle(commits, dirty, "" if merged else old, old in over)
+        tip, since = self.combine(commits, dirty, "" if merged else old, old in over)
         executes, moved = self.inspect(since, tip), tip != since
         if moved:
             self.report.step(self.name, "storing")
@@ -8412,7 +8412,7 @@ class McpServer:
         self.op = ""                # the id of the workspace, as last seen
         self.manage, self.soft = manage, soft
         self.tools = dict(TOOLS, **MANAGE_TOOLS) if manage else TOOLS
-        self.room = threading.Semaphore(MCP_AT_ONCE)  # held from a call's begin to its answer
+        self.slots = threading.Semaphore(MCP_AT_ONCE)  # held from a call's begin to its answer
         self.changed = threading.Condition()    # guards all that follows
         self.calls: dict[str | int, Call] = {}  # not answered yet
         self.working: set[Call] = set()         # not ended yet
@@ -8596,7 +8596,7 @@ class McpServer:
                 self._answer(call, MCP_BUSY, True)
 
     def _work(self, call: Call) -> None:
-        self.room.acquire()
+        self.slots.acquire()
         with self.changed:
             call.begun = not call.answered
         text, failed = "", True
@@ -8609,7 +8609,7 @@ class McpServer:
         if call.begun:
             self._answer(call, text, failed)
         else:
-            self.room.release()
+            self.slots.release()
         with self.changed:
             self.working.discard(call)
             if call.id not in self.kept:
@@ -8626,7 +8626,7 @@ class McpServer:
             call.reply({"content": [{"type": "text", "text": text[:MCP_ROOM * 2]}],
                         "isError": failed})
         if call.begun:  # only now: where nobody reads the answers, no more calls begin
-            self.room.release()
+            self.slots.release()
 
     def _watch_the_clock(self) -> None:
         """Report progress, and answer the calls that take longer than the soft timeout."""
