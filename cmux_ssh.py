@@ -4545,7 +4545,7 @@ def git_environment(**extra: str) -> dict[str, str]:
 
 
 def user_environment() -> dict[str, str]:
-    """Our environment with what it says of git's configuration, and no other GIT_ variable."""
+    """Our environment without its GIT_ variables, except those that configure git."""
     return {name: value for name, value in os.environ.items()
             if not name.startswith("GIT_") or name.startswith("GIT_CONFIG")}
 
@@ -4584,7 +4584,7 @@ class Repository:
 
     def _line(self, *words: str) -> str:
         """What a git command prints, without the last newline. Raises GitFailed."""
-        # The user's global config is read here for safe.directory alone; rev-parse runs nothing.
+        # The user's global config is read for safe.directory alone; rev-parse runs nothing.
         env = git_environment()
         del env["GIT_CONFIG_NOSYSTEM"]
         status, out, err = run([self.program, "-C", self.directory, *GIT_SAFE, *words], env)
@@ -4632,7 +4632,7 @@ class Repository:
         return contextlib.closing(Shadow(self, example))
 
     def value_of(self, name: str, kind: str = "^{commit}") -> str:
-        """The id of the commit (or other object) that a name stands for; "" where there is none."""
+        """The id of the commit (or other object) that a name stands for, or ""."""
         try:
             return self._line("rev-parse", "--verify", "-q", name + kind)
         except GitFailed:
@@ -4931,7 +4931,7 @@ class Shadow:
         return self.call("commit-tree", tree, *words, stdin=message.encode(), env=env)
 
     def common(self, one: str, other: str) -> str:
-        """The commit that two come from; "" where there is none."""
+        """The best common ancestor of two commits, or ""."""
         return run(self.argv("merge-base", one, other), self.env, patience=600)[1].decode().strip()
 
     def is_ancestor(self, old: str, new: str) -> bool:
@@ -5120,7 +5120,7 @@ class Place:
             return None
 
     def content(self, sha256: str, size: int) -> str:
-        """The file that holds an LFS object, by its name and size; "" where there is none."""
+        """The file that holds an LFS object, by its name and size, or ""."""
         path = f"{self.git_dir}/lfs/objects/{sha256[:2]}/{sha256[2:4]}/{sha256}"
         try:
             status = os.lstat(path)
@@ -5228,7 +5228,7 @@ def read_content(path: str, name: str, pointer: Pointer) -> Iterator[bytes]:
 
 
 def is_content(path: str, pointer: Pointer) -> bool:
-    """Whether a file holds what an LFS pointer says."""
+    """Whether a file has the content of an LFS pointer."""
     try:
         return os.path.getsize(path) == pointer[3] and all(read_content(path, "", pointer))
     except (OSError, GitFailed):
@@ -5475,7 +5475,7 @@ class ProjectBase:
     def _forked(self) -> None:
         import threading
         self._mutex = threading.Lock()
-        self.looking = threading.Lock()  # many workspaces at once: one says what is not sent
+        self.looking = threading.Lock()  # of many workspaces at once one reports what is not sent
         self._fetching = threading.Lock()
         self._unknown: tuple[float, CmuxError] | None = None  # why a secret's command failed
         self.fetched: set[str] = set()   # secrets that this process has sent or looked up
@@ -5662,9 +5662,9 @@ class ProjectBase:
 
     def create(self, name: str, host: str, ref: str = "HEAD", root: str = "", init: bool = True,
                report: Report | None = None, cancel: Cancel | None = None) -> "Workspace":
-        """Make workspace ``name`` on ``host`` from commit ``ref``, below ``root`` there (default
-        ~/cmux), and run its init hook unless ``init`` is false: ``report`` gets to know of a hook
-        that fails, which undoes nothing.
+        """Make workspace ``name`` on ``host`` from commit ``ref``, below its directory ``root``
+        (default ~/cmux), and run its init hook unless ``init`` is false; a hook that fails is
+        reported, and undoes nothing.
 
         Raises WorkspaceExists, UploadFailed, HostError, GitFailed, RemoteFailed, Cancelled.
         """
@@ -5763,8 +5763,8 @@ class ProjectBase:
 
     def remove(self, name: str, force: bool = False, forget: bool = False) -> list[str]:
         """Remove a workspace; with jobs that run or work that has not been pulled only by
-        ``force``. ``forget``: only here, its host being gone for good. What was removed: [name], or
-        [] when there is none. Raises WorkspaceDirty, HostError, RemoteFailed."""
+        ``force``. ``forget``: only locally, its host is gone for good. Returns [name], or [] when
+        there is none. Raises WorkspaceDirty, HostError, RemoteFailed."""
         with self.registry.creation_lock(check_workspace(name)):
             entry = self.registry.read()["workspaces"].get(name)
             if entry is None:
@@ -5842,8 +5842,8 @@ class ProjectBase:
             return self.workspace(name)
 
     def rename(self, source: WorkspaceBase, name: str) -> "Workspace":
-        """Give a workspace another name, here and on the host; the new object (the old one is of no
-        more use). Until both are done, it has the old name. Raises as fork() does."""
+        """Give a workspace another name, locally and on the host; the new object (the old one is of
+        no more use). Until both are done, it has the old name. Raises as fork() does."""
         with self._both(source.name, name, shared=False):
             entry, op = self.settle(source.name), os.urandom(8).hex()
             self.vacate(name)
@@ -5862,9 +5862,9 @@ class ProjectBase:
 
     def push(self, name: str, ref: str = "HEAD", force: bool = False,
              report: Report | None = None, cancel: Cancel | None = None) -> bool:
-        """Bring a workspace to another local commit; False when it is there already. Refuses to
+        """Bring a workspace to another local commit; False when it has that already. Refuses to
         overwrite work that has not been pulled (WorkspaceDirty); with ``force`` a copy stays in the
-        trash on the host until gc. Raises as create() does, too."""
+        host's trash until gc. Raises as create() does, too."""
         with self.registry.creation_lock(check_workspace(name)):
             entry, report = self.settle(name), report or Report()
             host = entry["host"]
@@ -5894,7 +5894,7 @@ class ProjectBase:
         self.update(name, intent={"op": op, **upload.base()})
         reply = upload.with_base(op, lambda: self.operate(
             PUSH, name, entry, words, cancel=upload.cancel), entry["tree"])
-        if reply.status in (5, 25):  # nothing was done there
+        if reply.status in (5, 25):  # nothing was done
             self._end_intent(name, False)
         if reply.status == 25:
             self._refuse(name, entry, reply.lines())
@@ -6073,8 +6073,8 @@ class Upload:
         sizes = shadow.sizes(self.tree)
         sizes.update({path: self.parts.pointers[path][3] for path in self.parts.files})
         best, least, differs = "", sum(sizes.values()) / 2, []
-        sent = {tree: tree for there, tree in project.registry.read().get("sent", [])
-                if there == host}
+        sent = {tree: tree for name, tree in project.registry.read().get("sent", [])
+                if name == host}
         sent.update((entry["tree"], entry["base"]) for entry in project.entries().values()
                     if entry["host"] == host)
         for tree in offered:
@@ -6083,7 +6083,7 @@ class Upload:
                     continue
                 source = shadow.call("rev-parse", sent[tree] + "^{tree}")
                 if source != tree and Parts(shadow, source).tree != tree:
-                    continue  # other submodules or LFS files lie here now
+                    continue  # the local submodules or LFS files are others now
                 rows = [row[1:] for row in shadow.changes(tree, self.tree)]
             except GitFailed:
                 continue  # a commit that this repository does not have
@@ -6169,7 +6169,7 @@ class Upload:
                                "archive.", "Try again; nothing is left half-done.")
             cut.exit_code = 255
             raise cut from lost
-        if archive.ended:  # else the host took no more, and says why
+        if archive.ended:  # else the host took no more, and its reply has the reason
             archive.check()
         return reply
 
@@ -6192,7 +6192,7 @@ class WorkspaceBase:
         self.state = state_of(entry)
         if self.state == "init running":
             lock = project.registry.creation_lock(name)
-            if lock.take():  # whoever ran it was killed
+            if lock.take():  # the process that ran it was killed
                 lock.free()
                 self.state = "init failed"
 
@@ -6513,7 +6513,7 @@ def read_person(line: bytes) -> str:
                   for part in match.group(1, 2))
     sign, hours, minutes = match.group(4, 5, 6)
     ahead = 60 * (60 * int(hours) + int(minutes)) * (1 if sign == b"+" else -1)
-    # A time before 1970 on its own clock ends every `git log` here.
+    # A time before 1970 on its own clock ends every local `git log`.
     when = max(-ahead, 0, min(int(match.group(3)), 4102444800))
     # No zone on earth is further off, and git before 2.28 imports none.
     zone = (sign + hours + minutes).decode() if abs(ahead) <= 14 * 3600 else "+0000"
@@ -8091,7 +8091,7 @@ class Batch:
         self.reading, self.writing = threading.Lock(), threading.Lock()
         self.known: dict[str, Workspace] = {}
         self.failed = 0
-        self.closed: PipeClosed | None = None  # nobody reads the results any more
+        self.closed: PipeClosed | None = None  # the reader of the results has gone
 
     def run(self, lines: Iterator[bytes], at_once: int) -> int:
         """All lines, ``at_once`` at a time, each read when there is a thread for it; 0, or 1 if any
@@ -8406,7 +8406,7 @@ class McpServer:
                  soft: float = MCP_SOFT) -> None:
         import threading
         self.write, self.writing, self.ending = write, threading.Lock(), Cancel()
-        self.closed = False         # nobody reads our output any more
+        self.closed = False         # the reader of our output has gone
         self.version = ""           # of the handshake era, once agreed
         self.project, self.workspace, self.host = project, workspace, host
         self.op = ""                # the id of the workspace, as last seen
@@ -8625,7 +8625,7 @@ class McpServer:
         if text is not None:
             call.reply({"content": [{"type": "text", "text": text[:MCP_ROOM * 2]}],
                         "isError": failed})
-        if call.begun:  # only now: where nobody reads the answers, no more calls begin
+        if call.begun:  # only now: while the answers are not read, no more calls begin
             self.slots.release()
 
     def _watch_the_clock(self) -> None:
@@ -8743,7 +8743,7 @@ class McpServer:
         return str(self.project.entries().get(name, {}).get("host", ""))
 
     def _bound(self, entries: Mapping[str, Fields]) -> str:
-        """The present name of the workspace this is bound to: anybody may have renamed it."""
+        """The present name of the workspace this is bound to, which may have been renamed."""
         with self.changed:
             if self.workspace not in entries:
                 self.workspace = next((name for name, entry in entries.items()
@@ -9016,9 +9016,9 @@ def demo_removal(project: Project, tell: Callable[[str], None]) -> None:
 
 
 # === 18. Doctor ===
-# Owns: looking at this machine's setup and at one host, and saying what each finding means. May
-# touch: the rooms above. Promises: every finding in one sentence, every bad one with its fix;
-# nothing is left on the host; what ssh or the host said is neutralised and bounded.
+# Owns: examining this machine's setup and one host. May touch: the rooms above. Promises: every
+# finding in one sentence, every bad one with its fix; nothing is left on the host; the words of
+# ssh and of the host are neutralised and bounded.
 
 class Finding(Value):
     """One line of doctor. ``state``: ok; note (good to know); fix (works, could be better); bad
@@ -9053,10 +9053,10 @@ LEAKS = (
 
 def examine_here() -> Iterator[Finding]:
     """This machine's ssh, Python and state."""
-    said = neutralise(run([ssh_command()[0], "-V"], patience=CONNECT_TIMEOUT)[2]).strip()
-    version = re.search(r"OpenSSH_(?:for_Windows_)?(\d+)\.(\d+)", said)
+    printed = neutralise(run([ssh_command()[0], "-V"], patience=CONNECT_TIMEOUT)[2]).strip()
+    version = re.search(r"OpenSSH_(?:for_Windows_)?(\d+)\.(\d+)", printed)
     state = "fix" if not version else "ok" if tuple(map(int, version.groups())) >= (7, 8) else "bad"
-    yield finding(state, "ssh here", said[:100],
+    yield finding(state, "ssh here", printed[:100],
                   "Install OpenSSH 7.8 or newer, or name one with CMUX_SSH_COMMAND.")
     yield finding("ok", "python", "%d.%d.%d" % sys.version_info[:3])
     try:
@@ -9068,7 +9068,7 @@ def examine_here() -> Iterator[Finding]:
 def examine_config(config: SSHConfig) -> Finding:
     """What the user's ssh config would let out, and is forced off."""
     leaks = [text for key, value, text in LEAKS
-             if any(re.match(value, said) for said in config.values.get(key, []))]
+             if any(re.match(value, given) for given in config.values.get(key, []))]
     return finding("ok", "config", "forced off here, though your ssh config has it: "
                    + ", ".join(leaks) if leaks else
                    "nothing in your ssh config would leave this machine")
@@ -9166,18 +9166,18 @@ def examine_speed(host: Host) -> Iterator[Finding]:
 
 
 def examine_secrets(host: Host) -> Finding:
-    """A secret of this moment, handed over as every secret is: does any process table show it?"""
+    """Hand a random secret over as every secret is: does any process table show it?"""
     value, out = os.urandom(16).hex(), Capture(1000)
     command = ["sh", "-c", SEEN + "; sleep 0.3 || sleep 1"]
-    here: list[bool] = []
+    seen: list[bool] = []
 
     def look(data: bytes) -> None:
         out(data)
-        here.append(in_a_process_table(value))
+        seen.append(in_a_process_table(value))
     records = record("CMUX_PROBE", value) + command_records(command, False, False)
     host.run(records, "/", look, lambda data: None, deadline=Deadline(30))
-    if any(here) or out.value().startswith(b"seen"):
-        place = "here" if any(here) else "there"
+    if any(seen) or out.value().startswith(b"seen"):
+        place = "here" if any(seen) else "there"
         return finding("bad", "secrets", f"a secret showed in a process table {place}",
                        "Do not use this host, and report this.")
     if not out.value().startswith(b"unseen"):
