@@ -5017,7 +5017,7 @@ class Shadow:
                 shutil.copy2(source, os.path.join(self.git_dir, name))
 
     def blobs(self, ids: Sequence[str]) -> Iterator[bytes]:
-        """The contents of small blobs, in order; b"" for one that is not small."""
+        """The contents of small blobs, in order."""
         if not ids:
             return
         with spool("".join(oid + "\n" for oid in ids).encode()) as source:
@@ -5029,12 +5029,7 @@ class Shadow:
                     row = stream.readline().split()
                     if len(row) != 3:
                         raise GitFailed(f"The repository lacks the object {oid}.", _PARTIAL)
-                    size = int(row[2])
-                    content = stream.read(min(size, SECRETS_MAX))
-                    for left in range(size - len(content), 0, -CHUNK):
-                        content = stream.read(min(left, CHUNK)) and b""
-                    stream.read(1)
-                    yield content
+                    yield stream.read(int(row[2]) + 1)[:-1]
         finally:
             kill_group(process)
             process.stdout.close()
@@ -5164,16 +5159,14 @@ class Parts:
 
     def _look(self, place: Place, tree: str, prefix: bytes) -> None:
         import hashlib
-        attributes, links = [], []
+        links = []
         for mode, oid, path in self.shadow.listing(tree):
             if mode == "160000":
                 links.append((path, oid))
-                continue
-            if path.rpartition(b"/")[2] == b".gitattributes":
-                attributes.append(oid)
-            if prefix:
+            elif prefix:
                 self._rows.append((mode, oid, prefix + path))
-        if any(b"lfs" in data for data in self.shadow.blobs(attributes)):
+        words = "grep", "-qaF", "lfs", tree, "--", ":(glob)**/.gitattributes"
+        if not run(self.shadow.argv(*words), self.shadow.env, patience=600)[0]:
             for path, pointer in self.shadow.pointers(tree):
                 path, (mode, oid, sha256, size) = prefix + path, pointer
                 self.pointers[path], file = pointer, place.content(sha256, size)
@@ -8898,18 +8891,6 @@ MCP_REST = {
 # Owns: a throwaway sshd on this machine, without a port, a daemon or privileges: ssh's
 # ProxyCommand starts `sshd -i`. May touch: a temporary directory of its own.
 
-@contextlib.contextmanager
-def environment(**values: str) -> Iterator[None]:
-    """Variables of this process, until the block ends: who imported this file gets his own back."""
-    saved = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in saved.items():
-            os.environ.pop(name, "") if value is None else os.environ.update({name: value})
-
-
 SERVER_FILES = {
     "sshd_config": "HostKey {0}/host\nAuthorizedKeysFile {0}/user.pub\nUsePAM no\nStrictModes no\n"
                    "PidFile none\nPermitRootLogin yes\nLogLevel QUIET\nSetEnv HOME={0}/home\n",
@@ -8924,8 +8905,9 @@ DEMO_FILES = {"hello.txt": "hello\n", "Makefile": """test:
 
 @contextlib.contextmanager
 def throwaway_server() -> Iterator[str]:
-    """A directory whose ``ssh_config`` has a host ``demo``: this machine, with keys and a home of
-    its own, until the block ends. Raises UsageError where no sshd is installed."""
+    """Until the block ends, this process uses an ssh config with a host ``demo``: this machine,
+    with keys and a home of its own below the directory that is returned. Raises UsageError where no
+    sshd is installed."""
     import shutil
     import tempfile
     sshd = find_program("sshd", ("/usr/sbin", "/usr/local/sbin", "/usr/libexec",
@@ -8933,6 +8915,10 @@ def throwaway_server() -> Iterator[str]:
     keygen = find_program("ssh-keygen")
     near = "/tmp" if " " in temporary_folder() else None
     path = tempfile.mkdtemp(prefix="cmux-demo-", dir=near)
+    values = {"CMUX_SSH_HOME": path + "/state",
+              "CMUX_SSH_COMMAND": f"ssh -F {quote(path)}/ssh_config"}
+    saved = {name: os.environ[name] for name in values if name in os.environ}
+    os.environ.update(values)
     try:
         os.mkdir(path + "/home", 0o700)
         for key in ("host", "user"):
@@ -8946,6 +8932,9 @@ def throwaway_server() -> Iterator[str]:
             os.makedirs("/run/sshd", 0o755, exist_ok=True)  # sshd insists, as root
         yield path
     finally:
+        for name in values:
+            del os.environ[name]
+        os.environ.update(saved)
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -8957,8 +8946,7 @@ def in_a_process_table(value: str) -> bool:
 
 def demo(tell: Callable[[str], None], report: Report) -> None:
     """The whole flow against a throwaway sshd."""
-    with throwaway_server() as path, environment(
-            CMUX_SSH_HOME=path + "/state", CMUX_SSH_COMMAND=f"ssh -F {quote(path)}/ssh_config"):
+    with throwaway_server() as path:
         try:
             project = Project(make_repository(path + "/hello", DEMO_FILES))
             demo_command(project, tell, report)
