@@ -8327,12 +8327,13 @@ class Call:
             self.size += len(piece)
             self.news.notify_all()
 
-    def logs(self, offset: int) -> bytes:
+    def logs(self, offset: int) -> Fields:
         with self.news:
-            if self.output is None:
-                return b""
-            self.output.seek(offset)
-            return self.output.read(MCP_ROOM)
+            data = b""
+            if self.output:
+                self.output.seek(offset)
+                data = self.output.read(MCP_ROOM)
+            return dict(self.status(), output=data, next_offset=offset + len(data))
 
     def end(self, text: str, failed: bool) -> None:
         with self.news:
@@ -8650,10 +8651,8 @@ class McpServer:
             ended = [key for key, other in self.kept.items() if other.ended]
             for key in ended[:max(0, len(self.kept) - MCP_KEPT)]:  # the oldest make room
                 self.kept.pop(key).close()
-        data = call.logs(0)
-        note = (f"{call.doing}; it goes on: use wait, logs or stop with this job id, while this "
-                "server lives")
-        result = dict(call.status(), output=data, next_offset=len(data), note=note)
+        result = dict(call.logs(0), note=f"{call.doing}; it goes on: use wait, logs or stop with "
+                      "this job id, while this server lives")
         self._answer(call, self._shown("exec", self._place(call.arguments), result))
 
     def _failure(self, error: Exception) -> str:
@@ -8782,8 +8781,7 @@ class McpServer:
         else:
             offset = int(arguments.get("offset", 0))
             kept.wait(min(arguments["wait"], 30), call.cancel, offset)
-            data = kept.logs(offset)
-            result = dict(kept.status(), output=data, next_offset=offset + len(data))
+            result = kept.logs(offset)
         return self._shown(tool, self._place(kept.arguments), result, arguments)
 
     # -- results as text --
