@@ -5159,14 +5159,15 @@ class Parts:
 
     def _look(self, place: Place, tree: str, prefix: bytes) -> None:
         import hashlib
-        links = []
+        links, attributes = [], False
         for mode, oid, path in self.shadow.listing(tree):
+            attributes = attributes or path.endswith(b".gitattributes")
             if mode == "160000":
                 links.append((path, oid))
             elif prefix:
                 self._rows.append((mode, oid, prefix + path))
-        words = "grep", "-qaF", "lfs", tree, "--", ":(glob)**/.gitattributes"
-        if not run(self.shadow.argv(*words), self.shadow.env, patience=600)[0]:
+        grep = self.shadow.argv("grep", "-qaF", "lfs", tree, "--", ":(glob)**/.gitattributes")
+        if attributes and not run(grep, self.shadow.env, patience=600)[0]:
             for path, pointer in self.shadow.pointers(tree):
                 path, (mode, oid, sha256, size) = prefix + path, pointer
                 self.pointers[path], file = pointer, place.content(sha256, size)
@@ -5964,9 +5965,8 @@ def gone_there(name: str, host: str) -> WorkspaceMissing:
 
 def check_reply(reply: Reply, host: str, what: str, new: str = "", name: str = "",
                 word: str = "") -> None:
-    """Raise RemoteFailed with the host's own words unless a script ended with status 0 and, where
-    it has one, its last ``word``. 20: the name ``new`` is taken; 22: the directory of the workspace
-    ``name`` is not there."""
+    """Raise RemoteFailed with the host's own words unless a script ended with status 0 (20: the
+    name ``new`` is taken; 22: the workspace ``name`` has no directory) and printed ``word``."""
     if reply.status == 20 and new:
         raise WorkspaceExists(f"A directory {new} exists already on {host}.",
                               "Choose another name.")
