@@ -5463,7 +5463,7 @@ class ProjectBase:
         self._hosts: dict[str, Host] = {}
         self._forked()
         fork_aware().add(self)
-        self.handed_over: dict[bytes, str] = {}   # values of secrets sent by this process -> name
+        self.handed_over: dict[tuple[str, bytes], None] = {}  # secrets that this process knows
         self.history = History(self.registry)
 
     def _forked(self) -> None:
@@ -5472,24 +5472,22 @@ class ProjectBase:
         self.looking = threading.Lock()  # of many workspaces at once one reports what is not sent
         self._fetching = threading.Lock()
         self._unknown: tuple[float, CmuxError] | None = None  # why a secret's command failed
-        self.fetched: set[str] = set()   # secrets that this process has sent or looked up
         self.logging: set[int] = set()   # threads in the middle of a logged operation
 
     def hand_over(self, secrets: Mapping[str, bytes]) -> None:
         """Remember what a command is given, for masking; at most 1,000 values, as a secret's
         command may print another each time."""
         with self._mutex:
-            self.fetched.update(secrets)
-            self.handed_over.update({value: name for name, value in secrets.items()})
-            for value in list(self.handed_over)[:-1000]:
-                del self.handed_over[value]
+            self.handed_over.update(dict.fromkeys(secrets.items()))
+            for item in list(self.handed_over)[:-1000]:
+                del self.handed_over[item]
 
     def know_secrets(self) -> None:
         """Run the commands that print secrets, if this process has not yet: what an earlier process
         sent must be masked, too."""
         with self._fetching:
-            stored = self.registry.secrets()
-            if {name for name, entry in stored.items() if "command" in entry} - self.fetched:
+            made = {name for name, entry in self.registry.secrets().items() if "command" in entry}
+            if made.difference(name for name, _ in list(self.handed_over)):
                 if self._unknown and time.monotonic() < self._unknown[0]:
                     raise self._unknown[1]  # not once more for every call
                 try:
@@ -5502,7 +5500,7 @@ class ProjectBase:
         """(a secret's value, what to show instead), longest first; also the lines of a value, since
         a key is printed with other line ends or an indent. Below four bytes a value would mask half
         of all text."""
-        known = dict(self.handed_over)
+        known = {value: name for name, value in list(self.handed_over)}
         for name, entry in self.registry.secrets().items():
             known[encoded(entry.get("value", ""))] = name
         for value, name in list(known.items()):
