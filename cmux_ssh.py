@@ -1743,13 +1743,13 @@ _cop() {
 }
 """
 
-# WRITE path root op size cksum old home lock: stdin becomes the file, by a rename beside it, and
-# only when its length and checksum are as said; with old ("cksum size", or "none"), only when the
-# file still is that. Makes parents, but not home, the workspace, anew. Replies created or replaced.
-# The lock makes compare and rename one step among all users of this tool. Its name is the cksum of
-# the path; where that has no links, the client has reckoned it, which saves three processes. The
-# temporary file is this process's own: an attempt whose line was lost may still run beside the
-# next. cp (for mode and owner) is tried again: GNU's gives up on a file that another writer's
+# WRITE path root op sum old home lock: stdin becomes the file, by a rename beside it, and only when
+# it has this sum (as cksum prints it: checksum and size); with old, only when the file still has
+# that sum. Makes parents, but not home, the workspace. Replies created or replaced.
+# The lock makes compare and rename one step for all users of this tool. Its name is the cksum of
+# the path; of one without links the client has computed it, which saves three processes. The
+# temporary file is this process's own: an attempt whose connection was lost may still run beside
+# the next. cp (for mode and owner) is tried again: GNU's gives up on a file that another writer's
 # rename replaces under it.
 WRITE = LOCKED + r"""
 _cop() {
@@ -1767,7 +1767,7 @@ _cop() {
   folder=${file%/*} name=${file##*/}
   case $name in ""|.|..) return 31;; esac
   [ ${#name} -lt 256 ] || return 39
-  if [ ! -d "${folder:-/}" ]; then [ -d "$7" ] || return 37; mkdir -p "$folder" || return 3; fi
+  if [ ! -d "${folder:-/}" ]; then [ -d "$6" ] || return 37; mkdir -p "$folder" || return 3; fi
   [ -w "${folder:-/}" ] && cd -P "${folder:-/}" 2>/dev/null || return 33
   file=${PWD%/}/$name new=${PWD%/}/.cmux-$3-$$.tmp lock=$2/.cmux/locks
   _ctry "$@"; result=$?
@@ -1780,23 +1780,19 @@ _ctry() {
     tries=$((tries+1)); [ $tries -lt 9 ] || { echo "$said" >&2; return 3; }
   done
   cat >"$new" || return 3
-  [ "$(cksum <"$new")" = "$5 $4" ] || return 35
+  [ "$(cksum <"$new")" = "$4" ] || return 35
   [ -d "$lock" ] || mkdir -p "$lock" || return 3
-  if [ "$file" = "$1" ]; then lock=$lock/$8
+  if [ "$file" = "$1" ]; then lock=$lock/$7
   else lock=$lock/$(printf "%s$_cmux_newline" "$file" | cksum | tr " " -); fi
   _center "$lock" 0.02 1000 || return 3
-  _creplace "$6"; result=$?
+  _creplace "$5"; result=$?
   _cleave "$lock"
   return $result
 }
 _creplace() {
   how=created
   if [ -e "$file" ]; then how=replaced; fi
-  case $1 in
-  "") ;;
-  none) [ ! -e "$file" ] || return 36;;
-  *) [ "$(cksum <"$file")" = "$1" ] || return 36;;
-  esac
+  [ ! "$1" ] || [ "$(cksum <"$file")" = "$1" ] || return 36
   mv -f "$new" "$file" || return 3
   echo $how
 }
@@ -7191,10 +7187,10 @@ def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def cksum_of(data: bytes) -> tuple[str, int]:
+def cksum_of(data: bytes) -> str:
     digest = Cksum()
     digest.update(data)
-    return digest.line().split()[0], len(data)
+    return digest.line()
 
 
 class FileContent(Value):
@@ -7308,17 +7304,21 @@ def glob_below(pattern: str, home: str, by_name: bool) -> str:
 def glob_test(*patterns: str) -> Callable[[str], bool]:
     """Whether a path fits any of the patterns: a component ``**`` stands for any number of
     components, ``*`` for any number of characters of one, ``[...]`` is as in sh."""
-    rows = [list(map(component_test, pattern.split("/"))) for pattern in patterns]
-    for row in rows:
-        if row[-1] is None:  # all files below, and not the directory's own name
-            row.append(component_test("*"))
-    return lambda path: any(components_fit(row, path.split("/")) for row in rows)
+    tests = [glob_match(pattern) for pattern in patterns]
+    return lambda path: any(test(path) for test in tests)
 
 
-def component_test(part: str) -> Callable[[str], Any] | None:
-    """What tests one component of a path; None for ``**``."""
-    if part == "**":
-        return None
+def glob_match(pattern: str) -> Callable[[str], Any]:
+    runs = re.split(r"(?<![^/])\*\*(?:/|\Z)", pattern)
+    runs[-1] = runs[-1] or "*"  # all files below, and not the directory's own name
+    parts = ["/".join(map(component_regex, run.split("/"))) for run in runs]
+    try:
+        return re.compile(leftmost(parts, "(?:[^/]*/)*?") + r"\Z", re.S).match
+    except re.error:
+        raise UsageError(f"{show(pattern)} is not a glob pattern.")
+
+
+def component_regex(part: str) -> str:
     runs = [""]  # of what stands between the stars
     for word in re.findall(rf"{_BRACKET}|.", part, re.S):
         if "[:" in word:
@@ -7329,32 +7329,20 @@ def component_test(part: str) -> Callable[[str], Any] | None:
         if word == "*":
             runs.append("")
         else:
-            runs[-1] += f"[{inner}]" if inner else "." if word == "?" else re.escape(word)
-    # The first place for each run is kept, as fnmatch does it: trying all of them would take hours
-    # with a name made for that.
-    middle = "".join(f"(?=(?P<at{at}>.*?{run}))(?P=at{at})" for at, run in enumerate(runs[1:-1]))
-    try:
-        return re.compile(runs[0] + middle + (".*" + runs[-1]) * bool(runs[1:]) + r"\Z", re.S).match
-    except re.error:
-        raise UsageError(f"{show(part)} is not a glob pattern.")
+            runs[-1] += ("[^/]" if word == "?" else re.escape(word) if inner in ("", "^")
+                         else f"(?!/)[{inner}]")
+    return leftmost(runs, "[^/]*?")
 
 
-def components_fit(tests: Sequence[Callable[[str], Any] | None], names: Sequence[str]) -> bool:
-    """Only the last ``**`` so far is ever widened: no path makes this slow."""
-    at = done = widened = 0
-    wide = -1
-    while done < len(names):
-        test = tests[at] if at < len(tests) else len
-        if test is None:
-            wide, widened, at = at, done, at + 1
-        elif at < len(tests) and test(names[done]):
-            at, done = at + 1, done + 1
-        elif wide >= 0:
-            widened += 1
-            at, done = wide + 1, widened
-        else:
-            return False
-    return not any(tests[at:])
+def leftmost(runs: Sequence[str], gap: str) -> str:
+    """A regex of the runs with gaps between them. Each run stays at the first place where it
+    matches, as in fnmatch: trying all places would take hours with a name made for that."""
+    middle = "".join(f"(?=(?P<at{at}>{gap}{run}))(?P=at{at})"
+                     for run, at in zip(runs[1:-1], _GROUPS))
+    return runs[0] + middle + (gap + runs[-1]) * bool(runs[1:])
+
+
+_GROUPS = itertools.count()
 
 
 def wider_pattern(patterns: Sequence[str]) -> str:
@@ -7508,13 +7496,11 @@ class Workspace(WorkspaceBase):
 
     @logged("write", lambda created, path, data, *args: len(data))
     def _replace(self, path: str, data: bytes, old: str, cancel: Cancel | None) -> bool:
-        """write(); True if the file is new. ``old``: "none", or the checksum line of the content
-        that must still be there, else FileChanged."""
-        where, (checksum, size) = absolute(self, path), cksum_of(data)
-        lock = "%s-%d" % cksum_of(encoded(where + "\n"))
-        reply = self.host.call(
-            WRITE, where, self.root, os.urandom(8).hex(), str(size), checksum, old, self.path, lock,
-            data=data, once=True, cancel=cancel)
+        """write(); True if the file is new. ``old``: the cksum that it must still have, or ""."""
+        where = absolute(self, path)
+        lock = cksum_of(encoded(where + "\n")).replace(" ", "-")
+        reply = self.host.call(WRITE, where, self.root, os.urandom(8).hex(), cksum_of(data), old,
+                               self.path, lock, data=data, once=True, cancel=cancel)
         if reply.status == 36:
             raise FileChanged(f"{show(path)} changed meanwhile.", "Read it again.")
         return tool_reply(self, reply, path).stdout.strip() == b"created"
@@ -7547,7 +7533,7 @@ class Workspace(WorkspaceBase):
                 raise FileChanged(f"{show(path)} changed since it was read.", "Read it again.")
             after = apply_edits(before.content, edits, path)
             try:
-                self._replace(path, after, "%s %d" % cksum_of(before.content), cancel)
+                self._replace(path, after, cksum_of(before.content), cancel)
                 return before.content, after
             except FileChanged:
                 time.sleep(0.01 * (attempt + 1) * os.urandom(1)[0] / 255)
