@@ -7165,14 +7165,14 @@ class ToolFailed(CmuxError):
 
 
 def absolute(workspace: WorkspaceBase, path: object) -> str:
-    """A tool's path as the host gets it: absolute, below the workspace unless it says otherwise."""
+    """A tool's path for the host: absolute, or below the workspace."""
     if not isinstance(path, str) or not path or "\0" in path:
         raise UsageError("The path is empty." if path == "" else "A path is text without NUL.")
     return path if path.startswith("/") else f"{workspace.path}/{path}"
 
 
 def tool_reply(workspace: WorkspaceBase, reply: Reply, path: str = "") -> Reply:
-    """The reply, or the failure that its status stands for."""
+    """The reply, unless its status stands for a failure."""
     if reply.status == 37:
         raise gone_there(workspace.name, workspace.host.name)
     if reply.status:
@@ -7201,13 +7201,13 @@ class FileContent(Value):
 
 
 class FileChanged(ToolFailed):
-    """Compare-and-swap failed: the file is not what it was."""
+    """The file is not what it was; it was not written."""
 
 
 def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> bytes:
-    """``data`` with every edit applied in order, or ToolFailed that says where each match is."""
-    for at, edit in enumerate(edits, 1):
-        which = f"Edit {at} of {len(edits)}: the" if len(edits) > 1 else "The"
+    """``data`` with every edit applied in order. Raises ToolFailed."""
+    for index, edit in enumerate(edits, 1):
+        which = f"Edit {index} of {len(edits)}: the" if len(edits) > 1 else "The"
         old, new = (encoded(edit[key]) for key in ("old", "new"))
         if not old:
             raise ToolFailed(f"{which} text to replace is empty.", "Use write to make a file.")
@@ -7220,22 +7220,17 @@ def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> b
         overlap = count == found == 1 and data.find(old, data.find(old) + 1) >= 0
         if found != count or overlap:  # of two that overlap: which is meant?
             form = b"(?=%s)" if overlap else b"%s"
-            places = [match.start() for match in itertools.islice(
-                re.finditer(form % re.escape(old), data), 10)]
-            raise wrong_count(f"{which} text occurs {found + overlap}", count, path,
-                              [str(data.count(b"\n", 0, place) + 1) for place in places])
+            found += overlap
+            places = itertools.islice(re.finditer(form % re.escape(old), data), 10)
+            lines = ", ".join(str(data.count(b"\n", 0, at.start()) + 1) for at in places)
+            where = f" (at line{'s' * (found > 1)} {lines})" if found else ""
+            raise ToolFailed(
+                f"{which} text occurs {found} time{'s' * (found != 1)} in {show(path)}{where}, "
+                f"not {count}; nothing was changed.",
+                "Give more context, or the right count." if found else
+                "Read the file again: whitespace and line ends must match exactly.")
         data = data.replace(old, new)
     return data
-
-
-def wrong_count(found: str, count: int, path: str, lines: list[str]) -> ToolFailed:
-    """``found``: how often the text occurs, ``lines``: in which lines."""
-    where = f" (at line{'s' * (len(lines) > 1)} {', '.join(lines)})" if lines else ""
-    times = "time" if found.endswith(" 1") else "times"
-    return ToolFailed(
-        f"{found} {times} in {show(path)}{where}, not {count}; nothing was changed.",
-        "Give more context, or the right count." if lines else
-        "Read the file again: whitespace and line ends must match exactly.")
 
 
 def unified_diff(before: bytes, after: bytes, path: str) -> str:
@@ -7260,9 +7255,9 @@ _BRACES = re.compile(
 
 
 def glob_patterns(pattern: str, home: str, by_name: bool = False) -> list[str]:
-    """The patterns below the workspace at ``home`` that ``pattern`` stands for, its {a,b} written
-    out as sh does. ``by_name``: one without a slash is for any depth. UsageError for what could
-    match nothing: an empty answer would lie."""
+    """The patterns that ``pattern`` stands for, relative to the workspace at ``home``, {a,b}
+    written out as in sh. ``by_name``: one without a slash is for any depth. UsageError for what
+    can match nothing: an empty answer would lie."""
     found, todo = [], [pattern]  # type: list[str], list[str]
     while todo:
         one = todo.pop()
@@ -7284,7 +7279,7 @@ def glob_patterns(pattern: str, home: str, by_name: bool = False) -> list[str]:
 
 
 def glob_below(pattern: str, home: str, by_name: bool) -> str:
-    """One pattern without braces, relative to the workspace at ``home``. Raises UsageError."""
+    """glob_patterns() of one without braces."""
     exact = pattern.startswith(home + "/")
     names = pattern[len(home) + 1 if exact else 0:].split("/")
     if names[1:] and not names[0] or ".." in names or re.match(r"~([\w-]*/|\Z)", "/".join(names)):
@@ -7346,8 +7341,8 @@ _GROUPS = itertools.count()
 
 
 def wider_pattern(patterns: Sequence[str]) -> str:
-    """A find -path pattern that matches whatever one of the ``patterns`` may (there ``*`` crosses
-    slashes)."""
+    """A pattern for find -path, whose ``*`` crosses slashes, that matches whatever the patterns
+    may."""
     pattern = (patterns[0] if not patterns[1:]
                else os.path.commonprefix(list(patterns)).partition("[")[0] + "*")
     # ? and [...] become * too: in the C locale they stand for one byte of a character
@@ -7364,8 +7359,8 @@ def binary_row(line: bytes) -> list[tuple[bytes, int, bytes]]:
 
 
 def grep_rows(data: bytes, null: bool) -> Iterator[tuple[bytes, int, bytes]]:
-    """(path, line, text) of what grep printed, in time linear in it, whatever a host makes of it;
-    (path, 0, b"") of a file that it gave up as binary, at its first NUL."""
+    """(path, line, text) of what grep printed, in linear time whatever the host sent; (path, 0,
+    b"") of a file that grep gave up as binary, at its first NUL."""
     if null:  # path NUL line:text NEWLINE; a path may hold newlines
         path, *rest = data.split(b"\0")
         for part in rest + [b""]:
@@ -7459,9 +7454,8 @@ class Workspace(WorkspaceBase):
     @logged("read", lambda found, *args: len(found.content))
     def read(self, path: str, offset: int = 1, limit: int = 0,
              cancel: Cancel | None = None) -> FileContent:
-        """A file's bytes; or its lines from ``offset`` on (1 is the first), ``limit`` of them (0:
-        all). Raises ToolFailed: no such file, no permission, not a plain file, or over 10 MiB
-        without a limit."""
+        """A file's bytes; or ``limit`` lines (0: all) from ``offset`` on (1 is the first). Raises
+        ToolFailed: no such file, no permission, not a plain file, or over 10 MiB without limit."""
         if offset < 1 or limit < 0:
             raise UsageError("Lines count from 1, and a limit cannot be negative.")
         reply = tool_reply(self, self.host.call(
@@ -7487,9 +7481,9 @@ class Workspace(WorkspaceBase):
 
     def write(self, path: str, content: str | bytes,
               cancel: Cancel | None = None) -> Fields:
-        """Make ``content`` (a str as UTF-8) the whole file, or change nothing; the mode stays, a
-        symlink is followed, directories are made. ``created``, ``size`` (bytes), ``sha256``.
-        Raises ToolFailed."""
+        """Make ``content`` (a str as UTF-8) the whole file, or change nothing. The mode stays, a
+        symlink is followed, directories are made. Returns ``created``, ``size`` (bytes),
+        ``sha256``. Raises ToolFailed."""
         data = encoded(content)
         created = self._replace(path, data, "", cancel)
         return {"created": created, "size": len(data), "sha256": sha256_of(data)}
@@ -7508,9 +7502,8 @@ class Workspace(WorkspaceBase):
     def edit(self, path: str, edits: list[Fields], sha256: str = "",
              cancel: Cancel | None = None) -> Fields:
         """Replace exact text: each edit has ``old``, ``new``, and ``count``, how many matches there
-        must be (1). All are applied or none: ``sha256`` of the file now, ``diff``. With the
-        argument ``sha256``, of the file as last seen, a file that changed is refused (FileChanged).
-        Raises ToolFailed."""
+        must be (1). All are applied or none. ``sha256``: of the file as last seen; if it changed,
+        FileChanged. Returns ``sha256`` of the file now, and ``diff``. Raises ToolFailed."""
         for edit in edits:
             texts = isinstance(edit, dict) and all(
                 isinstance(edit.get(key), str) for key in ("old", "new"))
@@ -7525,8 +7518,8 @@ class Workspace(WorkspaceBase):
     @logged("edit", lambda pair, *args: len(pair[1]))
     def _edit(self, path: str, edits: Sequence[Mapping[str, Any]], expected: str,
               cancel: Cancel | None) -> tuple[bytes, bytes]:
-        """(before, after). A concurrent change makes it read and apply again, unless ``expected``
-        (the sha256 as last seen) no longer holds."""
+        """The file before and after. After a concurrent change it is read and edited again, unless
+        ``expected``, its sha256, no longer holds."""
         for attempt in range(EDIT_TRIES):
             before = self.read(path, cancel=cancel)
             if expected and before.sha256 != expected.lower():
@@ -7540,7 +7533,7 @@ class Workspace(WorkspaceBase):
         raise FileChanged(f"{show(path)} keeps changing.", "Try again.")
 
     def _search(self, script: str, *arguments: str, cancel: Cancel | None) -> bytes:
-        """Run a searching script as a command of its own process group, without the secrets."""
+        """The output of a script that runs as a command, so that it can be ended."""
         out, err = Capture(SEARCH_MAX * 2, SEARCH_MAX * 2), Capture(LOG_MAX, STATE_MAX)
         records = command_records(["sh", "-c", script, "sh"] + list(arguments), False, False)
         outcome = self.host.run(
@@ -7736,6 +7729,7 @@ class Arg:
         self.kinds = kind.split("|")
         self.word, self.face = settings.get("word", ""), settings.get("face", "")
         self.default, self.least = settings.get("default"), settings.get("least")
+        self.shown = settings.get("shown", name.upper())
         self.required = settings.get("required", self.word in ("1", "+"))
         flags = settings.get("flags", "--" + name.replace("_", "-")).split()
         self.flags: list[str] = [] if self.word else flags
@@ -9329,11 +9323,11 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
 # Owns: arguments, rendering, progress, exit codes. The only room that prints, and that exits.
 
 class Terminal(Report):
-    """What a person sees while work goes on, on stderr: a lane for each workspace at work, drawn
-    again in place below what is printed. Whatever else is printed takes the lanes away first, or
-    goes through put(): one writer at a time. Where stderr is no terminal nothing is drawn."""
+    """What a person sees on stderr while work goes on: a lane for each workspace, drawn in place.
+    All else that is printed goes above them by put(), or takes them away first. Nothing is drawn
+    where stderr is no terminal."""
 
-    current: Terminal | None = None  # that of this process
+    current: Terminal | None = None  # of this process
 
     def __init__(self, verbosity: int, notes: bool = False) -> None:
         import threading
@@ -9341,8 +9335,7 @@ class Terminal(Report):
         self.bars = verbosity >= 0 and sys.stderr is not None and sys.stderr.isatty()
         self.redraws = self.bars and os.environ.get("TERM", "dumb") != "dumb"
         self.mutex, self.closed = threading.RLock(), threading.Event()
-        self.lanes: dict[str, tuple[str, float]] = {}  # what is done, and since when
-        self.ended: set[str] = set()
+        self.lanes: dict[str, tuple[str, float]] = {}  # what is done, since when (0: no work)
         self.width, self.drawn, self.paused, self.began = 0, 0, False, 0.0
         self.sinks: dict[str, Outlet] = {}  # of what init hooks print
         Terminal.current = self
@@ -9350,9 +9343,9 @@ class Terminal(Report):
 
     def in_lanes(self, names: Sequence[str], work: Callable[[str], Any], at_once: int,
                  cancel: Cancel) -> list[Any]:
-        """in_parallel() of ``work(name)`` for each; at the end nothing is drawn any more."""
+        """in_parallel() of ``work(name)`` for each."""
         self.many = self.many or len(names) > 1
-        self.lanes, self.width = dict.fromkeys(names, ("", 0.0)), max(map(len, names))
+        self.lanes, self.width = dict.fromkeys(names, ("waiting", 0.0)), max(map(len, names))
         try:
             return in_parallel([functools.partial(work, name) for name in names], at_once, cancel)
         finally:
@@ -9377,7 +9370,7 @@ class Terminal(Report):
             self.line(f"{PROGRAM}: {text}")
 
     def note(self, text: str) -> None:
-        if self.bars or self.notes or self.verbosity > 0:  # exec in a pipe adds no word of its own
+        if self.bars or self.notes or self.verbosity > 0:  # exec in a pipe adds nothing of its own
             self.warn(text)
 
     def warn(self, text: str) -> None:
@@ -9403,16 +9396,15 @@ class Terminal(Report):
         """The work in workspace ``name`` is over."""
         if name in self.sinks:
             self.sinks[name].end()
-        self.ended.add(name)
         if self.many:
-            self.step(name, f"failed ({code})" if code else "done")
+            self.lanes[name], self.paused = (f"failed ({code})" if code else "done", 0.0), False
 
     def output(self, data: bytes, what: str) -> None:
         if self.verbosity >= 0:
             self.sinks.setdefault(what, self.sink_of(what, 2))(data)
 
     def sink_of(self, name: str, fd: int, patience: Patience | None = None) -> Outlet:
-        """For what a command in workspace ``name`` prints; of one alone it goes out as it comes."""
+        """For what a command prints: labelled, if there are several."""
         if self.many:
             return Labelled(fd, f"{name.ljust(self.width)} | ", self, patience)
         self.pause()
@@ -9421,14 +9413,13 @@ class Terminal(Report):
     # -- what is drawn --
 
     def pause(self) -> None:
-        """Draw no more until something happens."""
+        """Draw nothing until the next step."""
         with self.mutex:
             self.clear()
             self.paused = True
 
     def close(self) -> None:
-        """Nothing more is drawn, also by threads that go on."""
-        self.closed.set()
+        self.closed.set()  # for threads that go on
         self.pause()
 
     def clear(self) -> None:
@@ -9453,27 +9444,22 @@ class Terminal(Report):
 
     def _lines(self, columns: int, room: int) -> list[str]:
         """A line for each workspace; where that is too many, for those at work, and a count."""
-        lanes, rest = list(self.lanes), []  # type: list[str], list[str]
-        if len(lanes) > room:
-            busy = [name for name in lanes if self.lanes[name][0] and name not in self.ended]
-            failed = sum(self.lanes[name][0] != "done" for name in self.ended)
-            ended = f"{len(self.ended)} of {len(lanes)} ended"
-            rest = [f"{ended}, {failed} failed, {len(busy)} at work"]
-            lanes = busy[:room - 1]
-        for at, name in enumerate(lanes):
-            doing = self._doing(name)
-            lanes[at] = f"{name.ljust(self.width)[:max(8, columns - len(doing) - 2)]}  {doing}"
-        return [line[:columns] for line in lanes + rest]
-
-    def _doing(self, name: str) -> str:
-        doing, since = self.lanes[name]
-        if name in self.ended or not doing or "/s" in doing:
-            return doing or "waiting"
-        return f"{doing} {human_age(time.monotonic() - since)}"
+        rows = [(name, *lane) for name, lane in list(self.lanes.items())]
+        lines, count = [], []  # type: list[str], list[str]
+        if len(rows) > room:
+            busy = [row for row in rows if row[2]]
+            ended = [doing for _, doing, since in rows if not since and doing != "waiting"]
+            count = [f"{len(ended)} of {len(rows)} ended, {len(ended) - ended.count('done')} "
+                     f"failed, {len(busy)} at work"]
+            rows = busy[:room - 1]
+        for name, doing, since in rows:
+            if since and "/s" not in doing:
+                doing += " " + human_age(time.monotonic() - since)
+            lines.append(f"{name.ljust(self.width)[:max(8, columns - len(doing) - 2)]}  {doing}")
+        return [line[:columns] for line in lines + count]
 
 
 def screen_size() -> tuple[int, int]:
-    """Columns and rows of the terminal that is our stderr."""
     try:
         return os.get_terminal_size(2)
     except OSError:
@@ -9489,15 +9475,15 @@ def transferred(doing: str, done: int, total: Callable[[], int] | None, seconds:
 
 
 class Patience:
-    """How long whoever reads our output is waited for: without an end until the deadline, or an
-    event of one of ``ends``; then ``grace`` seconds. What he has not taken by then is dropped."""
+    """How long a reader of our output is waited for: until the deadline, or an event of one of
+    ``ends``, and then for ``grace`` seconds. What it has not taken by then is dropped."""
 
     def __init__(self, grace: float, *ends: tuple[Any, int]) -> None:
         self.grace, self.ends, self.deadline = grace, ends, Deadline(None)
         self.lost: set[int] = set()  # descriptors that nobody reads
 
     def takes(self, fd: int) -> bool:
-        """Wait until ``fd`` takes some bytes (PIPE_BUF, of a pipe); False if that is given up."""
+        """Wait until ``fd`` takes bytes (a pipe: PIPE_BUF); False if that is given up."""
         room = (fd, select.POLLOUT)
         if fd not in self.lost and fd not in poll_once(self.deadline.left(), room, *self.ends):
             if not poll_once(self.grace, room):
@@ -9505,14 +9491,14 @@ class Patience:
         return fd not in self.lost
 
     def full(self, fd: int) -> None:
-        """``fd`` took nothing, though it was to: a terminal with room for half a line end."""
+        """``fd`` took nothing after all: a terminal with room for half a line end."""
         time.sleep(0.05)
         if self.deadline.over() or poll_once(0, *self.ends):
             self.lost.add(fd)
 
 
 def own_terminal(fd: int) -> int:
-    """A terminal opened once more, for writes that do not block: ``fd`` stays as others need it."""
+    """The terminal opened once more, for writes that do not block: others write to ``fd``, too."""
     try:
         return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
@@ -9533,20 +9519,17 @@ def write_out(fd: int, data: bytes, harmless: bool = False,
         except BlockingIOError:
             patience.full(fd)
         except OSError as error:
-            raise OutputFailed("The output cannot be written: %s." % os.strerror(error.errno or 0))
+            raise OutputFailed(f"The output cannot be written: {os.strerror(error.errno or 0)}.")
 
 
 def draw(fd: int, text: str) -> None:
-    """Text with escape sequences of ours, or without any."""
+    """Harmless text, perhaps with escape sequences of ours."""
     write_out(fd, text.encode("utf-8", "replace"), harmless=True)
 
 
 def err_out(text: str) -> None:
-    """Text of ours to stderr. Where that is full or closed, nobody can be told."""
-    try:
+    with contextlib.suppress(CmuxError):  # a full or closed stderr cannot be reported
         draw(2, text)
-    except CmuxError:
-        pass
 
 
 def in_colour() -> bool:
@@ -9560,8 +9543,8 @@ def terminal_width() -> int:
 
 
 def answer_out(data: bytes, ending: Cancel) -> None:
-    """Bytes to stdout, for whoever asks on stdin. When he has closed that, or it is ``ending``, and
-    he reads no more, they are given up."""
+    """Bytes to stdout for an MCP client. If it reads none when it has closed stdin, or when
+    ``ending`` is set, they are given up."""
     patience = Patience(MCP_GRACE, (0, 0), (ending, select.POLLIN))  # of stdin only its end
     write_out(1, data, patience=patience)
     if patience.lost:
@@ -9569,7 +9552,7 @@ def answer_out(data: bytes, ending: Cancel) -> None:
 
 
 def quiet_terminal() -> None:
-    """Take away what is drawn: something else is to be shown."""
+    """Take the lanes away."""
     if Terminal.current:
         Terminal.current.pause()
 
@@ -9585,7 +9568,7 @@ def print_json(value: object) -> None:
 
 
 def answer(options: argparse.Namespace, value: object, *lines: str) -> int:
-    """Print what came of a command: the value with --json; else, without -q, the lines."""
+    """Print a result: the value with --json; else, without -q, the lines."""
     if options.json:
         print_json(value)
     elif lines and options.verbosity >= 0:
@@ -9594,19 +9577,19 @@ def answer(options: argparse.Namespace, value: object, *lines: str) -> int:
 
 
 def may_ask() -> bool:
-    """Whether a person sits at this terminal: then ssh may ask its question, once."""
+    """Whether ssh may ask its question: a person sits at this terminal."""
     try:
         person = os.isatty(0) and os.isatty(2)
     except OSError:
         return False
     if person:
         quiet_terminal()
-        err_out("%s: ssh may have a question; answer it here.\n" % PROGRAM)
+        err_out(f"{PROGRAM}: ssh may have a question; answer it now.\n")
     return person
 
 
 def open_project(options: argparse.Namespace) -> Project:
-    if options.verb != "exec":  # in a pipe exec adds no word of its own
+    if options.verb != "exec":
         Lock.tell = options.terminal.warn
     return Project(options.directory, None if options.json else may_ask, warm=0)
 
@@ -9641,7 +9624,7 @@ class Execution:
         names = sorted(self.project.entries())
         if not names:
             raise WorkspaceMissing("This project has no workspaces.",
-                                   "Make some: %s new NAME -H HOST" % PROGRAM)
+                                   f"Make some: {PROGRAM} new NAME -H HOST")
         return names
 
     def _check(self) -> None:
@@ -9653,12 +9636,13 @@ class Execution:
         if (detach or self.many) and not self.options.no_stdin and data_waits(0):
             if self.many:
                 raise UsageError("With several workspaces exec passes stdin on to none of them.",
-                                 "Say so with -n, or run it once for each.")
-            raise UsageError("A job takes no stdin.", "Write it first (... | %s write -w %s FILE), "
-                             "and then exec --detach -- 'CMD <FILE'; or say -n." % (PROGRAM, name))
+                                 "Add -n, or run it once for each.")
+            raise UsageError("A job takes no stdin.",
+                             f"Write it first (... | {PROGRAM} write -w {name} FILE), and then "
+                             "exec --detach -- 'CMD <FILE'; or add -n.")
 
     def run(self) -> int:
-        """All of them, and what is to be said at the end; the worst exit code."""
+        """The worst exit code."""
         began, at_once = time.monotonic(), self.options.parallel or 0
         rows = self.terminal.in_lanes(self.names, self._row, at_once, self.cancel)
         for at, row in enumerate(rows):
@@ -9725,7 +9709,7 @@ class Execution:
         return workspace
 
     def _tell(self, row: Mapping[str, Any]) -> None:
-        """Of one: its job, its error, or how it was stopped."""
+        """The job, the error, or how the command was stopped."""
         if "job" in row:
             print_text(row["job"])
         elif row["error"]:
@@ -9736,14 +9720,14 @@ class Execution:
                 STOPPED[row["stopped"]] % (" on " + row["host"])))
 
     def _sum_up(self, rows: list[Fields], seconds: float) -> None:
-        bad: dict[str, list[str]] = {}  # how -> which: a host that is down is said once
+        bad: dict[str, list[str]] = {}  # how -> which: a host that is down appears once
         for row in rows:
             if row["exit_code"]:
                 bad.setdefault(how_failed(row), []).append(row["workspace"])
-        failed = ", ".join("%s (%s)" % (", ".join(which), how) for how, which in bad.items())
-        self.terminal.warn("%d of %d succeeded in %.1f s%s" % (
-            len(rows) - sum(map(len, bad.values())), len(rows), seconds,
-            "; failed: " + failed if bad else "."))
+        failed = ", ".join(f"{', '.join(which)} ({how})" for how, which in bad.items())
+        good = len(rows) - sum(map(len, bad.values()))
+        self.terminal.warn(f"{good} of {len(rows)} succeeded in {seconds:.1f} s"
+                           + (f"; failed: {failed}" if bad else "."))
 
 
 STOPPED = {"confirmed": "its processes%s have ended",
@@ -9752,14 +9736,13 @@ STOPPED = {"confirmed": "its processes%s have ended",
 
 
 def how_failed(row: Mapping[str, Any]) -> str:
-    """The exit code of one of many, and what is to be said of it."""
     why = [row["error"]["message"]] if row["error"] else []
     why += ["stopped, " + STOPPED[row["stopped"]] % ""] if row["stopped"] else []
-    return ": ".join([str(row["exit_code"])] + why)
+    return ": ".join([str(row["exit_code"]), *why])
 
 
 def exec_failure(name: str | None, host: str | None, error: CmuxError, began: float) -> Fields:
-    """The object of `exec --json` for a command that did not run, or whose line was lost."""
+    """The object of `exec --json` for a command that did not run, or was lost."""
     return {"workspace": name, "host": getattr(error, "host", None) or host,
             "exit_code": exec_code(error), "stdout": "", "stderr": "", "timed_out": False,
             "duration": round(time.monotonic() - began, 3), "truncated": False,
@@ -9772,7 +9755,7 @@ def exec_code(error: CmuxError) -> int:
 
 
 def data_waits(fd: int) -> bool:
-    """Whether a file, pipe or socket has bytes to read now."""
+    """Whether a file, pipe or socket has bytes to read."""
     import fcntl
     import termios
     status = os.fstat(fd)
@@ -9783,7 +9766,7 @@ def data_waits(fd: int) -> bool:
 
 
 class Outlet:
-    """A sink to our stdout or stderr."""
+    """A sink to our stdout or stderr, used where a Capture may be, too."""
 
     truncated = False
 
@@ -9796,16 +9779,14 @@ class Outlet:
         write_out(self.fd, shown, True, self.patience)
 
     def end(self) -> None:
-        """No more comes: what waits for its other half is written as it is."""
         self(b"", True)
 
     def value(self) -> bytes:
-        """What is kept of it: nothing, where a Capture keeps."""
         return b""
 
 
 class Labelled(Outlet):
-    """A sink that writes whole lines, each behind a label; one writer at a time."""
+    """A sink that writes whole lines, each behind a label."""
 
     def __init__(self, fd: int, label: str, live: Terminal, patience: Patience | None) -> None:
         super().__init__(fd, patience)
@@ -9813,16 +9794,16 @@ class Labelled(Outlet):
 
     def __call__(self, data: bytes, last: bool = False) -> None:
         *lines, self.held = (self.held + data).split(b"\n")
-        if len(self.held) > CHUNK:  # a line without end is passed on in pieces
+        if len(self.held) > CHUNK:
             lines, self.held = lines + [self.held], b""
         if lines:
             text = b"".join(self.label + self._shown(line) + b"\n" for line in lines)
             self.live.put(lambda: write_out(self.fd, text, True, self.patience))
 
     def _shown(self, line: bytes) -> bytes:
-        """The line; on a terminal a carriage return leads back to behind the label."""
         if not self.text:
             return line
+        # A carriage return leads back to behind the label.
         return self.text(line.rstrip(b"\r")).encode().replace(b"\r", b"\r" + self.label)
 
     def end(self) -> None:
@@ -9831,8 +9812,8 @@ class Labelled(Outlet):
 
 
 def open_stdin() -> Source | None:
-    """Our stdin as the command's, unless there is nothing to read: a terminal, /dev/null, a
-    closed descriptor, a pipe that has ended. The command then gets /dev/null."""
+    """Our stdin for the command; None for a terminal, /dev/null, a closed descriptor, and a pipe
+    that has ended."""
     try:
         if os.isatty(0) or os.path.samestat(os.fstat(0), os.stat(os.devnull)):
             return None
@@ -9843,7 +9824,7 @@ def open_stdin() -> Source | None:
 
 
 def point_out_stale(project: Project, workspace: Workspace, terminal: Terminal) -> None:
-    """On a terminal: say so when the workspace was made of another commit than HEAD now is."""
+    """On a terminal, report that the workspace is not of the local HEAD."""
     if not terminal.bars:
         return
     try:
@@ -9852,8 +9833,8 @@ def point_out_stale(project: Project, workspace: Workspace, terminal: Terminal) 
         return
     parent = project.repository.value_of(workspace.base + "^")  # of a --dirty one
     if commit not in (workspace.base, parent):
-        terminal.warn("%s was made of %s; HEAD is %s: to bring it there: %s push -w %s" % (
-            workspace.name, workspace.base[:10], commit[:10], PROGRAM, workspace.name))
+        terminal.warn(f"{workspace.name} is at {workspace.base[:10]}, HEAD at {commit[:10]}. To "
+                      f"bring it there: {PROGRAM} push -w {workspace.name}")
 
 
 def parse_environment(pairs: Sequence[str]) -> dict[str, str]:
@@ -9861,13 +9842,12 @@ def parse_environment(pairs: Sequence[str]) -> dict[str, str]:
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise UsageError("--env %s has no value." % show(pair), "Write --env NAME=VALUE.")
+            raise UsageError(f"--env {show(pair)} has no value.", "Write --env NAME=VALUE.")
         values[check_variable(name)] = value
     return values
 
 
 def refuse_both(options: argparse.Namespace) -> None:
-    """Of new and push: the work tree, or a commit."""
     if options.dirty and options.ref != "HEAD":
         raise UsageError("--dirty sends the work tree, --ref a commit.", "Give one of the two.")
     if options.allow and not options.dirty:
@@ -9916,13 +9896,12 @@ def command_new(options: argparse.Namespace) -> int:
 
 
 def print_table(rows: Sequence[Sequence[str]], spare: int = 0) -> None:
-    """Columns in line; on a terminal the widest are cut so that a row fits its width. With
-    ``spare`` the last column is cut before any other, to so many characters at least; where it
-    cannot have them it is left out."""
+    """Aligned columns; on a terminal the widest are cut until a row fits. With ``spare`` the last
+    column is cut first, to that many characters; if even those do not fit, it is left out."""
     width = terminal_width()
     if spare:
         others = table_lines([row[:-1] for row in rows], 1 << 16)
-        rest = width - 2 - max(map(len, others))  # what they leave to it
+        rest = width - 2 - max(map(len, others))
         fits = rest >= min(spare, max(len(row[-1]) for row in rows))
         rows = [[*row[:-1], shortened(row[-1], rest)] if fits else row[:-1] for row in rows]
     print_text("\n".join(table_lines(rows, width)))
@@ -10066,14 +10045,14 @@ def command_top(options: argparse.Namespace) -> int:
 
 
 def command_completion(options: argparse.Namespace) -> int:
-    me = "%s %s" % (quote(sys.executable or "python3"), quote(os.path.abspath(__file__)))
-    print_text(COMPLETIONS[options.shell] % me)
+    own = f"{quote(sys.executable or 'python3')} {quote(os.path.abspath(__file__))}"
+    print_text(COMPLETIONS[options.shell] % own)
     return 0
 
 
 def complete(shell: str, words: Sequence[str]) -> int:
-    """`__complete SHELL WORD...`, for the scripts below: a line for each word that may stand for
-    the last."""
+    """`__complete SHELL WORD...`, for the scripts below: a line for each completion of the last
+    word."""
     for word, text in candidates(words[:-1], words[-1]).items():
         if word.startswith(words[-1]):
             print_text(f"{word}\t{text}" if shell == "fish" else word)
@@ -10081,7 +10060,7 @@ def complete(shell: str, words: Sequence[str]) -> int:
 
 
 def candidates(before: Sequence[str], last: str) -> dict[str, str]:
-    """What may follow the words ``before``, each with its help. Nothing connects to a host."""
+    """What may follow the words ``before``, each with its help."""
     plain, pending, directory, name = [], "", ".", ""  # type: list[str], str, str, str
     known: Sequence[Arg] = COMMON
     for word in before:
@@ -10095,7 +10074,7 @@ def candidates(before: Sequence[str], last: str) -> dict[str, str]:
             name = " ".join(plain[:1 + (plain[0] == "secrets")])
             known = line_args(VERBS[name]) if name in VERBS else COMMON
     if "--" in before or name == "exec" and plain[1:]:
-        return {}  # words of the command that is to run
+        return {}  # words of the remote command
     if not pending and last.startswith("-"):
         return {flag: arg.text for arg in known for flag in arg.flags}
     if not pending and name not in VERBS:
@@ -10139,9 +10118,8 @@ def config_hosts() -> list[str]:
                    for name in row[1:] if name.isprintable() and not re.search(r"[*?!\"']", name)})
 
 
-# Both scripts run only the program that made them, never what stands on the line: a file of that
-# name may be anybody's. zsh reads the function of bash through its bashcompinit. `-o default`: file
-# names else.
+# Both scripts run only the program that made them, never the file named on the line: it may be
+# anybody's. zsh uses bash's by its bashcompinit. `-o default`: file names else.
 _BASH = r"""_cmux_ssh() {
   local at=1 IFS=$' \t\n'
   COMPREPLY=()
@@ -10208,7 +10186,7 @@ def human_age(seconds: float) -> str:
 
 
 def one_workspace(options: argparse.Namespace) -> str:
-    """The workspace that is named, as a word or with -w; "" if none is."""
+    """The name of a workspace, a word or with -w; "" if none was given."""
     names = [*filter(None, [getattr(options, "name", "")] * (options.verb in NAMED)),
              *(options.workspace or [])]
     if len(names) > 1:
@@ -10227,7 +10205,7 @@ def command_rm(options: argparse.Namespace) -> int:
     project = open_project(options)
     names = given_names(options)
     if not names:
-        raise UsageError("Name the workspaces to remove.", "See `%s list`." % PROGRAM)
+        raise UsageError("Name the workspaces to remove.", f"See `{PROGRAM} list`.")
     code = 0
     removed: list[str] = []
     failed: list[dict[str, str]] = []
@@ -10243,7 +10221,7 @@ def command_rm(options: argparse.Namespace) -> int:
             removed += gone
         except CmuxError as error:
             if isinstance(error, ConnectionFailed):
-                error.hint += " If the host is gone for good: %s rm --forget %s" % (PROGRAM, name)
+                error.hint += f" If the host is gone for good: {PROGRAM} rm --forget {name}"
             report_error(error)
             failed.append(dict(error_fields(error), name=name))
             code = max(code, error.exit_code)
@@ -10283,8 +10261,8 @@ def command_pull(options: argparse.Namespace) -> int:
     print_text(f"{branch}: {commits} on {result.since[:10]}, now at {result.commit[:10]}")
     print_text(result.stat)
     if result.executes:
-        print_text("These would run, or be obeyed, on this machine after a merge:")
-        print_text("\n".join("  " + line for line in result.executes[:200]))
+        print_text("\n  ".join(["These would run, or be obeyed, on this machine after a merge:",
+                                *result.executes[:200]]))
     branch = quote(branch)
     terminal.note(f"To look at it: git diff ...{branch}; to take it: git merge {branch}")
     return 0
@@ -10377,7 +10355,7 @@ def secrets_set(options: argparse.Namespace) -> int:
 
 
 def read_all(fd: int, limit: int) -> bytes:
-    """What comes until its end. Of a file with more than ``limit`` bytes nothing is read."""
+    """All bytes until the end. Raises UsageError for more than ``limit``."""
     status, data, chunk = os.fstat(fd), bytearray(), b"x"  # bytes would be copied with each chunk
     large = stat.S_ISREG(status.st_mode) and status.st_size - os.lseek(fd, 0, os.SEEK_CUR) > limit
     while chunk and not large:
@@ -10385,7 +10363,7 @@ def read_all(fd: int, limit: int) -> bytes:
         data += chunk
         large = len(data) > limit
     if large:
-        raise UsageError("What comes on stdin is larger than %s." % human_size(limit))
+        raise UsageError(f"What comes on stdin is larger than {human_size(limit)}.")
     return bytes(data)
 
 
@@ -10466,7 +10444,7 @@ def secrets_rm(options: argparse.Namespace) -> int:
     return answer(options, options.names)
 
 
-# -- the tools as commands: TOOL_TEXT has what a person reads --
+# -- the tools as commands --
 
 def the_workspace(options: argparse.Namespace) -> Workspace:
     project = open_project(options)
@@ -10475,7 +10453,7 @@ def the_workspace(options: argparse.Namespace) -> Workspace:
 
 
 def job_of(options: argparse.Namespace, workspace: Workspace) -> str:
-    """The job that is named, else the last one of the workspace."""
+    """The job that was named, else the last one."""
     jobs = [] if options.job else workspace.jobs()
     if not (options.job or jobs):
         raise ToolFailed(f"The workspace {workspace.name} has no jobs.",
@@ -10487,7 +10465,7 @@ def command_tool(options: argparse.Namespace) -> int:
     name = options.verb
     given = {arg.name: getattr(options, arg.name) for arg in TOOLS[name].params}
     arguments = {key: value for key, value in given.items() if value is not None}
-    looks = TOOLS[name].reads or "job" in given  # these make no workspace of a misspelt name
+    looks = TOOLS[name].reads or "job" in given  # these create no workspace
     workspace = existing_workspace(options) if looks else the_workspace(options)
     if "job" in given:
         arguments["job"] = job_of(options, workspace)
@@ -10501,10 +10479,8 @@ def command_tool(options: argparse.Namespace) -> int:
 
 
 def command_write(options: argparse.Namespace) -> int:
-    limit, workspace = READ_MAX * 10, the_workspace(options)
-    absolute(workspace, options.path)
-    data = read_all(0, limit)
-    return answer(options, workspace.write(options.path, data))
+    workspace = the_workspace(options)
+    return answer(options, workspace.write(options.path, read_all(0, READ_MAX * 10)))
 
 
 def command_edit(options: argparse.Namespace) -> int:
@@ -10521,7 +10497,7 @@ def command_edit(options: argparse.Namespace) -> int:
             value = json.loads(read_all(0, BATCH_LINE_MAX).decode("utf-8"))
             if not set(value) <= {"edits", "sha256"}:
                 raise ValueError
-            arguments.update({key: value[key] for key in value})
+            arguments.update(value)
         except (ValueError, TypeError, RecursionError):
             raise UsageError('stdin is not JSON like {"edits": [{"old": ..., "new": ...}]}.',
                              "Or give --old and --new.")
@@ -10536,7 +10512,7 @@ def command_edit(options: argparse.Namespace) -> int:
 
 def text_rows(rows: list[str], truncated: bool, terminal: Terminal) -> None:
     if rows:
-        write_out(1, "\n".join(rows + [""]).encode("utf-8", "surrogateescape"))  # names are bytes
+        write_out(1, encoded("\n".join(rows + [""])))
     if truncated:
         terminal.warn("There are more; narrow the pattern, or raise --limit.")
 
@@ -10597,7 +10573,7 @@ def command_logs(options: argparse.Namespace) -> int:
 
 
 def project_and_name(options: argparse.Namespace) -> tuple[Project, str]:
-    """For a caller that is no person."""
+    """Of a command that talks to a program."""
     project = Project(options.directory)
     return project, check_workspace(one_workspace(options) or project.default_workspace())
 
@@ -10623,10 +10599,10 @@ def command_doctor(options: argparse.Namespace) -> int:
         entry = project.entries().get(one_workspace(options) or project.default_workspace(), {})
         name = name or entry.get("host") or project.default_host()
         root = entry.get("root", "") if entry.get("host") == name else ""
-    except CmuxError:  # outside a repository, or none is known: this machine is looked at
+    except CmuxError:  # no repository, or no host: this machine alone is examined
         name = name or os.environ.get("CMUX_SSH_HOST", "")
     rows = []
-    colours = dict(ok="32", note="36", fix="33", bad="31", dead="31") if in_colour() else {}
+    colours = {"ok": 32, "note": 36, "fix": 33, "bad": 31, "dead": 31} if in_colour() else {}
     for row in doctor(check_host(name) if name else "", root):
         rows.append(row.as_dict())
         if not options.json and (options.verbosity >= 0 or row.state in ("bad", "dead")):
@@ -10635,8 +10611,8 @@ def command_doctor(options: argparse.Namespace) -> int:
             width = max(40, terminal_width() - 18)
             lines = textwrap.wrap(text, width, break_on_hyphens=False) or [""]
             state = row.state.ljust(5)
-            state = "\x1b[%sm%s\x1b[m" % (colours[row.state], state) if colours else state
-            draw(1, "%s %-10s  %s\n" % (state, row.what, ("\n" + " " * 18).join(lines)))
+            state = f"\x1b[{colours[row.state]}m{state}\x1b[m" if colours else state
+            draw(1, f"{state} {row.what:<10}  " + ("\n" + " " * 18).join(lines) + "\n")
     if options.json:
         print_json(rows)
     states = {row["state"] for row in rows}
@@ -10648,8 +10624,7 @@ def command_shell(options: argparse.Namespace) -> int:
         raise UsageError("shell needs a terminal.",
                          f"In a pipe or a script use: {PROGRAM} exec -- CMD")
     workspace, terminal = the_workspace(options), options.terminal
-    terminal.warn("The host now writes to this terminal as it likes, escape sequences included; "
-                  "exit ends it.")
+    terminal.warn("The host now writes to this terminal as it likes; exit ends it.")
     status = None
     try:
         status = workspace.shell()
@@ -10712,28 +10687,23 @@ Exit codes: of exec the command's own, 124 timeout, 125 this tool failed,
 
 def add_argument(parser: argparse.ArgumentParser, arg: Arg) -> None:
     """Have argparse know an argument of the table."""
-    import argparse
-    text = arg.text + " (90, 5m, 1h)" * (arg.kinds == ["seconds"])
-    settings: Fields = {"help": text, "default": arg.default}
+    settings: Fields = {"help": arg.text + " (90, 5m, 1h)" * (arg.kinds == ["seconds"])}
     if arg.default not in (None, "."):
         settings["help"] += f" (default: {arg.default})"
-    if arg.kinds == ["flag"]:
-        settings.update(action="store_true", default=False)
-    else:
-        settings.update(metavar=arg.settings.get("shown", arg.name.upper()), type=arg.from_word)
-    if arg.word == "...":
-        settings.update(nargs=argparse.REMAINDER)
-    elif arg.word:
-        settings.update({"nargs": arg.word} if arg.word != "1" else {})
-        settings.update(choices=arg.settings.get("choices"))
-    else:
+    if arg.flags:
         settings.update(dest=arg.name)
-        settings.update({"action": "append"} if arg.kinds == ["texts"] else {})
+    if arg.kinds == ["flag"]:
+        settings.update(action="store_true")
+    else:
+        settings.update(metavar=arg.shown, type=arg.from_word, default=arg.default,
+                        choices=arg.settings.get("choices"),
+                        nargs=None if arg.word in ("", "1") else arg.word,
+                        action="append" if arg.flags and arg.kinds == ["texts"] else "store")
     parser.add_argument(*(arg.flags or [arg.name]), **settings)
 
 
 def parser_of(verb: Verb) -> argparse.ArgumentParser:
-    """The parser of one command. It exits on -h with 0, and raises UsageError."""
+    """The parser of one command, which raises UsageError."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -10745,8 +10715,8 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
 
         def print_help(self, file: Any = None) -> None:
             print_text(self.format_help().rstrip("\n"))
-    words = [{"1": "%s", "?": "[%s]", "*": "[%s ...]", "+": "%s ...", "...": "%s"}[arg.word]
-             % arg.settings.get("shown", arg.name.upper()) for arg in line_args(verb) if arg.word]
+    words = [{"?": "[%s]", "*": "[%s ...]", "+": "%s ..."}.get(arg.word, "%s") % arg.shown
+             for arg in line_args(verb) if arg.word]
     parser = Parser(
         prog=f"{PROGRAM} {verb.name}", usage=" ".join(["%(prog)s [options]", *words]),
         description=verb.text, epilog=" ".join(["example:", PROGRAM, verb.name, verb.example]),
@@ -10757,7 +10727,7 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The options of one command line, and its ``verb``. argparse itself exits on -h (0)."""
+    """The options of one command line, and its ``verb``. SystemExit(0) on -h."""
     name, rest, tail = words[0], list(words[1:]), None  # type: str, list[str], list[str] | None
     if name == "secrets":
         rest = command_first(rest)
@@ -10771,7 +10741,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         at = rest.index("--")
         rest, tail = rest[:at], rest[at + 1:]
     options = parser_of(VERBS[name]).parse_args(rest)
-    for arg in COMMON:  # what the command lacks is as if it was not given
+    for arg in COMMON:  # also those that the command lacks
         options.__dict__.setdefault(arg.name, arg.default)
     options.verb, options.verbosity = name, int(options.verbose) - int(options.quiet)
     options.terminal = Terminal(options.verbosity, notes=name in ("new", "push"))
@@ -10785,7 +10755,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def command_words(words: list[str], tail: list[str] | None) -> list[str]:
-    """The command of exec: ``tail`` is what follows --, where that was written."""
+    """The command of exec: ``tail`` is what follows --, if there is one."""
     if tail is not None and words:
         raise UsageError(f"exec: {show(words[0])} stands before `--`.",
                          "Write: exec [options] -- CMD...")
@@ -10802,7 +10772,7 @@ def no_command(name: str) -> UsageError:
 
 
 def command_first(words: list[str]) -> list[str]:
-    """Options may stand before the command, too, as git has its -C there."""
+    """The words with the command moved before the options that precede it."""
     at, valued = 0, {flag for arg in COMMON for flag in arg.flags if arg.valued}
     own = ("-h", "--help", "--version")
     while words[at:] and words[at].startswith("-") and words[at] not in own:
@@ -10811,8 +10781,8 @@ def command_first(words: list[str]) -> list[str]:
 
 
 def open_standard_streams() -> None:
-    """A descriptor 0, 1 or 2 that the caller closed becomes /dev/null: the next pipe of ours
-    would otherwise take its number, and be mistaken for it. To read from 0 is still an error."""
+    """Open those that the caller closed as /dev/null: the next pipe of ours would take their
+    numbers. To read from 0 stays an error."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
@@ -10821,8 +10791,7 @@ def open_standard_streams() -> None:
 
 
 def typed_program() -> str:
-    """What was typed to run this file, as a shell takes it. Python 3.10 and later know (python3 -m
-    cmux_ssh, for one)."""
+    """What was typed to run this file, such as python3 -m cmux_ssh: Python 3.10 and later know."""
     script = (sys.argv or [""])[0]
     words = getattr(sys, "orig_argv", [])[:1 - len(sys.argv) or None] or [sys.executable, script]
     own = os.path.realpath(script) == os.path.realpath(__file__)  # else main() of an importer
@@ -10837,33 +10806,30 @@ def report_error(error: CmuxError) -> None:
 
 
 def fail(words: Sequence[str], error: CmuxError) -> int:
-    """Say what went wrong, with --json on stdout too; the exit code."""
+    """Report the error, with --json on stdout too; the exit code."""
     code = exec_code(error) if words[:1] == ["exec"] else error.exit_code
     report_error(error)
     if "--json" in words[:words.index("--") if "--" in words else None]:
-        try:
-            of_exec = words[:1] == ["exec"]
-            print_json(exec_failure(None, None, error, time.monotonic()) if of_exec
-                       else {"error": error_fields(error)})
-        except CmuxError:
-            pass  # nobody can be told
+        with contextlib.suppress(CmuxError):  # stdout is closed
+            print_json(exec_failure(None, None, error, time.monotonic())
+                       if words[:1] == ["exec"] else {"error": error_fields(error)})
     return code
 
 
 def version_text() -> str:
-    """Name, version, and the SHA-256 of this very file: a changed copy shows itself."""
+    """Name, version, and the SHA-256 of this file, which shows a changed copy."""
     try:
         digest = sha256_of(globals()["__loader__"].get_data(__file__))  # of a zip, too
     except (OSError, NameError, AttributeError):
         digest = "unknown"
-    return "%s %s (sha256 %s)" % (PROGRAM, __version__, digest)
+    return f"{PROGRAM} {__version__} (sha256 {digest})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; the exit code. Expected failures are one sentence on stderr."""
+    """Run one command line; the exit code. Expected failures are reported on stderr."""
     words = command_first(list(sys.argv[1:] if arguments is None else arguments))
     if os.name != "posix":
-        err_out("%s: Windows is not supported natively. Use it inside WSL.\n" % PROGRAM)
+        err_out(f"{PROGRAM}: Windows is not supported natively. Use it inside WSL.\n")
         return 2
     open_standard_streams()
     CALLED.update(program=typed_program(), project="", workspace="")
