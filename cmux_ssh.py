@@ -1799,9 +1799,10 @@ _creplace() {
 """
 
 # GLOB (as a command, "$1" a find -path pattern that is wider than the glob): the paths, NUL ended.
+# (-print0 is not everywhere.)
 GLOB = r"""
-if find . -prune -print0 >/dev/null 2>&1; then print=-print0; else print=-print; echo lines; fi
-find . -name .git -prune -o ! -type d -path "$1" $print 2>/dev/null | head -c "$2"
+find . -name .git -prune -o ! -type d -path "$1" -exec sh -c 'printf "%s\0" "$@"' sh {} + \
+  2>/dev/null | head -c "$2"
 """
 
 # GREP (as a command): pattern, wider path pattern, -i or -n (no-op), bytes, lines. GNU's says on
@@ -7157,11 +7158,11 @@ def diff_lines(workspace: WorkspaceBase, stat: bool = False, report: Report | No
 
 
 # === 14. Tools ===
-# Owns: what an agent works with, and the one table that the command line, batch and MCP are made
-# from. Handlers take and return plain values; they print nothing. May touch: rooms above.
+# Owns: the tools of an agent, and the table from which command line, batch and MCP are made. They
+# take and return plain values. May touch: rooms above.
 
 class ToolFailed(CmuxError):
-    """A tool could not do what was asked; the message is meant for the agent."""
+    """A tool could not do what was asked."""
 
 
 def absolute(workspace: WorkspaceBase, path: object) -> str:
@@ -7239,10 +7240,11 @@ def unified_diff(before: bytes, after: bytes, path: str) -> str:
     import difflib
     old, new = (re.findall(r"[^\n]*\n|[^\n]+\Z", data.decode("utf-8", "replace"))
                 for data in (before, after))
-    if len(old) + len(new) > 40000:
+    lines = len(old) + len(new)
+    if lines > 40000:
         return "(the file is too long for a diff)"
     was, now = collections.Counter(old), collections.Counter(new)
-    if (len(old) + len(new)) * sum(((was - now) + (now - was)).values()) > DIFF_WORK_MAX:
+    if lines * sum(((was - now) + (now - was)).values()) > DIFF_WORK_MAX:
         return "(too much changed for a diff)"
     text = "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n"
                    for line in difflib.unified_diff(old, new, "a/" + path, "b/" + path))
@@ -7349,13 +7351,9 @@ def wider_pattern(patterns: Sequence[str]) -> str:
     return "./" + re.sub(r"\*\*/|\*\*|\?|\[.*\]|\\", "*", pattern, flags=re.S)
 
 
-_BINARY = re.compile(
-    rb"grep: \./(.*): binary file matches\Z|Binary file \./(.*) matches\Z", re.S)
-
-
 def binary_row(line: bytes) -> list[tuple[bytes, int, bytes]]:
-    match = _BINARY.match(line)
-    return [(match.group(1) or match.group(2), 0, b"")] if match else []
+    match = re.match(rb"(?:grep: |Binary file )\./(.*?)(?:: binary file)? matches\Z", line, re.S)
+    return [(match[1], 0, b"")] if match else []
 
 
 def grep_rows(data: bytes, null: bool) -> Iterator[tuple[bytes, int, bytes]]:
@@ -7365,13 +7363,13 @@ def grep_rows(data: bytes, null: bool) -> Iterator[tuple[bytes, int, bytes]]:
         path, *rest = data.split(b"\0")
         for part in rest + [b""]:
             if path[:2] != b"./":  # messages of grep between two rows
-                at = path.find(b"\n./")
-                for line in path[:at if at >= 0 else len(path)].split(b"\n"):
+                messages, _, path = path.partition(b"\n./")
+                for line in messages.split(b"\n"):
                     yield from binary_row(line)
-                path = path[at + 1:] if at >= 0 else b""
+                path = b"./" + path
             row, _, after = part.partition(b"\n")
             count, colon, text = row.partition(b":")
-            if path[:2] == b"./" and colon and number(count.decode("latin-1")) > 0:
+            if path[2:] and colon and number(count.decode("latin-1")) > 0:
                 yield path[2:], int(count), text
             path = after
         return
@@ -7379,7 +7377,7 @@ def grep_rows(data: bytes, null: bool) -> Iterator[tuple[bytes, int, bytes]]:
         yield from binary_row(line)
         match = re.match(rb"\./([^:]*(?::(?!\d{1,15}:)[^:]*)*):(\d{1,15}):", line)
         if match:
-            yield match.group(1), int(match.group(2)), line[match.end():]
+            yield match[1], int(match[2]), line[match.end():]
 
 
 def job_directory(workspace: WorkspaceBase, *job: str) -> str:
@@ -7442,13 +7440,13 @@ def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Cancel |
 
 class Workspace(WorkspaceBase):
     """A directory on a host in which an agent works. Get one from Project.create, .ensure or
-    .workspace. The methods are the tools of the table below: arguments and results as there, and
-    as in `batch`; exec() returns an ExecResult. Usable from threads.
+    .workspace. The methods are the tools of VERBS, with the arguments and results of `batch`;
+    exec() returns an ExecResult. Usable from threads.
 
     All raise HostError when the host cannot be reached, UsageError for a wrong argument (TypeError
     for one of a wrong type), RemoteFailed for an answer that makes no sense, Cancelled when
-    ``cancel`` is set (but exec(): see its own text). A path is relative to the workspace, or
-    absolute; bytes that are no UTF-8 stand in a str as Python's surrogateescape has them.
+    ``cancel`` is set (but see exec()). A path is relative to the workspace, or absolute; in a str,
+    bytes that are not UTF-8 are as Python's surrogateescape has them.
     """
 
     @logged("read", lambda found, *args: len(found.content))
@@ -7554,13 +7552,11 @@ class Workspace(WorkspaceBase):
         patterns = glob_patterns(pattern, self.path)
         test = glob_test(*patterns)
         data = self._search(GLOB, wider_pattern(patterns), str(SEARCH_MAX), cancel=cancel)
-        lines = data.startswith(b"lines\n")
-        parts = data[len(b"lines\n"):].split(b"\n") if lines else data.split(b"\0")
-        cut = len(data) >= SEARCH_MAX
-        names = [part[2:].decode("utf-8", "surrogateescape")
-                 for part in (parts[:-1] if cut else parts) if 2 < len(part) <= PATH_MAX]
+        names = [as_text(name[2:]) for name in data.split(b"\0")[:-1]
+                 if 2 < len(name) <= PATH_MAX]
         found = sorted(filter(test, names))
-        return {"paths": found[:limit], "truncated": cut or len(found) > limit}
+        return {"paths": found[:limit],
+                "truncated": len(data) >= SEARCH_MAX or len(found) > limit}
 
     @logged("grep")
     def grep(self, pattern: str, glob: str = "", ignore_case: bool = False, limit: int = 200,
@@ -7698,11 +7694,11 @@ class Project(ProjectBase):
     kind = Workspace
 
 
-# -- the table --
-# From it come the command line with its help and completion, the checks of batch and of the
-# library's call_tool(), and what MCP offers.
+# -- the table of verbs --
+# It makes the command line with help and completion, the checks of batch and call_tool(), and what
+# MCP offers.
 
-KINDS: dict[str, tuple[str, tuple[type, ...], str]] = {  # of a value: in JSON, in Python, in words
+KINDS: dict[str, tuple[str, tuple[type, ...], str]] = {  # of values: in JSON, in Python, in words
     "text": ("string", (str,), "text"),
     "flag": ("boolean", (bool,), "true or false"),
     "count": ("integer", (int,), "a whole number"),
@@ -7716,12 +7712,12 @@ DURATION_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class Arg:
-    """One argument of a verb: in JSON a member ``name``, on the command line a word or an option.
+    """One argument of a verb: a member of a JSON object, a word or an option of a command line.
 
-    ``kind``: one of KINDS, or several with a bar between. ``settings``: ``flags`` of the option
-    (default: --NAME), or ``word`` ("1", "?", "*", "+": how many words it is); ``shown`` for its
-    value in the help; ``default``; ``required``; ``least`` it may be; ``choices``; ``blank``, where
-    an empty text has a meaning; ``face``, where only one has it: "line" or "json".
+    ``kind``: of KINDS, or several with a bar between. ``settings``: ``flags`` (default: --NAME),
+    or ``word``, how many words it is ("1", "?", "*", "+", or "...": all that follow); ``shown``,
+    its value in the help; ``default``; ``required``; ``least`` it may be; ``choices``; ``blank``:
+    it may be an empty text; ``face``: "line" or "json", if it is not for both.
     """
 
     def __init__(self, name: str, kind: str, text: str, **settings: Any) -> None:
@@ -7736,20 +7732,22 @@ class Arg:
         self.valued = not self.word and self.kinds != ["flag"]
 
     def check(self, value: object, label: str) -> None:
-        """Raise UsageError, with ``label`` for a name, if the value may not stand here."""
-        kinds = [kind for kind in self.kinds if isinstance(value, KINDS[kind][1])]
-        whole = "flag" in self.kinds or not isinstance(value, bool)
-        words = value if kinds == ["texts"] and isinstance(value, list) else []
-        least = -1e15 if self.least is None else self.least
-        bounded = not isinstance(value, (int, float)) or least <= value < 1e15
-        if not (kinds and whole and bounded and all(isinstance(word, str) for word in words)):
+        """Raise UsageError, which names it ``label``, if the value does not fit."""
+        fits = any(isinstance(value, KINDS[kind][1]) for kind in self.kinds)
+        if isinstance(value, bool):
+            fits = "flag" in self.kinds
+        elif isinstance(value, (int, float)):
+            fits = fits and (-1e15 if self.least is None else self.least) <= value < 1e15
+        elif isinstance(value, list) and "texts" in self.kinds:
+            fits = all(isinstance(word, str) for word in value)
+        if not fits:
             wanted = " or ".join(KINDS[kind][2] for kind in self.kinds)
             from_least = "" if self.least is None else f" from {self.least}"
             raise UsageError(f"{label} takes {wanted}{from_least}.")
         check_text(value)
 
     def from_word(self, word: str) -> Any:
-        """The value that a word of the command line stands for. Raises UsageError."""
+        """The value of a word of the command line. Raises UsageError."""
         label, value = (self.flags or [self.name])[-1], word  # type: str, Any
         if self.kinds == ["count"]:
             value = int(word) if re.match(r"[+-]?\d{1,15}\Z", word) else word
@@ -7763,11 +7761,11 @@ class Arg:
         return value
 
     def schema(self) -> Fields:
-        """What MCP describes it by."""
+        """The JSON schema for MCP."""
         rows: list[Fields] = []
         for kind in self.kinds:
             rows.append({"type": KINDS[kind][0]})
-            if kind in ("texts", "objects"):
+            if KINDS[kind][0] == "array":
                 rows[-1]["items"] = EDIT_SCHEMA if kind == "objects" else {"type": "string"}
             if self.least is not None:
                 rows[-1]["minimum"] = self.least
@@ -7781,23 +7779,22 @@ EDIT_SCHEMA = {
 
 
 def check_text(value: object) -> None:
-    """Raise UsageError for text that has no bytes: a lone surrogate, as JSON can spell it."""
+    """Raise UsageError for a lone surrogate, which JSON can spell, and which has no bytes."""
     if isinstance(value, str):
         encoded(value)
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for part in parts:
-        check_text(part)
+    elif isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            check_text(part)
 
 
 class Verb:
-    """One thing that can be done, for all faces.
+    """A command of the command line, and perhaps a tool for batch, the library and MCP.
 
-    ``text``: a line of help; ``args``: what it takes. ``settings``: ``example``, what may follow
-    it; ``tool``: what does it, where it is a tool (see TOOLS) and is given a workspace;
-    ``manage``: the same, where MCP has it as a tool only with --manage, and it is given a project;
-    ``model``: what a model reads instead of ``text``; ``reads``: it changes nothing; ``destroys``:
-    it may destroy work; ``repeats``: done twice, it is as done once; ``lacks``: the letters of the
-    global options that mean nothing to it.
+    ``text``: a line of help; ``args``: what it takes. ``settings``: ``example``, its words;
+    ``tool``: the function of a tool (see TOOLS), called with a workspace; ``manage``: of one that
+    only MCP with --manage has, called with a project; ``model``: what a model reads instead of
+    ``text``; ``reads``: it changes nothing; ``destroys``: it may destroy work; ``repeats``: twice
+    is as once; ``lacks``: the letters of the global options that it does not take.
     """
 
     def __init__(self, name: str, text: str, *args: Arg, **settings: Any) -> None:
@@ -7809,7 +7806,7 @@ class Verb:
         self.params = [arg for arg in args if arg.face != "line"]
 
     def check(self, arguments: object) -> Fields:
-        """The arguments of a call in JSON, if they fit the table; else UsageError."""
+        """The arguments of a call in JSON. Raises UsageError if they do not fit the table."""
         if not isinstance(arguments, dict):
             raise UsageError(f"The arguments of {self.name} are not an object.")
         known = {arg.name: arg for arg in self.params}
@@ -7826,7 +7823,7 @@ class Verb:
 
 def tool_exec(workspace: Workspace, command: str | list[str], background: bool = False,
               stdin: str | None = None, **more: Any) -> Fields:
-    """exec of the table. ``more``: timeout, cwd, env, cancel, tee, as Workspace.exec has them."""
+    """``more``: timeout, cwd, env, cancel, tee of Workspace.exec()."""
     if background:
         if stdin is not None or more.get("timeout") is not None:
             raise UsageError("A background command takes neither stdin nor timeout.")
@@ -7851,7 +7848,7 @@ def tool_write(workspace: Workspace, path: str, content: str | None = None,
 
 
 def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = "") -> Fields:
-    if branch and not branch.startswith("cmux/"):  # the user's own are not the model's to move
+    if branch and not branch.startswith("cmux/"):  # a model must not move the user's own
         raise UsageError(f"The branch {show(branch)} does not begin with cmux/.",
                          "Leave branch out, or choose one that does.")
     return pull(project.workspace(workspace), branch, cancel=cancel).as_dict()
@@ -8081,7 +8078,6 @@ def call_tool(workspace: WorkspaceBase, name: object, arguments: object,
 
 
 def check_call(name: object, arguments: object) -> tuple[Verb, Fields]:
-    """The tool and its arguments, if they fit the table; else UsageError."""
     tool = TOOLS.get(name) if isinstance(name, str) else None
     if tool is None:
         raise UsageError(f"There is no tool {show(str(name))}.", f"There are: {', '.join(TOOLS)}.")
@@ -9436,7 +9432,9 @@ class Terminal(Report):
     def _draw(self) -> None:
         if self.paused or self.closed.is_set():
             return
-        columns, rows = screen_size()
+        columns, rows = 80, 24
+        with contextlib.suppress(OSError):
+            columns, rows = os.get_terminal_size(2)
         lines = self._lines(columns - 1, max(1, rows - 2))
         up = "\r" + "\x1b[A" * (self.drawn - 1)
         draw(2, up + "\n".join(f"{line}\x1b[K" for line in lines) + "\x1b[J")
@@ -9457,13 +9455,6 @@ class Terminal(Report):
                 doing += " " + human_age(time.monotonic() - since)
             lines.append(f"{name.ljust(self.width)[:max(8, columns - len(doing) - 2)]}  {doing}")
         return [line[:columns] for line in lines + count]
-
-
-def screen_size() -> tuple[int, int]:
-    try:
-        return os.get_terminal_size(2)
-    except OSError:
-        return 80, 24
 
 
 def transferred(doing: str, done: int, total: Callable[[], int] | None, seconds: float) -> str:
@@ -9495,14 +9486,6 @@ class Patience:
         time.sleep(0.05)
         if self.deadline.over() or poll_once(0, *self.ends):
             self.lost.add(fd)
-
-
-def own_terminal(fd: int) -> int:
-    """The terminal opened once more, for writes that do not block: others write to ``fd``, too."""
-    try:
-        return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError:
-        return fd
 
 
 def write_out(fd: int, data: bytes, harmless: bool = False,
@@ -9611,10 +9594,10 @@ class Execution:
         self.project = open_project(options)
         self.names = self._names(list(dict.fromkeys(options.workspace or [])))
         self.many = options.all or len(self.names) > 1
+        self.plain = not (self.many or options.json)
         self._check()
         self.terminal: Terminal = options.terminal
         self.terminal.many = self.many
-        self.errors: dict[str, CmuxError] = {}
 
     def _names(self, given: list[str]) -> list[str]:
         if not self.options.all:
@@ -9646,7 +9629,7 @@ class Execution:
         began, at_once = time.monotonic(), self.options.parallel or 0
         rows = self.terminal.in_lanes(self.names, self._row, at_once, self.cancel)
         for at, row in enumerate(rows):
-            if isinstance(row, PipeClosed):
+            if isinstance(row, PipeClosed) or isinstance(row, CmuxError) and self.plain:
                 raise row
             if isinstance(row, CmuxError):  # not begun
                 rows[at] = exec_failure(self.names[at], self.options.host, row, began)
@@ -9686,7 +9669,8 @@ class Execution:
             self.cancel.set()
             raise
         except CmuxError as error:
-            self.errors[name] = error
+            if self.plain:
+                raise
             row = exec_failure(name, host, error, began)
             row.update(json_fields({"stdout": out.value(), "stderr": err.value()}))
         finally:
@@ -9709,21 +9693,21 @@ class Execution:
         return workspace
 
     def _tell(self, row: Mapping[str, Any]) -> None:
-        """The job, the error, or how the command was stopped."""
         if "job" in row:
             print_text(row["job"])
-        elif row["error"]:
-            report_error(self.errors.get(row["workspace"]) or Cancelled("Interrupted."))
         elif row["stopped"]:
-            self.terminal.warn("The command was %s; %s." % (
-                "stopped after %g s" % self.options.timeout if row["timed_out"] else "interrupted",
-                STOPPED[row["stopped"]] % (" on " + row["host"])))
+            how = f"stopped after {self.options.timeout:g} s" if row["timed_out"] else "interrupted"
+            self.terminal.warn(f"The command was {how}; "
+                               + STOPPED[row["stopped"]] % f" on {row['host']}" + ".")
 
     def _sum_up(self, rows: list[Fields], seconds: float) -> None:
         bad: dict[str, list[str]] = {}  # how -> which: a host that is down appears once
         for row in rows:
             if row["exit_code"]:
-                bad.setdefault(how_failed(row), []).append(row["workspace"])
+                how = [str(row["exit_code"])]
+                how += [row["error"]["message"]] if row["error"] else []
+                how += ["stopped, " + STOPPED[row["stopped"]] % ""] if row["stopped"] else []
+                bad.setdefault(": ".join(how), []).append(row["workspace"])
         failed = ", ".join(f"{', '.join(which)} ({how})" for how, which in bad.items())
         good = len(rows) - sum(map(len, bad.values()))
         self.terminal.warn(f"{good} of {len(rows)} succeeded in {seconds:.1f} s"
@@ -9731,14 +9715,8 @@ class Execution:
 
 
 STOPPED = {"confirmed": "its processes%s have ended",
-           "requested": "its end%s was asked for, not seen",
+           "requested": "its end%s was requested, not seen",
            "unknown": "whether it still runs%s is unknown"}
-
-
-def how_failed(row: Mapping[str, Any]) -> str:
-    why = [row["error"]["message"]] if row["error"] else []
-    why += ["stopped, " + STOPPED[row["stopped"]] % ""] if row["stopped"] else []
-    return ": ".join([str(row["exit_code"]), *why])
 
 
 def exec_failure(name: str | None, host: str | None, error: CmuxError, began: float) -> Fields:
@@ -9772,7 +9750,10 @@ class Outlet:
 
     def __init__(self, fd: int, patience: Patience | None = None) -> None:
         self.text = TerminalText() if os.isatty(fd) else None
-        self.fd, self.patience = own_terminal(fd) if self.text and patience else fd, patience
+        self.fd, self.patience = fd, patience
+        if self.text and patience:  # opened once more: others need ``fd`` to block
+            with contextlib.suppress(OSError):
+                self.fd = os.open(os.ttyname(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
 
     def __call__(self, data: bytes, last: bool = False) -> None:
         shown = self.text(data, last).encode() if self.text else data
@@ -9794,21 +9775,14 @@ class Labelled(Outlet):
 
     def __call__(self, data: bytes, last: bool = False) -> None:
         *lines, self.held = (self.held + data).split(b"\n")
-        if len(self.held) > CHUNK:
+        if self.held and last or len(self.held) > CHUNK:
             lines, self.held = lines + [self.held], b""
+        if self.text:  # a carriage return leads back to behind the label
+            lines = [self.text(line.rstrip(b"\r")).encode().replace(b"\r", b"\r" + self.label)
+                     for line in lines]
         if lines:
-            text = b"".join(self.label + self._shown(line) + b"\n" for line in lines)
+            text = b"".join(self.label + line + b"\n" for line in lines)
             self.live.put(lambda: write_out(self.fd, text, True, self.patience))
-
-    def _shown(self, line: bytes) -> bytes:
-        if not self.text:
-            return line
-        # A carriage return leads back to behind the label.
-        return self.text(line.rstrip(b"\r")).encode().replace(b"\r", b"\r" + self.label)
-
-    def end(self) -> None:
-        if self.held:
-            self(b"\n")
 
 
 def open_stdin() -> Source | None:
@@ -9931,7 +9905,7 @@ def command_history(options: argparse.Namespace) -> int:
         when = time.strftime("%m-%d %H:%M:%S", time.localtime(row["time"]))
         size = human_size(row["bytes"]) if row.get("bytes") else ""
         table.append((when, str(row.get("workspace", "")), row["operation"],
-                      human_time(row.get("duration") or 0), str(row.get("exit_code", "")), size,
+                      f"{row.get('duration') or 0:.2f} s", str(row.get("exit_code", "")), size,
                       str(row.get("detail", ""))))
     if rows:
         print_table(table, spare=8)
@@ -10082,18 +10056,15 @@ def candidates(before: Sequence[str], last: str) -> dict[str, str]:
         return {row.split()[at]: verb.text for row, verb in VERBS.items()
                 if row.split()[:at] == name.split()}
     if not pending:
-        pending = next((arg.name for arg in known if arg.word), "")
-        if name == "secrets rm":
-            pending = "secrets"
-        elif name == "completion":
-            return dict.fromkeys(COMPLETIONS, "")
-        elif name in ("new", "fork", "rename"):
-            return {}
+        first = next((arg.name for arg in known if arg.word), "")
+        pending = {"secrets rm": "secrets", "new": "", "fork": "", "rename": ""}.get(name, first)
     return values_of(pending, directory)
 
 
 def values_of(name: str, directory: str) -> dict[str, str]:
     """What the argument ``name`` may be in the project of ``directory``."""
+    if name == "shell":
+        return dict.fromkeys(COMPLETIONS, "")
     if name in ("host", "target"):
         return dict.fromkeys(config_hosts(), "")
     if name in ("workspace", "name", "names"):
@@ -10107,15 +10078,14 @@ def values_of(name: str, directory: str) -> dict[str, str]:
 
 
 def config_hosts() -> list[str]:
-    """The hosts that the user's ssh config names, patterns left out."""
+    """The hosts that the user's ssh config names, without patterns."""
     try:
         with open(os.path.expanduser("~/.ssh/config"), errors="replace") as stream:
-            lines = stream.read(STATE_MAX).splitlines()
+            rows = re.findall(r"(?im)^[ \t]*host[ \t=](.*)", stream.read(STATE_MAX))
     except OSError:
         return []
-    words = [line.replace("=", " ").split() for line in lines]
-    return sorted({name for row in words if row and row[0].lower() == "host"
-                   for name in row[1:] if name.isprintable() and not re.search(r"[*?!\"']", name)})
+    return sorted({name for name in re.split(r"[\s=]+", " ".join(rows))
+                   if name.isprintable() and not re.search(r"[*?!\"']|^$", name)})
 
 
 # Both scripts run only the program that made them, never the file named on the line: it may be
@@ -10170,12 +10140,6 @@ def command_list(options: argparse.Namespace) -> int:
              row["base"][:10], human_age(time.time() - row["created"]), row["state"], row["path"])
             for row in rows], spare=20)
     return 0
-
-
-def human_time(seconds: float) -> str:
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    return f"{seconds:.1f} s" if seconds < 100 else human_age(seconds)
 
 
 def human_age(seconds: float) -> str:
