@@ -1704,13 +1704,14 @@ _cop() {
 }
 """
 
-# WRITE path root op size cksum old home lock: stdin becomes the file, by a rename beside it, and
-# only if size and checksum are right; with old ("cksum size", or "none"), only if the file still is
-# that. Makes parents, but not home, the workspace. Replies created or replaced.
-# The lock makes compare and rename one step among all users of this tool. Its name is the cksum of
-# the path, from the client where that has no links, which saves three processes. The temporary file
-# is named by this process: an earlier attempt may still run. cp (for mode and owner) is tried
-# again: GNU's fails on a file that another writer's rename replaces meanwhile.
+# WRITE path root op sum old home lock: stdin becomes the file, by a rename beside it, and only when
+# it has this sum (as cksum prints it: checksum and size); with old, only when the file still has
+# that sum. Makes parents, but not home, the workspace. Replies created or replaced.
+# The lock makes compare and rename one step for all users of this tool. Its name is the cksum of
+# the path; of one without links the client has computed it, which saves three processes. The
+# temporary file is this process's own: an attempt whose connection was lost may still run beside
+# the next. cp (for mode and owner) is tried again: GNU's gives up on a file that another writer's
+# rename replaces under it.
 WRITE = LOCKED + r"""
 _cop() {
   file=$1 tries=0
@@ -1727,7 +1728,7 @@ _cop() {
   folder=${file%/*} name=${file##*/}
   case $name in ""|.|..) return 31;; esac
   [ ${#name} -lt 256 ] || return 39
-  if [ ! -d "${folder:-/}" ]; then [ -d "$7" ] || return 37; mkdir -p "$folder" || return 3; fi
+  if [ ! -d "${folder:-/}" ]; then [ -d "$6" ] || return 37; mkdir -p "$folder" || return 3; fi
   [ -w "${folder:-/}" ] && cd -P "${folder:-/}" 2>/dev/null || return 33
   file=${PWD%/}/$name new=${PWD%/}/.cmux-$3-$$.tmp lock=$2/.cmux/locks
   _ctry "$@"; result=$?
@@ -1740,32 +1741,29 @@ _ctry() {
     tries=$((tries+1)); [ $tries -lt 9 ] || { echo "$said" >&2; return 3; }
   done
   cat >"$new" || return 3
-  [ "$(cksum <"$new")" = "$5 $4" ] || return 35
+  [ "$(cksum <"$new")" = "$4" ] || return 35
   [ -d "$lock" ] || mkdir -p "$lock" || return 3
-  if [ "$file" = "$1" ]; then lock=$lock/$8
+  if [ "$file" = "$1" ]; then lock=$lock/$7
   else lock=$lock/$(printf "%s$_cmux_newline" "$file" | cksum | tr " " -); fi
   _center "$lock" 0.02 1000 || return 3
-  _creplace "$6"; result=$?
+  _creplace "$5"; result=$?
   _cleave "$lock"
   return $result
 }
 _creplace() {
   how=created
   if [ -e "$file" ]; then how=replaced; fi
-  case $1 in
-  "") ;;
-  none) [ ! -e "$file" ] || return 36;;
-  *) [ "$(cksum <"$file")" = "$1" ] || return 36;;
-  esac
+  [ ! "$1" ] || [ "$(cksum <"$file")" = "$1" ] || return 36
   mv -f "$new" "$file" || return 3
   echo $how
 }
 """
 
 # GLOB (as a command, "$1" a find -path pattern that is wider than the glob): the paths, NUL ended.
+# (-print0 is not everywhere.)
 GLOB = r"""
-if find . -prune -print0 >/dev/null 2>&1; then print=-print0; else print=-print; echo lines; fi
-find . -name .git -prune -o ! -type d -path "$1" $print 2>/dev/null | head -c "$2"
+find . -name .git -prune -o ! -type d -path "$1" -exec sh -c 'printf "%s\0" "$@"' sh {} + \
+  2>/dev/null | head -c "$2"
 """
 
 # GREP (as a command): pattern, wider path pattern, -i or -n (no-op), bytes, lines. GNU's prints on
@@ -6934,22 +6932,22 @@ def diff_lines(workspace: WorkspaceBase, stat: bool = False, report: Report | No
 
 
 # === 14. Tools ===
-# Owns: what an agent works with, and the one table that the command line, batch and MCP are made
-# from. Handlers take and return plain values; they print nothing. May touch: rooms above.
+# Owns: the tools of an agent, and the table from which command line, batch and MCP are made. They
+# take and return plain values. May touch: rooms above.
 
 class ToolFailed(CmuxError):
-    """A tool could not do what was asked; the message is meant for the agent."""
+    """A tool could not do what was asked."""
 
 
 def absolute(workspace: WorkspaceBase, path: object) -> str:
-    """A tool's path as the host gets it: absolute, below the workspace unless it says otherwise."""
+    """A tool's path for the host: absolute, or below the workspace."""
     if not isinstance(path, str) or not path or "\0" in path:
         raise UsageError("The path is empty." if path == "" else "A path is text without NUL.")
     return path if path.startswith("/") else f"{workspace.path}/{path}"
 
 
 def tool_reply(workspace: WorkspaceBase, reply: Reply, path: str = "") -> Reply:
-    """The reply, or the failure that its status stands for."""
+    """The reply, unless its status stands for a failure."""
     if reply.status == 37:
         raise gone_there(workspace.name, workspace.host.name)
     if reply.status:
@@ -6964,10 +6962,10 @@ def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def cksum_of(data: bytes) -> tuple[str, int]:
+def cksum_of(data: bytes) -> str:
     digest = Cksum()
     digest.update(data)
-    return digest.line().split()[0], len(data)
+    return digest.line()
 
 
 class FileContent(Value):
@@ -6978,13 +6976,13 @@ class FileContent(Value):
 
 
 class FileChanged(ToolFailed):
-    """Compare-and-swap failed: the file is not what it was."""
+    """The file is not what it was; it was not written."""
 
 
 def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> bytes:
-    """``data`` with every edit applied in order, or ToolFailed that says where each match is."""
-    for at, edit in enumerate(edits, 1):
-        which = f"Edit {at} of {len(edits)}: the" if len(edits) > 1 else "The"
+    """``data`` with every edit applied in order. Raises ToolFailed."""
+    for index, edit in enumerate(edits, 1):
+        which = f"Edit {index} of {len(edits)}: the" if len(edits) > 1 else "The"
         old, new = (encoded(edit[key]) for key in ("old", "new"))
         if not old:
             raise ToolFailed(f"{which} text to replace is empty.", "Use write to make a file.")
@@ -6997,22 +6995,17 @@ def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> b
         overlap = count == found == 1 and data.find(old, data.find(old) + 1) >= 0
         if found != count or overlap:  # of two that overlap: which is meant?
             form = b"(?=%s)" if overlap else b"%s"
-            places = [match.start() for match in itertools.islice(
-                re.finditer(form % re.escape(old), data), 10)]
-            raise wrong_count(f"{which} text occurs {found + overlap}", count, path,
-                              [str(data.count(b"\n", 0, place) + 1) for place in places])
+            found += overlap
+            places = itertools.islice(re.finditer(form % re.escape(old), data), 10)
+            lines = ", ".join(str(data.count(b"\n", 0, at.start()) + 1) for at in places)
+            where = f" (at line{'s' * (found > 1)} {lines})" if found else ""
+            raise ToolFailed(
+                f"{which} text occurs {found} time{'s' * (found != 1)} in {show(path)}{where}, "
+                f"not {count}; nothing was changed.",
+                "Give more context, or the right count." if found else
+                "Read the file again: whitespace and line ends must match exactly.")
         data = data.replace(old, new)
     return data
-
-
-def wrong_count(found: str, count: int, path: str, lines: list[str]) -> ToolFailed:
-    """``found``: how often the text occurs, ``lines``: in which lines."""
-    where = f" (at line{'s' * (len(lines) > 1)} {', '.join(lines)})" if lines else ""
-    times = "time" if found.endswith(" 1") else "times"
-    return ToolFailed(
-        f"{found} {times} in {show(path)}{where}, not {count}; nothing was changed.",
-        "Give more context, or the right count." if lines else
-        "Read the file again: whitespace and line ends must match exactly.")
 
 
 def unified_diff(before: bytes, after: bytes, path: str) -> str:
@@ -7021,10 +7014,11 @@ def unified_diff(before: bytes, after: bytes, path: str) -> str:
     import difflib
     old, new = (re.findall(r"[^\n]*\n|[^\n]+\Z", data.decode("utf-8", "replace"))
                 for data in (before, after))
-    if len(old) + len(new) > 40000:
+    lines = len(old) + len(new)
+    if lines > 40000:
         return "(the file is too long for a diff)"
     was, now = collections.Counter(old), collections.Counter(new)
-    if (len(old) + len(new)) * sum(((was - now) + (now - was)).values()) > DIFF_WORK_MAX:
+    if lines * sum(((was - now) + (now - was)).values()) > DIFF_WORK_MAX:
         return "(too much changed for a diff)"
     text = "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n"
                    for line in difflib.unified_diff(old, new, "a/" + path, "b/" + path))
@@ -7037,9 +7031,9 @@ _BRACES = re.compile(
 
 
 def glob_patterns(pattern: str, home: str, by_name: bool = False) -> list[str]:
-    """The patterns below the workspace at ``home`` that ``pattern`` stands for, its {a,b} written
-    out as sh does. ``by_name``: one without a slash is for any depth. UsageError for what could
-    match nothing: an empty answer would lie."""
+    """The patterns that ``pattern`` stands for, relative to the workspace at ``home``, {a,b}
+    written out as in sh. ``by_name``: one without a slash is for any depth. UsageError for what
+    can match nothing: an empty answer would lie."""
     found, todo = [], [pattern]  # type: list[str], list[str]
     while todo:
         one = todo.pop()
@@ -7061,7 +7055,7 @@ def glob_patterns(pattern: str, home: str, by_name: bool = False) -> list[str]:
 
 
 def glob_below(pattern: str, home: str, by_name: bool) -> str:
-    """One pattern without braces, relative to the workspace at ``home``. Raises UsageError."""
+    """glob_patterns() of one without braces."""
     exact = pattern.startswith(home + "/")
     names = pattern[len(home) + 1 if exact else 0:].split("/")
     if names[1:] and not names[0] or ".." in names or re.match(r"~([\w-]*/|\Z)", "/".join(names)):
@@ -7081,17 +7075,21 @@ def glob_below(pattern: str, home: str, by_name: bool) -> str:
 def glob_test(*patterns: str) -> Callable[[str], bool]:
     """Whether a path fits any of the patterns: a component ``**`` stands for any number of
     components, ``*`` for any number of characters of one, ``[...]`` is as in sh."""
-    rows = [list(map(component_test, pattern.split("/"))) for pattern in patterns]
-    for row in rows:
-        if row[-1] is None:  # all files below, and not the directory's own name
-            row.append(component_test("*"))
-    return lambda path: any(components_fit(row, path.split("/")) for row in rows)
+    tests = [glob_match(pattern) for pattern in patterns]
+    return lambda path: any(test(path) for test in tests)
 
 
-def component_test(part: str) -> Callable[[str], Any] | None:
-    """What tests one component of a path; None for ``**``."""
-    if part == "**":
-        return None
+def glob_match(pattern: str) -> Callable[[str], Any]:
+    runs = re.split(r"(?<![^/])\*\*(?:/|\Z)", pattern)
+    runs[-1] = runs[-1] or "*"  # all files below, and not the directory's own name
+    parts = ["/".join(map(component_regex, run.split("/"))) for run in runs]
+    try:
+        return re.compile(leftmost(parts, "(?:[^/]*/)*?") + r"\Z", re.S).match
+    except re.error:
+        raise UsageError(f"{show(pattern)} is not a glob pattern.")
+
+
+def component_regex(part: str) -> str:
     runs = [""]  # of what stands between the stars
     for word in re.findall(rf"{_BRACKET}|.", part, re.S):
         if "[:" in word:
@@ -7102,66 +7100,50 @@ def component_test(part: str) -> Callable[[str], Any] | None:
         if word == "*":
             runs.append("")
         else:
-            runs[-1] += f"[{inner}]" if inner else "." if word == "?" else re.escape(word)
-    # The first place for each run is kept, as fnmatch does it: trying all of them would take hours
-    # with a name made for that.
-    middle = "".join(f"(?=(?P<at{at}>.*?{run}))(?P=at{at})" for at, run in enumerate(runs[1:-1]))
-    try:
-        return re.compile(runs[0] + middle + (".*" + runs[-1]) * bool(runs[1:]) + r"\Z", re.S).match
-    except re.error:
-        raise UsageError(f"{show(part)} is not a glob pattern.")
+            runs[-1] += ("[^/]" if word == "?" else re.escape(word) if inner in ("", "^")
+                         else f"(?!/)[{inner}]")
+    return leftmost(runs, "[^/]*?")
 
 
-def components_fit(tests: Sequence[Callable[[str], Any] | None], names: Sequence[str]) -> bool:
-    """Only the last ``**`` so far is ever widened: no path makes this slow."""
-    at = done = widened = 0
-    wide = -1
-    while done < len(names):
-        test = tests[at] if at < len(tests) else len
-        if test is None:
-            wide, widened, at = at, done, at + 1
-        elif at < len(tests) and test(names[done]):
-            at, done = at + 1, done + 1
-        elif wide >= 0:
-            widened += 1
-            at, done = wide + 1, widened
-        else:
-            return False
-    return not any(tests[at:])
+def leftmost(runs: Sequence[str], gap: str) -> str:
+    """A regex of the runs with gaps between them. Each run stays at the first place where it
+    matches, as in fnmatch: trying all places would take hours with a name made for that."""
+    middle = "".join(f"(?=(?P<at{at}>{gap}{run}))(?P=at{at})"
+                     for run, at in zip(runs[1:-1], _GROUPS))
+    return runs[0] + middle + (gap + runs[-1]) * bool(runs[1:])
+
+
+_GROUPS = itertools.count()
 
 
 def wider_pattern(patterns: Sequence[str]) -> str:
-    """A find -path pattern that matches whatever one of the ``patterns`` may (there ``*`` crosses
-    slashes)."""
+    """A pattern for find -path, whose ``*`` crosses slashes, that matches whatever the patterns
+    may."""
     pattern = (patterns[0] if not patterns[1:]
                else os.path.commonprefix(list(patterns)).partition("[")[0] + "*")
     # ? and [...] become * too: in the C locale they stand for one byte of a character
     return "./" + re.sub(r"\*\*/|\*\*|\?|\[.*\]|\\", "*", pattern, flags=re.S)
 
 
-_BINARY = re.compile(
-    rb"grep: \./(.*): binary file matches\Z|Binary file \./(.*) matches\Z", re.S)
-
-
 def binary_row(line: bytes) -> list[tuple[bytes, int, bytes]]:
-    match = _BINARY.match(line)
-    return [(match.group(1) or match.group(2), 0, b"")] if match else []
+    match = re.match(rb"(?:grep: |Binary file )\./(.*?)(?:: binary file)? matches\Z", line, re.S)
+    return [(match[1], 0, b"")] if match else []
 
 
 def grep_rows(data: bytes, null: bool) -> Iterator[tuple[bytes, int, bytes]]:
-    """(path, line, text) of what grep printed, in time linear in it, whatever a host makes of it;
-    (path, 0, b"") of a file that it gave up as binary, at its first NUL."""
+    """(path, line, text) of what grep printed, in linear time whatever the host sent; (path, 0,
+    b"") of a file that grep gave up as binary, at its first NUL."""
     if null:  # path NUL line:text NEWLINE; a path may hold newlines
         path, *rest = data.split(b"\0")
         for part in rest + [b""]:
             if path[:2] != b"./":  # messages of grep between two rows
-                at = path.find(b"\n./")
-                for line in path[:at if at >= 0 else len(path)].split(b"\n"):
+                messages, _, path = path.partition(b"\n./")
+                for line in messages.split(b"\n"):
                     yield from binary_row(line)
-                path = path[at + 1:] if at >= 0 else b""
+                path = b"./" + path
             row, _, after = part.partition(b"\n")
             count, colon, text = row.partition(b":")
-            if path[:2] == b"./" and colon and number(count.decode("latin-1")) > 0:
+            if path[2:] and colon and number(count.decode("latin-1")) > 0:
                 yield path[2:], int(count), text
             path = after
         return
@@ -7169,7 +7151,7 @@ def grep_rows(data: bytes, null: bool) -> Iterator[tuple[bytes, int, bytes]]:
         yield from binary_row(line)
         match = re.match(rb"\./([^:]*(?::(?!\d{1,15}:)[^:]*)*):(\d{1,15}):", line)
         if match:
-            yield match.group(1), int(match.group(2)), line[match.end():]
+            yield match[1], int(match[2]), line[match.end():]
 
 
 def job_directory(workspace: WorkspaceBase, *job: str) -> str:
@@ -7232,21 +7214,20 @@ def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Cancel |
 
 class Workspace(WorkspaceBase):
     """A directory on a host in which an agent works. Get one from Project.create, .ensure or
-    .workspace. The methods are the tools of the table below: arguments and results as there, and
-    as in `batch`; exec() returns an ExecResult. Usable from threads.
+    .workspace. The methods are the tools of VERBS, with the arguments and results of `batch`;
+    exec() returns an ExecResult. Usable from threads.
 
     All raise HostError when the host cannot be reached, UsageError for a wrong argument (TypeError
     for one of a wrong type), RemoteFailed for an answer that makes no sense, Cancelled when
-    ``cancel`` is set (but exec(): see its own text). A path is relative to the workspace, or
-    absolute; bytes that are no UTF-8 stand in a str as Python's surrogateescape has them.
+    ``cancel`` is set (but see exec()). A path is relative to the workspace, or absolute; in a str,
+    bytes that are not UTF-8 are as Python's surrogateescape has them.
     """
 
     @logged("read", lambda found, *args: len(found.content))
     def read(self, path: str, offset: int = 1, limit: int = 0,
              cancel: Cancel | None = None) -> FileContent:
-        """A file's bytes; or its lines from ``offset`` on (1 is the first), ``limit`` of them (0:
-        all). Raises ToolFailed: no such file, no permission, not a plain file, or over 10 MiB
-        without a limit."""
+        """A file's bytes; or ``limit`` lines (0: all) from ``offset`` on (1 is the first). Raises
+        ToolFailed: no such file, no permission, not a plain file, or over 10 MiB without limit."""
         if offset < 1 or limit < 0:
             raise UsageError("Lines count from 1, and a limit cannot be negative.")
         reply = tool_reply(self, self.host.call(
@@ -7272,22 +7253,20 @@ class Workspace(WorkspaceBase):
 
     def write(self, path: str, content: str | bytes,
               cancel: Cancel | None = None) -> Fields:
-        """Make ``content`` (a str as UTF-8) the whole file, or change nothing; the mode stays, a
-        symlink is followed, directories are made. ``created``, ``size`` (bytes), ``sha256``.
-        Raises ToolFailed."""
+        """Make ``content`` (a str as UTF-8) the whole file, or change nothing. The mode stays, a
+        symlink is followed, directories are made. Returns ``created``, ``size`` (bytes),
+        ``sha256``. Raises ToolFailed."""
         data = encoded(content)
         created = self._replace(path, data, "", cancel)
         return {"created": created, "size": len(data), "sha256": sha256_of(data)}
 
     @logged("write", lambda created, path, data, *args: len(data))
     def _replace(self, path: str, data: bytes, old: str, cancel: Cancel | None) -> bool:
-        """write(); True if the file is new. ``old``: "none", or the checksum line of the content
-        that must still be there, else FileChanged."""
-        where, (checksum, size) = absolute(self, path), cksum_of(data)
-        lock = "%s-%d" % cksum_of(encoded(where + "\n"))
-        reply = self.host.call(
-            WRITE, where, self.root, os.urandom(8).hex(), str(size), checksum, old, self.path, lock,
-            data=data, once=True, cancel=cancel)
+        """write(); True if the file is new. ``old``: the cksum that it must still have, or ""."""
+        where = absolute(self, path)
+        lock = cksum_of(encoded(where + "\n")).replace(" ", "-")
+        reply = self.host.call(WRITE, where, self.root, os.urandom(8).hex(), cksum_of(data), old,
+                               self.path, lock, data=data, once=True, cancel=cancel)
         if reply.status == 36:
             raise FileChanged(f"{show(path)} changed meanwhile.", "Read it again.")
         return tool_reply(self, reply, path).stdout.strip() == b"created"
@@ -7295,9 +7274,8 @@ class Workspace(WorkspaceBase):
     def edit(self, path: str, edits: list[Fields], sha256: str = "",
              cancel: Cancel | None = None) -> Fields:
         """Replace exact text: each edit has ``old``, ``new``, and ``count``, how many matches there
-        must be (1). All are applied or none: ``sha256`` of the file now, ``diff``. With the
-        argument ``sha256``, of the file as last seen, a file that changed is refused (FileChanged).
-        Raises ToolFailed."""
+        must be (1). All are applied or none. ``sha256``: of the file as last seen; if it changed,
+        FileChanged. Returns ``sha256`` of the file now, and ``diff``. Raises ToolFailed."""
         for edit in edits:
             texts = isinstance(edit, dict) and all(
                 isinstance(edit.get(key), str) for key in ("old", "new"))
@@ -7312,22 +7290,22 @@ class Workspace(WorkspaceBase):
     @logged("edit", lambda pair, *args: len(pair[1]))
     def _edit(self, path: str, edits: Sequence[Mapping[str, Any]], expected: str,
               cancel: Cancel | None) -> tuple[bytes, bytes]:
-        """(before, after). A concurrent change makes it read and apply again, unless ``expected``
-        (the sha256 as last seen) no longer holds."""
+        """The file before and after. After a concurrent change it is read and edited again, unless
+        ``expected``, its sha256, no longer holds."""
         for attempt in range(EDIT_TRIES):
             before = self.read(path, cancel=cancel)
             if expected and before.sha256 != expected.lower():
                 raise FileChanged(f"{show(path)} changed since it was read.", "Read it again.")
             after = apply_edits(before.content, edits, path)
             try:
-                self._replace(path, after, "%s %d" % cksum_of(before.content), cancel)
+                self._replace(path, after, cksum_of(before.content), cancel)
                 return before.content, after
             except FileChanged:
                 time.sleep(0.01 * (attempt + 1) * os.urandom(1)[0] / 255)
         raise FileChanged(f"{show(path)} keeps changing.", "Try again.")
 
     def _search(self, script: str, *arguments: str, cancel: Cancel | None) -> bytes:
-        """Run a searching script as a command of its own process group, without the secrets."""
+        """The output of a script that runs as a command, so that it can be ended."""
         out, err = Capture(SEARCH_MAX * 2, SEARCH_MAX * 2), Capture(LOG_MAX, STATE_MAX)
         records = command_records(["sh", "-c", script, "sh"] + list(arguments), False, False)
         outcome = self.host.run(
@@ -7348,13 +7326,11 @@ class Workspace(WorkspaceBase):
         patterns = glob_patterns(pattern, self.path)
         test = glob_test(*patterns)
         data = self._search(GLOB, wider_pattern(patterns), str(SEARCH_MAX), cancel=cancel)
-        lines = data.startswith(b"lines\n")
-        parts = data[len(b"lines\n"):].split(b"\n") if lines else data.split(b"\0")
-        cut = len(data) >= SEARCH_MAX
-        names = [part[2:].decode("utf-8", "surrogateescape")
-                 for part in (parts[:-1] if cut else parts) if 2 < len(part) <= PATH_MAX]
+        names = [as_text(name[2:]) for name in data.split(b"\0")[:-1]
+                 if 2 < len(name) <= PATH_MAX]
         found = sorted(filter(test, names))
-        return {"paths": found[:limit], "truncated": cut or len(found) > limit}
+        return {"paths": found[:limit],
+                "truncated": len(data) >= SEARCH_MAX or len(found) > limit}
 
     @logged("grep")
     def grep(self, pattern: str, glob: str = "", ignore_case: bool = False, limit: int = 200,
@@ -7492,11 +7468,11 @@ class Project(ProjectBase):
     kind = Workspace
 
 
-# -- the table --
-# From it come the command line with its help and completion, the checks of batch and of the
-# library's call_tool(), and what MCP offers.
+# -- the table of verbs --
+# It makes the command line with help and completion, the checks of batch and call_tool(), and what
+# MCP offers.
 
-KINDS: dict[str, tuple[str, tuple[type, ...], str]] = {  # of a value: in JSON, in Python, in words
+KINDS: dict[str, tuple[str, tuple[type, ...], str]] = {  # of values: in JSON, in Python, in words
     "text": ("string", (str,), "text"),
     "flag": ("boolean", (bool,), "true or false"),
     "count": ("integer", (int,), "a whole number"),
@@ -7510,12 +7486,12 @@ DURATION_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class Arg:
-    """One argument of a verb: in JSON a member ``name``, on the command line a word or an option.
+    """One argument of a verb: a member of a JSON object, a word or an option of a command line.
 
-    ``kind``: one of KINDS, or several with a bar between. ``settings``: ``flags`` of the option
-    (default: --NAME), or ``word`` ("1", "?", "*", "+": how many words it is); ``shown`` for its
-    value in the help; ``default``; ``required``; ``least`` it may be; ``choices``; ``blank``, where
-    an empty text has a meaning; ``face``, where only one has it: "line" or "json".
+    ``kind``: of KINDS, or several with a bar between. ``settings``: ``flags`` (default: --NAME),
+    or ``word``, how many words it is ("1", "?", "*", "+", or "...": all that follow); ``shown``,
+    its value in the help; ``default``; ``required``; ``least`` it may be; ``choices``; ``blank``:
+    it may be an empty text; ``face``: "line" or "json", if it is not for both.
     """
 
     def __init__(self, name: str, kind: str, text: str, **settings: Any) -> None:
@@ -7523,26 +7499,29 @@ class Arg:
         self.kinds = kind.split("|")
         self.word, self.face = settings.get("word", ""), settings.get("face", "")
         self.default, self.least = settings.get("default"), settings.get("least")
+        self.shown = settings.get("shown", name.upper())
         self.required = settings.get("required", self.word in ("1", "+"))
         flags = settings.get("flags", "--" + name.replace("_", "-")).split()
         self.flags: list[str] = [] if self.word else flags
         self.valued = not self.word and self.kinds != ["flag"]
 
     def check(self, value: object, label: str) -> None:
-        """Raise UsageError, with ``label`` for a name, if the value may not stand here."""
-        kinds = [kind for kind in self.kinds if isinstance(value, KINDS[kind][1])]
-        whole = "flag" in self.kinds or not isinstance(value, bool)
-        words = value if kinds == ["texts"] and isinstance(value, list) else []
-        least = -1e15 if self.least is None else self.least
-        bounded = not isinstance(value, (int, float)) or least <= value < 1e15
-        if not (kinds and whole and bounded and all(isinstance(word, str) for word in words)):
+        """Raise UsageError, which names it ``label``, if the value does not fit."""
+        fits = any(isinstance(value, KINDS[kind][1]) for kind in self.kinds)
+        if isinstance(value, bool):
+            fits = "flag" in self.kinds
+        elif isinstance(value, (int, float)):
+            fits = fits and (-1e15 if self.least is None else self.least) <= value < 1e15
+        elif isinstance(value, list) and "texts" in self.kinds:
+            fits = all(isinstance(word, str) for word in value)
+        if not fits:
             wanted = " or ".join(KINDS[kind][2] for kind in self.kinds)
             from_least = "" if self.least is None else f" from {self.least}"
             raise UsageError(f"{label} takes {wanted}{from_least}.")
         check_text(value)
 
     def from_word(self, word: str) -> Any:
-        """The value that a word of the command line stands for. Raises UsageError."""
+        """The value of a word of the command line. Raises UsageError."""
         label, value = (self.flags or [self.name])[-1], word  # type: str, Any
         if self.kinds == ["count"]:
             value = int(word) if re.match(r"[+-]?\d{1,15}\Z", word) else word
@@ -7556,11 +7535,11 @@ class Arg:
         return value
 
     def schema(self) -> Fields:
-        """What MCP describes it by."""
+        """The JSON schema for MCP."""
         rows: list[Fields] = []
         for kind in self.kinds:
             rows.append({"type": KINDS[kind][0]})
-            if kind in ("texts", "objects"):
+            if KINDS[kind][0] == "array":
                 rows[-1]["items"] = EDIT_SCHEMA if kind == "objects" else {"type": "string"}
             if self.least is not None:
                 rows[-1]["minimum"] = self.least
@@ -7574,23 +7553,22 @@ EDIT_SCHEMA = {
 
 
 def check_text(value: object) -> None:
-    """Raise UsageError for text that has no bytes: a lone surrogate, as JSON can spell it."""
+    """Raise UsageError for a lone surrogate, which JSON can spell, and which has no bytes."""
     if isinstance(value, str):
         encoded(value)
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for part in parts:
-        check_text(part)
+    elif isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            check_text(part)
 
 
 class Verb:
-    """One thing that can be done, for all faces.
+    """A command of the command line, and perhaps a tool for batch, the library and MCP.
 
-    ``text``: a line of help; ``args``: what it takes. ``settings``: ``example``, what may follow
-    it; ``tool``: what does it, where it is a tool (see TOOLS) and is given a workspace;
-    ``manage``: the same, where MCP has it as a tool only with --manage, and it is given a project;
-    ``model``: what a model reads instead of ``text``; ``reads``: it changes nothing; ``destroys``:
-    it may destroy work; ``repeats``: done twice, it is as done once; ``lacks``: the letters of the
-    global options that mean nothing to it.
+    ``text``: a line of help; ``args``: what it takes. ``settings``: ``example``, its words;
+    ``tool``: the function of a tool (see TOOLS), called with a workspace; ``manage``: of one that
+    only MCP with --manage has, called with a project; ``model``: what a model reads instead of
+    ``text``; ``reads``: it changes nothing; ``destroys``: it may destroy work; ``repeats``: twice
+    is as once; ``lacks``: the letters of the global options that it does not take.
     """
 
     def __init__(self, name: str, text: str, *args: Arg, **settings: Any) -> None:
@@ -7602,7 +7580,7 @@ class Verb:
         self.params = [arg for arg in args if arg.face != "line"]
 
     def check(self, arguments: object) -> Fields:
-        """The arguments of a call in JSON, if they fit the table; else UsageError."""
+        """The arguments of a call in JSON. Raises UsageError if they do not fit the table."""
         if not isinstance(arguments, dict):
             raise UsageError(f"The arguments of {self.name} are not an object.")
         known = {arg.name: arg for arg in self.params}
@@ -7619,7 +7597,7 @@ class Verb:
 
 def tool_exec(workspace: Workspace, command: str | list[str], background: bool = False,
               stdin: str | None = None, **more: Any) -> Fields:
-    """exec of the table. ``more``: timeout, cwd, env, cancel, tee, as Workspace.exec has them."""
+    """``more``: timeout, cwd, env, cancel, tee of Workspace.exec()."""
     if background:
         if stdin is not None or more.get("timeout") is not None:
             raise UsageError("A background command takes neither stdin nor timeout.")
@@ -7644,7 +7622,7 @@ def tool_write(workspace: Workspace, path: str, content: str | None = None,
 
 
 def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = "") -> Fields:
-    if branch and not branch.startswith("cmux/"):  # the user's own are not the model's to move
+    if branch and not branch.startswith("cmux/"):  # a model must not move the user's own
         raise UsageError(f"The branch {show(branch)} does not begin with cmux/.",
                          "Leave branch out, or choose one that does.")
     return pull(project.workspace(workspace), branch, cancel=cancel).as_dict()
@@ -7874,7 +7852,6 @@ def call_tool(workspace: WorkspaceBase, name: object, arguments: object,
 
 
 def check_call(name: object, arguments: object) -> tuple[Verb, Fields]:
-    """The tool and its arguments, if they fit the table; else UsageError."""
     tool = TOOLS.get(name) if isinstance(name, str) else None
     if tool is None:
         raise UsageError(f"There is no tool {show(str(name))}.", f"There are: {', '.join(TOOLS)}.")
@@ -9071,11 +9048,11 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
 # Owns: arguments, rendering, progress, exit codes. The only room that prints, and that exits.
 
 class Terminal(Report):
-    """What a person sees while work goes on, on stderr: a lane for each workspace at work, drawn
-    again in place below what is printed. Whatever else is printed takes the lanes away first, or
-    goes through put(): one writer at a time. Where stderr is no terminal nothing is drawn."""
+    """What a person sees on stderr while work goes on: a lane for each workspace, drawn in place.
+    All else that is printed goes above them by put(), or takes them away first. Nothing is drawn
+    where stderr is no terminal."""
 
-    current: Terminal | None = None  # that of this process
+    current: Terminal | None = None  # of this process
 
     def __init__(self, verbosity: int, notes: bool = False) -> None:
         import threading
@@ -9083,8 +9060,7 @@ class Terminal(Report):
         self.bars = verbosity >= 0 and sys.stderr is not None and sys.stderr.isatty()
         self.redraws = self.bars and os.environ.get("TERM", "dumb") != "dumb"
         self.mutex, self.closed = threading.RLock(), threading.Event()
-        self.lanes: dict[str, tuple[str, float]] = {}  # what is done, and since when
-        self.ended: set[str] = set()
+        self.lanes: dict[str, tuple[str, float]] = {}  # what is done, since when (0: no work)
         self.width, self.drawn, self.paused, self.began = 0, 0, False, 0.0
         self.sinks: dict[str, Outlet] = {}  # of what init hooks print
         Terminal.current = self
@@ -9092,9 +9068,9 @@ class Terminal(Report):
 
     def in_lanes(self, names: Sequence[str], work: Callable[[str], Any], at_once: int,
                  cancel: Cancel) -> list[Any]:
-        """in_parallel() of ``work(name)`` for each; at the end nothing is drawn any more."""
+        """in_parallel() of ``work(name)`` for each."""
         self.many = self.many or len(names) > 1
-        self.lanes, self.width = dict.fromkeys(names, ("", 0.0)), max(map(len, names))
+        self.lanes, self.width = dict.fromkeys(names, ("waiting", 0.0)), max(map(len, names))
         try:
             return in_parallel([functools.partial(work, name) for name in names], at_once, cancel)
         finally:
@@ -9119,7 +9095,7 @@ class Terminal(Report):
             self.line(f"{PROGRAM}: {text}")
 
     def note(self, text: str) -> None:
-        if self.bars or self.notes or self.verbosity > 0:  # exec in a pipe adds no word of its own
+        if self.bars or self.notes or self.verbosity > 0:  # exec in a pipe adds nothing of its own
             self.warn(text)
 
     def warn(self, text: str) -> None:
@@ -9145,16 +9121,15 @@ class Terminal(Report):
         """The work in workspace ``name`` is over."""
         if name in self.sinks:
             self.sinks[name].end()
-        self.ended.add(name)
         if self.many:
-            self.step(name, f"failed ({code})" if code else "done")
+            self.lanes[name], self.paused = (f"failed ({code})" if code else "done", 0.0), False
 
     def output(self, data: bytes, what: str) -> None:
         if self.verbosity >= 0:
             self.sinks.setdefault(what, self.sink_of(what, 2))(data)
 
     def sink_of(self, name: str, fd: int, patience: Patience | None = None) -> Outlet:
-        """For what a command in workspace ``name`` prints; of one alone it goes out as it comes."""
+        """For what a command prints: labelled, if there are several."""
         if self.many:
             return Labelled(fd, f"{name.ljust(self.width)} | ", self, patience)
         self.pause()
@@ -9163,14 +9138,13 @@ class Terminal(Report):
     # -- what is drawn --
 
     def pause(self) -> None:
-        """Draw no more until something happens."""
+        """Draw nothing until the next step."""
         with self.mutex:
             self.clear()
             self.paused = True
 
     def close(self) -> None:
-        """Nothing more is drawn, also by threads that go on."""
-        self.closed.set()
+        self.closed.set()  # for threads that go on
         self.pause()
 
     def clear(self) -> None:
@@ -9187,7 +9161,9 @@ class Terminal(Report):
     def _draw(self) -> None:
         if self.paused or self.closed.is_set():
             return
-        columns, rows = screen_size()
+        columns, rows = 80, 24
+        with contextlib.suppress(OSError):
+            columns, rows = os.get_terminal_size(2)
         lines = self._lines(columns - 1, max(1, rows - 2))
         up = "\r" + "\x1b[A" * (self.drawn - 1)
         draw(2, up + "\n".join(f"{line}\x1b[K" for line in lines) + "\x1b[J")
@@ -9195,31 +9171,19 @@ class Terminal(Report):
 
     def _lines(self, columns: int, room: int) -> list[str]:
         """A line for each workspace; where that is too many, for those at work, and a count."""
-        lanes, rest = list(self.lanes), []  # type: list[str], list[str]
-        if len(lanes) > room:
-            busy = [name for name in lanes if self.lanes[name][0] and name not in self.ended]
-            failed = sum(self.lanes[name][0] != "done" for name in self.ended)
-            ended = f"{len(self.ended)} of {len(lanes)} ended"
-            rest = [f"{ended}, {failed} failed, {len(busy)} at work"]
-            lanes = busy[:room - 1]
-        for at, name in enumerate(lanes):
-            doing = self._doing(name)
-            lanes[at] = f"{name.ljust(self.width)[:max(8, columns - len(doing) - 2)]}  {doing}"
-        return [line[:columns] for line in lanes + rest]
-
-    def _doing(self, name: str) -> str:
-        doing, since = self.lanes[name]
-        if name in self.ended or not doing or "/s" in doing:
-            return doing or "waiting"
-        return f"{doing} {human_age(time.monotonic() - since)}"
-
-
-def screen_size() -> tuple[int, int]:
-    """Columns and rows of the terminal that is our stderr."""
-    try:
-        return os.get_terminal_size(2)
-    except OSError:
-        return 80, 24
+        rows = [(name, *lane) for name, lane in list(self.lanes.items())]
+        lines, count = [], []  # type: list[str], list[str]
+        if len(rows) > room:
+            busy = [row for row in rows if row[2]]
+            ended = [doing for _, doing, since in rows if not since and doing != "waiting"]
+            count = [f"{len(ended)} of {len(rows)} ended, {len(ended) - ended.count('done')} "
+                     f"failed, {len(busy)} at work"]
+            rows = busy[:room - 1]
+        for name, doing, since in rows:
+            if since and "/s" not in doing:
+                doing += " " + human_age(time.monotonic() - since)
+            lines.append(f"{name.ljust(self.width)[:max(8, columns - len(doing) - 2)]}  {doing}")
+        return [line[:columns] for line in lines + count]
 
 
 def transferred(doing: str, done: int, total: Callable[[], int] | None, seconds: float) -> str:
@@ -9231,15 +9195,15 @@ def transferred(doing: str, done: int, total: Callable[[], int] | None, seconds:
 
 
 class Patience:
-    """How long whoever reads our output is waited for: without an end until the deadline, or an
-    event of one of ``ends``; then ``grace`` seconds. What he has not taken by then is dropped."""
+    """How long a reader of our output is waited for: until the deadline, or an event of one of
+    ``ends``, and then for ``grace`` seconds. What it has not taken by then is dropped."""
 
     def __init__(self, grace: float, *ends: tuple[Any, int]) -> None:
         self.grace, self.ends, self.deadline = grace, ends, Deadline(None)
         self.lost: set[int] = set()  # descriptors that nobody reads
 
     def takes(self, fd: int) -> bool:
-        """Wait until ``fd`` takes some bytes (PIPE_BUF, of a pipe); False if that is given up."""
+        """Wait until ``fd`` takes bytes (a pipe: PIPE_BUF); False if that is given up."""
         room = (fd, select.POLLOUT)
         if fd not in self.lost and fd not in poll_once(self.deadline.left(), room, *self.ends):
             if not poll_once(self.grace, room):
@@ -9247,18 +9211,10 @@ class Patience:
         return fd not in self.lost
 
     def full(self, fd: int) -> None:
-        """``fd`` took nothing, though it was to: a terminal with room for half a line end."""
+        """``fd`` took nothing after all: a terminal with room for half a line end."""
         time.sleep(0.05)
         if self.deadline.over() or poll_once(0, *self.ends):
             self.lost.add(fd)
-
-
-def own_terminal(fd: int) -> int:
-    """A terminal opened once more, for writes that do not block: ``fd`` stays as others need it."""
-    try:
-        return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError:
-        return fd
 
 
 def write_out(fd: int, data: bytes, harmless: bool = False,
@@ -9275,20 +9231,17 @@ def write_out(fd: int, data: bytes, harmless: bool = False,
         except BlockingIOError:
             patience.full(fd)
         except OSError as error:
-            raise OutputFailed("The output cannot be written: %s." % os.strerror(error.errno or 0))
+            raise OutputFailed(f"The output cannot be written: {os.strerror(error.errno or 0)}.")
 
 
 def draw(fd: int, text: str) -> None:
-    """Text with escape sequences of ours, or without any."""
+    """Harmless text, perhaps with escape sequences of ours."""
     write_out(fd, text.encode("utf-8", "replace"), harmless=True)
 
 
 def err_out(text: str) -> None:
-    """Text of ours to stderr. Where that is full or closed, nobody can be told."""
-    try:
+    with contextlib.suppress(CmuxError):  # a full or closed stderr cannot be reported
         draw(2, text)
-    except CmuxError:
-        pass
 
 
 def in_colour() -> bool:
@@ -9302,8 +9255,8 @@ def terminal_width() -> int:
 
 
 def answer_out(data: bytes, ending: Cancel) -> None:
-    """Bytes to stdout, for whoever asks on stdin. When he has closed that, or it is ``ending``, and
-    he reads no more, they are given up."""
+    """Bytes to stdout for an MCP client. If it reads none when it has closed stdin, or when
+    ``ending`` is set, they are given up."""
     patience = Patience(MCP_GRACE, (0, 0), (ending, select.POLLIN))  # of stdin only its end
     write_out(1, data, patience=patience)
     if patience.lost:
@@ -9311,7 +9264,7 @@ def answer_out(data: bytes, ending: Cancel) -> None:
 
 
 def quiet_terminal() -> None:
-    """Take away what is drawn: something else is to be shown."""
+    """Take the lanes away."""
     if Terminal.current:
         Terminal.current.pause()
 
@@ -9327,7 +9280,7 @@ def print_json(value: object) -> None:
 
 
 def answer(options: argparse.Namespace, value: object, *lines: str) -> int:
-    """Print what came of a command: the value with --json; else, without -q, the lines."""
+    """Print a result: the value with --json; else, without -q, the lines."""
     if options.json:
         print_json(value)
     elif lines and options.verbosity >= 0:
@@ -9336,19 +9289,19 @@ def answer(options: argparse.Namespace, value: object, *lines: str) -> int:
 
 
 def may_ask() -> bool:
-    """Whether a person sits at this terminal: then ssh may ask its question, once."""
+    """Whether ssh may ask its question: a person sits at this terminal."""
     try:
         person = os.isatty(0) and os.isatty(2)
     except OSError:
         return False
     if person:
         quiet_terminal()
-        err_out("%s: ssh may have a question; answer it here.\n" % PROGRAM)
+        err_out(f"{PROGRAM}: ssh may have a question; answer it now.\n")
     return person
 
 
 def open_project(options: argparse.Namespace) -> Project:
-    if options.verb != "exec":  # in a pipe exec adds no word of its own
+    if options.verb != "exec":
         Lock.tell = options.terminal.warn
     return Project(options.directory, None if options.json else may_ask, warm=0)
 
@@ -9370,10 +9323,10 @@ class Execution:
         self.project = open_project(options)
         self.names = self._names(list(dict.fromkeys(options.workspace or [])))
         self.many = options.all or len(self.names) > 1
+        self.plain = not (self.many or options.json)
         self._check()
         self.terminal: Terminal = options.terminal
         self.terminal.many = self.many
-        self.errors: dict[str, CmuxError] = {}
 
     def _names(self, given: list[str]) -> list[str]:
         if not self.options.all:
@@ -9383,7 +9336,7 @@ class Execution:
         names = sorted(self.project.entries())
         if not names:
             raise WorkspaceMissing("This project has no workspaces.",
-                                   "Make some: %s new NAME -H HOST" % PROGRAM)
+                                   f"Make some: {PROGRAM} new NAME -H HOST")
         return names
 
     def _check(self) -> None:
@@ -9395,16 +9348,17 @@ class Execution:
         if (detach or self.many) and not self.options.no_stdin and data_waits(0):
             if self.many:
                 raise UsageError("With several workspaces exec passes stdin on to none of them.",
-                                 "Say so with -n, or run it once for each.")
-            raise UsageError("A job takes no stdin.", "Write it first (... | %s write -w %s FILE), "
-                             "and then exec --detach -- 'CMD <FILE'; or say -n." % (PROGRAM, name))
+                                 "Add -n, or run it once for each.")
+            raise UsageError("A job takes no stdin.",
+                             f"Write it first (... | {PROGRAM} write -w {name} FILE), and then "
+                             "exec --detach -- 'CMD <FILE'; or add -n.")
 
     def run(self) -> int:
-        """All of them, and what is to be said at the end; the worst exit code."""
+        """The worst exit code."""
         began, at_once = time.monotonic(), self.options.parallel or 0
         rows = self.terminal.in_lanes(self.names, self._row, at_once, self.cancel)
         for at, row in enumerate(rows):
-            if isinstance(row, PipeClosed):
+            if isinstance(row, PipeClosed) or isinstance(row, CmuxError) and self.plain:
                 raise row
             if isinstance(row, CmuxError):  # not begun
                 rows[at] = exec_failure(self.names[at], self.options.host, row, began)
@@ -9444,7 +9398,8 @@ class Execution:
             self.cancel.set()
             raise
         except CmuxError as error:
-            self.errors[name] = error
+            if self.plain:
+                raise
             row = exec_failure(name, host, error, began)
             row.update(json_fields({"stdout": out.value(), "stderr": err.value()}))
         finally:
@@ -9467,41 +9422,34 @@ class Execution:
         return workspace
 
     def _tell(self, row: Mapping[str, Any]) -> None:
-        """Of one: its job, its error, or how it was stopped."""
         if "job" in row:
             print_text(row["job"])
-        elif row["error"]:
-            report_error(self.errors.get(row["workspace"]) or Cancelled("Interrupted."))
         elif row["stopped"]:
-            self.terminal.warn("The command was %s; %s." % (
-                "stopped after %g s" % self.options.timeout if row["timed_out"] else "interrupted",
-                STOPPED[row["stopped"]] % (" on " + row["host"])))
+            how = f"stopped after {self.options.timeout:g} s" if row["timed_out"] else "interrupted"
+            self.terminal.warn(f"The command was {how}; "
+                               + STOPPED[row["stopped"]] % f" on {row['host']}" + ".")
 
     def _sum_up(self, rows: list[Fields], seconds: float) -> None:
-        bad: dict[str, list[str]] = {}  # how -> which: a host that is down is said once
+        bad: dict[str, list[str]] = {}  # how -> which: a host that is down appears once
         for row in rows:
             if row["exit_code"]:
-                bad.setdefault(how_failed(row), []).append(row["workspace"])
-        failed = ", ".join("%s (%s)" % (", ".join(which), how) for how, which in bad.items())
-        self.terminal.warn("%d of %d succeeded in %.1f s%s" % (
-            len(rows) - sum(map(len, bad.values())), len(rows), seconds,
-            "; failed: " + failed if bad else "."))
+                how = [str(row["exit_code"])]
+                how += [row["error"]["message"]] if row["error"] else []
+                how += ["stopped, " + STOPPED[row["stopped"]] % ""] if row["stopped"] else []
+                bad.setdefault(": ".join(how), []).append(row["workspace"])
+        failed = ", ".join(f"{', '.join(which)} ({how})" for how, which in bad.items())
+        good = len(rows) - sum(map(len, bad.values()))
+        self.terminal.warn(f"{good} of {len(rows)} succeeded in {seconds:.1f} s"
+                           + (f"; failed: {failed}" if bad else "."))
 
 
 STOPPED = {"confirmed": "its processes%s have ended",
-           "requested": "its end%s was asked for, not seen",
+           "requested": "its end%s was requested, not seen",
            "unknown": "whether it still runs%s is unknown"}
 
 
-def how_failed(row: Mapping[str, Any]) -> str:
-    """The exit code of one of many, and what is to be said of it."""
-    why = [row["error"]["message"]] if row["error"] else []
-    why += ["stopped, " + STOPPED[row["stopped"]] % ""] if row["stopped"] else []
-    return ": ".join([str(row["exit_code"])] + why)
-
-
 def exec_failure(name: str | None, host: str | None, error: CmuxError, began: float) -> Fields:
-    """The object of `exec --json` for a command that did not run, or whose line was lost."""
+    """The object of `exec --json` for a command that did not run, or was lost."""
     return {"workspace": name, "host": getattr(error, "host", None) or host,
             "exit_code": exec_code(error), "stdout": "", "stderr": "", "timed_out": False,
             "duration": round(time.monotonic() - began, 3), "truncated": False,
@@ -9514,7 +9462,7 @@ def exec_code(error: CmuxError) -> int:
 
 
 def data_waits(fd: int) -> bool:
-    """Whether a file, pipe or socket has bytes to read now."""
+    """Whether a file, pipe or socket has bytes to read."""
     import fcntl
     import termios
     status = os.fstat(fd)
@@ -9525,29 +9473,30 @@ def data_waits(fd: int) -> bool:
 
 
 class Outlet:
-    """A sink to our stdout or stderr."""
+    """A sink to our stdout or stderr, used where a Capture may be, too."""
 
     truncated = False
 
     def __init__(self, fd: int, patience: Patience | None = None) -> None:
         self.text = TerminalText() if os.isatty(fd) else None
-        self.fd, self.patience = own_terminal(fd) if self.text and patience else fd, patience
+        self.fd, self.patience = fd, patience
+        if self.text and patience:  # opened once more: others need ``fd`` to block
+            with contextlib.suppress(OSError):
+                self.fd = os.open(os.ttyname(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
 
     def __call__(self, data: bytes, last: bool = False) -> None:
         shown = self.text(data, last).encode() if self.text else data
         write_out(self.fd, shown, True, self.patience)
 
     def end(self) -> None:
-        """No more comes: what waits for its other half is written as it is."""
         self(b"", True)
 
     def value(self) -> bytes:
-        """What is kept of it: nothing, where a Capture keeps."""
         return b""
 
 
 class Labelled(Outlet):
-    """A sink that writes whole lines, each behind a label; one writer at a time."""
+    """A sink that writes whole lines, each behind a label."""
 
     def __init__(self, fd: int, label: str, live: Terminal, patience: Patience | None) -> None:
         super().__init__(fd, patience)
@@ -9555,26 +9504,19 @@ class Labelled(Outlet):
 
     def __call__(self, data: bytes, last: bool = False) -> None:
         *lines, self.held = (self.held + data).split(b"\n")
-        if len(self.held) > CHUNK:  # a line without end is passed on in pieces
+        if self.held and last or len(self.held) > CHUNK:
             lines, self.held = lines + [self.held], b""
+        if self.text:  # a carriage return leads back to behind the label
+            lines = [self.text(line.rstrip(b"\r")).encode().replace(b"\r", b"\r" + self.label)
+                     for line in lines]
         if lines:
-            text = b"".join(self.label + self._shown(line) + b"\n" for line in lines)
+            text = b"".join(self.label + line + b"\n" for line in lines)
             self.live.put(lambda: write_out(self.fd, text, True, self.patience))
-
-    def _shown(self, line: bytes) -> bytes:
-        """The line; on a terminal a carriage return leads back to behind the label."""
-        if not self.text:
-            return line
-        return self.text(line.rstrip(b"\r")).encode().replace(b"\r", b"\r" + self.label)
-
-    def end(self) -> None:
-        if self.held:
-            self(b"\n")
 
 
 def open_stdin() -> Source | None:
-    """Our stdin as the command's, unless there is nothing to read: a terminal, /dev/null, a
-    closed descriptor, a pipe that has ended. The command then gets /dev/null."""
+    """Our stdin for the command; None for a terminal, /dev/null, a closed descriptor, and a pipe
+    that has ended."""
     try:
         if os.isatty(0) or os.path.samestat(os.fstat(0), os.stat(os.devnull)):
             return None
@@ -9585,7 +9527,7 @@ def open_stdin() -> Source | None:
 
 
 def point_out_stale(project: Project, workspace: Workspace, terminal: Terminal) -> None:
-    """On a terminal: say so when the workspace was made of another commit than HEAD now is."""
+    """On a terminal, report that the workspace is not of the local HEAD."""
     if not terminal.bars:
         return
     try:
@@ -9594,8 +9536,8 @@ def point_out_stale(project: Project, workspace: Workspace, terminal: Terminal) 
         return
     parent = project.repository.value_of(workspace.base + "^")  # of a --dirty one
     if commit not in (workspace.base, parent):
-        terminal.warn("%s was made of %s; HEAD is %s: to bring it there: %s push -w %s" % (
-            workspace.name, workspace.base[:10], commit[:10], PROGRAM, workspace.name))
+        terminal.warn(f"{workspace.name} is at {workspace.base[:10]}, HEAD at {commit[:10]}. To "
+                      f"bring it there: {PROGRAM} push -w {workspace.name}")
 
 
 def parse_environment(pairs: Sequence[str]) -> dict[str, str]:
@@ -9603,13 +9545,12 @@ def parse_environment(pairs: Sequence[str]) -> dict[str, str]:
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise UsageError("--env %s has no value." % show(pair), "Write --env NAME=VALUE.")
+            raise UsageError(f"--env {show(pair)} has no value.", "Write --env NAME=VALUE.")
         values[check_variable(name)] = value
     return values
 
 
 def refuse_both(options: argparse.Namespace) -> None:
-    """Of new and push: the work tree, or a commit."""
     if options.dirty and options.ref != "HEAD":
         raise UsageError("--dirty sends the work tree, --ref a commit.", "Give one of the two.")
     if options.allow and not options.dirty:
@@ -9658,13 +9599,12 @@ def command_new(options: argparse.Namespace) -> int:
 
 
 def print_table(rows: Sequence[Sequence[str]], spare: int = 0) -> None:
-    """Columns in line; on a terminal the widest are cut so that a row fits its width. With
-    ``spare`` the last column is cut before any other, to so many characters at least; where it
-    cannot have them it is left out."""
+    """Aligned columns; on a terminal the widest are cut until a row fits. With ``spare`` the last
+    column is cut first, to that many characters; if even those do not fit, it is left out."""
     width = terminal_width()
     if spare:
         others = table_lines([row[:-1] for row in rows], 1 << 16)
-        rest = width - 2 - max(map(len, others))  # what they leave to it
+        rest = width - 2 - max(map(len, others))
         fits = rest >= min(spare, max(len(row[-1]) for row in rows))
         rows = [[*row[:-1], shortened(row[-1], rest)] if fits else row[:-1] for row in rows]
     print_text("\n".join(table_lines(rows, width)))
@@ -9694,7 +9634,7 @@ def command_history(options: argparse.Namespace) -> int:
         when = time.strftime("%m-%d %H:%M:%S", time.localtime(row["time"]))
         size = human_size(row["bytes"]) if row.get("bytes") else ""
         table.append((when, str(row.get("workspace", "")), row["operation"],
-                      human_time(row.get("duration") or 0), str(row.get("exit_code", "")), size,
+                      f"{row.get('duration') or 0:.2f} s", str(row.get("exit_code", "")), size,
                       str(row.get("detail", ""))))
     if rows:
         print_table(table, spare=8)
@@ -9808,14 +9748,14 @@ def command_top(options: argparse.Namespace) -> int:
 
 
 def command_completion(options: argparse.Namespace) -> int:
-    me = "%s %s" % (quote(sys.executable or "python3"), quote(os.path.abspath(__file__)))
-    print_text(COMPLETIONS[options.shell] % me)
+    own = f"{quote(sys.executable or 'python3')} {quote(os.path.abspath(__file__))}"
+    print_text(COMPLETIONS[options.shell] % own)
     return 0
 
 
 def complete(shell: str, words: Sequence[str]) -> int:
-    """`__complete SHELL WORD...`, for the scripts below: a line for each word that may stand for
-    the last."""
+    """`__complete SHELL WORD...`, for the scripts below: a line for each completion of the last
+    word."""
     for word, text in candidates(words[:-1], words[-1]).items():
         if word.startswith(words[-1]):
             print_text(f"{word}\t{text}" if shell == "fish" else word)
@@ -9823,7 +9763,7 @@ def complete(shell: str, words: Sequence[str]) -> int:
 
 
 def candidates(before: Sequence[str], last: str) -> dict[str, str]:
-    """What may follow the words ``before``, each with its help. Nothing connects to a host."""
+    """What may follow the words ``before``, each with its help."""
     plain, pending, directory, name = [], "", ".", ""  # type: list[str], str, str, str
     known: Sequence[Arg] = COMMON
     for word in before:
@@ -9837,7 +9777,7 @@ def candidates(before: Sequence[str], last: str) -> dict[str, str]:
             name = " ".join(plain[:1 + (plain[0] == "secrets")])
             known = line_args(VERBS[name]) if name in VERBS else COMMON
     if "--" in before or name == "exec" and plain[1:]:
-        return {}  # words of the command that is to run
+        return {}  # words of the remote command
     if not pending and last.startswith("-"):
         return {flag: arg.text for arg in known for flag in arg.flags}
     if not pending and name not in VERBS:
@@ -9845,18 +9785,15 @@ def candidates(before: Sequence[str], last: str) -> dict[str, str]:
         return {row.split()[at]: verb.text for row, verb in VERBS.items()
                 if row.split()[:at] == name.split()}
     if not pending:
-        pending = next((arg.name for arg in known if arg.word), "")
-        if name == "secrets rm":
-            pending = "secrets"
-        elif name == "completion":
-            return dict.fromkeys(COMPLETIONS, "")
-        elif name in ("new", "fork", "rename"):
-            return {}
+        first = next((arg.name for arg in known if arg.word), "")
+        pending = {"secrets rm": "secrets", "new": "", "fork": "", "rename": ""}.get(name, first)
     return values_of(pending, directory)
 
 
 def values_of(name: str, directory: str) -> dict[str, str]:
     """What the argument ``name`` may be in the project of ``directory``."""
+    if name == "shell":
+        return dict.fromkeys(COMPLETIONS, "")
     if name in ("host", "target"):
         return dict.fromkeys(config_hosts(), "")
     if name in ("workspace", "name", "names"):
@@ -9870,20 +9807,18 @@ def values_of(name: str, directory: str) -> dict[str, str]:
 
 
 def config_hosts() -> list[str]:
-    """The hosts that the user's ssh config names, patterns left out."""
+    """The hosts that the user's ssh config names, without patterns."""
     try:
         with open(os.path.expanduser("~/.ssh/config"), errors="replace") as stream:
-            lines = stream.read(STATE_MAX).splitlines()
+            rows = re.findall(r"(?im)^[ \t]*host[ \t=](.*)", stream.read(STATE_MAX))
     except OSError:
         return []
-    words = [line.replace("=", " ").split() for line in lines]
-    return sorted({name for row in words if row and row[0].lower() == "host"
-                   for name in row[1:] if name.isprintable() and not re.search(r"[*?!\"']", name)})
+    return sorted({name for name in re.split(r"[\s=]+", " ".join(rows))
+                   if name.isprintable() and not re.search(r"[*?!\"']|^$", name)})
 
 
-# Both scripts run only the program that made them, never what stands on the line: a file of that
-# name may be anybody's. zsh reads the function of bash through its bashcompinit. `-o default`: file
-# names else.
+# Both scripts run only the program that made them, never the file named on the line: it may be
+# anybody's. zsh uses bash's by its bashcompinit. `-o default`: file names else.
 _BASH = r"""_cmux_ssh() {
   local at=1 IFS=$' \t\n'
   COMPREPLY=()
@@ -9936,12 +9871,6 @@ def command_list(options: argparse.Namespace) -> int:
     return 0
 
 
-def human_time(seconds: float) -> str:
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    return f"{seconds:.1f} s" if seconds < 100 else human_age(seconds)
-
-
 def human_age(seconds: float) -> str:
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds >= size:
@@ -9950,7 +9879,7 @@ def human_age(seconds: float) -> str:
 
 
 def one_workspace(options: argparse.Namespace) -> str:
-    """The workspace that is named, as a word or with -w; "" if none is."""
+    """The name of a workspace, a word or with -w; "" if none was given."""
     names = [*filter(None, [getattr(options, "name", "")] * (options.verb in NAMED)),
              *(options.workspace or [])]
     if len(names) > 1:
@@ -9969,7 +9898,7 @@ def command_rm(options: argparse.Namespace) -> int:
     project = open_project(options)
     names = given_names(options)
     if not names:
-        raise UsageError("Name the workspaces to remove.", "See `%s list`." % PROGRAM)
+        raise UsageError("Name the workspaces to remove.", f"See `{PROGRAM} list`.")
     code = 0
     removed: list[str] = []
     failed: list[dict[str, str]] = []
@@ -9985,7 +9914,7 @@ def command_rm(options: argparse.Namespace) -> int:
             removed += gone
         except CmuxError as error:
             if isinstance(error, ConnectionFailed):
-                error.hint += " If the host is gone for good: %s rm --forget %s" % (PROGRAM, name)
+                error.hint += f" If the host is gone for good: {PROGRAM} rm --forget {name}"
             report_error(error)
             failed.append(dict(error_fields(error), name=name))
             code = max(code, error.exit_code)
@@ -10025,8 +9954,8 @@ def command_pull(options: argparse.Namespace) -> int:
     print_text(f"{branch}: {commits} on {result.since[:10]}, now at {result.commit[:10]}")
     print_text(result.stat)
     if result.executes:
-        print_text("These would run, or be obeyed, on this machine after a merge:")
-        print_text("\n".join("  " + line for line in result.executes[:200]))
+        print_text("\n  ".join(["These would run, or be obeyed, on this machine after a merge:",
+                                *result.executes[:200]]))
     branch = quote(branch)
     terminal.note(f"To look at it: git diff ...{branch}; to take it: git merge {branch}")
     return 0
@@ -10119,7 +10048,7 @@ def secrets_set(options: argparse.Namespace) -> int:
 
 
 def read_all(fd: int, limit: int) -> bytes:
-    """What comes until its end. Of a file with more than ``limit`` bytes nothing is read."""
+    """All bytes until the end. Raises UsageError for more than ``limit``."""
     status, data, chunk = os.fstat(fd), bytearray(), b"x"  # bytes would be copied with each chunk
     large = stat.S_ISREG(status.st_mode) and status.st_size - os.lseek(fd, 0, os.SEEK_CUR) > limit
     while chunk and not large:
@@ -10127,7 +10056,7 @@ def read_all(fd: int, limit: int) -> bytes:
         data += chunk
         large = len(data) > limit
     if large:
-        raise UsageError("What comes on stdin is larger than %s." % human_size(limit))
+        raise UsageError(f"What comes on stdin is larger than {human_size(limit)}.")
     return bytes(data)
 
 
@@ -10208,7 +10137,7 @@ def secrets_rm(options: argparse.Namespace) -> int:
     return answer(options, options.names)
 
 
-# -- the tools as commands: TOOL_TEXT has what a person reads --
+# -- the tools as commands --
 
 def the_workspace(options: argparse.Namespace) -> Workspace:
     project = open_project(options)
@@ -10217,7 +10146,7 @@ def the_workspace(options: argparse.Namespace) -> Workspace:
 
 
 def job_of(options: argparse.Namespace, workspace: Workspace) -> str:
-    """The job that is named, else the last one of the workspace."""
+    """The job that was named, else the last one."""
     jobs = [] if options.job else workspace.jobs()
     if not (options.job or jobs):
         raise ToolFailed(f"The workspace {workspace.name} has no jobs.",
@@ -10229,7 +10158,7 @@ def command_tool(options: argparse.Namespace) -> int:
     name = options.verb
     given = {arg.name: getattr(options, arg.name) for arg in TOOLS[name].params}
     arguments = {key: value for key, value in given.items() if value is not None}
-    looks = TOOLS[name].reads or "job" in given  # these make no workspace of a misspelt name
+    looks = TOOLS[name].reads or "job" in given  # these create no workspace
     workspace = existing_workspace(options) if looks else the_workspace(options)
     if "job" in given:
         arguments["job"] = job_of(options, workspace)
@@ -10243,10 +10172,8 @@ def command_tool(options: argparse.Namespace) -> int:
 
 
 def command_write(options: argparse.Namespace) -> int:
-    limit, workspace = READ_MAX * 10, the_workspace(options)
-    absolute(workspace, options.path)
-    data = read_all(0, limit)
-    return answer(options, workspace.write(options.path, data))
+    workspace = the_workspace(options)
+    return answer(options, workspace.write(options.path, read_all(0, READ_MAX * 10)))
 
 
 def command_edit(options: argparse.Namespace) -> int:
@@ -10263,7 +10190,7 @@ def command_edit(options: argparse.Namespace) -> int:
             value = json.loads(read_all(0, BATCH_LINE_MAX).decode("utf-8"))
             if not set(value) <= {"edits", "sha256"}:
                 raise ValueError
-            arguments.update({key: value[key] for key in value})
+            arguments.update(value)
         except (ValueError, TypeError, RecursionError):
             raise UsageError('stdin is not JSON like {"edits": [{"old": ..., "new": ...}]}.',
                              "Or give --old and --new.")
@@ -10278,7 +10205,7 @@ def command_edit(options: argparse.Namespace) -> int:
 
 def text_rows(rows: list[str], truncated: bool, terminal: Terminal) -> None:
     if rows:
-        write_out(1, "\n".join(rows + [""]).encode("utf-8", "surrogateescape"))  # names are bytes
+        write_out(1, encoded("\n".join(rows + [""])))
     if truncated:
         terminal.warn("There are more; narrow the pattern, or raise --limit.")
 
@@ -10339,7 +10266,7 @@ def command_logs(options: argparse.Namespace) -> int:
 
 
 def project_and_name(options: argparse.Namespace) -> tuple[Project, str]:
-    """For a caller that is no person."""
+    """Of a command that talks to a program."""
     project = Project(options.directory)
     return project, check_workspace(one_workspace(options) or project.default_workspace())
 
@@ -10365,10 +10292,10 @@ def command_doctor(options: argparse.Namespace) -> int:
         entry = project.entries().get(one_workspace(options) or project.default_workspace(), {})
         name = name or entry.get("host") or project.default_host()
         root = entry.get("root", "") if entry.get("host") == name else ""
-    except CmuxError:  # outside a repository, or none is known: this machine is looked at
+    except CmuxError:  # no repository, or no host: this machine alone is examined
         name = name or os.environ.get("CMUX_SSH_HOST", "")
     rows = []
-    colours = dict(ok="32", note="36", fix="33", bad="31", dead="31") if in_colour() else {}
+    colours = {"ok": 32, "note": 36, "fix": 33, "bad": 31, "dead": 31} if in_colour() else {}
     for row in doctor(check_host(name) if name else "", root):
         rows.append(row.as_dict())
         if not options.json and (options.verbosity >= 0 or row.state in ("bad", "dead")):
@@ -10377,8 +10304,8 @@ def command_doctor(options: argparse.Namespace) -> int:
             width = max(40, terminal_width() - 18)
             lines = textwrap.wrap(text, width, break_on_hyphens=False) or [""]
             state = row.state.ljust(5)
-            state = "\x1b[%sm%s\x1b[m" % (colours[row.state], state) if colours else state
-            draw(1, "%s %-10s  %s\n" % (state, row.what, ("\n" + " " * 18).join(lines)))
+            state = f"\x1b[{colours[row.state]}m{state}\x1b[m" if colours else state
+            draw(1, f"{state} {row.what:<10}  " + ("\n" + " " * 18).join(lines) + "\n")
     if options.json:
         print_json(rows)
     states = {row["state"] for row in rows}
@@ -10390,8 +10317,7 @@ def command_shell(options: argparse.Namespace) -> int:
         raise UsageError("shell needs a terminal.",
                          f"In a pipe or a script use: {PROGRAM} exec -- CMD")
     workspace, terminal = the_workspace(options), options.terminal
-    terminal.warn("The host now writes to this terminal as it likes, escape sequences included; "
-                  "exit ends it.")
+    terminal.warn("The host now writes to this terminal as it likes; exit ends it.")
     status = None
     try:
         status = workspace.shell()
@@ -10454,28 +10380,23 @@ Exit codes: of exec the command's own, 124 timeout, 125 this tool failed,
 
 def add_argument(parser: argparse.ArgumentParser, arg: Arg) -> None:
     """Have argparse know an argument of the table."""
-    import argparse
-    text = arg.text + " (90, 5m, 1h)" * (arg.kinds == ["seconds"])
-    settings: Fields = {"help": text, "default": arg.default}
+    settings: Fields = {"help": arg.text + " (90, 5m, 1h)" * (arg.kinds == ["seconds"])}
     if arg.default not in (None, "."):
         settings["help"] += f" (default: {arg.default})"
-    if arg.kinds == ["flag"]:
-        settings.update(action="store_true", default=False)
-    else:
-        settings.update(metavar=arg.settings.get("shown", arg.name.upper()), type=arg.from_word)
-    if arg.word == "...":
-        settings.update(nargs=argparse.REMAINDER)
-    elif arg.word:
-        settings.update({"nargs": arg.word} if arg.word != "1" else {})
-        settings.update(choices=arg.settings.get("choices"))
-    else:
+    if arg.flags:
         settings.update(dest=arg.name)
-        settings.update({"action": "append"} if arg.kinds == ["texts"] else {})
+    if arg.kinds == ["flag"]:
+        settings.update(action="store_true")
+    else:
+        settings.update(metavar=arg.shown, type=arg.from_word, default=arg.default,
+                        choices=arg.settings.get("choices"),
+                        nargs=None if arg.word in ("", "1") else arg.word,
+                        action="append" if arg.flags and arg.kinds == ["texts"] else "store")
     parser.add_argument(*(arg.flags or [arg.name]), **settings)
 
 
 def parser_of(verb: Verb) -> argparse.ArgumentParser:
-    """The parser of one command. It exits on -h with 0, and raises UsageError."""
+    """The parser of one command, which raises UsageError."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -10487,8 +10408,8 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
 
         def print_help(self, file: Any = None) -> None:
             print_text(self.format_help().rstrip("\n"))
-    words = [{"1": "%s", "?": "[%s]", "*": "[%s ...]", "+": "%s ...", "...": "%s"}[arg.word]
-             % arg.settings.get("shown", arg.name.upper()) for arg in line_args(verb) if arg.word]
+    words = [{"?": "[%s]", "*": "[%s ...]", "+": "%s ..."}.get(arg.word, "%s") % arg.shown
+             for arg in line_args(verb) if arg.word]
     parser = Parser(
         prog=f"{PROGRAM} {verb.name}", usage=" ".join(["%(prog)s [options]", *words]),
         description=verb.text, epilog=" ".join(["example:", PROGRAM, verb.name, verb.example]),
@@ -10499,7 +10420,7 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The options of one command line, and its ``verb``. argparse itself exits on -h (0)."""
+    """The options of one command line, and its ``verb``. SystemExit(0) on -h."""
     name, rest, tail = words[0], list(words[1:]), None  # type: str, list[str], list[str] | None
     if name == "secrets":
         rest = command_first(rest)
@@ -10513,7 +10434,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         at = rest.index("--")
         rest, tail = rest[:at], rest[at + 1:]
     options = parser_of(VERBS[name]).parse_args(rest)
-    for arg in COMMON:  # what the command lacks is as if it was not given
+    for arg in COMMON:  # also those that the command lacks
         options.__dict__.setdefault(arg.name, arg.default)
     options.verb, options.verbosity = name, int(options.verbose) - int(options.quiet)
     options.terminal = Terminal(options.verbosity, notes=name in ("new", "push"))
@@ -10527,7 +10448,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def command_words(words: list[str], tail: list[str] | None) -> list[str]:
-    """The command of exec: ``tail`` is what follows --, where that was written."""
+    """The command of exec: ``tail`` is what follows --, if there is one."""
     if tail is not None and words:
         raise UsageError(f"exec: {show(words[0])} stands before `--`.",
                          "Write: exec [options] -- CMD...")
@@ -10544,7 +10465,7 @@ def no_command(name: str) -> UsageError:
 
 
 def command_first(words: list[str]) -> list[str]:
-    """Options may stand before the command, too, as git has its -C there."""
+    """The words with the command moved before the options that precede it."""
     at, valued = 0, {flag for arg in COMMON for flag in arg.flags if arg.valued}
     own = ("-h", "--help", "--version")
     while words[at:] and words[at].startswith("-") and words[at] not in own:
@@ -10553,8 +10474,8 @@ def command_first(words: list[str]) -> list[str]:
 
 
 def open_standard_streams() -> None:
-    """A descriptor 0, 1 or 2 that the caller closed becomes /dev/null: the next pipe of ours
-    would otherwise take its number, and be mistaken for it. To read from 0 is still an error."""
+    """Open those that the caller closed as /dev/null: the next pipe of ours would take their
+    numbers. To read from 0 stays an error."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
@@ -10563,8 +10484,7 @@ def open_standard_streams() -> None:
 
 
 def typed_program() -> str:
-    """What was typed to run this file, as a shell takes it. Python 3.10 and later know (python3 -m
-    cmux_ssh, for one)."""
+    """What was typed to run this file, such as python3 -m cmux_ssh: Python 3.10 and later know."""
     script = (sys.argv or [""])[0]
     words = getattr(sys, "orig_argv", [])[:1 - len(sys.argv) or None] or [sys.executable, script]
     own = os.path.realpath(script) == os.path.realpath(__file__)  # else main() of an importer
@@ -10579,33 +10499,30 @@ def report_error(error: CmuxError) -> None:
 
 
 def fail(words: Sequence[str], error: CmuxError) -> int:
-    """Say what went wrong, with --json on stdout too; the exit code."""
+    """Report the error, with --json on stdout too; the exit code."""
     code = exec_code(error) if words[:1] == ["exec"] else error.exit_code
     report_error(error)
     if "--json" in words[:words.index("--") if "--" in words else None]:
-        try:
-            of_exec = words[:1] == ["exec"]
-            print_json(exec_failure(None, None, error, time.monotonic()) if of_exec
-                       else {"error": error_fields(error)})
-        except CmuxError:
-            pass  # nobody can be told
+        with contextlib.suppress(CmuxError):  # stdout is closed
+            print_json(exec_failure(None, None, error, time.monotonic())
+                       if words[:1] == ["exec"] else {"error": error_fields(error)})
     return code
 
 
 def version_text() -> str:
-    """Name, version, and the SHA-256 of this very file: a changed copy shows itself."""
+    """Name, version, and the SHA-256 of this file, which shows a changed copy."""
     try:
         digest = sha256_of(globals()["__loader__"].get_data(__file__))  # of a zip, too
     except (OSError, NameError, AttributeError):
         digest = "unknown"
-    return "%s %s (sha256 %s)" % (PROGRAM, __version__, digest)
+    return f"{PROGRAM} {__version__} (sha256 {digest})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; the exit code. Expected failures are one sentence on stderr."""
+    """Run one command line; the exit code. Expected failures are reported on stderr."""
     words = command_first(list(sys.argv[1:] if arguments is None else arguments))
     if os.name != "posix":
-        err_out("%s: Windows is not supported natively. Use it inside WSL.\n" % PROGRAM)
+        err_out(f"{PROGRAM}: Windows is not supported natively. Use it inside WSL.\n")
         return 2
     open_standard_streams()
     CALLED.update(program=typed_program(), project="", workspace="")
