@@ -1348,6 +1348,17 @@ def unique():
     return f"{random.randrange(40000, 10**8)}"
 
 
+@contextlib.contextmanager
+def stranger(*words):
+    """A process of somebody else."""
+    child = subprocess.Popen(words, start_new_session=True)
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+
+
 class Nap(str):
     """A `sleep` of a test's own: a command that no other process on this machine is."""
 
@@ -1582,14 +1593,10 @@ def test_where_neither_the_wrapper_nor_proc_is_there_no_end_is_confirmed(tmp_pat
         header = c.shell_header("N" * 32, "run", c.script_records(c.GUARD)) + b"%s\n" % str(pid).encode()
         return subprocess.run(["sh", "-c", c.BOOT[len("exec sh -c '"):-1].replace("/proc", proc)], input=header.replace(b"/proc", proc.encode()),
                               stdout=PIPE, stderr=DEVNULL, timeout=60).stdout
-    here = subprocess.Popen(Nap().split(), start_new_session=True)
-    try:
+    with stranger(*Nap().split()) as here:
         assert b"\nleft\n" in guard("-", "/nowhere") and b"\nleft\n" in guard(99999999, "/nowhere")
         assert b"\nconfirmed\n" in guard(here.pid, "/nowhere")
         assert not os.path.isdir("/proc/self") or b"\nconfirmed\n" in guard("-", "/proc")
-    finally:
-        here.kill()
-        here.wait()
 
 
 def test_a_stopped_master_does_not_hang_a_new_call(repo, site):
@@ -1704,16 +1711,11 @@ def test_a_process_name_with_a_newline_misleads_no_stop(site, ps):
     site.inetd("bare", shell="busybox") if ps else small_host(site, "setsid", "bash")
     repo, nap, odd = Repo(site), Nap(), site.dir / "a\nb c d"
     shutil.copy(program("sleep"), odd)
-    bystanders = [subprocess.Popen([str(odd), "300"]), subprocess.Popen(["sleep", "300"])]
-    try:
+    with stranger(str(odd), "300") as one_, stranger("sleep", "300") as other:
         ran = repo.exec(f"{nap} & {nap}", host="bare", options=["--timeout", "1"])
         assert ran.code == 124, ran
         nap.gone()
-        assert [child.poll() for child in bystanders] == [None, None]
-    finally:
-        for child in bystanders:
-            child.kill()
-            child.wait()
+        assert one_.poll() is other.poll() is None
 
 
 # === Nothing else leaves (promise 1) ===
@@ -1723,15 +1725,11 @@ def test_a_process_name_with_a_newline_misleads_no_stop(site, ps):
 def agent(site):
     """An ssh-agent that holds a key, and the variable that leads to it."""
     sock = str(site.dir / "agent")
-    child = subprocess.Popen([program("ssh-agent", "openssh-client"), "-D", "-a", sock], stdout=DEVNULL, env=site.env)
-    try:
+    with stranger(program("ssh-agent", "openssh-client"), "-D", "-a", sock):
         until(lambda: os.path.exists(sock), "the agent listens")
         env = {"SSH_AUTH_SOCK": sock}
         ssh_add(site, env, "-q", site.keys.stranger)
         yield env
-    finally:
-        child.kill()
-        child.wait()
 
 
 def ssh_add(site, env, *words):
@@ -1929,8 +1927,7 @@ def test_an_unknown_host_key_is_refused_with_what_to_do_and_nothing_is_recorded(
     repo, empty = Repo(site), site.dir / "no_known_hosts"
     empty.touch()
     site.inetd("new-here", config=["StrictHostKeyChecking ask", f"UserKnownHostsFile {empty}", "LogLevel QUIET"])
-    ran = repo.exec("true", host="new-here")
-    assert ran.code == 255 and "key" in ran.said.lower() and "ssh" in ran.said and ran.said.count("\n") <= 3, ran
+    refused(repo.exec("true", host="new-here"), 255, words=f"accept it: {site.env['CMUX_SSH_COMMAND']} new-here true")
     assert empty.read_bytes() == b""
 
 
@@ -2209,13 +2206,6 @@ def test_dirty_never_takes_the_state_along(repo, site):
     home.new("--dirty", "ignored", env=env)
 
 
-def test_a_file_of_secrets_that_is_too_large_is_refused(repo, site):
-    path = site.dir / "large"
-    path.write_bytes(b"A=1\n" + b"#\n" * (1 << 19) + b"B=2\n")
-    refused(repo.cli("secrets", "import", str(path)), 2, words="larger than")
-    assert repo.cli("secrets", "list").out == b""
-
-
 @each("name", ["", "1A", "A-B", "A B", "A=B", "a\nb", "Ü", "PATH", "IFS", "-x", "CMUX_WORKSPACE"])
 def test_impossible_secret_names_are_refused(shared, name):
     refused(shared.cli("secrets", "set", "--", name, stdin=b"v"), 2)
@@ -2229,11 +2219,6 @@ def test_legitimate_secret_names_work(repo):
         repo.ok("secrets", "set", name, stdin=f"value of {name}".encode())
     ran = repo.exec("; ".join(f'echo "${name}"' for name in names))
     assert (ran.code, ran.text.splitlines(), ran.err) == (0, [f"value of {name}" for name in names], b"")
-
-
-def test_a_secret_with_nul_is_refused_without_the_value(repo):
-    refused = repo.cli("secrets", "set", "TOKEN", stdin=b"abc\0def-hidden")
-    assert refused.code == 2 and "hidden" not in refused.said and refused.said.strip()
 
 
 @each("typed, words", [(b"typed-in-secret\r", b""), (b"\x04", b"No value was given"), (b"\r", b"No value was given"), (b"a\x16\x00b\r", b"NUL"),
@@ -2250,19 +2235,6 @@ def test_secrets_set_on_a_terminal_asks_without_echo(repo, typed, words):
     assert repo.exec('printf %s "$TOKEN"').out == (b"good" if words else b"typed-in-secret")
 
 
-def test_a_damaged_secrets_file_unmasks_nothing_for_a_model(repo, site):
-    repo.ok("secrets", "set", "TOK", stdin=b"value-12345")
-    repo.new()
-    do(repo, 'echo "$TOK" >leak')
-    (file,) = (site.state / "secrets").glob("*.json")
-    with open_mcp(repo) as client:
-        assert "[secret TOK]" in client.call("read", path="leak")[1]
-        file.write_bytes(b'{"version": 1, "secr')
-        for _ in range(3):
-            failed, text = client.call("read", path="leak")
-            assert failed and "is damaged" in text and "value-12345" not in text
-
-
 def test_secrets_that_no_file_could_hold_are_refused(repo):
     value = b"\x01" * 122000
     stored = [repo.cli("secrets", "set", f"S{n}", stdin=value).code for n in range(24)]
@@ -2272,13 +2244,13 @@ def test_secrets_that_no_file_could_hold_are_refused(repo):
 
 
 def test_the_value_of_a_secret_is_in_no_complaint(repo, site):
-    said = repo.cli("secrets", "set", "TOK=hunter2")
-    refused(said, 2, words="secrets set TOK")
-    file = site.dir / "dot"
-    file.write_text("A=1\nhttps://bob:hunter2@db.example/x?y=1\n")
-    imported = repo.cli("secrets", "import", str(file))
-    refused(imported, 2, words="Line 2")
-    assert "hunter2" not in said.said + imported.said
+    (site.dir / "dot").write_text("A=1\nhttps://bob:hunter2@db.example/x?y=1\n")
+    (site.dir / "large").write_bytes(b"A=1\n" + b"#hunter2\n" * (1 << 17))
+    for line, words in (("set TOK=hunter2", "secrets set TOK"), (f"import {site.dir}/dot", "Line 2"), (f"import {site.dir}/large", "larger than"), ("set TOK", "NUL")):
+        said = repo.cli("secrets", *line.split(), stdin=b"abc\0hunter2")
+        refused(said, 2, words=words)
+        assert "hunter2" not in said.said
+    assert repo.cli("secrets", "list").out == b""
 
 
 def test_dotenv_values_and_their_comments(repo, site):
@@ -2968,20 +2940,6 @@ print([said() for _ in range(5)])
     assert not touched.exists()
 
 
-def test_two_processes_that_upload_one_tree_at_once_both_get_their_workspace(repo, site):
-    repo.write("text", source_text(4 << 20))
-    repo.commit()
-    line = site.line("far")
-    line.rate = 4e6
-    other = Repo(site, "other", files={"README": b"hello\n"})
-    other.git("fetch", "-q", str(repo.dir), "main")
-    other.git("reset", "-q", "--hard", "FETCH_HEAD")
-    children = [r.start("new", "-H", "far", name) for r, name in ((repo, "a"), (repo, "b"), (other, "a"))]
-    for child in children:
-        assert child.communicate(timeout=60)[1].count(b"Traceback") == 0 and child.returncode == 0
-    assert tree_of(repo.path("a")) == tree_of(repo.path("b")) == tree_of(other.path("a")) == repo.tree()
-
-
 @slow
 @promise(8)
 def test_20_processes_at_once_on_a_cold_connection_all_succeed(repo, site):
@@ -3185,15 +3143,6 @@ def test_a_line_that_stalls_and_goes_on_loses_nothing(repo, site):
     threading.Timer(1.5, line.go_on).start()
     out, err = child.communicate(data, timeout=60)
     assert (child.returncode, err) == (0, b"") and out == data
-
-
-def test_contract_ten_at_once_deep_parents_and_spaces(talker, area):
-    deep = "/".join(f"level {n}" for n in range(10)) + "/a file.txt"
-    calls = [("write", {"path": area.p(f"{n}/{deep}"), "content": f"content {n}"}) for n in range(10)]
-    assert all(a["ok"] and a["result"]["created"] for a in talker.all(calls))
-    back = talker.all([("read", {"path": area.p(f"{n}/{deep}")}) for n in range(10)])
-    assert [a["result"]["content"] for a in back] == [f"content {n}" for n in range(10)]
-    assert talker("exec", command=f"cat '{area.p('3/' + deep)}'")["stdout"] == "content 3"
 
 
 def test_a_second_process_has_sessions_waiting_too_on_a_master_more(repo, site):
@@ -3524,7 +3473,10 @@ def test_the_init_hook_runs_once_with_the_environment_and_its_output_is_streamed
     assert b"init in a with <tok>" in made.out + made.err and b"to-stderr" in made.out + made.err
     assert repo.exec("cat init-ran", options=["-w", "a"]).out == b"once\n"
     repo.new("b", "--no-init")
-    assert not (repo.path("b") / "init-ran").exists()
+    repo.write(".cmux/init", HOOK, 0o644)
+    repo.commit()
+    repo.new("c")  # where it is only a file
+    assert not [name for name in "bc" if (repo.path(name) / "init-ran").exists()]
 
 
 def test_a_failing_init_hook_is_reported_and_undoes_nothing(repo):
@@ -3537,13 +3489,6 @@ def test_a_failing_init_hook_is_reported_and_undoes_nothing(repo):
     assert repo.cli("new", "c", "-H", "box", "--json").json[0]["state"] == "init failed"
     quiet = repo.ok("new", "d", "-H", "box", "-q")
     assert quiet.out == b"" and quiet.said == "cmux_ssh.py: The init hook of d failed.\n", quiet
-
-
-def test_an_init_that_is_not_executable_is_only_a_file(repo):
-    repo.write(".cmux/init", HOOK, 0o644)
-    repo.commit()
-    repo.new("a")
-    assert not (repo.path("a") / "init-ran").exists()
 
 
 def test_a_repository_cannot_name_its_host_command_or_options(repo, site):
@@ -3738,15 +3683,6 @@ def test_a_refused_push_leaves_nothing_to_settle_and_a_damaged_project_does_not_
     assert "main" in listed.text and "is damaged" in listed.said, listed
 
 
-def test_push_says_that_uncommitted_work_stays(repo):
-    repo.new()
-    assert repo.cli("push").said == ""
-    repo.write("README", b"edited\n")
-    pushed = repo.ok("push")
-    assert "already" in pushed.text and "Not sent: 1 uncommitted file (--dirty takes them along)." in pushed.said, pushed
-    assert repo.cli("push", "--dirty").said == "" and slurp(repo.path() / "README") == b"edited\n"
-
-
 def test_what_is_not_sent_is_said_exactly_each_time_a_workspace_is_made_or_pushed_to(repo):
     content = b"large" * 1000
     repo.write("a.bin", pointer(content))
@@ -3798,7 +3734,8 @@ def test_push_moves_a_workspace_and_keeps_what_is_ignored(site, host):
         assert kept and os.stat(repo.path() / "keep").st_mtime_ns == before
         assert repo.cli("exec", "-w", "main", "--", "git status --short").out == b""
     assert not (repo.path() / "sub/dir").exists()
-    assert repo.cli("diff").out == b"" and "already" in repo.cli("push").text
+    again = repo.cli("push")
+    assert repo.cli("diff").out == b"" and "already" in again.text and again.said == ""
     do(repo, "echo lost >lost")
     refused(repo.cli("push", "--ref", "HEAD~1"), 1, words="lost")
     forced = repo.ok("push", "--ref", "HEAD~1", "--force")
@@ -4039,12 +3976,6 @@ def test_dirty_reads_line_ends_and_modes_as_git_add_does(repo):
     repo.new("--dirty", "main")
     base = repo.git("for-each-ref", "--format=%(refname)", "refs/cmux/sent")
     assert repo.git("diff", "--name-only", "HEAD", base) == "other" and (repo.path() / "other").read_bytes() == b"o\n"
-
-
-def test_hints_name_the_ssh_that_is_used(repo, site):
-    site.at("stranger", None, "UserKnownHostsFile /dev/null", "StrictHostKeyChecking yes")
-    said = repo.cli("exec", "-H", "stranger", "--", "true").said
-    assert "accept it: %s stranger true" % site.environment()["CMUX_SSH_COMMAND"] in said, said
 
 
 def test_a_list_that_does_not_fit_leaves_the_path_out_not_the_names(repo, site):
@@ -4886,7 +4817,9 @@ def test_rm_refuses_changed_files(site, host, harm):
     repo.new(host=place_of(site, host))
     do(repo, harm)
     assert repo.ok("diff").out
-    refused(repo.cli("rm", "main"), 1, words=harm.split()[-1].lstrip(">").replace("src/", ""))
+    kept = repo.cli("rm", "main")
+    refused(kept, 1, words=harm.split()[-1].lstrip(">").replace("src/", ""))
+    assert "--force" in kept.said
     repo.ok("pull")
     if host == "box":
         do(repo, "echo again >again; echo o >two")
@@ -5516,24 +5449,6 @@ def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo, sit
     assert "a" in listed.text and "box" in listed.text
 
 
-def test_rm_refuses_work_that_would_be_lost_and_says_what(repo):
-    repo.new("clean", "dirty", "added")
-    assert repo.exec("echo x >>README", options=["-w", "dirty"]).code == 0
-    assert repo.exec("echo x >brand-new", options=["-w", "added"]).code == 0
-    path = repo.path("dirty")
-    for name, file in (("dirty", "README"), ("added", "brand-new")):
-        refused = repo.cli("rm", name)
-        assert refused.code == 1 and file in refused.said and "--force" in refused.said, refused
-    where = repo.path("clean")
-    repo.ok("rm", "clean")
-    assert not where.exists() and set(repo.workspaces()) == {"dirty", "added"}
-    repo.ok("rm", "--force", "dirty", "added")
-    assert not path.exists() and repo.workspaces() == {}
-    assert repo.cli("rm", "dirty").code == 1
-    repo.new("dirty")
-    assert tree_of(repo.path("dirty")) == repo.tree()
-
-
 def test_forks_of_one_workspace_do_not_wait_for_each_other(site):
     repo = Repo(site)
     site.daemon("slow", env=replaced(site, cp=f"""case "$*" in -RpP*) : >{site.dir}/copy-$$; n=0
@@ -5706,15 +5621,8 @@ def test_an_edit_of_many_places_is_soon_told(area):
 
 
 def test_matches_that_overlap_are_ambiguous(area):
-    file = area.put("f", b"aaa\n")
+    area.put("f", b"aaa\n")
     assert re.search(r"2 times in '\S*f' .at lines 1, 1., not 1", area.talker.refusal("edit", path=area.p("f"), edits=[{"old": "aa", "new": "b"}]))
-    area.put("f", b"aaaa\n")
-    assert area.talker("edit", path=area.p("f"), edits=[{"old": "aa", "new": "b", "count": 2}]) and file.read_bytes() == b"bb\n"
-
-
-def test_contract_an_edit_in_an_editor_of_a_commit_does_not_hang(talker):
-    ran = talker("exec", command="mkdir ed && cd ed && git init -q . && git -c user.name=a -c user.email=b@c commit --allow-empty -m x && git -c user.name=a -c user.email=b@c commit --amend; cd .. && rm -rf ed", timeout=15)
-    assert ran["exit_code"] == 0 and not ran["timed_out"], ran
 
 
 ODD_NAMES = ["it's \"quoted\" `$(x)`", "new\nline", "trailing newline\n", "-rf", "--", "naïve-日本-🐙", "n" * 200, " ", "back\\slash\\n", "a:1:b", "*?[x]", "~", "$HOME", "\t",
@@ -6010,6 +5918,10 @@ def test_a_host_with_only_posix_utilities_has_every_tool(site):
     (b"tail", [("tail", "tail\n", None)], b"tail\n"),
     (b"aaaa", [("aa", "b", 2)], b"bb"),
     (b"\tindent\n", [("\tindent", "    indent", None)], b"    indent\n"),
+    (b"a\nb\nc\nd\ne\nf\ng\nh\n", [("d", "D", None)], b"a\nb\nc\nD\ne\nf\ng\nh\n"),
+    (b"a\nb", [("b", "B", None)], b"a\nB"),
+    *((b"a%sb\nc\n" % end, [("c", "C", None)], b"a%sb\nC\n" % end) for end in (b"\x0c", b"\r", "\u2028".encode())),
+    (b"one\r\ntwo\r\n", [("two", "2", None)], b"one\r\n2\r\n"),
 ])
 def test_edit_replaces_exactly(talker, area, before, edits, after):
     file = area.put("f", before)
@@ -6017,6 +5929,10 @@ def test_edit_replaces_exactly(talker, area, before, edits, after):
     told = talker("edit", path=area.p("f"), edits=asked)
     assert file.read_bytes() == after and told["sha256"] == hashlib.sha256(after).hexdigest()
     assert told["diff"].startswith(f"--- a/{area.p('f')}\n+++ b/{area.p('f')}\n@@ ")
+    if b"\xff" not in before:
+        file.write_bytes(before)
+        subprocess.run(["git", "apply", "--whitespace=nowarn", "-"], cwd=area.workspace, input=told["diff"].encode(), check=True)
+        assert file.read_bytes() == after
 
 
 @each("edits, words", [
@@ -6029,7 +5945,7 @@ def test_edit_replaces_exactly(talker, area, before, edits, after):
     ([{"old": "only", "new": "only"}], ["same"]),
     ([], ["edits"]), ([{"old": "only"}], []), ([{"new": "y"}], []), ([{"old": 1, "new": "y"}], []), (["only"], []), ([{"old": "only", "new": "y", "x": 1}], []),
     ([{"old": "only", "new": "y", "count": 0}], []), ([{"old": "only", "new": "y", "count": -1}], []), ([{"old": "only", "new": "y", "count": "1"}], []),
-    ([{"old": "only", "new": "\ud800"}], []), ("only", []), ({"old": "only", "new": "y"}, []),
+    ([{"old": "only", "new": "\ud800"}], []),
 ], ids=ascii)
 def test_edit_refuses_and_changes_nothing(talker, area, edits, words):
     file = area.put("f", b"x only\nx\n\nx\n")
@@ -6048,18 +5964,6 @@ def test_edit_of_a_version_that_is_no_more_is_refused(talker, area):
     talker("edit", path=area.p("f"), edits=[{"old": "two", "new": "three"}], sha256=after)
     assert file.read_bytes() == b"three\n"
     talker.refusal("edit", path=area.p("f"), edits=[{"old": "three", "new": "four"}], sha256="not a digest")
-
-
-@each("before, old, new", [
-    (b"a\nb\nc\nd\ne\nf\ng\nh\n", "d", "D"), (b"a\nb", "b", "B"), (b"a\nb", "b", "b\n"), (b"a\x0cb\nc\n", "c", "C"), ("a\u2028b\nc\n".encode(), "c", "C"), (b"a\rb\nc\n", "c", "C"),
-    (b"one\r\ntwo\r\n", "two", "2")])
-def test_the_diff_of_an_edit_applies(talker, area, before, old, new):
-    file = area.put("f", before)
-    diff = talker("edit", path=area.p("f"), edits=[{"old": old, "new": new}])["diff"]
-    after = file.read_bytes()
-    file.write_bytes(before)
-    applied = subprocess.run(["git", "apply", "--whitespace=nowarn", "-"], cwd=area.workspace, input=diff.encode(), stderr=PIPE, check=False)
-    assert applied.returncode == 0 and file.read_bytes() == after, (applied.stderr, diff)
 
 
 def test_edit_on_the_command_line(shared, area):
@@ -6149,8 +6053,8 @@ TREE = {"a.py": b"", "b.txt": b"", "[x].py": b"", "src/a.py": b"", "src/b.py": b
     ("**", [n for n in TREE if ".git" not in n]),
     ("src/*", ["src/a.py", "src/b.py"]), ("src/**", ["src/a.py", "src/b.py", "src/deep/d.txt", "src/deep/er/c.py"]),
     ("src/**/c.py", ["src/deep/er/c.py"]), ("src/**/a.py", ["src/a.py"]), ("**/er/*", ["src/deep/er/c.py"]),
-    ("?.py", ["a.py", "日本.py"][:1]), ("[ab].*", ["a.py", "b.txt"]), ("[!a].*", ["b.txt"]), ("[^a].txt", ["b.txt"]), ("src/[!a].py", ["src/b.py"]), ("[a-c].txt", ["b.txt"]),
-    ("[[]x].py", ["[x].py"]), ("na?ve.py", ["naïve.py"]), ("??.py", ["日本.py"]), ("na[ïi]ve.py", ["naïve.py"]), ("日*.py", ["日本.py"]),
+    ("?.py", ["a.py"]),
+    ("[[]x].py", ["[x].py"]), ("na?ve.py", ["naïve.py"]), ("na[ïi]ve.py", ["naïve.py"]),
     ("a b/*", ["a b/c d.py"]), ("./src/*.py", ["src/a.py", "src/b.py"]), (".*", [".dot"]), ("*x*y*", ["[x].py", "x\ny.py"]), ("[b]ack?slash.py", ["back\\slash.py"]),
     ("src", []), ("nothing*", []), ("src?a.py", []), ("src[/]a.py", []), ("**/.git/**", []), ("-name", []), ("{a,b}.py", ["a.py"]), ("**/{a,[bc]}.{py,txt}", ["a.py", "b.txt", "src/a.py", "src/b.py", "src/deep/er/c.py"]),
     ("src/{a,{b,deep/er/c}}.py", ["src/a.py", "src/b.py", "src/deep/er/c.py"]), ("src/deep/", ["src/deep/d.txt", "src/deep/er/c.py"]), ("src//./*.py", ["src/a.py", "src/b.py"]),
@@ -6241,13 +6145,15 @@ def test_impossible_arguments_are_refused(talker):
     job = start_job(talker, "echo hi")
     assert talker("wait", job=job, timeout=15)["exit_code"] == 0, "the workspace has had jobs"
     for tool, rows in {
-            "read": [{"path": "README", **bad} for bad in ({"offset": 0}, {"offset": -1}, {"limit": -1}, {"offset": 1.5}, {"offset": "1"}, {"limit": True})],
-            "glob": [{"pattern": ""}, {"pattern": 5}, {"pattern": "*", "limit": -1}, {"pattern": "*", "limit": "x"}, {"pattern": "a\0b"}, {"pattern": "[z-a]"}, {"pattern": "\ud800"}],
+            "read": [{"path": "README", **bad} for bad in ({"offset": 0}, {"offset": -1}, {"limit": -1})],
+            "glob": [{"pattern": ""}, {"pattern": "*", "limit": -1}, {"pattern": "a\0b"}, {"pattern": "[z-a]"}, {"pattern": "\ud800"}],
             "grep": [{"pattern": "("}, {"pattern": "[a"}, {"pattern": "a{2,1}"}, {"pattern": ""}, {"pattern": "a\nb"}, {"pattern": "a\0b"}, {"pattern": "a", "limit": -1},
-                     {"pattern": "a", "glob": "[z-a]"}, {"pattern": "a", "ignore_case": 1}, {"pattern": "\ud800"}],
-            "logs": [{"job": job, **bad} for bad in ({"offset": -1}, {"offset": 10 ** 30}, {"wait": -1}, {"wait": "x"}, {"offset": 1.5})]}.items():
+                     {"pattern": "a", "glob": "[z-a]"}, {"pattern": "\ud800"}],
+            "logs": [{"job": job, **bad} for bad in ({"offset": -1}, {"offset": 10 ** 30}, {"wait": -1})],
+            "exec": [{"command": "true", "background": True, **bad} for bad in ({"cwd": "no/such"}, {"stdin": "x"}, {"timeout": 5})]}.items():
         for arguments in rows:
             talker.refusal(tool, **arguments)
+    assert [row["job"] for row in talker("jobs")["jobs"]][-1] == job, "none was started"
     for unknown in ("j00000000", "", "x", "../../etc", "j0000000g", "j000000000", "-f", "j0000000\n", "*", "."):
         assert all("job" in talker.refusal(tool, job=unknown) for tool in ("logs", "wait", "stop")), unknown
 
@@ -6334,18 +6240,6 @@ def test_a_detached_head_works(repo):
     assert (ran.code, ran.out) == (0, b"hello\n"), ran
 
 
-def test_the_library_refuses_a_job_that_is_none(repo):
-    assert in_library(repo, """
-workspace = cmux_ssh.Project(".").ensure("main", "box")
-for call in (workspace.wait, workspace.logs, workspace.stop):
-    for job in (None, "", 3, "x"):
-        try:
-            print(call(job))
-        except cmux_ssh.UsageError as error:
-            assert "is not a job" in str(error), error
-""") == ""
-
-
 def test_a_job_that_runs_is_told_though_the_state_takes_no_more(repo, site):
     assert repo.exec("true").code == 0
     (lock,) = site.state.glob("projects/*.json.lock")
@@ -6391,14 +6285,6 @@ def test_a_job_gets_what_exec_gets_and_keeps_both_streams(talker, workspace, are
     assert talker("wait", job=exact, timeout=15)["exit_code"] == 0 and talker("logs", job=exact)["output"] == "<a b><><$x><-n>"
     signals = start_job(talker, "trap 'echo int; exit 5' INT; kill -INT $$; echo ignored")
     assert talker("wait", job=signals, timeout=15)["exit_code"] == 5, "a job may catch SIGINT: it is not ignored from the start"
-
-
-def test_a_missing_directory_is_no_job(talker):
-    before = talker("jobs")["jobs"]
-    assert "directory" in talker.refusal("exec", command="true", background=True, cwd="no/such")
-    talker.refusal("exec", command="true", background=True, stdin="x")
-    talker.refusal("exec", command="true", background=True, timeout=5)
-    assert talker("jobs")["jobs"] == before
 
 
 def test_jobs_are_listed_with_what_they_are(shared, talker, area):
@@ -6485,34 +6371,26 @@ def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared
     nap = Nap()
     job = start_job(talker, "exit 3")
     assert talker("wait", job=job, timeout=15)["exit_code"] == 3
-    stranger = subprocess.Popen(nap.split(), start_new_session=True)
-    try:
-        (record_of(shared, job) / "pid").write_text(f"{stranger.pid}\n")
+    with stranger(*nap.split()) as other:
+        (record_of(shared, job) / "pid").write_text(f"{other.pid}\n")
         talker("stop", job=job)
-        assert stranger.poll() is None, "a process that only has the number of a job that was"
+        assert other.poll() is None, "a process that only has the number of a job that was"
         assert state(talker, job) == ("exited", 3)
-    finally:
-        stranger.kill()
-        stranger.wait()
 
 
 def test_stop_of_a_finished_job_ends_nothing_of_a_stranger_that_cannot_be_looked_into(tmp_path):
     """Where there is no /proc, or it may not be read, the old pid alone would make a stranger's children ours."""
     record, nap = tmp_path / "j0123abcd", Nap()
     record.mkdir()
-    stranger = subprocess.Popen(["sh", "-c", f"setsid {nap} & wait"], start_new_session=True)
-    try:
-        child = until(lambda: running(nap), "it has a child")[0]
-        for name, text in (("pid", stranger.pid), ("exit", 0), ("out", "")):
+    with stranger("sh", "-c", f"setsid {nap} & wait") as other:
+        nap.runs()
+        for name, text in (("pid", other.pid), ("exit", 0), ("out", "")):
             (record / name).write_text(f"{text}\n")
         header = c.shell_header("N" * 32, "run", c.script_records(c.STOP, str(record), record.name)).replace(b"/proc", b"/nowhere")
         done = subprocess.run(["sh", "-c", c.BOOT[len("exec sh -c '"):-1].replace("/proc", "/nowhere")], input=header,
                               capture_output=True, timeout=60)
-        assert b"exited 0\n" in done.stdout and stranger.poll() is None and running(nap), done
-    finally:
-        kill(child.pid)
-        stranger.kill()
-        stranger.wait()
+        assert b"exited 0\n" in done.stdout and other.poll() is None and running(nap), done
+        kill(running(nap)[0].pid)
 
 
 def test_a_job_whose_record_was_cut_off_is_lost_not_running(shared, talker):
@@ -6528,15 +6406,11 @@ def test_a_job_whose_record_was_cut_off_is_lost_not_running(shared, talker):
         kill(process.pid)
     until(lambda: state(talker, job)[0] == "lost", "it is said to be lost")
     assert talker("wait", job=job, timeout=5)["state"] == "lost" and shared.cli("wait", job).code == 1
-    stranger = subprocess.Popen(nap.split(), start_new_session=True)
-    try:
-        (record / "pid").write_text(f"{stranger.pid}\n")
+    with stranger(*nap.split()) as other:
+        (record / "pid").write_text(f"{other.pid}\n")
         assert state(talker, job)[0] == "lost"
         talker("stop", job=job)
-        assert stranger.poll() is None
-    finally:
-        stranger.kill()
-        stranger.wait()
+        assert other.poll() is None
 
 
 def test_old_records_expire_and_a_job_that_still_runs_does_not(shared, talker, area):
@@ -6746,21 +6620,9 @@ def test_new_makes_several_at_once_and_refuses_a_name_that_exists(repo):
     assert set(repo.workspaces()) == set(names) and all(tree_of(repo.path(n)) == repo.tree() for n in names)
     again = repo.cli("new", "-H", "box", "w1", "w9")
     assert again.code == 1 and "w1" in again.said, again
-    assert repo.exec("echo keep >kept; cat kept", options=["-w", "w1"]).out == b"keep\n"
-
-
-def test_only_bytes_that_wait_on_stdin_are_refused_to_several(repo):
-    ours, theirs = socket.socketpair()
-    ours.shutdown(socket.SHUT_WR)
-    read, write = os.pipe()
-    repo.new("a", "b")
-    for stdin, code in ((theirs.fileno(), 0), (os.open(os.devnull, os.O_RDONLY), 0), (read, 0), (read, 125)):
-        if code:
-            os.write(write, b"x")
-        child = repo.start("exec", "-w", "a", "-w", "b", "--", "true", stdin=stdin)
-        assert b"passes stdin on to none" in child.communicate(timeout=60)[1] or not code
-        assert child.returncode == code
-    ours.close(), theirs.close()
+    do(repo, "echo keep >kept", "w1")
+    repo.ok("rm", "--force", *names)
+    assert repo.workspaces() == {} and not list(repo.site.far_home().glob("cmux/*/w[0-5]"))
 
 
 @slow
@@ -6791,7 +6653,7 @@ def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo, s
         assert child.returncode == 255 and b"Traceback" not in err, err
         if json_wanted:
             rows = {row["workspace"]: row for row in json.loads(out)}
-            assert rows["near"]["exit_code"] == 0 and rows["near"]["stdout"] == "early\npart"
+            assert rows["near"]["exit_code"] == 0 and rows["near"]["stopped"] is None and rows["near"]["stdout"] == "early\npart"
             assert rows["away"]["exit_code"] == 255 and rows["away"]["error"] and rows["away"]["stdout"] == "early\npart"
         else:
             assert sorted(out.splitlines()) == [b"away | early", b"away | part", b"near | early", b"near | part"]
@@ -6813,6 +6675,7 @@ def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_sa
     nap.gone()
     late = repo.cli("exec", "--all", "--timeout", "2", "--", command)
     assert late.code == 124 and sorted(late.text.splitlines()) == ["a | early a", "b | early b", "c | early c"]
+    assert "b, c (124: stopped, its processes have ended)" in late.said
     nap.gone()
 
 
@@ -6871,16 +6734,15 @@ def test_several_workspaces_bad_use_is_said(repo):
     rows = {row["workspace"]: row for row in one_missing.json}
     assert one_missing.code == 125 and rows["a"]["stdout"] == "here\n" and rows["nowhere"]["error"]["message"]
     assert repo.cli("exec", "-w", "a", "-w", "a", "--", "echo once").out == b"once\n"
-    refused(repo.cli(*both, "--", "cat", stdin=b"not for many"), 125, words="passes stdin on to none of them")
     repo.ok(*both, "-n", "-j", "1", "-q", "--", "cat", stdin=b"not for many")
-
-
-def test_exec_in_many_says_how_the_stop_ended(repo):
-    repo.cli("new", "-H", "box", "a", "b")
-    done = repo.cli("exec", "--all", "--timeout", "1", "--", "sleep 77")
-    assert done.code == 124 and "a, b (124: stopped, its processes have ended)" in done.said
-    rows = repo.cli("exec", "--all", "--json", "--", "true").json
-    assert [row["stopped"] for row in rows] == [None, None]
+    ours, theirs = socket.socketpair()
+    ours.shutdown(socket.SHUT_WR)
+    read, write = os.pipe()
+    for stdin, code in ((theirs, 0), (DEVNULL, 0), (read, 0), (read, 125)):  # only bytes that wait are refused
+        os.write(write, b"x") if code else None
+        child = repo.start(*both, "--", "true", stdin=stdin)
+        assert b"passes stdin on to none of them" in child.communicate(timeout=60)[1] or not code
+        assert child.returncode == code
 
 
 # === batch ===
@@ -7060,7 +6922,7 @@ def test_batch_answers_every_line_also_the_bad_ones(shared):
                                                b'{"id": 1e999, "tool": "exec", "arguments": {"command": "true"}}')]
     true = {"command": "true"}
     for n, bad in enumerate((
-            {}, {"tool": "rm -rf"}, {"tool": ["exec"]}, {"arguments": None}, {"arguments": []}, {"arguments": {"command": 5}}, {"arguments": {**true, "more": 1}},
+            {}, {"tool": "rm -rf"}, {"tool": ["exec"]}, {"arguments": None}, {"arguments": []},
             {"arguments": {"command": []}}, {"arguments": {"command": ""}}, {"workspace": 5, "arguments": true}, {"tool": "read", "workspace": "../x", "arguments": {"path": "README"}},
             {"arguments": {**true, "timeout": 0}}, {"arguments": {**true, "cwd": "no/such"}}, {"arguments": {**true, "env": {"A B": "x"}}}, {"arguments": {"command": ["a\0b"]}},
             {"arguments": {"command": "\ud800"}}, {"arguments": {"command": "cat", "stdin": "\ud800"}}, {"arguments": {**true, "env": {"A": None}}},
@@ -7142,17 +7004,11 @@ def test_batch_reads_no_further_ahead_than_it_must(shared, area):
     """Whoever writes faster than the host works has to wait; the lines are not piled up in memory."""
     talker = Agent(shared, "-j", "1")
     talker.post("exec", {"command": f"until [ -e {area.p('go')} ]; do sleep 0.05; done"})
-    fd, sent = talker.child.stdin.fileno(), 0
-    line = calls([": " + "x" * 4000])
-    os.set_blocking(fd, False)
-    while select.select([], [fd], [], 1.5)[1]:
-        with contextlib.suppress(BlockingIOError):
-            sent += os.write(fd, line)
-        assert sent < 2_000_000, "it reads and reads"
+    sent = fill(talker.child, calls([": " + "x" * 4000]), 500)
     kill(talker.child.pid)
     talker.child.communicate()
     area.put("go", b"")
-    assert sent > 8000
+    assert sent > 2
 
 
 def peak(pid):
@@ -7204,53 +7060,36 @@ def test_12_batch_processes_of_10_each_all_succeed(repo, site):
 # === The library ===
 
 
-@each("command, code, out, err", [
-    ("echo out; echo err >&2", 0, "out\n", "err\n"),
-    ("exit 42", 42, "", ""),
-    ("true", 0, "", ""),
-    ("echo 'single' \"double\" \\$HOME `echo tick` $(echo sub) \\\\ '$x' '!' '*' ';' '&' '|'", 0, "single double $HOME tick sub \\ $x ! * ; & |\n", ""),
-    ("echo one; echo two; echo three", 0, "one\ntwo\nthree\n", ""),
-    ("printf 'b\\na\\nc\\n' | sort | head -n 2", 0, "a\nb\n", ""),
-    ("echo \"sum $((6*7)) of $(echo six) $(printf %s seven)\"", 0, "sum 42 of six seven\n", ""),
-    ("seq 1000", 0, "".join(f"{n}\n" for n in range(1, 1001)), ""),
-    ("printf 'l%s\\n' 1 2 3 4 | grep l | head -n 1", 0, "l1\n", ""),
-    ("cat <<'E'\nmulti 'line' \"$x\"\n  kept\nE", 0, "multi 'line' \"$x\"\n  kept\n", ""),
-    ("yes | head -n 3", 0, "y\ny\ny\n", ""),
+@each("command, out, err", [
+    ("echo out; echo err >&2", "out\n", "err\n"),
+    ("echo 'single' \"double\" \\$HOME `echo tick` $(echo sub) $((6*7)) \\\\ '$x' '!' '*' ';' '&' '|'", "single double $HOME tick sub 42 \\ $x ! * ; & |\n", ""),
+    ("cat <<'E'\nmulti 'line' \"$x\"\n  kept\nE", "multi 'line' \"$x\"\n  kept\n", ""),
+    ("yes | head -n 3", "y\ny\ny\n", ""),
 ])
-def test_contract_exec_output_and_code(talker, command, code, out, err):
+def test_contract_exec_output(talker, command, out, err):
     ran = talker("exec", command=command)
-    assert (ran["exit_code"], ran["stdout"], ran["stderr"]) == (code, out, err)
+    assert (ran["exit_code"], ran["stdout"], ran["stderr"]) == (0, out, err)
     assert ran["timed_out"] is False and ran["truncated"] is False and ran["duration"] > 0
 
 
-def test_contract_exec_stdin_env_and_directory(talker, workspace):
+def test_contract_exec_stdin_env_and_directory(talker, workspace, area):
     assert talker("exec", command="cat; printf end", stdin="line one\nümläut 🐙\n")["stdout"] == "line one\nümläut 🐙\nend"
     assert talker("exec", command=["cat"], stdin="")["stdout"] == ""
     assert talker("exec", command="cat")["stdout"] == "", "no stdin is an empty one, and does not hang"
-    assert talker("exec", command='printf "%s|" "$TEST_VAR" "$A" "$B"', env={"TEST_VAR": "test value", "A": "it's \"$x\"\n`y`", "B": ""})["stdout"] == "test value|it's \"$x\"\n`y`||"
-    assert talker("exec", command='echo "$GIT_TERMINAL_PROMPT $GIT_EDITOR $EDITOR $VISUAL"')["stdout"] == "0 true true true\n"
-    assert talker("exec", command="pwd")["stdout"] == f"{workspace}\n"
+    assert talker("exec", command='printf "%s|" "$A" "$B"', env={"A": "it's \"$x\"\n`y`", "B": ""})["stdout"] == "it's \"$x\"\n`y`||"
     assert talker("exec", command=["pwd"], cwd="src")["stdout"] == f"{workspace}/src\n"
     assert talker("exec", command=["printf", "<%s>", "a b", "", "it's", "$x", "*", "-n", "\n"])["stdout"] == "<a b><><it's><$x><*><-n><\n>"
-
-
-def test_contract_exec_timeout_silence_and_errors(talker, area):
-    nap = Nap()
-    began = time.monotonic()
-    ran = talker("exec", command=f"echo early; {nap}", timeout=1)
-    assert (ran["exit_code"], ran["timed_out"], ran["stdout"]) == (124, True, "early\n")
-    assert 0.9 < time.monotonic() - began < 10 and ran["stopped"] == "confirmed"
-    nap.gone()
-    silent = talker("exec", command="sleep 0.2")
-    assert silent["exit_code"] == 0 and silent["duration"] >= 0.2
-    missing = talker("exec", command="no-such-command-here")
-    assert missing["exit_code"] == 127 and "not found" in missing["stderr"]
-    assert talker("exec", command=["no-such-command-here"])["exit_code"] == 127
-    broken = talker("exec", command="if true; then echo")
-    assert broken["exit_code"] == 2 and "syntax" in broken["stderr"].lower()
     area.put("script", b"#!/bin/sh\n", 0o644)
     denied = talker("exec", command=[f"./{area.p('script')}"])
     assert denied["exit_code"] == 126 and "ermission denied" in denied["stderr"]
+
+
+def test_contract_exec_timeout(talker):
+    nap, began = Nap(), time.monotonic()
+    ran = talker("exec", command=f"echo early; {nap}", timeout=1)
+    assert (ran["exit_code"], ran["timed_out"], ran["stdout"], ran["stopped"]) == (124, True, "early\n", "confirmed")
+    assert 0.9 < ran["duration"] <= time.monotonic() - began < 10
+    nap.gone()
 
 
 @each("data", [
@@ -7304,23 +7143,17 @@ SAMPLES = {"text": "x", "count": 1, "seconds": 1.5, "flag": True, "objects": [{"
 
 
 @each("tool", sorted(CONTRACT))
-def test_arguments_are_checked_against_the_table(tool):
-    import cmux_ssh
-    row = cmux_ssh.TOOLS[tool]
+def test_arguments_are_checked_against_the_table(talker, tool):
+    row = c.TOOLS[tool]
     fits = {p.name: SAMPLES[p.kinds[0]] for p in row.params}
-    assert row.check(dict(fits)) == fits
+    wrong = [{**fits, "unknown": 1}, {**fits, "workspace": "x"}, [], "x", 5]
     for param in row.params:
         allowed = {*param.kinds, *["count"] * ("seconds" in param.kinds), *["texts"] * ("objects" in param.kinds)}
-        for kind, value in SAMPLES.items():
-            if kind not in allowed:
-                with pytest.raises(cmux_ssh.UsageError):
-                    row.check({**fits, param.name: value})
-        if param.required:
-            with pytest.raises(cmux_ssh.UsageError):
-                row.check({k: v for k, v in fits.items() if k != param.name})
-    for bad in ({**fits, "unknown": 1}, {**fits, "workspace": "x"}, [], None, "x", 5):
-        with pytest.raises(cmux_ssh.UsageError):
-            row.check(bad)
+        wrong += [{**fits, param.name: value} for kind, value in SAMPLES.items() if kind not in allowed]
+        wrong += [{k: v for k, v in fits.items() if k != param.name}] * param.required
+    for arguments in wrong:
+        answer = talker.answer(talker.post(tool, arguments))
+        assert not answer["ok"] and answer["error"]["type"] == "UsageError", (arguments, answer)
 
 
 def open_sessions(site, host="box"):
@@ -7355,25 +7188,6 @@ def in_library(repo, text, *args, seconds=60):
                           capture_output=True, timeout=seconds)
     assert done.returncode == 0 and done.stderr == b"", done.stderr.decode()
     return done.stdout.decode()
-
-
-@slow
-def test_the_library_from_a_thread_pool(repo):
-    out = in_library(repo, """
-project = cmux_ssh.Project(".")
-with ThreadPoolExecutor(20) as pool:
-    made = list(pool.map(lambda n: project.ensure("w%d" % (n % 4), "box"), range(16)))
-    assert sorted({w.name for w in made}) == ["w0", "w1", "w2", "w3"]
-    runs = list(pool.map(lambda n: made[n % 4].exec(["sh", "-c", 'echo "$CMUX_WORKSPACE $0"; cat; exit $0', str(n)], stdin=b"in%d" % n), range(80)))
-    calls = list(pool.map(lambda n: cmux_ssh.call_tool(made[n % 4], "write", {"path": "f%d" % n, "content": str(n)}), range(40)))
-for n, run in enumerate(runs):
-    assert (run.exit_code, run.stdout, run.stderr) == (n, b"w%d %d\\nin%d" % (n % 4, n, n), b""), run
-    assert run.workspace == "w%d" % (n % 4) and run.host == "box" and not run.timed_out and not run.truncated
-assert all(c["created"] for c in calls)
-assert cmux_ssh.call_tool(made[1], "glob", {"pattern": "f*"})["paths"] == sorted("f%d" % n for n in range(40) if n % 4 == 1)
-print("fine")
-""")
-    assert out == "fine\n"
 
 
 def test_library_values_are_immutable_and_equal_by_value(shared):
@@ -7418,39 +7232,26 @@ print("cancelled")
 
 
 def test_library_errors_are_of_one_family_and_say_what_to_do(repo):
-    assert in_library(repo, """
-project = cmux_ssh.Project(".")
-kinds = []
-for act in (lambda: project.workspace("none"), lambda: project.workspace("../x"), lambda: cmux_ssh.Host("-oProxyCommand=x"), lambda: cmux_ssh.Project("/"),
-            lambda: project.create("elsewhere", "nowhere.invalid"), lambda: cmux_ssh.call_tool(project.create("w", "box"), "read", {"path": "none"}),
-            lambda: project.create("w", "box"), lambda: project.workspace("w").exec("true", timeout=-1), lambda: project.workspace("w").exec("true", timeout=0),
-            lambda: project.workspace("w").exec("true", timeout=float("nan"))):
-    try:
-        act()
-    except cmux_ssh.CmuxError as error:
-        kinds.append(type(error).__name__)
-        assert str(error).strip()
-print(*kinds)
-""") == "WorkspaceMissing UsageError UsageError GitFailed ConnectionFailed ToolFailed WorkspaceExists UsageError UsageError UsageError\n"
-
-
-def test_arguments_of_the_library_that_are_no_text_are_usage_errors(repo):
     assert in_library(repo, r"""
-project = cmux_ssh.Project(".")
-w, bad = project.create("w", "box"), "x\ud800"
-acts = [lambda: w.exec(bad), lambda: w.exec(["echo", bad]), lambda: w.exec(["echo", 1]), lambda: w.exec("true", env={"A": bad}), lambda: w.exec("true", env={"A": 1}),
-        lambda: w.exec("true", cwd=bad), lambda: w.start(bad), lambda: w.write("x", bad), lambda: w.write(bad, "x"), lambda: w.read(bad), lambda: w.glob(bad),
-        lambda: w.grep(bad), lambda: w.edit(bad, [{"old": "a", "new": "b"}]), lambda: project.set_secret("A", bad), lambda: project.set_secret("A", 1),
-        lambda: w.exec(123), lambda: w.start(123), lambda: w.start([]), lambda: w.exec("cat", stdin=1), lambda: w.exec(b"true"),
-        lambda: project.create("v", "box", ref=bad), lambda: project.create("v", "box", root=bad), lambda: project.create(bad, "box")]
-for at, act in enumerate(acts):
-    try:
-        act()
-        print(at, "no error")
-    except (cmux_ssh.UsageError, cmux_ssh.GitFailed):
-        pass
-    except Exception as error:
-        print(at, repr(error))
+project, bad = cmux_ssh.Project("."), "x\ud800"
+w = project.create("w", "box")
+for kind, acts in {
+    "WorkspaceMissing": [lambda: project.workspace("none")], "WorkspaceExists": [lambda: project.create("w", "box")],
+    "ConnectionFailed": [lambda: project.create("elsewhere", "nowhere.invalid")], "ToolFailed": [lambda: cmux_ssh.call_tool(w, "read", {"path": "none"})],
+    "GitFailed": [lambda: cmux_ssh.Project("/")],
+    "UsageError": [
+        lambda: project.workspace("../x"), lambda: cmux_ssh.Host("-oProxyCommand=x"), *(lambda n=n: w.exec("true", timeout=n) for n in (-1, 0, float("nan"))),
+        *(lambda call=call, job=job: call(job) for call in (w.wait, w.logs, w.stop) for job in (None, "", 3, "x")),
+        *(lambda line=line: w.exec(line) for line in (bad, ["echo", bad], ["echo", 1], 123, b"true")), *(lambda line=line: w.start(line) for line in (bad, 123, [])),
+        *(lambda more=more: w.exec("cat", **more) for more in ({"env": {"A": bad}}, {"env": {"A": 1}}, {"cwd": bad}, {"stdin": 1})),
+        lambda: w.write("x", bad), lambda: w.write(bad, "x"), lambda: w.read(bad), lambda: w.glob(bad), lambda: w.grep(bad), lambda: w.edit(bad, [{"old": "a", "new": "b"}]),
+        lambda: project.set_secret("A", bad), lambda: project.set_secret("A", 1), lambda: project.create("v", "box", ref=bad), lambda: project.create("v", "box", root=bad),
+        lambda: project.create(bad, "box")]}.items():
+    for at, act in enumerate(acts):
+        try:
+            print(kind, at, act())
+        except cmux_ssh.CmuxError as error:
+            print(kind, at, repr(error)) if type(error).__name__ != kind or not str(error).strip() else None
 print(w.exec("printf %s", env={"A": "\udcff"}).exit_code, [j["job"] for j in w.jobs()], w.exec("cat", stdin="x").stdout)
 """) == "0 [] b'x'\n"
 
@@ -7712,6 +7513,18 @@ MODERN = {"_meta": {META + "protocolVersion": "2026-07-28", META + "clientCapabi
 
 
 MCP_TOOLS = ["exec", "read", "write", "edit", "glob", "grep", "jobs", "logs", "wait", "stop"]
+
+
+def fill(child, line, most):
+    """Send a line again and again, until nobody has read for a second and a half, to its stdin; how many went."""
+    os.set_blocking(child.stdin.fileno(), False)
+    sent = 0
+    while select.select([], [child.stdin], [], 1.5)[1]:
+        with contextlib.suppress(BlockingIOError):
+            os.write(child.stdin.fileno(), line.replace(b'"N"', b"%d" % sent))
+            sent += 1
+        assert sent < most, "it reads and reads"
+    return sent
 
 
 class Mcp:
@@ -8241,18 +8054,8 @@ def test_mcp_without_a_host_or_with_a_dead_one_says_so_and_lives(repo, site):
 def test_mcp_a_client_that_stops_reading_does_not_grow_it(shared):
     child = shared.start("mcp", stdin=PIPE)
     try:
-        os.set_blocking(child.stdin.fileno(), False)
-        call = json.dumps({"jsonrpc": "2.0", "id": "N", "method": "tools/call", "params": {"name": "exec", "arguments": {
-            "command": "head -c 100000 /dev/zero | tr '\\0' z"}}}).encode() + b"\n"
-        sent, quiet = 0, 0
-        while quiet < 30 and sent < 5000:
-            try:
-                os.write(child.stdin.fileno(), call.replace(b'"N"', str(sent).encode()))
-                sent, quiet = sent + 1, 0
-            except BlockingIOError:
-                quiet += 1
-                time.sleep(0.05)
-        assert sent < 5000, "it stops reading when nobody reads its answers"
+        fill(child, json.dumps({"jsonrpc": "2.0", "id": "N", "method": "tools/call", "params": {"name": "exec", "arguments": {
+            "command": "head -c 100000 /dev/zero | tr '\\0' z"}}}).encode() + b"\n", 5000)
         assert peak(child.pid) < (200 if PYPY else 100)
     finally:
         child.kill()
@@ -8375,17 +8178,18 @@ def test_mcp_a_secret_where_the_capture_is_cut_is_masked(repo, token):
         assert "begin-" in text and token[:4] not in text and "bytes left out" in text
 
 
-@each("which", ["projects", "secrets"])
-def test_mcp_damaged_state_is_said_in_every_answer_and_ends_nothing(repo, which, site):
-    repo.new()
+@each("which, content, words", [(which, '{"version": 2}', "newer version") for which in ("projects", "secrets")] + [("secrets", '{"version": 1, "secr', "is damaged")])
+def test_mcp_damaged_state_is_said_in_every_answer_and_ends_nothing(repo, which, content, words, site):
     repo.ok("secrets", "set", "TOKEN", stdin=b"abcdefgh")
+    repo.new()
+    do(repo, 'echo "$TOKEN" >leak')
     with open_mcp(repo) as client:
-        client("exec", command="true")
+        assert "[secret TOKEN]" in client("read", path="leak")
         for path in (site.state / which).glob("*.json"):
-            path.write_text('{"version": 2}')
-        for tool, arguments in (("exec", {"command": "true"}), ("read", {"path": "README"})):
+            path.write_text(content)
+        for tool, arguments in (("exec", {"command": "true"}), ("read", {"path": "leak"}), ("read", {"path": "leak"})):
             failed, text = client.call(tool, **arguments)
-            assert failed and "newer version" in text
+            assert failed and words in text and "abcdefgh" not in text
         assert client.call("read")[0]
         assert "instructions" in client.ask("initialize", {"protocolVersion": "2025-11-25"})["result"]
         assert "instructions" in client.ask("server/discover", MODERN)["result"]
@@ -8426,15 +8230,7 @@ def test_mcp_ends_though_nobody_reads_its_answers(repo, how):
             "name": "exec", "arguments": {"command": nap}}}).encode() + b"\n")
         child.stdin.flush()
         nap.runs()
-        os.set_blocking(child.stdin.fileno(), False)
-        quiet = 0
-        while quiet < 20:
-            try:
-                os.write(child.stdin.fileno(), b'{"jsonrpc":"2.0","id":1,"method":"tools/list"}\n')
-                quiet = 0
-            except BlockingIOError:
-                quiet += 1
-                time.sleep(0.02)
+        fill(child, b'{"jsonrpc":"2.0","id":1,"method":"tools/list"}\n', 99999)
         if how == "eof":
             child.stdin.close()
         else:
