@@ -122,9 +122,13 @@ def slurp(path):
         return b""
 
 
+def digest(data):
+    return hashlib.sha256(data).hexdigest()
+
+
 def pointer(content):
     """What git has in the place of LFS content."""
-    return b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (hashlib.sha256(content).hexdigest().encode(), len(content))
+    return b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (digest(content).encode(), len(content))
 
 
 def processes(environ=True):
@@ -181,6 +185,10 @@ def ancestors():
 def spent():
     """Seconds of the processor of all programs that ended here: no busy machine makes them more."""
     return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
+
+def mode_of(path):
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 def kill(pid, sig=signal.SIGKILL):
@@ -419,6 +427,14 @@ class Answer:
         self.argv, self.code, self.out, self.err, self.seconds = argv, code, out, err, seconds
 
     @property
+    def ended(self):
+        return self.code, self.out, self.err
+
+    @property
+    def rows(self):
+        return list(map(json.loads, self.out.splitlines()))
+
+    @property
     def json(self):
         assert self.out.isascii()
         return json.loads(self.out)
@@ -433,6 +449,15 @@ class Answer:
 
     def __repr__(self):
         return f"<{' '.join(map(shlex.quote, self.argv))}: {self.code} after {self.seconds:.2f} s\nout {self.out[-2000:]!r}\nerr {self.err[-2000:]!r}>"
+
+
+class Child(subprocess.Popen):
+    """The program at work. A traceback is a failure whatever the test expects."""
+
+    def communicate(self, data=None, timeout=60):
+        out, err = super().communicate(data, timeout)
+        assert b"Traceback" not in (out or b"") + (err or b""), (self.args, out, err)
+        return out, err
 
 
 class Site:
@@ -598,12 +623,12 @@ class Site:
     def start(self, *args, cwd=None, env=None,
               stdin=DEVNULL, sh=""):
         """The program, left running, in a process group of its own like a job of a shell; or started by a line of sh as "$@"."""
-        return subprocess.Popen([*(["sh", "-c", sh, "sh"] if sh else []), *compiled(), *args], cwd=cwd or self.dir, env=self.environment(env), stdin=stdin,
+        return Child([*(["sh", "-c", sh, "sh"] if sh else []), *compiled(), *args], cwd=cwd or self.dir, env=self.environment(env), stdin=stdin,
                                 stdout=PIPE, stderr=PIPE, start_new_session=True)
 
     def cli(self, *args, cwd=None, env=None, stdin=None,
             seconds=60, sh=""):
-        """Run the program to its end. A traceback is a failure whatever the test expects."""
+        """Run the program to its end."""
         began = time.monotonic()
         child = self.start(*args, cwd=cwd, env=env, stdin=DEVNULL if stdin is None else PIPE, sh=sh)
         try:
@@ -613,9 +638,7 @@ class Site:
                 os.killpg(child.pid, signal.SIGKILL)
             out, err = child.communicate()
             raise AssertionError(f"still running after {seconds:g} s: {args}\nout {out!r}\nerr {err!r}") from None
-        answer = Answer(args, child.returncode, out, err, time.monotonic() - began)
-        assert b"Traceback" not in out + err, f"a traceback: {answer!r}\n{err.decode(errors='replace')}"
-        return answer
+        return Answer(args, child.returncode, out, err, time.monotonic() - began)
 
     def masters(self):
         """The ssh processes of this site that hold connections open."""
@@ -832,7 +855,7 @@ class Repo:
         return Path((rows if name in rows else self.workspaces())[name]["path"].replace("~", str(self.site.far_home()), 1))
 
     def history(self, *words):
-        return list(map(json.loads, self.ok("history", "--json", *words).text.splitlines()))
+        return self.ok("history", "--json", *words).rows
 
     def arrived(self, name="main"):
         """The workspace has the files of the commit."""
@@ -850,7 +873,7 @@ class Repo:
 
     def record(self):
         """The file in which this project's workspaces are recorded."""
-        return self.site.state / f"projects/{hashlib.sha256(os.fsencode(self.dir / '.git')).hexdigest()[:20]}.json"
+        return self.site.state / f"projects/{digest(os.fsencode(self.dir / '.git'))[:20]}.json"
 
     @contextlib.contextmanager
     def amended(self):
@@ -1130,16 +1153,6 @@ def test_functions_stay_short(source):
     assert not [n.name for n in functions if n.end_lineno - n.lineno >= 60]
 
 
-def test_everything_is_annotated(source):
-    bare = []
-    for function in source.find(ast.FunctionDef, ast.AsyncFunctionDef):
-        a = function.args
-        arguments = [x for x in a.args + a.kwonlyargs + getattr(a, "posonlyargs", []) + [a.vararg, a.kwarg] if x]
-        bare += [f"line {function.lineno}: {function.name}"] * (function.returns is None or any(
-            x.annotation is None and x.arg not in ("self", "cls") for x in arguments))
-    assert not bare
-
-
 @promise(10)
 @compat
 def test_only_the_standard_library_is_imported(source):
@@ -1192,7 +1205,7 @@ def test_the_head_lists_the_rooms_as_they_stand(source):
 def test_version_names_itself_and_its_digest():
     done = subprocess.run([sys.executable, "-W", "error", "-I", "-S", str(PROGRAM), "--version"], capture_output=True)
     assert done.returncode == 0 and done.stderr == b"" and done.stdout.startswith(b"cmux_ssh")
-    assert done.stdout == f"cmux_ssh.py {c.__version__} (sha256 {hashlib.sha256(PROGRAM.read_bytes()).hexdigest()})\n".encode()
+    assert done.stdout == f"cmux_ssh.py {c.__version__} (sha256 {digest(PROGRAM.read_bytes())})\n".encode()
 
 
 def test_first_lines_say_name_version_and_licence(source):
@@ -1218,8 +1231,8 @@ def test_every_exit_code_from_0_to_255_is_exact(shared):
     """Those that mean something here through a process each, all through one."""
     for code in (0, 1, 2, 3, 42, 77, *range(96, 100), *range(123, 132), 137, 141, 143, 254, 255):
         ran = shared.exec("sh", "-c", f"exit {code}") if code % 2 else shared.exec(f"exit {code}")
-        assert (ran.code, ran.out, ran.err) == (code, b"", b"")
-    answers = map(json.loads, shared.cli("batch", stdin=calls(f"exit {n}" for n in range(256))).out.splitlines())
+        assert ran.ended == (code, b"", b"")
+    answers = shared.cli("batch", stdin=calls(f"exit {n}" for n in range(256))).rows
     assert {a["id"]: a["result"]["exit_code"] for a in answers} == {n: n for n in range(256)}
 
 
@@ -1268,7 +1281,7 @@ def test_stdout_and_stderr_are_separate_exact_and_free_of_our_words(repo):
     """Also on first use, when the workspace is made on the way."""
     for _ in range(2):
         ran = repo.exec("printf out; printf err >&2")
-        assert (ran.code, ran.out, ran.err) == (0, b"out", b"err")
+        assert ran.ended == (0, b"out", b"err")
 
 
 @promise(5)
@@ -1279,15 +1292,15 @@ def test_a_megabyte_on_both_streams_at_once_arrives_whole(shared):
 
 
 def test_output_streams_as_it_is_written(shared):
-    child = shared.start("exec", "-H", "box", "--", "echo first; read x; echo $x", stdin=PIPE)
+    child = shared.start("exec", "--", "echo first; read x; echo $x", stdin=PIPE)
     assert child.stdout.readline() == b"first\n"
-    out, err = child.communicate(b"second\n", timeout=30)
+    out, err = child.communicate(b"second\n")
     assert (child.returncode, out, err) == (0, b"second\n", b"")
 
 
 def test_a_command_that_ignores_a_large_stdin_is_no_error(shared):
     ran = shared.exec("echo done", stdin=bytes(1 << 22))
-    assert (ran.code, ran.out, ran.err) == (0, b"done\n", b"")
+    assert ran.ended == (0, b"done\n", b"")
 
 
 def test_option_n_leaves_stdin_alone(shared):
@@ -1299,7 +1312,7 @@ def test_option_n_leaves_stdin_alone(shared):
 @compat
 def test_a_background_child_does_not_hold_the_call(shared):
     ran = shared.exec("sleep 30 & echo ok")
-    assert (ran.code, ran.out, ran.err) == (0, b"ok\n", b"") and ran.seconds < 10
+    assert ran.ended == (0, b"ok\n", b"") and ran.seconds < 10
 
 
 def test_a_command_not_found_is_127_and_a_missing_cwd_is_said(shared):
@@ -1419,13 +1432,13 @@ def test_a_timeout_ends_a_command_that_ignores_term(shared):
 @promise(6)
 def test_a_stopped_client_ends_the_remote_command(shared, sig, code, stdin):
     nap = Nap()
-    child = shared.start("exec", "-H", "box", "--", f"echo early; {nap} & {nap}",
+    child = shared.start("exec", "--", f"echo early; {nap} & {nap}",
                          stdin=PIPE if stdin == "open" else DEVNULL)
     assert child.stdout.readline() == b"early\n"
     nap.runs(2)
     os.killpg(child.pid, sig) if sig == signal.SIGINT else os.kill(child.pid, sig)
-    _, err = child.communicate(timeout=30)
-    assert child.returncode == code and b"Traceback" not in err, err
+    _, err = child.communicate()
+    assert child.returncode == code, err
     nap.gone()
 
 
@@ -1471,12 +1484,12 @@ def test_colours_and_progress_of_a_command_pass_to_a_terminal_and_nothing_else_d
 def test_a_dead_master_is_a_lost_line_ends_the_command_and_the_next_call_works(repo, site):
     nap = Nap()
     repo.new()
-    child = repo.start("exec", "-H", "box", "--json", "--", f"echo early; {nap}")
+    child = repo.start("exec", "--json", "--", f"echo early; {nap}")
     nap.runs()
     for master in until(site.masters, "there is a master"):
         kill(master.pid)
-    out, err = child.communicate(timeout=30)
-    assert child.returncode == 255 and b"Traceback" not in err
+    out, err = child.communicate()
+    assert child.returncode == 255
     document = json.loads(out)
     assert document["error"]["message"], document
     nap.gone()
@@ -1489,8 +1502,8 @@ def test_a_line_cut_in_mid_command_is_a_lost_line(repo, site):
     child = repo.start("exec", "-H", "far", "--", f"echo early; {nap}")
     assert child.stdout.readline() == b"early\n"
     line.drop()
-    _, err = child.communicate(timeout=30)
-    assert child.returncode == 255 and err.strip() and b"Traceback" not in err
+    _, err = child.communicate()
+    assert child.returncode == 255 and err.strip()
     nap.gone()
     assert repo.exec("echo again", host="far").out == b"again\n"
 
@@ -1533,7 +1546,7 @@ def test_a_command_that_was_sent_may_have_begun_and_runs_no_second_time(site, ho
     assert waits.exists()
     line.trap = ("down", 0, lambda: (until(log.exists, "it runs"), line.drop()))  # which holds back the answer
     gate.unlink()
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate()
     assert child.returncode == 255, (out, err)
     if how != "job":
         told = json.loads(out)["error"]
@@ -1572,7 +1585,7 @@ def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo, site):
     time.sleep(0.5)  # the guard is told the pid right after
     for master in site.masters():
         kill(master.pid) if master.pid not in first else None
-    out, err = child.communicate(timeout=PATIENCE)
+    out, err = child.communicate()
     assert child.returncode == 255 and json.loads(out)["error"]["type"] == "ConnectionLost", (out, err)
     mine.gone()
     for other in held:
@@ -1641,7 +1654,7 @@ def test_what_runs_over_a_master_that_hung_goes_on_when_it_wakes(repo, site):
     assert repo.exec("true", seconds=100).code == 0
     kill(master.pid, signal.SIGCONT)
     assert repo.exec("touch go").code == 0 and len(site.masters()) == 2
-    assert child.communicate(timeout=PATIENCE)[0] == b"on\n" and child.returncode == 4
+    assert child.communicate()[0] == b"on\n" and child.returncode == 4
 
 
 @each("stdin", [None, pytest.param(b"in", marks=slow)])
@@ -1656,7 +1669,7 @@ def test_a_command_whose_master_hangs_is_stopped_over_another_one_and_soon(repo,
     nap.runs()
     for master in site.masters():
         kill(master.pid, signal.SIGSTOP)
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate()
     told = json.loads(out)
     assert (child.returncode, told["timed_out"], told["stopped"]) == (124, True, "confirmed"), (told, err)
     assert told["duration"] < 18, "the silent session is not waited for as long as one that answers"
@@ -1680,7 +1693,7 @@ def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo, w
     nap, several = Nap(), where == "several"
     repo.new("main", *(["b"] if several else []))
     reader, writer = pty.openpty() if where == "terminal" else os.pipe()
-    child = subprocess.Popen(
+    child = Child(
         [*compiled(), "exec", *(["--all"] if several else []), *(["--timeout", "3"] if how == "timeout" else []), "--",
          f"{nap} & yes"], cwd=repo.dir, env=repo.site.environment(), stdin=DEVNULL, stdout=writer, stderr=PIPE)
     os.close(writer)
@@ -1689,9 +1702,9 @@ def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo, w
         time.sleep(1)  # until the output is full
         if how != "timeout":
             child.send_signal(getattr(signal, how))
-        _, err = child.communicate(timeout=30)
+        _, err = child.communicate()
         said = b"0 of 2 succeeded" if several else b"its processes on box have ended"
-        assert child.returncode == (124 if how == "timeout" else 130) and said in err and b"Traceback" not in err, err
+        assert child.returncode == (124 if how == "timeout" else 130) and said in err, err
         nap.gone()
     finally:
         child.kill()
@@ -1809,7 +1822,7 @@ def test_a_config_that_lets_everything_leave_lets_nothing_leave(site):
         until(up.exists, "the command runs")
         listening = hostile.listening()
         (repo.path() / "go").touch()
-        out, err = child.communicate(timeout=30)
+        out, err = child.communicate()
         assert child.returncode == 0 and err == b"", (out, err)
         assert listening == [] and b"leak" not in out and b"hijacked" not in out
         assert b"agent=<> display=<>" in out and b"not a tty" in out, out
@@ -1825,7 +1838,7 @@ def test_one_hostile_directive_alone_changes_nothing(site, directive):
     site.host("one", "IgnoreUnknown SessionType,StdinNull,ForkAfterAuthentication" if "Unknown" not in directive else "# ", directive,
               "HostName 127.0.0.1", f"Port {site.port}", f"ControlPath {site.dir}/user-cm")
     ran = Repo(site).exec("cat; echo err >&2; exit 5", host="one", stdin=b"\n~.\n~C\n" + BINARY)
-    assert (ran.code, ran.out, ran.err) == (5, b"\n~.\n~C\n" + BINARY, b"err\n")
+    assert ran.ended == (5, b"\n~.\n~C\n" + BINARY, b"err\n")
 
 
 @promise(1)
@@ -1896,7 +1909,7 @@ def test_proxyjump_proxycommand_and_a_coder_entry_reach_the_host(site):
               f'ProxyCommand "{coder}" ssh --stdio --ssh-host-prefix coder. %h')
     for name, host in (("a", "inner"), ("b", "piped"), ("c", "coder.dev")):
         ran = repo.exec("cat; exit 6", host=host, options=["-w", name], stdin=BINARY)
-        assert (ran.code, ran.out, ran.err) == (6, BINARY, b""), (host, site.log("coder"))
+        assert ran.ended == (6, BINARY, b""), (host, site.log("coder"))
     assert "Accepted publickey" in site.log("inner") and "Accepted publickey" in site.log("box")
 
 
@@ -2059,11 +2072,11 @@ def test_arguments_output_codes_stdin_and_secrets_are_exact_under_every_login_sh
     repo, host = Repo(site, odd=True), site.login(shell)
     repo.ok("secrets", "set", "TOKEN", stdin="it's\n$(x) \"ü\" \\n !".encode())
     first = repo.exec("printf", "<%s>", *HARD, host=host)
-    assert (first.code, first.out, first.err) == (0, "".join(f"<{word}>" for word in HARD).encode(), b"")
+    assert first.ended == (0, "".join(f"<{word}>" for word in HARD).encode(), b"")
     line = repo.exec('printf "<%s>" "it\'s" \'$HOME\' !x; echo " $((1 + 2))" >&2; exit 7', host=host)
-    assert (line.code, line.out, line.err) == (7, b"<it's><$HOME><!x>", b" 3\n")
+    assert line.ended == (7, b"<it's><$HOME><!x>", b" 3\n")
     secret = repo.exec('cat; printf %s "$TOKEN"', host=host, stdin=BINARY)
-    assert (secret.code, secret.out, secret.err) == (0, BINARY + "it's\n$(x) \"ü\" \\n !".encode(), b"")
+    assert secret.ended == (0, BINARY + "it's\n$(x) \"ü\" \\n !".encode(), b"")
     repo.arrived()
 
 
@@ -2099,7 +2112,7 @@ def test_a_secret_arrives_byte_for_byte_and_lies_nowhere_on_the_host(repo, site)
     value = "it's \"q\"\n$(touch x) `id` \\n\\\\ \t\r\n  spaces  \n#!*ü🐙\u202e-Zx9Yw8".encode()
     repo.ok("secrets", "set", "TOKEN", stdin=value)
     ran = repo.exec('printf %s "$TOKEN"')
-    assert (ran.code, ran.out, ran.err) == (0, value, b"")
+    assert ran.ended == (0, value, b"")
     assert repo.exec("sh", "-c", "sleep 0.1; printf %s \"$TOKEN\"").out == value
     assert not files_holding(site.far_home(), b"Zx9Yw8") and "Zx9Yw8" not in site.log()
 
@@ -2159,20 +2172,18 @@ def test_secrets_are_stored_0600_outside_the_repository_and_listed_by_name_only(
     assert [row["name"] for row in repo.cli("secrets", "list", "--json").json] == ["A_TOKEN", "B_TOKEN"]
     assert repo.cli("secrets", "set", "C", "--json", stdin=b"c").json == ["C"] == repo.cli("secrets", "rm", "C", "--json").json
     holders = [Path(p) for p in files_holding(site.dir, b"value-of-a")]
-    assert holders and all(site.state in p.parents and stat.S_IMODE(p.stat().st_mode) == 0o600 for p in holders), holders
-    assert stat.S_IMODE(site.state.stat().st_mode) == 0o700 and repo.git("status", "--porcelain") == ""
+    assert holders and all(site.state in p.parents and mode_of(p) == 0o600 for p in holders), holders
+    assert mode_of(site.state) == 0o700 and repo.git("status", "--porcelain") == ""
     repo.ok("secrets", "rm", "A_TOKEN")
     assert repo.cli("secrets", "list").out == b"B_TOKEN\n" and not files_holding(site.dir, b"value-of-a")
 
 
-def test_secrets_belong_to_one_project_and_are_updated_and_removed(repo, site):
+def test_secrets_belong_to_one_project_and_are_updated(repo, site):
     other = Repo(site, "other")
     for value in (b"first", b"second"):
         repo.ok("secrets", "set", "TOKEN", stdin=value)
         assert repo.exec('echo "$TOKEN"').out == value + b"\n"
     assert other.cli("secrets", "list").out == b"" and other.exec('echo "<$TOKEN>"').out == b"<>\n"
-    repo.ok("secrets", "rm", "TOKEN")
-    assert repo.exec('echo "<$TOKEN>"').out == b"<>\n"
 
 
 def test_a_secret_command_is_stored_instead_of_the_value(repo, site):
@@ -2308,7 +2319,7 @@ except cmux_ssh.CmuxError as error:
     nap.gone()
 
 
-def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo, site):
+def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo):
     repo.new()
     for words, stdin in (("write f", "<&-"), ("secrets set X", "<&-"), ("secrets set X", "</dev/null"), ("batch", "<&-"), ("edit README", "<&-")):
         done = repo.cli(*words.split(), sh=f'exec "$@" {stdin}')
@@ -2451,7 +2462,7 @@ def test_a_host_with_only_posix_utilities_is_enough(site):
     repo, nap = Repo(site, odd=True), Nap()
     assert site.ssh("bare", "command -v git bash python3 timeout setsid base64 sha256sum gzip").stdout.split()[1:] == []
     ran = repo.exec("printf '<%s>' \"it's\"; exit 9", host="bare")
-    assert (ran.code, ran.out, ran.err) == (9, b"<it's>", b"")
+    assert ran.ended == (9, b"<it's>", b"")
     repo.arrived()
     assert repo.exec(f"echo early; {nap} & {nap}", host="bare", options=["--timeout", "1"]).code == 124
     nap.gone()
@@ -2521,7 +2532,7 @@ def test_a_process_that_was_waited_for_is_not_killed(monkeypatch):
 def test_a_client_without_multiplexing_works(repo, site):
     """An ssh that knows no masters: the calls take one connection each."""
     ran = repo.exec("cat; exit 4", stdin=BINARY, env={"CMUX_SSH_COMMAND": ssh_without_masters(site)})
-    assert (ran.code, ran.out, ran.err) == (4, BINARY, b"")
+    assert ran.ended == (4, BINARY, b"")
 
 
 @each("programs", ["plain", "gzip", "gzip, near", "false gzip", "gzip that stops", "gzip that hangs"])
@@ -2854,7 +2865,7 @@ def test_a_proxy_that_leaves_a_child_behind_does_not_keep_a_call(site):
             words = process.cmdline.split(b"\0")
             if b"kept" in words and b"-S" in words and b"none" in words:
                 kill(process.pid, signal.SIGKILL)
-        out, err = child.communicate(timeout=30)
+        out, err = child.communicate()
         assert child.returncode == 255 and json.loads(out)["error"]["type"] == "ConnectionLost", (out, err)
     finally:
         subprocess.run(["pkill", "-f", nap])
@@ -2970,7 +2981,7 @@ def test_20_processes_at_once_on_a_cold_connection_all_succeed(repo, site):
 def test_200_commands_50_at_a_time_all_succeed(shared):
     with ThreadPoolExecutor(50) as pool:
         runs = list(pool.map(lambda n: shared.exec(f"echo {n}; exit {n}"), range(200)))
-    assert [(r.code, r.out, r.err) for r in runs] == [(n, b"%d\n" % n, b"") for n in range(200)]
+    assert [r.ended for r in runs] == [(n, b"%d\n" % n, b"") for n in range(200)]
     assert "drop connection" not in shared.site.log()
 
 
@@ -3120,7 +3131,7 @@ def test_a_host_that_allows_few_processes_is_given_fewer_at_once_or_told_of(site
     os.chown(site.far_home("few"), uid, -1)
     repo = Repo(site)
     repo.new(host="few")
-    rows = list(map(json.loads, repo.cli("batch", "-j", "40", stdin=calls([["sleep", "1"]] * 40, workspace="main"), seconds=120).out.splitlines()))
+    rows = repo.cli("batch", "-j", "40", stdin=calls([["sleep", "1"]] * 40, workspace="main"), seconds=120).rows
     assert [row["ok"] and row["result"]["exit_code"] for row in rows] == [0] * 40, rows
     if sh == "bash":  # which tries for 15 seconds by itself
         return
@@ -3155,7 +3166,7 @@ def test_a_line_that_stalls_and_goes_on_loses_nothing(repo, site):
     child = repo.start("exec", "-H", "far", "--", "cat", stdin=PIPE)
     line.stall()
     threading.Timer(1.5, line.go_on).start()
-    out, err = child.communicate(data, timeout=60)
+    out, err = child.communicate(data)
     assert (child.returncode, err) == (0, b"") and out == data
 
 
@@ -3512,7 +3523,7 @@ def test_nothing_is_left_behind_on_this_machine(repo, site):
     assert "cmux" not in repo.git("for-each-ref")
 
 
-def test_a_record_whose_parts_are_wrong_is_said_and_left_alone(repo, site):
+def test_a_record_whose_parts_are_wrong_is_said_and_left_alone(repo):
     repo.new()
     file = repo.record()
     good = json.loads(file.read_text())
@@ -3553,7 +3564,7 @@ def test_an_interrupted_init_hook_is_no_success(repo, names):
     child = repo.start("new", "-H", "box", *names)
     nap.runs(len(names))
     child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=30)
+    out, err = child.communicate()
     assert child.returncode == 130 and out == b"" and b"nterrupted" in err, (out, err)
     nap.gone()
     assert all(row["state"] == "init failed" for row in repo.cli("list", "--json").json)
@@ -3571,7 +3582,7 @@ def test_hooks_of_a_separate_git_directory_and_of_a_submodule(site):
         assert pulled.code == code and ("runs hooks from there" in pulled.said) == bool(code), pulled
 
 
-def test_an_ignored_sigchld_makes_no_failure_a_success(repo, site):
+def test_an_ignored_sigchld_makes_no_failure_a_success(repo):
     repo.ok("secrets", "set", "T", "--command", "echo abcdefg; exit 7")
     refused(repo.exec("echo ran", sh="trap '' CHLD; exec \"$@\""), 125, "failed with status 7")
 
@@ -3794,7 +3805,7 @@ def test_a_delta_goes_by_bytes_where_there_are_few_files(site):
     repo.arrived("three")
 
 
-def test_nothing_is_said_of_head_where_a_workspace_has_it_and_more(repo, site):
+def test_nothing_is_said_of_head_where_a_workspace_has_it_and_more(repo):
     repo.write("untracked", b"u")
     repo.new("dirty", "--dirty")
     terminal = repo.terminal("exec", "-w", "dirty", "--", "cat untracked; echo; echo d''one")
@@ -3968,19 +3979,6 @@ def test_dirty_reads_line_ends_and_modes_as_git_add_does(repo):
     assert repo.git("diff", "--name-only", "HEAD", base) == "other" and (repo.path() / "other").read_bytes() == b"o\n"
 
 
-def test_a_list_that_does_not_fit_leaves_the_path_out_not_the_names(repo, site):
-    names = ["issue-1234-fix-the-login-page-for-" + browser for browser in ("safari", "chrome")]
-    repo.cli("new", "-H", "box", *names)
-    for more in (False, True):
-        terminal = repo.terminal("list")
-        assert terminal.wait() == 0
-        shown = terminal.output.decode()
-        assert all(name in shown for name in names) and ("PATH" in shown) != more and max(map(len, shown.split("\r\n"))) <= 100, shown
-        names = ["issue-1234-fix-the-login-page-of-a-customer-for-" + browser for browser in ("opera", "firefox")]
-        repo.cli("new", "-H", "box", *names)
-    assert "PATH" in repo.cli("list").text
-
-
 def test_a_file_with_the_name_of_our_list_of_deletions_travels(site):
     repo = Repo(site, files={".cmux-gone": b"README\n", **{f"f{n}": b"%d" % n for n in range(20)}})
     repo.new("a")
@@ -4032,14 +4030,14 @@ def test_a_name_used_again_pulls_onto_its_branch_once_that_was_merged(repo):
     refused(repo.cli("pull", "-w", "again"), 1, "no pull of this workspace made")
 
 
-def test_diff_into_a_pipe_or_json_can_be_applied(repo, site):
+def test_diff_into_a_pipe_or_json_can_be_applied(repo):
     repo.save("crlf.txt", b"a\r\nb\r\n")
     assert repo.exec("printf 'a\\r\\nB\\033[1m\\r\\n' >crlf.txt; head -c 3000 /dev/urandom >data.bin; printf end >noeol").code == 0
     plain, told = repo.cli("diff").out, repo.cli("diff", "--json").json
     patch = told["diff"].encode() if "diff" in told else base64.b64decode(told["diff_base64"])
     assert patch == plain
     for data in (plain, patch):
-        subprocess.run(["git", "apply", "-"], cwd=repo.dir, input=data, env=site.environment(), check=True)
+        subprocess.run(["git", "apply", "-"], cwd=repo.dir, input=data, env=repo.site.environment(), check=True)
         for name in ("crlf.txt", "data.bin", "noeol"):
             assert (repo.dir / name).read_bytes() == (repo.path() / name).read_bytes(), name
         repo.git("checkout", "-q", "--", ".")
@@ -4680,12 +4678,12 @@ with open("README", "r+") as stream:
 
 
 @promise(7)
-def test_a_file_changed_in_the_second_of_its_commit_is_seen(repo, site):
+def test_a_file_changed_in_the_second_of_its_commit_is_seen(repo):
     """Its size and its second are those of the index: git reads it again if the index keeps its own time, also as a copy."""
     repo.save("README", b"1111\n")
     repo.new()
     for place in (repo.path(), repo.dir):
-        subprocess.run([sys.executable, "-c", RACY], cwd=place, env=site.environment(), check=True)
+        subprocess.run([sys.executable, "-c", RACY], cwd=place, env=repo.site.environment(), check=True)
     time.sleep(1.2)
     repo.ok("pull")
     assert repo.pulled("README") == "3333"
@@ -4758,7 +4756,7 @@ def test_a_commit_in_an_encoding_that_git_does_not_know(repo):
     assert repo.git("log", "--format=%s %ad", "--date=format:%z", "main..cmux/main").startswith("zone +0000\nodd")
 
 
-def test_a_base_that_this_repository_has_lost_is_said(repo, site):
+def test_a_base_that_this_repository_has_lost_is_said(repo):
     work(repo)
     repo.write("README", b"amended\n")
     repo.git("commit", "-q", "-a", "--amend", "-m", "amended")
@@ -4901,7 +4899,7 @@ def test_pull_refuses_what_is_not_its_own(repo):
 
 
 @promise(3)
-def test_pull_says_what_would_run_and_what_leaks(repo, site):
+def test_pull_says_what_would_run_and_what_leaks(repo):
     repo.ok("secrets", "set", "TOKEN", stdin=b"s3cr3t-s3cr3t")
     work(repo)
     repo.git("config", "core.hooksPath", ".husky")
@@ -5140,6 +5138,12 @@ def content(result):
     return result["content"].encode() if "content" in result else base64.b64decode(result["content_base64"])
 
 
+def lfs_object(content):
+    """Where LFS keeps it."""
+    name = digest(content)
+    return f".git/lfs/objects/{name[:2]}/{name[2:4]}/{name}"
+
+
 class Family(Repo):
     """A superproject: a submodule with another inside, one that is not checked out; LFS files with and without
     their content here (git-lfs is not needed for that)."""
@@ -5165,10 +5169,9 @@ class Family(Repo):
         self.git("submodule", "--quiet", "deinit", "-f", "absent")
 
     def lfs(self, path, content, here=True):
-        digest = hashlib.sha256(content).hexdigest()
         self.write(path, pointer(content))
         if here:
-            self.write(".git/lfs/objects/%s/%s/%s" % (digest[:2], digest[2:4], digest), content)
+            self.write(lfs_object(content), content)
 
     def whole(self):
         """What the host should get."""
@@ -5339,14 +5342,13 @@ def test_a_submodule_that_lies_elsewhere_is_none(site):
         paths.append(f"sub{n}")
         repo.write(f"sub{n}/.git", text)
     for path, size in (("good.bin", 1), ("link.bin", 2), ("size.bin", 3)):
-        content = hashlib.sha256(b"x" * size).hexdigest()
+        stored = lfs_object(b"x" * size)
         repo.write(path, pointer(b"x" * size))
-        repo.write(f".git/lfs/objects/{content[:2]}/{content[2:4]}/{content}", b"x" * (size if size < 3 else 1))
+        repo.write(stored, b"x" * (size if size < 3 else 1))
         repo.git("add", path)
         if size == 2:
-            stored = top / f".git/lfs/objects/{content[:2]}/{content[2:4]}/{content}"
-            shutil.move(stored, secret / "x")
-            stored.symlink_to(secret / "x")
+            shutil.move(top / stored, secret / "x")
+            (top / stored).symlink_to(secret / "x")
     for path in paths:
         repo.git("update-index", "--add", "--cacheinfo", f"160000,{lib.git('rev-parse', 'HEAD')},{path}")
     repo.git("update-ref", "HEAD", repo.git("commit-tree", "-p", "HEAD", "-m", "gitlinks", repo.git("write-tree")))
@@ -5361,10 +5363,10 @@ def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site, tu
     repo = Repo(site, files={".gitattributes": b"*.bin filter=lfs\n"})
     tuned(PULL_FILE_MAX=16 << 20)
     size = (16 << 20) + 4096
-    digest = hashlib.sha256(bytes(size)).hexdigest()
+    stored = lfs_object(bytes(size))
     repo.write("model.bin", pointer(bytes(size)))
-    repo.write(".git/lfs/objects/%s/%s/%s" % (digest[:2], digest[2:4], digest), b"")
-    os.truncate(repo.dir / ".git/lfs/objects" / digest[:2] / digest[2:4] / digest, size)
+    repo.write(stored, b"")
+    os.truncate(repo.dir / stored, size)
     repo.commit("model")
     repo.new(host=place_of(site, host))
     assert (repo.path() / "model.bin").stat().st_size == size
@@ -5376,7 +5378,7 @@ def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site, tu
         refused(repo.cli(*words), 1, "model.bin")
     do(repo, "truncate -s -2 model.bin 2>/dev/null || head -c %d model.bin >m && mv m model.bin; touch -d 2001-01-01T00:00:00 model.bin; mv model.bin moved" % size)
     moved = repo.cli("pull")
-    assert moved.code == 1 and "Traceback" not in moved.said and "refused" in moved.said, moved
+    assert moved.code == 1 and "refused" in moved.said, moved
 
 
 def test_a_git_that_reads_no_tree_without_its_contents_sends_lfs_content_all_the_same(site):
@@ -5399,8 +5401,7 @@ esac""")
 
 def test_damaged_lfs_content_is_not_sent(site):
     family = Family(site)
-    digest = hashlib.sha256(CONTENT).hexdigest()
-    path = family.dir / ".git/lfs/objects" / digest[:2] / digest[2:4] / digest
+    path = family.dir / lfs_object(CONTENT)
     path.write_bytes(b"X" + CONTENT[1:])
     refused(family.cli("new", "-H", "box", "one"), 1, "git lfs fsck")
     path.write_bytes(CONTENT)
@@ -5422,7 +5423,7 @@ def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo, sit
     assert set(rows) == {"a", "b"} and all(row["host"] == "box" and row["base"] == repo.git("rev-parse", "HEAD") and row["created"] for row in rows.values())
     where = Path(repo.cli("exec", "-w", "a", "--", "pwd -P").text.strip())
     assert where == repo.path("a") and where.name == "a" and re.match(r"project-\w+$", where.parent.name)
-    assert where.parent.parent == site.far_home() / "cmux" and stat.S_IMODE(where.parent.parent.stat().st_mode) == 0o700
+    assert where.parent.parent == site.far_home() / "cmux" and mode_of(where.parent.parent) == 0o700
     listed = repo.ok("list")
     assert "a" in listed.text and "box" in listed.text
 
@@ -5448,7 +5449,7 @@ def test_a_fork_that_fails_over_read_only_directories_frees_its_name(site):
     repo.ok("rm", "--force", "b")
 
 
-def test_rm_refuses_while_a_command_runs(repo, site):
+def test_rm_refuses_while_a_command_runs(repo):
     repo.new("main", "two")
     child = repo.start("exec", "-w", "main", "--", "sleep 60")
     try:
@@ -5532,7 +5533,7 @@ def test_list_says_pulled_until_something_is_begun(site):
     assert child.wait() == 0 and state() == "ready"
 
 
-def test_a_renamed_workspace_keeps_its_history(repo, site):
+def test_a_renamed_workspace_keeps_its_history(repo):
     repo.cli("new", "-H", "box", "a")
     repo.cli("exec", "-w", "a", "--", "exit 3")
     repo.ok("rename", "-w", "a", "b")
@@ -5621,35 +5622,18 @@ def test_every_tool_takes_odd_names(talker, area, name):
         assert {"path": relative, "line": 1, "text": "goodbye there"} in talker("grep", pattern="goodbye", glob=f"{area.name}/**")["matches"]
 
 
+SOCKET = f"exec {sys.executable} -c 'import socket; socket.socket(socket.AF_UNIX).bind(\"it\")'"
+
+
 @each("tool", ["read", "write", "edit"])
-@each("kind, words", [("fifo", "not a regular file"), ("device", "not a regular file"), ("endless", "not a regular file"), ("socket", "not a regular file"),
-      ("directory", "is a directory"), ("link to a directory", "is a directory"), ("loop", ""), ("through a file", ""), ("too long", "")])
-def test_what_is_no_file_is_refused_and_nothing_hangs(talker, area, tool, kind, words):
-    path = area.p("it")
-    if kind == "fifo":
-        os.mkfifo(area.dir / "it")
-    elif kind in ("device", "endless"):
-        path = "/dev/null" if kind == "device" else "/dev/zero"
-    elif kind == "socket":
-        here = os.open(area.dir, os.O_RDONLY)
-        with socket.socket(socket.AF_UNIX) as door:
-            door.bind(f"/proc/self/fd/{here}/it" if os.path.isdir("/proc/self/fd") else str(area.dir / "it")[-100:])
-        os.close(here)
-    elif kind == "directory":
-        (area.dir / "it").mkdir()
-    elif kind == "link to a directory":
-        (area.dir / "it").symlink_to(".")
-    elif kind == "loop":
-        (area.dir / "it").symlink_to("ti")
-        (area.dir / "ti").symlink_to("it")
-    elif kind == "through a file":
-        area.put("plain", b"plain")
-        path = area.p("plain/it")
-    elif kind == "too long":
-        path = area.p("x" * 300)
+@each("make, path, words", [
+    ("mkfifo it", "it", "not a regular file"), ("", "/dev/null", "not a regular file"), ("", "/dev/zero", "not a regular file"), (SOCKET, "it", "not a regular file"),
+    ("mkdir it", "it", "is a directory"), ("ln -s . it", "it", "is a directory"), ("ln -s ti it; ln -s it ti", "it", ""), ("echo >plain", "plain/it", ""), ("", "x" * 300, "")])
+def test_what_is_no_file_is_refused_and_nothing_hangs(talker, area, tool, make, path, words):
+    subprocess.run(["sh", "-c", make], cwd=area.dir, check=True)
     before = sorted(os.listdir(area.dir))
     arguments = {"read": {}, "write": {"content": "x"}, "edit": {"edits": [{"old": "a", "new": "b"}]}}[tool]
-    assert words in talker.refusal(tool, path=path, **arguments)
+    assert words in talker.refusal(tool, path=path if path[0] == "/" else area.p(path), **arguments)
     assert sorted(os.listdir(area.dir)) == before
 
 
@@ -5697,7 +5681,7 @@ def test_permissions_are_said_in_plain_words_and_kept(ordinary):
         assert talker("read", path="readonly")["content"] == "old" and talker("grep", pattern="old")["matches"] != []
     refused(ordinary.cli("write", "shut/fresh", stdin=b"data"), 1)
     assert os.listdir(here / "shut") == ["in"] and {(here / path).read_bytes() for path in ("shut/in", "readonly", "unread")} == {b"old"}
-    assert stat.S_IMODE((here / "readonly").stat().st_mode) == 0o444
+    assert mode_of(here / "readonly") == 0o444
 
 
 @each("mode", [0o755, 0o640, 0o4755])
@@ -5707,9 +5691,9 @@ def test_write_and_edit_keep_the_mode_and_follow_links(talker, area, mode):
     (area.dir / "second").symlink_to("sub/third")
     (area.dir / "sub/third").symlink_to(str(real))
     talker("write", path=area.p("first"), content="written\n")
-    assert real.read_bytes() == b"written\n" and stat.S_IMODE(real.stat().st_mode) == mode
+    assert real.read_bytes() == b"written\n" and mode_of(real) == mode
     talker("edit", path=area.p("second"), edits=[{"old": "written", "new": "edited"}])
-    assert real.read_bytes() == b"edited\n" and stat.S_IMODE(real.stat().st_mode) == mode
+    assert real.read_bytes() == b"edited\n" and mode_of(real) == mode
     assert [os.readlink(area.dir / n) for n in ("first", "second", "sub/third")] == ["second", "sub/third", str(real)]
 
 
@@ -5724,7 +5708,7 @@ def test_new_files_get_the_hosts_own_mode_and_parents_too(talker, area):
     talker("exec", command=f"mkdir -p {area.p('by-hand')}; : > {area.p('by-hand/x')}")
     talker("write", path=area.p("by-tool/x"), content="")
     for name in ("", "/x"):
-        assert stat.S_IMODE((area.dir / f"by-tool{name}").stat().st_mode) == stat.S_IMODE((area.dir / f"by-hand{name}").stat().st_mode)
+        assert mode_of(area.dir / f"by-tool{name}") == mode_of(area.dir / f"by-hand{name}")
 
 
 LINES = b"one\r\ntwo\n\n\xff\xfe four\x0bstill\x0cfour\nfive\rstill five\nsix without end"
@@ -5741,7 +5725,7 @@ def test_read_by_lines_splits_at_newlines_only(talker, area, size, offset, limit
     expected = b"".join(re.findall(rb"[^\n]*\n|[^\n]+\Z", data)[offset - 1: offset - 1 + limit if limit else None])
     read = talker("read", path=area.p("lines"), offset=offset, limit=limit)
     assert content(read) == expected and read["size"] == len(data)
-    assert read["sha256"] == hashlib.sha256(data).hexdigest()
+    assert read["sha256"] == digest(data)
 
 
 def test_read_is_bounded_and_says_so(talker, area):
@@ -5767,7 +5751,7 @@ def test_read_of_a_file_that_grows_is_consistent(talker, area):
         for _ in range(20):
             read = talker("read", path=area.p("log"))
             data = content(read)
-            assert len(data) == read["size"] and hashlib.sha256(data).hexdigest() == read["sha256"]
+            assert len(data) == read["size"] and digest(data) == read["sha256"]
     finally:
         stop.set()
         thread.join()
@@ -5799,7 +5783,7 @@ def test_a_write_of_8_mb_stopped_half_way_changes_nothing(repo, how, exists, sit
     assert child.returncode == {"client killed": -9, "line cut": 255, "client interrupted": 130}[how]
     until(lambda: [p.name for p in where.iterdir()] == (["big"] if exists else []), "no temporary file is left")
     if exists:
-        assert (where / "big").read_bytes() == old and stat.S_IMODE((where / "big").stat().st_mode) == 0o640
+        assert (where / "big").read_bytes() == old and mode_of(where / "big") == 0o640
     new = os.urandom(1 << 20)
     repo.ok("write", "d/big", stdin=new)
     assert (where / "big").read_bytes() == new
@@ -5880,7 +5864,7 @@ def test_edit_replaces_exactly(talker, area, before, edits, after):
     file = area.put("f", before)
     asked = [dict({"old": old, "new": new}, **({"count": count} if count else {})) for old, new, count in edits]
     told = talker("edit", path=area.p("f"), edits=asked)
-    assert file.read_bytes() == after and told["sha256"] == hashlib.sha256(after).hexdigest()
+    assert file.read_bytes() == after and told["sha256"] == digest(after)
     assert told["diff"].startswith(f"--- a/{area.p('f')}\n+++ b/{area.p('f')}\n@@ ")
     if b"\xff" not in before:
         file.write_bytes(before)
@@ -5924,7 +5908,7 @@ def test_edit_on_the_command_line(shared, area):
     done = shared.ok("edit", area.p("f"), "--old", "x = 1", "--new", "x = 2")
     assert b"-x = 1\n+x = 2\n" in done.out and file.read_bytes() == b"x = 2\ny = 1\n"
     told = shared.cli("edit", area.p("f"), "--json", stdin=b'{"edits": [{"old": "x = 2", "new": "x = 3"}, {"old": "y", "new": "z"}]}').json
-    assert file.read_bytes() == b"x = 3\nz = 1\n" and told["sha256"] == hashlib.sha256(b"x = 3\nz = 1\n").hexdigest()
+    assert file.read_bytes() == b"x = 3\nz = 1\n" and told["sha256"] == digest(b"x = 3\nz = 1\n")
     refused(shared.cli("edit", area.p("f"), "--old", " = ", "--new", ""), 1, "2 times")
     for bad in (b"", b"[]", b"5", b"null", b'"x"', b"{}", b"\xff", b'{"edits": 1}', b'{"edits": [{"old": "x", "new": "y"}], "more": 1}', b"[" * 100_000):
         refused(shared.cli("edit", area.p("f"), stdin=bad), 2)
@@ -6249,8 +6233,7 @@ def test_jobs_are_listed_with_what_they_are(shared, talker, area):
     assert {row["job"] for row in shared.cli("jobs", "--json").json} == set(rows)
     began = time.monotonic()
     assert talker("wait", job=second, timeout=0.5)["state"] == "running" and time.monotonic() - began < 5
-    ended = [json.loads(line) for line in shared.cli("logs", "-f", "--json", first).text.splitlines()]
-    assert ended == [{"output": "12345"}, {"state": "exited", "exit_code": 3}]
+    assert shared.cli("logs", "-f", "--json", first).rows == [{"output": "12345"}, {"state": "exited", "exit_code": 3}]
     quick = shared.cli("wait", second, "--timeout", "0.2")
     assert quick.code == 124 and quick.said
     area.put("go", b"")
@@ -6277,7 +6260,7 @@ def test_logs_waits_for_more_and_no_longer(talker, area):
 def test_a_job_survives_the_client_and_the_masters(repo, site):
     gate = "while [ ! -e go ]; do sleep 0.05; done"
     child = repo.start("exec", "-H", "box", "--detach", "--", f"echo on; {gate}; echo off; exit 6")
-    job = child.communicate(timeout=60)[0].decode().strip()
+    job = child.communicate()[0].decode().strip()
     assert child.returncode == 0 and re.match(r"j[0-9a-f]{8}\Z", job)
     waiter = repo.start("wait", job)
     for master in until(site.masters, "there is a master"):
@@ -6435,8 +6418,8 @@ def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(
         if step < 3:
             line.drop()
         (where / f"gate{step}").touch()
-    out, err = child.communicate(timeout=60)
-    assert seen + out == whole and child.returncode == 0 and b"Traceback" not in err
+    out, err = child.communicate()
+    assert seen + out == whole and child.returncode == 0
     assert line.connections >= 4 and repo.cli("wait", job).code == 9
 
 
@@ -6535,7 +6518,7 @@ def test_the_main_job_works_on_servers_that_are_not_openssh(site, kind):
     host, repo, nap = other_server(site, kind), Repo(site, odd=True), Nap()
     repo.ok("secrets", "set", "TOKEN", stdin=b"it's $x")
     ran = repo.exec("printf '<%s>' \"$TOKEN\"; echo oh >&2; exit 9", host=host)
-    assert (ran.code, ran.out, ran.err) == (9, b"<it's $x>", b"oh\n"), ran
+    assert ran.ended == (9, b"<it's $x>", b"oh\n"), ran
     assert repo.exec("exit 255", host=host).code == 255 and repo.exec("kill -9 $$", host=host).code == 137
     big = os.urandom(1 << 20)
     assert repo.exec("cat", host=host, stdin=big).out == big
@@ -6598,8 +6581,8 @@ def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo, s
         child = repo.start("exec", "-w", "near", "-w", "away", *(["--json"] if json_wanted else []), "--", command)
         nap.runs()
         line.drop()
-        out, err = child.communicate(timeout=60)
-        assert child.returncode == 255 and b"Traceback" not in err, err
+        out, err = child.communicate()
+        assert child.returncode == 255
         if json_wanted:
             rows = {row["workspace"]: row for row in json.loads(out)}
             assert rows["near"]["exit_code"] == 0 and rows["near"]["stopped"] is None and rows["near"]["stdout"] == "early\npart"
@@ -6617,7 +6600,7 @@ def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_sa
     child = repo.start("exec", "--all", "--json", "--", command)
     nap.runs(2)
     os.killpg(child.pid, signal.SIGINT)
-    out, err = child.communicate(timeout=30)
+    out, err = child.communicate()
     rows = {row["workspace"]: row for row in json.loads(out)}
     assert child.returncode == 130 and {n: r["exit_code"] for n, r in rows.items()} == {"a": 4, "b": 130, "c": 130}, err
     assert {n: r["stdout"] for n, r in rows.items()} == {n: f"early {n}\n" for n in "abc"}
@@ -6660,7 +6643,7 @@ def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo, sig, s
     assert not shown and "0 of 2" in " ".join(seen.lines()), seen.lines()
 
 
-def test_more_workspaces_than_rows_are_counted_and_pipes_and_dumb_terminals_see_none(repo, site):
+def test_more_workspaces_than_rows_are_counted_and_pipes_and_dumb_terminals_see_none(repo):
     names = [f"w{n:02}" for n in range(14)]
     repo.new(*names)
     for env in ({}, {"TERM": "dumb"}):
@@ -6689,7 +6672,7 @@ def test_several_workspaces_bad_use_is_said(repo):
     for stdin, code in ((theirs, 0), (DEVNULL, 0), (read, 0), (read, 125)):  # only bytes that wait are refused
         os.write(write, b"x") if code else None
         child = repo.start(*both, "--", "true", stdin=stdin)
-        assert b"passes stdin on to none of them" in child.communicate(timeout=60)[1] or not code
+        assert b"passes stdin on to none of them" in child.communicate()[1] or not code
         assert child.returncode == code
 
 
@@ -6711,7 +6694,7 @@ def test_a_batch_whose_input_has_ended_is_stopped_too(shared, sig):
     child.stdin = None
     nap.runs(2)
     child.send_signal(sig)
-    out, _ = child.communicate(timeout=30)
+    out, _ = child.communicate()
     rows = [json.loads(line) for line in out.splitlines()]
     assert child.returncode == 130 and all(not row["ok"] or row["result"]["exit_code"] == 130 for row in rows), out
     assert sum(row["ok"] and row["result"]["stopped"] == "confirmed" for row in rows) == 3, out
@@ -6770,7 +6753,6 @@ class Agent:
 
     def close(self, seconds=60):
         out, err = self.child.communicate(timeout=seconds)
-        assert b"Traceback" not in err, err.decode(errors="replace")
         return self.child.returncode, out, err
 
 
@@ -6910,8 +6892,8 @@ def test_a_stopped_batch_ends_what_runs_there(shared, sig):
         talker.post("exec", {"command": nap})
     nap.runs(4)
     kill(talker.child.pid, sig)
-    out, err = talker.child.communicate(timeout=30)
-    assert talker.child.returncode == {signal.SIGINT: 130, signal.SIGTERM: 130, signal.SIGKILL: -9}[signal.Signals(sig)] and b"Traceback" not in err, err
+    out, err = talker.child.communicate()
+    assert talker.child.returncode == {signal.SIGINT: 130, signal.SIGTERM: 130, signal.SIGKILL: -9}[signal.Signals(sig)], err
     assert all(json.loads(line)["id"] for line in out.splitlines())
     nap.gone()
 
@@ -6975,7 +6957,7 @@ def test_batch_stays_small_whatever_the_commands_print_and_the_lines_hold(shared
 @promise(8)
 def test_batch_of_1000_commands_100_at_a_time_all_succeed(shared):
     ran = shared.cli("batch", "-j", "100", stdin=calls(f"echo {n}; exit {n % 256}" for n in range(1000)), seconds=240)
-    answers = {a["id"]: a for a in map(json.loads, ran.out.splitlines())}
+    answers = {a["id"]: a for a in ran.rows}
     assert sorted(answers) == list(range(1000)) and [a for a in answers.values() if not a["ok"]] == []
     assert all((a["result"]["stdout"], a["result"]["exit_code"]) == (f"{n}\n", n % 256) for n, a in answers.items())
     assert ran.code == 0 and ran.err == b"" and "drop connection" not in shared.site.log()
@@ -7037,10 +7019,10 @@ def test_contract_exec_timeout(talker):
 def test_contract_files_go_through_unchanged_both_ways(talker, area, data):
     file = area.put("there", data)
     read = talker("read", path=area.p("there"))
-    assert content(read) == data and (read["size"], read["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+    assert content(read) == data and (read["size"], read["sha256"]) == (len(data), digest(data))
     for created in (True, False):
         wrote = talker("write", path=area.p("sent"), content_base64=b64(data))
-        assert wrote == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "created": created}
+        assert wrote == {"size": len(data), "sha256": digest(data), "created": created}
         assert (area.dir / "sent").read_bytes() == data
     with contextlib.suppress(UnicodeDecodeError):
         talker("write", path=area.p("text"), content=data.decode())
@@ -7051,13 +7033,13 @@ def test_contract_files_go_through_unchanged_both_ways(talker, area, data):
 def test_contract_a_file_of_a_megabyte_and_the_command_line(shared, area):
     data = os.urandom(1 << 20)
     wrote = shared.cli("write", area.p("large"), stdin=data)
-    assert (wrote.code, wrote.out, wrote.err) == (0, b"", b"") and (area.dir / "large").read_bytes() == data
+    assert wrote.ended == (0, b"", b"") and (area.dir / "large").read_bytes() == data
     assert shared.cli("read", area.p("large")).out == data
     told = shared.cli("read", area.p("large"), "--json").json
     assert base64.b64decode(told["content_base64"]) == data and told["size"] == 1 << 20 and "content" not in told
     assert content(area.talker("read", path=area.p("large"))) == data
     assert shared.cli("write", area.p("by-json"), "--json", stdin=b"x").json == {
-        "size": 1, "sha256": hashlib.sha256(b"x").hexdigest(), "created": True}
+        "size": 1, "sha256": digest(b"x"), "created": True}
 
 
 CONTRACT = {  # the arguments of each tool, + where it must be given
@@ -7070,11 +7052,10 @@ CONTRACT = {  # the arguments of each tool, + where it must be given
 
 
 def test_the_table_of_tools_is_the_contract():
-    import cmux_ssh
-    assert {name: {p.name: "+" if p.required else "" for p in tool.params} for name, tool in cmux_ssh.TOOLS.items()} == CONTRACT
-    assert {name for name, tool in cmux_ssh.TOOLS.items() if tool.reads} == {"read", "glob", "grep", "jobs", "logs", "wait"}
-    for name, tool in cmux_ssh.TOOLS.items():
-        assert name in cmux_ssh.VERBS and tool.text and all(p.text and p.schema()["description"] for p in tool.params)
+    assert {name: {p.name: "+" if p.required else "" for p in tool.params} for name, tool in c.TOOLS.items()} == CONTRACT
+    assert {name for name, tool in c.TOOLS.items() if tool.reads} == {"read", "glob", "grep", "jobs", "logs", "wait"}
+    for name, tool in c.TOOLS.items():
+        assert name in c.VERBS and tool.text and all(p.text and p.schema()["description"] for p in tool.params)
 
 
 SAMPLES = {"text": "x", "count": 1, "seconds": 1.5, "flag": True, "objects": [{"old": "a", "new": "b"}], "texts": ["a"], "map": {"A": "b"}, "null": None}
@@ -7214,7 +7195,7 @@ _cmux_run=$RUN; _cmux_newline='
             (tmp_path / "inside").rmdir()
         began = time.monotonic()
         several = [attempt(n, SLOW="0.1" if n % 2 else "") for n in range(6)]
-        assert [child.communicate(timeout=PATIENCE)[0] for child in several] == [b""] * 6 and time.monotonic() - began < 15
+        assert [child.communicate()[0] for child in several] == [b""] * 6 and time.monotonic() - began < 15
         assert not list(stage.glob("op*")), list(stage.iterdir())
     attempt(0, STAY="1").wait()
     (tmp_path / "inside").rmdir()
@@ -7314,10 +7295,8 @@ def test_a_line_that_is_lost_between_two_calls_of_the_library_is_not_noticed(rep
 def test_every_tool_is_a_method_of_a_workspace():
     """The table drives the library too: workspace.read(path), workspace.edit(path, edits), ..."""
     import inspect
-
-    import cmux_ssh
     for name, arguments in CONTRACT.items():
-        method = getattr(cmux_ssh.Workspace, name, None)
+        method = getattr(c.Workspace, name, None)
         assert method is not None, f"Workspace.{name}"
         assert set(arguments) - {"background", "content_base64"} <= set(inspect.signature(method).parameters), name
 
@@ -7351,8 +7330,8 @@ def test_it_runs_however_python_is_given_it(shared, python, way):
                               input=PROGRAM.read_bytes() if way == "stdin" else b"", timeout=60,  # `cat cmux_ssh.py | python3 - ...`
                               env=shared.site.environment({"PYTHONPATH": str(HERE)} if way == "-m" else {}))
         return done.returncode, done.stdout, done.stderr
-    digest = b"unknown" if way == "stdin" else hashlib.sha256(PROGRAM.read_bytes()).hexdigest().encode()
-    assert run("--version") == (0, f"cmux_ssh.py {c.__version__} (sha256 ".encode() + digest + b")\n", b"")
+    known = "unknown" if way == "stdin" else digest(PROGRAM.read_bytes())
+    assert run("--version") == (0, f"cmux_ssh.py {c.__version__} (sha256 {known})\n".encode(), b"")
     assert run("exec", "--", "echo out; echo err >&2; cat; exit 7") == (7, b"out\n", b"err\n")
     assert run("exec", "--json", "--timeout", "0.5", "--", "sleep 60")[0] == 124
     code, out, err = run("exec", "-w", "../x", "--", "true")
@@ -7461,6 +7440,10 @@ def fill(child, line, most):
     return sent
 
 
+def request(number, method, params):
+    return json.dumps({"jsonrpc": "2.0", "id": number, "method": method, "params": params}).encode() + b"\n"
+
+
 class Mcp:
     """A client of `mcp`: requests out, answers and notifications in, kept until they are asked for."""
 
@@ -7487,7 +7470,7 @@ class Mcp:
 
     def post(self, method, params=None):
         self.count += 1
-        self.send(json.dumps({"jsonrpc": "2.0", "id": self.count, "method": method, "params": params or {}}).encode())
+        self.send(request(self.count, method, params or {})[:-1])
         return self.count
 
     def begin(self, command, **more):
@@ -7988,8 +7971,7 @@ def test_mcp_without_a_host_or_with_a_dead_one_says_so_and_lives(repo, site):
 def test_mcp_a_client_that_stops_reading_does_not_grow_it(shared):
     child = shared.start("mcp", stdin=PIPE)
     try:
-        fill(child, json.dumps({"jsonrpc": "2.0", "id": "N", "method": "tools/call", "params": {"name": "exec", "arguments": {
-            "command": "head -c 100000 /dev/zero | tr '\\0' z"}}}).encode() + b"\n", 5000)
+        fill(child, request("N", "tools/call", {"name": "exec", "arguments": {"command": "head -c 100000 /dev/zero | tr '\\0' z"}}), 5000)
         assert peak(child.pid) < (200 if PYPY else 100)
     finally:
         child.kill()
@@ -8160,8 +8142,7 @@ def test_mcp_ends_though_nobody_reads_its_answers(repo, how):
     nap = Nap()
     child = repo.start("mcp", "-H", "box", stdin=PIPE)
     try:
-        child.stdin.write(json.dumps({"jsonrpc": "2.0", "id": "n", "method": "tools/call", "params": {
-            "name": "exec", "arguments": {"command": nap}}}).encode() + b"\n")
+        child.stdin.write(request("n", "tools/call", {"name": "exec", "arguments": {"command": nap}}))
         child.stdin.flush()
         nap.runs()
         fill(child, b'{"jsonrpc":"2.0","id":1,"method":"tools/list"}\n', 99999)
@@ -8506,15 +8487,15 @@ def test_demo_leaves_no_master_and_no_variable_also_where_tmpdir_is_long_and_end
     runtime.mkdir(0o700)
     before = {p.pid for p in processes(environ=False)}
     env = site.environment({"TMPDIR": str(folder), "PYTHONPATH": str(HERE), "CMUX_SSH_HOST": "mine", "XDG_RUNTIME_DIR": str(runtime)})
-    child = subprocess.Popen([sys.executable, "-c", DEMO], cwd=site.home, env=env, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True)
+    child = Child([sys.executable, "-c", DEMO], cwd=site.home, env=env, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True)
     if interrupted:
         until(lambda: [p for p in processes() if p.cmdline == b"sleep\x000.3\0" and os.fsencode(site.dir) in p.environ], "the command runs")
         os.killpg(child.pid, signal.SIGINT)
     try:
-        out, err = child.communicate(timeout=30)
+        out, err = child.communicate()
     finally:
         kill(child.pid)
-    assert child.returncode == (130 if interrupted else 0) and b"Traceback" not in err, (out, err)
+    assert child.returncode == (130 if interrupted else 0), (out, err)
     assert out.decode().splitlines()[-1] == str([env["CMUX_SSH_HOME"], env["CMUX_SSH_COMMAND"], "mine"]), out
     assert not list(folder.iterdir()) and not list(runtime.iterdir())
     until(lambda: not [p for p in processes() if p.pid not in before and os.fsencode(site.dir) in p.environ], "the demo's processes are gone")
@@ -8575,7 +8556,7 @@ def test_directories_made_under_a_loose_umask_are_private(repo, site):
     home = site.dir / "loose" / "a" / "b"
     env = {"CMUX_SSH_HOME": str(home)}
     repo.ok("secrets", "list", env=env, sh='umask 0; exec "$@"')
-    assert {stat.S_IMODE(path.stat().st_mode) for path in (home, home.parent, home.parent.parent)} == {0o700}
+    assert {mode_of(path) for path in (home, home.parent, home.parent.parent)} == {0o700}
     repo.ok("list", env=env)
 
 
@@ -8633,17 +8614,11 @@ def test_a_state_directory_others_can_change_is_not_used(repo, kind, site):
     assert not list(state.iterdir())
 
 
-def test_a_long_state_path_still_has_room_for_control_sockets(repo, site):
-    deep = site.dir / ("d" * 60) / ("e" * 60)
-    ran = repo.exec("cat", stdin=BINARY, env={"CMUX_SSH_HOME": str(deep)})
-    assert (ran.code, ran.out, ran.err) == (0, BINARY, b"")
-
-
-def test_a_state_path_with_a_percent_sign_is_taken_as_it_is(repo, site):
-    """ssh expands %h and the like in a control path."""
-    env = {"CMUX_SSH_HOME": str(site.dir / "a%hb%%c%d")}
-    assert [repo.exec("echo ok", env=env).out for _ in range(2)] == [b"ok\n", b"ok\n"]
-    assert len(site.masters()) == 1 and sorted(p.name for p in site.dir.glob("a*b*")) == ["a%hb%%c%d"]
+@each("name", ["a%hb%%c%d", "d" * 60 + "/" + "e" * 60])
+def test_a_state_path_that_is_long_or_holds_what_ssh_expands_is_taken_as_it_is(repo, site, name):
+    env, before = {"CMUX_SSH_HOME": str(site.dir / name)}, set(site.dir.iterdir())
+    assert [repo.exec("cat", stdin=BINARY, env=env).ended for _ in range(2)] == [(0, BINARY, b"")] * 2
+    assert len(site.masters()) == 1 and {path.name for path in set(site.dir.iterdir()) - before} == {name.split("/")[0]}
 
 
 def test_what_is_remembered_of_a_host_outlives_no_clock_that_is_set_back(repo, site):
@@ -8694,7 +8669,7 @@ print(len(list(project.history.rows())) - before)
 """) == "1\n"
 
 
-def test_a_host_that_is_gone_for_good_can_be_forgotten_and_gc_visits_every_place(repo, site):
+def test_a_host_that_is_gone_for_good_can_be_forgotten_and_gc_visits_every_place(repo):
     repo.new("stays", "--root", "~/other")
     repo.ok("rm", "--force", "stays")  # gc visits its host all the same
     repo.new("lost")
@@ -8807,15 +8782,16 @@ def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo, site):
     site.host("dead", "ProxyCommand false")
     repo.save("Makefile", b"test:\n\techo made\n")
     ours = f"{shlex.quote(sys.executable)} {shlex.quote(str(path))}"
+    here = f"{ours} -C {repo.dir}"
 
     def call(line, stdin=b""):
         return subprocess.run(["sh", "-c", line], cwd=site.home, env=site.environment(), input=stdin, capture_output=True, timeout=60)
 
     def told(line, *expected, codes=(0,)):
         """The refusal of a line gives exactly these commands, which end with these codes, one after the other."""
-        done = call(f"{ours} -C {repo.dir} {line}")
+        done = call(f"{here} {line}")
         found = hinted(done.stderr.decode() + done.stdout.decode(), ours)
-        assert found == [text.replace("@", f"{ours} -C {repo.dir}").replace("git ", f"git -C {repo.dir} ") for text in expected], (line, done)
+        assert found == [text.replace("@", here).replace("git ", f"git -C {repo.dir} ") for text in expected], (line, done)
         for command in found:
             for word, value in (("HOST", "box"), (" NAME", " fresh"), ("CMD", "'echo in $CMUX_WORKSPACE'"), (" ID", " j00000000"), (" NEW", " kept")):
                 command = re.sub(rf"{word}\b", value, command)
@@ -8827,7 +8803,7 @@ def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo, site):
     told("exec --all -- true", "@ new NAME -H HOST")
     told("jobs -w two", "@ list", "@ new two -H HOST")
     told("new two -H box", "@ rm two", codes=(0,))
-    assert call(f"{ours} -C {repo.dir} new two -H box").returncode == 0
+    assert call(f"{here} new two -H box").returncode == 0
     told("jobs -w two", "@ exec -w two --detach -- CMD")
     told("shell -w two", "@ exec -w two -- CMD")
     assert ran[-1].stdout == b"in two\n"
@@ -8844,20 +8820,20 @@ def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo, site):
     told("secrets set Y --command 'exit 3'")
     told("exec -w two -- true", "@ secrets set Y")
     told("exec -H dead -w there -- true", "@ doctor dead", codes=(255,))
-    done = call(f"{ours} -C {repo.dir} doctor dead")
+    done = call(f"{here} doctor dead")
     assert [command.split()[:2] for command in hinted(done.stdout.decode(), ours)] == [], done
     do(repo, "echo more >>README; git commit -qam more; echo even more >>README", "two")
     repo.commit()
     told("push -w two", "@ pull -w two")
     told("rm two")
-    assert call(f"{ours} -C {repo.dir} new two -H box").returncode == 0 and call(f"git -C {repo.dir} branch -f cmux/two HEAD~1").returncode == 0
+    assert call(f"{here} new two -H box").returncode == 0 and call(f"git -C {repo.dir} branch -f cmux/two HEAD~1").returncode == 0
     do(repo, "echo more >>README", "two")
     told("pull -v -w two", "git diff ...cmux/two", "git merge cmux/two")
     do(repo, "echo again >>README", "two")
-    job = call(f"{ours} -C {repo.dir} exec -w two --detach -- sleep 60").stdout.decode().strip()
-    assert call(f"{ours} -C {repo.dir} pull -w two").returncode == 0
+    job = call(f"{here} exec -w two --detach -- sleep 60").stdout.decode().strip()
+    assert call(f"{here} pull -w two").returncode == 0
     told("rm two", "@ jobs -w two")
-    assert call(f"{ours} -C {repo.dir} stop {job}").returncode == 0
+    assert call(f"{here} stop {job}").returncode == 0
     shutil.rmtree(repo.path("two"))
     for line in ("read -w two f", "exec -w two -- true", "exec --detach -w two -- true", "write -w two x", "fork -w two three", "diff -w two"):
         told(line, "@ rm --force two", "@ new two -H box")
@@ -8865,8 +8841,8 @@ def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo, site):
     for damage in ('{"version": 1, "secrets": {"Z": 1}}', '{"version": 1, "secrets": 1}', "{"):
         secrets = next(site.state.glob("secrets/*.json"))
         secrets.write_text(damage)
-        done = call(f"{ours} -C {repo.dir} secrets list")
-        assert done.returncode == 1 and call(hinted(done.stderr.decode(), ours)[0]).returncode == 0 and call(f"{ours} -C {repo.dir} secrets set A", b"x").returncode == 0, done
+        done = call(f"{here} secrets list")
+        assert done.returncode == 1 and call(hinted(done.stderr.decode(), ours)[0]).returncode == 0 and call(f"{here} secrets set A", b"x").returncode == 0, done
     assert len(list(site.state.rglob("*.damaged-*"))) >= 1
     empty = site.dir / "no repository"
     empty.mkdir()
@@ -8876,7 +8852,7 @@ def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo, site):
     assert b"See `%s -m cmux_ssh -C %s list`" % (os.fsencode(sys.executable), os.fsencode(repo.dir)) in by_module.stderr or sys.version_info < (3, 10), by_module
 
 
-def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo, site):
+def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo):
     """The last column is cut to 20 characters at least, or left out; then the widest yields."""
     repo.new()
     file = repo.record()
@@ -9021,7 +8997,7 @@ finally:
 """) == ""
 
 
-def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo, site):
+def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo):
     repo.new()
     for words in ("list", "new x", "secrets list"):
         refused(repo.cli(*words.split(), sh='mkdir x; cd x; rmdir ../x; exec "$@"'), 1, "current directory has been removed")
@@ -9032,7 +9008,7 @@ def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo, site
 
 def test_an_output_pipe_closed_early_is_no_error_and_ends_the_command(shared):
     nap = Nap()
-    child = shared.start("exec", "-H", "box", "--", f"({nap}) & while :; do echo y; done")
+    child = shared.start("exec", "--", f"({nap}) & while :; do echo y; done")
     assert child.stdout.readline() == b"y\n"
     child.stdout.close()
     assert b"Traceback" not in child.stderr.read()
@@ -9226,10 +9202,10 @@ def test_readme_tools_are_the_table_and_answer_so(shared):
 
 def test_readme_exit_codes_are_real(repo):
     def interrupted():
-        child = repo.start("exec", "-H", "box", "--", "echo up; sleep 60")
+        child = repo.start("exec", "--", "echo up; sleep 60")
         assert child.stdout.readline() == b"up\n"
         child.send_signal(signal.SIGINT)
-        child.communicate(timeout=30)
+        child.communicate()
         return child.returncode
 
     repo.new()
@@ -9458,7 +9434,7 @@ def test_a_line_lost_while_a_workspace_is_unpacked_makes_no_half_of_one(site):
     gate.reached()
     line.drop()
     gate.open(1.5)
-    _, err = child.communicate(timeout=60)
+    _, err = child.communicate()
     assert child.returncode == 0, err
     repo.arrived("second")
     whole(repo, "first", "second")
@@ -9613,7 +9589,7 @@ def case(wire, verb):
         readme.write_bytes(b"old\n" * 9)
     words = {"new": "new -H far " + name, "read": "read README", "write": "write README", "glob": "glob src/*", "grep": "grep main", "jobs": "jobs",
              "push": "push -w main --force", "pull": "pull -w main", "diff": "diff -w main", "fork": "fork -w main " + name, "batch": "batch"}.get(verb, "").split()
-    right = lambda answer: True  # noqa: E731
+    right = lambda answer: True
     if verb == "exec":
         words = ["exec", "-w", "main", "--", "i=0; while [ $i -lt 300 ]; do echo line $i; i=$((i+1)); done; echo err >&2; exit 7"]
         return words, None, 7, lambda a: a.out == b"".join(b"line %d\n" % i for i in range(300)) and a.err == b"err\n"
@@ -9628,24 +9604,24 @@ def case(wire, verb):
     if verb == "write":
         return words, b"%d " % n * 5000, 0, lambda a: readme.read_bytes() == b"%d " % n * 5000
     if verb == "read":
-        right = lambda a: a.out == b"old\n" * 9  # noqa: E731
+        right = lambda a: a.out == b"old\n" * 9
     elif verb == "batch":
         return words, b'{"id": 1, "workspace": "main", "tool": "exec", "arguments": {"command": "echo in; exit 3"}}\n', 0, \
             lambda a: a.json["ok"] is True and a.json["result"]["exit_code"] == 3 and a.json["result"]["stdout"] == "in\n"
     elif verb == "push":
         repo.save("n", b"%d\n" % n)
-        right = lambda a: tree_of(wire.path) == repo.tree()  # noqa: E731
+        right = lambda a: tree_of(wire.path) == repo.tree()
     elif verb == "pull":
         readme.write_bytes(os.urandom(40).hex().encode())
-        right = lambda a: repo.pulled("README") == readme.read_text()  # noqa: E731
+        right = lambda a: repo.pulled("README") == readme.read_text()
     elif verb == "diff":
-        right = lambda a: b"+old" in a.out  # noqa: E731
+        right = lambda a: b"+old" in a.out
     elif verb in ("new", "fork"):
-        right = lambda a: (tree_of(repo.path(name)) == (repo.tree() if verb == "new" else tree_of(wire.path)))  # noqa: E731
+        right = lambda a: (tree_of(repo.path(name)) == (repo.tree() if verb == "new" else tree_of(wire.path)))
     elif verb in ("rename", "rm"):
         repo.new(name, host="far")
         words = ["rename", "-w", name, name + "x"] if verb == "rename" else ["rm", name]
-        right = lambda a: (name not in repo.workspaces() and (name + "x" in repo.workspaces()) == (verb == "rename"))  # noqa: E731
+        right = lambda a: (name not in repo.workspaces() and (name + "x" in repo.workspaces()) == (verb == "rename"))
     return words, None, 0, right
 
 
@@ -9727,8 +9703,8 @@ def test_sshd_restarted_under_running_commands_and_jobs(repo, site):
     assert child.stdout.readline() == b"early\n"
     waiting = repo.start("wait", job)
     site.restart()
-    _, err = child.communicate(timeout=30)
-    assert child.returncode == 255 and b"lost" in err and b"Traceback" not in err, err
+    _, err = child.communicate()
+    assert child.returncode == 255 and b"lost" in err, err
     assert repo.exec("echo again").out == b"again\n"
     nap.gone()
     (repo.path() / "go").touch()
@@ -9755,10 +9731,10 @@ def test_an_hour_asleep_is_a_lost_line_and_jobs_go_on(site):
     for pid in asleep:
         kill(pid, signal.SIGCONT)
     assert command.wait(60) == 255 and waiting.wait(60) == 9
-    out, err = following.communicate(timeout=60)
+    out, err = following.communicate()
     assert (following.returncode, out) == (0, b"two\n"), err
     _, err = command.communicate()
-    assert b"lost" in err and b"Traceback" not in err, err
+    assert b"lost" in err, err
     waiting.communicate()
     assert repo.exec("echo again", host="drowsy").out == b"again\n"
 
@@ -9979,7 +9955,7 @@ def test_a_committed_state_directory_is_not_sent(repo, site):
     refused(home.cli("push", "-w", "main", env=env), 2, "in the commit")
 
 
-def test_rm_with_its_host_removes_an_unfinished_workspace(repo, site):
+def test_rm_with_its_host_removes_an_unfinished_workspace(repo):
     repo.new()
     file = repo.record()
     record = json.loads(file.read_text())
