@@ -258,6 +258,9 @@ class MasterGone(HostError):
 class RemoteFailed(CmuxError):
     """The host answered, and the answer is a failure (disk full, permission) or nonsense."""
 
+class PortRefused(RemoteFailed):
+    """The host did not take a connection to one of its ports."""
+
 class WorkspaceMissing(CmuxError):
     """No such workspace, here or on the host."""
 
@@ -1999,6 +2002,21 @@ def command_records(command: object, login: bool, stdin: bool) -> bytes:
     return b"".join(records) + record(".", '_cmux_command "$@"')
 
 
+# What then runs there: a child, whose death by a signal has a status; ssh has none for its own.
+ON_TERMINAL = """if command -v bash >/dev/null; then set -- bash --norc; else set -- sh; fi
+trap : INT QUIT; "$@" %s; code=$?; exit $((code>255?code-128:code))
+"""
+
+
+def terminal_line(command: object, login: bool) -> str:
+    """What runs a command on a terminal, or the login shell, where there is none."""
+    if not command:
+        return 'exec "${SHELL:-/bin/sh}" -l\n'
+    line, words = check_command(command)
+    line_words = ["-lc" if login else "-c", "--", line, "sh", *words]
+    return ON_TERMINAL % " ".join(quote(as_text(encoded(word))) for word in line_words)
+
+
 # === 7. Processes ===
 # Owns: starting, watching and ending local processes. The only room that imports subprocess and
 # signal. Promises: no shell, argv lists only; no program from the current directory; a child
@@ -2778,6 +2796,7 @@ FAILURES: tuple[tuple[str, type[HostError], str, str], ...] = (
 # LogVerbose makes ssh log, as debug1, what a server says before its keys are known; of that we look
 # for two things. The words with which OpenSSH 9.8 and later turn an address away, and servers that
 # end the whole connection when sessions come and go at once (Dropbear's issues 173, 321).
+TAKEN = ",channels.c:channel_input_open_confirmation():*"  # and so that the port was
 HEARD = re.compile(rb"debug1: \S*kex_exchange_identification(?:\(\):\d+ \([^()]*\))?: (.*)")
 TURNED_AWAY = re.compile(rb"banner line \d+: Not allowed at this time\Z")
 DISCONNECT = b"Received disconnect from "
@@ -2983,6 +3002,7 @@ def proxy_failure(config: SSHConfig, said: bytes) -> HostError | None:
 # The control protocol, OpenSSH's PROTOCOL.mux version 4: packets of a 32-bit length and a body;
 # strings carry their own 32-bit length. What we send and what we read, all of it:
 MUX_HELLO, MUX_NEW_SESSION, MUX_TERMINATE = 0x00000001, 0x10000002, 0x10000005
+MUX_NEW_FORWARD = 0x10000008  # what `ssh -W` asks for
 MUX_DENIED, MUX_FAILURE, MUX_EXIT, MUX_OPENED = 0x80000002, 0x80000003, 0x80000004, 0x80000006
 MUX_NO_ESCAPE = 0xffffffff
 
@@ -3024,6 +3044,16 @@ def end_master(path: str) -> None:
             pass
 
 
+class Target(Value):
+    """Instead of a command: a port of the host, as its ``localhost``. ssh sends there itself what
+    it reads from the descriptor ``client``; what comes back is the session's stdout."""
+    port: int
+    client: int
+
+    def refused(self, host: str) -> PortRefused:
+        return PortRefused(f"Nothing takes connections to port {self.port} of {host} (yet).")
+
+
 class Session:
     """One command on the host: our ends of its stdin, stdout and stderr, non-blocking.
 
@@ -3043,7 +3073,8 @@ class Session:
         fork_aware().add(self)
         self.stdin, self.stdout, self.stderr = stdin, stdout, stderr
         for fd in (stdin, stdout, stderr):
-            os.set_blocking(fd, False)
+            if fd >= 0:
+                os.set_blocking(fd, False)
 
     def close_stdin(self) -> None:
         drop(self.stdin)
@@ -3067,6 +3098,10 @@ class Session:
         """Whether its process has ended, though a child of that may hold its streams."""
         return False
 
+    def cut(self) -> bool:
+        """Whether a session to a port has ended because the whole connection did."""
+        return False
+
     def begun(self) -> None:
         """The host has answered: authentication is behind us."""
 
@@ -3087,7 +3122,7 @@ class Session:
 class MuxSession(Session):
     """A session opened through a master's control socket, without a process of its own."""
 
-    def __init__(self, masters: Masters, slot: Slot, command: str) -> None:
+    def __init__(self, masters: Masters, slot: Slot, command: str | Target) -> None:
         super().__init__(masters.host)
         self._masters, self._slot, self.master = masters, slot, slot.master
         self._status, self._buffer = -1, b""  # of the command, once the master has reported its end
@@ -3099,25 +3134,36 @@ class MuxSession(Session):
             self._forked()
             raise
 
-    def _open(self, command: str) -> None:
-        """Pipeline hello, the request and three descriptors; read until opened or refused."""
+    def _open(self, command: str | Target) -> None:
+        """Send the request and its descriptors; read until opened or refused. A master first shows
+        that it lives: once given the client of a Target it may read it, and no other is asked."""
         import socket
+        if mux_numbers(self._packet())[:2] != [MUX_HELLO, 4]:
+            raise MasterGone("The control socket speaks another language.", host=self.host)
+        target = command if isinstance(command, Target) else None
+        request: Sequence[Any] = (MUX_NEW_SESSION, 0, "", 0, 0, 0, 0, MUX_NO_ESCAPE, "", command)
         fds: list[int] = []
         try:
             for _ in range(3):
                 fds += os.pipe()
             self.adopt(fds[1], fds[2], fds[4])
-            self._socket.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(
-                MUX_NEW_SESSION, 0, "", 0, 0, 0, 0, MUX_NO_ESCAPE, "", command))
-            for fd in (fds[0], fds[3], fds[5]):
+            theirs = [fds[0], fds[3], fds[5]]
+            if target:
+                request = MUX_NEW_FORWARD, 0, "", "localhost", target.port
+                theirs = [target.client, fds[3]]
+            self._socket.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(*request))
+            for fd in theirs:
                 rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))
                 self._socket.sendmsg([b"\0"], [rights])
         finally:
             drop(*(fd for fd in fds if fd not in (self.stdin, self.stdout, self.stderr)))
-        hello, answer = mux_numbers(self._packet()), mux_numbers(self._packet())
-        if answer[0] in (MUX_FAILURE, MUX_DENIED):
-            raise SessionRefused(f"{self.host} refused one more session.", host=self.host)
-        if hello[:2] != [MUX_HELLO, 4] or answer[0] != MUX_OPENED:
+        answer = MUX_FAILURE
+        with contextlib.suppress(*[OSError, MasterGone] if target else []):
+            answer = mux_numbers(self._packet())[0]
+        if answer in (MUX_FAILURE, MUX_DENIED):
+            raise target.refused(self.host) if target else SessionRefused(
+                f"{self.host} refused one more session.", host=self.host)
+        if answer != MUX_OPENED:
             raise MasterGone("The control socket gave an odd answer.", host=self.host)
         self._socket.setblocking(False)
 
@@ -3165,14 +3211,19 @@ class MuxSession(Session):
             return ConnectionLost(
                 f"The command on {self.host} was ended together with its wrapper.",
                 "Something there killed every process of the session.", self.host)
-        with contextlib.suppress(OSError):
-            connect(self._slot.master.path).close()
-            if begun:
-                return ConnectionLost(
-                    f"The server of {self.host} ended this session, though the connection lives.",
-                    f"A ChannelTimeout of its sshd must be longer than {BEAT_MOST} seconds, or "
-                    "a process was killed there. The command may still run there.", self.host)
+        if begun and not self.cut():
+            return ConnectionLost(
+                f"The server of {self.host} ended this session, though the connection lives.",
+                f"A ChannelTimeout of its sshd must be longer than {BEAT_MOST} seconds, or "
+                "a process was killed there. The command may still run there.", self.host)
         return super().failure(begun, sent)
+
+    def cut(self) -> bool:
+        try:
+            connect(self._slot.master.path).close()
+        except OSError:
+            return True
+        return False
 
     def close(self) -> None:
         """Give the session up. Its slot is free at once: sshd, which ends it a moment later, takes
@@ -3208,20 +3259,27 @@ class DirectSession(Session):
 
     maybe = " (If it was silent: did a ChannelTimeout of the host's sshd end it?)"
 
-    def __init__(self, masters: Masters, config: SSHConfig, turn: Lock, command: str) -> None:
+    def __init__(self, masters: Masters, config: SSHConfig, turn: Lock,
+                 command: str | Target) -> None:
         super().__init__(masters.host)
         self._masters, self._config, self._turn = masters, config, turn
         self._log = turn.path + ".log"  # whoever holds it next clears it
         remove_file(self._log)
         environment, agent = session_environment(config)
         argv = ssh_argv(config, "-S", "none", "-E", self._log, *agent)
+        stdin, tail = -1, ["--", config.host]
+        if isinstance(command, Target):
+            stdin, tail = command.client, ["-W", f"localhost:{command.port}", *tail]
+            argv = [word + TAKEN * word.startswith("LogVerbose=") for word in argv]
+        else:
+            tail.append(command)
         try:
-            self._process = spawn([*argv, "--", config.host, command], environment, -1, -1, -1)
+            self._process = spawn(argv + tail, environment, stdin, -1, -1)
         except BaseException:
             turn.free()
             raise
         streams = (self._process.stdin, self._process.stdout, self._process.stderr)
-        self.adopt(*(os.dup(stream.fileno()) for stream in streams if stream))
+        self.adopt(*(os.dup(stream.fileno()) if stream else -1 for stream in streams))
         for stream in streams:
             if stream:
                 stream.close()
@@ -3239,6 +3297,19 @@ class DirectSession(Session):
 
     def over(self) -> bool:
         return self._process.poll() is not None
+
+    def cut(self) -> bool:
+        return await_end(self._process, CONTROL_PATIENCE) != 0
+
+    def await_port(self, target: Target, cancel: Cancel) -> None:
+        """Until the host has taken the connection, which an ssh before 8.7 does not log. Raises
+        PortRefused, HostError, Cancelled."""
+        patience = Deadline(self._masters.patience)
+        while b"open confirm" not in log_head(self._log) and nap(0.05, patience, cancel):
+            if self.over():
+                refused = b"forwarding failed" in log_head(self._log)
+                raise target.refused(self.host) if refused else self.failure(False)
+        self.begun()
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
         words, heard = read_log(log_head(self._log))
@@ -3415,11 +3486,11 @@ class Masters:
         self._remember_failure(error)
         return False
 
-    def open_direct(self, command: str, deadline: Deadline,
+    def open_direct(self, command: str | Target, deadline: Deadline,
                     cancel: Cancel | None = None) -> DirectSession:
         """A session on a connection of its own. The handshake is counted until it is over."""
         self._wait_out(deadline, cancel)
-        config = self.ask_config(command)
+        config = self.ask_config(command if isinstance(command, str) else "")
         return DirectSession(self, config, self.handshake(deadline, cancel), command)
 
     def report(self, error: HostError | None) -> None:
@@ -3599,7 +3670,7 @@ class Masters:
 
     # -- sessions --
 
-    def open(self, command: str, deadline: Deadline, cancel: Cancel | None = None,
+    def open(self, command: str | Target, deadline: Deadline, cancel: Cancel | None = None,
              count: int = 1) -> list[Session]:
         """``count`` sessions for ``command``, all or none: who held one and waited for the next
         could wait for ever. Where masters fail, one, on a connection of its own."""
@@ -3622,6 +3693,17 @@ class Masters:
                 raise ConnectionFailed(f"No session could be opened on {self.host} in time.",
                                        "Try again; others may be using it.", self.host)
         return [self.open_direct(command, deadline, cancel)]
+
+    def open_port(self, target: Target, cancel: Cancel) -> Session:
+        """A connection to a port. Raises PortRefused, HostError, Cancelled."""
+        session = self.open(target, Deadline(SLOT_PATIENCE), cancel)[0]
+        try:
+            if isinstance(session, DirectSession):
+                session.await_port(target, cancel)
+            return session
+        except BaseException:
+            session.close()
+            raise
 
     def connect(self, deadline: Deadline, cancel: Cancel | None = None) -> None:
         """Make sure that a master lives, if this host has any. Raises ConnectionFailed."""
@@ -3647,7 +3729,7 @@ class Masters:
             return self._open_on(slots, command)[0] if slots else None
         return None
 
-    def _open_on(self, slots: Sequence[Slot], command: str) -> list[Session]:
+    def _open_on(self, slots: Sequence[Slot], command: str | Target) -> list[Session]:
         """Sessions in these slots, or none. Raises SessionRefused, MasterGone: others may do."""
         opened: list[Session] = []
         try:
@@ -3788,7 +3870,7 @@ class Masters:
         return len(opened)
 
 
-def look_closely(masters: Masters, command: str) -> tuple[int, str, bytes]:
+def look_closely(masters: Masters, command: str, *options: str) -> tuple[int, str, bytes]:
     """Run ``command`` over a connection of its own with ssh's debugging words: (status, those
     words, what else was on stderr: a ProxyCommand's). For diagnosis; never asks, is tried once.
 
@@ -3799,7 +3881,8 @@ def look_closely(masters: Masters, command: str) -> tuple[int, str, bytes]:
     with tempfile.NamedTemporaryFile(prefix="cmux-doctor-", dir=temporary_folder()) as log:
         argv = ["/bin/sh", "-c", "trap '' HUP; \"$@\"; code=$?; [ $code != 255 ] || sleep 1; "
                 "trap : TERM; kill 0; exit $code", "sh"]
-        argv += ssh_argv(config, "-S", "none", "-v", "-E", log.name) + ["--", config.host, command]
+        argv += ssh_argv(config, "-S", "none", "-v", "-E", log.name, *options)
+        argv += ["--", config.host, *filter(None, [command])]
         try:
             status, _, said = run(argv, scrubbed_environment(config), STATE_MAX, masters.patience)
         except CmuxError:
@@ -3808,6 +3891,120 @@ def look_closely(masters: Masters, command: str) -> tuple[int, str, bytes]:
             leave.free()
         words = read_bytes(log.name, STATE_MAX) or b""
         return status, words.decode("utf-8", "replace"), said
+
+
+class Forward:
+    """A port of the host on this machine: ``url``; ``port`` is the one there, ``local`` the one
+    here, of 127.0.0.1 alone. A context manager: its end ends the connections. Each has a thread and
+    a session of its own, so that one that stalls holds up no other."""
+
+    def __init__(self, masters: Masters, port: int, local: int,
+                 tell: Callable[[str], None]) -> None:
+        import socket
+        import threading
+        if not (0 < port < 65536 and 0 <= local < 65536):
+            raise UsageError("A port is a number from 1 to 65535.")
+        self._masters, self.port, self._tell, self._told, why = masters, port, tell, "", ""
+        for number in [local] if local else [port, 0]:
+            try:
+                self._listener = socket.create_server(("127.0.0.1", number))
+                break
+            except OSError as error:
+                why = f"Port {number} is not to be had here: {os.strerror(error.errno or 0)}."
+        else:
+            raise UsageError(why, "Choose another: LOCAL:PORT.")
+        self.local: int = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.local}/"
+        if why:
+            tell(f"{why} It is {self.local} instead.")
+        self._listener.setblocking(False)
+        self._ending = Cancel()
+        self._thread = threading.Thread(target=self._accept, name="cmux-forward", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Forward:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ending.set()
+        self._thread.join()
+        self._listener.close()
+
+    def check(self) -> bool:
+        """Connect once; whether something there takes that. Raises HostError; RemoteFailed where
+        the host's sshd does not."""
+        try:
+            with open(os.devnull, "rb") as nothing:
+                self._open(nothing).close()
+            return True
+        except PortRefused as error:
+            self._say(error)
+        # No master says why: an ssh of its own does.
+        words = look_closely(self._masters, "", "-W", f"localhost:{self.port}")[1]
+        if re.search("open failed: (administratively prohibited|unknown channel)", words):
+            raise RemoteFailed(
+                f"The sshd of {self._masters.host} lets nobody through to port {self.port}.",
+                "It takes AllowTcpForwarding there, and a key without `restrict`. Or look from "
+                f"there: {PROGRAM} exec -- curl -s http://localhost:{self.port}/")
+        return False
+
+    def _open(self, client: Any) -> Session:
+        return self._masters.open_port(Target(port=self.port, client=client.fileno()), self._ending)
+
+    def _say(self, error: CmuxError) -> None:
+        """Once, until there is something else to say, or a connection came about."""
+        text = " ".join(filter(None, [str(error), error.hint]))
+        if text != self._told and not self._ending.is_set:
+            self._told = text
+            self._tell(text)
+
+    def _accept(self) -> None:
+        import threading
+        while not self._ending.is_set:
+            poll_once(None, (self._listener, select.POLLIN), (self._ending, select.POLLIN))
+            try:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._carry, args=(client,), daemon=True).start()
+            except BlockingIOError:
+                pass
+            except (OSError, RuntimeError):  # no descriptor is free, or no thread
+                self._say(StateFailed("Too many connections are open here; others wait."))
+                time.sleep(0.1)
+
+    def _carry(self, client: socket.socket) -> None:
+        """One connection to its end. Where it fails, the client is not left to believe that this
+        is the end of an answer: it is reset."""
+        import socket
+        with client:
+            try:
+                client.setblocking(False)
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                with contextlib.closing(self._open(client)) as session:
+                    self._told = ""
+                    self._pour(session, client)
+                    if session.cut():
+                        raise ConnectionLost(f"The connection to {session.host} was lost.")
+                client.shutdown(socket.SHUT_WR)
+            except OSError:  # the client has gone
+                pass
+            except CmuxError as error:
+                now = (1).to_bytes(4, sys.byteorder) + bytes(4)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
+                self._say(error)
+
+    def _pour(self, session: Session, client: socket.socket) -> None:
+        """Pass on what comes back."""
+        view = memoryview(b"")
+        while True:
+            wanted = (client, select.POLLOUT) if view else (session.stdout, select.POLLIN)
+            poll_once(None, wanted, (self._ending, select.POLLIN))
+            self._ending.check()
+            if view:
+                view = view[client.send(view):]
+            else:
+                view = memoryview(os.read(session.stdout, CHUNK))
+                if not view:
+                    return
 
 
 def end_masters() -> None:
@@ -6260,17 +6457,21 @@ class WorkspaceBase:
     def environment(self, extra: Mapping[str, str] | None = None,
                     cancel: Cancel | None = None) -> bytes:
         """The header records of a command's environment: ours, the secrets, then ``extra``."""
+        values = self._values(extra, cancel)
+        records = [record("_cmux_path" if name == "PATH" else name, value)
+                   for name, value in values.items()]
+        return b"".join([HELD if len(values) > 2 else b"", *records])
+
+    def _values(self, extra: Mapping[str, str] | None, cancel: Cancel | None) -> dict[str, bytes]:
         secrets = secret_values(self.project.registry, cancel)
-        values: dict[str, str | bytes] = {
-            "CMUX_WORKSPACE": self.name, "CMUX_PROJECT": self.project.name, **secrets}
+        values = {"CMUX_WORKSPACE": encoded(self.name), "CMUX_PROJECT": encoded(self.project.name),
+                  **secrets}
         self.project.hand_over(secrets)
         for name, value in (extra or {}).items():
             values[check_variable(name)] = encoded(value)
         if sum(map(len, values.values())) > SECRETS_MAX + 65536:
             raise UsageError(f"The environment is larger than {human_size(SECRETS_MAX)}.")
-        records = [record("_cmux_path" if name == "PATH" else name, value)
-                   for name, value in values.items()]
-        return b"".join([HELD if secrets or extra else b"", *records])
+        return values
 
     def run(self, command: str | Sequence[str], stdout: Callable[[bytes], Any],
             stderr: Callable[[bytes], Any], source: Source | None = None, cwd: str = "",
@@ -6332,20 +6533,27 @@ class WorkspaceBase:
                                cancel)
         return exec_result(self, outcome, out, err, began)
 
-    @logged("shell")
-    def shell(self) -> int | None:
-        """The user's login shell there, on this terminal; its exit status, None if it was cut off.
+    def forward(self, port: int, local: int = 0, report: Report | None = None) -> Forward:
+        """``port`` of the host on this machine, at ``local`` (0: the same number, or another if
+        need be): a context manager with ``url``. See Forward, whose words go to ``report``."""
+        return Forward(self.host.masters, port, local, (report or Report()).warn)
+
+    @logged("shell", code=lambda status: 255 if status is None else status)
+    def shell(self, command: str | Sequence[str] = "", cwd: str = "",
+              env: Mapping[str, str] | None = None, login: bool = False) -> int | None:
+        """The user's login shell there, or a command as exec() has it, on this terminal; its exit
+        status, None if it was cut off.
 
         The terminal is the session's stdin, so the secrets come another way: a second session
         writes them into a FIFO that the shell reads once. They are in no argv and on no disk.
         """
         import threading
-        values = dict(secret_values(self.project.registry), CMUX_RUNTIME=b"ssh",
-                      CMUX_WORKSPACE=self.name.encode(), CMUX_PROJECT=self.project.name.encode())
-        lines = [b"%s=%s; export %s\n" % (name.encode(), shell_word(value), name.encode())
-                 for name, value in values.items()]
+        values = dict(self._values(env, None), CMUX_RUNTIME=b"ssh")
+        text = "".join(f"{name}={quote(as_text(value))}; export {name}\n"
+                       for name, value in values.items())
+        text += f"cd {quote(os.path.join(self.path, cwd))} || exit 125\n"
+        text += terminal_line(command, login)
         where, op = os.fsencode(self.path), os.urandom(8).hex()
-        lines.append(b'cd %s || exit 96\nexec "${SHELL:-/bin/sh}" -l\n' % shell_word(where))
         fifo = os.path.dirname(os.path.dirname(where)) + b"/.cmux/stage/%s/f" % op.encode()
         octal = "".join(f"\\{byte:03o}" for byte in fifo)
         ready, patience = Capture(100), SLOT_PATIENCE
@@ -6353,7 +6561,7 @@ class WorkspaceBase:
         try:
             header = HELD + script_records(HANDOVER, self.root, op)
             exchange = Exchange(session, header, ready, ready, close_stdin=True,
-                                after=b"".join(lines))
+                                after=encoded(text))
             self.host.begin(exchange, None)
             exchange.run(Deadline(START_PATIENCE),
                          until=lambda: bool(ready.total) or exchange.ended)
@@ -6388,11 +6596,6 @@ def state_of(entry: Mapping[str, Any]) -> str:
         return "init running" if init == "pending" else "init failed"
     pulled = entry.get("pulled")
     return "pulled" if pulled and entry.get("touched", 0) <= pulled.get("at", 0) else "ready"
-
-
-def shell_word(value: bytes) -> bytes:
-    """Bytes as one word of a POSIX shell."""
-    return b"'" + value.replace(b"'", b"'\"'\"'") + b"'"
 
 
 def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: Capture,
@@ -7943,11 +8146,16 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          PARALLEL,
          Arg("detach", "flag", "start it as a job that goes on by itself, without stdin; prints "
              "its id", face="line"),
+         Arg("tty", "flag", "on this terminal, as ssh -t", flags="-t --tty", face="line"),
          example="-H my-server -- make test", tool=tool_exec, destroys=True,
          model="Run a command in the workspace on the remote host. A string is a shell line (bash "
          "where there is one). Gives the exit code, stdout and stderr."),
     Verb("shell", "an interactive shell in a workspace", NAME,
          example="fix-login", lacks="j"),
+    Verb("forward", "reach a port of the workspace's host, on 127.0.0.1, until Ctrl-C",
+         Arg("ports", "texts", "the port there, which is that here, too, without LOCAL", word="+",
+             shown="[LOCAL:]PORT"),
+         example="3000 8080:80"),
     Verb("diff", "what a workspace changed against its base; creates nothing", NAME, ONE_WORKSPACE,
          Arg("stat", "flag", "only how much, by file"),
          example="fix-login --stat", manage=manage_diff, reads=True),
@@ -8081,7 +8289,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          lacks="CHwj"),
 )}
 GROUPS = {  # of the commands, as the help lists them
-    "work": ("exec", "shell", "diff", "pull", "push"),
+    "work": ("exec", "shell", "forward", "diff", "pull", "push"),
     "files": ("read", "write", "edit", "glob", "grep"),
     "jobs": ("jobs", "logs", "wait", "stop"),
     "workspaces": ("new", "list", "fork", "rename", "rm", "history", "top", "gc"),
@@ -9660,6 +9868,10 @@ class Execution:
 
     def _check(self) -> None:
         detach, name = self.options.detach, self.names[0]
+        given = {"--json": self.options.json, "--detach": detach, "-n": self.options.no_stdin,
+                 "--timeout": self.options.timeout, "several workspaces": self.many}
+        for other in [word for word in given if given[word]] if self.options.tty else []:
+            raise UsageError(f"-t does not go with {other}.", "Leave one of the two out.")
         if detach and self.options.timeout:
             raise UsageError("--detach takes no --timeout.", f"End the job with: {PROGRAM} stop ID")
         if detach and self.many:
@@ -9673,6 +9885,9 @@ class Execution:
 
     def run(self) -> int:
         """All of them, and what is to be said at the end; the worst exit code."""
+        if self.options.tty:
+            return on_terminal(self.options, lambda: self._workspace(self.names[0]), self.command,
+                               self.options.cwd or "", self.environment, self.options.login)
         began, at_once = time.monotonic(), self.options.parallel or 0
         rows = self.terminal.in_lanes(self.names, self._row, at_once, self.cancel)
         for at, row in enumerate(rows):
@@ -10657,23 +10872,45 @@ def command_doctor(options: argparse.Namespace) -> int:
     return 255 if "dead" in states else 1 if "bad" in states else 0
 
 
-def command_shell(options: argparse.Namespace) -> int:
+def on_terminal(options: argparse.Namespace, open_workspace: Callable[[], Workspace],
+                *command: Any) -> int:
+    """A command as Workspace.shell() has it, on this terminal; its exit code."""
     if not (os.isatty(0) and os.isatty(1)):
-        raise UsageError("shell needs a terminal.",
+        raise UsageError("This needs a terminal.",
                          f"In a pipe or a script use: {PROGRAM} exec -- CMD")
-    workspace, terminal = the_workspace(options), options.terminal
-    terminal.warn("The host now writes to this terminal as it likes, escape sequences included; "
-                  "exit ends it.")
+    workspace, terminal = open_workspace(), options.terminal
+    terminal.warn("The host now writes to this terminal as it likes, escape sequences included"
+                  + ("." if command else "; exit ends it."))
     status = None
     try:
-        status = workspace.shell()
+        status = workspace.shell(*command)
     finally:
         if status in (None, 255) and os.isatty(1):  # a full-screen program had no time to tidy up
             write_out(1, TIDY, harmless=True)
     if status in (None, 255):
         host = workspace.host.name
-        terminal.warn(f"The connection to {host} was cut, or its shell ended with 255.")
+        terminal.warn(f"The connection to {host} was cut, or what ran there ended with 255.")
     return 255 if status is None else status
+
+
+def command_forward(options: argparse.Namespace) -> int:
+    wanted = [re.match(r"(?:([0-9]{1,5}):)?([0-9]{1,5})\Z", word) for word in options.ports]
+    workspace, made = existing_workspace(options), []
+    with contextlib.ExitStack() as held:
+        for word, ports in zip(options.ports, wanted):
+            if not ports:
+                raise UsageError(f"{show(word)} is not a port.", "Write PORT, or LOCAL:PORT.")
+            made.append(held.enter_context(workspace.forward(
+                int(ports[2]), int(ports[1] or 0), options.terminal)))
+            fields = {name: getattr(made[-1], name) for name in ("url", "local", "port")}
+            answer(options, fields, f"{made[-1].url} is port {ports[2]} of {workspace.host.name}")
+        try:
+            for forward in made:
+                forward.check()
+            poll_once(None)
+        except KeyboardInterrupt:
+            pass
+    return 0
 
 
 # Out of the alternate screen; mouse, paste and application modes off; cursor and colours as usual.
@@ -10689,7 +10926,9 @@ def command_demo(options: argparse.Namespace) -> int:
 # -- the parser: argparse, made from the table for the one command that is called --
 
 HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "exec": lambda options: Execution(options).run(), "shell": command_shell, "diff": command_diff,
+    "exec": lambda options: Execution(options).run(), "forward": command_forward,
+    "shell": lambda options: on_terminal(options, lambda: the_workspace(options)),
+    "diff": command_diff,
     "pull": command_pull, "push": command_push, "write": command_write, "edit": command_edit,
     "logs": command_logs, "new": command_new, "list": command_list, "rm": command_rm,
     "fork": command_move, "rename": command_move, "history": command_history, "top": command_top,
@@ -10893,7 +11132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[0] == "__complete" and words[2:]:
             return complete(words[1], words[2:])
         options = parse(words)
-        if options.verb in ("batch", "exec", "mcp"):
+        if options.verb in ("batch", "exec", "forward", "mcp"):
             raise_descriptor_limit()
         stop_signals()
         try:
