@@ -74,6 +74,7 @@ if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command
     AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
     Made = TypeVar("Made")
     Fields = dict[str, Any]  # of a record, or of a JSON object
+    Target = tuple[int, int]  # a port of the host, a socket here: ssh reads and writes it itself
 
 __version__ = "0.1.0"
 __all__ = [  # the promise: these names, their arguments and fields stay within a major version
@@ -2002,19 +2003,11 @@ def command_records(command: object, login: bool, stdin: bool) -> bytes:
     return b"".join(records) + record(".", '_cmux_command "$@"')
 
 
-# What then runs there: a child, whose death by a signal has a status; ssh has none for its own.
-ON_TERMINAL = """if command -v bash >/dev/null; then set -- bash --norc; else set -- sh; fi
-trap : INT QUIT; "$@" %s; code=$?; exit $((code>255?code-128:code))
+# How a command runs on the terminal: as a child, for ssh has no status for a death by a signal.
+ON_TERMINAL = """trap : INT QUIT; set -- %s
+if command -v bash >/dev/null; then bash --norc "$@"; else sh "$@"; fi
+code=$?; exit $((code>255?code-128:code))
 """
-
-
-def terminal_line(command: object, login: bool) -> str:
-    """What runs a command on a terminal, or the login shell, where there is none."""
-    if not command:
-        return 'exec "${SHELL:-/bin/sh}" -l\n'
-    line, words = check_command(command)
-    line_words = ["-lc" if login else "-c", "--", line, "sh", *words]
-    return ON_TERMINAL % " ".join(quote(as_text(encoded(word))) for word in line_words)
 
 
 # === 7. Processes ===
@@ -3044,14 +3037,8 @@ def end_master(path: str) -> None:
             pass
 
 
-class Target(Value):
-    """Instead of a command: a port of the host, as its ``localhost``. ssh sends there itself what
-    it reads from the descriptor ``client``; what comes back is the session's stdout."""
-    port: int
-    client: int
-
-    def refused(self, host: str) -> PortRefused:
-        return PortRefused(f"Nothing takes connections to port {self.port} of {host} (yet).")
+def refused(port: int, host: str) -> PortRefused:
+    return PortRefused(f"Nothing takes connections to port {port} of {host} (yet).")
 
 
 class Session:
@@ -3098,10 +3085,6 @@ class Session:
         """Whether its process has ended, though a child of that may hold its streams."""
         return False
 
-    def cut(self) -> bool:
-        """Whether a session to a port has ended because the whole connection did."""
-        return False
-
     def begun(self) -> None:
         """The host has answered: authentication is behind us."""
 
@@ -3136,21 +3119,22 @@ class MuxSession(Session):
 
     def _open(self, command: str | Target) -> None:
         """Send the request and its descriptors; read until opened or refused. A master first shows
-        that it lives: once given the client of a Target it may read it, and no other is asked."""
+        that it lives: once given the socket of a Target it may read it, and no other is asked."""
         import socket
         if mux_numbers(self._packet())[:2] != [MUX_HELLO, 4]:
             raise MasterGone("The control socket speaks another language.", host=self.host)
-        target = command if isinstance(command, Target) else None
+        port, client = command if isinstance(command, tuple) else (0, -1)
         request: Sequence[Any] = (MUX_NEW_SESSION, 0, "", 0, 0, 0, 0, MUX_NO_ESCAPE, "", command)
         fds: list[int] = []
         try:
-            for _ in range(3):
-                fds += os.pipe()
-            self.adopt(fds[1], fds[2], fds[4])
-            theirs = [fds[0], fds[3], fds[5]]
-            if target:
-                request = MUX_NEW_FORWARD, 0, "", "localhost", target.port
-                theirs = [target.client, fds[3]]
+            if port:
+                request, theirs = (MUX_NEW_FORWARD, 0, "", "localhost", port), [client, client]
+                self.adopt(-1, -1, -1)
+            else:
+                for _ in range(3):
+                    fds += os.pipe()
+                self.adopt(fds[1], fds[2], fds[4])
+                theirs = [fds[0], fds[3], fds[5]]
             self._socket.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(*request))
             for fd in theirs:
                 rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))
@@ -3158,10 +3142,10 @@ class MuxSession(Session):
         finally:
             drop(*(fd for fd in fds if fd not in (self.stdin, self.stdout, self.stderr)))
         answer = MUX_FAILURE
-        with contextlib.suppress(*[OSError, MasterGone] if target else []):
+        with contextlib.suppress(*[OSError, MasterGone] if port else []):
             answer = mux_numbers(self._packet())[0]
         if answer in (MUX_FAILURE, MUX_DENIED):
-            raise target.refused(self.host) if target else SessionRefused(
+            raise refused(port, self.host) if port else SessionRefused(
                 f"{self.host} refused one more session.", host=self.host)
         if answer != MUX_OPENED:
             raise MasterGone("The control socket gave an odd answer.", host=self.host)
@@ -3219,6 +3203,7 @@ class MuxSession(Session):
         return super().failure(begun, sent)
 
     def cut(self) -> bool:
+        """Whether this has ended because the whole connection did."""
         try:
             connect(self._slot.master.path).close()
         except OSError:
@@ -3267,14 +3252,15 @@ class DirectSession(Session):
         remove_file(self._log)
         environment, agent = session_environment(config)
         argv = ssh_argv(config, "-S", "none", "-E", self._log, *agent)
-        stdin, tail = -1, ["--", config.host]
-        if isinstance(command, Target):
-            stdin, tail = command.client, ["-W", f"localhost:{command.port}", *tail]
+        client, tail = -1, ["--", config.host]
+        if isinstance(command, tuple):
+            port, client = command
             argv = [word + TAKEN * word.startswith("LogVerbose=") for word in argv]
+            argv += ["-W", f"localhost:{port}"]
         else:
             tail.append(command)
         try:
-            self._process = spawn(argv + tail, environment, stdin, -1, -1)
+            self._process = spawn(argv + tail, environment, client, client, -1)
         except BaseException:
             turn.free()
             raise
@@ -3301,14 +3287,17 @@ class DirectSession(Session):
     def cut(self) -> bool:
         return await_end(self._process, CONTROL_PATIENCE) != 0
 
-    def await_port(self, target: Target, cancel: Cancel) -> None:
-        """Until the host has taken the connection, which an ssh before 8.7 does not log. Raises
-        PortRefused, HostError, Cancelled."""
+    def await_port(self, port: int, cancel: Cancel | None) -> None:
+        """Until the host has taken the connection, which an ssh before 8.7 does not log."""
         patience = Deadline(self._masters.patience)
-        while b"open confirm" not in log_head(self._log) and nap(0.05, patience, cancel):
-            if self.over():
-                refused = b"forwarding failed" in log_head(self._log)
-                raise target.refused(self.host) if refused else self.failure(False)
+        try:
+            while b"open confirm" not in log_head(self._log) and nap(0.05, patience, cancel):
+                if self.over():
+                    taken = b"forwarding failed" not in log_head(self._log)
+                    raise self.failure(False) if taken else refused(port, self.host)
+        except BaseException:
+            self.close()
+            raise
         self.begun()
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
@@ -3491,7 +3480,10 @@ class Masters:
         """A session on a connection of its own. The handshake is counted until it is over."""
         self._wait_out(deadline, cancel)
         config = self.ask_config(command if isinstance(command, str) else "")
-        return DirectSession(self, config, self.handshake(deadline, cancel), command)
+        session = DirectSession(self, config, self.handshake(deadline, cancel), command)
+        if isinstance(command, tuple):
+            session.await_port(command[0], cancel)
+        return session
 
     def report(self, error: HostError | None) -> None:
         """How a connection of its own came about; None: well."""
@@ -3694,17 +3686,6 @@ class Masters:
                                        "Try again; others may be using it.", self.host)
         return [self.open_direct(command, deadline, cancel)]
 
-    def open_port(self, target: Target, cancel: Cancel) -> Session:
-        """A connection to a port. Raises PortRefused, HostError, Cancelled."""
-        session = self.open(target, Deadline(SLOT_PATIENCE), cancel)[0]
-        try:
-            if isinstance(session, DirectSession):
-                session.await_port(target, cancel)
-            return session
-        except BaseException:
-            session.close()
-            raise
-
     def connect(self, deadline: Deadline, cancel: Cancel | None = None) -> None:
         """Make sure that a master lives, if this host has any. Raises ConnectionFailed."""
         if not self.single() and not self.masters():
@@ -3894,9 +3875,8 @@ def look_closely(masters: Masters, command: str, *options: str) -> tuple[int, st
 
 
 class Forward:
-    """A port of the host on this machine: ``url``; ``port`` is the one there, ``local`` the one
-    here, of 127.0.0.1 alone. A context manager: its end ends the connections. Each has a thread and
-    a session of its own, so that one that stalls holds up no other."""
+    """A port of the host on this machine: ``url``; ``port`` there; ``local`` here, of 127.0.0.1
+    alone. Each connection has a session, and a thread that waits for its end."""
 
     def __init__(self, masters: Masters, port: int, local: int,
                  tell: Callable[[str], None]) -> None:
@@ -3904,107 +3884,96 @@ class Forward:
         import threading
         if not (0 < port < 65536 and 0 <= local < 65536):
             raise UsageError("A port is a number from 1 to 65535.")
-        self._masters, self.port, self._tell, self._told, why = masters, port, tell, "", ""
+        self._masters, self.port, self._tell, self._told = masters, port, tell, ""
+        self._ending = Cancel()
+        refused, why = self._probe(), ""
+        if refused:
+            self._see_allowed()
         for number in [local] if local else [port, 0]:
             try:
                 self._listener = socket.create_server(("127.0.0.1", number))
-                break
             except OSError as error:
-                why = f"Port {number} is not to be had here: {os.strerror(error.errno or 0)}."
+                why = os.strerror(error.errno or 0)
+                continue
+            if number != port or not refused or self._probe():
+                break
+            self._listener.close()  # who answers now is this socket, for ever
+            why = "the host is this machine"
         else:
-            raise UsageError(why, "Choose another: LOCAL:PORT.")
-        self.local: int = self._listener.getsockname()[1]
+            raise UsageError(f"Port {number} cannot be had here: {why}.", "Choose another.")
+        self.local = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.local}/"
         if why:
-            tell(f"{why} It is {self.local} instead.")
-        self._listener.setblocking(False)
-        self._ending = Cancel()
-        self._thread = threading.Thread(target=self._accept, name="cmux-forward", daemon=True)
-        self._thread.start()
+            tell(f"Port {port} cannot be had here: {why}. It is {self.local} instead.")
+        if refused:
+            self._say(refused)
+        threading.Thread(target=self._accept, daemon=True).start()
 
-    def __enter__(self) -> Forward:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Listen no more, and end the connections."""
         self._ending.set()
-        self._thread.join()
         self._listener.close()
 
-    def check(self) -> bool:
-        """Connect once; whether something there takes that. Raises HostError; RemoteFailed where
-        the host's sshd does not."""
+    def _probe(self) -> PortRefused | None:
+        """Connect once: how the host refused it."""
         try:
-            with open(os.devnull, "rb") as nothing:
+            with open(os.devnull, "r+b") as nothing:
                 self._open(nothing).close()
-            return True
+            return None
         except PortRefused as error:
-            self._say(error)
-        # No master says why: an ssh of its own does.
+            return error
+
+    def _see_allowed(self) -> None:
+        """Raise RemoteFailed where it is sshd that refuses: an ssh of its own reports that."""
         words = look_closely(self._masters, "", "-W", f"localhost:{self.port}")[1]
         if re.search("open failed: (administratively prohibited|unknown channel)", words):
             raise RemoteFailed(
-                f"The sshd of {self._masters.host} lets nobody through to port {self.port}.",
-                "It takes AllowTcpForwarding there, and a key without `restrict`. Or look from "
-                f"there: {PROGRAM} exec -- curl -s http://localhost:{self.port}/")
-        return False
+                f"The sshd of {self._masters.host} lets nobody through to its ports.",
+                "It needs AllowTcpForwarding yes, and a key without `restrict`. Without: "
+                f"{PROGRAM} exec -- curl -s http://localhost:{self.port}/")
 
-    def _open(self, client: Any) -> Session:
-        return self._masters.open_port(Target(port=self.port, client=client.fileno()), self._ending)
+    def _open(self, client: Any) -> Any:
+        target = self.port, client.fileno()
+        return self._masters.open(target, Deadline(SLOT_PATIENCE), self._ending)[0]
 
     def _say(self, error: CmuxError) -> None:
-        """Once, until there is something else to say, or a connection came about."""
-        text = " ".join(filter(None, [str(error), error.hint]))
-        if text != self._told and not self._ending.is_set:
-            self._told = text
-            self._tell(text)
+        """Once, until something else is to be said, or a connection has come about."""
+        if str(error) != self._told and not self._ending.is_set:
+            self._told = str(error)
+            self._tell(f"{error} {error.hint}".strip())
 
     def _accept(self) -> None:
         import threading
-        while not self._ending.is_set:
-            poll_once(None, (self._listener, select.POLLIN), (self._ending, select.POLLIN))
+        wanted = (self._listener, select.POLLIN), (self._ending, select.POLLIN)
+        while poll_once(None, *wanted) and not self._ending.is_set:
             try:
-                client, _ = self._listener.accept()
+                client = self._listener.accept()[0]
                 threading.Thread(target=self._carry, args=(client,), daemon=True).start()
-            except BlockingIOError:
-                pass
             except (OSError, RuntimeError):  # no descriptor is free, or no thread
                 self._say(StateFailed("Too many connections are open here; others wait."))
                 time.sleep(0.1)
 
     def _carry(self, client: socket.socket) -> None:
-        """One connection to its end. Where it fails, the client is not left to believe that this
-        is the end of an answer: it is reset."""
+        """Have one client served. Where that fails it is reset: nobody shall believe that this is
+        the end of an answer."""
         import socket
-        with client:
+        with client, contextlib.suppress(OSError):  # it has gone
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             try:
-                client.setblocking(False)
-                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 with contextlib.closing(self._open(client)) as session:
-                    self._told = ""
-                    self._pour(session, client)
+                    self._told, data = "", b"?"
+                    fd = max(session.control, session.stderr)
+                    while data:
+                        poll_once(None, (fd, select.POLLIN), (self._ending, select.POLLIN))
+                        self._ending.check()
+                        data = os.read(fd, CHUNK)
                     if session.cut():
                         raise ConnectionLost(f"The connection to {session.host} was lost.")
                 client.shutdown(socket.SHUT_WR)
-            except OSError:  # the client has gone
-                pass
             except CmuxError as error:
-                now = (1).to_bytes(4, sys.byteorder) + bytes(4)
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
+                at_once = (1).to_bytes(4, sys.byteorder) + bytes(4)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
                 self._say(error)
-
-    def _pour(self, session: Session, client: socket.socket) -> None:
-        """Pass on what comes back."""
-        view = memoryview(b"")
-        while True:
-            wanted = (client, select.POLLOUT) if view else (session.stdout, select.POLLIN)
-            poll_once(None, wanted, (self._ending, select.POLLIN))
-            self._ending.check()
-            if view:
-                view = view[client.send(view):]
-            else:
-                view = memoryview(os.read(session.stdout, CHUNK))
-                if not view:
-                    return
 
 
 def end_masters() -> None:
@@ -6533,10 +6502,12 @@ class WorkspaceBase:
                                cancel)
         return exec_result(self, outcome, out, err, began)
 
-    def forward(self, port: int, local: int = 0, report: Report | None = None) -> Forward:
-        """``port`` of the host on this machine, at ``local`` (0: the same number, or another if
-        need be): a context manager with ``url``. See Forward, whose words go to ``report``."""
-        return Forward(self.host.masters, port, local, (report or Report()).warn)
+    def forward(self, port: int, local: int = 0,
+                report: Report | None = None) -> contextlib.closing[Forward]:
+        """Reach ``port`` of the host at ``local`` here (0: the same, or another that is free), as
+        long as this context manager is open; it gives a Forward."""
+        return contextlib.closing(
+            Forward(self.host.masters, port, local, (report or Report()).warn))
 
     @logged("shell", code=lambda status: 255 if status is None else status)
     def shell(self, command: str | Sequence[str] = "", cwd: str = "",
@@ -6552,7 +6523,12 @@ class WorkspaceBase:
         text = "".join(f"{name}={quote(as_text(value))}; export {name}\n"
                        for name, value in values.items())
         text += f"cd {quote(os.path.join(self.path, cwd))} || exit 125\n"
-        text += terminal_line(command, login)
+        if command:
+            line, words = check_command(command)
+            words = ["-lc" if login else "-c", "--", line, "sh", *words]
+            text += ON_TERMINAL % " ".join(map(quote, words))
+        else:
+            text += 'exec "${SHELL:-/bin/sh}" -l\n'
         where, op = os.fsencode(self.path), os.urandom(8).hex()
         fifo = os.path.dirname(os.path.dirname(where)) + b"/.cmux/stage/%s/f" % op.encode()
         octal = "".join(f"\\{byte:03o}" for byte in fifo)
@@ -8153,8 +8129,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("shell", "an interactive shell in a workspace", NAME,
          example="fix-login", lacks="j"),
     Verb("forward", "reach a port of the workspace's host, on 127.0.0.1, until Ctrl-C",
-         Arg("ports", "texts", "the port there, which is that here, too, without LOCAL", word="+",
-             shown="[LOCAL:]PORT"),
+         Arg("ports", "texts", "there; LOCAL is that here", word="+", shown="[LOCAL:]PORT"),
          example="3000 8080:80"),
     Verb("diff", "what a workspace changed against its base; creates nothing", NAME, ONE_WORKSPACE,
          Arg("stat", "flag", "only how much, by file"),
@@ -9868,10 +9843,10 @@ class Execution:
 
     def _check(self) -> None:
         detach, name = self.options.detach, self.names[0]
-        given = {"--json": self.options.json, "--detach": detach, "-n": self.options.no_stdin,
-                 "--timeout": self.options.timeout, "several workspaces": self.many}
-        for other in [word for word in given if given[word]] if self.options.tty else []:
-            raise UsageError(f"-t does not go with {other}.", "Leave one of the two out.")
+        options = self.options
+        if options.tty and (options.json or detach or options.timeout or options.no_stdin
+                            or self.many):
+            raise UsageError("-t takes no --json, --detach, --timeout, -n, nor several workspaces.")
         if detach and self.options.timeout:
             raise UsageError("--detach takes no --timeout.", f"End the job with: {PROGRAM} stop ID")
         if detach and self.many:
@@ -9886,7 +9861,7 @@ class Execution:
     def run(self) -> int:
         """All of them, and what is to be said at the end; the worst exit code."""
         if self.options.tty:
-            return on_terminal(self.options, lambda: self._workspace(self.names[0]), self.command,
+            return on_terminal(lambda: self._workspace(self.names[0]), self.terminal, self.command,
                                self.options.cwd or "", self.environment, self.options.login)
         began, at_once = time.monotonic(), self.options.parallel or 0
         rows = self.terminal.in_lanes(self.names, self._row, at_once, self.cancel)
@@ -10872,15 +10847,14 @@ def command_doctor(options: argparse.Namespace) -> int:
     return 255 if "dead" in states else 1 if "bad" in states else 0
 
 
-def on_terminal(options: argparse.Namespace, open_workspace: Callable[[], Workspace],
+def on_terminal(open_workspace: Callable[[], Workspace], terminal: Terminal,
                 *command: Any) -> int:
-    """A command as Workspace.shell() has it, on this terminal; its exit code."""
+    """What Workspace.shell() does with ``command``, on this terminal; its exit code."""
     if not (os.isatty(0) and os.isatty(1)):
         raise UsageError("This needs a terminal.",
                          f"In a pipe or a script use: {PROGRAM} exec -- CMD")
-    workspace, terminal = open_workspace(), options.terminal
-    terminal.warn("The host now writes to this terminal as it likes, escape sequences included"
-                  + ("." if command else "; exit ends it."))
+    workspace = open_workspace()
+    terminal.warn("The host now writes to this terminal as it likes, escape sequences included.")
     status = None
     try:
         status = workspace.shell(*command)
@@ -10894,22 +10868,18 @@ def on_terminal(options: argparse.Namespace, open_workspace: Callable[[], Worksp
 
 
 def command_forward(options: argparse.Namespace) -> int:
-    wanted = [re.match(r"(?:([0-9]{1,5}):)?([0-9]{1,5})\Z", word) for word in options.ports]
-    workspace, made = existing_workspace(options), []
+    workspace = existing_workspace(options)
     with contextlib.ExitStack() as held:
-        for word, ports in zip(options.ports, wanted):
+        for word in options.ports:
+            ports = re.match(r"(?:([0-9]{1,5}):)?([0-9]{1,5})\Z", word)
             if not ports:
                 raise UsageError(f"{show(word)} is not a port.", "Write PORT, or LOCAL:PORT.")
-            made.append(held.enter_context(workspace.forward(
-                int(ports[2]), int(ports[1] or 0), options.terminal)))
-            fields = {name: getattr(made[-1], name) for name in ("url", "local", "port")}
-            answer(options, fields, f"{made[-1].url} is port {ports[2]} of {workspace.host.name}")
-        try:
-            for forward in made:
-                forward.check()
+            forward = held.enter_context(workspace.forward(
+                int(ports[2]), int(ports[1] or 0), options.terminal))
+            fields = {name: getattr(forward, name) for name in ("url", "local", "port")}
+            answer(options, fields, f"{forward.url} is port {ports[2]} of {workspace.host.name}")
+        with contextlib.suppress(KeyboardInterrupt):
             poll_once(None)
-        except KeyboardInterrupt:
-            pass
     return 0
 
 
@@ -10927,8 +10897,8 @@ def command_demo(options: argparse.Namespace) -> int:
 
 HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "exec": lambda options: Execution(options).run(), "forward": command_forward,
-    "shell": lambda options: on_terminal(options, lambda: the_workspace(options)),
-    "diff": command_diff,
+    "shell": lambda options: on_terminal(
+        functools.partial(the_workspace, options), options.terminal), "diff": command_diff,
     "pull": command_pull, "push": command_push, "write": command_write, "edit": command_edit,
     "logs": command_logs, "new": command_new, "list": command_list, "rm": command_rm,
     "fork": command_move, "rename": command_move, "history": command_history, "top": command_top,
