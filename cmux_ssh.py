@@ -75,6 +75,7 @@ if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command
     Made = TypeVar("Made")
     Fields = dict[str, Any]  # of a record, or of a JSON object
     Sink = Callable[[bytes], Any]
+    Target = tuple[int, int]  # a port of the host, a socket here: ssh reads and writes it itself
 
 __version__ = "0.2.0"
 __all__ = [  # the promise: these names, their arguments and fields stay within a major version
@@ -263,6 +264,9 @@ class MasterGone(HostError):
 
 class RemoteFailed(CmuxError):
     """The host answered, and the answer is a failure (disk full, permission) or nonsense."""
+
+class PortRefused(RemoteFailed):
+    """The host did not take a connection to one of its ports."""
 
 class WorkspaceMissing(CmuxError):
     """No such workspace, here or on the host."""
@@ -1954,6 +1958,13 @@ def command_records(command: object, login: bool, stdin: bool) -> bytes:
     return b"".join(records) + record(".", '_cmux_command "$@"')
 
 
+# How a command runs on the terminal: as a child, for ssh has no status for a death by a signal.
+ON_TERMINAL = """trap : INT QUIT; set -- %s
+if command -v bash >/dev/null; then bash --norc "$@"; else sh "$@"; fi
+code=$?; exit $((code>255?code-128:code))
+"""
+
+
 # === 7. Processes ===
 # Owns: starting, watching and ending local processes. The only room that imports subprocess and
 # signal. Promises: no shell, argv lists only; no program from the current directory; a child
@@ -2713,6 +2724,7 @@ FAILURES: tuple[tuple[str, type[HostError], str, str], ...] = (
 # LogVerbose makes ssh log, as debug1, what a server says before its keys are known; of that we look
 # for two things. The words with which OpenSSH 9.8 and later turn an address away, and servers that
 # end the whole connection when sessions come and go at once (Dropbear's issues 173, 321).
+TAKEN = ",channels.c:channel_input_open_confirmation():*"  # and so that the port was
 HEARD = re.compile(rb"debug1: \S*kex_exchange_identification(?:\(\):\d+ \([^()]*\))?: (.*)")
 TURNED_AWAY = re.compile(rb"banner line \d+: Not allowed at this time\Z")
 DISCONNECT = b"Received disconnect from "
@@ -2904,6 +2916,7 @@ def proxy_failure(config: SSHConfig, said: bytes) -> HostError | None:
 # The control protocol, OpenSSH's PROTOCOL.mux version 4: packets of a 32-bit length and a body;
 # strings carry their own 32-bit length. All that we send and read:
 MUX_HELLO, MUX_NEW_SESSION, MUX_TERMINATE = 0x00000001, 0x10000002, 0x10000005
+MUX_NEW_FORWARD = 0x10000008  # what `ssh -W` asks for
 MUX_DENIED, MUX_FAILURE, MUX_EXIT, MUX_OPENED = 0x80000002, 0x80000003, 0x80000004, 0x80000006
 MUX_NO_ESCAPE = 0xffffffff
 
@@ -2943,6 +2956,10 @@ def end_master(path: str) -> None:
             pass
 
 
+def refused(port: int, host: str) -> PortRefused:
+    return PortRefused(f"Nothing takes connections to port {port} of {host} (yet).")
+
+
 class Session:
     """One command on the host: our ends of its stdin, stdout and stderr, non-blocking. ``control``
     reports the session's end: the control connection, or -1 where an ssh of its own carries it."""
@@ -2957,7 +2974,8 @@ class Session:
         fork_aware().add(self)
         self.stdin, self.stdout, self.stderr = stdin, stdout, stderr
         for fd in (stdin, stdout, stderr):
-            os.set_blocking(fd, False)
+            if fd >= 0:
+                os.set_blocking(fd, False)
 
     def close_stdin(self) -> None:
         drop(self.stdin)
@@ -3005,7 +3023,7 @@ class Session:
 class MuxSession(Session):
     """A session over a master's control socket, without a process."""
 
-    def __init__(self, masters: Masters, slot: Slot, command: str) -> None:
+    def __init__(self, masters: Masters, slot: Slot, command: str | Target) -> None:
         super().__init__(masters.host)
         self._masters, self._slot, self.master = masters, slot, slot.master
         self._status, self._buffer = -1, b""  # the command's status, once the master reports it
@@ -3017,24 +3035,37 @@ class MuxSession(Session):
             self._forked()
             raise
 
-    def _open(self, command: str) -> None:
+    def _open(self, command: str | Target) -> None:
+        """Send the request and its descriptors; read until opened or refused. A master first shows
+        that it lives: once given the socket of a Target it may read it, and no other is asked."""
         import socket
+        if mux_numbers(self._packet())[:2] != [MUX_HELLO, 4]:
+            raise MasterGone("The control socket speaks another language.", host=self.host)
+        port, client = command if isinstance(command, tuple) else (0, -1)
+        request: Sequence[Any] = (MUX_NEW_SESSION, 0, "", 0, 0, 0, 0, MUX_NO_ESCAPE, "", command)
         fds: list[int] = []
         try:
-            for _ in range(3):
-                fds += os.pipe()
-            self.adopt(fds[1], fds[2], fds[4])
-            self._socket.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(
-                MUX_NEW_SESSION, 0, "", 0, 0, 0, 0, MUX_NO_ESCAPE, "", command))
-            for fd in (fds[0], fds[3], fds[5]):
+            if port:
+                request, theirs = (MUX_NEW_FORWARD, 0, "", "localhost", port), [client, client]
+                self.adopt(-1, -1, -1)
+            else:
+                for _ in range(3):
+                    fds += os.pipe()
+                self.adopt(fds[1], fds[2], fds[4])
+                theirs = [fds[0], fds[3], fds[5]]
+            self._socket.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(*request))
+            for fd in theirs:
                 rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))
                 self._socket.sendmsg([b"\0"], [rights])
         finally:
             drop(*(fd for fd in fds if fd not in (self.stdin, self.stdout, self.stderr)))
-        hello, answer = mux_numbers(self._packet()), mux_numbers(self._packet())
-        if answer[0] in (MUX_FAILURE, MUX_DENIED):
-            raise SessionRefused(f"{self.host} refused one more session.", host=self.host)
-        if hello[:2] != [MUX_HELLO, 4] or answer[0] != MUX_OPENED:
+        answer = MUX_FAILURE
+        with contextlib.suppress(*[OSError, MasterGone] if port else []):
+            answer = mux_numbers(self._packet())[0]
+        if answer in (MUX_FAILURE, MUX_DENIED):
+            raise refused(port, self.host) if port else SessionRefused(
+                f"{self.host} refused one more session.", host=self.host)
+        if answer != MUX_OPENED:
             raise MasterGone("The control socket gave an odd answer.", host=self.host)
         self._socket.setblocking(False)
 
@@ -3082,6 +3113,14 @@ class MuxSession(Session):
                 "Something there killed every process of the session.", self.host)
         return super().failure(begun, sent)
 
+    def cut(self) -> bool:
+        """Whether this has ended because the whole connection did."""
+        try:
+            connect(self._slot.master.path).close()
+        except OSError:
+            return True
+        return False
+
     def close(self) -> None:
         """Its slot is free at once: what sshd refuses until it has ended this has not begun, and is
         tried again."""
@@ -3112,20 +3151,28 @@ class RemoteShellFailed(ConnectionFailed):
 class DirectSession(Session):
     """A session on an ssh of its own. ``turn`` is held until the handshake is over."""
 
-    def __init__(self, masters: Masters, config: SSHConfig, turn: Lock, command: str) -> None:
+    def __init__(self, masters: Masters, config: SSHConfig, turn: Lock,
+                 command: str | Target) -> None:
         super().__init__(masters.host)
         self._masters, self._config, self._turn = masters, config, turn
         self._log = turn.path + ".log"
         remove_file(self._log)
         environment, agent = session_environment(config)
         argv = ssh_argv(config, "-S", "none", "-E", self._log, *agent)
+        client, tail = -1, ["--", config.host]
+        if isinstance(command, tuple):
+            port, client = command
+            argv = [word + TAKEN * word.startswith("LogVerbose=") for word in argv]
+            argv += ["-W", f"localhost:{port}"]
+        else:
+            tail.append(command)
         try:
-            self._process = spawn([*argv, "--", config.host, command], environment, -1, -1, -1)
+            self._process = spawn(argv + tail, environment, client, client, -1)
         except BaseException:
             turn.free()
             raise
         streams = (self._process.stdin, self._process.stdout, self._process.stderr)
-        self.adopt(*(os.dup(stream.fileno()) for stream in streams if stream))
+        self.adopt(*(os.dup(stream.fileno()) if stream else -1 for stream in streams))
         for stream in streams:
             if stream:
                 stream.close()
@@ -3142,6 +3189,22 @@ class DirectSession(Session):
 
     def over(self) -> bool:
         return self._process.poll() is not None
+
+    def cut(self) -> bool:
+        return await_end(self._process, CONTROL_PATIENCE) != 0
+
+    def await_port(self, port: int, cancel: Cancel | None) -> None:
+        """Until the host has taken the connection, which an ssh before 8.7 does not log."""
+        patience = Deadline(self._masters.patience)
+        try:
+            while b"open confirm" not in log_head(self._log) and nap(0.05, patience, cancel):
+                if self.over():
+                    taken = b"forwarding failed" not in log_head(self._log)
+                    raise self.failure(False) if taken else refused(port, self.host)
+        except BaseException:
+            self.close()
+            raise
+        self.begun()
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
         words, heard = read_log(log_head(self._log))
@@ -3312,11 +3375,14 @@ class Masters:
         self._remember_failure(error)
         return False
 
-    def open_direct(self, command: str, deadline: Deadline,
+    def open_direct(self, command: str | Target, deadline: Deadline,
                     cancel: Cancel | None = None) -> DirectSession:
         self._wait_out(deadline, cancel)
-        config = self.ask_config(command)
-        return DirectSession(self, config, self.handshake(deadline, cancel), command)
+        config = self.ask_config(command if isinstance(command, str) else "")
+        session = DirectSession(self, config, self.handshake(deadline, cancel), command)
+        if isinstance(command, tuple):
+            session.await_port(command[0], cancel)
+        return session
 
     def report(self, error: HostError | None) -> None:
         """Note whether a direct connection could be made; None: it could."""
@@ -3492,7 +3558,7 @@ class Masters:
 
     # -- sessions --
 
-    def open(self, command: str, deadline: Deadline, cancel: Cancel | None = None,
+    def open(self, command: str | Target, deadline: Deadline, cancel: Cancel | None = None,
              count: int = 1) -> list[Session]:
         """``count`` sessions for ``command``, all or none: who holds one and waits for another
         could wait for ever. Where masters fail, one on a connection of its own."""
@@ -3540,7 +3606,7 @@ class Masters:
             return self._open_on(slots, command)[0]
         return None
 
-    def _open_on(self, slots: Sequence[Slot], command: str) -> list[Session]:
+    def _open_on(self, slots: Sequence[Slot], command: str | Target) -> list[Session]:
         """Sessions in these slots, or none. Raises SessionRefused, MasterGone: others may do."""
         opened: list[Session] = []
         try:
@@ -3680,7 +3746,7 @@ class Masters:
         return len(opened)
 
 
-def look_closely(masters: Masters, command: str) -> tuple[int, str, bytes]:
+def look_closely(masters: Masters, command: str, *options: str) -> tuple[int, str, bytes]:
     """Run ``command`` over a connection of its own with ssh's debugging words: (status, those
     words, what else was on stderr: a ProxyCommand's). For diagnosis; never asks, is tried once.
 
@@ -3691,7 +3757,8 @@ def look_closely(masters: Masters, command: str) -> tuple[int, str, bytes]:
     with tempfile.NamedTemporaryFile(prefix="cmux-doctor-", dir=temporary_folder()) as log:
         argv = ["/bin/sh", "-c", "trap '' HUP; \"$@\"; code=$?; [ $code != 255 ] || sleep 1; "
                 "trap : TERM; kill 0; exit $code", "sh"]
-        argv += ssh_argv(config, "-S", "none", "-v", "-E", log.name) + ["--", config.host, command]
+        argv += ssh_argv(config, "-S", "none", "-v", "-E", log.name, *options)
+        argv += ["--", config.host, *filter(None, [command])]
         try:
             status, _, said = run(argv, scrubbed_environment(config), STATE_MAX, masters.patience)
         except CmuxError:
@@ -3700,6 +3767,108 @@ def look_closely(masters: Masters, command: str) -> tuple[int, str, bytes]:
             leave.free()
         words = read_bytes(log.name, STATE_MAX) or b""
         return status, words.decode("utf-8", "replace"), said
+
+
+class Forward:
+    """A port of the host on this machine: ``url``; ``port`` there; ``local`` here, of 127.0.0.1
+    alone. Each connection has a session, and a thread that waits for its end."""
+
+    def __init__(self, masters: Masters, port: int, local: int,
+                 tell: Callable[[str], None]) -> None:
+        import socket
+        import threading
+        if not (0 < port < 65536 and 0 <= local < 65536):
+            raise UsageError("A port is a number from 1 to 65535.")
+        self._masters, self.port, self._tell, self._told = masters, port, tell, ""
+        self._ending = Cancel()
+        refused, why = self._probe(), ""
+        if refused:
+            self._see_allowed()
+        for number in [local] if local else [port, 0]:
+            try:
+                self._listener = socket.create_server(("127.0.0.1", number))
+            except OSError as error:
+                why = os.strerror(error.errno or 0)
+                continue
+            if number != port or not refused or self._probe():
+                break
+            self._listener.close()  # who answers now is this socket, for ever
+            why = "the host is this machine"
+        else:
+            raise UsageError(f"Port {number} cannot be had here: {why}.", "Choose another.")
+        self.local = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.local}/"
+        if why:
+            tell(f"Port {port} cannot be had here: {why}. It is {self.local} instead.")
+        if refused:
+            self._say(refused)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        """Listen no more, and end the connections."""
+        self._ending.set()
+        self._listener.close()
+
+    def _probe(self) -> PortRefused | None:
+        """Connect once: how the host refused it."""
+        try:
+            with open(os.devnull, "r+b") as nothing:
+                self._open(nothing).close()
+            return None
+        except PortRefused as error:
+            return error
+
+    def _see_allowed(self) -> None:
+        """Raise RemoteFailed where it is sshd that refuses: an ssh of its own reports that."""
+        words = look_closely(self._masters, "", "-W", f"localhost:{self.port}")[1]
+        if re.search("open failed: (administratively prohibited|unknown channel)", words):
+            raise RemoteFailed(
+                f"The sshd of {self._masters.host} lets nobody through to its ports.",
+                "It needs AllowTcpForwarding yes, and a key without `restrict`. Without: "
+                f"{PROGRAM} exec -- curl -s http://localhost:{self.port}/")
+
+    def _open(self, client: Any) -> Any:
+        target = self.port, client.fileno()
+        return self._masters.open(target, Deadline(SLOT_PATIENCE), self._ending)[0]
+
+    def _say(self, error: CmuxError) -> None:
+        """Once, until something else is to be said, or a connection has come about."""
+        if str(error) != self._told and not self._ending.is_set:
+            self._told = str(error)
+            self._tell(f"{error} {error.hint}".strip())
+
+    def _accept(self) -> None:
+        import threading
+        wanted = (self._listener, select.POLLIN), (self._ending, select.POLLIN)
+        while poll_once(None, *wanted) and not self._ending.is_set:
+            try:
+                client = self._listener.accept()[0]
+                threading.Thread(target=self._carry, args=(client,), daemon=True).start()
+            except (OSError, RuntimeError):  # no descriptor is free, or no thread
+                self._say(StateFailed("Too many connections are open here; others wait."))
+                time.sleep(0.1)
+
+    def _carry(self, client: socket.socket) -> None:
+        """Have one client served. Where that fails it is reset: nobody shall believe that this is
+        the end of an answer."""
+        import socket
+        with client, contextlib.suppress(OSError):  # it has gone
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            try:
+                with contextlib.closing(self._open(client)) as session:
+                    self._told, data = "", b"?"
+                    fd = max(session.control, session.stderr)
+                    while data:
+                        poll_once(None, (fd, select.POLLIN), (self._ending, select.POLLIN))
+                        self._ending.check()
+                        data = os.read(fd, CHUNK)
+                    if session.cut():
+                        raise ConnectionLost(f"The connection to {session.host} was lost.")
+                client.shutdown(socket.SHUT_WR)
+            except CmuxError as error:
+                at_once = (1).to_bytes(4, sys.byteorder) + bytes(4)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+                self._say(error)
 
 
 def end_masters() -> None:
@@ -6052,17 +6221,21 @@ class WorkspaceBase:
     def environment(self, extra: Mapping[str, str] | None = None,
                     cancel: Cancel | None = None) -> bytes:
         """The header records of a command's environment: ours, the secrets, then ``extra``."""
+        values = self._values(extra, cancel)
+        records = [record("_cmux_path" if name == "PATH" else name, value)
+                   for name, value in values.items()]
+        return b"".join([HELD if len(values) > 2 else b"", *records])
+
+    def _values(self, extra: Mapping[str, str] | None, cancel: Cancel | None) -> dict[str, bytes]:
         secrets = secret_values(self.project.registry, cancel)
-        values: dict[str, str | bytes] = {
-            "CMUX_WORKSPACE": self.name, "CMUX_PROJECT": self.project.name, **secrets}
+        values = {"CMUX_WORKSPACE": encoded(self.name), "CMUX_PROJECT": encoded(self.project.name),
+                  **secrets}
         self.project.hand_over(secrets)
         for name, value in (extra or {}).items():
             values[check_variable(name)] = encoded(value)
         if sum(map(len, values.values())) > SECRETS_MAX + 65536:
             raise UsageError(f"The environment is larger than {human_size(SECRETS_MAX)}.")
-        records = [record("_cmux_path" if name == "PATH" else name, value)
-                   for name, value in values.items()]
-        return b"".join([HELD if secrets or extra else b"", *records])
+        return values
 
     def run(self, command: str | Sequence[str], stdout: Callable[[bytes], Any],
             stderr: Callable[[bytes], Any], source: Source | None = None, cwd: str = "",
@@ -6126,26 +6299,40 @@ class WorkspaceBase:
                                cancel)
         return exec_result(self, outcome, out, err, began)
 
-    @logged("shell")
-    def shell(self) -> int | None:
-        """The user's login shell there, on this terminal; its exit status, None if it was cut off.
+    def forward(self, port: int, local: int = 0,
+                report: Report | None = None) -> contextlib.closing[Forward]:
+        """Reach ``port`` of the host at ``local`` here (0: the same, or another that is free), as
+        long as this context manager is open; it gives a Forward."""
+        return contextlib.closing(
+            Forward(self.host.masters, port, local, (report or Report()).warn))
+
+    @logged("shell", code=lambda status: 255 if status is None else status)
+    def shell(self, command: str | Sequence[str] = "", cwd: str = "",
+              env: Mapping[str, str] | None = None, login: bool = False) -> int | None:
+        """The user's login shell there, or a command as exec() has it, on this terminal; its exit
+        status, None if it was cut off.
 
         The terminal is the session's stdin, so the secrets come another way: a second session
         writes them into a FIFO that the shell reads once. They are in no argv and on no disk.
         """
         import threading
-        values = {name: as_text(value)
-                  for name, value in secret_values(self.project.registry).items()}
-        values.update(CMUX_RUNTIME="ssh", CMUX_WORKSPACE=self.name, CMUX_PROJECT=self.project.name)
-        lines = [f"{name}={quote(value)}; export {name}\n" for name, value in values.items()]
-        lines.append(f'cd {quote(self.path)} || exit 96\nexec "${{SHELL:-/bin/sh}}" -l\n')
+        values = {name: as_text(value) for name, value in self._values(env, None).items()}
+        values["CMUX_RUNTIME"] = "ssh"
+        text = "".join(f"{name}={quote(value)}; export {name}\n" for name, value in values.items())
+        text += f"cd {quote(os.path.join(self.path, cwd))} || exit 125\n"
+        if command:
+            line, words = check_command(command)
+            words = ["-lc" if login else "-c", "--", line, "sh", *words]
+            text += ON_TERMINAL % " ".join(map(quote, words))
+        else:
+            text += 'exec "${SHELL:-/bin/sh}" -l\n'
         op = os.urandom(8).hex()
         octal = "".join(f"\\{byte:03o}" for byte in encoded(f"{self.root}/.cmux/stage/{op}/f"))
         ready, patience = Capture(100), SLOT_PATIENCE
         session = self.host.open(Deadline(patience))
         try:
             header = HELD + script_records(HANDOVER, self.root, op)
-            exchange = Exchange(session, header, ready, ready, data=encoded("".join(lines)))
+            exchange = Exchange(session, header, ready, ready, data=encoded(text))
             self.host.begin(exchange, None)
             exchange.run(Deadline(START_PATIENCE),
                          until=lambda: bool(ready.total) or exchange.ended)
@@ -7694,11 +7881,15 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          PARALLEL,
          Arg("detach", "flag", "start it as a job that goes on by itself, without stdin; prints "
              "its id", face="line"),
+         Arg("tty", "flag", "on this terminal, as ssh -t", flags="-t --tty", face="line"),
          example="-H my-server -- make test", tool=tool_exec, destroys=True,
          model="Run a command in the workspace on the remote host. A string is a shell line (bash "
          "where there is one). Gives the exit code, stdout and stderr."),
     Verb("shell", "an interactive shell in a workspace", NAME,
          example="fix-login", lacks="j"),
+    Verb("forward", "reach a port of the workspace's host, on 127.0.0.1, until Ctrl-C",
+         Arg("ports", "texts", "there; LOCAL is that here", word="+", shown="[LOCAL:]PORT"),
+         example="3000 8080:80"),
     Verb("diff", "what a workspace changed against its base; creates nothing", NAME, ONE_WORKSPACE,
          Arg("stat", "flag", "only how much, by file"),
          example="fix-login --stat", manage=manage_diff, reads=True),
@@ -7832,7 +8023,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          lacks="CHwj"),
 )}
 GROUPS = {  # of the commands, as the help lists them
-    "work": ("exec", "shell", "diff", "pull", "push"),
+    "work": ("exec", "shell", "forward", "diff", "pull", "push"),
     "files": ("read", "write", "edit", "glob", "grep"),
     "jobs": ("jobs", "logs", "wait", "stop"),
     "workspaces": ("new", "list", "fork", "rename", "rm", "history", "top", "gc"),
@@ -9341,6 +9532,10 @@ class Execution:
 
     def _check(self) -> None:
         detach, name = self.options.detach, self.names[0]
+        options = self.options
+        if options.tty and (options.json or detach or options.timeout or options.no_stdin
+                            or self.many):
+            raise UsageError("-t takes no --json, --detach, --timeout, -n, nor several workspaces.")
         if detach and self.options.timeout:
             raise UsageError("--detach takes no --timeout.", f"End the job with: {PROGRAM} stop ID")
         if detach and self.many:
@@ -9355,6 +9550,9 @@ class Execution:
 
     def run(self) -> int:
         """The worst exit code."""
+        if self.options.tty:
+            return on_terminal(lambda: self._workspace(self.names[0]), self.terminal, self.command,
+                               self.options.cwd or "", self.environment, self.options.login)
         began, at_once = time.monotonic(), self.options.parallel or 0
         rows = self.terminal.in_lanes(self.names, self._row, at_once, self.cancel)
         for at, row in enumerate(rows):
@@ -10312,22 +10510,40 @@ def command_doctor(options: argparse.Namespace) -> int:
     return 255 if "dead" in states else 1 if "bad" in states else 0
 
 
-def command_shell(options: argparse.Namespace) -> int:
+def on_terminal(open_workspace: Callable[[], Workspace], terminal: Terminal,
+                *command: Any) -> int:
+    """What Workspace.shell() does with ``command``, on this terminal; its exit code."""
     if not (os.isatty(0) and os.isatty(1)):
-        raise UsageError("shell needs a terminal.",
+        raise UsageError("This needs a terminal.",
                          f"In a pipe or a script use: {PROGRAM} exec -- CMD")
-    workspace, terminal = the_workspace(options), options.terminal
-    terminal.warn("The host now writes to this terminal as it likes; exit ends it.")
+    workspace = open_workspace()
+    terminal.warn("The host now writes to this terminal as it likes, escape sequences included.")
     status = None
     try:
-        status = workspace.shell()
+        status = workspace.shell(*command)
     finally:
         if status in (None, 255) and os.isatty(1):  # a full-screen program had no time to tidy up
             write_out(1, TIDY, harmless=True)
     if status in (None, 255):
         host = workspace.host.name
-        terminal.warn(f"The connection to {host} was cut, or its shell ended with 255.")
+        terminal.warn(f"The connection to {host} was cut, or what ran there ended with 255.")
     return 255 if status is None else status
+
+
+def command_forward(options: argparse.Namespace) -> int:
+    workspace = existing_workspace(options)
+    with contextlib.ExitStack() as held:
+        for word in options.ports:
+            ports = re.match(r"(?:([0-9]{1,5}):)?([0-9]{1,5})\Z", word)
+            if not ports:
+                raise UsageError(f"{show(word)} is not a port.", "Write PORT, or LOCAL:PORT.")
+            forward = held.enter_context(workspace.forward(
+                int(ports[2]), int(ports[1] or 0), options.terminal))
+            fields = {name: getattr(forward, name) for name in ("url", "local", "port")}
+            answer(options, fields, f"{forward.url} is port {ports[2]} of {workspace.host.name}")
+        with contextlib.suppress(KeyboardInterrupt):
+            poll_once(None)
+    return 0
 
 
 # Out of the alternate screen; mouse, paste and application modes off; cursor and colours as usual.
@@ -10343,7 +10559,9 @@ def command_demo(options: argparse.Namespace) -> int:
 # -- the parser: argparse, made from the table for the one command that is called --
 
 HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "exec": lambda options: Execution(options).run(), "shell": command_shell, "diff": command_diff,
+    "exec": lambda options: Execution(options).run(), "forward": command_forward,
+    "shell": lambda options: on_terminal(
+        functools.partial(the_workspace, options), options.terminal), "diff": command_diff,
     "pull": command_pull, "push": command_push, "write": command_write, "edit": command_edit,
     "logs": command_logs, "new": command_new, "list": command_list, "rm": command_rm,
     "fork": command_move, "rename": command_move, "history": command_history, "top": command_top,
@@ -10538,7 +10756,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[0] == "__complete" and words[2:]:
             return complete(words[1], words[2:])
         options = parse(words)
-        if options.verb in ("batch", "exec", "mcp"):
+        if options.verb in ("batch", "exec", "forward", "mcp"):
             raise_descriptor_limit()
         stop_signals()
         try:

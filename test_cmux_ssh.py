@@ -8276,6 +8276,184 @@ def test_shell_needs_a_terminal_and_leaves_it_as_it_was(repo, site):
     assert terminal.wait() == 255
 
 
+@each("words, code, shown", [(["--", 'cat README; echo "<$TOKEN-$ADD>"; pwd; tty; read x; exit $((x))'], 7, rb"hello\s+<%b-K>\s+\S+/main/src\s+/dev/\S+"),
+                             (["--login", "--", "sh", "-c", 'echo "$0 $1"; read x; kill -$((x)) $$', "a b", "c'$d"], 135, rb"a b c'\$d\s")])
+def test_exec_t_gives_one_command_a_terminal(repo, site, words, code, shown):
+    value = os.urandom(6).hex()
+    repo.write("src/README", b"hello\n")
+    repo.commit()
+    repo.ok("secrets", "set", "TOKEN", stdin=value.encode())
+    terminal = on_terminal(site, "exec", "-t", "-H", "box", "--cwd", "src", "--env", "ADD=K", *words, cwd=repo.dir)
+    terminal.expect(b"as it likes")
+    terminal.expect(shown.replace(b"%b", value.encode()))
+    assert not naming(value), "in no argv"
+    terminal.send(b"7\r")
+    assert terminal.wait() == code
+    terminal = on_terminal(site, "exec", "-t", "--", "echo up; sleep 9", cwd=repo.dir)
+    terminal.expect(rb"up\s")
+    terminal.send(b"\3")
+    assert terminal.wait() == 130
+    assert [row["exit_code"] for row in repo.ok("history", "--json").json if row["operation"] == "shell"] == [code, 130]
+    for odd in (["--json"], ["--timeout", "9"], ["--detach"], ["-n"], ["-w", "main", "-w", "b"], []):
+        refused = repo.cli("exec", "-t", *odd, "--", "touch made")
+        assert refused.code == 125 and ("-t takes no" if odd else "terminal") in refused.said and not (repo.path() / "made").exists(), refused
+
+
+# === forward ===
+
+
+class Server:
+    """What a person starts in the workspace: it answers each connection, once that is closed for writing, with the digest of what came, and `size` bytes."""
+
+    def __init__(self, port, size=200_000):
+        self.listener, self.size = socket.create_server(("127.0.0.1", port), backlog=300), size
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._answer, args=self.listener.accept()[:1], daemon=True).start()
+
+    def _answer(self, peer):
+        digest = hashlib.sha256()
+        with peer, contextlib.suppress(OSError):
+            for data in iter(lambda: peer.recv(65536), b""):
+                digest.update(data)
+            peer.sendall(digest.digest() + b"z" * self.size)
+
+
+def talk(port, data=b"x"):
+    """The whole answer to this."""
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as end:
+        end.sendall(data)
+        end.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: end.recv(65536), b""))
+
+
+def fails(port):
+    with pytest.raises(ConnectionError):
+        talk(port)
+
+
+@contextlib.contextmanager
+def forwarding(repo, *words, **options):
+    """The program, forwarding; what it printed: an object for each forward."""
+    child = repo.start("forward", "--json", *words, **options)
+    count = sum(word.rpartition(":")[2].isdigit() for word in words)
+    try:
+        yield child, [json.loads(child.stdout.readline()) for _ in range(count)]
+    finally:
+        child.send_signal(signal.SIGINT)
+        child.answer = child.communicate(timeout=30)[1].decode()
+        assert child.returncode == 0, child.answer
+
+
+@each("way", ["a master", "ssh -W"])
+def test_forward_reaches_a_server_there(repo, site, way):
+    env = {"CMUX_SSH_COMMAND": ssh_without_masters(site)} if way == "ssh -W" else {}
+    repo.new(env=env)
+    port, busy = free_port(), free_port()
+    with forwarding(repo, str(port), f"{busy}:{port}", env=env) as (child, made):
+        local = made[0]["local"]
+        assert made == [{"url": f"http://127.0.0.1:{n}/", "local": n, "port": port} for n in (local, busy)]
+        assert local != port, "the host is this machine: it would lead to itself"
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.2", local)).close()
+            raise AssertionError("it listens on 127.0.0.1 alone")
+        for _ in range(3):
+            fails(local)
+        server = Server(port, 3_000_000)
+        sent = os.urandom(3_000_000)
+        assert talk(busy, sent) == hashlib.sha256(sent).digest() + b"z" * server.size
+        stalled = [socket.create_connection(("127.0.0.1", local)) for _ in range(4)]
+        for end in stalled:
+            end.sendall(b"x")
+            end.shutdown(socket.SHUT_WR)
+        server.size = 20_000
+        with ThreadPoolExecutor(60) as pool:
+            assert set(pool.map(talk, [local] * (60 if way == "a master" else 12))) == {hashlib.sha256(b"x").digest() + b"z" * server.size}
+        assert [len(end.recv(1)) for end in stalled] == [1] * 4
+        ticks = []
+        for pause in (0.5, 1.5, 0):
+            ticks.append(sum(map(int, slurp(f"/proc/{child.pid}/stat").rpartition(b")")[2].split()[11:13])))
+            time.sleep(pause)
+        assert ticks[2] - ticks[1] <= 2, "idle"
+        for master in site.masters() + naming(f"localhost:{port}"):
+            kill(master.pid)
+        for end in stalled:
+            with pytest.raises(ConnectionResetError):
+                while end.recv(65536):
+                    pass
+        assert len(talk(local)) == server.size + 32, "over a new connection"
+    assert child.answer.count("yet") == 2 and "this machine" in child.answer and "was lost" in child.answer
+    fails(local)
+    assert not naming(f"localhost:{port}")
+
+
+@promise(1)
+@each("way", ["a master", "ssh -W"])
+def test_a_forward_opens_nothing_but_itself(site, way):
+    repo, hostile, env = Repo(site), Hostile(site), {}
+    if way == "ssh -W":
+        env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
+    repo.new(host="hostile", env=env)
+    server = Server(free_port())
+    with forwarding(repo, str(server.listener.getsockname()[1]), env=env) as (_, made), socket.create_connection(("127.0.0.1", made[0]["local"])) as end:
+        assert made[0]["local"] != made[0]["port"], "it is taken"
+        end.sendall(b"x")
+        assert len(talk(made[0]["local"])) == server.size + 32 and hostile.listening() == []
+        assert not hostile.marker.exists() and not hostile.xauth.exists()
+
+
+def test_forward_says_what_is_in_the_way(repo, site):
+    site.daemon("closed", "AllowTcpForwarding no")
+    repo.new(host="closed")
+    port = free_port()
+    refused = repo.cli("forward", str(port))
+    assert refused.code == 1 and "AllowTcpForwarding" in refused.said and f"exec -- curl -s http://localhost:{port}/" in refused.said, refused
+    repo.new("b")
+    with socket.create_server(("127.0.0.1", port)):
+        for words, said in ((f"{port}:80", "already in use"), ("x", "not a port"), ("1:2:3", "not a port"), ("0", "from 1 to"), ("65536", "from 1 to"), ("-1", "")):
+            wrong = repo.cli("forward", "-w", "b", words)
+            assert wrong.code == 2 and said in wrong.said.lower(), wrong
+        with forwarding(repo, "-w", "b", str(port)) as (child, made):
+            assert made[0]["local"] != port
+    assert f"Port {port} of this machine" in child.answer
+    server = Server(port)
+    with forwarding(repo, "-w", "b", f"0:{port}", sh='ulimit -n 60; exec "$@"') as (child, made):
+        ends = [socket.create_connection(("127.0.0.1", made[0]["local"])) for _ in range(60)]
+        line = child.stderr.readline()
+        assert b"Too many" in line, line
+        for end in ends:
+            end.close()
+        until(lambda: len(talk(made[0]["local"])) == server.size + 32, "it goes on")
+    assert child.answer.count("Too many") == 0, "it said so once"
+
+
+def test_the_library_forwards(repo):
+    repo.new()
+    server = Server(free_port())
+    out = in_library(repo, """
+import socket, urllib.request
+class Said(cmux_ssh.Report):
+    def warn(self, text):
+        print(text)
+with cmux_ssh.Project(".").workspace("main").forward(int(sys.argv[1]), report=Said()) as forward:
+    print(forward.port, forward.url == f"http://127.0.0.1:{forward.local}/")
+    end = socket.create_connection(("127.0.0.1", forward.local))
+    end.sendall(b"x")
+    end.shutdown(socket.SHUT_WR)
+    assert len(end.makefile("rb").read()) == 200_032
+    left = socket.create_connection(("127.0.0.1", forward.local))
+try:
+    print(left.recv(1))
+except ConnectionResetError:
+    print("reset")
+print(socket.socket().connect_ex(("127.0.0.1", forward.local)) != 0)
+""", str(server.listener.getsockname()[1]))
+    assert out.endswith(f"{server.listener.getsockname()[1]} True\nreset\nTrue\n") and out.startswith("Port"), out
+
+
 # === doctor ===
 
 
