@@ -1195,17 +1195,34 @@ _unpack_base() { # -> $stage/tree, with a repository
   ( umask 022; _make_repository ) || echo nogit
 }
 """
-# CREATE root project turn name op base: make a workspace of a cached or just uploaded base.
-#   replies: root <path>; init, if there is a hook to run; made. Status 20: the name is taken;
-#   21: the base is not here; it then names those that a delta may stand on, newest first.
+# CREATE root project turn name op base from: make a workspace of a cached or just uploaded base,
+#   with the ignored files of the workspace in the directory ``from``, if one is named.
+#   replies: root <path>; init, if there is a hook to run; made. Status 9: no git here, by which
+#   those are known; 20: the name is taken; 21: the base is not here; it then names those that a
+#   delta may stand on, newest first; 22: no directory ``from``.
 #   Called again with the same op after a lost line, it says made.
 CREATE = OPEN_ROOT + GIT_THERE + BASE + r"""
 _cop() { _operate _create "$@"; }
+# What git ignores in a workspace and would ignore in the new one, whose own files stay as they are.
+# Nothing is copied through a link of the commit. (Names that git quotes are left out.)
+_take_ignored() {
+  tree=$stage/tree
+  ( cd "$1" && _quiet ls-files -o -i --exclude-standard --directory ) >"$stage/ignored" || return 9
+  ( cd "$tree" && _quiet check-ignore --stdin ) <"$stage/ignored" | while IFS= read -r path; do
+    path=${path%/} place=$tree/${path%/}
+    mkdir -p "${place%/*}" && [ "$(cd -P "${place%/*}" && pwd -P)" = "${place%/*}" ] || continue
+    rm -rf "$stage/part"; _taken "$place" || ! _taken "$1/$path" ||
+      { cp -RpP "$1/$path" "$stage/part" && mv "$stage/part" "$place"; } || exit 3
+  done
+}
+_quiet() { git -c core.fsmonitor=false -c core.quotePath=false "$@"; }
 _create() {
   base=.cmux/bases/$1
   printf 'root %s\n' "$root"
   if _taken "$place"; then [ "$(_owner "$name")" = "$op" ] || return 20; echo made; return 0; fi
-  _unpack_base || return
+  [ ! "$2" ] || { [ -d "$2" ] || return 22; [ -d "$2/.git" ] && command -v git >/dev/null; } ||
+    return 9
+  _unpack_base && { [ ! "$2" ] || ( _cenv; _take_ignored "$2" ); } || return
   ( cd "$stage/tree/.git" && ! git var GIT_AUTHOR_IDENT && # or no commit could be made
     git config user.name agent && git config user.email agent@localhost ) >/dev/null 2>&1
   # test -x is false under noexec
@@ -1367,18 +1384,18 @@ sum_refs() {
   { _co for-each-ref; _co rev-parse HEAD; _co rev-parse -q --verify refs/stash; } |
     cksum | tr ' ' -
 }
-in_stage() { # op function...; it is cleared, too, where the client is gone
-  trap 'cd "$root"; rm -rf "$s"; exit 1' PIPE HUP TERM
-  s=$root/.cmux/stage/$1.$$; mkdir -p "$s" || return 3
-  shift; "$@"; status=$?
-  cd "$root"; rm -rf "$s"; return $status
-}
 """
 
 # What pulls brought home: $m/pull, for each a line of its op, HEAD, tree and refs (without git the
 # checksum of the listing for a tree). The client names the last pull that it finished: a line that
 # follows does not count.
 RECORDS = r"""
+in_stage() { # op function...; it is cleared, too, where the client is gone
+  trap 'cd "$root"; rm -rf "$s"; exit 1' PIPE HUP TERM
+  s=$root/.cmux/stage/$1.$$; mkdir -p "$s" || return 3
+  shift; "$@"; status=$?
+  cd "$root"; rm -rf "$s"; return $status
+}
 pulls() { # last-op: the lines that count
   ! grep -q "^$1 " "$m/pull" 2>/dev/null || sed "/^$1 /q" "$m/pull"
 }
@@ -1390,6 +1407,42 @@ list_sent() { [ "$(sed -n 2p "$m/mark")" = listed ] && tail -n +3 "$m/mark" >"$s
 sum_list() { cksum <"$s/now" | tr ' ' -; }
 only_paths() { sed 's/^[^ ]* [^ ]* [^ ]* \.\///'; }
 unreadable() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$s/now"; }
+"""
+
+# The changes between two listings, and the contents of what is new.
+LISTED = r"""
+only() { sort "$1" "$2" "$2" >"$s/both" && uniq -u "$s/both"; } # the lines of the first alone
+compare_lists() { # -> $s/new: numbered lines; $s/gone: paths
+  only "$s/now" "$s/was" >"$s/changed" && sed '/^u/d;=' "$s/changed" >"$s/numbered" &&
+    sed 'N;s/\n/ /' "$s/numbered" >"$s/new" &&
+    only_paths <"$s/was" >"$s/before" && only_paths <"$s/now" >"$s/after" &&
+    only "$s/before" "$s/after" >"$s/gone"
+}
+send_changes() {
+  { echo 1
+    sed 'i\
+:0 000000 0 0 D' "$s/gone"
+    sed -n 's/^\([0-9]*\) x [^ ]* [^ ]* \.\//:0 100755 0 \1 M\
+/p;s/^\([0-9]*\) f [^ ]* [^ ]* \.\//:0 100644 0 \1 M\
+/p;s/^\([0-9]*\) l [^ ]* [^ ]* \.\//:0 120000 0 \1 M\
+/p' "$s/new"; echo; } | tr '\n' '\0'
+}
+send_files() {
+  while IFS= read -r row; do
+    path=./${row#* ./} row=${row%% ./*}; size=${row##* }
+    while case $path in *//n*) ;; *) false;; esac; do
+      path=${path%%//n*}$_cmux_newline${path#*//n}
+    done
+    echo "${row%% *} blob $size"
+    case $row in
+    *' 0') ;; # some systems have no `head -c 0`
+    *' l '*) readlink "$path" | head -c "$size";;
+    *) head -c "$size" "$path";;
+    esac
+    echo
+  done <"$s/new"
+  echo
+}
 """
 
 # PULL root project name base tree op commits bytes last-op record: what the workspace changed, a
@@ -1405,7 +1458,7 @@ unreadable() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$s/now"; }
 #                first parent; without git, of a commit 1. An empty record ends them. Two slashes
 #                and an n are a newline in a path
 #     contents   as `git cat-file --batch` prints them, each once; an empty line ends them
-PULL = SNAPSHOT + RECORDS + r"""
+PULL = SNAPSHOT + RECORDS + LISTED + r"""
 pull() {
   _csnap "$4" "$5" "$7" "$8"; status=$?
   case $status in 0) ;; 9) pull_files "$@"; return;; *) return $status;; esac
@@ -1446,38 +1499,6 @@ pull_files() {
   kind=files; list_sent || { kind=all; : >"$s/was"; }
   compare_lists || return 3
   echo "$kind"; echo; send_changes; send_files
-}
-only() { sort "$1" "$2" "$2" >"$s/both" && uniq -u "$s/both"; } # the lines of the first alone
-compare_lists() { # -> $s/new: numbered lines; $s/gone: paths
-  only "$s/now" "$s/was" >"$s/changed" && sed '/^u/d;=' "$s/changed" >"$s/numbered" &&
-    sed 'N;s/\n/ /' "$s/numbered" >"$s/new" &&
-    only_paths <"$s/was" >"$s/before" && only_paths <"$s/now" >"$s/after" &&
-    only "$s/before" "$s/after" >"$s/gone"
-}
-send_changes() {
-  { echo 1
-    sed 'i\
-:0 000000 0 0 D' "$s/gone"
-    sed -n 's/^\([0-9]*\) x [^ ]* [^ ]* \.\//:0 100755 0 \1 M\
-/p;s/^\([0-9]*\) f [^ ]* [^ ]* \.\//:0 100644 0 \1 M\
-/p;s/^\([0-9]*\) l [^ ]* [^ ]* \.\//:0 120000 0 \1 M\
-/p' "$s/new"; echo; } | tr '\n' '\0'
-}
-send_files() {
-  while IFS= read -r row; do
-    path=./${row#* ./} row=${row%% ./*}; size=${row##* }
-    while case $path in *//n*) ;; *) false;; esac; do
-      path=${path%%//n*}$_cmux_newline${path#*//n}
-    done
-    echo "${row%% *} blob $size"
-    case $row in
-    *' 0') ;; # some systems have no `head -c 0`
-    *' l '*) readlink "$path" | head -c "$size";;
-    *) head -c "$size" "$path";;
-    esac
-    echo
-  done <"$s/new"
-  echo
 }
 _cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && in_stage "$6" pull "$@"; }
 """
@@ -1721,6 +1742,7 @@ TOOL_STATUS = {
     32: "{path} is not a regular file.", 33: "{path} may not be read or written there.",
     34: "The host does not take the pattern: {said}.",
     35: "The content for {path} did not arrive whole.", 36: "{path} changed meanwhile.",
+    40: "{path} exists already in the workspace.",
     38: "There is no job {path}.", 39: "A name in {path} is longer than 255 bytes.",
 }
 
@@ -1799,6 +1821,52 @@ _creplace() {
   esac
   mv -f "$new" "$file" || return 3
   echo $how
+}
+"""
+
+# COPY_IN home path name op force stage: the stream, a tar archive of OP, a file or directory, and
+# last of an empty file `end`, without which it was cut off, becomes path; or NAME in it, where it
+# is a directory: then it says into. It is put together in the stage, and moved when it is whole.
+COPY_IN = r"""
+_cop() {
+  [ -d "$1" ] || return 37
+  place=$2 stage=$6
+  if [ -d "$place" ]; then place=$2/$3; echo into; fi
+  if _taken "$place" && [ ! "$5" ]; then return 40; fi
+  umask 022
+  mkdir -p "$stage" "${place%/*}" || return 3
+  ( cd "$stage" && tar -xmof - && cat >/dev/null || return 3; [ -f end ] || return 35
+    _publish "$4" )
+  status=$?; rm -rf "$stage"; return $status
+}
+_taken() { [ -e "$1" ] || [ -L "$1" ]; }
+_publish() {
+  if _taken "$place" && ! { [ -f "$place" ] && [ -f "$1" ]; }; then mv "$place" old || return 3; fi
+  mv -f "$1" "$place" || { mv old "$place"; return 3; }
+  [ ! -e "$place/$1" ] || { rm -rf "$place/$1"; return 40; } # a directory made there meanwhile
+}
+"""
+# COPY_OUT root op path home: what is in a directory, or the file `it`, which path is or leads to:
+#   `note ...` lines, all or file, and the three sections of PULL.
+COPY_OUT = GIT_THERE + RECORDS + LISTED + r"""
+_cop() {
+  [ -e "$3" ] || { [ -d "$4" ] || return 37; return 30; }
+  [ -r "$3" ] || return 33
+  root=$1; in_stage "$2" _give "$3"
+}
+_give() {
+  w=$1 kind=all
+  if [ -f "$1" ]; then
+    kind=file; cd "$s" && ln -s "$1" it || return 3
+    case $(ls -lLd it) in -??[xs]*) row=x;; *) row=f;; esac
+    echo "$row $(cksum <it) ./it" >now
+  elif [ -d "$1" ]; then
+    list_now || return 3
+    find . -name .git -prune -print -o ! -type f ! -type l ! -type d -print | sed 's/^/note /'
+    unreadable | sed 's/^/note /'
+  else return 32; fi
+  : >"$s/was"; compare_lists || return 3
+  echo $kind; echo; send_changes; send_files
 }
 """
 
@@ -5216,31 +5284,39 @@ class Parts:
 
     def stream(self, paths: Iterable[bytes]) -> Iterator[bytes]:
         """LFS files as tar entries, checked while they are read."""
-        import tarfile
         for path in paths:
             mode, _, _, size = self.pointers[path]
-            info = tarfile.TarInfo(os.fsdecode(path))
-            info.size, info.mtime, info.mode = size, int(time.time()), int(mode[-3:], 8)
-            try:
-                yield info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
-            except ValueError:  # a long name, more than 8 GB
-                yield info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+            yield tar_entry(path, int(mode[-3:], 8), size)
             yield from read_content(self.files[path], show(path), self.pointers[path])
             yield b"\0" * (-size % 512)
+
+
+def tar_entry(path: bytes, mode: int, size: int = 0, kind: bytes = b"0",
+              target: bytes = b"") -> bytes:
+    """The head of a tar entry; its ``size`` bytes follow, up to a multiple of 512."""
+    import tarfile
+    entry = tarfile.TarInfo(as_text(path))
+    entry.mode, entry.size, entry.type, entry.linkname = mode, size, kind, as_text(target)
+    return entry.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+
+
+def exactly(stream: IO[bytes], size: int) -> Iterator[bytes]:
+    """So many bytes of a file, or OSError."""
+    while size:
+        data = stream.read(min(CHUNK, size))
+        if not data:
+            raise OSError(0, "it became shorter meanwhile")
+        size -= len(data)
+        yield data
 
 
 def read_content(path: str, name: str, pointer: Pointer) -> Iterator[bytes]:
     """The bytes of a file, as an LFS pointer has them; else GitFailed."""
     import hashlib
-    digest, left = hashlib.sha256(), pointer[3]
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    digest, flags = hashlib.sha256(), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         with open(os.open(path, flags), "rb", buffering=0) as stream:
-            while left:
-                data = stream.read(min(CHUNK, left))
-                if not data:
-                    raise OSError(0, "")
-                left -= len(data)
+            for data in exactly(stream, pointer[3]):
                 digest.update(data)
                 yield data
     except OSError:
@@ -5336,13 +5412,14 @@ class Cksum:
 
 
 class Archive(Source):
-    """The stream of a running `git archive`, with its length and checksum so far. ``total`` counts
-    what travels: compressed, after compress()."""
+    """The stream of ``front``, then of a running `git archive`, with its length and checksum so
+    far. ``total`` counts what travels: compressed, after compress()."""
 
-    def __init__(self, process: Process, errors: str, front: Iterable[bytes] = ()) -> None:
-        assert process.stdout
-        super().__init__(process.stdout.fileno())
-        self.process, self.errors, self.front = process, errors, iter(front)
+    def __init__(self, process: Process | None, errors: str, front: Iterable[bytes] = ()) -> None:
+        out = process.stdout if process else open(os.devnull, "rb")
+        assert out
+        super().__init__(out.fileno())
+        self.out, self.process, self.errors, self.front = out, process, errors, filter(None, front)
         self.digest = Cksum()
         self.ahead = b""            # read by small(), not yet passed on
         self.packer: Any = None
@@ -5382,16 +5459,16 @@ class Archive(Source):
         return data
 
     def close(self) -> None:
-        kill_group(self.process)
-        if self.process.stdout:
-            self.process.stdout.close()
+        if self.process:
+            kill_group(self.process)
+        self.out.close()
 
     def check(self, ended: bool = True) -> None:
         """Raise GitFailed unless git ended well (or, where it was not read to its end, still runs):
         half an archive must not become a base."""
-        if ended:
+        if ended and self.process:
             self.process.wait(timeout=60)
-        if self.process.poll():
+        if self.process and self.process.poll():
             with open(self.errors, "rb") as stream:
                 why = show(neutralise(stream.read(LOG_MAX)).strip(), 300)
             raise GitFailed(f"git archive failed: {why}.", _PARTIAL)
@@ -5423,9 +5500,9 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
         with contextlib.suppress(CmuxError):
             row["detail"] = masked_detail(detail, project.masks())
     began, row["time"], lock = time.monotonic(), round(time.time(), 3), None
-    if operation in ("exec", "shell", "write", "edit", "start"):
+    if operation in ("exec", "shell", "write", "edit", "start", "upload"):
         project.touch(op)
-    if operation in ("exec", "new", "push", "pull", "diff", "shell"):
+    if operation in ("exec", "new", "push", "pull", "diff", "shell", "upload", "download"):
         describe()
         lock = project.history.begin(row)
     try:
@@ -5594,6 +5671,10 @@ class ProjectBase:
                 "git config cmux.host HOST")
         return check_host(name)
 
+    def host_for(self, source: str) -> str:
+        """Where to make a new workspace: with ``source``, if one is named."""
+        return str(self.entry(source)["host"]) if source else self.default_host()
+
     def entries(self) -> dict[str, Fields]:
         """The finished workspaces, by name. One that is being made is not listed."""
         return {name: entry for name, entry in self.registry.read()["workspaces"].items()
@@ -5698,10 +5779,12 @@ class ProjectBase:
                 entry["over"] = dict(entry.get("branches", {}))  # what it no longer has
 
     def create(self, name: str, host: str, ref: str = "HEAD", root: str = "", init: bool = True,
-               report: Report | None = None, cancel: Cancel | None = None) -> "Workspace":
+               report: Report | None = None, cancel: Cancel | None = None,
+               source: str = "") -> "Workspace":
         """Make workspace ``name`` on ``host`` from commit ``ref``, below ``root`` there (default
-        ~/cmux), and run its init hook unless ``init`` is false: ``report`` gets to know of a hook
-        that fails, which undoes nothing.
+        ~/cmux), with what git ignores (packages, caches) in the workspace ``source`` on that host;
+        and run its init hook unless ``init`` is false: ``report`` gets to know of a hook that
+        fails, which undoes nothing.
 
         Raises WorkspaceExists, UploadFailed, HostError, GitFailed, RemoteFailed, Cancelled.
         """
@@ -5709,6 +5792,10 @@ class ProjectBase:
         check_host(host)
         if not root.isprintable() or len(root) > PATH_MAX or root.startswith("-"):
             raise UsageError(f"{show(root)} cannot be the root directory.")
+        elsewhere = self.entry(source)["host"] if source else host
+        if elsewhere != host:
+            raise UsageError(f"The workspace {source} is on {elsewhere}, not on {host}.",
+                             f"Make it there: {PROGRAM} new {name} --from {source}")
         # Before the lock: a hundred callers of a host that is down then share one failure, and do
         # not ask it one after the other.
         report = report or Report()
@@ -5721,22 +5808,28 @@ class ProjectBase:
             with noted(self, "new", name, host, ref) as log, \
                     Upload(self, name, place, ref, report, cancel) as upload:
                 log.row["op"] = op = os.urandom(8).hex()  # not before: it has no name yet
-                self._make(upload, op, init)
+                self._make(upload, op, init, source)
                 log.size = upload.sent
                 if "init" in self.entry(name):
                     self._run_init(name, root, report, cancel)
                 return self.workspace(name)
 
-    def _make(self, upload: Upload, op: str, init: bool) -> None:
+    def _make(self, upload: Upload, op: str, init: bool, source: str) -> None:
         name, host = upload.name, upload.host.name
+        words = [op, upload.tree, self.entry(source)["path"] if source else ""]
         entry: Fields = {
             "state": "creating", **upload.place, "op": op, "created": int(time.time()),
             **upload.base()}
         upload.left_out()
         try:
             reply = upload.with_base(op, lambda: self.operate(
-                CREATE, name, entry, [op, upload.tree], entry, cancel=upload.cancel))
-            check_reply(reply, host, "make the workspace", name)
+                CREATE, name, entry, words, entry, cancel=upload.cancel))
+            if reply.status == 9:
+                raise RemoteFailed(f"Which files of {source} are ignored, only git knows, and it "
+                                   f"is not on {host}, or {source} is no repository there.",
+                                   f"Make it without --from; or copy all: {PROGRAM} fork -w "
+                                   f"{source} {name}")
+            check_reply(reply, host, "make the workspace", name, source)
             if "made" not in reply.lines():
                 raise RemoteFailed(f"{host} did not confirm the workspace.", "Try again.")
         except CmuxError as error:
@@ -6408,7 +6501,8 @@ def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: C
 # Owns: what comes back from a host: the parser of its stream, the checks, the commits made of it.
 # May touch: the rooms above; git only through a Shadow. Promises: no byte of the host's reaches a
 # work tree, an index, a hook, a config or an object that anything refers to before all of it was
-# read, checked and bounded; a stream that ends early, or lies, leaves no ref.
+# read, checked and bounded; a stream that ends early, or lies, leaves no ref. What is copied by
+# name (cp) becomes one new file or directory, when it is whole.
 
 _HFS_IGNORED = dict.fromkeys([*range(0x200C, 0x2010), *range(0x202A, 0x202F),
                               *range(0x206A, 0x2070), 0xFEFF])
@@ -6505,6 +6599,12 @@ def check_link(path: bytes, target: bytes) -> None:
         raise refuse(f"{show(path)} is a symbolic link")
 
 
+def left_out(paths: Mapping[bytes, str]) -> list[str]:
+    """The notes on paths that cannot come, and why."""
+    left = [f"left out: {show(path)[1:-1]} ({why})" for path, why in sorted(paths.items())]
+    return left[:20] + ([f"left out: {len(left) - 20} more"] if left[20:] else [])
+
+
 class Wire:
     """Reads a stream exactly: to a delimiter, or a number of bytes. The end is an error."""
 
@@ -6591,7 +6691,10 @@ def read_commit(data: bytes) -> Commit:
 
 
 class Harvest:
-    """Reads the three sections of PULL: commits as checked data, contents into fast-import."""
+    """Reads the three sections of PULL: commits as checked data, contents into fast-import.
+    ``most``: bytes that one content may have; ``strict``: a link that leads elsewhere refuses all."""
+
+    most, strict = PULL_FILE_MAX, True
 
     def __init__(self, wire: Wire, importer: Importer, known: Callable[[], set[bytes]],
                  secrets: Mapping[str, bytes], pointers: Mapping[tuple[str, int], str]) -> None:
@@ -6692,11 +6795,11 @@ class Harvest:
                 raise refuse("its stream has a content twice, or one that no change names")
             self.total += size
             self.spread += size * uses
-            if size > PULL_FILE_MAX:
+            if size > self.most:
                 paths = [path for commit in self.commits.values()
                          for path, change in commit.changes.items() if change[1] == name]
                 raise refuse(f"{show((paths or [b'a file'])[0])} has {human_size(size)}, more than "
-                             f"{human_size(PULL_FILE_MAX)}", _REMOVE_IT)
+                             f"{human_size(self.most)}", _REMOVE_IT)
             if self.total > PULL_TOTAL_MAX:
                 raise refuse(f"it is larger than {human_size(PULL_TOTAL_MAX)}", _IGNORE)
             chunks = self._link(name, size) if name in self.links else self.wire.chunks(size)
@@ -6734,7 +6837,13 @@ class Harvest:
             raise refuse(f"{show(self.links[name][0])} is a symbolic link of {human_size(size)}")
         target = self.wire.exact(size)
         for path in self.links[name]:
-            check_link(path, target)
+            try:
+                check_link(path, target)
+            except ResultRefused:
+                if self.strict:
+                    raise
+                del self.commits[b"1"].changes[path]
+                self.left[path] = f"it is a symbolic link that leads elsewhere: {show(target)}"
         return [target]
 
 
@@ -6963,10 +7072,9 @@ class Pull:
                 del found[path]
         harvest.left.update(dict.fromkeys(
             found, "it lies in a submodule: no commit here can hold it"))
-        left = [f"{show(path)[1:-1]} ({why})" for path, why in sorted(harvest.left.items())]
-        self.notes += ["left out: " + path for path in left[:20]]
-        self.notes += [f"left out: {len(left) - 20} more"] if left[20:] else []
-        self.pulled["left"] = left[:20]
+        left = left_out(harvest.left)
+        self.notes += left
+        self.pulled["left"] = [note[len("left out: "):] for note in left[:20]]
 
     def _point(self, harvest: Harvest) -> None:
         """LFS content that was sent becomes its pointer again: in its place, and where LFS manages
@@ -7117,6 +7225,92 @@ class Pull:
                       base=self.base, commit=tip, since=since, commits=int(count), new=moved,
                       executes=executes, secrets=self.secrets, notes=self.notes,
                       stat="\n".join(map(neutralise, rows)))
+
+
+class Copied(Harvest):
+    """The same of what is copied by name: each content becomes a file in ``folder``."""
+
+    most, strict = PULL_TOTAL_MAX, False
+
+    def __init__(self, wire: Wire, folder: bytes) -> None:
+        super().__init__(wire, None, set, {}, {})  # type: ignore[arg-type]
+        self.files = (os.path.join(folder, b"%d" % number) for number in itertools.count())
+        self.read(b"", False, "")
+        self.changes = {path: row for path, row in self.commits[b"1"].changes.items() if row[0]}
+
+    def _import(self, chunks: Iterable[bytes], size: int, form: str) -> str:
+        name = next(self.files)
+        with open(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o755), "wb") as stream:
+            stream.writelines(chunks)
+        return os.fsdecode(name)
+
+
+class Landing:
+    """Where a copy from a host is put together: a directory of its own beside its place, then moved
+    there whole. Links are made last: no file is written through one. Whoever is killed leaves that
+    directory, hidden, and in it what was to be replaced, if he died between two renames. A context
+    manager."""
+
+    def __init__(self, local: str, name: str, force: bool) -> None:
+        place, self.force = os.path.abspath(local), force
+        above = os.path.dirname(place)
+        if os.path.islink(place) or not os.path.isabs(local) and os.path.realpath(above) != above:
+            raise UsageError(f"{show(local)} is, or leads through, a symbolic link.",
+                             f"Name where it leads: {quote(os.path.realpath(place))}")
+        self.place = os.path.join(place, name) if os.path.isdir(place) else place
+        self._look()
+        self.path = f"{os.path.dirname(self.place)}/.cmux-{os.urandom(8).hex()}.tmp"
+        os.mkdir(self.path, 0o700)
+        self.new, self.old = self.path + "/new", self.path + "/old"
+
+    def _look(self) -> bool:
+        """Whether something is there. Raises UsageError if that must stay."""
+        found = os.path.lexists(self.place)
+        if found and not self.force:
+            raise UsageError(f"{show(self.place, 300)} exists already.", "To replace it: --force.")
+        if any(map(is_dot_git, self.place.split("/"))) or os.path.lexists(self.place + "/.git"):
+            raise UsageError(f"{show(self.place, 300)} belongs to a git repository, or holds one.",
+                             "Name another place.")
+        return found
+
+    def __enter__(self) -> Landing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import shutil
+        if os.path.lexists(self.old) and not os.path.lexists(self.place):
+            os.rename(self.old, self.place)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def take(self, wire: Wire, alone: bool) -> Copied:
+        """Put together all that comes: one file, if it is to be ``alone``."""
+        copied, folders = Copied(wire, os.fsencode(self.path)), set()  # type: Copied, set[bytes]
+        rows = sorted(copied.changes.items(), key=lambda row: row[1][0])  # links have 120000
+        if alone and [(path, mode[:3]) for path, (mode, _) in rows] != [(b"it", "100")]:
+            raise refuse("it is not one file")
+        for path, _ in rows:
+            folders.update(above(path))
+            if len(folders) > PULL_PATHS_MAX:
+                raise refuse(f"it has more than {PULL_PATHS_MAX} directories")
+        for folder in [] if alone else [b"", *sorted(folders)]:
+            os.mkdir(os.fsencode(self.new) + b"/" * bool(folder) + folder, 0o755)
+        for path, (mode, name) in rows:
+            place = os.fsencode(self.new) + (b"" if alone else b"/" + path)
+            if os.path.lexists(place):  # in a file system where case does not count
+                raise FileExistsError
+            if mode == "120000":
+                with open(name, "rb") as stream:
+                    os.symlink(stream.read(), place)
+                continue
+            os.chmod(name, os.stat(name).st_mode & (0o777 if mode == "100755" else 0o666))
+            os.rename(name, place)
+        return copied
+
+    def publish(self) -> None:
+        """Move it to its place."""
+        if self._look() and not (os.path.isfile(self.new) and os.path.isfile(self.place)):
+            os.rename(self.place, self.old)
+        os.rename(self.new, self.place)
 
 
 @logged("pull")
@@ -7457,6 +7651,51 @@ def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Cancel |
             time.sleep(0.5)
 
 
+def tar_member(one: bytes, fd: int | None, path: bytes, name: bytes) -> Iterator[bytes]:
+    """A local file or link, ``path`` in what is copied, as the tar entry ``name``; nothing of a
+    directory. Raises OSError at once, with why, if it stays here."""
+    status = os.stat(one, dir_fd=fd, follow_symlinks=False)
+    mode, flags = status.st_mode, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    if is_dot_git(as_text(one)) or os.path.samestat(status, os.stat(state_home())):
+        raise OSError(0, "it is a git directory, or this program's state")
+    if stat.S_ISLNK(mode):
+        target = os.readlink(one, dir_fd=fd)
+        with contextlib.suppress(ResultRefused):
+            check_link(path, target)
+            yield tar_entry(name, 0o777, 0, b"2", target)
+            return
+        raise OSError(0, "it is a symbolic link that leads elsewhere")
+    if stat.S_ISDIR(mode):
+        os.close(os.open(one, flags, dir_fd=fd))
+    elif not stat.S_ISREG(mode):
+        raise OSError(0, "it is a device, a pipe or a socket")
+    else:
+        with open(os.open(one, flags, dir_fd=fd), "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            yield tar_entry(name, 0o755 if mode & 0o100 else 0o644, size)
+            yield from exactly(stream, size)
+            yield bytes(-size % 512)
+
+
+def tar_tree(top: bytes, name: bytes, left: dict[bytes, str]) -> Iterator[bytes]:
+    """A local file or directory as the archive that COPY_IN takes; ``left`` is what stays here."""
+    if not os.path.isdir(top):
+        yield from tar_member(top, None, b"", name)
+    for folder, folders, files, fd in os.fwalk(top):  # of a file: nothing
+        below = folder[len(top):].strip(b"/")
+        yield tar_entry(os.path.join(name, below), 0o755, 0, b"5")
+        for one in sorted([*folders, *files]):
+            path = os.path.join(below, one)
+            member = tar_member(one, fd, path, os.path.join(name, path))
+            try:
+                yield next(member, b"")
+            except OSError as error:
+                left[path] = error.strerror or "it cannot be read"
+                folders[:] = [name for name in folders if name != one]
+            yield from member
+    yield tar_entry(b"end", 0o644) + bytes(1024)
+
+
 class Workspace(WorkspaceBase):
     """A directory on a host in which an agent works. Get one from Project.create, .ensure or
     .workspace. The methods are the tools of the table below: arguments and results as there, and
@@ -7486,7 +7725,9 @@ class Workspace(WorkspaceBase):
         whole = words[1] == "all"
         if len(data) > READ_MAX:
             what = show(path) if whole else f"What was asked for of {show(path)}"
-            hint = "Read it by lines: offset and limit." if whole else "Ask for fewer: limit."
+            hint = ("Read it by lines: offset and limit. All of it comes with: "
+                    f"{PROGRAM} cp {quote(self.name + ':' + path)} ." if whole
+                    else "Ask for fewer: limit.")
             raise ToolFailed(f"{what} is larger than {human_size(READ_MAX)}.", hint)
         if not whole:
             known = words[2] if words[2:] and re.match(r"[0-9a-f]{64}\Z", words[2]) else ""
@@ -7608,6 +7849,78 @@ class Workspace(WorkspaceBase):
                 text = row.decode("utf-8", "replace").rstrip("\r")[:LINE_MAX]
                 matches.append({"path": path, "line": line, "text": text})
         return {"matches": matches[:limit], "truncated": len(matches) > limit or cut}
+
+    @logged("upload", lambda result, *args: result["size"])
+    def upload(self, local: str, path: str = "", force: bool = False,
+               report: Report | None = None, cancel: Cancel | None = None) -> Fields:
+        """Copy a local file or directory to ``path`` in the workspace, or into it where that is a
+        directory, whole or not at all; what has its name there is replaced only with ``force``.
+        Modes become 644 and 755; git directories, links that lead out of it and what is no file
+        stay here: ``path``, ``size`` (bytes sent), ``notes``. Raises ToolFailed."""
+        source, report = os.path.realpath(os.fsencode(local)), report or Report()
+        name, place = os.path.basename(os.path.abspath(local)), self._inside(path)
+        own, op = os.fsencode(os.path.realpath(state_home())), os.urandom(8).hex()
+        if not name or not os.path.exists(source) or (source + b"/").startswith(own + b"/"):
+            raise UsageError(f"{show(local)} is not a file or directory that can be copied.")
+        left: dict[bytes, str] = {}
+        archive = Archive(None, "", tar_tree(source, op.encode(), left))
+        archive.progress = functools.partial(report.progress, self.name)
+        words = [self.path, place + ("/" + name) * path.endswith("/"), name, op, "1" * force,
+                 f"{self.root}/.cmux/stage/{op}"]
+        with contextlib.closing(archive):
+            try:
+                reply = self.host.call(COPY_IN, *words, source=archive,
+                                       direct=not archive.small(), cancel=cancel)
+            except OSError as error:
+                raise UsageError(f"{show(local)} cannot be read: {error.strerror}.")
+            finally:
+                report.step(self.name, "done")
+        into = tool_reply(self, reply, path or name).stdout == b"into\n"
+        return {"path": words[1] + ("/" + name) * into, "size": archive.total,
+                "notes": left_out(left)}
+
+    def _inside(self, path: str) -> str:
+        """A path of the workspace, absolute. Raises UsageError if it is elsewhere."""
+        place = os.path.normpath(absolute(self, path or "."))
+        if not (place + "/").startswith(self.path + "/"):
+            raise UsageError(f"{show(path)} is not in the workspace {self.name}.",
+                             "Name a path relative to it.")
+        return place
+
+    @logged("download", lambda result, *args: result["size"])
+    def download(self, path: str, local: str, force: bool = False,
+                 report: Report | None = None, cancel: Cancel | None = None) -> Fields:
+        """Copy a file or directory of the host to ``local``, or into it where that is a directory,
+        whole or not at all; what has its name there is replaced only with ``force``, and no link is
+        followed. Modes become 644 and 755; git directories, links that lead out of it, names that
+        no other system takes and what is no file are left out: ``path``, ``size`` (bytes; 2 GiB at
+        most), ``notes``. Raises ResultRefused, ToolFailed."""
+        source, report = os.path.normpath(absolute(self, path or ".")), report or Report()
+        try:
+            with Landing(local, os.path.basename(source), force) as landing:
+                incoming = Incoming(self.host, cancel, COPY_OUT, self.root, os.urandom(8).hex(),
+                                    source, self.path)
+                with contextlib.closing(incoming):
+                    progress = functools.partial(report.progress, self.name, doing="receiving")
+                    wire, notes = Wire(incoming.take, progress), []  # type: Wire, list[str]
+                    for _ in range(PULL_PATHS_MAX):
+                        if wire.ended():
+                            tool_reply(self, incoming.reply(), path)
+                        word, _, rest = wire.upto(b"\n").partition(b" ")
+                        if word != b"note":
+                            break
+                        notes += ["left out: " + show(rest)[1:-1]] if len(notes) < 20 else []
+                    copied = landing.take(wire, word == b"file")
+                    tool_reply(self, incoming.reply(), path)
+                landing.publish()
+        except ResultRefused as error:
+            error.hint = "Nothing was copied. Try again, or copy a part of it."
+            raise
+        except OSError as error:
+            raise expected(error) or UsageError(f"Cannot copy to {show(local)}: {error.strerror}.")
+        finally:
+            report.step(self.name, "done")
+        return {"path": landing.place, "size": copied.total, "notes": notes + left_out(copied.left)}
 
     # -- jobs --
 
@@ -7870,6 +8183,13 @@ def tool_write(workspace: Workspace, path: str, content: str | None = None,
         raise UsageError("content_base64 is not base64.")
 
 
+def manage_new(project: Project, cancel: Cancel, name: str, ref: str = "HEAD", host: str = "",
+               **more: str) -> Fields:
+    source = more.get("from", "")
+    host = host or project.host_for(source)
+    return project.create(name, host, ref, cancel=cancel, source=source).describe()
+
+
 def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = "") -> Fields:
     if branch and not branch.startswith("cmux/"):  # the user's own are not the model's to move
         raise UsageError(f"The branch {show(branch)} does not begin with cmux/.",
@@ -7987,6 +8307,13 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          example="a.py --old 'x = 1' --new 'x = 2'", tool=Workspace.edit,
          model="Replace exact text in a file, all edits or none. Each old text must occur exactly "
          "once, or count times; read the file first."),
+    Verb("cp", "copy a file or directory to or from a workspace, also what git ignores",
+         Arg("source", "text", "a local path, or NAME:PATH or :PATH in a workspace", word="1",
+             shown="SRC"),
+         Arg("place", "text", "where to, or into which directory; one of both is in a workspace",
+             word="1", shown="DST"),
+         Arg("force", "flag", "replace what has that name"),
+         example="fix-login:build/report ."),
     Verb("glob", "paths of files that match",
          Arg("pattern", "text", "below the workspace: *, ?, [...], {a,b} within a component, "
              "** across", word="1"),
@@ -8020,9 +8347,9 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          Arg("name", "text", "the new name", required=True, face="json"), REF, *DIRTY,
          Arg("root", "text", "where on the host (default: ~/cmux)", shown="DIR", face="line"),
          Arg("no_init", "flag", "do not run .cmux/init", face="line"),
-         example="fix-login fix-logout -H my-server",
-         manage=lambda project, cancel, name, ref="HEAD", host="": project.create(
-             name, host or project.default_host(), ref, cancel=cancel).describe(),
+         Arg("from", "text", "with what git ignores (packages, caches) in this workspace of the "
+             "same host", shown="WS"),
+         example="fix-login fix-logout -H my-server", manage=manage_new,
          model="Make a workspace on the host from a local commit."),
     Verb("list", "this project's workspaces",
          Arg("all_projects", "flag", "of every project of this machine", face="line"),
@@ -8082,7 +8409,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
 )}
 GROUPS = {  # of the commands, as the help lists them
     "work": ("exec", "shell", "diff", "pull", "push"),
-    "files": ("read", "write", "edit", "glob", "grep"),
+    "files": ("read", "write", "edit", "cp", "glob", "grep"),
     "jobs": ("jobs", "logs", "wait", "stop"),
     "workspaces": ("new", "list", "fork", "rename", "rm", "history", "top", "gc"),
     "agents": ("mcp", "batch"),
@@ -9627,7 +9954,7 @@ def open_project(options: argparse.Namespace) -> Project:
 
 # -- the commands: each takes the parsed options and returns an exit code --
 
-NAMED = ("pull", "push", "diff", "shell")  # whose word is the workspace
+NAMED = ("pull", "push", "diff", "shell", "cp")  # whose word is the workspace
 
 
 class Execution:
@@ -9892,7 +10219,8 @@ def command_new(options: argparse.Namespace) -> int:
     refuse_both(options)
     project = open_project(options)
     names = given_names(options) or [project.default_workspace()]
-    host = options.host or project.default_host()
+    source = getattr(options, "from") or ""
+    host = options.host or project.host_for(source)
     if len(set(names)) != len(names):
         raise UsageError("A name is given twice.")
 
@@ -9905,7 +10233,7 @@ def command_new(options: argparse.Namespace) -> int:
         code = 1
         try:
             made = project.create(name, host, ref, options.root or "", not options.no_init,
-                                  terminal, cancel)
+                                  terminal, cancel, source)
             code = 0
             return made
         finally:
@@ -10521,6 +10849,21 @@ def command_write(options: argparse.Namespace) -> int:
     return answer(options, workspace.write(options.path, data))
 
 
+def command_cp(options: argparse.Namespace) -> int:
+    sides = [re.match(r"([\w.-]*):(.*)\Z", side, re.S) for side in (options.source, options.place)]
+    if bool(sides[0]) == bool(sides[1]):
+        raise UsageError("One of the two is in a workspace (NAME:PATH or :PATH), the other is not.",
+                         f"For example: {PROGRAM} cp fix-login:report . (of a local file with a "
+                         "colon: ./a:b)")
+    options.name, path = (sides[0] or sides[1]).groups()  # type: ignore[union-attr]
+    workspace, more = existing_workspace(options), (options.force, options.terminal)
+    done = (workspace.download(path, options.place, *more) if sides[0]
+            else workspace.upload(options.source, path, *more))
+    for note in done["notes"]:
+        options.terminal.warn(note)
+    return answer(options, done, f"{done['path']}  {human_size(done['size'])}")
+
+
 def command_edit(options: argparse.Namespace) -> int:
     arguments: Fields = {"path": options.path}
     if options.old is not None or options.new is not None:
@@ -10691,6 +11034,7 @@ def command_demo(options: argparse.Namespace) -> int:
 HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "exec": lambda options: Execution(options).run(), "shell": command_shell, "diff": command_diff,
     "pull": command_pull, "push": command_push, "write": command_write, "edit": command_edit,
+    "cp": command_cp,
     "logs": command_logs, "new": command_new, "list": command_list, "rm": command_rm,
     "fork": command_move, "rename": command_move, "history": command_history, "top": command_top,
     "gc": command_gc, "mcp": command_mcp, "batch": command_batch, "secrets set": secrets_set,
