@@ -1195,34 +1195,30 @@ _unpack_base() { # -> $stage/tree, with a repository
   ( umask 022; _make_repository ) || echo nogit
 }
 """
-# CREATE root project turn name op base from: make a workspace of a cached or just uploaded base,
-#   with the ignored files of the workspace in the directory ``from``, if one is named.
-#   replies: root <path>; init, if there is a hook to run; made. Status 9: no git here, by which
-#   those are known; 20: the name is taken; 21: the base is not here; it then names those that a
-#   delta may stand on, newest first; 22: no directory ``from``.
-#   Called again with the same op after a lost line, it says made.
+# CREATE root project turn name op base source: make a workspace of a cached or just uploaded base,
+#   with what git ignores in the directory ``source``, if one is named.
+#   replies: root <path>; init, if there is a hook to run; made. Status 9: no git here; 20: the name
+#   is taken; 21: the base is not here; it then names those that a delta may stand on, newest first;
+#   22: no such source. Called again with the same op after a lost line, it says made.
 CREATE = OPEN_ROOT + GIT_THERE + BASE + r"""
 _cop() { _operate _create "$@"; }
-# What git ignores in a workspace and would ignore in the new one, whose own files stay as they are.
-# Nothing is copied through a link of the commit. (Names that git quotes are left out.)
-_take_ignored() {
-  tree=$stage/tree
-  ( cd "$1" && _quiet ls-files -o -i --exclude-standard --directory ) >"$stage/ignored" || return 9
-  ( cd "$tree" && _quiet check-ignore --stdin ) <"$stage/ignored" | while IFS= read -r path; do
-    path=${path%/} place=$tree/${path%/}
-    mkdir -p "${place%/*}" && [ "$(cd -P "${place%/*}" && pwd -P)" = "${place%/*}" ] || continue
-    rm -rf "$stage/part"; _taken "$place" || ! _taken "$1/$path" ||
-      { cp -RpP "$1/$path" "$stage/part" && mv "$stage/part" "$place"; } || exit 3
+_take_ignored() { # source: what git ignores both there and in the new one, but through no link
+  tree=$stage/tree git='git --git-dir=.git -c core.fsmonitor=false -c core.quotePath=false'
+  [ -d "$1" ] || return 22
+  _cenv; rm -rf "$stage/part"
+  ( cd "$1" && $git ls-files -oi --exclude-standard --directory ) >"$stage/ignored" || return 9
+  ( cd "$tree" && $git check-ignore --stdin ) <"$stage/ignored" | while IFS= read -r path; do
+    path=${path%/} place=$tree/${path%/} folder=$tree/${path%/}; folder=${folder%/*}
+    if _taken "$place" || ! _taken "$1/$path"; then continue; fi
+    mkdir -p "$folder" && [ "$(cd -P "$folder" && pwd)" = "$folder" ] || continue
+    cp -RpP "$1/$path" "$stage/part" && mv "$stage/part" "$place" || exit 3
   done
 }
-_quiet() { git -c core.fsmonitor=false -c core.quotePath=false "$@"; }
 _create() {
   base=.cmux/bases/$1
   printf 'root %s\n' "$root"
   if _taken "$place"; then [ "$(_owner "$name")" = "$op" ] || return 20; echo made; return 0; fi
-  [ ! "$2" ] || { [ -d "$2" ] || return 22; [ -d "$2/.git" ] && command -v git >/dev/null; } ||
-    return 9
-  _unpack_base && { [ ! "$2" ] || ( _cenv; _take_ignored "$2" ); } || return
+  _unpack_base && { [ ! "$2" ] || ( _take_ignored "$2" ); } || return
   ( cd "$stage/tree/.git" && ! git var GIT_AUTHOR_IDENT && # or no commit could be made
     git config user.name agent && git config user.email agent@localhost ) >/dev/null 2>&1
   # test -x is false under noexec
@@ -1418,6 +1414,7 @@ compare_lists() { # -> $s/new: numbered lines; $s/gone: paths
     only_paths <"$s/was" >"$s/before" && only_paths <"$s/now" >"$s/after" &&
     only "$s/before" "$s/after" >"$s/gone"
 }
+send_list() { compare_lists || return 3; echo "$1"; echo; send_changes; send_files; }
 send_changes() {
   { echo 1
     sed 'i\
@@ -1497,8 +1494,7 @@ pull_files() {
   unreadable | sed 's/^/note /'
   [ -z "${10}" ] || record_pull "$6" "$9" - "$(sum_list)" - || return 3
   kind=files; list_sent || { kind=all; : >"$s/was"; }
-  compare_lists || return 3
-  echo "$kind"; echo; send_changes; send_files
+  send_list "$kind"
 }
 _cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && in_stage "$6" pull "$@"; }
 """
@@ -1824,49 +1820,46 @@ _creplace() {
 }
 """
 
-# COPY_IN home path name op force stage: the stream, a tar archive of OP, a file or directory, and
-# last of an empty file `end`, without which it was cut off, becomes path; or NAME in it, where it
-# is a directory: then it says into. It is put together in the stage, and moved when it is whole.
-COPY_IN = r"""
+# COPY_IN root op home path name force: stdin, a tar archive of OP and last of an empty file `end`,
+#   without which it was cut off, becomes path, or NAME in it where that is a directory (it says
+#   into): unpacked in the stage, moved when it is whole.
+COPY_IN = RECORDS + r"""
 _cop() {
-  [ -d "$1" ] || return 37
-  place=$2 stage=$6
-  if [ -d "$place" ]; then place=$2/$3; echo into; fi
-  if _taken "$place" && [ ! "$5" ]; then return 40; fi
-  umask 022
-  mkdir -p "$stage" "${place%/*}" || return 3
-  ( cd "$stage" && tar -xmof - && cat >/dev/null || return 3; [ -f end ] || return 35
-    _publish "$4" )
-  status=$?; rm -rf "$stage"; return $status
+  root=$1 place=$4
+  [ -d "$3" ] || return 37
+  if [ -d "$place" ]; then place=$4/$5; echo into; fi
+  [ "$6" ] || { [ ! -e "$place" ] && [ ! -L "$place" ]; } || return 40
+  in_stage "$2" _take_copy "$2"
 }
-_taken() { [ -e "$1" ] || [ -L "$1" ]; }
-_publish() {
-  if _taken "$place" && ! { [ -f "$place" ] && [ -f "$1" ]; }; then mv "$place" old || return 3; fi
+_take_copy() {
+  umask 022
+  mkdir -p "${place%/*}" && cd "$s" && tar -xmof - && cat >/dev/null || return 3
+  [ -f end ] || return 35
+  { [ -f "$place" ] && [ -f "$1" ]; } || mv "$place" old 2>/dev/null
   mv -f "$1" "$place" || { mv old "$place"; return 3; }
   [ ! -e "$place/$1" ] || { rm -rf "$place/$1"; return 40; } # a directory made there meanwhile
 }
 """
-# COPY_OUT root op path home: what is in a directory, or the file `it`, which path is or leads to:
-#   `note ...` lines, all or file, and the three sections of PULL.
+# COPY_OUT root op home path: what is in a directory, or the file `it` that path is or leads to:
+#   `note ...` lines, `all` or `file`, and the three sections of PULL.
 COPY_OUT = GIT_THERE + RECORDS + LISTED + r"""
 _cop() {
-  [ -e "$3" ] || { [ -d "$4" ] || return 37; return 30; }
-  [ -r "$3" ] || return 33
-  root=$1; in_stage "$2" _give "$3"
+  [ -e "$4" ] || { [ -d "$3" ] || return 37; return 30; }
+  [ -r "$4" ] || return 33
+  root=$1; in_stage "$2" _send_copy "$4"
 }
-_give() {
-  w=$1 kind=all
+_send_copy() {
+  w=$1 kind=all; : >"$s/was"
   if [ -f "$1" ]; then
     kind=file; cd "$s" && ln -s "$1" it || return 3
     case $(ls -lLd it) in -??[xs]*) row=x;; *) row=f;; esac
     echo "$row $(cksum <it) ./it" >now
   elif [ -d "$1" ]; then
     list_now || return 3
-    find . -name .git -prune -print -o ! -type f ! -type l ! -type d -print | sed 's/^/note /'
-    unreadable | sed 's/^/note /'
+    { find . -name .git -prune -print -o ! -type f ! -type l ! -type d -print
+      unreadable; } | sed 's/^/note /'
   else return 32; fi
-  : >"$s/was"; compare_lists || return 3
-  echo $kind; echo; send_changes; send_files
+  send_list $kind
 }
 """
 
@@ -3989,6 +3982,8 @@ class Stream:
 class Source:
     """Bytes for a command's stdin from a descriptor of ours; ``total`` counts them."""
 
+    progress: Callable[[int], None] | None = None
+
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.total = 0
@@ -3999,6 +3994,8 @@ class Source:
         except OSError as error:
             raise UsageError(f"The command's stdin cannot be read: {error.strerror}.")
         self.total += len(data)
+        if self.progress:
+            self.progress(self.total)
         return data
 
 
@@ -5284,39 +5281,28 @@ class Parts:
 
     def stream(self, paths: Iterable[bytes]) -> Iterator[bytes]:
         """LFS files as tar entries, checked while they are read."""
+        import tarfile
         for path in paths:
             mode, _, _, size = self.pointers[path]
-            yield tar_entry(path, int(mode[-3:], 8), size)
+            info = tarfile.TarInfo(os.fsdecode(path))
+            info.size, info.mtime, info.mode = size, int(time.time()), int(mode[-3:], 8)
+            yield info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
             yield from read_content(self.files[path], show(path), self.pointers[path])
             yield b"\0" * (-size % 512)
-
-
-def tar_entry(path: bytes, mode: int, size: int = 0, kind: bytes = b"0",
-              target: bytes = b"") -> bytes:
-    """The head of a tar entry; its ``size`` bytes follow, up to a multiple of 512."""
-    import tarfile
-    entry = tarfile.TarInfo(as_text(path))
-    entry.mode, entry.size, entry.type, entry.linkname = mode, size, kind, as_text(target)
-    return entry.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
-
-
-def exactly(stream: IO[bytes], size: int) -> Iterator[bytes]:
-    """So many bytes of a file, or OSError."""
-    while size:
-        data = stream.read(min(CHUNK, size))
-        if not data:
-            raise OSError(0, "it became shorter meanwhile")
-        size -= len(data)
-        yield data
 
 
 def read_content(path: str, name: str, pointer: Pointer) -> Iterator[bytes]:
     """The bytes of a file, as an LFS pointer has them; else GitFailed."""
     import hashlib
-    digest, flags = hashlib.sha256(), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    digest, left = hashlib.sha256(), pointer[3]
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         with open(os.open(path, flags), "rb", buffering=0) as stream:
-            for data in exactly(stream, pointer[3]):
+            while left:
+                data = stream.read(min(CHUNK, left))
+                if not data:
+                    raise OSError(0, "")
+                left -= len(data)
                 digest.update(data)
                 yield data
     except OSError:
@@ -5412,19 +5398,17 @@ class Cksum:
 
 
 class Archive(Source):
-    """The stream of ``front``, then of a running `git archive`, with its length and checksum so
-    far. ``total`` counts what travels: compressed, after compress()."""
+    """The stream of a running `git archive`, with its length and checksum so far. ``total`` counts
+    what travels: compressed, after compress()."""
 
-    def __init__(self, process: Process | None, errors: str, front: Iterable[bytes] = ()) -> None:
-        out = process.stdout if process else open(os.devnull, "rb")
-        assert out
-        super().__init__(out.fileno())
-        self.out, self.process, self.errors, self.front = out, process, errors, filter(None, front)
+    def __init__(self, process: Process, errors: str, front: Iterable[bytes] = ()) -> None:
+        assert process.stdout
+        super().__init__(process.stdout.fileno())
+        self.process, self.errors, self.front = process, errors, filter(None, front)
         self.digest = Cksum()
         self.ahead = b""            # read by small(), not yet passed on
         self.packer: Any = None
         self.ended = False          # all of it was read
-        self.progress: Callable[[int], None] | None = None
         self.size: Callable[[], int] = lambda: 0  # an estimate of all that comes
 
     def small(self) -> bool:
@@ -5459,16 +5443,16 @@ class Archive(Source):
         return data
 
     def close(self) -> None:
-        if self.process:
-            kill_group(self.process)
-        self.out.close()
+        kill_group(self.process)
+        if self.process.stdout:
+            self.process.stdout.close()
 
     def check(self, ended: bool = True) -> None:
         """Raise GitFailed unless git ended well (or, where it was not read to its end, still runs):
         half an archive must not become a base."""
-        if ended and self.process:
+        if ended:
             self.process.wait(timeout=60)
-        if self.process and self.process.poll():
+        if self.process.poll():
             with open(self.errors, "rb") as stream:
                 why = show(neutralise(stream.read(LOG_MAX)).strip(), 300)
             raise GitFailed(f"git archive failed: {why}.", _PARTIAL)
@@ -5671,9 +5655,14 @@ class ProjectBase:
                 "git config cmux.host HOST")
         return check_host(name)
 
-    def host_for(self, source: str) -> str:
-        """Where to make a new workspace: with ``source``, if one is named."""
-        return str(self.entry(source)["host"]) if source else self.default_host()
+    def host_for(self, host: str, source: str) -> str:
+        """``host``, or that of the workspace ``source``, or the default. Raises UsageError where
+        the two that are given differ."""
+        there = self.entry(source)["host"] if source else host or self.default_host()
+        if host not in ("", there):
+            raise UsageError(f"The workspace {source} is on {there}, not on {host}.",
+                             "Leave out -H, or --from.")
+        return str(there)
 
     def entries(self) -> dict[str, Fields]:
         """The finished workspaces, by name. One that is being made is not listed."""
@@ -5792,10 +5781,7 @@ class ProjectBase:
         check_host(host)
         if not root.isprintable() or len(root) > PATH_MAX or root.startswith("-"):
             raise UsageError(f"{show(root)} cannot be the root directory.")
-        elsewhere = self.entry(source)["host"] if source else host
-        if elsewhere != host:
-            raise UsageError(f"The workspace {source} is on {elsewhere}, not on {host}.",
-                             f"Make it there: {PROGRAM} new {name} --from {source}")
+        self.host_for(host, source)
         # Before the lock: a hundred callers of a host that is down then share one failure, and do
         # not ask it one after the other.
         report = report or Report()
@@ -5825,10 +5811,8 @@ class ProjectBase:
             reply = upload.with_base(op, lambda: self.operate(
                 CREATE, name, entry, words, entry, cancel=upload.cancel))
             if reply.status == 9:
-                raise RemoteFailed(f"Which files of {source} are ignored, only git knows, and it "
-                                   f"is not on {host}, or {source} is no repository there.",
-                                   f"Make it without --from; or copy all: {PROGRAM} fork -w "
-                                   f"{source} {name}")
+                raise RemoteFailed(f"What is ignored in {source}, only git knows: it is not on "
+                                   f"{host}, or {source} is no repository.", "Leave out --from.")
             check_reply(reply, host, "make the workspace", name, source)
             if "made" not in reply.lines():
                 raise RemoteFailed(f"{host} did not confirm the workspace.", "Try again.")
@@ -6585,24 +6569,16 @@ def check_result_path(path: bytes) -> str:
     return ""
 
 
-def check_link(path: bytes, target: bytes) -> None:
-    """Refuse a symbolic link that leaves the tree, or leads into .git. `..` may only lead: after
-    a name that is a link itself it would go elsewhere than it reads."""
+def why_no_link(path: bytes, target: bytes) -> str:
+    """Why a symbolic link may not come: it leaves the tree, or leads into .git; "" if it may. `..`
+    may only lead: after a name that is a link itself it would go elsewhere than it reads."""
     text = as_text(target)
     parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".")]
     ups = len(list(itertools.takewhile("..".__eq__, parts)))
     if not text or len(target) > PATH_MAX or "\0" in text or text.startswith("/") \
             or ups > path.count(b"/") or ".." in parts[ups:] or any(map(is_dot_git, parts)):
-        raise refuse(f"{show(path)} is a symbolic link that leaves the tree or may: {show(text)}",
-                     _REMOVE_IT)
-    if is_special(path):
-        raise refuse(f"{show(path)} is a symbolic link")
-
-
-def left_out(paths: Mapping[bytes, str]) -> list[str]:
-    """The notes on paths that cannot come, and why."""
-    left = [f"left out: {show(path)[1:-1]} ({why})" for path, why in sorted(paths.items())]
-    return left[:20] + ([f"left out: {len(left) - 20} more"] if left[20:] else [])
+        return f"it is a symbolic link that leaves the tree or may: {show(text)}"
+    return "it is a symbolic link" if is_special(path) else ""
 
 
 class Wire:
@@ -6642,6 +6618,22 @@ class Wire:
 
     def exact(self, size: int) -> bytes:
         return b"".join(self.chunks(size))
+
+
+def after_notes(wire: Wire, notes: list[str]) -> tuple[bytes, bytes]:
+    """The first line that is no note, in two; 20 of those are added."""
+    for noted in range(PULL_PATHS_MAX):
+        word, _, rest = wire.upto(b"\n").partition(b" ")
+        if word != b"note":
+            break
+        notes += ["left out: " + show(rest)[1:-1]] if noted < 20 else []
+    return word, rest
+
+
+def left_out(paths: Mapping[bytes, str]) -> list[str]:
+    """The notes on paths that cannot come, and why."""
+    left = [f"left out: {show(path)[1:-1]} ({why})" for path, why in sorted(paths.items())]
+    return left[:20] + ([f"left out: {len(left) - 20} more"] if left[20:] else [])
 
 
 class Commit:
@@ -6691,10 +6683,10 @@ def read_commit(data: bytes) -> Commit:
 
 
 class Harvest:
-    """Reads the three sections of PULL: commits as checked data, contents into fast-import.
-    ``most``: bytes that one content may have; ``strict``: a link that leads elsewhere refuses all."""
+    """Reads the three sections of PULL: commits as checked data, contents into fast-import."""
 
-    most, strict = PULL_FILE_MAX, True
+    most = PULL_FILE_MAX  # bytes of one content
+    strict = True         # all is refused for a link that leads elsewhere
 
     def __init__(self, wire: Wire, importer: Importer, known: Callable[[], set[bytes]],
                  secrets: Mapping[str, bytes], pointers: Mapping[tuple[str, int], str]) -> None:
@@ -6837,13 +6829,12 @@ class Harvest:
             raise refuse(f"{show(self.links[name][0])} is a symbolic link of {human_size(size)}")
         target = self.wire.exact(size)
         for path in self.links[name]:
-            try:
-                check_link(path, target)
-            except ResultRefused:
-                if self.strict:
-                    raise
+            why = why_no_link(path, target)
+            if why and self.strict:
+                raise refuse(f"of {show(path)}: {why}", _REMOVE_IT)
+            if why:
                 del self.commits[b"1"].changes[path]
-                self.left[path] = f"it is a symbolic link that leads elsewhere: {show(target)}"
+                self.left[path] = why
         return [target]
 
 
@@ -7040,21 +7031,16 @@ class Pull:
     def _begin(self, wire: Wire, incoming: Incoming) -> tuple[bool, bytes, bool]:
         """Whether the last commit is uncommitted work; the host's name of the base, b"" without
         git; whether all files come."""
-        for noted in range(PULL_PATHS_MAX):
-            if wire.ended():
-                self._check_reply(incoming)
-                raise refuse("its stream is empty")
-            word, _, rest = wire.upto(b"\n").partition(b" ")
-            if word == b"large":
-                raise refuse(f"{show(rest)} there has more than {human_size(PULL_FILE_MAX)}",
-                             _REMOVE_IT)
-            if word == b"git" and re.match(rb"[01] [0-9a-f]{40,64}\Z", rest):
-                return rest[:1] == b"1", rest[2:], False
-            if word in (b"files", b"all") and not rest:
-                return True, b"", word == b"all"
-            if word != b"note":
-                break
-            self.notes += ["left out: " + show(rest)[1:-1]] if noted < 20 else []
+        if wire.ended():
+            self._check_reply(incoming)
+        word, rest = after_notes(wire, self.notes)
+        if word == b"large":
+            raise refuse(f"{show(rest)} there has more than {human_size(PULL_FILE_MAX)}",
+                         _REMOVE_IT)
+        if word == b"git" and re.match(rb"[01] [0-9a-f]{40,64}\Z", rest):
+            return rest[:1] == b"1", rest[2:], False
+        if word in (b"files", b"all") and not rest:
+            return True, b"", word == b"all"
         raise refuse(f"its stream begins with {show(word)}")
 
     def _in_module(self, path: bytes) -> bool:
@@ -7227,29 +7213,12 @@ class Pull:
                       stat="\n".join(map(neutralise, rows)))
 
 
-class Copied(Harvest):
-    """The same of what is copied by name: each content becomes a file in ``folder``."""
+class Landing(Harvest):
+    """Reads what is copied by name into a directory of its own beside its place, and moves it there
+    whole. Links are made last: no file is written through one. Whoever is killed leaves that
+    directory; if he died between two renames, what was to be replaced is in it."""
 
     most, strict = PULL_TOTAL_MAX, False
-
-    def __init__(self, wire: Wire, folder: bytes) -> None:
-        super().__init__(wire, None, set, {}, {})  # type: ignore[arg-type]
-        self.files = (os.path.join(folder, b"%d" % number) for number in itertools.count())
-        self.read(b"", False, "")
-        self.changes = {path: row for path, row in self.commits[b"1"].changes.items() if row[0]}
-
-    def _import(self, chunks: Iterable[bytes], size: int, form: str) -> str:
-        name = next(self.files)
-        with open(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o755), "wb") as stream:
-            stream.writelines(chunks)
-        return os.fsdecode(name)
-
-
-class Landing:
-    """Where a copy from a host is put together: a directory of its own beside its place, then moved
-    there whole. Links are made last: no file is written through one. Whoever is killed leaves that
-    directory, hidden, and in it what was to be replaced, if he died between two renames. A context
-    manager."""
 
     def __init__(self, local: str, name: str, force: bool) -> None:
         place, self.force = os.path.abspath(local), force
@@ -7260,57 +7229,59 @@ class Landing:
         self.place = os.path.join(place, name) if os.path.isdir(place) else place
         self._look()
         self.path = f"{os.path.dirname(self.place)}/.cmux-{os.urandom(8).hex()}.tmp"
-        os.mkdir(self.path, 0o700)
         self.new, self.old = self.path + "/new", self.path + "/old"
+        os.mkdir(self.path, 0o700)
 
     def _look(self) -> bool:
-        """Whether something is there. Raises UsageError if that must stay."""
+        """Whether something is there. Raises UsageError if it must stay."""
         found = os.path.lexists(self.place)
         if found and not self.force:
             raise UsageError(f"{show(self.place, 300)} exists already.", "To replace it: --force.")
-        if any(map(is_dot_git, self.place.split("/"))) or os.path.lexists(self.place + "/.git"):
-            raise UsageError(f"{show(self.place, 300)} belongs to a git repository, or holds one.",
-                             "Name another place.")
+        if "/.git/" in self.place + "/" or os.path.lexists(self.place + "/.git"):
+            raise UsageError(f"{show(self.place, 300)} is a git repository's.")
         return found
 
-    def __enter__(self) -> Landing:
-        return self
+    def _import(self, chunks: Iterable[bytes], size: int, form: str) -> str:
+        name = f"{self.path}/{os.urandom(8).hex()}"
+        with open(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o755), "wb") as stream:
+            stream.writelines(chunks)
+        return name
 
-    def __exit__(self, *_: object) -> None:
-        import shutil
-        if os.path.lexists(self.old) and not os.path.lexists(self.place):
-            os.rename(self.old, self.place)
-        shutil.rmtree(self.path, ignore_errors=True)
-
-    def take(self, wire: Wire, alone: bool) -> Copied:
-        """Put together all that comes: one file, if it is to be ``alone``."""
-        copied, folders = Copied(wire, os.fsencode(self.path)), set()  # type: Copied, set[bytes]
-        rows = sorted(copied.changes.items(), key=lambda row: row[1][0])  # links have 120000
-        if alone and [(path, mode[:3]) for path, (mode, _) in rows] != [(b"it", "100")]:
-            raise refuse("it is not one file")
-        for path, _ in rows:
-            folders.update(above(path))
-            if len(folders) > PULL_PATHS_MAX:
-                raise refuse(f"it has more than {PULL_PATHS_MAX} directories")
-        for folder in [] if alone else [b"", *sorted(folders)]:
-            os.mkdir(os.fsencode(self.new) + b"/" * bool(folder) + folder, 0o755)
-        for path, (mode, name) in rows:
-            place = os.fsencode(self.new) + (b"" if alone else b"/" + path)
-            if os.path.lexists(place):  # in a file system where case does not count
-                raise FileExistsError
+    def take(self, wire: Wire, notes: list[str]) -> None:
+        """Put together all that comes."""
+        super().__init__(wire, None, set, {}, {})  # type: ignore[arg-type]
+        word, _ = after_notes(wire, notes)
+        self.read(b"", False, "")
+        rows = [row for row in self.commits[b"1"].changes.items() if row[1][0]]
+        if sum(path.count(b"/") for path, _ in rows) > 10 * PULL_PATHS_MAX:
+            raise refuse("its paths are too deep")  # a million directories
+        for folder in sorted({b"", *itertools.chain(*(above(path) for path, _ in rows))}):
+            os.mkdir(os.path.join(os.fsencode(self.new), folder), 0o755)
+        for path, (mode, name) in sorted(rows, key=lambda row: row[1][0]):  # links have 120000
+            place = os.path.join(os.fsencode(self.new), path)
+            if os.path.lexists(place):  # where case does not count
+                raise refuse(f"{show(path)} is there twice")
             if mode == "120000":
                 with open(name, "rb") as stream:
                     os.symlink(stream.read(), place)
                 continue
             os.chmod(name, os.stat(name).st_mode & (0o777 if mode == "100755" else 0o666))
             os.rename(name, place)
-        return copied
+        self.new += "/it" * (word == b"file")
+        if word == b"file" and not stat.S_ISREG(os.lstat(self.new).st_mode):
+            raise refuse("it is not one file")
 
     def publish(self) -> None:
         """Move it to its place."""
         if self._look() and not (os.path.isfile(self.new) and os.path.isfile(self.place)):
             os.rename(self.place, self.old)
         os.rename(self.new, self.place)
+
+    def close(self) -> None:
+        import shutil
+        if os.path.lexists(self.old) and not os.path.lexists(self.place):
+            os.rename(self.old, self.place)
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 @logged("pull")
@@ -7651,49 +7622,32 @@ def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Cancel |
             time.sleep(0.5)
 
 
-def tar_member(one: bytes, fd: int | None, path: bytes, name: bytes) -> Iterator[bytes]:
-    """A local file or link, ``path`` in what is copied, as the tar entry ``name``; nothing of a
-    directory. Raises OSError at once, with why, if it stays here."""
-    status = os.stat(one, dir_fd=fd, follow_symlinks=False)
-    mode, flags = status.st_mode, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    if is_dot_git(as_text(one)) or os.path.samestat(status, os.stat(state_home())):
-        raise OSError(0, "it is a git directory, or this program's state")
-    if stat.S_ISLNK(mode):
-        target = os.readlink(one, dir_fd=fd)
-        with contextlib.suppress(ResultRefused):
-            check_link(path, target)
-            yield tar_entry(name, 0o777, 0, b"2", target)
-            return
-        raise OSError(0, "it is a symbolic link that leads elsewhere")
-    if stat.S_ISDIR(mode):
-        os.close(os.open(one, flags, dir_fd=fd))
-    elif not stat.S_ISREG(mode):
-        raise OSError(0, "it is a device, a pipe or a socket")
-    else:
-        with open(os.open(one, flags, dir_fd=fd), "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            yield tar_entry(name, 0o755 if mode & 0o100 else 0o644, size)
-            yield from exactly(stream, size)
-            yield bytes(-size % 512)
+def pack(source: str, name: str, stream: IO[bytes], left: dict[bytes, str]) -> None:
+    """Write a local file or directory as the archive that COPY_IN takes; ``left``: what stays."""
+    import tarfile
+    state = os.path.realpath(state_home()) + "/"
 
-
-def tar_tree(top: bytes, name: bytes, left: dict[bytes, str]) -> Iterator[bytes]:
-    """A local file or directory as the archive that COPY_IN takes; ``left`` is what stays here."""
-    if not os.path.isdir(top):
-        yield from tar_member(top, None, b"", name)
-    for folder, folders, files, fd in os.fwalk(top):  # of a file: nothing
-        below = folder[len(top):].strip(b"/")
-        yield tar_entry(os.path.join(name, below), 0o755, 0, b"5")
-        for one in sorted([*folders, *files]):
-            path = os.path.join(below, one)
-            member = tar_member(one, fd, path, os.path.join(name, path))
-            try:
-                yield next(member, b"")
-            except OSError as error:
-                left[path] = error.strerror or "it cannot be read"
-                folders[:] = [name for name in folders if name != one]
-            yield from member
-    yield tar_entry(b"end", 0o644) + bytes(1024)
+    def keep(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        path, why = entry.name[len(name) + 1:], ""
+        real = os.path.join(source, path).rstrip("/")
+        if is_dot_git(os.path.basename(real)) or (real + "/").startswith(state):
+            why = "it is a git directory, or this program's own"
+        elif entry.issym():
+            why = why_no_link(encoded(path), encoded(entry.linkname))
+        elif not (entry.isfile() or entry.isdir()):
+            why = "it is a device or a pipe"
+        left.update({encoded(path): why} if why else {})
+        made = tarfile.TarInfo(entry.name)  # no user, no time
+        made.size, made.type, made.linkname = entry.size, entry.type, entry.linkname
+        made.mode = 0o755 if entry.mode & 0o100 else 0o644
+        vars(archive).update(members=[], inodes={})  # for little memory, and no hard links
+        return None if why else made
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8",
+                      errors="surrogateescape") as archive:
+        archive.add(source, name, filter=keep)
+        archive.addfile(tarfile.TarInfo("end"))
+    if b"" in left:
+        raise UsageError(f"{show(source)} cannot be copied: {left[b'']}.")
 
 
 class Workspace(WorkspaceBase):
@@ -7853,74 +7807,55 @@ class Workspace(WorkspaceBase):
     @logged("upload", lambda result, *args: result["size"])
     def upload(self, local: str, path: str = "", force: bool = False,
                report: Report | None = None, cancel: Cancel | None = None) -> Fields:
-        """Copy a local file or directory to ``path`` in the workspace, or into it where that is a
-        directory, whole or not at all; what has its name there is replaced only with ``force``.
-        Modes become 644 and 755; git directories, links that lead out of it and what is no file
-        stay here: ``path``, ``size`` (bytes sent), ``notes``. Raises ToolFailed."""
-        source, report = os.path.realpath(os.fsencode(local)), report or Report()
-        name, place = os.path.basename(os.path.abspath(local)), self._inside(path)
-        own, op = os.fsencode(os.path.realpath(state_home())), os.urandom(8).hex()
-        if not name or not os.path.exists(source) or (source + b"/").startswith(own + b"/"):
-            raise UsageError(f"{show(local)} is not a file or directory that can be copied.")
-        left: dict[bytes, str] = {}
-        archive = Archive(None, "", tar_tree(source, op.encode(), left))
-        archive.progress = functools.partial(report.progress, self.name)
-        words = [self.path, place + ("/" + name) * path.endswith("/"), name, op, "1" * force,
-                 f"{self.root}/.cmux/stage/{op}"]
-        with contextlib.closing(archive):
-            try:
-                reply = self.host.call(COPY_IN, *words, source=archive,
-                                       direct=not archive.small(), cancel=cancel)
-            except OSError as error:
-                raise UsageError(f"{show(local)} cannot be read: {error.strerror}.")
-            finally:
-                report.step(self.name, "done")
+        """Copy a local file or directory to ``path`` in the workspace, or into it if that is a
+        directory, whole or not at all; what has its name there is replaced only with ``force``:
+        ``path``, ``size`` (bytes sent), ``notes`` on what stayed here (git directories, links that
+        lead out of it, devices). Raises ToolFailed."""
+        name, source = os.path.basename(os.path.abspath(local)), os.path.realpath(local)
+        place = os.path.normpath(absolute(self, path or ".")) + f"/{name}" * path.endswith("/")
+        if not name or not (place + "/").startswith(self.path + "/"):
+            raise UsageError(f"{show(path)} is not in the workspace {self.name}, or / is copied.")
+        op, left = os.urandom(8).hex(), {}  # type: str, dict[bytes, str]
+        try:
+            with spool(b"") as stream:
+                pack(source, op, stream, left)
+                size = stream.tell()
+                stream.seek(0)
+                archive = Source(stream.fileno())
+                archive.progress = lambda done: (report or Report()).progress(
+                    self.name, done, lambda: size)
+                reply = self.host.call(COPY_IN, self.root, op, self.path, place, name, "1" * force,
+                                       source=archive, direct=size > BULK_FROM, cancel=cancel)
+        except OSError as error:
+            raise expected(error) or UsageError(f"Cannot copy {show(local)}: {error.strerror}.")
         into = tool_reply(self, reply, path or name).stdout == b"into\n"
-        return {"path": words[1] + ("/" + name) * into, "size": archive.total,
-                "notes": left_out(left)}
-
-    def _inside(self, path: str) -> str:
-        """A path of the workspace, absolute. Raises UsageError if it is elsewhere."""
-        place = os.path.normpath(absolute(self, path or "."))
-        if not (place + "/").startswith(self.path + "/"):
-            raise UsageError(f"{show(path)} is not in the workspace {self.name}.",
-                             "Name a path relative to it.")
-        return place
+        return {"path": place + f"/{name}" * into, "size": size, "notes": left_out(left)}
 
     @logged("download", lambda result, *args: result["size"])
     def download(self, path: str, local: str, force: bool = False,
                  report: Report | None = None, cancel: Cancel | None = None) -> Fields:
-        """Copy a file or directory of the host to ``local``, or into it where that is a directory,
-        whole or not at all; what has its name there is replaced only with ``force``, and no link is
-        followed. Modes become 644 and 755; git directories, links that lead out of it, names that
-        no other system takes and what is no file are left out: ``path``, ``size`` (bytes; 2 GiB at
-        most), ``notes``. Raises ResultRefused, ToolFailed."""
-        source, report = os.path.normpath(absolute(self, path or ".")), report or Report()
+        """Copy a file or directory of the host to ``local``, as upload() does it the other way; no
+        link is followed: ``path``, ``size`` (bytes, at most 2 GiB), ``notes`` on what was left out
+        (also names that other systems do not take). Modes become 644 or 755. Raises ResultRefused,
+        ToolFailed."""
+        source, notes = os.path.normpath(absolute(self, path or ".")), []  # type: str, list[str]
+        progress = functools.partial((report or Report()).progress, self.name, doing="receiving")
+        words = COPY_OUT, self.root, os.urandom(8).hex(), self.path, source
         try:
-            with Landing(local, os.path.basename(source), force) as landing:
-                incoming = Incoming(self.host, cancel, COPY_OUT, self.root, os.urandom(8).hex(),
-                                    source, self.path)
-                with contextlib.closing(incoming):
-                    progress = functools.partial(report.progress, self.name, doing="receiving")
-                    wire, notes = Wire(incoming.take, progress), []  # type: Wire, list[str]
-                    for _ in range(PULL_PATHS_MAX):
-                        if wire.ended():
-                            tool_reply(self, incoming.reply(), path)
-                        word, _, rest = wire.upto(b"\n").partition(b" ")
-                        if word != b"note":
-                            break
-                        notes += ["left out: " + show(rest)[1:-1]] if len(notes) < 20 else []
-                    copied = landing.take(wire, word == b"file")
-                    tool_reply(self, incoming.reply(), path)
+            with contextlib.closing(Landing(local, os.path.basename(source), force)) as landing, \
+                    contextlib.closing(Incoming(self.host, cancel, *words)) as incoming:
+                wire = Wire(incoming.take, progress)
+                if not wire.ended():
+                    landing.take(wire, notes)
+                tool_reply(self, incoming.reply(), path)
                 landing.publish()
         except ResultRefused as error:
-            error.hint = "Nothing was copied. Try again, or copy a part of it."
+            error.hint = "Nothing was copied."
             raise
         except OSError as error:
             raise expected(error) or UsageError(f"Cannot copy to {show(local)}: {error.strerror}.")
-        finally:
-            report.step(self.name, "done")
-        return {"path": landing.place, "size": copied.total, "notes": notes + left_out(copied.left)}
+        return {"path": landing.place, "size": landing.total,
+                "notes": notes + left_out(landing.left)}
 
     # -- jobs --
 
@@ -8183,13 +8118,6 @@ def tool_write(workspace: Workspace, path: str, content: str | None = None,
         raise UsageError("content_base64 is not base64.")
 
 
-def manage_new(project: Project, cancel: Cancel, name: str, ref: str = "HEAD", host: str = "",
-               **more: str) -> Fields:
-    source = more.get("from", "")
-    host = host or project.host_for(source)
-    return project.create(name, host, ref, cancel=cancel, source=source).describe()
-
-
 def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = "") -> Fields:
     if branch and not branch.startswith("cmux/"):  # the user's own are not the model's to move
         raise UsageError(f"The branch {show(branch)} does not begin with cmux/.",
@@ -8310,9 +8238,9 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("cp", "copy a file or directory to or from a workspace, also what git ignores",
          Arg("source", "text", "a local path, or NAME:PATH or :PATH in a workspace", word="1",
              shown="SRC"),
-         Arg("place", "text", "where to, or into which directory; one of both is in a workspace",
-             word="1", shown="DST"),
-         Arg("force", "flag", "replace what has that name"),
+         Arg("to", "text", "the same; a directory that is there gets it inside", word="1",
+             shown="DST"),
+         Arg("force", "flag", "replace what has its name"),
          example="fix-login:build/report ."),
     Verb("glob", "paths of files that match",
          Arg("pattern", "text", "below the workspace: *, ?, [...], {a,b} within a component, "
@@ -8347,9 +8275,12 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          Arg("name", "text", "the new name", required=True, face="json"), REF, *DIRTY,
          Arg("root", "text", "where on the host (default: ~/cmux)", shown="DIR", face="line"),
          Arg("no_init", "flag", "do not run .cmux/init", face="line"),
-         Arg("from", "text", "with what git ignores (packages, caches) in this workspace of the "
-             "same host", shown="WS"),
-         example="fix-login fix-logout -H my-server", manage=manage_new,
+         Arg("source", "text", "with what git ignores (packages, caches) in this workspace of that "
+             "host", flags="--from", shown="WS"),
+         example="fix-login fix-logout -H my-server",
+         manage=lambda project, cancel, name, ref="HEAD", host="", source="": project.create(
+             name, project.host_for(host, source), ref, cancel=cancel,
+             source=source).describe(),
          model="Make a workspace on the host from a local commit."),
     Verb("list", "this project's workspaces",
          Arg("all_projects", "flag", "of every project of this machine", face="line"),
@@ -10219,8 +10150,8 @@ def command_new(options: argparse.Namespace) -> int:
     refuse_both(options)
     project = open_project(options)
     names = given_names(options) or [project.default_workspace()]
-    source = getattr(options, "from") or ""
-    host = options.host or project.host_for(source)
+    source = options.source or ""
+    host = project.host_for(options.host or "", source)
     if len(set(names)) != len(names):
         raise UsageError("A name is given twice.")
 
@@ -10850,18 +10781,19 @@ def command_write(options: argparse.Namespace) -> int:
 
 
 def command_cp(options: argparse.Namespace) -> int:
-    sides = [re.match(r"([\w.-]*):(.*)\Z", side, re.S) for side in (options.source, options.place)]
-    if bool(sides[0]) == bool(sides[1]):
-        raise UsageError("One of the two is in a workspace (NAME:PATH or :PATH), the other is not.",
-                         f"For example: {PROGRAM} cp fix-login:report . (of a local file with a "
-                         "colon: ./a:b)")
-    options.name, path = (sides[0] or sides[1]).groups()  # type: ignore[union-attr]
+    back, away = (re.match(r"([\w.-]*):(.*)\Z", side, re.S)
+                  for side in (options.source, options.to))
+    remote = away or back
+    if not remote or away and back:
+        raise UsageError("One of the two is NAME:PATH or :PATH, in a workspace; the other is not.",
+                         f"For example: {PROGRAM} cp fix-login:report .")
+    options.name, path = remote.groups()
     workspace, more = existing_workspace(options), (options.force, options.terminal)
-    done = (workspace.download(path, options.place, *more) if sides[0]
-            else workspace.upload(options.source, path, *more))
+    done = (workspace.upload(options.source, path, *more) if away
+            else workspace.download(path, options.to, *more))
     for note in done["notes"]:
         options.terminal.warn(note)
-    return answer(options, done, f"{done['path']}  {human_size(done['size'])}")
+    return answer(options, done, done["path"])
 
 
 def command_edit(options: argparse.Namespace) -> int:
