@@ -1207,12 +1207,16 @@ _take_ignored() { # source: what git ignores both there and in the new one, but 
   [ -d "$1" ] || return 22
   _cenv; rm -rf "$stage/part"
   ( cd "$1" && $git ls-files -oi --exclude-standard --directory ) >"$stage/ignored" || return 9
-  ( cd "$tree" && $git check-ignore --stdin ) <"$stage/ignored" | while IFS= read -r path; do
-    path=${path%/} place=$tree/${path%/} folder=$tree/${path%/}; folder=${folder%/*}
-    if _taken "$place" || ! _taken "$1/$path"; then continue; fi
-    mkdir -p "$folder" && [ "$(cd -P "$folder" && pwd)" = "$folder" ] || continue
-    cp -RpP "$1/$path" "$stage/part" && mv "$stage/part" "$place" || exit 3
-  done
+  while IFS= read -r path; do
+    place=$tree/${path%/}; folder=${place%/*}
+    ! _taken "$place" && mkdir -p "$folder" && [ "$(cd -P "$folder" && pwd)" = "$folder" ] &&
+      printf '%s\n' "$path"
+  done <"$stage/ignored" | ( cd "$tree" && $git check-ignore --stdin ) |
+    while IFS= read -r path; do
+      path=${path%/}
+      ! _taken "$1/$path" || { cp -RpP "$1/$path" "$stage/part" && mv "$stage/part" "$tree/$path"; } ||
+        exit 3
+    done
 }
 _create() {
   base=.cmux/bases/$1
