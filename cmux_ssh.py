@@ -1214,8 +1214,8 @@ _take_ignored() { # source: what git ignores both there and in the new one, but 
   done <"$stage/ignored" | ( cd "$tree" && $git check-ignore --stdin ) |
     while IFS= read -r path; do
       path=${path%/}
-      ! _taken "$1/$path" || { cp -RpP "$1/$path" "$stage/part" && mv "$stage/part" "$tree/$path"; } ||
-        exit 3
+      _taken "$1/$path" || continue
+      cp -RpP "$1/$path" "$stage/part" && mv "$stage/part" "$tree/$path" || exit 3
     done
 }
 _create() {
@@ -3986,8 +3986,6 @@ class Stream:
 class Source:
     """Bytes for a command's stdin from a descriptor of ours; ``total`` counts them."""
 
-    progress: Callable[[int], None] | None = None
-
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.total = 0
@@ -3998,8 +3996,6 @@ class Source:
         except OSError as error:
             raise UsageError(f"The command's stdin cannot be read: {error.strerror}.")
         self.total += len(data)
-        if self.progress:
-            self.progress(self.total)
         return data
 
 
@@ -5413,6 +5409,7 @@ class Archive(Source):
         self.ahead = b""            # read by small(), not yet passed on
         self.packer: Any = None
         self.ended = False          # all of it was read
+        self.progress: Callable[[int], None] | None = None
         self.size: Callable[[], int] = lambda: 0  # an estimate of all that comes
 
     def small(self) -> bool:
@@ -5660,8 +5657,7 @@ class ProjectBase:
         return check_host(name)
 
     def host_for(self, host: str, source: str) -> str:
-        """``host``, or that of the workspace ``source``, or the default. Raises UsageError where
-        the two that are given differ."""
+        """``host``, or that of the workspace ``source``, or the default. Raises UsageError."""
         there = self.entry(source)["host"] if source else host or self.default_host()
         if host not in ("", there):
             raise UsageError(f"The workspace {source} is on {there}, not on {host}.",
@@ -5815,8 +5811,8 @@ class ProjectBase:
             reply = upload.with_base(op, lambda: self.operate(
                 CREATE, name, entry, words, entry, cancel=upload.cancel))
             if reply.status == 9:
-                raise RemoteFailed(f"What is ignored in {source}, only git knows: it is not on "
-                                   f"{host}, or {source} is no repository.", "Leave out --from.")
+                raise RemoteFailed(f"Only git knows what is ignored in {source}: it needs git on "
+                                   f"{host}, and a repository.", "Leave out --from.")
             check_reply(reply, host, "make the workspace", name, source)
             if "made" not in reply.lines():
                 raise RemoteFailed(f"{host} did not confirm the workspace.", "Try again.")
@@ -7218,8 +7214,8 @@ class Pull:
 
 
 class Landing(Harvest):
-    """Reads what is copied by name into a directory of its own beside its place, and moves it there
-    whole. Links are made last: no file is written through one. Whoever is killed leaves that
+    """Reads what is copied by name into a directory of its own beside its place, then moves it
+    there. Links are made last: no file is written through one. Whoever is killed leaves that
     directory; if he died between two renames, what was to be replaced is in it."""
 
     most, strict = PULL_TOTAL_MAX, False
@@ -7256,24 +7252,26 @@ class Landing(Harvest):
         super().__init__(wire, None, set, {}, {})  # type: ignore[arg-type]
         word, _ = after_notes(wire, notes)
         self.read(b"", False, "")
-        rows = [row for row in self.commits[b"1"].changes.items() if row[1][0]]
-        if sum(path.count(b"/") for path, _ in rows) > 10 * PULL_PATHS_MAX:
+        rows = [(mode, path, name) for path, (mode, name) in self.commits[b"1"].changes.items()
+                if mode]
+        if sum(path.count(b"/") for _, path, _ in rows) > 10 * PULL_PATHS_MAX:
             raise refuse("its paths are too deep")  # a million directories
-        for folder in sorted({b"", *itertools.chain(*(above(path) for path, _ in rows))}):
-            os.mkdir(os.path.join(os.fsencode(self.new), folder), 0o755)
-        for path, (mode, name) in sorted(rows, key=lambda row: row[1][0]):  # links have 120000
-            place = os.path.join(os.fsencode(self.new), path)
-            if os.path.lexists(place):  # where case does not count
+        new = os.fsencode(self.new) + b"/"
+        for folder in sorted({b"", *itertools.chain(*(above(path) for _, path, _ in rows))}):
+            os.mkdir(new + folder, 0o755)
+        for mode, path, name in sorted(rows):  # links have 120000
+            if os.path.lexists(new + path):  # where case does not count
                 raise refuse(f"{show(path)} is there twice")
             if mode == "120000":
                 with open(name, "rb") as stream:
-                    os.symlink(stream.read(), place)
-                continue
-            os.chmod(name, os.stat(name).st_mode & (0o777 if mode == "100755" else 0o666))
-            os.rename(name, place)
-        self.new += "/it" * (word == b"file")
-        if word == b"file" and not stat.S_ISREG(os.lstat(self.new).st_mode):
-            raise refuse("it is not one file")
+                    os.symlink(stream.read(), new + path)
+            else:
+                os.chmod(name, os.stat(name).st_mode & (0o777 if mode == "100755" else 0o666))
+                os.rename(name, new + path)
+        if word == b"file":
+            self.new += "/it"
+            if not stat.S_ISREG(os.lstat(self.new).st_mode):
+                raise refuse("it is not one file")
 
     def publish(self) -> None:
         """Move it to its place."""
@@ -7640,14 +7638,13 @@ def pack(source: str, name: str, stream: IO[bytes], left: dict[bytes, str]) -> N
             why = why_no_link(encoded(path), encoded(entry.linkname))
         elif not (entry.isfile() or entry.isdir()):
             why = "it is a device or a pipe"
-        left.update({encoded(path): why} if why else {})
-        made = tarfile.TarInfo(entry.name)  # no user, no time
-        made.size, made.type, made.linkname = entry.size, entry.type, entry.linkname
-        made.mode = 0o755 if entry.mode & 0o100 else 0o644
+        entry.uid = entry.gid = entry.mtime = 0
+        entry.uname = entry.gname = ""
+        entry.mode = 0o755 if entry.mode & 0o100 else 0o644
         vars(archive).update(members=[], inodes={})  # for little memory, and no hard links
-        return None if why else made
-    with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8",
-                      errors="surrogateescape") as archive:
+        left.update({encoded(path): why} if why else {})
+        return None if why else entry
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as archive:
         archive.add(source, name, filter=keep)
         archive.addfile(tarfile.TarInfo("end"))
     if b"" in left:
@@ -7683,8 +7680,8 @@ class Workspace(WorkspaceBase):
         whole = words[1] == "all"
         if len(data) > READ_MAX:
             what = show(path) if whole else f"What was asked for of {show(path)}"
-            hint = ("Read it by lines: offset and limit. All of it comes with: "
-                    f"{PROGRAM} cp {quote(self.name + ':' + path)} ." if whole
+            hint = ("Read it by lines: offset and limit; or get it by: "
+                    f"{PROGRAM} cp {quote(f'{self.name}:{path}')} ." if whole
                     else "Ask for fewer: limit.")
             raise ToolFailed(f"{what} is larger than {human_size(READ_MAX)}.", hint)
         if not whole:
@@ -7820,16 +7817,15 @@ class Workspace(WorkspaceBase):
         if not name or not (place + "/").startswith(self.path + "/"):
             raise UsageError(f"{show(path)} is not in the workspace {self.name}, or / is copied.")
         op, left = os.urandom(8).hex(), {}  # type: str, dict[bytes, str]
+        (report or Report()).step(self.name, "sending")
         try:
             with spool(b"") as stream:
                 pack(source, op, stream, left)
                 size = stream.tell()
                 stream.seek(0)
-                archive = Source(stream.fileno())
-                archive.progress = lambda done: (report or Report()).progress(
-                    self.name, done, lambda: size)
                 reply = self.host.call(COPY_IN, self.root, op, self.path, place, name, "1" * force,
-                                       source=archive, direct=size > BULK_FROM, cancel=cancel)
+                                       source=Source(stream.fileno()), direct=size > BULK_FROM,
+                                       cancel=cancel)
         except OSError as error:
             raise expected(error) or UsageError(f"Cannot copy {show(local)}: {error.strerror}.")
         into = tool_reply(self, reply, path or name).stdout == b"into\n"
@@ -7853,9 +7849,6 @@ class Workspace(WorkspaceBase):
                     landing.take(wire, notes)
                 tool_reply(self, incoming.reply(), path)
                 landing.publish()
-        except ResultRefused as error:
-            error.hint = "Nothing was copied."
-            raise
         except OSError as error:
             raise expected(error) or UsageError(f"Cannot copy to {show(local)}: {error.strerror}.")
         return {"path": landing.place, "size": landing.total,
