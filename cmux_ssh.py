@@ -1170,16 +1170,33 @@ _unpack_base() { # -> $stage/tree, with a repository
   ( umask 022; _make_repository ) || echo nogit
 }
 """
-# CREATE root project turn name op base: make a workspace of a cached or just uploaded base.
+# CREATE root project turn name op base source: make a workspace of a cached or just uploaded base,
+#   with what git ignores in the directory ``source``, if one is named.
 #   Replies: root <path>; init, if there is a hook to run; made, also again with the same op. Status
-#   20: the name is taken; 21: the base is missing; then it lists those that a delta may stand on,
-#   newest first.
+#   9: no git; 20: the name is taken; 21: the base is missing; then it lists those that a delta may
+#   stand on, newest first; 22: no such source.
 CREATE = OPEN_ROOT + GIT_THERE + BASE + r"""
+_take_ignored() { # source: what git ignores both there and in the new one, but through no link
+  tree=$stage/tree git='git --git-dir=.git -c core.fsmonitor=false -c core.quotePath=false'
+  [ -d "$1" ] || return 22
+  _cenv; rm -rf "$stage/part"
+  ( cd "$1" && $git ls-files -oi --exclude-standard --directory ) >"$stage/ignored" || return 9
+  while IFS= read -r path; do
+    place=$tree/${path%/}; folder=${place%/*}
+    ! _taken "$place" && mkdir -p "$folder" && [ "$(cd -P "$folder" && pwd)" = "$folder" ] &&
+      printf '%s\n' "$path"
+  done <"$stage/ignored" | ( cd "$tree" && $git check-ignore --stdin ) |
+    while IFS= read -r path; do
+      path=${path%/}
+      _taken "$1/$path" || continue
+      cp -RpP "$1/$path" "$stage/part" && mv "$stage/part" "$tree/$path" || exit 3
+    done
+}
 _work() {
   base=.cmux/bases/$1
   printf 'root %s\n' "$root"
   if _taken "$place"; then [ "$(_owner "$name")" = "$op" ] || return 20; echo made; return 0; fi
-  _unpack_base || return
+  _unpack_base && { [ ! "$2" ] || ( _take_ignored "$2" ); } || return
   ( cd "$stage/tree/.git" && ! git var GIT_AUTHOR_IDENT && # or no commit could be made
     git config user.name agent && git config user.email agent@localhost ) >/dev/null 2>&1
   # test -x is false under noexec
@@ -1337,17 +1354,17 @@ sum_refs() {
   { _co for-each-ref; _co rev-parse HEAD; _co rev-parse -q --verify refs/stash; } |
     cksum | tr ' ' -
 }
+"""
+
+# What pulls brought home: $m/pull, for each a line of op, HEAD, tree (without git the checksum of
+# the listing) and refs. The client names the last pull that it finished: later lines do not count.
+RECORDS = r"""
 in_stage() { # op function...; it is cleared, too, where the client is gone
   trap 'cd "$root"; rm -rf "$s"; exit 1' PIPE HUP TERM
   s=$root/.cmux/stage/$1.$$; mkdir -p "$s" || return 3
   shift; "$@"; status=$?
   cd "$root"; rm -rf "$s"; return $status
 }
-"""
-
-# What pulls brought home: $m/pull, for each a line of op, HEAD, tree (without git the checksum of
-# the listing) and refs. The client names the last pull that it finished: later lines do not count.
-RECORDS = r"""
 pulls() { # last-op: the lines that count
   ! grep -q "^$1 " "$m/pull" 2>/dev/null || sed "/^$1 /q" "$m/pull"
 }
@@ -1359,6 +1376,43 @@ list_sent() { [ "$(sed -n 2p "$m/mark")" = listed ] && tail -n +3 "$m/mark" >"$s
 sum_list() { cksum <"$s/now" | tr ' ' -; }
 only_paths() { sed 's/^[^ ]* [^ ]* [^ ]* \.\///'; }
 unreadable() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$s/now"; }
+"""
+
+# The changes between two listings, and the contents of what is new.
+LISTED = r"""
+only() { sort "$1" "$2" "$2" >"$s/both" && uniq -u "$s/both"; } # the lines of the first alone
+compare_lists() { # -> $s/new: numbered lines; $s/gone: paths
+  only "$s/now" "$s/was" >"$s/changed" && sed '/^u/d;=' "$s/changed" >"$s/numbered" &&
+    sed 'N;s/\n/ /' "$s/numbered" >"$s/new" &&
+    only_paths <"$s/was" >"$s/before" && only_paths <"$s/now" >"$s/after" &&
+    only "$s/before" "$s/after" >"$s/gone"
+}
+send_list() { compare_lists || return 3; echo "$1"; echo; send_changes; send_files; }
+send_changes() {
+  { echo 1
+    sed 'i\
+:0 000000 0 0 D' "$s/gone"
+    sed -n 's/^\([0-9]*\) x [^ ]* [^ ]* \.\//:0 100755 0 \1 M\
+/p;s/^\([0-9]*\) f [^ ]* [^ ]* \.\//:0 100644 0 \1 M\
+/p;s/^\([0-9]*\) l [^ ]* [^ ]* \.\//:0 120000 0 \1 M\
+/p' "$s/new"; echo; } | tr '\n' '\0'
+}
+send_files() {
+  while IFS= read -r row; do
+    path=./${row#* ./} row=${row%% ./*}; size=${row##* }
+    while case $path in *//n*) ;; *) false;; esac; do
+      path=${path%%//n*}$_cmux_newline${path#*//n}
+    done
+    echo "${row%% *} blob $size"
+    case $row in
+    *' 0') ;; # some systems have no `head -c 0`
+    *' l '*) readlink "$path" | head -c "$size";;
+    *) head -c "$size" "$path";;
+    esac
+    echo
+  done <"$s/new"
+  echo
+}
 """
 
 # PULL root project name base tree op commits bytes last-op record: what the workspace changed, a
@@ -1374,7 +1428,7 @@ unreadable() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$s/now"; }
 #                first parent; without git, of a commit 1. An empty record ends them. Two slashes
 #                and an n are a newline in a path
 #     contents   as `git cat-file --batch` prints them, each once; an empty line ends them
-PULL = SNAPSHOT + RECORDS + r"""
+PULL = SNAPSHOT + RECORDS + LISTED + r"""
 pull() {
   _csnap "$4" "$5" "$7" "$8"; status=$?
   case $status in 0) ;; 9) pull_files "$@"; return;; *) return $status;; esac
@@ -1413,40 +1467,7 @@ pull_files() {
   unreadable | sed 's/^/note /'
   [ -z "${10}" ] || record_pull "$6" "$9" - "$(sum_list)" - || return 3
   kind=files; list_sent || { kind=all; : >"$s/was"; }
-  compare_lists || return 3
-  echo "$kind"; echo; send_changes; send_files
-}
-only() { sort "$1" "$2" "$2" >"$s/both" && uniq -u "$s/both"; } # the lines of the first alone
-compare_lists() { # -> $s/new: numbered lines; $s/gone: paths
-  only "$s/now" "$s/was" >"$s/changed" && sed '/^u/d;=' "$s/changed" >"$s/numbered" &&
-    sed 'N;s/\n/ /' "$s/numbered" >"$s/new" &&
-    only_paths <"$s/was" >"$s/before" && only_paths <"$s/now" >"$s/after" &&
-    only "$s/before" "$s/after" >"$s/gone"
-}
-send_changes() {
-  { echo 1
-    sed 'i\
-:0 000000 0 0 D' "$s/gone"
-    sed -n 's/^\([0-9]*\) x [^ ]* [^ ]* \.\//:0 100755 0 \1 M\
-/p;s/^\([0-9]*\) f [^ ]* [^ ]* \.\//:0 100644 0 \1 M\
-/p;s/^\([0-9]*\) l [^ ]* [^ ]* \.\//:0 120000 0 \1 M\
-/p' "$s/new"; echo; } | tr '\n' '\0'
-}
-send_files() {
-  while IFS= read -r row; do
-    path=./${row#* ./} row=${row%% ./*}; size=${row##* }
-    while case $path in *//n*) ;; *) false;; esac; do
-      path=${path%%//n*}$_cmux_newline${path#*//n}
-    done
-    echo "${row%% *} blob $size"
-    case $row in
-    *' 0') ;; # some systems have no `head -c 0`
-    *' l '*) readlink "$path" | head -c "$size";;
-    *) head -c "$size" "$path";;
-    esac
-    echo
-  done <"$s/new"
-  echo
+  send_list "$kind"
 }
 _cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && in_stage "$6" pull "$@"; }
 """
@@ -1686,6 +1707,7 @@ TOOL_STATUS = {
     32: "{path} is not a regular file.", 33: "{path} may not be read or written there.",
     34: "The host does not take the pattern: {said}.",
     35: "The content for {path} did not arrive whole.", 36: "{path} changed meanwhile.",
+    40: "{path} exists already in the workspace.",
     38: "There is no job {path}.", 39: "A name in {path} is longer than 255 bytes.",
 }
 
@@ -1760,6 +1782,49 @@ _creplace() {
   [ ! "$1" ] || [ "$(cksum <"$file")" = "$1" ] || return 36
   mv -f "$new" "$file" || return 3
   echo $how
+}
+"""
+
+# COPY_IN root op home path name force: stdin, a tar archive of OP and last of an empty file `end`,
+#   without which it was cut off, becomes path, or NAME in it where that is a directory (it says
+#   into): unpacked in the stage, moved when it is whole.
+COPY_IN = RECORDS + r"""
+_cop() {
+  root=$1 place=$4
+  [ -d "$3" ] || return 37
+  if [ -d "$place" ]; then place=$4/$5; echo into; fi
+  [ "$6" ] || { [ ! -e "$place" ] && [ ! -L "$place" ]; } || return 40
+  in_stage "$2" _take_copy "$2"
+}
+_take_copy() {
+  umask 022
+  mkdir -p "${place%/*}" && cd "$s" && tar -xmof - && cat >/dev/null || return 3
+  [ -f end ] || return 35
+  { [ -f "$place" ] && [ -f "$1" ]; } || mv "$place" old 2>/dev/null
+  mv -f "$1" "$place" || { mv old "$place"; return 3; }
+  [ ! -e "$place/$1" ] || { rm -rf "$place/$1"; return 40; } # a directory made there meanwhile
+}
+"""
+# COPY_OUT root op home path: what is in a directory, or the file `it` that path is or leads to:
+#   `note ...` lines, `all` or `file`, and the three sections of PULL.
+COPY_OUT = GIT_THERE + RECORDS + LISTED + r"""
+_cop() {
+  [ -e "$4" ] || { [ -d "$3" ] || return 37; return 30; }
+  [ -r "$4" ] || return 33
+  root=$1; in_stage "$2" _send_copy "$4"
+}
+_send_copy() {
+  w=$1 kind=all; : >"$s/was"
+  if [ -f "$1" ]; then
+    kind=file; cd "$s" && ln -s "$1" it || return 3
+    case $(ls -lLd it) in -??[xs]*) row=x;; *) row=f;; esac
+    echo "$row $(cksum <it) ./it" >now
+  elif [ -d "$1" ]; then
+    list_now || return 3
+    { find . -name .git -prune -print -o ! -type f ! -type l ! -type d -print
+      unreadable; } | sed 's/^/note /'
+  else return 32; fi
+  send_list $kind
 }
 """
 
@@ -5216,10 +5281,7 @@ class Parts:
             mode, _, _, size = self.pointers[path]
             info = tarfile.TarInfo(os.fsdecode(path))
             info.size, info.mtime, info.mode = size, int(time.time()), int(mode[-3:], 8)
-            try:
-                yield info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
-            except ValueError:  # a long name, more than 8 GB
-                yield info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+            yield info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
             yield from read_content(self.files[path], show(path), self.pointers[path])
             yield b"\0" * (-size % 512)
 
@@ -5335,7 +5397,7 @@ class Archive(Source):
     def __init__(self, process: Process, errors: IO[bytes], front: Iterable[bytes]) -> None:
         assert process.stdout
         super().__init__(process.stdout.fileno())
-        self.process, self.errors, self.front = process, errors, iter(front)
+        self.process, self.errors, self.front = process, errors, filter(None, front)
         self.digest = Cksum()
         self.ahead = b""            # read by small(), not yet passed on
         self.packer: Any = None
@@ -5415,9 +5477,9 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
         with contextlib.suppress(CmuxError):
             row["detail"] = masked_detail(detail, project.masks())
     began, row["time"], lock = time.monotonic(), round(time.time(), 3), None
-    if operation in ("exec", "shell", "write", "edit", "start"):
+    if operation in ("exec", "shell", "write", "edit", "start", "upload"):
         project.touch(op)
-    if operation in ("exec", "new", "push", "pull", "diff", "shell"):
+    if operation in ("exec", "new", "push", "pull", "diff", "shell", "upload", "download"):
         describe()
         lock = project.history.begin(row)
     try:
@@ -5574,6 +5636,14 @@ class ProjectBase:
                 "git config cmux.host HOST")
         return check_host(name)
 
+    def host_for(self, host: str, source: str) -> str:
+        """``host``, or that of the workspace ``source``, or the default. Raises UsageError."""
+        there = self.entry(source)["host"] if source else host or self.default_host()
+        if host not in ("", there):
+            raise UsageError(f"The workspace {source} is on {there}, not on {host}.",
+                             "Leave out -H, or --from.")
+        return str(there)
+
     def entries(self) -> dict[str, Fields]:
         """The finished workspaces, by name. One that is being made is not listed."""
         return {name: entry for name, entry in self.registry.read()["workspaces"].items()
@@ -5676,10 +5746,12 @@ class ProjectBase:
                 entry["over"] = dict(entry.get("branches", {}))  # what it no longer has
 
     def create(self, name: str, host: str, ref: str = "HEAD", root: str = "", init: bool = True,
-               report: Report | None = None, cancel: Cancel | None = None) -> "Workspace":
+               report: Report | None = None, cancel: Cancel | None = None,
+               source: str = "") -> "Workspace":
         """Make workspace ``name`` on ``host`` from commit ``ref``, below its directory ``root``
-        (default ~/cmux), and run its init hook unless ``init`` is false; a hook that fails is
-        reported, and undoes nothing.
+        (default ~/cmux), with what git ignores (packages, caches) in the workspace ``source`` on
+        that host, and run its init hook unless ``init`` is false; a hook that fails is reported,
+        and undoes nothing.
 
         Raises WorkspaceExists, UploadFailed, HostError, GitFailed, RemoteFailed, Cancelled.
         """
@@ -5687,6 +5759,7 @@ class ProjectBase:
         check_host(host)
         if not root.isprintable() or len(root) > PATH_MAX or root.startswith("-"):
             raise UsageError(f"{show(root)} cannot be the root directory.")
+        self.host_for(host, source)
         # Before the lock: a hundred callers share the failure of a host that is down.
         report = report or Report()
         report.step(name, "connecting")
@@ -5699,22 +5772,26 @@ class ProjectBase:
             with noted(self, "new", name, host, ref) as log, contextlib.closing(
                     Upload(self, name, place, ref, report, cancel)) as upload:
                 log.row["op"] = op = os.urandom(8).hex()  # not before: it has no name yet
-                self._make(upload, op, init)
+                self._make(upload, op, init, source)
                 log.size = upload.sent
                 if "init" in self.entry(name):
                     self._run_init(name, root, report, cancel)
                 return self.workspace(name)
 
-    def _make(self, upload: Upload, op: str, init: bool) -> None:
+    def _make(self, upload: Upload, op: str, init: bool, source: str) -> None:
         name, host = upload.name, upload.host.name
+        words = [op, upload.tree, self.entry(source)["path"] if source else ""]
         entry: Fields = {
             "state": "creating", **upload.entry, "op": op, "created": int(time.time()),
             **upload.base()}
         upload.left_out()
         try:
             reply = upload.with_base(op, lambda: self.operate(
-                CREATE, name, entry, [op, upload.tree], entry, cancel=upload.cancel))
-            check_reply(reply, host, "make the workspace", name, word="made")
+                CREATE, name, entry, words, entry, cancel=upload.cancel))
+            if reply.status == 9:
+                raise RemoteFailed(f"Only git knows what is ignored in {source}: it needs git on "
+                                   f"{host}, and a repository.", "Leave out --from.")
+            check_reply(reply, host, "make the workspace", name, source, "made")
         except CmuxError as error:
             # else it may exist: the next `new` or `rm` clears it
             if not isinstance(error, (ConnectionLost, Cancelled)):
@@ -6382,7 +6459,8 @@ def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: C
 # Owns: what comes back from a host: the parser of its stream, the checks, the commits made of it.
 # May touch: the rooms above; git only through a Shadow. Promises: no byte of the host's reaches a
 # work tree, an index, a hook, a config or a referenced object before all of it was read, checked
-# and bounded; a stream that ends early, or lies, leaves no ref.
+# and bounded; a stream that ends early, or lies, leaves no ref. What is copied by name (cp) becomes
+# one new file or directory, when it is whole.
 
 _HFS_IGNORED = dict.fromkeys([*range(0x200C, 0x2010), *range(0x202A, 0x202F),
                               *range(0x206A, 0x2070), 0xFEFF])
@@ -6464,18 +6542,16 @@ def check_result_path(path: bytes) -> str:
     return ""
 
 
-def check_link(path: bytes, target: bytes) -> None:
-    """Refuse a symbolic link that leaves the tree, or leads into .git. `..` must come first: after
-    a name, which may be a link, it leads elsewhere than it reads."""
+def why_no_link(path: bytes, target: bytes) -> str:
+    """Why a symbolic link may not come: it leaves the tree, or leads into .git; "" if it may. `..`
+    must come first: after a name, which may be a link, it leads elsewhere than it reads."""
     text = as_text(target)
     parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".")]
     ups = len(list(itertools.takewhile("..".__eq__, parts)))
     if not text or len(target) > PATH_MAX or "\0" in text or text.startswith("/") \
             or ups > path.count(b"/") or ".." in parts[ups:] or any(map(is_dot_git, parts)):
-        raise refuse(f"{show(path)} is a symbolic link that leaves the tree or may: {show(text)}",
-                     _REMOVE_IT)
-    if is_special(path):
-        raise refuse(f"{show(path)} is a symbolic link")
+        return f"it is a symbolic link that leaves the tree or may: {show(text)}"
+    return "it is a symbolic link" if is_special(path) else ""
 
 
 class Wire:
@@ -6515,6 +6591,22 @@ class Wire:
 
     def exact(self, size: int) -> bytes:
         return b"".join(self.chunks(size))
+
+
+def after_notes(wire: Wire, notes: list[str]) -> tuple[bytes, bytes]:
+    """The first line that is no note, in two; 20 of those are added."""
+    for noted in range(PULL_PATHS_MAX):
+        word, _, rest = wire.upto(b"\n").partition(b" ")
+        if word != b"note":
+            break
+        notes += ["left out: " + show(rest)[1:-1]] if noted < 20 else []
+    return word, rest
+
+
+def left_out(paths: Mapping[bytes, str]) -> list[str]:
+    """The notes on paths that cannot come, and why."""
+    left = [f"left out: {show(path)[1:-1]} ({why})" for path, why in sorted(paths.items())]
+    return left[:20] + ([f"left out: {len(left) - 20} more"] if left[20:] else [])
 
 
 class Commit:
@@ -6565,6 +6657,9 @@ def read_commit(data: bytes) -> Commit:
 
 class Harvest:
     """Reads the three sections of PULL: commits as checked data, contents into fast-import."""
+
+    most = PULL_FILE_MAX  # bytes of one content
+    strict = True         # all is refused for a link that leads elsewhere
 
     def __init__(self, wire: Wire, importer: Importer, known: Callable[[], set[bytes]],
                  secrets: Mapping[str, bytes], pointers: Mapping[tuple[str, int], str]) -> None:
@@ -6665,11 +6760,11 @@ class Harvest:
                 raise refuse("its stream has a content twice, or one that no change names")
             self.total += size
             self.spread += size * uses
-            if size > PULL_FILE_MAX:
+            if size > self.most:
                 path = next((path for commit in self.commits.values()
                              for path, change in commit.changes.items() if change[1] == name), "?")
                 raise refuse(f"{show(path)} has {human_size(size)}, more than "
-                             f"{human_size(PULL_FILE_MAX)}", _REMOVE_IT)
+                             f"{human_size(self.most)}", _REMOVE_IT)
             if self.total > PULL_TOTAL_MAX:
                 raise refuse(f"it is larger than {human_size(PULL_TOTAL_MAX)}", _IGNORE)
             chunks = self._link(name, size) if name in self.links else self.wire.chunks(size)
@@ -6707,7 +6802,12 @@ class Harvest:
             raise refuse(f"{show(self.links[name][0])} is a symbolic link of {human_size(size)}")
         target = self.wire.exact(size)
         for path in self.links[name]:
-            check_link(path, target)
+            why = why_no_link(path, target)
+            if why and self.strict:
+                raise refuse(f"of {show(path)}: {why}", _REMOVE_IT)
+            if why:
+                del self.commits[b"1"].changes[path]
+                self.left[path] = why
         return [target]
 
 
@@ -6898,21 +6998,16 @@ class Pull:
     def _begin(self, wire: Wire, incoming: Incoming) -> tuple[bool, bytes, bool]:
         """Whether the last commit is uncommitted work; the host's id of the base, b"" without git;
         whether all files come."""
-        for noted in range(PULL_PATHS_MAX):
-            if wire.ended():
-                self._check_reply(incoming)
-                raise refuse("its stream is empty")
-            word, _, rest = wire.upto(b"\n").partition(b" ")
-            if word == b"large":
-                raise refuse(f"{show(rest)} there has more than {human_size(PULL_FILE_MAX)}",
-                             _REMOVE_IT)
-            if word == b"git" and re.match(rb"[01] [0-9a-f]{40,64}\Z", rest):
-                return rest[:1] == b"1", rest[2:], False
-            if word in (b"files", b"all") and not rest:
-                return True, b"", word == b"all"
-            if word != b"note":
-                break
-            self.notes += ["left out: " + show(rest)[1:-1]] if noted < 20 else []
+        if wire.ended():
+            self._check_reply(incoming)
+        word, rest = after_notes(wire, self.notes)
+        if word == b"large":
+            raise refuse(f"{show(rest)} there has more than {human_size(PULL_FILE_MAX)}",
+                         _REMOVE_IT)
+        if word == b"git" and re.match(rb"[01] [0-9a-f]{40,64}\Z", rest):
+            return rest[:1] == b"1", rest[2:], False
+        if word in (b"files", b"all") and not rest:
+            return True, b"", word == b"all"
         raise refuse(f"its stream begins with {show(word)}")
 
     def _in_module(self, path: bytes) -> bool:
@@ -6930,10 +7025,9 @@ class Pull:
                 del found[path]
         harvest.left.update(dict.fromkeys(
             found, "it lies in a submodule: no commit here can hold it"))
-        left = [f"{show(path)[1:-1]} ({why})" for path, why in sorted(harvest.left.items())]
-        self.notes += ["left out: " + path for path in left[:20]]
-        self.notes += [f"left out: {len(left) - 20} more"] if left[20:] else []
-        self.pulled["left"] = left[:20]
+        left = left_out(harvest.left)
+        self.notes += left
+        self.pulled["left"] = [note[len("left out: "):] for note in left[:20]]
 
     def _point(self, harvest: Harvest) -> None:
         """Turn LFS content into its pointer again, wherever LFS manages the path."""
@@ -7075,6 +7169,79 @@ class Pull:
                       base=self.base, commit=tip, since=since, commits=int(count), new=moved,
                       executes=executes, secrets=self.secrets, notes=self.notes,
                       stat="\n".join(map(neutralise, rows)))
+
+
+class Landing(Harvest):
+    """Reads what is copied by name into a directory of its own beside its place, then moves it
+    there. Links are made last: no file is written through one. Whoever is killed leaves that
+    directory; if he died between two renames, what was to be replaced is in it."""
+
+    most, strict = PULL_TOTAL_MAX, False
+
+    def __init__(self, local: str, name: str, force: bool) -> None:
+        place, self.force = os.path.abspath(local), force
+        above = os.path.dirname(place)
+        if os.path.islink(place) or not os.path.isabs(local) and os.path.realpath(above) != above:
+            raise UsageError(f"{show(local)} is, or leads through, a symbolic link.",
+                             f"Name where it leads: {quote(os.path.realpath(place))}")
+        self.place = os.path.join(place, name) if os.path.isdir(place) else place
+        self._look()
+        self.path = f"{os.path.dirname(self.place)}/.cmux-{os.urandom(8).hex()}.tmp"
+        self.new, self.old = self.path + "/new", self.path + "/old"
+        os.mkdir(self.path, 0o700)
+
+    def _look(self) -> bool:
+        """Whether something is there. Raises UsageError if it must stay."""
+        found = os.path.lexists(self.place)
+        if found and not self.force:
+            raise UsageError(f"{show(self.place, 300)} exists already.", "To replace it: --force.")
+        if "/.git/" in self.place + "/" or os.path.lexists(self.place + "/.git"):
+            raise UsageError(f"{show(self.place, 300)} is a git repository's.")
+        return found
+
+    def _import(self, chunks: Iterable[bytes], size: int) -> str:
+        name = f"{self.path}/{os.urandom(8).hex()}"
+        with open(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o755), "wb") as stream:
+            stream.writelines(chunks)
+        return name
+
+    def take(self, wire: Wire, notes: list[str]) -> None:
+        """Put together all that comes."""
+        super().__init__(wire, None, set, {}, {})  # type: ignore[arg-type]
+        word, _ = after_notes(wire, notes)
+        self.read(b"", False)
+        rows = [(mode, path, name) for path, (mode, name) in self.commits[b"1"].changes.items()
+                if mode]
+        if sum(path.count(b"/") for _, path, _ in rows) > 10 * PULL_PATHS_MAX:
+            raise refuse("its paths are too deep")  # a million directories
+        new = os.fsencode(self.new) + b"/"
+        for folder in sorted({b"", *itertools.chain(*(above(path) for _, path, _ in rows))}):
+            os.mkdir(new + folder, 0o755)
+        for mode, path, name in sorted(rows):  # links have 120000
+            if os.path.lexists(new + path):  # where case does not count
+                raise refuse(f"{show(path)} is there twice")
+            if mode == "120000":
+                with open(name, "rb") as stream:
+                    os.symlink(stream.read(), new + path)
+            else:
+                os.chmod(name, os.stat(name).st_mode & (0o777 if mode == "100755" else 0o666))
+                os.rename(name, new + path)
+        if word == b"file":
+            self.new += "/it"
+            if not stat.S_ISREG(os.lstat(self.new).st_mode):
+                raise refuse("it is not one file")
+
+    def publish(self) -> None:
+        """Move it to its place."""
+        if self._look() and not (os.path.isfile(self.new) and os.path.isfile(self.place)):
+            os.rename(self.place, self.old)
+        os.rename(self.new, self.place)
+
+    def close(self) -> None:
+        import shutil
+        if os.path.lexists(self.old) and not os.path.lexists(self.place):
+            os.rename(self.old, self.place)
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 @logged("pull")
@@ -7399,6 +7566,33 @@ def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Cancel |
             time.sleep(0.5)
 
 
+def pack(source: str, name: str, stream: IO[bytes], left: dict[bytes, str]) -> None:
+    """Write a local file or directory as the archive that COPY_IN takes; ``left``: what stays."""
+    import tarfile
+    state = os.path.realpath(state_home()) + "/"
+
+    def keep(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        path, why = entry.name[len(name) + 1:], ""
+        real = os.path.join(source, path).rstrip("/")
+        if is_dot_git(os.path.basename(real)) or (real + "/").startswith(state):
+            why = "it is a git directory, or this program's own"
+        elif entry.issym():
+            why = why_no_link(encoded(path), encoded(entry.linkname))
+        elif not (entry.isfile() or entry.isdir()):
+            why = "it is a device or a pipe"
+        entry.uid = entry.gid = entry.mtime = 0
+        entry.uname = entry.gname = ""
+        entry.mode = 0o755 if entry.mode & 0o100 else 0o644
+        vars(archive).update(members=[], inodes={})  # for little memory, and no hard links
+        left.update({encoded(path): why} if why else {})
+        return None if why else entry
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        archive.add(source, name, filter=keep)
+        archive.addfile(tarfile.TarInfo("end"))
+    if b"" in left:
+        raise UsageError(f"{show(source)} cannot be copied: {left[b'']}.")
+
+
 class Workspace(WorkspaceBase):
     """A directory on a host in which an agent works. Get one from Project.create, .ensure or
     .workspace. The methods are the tools of VERBS, with the arguments and results of `batch`;
@@ -7427,7 +7621,9 @@ class Workspace(WorkspaceBase):
         whole = words[1] == "all"
         if len(data) > READ_MAX:
             what = show(path) if whole else f"What was asked for of {show(path)}"
-            hint = "Read it by lines: offset and limit." if whole else "Ask for fewer: limit."
+            hint = ("Read it by lines: offset and limit; or get it by: "
+                    f"{PROGRAM} cp {quote(f'{self.name}:{path}')} ." if whole
+                    else "Ask for fewer: limit.")
             raise ToolFailed(f"{what} is larger than {human_size(READ_MAX)}.", hint)
         if not whole:
             known = words[2] if words[2:] and re.match(r"[0-9a-f]{64}\Z", words[2]) else ""
@@ -7544,6 +7740,55 @@ class Workspace(WorkspaceBase):
                 text = row.decode("utf-8", "replace").rstrip("\r")[:LINE_MAX]
                 matches.append({"path": path, "line": line, "text": text})
         return {"matches": matches[:limit], "truncated": len(matches) > limit or cut}
+
+    @logged("upload", lambda result, *args: result["size"])
+    def upload(self, local: str, path: str = "", force: bool = False,
+               report: Report | None = None, cancel: Cancel | None = None) -> Fields:
+        """Copy a local file or directory to ``path`` in the workspace, or into it if that is a
+        directory, whole or not at all; what has its name there is replaced only with ``force``:
+        ``path``, ``size`` (bytes sent), ``notes`` on what stayed here (git directories, links that
+        lead out of it, devices). Raises ToolFailed."""
+        name, source = os.path.basename(os.path.abspath(local)), os.path.realpath(local)
+        place = os.path.normpath(absolute(self, path or ".")) + f"/{name}" * path.endswith("/")
+        if not name or not (place + "/").startswith(self.path + "/"):
+            raise UsageError(f"{show(path)} is not in the workspace {self.name}, or / is copied.")
+        op, left = os.urandom(8).hex(), {}  # type: str, dict[bytes, str]
+        (report or Report()).step(self.name, "sending")
+        try:
+            with spool(b"") as stream:
+                pack(source, op, stream, left)
+                size = stream.tell()
+                stream.seek(0)
+                reply = self.host.call(COPY_IN, self.root, op, self.path, place, name, "1" * force,
+                                       source=Source(stream.fileno()), direct=size > BULK_FROM,
+                                       cancel=cancel)
+        except OSError as error:
+            raise expected(error) or UsageError(f"Cannot copy {show(local)}: {error.strerror}.")
+        into = tool_reply(self, reply, path or name).stdout == b"into\n"
+        return {"path": place + f"/{name}" * into, "size": size, "notes": left_out(left)}
+
+    @logged("download", lambda result, *args: result["size"])
+    def download(self, path: str, local: str, force: bool = False,
+                 report: Report | None = None, cancel: Cancel | None = None) -> Fields:
+        """Copy a file or directory of the host to ``local``, as upload() does it the other way; no
+        link is followed: ``path``, ``size`` (bytes, at most 2 GiB), ``notes`` on what was left out
+        (also names that other systems do not take). Modes become 644 or 755. Raises ResultRefused,
+        ToolFailed."""
+        source, notes = os.path.normpath(absolute(self, path or ".")), []  # type: str, list[str]
+        progress = functools.partial((report or Report()).progress, self.name, doing="receiving")
+        words = COPY_OUT, self.root, os.urandom(8).hex(), self.path, source
+        try:
+            with contextlib.closing(Landing(local, os.path.basename(source), force)) as landing, \
+                    contextlib.closing(Incoming(self.host, cancel, *words)) as incoming:
+                wire = Wire(incoming.take, progress)
+                if not wire.ended():
+                    landing.take(wire, notes)
+                tool_reply(self, incoming.reply(), path)
+                landing.publish()
+        except OSError as error:
+            raise expected(error) or UsageError(f"Cannot copy to {show(local)}: {error.strerror}.")
+        return {"path": landing.place, "size": landing.total,
+                "notes": notes + left_out(landing.left)}
 
     # -- jobs --
 
@@ -7929,6 +8174,13 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          example="a.py --old 'x = 1' --new 'x = 2'", tool=Workspace.edit,
          model="Replace exact text in a file, all edits or none. Each old text must occur exactly "
          "once, or count times; read the file first."),
+    Verb("cp", "copy a file or directory to or from a workspace, also what git ignores",
+         Arg("source", "text", "a local path, or NAME:PATH or :PATH in a workspace", word="1",
+             shown="SRC"),
+         Arg("to", "text", "the same; a directory that is there gets it inside", word="1",
+             shown="DST"),
+         Arg("force", "flag", "replace what has its name"),
+         example="fix-login:build/report ."),
     Verb("glob", "paths of files that match",
          Arg("pattern", "text", "below the workspace: *, ?, [...], {a,b} within a component, "
              "** across", word="1"),
@@ -7962,9 +8214,12 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          Arg("name", "text", "the new name", required=True, face="json"), REF, *DIRTY,
          Arg("root", "text", "where on the host (default: ~/cmux)", shown="DIR", face="line"),
          Arg("no_init", "flag", "do not run .cmux/init", face="line"),
+         Arg("source", "text", "with what git ignores (packages, caches) in this workspace of that "
+             "host", flags="--from", shown="WS"),
          example="fix-login fix-logout -H my-server",
-         manage=lambda project, cancel, name, ref="HEAD", host="": project.create(
-             name, host or project.default_host(), ref, cancel=cancel).describe(),
+         manage=lambda project, cancel, name, ref="HEAD", host="", source="": project.create(
+             name, project.host_for(host, source), ref, cancel=cancel,
+             source=source).describe(),
          model="Make a workspace on the host from a local commit."),
     Verb("list", "this project's workspaces",
          Arg("all_projects", "flag", "of every project of this machine", face="line"),
@@ -8024,7 +8279,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
 )}
 GROUPS = {  # of the commands, as the help lists them
     "work": ("exec", "shell", "forward", "diff", "pull", "push"),
-    "files": ("read", "write", "edit", "glob", "grep"),
+    "files": ("read", "write", "edit", "cp", "glob", "grep"),
     "jobs": ("jobs", "logs", "wait", "stop"),
     "workspaces": ("new", "list", "fork", "rename", "rm", "history", "top", "gc"),
     "agents": ("mcp", "batch"),
@@ -9499,7 +9754,7 @@ def open_project(options: argparse.Namespace) -> Project:
 
 # -- the commands: each takes the parsed options and returns an exit code --
 
-NAMED = ("pull", "push", "diff", "shell")  # whose word is the workspace
+NAMED = ("pull", "push", "diff", "shell", "cp")  # whose word is the workspace
 
 
 class Execution:
@@ -9759,7 +10014,8 @@ def command_new(options: argparse.Namespace) -> int:
     refuse_both(options)
     project = open_project(options)
     names = given_names(options) or [project.default_workspace()]
-    host = options.host or project.default_host()
+    source = options.source or ""
+    host = project.host_for(options.host or "", source)
     if len(set(names)) != len(names):
         raise UsageError("A name is given twice.")
 
@@ -9772,7 +10028,7 @@ def command_new(options: argparse.Namespace) -> int:
         code = 1
         try:
             made = project.create(name, host, ref, options.root or "", not options.no_init,
-                                  terminal, cancel)
+                                  terminal, cancel, source)
             code = 0
             return made
         finally:
@@ -10374,6 +10630,22 @@ def command_write(options: argparse.Namespace) -> int:
     return answer(options, workspace.write(options.path, read_all(0, READ_MAX * 10)))
 
 
+def command_cp(options: argparse.Namespace) -> int:
+    back, away = (re.match(r"([\w.-]*):(.*)\Z", side, re.S)
+                  for side in (options.source, options.to))
+    remote = away or back
+    if not remote or away and back:
+        raise UsageError("One of the two is NAME:PATH or :PATH, in a workspace; the other is not.",
+                         f"For example: {PROGRAM} cp fix-login:report .")
+    options.name, path = remote.groups()
+    workspace, more = existing_workspace(options), (options.force, options.terminal)
+    done = (workspace.upload(options.source, path, *more) if away
+            else workspace.download(path, options.to, *more))
+    for note in done["notes"]:
+        options.terminal.warn(note)
+    return answer(options, done, done["path"])
+
+
 def command_edit(options: argparse.Namespace) -> int:
     arguments: Fields = {"path": options.path}
     if options.old is not None or options.new is not None:
@@ -10563,6 +10835,7 @@ HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "shell": lambda options: on_terminal(
         functools.partial(the_workspace, options), options.terminal), "diff": command_diff,
     "pull": command_pull, "push": command_push, "write": command_write, "edit": command_edit,
+    "cp": command_cp,
     "logs": command_logs, "new": command_new, "list": command_list, "rm": command_rm,
     "fork": command_move, "rename": command_move, "history": command_history, "top": command_top,
     "gc": command_gc, "mcp": command_mcp, "batch": command_batch, "secrets set": secrets_set,

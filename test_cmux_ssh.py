@@ -5732,6 +5732,7 @@ def test_read_is_bounded_and_says_so(talker, area):
     with open(area.dir / "huge", "wb") as file:
         file.truncate(3 << 30)
     assert "larger than" in talker.refusal("read", path=area.p("huge"))
+    assert f"cp main:{area.p('huge')} ." in talker.answer(talker.post("read", {"path": area.p("huge")}))["error"]["hint"]
     assert "larger than" in talker.refusal("edit", path=area.p("huge"), edits=[{"old": "a", "new": "b"}])
     assert talker("read", path="README", offset=10 ** 12)["content"] == ""
 
@@ -5945,6 +5946,170 @@ def test_writes_at_once_leave_one_of_them_whole(talker, area):
     datas = [bytes([65 + n]) * 200_000 for n in range(12)]
     answers = talker.all([("write", {"path": area.p("f"), "content_base64": b64(data)}) for data in datas])
     assert all(a["ok"] for a in answers) and (area.dir / "f").read_bytes() in datas
+
+
+# === cp, new --from ===
+
+
+def copied(repo, *words, code=0):
+    """What a cp left out."""
+    done = repo.cli("cp", *map(str, words))
+    assert done.code == code, done
+    return sorted(row.split(" (")[0] for row in re.findall(r"left out: (.*)", done.said))
+
+
+def modes(folder):
+    return {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if not path.is_symlink()}
+
+
+@each("tools", [None, "", "busybox"])
+def test_cp_brings_files_and_directories_both_ways(site, tools):
+    repo, near = Repo(site), site.dir / "near"
+    repo.new(host="box" if tools is None else bare_host(site, tools))
+    far = repo.path() / "d"
+    near.mkdir()
+    for name in ("a", "sub/run", "sub/deep/new\nline", "-n", "y" * 200, "\u00e9 \u65e5", "empty", ".gitignore"):
+        repo.write(f"d/{name}", name.encode() * 1000 * (name != "empty"), 0o4775 if "run" in name else 0o600)
+    (repo.dir / "d/sub/link").symlink_to("../a")
+    tree = tree_of(repo.dir / "d")
+    (repo.dir / "d/sub/.git").mkdir()
+    (repo.dir / "d/out").symlink_to("../src/main.c")
+    os.mkfifo(repo.dir / "d/pipe")
+    assert copied(repo, "d", ":") == ["out", "pipe", "sub/.git"]
+    assert tree_of(far) == tree and modes(far) == {0o644, 0o755}
+    (far / "abs").symlink_to("/etc/passwd")
+    for name in ("git~1", "\x1b[31m", "a\xad"):
+        (far / name).write_bytes(b"x")
+    (far / "sub/.git").mkdir()
+    os.mkfifo(far / "sub/pipe")
+    for source, target, where in (("main:d", near / "new", "new"), (":d", near / "new", "new/d"), (f":{far}", near, "d")):
+        left = copied(repo, source, target)
+        assert left == ["./sub/.git", "./sub/pipe", "^[[31m", "abs", "a\xad", "git~1"], left
+        assert tree_of(near / where) == tree and modes(near) == {0o644, 0o755}
+    (far / "first").symlink_to("a")
+    assert copied(repo, ":d/first", near / "one") == copied(repo, near / "one", ":made/sub/") == copied(repo, near / "one", ":made/two") == []
+    assert {(far.parent / path).read_bytes() for path in ("made/sub/one", "made/two")} == {(near / "one").read_bytes()} == {b"a" * 1000}
+    assert set(os.listdir(near)) == {"new", "d", "one"} and not list(site.remote.glob("*/cmux/.cmux/stage/*"))
+
+
+def test_cp_replaces_only_with_force_and_follows_no_link_of_this_machine(repo, site):
+    repo.new()
+    far, near = repo.path(), repo.dir
+    (site.dir / "elsewhere").mkdir()
+    (near / "link").symlink_to(site.dir / "elsewhere")
+    (near / "file").write_bytes(b"mine")
+    (near / "there").mkdir()
+    (near / "there/src").symlink_to(site.dir / "elsewhere")
+    before = untouched(repo)
+    for words, said in ((":README file", "--force"), (":README link", "elsewhere"), (":README link/x", "elsewhere"), ("--force :README link", "elsewhere"), (":src there", "--force"),
+                        (":README .git/hooks/post-checkout", "git"), (":README none/x", "No such file"), (":nowhere x", "no file"), (":.git/HEAD/x x", "no file"),
+                        ("README :", "exists already"), ("README :../x", "not in the workspace"), ("README :/etc/x", "not in the workspace"), ("nowhere :", "No such file"),
+                        ("README x", "NAME:PATH"), (":a :b", "NAME:PATH"), ("README none:x", "no workspace"), ("-w main main:README x", "More than one"), (f"{site.state} :", "this program's own")):
+        refused(repo.cli("cp", *words.split()), 1 if re.search("no (file|work)|exists already$", said) else 2, words=said)
+    assert untouched(repo) == before and os.listdir(site.dir / "elsewhere") == []
+    os.chmod(near / "file", 0o600)
+    for words in (":README file", ":src file", ":README file", ":src there"):
+        assert copied(repo, "--force", *words.split()) == []
+    assert (near / "file/README").read_bytes() == b"hello\n" and tree_of(near / "there/src") == tree_of(far / "src")
+    (near / "there/src/.git").mkdir()
+    refused(repo.cli("cp", "--force", ":src", "there"), 2, words="git repository")
+    assert copied(repo, "--force", "src/main.c", ":README") == copied(repo, "--force", "file", ":src/main.c") == []
+    assert (far / "README").read_bytes() == b"int main;\n" and tree_of(far / "src/main.c") == tree_of(near / "file")
+
+
+LIES = {  # what a host says of a copy; those that may come, last
+    "nothing": b"", "no head": b"x\n", "another": b"git 0 " + b"1" * 40 + b"\n",
+    **{f"path {path!r}": [b"all\n", *files(b"M 100644 :1 " + path)] for path in EVIL},
+    "twice": [b"all\n", *files(b"M 100644 :1 a", b"M 100644 :1 a")], "a file and below it": [b"all\n", *files(b"M 100644 :1 a", b"M 100644 :2 a/b", contents=[b"1", b"2"])],
+    "through a link": [b"all\n", *files(b"M 120000 :1 a", b"M 100644 :2 a/b", contents=[b"c", b"2"])], "one content for two": [b"all\n", *files(b"M 100644 :1 a", b"M 100644 :1 b")],
+    "two for one": [b"file\n", *files(b"M 100644 :1 it", b"M 100644 :2 it/x", contents=[b"1", b"2"])], "a link for a file": [b"file\n", *files(b"M 120000 :1 it")],
+    "a directory for a file": [b"file\n", *files(b"M 100644 :1 it/x")], "another for a file": [b"file\n", *files(b"M 100644 :1 x")],
+    "a length too short": [b"all\n", *files(b"M 100644 :1 a")[:2], b"1 blob 1\nxx\n"], "too long": [b"all\n", *files(b"M 100644 :1 a")[:2], b"1 blob 9\nxx\n"],
+    "a terabyte": [b"all\n", *files(b"M 100644 :1 a")[:2], b"1 blob 1099511627776\nxx\n"], "a content too many": [b"all\n", *files(contents=[b"x"])],
+    "too deep": [b"all\n", *files(*(b"M 100644 :1 %d/" % n + b"a/" * 60 + b"x" for n in range(17000)))],
+    "left out": [b"note " + b"x" * 5000 + b"\n" + b"note \x1b[31m\n" * 50 + b"all\n", *files(b"M 100644 :1 good", b"M 120000 :2 up", *(b"M 100644 :%d " % (n + 3) + path for n, path in enumerate(ODD)),
+                                                                                                contents=[b"x", b"../../x", *(b"x" for _ in ODD)])],
+}
+
+
+@promise(3)
+def test_no_lie_of_a_host_gets_a_copy_out_of_its_place(site):
+    liar = Liar(site)
+    said = [b"".join([lie[0], b"\n", lie[2], lie[3], b"\n"]).decode("latin-1") if isinstance(lie, list) else lie.decode() for lie in LIES.values()]
+    names = liar.lies(*map(says, said), BEGUN + [("flood", 1, "note x\n")], BEGUN + [("say", 1, "all\n\n"), ("flood", 1, "1\0")], BEGUN + [("say", 1, said[-1][:-20]), ("exit", 0, 255)],
+                      BEGUN + [("say", 1, said[-1][:-20]), ("wait", 0, 60)], says(said[-1] + "x"), says("", "no", 32), says(said[-1], "bad", 3))
+    before = untouched(liar.repo)
+    told = json.loads(in_library(liar.repo, """
+import json, os
+project = cmux_ssh.Project(".")
+cmux_ssh.CALL_PATIENCE = 3
+def copy(name):
+    try:
+        return project.workspace(name).download("x", "got-" + name)["notes"]
+    except cmux_ssh.CmuxError as error:
+        return str(error)
+with ThreadPoolExecutor(8) as pool:
+    print(json.dumps(list(pool.map(copy, sys.argv[1:]))))
+""", *names, seconds=120))
+    good = list(LIES).index("left out")
+    assert [text for at, text in enumerate(told) if at != good and (isinstance(text, list) or len(text) > 1000 or not text.isprintable())] == []
+    assert len(told[good]) == 41 and all(note.isprintable() for note in told[good]), told[good]
+    assert tree_of(liar.repo.dir / f"got-lie-{good}") == {b"good": ("file", b"x")}
+    shutil.rmtree(liar.repo.dir / f"got-lie-{good}")
+    assert untouched(liar.repo) == before
+
+
+@each("way", ["up", "down"])
+@promise(7)
+def test_a_cp_killed_at_any_instant_leaves_nothing_half(repo, site, way):
+    repo.new()
+    for n in range(300):
+        repo.write(f"tree/{n}/x", os.urandom(3000))
+    tree, rng = tree_of(repo.dir / "tree"), random.Random(7)
+    if way == "down":
+        assert copied(repo, "tree", ":") == []
+    target, words = (repo.path() / "up", ("tree", ":up")) if way == "up" else (repo.dir / "down", (":tree", "down"))
+    began = time.monotonic()
+    assert copied(repo, *words) == []
+    took = time.monotonic() - began
+    for at in range(8):
+        if at < 5:
+            shutil.rmtree(target, ignore_errors=True)
+        child = repo.start("cp", *words)
+        time.sleep(rng.random() * took)
+        killed(child)
+        until(lambda: not list(site.remote.glob("*/cmux/.cmux/stage/*")), "the host has cleared up")
+        assert not target.exists() or tree_of(target) in (tree, {**tree, **{b"tree/" + path: row for path, row in tree.items()}})
+
+
+@each("host", ["box", "nogit"])
+def test_new_from_a_workspace_has_what_is_ignored_there_before_the_hook_runs(site, host):
+    repo = Repo(site, files={".gitignore": b"node_modules/\n*.o\n/cache\n/late\n"})
+    repo.new(host=place_of(site, host))
+    here = repo.path()
+    for path in ("node_modules/p/i.js", "x.o", "src/y.o", "gone/z.o", "it's \u00e9.o", "cache", "plain", "src/main.c", "late"):
+        (here / path).parent.mkdir(parents=True, exist_ok=True)
+        (here / path).write_bytes(b"far")
+    (here / "node_modules/link").symlink_to("p")
+    repo.write(".cmux/init", b"#!/bin/sh\nls node_modules/p src >seen.o\n", 0o755)
+    repo.write(".gitignore", b"node_modules/\n*.o\n/cache\n")
+    repo.write("cache", b"near")
+    repo.git("add", "-f", "cache")
+    (repo.dir / "gone").symlink_to("/tmp")
+    repo.commit()
+    made = repo.cli("new", "two", "--from", "main")
+    if host == "nogit":
+        return refused(made, 1, words="only git knows")
+    assert made.code == 0, made
+    tree = repo.tree()
+    assert tree_of(repo.path("two")) == {**tree, b"node_modules/p/i.js": ("file", b"far"), b"node_modules/link": ("link", b"p"), b"x.o": ("file", b"far"), b"src/y.o": ("file", b"far"),
+                                         "it's \u00e9.o".encode(): ("file", b"far"), b"seen.o": ("file", b"node_modules/p:\ni.js\n\nsrc:\nmain.c\ny.o\n")}
+    assert "Nothing new" in repo.ok("pull", "two").text and not os.path.exists("/tmp/z.o")
+    refused(repo.cli("new", "three", "-H", "other", "--from", "main"), 2, words="is on box")
+    refused(repo.cli("new", "three", "--from", "none"), 1, words="no workspace")
+    with open_mcp(repo, "--manage") as client:
+        assert "three" in client("workspace_new", name="three", source="main")
+    assert (repo.path("three") / "x.o").read_bytes() == b"far"
 
 
 # === glob and grep ===
