@@ -2520,7 +2520,7 @@ class Registry:
         self.repository = repository
         key = hashlib.sha256(os.fsencode(repository)).hexdigest()[:20]
         self.path = f"{state_folder('projects')}/{key}.json"
-        self.secrets_path = f"{state_folder('secrets')}/{key}.json"
+        self.secrets_path = secrets_file(key)
         self.running = self.path[:-4] + "running"
         self._cache: dict[str, tuple[object, Any]] = {}
 
@@ -2543,19 +2543,18 @@ class Registry:
         return self._cache[path][1]
 
     @contextlib.contextmanager
-    def editing(self, secrets: bool = False) -> Iterator[Fields]:
-        """The record, or the secrets, to be changed under the lock; written unless that raises."""
-        path = self.secrets_path if secrets else self.path
-        with Lock(path + ".lock", doing="changes " + show(path)):
-            value: Any = {"secrets": read_secrets(path)} if secrets else read_json(path, RECORD)
+    def editing(self) -> Iterator[Fields]:
+        """The record, to be changed under the lock; written unless that raises."""
+        with Lock(self.path + ".lock", doing="changes " + show(self.path)):
+            value = read_json(self.path, RECORD)
             if value is None:
                 name = os.path.basename(re.sub(r"/+(\.git)?/*\Z", "", self.repository))
                 name = name[:-4] if name.endswith(".git") else name
                 value = {"repository": os.fsencode(self.repository).decode("utf-8", "replace"),
                          "name": safe_workspace(name)[:40], "id": os.urandom(6).hex(),
                          "workspaces": {}}
-            yield value["secrets"] if secrets else value
-            write_json(path, value, 0)
+            yield value
+            write_json(self.path, value, 0)
 
     def creation_lock(self, name: str, shared: bool = False) -> Lock:
         """Held by who makes or removes a workspace; ``shared`` by those who copy it."""
@@ -2568,10 +2567,42 @@ class Registry:
         place = hashlib.sha256(os.fsencode(f"{tree}\0{host}\0{root}")).hexdigest()
         return Lock(f"{self.running}/tree.{place}", True, doing="sends the same files to " + host)
 
-    def secrets(self) -> Mapping[str, dict[str, str]]:
-        """name -> {"value": ...} or {"command": ...}."""
-        secrets: dict[str, dict[str, str]] = self._cached(self.secrets_path, read_secrets)
-        return secrets
+    def own_secrets(self, op: str) -> str:
+        """The file of those of one workspace alone, by its id: they follow a rename, and are not
+        for the next of that name."""
+        return f"{self.secrets_path[:-4]}{op}.json"
+
+    def stored(self, op: str | None = None) -> list[tuple[str, dict[str, str], str]]:
+        """(name, {"value": ...} or {"command": ...}, scope: global, project or workspace NAME) of
+        the secrets for one workspace, or for any (None); the widest scope first."""
+        files = [(secrets_file(), "global"), (self.secrets_path, "project")]
+        files += [(self.own_secrets(entry["op"]), "workspace " + name)
+                  for name, entry in self.read()["workspaces"].items() if op in (None, entry["op"])]
+        return [(name, entry, scope) for path, scope in files
+                for name, entry in self._cached(path, read_secrets).items()]
+
+    def secrets(self, op: str, only: Collection[str] | None = None) -> dict[str, dict[str, str]]:
+        """What commands get in a workspace, or ``only`` these: the narrower scope wins."""
+        found = {name: entry for name, entry, _ in self.stored(op)}
+        for name in only or ():
+            if name not in found:
+                raise UsageError(f"There is no secret {show(name)} for this workspace.",
+                                 f"See: {PROGRAM} secrets list")
+        return found if only is None else {name: found[name] for name in only}
+
+
+def secrets_file(key: str = "global") -> str:
+    """Where the secrets of a project are, or those of all."""
+    return f"{state_folder('secrets')}/{key}.json"
+
+
+@contextlib.contextmanager
+def editing_secrets(path: str) -> Iterator[dict[str, dict[str, str]]]:
+    """The secrets of a file, to be changed under its lock; written unless that raises."""
+    with Lock(path + ".lock", doing="changes " + show(path)):
+        stored = read_secrets(path)
+        yield stored
+        write_json(path, {"secrets": stored}, 0)
 
 
 def read_secrets(path: str) -> dict[str, dict[str, str]]:
@@ -2664,13 +2695,14 @@ def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Fields]:
             report(error)
 
 
-def secret_values(registry: Registry, cancel: Cancel | None = None) -> dict[str, bytes]:
-    """The project's secrets, commands run now (by the user's shell, as typed by the user).
+def secret_values(secrets: Mapping[str, Mapping[str, str]],
+                  cancel: Cancel | None = None) -> dict[str, bytes]:
+    """The values of secrets, commands run now (by the user's shell, as typed by the user).
 
     Raises CmuxError naming the secret, never its value; Cancelled.
     """
     values: dict[str, bytes] = {}
-    for name, entry in registry.secrets().items():
+    for name, entry in secrets.items():
         if "command" in entry:
             try:
                 argv = ["/bin/sh", "-c", entry["command"]]
@@ -2689,7 +2721,7 @@ def secret_values(registry: Registry, cancel: Cancel | None = None) -> dict[str,
         check_secret(name, values[name])
     if sum(map(len, values.values())) > SECRETS_MAX:
         raise CmuxError(
-            f"The project's secrets are larger than {human_size(SECRETS_MAX)}.",
+            f"The secrets are larger than {human_size(SECRETS_MAX)}.",
             f"Remove some by `{PROGRAM} secrets rm NAME`; see `{PROGRAM} secrets list`.")
     return values
 
@@ -5501,44 +5533,55 @@ class ProjectBase:
         self._mutex = threading.Lock()
         self.looking = threading.Lock()  # many workspaces at once: one says what is not sent
         self._fetching = threading.Lock()
-        self._unknown: tuple[float, CmuxError] | None = None  # why a secret's command failed
-        self.fetched: set[str] = set()   # secrets that this process has sent or looked up
+        self._unknown: dict[str, tuple[float, CmuxError]] = {}  # command -> why it failed
+        self.fetched: set[str] = set()   # commands of secrets that this process has run
         self.logging: set[int] = set()   # threads in the middle of a logged operation
 
-    def hand_over(self, secrets: Mapping[str, bytes]) -> None:
-        """Remember what a command is given, for masking. The oldest make room: one that is fetched
+    def fetch(self, secrets: Mapping[str, Mapping[str, str]],
+              cancel: Cancel | None = None) -> dict[str, bytes]:
+        """The values of secrets, remembered for masking. The oldest make room: one that is fetched
         by a command may be another each time."""
+        values = secret_values(secrets, cancel)
         with self._mutex:
-            self.fetched.update(secrets)
-            self.handed_over.update({value: name for name, value in secrets.items()})
+            self.fetched.update(entry.get("command", "") for entry in secrets.values())
+            self.handed_over.update({value: name for name, value in values.items()})
             for value in list(self.handed_over)[:-1000]:
                 del self.handed_over[value]
+        return values
 
-    def know_secrets(self) -> None:
-        """Run the commands that make secrets, if this process has not yet: what an earlier one sent
-        must be masked, too."""
+    def know_secrets(self, op: str, cancel: Cancel | None = None) -> None:
+        """Run the commands that make secrets of a workspace, if this process has not yet: what an
+        earlier one sent must be known, too, also where a narrower scope wins by now."""
         with self._fetching:
-            stored = self.registry.secrets()
-            if {name for name, entry in stored.items() if "command" in entry} - self.fetched:
-                if self._unknown and time.monotonic() < self._unknown[0]:
-                    raise self._unknown[1]  # not once more for every call
+            for name, entry, _ in self.registry.stored(op):
+                command = entry.get("command")
+                if not command or command in self.fetched:
+                    continue
+                until, why = self._unknown.get(command, (0.0, CmuxError("")))
+                if time.monotonic() < until:
+                    raise why  # not once more for every call
                 try:
-                    self.hand_over(secret_values(self.registry))
-                except CmuxError as error:
-                    self._unknown = time.monotonic() + UNKNOWN_FOR, error
+                    self.fetch({name: entry}, cancel)
+                except Cancelled:
                     raise
+                except CmuxError as error:
+                    self._unknown[command] = time.monotonic() + UNKNOWN_FOR, error
+                    raise
+
+    def known_secrets(self) -> dict[bytes, str]:
+        """value -> name of what this process has handed over, and of all that is stored."""
+        return {**self.handed_over, **{encoded(entry.get("value", "")): name
+                                       for name, entry, _ in self.registry.stored()}}
 
     def masks(self) -> list[tuple[bytes, bytes]]:
         """(a secret's value, what to show in its place), longest first, also lines of a value, as a
         key is shown with other line ends or an indent. Values below four bytes would mask half of
         all text."""
-        known, secrets = dict(self.handed_over), self.registry.secrets()
-        made_of = dict(known), secrets
-        if self._masked[0] == made_of:
+        known = self.known_secrets()
+        if self._masked[0] == known:
             return self._masked[1]
-        for name, entry in secrets.items():
-            known[entry.get("value", "").encode("utf-8", "surrogateescape")] = name
-        for value, name in list(known.items()):
+        made_of = dict(known)
+        for value, name in made_of.items():
             lines = map(bytes.strip, value.split(b"\n"))
             known.update({line: name for line in lines if len(line) >= 16})
         masks = [(value, b"[secret %s]" % name.encode()) for value, name in known.items()
@@ -5547,13 +5590,27 @@ class ProjectBase:
         self._masked = made_of, masks
         return masks
 
-    def set_secret(self, name: str, value: str | bytes | None) -> None:
-        """Store what every command of this project sees as the environment variable ``name``, in a
-        0600 file on this machine; None forgets it. Raises UsageError, StateFailed."""
+    @contextlib.contextmanager
+    def editing_secrets(self, workspace: str = "", everywhere: bool = False) -> Iterator[Fields]:
+        """The secrets of one scope, to be changed: see set_secret()."""
+        if workspace and everywhere:
+            raise UsageError("A secret is for all projects, or for one workspace.",
+                             "Give one of the two.")
+        with self.registry.editing() if workspace else contextlib.nullcontext():  # it stays there
+            path = (self.registry.own_secrets(self.entry(workspace)["op"]) if workspace else
+                    secrets_file() if everywhere else self.registry.secrets_path)
+            with editing_secrets(path) as stored:
+                yield stored
+
+    def set_secret(self, name: str, value: str | bytes | None, workspace: str = "",
+                   everywhere: bool = False) -> None:
+        """Store what commands see as the environment variable ``name``, in a 0600 file on this
+        machine; None forgets it. For this project, or one ``workspace`` of it, or ``everywhere``:
+        in all projects. The narrower wins. Raises UsageError, WorkspaceMissing, StateFailed."""
         check_variable(name, secret=True)
         data = None if value is None else encoded(value)
         check_secret(name, data or b"")
-        with self.registry.editing(secrets=True) as stored:
+        with self.editing_secrets(workspace, everywhere) as stored:
             stored.pop(name, None)
             if data is not None:
                 stored[name] = {"value": as_text(data)}
@@ -5625,9 +5682,14 @@ class ProjectBase:
             record["workspaces"][name].update(fields)
 
     def forget(self, name: str) -> None:
-        """Take a workspace's entry out of the registry."""
+        """Take a workspace's entry out of the registry, after what secrets it has alone."""
         with self.registry.editing() as record:
-            record["workspaces"].pop(name, None)
+            entry = record["workspaces"].pop(name, None)
+            if entry:
+                folder, start = os.path.split(self.registry.own_secrets(entry["op"])[:-4])
+                for left in os.listdir(folder):  # and what a writer that was killed left
+                    if left.startswith(start):
+                        remove_file(f"{folder}/{left}")
 
     def operate(self, script: str, name: str, entry: Mapping[str, Any], words: Sequence[str],
                 change: Mapping[str, Any] = types.MappingProxyType({}), **more: Any) -> Reply:
@@ -5698,15 +5760,17 @@ class ProjectBase:
                 entry["over"] = dict(entry.get("branches", {}))  # what it no longer has
 
     def create(self, name: str, host: str, ref: str = "HEAD", root: str = "", init: bool = True,
-               report: Report | None = None, cancel: Cancel | None = None) -> "Workspace":
+               report: Report | None = None, cancel: Cancel | None = None,
+               secrets: Collection[str] | None = None) -> "Workspace":
         """Make workspace ``name`` on ``host`` from commit ``ref``, below ``root`` there (default
-        ~/cmux), and run its init hook unless ``init`` is false: ``report`` gets to know of a hook
-        that fails, which undoes nothing.
+        ~/cmux), and run its init hook, with ``secrets`` as exec() has them, unless ``init`` is
+        false: ``report`` gets to know of a hook that fails, which undoes nothing.
 
         Raises WorkspaceExists, UploadFailed, HostError, GitFailed, RemoteFailed, Cancelled.
         """
         check_workspace(name)
         check_host(host)
+        self.registry.secrets("", secrets)
         if not root.isprintable() or len(root) > PATH_MAX or root.startswith("-"):
             raise UsageError(f"{show(root)} cannot be the root directory.")
         # Before the lock: a hundred callers of a host that is down then share one failure, and do
@@ -5724,7 +5788,7 @@ class ProjectBase:
                 self._make(upload, op, init)
                 log.size = upload.sent
                 if "init" in self.entry(name):
-                    self._run_init(name, root, report, cancel)
+                    self._run_init(name, root, report, cancel, secrets)
                 return self.workspace(name)
 
     def _make(self, upload: Upload, op: str, init: bool) -> None:
@@ -5755,7 +5819,8 @@ class ProjectBase:
             record["workspaces"][name] = entry
             upload.note_sent(record, root)
 
-    def _run_init(self, name: str, root: str, report: Report, cancel: Cancel | None) -> None:
+    def _run_init(self, name: str, root: str, report: Report, cancel: Cancel | None,
+                  secrets: Collection[str] | None) -> None:
         """The hook's failure is reported, and undoes nothing."""
         report.say(f"running .cmux/init in {name}")
         report.step(name, "init hook")
@@ -5764,7 +5829,8 @@ class ProjectBase:
         def output(data: bytes) -> None:
             report.output(data, name)
         try:
-            result = self.workspace(name).run(["./.cmux/init"], output, output, cancel=cancel)
+            result = self.workspace(name).run(["./.cmux/init"], output, output, cancel=cancel,
+                                              secrets=secrets)
             if result.reason:
                 raise Cancelled(f"Interrupted; the workspace {name} is there, its init hook was "
                                 "ended.")
@@ -5778,7 +5844,8 @@ class ProjectBase:
             self.update(name, init=end)
 
     def ensure(self, name: str, host: str = "", report: Report | None = None,
-               cancel: Cancel | None = None) -> "Workspace":
+               cancel: Cancel | None = None,
+               secrets: Collection[str] | None = None) -> "Workspace":
         """The workspace, made first from HEAD if it does not exist, on ``host`` (default:
         default_host()); waits while another process makes it. Raises as create() does, and
         UsageError if it is elsewhere."""
@@ -5788,7 +5855,7 @@ class ProjectBase:
         if entry is None:
             place, report = host or self.default_host(name), report or Report()
             try:
-                made = self.create(name, place, report=report, cancel=cancel)
+                made = self.create(name, place, report=report, cancel=cancel, secrets=secrets)
                 report.note(f"The workspace {name} is new, on {made.host.name}.")
                 return made
             except WorkspaceExists:
@@ -5871,8 +5938,8 @@ class ProjectBase:
             yield
 
     def fork(self, source: WorkspaceBase, name: str) -> "Workspace":
-        """A new workspace with the current content of ``source``, made on the host itself. Raises
-        WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed."""
+        """A new workspace with the current content and the own secrets of ``source``, made on the
+        host itself. Raises WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed."""
         with self._both(source.name, name, shared=True):
             entry = self.settle(source.name)
             self.vacate(name)
@@ -5883,6 +5950,9 @@ class ProjectBase:
                 if reply.status in (20, 22):
                     self.forget(name)
                 check_reply(reply, entry["host"], f"fork {source.name}", name, source.name)
+            own = read_secrets(self.registry.own_secrets(entry["op"]))
+            if own:
+                write_json(self.registry.own_secrets(made["op"]), {"secrets": own})
             self.update(name, state="ready")
             return self.workspace(name)
 
@@ -6257,13 +6327,13 @@ class WorkspaceBase:
         return {"name": self.name, "host": self.host.name, "path": self.path, "base": self.base,
                 "created": self.created, "project": self.project.name, "state": self.state}
 
-    def environment(self, extra: Mapping[str, str] | None = None,
-                    cancel: Cancel | None = None) -> bytes:
-        """The header records of a command's environment: ours, the secrets, then ``extra``."""
-        secrets = secret_values(self.project.registry, cancel)
+    def environment(self, extra: Mapping[str, str] | None, cancel: Cancel | None,
+                    only: Collection[str] | None) -> bytes:
+        """The header records of a command's environment: ours, the secrets (``only`` these), then
+        ``extra``."""
+        secrets = self.project.fetch(self.project.registry.secrets(self.op, only), cancel)
         values: dict[str, str | bytes] = {
             "CMUX_WORKSPACE": self.name, "CMUX_PROJECT": self.project.name, **secrets}
-        self.project.hand_over(secrets)
         for name, value in (extra or {}).items():
             values[check_variable(name)] = encoded(value)
         if sum(map(len, values.values())) > SECRETS_MAX + 65536:
@@ -6275,7 +6345,8 @@ class WorkspaceBase:
     def run(self, command: str | Sequence[str], stdout: Callable[[bytes], Any],
             stderr: Callable[[bytes], Any], source: Source | None = None, cwd: str = "",
             env: Mapping[str, str] | None = None, login: bool = False,
-            timeout: float | None = None, cancel: Cancel | None = None) -> Outcome:
+            timeout: float | None = None, cancel: Cancel | None = None,
+            secrets: Collection[str] | None = None) -> Outcome:
         """Run ``command``, its output streamed to the callables (which may raise to end it); see
         exec() for the rest. ``source`` is for the command line: it streams a descriptor into the
         command's stdin."""
@@ -6283,7 +6354,7 @@ class WorkspaceBase:
         if timeout is not None and not 0 < timeout < 1e8:
             raise UsageError("timeout takes a number of seconds above 0, and below 100000000.")
         try:
-            records = self.environment(env, cancel)
+            records = self.environment(env, cancel, secrets)
         except Cancelled:  # while a secret's command ran
             return Outcome(status=None, stopped="confirmed", reason="cancel")
         records += command_records(command, login, source is not None)
@@ -6310,14 +6381,15 @@ class WorkspaceBase:
     def exec(self, command: str | Sequence[str], timeout: float | None = None,
              cwd: str = "", env: Mapping[str, str] | None = None,
              stdin: str | bytes | None = None, login: bool = False, limit: int = CAPTURE_MAX,
-             cancel: Cancel | None = None,
-             tee: Callable[[bytes], Any] | None = None) -> ExecResult:
+             cancel: Cancel | None = None, tee: Callable[[bytes], Any] | None = None,
+             secrets: Collection[str] | None = None) -> ExecResult:
         """Run a command and wait for it.
 
         ``command``: a string is a shell line, a sequence an exact argv. ``timeout`` in seconds; at
         its end the process tree there is ended and what was printed is kept. ``cwd`` relative to
         the workspace. ``stdin``: bytes (or a str) for the command (None: /dev/null). ``limit``:
-        bytes kept of each stream. ``tee`` is given the bytes of both as they come. Raises HostError
+        bytes kept of each stream. ``tee`` is given the bytes of both as they come. ``secrets``: the
+        names of those that it gets (None: all that are for this workspace). Raises HostError
         (the connection), UsageError and WorkspaceMissing, never for the command's status, nor for
         ``cancel``: that ends it as a timeout does, with ``exit_code`` 130, and ``stopped`` (None
         for a command's own 130).
@@ -6329,7 +6401,7 @@ class WorkspaceBase:
             if stdin is not None:
                 source = Source(held.enter_context(spool(encoded(stdin))).fileno())
             outcome = self.run(command, sinks[0], sinks[1], source, cwd, env, login, timeout,
-                               cancel)
+                               cancel, secrets)
         return exec_result(self, outcome, out, err, began)
 
     @logged("shell")
@@ -6340,7 +6412,8 @@ class WorkspaceBase:
         writes them into a FIFO that the shell reads once. They are in no argv and on no disk.
         """
         import threading
-        values = dict(secret_values(self.project.registry), CMUX_RUNTIME=b"ssh",
+        secrets = self.project.fetch(self.project.registry.secrets(self.op))
+        values = dict(secrets, CMUX_RUNTIME=b"ssh",
                       CMUX_WORKSPACE=self.name.encode(), CMUX_PROJECT=self.project.name.encode())
         lines = [b"%s=%s; export %s\n" % (name.encode(), shell_word(value), name.encode())
                  for name, value in values.items()]
@@ -6594,10 +6667,10 @@ class Harvest:
     """Reads the three sections of PULL: commits as checked data, contents into fast-import."""
 
     def __init__(self, wire: Wire, importer: Importer, known: Callable[[], set[bytes]],
-                 secrets: Mapping[str, bytes], pointers: Mapping[tuple[str, int], str]) -> None:
+                 secrets: Mapping[bytes, str], pointers: Mapping[tuple[str, int], str]) -> None:
         self.wire, self.importer, self.known = wire, importer, known
-        self.secrets = {name: value for name, value in secrets.items() if len(value) >= 8}
-        self.overlap = max(map(len, self.secrets.values()), default=1) - 1
+        self.secrets = {value: name for value, name in secrets.items() if len(value) >= 8}
+        self.overlap = max(map(len, self.secrets), default=1) - 1
         self.pointers = pointers          # sha256, size of LFS content -> its pointer
         self.sizes = {size for _, size in pointers}
         self.commits: dict[bytes, Commit] = {}
@@ -6719,7 +6792,7 @@ class Harvest:
             self.importer.write(chunk)
             if self.secrets:
                 text = before + chunk
-                leaks.update(name for name, value in self.secrets.items() if value in text)
+                leaks.update(name for value, name in self.secrets.items() if value in text)
                 before = text[-self.overlap:]
         self.importer.write(b"\n")
         oid = digest.hexdigest()
@@ -6876,7 +6949,7 @@ class Pull:
         ``record``, the host notes what it sends under the name ``self.pulled["op"]``."""
         importer, incoming, base = Importer(self.shadow), None, b""
         try:
-            secrets = secret_values(self.project.registry, self.cancel)
+            self.project.know_secrets(self.workspace.op, self.cancel)
             words = self.project.looked_at(self.name, self.entry, self.pulled["op"])
             self.report.step(self.name, "collecting")
             incoming = Incoming(self.workspace.host, self.cancel, PULL, *words, "1" * record)
@@ -6884,6 +6957,7 @@ class Pull:
             wire = Wire(incoming.take, progress)
             dirty, base, everything = self._begin(wire, incoming)
             pointers = {(sha256, size): oid for _, oid, sha256, size in self.lfs.values()}
+            secrets = self.project.known_secrets()
             harvest = Harvest(wire, importer, self.sent, secrets, pointers)
             harvest.read(base, everything, "sha256" if len(self.base) == 64 else "sha1")
             self._check_reply(incoming)
@@ -7614,13 +7688,14 @@ class Workspace(WorkspaceBase):
     @logged("start")
     def start(self, command: str | Sequence[str], cwd: str = "",
               env: Mapping[str, str] | None = None, login: bool = False,
-              cancel: Cancel | None = None) -> str:
-        """Start a background job, which outlives this process and the connection; its id. Raises
-        WorkspaceMissing."""
+              cancel: Cancel | None = None, secrets: Collection[str] | None = None) -> str:
+        """Start a background job, which outlives this process and the connection; its id.
+        Arguments as of exec(). Raises WorkspaceMissing."""
         line, words = check_command(command)
         job = "j" + os.urandom(4).hex()
         directory = os.path.join(self.path, cwd) if cwd else self.path
-        records = record("_cmux_directory", directory) + self.environment(env, cancel)
+        records = record("_cmux_directory", directory) + self.environment(
+            env, cancel, secrets)
         records += line_records(line, words, login)
         try:
             reply = self.host.call(START, job_directory(self, job), job, *words, before=records,
@@ -7911,6 +7986,8 @@ DIRTY = (
         face="line"),
     Arg("allow", "texts", "with --dirty: send this file though it looks like a secret",
         shown="PATH", face="line"))
+EVERYWHERE = Arg("everywhere", "flag", "for all projects (default: this one; -w: one workspace)",
+                 flags="--global")
 PARALLEL = Arg("parallel", "count", "how many at a time (exec: all; batch: 16)",
                flags="-j --parallel", shown="N", least=1, face="line")
 COMMON = (
@@ -7936,6 +8013,9 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
              face="json"),
          Arg("env", "texts", "one more environment variable", shown="K=V", face="line"),
          Arg("push", "flag", "first bring the workspace to the local HEAD", face="line"),
+         Arg("secrets", "texts", "hand over this secret, and no other but those so named",
+             flags="--secret", shown="NAME", face="line"),
+         Arg("no_secrets", "flag", "hand over no secret", face="line"),
          Arg("login", "flag", "read the login profile first (nvm, pyenv, cargo)", face="line"),
          Arg("no_stdin", "flag", "pass no stdin on (a terminal's never is, nor to several)",
              flags="-n --no-stdin", face="line"),
@@ -8062,14 +8142,14 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("secrets set", "store a secret from stdin or a hidden prompt",
          Arg("name", "text", "of the environment variable", word="1"),
          Arg("command", "text", "run CMD for the value, each time", shown="CMD"),
-         example="NPM_TOKEN --command 'op read op://ci/npm'", lacks="H"),
+         EVERYWHERE, example="NPM_TOKEN --command 'op read op://ci/npm'", lacks="H"),
     Verb("secrets import", "take NAME=value lines from a dotenv file",
-         Arg("file", "text", "read once", word="1"),
+         Arg("file", "text", "read once; - is stdin", word="1"), EVERYWHERE,
          example=".env", lacks="H"),
-    Verb("secrets list", "the names of the secrets",
+    Verb("secrets list", "the names of the secrets, and for what they are",
          lacks="H"),
     Verb("secrets rm", "forget secrets",
-         Arg("names", "texts", "see `secrets list`", word="+", shown="NAME"),
+         Arg("names", "texts", "see `secrets list`", word="+", shown="NAME"), EVERYWHERE,
          example="NPM_TOKEN", lacks="H"),
     Verb("doctor", "what is wrong with a host or this machine, and how to mend it",
          Arg("target", "text", "default: the workspace's host", word="?", shown="HOST"),
@@ -8331,8 +8411,8 @@ class Veil:
     that no one sees taken out. A value is masked as it was sent, also where a cut went through it,
     not in other spellings of it: what a command does to hide a value from this, it can do."""
 
-    def __init__(self, project: Project) -> None:
-        project.know_secrets()
+    def __init__(self, project: Project, op: str) -> None:
+        project.know_secrets(op)
         self.masks = project.masks()
 
     def clean(self, data: bytes | str, begun: bool = False, printed: bool = False) -> str:
@@ -8760,7 +8840,7 @@ class McpServer:
         note = (f"{call.doing}; it goes on: use wait, logs or stop with this job id, while this "
                 "server lives")
         result = dict(call.status(), output=data, next_offset=len(data), note=note)
-        self._answer(call, self._shown("exec", self._place(call.arguments), result))
+        self._answer(call, self._shown(call, "exec", self._place(call.arguments), result))
 
     def _failure(self, error: Exception) -> str:
         failure = expected(error)
@@ -8768,7 +8848,7 @@ class McpServer:
             return defect(error)
         try:
             text = " ".join(filter(None, (str(failure), self._hint(failure))))
-            return Veil(self.project).clean(text)
+            return Veil(self.project, self.op).clean(text)
         except CmuxError as state:  # the secrets cannot be read: nothing else can be shown
             return f"{state} {state.hint}"
 
@@ -8798,7 +8878,7 @@ class McpServer:
             if tool.name == "new":
                 arguments = dict(arguments, host=self.host or self.host_of(self.workspace))
             call.result = tool.handler(self.project, cancel=call.cancel, **arguments)
-            return self._shown(tool.tool_name, self._place(arguments), call.result)
+            return self._shown(call, tool.tool_name, self._place(arguments), call.result)
         if str(arguments.get("job", "")).startswith("r"):
             return self._on_kept(call, arguments)
         workspace = self._workspace(call, name)
@@ -8807,7 +8887,7 @@ class McpServer:
         if call.made_workspace:
             base = workspace.base[:10]
             result["made"] = f"the workspace {workspace.name} is new, of commit {base}"
-        return self._shown(tool.name, workspace.host.name, result, arguments)
+        return self._shown(call, tool.name, workspace.host.name, result, arguments)
 
     def _understood(self, tool: Verb, given: Fields) -> Fields:
         """The arguments, with `name` and `workspace` taken for each other where a tool has only
@@ -8893,15 +8973,15 @@ class McpServer:
             kept.wait(min(arguments.get("wait", 0), 30, most), call.cancel, offset)
             data = kept.logs(offset)
             result = dict(kept.status(), output=data, next_offset=offset + len(data))
-        return self._shown(tool, self._place(kept.arguments), result, arguments)
+        return self._shown(kept, tool, self._place(kept.arguments), result, arguments)
 
     # -- results as text --
 
-    def _shown(self, tool: str, host: str, result: Fields,
+    def _shown(self, call: Call, tool: str, host: str, result: Fields,
                arguments: Fields | None = None) -> str:
         """Facts first, then what the host sent, fenced by a word that it cannot know."""
         try:
-            veil = Veil(self.project)
+            veil = Veil(self.project, call.workspace or self.op)
         except CmuxError as error:  # what is done is done: report that, and nothing of the host's
             if tool not in ("exec", "write", "edit", "stop"):
                 raise
@@ -9641,6 +9721,7 @@ class Execution:
             self.command = self.command[0]
         self.project = open_project(options)
         self.names = self._names(list(dict.fromkeys(options.workspace or [])))
+        self.secrets: list[str] | None = [] if options.no_secrets else options.secrets
         self.many = options.all or len(self.names) > 1
         self._check()
         self.terminal: Terminal = options.terminal
@@ -9660,6 +9741,8 @@ class Execution:
 
     def _check(self) -> None:
         detach, name = self.options.detach, self.names[0]
+        if self.options.no_secrets and self.options.secrets:
+            raise UsageError("--no-secrets hands over none, --secret one.", "Give one of the two.")
         if detach and self.options.timeout:
             raise UsageError("--detach takes no --timeout.", f"End the job with: {PROGRAM} stop ID")
         if detach and self.many:
@@ -9698,7 +9781,7 @@ class Execution:
             workspace = self._workspace(name)
             if options.detach:
                 job = workspace.start(self.command, options.cwd or "", self.environment,
-                                      options.login, self.cancel)
+                                      options.login, self.cancel, self.secrets)
                 if not options.no_stdin and data_waits(0):  # of a slow writer
                     self.terminal.warn("The job does not read what came on stdin.")
                 return {"job": job, "workspace": name}
@@ -9709,7 +9792,7 @@ class Execution:
             source = None if options.no_stdin or self.many else open_stdin()
             patience.deadline = Deadline(options.timeout)
             outcome = workspace.run(self.command, out, err, source, options.cwd, self.environment,
-                                    options.login, options.timeout, self.cancel)
+                                    options.login, options.timeout, self.cancel, self.secrets)
             result = exec_result(workspace, outcome, out, err, began)
             row = json_fields(dict(result.as_dict(), error=None))
         except PipeClosed:
@@ -9729,7 +9812,7 @@ class Execution:
     def _workspace(self, name: str) -> Workspace:
         host, report, cancel = self.options.host or "", self.terminal, self.cancel
         report.step(name, "connecting")
-        workspace = self.project.ensure(name, host, report=report, cancel=cancel)
+        workspace = self.project.ensure(name, host, report, cancel, self.secrets)
         if self.options.push and self.project.push(name, report=report, cancel=cancel):
             workspace = self.project.workspace(name)
         if self.many:
@@ -10136,7 +10219,7 @@ def values_of(name: str, directory: str) -> dict[str, str]:
     if name in ("job", "secrets"):
         registry = Registry(Repository(directory).common_dir)
         if name == "secrets":
-            return dict.fromkeys(sorted(registry.secrets()), "")
+            return dict.fromkeys(sorted(name for name, _, _ in registry.stored()), "")
         return {job: str(row["command"]) for job, row in registry.read().get("jobs", {}).items()}
     return {}
 
@@ -10348,14 +10431,15 @@ def command_diff(options: argparse.Namespace) -> int:
     return 0
 
 
-def secrets_of(options: argparse.Namespace) -> Registry:
-    if options.workspace:
-        raise UsageError("Secrets are the project's: every workspace sees them.", "Leave out -w.")
-    return Registry(Repository(options.directory).common_dir)
+def stored_secrets(options: argparse.Namespace) -> Any:
+    """Those of the scope that is named, to be changed in a with statement."""
+    name = one_workspace(options)
+    if options.everywhere and not name:  # also outside a repository
+        return editing_secrets(secrets_file())
+    return Project(options.directory).editing_secrets(name, options.everywhere)
 
 
 def secrets_set(options: argparse.Namespace) -> int:
-    registry = secrets_of(options)
     if "=" in options.name:
         name = show(options.name.partition("=")[0])[1:-1]
         raise UsageError("A secret's value is not taken from the command line: others see that.",
@@ -10385,7 +10469,7 @@ def secrets_set(options: argparse.Namespace) -> int:
         data = data[:-1] if data.endswith(b"\n") else data
         check_secret(name, data)
         entry = {"value": as_text(data)}
-    with registry.editing(secrets=True) as stored:
+    with stored_secrets(options) as stored:
         stored[name] = entry
     return answer(options, [name])
 
@@ -10404,9 +10488,8 @@ def read_all(fd: int, limit: int) -> bytes:
 
 
 def secrets_import(options: argparse.Namespace) -> int:
-    registry = secrets_of(options)
     try:
-        with open(options.file, "rb") as stream:
+        with open(os.dup(0) if options.file == "-" else options.file, "rb") as stream:
             text = stream.read(SECRETS_MAX + 1)
     except OSError as error:
         why = os.strerror(error.errno or 0)
@@ -10416,7 +10499,7 @@ def secrets_import(options: argparse.Namespace) -> int:
     values = parse_dotenv(as_text(text))
     for name, value in values.items():
         check_secret(name, encoded(value))
-    with registry.editing(secrets=True) as stored:
+    with stored_secrets(options) as stored:
         stored.update({name: {"value": value} for name, value in values.items()})
     names = sorted(values)
     return answer(options, names, f"{len(names)} secrets: {', '.join(names)}")
@@ -10457,24 +10540,28 @@ def parse_dotenv(text: str) -> dict[str, str]:
 
 
 def secrets_list(options: argparse.Namespace) -> int:
-    registry = secrets_of(options)
-    rows = [(name, "command" if "command" in entry else "value")
-            for name, entry in sorted(registry.secrets().items())]
+    project, name = Project(options.directory), one_workspace(options)
+    stored = project.registry.stored(project.entry(name)["op"] if name else None)
+    rows = []
+    for name, entry, where in sorted(stored, key=lambda row: row[0]):
+        scope, _, workspace = where.partition(" ")
+        kind = "command" if "command" in entry else "value"
+        rows.append(dict({"workspace": workspace} if workspace else {}, name=name, kind=kind,
+                         scope=scope))
+        facts = [where] * (scope != "project") + ["from a command"] * (kind == "command")
+        if not options.json:
+            shown = facts and options.verbosity >= 0
+            print_text(name + (f"  ({', '.join(facts)})" if shown else ""))
     if options.json:
-        print_json([{"name": name, "kind": kind} for name, kind in rows])
-    else:
-        for name, kind in rows:
-            noted = kind == "command" and options.verbosity >= 0
-            print_text(name + "  (from a command)" * noted)
+        print_json(rows)
     return 0
 
 
 def secrets_rm(options: argparse.Namespace) -> int:
-    registry = secrets_of(options)
-    with registry.editing(secrets=True) as stored:
+    with stored_secrets(options) as stored:
         for name in options.names:
             if name not in stored:
-                raise UsageError(f"There is no secret {show(name)} in this project.",
+                raise UsageError(f"There is no secret {show(name)} of that scope.",
                                  f"See: {PROGRAM} secrets list")
             del stored[name]
     return answer(options, options.names)
