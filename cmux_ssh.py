@@ -80,9 +80,9 @@ __all__ = [  # the promise: these names, their arguments and fields stay within 
     "Project", "Workspace", "Host", "Report", "Cancel", "pull", "diff", "call_tool", "TOOLS",
     "Verb", "main", "ExecResult", "Outcome", "FileContent", "Result", "CmuxError", "UsageError",
     "HostError", "ConnectionFailed", "ConnectionDropped", "HostKeyFailed", "AuthenticationFailed",
-    "ConnectionLost", "RemoteFailed", "WorkspaceMissing", "WorkspaceExists", "WorkspaceDirty",
-    "UploadFailed", "ResultRefused", "GitFailed", "StateFailed", "ToolFailed", "FileChanged",
-    "Cancelled"]
+    "ConnectionLost", "CommandFailed", "RemoteFailed", "WorkspaceMissing", "WorkspaceExists",
+    "WorkspaceDirty", "UploadFailed", "ResultRefused", "GitFailed", "StateFailed", "ToolFailed",
+    "FileChanged", "Cancelled"]
 
 PROGRAM = "cmux_ssh.py"
 
@@ -255,6 +255,10 @@ class NoMultiplexing(HostError):
 class MasterGone(HostError):
     """A control socket that refuses, hangs or hangs up before the session was open."""
 
+class CommandFailed(CmuxError):
+    """A command's exit code is not 0, finds ExecResult.check(). Carries the ``result``."""
+    result: Any = None
+
 class RemoteFailed(CmuxError):
     """The host answered, and the answer is a failure (disk full, permission) or nonsense."""
 
@@ -358,6 +362,21 @@ class ExecResult(Value):
     truncated: bool
     stopped: str | None
 
+    @property
+    def text(self) -> str:
+        """stdout as text; what is no UTF-8 is replaced."""
+        return self.stdout.decode("utf-8", "replace")
+
+    def check(self) -> ExecResult:
+        """This result, if the exit code is 0; else raises CommandFailed with the end of stderr."""
+        if self.exit_code:
+            tail = self.stderr[-500:].decode("utf-8", "replace").strip()
+            failed = CommandFailed(f"The command in {self.workspace} ended with exit code "
+                                   f"{self.exit_code}{tail and f': {tail!r}'}.")
+            failed.result = self
+            raise failed
+        return self
+
 
 def drop(*fds: int) -> None:
     """Close those of the descriptors that there are."""
@@ -408,6 +427,7 @@ class Cancel:
     def __init__(self) -> None:
         self._read = self._write = -1  # a pipe, made when somebody polls
         self.is_set = False
+        self._joined: Any = ()  # others, to be set with this one
         self._forked()
 
     def _forked(self) -> None:
@@ -422,6 +442,20 @@ class Cancel:
             if self._write >= 0:
                 with contextlib.suppress(BlockingIOError):
                     os.write(self._write, b"x")  # stays readable: every poller sees it
+            for other in self._joined:
+                if not other.is_set:
+                    other.set()
+
+    def join(self, other: Cancel | None) -> Cancel:
+        """``other``, which from now on is set with this one; without it, this one."""
+        if other:
+            import weakref
+            with self._guard:
+                self._joined = self._joined or weakref.WeakSet()
+                self._joined.add(other)
+            if self.is_set:
+                other.set()
+        return other or self
 
     def fileno(self) -> int:
         """Readable once it is set, for select and poll."""
@@ -2158,6 +2192,26 @@ def die_by_pipe() -> None:
     import signal
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGPIPE)
+
+
+@contextlib.contextmanager
+def at_interrupt(act: Callable[[], None]) -> Iterator[None]:
+    """Have Ctrl-C do ``act`` before what it does, in a main thread that has a handler for it."""
+    import signal
+    import threading
+    before: Any = signal.getsignal(signal.SIGINT)
+    ours = callable(before) and threading.current_thread() is threading.main_thread()
+
+    def interrupt(*words: object) -> None:
+        act()
+        before(*words)
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if ours and signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, before)
 
 
 # === 8. State ===
@@ -4150,13 +4204,15 @@ class Host:
 
     ``name`` is what you would type after ssh. ``interactive`` is asked once, where a key or a
     passphrase is needed, whether a person may be asked; the default never asks. ``warm``
-    sessions are kept ready after the first operation (0: none, for a single command).
-    Raises UsageError for a name that cannot be one. Connecting happens on first use.
+    sessions are kept ready after the first operation (0: none, for a single command). ``ending``
+    ends all operations. Raises UsageError for a name that cannot be one. Connecting happens on
+    first use.
     """
 
     def __init__(self, name: str, interactive: Callable[[], bool] | None = None,
-                 warm: int = WARM_SESSIONS) -> None:
+                 warm: int = WARM_SESSIONS, ending: Cancel | None = None) -> None:
         self.name, self._interactive, self._warm = check_host(name), interactive, warm
+        self.ending = ending or Cancel()
         self._forked()
         fork_aware().add(self)
 
@@ -4191,7 +4247,7 @@ class Host:
         lost line is tried again, unless ``once``. ``direct`` uses a session for bulk;
         ``before`` are more header records, ``data`` all of its stdin.
         """
-        records = before + script_records(script, *arguments)
+        records, cancel = before + script_records(script, *arguments), self.ending.join(cancel)
         patience, stall = (None, STALL_PATIENCE) if source or data else (CALL_PATIENCE, None)
 
         def work(sessions: list[Session]) -> Reply:
@@ -4389,7 +4445,7 @@ class Host:
         """
         records = record("_cmux_directory", directory) + records
         command = CommandRun(self, records, stdout, stderr, source)
-        return command.go(deadline or Deadline(None), cancel)
+        return command.go(deadline or Deadline(None), self.ending.join(cancel))
 
 
 class Incoming:
@@ -4397,16 +4453,16 @@ class Incoming:
     gives some bytes, and b"" once the script has ended; nothing is held but what was not taken."""
 
     def __init__(self, host: Host, cancel: Cancel | None, script: str, *arguments: str) -> None:
-        self.cancel, self.host = cancel, host
+        self.cancel, self.host = host.ending.join(cancel), host
         self.err = Capture(LOG_MAX, STATE_MAX)
         self.waiting: list[bytes] = []
 
         def work(sessions: list[Session]) -> None:
             records = script_records(script, *arguments)
             self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err)
-            host.begin(self.exchange, cancel)
+            host.begin(self.exchange, self.cancel)
             sessions.clear()  # close() gives it back
-        host.attempt(work, Deadline(SLOT_PATIENCE), cancel, lambda lost: True, bulk=True)
+        host.attempt(work, Deadline(SLOT_PATIENCE), self.cancel, lambda lost: True, bulk=True)
 
     def take(self) -> bytes:
         if not self.waiting:
@@ -5522,6 +5578,7 @@ class ProjectBase:
         self.registry = Registry(self.repository.common_dir)
         self._interactive = interactive
         self._hosts: dict[str, Host] = {}
+        self.ending = Cancel()
         self._forked()
         fork_aware().add(self)
         self.handed_over: dict[bytes, str] = {}   # values of secrets sent by this process -> name
@@ -5630,7 +5687,7 @@ class ProjectBase:
         """The Host of that name, the same for all workspaces of this object. Raises UsageError."""
         with self._mutex:
             if name not in self._hosts:
-                self._hosts[name] = Host(name, self._interactive, self._warm)
+                self._hosts[name] = Host(name, self._interactive, self._warm, self.ending)
             return self._hosts[name]
 
     def default_workspace(self) -> str:
@@ -5702,16 +5759,16 @@ class ProjectBase:
         place = entry["root"], entry["project"], str(turn), name
         return self.host(entry["host"]).call(script, *place, *words, **more)
 
-    def discard(self, name: str, entry: Fields) -> None:
+    def discard(self, name: str, entry: Fields, cancel: Cancel | None = None) -> None:
         """The directory into the host's trash, the entry out of the registry; not listed from here
         on, unless the host does not do it."""
         Shadow.reap(temporary_folder())  # of whoever was killed while he made it
         words = [os.urandom(8).hex(), entry["op"]]
         try:
-            reply = self.operate(REMOVE, name, entry, words, {"state": "removing"})
+            reply = self.operate(REMOVE, name, entry, words, {"state": "removing"}, cancel=cancel)
             check_reply(reply, entry["host"], f"remove the workspace {name}")
         except CmuxError as error:
-            if not isinstance(error, ConnectionLost):  # then nobody knows
+            if not isinstance(error, (ConnectionLost, Cancelled)):  # then nobody knows
                 self.update(name, state=entry["state"])
             raise
         self.forget(name)
@@ -5775,7 +5832,7 @@ class ProjectBase:
             raise UsageError(f"{show(root)} cannot be the root directory.")
         # Before the lock: a hundred callers of a host that is down then share one failure, and do
         # not ask it one after the other.
-        report = report or Report()
+        report, cancel = report or Report(), self.ending.join(cancel)
         report.step(name, "connecting")
         self.host(host).masters.connect(Deadline(SLOT_PATIENCE), cancel)
         report.step(name, "being made")
@@ -5871,11 +5928,12 @@ class ProjectBase:
                              "Leave out -H, or use another name with -w.")
         return found
 
-    def remove(self, name: str, force: bool = False, forget: bool = False) -> list[str]:
+    def remove(self, name: str, force: bool = False, forget: bool = False,
+               cancel: Cancel | None = None) -> list[str]:
         """Remove a workspace; with jobs that run or work that has not been pulled only by
         ``force``. ``forget``: only here, its host being gone for good. What was removed: [name], or
-        [] when there is none. Raises WorkspaceDirty, HostError, RemoteFailed."""
-        with self.registry.creation_lock(check_workspace(name)):
+        [] when there is none. Raises WorkspaceDirty, HostError, RemoteFailed, Cancelled."""
+        with self.registry.creation_lock(check_workspace(name)).hold(cancel):
             entry = self.registry.read()["workspaces"].get(name)
             if entry is None:
                 return []
@@ -5887,11 +5945,11 @@ class ProjectBase:
                 if entry["state"] == "ready":
                     entry = self.settle(name)
                     if not force:
-                        self._refuse_lost(name, entry)
-                self.discard(name, entry)
+                        self._refuse_lost(name, entry, cancel)
+                self.discard(name, entry, cancel)
         return [name]
 
-    def _refuse_lost(self, name: str, entry: Fields) -> None:
+    def _refuse_lost(self, name: str, entry: Fields, cancel: Cancel | None) -> None:
         """Raise WorkspaceDirty if something would be lost with a workspace."""
         if any(row["workspace"] == name and row["operation"] in ("exec", "shell")
                for row in self.running_now()):
@@ -5899,7 +5957,7 @@ class ProjectBase:
                                  f"Wait for it (see `{PROGRAM} top`), or give it up: "
                                  f"`{PROGRAM} rm --force {name}`.")
         words = *self.looked_at(name, entry, os.urandom(8).hex()), entry["op"]
-        reply = self.host(entry["host"]).call(CHANGED, *words)
+        reply = self.host(entry["host"]).call(CHANGED, *words, cancel=cancel)
         if reply.status != 22:
             check_reply(reply, entry["host"], f"look for changes in {name}")
             self._refuse(name, entry, reply.lines())
@@ -5926,7 +5984,7 @@ class ProjectBase:
             row.get("op") == op if op and row.get("op") else row.get("workspace") == name)]
 
     @contextlib.contextmanager
-    def _both(self, source: str, name: str, shared: bool) -> Iterator[None]:
+    def _both(self, source: str, name: str, shared: bool, cancel: Cancel | None) -> Iterator[None]:
         """The locks of a workspace and of the name of another."""
         if check_workspace(name) == source:
             raise WorkspaceExists(f"The workspace {name} has that name already.",
@@ -5934,19 +5992,22 @@ class ProjectBase:
         with contextlib.ExitStack() as held:
             for one in sorted((name, source)):  # or two would wait for each other
                 lock = self.registry.creation_lock(one, shared and one == source)
-                held.enter_context(lock.hold())
+                held.enter_context(lock.hold(cancel))
             yield
 
-    def fork(self, source: WorkspaceBase, name: str) -> "Workspace":
+    def fork(self, source: WorkspaceBase, name: str,
+             cancel: Cancel | None = None) -> "Workspace":
         """A new workspace with the current content and the own secrets of ``source``, made on the
-        host itself. Raises WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed."""
-        with self._both(source.name, name, shared=True):
+        host itself. Raises WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed, Cancelled.
+        """
+        with self._both(source.name, name, True, cancel):
             entry = self.settle(source.name)
             self.vacate(name)
             made = dict(entry, state="forking", op=os.urandom(8).hex(), branches={}, over={},
                         created=int(time.time()), path=source.path[:-len(source.name)] + name)
             with noted(self, "fork", source.name, entry["host"], name, entry["op"]):
-                reply = self.operate(FORK, name, made, [made["op"], source.name], made)
+                words = made["op"], source.name
+                reply = self.operate(FORK, name, made, words, made, cancel=cancel)
                 if reply.status in (20, 22):
                     self.forget(name)
                 check_reply(reply, entry["host"], f"fork {source.name}", name, source.name)
@@ -5956,16 +6017,17 @@ class ProjectBase:
             self.update(name, state="ready")
             return self.workspace(name)
 
-    def rename(self, source: WorkspaceBase, name: str) -> "Workspace":
+    def rename(self, source: WorkspaceBase, name: str,
+               cancel: Cancel | None = None) -> "Workspace":
         """Give a workspace another name, here and on the host; the new object (the old one is of no
         more use). Until both are done, it has the old name. Raises as fork() does."""
-        with self._both(source.name, name, shared=False):
+        with self._both(source.name, name, False, cancel):
             entry, op = self.settle(source.name), os.urandom(8).hex()
             self.vacate(name)
             with noted(self, "rename", source.name, entry["host"], name, entry["op"]):
                 words = [op, source.name, name, entry["op"], ""]
                 reply = self.operate(RENAME, source.name, entry, words,
-                                     {"intent": {"op": op, "to": name}})
+                                     {"intent": {"op": op, "to": name}}, cancel=cancel)
                 if reply.status in (20, 22):
                     self.settle(source.name)
                 check_reply(reply, entry["host"], f"rename {source.name}", name, source.name)
@@ -5980,7 +6042,7 @@ class ProjectBase:
         """Bring a workspace to another local commit; False when it is there already. Refuses to
         overwrite work that has not been pulled (WorkspaceDirty); with ``force`` a copy stays in the
         trash on the host until gc. Raises as create() does, too."""
-        with self.registry.creation_lock(check_workspace(name)):
+        with self.registry.creation_lock(check_workspace(name)).hold(cancel):
             entry, report = self.settle(name), report or Report()
             host = entry["host"]
             with Upload(self, name, entry, ref, report, cancel) as upload:
@@ -6022,7 +6084,8 @@ class ProjectBase:
             raise RemoteFailed(f"{host} did not confirm the push.", "Try again.")
         return reply.lines()
 
-    def gc(self, only: str | None = None) -> tuple[dict[str, int], list[CmuxError]]:
+    def gc(self, only: str | None = None,
+           cancel: Cancel | None = None) -> tuple[dict[str, int], list[CmuxError]]:
         """Free trash, leftovers and old bases on every host that has or had a workspace of the
         project, or on one of them: (bytes by host, why it did not go with others). Raises
         UsageError for another host."""
@@ -6038,7 +6101,7 @@ class ProjectBase:
         for host, root in places:
             try:
                 with noted(self, "gc", "", host):
-                    reply = self.host(host).call(GC, root)
+                    reply = self.host(host).call(GC, root, cancel=cancel)
                     check_reply(reply, host, "clear up")
                 if not re.match(rb"-?\d{1,15}\n\Z", reply.stdout):
                     raise RemoteFailed(f"{host} did not say what it freed.")
@@ -6331,7 +6394,8 @@ class WorkspaceBase:
                     only: Collection[str] | None) -> bytes:
         """The header records of a command's environment: ours, the secrets (``only`` these), then
         ``extra``."""
-        secrets = self.project.fetch(self.project.registry.secrets(self.op, only), cancel)
+        secrets = self.project.fetch(self.project.registry.secrets(self.op, only),
+                                     self.project.ending.join(cancel))
         values: dict[str, str | bytes] = {
             "CMUX_WORKSPACE": self.name, "CMUX_PROJECT": self.project.name, **secrets}
         for name, value in (extra or {}).items():
@@ -7200,7 +7264,7 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False,
     base. The work tree is not touched. Raises ResultRefused, GitFailed, HostError."""
     project, name = workspace.project, workspace.name
     ref = project.repository.check_branch(branch or "cmux/" + name)
-    with project.registry.creation_lock(name):
+    with project.registry.creation_lock(name).hold(cancel):
         # A push may have moved it since.
         workspace = project.kind(project, name, project.settle(name))
         with project.repository.in_shadow(workspace.base) as shadow:
@@ -7789,9 +7853,39 @@ class Project(ProjectBase):
     ``directory`` is any directory inside it. ``interactive`` is asked, where a key or a passphrase
     is needed, whether a person may be asked on the terminal (default: never). ``warm`` sessions are
     kept ready on each host. Raises GitFailed, StateFailed.
+
+    In a ``with`` statement its end, and Ctrl-C at once, cancel all that this object began and that
+    still runs, but for jobs; it does nothing more then.
     """
 
     kind = Workspace
+
+    def __enter__(self) -> Project:
+        self._interrupts = at_interrupt(self.ending.set)
+        self._interrupts.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import _thread
+        self.ending.set()
+        patience = Deadline(2 * STOP_PATIENCE)
+        try:
+            while self.logging - {_thread.get_ident()} and not patience.over():
+                time.sleep(0.01)
+        finally:
+            self._interrupts.__exit__(None, None, None)
+            for host in list(self._hosts.values()):
+                host.close()
+
+    def pull(self, name: str, branch: str = "", allow: bool = False,
+             report: Report | None = None, cancel: Cancel | None = None) -> Result:
+        """pull() of the workspace of that name."""
+        return pull(self.workspace(name), branch, allow, report, cancel)
+
+    def diff(self, name: str, stat: bool = False, report: Report | None = None,
+             cancel: Cancel | None = None) -> Iterator[str]:
+        """diff() of the workspace of that name."""
+        return diff(self.workspace(name), stat, report, cancel)
 
 
 # -- the table --
@@ -7953,7 +8047,7 @@ def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = 
 
 
 def manage_rm(project: Project, cancel: Cancel, workspace: str, force: bool = False) -> Fields:
-    if not project.remove(workspace, force):
+    if not project.remove(workspace, force, cancel=cancel):
         raise no_workspace(workspace)
     return {"removed": workspace}
 
@@ -8112,11 +8206,11 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("fork", "a new workspace with the content of another, made on the host",
          ONE_WORKSPACE, NEW_NAME, example="-w fix-login second-try",
          manage=lambda project, cancel, workspace, name: project.fork(
-             project.workspace(workspace), name).describe(),
+             project.workspace(workspace), name, cancel).describe(),
          model="Make a workspace with the current content of another."),
     Verb("rename", "give a workspace another name", ONE_WORKSPACE, NEW_NAME,
          example="-w fix-login login", manage=lambda project, cancel, workspace, name:
-         project.rename(project.workspace(workspace), name).describe()),
+         project.rename(project.workspace(workspace), name, cancel).describe()),
     Verb("rm", "delete workspaces; refuses work that has not been pulled",
          Arg("names", "texts", "the workspaces, or one with -w", word="*", shown="NAME",
              face="line"),

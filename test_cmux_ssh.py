@@ -7518,6 +7518,75 @@ print("cancelled")
     gone(f"sleep {nap}")
 
 
+@each("how", ["left", "interrupted"])
+@promise(6)
+def test_library_the_end_of_a_with_statement_and_ctrl_c_end_what_runs_but_jobs(repo, how):
+    """Also what a pool has queued, and where each call has a Cancel of its own. Ctrl-C must not wait for the pool, which is inside."""
+    nap, job = unique(), unique()
+    assert in_library(repo, """
+import os, signal
+ends, began = [], threading.Semaphore(0)
+def nap(cancel):
+    began.release()
+    ends.append(workspace.exec("sleep " + sys.argv[1], cancel=cancel).exit_code)
+try:
+    with cmux_ssh.Project(".") as project:
+        workspace = project.ensure("main", "box")
+        workspace.start("sleep " + sys.argv[2])
+        calls = [threading.Thread(target=nap, args=(cancel,)) for cancel in (None, cmux_ssh.Cancel())]
+        for call in calls:
+            call.start()
+            began.acquire()
+        time.sleep(1)
+        if sys.argv[3] == "interrupted":
+            threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            with ThreadPoolExecutor(2) as pool:
+                naps = [pool.submit(nap, None) for _ in range(8)]
+                naps[0].result()
+except KeyboardInterrupt:
+    print("interrupted")
+for call in calls:
+    call.join(1)
+assert set(ends) == {130} and len(ends) == (10 if sys.argv[3] == "interrupted" else 2), ends
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+try:
+    project.pull("main")
+except cmux_ssh.Cancelled:
+    print("ended")
+""", nap, job, how, seconds=30) == "interrupted\n" * (how == "interrupted") + "ended\n"
+    gone(f"sleep {nap}")
+    assert running(f"sleep {job}")
+    repo.ok("rm", "main", "--force")
+
+
+def test_library_a_result_has_its_text_and_a_check_and_a_project_pulls_and_diffs(repo):
+    assert in_library(repo, r"""
+import pickle
+project = cmux_ssh.Project(".")
+workspace = project.create("main", "box")
+print(ascii(workspace.exec(r"printf 'caf\303\251 \377'").check().text))
+try:
+    workspace.exec(r"echo no; yes filler | head -c 5000 >&2; printf 'the\033[31m end\n' >&2; exit 3").check()
+except cmux_ssh.CommandFailed as error:
+    error = pickle.loads(pickle.dumps(error))
+    print(error.result.exit_code, len(str(error)) < 700, str(error)[:44] + str(error)[-19:])
+workspace.write("README", "new\n")
+print(*project.diff("main", stat=True), project.pull("main", "cmux/x").branch, sep="\n")
+cancel = cmux_ssh.Cancel()
+cancel.set()
+for act in (project.remove, project.pull, project.push, lambda name, cancel: project.fork(workspace, "b", cancel), lambda name, cancel: project.rename(workspace, "b", cancel)):
+    try:
+        act("main", cancel=cancel)
+    except cmux_ssh.Cancelled:
+        print("cancelled", *project.entries())
+""") == r"""'caf\xe9 \ufffd'
+3 True The command in main ended with exit code 3: fithe\x1b[31m end'.
+ README | 2 +-
+ 1 file changed, 1 insertion(+), 1 deletion(-)
+cmux/x
+""" + "cancelled main\n" * 5
+
+
 def test_library_errors_are_of_one_family_and_say_what_to_do(repo):
     assert in_library(repo, """
 project = cmux_ssh.Project(".")
