@@ -371,10 +371,10 @@ class ExecResult(Value):
         """This result, if the exit code is 0; else raises CommandFailed with the end of stderr."""
         if self.exit_code:
             tail = self.stderr[-500:].decode("utf-8", "replace").strip()
-            failed = CommandFailed(f"The command in {self.workspace} ended with exit code "
-                                   f"{self.exit_code}{tail and f': {tail!r}'}.")
-            failed.result = self
-            raise failed
+            error = CommandFailed(f"The command in {self.workspace} ended with exit code "
+                                  f"{self.exit_code}{tail and f': {tail!r}'}.")
+            error.result = self
+            raise error
         return self
 
 
@@ -448,14 +448,15 @@ class Cancel:
 
     def join(self, other: Cancel | None) -> Cancel:
         """``other``, which from now on is set with this one; without it, this one."""
-        if other:
-            import weakref
-            with self._guard:
-                self._joined = self._joined or weakref.WeakSet()
-                self._joined.add(other)
+        if other is None:
+            return self
+        import weakref
+        with self._guard:
+            self._joined = self._joined or weakref.WeakSet()
+            self._joined.add(other)
             if self.is_set:
                 other.set()
-        return other or self
+        return other
 
     def fileno(self) -> int:
         """Readable once it is set, for select and poll."""
@@ -2622,8 +2623,8 @@ class Registry:
         return Lock(f"{self.running}/tree.{place}", True, doing="sends the same files to " + host)
 
     def own_secrets(self, op: str) -> str:
-        """The file of those of one workspace alone, by its id: they follow a rename, and are not
-        for the next of that name."""
+        """The file for one workspace's own, by its id: a rename keeps them, and the next workspace
+        of that name has none."""
         return f"{self.secrets_path[:-4]}{op}.json"
 
     def stored(self, op: str | None = None) -> list[tuple[str, dict[str, str], str]]:
@@ -4205,8 +4206,7 @@ class Host:
     ``name`` is what you would type after ssh. ``interactive`` is asked once, where a key or a
     passphrase is needed, whether a person may be asked; the default never asks. ``warm``
     sessions are kept ready after the first operation (0: none, for a single command). ``ending``
-    ends all operations. Raises UsageError for a name that cannot be one. Connecting happens on
-    first use.
+    cancels all. Raises UsageError for a name that cannot be one. Connecting happens on first use.
     """
 
     def __init__(self, name: str, interactive: Callable[[], bool] | None = None,
@@ -6394,8 +6394,8 @@ class WorkspaceBase:
                     only: Collection[str] | None) -> bytes:
         """The header records of a command's environment: ours, the secrets (``only`` these), then
         ``extra``."""
-        secrets = self.project.fetch(self.project.registry.secrets(self.op, only),
-                                     self.project.ending.join(cancel))
+        stored = self.project.registry.secrets(self.op, only)
+        secrets = self.project.fetch(stored, self.project.ending.join(cancel))
         values: dict[str, str | bytes] = {
             "CMUX_WORKSPACE": self.name, "CMUX_PROJECT": self.project.name, **secrets}
         for name, value in (extra or {}).items():
@@ -6476,9 +6476,9 @@ class WorkspaceBase:
         writes them into a FIFO that the shell reads once. They are in no argv and on no disk.
         """
         import threading
-        secrets = self.project.fetch(self.project.registry.secrets(self.op))
-        values = dict(secrets, CMUX_RUNTIME=b"ssh",
-                      CMUX_WORKSPACE=self.name.encode(), CMUX_PROJECT=self.project.name.encode())
+        project = self.project
+        values = dict(project.fetch(project.registry.secrets(self.op)), CMUX_RUNTIME=b"ssh",
+                      CMUX_WORKSPACE=self.name.encode(), CMUX_PROJECT=project.name.encode())
         lines = [b"%s=%s; export %s\n" % (name.encode(), shell_word(value), name.encode())
                  for name, value in values.items()]
         where, op = os.fsencode(self.path), os.urandom(8).hex()
@@ -7758,8 +7758,8 @@ class Workspace(WorkspaceBase):
         line, words = check_command(command)
         job = "j" + os.urandom(4).hex()
         directory = os.path.join(self.path, cwd) if cwd else self.path
-        records = record("_cmux_directory", directory) + self.environment(
-            env, cancel, secrets)
+        records = record("_cmux_directory", directory)
+        records += self.environment(env, cancel, secrets)
         records += line_records(line, words, login)
         try:
             reply = self.host.call(START, job_directory(self, job), job, *words, before=records,
@@ -8043,7 +8043,7 @@ def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = 
     if branch and not branch.startswith("cmux/"):  # the user's own are not the model's to move
         raise UsageError(f"The branch {show(branch)} does not begin with cmux/.",
                          "Leave branch out, or choose one that does.")
-    return pull(project.workspace(workspace), branch, cancel=cancel).as_dict()
+    return project.pull(workspace, branch, cancel=cancel).as_dict()
 
 
 def manage_rm(project: Project, cancel: Cancel, workspace: str, force: bool = False) -> Fields:
@@ -8060,7 +8060,7 @@ def manage_push(project: Project, cancel: Cancel, workspace: str, ref: str = "HE
 
 def manage_diff(project: Project, cancel: Cancel, workspace: str, stat: bool = False) -> Fields:
     lines, size = [], 0
-    for line in diff(project.workspace(workspace), stat, cancel=cancel):
+    for line in project.diff(workspace, stat, cancel=cancel):
         lines.append(line)
         size += len(line)
         if size > CAPTURE_MAX:
@@ -10577,20 +10577,17 @@ def read_all(fd: int, limit: int) -> bytes:
         data += chunk
         large = len(data) > limit
     if large:
-        raise UsageError("What comes on stdin is larger than %s." % human_size(limit))
+        raise UsageError("The input is larger than %s." % human_size(limit))
     return bytes(data)
 
 
 def secrets_import(options: argparse.Namespace) -> int:
     try:
         with open(os.dup(0) if options.file == "-" else options.file, "rb") as stream:
-            text = stream.read(SECRETS_MAX + 1)
+            values = parse_dotenv(as_text(read_all(stream.fileno(), SECRETS_MAX)))
     except OSError as error:
         why = os.strerror(error.errno or 0)
         raise UsageError(f"Cannot read {show(options.file)}: {why}.")
-    if len(text) > SECRETS_MAX:
-        raise UsageError("%s is larger than %s." % (show(options.file), human_size(SECRETS_MAX)))
-    values = parse_dotenv(as_text(text))
     for name, value in values.items():
         check_secret(name, encoded(value))
     with stored_secrets(options) as stored:
