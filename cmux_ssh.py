@@ -82,9 +82,9 @@ __all__ = [  # the promise: these names, their arguments and fields stay within 
     "Project", "Workspace", "Host", "Report", "Cancel", "pull", "diff", "call_tool", "TOOLS",
     "Verb", "main", "ExecResult", "Outcome", "FileContent", "Result", "CmuxError", "UsageError",
     "HostError", "ConnectionFailed", "ConnectionDropped", "HostKeyFailed", "AuthenticationFailed",
-    "ConnectionLost", "RemoteFailed", "WorkspaceMissing", "WorkspaceExists", "WorkspaceDirty",
-    "UploadFailed", "ResultRefused", "GitFailed", "StateFailed", "ToolFailed", "FileChanged",
-    "Cancelled"]
+    "ConnectionLost", "CommandFailed", "RemoteFailed", "WorkspaceMissing", "WorkspaceExists",
+    "WorkspaceDirty", "UploadFailed", "ResultRefused", "GitFailed", "StateFailed", "ToolFailed",
+    "FileChanged", "Cancelled"]
 
 PROGRAM = "cmux_ssh.py"
 
@@ -262,6 +262,10 @@ class NoMultiplexing(HostError):
 class MasterGone(HostError):
     """A control socket that refused, hung or hung up before the session was open."""
 
+class CommandFailed(CmuxError):
+    """A command's exit code is not 0, finds ExecResult.check(). Carries the ``result``."""
+    result: Any = None
+
 class RemoteFailed(CmuxError):
     """The host answered, and the answer is a failure (disk full, permission) or nonsense."""
 
@@ -354,6 +358,21 @@ class ExecResult(Value):
     truncated: bool
     stopped: str | None
 
+    @property
+    def text(self) -> str:
+        """stdout as text; what is no UTF-8 is replaced."""
+        return self.stdout.decode("utf-8", "replace")
+
+    def check(self) -> ExecResult:
+        """This result, if the exit code is 0; else raises CommandFailed with the end of stderr."""
+        if self.exit_code:
+            tail = self.stderr[-500:].decode("utf-8", "replace").strip()
+            error = CommandFailed(f"The command in {self.workspace} ended with exit code "
+                                  f"{self.exit_code}{tail and f': {tail!r}'}.")
+            error.result = self
+            raise error
+        return self
+
 
 def drop(*fds: int) -> None:
     for fd in fds:
@@ -405,6 +424,7 @@ class Cancel:
     def __init__(self) -> None:
         self._read = self._write = -1  # a pipe, made when somebody polls
         self.is_set = False
+        self._joined: Any = ()  # others, to be set with this one
         self._forked()
 
     def _forked(self) -> None:
@@ -419,6 +439,21 @@ class Cancel:
             if self._write >= 0:
                 with contextlib.suppress(BlockingIOError):
                     os.write(self._write, b"x")  # stays readable: every poller sees it
+            for other in self._joined:
+                if not other.is_set:
+                    other.set()
+
+    def join(self, other: Cancel | None) -> Cancel:
+        """``other``, which from now on is set with this one; without it, this one."""
+        if other is None:
+            return self
+        import weakref
+        with self._guard:
+            self._joined = self._joined or weakref.WeakSet()
+            self._joined.add(other)
+            if self.is_set:
+                other.set()
+        return other
 
     def fileno(self) -> int:
         """Readable once it is set, for select and poll."""
@@ -2183,6 +2218,26 @@ def die_by_pipe() -> None:
     os.kill(os.getpid(), signal.SIGPIPE)
 
 
+@contextlib.contextmanager
+def at_interrupt(act: Callable[[], None]) -> Iterator[None]:
+    """Have Ctrl-C do ``act`` before what it does, in a main thread that has a handler for it."""
+    import signal
+    import threading
+    before: Any = signal.getsignal(signal.SIGINT)
+    ours = callable(before) and threading.current_thread() is threading.main_thread()
+
+    def interrupt(*words: object) -> None:
+        act()
+        before(*words)
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if ours and signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, before)
+
+
 # === 8. State ===
 # Owns: files of this machine: private directories, locks, small JSON files. The only room that
 # writes local state. Promises: 0700 and 0600; a process killed at any instruction leaves the
@@ -2533,7 +2588,7 @@ class Registry:
         self.repository = repository
         key = hashlib.sha256(os.fsencode(repository)).hexdigest()[:20]
         self.path = f"{state_folder('projects')}/{key}.json"
-        self.secrets_path = f"{state_folder('secrets')}/{key}.json"
+        self.secrets_path = secrets_file(key)
         self.running = self.path[:-4] + "running"
         self._cache: dict[str, tuple[object, Any]] = {}
 
@@ -2556,19 +2611,18 @@ class Registry:
         return self._cache[path][1]
 
     @contextlib.contextmanager
-    def editing(self, secrets: bool = False) -> Iterator[Fields]:
-        """The record, or the secrets, to be changed under the lock; written unless that raises."""
-        path = self.secrets_path if secrets else self.path
-        with Lock(path + ".lock", doing="changes " + show(path)):
-            value: Any = {"secrets": read_secrets(path)} if secrets else read_json(path, RECORD)
+    def editing(self) -> Iterator[Fields]:
+        """The record, to be changed under the lock; written unless that raises."""
+        with Lock(self.path + ".lock", doing="changes " + show(self.path)):
+            value = read_json(self.path, RECORD)
             if value is None:
                 name = os.path.basename(re.sub(r"/+(\.git)?/*\Z", "", self.repository))
                 name = name[:-4] if name.endswith(".git") else name
                 value = {"repository": os.fsencode(self.repository).decode("utf-8", "replace"),
                          "name": safe_workspace(name)[:40], "id": os.urandom(6).hex(),
                          "workspaces": {}}
-            yield value["secrets"] if secrets else value
-            write_json(path, value, 0)
+            yield value
+            write_json(self.path, value, 0)
 
     def creation_lock(self, name: str, shared: bool = False) -> Lock:
         """Held to make or remove a workspace; ``shared`` to copy it."""
@@ -2581,10 +2635,42 @@ class Registry:
         place = hashlib.sha256(os.fsencode(f"{tree}\0{host}\0{root}")).hexdigest()
         return Lock(f"{self.running}/tree.{place}", True, doing="sends the same files to " + host)
 
-    def secrets(self) -> Mapping[str, dict[str, str]]:
-        """name -> {"value": ...} or {"command": ...}."""
-        secrets: dict[str, dict[str, str]] = self._cached(self.secrets_path, read_secrets)
-        return secrets
+    def own_secrets(self, op: str) -> str:
+        """The file for one workspace's own, by its id: a rename keeps them, and the next workspace
+        of that name has none."""
+        return f"{self.secrets_path[:-4]}{op}.json"
+
+    def stored(self, op: str | None = None) -> list[tuple[str, dict[str, str], str]]:
+        """(name, {"value": ...} or {"command": ...}, scope: global, project or workspace NAME) of
+        the secrets for one workspace, or for any (None); the widest scope first."""
+        files = [(secrets_file(), "global"), (self.secrets_path, "project")]
+        files += [(self.own_secrets(entry["op"]), "workspace " + name)
+                  for name, entry in self.read()["workspaces"].items() if op in (None, entry["op"])]
+        return [(name, entry, scope) for path, scope in files
+                for name, entry in self._cached(path, read_secrets).items()]
+
+    def secrets(self, op: str, only: Collection[str] | None = None) -> dict[str, dict[str, str]]:
+        """What commands get in a workspace, or ``only`` these: the narrower scope wins."""
+        found = {name: entry for name, entry, _ in self.stored(op)}
+        for name in only or ():
+            if name not in found:
+                raise UsageError(f"There is no secret {show(name)} for this workspace.",
+                                 f"See: {PROGRAM} secrets list")
+        return found if only is None else {name: found[name] for name in only}
+
+
+def secrets_file(key: str = "global") -> str:
+    """Where the secrets of a project are, or those of all."""
+    return f"{state_folder('secrets')}/{key}.json"
+
+
+@contextlib.contextmanager
+def editing_secrets(path: str) -> Iterator[dict[str, dict[str, str]]]:
+    """The secrets of a file, to be changed under its lock; written unless that raises."""
+    with Lock(path + ".lock", doing="changes " + show(path)):
+        stored = read_secrets(path)
+        yield stored
+        write_json(path, {"secrets": stored}, 0)
 
 
 def read_secrets(path: str) -> dict[str, dict[str, str]]:
@@ -2675,13 +2761,14 @@ def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Fields]:
             report(error)
 
 
-def secret_values(registry: Registry, cancel: Cancel | None = None) -> dict[str, bytes]:
-    """The project's secrets, commands run now (by the user's shell, as typed by the user).
+def secret_values(secrets: Mapping[str, Mapping[str, str]],
+                  cancel: Cancel | None = None) -> dict[str, bytes]:
+    """The values of secrets, commands run now (by the user's shell, as typed by the user).
 
     Raises CmuxError naming the secret, never its value; Cancelled.
     """
     values: dict[str, bytes] = {}
-    for name, entry in registry.secrets().items():
+    for name, entry in secrets.items():
         if "command" in entry:
             try:
                 argv = ["/bin/sh", "-c", entry["command"]]
@@ -2700,7 +2787,7 @@ def secret_values(registry: Registry, cancel: Cancel | None = None) -> dict[str,
         check_secret(name, values[name])
     if sum(map(len, values.values())) > SECRETS_MAX:
         raise CmuxError(
-            f"The project's secrets are larger than {human_size(SECRETS_MAX)}.",
+            f"The secrets are larger than {human_size(SECRETS_MAX)}.",
             f"Remove some by `{PROGRAM} secrets rm NAME`; see `{PROGRAM} secrets list`.")
     return values
 
@@ -4220,12 +4307,13 @@ class Host:
 
     ``interactive`` is called once, where a key or a passphrase is needed: may ssh ask a person?
     The default never asks. ``warm`` sessions are kept ready after the first operation (0: none,
-    for a single command). Raises UsageError for a name that cannot be one.
+    for a single command). ``ending`` cancels all. Raises UsageError for a name that cannot be one.
     """
 
     def __init__(self, name: str, interactive: Callable[[], bool] | None = None,
-                 warm: int = WARM_SESSIONS) -> None:
+                 warm: int = WARM_SESSIONS, ending: Cancel | None = None) -> None:
         self.name, self._interactive, self._warm = check_host(name), interactive, warm
+        self.ending = ending or Cancel()
         self._forked()
         fork_aware().add(self)
 
@@ -4257,7 +4345,7 @@ class Host:
         Scripts may run twice, so a lost connection is tried again, unless ``once``. ``direct`` uses
         a session for bulk; ``before`` are more header records, ``data`` is all of its stdin.
         """
-        records = before + script_records(script, *arguments)
+        records, cancel = before + script_records(script, *arguments), self.ending.join(cancel)
         patience, stall = (None, STALL_PATIENCE) if source or data else (CALL_PATIENCE, None)
 
         def work(sessions: list[Session]) -> Reply:
@@ -4447,23 +4535,24 @@ class Host:
         what these raise (KeyboardInterrupt, too) the process tree on the host is ended first.
         """
         records = record("_cmux_directory", directory) + records
-        return CommandRun(self, records, stdout, stderr, source).go(deadline, cancel)
+        command = CommandRun(self, records, stdout, stderr, source)
+        return command.go(deadline, self.ending.join(cancel))
 
 
 class Incoming:
     """The stdout of one of our scripts, piece by piece, on a session for bulk."""
 
     def __init__(self, host: Host, cancel: Cancel | None, script: str, *arguments: str) -> None:
-        self.cancel, self.host = cancel, host
+        self.cancel, self.host = host.ending.join(cancel), host
         self.err = Capture(LOG_MAX, STATE_MAX)
         self.waiting: list[bytes] = []
 
         def work(sessions: list[Session]) -> None:
             records = script_records(script, *arguments)
             self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err)
-            host.begin(self.exchange, cancel)
+            host.begin(self.exchange, self.cancel)
             sessions.clear()  # close() gives it back
-        host.attempt(work, Deadline(SLOT_PATIENCE), cancel, lambda lost: True, bulk=True)
+        host.attempt(work, Deadline(SLOT_PATIENCE), self.cancel, lambda lost: True, bulk=True)
 
     def take(self) -> bytes:
         """Some bytes; b"" once the script has ended."""
@@ -5546,9 +5635,10 @@ class ProjectBase:
         self.registry = Registry(self.repository.common_dir)
         self._interactive = interactive
         self._hosts: dict[str, Host] = {}
+        self.ending = Cancel()
         self._forked()
         fork_aware().add(self)
-        self.handed_over: dict[tuple[str, bytes], None] = {}  # secrets that this process knows
+        self.handed_over: dict[bytes, str] = {}  # values of secrets that this process knows
         self.history = History(self.registry)
 
     def _forked(self) -> None:
@@ -5556,38 +5646,51 @@ class ProjectBase:
         self._mutex = threading.Lock()
         self.looking = threading.Lock()  # of many workspaces at once one reports what is not sent
         self._fetching = threading.Lock()
-        self._unknown: tuple[float, CmuxError] | None = None  # why a secret's command failed
+        self._unknown: dict[str, tuple[float, CmuxError]] = {}  # command -> why it failed
+        self.fetched: set[str] = set()   # commands of secrets that this process has run
         self.logging: set[int] = set()   # threads in the middle of a logged operation
 
-    def hand_over(self, secrets: Mapping[str, bytes]) -> None:
-        """Remember what a command is given, for masking; at most 1,000 values, as a secret's
-        command may print another each time."""
+    def fetch(self, secrets: Mapping[str, Mapping[str, str]],
+              cancel: Cancel | None = None) -> dict[str, bytes]:
+        """The values of secrets, remembered for masking. The oldest make room: one that is fetched
+        by a command may be another each time."""
+        values = secret_values(secrets, cancel)
         with self._mutex:
-            self.handed_over.update(dict.fromkeys(secrets.items()))
-            for item in list(self.handed_over)[:-1000]:
-                del self.handed_over[item]
+            self.fetched.update(entry.get("command", "") for entry in secrets.values())
+            self.handed_over.update({value: name for name, value in values.items()})
+            for value in list(self.handed_over)[:-1000]:
+                del self.handed_over[value]
+        return values
 
-    def know_secrets(self) -> None:
-        """Run the commands that print secrets, if this process has not yet: what an earlier process
-        sent must be masked, too."""
+    def know_secrets(self, op: str, cancel: Cancel | None = None) -> None:
+        """Run the commands that make secrets of a workspace, if this process has not yet: what an
+        earlier one sent must be known, too, also where a narrower scope wins by now."""
         with self._fetching:
-            made = {name for name, entry in self.registry.secrets().items() if "command" in entry}
-            if made.difference(name for name, _ in list(self.handed_over)):
-                if self._unknown and time.monotonic() < self._unknown[0]:
-                    raise self._unknown[1]  # not once more for every call
+            for name, entry, _ in self.registry.stored(op):
+                command = entry.get("command")
+                if not command or command in self.fetched:
+                    continue
+                until, why = self._unknown.get(command, (0.0, CmuxError("")))
+                if time.monotonic() < until:
+                    raise why  # not once more for every call
                 try:
-                    self.hand_over(secret_values(self.registry))
-                except CmuxError as error:
-                    self._unknown = time.monotonic() + UNKNOWN_FOR, error
+                    self.fetch({name: entry}, cancel)
+                except Cancelled:
                     raise
+                except CmuxError as error:
+                    self._unknown[command] = time.monotonic() + UNKNOWN_FOR, error
+                    raise
+
+    def known_secrets(self) -> dict[bytes, str]:
+        """value -> name of what this process has handed over, and of all that is stored."""
+        return {**self.handed_over, **{encoded(entry.get("value", "")): name
+                                       for name, entry, _ in self.registry.stored()}}
 
     def masks(self) -> list[tuple[bytes, bytes]]:
         """(a secret's value, what to show instead), longest first; also the lines of a value, since
         a key is printed with other line ends or an indent. Below four bytes a value would mask half
         of all text."""
-        known = {value: name for name, value in list(self.handed_over)}
-        for name, entry in self.registry.secrets().items():
-            known[encoded(entry.get("value", ""))] = name
+        known = self.known_secrets()
         for value, name in list(known.items()):
             lines = map(bytes.strip, value.split(b"\n"))
             known.update({line: name for line in lines if len(line) >= 16})
@@ -5595,13 +5698,27 @@ class ProjectBase:
                  if len(value) >= 4]
         return sorted(masks, key=lambda item: -len(item[0]))
 
-    def set_secret(self, name: str, value: str | bytes | None) -> None:
-        """Store what every command of this project sees as the environment variable ``name``, in a
-        0600 file on this machine; None forgets it. Raises UsageError, StateFailed."""
+    @contextlib.contextmanager
+    def editing_secrets(self, workspace: str = "", everywhere: bool = False) -> Iterator[Fields]:
+        """The secrets of one scope, to be changed: see set_secret()."""
+        if workspace and everywhere:
+            raise UsageError("A secret is for all projects, or for one workspace.",
+                             "Give one of the two.")
+        with self.registry.editing() if workspace else contextlib.nullcontext():  # it stays there
+            path = (self.registry.own_secrets(self.entry(workspace)["op"]) if workspace else
+                    secrets_file() if everywhere else self.registry.secrets_path)
+            with editing_secrets(path) as stored:
+                yield stored
+
+    def set_secret(self, name: str, value: str | bytes | None, workspace: str = "",
+                   everywhere: bool = False) -> None:
+        """Store what commands see as the environment variable ``name``, in a 0600 file on this
+        machine; None forgets it. For this project, or one ``workspace`` of it, or ``everywhere``:
+        in all projects. The narrower wins. Raises UsageError, WorkspaceMissing, StateFailed."""
         check_variable(name, secret=True)
         data = None if value is None else encoded(value)
         check_secret(name, data or b"")
-        with self.registry.editing(secrets=True) as stored:
+        with self.editing_secrets(workspace, everywhere) as stored:
             stored.pop(name, None)
             if data is not None:
                 stored[name] = {"value": as_text(data)}
@@ -5615,7 +5732,7 @@ class ProjectBase:
         """The Host of that name, the same for all workspaces of this object. Raises UsageError."""
         with self._mutex:
             if name not in self._hosts:
-                self._hosts[name] = Host(name, self._interactive, self._warm)
+                self._hosts[name] = Host(name, self._interactive, self._warm, self.ending)
             return self._hosts[name]
 
     def default_workspace(self) -> str:
@@ -5675,9 +5792,14 @@ class ProjectBase:
             record["workspaces"][name].update(fields)
 
     def forget(self, name: str) -> None:
-        """Take a workspace's entry out of the registry."""
+        """Take a workspace's entry out of the registry, after what secrets it has alone."""
         with self.registry.editing() as record:
-            record["workspaces"].pop(name, None)
+            entry = record["workspaces"].pop(name, None)
+            if entry:
+                folder, start = os.path.split(self.registry.own_secrets(entry["op"])[:-4])
+                for left in os.listdir(folder):  # and what a writer that was killed left
+                    if left.startswith(start):
+                        remove_file(f"{folder}/{left}")
 
     def operate(self, script: str, name: str, entry: Mapping[str, Any], words: Sequence[str],
                 change: Mapping[str, Any] = types.MappingProxyType({}), **more: Any) -> Reply:
@@ -5691,15 +5813,15 @@ class ProjectBase:
         place = entry["root"], entry["project"], str(turn), name
         return self.host(entry["host"]).call(script, *place, *words, **more)
 
-    def discard(self, name: str, entry: Fields) -> None:
+    def discard(self, name: str, entry: Fields, cancel: Cancel | None = None) -> None:
         """Move the directory into the host's trash, and forget the entry, which is not listed
         meanwhile."""
         words = [os.urandom(8).hex(), entry["op"]]
         try:
-            reply = self.operate(REMOVE, name, entry, words, {"state": "removing"})
+            reply = self.operate(REMOVE, name, entry, words, {"state": "removing"}, cancel=cancel)
             check_reply(reply, entry["host"], f"remove the workspace {name}")
         except CmuxError as error:
-            if not isinstance(error, ConnectionLost):  # then it may be removed
+            if not isinstance(error, (ConnectionLost, Cancelled)):  # then it may be removed
                 self.update(name, state=entry["state"])
             raise
         self.forget(name)
@@ -5747,21 +5869,22 @@ class ProjectBase:
 
     def create(self, name: str, host: str, ref: str = "HEAD", root: str = "", init: bool = True,
                report: Report | None = None, cancel: Cancel | None = None,
-               source: str = "") -> "Workspace":
+               source: str = "", secrets: Collection[str] | None = None) -> "Workspace":
         """Make workspace ``name`` on ``host`` from commit ``ref``, below its directory ``root``
         (default ~/cmux), with what git ignores (packages, caches) in the workspace ``source`` on
-        that host, and run its init hook unless ``init`` is false; a hook that fails is reported,
-        and undoes nothing.
+        that host, and run its init hook, with ``secrets`` as exec() has them, unless ``init`` is
+        false; a hook that fails is reported, and undoes nothing.
 
         Raises WorkspaceExists, UploadFailed, HostError, GitFailed, RemoteFailed, Cancelled.
         """
         check_workspace(name)
         check_host(host)
+        self.registry.secrets("", secrets)
         if not root.isprintable() or len(root) > PATH_MAX or root.startswith("-"):
             raise UsageError(f"{show(root)} cannot be the root directory.")
         self.host_for(host, source)
         # Before the lock: a hundred callers share the failure of a host that is down.
-        report = report or Report()
+        report, cancel = report or Report(), self.ending.join(cancel)
         report.step(name, "connecting")
         self.host(host).masters.connect(Deadline(SLOT_PATIENCE), cancel)
         report.step(name, "being made")
@@ -5775,7 +5898,7 @@ class ProjectBase:
                 self._make(upload, op, init, source)
                 log.size = upload.sent
                 if "init" in self.entry(name):
-                    self._run_init(name, root, report, cancel)
+                    self._run_init(name, root, report, cancel, secrets)
                 return self.workspace(name)
 
     def _make(self, upload: Upload, op: str, init: bool, source: str) -> None:
@@ -5808,13 +5931,15 @@ class ProjectBase:
             record["workspaces"][name] = entry
             upload.note_sent(record, root)
 
-    def _run_init(self, name: str, root: str, report: Report, cancel: Cancel | None) -> None:
+    def _run_init(self, name: str, root: str, report: Report, cancel: Cancel | None,
+                  secrets: Collection[str] | None) -> None:
         report.say(f"running .cmux/init in {name}")
         report.step(name, "init hook")
         end: object = "lost"
         output = functools.partial(report.output, what=name)
         try:
-            result = self.workspace(name).run(["./.cmux/init"], output, output, cancel=cancel)
+            result = self.workspace(name).run(["./.cmux/init"], output, output, cancel=cancel,
+                                              secrets=secrets)
             if result.reason:
                 raise Cancelled(f"Interrupted: the init hook of the workspace {name} was ended.")
             end = result.status
@@ -5827,7 +5952,8 @@ class ProjectBase:
             self.update(name, init=end)
 
     def ensure(self, name: str, host: str = "", report: Report | None = None,
-               cancel: Cancel | None = None) -> "Workspace":
+               cancel: Cancel | None = None,
+               secrets: Collection[str] | None = None) -> "Workspace":
         """The workspace, made first from HEAD if it does not exist, on ``host`` (default:
         default_host()); waits while another process makes it. Raises as create() does, and
         UsageError if it is elsewhere."""
@@ -5837,7 +5963,7 @@ class ProjectBase:
         if entry is None:
             place, report = host or self.default_host(name), report or Report()
             try:
-                made = self.create(name, place, report=report, cancel=cancel)
+                made = self.create(name, place, report=report, cancel=cancel, secrets=secrets)
                 report.note(f"The workspace {name} is new, on {made.host.name}.")
                 return made
             except WorkspaceExists:
@@ -5853,11 +5979,12 @@ class ProjectBase:
                              "Leave out -H, or use another name with -w.")
         return found
 
-    def remove(self, name: str, force: bool = False, forget: bool = False) -> list[str]:
+    def remove(self, name: str, force: bool = False, forget: bool = False,
+               cancel: Cancel | None = None) -> list[str]:
         """Remove a workspace; with jobs that run or work that has not been pulled only by
         ``force``. ``forget``: only locally, its host is gone for good. Returns [name], or [] when
-        there is none. Raises WorkspaceDirty, HostError, RemoteFailed."""
-        with self.registry.creation_lock(check_workspace(name)):
+        there is none. Raises WorkspaceDirty, HostError, RemoteFailed, Cancelled."""
+        with self.registry.creation_lock(check_workspace(name)).hold(cancel):
             entry = self.registry.read()["workspaces"].get(name)
             if entry is None:
                 return []
@@ -5869,18 +5996,18 @@ class ProjectBase:
                 if entry["state"] == "ready":
                     entry = self.settle(name)
                     if not force:
-                        self._refuse_lost(name, entry)
-                self.discard(name, entry)
+                        self._refuse_lost(name, entry, cancel)
+                self.discard(name, entry, cancel)
         return [name]
 
-    def _refuse_lost(self, name: str, entry: Fields) -> None:
+    def _refuse_lost(self, name: str, entry: Fields, cancel: Cancel | None) -> None:
         if any(row["workspace"] == name and row["operation"] in ("exec", "shell")
                for row in self.running_now()):
             raise WorkspaceDirty(f"A command runs in the workspace {name}.",
                                  f"Wait for it (see `{PROGRAM} top`), or give it up: "
                                  f"`{PROGRAM} rm --force {name}`.")
         words = *self.looked_at(name, entry, os.urandom(8).hex()), entry["op"]
-        reply = self.host(entry["host"]).call(CHANGED, *words)
+        reply = self.host(entry["host"]).call(CHANGED, *words, cancel=cancel)
         if reply.status != 22:  # the directory is not there
             check_reply(reply, entry["host"], f"look for changes in {name}")
             self._refuse(name, entry, reply.lines())
@@ -5906,7 +6033,7 @@ class ProjectBase:
             row.get("op") == op if op and row.get("op") else row.get("workspace") == name)]
 
     @contextlib.contextmanager
-    def _both(self, source: str, name: str, shared: bool) -> Iterator[None]:
+    def _both(self, source: str, name: str, shared: bool, cancel: Cancel | None) -> Iterator[None]:
         """The locks of a workspace and of the name of another."""
         if check_workspace(name) == source:
             raise WorkspaceExists(f"The workspace {name} has that name already.",
@@ -5914,35 +6041,42 @@ class ProjectBase:
         with contextlib.ExitStack() as held:
             for one in sorted((name, source)):  # or two would wait for each other
                 lock = self.registry.creation_lock(one, shared and one == source)
-                held.enter_context(lock.hold())
+                held.enter_context(lock.hold(cancel))
             yield
 
-    def fork(self, source: WorkspaceBase, name: str) -> "Workspace":
-        """A new workspace with the current content of ``source``, made on the host itself. Raises
-        WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed."""
-        with self._both(source.name, name, shared=True):
+    def fork(self, source: WorkspaceBase, name: str,
+             cancel: Cancel | None = None) -> "Workspace":
+        """A new workspace with the current content and the own secrets of ``source``, made on the
+        host itself. Raises WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed, Cancelled.
+        """
+        with self._both(source.name, name, True, cancel):
             entry = self.settle(source.name)
             self.vacate(name)
             made = dict(entry, state="forking", op=os.urandom(8).hex(), branches={}, over={},
                         created=int(time.time()), path=source.path[:-len(source.name)] + name)
             with noted(self, "fork", source.name, entry["host"], name, entry["op"]):
-                reply = self.operate(FORK, name, made, [made["op"], source.name], made)
+                words = made["op"], source.name
+                reply = self.operate(FORK, name, made, words, made, cancel=cancel)
                 if reply.status in (20, 22):
                     self.forget(name)
                 check_reply(reply, entry["host"], f"fork {source.name}", name, source.name)
+            own = read_secrets(self.registry.own_secrets(entry["op"]))
+            if own:
+                write_json(self.registry.own_secrets(made["op"]), {"secrets": own})
             self.update(name, state="ready")
             return self.workspace(name)
 
-    def rename(self, source: WorkspaceBase, name: str) -> "Workspace":
+    def rename(self, source: WorkspaceBase, name: str,
+               cancel: Cancel | None = None) -> "Workspace":
         """Give a workspace another name, locally and on the host; the new object (the old one is of
         no more use). Until both are done, it has the old name. Raises as fork() does."""
-        with self._both(source.name, name, shared=False):
+        with self._both(source.name, name, False, cancel):
             entry, op = self.settle(source.name), os.urandom(8).hex()
             self.vacate(name)
             with noted(self, "rename", source.name, entry["host"], name, entry["op"]):
                 words = [op, source.name, name, entry["op"], ""]
                 reply = self.operate(RENAME, source.name, entry, words,
-                                     {"intent": {"op": op, "to": name}})
+                                     {"intent": {"op": op, "to": name}}, cancel=cancel)
                 if reply.status in (20, 22):
                     self.settle(source.name)
                 check_reply(reply, entry["host"], f"rename {source.name}", name, source.name)
@@ -5957,7 +6091,7 @@ class ProjectBase:
         """Bring a workspace to another local commit; False when it has that already. Refuses to
         overwrite work that has not been pulled (WorkspaceDirty); with ``force`` a copy stays in the
         host's trash until gc. Raises as create() does, too."""
-        with self.registry.creation_lock(check_workspace(name)):
+        with self.registry.creation_lock(check_workspace(name)).hold(cancel):
             entry, report = self.settle(name), report or Report()
             host = entry["host"]
             with contextlib.closing(Upload(self, name, entry, ref, report, cancel)) as upload:
@@ -5997,7 +6131,8 @@ class ProjectBase:
         check_reply(reply, host, f"push to {name}", name, name, "pushed")
         return reply.lines()
 
-    def gc(self, only: str | None = None) -> tuple[dict[str, int], list[CmuxError]]:
+    def gc(self, only: str | None = None,
+           cancel: Cancel | None = None) -> tuple[dict[str, int], list[CmuxError]]:
         """Free trash, leftovers and old bases on every host that has or had a workspace of the
         project, or on one of them: (bytes by host, the errors of others). Raises UsageError for
         another host."""
@@ -6013,7 +6148,7 @@ class ProjectBase:
         for host, root in places:
             try:
                 with noted(self, "gc", "", host):
-                    reply = self.host(host).call(GC, root)
+                    reply = self.host(host).call(GC, root, cancel=cancel)
                     check_reply(reply, host, "clear up")
             except CmuxError as error:  # the other hosts all the same
                 failed.append(error)
@@ -6295,19 +6430,21 @@ class WorkspaceBase:
         return {"name": self.name, "host": self.host.name, "path": self.path, "base": self.base,
                 "created": self.created, "project": self.project.name, "state": self.state}
 
-    def environment(self, extra: Mapping[str, str] | None = None,
-                    cancel: Cancel | None = None) -> bytes:
-        """The header records of a command's environment: ours, the secrets, then ``extra``."""
-        values = self._values(extra, cancel)
+    def environment(self, extra: Mapping[str, str] | None, cancel: Cancel | None,
+                    only: Collection[str] | None) -> bytes:
+        """The header records of a command's environment: ours, the secrets (``only`` these), then
+        ``extra``."""
+        values = self._values(extra, cancel, only)
         records = [record("_cmux_path" if name == "PATH" else name, value)
                    for name, value in values.items()]
         return b"".join([HELD if len(values) > 2 else b"", *records])
 
-    def _values(self, extra: Mapping[str, str] | None, cancel: Cancel | None) -> dict[str, bytes]:
-        secrets = secret_values(self.project.registry, cancel)
+    def _values(self, extra: Mapping[str, str] | None, cancel: Cancel | None,
+                only: Collection[str] | None) -> dict[str, bytes]:
+        stored = self.project.registry.secrets(self.op, only)
+        secrets = self.project.fetch(stored, self.project.ending.join(cancel))
         values = {"CMUX_WORKSPACE": encoded(self.name), "CMUX_PROJECT": encoded(self.project.name),
                   **secrets}
-        self.project.hand_over(secrets)
         for name, value in (extra or {}).items():
             values[check_variable(name)] = encoded(value)
         if sum(map(len, values.values())) > SECRETS_MAX + 65536:
@@ -6317,7 +6454,8 @@ class WorkspaceBase:
     def run(self, command: str | Sequence[str], stdout: Callable[[bytes], Any],
             stderr: Callable[[bytes], Any], source: Source | None = None, cwd: str = "",
             env: Mapping[str, str] | None = None, login: bool = False,
-            timeout: float | None = None, cancel: Cancel | None = None) -> Outcome:
+            timeout: float | None = None, cancel: Cancel | None = None,
+            secrets: Collection[str] | None = None) -> Outcome:
         """Run ``command``, its output streamed to the callables (which may raise to end it); see
         exec() for the rest. ``source`` is for the command line: it streams a descriptor into the
         command's stdin."""
@@ -6325,7 +6463,7 @@ class WorkspaceBase:
         if timeout is not None and not 0 < timeout < 1e8:
             raise UsageError("timeout takes a number of seconds above 0, and below 100000000.")
         try:
-            records = self.environment(env, cancel)
+            records = self.environment(env, cancel, secrets)
         except Cancelled:  # while a secret's command ran
             return Outcome(status=None, stopped="confirmed", reason="cancel")
         records += command_records(command, login, source is not None)
@@ -6354,14 +6492,15 @@ class WorkspaceBase:
     def exec(self, command: str | Sequence[str], timeout: float | None = None,
              cwd: str = "", env: Mapping[str, str] | None = None,
              stdin: str | bytes | None = None, login: bool = False, limit: int = CAPTURE_MAX,
-             cancel: Cancel | None = None,
-             tee: Callable[[bytes], Any] | None = None) -> ExecResult:
+             cancel: Cancel | None = None, tee: Callable[[bytes], Any] | None = None,
+             secrets: Collection[str] | None = None) -> ExecResult:
         """Run a command and wait for it.
 
         ``command``: a string is a shell line, a sequence an exact argv. ``timeout`` in seconds; at
         its end the process tree there is ended and what was printed is kept. ``cwd`` relative to
         the workspace. ``stdin``: bytes (or a str) for the command (None: /dev/null). ``limit``:
-        bytes kept of each stream. ``tee`` is given the bytes of both as they come. Raises HostError
+        bytes kept of each stream. ``tee`` is given the bytes of both as they come. ``secrets``: the
+        names of those that it gets (None: all that are for this workspace). Raises HostError
         (the connection), UsageError and WorkspaceMissing, never for the command's status, nor for
         ``cancel``: that ends it as a timeout does, with ``exit_code`` 130, and ``stopped`` (None
         for a command's own 130).
@@ -6373,7 +6512,7 @@ class WorkspaceBase:
             if stdin is not None:
                 source = Source(held.enter_context(spool(encoded(stdin))).fileno())
             outcome = self.run(command, sinks[0], sinks[1], source, cwd, env, login, timeout,
-                               cancel)
+                               cancel, secrets)
         return exec_result(self, outcome, out, err, began)
 
     def forward(self, port: int, local: int = 0,
@@ -6385,7 +6524,8 @@ class WorkspaceBase:
 
     @logged("shell", code=lambda status: 255 if status is None else status)
     def shell(self, command: str | Sequence[str] = "", cwd: str = "",
-              env: Mapping[str, str] | None = None, login: bool = False) -> int | None:
+              env: Mapping[str, str] | None = None, login: bool = False,
+              secrets: Collection[str] | None = None) -> int | None:
         """The user's login shell there, or a command as exec() has it, on this terminal; its exit
         status, None if it was cut off.
 
@@ -6393,7 +6533,8 @@ class WorkspaceBase:
         writes them into a FIFO that the shell reads once. They are in no argv and on no disk.
         """
         import threading
-        values = {name: as_text(value) for name, value in self._values(env, None).items()}
+        values = {name: as_text(value)
+                  for name, value in self._values(env, None, secrets).items()}
         values["CMUX_RUNTIME"] = "ssh"
         text = "".join(f"{name}={quote(value)}; export {name}\n" for name, value in values.items())
         text += f"cd {quote(os.path.join(self.path, cwd))} || exit 125\n"
@@ -6662,10 +6803,10 @@ class Harvest:
     strict = True         # all is refused for a link that leads elsewhere
 
     def __init__(self, wire: Wire, importer: Importer, known: Callable[[], set[bytes]],
-                 secrets: Mapping[str, bytes], pointers: Mapping[tuple[str, int], str]) -> None:
+                 secrets: Mapping[bytes, str], pointers: Mapping[tuple[str, int], str]) -> None:
         self.wire, self.importer, self.known = wire, importer, known
-        self.secrets = {name: value for name, value in secrets.items() if len(value) >= 8}
-        self.overlap = max(map(len, self.secrets.values()), default=1) - 1
+        self.secrets = {value: name for value, name in secrets.items() if len(value) >= 8}
+        self.overlap = max(map(len, self.secrets), default=1) - 1
         self.pointers = pointers          # sha256, size of LFS content -> its pointer
         self.sizes = {size for _, size in pointers}
         self.commits: dict[bytes, Commit] = {}
@@ -6787,7 +6928,7 @@ class Harvest:
             self.importer.write(chunk)
             if self.secrets:
                 text = before + chunk
-                leaks.update(name for name, value in self.secrets.items() if value in text)
+                leaks.update(name for value, name in self.secrets.items() if value in text)
                 before = text[-self.overlap:]
         self.importer.write(b"\n")
         oid = digest.hexdigest()
@@ -6945,7 +7086,7 @@ class Pull:
         ``record``, the host notes what it sends, as ``self.pulled["op"]``."""
         importer, incoming, base = Importer(self.shadow), None, b""
         try:
-            secrets = secret_values(self.project.registry, self.cancel)
+            self.project.know_secrets(self.workspace.op, self.cancel)
             words = self.project.looked_at(self.name, self.entry, self.pulled["op"])
             self.report.step(self.name, "collecting")
             incoming = Incoming(self.workspace.host, self.cancel, PULL, *words, "1" * record)
@@ -6953,6 +7094,7 @@ class Pull:
             wire = Wire(incoming.take, progress)
             dirty, base, everything = self._begin(wire, incoming)
             pointers = {(sha256, size): oid for _, oid, sha256, size in self.lfs.values()}
+            secrets = self.project.known_secrets()
             harvest = Harvest(wire, importer, self.sent, secrets, pointers)
             harvest.read(base, everything)
             self._check_reply(incoming)
@@ -7251,7 +7393,7 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False,
     base. The work tree is not touched. Raises ResultRefused, GitFailed, HostError."""
     project, name = workspace.project, workspace.name
     ref = project.repository.check_branch(branch or "cmux/" + name)
-    with project.registry.creation_lock(name):
+    with project.registry.creation_lock(name).hold(cancel):
         # A push may have moved it since.
         workspace = project.kind(project, name, project.settle(name))
         with project.repository.in_shadow(workspace.base) as shadow:
@@ -7795,13 +7937,14 @@ class Workspace(WorkspaceBase):
     @logged("start")
     def start(self, command: str | Sequence[str], cwd: str = "",
               env: Mapping[str, str] | None = None, login: bool = False,
-              cancel: Cancel | None = None) -> str:
-        """Start a background job, which outlives this process and the connection; its id. Raises
-        WorkspaceMissing."""
+              cancel: Cancel | None = None, secrets: Collection[str] | None = None) -> str:
+        """Start a background job, which outlives this process and the connection; its id.
+        Arguments as of exec(). Raises WorkspaceMissing."""
         line, words = check_command(command)
         job = "j" + os.urandom(4).hex()
         directory = os.path.join(self.path, cwd) if cwd else self.path
-        records = record("_cmux_directory", directory) + self.environment(env, cancel)
+        records = record("_cmux_directory", directory)
+        records += self.environment(env, cancel, secrets)
         records += line_records(line, words, login)
         try:
             reply = self.host.call(START, job_directory(self, job), job, *words, before=records,
@@ -7895,9 +8038,39 @@ class Project(ProjectBase):
     ``directory`` is any directory inside it. ``interactive`` is asked, where a key or a passphrase
     is needed, whether a person may be asked on the terminal (default: never). ``warm`` sessions are
     kept ready on each host. Raises GitFailed, StateFailed.
+
+    In a ``with`` statement its end, and Ctrl-C at once, cancel all that this object began and that
+    still runs, but for jobs; it does nothing more then.
     """
 
     kind = Workspace
+
+    def __enter__(self) -> Project:
+        self._interrupts = at_interrupt(self.ending.set)
+        self._interrupts.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import _thread
+        self.ending.set()
+        patience = Deadline(2 * STOP_PATIENCE)
+        try:
+            while self.logging - {_thread.get_ident()} and not patience.over():
+                time.sleep(0.01)
+        finally:
+            self._interrupts.__exit__(None, None, None)
+            for host in list(self._hosts.values()):
+                host.close()
+
+    def pull(self, name: str, branch: str = "", allow: bool = False,
+             report: Report | None = None, cancel: Cancel | None = None) -> Result:
+        """pull() of the workspace of that name."""
+        return pull(self.workspace(name), branch, allow, report, cancel)
+
+    def diff(self, name: str, stat: bool = False, report: Report | None = None,
+             cancel: Cancel | None = None) -> Iterator[str]:
+        """diff() of the workspace of that name."""
+        return diff(self.workspace(name), stat, report, cancel)
 
 
 # -- the table of verbs --
@@ -8057,11 +8230,11 @@ def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = 
     if branch and not branch.startswith("cmux/"):  # a model must not move the user's own
         raise UsageError(f"The branch {show(branch)} does not begin with cmux/.",
                          "Leave branch out, or choose one that does.")
-    return pull(project.workspace(workspace), branch, cancel=cancel).as_dict()
+    return project.pull(workspace, branch, cancel=cancel).as_dict()
 
 
 def manage_rm(project: Project, cancel: Cancel, workspace: str, force: bool = False) -> Fields:
-    if not project.remove(workspace, force):
+    if not project.remove(workspace, force, cancel=cancel):
         raise no_workspace(workspace)
     return {"removed": workspace}
 
@@ -8074,7 +8247,7 @@ def manage_push(project: Project, cancel: Cancel, workspace: str, ref: str = "HE
 
 def manage_diff(project: Project, cancel: Cancel, workspace: str, stat: bool = False) -> Fields:
     lines, size = [], 0
-    for line in diff(project.workspace(workspace), stat, cancel=cancel):
+    for line in project.diff(workspace, stat, cancel=cancel):
         lines.append(line)
         size += len(line)
         if size > CAPTURE_MAX:
@@ -8094,6 +8267,8 @@ DIRTY = (
         face="line"),
     Arg("allow", "texts", "with --dirty: send this file though it looks like a secret",
         shown="PATH", face="line"))
+EVERYWHERE = Arg("everywhere", "flag", "for all projects (default: this one; -w: one workspace)",
+                 flags="--global")
 PARALLEL = Arg("parallel", "count", "how many at a time (exec: all; batch: 16)",
                flags="-j --parallel", shown="N", least=1, face="line")
 COMMON = (
@@ -8119,6 +8294,9 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
              face="json"),
          Arg("env", "texts", "one more environment variable", shown="K=V", face="line"),
          Arg("push", "flag", "first bring the workspace to the local HEAD", face="line"),
+         Arg("secrets", "texts", "hand over this secret, and no other but those so named",
+             flags="--secret", shown="NAME", face="line"),
+         Arg("no_secrets", "flag", "hand over no secret", face="line"),
          Arg("login", "flag", "read the login profile first (nvm, pyenv, cargo)", face="line"),
          Arg("no_stdin", "flag", "pass no stdin on (a terminal's never is, nor to several)",
              flags="-n --no-stdin", face="line"),
@@ -8229,11 +8407,11 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("fork", "a new workspace with the content of another, made on the host",
          ONE_WORKSPACE, NEW_NAME, example="-w fix-login second-try",
          manage=lambda project, cancel, workspace, name: project.fork(
-             project.workspace(workspace), name).describe(),
+             project.workspace(workspace), name, cancel).describe(),
          model="Make a workspace with the current content of another."),
     Verb("rename", "give a workspace another name", ONE_WORKSPACE, NEW_NAME,
          example="-w fix-login login", manage=lambda project, cancel, workspace, name:
-         project.rename(project.workspace(workspace), name).describe()),
+         project.rename(project.workspace(workspace), name, cancel).describe()),
     Verb("rm", "delete workspaces; refuses work that has not been pulled",
          Arg("names", "texts", "the workspaces, or one with -w", word="*", shown="NAME",
              face="line"),
@@ -8259,14 +8437,14 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("secrets set", "store a secret from stdin or a hidden prompt",
          Arg("name", "text", "of the environment variable", word="1"),
          Arg("command", "text", "run CMD for the value, each time", shown="CMD"),
-         example="NPM_TOKEN --command 'op read op://ci/npm'", lacks="H"),
+         EVERYWHERE, example="NPM_TOKEN --command 'op read op://ci/npm'", lacks="H"),
     Verb("secrets import", "take NAME=value lines from a dotenv file",
-         Arg("file", "text", "read once", word="1"),
+         Arg("file", "text", "read once; - is stdin", word="1"), EVERYWHERE,
          example=".env", lacks="H"),
-    Verb("secrets list", "the names of the secrets",
+    Verb("secrets list", "the names of the secrets, and for what they are",
          lacks="H"),
     Verb("secrets rm", "forget secrets",
-         Arg("names", "texts", "see `secrets list`", word="+", shown="NAME"),
+         Arg("names", "texts", "see `secrets list`", word="+", shown="NAME"), EVERYWHERE,
          example="NPM_TOKEN", lacks="H"),
     Verb("doctor", "what is wrong with a host or this machine, and how to mend it",
          Arg("target", "text", "default: the workspace's host", word="?", shown="HOST"),
@@ -8511,8 +8689,8 @@ class Veil:
     characters removed. A value is masked as it was sent, also where a cut went through it; a
     command can spell it otherwise to get it past this."""
 
-    def __init__(self, project: Project) -> None:
-        project.know_secrets()
+    def __init__(self, project: Project, op: str) -> None:
+        project.know_secrets(op)
         self.masks = project.masks()
 
     def clean(self, data: bytes | str, begun: bool = False, printed: bool = False) -> str:
@@ -8928,7 +9106,7 @@ class McpServer:
                 self.kept.pop(key).close()
         result = dict(call.logs(0), note=f"{call.doing}; it goes on: use wait, logs or stop with "
                       "this job id, while this server lives")
-        self._answer(call, self._shown("exec", self._place(call.arguments), result))
+        self._answer(call, self._shown(call, "exec", self._place(call.arguments), result))
 
     def _failure(self, error: Exception) -> str:
         failure = expected(error)
@@ -8936,7 +9114,7 @@ class McpServer:
             return defect(error)
         try:
             text = " ".join(filter(None, (str(failure), self._hint(failure))))
-            return Veil(self.project).clean(text)
+            return Veil(self.project, self.op).clean(text)
         except CmuxError as unread:  # without the secrets nothing of the host's can be shown
             return f"{unread} {unread.hint}"
 
@@ -8970,7 +9148,7 @@ class McpServer:
             if tool.name == "new":
                 arguments["host"] = self.host or self.host_of(self.workspace)
             call.result = tool.handler(self.project, cancel=call.cancel, **arguments)
-            return self._shown(tool.tool_name, self._place(arguments), call.result)
+            return self._shown(call, tool.tool_name, self._place(arguments), call.result)
         if str(arguments.get("job", "")).startswith("r"):
             return self._on_kept(call, arguments)
         workspace = self._workspace(call, name)
@@ -8979,7 +9157,7 @@ class McpServer:
         if call.made_workspace:
             base = workspace.base[:10]
             result["made"] = f"the workspace {workspace.name} is new, of commit {base}"
-        return self._shown(tool.name, workspace.host.name, result, arguments)
+        return self._shown(call, tool.name, workspace.host.name, result, arguments)
 
     def _understood(self, tool: Verb, given: Fields) -> Fields:
         """The arguments. Models mix `name` and `workspace` up: each is taken for the other where a
@@ -9057,15 +9235,15 @@ class McpServer:
             offset = int(arguments.get("offset", 0))
             kept.wait(min(arguments["wait"], 30), call.cancel, offset)
             result = kept.logs(offset)
-        return self._shown(tool, self._place(kept.arguments), result, arguments)
+        return self._shown(kept, tool, self._place(kept.arguments), result, arguments)
 
     # -- results as text --
 
-    def _shown(self, tool: str, host: str, result: Fields,
+    def _shown(self, call: Call, tool: str, host: str, result: Fields,
                arguments: Fields | None = None) -> str:
         """Facts, then what the host sent, between lines that it cannot forge."""
         try:
-            veil = Veil(self.project)
+            veil = Veil(self.project, call.workspace or self.op)
         except CmuxError as error:  # without the secrets: what was done, and nothing of the host's
             if tool not in ("exec", "write", "edit", "stop"):
                 raise
@@ -9768,6 +9946,7 @@ class Execution:
             self.command = self.command[0]
         self.project = open_project(options)
         self.names = self._names(list(dict.fromkeys(options.workspace or [])))
+        self.secrets: list[str] | None = [] if options.no_secrets else options.secrets
         self.many = options.all or len(self.names) > 1
         self.plain = not (self.many or options.json)
         self._check()
@@ -9791,6 +9970,8 @@ class Execution:
         if options.tty and (options.json or detach or options.timeout or options.no_stdin
                             or self.many):
             raise UsageError("-t takes no --json, --detach, --timeout, -n, nor several workspaces.")
+        if options.no_secrets and options.secrets:
+            raise UsageError("--no-secrets hands over none, --secret one.", "Give one of the two.")
         if detach and self.options.timeout:
             raise UsageError("--detach takes no --timeout.", f"End the job with: {PROGRAM} stop ID")
         if detach and self.many:
@@ -9807,7 +9988,8 @@ class Execution:
         """The worst exit code."""
         if self.options.tty:
             return on_terminal(lambda: self._workspace(self.names[0]), self.terminal, self.command,
-                               self.options.cwd or "", self.environment, self.options.login)
+                               self.options.cwd or "", self.environment, self.options.login,
+                               self.secrets)
         began, at_once = time.monotonic(), self.options.parallel or 0
         rows = self.terminal.in_lanes(self.names, self._row, at_once, self.cancel)
         for at, row in enumerate(rows):
@@ -9833,7 +10015,7 @@ class Execution:
             workspace = self._workspace(name)
             if options.detach:
                 job = workspace.start(self.command, options.cwd or "", self.environment,
-                                      options.login, self.cancel)
+                                      options.login, self.cancel, self.secrets)
                 if not options.no_stdin and data_waits(0):  # of a slow writer
                     self.terminal.warn("The job does not read what came on stdin.")
                 return {"job": job, "workspace": name}
@@ -9844,7 +10026,7 @@ class Execution:
             source = None if options.no_stdin or self.many else open_stdin()
             patience.deadline = Deadline(options.timeout)
             outcome = workspace.run(self.command, out, err, source, options.cwd, self.environment,
-                                    options.login, options.timeout, self.cancel)
+                                    options.login, options.timeout, self.cancel, self.secrets)
             result = exec_result(workspace, outcome, out, err, began)
             row = json_fields(dict(result.as_dict(), error=None))
         except PipeClosed:
@@ -9865,7 +10047,7 @@ class Execution:
     def _workspace(self, name: str) -> Workspace:
         host, report, cancel = self.options.host or "", self.terminal, self.cancel
         report.step(name, "connecting")
-        workspace = self.project.ensure(name, host, report=report, cancel=cancel)
+        workspace = self.project.ensure(name, host, report, cancel, self.secrets)
         if self.options.push and self.project.push(name, report=report, cancel=cancel):
             workspace = self.project.workspace(name)
         if self.many:
@@ -10255,7 +10437,7 @@ def values_of(name: str, directory: str) -> dict[str, str]:
     if name in ("job", "secrets"):
         registry = Registry(Repository(directory).common_dir)
         if name == "secrets":
-            return dict.fromkeys(sorted(registry.secrets()), "")
+            return dict.fromkeys(sorted(name for name, _, _ in registry.stored()), "")
         return {job: str(row["command"]) for job, row in registry.read().get("jobs", {}).items()}
     return {}
 
@@ -10459,14 +10641,15 @@ def command_diff(options: argparse.Namespace) -> int:
     return 0
 
 
-def secrets_of(options: argparse.Namespace) -> Registry:
-    if options.workspace:
-        raise UsageError("Secrets are the project's: every workspace sees them.", "Leave out -w.")
-    return Registry(Repository(options.directory).common_dir)
+def stored_secrets(options: argparse.Namespace) -> Any:
+    """Those of the scope that is named, to be changed in a with statement."""
+    name = one_workspace(options)
+    if options.everywhere and not name:  # also outside a repository
+        return editing_secrets(secrets_file())
+    return Project(options.directory).editing_secrets(name, options.everywhere)
 
 
 def secrets_set(options: argparse.Namespace) -> int:
-    registry = secrets_of(options)
     if "=" in options.name:
         name = show(options.name.partition("=")[0])[1:-1]
         raise UsageError("A secret's value is not taken from the command line: others see that.",
@@ -10496,7 +10679,7 @@ def secrets_set(options: argparse.Namespace) -> int:
         data = data[:-1] if data.endswith(b"\n") else data
         check_secret(name, data)
         entry = {"value": as_text(data)}
-    with registry.editing(secrets=True) as stored:
+    with stored_secrets(options) as stored:
         stored[name] = entry
     return answer(options, [name])
 
@@ -10515,19 +10698,15 @@ def read_all(fd: int, limit: int) -> bytes:
 
 
 def secrets_import(options: argparse.Namespace) -> int:
-    registry = secrets_of(options)
     try:
-        with open(options.file, "rb") as stream:
-            text = stream.read(SECRETS_MAX + 1)
+        with open(os.dup(0) if options.file == "-" else options.file, "rb") as stream:
+            values = parse_dotenv(as_text(read_all(stream.fileno(), SECRETS_MAX)))
     except OSError as error:
         why = os.strerror(error.errno or 0)
         raise UsageError(f"Cannot read {show(options.file)}: {why}.")
-    if len(text) > SECRETS_MAX:
-        raise UsageError("%s is larger than %s." % (show(options.file), human_size(SECRETS_MAX)))
-    values = parse_dotenv(as_text(text))
     for name, value in values.items():
         check_secret(name, encoded(value))
-    with registry.editing(secrets=True) as stored:
+    with stored_secrets(options) as stored:
         stored.update({name: {"value": value} for name, value in values.items()})
     names = sorted(values)
     return answer(options, names, f"{len(names)} secrets: {', '.join(names)}")
@@ -10568,24 +10747,28 @@ def parse_dotenv(text: str) -> dict[str, str]:
 
 
 def secrets_list(options: argparse.Namespace) -> int:
-    registry = secrets_of(options)
-    rows = [(name, "command" if "command" in entry else "value")
-            for name, entry in sorted(registry.secrets().items())]
+    project, name = Project(options.directory), one_workspace(options)
+    stored = project.registry.stored(project.entry(name)["op"] if name else None)
+    rows = []
+    for name, entry, where in sorted(stored, key=lambda row: row[0]):
+        scope, _, workspace = where.partition(" ")
+        kind = "command" if "command" in entry else "value"
+        rows.append(dict({"workspace": workspace} if workspace else {}, name=name, kind=kind,
+                         scope=scope))
+        facts = [where] * (scope != "project") + ["from a command"] * (kind == "command")
+        if not options.json:
+            shown = facts and options.verbosity >= 0
+            print_text(name + (f"  ({', '.join(facts)})" if shown else ""))
     if options.json:
-        print_json([{"name": name, "kind": kind} for name, kind in rows])
-    else:
-        for name, kind in rows:
-            noted = kind == "command" and options.verbosity >= 0
-            print_text(name + "  (from a command)" * noted)
+        print_json(rows)
     return 0
 
 
 def secrets_rm(options: argparse.Namespace) -> int:
-    registry = secrets_of(options)
-    with registry.editing(secrets=True) as stored:
+    with stored_secrets(options) as stored:
         for name in options.names:
             if name not in stored:
-                raise UsageError(f"There is no secret {show(name)} in this project.",
+                raise UsageError(f"There is no secret {show(name)} of that scope.",
                                  f"See: {PROGRAM} secrets list")
             del stored[name]
     return answer(options, options.names)

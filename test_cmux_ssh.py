@@ -2186,6 +2186,80 @@ def test_secrets_belong_to_one_project_and_are_updated(repo, site):
     assert other.cli("secrets", "list").out == b"" and other.exec('echo "<$TOKEN>"').out == b"<>\n"
 
 
+def test_secrets_have_scopes_and_the_narrower_wins(repo, site):
+    """Those of one workspace are its id's: a rename and a fork have them, the next of that name has not."""
+    repo.new("a", "b")
+    site.cli("secrets", "set", "T", "--global", cwd=site.dir, stdin=b"global-1")  # outside a repository, too
+    for words, data in ((["set", "G", "--global"], b"global-2"), (["set", "T"], b"project-1"), (["import", "-", "-w", "a"], b"T=own-of-a\nG=own-2-of-a\n")):
+        repo.ok("secrets", *words, stdin=data)
+
+    def seen(name, project=repo):
+        return project.cli("exec", "-w", name, "-H", "box", "--", "echo $T $G").text.split()
+    assert (seen("a"), seen("b"), seen("c", Repo(site, "other"))) == (["own-of-a", "own-2-of-a"], ["project-1", "global-2"], ["global-1", "global-2"])
+    assert repo.cli("secrets", "list").text == "G  (global)\nG  (workspace a)\nT  (global)\nT\nT  (workspace a)\n"
+    assert [(r["scope"], r.get("workspace"), r["kind"]) for r in repo.cli("secrets", "list", "--json").json if r["name"] == "T"] == [
+        ("global", None, "value"), ("project", None, "value"), ("workspace", "a", "value")]
+    assert repo.cli("secrets", "list", "-q", "-w", "b").text == "G\nT\nT\n"
+    repo.ok("rename", "-w", "a", "d")
+    repo.ok("fork", "-w", "d", "e")
+    repo.new("a")
+    assert seen("d") == seen("e") == ["own-of-a", "own-2-of-a"] and seen("a") == seen("b")
+    holders = [Path(p) for p in files_holding(site.dir, b"own-of-a")]
+    assert len(holders) == 2 and all(site.state in p.parents and stat.S_IMODE(p.stat().st_mode) == 0o600 for p in holders), holders
+    Path(f"{holders[0]}.1.new").write_bytes(b"own-of-a")  # of a writer that was killed
+    repo.ok("rm", "d")
+    repo.ok("rm", "--forget", "e")
+    assert not files_holding(site.dir, b"own-of-a") and repo.cli("secrets", "list").text == "G  (global)\nT  (global)\nT\n"
+    for words, code in ((["set", "X", "-w", "d"], 1), (["rm", "G"], 2), (["rm", "T", "-w", "a"], 2), (["set", "X", "--global", "-w", "a"], 2), (["list", "-w", "d"], 1)):
+        refused(repo.cli("secrets", *words, stdin=b"v"), code)
+    repo.ok("secrets", "rm", "T")
+    repo.ok("secrets", "rm", "G", "--global")
+    assert seen("a") == ["global-1"]
+
+
+def test_exec_hands_over_the_secrets_that_are_named_or_none(repo, site):
+    """Also to the init hook of a workspace that it makes, and to jobs."""
+    repo.write(".cmux/init", b"#!/bin/sh\necho $A $B >init\n", 0o755)
+    repo.commit()
+    repo.ok("secrets", "import", "-", stdin=b"A=1\nB=2\n")
+    repo.ok("secrets", "set", "BAD", "--command", "exit 3")
+    for options, out in ((["--no-secrets"], b"\n"), (["--secret", "B"], b"2\n"), (["--secret", "A", "--secret", "B"], b"1 2\n")):
+        name = f"w{len(options)}"
+        assert repo.exec("echo $A $B; cat init", options=["-w", name, *options]).out == out * 2
+        job = repo.exec("echo $A $B", options=["-w", name, "--detach", *options]).text.strip()
+        repo.ok("wait", "-w", name, job)
+        assert repo.cli("logs", "-w", name, job).out == out
+    assert repo.exec("echo $A", options=["-w", "w1", "-w", "w2", "--secret", "A"]).text == "w1 | 1\nw2 | 1\n"
+    refused(repo.exec("true"), 125, words="secret BAD")
+    for options in (["-w", "w1", "--secret", "NONE"], ["-w", "new", "--secret", "NONE"], ["--secret", "A", "--no-secrets"]):
+        refused(repo.exec("true", options=options), 125)
+    assert set(repo.workspaces()) == {"main", "w1", "w2", "w4"}
+    assert in_library(repo, """
+project = cmux_ssh.Project(".")
+project.set_secret("A", "own", workspace="w1")
+project.set_secret("C", "all", everywhere=True)
+w = project.workspace("w1")
+print(w.exec("echo $A $B $C", secrets=["A", "C"]).stdout, w.exec("echo $A $B", secrets=[]).stdout)
+w.wait(w.start("echo $A $B >j", secrets=["B"]))
+print(w.read("j").content, project.create("v", "box", secrets=()).read("init").content)
+""") == "b'own all\\n' b'\\n'\nb'2\\n' b'\\n'\n"
+
+
+def test_what_any_scope_may_have_sent_is_masked_and_looked_for(repo, site):
+    """Also what a narrower scope hides by now, and what a command of this workspace's made; of other workspaces no command is run."""
+    repo.new("w", "other")
+    ran = site.dir / "ran"
+    repo.ok("secrets", "set", "T", "--global", "--command", "echo glo''bal-value")
+    repo.ok("secrets", "set", "T", stdin=b"project-value")
+    repo.ok("secrets", "set", "T", "-w", "w", "--command", "echo ow''n-value")
+    repo.ok("secrets", "set", "T", "-w", "other", "--command", f"touch {ran}; echo x")
+    do(repo, "for f in global project own; do echo $f-value >$f; done", "w")
+    with open_mcp(repo, "-w", "w") as client:
+        assert all(client("read", path=name).count("[secret T]") == 1 for name in ("global", "project", "own"))
+    told = repo.ok("pull", "w", "--json").json["secrets"]
+    assert told == {name: ["T"] for name in ("global", "project", "own")} and not ran.exists()
+
+
 def test_a_secret_command_is_stored_instead_of_the_value(repo, site):
     store = site.dir / "vault"
     store.write_text("from-the-vault")
@@ -7313,6 +7387,75 @@ with ThreadPoolExecutor(3) as pool:
 print("cancelled")
 """, nap) == "cancelled\n"
     nap.gone()
+
+
+@each("how", ["left", "interrupted"])
+@promise(6)
+def test_library_the_end_of_a_with_statement_and_ctrl_c_end_what_runs_but_jobs(repo, how):
+    """Also what a pool has queued, and where each call has a Cancel of its own. Ctrl-C must not wait for the pool, which is inside."""
+    nap, job = unique(), unique()
+    assert in_library(repo, """
+import os, signal
+ends, began = [], threading.Semaphore(0)
+def nap(cancel):
+    began.release()
+    ends.append(workspace.exec("sleep " + sys.argv[1], cancel=cancel).exit_code)
+try:
+    with cmux_ssh.Project(".") as project:
+        workspace = project.ensure("main", "box")
+        workspace.start("sleep " + sys.argv[2])
+        calls = [threading.Thread(target=nap, args=(cancel,)) for cancel in (None, cmux_ssh.Cancel())]
+        for call in calls:
+            call.start()
+            began.acquire()
+        time.sleep(1)
+        if sys.argv[3] == "interrupted":
+            threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            with ThreadPoolExecutor(2) as pool:
+                naps = [pool.submit(nap, None) for _ in range(8)]
+                naps[0].result()
+except KeyboardInterrupt:
+    print("interrupted")
+for call in calls:
+    call.join(1)
+assert set(ends) == {130} and len(ends) == (10 if sys.argv[3] == "interrupted" else 2), ends
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+try:
+    project.pull("main")
+except cmux_ssh.Cancelled:
+    print("ended")
+""", nap, job, how, seconds=30) == "interrupted\n" * (how == "interrupted") + "ended\n"
+    gone(f"sleep {nap}")
+    assert running(f"sleep {job}")
+    repo.ok("rm", "main", "--force")
+
+
+def test_library_a_result_has_its_text_and_a_check_and_a_project_pulls_and_diffs(repo):
+    assert in_library(repo, r"""
+import pickle
+project = cmux_ssh.Project(".")
+workspace = project.create("main", "box")
+print(ascii(workspace.exec(r"printf 'caf\303\251 \377'").check().text))
+try:
+    workspace.exec(r"echo no; yes filler | head -c 5000 >&2; printf 'the\033[31m end\n' >&2; exit 3").check()
+except cmux_ssh.CommandFailed as error:
+    error = pickle.loads(pickle.dumps(error))
+    print(error.result.exit_code, len(str(error)) < 700, str(error)[:44] + str(error)[-19:])
+workspace.write("README", "new\n")
+print(*project.diff("main", stat=True), project.pull("main", "cmux/x").branch, sep="\n")
+cancel = cmux_ssh.Cancel()
+cancel.set()
+for act in (project.remove, project.pull, project.push, lambda name, cancel: project.fork(workspace, "b", cancel), lambda name, cancel: project.rename(workspace, "b", cancel)):
+    try:
+        act("main", cancel=cancel)
+    except cmux_ssh.Cancelled:
+        print("cancelled", *project.entries())
+""") == r"""'caf\xe9 \ufffd'
+3 True The command in main ended with exit code 3: fithe\x1b[31m end'.
+ README | 2 +-
+ 1 file changed, 1 insertion(+), 1 deletion(-)
+cmux/x
+""" + "cancelled main\n" * 5
 
 
 def test_library_errors_are_of_one_family_and_say_what_to_do(repo):
