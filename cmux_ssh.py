@@ -1596,9 +1596,9 @@ _work() {
   _put "$stage/tree"
 }
 """
-# RENAME root project turn lock op from to its [push]: the directory that the operation `its` made
-#   gets another name, or its old one, or has it already. Replies the op of the last push; removes
-#   what was uploaded for `push`. 20: the name is taken.
+# RENAME root project turn lock op from to its [push]: another name for the directory that the
+#   operation `its` made, or its old one, also where it has that already. Replies the op of the last
+#   push; removes what was uploaded for `push`. 20: the name is taken.
 RENAME = OPEN_ROOT + r"""
 _work() {
   if _taken "$project/$2"; then [ "$(_owner "$2")" = "$3" ] || return 20
@@ -1613,7 +1613,7 @@ _work() {
 """
 
 # GC root: removes trash, what broken uploads left a day ago, jobs that ended a week ago, and bases
-#   unused by any workspace, new ones too, for two weeks. Replies the kilobytes freed.
+#   that no workspace stands on and none was made of for two weeks. Replies the kilobytes freed.
 GC = OPEN_ROOT + r"""
 _cold() { [ "$(find "$2" -prune -mtime "+$1" -print)" ]; } # days path: it is older
 _csize() { du -sk . | sed 's/[^0-9].*//'; }
