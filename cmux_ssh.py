@@ -2734,12 +2734,12 @@ class SSHConfig(Value):
 
 
 def ssh_command() -> list[str]:
-    text = os.environ.get("CMUX_SSH_COMMAND", "").strip()
-    words = ["ssh"]
-    if text:
+    text = plain_ssh()
+    words = [text]
+    if text != "ssh":
         import shlex
         try:
-            words = shlex.split(text) or words
+            words = shlex.split(text)
         except ValueError as error:
             raise UsageError(f"CMUX_SSH_COMMAND cannot be split into words: {error}.")
     if re.search(r"(?i)stricthostkeychecking[\s=]*(no|off|false)\b", text):
