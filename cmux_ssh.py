@@ -971,7 +971,7 @@ _held() { # lock: does the last owner, $owner, live? Else $next is the link to m
   done;
   return 1;
 }
-_center() { # lock pause tries: own it, or say who does
+_lock() { # lock pause tries: own it, or say who does
   _born $$; self=$$.$born.$_cmux_run; tries=0; dead=;
   until ln -s "$self" "$1"; do
     if _held "$1"; then :;
@@ -988,7 +988,7 @@ _center() { # lock pause tries: own it, or say who does
     sleep "$2" || { sleep 1; tries=$((tries+9)); };
   done;
 }
-_cleave() {
+_unlock() {
   rm -f "$1"; for row in $dead; do rm -f "$1.$row"; done;
 }
 """
@@ -1007,9 +1007,9 @@ _croot() { # $1 root as given, may be empty or begin with ~ -> cd there, $root
 }
 _one_at_a_time() { # lock function...: an earlier attempt may still run
   own_lock=$root/.cmux/stage/$1.by; shift
-  _center "$own_lock" 0.1 3000 || return 3
+  _lock "$own_lock" 0.1 3000 || return 3
   "$@"; status=$?
-  _cleave "$own_lock"; return $status
+  _unlock "$own_lock"; return $status
 }
 # root project turn name op...: _work, with what follows the op, for one operation at a time on a
 # name, and none once a later one has begun. That one also removes what the last, whose client was
@@ -1616,10 +1616,10 @@ _work() {
 #   that no workspace stands on and none was made of for two weeks. Replies the kilobytes freed.
 GC = OPEN_ROOT + r"""
 _cold() { [ "$(find "$2" -prune -mtime "+$1" -print)" ]; } # days path: it is older
-_csize() { du -sk . | sed 's/[^0-9].*//'; }
+_size() { du -sk . | sed 's/[^0-9].*//'; }
 _cop() {
   _croot "$1" && cd "$root/.cmux" || return
-  before=$(_csize)
+  before=$(_size)
   for path in trash/* trash/.[!.]*; do ! _taken "$path" || _free "$path"; done
   for path in stage/* locks/*; do ! _cold 0 "$path" || _free "$path"; done
   cat made/*/*/base made/*/*.base >used.$$
@@ -1628,7 +1628,7 @@ _cop() {
   done
   rm -f used.$$
   for path in jobs/*/*/*/exit; do ! _cold 7 "$path" || rm -rf "${path%/exit}"; done
-  echo $((before-$(_csize)))
+  echo $((before-$(_size)))
 }
 """
 
@@ -1730,11 +1730,11 @@ _cop() {
   if [ ! -d "${folder:-/}" ]; then [ -d "$7" ] || return 37; mkdir -p "$folder" || return 3; fi
   [ -w "${folder:-/}" ] && cd -P "${folder:-/}" 2>/dev/null || return 33
   file=${PWD%/}/$name new=${PWD%/}/.cmux-$3-$$.tmp lock=$2/.cmux/locks
-  _ctry "$@"; result=$?
+  _write_aside "$@"; result=$?
   rm -f "$new"
   return $result
 }
-_ctry() {
+_write_aside() {
   tries=0
   while [ -e "$file" ] && ! said=$(cp -p "$file" "$new" 2>&1); do
     tries=$((tries+1)); [ $tries -lt 9 ] || { echo "$said" >&2; return 3; }
@@ -1744,12 +1744,12 @@ _ctry() {
   [ -d "$lock" ] || mkdir -p "$lock" || return 3
   if [ "$file" = "$1" ]; then lock=$lock/$8
   else lock=$lock/$(printf "%s$_cmux_newline" "$file" | cksum | tr " " -); fi
-  _center "$lock" 0.02 1000 || return 3
-  _creplace "$6"; result=$?
-  _cleave "$lock"
+  _lock "$lock" 0.02 1000 || return 3
+  _swap "$6"; result=$?
+  _unlock "$lock"
   return $result
 }
-_creplace() {
+_swap() {
   how=created
   if [ -e "$file" ]; then how=replaced; fi
   case $1 in
