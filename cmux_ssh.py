@@ -3047,7 +3047,7 @@ class MuxSession(Session):
                 return packet
             data = self._socket.recv(4096)
             if not data:
-                raise MasterGone(f"The connection to {self.host} was just closed.", host=self.host)
+                raise MasterGone("It hung up.")
             self._buffer += data
 
     def _next(self) -> bytes | None:
@@ -3410,11 +3410,11 @@ class Masters:
                 words = read_bytes(log + ".err", STATE_MAX) or b""
                 unknown = rb"(?i)(unknown|unsupported|bad|illegal).*option|multiplex"
                 if status == 0 or re.search(unknown, words):
-                    raise NoMultiplexing("This ssh has no masters.", host=self.host)
+                    raise NoMultiplexing("This ssh has no masters.")
             raise failure_in(words, heard, config)
         if any(map(BREAKS_WHEN_SHARED.search, heard)):
             end_master(path)
-            raise NoMultiplexing("This server breaks shared connections.", host=self.host)
+            raise NoMultiplexing("This server breaks shared connections.")
         if batch:
             remove_file(self.path("person"))
         else:
