@@ -1010,7 +1010,7 @@ _held() { # lock: does the last owner, $owner, live? Else $next is the link to m
   done;
   return 1;
 }
-_center() { # lock pause tries: own it, or say who does
+_lock() { # lock pause tries: own it, or say who does
   _born $$; self=$$.$born.$_cmux_run; tries=0; dead=;
   until ln -s "$self" "$1"; do
     if _held "$1"; then :;
@@ -1027,7 +1027,7 @@ _center() { # lock pause tries: own it, or say who does
     sleep "$2" || { sleep 1; tries=$((tries+9)); };
   done;
 }
-_cleave() {
+_unlock() {
   rm -f "$1"; for row in $dead; do rm -f "$1.$row"; done;
 }
 """
@@ -1046,9 +1046,9 @@ _croot() { # $1 root as given, may be empty or begin with ~ -> cd there, $root
 }
 _one_at_a_time() { # lock function...: an earlier attempt may still run
   own_lock=$root/.cmux/stage/$1.by; shift
-  _center "$own_lock" 0.1 3000 || return 3
+  _lock "$own_lock" 0.1 3000 || return 3
   "$@"; status=$?
-  _cleave "$own_lock"; return $status
+  _unlock "$own_lock"; return $status
 }
 # root project turn name op...: _work, with what follows the op, for one operation at a time on a
 # name, and none once a later one has begun. That one also removes what the last, whose client was
@@ -1656,9 +1656,9 @@ _work() {
   _put "$stage/tree"
 }
 """
-# RENAME root project turn lock op from to its [push]: the directory that the operation `its` made
-#   gets another name, or its old one, or has it already. Replies the op of the last push; removes
-#   what was uploaded for `push`. 20: the name is taken.
+# RENAME root project turn lock op from to its [push]: another name for the directory that the
+#   operation `its` made, or its old one, also where it has that already. Replies the op of the last
+#   push; removes what was uploaded for `push`. 20: the name is taken.
 RENAME = OPEN_ROOT + r"""
 _work() {
   if _taken "$project/$2"; then [ "$(_owner "$2")" = "$3" ] || return 20
@@ -1673,13 +1673,13 @@ _work() {
 """
 
 # GC root: removes trash, what broken uploads left a day ago, jobs that ended a week ago, and bases
-#   unused by any workspace, new ones too, for two weeks. Replies the kilobytes freed.
+#   that no workspace stands on and none was made of for two weeks. Replies the kilobytes freed.
 GC = OPEN_ROOT + r"""
 _cold() { [ "$(find "$2" -prune -mtime "+$1" -print)" ]; } # days path: it is older
-_csize() { du -sk . | sed 's/[^0-9].*//'; }
+_size() { du -sk . | sed 's/[^0-9].*//'; }
 _cop() {
   _croot "$1" && cd "$root/.cmux" || return
-  before=$(_csize)
+  before=$(_size)
   for path in trash/* trash/.[!.]*; do ! _taken "$path" || _free "$path"; done
   for path in stage/* locks/*; do ! _cold 0 "$path" || _free "$path"; done
   cat made/*/*/base made/*/*.base >used.$$
@@ -1688,7 +1688,7 @@ _cop() {
   done
   rm -f used.$$
   for path in jobs/*/*/*/exit; do ! _cold 7 "$path" || rm -rf "${path%/exit}"; done
-  echo $((before-$(_csize)))
+  echo $((before-$(_size)))
 }
 """
 
@@ -1792,11 +1792,11 @@ _cop() {
   if [ ! -d "${folder:-/}" ]; then [ -d "$6" ] || return 37; mkdir -p "$folder" || return 3; fi
   [ -w "${folder:-/}" ] && cd -P "${folder:-/}" 2>/dev/null || return 33
   file=${PWD%/}/$name new=${PWD%/}/.cmux-$3-$$.tmp lock=$2/.cmux/locks
-  _ctry "$@"; result=$?
+  _write_aside "$@"; result=$?
   rm -f "$new"
   return $result
 }
-_ctry() {
+_write_aside() {
   tries=0
   while [ -e "$file" ] && ! said=$(cp -p "$file" "$new" 2>&1); do
     tries=$((tries+1)); [ $tries -lt 9 ] || { echo "$said" >&2; return 3; }
@@ -1806,12 +1806,12 @@ _ctry() {
   [ -d "$lock" ] || mkdir -p "$lock" || return 3
   if [ "$file" = "$1" ]; then lock=$lock/$7
   else lock=$lock/$(printf "%s$_cmux_newline" "$file" | cksum | tr " " -); fi
-  _center "$lock" 0.02 1000 || return 3
-  _creplace "$5"; result=$?
-  _cleave "$lock"
+  _lock "$lock" 0.02 1000 || return 3
+  _swap "$5"; result=$?
+  _unlock "$lock"
   return $result
 }
-_creplace() {
+_swap() {
   how=created
   if [ -e "$file" ]; then how=replaced; fi
   [ ! "$1" ] || [ "$(cksum <"$file")" = "$1" ] || return 36
@@ -2896,12 +2896,12 @@ class SSHConfig(Value):
 
 
 def ssh_command() -> list[str]:
-    text = os.environ.get("CMUX_SSH_COMMAND", "").strip()
-    words = ["ssh"]
-    if text:
+    text = plain_ssh()
+    words = [text]
+    if text != "ssh":
         import shlex
         try:
-            words = shlex.split(text) or words
+            words = shlex.split(text)
         except ValueError as error:
             raise UsageError(f"CMUX_SSH_COMMAND cannot be split into words: {error}.")
     if re.search(r"(?i)stricthostkeychecking[\s=]*(no|off|false)\b", text):
@@ -3228,7 +3228,7 @@ class MuxSession(Session):
                 return packet
             data = self._socket.recv(4096)
             if not data:
-                raise MasterGone(f"The connection to {self.host} was just closed.", host=self.host)
+                raise MasterGone("It hung up.")
             self._buffer += data
 
     def _next(self) -> bytes | None:
@@ -3626,11 +3626,11 @@ class Masters:
                 words = read_bytes(log + ".err", STATE_MAX) or b""
                 unknown = rb"(?i)(unknown|unsupported|bad|illegal).*option|multiplex"
                 if status == 0 or re.search(unknown, words):
-                    raise NoMultiplexing("This ssh has no masters.", host=self.host)
+                    raise NoMultiplexing("This ssh has no masters.")
             raise failure_in(words, heard, config)
         if any(map(BREAKS_WHEN_SHARED.search, heard)):
             end_master(path)
-            raise NoMultiplexing("This server breaks shared connections.", host=self.host)
+            raise NoMultiplexing("This server breaks shared connections.")
         if batch:
             remove_file(self.path("person"))
         else:
