@@ -5112,7 +5112,7 @@ class Shadow:
         return run(self.argv("merge-base", one, other), self.env, patience=600)[1].decode().strip()
 
     def is_ancestor(self, old: str, new: str) -> bool:
-        return self.common(old, new) == old
+        return self.common(old, new) == old != ""
 
     def listing(self, tree: str) -> Iterator[Row]:
         """Every file of a tree or commit."""
