@@ -7238,7 +7238,8 @@ def unified_diff(before: bytes, after: bytes, path: str) -> str:
     """What an edit did, as a diff of at most DIFF_MAX characters."""
     import collections
     import difflib
-    old, new = (re.findall(r"[^\n]*\n|[^\n]+\Z", data.decode("utf-8", "replace"))
+    import io
+    old, new = (io.StringIO(data.decode("utf-8", "replace"), "\n").readlines()
                 for data in (before, after))
     lines = len(old) + len(new)
     if lines > 40000:
@@ -7291,8 +7292,8 @@ def glob_below(pattern: str, home: str, by_name: bool) -> str:
     if names[0].startswith("!"):
         raise UsageError(f"{show(pattern)} would leave files out, which a pattern cannot do.",
                          "Write what to take, as '*.py'.")
-    below = not names[-1] and names[1:]
-    names = [name for name in names if name not in ("", ".")] + ["**"] * bool(below)
+    names += [] if names[-1] or not names[1:] else ["**"]
+    names = [name for name in names if name not in ("", ".")]
     if not names:
         raise UsageError("The pattern is empty.", "For all files write '**'.")
     return "/".join(["**"] * (by_name and not exact and not names[1:]) + names)
@@ -7473,7 +7474,8 @@ class Workspace(WorkspaceBase):
             return FileContent(content=data, size=number(words[0]), sha256=known)
         digest, size = sha256_of(data), len(data)  # a file that grows is what was read of it
         if offset > 1 or limit:
-            lines = re.findall(rb"[^\n]*\n|[^\n]+\Z", data)
+            import io
+            lines = io.BytesIO(data).readlines()
             data = b"".join(lines[offset - 1:offset - 1 + limit if limit else None])
         return FileContent(content=data, size=size, sha256=digest)
 
@@ -9316,12 +9318,11 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
 
 
 # === 19. Command line ===
-# Owns: arguments, rendering, progress, exit codes. The only room that prints, and that exits.
+# Owns: arguments, rendering, progress, exit codes. The only room that prints and exits.
 
 class Terminal(Report):
-    """What a person sees on stderr while work goes on: a lane for each workspace, drawn in place.
-    All else that is printed goes above them by put(), or takes them away first. Nothing is drawn
-    where stderr is no terminal."""
+    """What a person sees on stderr while work goes on: a lane for each workspace, drawn in place
+    if that is a terminal. All else is printed by put(), above them, or takes them away first."""
 
     current: Terminal | None = None  # of this process
 
@@ -9340,7 +9341,7 @@ class Terminal(Report):
     def in_lanes(self, names: Sequence[str], work: Callable[[str], Any], at_once: int,
                  cancel: Cancel) -> list[Any]:
         """in_parallel() of ``work(name)`` for each."""
-        self.many = self.many or len(names) > 1
+        self.many |= len(names) > 1
         self.lanes, self.width = dict.fromkeys(names, ("waiting", 0.0)), max(map(len, names))
         try:
             return in_parallel([functools.partial(work, name) for name in names], at_once, cancel)
@@ -9366,7 +9367,7 @@ class Terminal(Report):
             self.line(f"{PROGRAM}: {text}")
 
     def note(self, text: str) -> None:
-        if self.bars or self.notes or self.verbosity > 0:  # exec in a pipe adds nothing of its own
+        if self.bars or self.notes or self.verbosity > 0:  # exec is silent in a pipe
             self.warn(text)
 
     def warn(self, text: str) -> None:
@@ -9798,17 +9799,15 @@ def open_stdin() -> Source | None:
 
 
 def point_out_stale(project: Project, workspace: Workspace, terminal: Terminal) -> None:
-    """On a terminal, report that the workspace is not of the local HEAD."""
-    if not terminal.bars:
-        return
-    try:
-        commit, _ = project.repository.resolve("HEAD")
-    except GitFailed:
-        return
-    parent = project.repository.value_of(workspace.base + "^")  # of a --dirty one
-    if commit not in (workspace.base, parent):
-        terminal.warn(f"{workspace.name} is at {workspace.base[:10]}, HEAD at {commit[:10]}. To "
-                      f"bring it there: {PROGRAM} push -w {workspace.name}")
+    """On a terminal, warn that the workspace is not at the local HEAD."""
+    if terminal.bars:
+        with contextlib.suppress(GitFailed):
+            commit, _ = project.repository.resolve("HEAD")
+            parent = project.repository.value_of(workspace.base + "^")  # of a --dirty one
+            if commit not in (workspace.base, parent):
+                terminal.warn(
+                    f"{workspace.name} is at {workspace.base[:10]}, HEAD at {commit[:10]}. To "
+                    f"bring it there: {PROGRAM} push -w {workspace.name}")
 
 
 def parse_environment(pairs: Sequence[str]) -> dict[str, str]:
@@ -9900,13 +9899,11 @@ def command_history(options: argparse.Namespace) -> int:
         for row in rows:
             print_json(row)
         return 0
-    table = [("WHEN", "WORKSPACE", "WHAT", "TOOK", "CODE", "BYTES", "DETAIL")]
-    for row in rows:
-        when = time.strftime("%m-%d %H:%M:%S", time.localtime(row["time"]))
-        size = human_size(row["bytes"]) if row.get("bytes") else ""
-        table.append((when, str(row.get("workspace", "")), row["operation"],
-                      f"{row.get('duration') or 0:.2f} s", str(row.get("exit_code", "")), size,
-                      str(row.get("detail", ""))))
+    table = [("WHEN", "WORKSPACE", "WHAT", "TOOK", "CODE", "BYTES", "DETAIL")] + [
+        (time.strftime("%m-%d %H:%M:%S", time.localtime(row["time"])),
+         str(row.get("workspace", "")), row["operation"], f"{row.get('duration') or 0:.2f} s",
+         str(row.get("exit_code", "")), human_size(row["bytes"]) if row.get("bytes") else "",
+         str(row.get("detail", ""))) for row in rows]
     if rows:
         print_table(table, spare=8)
     else:
@@ -10052,9 +10049,9 @@ def candidates(before: Sequence[str], last: str) -> dict[str, str]:
     if not pending and last.startswith("-"):
         return {flag: arg.text for arg in known for flag in arg.flags}
     if not pending and name not in VERBS:
-        at = len(name.split())
+        at = len(plain)
         return {row.split()[at]: verb.text for row, verb in VERBS.items()
-                if row.split()[:at] == name.split()}
+                if row.split()[:at] == plain}
     if not pending:
         first = next((arg.name for arg in known if arg.word), "")
         pending = {"secrets rm": "secrets", "new": "", "fork": "", "rename": ""}.get(name, first)
@@ -10170,27 +10167,23 @@ def command_rm(options: argparse.Namespace) -> int:
     names = given_names(options)
     if not names:
         raise UsageError("Name the workspaces to remove.", f"See `{PROGRAM} list`.")
-    code = 0
-    removed: list[str] = []
-    failed: list[dict[str, str]] = []
+    code, removed, failed = 0, [], []  # type: int, list[str], list[dict[str, str]]
     for name in names:
         try:
             host = project.registry.read()["workspaces"].get(name, {}).get("host")
             if options.host and host and check_host(options.host) != host:
                 raise UsageError(f"The workspace {name} is on {host}, not on {options.host}.",
                                  "Leave out -H.")
-            gone = project.remove(name, options.force, options.forget)
-            if not gone:
+            if not project.remove(name, options.force, options.forget):
                 raise no_workspace(name)
-            removed += gone
+            removed.append(name)
         except CmuxError as error:
             if isinstance(error, ConnectionFailed):
                 error.hint += f" If the host is gone for good: {PROGRAM} rm --forget {name}"
             report_error(error)
             failed.append(dict(error_fields(error), name=name))
             code = max(code, error.exit_code)
-    if options.json:
-        print_json({"removed": removed, "errors": failed})
+    answer(options, {"removed": removed, "errors": failed})
     return code
 
 
@@ -10579,8 +10572,7 @@ def command_doctor(options: argparse.Namespace) -> int:
             draw(1, f"{state} {row.what:<10}  " + ("\n" + " " * 18).join(lines) + "\n")
     if options.json:
         print_json(rows)
-    states = {row["state"] for row in rows}
-    return 255 if "dead" in states else 1 if "bad" in states else 0
+    return max({"dead": 255, "bad": 1}.get(row["state"], 0) for row in rows)
 
 
 def command_shell(options: argparse.Namespace) -> int:
@@ -10589,16 +10581,17 @@ def command_shell(options: argparse.Namespace) -> int:
                          f"In a pipe or a script use: {PROGRAM} exec -- CMD")
     workspace, terminal = the_workspace(options), options.terminal
     terminal.warn("The host now writes to this terminal as it likes; exit ends it.")
-    status = None
+    status = 255
     try:
-        status = workspace.shell()
+        ended = workspace.shell()
+        status = 255 if ended is None else ended
     finally:
-        if status in (None, 255) and os.isatty(1):  # a full-screen program had no time to tidy up
+        if status == 255 and os.isatty(1):  # a full-screen program had no time to tidy up
             write_out(1, TIDY, harmless=True)
-    if status in (None, 255):
+    if status == 255:
         host = workspace.host.name
         terminal.warn(f"The connection to {host} was cut, or its shell ended with 255.")
-    return 255 if status is None else status
+    return status
 
 
 # Out of the alternate screen; mouse, paste and application modes off; cursor and colours as usual.
@@ -10631,7 +10624,7 @@ def line_args(verb: Verb) -> list[Arg]:
 
 
 def usage(group: str = "") -> str:
-    """The list of the commands, or of those that begin with ``group``."""
+    """The help without a command: all commands, or those that begin with ``group``."""
     rows = []
     for title, names in GROUPS.items():
         lines = [f"  {name:<14} {VERBS[name].text}" for name in names if name.startswith(group)]
@@ -10696,7 +10689,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if name == "secrets":
         rest = command_first(rest)
         if rest[:1] in (["-h"], ["--help"]):
-            print_text(usage("secrets"))
+            print_text(usage(name))
             raise SystemExit(0)
         name, rest = " ".join([name, *rest[:1]]), rest[1:]
     if name not in VERBS:
@@ -10740,7 +10733,7 @@ def command_first(words: list[str]) -> list[str]:
     at, valued = 0, {flag for arg in COMMON for flag in arg.flags if arg.valued}
     own = ("-h", "--help", "--version")
     while words[at:] and words[at].startswith("-") and words[at] not in own:
-        at += 2 if words[at] in valued else 1
+        at += 1 + (words[at] in valued)
     return words[at:at + 1] + words[:at] + words[at + 1:]
 
 
@@ -10764,7 +10757,7 @@ def typed_program() -> str:
 
 def report_error(error: CmuxError) -> None:
     text = neutralise(str(error)).strip()
-    hint = (" " + neutralise(as_called(error.hint))) if error.hint else ""
+    hint = " " + neutralise(as_called(error.hint)) if error.hint else ""
     quiet_terminal()
     err_out(f"{PROGRAM}: {text}{hint}\n")
 
@@ -10773,7 +10766,7 @@ def fail(words: Sequence[str], error: CmuxError) -> int:
     """Report the error, with --json on stdout too; the exit code."""
     code = exec_code(error) if words[:1] == ["exec"] else error.exit_code
     report_error(error)
-    if "--json" in words[:words.index("--") if "--" in words else None]:
+    if "--json" in itertools.takewhile(lambda word: word != "--", words):
         with contextlib.suppress(CmuxError):  # stdout is closed
             print_json(exec_failure(None, None, error, time.monotonic())
                        if words[:1] == ["exec"] else {"error": error_fields(error)})
