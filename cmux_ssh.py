@@ -9626,7 +9626,7 @@ class Execution:
                              "exec --detach -- 'CMD <FILE'; or add -n.")
 
     def run(self) -> int:
-        """The worst exit code."""
+        """All of them, and what is to be said at the end; the worst exit code."""
         began, at_once = time.monotonic(), self.options.parallel or 0
         rows = self.terminal.in_lanes(self.names, self._row, at_once, self.cancel)
         for at, row in enumerate(rows):
@@ -10580,18 +10580,18 @@ def command_shell(options: argparse.Namespace) -> int:
         raise UsageError("shell needs a terminal.",
                          f"In a pipe or a script use: {PROGRAM} exec -- CMD")
     workspace, terminal = the_workspace(options), options.terminal
-    terminal.warn("The host now writes to this terminal as it likes; exit ends it.")
-    status = 255
+    terminal.warn("The host now writes to this terminal as it likes, escape sequences included; "
+                  "exit ends it.")
+    status = None
     try:
-        ended = workspace.shell()
-        status = 255 if ended is None else ended
+        status = workspace.shell()
     finally:
-        if status == 255 and os.isatty(1):  # a full-screen program had no time to tidy up
+        if status in (None, 255) and os.isatty(1):  # a full-screen program had no time to tidy up
             write_out(1, TIDY, harmless=True)
-    if status == 255:
+    if status in (None, 255):
         host = workspace.host.name
         terminal.warn(f"The connection to {host} was cut, or its shell ended with 255.")
-    return status
+    return 255 if status is None else status
 
 
 # Out of the alternate screen; mouse, paste and application modes off; cursor and colours as usual.
