@@ -9869,12 +9869,13 @@ def command_new(options: argparse.Namespace) -> int:
 
 
 def print_table(rows: Sequence[Sequence[str]], spare: int = 0) -> None:
-    """Aligned columns; on a terminal the widest are cut until a row fits. With ``spare`` the last
-    column is cut first, to that many characters; if even those do not fit, it is left out."""
+    """Columns in line; on a terminal the widest are cut so that a row fits its width. With
+    ``spare`` the last column is cut before any other, to so many characters at least; where it
+    cannot have them it is left out."""
     width = terminal_width()
     if spare:
         others = table_lines([row[:-1] for row in rows], 1 << 16)
-        rest = width - 2 - max(map(len, others))
+        rest = width - 2 - max(map(len, others))  # what they leave to it
         fits = rest >= min(spare, max(len(row[-1]) for row in rows))
         rows = [[*row[:-1], shortened(row[-1], rest)] if fits else row[:-1] for row in rows]
     print_text("\n".join(table_lines(rows, width)))
@@ -10174,9 +10175,10 @@ def command_rm(options: argparse.Namespace) -> int:
             if options.host and host and check_host(options.host) != host:
                 raise UsageError(f"The workspace {name} is on {host}, not on {options.host}.",
                                  "Leave out -H.")
-            if not project.remove(name, options.force, options.forget):
+            gone = project.remove(name, options.force, options.forget)
+            if not gone:
                 raise no_workspace(name)
-            removed.append(name)
+            removed += gone
         except CmuxError as error:
             if isinstance(error, ConnectionFailed):
                 error.hint += f" If the host is gone for good: {PROGRAM} rm --forget {name}"
@@ -10320,7 +10322,7 @@ def read_all(fd: int, limit: int) -> bytes:
         data += chunk
         large = len(data) > limit
     if large:
-        raise UsageError(f"What comes on stdin is larger than {human_size(limit)}.")
+        raise UsageError("What comes on stdin is larger than %s." % human_size(limit))
     return bytes(data)
 
 
