@@ -1724,19 +1724,18 @@ TOOL_STATUS = {
     38: "There is no job {path}.", 39: "A name in {path} is longer than 255 bytes.",
 }
 
-# READ path max first count home: "size how\n", then all bytes of a file up to max, else the lines.
-#   With count 0 the client counts the size, and one byte more than max tells it "too large": that
-#   saves a process of two on every read.
+# READ path max first count home: "size all\n" and the whole file (of which the client takes the
+#   size, and one byte more than max means "too large": that saves a process of two); or, of a file
+#   larger than max where lines were asked for, "size lines sum\n" and those.
 READ = r"""
 _cop() {
   [ -e "$1" ] || { [ -d "$5" ] || return 37; return 30; }
   [ ! -d "$1" ] || return 31
   [ -f "$1" ] || return 32
   [ -r "$1" ] || return 33
-  if [ "$4" = 0 ]; then echo "0 all"; head -c "$(($2+1))" "$1"; return; fi
-  size=$(wc -c <"$1") || return 33
-  size=$((size))
-  if [ "$size" -le "$2" ]; then echo "$size all"; head -c "$2" "$1"; return; fi
+  size=0
+  if [ "$4" != 0 ]; then size=$(wc -c <"$1") || return 33; size=$((size)); fi
+  if [ $size -le "$2" ]; then echo "0 all"; head -c "$(($2+1))" "$1"; return; fi
   sum=$( (sha256sum <"$1" || shasum -a 256 <"$1") 2>/dev/null) || sum=
   echo "$size lines ${sum%% *}"
   tail -n "+$3" "$1" | head -n "$4" | head -c "$(($2+1))"
@@ -9562,10 +9561,7 @@ def answer(options: argparse.Namespace, value: object, *lines: str) -> int:
 
 def may_ask() -> bool:
     """Whether ssh may ask its question: a person sits at this terminal."""
-    try:
-        person = os.isatty(0) and os.isatty(2)
-    except OSError:
-        return False
+    person = os.isatty(0) and os.isatty(2)
     if person:
         quiet_terminal()
         err_out(f"{PROGRAM}: ssh may have a question; answer it now.\n")
@@ -10354,28 +10350,21 @@ def parse_dotenv(text: str) -> dict[str, str]:
     pattern = re.compile(
         r"[ \t]*(?:export[ \t]+)?(?P<name>[^\s=#'\"]+)[ \t]*=[ \t]*"
         r"(?:(?:'(?P<raw>[^']*)'|\"(?P<quoted>(?:[^\"\\]|\\.)*)\")"
-        r"[ \t]*(?:(?<=\s)#[^\n]*)?\r?(?:\n|\Z)|(?P<bare>[^\n]*)(?:\n|\Z))"
-        r"|[ \t]*(?:#[^\n]*)?\r?(?:\n|\Z)", re.S | re.M)
-    comment, advice = re.compile(r"(?<=\s)#"), "Quote values with spaces or newlines."
-    at = 0
-    while at < len(text):
-        match = pattern.match(text, at)
-        if not match or match.end() == at:
-            line = text.count("\n", 0, at) + 1
+        r"[ \t]*(?:(?<=\s)#[^\n]*)?\r?(?:\n|\Z)"
+        r"|(?P<bare>(?:[^\n#]+|(?<!\s)#)*)[^\n]*(?:\n|\Z))"
+        r"|[ \t]*(?:#[^\n]*)?\r?(?:\n|\Z)|(?P<wrong>.)", re.S)
+    advice = "Quote values with spaces or newlines."
+    for match in pattern.finditer(text):
+        line, name = text.count("\n", 0, match.start()) + 1, match["name"]
+        if match["wrong"]:
             raise UsageError(f"Line {line} is not NAME=value.", advice)
-        line, at = text.count("\n", 0, at) + 1, match.end()
-        if match.group("name"):
-            value = match.group("raw")
-            if not _VARIABLE.match(match.group("name")):
-                raise UsageError(f"Line {line} has no variable's name before the =.", advice)
-            if value is None and match.group("quoted") is not None:
-                value = re.sub(r"\\(.)", lambda found: escapes.get(found[1], found[1]),
-                               match.group("quoted"), flags=re.S)
-            if value is None:
-                start, end = match.span("bare")
-                cut = comment.search(text, start, end)
-                value = text[start:cut.start() if cut else end].rstrip(" \t\r")
-            values[check_variable(match.group("name"), secret=True)] = value
+        if name and not _VARIABLE.match(name):
+            raise UsageError(f"Line {line} has no variable's name before the =.", advice)
+        if name:
+            quoted = re.sub(r"\\(.)", lambda found: escapes.get(found[1], found[1]),
+                            match["quoted"] or "", flags=re.S)
+            bare = (match["bare"] or "").rstrip(" \t\r")
+            values[check_variable(name, secret=True)] = match["raw"] or quoted or bare
     return values
 
 
