@@ -9783,15 +9783,11 @@ class Labelled(Outlet):
 
 
 def open_stdin() -> Source | None:
-    """Our stdin for the command; None for a terminal, /dev/null, a closed descriptor, and a pipe
-    that has ended."""
-    try:
-        if os.isatty(0) or os.path.samestat(os.fstat(0), os.stat(os.devnull)):
-            return None
-    except OSError:
+    """Our stdin for the command; None for a terminal, /dev/null, and a pipe that has ended."""
+    if os.isatty(0) or os.path.samestat(os.fstat(0), os.stat(os.devnull)):
         return None
-    events = poll_once(0, (0, select.POLLIN))
-    return None if events and not events[0] & select.POLLIN else Source(0)
+    ended = not poll_once(0, (0, select.POLLIN)).get(0, select.POLLIN) & select.POLLIN
+    return None if ended else Source(0)
 
 
 def point_out_stale(project: Project, workspace: Workspace, terminal: Terminal) -> None:
@@ -10084,7 +10080,7 @@ def config_hosts() -> list[str]:
 
 # Both scripts run only the program that made them, never the file named on the line: it may be
 # anybody's. zsh uses bash's by its bashcompinit. `-o default`: file names else.
-_BASH = r"""_cmux_ssh() {
+COMPLETIONS = {"bash": r"""_cmux_ssh() {
   local at=1 IFS=$' \t\n'
   COMPREPLY=()
   [[ ${COMP_WORDS[0]##*/} != python* ]] || at=2
@@ -10092,8 +10088,7 @@ _BASH = r"""_cmux_ssh() {
   COMPREPLY=($(%s __complete bash "${COMP_WORDS[@]:$at:$((COMP_CWORD-at+1))}" 2>/dev/null))
 }
 complete -o default -F _cmux_ssh cmux_ssh.py python3
-"""
-_FISH = r"""function __cmux_ssh
+""", "fish": r"""function __cmux_ssh
   set -l words (commandline -opc)
   set -l word (commandline -ct)
   string match -qr '(^|/)python[^/]*$' -- $words[1]; and set -e words[1]
@@ -10103,9 +10098,8 @@ _FISH = r"""function __cmux_ssh
 end
 complete -c cmux_ssh.py -n __cmux_ssh -f -a '$__cmux_ssh_words'
 complete -c python3 -n __cmux_ssh -f -a '$__cmux_ssh_words'
-"""
-_ZSH = "autoload -U +X bashcompinit && bashcompinit\n" + _BASH
-COMPLETIONS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
+"""}
+COMPLETIONS["zsh"] = "autoload -U +X bashcompinit && bashcompinit\n" + COMPLETIONS["bash"]
 
 
 def command_list(options: argparse.Namespace) -> int:
@@ -10433,8 +10427,8 @@ def command_write(options: argparse.Namespace) -> int:
 
 def command_edit(options: argparse.Namespace) -> int:
     arguments: Fields = {"path": options.path}
-    if options.old is not None or options.new is not None:
-        if options.old is None or options.new is None:
+    if (options.old, options.new) != (None, None):
+        if None in (options.old, options.new):
             raise UsageError("edit needs both --old and --new.")
         arguments["edits"] = [{"old": options.old, "new": options.new, "count": options.count or 1}]
     elif options.count is not None:
@@ -10633,23 +10627,6 @@ Exit codes: of exec the command's own, 124 timeout, 125 this tool failed,
 130 interrupted, 255 host unreachable or lost; of the others 0, 1, 2, 130, 255."""
 
 
-def add_argument(parser: argparse.ArgumentParser, arg: Arg) -> None:
-    """Have argparse know an argument of the table."""
-    settings: Fields = {"help": arg.text + " (90, 5m, 1h)" * (arg.kinds == ["seconds"])}
-    if arg.default not in (None, "."):
-        settings["help"] += f" (default: {arg.default})"
-    if arg.flags:
-        settings.update(dest=arg.name)
-    if arg.kinds == ["flag"]:
-        settings.update(action="store_true")
-    else:
-        settings.update(metavar=arg.shown, type=arg.from_word, default=arg.default,
-                        choices=arg.settings.get("choices"),
-                        nargs=None if arg.word in ("", "1") else arg.word,
-                        action="append" if arg.flags and arg.kinds == ["texts"] else "store")
-    parser.add_argument(*(arg.flags or [arg.name]), **settings)
-
-
 def parser_of(verb: Verb) -> argparse.ArgumentParser:
     """The parser of one command, which raises UsageError."""
     import argparse
@@ -10670,7 +10647,17 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
         description=verb.text, epilog=" ".join(["example:", PROGRAM, verb.name, verb.example]),
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for arg in line_args(verb):
-        add_argument(parser, arg)
+        text = arg.text + " (90, 5m, 1h)" * (arg.kinds == ["seconds"])
+        text += f" (default: {arg.default})" * (arg.default not in (None, "."))
+        settings: Fields = {"dest": arg.name} if arg.flags else {}
+        if arg.kinds == ["flag"]:
+            settings.update(action="store_true")
+        else:
+            settings.update(metavar=arg.shown, type=arg.from_word, default=arg.default,
+                            choices=arg.settings.get("choices"),
+                            nargs=None if arg.word in ("", "1") else arg.word,
+                            action="append" if arg.flags and arg.kinds == ["texts"] else "store")
+        parser.add_argument(*(arg.flags or [arg.name]), help=text, **settings)
     return parser
 
 
