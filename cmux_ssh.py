@@ -7381,7 +7381,7 @@ def grep_rows(data: bytes, null: bool) -> Iterator[tuple[bytes, int, bytes]]:
 
 
 def job_directory(workspace: WorkspaceBase, *job: str) -> str:
-    """Jobs' records are on the host; what was run, and when, is remembered here."""
+    """Where the host keeps the records of jobs, or of one."""
     if job and not (isinstance(job[0], str) and re.match(r"j[0-9a-f]{8}\Z", job[0])):
         raise UsageError("%s is not a job." % show(str(job[0])), "See jobs.")
     return "/".join(("%s/.cmux/jobs/%s/%s" % (workspace.root, workspace.place, workspace.op), *job))
@@ -7417,11 +7417,11 @@ def parse_jobs(workspace: WorkspaceBase, reply: Reply) -> list[Fields]:
 
 def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Cancel | None) -> Any:
     """The value of ``call``; a lost or refused connection is tried again for FAULT_PATIENCE."""
-    patience, told = Deadline(FAULT_PATIENCE), False
+    patience, failed = Deadline(FAULT_PATIENCE), False
     while True:
         try:
             value = call()
-            if told:
+            if failed:
                 Masters.tell("It answers again.")
             return value
         except (HostKeyFailed, AuthenticationFailed):
@@ -7429,13 +7429,11 @@ def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Cancel |
         except HostError as error:
             if patience.over() or deadline.over():
                 raise
-            if cancel:
-                cancel.check()
-            if not told:
-                told = True
+            if not failed:
                 minutes = FAULT_PATIENCE // 60
                 Masters.tell(f"{error} Trying again for up to {minutes} minutes.")
-            time.sleep(0.5)
+            failed = True
+            nap(0.5, deadline, cancel)
 
 
 class Workspace(WorkspaceBase):
