@@ -10419,8 +10419,10 @@ def command_tool(options: argparse.Namespace) -> int:
 
 
 def command_write(options: argparse.Namespace) -> int:
-    workspace = the_workspace(options)
-    return answer(options, workspace.write(options.path, read_all(0, READ_MAX * 10)))
+    limit, workspace = READ_MAX * 10, the_workspace(options)
+    absolute(workspace, options.path)
+    data = read_all(0, limit)
+    return answer(options, workspace.write(options.path, data))
 
 
 def command_edit(options: argparse.Namespace) -> int:
