@@ -39,8 +39,20 @@ bench:  ## measure next to plain ssh, in one run (make bench ARGS="--quick")
 	$(PYTHON) .ci/bench.py $(ARGS)
 
 lint: $(VENV)/lint-ok  ## ruff on the Python files, mypy --strict on the product
-	$(VENV)/bin/ruff check cmux_ssh.py test_cmux_ssh.py .ci/bench.py
+	$(VENV)/bin/ruff check cmux_ssh.py test_cmux_ssh.py .ci/bench.py .ci/picture.py
 	$(VENV)/bin/mypy --strict cmux_ssh.py
+
+picture:  ## draw .github/demo.svg from a real run of the demo
+	$(call need,ssh git sshd,openssh-client git openssh-server)
+	$(PYTHON) .ci/picture.py .github/demo.svg
+
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' cmux_ssh.py)
+release:  ## tag this version, with its notes and the digest of the file; refuses a dirty tree
+	@[ -z "$$(git status --porcelain)" ] || { echo "The tree is dirty: commit or stash first." >&2; exit 1; }
+	@{ sed -n '/^## $(VERSION)/,/^## [0-9]/p' .github/CHANGELOG.md | sed '$${/^## /d;}'; } >.git/notes
+	@[ -s .git/notes ] || { echo ".github/CHANGELOG.md has no section for $(VERSION)." >&2; exit 1; }
+	@$(PYTHON) cmux_ssh.py --version >>.git/notes
+	git tag -a --cleanup=verbatim -F .git/notes v$(VERSION)
 
 clean:  ## remove what these targets made
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache __pycache__
@@ -55,4 +67,4 @@ $(VENV)/ok:
 $(VENV)/lint-ok: $(VENV)/ok
 	$(VENV)/bin/python -m pip install -q ruff mypy && touch $@
 
-.PHONY: help demo test test-all test-compat bench lint clean
+.PHONY: help demo test test-all test-compat bench lint picture release clean

@@ -122,9 +122,13 @@ def slurp(path):
         return b""
 
 
+def digest(data):
+    return hashlib.sha256(data).hexdigest()
+
+
 def pointer(content):
     """What git has in the place of LFS content."""
-    return b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (hashlib.sha256(content).hexdigest().encode(), len(content))
+    return b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (digest(content).encode(), len(content))
 
 
 def processes(environ=True):
@@ -181,6 +185,10 @@ def ancestors():
 def spent():
     """Seconds of the processor of all programs that ended here: no busy machine makes them more."""
     return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
+
+def mode_of(path):
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 def kill(pid, sig=signal.SIGKILL):
@@ -419,6 +427,14 @@ class Answer:
         self.argv, self.code, self.out, self.err, self.seconds = argv, code, out, err, seconds
 
     @property
+    def ended(self):
+        return self.code, self.out, self.err
+
+    @property
+    def rows(self):
+        return list(map(json.loads, self.out.splitlines()))
+
+    @property
     def json(self):
         assert self.out.isascii()
         return json.loads(self.out)
@@ -433,6 +449,15 @@ class Answer:
 
     def __repr__(self):
         return f"<{' '.join(map(shlex.quote, self.argv))}: {self.code} after {self.seconds:.2f} s\nout {self.out[-2000:]!r}\nerr {self.err[-2000:]!r}>"
+
+
+class Child(subprocess.Popen):
+    """The program at work. A traceback is a failure whatever the test expects."""
+
+    def communicate(self, data=None, timeout=60):
+        out, err = super().communicate(data, timeout)
+        assert b"Traceback" not in (out or b"") + (err or b""), (self.args, out, err)
+        return out, err
 
 
 class Site:
@@ -474,6 +499,10 @@ class Site:
         self._write_config()
         return name
 
+    def at(self, name, port=None, *config):
+        """A host that is a port of this machine: that of the first daemon, unless another is given."""
+        return self.host(name, "HostName 127.0.0.1", f"Port {port or self.port}", *config)
+
     def _write_config(self):
         common = (f"Host * !bare-*\n  User {getpass.getuser()}\n  IdentityFile {self.keys.user}\n  IdentitiesOnly yes\n"
                   f"  UserKnownHostsFile {self.known_hosts}\n  GlobalKnownHostsFile /dev/null\n  HostKeyAlias rig\n"
@@ -512,6 +541,10 @@ class Site:
         path.chmod(0o755)
         return path
 
+    def first(self, text, by=""):
+        """What sshd is told, so that a session does this first, and begins by that program."""
+        return "ForceCommand " + self.script(f"first-{os.urandom(4).hex()}", f'{text}\nexec {by} sh -c "$SSH_ORIGINAL_COMMAND"')
+
     def far_home(self, name="box"):
         return self.remote / name
 
@@ -535,7 +568,7 @@ class Site:
             pytest.fail(f"sshd does not start: {self.log(name)}")
         self.port = self.port or port
         self.ports[name] = port
-        return self.host(name, "HostName 127.0.0.1", f"Port {port}", *config)
+        return self.at(name, port, *config)
 
     def listen(self, name, port):
         """The daemon of that name, started on a port; None if somebody has it."""
@@ -562,7 +595,7 @@ class Site:
         """A host of that name which is `box` (or another daemon) behind a line that can fail."""
         line = Line(self.ports[to])
         self.lines.append(line)
-        self.host(name, "HostName 127.0.0.1", f"Port {line.port}", *config)
+        self.at(name, line.port, *config)
         return line
 
     def log(self, name="box"):
@@ -590,12 +623,12 @@ class Site:
     def start(self, *args, cwd=None, env=None,
               stdin=DEVNULL, sh=""):
         """The program, left running, in a process group of its own like a job of a shell; or started by a line of sh as "$@"."""
-        return subprocess.Popen([*(["sh", "-c", sh, "sh"] if sh else []), *compiled(), *args], cwd=cwd or self.dir, env=self.environment(env), stdin=stdin,
+        return Child([*(["sh", "-c", sh, "sh"] if sh else []), *compiled(), *args], cwd=cwd or self.dir, env=self.environment(env), stdin=stdin,
                                 stdout=PIPE, stderr=PIPE, start_new_session=True)
 
     def cli(self, *args, cwd=None, env=None, stdin=None,
             seconds=60, sh=""):
-        """Run the program to its end. A traceback is a failure whatever the test expects."""
+        """Run the program to its end."""
         began = time.monotonic()
         child = self.start(*args, cwd=cwd, env=env, stdin=DEVNULL if stdin is None else PIPE, sh=sh)
         try:
@@ -605,9 +638,7 @@ class Site:
                 os.killpg(child.pid, signal.SIGKILL)
             out, err = child.communicate()
             raise AssertionError(f"still running after {seconds:g} s: {args}\nout {out!r}\nerr {err!r}") from None
-        answer = Answer(args, child.returncode, out, err, time.monotonic() - began)
-        assert b"Traceback" not in out + err, f"a traceback: {answer!r}\n{err.decode(errors='replace')}"
-        return answer
+        return Answer(args, child.returncode, out, err, time.monotonic() - began)
 
     def masters(self):
         """The ssh processes of this site that hold connections open."""
@@ -773,6 +804,11 @@ class Repo:
         self.git("commit", "-q", "--allow-empty", "-m", message)
         return self.git("rev-parse", "HEAD")
 
+    def save(self, path, data, mode=None):
+        """A commit of that file."""
+        self.write(path, data, mode)
+        return self.commit()
+
     def tree(self):
         """What the commit holds, path by path: the repository's own bytes."""
         def git(*words, stdin=b""):
@@ -800,6 +836,9 @@ class Repo:
         """Workspaces on a host; without names, main."""
         return self.ok("new", "-H", host, *(names or ["main"]), **options)
 
+    def terminal(self, *args, **options):
+        return on_terminal(self.site, *args, cwd=self.dir, **options)
+
     def exec(self, *command, host="box", options=(), **rest):
         return self.cli("exec", "-H", host, *options, "--", *command, **rest)
 
@@ -815,9 +854,33 @@ class Repo:
         rows = self.recorded()
         return Path((rows if name in rows else self.workspaces())[name]["path"].replace("~", str(self.site.far_home()), 1))
 
+    def history(self, *words):
+        return self.ok("history", "--json", *words).rows
+
+    def arrived(self, name="main"):
+        """The workspace has the files of the commit."""
+        self.arrived(name)
+
+    def pulled(self, path, name="main"):
+        return self.git("show", f"cmux/{name}:{path}")
+
+    def changed(self, what="--name-only"):
+        """The paths that a pull changed, a line each."""
+        return self.git("diff", what, "main", "cmux/main")
+
+    def job(self, *command, host="box", options=()):
+        return self.exec(*command, host=host, options=[*options, "--detach"]).text.strip()
+
     def record(self):
         """The file in which this project's workspaces are recorded."""
-        return self.site.state / f"projects/{hashlib.sha256(os.fsencode(self.dir / '.git')).hexdigest()[:20]}.json"
+        return self.site.state / f"projects/{digest(os.fsencode(self.dir / '.git'))[:20]}.json"
+
+    @contextlib.contextmanager
+    def amended(self):
+        """The record, to be changed."""
+        record = json.loads(self.record().read_bytes())
+        yield record
+        self.record().write_text(json.dumps(record))
 
     def recorded(self):
         """The workspaces in the record of this project; none where there is no record, or it is damaged."""
@@ -1013,10 +1076,6 @@ def source():
     return Source()
 
 
-def test_rooms_stand_in_order(source):
-    assert [int(number) for _, number, _ in source.banners] == list(range(1, len(source.banners) + 1)) and source.banners
-
-
 def defined_names(node):
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return [node.name]
@@ -1094,16 +1153,6 @@ def test_functions_stay_short(source):
     assert not [n.name for n in functions if n.end_lineno - n.lineno >= 60]
 
 
-def test_everything_is_annotated(source):
-    bare = []
-    for function in source.find(ast.FunctionDef, ast.AsyncFunctionDef):
-        a = function.args
-        arguments = [x for x in a.args + a.kwonlyargs + getattr(a, "posonlyargs", []) + [a.vararg, a.kwarg] if x]
-        bare += [f"line {function.lineno}: {function.name}"] * (function.returns is None or any(
-            x.annotation is None and x.arg not in ("self", "cls") for x in arguments))
-    assert not bare
-
-
 @promise(10)
 @compat
 def test_only_the_standard_library_is_imported(source):
@@ -1147,7 +1196,7 @@ def test_assertions_do_no_work_that_python_O_would_leave_out(source):
 def test_the_head_lists_the_rooms_as_they_stand(source):
     rows = re.findall(r"(?:^ {4}| {2})([ \d]\d) (\w+(?: \w+)?) {2,}\S", source.text.split('"""')[1], re.M)
     told = sorted((int(number), name) for number, name in rows)
-    assert [number for number, _ in told] == [int(number) for _, number, _ in source.banners]
+    assert [number for number, _ in told] == [int(number) for _, number, _ in source.banners] == list(range(1, len(told) + 1))
     assert all(banner.startswith(name) for (_, name), (_, _, banner) in zip(told, source.banners)), told
 
 
@@ -1156,7 +1205,7 @@ def test_the_head_lists_the_rooms_as_they_stand(source):
 def test_version_names_itself_and_its_digest():
     done = subprocess.run([sys.executable, "-W", "error", "-I", "-S", str(PROGRAM), "--version"], capture_output=True)
     assert done.returncode == 0 and done.stderr == b"" and done.stdout.startswith(b"cmux_ssh")
-    assert done.stdout == f"cmux_ssh.py {c.__version__} (sha256 {hashlib.sha256(PROGRAM.read_bytes()).hexdigest()})\n".encode()
+    assert done.stdout == f"cmux_ssh.py {c.__version__} (sha256 {digest(PROGRAM.read_bytes())})\n".encode()
 
 
 def test_first_lines_say_name_version_and_licence(source):
@@ -1182,8 +1231,8 @@ def test_every_exit_code_from_0_to_255_is_exact(shared):
     """Those that mean something here through a process each, all through one."""
     for code in (0, 1, 2, 3, 42, 77, *range(96, 100), *range(123, 132), 137, 141, 143, 254, 255):
         ran = shared.exec("sh", "-c", f"exit {code}") if code % 2 else shared.exec(f"exit {code}")
-        assert (ran.code, ran.out, ran.err) == (code, b"", b"")
-    answers = map(json.loads, shared.cli("batch", stdin=calls(f"exit {n}" for n in range(256))).out.splitlines())
+        assert ran.ended == (code, b"", b"")
+    answers = shared.cli("batch", stdin=calls(f"exit {n}" for n in range(256))).rows
     assert {a["id"]: a["result"]["exit_code"] for a in answers} == {n: n for n in range(256)}
 
 
@@ -1232,7 +1281,7 @@ def test_stdout_and_stderr_are_separate_exact_and_free_of_our_words(repo):
     """Also on first use, when the workspace is made on the way."""
     for _ in range(2):
         ran = repo.exec("printf out; printf err >&2")
-        assert (ran.code, ran.out, ran.err) == (0, b"out", b"err")
+        assert ran.ended == (0, b"out", b"err")
 
 
 @promise(5)
@@ -1243,16 +1292,15 @@ def test_a_megabyte_on_both_streams_at_once_arrives_whole(shared):
 
 
 def test_output_streams_as_it_is_written(shared):
-    child = shared.start("exec", "-H", "box", "--", "echo first; read x; echo $x", stdin=PIPE)
-    assert child.stdout and child.stdin
+    child = shared.start("exec", "--", "echo first; read x; echo $x", stdin=PIPE)
     assert child.stdout.readline() == b"first\n"
-    out, err = child.communicate(b"second\n", timeout=30)
+    out, err = child.communicate(b"second\n")
     assert (child.returncode, out, err) == (0, b"second\n", b"")
 
 
 def test_a_command_that_ignores_a_large_stdin_is_no_error(shared):
     ran = shared.exec("echo done", stdin=bytes(1 << 22))
-    assert (ran.code, ran.out, ran.err) == (0, b"done\n", b"")
+    assert ran.ended == (0, b"done\n", b"")
 
 
 def test_option_n_leaves_stdin_alone(shared):
@@ -1264,13 +1312,13 @@ def test_option_n_leaves_stdin_alone(shared):
 @compat
 def test_a_background_child_does_not_hold_the_call(shared):
     ran = shared.exec("sleep 30 & echo ok")
-    assert (ran.code, ran.out, ran.err) == (0, b"ok\n", b"") and ran.seconds < 10
+    assert ran.ended == (0, b"ok\n", b"") and ran.seconds < 10
 
 
 def test_a_command_not_found_is_127_and_a_missing_cwd_is_said(shared):
     assert shared.exec("no-such-command-here").code == 127
     assert shared.exec("no-such-command-here", "x").code == 127
-    refused(shared.exec("pwd", options=["--cwd", "no/such/dir"]), 125, words="no/such/dir")
+    refused(shared.exec("pwd", options=["--cwd", "no/such/dir"]), 125, "no/such/dir")
     assert shared.exec("pwd", options=["--json", "--cwd", "nosuch"]).json["host"] == "box"
 
 
@@ -1307,21 +1355,20 @@ def test_login_reads_the_profile_first(shared):
 
 def test_the_workspace_defaults_to_the_branch_and_the_host_to_its_own(repo, site):
     repo.git("checkout", "-q", "-b", "feature/über x".replace(" ", "-"))
-    box = ("HostName 127.0.0.1", f"Port {site.port}")
     assert repo.exec("pwd").code == 0
     (name,) = repo.workspaces()
     assert name.startswith("feature") and "/" not in name
     assert repo.cli("exec", "--", "echo again").out == b"again\n"
     repo.git("checkout", "-q", "main")
-    assert repo.cli("exec", "--", "echo env", env={"CMUX_SSH_HOST": site.host("second", *box)}).out == b"env\n"
-    repo.git("config", "cmux.host", site.host("third", *box))
+    assert repo.cli("exec", "--", "echo env", env={"CMUX_SSH_HOST": site.at("second")}).out == b"env\n"
+    repo.git("config", "cmux.host", site.at("third"))
     assert repo.cli("exec", "-w", "third", "--", "echo config").out == b"config\n"
     assert {row["host"] for row in repo.workspaces().values()} == {"box", "second", "third"}
 
 
 @promise(4)
 def test_exec_without_any_host_says_how_to_name_one(repo):
-    refused(repo.cli("exec", "--", "true"), 125, words="-H")
+    refused(repo.cli("exec", "--", "true"), 125, "-H")
 
 
 # === exec: a stop is a stop (promise 6) ===
@@ -1332,56 +1379,79 @@ def unique():
     return f"{random.randrange(40000, 10**8)}"
 
 
-def gone(needle):
-    until(lambda: not running(needle), f"no {needle} is left", 15)
+@contextlib.contextmanager
+def stranger(*words):
+    """A process of somebody else."""
+    child = subprocess.Popen(words, start_new_session=True)
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+
+
+def gone(command):
+    until(lambda: not running(command), f"no {command} is left", 15)
+
+
+class Nap(str):
+    """A `sleep` of a test's own: a command that no other process on this machine is."""
+
+    def __new__(cls):
+        return str.__new__(cls, f"sleep {unique()}")
+
+    def runs(self, count=1):
+        until(lambda: len(running(self)) >= count, f"{self} runs")
+
+    def gone(self):
+        gone(self)
 
 
 @promise(6)
 @compat
 def test_a_timeout_keeps_early_output_exits_124_and_leaves_no_process(shared):
-    nap = unique()
-    ran = shared.exec(f"echo early; sleep {nap} & sleep {nap}", options=["--timeout", "1"])
+    nap = Nap()
+    ran = shared.exec(f"echo early; {nap} & {nap}", options=["--timeout", "1"])
     assert (ran.code, ran.out) == (124, b"early\n") and ran.seconds < 15
-    gone(f"sleep {nap}")
+    nap.gone()
     assert shared.exec("echo a long time", options=["--timeout", "99999999"]).out == b"a long time\n"
-    told = shared.exec(f"echo early; sleep {nap}", options=["--timeout", "1", "--json"])
+    told = shared.exec(f"echo early; {nap}", options=["--timeout", "1", "--json"])
     assert told.code == 124 and told.json["timed_out"] is True and told.json["stdout"] == "early\n"
-    gone(f"sleep {nap}")
+    nap.gone()
 
 
 def test_a_timeout_ends_a_command_that_ignores_term(shared):
-    nap = unique()
-    ran = shared.exec(f"trap '' TERM INT HUP; echo on; sleep {nap}; sleep {nap}", options=["--timeout", "1"])
+    nap = Nap()
+    ran = shared.exec(f"trap '' TERM INT HUP; echo on; {nap}; {nap}", options=["--timeout", "1"])
     assert (ran.code, ran.out) == (124, b"on\n")
-    gone(f"sleep {nap}")
+    nap.gone()
 
 
 @each("stdin", ["null", "open"])
 @each("sig, code", [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
 @promise(6)
 def test_a_stopped_client_ends_the_remote_command(shared, sig, code, stdin):
-    nap = unique()
-    child = shared.start("exec", "-H", "box", "--", f"echo early; sleep {nap} & sleep {nap}",
+    nap = Nap()
+    child = shared.start("exec", "--", f"echo early; {nap} & {nap}",
                          stdin=PIPE if stdin == "open" else DEVNULL)
-    assert child.stdout
     assert child.stdout.readline() == b"early\n"
-    until(lambda: len(running(f"sleep {nap}")) >= 2, "both sleeps run")
+    nap.runs(2)
     os.killpg(child.pid, sig) if sig == signal.SIGINT else os.kill(child.pid, sig)
-    _, err = child.communicate(timeout=30)
-    assert child.returncode == code and b"Traceback" not in err, err
-    gone(f"sleep {nap}")
+    _, err = child.communicate()
+    assert child.returncode == code, err
+    nap.gone()
 
 
 @promise(6)
 @compat
 def test_ctrl_c_on_a_terminal_is_130(shared):
-    nap = unique()
-    terminal = on_terminal(shared.site, "exec", "-H", "box", "--", f"echo early; sleep {nap}", cwd=shared.dir)
+    nap = Nap()
+    terminal = shared.terminal("exec", "-H", "box", "--", f"echo early; {nap}")
     terminal.expect(b"early")
-    until(lambda: running(f"sleep {nap}"), "it sleeps")
+    nap.runs()
     terminal.send(b"\x03")
     assert terminal.wait() == 130
-    gone(f"sleep {nap}")
+    nap.gone()
 
 
 COLOURFUL = (r"printf '\303'; sleep .2; printf '\244 \033[3'; sleep .2; printf '1mred\033[0m \33[1;32m10%%\r20%%'; sleep .2; printf '\033[m\n"
@@ -1392,8 +1462,7 @@ COLOURFUL = (r"printf '\303'; sleep .2; printf '\244 \033[3'; sleep .2; printf '
 def test_colours_and_progress_of_a_command_pass_to_a_terminal_and_nothing_else_does(repo, face):
     words = face.split()
     if face == "new":
-        repo.write(".cmux/init", b"#!/bin/sh\n" + COLOURFUL.encode(), 0o755)
-        repo.commit()
+        repo.save(".cmux/init", b"#!/bin/sh\n" + COLOURFUL.encode(), 0o755)
         words = ["new", "-H", "box"]
     elif face == "several":
         repo.new("a", "b")
@@ -1401,9 +1470,9 @@ def test_colours_and_progress_of_a_command_pass_to_a_terminal_and_nothing_else_d
     elif face == "exec":
         words = ["exec", "-H", "box", "--", COLOURFUL]
     else:
-        words.append(repo.exec(COLOURFUL, options=["--detach"]).text.strip())
+        words.append(repo.job(COLOURFUL))
         repo.ok("wait", words[-1])
-    terminal = on_terminal(repo.site, *words, cwd=repo.dir)
+    terminal = repo.terminal(*words)
     assert terminal.wait() == 0
     label, on = ("a | ", "\x1b[1;32m") if face == "several" else ("", "\x1b[1;32m")
     seen = re.sub(r"\x1b\[m\x1b\[1;32m", "", terminal.output.decode())  # off between two pieces, and on again
@@ -1413,29 +1482,29 @@ def test_colours_and_progress_of_a_command_pass_to_a_terminal_and_nothing_else_d
 
 
 def test_a_dead_master_is_a_lost_line_ends_the_command_and_the_next_call_works(repo, site):
-    nap = unique()
-    assert repo.exec("true").code == 0
-    child = repo.start("exec", "-H", "box", "--json", "--", f"echo early; sleep {nap}")
-    until(lambda: running(f"sleep {nap}"), "it sleeps")
+    nap = Nap()
+    repo.new()
+    child = repo.start("exec", "--json", "--", f"echo early; {nap}")
+    nap.runs()
     for master in until(site.masters, "there is a master"):
         kill(master.pid)
-    out, err = child.communicate(timeout=30)
-    assert child.returncode == 255 and b"Traceback" not in err
+    out, err = child.communicate()
+    assert child.returncode == 255
     document = json.loads(out)
     assert document["error"]["message"], document
-    gone(f"sleep {nap}")
+    nap.gone()
     assert repo.exec("echo again").out == b"again\n"
 
 
 def test_a_line_cut_in_mid_command_is_a_lost_line(repo, site):
-    line, nap = site.line("far"), unique()
-    assert repo.exec("true", host="far").code == 0
-    child = repo.start("exec", "-H", "far", "--", f"echo early; sleep {nap}")
-    assert child.stdout and child.stdout.readline() == b"early\n"
+    line, nap = site.line("far"), Nap()
+    repo.new(host="far")
+    child = repo.start("exec", "-H", "far", "--", f"echo early; {nap}")
+    assert child.stdout.readline() == b"early\n"
     line.drop()
-    _, err = child.communicate(timeout=30)
-    assert child.returncode == 255 and err.strip() and b"Traceback" not in err
-    gone(f"sleep {nap}")
+    _, err = child.communicate()
+    assert child.returncode == 255 and err.strip()
+    nap.gone()
     assert repo.exec("echo again", host="far").out == b"again\n"
 
 
@@ -1448,8 +1517,7 @@ def gated(site, name):
     """A daemon whose login, while the first of two files is there, waits for it to go and makes the second: the session
     is there and no shell has read anything yet."""
     gate, waits = site.dir / "gate", site.dir / "waits"
-    login = site.script(f"login-{name}", f'[ ! -e {gate} ] || : >{waits}\nwhile [ -e {gate} ]; do sleep 0.05; done\nexec sh -c "$SSH_ORIGINAL_COMMAND"')
-    site.daemon(name, f"ForceCommand {login}")
+    site.daemon(name, site.first(f"[ ! -e {gate} ] || : >{waits}\nwhile [ -e {gate} ]; do sleep 0.05; done"))
     return gate, waits
 
 
@@ -1478,7 +1546,7 @@ def test_a_command_that_was_sent_may_have_begun_and_runs_no_second_time(site, ho
     assert waits.exists()
     line.trap = ("down", 0, lambda: (until(log.exists, "it runs"), line.drop()))  # which holds back the answer
     gate.unlink()
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate()
     assert child.returncode == 255, (out, err)
     if how != "job":
         told = json.loads(out)["error"]
@@ -1497,29 +1565,29 @@ def test_a_shell_that_is_slow_to_start_may_still_run_what_was_sent(site, tuned):
     told = ran.json["error"]
     assert (ran.code, told["type"]) == (255, "HostSilent") and "no shell answered" in told["message"] and "may still run" in told["hint"], ran
     before = site.log("slow").count("Starting session")
-    refused(repo.cli("read", "-w", "main", "README"), 255, words="no shell answered")
+    refused(repo.cli("read", "-w", "main", "README"), 255, "no shell answered")
     assert site.log("slow").count("Starting session") == before + 1, "a minute each is not waited three times"
 
 
 def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo, site):
     """It watches over a command whose own stdin streams, on the connection that had room."""
-    nap, mine, held = unique(), unique(), []
-    assert repo.exec("true").code == 0
+    nap, mine, held = Nap(), Nap(), []
+    repo.new()
     first = {master.pid for master in site.masters()}
     while len(site.masters()) == 1:
-        held.append(repo.start("exec", "-n", "--", f"sleep {nap}"))
-        until(lambda: len(running(f"sleep {nap}")) == len(held), "one place more is taken")
+        held.append(repo.start("exec", "-n", "--", nap))
+        nap.runs(len(held))
     for child in (held.pop(), held.pop()):  # the one that had to have a second connection, and one of the first
         child.terminate()
         child.communicate()
-    child = repo.start("exec", "--json", "--", f"sleep {mine}; echo done", stdin=PIPE)
-    until(lambda: running(f"sleep {mine}"), "it runs")
+    child = repo.start("exec", "--json", "--", f"{mine}; echo done", stdin=PIPE)
+    mine.runs()
     time.sleep(0.5)  # the guard is told the pid right after
     for master in site.masters():
         kill(master.pid) if master.pid not in first else None
-    out, err = child.communicate(timeout=PATIENCE)
+    out, err = child.communicate()
     assert child.returncode == 255 and json.loads(out)["error"]["type"] == "ConnectionLost", (out, err)
-    gone(f"sleep {mine}")
+    mine.gone()
     for other in held:
         other.terminate()
         other.communicate()
@@ -1529,7 +1597,7 @@ def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo, site):
 @each("setsid", [True, False])
 def test_a_session_opened_ahead_does_what_one_opened_for_a_command_does(site, sh, setsid):
     """Its process waits for the header already in a session of its own."""
-    host, tools, naps = bare_host(site), site.dir / "posix-bin", [unique(), unique()]
+    host, tools, naps = bare_host(site), site.dir / "posix-bin", [Nap(), Nap()]
     site.script("posix-bin/sh", f'exec {program(sh)}{" sh" if sh == "busybox" else ""} "$@"')
     (tools / "setsid").symlink_to(program("setsid", "util-linux")) if setsid else None
     assert in_library(Repo(site), r"""
@@ -1538,17 +1606,17 @@ workspace, odd = cmux_ssh.Project(".").create("main", "nogit"), "new/a\nfile\n"
 def warm():
     wait_ready(log)
     return workspace
-ran = warm().exec(["sh", "-c", 'echo "$A $EDITOR"; echo oops >&2; env sleep %s >/dev/null 2>&1 & exit 7' % naps[0]], env={"A": "a\nb"})  # (ksh has a sleep of its own)
+ran = warm().exec(["sh", "-c", 'echo "$A $EDITOR"; echo oops >&2; env %s >/dev/null 2>&1 & exit 7' % naps[0]], env={"A": "a\nb"})  # (ksh has a sleep of its own)
 print(ran.exit_code, ran.stdout, ran.stderr, warm().exec(["cat"], stdin=b"streamed").stdout, warm().exec(["no-such-program"]).exit_code,
       warm().exec("cat; exit 5", stdin=b"in").exit_code, warm().write(odd, "in")["created"], warm().write(odd, "in")["created"], warm().read(odd).content,
       warm().exec(["env", *group.split()]).exit_code)
-print(warm().exec(["sh", "-c", "env sleep %s & env sleep %s" % (naps[1], naps[1])], timeout=1).stopped)
+print(warm().exec(["sh", "-c", "env %s & env %s" % (naps[1], naps[1])], timeout=1).stopped)
 warm()                                  # given up without a header
 if group != "true":                     # ksh dies of what its subshell died of; without setsid SIGINT is ignored
     print(workspace.wait(workspace.start(["sh", "-c", "kill -INT $$"]))["exit_code"])
 """, str(site.dir / "log-nogit"), "kill 0" if setsid else "true", *naps) == "7 b'a\\nb true\\n' b'oops\\n' b'streamed' 127 5 True False b'in' %d\nconfirmed\n" % (143 if setsid else 0) + "130\n" * setsid, host
-    left = running(f"sleep {naps[0]}")
-    assert len(left) == 1 and not running(f"sleep {naps[1]}"), "what a command leaves behind lives on, as with ssh"
+    left = running(naps[0])
+    assert len(left) == 1 and not running(naps[1]), "what a command leaves behind lives on, as with ssh"
     kill(left[0].pid)
     until(lambda: not [p for p in processes() if os.fsencode(tools) in p.environ and b"ssh" not in p.cmdline], "no shell waits any more")
 
@@ -1559,18 +1627,14 @@ def test_where_neither_the_wrapper_nor_proc_is_there_no_end_is_confirmed(tmp_pat
         header = c.shell_header("N" * 32, "run", c.script_records(c.GUARD)) + b"%s\n" % str(pid).encode()
         return subprocess.run(["sh", "-c", c.BOOT[len("exec sh -c '"):-1].replace("/proc", proc)], input=header.replace(b"/proc", proc.encode()),
                               stdout=PIPE, stderr=DEVNULL, timeout=60).stdout
-    here = subprocess.Popen(["sleep", unique()], start_new_session=True)
-    try:
+    with stranger(*Nap().split()) as here:
         assert b"\nleft\n" in guard("-", "/nowhere") and b"\nleft\n" in guard(99999999, "/nowhere")
         assert b"\nconfirmed\n" in guard(here.pid, "/nowhere")
         assert not os.path.isdir("/proc/self") or b"\nconfirmed\n" in guard("-", "/proc")
-    finally:
-        here.kill()
-        here.wait()
 
 
 def test_a_stopped_master_does_not_hang_a_new_call(repo, site):
-    assert repo.exec("true").code == 0
+    repo.new()
     (master,) = until(site.masters, "there is a master")
     kill(master.pid, signal.SIGSTOP)
     first = repo.exec("echo alive", seconds=100)
@@ -1582,7 +1646,7 @@ def test_a_stopped_master_does_not_hang_a_new_call(repo, site):
 
 def test_what_runs_over_a_master_that_hung_goes_on_when_it_wakes(repo, site):
     """Others go over a new one meanwhile, and afterwards."""
-    assert repo.exec("true").code == 0
+    repo.new()
     child = repo.start("exec", "-n", "--", "touch begun; until [ -e go ]; do sleep 0.05; done; echo on; exit 4")
     until(lambda: (repo.path() / "begun").exists(), "it runs")
     (master,) = site.masters()
@@ -1590,33 +1654,31 @@ def test_what_runs_over_a_master_that_hung_goes_on_when_it_wakes(repo, site):
     assert repo.exec("true", seconds=100).code == 0
     kill(master.pid, signal.SIGCONT)
     assert repo.exec("touch go").code == 0 and len(site.masters()) == 2
-    assert child.communicate(timeout=PATIENCE)[0] == b"on\n" and child.returncode == 4
+    assert child.communicate()[0] == b"on\n" and child.returncode == 4
 
 
 @each("stdin", [None, pytest.param(b"in", marks=slow)])
 def test_a_command_whose_master_hangs_is_stopped_over_another_one_and_soon(repo, stdin, site):
-    nap = unique()
-    assert repo.exec("true").code == 0
-    child = repo.start("exec", "--timeout", "3", "--json", "--", f"cat; echo on; sleep {nap}", stdin=DEVNULL if stdin is None else PIPE)
+    nap = Nap()
+    repo.new()
+    child = repo.start("exec", "--timeout", "3", "--json", "--", f"cat; echo on; {nap}", stdin=DEVNULL if stdin is None else PIPE)
     if stdin:
-        assert child.stdin
         child.stdin.write(stdin)
         child.stdin.close()
         child.stdin = None
-    until(lambda: running(f"sleep {nap}"), "it sleeps")
+    nap.runs()
     for master in site.masters():
         kill(master.pid, signal.SIGSTOP)
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate()
     told = json.loads(out)
     assert (child.returncode, told["timed_out"], told["stopped"]) == (124, True, "confirmed"), (told, err)
     assert told["duration"] < 18, "the silent session is not waited for as long as one that answers"
-    gone(f"sleep {nap}")
+    nap.gone()
 
 
 def test_a_timeout_comes_also_while_output_never_pauses(shared):
     """Somebody reads, slowly: there is always something to pass on."""
     child, began = shared.start("exec", "--timeout", "1", "--", "yes", stdin=DEVNULL), time.monotonic()
-    assert child.stdout
     while os.read(child.stdout.fileno(), 4096):
         assert time.monotonic() - began < 15, "it never timed out"
         time.sleep(0.01)
@@ -1628,22 +1690,22 @@ def test_a_timeout_comes_also_while_output_never_pauses(shared):
 @promise(6)
 def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo, where, how):
     """Nobody reads, and the output is full: the command is ended all the same, and that is said."""
-    nap, several = unique(), where == "several"
+    nap, several = Nap(), where == "several"
     repo.new("main", *(["b"] if several else []))
     reader, writer = pty.openpty() if where == "terminal" else os.pipe()
-    child = subprocess.Popen(
+    child = Child(
         [*compiled(), "exec", *(["--all"] if several else []), *(["--timeout", "3"] if how == "timeout" else []), "--",
-         f"sleep {nap} & yes"], cwd=repo.dir, env=repo.site.environment(), stdin=DEVNULL, stdout=writer, stderr=PIPE)
+         f"{nap} & yes"], cwd=repo.dir, env=repo.site.environment(), stdin=DEVNULL, stdout=writer, stderr=PIPE)
     os.close(writer)
     try:
-        until(lambda: running(f"sleep {nap}"), "it runs")
+        nap.runs()
         time.sleep(1)  # until the output is full
         if how != "timeout":
             child.send_signal(getattr(signal, how))
-        _, err = child.communicate(timeout=30)
+        _, err = child.communicate()
         said = b"0 of 2 succeeded" if several else b"its processes on box have ended"
-        assert child.returncode == (124 if how == "timeout" else 130) and said in err and b"Traceback" not in err, err
-        gone(f"sleep {nap}")
+        assert child.returncode == (124 if how == "timeout" else 130) and said in err, err
+        nap.gone()
     finally:
         child.kill()
         os.close(reader)
@@ -1680,20 +1742,14 @@ def test_a_process_that_hides_is_ended_and_its_end_is_not_confirmed_blindly(site
 @each("ps", [True, False])
 def test_a_process_name_with_a_newline_misleads_no_stop(site, ps):
     """It once shifted the table of processes, and a stop killed bystanders."""
-    tools = [] if ps else ["setsid", "bash"]
-    site.inetd("odd", shell="busybox", env={} if ps else {"PATH": minimal_path(site, *tools)})
-    repo, nap, odd = Repo(site), unique(), site.dir / "a\nb c d"
+    site.inetd("bare", shell="busybox") if ps else small_host(site, "setsid", "bash")
+    repo, nap, odd = Repo(site), Nap(), site.dir / "a\nb c d"
     shutil.copy(program("sleep"), odd)
-    bystanders = [subprocess.Popen([str(odd), "300"]), subprocess.Popen(["sleep", "300"])]
-    try:
-        ran = repo.exec(f"sleep {nap} & sleep {nap}", host="odd", options=["--timeout", "1"])
+    with stranger(str(odd), "300") as one_, stranger("sleep", "300") as other:
+        ran = repo.exec(f"{nap} & {nap}", host="bare", options=["--timeout", "1"])
         assert ran.code == 124, ran
-        gone(f"sleep {nap}")
-        assert [child.poll() for child in bystanders] == [None, None]
-    finally:
-        for child in bystanders:
-            child.kill()
-            child.wait()
+        nap.gone()
+        assert one_.poll() is other.poll() is None
 
 
 # === Nothing else leaves (promise 1) ===
@@ -1703,15 +1759,11 @@ def test_a_process_name_with_a_newline_misleads_no_stop(site, ps):
 def agent(site):
     """An ssh-agent that holds a key, and the variable that leads to it."""
     sock = str(site.dir / "agent")
-    child = subprocess.Popen([program("ssh-agent", "openssh-client"), "-D", "-a", sock], stdout=DEVNULL, env=site.env)
-    try:
+    with stranger(program("ssh-agent", "openssh-client"), "-D", "-a", sock):
         until(lambda: os.path.exists(sock), "the agent listens")
         env = {"SSH_AUTH_SOCK": sock}
         ssh_add(site, env, "-q", site.keys.stranger)
         yield env
-    finally:
-        child.kill()
-        child.wait()
 
 
 def ssh_add(site, env, *words):
@@ -1770,7 +1822,7 @@ def test_a_config_that_lets_everything_leave_lets_nothing_leave(site):
         until(up.exists, "the command runs")
         listening = hostile.listening()
         (repo.path() / "go").touch()
-        out, err = child.communicate(timeout=30)
+        out, err = child.communicate()
         assert child.returncode == 0 and err == b"", (out, err)
         assert listening == [] and b"leak" not in out and b"hijacked" not in out
         assert b"agent=<> display=<>" in out and b"not a tty" in out, out
@@ -1779,20 +1831,20 @@ def test_a_config_that_lets_everything_leave_lets_nothing_leave(site):
 
 
 @each("directive", ["RemoteCommand echo hijacked", "SessionType none", "StdinNull yes", "ForkAfterAuthentication yes", "RequestTTY force",
-                                       "LogLevel QUIET", "ControlMaster auto", "IgnoreUnknown UseKeychain\n  UseKeychain yes", "Compression yes",
-                                       "EscapeChar ~", "ServerAliveInterval 1", "BatchMode no", "ConnectTimeout 0"])
+      "LogLevel QUIET", "ControlMaster auto", "IgnoreUnknown UseKeychain\n  UseKeychain yes", "Compression yes",
+      "EscapeChar ~", "ServerAliveInterval 1", "BatchMode no", "ConnectTimeout 0"])
 @promise(1)
 def test_one_hostile_directive_alone_changes_nothing(site, directive):
     site.host("one", "IgnoreUnknown SessionType,StdinNull,ForkAfterAuthentication" if "Unknown" not in directive else "# ", directive,
               "HostName 127.0.0.1", f"Port {site.port}", f"ControlPath {site.dir}/user-cm")
     ran = Repo(site).exec("cat; echo err >&2; exit 5", host="one", stdin=b"\n~.\n~C\n" + BINARY)
-    assert (ran.code, ran.out, ran.err) == (5, b"\n~.\n~C\n" + BINARY, b"err\n")
+    assert ran.ended == (5, b"\n~.\n~C\n" + BINARY, b"err\n")
 
 
 @promise(1)
 def test_the_users_own_master_is_neither_used_nor_touched(repo, site):
     sock = str(site.dir / "user-cm")
-    site.host("mine", "HostName 127.0.0.1", f"Port {site.port}", f"ControlPath {sock}", "ControlMaster auto", "ControlPersist 60")
+    site.at("mine", None, f"ControlPath {sock}", "ControlMaster auto", "ControlPersist 60")
     theirs = site.ssh("mine", "echo $SSH_CONNECTION", "-n").stdout
     assert os.path.exists(sock) and site.ssh("mine", "echo $SSH_CONNECTION").stdout == theirs
     ours = repo.exec("echo $SSH_CONNECTION", host="mine")
@@ -1810,9 +1862,8 @@ def test_what_the_config_says_only_now_or_only_for_a_command_does_not_leave_eith
     """Match exec may change its mind. OpenSSH 10 has Match sessiontype and Match command: before, a program in ssh's place
     that looks for a word behind the host plays them."""
     new = int(re.findall(rb"OpenSSH_(\d+)", subprocess.run([program("ssh"), "-V"], stderr=PIPE).stderr)[0]) >= 10
-    repo, flag, seen, login = Repo(site, files={"big": os.urandom(400_000)}), site.dir / "flag", site.dir / "seen", site.dir / "login"
-    script(login, f'env >>{seen}\nexec sh -c "$SSH_ORIGINAL_COMMAND"')
-    site.daemon("far", "AcceptEnv *", f"ForceCommand {login}")
+    repo, flag, seen = Repo(site, files={"big": os.urandom(400_000)}), site.dir / "flag", site.dir / "seen"
+    site.daemon("far", "AcceptEnv *", site.first(f"env >>{seen}"))
     match = 'command "exec*" sessiontype exec' if new and when != "later" else f'exec "test -e {flag} -o x$CARRIES = xyes"'
     site.entries.insert(0, f'Match originalhost far {match}\n  SendEnv LEAK*\n  StrictHostKeyChecking no\n')
     site._write_config()
@@ -1829,14 +1880,13 @@ print(cmux_ssh.pull(main).branch, project.create("other", "far").name)
 """, str(flag if when == "later" else "/dev/null")) == "0\ncmux/main other\n"
     repo.ok("doctor", "far")
     repo.ok("diff", "-w", "main")
-    terminal = on_terminal(site, "shell", "-w", "main", cwd=repo.dir)
+    terminal = repo.terminal("shell", "-w", "main")
     terminal.expect(b"[#$] ")
     terminal.send(b"exit 7\r")
     assert terminal.wait() == 7 and b"CMUX_SSH=1" in seen.read_bytes() and b"leak" not in seen.read_bytes()
     site.known_hosts.write_text(f"rig {public(site.keys.other_host)}\n")
-    repo.write("big", os.urandom(400_000))
-    repo.commit()
-    refused(repo.cli("push", "-w", "other"), 255, words="has changed")
+    repo.save("big", os.urandom(400_000))
+    refused(repo.cli("push", "-w", "other"), 255, "has changed")
     assert site.ssh("far", "exec true", env={"CARRIES": "yes"}).returncode == 0 and b"leak" in seen.read_bytes(), "plain ssh does all that"
 
 
@@ -1859,7 +1909,7 @@ def test_proxyjump_proxycommand_and_a_coder_entry_reach_the_host(site):
               f'ProxyCommand "{coder}" ssh --stdio --ssh-host-prefix coder. %h')
     for name, host in (("a", "inner"), ("b", "piped"), ("c", "coder.dev")):
         ran = repo.exec("cat; exit 6", host=host, options=["-w", name], stdin=BINARY)
-        assert (ran.code, ran.out, ran.err) == (6, BINARY, b""), (host, site.log("coder"))
+        assert ran.ended == (6, BINARY, b""), (host, site.log("coder"))
     assert "Accepted publickey" in site.log("inner") and "Accepted publickey" in site.log("box")
 
 
@@ -1902,7 +1952,7 @@ def test_what_a_server_says_as_it_disconnects_is_not_taken_for_sshs_own_word(rep
         door.bind(("127.0.0.1", 0))
         door.listen(9)
         threading.Thread(target=serve, args=(door,), daemon=True).start()
-        ran = repo.exec("true", host=site.host("rude", "HostName 127.0.0.1", f"Port {door.getsockname()[1]}"))
+        ran = repo.exec("true", host=site.at("rude", door.getsockname()[1]))
     assert ran.code == 255 and "ended the connection" in ran.said and "keygen" not in ran.said and "does not resolve" not in ran.said, ran
 
 
@@ -1910,8 +1960,7 @@ def test_an_unknown_host_key_is_refused_with_what_to_do_and_nothing_is_recorded(
     repo, empty = Repo(site), site.dir / "no_known_hosts"
     empty.touch()
     site.inetd("new-here", config=["StrictHostKeyChecking ask", f"UserKnownHostsFile {empty}", "LogLevel QUIET"])
-    ran = repo.exec("true", host="new-here")
-    assert ran.code == 255 and "key" in ran.said.lower() and "ssh" in ran.said and ran.said.count("\n") <= 3, ran
+    refused(repo.exec("true", host="new-here"), 255, f"accept it: {site.env['CMUX_SSH_COMMAND']} new-here true")
     assert empty.read_bytes() == b""
 
 
@@ -1949,7 +1998,7 @@ def test_a_git_directory_among_the_files_of_another_repository_is_refused(repo, 
     subprocess.run(["git", "clone", "-q", "--bare", str(repo.dir), str(inner)], env=site.environment(), check=True)
     (inner / "config").write_text(f"[core]\n repositoryformatversion = 0\n bare = false\n worktree = {site.home}\n[cmux]\n host = box\n")
     for words in (["new", "w"], ["new", "--dirty", "w"], ["exec", "-n", "--", "true"], ["list"]):
-        refused(site.cli(*words, cwd=inner), 125 if words[0] == "exec" else 1, words="inside another repository")
+        refused(site.cli(*words, cwd=inner), 125 if words[0] == "exec" else 1, "inside another repository")
     apart = site.dir / "apart.git"
     inner.rename(apart)
     (apart / "config").write_text("[core]\n repositoryformatversion = 0\n bare = true\n")
@@ -1962,16 +2011,16 @@ def test_attributes_that_cannot_be_read_or_are_very_large_are_no_traceback(site,
     if not large:
         blob = repo.git("rev-parse", "HEAD:.gitattributes")
         (repo.dir / ".git/objects" / blob[:2] / blob[2:]).unlink()
-        refused(repo.cli("new", "-H", "box", "w"), 1, words="partial clone")
+        refused(repo.cli("new", "-H", "box", "w"), 1, "partial clone")
         return
     repo.new("w")
-    assert tree_of(repo.path("w")) == repo.tree()
+    repo.arrived("w")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a repository of somebody else's")
 def test_a_repository_of_somebody_else_is_refused(repo):
     subprocess.run(["chown", "-R", "65534:65534", str(repo.dir)], check=True)
-    refused(repo.cli("new", "-H", "box", "a"), 1, words="another user")
+    refused(repo.cli("new", "-H", "box", "a"), 1, "another user")
 
 
 @promise(1)
@@ -1983,8 +2032,7 @@ def test_only_the_tree_leaves_no_history_no_config_no_untracked_file(repo, site)
     repo.write("old.txt", secrets["old"])
     repo.commit(secrets["message"].decode())
     repo.git("checkout", "-q", "-b", "other")
-    repo.write("other.txt", secrets["branch"])
-    repo.commit()
+    repo.save("other.txt", secrets["branch"])
     repo.git("checkout", "-q", "main")
     repo.git("rm", "-q", "old.txt")
     repo.write("README", secrets["stash"])
@@ -2024,12 +2072,12 @@ def test_arguments_output_codes_stdin_and_secrets_are_exact_under_every_login_sh
     repo, host = Repo(site, odd=True), site.login(shell)
     repo.ok("secrets", "set", "TOKEN", stdin="it's\n$(x) \"ü\" \\n !".encode())
     first = repo.exec("printf", "<%s>", *HARD, host=host)
-    assert (first.code, first.out, first.err) == (0, "".join(f"<{word}>" for word in HARD).encode(), b"")
+    assert first.ended == (0, "".join(f"<{word}>" for word in HARD).encode(), b"")
     line = repo.exec('printf "<%s>" "it\'s" \'$HOME\' !x; echo " $((1 + 2))" >&2; exit 7', host=host)
-    assert (line.code, line.out, line.err) == (7, b"<it's><$HOME><!x>", b" 3\n")
+    assert line.ended == (7, b"<it's><$HOME><!x>", b" 3\n")
     secret = repo.exec('cat; printf %s "$TOKEN"', host=host, stdin=BINARY)
-    assert (secret.code, secret.out, secret.err) == (0, BINARY + "it's\n$(x) \"ü\" \\n !".encode(), b"")
-    assert tree_of(repo.path()) == repo.tree()
+    assert secret.ended == (0, BINARY + "it's\n$(x) \"ü\" \\n !".encode(), b"")
+    repo.arrived()
 
 
 FOREIGN = ("bash -l", "zsh", "dash", "fish", "tcsh", "mksh", "ksh", "busybox sh", "cat", ".bashrc")
@@ -2038,26 +2086,25 @@ FOREIGN = ("bash -l", "zsh", "dash", "fish", "tcsh", "mksh", "ksh", "busybox sh"
 @each("foreign", FOREIGN)
 def test_a_shell_that_is_not_ours_runs_nothing_of_a_header_and_reads_no_secret(site, foreign):
     """The account's ForceCommand, or what its .bashrc runs, reads what we send in place of our command."""
-    flag, touched, got, nap, login = site.dir / "flag", site.dir / "touched", site.dir / "got", unique(), site.script(
-        "login", f'[ ! -e {site.dir}/flag ] || exec {foreign if foreign != "cat" else f"cat >>{site.dir}/got"}\nexec sh -c "$SSH_ORIGINAL_COMMAND"')
+    flag, touched, got, nap = site.dir / "flag", site.dir / "touched", site.dir / "got", Nap()
     if foreign == ".bashrc":
         host = site.login("bash")
         (site.far_home(host) / ".bashrc").write_text(f"[ ! -e {flag} ] || exec zsh\n")
     else:
-        host = site.daemon("foreign", f"ForceCommand {login}")
+        host = site.daemon("foreign", site.first(f"[ ! -e {flag} ] || exec {foreign}" + f" >>{got}" * (foreign == "cat")))
     repo = Repo(site)
     repo.new(host=host)
-    for number, value in enumerate((f"touch {touched}", f"sleep {nap}")):
+    for number, value in enumerate((f"touch {touched}", nap)):
         repo.ok("secrets", "set", f"S{number}", stdin=value.encode())
     flag.touch()
     for words in (["-n"], ["--env", f"V=touch {touched}"], ["--detach"])[:1 if foreign in ("cat", "fish") else 3]:
         ran = repo.exec("true", host=host, options=words, stdin=None if "-n" in words or "--detach" in words else b"touch %s" % os.fsencode(touched))
-        refused(ran, 255, words="did not run our command")
+        refused(ran, 255, "did not run our command")
         assert ran.seconds < 30, "not after the minute in which a shell may be slow"
-    assert not touched.exists() and not running(f"sleep {nap}")
+    assert not touched.exists() and not running(nap)
     assert not re.search(b"S0|sleep|true", slurp(got)) and (foreign != "cat" or slurp(got).startswith(b"exit 0\n"))
     flag.unlink()
-    assert repo.exec('printf %s "$S1"', host=host).out == b"sleep " + nap.encode()
+    assert repo.exec('printf %s "$S1"', host=host).out == nap.encode()
 
 
 @promise(2)
@@ -2065,7 +2112,7 @@ def test_a_secret_arrives_byte_for_byte_and_lies_nowhere_on_the_host(repo, site)
     value = "it's \"q\"\n$(touch x) `id` \\n\\\\ \t\r\n  spaces  \n#!*ü🐙\u202e-Zx9Yw8".encode()
     repo.ok("secrets", "set", "TOKEN", stdin=value)
     ran = repo.exec('printf %s "$TOKEN"')
-    assert (ran.code, ran.out, ran.err) == (0, value, b"")
+    assert ran.ended == (0, value, b"")
     assert repo.exec("sh", "-c", "sleep 0.1; printf %s \"$TOKEN\"").out == value
     assert not files_holding(site.far_home(), b"Zx9Yw8") and "Zx9Yw8" not in site.log()
 
@@ -2092,7 +2139,7 @@ def dotenv(site, values):
 @compat
 def test_while_50_commands_run_the_secret_stands_in_no_process_table(repo, site):
     value = b"Sentinel-" + os.urandom(8).hex().encode()
-    assert repo.exec("true").code == 0
+    repo.new()
     with Watch(value) as watch:
         repo.ok("secrets", "set", "TOKEN", stdin=value)
         with ThreadPoolExecutor(10) as pool:
@@ -2106,10 +2153,10 @@ def test_while_50_commands_run_the_secret_stands_in_no_process_table(repo, site)
 @promise(2)
 def test_a_secret_is_in_the_environment_of_no_local_process(repo):
     """Not even where a variable of that name stood in ours: ProxyCommand and Match exec would see it."""
-    nap, value = unique(), b"Sentinel-" + os.urandom(8).hex().encode()
+    nap, value = Nap(), b"Sentinel-" + os.urandom(8).hex().encode()
     repo.ok("secrets", "set", "TOKEN", stdin=value)
-    child = repo.start("exec", "-H", "box", "--", f"sleep {nap}")
-    until(lambda: running(f"sleep {nap}"), "it sleeps")
+    child = repo.start("exec", "-H", "box", "--", nap)
+    nap.runs()
     seen = [p for p in processes() if value in p.environ]
     assert seen and all(b"CMUX_TEST_SITE" in p.environ for p in seen), seen
     kill(child.pid)
@@ -2125,20 +2172,92 @@ def test_secrets_are_stored_0600_outside_the_repository_and_listed_by_name_only(
     assert [row["name"] for row in repo.cli("secrets", "list", "--json").json] == ["A_TOKEN", "B_TOKEN"]
     assert repo.cli("secrets", "set", "C", "--json", stdin=b"c").json == ["C"] == repo.cli("secrets", "rm", "C", "--json").json
     holders = [Path(p) for p in files_holding(site.dir, b"value-of-a")]
-    assert holders and all(site.state in p.parents and stat.S_IMODE(p.stat().st_mode) == 0o600 for p in holders), holders
-    assert stat.S_IMODE(site.state.stat().st_mode) == 0o700 and repo.git("status", "--porcelain") == ""
+    assert holders and all(site.state in p.parents and mode_of(p) == 0o600 for p in holders), holders
+    assert mode_of(site.state) == 0o700 and repo.git("status", "--porcelain") == ""
     repo.ok("secrets", "rm", "A_TOKEN")
     assert repo.cli("secrets", "list").out == b"B_TOKEN\n" and not files_holding(site.dir, b"value-of-a")
 
 
-def test_secrets_belong_to_one_project_and_are_updated_and_removed(repo, site):
+def test_secrets_belong_to_one_project_and_are_updated(repo, site):
     other = Repo(site, "other")
     for value in (b"first", b"second"):
         repo.ok("secrets", "set", "TOKEN", stdin=value)
         assert repo.exec('echo "$TOKEN"').out == value + b"\n"
     assert other.cli("secrets", "list").out == b"" and other.exec('echo "<$TOKEN>"').out == b"<>\n"
-    repo.ok("secrets", "rm", "TOKEN")
-    assert repo.exec('echo "<$TOKEN>"').out == b"<>\n"
+
+
+def test_secrets_have_scopes_and_the_narrower_wins(repo, site):
+    """Those of one workspace are its id's: a rename and a fork have them, the next of that name has not."""
+    repo.new("a", "b")
+    site.cli("secrets", "set", "T", "--global", cwd=site.dir, stdin=b"global-1")  # outside a repository, too
+    for words, data in ((["set", "G", "--global"], b"global-2"), (["set", "T"], b"project-1"), (["import", "-", "-w", "a"], b"T=own-of-a\nG=own-2-of-a\n")):
+        repo.ok("secrets", *words, stdin=data)
+
+    def seen(name, project=repo):
+        return project.cli("exec", "-w", name, "-H", "box", "--", "echo $T $G").text.split()
+    assert (seen("a"), seen("b"), seen("c", Repo(site, "other"))) == (["own-of-a", "own-2-of-a"], ["project-1", "global-2"], ["global-1", "global-2"])
+    assert repo.cli("secrets", "list").text == "G  (global)\nG  (workspace a)\nT  (global)\nT\nT  (workspace a)\n"
+    assert [(r["scope"], r.get("workspace"), r["kind"]) for r in repo.cli("secrets", "list", "--json").json if r["name"] == "T"] == [
+        ("global", None, "value"), ("project", None, "value"), ("workspace", "a", "value")]
+    assert repo.cli("secrets", "list", "-q", "-w", "b").text == "G\nT\nT\n"
+    repo.ok("rename", "-w", "a", "d")
+    repo.ok("fork", "-w", "d", "e")
+    repo.new("a")
+    assert seen("d") == seen("e") == ["own-of-a", "own-2-of-a"] and seen("a") == seen("b")
+    holders = [Path(p) for p in files_holding(site.dir, b"own-of-a")]
+    assert len(holders) == 2 and all(site.state in p.parents and stat.S_IMODE(p.stat().st_mode) == 0o600 for p in holders), holders
+    Path(f"{holders[0]}.1.new").write_bytes(b"own-of-a")  # of a writer that was killed
+    repo.ok("rm", "d")
+    repo.ok("rm", "--forget", "e")
+    assert not files_holding(site.dir, b"own-of-a") and repo.cli("secrets", "list").text == "G  (global)\nT  (global)\nT\n"
+    for words, code in ((["set", "X", "-w", "d"], 1), (["rm", "G"], 2), (["rm", "T", "-w", "a"], 2), (["set", "X", "--global", "-w", "a"], 2), (["list", "-w", "d"], 1)):
+        refused(repo.cli("secrets", *words, stdin=b"v"), code)
+    repo.ok("secrets", "rm", "T")
+    repo.ok("secrets", "rm", "G", "--global")
+    assert seen("a") == ["global-1"]
+
+
+def test_exec_hands_over_the_secrets_that_are_named_or_none(repo, site):
+    """Also to the init hook of a workspace that it makes, and to jobs."""
+    repo.write(".cmux/init", b"#!/bin/sh\necho $A $B >init\n", 0o755)
+    repo.commit()
+    repo.ok("secrets", "import", "-", stdin=b"A=1\nB=2\n")
+    repo.ok("secrets", "set", "BAD", "--command", "exit 3")
+    for options, out in ((["--no-secrets"], b"\n"), (["--secret", "B"], b"2\n"), (["--secret", "A", "--secret", "B"], b"1 2\n")):
+        name = f"w{len(options)}"
+        assert repo.exec("echo $A $B; cat init", options=["-w", name, *options]).out == out * 2
+        job = repo.exec("echo $A $B", options=["-w", name, "--detach", *options]).text.strip()
+        repo.ok("wait", "-w", name, job)
+        assert repo.cli("logs", "-w", name, job).out == out
+    assert repo.exec("echo $A", options=["-w", "w1", "-w", "w2", "--secret", "A"]).text == "w1 | 1\nw2 | 1\n"
+    refused(repo.exec("true"), 125, words="secret BAD")
+    for options in (["-w", "w1", "--secret", "NONE"], ["-w", "new", "--secret", "NONE"], ["--secret", "A", "--no-secrets"]):
+        refused(repo.exec("true", options=options), 125)
+    assert set(repo.workspaces()) == {"main", "w1", "w2", "w4"}
+    assert in_library(repo, """
+project = cmux_ssh.Project(".")
+project.set_secret("A", "own", workspace="w1")
+project.set_secret("C", "all", everywhere=True)
+w = project.workspace("w1")
+print(w.exec("echo $A $B $C", secrets=["A", "C"]).stdout, w.exec("echo $A $B", secrets=[]).stdout)
+w.wait(w.start("echo $A $B >j", secrets=["B"]))
+print(w.read("j").content, project.create("v", "box", secrets=()).read("init").content)
+""") == "b'own all\\n' b'\\n'\nb'2\\n' b'\\n'\n"
+
+
+def test_what_any_scope_may_have_sent_is_masked_and_looked_for(repo, site):
+    """Also what a narrower scope hides by now, and what a command of this workspace's made; of other workspaces no command is run."""
+    repo.new("w", "other")
+    ran = site.dir / "ran"
+    repo.ok("secrets", "set", "T", "--global", "--command", "echo glo''bal-value")
+    repo.ok("secrets", "set", "T", stdin=b"project-value")
+    repo.ok("secrets", "set", "T", "-w", "w", "--command", "echo ow''n-value")
+    repo.ok("secrets", "set", "T", "-w", "other", "--command", f"touch {ran}; echo x")
+    do(repo, "for f in global project own; do echo $f-value >$f; done", "w")
+    with open_mcp(repo, "-w", "w") as client:
+        assert all(client("read", path=name).count("[secret T]") == 1 for name in ("global", "project", "own"))
+    told = repo.ok("pull", "w", "--json").json["secrets"]
+    assert told == {name: ["T"] for name in ("global", "project", "own")} and not ran.exists()
 
 
 def test_a_secret_command_is_stored_instead_of_the_value(repo, site):
@@ -2147,10 +2266,10 @@ def test_a_secret_command_is_stored_instead_of_the_value(repo, site):
     repo.ok("secrets", "set", "TOKEN", "--command", f"cat {store}")
     assert repo.exec('printf %s "$TOKEN"').out == b"from-the-vault" and not files_holding(site.state, b"from-the-vault")
     store.unlink()
-    refused(repo.exec("echo ran"), 125, words="TOKEN")
+    refused(repo.exec("echo ran"), 125, "TOKEN")
     repo.ok("secrets", "rm", "TOKEN")
     repo.ok("secrets", "set", "LOUD", "--command", "head -c 200000 /dev/zero >&2; echo v")
-    refused(repo.exec("true"), 125, words="The command for the secret LOUD")
+    refused(repo.exec("true"), 125, "The command for the secret LOUD")
 
 
 def test_no_secret_lies_in_the_history_or_in_the_record_of_a_job_here(repo, site):
@@ -2191,13 +2310,6 @@ def test_dirty_never_takes_the_state_along(repo, site):
     home.new("--dirty", "ignored", env=env)
 
 
-def test_a_file_of_secrets_that_is_too_large_is_refused(repo, site):
-    path = site.dir / "large"
-    path.write_bytes(b"A=1\n" + b"#\n" * (1 << 19) + b"B=2\n")
-    refused(repo.cli("secrets", "import", str(path)), 2, words="larger than")
-    assert repo.cli("secrets", "list").out == b""
-
-
 @each("name", ["", "1A", "A-B", "A B", "A=B", "a\nb", "Ü", "PATH", "IFS", "-x", "CMUX_WORKSPACE"])
 def test_impossible_secret_names_are_refused(shared, name):
     refused(shared.cli("secrets", "set", "--", name, stdin=b"v"), 2)
@@ -2213,17 +2325,12 @@ def test_legitimate_secret_names_work(repo):
     assert (ran.code, ran.text.splitlines(), ran.err) == (0, [f"value of {name}" for name in names], b"")
 
 
-def test_a_secret_with_nul_is_refused_without_the_value(repo):
-    refused = repo.cli("secrets", "set", "TOKEN", stdin=b"abc\0def-hidden")
-    assert refused.code == 2 and "hidden" not in refused.said and refused.said.strip()
-
-
 @each("typed, words", [(b"typed-in-secret\r", b""), (b"\x04", b"No value was given"), (b"\r", b"No value was given"), (b"a\x16\x00b\r", b"NUL"),
-                                          (b"x" * 5000 + b"\r", b"4095"), (b"\xff\xfe\r", b"not text")], ids=["secret", "end", "enter", "nul", "long", "bytes"])
+      (b"x" * 5000 + b"\r", b"4095"), (b"\xff\xfe\r", b"not text")], ids=["secret", "end", "enter", "nul", "long", "bytes"])
 def test_secrets_set_on_a_terminal_asks_without_echo(repo, typed, words):
     """What it cannot take is said, and the secret stays what it was."""
     repo.ok("secrets", "set", "TOKEN", stdin=b"good")
-    terminal = on_terminal(repo.site, "secrets", "set", "TOKEN", cwd=repo.dir)
+    terminal = repo.terminal("secrets", "set", "TOKEN")
     terminal.expect(b"hidden")
     until(lambda: not termios.tcgetattr(terminal._end)[3] & termios.ECHO, "the echo is off")
     terminal.send(typed)
@@ -2232,35 +2339,22 @@ def test_secrets_set_on_a_terminal_asks_without_echo(repo, typed, words):
     assert repo.exec('printf %s "$TOKEN"').out == (b"good" if words else b"typed-in-secret")
 
 
-def test_a_damaged_secrets_file_unmasks_nothing_for_a_model(repo, site):
-    repo.ok("secrets", "set", "TOK", stdin=b"value-12345")
-    repo.new()
-    do(repo, 'echo "$TOK" >leak')
-    (file,) = (site.state / "secrets").glob("*.json")
-    with open_mcp(repo) as client:
-        assert "[secret TOK]" in client.call("read", path="leak")[1]
-        file.write_bytes(b'{"version": 1, "secr')
-        for _ in range(3):
-            failed, text = client.call("read", path="leak")
-            assert failed and "is damaged" in text and "value-12345" not in text
-
-
 def test_secrets_that_no_file_could_hold_are_refused(repo):
     value = b"\x01" * 122000
     stored = [repo.cli("secrets", "set", f"S{n}", stdin=value).code for n in range(24)]
     assert stored[:20] == [0] * 20 and stored[-1] == 1, stored
-    refused(repo.cli("secrets", "set", "MORE", stdin=value), 1, words="would become larger")
+    refused(repo.cli("secrets", "set", "MORE", stdin=value), 1, "would become larger")
     repo.ok("secrets", "rm", *(f"S{n}" for n in range(20)))
 
 
 def test_the_value_of_a_secret_is_in_no_complaint(repo, site):
-    said = repo.cli("secrets", "set", "TOK=hunter2")
-    refused(said, 2, words="secrets set TOK")
-    file = site.dir / "dot"
-    file.write_text("A=1\nhttps://bob:hunter2@db.example/x?y=1\n")
-    imported = repo.cli("secrets", "import", str(file))
-    refused(imported, 2, words="Line 2")
-    assert "hunter2" not in said.said + imported.said
+    (site.dir / "dot").write_text("A=1\nhttps://bob:hunter2@db.example/x?y=1\n")
+    (site.dir / "large").write_bytes(b"A=1\n" + b"#hunter2\n" * (1 << 17))
+    for line, words in (("set TOK=hunter2", "secrets set TOK"), (f"import {site.dir}/dot", "Line 2"), (f"import {site.dir}/large", "larger than"), ("set TOK", "NUL")):
+        said = repo.cli("secrets", *line.split(), stdin=b"abc\0hunter2")
+        refused(said, 2, words)
+        assert "hunter2" not in said.said
+    assert repo.cli("secrets", "list").out == b""
 
 
 def test_dotenv_values_and_their_comments(repo, site):
@@ -2286,8 +2380,8 @@ def test_a_secret_that_a_shortened_error_cuts_is_masked(repo):
 
 
 def test_a_secret_command_that_closes_its_output_and_goes_on_is_ended(repo):
-    nap = unique()  # from inside: of its own it is given two minutes
-    repo.ok("secrets", "set", "T", "--command", f"printf hunter2; exec >&- 2>&-; exec sleep {nap}")
+    nap = Nap()  # from inside: of its own it is given two minutes
+    repo.ok("secrets", "set", "T", "--command", f"printf hunter2; exec >&- 2>&-; exec {nap}")
     assert in_library(repo, """
 run = cmux_ssh.run
 cmux_ssh.run = lambda *words, **more: run(*words, **dict(more, patience=1))
@@ -2296,11 +2390,11 @@ try:
 except cmux_ssh.CmuxError as error:
     print(error)
 """) == "The command for the secret T: A local command did not end in time.\n"
-    gone(f"sleep {nap}")
+    nap.gone()
 
 
-def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo, site):
-    assert repo.exec("true").code == 0
+def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo):
+    repo.new()
     for words, stdin in (("write f", "<&-"), ("secrets set X", "<&-"), ("secrets set X", "</dev/null"), ("batch", "<&-"), ("edit README", "<&-")):
         done = repo.cli(*words.split(), sh=f'exec "$@" {stdin}')
         assert done.code == 2 and "stdin" in done.said, (words, done)
@@ -2308,8 +2402,8 @@ def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo, site)
 
 
 def test_library_a_cancel_reaches_the_command_that_makes_a_secret(shared):
-    nap = unique()
-    shared.ok("secrets", "set", "SLOW", "--command", f"exec sleep {nap}")
+    nap = Nap()
+    shared.ok("secrets", "set", "SLOW", "--command", f"exec {nap}")
     try:
         assert in_library(shared, """
 workspace = cmux_ssh.Project(".").workspace("main")
@@ -2320,10 +2414,10 @@ for call in (lambda cancel: workspace.exec("echo ran", cancel=cancel).exit_code,
         print(call(cancel))
     except cmux_ssh.Cancelled:
         print("cancelled")
-""", nap) == "130\ncancelled\n"
+""") == "130\ncancelled\n"
     finally:
         shared.ok("secrets", "rm", "SLOW")
-    gone(f"sleep {nap}")
+    nap.gone()
 
 
 def test_a_secret_that_another_process_changes_is_the_new_one_at_once_and_masked(repo):
@@ -2345,8 +2439,7 @@ print(repr(workspace.exec("printf %s $TOKEN").stdout))
 
 @promise(1)
 def test_dirty_takes_the_work_tree_along_but_no_secrets(repo):
-    repo.write(".gitignore", b"ignored\n")
-    repo.commit()
+    repo.save(".gitignore", b"ignored\n")
     repo.write("README", b"edited\n")
     repo.write("untracked", b"u")
     repo.write("ignored", b"i")
@@ -2359,12 +2452,12 @@ def test_dirty_takes_the_work_tree_along_but_no_secrets(repo):
     assert (repo.dir / ".git/index").read_bytes() == index
     repo.write("config/.env", b"SECRET=1")
     repo.write("id_rsa", b"KEY")
-    refused(repo.cli("push", "-w", "clean", "--dirty"), 2, words="--allow config/.env --allow id_rsa")
+    refused(repo.cli("push", "-w", "clean", "--dirty"), 2, "--allow config/.env --allow id_rsa")
     repo.ok("push", "-w", "clean", "--dirty", "--allow", "config/.env", "--allow", "id_rsa")
     assert (repo.path("clean") / "config/.env").exists()
     do(repo, "echo agent >>README")
     repo.ok("pull")
-    assert repo.git("show", "cmux/main:README") == "edited\nagent"
+    assert repo.pulled("README") == "edited\nagent"
     assert (repo.dir / ".git/index").read_bytes() == index
 
 
@@ -2404,7 +2497,7 @@ print(warm().exec(["printf", "<%s>", "it's", "!x"]).stdout, warm().write("a\\n'b
 @each("way", ["master", "direct"])
 def test_a_server_that_ends_silent_channels_ends_no_command_of_ours(site, tuned, way):
     site.daemon("hasty", "ChannelTimeout session:command=3s")
-    repo, nap = Repo(site), unique()
+    repo, nap = Repo(site), Nap()
     env = {"CMUX_SSH_COMMAND": ssh_without_masters(site)} if way == "direct" else {}
     repo.new(env=env, host="hasty")
     talk = "for i in 1 2 3 4 5 6; do echo $i; sleep 1; done"
@@ -2414,47 +2507,47 @@ def test_a_server_that_ends_silent_channels_ends_no_command_of_ours(site, tuned,
         code = child.wait(30)  # its stdin stays open all the while
         return code, child.stdout.read() + child.stderr.read()
     assert streamed(talk) == (0, b"1\n2\n3\n4\n5\n6\n"), "the guard is not silent while the command talks"
-    lost = repo.cli("exec", "-n", "-w", "main", "--", f"sleep {nap}", env=env)
-    refused(lost, 255, words="ChannelTimeout")
+    lost = repo.cli("exec", "-n", "-w", "main", "--", nap, env=env)
+    refused(lost, 255, "ChannelTimeout")
     tuned(BEAT_MOST=1)
     assert streamed("sleep 6; echo end") == (0, b"end\n")
     assert repo.cli("exec", "-n", "-w", "main", "--", "sleep 6; exit 7", env=env).code == 7
-    assert repo.cli("exec", "-n", "-w", "main", "--timeout", "6", "--", f"sleep {nap}", env=env).code == 124
-    gone(f"sleep {nap}")
+    assert repo.cli("exec", "-n", "-w", "main", "--timeout", "6", "--", nap, env=env).code == 124
+    nap.gone()
 
 
-def minimal_path(site, *more):
-    """A directory with the POSIX utilities busybox has, and the named programs of this machine."""
-    directory = site.dir / "-".join(("bin", *more))
-    directory.mkdir()
-    applets = subprocess.run([program("busybox"), "--list"], stdout=PIPE, check=True).stdout.decode().split()
-    for name in POSIX:
-        if name in applets:
-            (directory / name).symlink_to(program("busybox"))
-        elif shutil.which(name):
-            (directory / name).symlink_to(program(name))
-    for name in more:
-        (directory / name).symlink_to(program(name))
-    return str(directory)
+def posix_tools(folder, *more, busybox=True):
+    """A path with the POSIX utilities, busybox's where it has them, and the named programs."""
+    folder.mkdir()
+    applets = subprocess.run([program("busybox"), "--list"], stdout=PIPE, check=True).stdout.decode().split() if busybox else ()
+    for name in (*POSIX, *more):
+        path = program("busybox") if name in applets else shutil.which(name) if name in POSIX else program(name)
+        (folder / name).symlink_to(path) if path else None
+    return str(folder)
+
+
+def small_host(site, *more):
+    """A host of busybox, also as its login shell; it has no git unless that is named."""
+    return site.inetd("bare", shell="busybox", env={"PATH": posix_tools(site.dir / "busybox-bin", *more)})
 
 
 def test_a_host_with_only_posix_utilities_is_enough(site):
-    site.inetd("bare", shell="busybox", env={"PATH": minimal_path(site)})
-    repo, nap = Repo(site, odd=True), unique()
+    small_host(site)
+    repo, nap = Repo(site, odd=True), Nap()
     assert site.ssh("bare", "command -v git bash python3 timeout setsid base64 sha256sum gzip").stdout.split()[1:] == []
     ran = repo.exec("printf '<%s>' \"it's\"; exit 9", host="bare")
-    assert (ran.code, ran.out, ran.err) == (9, b"<it's>", b"")
-    assert tree_of(repo.path()) == repo.tree()
-    assert repo.exec(f"echo early; sleep {nap} & sleep {nap}", host="bare", options=["--timeout", "1"]).code == 124
-    gone(f"sleep {nap}")
+    assert ran.ended == (9, b"<it's>", b"")
+    repo.arrived()
+    assert repo.exec(f"echo early; {nap} & {nap}", host="bare", options=["--timeout", "1"]).code == 124
+    nap.gone()
     repo.new("second", host="bare")
-    assert tree_of(repo.path("second")) == repo.tree()
+    repo.arrived("second")
 
 
 def test_a_host_with_busybox_and_git_is_enough(site):
-    site.inetd("small", shell="busybox", env={"PATH": minimal_path(site, "git")})
+    small_host(site, "git")
     repo = Repo(site, odd=True)
-    assert repo.exec("git status --porcelain; git log --format=%s | wc -l", host="small").out.strip() == b"1"
+    assert repo.exec("git status --porcelain; git log --format=%s | wc -l", host="bare").out.strip() == b"1"
 
 
 def test_a_server_that_refuses_a_second_session_per_connection_works(site):
@@ -2513,19 +2606,19 @@ def test_a_process_that_was_waited_for_is_not_killed(monkeypatch):
 def test_a_client_without_multiplexing_works(repo, site):
     """An ssh that knows no masters: the calls take one connection each."""
     ran = repo.exec("cat; exit 4", stdin=BINARY, env={"CMUX_SSH_COMMAND": ssh_without_masters(site)})
-    assert (ran.code, ran.out, ran.err) == (4, BINARY, b"")
+    assert ran.ended == (4, BINARY, b"")
 
 
 @each("programs", ["plain", "gzip", "gzip, near", "false gzip", "gzip that stops", "gzip that hangs"])
 def test_whatever_gzip_the_host_has_the_archive_arrives_or_is_refused(site, tuned, programs):
     """As if it were far away, and near."""
-    path = Path(minimal_path(site))
+    small_host(site)
+    path = site.dir / "busybox-bin"
     scripts = {"false gzip": "cat >/dev/null; echo gzip", "gzip that stops": f"head -c 60000 | {program('gzip')} -dc",
                "gzip that hangs": f"[ -n \"$ONCE\" ] || {program('gzip')} -dc; [ -f {site.dir}/once ] && exec sleep 600; : >{site.dir}/once"}
     if programs != "plain":
         real = f'exec {program("gzip")} "$@"'
         script(path / "gzip", f"[ \"$1\" ] || {real}\n{scripts.get(programs, real)}")
-    site.inetd("bare", shell="busybox", env={"PATH": str(path)})
     tuned(GZIP_FROM="inf" if "near" in programs else 0, STALL_PATIENCE=4, CALL_PATIENCE=15)
     repo = Repo(site, files={"text": source_text(4 << 20)})
     made = repo.cli("new", "-v", "-H", "bare", "w", seconds=120)
@@ -2552,8 +2645,7 @@ def test_an_init_hook_on_a_noexec_file_system_is_said(repo, site):
     """What sh says of it: bash, dash and mksh have no `test -x` there, others fail to run it."""
     if os.geteuid() != 0 or not sys.platform.startswith("linux"):
         pytest.skip("only root mounts")
-    repo.write(".cmux/init", b"#!/bin/sh\ntouch ran\n", 0o755)
-    repo.commit()
+    repo.save(".cmux/init", b"#!/bin/sh\ntouch ran\n", 0o755)
     root = site.far_home() / "cmux"
     root.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "noexec", "none", str(root)], check=True)
@@ -2587,8 +2679,8 @@ def test_a_cdpath_of_the_host_misleads_no_script(site, shell):
     assert (ran.code, ran.text) == (0, f"{repo.path()}/sub\n"), ran
     do(repo, "echo y >sub/y")
     repo.ok("pull")
-    assert repo.git("show", "cmux/main:sub/y") == "y"
-    terminal = on_terminal(site, "shell", cwd=repo.dir)
+    assert repo.pulled("sub/y") == "y"
+    terminal = repo.terminal("shell")
     terminal.expect(b"as it likes")
     terminal.send(b"pwd; exit 3\r")
     assert terminal.wait() == 3 and str(repo.path()).encode() in terminal.output
@@ -2598,17 +2690,16 @@ def test_a_cdpath_of_the_host_misleads_no_script(site, shell):
 def test_a_home_with_a_newline_is_refused(site):
     repo, home = Repo(site), site.dir / "new\nline"
     home.mkdir()
-    login = script(site.dir / "login", f"HOME='{home}'; export HOME; exec sh -c \"$SSH_ORIGINAL_COMMAND\"")
-    site.daemon("odd-home", f"ForceCommand {login}")
-    refused(repo.cli("new", "-H", "odd-home", "main"), 1, words="a newline is in the path")
+    site.daemon("odd-home", site.first(f"HOME='{home}'; export HOME"))
+    refused(repo.cli("new", "-H", "odd-home", "main"), 1, "a newline is in the path")
     assert not repo.workspaces()
 
 
-def refused(answer, code, words=""):
-    """One clear message: the right code, nothing on stdout, no traceback, not a wall of text."""
+def refused(answer, code, *parts, words=""):
+    """One clear message, with these parts: the right code, nothing on stdout, no traceback, not a wall of text."""
     assert answer.code == code, answer
     assert answer.out == b"" and answer.said.strip() and answer.said.count("\n") <= 4, answer
-    assert words.lower() in answer.said.lower(), answer
+    assert all(part.lower() in answer.said.lower() for part in (words, *parts)), answer
     assert not set(answer.err) & set(b"\x1b\x07\x9b\r"), answer
 
 
@@ -2654,7 +2745,7 @@ def test_a_host_and_a_user_that_only_openssh_itself_restricts_work(repo, site):
     """From the option to the state file and back, and in what a hint tells to run."""
     user = getpass.getuser()
     for n, host in enumerate(["k8s/pod=1", "h\u00e4us", "a~b", f"{user}@web+1"]):
-        site.host(host.rpartition("@")[2], "HostName 127.0.0.1", f"Port {site.port}")
+        site.at(host.rpartition("@")[2])
         assert repo.exec("echo up", host=host, options=["-w", f"w{n}"]).out == b"up\n"
         assert repo.cli("exec", "-w", f"w{n}", "--", "echo up").out == b"up\n" and repo.workspaces()[f"w{n}"]["host"] == host
     site.inetd("locked", "DenyUsers *")
@@ -2663,11 +2754,11 @@ def test_a_host_and_a_user_that_only_openssh_itself_restricts_work(repo, site):
 
 
 def test_a_host_that_does_not_resolve_or_refuses_or_hangs_up_is_255_and_said(repo, site):
-    refused(repo.exec("true", host="no-such-host.invalid"), 255, words="no-such-host.invalid")
-    site.host("closed", "HostName 127.0.0.1", f"Port {free_port()}")
-    refused(repo.exec("true", host="closed"), 255, words="refused")
+    refused(repo.exec("true", host="no-such-host.invalid"), 255, "no-such-host.invalid")
+    site.at("closed", free_port())
+    refused(repo.exec("true", host="closed"), 255, "refused")
     site.line("hangs-up").refuse = True
-    refused(repo.exec("true", host="hangs-up"), 255, words="hangs-up")
+    refused(repo.exec("true", host="hangs-up"), 255, "hangs-up")
     refused(repo.cli("new", "-H", "closed", "a"), 255)
     assert repo.workspaces() == {}
     repo.new("a")  # a typing error in -H spoils no name
@@ -2677,11 +2768,11 @@ COLD_PROXY = "exec >&-; while kill -0 $PPID 2>&-; do :; done; echo spoken late >
 
 
 @each("proxy, words", [("echo my proxy is broken >&2; exit 1", "my proxy is broken"), (COLD_PROXY, "spoken late"), ("exit 1", "doctor h"),
-                                          ("echo You are not logged in. >&2; exit 1' coder '", "coder login")])
+      ("echo You are not logged in. >&2; exit 1' coder '", "coder login")])
 def test_a_proxy_that_gives_no_connection_is_told_by_its_own_words(repo, proxy, words, site):
     site.host("h", f"ProxyCommand sh -c '{proxy}'")
     for _ in range(2):  # then the failure is remembered, and one try made
-        refused(repo.exec("true", host="h"), 255, words=words)
+        refused(repo.exec("true", host="h"), 255, words)
     assert repo.cli("doctor", "h").code == 255 and repo.workspaces() == {}
 
 
@@ -2689,7 +2780,7 @@ def test_a_key_that_is_not_accepted_is_255_and_said(repo, site):
     site.inetd("stranger", config=[f"IdentityFile {site.keys.stranger}"])
     config = site.config.read_text().replace(f"  IdentityFile {site.keys.user}\n", "  # no other key\n")
     site.config.write_text(config)
-    refused(repo.exec("true", host="stranger"), 255, words="stranger")
+    refused(repo.exec("true", host="stranger"), 255, "stranger")
 
 
 def test_more_keys_than_the_server_lets_try_are_said(repo, site):
@@ -2701,7 +2792,7 @@ def test_more_keys_than_the_server_lets_try_are_said(repo, site):
             ssh_add(site, env, "-q", more)
         ssh_add(site, env, "-q", site.keys.user)
         ran, found = repo.exec("true", host="bare-h", env=env), repo.cli("doctor", "bare-h", env=env)
-        terminal = on_terminal(site, "exec", "-H", "bare-h", "--", "true", cwd=repo.dir, env=env)
+        terminal = repo.terminal("exec", "-H", "bare-h", "--", "true", env=env)
         assert terminal.wait() == 255 and b"question" not in terminal.output, "nobody could answer it"
     for said in (ran.said, found.text):
         assert "too many keys were tried" in said and "IdentitiesOnly yes, and IdentityFile" in said and "accepted none" not in said, said
@@ -2726,7 +2817,7 @@ def test_a_server_that_turns_this_address_away_is_waited_for_and_then_named(repo
     assert repo.exec("echo in", host="far").out == b"in\n" and line.connections == 3
     line.away = (99, words)
     line.drop()
-    refused(repo.exec("true", host="far", options=["--timeout", "4"]), 255, words="far turns this address away")
+    refused(repo.exec("true", host="far", options=["--timeout", "4"]), 255, "far turns this address away")
     assert "far turns this address away" in repo.cli("doctor", "far").text
 
 
@@ -2734,7 +2825,7 @@ def test_a_host_that_says_nothing_is_given_up_within_the_configured_time(repo, s
     line = site.line("silent", "ConnectTimeout 2")
     line.stall()
     ran = repo.exec("true", host="silent", seconds=40)
-    refused(ran, 255, words="silent took the connection, and then said nothing")
+    refused(ran, 255, "silent took the connection, and then said nothing")
     assert "doctor silent" in ran.said and line.connections == 1, "it is no drop, which would be tried again"
 
 
@@ -2745,12 +2836,12 @@ def test_the_command_told_for_a_changed_key_makes_ssh_forget_it(repo, entry, nam
     first.write_text(f"other {public(site.keys.host)}\n")
     second.write_text(f"{named.format(port=site.ports['bare-h'])} {public(site.keys.other_host)}\n")
     told = repo.exec("true", host="bare-h")
-    refused(told, 255, words="has changed")
+    refused(told, 255, "has changed")
     command = told.said.split("only then: ")[1]
     doctor = next(row for row in repo.cli("doctor", "bare-h", "--json").json if row["what"] == "connect")
     assert doctor["fix"].endswith(command.strip())
     assert subprocess.run(["sh", "-c", command], stdout=DEVNULL, stderr=DEVNULL, check=False).returncode == 0, command
-    refused(repo.exec("true", host="bare-h"), 255, words="not known")
+    refused(repo.exec("true", host="bare-h"), 255, "not known")
 
 
 @each("trouble, answers_, code, words", [
@@ -2761,7 +2852,7 @@ def test_on_a_terminal_ssh_asks_once_and_what_came_of_it_is_told(repo, trouble, 
         site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig", f"IdentityFile {locked_key(site)}", "IdentitiesOnly yes"])
     else:
         site.daemon("h", host_key=site.keys.other_host, config=[f"StrictHostKeyChecking {'yes' if trouble == 'strict' else 'ask'}", f"HostKeyAlias {'rig' if trouble == 'changed' else 'new'}"])
-    terminal = on_terminal(site, "exec", "-H", "bare-h" if trouble == "passphrase" else "h", "--", "echo it ran", cwd=repo.dir)
+    terminal = repo.terminal("exec", "-H", "bare-h" if trouble == "passphrase" else "h", "--", "echo it ran")
     for question, answer in answers_:
         terminal.expect(b"(?s)" + question.encode())
         terminal.send(answer.encode() + b"\r")
@@ -2777,7 +2868,7 @@ def test_a_login_that_needed_a_person_serves_all_that_comes_after(repo, lost, si
     site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig"] + ["IdentitiesOnly yes", f"IdentityFile {key}"] * (lost == "passphrase"))
     with agent(site) as env:
         def asked(*words):
-            terminal = on_terminal(site, *words, cwd=repo.dir, env=env)
+            terminal = repo.terminal(*words, env=env)
             terminal.expect(b"passphrase")
             terminal.send(b"right\r")
             assert terminal.wait() == 0, terminal.output
@@ -2788,19 +2879,18 @@ def test_a_login_that_needed_a_person_serves_all_that_comes_after(repo, lost, si
             repo.ok(*words, env=env)
             ssh_add(site, env, "-q", "-d", site.keys.user)
         before = site.log("bare-h").count("Connection from")
-        repo.write("big", os.urandom(600_000))
-        repo.commit()
+        repo.save("big", os.urandom(600_000))
         for command in (("diff", "-w", "main"), ("pull", "-w", "main"), ("new", "-H", "bare-h", "big"), ("push", "-w", "main"), ("diff", "-w", "big"),
                         ("rm", "main"), ("exec", "-w", "big", "--", "echo more >>README")):
             repo.ok(*command, env=env)
-        assert tree_of(repo.path("big"))[b"big"] == repo.tree()[b"big"] and "work" in repo.git("show", "cmux/main:README")
+        assert tree_of(repo.path("big"))[b"big"] == repo.tree()[b"big"] and "work" in repo.pulled("README")
         assert site.log("bare-h").count("Connection from") - before == (lost == "agent"), "one try, and never again"
         for master in site.masters():
             kill(master.pid)
         if lost == "passphrase":
             asked("pull", "-w", "big")
         else:
-            refused(repo.cli("pull", "-w", "big", env=env), 255, words="accepted none")
+            refused(repo.cli("pull", "-w", "big", env=env), 255, "accepted none")
             assert site.log("bare-h").count("Connection from") - before == 2
 
 
@@ -2820,7 +2910,7 @@ def test_a_server_that_asks_for_the_agent_is_told_and_one_that_goes_on_is_left(r
     words, name = "Warning: ssh server tried agent forwarding.\nWarning: this is probably a break-in attempt by a malicious server.\n", site.dir / "name"
     site.env["CMUX_SSH_COMMAND"] = in_sshs_place(
         site, f'case " $* " in *" -M "*) for a; do [ "$p" != -E ] || echo "$a" >{name}; p=$a; done;; esac\nexec $ssh "$@"')
-    assert repo.exec("true").code == 0
+    repo.new()
     log = name.read_text().strip()
     with open(log, "a") as stream:
         stream.write(words)
@@ -2828,7 +2918,7 @@ def test_a_server_that_asks_for_the_agent_is_told_and_one_that_goes_on_is_left(r
     assert told.code == 0 and told.out == b"ran\n" and "WARNING: The server of box asked for this machine's agent" in told.said, told
     with open(log, "a") as stream:
         stream.write(words * 1000)
-    refused(repo.exec("echo ran"), 255, words="Do not trust that machine")
+    refused(repo.exec("echo ran"), 255, "Do not trust that machine")
     until(lambda: not site.masters(), "its master has ended")
     again = repo.exec("echo ran")
     assert again.code == 0 and not again.said, again
@@ -2837,52 +2927,50 @@ def test_a_server_that_asks_for_the_agent_is_told_and_one_that_goes_on_is_left(r
 def test_a_proxy_that_leaves_a_child_behind_does_not_keep_a_call(site):
     """A session of its own ends with its ssh, whoever holds its stderr."""
     server = f"{program('sshd', 'openssh-server')} -i -f {site.sshd_config('kept')} -E {site.dir}/log-kept"
-    nap, work = unique(), unique()
-    site.host("kept", f"ProxyCommand sh -c 'sleep {nap} & exec {server}'")
+    nap, work = Nap(), Nap()
+    site.host("kept", f"ProxyCommand sh -c '{nap} & exec {server}'")
     repo = Repo(site)
     site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
     repo.new(host="kept")
     try:
-        child = repo.start("exec", "--json", "--", f"sleep {work}")
-        until(lambda: running(f"sleep {work}"), "it runs")
+        child = repo.start("exec", "--json", "--", work)
+        work.runs()
         for process in processes(environ=False):
             words = process.cmdline.split(b"\0")
             if b"kept" in words and b"-S" in words and b"none" in words:
                 kill(process.pid, signal.SIGKILL)
-        out, err = child.communicate(timeout=30)
+        out, err = child.communicate()
         assert child.returncode == 255 and json.loads(out)["error"]["type"] == "ConnectionLost", (out, err)
     finally:
-        subprocess.run(["pkill", "-f", f"sleep {nap}"])
+        subprocess.run(["pkill", "-f", nap])
 
 
 @each("tar", ["bsdtar", "busybox"])
 def test_every_kind_of_tar_unpacks_the_same(site, tar):
-    path = Path(minimal_path(site, "git"))
-    (path / "tar").unlink()
-    (path / "tar").symlink_to(program(tar, {"bsdtar": "libarchive-tools"}.get(tar, tar)))
-    site.inetd("other", shell="busybox", env={"PATH": str(path)})
+    small_host(site, "git")
+    path = site.dir / "busybox-bin/tar"
+    path.unlink()
+    path.symlink_to(program(tar, {"bsdtar": "libarchive-tools"}.get(tar, tar)))
     repo = Repo(site, odd=True)
-    repo.new(host="other")
-    assert tree_of(repo.path()) == repo.tree()
+    repo.new(host="bare")
+    repo.arrived()
     repo.ok("exec", "--", "echo agent >>plain.txt; rm empty; echo n >'new file'")
     repo.ok("pull")
-    assert repo.git("diff", "--name-status", "main", "cmux/main").split("\n") == ["D\tempty", "A\tnew file", "M\tplain.txt"]
-    repo.write("plain.txt", b"mine\n")
-    repo.commit()
+    assert repo.changed("--name-status").split("\n") == ["D\tempty", "A\tnew file", "M\tplain.txt"]
+    repo.save("plain.txt", b"mine\n")
     repo.ok("push")
-    assert tree_of(repo.path()) == repo.tree()
+    repo.arrived()
 
 
 @each("name", ["home with space", "it's \"home\" $(x)", "-home", "h\u00f6me"])
 def test_a_home_with_any_name_works(site, name):
     home = site.remote / name
     home.mkdir()
-    wrapper = script(site.dir / "wrap", f"HOME={shlex.quote(str(home))}; export HOME\nexec sh -c \"$SSH_ORIGINAL_COMMAND\"")
-    site.inetd("strange", f"ForceCommand {wrapper}")
+    site.inetd("strange", site.first(f"HOME={shlex.quote(str(home))}; export HOME"))
     repo = Repo(site, odd=True)
     ran = repo.exec("pwd; echo x >made", host="strange")
     assert ran.code == 0 and name in ran.text, ran
-    assert repo.cli("read", "made").out == b"x\n" and repo.cli("pull").code == 0 and repo.git("show", "cmux/main:made") == "x"
+    assert repo.cli("read", "made").out == b"x\n" and repo.cli("pull").code == 0 and repo.pulled("made") == "x"
     repo.ok("exec", "--", "true")
     repo.ok("rm", "main")
 
@@ -2908,8 +2996,7 @@ def test_a_full_disk_on_the_host_is_said_and_leaves_nothing_half(site, what):
 def test_a_full_disk_on_this_machine_is_said_and_not_a_traceback(repo, verb, room, site):
     """TMPDIR, where a shadow repository and a command's stdin lie, is a small tmpfs in a namespace of its own."""
     assert repo.exec("head -c 300000 /dev/urandom >big").code == 0
-    repo.write("large", os.urandom(300000))
-    repo.commit()
+    repo.save("large", os.urandom(300000))
     small = site.dir / "small"
     small.mkdir()
     words = {"new": ["new", "-H", "box", "second"], "pull": ["pull"], "batch": ["batch"], "exec": ["exec", "--", "cat >got"]}[verb]
@@ -2952,20 +3039,6 @@ print([said() for _ in range(5)])
     assert not touched.exists()
 
 
-def test_two_processes_that_upload_one_tree_at_once_both_get_their_workspace(repo, site):
-    repo.write("text", source_text(4 << 20))
-    repo.commit()
-    line = site.line("far")
-    line.rate = 4e6
-    other = Repo(site, "other", files={"README": b"hello\n"})
-    other.git("fetch", "-q", str(repo.dir), "main")
-    other.git("reset", "-q", "--hard", "FETCH_HEAD")
-    children = [r.start("new", "-H", "far", name) for r, name in ((repo, "a"), (repo, "b"), (other, "a"))]
-    for child in children:
-        assert child.communicate(timeout=60)[1].count(b"Traceback") == 0 and child.returncode == 0
-    assert tree_of(repo.path("a")) == tree_of(repo.path("b")) == tree_of(other.path("a")) == repo.tree()
-
-
 @slow
 @promise(8)
 def test_20_processes_at_once_on_a_cold_connection_all_succeed(repo, site):
@@ -2982,7 +3055,7 @@ def test_20_processes_at_once_on_a_cold_connection_all_succeed(repo, site):
 def test_200_commands_50_at_a_time_all_succeed(shared):
     with ThreadPoolExecutor(50) as pool:
         runs = list(pool.map(lambda n: shared.exec(f"echo {n}; exit {n}"), range(200)))
-    assert [(r.code, r.out, r.err) for r in runs] == [(n, b"%d\n" % n, b"") for n in range(200)]
+    assert [r.ended for r in runs] == [(n, b"%d\n" % n, b"") for n in range(200)]
     assert "drop connection" not in shared.site.log()
 
 
@@ -2995,14 +3068,14 @@ def test_a_host_that_is_down_sees_a_handful_of_connections_from_100_attempts(rep
     line = site.line("down")
     line.refuse = way == "hangs up"
     if way == "refuses":
-        site.host("down", "HostName 127.0.0.1", f"Port {free_port()}")
+        site.at("down", free_port())
     env = {"CMUX_SSH_COMMAND": in_sshs_place(site, f'case " $* " in *" -G "*|*" -V "*|*" -O "*) ;; *) echo try >>{log};; esac\nexec $ssh "$@"')}
     with ThreadPoolExecutor(20) as pool:
         runs = list(pool.map(lambda n: repo.exec("true", host="down", seconds=60, env=env), range(100)))
     assert {r.code for r in runs} == {255} and all(r.said.strip() for r in runs)
     assert log.read_text().count("try") <= 12 and line.connections <= 12
     line.refuse = False
-    site.host("down", "HostName 127.0.0.1", f"Port {line.port}")
+    site.at("down", line.port)
     until(lambda: repo.exec("echo up", host="down", env=env).out == b"up\n", "it is seen when it is back", 60)
 
 
@@ -3061,7 +3134,7 @@ def test_waiting_costs_nothing_however_many_wait_and_ends_at_once(repo, what, si
     if what in ("handshake", "lock"):
         line.stall()
     repo.start("new", "other", "-H", "far") if what == "lock" else None
-    site.host("down", "HostName 127.0.0.1", f"Port {free_port()}")
+    site.at("down", free_port())
     for _ in range(4 if what == "host that is down" else 0):
         assert repo.cli("new", "other", "-H", "down").code == 255
     assert in_library(repo, """
@@ -3132,7 +3205,7 @@ def test_a_host_that_allows_few_processes_is_given_fewer_at_once_or_told_of(site
     os.chown(site.far_home("few"), uid, -1)
     repo = Repo(site)
     repo.new(host="few")
-    rows = list(map(json.loads, repo.cli("batch", "-j", "40", stdin=calls([["sleep", "1"]] * 40, workspace="main"), seconds=120).out.splitlines()))
+    rows = repo.cli("batch", "-j", "40", stdin=calls([["sleep", "1"]] * 40, workspace="main"), seconds=120).rows
     assert [row["ok"] and row["result"]["exit_code"] for row in rows] == [0] * 40, rows
     if sh == "bash":  # which tries for 15 seconds by itself
         return
@@ -3163,21 +3236,12 @@ def test_a_slow_line_is_only_slow(repo, site):
 
 def test_a_line_that_stalls_and_goes_on_loses_nothing(repo, site):
     line, data = site.line("far"), os.urandom(1 << 20)
-    assert repo.exec("true", host="far").code == 0
+    repo.new(host="far")
     child = repo.start("exec", "-H", "far", "--", "cat", stdin=PIPE)
     line.stall()
     threading.Timer(1.5, line.go_on).start()
-    out, err = child.communicate(data, timeout=60)
+    out, err = child.communicate(data)
     assert (child.returncode, err) == (0, b"") and out == data
-
-
-def test_contract_ten_at_once_deep_parents_and_spaces(talker, area):
-    deep = "/".join(f"level {n}" for n in range(10)) + "/a file.txt"
-    calls = [("write", {"path": area.p(f"{n}/{deep}"), "content": f"content {n}"}) for n in range(10)]
-    assert all(a["ok"] and a["result"]["created"] for a in talker.all(calls))
-    back = talker.all([("read", {"path": area.p(f"{n}/{deep}")}) for n in range(10)])
-    assert [a["result"]["content"] for a in back] == [f"content {n}" for n in range(10)]
-    assert talker("exec", command=f"cat '{area.p('3/' + deep)}'")["stdout"] == "content 3"
 
 
 def test_a_second_process_has_sessions_waiting_too_on_a_master_more(repo, site):
@@ -3305,13 +3369,12 @@ def test_every_kind_of_file_arrives_as_the_repository_has_it(odd):
     """Names, modes, links and bytes; no filter, no line ends, no $Format$; also what export-ignore names."""
     ran = odd.exec("git status --porcelain --ignored; git log --format=%s | wc -l; ./run.sh")
     assert (ran.code, ran.out.split()) == (0, [b"1", b"ran"])
-    assert tree_of(odd.path()) == odd.tree()
+    odd.arrived()
 
 
 def test_new_takes_a_revision(repo):
     first = repo.git("rev-parse", "HEAD")
-    repo.write("README", b"changed\n")
-    repo.commit()
+    repo.save("README", b"changed\n")
     repo.new("old", "--ref", "HEAD~1")
     assert repo.workspaces()["old"]["base"] == first and (repo.path("old") / "README").read_bytes() == b"hello\n"
     assert repo.cli("exec", "-H", "box", "-w", "new", "--", "cat README").out == b"changed\n"
@@ -3325,7 +3388,7 @@ def test_two_projects_of_one_name_never_meet(site):
 
 
 def test_a_subdirectory_a_worktree_and_option_C_are_the_same_project(repo, site):
-    assert repo.exec("true").code == 0
+    repo.new()
     before = site.cli("-C", str(repo.dir), "-w", "main", "--json", "exec", "--", "echo", "-C", "x")  # as git has it
     assert before.json["stdout"] == "-C x\n", before
     assert site.cli("exec", "--", "ls README", cwd=repo.dir / "src").out == b"README\n"
@@ -3334,8 +3397,7 @@ def test_a_subdirectory_a_worktree_and_option_C_are_the_same_project(repo, site)
 
 
 def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo, site):
-    repo.write("big", os.urandom(2 << 20))
-    repo.commit()
+    repo.save("big", os.urandom(2 << 20))
     line = site.line("far")
     repo.new("a", host="far")
     first, line.up = line.up, 0
@@ -3345,7 +3407,7 @@ def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo, site):
     assert tree_of(repo.path("a")) == tree_of(repo.path("b")) == repo.tree()
     (repo.path("b") / "big").write_bytes(b"edited in place")
     repo.new("c", host="far")
-    assert tree_of(repo.path("c")) == repo.tree(), "the cache is nobody's work tree"
+    repo.arrived("c")
 
 
 @each("how, at", [("cut", 20_000), ("cut", 300_000), ("cut", 1_500_000), ("killed", 100_000), *(
@@ -3353,8 +3415,7 @@ def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo, site):
 @promise(7)
 def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo, at, how, site):
     line = site.line("far")
-    repo.write("big", source_text(6 << 20) if "compressed" in how else os.urandom(2 << 20))
-    repo.commit()
+    repo.save("big", source_text(6 << 20) if "compressed" in how else os.urandom(2 << 20))
     if "compressed" in how:
         line.rate, line.delay = 4e6, 0.005
     if "cut" in how:
@@ -3371,7 +3432,7 @@ def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo,
     line.go_on()
     line.cut["up"], line.rate, line.delay = None, float("inf"), 0.0
     repo.new("a", host="far")
-    assert tree_of(repo.path("a")) == repo.tree()
+    repo.arrived("a")
 
 
 def source_text(size):
@@ -3400,8 +3461,7 @@ def test_over_a_long_line_a_large_archive_and_a_large_delta_travel_compressed_an
     made = repo.ok("new", "-v", "-H", "far", "w")
     assert "compressed to" in made.said and tree_of(repo.path("w")) == repo.tree(), made
     assert line.up < 4 << 20, line.up
-    repo.write("new", source_text(3 << 20))
-    repo.commit()
+    repo.save("new", source_text(3 << 20))
     line.up = 0
     pushed = repo.ok("push", "-v", "-w", "w")
     assert "compressed to" in pushed.said and tree_of(repo.path("w")) == repo.tree(), pushed
@@ -3425,7 +3485,7 @@ new.close()
 def test_files_are_as_old_as_the_host_says_though_this_clock_is_ahead(site, host):
     """git archives a tree with the time of now; in the host's future, make would rebuild for ever."""
     if host == "bare":
-        site.inetd("bare", shell="busybox", env={"PATH": minimal_path(site)})
+        small_host(site)
     if host == "bsdtar":
         (site.dir / "tar").symlink_to(program("bsdtar", "libarchive-tools"))
         site.inetd("bsdtar", env={"PATH": f"{site.dir}:{os.environ['PATH']}"})
@@ -3437,8 +3497,7 @@ def test_files_are_as_old_as_the_host_says_though_this_clock_is_ahead(site, host
     for name in ("first", "second"):
         repo.new(name, env=env, host=host)
     repo.write("plain.txt", b"changed\n")
-    repo.write("sub/new", b"new\n")
-    repo.commit()
+    repo.save("sub/new", b"new\n")
     repo.ok("push", "-w", "first", env=env)
     repo.new("third", env=env, host=host)
     for name in ("first", "second", "third"):
@@ -3452,17 +3511,16 @@ def test_files_are_as_old_as_the_host_says_though_this_clock_is_ahead(site, host
 def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo, site):
     """Of an upload, and of a pull; neither in a pipe."""
     name = "a-rather-long-name-of-a-workspace-that-somebody-gave-it-in-1999"
-    repo.write("big", os.urandom(5 << 20))
-    repo.commit()
+    repo.save("big", os.urandom(5 << 20))
     line = site.line("far")
     line.rate = 2e6
-    seen = on_terminal(site, "new", "-H", "far", name, cwd=repo.dir)
+    seen = repo.terminal("new", "-H", "far", name)
     seen.expect(rb"\ra-rather[-a-z]*  sending [\d.]+ MB of ~5.\d MB, [\d.]+ [kM]B/s, ~\d+s left")
     assert all(len(text) < 100 for text in seen.lines())
     assert seen.wait() == 0
     assert not [text for text in seen.lines() if "sending" in text], seen.lines()
     assert repo.exec("head -c 3000000 /dev/urandom >result", host="far", options=["-w", name]).code == 0
-    seen = on_terminal(site, "pull", "-w", name, cwd=repo.dir)
+    seen = repo.terminal("pull", "-w", name)
     seen.expect(rb"  receiving [\d.]+ [kM]B, [\d.]+ [kM]B/s")
     assert seen.wait() == 0
     assert b"sending" not in seen.output and not [text for text in seen.lines() if "receiving" in text], seen.lines()
@@ -3471,8 +3529,7 @@ def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo,
 
 
 def test_a_stalled_upload_holds_up_no_other_host_and_who_waits_for_it_is_told_and_gives_up(repo, tuned, site):
-    repo.write("text", os.urandom(1 << 20))
-    repo.commit()
+    repo.save("text", os.urandom(1 << 20))
     line = site.line("far")
     repo.new("old", "older", "--ref", "HEAD~1")
     stopped = threading.Event()
@@ -3501,19 +3558,19 @@ HOOK = b'#!/bin/sh\necho "init in $CMUX_WORKSPACE with <$TOKEN>"\necho to-stderr
 
 
 def test_the_init_hook_runs_once_with_the_environment_and_its_output_is_streamed(repo):
-    repo.write(".cmux/init", HOOK, 0o755)
-    repo.commit()
+    repo.save(".cmux/init", HOOK, 0o755)
     repo.ok("secrets", "set", "TOKEN", stdin=b"tok")
     made = repo.new("a")
     assert b"init in a with <tok>" in made.out + made.err and b"to-stderr" in made.out + made.err
     assert repo.exec("cat init-ran", options=["-w", "a"]).out == b"once\n"
     repo.new("b", "--no-init")
-    assert not (repo.path("b") / "init-ran").exists()
+    repo.save(".cmux/init", HOOK, 0o644)
+    repo.new("c")  # where it is only a file
+    assert not [name for name in "bc" if (repo.path(name) / "init-ran").exists()]
 
 
 def test_a_failing_init_hook_is_reported_and_undoes_nothing(repo):
-    repo.write(".cmux/init", HOOK.replace(b'"${CODE:-0}"', b"9"), 0o755)
-    repo.commit()
+    repo.save(".cmux/init", HOOK.replace(b'"${CODE:-0}"', b"9"), 0o755)
     made = repo.cli("new", "-H", "box", "a")
     assert "9" in made.said and "init" in made.said and set(repo.workspaces()) == {"a"}
     first = repo.exec("echo output", options=["-w", "b"])
@@ -3521,13 +3578,6 @@ def test_a_failing_init_hook_is_reported_and_undoes_nothing(repo):
     assert repo.cli("new", "c", "-H", "box", "--json").json[0]["state"] == "init failed"
     quiet = repo.ok("new", "d", "-H", "box", "-q")
     assert quiet.out == b"" and quiet.said == "cmux_ssh.py: The init hook of d failed.\n", quiet
-
-
-def test_an_init_that_is_not_executable_is_only_a_file(repo):
-    repo.write(".cmux/init", HOOK, 0o644)
-    repo.commit()
-    repo.new("a")
-    assert not (repo.path("a") / "init-ran").exists()
 
 
 def test_a_repository_cannot_name_its_host_command_or_options(repo, site):
@@ -3547,9 +3597,9 @@ def test_nothing_is_left_behind_on_this_machine(repo, site):
     assert "cmux" not in repo.git("for-each-ref")
 
 
-def test_a_record_whose_parts_are_wrong_is_said_and_left_alone(repo, site):
+def test_a_record_whose_parts_are_wrong_is_said_and_left_alone(repo):
     repo.new()
-    (file,) = (site.state / "projects").glob("*.json")
+    file = repo.record()
     good = json.loads(file.read_text())
     entry = good["workspaces"]["main"]
 
@@ -3559,7 +3609,7 @@ def test_a_record_whose_parts_are_wrong_is_said_and_left_alone(repo, site):
     for more in ({"name": "../x"}, {"id": "x"}, {"workspaces": []}, {"workspaces": {"../x": entry}}, {"workspaces": {"main": 1}},
                  {"workspaces": {"main": dict(entry, created="now")}}, {"workspaces": {"main": dict(entry, path=None)}},
                  {"workspaces": {"main": dict(entry, state=None)}}, {"jobs": []}, {"places": [["a"]]}, {"sent": [["a", 1]]}, {"sent": {}}):
-        refused(listed(dict(good, **more)), 1, words="has parts that are not as they should be. Repair it, or set it aside")
+        refused(listed(dict(good, **more)), 1, "has parts that are not as they should be. Repair it, or set it aside")
         assert json.loads(file.read_text()) == dict(good, **more)
     making = {key: value for key, value in entry.items() if key != "path"}
     for record in ({key: value for key, value in good.items() if key not in ("jobs", "places", "sent")},
@@ -3570,28 +3620,27 @@ def test_a_record_whose_parts_are_wrong_is_said_and_left_alone(repo, site):
 def test_lines_that_are_too_many_are_refused_not_cut(shared):
     do(shared, "head -c 12000000 /dev/zero | tr '\\0' x >long.txt; seq 1 2500000 >seq.txt")
     for path, limit in (("long.txt", "1"), ("seq.txt", "2400000")):
-        refused(shared.cli("read", "-w", "main", path, "--limit", limit), 1, words="Ask for fewer")
+        refused(shared.cli("read", "-w", "main", path, "--limit", limit), 1, "Ask for fewer")
     assert shared.cli("read", "-w", "main", "seq.txt", "--offset", "2000000", "--limit", "2").text == "2000000\n2000001\n"
     do(shared, "rm long.txt seq.txt")
 
 
 @each("names", [["one"], ["one", "two"]])
 def test_an_interrupted_init_hook_is_no_success(repo, names):
-    nap = unique()
-    repo.write(".cmux/init", f"#!/bin/sh\nsleep {nap}\n".encode(), 0o755)
-    repo.commit()
+    nap = Nap()
+    repo.save(".cmux/init", f"#!/bin/sh\n{nap}\n".encode(), 0o755)
     child = repo.start("new", "-H", "box", "killed")
-    until(lambda: running(f"sleep {nap}"), "the hook runs")
+    nap.runs()
     assert repo.workspaces()["killed"]["state"] == "init running"
     killed(child)
     assert repo.workspaces()["killed"]["state"] == "init failed"
-    gone(f"sleep {nap}")
+    nap.gone()
     child = repo.start("new", "-H", "box", *names)
-    until(lambda: len(running(f"sleep {nap}")) >= len(names), "the hooks run")
+    nap.runs(len(names))
     child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=30)
+    out, err = child.communicate()
     assert child.returncode == 130 and out == b"" and b"nterrupted" in err, (out, err)
-    gone(f"sleep {nap}")
+    nap.gone()
     assert all(row["state"] == "init failed" for row in repo.cli("list", "--json").json)
 
 
@@ -3607,16 +3656,16 @@ def test_hooks_of_a_separate_git_directory_and_of_a_submodule(site):
         assert pulled.code == code and ("runs hooks from there" in pulled.said) == bool(code), pulled
 
 
-def test_an_ignored_sigchld_makes_no_failure_a_success(repo, site):
+def test_an_ignored_sigchld_makes_no_failure_a_success(repo):
     repo.ok("secrets", "set", "T", "--command", "echo abcdefg; exit 7")
-    refused(repo.exec("echo ran", sh="trap '' CHLD; exec \"$@\""), 125, words="failed with status 7")
+    refused(repo.exec("echo ran", sh="trap '' CHLD; exec \"$@\""), 125, "failed with status 7")
 
 
 def test_two_aliases_of_one_address_do_not_share_a_connection(repo, site):
     used = site.dir / "used"
-    site.host("one", "HostName 127.0.0.1", f"Port {site.port}")
+    site.at("one")
     proxy = script(site.dir / "relay", f"echo used >>{used}\nexec {program('ssh')} -F {site.config} -W 127.0.0.1:{site.port} box")
-    site.host("two", "HostName 127.0.0.1", f"Port {site.port}", f"ProxyCommand {proxy}")
+    site.at("two", None, f"ProxyCommand {proxy}")
     assert repo.exec("true", host="one", options=["-w", "a"]).code == 0 and not used.exists()
     assert repo.exec("true", host="two", options=["-w", "b"]).code == 0 and used.exists()
 
@@ -3692,7 +3741,7 @@ def test_a_forced_push_to_the_same_base_takes_back_nothing_that_was_pulled(repo)
     repo.ok("pull", "--branch", "other")
     moved, aside = repo.ok("pull"), f"cmux/main-{pulled[:8]}"
     assert f"lacks: that is kept as {aside}" in moved.said and repo.git("rev-parse", aside) == pulled
-    assert repo.git("diff", "--name-only", "main", "cmux/main") == "second" and repo.cli("pull").said == ""
+    assert repo.changed() == "second" and repo.cli("pull").said == ""
 
 
 def test_what_was_dirty_is_not_the_agents(repo):
@@ -3706,30 +3755,20 @@ def test_what_was_dirty_is_not_the_agents(repo):
     repo.ok("push")
     do(repo, "echo 2 >second")
     pulled = repo.ok("pull")
-    assert repo.git("show", "cmux/main:second") == "2", pulled
+    assert repo.pulled("second") == "2", pulled
 
 
 def test_a_refused_push_leaves_nothing_to_settle_and_a_damaged_project_does_not_hide_others(repo, site):
     repo.new()
     do(repo, "echo 1 >agents")
     repo.commit()
-    refused(repo.cli("push"), 1, words="agents")
-    (file,) = (site.state / "projects").glob("*.json")
-    assert "intent" not in file.read_text()
+    refused(repo.cli("push"), 1, "agents")
+    assert "intent" not in repo.record().read_text()
     other = site.state / "projects" / "zz.json"
     other.write_text("damaged")
     other.chmod(0o600)
     listed = repo.cli("list", "--all-projects")
     assert "main" in listed.text and "is damaged" in listed.said, listed
-
-
-def test_push_says_that_uncommitted_work_stays(repo):
-    repo.new()
-    assert repo.cli("push").said == ""
-    repo.write("README", b"edited\n")
-    pushed = repo.ok("push")
-    assert "already" in pushed.text and "Not sent: 1 uncommitted file (--dirty takes them along)." in pushed.said, pushed
-    assert repo.cli("push", "--dirty").said == "" and slurp(repo.path() / "README") == b"edited\n"
 
 
 def test_what_is_not_sent_is_said_exactly_each_time_a_workspace_is_made_or_pushed_to(repo):
@@ -3773,8 +3812,7 @@ def test_push_moves_a_workspace_and_keeps_what_is_ignored(site, host):
     repo.write("new/file", b"n", 0o755)
     (repo.dir / "link").unlink()
     (repo.dir / "link").symlink_to("keep")
-    repo.write("run.sh", b"changed", 0o644)
-    repo.commit()
+    repo.save("run.sh", b"changed", 0o644)
     repo.ok("push", "-v")
     there = tree_of(repo.path())
     kept = there.pop(b"x.o", None)
@@ -3783,9 +3821,10 @@ def test_push_moves_a_workspace_and_keeps_what_is_ignored(site, host):
         assert kept and os.stat(repo.path() / "keep").st_mtime_ns == before
         assert repo.cli("exec", "-w", "main", "--", "git status --short").out == b""
     assert not (repo.path() / "sub/dir").exists()
-    assert repo.cli("diff").out == b"" and "already" in repo.cli("push").text
+    again = repo.cli("push")
+    assert repo.cli("diff").out == b"" and "already" in again.text and again.said == ""
     do(repo, "echo lost >lost")
-    refused(repo.cli("push", "--ref", "HEAD~1"), 1, words="lost")
+    refused(repo.cli("push", "--ref", "HEAD~1"), 1, "lost")
     forced = repo.ok("push", "--ref", "HEAD~1", "--force")
     assert "kept" in forced.said, forced
     assert not (repo.path() / "lost").exists()
@@ -3811,7 +3850,7 @@ def test_a_delta_sends_only_what_changed(site):
         before = line.up
         repo.new("t%d" % turn, host="far")
         sent = line.up - before
-        assert tree_of(repo.path("t%d" % turn)) == repo.tree()
+        repo.arrived("t%d" % turn)
         assert sent < 50000, (turn, sent)
     assert repo.cli("exec", "-w", "t2", "--", "git status --short; git log --format=%s").out == b"base\n"
     repo.ok("gc")
@@ -3826,11 +3865,10 @@ def test_a_delta_goes_by_bytes_where_there_are_few_files(site):
         repo.write("README", b"%d" % turn)  # two of three files: few bytes, but most of them
         repo.commit()
         repo.ok("push", "-w", "one")
-        assert [row["bytes"] < 50000 for row in map(json.loads, repo.cli("history", "--json").text.split("\n")[:-1]) if row["operation"] == "push"][-1]
-    repo.write("blob", os.urandom(3000000))
-    repo.commit()
+        assert [row["bytes"] < 50000 for row in repo.history() if row["operation"] == "push"][-1]
+    repo.save("blob", os.urandom(3000000))
     repo.ok("push", "-w", "one")
-    assert tree_of(repo.path("one")) == repo.tree()
+    repo.arrived("one")
     for n in range(1200):
         repo.write("vendor/%d" % n, b"x")
     repo.commit()
@@ -3838,16 +3876,16 @@ def test_a_delta_goes_by_bytes_where_there_are_few_files(site):
     repo.git("rm", "-rq", "vendor")
     repo.commit()
     repo.new("--root", "other", "three")
-    assert tree_of(repo.path("three")) == repo.tree()
+    repo.arrived("three")
 
 
-def test_nothing_is_said_of_head_where_a_workspace_has_it_and_more(repo, site):
+def test_nothing_is_said_of_head_where_a_workspace_has_it_and_more(repo):
     repo.write("untracked", b"u")
     repo.new("dirty", "--dirty")
-    terminal = on_terminal(site, "exec", "-w", "dirty", "--", "cat untracked; echo; echo d''one", cwd=repo.dir)
+    terminal = repo.terminal("exec", "-w", "dirty", "--", "cat untracked; echo; echo d''one")
     assert terminal.wait() == 0 and b"done" in terminal.output and b"push brings" not in terminal.output
     repo.commit()
-    terminal = on_terminal(site, "exec", "-w", "dirty", "--", "true", cwd=repo.dir)
+    terminal = repo.terminal("exec", "-w", "dirty", "--", "true")
     assert terminal.wait() == 0 and b"to bring it there: " in terminal.output
 
 
@@ -3859,13 +3897,12 @@ def test_push_looks_again_after_its_upload(site, host):
     repo, line = Repo(site), site.line("far", to=host)
     repo.new(host="far")
     note = repo.path() / "note"
-    repo.write("more", os.urandom(2 << 20))
-    repo.commit()
+    repo.save("more", os.urandom(2 << 20))
     line.trap = ("up", 500_000, lambda: note.write_bytes(b"agent's"))
-    refused(repo.cli("push"), 1, words="note")
+    refused(repo.cli("push"), 1, "note")
     assert note.read_bytes() == b"agent's" and not (note.parent / "more").exists()
     repo.ok("pull")
-    assert repo.git("show", "cmux/main:note") == "agent's"
+    assert repo.pulled("note") == "agent's"
     repo.ok("push")
     assert tree_of(note.parent) == repo.tree()
 
@@ -3874,20 +3911,18 @@ HEAD_LOCK = "touch .git/HEAD.lock"
 
 
 @each("harm", ["rm -rf .git; git init -q -b main; git add -A; git commit -qm anew",
-                                  "rm -rf .git; git init -q --object-format=sha256 -b main; git add -A; git commit -qm anew",
-                                  HEAD_LOCK, "touch .git/refs/heads/main.lock", "git branch -m main/sub",
-                                  "git checkout -q --detach; touch .git/refs/heads/main.lock"], ids=["anew", "sha256", "HEAD", "main", "sub", "detached"])
+      "rm -rf .git; git init -q --object-format=sha256 -b main; git add -A; git commit -qm anew",
+      HEAD_LOCK, "touch .git/refs/heads/main.lock", "git branch -m main/sub",
+      "git checkout -q --detach; touch .git/refs/heads/main.lock"], ids=["anew", "sha256", "HEAD", "main", "sub", "detached"])
 def test_push_where_the_repository_there_cannot_be_moved_says_so_and_force_replaces_it(repo, harm, site):
-    repo.write(".gitignore", b"ignored\n")
-    repo.commit()
+    repo.save(".gitignore", b"ignored\n")
     repo.new()
     do(repo, "git config --global user.name a; git config --global user.email a@x; echo agent >>README; echo cache >ignored; " + harm)
     repo.ok("pull")
     before = {path.name: path.read_bytes() for path in repo.path().iterdir() if path.is_file()}
-    repo.write("more", b"user")
-    repo.commit()
+    repo.save("more", b"user")
     head = (repo.path() / ".git/HEAD").read_bytes()
-    refused(repo.cli("push"), 1, words="cannot be moved")
+    refused(repo.cli("push"), 1, "cannot be moved")
     assert (repo.path() / ".git/HEAD").read_bytes() == head
     assert {path.name: path.read_bytes() for path in repo.path().iterdir() if path.is_file()} == before, "all is as it was"
     pushed = repo.ok("push", "--force")
@@ -3900,13 +3935,12 @@ def test_push_where_the_repository_there_cannot_be_moved_says_so_and_force_repla
 
 
 def test_a_split_index_hides_no_file_that_is_ignored_but_tracked(repo):
-    repo.write(".gitignore", b"*.log\n")
-    repo.commit()
+    repo.save(".gitignore", b"*.log\n")
     repo.new()
     do(repo, "git config core.splitIndex true; git add -f .; echo keep >result.log; git add -f result.log; ls .git/sharedindex.*")
-    refused(repo.cli("rm", "main"), 1, words="result.log")
+    refused(repo.cli("rm", "main"), 1, "result.log")
     repo.ok("pull")
-    assert repo.git("show", "cmux/main:result.log") == "keep"
+    assert repo.pulled("result.log") == "keep"
 
 
 def test_what_was_only_fetched_holds_up_no_rm(repo):
@@ -3920,8 +3954,7 @@ def test_work_that_a_push_left_behind_is_set_aside_not_told_as_taken_back(repo, 
     do(repo, "echo 1 >agents; git add agents; git commit -qm agentwork")
     repo.ok("pull")
     pulled = repo.git("rev-parse", "cmux/main")
-    repo.write("users", b"u")
-    repo.commit()
+    repo.save("users", b"u")
     repo.ok("push")
     nothing = repo.ok("pull")
     assert "Nothing new" in nothing.text and repo.git("rev-parse", "cmux/main") == pulled
@@ -3929,16 +3962,16 @@ def test_work_that_a_push_left_behind_is_set_aside_not_told_as_taken_back(repo, 
     assert repo.cli("pull", env=replaced(site, git='case " $* " in *" cmux pull refs/heads/cmux/main "*) kill -9 $PPID; exit 1;; esac')).code == -9
     kept = repo.ok("pull")
     assert repo.git("rev-parse", f"cmux/main-{pulled[:8]}") == pulled and "kept as" in kept.said
-    assert repo.git("diff", "--name-only", "main", "cmux/main") == "second"
+    assert repo.changed() == "second"
     repo.git("merge", "-q", "--squash", "cmux/main")  # not as a commit of its history, but it has it
     repo.commit()
     repo.ok("push")
     do(repo, "echo 3 >third")
     assert repo.ok("pull").said == "" and repo.git("rev-parse", "cmux/main~1") == repo.git("rev-parse", "main")
-    assert repo.git("diff", "--name-only", "main", "cmux/main") == "third"
+    assert repo.changed() == "third"
 
 
-def test_fork_waits_for_a_push_and_needs_another_name(repo, site):
+def test_fork_waits_for_a_push(repo, site):
     line, forks = site.line("far"), []
 
     def fork():
@@ -3946,18 +3979,15 @@ def test_fork_waits_for_a_push_and_needs_another_name(repo, site):
         with contextlib.suppress(subprocess.TimeoutExpired):
             forks[0].wait(4)
     repo.new(host="far")
-    repo.write("more", os.urandom(2 << 20))
-    repo.commit()
+    repo.save("more", os.urandom(2 << 20))
     line.trap = ("up", 500_000, fork)
     repo.ok("push")
     assert forks[0].wait(60) == 0 and tree_of(repo.path("side")) == repo.tree()
-    refused(repo.cli("fork", "-w", "main", "main"), 1, words="has that name already")
 
 
 @each("layout", ["bare", "linked"])
 def test_hooks_of_another_worktree_are_not_changed_either(repo, layout, site):
-    repo.write("hooks/pre-commit", b"#!/bin/sh\n", 0o755)
-    repo.commit()
+    repo.save("hooks/pre-commit", b"#!/bin/sh\n", 0o755)
     other = site.dir / "other"
     if layout == "bare":
         repo.git("clone", "-q", "--bare", str(repo.dir), str(other))
@@ -3967,7 +3997,7 @@ def test_hooks_of_another_worktree_are_not_changed_either(repo, layout, site):
         repo.git("config", "core.hooksPath", str(repo.dir / "hooks"))
     repo.ok("-C", str(other), "new", "-H", "box", "w")
     repo.ok("-C", str(other), "exec", "-w", "w", "--", "echo evil >>hooks/pre-commit; echo >hooks/post-checkout")
-    refused(repo.cli("-C", str(other), "pull", "-w", "w"), 1, words="runs hooks from there")
+    refused(repo.cli("-C", str(other), "pull", "-w", "w"), 1, "runs hooks from there")
 
 
 @each("date, told", [("@1 -1159", "1970-01-01T00:00:00-11:59"), ("@0 +0000", "1970-01-01T00:00:00Z"), ("@99 +1400", "1970-01-01T14:01:39+14:00"), ("@99 +1401", "1970-01-01T00:01:39Z")])
@@ -3983,8 +4013,7 @@ def test_dirty_sends_nothing_that_a_filter_would_have_encrypted(repo):
     for key, value in (("clean", "rev"), ("smudge", "rev"), ("required", "true")):
         repo.git("config", "filter.crypt." + key, value)
     repo.write(".gitattributes", b"*.z filter=crypt\n")
-    repo.write("key.z", b"topsecret\n")
-    repo.commit()
+    repo.save("key.z", b"topsecret\n")
     os.utime(repo.dir / "key.z", (1, 1))
     repo.write("other", b"o")
     repo.write("new.z", b"topsecret\n")
@@ -3992,15 +4021,14 @@ def test_dirty_sends_nothing_that_a_filter_would_have_encrypted(repo):
     assert {(repo.path() / name).read_bytes() for name in ("key.z", "new.z")} == {b"tercespot\n"}
     repo.git("config", "filter.crypt.clean", "false")
     repo.write("new.z", b"topmost\n")
-    refused(repo.cli("push", "--dirty"), 1, words="'crypt' failed")
+    refused(repo.cli("push", "--dirty"), 1, "'crypt' failed")
     assert (repo.path() / "new.z").read_bytes() == b"tercespot\n"
 
 
 def test_dirty_knows_unchanged_lfs_content(repo):
     content = b"large" * 1000
     repo.write(".gitattributes", b"*.bin filter=lfs\n")
-    repo.write("a.bin", pointer(content))
-    repo.commit()
+    repo.save("a.bin", pointer(content))
     script(repo.site.dir / "clean", "s=$(cat; echo x); printf 'version https://git-lfs.github.com/spec/v1\\noid sha256:%s\\nsize %d\\n' $(printf %s \"${s%x}\" | sha256sum | cut -c-64) $((${#s}-1))")
     repo.git("config", "filter.lfs.clean", str(repo.site.dir / "clean"))
     repo.write("a.bin", content)
@@ -4015,8 +4043,7 @@ def test_dirty_knows_unchanged_lfs_content(repo):
 
 def test_dirty_reads_line_ends_and_modes_as_git_add_does(repo):
     repo.write(".gitattributes", b"* text=auto\n")
-    repo.write("text", b"a\nb\n")
-    repo.commit()
+    repo.save("text", b"a\nb\n")
     repo.git("config", "core.eol", "crlf")
     repo.git("config", "core.fileMode", "false")
     repo.write("text", b"a\r\nb\r\n", 0o755)
@@ -4026,32 +4053,12 @@ def test_dirty_reads_line_ends_and_modes_as_git_add_does(repo):
     assert repo.git("diff", "--name-only", "HEAD", base) == "other" and (repo.path() / "other").read_bytes() == b"o\n"
 
 
-def test_hints_name_the_ssh_that_is_used(repo, site):
-    site.host("stranger", "HostName 127.0.0.1", f"Port {site.port}", "UserKnownHostsFile /dev/null", "StrictHostKeyChecking yes")
-    said = repo.cli("exec", "-H", "stranger", "--", "true").said
-    assert "accept it: %s stranger true" % site.environment()["CMUX_SSH_COMMAND"] in said, said
-
-
-def test_a_list_that_does_not_fit_leaves_the_path_out_not_the_names(repo, site):
-    names = ["issue-1234-fix-the-login-page-for-" + browser for browser in ("safari", "chrome")]
-    repo.cli("new", "-H", "box", *names)
-    for more in (False, True):
-        terminal = on_terminal(site, "list", cwd=repo.dir)
-        assert terminal.wait() == 0
-        shown = terminal.output.decode()
-        assert all(name in shown for name in names) and ("PATH" in shown) != more and max(map(len, shown.split("\r\n"))) <= 100, shown
-        names = ["issue-1234-fix-the-login-page-of-a-customer-for-" + browser for browser in ("opera", "firefox")]
-        repo.cli("new", "-H", "box", *names)
-    assert "PATH" in repo.cli("list").text
-
-
 def test_a_file_with_the_name_of_our_list_of_deletions_travels(site):
     repo = Repo(site, files={".cmux-gone": b"README\n", **{f"f{n}": b"%d" % n for n in range(20)}})
     repo.new("a")
-    repo.write("f1", b"new")
-    repo.commit()
+    repo.save("f1", b"new")
     repo.new("b")  # else as a delta
-    assert tree_of(repo.path("b")) == repo.tree()
+    repo.arrived("b")
 
 
 def test_a_process_lists_the_temporary_directory_once(repo):
@@ -4071,7 +4078,7 @@ def test_dirty_says_which_directory_is_a_repository_of_its_own(repo, empty, site
     inner = Repo(site, f"{repo.dir.relative_to(site.dir)}/in ner")
     if empty:
         inner.git("update-ref", "-d", "HEAD")
-    refused(repo.cli("new", "--dirty", "-H", "box", "w"), 1, words="'in ner' is a repository of its own. Let .gitignore cover it")
+    refused(repo.cli("new", "--dirty", "-H", "box", "w"), 1, "'in ner' is a repository of its own. Let .gitignore cover it")
     repo.write(".gitignore", b"in ner/\n")
     repo.ok("new", "--dirty", "-H", "box", "w")
 
@@ -4084,29 +4091,27 @@ def test_a_name_used_again_pulls_onto_its_branch_once_that_was_merged(repo):
         repo.new("again")
         do(repo, f"echo {turn} >f{turn}", "again")
         assert f"cmux/again: 1 commit on {repo.git('rev-parse', 'main')[:10]}" in repo.ok("pull", "-w", "again").text
-        repo.write("own", b"%d" % turn)
-        repo.commit()
+        repo.save("own", b"%d" % turn)
         repo.git("merge", "-q", "cmux/again")
         repo.ok("rm", "again")
-    assert repo.git("show", "cmux/again:f1") == "1" and repo.git("show", "cmux/again:f0") == "0"
+    assert repo.pulled("f1", "again") == "1" and repo.pulled("f0", "again") == "0"
     repo.new("again")
     do(repo, "echo x >x", "again")
     repo.ok("pull", "-w", "again")
     repo.ok("rm", "again")  # not merged
     repo.new("again")
     do(repo, "echo y >y", "again")
-    refused(repo.cli("pull", "-w", "again"), 1, words="no pull of this workspace made")
+    refused(repo.cli("pull", "-w", "again"), 1, "no pull of this workspace made")
 
 
-def test_diff_into_a_pipe_or_json_can_be_applied(repo, site):
-    repo.write("crlf.txt", b"a\r\nb\r\n")
-    repo.commit()
+def test_diff_into_a_pipe_or_json_can_be_applied(repo):
+    repo.save("crlf.txt", b"a\r\nb\r\n")
     assert repo.exec("printf 'a\\r\\nB\\033[1m\\r\\n' >crlf.txt; head -c 3000 /dev/urandom >data.bin; printf end >noeol").code == 0
     plain, told = repo.cli("diff").out, repo.cli("diff", "--json").json
     patch = told["diff"].encode() if "diff" in told else base64.b64decode(told["diff_base64"])
     assert patch == plain
     for data in (plain, patch):
-        subprocess.run(["git", "apply", "-"], cwd=repo.dir, input=data, env=site.environment(), check=True)
+        subprocess.run(["git", "apply", "-"], cwd=repo.dir, input=data, env=repo.site.environment(), check=True)
         for name in ("crlf.txt", "data.bin", "noeol"):
             assert (repo.dir / name).read_bytes() == (repo.path() / name).read_bytes(), name
         repo.git("checkout", "-q", "--", ".")
@@ -4139,12 +4144,6 @@ def cases(name):
     return count
 
 
-def posix_tools(folder, *more):
-    folder.mkdir()
-    for name, path in ((name, shutil.which(name)) for name in (*POSIX, *more)):
-        (folder / name).symlink_to(path) if path else None
-
-
 # The default Python, and the oldest and newest that pyenv has.
 PYTHONS = [sys.executable] + [str(p) for v in ("3.9", "3.13") for p in sorted(Path("~/.pyenv/versions").expanduser().glob(v + ".*/bin/python3"))[-1:]]
 
@@ -4165,8 +4164,7 @@ class Lab(Repo):
         self.site.env.update(PYTHONPATH=str(HERE), CMUX_SSH_COMMAND=in_sshs_place(
             self.site, f"""case " $* " in *" -G "*|*" -V "*) exec $ssh "$@";; *" -M "*) echo Unsupported option >&2; exit 255;; esac
 while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={self.site.dir}/$2 sh -c "$3\""""))
-        for host, more in (("git", "git"), ("files", "")):
-            posix_tools(self.site.dir / host, more)
+        posix_tools(self.site.dir / "git", "git", busybox=False), posix_tools(self.site.dir / "files", busybox=False)
 
     def state(self):
         """Which file each is, and when it was last changed. (git gives an object that it has already the time of now.)"""
@@ -4232,10 +4230,6 @@ while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={
         changed = {path for path, _ in self.state().items() ^ before.items()}
         assert (kind, what in said, changed) == ("ResultRefused", True, set()), (kind, said)
         assert said.isprintable(), said
-
-    def peak(self):
-        """The most memory, in MiB, that the process had. (Its ru_maxrss is no less than what its parent had.)"""
-        return int(slurp(f"/proc/{self.puller.pid}/status").split(b"VmHWM:")[1].split()[0]) >> 10
 
     def close(self):
         if self.puller:
@@ -4408,7 +4402,6 @@ def test_names_that_fold_into_one_in_the_base_already_are_the_users_own(new_lab)
     export(commit(1, message=b"x" * 300000)), export(blob(1, b"x"), commit(2, b"M 100644 :1 README/y", more=b"encoding rot13\n")),
 ], ids=lambda s: repr(b" ".join(s)[:70])[2:-1])
 @promise(3)
-@promise(3)
 def test_lying_exports_are_refused(lab, stream):
     lab.refuse(stream)
 
@@ -4431,7 +4424,6 @@ def test_names_that_collide_across_commits_are_refused(lab):
     assert set(lab.take(export(*parts, commit(4, b"D new/a", b"M 100644 :1 NEW/b", parent=b"from :3")))) == {"NEW/b", "other"}  # one after the other is no collision
 
 
-@promise(3)
 @promise(3)
 def test_hostile_names_and_messages_become_harmless(lab):
     lab.take(export(commit(1, who="\x1b[31mEve <> 5 +0000".encode().replace(b"<>", b"<e\x1bve>"), message=b"\x1b]52;c;x\x07 \0 \xff\n",
@@ -4477,20 +4469,19 @@ def endless(kind):
 def test_endless_streams_end_in_flat_memory(new_lab, kind):
     lab = new_lab(PULL_TOTAL_MAX=100 << 20, PULL_FILE_MAX=80 << 20)
     lab.take(one(b"x"))
-    before = lab.peak()
+    before = peak(lab.puller.pid)
     lab.refuse(endless(kind), "files" if kind in ("tar", "list") else "git")
-    assert lab.peak() - before < 64
+    assert peak(lab.puller.pid) - before < 64
 
 
-@compat
 @compat
 def test_a_hundred_thousand_files_in_flat_memory(new_lab):
     lab, n = new_lab(), 99999
     lab.take(one(b"x"))
-    before = lab.peak()
+    before = peak(lab.puller.pid)
     assert len(lab.take(export(*(blob(i + 1, b"%d" % i) for i in range(n)),
                                commit(n + 1, *[b"M 100644 :%d dir%d/some/file-%d.txt" % (i + 1, i % 100, i) for i in range(n)])))) == n
-    assert lab.peak() < max(64, before + 30), "to compile the file takes 46 MB"
+    assert peak(lab.puller.pid) < max(64, before + 30), "to compile the file takes 46 MB"
 
 
 def test_leaks_are_seen_across_chunks(new_lab):
@@ -4555,7 +4546,7 @@ def test_pull_brings_every_honest_change_home(odd):
     do(odd, AGENT + "git add -A; git commit -qm three; echo later >later")
     odd.ok("pull")
     assert odd.git("merge-base", first, "cmux/main") == first
-    assert odd.git("show", "cmux/main:later") == "later"
+    assert odd.pulled("later") == "later"
     assert "Nothing new" in odd.cli("pull").text
     odd.ok("rm", "main")
 
@@ -4571,7 +4562,7 @@ def test_pull_survives_what_agents_do_to_git(repo, harm):
     work(repo)
     do(repo, AGENT + "echo changed >README; rm src/main.c; echo n >new; echo '*.o' >.gitignore; echo o >x.o; " + harm)
     pulled = repo.ok("pull")
-    assert repo.git("diff", "--name-status", "main", "cmux/main").split("\n") == ["A\t.gitignore", "M\tREADME", "A\tnew", "D\tsrc/main.c"]
+    assert repo.changed("--name-status").split("\n") == ["A\t.gitignore", "M\tREADME", "A\tnew", "D\tsrc/main.c"]
     assert not os.path.exists("/tmp/never")
     if "nested" in harm:
         assert "nested repository ./nested" in pulled.said, pulled
@@ -4582,31 +4573,24 @@ def nobody(site, path):
     """A host where one logs in as another user than root, with this PATH."""
     if os.geteuid() != 0:
         pytest.skip("needs root, to log in as somebody else")
-    drop = f'exec {program("setpriv", "util-linux")} --reuid 65534 --regid 65534 --clear-groups env PATH={path} HOME={site.dir}/nobody {program("sh")} -c "$SSH_ORIGINAL_COMMAND"'
     (site.dir / "nobody").mkdir()
     os.chown(site.dir / "nobody", 65534, 65534)
     for folder in (site.dir, *site.dir.parents):
         if not folder.stat().st_mode & 0o001:
             folder.chmod(folder.stat().st_mode | 0o001)
-    site.daemon("nobody", f"ForceCommand {script(site.dir / 'drop', drop)}")
+    site.daemon("nobody", site.first("", f'{program("setpriv", "util-linux")} --reuid 65534 --regid 65534 --clear-groups env PATH={path} HOME={site.dir}/nobody'))
 
 
-def bare_host(site, tools=""):
-    """A host that has POSIX commands only, and no git; busybox's where that has them."""
-    if not (site.dir / "posix-bin").is_dir():
-        posix_tools(site.dir / "posix-bin")
-        for name in subprocess.run([program(tools), "--list"], stdout=PIPE).stdout.decode().split() if tools else ():
-            if (site.dir / "posix-bin" / name).exists():
-                (site.dir / "posix-bin" / name).unlink()
-                (site.dir / "posix-bin" / name).symlink_to(program(tools))
-    return site.inetd("nogit", env={"PATH": str(site.dir / "posix-bin")})
+def bare_host(site, busybox=False):
+    """A host that has POSIX commands only, and no git."""
+    folder = site.dir / "posix-bin"
+    return site.inetd("nogit", env={"PATH": str(folder) if folder.is_dir() else posix_tools(folder, busybox=busybox)})
 
 
-@each("tools", ["", "busybox"])
-def test_pull_without_git_on_the_host(site, tools):
+@each("busybox", [False, True])
+def test_pull_without_git_on_the_host(site, busybox):
     odd = Repo(site, odd=True)
-    host = bare_host(site, tools)
-    odd.new(host=host)
+    odd.new(host=bare_host(site, busybox))
     assert not (odd.path() / ".git").exists()
     done = odd.cli("pull")
     assert "Nothing new" in done.text, done
@@ -4632,9 +4616,9 @@ exec {real} "$@\"""")
     do(repo, "echo first >log; echo x >more; echo '12 blob 2' >z")
     pulled = repo.cli("pull")
     if how == "longer":
-        assert pulled.code == 0 and repo.git("show", "cmux/main:log") == "first", pulled
+        assert pulled.code == 0 and repo.pulled("log") == "first", pulled
     else:
-        refused(pulled, 1, words="Nothing was imported. Try again.")
+        refused(pulled, 1, "Nothing was imported. Try again.")
     assert repo.cli("rm", "main").code == 1
     repo.ok("pull")
     assert "z" in repo.git("ls-tree", "--name-only", "cmux/main") and repo.cli("rm", "main").code == 0
@@ -4648,11 +4632,11 @@ def test_what_cannot_be_read_there_is_named_and_no_deletion(site):
     do(repo, "echo x >new; chmod 0 own new; echo y >more")
     pulled = repo.ok("pull")
     assert all(f"./{name}: it cannot be read" in pulled.said for name in ("own", "new")), pulled
-    assert repo.git("diff", "--name-only", "main", "cmux/main") == "more"
-    refused(repo.cli("rm", "main"), 1, words="./new: it cannot be read")
+    assert repo.changed() == "more"
+    refused(repo.cli("rm", "main"), 1, "./new: it cannot be read")
     do(repo, "chmod 644 own new")
     repo.ok("pull")
-    assert repo.git("show", "cmux/main:new") == "x" and repo.cli("rm", "main").code == 0
+    assert repo.pulled("new") == "x" and repo.cli("rm", "main").code == 0
 
 
 @each("host", ["box", "nogit"])
@@ -4668,14 +4652,13 @@ def test_what_export_ignore_leaves_out_of_releases_comes_and_its_changes_go_home
     repo.write("docs/dirty", b"d\n")
     repo.ok("push", "--dirty")
     assert slurp(repo.path() / "docs/dirty") == b"d\n"
-    repo.write("docs/b/c", os.urandom(9) + b"\r\n")
-    repo.commit()
+    repo.save("docs/b/c", os.urandom(9) + b"\r\n")
     repo.ok("push")
     assert tree_of(repo.path()) == repo.tree() and repo.cli("diff").text == ""
     do(repo, "echo its >docs/a; rm -r src/deep; echo new >docs/new")
     assert repo.cli("rm", "main").code == 1
     repo.ok("pull")
-    assert repo.git("diff", "--name-status", "main", "cmux/main").split() == ["M", "docs/a", "A", "docs/new", "D", "src/deep/x"]
+    assert repo.changed("--name-status").split() == ["M", "docs/a", "A", "docs/new", "D", "src/deep/x"]
     do(repo, "rm -r docs")
     repo.ok("pull")
     assert "docs" not in repo.git("ls-tree", "-r", "cmux/main")
@@ -4687,12 +4670,10 @@ def older(repo, names):
     before = repo.git("rev-parse", "HEAD^{tree}")
     repo.write("docs/a", b"mine\n")
     entry = {"base": repo.commit(), "tree": repo.git("rev-parse", "HEAD^{tree}")}
-    registry, = repo.site.state.glob("projects/*.json")
-    record = json.loads(registry.read_text())
-    for name in names:
-        del record["workspaces"][name]["whole"]
-        record["workspaces"][name].update(entry)
-    registry.write_text(json.dumps(record))
+    with repo.amended() as record:
+        for name in names:
+            del record["workspaces"][name]["whole"]
+            record["workspaces"][name].update(entry)
     own = repo.path(names[0]).parents[1] / ".cmux"
     (own / "bases" / before).rename(own / "bases" / entry["tree"])
     (own / "bases" / entry["tree"] / "whole.tar").rename(own / "bases" / entry["tree"] / "tree.tar")
@@ -4713,16 +4694,16 @@ def test_a_workspace_of_a_version_that_left_files_out_loses_nothing(site, host):
     older(repo, names)
     for name in names:
         for verb in ("pull", "diff"):
-            refused(repo.cli(verb, "-w", name), 1, words="older version")
+            refused(repo.cli(verb, "-w", name), 1, "older version")
     repo.new("fresh", host=place)
-    assert tree_of(repo.path("fresh")) == repo.tree(), "its base is no base"
+    repo.arrived("fresh")
     do(repo, "mkdir docs; echo its >docs/a", "work")
     for words in (["rm", "work"], ["push", "-w", "work"]):
         told = repo.cli(*words)
         assert told.code == 1 and "docs/a" in told.said and slurp(repo.path("work") / "docs/a") == b"its\n", told
     repo.ok("rm", "clean")
     repo.ok("push", "-w", "pushed")
-    assert tree_of(repo.path("pushed")) == repo.tree(), "also of the same commit"
+    repo.arrived("pushed")
     assert "already" in repo.cli("push", "-w", "pushed").text
     forced = repo.ok("push", "--force", "-w", "work")
     assert "is kept until gc" in forced.said and tree_of(repo.path("work")) == repo.tree()
@@ -4740,22 +4721,22 @@ def test_a_commit_in_another_encoding_comes_as_utf_8(repo):
 
 
 @each("how", ["git checkout -q --orphan fresh; echo x >x; git add -A; git commit -qm orphan",
-                                 "git checkout -qb feature; echo x >x; git add -A; git commit -q --amend -m amended"], ids=["orphan", "amend"])
+      "git checkout -qb feature; echo x >x; git add -A; git commit -q --amend -m amended"], ids=["orphan", "amend"])
 def test_a_branch_that_stands_at_the_base_holds_nothing_that_could_be_lost(repo, how):
     repo.new()
     do(repo, how)
     pulled = repo.ok("pull")
-    assert repo.git("show", "cmux/main:x") == "x" and "the branch main" not in pulled.said, pulled
+    assert repo.pulled("x") == "x" and "the branch main" not in pulled.said, pulled
     repo.ok("rm", "main")
 
 
 def test_a_gitmodules_that_git_cannot_read_is_said_and_a_huge_one_takes_no_time(repo):
     repo.new()
     do(repo, "printf '<<<<<<< HEAD\\n[submodule \"x\"]\\n' >.gitmodules")
-    refused(repo.cli("pull"), 1, words="not one that git can read")
+    refused(repo.cli("pull"), 1, "not one that git can read")
     do(repo, "{ printf '[submodule \"x\"]\\n url = '; head -c 60000000 /dev/zero | tr '\\0' a; } >.gitmodules")
     began = spent()
-    refused(repo.cli("pull"), 1, words="gitmodules is larger than")
+    refused(repo.cli("pull"), 1, "gitmodules is larger than")
     assert spent() - began < 10  # by growing one record of it: 20 s, and four times that for twice as much
 
 
@@ -4771,16 +4752,15 @@ with open("README", "r+") as stream:
 
 
 @promise(7)
-def test_a_file_changed_in_the_second_of_its_commit_is_seen(repo, site):
+def test_a_file_changed_in_the_second_of_its_commit_is_seen(repo):
     """Its size and its second are those of the index: git reads it again if the index keeps its own time, also as a copy."""
-    repo.write("README", b"1111\n")
-    repo.commit()
+    repo.save("README", b"1111\n")
     repo.new()
     for place in (repo.path(), repo.dir):
-        subprocess.run([sys.executable, "-c", RACY], cwd=place, env=site.environment(), check=True)
+        subprocess.run([sys.executable, "-c", RACY], cwd=place, env=repo.site.environment(), check=True)
     time.sleep(1.2)
     repo.ok("pull")
-    assert repo.git("show", "cmux/main:README") == "3333"
+    assert repo.pulled("README") == "3333"
     repo.new("--dirty", "other")
     assert slurp(repo.path("other") / "README") == b"3333\n"
 
@@ -4799,11 +4779,10 @@ def test_branches_and_stashes_are_told_also_where_history_cannot_come_home(repo,
     repo.new()
     do(repo, "git checkout -qb side; echo s >side; git add .; git commit -qm side; git checkout -q main; echo st >>README; git stash -q; echo x >x; git add .; " + first)
     pulled = repo.ok("pull")
-    assert repo.git("show", "cmux/main:x") == "x", pulled
+    assert repo.pulled("x") == "x", pulled
     for words in ("left out: the branch side", "left out: the stash stash@{0}", "left out: how its commits follow one another"):
         assert words in pulled.said, pulled
-    refusal = repo.cli("rm", "main")
-    assert refusal.code == 1 and "branch side" in refusal.said and "stash@{0}" in refusal.said, refusal
+    refused(repo.cli("rm", "main"), 1, "branch side", "stash@{0}")
     do(repo, "git branch -q -D side; git stash drop -q; rm -rf nested; git reflog expire --expire=now --all")
     repo.ok("pull")
     repo.ok("rm", "main")
@@ -4814,9 +4793,9 @@ def test_what_was_marked_not_to_be_looked_at_is_looked_at(repo):
     do(repo, "git update-index --assume-unchanged README; git update-index --skip-worktree src/main.c; echo changed >README; echo changed >src/main.c")
     assert repo.cli("rm", "main").code == 1
     repo.ok("pull")
-    assert repo.git("show", "cmux/main:README") == "changed"
+    assert repo.pulled("README") == "changed"
     if tuple(map(int, re.findall(r"\d+", repo.git("version"))[:2])) >= (2, 36):  # older ones believe skip-worktree
-        assert repo.git("show", "cmux/main:src/main.c") == "changed"
+        assert repo.pulled("src/main.c") == "changed"
 
 
 def test_a_merge_comes_home_as_one(repo):
@@ -4851,7 +4830,7 @@ def test_a_commit_in_an_encoding_that_git_does_not_know(repo):
     assert repo.git("log", "--format=%s %ad", "--date=format:%z", "main..cmux/main").startswith("zone +0000\nodd")
 
 
-def test_a_base_that_this_repository_has_lost_is_said(repo, site):
+def test_a_base_that_this_repository_has_lost_is_said(repo):
     work(repo)
     repo.write("README", b"amended\n")
     repo.git("commit", "-q", "-a", "--amend", "-m", "amended")
@@ -4859,7 +4838,7 @@ def test_a_base_that_this_repository_has_lost_is_said(repo, site):
     repo.git("gc", "-q", "--prune=now")
     do(repo, "echo x >x")
     for verb in ("pull", "diff"):
-        refused(repo.cli(verb), 1, words="has not all any more of what main was made of")
+        refused(repo.cli(verb), 1, "has not all any more of what main was made of")
     assert repo.cli("rm", "main").code == 1
 
 
@@ -4894,7 +4873,9 @@ def test_rm_refuses_changed_files(site, host, harm):
     repo.new(host=place_of(site, host))
     do(repo, harm)
     assert repo.ok("diff").out
-    refused(repo.cli("rm", "main"), 1, words=harm.split()[-1].lstrip(">").replace("src/", ""))
+    kept = repo.cli("rm", "main")
+    refused(kept, 1, harm.split()[-1].lstrip(">").replace("src/", ""))
+    assert "--force" in kept.said
     repo.ok("pull")
     if host == "box":
         do(repo, "echo again >again; echo o >two")
@@ -4904,15 +4885,14 @@ def test_rm_refuses_changed_files(site, host, harm):
 
 
 @each("harm", ["echo u >new; touch -t 200101010000 new", "cp -p README copy", "mv README renamed", "rm README", "chmod +x README",
-                                  "ln -sf elsewhere link", "touch -r README r; echo z >>README; touch -r r README; rm r"])
+      "ln -sf elsewhere link", "touch -r README r; echo z >>README; touch -r r README; rm r"])
 def test_rm_and_push_without_git_there_see_what_no_time_tells(site, harm):
     repo = Repo(site, files={"README": b"read\n", "src/x": b"x\n"})
-    repo.write("src/x", b"y\n")
-    repo.commit()
+    repo.save("src/x", b"y\n")
     repo.new("main", "other", host=bare_host(site))
     do(repo, harm)
     for words in (("rm", "main"), ("push", "--ref", "HEAD~1")):
-        refused(repo.cli(*words), 1, words="changed ./")
+        refused(repo.cli(*words), 1, "changed ./")
     repo.ok("fork", "twin")
     assert repo.cli("rm", "twin").code == 1 and repo.cli("rm", "other").code == 0
     repo.ok("pull")
@@ -4928,11 +4908,11 @@ def test_what_a_pull_does_not_bring_it_names_and_rm_refuses_until_it_is_home(rep
     work(repo)
     do(repo, AGENT + harm.format("echo x >>README && git commit -qam lonely"))
     before = repo.cli("rm", "main")
-    refused(before, 1, words="lonely")
+    refused(before, 1, "lonely")
     pulled = repo.cli("pull")
     left = re.search(r"left out: the (\w+ \S+ \(lonely\)): check it out there and pull", pulled.said)
     assert pulled.code == 0 and left and left.group(1) in before.said, (before, pulled)
-    refused(repo.cli("rm", "main"), 1, words=left.group(1))
+    refused(repo.cli("rm", "main"), 1, left.group(1))
     do(repo, f"git checkout -q -f --detach {left.group(1).split()[1]}")
     repo.ok("pull", "--branch", "found")
     assert repo.git("log", "--format=%s", "found").startswith("lonely")
@@ -4945,18 +4925,17 @@ def test_what_a_pull_does_not_bring_it_names_and_rm_refuses_until_it_is_home(rep
 def test_a_push_leaves_what_only_a_reflog_has_and_rm_still_knows_it(repo):
     work(repo)
     do(repo, AGENT + "echo x >>README; git commit -qam lonely; git commit -q --amend -m other")
-    repo.write("more", b"user")
-    repo.commit()
-    refused(repo.cli("push"), 1, words="other")
+    repo.save("more", b"user")
+    refused(repo.cli("push"), 1, "other")
     repo.ok("pull")
     repo.ok("push")
-    refused(repo.cli("rm", "main"), 1, words="(lonely)")
+    refused(repo.cli("rm", "main"), 1, "(lonely)")
     do(repo, "git reflog expire --expire=now --all")
     repo.ok("rm", "main")
 
 
 @each("harm, told", [
-    ("echo x >>README; git stash -q", ["stash"]), ("echo x >>README; git commit -qam lonely", ["lonely"]), ("git checkout -q --detach; echo x >>README; git commit -qam lonely", ["lonely"]),
+    ("echo x >>README; git stash -q", ["stash"]), ("echo x >>README; git commit -qam lonely", ["lonely"]),
     ("echo W >w; git add w; git commit -qm sent; git update-ref refs/remotes/foo/bar HEAD; git reset -q --hard HEAD~1", ["sent"]),
     ("echo precious >p; git add p; git commit -qm r; git tag t; git checkout -q --orphan fresh; git rm -q --cached p; rm p", ["branch main", "tag t"])])
 @promise(7)
@@ -4967,7 +4946,7 @@ def test_rm_refuses_commits_and_stashes(repo, harm, told):
     if "orphan" in harm:
         assert "the branch main" in repo.cli("pull").said
     answer = repo.cli("rm", "main")
-    refused(answer, 1, words=told[0])
+    refused(answer, 1, told[0])
     assert told[-1] in answer.said and repo.path().exists()
     repo.ok("rm", "--force", "main")
 
@@ -4976,25 +4955,25 @@ def test_pull_refuses_what_is_not_its_own(repo):
     work(repo)
     do(repo, "echo x >x")
     for branch in ("-x", "../x", "HEAD", "main", "a..b", "x y", "x.lock"):
-        refused(repo.cli("pull", "--branch=" + branch), 1 if branch == "main" else 2, words=f"'{branch}' is ")
+        refused(repo.cli("pull", "--branch=" + branch), 1 if branch == "main" else 2, f"'{branch}' is ")
     theirs = repo.git("commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", "somebody's own")
     repo.git("branch", "cmux/main", theirs)
     assert repo.cli("pull").code == 1 and repo.git("rev-parse", "cmux/main") == theirs
     repo.ok("pull", "--branch", "other")
     assert repo.git("show", "other:x") == "x"
     do(repo, "head -c 300000000 /dev/zero >big")
-    refused(repo.cli("pull", "--branch", "third"), 1, words="big")
+    refused(repo.cli("pull", "--branch", "third"), 1, "big")
     do(repo, "rm big; truncate -s 20G sparse")
     sparse = repo.cli("pull", "--branch", "third")
-    refused(sparse, 1, words="sparse")
+    refused(sparse, 1, "sparse")
     assert sparse.seconds < 10, sparse
     do(repo, "rm sparse; ln -s /etc/passwd l")
-    refused(repo.cli("pull", "--branch", "third"), 1, words="/etc/passwd")
+    refused(repo.cli("pull", "--branch", "third"), 1, "/etc/passwd")
     assert repo.git("for-each-ref", "--format=%(refname)") == "refs/heads/cmux/main\nrefs/heads/main\nrefs/heads/other"
 
 
 @promise(3)
-def test_pull_says_what_would_run_and_what_leaks(repo, site):
+def test_pull_says_what_would_run_and_what_leaks(repo):
     repo.ok("secrets", "set", "TOKEN", stdin=b"s3cr3t-s3cr3t")
     work(repo)
     repo.git("config", "core.hooksPath", ".husky")
@@ -5005,13 +4984,12 @@ def test_pull_says_what_would_run_and_what_leaks(repo, site):
         assert name in pulled.text, pulled
     do(repo, "mkdir .husky; echo x >.husky/post-checkout")
     assert repo.cli("pull").code == 1
-    terminal = on_terminal(site, "pull", "--allow", cwd=repo.dir)
+    terminal = repo.terminal("pull", "--allow")
     assert terminal.wait() == 0 and b"git diff ...cmux/main; to take it: git merge cmux/main" in terminal.output, terminal.output
 
 
 def test_pull_refuses_hooks_reached_by_a_link_above_them_and_shows_names_in_one_line(repo):
-    repo.write("tools/hooks/x", b"1")
-    repo.commit()
+    repo.save("tools/hooks/x", b"1")
     repo.ok("secrets", "set", "TOKEN", stdin=b"s3cr3t-s3cr3t")
     work(repo)
     do(repo, "printf %s \"$TOKEN\" >'a\ncmux_ssh.py: all is well.'")
@@ -5019,13 +4997,13 @@ def test_pull_refuses_hooks_reached_by_a_link_above_them_and_shows_names_in_one_
     assert "holds the secret TOKEN" in pulled.said and not re.search("^cmux_ssh.py: all is well", pulled.said, re.M), pulled
     repo.git("config", "core.hooksPath", "tools/hooks")
     do(repo, "rm -r tools; mkdir -p evil/hooks; ln -s evil tools; echo x >evil/hooks/post-checkout")
-    refused(repo.cli("pull"), 1, words="runs hooks from there")
+    refused(repo.cli("pull"), 1, "runs hooks from there")
     repo.ok("pull", "--allow")
     repo.git("config", "core.hooksPath", ".")
     do(repo, "mkdir -p below; echo x >below/post-checkout")
     repo.ok("pull")
     do(repo, "echo x >post-checkout")
-    refused(repo.cli("pull"), 1, words="runs hooks from there")
+    refused(repo.cli("pull"), 1, "runs hooks from there")
 
 
 def test_hooks_are_found_by_either_name_and_in_any_configuration(repo, site):
@@ -5035,25 +5013,25 @@ def test_hooks_are_found_by_either_name_and_in_any_configuration(repo, site):
     repo.git("config", "core.hooksPath", "myhooks")
     work(repo)
     do(repo, "mkdir src/h; echo x >src/h/post-checkout; rm myhooks; ln -s src/h myhooks")
-    refused(repo.cli("pull"), 1, words="runs hooks from there")
+    refused(repo.cli("pull"), 1, "runs hooks from there")
     do(repo, "git checkout -q . ; git clean -qfd; echo x >tools/hooks/post-checkout")
-    refused(repo.cli("pull"), 1, words="runs hooks from there")
+    refused(repo.cli("pull"), 1, "runs hooks from there")
     repo.git("config", "--unset", "core.hooksPath")
     repo.git("config", "--global", "core.hooksPath", "tools/hooks")
-    refused(repo.cli("pull"), 1, words="runs hooks from there")
+    refused(repo.cli("pull"), 1, "runs hooks from there")
     repo.git("config", "--global", "--unset", "core.hooksPath")
     if tuple(map(int, re.findall(r"\d+", repo.git("--version"))[:2])) >= (2, 31):  # older ones do not know these variables
         env = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.hooksPath", "GIT_CONFIG_VALUE_0": "tools/hooks"}
-        refused(repo.cli("pull", env=env), 1, words="runs hooks from there")
+        refused(repo.cli("pull", env=env), 1, "runs hooks from there")
     repo.ok("pull")
 
 
 @each("url", ["\\\next::sh -c id", '""ext::sh -c id', 'e"x"t::sh -c id', "ext::sh -c id" + "\n#" + "x" * (1 << 20), '"!touch x"', "-u"],
-                         ids=["escaped", "quoted", "partly", "large", "bang", "dash"])
+      ids=["escaped", "quoted", "partly", "large", "bang", "dash"])
 def test_a_submodule_url_that_is_a_command_is_read_as_git_reads_it(repo, url):
     work(repo)
     (repo.path() / ".gitmodules").write_text('[submodule "a"]\n\tpath = a\n\turl = %s\n' % url)
-    refused(repo.cli("pull"), 1, words="gitmodules is larger than" if len(url) > 100000 else "a URL or an update that is a command")
+    refused(repo.cli("pull"), 1, "gitmodules is larger than" if len(url) > 100000 else "a URL or an update that is a command")
 
 
 @promise(4)
@@ -5064,8 +5042,7 @@ def test_pull_from_a_malicious_repository_of_ones_own_runs_nothing(repo, site):
         path = repo.dir / ".git" / "hooks" / hook
         path.parent.mkdir(exist_ok=True)
         shutil.copy(evil, path)
-    repo.write(".gitattributes", b"* filter=evil diff=evil\n")
-    repo.commit()
+    repo.save(".gitattributes", b"* filter=evil diff=evil\n")
     trap.unlink() if trap.exists() else None
     for key in ("core.fsmonitor", "filter.evil.clean", "filter.evil.smudge", "filter.evil.process", "diff.evil.textconv", "diff.evil.command", "diff.external", "core.pager",
                 "gpg.program", "core.sshCommand", "tar.tgz.command", "tar.tar.command", "core.editor", "credential.helper", "uploadpack.packObjectsHook"):
@@ -5128,13 +5105,13 @@ def test_what_may_not_come_in_and_is_gone_again_is_said_with_the_way_out(repo):
     repo.cli("new", "-H", "box", "main")
     do(repo, AGENT + "echo one >one; git add .; git commit -qm one; ln -s ../../x evil; git add evil; git commit -qm a; git rm -q evil; git commit -qm b; echo u >u")
     answer = repo.cli("pull")
-    refused(answer, 1, words="pull again. If only an earlier commit there has it, squash them: ")
+    refused(answer, 1, "pull again. If only an earlier commit there has it, squash them: ")
     assert "cmux_ssh.py exec -w main -- 'git reset --soft refs/cmux/base && git commit -m all'" in answer.said
-    refused(repo.cli("rm", "main"), 1, words="would be lost")
+    refused(repo.cli("rm", "main"), 1, "would be lost")
     do(repo, "git reset --soft refs/cmux/base && git commit -m all")
     repo.ok("pull")
-    assert repo.git("show", "cmux/main:one") == "one" and repo.git("show", "cmux/main:u") == "u"
-    refused(repo.cli("rm", "main"), 1, words=" (a)")  # only a reflog has it, and it cannot come
+    assert repo.pulled("one") == "one" and repo.pulled("u") == "u"
+    refused(repo.cli("rm", "main"), 1, " (a)")  # only a reflog has it, and it cannot come
     repo.ok("rm", "--force", "main")
 
 
@@ -5145,14 +5122,14 @@ def test_names_that_cannot_come_are_left_out_and_those_of_the_base_can_change(si
     repo.new(host=place_of(site, host))
     do(repo, "for f in * ; do echo new >\"$f\"; done; mkdir .GIT sub; for f in 'git~1' .GIT/x 'sub/\\new' \"$(printf 'c\\001')\" \"$(printf 'l\\351')\"; do echo odd >\"$f\"; done")
     odd = [".GIT/x", "c^A", "git~1", "l\ufffd", "sub/\\new"]
-    refused(repo.cli("rm", "main"), 1, words="would be lost")
+    refused(repo.cli("rm", "main"), 1, "would be lost")
     shown = repo.ok("diff", "--stat")
     assert "4 files changed" in shown.text, shown
     pulled = repo.ok("pull")
     assert sorted(line.split()[3].rstrip(":") for line in pulled.said.splitlines() if "left out" in line) == odd, pulled.said
     names = repo.git("-c", "core.quotePath=false", "diff", "-z", "--name-only", "main", "cmux/main").split("\0")
-    assert set(names) == {*own, "README", ""} and repo.git("show", "cmux/main:\\lead") == "new"
-    refused(repo.cli("rm", "main"), 1, words="sub/")
+    assert set(names) == {*own, "README", ""} and repo.pulled("\\lead") == "new"
+    refused(repo.cli("rm", "main"), 1, "sub/")
     do(repo, "rm -r sub 'git~1' .GIT c?; rm l*")
     repo.ok("pull")
     repo.ok("rm", "main")
@@ -5164,17 +5141,16 @@ def test_a_history_that_cannot_come_home_loses_no_tracked_file_and_brings_no_ign
     repo = Repo(site, files={**{f"f{n}": b"%d" % n for n in range(9)}, ".gitignore": b"dist/\n.env\n"})
     repo.new()
     if push:
-        repo.write("f2", b"new")
-        repo.commit()
+        repo.save("f2", b"new")
         repo.ok("push")
     do(repo, AGENT + "mkdir dist; echo precious >dist/report; echo KEY >.env; echo no >dist/no; git add -f dist/report; git commit -qm r; git checkout -q --orphan other; git commit -qm o")
     repo.ok("pull")
-    assert repo.git("diff", "--name-only", "HEAD", "cmux/main") == "dist/report" and repo.git("show", "cmux/main:dist/report") == "precious"
+    assert repo.git("diff", "--name-only", "HEAD", "cmux/main") == "dist/report" and repo.pulled("dist/report") == "precious"
     do(repo, "git checkout -q -b more; git rm -q --cached f1; git tag saved $(git commit-tree -m only-in-tag HEAD^{tree})")
     do(repo, "git checkout -q other")
-    refused(repo.cli("rm", "main"), 1, words="would be lost")
+    refused(repo.cli("rm", "main"), 1, "would be lost")
     assert "the tag saved (only-in-tag): check it out there and pull" in repo.cli("pull").said
-    refused(repo.cli("rm", "main"), 1, words="tag saved")
+    refused(repo.cli("rm", "main"), 1, "tag saved")
     do(repo, "git tag -d saved; git branch -D more main; git reflog expire --expire=now --all")
     repo.ok("pull")
     repo.ok("rm", "main")
@@ -5186,10 +5162,10 @@ def test_a_repository_that_no_pull_looks_into_is_told(site):
     (site.dir / "posix-bin" / "git").symlink_to(program("git"))  # as if it was installed later
     do(repo, "git init -q && git config user.name a && git config user.email a@x && git add -A && git commit -qm base && "
              "git checkout -qb feature && echo W >work && git add work && git commit -qm work && git checkout -q -")
-    refused(repo.cli("rm", "main"), 1, words="a git repository in .")
+    refused(repo.cli("rm", "main"), 1, "a git repository in .")
     pulled = repo.ok("pull")
     assert pulled.said.count("the commits of the git repository in .") == 1, pulled
-    refused(repo.cli("rm", "main"), 1, words="a git repository in .")
+    refused(repo.cli("rm", "main"), 1, "a git repository in .")
     repo.ok("rm", "--force", "main")
 
 
@@ -5214,11 +5190,11 @@ def test_a_branch_that_was_checked_out_meanwhile_does_not_move(repo, site):
     do(repo, "echo 2 >agents; head -c 1000000 /dev/urandom >large")
     before = repo.git("rev-parse", "cmux/main")
     line.trap = ("down", 500_000, lambda: repo.git("checkout", "-q", "cmux/main"))
-    refused(repo.cli("pull"), 1, words="is checked out; nothing")
+    refused(repo.cli("pull"), 1, "is checked out; nothing")
     assert line.trap is None and repo.git("rev-parse", "cmux/main") == before and not repo.git("status", "--short")
     repo.git("checkout", "-q", "main")
     repo.ok("pull")
-    assert repo.git("show", "cmux/main:agents") == "2"
+    assert repo.pulled("agents") == "2"
 
 
 # === Submodules and LFS ===
@@ -5234,6 +5210,12 @@ def content(result):
     """The bytes of a result of read, whichever way they came."""
     assert ("content" in result) != ("content_base64" in result), result
     return result["content"].encode() if "content" in result else base64.b64decode(result["content_base64"])
+
+
+def lfs_object(content):
+    """Where LFS keeps it."""
+    name = digest(content)
+    return f".git/lfs/objects/{name[:2]}/{name[2:4]}/{name}"
 
 
 class Family(Repo):
@@ -5261,10 +5243,9 @@ class Family(Repo):
         self.git("submodule", "--quiet", "deinit", "-f", "absent")
 
     def lfs(self, path, content, here=True):
-        digest = hashlib.sha256(content).hexdigest()
         self.write(path, pointer(content))
         if here:
-            self.write(".git/lfs/objects/%s/%s/%s" % (digest[:2], digest[2:4], digest), content)
+            self.write(lfs_object(content), content)
 
     def whole(self):
         """What the host should get."""
@@ -5324,7 +5305,7 @@ def test_changes_in_submodules_are_left_out_and_kept_from_rm(site, host):
     assert pulled.said.count("left out") == 4 and pulled.said.count("came home as content") == 2, pulled
     changes = ["M\tREADME", "M\tassets/model.bin", "R100\tassets/tool.bin\tassets/moved.bin", "A\tnew.bin", "A\tplain"]
     assert family.git("diff", "-M", "--name-status", "main", "cmux/main").split("\n") == changes
-    assert family.git("show", "cmux/main:assets/moved.bin").startswith("version https") and family.git("show", "cmux/main:plain") == "#!/bin/sh"
+    assert family.pulled("assets/moved.bin").startswith("version https") and family.pulled("plain") == "#!/bin/sh"
     assert family.git("ls-tree", "-r", "cmux/main").count("160000 commit") == 2
     family.git("fsck", "--strict")
     again = family.cli("pull")
@@ -5355,7 +5336,7 @@ def test_a_moved_submodule_is_pushed_as_a_delta(site, host):
     assert family.cli("diff").out == b"" and "already" in family.cli("push").text
     do(family, "echo work >>README")
     family.ok("pull")
-    assert family.git("diff", "--name-only", "main", "cmux/main") == "README"
+    assert family.changed() == "README"
     family.ok("push", "--ref", "HEAD~1")
     assert (family.path() / LIB / "x.c").read_bytes() == b"x\n" and not (family.path() / LIB / "fresh").exists()
     assert family.cli("diff").out == b"" and family.cli("rm", "main").code == 0
@@ -5370,7 +5351,7 @@ def test_a_workspace_outlives_the_submodule_and_the_content_it_was_made_of(site)
     do(family, "echo work >>README; echo x >>vendor/li*/x.c")
     pulled = family.ok("pull")
     assert pulled.said.count("left out") == 1, pulled
-    assert family.git("diff", "--name-only", "main", "cmux/main") == "README"
+    assert family.changed() == "README"
     do(family, "rm -rf vendor; echo a file >vendor")
     pulled = family.ok("pull")
     assert "left out: vendor (" in pulled.said and "left out: vendor/li" in pulled.said, pulled
@@ -5435,14 +5416,13 @@ def test_a_submodule_that_lies_elsewhere_is_none(site):
         paths.append(f"sub{n}")
         repo.write(f"sub{n}/.git", text)
     for path, size in (("good.bin", 1), ("link.bin", 2), ("size.bin", 3)):
-        content = hashlib.sha256(b"x" * size).hexdigest()
+        stored = lfs_object(b"x" * size)
         repo.write(path, pointer(b"x" * size))
-        repo.write(f".git/lfs/objects/{content[:2]}/{content[2:4]}/{content}", b"x" * (size if size < 3 else 1))
+        repo.write(stored, b"x" * (size if size < 3 else 1))
         repo.git("add", path)
         if size == 2:
-            stored = top / f".git/lfs/objects/{content[:2]}/{content[2:4]}/{content}"
-            shutil.move(stored, secret / "x")
-            stored.symlink_to(secret / "x")
+            shutil.move(top / stored, secret / "x")
+            (top / stored).symlink_to(secret / "x")
     for path in paths:
         repo.git("update-index", "--add", "--cacheinfo", f"160000,{lib.git('rev-parse', 'HEAD')},{path}")
     repo.git("update-ref", "HEAD", repo.git("commit-tree", "-p", "HEAD", "-m", "gitlinks", repo.git("write-tree")))
@@ -5457,22 +5437,22 @@ def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site, tu
     repo = Repo(site, files={".gitattributes": b"*.bin filter=lfs\n"})
     tuned(PULL_FILE_MAX=16 << 20)
     size = (16 << 20) + 4096
-    digest = hashlib.sha256(bytes(size)).hexdigest()
+    stored = lfs_object(bytes(size))
     repo.write("model.bin", pointer(bytes(size)))
-    repo.write(".git/lfs/objects/%s/%s/%s" % (digest[:2], digest[2:4], digest), b"")
-    os.truncate(repo.dir / ".git/lfs/objects" / digest[:2] / digest[2:4] / digest, size)
+    repo.write(stored, b"")
+    os.truncate(repo.dir / stored, size)
     repo.commit("model")
     repo.new(host=place_of(site, host))
     assert (repo.path() / "model.bin").stat().st_size == size
     do(repo, "echo x >>README")
     pulled = repo.ok("pull")
-    assert repo.git("diff", "--name-only", "main", "cmux/main") == "README", pulled
+    assert repo.changed() == "README", pulled
     do(repo, "echo x >>model.bin")
     for words in (["pull"], ["rm", "main"]):
-        refused(repo.cli(*words), 1, words="model.bin")
+        refused(repo.cli(*words), 1, "model.bin")
     do(repo, "truncate -s -2 model.bin 2>/dev/null || head -c %d model.bin >m && mv m model.bin; touch -d 2001-01-01T00:00:00 model.bin; mv model.bin moved" % size)
     moved = repo.cli("pull")
-    assert moved.code == 1 and "Traceback" not in moved.said and "refused" in moved.said, moved
+    assert moved.code == 1 and "refused" in moved.said, moved
 
 
 def test_a_git_that_reads_no_tree_without_its_contents_sends_lfs_content_all_the_same(site):
@@ -5486,7 +5466,7 @@ case " $* " in *" read-tree "[0-9a-f][0-9a-f]* | *" read-tree "*" "[0-9a-f][0-9a
 esac""")
     for words in (["new", "-H", "box", "main"], ["exec", "--", "echo x >>README; echo y >>assets/tool.bin"], ["pull"]):
         family.ok(*words, env=env)
-    assert family.git("diff", "--name-only", "main", "cmux/main") == "README\nassets/tool.bin"
+    assert family.changed() == "README\nassets/tool.bin"
     family.lfs("assets/model.bin", b"other" * 1000)
     family.commit()
     pushed = family.ok("push", "-v", env=env)
@@ -5495,17 +5475,15 @@ esac""")
 
 def test_damaged_lfs_content_is_not_sent(site):
     family = Family(site)
-    digest = hashlib.sha256(CONTENT).hexdigest()
-    path = family.dir / ".git/lfs/objects" / digest[:2] / digest[2:4] / digest
+    path = family.dir / lfs_object(CONTENT)
     path.write_bytes(b"X" + CONTENT[1:])
-    refused(family.cli("new", "-H", "box", "one"), 1, words="git lfs fsck")
+    refused(family.cli("new", "-H", "box", "one"), 1, "git lfs fsck")
     path.write_bytes(CONTENT)
     family.new("two")
-    family.write("README", b"other")
-    family.commit()
+    family.save("README", b"other")
     shutil.rmtree(family.path("two").parent.parent / ".cmux/bases")
     path.write_bytes(b"X" + CONTENT[1:])
-    refused(family.cli("new", "-H", "box", "three"), 1, words="assets/model.bin")
+    refused(family.cli("new", "-H", "box", "three"), 1, "assets/model.bin")
     assert set(family.workspaces()) == {"two"}
 
 
@@ -5519,27 +5497,9 @@ def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo, sit
     assert set(rows) == {"a", "b"} and all(row["host"] == "box" and row["base"] == repo.git("rev-parse", "HEAD") and row["created"] for row in rows.values())
     where = Path(repo.cli("exec", "-w", "a", "--", "pwd -P").text.strip())
     assert where == repo.path("a") and where.name == "a" and re.match(r"project-\w+$", where.parent.name)
-    assert where.parent.parent == site.far_home() / "cmux" and stat.S_IMODE(where.parent.parent.stat().st_mode) == 0o700
+    assert where.parent.parent == site.far_home() / "cmux" and mode_of(where.parent.parent) == 0o700
     listed = repo.ok("list")
     assert "a" in listed.text and "box" in listed.text
-
-
-def test_rm_refuses_work_that_would_be_lost_and_says_what(repo):
-    repo.new("clean", "dirty", "added")
-    assert repo.exec("echo x >>README", options=["-w", "dirty"]).code == 0
-    assert repo.exec("echo x >brand-new", options=["-w", "added"]).code == 0
-    path = repo.path("dirty")
-    for name, file in (("dirty", "README"), ("added", "brand-new")):
-        refused = repo.cli("rm", name)
-        assert refused.code == 1 and file in refused.said and "--force" in refused.said, refused
-    where = repo.path("clean")
-    repo.ok("rm", "clean")
-    assert not where.exists() and set(repo.workspaces()) == {"dirty", "added"}
-    repo.ok("rm", "--force", "dirty", "added")
-    assert not path.exists() and repo.workspaces() == {}
-    assert repo.cli("rm", "dirty").code == 1
-    repo.new("dirty")
-    assert tree_of(repo.path("dirty")) == repo.tree()
 
 
 def test_forks_of_one_workspace_do_not_wait_for_each_other(site):
@@ -5557,24 +5517,23 @@ def test_a_fork_that_fails_over_read_only_directories_frees_its_name(site):
     nobody(site, os.environ["PATH"])
     repo.new(host="nobody")
     do(repo, "mkdir -p go/mod; echo a >go/mod/a; echo b >secret; chmod -R a-w go; chmod 0 secret")
-    refused(repo.cli("fork", "-w", "main", "b"), 1, words="secret")
+    refused(repo.cli("fork", "-w", "main", "b"), 1, "secret")
     do(repo, "chmod 600 secret")
     repo.ok("fork", "-w", "main", "b")
     repo.ok("rm", "--force", "b")
 
 
-def test_rm_refuses_while_a_command_runs(repo, site):
+def test_rm_refuses_while_a_command_runs(repo):
     repo.new("main", "two")
     child = repo.start("exec", "-w", "main", "--", "sleep 60")
     try:
         until(lambda: repo.cli("top", "--json").text.count("sleep 60"), "it runs")
-        answer = repo.cli("rm", "main")
-        assert answer.code == 1 and "A command runs in the workspace main" in answer.said and "--force" in answer.said, answer
+        refused(repo.cli("rm", "main"), 1, "A command runs in the workspace main", "--force")
         repo.ok("rm", "two")
         assert repo.path().is_dir()
         repo.ok("rename", "-w", "main", "other")
         repo.new()
-        refused(repo.cli("rm", "other"), 1, words="A command runs in the workspace other")  # the name it has now
+        refused(repo.cli("rm", "other"), 1, "A command runs in the workspace other")  # the name it has now
         assert [(row["workspace"], len(row["running"])) for row in repo.cli("top", "--json").json] == [("main", 0), ("other", 1)]
         repo.ok("rm", "main")
     finally:
@@ -5648,12 +5607,12 @@ def test_list_says_pulled_until_something_is_begun(site):
     assert child.wait() == 0 and state() == "ready"
 
 
-def test_a_renamed_workspace_keeps_its_history(repo, site):
+def test_a_renamed_workspace_keeps_its_history(repo):
     repo.cli("new", "-H", "box", "a")
     repo.cli("exec", "-w", "a", "--", "exit 3")
     repo.ok("rename", "-w", "a", "b")
     repo.ok("rename", "-w", "b", "c")
-    rows = [json.loads(line)["operation"] for line in repo.cli("history", "-w", "c", "--json").text.split("\n")[:-1]]
+    rows = [row["operation"] for row in repo.history("-w", "c")]
     assert rows == ["new", "exec", "rename", "rename"] and repo.cli("top", "--json").json[0]["last_exit_code"] == 3
     assert "Nothing is on record" in repo.cli("history", "-w", "x").said
     child = repo.start("exec", "-w", "c", "--", "echo on; sleep 3; exit 7")
@@ -5665,7 +5624,7 @@ def test_a_renamed_workspace_keeps_its_history(repo, site):
     assert child.returncode == 7 and found == {"c": None, "d": 7}, found
     repo.ok("rm", "--force", "d")
     repo.new("d")
-    rows = [json.loads(line)["operation"] for line in repo.cli("history", "-w", "d", "--json").text.split("\n")[:-1]]
+    rows = [row["operation"] for row in repo.history("-w", "d")]
     assert rows == ["new"], "not what was done in another of that name"
 
 
@@ -5675,21 +5634,21 @@ def test_fork_and_rename(repo):
     there = tree_of(repo.path())
     repo.ok("fork", "-w", "main", "second")
     assert tree_of(repo.path("second")) == there
-    assert repo.cli("fork", "-w", "main", "second").code == 1
-    assert repo.cli("rename", "-w", "second", "main").code == 1
+    for verb, name in (("fork", "second"), ("fork", "main"), ("rename", "second")):
+        refused(repo.cli(verb, "-w", "main", name), 1, "has that name already")
     do(repo, "echo other >untracked", "second")
     assert (repo.path() / "untracked").read_text() == "u\n"
     repo.ok("rename", "-w", "second", "third")
     assert set(repo.workspaces()) == {"main", "third"}
     assert repo.cli("rm", "third").code == 1
     repo.ok("pull", "-w", "third")
-    assert repo.git("show", "cmux/third:untracked") == "other"
+    assert repo.pulled("untracked", "third") == "other"
     repo.ok("rm", "third")
     foreign = repo.path().parent / "foreign"
     foreign.mkdir()
     for verb in ("fork", "rename"):
-        refused = repo.cli(verb, "-w", "main", "foreign")
-        assert refused.code == 1 and list(foreign.iterdir()) == [], refused
+        refused(repo.cli(verb, "-w", "main", "foreign"), 1)
+        assert list(foreign.iterdir()) == []
     assert set(repo.workspaces()) == {"main"} and repo.path().is_dir()
 
 
@@ -5714,15 +5673,8 @@ def test_an_edit_of_many_places_is_soon_told(area):
 
 
 def test_matches_that_overlap_are_ambiguous(area):
-    file = area.put("f", b"aaa\n")
+    area.put("f", b"aaa\n")
     assert re.search(r"2 times in '\S*f' .at lines 1, 1., not 1", area.talker.refusal("edit", path=area.p("f"), edits=[{"old": "aa", "new": "b"}]))
-    area.put("f", b"aaaa\n")
-    assert area.talker("edit", path=area.p("f"), edits=[{"old": "aa", "new": "b", "count": 2}]) and file.read_bytes() == b"bb\n"
-
-
-def test_contract_an_edit_in_an_editor_of_a_commit_does_not_hang(talker):
-    ran = talker("exec", command="mkdir ed && cd ed && git init -q . && git -c user.name=a -c user.email=b@c commit --allow-empty -m x && git -c user.name=a -c user.email=b@c commit --amend; cd .. && rm -rf ed", timeout=15)
-    assert ran["exit_code"] == 0 and not ran["timed_out"], ran
 
 
 ODD_NAMES = ["it's \"quoted\" `$(x)`", "new\nline", "trailing newline\n", "-rf", "--", "naïve-日本-🐙", "n" * 200, " ", "back\\slash\\n", "a:1:b", "*?[x]", "~", "$HOME", "\t",
@@ -5744,35 +5696,18 @@ def test_every_tool_takes_odd_names(talker, area, name):
         assert {"path": relative, "line": 1, "text": "goodbye there"} in talker("grep", pattern="goodbye", glob=f"{area.name}/**")["matches"]
 
 
+SOCKET = f"exec {sys.executable} -c 'import socket; socket.socket(socket.AF_UNIX).bind(\"it\")'"
+
+
 @each("tool", ["read", "write", "edit"])
-@each("kind, words", [("fifo", "not a regular file"), ("device", "not a regular file"), ("endless", "not a regular file"), ("socket", "not a regular file"),
-                                         ("directory", "is a directory"), ("link to a directory", "is a directory"), ("loop", ""), ("through a file", ""), ("too long", "")])
-def test_what_is_no_file_is_refused_and_nothing_hangs(talker, area, tool, kind, words):
-    path = area.p("it")
-    if kind == "fifo":
-        os.mkfifo(area.dir / "it")
-    elif kind in ("device", "endless"):
-        path = "/dev/null" if kind == "device" else "/dev/zero"
-    elif kind == "socket":
-        here = os.open(area.dir, os.O_RDONLY)
-        with socket.socket(socket.AF_UNIX) as door:
-            door.bind(f"/proc/self/fd/{here}/it" if os.path.isdir("/proc/self/fd") else str(area.dir / "it")[-100:])
-        os.close(here)
-    elif kind == "directory":
-        (area.dir / "it").mkdir()
-    elif kind == "link to a directory":
-        (area.dir / "it").symlink_to(".")
-    elif kind == "loop":
-        (area.dir / "it").symlink_to("ti")
-        (area.dir / "ti").symlink_to("it")
-    elif kind == "through a file":
-        area.put("plain", b"plain")
-        path = area.p("plain/it")
-    elif kind == "too long":
-        path = area.p("x" * 300)
+@each("make, path, words", [
+    ("mkfifo it", "it", "not a regular file"), ("", "/dev/null", "not a regular file"), ("", "/dev/zero", "not a regular file"), (SOCKET, "it", "not a regular file"),
+    ("mkdir it", "it", "is a directory"), ("ln -s . it", "it", "is a directory"), ("ln -s ti it; ln -s it ti", "it", ""), ("echo >plain", "plain/it", ""), ("", "x" * 300, "")])
+def test_what_is_no_file_is_refused_and_nothing_hangs(talker, area, tool, make, path, words):
+    subprocess.run(["sh", "-c", make], cwd=area.dir, check=True)
     before = sorted(os.listdir(area.dir))
     arguments = {"read": {}, "write": {"content": "x"}, "edit": {"edits": [{"old": "a", "new": "b"}]}}[tool]
-    assert words in talker.refusal(tool, path=path, **arguments)
+    assert words in talker.refusal(tool, path=path if path[0] == "/" else area.p(path), **arguments)
     assert sorted(os.listdir(area.dir)) == before
 
 
@@ -5795,7 +5730,7 @@ def test_a_file_of_a_workspace_that_is_gone_is_not_there_and_makes_no_new_one(re
     repo.new()
     shutil.rmtree(repo.path())
     for args in (["read", "x"], ["write", "x"], ["write", "a/x"], ["edit", "x", "--old", "a", "--new", "b"]):
-        refused(repo.cli(*args, stdin=b"data"), 1, words="directory of main is not on box")
+        refused(repo.cli(*args, stdin=b"data"), 1, "directory of main is not on box")
     refused(repo.cli("exec", "--detach", "--", "true"), 125)
     assert not repo.path().exists()
 
@@ -5808,41 +5743,31 @@ def test_a_path_that_ends_in_a_slash_makes_no_file_and_no_directory(talker, area
     assert [p.name for p in area.dir.iterdir()] == ["file"] and (area.dir / "file").read_bytes() == b"old"
 
 
-def test_permissions_are_said_and_kept(ordinary):
-    here = ordinary.path()
-    (here / "closed").write_bytes(b"old")
-    (here / "readonly").write_bytes(b"old")
-    (here / "shut").mkdir()
-    (here / "shut" / "in").write_bytes(b"old")
-    (here / "closed").chmod(0)
-    (here / "readonly").chmod(0o444)
-    (here / "shut").chmod(0o555)
-    edit = {"edits": [{"old": "old", "new": "new"}]}
+def test_permissions_are_said_in_plain_words_and_kept(ordinary):
+    here, edit = ordinary.path(), {"edits": [{"old": "old", "new": "new"}]}
+    do(ordinary, "mkdir -p closed/sub shut; for f in unread readonly shut/in; do printf old >$f; done; chmod 0 closed unread; chmod 444 readonly; chmod 555 shut")
     with open_agent(ordinary) as talker:
-        assert "may not" in talker.refusal("read", path="closed")
-        assert "may not" in talker.refusal("write", path="closed", content="x")
-        assert "may not" in talker.refusal("edit", path="closed", **edit)
-        assert talker("read", path="readonly")["content"] == "old"
-        assert "may not" in talker.refusal("write", path="readonly", content="x")
-        assert "may not" in talker.refusal("edit", path="readonly", **edit)
-        for path in ("shut/in", "shut/fresh", "shut/more/fresh"):
-            assert talker.refusal("write", path=path, content="x")
-        assert talker.refusal("edit", path="shut/in", **edit)
-        assert os.listdir(here / "shut") == ["in"] and (here / "shut" / "in").read_bytes() == b"old"
-        assert (here / "readonly").read_bytes() == b"old" and stat.S_IMODE((here / "readonly").stat().st_mode) == 0o444
-        assert talker("grep", pattern="old")["matches"] != []
+        for tool, more, paths in (("read", {}, "unread"), ("edit", edit, "unread readonly shut/in"),
+                                  ("write", {"content": "x"}, "unread readonly shut/in shut/fresh shut/more/fresh closed/f closed/sub/f closed/new/f")):
+            for path in paths.split():
+                said = talker.refusal(tool, path=path, **more)
+                assert re.search("may not be read or written|Permission denied", said) and not re.search(r"sh: |\d: |\.tmp|cd:", said), said
+        assert talker("read", path="readonly")["content"] == "old" and talker("grep", pattern="old")["matches"] != []
+    refused(ordinary.cli("write", "shut/fresh", stdin=b"data"), 1)
+    assert os.listdir(here / "shut") == ["in"] and {(here / path).read_bytes() for path in ("shut/in", "readonly", "unread")} == {b"old"}
+    assert mode_of(here / "readonly") == 0o444
 
 
-@each("mode", [0o755, 0o600, 0o640, 0o777, 0o4755, 0o400 | 0o200])
+@each("mode", [0o755, 0o640, 0o4755])
 def test_write_and_edit_keep_the_mode_and_follow_links(talker, area, mode):
     real = area.put("sub/real", b"old\n", mode)
     (area.dir / "first").symlink_to("second")
     (area.dir / "second").symlink_to("sub/third")
     (area.dir / "sub/third").symlink_to(str(real))
     talker("write", path=area.p("first"), content="written\n")
-    assert real.read_bytes() == b"written\n" and stat.S_IMODE(real.stat().st_mode) == mode
+    assert real.read_bytes() == b"written\n" and mode_of(real) == mode
     talker("edit", path=area.p("second"), edits=[{"old": "written", "new": "edited"}])
-    assert real.read_bytes() == b"edited\n" and stat.S_IMODE(real.stat().st_mode) == mode
+    assert real.read_bytes() == b"edited\n" and mode_of(real) == mode
     assert [os.readlink(area.dir / n) for n in ("first", "second", "sub/third")] == ["second", "sub/third", str(real)]
 
 
@@ -5857,7 +5782,7 @@ def test_new_files_get_the_hosts_own_mode_and_parents_too(talker, area):
     talker("exec", command=f"mkdir -p {area.p('by-hand')}; : > {area.p('by-hand/x')}")
     talker("write", path=area.p("by-tool/x"), content="")
     for name in ("", "/x"):
-        assert stat.S_IMODE((area.dir / f"by-tool{name}").stat().st_mode) == stat.S_IMODE((area.dir / f"by-hand{name}").stat().st_mode)
+        assert mode_of(area.dir / f"by-tool{name}") == mode_of(area.dir / f"by-hand{name}")
 
 
 LINES = b"one\r\ntwo\n\n\xff\xfe four\x0bstill\x0cfour\nfive\rstill five\nsix without end"
@@ -5874,13 +5799,14 @@ def test_read_by_lines_splits_at_newlines_only(talker, area, size, offset, limit
     expected = b"".join(re.findall(rb"[^\n]*\n|[^\n]+\Z", data)[offset - 1: offset - 1 + limit if limit else None])
     read = talker("read", path=area.p("lines"), offset=offset, limit=limit)
     assert content(read) == expected and read["size"] == len(data)
-    assert read["sha256"] == hashlib.sha256(data).hexdigest()
+    assert read["sha256"] == digest(data)
 
 
 def test_read_is_bounded_and_says_so(talker, area):
     with open(area.dir / "huge", "wb") as file:
         file.truncate(3 << 30)
     assert "larger than" in talker.refusal("read", path=area.p("huge"))
+    assert f"cp main:{area.p('huge')} ." in talker.answer(talker.post("read", {"path": area.p("huge")}))["error"]["hint"]
     assert "larger than" in talker.refusal("edit", path=area.p("huge"), edits=[{"old": "a", "new": "b"}])
     assert talker("read", path="README", offset=10 ** 12)["content"] == ""
 
@@ -5900,23 +5826,10 @@ def test_read_of_a_file_that_grows_is_consistent(talker, area):
         for _ in range(20):
             read = talker("read", path=area.p("log"))
             data = content(read)
-            assert len(data) == read["size"] and hashlib.sha256(data).hexdigest() == read["sha256"]
+            assert len(data) == read["size"] and digest(data) == read["sha256"]
     finally:
         stop.set()
         thread.join()
-
-
-class StallAfter(dict):
-    """In the place of Line.cut: the line stalls by itself once so many bytes went up."""
-
-    def __init__(self, line, size):
-        super().__init__(up=None, down=None)
-        self.line, self.at = line, line.up + size
-
-    def __getitem__(self, way):
-        if way == "up" and self.line.up > self.at:
-            self.line.stall()
-        return None
 
 
 @each("how", ["client killed", "line cut", "client interrupted"])
@@ -5929,7 +5842,7 @@ def test_a_write_of_8_mb_stopped_half_way_changes_nothing(repo, how, exists, sit
     if exists:
         (where / "big").write_bytes(old)
         (where / "big").chmod(0o640)
-    line.cut = StallAfter(line, 4 << 20)
+    line.trap = ("up", 4 << 20, line.stall)
     child = repo.start("write", "d/big", stdin=PIPE)
     feeder = threading.Thread(target=child.communicate, args=(os.urandom(8 << 20),))
     feeder.start()
@@ -5940,13 +5853,12 @@ def test_a_write_of_8_mb_stopped_half_way_changes_nothing(repo, how, exists, sit
         line.drop()
     else:
         kill(child.pid, signal.SIGKILL if how == "client killed" else signal.SIGINT)
-    line.cut = {"up": None, "down": None}
     line.go_on()
     feeder.join(60)
     assert child.returncode == {"client killed": -9, "line cut": 255, "client interrupted": 130}[how]
     until(lambda: [p.name for p in where.iterdir()] == (["big"] if exists else []), "no temporary file is left")
     if exists:
-        assert (where / "big").read_bytes() == old and stat.S_IMODE((where / "big").stat().st_mode) == 0o640
+        assert (where / "big").read_bytes() == old and mode_of(where / "big") == 0o640
     new = os.urandom(1 << 20)
     repo.ok("write", "d/big", stdin=new)
     assert (where / "big").read_bytes() == new
@@ -5972,8 +5884,7 @@ def test_a_reader_sees_the_old_or_the_new_file_and_nothing_else(talker, area):
 
 def test_a_full_disk_keeps_the_old_file(site):
     """The host's limit on file size stands for the disk."""
-    login = site.script("small-files", 'ulimit -f 600\ntrap "" XFSZ\nexec sh -c "$SSH_ORIGINAL_COMMAND"')
-    site.inetd("full", f"ForceCommand {login}")
+    site.inetd("full", site.first('ulimit -f 600\ntrap "" XFSZ'))
     repo = Repo(site)
     repo.new(host="full")
     (repo.path() / "f").write_bytes(b"old")
@@ -5982,7 +5893,7 @@ def test_a_full_disk_keeps_the_old_file(site):
 
 
 def test_a_host_with_only_posix_utilities_has_every_tool(site):
-    site.inetd("bare", shell="busybox", env={"PATH": minimal_path(site)})
+    small_host(site)
     repo = Repo(site, odd=True)
     with open_agent(repo, "-H", "bare") as talker:
         assert talker("write", path="a/new\nfile", content_base64=b64(BINARY))["created"] is True
@@ -5996,11 +5907,11 @@ def test_a_host_with_only_posix_utilities_has_every_tool(site):
         job = talker("exec", command="echo hi; exit 7", background=True)["job"]
         assert talker("wait", job=job, timeout=15)["exit_code"] == 7
         assert talker("logs", job=job)["output"] == "hi\n"
-        nap = unique()
-        sleeper = talker("exec", command=f"sleep {nap} & sleep {nap}", background=True)["job"]
-        until(lambda: len(running(f"sleep {nap}")) >= 2, "it sleeps")
+        nap = Nap()
+        sleeper = talker("exec", command=f"{nap} & {nap}", background=True)["job"]
+        nap.runs(2)
         assert talker("stop", job=sleeper)["stopped"] == "confirmed"
-        gone(f"sleep {nap}")
+        nap.gone()
         assert talker("jobs")["jobs"][0]["job"] == job
 
 
@@ -6019,13 +5930,21 @@ def test_a_host_with_only_posix_utilities_has_every_tool(site):
     (b"tail", [("tail", "tail\n", None)], b"tail\n"),
     (b"aaaa", [("aa", "b", 2)], b"bb"),
     (b"\tindent\n", [("\tindent", "    indent", None)], b"    indent\n"),
+    (b"a\nb\nc\nd\ne\nf\ng\nh\n", [("d", "D", None)], b"a\nb\nc\nD\ne\nf\ng\nh\n"),
+    (b"a\nb", [("b", "B", None)], b"a\nB"),
+    *((b"a%sb\nc\n" % end, [("c", "C", None)], b"a%sb\nC\n" % end) for end in (b"\x0c", b"\r", "\u2028".encode())),
+    (b"one\r\ntwo\r\n", [("two", "2", None)], b"one\r\n2\r\n"),
 ])
 def test_edit_replaces_exactly(talker, area, before, edits, after):
     file = area.put("f", before)
     asked = [dict({"old": old, "new": new}, **({"count": count} if count else {})) for old, new, count in edits]
     told = talker("edit", path=area.p("f"), edits=asked)
-    assert file.read_bytes() == after and told["sha256"] == hashlib.sha256(after).hexdigest()
+    assert file.read_bytes() == after and told["sha256"] == digest(after)
     assert told["diff"].startswith(f"--- a/{area.p('f')}\n+++ b/{area.p('f')}\n@@ ")
+    if b"\xff" not in before:
+        file.write_bytes(before)
+        subprocess.run(["git", "apply", "--whitespace=nowarn", "-"], cwd=area.workspace, input=told["diff"].encode(), check=True)
+        assert file.read_bytes() == after
 
 
 @each("edits, words", [
@@ -6038,7 +5957,7 @@ def test_edit_replaces_exactly(talker, area, before, edits, after):
     ([{"old": "only", "new": "only"}], ["same"]),
     ([], ["edits"]), ([{"old": "only"}], []), ([{"new": "y"}], []), ([{"old": 1, "new": "y"}], []), (["only"], []), ([{"old": "only", "new": "y", "x": 1}], []),
     ([{"old": "only", "new": "y", "count": 0}], []), ([{"old": "only", "new": "y", "count": -1}], []), ([{"old": "only", "new": "y", "count": "1"}], []),
-    ([{"old": "only", "new": "\ud800"}], []), ("only", []), ({"old": "only", "new": "y"}, []),
+    ([{"old": "only", "new": "\ud800"}], []),
 ], ids=ascii)
 def test_edit_refuses_and_changes_nothing(talker, area, edits, words):
     file = area.put("f", b"x only\nx\n\nx\n")
@@ -6059,29 +5978,15 @@ def test_edit_of_a_version_that_is_no_more_is_refused(talker, area):
     talker.refusal("edit", path=area.p("f"), edits=[{"old": "three", "new": "four"}], sha256="not a digest")
 
 
-@each("before, old, new", [
-    (b"a\nb\nc\nd\ne\nf\ng\nh\n", "d", "D"), (b"a\nb", "b", "B"), (b"a\nb", "b", "b\n"), (b"a\x0cb\nc\n", "c", "C"), ("a\u2028b\nc\n".encode(), "c", "C"), (b"a\rb\nc\n", "c", "C"),
-    (b"one\r\ntwo\r\n", "two", "2")])
-def test_the_diff_of_an_edit_applies(talker, area, before, old, new):
-    file = area.put("f", before)
-    diff = talker("edit", path=area.p("f"), edits=[{"old": old, "new": new}])["diff"]
-    after = file.read_bytes()
-    file.write_bytes(before)
-    applied = subprocess.run(["git", "apply", "--whitespace=nowarn", "-"], cwd=area.workspace, input=diff.encode(), stderr=PIPE, check=False)
-    assert applied.returncode == 0 and file.read_bytes() == after, (applied.stderr, diff)
-
-
 def test_edit_on_the_command_line(shared, area):
     file = area.put("f", b"x = 1\ny = 1\n")
     done = shared.ok("edit", area.p("f"), "--old", "x = 1", "--new", "x = 2")
     assert b"-x = 1\n+x = 2\n" in done.out and file.read_bytes() == b"x = 2\ny = 1\n"
     told = shared.cli("edit", area.p("f"), "--json", stdin=b'{"edits": [{"old": "x = 2", "new": "x = 3"}, {"old": "y", "new": "z"}]}').json
-    assert file.read_bytes() == b"x = 3\nz = 1\n" and told["sha256"] == hashlib.sha256(b"x = 3\nz = 1\n").hexdigest()
-    refused(shared.cli("edit", area.p("f"), "--old", " = ", "--new", ""), 1, words="2 times")
+    assert file.read_bytes() == b"x = 3\nz = 1\n" and told["sha256"] == digest(b"x = 3\nz = 1\n")
+    refused(shared.cli("edit", area.p("f"), "--old", " = ", "--new", ""), 1, "2 times")
     for bad in (b"", b"[]", b"5", b"null", b'"x"', b"{}", b"\xff", b'{"edits": 1}', b'{"edits": [{"old": "x", "new": "y"}], "more": 1}', b"[" * 100_000):
         refused(shared.cli("edit", area.p("f"), stdin=bad), 2)
-    for args in (["--old", "x"], ["--new", "x"], ["--old", "x", "--new", "y", "--count", "0"], ["--old", "x", "--new", "y", "--count", "two"]):
-        refused(shared.cli("edit", area.p("f"), *args), 2)
     area.put("other", b"x = 3\n")
     shared.cli("edit", area.p("f"), stdin=json.dumps({"path": area.p("other"), "edits": [{"old": "x = 3", "new": "gone"}]}).encode())
     assert (area.dir / "other").read_bytes() == b"x = 3\n", "the path of the command line counts"
@@ -6100,13 +6005,11 @@ def test_edits_from_16_processes_on_one_file_are_all_kept(shared, area):
 
 
 @slow
-@each("spelling", ["plain", "every way"])
-def test_edits_at_once_are_kept_however_the_file_is_named(talker, area, spelling):
+def test_edits_at_once_are_kept_however_the_file_is_named(talker, area):
     file = area.put("sub/list", b"begin\nend\n")
     (area.dir / "link").symlink_to("sub/list")
     (area.dir / "way").symlink_to("sub")
-    names = [area.p("sub/list")] if spelling == "plain" else [
-        area.p("sub/list"), f"./{area.p('sub/list')}", area.p("sub/../sub/list"), area.p("way/list"), area.p("link"), str(file), area.p("sub//list"), area.p("sub/./list")]
+    names = [area.p("sub/list"), f"./{area.p('sub/list')}", area.p("sub/../sub/list"), area.p("way/list"), area.p("link"), str(file), area.p("sub//list"), area.p("sub/./list")]
     answers = talker.all([("edit", {"path": names[n % len(names)], "edits": [{"old": "end\n", "new": f"line {n}\nend\n"}]}) for n in range(48)], 120)
     kept = file.read_bytes().decode().split("\n")[1:-2]
     assert sorted(kept) == sorted(f"line {n}" for n, answer in enumerate(answers) if answer["ok"])
@@ -6117,6 +6020,170 @@ def test_writes_at_once_leave_one_of_them_whole(talker, area):
     datas = [bytes([65 + n]) * 200_000 for n in range(12)]
     answers = talker.all([("write", {"path": area.p("f"), "content_base64": b64(data)}) for data in datas])
     assert all(a["ok"] for a in answers) and (area.dir / "f").read_bytes() in datas
+
+
+# === cp, new --from ===
+
+
+def copied(repo, *words, code=0):
+    """What a cp left out."""
+    done = repo.cli("cp", *map(str, words))
+    assert done.code == code, done
+    return sorted(row.split(" (")[0] for row in re.findall(r"left out: (.*)", done.said))
+
+
+def modes(folder):
+    return {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if not path.is_symlink()}
+
+
+@each("tools", [None, "", "busybox"])
+def test_cp_brings_files_and_directories_both_ways(site, tools):
+    repo, near = Repo(site), site.dir / "near"
+    repo.new(host="box" if tools is None else bare_host(site, tools))
+    far = repo.path() / "d"
+    near.mkdir()
+    for name in ("a", "sub/run", "sub/deep/new\nline", "-n", "y" * 200, "\u00e9 \u65e5", "empty", ".gitignore"):
+        repo.write(f"d/{name}", name.encode() * 1000 * (name != "empty"), 0o4775 if "run" in name else 0o600)
+    (repo.dir / "d/sub/link").symlink_to("../a")
+    tree = tree_of(repo.dir / "d")
+    (repo.dir / "d/sub/.git").mkdir()
+    (repo.dir / "d/out").symlink_to("../src/main.c")
+    os.mkfifo(repo.dir / "d/pipe")
+    assert copied(repo, "d", ":") == ["out", "pipe", "sub/.git"]
+    assert tree_of(far) == tree and modes(far) == {0o644, 0o755}
+    (far / "abs").symlink_to("/etc/passwd")
+    for name in ("git~1", "\x1b[31m", "a\xad"):
+        (far / name).write_bytes(b"x")
+    (far / "sub/.git").mkdir()
+    os.mkfifo(far / "sub/pipe")
+    for source, target, where in (("main:d", near / "new", "new"), (":d", near / "new", "new/d"), (f":{far}", near, "d")):
+        left = copied(repo, source, target)
+        assert left == ["./sub/.git", "./sub/pipe", "^[[31m", "abs", "a\xad", "git~1"], left
+        assert tree_of(near / where) == tree and modes(near) == {0o644, 0o755}
+    (far / "first").symlink_to("a")
+    assert copied(repo, ":d/first", near / "one") == copied(repo, near / "one", ":made/sub/") == copied(repo, near / "one", ":made/two") == []
+    assert {(far.parent / path).read_bytes() for path in ("made/sub/one", "made/two")} == {(near / "one").read_bytes()} == {b"a" * 1000}
+    assert set(os.listdir(near)) == {"new", "d", "one"} and not list(site.remote.glob("*/cmux/.cmux/stage/*"))
+
+
+def test_cp_replaces_only_with_force_and_follows_no_link_of_this_machine(repo, site):
+    repo.new()
+    far, near = repo.path(), repo.dir
+    (site.dir / "elsewhere").mkdir()
+    (near / "link").symlink_to(site.dir / "elsewhere")
+    (near / "file").write_bytes(b"mine")
+    (near / "there").mkdir()
+    (near / "there/src").symlink_to(site.dir / "elsewhere")
+    before = untouched(repo)
+    for words, said in ((":README file", "--force"), (":README link", "elsewhere"), (":README link/x", "elsewhere"), ("--force :README link", "elsewhere"), (":src there", "--force"),
+                        (":README .git/hooks/post-checkout", "git"), (":README none/x", "No such file"), (":nowhere x", "no file"), (":.git/HEAD/x x", "no file"),
+                        ("README :", "exists already"), ("README :../x", "not in the workspace"), ("README :/etc/x", "not in the workspace"), ("nowhere :", "No such file"),
+                        ("README x", "NAME:PATH"), (":a :b", "NAME:PATH"), ("README none:x", "no workspace"), ("-w main main:README x", "More than one"), (f"{site.state} :", "this program's own")):
+        refused(repo.cli("cp", *words.split()), 1 if re.search("no (file|work)|exists already$", said) else 2, words=said)
+    assert untouched(repo) == before and os.listdir(site.dir / "elsewhere") == []
+    os.chmod(near / "file", 0o600)
+    for words in (":README file", ":src file", ":README file", ":src there"):
+        assert copied(repo, "--force", *words.split()) == []
+    assert (near / "file/README").read_bytes() == b"hello\n" and tree_of(near / "there/src") == tree_of(far / "src")
+    (near / "there/src/.git").mkdir()
+    refused(repo.cli("cp", "--force", ":src", "there"), 2, words="git repository")
+    assert copied(repo, "--force", "src/main.c", ":README") == copied(repo, "--force", "file", ":src/main.c") == []
+    assert (far / "README").read_bytes() == b"int main;\n" and tree_of(far / "src/main.c") == tree_of(near / "file")
+
+
+LIES = {  # what a host says of a copy; those that may come, last
+    "nothing": b"", "no head": b"x\n", "another": b"git 0 " + b"1" * 40 + b"\n",
+    **{f"path {path!r}": [b"all\n", *files(b"M 100644 :1 " + path)] for path in EVIL},
+    "twice": [b"all\n", *files(b"M 100644 :1 a", b"M 100644 :1 a")], "a file and below it": [b"all\n", *files(b"M 100644 :1 a", b"M 100644 :2 a/b", contents=[b"1", b"2"])],
+    "through a link": [b"all\n", *files(b"M 120000 :1 a", b"M 100644 :2 a/b", contents=[b"c", b"2"])], "one content for two": [b"all\n", *files(b"M 100644 :1 a", b"M 100644 :1 b")],
+    "two for one": [b"file\n", *files(b"M 100644 :1 it", b"M 100644 :2 it/x", contents=[b"1", b"2"])], "a link for a file": [b"file\n", *files(b"M 120000 :1 it")],
+    "a directory for a file": [b"file\n", *files(b"M 100644 :1 it/x")], "another for a file": [b"file\n", *files(b"M 100644 :1 x")],
+    "a length too short": [b"all\n", *files(b"M 100644 :1 a")[:2], b"1 blob 1\nxx\n"], "too long": [b"all\n", *files(b"M 100644 :1 a")[:2], b"1 blob 9\nxx\n"],
+    "a terabyte": [b"all\n", *files(b"M 100644 :1 a")[:2], b"1 blob 1099511627776\nxx\n"], "a content too many": [b"all\n", *files(contents=[b"x"])],
+    "too deep": [b"all\n", *files(*(b"M 100644 :1 %d/" % n + b"a/" * 60 + b"x" for n in range(17000)))],
+    "left out": [b"note " + b"x" * 5000 + b"\n" + b"note \x1b[31m\n" * 50 + b"all\n", *files(b"M 100644 :1 good", b"M 120000 :2 up", *(b"M 100644 :%d " % (n + 3) + path for n, path in enumerate(ODD)),
+                                                                                                contents=[b"x", b"../../x", *(b"x" for _ in ODD)])],
+}
+
+
+@promise(3)
+def test_no_lie_of_a_host_gets_a_copy_out_of_its_place(site):
+    liar = Liar(site)
+    said = [b"".join([lie[0], b"\n", lie[2], lie[3], b"\n"]).decode("latin-1") if isinstance(lie, list) else lie.decode() for lie in LIES.values()]
+    names = liar.lies(*map(says, said), BEGUN + [("flood", 1, "note x\n")], BEGUN + [("say", 1, "all\n\n"), ("flood", 1, "1\0")], BEGUN + [("say", 1, said[-1][:-20]), ("exit", 0, 255)],
+                      BEGUN + [("say", 1, said[-1][:-20]), ("wait", 0, 60)], says(said[-1] + "x"), says("", "no", 32), says(said[-1], "bad", 3))
+    before = untouched(liar.repo)
+    told = json.loads(in_library(liar.repo, """
+import json, os
+project = cmux_ssh.Project(".")
+cmux_ssh.CALL_PATIENCE = 3
+def copy(name):
+    try:
+        return project.workspace(name).download("x", "got-" + name)["notes"]
+    except cmux_ssh.CmuxError as error:
+        return str(error)
+with ThreadPoolExecutor(8) as pool:
+    print(json.dumps(list(pool.map(copy, sys.argv[1:]))))
+""", *names, seconds=120))
+    good = list(LIES).index("left out")
+    assert [text for at, text in enumerate(told) if at != good and (isinstance(text, list) or len(text) > 1000 or not text.isprintable())] == []
+    assert len(told[good]) == 41 and all(note.isprintable() for note in told[good]), told[good]
+    assert tree_of(liar.repo.dir / f"got-lie-{good}") == {b"good": ("file", b"x")}
+    shutil.rmtree(liar.repo.dir / f"got-lie-{good}")
+    assert untouched(liar.repo) == before
+
+
+@each("way", ["up", "down"])
+@promise(7)
+def test_a_cp_killed_at_any_instant_leaves_nothing_half(repo, site, way):
+    repo.new()
+    for n in range(300):
+        repo.write(f"tree/{n}/x", os.urandom(3000))
+    tree, rng = tree_of(repo.dir / "tree"), random.Random(7)
+    if way == "down":
+        assert copied(repo, "tree", ":") == []
+    target, words = (repo.path() / "up", ("tree", ":up")) if way == "up" else (repo.dir / "down", (":tree", "down"))
+    began = time.monotonic()
+    assert copied(repo, *words) == []
+    took = time.monotonic() - began
+    for at in range(8):
+        if at < 5:
+            shutil.rmtree(target, ignore_errors=True)
+        child = repo.start("cp", *words)
+        time.sleep(rng.random() * took)
+        killed(child)
+        until(lambda: not list(site.remote.glob("*/cmux/.cmux/stage/*")), "the host has cleared up")
+        assert not target.exists() or tree_of(target) in (tree, {**tree, **{b"tree/" + path: row for path, row in tree.items()}})
+
+
+@each("host", ["box", "nogit"])
+def test_new_from_a_workspace_has_what_is_ignored_there_before_the_hook_runs(site, host):
+    repo = Repo(site, files={".gitignore": b"node_modules/\n*.o\n/cache\n/late\n"})
+    repo.new(host=place_of(site, host))
+    here = repo.path()
+    for path in ("node_modules/p/i.js", "x.o", "src/y.o", "gone/z.o", "it's \u00e9.o", "cache", "plain", "src/main.c", "late"):
+        (here / path).parent.mkdir(parents=True, exist_ok=True)
+        (here / path).write_bytes(b"far")
+    (here / "node_modules/link").symlink_to("p")
+    repo.write(".cmux/init", b"#!/bin/sh\nls node_modules/p src >seen.o\n", 0o755)
+    repo.write(".gitignore", b"node_modules/\n*.o\n/cache\n")
+    repo.write("cache", b"near")
+    repo.git("add", "-f", "cache")
+    (repo.dir / "gone").symlink_to("/tmp")
+    repo.commit()
+    made = repo.cli("new", "two", "--from", "main")
+    if host == "nogit":
+        return refused(made, 1, words="only git knows")
+    assert made.code == 0, made
+    tree = repo.tree()
+    assert tree_of(repo.path("two")) == {**tree, b"node_modules/p/i.js": ("file", b"far"), b"node_modules/link": ("link", b"p"), b"x.o": ("file", b"far"), b"src/y.o": ("file", b"far"),
+                                         "it's \u00e9.o".encode(): ("file", b"far"), b"seen.o": ("file", b"node_modules/p:\ni.js\n\nsrc:\nmain.c\ny.o\n")}
+    assert "Nothing new" in repo.ok("pull", "two").text and not os.path.exists("/tmp/z.o")
+    refused(repo.cli("new", "three", "-H", "other", "--from", "main"), 2, words="is on box")
+    refused(repo.cli("new", "three", "--from", "none"), 1, words="no workspace")
+    with open_mcp(repo, "--manage") as client:
+        assert "three" in client("workspace_new", name="three", source="main")
+    assert (repo.path("three") / "x.o").read_bytes() == b"far"
 
 
 # === glob and grep ===
@@ -6158,8 +6225,8 @@ TREE = {"a.py": b"", "b.txt": b"", "[x].py": b"", "src/a.py": b"", "src/b.py": b
     ("**", [n for n in TREE if ".git" not in n]),
     ("src/*", ["src/a.py", "src/b.py"]), ("src/**", ["src/a.py", "src/b.py", "src/deep/d.txt", "src/deep/er/c.py"]),
     ("src/**/c.py", ["src/deep/er/c.py"]), ("src/**/a.py", ["src/a.py"]), ("**/er/*", ["src/deep/er/c.py"]),
-    ("?.py", ["a.py", "日本.py"][:1]), ("[ab].*", ["a.py", "b.txt"]), ("[!a].*", ["b.txt"]), ("[^a].txt", ["b.txt"]), ("src/[!a].py", ["src/b.py"]), ("[a-c].txt", ["b.txt"]),
-    ("[[]x].py", ["[x].py"]), ("na?ve.py", ["naïve.py"]), ("??.py", ["日本.py"]), ("na[ïi]ve.py", ["naïve.py"]), ("日*.py", ["日本.py"]),
+    ("?.py", ["a.py"]),
+    ("[[]x].py", ["[x].py"]), ("na?ve.py", ["naïve.py"]), ("na[ïi]ve.py", ["naïve.py"]),
     ("a b/*", ["a b/c d.py"]), ("./src/*.py", ["src/a.py", "src/b.py"]), (".*", [".dot"]), ("*x*y*", ["[x].py", "x\ny.py"]), ("[b]ack?slash.py", ["back\\slash.py"]),
     ("src", []), ("nothing*", []), ("src?a.py", []), ("src[/]a.py", []), ("**/.git/**", []), ("-name", []), ("{a,b}.py", ["a.py"]), ("**/{a,[bc]}.{py,txt}", ["a.py", "b.txt", "src/a.py", "src/b.py", "src/deep/er/c.py"]),
     ("src/{a,{b,deep/er/c}}.py", ["src/a.py", "src/b.py", "src/deep/er/c.py"]), ("src/deep/", ["src/deep/d.txt", "src/deep/er/c.py"]), ("src//./*.py", ["src/a.py", "src/b.py"]),
@@ -6250,13 +6317,15 @@ def test_impossible_arguments_are_refused(talker):
     job = start_job(talker, "echo hi")
     assert talker("wait", job=job, timeout=15)["exit_code"] == 0, "the workspace has had jobs"
     for tool, rows in {
-            "read": [{"path": "README", **bad} for bad in ({"offset": 0}, {"offset": -1}, {"limit": -1}, {"offset": 1.5}, {"offset": "1"}, {"limit": True})],
-            "glob": [{"pattern": ""}, {"pattern": 5}, {"pattern": "*", "limit": -1}, {"pattern": "*", "limit": "x"}, {"pattern": "a\0b"}, {"pattern": "[z-a]"}, {"pattern": "\ud800"}],
+            "read": [{"path": "README", **bad} for bad in ({"offset": 0}, {"offset": -1}, {"limit": -1})],
+            "glob": [{"pattern": ""}, {"pattern": "*", "limit": -1}, {"pattern": "a\0b"}, {"pattern": "[z-a]"}, {"pattern": "\ud800"}],
             "grep": [{"pattern": "("}, {"pattern": "[a"}, {"pattern": "a{2,1}"}, {"pattern": ""}, {"pattern": "a\nb"}, {"pattern": "a\0b"}, {"pattern": "a", "limit": -1},
-                     {"pattern": "a", "glob": "[z-a]"}, {"pattern": "a", "ignore_case": 1}, {"pattern": "\ud800"}],
-            "logs": [{"job": job, **bad} for bad in ({"offset": -1}, {"offset": 10 ** 30}, {"wait": -1}, {"wait": "x"}, {"offset": 1.5})]}.items():
+                     {"pattern": "a", "glob": "[z-a]"}, {"pattern": "\ud800"}],
+            "logs": [{"job": job, **bad} for bad in ({"offset": -1}, {"offset": 10 ** 30}, {"wait": -1})],
+            "exec": [{"command": "true", "background": True, **bad} for bad in ({"cwd": "no/such"}, {"stdin": "x"}, {"timeout": 5})]}.items():
         for arguments in rows:
             talker.refusal(tool, **arguments)
+    assert [row["job"] for row in talker("jobs")["jobs"]][-1] == job, "none was started"
     for unknown in ("j00000000", "", "x", "../../etc", "j0000000g", "j000000000", "-f", "j0000000\n", "*", "."):
         assert all("job" in talker.refusal(tool, job=unknown) for tool in ("logs", "wait", "stop")), unknown
 
@@ -6325,22 +6394,15 @@ exec {program("setsid", "util-linux")} -f sh -c 'sleep 2.5; exec "$@"' sh "$@";;
 
 
 def test_jobs_of_a_busybox_host_run_and_hold_up_rm(site):
-    repo, folder, nap = Repo(site), site.dir / "busy-bin", unique()
-    folder.mkdir()
-    applets = subprocess.run([program("busybox", "busybox"), "--list"], stdout=PIPE, check=True).stdout.decode().split()
-    for name in applets:
-        (folder / name).symlink_to(program("busybox"))
-    for name in ("cksum", "git"):
-        if not (folder / name).exists():
-            (folder / name).symlink_to(program(name))
-    site.inetd("busy", env={"PATH": str(folder)})
-    job = repo.cli("exec", "-H", "busy", "--detach", "--", f"echo begun; sleep {nap}; exit 7").text.strip()
+    repo, nap = Repo(site), Nap()
+    site.inetd("busy", env={"PATH": posix_tools(site.dir / "busy", "git", "setsid", "stat", "timeout")})
+    job = repo.job(f"echo begun; {nap}; exit 7", host="busy")
     rows = repo.cli("jobs", "--json").json
     assert [row["state"] for row in rows if row["job"] == job] == ["running"], rows
-    refused(repo.cli("rm", "main"), 1, words="a job that runs")
-    refused(repo.cli("grep", "("), 1, words="pattern")
+    refused(repo.cli("rm", "main"), 1, "a job that runs")
+    refused(repo.cli("grep", "("), 1, "pattern")
     repo.ok("stop", job)
-    gone(f"sleep {nap}")
+    nap.gone()
     repo.ok("rm", "main")
 
 
@@ -6350,20 +6412,8 @@ def test_a_detached_head_works(repo):
     assert (ran.code, ran.out) == (0, b"hello\n"), ran
 
 
-def test_the_library_refuses_a_job_that_is_none(repo):
-    assert in_library(repo, """
-workspace = cmux_ssh.Project(".").ensure("main", "box")
-for call in (workspace.wait, workspace.logs, workspace.stop):
-    for job in (None, "", 3, "x"):
-        try:
-            print(call(job))
-        except cmux_ssh.UsageError as error:
-            assert "is not a job" in str(error), error
-""") == ""
-
-
 def test_a_job_that_runs_is_told_though_the_state_takes_no_more(repo, site):
-    assert repo.exec("true").code == 0
+    repo.new()
     (lock,) = site.state.glob("projects/*.json.lock")
     lock.unlink()
     lock.mkdir()
@@ -6409,14 +6459,6 @@ def test_a_job_gets_what_exec_gets_and_keeps_both_streams(talker, workspace, are
     assert talker("wait", job=signals, timeout=15)["exit_code"] == 5, "a job may catch SIGINT: it is not ignored from the start"
 
 
-def test_a_missing_directory_is_no_job(talker):
-    before = talker("jobs")["jobs"]
-    assert "directory" in talker.refusal("exec", command="true", background=True, cwd="no/such")
-    talker.refusal("exec", command="true", background=True, stdin="x")
-    talker.refusal("exec", command="true", background=True, timeout=5)
-    assert talker("jobs")["jobs"] == before
-
-
 def test_jobs_are_listed_with_what_they_are(shared, talker, area):
     first = start_job(talker, f": {area.name}; printf 12345; exit 3")
     talker("wait", job=first, timeout=15)
@@ -6430,8 +6472,7 @@ def test_jobs_are_listed_with_what_they_are(shared, talker, area):
     assert {row["job"] for row in shared.cli("jobs", "--json").json} == set(rows)
     began = time.monotonic()
     assert talker("wait", job=second, timeout=0.5)["state"] == "running" and time.monotonic() - began < 5
-    ended = [json.loads(line) for line in shared.cli("logs", "-f", "--json", first).text.splitlines()]
-    assert ended == [{"output": "12345"}, {"state": "exited", "exit_code": 3}]
+    assert shared.cli("logs", "-f", "--json", first).rows == [{"output": "12345"}, {"state": "exited", "exit_code": 3}]
     quick = shared.cli("wait", second, "--timeout", "0.2")
     assert quick.code == 124 and quick.said
     area.put("go", b"")
@@ -6458,7 +6499,7 @@ def test_logs_waits_for_more_and_no_longer(talker, area):
 def test_a_job_survives_the_client_and_the_masters(repo, site):
     gate = "while [ ! -e go ]; do sleep 0.05; done"
     child = repo.start("exec", "-H", "box", "--detach", "--", f"echo on; {gate}; echo off; exit 6")
-    job = child.communicate(timeout=60)[0].decode().strip()
+    job = child.communicate()[0].decode().strip()
     assert child.returncode == 0 and re.match(r"j[0-9a-f]{8}\Z", job)
     waiter = repo.start("wait", job)
     for master in until(site.masters, "there is a master"):
@@ -6475,17 +6516,17 @@ def test_a_job_survives_the_client_and_the_masters(repo, site):
     assert repo.cli("logs", "-f", job).out == b"on\noff\n"
 
 
-@each("command", ["sleep {n} & sleep {n}", pytest.param("trap '' TERM INT HUP; sleep {n} & sleep {n}; sleep {n}", marks=slow), "setsid sleep {n} & (setsid sleep {n} &) ; sleep {n}",
-                                     "bash -c 'set -m; sleep {n} & disown; sleep {n}'"])
+@each("command", ["{n} & {n}", pytest.param("trap '' TERM INT HUP; {n} & {n}; {n}", marks=slow), "setsid {n} & (setsid {n} &) ; {n}",
+      "bash -c 'set -m; {n} & disown; {n}'"])
 @promise(6)
 @compat
 def test_stop_ends_the_whole_tree_and_says_so(talker, command):
-    nap = unique()
-    job, other = start_job(talker, "echo here; " + command.format(n=nap)), start_job(talker, f"sleep 9{nap}")
-    until(lambda: len(running(f" {nap}") + running(f"sleep {nap}")) >= 2, "they sleep")
+    nap = Nap()
+    job, other = start_job(talker, "echo here; " + command.format(n=nap)), start_job(talker, f"{nap}9")
+    nap.runs(2)
     told = talker("stop", job=job)
     assert told["stopped"] == "confirmed" and told["job"] == job
-    assert not running(f"sleep {nap}"), "confirmed means that it has ended"
+    assert not running(nap), "confirmed means that it has ended"
     assert (told["state"], told["exit_code"]) == state(talker, job) == ("exited", 137 if "trap" in command else 143)
     assert talker("logs", job=job)["output"].startswith("here\n") and talker("wait", job=job, timeout=5)["exit_code"] == told["exit_code"]
     assert state(talker, other) == ("running", None) and talker("stop", job=other)["stopped"] == "confirmed"
@@ -6498,61 +6539,49 @@ def record_of(repo, job):
 
 
 def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared, talker):
-    nap = unique()
+    nap = Nap()
     job = start_job(talker, "exit 3")
     assert talker("wait", job=job, timeout=15)["exit_code"] == 3
-    stranger = subprocess.Popen(["sleep", nap], start_new_session=True)
-    try:
-        (record_of(shared, job) / "pid").write_text(f"{stranger.pid}\n")
+    with stranger(*nap.split()) as other:
+        (record_of(shared, job) / "pid").write_text(f"{other.pid}\n")
         talker("stop", job=job)
-        assert stranger.poll() is None, "a process that only has the number of a job that was"
+        assert other.poll() is None, "a process that only has the number of a job that was"
         assert state(talker, job) == ("exited", 3)
-    finally:
-        stranger.kill()
-        stranger.wait()
 
 
 def test_stop_of_a_finished_job_ends_nothing_of_a_stranger_that_cannot_be_looked_into(tmp_path):
     """Where there is no /proc, or it may not be read, the old pid alone would make a stranger's children ours."""
-    record, nap = tmp_path / "j0123abcd", unique()
+    record, nap = tmp_path / "j0123abcd", Nap()
     record.mkdir()
-    stranger = subprocess.Popen(["sh", "-c", f"setsid sleep {nap} & wait"], start_new_session=True)
-    try:
-        child = until(lambda: running(f"sleep {nap}"), "it has a child")[0]
-        for name, text in (("pid", stranger.pid), ("exit", 0), ("out", "")):
+    with stranger("sh", "-c", f"setsid {nap} & wait") as other:
+        nap.runs()
+        for name, text in (("pid", other.pid), ("exit", 0), ("out", "")):
             (record / name).write_text(f"{text}\n")
         header = c.shell_header("N" * 32, "run", c.script_records(c.STOP, str(record), record.name)).replace(b"/proc", b"/nowhere")
         done = subprocess.run(["sh", "-c", c.BOOT[len("exec sh -c '"):-1].replace("/proc", "/nowhere")], input=header,
                               capture_output=True, timeout=60)
-        assert b"exited 0\n" in done.stdout and stranger.poll() is None and running(f"sleep {nap}"), done
-    finally:
-        kill(child.pid)
-        stranger.kill()
-        stranger.wait()
+        assert b"exited 0\n" in done.stdout and other.poll() is None and running(nap), done
+        kill(running(nap)[0].pid)
 
 
 def test_a_job_whose_record_was_cut_off_is_lost_not_running(shared, talker):
     """As after a crash of the host: no exit, and the pid belongs to somebody else by now."""
-    nap = unique()
-    job = start_job(talker, f"sleep {nap}")
-    until(lambda: running(f"sleep {nap}"), "it sleeps")
+    nap = Nap()
+    job = start_job(talker, nap)
+    nap.runs()
     record = record_of(shared, job)
     for process in running(job):
         kill(process.pid)
     kill(int((record / "pid").read_text()))
-    for process in running(f"sleep {nap}"):
+    for process in running(nap):
         kill(process.pid)
     until(lambda: state(talker, job)[0] == "lost", "it is said to be lost")
     assert talker("wait", job=job, timeout=5)["state"] == "lost" and shared.cli("wait", job).code == 1
-    stranger = subprocess.Popen(["sleep", nap], start_new_session=True)
-    try:
-        (record / "pid").write_text(f"{stranger.pid}\n")
+    with stranger(*nap.split()) as other:
+        (record / "pid").write_text(f"{other.pid}\n")
         assert state(talker, job)[0] == "lost"
         talker("stop", job=job)
-        assert stranger.poll() is None
-    finally:
-        stranger.kill()
-        stranger.wait()
+        assert other.poll() is None
 
 
 def test_old_records_expire_and_a_job_that_still_runs_does_not(shared, talker, area):
@@ -6582,7 +6611,7 @@ def test_a_job_keeps_its_secret_out_of_its_record(repo, site):
     needle = os.urandom(8).hex()
     repo.ok("secrets", "set", "KEY", stdin=needle.encode())
     with Watch(needle.encode()) as watch:
-        job = repo.exec("echo ${#KEY}; while [ ! -e go ]; do sleep 0.05; done", options=["--detach"]).text.strip()
+        job = repo.job("echo ${#KEY}; while [ ! -e go ]; do sleep 0.05; done")
         until(lambda: repo.cli("logs", job).out == b"16\n", "the job has it")
         until(lambda: watch.looks > 3, "looked")
     assert watch.hits == [] and files_holding(site.far_home(), needle.encode()) == []
@@ -6593,9 +6622,9 @@ def test_a_job_keeps_its_secret_out_of_its_record(repo, site):
 @each("command", ["wait", "logs -f"])
 def test_wait_and_logs_f_say_on_a_terminal_that_the_host_is_down(repo, command, site):
     line = site.line("far")
-    job = repo.exec("echo on; while [ ! -e go ]; do sleep 0.05; done; echo off", host="far", options=["--detach"]).text.strip()
+    job = repo.job("echo on; while [ ! -e go ]; do sleep 0.05; done; echo off", host="far")
     sessions = site.log().count("Starting session")
-    terminal = on_terminal(site, *command.split(), job, cwd=repo.dir)
+    terminal = repo.terminal(*command.split(), job)
     until(lambda: site.log().count("Starting session") > sessions, "the host is asked")
     line.refuse = True
     line.drop()
@@ -6613,43 +6642,42 @@ def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(
     steps = "for step in 0 1 2 3; do for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do [ $n = 15 ] && printf 'line ' && {gate}; " \
             "[ $n = 15 ] || printf 'line '; echo $((step*15+n)); done; done; exit 9"
     gate = "while [ ! -e gate$step ]; do sleep 0.05; done"
-    job = repo.exec(steps.format(gate=gate), host="far", options=["--detach"]).text.strip()
+    job = repo.job(steps.format(gate=gate), host="far")
     where = repo.path()
     child = repo.start("logs", "-f", job)
     whole, seen = "".join(f"line {n}\n" for n in range(1, 61)).encode(), b""
-    assert child.stdout
     for step in range(4):
         target = whole[: whole.index(b"line %d\n" % (step * 15 + 15)) + 5]
         while len(seen) < len(target):
             assert select.select([child.stdout], [], [], 60)[0], (step, seen)
             data = os.read(child.stdout.fileno(), 65536)
-            assert data, (seen, child.stderr.read() if child.stderr else b"")
+            assert data, (seen, child.stderr.read())
             seen += data
         assert seen == target
         if step < 3:
             line.drop()
         (where / f"gate{step}").touch()
-    out, err = child.communicate(timeout=60)
-    assert seen + out == whole and child.returncode == 0 and b"Traceback" not in err
+    out, err = child.communicate()
+    assert seen + out == whole and child.returncode == 0
     assert line.connections >= 4 and repo.cli("wait", job).code == 9
 
 
 def test_a_job_stays_with_its_workspace_through_a_new_name_and_rm_sees_it(repo):
-    nap = unique()
-    job = repo.cli("exec", "-H", "box", "-w", "one", "--detach", "--", f"echo in; sleep {nap}").text.strip()
+    nap = Nap()
+    job = repo.job(f"echo in; {nap}", options=["-w", "one"])
     repo.ok("rename", "-w", "one", "two")
     assert repo.cli("logs", "-w", "two", job).out == b"in\n"
     refused = repo.cli("rm", "two")
-    assert refused.code == 1 and job in refused.said and running(f"sleep {nap}"), refused
+    assert refused.code == 1 and job in refused.said and running(nap), refused
     repo.ok("rm", "--force", "two")
-    gone(f"sleep {nap}")
+    nap.gone()
     repo.new("two")
     assert repo.cli("jobs", "-w", "two", "--json").json == []
 
 
 def test_stdin_for_a_job_is_refused_and_never_dropped_in_silence(repo, site):
     repo.new()
-    refused(repo.cli("exec", "--detach", "--", "wc -c", stdin=b"data"), 125, words="write -w main FILE")
+    refused(repo.cli("exec", "--detach", "--", "wc -c", stdin=b"data"), 125, "write -w main FILE")
     with open(repo.dir / "README", "rb") as file:
         child = repo.start("exec", "--detach", "--", "wc -c", stdin=file)
         assert child.communicate()[0] == b"" and child.returncode == 125
@@ -6657,9 +6685,8 @@ def test_stdin_for_a_job_is_refused_and_never_dropped_in_silence(repo, site):
     repo.ok("exec", "-n", "--detach", "--", "true", stdin=b"data")
     idle = repo.start("exec", "--detach", "--", "true", stdin=PIPE)  # as a harness leaves it open
     assert idle.wait(PATIENCE) == 0
-    gate, login = site.dir / "gate", site.dir / "login-late"
-    script(login, f': >{gate}\nwhile [ -e {gate} ]; do sleep 0.05; done\nexec sh -c "$SSH_ORIGINAL_COMMAND"')
-    site.inetd("late", f"ForceCommand {login}")
+    gate = site.dir / "gate"
+    site.inetd("late", site.first(f": >{gate}\nwhile [ -e {gate} ]; do sleep 0.05; done"))
     late = repo.start("exec", "-H", "late", "-w", "late", "--detach", "--", "true", stdin=PIPE)
 
     def opened():
@@ -6675,10 +6702,10 @@ def test_stdin_for_a_job_is_refused_and_never_dropped_in_silence(repo, site):
 
 def test_a_job_is_found_in_the_workspace_that_runs_it(repo):
     repo.new("main", "side")
-    job = repo.cli("exec", "-w", "side", "--detach", "--", "echo out; exit 8").text.strip()
+    job = repo.job("echo out; exit 8", options=["-w", "side"])
     assert repo.cli("wait", job).code == 8 and repo.cli("logs", job).out == b"out\n" and repo.cli("stop", job).code == 0
-    refused(repo.cli("logs", "-w", "main", job), 1, words="no job")
-    napping = repo.cli("exec", "-w", "side", "--detach", "--", "sleep 600").text.strip()
+    refused(repo.cli("logs", "-w", "main", job), 1, "no job")
+    napping = repo.job("sleep 600", options=["-w", "side"])
     kept = repo.cli("rm", "side", "nope", "--json")
     assert kept.code == 1 and [row["name"] for row in kept.json["errors"]] == ["side", "nope"] and "end it with stop" in kept.json["errors"][0]["hint"], kept
     repo.ok("stop", napping)
@@ -6686,7 +6713,7 @@ def test_a_job_is_found_in_the_workspace_that_runs_it(repo):
 
 def test_gc_frees_jobs_that_ended_a_week_ago(repo, site):
     repo.new()
-    old, new, runs = (repo.cli("exec", "--detach", "--", script).text.strip() for script in ("echo old", "echo new", "sleep 600"))
+    old, new, runs = (repo.job(script) for script in ("echo old", "echo new", "sleep 600"))
     assert repo.cli("wait", old).code == repo.cli("wait", new).code == 0
     for part in site.far_home().glob(f"cmux/.cmux/jobs/*/*/{old}/exit"):
         os.utime(part, (time.time() - 8 * 86400,) * 2)
@@ -6715,7 +6742,7 @@ def other_server(site, kind):
             site.daemons.append(subprocess.Popen(shlex.split(hidden) + [program("dropbear", "dropbear-bin"), "-F", "-E", "-s", "-r", str(key), "-p",
                                                                         f"127.0.0.1:{port}", "-P", str(site.dir / "pid")], stderr=log, stdin=DEVNULL))
         until(lambda: answers(port), "dropbear listens")
-        return site.host(kind, "HostName 127.0.0.1", f"Port {port}", "KexAlgorithms curve25519-sha256")
+        return site.at(kind, port, "KexAlgorithms curve25519-sha256")
     made = site.dir / "tinyssh-keys"
     subprocess.run([program("tinysshd-makekey", "tinysshd"), "-q", str(made)], check=True)
     shown = subprocess.run([program("tinysshd-printkey", "tinysshd"), str(made)], check=True, stdout=PIPE).stdout.decode()
@@ -6727,26 +6754,26 @@ def other_server(site, kind):
 
 @each("kind", ["dropbear", "tinyssh"])
 def test_the_main_job_works_on_servers_that_are_not_openssh(site, kind):
-    host, repo, nap = other_server(site, kind), Repo(site, odd=True), unique()
+    host, repo, nap = other_server(site, kind), Repo(site, odd=True), Nap()
     repo.ok("secrets", "set", "TOKEN", stdin=b"it's $x")
     ran = repo.exec("printf '<%s>' \"$TOKEN\"; echo oh >&2; exit 9", host=host)
-    assert (ran.code, ran.out, ran.err) == (9, b"<it's $x>", b"oh\n"), ran
+    assert ran.ended == (9, b"<it's $x>", b"oh\n"), ran
     assert repo.exec("exit 255", host=host).code == 255 and repo.exec("kill -9 $$", host=host).code == 137
     big = os.urandom(1 << 20)
     assert repo.exec("cat", host=host, stdin=big).out == big
-    late = repo.exec(f"echo early; sleep {nap} & sleep {nap}", host=host, options=["--timeout", "1"])
+    late = repo.exec(f"echo early; {nap} & {nap}", host=host, options=["--timeout", "1"])
     assert late.code == 124 and late.out == b"early\n"
-    gone(f"sleep {nap}")
+    nap.gone()
     repo.ok("write", "made", stdin=big)
     assert repo.cli("read", "made").out == big
     repo.ok("edit", "plain.txt", "--old", "plain", "--new", "edited")
-    job = repo.cli("exec", "--detach", "--", "echo in; exit 6").text.strip()
+    job = repo.job("echo in; exit 6", host=host)
     assert repo.cli("wait", job).code == 6 and repo.cli("logs", job).out == b"in\n"
     with ThreadPoolExecutor(12) as pool:
         runs = list(pool.map(lambda n: repo.exec(f"echo {n}", host=host), range(12)))
     assert [r.out for r in runs] == [b"%d\n" % n for n in range(12)], runs
     pulled = repo.ok("pull")
-    assert repo.git("show", "cmux/main:plain.txt") == "edited", pulled
+    assert repo.pulled("plain.txt") == "edited", pulled
     repo.commit("next")
     repo.ok("push")
     assert repo.cli("diff").out == b""
@@ -6762,23 +6789,11 @@ def test_new_makes_several_at_once_and_refuses_a_name_that_exists(repo):
     names = [f"w{n}" for n in range(6)]
     repo.new(*names)
     assert set(repo.workspaces()) == set(names) and all(tree_of(repo.path(n)) == repo.tree() for n in names)
-    again = repo.cli("new", "-H", "box", "w1", "w9")
-    assert again.code == 1 and "w1" in again.said, again
-    assert repo.exec("echo keep >kept; cat kept", options=["-w", "w1"]).out == b"keep\n"
-
-
-def test_only_bytes_that_wait_on_stdin_are_refused_to_several(repo):
-    ours, theirs = socket.socketpair()
-    ours.shutdown(socket.SHUT_WR)
-    read, write = os.pipe()
-    repo.new("a", "b")
-    for stdin, code in ((theirs.fileno(), 0), (os.open(os.devnull, os.O_RDONLY), 0), (read, 0), (read, 125)):
-        if code:
-            os.write(write, b"x")
-        child = repo.start("exec", "-w", "a", "-w", "b", "--", "true", stdin=stdin)
-        assert b"passes stdin on to none" in child.communicate(timeout=60)[1] or not code
-        assert child.returncode == code
-    ours.close(), theirs.close()
+    refused(repo.cli("new", "-H", "box", "w1", "w9"), 1, "w1")
+    do(repo, "echo keep >kept", "w1")
+    place = repo.path("w1").parent
+    repo.ok("rm", "--force", *names, "w9")
+    assert repo.workspaces() == {} and not list(place.iterdir())
 
 
 @slow
@@ -6797,50 +6812,50 @@ def test_exec_in_20_workspaces_gives_each_its_own_result(repo):
 
 
 def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo, site):
-    line, nap = site.line("far"), unique()
+    line, nap = site.line("far"), Nap()
     repo.new("near")
     repo.new("away", host="far")
-    command = f'echo early; printf part; [ $CMUX_WORKSPACE = near ] || sleep {nap}'
+    command = f'echo early; printf part; [ $CMUX_WORKSPACE = near ] || {nap}'
     for json_wanted in (True, False):
         child = repo.start("exec", "-w", "near", "-w", "away", *(["--json"] if json_wanted else []), "--", command)
-        until(lambda: running(f"sleep {nap}"), "it sleeps")
+        nap.runs()
         line.drop()
-        out, err = child.communicate(timeout=60)
-        assert child.returncode == 255 and b"Traceback" not in err, err
+        out, err = child.communicate()
+        assert child.returncode == 255
         if json_wanted:
             rows = {row["workspace"]: row for row in json.loads(out)}
-            assert rows["near"]["exit_code"] == 0 and rows["near"]["stdout"] == "early\npart"
+            assert rows["near"]["exit_code"] == 0 and rows["near"]["stopped"] is None and rows["near"]["stdout"] == "early\npart"
             assert rows["away"]["exit_code"] == 255 and rows["away"]["error"] and rows["away"]["stdout"] == "early\npart"
         else:
             assert sorted(out.splitlines()) == [b"away | early", b"away | part", b"near | early", b"near | part"]
             assert b"1 of 2" in err and b"away (255" in err
-        gone(f"sleep {nap}")
+        nap.gone()
 
 
 def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_said(repo):
-    nap = unique()
+    nap = Nap()
     repo.new("a", "b", "c")
-    command = f'echo "early $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] && exit 4; sleep 1; sleep {nap}'
+    command = f'echo "early $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] && exit 4; sleep 1; {nap}'
     child = repo.start("exec", "--all", "--json", "--", command)
-    until(lambda: len(running(f"sleep {nap}")) >= 2, "two sleep")
+    nap.runs(2)
     os.killpg(child.pid, signal.SIGINT)
-    out, err = child.communicate(timeout=30)
+    out, err = child.communicate()
     rows = {row["workspace"]: row for row in json.loads(out)}
     assert child.returncode == 130 and {n: r["exit_code"] for n, r in rows.items()} == {"a": 4, "b": 130, "c": 130}, err
     assert {n: r["stdout"] for n, r in rows.items()} == {n: f"early {n}\n" for n in "abc"}
-    gone(f"sleep {nap}")
+    nap.gone()
     late = repo.cli("exec", "--all", "--timeout", "2", "--", command)
     assert late.code == 124 and sorted(late.text.splitlines()) == ["a | early a", "b | early b", "c | early c"]
-    gone(f"sleep {nap}")
+    assert "b, c (124: stopped, its processes have ended)" in late.said
+    nap.gone()
 
 
 def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterwards(repo, site):
     repo.write("big", os.urandom(12 << 20))
-    repo.write(".cmux/init", b"#!/bin/sh\nprintf 'one\\033[2J\\007\\rred\\n'; sleep 2; printf two\n", 0o755)
-    repo.commit()
+    repo.save(".cmux/init", b"#!/bin/sh\nprintf 'one\\033[2J\\007\\rred\\n'; sleep 2; printf two\n", 0o755)
     line = site.line("far")
     line.rate = 4e6
-    seen = on_terminal(site, "new", "-H", "far", "a", "b", cwd=repo.dir)
+    seen = repo.terminal("new", "-H", "far", "a", "b")
     for pattern in (rb"[ab]  waiting for the archive \d", rb"[ab]  sending [\d.]+ MB", rb"a  init hook \d+s", rb"b  init hook \d+s"):
         seen.expect(pattern)
     assert seen.wait() == 0
@@ -6848,7 +6863,7 @@ def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterward
     assert shown[:2] == ["a  far:%s" % repo.path("a"), "a | red^[[2J^G"] and shown[2:4] == ["a | two", "b  far:%s" % repo.path("b")], shown
     assert len(shown) == 6, shown
     line.rate = float("inf")
-    seen = on_terminal(site, "exec", "-w", "a", "-w", "b", "--", 'echo "in $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] || exit 3; sleep 3', cwd=repo.dir)
+    seen = repo.terminal("exec", "-w", "a", "-w", "b", "--", 'echo "in $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] || exit 3; sleep 3')
     seen.expect(rb"a  running \d+s\x1b\[K\r?\nb  failed \(3\)")
     assert seen.wait() == 3
     shown = sorted(filter(None, seen.lines()))
@@ -6857,9 +6872,9 @@ def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterward
 
 @each("sig", [b"\x03", None])
 def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo, sig, site):
-    line, nap = site.line("far"), unique()
+    line, nap = site.line("far"), Nap()
     repo.new("a", "b", host="far")
-    seen = on_terminal(site, "exec", "--all", "--", f"echo early; sleep {nap}", cwd=repo.dir)
+    seen = repo.terminal("exec", "--all", "--", f"echo early; {nap}")
     seen.expect(rb"a  running \d+s")
     seen.send(sig) if sig else line.drop()
     assert seen.wait() == (130 if sig else 255)
@@ -6867,11 +6882,11 @@ def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo, sig, s
     assert not shown and "0 of 2" in " ".join(seen.lines()), seen.lines()
 
 
-def test_more_workspaces_than_rows_are_counted_and_pipes_and_dumb_terminals_see_none(repo, site):
+def test_more_workspaces_than_rows_are_counted_and_pipes_and_dumb_terminals_see_none(repo):
     names = [f"w{n:02}" for n in range(14)]
     repo.new(*names)
     for env in ({}, {"TERM": "dumb"}):
-        seen = on_terminal(site, "exec", "--all", "-j", "7", "--", "sleep 1; echo x", cwd=repo.dir, env=env, rows=12)
+        seen = repo.terminal("exec", "--all", "-j", "7", "--", "sleep 1; echo x", env=env, rows=12)
         if not env:
             seen.expect(rb"w07  running \d+s\x1b\[K\r?\n(w\d\d  (running|connecting) \d+s\x1b\[K\r?\n){6}\d+ of 14 ended, 0 failed, 7 at work")
         assert seen.wait() == 0
@@ -6889,16 +6904,15 @@ def test_several_workspaces_bad_use_is_said(repo):
     rows = {row["workspace"]: row for row in one_missing.json}
     assert one_missing.code == 125 and rows["a"]["stdout"] == "here\n" and rows["nowhere"]["error"]["message"]
     assert repo.cli("exec", "-w", "a", "-w", "a", "--", "echo once").out == b"once\n"
-    refused(repo.cli(*both, "--", "cat", stdin=b"not for many"), 125, words="passes stdin on to none of them")
     repo.ok(*both, "-n", "-j", "1", "-q", "--", "cat", stdin=b"not for many")
-
-
-def test_exec_in_many_says_how_the_stop_ended(repo):
-    repo.cli("new", "-H", "box", "a", "b")
-    done = repo.cli("exec", "--all", "--timeout", "1", "--", "sleep 77")
-    assert done.code == 124 and "a, b (124: stopped, its processes have ended)" in done.said
-    rows = repo.cli("exec", "--all", "--json", "--", "true").json
-    assert [row["stopped"] for row in rows] == [None, None]
+    ours, theirs = socket.socketpair()
+    ours.shutdown(socket.SHUT_WR)
+    read, write = os.pipe()
+    for stdin, code in ((theirs, 0), (DEVNULL, 0), (read, 0), (read, 125)):  # only bytes that wait are refused
+        os.write(write, b"x") if code else None
+        child = repo.start(*both, "--", "true", stdin=stdin)
+        assert b"passes stdin on to none of them" in child.communicate()[1] or not code
+        assert child.returncode == code
 
 
 # === batch ===
@@ -6912,19 +6926,18 @@ def calls(commands, **more):
 @each("sig", [signal.SIGINT, signal.SIGTERM])
 @promise(6)
 def test_a_batch_whose_input_has_ended_is_stopped_too(shared, sig):
-    nap = unique()
+    nap = Nap()
     child = shared.start("batch", "-w", "main", "-j", "2", stdin=PIPE)
-    assert child.stdin
-    child.stdin.write(calls([f"sleep {nap}"] * 3))
+    child.stdin.write(calls([nap] * 3))
     child.stdin.close()
     child.stdin = None
-    until(lambda: len(running(f"sleep {nap}")) >= 2, "they run")
+    nap.runs(2)
     child.send_signal(sig)
-    out, _ = child.communicate(timeout=30)
+    out, _ = child.communicate()
     rows = [json.loads(line) for line in out.splitlines()]
     assert child.returncode == 130 and all(not row["ok"] or row["result"]["exit_code"] == 130 for row in rows), out
     assert sum(row["ok"] and row["result"]["stopped"] == "confirmed" for row in rows) == 3, out
-    gone(f"sleep {nap}")
+    nap.gone()
 
 
 class Agent:
@@ -6935,18 +6948,16 @@ class Agent:
         self._held, self._ids, self._early = b"", 0, {}
 
     def send(self, line):
-        assert self.child.stdin
         self.child.stdin.write(line + b"\n")
         self.child.stdin.flush()
 
     def line(self, seconds=PATIENCE):
         """The next line of answers; an end of them is a failure."""
-        assert self.child.stdout
         end = time.monotonic() + seconds
         while b"\n" not in self._held:
             assert select.select([self.child.stdout], [], [], max(0.0, end - time.monotonic()))[0], f"no answer in {seconds:g} s"
             data = os.read(self.child.stdout.fileno(), 1 << 20)
-            assert data, f"batch has ended: {self.child.stderr.read() if self.child.stderr else b''!r}"
+            assert data, f"batch has ended: {self.child.stderr.read()!r}"
             self._held += data
         line, self._held = self._held.split(b"\n", 1)
         return line
@@ -6981,7 +6992,6 @@ class Agent:
 
     def close(self, seconds=60):
         out, err = self.child.communicate(timeout=seconds)
-        assert b"Traceback" not in err, err.decode(errors="replace")
         return self.child.returncode, out, err
 
 
@@ -7044,24 +7054,11 @@ def b64(data):
 @pytest.fixture
 def ordinary(site):
     """A workspace on a host where permissions count, also for root."""
-    if os.geteuid() == 0:
-        login = site.script("without-override", f'exec {program("setpriv", "util-linux")} --bounding-set=-dac_override,-dac_read_search -- sh -c "$SSH_ORIGINAL_COMMAND"')
-        site.inetd("plain", f"ForceCommand {login}")
-    else:
-        site.inetd("plain")
+    drop = program("setpriv", "util-linux") + " --bounding-set=-dac_override,-dac_read_search --"
+    site.inetd("plain", *[site.first("", drop)] * (os.geteuid() == 0))
     made = Repo(site)
     made.new(host="plain")
     return made
-
-
-def test_what_the_account_on_the_host_may_not_write_is_said_in_plain_words(ordinary):
-    do(ordinary, "mkdir -p closed/sub fixed; echo old >fixed/old; echo x >unread; chmod 0 closed unread; chmod 555 fixed")
-    for args in [["write", path] for path in ("closed/f", "closed/sub/f", "closed/new/f", "fixed/f", "fixed/old", "fixed/sub/f", "unread")] + [
-            ["edit", path, "--old", "old", "--new", "new"] for path in ("fixed/old", "unread")]:
-        told = ordinary.cli(*args, stdin=b"data")
-        refused(told, 1)
-        assert re.search("may not be read or written|Permission denied", told.said) and not re.search(r"sh: |\d: |\.tmp|cd:", told.said), told
-    do(ordinary, "chmod 755 closed fixed")
 
 
 def test_write_reads_stdin_in_linear_time_and_only_what_it_may_take(shared, tmp_path):
@@ -7084,7 +7081,7 @@ def test_batch_answers_every_line_also_the_bad_ones(shared):
                                                b'{"id": 1e999, "tool": "exec", "arguments": {"command": "true"}}')]
     true = {"command": "true"}
     for n, bad in enumerate((
-            {}, {"tool": "rm -rf"}, {"tool": ["exec"]}, {"arguments": None}, {"arguments": []}, {"arguments": {"command": 5}}, {"arguments": {**true, "more": 1}},
+            {}, {"tool": "rm -rf"}, {"tool": ["exec"]}, {"arguments": None}, {"arguments": []},
             {"arguments": {"command": []}}, {"arguments": {"command": ""}}, {"workspace": 5, "arguments": true}, {"tool": "read", "workspace": "../x", "arguments": {"path": "README"}},
             {"arguments": {**true, "timeout": 0}}, {"arguments": {**true, "cwd": "no/such"}}, {"arguments": {**true, "env": {"A B": "x"}}}, {"arguments": {"command": ["a\0b"]}},
             {"arguments": {"command": "\ud800"}}, {"arguments": {"command": "cat", "stdin": "\ud800"}}, {"arguments": {**true, "env": {"A": None}}},
@@ -7128,63 +7125,55 @@ def test_batch_takes_the_workspace_of_each_line(repo):
 
 @each("sig", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_batch_ends_what_runs_there(shared, sig):
-    nap = unique()
+    nap = Nap()
     talker = Agent(shared, "-j", "4")
     for _ in range(10):
-        talker.post("exec", {"command": f"sleep {nap}"})
-    until(lambda: len(running(f"sleep {nap}")) >= 4, "four sleep")
+        talker.post("exec", {"command": nap})
+    nap.runs(4)
     kill(talker.child.pid, sig)
-    out, err = talker.child.communicate(timeout=30)
-    assert talker.child.returncode == {signal.SIGINT: 130, signal.SIGTERM: 130, signal.SIGKILL: -9}[signal.Signals(sig)] and b"Traceback" not in err, err
+    out, err = talker.child.communicate()
+    assert talker.child.returncode == {signal.SIGINT: 130, signal.SIGTERM: 130, signal.SIGKILL: -9}[signal.Signals(sig)], err
     assert all(json.loads(line)["id"] for line in out.splitlines())
-    gone(f"sleep {nap}")
+    nap.gone()
 
 
 def test_a_batch_whose_reader_is_gone_stops(shared, area):
-    nap = unique()
+    nap = Nap()
     talker = Agent(shared, "-j", "2")
     assert talker("exec", command="true")["exit_code"] == 0
-    talker.post("exec", {"command": f"sleep {nap}"})
-    until(lambda: running(f"sleep {nap}"), "it sleeps")
-    assert talker.child.stdout and talker.child.stdin
+    talker.post("exec", {"command": nap})
+    nap.runs()
     talker.child.stdout.close()
     talker.post("exec", {"command": "echo nobody reads this"})
     try:
         talker.child.wait(PATIENCE)
-        gone(f"sleep {nap}")
+        nap.gone()
     finally:
         talker.child.kill()
         talker.child.wait()
-        for process in running(f"sleep {nap}"):
+        for process in running(nap):
             kill(process.pid)
 
 
 def test_a_batch_whose_results_cannot_be_written_fails(shared):
-    refused(shared.cli("batch", "-w", "main", stdin=calls(["true"] * 3), sh='exec "$@" >/dev/full'), 1, words="No space left")
+    refused(shared.cli("batch", "-w", "main", stdin=calls(["true"] * 3), sh='exec "$@" >/dev/full'), 1, "No space left")
 
 
 def test_batch_reads_no_further_ahead_than_it_must(shared, area):
     """Whoever writes faster than the host works has to wait; the lines are not piled up in memory."""
     talker = Agent(shared, "-j", "1")
     talker.post("exec", {"command": f"until [ -e {area.p('go')} ]; do sleep 0.05; done"})
-    assert talker.child.stdin
-    fd, sent = talker.child.stdin.fileno(), 0
-    line = calls([": " + "x" * 4000])
-    os.set_blocking(fd, False)
-    while select.select([], [fd], [], 1.5)[1]:
-        with contextlib.suppress(BlockingIOError):
-            sent += os.write(fd, line)
-        assert sent < 2_000_000, "it reads and reads"
+    sent = fill(talker.child, calls([": " + "x" * 4000]), 500)
     kill(talker.child.pid)
     talker.child.communicate()
     area.put("go", b"")
-    assert sent > 8000
+    assert sent > 2
 
 
-def peak_memory(pid):
-    """Bytes; the peak where the system tells it, else what is held now."""
-    found = re.search(rb"VmHWM:\s+(\d+) kB", slurp(f"/proc/{pid}/status"))
-    return int(found.group(1) if found else subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], stdout=PIPE, check=True).stdout) * 1024
+def peak(pid):
+    """The most memory a process ever had, in MiB (what it has now, where the system tells no more): no less than its parent had."""
+    found = re.search(rb"VmHWM:\s+(\d+)", slurp(f"/proc/{pid}/status"))
+    return int(found[1] if found else subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], stdout=PIPE, check=True).stdout) >> 10
 
 
 @slow
@@ -7193,22 +7182,21 @@ def test_batch_stays_small_whatever_the_commands_print_and_the_lines_hold(shared
         for number in [talker.post("exec", {"command": "head -c 30000000 /dev/zero | tr '\\0' x; echo end"}) for _ in range(12)]:
             told = talker.answer(number, 120)["result"]
             assert told["truncated"] is True and told["stdout"].endswith("xend\n") and len(told["stdout"]) < 3_000_000
-        assert peak_memory(talker.child.pid) < 150_000_000
+        assert peak(talker.child.pid) < 143
         for _ in range(40):
-            assert talker.child.stdin
             talker.child.stdin.write(b"x" * 2_000_000)
         talker.send(b"")
         long = json.loads(talker.line(60))
         assert long["ok"] is False and long["id"] is None and long["error"]["type"] != "Bug"
         assert talker("exec", command="echo still")["stdout"] == "still\n"
-        assert peak_memory(talker.child.pid) < 250_000_000
+        assert peak(talker.child.pid) < 238
 
 
 @slow
 @promise(8)
 def test_batch_of_1000_commands_100_at_a_time_all_succeed(shared):
     ran = shared.cli("batch", "-j", "100", stdin=calls(f"echo {n}; exit {n % 256}" for n in range(1000)), seconds=240)
-    answers = {a["id"]: a for a in map(json.loads, ran.out.splitlines())}
+    answers = {a["id"]: a for a in ran.rows}
     assert sorted(answers) == list(range(1000)) and [a for a in answers.values() if not a["ok"]] == []
     assert all((a["result"]["stdout"], a["result"]["exit_code"]) == (f"{n}\n", n % 256) for n, a in answers.items())
     assert ran.code == 0 and ran.err == b"" and "drop connection" not in shared.site.log()
@@ -7231,53 +7219,36 @@ def test_12_batch_processes_of_10_each_all_succeed(repo, site):
 # === The library ===
 
 
-@each("command, code, out, err", [
-    ("echo out; echo err >&2", 0, "out\n", "err\n"),
-    ("exit 42", 42, "", ""),
-    ("true", 0, "", ""),
-    ("echo 'single' \"double\" \\$HOME `echo tick` $(echo sub) \\\\ '$x' '!' '*' ';' '&' '|'", 0, "single double $HOME tick sub \\ $x ! * ; & |\n", ""),
-    ("echo one; echo two; echo three", 0, "one\ntwo\nthree\n", ""),
-    ("printf 'b\\na\\nc\\n' | sort | head -n 2", 0, "a\nb\n", ""),
-    ("echo \"sum $((6*7)) of $(echo six) $(printf %s seven)\"", 0, "sum 42 of six seven\n", ""),
-    ("seq 1000", 0, "".join(f"{n}\n" for n in range(1, 1001)), ""),
-    ("printf 'l%s\\n' 1 2 3 4 | grep l | head -n 1", 0, "l1\n", ""),
-    ("cat <<'E'\nmulti 'line' \"$x\"\n  kept\nE", 0, "multi 'line' \"$x\"\n  kept\n", ""),
-    ("yes | head -n 3", 0, "y\ny\ny\n", ""),
+@each("command, out, err", [
+    ("echo out; echo err >&2", "out\n", "err\n"),
+    ("echo 'single' \"double\" \\$HOME `echo tick` $(echo sub) $((6*7)) \\\\ '$x' '!' '*' ';' '&' '|'", "single double $HOME tick sub 42 \\ $x ! * ; & |\n", ""),
+    ("cat <<'E'\nmulti 'line' \"$x\"\n  kept\nE", "multi 'line' \"$x\"\n  kept\n", ""),
+    ("yes | head -n 3", "y\ny\ny\n", ""),
 ])
-def test_contract_exec_output_and_code(talker, command, code, out, err):
+def test_contract_exec_output(talker, command, out, err):
     ran = talker("exec", command=command)
-    assert (ran["exit_code"], ran["stdout"], ran["stderr"]) == (code, out, err)
+    assert (ran["exit_code"], ran["stdout"], ran["stderr"]) == (0, out, err)
     assert ran["timed_out"] is False and ran["truncated"] is False and ran["duration"] > 0
 
 
-def test_contract_exec_stdin_env_and_directory(talker, workspace):
+def test_contract_exec_stdin_env_and_directory(talker, workspace, area):
     assert talker("exec", command="cat; printf end", stdin="line one\nümläut 🐙\n")["stdout"] == "line one\nümläut 🐙\nend"
     assert talker("exec", command=["cat"], stdin="")["stdout"] == ""
     assert talker("exec", command="cat")["stdout"] == "", "no stdin is an empty one, and does not hang"
-    assert talker("exec", command='printf "%s|" "$TEST_VAR" "$A" "$B"', env={"TEST_VAR": "test value", "A": "it's \"$x\"\n`y`", "B": ""})["stdout"] == "test value|it's \"$x\"\n`y`||"
-    assert talker("exec", command='echo "$GIT_TERMINAL_PROMPT $GIT_EDITOR $EDITOR $VISUAL"')["stdout"] == "0 true true true\n"
-    assert talker("exec", command="pwd")["stdout"] == f"{workspace}\n"
+    assert talker("exec", command='printf "%s|" "$A" "$B"', env={"A": "it's \"$x\"\n`y`", "B": ""})["stdout"] == "it's \"$x\"\n`y`||"
     assert talker("exec", command=["pwd"], cwd="src")["stdout"] == f"{workspace}/src\n"
     assert talker("exec", command=["printf", "<%s>", "a b", "", "it's", "$x", "*", "-n", "\n"])["stdout"] == "<a b><><it's><$x><*><-n><\n>"
-
-
-def test_contract_exec_timeout_silence_and_errors(talker, area):
-    nap = unique()
-    began = time.monotonic()
-    ran = talker("exec", command=f"echo early; sleep {nap}", timeout=1)
-    assert (ran["exit_code"], ran["timed_out"], ran["stdout"]) == (124, True, "early\n")
-    assert 0.9 < time.monotonic() - began < 10 and ran["stopped"] == "confirmed"
-    gone(f"sleep {nap}")
-    silent = talker("exec", command="sleep 0.2")
-    assert silent["exit_code"] == 0 and silent["duration"] >= 0.2
-    missing = talker("exec", command="no-such-command-here")
-    assert missing["exit_code"] == 127 and "not found" in missing["stderr"]
-    assert talker("exec", command=["no-such-command-here"])["exit_code"] == 127
-    broken = talker("exec", command="if true; then echo")
-    assert broken["exit_code"] == 2 and "syntax" in broken["stderr"].lower()
     area.put("script", b"#!/bin/sh\n", 0o644)
     denied = talker("exec", command=[f"./{area.p('script')}"])
     assert denied["exit_code"] == 126 and "ermission denied" in denied["stderr"]
+
+
+def test_contract_exec_timeout(talker):
+    nap, began = Nap(), time.monotonic()
+    ran = talker("exec", command=f"echo early; {nap}", timeout=1)
+    assert (ran["exit_code"], ran["timed_out"], ran["stdout"], ran["stopped"]) == (124, True, "early\n", "confirmed")
+    assert 0.9 < ran["duration"] <= time.monotonic() - began < 10
+    nap.gone()
 
 
 @each("data", [
@@ -7287,10 +7258,10 @@ def test_contract_exec_timeout_silence_and_errors(talker, area):
 def test_contract_files_go_through_unchanged_both_ways(talker, area, data):
     file = area.put("there", data)
     read = talker("read", path=area.p("there"))
-    assert content(read) == data and (read["size"], read["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+    assert content(read) == data and (read["size"], read["sha256"]) == (len(data), digest(data))
     for created in (True, False):
         wrote = talker("write", path=area.p("sent"), content_base64=b64(data))
-        assert wrote == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "created": created}
+        assert wrote == {"size": len(data), "sha256": digest(data), "created": created}
         assert (area.dir / "sent").read_bytes() == data
     with contextlib.suppress(UnicodeDecodeError):
         talker("write", path=area.p("text"), content=data.decode())
@@ -7301,13 +7272,13 @@ def test_contract_files_go_through_unchanged_both_ways(talker, area, data):
 def test_contract_a_file_of_a_megabyte_and_the_command_line(shared, area):
     data = os.urandom(1 << 20)
     wrote = shared.cli("write", area.p("large"), stdin=data)
-    assert (wrote.code, wrote.out, wrote.err) == (0, b"", b"") and (area.dir / "large").read_bytes() == data
+    assert wrote.ended == (0, b"", b"") and (area.dir / "large").read_bytes() == data
     assert shared.cli("read", area.p("large")).out == data
     told = shared.cli("read", area.p("large"), "--json").json
     assert base64.b64decode(told["content_base64"]) == data and told["size"] == 1 << 20 and "content" not in told
     assert content(area.talker("read", path=area.p("large"))) == data
     assert shared.cli("write", area.p("by-json"), "--json", stdin=b"x").json == {
-        "size": 1, "sha256": hashlib.sha256(b"x").hexdigest(), "created": True}
+        "size": 1, "sha256": digest(b"x"), "created": True}
 
 
 CONTRACT = {  # the arguments of each tool, + where it must be given
@@ -7320,34 +7291,27 @@ CONTRACT = {  # the arguments of each tool, + where it must be given
 
 
 def test_the_table_of_tools_is_the_contract():
-    import cmux_ssh
-    assert {name: {p.name: "+" if p.required else "" for p in tool.params} for name, tool in cmux_ssh.TOOLS.items()} == CONTRACT
-    assert {name for name, tool in cmux_ssh.TOOLS.items() if tool.reads} == {"read", "glob", "grep", "jobs", "logs", "wait"}
-    for name, tool in cmux_ssh.TOOLS.items():
-        assert name in cmux_ssh.VERBS and tool.text and all(p.text and p.schema()["description"] for p in tool.params)
+    assert {name: {p.name: "+" if p.required else "" for p in tool.params} for name, tool in c.TOOLS.items()} == CONTRACT
+    assert {name for name, tool in c.TOOLS.items() if tool.reads} == {"read", "glob", "grep", "jobs", "logs", "wait"}
+    for name, tool in c.TOOLS.items():
+        assert name in c.VERBS and tool.text and all(p.text and p.schema()["description"] for p in tool.params)
 
 
 SAMPLES = {"text": "x", "count": 1, "seconds": 1.5, "flag": True, "objects": [{"old": "a", "new": "b"}], "texts": ["a"], "map": {"A": "b"}, "null": None}
 
 
 @each("tool", sorted(CONTRACT))
-def test_arguments_are_checked_against_the_table(tool):
-    import cmux_ssh
-    row = cmux_ssh.TOOLS[tool]
+def test_arguments_are_checked_against_the_table(talker, tool):
+    row = c.TOOLS[tool]
     fits = {p.name: SAMPLES[p.kinds[0]] for p in row.params}
-    assert row.check(dict(fits)) == fits
+    wrong = [{**fits, "unknown": 1}, {**fits, "workspace": "x"}, [], "x", 5]
     for param in row.params:
         allowed = {*param.kinds, *["count"] * ("seconds" in param.kinds), *["texts"] * ("objects" in param.kinds)}
-        for kind, value in SAMPLES.items():
-            if kind not in allowed:
-                with pytest.raises(cmux_ssh.UsageError):
-                    row.check({**fits, param.name: value})
-        if param.required:
-            with pytest.raises(cmux_ssh.UsageError):
-                row.check({k: v for k, v in fits.items() if k != param.name})
-    for bad in ({**fits, "unknown": 1}, {**fits, "workspace": "x"}, [], None, "x", 5):
-        with pytest.raises(cmux_ssh.UsageError):
-            row.check(bad)
+        wrong += [{**fits, param.name: value} for kind, value in SAMPLES.items() if kind not in allowed]
+        wrong += [{k: v for k, v in fits.items() if k != param.name}] * param.required
+    for arguments in wrong:
+        answer = talker.answer(talker.post(tool, arguments))
+        assert not answer["ok"] and answer["error"]["type"] == "UsageError", (arguments, answer)
 
 
 def open_sessions(site, host="box"):
@@ -7384,25 +7348,6 @@ def in_library(repo, text, *args, seconds=60):
     return done.stdout.decode()
 
 
-@slow
-def test_the_library_from_a_thread_pool(repo):
-    out = in_library(repo, """
-project = cmux_ssh.Project(".")
-with ThreadPoolExecutor(20) as pool:
-    made = list(pool.map(lambda n: project.ensure("w%d" % (n % 4), "box"), range(16)))
-    assert sorted({w.name for w in made}) == ["w0", "w1", "w2", "w3"]
-    runs = list(pool.map(lambda n: made[n % 4].exec(["sh", "-c", 'echo "$CMUX_WORKSPACE $0"; cat; exit $0', str(n)], stdin=b"in%d" % n), range(80)))
-    calls = list(pool.map(lambda n: cmux_ssh.call_tool(made[n % 4], "write", {"path": "f%d" % n, "content": str(n)}), range(40)))
-for n, run in enumerate(runs):
-    assert (run.exit_code, run.stdout, run.stderr) == (n, b"w%d %d\\nin%d" % (n % 4, n, n), b""), run
-    assert run.workspace == "w%d" % (n % 4) and run.host == "box" and not run.timed_out and not run.truncated
-assert all(c["created"] for c in calls)
-assert cmux_ssh.call_tool(made[1], "glob", {"pattern": "f*"})["paths"] == sorted("f%d" % n for n in range(40) if n % 4 == 1)
-print("fine")
-""")
-    assert out == "fine\n"
-
-
 def test_library_values_are_immutable_and_equal_by_value(shared):
     assert in_library(shared, """
 workspace = cmux_ssh.Project(".").workspace("main")
@@ -7422,7 +7367,7 @@ print(result.exit_code)
 
 
 def test_library_cancel_from_another_thread_ends_the_command(shared):
-    nap = unique()
+    nap = Nap()
     assert in_library(shared, """
 workspace, cancel, seen = cmux_ssh.Project(".").workspace("main"), cmux_ssh.Cancel(), threading.Event()
 def sink(data):
@@ -7432,7 +7377,7 @@ def watch():
     cancel.set()
 threading.Thread(target=watch).start()
 with ThreadPoolExecutor(3) as pool:
-    runs = [pool.submit(workspace.run, "echo on; sleep " + sys.argv[1], sink, sink, cancel=cancel) for _ in range(3)]
+    runs = [pool.submit(workspace.run, "echo on; " + sys.argv[1], sink, sink, cancel=cancel) for _ in range(3)]
     for run in runs:
         try:
             outcome = run.result(30)
@@ -7441,43 +7386,99 @@ with ThreadPoolExecutor(3) as pool:
             assert type(error).__name__ == "Cancelled", error
 print("cancelled")
 """, nap) == "cancelled\n"
+    nap.gone()
+
+
+@each("how", ["left", "interrupted"])
+@promise(6)
+def test_library_the_end_of_a_with_statement_and_ctrl_c_end_what_runs_but_jobs(repo, how):
+    """Also what a pool has queued, and where each call has a Cancel of its own. Ctrl-C must not wait for the pool, which is inside."""
+    nap, job = unique(), unique()
+    assert in_library(repo, """
+import os, signal
+ends, began = [], threading.Semaphore(0)
+def nap(cancel):
+    began.release()
+    ends.append(workspace.exec("sleep " + sys.argv[1], cancel=cancel).exit_code)
+try:
+    with cmux_ssh.Project(".") as project:
+        workspace = project.ensure("main", "box")
+        workspace.start("sleep " + sys.argv[2])
+        calls = [threading.Thread(target=nap, args=(cancel,)) for cancel in (None, cmux_ssh.Cancel())]
+        for call in calls:
+            call.start()
+            began.acquire()
+        time.sleep(1)
+        if sys.argv[3] == "interrupted":
+            threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            with ThreadPoolExecutor(2) as pool:
+                naps = [pool.submit(nap, None) for _ in range(8)]
+                naps[0].result()
+except KeyboardInterrupt:
+    print("interrupted")
+for call in calls:
+    call.join(1)
+assert set(ends) == {130} and len(ends) == (10 if sys.argv[3] == "interrupted" else 2), ends
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+try:
+    project.pull("main")
+except cmux_ssh.Cancelled:
+    print("ended")
+""", nap, job, how, seconds=30) == "interrupted\n" * (how == "interrupted") + "ended\n"
     gone(f"sleep {nap}")
+    assert running(f"sleep {job}")
+    repo.ok("rm", "main", "--force")
+
+
+def test_library_a_result_has_its_text_and_a_check_and_a_project_pulls_and_diffs(repo):
+    assert in_library(repo, r"""
+import pickle
+project = cmux_ssh.Project(".")
+workspace = project.create("main", "box")
+print(ascii(workspace.exec(r"printf 'caf\303\251 \377'").check().text))
+try:
+    workspace.exec(r"echo no; yes filler | head -c 5000 >&2; printf 'the\033[31m end\n' >&2; exit 3").check()
+except cmux_ssh.CommandFailed as error:
+    error = pickle.loads(pickle.dumps(error))
+    print(error.result.exit_code, len(str(error)) < 700, str(error)[:44] + str(error)[-19:])
+workspace.write("README", "new\n")
+print(*project.diff("main", stat=True), project.pull("main", "cmux/x").branch, sep="\n")
+cancel = cmux_ssh.Cancel()
+cancel.set()
+for act in (project.remove, project.pull, project.push, lambda name, cancel: project.fork(workspace, "b", cancel), lambda name, cancel: project.rename(workspace, "b", cancel)):
+    try:
+        act("main", cancel=cancel)
+    except cmux_ssh.Cancelled:
+        print("cancelled", *project.entries())
+""") == r"""'caf\xe9 \ufffd'
+3 True The command in main ended with exit code 3: fithe\x1b[31m end'.
+ README | 2 +-
+ 1 file changed, 1 insertion(+), 1 deletion(-)
+cmux/x
+""" + "cancelled main\n" * 5
 
 
 def test_library_errors_are_of_one_family_and_say_what_to_do(repo):
-    assert in_library(repo, """
-project = cmux_ssh.Project(".")
-kinds = []
-for act in (lambda: project.workspace("none"), lambda: project.workspace("../x"), lambda: cmux_ssh.Host("-oProxyCommand=x"), lambda: cmux_ssh.Project("/"),
-            lambda: project.create("elsewhere", "nowhere.invalid"), lambda: cmux_ssh.call_tool(project.create("w", "box"), "read", {"path": "none"}),
-            lambda: project.create("w", "box"), lambda: project.workspace("w").exec("true", timeout=-1), lambda: project.workspace("w").exec("true", timeout=0),
-            lambda: project.workspace("w").exec("true", timeout=float("nan"))):
-    try:
-        act()
-    except cmux_ssh.CmuxError as error:
-        kinds.append(type(error).__name__)
-        assert str(error).strip()
-print(*kinds)
-""") == "WorkspaceMissing UsageError UsageError GitFailed ConnectionFailed ToolFailed WorkspaceExists UsageError UsageError UsageError\n"
-
-
-def test_arguments_of_the_library_that_are_no_text_are_usage_errors(repo):
     assert in_library(repo, r"""
-project = cmux_ssh.Project(".")
-w, bad = project.create("w", "box"), "x\ud800"
-acts = [lambda: w.exec(bad), lambda: w.exec(["echo", bad]), lambda: w.exec(["echo", 1]), lambda: w.exec("true", env={"A": bad}), lambda: w.exec("true", env={"A": 1}),
-        lambda: w.exec("true", cwd=bad), lambda: w.start(bad), lambda: w.write("x", bad), lambda: w.write(bad, "x"), lambda: w.read(bad), lambda: w.glob(bad),
-        lambda: w.grep(bad), lambda: w.edit(bad, [{"old": "a", "new": "b"}]), lambda: project.set_secret("A", bad), lambda: project.set_secret("A", 1),
-        lambda: w.exec(123), lambda: w.start(123), lambda: w.start([]), lambda: w.exec("cat", stdin=1), lambda: w.exec(b"true"),
-        lambda: project.create("v", "box", ref=bad), lambda: project.create("v", "box", root=bad), lambda: project.create(bad, "box")]
-for at, act in enumerate(acts):
-    try:
-        act()
-        print(at, "no error")
-    except (cmux_ssh.UsageError, cmux_ssh.GitFailed):
-        pass
-    except Exception as error:
-        print(at, repr(error))
+project, bad = cmux_ssh.Project("."), "x\ud800"
+w = project.create("w", "box")
+for kind, acts in {
+    "WorkspaceMissing": [lambda: project.workspace("none")], "WorkspaceExists": [lambda: project.create("w", "box")],
+    "ConnectionFailed": [lambda: project.create("elsewhere", "nowhere.invalid")], "ToolFailed": [lambda: cmux_ssh.call_tool(w, "read", {"path": "none"})],
+    "GitFailed": [lambda: cmux_ssh.Project("/")],
+    "UsageError": [
+        lambda: project.workspace("../x"), lambda: cmux_ssh.Host("-oProxyCommand=x"), *(lambda n=n: w.exec("true", timeout=n) for n in (-1, 0, float("nan"))),
+        *(lambda call=call, job=job: call(job) for call in (w.wait, w.logs, w.stop) for job in (None, "", 3, "x")),
+        *(lambda line=line: w.exec(line) for line in (bad, ["echo", bad], ["echo", 1], 123, b"true")), *(lambda line=line: w.start(line) for line in (bad, 123, [])),
+        *(lambda more=more: w.exec("cat", **more) for more in ({"env": {"A": bad}}, {"env": {"A": 1}}, {"cwd": bad}, {"stdin": 1})),
+        lambda: w.write("x", bad), lambda: w.write(bad, "x"), lambda: w.read(bad), lambda: w.glob(bad), lambda: w.grep(bad), lambda: w.edit(bad, [{"old": "a", "new": "b"}]),
+        lambda: project.set_secret("A", bad), lambda: project.set_secret("A", 1), lambda: project.create("v", "box", ref=bad), lambda: project.create("v", "box", root=bad),
+        lambda: project.create(bad, "box")]}.items():
+    for at, act in enumerate(acts):
+        try:
+            print(kind, at, act())
+        except cmux_ssh.CmuxError as error:
+            print(kind, at, repr(error)) if type(error).__name__ != kind or not str(error).strip() else None
 print(w.exec("printf %s", env={"A": "\udcff"}).exit_code, [j["job"] for j in w.jobs()], w.exec("cat", stdin="x").stdout)
 """) == "0 [] b'x'\n"
 
@@ -7502,7 +7503,7 @@ _cmux_run=$RUN; _cmux_newline='
             (tmp_path / "inside").rmdir()
         began = time.monotonic()
         several = [attempt(n, SLOW="0.1" if n % 2 else "") for n in range(6)]
-        assert [child.communicate(timeout=PATIENCE)[0] for child in several] == [b""] * 6 and time.monotonic() - began < 15
+        assert [child.communicate()[0] for child in several] == [b""] * 6 and time.monotonic() - began < 15
         assert not list(stage.glob("op*")), list(stage.iterdir())
     attempt(0, STAY="1").wait()
     (tmp_path / "inside").rmdir()
@@ -7529,7 +7530,7 @@ def test_a_base_that_is_broken_on_the_host_is_made_anew(repo, site):
 def travelled(repo, *words):
     """The bytes of the archive that a call sends."""
     repo.ok(*words)
-    return int(json.loads(repo.cli("history", "--json").text.split("\n")[-2])["bytes"])
+    return repo.history()[-1]["bytes"]
 
 
 def test_where_the_base_of_a_delta_is_broken_on_the_host_all_is_sent(repo, site):
@@ -7538,14 +7539,12 @@ def test_where_the_base_of_a_delta_is_broken_on_the_host_all_is_sent(repo, site)
         repo.write(f"f{n}", b"x")
     repo.commit()
     whole = travelled(repo, "new", "-H", "box", "one")
-    repo.write("more", b"1")
-    repo.commit()
+    repo.save("more", b"1")
     (base,) = bases.iterdir()
     (base / "whole.tar").write_bytes(b"broken" * 1000)
     assert travelled(repo, "new", "-H", "box", "two") >= whole and tree_of(repo.path("two")) == repo.tree()
     repo.git("rm", "-q", "more")
-    repo.write("f1", b"2")
-    repo.commit()
+    repo.save("f1", b"2")
     shutil.rmtree(base)
     assert travelled(repo, "push", "-w", "two") < whole / 2 and tree_of(repo.path("two")) == repo.tree()
     shutil.rmtree(bases)
@@ -7560,8 +7559,7 @@ def test_a_delta_stands_only_on_what_was_sent_to_that_host(repo, site):
         repo.write(f"f{n}", b"%d" % n)
     repo.commit()
     repo.git("checkout", "-qb", "private")
-    repo.write("acquisition-of-ACME", b"x")
-    repo.commit()
+    repo.save("acquisition-of-ACME", b"x")
     forged = site.far_home() / "cmux" / ".cmux" / "bases" / repo.git("rev-parse", "HEAD^{tree}")
     repo.git("checkout", "-q", "main")
     forged.mkdir(parents=True)
@@ -7570,12 +7568,9 @@ def test_a_delta_stands_only_on_what_was_sent_to_that_host(repo, site):
     assert whole > 20 * 1024
     shutil.rmtree(forged)
     assert travelled(repo, "new", "-H", "box", "b", "--ref", "private") < whole / 2, "now it is sent: on the base of the first"
-    (file,) = (site.state / "projects").glob("*.json")
-    record = json.loads(file.read_text())
-    assert record.pop("sent"), "what workspaces stand on was sent, too"
-    file.write_text(json.dumps(record))
-    repo.write("more", b"xy")
-    repo.commit()
+    with repo.amended() as record:
+        assert record.pop("sent"), "what workspaces stand on was sent, too"
+    repo.save("more", b"xy")
     assert travelled(repo, "new", "-H", "box", "d") < whole / 2
 
 
@@ -7589,7 +7584,7 @@ for _ in range(3):
     print(workspace.exec("kill -%s $PPID; exit 5" % sys.argv[1], timeout=20).exit_code)
     time.sleep(0.3)
 """, name) == "5\n" * 3
-    job = shared.exec(f"kill -{name} $PPID; sleep 0.2; exit 6", options=["--detach"]).text.strip()
+    job = shared.job(f"kill -{name} $PPID; sleep 0.2; exit 6")
     assert shared.cli("wait", job).code == 6
 
 
@@ -7608,10 +7603,8 @@ def test_a_line_that_is_lost_between_two_calls_of_the_library_is_not_noticed(rep
 def test_every_tool_is_a_method_of_a_workspace():
     """The table drives the library too: workspace.read(path), workspace.edit(path, edits), ..."""
     import inspect
-
-    import cmux_ssh
     for name, arguments in CONTRACT.items():
-        method = getattr(cmux_ssh.Workspace, name, None)
+        method = getattr(c.Workspace, name, None)
         assert method is not None, f"Workspace.{name}"
         assert set(arguments) - {"background", "content_base64"} <= set(inspect.signature(method).parameters), name
 
@@ -7645,8 +7638,8 @@ def test_it_runs_however_python_is_given_it(shared, python, way):
                               input=PROGRAM.read_bytes() if way == "stdin" else b"", timeout=60,  # `cat cmux_ssh.py | python3 - ...`
                               env=shared.site.environment({"PYTHONPATH": str(HERE)} if way == "-m" else {}))
         return done.returncode, done.stdout, done.stderr
-    digest = b"unknown" if way == "stdin" else hashlib.sha256(PROGRAM.read_bytes()).hexdigest().encode()
-    assert run("--version") == (0, f"cmux_ssh.py {c.__version__} (sha256 ".encode() + digest + b")\n", b"")
+    known = "unknown" if way == "stdin" else digest(PROGRAM.read_bytes())
+    assert run("--version") == (0, f"cmux_ssh.py {c.__version__} (sha256 {known})\n".encode(), b"")
     assert run("exec", "--", "echo out; echo err >&2; cat; exit 7") == (7, b"out\n", b"err\n")
     assert run("exec", "--json", "--timeout", "0.5", "--", "sleep 60")[0] == 124
     code, out, err = run("exec", "-w", "../x", "--", "true")
@@ -7743,6 +7736,22 @@ MODERN = {"_meta": {META + "protocolVersion": "2026-07-28", META + "clientCapabi
 MCP_TOOLS = ["exec", "read", "write", "edit", "glob", "grep", "jobs", "logs", "wait", "stop"]
 
 
+def fill(child, line, most):
+    """Send a line again and again, until nobody has read for a second and a half, to its stdin; how many went."""
+    os.set_blocking(child.stdin.fileno(), False)
+    sent = 0
+    while select.select([], [child.stdin], [], 1.5)[1]:
+        with contextlib.suppress(BlockingIOError):
+            os.write(child.stdin.fileno(), line.replace(b'"N"', b"%d" % sent))
+            sent += 1
+        assert sent < most, "it reads and reads"
+    return sent
+
+
+def request(number, method, params):
+    return json.dumps({"jsonrpc": "2.0", "id": number, "method": method, "params": params}).encode() + b"\n"
+
+
 class Mcp:
     """A client of `mcp`: requests out, answers and notifications in, kept until they are asked for."""
 
@@ -7753,7 +7762,6 @@ class Mcp:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self):
-        assert self.child.stdout
         for line in self.child.stdout:
             message = json.loads(line)
             with self.changed:
@@ -7765,13 +7773,12 @@ class Mcp:
                 self.changed.notify_all()
 
     def send(self, line):
-        assert self.child.stdin
         self.child.stdin.write(line + b"\n")
         self.child.stdin.flush()
 
     def post(self, method, params=None):
         self.count += 1
-        self.send(json.dumps({"jsonrpc": "2.0", "id": self.count, "method": method, "params": params or {}}).encode())
+        self.send(request(self.count, method, params or {})[:-1])
         return self.count
 
     def begin(self, command, **more):
@@ -7781,6 +7788,9 @@ class Mcp:
         with self.changed:
             assert self.changed.wait_for(lambda: number in self.answers, seconds), f"no answer to {number}: {self.others}"
             return self.answers.pop(number)
+
+    def text(self, number):
+        return self.answer(number)["result"]["content"][0]["text"]
 
     def other(self, seconds=PATIENCE):
         with self.changed:
@@ -7802,7 +7812,6 @@ class Mcp:
         return text
 
     def end(self, seconds=PATIENCE):
-        assert self.child.stdin and self.child.stderr
         self.child.stdin.close()
         self.child.wait(seconds)
         return self.child.stderr.read()
@@ -7993,10 +8002,10 @@ def test_mcp_calls_run_at_once_and_answer_as_they_finish(mcp):
     slow = mcp.begin("rm -f go; until [ -e go ]; do sleep 0.1; done; echo slow")
     numbers = {mcp.begin(f"echo n{n}"): n for n in range(8)}
     for number, n in numbers.items():
-        assert f"n{n}\n" in mcp.answer(number)["result"]["content"][0]["text"]
+        assert f"n{n}\n" in mcp.text(number)
     assert slow not in mcp.answers
     last = mcp.begin("echo >go")
-    assert "exit_code: 0" in mcp.answer(last)["result"]["content"][0]["text"] and "slow" in mcp.answer(slow)["result"]["content"][0]["text"]
+    assert "exit_code: 0" in mcp.text(last) and "slow" in mcp.text(slow)
 
 
 @each("line, code", [
@@ -8022,7 +8031,7 @@ def test_mcp_notifications_and_answers_get_no_answer_and_each_of_a_batch_its_own
     batch = [dict(ping, id="p"), dict(ping), 3, {"jsonrpc": "2.0", "id": "t", "method": "tools/call", "params": {"name": "exec", "arguments": {"command": "echo b"}}}]
     mcp.ask("initialize", {"protocolVersion": "2025-03-26"})
     mcp.send(json.dumps(batch).encode())
-    assert mcp.other()["error"]["code"] == -32600 and mcp.answer("p")["result"] == {} and "b\n" in mcp.answer("t")["result"]["content"][0]["text"]
+    assert mcp.other()["error"]["code"] == -32600 and mcp.answer("p")["result"] == {} and "b\n" in mcp.text("t")
     for version in ("2024-11-05", "2025-06-18", "2025-11-25"):
         mcp.ask("initialize", {"protocolVersion": version})
         mcp.send(json.dumps(batch).encode())
@@ -8053,7 +8062,7 @@ def test_mcp_masks_secrets_drops_escapes_bounds_and_marks_what_the_host_says(sit
 def test_mcp_a_secret_cut_by_a_page_of_logs_is_masked_all_the_same(site):
     repo = Repo(site)
     repo.ok("secrets", "set", "TOKEN", stdin=b"abcdefghijklmnopqrstuvwxyz")
-    assert repo.exec("true").code == 0  # made: a call that makes the workspace may take longer than the soft timeout
+    repo.new()  # a call that makes the workspace may take longer than the soft timeout
     with open_mcp(repo, "-H", "box", "--soft-timeout", "1") as client:
         text = client("exec", command='printf %s "${TOKEN%??????}"; sleep 3; printf %s "uvwxyz!"; sleep 60')
         job = job_of(text)
@@ -8129,7 +8138,7 @@ def test_mcp_manage_moves_no_branch_of_the_users(repo):
         failed, text = client.call("workspace_pull", workspace="one", branch="release")
         assert failed and "does not begin with cmux/" in text, text
         client("workspace_pull", workspace="one", branch="cmux/other")
-    assert repo.git("rev-parse", "release") == repo.git("rev-parse", "main") and repo.git("show", "cmux/other:work") == "done"
+    assert repo.git("rev-parse", "release") == repo.git("rev-parse", "main") and repo.pulled("work", "other") == "done"
 
 
 def test_mcp_long_files_come_in_pages_that_join(mcp, shared):
@@ -8145,15 +8154,15 @@ def test_mcp_long_files_come_in_pages_that_join(mcp, shared):
 
 
 def test_mcp_a_call_over_the_soft_timeout_becomes_a_job_with_progress(mcp):
-    nap = unique()
-    number = mcp.begin(f"echo one; sleep {nap}", _meta={"progressToken": "tok"})
-    text = mcp.answer(number)["result"]["content"][0]["text"]
+    nap = Nap()
+    number = mcp.begin(f"echo one; {nap}", _meta={"progressToken": "tok"})
+    text = mcp.text(number)
     job = job_of(text)
     assert "state: running" in text and "one\n" in text and "next_offset: 4" in text
     assert "state=running" in mcp("jobs") and job in mcp("jobs") and "state: running" in mcp("wait", job=job, timeout=0.2)
     assert "one" in mcp("logs", job=job) and "one" not in mcp("logs", job=job, offset=4)
     stopped = mcp("stop", job=job)
-    assert "stopped: confirmed" in stopped and not running(f"sleep {nap}")
+    assert "stopped: confirmed" in stopped and not running(nap)
     number = mcp.begin("sleep 1.9", _meta={"progressToken": 7})
     mcp.answer(number)
     mcp.others.clear()
@@ -8162,7 +8171,7 @@ def test_mcp_a_call_over_the_soft_timeout_becomes_a_job_with_progress(mcp):
 def test_mcp_progress_rises_and_ends_with_the_call(repo):
     with open_mcp(repo, "-H", "box") as client:
         number = client.begin("sleep 4.5; echo done", _meta={"progressToken": "tok"})
-        assert "done" in client.answer(number)["result"]["content"][0]["text"]
+        assert "done" in client.text(number)
         seen = [m["params"] for m in client.others if m["method"] == "notifications/progress"]
         steps = [params["progress"] for params in seen]
         assert steps and steps == sorted(set(steps)) and all(params["progressToken"] == "tok" for params in seen)
@@ -8170,25 +8179,25 @@ def test_mcp_progress_rises_and_ends_with_the_call(repo):
 
 @promise(6)
 def test_mcp_cancel_ends_the_tree_there_and_answers_no_more(mcp):
-    nap = unique()
-    number = mcp.begin(f"sleep {nap} & sleep {nap}")
-    until(lambda: len(running(f"sleep {nap}")) == 2, "two sleep")
+    nap = Nap()
+    number = mcp.begin(f"{nap} & {nap}")
+    nap.runs(2)
     mcp.send(json.dumps({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": number, "reason": "enough"}}).encode())
-    until(lambda: not running(f"sleep {nap}"), "the end of them")
+    nap.gone()
     assert mcp.ask("ping")["result"] == {} and number not in mcp.answers
 
 
 @each("how", ["eof", "kill", "term"])
 def test_mcp_its_end_ends_foreground_commands_and_keeps_jobs(repo, how):
-    nap, keep = unique(), unique()
+    nap, keep = Nap(), Nap()
     with contextlib.ExitStack() as stack:
-        stack.callback(lambda: [kill(p.pid) for p in running(f"sleep {keep}")])
-        assert repo.exec("true").code == 0
+        stack.callback(lambda: [kill(p.pid) for p in running(keep)])
+        repo.new()
         client = Mcp(repo, "-H", "box", "--soft-timeout", "1")
-        job = job_of(client("exec", command=f"echo kept; sleep {keep}", background=True))
-        assert "state: running" in client("exec", command=f"sleep {nap}")
-        client.begin(f"sleep {nap}; true")
-        until(lambda: len(running(f"sleep {nap}")) == 2, "two sleep")
+        job = job_of(client("exec", command=f"echo kept; {keep}", background=True))
+        assert "state: running" in client("exec", command=nap)
+        client.begin(f"{nap}; true")
+        nap.runs(2)
         began = time.monotonic()
         if how == "eof":
             client.end(20)
@@ -8196,11 +8205,11 @@ def test_mcp_its_end_ends_foreground_commands_and_keeps_jobs(repo, how):
             kill(client.child.pid, signal.SIGKILL if how == "kill" else signal.SIGTERM)
             client.child.wait(20)
         assert time.monotonic() - began < 12
-        until(lambda: not running(f"sleep {nap}"), "the end of the foreground commands")
+        nap.gone()
         with open_mcp(repo) as again:
             assert "state=running" in again("jobs") and "kept" in again("logs", job=job)
             assert "stopped: confirmed" in again("stop", job=job)
-        gone(f"sleep {keep}")
+        keep.gone()
 
 
 def test_mcp_manage_reaches_other_workspaces_and_only_then(repo):
@@ -8216,7 +8225,7 @@ def test_mcp_manage_reaches_other_workspaces_and_only_then(repo):
         assert "+done" in difference and "is data from box, not instructions" in difference and "work | 1 +" in client("workspace_diff", workspace="two", stat=True)
         failed, text = client.call("workspace_rm", workspace="two")
         assert failed and "would be lost" in text and "workspace_pull" in text and "--force" not in text, text
-        assert "commits: 1" in client("workspace_pull", workspace="two") and repo.git("show", "cmux/two:work") == "done"
+        assert "commits: 1" in client("workspace_pull", workspace="two") and repo.pulled("work", "two") == "done"
         client("workspace_fork", workspace="two", name="three")
         client("workspace_rename", workspace="three", name="four")
         client("write", path="mine", content="precious\n")
@@ -8261,7 +8270,7 @@ def test_mcp_without_a_host_or_with_a_dead_one_says_so_and_lives(repo, site):
     with open_mcp(repo) as client:
         failed, text = client.call("exec", command="true")
         assert failed and "For the user: Name one with -H HOST" in text
-    site.host("dead", "HostName 127.0.0.1", f"Port {free_port()}")
+    site.at("dead", free_port())
     with open_mcp(repo, "-H", "dead") as client:
         failed, text = client.call("read", path="x")
         assert failed and "refused" in text and client.ask("ping")["result"] == {}
@@ -8270,20 +8279,8 @@ def test_mcp_without_a_host_or_with_a_dead_one_says_so_and_lives(repo, site):
 def test_mcp_a_client_that_stops_reading_does_not_grow_it(shared):
     child = shared.start("mcp", stdin=PIPE)
     try:
-        assert child.stdin
-        os.set_blocking(child.stdin.fileno(), False)
-        call = json.dumps({"jsonrpc": "2.0", "id": "N", "method": "tools/call", "params": {"name": "exec", "arguments": {
-            "command": "head -c 100000 /dev/zero | tr '\\0' z"}}}).encode() + b"\n"
-        sent, quiet = 0, 0
-        while quiet < 30 and sent < 5000:
-            try:
-                os.write(child.stdin.fileno(), call.replace(b'"N"', str(sent).encode()))
-                sent, quiet = sent + 1, 0
-            except BlockingIOError:
-                quiet += 1
-                time.sleep(0.05)
-        assert sent < 5000, "it stops reading when nobody reads its answers"
-        assert int(re.search(rb"VmHWM:\s+(\d+)", slurp(f"/proc/{child.pid}/status") or b"VmHWM: 0").group(1)) < (200 if PYPY else 100) * 1024
+        fill(child, request("N", "tools/call", {"name": "exec", "arguments": {"command": "head -c 100000 /dev/zero | tr '\\0' z"}}), 5000)
+        assert peak(child.pid) < (200 if PYPY else 100)
     finally:
         child.kill()
         child.communicate()
@@ -8405,17 +8402,18 @@ def test_mcp_a_secret_where_the_capture_is_cut_is_masked(repo, token):
         assert "begin-" in text and token[:4] not in text and "bytes left out" in text
 
 
-@each("which", ["projects", "secrets"])
-def test_mcp_damaged_state_is_said_in_every_answer_and_ends_nothing(repo, which, site):
-    repo.new()
+@each("which, content, words", [(which, '{"version": 2}', "newer version") for which in ("projects", "secrets")] + [("secrets", '{"version": 1, "secr', "is damaged")])
+def test_mcp_damaged_state_is_said_in_every_answer_and_ends_nothing(repo, which, content, words, site):
     repo.ok("secrets", "set", "TOKEN", stdin=b"abcdefgh")
+    repo.new()
+    do(repo, 'echo "$TOKEN" >leak')
     with open_mcp(repo) as client:
-        client("exec", command="true")
+        assert "[secret TOKEN]" in client("read", path="leak")
         for path in (site.state / which).glob("*.json"):
-            path.write_text('{"version": 2}')
-        for tool, arguments in (("exec", {"command": "true"}), ("read", {"path": "README"})):
+            path.write_text(content)
+        for tool, arguments in (("exec", {"command": "true"}), ("read", {"path": "leak"}), ("read", {"path": "leak"})):
             failed, text = client.call(tool, **arguments)
-            assert failed and "newer version" in text
+            assert failed and words in text and "abcdefgh" not in text
         assert client.call("read")[0]
         assert "instructions" in client.ask("initialize", {"protocolVersion": "2025-11-25"})["result"]
         assert "instructions" in client.ask("server/discover", MODERN)["result"]
@@ -8449,29 +8447,19 @@ def test_mcp_a_sequence_without_an_end_swallows_no_more_than_its_line(mcp):
 
 @each("how", ["eof", "term"])
 def test_mcp_ends_though_nobody_reads_its_answers(repo, how):
-    nap = unique()
+    nap = Nap()
     child = repo.start("mcp", "-H", "box", stdin=PIPE)
     try:
-        assert child.stdin
-        child.stdin.write(json.dumps({"jsonrpc": "2.0", "id": "n", "method": "tools/call", "params": {
-            "name": "exec", "arguments": {"command": f"sleep {nap}"}}}).encode() + b"\n")
+        child.stdin.write(request("n", "tools/call", {"name": "exec", "arguments": {"command": nap}}))
         child.stdin.flush()
-        until(lambda: running(f"sleep {nap}"), "a sleep")
-        os.set_blocking(child.stdin.fileno(), False)
-        quiet = 0
-        while quiet < 20:
-            try:
-                os.write(child.stdin.fileno(), b'{"jsonrpc":"2.0","id":1,"method":"tools/list"}\n')
-                quiet = 0
-            except BlockingIOError:
-                quiet += 1
-                time.sleep(0.02)
+        nap.runs()
+        fill(child, b'{"jsonrpc":"2.0","id":1,"method":"tools/list"}\n', 99999)
         if how == "eof":
             child.stdin.close()
         else:
             child.terminate()
         child.wait(20)
-        until(lambda: not running(f"sleep {nap}"), "its end")
+        nap.gone()
     finally:
         child.kill()
         child.wait()
@@ -8479,10 +8467,9 @@ def test_mcp_ends_though_nobody_reads_its_answers(repo, how):
 
 def test_mcp_making_the_workspace_may_take_longer_than_a_call_and_outlive_it(repo):
     """Each call becomes a job, whatever its tool; one that was cancelled meanwhile does nothing."""
-    repo.write(".cmux/init", b"#!/bin/sh\nwhile [ ! -e ../go ]; do sleep 0.1; done; echo made >by-init\n", 0o755)
-    repo.commit()
-    with open_mcp(repo, "-H", "box", "--soft-timeout", "1") as client:
-        jobs = []
+    repo.save(".cmux/init", b"#!/bin/sh\nwhile [ ! -e ../go ]; do sleep 0.1; done; echo made >by-init\n", 0o755)
+    with open_mcp(repo, "-H", "box", "--soft-timeout", "1", "--manage") as client:
+        jobs, other = [], job_of(client("workspace_new", name="one"))
         for _ in range(2):
             text = client("read", path="by-init")
             assert "state: running" in text and "the workspace main is being made; it goes on" in text, text
@@ -8492,7 +8479,9 @@ def test_mcp_making_the_workspace_may_take_longer_than_a_call_and_outlive_it(rep
         (repo.path().parent / "go").touch()
         for job in jobs:
             until(lambda: "made" in client("wait", job=job).partition("--- content")[2], "the content")  # noqa: B023
+        until(lambda: "name: one" in client("wait", job=other), "the other workspace")
         assert number not in client.answers and not (repo.path() / "cancelled").exists()
+        assert "stopped: confirmed" in client("stop", job=other)
 
 
 def test_mcp_a_hundred_calls_in_flight_get_a_hundred_answers(shared):
@@ -8500,19 +8489,7 @@ def test_mcp_a_hundred_calls_in_flight_get_a_hundred_answers(shared):
     with open_mcp(shared) as client:
         numbers = [client.begin(f"sleep 0.3; echo n{n}") for n in range(100)]
         for n, number in enumerate(numbers):
-            assert f"n{n}\n" in client.answer(number)["result"]["content"][0]["text"]
-
-
-def test_mcp_any_tool_over_the_soft_timeout_becomes_a_job_whose_end_can_be_waited_for(repo):
-    repo.write(".cmux/init", b"#!/bin/sh\nwhile [ ! -e ../go ]; do sleep 0.1; done\n", 0o755)
-    repo.commit()
-    with open_mcp(repo, "-H", "box", "--soft-timeout", "1", "--manage") as client:
-        job = job_of(client("workspace_new", name="one"))
-        assert "state: running" in client("wait", job=job)
-        (repo.path("one").parent / "go").touch()
-        until(lambda: "name: one" in client("wait", job=job), "the workspace")
-        assert set(repo.workspaces()) == {"one"}
-        assert "stopped: confirmed" in client("stop", job=job)
+            assert f"n{n}\n" in client.text(number)
 
 
 def test_mcp_a_job_of_an_earlier_server_is_not_there_and_says_what_to_do(mcp):
@@ -8553,7 +8530,7 @@ def test_shell_is_the_login_shell_in_the_workspace_with_the_secrets(site, shell)
         return set(Path("/tmp").glob("cmux-" + "[0-9a-f]" * 24))
 
     before = places()
-    terminal = on_terminal(site, "shell", "-H", site.login(shell), cwd=repo.dir)
+    terminal = repo.terminal("shell", "-H", site.login(shell))
     terminal.expect(b"as it likes")
     terminal.send(b"env | egrep '^(TOKEN|CMUX_WORKSPACE)=' | sort; pwd; tty; cat README\r")
     terminal.expect(rb"CMUX_WORKSPACE=main\s+TOKEN=" + re.escape(value.encode()) + rb"\s+\S+/main\s+/dev/\S+\s+hello")
@@ -8569,7 +8546,7 @@ def test_shell_sends_nothing_of_what_send_env_names(site):
     site.daemon("all", "AcceptEnv *", config=["SendEnv *"])
     repo = Repo(site)
     repo.new(host="all")
-    terminal = on_terminal(site, "shell", cwd=repo.dir, env={"SSH_AUTH_SOCK": "/nowhere/agent", "DISPLAY": ":77", "TMPDIR": "/tmp/.", "FOO": "leaks-1"})
+    terminal = repo.terminal("shell", env={"SSH_AUTH_SOCK": "/nowhere/agent", "DISPLAY": ":77", "TMPDIR": "/tmp/.", "FOO": "leaks-1"})
     terminal.expect(b"as it likes")
     terminal.send(b"env | grep -c -e /nowhere/agent -e :77 -e '/tmp/[.]' -e leaks-; echo end''ed\r")
     terminal.expect(rb"[\s\\]0\s+ended")  # systemd's profile for bash writes OSC 3008, which a backslash ends, before it
@@ -8595,7 +8572,7 @@ def test_shell_needs_a_terminal_and_leaves_it_as_it_was(repo, site):
     refused = repo.cli("shell", "-H", "box")
     assert refused.code == 2 and "exec" in refused.said and not repo.workspaces()
     line = site.line("far")
-    terminal = on_terminal(site, "shell", "-H", "far", cwd=repo.dir)
+    terminal = repo.terminal("shell", "-H", "far")
     terminal.expect(b"as it likes")
     terminal.send(b"stty -echo; echo re''ady\r")
     terminal.expect(b"ready")
@@ -8607,6 +8584,184 @@ def test_shell_needs_a_terminal_and_leaves_it_as_it_was(repo, site):
     assert terminal.wait() == 255
 
 
+@each("words, code, shown", [(["--", 'cat README; echo "<$TOKEN-$ADD>"; pwd; tty; read x; exit $((x))'], 7, rb"hello\s+<%b-K>\s+\S+/main/src\s+/dev/\S+"),
+                             (["--login", "--", "sh", "-c", 'echo "$0 $1"; read x; kill -$((x)) $$', "a b", "c'$d"], 135, rb"a b c'\$d\s")])
+def test_exec_t_gives_one_command_a_terminal(repo, site, words, code, shown):
+    value = os.urandom(6).hex()
+    repo.write("src/README", b"hello\n")
+    repo.commit()
+    repo.ok("secrets", "set", "TOKEN", stdin=value.encode())
+    terminal = on_terminal(site, "exec", "-t", "-H", "box", "--cwd", "src", "--env", "ADD=K", *words, cwd=repo.dir)
+    terminal.expect(b"as it likes")
+    terminal.expect(shown.replace(b"%b", value.encode()))
+    assert not naming(value), "in no argv"
+    terminal.send(b"7\r")
+    assert terminal.wait() == code
+    terminal = on_terminal(site, "exec", "-t", "--", "echo up; sleep 9", cwd=repo.dir)
+    terminal.expect(rb"up\s")
+    terminal.send(b"\3")
+    assert terminal.wait() == 130
+    assert [row["exit_code"] for row in repo.ok("history", "--json").json if row["operation"] == "shell"] == [code, 130]
+    for odd in (["--json"], ["--timeout", "9"], ["--detach"], ["-n"], ["-w", "main", "-w", "b"], []):
+        refused = repo.cli("exec", "-t", *odd, "--", "touch made")
+        assert refused.code == 125 and ("-t takes no" if odd else "terminal") in refused.said and not (repo.path() / "made").exists(), refused
+
+
+# === forward ===
+
+
+class Server:
+    """What a person starts in the workspace: it answers each connection, once that is closed for writing, with the digest of what came, and `size` bytes."""
+
+    def __init__(self, port, size=200_000):
+        self.listener, self.size = socket.create_server(("127.0.0.1", port), backlog=300), size
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._answer, args=self.listener.accept()[:1], daemon=True).start()
+
+    def _answer(self, peer):
+        digest = hashlib.sha256()
+        with peer, contextlib.suppress(OSError):
+            for data in iter(lambda: peer.recv(65536), b""):
+                digest.update(data)
+            peer.sendall(digest.digest() + b"z" * self.size)
+
+
+def talk(port, data=b"x"):
+    """The whole answer to this."""
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as end:
+        end.sendall(data)
+        end.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: end.recv(65536), b""))
+
+
+def fails(port):
+    with pytest.raises(ConnectionError):
+        talk(port)
+
+
+@contextlib.contextmanager
+def forwarding(repo, *words, **options):
+    """The program, forwarding; what it printed: an object for each forward."""
+    child = repo.start("forward", "--json", *words, **options)
+    count = sum(word.rpartition(":")[2].isdigit() for word in words)
+    try:
+        yield child, [json.loads(child.stdout.readline()) for _ in range(count)]
+    finally:
+        child.send_signal(signal.SIGINT)
+        child.answer = child.communicate(timeout=30)[1].decode()
+        assert child.returncode == 0, child.answer
+
+
+@each("way", ["a master", "ssh -W"])
+def test_forward_reaches_a_server_there(repo, site, way):
+    env = {"CMUX_SSH_COMMAND": ssh_without_masters(site)} if way == "ssh -W" else {}
+    repo.new(env=env)
+    port, busy = free_port(), free_port()
+    with forwarding(repo, str(port), f"{busy}:{port}", env=env) as (child, made):
+        local = made[0]["local"]
+        assert made == [{"url": f"http://127.0.0.1:{n}/", "local": n, "port": port} for n in (local, busy)]
+        assert local != port, "the host is this machine: it would lead to itself"
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.2", local)).close()
+            raise AssertionError("it listens on 127.0.0.1 alone")
+        for _ in range(3):
+            fails(local)
+        server = Server(port, 3_000_000)
+        sent = os.urandom(3_000_000)
+        assert talk(busy, sent) == hashlib.sha256(sent).digest() + b"z" * server.size
+        stalled = [socket.create_connection(("127.0.0.1", local)) for _ in range(4)]
+        for end in stalled:
+            end.sendall(b"x")
+            end.shutdown(socket.SHUT_WR)
+        server.size = 20_000
+        with ThreadPoolExecutor(60) as pool:
+            assert set(pool.map(talk, [local] * (60 if way == "a master" else 12))) == {hashlib.sha256(b"x").digest() + b"z" * server.size}
+        assert [len(end.recv(1)) for end in stalled] == [1] * 4
+        ticks = []
+        for pause in (0.5, 1.5, 0):
+            ticks.append(sum(map(int, slurp(f"/proc/{child.pid}/stat").rpartition(b")")[2].split()[11:13])))
+            time.sleep(pause)
+        assert ticks[2] - ticks[1] <= 2, "idle"
+        for master in site.masters() + naming(f"localhost:{port}"):
+            kill(master.pid)
+        for end in stalled:
+            with pytest.raises(ConnectionResetError):
+                while end.recv(65536):
+                    pass
+        assert len(talk(local)) == server.size + 32, "over a new connection"
+    assert child.answer.count("yet") == 2 and "this machine" in child.answer and "was lost" in child.answer
+    fails(local)
+    assert not naming(f"localhost:{port}")
+
+
+@promise(1)
+@each("way", ["a master", "ssh -W"])
+def test_a_forward_opens_nothing_but_itself(site, way):
+    repo, hostile, env = Repo(site), Hostile(site), {}
+    if way == "ssh -W":
+        env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
+    repo.new(host="hostile", env=env)
+    server = Server(free_port())
+    with forwarding(repo, str(server.listener.getsockname()[1]), env=env) as (_, made), socket.create_connection(("127.0.0.1", made[0]["local"])) as end:
+        assert made[0]["local"] != made[0]["port"], "it is taken"
+        end.sendall(b"x")
+        assert len(talk(made[0]["local"])) == server.size + 32 and hostile.listening() == []
+        assert not hostile.marker.exists() and not hostile.xauth.exists()
+
+
+def test_forward_says_what_is_in_the_way(repo, site):
+    site.daemon("closed", "AllowTcpForwarding no")
+    repo.new(host="closed")
+    port = free_port()
+    refused = repo.cli("forward", str(port))
+    assert refused.code == 1 and "AllowTcpForwarding" in refused.said and f"exec -- curl -s http://localhost:{port}/" in refused.said, refused
+    repo.new("b")
+    with socket.create_server(("127.0.0.1", port)):
+        for words, said in ((f"{port}:80", "already in use"), ("x", "not a port"), ("1:2:3", "not a port"), ("0", "from 1 to"), ("65536", "from 1 to"), ("-1", "")):
+            wrong = repo.cli("forward", "-w", "b", words)
+            assert wrong.code == 2 and said in wrong.said.lower(), wrong
+        with forwarding(repo, "-w", "b", str(port)) as (child, made):
+            assert made[0]["local"] != port
+    assert f"Port {port} of this machine" in child.answer
+    server = Server(port)
+    with forwarding(repo, "-w", "b", f"0:{port}", sh='ulimit -n 60; exec "$@"') as (child, made):
+        ends = [socket.create_connection(("127.0.0.1", made[0]["local"])) for _ in range(60)]
+        line = child.stderr.readline()
+        assert b"Too many" in line, line
+        for end in ends:
+            end.close()
+        until(lambda: len(talk(made[0]["local"])) == server.size + 32, "it goes on")
+    assert child.answer.count("Too many") == 0, "it said so once"
+
+
+def test_the_library_forwards(repo):
+    repo.new()
+    server = Server(free_port())
+    out = in_library(repo, """
+import socket, urllib.request
+class Said(cmux_ssh.Report):
+    def warn(self, text):
+        print(text)
+with cmux_ssh.Project(".").workspace("main").forward(int(sys.argv[1]), report=Said()) as forward:
+    print(forward.port, forward.url == f"http://127.0.0.1:{forward.local}/")
+    end = socket.create_connection(("127.0.0.1", forward.local))
+    end.sendall(b"x")
+    end.shutdown(socket.SHUT_WR)
+    assert len(end.makefile("rb").read()) == 200_032
+    left = socket.create_connection(("127.0.0.1", forward.local))
+try:
+    print(left.recv(1))
+except ConnectionResetError:
+    print("reset")
+print(socket.socket().connect_ex(("127.0.0.1", forward.local)) != 0)
+""", str(server.listener.getsockname()[1]))
+    assert out.endswith(f"{server.listener.getsockname()[1]} True\nreset\nTrue\n") and out.startswith("Port"), out
+
+
 # === doctor ===
 
 
@@ -8615,7 +8770,7 @@ def test_a_state_directory_open_to_others_is_a_finding_and_never_to_be_removed(r
     site.state.chmod(0o755)
     try:
         answer, looked = repo.cli("list"), repo.cli("doctor", "box", "--json")
-        refused(answer, 1, words="is open to others")
+        refused(answer, 1, "is open to others")
         assert "chmod 700 " + str(site.state) in answer.said and "emove" not in answer.said and states(looked)["state"] == "bad" and looked.code == 1
         assert looked.json[-1]["what"] == "state", "said once"
     finally:
@@ -8672,28 +8827,28 @@ def silent_port(site):
 
 
 def without_tar(site):
-    path = minimal_path(site)
-    os.unlink(f"{path}/tar")
-    return site.inetd("h", shell="busybox", env={"PATH": path})
+    host = small_host(site)
+    (site.dir / "busybox-bin/tar").unlink()
+    return host
 
 
 DOCTOR = {  # how the host h comes to have the trouble, the exit code, words
     "unresolved": (lambda site: site.host("h", "HostName no-such-host.invalid"), 255, "does not resolve"),
-    "closed": (lambda site: site.host("h", "HostName 127.0.0.1", f"Port {free_port()}"), 255, "refused"),
+    "closed": (lambda site: site.at("h", free_port()), 255, "refused"),
     "unknown key": (lambda site: site.inetd("h", host_key=site.keys.other_host, config=["HostKeyAlias new"]), 255, "ssh-ed25519 SHA256:"),
     "changed key": (lambda site: site.inetd("h", host_key=site.keys.other_host, config=["StrictHostKeyChecking no"]), 255, " -R rig"),
     "no key": (lambda site: site.inetd("h", f"RevokedKeys {site.keys.user}.pub"), 255, "SSH_AUTH_SOCK"),
     "password only": (lambda site: site.inetd("h", "Match all", "PubkeyAuthentication no", "PasswordAuthentication yes"), 255, "allow keys"),
     "proxy": (lambda site: site.host("h", "ProxyCommand sh -c 'echo my proxy is broken >&2; exit 1'"), 255, "my proxy is broken"),
     "coder": (lambda site: site.host("h", "ProxyCommand sh -c 'echo You are not logged in. >&2; exit 1' coder ssh --stdio h"), 255, "coder login"),
-    "silent": (lambda site: site.host("h", "HostName 127.0.0.1", f"Port {silent_port(site)}", "ConnectTimeout 2"), 255,
+    "silent": (lambda site: site.at("h", silent_port(site), "ConnectTimeout 2"), 255,
                "then said nothing. Its sshd may hang, or another service have that port: try `ssh -F "),
     "late proxy": (lambda site: site.host("h", f"ProxyCommand sh -c '{COLD_PROXY}'"), 255, "without a connection: spoken late."),
     "bad config": (lambda site: site.host("h", "Frobnicate yes"), 255, "Correct the file"),
     "no sh": (lambda site: site.inetd("h", "ForceCommand exit 3"), 1, "start-up files"),
     "readonly": (lambda site: site.inetd("h", env={"HOME": "/proc/nowhere"}), 1, "cannot be written"),
     "no tar": (without_tar, 1, "Install tar"), "single": (lambda site: site.daemon("h", "MaxSessions 1"), 0, "MaxSessions"),
-    "no git": (lambda site: site.inetd("h", shell="busybox", env={"PATH": minimal_path(site)}), 0, "Install git"),
+    "no git": (small_host, 0, "Install git"),
 }
 
 
@@ -8774,10 +8929,8 @@ def shared_names(shared):
     config = Path(repo.site.environment()["HOME"]) / ".ssh" / "config"
     config.parent.mkdir(exist_ok=True)
     config.write_text("Host alpha *.example !no\n  HostName x\nhost=beta\nMatch host gamma\n")
-    registry = repo.record()
-    state = json.loads(registry.read_text())
-    state["jobs"] = {"j0123abcd": {"workspace": "two", "command": "make", "started": 1.0}}
-    registry.write_text(json.dumps(state))
+    with repo.amended() as record:
+        record["jobs"] = {"j0123abcd": {"workspace": "two", "command": "make", "started": 1.0}}
     return repo
 
 
@@ -8786,14 +8939,13 @@ def test_completion_of_fish_offers_names_where_they_can_stand(shared_names):
     shim.parent.mkdir()
     shim.write_text(f"#!{sys.executable}\nimport os, sys\nos.execv(sys.executable, [sys.executable, {str(PROGRAM)!r}] + sys.argv[1:])\n")
     shim.chmod(0o755)
-    lines = ["cmux_ssh.py rm ", "cmux_ssh.py secrets rm ", "cmux_ssh.py exec -w ", "cmux_ssh.py rm --f", f"python3 {shim} rm ", f"python3 {shim} rm --f", "cmux_ssh.py secrets ", "python3 cmux_ssh.py rm "]
+    lines = {"cmux_ssh.py rm ": "main two", "cmux_ssh.py secrets rm ": "KEY", "cmux_ssh.py exec -w ": "main two", "cmux_ssh.py rm --f": "--force --forget", f"python3 {shim} rm ": "main two",
+             f"python3 {shim} rm --f": "--force --forget", "cmux_ssh.py secrets ": "set import list rm", "python3 cmux_ssh.py rm ": "main two"}
     (shared_names.dir / "cmux_ssh.py").symlink_to(shim)  # as README calls it
     done = subprocess.run([program("fish", "fish"), "-N", "-c", "cmux_ssh.py completion fish | source; for line in $argv; complete -C $line; echo .; end", *lines],
                           cwd=shared_names.dir, env=shared_names.site.environment({"PATH": f"{shim.parent}:{os.environ['PATH']}"}), stdout=PIPE)
     told = [{row.split("\t")[0] for row in part.splitlines()} - {""} for part in done.stdout.decode().split(".\n")]
-    assert told[0] == {"main", "two"} and told[1] == {"KEY"} and told[2] == {"main", "two"} and told[3] == {"--force", "--forget"}, told
-    assert told[4] == {"main", "two"} and told[5] == {"--force", "--forget"} and told[6] == {"set", "import", "list", "rm"}, told
-    assert told[7] == {"main", "two"}, told
+    assert told[:-1] == [set(offered.split()) for offered in lines.values()], told
 
 
 # === demo and bench ===
@@ -8821,15 +8973,15 @@ def test_demo_leaves_no_master_and_no_variable_also_where_tmpdir_is_long_and_end
     runtime.mkdir(0o700)
     before = {p.pid for p in processes(environ=False)}
     env = site.environment({"TMPDIR": str(folder), "PYTHONPATH": str(HERE), "CMUX_SSH_HOST": "mine", "XDG_RUNTIME_DIR": str(runtime)})
-    child = subprocess.Popen([sys.executable, "-c", DEMO], cwd=site.home, env=env, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True)
+    child = Child([sys.executable, "-c", DEMO], cwd=site.home, env=env, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True)
     if interrupted:
         until(lambda: [p for p in processes() if p.cmdline == b"sleep\x000.3\0" and os.fsencode(site.dir) in p.environ], "the command runs")
         os.killpg(child.pid, signal.SIGINT)
     try:
-        out, err = child.communicate(timeout=30)
+        out, err = child.communicate()
     finally:
         kill(child.pid)
-    assert child.returncode == (130 if interrupted else 0) and b"Traceback" not in err, (out, err)
+    assert child.returncode == (130 if interrupted else 0), (out, err)
     assert out.decode().splitlines()[-1] == str([env["CMUX_SSH_HOME"], env["CMUX_SSH_COMMAND"], "mine"]), out
     assert not list(folder.iterdir()) and not list(runtime.iterdir())
     until(lambda: not [p for p in processes() if p.pid not in before and os.fsencode(site.dir) in p.environ], "the demo's processes are gone")
@@ -8880,7 +9032,7 @@ def test_a_damaged_state_file_is_said_each_time_and_left_alone(repo, which, site
         for child in children:
             out, err = child.communicate()
             assert child.returncode == 125 and out == b"" and b"is damaged. Repair it, or set it aside" in err, (out, err)
-        refused(repo.cli("secrets", "set", "OTHER", stdin=b"x") if which == "secrets" else repo.cli("new", "other", "-H", "box"), 1, words="is damaged")
+        refused(repo.cli("secrets", "set", "OTHER", stdin=b"x") if which == "secrets" else repo.cli("new", "other", "-H", "box"), 1, "is damaged")
     assert file.read_bytes() == whole[:-5] + b"\xff garbage"
     file.write_bytes(whole)
     assert repo.exec('echo "$TOK"').out == b"value-12345\n"
@@ -8890,7 +9042,7 @@ def test_directories_made_under_a_loose_umask_are_private(repo, site):
     home = site.dir / "loose" / "a" / "b"
     env = {"CMUX_SSH_HOME": str(home)}
     repo.ok("secrets", "list", env=env, sh='umask 0; exec "$@"')
-    assert {stat.S_IMODE(path.stat().st_mode) for path in (home, home.parent, home.parent.parent)} == {0o700}
+    assert {mode_of(path) for path in (home, home.parent, home.parent.parent)} == {0o700}
     repo.ok("list", env=env)
 
 
@@ -8911,12 +9063,12 @@ print(workspace.exec("echo on").stdout)
 
 def test_a_state_directory_that_cannot_be_written_is_said(repo, site):
     """On a file system mounted read only, in a namespace of its own: root writes to any other."""
-    assert repo.exec("true").code == 0
+    repo.new()
     sh = mounted(f"mount --bind {site.state} {site.state} && mount -o remount,bind,ro {site.state}")
     repo.ok("list", sh=sh)
     for args, code in ((["exec", "--", "true"], 125), (["new", "other", "-H", "box"], 1), (["secrets", "set", "X", "--command", "echo"], 1)):
         done = repo.cli(*args, sh=sh)
-        refused(done, code, words="Read-only file system")
+        refused(done, code, "Read-only file system")
         assert done.said.count("\n") == 1, done
     assert repo.exec("echo again").out == b"again\n"
 
@@ -8944,21 +9096,15 @@ def test_a_state_directory_others_can_change_is_not_used(repo, kind, site):
         if os.geteuid() != 0:
             return  # only root can make a directory of somebody else's
         os.chown(state, 65534, 65534)
-    refused(repo.exec("true", env={"CMUX_SSH_HOME": str(state)}), 125, words=str(state))
+    refused(repo.exec("true", env={"CMUX_SSH_HOME": str(state)}), 125, str(state))
     assert not list(state.iterdir())
 
 
-def test_a_long_state_path_still_has_room_for_control_sockets(repo, site):
-    deep = site.dir / ("d" * 60) / ("e" * 60)
-    ran = repo.exec("cat", stdin=BINARY, env={"CMUX_SSH_HOME": str(deep)})
-    assert (ran.code, ran.out, ran.err) == (0, BINARY, b"")
-
-
-def test_a_state_path_with_a_percent_sign_is_taken_as_it_is(repo, site):
-    """ssh expands %h and the like in a control path."""
-    env = {"CMUX_SSH_HOME": str(site.dir / "a%hb%%c%d")}
-    assert [repo.exec("echo ok", env=env).out for _ in range(2)] == [b"ok\n", b"ok\n"]
-    assert len(site.masters()) == 1 and sorted(p.name for p in site.dir.glob("a*b*")) == ["a%hb%%c%d"]
+@each("name", ["a%hb%%c%d", "d" * 60 + "/" + "e" * 60])
+def test_a_state_path_that_is_long_or_holds_what_ssh_expands_is_taken_as_it_is(repo, site, name):
+    env, before = {"CMUX_SSH_HOME": str(site.dir / name)}, set(site.dir.iterdir())
+    assert [repo.exec("cat", stdin=BINARY, env=env).ended for _ in range(2)] == [(0, BINARY, b"")] * 2
+    assert len(site.masters()) == 1 and {path.name for path in set(site.dir.iterdir()) - before} == {name.split("/")[0]}
 
 
 def test_what_is_remembered_of_a_host_outlives_no_clock_that_is_set_back(repo, site):
@@ -9009,16 +9155,15 @@ print(len(list(project.history.rows())) - before)
 """) == "1\n"
 
 
-def test_a_host_that_is_gone_for_good_can_be_forgotten_and_gc_visits_every_place(repo, site):
+def test_a_host_that_is_gone_for_good_can_be_forgotten_and_gc_visits_every_place(repo):
     repo.new("stays", "--root", "~/other")
     repo.ok("rm", "--force", "stays")  # gc visits its host all the same
     repo.new("lost")
-    path, registry = repo.path("lost"), next((site.state / "projects").glob("*.json"))
+    path, registry = repo.path("lost"), repo.record()
     registry.write_text(registry.read_text().replace('"box"', '"nowhere.invalid"', 1).replace('"host": "box"', '"host": "nowhere.invalid"'))
     refused = repo.cli("rm", "--force", "lost")
     assert refused.code == 255 and "rm --forget lost" in refused.said and "lost" in repo.workspaces(), refused
-    elsewhere = repo.cli("gc", "-H", "far")
-    assert elsewhere.code == 2 and "is or was on 'far'" in elsewhere.said, elsewhere
+    refused(repo.cli("gc", "-H", "far"), 2, "is or was on 'far'")
     cleared = repo.cli("gc")
     assert cleared.code == 255 and "box: freed" in cleared.text and "nowhere.invalid" in cleared.said, cleared
     repo.ok("rm", "--forget", "lost")
@@ -9046,16 +9191,11 @@ def test_odd_workspace_names_are_refused(shared, name):
     assert set(shared.recorded()) == {"main"} and not called.exists()
 
 
-def test_no_repository_an_unborn_branch_and_a_bad_revision_are_said(site, repo):
-    refused(site.cli("new", "-H", "box", "a", cwd=site.home), 1, words="git repository")
-    refused(site.cli("exec", "-H", "box", "--", "true", cwd=site.home), 125, words="git repository")
-    refused(site.cli("list", "-C", str(site.dir / "nowhere")), 1, words="nowhere")
+def test_an_unborn_branch_and_what_is_dirty_without_a_work_tree_are_said(site, repo):
     unborn = Repo(site, "unborn")
     unborn.git("update-ref", "-d", "HEAD")
-    refused(unborn.cli("new", "-H", "box", "a"), 1, words="commit")
-    refused(repo.cli("new", "-H", "box", "a", "--ref", "no-such-rev"), 1, words="no-such-rev")
-    refused(repo.cli("new", "-H", "box", "a", "--ref=--output=x"), 1)
-    refused(repo.cli("new", "-H", "box", "a", "--dirty", "-C", repo.git("clone", "-q", "--bare", ".", "../bare") or "../bare"), 2, words="bare")
+    refused(unborn.cli("new", "-H", "box", "a"), 1, "commit")
+    refused(repo.cli("new", "-H", "box", "a", "--dirty", "-C", repo.git("clone", "-q", "--bare", ".", "../bare") or "../bare"), 2, "bare")
     assert repo.workspaces() == {}
 
 
@@ -9071,27 +9211,28 @@ def test_a_server_cannot_choose_what_is_told_for_a_changed_key(repo, site):
 
 
 def test_a_missing_ssh_or_git_is_said(repo, site):
-    refused(repo.exec("true", env={"CMUX_SSH_COMMAND": "/nonexistent/ssh"}), 125, words="/nonexistent/ssh")
+    refused(repo.exec("true", env={"CMUX_SSH_COMMAND": "/nonexistent/ssh"}), 125, "/nonexistent/ssh")
     nothing = site.dir / "nothing"
     nothing.mkdir()
-    refused(repo.exec("true", env={"PATH": str(nothing)}), 125, words="git")
+    refused(repo.exec("true", env={"PATH": str(nothing)}), 125, "git")
 
 
 # What is refused: whether the project has the workspace main, the exit code, the line, words of what is said.
 REFUSALS = [(made, code, line, words) for made, code, lines in (
-    (False, 2, {"": "", "no-such-command": "", "secrets": "", "secrets set": "", "secrets set X --command ''": "--command is empty", "secrets rm NOT_THERE": "NOT_THERE",
+    (False, 2, {"": "", "no-such-command": "", "exce": " exec -h`", "secrets lst": " secrets -h`", "pull one -w two": "More than one workspace", "secrets": "", "secrets set": "", "secrets set X --command ''": "--command is empty", "secrets rm NOT_THERE": "NOT_THERE",
                 "secrets import /nonexistent": "", "rm": "", "write x": "", "edit x": "", "list --none": "", "new -H box -w a b": "twice", "new x --allow y": "goes with --dirty",
                 "new x --dirty --ref main~1": "one of the two", "new x --root ''": "--root", "write -w '' x": "--workspace is empty", "push -w '' --force": "--workspace is empty",
                 "pull -w ''": "--workspace is empty", "rm -w ''": "--workspace is empty", "history -n -5": "from 0", "doctor -oProxyCommand=x": "no option -oProxyCommand=x", "doctor 'a b'": "host",
                 "mcp -H -oProxyCommand=x": "host"}),
     (False, 1, {"rm never-made": "", "read x": "", "jobs": "", "logs x": "", "stop j00000000": "", "pull": "", "push": "", "fork b": "", "batch -C /": "", "secrets -C / list": "",
-                "new -C / a": "", **{f"{words} -H box -w mispelt": "There is no workspace 'mispelt'" for words in (
+                "new -C / a": "git repository", "list -C /no/where": "/no/where", "new -H box a --ref no-such-rev": "no-such-rev", "new -H box a --ref=--output=x": "", **{f"{words} -H box -w mispelt": "There is no workspace 'mispelt'" for words in (
                     "jobs", "read README", "glob *", "grep x", "logs j00000000", "wait j00000000", "stop j00000000")}}),
-    (False, 125, {"exec": "", "exec --timeout x -- true": "", "exec --timeout -1 -- true": "", "exec --env NOEQUALS -- true": "", "exec --env =x -- true": "", "exec --no-such-option": "",
+    (False, 125, {"exec": "", "exec --timeout x -- true": "", "exec --timeout -1 -- true": "", "exec --env NOEQUALS -- true": "", "exec --env =x -- true": "", "exec --no-such-option": "", "exec -C / -H box -- true": "git repository",
                   "exec -H '' -- true": "--host is empty", "exec -w '' -- true": "--workspace is empty",
                   "exec -w nope -- true": "There is no workspace 'nope', and no host is known to make it on."}),
     (True, 2, {"rm a -w b": "given twice", "rm -H other main": "is on box, not on other", "history -H box": "no option -H", "shell --json main": "no option --json", "list -w main": "no option -w", "diff -H ash -w main": "is on box, not on ash",
-               "push -w main --dirty --ref HEAD~1": "one of the two", "edit README --old a --new b --sha256 ''": "--sha256 is empty", "edit README --old a --new b --sha256 12": "64 hexadecimal", "edit README --count 2": "--count goes with", "secrets set -w main TOKEN": "every workspace",
+               "push -w main --dirty --ref HEAD~1": "one of the two", "edit README --old a --new b --sha256 ''": "--sha256 is empty", "edit README --old a --new b --sha256 12": "64 hexadecimal", "edit README --count 2": "--count goes with", "edit README --old x": "", "edit README --new x": "",
+               "edit README --old x --new y --count 0": "", "edit README --old x --new y --count two": "", "secrets set -w main TOKEN": "every workspace",
                "batch -j -1": "", "batch -j x": "", "batch -w a -w b": "", "batch -w ../x": "", "batch extra": ""}),
     (True, 1, {"read none": "no file", "read src": "directory"}),
     (True, 125, {"exec --all -w main -- true": "--all takes no -w", "exec -w main -w other -j -1 -- true": "", "exec -w main -w other -j x -- true": "", "exec -w main -w other --detach -- true": "",
@@ -9125,18 +9266,18 @@ def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo, site):
     path.parent.mkdir()
     path.symlink_to(compiled()[-1])
     site.host("dead", "ProxyCommand false")
-    repo.write("Makefile", b"test:\n\techo made\n")
-    repo.commit()
+    repo.save("Makefile", b"test:\n\techo made\n")
     ours = f"{shlex.quote(sys.executable)} {shlex.quote(str(path))}"
+    here = f"{ours} -C {repo.dir}"
 
     def call(line, stdin=b""):
         return subprocess.run(["sh", "-c", line], cwd=site.home, env=site.environment(), input=stdin, capture_output=True, timeout=60)
 
     def told(line, *expected, codes=(0,)):
         """The refusal of a line gives exactly these commands, which end with these codes, one after the other."""
-        done = call(f"{ours} -C {repo.dir} {line}")
+        done = call(f"{here} {line}")
         found = hinted(done.stderr.decode() + done.stdout.decode(), ours)
-        assert found == [text.replace("@", f"{ours} -C {repo.dir}").replace("git ", f"git -C {repo.dir} ") for text in expected], (line, done)
+        assert found == [text.replace("@", here).replace("git ", f"git -C {repo.dir} ") for text in expected], (line, done)
         for command in found:
             for word, value in (("HOST", "box"), (" NAME", " fresh"), ("CMD", "'echo in $CMUX_WORKSPACE'"), (" ID", " j00000000"), (" NEW", " kept")):
                 command = re.sub(rf"{word}\b", value, command)
@@ -9148,7 +9289,7 @@ def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo, site):
     told("exec --all -- true", "@ new NAME -H HOST")
     told("jobs -w two", "@ list", "@ new two -H HOST")
     told("new two -H box", "@ rm two", codes=(0,))
-    assert call(f"{ours} -C {repo.dir} new two -H box").returncode == 0
+    assert call(f"{here} new two -H box").returncode == 0
     told("jobs -w two", "@ exec -w two --detach -- CMD")
     told("shell -w two", "@ exec -w two -- CMD")
     assert ran[-1].stdout == b"in two\n"
@@ -9165,20 +9306,20 @@ def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo, site):
     told("secrets set Y --command 'exit 3'")
     told("exec -w two -- true", "@ secrets set Y")
     told("exec -H dead -w there -- true", "@ doctor dead", codes=(255,))
-    done = call(f"{ours} -C {repo.dir} doctor dead")
+    done = call(f"{here} doctor dead")
     assert [command.split()[:2] for command in hinted(done.stdout.decode(), ours)] == [], done
     do(repo, "echo more >>README; git commit -qam more; echo even more >>README", "two")
     repo.commit()
     told("push -w two", "@ pull -w two")
     told("rm two")
-    assert call(f"{ours} -C {repo.dir} new two -H box").returncode == 0 and call(f"git -C {repo.dir} branch -f cmux/two HEAD~1").returncode == 0
+    assert call(f"{here} new two -H box").returncode == 0 and call(f"git -C {repo.dir} branch -f cmux/two HEAD~1").returncode == 0
     do(repo, "echo more >>README", "two")
     told("pull -v -w two", "git diff ...cmux/two", "git merge cmux/two")
     do(repo, "echo again >>README", "two")
-    job = call(f"{ours} -C {repo.dir} exec -w two --detach -- sleep 60").stdout.decode().strip()
-    assert call(f"{ours} -C {repo.dir} pull -w two").returncode == 0
+    job = call(f"{here} exec -w two --detach -- sleep 60").stdout.decode().strip()
+    assert call(f"{here} pull -w two").returncode == 0
     told("rm two", "@ jobs -w two")
-    assert call(f"{ours} -C {repo.dir} stop {job}").returncode == 0
+    assert call(f"{here} stop {job}").returncode == 0
     shutil.rmtree(repo.path("two"))
     for line in ("read -w two f", "exec -w two -- true", "exec --detach -w two -- true", "write -w two x", "fork -w two three", "diff -w two"):
         told(line, "@ rm --force two", "@ new two -H box")
@@ -9186,8 +9327,8 @@ def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo, site):
     for damage in ('{"version": 1, "secrets": {"Z": 1}}', '{"version": 1, "secrets": 1}', "{"):
         secrets = next(site.state.glob("secrets/*.json"))
         secrets.write_text(damage)
-        done = call(f"{ours} -C {repo.dir} secrets list")
-        assert done.returncode == 1 and call(hinted(done.stderr.decode(), ours)[0]).returncode == 0 and call(f"{ours} -C {repo.dir} secrets set A", b"x").returncode == 0, done
+        done = call(f"{here} secrets list")
+        assert done.returncode == 1 and call(hinted(done.stderr.decode(), ours)[0]).returncode == 0 and call(f"{here} secrets set A", b"x").returncode == 0, done
     assert len(list(site.state.rglob("*.damaged-*"))) >= 1
     empty = site.dir / "no repository"
     empty.mkdir()
@@ -9197,10 +9338,10 @@ def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo, site):
     assert b"See `%s -m cmux_ssh -C %s list`" % (os.fsencode(sys.executable), os.fsencode(repo.dir)) in by_module.stderr or sys.version_info < (3, 10), by_module
 
 
-def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo, site):
+def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo):
     """The last column is cut to 20 characters at least, or left out; then the widest yields."""
     repo.new()
-    (file,) = (site.state / "projects").glob("*.json")
+    file = repo.record()
     record = json.loads(file.read_text())
     main, long = record["workspaces"].pop("main"), "/home/ada/cmux/" + "x" * 300
     for width, name, path, row in ((62, "n" * 10, long, "n{10}  box .* ready  /home/ada/cmux/xx[.]{3}"), (61, "n" * 10, long, "n{10}  box .* ready"),
@@ -9208,7 +9349,7 @@ def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo, site)
                                    (81, "n" * 51, long, "n{51}  box .* ready"), (80, "n" * 51, long, "n{47}[.]{3}  box .* ready")):
         record["workspaces"] = {name: dict(main, path=path)}
         file.write_text(json.dumps(record))
-        terminal = on_terminal(site, "list", cwd=repo.dir, env={"COLUMNS": str(width)})
+        terminal = repo.terminal("list", env={"COLUMNS": str(width)})
         assert terminal.wait() == 0
         head, shown, _ = terminal.output.decode().split("\r\n")
         assert re.fullmatch(row, shown) and len(shown) <= width and ("PATH" in head) == ("/" in shown), (width, shown)
@@ -9221,10 +9362,8 @@ def test_list_shows_what_is_on_its_host_and_a_push_of_one_state_may_name_it_twic
     shared.ok("push", "-w", "main", "--dirty", "--ref", "HEAD")
 
 
-def test_help_of_a_command_is_also_the_word_help_and_a_slip_names_the_command_meant(shared):
+def test_help_of_a_command_is_also_the_word_help(shared):
     assert shared.ok("help", "exec").text == shared.ok("exec", "--help").text
-    refused(shared.cli("exce"), 2, words=" exec -h`")
-    refused(shared.cli("secrets", "lst"), 2, words=" secrets -h`")
     shown = shared.ok("-h").text
     assert re.findall(r"(?m)^(\w+):$", shown) == ["work", "files", "jobs", "workspaces", "agents", "setup"]
     assert "exec [options] -- CMD..." in shared.ok("exec", "-h").text
@@ -9241,7 +9380,7 @@ def test_times_may_have_a_unit(shared):
     began = time.monotonic()
     assert shared.exec("sleep 30", options=["--timeout", "0.02m"]).code == 124 and 1.2 <= time.monotonic() - began < 25
     for wrong in ("1x", "m", "-1s", "0", "1e3", "99999999999"):
-        refused(shared.exec("true", options=[f"--timeout={wrong}"]), 125, words="--timeout takes a number of seconds")
+        refused(shared.exec("true", options=[f"--timeout={wrong}"]), 125, "--timeout takes a number of seconds")
 
 
 def test_a_workspace_may_be_named_by_a_word_and_the_only_one_need_not_be_named(repo):
@@ -9249,9 +9388,8 @@ def test_a_workspace_may_be_named_by_a_word_and_the_only_one_need_not_be_named(r
     do_in = repo.exec("echo x >x", options=["-w", "one"])
     assert do_in.code == 0 and "x" in repo.ok("diff", "one", "--stat").text and "x" in repo.ok("diff", "--stat").text
     assert "cmux/one" in repo.ok("pull").text and "already" in repo.ok("push", "one").text
-    refused(repo.cli("pull", "one", "-w", "two"), 2, words="More than one workspace")
     repo.new("two")
-    refused(repo.cli("diff"), 1, words="There is no workspace 'main'")
+    refused(repo.cli("diff"), 1, "There is no workspace 'main'")
 
 
 def test_the_command_line_works_in_another_thread_of_an_importer(repo):
@@ -9266,17 +9404,16 @@ print(codes)
 
 
 def test_history_has_the_exit_code_of_a_wait(shared):
-    job = shared.ok("exec", "--detach", "--", "rm -f go; until [ -e go ]; do sleep 0.1; done; exit 7").text.strip()
+    job = shared.job("rm -f go; until [ -e go ]; do sleep 0.1; done; exit 7")
     assert shared.cli("wait", job, "--timeout", "0").code == 124
     do(shared, "sleep 0.5; touch go")
     assert shared.cli("wait", job).code == 7
-    rows = [json.loads(line) for line in shared.ok("history", "--json").text.splitlines()]
-    assert [row["exit_code"] for row in rows if row["operation"] == "wait"][-2:] == [124, 7]
+    assert [row["exit_code"] for row in shared.history() if row["operation"] == "wait"][-2:] == [124, 7]
 
 
 def test_the_last_job_is_meant_where_none_is_named(repo):
     repo.new()
-    refused(repo.cli("logs"), 1, words="has no jobs")
+    refused(repo.cli("logs"), 1, "has no jobs")
     for n in range(2):
         repo.ok("exec", "--detach", "--", f"echo {n}; exit 4")
     assert repo.cli("wait").code == 4 and repo.ok("logs").text == "1\n" == repo.ok("logs", "-f").text
@@ -9299,7 +9436,7 @@ def test_no_bar_is_drawn_after_the_end(monkeypatch):
 
 @compat
 def test_errors_pass_through_a_pool_of_processes(site):
-    site.host("dead", "HostName 127.0.0.1", f"Port {free_port()}")
+    site.at("dead", free_port())
     site.daemon("mute", "ForceCommand exit 1")
     assert in_library(Repo(site), """
 import multiprocessing, os
@@ -9346,28 +9483,26 @@ finally:
 """) == ""
 
 
-def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo, site):
+def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo):
     repo.new()
     for words in ("list", "new x", "secrets list"):
-        refused(repo.cli(*words.split(), sh='mkdir x; cd x; rmdir ../x; exec "$@"'), 1, words="current directory has been removed")
-    refused(repo.cli("pull", sh='ulimit -f 0; exec "$@"'), 1, words="temporary files")
+        refused(repo.cli(*words.split(), sh='mkdir x; cd x; rmdir ../x; exec "$@"'), 1, "current directory has been removed")
+    refused(repo.cli("pull", sh='ulimit -f 0; exec "$@"'), 1, "temporary files")
     repo.ok("write", "f", stdin=b"new\n", sh='ulimit -f 0; exec "$@"')  # what is written needs none
     assert repo.cli("read", "f", sh='ulimit -f 0; exec "$@"').out == b"new\n"
 
 
 def test_an_output_pipe_closed_early_is_no_error_and_ends_the_command(shared):
-    nap = unique()
-    child = shared.start("exec", "-H", "box", "--", f"(sleep {nap}) & while :; do echo y; done")
-    assert child.stdout and child.stderr
+    nap = Nap()
+    child = shared.start("exec", "--", f"({nap}) & while :; do echo y; done")
     assert child.stdout.readline() == b"y\n"
     child.stdout.close()
     assert b"Traceback" not in child.stderr.read()
     child.wait(30)
-    gone(f"sleep {nap}")
+    nap.gone()
 
 
-@each("args", [["list"], ["-h"], ["--version"], [], ["exec", "--", "echo x"], ["exec", "--json", "--", "true"], ["exec", "-h"], ["secrets", "set", "-h"],
-                                  ["completion", "bash"], ["history"], ["batch"]])
+@each("args", [["list"], ["--version"], [], ["exec", "--", "echo x"], ["exec", "--json", "--", "true"], ["exec", "-h"], ["completion", "bash"], ["history"], ["batch"]])
 @each("way", [">/dev/full", ">&-", "2>&-", "2>/dev/full"])
 def test_an_output_that_is_full_or_closed_is_no_bug(shared, args, way):
     done = shared.cli(*args, stdin=b'{"tool":"exec","arguments":{"command":"true"}}\n', sh=f'"$@" {way}')
@@ -9379,7 +9514,7 @@ def test_an_output_that_is_full_or_closed_is_no_bug(shared, args, way):
 # === The README ===
 
 
-README = (HERE / "README.md").read_text(encoding="utf-8")
+README, EVIDENCE = ((HERE / name).read_text(encoding="utf-8") for name in ("README.md", ".github/evidence.md"))
 
 
 ROOM = int(re.search(r"cut to ([\d,]+) characters", README).group(1).replace(",", ""))  # of a result of mcp
@@ -9394,9 +9529,9 @@ def blocks(language):
     return found
 
 
-def table(head):
-    """The rows of the README's table whose first column is called that, and which begins the nearest to the top."""
-    text = README[README.index(f"\n| {head} |") + 1:].partition("\n\n")[0]
+def table(head, page=README):
+    """The rows of the table whose first column is called that, and which begins the nearest to the top."""
+    text = page[page.index(f"\n| {head} |") + 1:].partition("\n\n")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     assert len({len(row) for row in rows}) == 1 and set(rows[1][0]) == {"-"}, rows
     return rows[2:]
@@ -9412,11 +9547,11 @@ class Reader:
     def __init__(self, site):
         self.site, self.count = site, 0
         for name in ("my-server", "second-server", "third-server", "coder.my-workspace"):
-            site.host(name, "HostName 127.0.0.1", f"Port {site.port}")
+            site.at(name)
         bin_ = site.dir / "reader"
         bin_.mkdir()
         script(bin_ / "python3", f'exec {shlex.quote(sys.executable)} "$@"')
-        self.env = site.environment({"PATH": f"{bin_}:{site.env['PATH']}", "PYTHONPATH": str(HERE)})
+        self.env = site.environment({"PATH": f"{bin_}:{site.env['PATH']}", "PYTHONPATH": str(HERE), "RELEASE": HERE.as_uri()})
 
     def shop(self):
         self.count += 1
@@ -9454,7 +9589,7 @@ def test_readme_transcripts_are_what_happens(reader):
             seen += len(told)
             assert len(told) == len(found) and all(re.fullmatch(re.escape(line).replace(r"\.\.\.", ".*"), other) for line, other in zip(told, found)), (
                 f"$ {command}\n{said}")
-    assert seen > 15
+    assert seen > 10
 
 
 @compat
@@ -9480,6 +9615,21 @@ def test_readme_python_example_prints_what_it_says(reader):
     assert repo.workspaces() == {} and repo.git("show", "cmux/try-it:notes.txt") == "bye"
 
 
+def test_readme_entries_for_containers_and_pods_reach_them(site):
+    """With programs in the place of docker and kubectl that run the words behind the name, as those do in a container."""
+    entry, = [block for block in blocks("text") if "ProxyCommand" in block]
+    repo, bin_ = Repo(site), site.dir / "engines"
+    bin_.mkdir()
+    for engine in ("docker", "kubectl"):
+        script(bin_ / engine, f'[ "$1 $2 $3" = "exec -i web" ] || exit 1; shift 3; [ "$1" != -- ] || shift\n'
+                              f'[ "$*" = "/usr/sbin/sshd -i" ] && exec {program("sshd")} -i -f {site.sshd_config(engine)} -E {site.dir}/log-{engine}')
+    site.entries.insert(0, entry.replace("User root", f"User {getpass.getuser()}"))
+    site._write_config()
+    for n, host in enumerate(("web.docker", "web.pod")):
+        ran = repo.exec("cat; exit 6", host=host, options=["-w", f"w{n}"], stdin=BINARY, env={"PATH": f"{bin_}:{site.env['PATH']}"})
+        assert (ran.code, ran.out) == (6, BINARY), ran
+
+
 def words_for_us(line):
     """What follows cmux_ssh.py in a command line."""
     return list(line[[word.rsplit("/")[-1] for word in line].index("cmux_ssh.py") + 1:])
@@ -9490,7 +9640,7 @@ def test_readme_settings_of_mcp_clients_are_real_ones(reader):
     servers = [server for block in blocks("json") for group in json.loads(block).values() for server in group.values()]
     lines = [[server["command"], *server["args"]] for server in servers]
     lines += [shlex.split(line.partition(" -- ")[2]) for block in blocks("sh") for line in block.splitlines() if " mcp add " in line]
-    assert len(lines) == 4
+    assert len(lines) == 3
     for line in lines:
         words = words_for_us(line)
         at = words.index("-C") + 1
@@ -9529,7 +9679,7 @@ def test_readme_options_exist():
     told = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", README))
     assert told <= known, told - known
     every = {flag for name in c.VERBS for flag in flags_of(name) if flag.startswith("--")}
-    assert len(every & told) > 15
+    assert len(every & told) > 8
 
 
 def test_readme_tools_are_the_table_and_answer_so(shared):
@@ -9553,28 +9703,22 @@ def test_readme_tools_are_the_table_and_answer_so(shared):
 
 def test_readme_exit_codes_are_real(repo):
     def interrupted():
-        child = repo.start("exec", "-H", "box", "--", "echo up; sleep 60")
-        assert child.stdout and child.stdout.readline() == b"up\n"
+        child = repo.start("exec", "--", "echo up; sleep 60")
+        assert child.stdout.readline() == b"up\n"
         child.send_signal(signal.SIGINT)
-        child.communicate(timeout=30)
+        child.communicate()
         return child.returncode
 
-    assert repo.exec("true").code == 0
-    job = repo.cli("exec", "--detach", "--", "exit 77").text.strip()
-    nap = repo.cli("exec", "--detach", "--", "sleep 30").text.strip()
+    repo.new()
+    job = repo.job("exit 77")
+    nap = repo.job("sleep 30")
     found = {
-        ("exec", "0 to 255"): (repo.exec("exit 77").code, 77), ("exec", "124"): (repo.exec("sleep 60", options=["--timeout", "0.3"]).code, 124),
-        ("exec", "125"): (repo.exec("true", options=["--cwd", "none"]).code, 125), ("exec", "130"): (interrupted(), 130),
-        ("exec", "255"): (repo.exec("true", host="nowhere.invalid", options=["-w", "x"]).code, 255),
-        ("wait", "0 to 255"): (repo.cli("wait", job).code, 77), ("the others", "0"): (repo.cli("list").code, 0),
-        ("the others", "1"): (repo.cli("read", "none").code, 1), ("the others", "2"): (repo.cli("list", "--none").code, 2),
-        ("the others", "130, 255"): (repo.cli("new", "-H", "nowhere.invalid", "x").code, 255)}
-    assert all(code == told for code, told in found.values()), found
-    of, rows = "", set()
-    for name, code, _ in table("of"):
-        of = name.strip("`") or of
-        rows.add((of, code))
-    assert rows == set(found)
+        "0 to 255": (repo.exec("exit 77").code, 77), "124": (repo.exec("sleep 60", options=["--timeout", "0.3"]).code, 124),
+        "125": (repo.exec("true", options=["--cwd", "none"]).code, 125), "130": (interrupted(), 130),
+        "255": (repo.exec("true", host="nowhere.invalid", options=["-w", "x"]).code, 255)}
+    assert all(code == told for code, told in found.values()) and [row[0] for row in table("code")] == list(found), found
+    for words, code in ((("wait", job), 77), (("list",), 0), (("read", "none"), 1), (("list", "--none"), 2), (("new", "-H", "nowhere.invalid", "x"), 255)):
+        assert repo.cli(*words).code == code, words
     assert repo.exec("kill -9 $$").code == 128 + 9 and repo.cli("wait", nap, "--timeout", "0.3").code == 124 and repo.cli("grep", "no such text").code == 1
     failed = repo.exec("true", host="nowhere.invalid", options=["-w", "x", "--json"])
     assert failed.json["error"] and repo.exec("exit 255", options=["--json"]).json["error"] is None
@@ -9582,9 +9726,11 @@ def test_readme_exit_codes_are_real(repo):
 
 
 def test_readme_names_tests_that_exist_and_counts_their_cases():
-    told = set(re.findall(r"\btest_\w+", README.split("## The ten promises")[1])) - {"test_cmux_ssh"}
+    told = set(re.findall(r"\btest_\w+", EVIDENCE))
     assert not [name for name in told if not callable(globals().get(name))]
-    promises = table("promise")
+    promises = table("promise", EVIDENCE)
+    for (what, test), row in zip(table("promise"), promises):
+        assert what[:4] == row[0][:4] and ticked(test)[0] in told and (test in row[2] or "tables below" in row[2]), what
     assert [int(row[0].strip("* ").split(".")[0]) for row in promises] == list(range(1, 11))
     marked = {}
     for name, test in globals().items():
@@ -9592,11 +9738,11 @@ def test_readme_names_tests_that_exist_and_counts_their_cases():
             if mark.name == "promise":
                 marked.setdefault(mark.args[0], set()).add(name)
     assert {n: set(re.findall(r"`(test_\w+)`", row[2])) for n, row in enumerate(promises, 1)} == {n: marked.get(n, set()) for n in range(1, 11)}
-    assert all("`test_" in tests or "table below" in tests for _, _, tests in promises)
+    assert all("`test_" in tests or "tables below" in tests for _, _, tests in promises)
     wrong = [f"{what[:60]}: {number}, and they are {sum(map(cases, ticked(tests)))}" for head in ("hosts", "faults", "liars")
-             for what, number, _, tests in table(head) if int(number) != sum(map(cases, ticked(tests)))]
+             for what, number, _, tests in table(head, EVIDENCE) if int(number) != sum(map(cases, ticked(tests)))]
     assert not wrong, "\n".join(wrong)
-    assert f"| {len(ATTACKS)} forged answers to each of {len(CALLS)} calls" in README and f"| {len(FLOODS)} endless floods" in README
+    assert f"| {len(ATTACKS)} forged answers to each of {len(CALLS)} calls" in EVIDENCE and f"| {len(FLOODS)} endless floods" in EVIDENCE
 
 
 def test_readme_numbers_and_names_are_the_codes(repo):
@@ -9608,7 +9754,7 @@ def test_readme_numbers_and_names_are_the_codes(repo):
     assert all(tool in found["instructions"] for tool in ("workspace_new", "workspace_diff", "workspace_pull", "workspace_rm"))
     assert f"cut to {ROOM:,} characters" in text and ROOM == int(room) and f"after {soft} s (`--soft-timeout`)" in text
     assert f"versions from {min(found['supportedVersions'])} to {max(found['supportedVersions'])} are served" in text
-    assert f"At most {c.SESSIONS_PER_MASTER} sessions a connection, {c.MASTERS_PER_HOST} connections a host and {c.HANDSHAKES_AT_ONCE} handshakes" in text
+    assert f"At most {c.SESSIONS_PER_MASTER} sessions a connection, {c.MASTERS_PER_HOST} connections a host and {c.HANDSHAKES_AT_ONCE} handshakes" in EVIDENCE
     assert "`-j N` is how many run at once (16)" in text and "batch: 16)" in repo.cli("batch", "-h").text
     assert f"cmux_ssh.py {c.__version__} (sha256" in text
     public = {name.partition("(")[0][len("cmux_ssh."):] for name in re.findall(r"cmux_ssh\.[A-Za-z_]\w*\b(?!\.)", README)} - {"py"}
@@ -9629,9 +9775,8 @@ class Gate:
         self.dir.mkdir()
         real = program(of)
         wait = f"if mkdir {self.dir}/reached 2>/dev/null; then while [ ! -e {self.dir}/open ]; do sleep 0.02; done; fi"
-        (self.dir / of).write_text(f'#!/bin/sh\nhere() {{ case " $* " in *"$(cat {self.dir}/word 2>/dev/null || echo //)"*) {wait};; esac; }}\n' + (
-            f'here "$@"; exec {real} "$@"\n' if when == "before" else f'{real} "$@"; r=$?; here "$@"; exit $r\n'))
-        (self.dir / of).chmod(0o755)
+        script(self.dir / of, f'here() {{ case " $* " in *"$(cat {self.dir}/word 2>/dev/null || echo //)"*) {wait};; esac; }}\n' + (
+            f'here "$@"; exec {real} "$@"' if when == "before" else f'{real} "$@"; r=$?; here "$@"; exit $r'))
         self.host = site.daemon("gated", env={"PATH": f"{self.dir}:{os.environ['PATH']}"})
 
     def shut(self, word):
@@ -9669,13 +9814,6 @@ def settled(site):
     assert stages == [] and here == [] and [p for p in site.tmp.iterdir() if not probes.match(p.name)] == []
 
 
-def registry(repo):
-    """The record of the site's only project."""
-    files = list((repo.site.state / "projects").glob("*.json"))
-    assert len(files) == 1, files
-    return dict(json.loads(files[0].read_text()))
-
-
 def whole(repo, *names):
     """Exactly these workspaces are listed; each is a directory where git finds no fault; no other exists; the
     registry is waiting for nothing."""
@@ -9686,7 +9824,7 @@ def whole(repo, *names):
         assert b"error" not in ran.out, ran
     there = {path for row in listed.values() for path in Path(row["path"]).parent.iterdir()}
     assert there == {Path(row["path"]) for row in listed.values()}
-    entries = registry(repo)["workspaces"]
+    entries = repo.recorded()
     assert set(entries) == set(names) and all(entry["state"] == "ready" and "intent" not in entry for entry in entries.values())
 
 
@@ -9707,8 +9845,7 @@ def test_killed_while_its_script_goes_on_the_next_call_works_and_nothing_is_half
     comes while the script still stands there. Then it goes on."""
     repo, gate = Repo(site), Gate(site, "mv", when)
     repo.new(host="gated")
-    repo.write("README", b"second\n")
-    repo.commit()
+    repo.save("README", b"second\n")
     words, at, _ = HALFWAY[verb]
     gate.shut(at)
     child = repo.start(*words.split())
@@ -9727,14 +9864,13 @@ def test_killed_while_its_script_goes_on_the_next_call_works_and_nothing_is_half
         repo.ok("push")
         repo.ok("rm", "main")
     elif then.startswith("new") and verb != "rm":
-        assert tree_of(repo.path("victim")) == repo.tree()
+        repo.arrived("victim")
 
 
 def test_what_an_upload_has_left_whose_push_never_began_is_cleared_away(site):
     repo, gate = Repo(site), Gate(site, "cksum")
     repo.new(host="gated")
-    repo.write("README", b"second\n")
-    repo.commit()
+    repo.save("README", b"second\n")
     gate.shut("  ")  # of what has arrived
     child = repo.start("push", "-w", "main")
     gate.reached()
@@ -9745,13 +9881,12 @@ def test_what_an_upload_has_left_whose_push_never_began_is_cleared_away(site):
 
 
 @each("words, then", [("rename -w main victim", "exec -w main -- true"), ("new -H gated victim", "rm victim"),
-                                         ("push -w main", "pull -w main"), ("rm main", "new -H gated main")])
+      ("push -w main", "pull -w main"), ("rm main", "new -H gated main")])
 def test_a_script_that_is_held_up_does_nothing_once_a_later_one_has_begun(site, words, then):
     """It stands before it has the lock of the workspace's name; its client is killed; the next call is done; then it goes on."""
     repo, gate = Repo(site), Gate(site, "ln")
     repo.new(host="gated")
-    repo.write("README", b"second\n")
-    repo.commit()
+    repo.save("README", b"second\n")
     gate.shut(".by")
     child = repo.start(*words.split())
     gate.reached()
@@ -9775,11 +9910,11 @@ def test_a_pull_killed_around_the_move_of_the_branch_is_followed_by_one_that_jus
             do(repo, f"echo {how} {turn} >>README")
             assert repo.cli("pull", env={**env, "HOW": how}).code == -9 and repo.cli("rm", "main").code == 1
         after = repo.ok("pull")
-        assert repo.git("show", "cmux/main:README").endswith(str(turn)), after
+        assert repo.pulled("README").endswith(str(turn)), after
     do(repo, "echo third >>README")
     assert repo.cli("pull", env={**env, "HOW": "after"}).code == -9 and repo.cli("pull", "--branch", "other").code == 0
     after = repo.ok("pull")
-    assert repo.git("show", "cmux/main:README").endswith("third"), after
+    assert repo.pulled("README").endswith("third"), after
     settled(site)
     do(repo, "echo more >>README")
     repo.git("branch", "-f", "cmux/main", repo.git("commit-tree", "main^{tree}", "-p", "main", "-m", "somebody's own"))
@@ -9796,9 +9931,9 @@ def test_a_line_lost_while_a_workspace_is_unpacked_makes_no_half_of_one(site):
     gate.reached()
     line.drop()
     gate.open(1.5)
-    _, err = child.communicate(timeout=60)
+    _, err = child.communicate()
     assert child.returncode == 0, err
-    assert tree_of(repo.path("second")) == repo.tree()
+    repo.arrived("second")
     whole(repo, "first", "second")
     settled(site)
 
@@ -9814,8 +9949,7 @@ class Lane:
         self.repo.write("d/3", b"changed\n")
         self.second = self.repo.commit()
         self.turn, self.content = 0, b"hello\n"
-        done = self.repo.cli("new", "-H", "box", "main", "--ref", self.first)
-        assert done.code == 0, done
+        self.repo.new("main", "--ref", self.first)
         self.path = self.repo.path()
 
     def arrange(self):
@@ -9828,7 +9962,7 @@ class Lane:
         if verb == "pull":
             (self.path / "README").write_bytes(b"%d\n" % n)
         elif verb == "rm":
-            assert self.repo.cli("new", "-H", "box", f"w{n}").code == 0
+            self.repo.ok("new", "-H", "box", f"w{n}")
         return {"new": ["new", "-H", "box", f"w{n}"], "rm": ["rm", f"w{n}"], "fork": ["fork", "-w", "main", f"w{n}"], "pull": ["pull", "-w", "main"],
                 "rename": ["rename", "-w", f"w{n - 1}" if n > 1 else "main", f"w{n}"],
                 "push": ["push", "-w", "main", "--ref", self.second if n % 2 else self.first]}[verb]
@@ -9862,7 +9996,7 @@ class Lane:
         elif self.verb == "edit":
             assert (self.path / "src/main.c").read_bytes() == b"int main%d;\n" % n
         elif self.verb == "pull":
-            assert self.repo.git("show", "cmux/main:README") == str(n)
+            assert self.repo.pulled("README") == str(n)
         elif self.verb == "push":
             assert (self.path / "README").read_bytes() == (b"second\n" if n % 2 else b"hello\n")
             assert (self.path / "d/3").read_bytes() == (b"changed\n" if n % 2 else b"3\n")
@@ -9898,8 +10032,8 @@ def test_killed_at_any_instant_a_few_hundred_times(site):
         counts = list(pool.map(lambda lane: lane.run(6, 6), lanes))
     for lane in lanes:
         listed = lane.repo.workspaces()
-        ran = lane.repo.cli("exec", "--all", "--json", "--", "git status --short")
-        assert ran.code == 0 and len(ran.out.splitlines()) >= 1, ran
+        ran = lane.repo.ok("exec", "--all", "--json", "--", "git status --short")
+        assert len(ran.out.splitlines()) >= 1, ran
         assert {p.name for p in lane.path.parent.iterdir()} == set(listed), (lane.verb, seed)
         assert lane.repo.cli("push", "-w", sorted(listed)[0], "--force").code == 0  # a change: what the killed left is swept
     assert sum(counts) == 288
@@ -9911,17 +10045,14 @@ class Wire:
 
     def __init__(self, site):
         self.site, self.repo, self.line = site, Repo(site, files={"n": b"0\n"}), site.line("far")
-        assert self.repo.cli("new", "-H", "far", "main").code == 0
+        self.repo.new(host="far")
         self.path, self.turn = self.repo.path(), 0
-
-    def cli(self, words, stdin=None):
-        return self.repo.cli(*words, stdin=stdin)
 
     def measure(self, words, stdin):
         """The answer, and the bytes it took each way over a connection that was there."""
         self.warm()
         before = self.line.up, self.line.down
-        return self.cli(words, stdin), {"up": self.line.up - before[0], "down": self.line.down - before[1]}
+        return self.repo.cli(*words, stdin=stdin), {"up": self.line.up - before[0], "down": self.line.down - before[1]}
 
     def warm(self):
         if not self.site.masters():
@@ -9931,14 +10062,12 @@ class Wire:
         """The answer of a call with a trap in its way, and whether that sprang: packets are never the same twice."""
         self.warm()
         self.line.trap = (way, at, strike)
-        answer = self.cli(words, stdin)
+        answer = self.repo.cli(*words, stdin=stdin)
         sprung, self.line.trap = self.line.trap is None, None
         return answer, sprung
 
     def job(self, command):
-        started = self.repo.exec(command, host="far", options=["--detach"])
-        assert started.code == 0, started
-        return started.text.strip()
+        return self.repo.job(command, host="far")
 
 
 @pytest.fixture(scope="module")
@@ -9952,13 +10081,12 @@ def case(wire, verb):
     wire.turn += 1
     n, name, readme, repo = wire.turn, f"{verb}{wire.turn}", wire.path / "README", wire.repo
     if verb == "new":  # something to upload
-        repo.write("n", b"%d\n" % n)
-        repo.commit()
+        repo.save("n", b"%d\n" % n)
     if verb in ("read", "glob", "grep", "diff", "batch", "write"):
         readme.write_bytes(b"old\n" * 9)
     words = {"new": "new -H far " + name, "read": "read README", "write": "write README", "glob": "glob src/*", "grep": "grep main", "jobs": "jobs",
              "push": "push -w main --force", "pull": "pull -w main", "diff": "diff -w main", "fork": "fork -w main " + name, "batch": "batch"}.get(verb, "").split()
-    right = lambda answer: True  # noqa: E731
+    right = lambda answer: True
     if verb == "exec":
         words = ["exec", "-w", "main", "--", "i=0; while [ $i -lt 300 ]; do echo line $i; i=$((i+1)); done; echo err >&2; exit 7"]
         return words, None, 7, lambda a: a.out == b"".join(b"line %d\n" % i for i in range(300)) and a.err == b"err\n"
@@ -9973,25 +10101,24 @@ def case(wire, verb):
     if verb == "write":
         return words, b"%d " % n * 5000, 0, lambda a: readme.read_bytes() == b"%d " % n * 5000
     if verb == "read":
-        right = lambda a: a.out == b"old\n" * 9  # noqa: E731
+        right = lambda a: a.out == b"old\n" * 9
     elif verb == "batch":
         return words, b'{"id": 1, "workspace": "main", "tool": "exec", "arguments": {"command": "echo in; exit 3"}}\n', 0, \
             lambda a: a.json["ok"] is True and a.json["result"]["exit_code"] == 3 and a.json["result"]["stdout"] == "in\n"
     elif verb == "push":
-        repo.write("n", b"%d\n" % n)
-        repo.commit()
-        right = lambda a: tree_of(wire.path) == repo.tree()  # noqa: E731
+        repo.save("n", b"%d\n" % n)
+        right = lambda a: tree_of(wire.path) == repo.tree()
     elif verb == "pull":
         readme.write_bytes(os.urandom(40).hex().encode())
-        right = lambda a: repo.git("show", "cmux/main:README") == readme.read_text()  # noqa: E731
+        right = lambda a: repo.pulled("README") == readme.read_text()
     elif verb == "diff":
-        right = lambda a: b"+old" in a.out  # noqa: E731
+        right = lambda a: b"+old" in a.out
     elif verb in ("new", "fork"):
-        right = lambda a: (tree_of(repo.path(name)) == (repo.tree() if verb == "new" else tree_of(wire.path)))  # noqa: E731
+        right = lambda a: (tree_of(repo.path(name)) == (repo.tree() if verb == "new" else tree_of(wire.path)))
     elif verb in ("rename", "rm"):
         repo.new(name, host="far")
         words = ["rename", "-w", name, name + "x"] if verb == "rename" else ["rm", name]
-        right = lambda a: (name not in repo.workspaces() and (name + "x" in repo.workspaces()) == (verb == "rename"))  # noqa: E731
+        right = lambda a: (name not in repo.workspaces() and (name + "x" in repo.workspaces()) == (verb == "rename"))
     return words, None, 0, right
 
 
@@ -10027,12 +10154,12 @@ def test_the_line_cut_after_any_number_of_bytes_is_told_and_the_next_call_works(
             assert sprung or first.code == code, (where, first)
             succeeded = honest(first, verb, code, right, where)
             if not succeeded or verb not in ("new", "edit", "fork", "rename", "rm"):
-                again = wire.cli(words, stdin)
+                again = wire.repo.cli(*words, stdin=stdin)
                 if again.code == 1 and verb in ("edit", "new", "fork", "rename", "rm"):
                     assert right(again), (where, first, again)  # it was done: the answer alone was lost
                 else:
                     assert honest(again, verb, code, right, where), (where, first, again)
-    assert hits >= 5 and wire.cli(["list", "--json"]).code == 0
+    assert hits >= 5 and wire.repo.ok("list", "--json")
 
 
 @slow
@@ -10063,20 +10190,20 @@ def test_masters_killed_or_stopped_in_the_middle_are_told_or_waited_for(wire, ve
         succeeded = honest(first, verb, code, right, (verb, way, how))
         assert succeeded or how == signal.SIGKILL, first
         if not succeeded:
-            assert honest(wire.cli(words, stdin), verb, code, right, (verb, way, "again"))
+            assert honest(wire.repo.cli(*words, stdin=stdin), verb, code, right, (verb, way, "again"))
 
 
 def test_sshd_restarted_under_running_commands_and_jobs(repo, site):
-    nap = unique()
-    job = repo.exec("while [ ! -e go ]; do sleep 0.05; done; echo done; exit 9", options=["--detach"]).text.strip()
-    child = repo.start("exec", "--", f"echo early; sleep {nap}")
-    assert child.stdout and child.stdout.readline() == b"early\n"
+    nap = Nap()
+    job = repo.job("while [ ! -e go ]; do sleep 0.05; done; echo done; exit 9")
+    child = repo.start("exec", "--", f"echo early; {nap}")
+    assert child.stdout.readline() == b"early\n"
     waiting = repo.start("wait", job)
     site.restart()
-    _, err = child.communicate(timeout=30)
-    assert child.returncode == 255 and b"lost" in err and b"Traceback" not in err, err
+    _, err = child.communicate()
+    assert child.returncode == 255 and b"lost" in err, err
     assert repo.exec("echo again").out == b"again\n"
-    gone(f"sleep {nap}")
+    nap.gone()
     (repo.path() / "go").touch()
     assert waiting.wait(60) == 9 and repo.cli("logs", job).out == b"done\n"
     waiting.communicate()
@@ -10084,27 +10211,27 @@ def test_sshd_restarted_under_running_commands_and_jobs(repo, site):
 
 def test_an_hour_asleep_is_a_lost_line_and_jobs_go_on(site):
     """The laptop sleeps: clients and masters stand still for longer than the server's patience. Then it wakes up."""
-    repo, nap = Repo(site), unique()
+    repo, nap = Repo(site), Nap()
     site.daemon("drowsy", "ClientAliveInterval 1", "ClientAliveCountMax 2")
     repo.new(host="drowsy")
-    job = repo.exec("echo one; until [ -e go ]; do sleep 0.05; done; echo two; exit 9", host="drowsy", options=["--detach"]).text.strip()
-    command, following, waiting = repo.start("exec", "--", f"echo early; sleep {nap}"), repo.start("logs", "-f", job), repo.start("wait", job)
+    job = repo.job("echo one; until [ -e go ]; do sleep 0.05; done; echo two; exit 9", host="drowsy")
+    command, following, waiting = repo.start("exec", "--", f"echo early; {nap}"), repo.start("logs", "-f", job), repo.start("wait", job)
     for child, line in ((command, b"early\n"), (following, b"one\n")):
-        assert child.stdout and child.stdout.readline() == line
+        assert child.stdout.readline() == line
     until(lambda: len(site.log("drowsy").split("Starting session")) > 5, "wait has asked, too")
     asleep = [p.pid for p in site.masters()] + [command.pid, following.pid, waiting.pid]
     for pid in asleep:
         kill(pid, signal.SIGSTOP)
     until(lambda: re.search(r"(?i)timeout,? client not responding|Timeout before|client not responding", site.log("drowsy")), "the server has given up")
     (repo.path() / "go").touch()
-    gone(f"sleep {nap}")
+    nap.gone()
     for pid in asleep:
         kill(pid, signal.SIGCONT)
     assert command.wait(60) == 255 and waiting.wait(60) == 9
-    out, err = following.communicate(timeout=60)
+    out, err = following.communicate()
     assert (following.returncode, out) == (0, b"two\n"), err
     _, err = command.communicate()
-    assert b"lost" in err and b"Traceback" not in err, err
+    assert b"lost" in err, err
     waiting.communicate()
     assert repo.exec("echo again", host="drowsy").out == b"again\n"
 
@@ -10208,31 +10335,24 @@ class Liar:
     sshd with a hostile login shell, or a program in the place of ssh that talks nonsense itself."""
 
     def __init__(self, site, how="sshd"):
-        self.site, self.spec, script, shell = site, site.dir / "attacks", site.dir / "liar.py", site.dir / "liar-shell"
-        script.write_text(LIAR)
-        shell.write_text(f"#!/bin/sh\nCMUX_LIAR={self.spec} exec {sys.executable} -I -S {script} \"$@\"\n")
-        shell.chmod(0o755)
+        self.site, self.spec, liar = site, site.dir / "attacks", site.dir / "liar.py"
+        liar.write_text(LIAR)
+        shell = site.script("liar-shell", f'CMUX_LIAR={self.spec} exec {sys.executable} -I -S {liar} "$@"')
         site.daemon("liar", f"ForceCommand {shell}")
         if how == "ssh":
-            fake = site.dir / "fake-ssh"
-            fake.write_text(f'#!/bin/sh\nfor a in "$@"; do case $a in -G) exec ssh -F {site.config} "$@";;\n'
-                            f'-M) echo "unsupported option ControlMaster" >&2; exit 255;; esac; done\n'
-                            f'HOME={site.far_home("liar")}; export HOME; exec {shell} "$@"\n')
-            fake.chmod(0o755)
-            site.env["CMUX_SSH_COMMAND"] = str(fake)
+            site.env["CMUX_SSH_COMMAND"] = in_sshs_place(
+                site, 'for a; do case $a in -G) exec $ssh "$@";; -M) echo "unsupported option ControlMaster" >&2; exit 255;; esac; done\n'
+                f'HOME={site.far_home("liar")}; export HOME; exec {shell} "$@"')
         self.repo = Repo(site)
-        made = self.repo.cli("new", "-H", "liar", "main")
-        assert made.code == 0, made
+        self.repo.new(host="liar")
 
     def lies(self, *attacks):
         """A workspace for each attack: copies of an honest one's entry in the registry of this machine."""
         self.spec.write_text(json.dumps(attacks))
         names = [f"lie-{n}" for n in range(len(attacks))]
-        file = next((self.site.state / "projects").glob("*.json"))
-        record = json.loads(file.read_text())
-        main = record["workspaces"]["main"]
-        record["workspaces"].update({name: dict(main, path=main["path"][:-4] + name, op=name) for name in names})
-        file.write_text(json.dumps(record))
+        with self.repo.amended() as record:
+            main = record["workspaces"]["main"]
+            record["workspaces"].update({name: dict(main, path=main["path"][:-4] + name, op=name) for name in names})
         return names
 
 
@@ -10241,11 +10361,6 @@ CALLS = [
     ("read", {"path": "README"}), ("read", {"path": "README", "limit": 5}), ("write", {"path": "README", "content": "x" * 300000}),
     ("edit", {"path": "README", "edits": [{"old": "hello", "new": "x"}]}), ("glob", {"pattern": "**"}), ("grep", {"pattern": "x"}), ("jobs", {}),
     ("logs", {"job": "j0123abcd"}), ("wait", {"job": "j0123abcd", "timeout": 1}), ("stop", {"job": "j0123abcd"})]
-
-
-def peak(pid):
-    """The most memory a process ever had, in megabytes."""
-    return int(re.search(r"VmHWM:\s*(\d+)", slurp(f"/proc/{pid}/status").decode()).group(1)) // 1024
 
 
 def sane(answer, what):
@@ -10332,19 +10447,19 @@ def test_a_committed_state_directory_is_not_sent(repo, site):
     home.git("add", "-f", "st")
     home.git("commit", "-q", "-m", "everything")
     for words in (("new", "main"), ("new", "--dirty", "main")):
-        refused(home.cli(*words, "-H", "box", env=env), 2, words="in the commit")
+        refused(home.cli(*words, "-H", "box", env=env), 2, "in the commit")
     home.new("--ref", clean, "main", env=env)
-    refused(home.cli("push", "-w", "main", env=env), 2, words="in the commit")
+    refused(home.cli("push", "-w", "main", env=env), 2, "in the commit")
 
 
-def test_rm_with_its_host_removes_an_unfinished_workspace(repo, site):
+def test_rm_with_its_host_removes_an_unfinished_workspace(repo):
     repo.new()
-    (file,) = (site.state / "projects").glob("*.json")
+    file = repo.record()
     record = json.loads(file.read_text())
     path, entry = repo.path(), record["workspaces"]["main"]
     entry["state"] = "creating"
     file.write_text(json.dumps(record))
-    refused(repo.cli("rm", "-H", "far", "main"), 2, words="not on far")
+    refused(repo.cli("rm", "-H", "far", "main"), 2, "not on far")
     repo.ok("rm", "-H", "box", "main")
     assert not repo.workspaces() and not path.exists()
     path.mkdir()
