@@ -1746,19 +1746,18 @@ TOOL_STATUS = {
     38: "There is no job {path}.", 39: "A name in {path} is longer than 255 bytes.",
 }
 
-# READ path max first count home: "size how\n", then all bytes of a file up to max, else the lines.
-#   With count 0 the client counts the bytes, and one more than max means "too large": that saves
-#   one of two processes.
+# READ path max first count home: "size all\n" and the whole file (of which the client takes the
+#   size, and one byte more than max means "too large": that saves a process of two); or, of a file
+#   larger than max where lines were asked for, "size lines sum\n" and those.
 READ = r"""
 _cop() {
   [ -e "$1" ] || { [ -d "$5" ] || return 37; return 30; }
   [ ! -d "$1" ] || return 31
   [ -f "$1" ] || return 32
   [ -r "$1" ] || return 33
-  if [ "$4" = 0 ]; then echo "0 all"; head -c "$(($2+1))" "$1"; return; fi
-  size=$(wc -c <"$1") || return 33
-  size=$((size))
-  if [ "$size" -le "$2" ]; then echo "$size all"; head -c "$2" "$1"; return; fi
+  size=0
+  if [ "$4" != 0 ]; then size=$(wc -c <"$1") || return 33; size=$((size)); fi
+  if [ $size -le "$2" ]; then echo "0 all"; head -c "$(($2+1))" "$1"; return; fi
   sum=$( (sha256sum <"$1" || shasum -a 256 <"$1") 2>/dev/null) || sum=
   echo "$size lines ${sum%% *}"
   tail -n "+$3" "$1" | head -n "$4" | head -c "$(($2+1))"
@@ -7508,7 +7507,8 @@ def unified_diff(before: bytes, after: bytes, path: str) -> str:
     """What an edit did, as a diff of at most DIFF_MAX characters."""
     import collections
     import difflib
-    old, new = (re.findall(r"[^\n]*\n|[^\n]+\Z", data.decode("utf-8", "replace"))
+    import io
+    old, new = (io.StringIO(data.decode("utf-8", "replace"), "\n").readlines()
                 for data in (before, after))
     lines = len(old) + len(new)
     if lines > 40000:
@@ -7561,8 +7561,8 @@ def glob_below(pattern: str, home: str, by_name: bool) -> str:
     if names[0].startswith("!"):
         raise UsageError(f"{show(pattern)} would leave files out, which a pattern cannot do.",
                          "Write what to take, as '*.py'.")
-    below = not names[-1] and names[1:]
-    names = [name for name in names if name not in ("", ".")] + ["**"] * bool(below)
+    names += [] if names[-1] or not names[1:] else ["**"]
+    names = [name for name in names if name not in ("", ".")]
     if not names:
         raise UsageError("The pattern is empty.", "For all files write '**'.")
     return "/".join(["**"] * (by_name and not exact and not names[1:]) + names)
@@ -7651,7 +7651,7 @@ def grep_rows(data: bytes, null: bool) -> Iterator[tuple[bytes, int, bytes]]:
 
 
 def job_directory(workspace: WorkspaceBase, *job: str) -> str:
-    """Jobs' records are on the host; what was run, and when, is remembered here."""
+    """Where the host keeps the records of jobs, or of one."""
     if job and not (isinstance(job[0], str) and re.match(r"j[0-9a-f]{8}\Z", job[0])):
         raise UsageError("%s is not a job." % show(str(job[0])), "See jobs.")
     return "/".join(("%s/.cmux/jobs/%s/%s" % (workspace.root, workspace.place, workspace.op), *job))
@@ -7687,11 +7687,11 @@ def parse_jobs(workspace: WorkspaceBase, reply: Reply) -> list[Fields]:
 
 def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Cancel | None) -> Any:
     """The value of ``call``; a lost or refused connection is tried again for FAULT_PATIENCE."""
-    patience, told = Deadline(FAULT_PATIENCE), False
+    patience, failed = Deadline(FAULT_PATIENCE), False
     while True:
         try:
             value = call()
-            if told:
+            if failed:
                 Masters.tell("It answers again.")
             return value
         except (HostKeyFailed, AuthenticationFailed):
@@ -7699,13 +7699,11 @@ def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Cancel |
         except HostError as error:
             if patience.over() or deadline.over():
                 raise
-            if cancel:
-                cancel.check()
-            if not told:
-                told = True
+            if not failed:
                 minutes = FAULT_PATIENCE // 60
                 Masters.tell(f"{error} Trying again for up to {minutes} minutes.")
-            time.sleep(0.5)
+            failed = True
+            nap(0.5, deadline, cancel)
 
 
 def pack(source: str, name: str, stream: IO[bytes], left: dict[bytes, str]) -> None:
@@ -7772,7 +7770,8 @@ class Workspace(WorkspaceBase):
             return FileContent(content=data, size=number(words[0]), sha256=known)
         digest, size = sha256_of(data), len(data)  # a file that grows is what was read of it
         if offset > 1 or limit:
-            lines = re.findall(rb"[^\n]*\n|[^\n]+\Z", data)
+            import io
+            lines = io.BytesIO(data).readlines()
             data = b"".join(lines[offset - 1:offset - 1 + limit if limit else None])
         return FileContent(content=data, size=size, sha256=digest)
 
@@ -9669,12 +9668,11 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
 
 
 # === 19. Command line ===
-# Owns: arguments, rendering, progress, exit codes. The only room that prints, and that exits.
+# Owns: arguments, rendering, progress, exit codes. The only room that prints and exits.
 
 class Terminal(Report):
-    """What a person sees on stderr while work goes on: a lane for each workspace, drawn in place.
-    All else that is printed goes above them by put(), or takes them away first. Nothing is drawn
-    where stderr is no terminal."""
+    """What a person sees on stderr while work goes on: a lane for each workspace, drawn in place
+    if that is a terminal. All else is printed by put(), above them, or takes them away first."""
 
     current: Terminal | None = None  # of this process
 
@@ -9693,7 +9691,7 @@ class Terminal(Report):
     def in_lanes(self, names: Sequence[str], work: Callable[[str], Any], at_once: int,
                  cancel: Cancel) -> list[Any]:
         """in_parallel() of ``work(name)`` for each."""
-        self.many = self.many or len(names) > 1
+        self.many |= len(names) > 1
         self.lanes, self.width = dict.fromkeys(names, ("waiting", 0.0)), max(map(len, names))
         try:
             return in_parallel([functools.partial(work, name) for name in names], at_once, cancel)
@@ -9719,7 +9717,7 @@ class Terminal(Report):
             self.line(f"{PROGRAM}: {text}")
 
     def note(self, text: str) -> None:
-        if self.bars or self.notes or self.verbosity > 0:  # exec in a pipe adds nothing of its own
+        if self.bars or self.notes or self.verbosity > 0:  # exec is silent in a pipe
             self.warn(text)
 
     def warn(self, text: str) -> None:
@@ -9914,10 +9912,7 @@ def answer(options: argparse.Namespace, value: object, *lines: str) -> int:
 
 def may_ask() -> bool:
     """Whether ssh may ask its question: a person sits at this terminal."""
-    try:
-        person = os.isatty(0) and os.isatty(2)
-    except OSError:
-        return False
+    person = os.isatty(0) and os.isatty(2)
     if person:
         quiet_terminal()
         err_out(f"{PROGRAM}: ssh may have a question; answer it now.\n")
@@ -10150,29 +10145,23 @@ class Labelled(Outlet):
 
 
 def open_stdin() -> Source | None:
-    """Our stdin for the command; None for a terminal, /dev/null, a closed descriptor, and a pipe
-    that has ended."""
-    try:
-        if os.isatty(0) or os.path.samestat(os.fstat(0), os.stat(os.devnull)):
-            return None
-    except OSError:
+    """Our stdin for the command; None for a terminal, /dev/null, and a pipe that has ended."""
+    if os.isatty(0) or os.path.samestat(os.fstat(0), os.stat(os.devnull)):
         return None
-    events = poll_once(0, 0)
-    return None if events and not events[0] & select.POLLIN else Source(0)
+    ended = not poll_once(0, 0).get(0, select.POLLIN) & select.POLLIN
+    return None if ended else Source(0)
 
 
 def point_out_stale(project: Project, workspace: Workspace, terminal: Terminal) -> None:
-    """On a terminal, report that the workspace is not of the local HEAD."""
-    if not terminal.bars:
-        return
-    try:
-        commit, _ = project.repository.resolve("HEAD")
-    except GitFailed:
-        return
-    parent = project.repository.value_of(workspace.base + "^")  # of a --dirty one
-    if commit not in (workspace.base, parent):
-        terminal.warn(f"{workspace.name} is at {workspace.base[:10]}, HEAD at {commit[:10]}. To "
-                      f"bring it there: {PROGRAM} push -w {workspace.name}")
+    """On a terminal, warn that the workspace is not at the local HEAD."""
+    if terminal.bars:
+        with contextlib.suppress(GitFailed):
+            commit, _ = project.repository.resolve("HEAD")
+            parent = project.repository.value_of(workspace.base + "^")  # of a --dirty one
+            if commit not in (workspace.base, parent):
+                terminal.warn(
+                    f"{workspace.name} is at {workspace.base[:10]}, HEAD at {commit[:10]}. To "
+                    f"bring it there: {PROGRAM} push -w {workspace.name}")
 
 
 def parse_environment(pairs: Sequence[str]) -> dict[str, str]:
@@ -10235,12 +10224,13 @@ def command_new(options: argparse.Namespace) -> int:
 
 
 def print_table(rows: Sequence[Sequence[str]], spare: int = 0) -> None:
-    """Aligned columns; on a terminal the widest are cut until a row fits. With ``spare`` the last
-    column is cut first, to that many characters; if even those do not fit, it is left out."""
+    """Columns in line; on a terminal the widest are cut so that a row fits its width. With
+    ``spare`` the last column is cut before any other, to so many characters at least; where it
+    cannot have them it is left out."""
     width = terminal_width()
     if spare:
         others = table_lines([row[:-1] for row in rows], 1 << 16)
-        rest = width - 2 - max(map(len, others))
+        rest = width - 2 - max(map(len, others))  # what they leave to it
         fits = rest >= min(spare, max(len(row[-1]) for row in rows))
         rows = [[*row[:-1], shortened(row[-1], rest)] if fits else row[:-1] for row in rows]
     print_text("\n".join(table_lines(rows, width)))
@@ -10265,13 +10255,11 @@ def command_history(options: argparse.Namespace) -> int:
         for row in rows:
             print_json(row)
         return 0
-    table = [("WHEN", "WORKSPACE", "WHAT", "TOOK", "CODE", "BYTES", "DETAIL")]
-    for row in rows:
-        when = time.strftime("%m-%d %H:%M:%S", time.localtime(row["time"]))
-        size = human_size(row["bytes"]) if row.get("bytes") else ""
-        table.append((when, str(row.get("workspace", "")), row["operation"],
-                      f"{row.get('duration') or 0:.2f} s", str(row.get("exit_code", "")), size,
-                      str(row.get("detail", ""))))
+    table = [("WHEN", "WORKSPACE", "WHAT", "TOOK", "CODE", "BYTES", "DETAIL")] + [
+        (time.strftime("%m-%d %H:%M:%S", time.localtime(row["time"])),
+         str(row.get("workspace", "")), row["operation"], f"{row.get('duration') or 0:.2f} s",
+         str(row.get("exit_code", "")), human_size(row["bytes"]) if row.get("bytes") else "",
+         str(row.get("detail", ""))) for row in rows]
     if rows:
         print_table(table, spare=8)
     else:
@@ -10417,9 +10405,9 @@ def candidates(before: Sequence[str], last: str) -> dict[str, str]:
     if not pending and last.startswith("-"):
         return {flag: arg.text for arg in known for flag in arg.flags}
     if not pending and name not in VERBS:
-        at = len(name.split())
+        at = len(plain)
         return {row.split()[at]: verb.text for row, verb in VERBS.items()
-                if row.split()[:at] == name.split()}
+                if row.split()[:at] == plain}
     if not pending:
         first = next((arg.name for arg in known if arg.word), "")
         pending = {"secrets rm": "secrets", "new": "", "fork": "", "rename": ""}.get(name, first)
@@ -10455,7 +10443,7 @@ def config_hosts() -> list[str]:
 
 # Both scripts run only the program that made them, never the file named on the line: it may be
 # anybody's. zsh uses bash's by its bashcompinit. `-o default`: file names else.
-_BASH = r"""_cmux_ssh() {
+COMPLETIONS = {"bash": r"""_cmux_ssh() {
   local at=1 IFS=$' \t\n'
   COMPREPLY=()
   [[ ${COMP_WORDS[0]##*/} != python* ]] || at=2
@@ -10463,8 +10451,7 @@ _BASH = r"""_cmux_ssh() {
   COMPREPLY=($(%s __complete bash "${COMP_WORDS[@]:$at:$((COMP_CWORD-at+1))}" 2>/dev/null))
 }
 complete -o default -F _cmux_ssh cmux_ssh.py python3
-"""
-_FISH = r"""function __cmux_ssh
+""", "fish": r"""function __cmux_ssh
   set -l words (commandline -opc)
   set -l word (commandline -ct)
   string match -qr '(^|/)python[^/]*$' -- $words[1]; and set -e words[1]
@@ -10474,9 +10461,8 @@ _FISH = r"""function __cmux_ssh
 end
 complete -c cmux_ssh.py -n __cmux_ssh -f -a '$__cmux_ssh_words'
 complete -c python3 -n __cmux_ssh -f -a '$__cmux_ssh_words'
-"""
-_ZSH = "autoload -U +X bashcompinit && bashcompinit\n" + _BASH
-COMPLETIONS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
+"""}
+COMPLETIONS["zsh"] = "autoload -U +X bashcompinit && bashcompinit\n" + COMPLETIONS["bash"]
 
 
 def command_list(options: argparse.Namespace) -> int:
@@ -10535,9 +10521,7 @@ def command_rm(options: argparse.Namespace) -> int:
     names = given_names(options)
     if not names:
         raise UsageError("Name the workspaces to remove.", f"See `{PROGRAM} list`.")
-    code = 0
-    removed: list[str] = []
-    failed: list[dict[str, str]] = []
+    code, removed, failed = 0, [], []  # type: int, list[str], list[dict[str, str]]
     for name in names:
         try:
             host = project.registry.read()["workspaces"].get(name, {}).get("host")
@@ -10554,8 +10538,7 @@ def command_rm(options: argparse.Namespace) -> int:
             report_error(error)
             failed.append(dict(error_fields(error), name=name))
             code = max(code, error.exit_code)
-    if options.json:
-        print_json({"removed": removed, "errors": failed})
+    answer(options, {"removed": removed, "errors": failed})
     return code
 
 
@@ -10693,7 +10676,7 @@ def read_all(fd: int, limit: int) -> bytes:
         data += chunk
         large = len(data) > limit
     if large:
-        raise UsageError(f"What comes on stdin is larger than {human_size(limit)}.")
+        raise UsageError("What comes on stdin is larger than %s." % human_size(limit))
     return bytes(data)
 
 
@@ -10721,28 +10704,21 @@ def parse_dotenv(text: str) -> dict[str, str]:
     pattern = re.compile(
         r"[ \t]*(?:export[ \t]+)?(?P<name>[^\s=#'\"]+)[ \t]*=[ \t]*"
         r"(?:(?:'(?P<raw>[^']*)'|\"(?P<quoted>(?:[^\"\\]|\\.)*)\")"
-        r"[ \t]*(?:(?<=\s)#[^\n]*)?\r?(?:\n|\Z)|(?P<bare>[^\n]*)(?:\n|\Z))"
-        r"|[ \t]*(?:#[^\n]*)?\r?(?:\n|\Z)", re.S | re.M)
-    comment, advice = re.compile(r"(?<=\s)#"), "Quote values with spaces or newlines."
-    at = 0
-    while at < len(text):
-        match = pattern.match(text, at)
-        if not match or match.end() == at:
-            line = text.count("\n", 0, at) + 1
+        r"[ \t]*(?:(?<=\s)#[^\n]*)?\r?(?:\n|\Z)"
+        r"|(?P<bare>(?:[^\n#]+|(?<!\s)#)*)[^\n]*(?:\n|\Z))"
+        r"|[ \t]*(?:#[^\n]*)?\r?(?:\n|\Z)|(?P<wrong>.)", re.S)
+    advice = "Quote values with spaces or newlines."
+    for match in pattern.finditer(text):
+        line, name = text.count("\n", 0, match.start()) + 1, match["name"]
+        if match["wrong"]:
             raise UsageError(f"Line {line} is not NAME=value.", advice)
-        line, at = text.count("\n", 0, at) + 1, match.end()
-        if match.group("name"):
-            value = match.group("raw")
-            if not _VARIABLE.match(match.group("name")):
-                raise UsageError(f"Line {line} has no variable's name before the =.", advice)
-            if value is None and match.group("quoted") is not None:
-                value = re.sub(r"\\(.)", lambda found: escapes.get(found[1], found[1]),
-                               match.group("quoted"), flags=re.S)
-            if value is None:
-                start, end = match.span("bare")
-                cut = comment.search(text, start, end)
-                value = text[start:cut.start() if cut else end].rstrip(" \t\r")
-            values[check_variable(match.group("name"), secret=True)] = value
+        if name and not _VARIABLE.match(name):
+            raise UsageError(f"Line {line} has no variable's name before the =.", advice)
+        if name:
+            quoted = re.sub(r"\\(.)", lambda found: escapes.get(found[1], found[1]),
+                            match["quoted"] or "", flags=re.S)
+            bare = (match["bare"] or "").rstrip(" \t\r")
+            values[check_variable(name, secret=True)] = match["raw"] or quoted or bare
     return values
 
 
@@ -10809,8 +10785,10 @@ def command_tool(options: argparse.Namespace) -> int:
 
 
 def command_write(options: argparse.Namespace) -> int:
-    workspace = the_workspace(options)
-    return answer(options, workspace.write(options.path, read_all(0, READ_MAX * 10)))
+    limit, workspace = READ_MAX * 10, the_workspace(options)
+    absolute(workspace, options.path)
+    data = read_all(0, limit)
+    return answer(options, workspace.write(options.path, data))
 
 
 def command_cp(options: argparse.Namespace) -> int:
@@ -10831,8 +10809,8 @@ def command_cp(options: argparse.Namespace) -> int:
 
 def command_edit(options: argparse.Namespace) -> int:
     arguments: Fields = {"path": options.path}
-    if options.old is not None or options.new is not None:
-        if options.old is None or options.new is None:
+    if (options.old, options.new) != (None, None):
+        if None in (options.old, options.new):
             raise UsageError("edit needs both --old and --new.")
         arguments["edits"] = [{"old": options.old, "new": options.new, "count": options.count or 1}]
     elif options.count is not None:
@@ -10961,8 +10939,7 @@ def command_doctor(options: argparse.Namespace) -> int:
             draw(1, f"{state} {row.what:<10}  " + ("\n" + " " * 18).join(lines) + "\n")
     if options.json:
         print_json(rows)
-    states = {row["state"] for row in rows}
-    return 255 if "dead" in states else 1 if "bad" in states else 0
+    return max({"dead": 255, "bad": 1}.get(row["state"], 0) for row in rows)
 
 
 def on_terminal(open_workspace: Callable[[], Workspace], terminal: Terminal,
@@ -11034,7 +11011,7 @@ def line_args(verb: Verb) -> list[Arg]:
 
 
 def usage(group: str = "") -> str:
-    """The list of the commands, or of those that begin with ``group``."""
+    """The help without a command: all commands, or those that begin with ``group``."""
     rows = []
     for title, names in GROUPS.items():
         lines = [f"  {name:<14} {VERBS[name].text}" for name in names if name.startswith(group)]
@@ -11050,23 +11027,6 @@ Options of most commands, also before the command: -C DIR (the repository),
   {PROGRAM} {group or "exec"} -h
 Exit codes: of exec the command's own, 124 timeout, 125 this tool failed,
 130 interrupted, 255 host unreachable or lost; of the others 0, 1, 2, 130, 255."""
-
-
-def add_argument(parser: argparse.ArgumentParser, arg: Arg) -> None:
-    """Have argparse know an argument of the table."""
-    settings: Fields = {"help": arg.text + " (90, 5m, 1h)" * (arg.kinds == ["seconds"])}
-    if arg.default not in (None, "."):
-        settings["help"] += f" (default: {arg.default})"
-    if arg.flags:
-        settings.update(dest=arg.name)
-    if arg.kinds == ["flag"]:
-        settings.update(action="store_true")
-    else:
-        settings.update(metavar=arg.shown, type=arg.from_word, default=arg.default,
-                        choices=arg.settings.get("choices"),
-                        nargs=None if arg.word in ("", "1") else arg.word,
-                        action="append" if arg.flags and arg.kinds == ["texts"] else "store")
-    parser.add_argument(*(arg.flags or [arg.name]), **settings)
 
 
 def parser_of(verb: Verb) -> argparse.ArgumentParser:
@@ -11089,7 +11049,17 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
         description=verb.text, epilog=" ".join(["example:", PROGRAM, verb.name, verb.example]),
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for arg in line_args(verb):
-        add_argument(parser, arg)
+        text = arg.text + " (90, 5m, 1h)" * (arg.kinds == ["seconds"])
+        text += f" (default: {arg.default})" * (arg.default not in (None, "."))
+        settings: Fields = {"dest": arg.name} if arg.flags else {}
+        if arg.kinds == ["flag"]:
+            settings.update(action="store_true")
+        else:
+            settings.update(metavar=arg.shown, type=arg.from_word, default=arg.default,
+                            choices=arg.settings.get("choices"),
+                            nargs=None if arg.word in ("", "1") else arg.word,
+                            action="append" if arg.flags and arg.kinds == ["texts"] else "store")
+        parser.add_argument(*(arg.flags or [arg.name]), help=text, **settings)
     return parser
 
 
@@ -11099,7 +11069,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if name == "secrets":
         rest = command_first(rest)
         if rest[:1] in (["-h"], ["--help"]):
-            print_text(usage("secrets"))
+            print_text(usage(name))
             raise SystemExit(0)
         name, rest = " ".join([name, *rest[:1]]), rest[1:]
     if name not in VERBS:
@@ -11143,7 +11113,7 @@ def command_first(words: list[str]) -> list[str]:
     at, valued = 0, {flag for arg in COMMON for flag in arg.flags if arg.valued}
     own = ("-h", "--help", "--version")
     while words[at:] and words[at].startswith("-") and words[at] not in own:
-        at += 2 if words[at] in valued else 1
+        at += 1 + (words[at] in valued)
     return words[at:at + 1] + words[:at] + words[at + 1:]
 
 
@@ -11167,7 +11137,7 @@ def typed_program() -> str:
 
 def report_error(error: CmuxError) -> None:
     text = neutralise(str(error)).strip()
-    hint = (" " + neutralise(as_called(error.hint))) if error.hint else ""
+    hint = " " + neutralise(as_called(error.hint)) if error.hint else ""
     quiet_terminal()
     err_out(f"{PROGRAM}: {text}{hint}\n")
 
@@ -11176,7 +11146,7 @@ def fail(words: Sequence[str], error: CmuxError) -> int:
     """Report the error, with --json on stdout too; the exit code."""
     code = exec_code(error) if words[:1] == ["exec"] else error.exit_code
     report_error(error)
-    if "--json" in words[:words.index("--") if "--" in words else None]:
+    if "--json" in itertools.takewhile(lambda word: word != "--", words):
         with contextlib.suppress(CmuxError):  # stdout is closed
             print_json(exec_failure(None, None, error, time.monotonic())
                        if words[:1] == ["exec"] else {"error": error_fields(error)})
