@@ -863,7 +863,7 @@ class Repo:
 
     def arrived(self, name="main"):
         """The workspace has the files of the commit."""
-        self.arrived(name)
+        assert tree_of(self.path(name)) == self.tree()
 
     def pulled(self, path, name="main"):
         return self.git("show", f"cmux/{name}:{path}")
