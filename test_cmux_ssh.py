@@ -39,6 +39,7 @@ import termios
 import threading
 import time
 import warnings
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
@@ -105,11 +106,8 @@ def until(probe, what, seconds=PATIENCE):
         time.sleep(0.02)
 
 
-class Process:
+class Process(namedtuple("Process", "pid ppid cmdline environ")):
     """One row of the process table, as bytes: cmdline with NULs between words, environ likewise."""
-
-    def __init__(self, pid, ppid, cmdline, environ):
-        self.pid, self.ppid, self.cmdline, self.environ = pid, ppid, cmdline, environ
 
     def __repr__(self):
         return f"<{self.pid} of {self.ppid}: {self.cmdline.replace(chr(0).encode(), b' ').decode(errors='replace')[:300]}>"
@@ -2089,10 +2087,7 @@ def test_arguments_output_codes_stdin_and_secrets_are_exact_under_every_login_sh
     repo.arrived()
 
 
-FOREIGN = ("bash -l", "zsh", "dash", "fish", "tcsh", "mksh", "ksh", "busybox sh", "cat", ".bashrc")
-
-
-@each("foreign", FOREIGN)
+@each("foreign", ["bash -l", "zsh", "dash", "fish", "tcsh", "mksh", "ksh", "busybox sh", "cat", ".bashrc"])
 def test_a_shell_that_is_not_ours_runs_nothing_of_a_header_and_reads_no_secret(site, foreign):
     """The account's ForceCommand, or what its .bashrc runs, reads what we send in place of our command."""
     flag, touched, got, nap = site.dir / "flag", site.dir / "touched", site.dir / "got", Nap()
@@ -3203,7 +3198,7 @@ def test_a_header_cut_off_by_a_dying_master_is_sent_again(repo, site):
     """It was never whole: nothing can have begun."""
     with open_agent(repo, "-H", "box") as talker:
         talker("exec", command="true")
-        until(lambda: open_sessions(site) == 4, "four wait ready")
+        four_ready(site)
         (master,) = site.masters()
         kill(master.pid, signal.SIGSTOP)
         threading.Timer(1, kill, (master.pid,)).start()
@@ -3257,7 +3252,7 @@ def test_no_master_is_added_for_sessions_ahead_where_none_can_be(repo, site):
     """It is tried once: where logging in needs a person, each try is a failed login and its penalty."""
     with open_agent(repo, "-H", "box") as first:
         first("exec", command="true")
-        until(lambda: open_sessions(site) == 4, "the first has its own")
+        four_ready(site)
         (site.dir / "authorized").write_text("")
         before = site.log().count("Connection from ")
         with open_agent(repo) as second:
@@ -3273,7 +3268,7 @@ def test_a_master_that_hangs_costs_a_long_lived_caller_one_wait(repo, tuned, sit
     with open_agent(repo, "-H", "box") as talker:
         for _ in range(4):
             talker("exec", command="true")
-        until(lambda: open_sessions(site) == 4, "four wait ready")
+        four_ready(site)
         for master in site.masters():
             kill(master.pid, signal.SIGSTOP)
         began = time.monotonic()
@@ -4359,12 +4354,10 @@ def test_a_host_without_git_that_lies_is_refused(lab):
 def test_a_stream_cut_anywhere_is_refused(lab):
     rng = os.urandom(40000)
     commits, changes, contents = export(blob(1, rng), blob(2, b"x"), commit(3, b"M 100644 :1 big", b"D src/a.c"), commit(4, b"M 100644 :2 y", parent=b"from :3"))
-    whole = commits + b"\n" + changes + b"\0" + contents
-    for cut in list(range(0, len(whole) - 300, 4096)) + list(range(len(whole) - 300, len(whole), 7)):
-        lab.refuse([whole[:cut]])
-    whole = b"".join(files(b"M 100644 :1 big", b"M 100644 :2 y", contents=[rng, b"x"]))
-    for cut in list(range(0, len(whole) - 300, 4096)) + list(range(len(whole) - 300, len(whole), 7)):
-        lab.refuse([b"", whole[:cut]], "files")
+    for how, head, whole in (("git", [], commits + b"\n" + changes + b"\0" + contents),
+                             ("files", [b""], b"".join(files(b"M 100644 :1 big", b"M 100644 :2 y", contents=[rng, b"x"])))):
+        for cut in [*range(0, len(whole) - 300, 4096), *range(len(whole) - 300, len(whole), 7)]:
+            lab.refuse([*head, whole[:cut]], how)
 
 
 def endless(kind):
@@ -6670,9 +6663,8 @@ def test_a_batch_whose_input_has_ended_is_stopped_too(shared, sig):
     nap.runs(2)
     child.send_signal(sig)
     out, _ = child.communicate()
-    rows = [json.loads(line) for line in out.splitlines()]
-    assert child.returncode == 130 and all(not row["ok"] or row["result"]["exit_code"] == 130 for row in rows), out
-    assert sum(row["ok"] and row["result"]["stopped"] == "confirmed" for row in rows) == 3, out
+    results = [json.loads(line)["result"] for line in out.splitlines()]
+    assert child.returncode == 130 and [(result["exit_code"], result["stopped"]) for result in results] == [(130, "confirmed")] * 3, out
     nap.gone()
 
 
@@ -6835,16 +6827,15 @@ def test_batch_answers_every_line_also_the_bad_ones(shared):
 
 
 def test_batch_answers_as_they_finish_and_drains_at_the_end(shared):
-    with open_agent(shared) as talker:
-        slow = talker.post("exec", {"command": "until [ -e drain-now ]; do sleep 0.05; done; echo slow"})
-        assert talker("exec", command="echo fast")["stdout"] == "fast\n", "it does not wait for the first"
-        assert talker("exec", command="touch drain-now")["exit_code"] == 0
-        rest = [talker.post("exec", {"command": f"sleep 0.3; echo {n}"}) for n in range(24)]
-        code, out, err = talker.close()
-        answers = {a["id"]: a for a in map(json.loads, (talker._held + out).splitlines())}
-        assert code == 0 and err == b"" and set(answers) | set(talker._early) == {slow, *rest}
-        assert {a["result"]["exit_code"] for a in answers.values()} == {0}
-        talker.child.communicate = lambda *_, **__: (b"", b"")
+    talker = Agent(shared)
+    slow = talker.post("exec", {"command": "until [ -e drain-now ]; do sleep 0.05; done; echo slow"})
+    assert talker("exec", command="echo fast")["stdout"] == "fast\n", "it does not wait for the first"
+    assert talker("exec", command="touch drain-now")["exit_code"] == 0
+    rest = [talker.post("exec", {"command": f"sleep 0.3; echo {n}"}) for n in range(24)]
+    code, out, err = talker.close()
+    answers = {a["id"]: a for a in map(json.loads, (talker._held + out).splitlines())}
+    assert code == 0 and err == b"" and set(answers) | set(talker._early) == {slow, *rest}
+    assert {a["result"]["exit_code"] for a in answers.values()} == {0}
     (shared.path() / "drain-now").unlink()
 
 
@@ -6870,7 +6861,7 @@ def test_a_stopped_batch_ends_what_runs_there(shared, sig):
     nap.gone()
 
 
-def test_a_batch_whose_reader_is_gone_stops(shared, area):
+def test_a_batch_whose_reader_is_gone_stops(shared):
     nap = Nap()
     talker = Agent(shared, "-j", "2")
     assert talker("exec", command="true")["exit_code"] == 0
@@ -6883,9 +6874,6 @@ def test_a_batch_whose_reader_is_gone_stops(shared, area):
         nap.gone()
     finally:
         talker.child.kill()
-        talker.child.wait()
-        for process in running(nap):
-            kill(process.pid)
 
 
 def test_a_batch_whose_results_cannot_be_written_fails(shared):
@@ -7045,6 +7033,10 @@ def test_arguments_are_checked_against_the_table(talker, tool):
     for arguments in wrong:
         answer = talker.answer(talker.post(tool, arguments))
         assert not answer["ok"] and answer["error"]["type"] == "UsageError", (arguments, answer)
+
+
+def four_ready(site):
+    until(lambda: open_sessions(site) == 4, "four sessions wait ready")
 
 
 def open_sessions(site, host="box"):
@@ -7273,9 +7265,6 @@ def test_every_tool_is_a_method_of_a_workspace():
         assert set(arguments) - {"background", "content_base64"} <= set(inspect.signature(method).parameters), name
 
 
-WAYS = ["-I", "-O", "-OO", "-W error -X dev -bb", "-m", "zip", "zipimport", "stdin"]
-
-
 def ways_to_run(way, directory):
     """What follows the Python: the file run in that way, or what holds it."""
     import zipfile
@@ -7293,7 +7282,7 @@ def ways_to_run(way, directory):
 
 
 @slow
-@each("way", WAYS)
+@each("way", ["-I", "-O", "-OO", "-W error -X dev -bb", "-m", "zip", "zipimport", "stdin"])
 @each("python", PYTHONS, ids=[str(n) for n in range(len(PYTHONS))])
 @promise(10)
 def test_it_runs_however_python_is_given_it(shared, python, way):
@@ -7809,19 +7798,15 @@ def test_mcp_long_files_come_in_pages_that_join(mcp, shared):
     assert [line.encode() for line in found] == lines and pages > 3
 
 
-def test_mcp_a_call_over_the_soft_timeout_becomes_a_job_with_progress(mcp):
+def test_mcp_a_call_over_the_soft_timeout_becomes_a_job(mcp):
     nap = Nap()
-    number = mcp.begin(f"echo one; {nap}", _meta={"progressToken": "tok"})
-    text = mcp.text(number)
+    text = mcp("exec", command=f"echo one; {nap}")
     job = job_of(text)
     assert "state: running" in text and "one\n" in text and "next_offset: 4" in text
     assert "state=running" in mcp("jobs") and job in mcp("jobs") and "state: running" in mcp("wait", job=job, timeout=0.2)
     assert "one" in mcp("logs", job=job) and "one" not in mcp("logs", job=job, offset=4)
     stopped = mcp("stop", job=job)
     assert "stopped: confirmed" in stopped and not running(nap)
-    number = mcp.begin("sleep 1.9", _meta={"progressToken": 7})
-    mcp.answer(number)
-    mcp.others.clear()
 
 
 def test_mcp_progress_rises_and_ends_with_the_call(repo):
@@ -8444,6 +8429,10 @@ def test_demo_shows_the_flow_and_leaves_nothing(site):
     shown = site.cli("demo", cwd=site.home)
     assert shown.code == 0 and shown.text.count("\n") >= 5 and "process table" in shown.text.lower(), shown
     assert not list(site.tmp.iterdir()) and sorted(p.name for p in site.home.iterdir()) == [".gitconfig"] and not site.state.exists()
+    ended_since(before, site)
+
+
+def ended_since(before, site):
     until(lambda: not [p for p in processes() if p.pid not in before and os.fsencode(site.dir) in p.environ], "the demo's processes are gone")
 
 
@@ -8471,7 +8460,7 @@ def test_demo_leaves_no_master_and_no_variable_also_where_tmpdir_is_long_and_end
     assert child.returncode == (130 if interrupted else 0), (out, err)
     assert out.decode().splitlines()[-1] == str([env["CMUX_SSH_HOME"], env["CMUX_SSH_COMMAND"], "mine"]), out
     assert not list(folder.iterdir()) and not list(runtime.iterdir())
-    until(lambda: not [p for p in processes() if p.pid not in before and os.fsencode(site.dir) in p.environ], "the demo's processes are gone")
+    ended_since(before, site)
 
 
 def test_demo_without_sshd_says_how_to_get_one(site):
@@ -9256,6 +9245,9 @@ class Gate:
     def reached(self):
         until((self.dir / "reached").exists, "the script stands at the gate")
 
+    def ended(self):
+        until(lambda: not naming(str(self.dir)), "the script has ended")
+
     def open(self, seconds=0.0):
         if seconds:
             later = threading.Timer(seconds, self.open)
@@ -9327,7 +9319,7 @@ def test_killed_while_its_script_goes_on_the_next_call_works_and_nothing_is_half
     names = {"main"} - ({"main"} if then == "rm main" or then.startswith("rename") else set())
     names |= {"main"} if then == "new -H gated main" else set()
     names |= {"victim"} if "victim" in then and not then.startswith("rm") else set()
-    until(lambda: not [p for p in processes() if os.fsencode(gate.dir) in p.cmdline], "the script has ended")
+    gate.ended()
     whole(repo, *names)
     settled(site)
     if verb == "push" and "main" in names:
@@ -9365,7 +9357,7 @@ def test_a_script_that_is_held_up_does_nothing_once_a_later_one_has_begun(site, 
     repo.ok(*then.split())
     there = tree_of(repo.path())
     gate.open()
-    until(lambda: not [p for p in processes() if os.fsencode(gate.dir) in p.cmdline], "the script has ended")
+    gate.ended()
     whole(repo, "main")
     assert tree_of(repo.path()) == there
     settled(site)
