@@ -2632,7 +2632,7 @@ def refused(answer, code, *parts, words=""):
 BAD_HOSTS = ["-oProxyCommand=touch trap", "-F", "--", "", " ", "@", "@h", "u@", "a b", "a\nb", "a\tb", "a;b", "a|b", "a&b", "a$(id)", "$HOME", "`id`@h", "u'@h", 'u"@h',
              "h>x", "h<x", "{a,b}", "a,b", "h(x)", "-x@h", "u@-x", "u$HOME@h", "u v@h", "u\\@h", "a\\b", "u@a\\", "u{@h", "u@h;", "\x1b]0;x\x07", "\u202eh", "\u202e@h", "\x9bh",
              "h\x7f", "h\u3000", "ssh://-oProxyCommand=x", "ssh://u%24HOME@h", "ssh://u%0a@h", "ssh://-u@h", "ssh://", "ssh://h/x", "ssh://u@v@h", "ssh://h:0", "ssh://h:65536",
-             "a" * 2000, "u@h\n", "\0h"]
+             "a" * 2000, "u@h\n"]
 
 
 GOOD_HOSTS = ["box", "root@box", "u.s-e_r+1@a.b-c_d", "127.0.0.1", "::1", "u@fe80::1", "ssh://u@h:2222", "coder.dev-1", "prod/web", "web+1", "a~b", "k8s/pod=1", "h\u00e4us", "host.",
@@ -2644,9 +2644,9 @@ GOOD_HOSTS = ["box", "root@box", "u.s-e_r+1@a.b-c_d", "127.0.0.1", "::1", "u@fe8
 def test_hostile_host_strings_are_refused_before_anything_is_started(repo, way, site):
     log = site.dir / "was-called"
     shim = script(site.dir / "shim", f"touch {log}\nexit 255")
-    for host in BAD_HOSTS:
-        if way != "option" and (not host.strip() or "\0" in host) or "\0" in host:
-            continue  # an empty variable is an unset one; NUL cannot be in an argument
+    for host in BAD_HOSTS[::1 if way == "option" else 3]:
+        if way != "option" and not host.strip():
+            continue  # an empty variable is an unset one
         env, args = {"CMUX_SSH_COMMAND": str(shim)}, ["exec", "--", "true"]
         if way == "option":
             args[1:1] = [f"--host={host}"]
@@ -5582,7 +5582,7 @@ ODD_NAMES = ["it's \"quoted\" `$(x)`", "new\nline", "trailing newline\n", "-rf",
 
 @each("name", ODD_NAMES, ids=ascii)
 def test_every_tool_takes_odd_names(talker, area, name):
-    for path in (area.p(name), area.p(f"{name}/in {name[:100]}"), str(area.dir / f"abs{name[:190]}")):
+    for path in (area.p(name), area.p(f"{name}/deep/in {name[:100]}"), str(area.dir / f"abs{name[:190]}")):
         (shutil.rmtree if (area.dir / name).is_dir() else os.unlink)(str(area.dir / name)) if (area.dir / name).exists() else None
         real = area.workspace / path
         assert talker("write", path=path, content="hello there\n")["created"] is True
