@@ -5533,8 +5533,8 @@ def test_fork_and_rename(repo):
     there = tree_of(repo.path())
     repo.ok("fork", "-w", "main", "second")
     assert tree_of(repo.path("second")) == there
-    for verb, name in (("fork", "second"), ("fork", "main"), ("rename", "second")):
-        refused(repo.cli(verb, "-w", "main", name), 1, "has that name already")
+    for verb, name, words in (("fork", "second", "exists already"), ("fork", "main", "has that name already"), ("rename", "second", "exists already")):
+        refused(repo.cli(verb, "-w", "main", name), 1, words)
     do(repo, "echo other >untracked", "second")
     assert (repo.path() / "untracked").read_text() == "u\n"
     repo.ok("rename", "-w", "second", "third")
@@ -6518,7 +6518,8 @@ def test_new_makes_several_at_once_and_refuses_a_name_that_exists(repo):
     names = [f"w{n}" for n in range(6)]
     repo.new(*names)
     assert set(repo.workspaces()) == set(names) and all(tree_of(repo.path(n)) == repo.tree() for n in names)
-    refused(repo.cli("new", "-H", "box", "w1", "w9"), 1, "w1")
+    again = repo.cli("new", "-H", "box", "w1", "w9")
+    assert again.code == 1 and "w1" in again.said, again
     do(repo, "echo keep >kept", "w1")
     place = repo.path("w1").parent
     repo.ok("rm", "--force", *names, "w9")
@@ -8637,8 +8638,8 @@ def test_a_host_that_is_gone_for_good_can_be_forgotten_and_gc_visits_every_place
     repo.new("lost")
     path, registry = repo.path("lost"), repo.record()
     registry.write_text(registry.read_text().replace('"box"', '"nowhere.invalid"', 1).replace('"host": "box"', '"host": "nowhere.invalid"'))
-    refused = repo.cli("rm", "--force", "lost")
-    assert refused.code == 255 and "rm --forget lost" in refused.said and "lost" in repo.workspaces(), refused
+    refused(repo.cli("rm", "--force", "lost"), 255, "rm --forget lost")
+    assert "lost" in repo.workspaces()
     refused(repo.cli("gc", "-H", "far"), 2, "is or was on 'far'")
     cleared = repo.cli("gc")
     assert cleared.code == 255 and "box: freed" in cleared.text and "nowhere.invalid" in cleared.said, cleared
