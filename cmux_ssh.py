@@ -3291,10 +3291,13 @@ class DirectSession(Session):
         """Until the host has taken the connection, which an ssh before 8.7 does not log."""
         patience = Deadline(self._masters.patience)
         try:
-            while b"open confirm" not in log_head(self._log) and nap(0.05, patience, cancel):
-                if self.over():
-                    taken = b"forwarding failed" not in log_head(self._log)
-                    raise self.failure(False) if taken else refused(port, self.host)
+            while nap(0.05, patience, cancel):
+                over, log = self.over(), log_head(self._log)
+                if b"open confirm" in log:
+                    break
+                if over:
+                    closed = b"forwarding failed" in log
+                    raise refused(port, self.host) if closed else self.failure(False)
         except BaseException:
             self.close()
             raise
@@ -3885,7 +3888,7 @@ class Forward:
         if not (0 < port < 65536 and 0 <= local < 65536):
             raise UsageError("A port is a number from 1 to 65535.")
         self._masters, self.port, self._tell, self._told = masters, port, tell, ""
-        self._ending = Cancel()
+        self._ending, self._clients = Cancel(), set()  # type: Cancel, set[socket.socket]
         refused, why = self._probe(), ""
         if refused:
             self._see_allowed()
@@ -3943,11 +3946,16 @@ class Forward:
             self._tell(f"{error} {error.hint}".strip())
 
     def _accept(self) -> None:
+        import resource
         import threading
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8  # each takes three; masters more
         wanted = (self._listener, select.POLLIN), (self._ending, select.POLLIN)
         while poll_once(None, *wanted) and not self._ending.is_set:
             try:
+                if len(self._clients) >= most:
+                    raise OSError
                 client = self._listener.accept()[0]
+                self._clients.add(client)
                 threading.Thread(target=self._carry, args=(client,), daemon=True).start()
             except (OSError, RuntimeError):  # no descriptor is free, or no thread
                 self._say(StateFailed("Too many connections are open here; others wait."))
@@ -3974,6 +3982,8 @@ class Forward:
                 at_once = (1).to_bytes(4, sys.byteorder) + bytes(4)
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
                 self._say(error)
+            finally:
+                self._clients.discard(client)
 
 
 def end_masters() -> None:
@@ -10869,7 +10879,7 @@ def on_terminal(open_workspace: Callable[[], Workspace], terminal: Terminal,
 
 def command_forward(options: argparse.Namespace) -> int:
     workspace = existing_workspace(options)
-    with contextlib.ExitStack() as held:
+    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as held:
         for word in options.ports:
             ports = re.match(r"(?:([0-9]{1,5}):)?([0-9]{1,5})\Z", word)
             if not ports:
@@ -10878,8 +10888,7 @@ def command_forward(options: argparse.Namespace) -> int:
                 int(ports[2]), int(ports[1] or 0), options.terminal))
             fields = {name: getattr(forward, name) for name in ("url", "local", "port")}
             answer(options, fields, f"{forward.url} is port {ports[2]} of {workspace.host.name}")
-        with contextlib.suppress(KeyboardInterrupt):
-            poll_once(None)
+        poll_once(None)
     return 0
 
 
