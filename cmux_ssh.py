@@ -3887,8 +3887,8 @@ class Forward:
         import threading
         if not (0 < port < 65536 and 0 <= local < 65536):
             raise UsageError("A port is a number from 1 to 65535.")
-        self._masters, self.port, self._tell, self._told = masters, port, tell, ""
-        self._ending, self._clients = Cancel(), set()  # type: Cancel, set[socket.socket]
+        self._masters, self.port, self._tell, self._ending = masters, port, tell, Cancel()
+        self._told, self._clients = set(), set()  # type: set[str], set[socket.socket]
         refused, why = self._probe(), ""
         if refused:
             self._see_allowed()
@@ -3940,9 +3940,9 @@ class Forward:
         return self._masters.open(target, Deadline(SLOT_PATIENCE), self._ending)[0]
 
     def _say(self, error: CmuxError) -> None:
-        """Once, until something else is to be said, or a connection has come about."""
-        if str(error) != self._told and not self._ending.is_set:
-            self._told = str(error)
+        """Once."""
+        if str(error) not in self._told and not self._ending.is_set:
+            self._told.add(str(error))
             self._tell(f"{error} {error.hint}".strip())
 
     def _accept(self) -> None:
@@ -3969,8 +3969,7 @@ class Forward:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             try:
                 with contextlib.closing(self._open(client)) as session:
-                    self._told, data = "", b"?"
-                    fd = max(session.control, session.stderr)
+                    fd, data = max(session.control, session.stderr), b"?"
                     while data:
                         poll_once(None, (fd, select.POLLIN), (self._ending, select.POLLIN))
                         self._ending.check()
