@@ -3878,8 +3878,8 @@ def look_closely(masters: Masters, command: str, *options: str) -> tuple[int, st
 
 
 class Forward:
-    """A port of the host on this machine: ``url``; ``port`` there; ``local`` here, of 127.0.0.1
-    alone. Each connection has a session, and a thread that waits for its end."""
+    """A port of the host on this machine: ``url``; ``port`` there, ``local`` here, on 127.0.0.1.
+    Each connection has a session, and a thread that waits for its end."""
 
     def __init__(self, masters: Masters, port: int, local: int,
                  tell: Callable[[str], None]) -> None:
@@ -3889,18 +3889,16 @@ class Forward:
             raise UsageError("A port is a number from 1 to 65535.")
         self._masters, self.port, self._tell, self._ending = masters, port, tell, Cancel()
         self._told, self._clients = set(), set()  # type: set[str], set[socket.socket]
-        refused, why = self._probe(), ""
-        if refused:
-            self._see_allowed()
+        taken, why = self._probe(), ""
         for number in [local] if local else [port, 0]:
             try:
                 self._listener = socket.create_server(("127.0.0.1", number))
             except OSError as error:
                 why = os.strerror(error.errno or 0)
                 continue
-            if number != port or not refused or self._probe():
+            if taken or number != port or not self._probe():
                 break
-            self._listener.close()  # who answers now is this socket, for ever
+            self._listener.close()  # the connection led to it, and would for ever
             why = "the host is this machine"
         else:
             raise UsageError(f"Port {number} cannot be had here: {why}.", "Choose another.")
@@ -3908,8 +3906,6 @@ class Forward:
         self.url = f"http://127.0.0.1:{self.local}/"
         if why:
             tell(f"Port {port} cannot be had here: {why}. It is {self.local} instead.")
-        if refused:
-            self._say(refused)
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
@@ -3917,23 +3913,23 @@ class Forward:
         self._ending.set()
         self._listener.close()
 
-    def _probe(self) -> PortRefused | None:
-        """Connect once: how the host refused it."""
+    def _probe(self) -> bool:
+        """Whether something there takes a connection. RemoteFailed where sshd does not let it: only
+        an ssh of its own reports that."""
         try:
             with open(os.devnull, "r+b") as nothing:
                 self._open(nothing).close()
-            return None
+            return True
         except PortRefused as error:
-            return error
-
-    def _see_allowed(self) -> None:
-        """Raise RemoteFailed where it is sshd that refuses: an ssh of its own reports that."""
-        words = look_closely(self._masters, "", "-W", f"localhost:{self.port}")[1]
-        if re.search("open failed: (administratively prohibited|unknown channel)", words):
-            raise RemoteFailed(
-                f"The sshd of {self._masters.host} lets nobody through to its ports.",
-                "It needs AllowTcpForwarding yes, and a key without `restrict`. Without: "
-                f"{PROGRAM} exec -- curl -s http://localhost:{self.port}/")
+            way = "-W", f"localhost:{self.port}"
+            words = "" if self._told else look_closely(self._masters, "", *way)[1]
+            if re.search("open failed: (administratively prohibited|unknown channel)", words):
+                raise RemoteFailed(
+                    f"The sshd of {self._masters.host} lets nobody through to its ports.",
+                    "It needs AllowTcpForwarding yes, and a key without `restrict`. Without: "
+                    f"{PROGRAM} exec -- curl -s http://localhost:{self.port}/")
+            self._say(error)
+            return False
 
     def _open(self, client: Any) -> Any:
         target = self.port, client.fileno()
@@ -3955,19 +3951,18 @@ class Forward:
                 if len(self._clients) >= most:
                     raise OSError
                 client = self._listener.accept()[0]
-                self._clients.add(client)
                 threading.Thread(target=self._carry, args=(client,), daemon=True).start()
             except (OSError, RuntimeError):  # no descriptor is free, or no thread
                 self._say(StateFailed("Too many connections are open here; others wait."))
                 time.sleep(0.1)
 
     def _carry(self, client: socket.socket) -> None:
-        """Have one client served. Where that fails it is reset: nobody shall believe that this is
-        the end of an answer."""
+        """Have one client served. Where that fails it is reset: that is no end of an answer."""
         import socket
+        self._clients.add(client)
         with client, contextlib.suppress(OSError):  # it has gone
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             try:
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 with contextlib.closing(self._open(client)) as session:
                     fd, data = max(session.control, session.stderr), b"?"
                     while data:
