@@ -8132,7 +8132,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          "where there is one). Gives the exit code, stdout and stderr."),
     Verb("shell", "an interactive shell in a workspace", NAME,
          example="fix-login", lacks="j"),
-    Verb("forward", "reach a port of the workspace's host, on 127.0.0.1, until Ctrl-C",
+    Verb("forward", "reach a port of the workspace's host at 127.0.0.1",
          Arg("ports", "texts", "there; LOCAL is that here", word="+", shown="[LOCAL:]PORT"),
          example="3000 8080:80"),
     Verb("diff", "what a workspace changed against its base; creates nothing", NAME, ONE_WORKSPACE,
@@ -10882,7 +10882,8 @@ def command_forward(options: argparse.Namespace) -> int:
                 int(ports[2]), int(ports[1] or 0), options.terminal))
             fields = {name: getattr(forward, name) for name in ("url", "local", "port")}
             answer(options, fields, f"{forward.url} is port {ports[2]} of {workspace.host.name}")
-        poll_once(None)
+        while True:  # a signal just before a sleep does not end it
+            time.sleep(2)
     return 0
 
 

@@ -8753,7 +8753,7 @@ def test_forward_says_what_is_in_the_way(repo, site):
             assert made[0]["local"] != port
     assert f"Port {port} cannot be had here: Address already in use" in child.answer
     server = Server(port)
-    with forwarding(repo, "-w", "b", f"0:{port}", sh='ulimit -n 60; exec "$@"') as (child, made):
+    with forwarding(repo, "-w", "b", f"{free_port()}:{port}", sh='ulimit -n 60; exec "$@"') as (child, made):
         ends = [socket.create_connection(("127.0.0.1", made[0]["local"])) for _ in range(60)]
         line = child.stderr.readline()
         assert b"Too many" in line, line
