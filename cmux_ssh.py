@@ -3121,11 +3121,9 @@ class MuxSession(Session):
         """Send the request and its descriptors; read until opened or refused. A master first shows
         that it lives: once given the socket of a Target it may read it, and no other is asked."""
         import socket
-        if mux_numbers(self._packet())[:2] != [MUX_HELLO, 4]:
-            raise MasterGone("The control socket speaks another language.", host=self.host)
         port, client = command if isinstance(command, tuple) else (0, -1)
         request: Sequence[Any] = (MUX_NEW_SESSION, 0, "", 0, 0, 0, 0, MUX_NO_ESCAPE, "", command)
-        fds: list[int] = []
+        hello, fds = mux_numbers(self._packet()), []  # type: list[int], list[int]
         try:
             if port:
                 request, theirs = (MUX_NEW_FORWARD, 0, "", "localhost", port), [client, client]
@@ -3133,8 +3131,8 @@ class MuxSession(Session):
             else:
                 for _ in range(3):
                     fds += os.pipe()
-                self.adopt(fds[1], fds[2], fds[4])
                 theirs = [fds[0], fds[3], fds[5]]
+                self.adopt(fds[1], fds[2], fds[4])
             self._socket.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(*request))
             for fd in theirs:
                 rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))
@@ -3147,7 +3145,7 @@ class MuxSession(Session):
         if answer in (MUX_FAILURE, MUX_DENIED):
             raise refused(port, self.host) if port else SessionRefused(
                 f"{self.host} refused one more session.", host=self.host)
-        if answer != MUX_OPENED:
+        if hello[:2] != [MUX_HELLO, 4] or answer != MUX_OPENED:
             raise MasterGone("The control socket gave an odd answer.", host=self.host)
         self._socket.setblocking(False)
 
