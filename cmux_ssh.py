@@ -6504,6 +6504,7 @@ class WorkspaceBase:
                                cancel)
         return exec_result(self, outcome, out, err, began)
 
+    @logged("forward")
     def forward(self, port: int, local: int = 0,
                 report: Report | None = None) -> contextlib.closing[Forward]:
         """Reach ``port`` of the host at ``local`` here (0: the same, or another that is free), as

@@ -8785,6 +8785,7 @@ except ConnectionResetError:
 print(socket.socket().connect_ex(("127.0.0.1", forward.local)) != 0)
 """, str(server.listener.getsockname()[1]))
     assert out.endswith(f"{server.listener.getsockname()[1]} True\nreset\nTrue\n") and out.startswith("Port"), out
+    assert '"operation": "forward"' in repo.ok("history", "--json").text
 
 
 # === doctor ===
