@@ -3190,11 +3190,9 @@ class MuxSession(Session):
         """Send the request and its descriptors; read until opened or refused. A master first shows
         that it lives: once given the socket of a Target it may read it, and no other is asked."""
         import socket
-        if mux_numbers(self._packet())[:2] != [MUX_HELLO, 4]:
-            raise MasterGone("The control socket speaks another language.", host=self.host)
         port, client = command if isinstance(command, tuple) else (0, -1)
         request: Sequence[Any] = (MUX_NEW_SESSION, 0, "", 0, 0, 0, 0, MUX_NO_ESCAPE, "", command)
-        fds: list[int] = []
+        hello, fds = mux_numbers(self._packet()), []  # type: list[int], list[int]
         try:
             if port:
                 request, theirs = (MUX_NEW_FORWARD, 0, "", "localhost", port), [client, client]
@@ -3202,8 +3200,8 @@ class MuxSession(Session):
             else:
                 for _ in range(3):
                     fds += os.pipe()
-                self.adopt(fds[1], fds[2], fds[4])
                 theirs = [fds[0], fds[3], fds[5]]
+                self.adopt(fds[1], fds[2], fds[4])
             self._socket.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(*request))
             for fd in theirs:
                 rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))
@@ -3216,7 +3214,7 @@ class MuxSession(Session):
         if answer in (MUX_FAILURE, MUX_DENIED):
             raise refused(port, self.host) if port else SessionRefused(
                 f"{self.host} refused one more session.", host=self.host)
-        if answer != MUX_OPENED:
+        if hello[:2] != [MUX_HELLO, 4] or answer != MUX_OPENED:
             raise MasterGone("The control socket gave an odd answer.", host=self.host)
         self._socket.setblocking(False)
 
@@ -3348,10 +3346,13 @@ class DirectSession(Session):
         """Until the host has taken the connection, which an ssh before 8.7 does not log."""
         patience = Deadline(self._masters.patience)
         try:
-            while b"open confirm" not in log_head(self._log) and nap(0.05, patience, cancel):
-                if self.over():
-                    taken = b"forwarding failed" not in log_head(self._log)
-                    raise self.failure(False) if taken else refused(port, self.host)
+            while nap(0.05, patience, cancel):
+                over, log = self.over(), log_head(self._log)
+                if b"open confirm" in log:
+                    break
+                if over:
+                    closed = b"forwarding failed" in log
+                    raise refused(port, self.host) if closed else self.failure(False)
         except BaseException:
             self.close()
             raise
@@ -3921,8 +3922,8 @@ def look_closely(masters: Masters, command: str, *options: str) -> tuple[int, st
 
 
 class Forward:
-    """A port of the host on this machine: ``url``; ``port`` there; ``local`` here, of 127.0.0.1
-    alone. Each connection has a session, and a thread that waits for its end."""
+    """A port of the host on this machine: ``url``; ``port`` there, ``local`` here, on 127.0.0.1.
+    Each connection has a session, and a thread that waits for its end."""
 
     def __init__(self, masters: Masters, port: int, local: int,
                  tell: Callable[[str], None]) -> None:
@@ -3930,20 +3931,18 @@ class Forward:
         import threading
         if not (0 < port < 65536 and 0 <= local < 65536):
             raise UsageError("A port is a number from 1 to 65535.")
-        self._masters, self.port, self._tell, self._told = masters, port, tell, ""
-        self._ending = Cancel()
-        refused, why = self._probe(), ""
-        if refused:
-            self._see_allowed()
+        self._masters, self.port, self._tell, self._ending = masters, port, tell, Cancel()
+        self._told, self._clients = set(), set()  # type: set[str], set[socket.socket]
+        taken, why = self._probe(), ""
         for number in [local] if local else [port, 0]:
             try:
                 self._listener = socket.create_server(("127.0.0.1", number))
             except OSError as error:
                 why = os.strerror(error.errno or 0)
                 continue
-            if number != port or not refused or self._probe():
+            if taken or number != port or not self._probe():
                 break
-            self._listener.close()  # who answers now is this socket, for ever
+            self._listener.close()  # the connection led to it, and would for ever
             why = "the host is this machine"
         else:
             raise UsageError(f"Port {number} cannot be had here: {why}.", "Choose another.")
@@ -3951,8 +3950,6 @@ class Forward:
         self.url = f"http://127.0.0.1:{self.local}/"
         if why:
             tell(f"Port {port} cannot be had here: {why}. It is {self.local} instead.")
-        if refused:
-            self._say(refused)
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
@@ -3960,39 +3957,43 @@ class Forward:
         self._ending.set()
         self._listener.close()
 
-    def _probe(self) -> PortRefused | None:
-        """Connect once: how the host refused it."""
+    def _probe(self) -> bool:
+        """Whether something there takes a connection. RemoteFailed where sshd does not let it: only
+        an ssh of its own reports that."""
         try:
             with open(os.devnull, "r+b") as nothing:
                 self._open(nothing).close()
-            return None
+            return True
         except PortRefused as error:
-            return error
-
-    def _see_allowed(self) -> None:
-        """Raise RemoteFailed where it is sshd that refuses: an ssh of its own reports that."""
-        words = look_closely(self._masters, "", "-W", f"localhost:{self.port}")[1]
-        if re.search("open failed: (administratively prohibited|unknown channel)", words):
-            raise RemoteFailed(
-                f"The sshd of {self._masters.host} lets nobody through to its ports.",
-                "It needs AllowTcpForwarding yes, and a key without `restrict`. Without: "
-                f"{PROGRAM} exec -- curl -s http://localhost:{self.port}/")
+            way = "-W", f"localhost:{self.port}"
+            words = "" if self._told else look_closely(self._masters, "", *way)[1]
+            if re.search("open failed: (administratively prohibited|unknown channel)", words):
+                raise RemoteFailed(
+                    f"The sshd of {self._masters.host} lets nobody through to its ports.",
+                    "It needs AllowTcpForwarding yes, and a key without `restrict`. Without: "
+                    f"{PROGRAM} exec -- curl -s http://localhost:{self.port}/")
+            self._say(error)
+            return False
 
     def _open(self, client: Any) -> Any:
         target = self.port, client.fileno()
         return self._masters.open(target, Deadline(SLOT_PATIENCE), self._ending)[0]
 
     def _say(self, error: CmuxError) -> None:
-        """Once, until something else is to be said, or a connection has come about."""
-        if str(error) != self._told and not self._ending.is_set:
-            self._told = str(error)
+        """Once."""
+        if str(error) not in self._told and not self._ending.is_set:
+            self._told.add(str(error))
             self._tell(f"{error} {error.hint}".strip())
 
     def _accept(self) -> None:
+        import resource
         import threading
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8  # each takes three; masters more
         wanted = (self._listener, select.POLLIN), (self._ending, select.POLLIN)
         while poll_once(None, *wanted) and not self._ending.is_set:
             try:
+                if len(self._clients) >= most:
+                    raise OSError
                 client = self._listener.accept()[0]
                 threading.Thread(target=self._carry, args=(client,), daemon=True).start()
             except (OSError, RuntimeError):  # no descriptor is free, or no thread
@@ -4000,15 +4001,14 @@ class Forward:
                 time.sleep(0.1)
 
     def _carry(self, client: socket.socket) -> None:
-        """Have one client served. Where that fails it is reset: nobody shall believe that this is
-        the end of an answer."""
+        """Have one client served. Where that fails it is reset: that is no end of an answer."""
         import socket
+        self._clients.add(client)
         with client, contextlib.suppress(OSError):  # it has gone
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             try:
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 with contextlib.closing(self._open(client)) as session:
-                    self._told, data = "", b"?"
-                    fd = max(session.control, session.stderr)
+                    fd, data = max(session.control, session.stderr), b"?"
                     while data:
                         poll_once(None, (fd, select.POLLIN), (self._ending, select.POLLIN))
                         self._ending.check()
@@ -4020,6 +4020,8 @@ class Forward:
                 at_once = (1).to_bytes(4, sys.byteorder) + bytes(4)
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
                 self._say(error)
+            finally:
+                self._clients.discard(client)
 
 
 def end_masters() -> None:
@@ -6514,6 +6516,7 @@ class WorkspaceBase:
                                cancel, secrets)
         return exec_result(self, outcome, out, err, began)
 
+    @logged("forward")
     def forward(self, port: int, local: int = 0,
                 report: Report | None = None) -> contextlib.closing[Forward]:
         """Reach ``port`` of the host at ``local`` here (0: the same, or another that is free), as
@@ -8309,7 +8312,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          "where there is one). Gives the exit code, stdout and stderr."),
     Verb("shell", "an interactive shell in a workspace", NAME,
          example="fix-login", lacks="j"),
-    Verb("forward", "reach a port of the workspace's host, on 127.0.0.1, until Ctrl-C",
+    Verb("forward", "reach a port of the workspace's host at 127.0.0.1",
          Arg("ports", "texts", "there; LOCAL is that here", word="+", shown="[LOCAL:]PORT"),
          example="3000 8080:80"),
     Verb("diff", "what a workspace changed against its base; creates nothing", NAME, ONE_WORKSPACE,
@@ -10964,7 +10967,7 @@ def on_terminal(open_workspace: Callable[[], Workspace], terminal: Terminal,
 
 def command_forward(options: argparse.Namespace) -> int:
     workspace = existing_workspace(options)
-    with contextlib.ExitStack() as held:
+    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as held:
         for word in options.ports:
             ports = re.match(r"(?:([0-9]{1,5}):)?([0-9]{1,5})\Z", word)
             if not ports:
@@ -10973,8 +10976,8 @@ def command_forward(options: argparse.Namespace) -> int:
                 int(ports[2]), int(ports[1] or 0), options.terminal))
             fields = {name: getattr(forward, name) for name in ("url", "local", "port")}
             answer(options, fields, f"{forward.url} is port {ports[2]} of {workspace.host.name}")
-        with contextlib.suppress(KeyboardInterrupt):
-            poll_once(None)
+        while True:  # a signal just before a sleep does not end it
+            time.sleep(2)
     return 0
 
 
