@@ -6485,8 +6485,7 @@ def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: C
 # Owns: what comes back from a host: the parser of its stream, the checks, the commits made of it.
 # May touch: the rooms above; git only through a Shadow. Promises: no byte of the host's reaches a
 # work tree, an index, a hook, a config or an object that anything refers to before all of it was
-# read, checked and bounded; a stream that ends early, or lies, leaves no ref. What is copied by
-# name (cp) becomes one new file or directory, when it is whole.
+# read, checked and bounded; a stream that ends early, or lies, leaves no ref (of a copy no file).
 
 _HFS_IGNORED = dict.fromkeys([*range(0x200C, 0x2010), *range(0x202A, 0x202F),
                               *range(0x206A, 0x2070), 0xFEFF])
@@ -7215,8 +7214,8 @@ class Pull:
 
 class Landing(Harvest):
     """Reads what is copied by name into a directory of its own beside its place, then moves it
-    there. Links are made last: no file is written through one. Whoever is killed leaves that
-    directory; if he died between two renames, what was to be replaced is in it."""
+    there. Links are made last: nothing is written through one. Whoever is killed leaves that
+    directory, perhaps with what was to be replaced."""
 
     most, strict = PULL_TOTAL_MAX, False
 
@@ -7235,10 +7234,11 @@ class Landing(Harvest):
     def _look(self) -> bool:
         """Whether something is there. Raises UsageError if it must stay."""
         found = os.path.lexists(self.place)
-        if found and not self.force:
-            raise UsageError(f"{show(self.place, 300)} exists already.", "To replace it: --force.")
-        if "/.git/" in self.place + "/" or os.path.lexists(self.place + "/.git"):
-            raise UsageError(f"{show(self.place, 300)} is a git repository's.")
+        why = "exists already; to replace it: --force" if found and not self.force else (
+            "/.git/" in self.place + "/" or os.path.lexists(self.place + "/.git")
+        ) and "is a git repository's"
+        if why:
+            raise UsageError(f"{show(self.place, 300)} {why}.")
         return found
 
     def _import(self, chunks: Iterable[bytes], size: int, form: str) -> str:
@@ -7633,7 +7633,7 @@ def pack(source: str, name: str, stream: IO[bytes], left: dict[bytes, str]) -> N
         path, why = entry.name[len(name) + 1:], ""
         real = os.path.join(source, path).rstrip("/")
         if is_dot_git(os.path.basename(real)) or (real + "/").startswith(state):
-            why = "it is a git directory, or this program's own"
+            why = "it is git's, or this program's own"
         elif entry.issym():
             why = why_no_link(encoded(path), encoded(entry.linkname))
         elif not (entry.isfile() or entry.isdir()):
@@ -7808,14 +7808,14 @@ class Workspace(WorkspaceBase):
     @logged("upload", lambda result, *args: result["size"])
     def upload(self, local: str, path: str = "", force: bool = False,
                report: Report | None = None, cancel: Cancel | None = None) -> Fields:
-        """Copy a local file or directory to ``path`` in the workspace, or into it if that is a
-        directory, whole or not at all; what has its name there is replaced only with ``force``:
-        ``path``, ``size`` (bytes sent), ``notes`` on what stayed here (git directories, links that
-        lead out of it, devices). Raises ToolFailed."""
-        name, source = os.path.basename(os.path.abspath(local)), os.path.realpath(local)
+        """Copy a local file or directory to ``path`` in the workspace, or into that directory,
+        whole or not at all; what is there is replaced only with ``force``: ``path``, ``size``
+        (bytes), ``notes`` on what stayed here (git's, links that lead out, devices). Raises
+        ToolFailed."""
+        name, source = os.path.basename(os.path.abspath(local)) or "root", os.path.realpath(local)
         place = os.path.normpath(absolute(self, path or ".")) + f"/{name}" * path.endswith("/")
-        if not name or not (place + "/").startswith(self.path + "/"):
-            raise UsageError(f"{show(path)} is not in the workspace {self.name}, or / is copied.")
+        if not (place + "/").startswith(self.path + "/"):
+            raise UsageError(f"{show(path)} is not in the workspace {self.name}.")
         op, left = os.urandom(8).hex(), {}  # type: str, dict[bytes, str]
         (report or Report()).step(self.name, "sending")
         try:
@@ -7827,17 +7827,16 @@ class Workspace(WorkspaceBase):
                                        source=Source(stream.fileno()), direct=size > BULK_FROM,
                                        cancel=cancel)
         except OSError as error:
-            raise expected(error) or UsageError(f"Cannot copy {show(local)}: {error.strerror}.")
+            raise expected(error) or UsageError(
+                f"Cannot copy {show(local)}: {error.strerror or error}.")
         into = tool_reply(self, reply, path or name).stdout == b"into\n"
         return {"path": place + f"/{name}" * into, "size": size, "notes": left_out(left)}
 
     @logged("download", lambda result, *args: result["size"])
     def download(self, path: str, local: str, force: bool = False,
                  report: Report | None = None, cancel: Cancel | None = None) -> Fields:
-        """Copy a file or directory of the host to ``local``, as upload() does it the other way; no
-        link is followed: ``path``, ``size`` (bytes, at most 2 GiB), ``notes`` on what was left out
-        (also names that other systems do not take). Modes become 644 or 755. Raises ResultRefused,
-        ToolFailed."""
+        """The same from the host to ``local``, 2 GiB at most, through no link there; names that
+        other systems do not take are left out, too. Raises ResultRefused, ToolFailed."""
         source, notes = os.path.normpath(absolute(self, path or ".")), []  # type: str, list[str]
         progress = functools.partial((report or Report()).progress, self.name, doing="receiving")
         words = COPY_OUT, self.root, os.urandom(8).hex(), self.path, source
@@ -8232,11 +8231,10 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          example="a.py --old 'x = 1' --new 'x = 2'", tool=Workspace.edit,
          model="Replace exact text in a file, all edits or none. Each old text must occur exactly "
          "once, or count times; read the file first."),
-    Verb("cp", "copy a file or directory to or from a workspace, also what git ignores",
+    Verb("cp", "copy files to or from a workspace, also what git ignores",
          Arg("source", "text", "a local path, or NAME:PATH or :PATH in a workspace", word="1",
              shown="SRC"),
-         Arg("to", "text", "the same; a directory that is there gets it inside", word="1",
-             shown="DST"),
+         Arg("to", "text", "the same, or a directory to put it in", word="1", shown="DST"),
          Arg("force", "flag", "replace what has its name"),
          example="fix-login:build/report ."),
     Verb("glob", "paths of files that match",
@@ -10782,7 +10780,7 @@ def command_cp(options: argparse.Namespace) -> int:
                   for side in (options.source, options.to))
     remote = away or back
     if not remote or away and back:
-        raise UsageError("One of the two is NAME:PATH or :PATH, in a workspace; the other is not.",
+        raise UsageError("One of SRC and DST is NAME:PATH or :PATH, in a workspace.",
                          f"For example: {PROGRAM} cp fix-login:report .")
     options.name, path = remote.groups()
     workspace, more = existing_workspace(options), (options.force, options.terminal)
