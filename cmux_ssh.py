@@ -6684,8 +6684,7 @@ def read_commit(data: bytes) -> Commit:
 class Harvest:
     """Reads the three sections of PULL: commits as checked data, contents into fast-import."""
 
-    most = PULL_FILE_MAX  # bytes of one content
-    strict = True         # all is refused for a link that leads elsewhere
+    strict = True  # all is refused for a link that leads elsewhere, or a file too large for git
 
     def __init__(self, wire: Wire, importer: Importer, known: Callable[[], set[bytes]],
                  secrets: Mapping[str, bytes], pointers: Mapping[tuple[str, int], str]) -> None:
@@ -6786,11 +6785,12 @@ class Harvest:
                 raise refuse("its stream has a content twice, or one that no change names")
             self.total += size
             self.spread += size * uses
-            if size > self.most:
+            most = PULL_FILE_MAX if self.strict else PULL_TOTAL_MAX
+            if size > most:
                 paths = [path for commit in self.commits.values()
                          for path, change in commit.changes.items() if change[1] == name]
                 raise refuse(f"{show((paths or [b'a file'])[0])} has {human_size(size)}, more than "
-                             f"{human_size(self.most)}", _REMOVE_IT)
+                             f"{human_size(most)}", _REMOVE_IT)
             if self.total > PULL_TOTAL_MAX:
                 raise refuse(f"it is larger than {human_size(PULL_TOTAL_MAX)}", _IGNORE)
             chunks = self._link(name, size) if name in self.links else self.wire.chunks(size)
@@ -7217,7 +7217,7 @@ class Landing(Harvest):
     there. Links are made last: nothing is written through one. Whoever is killed leaves that
     directory, perhaps with what was to be replaced."""
 
-    most, strict = PULL_TOTAL_MAX, False
+    strict = False
 
     def __init__(self, local: str, name: str, force: bool) -> None:
         place, self.force = os.path.abspath(local), force

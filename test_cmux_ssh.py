@@ -5254,6 +5254,7 @@ class Family(Repo):
         self.lfs("assets/model.bin", CONTENT)
         self.lfs("assets/tool.bin", b"#!/bin/sh\n")
         (self.dir / "assets/tool.bin").chmod(0o755)
+        self.lfs("assets/even.bin", bytes(1024))
         self.lfs("gone.bin", b"nowhere", here=False)
         self.lfs("\u00fc" * 90 + "/" + "y" * 120 + ".bin", b"long\n")
         self.lfs("latin\udce9.bin", b"latin\n")
