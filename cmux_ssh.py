@@ -7848,6 +7848,9 @@ class Workspace(WorkspaceBase):
                     landing.take(wire, notes)
                 tool_reply(self, incoming.reply(), path)
                 landing.publish()
+        except ResultRefused as error:
+            error.hint = "Nothing was copied. Try again, or copy a part of it."
+            raise
         except OSError as error:
             raise expected(error) or UsageError(f"Cannot copy to {show(local)}: {error.strerror}.")
         return {"path": landing.place, "size": landing.total,
