@@ -1839,6 +1839,7 @@ _take_copy() {
   umask 022
   mkdir -p "${place%/*}" && cd "$s" && tar -xmof - && cat >/dev/null || return 3
   [ -f end ] || return 35
+  trap '' PIPE HUP TERM # what is replaced is in the stage
   { [ -f "$place" ] && [ -f "$1" ]; } || mv "$place" old 2>/dev/null
   mv -f "$1" "$place" || { mv old "$place"; return 3; }
   [ ! -e "$place/$1" ] || { rm -rf "$place/$1"; return 40; } # a directory made there meanwhile
