@@ -1834,6 +1834,7 @@ _take_copy() {
   umask 022
   mkdir -p "${place%/*}" && cd "$s" && tar -xmof - && cat >/dev/null || return 3
   [ -f end ] || return 35
+  trap '' PIPE HUP TERM # what is replaced is in the stage
   { [ -f "$place" ] && [ -f "$1" ]; } || mv "$place" old 2>/dev/null
   mv -f "$1" "$place" || { mv old "$place"; return 3; }
   [ ! -e "$place/$1" ] || { rm -rf "$place/$1"; return 40; } # a directory made there meanwhile
@@ -6602,8 +6603,7 @@ def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: C
 # Owns: what comes back from a host: the parser of its stream, the checks, the commits made of it.
 # May touch: the rooms above; git only through a Shadow. Promises: no byte of the host's reaches a
 # work tree, an index, a hook, a config or a referenced object before all of it was read, checked
-# and bounded; a stream that ends early, or lies, leaves no ref. What is copied by name (cp) becomes
-# one new file or directory, when it is whole.
+# and bounded; a stream that ends early, or lies, leaves no ref (of a copy no file).
 
 _HFS_IGNORED = dict.fromkeys([*range(0x200C, 0x2010), *range(0x202A, 0x202F),
                               *range(0x206A, 0x2070), 0xFEFF])
@@ -6801,8 +6801,7 @@ def read_commit(data: bytes) -> Commit:
 class Harvest:
     """Reads the three sections of PULL: commits as checked data, contents into fast-import."""
 
-    most = PULL_FILE_MAX  # bytes of one content
-    strict = True         # all is refused for a link that leads elsewhere
+    strict = True  # all is refused for a link that leads elsewhere, or a file too large for git
 
     def __init__(self, wire: Wire, importer: Importer, known: Callable[[], set[bytes]],
                  secrets: Mapping[bytes, str], pointers: Mapping[tuple[str, int], str]) -> None:
@@ -6903,11 +6902,12 @@ class Harvest:
                 raise refuse("its stream has a content twice, or one that no change names")
             self.total += size
             self.spread += size * uses
-            if size > self.most:
+            most = PULL_FILE_MAX if self.strict else PULL_TOTAL_MAX
+            if size > most:
                 path = next((path for commit in self.commits.values()
                              for path, change in commit.changes.items() if change[1] == name), "?")
-                raise refuse(f"{show(path)} has {human_size(size)}, more than "
-                             f"{human_size(self.most)}", _REMOVE_IT)
+                raise refuse(f"{show(path)} has {human_size(size)}, more than {human_size(most)}",
+                             _REMOVE_IT)
             if self.total > PULL_TOTAL_MAX:
                 raise refuse(f"it is larger than {human_size(PULL_TOTAL_MAX)}", _IGNORE)
             chunks = self._link(name, size) if name in self.links else self.wire.chunks(size)
@@ -7317,10 +7317,10 @@ class Pull:
 
 class Landing(Harvest):
     """Reads what is copied by name into a directory of its own beside its place, then moves it
-    there. Links are made last: no file is written through one. Whoever is killed leaves that
-    directory; if he died between two renames, what was to be replaced is in it."""
+    there. Links are made last: nothing is written through one. Whoever is killed leaves that
+    directory, perhaps with what was to be replaced."""
 
-    most, strict = PULL_TOTAL_MAX, False
+    strict = False
 
     def __init__(self, local: str, name: str, force: bool) -> None:
         place, self.force = os.path.abspath(local), force
@@ -7337,10 +7337,11 @@ class Landing(Harvest):
     def _look(self) -> bool:
         """Whether something is there. Raises UsageError if it must stay."""
         found = os.path.lexists(self.place)
-        if found and not self.force:
-            raise UsageError(f"{show(self.place, 300)} exists already.", "To replace it: --force.")
-        if "/.git/" in self.place + "/" or os.path.lexists(self.place + "/.git"):
-            raise UsageError(f"{show(self.place, 300)} is a git repository's.")
+        why = "exists already; to replace it: --force" if found and not self.force else (
+            "/.git/" in self.place + "/" or os.path.lexists(self.place + "/.git")
+        ) and "is a git repository's"
+        if why:
+            raise UsageError(f"{show(self.place, 300)} {why}.")
         return found
 
     def _import(self, chunks: Iterable[bytes], size: int) -> str:
@@ -7718,7 +7719,7 @@ def pack(source: str, name: str, stream: IO[bytes], left: dict[bytes, str]) -> N
         path, why = entry.name[len(name) + 1:], ""
         real = os.path.join(source, path).rstrip("/")
         if is_dot_git(os.path.basename(real)) or (real + "/").startswith(state):
-            why = "it is a git directory, or this program's own"
+            why = "it is git's, or this program's own"
         elif entry.issym():
             why = why_no_link(encoded(path), encoded(entry.linkname))
         elif not (entry.isfile() or entry.isdir()):
@@ -7888,14 +7889,14 @@ class Workspace(WorkspaceBase):
     @logged("upload", lambda result, *args: result["size"])
     def upload(self, local: str, path: str = "", force: bool = False,
                report: Report | None = None, cancel: Cancel | None = None) -> Fields:
-        """Copy a local file or directory to ``path`` in the workspace, or into it if that is a
-        directory, whole or not at all; what has its name there is replaced only with ``force``:
-        ``path``, ``size`` (bytes sent), ``notes`` on what stayed here (git directories, links that
-        lead out of it, devices). Raises ToolFailed."""
-        name, source = os.path.basename(os.path.abspath(local)), os.path.realpath(local)
+        """Copy a local file or directory to ``path`` in the workspace, or into that directory,
+        whole or not at all; what is there is replaced only with ``force``: ``path``, ``size``
+        (bytes), ``notes`` on what stayed here (git's, links that lead out, devices). Raises
+        ToolFailed."""
+        name, source = os.path.basename(os.path.abspath(local)) or "root", os.path.realpath(local)
         place = os.path.normpath(absolute(self, path or ".")) + f"/{name}" * path.endswith("/")
-        if not name or not (place + "/").startswith(self.path + "/"):
-            raise UsageError(f"{show(path)} is not in the workspace {self.name}, or / is copied.")
+        if not (place + "/").startswith(self.path + "/"):
+            raise UsageError(f"{show(path)} is not in the workspace {self.name}.")
         op, left = os.urandom(8).hex(), {}  # type: str, dict[bytes, str]
         (report or Report()).step(self.name, "sending")
         try:
@@ -7907,17 +7908,16 @@ class Workspace(WorkspaceBase):
                                        source=Source(stream.fileno()), direct=size > BULK_FROM,
                                        cancel=cancel)
         except OSError as error:
-            raise expected(error) or UsageError(f"Cannot copy {show(local)}: {error.strerror}.")
+            raise expected(error) or UsageError(
+                f"Cannot copy {show(local)}: {error.strerror or error}.")
         into = tool_reply(self, reply, path or name).stdout == b"into\n"
         return {"path": place + f"/{name}" * into, "size": size, "notes": left_out(left)}
 
     @logged("download", lambda result, *args: result["size"])
     def download(self, path: str, local: str, force: bool = False,
                  report: Report | None = None, cancel: Cancel | None = None) -> Fields:
-        """Copy a file or directory of the host to ``local``, as upload() does it the other way; no
-        link is followed: ``path``, ``size`` (bytes, at most 2 GiB), ``notes`` on what was left out
-        (also names that other systems do not take). Modes become 644 or 755. Raises ResultRefused,
-        ToolFailed."""
+        """The same from the host to ``local``, 2 GiB at most, through no link there; names that
+        other systems do not take are left out, too. Raises ResultRefused, ToolFailed."""
         source, notes = os.path.normpath(absolute(self, path or ".")), []  # type: str, list[str]
         progress = functools.partial((report or Report()).progress, self.name, doing="receiving")
         words = COPY_OUT, self.root, os.urandom(8).hex(), self.path, source
@@ -7929,6 +7929,9 @@ class Workspace(WorkspaceBase):
                     landing.take(wire, notes)
                 tool_reply(self, incoming.reply(), path)
                 landing.publish()
+        except ResultRefused as error:
+            error.hint = "Nothing was copied. Try again, or copy a part of it."
+            raise
         except OSError as error:
             raise expected(error) or UsageError(f"Cannot copy to {show(local)}: {error.strerror}.")
         return {"path": landing.place, "size": landing.total,
@@ -8354,11 +8357,10 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          example="a.py --old 'x = 1' --new 'x = 2'", tool=Workspace.edit,
          model="Replace exact text in a file, all edits or none. Each old text must occur exactly "
          "once, or count times; read the file first."),
-    Verb("cp", "copy a file or directory to or from a workspace, also what git ignores",
+    Verb("cp", "copy files to or from a workspace, also what git ignores",
          Arg("source", "text", "a local path, or NAME:PATH or :PATH in a workspace", word="1",
              shown="SRC"),
-         Arg("to", "text", "the same; a directory that is there gets it inside", word="1",
-             shown="DST"),
+         Arg("to", "text", "the same, or a directory to put it in", word="1", shown="DST"),
          Arg("force", "flag", "replace what has its name"),
          example="fix-login:build/report ."),
     Verb("glob", "paths of files that match",
@@ -10799,7 +10801,7 @@ def command_cp(options: argparse.Namespace) -> int:
                   for side in (options.source, options.to))
     remote = away or back
     if not remote or away and back:
-        raise UsageError("One of the two is NAME:PATH or :PATH, in a workspace; the other is not.",
+        raise UsageError("One of SRC and DST is NAME:PATH or :PATH, in a workspace.",
                          f"For example: {PROGRAM} cp fix-login:report .")
     options.name, path = remote.groups()
     workspace, more = existing_workspace(options), (options.force, options.terminal)
