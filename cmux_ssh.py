@@ -2224,18 +2224,18 @@ def at_interrupt(act: Callable[[], None]) -> Iterator[None]:
     import signal
     import threading
     before: Any = signal.getsignal(signal.SIGINT)
-    ours = callable(before) and threading.current_thread() is threading.main_thread()
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def interrupt(*words: object) -> None:
         act()
         before(*words)
-    if ours:
-        signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
-        if ours and signal.getsignal(signal.SIGINT) is interrupt:
-            signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before)
 
 
 # === 8. State ===
@@ -2652,11 +2652,11 @@ class Registry:
     def secrets(self, op: str, only: Collection[str] | None = None) -> dict[str, dict[str, str]]:
         """What commands get in a workspace, or ``only`` these: the narrower scope wins."""
         found = {name: entry for name, entry, _ in self.stored(op)}
-        for name in only or ():
-            if name not in found:
-                raise UsageError(f"There is no secret {show(name)} for this workspace.",
-                                 f"See: {PROGRAM} secrets list")
-        return found if only is None else {name: found[name] for name in only}
+        try:
+            return found if only is None else {name: found[name] for name in only}
+        except KeyError as missing:
+            raise UsageError(f"There is no secret {show(missing.args[0])} for this workspace.",
+                             f"See: {PROGRAM} secrets list")
 
 
 def secrets_file(key: str = "global") -> str:
@@ -5706,9 +5706,10 @@ class ProjectBase:
         if workspace and everywhere:
             raise UsageError("A secret is for all projects, or for one workspace.",
                              "Give one of the two.")
+        path = secrets_file() if everywhere else self.registry.secrets_path
         with self.registry.editing() if workspace else contextlib.nullcontext():  # it stays there
-            path = (self.registry.own_secrets(self.entry(workspace)["op"]) if workspace else
-                    secrets_file() if everywhere else self.registry.secrets_path)
+            if workspace:
+                path = self.registry.own_secrets(self.entry(workspace)["op"])
             with editing_secrets(path) as stored:
                 yield stored
 
@@ -5798,10 +5799,10 @@ class ProjectBase:
         with self.registry.editing() as record:
             entry = record["workspaces"].pop(name, None)
             if entry:
-                folder, start = os.path.split(self.registry.own_secrets(entry["op"])[:-4])
-                for left in os.listdir(folder):  # and what a writer that was killed left
-                    if left.startswith(start):
-                        remove_file(f"{folder}/{left}")
+                import glob
+                own = glob.escape(self.registry.own_secrets(entry["op"]))
+                for left in glob.glob(own + "*"):  # its lock, and what a killed writer left, too
+                    remove_file(left)
 
     def operate(self, script: str, name: str, entry: Mapping[str, Any], words: Sequence[str],
                 change: Mapping[str, Any] = types.MappingProxyType({}), **more: Any) -> Reply:

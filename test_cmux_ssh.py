@@ -7669,6 +7669,12 @@ def test_every_public_name_says_what_it_is():
     assert {"CmuxError", "UsageError", "HostError", "ToolFailed", "WorkspaceDirty"} <= raised
 
 
+def test_help_shows_the_promise_and_no_internals():
+    import pydoc
+    told = pydoc.plain(pydoc.render_doc(c))
+    assert 20_000 < len(told) < 60_000 and not re.search(r" \|  (_\w+|operate|attempt|default_hint)\b|Session|Registry", told)
+
+
 def test_what_is_raised_is_public(source):
     """Or a kind of something public, for those who catch by name; except what only the program's own protocols raise."""
     family = [kind for kind in (getattr(c, node.name, None) for node in source.find(ast.ClassDef)) if isinstance(kind, type) and issubclass(kind, c.CmuxError)]
