@@ -5707,6 +5707,7 @@ class ProjectBase:
             raise UsageError("A secret is for all projects, or for one workspace.",
                              "Give one of the two.")
         path = secrets_file() if everywhere else self.registry.secrets_path
+        self.registry.read()  # made on first use, under the same lock
         with self.registry.editing() if workspace else contextlib.nullcontext():  # it stays there
             if workspace:
                 path = self.registry.own_secrets(self.entry(workspace)["op"])
@@ -7961,12 +7962,14 @@ class Workspace(WorkspaceBase):
         if "started" not in reply.lines():
             raise RemoteFailed(f"{self.host.name} did not confirm the job's start.", "See jobs.")
         # It runs, and its caller must have its id.
-        with contextlib.suppress(CmuxError), self.project.registry.editing() as known:
-            jobs = known.setdefault("jobs", {})
+        with contextlib.suppress(CmuxError):
             shown = masked_detail(command, self.project.masks())
-            jobs[job] = {"workspace": self.name, "command": shown, "started": round(time.time(), 3)}
-            for old in sorted(jobs, key=lambda name: float(jobs[name]["started"]))[:-JOBS_KEPT]:
-                del jobs[old]
+            row = {"workspace": self.name, "command": shown, "started": round(time.time(), 3)}
+            with self.project.registry.editing() as known:
+                jobs = known.setdefault("jobs", {})
+                jobs[job] = row
+                for old in sorted(jobs, key=lambda name: float(jobs[name]["started"]))[:-JOBS_KEPT]:
+                    del jobs[old]
         return job
 
     def _ask(self, script: str, job: str, *arguments: str, cancel: Cancel | None,

@@ -2188,6 +2188,7 @@ def test_secrets_belong_to_one_project_and_are_updated(repo, site):
 
 def test_secrets_have_scopes_and_the_narrower_wins(repo, site):
     """Those of one workspace are its id's: a rename and a fork have them, the next of that name has not."""
+    refused(repo.cli("secrets", "set", "X", "-w", "a", stdin=b"v", seconds=30), 1, words="no workspace 'a'")
     repo.new("a", "b")
     site.cli("secrets", "set", "T", "--global", cwd=site.dir, stdin=b"global-1")  # outside a repository, too
     for words, data in ((["set", "G", "--global"], b"global-2"), (["set", "T"], b"project-1"), (["import", "-", "-w", "a"], b"T=own-of-a\nG=own-2-of-a\n")):
