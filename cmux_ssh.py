@@ -601,6 +601,26 @@ def safe_workspace(branch: str) -> str:
     return name if _WORKSPACE.match(name) and not name.endswith(".lock") else "workspace"
 
 
+def is_slip(name: str, other: str) -> bool:
+    """Whether ``name`` may be ``other``, mistyped: two letters at most, one in a word of four. Not
+    where they differ in a number or a single letter (try-1 and try-2, a and b), nor in short words
+    (fix-ui and fix-db): such names are a series."""
+    words, others = (set(re.findall(r"\d+|[^\W\d_]+", text.lower())) for text in (name, other))
+    apart = words ^ others
+    series = any(word.isdigit() or len(word) == 1 for word in apart)
+    longest = max(map(len, apart), default=4)
+    return name != other and not series and within(name, other, min(2, longest - 3))
+
+
+def within(one: str, other: str, letters: int) -> bool:
+    """Whether ``letters`` at most are missing, added, replaced, or exchanged with the next one."""
+    at = len(os.path.commonprefix([one, other]))
+    one, other = one[at:], other[at:]
+    ways = [(1, 0), (0, 1), (1, 1)] + [(2, 2)] * (one[:2] == other[1::-1])
+    return one == other or letters > 0 and any(
+        within(one[left:], other[right:], letters - 1) for left, right in ways)
+
+
 # A secret is project input: it may name any variable but those with which the shells that carry
 # it would read it as an instruction. --env is the user's own word, and may also set PATH.
 _READONLY = set("IFS OPTIND PPID UID EUID SHELLOPTS BASHOPTS BASH_VERSINFO CMUX_RUN TMOUT "
@@ -5495,6 +5515,7 @@ class ProjectBase:
         self.handed_over: dict[bytes, str] = {}   # values of secrets sent by this process -> name
         self._masked: tuple[object, list[tuple[bytes, bytes]]] = None, []
         self.history = History(self.registry)
+        self._made: set[str] = set()
 
     def _forked(self) -> None:
         import threading
@@ -5616,8 +5637,21 @@ class ProjectBase:
         """What the registry has of a finished workspace. Raises WorkspaceMissing."""
         entry = self.entries().get(check_workspace(name))
         if entry is None:
-            raise no_workspace(name, f", or make it: {PROGRAM} new {name} -H HOST")
+            raise self.missing(name, f", or make it: {PROGRAM} new {name} -H HOST")
         return entry
+
+    def slip_of(self, name: str) -> str:
+        """The workspace that was meant, where ``name`` may be mistyped; else "". What this object
+        has made does not count: a program's own names are no slips of each other."""
+        return next((other for other in sorted(self.entries())
+                     if other not in self._made and is_slip(name, other)), "")
+
+    def missing(self, name: str, more: str = ".") -> WorkspaceMissing:
+        """The error for a workspace that does not exist."""
+        slip = self.slip_of(name)
+        meant = f"; did you mean {slip}?" if slip else "."
+        return WorkspaceMissing(f"There is no workspace {show(name)} in this project{meant}",
+                                f"See `{PROGRAM} list`{more}")
 
     def update(self, name: str, **fields: Any) -> None:
         """Change fields of a workspace's entry in the registry."""
@@ -5705,7 +5739,7 @@ class ProjectBase:
 
         Raises WorkspaceExists, UploadFailed, HostError, GitFailed, RemoteFailed, Cancelled.
         """
-        check_workspace(name)
+        self._made.add(check_workspace(name))
         check_host(host)
         if not root.isprintable() or len(root) > PATH_MAX or root.startswith("-"):
             raise UsageError(f"{show(root)} cannot be the root directory.")
@@ -5780,12 +5814,15 @@ class ProjectBase:
     def ensure(self, name: str, host: str = "", report: Report | None = None,
                cancel: Cancel | None = None) -> "Workspace":
         """The workspace, made first from HEAD if it does not exist, on ``host`` (default:
-        default_host()); waits while another process makes it. Raises as create() does, and
-        UsageError if it is elsewhere."""
+        default_host()); waits while another process makes it. Raises as create() does, UsageError
+        if it is elsewhere, and WorkspaceMissing if another one is probably meant."""
         entry = self.entries().get(check_workspace(name))
         if entry and entry.get("init") == "pending":
             self.registry.creation_lock(name).hold(cancel).free()
         if entry is None:
+            known = name in self.registry.read()["workspaces"]  # another process is about to make it
+            if self.slip_of(name) and not known and name != self.default_workspace():
+                raise self.missing(name, f", or make it: {PROGRAM} new {name} -H HOST")
             place, report = host or self.default_host(name), report or Report()
             try:
                 made = self.create(name, place, report=report, cancel=cancel)
@@ -6005,11 +6042,6 @@ class ProjectBase:
                                    way + " Or give it up: --force.")
             error.lost = lost
             raise error
-
-
-def no_workspace(name: str, more: str = ".") -> WorkspaceMissing:
-    return WorkspaceMissing(f"There is no workspace {show(name)} in this project.",
-                            f"See `{PROGRAM} list`{more}")
 
 
 def gone_there(name: str, host: str) -> WorkspaceMissing:
@@ -7879,7 +7911,7 @@ def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = 
 
 def manage_rm(project: Project, cancel: Cancel, workspace: str, force: bool = False) -> Fields:
     if not project.remove(workspace, force):
-        raise no_workspace(workspace)
+        raise project.missing(workspace)
     return {"removed": workspace}
 
 
@@ -10253,7 +10285,7 @@ def command_rm(options: argparse.Namespace) -> int:
                                  "Leave out -H.")
             gone = project.remove(name, options.force, options.forget)
             if not gone:
-                raise no_workspace(name)
+                raise project.missing(name)
             removed += gone
         except CmuxError as error:
             if isinstance(error, ConnectionFailed):

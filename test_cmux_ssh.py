@@ -9254,6 +9254,24 @@ def test_a_workspace_may_be_named_by_a_word_and_the_only_one_need_not_be_named(r
     refused(repo.cli("diff"), 1, words="There is no workspace 'main'")
 
 
+def test_a_mistyped_name_makes_no_workspace_and_the_one_that_was_meant_is_named(repo):
+    repo.new("fix-login", "main", "try-1", "a")
+    names, meant = set(repo.workspaces()), "did you mean fix-login?"
+    for words, code in ((["exec", "-w", "fix-lgoin", "--", "true"], 125), (["write", "-w", "fixlogin", "f"], 1), (["pull", "fix-log"], 1), (["rm", "Fix-login"], 1)):
+        refused(repo.cli(words[0], "-H", "box", *words[1:]), code, words=meant)
+    calls = [{"workspace": name, "tool": "exec", "arguments": {"command": "true"}} for name in ("fix_login", "alphabet", "alphabets")]
+    first, *others = sorted(map(json.loads, repo.cli("batch", "-H", "box", stdin="\n".join(map(json.dumps, calls)).encode()).text.splitlines()), key=lambda row: row["ok"])
+    assert first["error"]["type"] == "WorkspaceMissing" and meant in first["error"]["message"] and all(row["ok"] for row in others), "names of one program are no slips of each other"
+    with open_mcp(repo, "-H", "box", "-w", "mian") as client:
+        assert "did you mean main?" in client.call("exec", command="true")[1]
+    for name in ("try-2", "b", "login", "fix-ui", "fix-db"):
+        assert repo.exec("true", options=["-w", name]).code == 0, "names of a series, and short ones, are no slips"
+    repo.git("checkout", "-q", "-b", "fix-logins")
+    assert repo.exec("true").code == 0, "the branch's own name is no slip"
+    repo.new("fix-lgin")
+    assert set(repo.workspaces()) == names | {"alphabet", "alphabets", "try-2", "b", "login", "fix-ui", "fix-db", "fix-logins", "fix-lgin"}
+
+
 def test_the_command_line_works_in_another_thread_of_an_importer(repo):
     assert in_library(repo, """
 import threading
