@@ -151,8 +151,8 @@ FAULT_PATIENCE = 300        # logs -f and wait go on trying for so long without 
 BATCH_LINE_MAX = 16 * 1024 * 1024
 TOP_EVERY = 2               # seconds between two looks at the hosts
 TOP_PATIENCE = 10           # for a single look
-PLACING = 60                # a host that was chosen for a workspace counts as its own for so long
-LIST_PATIENCE = 3           # the same, of `list`: a person waits for it
+LIST_PATIENCE = 3           # the same, of `list`
+PLACING = 60                # until a workspace is on record, the host chosen for it counts so long
 MCP_SOFT = 45               # seconds; desktop clients give a call up at 60
 MCP_ROOM = 18000            # characters of a result; Claude Code warns at 10,000 tokens
 MCP_AT_ONCE = 32            # calls that run and are not answered yet; others wait in a queue
@@ -588,8 +588,8 @@ def check_host(text: object) -> str:
 
 def pool_of(host: str | Sequence[str]) -> list[str]:
     """The hosts of a pool, checked: of one host, of several, or of none."""
-    hosts = [host] * bool(host) if isinstance(host, str) else host
-    return [check_host(one) for one in dict.fromkeys(hosts)]
+    hosts = host if isinstance(host, (list, tuple)) else [host] if host else []
+    return list(dict.fromkeys(map(check_host, hosts)))
 
 
 def check_workspace(name: object) -> str:
@@ -1927,7 +1927,8 @@ STOP = JOB_STATE + r"""
 _cop() {
   [ -d "$1" ] || return 38
   _cmux_root=$(cat "$1/pid") _cmux_run=${1##*/} tries=0
-  { [ ! -f "$1/exit" ] && _calive "$1" "$_cmux_root" && : >"$1/stopped"; } || _cmux_root=-
+  if [ ! -f "$1/exit" ] && _calive "$1" "$_cmux_root"; then true >"$1/stopped"
+  else _cmux_root=-; fi
   if ( _cmux_stop_tree ); then echo confirmed; else echo requested; fi
   while [ "$(_cstate "$1")" = running ] && [ $tries -lt 20 ]; do
     sleep 0.1 || sleep 1; tries=$((tries+1))
@@ -2111,12 +2112,14 @@ def paged(pager: str) -> Iterator[int]:
     env = {"LESS": "FRX", "LV": "-c", **os.environ}
     process = spawn(["/bin/sh", "-c", pager], env, stdin=-1, stdout=1, stderr=2, own_group=False)
     assert process.stdin
-    with contextlib.suppress(PipeClosed, KeyboardInterrupt):
-        yield process.stdin.fileno()
-    process.stdin.close()
-    while process.returncode is None:
-        with contextlib.suppress(KeyboardInterrupt):
-            process.wait()
+    try:
+        with contextlib.suppress(PipeClosed, KeyboardInterrupt):
+            yield process.stdin.fileno()
+    finally:
+        process.stdin.close()
+        while process.returncode is None:
+            with contextlib.suppress(KeyboardInterrupt):
+                process.wait()
 
 
 def kill_group(process: Process) -> None:
@@ -4600,7 +4603,7 @@ def git_environment(**extra: str) -> dict[str, str]:
 def user_environment() -> dict[str, str]:
     """Our environment with what it says of git's configuration, and no other GIT_ variable."""
     return {name: value for name, value in os.environ.items()
-            if not name.startswith("GIT_") or name.startswith("GIT_CONFIG")}
+            if not name.startswith("GIT_") or name.startswith(("GIT_CONFIG", "GIT_PAGER"))}
 
 
 _SECRET_FILE = re.compile(
@@ -4674,14 +4677,11 @@ class Repository:
     def diff_settings(self) -> tuple[str, bool]:
         """What the user's git shows a diff with on a terminal: the pager ("": none), and whether
         in colour."""
-        env, own = user_environment(), self.config("pager.diff")
-        if "GIT_PAGER" in os.environ:
-            env["GIT_PAGER"] = os.environ["GIT_PAGER"]
-        switch = {"true": True, "false": False}.get(self.config("pager.diff", "--bool"))
-        words = git_settings("core.pager=" + own) if own and switch is None else ()
-        pager = os.fsdecode(self._ask(*words, "var", "GIT_PAGER", env=env)).strip()
+        own, switch = self.config("pager.diff"), self.config("pager.diff", "--bool")
+        words = git_settings("core.pager=" + own) if own and not switch else ()
+        pager = os.fsdecode(self._ask(*words, "var", "GIT_PAGER")).strip()
         colour = self._ask("config", "--get-colorbool", "color.diff", "true") == b"true\n"
-        return "" if switch is False or pager == "cat" else pager, colour
+        return "" if switch == "false" or pager == "cat" else pager, colour
 
     def resolve(self, revision: str) -> tuple[str, str]:
         """The ids of a commit and of its tree. Raises GitFailed."""
@@ -5558,7 +5558,7 @@ class ProjectBase:
     def __init__(self, directory: str = ".", interactive: Callable[[], bool] | None = None,
                  warm: int = WARM_SESSIONS, host: str | Sequence[str] = ()) -> None:
         self._warm, self._pool = warm, pool_of(host)
-        self._passed: set[str] = set()  # hosts that were passed over when they were last chosen
+        self._passed: dict[str, str] = {}  # host that is down -> the workspace it was passed for
         self.repository = Repository(directory)
         self.registry = Registry(self.repository.common_dir)
         self._interactive = interactive
@@ -5692,7 +5692,7 @@ class ProjectBase:
         """What the registry has of a finished workspace. Raises WorkspaceMissing."""
         entry = self.entries().get(check_workspace(name))
         if entry is None:
-            raise self.missing(name, f", or make it: {PROGRAM} new {name} -H HOST")
+            raise self.missing(name)
         return entry
 
     def slip_of(self, name: str) -> str:
@@ -5701,10 +5701,11 @@ class ProjectBase:
         return next((other for other in sorted(self.entries())
                      if other not in self._made and is_slip(name, other)), "")
 
-    def missing(self, name: str, more: str = ".") -> WorkspaceMissing:
+    def missing(self, name: str, make: bool = True) -> WorkspaceMissing:
         """The error for a workspace that does not exist."""
         slip = self.slip_of(name)
         meant = f"; did you mean {slip}?" if slip else "."
+        more = f", or make it: {PROGRAM} new {name} -H HOST" if make else "."
         return WorkspaceMissing(f"There is no workspace {show(name)} in this project{meant}",
                                 f"See `{PROGRAM} list`{more}")
 
@@ -5824,36 +5825,33 @@ class ProjectBase:
         """The host of a pool for a workspace: connected to, one that is down passed over."""
         many = len(pool) > 1
         host = self._fewest(name, pool) if many else pool[0]
+        there = self.host(host)
         try:
-            self.host(host).masters.connect(Deadline(SLOT_PATIENCE), cancel, many)
-            if many and self.host(host).masters.single():
-                self.host(host).call("_cop() { :; }", cancel=cancel)
+            there.masters.connect(Deadline(SLOT_PATIENCE), cancel, many)
+            if many and there.masters.single():
+                there.call("_cop() { :; }", cancel=cancel)
         except ConnectionFailed as error:
             if not many:
                 raise
-            with self._mutex:
-                known = host in self._passed
-                self._passed.add(host)
-            if not known:
+            if self._passed.setdefault(host, name) == name:  # else it was reported
                 report.warn(f"{host} is passed over. {error}")
             return self._reach(name, [one for one in pool if one != host], report, cancel)
-        self._passed.discard(host)
+        self._passed.pop(host, None)
         return host
 
     def _fewest(self, name: str, pool: Sequence[str]) -> str:
         """Of several hosts the one with the fewest workspaces of this user. It is noted for all who
         choose at the same time, until the workspace itself is on record."""
         with self.registry.editing() as record:
-            counts, since = dict.fromkeys(pool, 0), time.time() - PLACING
+            now, hosts = time.time(), []  # type: float, list[str]
             for value in all_projects(lambda error: None):
-                placing = value.get("placing", {}).items()
-                hosts = [entry["host"] for entry in value["workspaces"].values()]
-                for host in [*hosts, *(host for _, (host, at) in placing if at > since)]:
-                    counts[host] = counts.get(host, 0) + 1
-            best = min(pool, key=lambda host: counts[host])
+                placing = value.get("placing", {}).values()
+                hosts += [entry["host"] for entry in value["workspaces"].values()]
+                hosts += [host for host, since in placing if since > now - PLACING]
+            best = min(pool, key=hosts.count)
             record["placing"] = {other: row for other, row in record.get("placing", {}).items()
-                                 if row[1] > since}
-            record["placing"][name] = [best, time.time()]
+                                 if row[1] > now - PLACING}
+            record["placing"][name] = [best, now]
             return best
 
     def _make(self, upload: Upload, op: str, init: bool) -> None:
@@ -5917,7 +5915,7 @@ class ProjectBase:
         if entry is None:
             begun = name in self.registry.read()["workspaces"]  # by another process
             if self.slip_of(name) and not begun and name != self.default_workspace():
-                raise self.missing(name, f", or make it: {PROGRAM} new {name} -H HOST")
+                raise self.missing(name)
             place, report = host or self.default_hosts(name), report or Report()
             try:
                 made = self.create(name, place, report=report, cancel=cancel)
@@ -7773,11 +7771,10 @@ class Workspace(WorkspaceBase):
                 del jobs[old]
         return job
 
-    def _ask(self, script: str, job: str | Sequence[str], *arguments: str,
-             cancel: Cancel | None, limit: int = REPLY_MAX) -> Reply:
-        """The reply of a script about a job, or several."""
-        jobs: list[Any] = [*job] if isinstance(job, (list, tuple)) else [job]
-        directories = [job_directory(self, one) for one in jobs]
+    def _ask(self, script: str, jobs: Sequence[str], *arguments: str, cancel: Cancel | None,
+             limit: int = REPLY_MAX) -> Reply:
+        """The reply of a script about jobs."""
+        directories = [job_directory(self, job) for job in jobs]
         if not jobs:
             raise UsageError("No job was named.", "See jobs.")
         reply = self.host.call(script, *arguments, *directories, cancel=cancel, limit=limit)
@@ -7801,11 +7798,11 @@ class Workspace(WorkspaceBase):
         if offset < 0:
             raise UsageError("Bytes of a job's output count from 0.")
         tenths = str(int(min(wait, 30) * 10))
-        reply = self._ask(LOGS, job, str(offset), str(limit), tenths, until,
+        jobs: Any = job if isinstance(job, (list, tuple)) else [job]
+        reply = self._ask(LOGS, jobs, str(offset), str(limit), tenths, until,
                           cancel=cancel, limit=limit + 4096)
         head, _, data = reply.stdout.partition(b"\n")
         size, which, *state = [*head.decode("ascii", "replace").split(), "", ""]
-        jobs = [job] if isinstance(job, str) else job
         known = which in jobs
         return dict(parse_state(state if known else ()), job=which if known else jobs[0],
                     output=data, next_offset=offset + len(data), size=max(0, number(size)))
@@ -7841,7 +7838,7 @@ class Workspace(WorkspaceBase):
         """End a job and everything it started: ``job``, ``state``, ``exit_code``, and ``stopped``:
         confirmed, or requested where the end was not seen. Raises ToolFailed when there is no such
         job."""
-        how, state, *_ = self._ask(STOP, job, cancel=cancel).lines() + ["", ""]
+        how, state, *_ = self._ask(STOP, [job], cancel=cancel).lines() + ["", ""]
         stopped = "confirmed" if how == "confirmed" else "requested"
         return dict(parse_state(state.split()), job=job, stopped=stopped)
 
@@ -7851,7 +7848,8 @@ class Project(ProjectBase):
 
     ``directory`` is any directory inside it. ``interactive`` is asked, where a key or a passphrase
     is needed, whether a person may be asked on the terminal (default: never). ``warm`` sessions are
-    kept ready on each host. Raises GitFailed, StateFailed.
+    kept ready on each host. ``host``, or a list of them, is for new workspaces. Raises GitFailed,
+    StateFailed, UsageError.
     """
 
     kind = Workspace
@@ -8017,7 +8015,7 @@ def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = 
 
 def manage_rm(project: Project, cancel: Cancel, workspace: str, force: bool = False) -> Fields:
     if not project.remove(workspace, force):
-        raise project.missing(workspace)
+        raise project.missing(workspace, make=False)
     return {"removed": workspace}
 
 
@@ -8054,8 +8052,8 @@ PARALLEL = Arg("parallel", "count", "how many at a time (exec: all; batch: 16)",
 COMMON = (
     Arg("directory", "text", "a directory in the git repository", flags="-C", shown="DIR",
         default="."),
-    Arg("host", "texts", "anything `ssh HOST` accepts; several are a pool: a new workspace goes to "
-        "the one with the fewest", flags="-H --host", shown="HOST"),
+    Arg("host", "texts", "anything `ssh HOST` accepts; repeated, it is a pool", flags="-H --host",
+        shown="HOST"),
     Arg("workspace", "texts", "the workspace (default: the branch's name)", flags="-w --workspace",
         shown="NAME"),
     Arg("json", "flag", "JSON on stdout instead of text"),
@@ -8947,11 +8945,7 @@ class McpServer:
             call.result = tool.handler(self.project, cancel=call.cancel, **arguments)
             return self._shown(tool.tool_name, self._place(arguments), call.result)
         jobs = arguments.get("job", ())
-        ours = [job.startswith("r") for job in ([jobs] if isinstance(jobs, str) else jobs)]
-        if any(ours):
-            if not all(ours):
-                raise ToolFailed("Jobs whose id begins with r live in this server, the others on "
-                                 "the host.", "Wait for those of one kind.")
+        if any(job.startswith("r") for job in ([jobs] if isinstance(jobs, str) else jobs)):
             return self._on_kept(call, arguments)
         workspace = self._workspace(call, name)
         call.workspace = workspace.op
@@ -9027,10 +9021,11 @@ class McpServer:
         names = [job] if isinstance(job, str) else job
         jobs = [self.kept[name] for name in names if name in self.kept]
         if len(jobs) < len(names):
+            missing = " or ".join(name for name in names if name not in self.kept)
             raise ToolFailed(
-                f"There is no job {show(' or '.join(names))} any more: such a job ends with the "
-                "server that began it.",
-                "Run the command again, with background=true if it takes long.")
+                f"There is no job {show(missing)} in this server: such a job ends with the server "
+                "that began it.", "Wait apart for those of the host (j...), or run the command "
+                "again, with background=true if it takes long.")
         kept, tool, most = jobs[0], call.tool.name, self.soft * 0.9
         if tool == "stop":
             if not kept.ended:
@@ -9837,7 +9832,7 @@ class Execution:
             if isinstance(row, PipeClosed):
                 raise row
             if isinstance(row, CmuxError):  # not begun
-                rows[at] = exec_failure(self.names[at], self._place(self.names[at]), row, began)
+                rows[at] = exec_failure(self.names[at], None, row, began)
         if self.options.json:
             print_json(rows if self.many else rows[0])
         elif self.many:
@@ -9848,10 +9843,11 @@ class Execution:
 
     def _row(self, name: str) -> Fields:
         options, began, row = self.options, time.monotonic(), {"exit_code": 1}
-        patience = Patience(0.5, (self.cancel, select.POLLIN))
+        patience, host = Patience(0.5, (self.cancel, select.POLLIN)), None
         out, err = [Capture(TOOL_CAPTURE if self.many else CAPTURE_MAX) if options.json else
                     self.terminal.sink_of(name, fd, patience) for fd in (1, 2)]  # type: Any, Any
         try:
+            host = self.project.entries().get(name, {}).get("host")
             workspace = self._workspace(name)
             if options.detach:
                 job = workspace.start(self.command, options.cwd or "", self.environment,
@@ -9874,7 +9870,7 @@ class Execution:
             raise
         except CmuxError as error:
             self.errors[name] = error
-            row = exec_failure(name, self._place(name), error, began)
+            row = exec_failure(name, host, error, began)
             row.update(json_fields({"stdout": out.value(), "stderr": err.value()}))
         finally:
             if not options.json:
@@ -9882,11 +9878,6 @@ class Execution:
                 err.end()
             self.terminal.end(name, row["exit_code"])
         return row
-
-    def _place(self, name: str) -> str | None:
-        """The host of a workspace, as far as it is known."""
-        given = self.options.host
-        return given[0] if len(given) == 1 else self.project.entries().get(name, {}).get("host")
 
     def _workspace(self, name: str) -> Workspace:
         host, report, cancel = self.options.host, self.terminal, self.cancel
@@ -10139,74 +10130,62 @@ def command_history(options: argparse.Namespace) -> int:
     return 0
 
 
-def on_hosts(project: Project, hosts: Container[str]) -> list[Workspace]:
-    """The workspaces of a project, those on other hosts left out if there are ``hosts``."""
-    return [workspace for workspace in project.workspaces()
-            if not hosts or workspace.host.name in hosts]
-
-
 class View:
-    """What the hosts say of workspaces: asked side by side, so that no host holds up the others."""
+    """What the hosts say of a project's workspaces (all, or those on some hosts): asked side by
+    side, so that no host holds up the others."""
 
-    UNSEEN: Fields = {"changed": None, "jobs": [], "running": None, "error": None}
+    UNSEEN: Fields = {"changed": None, "jobs": None, "error": None}
 
-    def __init__(self) -> None:
+    def __init__(self, project: Project, hosts: Container[str]) -> None:
+        self.project, self.hosts = project, hosts
         self.seen: dict[str, Fields] = {}  # by the id of a workspace
         self.asked: set[str] = set()
 
-    def ask(self, workspaces: Iterable[Workspace]) -> None:
+    def look(self) -> list[tuple[Workspace, Fields]]:
+        """The workspaces, and what is known of them by now."""
+        return [(workspace, self.seen.get(workspace.op, self.UNSEEN))
+                for workspace in self.project.workspaces()
+                if not self.hosts or workspace.host.name in self.hosts]
+
+    def ask(self) -> None:
         """Start asking for each that has answered its last question."""
         import threading
-        for workspace in workspaces:
+        for workspace, _ in self.look():
             if workspace.op not in self.asked:
                 self.asked.add(workspace.op)
-                threading.Thread(target=self._look, args=(workspace,), daemon=True).start()
+                threading.Thread(target=self._ask, args=(workspace,), daemon=True).start()
 
-    def _look(self, workspace: Workspace) -> None:
+    def _ask(self, workspace: Workspace) -> None:
+        op = workspace.op
         try:
             reply = tool_reply(workspace, workspace.host.call(
                 JOBS, job_directory(workspace), workspace.path))
             changed = re.match(r"changed +(\d{1,9})\n", reply.stdout.decode("ascii", "replace"))
-            jobs = parse_jobs(workspace, reply)
-            self.seen[workspace.op] = {
-                "changed": int(changed[1]) if changed else None, "jobs": jobs, "error": None,
-                "running": [job for job in jobs if job["state"] == "running"]}
+            self.seen[op] = {"changed": int(changed[1]) if changed else None,
+                             "jobs": parse_jobs(workspace, reply), "error": None}
         except CmuxError as error:
-            self.seen[workspace.op] = dict(self.answer(workspace), error=str(error))
+            self.seen[op] = dict(self.seen.get(op, self.UNSEEN), error=str(error))
         finally:
-            self.asked.discard(workspace.op)
+            self.asked.discard(op)
 
-    def wait(self, seconds: float) -> None:
-        """Until all have answered, so many seconds at most."""
-        patience = Deadline(seconds)
+    def wait(self, patience: Deadline) -> None:
+        """Until all have answered, or the deadline."""
         while self.asked and not patience.over():
             time.sleep(0.02)
-        late = f"The host has not answered within {seconds} s."
+        late = f"The host has not answered within {TOP_PATIENCE} s."
         for op in list(self.asked):
             self.seen.setdefault(op, dict(self.UNSEEN, error=late))
 
-    def answer(self, workspace: Workspace) -> Fields:
-        """What is known of it by now."""
-        return self.seen.get(workspace.op, self.UNSEEN)
-
-
-class Top(View):
-    """The rows of `top`."""
-
-    def __init__(self, project: Project, hosts: Container[str]) -> None:
-        super().__init__()
-        self.project, self.hosts = project, hosts
-
     def rows(self) -> list[Fields]:
-        now, running = time.time(), self.project.running_now()
+        now, going_on = time.time(), self.project.running_now()
         last = {row.get("op"): row.get("exit_code") for row in self.project.history.rows()
                 if row["operation"] == "exec"}
         rows = []
-        for workspace in on_hosts(self.project, self.hosts):
-            seen, name = self.answer(workspace), workspace.name
+        for workspace, seen in self.look():
+            name = workspace.name
             doing = [(row["operation"], str(row.get("detail", "")), row["time"])
-                     for row in running if row.get("workspace") == name]
-            doing += [(job["job"], job["command"], job["started"]) for job in seen["running"] or ()]
+                     for row in going_on if row.get("workspace") == name]
+            doing += [(job["job"], job["command"], job["started"]) for job in running(seen)]
             rows.append({
                 "workspace": name, "host": workspace.host.name, "changed": seen["changed"],
                 "last_exit_code": last.get(workspace.op), "error": seen["error"], "running": [
@@ -10228,12 +10207,17 @@ class Top(View):
         return table_lines(table, width)
 
 
+def running(seen: Fields) -> list[Fields]:
+    """Of the jobs that a host named."""
+    return [job for job in seen["jobs"] or () if job["state"] == "running"]
+
+
 def command_top(options: argparse.Namespace) -> int:
     project = open_project(options)
-    top = Top(project, options.host)
-    top.ask(on_hosts(project, options.host))
+    top = View(project, options.host)
+    top.ask()
     if options.json or not (os.isatty(0) and os.isatty(1)):
-        top.wait(TOP_PATIENCE)
+        top.wait(Deadline(TOP_PATIENCE))
         print_json(top.rows()) if options.json else print_text("\n".join(top.lines(1 << 16)))
         return 0
     import termios
@@ -10251,7 +10235,7 @@ def command_top(options: argparse.Namespace) -> int:
             typed = select.select([0], [], [], TOP_EVERY)[0]
             if typed and os.read(0, 1) in (b"q", b"Q", b"", b"\x03"):
                 return 0
-            top.ask(on_hosts(project, options.host))
+            top.ask()
     except KeyboardInterrupt:
         return 0
     finally:
@@ -10361,25 +10345,28 @@ COMPLETIONS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
 
 
 def command_list(options: argparse.Namespace) -> int:
-    view, found, rows = View(), [], []  # type: View, list[Workspace], list[Fields]
+    views, rows = [], []  # type: list[View], list[Fields]
     if not options.all_projects:  # ssh asks nobody anything for a list
-        found = on_hosts(Project(options.directory, warm=0), options.host)
+        views.append(View(Project(options.directory, warm=0), options.host))
     for value in all_projects(report_error) if options.all_projects else ():
         try:
             directory = re.sub(r"/\.git\Z", "", value.get("repository", "/"))
-            found += on_hosts(Project(directory, warm=0), options.host)
+            views.append(View(Project(directory, warm=0), options.host))
         except CmuxError:  # its repository has gone
-            rows += [dict({key: entry.get(key) for key in (*LOCAL, *COUNTED)}, name=name,
+            keys = ("host", "path", "base", "created", *COUNTED)
+            rows += [dict({key: entry.get(key) for key in keys}, name=name,
                           project=value["name"], state=state_of(entry))
                      for name, entry in value["workspaces"].items() if entry["state"] == "ready"
                      and (not options.host or entry["host"] in options.host)]
-    view.ask(found if options.verbosity >= 0 else ())
-    behind = [workspace.project.repository.behind(workspace.base) for workspace in found]
-    view.wait(LIST_PATIENCE)
-    for workspace, count in zip(found, behind):
-        seen = view.answer(workspace)
-        jobs = None if seen["running"] is None else len(seen["running"])
-        rows.append(dict(workspace.describe(), behind=count, changed=seen["changed"], jobs=jobs))
+    patience = Deadline(LIST_PATIENCE)
+    for view in views if options.verbosity >= 0 else ():
+        view.ask()
+    for view in views:
+        view.wait(patience)
+        rows += [dict(workspace.describe(), changed=seen["changed"],
+                      behind=view.project.repository.behind(workspace.base),
+                      jobs=None if seen["jobs"] is None else len(running(seen)))
+                 for workspace, seen in view.look()]
     if options.json:
         return answer(options, rows)
     if not rows:
@@ -10392,13 +10379,13 @@ def command_list(options: argparse.Namespace) -> int:
         heads = ["NAME", "HOST", "STATE", *map(str.upper, COUNTED), "AGE", "BASE", "PATH"]
         print_table([heads] + [[
             f"{row['project']}/" * options.all_projects + row["name"], row["host"], row["state"],
-             *("-" if row[key] is None else str(row[key]) for key in COUNTED),
-             human_age(time.time() - row["created"]), row["base"][:10], row["path"]]
+            *("-" if row[key] is None else str(row[key]) for key in COUNTED),
+            human_age(time.time() - row["created"]), row["base"][:10], row["path"]]
             for row in rows], 20, 10)
     return 0
 
 
-LOCAL, COUNTED = ("host", "path", "base", "created"), ("behind", "changed", "jobs")
+COUNTED = ("behind", "changed", "jobs")
 
 
 def human_time(seconds: float) -> str:
@@ -10445,7 +10432,7 @@ def command_rm(options: argparse.Namespace) -> int:
                 project.check_place(name, host, options.host)
             gone = project.remove(name, options.force, options.forget)
             if not gone:
-                raise project.missing(name)
+                raise project.missing(name, make=False)
             removed += gone
         except CmuxError as error:
             if isinstance(error, ConnectionFailed):
@@ -10769,16 +10756,15 @@ def command_jobs(options: argparse.Namespace) -> int:
         return command_tool(options)
     if options.workspace:
         raise UsageError("--all takes no -w.")
-    view, found, code = View(), on_hosts(open_project(options), options.host), 0
-    view.ask(found)
-    view.wait(TOP_PATIENCE)
-    rows = [dict(job, workspace=workspace.name) for workspace in found
-            for job in view.answer(workspace)["jobs"]]
-    for workspace in found:
-        error = view.answer(workspace)["error"]
-        if error:
+    view, code = View(open_project(options), options.host), 0
+    view.ask()
+    view.wait(Deadline(TOP_PATIENCE))
+    rows = [dict(job, workspace=workspace.name) for workspace, seen in view.look()
+            for job in seen["jobs"] or ()]
+    for workspace, seen in view.look():
+        if seen["error"]:
             code = 255
-            options.terminal.line(f"{PROGRAM}: {workspace.name}: {error}")
+            options.terminal.line(f"{PROGRAM}: {workspace.name}: {seen['error']}")
     print_json(rows) if options.json else text_jobs({"jobs": rows}, options.terminal)
     return code
 
@@ -10788,18 +10774,12 @@ def job_state(row: Mapping[str, Any]) -> str:
     return f"{row['state']} {row['exit_code']}".replace(" None", "")
 
 
-def text_stop(result: Fields, terminal: Terminal) -> None:
-    seen = STOPPED[result["stopped"]] % ""
-    if result["stopped"] != "confirmed":
-        terminal.warn(f"Of {result['job']}: {seen}.")
-    elif terminal.verbosity >= 0:
-        print_text(f"{result['job']}  {job_state(result)}: {seen}")
-
-
 TOOL_TEXT: dict[str, Callable[[Fields, Terminal], None]] = {
     "jobs": text_jobs,
     "read": lambda result, terminal: write_out(1, field_bytes("content", result)),
-    "stop": text_stop,
+    "stop": lambda result, terminal: (
+        print_text if result["stopped"] == "confirmed" else terminal.warn)(
+            f"{result['job']}  {job_state(result)}: {STOPPED[result['stopped']] % ''}"),
     "wait": lambda result, terminal: None if result["exit_code"] is not None else terminal.warn(
         "The job %s is %s." % (result["job"], "still running" if result["state"] == "running" else
                                "lost: it ended without a record (was the host restarted?)")),
