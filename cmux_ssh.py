@@ -4562,8 +4562,9 @@ class CommandRun:
 
 # === 11. Git ===
 # Owns: every git process on this machine. The only room that names git. Promises: no hook,
-# fsmonitor, textconv, pager or remote helper of any repository runs, a filter only for --dirty;
-# the user's work tree, index, refs and config are read, never written.
+# fsmonitor, textconv or remote helper of any repository runs, a filter only for --dirty, a pager
+# only for a diff on a terminal; the user's work tree, index, refs and config are read, never
+# written.
 
 # In the user's own repository only commands that read run; --dirty and the count of what is not
 # sent read the work tree as the user's git does, into index and objects of ours. All else runs in
@@ -10158,6 +10159,7 @@ class View:
     def _ask(self, workspace: Workspace) -> None:
         op = workspace.op
         try:
+            workspace.host.masters.connect(Deadline(SLOT_PATIENCE), now=True)
             reply = tool_reply(workspace, workspace.host.call(
                 JOBS, job_directory(workspace), workspace.path))
             changed = re.match(r"changed +(\d{1,9})\n", reply.stdout.decode("ascii", "replace"))
