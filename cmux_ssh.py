@@ -5659,8 +5659,9 @@ class ProjectBase:
         """The hosts for a new workspace: this object's, else the words of $CMUX_SSH_HOST, else the
         user's own `git config cmux.host`, else UsageError (for ``workspace``, which does not
         exist)."""
-        hosts = (self._pool or os.environ.get("CMUX_SSH_HOST", "").split()
-                 or self.repository.config("cmux.host", "--get-all").split())
+        named = os.environ.get("CMUX_SSH_HOST", "").split(" ")
+        hosts = self._pool or [*filter(None, named)] or [
+            *filter(None, self.repository.config("cmux.host", "-z", "--get-all").split("\0"))]
         if not hosts:
             known = sorted({entry["host"] for entry in self.entries().values()})
             where = f" (its workspaces are on {', '.join(known[:5])})" if known else ""
@@ -8148,7 +8149,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          example="-f j0123abcd", reads=True,
          tool=lambda workspace, **given: json_fields(workspace.logs(**given)),
          model="A job's output from a byte offset, and its state. Go on from next_offset."),
-    Verb("wait", "wait for a job, or the first of several; its code (124: running)",
+    Verb("wait", "wait for a job, the first of several; its code (124: running)",
          Arg("job", "text|texts", "the job's id, or several; in a shell the last one, if none is "
              "given", word="*", shown="ID", required=True),
          Arg("timeout", "seconds", "seconds to wait; it may still run then", least=0, shown="TIME"),
@@ -10856,7 +10857,7 @@ def command_doctor(options: argparse.Namespace) -> int:
         name = name or entry.get("host") or project.default_hosts()[0]
         root = entry.get("root", "") if entry.get("host") == name else ""
     except CmuxError:  # outside a repository, or none is known: this machine is looked at
-        name = name or " ".join(os.environ.get("CMUX_SSH_HOST", "").split()[:1])
+        name = name or os.environ.get("CMUX_SSH_HOST", "").strip().split(" ")[0]
     rows = []
     colours = dict(ok="32", note="36", fix="33", bad="31", dead="31") if in_colour() else {}
     for row in doctor(check_host(name) if name else "", root):

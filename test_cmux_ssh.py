@@ -2630,6 +2630,8 @@ def test_hostile_host_strings_are_refused_before_anything_is_started(repo, way, 
     for host in BAD_HOSTS:
         if way != "option" and (not host.strip() or "\0" in host) or "\0" in host:
             continue  # an empty variable is an unset one; NUL cannot be in an argument
+        if way == "environment" and host in ("a b", "u v@h"):
+            continue  # a pool
         env, args = {"CMUX_SSH_COMMAND": str(shim)}, ["exec", "--", "true"]
         if way == "option":
             args[1:1] = [f"--host={host}"]
