@@ -6098,7 +6098,8 @@ class ProjectBase:
         pool = pool_of(only)
         places = [place for place in sorted(known) if not pool or place[0] in pool]
         if pool and not places:
-            raise UsageError(f"No workspace of this project is or was on {' or '.join(pool)}.",
+            names = " or ".join(map(show, pool))
+            raise UsageError(f"No workspace of this project is or was on {names}.",
                              f"See `{PROGRAM} list`.")
         freed: dict[str, int] = {}
         failed: list[CmuxError] = []
