@@ -8591,7 +8591,7 @@ class Call:
         return self.ended
 
     def status(self) -> Fields:
-        stopped = self.result.get("stopped") and not self.result["timed_out"]
+        stopped = self.result.get("stopped") and self.result.get("timed_out") is False
         state = ("running" if not self.ended else "lost" if self.failed else
                  "stopped" if stopped else "exited")
         return {"job": self.id, "state": state, "exit_code": self.result.get("exit_code"),
