@@ -158,6 +158,8 @@ FAULT_PATIENCE = 300  # logs -f and wait try on for so long without a connection
 BATCH_LINE_MAX = 16 * MIB
 TOP_EVERY = 2  # seconds between two looks at the hosts
 TOP_PATIENCE = 10  # for a single look
+LIST_PATIENCE = 3  # the same, of `list`
+PLACING = 60  # until a workspace is on record, the host chosen for it counts so long
 MCP_SOFT = 45  # seconds; desktop clients give a call up at 60
 MCP_ROOM = 18000  # characters of a result; Claude Code warns at 10,000 tokens
 MCP_AT_ONCE = 32  # calls that run and are not answered yet; others wait in a queue
@@ -607,6 +609,12 @@ def check_host(text: object) -> str:
     return text
 
 
+def pool_of(host: str | Sequence[str]) -> list[str]:
+    """The hosts of a pool, checked: of one host, of several, or of none."""
+    hosts = host if isinstance(host, (list, tuple)) else [host] if host else []
+    return list(dict.fromkeys(map(check_host, hosts)))
+
+
 def check_workspace(name: object) -> str:
     """Return ``name`` if it can be a workspace's name, else raise UsageError."""
     good = isinstance(name, str) and _WORKSPACE.match(name) and ".." not in name
@@ -622,6 +630,26 @@ def safe_workspace(branch: str) -> str:
     """A workspace's name, made of a branch's."""
     name = re.sub(r"[^A-Za-z0-9._-]+|\.\.+", "-", branch).strip("-.")[:NAME_MAX].rstrip("-.")
     return name if _WORKSPACE.match(name) and not name.endswith(".lock") else "workspace"
+
+
+def is_slip(name: str, other: str) -> bool:
+    """Whether ``name`` may be ``other``, mistyped: two letters at most, one in a word of four. Not
+    where they differ in a number or a single letter (try-1 and try-2, a and b), nor in short words
+    (fix-ui and fix-db): such names are a series."""
+    words, others = (set(re.findall(r"\d+|[^\W\d_]+", text.lower())) for text in (name, other))
+    apart = words ^ others
+    series = any(word.isdigit() or len(word) == 1 for word in apart)
+    longest = max(map(len, apart), default=4)
+    return name != other and not series and within(name, other, min(2, longest - 3))
+
+
+def within(one: str, other: str, letters: int) -> bool:
+    """Whether ``letters`` at most are missing, added, replaced, or exchanged with the next one."""
+    at = len(os.path.commonprefix([one, other]))
+    one, other = one[at:], other[at:]
+    ways = [(1, 0), (0, 1), (1, 1)] + [(2, 2)] * (one[:2] == other[1::-1])
+    return one == other or letters > 0 and any(
+        within(one[left:], other[right:], letters - 1) for left, right in ways)
 
 
 # A secret is project input: it may name any variable but those with which the shells that carry
@@ -1269,17 +1297,18 @@ _take_archive() {
 }
 """
 
-# Functions of the scripts on jobs. State: running, exited CODE, or lost (no exit, no supervisor).
+# Functions of the scripts on jobs. State: running, exited CODE, stopped CODE (by STOP), or lost (no
+# exit, no supervisor).
 JOB_STATE = r"""
 _calive() { # $1 directory, $2 pid: not a stranger that has the number now
   kill -0 "$2" 2>/dev/null || return 1
   [ ! -r "/proc/$2/environ" ] || tr '\0' '\n' <"/proc/$2/environ" | grep -qxF "CMUX_JOB=${1##*/}"
 }
 _cstate() { # $1 directory
-  if [ -f "$1/exit" ]; then echo "exited $(cat "$1/exit")"
-  elif _calive "$1" "$(cat "$1/pid")"; then echo running
-  elif [ -f "$1/exit" ]; then echo "exited $(cat "$1/exit")"
-  else echo lost; fi
+  if [ ! -f "$1/exit" ] && _calive "$1" "$(cat "$1/pid")"; then echo running
+  elif [ ! -f "$1/exit" ]; then echo lost
+  elif [ -f "$1/stopped" ]; then echo "stopped $(cat "$1/exit")"
+  else echo "exited $(cat "$1/exit")"; fi
 }
 """
 
@@ -1918,12 +1947,14 @@ _cmux_start() {
 """
 
 # JOBS dir [path]: a line each: id, bytes of output, state; with the workspace's path first how many
-# files git sees as changed in it ("-" where there is no git).
+# files differ from its base ("-" where there is no git). It writes nothing.
 JOBS = JOB_STATE + r"""
+_cgit() { git --no-optional-locks -c core.fsmonitor=false "$@"; }
 _cop() {
   if [ $# -gt 1 ]; then
-    echo "changed $( (cd "$2" && git rev-parse --git-dir >/dev/null &&
-      git --no-optional-locks -c core.fsmonitor=false status --porcelain | wc -l) || echo -)"
+    echo "changed $( (cd "$2" && base=$(_cgit rev-parse -q --verify refs/cmux/base) &&
+      { _cgit diff --no-renames --name-only "$base"; _cgit ls-files -o --exclude-standard; } |
+      wc -l) || echo -)"
   fi
   for job in "$1"/*; do
     [ -d "$job" ] || continue
@@ -1932,29 +1963,34 @@ _cop() {
   done
 }
 """
-# LOGS dir offset max tenths what: waits up to tenths/10 s for more output (what=more) or the end
-# (what=end); then "bytes state\n" and the output from offset. The state is taken before the size.
+# LOGS offset max tenths what dir...: waits up to tenths/10 s for more output (what=more) or the end
+# (what=end) of a job, the first of several; then "bytes id state\n" and its output from offset. The
+# state is taken before the size.
 LOGS = JOB_STATE + r"""
 _cop() {
-  [ -d "$1" ] || return 38
-  waited=0
+  offset=$1 most=$2 tenths=$3 what=$4 waited=0; shift 4
+  for job; do [ -d "$job" ] || return 38; done
   while :; do
-    state=$(_cstate "$1"); size=$(wc -c <"$1/out"); size=$((size))
-    [ "$state" = running ] && [ $waited -lt "$4" ] || break
-    [ "$5" != more ] || [ "$size" -le "$2" ] || break
+    for job; do
+      state=$(_cstate "$job"); size=$(wc -c <"$job/out"); size=$((size))
+      [ "$state" = running ] || break 2
+      [ "$what" != more ] || [ "$size" -le "$offset" ] || break 2
+    done
+    [ $waited -lt "$tenths" ] || break
     if sleep 0.1; then waited=$((waited+1)); else sleep 1; waited=$((waited+10)); fi
   done
-  echo "$size $state"
-  if [ "$3" -gt 0 ]; then tail -c "+$(($2+1))" "$1/out" | head -c "$3"; fi
+  echo "$size ${job##*/} $state"
+  if [ "$most" -gt 0 ]; then tail -c "+$((offset+1))" "$job/out" | head -c "$most"; fi
 }
 """
-# STOP dir id: end a job's tree, and say what was seen of it, and its state. The number of a job
-# that has ended may be a stranger's.
+# STOP dir: end a job's tree, and say what was seen of it, and its state. The number of a job that
+# has ended may be a stranger's.
 STOP = JOB_STATE + r"""
 _cop() {
   [ -d "$1" ] || return 38
-  _cmux_root=$(cat "$1/pid") _cmux_run=$2 tries=0
-  [ ! -f "$1/exit" ] && _calive "$1" "$_cmux_root" || _cmux_root=-
+  _cmux_root=$(cat "$1/pid") _cmux_run=${1##*/} tries=0
+  if [ ! -f "$1/exit" ] && _calive "$1" "$_cmux_root"; then true >"$1/stopped"
+  else _cmux_root=-; fi
   if ( _cmux_stop_tree ); then echo confirmed; else echo requested; fi
   while [ "$(_cstate "$1")" = running ] && [ $tries -lt 20 ]; do
     sleep 0.1 || sleep 1; tries=$((tries+1))
@@ -2131,6 +2167,23 @@ def attach(argv: Sequence[str], env: Mapping[str, str]) -> int | None:
         guard.communicate(b"\n")
         with contextlib.suppress(termios.error):  # the terminal itself has gone
             termios.tcsetattr(0, termios.TCSADRAIN, saved)
+
+
+@contextlib.contextmanager
+def paged(pager: str) -> Iterator[int]:
+    """A pager on this terminal, started as git starts it: the descriptor that it reads. Whoever
+    leaves it early has seen enough; Ctrl-C is for the pager alone."""
+    env = {"LESS": "FRX", "LV": "-c", **os.environ}
+    process = spawn(["/bin/sh", "-c", pager], env, stdin=-1, stdout=1, stderr=2, own_group=False)
+    assert process.stdin
+    try:
+        with contextlib.suppress(PipeClosed, KeyboardInterrupt):
+            yield process.stdin.fileno()
+    finally:
+        process.stdin.close()
+        while process.returncode is None:
+            with contextlib.suppress(KeyboardInterrupt):
+                process.wait()
 
 
 def kill_group(process: Process) -> None:
@@ -2513,7 +2566,8 @@ _ENTRY: Fields = dict.fromkeys("state host root project base tree op".split(), s
 _ENTRY["created"] = (int, float)
 _ROWS = [[str, str]]
 RECORD = {"name": _WORKSPACE, "id": re.compile(r"[0-9a-f]{12}\Z"), "jobs?": dict, "turn?": int,
-          "places?": _ROWS, "sent?": _ROWS, "composed?": _ROWS, "workspaces": {_WORKSPACE: (
+          "placing?": {_WORKSPACE: [str, (int, float)]}, "places?": _ROWS, "sent?": _ROWS,
+          "composed?": _ROWS, "workspaces": {_WORKSPACE: (
               dict(_ENTRY, path=str), dict(_ENTRY, state=re.compile(r"(?!ready\Z)")))}}
 _TEXT = re.compile("[^\ud800-\udc7f\udd00-\udfff]*\\Z")
 SECRET = {"value": _TEXT}, {"command": _TEXT}
@@ -3735,8 +3789,11 @@ class Masters:
                                        "Try again; others may be using it.", self.host)
         return [self.open_direct(command, deadline, cancel)]
 
-    def connect(self, deadline: Deadline, cancel: Cancel | None = None) -> None:
-        """Make sure that a master lives, if this host has any. Raises ConnectionFailed."""
+    def connect(self, deadline: Deadline, cancel: Cancel | None = None, now: bool = False) -> None:
+        """Make sure that a master lives, if this host has any. Raises ConnectionFailed, with
+        ``now`` at once, where the host was down a moment ago."""
+        if now and self._rest() > 0:
+            raise self._shared_failure()
         if not self.single() and not self.masters():
             self.free(self._first_master(1, deadline, cancel))
 
@@ -4684,8 +4741,9 @@ class CommandRun:
 
 # === 11. Git ===
 # Owns: every git process on this machine. The only room that names git. Promises: no hook,
-# fsmonitor, textconv, pager or remote helper of any repository runs, a filter only for --dirty;
-# the user's work tree, index, refs and config are read, never written.
+# fsmonitor, textconv or remote helper of any repository runs, a filter only for --dirty, a pager
+# only for a diff on a terminal; the user's work tree, index, refs and config are read, never
+# written.
 
 # In the user's own repository only commands that read run; --dirty and the count of uncommitted
 # files read the work tree with the user's configuration, into an index and objects of ours. All
@@ -4726,7 +4784,7 @@ def git_environment(**extra: str) -> dict[str, str]:
 def user_environment() -> dict[str, str]:
     """Our environment without its GIT_ variables, except those that configure git."""
     return {name: value for name, value in os.environ.items()
-            if not name.startswith("GIT_") or name.startswith("GIT_CONFIG")}
+            if not name.startswith("GIT_") or name.startswith(("GIT_CONFIG", "GIT_PAGER"))}
 
 
 _SECRET_FILE = re.compile(
@@ -4791,10 +4849,19 @@ class Repository:
         """The short name of the current branch (also an unborn one); "" when HEAD is detached."""
         return self._ask("symbolic-ref", "-q", "--short", "HEAD").decode("utf-8", "replace").strip()
 
-    def config(self, key: str, *kind: str) -> str:
+    def config(self, key: str, *how: str) -> str:
         """A value of the user's git configuration, any scope: no clone brings a .git/config along,
         and what looks like a repository among a clone's files was refused above."""
-        return self._ask("config", *kind, "--get", key).decode("utf-8", "replace")[:-1]
+        return self._ask("config", *how, key).decode("utf-8", "replace")[:-1]
+
+    def diff_settings(self) -> tuple[str, bool]:
+        """What the user's git shows a diff with on a terminal: the pager ("": none), and whether
+        in colour."""
+        own, switch = self.config("pager.diff"), self.config("pager.diff", "--bool")
+        words = git_settings("core.pager=" + own) if own and not switch else ()
+        pager = os.fsdecode(self._ask(*words, "var", "GIT_PAGER")).strip()
+        colour = self._ask("config", "--get-colorbool", "color.diff", "true") == b"true\n"
+        return "" if switch == "false" or pager == "cat" else pager, colour
 
     def resolve(self, revision: str) -> tuple[str, str]:
         """The ids of a commit and of its tree. Raises GitFailed."""
@@ -4805,6 +4872,12 @@ class Repository:
             raise GitFailed(f"{show(revision)} is not a commit of this repository.",
                             "Name one that `git log` shows.")
         return commit, self._line("rev-parse", "--verify", "-q", commit + "^{tree}")
+
+    def behind(self, base: str) -> int | None:
+        """How many commits of HEAD a commit lacks; None where one of the two is missing."""
+        with contextlib.suppress(GitFailed):
+            return int(self._line("rev-list", "--count", base + "..HEAD", "--"))
+        return None
 
     def in_shadow(self, example: str) -> contextlib.closing[Shadow]:
         """A shadow whose object ids are like ``example``, until the block ends."""
@@ -5631,8 +5704,9 @@ class ProjectBase:
     kind: type[Any]  # of WorkspaceBase: what workspace() returns; the room Tools sets it
 
     def __init__(self, directory: str = ".", interactive: Callable[[], bool] | None = None,
-                 warm: int = WARM_SESSIONS) -> None:
-        self._warm = warm
+                 warm: int = WARM_SESSIONS, host: str | Sequence[str] = ()) -> None:
+        self._warm, self._pool = warm, pool_of(host)
+        self._passed: dict[str, str] = {}  # host that is down -> the workspace it was passed for
         self.repository = Repository(directory)
         self.registry = Registry(self.repository.common_dir)
         self._interactive = interactive
@@ -5642,6 +5716,7 @@ class ProjectBase:
         fork_aware().add(self)
         self.handed_over: dict[bytes, str] = {}  # values of secrets that this process knows
         self.history = History(self.registry)
+        self._made: set[str] = set()
 
     def _forked(self) -> None:
         import threading
@@ -5743,11 +5818,14 @@ class ProjectBase:
         """The current branch's name, made safe."""
         return safe_workspace(self.repository.branch() or "detached")
 
-    def default_host(self, workspace: str = "") -> str:
-        """$CMUX_SSH_HOST, else the user's own `git config cmux.host`, else UsageError (for
-        ``workspace``, which does not exist)."""
-        name = os.environ.get("CMUX_SSH_HOST") or self.repository.config("cmux.host")
-        if not name:
+    def default_hosts(self, workspace: str = "") -> list[str]:
+        """The hosts for a new workspace: this object's, else the words of $CMUX_SSH_HOST, else the
+        user's own `git config cmux.host`, else UsageError (for ``workspace``, which does not
+        exist)."""
+        named = os.environ.get("CMUX_SSH_HOST", "").split(" ")
+        hosts = self._pool or [*filter(None, named)] or [
+            *filter(None, self.repository.config("cmux.host", "-z", "--get-all").split("\0"))]
+        if not hosts:
             known = sorted({entry["host"] for entry in self.entries().values()})
             where = f" (its workspaces are on {', '.join(known[:5])})" if known else ""
             raise UsageError(
@@ -5755,15 +5833,16 @@ class ProjectBase:
                 if workspace else "No host is known for this project.",
                 f"Name one with -H HOST{where}, or set $CMUX_SSH_HOST, or: "
                 "git config cmux.host HOST")
-        return check_host(name)
+        return pool_of(hosts)
 
-    def host_for(self, host: str, source: str) -> str:
-        """``host``, or that of the workspace ``source``, or the default. Raises UsageError."""
-        there = self.entry(source)["host"] if source else host or self.default_host()
-        if host not in ("", there):
-            raise UsageError(f"The workspace {source} is on {there}, not on {host}.",
-                             "Leave out -H, or --from.")
-        return str(there)
+    def hosts_for(self, host: str | Sequence[str], source: str) -> list[str]:
+        """Where a new workspace may be: on the host of the workspace ``source``, if one is named,
+        else on ``host``, else on the default ones. Raises UsageError."""
+        if not source:
+            return pool_of(host) or self.default_hosts()
+        place = self.entry(source)["host"]
+        self.check_place(source, place, host)
+        return [place]
 
     def entries(self) -> dict[str, Fields]:
         """The finished workspaces, by name. One that is being made is not listed."""
@@ -5787,8 +5866,22 @@ class ProjectBase:
         """What the registry has of a finished workspace. Raises WorkspaceMissing."""
         entry = self.entries().get(check_workspace(name))
         if entry is None:
-            raise no_workspace(name, f", or make it: {PROGRAM} new {name} -H HOST")
+            raise self.missing(name)
         return entry
+
+    def slip_of(self, name: str) -> str:
+        """The workspace that was meant, where ``name`` may be mistyped; else "". What this object
+        has made does not count: a program's own names are no slips of each other."""
+        return next((other for other in sorted(self.entries())
+                     if other not in self._made and is_slip(name, other)), "")
+
+    def missing(self, name: str, make: bool = True) -> WorkspaceMissing:
+        """The error for a workspace that does not exist."""
+        slip = self.slip_of(name)
+        meant = f"; did you mean {slip}?" if slip else "."
+        more = f", or make it: {PROGRAM} new {name} -H HOST" if make else "."
+        return WorkspaceMissing(f"There is no workspace {show(name)} in this project{meant}",
+                                f"See `{PROGRAM} list`{more}")
 
     def update(self, name: str, **fields: Any) -> None:
         """Change fields of a workspace's entry in the registry."""
@@ -5814,6 +5907,7 @@ class ProjectBase:
         with self.registry.editing() as record:
             turn = record["turn"] = max(record.get("turn", 0) + 1, int(time.time()))
             record["workspaces"].setdefault(name, {}).update(change)
+            record.get("placing", {}).pop(name, None)
         place = entry["root"], entry["project"], str(turn), name
         return self.host(entry["host"]).call(script, *place, *words, **more)
 
@@ -5871,26 +5965,26 @@ class ProjectBase:
                 entry.get("pulled", {}).pop("left", None)
                 entry["over"] = dict(entry.get("branches", {}))  # what it no longer has
 
-    def create(self, name: str, host: str, ref: str = "HEAD", root: str = "", init: bool = True,
-               report: Report | None = None, cancel: Cancel | None = None,
+    def create(self, name: str, host: str | Sequence[str], ref: str = "HEAD", root: str = "",
+               init: bool = True, report: Report | None = None, cancel: Cancel | None = None,
                source: str = "", secrets: Collection[str] | None = None) -> "Workspace":
-        """Make workspace ``name`` on ``host`` from commit ``ref``, below its directory ``root``
-        (default ~/cmux), with what git ignores (packages, caches) in the workspace ``source`` on
-        that host, and run its init hook, with ``secrets`` as exec() has them, unless ``init`` is
-        false; a hook that fails is reported, and undoes nothing.
+        """Make workspace ``name`` on ``host`` (of several the one with the fewest workspaces that
+        can be reached) from commit ``ref``, below its directory ``root`` (default ~/cmux), with
+        what git ignores (packages, caches) in the workspace ``source`` on that host, and run its
+        init hook, with ``secrets`` as exec() has them, unless ``init`` is false. A hook that fails
+        and a host that is passed over are reported, and undo nothing.
 
         Raises WorkspaceExists, UploadFailed, HostError, GitFailed, RemoteFailed, Cancelled.
         """
-        check_workspace(name)
-        check_host(host)
+        self._made.add(check_workspace(name))
+        pool = self.hosts_for(host, source)
         self.registry.secrets("", secrets)
         if not root.isprintable() or len(root) > PATH_MAX or root.startswith("-"):
             raise UsageError(f"{show(root)} cannot be the root directory.")
-        self.host_for(host, source)
         # Before the lock: a hundred callers share the failure of a host that is down.
         report, cancel = report or Report(), self.ending.join(cancel)
         report.step(name, "connecting")
-        self.host(host).masters.connect(Deadline(SLOT_PATIENCE), cancel)
+        host = self._reach(name, pool, report, cancel)
         report.step(name, "being made")
         with self.registry.creation_lock(name).hold(cancel):
             self.vacate(name)
@@ -5904,6 +5998,40 @@ class ProjectBase:
                 if "init" in self.entry(name):
                     self._run_init(name, root, report, cancel, secrets)
                 return self.workspace(name)
+
+    def _reach(self, name: str, pool: Sequence[str], report: Report,
+               cancel: Cancel | None) -> str:
+        """The host of a pool for a workspace: connected to, one that is down passed over."""
+        many = len(pool) > 1
+        host = self._fewest(name, pool) if many else pool[0]
+        there = self.host(host)
+        try:
+            there.masters.connect(Deadline(SLOT_PATIENCE), cancel, many)
+            if many and there.masters.single():
+                there.call("_cop() { :; }", cancel=cancel)
+        except ConnectionFailed as error:
+            if not many:
+                raise
+            if self._passed.setdefault(host, name) == name:  # else it was reported
+                report.warn(f"{host} is passed over. {error}")
+            return self._reach(name, [one for one in pool if one != host], report, cancel)
+        self._passed.pop(host, None)
+        return host
+
+    def _fewest(self, name: str, pool: Sequence[str]) -> str:
+        """Of several hosts the one with the fewest workspaces of this user. It is noted for all who
+        choose at the same time, until the workspace itself is on record."""
+        with self.registry.editing() as record:
+            now, hosts = time.time(), []  # type: float, list[str]
+            for value in all_projects(lambda error: None):
+                placing = value.get("placing", {}).values()
+                hosts += [entry["host"] for entry in value["workspaces"].values()]
+                hosts += [host for host, since in placing if since > now - PLACING]
+            best = min(pool, key=hosts.count)
+            record["placing"] = {other: row for other, row in record.get("placing", {}).items()
+                                 if row[1] > now - PLACING}
+            record["placing"][name] = [best, now]
+            return best
 
     def _make(self, upload: Upload, op: str, init: bool, source: str) -> None:
         name, host = upload.name, upload.host.name
@@ -5955,17 +6083,20 @@ class ProjectBase:
         finally:
             self.update(name, init=end)
 
-    def ensure(self, name: str, host: str = "", report: Report | None = None,
+    def ensure(self, name: str, host: str | Sequence[str] = (), report: Report | None = None,
                cancel: Cancel | None = None,
                secrets: Collection[str] | None = None) -> "Workspace":
         """The workspace, made first from HEAD if it does not exist, on ``host`` (default:
-        default_host()); waits while another process makes it. Raises as create() does, and
-        UsageError if it is elsewhere."""
+        default_hosts()); waits while another process makes it. Raises as create() does, UsageError
+        if it is elsewhere, and WorkspaceMissing if another one is probably meant."""
         entry = self.entries().get(check_workspace(name))
         if entry and entry.get("init") == "pending":
             self.registry.creation_lock(name).hold(cancel).free()
         if entry is None:
-            place, report = host or self.default_host(name), report or Report()
+            begun = name in self.registry.read()["workspaces"]  # by another process
+            if self.slip_of(name) and not begun and name != self.default_workspace():
+                raise self.missing(name)
+            place, report = host or self.default_hosts(name), report or Report()
             try:
                 made = self.create(name, place, report=report, cancel=cancel, secrets=secrets)
                 report.note(f"The workspace {name} is new, on {made.host.name}.")
@@ -5975,13 +6106,18 @@ class ProjectBase:
                     raise
         return self.existing(name, host)
 
-    def existing(self, name: str, host: str) -> "Workspace":
-        """A workspace, if it is on ``host``, where one is given."""
+    def existing(self, name: str, host: str | Sequence[str]) -> "Workspace":
+        """A workspace, if it is on ``host``, or on one of several, where any is given."""
         found = self.workspace(name)
-        if host and check_host(host) != found.host.name:
-            raise UsageError(f"The workspace {name} is on {found.host.name}, not on {host}.",
-                             "Leave out -H, or use another name with -w.")
+        self.check_place(name, found.host.name, host)
         return found
+
+    def check_place(self, name: str, place: str, host: str | Sequence[str]) -> None:
+        """Raise UsageError if a workspace is on another host than those given."""
+        pool = pool_of(host)
+        if pool and place not in pool:
+            raise UsageError(f"The workspace {name} is on {place}, not on {' or '.join(pool)}.",
+                             "Leave out -H, or use another name with -w.")
 
     def remove(self, name: str, force: bool = False, forget: bool = False,
                cancel: Cancel | None = None) -> list[str]:
@@ -6135,16 +6271,18 @@ class ProjectBase:
         check_reply(reply, host, f"push to {name}", name, name, "pushed")
         return reply.lines()
 
-    def gc(self, only: str | None = None,
+    def gc(self, only: str | Sequence[str] = (),
            cancel: Cancel | None = None) -> tuple[dict[str, int], list[CmuxError]]:
         """Free trash, leftovers and old bases on every host that has or had a workspace of the
-        project, or on one of them: (bytes by host, the errors of others). Raises UsageError for
+        project, or on some of them: (bytes by host, the errors of others). Raises UsageError for
         another host."""
         used = {(entry["host"], entry["root"]) for entry in self.entries().values()}
         known = used.union(map(tuple, self.registry.read().get("places", [])))
-        places = [place for place in sorted(known) if only in (None, place[0])]
-        if only and not places:
-            raise UsageError(f"No workspace of this project is or was on {show(only)}.",
+        pool = pool_of(only)
+        places = [place for place in sorted(known) if not pool or place[0] in pool]
+        if pool and not places:
+            names = " or ".join(map(show, pool))
+            raise UsageError(f"No workspace of this project is or was on {names}.",
                              f"See `{PROGRAM} list`.")
         freed: dict[str, int] = {}
         failed: list[CmuxError] = []
@@ -6187,11 +6325,6 @@ class ProjectBase:
                                    way + " Or give it up: --force.")
             error.lost = lost
             raise error
-
-
-def no_workspace(name: str, more: str = ".") -> WorkspaceMissing:
-    return WorkspaceMissing(f"There is no workspace {show(name)} in this project.",
-                            f"See `{PROGRAM} list`{more}")
 
 
 def gone_there(name: str, host: str) -> WorkspaceMissing:
@@ -7664,17 +7797,18 @@ def job_directory(workspace: WorkspaceBase, *job: str) -> str:
 
 
 def parse_state(words: Sequence[str]) -> Fields:
-    """running | exited CODE | lost -> state and exit_code."""
-    state = words[0] if words and words[0] in ("running", "exited", "lost") else "lost"
-    code = number(words[1]) if state == "exited" and words[1:] else -1
-    if state == "exited" and not 0 <= code <= 255:
-        state = "lost"  # 256 would leave this process as a 0
-    return {"state": state, "exit_code": code if state == "exited" else None}
+    """running | exited CODE | stopped CODE | lost -> state and exit_code."""
+    if words[:1] == ["running"]:
+        return {"state": "running", "exit_code": None}
+    code = number(words[1]) if words[1:] and words[0] in ("exited", "stopped") else -1
+    if not 0 <= code <= 255:  # 256 would leave this process as a 0
+        return {"state": "lost", "exit_code": None}
+    return {"state": words[0], "exit_code": code}
 
 
 def wait_code(status: Mapping[str, Any]) -> int:
     """What `wait` ends with: the job's own code, 124 while it runs, 1 when it was lost."""
-    if status["state"] == "exited":
+    if status["exit_code"] is not None:
         return int(status["exit_code"])
     return 124 if status["state"] == "running" else 1
 
@@ -7972,24 +8106,26 @@ class Workspace(WorkspaceBase):
                     del jobs[old]
         return job
 
-    def _ask(self, script: str, job: str, *arguments: str, cancel: Cancel | None,
+    def _ask(self, script: str, jobs: Sequence[str], *arguments: str, cancel: Cancel | None,
              limit: int = REPLY_MAX) -> Reply:
-        """The reply of a script about one job."""
-        directory = job_directory(self, job)
-        reply = self.host.call(script, directory, *arguments, cancel=cancel, limit=limit)
-        return tool_reply(self, reply, job)
+        """The reply of a script about jobs."""
+        directories = [job_directory(self, job) for job in jobs]
+        if not jobs:
+            raise UsageError("No job was named.", "See jobs.")
+        reply = self.host.call(script, *arguments, *directories, cancel=cancel, limit=limit)
+        return tool_reply(self, reply, " or ".join(jobs))
 
     @logged("jobs")
     def jobs(self, cancel: Cancel | None = None) -> list[Fields]:
-        """The jobs, oldest first: ``job`` (its id), ``state`` (running, exited or lost),
-        ``exit_code`` (None unless exited), ``output_size`` (bytes), and, if begun from this
-        machine, ``command``, ``started`` (seconds since 1970)."""
+        """The jobs, oldest first: ``job`` (its id), ``state`` (running, exited, stopped or lost),
+        ``exit_code`` (None while it runs, and if lost), ``output_size`` (bytes), and, if begun from
+        this machine, ``command``, ``started`` (seconds since 1970)."""
         reply = self.host.call(JOBS, job_directory(self), cancel=cancel)
         return parse_jobs(self, tool_reply(self, reply))
 
     @logged("logs", lambda status, *args: len(status["output"]))
-    def logs(self, job: str, offset: int = 0, wait: float = 0, limit: int = LOGS_MAX,
-             until: str = "more", cancel: Cancel | None = None) -> Fields:
+    def logs(self, job: str | Sequence[str], offset: int = 0, wait: float = 0,
+             limit: int = LOGS_MAX, until: str = "more", cancel: Cancel | None = None) -> Fields:
         """Output of a job from byte ``offset`` on, at most 1 MiB: ``output`` (bytes),
         ``next_offset``, ``size``, ``job``, ``state``, ``exit_code``. Waits up to ``wait`` seconds
         (30 at most) for more, or, with ``until`` "end", for the end. Raises ToolFailed when there
@@ -7997,20 +8133,21 @@ class Workspace(WorkspaceBase):
         if offset < 0:
             raise UsageError("Bytes of a job's output count from 0.")
         tenths = str(int(min(wait, 30) * 10))
-        reply = self._ask(LOGS, job, str(offset), str(limit), tenths, until,
+        jobs: Any = job if isinstance(job, (list, tuple)) else [job]
+        reply = self._ask(LOGS, jobs, str(offset), str(limit), tenths, until,
                           cancel=cancel, limit=limit + 4096)
         head, _, data = reply.stdout.partition(b"\n")
-        words = head.decode("ascii", "replace").split()
-        size = max(0, number(words[0])) if words else 0
-        return dict(parse_state(words[1:]), job=job, output=data,
-                    next_offset=offset + len(data), size=size)
+        size, which, *state = [*head.decode("ascii", "replace").split(), "", ""]
+        known = which in jobs
+        return dict(parse_state(state if known else ()), job=which if known else jobs[0],
+                    output=data, next_offset=offset + len(data), size=max(0, number(size)))
 
     @logged("wait", code=wait_code)
-    def wait(self, job: str, timeout: float | None = None,
+    def wait(self, job: str | Sequence[str], timeout: float | None = None,
              cancel: Cancel | None = None) -> Fields:
-        """Wait for a job's end, across lost connections, ``timeout`` seconds at most: ``job``,
-        ``state`` (running, if that came first), ``exit_code``, ``size``. Raises ToolFailed when
-        there is no such job."""
+        """Wait for the end of a job, or the first end among several, across lost connections,
+        ``timeout`` seconds at most: ``job`` (which one), ``state`` (running, if none came first),
+        ``exit_code``, ``size``. Raises ToolFailed when there is no such job."""
         deadline = Deadline(timeout)
         while True:
             status = through_faults(lambda: self.logs(
@@ -8036,7 +8173,7 @@ class Workspace(WorkspaceBase):
         """End a job and everything it started: ``job``, ``state``, ``exit_code``, and ``stopped``:
         confirmed, or requested where the end was not seen. Raises ToolFailed when there is no such
         job."""
-        how, state, *_ = self._ask(STOP, job, job, cancel=cancel).lines() + ["", ""]
+        how, state, *_ = self._ask(STOP, [job], cancel=cancel).lines() + ["", ""]
         stopped = "confirmed" if how == "confirmed" else "requested"
         return dict(parse_state(state.split()), job=job, stopped=stopped)
 
@@ -8046,7 +8183,8 @@ class Project(ProjectBase):
 
     ``directory`` is any directory inside it. ``interactive`` is asked, where a key or a passphrase
     is needed, whether a person may be asked on the terminal (default: never). ``warm`` sessions are
-    kept ready on each host. Raises GitFailed, StateFailed.
+    kept ready on each host. ``host``, or a list of them, is for new workspaces. Raises GitFailed,
+    StateFailed, UsageError.
 
     In a ``with`` statement its end, and Ctrl-C at once, cancel all that this object began and that
     still runs, but for jobs; it does nothing more then.
@@ -8244,7 +8382,7 @@ def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = 
 
 def manage_rm(project: Project, cancel: Cancel, workspace: str, force: bool = False) -> Fields:
     if not project.remove(workspace, force, cancel=cancel):
-        raise no_workspace(workspace)
+        raise project.missing(workspace, make=False)
     return {"removed": workspace}
 
 
@@ -8283,7 +8421,8 @@ PARALLEL = Arg("parallel", "count", "how many at a time (exec: all; batch: 16)",
 COMMON = (
     Arg("directory", "text", "a directory in the git repository", flags="-C", shown="DIR",
         default="."),
-    Arg("host", "text", "anything `ssh HOST` accepts", flags="-H --host", shown="HOST"),
+    Arg("host", "texts", "anything `ssh HOST` accepts; repeated, it is a pool", flags="-H --host",
+        shown="HOST"),
     Arg("workspace", "texts", "the workspace (default: the branch's name)", flags="-w --workspace",
         shown="NAME"),
     Arg("json", "flag", "JSON on stdout instead of text"),
@@ -8379,6 +8518,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          Arg("limit", "count", "at most so many (default: 200)", least=1, shown="N"),
          example="'def .*test' --glob '*.py'", tool=Workspace.grep, reads=True),
     Verb("jobs", "background jobs, started with exec --detach",
+         Arg("all", "flag", "of every workspace of this project", face="line"),
          reads=True, model="The background jobs of the workspace.",
          tool=lambda workspace, cancel=None: {"jobs": workspace.jobs(cancel)}),
     Verb("logs", "a job's output", ONE_JOB,
@@ -8389,10 +8529,12 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          example="-f j0123abcd", reads=True,
          tool=lambda workspace, **given: json_fields(workspace.logs(**given)),
          model="A job's output from a byte offset, and its state. Go on from next_offset."),
-    Verb("wait", "wait for a job; its exit code (124: it still runs)", ONE_JOB,
+    Verb("wait", "wait for a job, the first of several; its code (124: running)",
+         Arg("job", "text|texts", "the job's id, or several; in a shell the last one, if none is "
+             "given", word="*", shown="ID", required=True),
          Arg("timeout", "seconds", "seconds to wait; it may still run then", least=0, shown="TIME"),
          example="j0123abcd", tool=Workspace.wait, reads=True,
-         model="Wait for a job's end; its exit code."),
+         model="Wait for a job's end, or for the first end among several; its exit code."),
     Verb("stop", "end a job and everything it started", ONE_JOB,
          example="j0123abcd", tool=Workspace.stop, destroys=True, repeats=True),
     Verb("new", "create one or several workspaces, in parallel",
@@ -8403,9 +8545,8 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          Arg("source", "text", "with what git ignores (packages, caches) in this workspace of that "
              "host", flags="--from", shown="WS"),
          example="fix-login fix-logout -H my-server",
-         manage=lambda project, cancel, name, ref="HEAD", host="", source="": project.create(
-             name, project.host_for(host, source), ref, cancel=cancel,
-             source=source).describe(),
+         manage=lambda project, cancel, name, ref="HEAD", host=(), source="": project.create(
+             name, host, ref, cancel=cancel, source=source).describe(),
          model="Make a workspace on the host from a local commit."),
     Verb("list", "this project's workspaces",
          Arg("all_projects", "flag", "of every project of this machine", face="line"),
@@ -8538,7 +8679,7 @@ def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0,
 class Batch:
     """JSON lines of tool calls in, JSON lines of results out as they finish."""
 
-    def __init__(self, project: Project, workspace: str, host: str,
+    def __init__(self, project: Project, workspace: str, host: Sequence[str],
                  write: Callable[[bytes], None]) -> None:
         import threading
         self.project, self.workspace, self.host, self.write = project, workspace, host, write
@@ -8812,7 +8953,9 @@ class Call:
         return self.ended
 
     def status(self) -> Fields:
-        state = "running" if not self.ended else "lost" if self.failed else "exited"
+        stopped = self.result.get("stopped") and self.result.get("timed_out") is False
+        state = ("running" if not self.ended else "lost" if self.failed else
+                 "stopped" if stopped else "exited")
         return {"job": self.id, "state": state, "exit_code": self.result.get("exit_code"),
                 "size": self.size}
 
@@ -8856,7 +8999,7 @@ class McpServer:
     for its output, would double what a call costs.
     """
 
-    def __init__(self, project: Project, workspace: str, host: str,
+    def __init__(self, project: Project, workspace: str, host: Sequence[str],
                  write: Callable[[bytes, Cancel], None], manage: bool = False,
                  soft: float = MCP_SOFT) -> None:
         import threading
@@ -8872,7 +9015,7 @@ class McpServer:
         self.calls: dict[str | int, Call] = {}  # not answered yet
         self.working: set[Call] = set()         # not ended yet
         self.kept: dict[str, Call] = {}         # answered with a job
-        place = host or self.host_of(workspace) or "configured for it"
+        place = ", ".join(host) or self.host_of(workspace) or "configured for it"
         self.instructions = MCP_INSTRUCTIONS.format(
             name=workspace, host=place[:36], soft=soft, room=MCP_ROOM)
         if manage:
@@ -9154,10 +9297,14 @@ class McpServer:
         call.doing = "running"
         if tool.tool_name in MANAGE_TOOLS:
             if tool.name == "new":
-                arguments["host"] = self.host or self.host_of(self.workspace)
+                host = self.host
+                with contextlib.suppress(UsageError):
+                    host = host or self.project.default_hosts()
+                arguments["host"] = host or self.host_of(self.workspace)
             call.result = tool.handler(self.project, cancel=call.cancel, **arguments)
             return self._shown(call, tool.tool_name, self._place(arguments), call.result)
-        if str(arguments.get("job", "")).startswith("r"):
+        jobs = arguments.get("job", ())
+        if any(job.startswith("r") for job in ([jobs] if isinstance(jobs, str) else jobs)):
             return self._on_kept(call, arguments)
         workspace = self._workspace(call, name)
         call.workspace = workspace.op
@@ -9190,7 +9337,7 @@ class McpServer:
     def _place(self, arguments: Any) -> str:
         """The host that a result comes from."""
         name = arguments.get("workspace", "") if isinstance(arguments, dict) else ""
-        return self.host_of(str(name or self.workspace)) or self.host or "the host"
+        return self.host_of(str(name or self.workspace)) or ", ".join(self.host) or "the host"
 
     def host_of(self, name: str) -> str:
         return str(self.project.entries().get(name, {}).get("host", ""))
@@ -9209,7 +9356,7 @@ class McpServer:
         a name makes none). Its making outlives this call, or a client with a timeout of its own
         would begin a long upload again and again."""
         entries, own = self.project.entries(), name in ("", self.workspace)
-        name, host = (self._bound(entries), self.host) if own else (name, "")
+        name, host = (self._bound(entries), self.host) if own else (name, ())
         entry = entries.get(name) if own else self.project.entry(name)
         if entry and entry.get("init") != "pending":
             return self.project.existing(name, host)  # renamed this instant: missing, not made
@@ -9221,14 +9368,17 @@ class McpServer:
         return found
 
     def _on_kept(self, call: Call, arguments: Fields) -> str:
-        """logs, wait or stop of a call that was answered with a job."""
-        kept = self.kept.get(arguments["job"])
-        if kept is None:
+        """logs, wait or stop of a call that was answered with a job; wait also of several."""
+        job = arguments["job"]
+        names = [job] if isinstance(job, str) else job
+        jobs = [self.kept[name] for name in names if name in self.kept]
+        if len(jobs) < len(names):
+            missing = " or ".join(name for name in names if name not in self.kept)
             raise ToolFailed(
-                f"There is no job {show(arguments['job'])} any more: such a job ends with the "
-                "server that began it.",
-                "Run the command again, with background=true if it takes long.")
-        tool = call.tool.name
+                f"There is no job {show(missing)} in this server: such a job ends with the server "
+                "that began it.", "Wait apart for those of the host (j...), or run the command "
+                "again, with background=true if it takes long.")
+        kept, tool = jobs[0], call.tool.name
         if tool == "stop":
             if not kept.ended:
                 kept.cancel.set()
@@ -9236,7 +9386,11 @@ class McpServer:
             how = kept.result.get("stopped") or ("confirmed" if kept.ended else "requested")
             result = dict(kept.status(), stopped=how)
         elif tool == "wait":
-            if kept.wait(arguments["timeout"], call.cancel):
+            deadline = Deadline(arguments["timeout"])
+            while not (any(one.ended for one in jobs) or deadline.over() or call.cancel.is_set):
+                kept.wait(deadline.capped(0.2), call.cancel)
+            kept = next((one for one in jobs if one.ended), kept)
+            if kept.ended:
                 return f"job: {kept.id}\nstate: {kept.status()['state']}\n{kept.text}"
             result = kept.status()
         else:
@@ -10000,7 +10154,7 @@ class Execution:
             if isinstance(row, PipeClosed) or isinstance(row, CmuxError) and self.plain:
                 raise row
             if isinstance(row, CmuxError):  # not begun
-                rows[at] = exec_failure(self.names[at], self.options.host, row, began)
+                rows[at] = exec_failure(self.names[at], None, row, began)
         if self.options.json:
             print_json(rows if self.many else rows[0])
         elif self.many:
@@ -10011,11 +10165,11 @@ class Execution:
 
     def _row(self, name: str) -> Fields:
         options, began, row = self.options, time.monotonic(), {"exit_code": 1}
-        patience, host = Patience(0.5, (self.cancel, select.POLLIN)), options.host
+        patience, host = Patience(0.5, (self.cancel, select.POLLIN)), None
         out, err = [Capture(TOOL_CAPTURE if self.many else CAPTURE_MAX) if options.json else
                     self.terminal.sink_of(name, fd, patience) for fd in (1, 2)]  # type: Any, Any
         try:
-            host = host or self.project.entries().get(name, {}).get("host")
+            host = self.project.entries().get(name, {}).get("host")
             workspace = self._workspace(name)
             if options.detach:
                 job = workspace.start(self.command, options.cwd or "", self.environment,
@@ -10049,7 +10203,7 @@ class Execution:
         return row
 
     def _workspace(self, name: str) -> Workspace:
-        host, report, cancel = self.options.host or "", self.terminal, self.cancel
+        host, report, cancel = self.options.host, self.terminal, self.cancel
         report.step(name, "connecting")
         workspace = self.project.ensure(name, host, report, cancel, self.secrets)
         if self.options.push and self.project.push(name, report=report, cancel=cancel):
@@ -10195,7 +10349,7 @@ def command_new(options: argparse.Namespace) -> int:
     project = open_project(options)
     names = given_names(options) or [project.default_workspace()]
     source = options.source or ""
-    host = project.host_for(options.host or "", source)
+    host = project.hosts_for(options.host or (), source)
     if len(set(names)) != len(names):
         raise UsageError("A name is given twice.")
 
@@ -10232,16 +10386,18 @@ def command_new(options: argparse.Namespace) -> int:
     return code
 
 
-def print_table(rows: Sequence[Sequence[str]], spare: int = 0) -> None:
+def print_table(rows: Sequence[Sequence[str]], *spare: int) -> None:
     """Columns in line; on a terminal the widest are cut so that a row fits its width. With
     ``spare`` the last column is cut before any other, to so many characters at least; where it
-    cannot have them it is left out."""
+    cannot have them it is left out, and the next number is for the one before it."""
     width = terminal_width()
-    if spare:
+    for least in spare:
         others = table_lines([row[:-1] for row in rows], 1 << 16)
         rest = width - 2 - max(map(len, others))  # what they leave to it
-        fits = rest >= min(spare, max(len(row[-1]) for row in rows))
-        rows = [[*row[:-1], shortened(row[-1], rest)] if fits else row[:-1] for row in rows]
+        if rest >= min(least, max(len(row[-1]) for row in rows)):
+            rows = [[*row[:-1], shortened(row[-1], rest)] for row in rows]
+            break
+        rows = [row[:-1] for row in rows]
     print_text("\n".join(table_lines(rows, width)))
 
 
@@ -10270,62 +10426,72 @@ def command_history(options: argparse.Namespace) -> int:
          str(row.get("exit_code", "")), human_size(row["bytes"]) if row.get("bytes") else "",
          str(row.get("detail", ""))) for row in rows]
     if rows:
-        print_table(table, spare=8)
+        print_table(table, 8)
     else:
         options.terminal.warn("Nothing is on record yet.")
     return 0
 
 
-class Top:
-    """What `top` knows of each workspace (on one host, or on any): asked for side by side, so that
-    no host holds up the others."""
+class View:
+    """What the hosts say of a project's workspaces (all, or those on some hosts): asked side by
+    side, so that no host holds up the others."""
 
-    UNSEEN: Fields = {"changed": None, "jobs": [], "error": None}
+    UNSEEN: Fields = {"changed": None, "jobs": None, "error": None}
 
-    def __init__(self, project: Project, host: str | None = None) -> None:
-        self.project, self.host = project, host
-        self.seen: dict[str, Fields] = {}
+    def __init__(self, project: Project, hosts: Container[str]) -> None:
+        self.project, self.hosts = project, hosts
+        self.seen: dict[str, Fields] = {}  # by the id of a workspace
         self.asked: set[str] = set()
 
-    def _entries(self) -> list[tuple[str, Fields]]:
-        return [(name, entry) for name, entry in sorted(self.project.entries().items())
-                if self.host in (None, entry["host"])]
+    def look(self) -> list[tuple[Workspace, Fields]]:
+        """The workspaces, and what is known of them by now."""
+        return [(workspace, self.seen.get(workspace.op, self.UNSEEN))
+                for workspace in self.project.workspaces()
+                if not self.hosts or workspace.host.name in self.hosts]
 
     def ask(self) -> None:
-        """Start asking every host that has answered its last question."""
+        """Start asking for each that has answered its last question."""
         import threading
-        for name, _ in self._entries():
-            if name not in self.asked:
-                self.asked.add(name)
-                threading.Thread(target=self._look, args=(name,), daemon=True).start()
+        for workspace, _ in self.look():
+            if workspace.op not in self.asked:
+                self.asked.add(workspace.op)
+                threading.Thread(target=self._ask, args=(workspace,), daemon=True).start()
 
-    def _look(self, name: str) -> None:
+    def _ask(self, workspace: Workspace) -> None:
+        op = workspace.op
         try:
-            workspace = self.project.workspace(name)
+            workspace.host.masters.connect(Deadline(SLOT_PATIENCE), now=True)
             reply = tool_reply(workspace, workspace.host.call(
                 JOBS, job_directory(workspace), workspace.path))
             changed = re.match(r"changed +(\d{1,9})\n", reply.stdout.decode("ascii", "replace"))
-            jobs = [job for job in parse_jobs(workspace, reply) if job["state"] == "running"]
-            count = int(changed[1]) if changed else None
-            self.seen[name] = {"changed": count, "jobs": jobs, "error": None}
+            self.seen[op] = {"changed": int(changed[1]) if changed else None,
+                             "jobs": parse_jobs(workspace, reply), "error": None}
         except CmuxError as error:
-            self.seen[name] = dict(self.seen.get(name, self.UNSEEN), error=str(error))
+            self.seen[op] = dict(self.seen.get(op, self.UNSEEN), error=str(error))
         finally:
-            self.asked.discard(name)
+            self.asked.discard(op)
+
+    def wait(self, patience: Deadline) -> None:
+        """Until all have answered, or the deadline."""
+        while self.asked and not patience.over():
+            time.sleep(0.02)
+        late = f"The host has not answered within {TOP_PATIENCE} s."
+        for op in list(self.asked):
+            self.seen.setdefault(op, dict(self.UNSEEN, error=late))
 
     def rows(self) -> list[Fields]:
-        now, running = time.time(), self.project.running_now()
+        now, going_on = time.time(), self.project.running_now()
         last = {row.get("op"): row.get("exit_code") for row in self.project.history.rows()
                 if row["operation"] == "exec"}
         rows = []
-        for name, entry in self._entries():
-            seen = self.seen.get(name, self.UNSEEN)
+        for workspace, seen in self.look():
+            name = workspace.name
             doing = [(row["operation"], str(row.get("detail", "")), row["time"])
-                     for row in running if row.get("workspace") == name]
-            doing += [(job["job"], job["command"], job["started"]) for job in seen["jobs"]]
+                     for row in going_on if row.get("workspace") == name]
+            doing += [(job["job"], job["command"], job["started"]) for job in running(seen)]
             rows.append({
-                "workspace": name, "host": entry["host"], "changed": seen["changed"],
-                "last_exit_code": last.get(entry["op"]), "error": seen["error"], "running": [
+                "workspace": name, "host": workspace.host.name, "changed": seen["changed"],
+                "last_exit_code": last.get(workspace.op), "error": seen["error"], "running": [
                     {"what": what, "detail": text, "for": round(now - since, 1) if since else None}
                     for what, text, since in doing]})
         return rows
@@ -10344,17 +10510,17 @@ class Top:
         return table_lines(table, width)
 
 
+def running(seen: Fields) -> list[Fields]:
+    """Of the jobs that a host named."""
+    return [job for job in seen["jobs"] or () if job["state"] == "running"]
+
+
 def command_top(options: argparse.Namespace) -> int:
     project = open_project(options)
-    top = Top(project, options.host)
+    top = View(project, options.host)
     top.ask()
     if options.json or not (os.isatty(0) and os.isatty(1)):
-        patience = Deadline(TOP_PATIENCE)
-        while top.asked and not patience.over():
-            time.sleep(0.02)
-        late = f"The host has not answered within {TOP_PATIENCE} s."
-        for name in list(top.asked):
-            top.seen.setdefault(name, dict(top.UNSEEN, error=late))
+        top.wait(Deadline(TOP_PATIENCE))
         print_json(top.rows()) if options.json else print_text("\n".join(top.lines(1 << 16)))
         return 0
     import termios
@@ -10475,31 +10641,47 @@ COMPLETIONS["zsh"] = "autoload -U +X bashcompinit && bashcompinit\n" + COMPLETIO
 
 
 def command_list(options: argparse.Namespace) -> int:
-    rows: list[Fields] = []
-    if options.all_projects:
-        for value in all_projects(report_error):
-            ready = [(name, entry) for name, entry in value["workspaces"].items()
-                     if entry.get("state") == "ready"]
-            rows += [dict({key: entry[key] for key in ("host", "path", "base", "created")},
-                          name=name, project=value["name"], state=state_of(entry))
-                     for name, entry in ready]
-    else:
-        rows = [workspace.describe() for workspace in open_project(options).workspaces()]
-    rows = [row for row in rows if options.host in (None, row["host"])]
+    views, rows = [], []  # type: list[View], list[Fields]
+    if not options.all_projects:  # ssh asks nobody anything for a list
+        views.append(View(Project(options.directory, warm=0), options.host))
+    for value in all_projects(report_error) if options.all_projects else ():
+        try:
+            directory = re.sub(r"/\.git\Z", "", value.get("repository", "/"))
+            views.append(View(Project(directory, warm=0), options.host))
+        except CmuxError:  # its repository has gone
+            keys = ("host", "path", "base", "created", *COUNTED)
+            rows += [dict({key: entry.get(key) for key in keys}, name=name,
+                          project=value["name"], state=state_of(entry))
+                     for name, entry in value["workspaces"].items() if entry["state"] == "ready"
+                     and (not options.host or entry["host"] in options.host)]
+    patience = Deadline(LIST_PATIENCE)
+    for view in views if options.verbosity >= 0 else ():
+        view.ask()
+    for view in views:
+        view.wait(patience)
+        rows += [dict(workspace.describe(), changed=seen["changed"],
+                      behind=view.project.repository.behind(workspace.base),
+                      jobs=None if seen["jobs"] is None else len(running(seen)))
+                 for workspace, seen in view.look()]
     if options.json:
         return answer(options, rows)
     if not rows:
-        where = f" on {options.host}" if options.host else " yet"
-        host = quote(options.host or "HOST")
+        where = f" on {' or '.join(options.host)}" if options.host else " yet"
+        host = quote((options.host or ["HOST"])[0])
         options.terminal.warn(f"No workspaces{where}. Make one: {PROGRAM} new NAME -H {host}")
     elif options.verbosity < 0:
         print_text("\n".join(row["name"] for row in rows))
     else:
-        print_table([("NAME", "HOST", "BASE", "AGE", "STATE", "PATH")] + [
-            (f"{row['project']}/" * options.all_projects + row["name"], row["host"],
-             row["base"][:10], human_age(time.time() - row["created"]), row["state"], row["path"])
-            for row in rows], spare=20)
+        heads = ["NAME", "HOST", "STATE", *map(str.upper, COUNTED), "AGE", "BASE", "PATH"]
+        print_table([heads] + [[
+            f"{row['project']}/" * options.all_projects + row["name"], row["host"], row["state"],
+            *("-" if row[key] is None else str(row[key]) for key in COUNTED),
+            human_age(time.time() - row["created"]), row["base"][:10], row["path"]]
+            for row in rows], 20, 10)
     return 0
+
+
+COUNTED = ("behind", "changed", "jobs")
 
 
 def human_age(seconds: float) -> str:
@@ -10534,12 +10716,11 @@ def command_rm(options: argparse.Namespace) -> int:
     for name in names:
         try:
             host = project.registry.read()["workspaces"].get(name, {}).get("host")
-            if options.host and host and check_host(options.host) != host:
-                raise UsageError(f"The workspace {name} is on {host}, not on {options.host}.",
-                                 "Leave out -H.")
+            if host:
+                project.check_place(name, host, options.host)
             gone = project.remove(name, options.force, options.forget)
             if not gone:
-                raise no_workspace(name)
+                raise project.missing(name, make=False)
             removed += gone
         except CmuxError as error:
             if isinstance(error, ConnectionFailed):
@@ -10556,11 +10737,13 @@ def existing_workspace(options: argparse.Namespace) -> Workspace:
     project = open_project(options)
     entries, name = project.entries(), one_workspace(options)
     if not name:
-        job = project.registry.read().get("jobs", {}).get(getattr(options, "job", ""), {})
+        given = getattr(options, "job", "")
+        first = given[0] if isinstance(given, list) and given else str(given)
+        job = project.registry.read().get("jobs", {}).get(first, {})
         own = project.default_workspace()
         near = [row for row in (job.get("workspace"), own) if row in entries]
         name = [*near, *(entries if len(entries) == 1 else ()), own][0]
-    return project.existing(name, options.host or "")
+    return project.existing(name, options.host)
 
 
 def command_pull(options: argparse.Namespace) -> int:
@@ -10618,18 +10801,23 @@ def command_gc(options: argparse.Namespace) -> int:
 
 
 def command_diff(options: argparse.Namespace) -> int:
-    coloured = in_colour() and not options.stat
-    colours = {"+": "32", "-": "31", "@": "36", "d": "1"} if coloured else {}
-    exact = options.json or not os.isatty(1)
-    lines = diff_lines(existing_workspace(options), options.stat, options.terminal, binary=exact)
+    workspace, exact = existing_workspace(options), options.json or not os.isatty(1)
+    lines = diff_lines(workspace, options.stat, options.terminal, binary=exact)
     if options.json:
         return answer(options, bytes_field("diff", b"".join(line + b"\n" for line in lines)))
-    for line in lines:
-        quiet_terminal()
-        text = neutralise(line)
-        colour = colours.get(text[:1])
-        shown = (f"\x1b[{colour}m{text}\x1b[m" if colour else text).encode("utf-8", "replace")
-        write_out(1, (line if exact else shown) + b"\n", harmless=True)
+    pager, coloured = ("", False) if exact else workspace.project.repository.diff_settings()
+    coloured = coloured and not options.stat and not os.environ.get("NO_COLOR")
+    colours = {"+": "32", "-": "31", "@": "36", "d": "1"} if coloured else {}
+    with contextlib.ExitStack() as held:
+        fd = 1
+        for line in lines:
+            quiet_terminal()
+            if pager and fd == 1:
+                fd = held.enter_context(paged(pager))
+            text = neutralise(line)
+            colour = colours.get(text[:1])
+            shown = (f"\x1b[{colour}m{text}\x1b[m" if colour else text).encode("utf-8", "replace")
+            write_out(fd, (line if exact else shown) + b"\n", harmless=True)
     return 0
 
 
@@ -10763,17 +10951,17 @@ def secrets_rm(options: argparse.Namespace) -> int:
 
 def the_workspace(options: argparse.Namespace) -> Workspace:
     project = open_project(options)
-    return project.ensure(one_workspace(options) or project.default_workspace(), options.host or "",
+    return project.ensure(one_workspace(options) or project.default_workspace(), options.host,
                           report=options.terminal)
 
 
-def job_of(options: argparse.Namespace, workspace: Workspace) -> str:
-    """The job that was named, else the last one."""
+def job_of(options: argparse.Namespace, workspace: Workspace) -> Any:
+    """The job, or jobs, named; else the last one of the workspace."""
     jobs = [] if options.job else workspace.jobs()
     if not (options.job or jobs):
         raise ToolFailed(f"The workspace {workspace.name} has no jobs.",
                          f"Start one: {PROGRAM} exec --detach -- CMD")
-    return str(options.job or jobs[-1]["job"])
+    return options.job or jobs[-1]["job"]
 
 
 def command_tool(options: argparse.Namespace) -> int:
@@ -10853,18 +11041,43 @@ def text_rows(rows: list[str], truncated: bool, terminal: Terminal) -> None:
 def text_jobs(result: Fields, terminal: Terminal) -> None:
     if not result["jobs"]:
         return terminal.warn("No jobs here. Start one: %s exec --detach -- CMD" % PROGRAM)
-    print_table([("JOB", "STATE", "AGE", "COMMAND")] + [
-        (row["job"], "exited %s" % row["exit_code"] if row["state"] == "exited" else row["state"],
+    many = ["workspace"] * ("workspace" in result["jobs"][0])
+    print_table([(*map(str.upper, many), "JOB", "STATE", "AGE", "COMMAND")] + [
+        (*(row[key] for key in many), row["job"], job_state(row),
          human_age(time.time() - row["started"]) if row["started"] else "?", row["command"])
         for row in result["jobs"]])
+
+
+def command_jobs(options: argparse.Namespace) -> int:
+    if not options.all:
+        return command_tool(options)
+    if options.workspace:
+        raise UsageError("--all takes no -w.")
+    view, code = View(open_project(options), options.host), 0
+    view.ask()
+    view.wait(Deadline(TOP_PATIENCE))
+    rows = [dict(job, workspace=workspace.name) for workspace, seen in view.look()
+            for job in seen["jobs"] or ()]
+    for workspace, seen in view.look():
+        if seen["error"]:
+            code = 255
+            options.terminal.line(f"{PROGRAM}: {workspace.name}: {seen['error']}")
+    print_json(rows) if options.json else text_jobs({"jobs": rows}, options.terminal)
+    return code
+
+
+def job_state(row: Mapping[str, Any]) -> str:
+    """running, lost, exited 0, stopped 143"""
+    return f"{row['state']} {row['exit_code']}".replace(" None", "")
 
 
 TOOL_TEXT: dict[str, Callable[[Fields, Terminal], None]] = {
     "jobs": text_jobs,
     "read": lambda result, terminal: write_out(1, field_bytes("content", result)),
-    "stop": lambda result, terminal: None if result["stopped"] == "confirmed" else terminal.warn(
-        "The end of %s was asked for, not seen." % result["job"]),
-    "wait": lambda result, terminal: None if result["state"] == "exited" else terminal.warn(
+    "stop": lambda result, terminal: (
+        print_text if result["stopped"] == "confirmed" else terminal.warn)(
+            f"{result['job']}  {job_state(result)}: {STOPPED[result['stopped']] % ''}"),
+    "wait": lambda result, terminal: None if result["exit_code"] is not None else terminal.warn(
         "The job %s is %s." % (result["job"], "still running" if result["state"] == "running" else
                                "lost: it ended without a record (was the host restarted?)")),
     "glob": lambda result, terminal: text_rows(result["paths"], result["truncated"], terminal),
@@ -10891,7 +11104,10 @@ def command_logs(options: argparse.Namespace) -> int:
         def json_line(data: bytes) -> None:
             if data:
                 print_json(bytes_field("output", data))
-        end = workspace.follow(job, json_line if options.json else out, offset)
+        try:
+            end = workspace.follow(job, json_line if options.json else out, offset)
+        except KeyboardInterrupt:
+            raise Cancelled(f"The job {job} goes on.", f"To look again: {PROGRAM} logs -f {job}")
         if options.json:
             print_json({"state": end["state"], "exit_code": end["exit_code"]})
         out.end()
@@ -10913,27 +11129,29 @@ def project_and_name(options: argparse.Namespace) -> tuple[Project, str]:
 
 def command_batch(options: argparse.Namespace) -> int:
     project, name = project_and_name(options)
-    batch = Batch(project, name, options.host or "", lambda data: write_out(1, data))
+    batch = Batch(project, name, options.host, lambda data: write_out(1, data))
     lines = read_lines(0, BATCH_LINE_MAX, batch.cancel)
     return batch.run(lines, options.parallel or 16)
 
 
 def command_mcp(options: argparse.Namespace) -> int:
     project, name = project_and_name(options)
-    host = check_host(options.host) if options.host else ""
-    server = McpServer(project, name, host, answer_out, options.manage, options.soft_timeout)
+    server = McpServer(project, name, pool_of(options.host), answer_out, options.manage,
+                       options.soft_timeout)
     return server.run(read_lines(0, BATCH_LINE_MAX))
 
 
 def command_doctor(options: argparse.Namespace) -> int:
-    name, root = options.target or options.host or "", ""
+    if len(options.host) + bool(options.target) > 1:
+        raise UsageError("doctor looks at one host.", f"For example: {PROGRAM} doctor HOST")
+    name, root = options.target or "".join(options.host), ""
     try:
         project = open_project(options)
         entry = project.entries().get(one_workspace(options) or project.default_workspace(), {})
-        name = name or entry.get("host") or project.default_host()
+        name = name or entry.get("host") or project.default_hosts()[0]
         root = entry.get("root", "") if entry.get("host") == name else ""
     except CmuxError:  # no repository, or no host: this machine alone is examined
-        name = name or os.environ.get("CMUX_SSH_HOST", "")
+        name = name or os.environ.get("CMUX_SSH_HOST", "").strip().split(" ")[0]
     rows = []
     colours = {"ok": 32, "note": 36, "fix": 33, "bad": 31, "dead": 31} if in_colour() else {}
     for row in doctor(check_host(name) if name else "", root):
@@ -11004,12 +11222,12 @@ HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "shell": lambda options: on_terminal(
         functools.partial(the_workspace, options), options.terminal), "diff": command_diff,
     "pull": command_pull, "push": command_push, "write": command_write, "edit": command_edit,
-    "cp": command_cp,
-    "logs": command_logs, "new": command_new, "list": command_list, "rm": command_rm,
-    "fork": command_move, "rename": command_move, "history": command_history, "top": command_top,
-    "gc": command_gc, "mcp": command_mcp, "batch": command_batch, "secrets set": secrets_set,
-    "secrets import": secrets_import, "secrets list": secrets_list, "secrets rm": secrets_rm,
-    "doctor": command_doctor, "completion": command_completion, "demo": command_demo}
+    "cp": command_cp, "logs": command_logs, "jobs": command_jobs, "new": command_new,
+    "list": command_list, "rm": command_rm, "fork": command_move, "rename": command_move,
+    "history": command_history, "top": command_top, "gc": command_gc, "mcp": command_mcp,
+    "batch": command_batch, "secrets set": secrets_set, "secrets import": secrets_import,
+    "secrets list": secrets_list, "secrets rm": secrets_rm, "doctor": command_doctor,
+    "completion": command_completion, "demo": command_demo}
 
 
 def line_args(verb: Verb) -> list[Arg]:
@@ -11089,6 +11307,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     options = parser_of(VERBS[name]).parse_args(rest)
     for arg in COMMON:  # also those that the command lacks
         options.__dict__.setdefault(arg.name, arg.default)
+    options.host = options.host or []
     options.verb, options.verbosity = name, int(options.verbose) - int(options.quiet)
     options.terminal = Terminal(options.verbosity, notes=name in ("new", "push"))
     CALLED["project"] = "" if options.directory == "." else " -C " + quote(options.directory)

@@ -2720,8 +2720,8 @@ def test_hostile_host_strings_are_refused_before_anything_is_started(repo, way, 
     log = site.dir / "was-called"
     shim = script(site.dir / "shim", f"touch {log}\nexit 255")
     for host in BAD_HOSTS[::1 if way == "option" else 3]:
-        if way != "option" and not host.strip():
-            continue  # an empty variable is an unset one
+        if way != "option" and not host.strip() or way == "environment" and host in ("a b", "u v@h"):
+            continue  # an empty variable is an unset one, and two words are a pool
         env, args = {"CMUX_SSH_COMMAND": str(shim)}, ["exec", "--", "true"]
         if way == "option":
             args[1:1] = [f"--host={host}"]
@@ -4088,6 +4088,31 @@ def test_a_name_used_again_pulls_onto_its_branch_once_that_was_merged(repo):
     repo.new("again")
     do(repo, "echo y >y", "again")
     refused(repo.cli("pull", "-w", "again"), 1, "no pull of this workspace made")
+
+
+def test_diff_on_a_terminal_has_colour_and_pager_as_git_has_them_and_no_sequence_of_the_host(repo, site):
+    repo.new()
+    do(repo, "printf 'x\\033]0;evil\\007\\n' >>README; seq 20000 >many")
+    pager = shlex.quote(site.script("pager", 'cat >"$0.got"; echo "paged $1"'))
+
+    def shown(*config, **env):
+        (site.dir / "pager.got").unlink(missing_ok=True)
+        terminal = on_terminal(site, "diff", cwd=repo.dir, env={
+            "GIT_CONFIG_COUNT": str(len(config)), **{f"GIT_CONFIG_{part}_{n}": text for n, row in enumerate(config) for part, text in zip(("KEY", "VALUE"), row)}, **env})
+        assert terminal.wait() == 0, terminal.output
+        assert b"evil" not in terminal.output or b"\x1b]" not in terminal.output
+        return terminal.output, slurp(site.dir / "pager.got") if (site.dir / "pager.got").exists() else b""
+    out, got = shown(GIT_PAGER=f"{pager} one")
+    assert b"paged one" in out and b"\x1b[32m+x" in got and b"\x1b]" not in got and b"evil" in got and b"+x" not in out
+    out, got = shown(("core.pager", pager), ("pager.diff", f"{pager} two"), ("color.diff", "false"), GIT_PAGER="")
+    assert not got and b"\n+x" in out, "GIT_PAGER comes first"
+    site.env.pop("GIT_PAGER")
+    out, got = shown(("core.pager", pager), ("pager.diff", f"{pager} two"), ("color.ui", "never"))
+    assert b"paged two" in out and b"\n+x" in got and b"\x1b" not in got
+    out, got = shown(("core.pager", pager), ("pager.diff", "false"))
+    assert not got and b"\x1b[32m+x" in out
+    assert b"\x1b[32m+2\x1b" in shown(("core.pager", "head -n 40"))[0], "left early"
+    assert b"\x1b]0;evil" in repo.ok("diff").out and not (site.dir / "pager.got").exists()
 
 
 def test_diff_into_a_pipe_or_json_can_be_applied(repo):
@@ -5477,6 +5502,32 @@ def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo, sit
     assert "a" in listed.text and "box" in listed.text
 
 
+def test_list_counts_commits_changes_and_jobs_and_leaves_a_dash_where_a_host_is_silent(repo, site):
+    line = site.line("far")
+    repo.new("some-name")
+    repo.new("far-away", host="far")
+    do(repo, "echo x >>README; git commit -qam one; echo y >new", "some-name")
+    repo.ok("exec", "-w", "some-name", "--detach", "--", "sleep 60")
+    repo.commit()
+    before = {path: path.stat().st_mtime_ns for path in site.far_home().rglob("*")}
+
+    def counts(*more):
+        return {row["name"]: [row[key] for key in ("behind", "changed", "jobs")] for row in repo.ok("list", "--json", *more).json}
+    expected = {"some-name": [1, 2, 1], "far-away": [1, 0, 0]}
+    assert counts() == counts("--all-projects") == expected
+    assert {path: path.stat().st_mtime_ns for path in site.far_home().rglob("*")} == before, "it makes and changes nothing there"
+    line.stall()
+    for width in (60, 140):
+        terminal = on_terminal(site, "list", cwd=repo.dir, env={"COLUMNS": str(width)})
+        assert terminal.wait() == 0
+        head, *rows = terminal.output.decode().replace("\r", "").split("\n")[:-1]
+        assert re.split("  +", head) == ["NAME", "HOST", "STATE", "BEHIND", "CHANGED", "JOBS", "AGE"] + ["BASE", "PATH"] * (width > 60) and max(map(len, [head, *rows])) <= width
+        cells = [[row[head.index(word):].split()[0] for word in ("NAME", "BEHIND", "CHANGED", "JOBS")] for row in rows]
+        assert cells == [["far-away", "1", "-", "-"], ["some-name", "1", "2", "1"]], rows
+    began = time.monotonic()
+    assert counts()["far-away"] == [1, None, None] and time.monotonic() - began < 15
+
+
 def test_forks_of_one_workspace_do_not_wait_for_each_other(site):
     repo = Repo(site)
     site.daemon("slow", env=replaced(site, cp=f"""case "$*" in -RpP*) : >{site.dir}/copy-$$; n=0
@@ -6497,7 +6548,7 @@ def test_stop_ends_the_whole_tree_and_says_so(talker, command):
     told = talker("stop", job=job)
     assert told["stopped"] == "confirmed" and told["job"] == job
     assert not running(nap), "confirmed means that it has ended"
-    assert (told["state"], told["exit_code"]) == state(talker, job) == ("exited", 137 if "trap" in command else 143)
+    assert (told["state"], told["exit_code"]) == state(talker, job) == ("stopped", 137 if "trap" in command else 143)
     assert talker("logs", job=job)["output"].startswith("here\n") and talker("wait", job=job, timeout=5)["exit_code"] == told["exit_code"]
     assert state(talker, other) == ("running", None) and talker("stop", job=other)["stopped"] == "confirmed"
     assert talker("stop", job=job)["stopped"] == "confirmed", "again is no error"
@@ -6763,6 +6814,34 @@ def test_new_makes_several_at_once_and_refuses_a_name_that_exists(repo):
     place = repo.path("w1").parent
     repo.ok("rm", "--force", *names, "w9")
     assert repo.workspaces() == {} and not list(place.iterdir())
+
+
+def test_a_pool_of_hosts_is_filled_evenly_also_at_once_and_one_that_is_down_is_passed_over(repo, site):
+    site.daemon("b")
+    site.daemon("c")
+    site.host("dead", "ProxyCommand false")
+
+    def spread():
+        return [[row["host"] for row in repo.recorded().values()].count(host) for host in ("box", "b", "c")]
+    repo.ok("new", "-H", "box", "-H", "b", "-H", "c", *[f"w{n}" for n in range(7)])
+    with ThreadPoolExecutor(3) as pool:
+        ran = list(pool.map(lambda n: repo.exec("true", options=["-H", "b", "-H", "c", "-w", f"x{n}"]), range(3)))
+    assert [r.code for r in ran] == [0] * 3 and sorted(spread()) == [3, 3, 4], (spread(), ran)
+    done = repo.ok("new", *[f"y{n}" for n in range(10)], env={"CMUX_SSH_HOST": "dead box b  c"})
+    assert sorted(spread()) == [6, 7, 7] and done.said.count("dead is passed over") == 1, (spread(), done)
+    assert repo.cli("new", "none", env={"CMUX_SSH_HOST": "dead dead"}).code == 255 == repo.cli("new", "none", "-H", "dead", "-H", "nowhere.invalid").code
+    assert repo.ok("rm", "-H", "b", "-H", "box", "-H", "c", "w0", "w1", "w2", "w3")
+    refused(repo.cli("rm", "-H", "dead", "-H", "none", "w4"), 2, words="not on dead or none")
+    refused(repo.cli("doctor", "-H", "box", "-H", "b"), 2, words="one host")
+    refused(repo.cli("new", "none", env={"CMUX_SSH_HOST": "box -oProxyCommand=x"}), 2, words="not a host name")
+    for host in ("b", "c"):
+        repo.git("config", "--add", "cmux.host", host)
+    repo.ok("rm", *repo.recorded())
+    assert in_library(repo, """
+project = cmux_ssh.Project(".", host=["box", "c"])
+print(*(project.ensure(name).host.name for name in "abcd"), cmux_ssh.Project(".", host="b").ensure("e").host.name)
+print(*sorted(cmux_ssh.Project(".").ensure(name).host.name for name in "fgh"))
+""") == "box c box c b\nb b c\n"
 
 
 @slow
@@ -9310,15 +9389,16 @@ def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo, site):
     assert b"See `%s -m cmux_ssh -C %s list`" % (os.fsencode(sys.executable), os.fsencode(repo.dir)) in by_module.stderr or sys.version_info < (3, 10), by_module
 
 
-def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo):
-    """The last column is cut to 20 characters at least, or left out; then the widest yields."""
+def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo, site):
+    """The last column is cut to 20 characters at least, or left out, and so is the one before it; then the widest yields."""
     repo.new()
     file = repo.record()
     record = json.loads(file.read_text())
     main, long = record["workspaces"].pop("main"), "/home/ada/cmux/" + "x" * 300
-    for width, name, path, row in ((62, "n" * 10, long, "n{10}  box .* ready  /home/ada/cmux/xx[.]{3}"), (61, "n" * 10, long, "n{10}  box .* ready"),
-                                   (46, "n" * 10, "/a", "n{10}  box .* ready  /a"), (45, "n" * 10, "/a", "n{10}  box .* ready"),
-                                   (81, "n" * 51, long, "n{51}  box .* ready"), (80, "n" * 51, long, "n{47}[.]{3}  box .* ready")):
+    base, age = "n{10}  box .* [0-9a-f]{10}", r" +\d+s"
+    for width, name, path, row in ((85, "n" * 10, long, base + "  /home/ada/cmux/xx[.]{3}"), (84, "n" * 10, long, base), (69, "n" * 10, "/a", base + "  /a"),
+                                   (68, "n" * 10, "/a", base), (63, "n" * 10, "/a", base), (62, "n" * 10, "/a", "n{10}  box .*" + age),
+                                   (92, "n" * 51, long, "n{51}  box .*" + age), (91, "n" * 51, long, "n{47}[.]{3}  box .*" + age)):
         record["workspaces"] = {name: dict(main, path=path)}
         file.write_text(json.dumps(record))
         terminal = repo.terminal("list", env={"COLUMNS": str(width)})
@@ -9364,6 +9444,24 @@ def test_a_workspace_may_be_named_by_a_word_and_the_only_one_need_not_be_named(r
     refused(repo.cli("diff"), 1, "There is no workspace 'main'")
 
 
+def test_a_mistyped_name_makes_no_workspace_and_the_one_that_was_meant_is_named(repo):
+    repo.new("fix-login", "main", "try-1", "a")
+    names, meant = set(repo.workspaces()), "did you mean fix-login?"
+    for words, code in ((["exec", "-w", "fix-lgoin", "--", "true"], 125), (["write", "-w", "fixlogin", "f"], 1), (["pull", "fix-log"], 1), (["rm", "Fix-login"], 1)):
+        refused(repo.cli(words[0], "-H", "box", *words[1:]), code, words=meant)
+    calls = [{"workspace": name, "tool": "exec", "arguments": {"command": "true"}} for name in ("fix_login", "alphabet", "alphabets")]
+    first, *others = sorted(map(json.loads, repo.cli("batch", "-H", "box", stdin="\n".join(map(json.dumps, calls)).encode()).text.splitlines()), key=lambda row: row["ok"])
+    assert first["error"]["type"] == "WorkspaceMissing" and meant in first["error"]["message"] and all(row["ok"] for row in others), "names of one program are no slips of each other"
+    with open_mcp(repo, "-H", "box", "-w", "mian") as client:
+        assert "did you mean main?" in client.call("exec", command="true")[1]
+    for name in ("try-2", "b", "login", "fix-ui", "fix-db"):
+        assert repo.exec("true", options=["-w", name]).code == 0, "names of a series, and short ones, are no slips"
+    repo.git("checkout", "-q", "-b", "fix-logins")
+    assert repo.exec("true").code == 0, "the branch's own name is no slip"
+    repo.new("fix-lgin")
+    assert set(repo.workspaces()) == names | {"alphabet", "alphabets", "try-2", "b", "login", "fix-ui", "fix-db", "fix-logins", "fix-lgin"}
+
+
 def test_the_command_line_works_in_another_thread_of_an_importer(repo):
     assert in_library(repo, """
 import threading
@@ -9390,6 +9488,28 @@ def test_the_last_job_is_meant_where_none_is_named(repo):
         repo.ok("exec", "--detach", "--", f"echo {n}; exit 4")
     assert repo.cli("wait").code == 4 and repo.ok("logs").text == "1\n" == repo.ok("logs", "-f").text
     assert repo.cli("stop", "--json").json["state"] == "exited"
+
+
+def test_the_first_of_several_jobs_is_waited_for_and_a_stop_is_told_and_remembered(repo):
+    repo.new("main", "two")
+    slow, other, quick = (repo.ok("exec", "-w", name, "--detach", "--", line).text.strip() for name, line in (
+        ("main", "echo on; sleep 60"), ("two", "sleep 60"), ("main", "sleep 2; exit 5")))
+    done = repo.cli("wait", slow, quick, "--json")
+    assert done.code == 5 and (done.json["job"], done.json["state"]) == (quick, "exited")
+    with open_agent(repo) as talker, open_mcp(repo) as client:
+        assert talker("wait", job=[slow, quick])["job"] == quick and f"job: {quick}\n" in client("wait", job=[slow, quick])
+        assert talker("wait", job=[slow], timeout=0.1)["state"] == "running" and "named" in talker.refusal("wait", job=[])
+        assert "no job" in talker.refusal("wait", job=[slow, "j00000000"]) and "r00000000" in client.call("wait", job=["r00000000"])[1]
+    rows = {row["job"]: (row["workspace"], row["state"]) for row in repo.ok("jobs", "--all", "--json").json}
+    assert rows == {slow: ("main", "running"), quick: ("main", "exited"), other: ("two", "running")}
+    assert re.search(rf"(?m)^two +{other}  running ", repo.ok("jobs", "--all").text)
+    child = repo.start("logs", "-f", slow)
+    assert child.stdout.readline() == b"on\n"
+    child.send_signal(signal.SIGINT)
+    said = child.communicate()[1].decode()
+    assert child.returncode == 130 and said.count("\n") == 1 and "goes on" in said and f"logs -f {slow}" in said
+    assert repo.ok("stop", slow).text == f"{slow}  stopped 143: its processes have ended\n" and repo.cli("wait", slow).code == 143
+    assert ("stopped", 143) in {(row["state"], row["exit_code"]) for row in repo.ok("jobs", "-w", "main", "--json").json}
 
 
 def test_no_bar_is_drawn_after_the_end(monkeypatch):
