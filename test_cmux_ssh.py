@@ -8517,6 +8517,8 @@ def test_mcp_making_the_workspace_may_take_longer_than_a_call_and_outlive_it(rep
         for job in jobs:
             until(lambda: "made" in client("wait", job=job).partition("--- content")[2], "the content")  # noqa: B023
         until(lambda: "name: one" in client("wait", job=other), "the other workspace")
+        more = job_of(client("exec", command="sleep 60", workspace="one"))
+        assert "name: one" in client("wait", job=[more, other]) and "state: stopped" in client("stop", job=more)
         assert number not in client.answers and not (repo.path() / "cancelled").exists()
         assert "stopped: confirmed" in client("stop", job=other)
 
