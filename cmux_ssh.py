@@ -314,7 +314,7 @@ CALLED = {"program": PROGRAM, "project": "", "workspace": ""}
 
 def as_called(hint: str) -> str:
     """A hint whose commands (`cmux_ssh.py VERB ...`, or of git) can be pasted as they are."""
-    program, project, workspace = CALLED["program"], CALLED["project"], CALLED["workspace"]
+    program, project, workspace = CALLED.values()
 
     def ours(match: Any) -> str:
         verb, named = match.groups()
@@ -617,13 +617,13 @@ def pool_of(host: str | Sequence[str]) -> list[str]:
 
 def check_workspace(name: object) -> str:
     """Return ``name`` if it can be a workspace's name, else raise UsageError."""
-    good = isinstance(name, str) and _WORKSPACE.match(name) and ".." not in name
-    if not good or name.endswith((".", ".lock")):  # type: ignore[attr-defined]
+    text = name if isinstance(name, str) else ""
+    if not _WORKSPACE.match(text) or ".." in text or text.endswith((".", ".lock")):
         raise UsageError(
             f"{show(str(name))} is not a workspace name.",
             f"Use 1 to {NAME_MAX} letters, digits, dots, dashes and underscores, beginning with a "
             "letter, digit or underscore; no two dots together, no dot or .lock at the end.")
-    return str(name)
+    return text
 
 
 def safe_workspace(branch: str) -> str:
@@ -668,9 +668,8 @@ def check_variable(name: str, secret: bool = False) -> str:
                          "Use letters, digits and underscores, not beginning with a digit.")
     if name in _READONLY or name.startswith("_cmux_") or secret and (
             name in _INSTRUCTIONS or name.startswith(("LD_", "DYLD_"))):
-        ours = name.startswith("CMUX_")
-        raise UsageError(f"The variable {name} is reserved.", "This program sets it there." if ours
-                         else "It has a meaning of its own to the shell on the host.")
+        raise UsageError(f"The variable {name} is reserved.",
+                         "It has a meaning of its own on the host.")
     return name
 
 
@@ -2123,11 +2122,8 @@ def find_program(name: str, more: Sequence[str] = ()) -> str:
         path = os.path.join(entry, name)
         if os.path.isabs(entry) and os.access(path, os.X_OK) and os.path.isfile(path):
             return path
-    package = {"ssh": "openssh-client", "ssh-keygen": "openssh-client", "sshd": "openssh-server",
-               "git": "git"}.get(name)
     raise UsageError(f"The program {name} is not installed here.",
-                     f"Install it (for example: apt-get install {package})."
-                     if package else "Is $CMUX_SSH_COMMAND as it should be?")
+                     "Install it. (For another ssh set CMUX_SSH_COMMAND.)")
 
 
 def spawn(argv: Sequence[str], env: Mapping[str, str] | None = None, stdin: Any = None,
@@ -2187,7 +2183,7 @@ def paged(pager: str) -> Iterator[int]:
 
 
 def kill_group(process: Process) -> None:
-    """Kill a process with its group; not one that was waited for, whose number may be reused."""
+    """Kill a process with its group, unless its number may be another's by now."""
     import signal
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -2271,24 +2267,20 @@ def die_by_pipe() -> None:
     os.kill(os.getpid(), signal.SIGPIPE)
 
 
-@contextlib.contextmanager
-def at_interrupt(act: Callable[[], None]) -> Iterator[None]:
-    """Have Ctrl-C do ``act`` before what it does, in a main thread that has a handler for it."""
+def at_interrupt(act: Callable[[], None]) -> Callable[[], Any]:
+    """Have Ctrl-C do ``act`` before what it does, in a main thread that has a handler for it.
+    Returns what undoes that."""
     import signal
     import threading
     before: Any = signal.getsignal(signal.SIGINT)
     if not callable(before) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
+        return lambda: None
 
     def interrupt(*words: object) -> None:
         act()
         before(*words)
     signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return lambda: signal.signal(signal.SIGINT, before)
 
 
 # === 8. State ===
@@ -2342,15 +2334,12 @@ def private_directory(path: str) -> str:
     home = "set CMUX_SSH_HOME to a directory of your own."
     try:
         make_private(path)
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        status = os.lstat(path)
     except OSError as error:
         raise StateFailed(f"Cannot use the directory {show(path)}: {error.strerror}.",
                           "Put that right, or " + home)
-    try:
-        status = os.fstat(fd)
-    finally:
-        os.close(fd)
-    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+    private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
+    if not private or status.st_uid != os.geteuid():
         raise StateFailed(f"The directory {show(path)} is open to others.",
                           f"If it is yours: chmod 700 {quote(path)}. Or {home}")
     below, parent = "", os.path.dirname(os.path.realpath(path))
@@ -8193,8 +8182,7 @@ class Project(ProjectBase):
     kind = Workspace
 
     def __enter__(self) -> Project:
-        self._interrupts = at_interrupt(self.ending.set)
-        self._interrupts.__enter__()
+        self._leave_interrupts = at_interrupt(self.ending.set)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -8205,7 +8193,7 @@ class Project(ProjectBase):
             while self.logging - {_thread.get_ident()} and not patience.over():
                 time.sleep(0.01)
         finally:
-            self._interrupts.__exit__(None, None, None)
+            self._leave_interrupts()
             for host in list(self._hosts.values()):
                 host.close()
 
