@@ -2814,8 +2814,8 @@ def secret_values(secrets: Mapping[str, Mapping[str, str]],
     for name, entry in secrets.items():
         if "command" in entry:
             try:
-                argv = ["/bin/sh", "-c", entry["command"]]
-                status, out, _ = run(argv, limit=SECRET_MAX, patience=120, cancel=cancel)
+                status, out, _ = run(["/bin/sh", "-c", entry["command"]], limit=SECRET_MAX,
+                                     patience=120, cancel=cancel)
             except Cancelled:
                 raise
             except CmuxError as error:
@@ -2909,10 +2909,10 @@ FAILURES: tuple[tuple[str, type[HostError], str, str], ...] = (
     (r"break-in attempt", ConnectionFailed,
      "The server of {host} asked for this machine's agent or screen, which ssh refused it.",
      "Do not trust that machine before somebody has looked at its sshd."),
-    (r"Connection refused", ConnectionFailed, "{host} refused the connection on that port.",
-     "Is the machine up, and its sshd running?"),
-    (r"timed out|No route to host|Network is unreachable|Host is down|not responding",
-     ConnectionFailed, "{host} does not answer.", "Is the machine up, and the network?"),
+    (r"Connection refused|timed out|No route to host|Network is unreachable|Host is down|"
+     r"not responding", ConnectionFailed, "{host} does not answer: {said}.",
+     "Is the machine up, its sshd, and the network?"),
+    ("", ConnectionFailed, "Cannot connect to {host}: {said}.", "Try {doctor}."),
 )
 
 
@@ -3019,8 +3019,7 @@ def classify(log: bytes, host: str, config: SSHConfig | None = None) -> HostErro
     said = show(lines[-1], 200) if lines else "ssh gave no reason"
     words = {"host": host, "to": quote(host), "said": said, "doctor": look_into(host),
              "forget": forget_key(config, text) if config else "", "ssh": plain_ssh()}
-    unknown = "", ConnectionFailed, "Cannot connect to {host}: {said}.", "Try {doctor}."
-    _, kind, sentence, hint = next((row for row in FAILURES if re.search(row[0], text)), unknown)
+    _, kind, sentence, hint = next(row for row in FAILURES if re.search(row[0], text))
     error = kind(sentence.format(**words), hint.format(**words), host)
     final = r"requested strict checking|Too many authentication failures"
     error.asks = not re.search(final, text)
@@ -3203,9 +3202,6 @@ class Session:
         if sent:
             when = "" if begun else " before the command was seen to begin"
             hint = "The command may still run there."
-        if begun:
-            hint += (" (If it was silent: a ChannelTimeout of its sshd must be longer than "
-                     f"{BEAT_MOST} seconds.)")
         return ConnectionLost(f"The connection to {self.host} was lost{when}.", hint, self.host,
                               sent)
 
@@ -3979,7 +3975,7 @@ class Forward:
         if not (0 < port < 65536 and 0 <= local < 65536):
             raise UsageError("A port is a number from 1 to 65535.")
         self._masters, self.port, self._tell, self._ending = masters, port, tell, Cancel()
-        self._told, self._clients = set(), set()  # type: set[str], set[socket.socket]
+        self._told: set[str] = set()
         taken, why = self._probe(), ""
         for number in [local] if local else [port, 0]:
             try:
@@ -4033,42 +4029,34 @@ class Forward:
             self._tell(f"{error} {error.hint}".strip())
 
     def _accept(self) -> None:
-        import resource
         import threading
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8  # each takes three; masters more
-        wanted = (self._listener, select.POLLIN), (self._ending, select.POLLIN)
-        while poll_once(None, *wanted) and not self._ending.is_set:
+        while poll_once(None, self._listener, self._ending) and not self._ending.is_set:
             try:
-                if len(self._clients) >= most:
-                    raise OSError
                 client = self._listener.accept()[0]
                 threading.Thread(target=self._carry, args=(client,), daemon=True).start()
             except (OSError, RuntimeError):  # no descriptor is free, or no thread
-                self._say(StateFailed("Too many connections are open here; others wait."))
                 time.sleep(0.1)
 
     def _carry(self, client: socket.socket) -> None:
         """Have one client served. Where that fails it is reset: that is no end of an answer."""
         import socket
-        self._clients.add(client)
         with client, contextlib.suppress(OSError):  # it has gone
             try:
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 with contextlib.closing(self._open(client)) as session:
                     fd, data = max(session.control, session.stderr), b"?"
                     while data:
-                        poll_once(None, (fd, select.POLLIN), (self._ending, select.POLLIN))
+                        poll_once(None, fd, self._ending)
                         self._ending.check()
                         data = os.read(fd, CHUNK)
                     if session.cut():
                         raise ConnectionLost(f"The connection to {session.host} was lost.")
                 client.shutdown(socket.SHUT_WR)
-            except CmuxError as error:
+            except (CmuxError, OSError) as error:
                 at_once = (1).to_bytes(4, sys.byteorder) + bytes(4)
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
-                self._say(error)
-            finally:
-                self._clients.discard(client)
+                if isinstance(error, CmuxError):
+                    self._say(error)
 
 
 def end_masters() -> None:
