@@ -2183,11 +2183,12 @@ def paged(pager: str) -> Iterator[int]:
 
 
 def kill_group(process: Process) -> None:
-    """Kill a process with its group, unless its number may be another's by now."""
+    """Kill a process, and its group if it has one, unless the number may be another's by now."""
     import signal
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
 
 
@@ -2201,16 +2202,18 @@ def await_end(process: Process, seconds: float) -> int:
 
 
 def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = REPLY_MAX,
-        patience: float = 60, cancel: Cancel | None = None) -> tuple[int, bytes, bytes]:
-    """Run a short local command: (status, stdout, stderr), each at most ``limit`` bytes.
+        patience: float = 60, cancel: Cancel | None = None,
+        stderr: Any = -1) -> tuple[int, bytes, bytes]:
+    """Run a short local command: (status, stdout, stderr), each at most ``limit`` bytes. With our
+    own ``stderr`` (2) it may use this terminal.
 
     Raises UsageError when it cannot start, CmuxError when it is too slow or too loud, Cancelled.
     """
-    process, deadline = spawn(argv, env, stdout=-1, stderr=-1), Deadline(patience)
-    assert process.stdout and process.stderr
-    out, err = bytearray(), bytearray()
-    sinks = {process.stdout.fileno(): out, process.stderr.fileno(): err}
-    with process.stdout, process.stderr:
+    process = spawn(argv, env, None, -1, stderr, own_group=stderr != 2)
+    deadline, out, err = Deadline(patience), bytearray(), bytearray()
+    with contextlib.ExitStack() as held:
+        sinks = {held.enter_context(stream).fileno(): sink for stream, sink
+                 in ((process.stdout, out), (process.stderr, err)) if stream}
         try:
             while sinks:
                 for fd in poll_once(deadline.capped(3600), cancel, *sinks):
@@ -3647,19 +3650,16 @@ class Masters:
         persist = f"ControlPersist={CONTROL_PERSIST}"
         argv = ssh_argv(config, "-M", "-N", "-o", persist, "-S", literal(path), "-E", log)
         argv = [other.get(word, word) for word in argv] + ["--", self.host]
-        with open(os.open(log + ".err", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "rb") as said:
-            process = spawn(argv, scrubbed_environment(config), None, -1, said if batch else 2,
-                            own_group=batch)
         patience = self.patience if batch else INTERACTIVE_PATIENCE
-        try:
-            self._await_detach(process, Deadline(patience), cancel)
-            status = await_end(process, CONTROL_PATIENCE)
-        except BaseException as error:
-            kill_group(process) if batch else process.kill()
-            if type(error) is CmuxError:
+        with open(os.open(log + ".err", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "rb") as said:
+            try:
+                status, _, _ = run(argv, scrubbed_environment(config), patience=patience,
+                                   cancel=cancel, stderr=said if batch else 2)
+            except CmuxError as error:
+                if type(error) is not CmuxError:
+                    raise
                 raise ConnectionFailed(f"{self.host} did not answer within {patience:.0f} seconds.",
                                        f"Is the machine up? Try {look_into(self.host)}.", self.host)
-            raise
         words, heard = read_log(log_head(log))
         if status != 0 or not os.path.exists(path):
             if not words.strip():  # arguments refused
@@ -3675,18 +3675,6 @@ class Masters:
             remove_file(self.path("person"))
         else:
             self._mark("person")
-
-    @staticmethod
-    def _await_detach(process: Process, deadline: Deadline, cancel: Cancel | None) -> None:
-        """Wait until a new master closes its stdout; CmuxError when that takes too long."""
-        assert process.stdout
-        with process.stdout as stdout:
-            fd = stdout.fileno()
-            while fd not in poll_once(deadline.capped(60), cancel, fd) or stdout.read(CHUNK):
-                if cancel:
-                    cancel.check()
-                if deadline.over():
-                    raise CmuxError("It is too slow.")
 
     def _sweep(self) -> None:
         """Remove what ended masters left, and the directories of hosts that nobody uses any more.
@@ -3790,8 +3778,8 @@ class Masters:
         if self.single():
             return None
         slots = self._try_slots(1, half)
-        few = 0 < len(self.masters()) < SPARED_MOST
-        if not slots and few and not self._spared and self._rest() <= 0:
+        may = not self._spared and 0 < len(self.masters()) < SPARED_MOST and self._rest() <= 0
+        if may and not slots:
             self._spared = True
             with self._mutex:
                 self._launching += 1
@@ -4534,19 +4522,15 @@ class Host:
     def _see_our_shell(self, cancel: Cancel | None) -> None:
         """Raise RemoteShellFailed where a foreign shell reads our stdin: given another session with
         a closed stdin, it ends, while a slow shell is silent again."""
-        session = None
         try:
-            session = self.masters.open(BOOT, Deadline(1), cancel)[0]
-            probe = Exchange(session, b"", len, len, data=b"")
-            probe.run(Deadline(SHELL_PATIENCE / 2), cancel)
+            with contextlib.closing(self.masters.open(BOOT, Deadline(1), cancel)[0]) as session:
+                probe = Exchange(session, b"", len, len, data=b"")
+                probe.run(Deadline(SHELL_PATIENCE / 2), cancel)
         except RemoteShellFailed:
             if not probe.out.ready:
                 raise
         except HostError:
             pass
-        finally:
-            if session:
-                session.close()
 
     def _silent(self, exchange: Exchange) -> HostError:
         self.abandon(exchange.session)
