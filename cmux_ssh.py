@@ -210,9 +210,6 @@ class CmuxError(Exception):
         super().__init__(message)
         self.hint = hint or self.default_hint
 
-    def __reduce__(self) -> Any:  # pools of processes pickle errors: whatever a subclass takes
-        return type(self).__new__, (type(self), *self.args), self.__dict__
-
 
 class UsageError(CmuxError):
     """The call itself is wrong: a bad name, host, option or argument."""
@@ -241,6 +238,9 @@ class HostKeyFailed(ConnectionFailed):
 
 class AuthenticationFailed(ConnectionFailed):
     """The host accepted none of the keys offered."""
+
+class RemoteShellFailed(ConnectionFailed):
+    """The session ended before our script began: sh failed, or another shell runs."""
 
 class ConnectionLost(HostError):
     """The connection ended in the middle. ``begun`` tells whether the command had started."""
@@ -3205,8 +3205,16 @@ class Session:
         if sent:
             when = "" if begun else " before the command was seen to begin"
             hint = "The command may still run there."
+        if begun:
+            hint += f" (A ChannelTimeout of its sshd must be over {BEAT_MOST} seconds.)"
         return ConnectionLost(f"The connection to {self.host} was lost{when}.", hint, self.host,
                               sent)
+
+    def no_shell(self) -> RemoteShellFailed:
+        return RemoteShellFailed(
+            f"{self.host} accepted the session, but did not run our command with a POSIX sh.",
+            f"Try `{plain_ssh()} {quote(self.host)} exec sh -c :`, and look for a ForceCommand, "
+            "and for a shell that a start-up file runs.", self.host)
 
     def full(self) -> HostFull:
         """The wrapper gave up after its start mark: only a fork that fails makes it."""
@@ -3296,7 +3304,7 @@ class MuxSession(Session):
         while self._status < 0 and poll_once(1, self.control) and self.control_event():
             pass  # the streams may end before the status comes
         if self._status >= 0 and not begun:
-            return RemoteShellFailed(self.host)
+            return self.no_shell()
         if self._status in FORK_FAILED:
             return self.full()
         if self._status >= 0:
@@ -3328,16 +3336,6 @@ class MuxSession(Session):
 
 def plain_ssh() -> str:
     return os.environ.get("CMUX_SSH_COMMAND", "").strip() or "ssh"
-
-
-class RemoteShellFailed(ConnectionFailed):
-    """The session ended before our script began: sh failed, or another shell runs."""
-
-    def __init__(self, host: str) -> None:
-        super().__init__(
-            f"{host} accepted the session, but did not run our command with a POSIX sh.",
-            f"Try `{plain_ssh()} {quote(host)} exec sh -c :`, and look for a ForceCommand, "
-            "and for a shell that a start-up file runs.", host)
 
 
 class DirectSession(Session):
@@ -3407,7 +3405,7 @@ class DirectSession(Session):
         if begun and status in FORK_FAILED:
             return self.full()
         if silent and shaking and not begun and status is not None and 0 <= status < 255:
-            return RemoteShellFailed(self.host)
+            return self.no_shell()
         # ssh often writes what ends it after the login to stderr alone, among login noise. It never
         # reports a proxy's early end.
         lost = AFTER_LOGIN.search(words) or silent and (heard or not proxy_of(self._config))
@@ -3492,9 +3490,7 @@ class Masters:
     # -- what was seen of the host --
 
     def _mark(self, name: str) -> None:
-        remove_file(self.path(name))
-        with Lock(self.path(name)):
-            pass
+        write_json(self.path(name), {})
 
     def _seen(self, name: str, seconds: float = SEEN_FOR) -> bool:
         return 0 <= age_of(self.path(name)) < seconds  # a clock may be set back
@@ -3778,11 +3774,9 @@ class Masters:
         if self.single():
             return None
         slots = self._try_slots(1, half)
-        may = not self._spared and 0 < len(self.masters()) < SPARED_MOST and self._rest() <= 0
-        if may and not slots:
+        may = not self._spared and 0 < len(self.masters()) < SPARED_MOST
+        if may and not slots and self._may_launch(1):
             self._spared = True
-            with self._mutex:
-                self._launching += 1
             self.free(self._one_more(SESSIONS_PER_MASTER, None))
             slots = self._try_slots(1, half)
         with contextlib.suppress(HostError, IndexError):
@@ -3843,7 +3837,7 @@ class Masters:
                 if not self.masters():
                     self._wake(sys.maxsize)  # all wait for one who tries, and share the result
                     slots = self._first_master(count, deadline, cancel)
-                elif patience.over() and self._may_launch():
+                elif patience.over() and self._may_launch(-(-self._waiting // SESSIONS_PER_MASTER)):
                     self._wake(1)  # another looks meanwhile
                     slots = self._one_more(count, cancel)
                 slots = slots or self._try_slots(count)
@@ -3859,13 +3853,12 @@ class Masters:
                 self._waiting -= count
             freed.leave()
 
-    def _may_launch(self) -> bool:
-        """Whether to start one more master: one for every eight slots waited for, one at a time
-        after a failure."""
+    def _may_launch(self, wanted: int) -> bool:
+        """Whether to start one more master, where so many may be started at once; one after a
+        failure."""
         with self._mutex:
-            most = 1 if self._failed() else -(-self._waiting // SESSIONS_PER_MASTER)
-            wanted = min(most, MASTERS_PER_HOST - len(self.masters()))
-            may = self._launching < wanted and self._rest() <= 0
+            most = min(1 if self._failed() else wanted, MASTERS_PER_HOST - len(self.masters()))
+            may = self._launching < most and self._rest() <= 0
             self._launching += may
             return may
 
