@@ -2662,8 +2662,7 @@ class Registry:
         with Lock(self.path + ".lock", doing="changes " + show(self.path)):
             value = read_json(self.path, RECORD)
             if value is None:
-                name = os.path.basename(re.sub(r"/+(\.git)?/*\Z", "", self.repository))
-                name = name[:-4] if name.endswith(".git") else name
+                name = os.path.basename(re.sub(r"(/*\.git)*/*\Z", "", self.repository))
                 value = {"repository": os.fsencode(self.repository).decode("utf-8", "replace"),
                          "name": safe_workspace(name)[:40], "id": os.urandom(6).hex(),
                          "workspaces": {}}
@@ -2834,7 +2833,7 @@ def secret_values(secrets: Mapping[str, Mapping[str, str]],
     if sum(map(len, values.values())) > SECRETS_MAX:
         raise CmuxError(
             f"The secrets are larger than {human_size(SECRETS_MAX)}.",
-            f"Remove some by `{PROGRAM} secrets rm NAME`; see `{PROGRAM} secrets list`.")
+            f"Remove some: {PROGRAM} secrets rm NAME")
     return values
 
 
@@ -3187,10 +3186,6 @@ class Session:
     def control_event(self) -> bool:
         """Read the control connection; False when the session is over."""
         return True
-
-    def alive(self) -> bool:
-        """Whether a session opened ahead can still take a header."""
-        return not poll_once(0, self.control)
 
     def over(self) -> bool:
         """Whether its process has ended; a child of that may hold the streams."""
@@ -3644,7 +3639,7 @@ class Masters:
         if not batch:
             other["BatchMode=yes"] = "BatchMode=no"
         persist = f"ControlPersist={CONTROL_PERSIST}"
-        argv = ssh_argv(config, "-M", "-N", "-o", persist, "-S", literal(path), "-E", log)
+        argv = ssh_argv(config, "-M", "-N", "-o", persist, "-S", path.replace("%", "%%"), "-E", log)
         argv = [other.get(word, word) for word in argv] + ["--", self.host]
         patience = self.patience if batch else INTERACTIVE_PATIENCE
         with open(os.open(log + ".err", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "rb") as said:
@@ -3902,7 +3897,7 @@ class Masters:
         config = self.ask_config(command)
         environment, agent = session_environment(config)
         if slots:
-            options = ["-S", literal(slots[0].master.path), "-o", "ProxyCommand=false"]
+            options = ["-S", slots[0].master.path.replace("%", "%%"), "-o", "ProxyCommand=false"]
             begun, ended = lambda: None, lambda: self.free(slots[:1])
         else:
             options, ended = ["-S", "none", *agent], self.handshake(deadline).free
@@ -3957,14 +3952,15 @@ class Forward:
             raise UsageError("A port is a number from 1 to 65535.")
         self._masters, self.port, self._tell, self._ending = masters, port, tell, Cancel()
         self._told: set[str] = set()
-        taken, why = self._probe(), ""
+        why = ""
         for number in [local] if local else [port, 0]:
             try:
                 self._listener = socket.create_server(("127.0.0.1", number))
             except OSError as error:
                 why = os.strerror(error.errno or 0)
                 continue
-            if taken or number != port or not self._probe():
+            self._probe()
+            if not poll_once(0, self._listener):
                 break
             self._listener.close()  # the connection led to it, and would for ever
             why = "the host is this machine"
@@ -3981,13 +3977,12 @@ class Forward:
         self._ending.set()
         self._listener.close()
 
-    def _probe(self) -> bool:
-        """Whether something there takes a connection. RemoteFailed where sshd does not let it: only
+    def _probe(self) -> None:
+        """Say so if nothing there takes a connection. RemoteFailed where sshd does not let it: only
         an ssh of its own reports that."""
         try:
             with open(os.devnull, "r+b") as nothing:
                 self._open(nothing).close()
-            return True
         except PortRefused as error:
             way = "-W", f"localhost:{self.port}"
             words = "" if self._told else look_closely(self._masters, "", *way)[1]
@@ -3997,7 +3992,6 @@ class Forward:
                     "It needs AllowTcpForwarding yes, and a key without `restrict`. Without: "
                     f"{PROGRAM} exec -- curl -s http://localhost:{self.port}/")
             self._say(error)
-            return False
 
     def _open(self, client: Any) -> Any:
         target = self.port, client.fileno()
@@ -4048,11 +4042,6 @@ def end_masters() -> None:
         for name in filter(is_master, names):
             end_master(os.path.join(folder, name))
     shutil.rmtree(top, ignore_errors=True)
-
-
-def literal(path: str) -> str:
-    """A path for -S, where % is special."""
-    return path.replace("%", "%%")
 
 
 def socket_folder(name: str) -> str:
@@ -4429,10 +4418,10 @@ class Host:
             self._active, self._resting = self._active + 1, False
             while self._ready and len(found) < count:
                 session = self._ready.pop()
-                if session.alive():
-                    found.append(session)
-                else:
+                if poll_once(0, session.control):  # it has ended
                     session.close()
+                else:
+                    found.append(session)
         try:
             if len(found) < count:
                 for session in found:
@@ -4548,8 +4537,8 @@ class Host:
         what these raise (KeyboardInterrupt, too) the process tree on the host is ended first.
         """
         records = record("_cmux_directory", directory) + records
-        command = CommandRun(self, records, stdout, stderr, source)
-        return command.go(deadline, self.ending.join(cancel))
+        return CommandRun(self, records, stdout, stderr, source).go(
+            deadline, self.ending.join(cancel))
 
 
 class Incoming:
@@ -4649,8 +4638,8 @@ class CommandRun:
 
     def _tell_guard(self, line: str) -> None:
         if self.guard:
-            self.guard.outgoing = memoryview(b"%s\n" % line.encode())
             guard = self.guard
+            guard.outgoing = memoryview(line.encode() + b"\n")
             guard.run(Deadline(CONTROL_PATIENCE), until=lambda: not guard.outgoing)
 
     # -- stopping --
