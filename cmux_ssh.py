@@ -3258,10 +3258,9 @@ class MuxSession(Session):
         with contextlib.suppress(*[OSError, MasterGone] if port else []):
             answer = mux_numbers(self._packet())[0]
         if answer in (MUX_FAILURE, MUX_DENIED):
-            raise refused(port, self.host) if port else SessionRefused(
-                f"{self.host} refused one more session.", host=self.host)
+            raise refused(port, self.host) if port else SessionRefused("")
         if hello[:2] != [MUX_HELLO, 4] or answer != MUX_OPENED:
-            raise MasterGone("The control socket gave an odd answer.", host=self.host)
+            raise MasterGone("")
         self._socket.setblocking(False)
 
     def _packet(self) -> bytes:
@@ -3271,7 +3270,7 @@ class MuxSession(Session):
                 return packet
             data = self._socket.recv(4096)
             if not data:
-                raise MasterGone("It hung up.")
+                raise MasterGone("")
             self._buffer += data
 
     def _next(self) -> bytes | None:
@@ -3657,11 +3656,11 @@ class Masters:
                 words = read_bytes(log + ".err", STATE_MAX) or b""
                 unknown = rb"(?i)(unknown|unsupported|bad|illegal).*option|multiplex"
                 if status == 0 or re.search(unknown, words):
-                    raise NoMultiplexing("This ssh has no masters.")
+                    raise NoMultiplexing("")
             raise failure_in(words, heard, config)
         if any(map(BREAKS_WHEN_SHARED.search, heard)):
             end_master(path)
-            raise NoMultiplexing("This server breaks shared connections.")
+            raise NoMultiplexing("")
         if batch:
             remove_file(self.path("person"))
         else:
@@ -3800,7 +3799,7 @@ class Masters:
                                   "Raise `ulimit -n`, or run fewer at once.")
             elif isinstance(error, (MasterGone, OSError)):
                 self.abandon(master)
-                raise MasterGone(f"The connection to {self.host} was just closed.", host=self.host)
+                raise MasterGone(f"The connection to {self.host} was just closed.", "", self.host)
             raise
 
     def _heed_log(self, master: Master) -> None:
@@ -4210,6 +4209,8 @@ class Exchange:
                     "Try again.", self.session.host)
             for fd in events:
                 self._event(fd)
+            if self.close_stdin and not self.outgoing and not self.source:
+                self.session.close_stdin()
             if now > self._beaten + (BEAT_LEAST if events else BEAT_MOST - 0.1):
                 self._beat()
         return True
@@ -4253,7 +4254,6 @@ class Exchange:
             self.outgoing = memoryview(self.source.read())
             if not self.outgoing:
                 self.source, self.close_stdin = None, True
-                self._close_if_written()
 
     def _write(self) -> None:
         part = self.outgoing[:len(self.outgoing) - self._held][:CHUNK]
@@ -4261,15 +4261,10 @@ class Exchange:
             self.outgoing = self.outgoing[os.write(self.session.stdin, part):]
             self.sent = self.sent or not self.outgoing
         except BlockingIOError:
-            return
+            pass
         except OSError:  # the host takes no more: its output, or the session's end, says why
             self.outgoing, self._held = memoryview(b""), 0
             self.source, self.close_stdin = None, True
-        self._close_if_written()
-
-    def _close_if_written(self) -> None:
-        if self.close_stdin and not self.outgoing and not self.source:
-            self.session.close_stdin()
 
     def _drain(self) -> None:
         """Read what a session that is over has left in our pipes."""
