@@ -739,7 +739,7 @@ def quote(word: str) -> str:
 
 
 def encoded(value: object) -> bytes:
-    """The bytes of an argument. Raises UsageError."""
+    """The bytes of an argument."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value)
     try:
@@ -2111,7 +2111,7 @@ if TYPE_CHECKING:
 
 def find_program(name: str, more: Sequence[str] = ()) -> str:
     """The absolute path of ``name`` in $PATH, but for its relative entries: a repository must not
-    bring its own ssh or git. Raises UsageError."""
+    bring its own ssh or git."""
     if "/" in name:
         try:
             return os.path.abspath(name)
@@ -2193,7 +2193,7 @@ def kill_group(process: Process) -> None:
 
 
 def await_end(process: Process, seconds: float) -> int:
-    """The status of a process that has closed its output. Raises CmuxError."""
+    """The status of a process that has closed its output."""
     import subprocess
     try:
         return process.wait(timeout=seconds)
@@ -2461,7 +2461,7 @@ class Lock:
 
 
 def read_bytes(path: str, limit: int) -> bytes | None:
-    """The content of a private file; None if there is none. Raises StateFailed."""
+    """The content of a private file; None if there is none."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as stream:
             owner, data = os.fstat(stream.fileno()).st_uid, stream.read(limit + 1)
@@ -2497,7 +2497,7 @@ def temporary_folder() -> str:
 
 
 def spool(data: bytes) -> IO[bytes]:
-    """A temporary file of ``data``. Raises StateFailed."""
+    """A temporary file of ``data``."""
     import tempfile
     try:
         stream = tempfile.TemporaryFile()
@@ -2601,7 +2601,7 @@ def recall(path: str, shape: Any) -> Fields:
 
 def write_json(path: str, value: Mapping[str, Any], age: float = 3600) -> None:
     """Replace a private file as a whole: write aside, fsync, rename. Files that killed writers left
-    are removed after ``age`` seconds; 0 is for who holds the file's lock. Raises StateFailed."""
+    are removed after ``age`` seconds; 0 is for who holds the file's lock."""
     import json
     data = json.dumps(dict(value, version=1), indent=1, sort_keys=True).encode() + b"\n"
     if len(data) > STATE_MAX:  # nobody could read it
@@ -4366,12 +4366,12 @@ class Host:
     def attempt(self, work: Callable[[list[Session]], Made], deadline: Deadline,
                 cancel: Cancel | None, repeat: Callable[[ConnectionLost], bool], count: int = 1,
                 bulk: bool = False) -> Made:
-        """What ``work`` returns for a list of sessions, as open_all() opens them. What it leaves in
-        the list is closed. It is tried again after a dropped handshake, a login that needs a person
-        (over a master, then), and, where it may ``repeat``, a lost connection or a full host."""
+        """What ``work`` returns for a list of sessions of open(). What it leaves in the list is
+        closed. It is tried again after a dropped handshake, a login that needs a person (over a
+        master, then), and, where it may ``repeat``, a lost connection or a full host."""
         first: HostError | None = None
         for number in range(10):
-            sessions = self.open_all(count, deadline, cancel, bulk)
+            sessions = self.open(deadline, cancel, count, bulk)
             direct = isinstance(sessions[0], DirectSession)
             try:
                 return work(sessions)
@@ -4398,14 +4398,10 @@ class Host:
 
     # -- sessions opened ahead: the shell reads, and waits for a header --
 
-    def open(self, deadline: Deadline, cancel: Cancel | None = None) -> Session:
-        """A session that runs BOOT: one opened ahead, else a new one. done() closes it."""
-        return self.open_all(1, deadline, cancel)[0]
-
-    def open_all(self, count: int, deadline: Deadline, cancel: Cancel | None = None,
-                 bulk: bool = False) -> list[Session]:
-        """So many, all or none; one where each has a connection of its own, as for ``bulk``,
-        unless logging in needs a person."""
+    def open(self, deadline: Deadline, cancel: Cancel | None = None, count: int = 1,
+             bulk: bool = False) -> list[Session]:
+        """So many sessions that run BOOT, all or none; one where each has a connection of its own,
+        as for ``bulk``, unless logging in needs a person."""
         if bulk and not self.masters.needs_person():
             return [self.masters.open_direct(BOOT, deadline, cancel)]
         found: list[Session] = []
@@ -4430,7 +4426,7 @@ class Host:
             raise
 
     def done(self, session: Session) -> None:
-        """Close a session of open() or open_all()."""
+        """Close a session of open()."""
         session.close()
         with self._mutex:
             self._active -= session.counted
@@ -4622,7 +4618,8 @@ class CommandRun:
                                   run_id=self.run_id)
             self.host.begin(self.guard, cancel, deadline)
             if len(sessions) == 1:
-                sessions.insert(0, self.host.open(Deadline(deadline.capped(SLOT_PATIENCE)), cancel))
+                patience = Deadline(deadline.capped(SLOT_PATIENCE))
+                sessions[:0] = self.host.open(patience, cancel)
         self.exchange = Exchange(sessions[0], self.records, self.stdout, self.stderr, self.source,
                                  run_id=self.run_id)
         self.host.begin(self.exchange, cancel, deadline)
@@ -4665,7 +4662,7 @@ class CommandRun:
     def _stop_again(self, pid: str) -> str:
         """End it over another session, and report what that sees."""
         try:
-            reply, session = Capture(100), self.host.open(Deadline(STOP_PATIENCE))
+            reply, [session] = Capture(100), self.host.open(Deadline(STOP_PATIENCE))
             try:
                 guard = Exchange(session, script_records(GUARD), reply, len,
                                  data=pid.encode() + b"\n", run_id=self.run_id)
@@ -6623,7 +6620,7 @@ class WorkspaceBase:
         op = os.urandom(8).hex()
         octal = "".join(f"\\{byte:03o}" for byte in encoded(f"{self.root}/.cmux/stage/{op}/f"))
         ready, patience = Capture(100), SLOT_PATIENCE
-        session = self.host.open(Deadline(patience))
+        [session] = self.host.open(Deadline(patience))
         try:
             header = HELD + script_records(HANDOVER, self.root, op)
             exchange = Exchange(session, header, ready, ready, data=encoded(text))
