@@ -2888,8 +2888,6 @@ FAILURES: tuple[tuple[str, type[HostError], str, str], ...] = (
     (r"Host key verification failed|No .* host key is known for", HostKeyFailed,
      "The key of {host} is not known on this machine.",
      "Connect once by hand, compare the fingerprint, and accept it: {ssh} {to} true"),
-    (r"Could not resolve hostname", ConnectionFailed,
-     "The host name {host} does not resolve.", "Check the spelling, and your ssh config."),
     (r"Too many authentication failures", AuthenticationFailed,
      "{host} ended the login because too many keys were tried.",
      "Say in your ssh config which key it takes: IdentitiesOnly yes, and IdentityFile PATH."),
@@ -2911,9 +2909,10 @@ FAILURES: tuple[tuple[str, type[HostError], str, str], ...] = (
     (r"break-in attempt", ConnectionFailed,
      "The server of {host} asked for this machine's agent or screen, which ssh refused it.",
      "Do not trust that machine before somebody has looked at its sshd."),
-    (r"Connection refused|timed out|No route to host|Network is unreachable|Host is down|"
-     r"not responding", ConnectionFailed, "{host} does not answer: {said}.",
-     "Is the machine up, its sshd, and the network?"),
+    (r"Could not resolve hostname|Connection refused|timed out|No route to host|"
+     r"Network is unreachable|Host is down|not responding", ConnectionFailed,
+     "{host} does not answer: {said}.",
+     "Is its name right, and are the machine, its sshd and the network up?"),
     ("", ConnectionFailed, "Cannot connect to {host}: {said}.", "Try {doctor}."),
 )
 
@@ -4488,7 +4487,12 @@ class Host:
             if not direct and not patience.over() and not exchange.out.ready:
                 self._see_our_shell(cancel)
             if not exchange.run(patience, cancel, answered) and not deadline.over():
-                raise self._silent(exchange)
+                self.abandon(exchange.session)
+                kind, more = (HostSilent, " The command may still run there.") if (
+                    exchange.sent) else (ConnectionFailed, "")
+                raise kind(f"{self.name} accepted the session, but no shell answered in "
+                           f"{START_PATIENCE:.0f} seconds.",
+                           "Look at its login shell's start-up files." + more, self.name)
         if exchange.out.refused:
             raise WorkspaceMissing(f"The directory is not on {self.name} (any more).")
 
@@ -4504,14 +4508,6 @@ class Host:
                 raise
         except HostError:
             pass
-
-    def _silent(self, exchange: Exchange) -> HostError:
-        self.abandon(exchange.session)
-        kind, more = (HostSilent, " The command may still run there.") if exchange.sent else (
-            ConnectionFailed, "")
-        return kind(f"{self.name} accepted the session, but no shell answered in "
-                    f"{START_PATIENCE:.0f} seconds.",
-                    "Look at its login shell's start-up files." + more, self.name)
 
     def abandon(self, session: Session) -> None:
         """Its master may hang: it is not used again, nor are sessions opened ahead."""

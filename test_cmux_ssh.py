@@ -8877,7 +8877,7 @@ COLD_PROXY = "exec >&-; while kill -0 $PPID 2>&-; do :; done; echo spoken late >
 
 
 DOCTOR = {  # how the host h comes to have the trouble, the exit code, words
-    "unresolved": (lambda site: site.host("h", "HostName no-such-host.invalid"), 255, "does not resolve"),
+    "unresolved": (lambda site: site.host("h", "HostName no-such-host.invalid"), 255, "not resolve"),
     "closed": (lambda site: site.at("h", free_port()), 255, "refused"),
     "unknown key": (lambda site: site.inetd("h", host_key=site.keys.other_host, config=["HostKeyAlias new"]), 255, "ssh-ed25519 SHA256:"),
     "changed key": (lambda site: site.inetd("h", host_key=site.keys.other_host, config=["StrictHostKeyChecking no"]), 255, " -R rig"),
