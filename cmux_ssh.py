@@ -74,6 +74,7 @@ if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command
     AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
     Made = TypeVar("Made")
     Fields = dict[str, Any]  # of a record, or of a JSON object
+    Secrets = dict[str, dict[str, str]]  # name -> {"value": ...} or {"command": ...}
     Sink = Callable[[bytes], Any]
     Target = tuple[int, int]  # a port of the host, a socket here: ssh reads and writes it itself
 
@@ -2236,8 +2237,8 @@ def raise_descriptor_limit() -> None:
     """macOS starts programs with 256 descriptors; a session takes four. For the command line."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    wanted = 4096 if hard < 0 else min(4096, hard)  # no limit is -1, or very large
+    if 0 <= soft < wanted:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
@@ -2429,8 +2430,7 @@ class Lock:
         if self.fd < 0 and not self.wait(Deadline(LOCK_PATIENCE), cancel):
             owner, holder = self._holder()
             raise StateFailed(f"Waited {LOCK_PATIENCE:.0f} seconds in vain for {holder}",
-                              f"Look what it does: ps -p {owner}" if owner
-                              else f"Find it with: fuser {quote(self.path)}")
+                              f"Look what it does: ps -p {owner}" if owner else "")
         return self
 
     def _holder(self) -> tuple[int, str]:
@@ -2685,15 +2685,15 @@ class Registry:
         return f"{self.secrets_path[:-4]}{op}.json"
 
     def stored(self, op: str | None = None) -> list[tuple[str, dict[str, str], str]]:
-        """(name, {"value": ...} or {"command": ...}, scope: global, project or workspace NAME) of
-        the secrets for one workspace, or for any (None); the widest scope first."""
+        """(name, entry, scope: global, project or workspace NAME) of the secrets for one workspace,
+        or for any (None); the widest scope first."""
         files = [(secrets_file(), "global"), (self.secrets_path, "project")]
         files += [(self.own_secrets(entry["op"]), "workspace " + name)
                   for name, entry in self.read()["workspaces"].items() if op in (None, entry["op"])]
         return [(name, entry, scope) for path, scope in files
                 for name, entry in self._cached(path, read_secrets).items()]
 
-    def secrets(self, op: str, only: Collection[str] | None = None) -> dict[str, dict[str, str]]:
+    def secrets(self, op: str, only: Collection[str] | None = None) -> Secrets:
         """What commands get in a workspace, or ``only`` these: the narrower scope wins."""
         found = {name: entry for name, entry, _ in self.stored(op)}
         try:
@@ -2709,15 +2709,17 @@ def secrets_file(key: str = "global") -> str:
 
 
 @contextlib.contextmanager
-def editing_secrets(path: str) -> Iterator[dict[str, dict[str, str]]]:
-    """The secrets of a file, to be changed under its lock; written unless that raises."""
+def editing_secrets(path: str) -> Iterator[Secrets]:
+    """The secrets of a file, to be changed under its lock; written if they may be secrets."""
     with Lock(path + ".lock", doing="changes " + show(path)):
         stored = read_secrets(path)
         yield stored
+        for name, entry in stored.items():
+            check_secret(name, encoded(entry.get("value", "")))
         write_json(path, {"secrets": stored}, 0)
 
 
-def read_secrets(path: str) -> dict[str, dict[str, str]]:
+def read_secrets(path: str) -> Secrets:
     """The secrets of a file. Checked, since people edit files."""
     stored: Fields = (read_json(path, {"secrets?": dict}) or {}).get("secrets", {})
     for name, entry in stored.items():
@@ -2805,8 +2807,7 @@ def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Fields]:
             report(error)
 
 
-def secret_values(secrets: Mapping[str, Mapping[str, str]],
-                  cancel: Cancel | None = None) -> dict[str, bytes]:
+def secret_values(secrets: Secrets, cancel: Cancel | None = None) -> dict[str, bytes]:
     """The values of secrets, commands run now (by the user's shell, as typed by the user).
 
     Raises CmuxError naming the secret, never its value; Cancelled.
@@ -3536,8 +3537,7 @@ class Masters:
                     if lock.take():
                         return lock
                 if not self._shaking.sleep(deadline, cancel):
-                    raise ConnectionFailed(f"Too many connections to {self.host} are being made.",
-                                           "Try again.", self.host)
+                    raise self._too_late("Too many connections are being made to")
         finally:
             self._shaking.leave()
 
@@ -3725,6 +3725,10 @@ class Masters:
 
     # -- sessions --
 
+    def _too_late(self, why: str) -> ConnectionFailed:
+        return ConnectionFailed(f"{why} {self.host}: no session was to be had in time.",
+                                "Try again, or run fewer at once.", self.host)
+
     def open(self, command: str | Target, deadline: Deadline, cancel: Cancel | None = None,
              count: int = 1) -> list[Session]:
         """``count`` sessions for ``command``, all or none: who holds one and waits for another
@@ -3745,8 +3749,7 @@ class Masters:
             finally:
                 self.free(slots[count:])
             if deadline.over():
-                raise ConnectionFailed(f"No session could be opened on {self.host} in time.",
-                                       "Try again; others may be using it.", self.host)
+                raise self._too_late("Others use")
         return [self.open_direct(command, deadline, cancel)]
 
     def connect(self, deadline: Deadline, cancel: Cancel | None = None, now: bool = False) -> None:
@@ -3826,9 +3829,7 @@ class Masters:
                 if slots:
                     return slots
                 if not freed.sleep(deadline, cancel, patience.left() or 3600):
-                    raise ConnectionFailed(
-                        f"All sessions to {self.host} are in use.",
-                        "Wait for running commands, or use fewer at once.", self.host)
+                    raise self._too_late("Running commands use all sessions of")
             return []
         finally:
             with self._mutex:
@@ -3850,8 +3851,7 @@ class Masters:
         before = self._failed()
         lock = Lock(self.path("probe"), doing="connects to " + self.host)
         if not lock.wait(deadline, cancel):
-            raise ConnectionFailed(f"Another process has been connecting to {self.host} for too "
-                                   "long.", "Try again.", self.host)
+            raise self._too_late("Another process is still connecting to")
         with lock:
             if self.masters() or self.single():
                 return []
@@ -5648,8 +5648,7 @@ class ProjectBase:
         self.fetched: set[str] = set()   # commands of secrets that this process has run
         self.logging: set[int] = set()   # threads in the middle of a logged operation
 
-    def fetch(self, secrets: Mapping[str, Mapping[str, str]],
-              cancel: Cancel | None = None) -> dict[str, bytes]:
+    def fetch(self, secrets: Secrets, cancel: Cancel | None = None) -> dict[str, bytes]:
         """The values of secrets, remembered for masking. The oldest make room: one that is fetched
         by a command may be another each time."""
         values = secret_values(secrets, cancel)
@@ -5716,12 +5715,10 @@ class ProjectBase:
         machine; None forgets it. For this project, or one ``workspace`` of it, or ``everywhere``:
         in all projects. The narrower wins. Raises UsageError, WorkspaceMissing, StateFailed."""
         check_variable(name, secret=True)
-        data = None if value is None else encoded(value)
-        check_secret(name, data or b"")
         with self.editing_secrets(workspace, everywhere) as stored:
             stored.pop(name, None)
-            if data is not None:
-                stored[name] = {"value": as_text(data)}
+            if value is not None:
+                stored[name] = {"value": as_text(encoded(value))}
 
     @property
     def name(self) -> str:
@@ -10769,7 +10766,6 @@ def secrets_set(options: argparse.Namespace) -> int:
             raise UsageError("What was typed is not text in this terminal's encoding.", pipe)
         if len(encoded(entry["value"])) >= 4095:
             raise UsageError("A terminal passes on no more than 4095 bytes of a line.", pipe)
-        check_secret(name, encoded(entry["value"]))
         if not entry["value"]:
             raise UsageError("No value was given for %s." % name, empty)
     elif os.path.samestat(os.fstat(0), os.stat(os.devnull)):
@@ -10777,7 +10773,6 @@ def secrets_set(options: argparse.Namespace) -> int:
     else:
         data = read_all(0, SECRET_MAX + 2)
         data = data[:-1] if data.endswith(b"\n") else data
-        check_secret(name, data)
         entry = {"value": as_text(data)}
     with stored_secrets(options) as stored:
         stored[name] = entry
@@ -10804,8 +10799,6 @@ def secrets_import(options: argparse.Namespace) -> int:
     except OSError as error:
         why = os.strerror(error.errno or 0)
         raise UsageError(f"Cannot read {show(options.file)}: {why}.")
-    for name, value in values.items():
-        check_secret(name, encoded(value))
     with stored_secrets(options) as stored:
         stored.update({name: {"value": value} for name, value in values.items()})
     names = sorted(values)
