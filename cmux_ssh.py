@@ -74,6 +74,7 @@ if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command
     AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
     Made = TypeVar("Made")
     Fields = dict[str, Any]  # of a record, or of a JSON object
+    Secrets = dict[str, dict[str, str]]  # name -> {"value": ...} or {"command": ...}
     Sink = Callable[[bytes], Any]
     Target = tuple[int, int]  # a port of the host, a socket here: ssh reads and writes it itself
 
@@ -98,7 +99,6 @@ MIB = 1024 * 1024
 SESSIONS_PER_MASTER = 8
 MASTERS_PER_HOST = 64  # 512 sessions; started as they are needed
 SLOT_SOON = 0.2  # after such a wait, longer than short commands, a master is started
-SPARED_MOST = 6  # masters, from which on none is started for sessions opened ahead
 HANDSHAKES_AT_ONCE = 8  # stock MaxStartups 10:30:100 drops at random from the 10th on
 CONTROL_PERSIST = 600  # an idle master ends itself
 CONNECT_TIMEOUT = 20  # for ssh, where the user's config has none
@@ -210,9 +210,6 @@ class CmuxError(Exception):
         super().__init__(message)
         self.hint = hint or self.default_hint
 
-    def __reduce__(self) -> Any:  # pools of processes pickle errors: whatever a subclass takes
-        return type(self).__new__, (type(self), *self.args), self.__dict__
-
 
 class UsageError(CmuxError):
     """The call itself is wrong: a bad name, host, option or argument."""
@@ -241,6 +238,9 @@ class HostKeyFailed(ConnectionFailed):
 
 class AuthenticationFailed(ConnectionFailed):
     """The host accepted none of the keys offered."""
+
+class RemoteShellFailed(ConnectionFailed):
+    """The session ended before our script began: sh failed, or another shell runs."""
 
 class ConnectionLost(HostError):
     """The connection ended in the middle. ``begun`` tells whether the command had started."""
@@ -314,7 +314,7 @@ CALLED = {"program": PROGRAM, "project": "", "workspace": ""}
 
 def as_called(hint: str) -> str:
     """A hint whose commands (`cmux_ssh.py VERB ...`, or of git) can be pasted as they are."""
-    program, project, workspace = CALLED["program"], CALLED["project"], CALLED["workspace"]
+    program, project, workspace = CALLED.values()
 
     def ours(match: Any) -> str:
         verb, named = match.groups()
@@ -618,13 +618,13 @@ def pool_of(host: str | Sequence[str]) -> list[str]:
 
 def check_workspace(name: object) -> str:
     """Return ``name`` if it can be a workspace's name, else raise UsageError."""
-    good = isinstance(name, str) and _WORKSPACE.match(name) and ".." not in name
-    if not good or name.endswith((".", ".lock")):  # type: ignore[attr-defined]
+    text = name if isinstance(name, str) else ""
+    if not _WORKSPACE.match(text) or ".." in text or text.endswith((".", ".lock")):
         raise UsageError(
             f"{show(str(name))} is not a workspace name.",
             f"Use 1 to {NAME_MAX} letters, digits, dots, dashes and underscores, beginning with a "
             "letter, digit or underscore; no two dots together, no dot or .lock at the end.")
-    return str(name)
+    return text
 
 
 def safe_workspace(branch: str) -> str:
@@ -669,9 +669,8 @@ def check_variable(name: str, secret: bool = False) -> str:
                          "Use letters, digits and underscores, not beginning with a digit.")
     if name in _READONLY or name.startswith("_cmux_") or secret and (
             name in _INSTRUCTIONS or name.startswith(("LD_", "DYLD_"))):
-        ours = name.startswith("CMUX_")
-        raise UsageError(f"The variable {name} is reserved.", "This program sets it there." if ours
-                         else "It has a meaning of its own to the shell on the host.")
+        raise UsageError(f"The variable {name} is reserved.",
+                         "It has a meaning of its own on the host.")
     return name
 
 
@@ -741,7 +740,7 @@ def quote(word: str) -> str:
 
 
 def encoded(value: object) -> bytes:
-    """The bytes of an argument. Raises UsageError."""
+    """The bytes of an argument."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value)
     try:
@@ -2113,7 +2112,7 @@ if TYPE_CHECKING:
 
 def find_program(name: str, more: Sequence[str] = ()) -> str:
     """The absolute path of ``name`` in $PATH, but for its relative entries: a repository must not
-    bring its own ssh or git. Raises UsageError."""
+    bring its own ssh or git."""
     if "/" in name:
         try:
             return os.path.abspath(name)
@@ -2124,11 +2123,8 @@ def find_program(name: str, more: Sequence[str] = ()) -> str:
         path = os.path.join(entry, name)
         if os.path.isabs(entry) and os.access(path, os.X_OK) and os.path.isfile(path):
             return path
-    package = {"ssh": "openssh-client", "ssh-keygen": "openssh-client", "sshd": "openssh-server",
-               "git": "git"}.get(name)
     raise UsageError(f"The program {name} is not installed here.",
-                     f"Install it (for example: apt-get install {package})."
-                     if package else "Is $CMUX_SSH_COMMAND as it should be?")
+                     "Install it. (For another ssh set CMUX_SSH_COMMAND.)")
 
 
 def spawn(argv: Sequence[str], env: Mapping[str, str] | None = None, stdin: Any = None,
@@ -2188,16 +2184,17 @@ def paged(pager: str) -> Iterator[int]:
 
 
 def kill_group(process: Process) -> None:
-    """Kill a process with its group; not one that was waited for, whose number may be reused."""
+    """Kill a process, and its group if it has one, unless the number may be another's by now."""
     import signal
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
 
 
 def await_end(process: Process, seconds: float) -> int:
-    """The status of a process that has closed its output. Raises CmuxError."""
+    """The status of a process that has closed its output."""
     import subprocess
     try:
         return process.wait(timeout=seconds)
@@ -2206,16 +2203,18 @@ def await_end(process: Process, seconds: float) -> int:
 
 
 def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = REPLY_MAX,
-        patience: float = 60, cancel: Cancel | None = None) -> tuple[int, bytes, bytes]:
-    """Run a short local command: (status, stdout, stderr), each at most ``limit`` bytes.
+        patience: float = 60, cancel: Cancel | None = None,
+        stderr: Any = -1) -> tuple[int, bytes, bytes]:
+    """Run a short local command: (status, stdout, stderr), each at most ``limit`` bytes. With our
+    own ``stderr`` (2) it may use this terminal.
 
     Raises UsageError when it cannot start, CmuxError when it is too slow or too loud, Cancelled.
     """
-    process, deadline = spawn(argv, env, stdout=-1, stderr=-1), Deadline(patience)
-    assert process.stdout and process.stderr
-    out, err = bytearray(), bytearray()
-    sinks = {process.stdout.fileno(): out, process.stderr.fileno(): err}
-    with process.stdout, process.stderr:
+    process = spawn(argv, env, None, -1, stderr, own_group=stderr != 2)
+    deadline, out, err = Deadline(patience), bytearray(), bytearray()
+    with contextlib.ExitStack() as held:
+        sinks = {held.enter_context(stream).fileno(): sink for stream, sink
+                 in ((process.stdout, out), (process.stderr, err)) if stream}
         try:
             while sinks:
                 for fd in poll_once(deadline.capped(3600), cancel, *sinks):
@@ -2239,8 +2238,8 @@ def raise_descriptor_limit() -> None:
     """macOS starts programs with 256 descriptors; a session takes four. For the command line."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    wanted = 4096 if hard < 0 else min(4096, hard)  # no limit is -1, or very large
+    if 0 <= soft < wanted:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
@@ -2272,24 +2271,20 @@ def die_by_pipe() -> None:
     os.kill(os.getpid(), signal.SIGPIPE)
 
 
-@contextlib.contextmanager
-def at_interrupt(act: Callable[[], None]) -> Iterator[None]:
-    """Have Ctrl-C do ``act`` before what it does, in a main thread that has a handler for it."""
+def at_interrupt(act: Callable[[], None]) -> Callable[[], Any]:
+    """Have Ctrl-C do ``act`` before what it does, in a main thread that has a handler for it.
+    Returns what undoes that."""
     import signal
     import threading
     before: Any = signal.getsignal(signal.SIGINT)
     if not callable(before) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
+        return lambda: None
 
     def interrupt(*words: object) -> None:
         act()
         before(*words)
     signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return lambda: signal.signal(signal.SIGINT, before)
 
 
 # === 8. State ===
@@ -2343,15 +2338,12 @@ def private_directory(path: str) -> str:
     home = "set CMUX_SSH_HOME to a directory of your own."
     try:
         make_private(path)
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        status = os.lstat(path)
     except OSError as error:
         raise StateFailed(f"Cannot use the directory {show(path)}: {error.strerror}.",
                           "Put that right, or " + home)
-    try:
-        status = os.fstat(fd)
-    finally:
-        os.close(fd)
-    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+    private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
+    if not private or status.st_uid != os.geteuid():
         raise StateFailed(f"The directory {show(path)} is open to others.",
                           f"If it is yours: chmod 700 {quote(path)}. Or {home}")
     below, parent = "", os.path.dirname(os.path.realpath(path))
@@ -2439,8 +2431,7 @@ class Lock:
         if self.fd < 0 and not self.wait(Deadline(LOCK_PATIENCE), cancel):
             owner, holder = self._holder()
             raise StateFailed(f"Waited {LOCK_PATIENCE:.0f} seconds in vain for {holder}",
-                              f"Look what it does: ps -p {owner}" if owner
-                              else f"Find it with: fuser {quote(self.path)}")
+                              f"Look what it does: ps -p {owner}" if owner else "")
         return self
 
     def _holder(self) -> tuple[int, str]:
@@ -2470,7 +2461,7 @@ class Lock:
 
 
 def read_bytes(path: str, limit: int) -> bytes | None:
-    """The content of a private file; None if there is none. Raises StateFailed."""
+    """The content of a private file; None if there is none."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as stream:
             owner, data = os.fstat(stream.fileno()).st_uid, stream.read(limit + 1)
@@ -2506,7 +2497,7 @@ def temporary_folder() -> str:
 
 
 def spool(data: bytes) -> IO[bytes]:
-    """A temporary file of ``data``. Raises StateFailed."""
+    """A temporary file of ``data``."""
     import tempfile
     try:
         stream = tempfile.TemporaryFile()
@@ -2610,7 +2601,7 @@ def recall(path: str, shape: Any) -> Fields:
 
 def write_json(path: str, value: Mapping[str, Any], age: float = 3600) -> None:
     """Replace a private file as a whole: write aside, fsync, rename. Files that killed writers left
-    are removed after ``age`` seconds; 0 is for who holds the file's lock. Raises StateFailed."""
+    are removed after ``age`` seconds; 0 is for who holds the file's lock."""
     import json
     data = json.dumps(dict(value, version=1), indent=1, sort_keys=True).encode() + b"\n"
     if len(data) > STATE_MAX:  # nobody could read it
@@ -2671,8 +2662,7 @@ class Registry:
         with Lock(self.path + ".lock", doing="changes " + show(self.path)):
             value = read_json(self.path, RECORD)
             if value is None:
-                name = os.path.basename(re.sub(r"/+(\.git)?/*\Z", "", self.repository))
-                name = name[:-4] if name.endswith(".git") else name
+                name = os.path.basename(re.sub(r"(/*\.git)*/*\Z", "", self.repository))
                 value = {"repository": os.fsencode(self.repository).decode("utf-8", "replace"),
                          "name": safe_workspace(name)[:40], "id": os.urandom(6).hex(),
                          "workspaces": {}}
@@ -2696,15 +2686,15 @@ class Registry:
         return f"{self.secrets_path[:-4]}{op}.json"
 
     def stored(self, op: str | None = None) -> list[tuple[str, dict[str, str], str]]:
-        """(name, {"value": ...} or {"command": ...}, scope: global, project or workspace NAME) of
-        the secrets for one workspace, or for any (None); the widest scope first."""
+        """(name, entry, scope: global, project or workspace NAME) of the secrets for one workspace,
+        or for any (None); the widest scope first."""
         files = [(secrets_file(), "global"), (self.secrets_path, "project")]
         files += [(self.own_secrets(entry["op"]), "workspace " + name)
                   for name, entry in self.read()["workspaces"].items() if op in (None, entry["op"])]
         return [(name, entry, scope) for path, scope in files
                 for name, entry in self._cached(path, read_secrets).items()]
 
-    def secrets(self, op: str, only: Collection[str] | None = None) -> dict[str, dict[str, str]]:
+    def secrets(self, op: str, only: Collection[str] | None = None) -> Secrets:
         """What commands get in a workspace, or ``only`` these: the narrower scope wins."""
         found = {name: entry for name, entry, _ in self.stored(op)}
         try:
@@ -2720,15 +2710,17 @@ def secrets_file(key: str = "global") -> str:
 
 
 @contextlib.contextmanager
-def editing_secrets(path: str) -> Iterator[dict[str, dict[str, str]]]:
-    """The secrets of a file, to be changed under its lock; written unless that raises."""
+def editing_secrets(path: str) -> Iterator[Secrets]:
+    """The secrets of a file, to be changed under its lock; written if they may be secrets."""
     with Lock(path + ".lock", doing="changes " + show(path)):
         stored = read_secrets(path)
         yield stored
+        for name, entry in stored.items():
+            check_secret(name, encoded(entry.get("value", "")))
         write_json(path, {"secrets": stored}, 0)
 
 
-def read_secrets(path: str) -> dict[str, dict[str, str]]:
+def read_secrets(path: str) -> Secrets:
     """The secrets of a file. Checked, since people edit files."""
     stored: Fields = (read_json(path, {"secrets?": dict}) or {}).get("secrets", {})
     for name, entry in stored.items():
@@ -2816,8 +2808,7 @@ def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Fields]:
             report(error)
 
 
-def secret_values(secrets: Mapping[str, Mapping[str, str]],
-                  cancel: Cancel | None = None) -> dict[str, bytes]:
+def secret_values(secrets: Secrets, cancel: Cancel | None = None) -> dict[str, bytes]:
     """The values of secrets, commands run now (by the user's shell, as typed by the user).
 
     Raises CmuxError naming the secret, never its value; Cancelled.
@@ -2826,8 +2817,8 @@ def secret_values(secrets: Mapping[str, Mapping[str, str]],
     for name, entry in secrets.items():
         if "command" in entry:
             try:
-                argv = ["/bin/sh", "-c", entry["command"]]
-                status, out, _ = run(argv, limit=SECRET_MAX, patience=120, cancel=cancel)
+                status, out, _ = run(["/bin/sh", "-c", entry["command"]], limit=SECRET_MAX,
+                                     patience=120, cancel=cancel)
             except Cancelled:
                 raise
             except CmuxError as error:
@@ -2843,7 +2834,7 @@ def secret_values(secrets: Mapping[str, Mapping[str, str]],
     if sum(map(len, values.values())) > SECRETS_MAX:
         raise CmuxError(
             f"The secrets are larger than {human_size(SECRETS_MAX)}.",
-            f"Remove some by `{PROGRAM} secrets rm NAME`; see `{PROGRAM} secrets list`.")
+            f"Remove some: {PROGRAM} secrets rm NAME")
     return values
 
 
@@ -2898,8 +2889,6 @@ FAILURES: tuple[tuple[str, type[HostError], str, str], ...] = (
     (r"Host key verification failed|No .* host key is known for", HostKeyFailed,
      "The key of {host} is not known on this machine.",
      "Connect once by hand, compare the fingerprint, and accept it: {ssh} {to} true"),
-    (r"Could not resolve hostname", ConnectionFailed,
-     "The host name {host} does not resolve.", "Check the spelling, and your ssh config."),
     (r"Too many authentication failures", AuthenticationFailed,
      "{host} ended the login because too many keys were tried.",
      "Say in your ssh config which key it takes: IdentitiesOnly yes, and IdentityFile PATH."),
@@ -2921,10 +2910,11 @@ FAILURES: tuple[tuple[str, type[HostError], str, str], ...] = (
     (r"break-in attempt", ConnectionFailed,
      "The server of {host} asked for this machine's agent or screen, which ssh refused it.",
      "Do not trust that machine before somebody has looked at its sshd."),
-    (r"Connection refused", ConnectionFailed, "{host} refused the connection on that port.",
-     "Is the machine up, and its sshd running?"),
-    (r"timed out|No route to host|Network is unreachable|Host is down|not responding",
-     ConnectionFailed, "{host} does not answer.", "Is the machine up, and the network?"),
+    (r"Could not resolve hostname|Connection refused|timed out|No route to host|"
+     r"Network is unreachable|Host is down|not responding", ConnectionFailed,
+     "{host} does not answer: {said}.",
+     "Is its name right, and are the machine, its sshd and the network up?"),
+    ("", ConnectionFailed, "Cannot connect to {host}: {said}.", "Try {doctor}."),
 )
 
 
@@ -3031,8 +3021,7 @@ def classify(log: bytes, host: str, config: SSHConfig | None = None) -> HostErro
     said = show(lines[-1], 200) if lines else "ssh gave no reason"
     words = {"host": host, "to": quote(host), "said": said, "doctor": look_into(host),
              "forget": forget_key(config, text) if config else "", "ssh": plain_ssh()}
-    unknown = "", ConnectionFailed, "Cannot connect to {host}: {said}.", "Try {doctor}."
-    _, kind, sentence, hint = next((row for row in FAILURES if re.search(row[0], text)), unknown)
+    _, kind, sentence, hint = next(row for row in FAILURES if re.search(row[0], text))
     error = kind(sentence.format(**words), hint.format(**words), host)
     final = r"requested strict checking|Too many authentication failures"
     error.asks = not re.search(final, text)
@@ -3198,10 +3187,6 @@ class Session:
         """Read the control connection; False when the session is over."""
         return True
 
-    def alive(self) -> bool:
-        """Whether a session opened ahead can still take a header."""
-        return not poll_once(0, self.control)
-
     def over(self) -> bool:
         """Whether its process has ended; a child of that may hold the streams."""
         return False
@@ -3216,10 +3201,15 @@ class Session:
             when = "" if begun else " before the command was seen to begin"
             hint = "The command may still run there."
         if begun:
-            hint += (" (If it was silent: a ChannelTimeout of its sshd must be longer than "
-                     f"{BEAT_MOST} seconds.)")
+            hint += f" (A ChannelTimeout of its sshd must be over {BEAT_MOST} seconds.)"
         return ConnectionLost(f"The connection to {self.host} was lost{when}.", hint, self.host,
                               sent)
+
+    def no_shell(self) -> RemoteShellFailed:
+        return RemoteShellFailed(
+            f"{self.host} accepted the session, but did not run our command with a POSIX sh.",
+            f"Try `{plain_ssh()} {quote(self.host)} exec sh -c :`, and look for a ForceCommand, "
+            "and for a shell that a start-up file runs.", self.host)
 
     def full(self) -> HostFull:
         """The wrapper gave up after its start mark: only a fork that fails makes it."""
@@ -3268,10 +3258,9 @@ class MuxSession(Session):
         with contextlib.suppress(*[OSError, MasterGone] if port else []):
             answer = mux_numbers(self._packet())[0]
         if answer in (MUX_FAILURE, MUX_DENIED):
-            raise refused(port, self.host) if port else SessionRefused(
-                f"{self.host} refused one more session.", host=self.host)
+            raise refused(port, self.host) if port else SessionRefused("")
         if hello[:2] != [MUX_HELLO, 4] or answer != MUX_OPENED:
-            raise MasterGone("The control socket gave an odd answer.", host=self.host)
+            raise MasterGone("")
         self._socket.setblocking(False)
 
     def _packet(self) -> bytes:
@@ -3281,7 +3270,7 @@ class MuxSession(Session):
                 return packet
             data = self._socket.recv(4096)
             if not data:
-                raise MasterGone("It hung up.")
+                raise MasterGone("")
             self._buffer += data
 
     def _next(self) -> bytes | None:
@@ -3309,7 +3298,7 @@ class MuxSession(Session):
         while self._status < 0 and poll_once(1, self.control) and self.control_event():
             pass  # the streams may end before the status comes
         if self._status >= 0 and not begun:
-            return RemoteShellFailed(self.host)
+            return self.no_shell()
         if self._status in FORK_FAILED:
             return self.full()
         if self._status >= 0:
@@ -3341,16 +3330,6 @@ class MuxSession(Session):
 
 def plain_ssh() -> str:
     return os.environ.get("CMUX_SSH_COMMAND", "").strip() or "ssh"
-
-
-class RemoteShellFailed(ConnectionFailed):
-    """The session ended before our script began: sh failed, or another shell runs."""
-
-    def __init__(self, host: str) -> None:
-        super().__init__(
-            f"{host} accepted the session, but did not run our command with a POSIX sh.",
-            f"Try `{plain_ssh()} {quote(host)} exec sh -c :`, and look for a ForceCommand, "
-            "and for a shell that a start-up file runs.", host)
 
 
 class DirectSession(Session):
@@ -3420,7 +3399,7 @@ class DirectSession(Session):
         if begun and status in FORK_FAILED:
             return self.full()
         if silent and shaking and not begun and status is not None and 0 <= status < 255:
-            return RemoteShellFailed(self.host)
+            return self.no_shell()
         # ssh often writes what ends it after the login to stderr alone, among login noise. It never
         # reports a proxy's early end.
         lost = AFTER_LOGIN.search(words) or silent and (heard or not proxy_of(self._config))
@@ -3490,7 +3469,6 @@ class Masters:
         self._known: dict[str, Master] = {}  # those that were seen last, by name
         self._freed = {1: Waiters(), 2: Waiters()}  # for one slot, for two at once
         self._waiting = self._launching = 0  # slots waited for; masters being started
-        self._spared = False  # a master for sessions ahead was tried
         slow = config.first("connecttimeout") == "0"
         self.patience = CONNECT_PATIENCE_SLOW if slow else CONNECT_PATIENCE
 
@@ -3505,9 +3483,7 @@ class Masters:
     # -- what was seen of the host --
 
     def _mark(self, name: str) -> None:
-        remove_file(self.path(name))
-        with Lock(self.path(name)):
-            pass
+        write_json(self.path(name), {})
 
     def _seen(self, name: str, seconds: float = SEEN_FOR) -> bool:
         return 0 <= age_of(self.path(name)) < seconds  # a clock may be set back
@@ -3564,8 +3540,7 @@ class Masters:
                     if lock.take():
                         return lock
                 if not self._shaking.sleep(deadline, cancel):
-                    raise ConnectionFailed(f"Too many connections to {self.host} are being made.",
-                                           "Try again.", self.host)
+                    raise self._too_late("Too many connections are being made to")
         finally:
             self._shaking.leave()
 
@@ -3663,48 +3638,33 @@ class Masters:
         if not batch:
             other["BatchMode=yes"] = "BatchMode=no"
         persist = f"ControlPersist={CONTROL_PERSIST}"
-        argv = ssh_argv(config, "-M", "-N", "-o", persist, "-S", literal(path), "-E", log)
+        argv = ssh_argv(config, "-M", "-N", "-o", persist, "-S", path.replace("%", "%%"), "-E", log)
         argv = [other.get(word, word) for word in argv] + ["--", self.host]
-        with open(os.open(log + ".err", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "rb") as said:
-            process = spawn(argv, scrubbed_environment(config), None, -1, said if batch else 2,
-                            own_group=batch)
         patience = self.patience if batch else INTERACTIVE_PATIENCE
-        try:
-            self._await_detach(process, Deadline(patience), cancel)
-            status = await_end(process, CONTROL_PATIENCE)
-        except BaseException as error:
-            kill_group(process) if batch else process.kill()
-            if type(error) is CmuxError:
+        with open(os.open(log + ".err", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "rb") as said:
+            try:
+                status, _, _ = run(argv, scrubbed_environment(config), patience=patience,
+                                   cancel=cancel, stderr=said if batch else 2)
+            except CmuxError as error:
+                if type(error) is not CmuxError:
+                    raise
                 raise ConnectionFailed(f"{self.host} did not answer within {patience:.0f} seconds.",
                                        f"Is the machine up? Try {look_into(self.host)}.", self.host)
-            raise
         words, heard = read_log(log_head(log))
         if status != 0 or not os.path.exists(path):
             if not words.strip():  # arguments refused
                 words = read_bytes(log + ".err", STATE_MAX) or b""
                 unknown = rb"(?i)(unknown|unsupported|bad|illegal).*option|multiplex"
                 if status == 0 or re.search(unknown, words):
-                    raise NoMultiplexing("This ssh has no masters.")
+                    raise NoMultiplexing("")
             raise failure_in(words, heard, config)
         if any(map(BREAKS_WHEN_SHARED.search, heard)):
             end_master(path)
-            raise NoMultiplexing("This server breaks shared connections.")
+            raise NoMultiplexing("")
         if batch:
             remove_file(self.path("person"))
         else:
             self._mark("person")
-
-    @staticmethod
-    def _await_detach(process: Process, deadline: Deadline, cancel: Cancel | None) -> None:
-        """Wait until a new master closes its stdout; CmuxError when that takes too long."""
-        assert process.stdout
-        with process.stdout as stdout:
-            fd = stdout.fileno()
-            while fd not in poll_once(deadline.capped(60), cancel, fd) or stdout.read(CHUNK):
-                if cancel:
-                    cancel.check()
-                if deadline.over():
-                    raise CmuxError("It is too slow.")
 
     def _sweep(self) -> None:
         """Remove what ended masters left, and the directories of hosts that nobody uses any more.
@@ -3768,6 +3728,10 @@ class Masters:
 
     # -- sessions --
 
+    def _too_late(self, why: str) -> ConnectionFailed:
+        return ConnectionFailed(f"{why} {self.host}: no session was to be had in time.",
+                                "Try again, or run fewer at once.", self.host)
+
     def open(self, command: str | Target, deadline: Deadline, cancel: Cancel | None = None,
              count: int = 1) -> list[Session]:
         """``count`` sessions for ``command``, all or none: who holds one and waits for another
@@ -3788,8 +3752,7 @@ class Masters:
             finally:
                 self.free(slots[count:])
             if deadline.over():
-                raise ConnectionFailed(f"No session could be opened on {self.host} in time.",
-                                       "Try again; others may be using it.", self.host)
+                raise self._too_late("Others use")
         return [self.open_direct(command, deadline, cancel)]
 
     def connect(self, deadline: Deadline, cancel: Cancel | None = None, now: bool = False) -> None:
@@ -3802,19 +3765,8 @@ class Masters:
 
     def open_ahead(self, command: str) -> Session | None:
         """A session for later, from the upper half of a master's slots: the lower half is for work
-        of now. None if there is none to spare. Where other processes hold them all, one more master
-        is started, only once: where logging in needs a person, each try is a failed login."""
-        half = SESSIONS_PER_MASTER // 2
-        if self.single():
-            return None
-        slots = self._try_slots(1, half)
-        few = 0 < len(self.masters()) < SPARED_MOST
-        if not slots and few and not self._spared and self._rest() <= 0:
-            self._spared = True
-            with self._mutex:
-                self._launching += 1
-            self.free(self._one_more(SESSIONS_PER_MASTER, None))
-            slots = self._try_slots(1, half)
+        of now. None if there is none to spare."""
+        slots = [] if self.single() else self._try_slots(1, SESSIONS_PER_MASTER // 2)
         with contextlib.suppress(HostError, IndexError):
             return self._open_on(slots, command)[0]
         return None
@@ -3841,7 +3793,7 @@ class Masters:
                                   "Raise `ulimit -n`, or run fewer at once.")
             elif isinstance(error, (MasterGone, OSError)):
                 self.abandon(master)
-                raise MasterGone(f"The connection to {self.host} was just closed.", host=self.host)
+                raise MasterGone(f"The connection to {self.host} was just closed.", "", self.host)
             raise
 
     def _heed_log(self, master: Master) -> None:
@@ -3880,9 +3832,7 @@ class Masters:
                 if slots:
                     return slots
                 if not freed.sleep(deadline, cancel, patience.left() or 3600):
-                    raise ConnectionFailed(
-                        f"All sessions to {self.host} are in use.",
-                        "Wait for running commands, or use fewer at once.", self.host)
+                    raise self._too_late("Running commands use all sessions of")
             return []
         finally:
             with self._mutex:
@@ -3904,8 +3854,7 @@ class Masters:
         before = self._failed()
         lock = Lock(self.path("probe"), doing="connects to " + self.host)
         if not lock.wait(deadline, cancel):
-            raise ConnectionFailed(f"Another process has been connecting to {self.host} for too "
-                                   "long.", "Try again.", self.host)
+            raise self._too_late("Another process is still connecting to")
         with lock:
             if self.masters() or self.single():
                 return []
@@ -3939,7 +3888,7 @@ class Masters:
         config = self.ask_config(command)
         environment, agent = session_environment(config)
         if slots:
-            options = ["-S", literal(slots[0].master.path), "-o", "ProxyCommand=false"]
+            options = ["-S", slots[0].master.path.replace("%", "%%"), "-o", "ProxyCommand=false"]
             begun, ended = lambda: None, lambda: self.free(slots[:1])
         else:
             options, ended = ["-S", "none", *agent], self.handshake(deadline).free
@@ -3993,15 +3942,16 @@ class Forward:
         if not (0 < port < 65536 and 0 <= local < 65536):
             raise UsageError("A port is a number from 1 to 65535.")
         self._masters, self.port, self._tell, self._ending = masters, port, tell, Cancel()
-        self._told, self._clients = set(), set()  # type: set[str], set[socket.socket]
-        taken, why = self._probe(), ""
+        self._told: set[str] = set()
+        why = ""
         for number in [local] if local else [port, 0]:
             try:
                 self._listener = socket.create_server(("127.0.0.1", number))
             except OSError as error:
                 why = os.strerror(error.errno or 0)
                 continue
-            if taken or number != port or not self._probe():
+            self._probe()
+            if not poll_once(0, self._listener):
                 break
             self._listener.close()  # the connection led to it, and would for ever
             why = "the host is this machine"
@@ -4018,13 +3968,12 @@ class Forward:
         self._ending.set()
         self._listener.close()
 
-    def _probe(self) -> bool:
-        """Whether something there takes a connection. RemoteFailed where sshd does not let it: only
+    def _probe(self) -> None:
+        """Say so if nothing there takes a connection. RemoteFailed where sshd does not let it: only
         an ssh of its own reports that."""
         try:
             with open(os.devnull, "r+b") as nothing:
                 self._open(nothing).close()
-            return True
         except PortRefused as error:
             way = "-W", f"localhost:{self.port}"
             words = "" if self._told else look_closely(self._masters, "", *way)[1]
@@ -4034,7 +3983,6 @@ class Forward:
                     "It needs AllowTcpForwarding yes, and a key without `restrict`. Without: "
                     f"{PROGRAM} exec -- curl -s http://localhost:{self.port}/")
             self._say(error)
-            return False
 
     def _open(self, client: Any) -> Any:
         target = self.port, client.fileno()
@@ -4047,42 +3995,34 @@ class Forward:
             self._tell(f"{error} {error.hint}".strip())
 
     def _accept(self) -> None:
-        import resource
         import threading
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8  # each takes three; masters more
-        wanted = (self._listener, select.POLLIN), (self._ending, select.POLLIN)
-        while poll_once(None, *wanted) and not self._ending.is_set:
+        while poll_once(None, self._listener, self._ending) and not self._ending.is_set:
             try:
-                if len(self._clients) >= most:
-                    raise OSError
                 client = self._listener.accept()[0]
                 threading.Thread(target=self._carry, args=(client,), daemon=True).start()
             except (OSError, RuntimeError):  # no descriptor is free, or no thread
-                self._say(StateFailed("Too many connections are open here; others wait."))
                 time.sleep(0.1)
 
     def _carry(self, client: socket.socket) -> None:
         """Have one client served. Where that fails it is reset: that is no end of an answer."""
         import socket
-        self._clients.add(client)
         with client, contextlib.suppress(OSError):  # it has gone
             try:
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 with contextlib.closing(self._open(client)) as session:
                     fd, data = max(session.control, session.stderr), b"?"
                     while data:
-                        poll_once(None, (fd, select.POLLIN), (self._ending, select.POLLIN))
+                        poll_once(None, fd, self._ending)
                         self._ending.check()
                         data = os.read(fd, CHUNK)
                     if session.cut():
                         raise ConnectionLost(f"The connection to {session.host} was lost.")
                 client.shutdown(socket.SHUT_WR)
-            except CmuxError as error:
+            except (CmuxError, OSError) as error:
                 at_once = (1).to_bytes(4, sys.byteorder) + bytes(4)
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
-                self._say(error)
-            finally:
-                self._clients.discard(client)
+                if isinstance(error, CmuxError):
+                    self._say(error)
 
 
 def end_masters() -> None:
@@ -4093,11 +4033,6 @@ def end_masters() -> None:
         for name in filter(is_master, names):
             end_master(os.path.join(folder, name))
     shutil.rmtree(top, ignore_errors=True)
-
-
-def literal(path: str) -> str:
-    """A path for -S, where % is special."""
-    return path.replace("%", "%%")
 
 
 def socket_folder(name: str) -> str:
@@ -4266,6 +4201,8 @@ class Exchange:
                     "Try again.", self.session.host)
             for fd in events:
                 self._event(fd)
+            if self.close_stdin and not self.outgoing and not self.source:
+                self.session.close_stdin()
             if now > self._beaten + (BEAT_LEAST if events else BEAT_MOST - 0.1):
                 self._beat()
         return True
@@ -4309,7 +4246,6 @@ class Exchange:
             self.outgoing = memoryview(self.source.read())
             if not self.outgoing:
                 self.source, self.close_stdin = None, True
-                self._close_if_written()
 
     def _write(self) -> None:
         part = self.outgoing[:len(self.outgoing) - self._held][:CHUNK]
@@ -4317,15 +4253,10 @@ class Exchange:
             self.outgoing = self.outgoing[os.write(self.session.stdin, part):]
             self.sent = self.sent or not self.outgoing
         except BlockingIOError:
-            return
+            pass
         except OSError:  # the host takes no more: its output, or the session's end, says why
             self.outgoing, self._held = memoryview(b""), 0
             self.source, self.close_stdin = None, True
-        self._close_if_written()
-
-    def _close_if_written(self) -> None:
-        if self.close_stdin and not self.outgoing and not self.source:
-            self.session.close_stdin()
 
     def _drain(self) -> None:
         """Read what a session that is over has left in our pipes."""
@@ -4428,12 +4359,12 @@ class Host:
     def attempt(self, work: Callable[[list[Session]], Made], deadline: Deadline,
                 cancel: Cancel | None, repeat: Callable[[ConnectionLost], bool], count: int = 1,
                 bulk: bool = False) -> Made:
-        """What ``work`` returns for a list of sessions, as open_all() opens them. What it leaves in
-        the list is closed. It is tried again after a dropped handshake, a login that needs a person
-        (over a master, then), and, where it may ``repeat``, a lost connection or a full host."""
+        """What ``work`` returns for a list of sessions of open(). What it leaves in the list is
+        closed. It is tried again after a dropped handshake, a login that needs a person (over a
+        master, then), and, where it may ``repeat``, a lost connection or a full host."""
         first: HostError | None = None
         for number in range(10):
-            sessions = self.open_all(count, deadline, cancel, bulk)
+            sessions = self.open(deadline, cancel, count, bulk)
             direct = isinstance(sessions[0], DirectSession)
             try:
                 return work(sessions)
@@ -4460,14 +4391,10 @@ class Host:
 
     # -- sessions opened ahead: the shell reads, and waits for a header --
 
-    def open(self, deadline: Deadline, cancel: Cancel | None = None) -> Session:
-        """A session that runs BOOT: one opened ahead, else a new one. done() closes it."""
-        return self.open_all(1, deadline, cancel)[0]
-
-    def open_all(self, count: int, deadline: Deadline, cancel: Cancel | None = None,
-                 bulk: bool = False) -> list[Session]:
-        """So many, all or none; one where each has a connection of its own, as for ``bulk``,
-        unless logging in needs a person."""
+    def open(self, deadline: Deadline, cancel: Cancel | None = None, count: int = 1,
+             bulk: bool = False) -> list[Session]:
+        """So many sessions that run BOOT, all or none; one where each has a connection of its own,
+        as for ``bulk``, unless logging in needs a person."""
         if bulk and not self.masters.needs_person():
             return [self.masters.open_direct(BOOT, deadline, cancel)]
         found: list[Session] = []
@@ -4475,10 +4402,10 @@ class Host:
             self._active, self._resting = self._active + 1, False
             while self._ready and len(found) < count:
                 session = self._ready.pop()
-                if session.alive():
-                    found.append(session)
-                else:
+                if poll_once(0, session.control):  # it has ended
                     session.close()
+                else:
+                    found.append(session)
         try:
             if len(found) < count:
                 for session in found:
@@ -4492,7 +4419,7 @@ class Host:
             raise
 
     def done(self, session: Session) -> None:
-        """Close a session of open() or open_all()."""
+        """Close a session of open()."""
         session.close()
         with self._mutex:
             self._active -= session.counted
@@ -4554,34 +4481,27 @@ class Host:
             if not direct and not patience.over() and not exchange.out.ready:
                 self._see_our_shell(cancel)
             if not exchange.run(patience, cancel, answered) and not deadline.over():
-                raise self._silent(exchange)
+                self.abandon(exchange.session)
+                kind, more = (HostSilent, " The command may still run there.") if (
+                    exchange.sent) else (ConnectionFailed, "")
+                raise kind(f"{self.name} accepted the session, but no shell answered in "
+                           f"{START_PATIENCE:.0f} seconds.",
+                           "Look at its login shell's start-up files." + more, self.name)
         if exchange.out.refused:
             raise WorkspaceMissing(f"The directory is not on {self.name} (any more).")
 
     def _see_our_shell(self, cancel: Cancel | None) -> None:
         """Raise RemoteShellFailed where a foreign shell reads our stdin: given another session with
         a closed stdin, it ends, while a slow shell is silent again."""
-        session = None
         try:
-            session = self.masters.open(BOOT, Deadline(1), cancel)[0]
-            probe = Exchange(session, b"", len, len, data=b"")
-            probe.run(Deadline(SHELL_PATIENCE / 2), cancel)
+            with contextlib.closing(self.masters.open(BOOT, Deadline(1), cancel)[0]) as session:
+                probe = Exchange(session, b"", len, len, data=b"")
+                probe.run(Deadline(SHELL_PATIENCE / 2), cancel)
         except RemoteShellFailed:
             if not probe.out.ready:
                 raise
         except HostError:
             pass
-        finally:
-            if session:
-                session.close()
-
-    def _silent(self, exchange: Exchange) -> HostError:
-        self.abandon(exchange.session)
-        kind, more = (HostSilent, " The command may still run there.") if exchange.sent else (
-            ConnectionFailed, "")
-        return kind(f"{self.name} accepted the session, but no shell answered in "
-                    f"{START_PATIENCE:.0f} seconds.",
-                    "Look at its login shell's start-up files." + more, self.name)
 
     def abandon(self, session: Session) -> None:
         """Its master may hang: it is not used again, nor are sessions opened ahead."""
@@ -4598,8 +4518,8 @@ class Host:
         what these raise (KeyboardInterrupt, too) the process tree on the host is ended first.
         """
         records = record("_cmux_directory", directory) + records
-        command = CommandRun(self, records, stdout, stderr, source)
-        return command.go(deadline, self.ending.join(cancel))
+        return CommandRun(self, records, stdout, stderr, source).go(
+            deadline, self.ending.join(cancel))
 
 
 class Incoming:
@@ -4688,7 +4608,8 @@ class CommandRun:
                                   run_id=self.run_id)
             self.host.begin(self.guard, cancel, deadline)
             if len(sessions) == 1:
-                sessions.insert(0, self.host.open(Deadline(deadline.capped(SLOT_PATIENCE)), cancel))
+                patience = Deadline(deadline.capped(SLOT_PATIENCE))
+                sessions[:0] = self.host.open(patience, cancel)
         self.exchange = Exchange(sessions[0], self.records, self.stdout, self.stderr, self.source,
                                  run_id=self.run_id)
         self.host.begin(self.exchange, cancel, deadline)
@@ -4699,8 +4620,8 @@ class CommandRun:
 
     def _tell_guard(self, line: str) -> None:
         if self.guard:
-            self.guard.outgoing = memoryview(b"%s\n" % line.encode())
             guard = self.guard
+            guard.outgoing = memoryview(line.encode() + b"\n")
             guard.run(Deadline(CONTROL_PATIENCE), until=lambda: not guard.outgoing)
 
     # -- stopping --
@@ -4731,7 +4652,7 @@ class CommandRun:
     def _stop_again(self, pid: str) -> str:
         """End it over another session, and report what that sees."""
         try:
-            reply, session = Capture(100), self.host.open(Deadline(STOP_PATIENCE))
+            reply, [session] = Capture(100), self.host.open(Deadline(STOP_PATIENCE))
             try:
                 guard = Exchange(session, script_records(GUARD), reply, len,
                                  data=pid.encode() + b"\n", run_id=self.run_id)
@@ -5731,8 +5652,7 @@ class ProjectBase:
         self.fetched: set[str] = set()   # commands of secrets that this process has run
         self.logging: set[int] = set()   # threads in the middle of a logged operation
 
-    def fetch(self, secrets: Mapping[str, Mapping[str, str]],
-              cancel: Cancel | None = None) -> dict[str, bytes]:
+    def fetch(self, secrets: Secrets, cancel: Cancel | None = None) -> dict[str, bytes]:
         """The values of secrets, remembered for masking. The oldest make room: one that is fetched
         by a command may be another each time."""
         values = secret_values(secrets, cancel)
@@ -5799,12 +5719,10 @@ class ProjectBase:
         machine; None forgets it. For this project, or one ``workspace`` of it, or ``everywhere``:
         in all projects. The narrower wins. Raises UsageError, WorkspaceMissing, StateFailed."""
         check_variable(name, secret=True)
-        data = None if value is None else encoded(value)
-        check_secret(name, data or b"")
         with self.editing_secrets(workspace, everywhere) as stored:
             stored.pop(name, None)
-            if data is not None:
-                stored[name] = {"value": as_text(data)}
+            if value is not None:
+                stored[name] = {"value": as_text(encoded(value))}
 
     @property
     def name(self) -> str:
@@ -6689,7 +6607,7 @@ class WorkspaceBase:
         op = os.urandom(8).hex()
         octal = "".join(f"\\{byte:03o}" for byte in encoded(f"{self.root}/.cmux/stage/{op}/f"))
         ready, patience = Capture(100), SLOT_PATIENCE
-        session = self.host.open(Deadline(patience))
+        [session] = self.host.open(Deadline(patience))
         try:
             header = HELD + script_records(HANDOVER, self.root, op)
             exchange = Exchange(session, header, ready, ready, data=encoded(text))
@@ -8197,8 +8115,7 @@ class Project(ProjectBase):
     kind = Workspace
 
     def __enter__(self) -> Project:
-        self._interrupts = at_interrupt(self.ending.set)
-        self._interrupts.__enter__()
+        self._leave_interrupts = at_interrupt(self.ending.set)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -8209,7 +8126,7 @@ class Project(ProjectBase):
             while self.logging - {_thread.get_ident()} and not patience.over():
                 time.sleep(0.01)
         finally:
-            self._interrupts.__exit__(None, None, None)
+            self._leave_interrupts()
             for host in list(self._hosts.values()):
                 host.close()
 
@@ -10853,7 +10770,6 @@ def secrets_set(options: argparse.Namespace) -> int:
             raise UsageError("What was typed is not text in this terminal's encoding.", pipe)
         if len(encoded(entry["value"])) >= 4095:
             raise UsageError("A terminal passes on no more than 4095 bytes of a line.", pipe)
-        check_secret(name, encoded(entry["value"]))
         if not entry["value"]:
             raise UsageError("No value was given for %s." % name, empty)
     elif os.path.samestat(os.fstat(0), os.stat(os.devnull)):
@@ -10861,7 +10777,6 @@ def secrets_set(options: argparse.Namespace) -> int:
     else:
         data = read_all(0, SECRET_MAX + 2)
         data = data[:-1] if data.endswith(b"\n") else data
-        check_secret(name, data)
         entry = {"value": as_text(data)}
     with stored_secrets(options) as stored:
         stored[name] = entry
@@ -10888,8 +10803,6 @@ def secrets_import(options: argparse.Namespace) -> int:
     except OSError as error:
         why = os.strerror(error.errno or 0)
         raise UsageError(f"Cannot read {show(options.file)}: {why}.")
-    for name, value in values.items():
-        check_secret(name, encoded(value))
     with stored_secrets(options) as stored:
         stored.update({name: {"value": value} for name, value in values.items()})
     names = sorted(values)
