@@ -4745,9 +4745,9 @@ class CommandRun:
 # only for a diff on a terminal; the user's work tree, index, refs and config are read, never
 # written.
 
-# In the user's own repository only commands that read run; --dirty and the count of uncommitted
-# files read the work tree with the user's configuration, into an index and objects of ours. All
-# else runs in a shadow: a new bare repository without config that borrows the real objects.
+# In the user's own repository only commands that read run; what reads its work tree does so with
+# the user's configuration, into an index and objects of ours. All else runs in a shadow: a new
+# bare repository without config that borrows the real objects.
 def git_settings(*values: str) -> tuple[str, ...]:
     return tuple(word for value in values for word in ("-c", value))
 
@@ -4839,28 +4839,28 @@ class Repository:
         last = text.split("\n")[-1]
         raise GitFailed(f"git {words[0]} failed: {show(last, 200)}.")
 
-    def _ask(self, *words: str, env: dict[str, str] | None = None) -> bytes:
+    def _ask(self, *words: str, env: dict[str, str] | None = None) -> str:
         """What a git command with the user's configuration prints; nothing where it fails."""
         argv = [self.program, "-C", self.directory, *words]
         status, out, _ = run(argv, env or user_environment())
-        return b"" if status else out
+        return "" if status else os.fsdecode(out)
 
     def branch(self) -> str:
         """The short name of the current branch (also an unborn one); "" when HEAD is detached."""
-        return self._ask("symbolic-ref", "-q", "--short", "HEAD").decode("utf-8", "replace").strip()
+        return self._ask("symbolic-ref", "-q", "--short", "HEAD").strip()
 
     def config(self, key: str, *how: str) -> str:
         """A value of the user's git configuration, any scope: no clone brings a .git/config along,
         and what looks like a repository among a clone's files was refused above."""
-        return self._ask("config", *how, key).decode("utf-8", "replace")[:-1]
+        return self._ask("config", *how, key)[:-1]
 
     def diff_settings(self) -> tuple[str, bool]:
         """What the user's git shows a diff with on a terminal: the pager ("": none), and whether
         in colour."""
         own, switch = self.config("pager.diff"), self.config("pager.diff", "--bool")
         words = git_settings("core.pager=" + own) if own and not switch else ()
-        pager = os.fsdecode(self._ask(*words, "var", "GIT_PAGER")).strip()
-        colour = self._ask("config", "--get-colorbool", "color.diff", "true") == b"true\n"
+        pager = self._ask(*words, "var", "GIT_PAGER").strip()
+        colour = self._ask("config", "--get-colorbool", "color.diff", "true") == "true\n"
         return "" if switch == "false" or pager == "cat" else pager, colour
 
     def resolve(self, revision: str) -> tuple[str, str]:
@@ -4878,10 +4878,6 @@ class Repository:
         with contextlib.suppress(GitFailed):
             return int(self._line("rev-list", "--count", base + "..HEAD", "--"))
         return None
-
-    def in_shadow(self, example: str) -> contextlib.closing[Shadow]:
-        """A shadow whose object ids are like ``example``, until the block ends."""
-        return contextlib.closing(Shadow(self, example))
 
     def value_of(self, name: str, kind: str = "^{commit}") -> str:
         """The id of the commit (or other object) that a name stands for, or ""."""
@@ -4931,7 +4927,7 @@ class Repository:
         """The SECTION.NAMEs of the configuration."""
         pattern = rf"^{section}\..*\."
         out = self._ask("config", "-z", "--name-only", "--get-regexp", pattern, env=env)
-        return {name.rpartition(".")[0] for name in os.fsdecode(out).split("\0")[:-1]}
+        return {name.rpartition(".")[0] for name in out.split("\0")[:-1]}
 
     def _without_hooks(self, env: dict[str, str]) -> dict[str, str]:
         """git 2.54 runs hooks that the configuration names; core.hooksPath does not stop those."""
@@ -4958,7 +4954,7 @@ class Repository:
         if not self.top:
             raise UsageError("There is no work tree to send: this repository is bare.",
                              "Leave out --dirty.")
-        with self.in_shadow(commit) as shadow:
+        with contextlib.closing(Shadow(self, commit)) as shadow:
             self._add_all(shadow)
             new = shadow.call("write-tree")
             if new == tree:
@@ -4978,7 +4974,7 @@ class Repository:
 
     def _add_all(self, shadow: Shadow) -> None:
         """Bring the index of a shadow to what `git add -A` would make of the user's."""
-        user, failed = self._as_user(shadow, filters=True), None
+        user = self._as_user(shadow, filters=True)
         # add would run `git status` in every submodule, with its config and its filters.
         links = shadow.index_links()
         own = self._own_state()
@@ -4987,18 +4983,16 @@ class Repository:
         apart = [":(exclude,literal)" + path for path in (*map(os.fsdecode, links), own) if path]
         try:
             list(user.records("add", "-A", "--", ".", *apart, talks=True))
-        except GitFailed as error:
-            failed = error
-        nested = shadow.index_links() - links
-        if failed:
+            nested = shadow.index_links() - links
+        except GitFailed:  # by a repository without a commit
             others = user.records("ls-files", "-o", "--exclude-standard", "-z")
-            nested.update(path for path in others if path.endswith(b"/"))
+            nested = {path for path in others if path.endswith(b"/")}
+            if not nested:
+                raise
         if nested:
-            name = show(min(nested).decode("utf-8", "replace").rstrip("/"))
+            name = show(min(nested).rstrip(b"/"))
             raise GitFailed(f"{name} is a repository of its own.",
                             "Let .gitignore cover it, or make it a submodule.")
-        if failed:
-            raise failed
         user.call("update-index", "--remove", "-z", "--stdin", stdin=b"\0".join([*links, b""]))
 
     def _worktrees(self) -> list[list[str]]:
@@ -5009,7 +5003,7 @@ class Repository:
     def hooks_inside(self) -> list[str]:
         """The hooks directory relative to the work tree, if a core.hooksPath lies in it, or in
         another work tree of this repository: as it is named, and where the links in that lead."""
-        named = os.fsdecode(self._ask("rev-parse", "--git-path", "hooks")[:-1])
+        named = self._ask("rev-parse", "--git-path", "hooks")[:-1]
         path = os.path.join(os.path.realpath(self.directory), named)
         raw = self.config("core.hooksPath")
         tops = {os.path.realpath(row[0][len("worktree "):]) for row in self._worktrees()
@@ -5074,7 +5068,8 @@ def index_pack(command: list[str], env: Mapping[str, str], pack: str) -> str:
 
 
 class Shadow:
-    """A throwaway bare repository with the real object store as alternate."""
+    """A throwaway bare repository with the real object store as alternate. Its ids are like
+    ``example``."""
 
     def __init__(self, repository: Repository, example: str) -> None:
         import tempfile
@@ -5270,21 +5265,16 @@ class Shadow:
 
     def blobs(self, ids: Sequence[str]) -> Iterator[bytes]:
         """The contents of small blobs, in order."""
-        if not ids:
-            return
-        with spool("".join(oid + "\n" for oid in ids).encode()) as source:
-            process = spawn(self.argv("cat-file", "--batch"), self.env, stdin=source, stdout=-1)
-        assert process.stdout
-        try:
-            with open(process.stdout.fileno(), "rb", closefd=False) as stream:
-                for oid in ids:
-                    row = stream.readline().split()
-                    if len(row) != 3:
-                        raise GitFailed(f"The repository lacks the object {oid}.", _PARTIAL)
-                    yield stream.read(int(row[2]) + 1)[:-1]
-        finally:
-            kill_group(process)
-            process.stdout.close()
+        import io
+        wanted = "".join(oid + "\n" for oid in ids).encode()
+        lines = self.records("cat-file", "--batch", stdin=wanted, end=b"\n")
+        stream = io.BytesIO(b"\n".join(lines))
+        for oid in ids:
+            row = stream.readline().split()
+            if len(row) != 3:
+                raise GitFailed(f"The repository lacks the object {oid}.", _PARTIAL)
+            yield stream.read(int(row[2]))
+            stream.read(1)
 
     def quarantine(self, tip: str, known: Iterable[str]) -> str:
         """The file of a pack, of what ``tip`` has and the commits ``known`` have not, that passed
@@ -5628,9 +5618,7 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
     it."""
     import _thread
     thread = _thread.get_ident()
-    row: Fields = {"operation": operation, "workspace": workspace, "host": host}
-    if op:
-        row["op"] = op
+    row: Fields = {"operation": operation, "workspace": workspace, "host": host, "op": op}
     entry = types.SimpleNamespace(row=row, code=0, size=0)
     if thread in project.logging:
         yield entry
@@ -5752,10 +5740,9 @@ class ProjectBase:
                     raise why  # not once more for every call
                 try:
                     self.fetch({name: entry}, cancel)
-                except Cancelled:
-                    raise
                 except CmuxError as error:
-                    self._unknown[command] = time.monotonic() + UNKNOWN_FOR, error
+                    if not isinstance(error, Cancelled):
+                        self._unknown[command] = time.monotonic() + UNKNOWN_FOR, error
                     raise
 
     def known_secrets(self) -> dict[bytes, str]:
@@ -5795,12 +5782,12 @@ class ProjectBase:
         machine; None forgets it. For this project, or one ``workspace`` of it, or ``everywhere``:
         in all projects. The narrower wins. Raises UsageError, WorkspaceMissing, StateFailed."""
         check_variable(name, secret=True)
-        data = None if value is None else encoded(value)
-        check_secret(name, data or b"")
+        data = encoded("" if value is None else value)
+        check_secret(name, data)
         with self.editing_secrets(workspace, everywhere) as stored:
-            stored.pop(name, None)
-            if data is not None:
-                stored[name] = {"value": as_text(data)}
+            stored[name] = {"value": as_text(data)}
+            if value is None:
+                del stored[name]
 
     @property
     def name(self) -> str:
@@ -5818,31 +5805,25 @@ class ProjectBase:
         """The current branch's name, made safe."""
         return safe_workspace(self.repository.branch() or "detached")
 
-    def default_hosts(self, workspace: str = "") -> list[str]:
-        """The hosts for a new workspace: this object's, else the words of $CMUX_SSH_HOST, else the
-        user's own `git config cmux.host`, else UsageError (for ``workspace``, which does not
-        exist)."""
-        named = os.environ.get("CMUX_SSH_HOST", "").split(" ")
-        hosts = self._pool or [*filter(None, named)] or [
+    def hosts_for(self, workspace: str, host: str | Sequence[str] = (),
+                  source: str = "") -> list[str]:
+        """Where a new workspace may be: on the host of the workspace ``source``, if one is named,
+        else on ``host``, this object's, one of the words of $CMUX_SSH_HOST, or of the user's own
+        `git config cmux.host`. Raises UsageError."""
+        if source:
+            place = self.entry(source)["host"]
+            self.check_place(source, place, host)
+            return [place]
+        hosts = pool_of(host) or self._pool or os.environ.get("CMUX_SSH_HOST", "").split() or [
             *filter(None, self.repository.config("cmux.host", "-z", "--get-all").split("\0"))]
         if not hosts:
             known = sorted({entry["host"] for entry in self.entries().values()})
             where = f" (its workspaces are on {', '.join(known[:5])})" if known else ""
             raise UsageError(
-                f"There is no workspace {show(workspace)}, and no host is known to make it on."
-                if workspace else "No host is known for this project.",
+                f"There is no workspace {show(workspace)}, and no host is known to make it on.",
                 f"Name one with -H HOST{where}, or set $CMUX_SSH_HOST, or: "
                 "git config cmux.host HOST")
         return pool_of(hosts)
-
-    def hosts_for(self, host: str | Sequence[str], source: str) -> list[str]:
-        """Where a new workspace may be: on the host of the workspace ``source``, if one is named,
-        else on ``host``, else on the default ones. Raises UsageError."""
-        if not source:
-            return pool_of(host) or self.default_hosts()
-        place = self.entry(source)["host"]
-        self.check_place(source, place, host)
-        return [place]
 
     def entries(self) -> dict[str, Fields]:
         """The finished workspaces, by name. One that is being made is not listed."""
@@ -5961,7 +5942,7 @@ class ProjectBase:
             entry = record["workspaces"][name]
             intent = entry.pop("intent", {})  # none, where another fork has settled it just now
             if pushed and intent:
-                entry.update({key: intent[key] for key in ("base", "tree", "host_tree", "whole")})
+                entry.update(intent, op=entry["op"])
                 entry.get("pulled", {}).pop("left", None)
                 entry["over"] = dict(entry.get("branches", {}))  # what it no longer has
 
@@ -5977,7 +5958,7 @@ class ProjectBase:
         Raises WorkspaceExists, UploadFailed, HostError, GitFailed, RemoteFailed, Cancelled.
         """
         self._made.add(check_workspace(name))
-        pool = self.hosts_for(host, source)
+        pool = self.hosts_for(name, host, source)
         self.registry.secrets("", secrets)
         if not root.isprintable() or len(root) > PATH_MAX or root.startswith("-"):
             raise UsageError(f"{show(root)} cannot be the root directory.")
@@ -5996,7 +5977,7 @@ class ProjectBase:
                 self._make(upload, op, init, source)
                 log.size = upload.sent
                 if "init" in self.entry(name):
-                    self._run_init(name, root, report, cancel, secrets)
+                    self._run_init(upload, secrets)
                 return self.workspace(name)
 
     def _reach(self, name: str, pool: Sequence[str], report: Report,
@@ -6022,15 +6003,16 @@ class ProjectBase:
         """Of several hosts the one with the fewest workspaces of this user. It is noted for all who
         choose at the same time, until the workspace itself is on record."""
         with self.registry.editing() as record:
-            now, hosts = time.time(), []  # type: float, list[str]
+            hosts: list[str] = []
             for value in all_projects(lambda error: None):
-                placing = value.get("placing", {}).values()
+                placing = {other: row for other, row in value.get("placing", {}).items()
+                           if row[1] > time.time() - PLACING}
                 hosts += [entry["host"] for entry in value["workspaces"].values()]
-                hosts += [host for host, since in placing if since > now - PLACING]
+                hosts += [host for host, _ in placing.values()]
+                if value["id"] == record["id"]:
+                    record["placing"] = placing
             best = min(pool, key=hosts.count)
-            record["placing"] = {other: row for other, row in record.get("placing", {}).items()
-                                 if row[1] > now - PLACING}
-            record["placing"][name] = [best, now]
+            record.setdefault("placing", {})[name] = [best, time.time()]
             return best
 
     def _make(self, upload: Upload, op: str, init: bool, source: str) -> None:
@@ -6063,20 +6045,20 @@ class ProjectBase:
             record["workspaces"][name] = entry
             upload.note_sent(record, root)
 
-    def _run_init(self, name: str, root: str, report: Report, cancel: Cancel | None,
-                  secrets: Collection[str] | None) -> None:
+    def _run_init(self, upload: Upload, secrets: Collection[str] | None) -> None:
+        name, report = upload.name, upload.report
         report.say(f"running .cmux/init in {name}")
         report.step(name, "init hook")
         end: object = "lost"
         output = functools.partial(report.output, what=name)
         try:
-            result = self.workspace(name).run(["./.cmux/init"], output, output, cancel=cancel,
-                                              secrets=secrets)
+            result = self.workspace(name).run(["./.cmux/init"], output, output, secrets=secrets,
+                                              cancel=upload.cancel)
             if result.reason:
                 raise Cancelled(f"Interrupted: the init hook of the workspace {name} was ended.")
             end = result.status
-            why = f" Is {show(root or '~/cmux')} on a noexec file system?" if end == 126 else ""
             if end:
+                why = " Is its directory on a noexec file system?" if end == 126 else ""
                 report.warn(f"The init hook of {name} failed with status {end}.{why}")
         except HostError as error:
             report.warn(f"The init hook of {name} was cut off: {error}")
@@ -6087,7 +6069,7 @@ class ProjectBase:
                cancel: Cancel | None = None,
                secrets: Collection[str] | None = None) -> "Workspace":
         """The workspace, made first from HEAD if it does not exist, on ``host`` (default:
-        default_hosts()); waits while another process makes it. Raises as create() does, UsageError
+        hosts_for()); waits while another process makes it. Raises as create() does, UsageError
         if it is elsewhere, and WorkspaceMissing if another one is probably meant."""
         entry = self.entries().get(check_workspace(name))
         if entry and entry.get("init") == "pending":
@@ -6096,9 +6078,9 @@ class ProjectBase:
             begun = name in self.registry.read()["workspaces"]  # by another process
             if self.slip_of(name) and not begun and name != self.default_workspace():
                 raise self.missing(name)
-            place, report = host or self.default_hosts(name), report or Report()
+            report = report or Report()
             try:
-                made = self.create(name, place, report=report, cancel=cancel, secrets=secrets)
+                made = self.create(name, host, report=report, cancel=cancel, secrets=secrets)
                 report.note(f"The workspace {name} is new, on {made.host.name}.")
                 return made
             except WorkspaceExists:
@@ -6292,11 +6274,10 @@ class ProjectBase:
                 with noted(self, "gc", "", host):
                     reply = self.host(host).call(GC, root, cancel=cancel)
                     check_reply(reply, host, "clear up")
+                    freed[host] = freed.get(host, 0) + max(0, number(reply.lines()[0])) * 1024
+                    done.add((host, root))
             except CmuxError as error:  # the other hosts all the same
                 failed.append(error)
-                continue
-            done.add((host, root))
-            freed[host] = freed.get(host, 0) + max(0, number(reply.lines()[0])) * 1024
         with self.registry.editing() as record:
             record["places"] = [place for place in record.get("places", [])
                                 if tuple(place) not in done - used]
@@ -6486,8 +6467,8 @@ class Upload:
             tree = self.shadow.altered(tree, [("0", "0" * len(tree), path) for path in apart])
         archive = self.shadow.archive(tree, self.parts.stream(apart))
         front = sum(self.parts.pointers[path][3] for path in apart)
-        size = functools.lru_cache(maxsize=None)(self.shadow.archive_size)
-        archive.size = lambda: front + size(tree)
+        archive.size = functools.lru_cache(maxsize=None)(
+            lambda: front + self.shadow.archive_size(tree))
         return archive
 
     def _upload(self, op: str, offered: Iterable[str], little: bool = False) -> None:
@@ -7534,7 +7515,7 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False,
     with project.registry.creation_lock(name).hold(cancel):
         # A push may have moved it since.
         workspace = project.kind(project, name, project.settle(name))
-        with project.repository.in_shadow(workspace.base) as shadow:
+        with contextlib.closing(Shadow(project.repository, workspace.base)) as shadow:
             work = Pull(workspace, shadow, report, allow, cancel)
             try:
                 return work.bring(ref)
@@ -7555,7 +7536,7 @@ def diff_lines(workspace: WorkspaceBase, stat: bool = False, report: Report | No
     workspace = project.workspace(workspace.name)  # a push may have moved it since
     words = ("--stat=100", "--stat-count=500") if stat else ("-p", "--binary")[:1 + binary]
     with noted(project, "diff", workspace.name, workspace.host.name, "", workspace.op), \
-            project.repository.in_shadow(workspace.base) as shadow:
+            contextlib.closing(Shadow(project.repository, workspace.base)) as shadow:
         work = Pull(workspace, shadow, report, True, cancel)
         commits, _ = work.fetch()
         for path, names in work.secrets.items():
@@ -9299,7 +9280,7 @@ class McpServer:
             if tool.name == "new":
                 host = self.host
                 with contextlib.suppress(UsageError):
-                    host = host or self.project.default_hosts()
+                    host = self.project.hosts_for("", host)
                 arguments["host"] = host or self.host_of(self.workspace)
             call.result = tool.handler(self.project, cancel=call.cancel, **arguments)
             return self._shown(call, tool.tool_name, self._place(arguments), call.result)
@@ -10349,7 +10330,7 @@ def command_new(options: argparse.Namespace) -> int:
     project = open_project(options)
     names = given_names(options) or [project.default_workspace()]
     source = options.source or ""
-    host = project.hosts_for(options.host or (), source)
+    host = project.hosts_for(names[0], options.host or (), source)
     if len(set(names)) != len(names):
         raise UsageError("A name is given twice.")
 
@@ -11148,7 +11129,7 @@ def command_doctor(options: argparse.Namespace) -> int:
     try:
         project = open_project(options)
         entry = project.entries().get(one_workspace(options) or project.default_workspace(), {})
-        name = name or entry.get("host") or project.default_hosts()[0]
+        name = name or entry.get("host") or project.hosts_for("")[0]
         root = entry.get("root", "") if entry.get("host") == name else ""
     except CmuxError:  # no repository, or no host: this machine alone is examined
         name = name or os.environ.get("CMUX_SSH_HOST", "").strip().split(" ")[0]
