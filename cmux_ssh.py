@@ -4767,9 +4767,8 @@ ALTERNATES = "GIT_ALTERNATE_OBJECT_DIRECTORIES"
 # protocol.allow=never does not stop a repository's own protocol.ext.allow=always; this does.
 GIT_ALONE = {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0",
              "GIT_NO_REPLACE_OBJECTS": "1", "GIT_OPTIONAL_LOCKS": "0"}
-# Bytes are the repository's own: no filter runs, no commit id, author or date is expanded, no
-# line end changes; a pull without a change is then an empty diff. export-ignore is for releases:
-# an agent needs the tests, too.
+# Bytes are the repository's own, so that a pull without a change is an empty diff. export-ignore
+# is for releases: an agent needs the tests, too.
 SHADOW_ATTRIBUTES = ("* -export-ignore -export-subst -text -eol -ident -filter "
                      "-working-tree-encoding\n")
 
@@ -5043,11 +5042,6 @@ class Repository:
             raise GitFailed(f"The branch {show(ref[11:])} could not be set: "
                             f"{show(err.strip(), 300)}.", "Choose another with --branch.")
 
-    def place(self) -> Place:
-        """Where this repository's submodules and LFS content lie."""
-        roots = [self.common_dir + "/modules", self.git_dir + "/modules"]
-        return Place(self.top, self.common_dir, roots)
-
     def object_directory(self) -> str:
         out = self._line("rev-parse", "--git-path", "objects")
         return os.path.realpath(os.path.join(self.directory, out))
@@ -5298,10 +5292,6 @@ class Shadow:
         rows = (row.partition(b"\t") for row in listed)
         return {path: int(meta.split()[3]) for meta, _, path in rows if meta.split()[3].isdigit()}
 
-    def archive_size(self, tree: str) -> int:
-        """The archive's length, about: a header for each file, contents in blocks of 512 bytes."""
-        return sum(512 + -size % 512 + size for size in self.sizes(tree).values())
-
     def archive(self, tree: str, front: Iterable[bytes] = ()) -> Archive:
         """``front``: tar entries, without an end, to go before those of the tree."""
         self.attributes(SHADOW_ATTRIBUTES)
@@ -5393,7 +5383,9 @@ class Parts:
         self.files: dict[bytes, str] = {}   # path -> the file that has the content
         self.places: list[Place] = []       # of the submodules that are checked out
         self._rows: list[Row] = []
-        self._look(shadow.repository.place(), source, b"")
+        real = shadow.repository
+        roots = [real.common_dir + "/modules", real.git_dir + "/modules"]
+        self._look(Place(real.top, real.common_dir, roots), source, b"")
         # The id of what is sent, without links to submodules. With LFS content the host's git has
         # another tree, whose id we do not know: it would take reading all that content.
         self.tree = shadow.altered(source, self._rows) if self._rows else source
@@ -5476,10 +5468,11 @@ def make_repository(path: str, files: Mapping[str, str]) -> str:
             stream.write(text)
     command = [find_program("git"), "-C", path,
                *git_settings("user.name=demo", "user.email=demo@localhost")]
-    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "hello"]):
-        status, _, err = run(command + words, git_environment(GIT_CONFIG_GLOBAL="/dev/null"))
+    for line in ("init -q", "add .", "commit -q -m hello"):
+        words = command + line.split()
+        status, _, err = run(words, git_environment(GIT_CONFIG_GLOBAL="/dev/null"))
         if status:
-            raise GitFailed(f"git {words[0]} failed: {show(err)}.")
+            raise GitFailed(f"git {line} failed: {show(err)}.")
     return path
 
 
@@ -5629,8 +5622,6 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
         with contextlib.suppress(CmuxError):
             row["detail"] = masked_detail(detail, project.masks())
     began, row["time"], lock = time.monotonic(), round(time.time(), 3), None
-    if operation in ("exec", "shell", "write", "edit", "start", "upload"):
-        project.touch(op)
     if operation in ("exec", "new", "push", "pull", "diff", "shell", "upload", "download"):
         describe()
         lock = project.history.begin(row)
@@ -5689,7 +5680,7 @@ def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0,
 class ProjectBase:
     """A local git repository and its workspaces: see Project, whose workspaces have the tools."""
 
-    kind: type[Any]  # of WorkspaceBase: what workspace() returns; the room Tools sets it
+    kind: type["Workspace"]  # which the room Tools defines
 
     def __init__(self, directory: str = ".", interactive: Callable[[], bool] | None = None,
                  warm: int = WARM_SESSIONS, host: str | Sequence[str] = ()) -> None:
@@ -5817,12 +5808,9 @@ class ProjectBase:
         hosts = pool_of(host) or self._pool or os.environ.get("CMUX_SSH_HOST", "").split() or [
             *filter(None, self.repository.config("cmux.host", "-z", "--get-all").split("\0"))]
         if not hosts:
-            known = sorted({entry["host"] for entry in self.entries().values()})
-            where = f" (its workspaces are on {', '.join(known[:5])})" if known else ""
             raise UsageError(
                 f"There is no workspace {show(workspace)}, and no host is known to make it on.",
-                f"Name one with -H HOST{where}, or set $CMUX_SSH_HOST, or: "
-                "git config cmux.host HOST")
+                "Name one with -H HOST, or set $CMUX_SSH_HOST, or: git config cmux.host HOST")
         return pool_of(hosts)
 
     def entries(self) -> dict[str, Fields]:
@@ -5836,8 +5824,7 @@ class ProjectBase:
         if "intent" in entry and lock.take():  # else somebody is at it
             with lock:
                 entry = self.settle(name)
-        found: "Workspace" = self.kind(self, name, entry)
-        return found
+        return self.kind(self, name, entry)
 
     def workspaces(self) -> list["Workspace"]:
         """All that are finished, by name; asks no host."""
@@ -5880,14 +5867,14 @@ class ProjectBase:
                     remove_file(left)
 
     def operate(self, script: str, name: str, entry: Mapping[str, Any], words: Sequence[str],
-                change: Mapping[str, Any] = types.MappingProxyType({}), **more: Any) -> Reply:
+                change: Mapping[str, Any] | None = None, **more: Any) -> Reply:
         """Put the ``change`` into the registry, then run an operation on a workspace's name on its
         host; the first word is the operation's id. The host refuses one of a lower turn: its client
         was killed."""
         Shadow.reap(temporary_folder())
         with self.registry.editing() as record:
             turn = record["turn"] = max(record.get("turn", 0) + 1, int(time.time()))
-            record["workspaces"].setdefault(name, {}).update(change)
+            record["workspaces"].setdefault(name, {}).update(change or {})
             record.get("placing", {}).pop(name, None)
         place = entry["root"], entry["project"], str(turn), name
         return self.host(entry["host"]).call(script, *place, *words, **more)
@@ -6134,13 +6121,6 @@ class ProjectBase:
             check_reply(reply, entry["host"], f"look for changes in {name}")
             self._refuse(name, entry, reply.lines())
 
-    def touch(self, op: str) -> None:
-        """Note, for `list`, that something begins which may change the workspace after a pull."""
-        for name, entry in self.entries().items():
-            if entry["op"] == op and entry.get("touched", 0) <= entry.get("asked", -1):
-                with contextlib.suppress(CmuxError), self.registry.editing() as record:
-                    record["workspaces"].get(name, {}).update(touched=time.time())
-
     def running_now(self) -> list[Fields]:
         """What this machine runs now, oldest first, with its workspace's present name."""
         names = {entry["op"]: name for name, entry in self.entries().items()}
@@ -6155,36 +6135,37 @@ class ProjectBase:
             row.get("op") == op if op and row.get("op") else row.get("workspace") == name)]
 
     @contextlib.contextmanager
-    def _both(self, source: str, name: str, shared: bool, cancel: Cancel | None) -> Iterator[None]:
-        """The locks of a workspace and of the name of another."""
+    def _moving(self, operation: str, source: str, name: str,
+                cancel: Cancel | None) -> Iterator[Fields]:
+        """The locks of a workspace and of a name, which is free then; the entry for that name."""
         if check_workspace(name) == source:
             raise WorkspaceExists(f"The workspace {name} has that name already.",
                                   "Choose another name.")
         with contextlib.ExitStack() as held:
             for one in sorted((name, source)):  # or two would wait for each other
-                lock = self.registry.creation_lock(one, shared and one == source)
+                lock = self.registry.creation_lock(one, operation == "fork" and one == source)
                 held.enter_context(lock.hold(cancel))
-            yield
+            entry = self.settle(source)
+            self.vacate(name)
+            held.enter_context(noted(self, operation, source, entry["host"], name, entry["op"]))
+            yield dict(entry, path=entry["path"][:-len(source)] + name)
 
     def fork(self, source: WorkspaceBase, name: str,
              cancel: Cancel | None = None) -> "Workspace":
         """A new workspace with the current content and the own secrets of ``source``, made on the
         host itself. Raises WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed, Cancelled.
         """
-        with self._both(source.name, name, True, cancel):
-            entry = self.settle(source.name)
-            self.vacate(name)
-            made = dict(entry, state="forking", op=os.urandom(8).hex(), branches={}, over={},
-                        created=int(time.time()), path=source.path[:-len(source.name)] + name)
-            with noted(self, "fork", source.name, entry["host"], name, entry["op"]):
-                words = made["op"], source.name
-                reply = self.operate(FORK, name, made, words, made, cancel=cancel)
-                if reply.status in (20, 22):
-                    self.forget(name)
-                check_reply(reply, entry["host"], f"fork {source.name}", name, source.name)
-            own = read_secrets(self.registry.own_secrets(entry["op"]))
-            if own:
-                write_json(self.registry.own_secrets(made["op"]), {"secrets": own})
+        with self._moving("fork", source.name, name, cancel) as entry:
+            own, op = self.registry.own_secrets(entry["op"]), os.urandom(8).hex()
+            entry.update(state="forking", op=op, branches={}, over={}, created=int(time.time()))
+            words = op, source.name
+            reply = self.operate(FORK, name, entry, words, entry, cancel=cancel)
+            if reply.status in (20, 22):
+                self.forget(name)
+            check_reply(reply, entry["host"], f"fork {source.name}", name, source.name)
+            secrets = read_secrets(own)
+            if secrets:
+                write_json(self.registry.own_secrets(op), {"secrets": secrets})
             self.update(name, state="ready")
             return self.workspace(name)
 
@@ -6192,20 +6173,17 @@ class ProjectBase:
                cancel: Cancel | None = None) -> "Workspace":
         """Give a workspace another name, locally and on the host; the new object (the old one is of
         no more use). Until both are done, it has the old name. Raises as fork() does."""
-        with self._both(source.name, name, False, cancel):
-            entry, op = self.settle(source.name), os.urandom(8).hex()
-            self.vacate(name)
-            with noted(self, "rename", source.name, entry["host"], name, entry["op"]):
-                words = [op, source.name, name, entry["op"], ""]
-                reply = self.operate(RENAME, source.name, entry, words,
-                                     {"intent": {"op": op, "to": name}}, cancel=cancel)
-                if reply.status in (20, 22):
-                    self.settle(source.name)
-                check_reply(reply, entry["host"], f"rename {source.name}", name, source.name)
+        with self._moving("rename", source.name, name, cancel) as entry:
+            op = os.urandom(8).hex()
+            words = [op, source.name, name, entry["op"], ""]
+            reply = self.operate(RENAME, source.name, entry, words,
+                                 {"intent": {"op": op, "to": name}}, cancel=cancel)
+            if reply.status in (20, 22):
+                self.settle(source.name)
+            check_reply(reply, entry["host"], f"rename {source.name}", name, source.name)
             with self.registry.editing() as record:
                 del record["workspaces"][source.name]
-                path = source.path[:-len(source.name)] + name
-                record["workspaces"][name] = dict(entry, path=path)
+                record["workspaces"][name] = entry
             return self.workspace(name)
 
     def push(self, name: str, ref: str = "HEAD", force: bool = False,
@@ -6215,26 +6193,20 @@ class ProjectBase:
         host's trash until gc. Raises as create() does, too."""
         with self.registry.creation_lock(check_workspace(name)).hold(cancel):
             entry, report = self.settle(name), report or Report()
-            host = entry["host"]
             with contextlib.closing(Upload(self, name, entry, ref, report, cancel)) as upload:
                 upload.left_out()
                 stands = entry["base"], entry.get("whole")
                 if not force and (upload.commit, upload.tree) == stands:
                     return False
-                with noted(self, "push", name, host, ref, entry["op"]) as log:
-                    lines = self._push(upload, entry, force)
+                with noted(self, "push", name, entry["host"], ref, entry["op"]) as log:
+                    self._push(upload, entry, force)
                     log.size = upload.sent
-                for line in lines:
-                    if line.startswith("kept "):
-                        report.warn(f"What was in {name} is kept until gc, on {host}: "
-                                    + show(line[5:]))
                 self._end_intent(name, True)
                 with self.registry.editing() as record:
                     upload.note_sent(record, entry["root"])
             return True
 
-    def _push(self, upload: Upload, entry: Fields, force: bool) -> list[str]:
-        """The lines of the host's reply."""
+    def _push(self, upload: Upload, entry: Fields, force: bool) -> None:
         name, host, op = upload.name, entry["host"], os.urandom(8).hex()
         if not force:
             self._refuse(name, entry, ())
@@ -6248,10 +6220,13 @@ class ProjectBase:
             self._refuse(name, entry, reply.lines())
         if reply.status == 5:
             raise RemoteFailed(f"The git repository of {name} on {host} cannot be moved: it was "
-                               "made anew there, or a lock or a branch like main/x is in the way.",
-                               "Put that right there, or replace the directory: --force.")
+                               "made anew, or a lock or a branch like main/x is in the way.",
+                               "Put that right, or replace the directory: --force.")
         check_reply(reply, host, f"push to {name}", name, name, "pushed")
-        return reply.lines()
+        for line in reply.lines():
+            if line.startswith("kept "):
+                upload.report.warn(f"What was in {name} is kept until gc, on {host}: "
+                                   + show(line[5:]))
 
     def gc(self, only: str | Sequence[str] = (),
            cancel: Cancel | None = None) -> tuple[dict[str, int], list[CmuxError]]:
@@ -6467,8 +6442,9 @@ class Upload:
             tree = self.shadow.altered(tree, [("0", "0" * len(tree), path) for path in apart])
         archive = self.shadow.archive(tree, self.parts.stream(apart))
         front = sum(self.parts.pointers[path][3] for path in apart)
-        archive.size = functools.lru_cache(maxsize=None)(
-            lambda: front + self.shadow.archive_size(tree))
+        # About: a header for each file, contents in blocks of 512 bytes.
+        archive.size = functools.lru_cache(None)(lambda: front + sum(
+            512 + -size % 512 + size for size in self.shadow.sizes(tree).values()))
         return archive
 
     def _upload(self, op: str, offered: Iterable[str], little: bool = False) -> None:
@@ -6697,13 +6673,9 @@ class WorkspaceBase:
 
 
 def state_of(entry: Mapping[str, Any]) -> str:
-    """The state as far as this machine knows: ready; pulled, while nothing was begun since a pull;
-    init running; init failed."""
-    init = entry.get("init")
-    if init not in (None, 0):
-        return "init running" if init == "pending" else "init failed"
-    pulled = entry.get("pulled")
-    return "pulled" if pulled and entry.get("touched", 0) <= pulled.get("at", 0) else "ready"
+    """The state as far as this machine knows: ready; init running; init failed."""
+    init = entry.get("init") or ""
+    return "init running" if init == "pending" else "init failed" if init else "ready"
 
 
 def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: Capture,
@@ -7410,8 +7382,6 @@ class Pull:
                 f"The branch {show(branch)} has commits that no pull of this workspace made.",
                 f"Choose another: {PROGRAM} pull -w {self.name} --branch NAME. Or, if you want to "
                 f"keep it: git branch -m {quote(branch)} NEW")
-        began = time.time()
-        self.project.update(self.name, asked=began)
         commits, dirty = self.fetch(record=True)
         tip, since = self.combine(commits, dirty, "" if merged else old, old in over)
         executes, moved = self.inspect(since, tip), tip != since
@@ -7420,7 +7390,7 @@ class Pull:
             self.keep(ref, since, tip, old)
         with self.project.registry.editing() as record:
             entry = record["workspaces"][self.name]
-            entry["pulled"] = dict(self.pulled, at=began, base=self.base)
+            entry["pulled"] = dict(self.pulled, base=self.base)
             if moved:
                 entry["branches"][ref] = tip
         rows = self.diff("--stat=100", "--stat-count=500", since, tip) if moved else ()
