@@ -4958,8 +4958,7 @@ class Repository:
             new = shadow.call("write-tree")
             if new == tree:
                 return commit
-            paths = [as_text(path) for _, mode, _, path in shadow.changes(tree, new)
-                     if mode != "000000"]
+            paths = [as_text(path) for _, mode, _, path in shadow.changes(tree, new) if int(mode)]
             secret = [path for path in paths if _SECRET_FILE.search(path) and path not in allow]
             if secret:
                 del secret[20:]
@@ -5070,9 +5069,9 @@ class Shadow:
         self.repository, self.form = repository, "sha256" if len(example) == 64 else "sha1"
         self.reap(temporary_folder())
         self.path = tempfile.mkdtemp(prefix="cmux-shadow-", dir=temporary_folder())
-        self.lock = self.lock_of(self.path).hold()  # where reap() was faster, a new directory
+        self.lock = Lock(self.path + "/lock", passing=True).hold()  # if reap() was faster, anew
         self.git_dir = self.path + "/sh.git"
-        self.start = self.at(self.git_dir)
+        self.start = [repository.program, "--git-dir=" + self.git_dir, *GIT_SAFE]
         self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null")
         self.env[ALTERNATES] = self.alternate(repository.object_directory())
         try:
@@ -5086,23 +5085,12 @@ class Shadow:
         form = [] if self.form == "sha1" else ["--object-format=" + self.form]  # git 2.29
         list(self.records("init", "-q", "--bare", "--template=", *form, path, talks=True))
 
-    def at(self, git_dir: str) -> list[str]:
-        """How a command of git in a repository of ours begins."""
-        return [self.repository.program, "--git-dir=" + git_dir, *GIT_SAFE]
-
-    @staticmethod
-    def lock_of(path: str) -> Lock:
-        """What the process holds whose shadow this is."""
-        return Lock(path + "/lock", passing=True)
-
     @staticmethod
     def alternate(objects: str) -> str:
         return '"%s"' % objects.replace("\\", "\\\\").replace('"', '\\"')
 
     def lend(self, objects: str) -> None:
-        """Read from one more object store. Every git of this shadow would fail where it is not."""
-        if os.path.realpath(objects) != objects or not os.path.isdir(objects):
-            raise GitFailed(f"The object store {show(objects)} is not there.")
+        """Read from one more object store."""
         more = self.alternate(objects)
         if more not in self.env[ALTERNATES]:
             self.env[ALTERNATES] += ":" + more
@@ -5124,7 +5112,7 @@ class Shadow:
         import shutil
         for name in os.listdir(folder):
             path = os.path.join(folder, name)
-            lock = Shadow.lock_of(path)
+            lock = Lock(path + "/lock", passing=True)
             with contextlib.suppress(OSError, StateFailed):  # it has just gone
                 if name.startswith("cmux-shadow-") and os.lstat(path).st_uid == os.geteuid() \
                         and lock.take():
@@ -5281,7 +5269,7 @@ class Shadow:
             if spawn(words, self.env, stdin=revisions, stdout=stream).wait():
                 raise GitFailed("git could not pack the result.")
         self._init(apart)
-        why = index_pack(self.at(apart), self.env, pack)
+        why = index_pack(self.argv("--git-dir=" + apart), self.env, pack)
         if why:
             raise ResultRefused(f"git refuses the result: {why}.")
         return pack
@@ -5356,20 +5344,14 @@ class Place:
         good = stat.S_ISREG(status.st_mode) and status.st_size == size
         return path if good and os.path.realpath(path) == path else ""
 
-    def uncommitted(self, shadow: Shadow) -> bool:
-        """Whether a submodule has tracked files that differ from its HEAD."""
+    def uncommitted(self, shadow: Shadow, tree: str) -> bool:
+        """Whether a submodule has tracked files that are not as in the tree that is sent."""
         import shutil
         index = shadow.path + "/module.index"
-        words = [*shadow.at(self.git_dir), "rev-parse", "-q", "--verify", "HEAD^{tree}"]
-        try:
-            shadow.lend(self.objects)
+        with contextlib.suppress(OSError, GitFailed):
             shutil.copy2(self.git_dir + "/index", index)
-            status, head, _ = run(words, git_environment())
-            changed = shadow.differing(head.decode().strip(), "--work-tree=" + self.top,
-                                       GIT_INDEX_FILE=index)
-            return not status and any(changed)
-        except (OSError, GitFailed):
-            return False
+            return any(shadow.differing(tree, "--work-tree=" + self.top, GIT_INDEX_FILE=index))
+        return False
 
 
 class Parts:
@@ -5381,7 +5363,7 @@ class Parts:
         self.modules: set[bytes] = set()    # the paths of submodules, checked out or not
         self.pointers: dict[bytes, Pointer] = {}
         self.files: dict[bytes, str] = {}   # path -> the file that has the content
-        self.places: list[Place] = []       # of the submodules that are checked out
+        self.places: list[tuple[Place, str]] = []  # submodules that are checked out; their tree
         self._rows: list[Row] = []
         real = shadow.repository
         roots = [real.common_dir + "/modules", real.git_dir + "/modules"]
@@ -5417,7 +5399,7 @@ class Parts:
             inner = module and self.shadow.tree_in(module.objects, commit)
             if module and inner:
                 self.shadow.lend(module.objects)
-                self.places.append(module)
+                self.places.append((module, inner))
                 self._look(module, inner, prefix + path + b"/")
 
     def stream(self, paths: Iterable[bytes]) -> Iterator[bytes]:
@@ -5680,7 +5662,7 @@ def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0,
 class ProjectBase:
     """A local git repository and its workspaces: see Project, whose workspaces have the tools."""
 
-    kind: type["Workspace"]  # which the room Tools defines
+    kind: type[Workspace]  # which the room Tools defines
 
     def __init__(self, directory: str = ".", interactive: Callable[[], bool] | None = None,
                  warm: int = WARM_SESSIONS, host: str | Sequence[str] = ()) -> None:
@@ -5814,11 +5796,11 @@ class ProjectBase:
         return pool_of(hosts)
 
     def entries(self) -> dict[str, Fields]:
-        """The finished workspaces, by name. One that is being made is not listed."""
+        """The finished workspaces, by name."""
         return {name: entry for name, entry in self.registry.read()["workspaces"].items()
                 if entry.get("state") == "ready"}
 
-    def workspace(self, name: str) -> "Workspace":
+    def workspace(self, name: str) -> Workspace:
         """An existing workspace. Raises WorkspaceMissing."""
         entry, lock = self.entry(name), self.registry.creation_lock(name)
         if "intent" in entry and lock.take():  # else somebody is at it
@@ -5826,7 +5808,7 @@ class ProjectBase:
                 entry = self.settle(name)
         return self.kind(self, name, entry)
 
-    def workspaces(self) -> list["Workspace"]:
+    def workspaces(self) -> list[Workspace]:
         """All that are finished, by name; asks no host."""
         return [self.kind(self, name, entry) for name, entry in sorted(self.entries().items())]
 
@@ -5935,7 +5917,7 @@ class ProjectBase:
 
     def create(self, name: str, host: str | Sequence[str], ref: str = "HEAD", root: str = "",
                init: bool = True, report: Report | None = None, cancel: Cancel | None = None,
-               source: str = "", secrets: Collection[str] | None = None) -> "Workspace":
+               source: str = "", secrets: Collection[str] | None = None) -> Workspace:
         """Make workspace ``name`` on ``host`` (of several the one with the fewest workspaces that
         can be reached) from commit ``ref``, below its directory ``root`` (default ~/cmux), with
         what git ignores (packages, caches) in the workspace ``source`` on that host, and run its
@@ -6054,7 +6036,7 @@ class ProjectBase:
 
     def ensure(self, name: str, host: str | Sequence[str] = (), report: Report | None = None,
                cancel: Cancel | None = None,
-               secrets: Collection[str] | None = None) -> "Workspace":
+               secrets: Collection[str] | None = None) -> Workspace:
         """The workspace, made first from HEAD if it does not exist, on ``host`` (default:
         hosts_for()); waits while another process makes it. Raises as create() does, UsageError
         if it is elsewhere, and WorkspaceMissing if another one is probably meant."""
@@ -6075,7 +6057,7 @@ class ProjectBase:
                     raise
         return self.existing(name, host)
 
-    def existing(self, name: str, host: str | Sequence[str]) -> "Workspace":
+    def existing(self, name: str, host: str | Sequence[str]) -> Workspace:
         """A workspace, if it is on ``host``, or on one of several, where any is given."""
         found = self.workspace(name)
         self.check_place(name, found.host.name, host)
@@ -6151,7 +6133,7 @@ class ProjectBase:
             yield dict(entry, path=entry["path"][:-len(source)] + name)
 
     def fork(self, source: WorkspaceBase, name: str,
-             cancel: Cancel | None = None) -> "Workspace":
+             cancel: Cancel | None = None) -> Workspace:
         """A new workspace with the current content and the own secrets of ``source``, made on the
         host itself. Raises WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed, Cancelled.
         """
@@ -6170,7 +6152,7 @@ class ProjectBase:
             return self.workspace(name)
 
     def rename(self, source: WorkspaceBase, name: str,
-               cancel: Cancel | None = None) -> "Workspace":
+               cancel: Cancel | None = None) -> Workspace:
         """Give a workspace another name, locally and on the host; the new object (the old one is of
         no more use). Until both are done, it has the old name. Raises as fork() does."""
         with self._moving("rename", source.name, name, cancel) as entry:
@@ -6420,7 +6402,7 @@ class Upload:
                 return
             reported.add(self.tree)
             parts = self.parts
-            below = sum(place.uncommitted(self.shadow) for place in parts.places)
+            below = sum(place.uncommitted(self.shadow, tree) for place, tree in parts.places)
             changed = self.head and self.project.repository.uncommitted(
                 self.shadow, parts.pointers)
         rows = ((len(parts.modules) - len(parts.places), "submodule", "not checked out here"),
@@ -6495,10 +6477,8 @@ class Upload:
 
 
 class WorkspaceBase:
-    """A directory on a host in which commands run: see Workspace, which adds the tools.
-
-    ``name``, ``host`` (a Host), ``path`` there, ``base`` (the commit's id), ``created`` (seconds).
-    """
+    """A directory on a host in which commands run: see Workspace, which adds the tools. ``path``
+    there, ``base`` (the commit's id), ``created`` (seconds)."""
 
     def __init__(self, project: ProjectBase, name: str, entry: Mapping[str, Any]) -> None:
         self.project, self.name = project, name
@@ -6553,14 +6533,13 @@ class WorkspaceBase:
         """Run ``command``, its output streamed to the callables (which may raise to end it); see
         exec() for the rest. ``source`` is for the command line: it streams a descriptor into the
         command's stdin."""
-        check_command(command)
+        words = command_records(command, login, source is not None)
         if timeout is not None and not 0 < timeout < 1e8:
             raise UsageError("timeout takes a number of seconds above 0, and below 100000000.")
         try:
-            records = self.environment(env, cancel, secrets)
+            records = self.environment(env, cancel, secrets) + words
         except Cancelled:  # while a secret's command ran
             return Outcome(status=None, stopped="confirmed", reason="cancel")
-        records += command_records(command, login, source is not None)
         directory = os.path.join(self.path, cwd) if cwd else self.path
         with noted(self.project, "exec", self.name, self.host.name, command, self.op) as entry:
             def counted(sink: Callable[[bytes], Any]) -> Callable[[bytes], None]:
