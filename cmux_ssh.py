@@ -5184,10 +5184,9 @@ class Shadow:
         """A tree ("": the empty one) with other files at some paths; mode 0 removes one. Not by
         read-tree, which before git 2.39 wants the content of all."""
         env = {"GIT_INDEX_FILE": os.path.join(self.path, os.urandom(4).hex() + ".index")}
-        own = self.records("ls-tree", "-r", "-z", "--full-tree", tree) if tree else ()
-        more = (os.fsencode("%s %s\t" % row[:2]) + row[2] for row in rows)
-        lines = b"\0".join([*own, *more, b""])
-        self.call("update-index", "-z", "--index-info", env=env, stdin=lines)
+        own = self.listing(tree) if tree else ()
+        lines = [os.fsencode("%s %s\t" % row[:2]) + row[2] for row in (*own, *rows)]
+        self.call("update-index", "-z", "--index-info", env=env, stdin=b"\0".join([*lines, b""]))
         return self.call("write-tree", "--missing-ok", env=env)
 
     def delta(self, rows: Sequence[Row]) -> str:
@@ -5277,8 +5276,8 @@ class Shadow:
     def sizes(self, tree: str) -> dict[bytes, int]:
         """The bytes of each file of a tree."""
         listed = self.records("ls-tree", "-r", "-l", "-z", "--full-tree", tree)
-        rows = (row.partition(b"\t") for row in listed)
-        return {path: int(meta.split()[3]) for meta, _, path in rows if meta.split()[3].isdigit()}
+        rows = (re.match(rb"\S+ \S+ \S+ +(\d+)\t", row) for row in listed)
+        return {row.string[row.end():]: int(row[1]) for row in rows if row}
 
     def archive(self, tree: str, front: Iterable[bytes] = ()) -> Archive:
         """``front``: tar entries, without an end, to go before those of the tree."""
@@ -5369,7 +5368,7 @@ class Parts:
         roots = [real.common_dir + "/modules", real.git_dir + "/modules"]
         self._look(Place(real.top, real.common_dir, roots), source, b"")
         # The id of what is sent, without links to submodules. With LFS content the host's git has
-        # another tree, whose id we do not know: it would take reading all that content.
+        # another tree: for its id all that content would have to be read.
         self.tree = shadow.altered(source, self._rows) if self._rows else source
         self.host_tree = "" if self.files else self.tree
 
