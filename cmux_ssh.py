@@ -4670,9 +4670,9 @@ class CommandRun:
 # only for a diff on a terminal; the user's work tree, index, refs and config are read, never
 # written.
 
-# In the user's own repository only commands that read run; --dirty and the count of uncommitted
-# files read the work tree with the user's configuration, into an index and objects of ours. All
-# else runs in a shadow: a new bare repository without config that borrows the real objects.
+# In the user's own repository only commands that read run; what reads its work tree does so with
+# the user's configuration, into an index and objects of ours. All else runs in a shadow: a new
+# bare repository without config that borrows the real objects.
 def git_settings(*values: str) -> tuple[str, ...]:
     return tuple(word for value in values for word in ("-c", value))
 
@@ -4692,9 +4692,8 @@ ALTERNATES = "GIT_ALTERNATE_OBJECT_DIRECTORIES"
 # protocol.allow=never does not stop a repository's own protocol.ext.allow=always; this does.
 GIT_ALONE = {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0",
              "GIT_NO_REPLACE_OBJECTS": "1", "GIT_OPTIONAL_LOCKS": "0"}
-# Bytes are the repository's own: no filter runs, no commit id, author or date is expanded, no
-# line end changes; a pull without a change is then an empty diff. export-ignore is for releases:
-# an agent needs the tests, too.
+# Bytes are the repository's own, so that a pull without a change is an empty diff. export-ignore
+# is for releases: an agent needs the tests, too.
 SHADOW_ATTRIBUTES = ("* -export-ignore -export-subst -text -eol -ident -filter "
                      "-working-tree-encoding\n")
 
@@ -4764,28 +4763,28 @@ class Repository:
         last = text.split("\n")[-1]
         raise GitFailed(f"git {words[0]} failed: {show(last, 200)}.")
 
-    def _ask(self, *words: str, env: dict[str, str] | None = None) -> bytes:
+    def _ask(self, *words: str, env: dict[str, str] | None = None) -> str:
         """What a git command with the user's configuration prints; nothing where it fails."""
         argv = [self.program, "-C", self.directory, *words]
         status, out, _ = run(argv, env or user_environment())
-        return b"" if status else out
+        return "" if status else os.fsdecode(out)
 
     def branch(self) -> str:
         """The short name of the current branch (also an unborn one); "" when HEAD is detached."""
-        return self._ask("symbolic-ref", "-q", "--short", "HEAD").decode("utf-8", "replace").strip()
+        return self._ask("symbolic-ref", "-q", "--short", "HEAD").strip()
 
     def config(self, key: str, *how: str) -> str:
         """A value of the user's git configuration, any scope: no clone brings a .git/config along,
         and what looks like a repository among a clone's files was refused above."""
-        return self._ask("config", *how, key).decode("utf-8", "replace")[:-1]
+        return self._ask("config", *how, key)[:-1]
 
     def diff_settings(self) -> tuple[str, bool]:
         """What the user's git shows a diff with on a terminal: the pager ("": none), and whether
         in colour."""
         own, switch = self.config("pager.diff"), self.config("pager.diff", "--bool")
         words = git_settings("core.pager=" + own) if own and not switch else ()
-        pager = os.fsdecode(self._ask(*words, "var", "GIT_PAGER")).strip()
-        colour = self._ask("config", "--get-colorbool", "color.diff", "true") == b"true\n"
+        pager = self._ask(*words, "var", "GIT_PAGER").strip()
+        colour = self._ask("config", "--get-colorbool", "color.diff", "true") == "true\n"
         return "" if switch == "false" or pager == "cat" else pager, colour
 
     def resolve(self, revision: str) -> tuple[str, str]:
@@ -4803,10 +4802,6 @@ class Repository:
         with contextlib.suppress(GitFailed):
             return int(self._line("rev-list", "--count", base + "..HEAD", "--"))
         return None
-
-    def in_shadow(self, example: str) -> contextlib.closing[Shadow]:
-        """A shadow whose object ids are like ``example``, until the block ends."""
-        return contextlib.closing(Shadow(self, example))
 
     def value_of(self, name: str, kind: str = "^{commit}") -> str:
         """The id of the commit (or other object) that a name stands for, or ""."""
@@ -4856,7 +4851,7 @@ class Repository:
         """The SECTION.NAMEs of the configuration."""
         pattern = rf"^{section}\..*\."
         out = self._ask("config", "-z", "--name-only", "--get-regexp", pattern, env=env)
-        return {name.rpartition(".")[0] for name in os.fsdecode(out).split("\0")[:-1]}
+        return {name.rpartition(".")[0] for name in out.split("\0")[:-1]}
 
     def _without_hooks(self, env: dict[str, str]) -> dict[str, str]:
         """git 2.54 runs hooks that the configuration names; core.hooksPath does not stop those."""
@@ -4883,13 +4878,12 @@ class Repository:
         if not self.top:
             raise UsageError("There is no work tree to send: this repository is bare.",
                              "Leave out --dirty.")
-        with self.in_shadow(commit) as shadow:
+        with contextlib.closing(Shadow(self, commit)) as shadow:
             self._add_all(shadow)
             new = shadow.call("write-tree")
             if new == tree:
                 return commit
-            paths = [as_text(path) for _, mode, _, path in shadow.changes(tree, new)
-                     if mode != "000000"]
+            paths = [as_text(path) for _, mode, _, path in shadow.changes(tree, new) if int(mode)]
             secret = [path for path in paths if _SECRET_FILE.search(path) and path not in allow]
             if secret:
                 del secret[20:]
@@ -4903,7 +4897,7 @@ class Repository:
 
     def _add_all(self, shadow: Shadow) -> None:
         """Bring the index of a shadow to what `git add -A` would make of the user's."""
-        user, failed = self._as_user(shadow, filters=True), None
+        user = self._as_user(shadow, filters=True)
         # add would run `git status` in every submodule, with its config and its filters.
         links = shadow.index_links()
         own = self._own_state()
@@ -4912,18 +4906,16 @@ class Repository:
         apart = [":(exclude,literal)" + path for path in (*map(os.fsdecode, links), own) if path]
         try:
             list(user.records("add", "-A", "--", ".", *apart, talks=True))
-        except GitFailed as error:
-            failed = error
-        nested = shadow.index_links() - links
-        if failed:
+            nested = shadow.index_links() - links
+        except GitFailed:  # by a repository without a commit
             others = user.records("ls-files", "-o", "--exclude-standard", "-z")
-            nested.update(path for path in others if path.endswith(b"/"))
+            nested = {path for path in others if path.endswith(b"/")}
+            if not nested:
+                raise
         if nested:
-            name = show(min(nested).decode("utf-8", "replace").rstrip("/"))
+            name = show(min(nested).rstrip(b"/"))
             raise GitFailed(f"{name} is a repository of its own.",
                             "Let .gitignore cover it, or make it a submodule.")
-        if failed:
-            raise failed
         user.call("update-index", "--remove", "-z", "--stdin", stdin=b"\0".join([*links, b""]))
 
     def _worktrees(self) -> list[list[str]]:
@@ -4934,7 +4926,7 @@ class Repository:
     def hooks_inside(self) -> list[str]:
         """The hooks directory relative to the work tree, if a core.hooksPath lies in it, or in
         another work tree of this repository: as it is named, and where the links in that lead."""
-        named = os.fsdecode(self._ask("rev-parse", "--git-path", "hooks")[:-1])
+        named = self._ask("rev-parse", "--git-path", "hooks")[:-1]
         path = os.path.join(os.path.realpath(self.directory), named)
         raw = self.config("core.hooksPath")
         tops = {os.path.realpath(row[0][len("worktree "):]) for row in self._worktrees()
@@ -4974,11 +4966,6 @@ class Repository:
             raise GitFailed(f"The branch {show(ref[11:])} could not be set: "
                             f"{show(err.strip(), 300)}.", "Choose another with --branch.")
 
-    def place(self) -> Place:
-        """Where this repository's submodules and LFS content lie."""
-        roots = [self.common_dir + "/modules", self.git_dir + "/modules"]
-        return Place(self.top, self.common_dir, roots)
-
     def object_directory(self) -> str:
         out = self._line("rev-parse", "--git-path", "objects")
         return os.path.realpath(os.path.join(self.directory, out))
@@ -4999,16 +4986,17 @@ def index_pack(command: list[str], env: Mapping[str, str], pack: str) -> str:
 
 
 class Shadow:
-    """A throwaway bare repository with the real object store as alternate."""
+    """A throwaway bare repository with the real object store as alternate. Its ids are like
+    ``example``."""
 
     def __init__(self, repository: Repository, example: str) -> None:
         import tempfile
         self.repository, self.form = repository, "sha256" if len(example) == 64 else "sha1"
         self.reap(temporary_folder())
         self.path = tempfile.mkdtemp(prefix="cmux-shadow-", dir=temporary_folder())
-        self.lock = self.lock_of(self.path).hold()  # where reap() was faster, a new directory
+        self.lock = Lock(self.path + "/lock", passing=True).hold()  # if reap() was faster, anew
         self.git_dir = self.path + "/sh.git"
-        self.start = self.at(self.git_dir)
+        self.start = [repository.program, "--git-dir=" + self.git_dir, *GIT_SAFE]
         self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null")
         self.env[ALTERNATES] = self.alternate(repository.object_directory())
         try:
@@ -5022,23 +5010,12 @@ class Shadow:
         form = [] if self.form == "sha1" else ["--object-format=" + self.form]  # git 2.29
         list(self.records("init", "-q", "--bare", "--template=", *form, path, talks=True))
 
-    def at(self, git_dir: str) -> list[str]:
-        """How a command of git in a repository of ours begins."""
-        return [self.repository.program, "--git-dir=" + git_dir, *GIT_SAFE]
-
-    @staticmethod
-    def lock_of(path: str) -> Lock:
-        """What the process holds whose shadow this is."""
-        return Lock(path + "/lock", passing=True)
-
     @staticmethod
     def alternate(objects: str) -> str:
         return '"%s"' % objects.replace("\\", "\\\\").replace('"', '\\"')
 
     def lend(self, objects: str) -> None:
-        """Read from one more object store. Every git of this shadow would fail where it is not."""
-        if os.path.realpath(objects) != objects or not os.path.isdir(objects):
-            raise GitFailed(f"The object store {show(objects)} is not there.")
+        """Read from one more object store."""
         more = self.alternate(objects)
         if more not in self.env[ALTERNATES]:
             self.env[ALTERNATES] += ":" + more
@@ -5060,7 +5037,7 @@ class Shadow:
         import shutil
         for name in os.listdir(folder):
             path = os.path.join(folder, name)
-            lock = Shadow.lock_of(path)
+            lock = Lock(path + "/lock", passing=True)
             with contextlib.suppress(OSError, StateFailed):  # it has just gone
                 if name.startswith("cmux-shadow-") and os.lstat(path).st_uid == os.geteuid() \
                         and lock.take():
@@ -5132,10 +5109,9 @@ class Shadow:
         """A tree ("": the empty one) with other files at some paths; mode 0 removes one. Not by
         read-tree, which before git 2.39 wants the content of all."""
         env = {"GIT_INDEX_FILE": os.path.join(self.path, os.urandom(4).hex() + ".index")}
-        own = self.records("ls-tree", "-r", "-z", "--full-tree", tree) if tree else ()
-        more = (os.fsencode("%s %s\t" % row[:2]) + row[2] for row in rows)
-        lines = b"\0".join([*own, *more, b""])
-        self.call("update-index", "-z", "--index-info", env=env, stdin=lines)
+        own = self.listing(tree) if tree else ()
+        lines = [os.fsencode("%s %s\t" % row[:2]) + row[2] for row in (*own, *rows)]
+        self.call("update-index", "-z", "--index-info", env=env, stdin=b"\0".join([*lines, b""]))
         return self.call("write-tree", "--missing-ok", env=env)
 
     def delta(self, rows: Sequence[Row]) -> str:
@@ -5195,21 +5171,16 @@ class Shadow:
 
     def blobs(self, ids: Sequence[str]) -> Iterator[bytes]:
         """The contents of small blobs, in order."""
-        if not ids:
-            return
-        with spool("".join(oid + "\n" for oid in ids).encode()) as source:
-            process = spawn(self.argv("cat-file", "--batch"), self.env, stdin=source, stdout=-1)
-        assert process.stdout
-        try:
-            with open(process.stdout.fileno(), "rb", closefd=False) as stream:
-                for oid in ids:
-                    row = stream.readline().split()
-                    if len(row) != 3:
-                        raise GitFailed(f"The repository lacks the object {oid}.", _PARTIAL)
-                    yield stream.read(int(row[2]) + 1)[:-1]
-        finally:
-            kill_group(process)
-            process.stdout.close()
+        import io
+        wanted = "".join(oid + "\n" for oid in ids).encode()
+        lines = self.records("cat-file", "--batch", stdin=wanted, end=b"\n")
+        stream = io.BytesIO(b"\n".join(lines))
+        for oid in ids:
+            row = stream.readline().split()
+            if len(row) != 3:
+                raise GitFailed(f"The repository lacks the object {oid}.", _PARTIAL)
+            yield stream.read(int(row[2]))
+            stream.read(1)
 
     def quarantine(self, tip: str, known: Iterable[str]) -> str:
         """The file of a pack, of what ``tip`` has and the commits ``known`` have not, that passed
@@ -5222,7 +5193,7 @@ class Shadow:
             if spawn(words, self.env, stdin=revisions, stdout=stream).wait():
                 raise GitFailed("git could not pack the result.")
         self._init(apart)
-        why = index_pack(self.at(apart), self.env, pack)
+        why = index_pack(self.argv("--git-dir=" + apart), self.env, pack)
         if why:
             raise ResultRefused(f"git refuses the result: {why}.")
         return pack
@@ -5230,12 +5201,8 @@ class Shadow:
     def sizes(self, tree: str) -> dict[bytes, int]:
         """The bytes of each file of a tree."""
         listed = self.records("ls-tree", "-r", "-l", "-z", "--full-tree", tree)
-        rows = (row.partition(b"\t") for row in listed)
-        return {path: int(meta.split()[3]) for meta, _, path in rows if meta.split()[3].isdigit()}
-
-    def archive_size(self, tree: str) -> int:
-        """The archive's length, about: a header for each file, contents in blocks of 512 bytes."""
-        return sum(512 + -size % 512 + size for size in self.sizes(tree).values())
+        rows = (re.match(rb"\S+ \S+ \S+ +(\d+)\t", row) for row in listed)
+        return {row.string[row.end():]: int(row[1]) for row in rows if row}
 
     def archive(self, tree: str, front: Iterable[bytes] = ()) -> Archive:
         """``front``: tar entries, without an end, to go before those of the tree."""
@@ -5301,20 +5268,14 @@ class Place:
         good = stat.S_ISREG(status.st_mode) and status.st_size == size
         return path if good and os.path.realpath(path) == path else ""
 
-    def uncommitted(self, shadow: Shadow) -> bool:
-        """Whether a submodule has tracked files that differ from its HEAD."""
+    def uncommitted(self, shadow: Shadow, tree: str) -> bool:
+        """Whether a submodule has tracked files that are not as in the tree that is sent."""
         import shutil
         index = shadow.path + "/module.index"
-        words = [*shadow.at(self.git_dir), "rev-parse", "-q", "--verify", "HEAD^{tree}"]
-        try:
-            shadow.lend(self.objects)
+        with contextlib.suppress(OSError, GitFailed):
             shutil.copy2(self.git_dir + "/index", index)
-            status, head, _ = run(words, git_environment())
-            changed = shadow.differing(head.decode().strip(), "--work-tree=" + self.top,
-                                       GIT_INDEX_FILE=index)
-            return not status and any(changed)
-        except (OSError, GitFailed):
-            return False
+            return any(shadow.differing(tree, "--work-tree=" + self.top, GIT_INDEX_FILE=index))
+        return False
 
 
 class Parts:
@@ -5326,11 +5287,13 @@ class Parts:
         self.modules: set[bytes] = set()    # the paths of submodules, checked out or not
         self.pointers: dict[bytes, Pointer] = {}
         self.files: dict[bytes, str] = {}   # path -> the file that has the content
-        self.places: list[Place] = []       # of the submodules that are checked out
+        self.places: list[tuple[Place, str]] = []  # submodules that are checked out; their tree
         self._rows: list[Row] = []
-        self._look(shadow.repository.place(), source, b"")
+        real = shadow.repository
+        roots = [real.common_dir + "/modules", real.git_dir + "/modules"]
+        self._look(Place(real.top, real.common_dir, roots), source, b"")
         # The id of what is sent, without links to submodules. With LFS content the host's git has
-        # another tree, whose id we do not know: it would take reading all that content.
+        # another tree: for its id all that content would have to be read.
         self.tree = shadow.altered(source, self._rows) if self._rows else source
         self.host_tree = "" if self.files else self.tree
 
@@ -5360,7 +5323,7 @@ class Parts:
             inner = module and self.shadow.tree_in(module.objects, commit)
             if module and inner:
                 self.shadow.lend(module.objects)
-                self.places.append(module)
+                self.places.append((module, inner))
                 self._look(module, inner, prefix + path + b"/")
 
     def stream(self, paths: Iterable[bytes]) -> Iterator[bytes]:
@@ -5411,10 +5374,11 @@ def make_repository(path: str, files: Mapping[str, str]) -> str:
             stream.write(text)
     command = [find_program("git"), "-C", path,
                *git_settings("user.name=demo", "user.email=demo@localhost")]
-    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "hello"]):
-        status, _, err = run(command + words, git_environment(GIT_CONFIG_GLOBAL="/dev/null"))
+    for line in ("init -q", "add .", "commit -q -m hello"):
+        words = command + line.split()
+        status, _, err = run(words, git_environment(GIT_CONFIG_GLOBAL="/dev/null"))
         if status:
-            raise GitFailed(f"git {words[0]} failed: {show(err)}.")
+            raise GitFailed(f"git {line} failed: {show(err)}.")
     return path
 
 
@@ -5553,9 +5517,7 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
     it."""
     import _thread
     thread = _thread.get_ident()
-    row: Fields = {"operation": operation, "workspace": workspace, "host": host}
-    if op:
-        row["op"] = op
+    row: Fields = {"operation": operation, "workspace": workspace, "host": host, "op": op}
     entry = types.SimpleNamespace(row=row, code=0, size=0)
     if thread in project.logging:
         yield entry
@@ -5566,8 +5528,6 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
         with contextlib.suppress(CmuxError):
             row["detail"] = masked_detail(detail, project.masks())
     began, row["time"], lock = time.monotonic(), round(time.time(), 3), None
-    if operation in ("exec", "shell", "write", "edit", "start", "upload"):
-        project.touch(op)
     if operation in ("exec", "new", "push", "pull", "diff", "shell", "upload", "download"):
         describe()
         lock = project.history.begin(row)
@@ -5626,7 +5586,7 @@ def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0,
 class ProjectBase:
     """A local git repository and its workspaces: see Project, whose workspaces have the tools."""
 
-    kind: type[Any]  # of WorkspaceBase: what workspace() returns; the room Tools sets it
+    kind: type[Workspace]  # which the room Tools defines
 
     def __init__(self, directory: str = ".", interactive: Callable[[], bool] | None = None,
                  warm: int = WARM_SESSIONS, host: str | Sequence[str] = ()) -> None:
@@ -5676,10 +5636,9 @@ class ProjectBase:
                     raise why  # not once more for every call
                 try:
                     self.fetch({name: entry}, cancel)
-                except Cancelled:
-                    raise
                 except CmuxError as error:
-                    self._unknown[command] = time.monotonic() + UNKNOWN_FOR, error
+                    if not isinstance(error, Cancelled):
+                        self._unknown[command] = time.monotonic() + UNKNOWN_FOR, error
                     raise
 
     def known_secrets(self) -> dict[bytes, str]:
@@ -5740,47 +5699,37 @@ class ProjectBase:
         """The current branch's name, made safe."""
         return safe_workspace(self.repository.branch() or "detached")
 
-    def default_hosts(self, workspace: str = "") -> list[str]:
-        """The hosts for a new workspace: this object's, else the words of $CMUX_SSH_HOST, else the
-        user's own `git config cmux.host`, else UsageError (for ``workspace``, which does not
-        exist)."""
-        named = os.environ.get("CMUX_SSH_HOST", "").split(" ")
-        hosts = self._pool or [*filter(None, named)] or [
+    def hosts_for(self, workspace: str, host: str | Sequence[str] = (),
+                  source: str = "") -> list[str]:
+        """Where a new workspace may be: on the host of the workspace ``source``, if one is named,
+        else on ``host``, this object's, one of the words of $CMUX_SSH_HOST, or of the user's own
+        `git config cmux.host`. Raises UsageError."""
+        if source:
+            place = self.entry(source)["host"]
+            self.check_place(source, place, host)
+            return [place]
+        hosts = pool_of(host) or self._pool or os.environ.get("CMUX_SSH_HOST", "").split() or [
             *filter(None, self.repository.config("cmux.host", "-z", "--get-all").split("\0"))]
         if not hosts:
-            known = sorted({entry["host"] for entry in self.entries().values()})
-            where = f" (its workspaces are on {', '.join(known[:5])})" if known else ""
             raise UsageError(
-                f"There is no workspace {show(workspace)}, and no host is known to make it on."
-                if workspace else "No host is known for this project.",
-                f"Name one with -H HOST{where}, or set $CMUX_SSH_HOST, or: "
-                "git config cmux.host HOST")
+                f"There is no workspace {show(workspace)}, and no host is known to make it on.",
+                "Name one with -H HOST, or set $CMUX_SSH_HOST, or: git config cmux.host HOST")
         return pool_of(hosts)
 
-    def hosts_for(self, host: str | Sequence[str], source: str) -> list[str]:
-        """Where a new workspace may be: on the host of the workspace ``source``, if one is named,
-        else on ``host``, else on the default ones. Raises UsageError."""
-        if not source:
-            return pool_of(host) or self.default_hosts()
-        place = self.entry(source)["host"]
-        self.check_place(source, place, host)
-        return [place]
-
     def entries(self) -> dict[str, Fields]:
-        """The finished workspaces, by name. One that is being made is not listed."""
+        """The finished workspaces, by name."""
         return {name: entry for name, entry in self.registry.read()["workspaces"].items()
                 if entry.get("state") == "ready"}
 
-    def workspace(self, name: str) -> "Workspace":
+    def workspace(self, name: str) -> Workspace:
         """An existing workspace. Raises WorkspaceMissing."""
         entry, lock = self.entry(name), self.registry.creation_lock(name)
         if "intent" in entry and lock.take():  # else somebody is at it
             with lock:
                 entry = self.settle(name)
-        found: "Workspace" = self.kind(self, name, entry)
-        return found
+        return self.kind(self, name, entry)
 
-    def workspaces(self) -> list["Workspace"]:
+    def workspaces(self) -> list[Workspace]:
         """All that are finished, by name; asks no host."""
         return [self.kind(self, name, entry) for name, entry in sorted(self.entries().items())]
 
@@ -5821,14 +5770,14 @@ class ProjectBase:
                     remove_file(left)
 
     def operate(self, script: str, name: str, entry: Mapping[str, Any], words: Sequence[str],
-                change: Mapping[str, Any] = types.MappingProxyType({}), **more: Any) -> Reply:
+                change: Mapping[str, Any] | None = None, **more: Any) -> Reply:
         """Put the ``change`` into the registry, then run an operation on a workspace's name on its
         host; the first word is the operation's id. The host refuses one of a lower turn: its client
         was killed."""
         Shadow.reap(temporary_folder())
         with self.registry.editing() as record:
             turn = record["turn"] = max(record.get("turn", 0) + 1, int(time.time()))
-            record["workspaces"].setdefault(name, {}).update(change)
+            record["workspaces"].setdefault(name, {}).update(change or {})
             record.get("placing", {}).pop(name, None)
         place = entry["root"], entry["project"], str(turn), name
         return self.host(entry["host"]).call(script, *place, *words, **more)
@@ -5883,13 +5832,13 @@ class ProjectBase:
             entry = record["workspaces"][name]
             intent = entry.pop("intent", {})  # none, where another fork has settled it just now
             if pushed and intent:
-                entry.update({key: intent[key] for key in ("base", "tree", "host_tree", "whole")})
+                entry.update(intent, op=entry["op"])
                 entry.get("pulled", {}).pop("left", None)
                 entry["over"] = dict(entry.get("branches", {}))  # what it no longer has
 
     def create(self, name: str, host: str | Sequence[str], ref: str = "HEAD", root: str = "",
                init: bool = True, report: Report | None = None, cancel: Cancel | None = None,
-               source: str = "", secrets: Collection[str] | None = None) -> "Workspace":
+               source: str = "", secrets: Collection[str] | None = None) -> Workspace:
         """Make workspace ``name`` on ``host`` (of several the one with the fewest workspaces that
         can be reached) from commit ``ref``, below its directory ``root`` (default ~/cmux), with
         what git ignores (packages, caches) in the workspace ``source`` on that host, and run its
@@ -5899,7 +5848,7 @@ class ProjectBase:
         Raises WorkspaceExists, UploadFailed, HostError, GitFailed, RemoteFailed, Cancelled.
         """
         self._made.add(check_workspace(name))
-        pool = self.hosts_for(host, source)
+        pool = self.hosts_for(name, host, source)
         self.registry.secrets("", secrets)
         if not root.isprintable() or len(root) > PATH_MAX or root.startswith("-"):
             raise UsageError(f"{show(root)} cannot be the root directory.")
@@ -5918,7 +5867,7 @@ class ProjectBase:
                 self._make(upload, op, init, source)
                 log.size = upload.sent
                 if "init" in self.entry(name):
-                    self._run_init(name, root, report, cancel, secrets)
+                    self._run_init(upload, secrets)
                 return self.workspace(name)
 
     def _reach(self, name: str, pool: Sequence[str], report: Report,
@@ -5944,15 +5893,16 @@ class ProjectBase:
         """Of several hosts the one with the fewest workspaces of this user. It is noted for all who
         choose at the same time, until the workspace itself is on record."""
         with self.registry.editing() as record:
-            now, hosts = time.time(), []  # type: float, list[str]
+            hosts: list[str] = []
             for value in all_projects(lambda error: None):
-                placing = value.get("placing", {}).values()
+                placing = {other: row for other, row in value.get("placing", {}).items()
+                           if row[1] > time.time() - PLACING}
                 hosts += [entry["host"] for entry in value["workspaces"].values()]
-                hosts += [host for host, since in placing if since > now - PLACING]
+                hosts += [host for host, _ in placing.values()]
+                if value["id"] == record["id"]:
+                    record["placing"] = placing
             best = min(pool, key=hosts.count)
-            record["placing"] = {other: row for other, row in record.get("placing", {}).items()
-                                 if row[1] > now - PLACING}
-            record["placing"][name] = [best, now]
+            record.setdefault("placing", {})[name] = [best, time.time()]
             return best
 
     def _make(self, upload: Upload, op: str, init: bool, source: str) -> None:
@@ -5985,20 +5935,20 @@ class ProjectBase:
             record["workspaces"][name] = entry
             upload.note_sent(record, root)
 
-    def _run_init(self, name: str, root: str, report: Report, cancel: Cancel | None,
-                  secrets: Collection[str] | None) -> None:
+    def _run_init(self, upload: Upload, secrets: Collection[str] | None) -> None:
+        name, report = upload.name, upload.report
         report.say(f"running .cmux/init in {name}")
         report.step(name, "init hook")
         end: object = "lost"
         output = functools.partial(report.output, what=name)
         try:
-            result = self.workspace(name).run(["./.cmux/init"], output, output, cancel=cancel,
-                                              secrets=secrets)
+            result = self.workspace(name).run(["./.cmux/init"], output, output, secrets=secrets,
+                                              cancel=upload.cancel)
             if result.reason:
                 raise Cancelled(f"Interrupted: the init hook of the workspace {name} was ended.")
             end = result.status
-            why = f" Is {show(root or '~/cmux')} on a noexec file system?" if end == 126 else ""
             if end:
+                why = " Is its directory on a noexec file system?" if end == 126 else ""
                 report.warn(f"The init hook of {name} failed with status {end}.{why}")
         except HostError as error:
             report.warn(f"The init hook of {name} was cut off: {error}")
@@ -6007,9 +5957,9 @@ class ProjectBase:
 
     def ensure(self, name: str, host: str | Sequence[str] = (), report: Report | None = None,
                cancel: Cancel | None = None,
-               secrets: Collection[str] | None = None) -> "Workspace":
+               secrets: Collection[str] | None = None) -> Workspace:
         """The workspace, made first from HEAD if it does not exist, on ``host`` (default:
-        default_hosts()); waits while another process makes it. Raises as create() does, UsageError
+        hosts_for()); waits while another process makes it. Raises as create() does, UsageError
         if it is elsewhere, and WorkspaceMissing if another one is probably meant."""
         entry = self.entries().get(check_workspace(name))
         if entry and entry.get("init") == "pending":
@@ -6018,9 +5968,9 @@ class ProjectBase:
             begun = name in self.registry.read()["workspaces"]  # by another process
             if self.slip_of(name) and not begun and name != self.default_workspace():
                 raise self.missing(name)
-            place, report = host or self.default_hosts(name), report or Report()
+            report = report or Report()
             try:
-                made = self.create(name, place, report=report, cancel=cancel, secrets=secrets)
+                made = self.create(name, host, report=report, cancel=cancel, secrets=secrets)
                 report.note(f"The workspace {name} is new, on {made.host.name}.")
                 return made
             except WorkspaceExists:
@@ -6028,7 +5978,7 @@ class ProjectBase:
                     raise
         return self.existing(name, host)
 
-    def existing(self, name: str, host: str | Sequence[str]) -> "Workspace":
+    def existing(self, name: str, host: str | Sequence[str]) -> Workspace:
         """A workspace, if it is on ``host``, or on one of several, where any is given."""
         found = self.workspace(name)
         self.check_place(name, found.host.name, host)
@@ -6074,13 +6024,6 @@ class ProjectBase:
             check_reply(reply, entry["host"], f"look for changes in {name}")
             self._refuse(name, entry, reply.lines())
 
-    def touch(self, op: str) -> None:
-        """Note, for `list`, that something begins which may change the workspace after a pull."""
-        for name, entry in self.entries().items():
-            if entry["op"] == op and entry.get("touched", 0) <= entry.get("asked", -1):
-                with contextlib.suppress(CmuxError), self.registry.editing() as record:
-                    record["workspaces"].get(name, {}).update(touched=time.time())
-
     def running_now(self) -> list[Fields]:
         """What this machine runs now, oldest first, with its workspace's present name."""
         names = {entry["op"]: name for name, entry in self.entries().items()}
@@ -6095,57 +6038,55 @@ class ProjectBase:
             row.get("op") == op if op and row.get("op") else row.get("workspace") == name)]
 
     @contextlib.contextmanager
-    def _both(self, source: str, name: str, shared: bool, cancel: Cancel | None) -> Iterator[None]:
-        """The locks of a workspace and of the name of another."""
+    def _moving(self, operation: str, source: str, name: str,
+                cancel: Cancel | None) -> Iterator[Fields]:
+        """The locks of a workspace and of a name, which is free then; the entry for that name."""
         if check_workspace(name) == source:
             raise WorkspaceExists(f"The workspace {name} has that name already.",
                                   "Choose another name.")
         with contextlib.ExitStack() as held:
             for one in sorted((name, source)):  # or two would wait for each other
-                lock = self.registry.creation_lock(one, shared and one == source)
+                lock = self.registry.creation_lock(one, operation == "fork" and one == source)
                 held.enter_context(lock.hold(cancel))
-            yield
+            entry = self.settle(source)
+            self.vacate(name)
+            held.enter_context(noted(self, operation, source, entry["host"], name, entry["op"]))
+            yield dict(entry, path=entry["path"][:-len(source)] + name)
 
     def fork(self, source: WorkspaceBase, name: str,
-             cancel: Cancel | None = None) -> "Workspace":
+             cancel: Cancel | None = None) -> Workspace:
         """A new workspace with the current content and the own secrets of ``source``, made on the
         host itself. Raises WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed, Cancelled.
         """
-        with self._both(source.name, name, True, cancel):
-            entry = self.settle(source.name)
-            self.vacate(name)
-            made = dict(entry, state="forking", op=os.urandom(8).hex(), branches={}, over={},
-                        created=int(time.time()), path=source.path[:-len(source.name)] + name)
-            with noted(self, "fork", source.name, entry["host"], name, entry["op"]):
-                words = made["op"], source.name
-                reply = self.operate(FORK, name, made, words, made, cancel=cancel)
-                if reply.status in (20, 22):
-                    self.forget(name)
-                check_reply(reply, entry["host"], f"fork {source.name}", name, source.name)
-            own = read_secrets(self.registry.own_secrets(entry["op"]))
-            if own:
-                write_json(self.registry.own_secrets(made["op"]), {"secrets": own})
+        with self._moving("fork", source.name, name, cancel) as entry:
+            own, op = self.registry.own_secrets(entry["op"]), os.urandom(8).hex()
+            entry.update(state="forking", op=op, branches={}, over={}, created=int(time.time()))
+            words = op, source.name
+            reply = self.operate(FORK, name, entry, words, entry, cancel=cancel)
+            if reply.status in (20, 22):
+                self.forget(name)
+            check_reply(reply, entry["host"], f"fork {source.name}", name, source.name)
+            secrets = read_secrets(own)
+            if secrets:
+                write_json(self.registry.own_secrets(op), {"secrets": secrets})
             self.update(name, state="ready")
             return self.workspace(name)
 
     def rename(self, source: WorkspaceBase, name: str,
-               cancel: Cancel | None = None) -> "Workspace":
+               cancel: Cancel | None = None) -> Workspace:
         """Give a workspace another name, locally and on the host; the new object (the old one is of
         no more use). Until both are done, it has the old name. Raises as fork() does."""
-        with self._both(source.name, name, False, cancel):
-            entry, op = self.settle(source.name), os.urandom(8).hex()
-            self.vacate(name)
-            with noted(self, "rename", source.name, entry["host"], name, entry["op"]):
-                words = [op, source.name, name, entry["op"], ""]
-                reply = self.operate(RENAME, source.name, entry, words,
-                                     {"intent": {"op": op, "to": name}}, cancel=cancel)
-                if reply.status in (20, 22):
-                    self.settle(source.name)
-                check_reply(reply, entry["host"], f"rename {source.name}", name, source.name)
+        with self._moving("rename", source.name, name, cancel) as entry:
+            op = os.urandom(8).hex()
+            words = [op, source.name, name, entry["op"], ""]
+            reply = self.operate(RENAME, source.name, entry, words,
+                                 {"intent": {"op": op, "to": name}}, cancel=cancel)
+            if reply.status in (20, 22):
+                self.settle(source.name)
+            check_reply(reply, entry["host"], f"rename {source.name}", name, source.name)
             with self.registry.editing() as record:
                 del record["workspaces"][source.name]
-                path = source.path[:-len(source.name)] + name
-                record["workspaces"][name] = dict(entry, path=path)
+                record["workspaces"][name] = entry
             return self.workspace(name)
 
     def push(self, name: str, ref: str = "HEAD", force: bool = False,
@@ -6155,26 +6096,20 @@ class ProjectBase:
         host's trash until gc. Raises as create() does, too."""
         with self.registry.creation_lock(check_workspace(name)).hold(cancel):
             entry, report = self.settle(name), report or Report()
-            host = entry["host"]
             with contextlib.closing(Upload(self, name, entry, ref, report, cancel)) as upload:
                 upload.left_out()
                 stands = entry["base"], entry.get("whole")
                 if not force and (upload.commit, upload.tree) == stands:
                     return False
-                with noted(self, "push", name, host, ref, entry["op"]) as log:
-                    lines = self._push(upload, entry, force)
+                with noted(self, "push", name, entry["host"], ref, entry["op"]) as log:
+                    self._push(upload, entry, force)
                     log.size = upload.sent
-                for line in lines:
-                    if line.startswith("kept "):
-                        report.warn(f"What was in {name} is kept until gc, on {host}: "
-                                    + show(line[5:]))
                 self._end_intent(name, True)
                 with self.registry.editing() as record:
                     upload.note_sent(record, entry["root"])
             return True
 
-    def _push(self, upload: Upload, entry: Fields, force: bool) -> list[str]:
-        """The lines of the host's reply."""
+    def _push(self, upload: Upload, entry: Fields, force: bool) -> None:
         name, host, op = upload.name, entry["host"], os.urandom(8).hex()
         if not force:
             self._refuse(name, entry, ())
@@ -6188,10 +6123,13 @@ class ProjectBase:
             self._refuse(name, entry, reply.lines())
         if reply.status == 5:
             raise RemoteFailed(f"The git repository of {name} on {host} cannot be moved: it was "
-                               "made anew there, or a lock or a branch like main/x is in the way.",
-                               "Put that right there, or replace the directory: --force.")
+                               "made anew, or a lock or a branch like main/x is in the way.",
+                               "Put that right, or replace the directory: --force.")
         check_reply(reply, host, f"push to {name}", name, name, "pushed")
-        return reply.lines()
+        for line in reply.lines():
+            if line.startswith("kept "):
+                upload.report.warn(f"What was in {name} is kept until gc, on {host}: "
+                                   + show(line[5:]))
 
     def gc(self, only: str | Sequence[str] = (),
            cancel: Cancel | None = None) -> tuple[dict[str, int], list[CmuxError]]:
@@ -6214,11 +6152,10 @@ class ProjectBase:
                 with noted(self, "gc", "", host):
                     reply = self.host(host).call(GC, root, cancel=cancel)
                     check_reply(reply, host, "clear up")
+                    freed[host] = freed.get(host, 0) + max(0, number(reply.lines()[0])) * 1024
+                    done.add((host, root))
             except CmuxError as error:  # the other hosts all the same
                 failed.append(error)
-                continue
-            done.add((host, root))
-            freed[host] = freed.get(host, 0) + max(0, number(reply.lines()[0])) * 1024
         with self.registry.editing() as record:
             record["places"] = [place for place in record.get("places", [])
                                 if tuple(place) not in done - used]
@@ -6386,7 +6323,7 @@ class Upload:
                 return
             reported.add(self.tree)
             parts = self.parts
-            below = sum(place.uncommitted(self.shadow) for place in parts.places)
+            below = sum(place.uncommitted(self.shadow, tree) for place, tree in parts.places)
             changed = self.head and self.project.repository.uncommitted(
                 self.shadow, parts.pointers)
         rows = ((len(parts.modules) - len(parts.places), "submodule", "not checked out here"),
@@ -6408,8 +6345,9 @@ class Upload:
             tree = self.shadow.altered(tree, [("0", "0" * len(tree), path) for path in apart])
         archive = self.shadow.archive(tree, self.parts.stream(apart))
         front = sum(self.parts.pointers[path][3] for path in apart)
-        size = functools.lru_cache(maxsize=None)(self.shadow.archive_size)
-        archive.size = lambda: front + size(tree)
+        # About: a header for each file, contents in blocks of 512 bytes.
+        archive.size = functools.lru_cache(None)(lambda: front + sum(
+            512 + -size % 512 + size for size in self.shadow.sizes(tree).values()))
         return archive
 
     def _upload(self, op: str, offered: Iterable[str], little: bool = False) -> None:
@@ -6460,10 +6398,8 @@ class Upload:
 
 
 class WorkspaceBase:
-    """A directory on a host in which commands run: see Workspace, which adds the tools.
-
-    ``name``, ``host`` (a Host), ``path`` there, ``base`` (the commit's id), ``created`` (seconds).
-    """
+    """A directory on a host in which commands run: see Workspace, which adds the tools. ``path``
+    there, ``base`` (the commit's id), ``created`` (seconds)."""
 
     def __init__(self, project: ProjectBase, name: str, entry: Mapping[str, Any]) -> None:
         self.project, self.name = project, name
@@ -6518,14 +6454,13 @@ class WorkspaceBase:
         """Run ``command``, its output streamed to the callables (which may raise to end it); see
         exec() for the rest. ``source`` is for the command line: it streams a descriptor into the
         command's stdin."""
-        check_command(command)
+        words = command_records(command, login, source is not None)
         if timeout is not None and not 0 < timeout < 1e8:
             raise UsageError("timeout takes a number of seconds above 0, and below 100000000.")
         try:
-            records = self.environment(env, cancel, secrets)
+            records = self.environment(env, cancel, secrets) + words
         except Cancelled:  # while a secret's command ran
             return Outcome(status=None, stopped="confirmed", reason="cancel")
-        records += command_records(command, login, source is not None)
         directory = os.path.join(self.path, cwd) if cwd else self.path
         with noted(self.project, "exec", self.name, self.host.name, command, self.op) as entry:
             def counted(sink: Callable[[bytes], Any]) -> Callable[[bytes], None]:
@@ -6638,13 +6573,9 @@ class WorkspaceBase:
 
 
 def state_of(entry: Mapping[str, Any]) -> str:
-    """The state as far as this machine knows: ready; pulled, while nothing was begun since a pull;
-    init running; init failed."""
-    init = entry.get("init")
-    if init not in (None, 0):
-        return "init running" if init == "pending" else "init failed"
-    pulled = entry.get("pulled")
-    return "pulled" if pulled and entry.get("touched", 0) <= pulled.get("at", 0) else "ready"
+    """The state as far as this machine knows: ready; init running; init failed."""
+    init = entry.get("init") or ""
+    return "init running" if init == "pending" else "init failed" if init else "ready"
 
 
 def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: Capture,
@@ -7351,8 +7282,6 @@ class Pull:
                 f"The branch {show(branch)} has commits that no pull of this workspace made.",
                 f"Choose another: {PROGRAM} pull -w {self.name} --branch NAME. Or, if you want to "
                 f"keep it: git branch -m {quote(branch)} NEW")
-        began = time.time()
-        self.project.update(self.name, asked=began)
         commits, dirty = self.fetch(record=True)
         tip, since = self.combine(commits, dirty, "" if merged else old, old in over)
         executes, moved = self.inspect(since, tip), tip != since
@@ -7361,7 +7290,7 @@ class Pull:
             self.keep(ref, since, tip, old)
         with self.project.registry.editing() as record:
             entry = record["workspaces"][self.name]
-            entry["pulled"] = dict(self.pulled, at=began, base=self.base)
+            entry["pulled"] = dict(self.pulled, base=self.base)
             if moved:
                 entry["branches"][ref] = tip
         rows = self.diff("--stat=100", "--stat-count=500", since, tip) if moved else ()
@@ -7456,7 +7385,7 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False,
     with project.registry.creation_lock(name).hold(cancel):
         # A push may have moved it since.
         workspace = project.kind(project, name, project.settle(name))
-        with project.repository.in_shadow(workspace.base) as shadow:
+        with contextlib.closing(Shadow(project.repository, workspace.base)) as shadow:
             work = Pull(workspace, shadow, report, allow, cancel)
             try:
                 return work.bring(ref)
@@ -7477,7 +7406,7 @@ def diff_lines(workspace: WorkspaceBase, stat: bool = False, report: Report | No
     workspace = project.workspace(workspace.name)  # a push may have moved it since
     words = ("--stat=100", "--stat-count=500") if stat else ("-p", "--binary")[:1 + binary]
     with noted(project, "diff", workspace.name, workspace.host.name, "", workspace.op), \
-            project.repository.in_shadow(workspace.base) as shadow:
+            contextlib.closing(Shadow(project.repository, workspace.base)) as shadow:
         work = Pull(workspace, shadow, report, True, cancel)
         commits, _ = work.fetch()
         for path, names in work.secrets.items():
@@ -9220,7 +9149,7 @@ class McpServer:
             if tool.name == "new":
                 host = self.host
                 with contextlib.suppress(UsageError):
-                    host = host or self.project.default_hosts()
+                    host = self.project.hosts_for("", host)
                 arguments["host"] = host or self.host_of(self.workspace)
             call.result = tool.handler(self.project, cancel=call.cancel, **arguments)
             return self._shown(call, tool.tool_name, self._place(arguments), call.result)
@@ -10270,7 +10199,7 @@ def command_new(options: argparse.Namespace) -> int:
     project = open_project(options)
     names = given_names(options) or [project.default_workspace()]
     source = options.source or ""
-    host = project.hosts_for(options.host or (), source)
+    host = project.hosts_for(names[0], options.host or (), source)
     if len(set(names)) != len(names):
         raise UsageError("A name is given twice.")
 
@@ -11065,7 +10994,7 @@ def command_doctor(options: argparse.Namespace) -> int:
     try:
         project = open_project(options)
         entry = project.entries().get(one_workspace(options) or project.default_workspace(), {})
-        name = name or entry.get("host") or project.default_hosts()[0]
+        name = name or entry.get("host") or project.hosts_for("")[0]
         root = entry.get("root", "") if entry.get("host") == name else ""
     except CmuxError:  # no repository, or no host: this machine alone is examined
         name = name or os.environ.get("CMUX_SSH_HOST", "").strip().split(" ")[0]

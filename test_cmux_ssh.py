@@ -5582,30 +5582,6 @@ os.kill(child, signal.SIGKILL)
 """, str(site.dir / "log-box"), str(site.dir / "log-other")) == "3 7 0\nconfirmed True\n0\n"
 
 
-def test_list_says_pulled_until_something_is_begun(site):
-    repo, gate = Repo(site), Gate(site, "git")
-
-    def state():
-        found = repo.cli("list", "--json").json[0]["state"]
-        return found
-    repo.cli("new", "-H", gate.host, "main")
-    do(repo, "echo x >new")
-    assert state() == "ready" and repo.cli("pull").code == 0 and state() == "pulled"
-    for words in (["exec", "--", "true"], ["write", "f"], ["exec", "--detach", "--", "true"]):
-        repo.ok("read", "new")
-        assert state() == "pulled"
-        repo.ok(*words, stdin=b"x" if words[0] == "write" else None)
-        assert state() == "ready", words
-        repo.ok("pull")
-        assert state() == "pulled"
-    gate.shut(" cat-file ")
-    child = repo.start("pull")
-    gate.reached()
-    do(repo, "echo more >>new")
-    gate.open()
-    assert child.wait() == 0 and state() == "ready"
-
-
 def test_a_renamed_workspace_keeps_its_history(repo):
     repo.cli("new", "-H", "box", "a")
     repo.cli("exec", "-w", "a", "--", "exit 3")
