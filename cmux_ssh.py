@@ -7649,11 +7649,8 @@ def unified_diff(before: bytes, after: bytes, path: str) -> str:
     import io
     old, new = (io.StringIO(data.decode("utf-8", "replace"), "\n").readlines()
                 for data in (before, after))
-    lines = len(old) + len(new)
-    if lines > 40000:
-        return "(the file is too long for a diff)"
-    was, now = collections.Counter(old), collections.Counter(new)
-    if lines * sum(((was - now) + (now - was)).values()) > DIFF_WORK_MAX:
+    lines, was, now = len(old) + len(new), collections.Counter(old), collections.Counter(new)
+    if lines > 40000 or lines * sum(((was - now) + (now - was)).values()) > DIFF_WORK_MAX:
         return "(too much changed for a diff)"
     text = "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n"
                    for line in difflib.unified_diff(old, new, "a/" + path, "b/" + path))
@@ -7879,16 +7876,17 @@ class Workspace(WorkspaceBase):
     exec() returns an ExecResult. Usable from threads.
 
     All raise HostError when the host cannot be reached, UsageError for a wrong argument (TypeError
-    for one of a wrong type), RemoteFailed for an answer that makes no sense, Cancelled when
-    ``cancel`` is set (but see exec()). A path is relative to the workspace, or absolute; in a str,
-    bytes that are not UTF-8 are as Python's surrogateescape has them.
+    for one of a wrong type), ToolFailed for what cannot be done (no such file or job, no
+    permission), RemoteFailed for an answer that makes no sense, Cancelled when ``cancel`` is set
+    (but see exec()). A path is relative to the workspace, or absolute; in a str, bytes that are not
+    UTF-8 are as Python's surrogateescape has them.
     """
 
     @logged("read", lambda found, *args: len(found.content))
     def read(self, path: str, offset: int = 1, limit: int = 0,
              cancel: Cancel | None = None) -> FileContent:
-        """A file's bytes; or ``limit`` lines (0: all) from ``offset`` on (1 is the first). Raises
-        ToolFailed: no such file, no permission, not a plain file, or over 10 MiB without limit."""
+        """A file's bytes, 10 MiB at most; or ``limit`` lines (0: all) from ``offset`` on (1 is the
+        first)."""
         if offset < 1 or limit < 0:
             raise UsageError("Lines count from 1, and a limit cannot be negative.")
         reply = tool_reply(self, self.host.call(
@@ -7919,7 +7917,7 @@ class Workspace(WorkspaceBase):
               cancel: Cancel | None = None) -> Fields:
         """Make ``content`` (a str as UTF-8) the whole file, or change nothing. The mode stays, a
         symlink is followed, directories are made. Returns ``created``, ``size`` (bytes),
-        ``sha256``. Raises ToolFailed."""
+        ``sha256``."""
         data = encoded(content)
         created = self._replace(path, data, "", cancel)
         return {"created": created, "size": len(data), "sha256": sha256_of(data)}
@@ -7935,11 +7933,13 @@ class Workspace(WorkspaceBase):
             raise FileChanged(f"{show(path)} changed meanwhile.", "Read it again.")
         return tool_reply(self, reply, path).stdout.strip() == b"created"
 
+    @logged("edit", lambda result, *args: len(result["diff"]))
     def edit(self, path: str, edits: list[Fields], sha256: str = "",
              cancel: Cancel | None = None) -> Fields:
         """Replace exact text: each edit has ``old``, ``new``, and ``count``, how many matches there
         must be (1). All are applied or none. ``sha256``: of the file as last seen; if it changed,
-        FileChanged. Returns ``sha256`` of the file now, and ``diff``. Raises ToolFailed."""
+        FileChanged; after a concurrent change it is read and edited again. Returns ``sha256`` of
+        the file now, and ``diff``."""
         for edit in edits:
             texts = isinstance(edit, dict) and all(
                 isinstance(edit.get(key), str) for key in ("old", "new"))
@@ -7948,22 +7948,15 @@ class Workspace(WorkspaceBase):
                 raise UsageError("An edit is an object with old, new, and perhaps count (from 1).")
         if not edits:
             raise UsageError("No edits were given.")
-        before, after = self._edit(path, edits, sha256, cancel)
-        return {"sha256": sha256_of(after), "diff": unified_diff(before, after, path)}
-
-    @logged("edit", lambda pair, *args: len(pair[1]))
-    def _edit(self, path: str, edits: Sequence[Mapping[str, Any]], expected: str,
-              cancel: Cancel | None) -> tuple[bytes, bytes]:
-        """The file before and after. After a concurrent change it is read and edited again, unless
-        ``expected``, its sha256, no longer holds."""
         for attempt in range(EDIT_TRIES):
             before = self.read(path, cancel=cancel)
-            if expected and before.sha256 != expected.lower():
+            if sha256 and before.sha256 != sha256.lower():
                 raise FileChanged(f"{show(path)} changed since it was read.", "Read it again.")
             after = apply_edits(before.content, edits, path)
             try:
                 self._replace(path, after, cksum_of(before.content), cancel)
-                return before.content, after
+                return {"sha256": sha256_of(after),
+                        "diff": unified_diff(before.content, after, path)}
             except FileChanged:
                 time.sleep(0.01 * (attempt + 1) * os.urandom(1)[0] / 255)
         raise FileChanged(f"{show(path)} keeps changing.", "Try again.")
@@ -7984,7 +7977,7 @@ class Workspace(WorkspaceBase):
     def glob(self, pattern: str, limit: int = 1000, cancel: Cancel | None = None) -> Fields:
         """Files that match (``*``, ``?``, ``[...]``, ``{a,b}`` within a component, ``**`` across
         them; ``.git`` is left out): ``paths``, sorted; ``truncated`` if there are more than
-        ``limit``. Raises ToolFailed after two minutes."""
+        ``limit``. ToolFailed after two minutes."""
         if limit < 1:
             raise UsageError("The limit is below 1.")
         patterns = glob_patterns(pattern, self.path)
@@ -8001,11 +7994,11 @@ class Workspace(WorkspaceBase):
              cancel: Cancel | None = None) -> Fields:
         """Lines that match an extended regular expression, in files that match ``glob`` (without a
         slash: by name, at any depth): ``matches`` (each ``path``, ``line`` from 1, ``text`` of up
-        to 500 characters), ``truncated``. Raises ToolFailed."""
+        to 500 characters), ``truncated``."""
         if not pattern or "\n" in pattern or limit < 1:
             raise UsageError("The pattern is empty or holds a newline, or the limit is below 1.")
-        patterns = glob_patterns(glob, self.path, True) if glob else ["**"]
-        test, most = glob_test(*patterns) if glob else None, max(limit + 1, 2000)
+        patterns = glob_patterns(glob or "**", self.path, True)
+        test, most = glob_test(*patterns), max(limit + 1, 2000)
         data = self._search(
             GREP, pattern, wider_pattern(patterns), "-i" if ignore_case else "-n", str(SEARCH_MAX),
             str(most), cancel=cancel)
@@ -8016,7 +8009,7 @@ class Workspace(WorkspaceBase):
             path = as_text(name)
             if not line:  # text up to a NUL: it may have more
                 cut = cut or path in seen
-            elif len(name) <= PATH_MAX and (not test or test(path)):
+            elif len(name) <= PATH_MAX and test(path):
                 seen.add(path)
                 text = row.decode("utf-8", "replace").rstrip("\r")[:LINE_MAX]
                 matches.append({"path": path, "line": line, "text": text})
@@ -8027,8 +8020,7 @@ class Workspace(WorkspaceBase):
                report: Report | None = None, cancel: Cancel | None = None) -> Fields:
         """Copy a local file or directory to ``path`` in the workspace, or into that directory,
         whole or not at all; what is there is replaced only with ``force``: ``path``, ``size``
-        (bytes), ``notes`` on what stayed here (git's, links that lead out, devices). Raises
-        ToolFailed."""
+        (bytes), ``notes`` on what stayed here (git's, links that lead out, devices)."""
         name, source = os.path.basename(os.path.abspath(local)) or "root", os.path.realpath(local)
         place = os.path.normpath(absolute(self, path or ".")) + f"/{name}" * path.endswith("/")
         if not (place + "/").startswith(self.path + "/"):
@@ -8053,7 +8045,7 @@ class Workspace(WorkspaceBase):
     def download(self, path: str, local: str, force: bool = False,
                  report: Report | None = None, cancel: Cancel | None = None) -> Fields:
         """The same from the host to ``local``, 2 GiB at most, through no link there; names that
-        other systems do not take are left out, too. Raises ResultRefused, ToolFailed."""
+        other systems do not take are left out, too. Raises ResultRefused."""
         source, notes = os.path.normpath(absolute(self, path or ".")), []  # type: str, list[str]
         progress = functools.partial((report or Report()).progress, self.name, doing="receiving")
         words = COPY_OUT, self.root, os.urandom(8).hex(), self.path, source
@@ -8128,8 +8120,7 @@ class Workspace(WorkspaceBase):
              limit: int = LOGS_MAX, until: str = "more", cancel: Cancel | None = None) -> Fields:
         """Output of a job from byte ``offset`` on, at most 1 MiB: ``output`` (bytes),
         ``next_offset``, ``size``, ``job``, ``state``, ``exit_code``. Waits up to ``wait`` seconds
-        (30 at most) for more, or, with ``until`` "end", for the end. Raises ToolFailed when there
-        is no such job."""
+        (30 at most) for more, or, with ``until`` "end", for the end."""
         if offset < 0:
             raise UsageError("Bytes of a job's output count from 0.")
         tenths = str(int(min(wait, 30) * 10))
@@ -8147,7 +8138,7 @@ class Workspace(WorkspaceBase):
              cancel: Cancel | None = None) -> Fields:
         """Wait for the end of a job, or the first end among several, across lost connections,
         ``timeout`` seconds at most: ``job`` (which one), ``state`` (running, if none came first),
-        ``exit_code``, ``size``. Raises ToolFailed when there is no such job."""
+        ``exit_code``, ``size``."""
         deadline = Deadline(timeout)
         while True:
             status = through_faults(lambda: self.logs(
@@ -8159,10 +8150,10 @@ class Workspace(WorkspaceBase):
     def follow(self, job: str, sink: Callable[[bytes], Any], offset: int = 0,
                cancel: Cancel | None = None) -> Fields:
         """Pass a job's output to ``sink`` until it ends; after a lost connection from the exact
-        byte on. The last of what logs() gives. Raises ToolFailed when there is no such job."""
+        byte on. The last of what logs() gives."""
         while True:
-            status = through_faults(lambda at=offset: self.logs(  # type: ignore[misc]
-                job, at, 20, cancel=cancel), Deadline(None), cancel)
+            more = functools.partial(self.logs, job, offset, 20, cancel=cancel)
+            status = through_faults(more, NEVER, cancel)
             sink(status["output"])
             offset = status["next_offset"]
             if status["state"] != "running" and not status["output"]:
@@ -8171,8 +8162,7 @@ class Workspace(WorkspaceBase):
     @logged("stop")
     def stop(self, job: str, cancel: Cancel | None = None) -> Fields:
         """End a job and everything it started: ``job``, ``state``, ``exit_code``, and ``stopped``:
-        confirmed, or requested where the end was not seen. Raises ToolFailed when there is no such
-        job."""
+        confirmed, or requested where the end was not seen."""
         how, state, *_ = self._ask(STOP, [job], cancel=cancel).lines() + ["", ""]
         stopped = "confirmed" if how == "confirmed" else "requested"
         return dict(parse_state(state.split()), job=job, stopped=stopped)
