@@ -7788,9 +7788,9 @@ def grep_rows(data: bytes, null: bool) -> Iterator[tuple[bytes, int, bytes]]:
 
 def job_directory(workspace: WorkspaceBase, *job: str) -> str:
     """Where the host keeps the records of jobs, or of one."""
-    if job and not (isinstance(job[0], str) and re.match(r"j[0-9a-f]{8}\Z", job[0])):
-        raise UsageError("%s is not a job." % show(str(job[0])), "See jobs.")
-    return "/".join(("%s/.cmux/jobs/%s/%s" % (workspace.root, workspace.place, workspace.op), *job))
+    if not all(isinstance(name, str) and re.match(r"j[0-9a-f]{8}\Z", name) for name in job):
+        raise UsageError(f"{show(str(job[0]))} is not a job.", "See jobs.")
+    return "/".join([workspace.root, ".cmux/jobs", workspace.place, workspace.op, *job])
 
 
 def parse_state(words: Sequence[str]) -> Fields:
@@ -7831,14 +7831,12 @@ def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Cancel |
             if failed:
                 Masters.tell("It answers again.")
             return value
-        except (HostKeyFailed, AuthenticationFailed):
-            raise
         except HostError as error:
-            if patience.over() or deadline.over():
+            if isinstance(error, (HostKeyFailed, AuthenticationFailed)) \
+                    or patience.over() or deadline.over():
                 raise
             if not failed:
-                minutes = FAULT_PATIENCE // 60
-                Masters.tell(f"{error} Trying again for up to {minutes} minutes.")
+                Masters.tell(f"{error} Trying again for up to {FAULT_PATIENCE // 60} minutes.")
             failed = True
             nap(0.5, deadline, cancel)
 
@@ -8408,6 +8406,7 @@ EVERYWHERE = Arg("everywhere", "flag", "for all projects (default: this one; -w:
                  flags="--global")
 PARALLEL = Arg("parallel", "count", "how many at a time (exec: all; batch: 16)",
                flags="-j --parallel", shown="N", least=1, face="line")
+BACKGROUND = "start it as a job that goes on by itself, without stdin; gives its id"
 COMMON = (
     Arg("directory", "text", "a directory in the git repository", flags="-C", shown="DIR",
         default="."),
@@ -8428,8 +8427,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          Arg("cwd", "text", "relative to the workspace", shown="DIR"),
          Arg("env", "map", "more environment variables", face="json"),
          Arg("stdin", "text", "text for the command's stdin", face="json"),
-         Arg("background", "flag", "start it as a job that goes on by itself; returns its id",
-             face="json"),
+         Arg("background", "flag", BACKGROUND, face="json"),
          Arg("env", "texts", "one more environment variable", shown="K=V", face="line"),
          Arg("push", "flag", "first bring the workspace to the local HEAD", face="line"),
          Arg("secrets", "texts", "hand over this secret, and no other but those so named",
@@ -8440,12 +8438,10 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
              flags="-n --no-stdin", face="line"),
          Arg("all", "flag", "in every workspace of this project", face="line"),
          PARALLEL,
-         Arg("detach", "flag", "start it as a job that goes on by itself, without stdin; prints "
-             "its id", face="line"),
+         Arg("detach", "flag", BACKGROUND, face="line"),
          Arg("tty", "flag", "on this terminal, as ssh -t", flags="-t --tty", face="line"),
          example="-H my-server -- make test", tool=tool_exec, destroys=True,
-         model="Run a command in the workspace on the remote host. A string is a shell line (bash "
-         "where there is one). Gives the exit code, stdout and stderr."),
+         model="Run a command in the workspace on the remote host, by bash where there is one."),
     Verb("shell", "an interactive shell in a workspace", NAME,
          example="fix-login", lacks="j"),
     Verb("forward", "reach a port of the workspace's host at 127.0.0.1",
@@ -8458,9 +8454,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          ONE_WORKSPACE,
          Arg("branch", "text", "another branch than cmux/NAME", shown="B"),
          Arg("allow", "flag", "also changes of this repository's own hooks", face="line"),
-         example="fix-login", manage=manage_pull, repeats=True,
-         model="Bring a workspace's work home as commits on a local branch, which begins with "
-         "cmux/; no local file is touched."),
+         example="fix-login", manage=manage_pull, repeats=True),
     Verb("push", "bring a workspace to another local commit; sends what differs", NAME,
          ONE_WORKSPACE, REF, *DIRTY,
          Arg("force", "flag", "also over work that has not been pulled (a copy is kept until gc)"),
@@ -8488,8 +8482,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          Arg("count", "count", "how many matches there must be (default: 1)", least=1, shown="N",
              face="line"),
          example="a.py --old 'x = 1' --new 'x = 2'", tool=Workspace.edit,
-         model="Replace exact text in a file, all edits or none. Each old text must occur exactly "
-         "once, or count times; read the file first."),
+         model="Replace exact text in a file, all edits or none; read the file first."),
     Verb("cp", "copy files to or from a workspace, also what git ignores",
          Arg("source", "text", "a local path, or NAME:PATH or :PATH in a workspace", word="1",
              shown="SRC"),
@@ -8502,15 +8495,14 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          Arg("limit", "count", "at most so many (default: 1000)", least=1, shown="N"),
          example="'src/**/*.py'", tool=Workspace.glob, reads=True),
     Verb("grep", "lines that match an extended regular expression",
-         Arg("pattern", "text", "an extended regular expression", word="1"),
+         Arg("pattern", "text", "the expression", word="1"),
          Arg("glob", "text", "only files that match; without a slash: by name", shown="G"),
          Arg("ignore_case", "flag", "ignore case"),
          Arg("limit", "count", "at most so many (default: 200)", least=1, shown="N"),
          example="'def .*test' --glob '*.py'", tool=Workspace.grep, reads=True),
-    Verb("jobs", "background jobs, started with exec --detach",
+    Verb("jobs", "the background jobs of a workspace",
          Arg("all", "flag", "of every workspace of this project", face="line"),
-         reads=True, model="The background jobs of the workspace.",
-         tool=lambda workspace, cancel=None: {"jobs": workspace.jobs(cancel)}),
+         reads=True, tool=lambda workspace, cancel=None: {"jobs": workspace.jobs(cancel)}),
     Verb("logs", "a job's output", ONE_JOB,
          Arg("offset", "count", "first byte, 0 is the first", least=0, shown="BYTE"),
          Arg("wait", "seconds", "seconds to wait for more, at most 30", least=0, shown="TIME"),
@@ -8519,12 +8511,11 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          example="-f j0123abcd", reads=True,
          tool=lambda workspace, **given: json_fields(workspace.logs(**given)),
          model="A job's output from a byte offset, and its state. Go on from next_offset."),
-    Verb("wait", "wait for a job, the first of several; its code (124: running)",
-         Arg("job", "text|texts", "the job's id, or several; in a shell the last one, if none is "
-             "given", word="*", shown="ID", required=True),
+    Verb("wait", "wait for the end of a job, or the first of several; its exit code",
+         Arg("job", "text|texts", f"{ONE_JOB.text}; or several", word="*", shown="ID",
+             required=True),
          Arg("timeout", "seconds", "seconds to wait; it may still run then", least=0, shown="TIME"),
-         example="j0123abcd", tool=Workspace.wait, reads=True,
-         model="Wait for a job's end, or for the first end among several; its exit code."),
+         example="j0123abcd", tool=Workspace.wait, reads=True),
     Verb("stop", "end a job and everything it started", ONE_JOB,
          example="j0123abcd", tool=Workspace.stop, destroys=True, repeats=True),
     Verb("new", "create one or several workspaces, in parallel",
@@ -8543,17 +8534,15 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          example="--json", lacks="w", reads=True,
          manage=lambda project, cancel: {
              "workspaces": [workspace.describe() for workspace in project.workspaces()]}),
-    Verb("fork", "a new workspace with the content of another, made on the host",
+    Verb("fork", "a new workspace, made on the host with the content of another",
          ONE_WORKSPACE, NEW_NAME, example="-w fix-login second-try",
          manage=lambda project, cancel, workspace, name: project.fork(
-             project.workspace(workspace), name, cancel).describe(),
-         model="Make a workspace with the current content of another."),
+             project.workspace(workspace), name, cancel).describe()),
     Verb("rename", "give a workspace another name", ONE_WORKSPACE, NEW_NAME,
          example="-w fix-login login", manage=lambda project, cancel, workspace, name:
          project.rename(project.workspace(workspace), name, cancel).describe()),
     Verb("rm", "delete workspaces; refuses work that has not been pulled",
-         Arg("names", "texts", "the workspaces, or one with -w", word="*", shown="NAME",
-             face="line"),
+         Arg("names", "texts", "or one with -w", word="*", shown="NAME", face="line"),
          ONE_WORKSPACE,
          Arg("force", "flag", "also with work that exists nowhere else, and jobs that run"),
          Arg("forget", "flag", "only locally: its host is gone for good", face="line"),
