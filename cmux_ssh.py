@@ -7267,7 +7267,6 @@ class Pull:
             if new - old > PULL_TOTAL_MAX:
                 raise refuse("it repeats files until they have more than "
                              + human_size(PULL_TOTAL_MAX))
-        self._note_lfs(commits)
         return commits
 
     def _check_reply(self, incoming: Incoming) -> None:
@@ -7309,21 +7308,19 @@ class Pull:
         self.pulled["left"] = [note[len("left out: "):] for note in left[:20]]
 
     def _point(self, harvest: Harvest) -> None:
-        """Turn LFS content into its pointer again, wherever LFS manages the path."""
-        pointers = harvest.pointed
-        found = [(commit.changes, path) for commit in harvest.commits.values() if pointers
-                 for path, (_, oid) in commit.changes.items() if oid in pointers]
+        """Turn LFS content into its pointer again, wherever LFS manages the path, and note what
+        other content is there."""
+        found = [(commit.changes, path) for commit in harvest.commits.values() if self.lfs
+                 for path, (mode, _) in commit.changes.items() if mode in ("100644", "100755")]
         managed = set(self.shadow.lfs_paths(self.base, {path for _, path in found}))
+        pointers, contents = {oid for _, oid, _, _ in self.lfs.values()}, set()
         for changes, path in found:
-            if path in managed:
-                changes[path] = changes[path][0], pointers[changes[path][1]]
-
-    def _note_lfs(self, commits: list[str]) -> None:
-        rows = self.shadow.changes(self.base, commits[-1]) if commits and self.lfs else ()
-        pointers = {oid for _, oid, _, _ in self.lfs.values()}
-        changed = [path for _, mode, oid, path in rows
-                   if mode in ("100644", "100755") and oid not in pointers]
-        for path in sorted(self.shadow.lfs_paths((commits or [""])[-1], changed))[:20]:
+            mode, oid = changes[path]
+            if path in managed and oid in harvest.pointed:
+                changes[path] = mode, harvest.pointed[oid]
+            elif path in managed and oid not in pointers:
+                contents.add(path)
+        for path in sorted(contents)[:20]:
             self.notes.append(f"{show(path)[1:-1]} came home as content: after the merge, "
                               "`git add` makes an LFS pointer of it")
 
@@ -7625,7 +7622,7 @@ def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> b
         if old not in data and b"\r\n" in data and b"\n" in old and b"\r" not in old:
             old = old.replace(b"\n", b"\r\n")
             new = new.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
-        count, found = edit.get("count") or 1, data.count(old)
+        count, found = edit.get("count", 1), data.count(old)
         overlap = count == found == 1 and data.find(old, data.find(old) + 1) >= 0
         if found != count or overlap:  # of two that overlap: which is meant?
             form = b"(?=%s)" if overlap else b"%s"
@@ -7704,21 +7701,24 @@ def glob_below(pattern: str, home: str, by_name: bool) -> str:
     return "/".join(["**"] * (by_name and not exact and not names[1:]) + names)
 
 
-def glob_test(*patterns: str) -> Callable[[str], bool]:
-    """Whether a path fits any of the patterns: a component ``**`` stands for any number of
-    components, ``*`` for any number of characters of one, ``[...]`` is as in sh."""
-    tests = [glob_match(pattern) for pattern in patterns]
-    return lambda path: any(test(path) for test in tests)
-
-
-def glob_match(pattern: str) -> Callable[[str], Any]:
-    runs = re.split(r"(?<![^/])\*\*(?:/|\Z)", pattern)
-    runs[-1] = runs[-1] or "*"  # all files below, and not the directory's own name
-    parts = ["/".join(map(component_regex, run.split("/"))) for run in runs]
+def glob_test(pattern: str, home: str, by_name: bool = False) -> tuple[Callable[[str], Any], str]:
+    """What is true of a path that fits a pattern (see glob_patterns): a component ``**`` stands for
+    any number of components, ``*`` for any number of characters of one, ``[...]`` is as in sh; and
+    a pattern for find -path, whose ``*`` crosses slashes, that matches whatever may fit."""
+    patterns, regexes = glob_patterns(pattern, home, by_name), []
+    for one in patterns:
+        runs = re.split(r"(?<![^/])\*\*(?:/|\Z)", one)
+        runs[-1] = runs[-1] or "*"  # all files below, and not the directory's own name
+        parts = ["/".join(map(component_regex, run.split("/"))) for run in runs]
+        regexes.append(leftmost(parts, "(?:[^/]*/)*?"))
     try:
-        return re.compile(leftmost(parts, "(?:[^/]*/)*?") + r"\Z", re.S).match
+        test = re.compile(rf"(?:{'|'.join(regexes)})\Z", re.S).match
     except re.error:
         raise UsageError(f"{show(pattern)} is not a glob pattern.")
+    if patterns[1:]:
+        patterns = [os.path.commonprefix(patterns).partition("[")[0] + "*"]
+    # ? and [...] become * too: in the C locale they stand for one byte of a character
+    return test, "./" + re.sub(r"\*\*/|\*\*|\?|\[.*\]|\\", "*", patterns[0], flags=re.S)
 
 
 def component_regex(part: str) -> str:
@@ -7746,15 +7746,6 @@ def leftmost(runs: Sequence[str], gap: str) -> str:
 
 
 _GROUPS = itertools.count()
-
-
-def wider_pattern(patterns: Sequence[str]) -> str:
-    """A pattern for find -path, whose ``*`` crosses slashes, that matches whatever the patterns
-    may."""
-    pattern = (patterns[0] if not patterns[1:]
-               else os.path.commonprefix(list(patterns)).partition("[")[0] + "*")
-    # ? and [...] become * too: in the C locale they stand for one byte of a character
-    return "./" + re.sub(r"\*\*/|\*\*|\?|\[.*\]|\\", "*", pattern, flags=re.S)
 
 
 def binary_row(line: bytes) -> list[tuple[bytes, int, bytes]]:
@@ -7938,14 +7929,12 @@ class Workspace(WorkspaceBase):
         must be (1). All are applied or none. ``sha256``: of the file as last seen; if it changed,
         FileChanged; after a concurrent change it is read and edited again. Returns ``sha256`` of
         the file now, and ``diff``."""
-        for edit in edits:
-            texts = isinstance(edit, dict) and all(
-                isinstance(edit.get(key), str) for key in ("old", "new"))
-            count = edit.get("count", 1) if texts else 0
-            if type(count) is not int or count < 1 or not set(edit) <= {"old", "new", "count"}:
+        for edit in edits or [{}]:
+            kinds = {key: type(value) for key, value in edit.items()} \
+                if isinstance(edit, dict) else {}
+            if {"count": int, **kinds} != {"old": str, "new": str, "count": int} \
+                    or edit.get("count", 1) < 1:
                 raise UsageError("An edit is an object with old, new, and perhaps count (from 1).")
-        if not edits:
-            raise UsageError("No edits were given.")
         for attempt in range(EDIT_TRIES):
             before = self.read(path, cancel=cancel)
             if sha256 and before.sha256 != sha256.lower():
@@ -7978,9 +7967,8 @@ class Workspace(WorkspaceBase):
         ``limit``. ToolFailed after two minutes."""
         if limit < 1:
             raise UsageError("The limit is below 1.")
-        patterns = glob_patterns(pattern, self.path)
-        test = glob_test(*patterns)
-        data = self._search(GLOB, wider_pattern(patterns), str(SEARCH_MAX), cancel=cancel)
+        test, wider = glob_test(pattern, self.path)
+        data = self._search(GLOB, wider, str(SEARCH_MAX), cancel=cancel)
         names = [as_text(name[2:]) for name in data.split(b"\0")[:-1]
                  if 2 < len(name) <= PATH_MAX]
         found = sorted(filter(test, names))
@@ -7995,11 +7983,10 @@ class Workspace(WorkspaceBase):
         to 500 characters), ``truncated``."""
         if not pattern or "\n" in pattern or limit < 1:
             raise UsageError("The pattern is empty or holds a newline, or the limit is below 1.")
-        patterns = glob_patterns(glob or "**", self.path, True)
-        test, most = glob_test(*patterns), max(limit + 1, 2000)
-        data = self._search(
-            GREP, pattern, wider_pattern(patterns), "-i" if ignore_case else "-n", str(SEARCH_MAX),
-            str(most), cancel=cancel)
+        test, wider = glob_test(glob or "**", self.path, True)
+        most = max(limit + 1, 2000)
+        data = self._search(GREP, pattern, wider, "-i" if ignore_case else "-n", str(SEARCH_MAX),
+                            str(most), cancel=cancel)
         kind, _, data = data.partition(b"\n")
         matches, seen = [], set()  # type: list[Fields], set[str]
         cut = len(data) >= SEARCH_MAX or data.count(b"\n") >= most
@@ -8511,7 +8498,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          example="-f j0123abcd", reads=True,
          tool=lambda workspace, **given: json_fields(workspace.logs(**given)),
          model="A job's output from a byte offset, and its state. Go on from next_offset."),
-    Verb("wait", "wait for the end of a job, or the first of several; its exit code",
+    Verb("wait", "wait for a job, or the first of several, to end; its exit code",
          Arg("job", "text|texts", f"{ONE_JOB.text}; or several", word="*", shown="ID",
              required=True),
          Arg("timeout", "seconds", "seconds to wait; it may still run then", least=0, shown="TIME"),
