@@ -7199,7 +7199,7 @@ class Pull:
         self.notes: list[str] = []
         self.secrets: dict[str, list[str]] = {}  # names of secrets, by path
         self.pulled: Fields = {"op": os.urandom(8).hex()}
-        take_files = f"{PROGRAM} exec -w {self.name} -- tar -c . >{self.name}.tar"
+        take_files = f"{PROGRAM} cp {self.name}: {self.name}"
         try:
             tree = shadow.call("rev-parse", self.base + "^{tree}")
             parts = Parts(shadow, tree)
@@ -7215,7 +7215,7 @@ class Pull:
         self.sent_tree, self.modules = parts.tree, parts.modules
         self.lfs = {path: row for path, row in parts.pointers.items() if not self._in_module(path)}
         # The paths that the host was given:
-        self.sent = functools.lru_cache(None)(
+        self.sent = functools.cache(
             lambda: {path for _, _, path in shadow.listing(self.sent_tree)})
 
     def fetch(self, record: bool = False) -> tuple[list[str], bool]:
@@ -7455,11 +7455,10 @@ class Landing(Harvest):
     strict = False
 
     def __init__(self, local: str, name: str, force: bool) -> None:
-        place, self.force = os.path.abspath(local), force
-        above = os.path.dirname(place)
-        if os.path.islink(place) or not os.path.isabs(local) and os.path.realpath(above) != above:
+        place, real, self.force = os.path.abspath(local), os.path.realpath(local), force
+        if os.path.islink(place) or real != place and not os.path.isabs(local):
             raise UsageError(f"{show(local)} is, or leads through, a symbolic link.",
-                             f"Name where it leads: {quote(os.path.realpath(place))}")
+                             f"Name where it leads: {quote(real)}")
         self.place = os.path.join(place, name) if os.path.isdir(place) else place
         self._look()
         self.path = f"{os.path.dirname(self.place)}/.cmux-{os.urandom(8).hex()}.tmp"
@@ -7468,10 +7467,11 @@ class Landing(Harvest):
 
     def _look(self) -> bool:
         """Whether something is there. Raises UsageError if it must stay."""
-        found = os.path.lexists(self.place)
-        why = "exists already; to replace it: --force" if found and not self.force else (
-            "/.git/" in self.place + "/" or os.path.lexists(self.place + "/.git")
-        ) and "is a git repository's"
+        found, why = os.path.lexists(self.place), ""
+        if found and not self.force:
+            why = "exists already; to replace it: --force"
+        elif "/.git/" in self.place + "/" or os.path.lexists(self.place + "/.git"):
+            why = "is a git repository's"
         if why:
             raise UsageError(f"{show(self.place, 300)} {why}.")
         return found
@@ -7625,9 +7625,8 @@ def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> b
         count, found = edit.get("count", 1), data.count(old)
         overlap = count == found == 1 and data.find(old, data.find(old) + 1) >= 0
         if found != count or overlap:  # of two that overlap: which is meant?
-            form = b"(?=%s)" if overlap else b"%s"
             found += overlap
-            places = itertools.islice(re.finditer(form % re.escape(old), data), 10)
+            places = itertools.islice(re.finditer(b"(?=%s)" % re.escape(old), data), 10)
             lines = ", ".join(str(data.count(b"\n", 0, at.start()) + 1) for at in places)
             where = f" (at line{'s' * (found > 1)} {lines})" if found else ""
             raise ToolFailed(
@@ -7882,10 +7881,10 @@ class Workspace(WorkspaceBase):
             READ, absolute(self, path), str(READ_MAX), str(offset), str(limit), self.path,
             cancel=cancel, limit=READ_MAX + 4096), path)
         head, _, data = reply.stdout.partition(b"\n")
-        words = head.decode("ascii", "replace").split()
-        if len(words) < 2 or number(words[0]) < 0:
+        match = re.match(r"(\d{1,15}) (all|lines) ?([0-9a-f]{64}\Z)?", head.decode("latin-1"))
+        if not match:
             raise RemoteFailed("The host's answer to read is damaged.")
-        whole = words[1] == "all"
+        whole = match[2] == "all"
         if len(data) > READ_MAX:
             what = show(path) if whole else f"What was asked for of {show(path)}"
             hint = ("Read it by lines: offset and limit; or get it by: "
@@ -7893,8 +7892,7 @@ class Workspace(WorkspaceBase):
                     else "Ask for fewer: limit.")
             raise ToolFailed(f"{what} is larger than {human_size(READ_MAX)}.", hint)
         if not whole:
-            known = words[2] if words[2:] and re.match(r"[0-9a-f]{64}\Z", words[2]) else ""
-            return FileContent(content=data, size=number(words[0]), sha256=known)
+            return FileContent(content=data, size=int(match[1]), sha256=match[3] or "")
         digest, size = sha256_of(data), len(data)  # a file that grows is what was read of it
         if offset > 1 or limit:
             import io
