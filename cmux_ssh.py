@@ -8224,7 +8224,8 @@ class Arg:
         self.kinds = kind.split("|")
         self.word, self.face = settings.get("word", ""), settings.get("face", "")
         self.default, self.least = settings.get("default"), settings.get("least")
-        self.shown = settings.get("shown", name.upper())
+        shown = {"count": "N", "seconds": "TIME"}.get(kind, name.upper())
+        self.shown = settings.get("shown", shown)
         self.required = settings.get("required", self.word in ("1", "+"))
         flags = settings.get("flags", "--" + name.replace("_", "-")).split()
         self.flags: list[str] = [] if self.word else flags
@@ -8375,22 +8376,22 @@ def manage_diff(project: Project, cancel: Cancel, workspace: str, stat: bool = F
     return {"diff": "\n".join(lines)}
 
 
+LineArg = functools.partial(Arg, face="line")
 ONE_JOB = Arg("job", "text", "the job's id; in a shell the last one, if none is given", word="?",
               shown="ID", required=True)  # for a model
 PATH = Arg("path", "text", "relative to the workspace, or absolute", word="1")
 ONE_WORKSPACE = Arg("workspace", "text", "which workspace", required=True, face="json")
-NAME = Arg("name", "text", "the workspace", word="?", face="line")
+NAME = LineArg("name", "text", "the workspace", word="?")
 NEW_NAME = Arg("name", "text", "the new name", word="1")
 REF = Arg("ref", "text", "the local commit to send", shown="REV", default="HEAD")
 DIRTY = (
-    Arg("dirty", "flag", "the work tree as it is, with uncommitted and untracked files",
-        face="line"),
-    Arg("allow", "texts", "with --dirty: send this file though it looks like a secret",
-        shown="PATH", face="line"))
+    LineArg("dirty", "flag", "the work tree as it is, with uncommitted and untracked files"),
+    LineArg("allow", "texts", "with --dirty: send this file though it looks like a secret",
+            shown="PATH"))
 EVERYWHERE = Arg("everywhere", "flag", "for all projects (default: this one; -w: one workspace)",
                  flags="--global")
-PARALLEL = Arg("parallel", "count", "how many at a time (exec: all; batch: 16)",
-               flags="-j --parallel", shown="N", least=1, face="line")
+PARALLEL = LineArg("parallel", "count", "how many at a time (exec: all; batch: 16)",
+                   flags="-j --parallel", least=1)
 BACKGROUND = "start it as a job that goes on by itself, without stdin; gives its id"
 COMMON = (
     Arg("directory", "text", "a directory in the git repository", flags="-C", shown="DIR",
@@ -8408,23 +8409,23 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          Arg("command", "text|texts", "a string is a shell line, a list an exact argv",
              required=True, word="...", shown="-- CMD..."),
          Arg("timeout", "seconds", "seconds; then the process tree is ended (exit code 124)",
-             shown="TIME", least=0.001),
+             least=0.001),
          Arg("cwd", "text", "relative to the workspace", shown="DIR"),
          Arg("env", "map", "more environment variables", face="json"),
          Arg("stdin", "text", "text for the command's stdin", face="json"),
          Arg("background", "flag", BACKGROUND, face="json"),
-         Arg("env", "texts", "one more environment variable", shown="K=V", face="line"),
-         Arg("push", "flag", "first bring the workspace to the local HEAD", face="line"),
-         Arg("secrets", "texts", "hand over this secret, and no other but those so named",
-             flags="--secret", shown="NAME", face="line"),
-         Arg("no_secrets", "flag", "hand over no secret", face="line"),
-         Arg("login", "flag", "read the login profile first (nvm, pyenv, cargo)", face="line"),
-         Arg("no_stdin", "flag", "pass no stdin on (a terminal's never is, nor to several)",
-             flags="-n --no-stdin", face="line"),
-         Arg("all", "flag", "in every workspace of this project", face="line"),
+         LineArg("env", "texts", "one more environment variable", shown="K=V"),
+         LineArg("push", "flag", "first bring the workspace to the local HEAD"),
+         LineArg("secrets", "texts", "hand over this secret, and no other but those so named",
+                 flags="--secret", shown="NAME"),
+         LineArg("no_secrets", "flag", "hand over no secret"),
+         LineArg("login", "flag", "read the login profile first (nvm, pyenv, cargo)"),
+         LineArg("no_stdin", "flag", "pass no stdin on (a terminal's never is, nor to several)",
+                 flags="-n --no-stdin"),
+         LineArg("all", "flag", "in every workspace of this project"),
          PARALLEL,
-         Arg("detach", "flag", BACKGROUND, face="line"),
-         Arg("tty", "flag", "on this terminal, as ssh -t", flags="-t --tty", face="line"),
+         LineArg("detach", "flag", BACKGROUND),
+         LineArg("tty", "flag", "on this terminal, as ssh -t", flags="-t --tty"),
          example="-H my-server -- make test", tool=tool_exec, destroys=True,
          model="Run a command in the workspace on the remote host, by bash where there is one."),
     Verb("shell", "an interactive shell in a workspace", NAME,
@@ -8438,7 +8439,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("pull", "bring a workspace's work home as commits on branch cmux/NAME", NAME,
          ONE_WORKSPACE,
          Arg("branch", "text", "another branch than cmux/NAME", shown="B"),
-         Arg("allow", "flag", "also changes of this repository's own hooks", face="line"),
+         LineArg("allow", "flag", "also changes of this repository's own hooks"),
          example="fix-login", manage=manage_pull, repeats=True),
     Verb("push", "bring a workspace to another local commit; sends what differs", NAME,
          ONE_WORKSPACE, REF, *DIRTY,
@@ -8446,7 +8447,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          example="fix-login", manage=manage_push, destroys=True, repeats=True),
     Verb("read", "a file's bytes, or lines of it", PATH,
          Arg("offset", "count", "first line, 1 is the first", least=1, shown="LINE"),
-         Arg("limit", "count", "how many lines", least=0, shown="N"),
+         Arg("limit", "count", "how many lines", least=0),
          example="src/main.c --offset 10 --limit 20", reads=True,
          tool=lambda workspace, **given: json_fields(workspace.read(**given).as_dict()),
          model="A file's content, or some of its lines. Long files come in pages: go on with "
@@ -8461,11 +8462,10 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          Arg("edits", "objects", "objects of old, new, and count: how many matches there must be "
              "(1)", required=True, face="json"),
          Arg("sha256", "text", "of the file as last seen: refuse if it changed", shown="HEX"),
-         Arg("old", "text", "without --old and --new: JSON with edits on stdin", shown="TEXT",
-             blank=True, face="line"),
-         Arg("new", "text", "what replaces it", shown="TEXT", blank=True, face="line"),
-         Arg("count", "count", "how many matches there must be (default: 1)", least=1, shown="N",
-             face="line"),
+         LineArg("old", "text", "without --old and --new: JSON with edits on stdin", shown="TEXT",
+                 blank=True),
+         LineArg("new", "text", "what replaces it", shown="TEXT", blank=True),
+         LineArg("count", "count", "how many matches there must be (default: 1)", least=1),
          example="a.py --old 'x = 1' --new 'x = 2'", tool=Workspace.edit,
          model="Replace exact text in a file, all edits or none; read the file first."),
     Verb("cp", "copy files to or from a workspace, also what git ignores",
@@ -8477,37 +8477,37 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("glob", "paths of files that match",
          Arg("pattern", "text", "below the workspace: *, ?, [...], {a,b} within a component, "
              "** across", word="1"),
-         Arg("limit", "count", "at most so many (default: 1000)", least=1, shown="N"),
+         Arg("limit", "count", "at most so many (default: 1000)", least=1),
          example="'src/**/*.py'", tool=Workspace.glob, reads=True),
     Verb("grep", "lines that match an extended regular expression",
          Arg("pattern", "text", "the expression", word="1"),
          Arg("glob", "text", "only files that match; without a slash: by name", shown="G"),
          Arg("ignore_case", "flag", "ignore case"),
-         Arg("limit", "count", "at most so many (default: 200)", least=1, shown="N"),
+         Arg("limit", "count", "at most so many (default: 200)", least=1),
          example="'def .*test' --glob '*.py'", tool=Workspace.grep, reads=True),
     Verb("jobs", "the background jobs of a workspace",
-         Arg("all", "flag", "of every workspace of this project", face="line"),
+         LineArg("all", "flag", "of every workspace of this project"),
          reads=True, tool=lambda workspace, cancel=None: {"jobs": workspace.jobs(cancel)}),
     Verb("logs", "a job's output", ONE_JOB,
          Arg("offset", "count", "first byte, 0 is the first", least=0, shown="BYTE"),
-         Arg("wait", "seconds", "seconds to wait for more, at most 30", least=0, shown="TIME"),
-         Arg("follow", "flag", "go on until the job ends, across lost connections",
-             flags="-f --follow", face="line"),
+         Arg("wait", "seconds", "seconds to wait for more, at most 30", least=0),
+         LineArg("follow", "flag", "go on until the job ends, across lost connections",
+                 flags="-f --follow"),
          example="-f j0123abcd", reads=True,
          tool=lambda workspace, **given: json_fields(workspace.logs(**given)),
          model="A job's output from a byte offset, and its state. Go on from next_offset."),
     Verb("wait", "wait for a job, or the first of several, to end; its exit code",
          Arg("job", "text|texts", f"{ONE_JOB.text}; or several", word="*", shown="ID",
              required=True),
-         Arg("timeout", "seconds", "seconds to wait; it may still run then", least=0, shown="TIME"),
+         Arg("timeout", "seconds", "seconds to wait; it may still run then", least=0),
          example="j0123abcd", tool=Workspace.wait, reads=True),
     Verb("stop", "end a job and everything it started", ONE_JOB,
          example="j0123abcd", tool=Workspace.stop, destroys=True, repeats=True),
     Verb("new", "create one or several workspaces, in parallel",
-         Arg("names", "texts", "default: the branch's name", word="*", shown="NAME", face="line"),
+         LineArg("names", "texts", "default: the branch's name", word="*", shown="NAME"),
          Arg("name", "text", "the new name", required=True, face="json"), REF, *DIRTY,
-         Arg("root", "text", "where on the host (default: ~/cmux)", shown="DIR", face="line"),
-         Arg("no_init", "flag", "do not run .cmux/init", face="line"),
+         LineArg("root", "text", "where on the host (default: ~/cmux)", shown="DIR"),
+         LineArg("no_init", "flag", "do not run .cmux/init"),
          Arg("source", "text", "with what git ignores (packages, caches) in this workspace of that "
              "host", flags="--from", shown="WS"),
          example="fix-login fix-logout -H my-server",
@@ -8515,7 +8515,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
              name, host, ref, cancel=cancel, source=source).describe(),
          model="Make a workspace on the host from a local commit."),
     Verb("list", "this project's workspaces",
-         Arg("all_projects", "flag", "of every project of this machine", face="line"),
+         LineArg("all_projects", "flag", "of every project of this machine"),
          example="--json", lacks="w", reads=True,
          manage=lambda project, cancel: {
              "workspaces": [workspace.describe() for workspace in project.workspaces()]}),
@@ -8527,14 +8527,14 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          example="-w fix-login login", manage=lambda project, cancel, workspace, name:
          project.rename(project.workspace(workspace), name, cancel).describe()),
     Verb("rm", "delete workspaces; refuses work that has not been pulled",
-         Arg("names", "texts", "or one with -w", word="*", shown="NAME", face="line"),
+         LineArg("names", "texts", "or one with -w", word="*", shown="NAME"),
          ONE_WORKSPACE,
          Arg("force", "flag", "also with work that exists nowhere else, and jobs that run"),
-         Arg("forget", "flag", "only locally: its host is gone for good", face="line"),
+         LineArg("forget", "flag", "only locally: its host is gone for good"),
          example="fix-login", manage=manage_rm, destroys=True),
     Verb("history", "every operation with its time, duration, exit code and bytes",
-         Arg("limit", "count", "the last N, 0 for all", flags="-n --limit", least=0, shown="N",
-             default=50, face="line"),
+         LineArg("limit", "count", "the last N, 0 for all", flags="-n --limit", least=0,
+                 default=50),
          example="-w fix-login", lacks="H"),
     Verb("top", "a live view of the workspaces and what runs in them",
          lacks="w"),
@@ -8542,7 +8542,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          lacks="w"),
     Verb("mcp", "an MCP server on stdio: the tools, bound to one workspace",
          Arg("manage", "flag", "the workspace commands as tools too, and other workspaces"),
-         Arg("soft_timeout", "seconds", "after so long a call returns a job", shown="TIME",
+         Arg("soft_timeout", "seconds", "after so long a call returns a job",
              default=MCP_SOFT, least=0.001),
          example="-H my-server -w fix-login", lacks="j"),
     Verb("batch", "JSON lines of tool calls on stdin, results on stdout", PARALLEL,
