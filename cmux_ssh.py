@@ -6813,9 +6813,9 @@ def check_result_path(path: bytes) -> str:
     if any(part in ("", ".", "..") or is_dot_git(part) for part in parts):
         return "another system takes it for another place"
     from unicodedata import category
-    unusual = "" if text.isprintable() and text.isascii() else text
-    if any(category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co")
-           and character not in "\n\t\u200c\u200d" for character in unusual):
+    if not text.isprintable() and any(
+            category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co")
+            and character not in "\n\t\u200c\u200d" for character in text):
         return "it has a control character, or is not UTF-8"
     return ""
 
@@ -7480,14 +7480,13 @@ class Landing(Harvest):
         super().__init__(wire, None, set, {}, {})  # type: ignore[arg-type]
         word, _ = after_notes(wire, notes)
         self.read(b"", False)
-        rows = [(mode, path, name) for path, (mode, name) in self.commits[b"1"].changes.items()
-                if mode]
-        if sum(path.count(b"/") for _, path, _ in rows) > 10 * PULL_PATHS_MAX:
+        files = {path: row for path, row in self.commits[b"1"].changes.items() if row[0]}
+        if sum(path.count(b"/") for path in files) > 10 * PULL_PATHS_MAX:
             raise refuse("its paths are too deep")  # a million directories
         new = os.fsencode(self.new) + b"/"
-        for folder in sorted({b"", *itertools.chain(*(above(path) for _, path, _ in rows))}):
+        for folder in sorted({b"", *itertools.chain(*map(above, files))}):
             os.mkdir(new + folder, 0o755)
-        for mode, path, name in sorted(rows):  # links have 120000
+        for path, (mode, name) in sorted(files.items(), key=lambda item: item[1]):  # links: 120000
             if os.path.lexists(new + path):  # where case does not count
                 raise refuse(f"{show(path)} is there twice")
             if mode == "120000":
@@ -8322,8 +8321,7 @@ def tool_exec(workspace: Workspace, command: str | list[str], background: bool =
             raise UsageError("A background command takes neither stdin nor timeout.")
         started = {name: more[name] for name in ("cwd", "env", "cancel") if name in more}
         return {"job": workspace.start(command, **started)}
-    data = None if stdin is None else encoded(stdin)
-    result = workspace.exec(command, stdin=data, limit=TOOL_CAPTURE, **more)
+    result = workspace.exec(command, stdin=stdin, limit=TOOL_CAPTURE, **more)
     return json_fields(result.as_dict())
 
 
@@ -8331,13 +8329,14 @@ def tool_write(workspace: Workspace, path: str, content: str | None = None,
                content_base64: str | None = None, cancel: Cancel | None = None) -> Fields:
     if (content is None) == (content_base64 is None):
         raise UsageError("write needs content, or content_base64.")
-    if content is not None:
-        return workspace.write(path, encoded(content), cancel)
-    import base64
-    try:
-        return workspace.write(path, base64.b64decode(content_base64 or "", validate=True), cancel)
-    except ValueError:
-        raise UsageError("content_base64 is not base64.")
+    data: Any = content
+    if data is None:
+        import base64
+        try:
+            data = base64.b64decode(content_base64 or "", validate=True)
+        except ValueError:
+            raise UsageError("content_base64 is not base64.")
+    return workspace.write(path, data, cancel)
 
 
 def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = "") -> Fields:
