@@ -8551,14 +8551,9 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("demo", "the whole flow against a throwaway sshd on this machine",
          lacks="CHwj"),
 )}
-GROUPS = {  # of the commands, as the help lists them
-    "work": ("exec", "shell", "forward", "diff", "pull", "push"),
-    "files": ("read", "write", "edit", "cp", "glob", "grep"),
-    "jobs": ("jobs", "logs", "wait", "stop"),
-    "workspaces": ("new", "list", "fork", "rename", "rm", "history", "top", "gc"),
-    "agents": ("mcp", "batch"),
-    "setup": ("secrets set", "secrets import", "secrets list", "secrets rm", "doctor",
-              "completion", "demo")}
+GROUPS = {  # of the commands, as the help lists them, by the first of each
+    "exec": "work", "read": "files", "jobs": "jobs", "new": "workspaces", "mcp": "agents",
+    "secrets set": "setup"}
 TOOLS = {verb.name: verb for verb in VERBS.values() if "tool" in verb.settings}
 MANAGE_TOOLS = {verb.tool_name: verb for verb in VERBS.values() if "manage" in verb.settings}
 
@@ -11187,9 +11182,10 @@ def line_args(verb: Verb) -> list[Arg]:
 def usage(group: str = "") -> str:
     """The help without a command: all commands, or those that begin with ``group``."""
     rows = []
-    for title, names in GROUPS.items():
-        lines = [f"  {name:<14} {VERBS[name].text}" for name in names if name.startswith(group)]
-        rows += [title + ":", *lines] if lines else []
+    for name, verb in VERBS.items():
+        if name.startswith(group):
+            rows += [GROUPS[name] + ":"] if name in GROUPS else []
+            rows.append(f"  {name:<14} {verb.text}")
     return f"""usage: {PROGRAM} {group + " " if group else ""}COMMAND [options]
 
 SSH workspaces for coding agents: work happens on HOST, your keys stay here.
