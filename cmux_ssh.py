@@ -7867,14 +7867,12 @@ class Workspace(WorkspaceBase):
         match = re.match(r"(\d{1,15}) (all|lines) ?([0-9a-f]{64}\Z)?", head.decode("latin-1"))
         if not match:
             raise RemoteFailed("The host's answer to read is damaged.")
-        whole = match[2] == "all"
         if len(data) > READ_MAX:
-            what = show(path) if whole else f"What was asked for of {show(path)}"
-            hint = ("Read it by lines: offset and limit; or get it by: "
-                    f"{PROGRAM} cp {quote(f'{self.name}:{path}')} ." if whole
-                    else "Ask for fewer: limit.")
-            raise ToolFailed(f"{what} is larger than {human_size(READ_MAX)}.", hint)
-        if not whole:
+            raise ToolFailed(
+                f"What was asked for of {show(path)} is larger than {human_size(READ_MAX)}.",
+                "Ask for fewer lines: offset and limit; or get the file by: "
+                f"{PROGRAM} cp {quote(f'{self.name}:{path}')} .")
+        if match[2] == "lines":
             return FileContent(content=data, size=int(match[1]), sha256=match[3] or "")
         digest, size = sha256_of(data), len(data)  # a file that grows is what was read of it
         if offset > 1 or limit:
