@@ -8181,8 +8181,8 @@ class Project(ProjectBase):
 KINDS: dict[str, tuple[str, tuple[type, ...], str]] = {  # of values: in JSON, in Python, in words
     "text": ("string", (str,), "text"),
     "flag": ("boolean", (bool,), "true or false"),
-    "count": ("integer", (int,), "a whole number"),
-    "seconds": ("number", (int, float), "a number of seconds"),
+    "count": ("integer", (int,), "a whole number from {}"),
+    "seconds": ("number", (int, float), "a number of seconds from {}"),
     "texts": ("array", (list,), "a list of texts"),
     "objects": ("array", (list,), "a list of objects"),
     "map": ("object", (dict,), "an object"),
@@ -8196,15 +8196,15 @@ class Arg:
 
     ``kind``: of KINDS, or several with a bar between. ``settings``: ``flags`` (default: --NAME),
     or ``word``, how many words it is ("1", "?", "*", "+", or "...": all that follow); ``shown``,
-    its value in the help; ``default``; ``required``; ``least`` it may be; ``choices``; ``blank``:
-    it may be an empty text; ``face``: "line" or "json", if it is not for both.
+    its value in the help; ``default``; ``required``; ``least`` (0); ``choices``; ``blank``: it may
+    be an empty text; ``face``: "line" or "json", if it is not for both.
     """
 
     def __init__(self, name: str, kind: str, text: str, **settings: Any) -> None:
         self.name, self.text, self.settings = name, text, settings
         self.kinds = kind.split("|")
         self.word, self.face = settings.get("word", ""), settings.get("face", "")
-        self.default, self.least = settings.get("default"), settings.get("least")
+        self.default, self.least = settings.get("default"), settings.get("least", 0)
         shown = {"count": "N", "seconds": "TIME"}.get(kind, name.upper())
         self.shown = settings.get("shown", shown)
         self.required = settings.get("required", self.word in ("1", "+"))
@@ -8218,13 +8218,12 @@ class Arg:
         if isinstance(value, bool):
             fits = "flag" in self.kinds
         elif isinstance(value, (int, float)):
-            fits = fits and (-1e15 if self.least is None else self.least) <= value < 1e15
+            fits = fits and self.least <= value < 1e15
         elif isinstance(value, list) and "texts" in self.kinds:
             fits = all(isinstance(word, str) for word in value)
         if not fits:
-            wanted = " or ".join(KINDS[kind][2] for kind in self.kinds)
-            from_least = "" if self.least is None else f" from {self.least}"
-            raise UsageError(f"{label} takes {wanted}{from_least}.")
+            wanted = " or ".join(KINDS[kind][2] for kind in self.kinds).format(self.least)
+            raise UsageError(f"{label} takes {wanted}.")
         check_text(value)
 
     def from_word(self, word: str) -> Any:
@@ -8248,7 +8247,7 @@ class Arg:
             rows.append({"type": KINDS[kind][0]})
             if KINDS[kind][0] == "array":
                 rows[-1]["items"] = EDIT_SCHEMA if kind == "objects" else {"type": "string"}
-            if self.least is not None:
+            if kind in ("count", "seconds"):
                 rows[-1]["minimum"] = self.least
         return dict(rows[0] if len(rows) == 1 else {"anyOf": rows}, description=self.text)
 
@@ -8428,7 +8427,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          example="fix-login", manage=manage_push, destroys=True, repeats=True),
     Verb("read", "a file's bytes, or lines of it", PATH,
          Arg("offset", "count", "first line, 1 is the first", least=1, shown="LINE"),
-         Arg("limit", "count", "how many lines", least=0),
+         Arg("limit", "count", "how many lines"),
          example="src/main.c --offset 10 --limit 20", reads=True,
          tool=lambda workspace, **given: json_fields(workspace.read(**given).as_dict()),
          model="A file's content, or some of its lines. Long files come in pages: go on with "
@@ -8470,8 +8469,8 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          LineArg("all", "flag", "of every workspace of this project"),
          reads=True, tool=lambda workspace, cancel=None: {"jobs": workspace.jobs(cancel)}),
     Verb("logs", "a job's output", ONE_JOB,
-         Arg("offset", "count", "first byte, 0 is the first", least=0, shown="BYTE"),
-         Arg("wait", "seconds", "seconds to wait for more, at most 30", least=0),
+         Arg("offset", "count", "first byte, 0 is the first", shown="BYTE"),
+         Arg("wait", "seconds", "seconds to wait for more, at most 30"),
          LineArg("follow", "flag", "go on until the job ends, across lost connections",
                  flags="-f --follow"),
          example="-f j0123abcd", reads=True,
@@ -8480,7 +8479,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("wait", "wait for a job, or the first of several, to end; its exit code",
          Arg("job", "text|texts", f"{ONE_JOB.text}; or several", word="*", shown="ID",
              required=True),
-         Arg("timeout", "seconds", "seconds to wait; it may still run then", least=0),
+         Arg("timeout", "seconds", "seconds to wait; it may still run then"),
          example="j0123abcd", tool=Workspace.wait, reads=True),
     Verb("stop", "end a job and everything it started", ONE_JOB,
          example="j0123abcd", tool=Workspace.stop, destroys=True, repeats=True),
@@ -8514,8 +8513,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          LineArg("forget", "flag", "only locally: its host is gone for good"),
          example="fix-login", manage=manage_rm, destroys=True),
     Verb("history", "every operation with its time, duration, exit code and bytes",
-         LineArg("limit", "count", "the last N, 0 for all", flags="-n --limit", least=0,
-                 default=50),
+         Arg("limit", "count", "the last N, 0 for all", flags="-n --limit", default=50),
          example="-w fix-login", lacks="H"),
     Verb("top", "a live view of the workspaces and what runs in them",
          lacks="w"),
