@@ -7556,7 +7556,7 @@ class ToolFailed(CmuxError):
 def absolute(workspace: WorkspaceBase, path: object) -> str:
     """A tool's path for the host: absolute, or below the workspace."""
     if not isinstance(path, str) or not path or "\0" in path:
-        raise UsageError("The path is empty." if path == "" else "A path is text without NUL.")
+        raise UsageError("The path is empty, or not text without NUL.")
     return path if path.startswith("/") else f"{workspace.path}/{path}"
 
 
@@ -7787,10 +7787,11 @@ def parse_jobs(workspace: WorkspaceBase, reply: Reply) -> list[Fields]:
     known = workspace.project.registry.read().get("jobs", {})
     rows = []
     for line in reply.lines():
-        words = line.split()
-        if len(words) >= 3 and re.match(r"j[0-9a-f]{8}\Z", words[0]) and number(words[1]) >= 0:
-            own = known.get(words[0], {})
-            rows.append(dict(parse_state(words[2:]), job=words[0], output_size=number(words[1]),
+        match = re.match(r"(j[0-9a-f]{8}) (\d{1,15}) ", line, re.A)
+        if match:
+            own = known.get(match[1], {})
+            state = parse_state(line[match.end():].split())
+            rows.append(dict(state, job=match[1], output_size=int(match[2]),
                              command=own.get("command", ""), started=own.get("started")))
     return sorted(rows, key=lambda row: (row["started"] or 0, row["job"]))
 
@@ -8429,9 +8430,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          Arg("offset", "count", "first line, 1 is the first", least=1, shown="LINE"),
          Arg("limit", "count", "how many lines"),
          example="src/main.c --offset 10 --limit 20", reads=True,
-         tool=lambda workspace, **given: json_fields(workspace.read(**given).as_dict()),
-         model="A file's content, or some of its lines. Long files come in pages: go on with "
-         "offset."),
+         tool=lambda workspace, **given: json_fields(workspace.read(**given).as_dict())),
     Verb("write", "stdin becomes the file, whole or not at all", PATH,
          Arg("content", "text", "the text", face="json"),
          Arg("content_base64", "text", "or the bytes, as base64", face="json"),
@@ -8483,7 +8482,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          example="j0123abcd", tool=Workspace.wait, reads=True),
     Verb("stop", "end a job and everything it started", ONE_JOB,
          example="j0123abcd", tool=Workspace.stop, destroys=True, repeats=True),
-    Verb("new", "create one or several workspaces, in parallel",
+    Verb("new", "create workspaces, in parallel, from a local commit",
          LineArg("names", "texts", "default: the branch's name", word="*", shown="NAME"),
          Arg("name", "text", "the new name", required=True, face="json"), REF, *DIRTY,
          LineArg("root", "text", "where on the host (default: ~/cmux)", shown="DIR"),
@@ -8492,8 +8491,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
              "host", flags="--from", shown="WS"),
          example="fix-login fix-logout -H my-server",
          manage=lambda project, cancel, name, ref="HEAD", host=(), source="": project.create(
-             name, host, ref, cancel=cancel, source=source).describe(),
-         model="Make a workspace on the host from a local commit."),
+             name, host, ref, cancel=cancel, source=source).describe()),
     Verb("list", "this project's workspaces",
          LineArg("all_projects", "flag", "of every project of this machine"),
          example="--json", lacks="w", reads=True,
