@@ -7914,7 +7914,7 @@ class Workspace(WorkspaceBase):
                 if isinstance(edit, dict) else {}
             if {"count": int, **kinds} != {"old": str, "new": str, "count": int} \
                     or edit.get("count", 1) < 1:
-                raise UsageError("An edit is an object with old, new, and perhaps count (from 1).")
+                raise UsageError("Edits are objects with old, new, and perhaps count (from 1).")
         for attempt in range(EDIT_TRIES):
             before = self.read(path, cancel=cancel)
             if sha256 and before.sha256 != sha256.lower():
