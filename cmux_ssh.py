@@ -6666,9 +6666,9 @@ def check_result_path(path: bytes) -> str:
     if any(part in ("", ".", "..") or is_dot_git(part) for part in parts):
         return "another system takes it for another place"
     from unicodedata import category
-    unusual = "" if text.isprintable() and text.isascii() else text
-    if any(category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co")
-           and character not in "\n\t\u200c\u200d" for character in unusual):
+    if not text.isprintable() and any(
+            category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co")
+            and character not in "\n\t\u200c\u200d" for character in text):
         return "it has a control character, or is not UTF-8"
     return ""
 
@@ -6753,9 +6753,6 @@ class Commit:
 _CHANGE = re.compile(rb":[0-7]{1,6} (100644|100755|120000|000000) [0-9a-f]{1,64} "
                      rb"([0-9a-f]{1,64}) ([ADMT])\Z")
 _PERSON = re.compile(rb" ?(.*) ?<([^<>\n]*)> (\d{1,11}) ([+-])([01]\d|2[0-3])([0-5]\d)\Z")
-# Python's other encodings take quadratic time or are no text.
-_ENCODING = re.compile(rb"(?m)^encoding ((?:iso-?8859|latin|windows|cp|koi8|euc|shift|gb|big5)"
-                       rb"[\w-]*)$", re.I)
 
 
 def read_person(line: bytes) -> str:
@@ -6775,10 +6772,6 @@ def read_person(line: bytes) -> str:
 
 
 def read_commit(data: bytes) -> Commit:
-    encoding = _ENCODING.search(data.partition(b"\n\n")[0])
-    if encoding:
-        with contextlib.suppress(LookupError):
-            data = data.decode(encoding.group(1).decode("ascii"), "replace").encode()
     head, _, message = data.partition(b"\n\n")
     people = [re.search(rb"(?m)^%s(.*)$" % word, head) for word in (b"author", b"committer")]
     author, committer = (read_person(found.group(1) if found else b"") for found in people)
@@ -6973,21 +6966,12 @@ class Grower:
 
     def _look_again(self) -> None:
         """What differs must be what was wanted, and all of it."""
-        pairs = "".join(f"{self.made[name]} {self.made.get(commit.parents[0], self.base)}\n"
-                        for name, commit in self.commits.items())
-        rows = self.shadow.records(*RAW_DIFF, "--stdin", "--always", stdin=pairs.encode())
-        row = next(rows, b"")
         for name, commit in self.commits.items():
-            if row != self.made[name].encode():
-                raise refuse("git made something else of it")
-            left, row = set(commit.changes), next(rows, b"")
-            while row.startswith(b":"):
-                _, mode, _, oid, _ = row.decode("ascii").split(" ")
-                path = next(rows)
+            left, parent = set(commit.changes), self.made.get(commit.parents[0], self.base)
+            for _, mode, oid, path in self.shadow.changes(parent, self.made[name]):
                 if commit.changes.get(path) != (("", "") if mode == "000000" else (mode, oid)):
                     raise refuse(f"git made something else of {show(path)}")
                 left.discard(path)
-                row = next(rows, b"")
             for mode, oid, path in self.shadow.listing(self.made[name]) if left else ():
                 if commit.changes.get(path) == (mode, oid):
                     left.discard(path)  # it was so before
@@ -7052,7 +7036,7 @@ class Pull:
         self.notes: list[str] = []
         self.secrets: dict[str, list[str]] = {}  # names of secrets, by path
         self.pulled: Fields = {"op": os.urandom(8).hex()}
-        take_files = f"{PROGRAM} exec -w {self.name} -- tar -c . >{self.name}.tar"
+        take_files = f"{PROGRAM} cp {self.name}: {self.name}"
         try:
             tree = shadow.call("rev-parse", self.base + "^{tree}")
             parts = Parts(shadow, tree)
@@ -7068,7 +7052,7 @@ class Pull:
         self.sent_tree, self.modules = parts.tree, parts.modules
         self.lfs = {path: row for path, row in parts.pointers.items() if not self._in_module(path)}
         # The paths that the host was given:
-        self.sent = functools.lru_cache(None)(
+        self.sent = functools.cache(
             lambda: {path for _, _, path in shadow.listing(self.sent_tree)})
 
     def fetch(self, record: bool = False) -> tuple[list[str], bool]:
@@ -7099,7 +7083,7 @@ class Pull:
                 error.hint = (
                     f"{error.hint.rstrip('.')}. If only an earlier commit there has it, squash "
                     f"them: {PROGRAM} exec -w {self.name} -- "
-                    "'git reset --soft refs/cmux/base && git commit -m all'").lstrip(". ")
+                    "'git reset --soft refs/cmux/base && git commit -m all'")
             raise
         finally:
             self.report.step(self.name, "done")
@@ -7120,7 +7104,6 @@ class Pull:
             if new - old > PULL_TOTAL_MAX:
                 raise refuse("it repeats files until they have more than "
                              + human_size(PULL_TOTAL_MAX))
-        self._note_lfs(commits)
         return commits
 
     def _check_reply(self, incoming: Incoming) -> None:
@@ -7162,21 +7145,19 @@ class Pull:
         self.pulled["left"] = [note[len("left out: "):] for note in left[:20]]
 
     def _point(self, harvest: Harvest) -> None:
-        """Turn LFS content into its pointer again, wherever LFS manages the path."""
-        pointers = harvest.pointed
-        found = [(commit.changes, path) for commit in harvest.commits.values() if pointers
-                 for path, (_, oid) in commit.changes.items() if oid in pointers]
+        """Turn LFS content into its pointer again, wherever LFS manages the path, and note what
+        other content is there."""
+        found = [(commit.changes, path) for commit in harvest.commits.values() if self.lfs
+                 for path, (mode, _) in commit.changes.items() if mode in ("100644", "100755")]
         managed = set(self.shadow.lfs_paths(self.base, {path for _, path in found}))
+        pointers, contents = {oid for _, oid, _, _ in self.lfs.values()}, set()
         for changes, path in found:
-            if path in managed:
-                changes[path] = changes[path][0], pointers[changes[path][1]]
-
-    def _note_lfs(self, commits: list[str]) -> None:
-        rows = self.shadow.changes(self.base, commits[-1]) if commits and self.lfs else ()
-        pointers = {oid for _, oid, _, _ in self.lfs.values()}
-        changed = [path for _, mode, oid, path in rows
-                   if mode in ("100644", "100755") and oid not in pointers]
-        for path in sorted(self.shadow.lfs_paths((commits or [""])[-1], changed))[:20]:
+            mode, oid = changes[path]
+            if path in managed and oid in harvest.pointed:
+                changes[path] = mode, harvest.pointed[oid]
+            elif path in managed and oid not in pointers:
+                contents.add(path)
+        for path in sorted(contents)[:20]:
             self.notes.append(f"{show(path)[1:-1]} came home as content: after the merge, "
                               "`git add` makes an LFS pointer of it")
 
@@ -7309,11 +7290,10 @@ class Landing(Harvest):
     strict = False
 
     def __init__(self, local: str, name: str, force: bool) -> None:
-        place, self.force = os.path.abspath(local), force
-        above = os.path.dirname(place)
-        if os.path.islink(place) or not os.path.isabs(local) and os.path.realpath(above) != above:
+        place, real, self.force = os.path.abspath(local), os.path.realpath(local), force
+        if os.path.islink(place) or real != place and not os.path.isabs(local):
             raise UsageError(f"{show(local)} is, or leads through, a symbolic link.",
-                             f"Name where it leads: {quote(os.path.realpath(place))}")
+                             f"Name where it leads: {quote(real)}")
         self.place = os.path.join(place, name) if os.path.isdir(place) else place
         self._look()
         self.path = f"{os.path.dirname(self.place)}/.cmux-{os.urandom(8).hex()}.tmp"
@@ -7322,10 +7302,11 @@ class Landing(Harvest):
 
     def _look(self) -> bool:
         """Whether something is there. Raises UsageError if it must stay."""
-        found = os.path.lexists(self.place)
-        why = "exists already; to replace it: --force" if found and not self.force else (
-            "/.git/" in self.place + "/" or os.path.lexists(self.place + "/.git")
-        ) and "is a git repository's"
+        found, why = os.path.lexists(self.place), ""
+        if found and not self.force:
+            why = "exists already; to replace it: --force"
+        elif "/.git/" in self.place + "/" or os.path.lexists(self.place + "/.git"):
+            why = "is a git repository's"
         if why:
             raise UsageError(f"{show(self.place, 300)} {why}.")
         return found
@@ -7341,14 +7322,13 @@ class Landing(Harvest):
         super().__init__(wire, None, set, {}, {})  # type: ignore[arg-type]
         word, _ = after_notes(wire, notes)
         self.read(b"", False)
-        rows = [(mode, path, name) for path, (mode, name) in self.commits[b"1"].changes.items()
-                if mode]
-        if sum(path.count(b"/") for _, path, _ in rows) > 10 * PULL_PATHS_MAX:
+        files = {path: row for path, row in self.commits[b"1"].changes.items() if row[0]}
+        if sum(path.count(b"/") for path in files) > 10 * PULL_PATHS_MAX:
             raise refuse("its paths are too deep")  # a million directories
         new = os.fsencode(self.new) + b"/"
-        for folder in sorted({b"", *itertools.chain(*(above(path) for _, path, _ in rows))}):
+        for folder in sorted({b"", *itertools.chain(*map(above, files))}):
             os.mkdir(new + folder, 0o755)
-        for mode, path, name in sorted(rows):  # links have 120000
+        for path, (mode, name) in sorted(files.items(), key=lambda item: item[1]):  # links: 120000
             if os.path.lexists(new + path):  # where case does not count
                 raise refuse(f"{show(path)} is there twice")
             if mode == "120000":
@@ -7427,7 +7407,7 @@ class ToolFailed(CmuxError):
 def absolute(workspace: WorkspaceBase, path: object) -> str:
     """A tool's path for the host: absolute, or below the workspace."""
     if not isinstance(path, str) or not path or "\0" in path:
-        raise UsageError("The path is empty." if path == "" else "A path is text without NUL.")
+        raise UsageError("The path is empty, or not text without NUL.")
     return path if path.startswith("/") else f"{workspace.path}/{path}"
 
 
@@ -7476,12 +7456,11 @@ def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> b
         if old not in data and b"\r\n" in data and b"\n" in old and b"\r" not in old:
             old = old.replace(b"\n", b"\r\n")
             new = new.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
-        count, found = edit.get("count") or 1, data.count(old)
+        count, found = edit.get("count", 1), data.count(old)
         overlap = count == found == 1 and data.find(old, data.find(old) + 1) >= 0
         if found != count or overlap:  # of two that overlap: which is meant?
-            form = b"(?=%s)" if overlap else b"%s"
             found += overlap
-            places = itertools.islice(re.finditer(form % re.escape(old), data), 10)
+            places = itertools.islice(re.finditer(b"(?=%s)" % re.escape(old), data), 10)
             lines = ", ".join(str(data.count(b"\n", 0, at.start()) + 1) for at in places)
             where = f" (at line{'s' * (found > 1)} {lines})" if found else ""
             raise ToolFailed(
@@ -7500,11 +7479,8 @@ def unified_diff(before: bytes, after: bytes, path: str) -> str:
     import io
     old, new = (io.StringIO(data.decode("utf-8", "replace"), "\n").readlines()
                 for data in (before, after))
-    lines = len(old) + len(new)
-    if lines > 40000:
-        return "(the file is too long for a diff)"
-    was, now = collections.Counter(old), collections.Counter(new)
-    if lines * sum(((was - now) + (now - was)).values()) > DIFF_WORK_MAX:
+    lines, was, now = len(old) + len(new), collections.Counter(old), collections.Counter(new)
+    if lines > 40000 or lines * sum(((was - now) + (now - was)).values()) > DIFF_WORK_MAX:
         return "(too much changed for a diff)"
     text = "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n"
                    for line in difflib.unified_diff(old, new, "a/" + path, "b/" + path))
@@ -7558,21 +7534,24 @@ def glob_below(pattern: str, home: str, by_name: bool) -> str:
     return "/".join(["**"] * (by_name and not exact and not names[1:]) + names)
 
 
-def glob_test(*patterns: str) -> Callable[[str], bool]:
-    """Whether a path fits any of the patterns: a component ``**`` stands for any number of
-    components, ``*`` for any number of characters of one, ``[...]`` is as in sh."""
-    tests = [glob_match(pattern) for pattern in patterns]
-    return lambda path: any(test(path) for test in tests)
-
-
-def glob_match(pattern: str) -> Callable[[str], Any]:
-    runs = re.split(r"(?<![^/])\*\*(?:/|\Z)", pattern)
-    runs[-1] = runs[-1] or "*"  # all files below, and not the directory's own name
-    parts = ["/".join(map(component_regex, run.split("/"))) for run in runs]
+def glob_test(pattern: str, home: str, by_name: bool = False) -> tuple[Callable[[str], Any], str]:
+    """What is true of a path that fits a pattern (see glob_patterns): a component ``**`` stands for
+    any number of components, ``*`` for any number of characters of one, ``[...]`` is as in sh; and
+    a pattern for find -path, whose ``*`` crosses slashes, that matches whatever may fit."""
+    patterns, regexes = glob_patterns(pattern, home, by_name), []
+    for one in patterns:
+        runs = re.split(r"(?<![^/])\*\*(?:/|\Z)", one)
+        runs[-1] = runs[-1] or "*"  # all files below, and not the directory's own name
+        parts = ["/".join(map(component_regex, run.split("/"))) for run in runs]
+        regexes.append(leftmost(parts, "(?:[^/]*/)*?"))
     try:
-        return re.compile(leftmost(parts, "(?:[^/]*/)*?") + r"\Z", re.S).match
+        test = re.compile(rf"(?:{'|'.join(regexes)})\Z", re.S).match
     except re.error:
         raise UsageError(f"{show(pattern)} is not a glob pattern.")
+    if patterns[1:]:
+        patterns = [os.path.commonprefix(patterns).partition("[")[0] + "*"]
+    # ? and [...] become * too: in the C locale they stand for one byte of a character
+    return test, "./" + re.sub(r"\*\*/|\*\*|\?|\[.*\]|\\", "*", patterns[0], flags=re.S)
 
 
 def component_regex(part: str) -> str:
@@ -7600,15 +7579,6 @@ def leftmost(runs: Sequence[str], gap: str) -> str:
 
 
 _GROUPS = itertools.count()
-
-
-def wider_pattern(patterns: Sequence[str]) -> str:
-    """A pattern for find -path, whose ``*`` crosses slashes, that matches whatever the patterns
-    may."""
-    pattern = (patterns[0] if not patterns[1:]
-               else os.path.commonprefix(list(patterns)).partition("[")[0] + "*")
-    # ? and [...] become * too: in the C locale they stand for one byte of a character
-    return "./" + re.sub(r"\*\*/|\*\*|\?|\[.*\]|\\", "*", pattern, flags=re.S)
 
 
 def binary_row(line: bytes) -> list[tuple[bytes, int, bytes]]:
@@ -7642,9 +7612,9 @@ def grep_rows(data: bytes, null: bool) -> Iterator[tuple[bytes, int, bytes]]:
 
 def job_directory(workspace: WorkspaceBase, *job: str) -> str:
     """Where the host keeps the records of jobs, or of one."""
-    if job and not (isinstance(job[0], str) and re.match(r"j[0-9a-f]{8}\Z", job[0])):
-        raise UsageError("%s is not a job." % show(str(job[0])), "See jobs.")
-    return "/".join(("%s/.cmux/jobs/%s/%s" % (workspace.root, workspace.place, workspace.op), *job))
+    if not all(isinstance(name, str) and re.match(r"j[0-9a-f]{8}\Z", name) for name in job):
+        raise UsageError(f"{show(str(job[0]))} is not a job.", "See jobs.")
+    return "/".join([workspace.root, ".cmux/jobs", workspace.place, workspace.op, *job])
 
 
 def parse_state(words: Sequence[str]) -> Fields:
@@ -7668,10 +7638,11 @@ def parse_jobs(workspace: WorkspaceBase, reply: Reply) -> list[Fields]:
     known = workspace.project.registry.read().get("jobs", {})
     rows = []
     for line in reply.lines():
-        words = line.split()
-        if len(words) >= 3 and re.match(r"j[0-9a-f]{8}\Z", words[0]) and number(words[1]) >= 0:
-            own = known.get(words[0], {})
-            rows.append(dict(parse_state(words[2:]), job=words[0], output_size=number(words[1]),
+        match = re.match(r"(j[0-9a-f]{8}) (\d{1,15}) ", line, re.A)
+        if match:
+            own = known.get(match[1], {})
+            state = parse_state(line[match.end():].split())
+            rows.append(dict(state, job=match[1], output_size=int(match[2]),
                              command=own.get("command", ""), started=own.get("started")))
     return sorted(rows, key=lambda row: (row["started"] or 0, row["job"]))
 
@@ -7685,14 +7656,12 @@ def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Cancel |
             if failed:
                 Masters.tell("It answers again.")
             return value
-        except (HostKeyFailed, AuthenticationFailed):
-            raise
         except HostError as error:
-            if patience.over() or deadline.over():
+            if isinstance(error, (HostKeyFailed, AuthenticationFailed)) \
+                    or patience.over() or deadline.over():
                 raise
             if not failed:
-                minutes = FAULT_PATIENCE // 60
-                Masters.tell(f"{error} Trying again for up to {minutes} minutes.")
+                Masters.tell(f"{error} Trying again for up to {FAULT_PATIENCE // 60} minutes.")
             failed = True
             nap(0.5, deadline, cancel)
 
@@ -7730,35 +7699,33 @@ class Workspace(WorkspaceBase):
     exec() returns an ExecResult. Usable from threads.
 
     All raise HostError when the host cannot be reached, UsageError for a wrong argument (TypeError
-    for one of a wrong type), RemoteFailed for an answer that makes no sense, Cancelled when
-    ``cancel`` is set (but see exec()). A path is relative to the workspace, or absolute; in a str,
-    bytes that are not UTF-8 are as Python's surrogateescape has them.
+    for one of a wrong type), ToolFailed for what cannot be done (no such file or job, no
+    permission), RemoteFailed for an answer that makes no sense, Cancelled when ``cancel`` is set
+    (but see exec()). A path is relative to the workspace, or absolute; in a str, bytes that are not
+    UTF-8 are as Python's surrogateescape has them.
     """
 
     @logged("read", lambda found, *args: len(found.content))
     def read(self, path: str, offset: int = 1, limit: int = 0,
              cancel: Cancel | None = None) -> FileContent:
-        """A file's bytes; or ``limit`` lines (0: all) from ``offset`` on (1 is the first). Raises
-        ToolFailed: no such file, no permission, not a plain file, or over 10 MiB without limit."""
+        """A file's bytes, 10 MiB at most; or ``limit`` lines (0: all) from ``offset`` on (1 is the
+        first)."""
         if offset < 1 or limit < 0:
             raise UsageError("Lines count from 1, and a limit cannot be negative.")
         reply = tool_reply(self, self.host.call(
             READ, absolute(self, path), str(READ_MAX), str(offset), str(limit), self.path,
             cancel=cancel, limit=READ_MAX + 4096), path)
         head, _, data = reply.stdout.partition(b"\n")
-        words = head.decode("ascii", "replace").split()
-        if len(words) < 2 or number(words[0]) < 0:
+        match = re.match(r"(\d{1,15}) (all|lines) ?([0-9a-f]{64}\Z)?", head.decode("latin-1"))
+        if not match:
             raise RemoteFailed("The host's answer to read is damaged.")
-        whole = words[1] == "all"
         if len(data) > READ_MAX:
-            what = show(path) if whole else f"What was asked for of {show(path)}"
-            hint = ("Read it by lines: offset and limit; or get it by: "
-                    f"{PROGRAM} cp {quote(f'{self.name}:{path}')} ." if whole
-                    else "Ask for fewer: limit.")
-            raise ToolFailed(f"{what} is larger than {human_size(READ_MAX)}.", hint)
-        if not whole:
-            known = words[2] if words[2:] and re.match(r"[0-9a-f]{64}\Z", words[2]) else ""
-            return FileContent(content=data, size=number(words[0]), sha256=known)
+            raise ToolFailed(
+                f"What was asked for of {show(path)} is larger than {human_size(READ_MAX)}.",
+                "Ask for fewer lines: offset and limit; or get the file by: "
+                f"{PROGRAM} cp {quote(f'{self.name}:{path}')} .")
+        if match[2] == "lines":
+            return FileContent(content=data, size=int(match[1]), sha256=match[3] or "")
         digest, size = sha256_of(data), len(data)  # a file that grows is what was read of it
         if offset > 1 or limit:
             import io
@@ -7770,7 +7737,7 @@ class Workspace(WorkspaceBase):
               cancel: Cancel | None = None) -> Fields:
         """Make ``content`` (a str as UTF-8) the whole file, or change nothing. The mode stays, a
         symlink is followed, directories are made. Returns ``created``, ``size`` (bytes),
-        ``sha256``. Raises ToolFailed."""
+        ``sha256``."""
         data = encoded(content)
         created = self._replace(path, data, "", cancel)
         return {"created": created, "size": len(data), "sha256": sha256_of(data)}
@@ -7786,35 +7753,28 @@ class Workspace(WorkspaceBase):
             raise FileChanged(f"{show(path)} changed meanwhile.", "Read it again.")
         return tool_reply(self, reply, path).stdout.strip() == b"created"
 
+    @logged("edit", lambda result, *args: len(result["diff"]))
     def edit(self, path: str, edits: list[Fields], sha256: str = "",
              cancel: Cancel | None = None) -> Fields:
         """Replace exact text: each edit has ``old``, ``new``, and ``count``, how many matches there
         must be (1). All are applied or none. ``sha256``: of the file as last seen; if it changed,
-        FileChanged. Returns ``sha256`` of the file now, and ``diff``. Raises ToolFailed."""
-        for edit in edits:
-            texts = isinstance(edit, dict) and all(
-                isinstance(edit.get(key), str) for key in ("old", "new"))
-            count = edit.get("count", 1) if texts else 0
-            if type(count) is not int or count < 1 or not set(edit) <= {"old", "new", "count"}:
-                raise UsageError("An edit is an object with old, new, and perhaps count (from 1).")
-        if not edits:
-            raise UsageError("No edits were given.")
-        before, after = self._edit(path, edits, sha256, cancel)
-        return {"sha256": sha256_of(after), "diff": unified_diff(before, after, path)}
-
-    @logged("edit", lambda pair, *args: len(pair[1]))
-    def _edit(self, path: str, edits: Sequence[Mapping[str, Any]], expected: str,
-              cancel: Cancel | None) -> tuple[bytes, bytes]:
-        """The file before and after. After a concurrent change it is read and edited again, unless
-        ``expected``, its sha256, no longer holds."""
+        FileChanged; after a concurrent change it is read and edited again. Returns ``sha256`` of
+        the file now, and ``diff``."""
+        for edit in edits or [{}]:
+            kinds = {key: type(value) for key, value in edit.items()} \
+                if isinstance(edit, dict) else {}
+            if {"count": int, **kinds} != {"old": str, "new": str, "count": int} \
+                    or edit.get("count", 1) < 1:
+                raise UsageError("Edits are objects with old, new, and perhaps count (from 1).")
         for attempt in range(EDIT_TRIES):
             before = self.read(path, cancel=cancel)
-            if expected and before.sha256 != expected.lower():
+            if sha256 and before.sha256 != sha256.lower():
                 raise FileChanged(f"{show(path)} changed since it was read.", "Read it again.")
             after = apply_edits(before.content, edits, path)
             try:
                 self._replace(path, after, cksum_of(before.content), cancel)
-                return before.content, after
+                return {"sha256": sha256_of(after),
+                        "diff": unified_diff(before.content, after, path)}
             except FileChanged:
                 time.sleep(0.01 * (attempt + 1) * os.urandom(1)[0] / 255)
         raise FileChanged(f"{show(path)} keeps changing.", "Try again.")
@@ -7835,12 +7795,11 @@ class Workspace(WorkspaceBase):
     def glob(self, pattern: str, limit: int = 1000, cancel: Cancel | None = None) -> Fields:
         """Files that match (``*``, ``?``, ``[...]``, ``{a,b}`` within a component, ``**`` across
         them; ``.git`` is left out): ``paths``, sorted; ``truncated`` if there are more than
-        ``limit``. Raises ToolFailed after two minutes."""
+        ``limit``. ToolFailed after two minutes."""
         if limit < 1:
             raise UsageError("The limit is below 1.")
-        patterns = glob_patterns(pattern, self.path)
-        test = glob_test(*patterns)
-        data = self._search(GLOB, wider_pattern(patterns), str(SEARCH_MAX), cancel=cancel)
+        test, wider = glob_test(pattern, self.path)
+        data = self._search(GLOB, wider, str(SEARCH_MAX), cancel=cancel)
         names = [as_text(name[2:]) for name in data.split(b"\0")[:-1]
                  if 2 < len(name) <= PATH_MAX]
         found = sorted(filter(test, names))
@@ -7852,14 +7811,13 @@ class Workspace(WorkspaceBase):
              cancel: Cancel | None = None) -> Fields:
         """Lines that match an extended regular expression, in files that match ``glob`` (without a
         slash: by name, at any depth): ``matches`` (each ``path``, ``line`` from 1, ``text`` of up
-        to 500 characters), ``truncated``. Raises ToolFailed."""
+        to 500 characters), ``truncated``."""
         if not pattern or "\n" in pattern or limit < 1:
             raise UsageError("The pattern is empty or holds a newline, or the limit is below 1.")
-        patterns = glob_patterns(glob, self.path, True) if glob else ["**"]
-        test, most = glob_test(*patterns) if glob else None, max(limit + 1, 2000)
-        data = self._search(
-            GREP, pattern, wider_pattern(patterns), "-i" if ignore_case else "-n", str(SEARCH_MAX),
-            str(most), cancel=cancel)
+        test, wider = glob_test(glob or "**", self.path, True)
+        most = max(limit + 1, 2000)
+        data = self._search(GREP, pattern, wider, "-i" if ignore_case else "-n", str(SEARCH_MAX),
+                            str(most), cancel=cancel)
         kind, _, data = data.partition(b"\n")
         matches, seen = [], set()  # type: list[Fields], set[str]
         cut = len(data) >= SEARCH_MAX or data.count(b"\n") >= most
@@ -7867,7 +7825,7 @@ class Workspace(WorkspaceBase):
             path = as_text(name)
             if not line:  # text up to a NUL: it may have more
                 cut = cut or path in seen
-            elif len(name) <= PATH_MAX and (not test or test(path)):
+            elif len(name) <= PATH_MAX and test(path):
                 seen.add(path)
                 text = row.decode("utf-8", "replace").rstrip("\r")[:LINE_MAX]
                 matches.append({"path": path, "line": line, "text": text})
@@ -7878,8 +7836,7 @@ class Workspace(WorkspaceBase):
                report: Report | None = None, cancel: Cancel | None = None) -> Fields:
         """Copy a local file or directory to ``path`` in the workspace, or into that directory,
         whole or not at all; what is there is replaced only with ``force``: ``path``, ``size``
-        (bytes), ``notes`` on what stayed here (git's, links that lead out, devices). Raises
-        ToolFailed."""
+        (bytes), ``notes`` on what stayed here (git's, links that lead out, devices)."""
         name, source = os.path.basename(os.path.abspath(local)) or "root", os.path.realpath(local)
         place = os.path.normpath(absolute(self, path or ".")) + f"/{name}" * path.endswith("/")
         if not (place + "/").startswith(self.path + "/"):
@@ -7904,7 +7861,7 @@ class Workspace(WorkspaceBase):
     def download(self, path: str, local: str, force: bool = False,
                  report: Report | None = None, cancel: Cancel | None = None) -> Fields:
         """The same from the host to ``local``, 2 GiB at most, through no link there; names that
-        other systems do not take are left out, too. Raises ResultRefused, ToolFailed."""
+        other systems do not take are left out, too. Raises ResultRefused."""
         source, notes = os.path.normpath(absolute(self, path or ".")), []  # type: str, list[str]
         progress = functools.partial((report or Report()).progress, self.name, doing="receiving")
         words = COPY_OUT, self.root, os.urandom(8).hex(), self.path, source
@@ -7979,8 +7936,7 @@ class Workspace(WorkspaceBase):
              limit: int = LOGS_MAX, until: str = "more", cancel: Cancel | None = None) -> Fields:
         """Output of a job from byte ``offset`` on, at most 1 MiB: ``output`` (bytes),
         ``next_offset``, ``size``, ``job``, ``state``, ``exit_code``. Waits up to ``wait`` seconds
-        (30 at most) for more, or, with ``until`` "end", for the end. Raises ToolFailed when there
-        is no such job."""
+        (30 at most) for more, or, with ``until`` "end", for the end."""
         if offset < 0:
             raise UsageError("Bytes of a job's output count from 0.")
         tenths = str(int(min(wait, 30) * 10))
@@ -7998,7 +7954,7 @@ class Workspace(WorkspaceBase):
              cancel: Cancel | None = None) -> Fields:
         """Wait for the end of a job, or the first end among several, across lost connections,
         ``timeout`` seconds at most: ``job`` (which one), ``state`` (running, if none came first),
-        ``exit_code``, ``size``. Raises ToolFailed when there is no such job."""
+        ``exit_code``, ``size``."""
         deadline = Deadline(timeout)
         while True:
             status = through_faults(lambda: self.logs(
@@ -8010,10 +7966,10 @@ class Workspace(WorkspaceBase):
     def follow(self, job: str, sink: Callable[[bytes], Any], offset: int = 0,
                cancel: Cancel | None = None) -> Fields:
         """Pass a job's output to ``sink`` until it ends; after a lost connection from the exact
-        byte on. The last of what logs() gives. Raises ToolFailed when there is no such job."""
+        byte on. The last of what logs() gives."""
         while True:
-            status = through_faults(lambda at=offset: self.logs(  # type: ignore[misc]
-                job, at, 20, cancel=cancel), Deadline(None), cancel)
+            more = functools.partial(self.logs, job, offset, 20, cancel=cancel)
+            status = through_faults(more, NEVER, cancel)
             sink(status["output"])
             offset = status["next_offset"]
             if status["state"] != "running" and not status["output"]:
@@ -8022,8 +7978,7 @@ class Workspace(WorkspaceBase):
     @logged("stop")
     def stop(self, job: str, cancel: Cancel | None = None) -> Fields:
         """End a job and everything it started: ``job``, ``state``, ``exit_code``, and ``stopped``:
-        confirmed, or requested where the end was not seen. Raises ToolFailed when there is no such
-        job."""
+        confirmed, or requested where the end was not seen."""
         how, state, *_ = self._ask(STOP, [job], cancel=cancel).lines() + ["", ""]
         stopped = "confirmed" if how == "confirmed" else "requested"
         return dict(parse_state(state.split()), job=job, stopped=stopped)
@@ -8077,8 +8032,8 @@ class Project(ProjectBase):
 KINDS: dict[str, tuple[str, tuple[type, ...], str]] = {  # of values: in JSON, in Python, in words
     "text": ("string", (str,), "text"),
     "flag": ("boolean", (bool,), "true or false"),
-    "count": ("integer", (int,), "a whole number"),
-    "seconds": ("number", (int, float), "a number of seconds"),
+    "count": ("integer", (int,), "a whole number from {}"),
+    "seconds": ("number", (int, float), "a number of seconds from {}"),
     "texts": ("array", (list,), "a list of texts"),
     "objects": ("array", (list,), "a list of objects"),
     "map": ("object", (dict,), "an object"),
@@ -8092,16 +8047,17 @@ class Arg:
 
     ``kind``: of KINDS, or several with a bar between. ``settings``: ``flags`` (default: --NAME),
     or ``word``, how many words it is ("1", "?", "*", "+", or "...": all that follow); ``shown``,
-    its value in the help; ``default``; ``required``; ``least`` it may be; ``choices``; ``blank``:
-    it may be an empty text; ``face``: "line" or "json", if it is not for both.
+    its value in the help; ``default``; ``required``; ``least`` (0); ``choices``; ``blank``: it may
+    be an empty text; ``face``: "line" or "json", if it is not for both.
     """
 
     def __init__(self, name: str, kind: str, text: str, **settings: Any) -> None:
         self.name, self.text, self.settings = name, text, settings
         self.kinds = kind.split("|")
         self.word, self.face = settings.get("word", ""), settings.get("face", "")
-        self.default, self.least = settings.get("default"), settings.get("least")
-        self.shown = settings.get("shown", name.upper())
+        self.default, self.least = settings.get("default"), settings.get("least", 0)
+        shown = {"count": "N", "seconds": "TIME"}.get(kind, name.upper())
+        self.shown = settings.get("shown", shown)
         self.required = settings.get("required", self.word in ("1", "+"))
         flags = settings.get("flags", "--" + name.replace("_", "-")).split()
         self.flags: list[str] = [] if self.word else flags
@@ -8113,13 +8069,12 @@ class Arg:
         if isinstance(value, bool):
             fits = "flag" in self.kinds
         elif isinstance(value, (int, float)):
-            fits = fits and (-1e15 if self.least is None else self.least) <= value < 1e15
+            fits = fits and self.least <= value < 1e15
         elif isinstance(value, list) and "texts" in self.kinds:
             fits = all(isinstance(word, str) for word in value)
         if not fits:
-            wanted = " or ".join(KINDS[kind][2] for kind in self.kinds)
-            from_least = "" if self.least is None else f" from {self.least}"
-            raise UsageError(f"{label} takes {wanted}{from_least}.")
+            wanted = " or ".join(KINDS[kind][2] for kind in self.kinds).format(self.least)
+            raise UsageError(f"{label} takes {wanted}.")
         check_text(value)
 
     def from_word(self, word: str) -> Any:
@@ -8143,7 +8098,7 @@ class Arg:
             rows.append({"type": KINDS[kind][0]})
             if KINDS[kind][0] == "array":
                 rows[-1]["items"] = EDIT_SCHEMA if kind == "objects" else {"type": "string"}
-            if self.least is not None:
+            if kind in ("count", "seconds"):
                 rows[-1]["minimum"] = self.least
         return dict(rows[0] if len(rows) == 1 else {"anyOf": rows}, description=self.text)
 
@@ -8205,8 +8160,7 @@ def tool_exec(workspace: Workspace, command: str | list[str], background: bool =
             raise UsageError("A background command takes neither stdin nor timeout.")
         started = {name: more[name] for name in ("cwd", "env", "cancel") if name in more}
         return {"job": workspace.start(command, **started)}
-    data = None if stdin is None else encoded(stdin)
-    result = workspace.exec(command, stdin=data, limit=TOOL_CAPTURE, **more)
+    result = workspace.exec(command, stdin=stdin, limit=TOOL_CAPTURE, **more)
     return json_fields(result.as_dict())
 
 
@@ -8214,13 +8168,14 @@ def tool_write(workspace: Workspace, path: str, content: str | None = None,
                content_base64: str | None = None, cancel: Cancel | None = None) -> Fields:
     if (content is None) == (content_base64 is None):
         raise UsageError("write needs content, or content_base64.")
-    if content is not None:
-        return workspace.write(path, encoded(content), cancel)
-    import base64
-    try:
-        return workspace.write(path, base64.b64decode(content_base64 or "", validate=True), cancel)
-    except ValueError:
-        raise UsageError("content_base64 is not base64.")
+    data: Any = content
+    if data is None:
+        import base64
+        try:
+            data = base64.b64decode(content_base64 or "", validate=True)
+        except ValueError:
+            raise UsageError("content_base64 is not base64.")
+    return workspace.write(path, data, cancel)
 
 
 def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = "") -> Fields:
@@ -8252,22 +8207,23 @@ def manage_diff(project: Project, cancel: Cancel, workspace: str, stat: bool = F
     return {"diff": "\n".join(lines)}
 
 
+LineArg = functools.partial(Arg, face="line")
 ONE_JOB = Arg("job", "text", "the job's id; in a shell the last one, if none is given", word="?",
               shown="ID", required=True)  # for a model
 PATH = Arg("path", "text", "relative to the workspace, or absolute", word="1")
 ONE_WORKSPACE = Arg("workspace", "text", "which workspace", required=True, face="json")
-NAME = Arg("name", "text", "the workspace", word="?", face="line")
+NAME = LineArg("name", "text", "the workspace", word="?")
 NEW_NAME = Arg("name", "text", "the new name", word="1")
 REF = Arg("ref", "text", "the local commit to send", shown="REV", default="HEAD")
 DIRTY = (
-    Arg("dirty", "flag", "the work tree as it is, with uncommitted and untracked files",
-        face="line"),
-    Arg("allow", "texts", "with --dirty: send this file though it looks like a secret",
-        shown="PATH", face="line"))
+    LineArg("dirty", "flag", "the work tree as it is, with uncommitted and untracked files"),
+    LineArg("allow", "texts", "with --dirty: send this file though it looks like a secret",
+            shown="PATH"))
 EVERYWHERE = Arg("everywhere", "flag", "for all projects (default: this one; -w: one workspace)",
                  flags="--global")
-PARALLEL = Arg("parallel", "count", "how many at a time (exec: all; batch: 16)",
-               flags="-j --parallel", shown="N", least=1, face="line")
+PARALLEL = LineArg("parallel", "count", "how many at a time (exec: all; batch: 16)",
+                   flags="-j --parallel", least=1)
+BACKGROUND = "start it as a job that goes on by itself, without stdin; gives its id"
 COMMON = (
     Arg("directory", "text", "a directory in the git repository", flags="-C", shown="DIR",
         default="."),
@@ -8284,28 +8240,25 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          Arg("command", "text|texts", "a string is a shell line, a list an exact argv",
              required=True, word="...", shown="-- CMD..."),
          Arg("timeout", "seconds", "seconds; then the process tree is ended (exit code 124)",
-             shown="TIME", least=0.001),
+             least=0.001),
          Arg("cwd", "text", "relative to the workspace", shown="DIR"),
          Arg("env", "map", "more environment variables", face="json"),
          Arg("stdin", "text", "text for the command's stdin", face="json"),
-         Arg("background", "flag", "start it as a job that goes on by itself; returns its id",
-             face="json"),
-         Arg("env", "texts", "one more environment variable", shown="K=V", face="line"),
-         Arg("push", "flag", "first bring the workspace to the local HEAD", face="line"),
-         Arg("secrets", "texts", "hand over this secret, and no other but those so named",
-             flags="--secret", shown="NAME", face="line"),
-         Arg("no_secrets", "flag", "hand over no secret", face="line"),
-         Arg("login", "flag", "read the login profile first (nvm, pyenv, cargo)", face="line"),
-         Arg("no_stdin", "flag", "pass no stdin on (a terminal's never is, nor to several)",
-             flags="-n --no-stdin", face="line"),
-         Arg("all", "flag", "in every workspace of this project", face="line"),
+         Arg("background", "flag", BACKGROUND, face="json"),
+         LineArg("env", "texts", "one more environment variable", shown="K=V"),
+         LineArg("push", "flag", "first bring the workspace to the local HEAD"),
+         LineArg("secrets", "texts", "hand over this secret, and no other but those so named",
+                 flags="--secret", shown="NAME"),
+         LineArg("no_secrets", "flag", "hand over no secret"),
+         LineArg("login", "flag", "read the login profile first (nvm, pyenv, cargo)"),
+         LineArg("no_stdin", "flag", "pass no stdin on (a terminal's never is, nor to several)",
+                 flags="-n --no-stdin"),
+         LineArg("all", "flag", "in every workspace of this project"),
          PARALLEL,
-         Arg("detach", "flag", "start it as a job that goes on by itself, without stdin; prints "
-             "its id", face="line"),
-         Arg("tty", "flag", "on this terminal, as ssh -t", flags="-t --tty", face="line"),
+         LineArg("detach", "flag", BACKGROUND),
+         LineArg("tty", "flag", "on this terminal, as ssh -t", flags="-t --tty"),
          example="-H my-server -- make test", tool=tool_exec, destroys=True,
-         model="Run a command in the workspace on the remote host. A string is a shell line (bash "
-         "where there is one). Gives the exit code, stdout and stderr."),
+         model="Run a command in the workspace on the remote host, by bash where there is one."),
     Verb("shell", "an interactive shell in a workspace", NAME,
          example="fix-login", lacks="j"),
     Verb("forward", "reach a port of the workspace's host at 127.0.0.1",
@@ -8317,21 +8270,17 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("pull", "bring a workspace's work home as commits on branch cmux/NAME", NAME,
          ONE_WORKSPACE,
          Arg("branch", "text", "another branch than cmux/NAME", shown="B"),
-         Arg("allow", "flag", "also changes of this repository's own hooks", face="line"),
-         example="fix-login", manage=manage_pull, repeats=True,
-         model="Bring a workspace's work home as commits on a local branch, which begins with "
-         "cmux/; no local file is touched."),
+         LineArg("allow", "flag", "also changes of this repository's own hooks"),
+         example="fix-login", manage=manage_pull, repeats=True),
     Verb("push", "bring a workspace to another local commit; sends what differs", NAME,
          ONE_WORKSPACE, REF, *DIRTY,
          Arg("force", "flag", "also over work that has not been pulled (a copy is kept until gc)"),
          example="fix-login", manage=manage_push, destroys=True, repeats=True),
     Verb("read", "a file's bytes, or lines of it", PATH,
          Arg("offset", "count", "first line, 1 is the first", least=1, shown="LINE"),
-         Arg("limit", "count", "how many lines", least=0, shown="N"),
+         Arg("limit", "count", "how many lines"),
          example="src/main.c --offset 10 --limit 20", reads=True,
-         tool=lambda workspace, **given: json_fields(workspace.read(**given).as_dict()),
-         model="A file's content, or some of its lines. Long files come in pages: go on with "
-         "offset."),
+         tool=lambda workspace, **given: json_fields(workspace.read(**given).as_dict())),
     Verb("write", "stdin becomes the file, whole or not at all", PATH,
          Arg("content", "text", "the text", face="json"),
          Arg("content_base64", "text", "or the bytes, as base64", face="json"),
@@ -8342,14 +8291,12 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          Arg("edits", "objects", "objects of old, new, and count: how many matches there must be "
              "(1)", required=True, face="json"),
          Arg("sha256", "text", "of the file as last seen: refuse if it changed", shown="HEX"),
-         Arg("old", "text", "without --old and --new: JSON with edits on stdin", shown="TEXT",
-             blank=True, face="line"),
-         Arg("new", "text", "what replaces it", shown="TEXT", blank=True, face="line"),
-         Arg("count", "count", "how many matches there must be (default: 1)", least=1, shown="N",
-             face="line"),
+         LineArg("old", "text", "without --old and --new: JSON with edits on stdin", shown="TEXT",
+                 blank=True),
+         LineArg("new", "text", "what replaces it", shown="TEXT", blank=True),
+         LineArg("count", "count", "how many matches there must be (default: 1)", least=1),
          example="a.py --old 'x = 1' --new 'x = 2'", tool=Workspace.edit,
-         model="Replace exact text in a file, all edits or none. Each old text must occur exactly "
-         "once, or count times; read the file first."),
+         model="Replace exact text in a file, all edits or none; read the file first."),
     Verb("cp", "copy files to or from a workspace, also what git ignores",
          Arg("source", "text", "a local path, or NAME:PATH or :PATH in a workspace", word="1",
              shown="SRC"),
@@ -8359,68 +8306,62 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("glob", "paths of files that match",
          Arg("pattern", "text", "below the workspace: *, ?, [...], {a,b} within a component, "
              "** across", word="1"),
-         Arg("limit", "count", "at most so many (default: 1000)", least=1, shown="N"),
+         Arg("limit", "count", "at most so many (default: 1000)", least=1),
          example="'src/**/*.py'", tool=Workspace.glob, reads=True),
     Verb("grep", "lines that match an extended regular expression",
-         Arg("pattern", "text", "an extended regular expression", word="1"),
+         Arg("pattern", "text", "the expression", word="1"),
          Arg("glob", "text", "only files that match; without a slash: by name", shown="G"),
          Arg("ignore_case", "flag", "ignore case"),
-         Arg("limit", "count", "at most so many (default: 200)", least=1, shown="N"),
+         Arg("limit", "count", "at most so many (default: 200)", least=1),
          example="'def .*test' --glob '*.py'", tool=Workspace.grep, reads=True),
-    Verb("jobs", "background jobs, started with exec --detach",
-         Arg("all", "flag", "of every workspace of this project", face="line"),
-         reads=True, model="The background jobs of the workspace.",
-         tool=lambda workspace, cancel=None: {"jobs": workspace.jobs(cancel)}),
+    Verb("jobs", "the background jobs of a workspace",
+         LineArg("all", "flag", "of every workspace of this project"),
+         reads=True, tool=lambda workspace, cancel=None: {"jobs": workspace.jobs(cancel)}),
     Verb("logs", "a job's output", ONE_JOB,
-         Arg("offset", "count", "first byte, 0 is the first", least=0, shown="BYTE"),
-         Arg("wait", "seconds", "seconds to wait for more, at most 30", least=0, shown="TIME"),
-         Arg("follow", "flag", "go on until the job ends, across lost connections",
-             flags="-f --follow", face="line"),
+         Arg("offset", "count", "first byte, 0 is the first", shown="BYTE"),
+         Arg("wait", "seconds", "seconds to wait for more, at most 30"),
+         LineArg("follow", "flag", "go on until the job ends, across lost connections",
+                 flags="-f --follow"),
          example="-f j0123abcd", reads=True,
          tool=lambda workspace, **given: json_fields(workspace.logs(**given)),
          model="A job's output from a byte offset, and its state. Go on from next_offset."),
-    Verb("wait", "wait for a job, the first of several; its code (124: running)",
-         Arg("job", "text|texts", "the job's id, or several; in a shell the last one, if none is "
-             "given", word="*", shown="ID", required=True),
-         Arg("timeout", "seconds", "seconds to wait; it may still run then", least=0, shown="TIME"),
-         example="j0123abcd", tool=Workspace.wait, reads=True,
-         model="Wait for a job's end, or for the first end among several; its exit code."),
+    Verb("wait", "wait for a job, or the first of several, to end; its exit code",
+         Arg("job", "text|texts", f"{ONE_JOB.text}; or several", word="*", shown="ID",
+             required=True),
+         Arg("timeout", "seconds", "seconds to wait; it may still run then"),
+         example="j0123abcd", tool=Workspace.wait, reads=True),
     Verb("stop", "end a job and everything it started", ONE_JOB,
          example="j0123abcd", tool=Workspace.stop, destroys=True, repeats=True),
-    Verb("new", "create one or several workspaces, in parallel",
-         Arg("names", "texts", "default: the branch's name", word="*", shown="NAME", face="line"),
+    Verb("new", "create workspaces, in parallel, from a local commit",
+         LineArg("names", "texts", "default: the branch's name", word="*", shown="NAME"),
          Arg("name", "text", "the new name", required=True, face="json"), REF, *DIRTY,
-         Arg("root", "text", "where on the host (default: ~/cmux)", shown="DIR", face="line"),
-         Arg("no_init", "flag", "do not run .cmux/init", face="line"),
+         LineArg("root", "text", "where on the host (default: ~/cmux)", shown="DIR"),
+         LineArg("no_init", "flag", "do not run .cmux/init"),
          Arg("source", "text", "with what git ignores (packages, caches) in this workspace of that "
              "host", flags="--from", shown="WS"),
          example="fix-login fix-logout -H my-server",
          manage=lambda project, cancel, name, ref="HEAD", host=(), source="": project.create(
-             name, host, ref, cancel=cancel, source=source).describe(),
-         model="Make a workspace on the host from a local commit."),
+             name, host, ref, cancel=cancel, source=source).describe()),
     Verb("list", "this project's workspaces",
-         Arg("all_projects", "flag", "of every project of this machine", face="line"),
+         LineArg("all_projects", "flag", "of every project of this machine"),
          example="--json", lacks="w", reads=True,
          manage=lambda project, cancel: {
              "workspaces": [workspace.describe() for workspace in project.workspaces()]}),
-    Verb("fork", "a new workspace with the content of another, made on the host",
+    Verb("fork", "a new workspace, made on the host with the content of another",
          ONE_WORKSPACE, NEW_NAME, example="-w fix-login second-try",
          manage=lambda project, cancel, workspace, name: project.fork(
-             project.workspace(workspace), name, cancel).describe(),
-         model="Make a workspace with the current content of another."),
+             project.workspace(workspace), name, cancel).describe()),
     Verb("rename", "give a workspace another name", ONE_WORKSPACE, NEW_NAME,
          example="-w fix-login login", manage=lambda project, cancel, workspace, name:
          project.rename(project.workspace(workspace), name, cancel).describe()),
     Verb("rm", "delete workspaces; refuses work that has not been pulled",
-         Arg("names", "texts", "the workspaces, or one with -w", word="*", shown="NAME",
-             face="line"),
+         LineArg("names", "texts", "or one with -w", word="*", shown="NAME"),
          ONE_WORKSPACE,
          Arg("force", "flag", "also with work that exists nowhere else, and jobs that run"),
-         Arg("forget", "flag", "only locally: its host is gone for good", face="line"),
+         LineArg("forget", "flag", "only locally: its host is gone for good"),
          example="fix-login", manage=manage_rm, destroys=True),
     Verb("history", "every operation with its time, duration, exit code and bytes",
-         Arg("limit", "count", "the last N, 0 for all", flags="-n --limit", least=0, shown="N",
-             default=50, face="line"),
+         Arg("limit", "count", "the last N, 0 for all", flags="-n --limit", default=50),
          example="-w fix-login", lacks="H"),
     Verb("top", "a live view of the workspaces and what runs in them",
          lacks="w"),
@@ -8428,7 +8369,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          lacks="w"),
     Verb("mcp", "an MCP server on stdio: the tools, bound to one workspace",
          Arg("manage", "flag", "the workspace commands as tools too, and other workspaces"),
-         Arg("soft_timeout", "seconds", "after so long a call returns a job", shown="TIME",
+         Arg("soft_timeout", "seconds", "after so long a call returns a job",
              default=MCP_SOFT, least=0.001),
          example="-H my-server -w fix-login", lacks="j"),
     Verb("batch", "JSON lines of tool calls on stdin, results on stdout", PARALLEL,
@@ -8454,14 +8395,9 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("demo", "the whole flow against a throwaway sshd on this machine",
          lacks="CHwj"),
 )}
-GROUPS = {  # of the commands, as the help lists them
-    "work": ("exec", "shell", "forward", "diff", "pull", "push"),
-    "files": ("read", "write", "edit", "cp", "glob", "grep"),
-    "jobs": ("jobs", "logs", "wait", "stop"),
-    "workspaces": ("new", "list", "fork", "rename", "rm", "history", "top", "gc"),
-    "agents": ("mcp", "batch"),
-    "setup": ("secrets set", "secrets import", "secrets list", "secrets rm", "doctor",
-              "completion", "demo")}
+GROUPS = {  # of the commands, as the help lists them, by the first of each
+    "exec": "work", "read": "files", "jobs": "jobs", "new": "workspaces", "mcp": "agents",
+    "secrets set": "setup"}
 TOOLS = {verb.name: verb for verb in VERBS.values() if "tool" in verb.settings}
 MANAGE_TOOLS = {verb.tool_name: verb for verb in VERBS.values() if "manage" in verb.settings}
 
@@ -11087,9 +11023,10 @@ def line_args(verb: Verb) -> list[Arg]:
 def usage(group: str = "") -> str:
     """The help without a command: all commands, or those that begin with ``group``."""
     rows = []
-    for title, names in GROUPS.items():
-        lines = [f"  {name:<14} {VERBS[name].text}" for name in names if name.startswith(group)]
-        rows += [title + ":", *lines] if lines else []
+    for name, verb in VERBS.items():
+        if name.startswith(group):
+            rows += [GROUPS[name] + ":"] if name in GROUPS else []
+            rows.append(f"  {name:<14} {verb.text}")
     return f"""usage: {PROGRAM} {group + " " if group else ""}COMMAND [options]
 
 SSH workspaces for coding agents: work happens on HOST, your keys stay here.
