@@ -2020,7 +2020,7 @@ TAKEOVER = """exec sh -c 'eval "$(cat "$(printf "%s")")"'"""
 # file, probe.
 PROBE = OPEN_ROOT + r"""
 _cop() {
-  echo "system $(uname -sm)"; echo "shell ${SHELL:-unknown}"; echo "time $(date +%s)"
+  echo "system $(uname -sm)"; echo "shell ${SHELL:-unknown}"
   _croot "$1" || { echo "readonly $1"; return 0; }
   echo "root $root"
   stage=.cmux/stage/$2; mkdir -p "$stage" || { echo "readonly $root"; return 0; }
@@ -2028,8 +2028,7 @@ _cop() {
     ( cd "$stage" && tar -xmof - && [ -s probe ] ) && echo "tar $(tar --version | head -n 1)"
   fi
   cat >/dev/null; rm -rf "$stage"
-  for name in git bash setsid ps; do ! command -v $name >/dev/null || echo "has $name"; done
-  if command -v git >/dev/null; then echo "version $(git --version)"; fi
+  if command -v git >/dev/null; then echo "git $(git --version)"; fi
   set -- $(df -Pk . | tail -n 1); echo "free $4"
   set -- $(df -Pi . | tail -n 1); echo "inodes $4"
   [ -z "$fresh" ] || { cd /; rmdir "$root"/.cmux/* "$root/.cmux" "$root"; }
@@ -8796,8 +8795,9 @@ def read_lines(fd: int, limit: int, cancel: Cancel | None = None) -> Iterator[by
 # the host says is masked, neutralised, bounded and marked as data before a model sees it; without
 # --manage nothing reaches another workspace, and nothing ever reaches a local file.
 
+MCP_STATELESS = "2026-07-28"
 MCP_HANDSHAKE = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")  # newest first
-MCP_STATELESS = ("2026-07-28",)
+MCP_VERSIONS = (MCP_STATELESS, *MCP_HANDSHAKE)
 MCP_META = "io.modelcontextprotocol/"
 MCP_INSTRUCTIONS = (  # the first paragraph fits into the 512 characters that some clients show
     "These tools work in the workspace {name} on the remote host {host}, a copy of this project; "
@@ -8878,21 +8878,12 @@ class Veil:
         return max([character] + [overlap(data, value, False) for value, _ in self.masks])
 
 
-def memory_file() -> IO[bytes]:
-    """A file in memory, for output that may hold a secret; on macOS a temporary one."""
-    import tempfile
-    try:
-        return open(os.memfd_create("cmux"), "w+b")
-    except (AttributeError, OSError):
-        return tempfile.TemporaryFile(dir=temporary_folder())
-
-
 class ProtocolError(CmuxError):
     """Answered as a JSON-RPC error: the request is malformed, or names what does not exist."""
 
-    def __init__(self, code: int, message: str, data: Fields | None = None) -> None:
+    def __init__(self, code: int, message: str, **more: Fields) -> None:
         super().__init__(message)
-        self.code, self.data = code, data
+        self.fields = dict(more, code=code, message=message)
 
 
 class Call:
@@ -8916,25 +8907,17 @@ class Call:
         self.ended = False          # then these hold what came of it:
         self.result: Fields = {}
         self.text, self.failed = "", False
-        self.output: IO[bytes] | None = None  # of a command, up to MCP_LOG_MAX bytes, for logs
-        self.size = 0
+        self.output = bytearray()  # of a command, up to MCP_LOG_MAX bytes, for logs
 
     def take(self, data: bytes) -> None:
         """A piece of the command's output."""
         with self.news:
-            self.output = self.output or memory_file()
-            piece = data[:MCP_LOG_MAX - self.size]
-            self.output.seek(self.size)
-            self.output.write(piece)
-            self.size += len(piece)
+            self.output += data[:MCP_LOG_MAX - len(self.output)]
             self.news.notify_all()
 
     def logs(self, offset: int) -> Fields:
         with self.news:
-            data = b""
-            if self.output:
-                self.output.seek(offset)
-                data = self.output.read(MCP_ROOM)
+            data = bytes(self.output[offset:offset + MCP_ROOM])
             return dict(self.status(), output=data, next_offset=offset + len(data))
 
     def end(self, text: str, failed: bool) -> None:
@@ -8943,21 +8926,20 @@ class Call:
             self.news.notify_all()
         self.cancel.close()
 
-    def wait(self, seconds: float, cancel: Cancel, size: int = 1 << 60) -> bool:
+    def wait(self, seconds: float, cancel: Cancel, size: int = 1 << 60) -> None:
         """Wait, ``seconds`` at most, for its end, more than ``size`` bytes of output, or
-        ``cancel``; whether it has ended."""
+        ``cancel``."""
         deadline = Deadline(seconds)
         with self.news:
-            while not (self.ended or self.size > size or deadline.over() or cancel.is_set):
+            while not (self.ended or len(self.output) > size or deadline.over() or cancel.is_set):
                 self.news.wait(deadline.capped(0.2))
-        return self.ended
 
     def status(self) -> Fields:
         stopped = self.result.get("stopped") and self.result.get("timed_out") is False
         state = ("running" if not self.ended else "lost" if self.failed else
                  "stopped" if stopped else "exited")
         return {"job": self.id, "state": state, "exit_code": self.result.get("exit_code"),
-                "size": self.size}
+                "size": len(self.output)}
 
     def listed(self) -> Fields:
         """A row as in jobs()."""
@@ -8965,10 +8947,6 @@ class Call:
         command = (self.arguments or {}).get("command", self.tool.name)
         return dict(row, output_size=row.pop("size"), command=str(command)[:200],
                     started=round(self.started, 3))
-
-    def close(self) -> None:
-        if self.output:
-            self.output.close()
 
 
 def page(text: str, offset: int, facts: list[str]) -> tuple[str, int]:
@@ -9005,7 +8983,6 @@ class McpServer:
         import threading
         self.write, self.writing, self.ending = write, threading.Lock(), Cancel()
         self.closed = False         # the reader of our output has gone
-        self.version = ""           # of the handshake era, once agreed
         self.project, self.workspace, self.host = project, workspace, host
         self.op = ""                # the id of the workspace, as last seen
         self.manage, self.soft = manage, soft
@@ -9063,27 +9040,16 @@ class McpServer:
     # -- the protocol --
 
     def _line(self, line: bytes) -> None:
-        self.line_bytes = len(line)
-        try:
-            try:
-                value = strict_json(line)
-            except UsageError as error:
-                code = -32600 if len(line) > BATCH_LINE_MAX else -32700
-                raise ProtocolError(code, str(error))
-            batch = isinstance(value, list)
-            if batch and not (value and self.version == "2025-03-26"):  # the one that has them
-                raise ProtocolError(-32600, "A line holds one message in this protocol version.")
-            for message in value if batch else [value]:
-                self._message(message)
-        except ProtocolError as error:
-            self.send(error_message(None, error))
-
-    def _message(self, message: Any) -> None:
         """Answer a request, now or later."""
         number = None
         try:
+            try:
+                message = strict_json(line)
+            except UsageError as error:
+                code = -32600 if len(line) > BATCH_LINE_MAX else -32700
+                raise ProtocolError(code, str(error))
             if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
-                raise ProtocolError(-32600, "A message is not a JSON-RPC 2.0 object.")
+                raise ProtocolError(-32600, "A line is not one message of JSON-RPC 2.0.")
             method, asked = message.get("method"), message.get("id")
             params = message.get("params", {})
             if method is None and ("result" in message or "error" in message):
@@ -9093,19 +9059,19 @@ class McpServer:
                                     "text nor a whole number.")
             number = asked
             if number is not None:
-                self._request(number, method, params)
+                self._request(number, method, params, len(line))
             elif method == "notifications/cancelled" and isinstance(params, dict):
                 which: Any = params.get("requestId")
                 call = self.calls.get(which) if type(which) in (str, int) else None
                 if call:
                     call.cancel.set()
                     self._answer(call, None)
-        except ProtocolError as error:
-            self.send(error_message(number, error))
-        except Exception as bug:  # no input ends the server
-            self.send(error_message(number, ProtocolError(-32603, defect(bug))))
+        except Exception as error:  # no input ends the server
+            failure = error if isinstance(error, ProtocolError) else ProtocolError(
+                -32603, defect(error))
+            self.send({"jsonrpc": "2.0", "id": number, "error": failure.fields})
 
-    def _request(self, number: str | int, method: str, params: Any) -> None:
+    def _request(self, number: str | int, method: str, params: Any, size: int) -> None:
         meta = params.get("_meta", {}) if isinstance(params, dict) else None
         if not isinstance(meta, dict):
             raise ProtocolError(-32602, "The parameters are not an object.")
@@ -9119,16 +9085,16 @@ class McpServer:
             self.send({"jsonrpc": "2.0", "id": number, "result": result})
         fresh = {"ttlMs": 3600000, "cacheScope": "private"} if stateless else {}
         if method == "tools/call":
-            self._enqueue(number, params, respond)
+            self._enqueue(number, params, size, respond)
         elif method == "tools/list":
             respond(dict(fresh, tools=[self._describe(tool) for tool in self.tools.values()]))
         elif method == "server/discover":
-            respond(dict(fresh, supportedVersions=list(MCP_STATELESS + MCP_HANDSHAKE),
+            respond(dict(fresh, supportedVersions=list(MCP_VERSIONS),
                         capabilities={"tools": {}}, instructions=self.instructions))
         elif method == "initialize" and not stateless:
             wanted = params.get("protocolVersion")
-            self.version = wanted if wanted in MCP_HANDSHAKE else MCP_HANDSHAKE[0]
-            respond({"protocolVersion": self.version, "capabilities": {"tools": {}},
+            version = wanted if wanted in MCP_HANDSHAKE else MCP_HANDSHAKE[0]
+            respond({"protocolVersion": version, "capabilities": {"tools": {}},
                     "serverInfo": info, "instructions": self.instructions})
         elif method == "ping" and not stateless:
             respond({})
@@ -9143,9 +9109,9 @@ class McpServer:
             return method == "server/discover"
         if not isinstance(asked, str):
             raise ProtocolError(-32602, "The protocol version is not text.")
-        if asked not in MCP_STATELESS:
-            raise ProtocolError(-32022, "This server does not speak this protocol version.", {
-                "supported": list(MCP_STATELESS + MCP_HANDSHAKE), "requested": asked[:64]})
+        if asked != MCP_STATELESS:
+            raise ProtocolError(-32022, "This server does not speak this protocol version.", data={
+                "supported": list(MCP_VERSIONS), "requested": asked[:64]})
         if not isinstance(meta.get(MCP_META + "clientCapabilities"), dict):
             raise ProtocolError(-32602, f"_meta has no {MCP_META}clientCapabilities.")
         return True
@@ -9169,7 +9135,7 @@ class McpServer:
 
     # -- tools/call --
 
-    def _enqueue(self, number: str | int, params: Fields,
+    def _enqueue(self, number: str | int, params: Fields, size: int,
                  reply: Callable[[Fields], None]) -> None:
         import threading
         name = params.get("name")
@@ -9181,17 +9147,16 @@ class McpServer:
                 raise ProtocolError(-32600, "The id is in use by a request that still runs.")
             pending = sum(call.bytes for call in self.calls.values())
             full = len(self.calls) >= MCP_PENDING or pending > MCP_PENDING_BYTES
-            call = self.calls[number] = Call(number, tool, params, self.line_bytes, reply)
-            self.changed.notify_all()
-        if full:
-            self._answer(call, MCP_BUSY, True)
-        else:
+            call = self.calls[number] = Call(number, tool, params, size, reply)
             self.working.add(call)
-            try:
-                threading.Thread(target=self._work, args=(call,), daemon=True).start()
-            except RuntimeError:  # the system has no room for one more thread
-                self.working.discard(call)
-                self._answer(call, MCP_BUSY, True)
+            self.changed.notify_all()
+        try:
+            if not full:
+                return threading.Thread(target=self._work, args=(call,), daemon=True).start()
+        except RuntimeError:  # the system has no room for one more thread
+            pass
+        self.working.discard(call)
+        self._answer(call, MCP_BUSY, True)
 
     def _work(self, call: Call) -> None:
         self.slots.acquire()
@@ -9210,8 +9175,6 @@ class McpServer:
             self.slots.release()
         with self.changed:
             self.working.discard(call)
-            if call.id not in self.kept:
-                call.close()
 
     def _answer(self, call: Call, text: str | None, failed: bool = False) -> None:
         """Answer the call, unless that was done before; with None (it was cancelled) silently."""
@@ -9239,7 +9202,8 @@ class McpServer:
                         self._overdue(call)
                     elif seconds >= call.progress_at and call.token is not None:
                         call.progress_at = seconds + MCP_PROGRESS
-                        output = f", {human_size(call.size)} of output" if call.size else ""
+                        size = len(call.output)
+                        output = f", {human_size(size)} of output" if size else ""
                         self.send({"jsonrpc": "2.0", "method": "notifications/progress", "params": {
                             "progressToken": call.token, "progress": round(seconds, 1),
                             "message": f"{call.doing} for {seconds:.0f} s{output}"}})
@@ -9254,7 +9218,7 @@ class McpServer:
             self.kept[call.id] = call
             ended = [key for key, other in self.kept.items() if other.ended]
             for key in ended[:max(0, len(self.kept) - MCP_KEPT)]:  # the oldest make room
-                self.kept.pop(key).close()
+                del self.kept[key]
         result = dict(call.logs(0), note=f"{call.doing}; it goes on: use wait, logs or stop with "
                       "this job id, while this server lives")
         self._answer(call, self._shown(call, "exec", self._place(call.arguments), result))
@@ -9467,12 +9431,6 @@ def defect(bug: Exception) -> str:
     return f"A defect of this server: {type(bug).__name__}."
 
 
-def error_message(number: str | int | None, error: ProtocolError) -> Fields:
-    fields: Fields = {"code": error.code, "message": str(error)}
-    fields.update({"data": error.data} if error.data else {})
-    return {"jsonrpc": "2.0", "id": number, "error": fields}
-
-
 def row_text(row: Any) -> str:
     """A path, a match, a job or a workspace as one line."""
     if not isinstance(row, dict):
@@ -9505,9 +9463,9 @@ MCP_REST = {
 # ProxyCommand starts `sshd -i`. May touch: a temporary directory of its own.
 
 SERVER_FILES = {
-    "sshd_config": "HostKey {0}/host\nAuthorizedKeysFile {0}/user.pub\nUsePAM no\nStrictModes no\n"
+    "sshd_config": "HostKey {0}/key\nAuthorizedKeysFile {0}/key.pub\nUsePAM no\nStrictModes no\n"
                    "PidFile none\nPermitRootLogin yes\nLogLevel QUIET\nSetEnv HOME={0}/home\n",
-    "ssh_config": "Host demo\nHostName demo\nIdentityFile {0}/user\nIdentitiesOnly yes\n"
+    "ssh_config": "Host demo\nHostName demo\nIdentityFile {0}/key\nIdentitiesOnly yes\n"
                   "UserKnownHostsFile {0}/known_hosts\n"
                   "ProxyCommand {1} -i -f {0}/sshd_config -E {0}/sshd.log\n"}
 DEMO_FILES = {"hello.txt": "hello\n", "Makefile": """test:
@@ -9519,8 +9477,8 @@ DEMO_FILES = {"hello.txt": "hello\n", "Makefile": """test:
 @contextlib.contextmanager
 def throwaway_server() -> Iterator[str]:
     """Until the block ends, this process uses an ssh config with a host ``demo``: this machine,
-    with keys and a home of its own below the directory that is returned. Raises UsageError where no
-    sshd is installed."""
+    with a key and a home of its own below the directory that is returned. Raises UsageError where
+    no sshd is installed."""
     import shutil
     import tempfile
     sshd = find_program("sshd", ("/usr/sbin", "/usr/local/sbin", "/usr/libexec",
@@ -9534,9 +9492,8 @@ def throwaway_server() -> Iterator[str]:
     os.environ.update(values)
     try:
         os.mkdir(path + "/home", 0o700)
-        for key in ("host", "user"):
-            run([keygen, "-q", "-t", "ed25519", "-N", "", "-C", "demo", "-f", f"{path}/{key}"])
-        with open(path + "/host.pub") as stream:
+        run([keygen, "-q", "-t", "ed25519", "-N", "", "-C", "demo", "-f", path + "/key"])
+        with open(path + "/key.pub") as stream:
             files = dict(SERVER_FILES, known_hosts="demo " + stream.read())
         for name, text in files.items():
             with open(f"{path}/{name}", "w") as stream:
@@ -9551,7 +9508,7 @@ def throwaway_server() -> Iterator[str]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def in_a_process_table(value: str) -> bool:
+def in_process_table(value: str) -> bool:
     """Whether a process of this machine has ``value`` in its command line."""
     _, out, _ = run(["/bin/sh", "-c", SEEN], dict(os.environ, CMUX_PROBE=value))
     return out.startswith(b"seen")
@@ -9570,31 +9527,19 @@ def demo(tell: Callable[[str], None], report: Report) -> None:
 
 
 def demo_command(project: Project, tell: Callable[[str], None], report: Report) -> None:
-    import threading
-    secret, done = f"demo-{os.urandom(12).hex()}", threading.Event()
+    secret = f"demo-{os.urandom(12).hex()}"
     seen: list[bool] = []
     tell("A throwaway sshd on this machine, reached by ssh through a ProxyCommand: host `demo`.")
     project.set_secret("API_TOKEN", secret)
     tell("A git repository with a Makefile, and a project secret: API_TOKEN.")
     workspace = project.create("try-it", "demo", report=report)
     tell(f"Workspace try-it made of commit {workspace.base[:10]} at {workspace.path}")
-
-    def watch() -> None:
-        while not done.is_set():
-            seen.append(in_a_process_table(secret))
-            done.wait(0.02)
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        result = workspace.exec("make test && sleep 0.3", timeout=60)
-    finally:
-        done.set()
-        watcher.join()
+    result = workspace.exec("make test && sleep 0.3", timeout=60,
+                            tee=lambda data: seen.append(in_process_table(secret)))
     for line in neutralise(result.stdout + result.stderr).splitlines():
         tell("  demo> " + line.replace(secret, "[the secret]"))
     tell(f"It ended with exit code {result.exit_code}.")
-    tell(f"The process table was read {len(seen)} times meanwhile: the secret was "
-         + ("SEEN." if any(seen) else "never in it."))
+    tell(f"The process table meanwhile: the secret was {'SEEN' if any(seen) else 'not'} in it.")
     if result.exit_code or any(seen) or secret.encode() not in result.stdout:
         raise RemoteFailed("The demo did not go as it should.", "Report it, with this output.")
 
@@ -9621,18 +9566,13 @@ def demo_removal(project: Project, tell: Callable[[str], None]) -> None:
 # finding in one sentence, every bad one with its fix; nothing is left on the host; the words of
 # ssh and of the host are neutralised and bounded.
 
-class Finding(Value):
-    """One line of doctor. ``state``: ok; note (good to know); fix (works, could be better); bad
-    (the host cannot be used so); dead (it cannot be reached)."""
-    state: str
-    what: str
-    text: str
-    fix: str
-
+Finding = dict[str, str]
 
 def finding(state: str, what: str, text: str, fix: str = "") -> Finding:
+    """A row of doctor. ``state``: ok; note (good to know); fix (works, could be better); bad (the
+    host cannot be used so); dead (it cannot be reached)."""
     fix = "" if state == "ok" else as_called(neutralise(fix))[:1000]
-    return Finding(state=state, what=what, text=neutralise(text)[:1000], fix=fix)
+    return {"state": state, "what": what, "text": neutralise(text)[:1000], "fix": fix}
 
 
 # What `ssh -G` may show, the value that lets it happen, and what it is.
@@ -9717,10 +9657,8 @@ def examine_programs(host: Host, root: str) -> Iterator[Finding]:
     with spool(archive) as stream:
         reply = host.call(PROBE, root, os.urandom(8).hex(), source=Source(stream.fileno()))
     facts: dict[str, str] = {}
-    has = set()
     for word, _, rest in (line.partition(" ") for line in reply.lines()[:50]):
         facts.setdefault(word, rest[:200])
-        has.update([rest] if word == "has" else [])
     yield finding("ok", "system", f"{facts.get('system', 'unknown')}, "
                   f"login shell {facts.get('shell', 'unknown')}")
     if "readonly" in facts or reply.status:
@@ -9730,21 +9668,15 @@ def examine_programs(host: Host, root: str) -> Iterator[Finding]:
         return
     yield finding("ok", "tar", facts["tar"] or "there") if "tar" in facts else finding(
         "bad", "tar", "there is no tar that extracts", "Install tar there.")
-    yield finding("ok", "git there", facts.get("version", "there")) if "git" in has else finding(
+    yield finding("ok", "git there", facts["git"] or "there") if "git" in facts else finding(
         "fix", "git there", "there is none: no commits in workspaces, and push replaces the "
         "directory", "Install git there.")
-    lacking = ", ".join(sorted({"bash", "setsid", "ps"} - has))
-    if lacking:
-        yield finding("note", "programs", f"without {lacking}; nothing needs them")
-    free, inodes, clock = (number(facts.get(key, "")) for key in ("free", "inodes", "time"))
+    free, inodes = (number(facts.get(key, "")) for key in ("free", "inodes"))
     size = human_size(free * 1024) if free >= 0 else "unknown"
     yield finding(
         "fix" if 0 <= free < 512 * 1024 or 0 <= inodes < 10000 else "ok", "disk",
         f"{size} free{f', {inodes} inodes' if inodes >= 0 else ''} in {facts.get('root', '')}",
         f"Free some: {PROGRAM} gc, or choose another place with new --root DIR.")
-    if clock >= 0 and abs(clock - time.time()) > 120:
-        yield finding("fix", "clock", f"its clock is off by {int(clock - time.time())} s",
-                      "make and git go by file times: set it.")
 
 
 def examine_speed(host: Host) -> Iterator[Finding]:
@@ -9774,17 +9706,17 @@ def examine_secrets(host: Host) -> Finding:
 
     def look(data: bytes) -> None:
         out(data)
-        seen.append(in_a_process_table(value))
+        seen.append(in_process_table(value))
     records = record("CMUX_PROBE", value) + command_records(command, False, False)
     host.run(records, "/", look, lambda data: None, deadline=Deadline(30))
-    if any(seen) or out.value().startswith(b"seen"):
+    answer = out.value()
+    if any(seen) or answer.startswith(b"seen"):
         place = "here" if any(seen) else "there"
         return finding("bad", "secrets", f"a secret showed in a process table {place}",
                        "Do not use this host, and report this.")
-    if not out.value().startswith(b"unseen"):
+    if not answer.startswith(b"unseen"):
         return finding("note", "secrets", "the host shows no process table to look into")
-    return finding("ok", "secrets",
-                   "a secret handed over shows in no process table, here or there")
+    return finding("ok", "secrets", "one handed over shows in no process table, here or there")
 
 
 def examine_connection(host: Host) -> list[Finding]:
@@ -9810,7 +9742,7 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
     """Examine this machine, and, unless ``name`` is "", that host."""
     for found in examine_here():
         yield found
-        if found.state == "bad":
+        if found["state"] == "bad":
             return
     if not name:
         yield finding("note", "host", "none was named", f"Name one: {PROGRAM} doctor HOST")
@@ -9820,7 +9752,7 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
         yield examine_config(host.masters.config)
         findings = examine_connection(host)
         yield from findings
-        if findings[-1].state == "ok":
+        if findings[-1]["state"] == "ok":
             yield from examine_programs(host, root)
             yield from examine_speed(host)
             yield examine_secrets(host)
@@ -11155,15 +11087,16 @@ def command_doctor(options: argparse.Namespace) -> int:
     rows = []
     colours = {"ok": 32, "note": 36, "fix": 33, "bad": 31, "dead": 31} if in_colour() else {}
     for row in doctor(check_host(name) if name else "", root):
-        rows.append(row.as_dict())
-        if not options.json and (options.verbosity >= 0 or row.state in ("bad", "dead")):
+        rows.append(row)
+        state, what, text, fix = row.values()
+        if not options.json and (options.verbosity >= 0 or state in ("bad", "dead")):
             import textwrap
-            text = row.text.rstrip(".") + (". " + row.fix if row.fix else "")
+            text = text.rstrip(".") + (". " + fix if fix else "")
             width = max(40, terminal_width() - 18)
             lines = textwrap.wrap(text, width, break_on_hyphens=False) or [""]
-            state = row.state.ljust(5)
-            state = f"\x1b[{colours[row.state]}m{state}\x1b[m" if colours else state
-            draw(1, f"{state} {row.what:<10}  " + ("\n" + " " * 18).join(lines) + "\n")
+            shown = state.ljust(5)
+            shown = f"\x1b[{colours[state]}m{shown}\x1b[m" if colours else shown
+            draw(1, f"{shown} {what:<10}  " + ("\n" + " " * 18).join(lines) + "\n")
     if options.json:
         print_json(rows)
     return max({"dead": 255, "bad": 1}.get(row["state"], 0) for row in rows)
