@@ -8642,28 +8642,26 @@ def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0,
     import threading
     results: list[Any] = [Cancelled("Not begun.")] * len(jobs)
     bugs: list[BaseException] = []
-    order, mutex, ended = iter(range(len(jobs))), threading.Lock(), threading.Event()
-    count = min(at_once or len(jobs), len(jobs))
-    left = [count]
+    waiting, ended = list(range(len(jobs) - 1, -1, -1)), threading.Event()
+    left = [None] * min(at_once or len(jobs), len(jobs))  # one for each thread
 
     def work() -> None:
         while not (cancel and cancel.is_set):
-            with mutex:
-                index = next(order, None)
-            if index is None:
+            try:
+                index = waiting.pop()
+            except IndexError:
                 break
             try:
                 results[index] = jobs[index]()
             except BaseException as error:
                 results[index] = expected(error)
                 bugs.extend([] if results[index] else [error])
-        with mutex:
-            left[0] -= 1
-            if not left[0]:
-                ended.set()
-    for _ in range(count):
+        left.pop()
+        if not left:
+            ended.set()
+    for _ in list(left):
         threading.Thread(target=work, daemon=True).start()
-    while left[0]:  # not join(): Ctrl-C in it may take a running thread for ended (seen on 3.9)
+    while left:  # not join(): Ctrl-C in it may take a running thread for ended (seen on 3.9)
         try:
             ended.wait(1)
         except KeyboardInterrupt:
@@ -8775,17 +8773,18 @@ def read_lines(fd: int, limit: int, cancel: Cancel | None = None) -> Iterator[by
     held = bytearray()
     while True:
         poll_once(None, cancel, fd)
-        data = read_some(fd) if not (cancel and cancel.is_set) else b""
+        if cancel and cancel.is_set:
+            return
+        data = read_some(fd)
         if not data:
-            break
+            yield bytes(held)
+            return
         first, *rest = data.split(b"\n")
         held += first[:max(0, limit + 1 - len(held))]
         if rest:
             yield bytes(held)
             yield from rest[:-1]
             held = bytearray(rest[-1])
-    if held and not (cancel and cancel.is_set):
-        yield bytes(held)
 
 
 # === 16. MCP ===
@@ -9363,10 +9362,10 @@ class McpServer:
         try:
             veil = Veil(self.project, call.op or self.op)
         except CmuxError as error:  # without the secrets: what was done, and nothing of the host's
-            if tool not in ("exec", "write", "edit", "stop"):
+            if call.tool.reads:
                 raise
             plain = [f"{key}: {value}" for key, value in result.items()
-                     if type(value) in (int, float, bool) or key in ("job", "state", "created")]
+                     if type(value) in (int, float, bool) or key in ("job", "state")]
             return "\n".join(plain + [f"It was done, but what the host sent is not shown: {error} "
                                       + error.hint])
         offset, facts = (call.arguments or {}).get("offset", 1), []
@@ -9455,12 +9454,6 @@ MCP_REST = {
 # Owns: a throwaway sshd on this machine, without a port, a daemon or privileges: ssh's
 # ProxyCommand starts `sshd -i`. May touch: a temporary directory of its own.
 
-SERVER_FILES = {
-    "sshd_config": "HostKey {0}/key\nAuthorizedKeysFile {0}/key.pub\nUsePAM no\nStrictModes no\n"
-                   "PidFile none\nPermitRootLogin yes\nLogLevel QUIET\nSetEnv HOME={0}/home\n",
-    "ssh_config": "Host demo\nHostName demo\nIdentityFile {0}/key\nIdentitiesOnly yes\n"
-                  "UserKnownHostsFile {0}/known_hosts\n"
-                  "ProxyCommand {1} -i -f {0}/sshd_config -E {0}/sshd.log\n"}
 DEMO_FILES = {"hello.txt": "hello\n", "Makefile": """test:
 \t@echo "tests run on $$(uname -n) in $$PWD"
 \t@test -n "$$API_TOKEN" && echo "with API_TOKEN=$$API_TOKEN"
@@ -9487,10 +9480,17 @@ def throwaway_server() -> Iterator[str]:
         os.mkdir(path + "/home", 0o700)
         run([keygen, "-q", "-t", "ed25519", "-N", "", "-C", "demo", "-f", path + "/key"])
         with open(path + "/key.pub") as stream:
-            files = dict(SERVER_FILES, known_hosts="demo " + stream.read())
-        for name, text in files.items():
+            key = stream.read()
+        for name, text in {
+                "known_hosts": f"demo {key}",
+                "sshd_config": f"HostKey {path}/key\nAuthorizedKeysFile {path}/key.pub\nUsePAM no\n"
+                "StrictModes no\nPidFile none\nPermitRootLogin yes\nLogLevel QUIET\n"
+                f"SetEnv HOME={path}/home\n",
+                "ssh_config": f"Host demo\nHostName demo\nIdentityFile {path}/key\n"
+                f"IdentitiesOnly yes\nUserKnownHostsFile {path}/known_hosts\n"
+                f"ProxyCommand {sshd} -i -f {path}/sshd_config -E {path}/sshd.log\n"}.items():
             with open(f"{path}/{name}", "w") as stream:
-                stream.write(text.replace("{0}", path).replace("{1}", sshd))
+                stream.write(text)
         if os.geteuid() == 0 and sys.platform.startswith("linux"):
             os.makedirs("/run/sshd", 0o755, exist_ok=True)  # sshd insists, as root
         yield path
@@ -9507,25 +9507,25 @@ def in_process_table(value: str) -> bool:
     return out.startswith(b"seen")
 
 
-def demo(tell: Callable[[str], None], report: Report) -> None:
+def demo(tell: Callable[[str], None]) -> None:
     """The whole flow against a throwaway sshd."""
     with throwaway_server() as path:
         try:
             project = Project(make_repository(path + "/hello", DEMO_FILES))
-            demo_command(project, tell, report)
+            demo_command(project, tell)
             demo_removal(project, tell)
         finally:
             end_masters()
     tell("Everything the demo made is gone again.")
 
 
-def demo_command(project: Project, tell: Callable[[str], None], report: Report) -> None:
+def demo_command(project: Project, tell: Callable[[str], None]) -> None:
     secret = f"demo-{os.urandom(12).hex()}"
     seen: list[bool] = []
     tell("A throwaway sshd on this machine, reached by ssh through a ProxyCommand: host `demo`.")
     project.set_secret("API_TOKEN", secret)
     tell("A git repository with a Makefile, and a project secret: API_TOKEN.")
-    workspace = project.create("try-it", "demo", report=report)
+    workspace = project.create("try-it", "demo")
     tell(f"Workspace try-it made of commit {workspace.base[:10]} at {workspace.path}")
     result = workspace.exec("make test && sleep 0.3", timeout=60,
                             tee=lambda data: seen.append(in_process_table(secret)))
@@ -9624,12 +9624,10 @@ def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
         text += f" It takes: {takes or 'nothing'}. Offered: {', '.join(keys) or 'no key at all'}."
         if takes and "publickey" not in takes:
             fix = "Ask its owner to allow keys: passwords cannot be typed here."
-        elif not os.environ.get("SSH_AUTH_SOCK"):
-            fix = "No agent runs here (SSH_AUTH_SOCK is not set): start one and ssh-add your " \
-                "key, or name it with IdentityFile."
         elif not re.search(r"Offering public key: .*agent", words):
-            fix = "Your agent holds no key that was offered: ssh-add it, or name it with " \
-                "IdentityFile."
+            agent = "Your agent holds no key that was offered:" if os.environ.get(
+                "SSH_AUTH_SOCK") else "No agent runs here (SSH_AUTH_SOCK is not set): start one,"
+            fix = f"{agent} ssh-add your key, or name it with IdentityFile."
     elif proxy not in ("", "none") and type(error) is ConnectionDropped:
         text = text if said.strip() else "The ProxyCommand ended without a connection or a word."
         fix = f"Run it by hand: {proxy[:300]}"
@@ -11137,7 +11135,7 @@ TIDY = (b"\x1b[?1047l\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b
 
 
 def command_demo(options: argparse.Namespace) -> int:
-    demo(lambda text: print_text(neutralise(text)), options.terminal)
+    demo(lambda text: print_text(neutralise(text)))
     return 0
 
 
