@@ -9039,8 +9039,6 @@ class McpServer:
                 raise
             except PipeClosed:
                 self.closed = True
-                for call in list(self.working):
-                    call.cancel.set()
 
     # -- the protocol --
 
@@ -9568,21 +9566,20 @@ def finding(state: str, what: str, text: str, fix: str = "") -> Finding:
     return {"state": state, "what": what, "text": neutralise(text)[:1000], "fix": fix}
 
 
-# What `ssh -G` may show, the value that lets it happen, and what it is.
+# Options of ssh, the values that let something happen, and what that is.
 LEAKS = (
-    ("forwardagent", r"(?!no\Z)", "your agent (ForwardAgent)"),
-    ("forwardx11", "yes", "your display (ForwardX11)"),
-    ("sendenv", "", "environment variables (SendEnv)"),
-    ("setenv", "", "set variables (SetEnv)"),
-    ("localforward", "", "a local port (LocalForward)"),
-    ("remoteforward", "", "a remote port (RemoteForward)"),
-    ("dynamicforward", "", "a proxy (DynamicForward)"),
-    ("tunnel", r"(?!false\Z|no\Z)", "a network (Tunnel)"),
-    ("gssapidelegatecredentials", "yes", "Kerberos tickets (GSSAPIDelegateCredentials)"),
-    ("permitlocalcommand", "yes", "a command run here (LocalCommand)"),
-    ("remotecommand", r"(?!none\Z)", "another command (RemoteCommand)"),
-    ("stricthostkeychecking", "no|off|false", "an unchecked host (StrictHostKeyChecking; a changed "
-                                              "key is refused all the same)"))
+    ("ForwardAgent", r"(?!no\Z)", "your agent"),
+    ("ForwardX11", "yes", "your display"),
+    ("SendEnv", "", "environment variables"),
+    ("SetEnv", "", "set variables"),
+    ("LocalForward", "", "a local port"),
+    ("RemoteForward", "", "a remote port"),
+    ("DynamicForward", "", "a proxy"),
+    ("Tunnel", r"(?!false\Z|no\Z)", "a network"),
+    ("GSSAPIDelegateCredentials", "yes", "Kerberos tickets"),
+    ("PermitLocalCommand", "yes", "a command run here"),
+    ("RemoteCommand", r"(?!none\Z)", "another command"),
+    ("StrictHostKeyChecking", "no|off|false", "an unchecked host (never a changed key)"))
 
 
 def examine_here() -> Iterator[Finding]:
@@ -9601,8 +9598,8 @@ def examine_here() -> Iterator[Finding]:
 
 def examine_config(config: SSHConfig) -> Finding:
     """What the user's ssh config would let out, and is forced off."""
-    leaks = [text for key, value, text in LEAKS
-             if any(re.match(value, given) for given in config.values.get(key, []))]
+    leaks = [f"{option}: {what}" for option, value, what in LEAKS
+             if any(re.match(value, given) for given in config.values.get(option.lower(), []))]
     return finding("ok", "config", "forced off here, though your ssh config has it: "
                    + ", ".join(leaks) if leaks else
                    "nothing in your ssh config would leave this machine")
