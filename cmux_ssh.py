@@ -8745,13 +8745,10 @@ class Batch:
 def strict_json(line: bytes) -> Any:
     """The value of a line of JSON, without Python's NaN and Infinity. Raises UsageError."""
     import json
-
-    def refuse(word: str) -> None:
-        raise ValueError(word)
     if len(line) > BATCH_LINE_MAX:
         raise UsageError(f"A line is longer than {human_size(BATCH_LINE_MAX)}.")
     try:
-        return json.loads(line.decode("utf-8"), parse_constant=refuse)
+        return json.loads(line.decode("utf-8"), parse_constant=int)  # int("NaN") fails
     except (ValueError, RecursionError):
         raise UsageError("A line is not JSON.")
 
@@ -8843,10 +8840,8 @@ class Veil:
 
     def clean(self, data: bytes | str, begun: bool = False, printed: bool = False) -> str:
         """``begun``: the data may begin within a secret; ``printed``: for a terminal."""
-        raw = mask(encoded(data), self.masks)
-        plain = encoded(_ESCAPES.sub("", as_text(raw)))
-        if plain != raw:  # grep --color puts its codes into the middle of a secret
-            plain = mask(plain, self.masks)
+        plain = encoded(_ESCAPES.sub("", as_text(mask(encoded(data), self.masks))))
+        plain = mask(plain, self.masks)  # grep --color puts its codes into the middle of a secret
         pieces = _CUT.split(plain)  # text, cut, text, cut, ..., text
         for i in range(0, len(pieces), 2):
             if i or begun:
@@ -8949,21 +8944,21 @@ class Call:
                     started=round(self.started, 3))
 
 
-def page(text: str, offset: int, facts: list[str]) -> tuple[str, int]:
+def page(text: str, offset: int, facts: list[str]) -> str:
     """The lines of a file that fit; where to go on is added to ``facts``."""
     if len(text) <= MCP_ROOM:
-        return text, 0
+        return text
     shown = text[:text.rfind("\n", 0, MCP_ROOM) + 1]
     advice = "use exec with cut or head -c."
     if not shown:
         last = text.find("\n") + 1 in (0, len(text))
         facts.append(f"Line {offset} is longer than what fits here, and cut: {advice}"
                      + ("" if last else f" Go on with offset={offset + 1}."))
-        return text[:MCP_ROOM], 0
+        return text[:MCP_ROOM]
     following = offset + shown.count("\n")
     facts.append(f"Shown are lines {offset} to {following - 1}; go on with offset={following}. "
                  f"A longer line is cut: {advice}")
-    return shown, 0
+    return shown
 
 
 class McpServer:
@@ -9228,7 +9223,7 @@ class McpServer:
         if failure is None:
             return defect(error)
         try:
-            text = " ".join(filter(None, (str(failure), self._hint(failure))))
+            text = f"{failure} {self._hint(failure)}".rstrip()
             return Veil(self.project, self.op).clean(text)
         except CmuxError as unread:  # without the secrets nothing of the host's can be shown
             return f"{unread} {unread.hint}"
@@ -9366,8 +9361,8 @@ class McpServer:
                      if type(value) in (int, float, bool) or key in ("job", "state")]
             return "\n".join(plain + [f"It was done, but what the host sent is not shown: {error} "
                                       + error.hint])
-        offset, facts = (call.arguments or {}).get("offset", 1), []
-        bodies: Fields = {}
+        offset, bodies = (call.arguments or {}).get("offset", 1), {}
+        facts: list[str] = []
         if tool == "read" and result["size"] and not result.get("content", True):
             facts.append(f"The file ends before line {offset}.")
         if "next_offset" in result:
@@ -9386,14 +9381,14 @@ class McpServer:
             if isinstance(value, list):
                 value = "\n".join(map(row_text, value))
             value = veil.clean(value, key == "output", key in ("stdout", "stderr", "output"))
-            text, lost = page(value, offset, facts) if tool == "read" else clip(value, room)
+            text, lost = (page(value, offset, facts), 0) if tool == "read" else clip(value, room)
             room = max(room - len(text), MCP_ROOM // 8)
             if text:
                 body.append(f"--- {key}\n{text}")
             elif key not in MCP_MAY_LACK:
                 facts.append(f"{key}: none")
             if lost:
-                facts[:] = [fact for fact in facts if not fact.startswith("truncated: ")]
+                facts = [fact for fact in facts if fact != "truncated: True"]
                 facts += ["truncated: True",
                           MCP_REST.get(tool, "Some of it is left out: narrow the search.")]
         if body:
@@ -9470,10 +9465,9 @@ def throwaway_server() -> Iterator[str]:
     keygen = find_program("ssh-keygen")
     near = "/tmp" if " " in temporary_folder() else None
     path = tempfile.mkdtemp(prefix="cmux-demo-", dir=near)
-    values = {"CMUX_SSH_HOME": path + "/state",
-              "CMUX_SSH_COMMAND": f"ssh -F {quote(path)}/ssh_config"}
-    saved = {name: os.environ[name] for name in values if name in os.environ}
-    os.environ.update(values)
+    saved = dict(os.environ)
+    os.environ.update(CMUX_SSH_HOME=path + "/state",
+                      CMUX_SSH_COMMAND=f"ssh -F {quote(path)}/ssh_config")
     try:
         os.mkdir(path + "/home", 0o700)
         run([keygen, "-q", "-t", "ed25519", "-N", "", "-C", "demo", "-f", path + "/key"])
@@ -9493,8 +9487,7 @@ def throwaway_server() -> Iterator[str]:
             os.makedirs("/run/sshd", 0o755, exist_ok=True)  # sshd insists, as root
         yield path
     finally:
-        for name in values:
-            del os.environ[name]
+        os.environ.clear()
         os.environ.update(saved)
         shutil.rmtree(path, ignore_errors=True)
 
