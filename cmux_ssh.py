@@ -8889,7 +8889,8 @@ class Call:
         import threading
         token = params.get("_meta", {}).get("progressToken")
         self.number, self.tool, self.reply, self.bytes = number, tool, reply, size
-        self.arguments = params.get("arguments")
+        given = params.get("arguments")
+        self.arguments = {} if given is None else given
         self.token = token if isinstance(token, (str, int)) else None
         self.id, self.arrived = "r" + os.urandom(4).hex(), time.monotonic()
         self.progress_at: float = MCP_PROGRESS
@@ -8939,7 +8940,7 @@ class Call:
     def listed(self) -> Fields:
         """A row as in jobs()."""
         row = self.status()
-        command = (self.arguments or {}).get("command", self.tool.name)
+        command = self.arguments.get("command", self.tool.name)
         return dict(row, output_size=row.pop("size"), command=str(command)[:200],
                     started=round(self.started, 3))
 
@@ -9236,11 +9237,9 @@ class McpServer:
 
     def _perform(self, call: Call) -> str:
         """Run the tool; its result as text."""
-        tool, given = call.tool, {} if call.arguments is None else call.arguments
+        tool, most = call.tool, self.soft * 0.9
         self._bound()  # before a first call that renames it
-        if self.manage and isinstance(given, dict):
-            given = self._understood(tool, given)
-        arguments, most = dict(tool.check(given)), self.soft * 0.9
+        arguments = dict(tool.check(self._understood(tool, call.arguments)))
         if tool.name == "logs":  # what waits answers before the soft timeout
             arguments["wait"] = min(arguments.get("wait", 0), most)
         elif tool.name == "wait":
@@ -9267,14 +9266,14 @@ class McpServer:
         call.result = dict(self._run_tool(call, workspace, arguments), **call.made)
         return self._shown(call, call.result)
 
-    def _understood(self, tool: Verb, given: Fields) -> Fields:
+    def _understood(self, tool: Verb, given: Any) -> Any:
         """The arguments. Models mix `name` and `workspace` up: each is taken for the other where a
         tool has only that."""
         known = {arg.name for arg in tool.params}
         for one, other in (("name", "workspace"), ("workspace", "name")):
-            if one not in known and other in known and other not in given:
+            if isinstance(given, dict) and known & {one, other} == {other} and other not in given:
                 given = {other if key == one else key: value for key, value in given.items()}
-        return dict(given)
+        return given
 
     def _run_tool(self, call: Call, workspace: Workspace, arguments: Fields) -> Fields:
         if call.tool.name == "exec":
@@ -9324,8 +9323,8 @@ class McpServer:
             missing = " or ".join(name for name in names if name not in self.kept)
             raise ToolFailed(
                 f"There is no job {show(missing)} in this server: such a job ends with the server "
-                "that began it.", "Wait apart for those of the host (j...), or run the command "
-                "again, with background=true if it takes long.")
+                "that began it.", "Wait apart for those of the host (j...), or run it again, with "
+                "background=true if it takes long.")
         kept = jobs[0]
         call.name, call.op = kept.name, kept.op
         if call.tool.name == "stop":
@@ -9359,7 +9358,7 @@ class McpServer:
                      if type(value) in (int, float, bool) or key in ("job", "state")]
             return "\n".join(plain + [f"It was done, but what the host sent is not shown: {error} "
                                       + error.hint])
-        offset, bodies = (call.arguments or {}).get("offset", 1), {}
+        offset, bodies = call.arguments.get("offset", 1), {}
         facts: list[str] = []
         if tool == "read" and result["size"] and not result.get("content", True):
             facts.append(f"The file ends before line {offset}.")
@@ -9500,15 +9499,13 @@ def demo(tell: Callable[[str], None]) -> None:
     """The whole flow against a throwaway sshd."""
     with throwaway_server() as path:
         try:
-            project = Project(make_repository(path + "/hello", DEMO_FILES))
-            demo_command(project, tell)
-            demo_removal(project, tell)
+            demo_flow(Project(make_repository(path + "/hello", DEMO_FILES)), tell)
         finally:
             end_masters()
     tell("Everything the demo made is gone again.")
 
 
-def demo_command(project: Project, tell: Callable[[str], None]) -> None:
+def demo_flow(project: Project, tell: Callable[[str], None]) -> None:
     secret = f"demo-{os.urandom(12).hex()}"
     seen: list[bool] = []
     tell("A throwaway sshd on this machine, reached by ssh through a ProxyCommand: host `demo`.")
@@ -9524,10 +9521,6 @@ def demo_command(project: Project, tell: Callable[[str], None]) -> None:
     tell(f"The process table meanwhile: the secret was {'SEEN' if any(seen) else 'not'} in it.")
     if result.exit_code or any(seen) or secret.encode() not in result.stdout:
         raise RemoteFailed("The demo did not go as it should.", "Report it, with this output.")
-
-
-def demo_removal(project: Project, tell: Callable[[str], None]) -> None:
-    workspace = project.workspace("try-it")
     workspace.exec("echo more >> hello.txt")
     tell("A command there changed hello.txt.")
     try:
