@@ -9528,9 +9528,9 @@ def demo_flow(project: Project, tell: Callable[[str], None]) -> None:
         raise RemoteFailed("A workspace with changes was removed.")
     except WorkspaceDirty as refusal:
         tell(f"rm refuses while there is work: {refusal}")
-    result = pull(workspace)
-    tell(f"pull brought it home as a commit on branch {result.branch}; the work tree is untouched:")
-    for line in result.stat.splitlines():
+    pulled = pull(workspace)
+    tell(f"pull brought it home as a commit on branch {pulled.branch}; the work tree is untouched:")
+    for line in pulled.stat.splitlines():
         tell("  " + line)
     project.remove("try-it")
     tell("Now nothing would be lost, and rm removed it.")
