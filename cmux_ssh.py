@@ -8764,9 +8764,9 @@ def read_some(fd: int) -> bytes:
         raise UsageError(f"stdin cannot be read: {error.strerror}.")
 
 
-def read_lines(fd: int, limit: int, cancel: Cancel | None = None) -> Iterator[bytes]:
-    """Lines of a descriptor, until its end or ``cancel``; of one longer than ``limit`` only the
-    beginning is kept."""
+def read_lines(fd: int, cancel: Cancel | None = None) -> Iterator[bytes]:
+    """Lines of a descriptor, until its end or ``cancel``; of one that is too long only the
+    beginning."""
     held = bytearray()
     while True:
         poll_once(None, cancel, fd)
@@ -8777,7 +8777,7 @@ def read_lines(fd: int, limit: int, cancel: Cancel | None = None) -> Iterator[by
             yield bytes(held)
             return
         first, *rest = data.split(b"\n")
-        held += first[:max(0, limit + 1 - len(held))]
+        held += first[:max(0, BATCH_LINE_MAX + 1 - len(held))]
         if rest:
             yield bytes(held)
             yield from rest[:-1]
@@ -8981,7 +8981,11 @@ class McpServer:
         self.op = ""                # the id of the workspace, as last seen
         self.manage, self.soft = manage, soft
         self.tools = TOOLS
+        place = ", ".join(host) or self.host_of(workspace) or "configured for it"
+        self.instructions = MCP_INSTRUCTIONS.format(
+            name=workspace, host=place[:36], soft=soft, room=MCP_ROOM)
         if manage:
+            self.instructions += MCP_MANAGE_INSTRUCTIONS
             other = Arg("workspace", "text", f"another workspace than {workspace}")
             self.tools = {name: Verb(tool.name, tool.text, *tool.args, other, **tool.settings)
                           for name, tool in TOOLS.items()}
@@ -8991,11 +8995,6 @@ class McpServer:
         self.calls: dict[str | int, Call] = {}  # not answered yet
         self.working: set[Call] = set()         # not ended yet
         self.kept: dict[str, Call] = {}         # answered with a job
-        place = ", ".join(host) or self.host_of(workspace) or "configured for it"
-        self.instructions = MCP_INSTRUCTIONS.format(
-            name=workspace, host=place[:36], soft=soft, room=MCP_ROOM)
-        if manage:
-            self.instructions += MCP_MANAGE_INSTRUCTIONS
 
     def run(self, lines: Iterable[bytes]) -> int:
         """Serve until the end of input; then end what runs in the foreground. Returns 0."""
@@ -9086,8 +9085,8 @@ class McpServer:
         elif method == "tools/list":
             respond(dict(fresh, tools=[self._describe(tool) for tool in self.tools.values()]))
         elif method == "server/discover":
-            respond(dict(fresh, supportedVersions=list(MCP_VERSIONS),
-                        capabilities={"tools": {}}, instructions=self.instructions))
+            respond(dict(fresh, supportedVersions=MCP_VERSIONS, capabilities={"tools": {}},
+                         instructions=self.instructions))
         elif method == "initialize" and not stateless:
             wanted = params.get("protocolVersion")
             version = wanted if wanted in MCP_HANDSHAKE else MCP_HANDSHAKE[0]
@@ -9108,7 +9107,7 @@ class McpServer:
             raise ProtocolError(-32602, "The protocol version is not text.")
         if asked != MCP_STATELESS:
             raise ProtocolError(-32022, "This server does not speak this protocol version.", data={
-                "supported": list(MCP_VERSIONS), "requested": asked[:64]})
+                "supported": MCP_VERSIONS, "requested": asked[:64]})
         if not isinstance(meta.get(MCP_META + "clientCapabilities"), dict):
             raise ProtocolError(-32602, f"_meta has no {MCP_META}clientCapabilities.")
         return True
@@ -9370,7 +9369,7 @@ class McpServer:
                 key, value = key[:-7], base64.b64decode(value)
             if key in MCP_BODIES:
                 bodies[key] = value
-            elif value not in (None, "", {}) and value is not False and key not in MCP_UNSHOWN:
+            elif (value or value == 0) and value is not False and key not in ("workspace", "host"):
                 facts.append(f"{key}: " + veil.clean(str(value)).replace("\n", " ")[:500])
         body, room = [], MCP_ROOM
         for key in filter(bodies.__contains__, MCP_BODIES):
@@ -9425,7 +9424,6 @@ def row_text(row: Any) -> str:
 
 MCP_BODIES = ("stdout", "stderr", "content", "output", "diff", "stat", "paths", "matches", "jobs",
               "workspaces", "notes", "executes")
-MCP_UNSHOWN = ("workspace", "host")
 MCP_MAY_LACK = ("stdout", "stderr", "content", "output", "notes", "executes")  # without a word
 MCP_HINTS: Sequence[tuple[type[CmuxError], str]] = (
     (WorkspaceDirty, "Wait for what runs there (jobs, stop), bring the work home first with "
@@ -9680,8 +9678,8 @@ def examine_secrets(host: Host) -> Finding:
     host.run(records, "/", look, lambda data: None, deadline=Deadline(30))
     answer = out.value()
     if any(seen) or answer.startswith(b"seen"):
-        place = "here" if any(seen) else "there"
-        return finding("bad", "secrets", f"a secret showed in a process table {place}",
+        return finding("bad", "secrets", "a secret showed in a process table "
+                       + ("here" if any(seen) else "there"),
                        "Do not use this host, and report this.")
     if not answer.startswith(b"unseen"):
         return finding("note", "secrets", "the host shows no process table to look into")
@@ -11031,15 +11029,14 @@ def project_and_name(options: argparse.Namespace) -> tuple[Project, str]:
 def command_batch(options: argparse.Namespace) -> int:
     project, name = project_and_name(options)
     batch = Batch(project, name, options.host, lambda data: write_out(1, data))
-    lines = read_lines(0, BATCH_LINE_MAX, batch.cancel)
-    return batch.run(lines, options.parallel or 16)
+    return batch.run(read_lines(0, batch.cancel), options.parallel or 16)
 
 
 def command_mcp(options: argparse.Namespace) -> int:
     project, name = project_and_name(options)
     server = McpServer(project, name, pool_of(options.host), answer_out, options.manage,
                        options.soft_timeout)
-    return server.run(read_lines(0, BATCH_LINE_MAX))
+    return server.run(read_lines(0))
 
 
 def command_doctor(options: argparse.Namespace) -> int:
