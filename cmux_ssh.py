@@ -9051,8 +9051,8 @@ class McpServer:
             if method is None and ("result" in message or "error" in message):
                 return  # an answer; we never ask
             if not isinstance(method, str) or "id" in message and type(asked) not in (str, int):
-                raise ProtocolError(-32600, "A message has no method, or an id that is neither "
-                                    "text nor a whole number.")
+                raise ProtocolError(
+                    -32600, "A message has no method, or an id other than text or a whole number.")
             number = asked
             if number is not None:
                 self._request(number, method, params, len(line))
@@ -9195,11 +9195,9 @@ class McpServer:
                         self._overdue(call)
                     elif seconds >= call.progress_at and call.token is not None:
                         call.progress_at = seconds + MCP_PROGRESS
-                        size = len(call.output)
-                        output = f", {human_size(size)} of output" if size else ""
                         self.send({"jsonrpc": "2.0", "method": "notifications/progress", "params": {
                             "progressToken": call.token, "progress": round(seconds, 1),
-                            "message": f"{call.doing} for {seconds:.0f} s{output}"}})
+                            "message": f"{call.doing} for {seconds:.0f} s"}})
                 except Exception as error:
                     self._answer(call, self._failure(error), True)
 
@@ -9594,7 +9592,7 @@ def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
     error = failure_in(plain if plain.strip() or proxy_of(config) else said, heard, config)
     if isinstance(error, ConnectionDropped):
         error = proxy_failure(config, said) or error
-    text, fix, proxy = str(error), error.hint, config.first("proxycommand")
+    text, fix = str(error), error.hint
     key = re.search(r"Server host key: (\S+ SHA256:\S+)", words)
     if isinstance(error, HostKeyFailed) and key:
         text += f" It offers {key.group(1)}."
@@ -9605,18 +9603,18 @@ def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
         if takes and "publickey" not in takes:
             fix = "Ask its owner to allow keys: passwords cannot be typed here."
         elif not re.search(r"Offering public key: .*agent", words):
-            agent = "Your agent holds no key that was offered:" if os.environ.get(
-                "SSH_AUTH_SOCK") else "No agent runs here (SSH_AUTH_SOCK is not set): start one,"
-            fix = f"{agent} ssh-add your key, or name it with IdentityFile."
-    elif proxy not in ("", "none") and type(error) is ConnectionDropped:
+            fix = "Add your key to the agent (ssh-add), or name it with IdentityFile."
+            if not os.environ.get("SSH_AUTH_SOCK"):
+                fix = "No agent runs here (SSH_AUTH_SOCK is not set): start one. " + fix
+    elif proxy_of(config) == "ProxyCommand" and type(error) is ConnectionDropped:
         text = text if said.strip() else "The ProxyCommand ended without a connection or a word."
-        fix = f"Run it by hand: {proxy[:300]}"
+        fix = f"Run it by hand: {config.first('proxycommand')[:300]}"
     return unreachable(config.host, text, fix)
 
 
 def unreachable(host: str, text: str, fix: str) -> Finding:
-    by_hand = f"`{plain_ssh()} -v {quote(host)} true`"
-    return finding("dead", "connect", text, fix.replace(look_into(host), by_hand))
+    return finding("dead", "connect", text, fix.replace(
+        look_into(host), f"`{plain_ssh()} -v {quote(host)} true`"))
 
 
 def examine_programs(host: Host, root: str) -> Iterator[Finding]:
