@@ -9833,6 +9833,9 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
 # === 19. Command line ===
 # Owns: arguments, rendering, progress, exit codes. The only room that prints and exits.
 
+if TYPE_CHECKING:
+    Options = argparse.Namespace
+
 class Terminal(Report):
     """What a person sees on stderr while work goes on: a lane for each workspace, drawn in place
     if that is a terminal. All else is printed by put(), above them, or takes them away first."""
@@ -9853,11 +9856,24 @@ class Terminal(Report):
 
     def in_lanes(self, names: Sequence[str], work: Callable[[str], Any], at_once: int,
                  cancel: Cancel) -> list[Any]:
-        """in_parallel() of ``work(name)`` for each."""
+        """in_parallel() of ``work(name)``, a workspace or a row of exec, for each."""
         self.many |= len(names) > 1
         self.lanes, self.width = dict.fromkeys(names, ("waiting", 0.0)), max(map(len, names))
+
+        def lane(name: str) -> Any:
+            code = 1
+            try:
+                made = work(name)
+                code = made.get("exit_code", 0) if isinstance(made, dict) else 0
+                return made
+            finally:
+                if name in self.sinks:
+                    self.sinks[name].end()
+                if self.many:
+                    how = f"failed ({code})" if code else "done"
+                    self.lanes[name], self.paused = (how, 0.0), False
         try:
-            return in_parallel([functools.partial(work, name) for name in names], at_once, cancel)
+            return in_parallel([functools.partial(lane, name) for name in names], at_once, cancel)
         finally:
             self.close()
 
@@ -9901,13 +9917,6 @@ class Terminal(Report):
             self.step(what, doing)
         elif self.redraws and now - was[1] >= 1:
             self.lanes[what] = (transferred(doing, done, total, now - was[1]), was[1])
-
-    def end(self, name: str, code: int) -> None:
-        """The work in workspace ``name`` is over."""
-        if name in self.sinks:
-            self.sinks[name].end()
-        if self.many:
-            self.lanes[name], self.paused = (f"failed ({code})" if code else "done", 0.0), False
 
     def output(self, data: bytes, what: str) -> None:
         if self.verbosity >= 0:
@@ -10064,7 +10073,7 @@ def print_json(value: object) -> None:
     print_text(json.dumps(value))
 
 
-def answer(options: argparse.Namespace, value: object, *lines: str) -> int:
+def answer(options: Options, value: object, *lines: str) -> int:
     """Print a result: the value with --json; else, without -q, the lines."""
     if options.json:
         print_json(value)
@@ -10082,28 +10091,30 @@ def may_ask() -> bool:
     return person
 
 
-def open_project(options: argparse.Namespace) -> Project:
+def open_project(options: Options) -> Project:
     if options.verb != "exec":
         Lock.tell = options.terminal.warn
     return Project(options.directory, None if options.json else may_ask, warm=0)
 
 
-# -- the commands: each takes the parsed options and returns an exit code --
+# -- the commands: command_VERB(), else command_tool(), takes the parsed options and returns an
+# exit code --
 
-NAMED = ("pull", "push", "diff", "shell", "cp")  # whose word is the workspace
+def command_exec(options: Options) -> int:
+    return Execution(options).run()
 
 
 class Execution:
     """A command in one workspace, or in several at once: a row for each."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: Options) -> None:
         self.options, self.cancel = options, Cancel()
         self.environment = parse_environment(options.env)
         self.command: Any = options.command
         if len(self.command) == 1:
             self.command = self.command[0]
         self.project = open_project(options)
-        self.names = self._names(list(dict.fromkeys(options.workspace or [])))
+        self.names = self._names(list(dict.fromkeys(options.workspace)))
         self.secrets: list[str] | None = [] if options.no_secrets else options.secrets
         self.many = options.all or len(self.names) > 1
         self.plain = not (self.many or options.json)
@@ -10123,24 +10134,25 @@ class Execution:
         return names
 
     def _check(self) -> None:
-        detach, name = self.options.detach, self.names[0]
-        options = self.options
-        if options.tty and (options.json or detach or options.timeout or options.no_stdin
-                            or self.many):
-            raise UsageError("-t takes no --json, --detach, --timeout, -n, nor several workspaces.")
-        if options.no_secrets and options.secrets:
-            raise UsageError("--no-secrets hands over none, --secret one.", "Give one of the two.")
-        if detach and self.options.timeout:
-            raise UsageError("--detach takes no --timeout.", f"End the job with: {PROGRAM} stop ID")
-        if detach and self.many:
-            raise UsageError("--detach takes one workspace.", "Run it once for each.")
-        if (detach or self.many) and not self.options.no_stdin and data_waits(0):
-            if self.many:
-                raise UsageError("With several workspaces exec passes stdin on to none of them.",
-                                 "Add -n, or run it once for each.")
-            raise UsageError("A job takes no stdin.",
-                             f"Write it first (... | {PROGRAM} write -w {name} FILE), and then "
-                             "exec --detach -- 'CMD <FILE'; or add -n.")
+        options, many = self.options, self.many
+        unread = (options.detach or many) and not options.no_stdin and data_waits(0)
+        for bad, text, hint in (
+                (options.tty and (options.json or options.detach or options.timeout
+                                  or options.no_stdin or many),
+                 "-t takes no --json, --detach, --timeout, -n, nor several workspaces.", ""),
+                (options.no_secrets and options.secrets,
+                 "--no-secrets hands over none, --secret one.", "Give one of the two."),
+                (options.detach and options.timeout, "--detach takes no --timeout.",
+                 f"End the job with: {PROGRAM} stop ID"),
+                (options.detach and many, "--detach takes one workspace.",
+                 "Run it once for each."),
+                (unread and many, "With several workspaces exec passes stdin on to none of them.",
+                 "Add -n, or run it once for each."),
+                (unread, "A job takes no stdin.",
+                 f"Write it first (... | {PROGRAM} write -w {self.names[0]} FILE), and then "
+                 "exec --detach -- 'CMD <FILE'; or add -n.")):
+            if bad:
+                raise UsageError(text, hint)
 
     def run(self) -> int:
         """The worst exit code."""
@@ -10164,7 +10176,7 @@ class Execution:
         return max(int(row.get("exit_code", 0)) for row in rows)
 
     def _row(self, name: str) -> Fields:
-        options, began, row = self.options, time.monotonic(), {"exit_code": 1}
+        options, began = self.options, time.monotonic()
         patience, host = Patience(0.5, (self.cancel, select.POLLIN)), None
         out, err = [Capture(TOOL_CAPTURE if self.many else CAPTURE_MAX) if options.json else
                     self.terminal.sink_of(name, fd, patience) for fd in (1, 2)]  # type: Any, Any
@@ -10186,7 +10198,7 @@ class Execution:
             outcome = workspace.run(self.command, out, err, source, options.cwd, self.environment,
                                     options.login, options.timeout, self.cancel, self.secrets)
             result = exec_result(workspace, outcome, out, err, began)
-            row = json_fields(dict(result.as_dict(), error=None))
+            return json_fields(dict(result.as_dict(), error=None))
         except PipeClosed:
             self.cancel.set()
             raise
@@ -10195,12 +10207,11 @@ class Execution:
                 raise
             row = exec_failure(name, host, error, began)
             row.update(json_fields({"stdout": out.value(), "stderr": err.value()}))
+            return row
         finally:
             if not options.json:
                 out.end()
                 err.end()
-            self.terminal.end(name, row["exit_code"])
-        return row
 
     def _workspace(self, name: str) -> Workspace:
         host, report, cancel = self.options.host, self.terminal, self.cancel
@@ -10337,56 +10348,42 @@ def parse_environment(pairs: Sequence[str]) -> dict[str, str]:
     return values
 
 
-def refuse_both(options: argparse.Namespace) -> None:
+def refuse_both(options: Options) -> None:
     if options.dirty and options.ref != "HEAD":
         raise UsageError("--dirty sends the work tree, --ref a commit.", "Give one of the two.")
     if options.allow and not options.dirty:
         raise UsageError("--allow goes with --dirty.", "A commit is sent as it is.")
 
 
-def command_new(options: argparse.Namespace) -> int:
+def command_new(options: Options) -> int:
     refuse_both(options)
-    project = open_project(options)
+    project, source, cancel = open_project(options), options.source or "", Cancel()
     names = given_names(options) or [project.default_workspace()]
-    source = options.source or ""
-    host = project.hosts_for(options.host or (), source)
+    host = project.hosts_for(options.host, source)
     if len(set(names)) != len(names):
         raise UsageError("A name is given twice.")
 
     ref = project.repository.snapshot(options.allow or []) if options.dirty else options.ref
     for name in names:
         check_workspace(name)
-    terminal, cancel = options.terminal, Cancel()
-
-    def make(name: str) -> Workspace:
-        code = 1
-        try:
-            made = project.create(name, host, ref, options.root or "", not options.no_init,
-                                  terminal, cancel, source)
-            code = 0
-            return made
-        finally:
-            terminal.end(name, code)
-    done = terminal.in_lanes(names, make, 0, cancel)
-    rows: list[Fields] = []
-    code = 0
+    done = options.terminal.in_lanes(names, lambda name: project.create(
+        name, host, ref, options.root or "", not options.no_init, options.terminal, cancel,
+        source), 0, cancel)
+    rows, lines, errors = [], [], []  # type: list[Fields], list[str], list[CmuxError]
     for name, made in zip(names, done):
         if isinstance(made, CmuxError):
-            code = max(code, made.exit_code)
+            errors.append(made)
             rows.append({"name": name, "error": error_fields(made)})
-            report_error(made)
             continue
         rows.append(made.describe())
+        lines.append(f"{name}  {made.host.name}:{made.path}")
         if options.verbosity < 0 and made.state == "init failed":  # not said above
-            report_error(RemoteFailed("The init hook of %s failed." % name))
-        if not options.json and options.verbosity >= 0:
-            print_text("%s  %s:%s" % (name, made.host.name, made.path))
-    if options.json:
-        print_json(rows)
-    return code
+            report_error(RemoteFailed(f"The init hook of {name} failed."))
+    answer(options, rows, *lines)
+    return report_all(errors)
 
 
-def print_table(rows: Sequence[Sequence[str]], *spare: int) -> None:
+def print_table(rows: Sequence[Sequence[object]], *spare: int) -> None:
     """Columns in line; on a terminal the widest are cut so that a row fits its width. With
     ``spare`` the last column is cut before any other, to so many characters at least; where it
     cannot have them it is left out, and the next number is for the one before it."""
@@ -10394,68 +10391,73 @@ def print_table(rows: Sequence[Sequence[str]], *spare: int) -> None:
     for least in spare:
         others = table_lines([row[:-1] for row in rows], 1 << 16)
         rest = width - 2 - max(map(len, others))  # what they leave to it
-        if rest >= min(least, max(len(row[-1]) for row in rows)):
-            rows = [[*row[:-1], shortened(row[-1], rest)] for row in rows]
+        if rest >= min(least, max(len(str(row[-1])) for row in rows)):
+            rows = [[*row[:-1], shortened(str(row[-1]), rest)] for row in rows]
             break
         rows = [row[:-1] for row in rows]
     print_text("\n".join(table_lines(rows, width)))
 
 
-def table_lines(rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
+def table_lines(rows: Sequence[Sequence[object]], width: int) -> list[str]:
+    """A line for each row; None is a dash."""
+    cells = [["-" if value is None else neutralise(str(value)).replace("\n", " ")
+              for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
     while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > 8:
         widths[max(range(len(widths)), key=lambda i: (widths[i], i))] -= 1  # of equals, the later
-    return ["  ".join(shortened(neutralise(text).replace("\n", " "), size).ljust(size)
-                      for text, size in zip(row, widths)).rstrip() for row in rows]
+    return ["  ".join(shortened(text, size).ljust(size)
+                      for text, size in zip(row, widths)).rstrip() for row in cells]
 
 
 def shortened(text: str, size: int) -> str:
     return text if len(text) <= size else text[:size - 3] + "..."
 
 
-def command_history(options: argparse.Namespace) -> int:
-    rows = open_project(options).past(one_workspace(options))
-    rows = rows[-options.limit:] if options.limit else rows
+def command_history(options: Options) -> int:
+    rows = open_project(options).past(one_workspace(options))[-options.limit:]
     if options.json:
         for row in rows:
             print_json(row)
-        return 0
-    table = [("WHEN", "WORKSPACE", "WHAT", "TOOK", "CODE", "BYTES", "DETAIL")] + [
-        (time.strftime("%m-%d %H:%M:%S", time.localtime(row["time"])),
-         str(row.get("workspace", "")), row["operation"], f"{row.get('duration') or 0:.2f} s",
-         str(row.get("exit_code", "")), human_size(row["bytes"]) if row.get("bytes") else "",
-         str(row.get("detail", ""))) for row in rows]
-    if rows:
-        print_table(table, 8)
+    elif rows:
+        print_table([("WHEN", "WORKSPACE", "WHAT", "TOOK", "CODE", "BYTES", "DETAIL")] + [
+            (time.strftime("%m-%d %H:%M:%S", time.localtime(row["time"])),
+             row.get("workspace", ""), row["operation"], f"{row.get('duration') or 0:.2f} s",
+             row.get("exit_code", ""), human_size(row["bytes"]) if row.get("bytes") else "",
+             row.get("detail", "")) for row in rows], 8)
     else:
         options.terminal.warn("Nothing is on record yet.")
     return 0
 
 
 class View:
-    """What the hosts say of a project's workspaces (all, or those on some hosts): asked side by
-    side, so that no host holds up the others."""
+    """What the hosts say of the workspaces of projects (all, or those on some hosts): asked side
+    by side, so that no host holds up the others."""
 
     UNSEEN: Fields = {"changed": None, "jobs": None, "error": None}
 
-    def __init__(self, project: Project, hosts: Container[str]) -> None:
-        self.project, self.hosts = project, hosts
+    def __init__(self, hosts: Container[str], *projects: Project) -> None:
+        self.hosts, self.projects = hosts, projects
         self.seen: dict[str, Fields] = {}  # by the id of a workspace
         self.asked: set[str] = set()
 
     def look(self) -> list[tuple[Workspace, Fields]]:
         """The workspaces, and what is known of them by now."""
         return [(workspace, self.seen.get(workspace.op, self.UNSEEN))
-                for workspace in self.project.workspaces()
+                for project in self.projects for workspace in project.workspaces()
                 if not self.hosts or workspace.host.name in self.hosts]
 
-    def ask(self) -> None:
-        """Start asking for each that has answered its last question."""
+    def ask(self, seconds: float = 0) -> None:
+        """Ask each that has answered its last question; wait so long for the answers."""
         import threading
         for workspace, _ in self.look():
             if workspace.op not in self.asked:
                 self.asked.add(workspace.op)
                 threading.Thread(target=self._ask, args=(workspace,), daemon=True).start()
+        patience, late = Deadline(seconds), f"The host has not answered within {seconds} s."
+        while self.asked and not patience.over():
+            time.sleep(0.02)
+        for op in list(self.asked) if seconds else ():
+            self.seen.setdefault(op, dict(self.UNSEEN, error=late))
 
     def _ask(self, workspace: Workspace) -> None:
         op = workspace.op
@@ -10471,17 +10473,10 @@ class View:
         finally:
             self.asked.discard(op)
 
-    def wait(self, patience: Deadline) -> None:
-        """Until all have answered, or the deadline."""
-        while self.asked and not patience.over():
-            time.sleep(0.02)
-        late = f"The host has not answered within {TOP_PATIENCE} s."
-        for op in list(self.asked):
-            self.seen.setdefault(op, dict(self.UNSEEN, error=late))
-
     def rows(self) -> list[Fields]:
-        now, going_on = time.time(), self.project.running_now()
-        last = {row.get("op"): row.get("exit_code") for row in self.project.history.rows()
+        now, (project,) = time.time(), self.projects
+        going_on = project.running_now()
+        last = {row.get("op"): row.get("exit_code") for row in project.history.rows()
                 if row["operation"] == "exec"}
         rows = []
         for workspace, seen in self.look():
@@ -10497,11 +10492,10 @@ class View:
         return rows
 
     def lines(self, width: int) -> list[str]:
-        table = [("WORKSPACE", "HOST", "CHANGED", "LAST", "FOR", "RUNNING")]
+        table: list[Sequence[object]] = [
+            ("WORKSPACE", "HOST", "CHANGED", "LAST", "FOR", "RUNNING")]
         for row in self.rows():
-            numbers = (row["changed"], row["last_exit_code"])
-            cells = [row["workspace"], row["host"]]
-            cells += ["-" if number is None else str(number) for number in numbers]
+            cells = [row[key] for key in ("workspace", "host", "changed", "last_exit_code")]
             for item in row["running"] or [{"for": None, "detail": row["error"] or "", "what": ""}]:
                 own = "" if item["what"] in ("", "exec") else item["what"] + " "
                 since = "" if item["for"] is None else human_age(item["for"])
@@ -10515,14 +10509,12 @@ def running(seen: Fields) -> list[Fields]:
     return [job for job in seen["jobs"] or () if job["state"] == "running"]
 
 
-def command_top(options: argparse.Namespace) -> int:
+def command_top(options: Options) -> int:
     project = open_project(options)
-    top = View(project, options.host)
-    top.ask()
+    top = View(options.host, project)
     if options.json or not (os.isatty(0) and os.isatty(1)):
-        top.wait(Deadline(TOP_PATIENCE))
-        print_json(top.rows()) if options.json else print_text("\n".join(top.lines(1 << 16)))
-        return 0
+        top.ask(TOP_PATIENCE)
+        return answer(options, top.rows(), *top.lines(1 << 16))
     import termios
     import tty
     saved = termios.tcgetattr(0)
@@ -10531,6 +10523,7 @@ def command_top(options: argparse.Namespace) -> int:
         tty.setcbreak(0)
         while True:
             import shutil
+            top.ask()
             size = shutil.get_terminal_size()
             title = f"{project.name}: {time.strftime('%H:%M:%S')}  (q leaves)"
             lines = [title, "", *top.lines(size.columns)][:size.lines - 1]
@@ -10538,7 +10531,6 @@ def command_top(options: argparse.Namespace) -> int:
             typed = select.select([0], [], [], TOP_EVERY)[0]
             if typed and os.read(0, 1) in (b"q", b"Q", b"", b"\x03"):
                 return 0
-            top.ask()
     except KeyboardInterrupt:
         return 0
     finally:
@@ -10546,7 +10538,7 @@ def command_top(options: argparse.Namespace) -> int:
         draw(1, "\x1b[?25h\x1b[?1049l")
 
 
-def command_completion(options: argparse.Namespace) -> int:
+def command_completion(options: Options) -> int:
     own = f"{quote(sys.executable or 'python3')} {quote(os.path.abspath(__file__))}"
     print_text(COMPLETIONS[options.shell] % own)
     return 0
@@ -10640,48 +10632,40 @@ complete -c python3 -n __cmux_ssh -f -a '$__cmux_ssh_words'
 COMPLETIONS["zsh"] = "autoload -U +X bashcompinit && bashcompinit\n" + COMPLETIONS["bash"]
 
 
-def command_list(options: argparse.Namespace) -> int:
-    views, rows = [], []  # type: list[View], list[Fields]
-    if not options.all_projects:  # ssh asks nobody anything for a list
-        views.append(View(Project(options.directory, warm=0), options.host))
-    for value in all_projects(report_error) if options.all_projects else ():
+def command_list(options: Options) -> int:
+    directories, projects = [options.directory], []
+    if options.all_projects:
+        directories = [re.sub(r"/\.git\Z", "", project.get("repository", "/"))
+                       for project in all_projects(report_error)]
+    for directory in directories:
         try:
-            directory = re.sub(r"/\.git\Z", "", value.get("repository", "/"))
-            views.append(View(Project(directory, warm=0), options.host))
-        except CmuxError:  # its repository has gone
-            keys = ("host", "path", "base", "created", *COUNTED)
-            rows += [dict({key: entry.get(key) for key in keys}, name=name,
-                          project=value["name"], state=state_of(entry))
-                     for name, entry in value["workspaces"].items() if entry["state"] == "ready"
-                     and (not options.host or entry["host"] in options.host)]
-    patience = Deadline(LIST_PATIENCE)
-    for view in views if options.verbosity >= 0 else ():
-        view.ask()
-    for view in views:
-        view.wait(patience)
-        rows += [dict(workspace.describe(), changed=seen["changed"],
-                      behind=view.project.repository.behind(workspace.base),
-                      jobs=None if seen["jobs"] is None else len(running(seen)))
-                 for workspace, seen in view.look()]
+            projects.append(Project(directory, warm=0))  # ssh asks nobody anything for a list
+        except CmuxError as error:
+            if not options.all_projects:
+                raise
+            report_error(error)  # it has gone
+    view = View(options.host, *projects)
+    if options.verbosity >= 0:
+        view.ask(LIST_PATIENCE)
+    rows = [dict(workspace.describe(), changed=seen["changed"],
+                 behind=workspace.project.repository.behind(workspace.base),
+                 jobs=None if seen["jobs"] is None else len(running(seen)))
+            for workspace, seen in view.look()]
     if options.json:
-        return answer(options, rows)
-    if not rows:
+        print_json(rows)
+    elif not rows:
         where = f" on {' or '.join(options.host)}" if options.host else " yet"
         host = quote((options.host or ["HOST"])[0])
         options.terminal.warn(f"No workspaces{where}. Make one: {PROGRAM} new NAME -H {host}")
     elif options.verbosity < 0:
         print_text("\n".join(row["name"] for row in rows))
     else:
-        heads = ["NAME", "HOST", "STATE", *map(str.upper, COUNTED), "AGE", "BASE", "PATH"]
-        print_table([heads] + [[
-            f"{row['project']}/" * options.all_projects + row["name"], row["host"], row["state"],
-            *("-" if row[key] is None else str(row[key]) for key in COUNTED),
-            human_age(time.time() - row["created"]), row["base"][:10], row["path"]]
-            for row in rows], 20, 10)
+        counted = ("behind", "changed", "jobs")
+        print_table([("NAME", "HOST", "STATE", *map(str.upper, counted), "AGE", "BASE", "PATH")] + [
+            (f"{row['project']}/" * options.all_projects + row["name"], row["host"], row["state"],
+             *(row[key] for key in counted), human_age(time.time() - row["created"]),
+             row["base"][:10], row["path"]) for row in rows], 20, 10)
     return 0
-
-
-COUNTED = ("behind", "changed", "jobs")
 
 
 def human_age(seconds: float) -> str:
@@ -10691,28 +10675,32 @@ def human_age(seconds: float) -> str:
     return f"{int(max(0, seconds))}s"
 
 
-def one_workspace(options: argparse.Namespace) -> str:
+def one_workspace(options: Options) -> str:
     """The name of a workspace, a word or with -w; "" if none was given."""
-    names = [*filter(None, [getattr(options, "name", "")] * (options.verb in NAMED)),
-             *(options.workspace or [])]
-    if len(names) > 1:
+    if len(options.workspace) > 1:
         raise UsageError("More than one workspace is named.", "Name one, as a word or with -w.")
-    return str(names[0]) if names else ""
+    return "".join(options.workspace)
 
 
-def given_names(options: argparse.Namespace) -> list[str]:
+def named(options: Options, project: Project) -> str:
+    """The same; else the branch's."""
+    return check_workspace(one_workspace(options) or project.default_workspace())
+
+
+def given_names(options: Options) -> list[str]:
     """Workspaces named as words, or one with -w."""
     if options.names and options.workspace:
         raise UsageError("Names are given twice: as words and with -w.")
-    return list(options.names) or list(filter(None, [one_workspace(options)]))
+    one_workspace(options)
+    return list(options.names or options.workspace)
 
 
-def command_rm(options: argparse.Namespace) -> int:
+def command_rm(options: Options) -> int:
     project = open_project(options)
     names = given_names(options)
     if not names:
         raise UsageError("Name the workspaces to remove.", f"See `{PROGRAM} list`.")
-    code, removed, failed = 0, [], []  # type: int, list[str], list[dict[str, str]]
+    removed, failed = [], {}  # type: list[str], dict[str, CmuxError]
     for name in names:
         try:
             host = project.registry.read()["workspaces"].get(name, {}).get("host")
@@ -10725,28 +10713,27 @@ def command_rm(options: argparse.Namespace) -> int:
         except CmuxError as error:
             if isinstance(error, ConnectionFailed):
                 error.hint += f" If the host is gone for good: {PROGRAM} rm --forget {name}"
-            report_error(error)
-            failed.append(dict(error_fields(error), name=name))
-            code = max(code, error.exit_code)
-    answer(options, {"removed": removed, "errors": failed})
-    return code
+            failed[name] = error
+    answer(options, {"removed": removed, "errors": [
+        dict(error_fields(error), name=name) for name, error in failed.items()]})
+    return report_all(failed.values())
 
 
-def existing_workspace(options: argparse.Namespace) -> Workspace:
+def existing_workspace(options: Options) -> Workspace:
     """The workspace that is named; else that of the job, or of the branch, or the only one."""
     project = open_project(options)
     entries, name = project.entries(), one_workspace(options)
     if not name:
-        given = getattr(options, "job", "")
-        first = given[0] if isinstance(given, list) and given else str(given)
-        job = project.registry.read().get("jobs", {}).get(first, {})
+        job = getattr(options, "job", None) or [""]
+        known = project.registry.read().get("jobs", {})
+        of_job = known.get(job if isinstance(job, str) else job[0], {}).get("workspace")
         own = project.default_workspace()
-        near = [row for row in (job.get("workspace"), own) if row in entries]
-        name = [*near, *(entries if len(entries) == 1 else ()), own][0]
+        near = (of_job, own, *(entries if len(entries) == 1 else ()))
+        name = next((choice for choice in near if choice in entries), own)
     return project.existing(name, options.host)
 
 
-def command_pull(options: argparse.Namespace) -> int:
+def command_pull(options: Options) -> int:
     terminal = options.terminal
     result = pull(existing_workspace(options), options.branch or "", options.allow, terminal)
     if options.json:
@@ -10772,7 +10759,7 @@ def command_pull(options: argparse.Namespace) -> int:
     return 0
 
 
-def command_push(options: argparse.Namespace) -> int:
+def command_push(options: Options) -> int:
     refuse_both(options)
     workspace = existing_workspace(options)
     project = workspace.project
@@ -10783,30 +10770,31 @@ def command_push(options: argparse.Namespace) -> int:
     return answer(options, dict(now.describe(), pushed=moved), line)
 
 
-def command_move(options: argparse.Namespace) -> int:
+def command_fork(options: Options) -> int:
     source = existing_workspace(options)
     action = source.project.fork if options.verb == "fork" else source.project.rename
     made = action(source, options.name).describe()
     return answer(options, made, "%(name)s  %(host)s:%(path)s" % made)
 
 
-def command_gc(options: argparse.Namespace) -> int:
+command_rename = command_fork
+
+
+def command_gc(options: Options) -> int:
     freed, failed = open_project(options).gc(options.host)
     lost = {getattr(error, "host", None) or "?": {"error": error_fields(error)} for error in failed}
     lines = [f"{host}: freed {human_size(count)}" for host, count in freed.items()]
     answer(options, dict(freed, **lost), *lines)
-    for error in failed:
-        report_error(error)
-    return max([error.exit_code for error in failed], default=0)
+    return report_all(failed)
 
 
-def command_diff(options: argparse.Namespace) -> int:
+def command_diff(options: Options) -> int:
     workspace, exact = existing_workspace(options), options.json or not os.isatty(1)
     lines = diff_lines(workspace, options.stat, options.terminal, binary=exact)
     if options.json:
         return answer(options, bytes_field("diff", b"".join(line + b"\n" for line in lines)))
     pager, coloured = ("", False) if exact else workspace.project.repository.diff_settings()
-    coloured = coloured and not options.stat and not os.environ.get("NO_COLOR")
+    coloured = coloured and not options.stat and in_colour()
     colours = {"+": "32", "-": "31", "@": "36", "d": "1"} if coloured else {}
     with contextlib.ExitStack() as held:
         fd = 1
@@ -10821,7 +10809,7 @@ def command_diff(options: argparse.Namespace) -> int:
     return 0
 
 
-def stored_secrets(options: argparse.Namespace) -> Any:
+def stored_secrets(options: Options) -> Any:
     """Those of the scope that is named, to be changed in a with statement."""
     name = one_workspace(options)
     if options.everywhere and not name:  # also outside a repository
@@ -10829,7 +10817,7 @@ def stored_secrets(options: argparse.Namespace) -> Any:
     return Project(options.directory).editing_secrets(name, options.everywhere)
 
 
-def secrets_set(options: argparse.Namespace) -> int:
+def command_secrets_set(options: Options) -> int:
     if "=" in options.name:
         name = show(options.name.partition("=")[0])[1:-1]
         raise UsageError("A secret's value is not taken from the command line: others see that.",
@@ -10877,7 +10865,7 @@ def read_all(fd: int, limit: int) -> bytes:
     return bytes(data)
 
 
-def secrets_import(options: argparse.Namespace) -> int:
+def command_secrets_import(options: Options) -> int:
     try:
         with open(os.dup(0) if options.file == "-" else options.file, "rb") as stream:
             values = parse_dotenv(as_text(read_all(stream.fileno(), SECRETS_MAX)))
@@ -10919,7 +10907,7 @@ def parse_dotenv(text: str) -> dict[str, str]:
     return values
 
 
-def secrets_list(options: argparse.Namespace) -> int:
+def command_secrets_list(options: Options) -> int:
     project, name = Project(options.directory), one_workspace(options)
     stored = project.registry.stored(project.entry(name)["op"] if name else None)
     rows = []
@@ -10930,14 +10918,13 @@ def secrets_list(options: argparse.Namespace) -> int:
                          scope=scope))
         facts = [where] * (scope != "project") + ["from a command"] * (kind == "command")
         if not options.json:
-            shown = facts and options.verbosity >= 0
-            print_text(name + (f"  ({', '.join(facts)})" if shown else ""))
+            print_text(name + (f"  ({', '.join(facts)})" if facts else ""))
     if options.json:
         print_json(rows)
     return 0
 
 
-def secrets_rm(options: argparse.Namespace) -> int:
+def command_secrets_rm(options: Options) -> int:
     with stored_secrets(options) as stored:
         for name in options.names:
             if name not in stored:
@@ -10949,13 +10936,12 @@ def secrets_rm(options: argparse.Namespace) -> int:
 
 # -- the tools as commands --
 
-def the_workspace(options: argparse.Namespace) -> Workspace:
+def the_workspace(options: Options) -> Workspace:
     project = open_project(options)
-    return project.ensure(one_workspace(options) or project.default_workspace(), options.host,
-                          report=options.terminal)
+    return project.ensure(named(options, project), options.host, report=options.terminal)
 
 
-def job_of(options: argparse.Namespace, workspace: Workspace) -> Any:
+def job_of(options: Options, workspace: Workspace) -> Any:
     """The job, or jobs, named; else the last one of the workspace."""
     jobs = [] if options.job else workspace.jobs()
     if not (options.job or jobs):
@@ -10964,7 +10950,7 @@ def job_of(options: argparse.Namespace, workspace: Workspace) -> Any:
     return options.job or jobs[-1]["job"]
 
 
-def command_tool(options: argparse.Namespace) -> int:
+def command_tool(options: Options) -> int:
     name = options.verb
     given = {arg.name: getattr(options, arg.name) for arg in TOOLS[name].params}
     arguments = {key: value for key, value in given.items() if value is not None}
@@ -10981,21 +10967,21 @@ def command_tool(options: argparse.Namespace) -> int:
     return TOOL_CODE[name](result) if name in TOOL_CODE else 0
 
 
-def command_write(options: argparse.Namespace) -> int:
-    limit, workspace = READ_MAX * 10, the_workspace(options)
+def command_write(options: Options) -> int:
+    workspace = the_workspace(options)
     absolute(workspace, options.path)
-    data = read_all(0, limit)
-    return answer(options, workspace.write(options.path, data))
+    return answer(options, workspace.write(options.path, read_all(0, READ_MAX * 10)))
 
 
-def command_cp(options: argparse.Namespace) -> int:
+def command_cp(options: Options) -> int:
     back, away = (re.match(r"([\w.-]*):(.*)\Z", side, re.S)
                   for side in (options.source, options.to))
     remote = away or back
     if not remote or away and back:
         raise UsageError("One of SRC and DST is NAME:PATH or :PATH, in a workspace.",
                          f"For example: {PROGRAM} cp fix-login:report .")
-    options.name, path = remote.groups()
+    name, path = remote.groups()
+    options.workspace += [name] * bool(name)
     workspace, more = existing_workspace(options), (options.force, options.terminal)
     done = (workspace.upload(options.source, path, *more) if away
             else workspace.download(path, options.to, *more))
@@ -11004,21 +10990,18 @@ def command_cp(options: argparse.Namespace) -> int:
     return answer(options, done, done["path"])
 
 
-def command_edit(options: argparse.Namespace) -> int:
-    arguments: Fields = {"path": options.path}
+def command_edit(options: Options) -> int:
     if (options.old, options.new) != (None, None):
         if None in (options.old, options.new):
             raise UsageError("edit needs both --old and --new.")
-        arguments["edits"] = [{"old": options.old, "new": options.new, "count": options.count or 1}]
+        arguments: Fields = {"edits": [
+            {"old": options.old, "new": options.new, "count": options.count or 1}]}
     elif options.count is not None:
         raise UsageError("--count goes with --old and --new.", "In JSON each edit has its own.")
     else:
         import json
         try:
-            value = json.loads(read_all(0, BATCH_LINE_MAX).decode("utf-8"))
-            if not set(value) <= {"edits", "sha256"}:
-                raise ValueError
-            arguments.update(value)
+            arguments = dict(json.loads(read_all(0, BATCH_LINE_MAX).decode("utf-8")))
         except (ValueError, TypeError, RecursionError):
             raise UsageError('stdin is not JSON like {"edits": [{"old": ..., "new": ...}]}.',
                              "Or give --old and --new.")
@@ -11027,6 +11010,7 @@ def command_edit(options: argparse.Namespace) -> int:
             raise UsageError("--sha256 takes 64 hexadecimal digits.",
                              f"See: {PROGRAM} read --json {quote(options.path)}")
         arguments["sha256"] = options.sha256
+    arguments["path"] = options.path
     result = call_tool(the_workspace(options), "edit", arguments)
     return answer(options, result, *filter(None, [result["diff"].rstrip("\n")]))
 
@@ -11048,17 +11032,15 @@ def text_jobs(result: Fields, terminal: Terminal) -> None:
         for row in result["jobs"]])
 
 
-def command_jobs(options: argparse.Namespace) -> int:
+def command_jobs(options: Options) -> int:
     if not options.all:
         return command_tool(options)
     if options.workspace:
         raise UsageError("--all takes no -w.")
-    view, code = View(open_project(options), options.host), 0
-    view.ask()
-    view.wait(Deadline(TOP_PATIENCE))
-    rows = [dict(job, workspace=workspace.name) for workspace, seen in view.look()
-            for job in seen["jobs"] or ()]
+    view, rows, code = View(options.host, open_project(options)), [], 0
+    view.ask(TOP_PATIENCE)
     for workspace, seen in view.look():
+        rows += [dict(job, workspace=workspace.name) for job in seen["jobs"] or ()]
         if seen["error"]:
             code = 255
             options.terminal.line(f"{PROGRAM}: {workspace.name}: {seen['error']}")
@@ -11093,61 +11075,54 @@ TOOL_CODE: dict[str, Callable[[Fields], int]] = {
 }
 
 
-def command_logs(options: argparse.Namespace) -> int:
+def command_logs(options: Options) -> int:
     if options.json and not options.follow:
         return command_tool(options)
-    offset, wait = options.offset or 0, options.wait or 0
-    workspace, out = existing_workspace(options), Outlet(1)
+    offset, workspace, out = options.offset or 0, existing_workspace(options), Outlet(1)
     job = job_of(options, workspace)
     quiet_terminal()
+
+    def json_line(data: bytes) -> None:
+        if data:
+            print_json(bytes_field("output", data))
+    more = not options.follow
+    while more:
+        status = workspace.logs(job, offset, options.wait or 0)
+        out(status["output"])
+        offset = status["next_offset"]
+        more = status["output"] and offset < status["size"]
     if options.follow:
-        def json_line(data: bytes) -> None:
-            if data:
-                print_json(bytes_field("output", data))
         try:
             end = workspace.follow(job, json_line if options.json else out, offset)
         except KeyboardInterrupt:
             raise Cancelled(f"The job {job} goes on.", f"To look again: {PROGRAM} logs -f {job}")
         if options.json:
             print_json({"state": end["state"], "exit_code": end["exit_code"]})
-        out.end()
-        return 0
-    while True:
-        status = workspace.logs(job, offset, wait)
-        out(status["output"])
-        offset = status["next_offset"]
-        if offset >= status["size"] or not status["output"]:
-            out.end()
-            return 0
+    out.end()
+    return 0
 
 
-def project_and_name(options: argparse.Namespace) -> tuple[Project, str]:
-    """Of a command that talks to a program."""
+def command_batch(options: Options) -> int:
     project = Project(options.directory)
-    return project, check_workspace(one_workspace(options) or project.default_workspace())
-
-
-def command_batch(options: argparse.Namespace) -> int:
-    project, name = project_and_name(options)
-    batch = Batch(project, name, options.host, lambda data: write_out(1, data))
+    batch = Batch(project, named(options, project), options.host, lambda data: write_out(1, data))
     lines = read_lines(0, BATCH_LINE_MAX, batch.cancel)
     return batch.run(lines, options.parallel or 16)
 
 
-def command_mcp(options: argparse.Namespace) -> int:
-    project, name = project_and_name(options)
-    server = McpServer(project, name, pool_of(options.host), answer_out, options.manage,
-                       options.soft_timeout)
+def command_mcp(options: Options) -> int:
+    project = Project(options.directory)
+    server = McpServer(project, named(options, project), pool_of(options.host), answer_out,
+                       options.manage, options.soft_timeout)
     return server.run(read_lines(0, BATCH_LINE_MAX))
 
 
-def command_doctor(options: argparse.Namespace) -> int:
+def command_doctor(options: Options) -> int:
     if len(options.host) + bool(options.target) > 1:
         raise UsageError("doctor looks at one host.", f"For example: {PROGRAM} doctor HOST")
     name, root = options.target or "".join(options.host), ""
     try:
         project = open_project(options)
-        entry = project.entries().get(one_workspace(options) or project.default_workspace(), {})
+        entry = project.entries().get(named(options, project), {})
         name = name or entry.get("host") or project.default_hosts()[0]
         root = entry.get("root", "") if entry.get("host") == name else ""
     except CmuxError:  # no repository, or no host: this machine alone is examined
@@ -11189,7 +11164,7 @@ def on_terminal(open_workspace: Callable[[], Workspace], terminal: Terminal,
     return 255 if status is None else status
 
 
-def command_forward(options: argparse.Namespace) -> int:
+def command_forward(options: Options) -> int:
     workspace = existing_workspace(options)
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as held:
         for word in options.ports:
@@ -11205,30 +11180,20 @@ def command_forward(options: argparse.Namespace) -> int:
     return 0
 
 
+def command_shell(options: Options) -> int:
+    return on_terminal(lambda: the_workspace(options), options.terminal)
+
+
 # Out of the alternate screen; mouse, paste and application modes off; cursor and colours as usual.
-TIDY = (b"\x1b[?1047l\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b[?1l\x1b>\x1b[?25h"
-        b"\x1b[m\r\n")
+TIDY = b"\x1b[?1047;1000;1002;1003;1006;2004;1l\x1b>\x1b[?25h\x1b[m\r\n"
 
 
-def command_demo(options: argparse.Namespace) -> int:
+def command_demo(options: Options) -> int:
     demo(lambda text: print_text(neutralise(text)), options.terminal)
     return 0
 
 
 # -- the parser: argparse, made from the table for the one command that is called --
-
-HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "exec": lambda options: Execution(options).run(), "forward": command_forward,
-    "shell": lambda options: on_terminal(
-        functools.partial(the_workspace, options), options.terminal), "diff": command_diff,
-    "pull": command_pull, "push": command_push, "write": command_write, "edit": command_edit,
-    "cp": command_cp, "logs": command_logs, "jobs": command_jobs, "new": command_new,
-    "list": command_list, "rm": command_rm, "fork": command_move, "rename": command_move,
-    "history": command_history, "top": command_top, "gc": command_gc, "mcp": command_mcp,
-    "batch": command_batch, "secrets set": secrets_set, "secrets import": secrets_import,
-    "secrets list": secrets_list, "secrets rm": secrets_rm, "doctor": command_doctor,
-    "completion": command_completion, "demo": command_demo}
-
 
 def line_args(verb: Verb) -> list[Arg]:
     """What the command line of ``verb`` takes."""
@@ -11290,7 +11255,7 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(words: Sequence[str]) -> argparse.Namespace:
+def parse(words: Sequence[str]) -> Options:
     """The options of one command line, and its ``verb``. SystemExit(0) on -h."""
     name, rest, tail = words[0], list(words[1:]), None  # type: str, list[str], list[str] | None
     if name == "secrets":
@@ -11307,13 +11272,15 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     options = parser_of(VERBS[name]).parse_args(rest)
     for arg in COMMON:  # also those that the command lacks
         options.__dict__.setdefault(arg.name, arg.default)
-    options.host = options.host or []
+    options.host, options.workspace = options.host or [], options.workspace or []
     options.verb, options.verbosity = name, int(options.verbose) - int(options.quiet)
     options.terminal = Terminal(options.verbosity, notes=name in ("new", "push"))
     CALLED["project"] = "" if options.directory == "." else " -C " + quote(options.directory)
     # A call of batch or mcp names its own.
-    if name not in ("batch", "mcp") and len(options.workspace or ()) == 1:
+    if name not in ("batch", "mcp") and len(options.workspace) == 1:
         CALLED["workspace"] = " -w " + quote(options.workspace[0])
+    if NAME in VERBS[name].args and options.name:
+        options.workspace.append(options.name)
     if name == "exec":
         options.command = command_words(options.command, tail)
     return options
@@ -11370,6 +11337,13 @@ def report_error(error: CmuxError) -> None:
     err_out(f"{PROGRAM}: {text}{hint}\n")
 
 
+def report_all(errors: Collection[CmuxError]) -> int:
+    """The worst exit code."""
+    for error in errors:
+        report_error(error)
+    return max([error.exit_code for error in errors], default=0)
+
+
 def fail(words: Sequence[str], error: CmuxError) -> int:
     """Report the error, with --json on stdout too; the exit code."""
     code = exec_code(error) if words[:1] == ["exec"] else error.exit_code
@@ -11410,11 +11384,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[0] == "__complete" and words[2:]:
             return complete(words[1], words[2:])
         options = parse(words)
-        if options.verb in ("batch", "exec", "forward", "mcp"):
-            raise_descriptor_limit()
+        raise_descriptor_limit()
         stop_signals()
         try:
-            return HANDLERS.get(options.verb, command_tool)(options)
+            name = "command_" + options.verb.replace(" ", "_")
+            return int(globals().get(name, command_tool)(options))
         finally:
             options.terminal.close()
     except KeyboardInterrupt:
