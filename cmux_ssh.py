@@ -9845,7 +9845,7 @@ class Terminal(Report):
     def __init__(self, verbosity: int, notes: bool = False) -> None:
         import threading
         self.verbosity, self.notes, self.many = verbosity, notes, False
-        self.bars = verbosity >= 0 and sys.stderr is not None and sys.stderr.isatty()
+        self.bars = verbosity >= 0 and os.isatty(2)
         self.redraws = self.bars and os.environ.get("TERM", "dumb") != "dumb"
         self.mutex, self.closed = threading.RLock(), threading.Event()
         self.lanes: dict[str, tuple[str, float]] = {}  # what is done, since when (0: no work)
@@ -10025,7 +10025,7 @@ def write_out(fd: int, data: bytes, harmless: bool = False,
         except BlockingIOError:
             patience.full(fd)
         except OSError as error:
-            raise OutputFailed(f"The output cannot be written: {os.strerror(error.errno or 0)}.")
+            raise OutputFailed(f"The output cannot be written: {error.strerror}.")
 
 
 def draw(fd: int, text: str) -> None:
@@ -10039,8 +10039,8 @@ def err_out(text: str) -> None:
 
 
 def in_colour() -> bool:
-    dumb = os.environ.get("TERM", "dumb") == "dumb"
-    return os.isatty(1) and not os.environ.get("NO_COLOR") and not dumb
+    no_colour = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+    return os.isatty(1) and not no_colour
 
 
 def terminal_width() -> int:
@@ -10426,7 +10426,7 @@ class View:
     """What the hosts say of the workspaces of projects (all, or those on some hosts): asked side
     by side, so that no host holds up the others."""
 
-    UNSEEN: Fields = {"changed": None, "jobs": None, "error": None}
+    UNSEEN: Fields = {"changed": None, "jobs": None, "running": None, "error": None}
 
     def __init__(self, hosts: Container[str], *projects: Project) -> None:
         self.hosts, self.projects = hosts, projects
@@ -10459,8 +10459,10 @@ class View:
             reply = tool_reply(workspace, workspace.host.call(
                 JOBS, job_directory(workspace), workspace.path))
             changed = re.match(r"changed +(\d{1,9})\n", reply.stdout.decode("ascii", "replace"))
-            self.seen[op] = {"changed": int(changed[1]) if changed else None,
-                             "jobs": parse_jobs(workspace, reply), "error": None}
+            jobs = parse_jobs(workspace, reply)
+            self.seen[op] = {"changed": int(changed[1]) if changed else None, "jobs": jobs,
+                             "running": [job for job in jobs if job["state"] == "running"],
+                             "error": None}
         except CmuxError as error:
             self.seen[op] = dict(self.seen.get(op, self.UNSEEN), error=str(error))
         finally:
@@ -10476,7 +10478,8 @@ class View:
             name = workspace.name
             doing = [(row["operation"], str(row.get("detail", "")), row["time"])
                      for row in going_on if row.get("workspace") == name]
-            doing += [(job["job"], job["command"], job["started"]) for job in running(seen)]
+            doing += [(job["job"], job["command"], job["started"])
+                      for job in seen["running"] or ()]
             rows.append({
                 "workspace": name, "host": workspace.host.name, "changed": seen["changed"],
                 "last_exit_code": last.get(workspace.op), "error": seen["error"], "running": [
@@ -10495,11 +10498,6 @@ class View:
                 table.append((*cells, since, own + item["detail"]))
                 cells = [""] * 4
         return table_lines(table, width)
-
-
-def running(seen: Fields) -> list[Fields]:
-    """Of the jobs that a host named."""
-    return [job for job in seen["jobs"] or () if job["state"] == "running"]
 
 
 def command_top(options: Options) -> int:
@@ -10562,32 +10560,34 @@ def candidates(before: Sequence[str], last: str) -> dict[str, str]:
             known = line_args(VERBS[name]) if name in VERBS else COMMON
     if "--" in before or name == "exec" and plain[1:]:
         return {}  # words of the remote command
-    if not pending and last.startswith("-"):
+    if pending:
+        return values_of(pending, directory)
+    if last.startswith("-"):
         return {flag: arg.text for arg in known for flag in arg.flags}
-    if not pending and name not in VERBS:
+    if name not in VERBS:
         at = len(plain)
         return {row.split()[at]: verb.text for row, verb in VERBS.items()
                 if row.split()[:at] == plain}
-    if not pending:
-        first = next((arg.name for arg in known if arg.word), "")
-        pending = {"secrets rm": "secrets", "new": "", "fork": "", "rename": ""}.get(name, first)
-    return values_of(pending, directory)
+    first = next((arg.name for arg in known if arg.word), "")
+    own = {"secrets rm": "secrets", "new": "", "fork": "", "rename": ""}
+    return values_of(own.get(name, first), directory)
 
 
 def values_of(name: str, directory: str) -> dict[str, str]:
     """What the argument ``name`` may be in the project of ``directory``."""
+    names: Iterable[str] = ()
     if name == "shell":
-        return dict.fromkeys(COMPLETIONS, "")
-    if name in ("host", "target"):
-        return dict.fromkeys(config_hosts(), "")
-    if name in ("workspace", "name", "names"):
-        return dict.fromkeys(sorted(Project(directory).entries()), "")
-    if name in ("job", "secrets"):
-        registry = Registry(Repository(directory).common_dir)
-        if name == "secrets":
-            return dict.fromkeys(sorted(name for name, _, _ in registry.stored()), "")
-        return {job: str(row["command"]) for job, row in registry.read().get("jobs", {}).items()}
-    return {}
+        names = COMPLETIONS
+    elif name in ("host", "target"):
+        names = config_hosts()
+    elif name in ("workspace", "name", "names"):
+        names = Project(directory).entries()
+    elif name == "secrets":
+        names = [name for name, _, _ in Project(directory).registry.stored()]
+    elif name == "job":
+        return {job: str(row["command"])
+                for job, row in Project(directory).registry.read().get("jobs", {}).items()}
+    return dict.fromkeys(sorted(names), "")
 
 
 def config_hosts() -> list[str]:
@@ -10597,8 +10597,8 @@ def config_hosts() -> list[str]:
             rows = re.findall(r"(?im)^[ \t]*host[ \t=](.*)", stream.read(STATE_MAX))
     except OSError:
         return []
-    return sorted({name for name in re.split(r"[\s=]+", " ".join(rows))
-                   if name.isprintable() and not re.search(r"[*?!\"']|^$", name)})
+    return [name for name in re.split(r"[\s=]+", " ".join(rows))
+            if name.isprintable() and not re.search(r"[*?!\"']|^$", name)]
 
 
 # Both scripts run only the program that made them, never the file named on the line: it may be
@@ -10642,14 +10642,13 @@ def command_list(options: Options) -> int:
         view.ask(LIST_PATIENCE)
     rows = [dict(workspace.describe(), changed=seen["changed"],
                  behind=workspace.project.repository.behind(workspace.base),
-                 jobs=None if seen["jobs"] is None else len(running(seen)))
+                 jobs=None if seen["running"] is None else len(seen["running"]))
             for workspace, seen in view.look()]
     if options.json:
         print_json(rows)
     elif not rows:
         where = f" on {' or '.join(options.host)}" if options.host else " yet"
-        host = quote((options.host or ["HOST"])[0])
-        options.terminal.warn(f"No workspaces{where}. Make one: {PROGRAM} new NAME -H {host}")
+        options.terminal.warn(f"No workspaces{where}. Make one: {PROGRAM} new NAME -H HOST")
     elif options.verbosity < 0:
         print_text("\n".join(row["name"] for row in rows))
     else:
@@ -10726,18 +10725,16 @@ def command_pull(options: Options) -> int:
         terminal.warn(note)
     for path, names in result.secrets.items():
         terminal.line(f"{PROGRAM}: warning: {path} holds the secret {', '.join(names)}.")
-    if options.verbosity < 0:
-        return 0
     if not result.new:
-        print_text(f"Nothing new in {result.workspace}.")
-        return 0
+        return answer(options, None, f"Nothing new in {result.workspace}.")
     commits = f"{result.commits} commit" + "s" * (result.commits != 1)
     branch = neutralise(result.branch)
-    print_text(f"{branch}: {commits} on {result.since[:10]}, now at {result.commit[:10]}")
-    print_text(result.stat)
+    lines = [f"{branch}: {commits} on {result.since[:10]}, now at {result.commit[:10]}",
+             result.stat]
     if result.executes:
-        print_text("\n  ".join(["These would run, or be obeyed, on this machine after a merge:",
-                                *result.executes[:200]]))
+        lines += ["These would run, or be obeyed, on this machine after a merge:",
+                  *(f"  {path}" for path in result.executes[:200])]
+    answer(options, None, *lines)
     branch = quote(branch)
     terminal.note(f"To look at it: git diff ...{branch}; to take it: git merge {branch}")
     return 0
@@ -10750,8 +10747,8 @@ def command_push(options: Options) -> int:
     ref = project.repository.snapshot(options.allow or []) if options.dirty else options.ref
     moved = project.push(workspace.name, ref, options.force, options.terminal)
     now = project.workspace(workspace.name)
-    line = f"{now.name} is at {now.base[:10]}" + ("" if moved else " already")
-    return answer(options, dict(now.describe(), pushed=moved), line)
+    return answer(options, dict(now.describe(), pushed=moved),
+                  f"{now.name} is at {now.base[:10]}" + " already" * (not moved))
 
 
 def command_fork(options: Options) -> int:
@@ -10851,8 +10848,7 @@ def command_secrets_import(options: Options) -> int:
         with open(os.dup(0) if options.file == "-" else options.file, "rb") as stream:
             values = parse_dotenv(as_text(read_all(stream.fileno(), SECRETS_MAX)))
     except OSError as error:
-        why = os.strerror(error.errno or 0)
-        raise UsageError(f"Cannot read {show(options.file)}: {why}.")
+        raise UsageError(f"Cannot read {show(options.file)}: {error.strerror}.")
     for name, value in values.items():
         check_secret(name, encoded(value))
     with stored_secrets(options) as stored:
@@ -10873,13 +10869,11 @@ def parse_dotenv(text: str) -> dict[str, str]:
         r"[ \t]*(?:(?<=\s)#[^\n]*)?\r?(?:\n|\Z)"
         r"|(?P<bare>(?:[^\n#]+|(?<!\s)#)*)[^\n]*(?:\n|\Z))"
         r"|[ \t]*(?:#[^\n]*)?\r?(?:\n|\Z)|(?P<wrong>.)", re.S)
-    advice = "Quote values with spaces or newlines."
     for match in pattern.finditer(text):
         line, name = text.count("\n", 0, match.start()) + 1, match["name"]
-        if match["wrong"]:
-            raise UsageError(f"Line {line} is not NAME=value.", advice)
-        if name and not _VARIABLE.match(name):
-            raise UsageError(f"Line {line} has no variable's name before the =.", advice)
+        if match["wrong"] or name and not _VARIABLE.match(name):
+            raise UsageError(f"Line {line} is not NAME=value.",
+                             "Quote values with spaces or newlines.")
         if name:
             quoted = re.sub(r"\\(.)", lambda found: escapes.get(found[1], found[1]),
                             match["quoted"] or "", flags=re.S)
