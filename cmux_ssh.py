@@ -9877,8 +9877,6 @@ class Terminal(Report):
         finally:
             self.close()
 
-    # -- what is reported --
-
     def put(self, write: Callable[[], None]) -> None:
         """Print something above the lanes."""
         with self.mutex:
@@ -9889,11 +9887,11 @@ class Terminal(Report):
                 self._draw()
 
     def line(self, text: str) -> None:
-        self.put(lambda: err_out(text + "\n"))
+        self.put(lambda: err_out(text))
 
     def say(self, text: str) -> None:
         if self.verbosity > 0:
-            self.line(f"{PROGRAM}: {text}")
+            self.warn(text)
 
     def note(self, text: str) -> None:
         if self.bars or self.notes or self.verbosity > 0:  # exec is silent in a pipe
@@ -9901,7 +9899,7 @@ class Terminal(Report):
 
     def warn(self, text: str) -> None:
         if self.verbosity >= 0:
-            self.line(f"{PROGRAM}: {neutralise(as_called(text))}")
+            self.line(neutralise(as_called(text)))
 
     def step(self, what: str, doing: str) -> None:
         import threading
@@ -9915,8 +9913,13 @@ class Terminal(Report):
         was, now = self.lanes.get(what, ("", 0.0)), time.monotonic()
         if not was[0].startswith(doing):
             self.step(what, doing)
-        elif self.redraws and now - was[1] >= 1:
-            self.lanes[what] = (transferred(doing, done, total, now - was[1]), was[1])
+        elif self.redraws and now - was[1] >= 1:  # sending 3.2 MB of ~60.1 MB, 1.1 MB/s, ~52s left
+            rate, whole = done / (now - was[1]), total() if total else 0
+            text = f"{doing} {human_size(done)}"
+            text += f" of ~{human_size(whole)}" if whole > done else ""
+            text += f", {human_size(rate)}/s"
+            text += f", ~{human_age((whole - done) / rate)} left" if whole > done and rate else ""
+            self.lanes[what] = (text, was[1])
 
     def output(self, data: bytes, what: str) -> None:
         if self.verbosity >= 0:
@@ -9928,8 +9931,6 @@ class Terminal(Report):
             return Labelled(fd, f"{name.ljust(self.width)} | ", self, patience)
         self.pause()
         return Outlet(fd, patience)
-
-    # -- what is drawn --
 
     def pause(self) -> None:
         """Draw nothing until the next step."""
@@ -9965,8 +9966,8 @@ class Terminal(Report):
 
     def _lines(self, columns: int, room: int) -> list[str]:
         """A line for each workspace; where that is too many, for those at work, and a count."""
-        rows = [(name, *lane) for name, lane in list(self.lanes.items())]
-        lines, count = [], []  # type: list[str], list[str]
+        rows, lines = [(name, *lane) for name, lane in list(self.lanes.items())], []
+        count = []
         if len(rows) > room:
             busy = [row for row in rows if row[2]]
             ended = [doing for _, doing, since in rows if not since and doing != "waiting"]
@@ -9978,14 +9979,6 @@ class Terminal(Report):
                 doing += " " + human_age(time.monotonic() - since)
             lines.append(f"{name.ljust(self.width)[:max(8, columns - len(doing) - 2)]}  {doing}")
         return [line[:columns] for line in lines + count]
-
-
-def transferred(doing: str, done: int, total: Callable[[], int] | None, seconds: float) -> str:
-    """sending 3.2 MB of ~60.1 MB, 1.1 MB/s, ~52 s left"""
-    rate, whole = done / max(seconds, 0.001), total() if total else 0
-    of = f" of ~{human_size(whole)}" if whole > done else ""
-    left = f", ~{human_age((whole - done) / rate)} left" if whole > done and rate else ""
-    return f"{doing} {human_size(done)}{of}, {human_size(rate)}/s{left}"
 
 
 class Patience:
@@ -10035,7 +10028,7 @@ def draw(fd: int, text: str) -> None:
 
 def err_out(text: str) -> None:
     with contextlib.suppress(CmuxError):  # a full or closed stderr cannot be reported
-        draw(2, text)
+        draw(2, f"{PROGRAM}: {text}\n")
 
 
 def in_colour() -> bool:
@@ -10087,7 +10080,7 @@ def may_ask() -> bool:
     person = os.isatty(0) and os.isatty(2)
     if person:
         quiet_terminal()
-        err_out(f"{PROGRAM}: ssh may have a question; answer it now.\n")
+        err_out("ssh may have a question; answer it now.")
     return person
 
 
@@ -10111,27 +10104,20 @@ class Execution:
         self.options, self.cancel = options, Cancel()
         self.terminal: Terminal = options.terminal
         self.project = open_project(options)
-        self.names = self._names(list(dict.fromkeys(options.workspace)))
+        self.names = list(dict.fromkeys(options.workspace)) or [self.project.default_workspace()]
+        if options.all:
+            self.names = sorted(self.project.entries())
+            if not self.names:
+                raise WorkspaceMissing("This project has no workspaces.",
+                                       f"Make some: {PROGRAM} new NAME -H HOST")
         self.many = self.terminal.many = options.all or len(self.names) > 1
         self.plain = not (self.many or options.json)
         self._check()
-        self.secrets: list[str] | None = [] if options.no_secrets else options.secrets
         words = options.command
         self.call: Fields = {
             "command": words if words[1:] else words[0], "cwd": options.cwd or "",
             "env": parse_environment(options.env), "login": options.login,
-            "secrets": self.secrets}
-
-    def _names(self, given: list[str]) -> list[str]:
-        if not self.options.all:
-            return given or [self.project.default_workspace()]
-        if given:
-            raise UsageError("--all takes no -w.")
-        names = sorted(self.project.entries())
-        if not names:
-            raise WorkspaceMissing("This project has no workspaces.",
-                                   f"Make some: {PROGRAM} new NAME -H HOST")
-        return names
+            "secrets": [] if options.no_secrets else options.secrets}
 
     def _check(self) -> None:
         options, many = self.options, self.many
@@ -10140,6 +10126,7 @@ class Execution:
                 (options.tty and (options.json or options.detach or options.timeout
                                   or options.no_stdin or many),
                  "-t takes no --json, --detach, --timeout, -n, nor several workspaces.", ""),
+                (options.all and options.workspace, "--all takes no -w.", ""),
                 (options.no_secrets and options.secrets,
                  "--no-secrets hands over none, --secret one.", "Give one of the two."),
                 (options.detach and options.timeout, "--detach takes no --timeout.",
@@ -10217,13 +10204,18 @@ class Execution:
     def _workspace(self, name: str) -> Workspace:
         host, report, cancel = self.options.host, self.terminal, self.cancel
         report.step(name, "connecting")
-        workspace = self.project.ensure(name, host, report, cancel, self.secrets)
+        workspace = self.project.ensure(name, host, report, cancel, self.call["secrets"])
         if self.options.push and self.project.push(name, report=report, cancel=cancel):
             workspace = self.project.workspace(name)
         if self.many:
             workspace.host.masters.connect(Deadline(SLOT_PATIENCE), cancel)
-        else:
-            point_out_stale(self.project, workspace, report)
+        elif report.bars:
+            with contextlib.suppress(GitFailed):
+                commit, _ = self.project.repository.resolve("HEAD")
+                parent = self.project.repository.value_of(workspace.base + "^")  # of a --dirty one
+                if commit not in (workspace.base, parent):
+                    report.warn(f"{name} is at {workspace.base[:10]}, HEAD at {commit[:10]}. To "
+                                f"bring it there: {PROGRAM} push -w {name}")
         return workspace
 
     def _sum_up(self, rows: list[Fields], seconds: float) -> None:
@@ -10319,18 +10311,6 @@ def open_stdin() -> Source | None:
     return None if ended else Source(0)
 
 
-def point_out_stale(project: Project, workspace: Workspace, terminal: Terminal) -> None:
-    """On a terminal, warn that the workspace is not at the local HEAD."""
-    if terminal.bars:
-        with contextlib.suppress(GitFailed):
-            commit, _ = project.repository.resolve("HEAD")
-            parent = project.repository.value_of(workspace.base + "^")  # of a --dirty one
-            if commit not in (workspace.base, parent):
-                terminal.warn(
-                    f"{workspace.name} is at {workspace.base[:10]}, HEAD at {commit[:10]}. To "
-                    f"bring it there: {PROGRAM} push -w {workspace.name}")
-
-
 def parse_environment(pairs: Sequence[str]) -> dict[str, str]:
     values: dict[str, str] = {}
     for pair in pairs or []:
@@ -10341,24 +10321,21 @@ def parse_environment(pairs: Sequence[str]) -> dict[str, str]:
     return values
 
 
-def refuse_both(options: Options) -> None:
+def state_to_send(options: Options, repository: Repository) -> Any:
+    """The commit, or a snapshot of the work tree."""
     if options.dirty and options.ref != "HEAD":
         raise UsageError("--dirty sends the work tree, --ref a commit.", "Give one of the two.")
     if options.allow and not options.dirty:
         raise UsageError("--allow goes with --dirty.", "A commit is sent as it is.")
+    return repository.snapshot(options.allow or []) if options.dirty else options.ref
 
 
 def command_new(options: Options) -> int:
-    refuse_both(options)
     project, source, cancel = open_project(options), options.source or "", Cancel()
-    names = [*options.names, *options.workspace] or [project.default_workspace()]
+    names = [*map(check_workspace, dict.fromkeys([*options.names, *options.workspace]))]
+    names = names or [project.default_workspace()]
+    ref = state_to_send(options, project.repository)
     host = project.hosts_for(options.host, source)
-    if len(set(names)) != len(names):
-        raise UsageError("A name is given twice.")
-
-    ref = project.repository.snapshot(options.allow or []) if options.dirty else options.ref
-    for name in names:
-        check_workspace(name)
     done = options.terminal.in_lanes(names, lambda name: project.create(
         name, host, ref, options.root or "", not options.no_init, options.terminal, cancel,
         source), 0, cancel)
@@ -10376,34 +10353,23 @@ def command_new(options: Options) -> int:
     return report_all(errors)
 
 
-def print_table(rows: Sequence[Sequence[object]], *spare: int) -> None:
-    """Columns in line; on a terminal the widest are cut so that a row fits its width. With
-    ``spare`` the last column is cut before any other, to so many characters at least; where it
-    cannot have them it is left out, and the next number is for the one before it."""
-    width = terminal_width()
-    for least in spare:
-        others = table_lines([row[:-1] for row in rows], 1 << 16)
-        rest = width - 2 - max(map(len, others))  # what they leave to it
-        if rest >= min(least, max(len(str(row[-1])) for row in rows)):
-            rows = [[*row[:-1], shortened(str(row[-1]), rest)] for row in rows]
-            break
-        rows = [row[:-1] for row in rows]
-    print_text("\n".join(table_lines(rows, width)))
+def print_table(*rows: Sequence[object]) -> None:
+    print_text("\n".join(table_lines(rows, terminal_width())))
 
 
 def table_lines(rows: Sequence[Sequence[object]], width: int) -> list[str]:
-    """A line for each row; None is a dash."""
+    """A line for each row; None is a dash. Where they do not fit, the last column is cut, to 8
+    characters at least, or left out; then the widest yield."""
     cells = [["-" if value is None else neutralise(str(value)).replace("\n", " ")
               for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
+    *widths, last = [max(map(len, column)) for column in zip(*cells)]
+    rest = width - sum(widths) - 2 * len(widths)
+    if rest >= min(8, last):
+        widths.append(min(rest, last))
     while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > 8:
         widths[max(range(len(widths)), key=lambda i: (widths[i], i))] -= 1  # of equals, the later
-    return ["  ".join(shortened(text, size).ljust(size)
+    return ["  ".join((text if len(text) <= size else text[:size - 3] + "...").ljust(size)
                       for text, size in zip(row, widths)).rstrip() for row in cells]
-
-
-def shortened(text: str, size: int) -> str:
-    return text if len(text) <= size else text[:size - 3] + "..."
 
 
 def command_history(options: Options) -> int:
@@ -10412,11 +10378,11 @@ def command_history(options: Options) -> int:
         for row in rows:
             print_json(row)
     elif rows:
-        print_table([("WHEN", "WORKSPACE", "WHAT", "TOOK", "CODE", "BYTES", "DETAIL")] + [
+        print_table(("WHEN", "WORKSPACE", "WHAT", "TOOK", "CODE", "BYTES", "DETAIL"), *(
             (time.strftime("%m-%d %H:%M:%S", time.localtime(row["time"])),
              row.get("workspace", ""), row["operation"], f"{row.get('duration') or 0:.2f} s",
              row.get("exit_code", ""), human_size(row["bytes"]) if row.get("bytes") else "",
-             row.get("detail", "")) for row in rows], 8)
+             row.get("detail", "")) for row in rows))
     else:
         options.terminal.warn("Nothing is on record yet.")
     return 0
@@ -10426,8 +10392,6 @@ class View:
     """What the hosts say of the workspaces of projects (all, or those on some hosts): asked side
     by side, so that no host holds up the others."""
 
-    UNSEEN: Fields = {"changed": None, "jobs": None, "running": None, "error": None}
-
     def __init__(self, hosts: Container[str], *projects: Project) -> None:
         self.hosts, self.projects = hosts, projects
         self.seen: dict[str, Fields] = {}  # by the id of a workspace
@@ -10435,7 +10399,7 @@ class View:
 
     def look(self) -> list[tuple[Workspace, Fields]]:
         """The workspaces, and what is known of them by now."""
-        return [(workspace, self.seen.get(workspace.op, self.UNSEEN))
+        return [(workspace, self.seen.get(workspace.op, {}))
                 for project in self.projects for workspace in project.workspaces()
                 if not self.hosts or workspace.host.name in self.hosts]
 
@@ -10450,7 +10414,7 @@ class View:
         while self.asked and not patience.over():
             time.sleep(0.02)
         for op in list(self.asked) if seconds else ():
-            self.seen.setdefault(op, dict(self.UNSEEN, error=late))
+            self.seen.setdefault(op, {"error": late})
 
     def _ask(self, workspace: Workspace) -> None:
         op = workspace.op
@@ -10461,10 +10425,9 @@ class View:
             changed = re.match(r"changed +(\d{1,9})\n", reply.stdout.decode("ascii", "replace"))
             jobs = parse_jobs(workspace, reply)
             self.seen[op] = {"changed": int(changed[1]) if changed else None, "jobs": jobs,
-                             "running": [job for job in jobs if job["state"] == "running"],
-                             "error": None}
+                             "running": [job for job in jobs if job["state"] == "running"]}
         except CmuxError as error:
-            self.seen[op] = dict(self.seen.get(op, self.UNSEEN), error=str(error))
+            self.seen[op] = dict(self.seen.get(op, {}), error=str(error))
         finally:
             self.asked.discard(op)
 
@@ -10479,10 +10442,11 @@ class View:
             doing = [(row["operation"], str(row.get("detail", "")), row["time"])
                      for row in going_on if row.get("workspace") == name]
             doing += [(job["job"], job["command"], job["started"])
-                      for job in seen["running"] or ()]
+                      for job in seen.get("running", ())]
             rows.append({
-                "workspace": name, "host": workspace.host.name, "changed": seen["changed"],
-                "last_exit_code": last.get(workspace.op), "error": seen["error"], "running": [
+                "workspace": name, "host": workspace.host.name,
+                "changed": seen.get("changed"), "error": seen.get("error"),
+                "last_exit_code": last.get(workspace.op), "running": [
                     {"what": what, "detail": text, "for": round(now - since, 1) if since else None}
                     for what, text, since in doing]})
         return rows
@@ -10519,8 +10483,7 @@ def command_top(options: Options) -> int:
             title = f"{project.name}: {time.strftime('%H:%M:%S')}  (q leaves)"
             lines = [title, "", *top.lines(size.columns)][:size.lines - 1]
             draw(1, "\x1b[H%s\x1b[J" % "".join(f"\x1b[K{line}\r\n" for line in lines))
-            typed = select.select([0], [], [], TOP_EVERY)[0]
-            if typed and os.read(0, 1) in (b"q", b"Q", b"", b"\x03"):
+            if select.select([0], [], [], TOP_EVERY)[0] and os.read(0, 1) in b"qQ":  # or its end
                 return 0
     except KeyboardInterrupt:
         return 0
@@ -10626,23 +10589,20 @@ COMPLETIONS["zsh"] = "autoload -U +X bashcompinit && bashcompinit\n" + COMPLETIO
 
 
 def command_list(options: Options) -> int:
-    directories, projects = [options.directory], []
-    if options.all_projects:
-        directories = [re.sub(r"/\.git\Z", "", project.get("repository", "/"))
-                       for project in all_projects(report_error)]
-    for directory in directories:
+    projects = []  # ssh asks nobody anything for a list
+    if not options.all_projects:
+        projects.append(Project(options.directory, warm=0))
+    for record in all_projects(report_error) if options.all_projects else ():
         try:
-            projects.append(Project(directory, warm=0))  # ssh asks nobody anything for a list
-        except CmuxError as error:
-            if not options.all_projects:
-                raise
-            report_error(error)  # it has gone
+            projects.append(Project(re.sub(r"/\.git\Z", "", record.get("repository", "/")), warm=0))
+        except CmuxError as error:  # it has gone
+            report_error(error)
     view = View(options.host, *projects)
     if options.verbosity >= 0:
         view.ask(LIST_PATIENCE)
-    rows = [dict(workspace.describe(), changed=seen["changed"],
+    rows = [dict(workspace.describe(), changed=seen.get("changed"),
                  behind=workspace.project.repository.behind(workspace.base),
-                 jobs=None if seen["running"] is None else len(seen["running"]))
+                 jobs=len(seen["running"]) if "running" in seen else None)
             for workspace, seen in view.look()]
     if options.json:
         print_json(rows)
@@ -10653,10 +10613,10 @@ def command_list(options: Options) -> int:
         print_text("\n".join(row["name"] for row in rows))
     else:
         counted = ("behind", "changed", "jobs")
-        print_table([("NAME", "HOST", "STATE", *map(str.upper, counted), "AGE", "BASE", "PATH")] + [
+        print_table(("NAME", "HOST", "STATE", *map(str.upper, counted), "AGE", "BASE"), *(
             (f"{row['project']}/" * options.all_projects + row["name"], row["host"], row["state"],
              *(row[key] for key in counted), human_age(time.time() - row["created"]),
-             row["base"][:10], row["path"]) for row in rows], 20, 10)
+             row["base"][:10]) for row in rows))
     return 0
 
 
@@ -10724,7 +10684,7 @@ def command_pull(options: Options) -> int:
     for note in result.notes:
         terminal.warn(note)
     for path, names in result.secrets.items():
-        terminal.line(f"{PROGRAM}: warning: {path} holds the secret {', '.join(names)}.")
+        terminal.line(f"warning: {path} holds the secret {', '.join(names)}.")
     if not result.new:
         return answer(options, None, f"Nothing new in {result.workspace}.")
     commits = f"{result.commits} commit" + "s" * (result.commits != 1)
@@ -10741,10 +10701,9 @@ def command_pull(options: Options) -> int:
 
 
 def command_push(options: Options) -> int:
-    refuse_both(options)
     workspace = existing_workspace(options)
     project = workspace.project
-    ref = project.repository.snapshot(options.allow or []) if options.dirty else options.ref
+    ref = state_to_send(options, project.repository)
     moved = project.push(workspace.name, ref, options.force, options.terminal)
     now = project.workspace(workspace.name)
     return answer(options, dict(now.describe(), pushed=moved),
@@ -10753,8 +10712,7 @@ def command_push(options: Options) -> int:
 
 def command_fork(options: Options) -> int:
     source = existing_workspace(options)
-    action = source.project.fork if options.verb == "fork" else source.project.rename
-    made = action(source, options.name).describe()
+    made = VERBS[options.verb].handler(source.project, None, source.name, options.name)
     return answer(options, made, "%(name)s  %(host)s:%(path)s" % made)
 
 
@@ -10918,18 +10876,18 @@ def the_workspace(options: Options) -> Workspace:
 
 def job_of(options: Options, workspace: Workspace) -> Any:
     """The job, or jobs, named; else the last one of the workspace."""
-    jobs = [] if options.job else workspace.jobs()
-    if not (options.job or jobs):
+    jobs = [options.job] if options.job else [row["job"] for row in workspace.jobs()]
+    if not jobs:
         raise ToolFailed(f"The workspace {workspace.name} has no jobs.",
                          f"Start one: {PROGRAM} exec --detach -- CMD")
-    return options.job or jobs[-1]["job"]
+    return jobs[-1]
 
 
 def command_tool(options: Options) -> int:
-    name = options.verb
-    given = {arg.name: getattr(options, arg.name) for arg in TOOLS[name].params}
+    tool, name = TOOLS[options.verb], options.verb
+    given = {arg.name: getattr(options, arg.name) for arg in tool.params}
     arguments = {key: value for key, value in given.items() if value is not None}
-    looks = TOOLS[name].reads or "job" in given  # these create no workspace
+    looks = tool.reads or "job" in given  # these create no workspace
     workspace = existing_workspace(options) if looks else the_workspace(options)
     if "job" in given:
         arguments["job"] = job_of(options, workspace)
@@ -10987,10 +10945,10 @@ def command_edit(options: Options) -> int:
     return answer(options, result, *filter(None, [result["diff"].rstrip("\n")]))
 
 
-def text_rows(rows: list[str], truncated: bool, terminal: Terminal) -> None:
+def text_rows(rows: list[str], result: Fields, terminal: Terminal) -> None:
     if rows:
         write_out(1, encoded("\n".join(rows + [""])))
-    if truncated:
+    if result["truncated"]:
         terminal.warn("There are more; narrow the pattern, or raise --limit.")
 
 
@@ -10998,10 +10956,10 @@ def text_jobs(result: Fields, terminal: Terminal) -> None:
     if not result["jobs"]:
         return terminal.warn("No jobs here. Start one: %s exec --detach -- CMD" % PROGRAM)
     many = ["workspace"] * ("workspace" in result["jobs"][0])
-    print_table([(*map(str.upper, many), "JOB", "STATE", "AGE", "COMMAND")] + [
+    print_table((*map(str.upper, many), "JOB", "STATE", "AGE", "COMMAND"), *(
         (*(row[key] for key in many), row["job"], job_state(row),
          human_age(time.time() - row["started"]) if row["started"] else "?", row["command"])
-        for row in result["jobs"]])
+        for row in result["jobs"]))
 
 
 def command_jobs(options: Options) -> int:
@@ -11012,10 +10970,10 @@ def command_jobs(options: Options) -> int:
     view, rows, code = View(options.host, open_project(options)), [], 0
     view.ask(TOP_PATIENCE)
     for workspace, seen in view.look():
-        rows += [dict(job, workspace=workspace.name) for job in seen["jobs"] or ()]
-        if seen["error"]:
+        rows += [dict(job, workspace=workspace.name) for job in seen.get("jobs", ())]
+        if "error" in seen:
             code = 255
-            options.terminal.line(f"{PROGRAM}: {workspace.name}: {seen['error']}")
+            options.terminal.line(f"{workspace.name}: {seen['error']}")
     print_json(rows) if options.json else text_jobs({"jobs": rows}, options.terminal)
     return code
 
@@ -11034,10 +10992,9 @@ TOOL_TEXT: dict[str, Callable[[Fields, Terminal], None]] = {
     "wait": lambda result, terminal: None if result["exit_code"] is not None else terminal.warn(
         "The job %s is %s." % (result["job"], "still running" if result["state"] == "running" else
                                "lost: it ended without a record (was the host restarted?)")),
-    "glob": lambda result, terminal: text_rows(result["paths"], result["truncated"], terminal),
+    "glob": lambda result, terminal: text_rows(result["paths"], result, terminal),
     "grep": lambda result, terminal: text_rows(
-        ["%(path)s:%(line)d:%(text)s" % match for match in result["matches"]],
-        result["truncated"], terminal),
+        ["%(path)s:%(line)d:%(text)s" % match for match in result["matches"]], result, terminal),
 }
 # What they end with, where that is not 0.
 TOOL_CODE: dict[str, Callable[[Fields], int]] = {
@@ -11091,7 +11048,7 @@ def command_mcp(options: Options) -> int:
 def command_doctor(options: Options) -> int:
     if len(options.host) + bool(options.target) > 1:
         raise UsageError("doctor looks at one host.", f"For example: {PROGRAM} doctor HOST")
-    name, root = options.target or "".join(options.host), ""
+    name, root, rows = options.target or "".join(options.host), "", []
     try:
         project = open_project(options)
         entry = project.entries().get(named(options, project), {})
@@ -11099,7 +11056,6 @@ def command_doctor(options: Options) -> int:
         root = entry.get("root", "") if entry.get("host") == name else ""
     except CmuxError:  # no repository, or no host: this machine alone is examined
         name = name or os.environ.get("CMUX_SSH_HOST", "").strip().split(" ")[0]
-    rows = []
     colours = {"ok": 32, "note": 36, "fix": 33, "bad": 31, "dead": 31}
     for row in doctor(check_host(name) if name else "", root):
         rows.append(row.as_dict())
@@ -11131,8 +11087,8 @@ def on_terminal(open_workspace: Callable[[], Workspace], terminal: Terminal, cal
         if status in (None, 255) and os.isatty(1):  # a full-screen program had no time to tidy up
             write_out(1, TIDY, harmless=True)
     if status in (None, 255):
-        host = workspace.host.name
-        terminal.warn(f"The connection to {host} was cut, or what ran there ended with 255.")
+        terminal.warn(f"The connection to {workspace.host.name} was cut, or what ran there "
+                      "ended with 255.")
     return 255 if status is None else status
 
 
@@ -11237,7 +11193,10 @@ def parse(words: Sequence[str]) -> Options:
             raise SystemExit(0)
         name, rest = " ".join([name, *rest[:1]]), rest[1:]
     if name not in VERBS:
-        raise no_command(name)
+        import difflib
+        near = difflib.get_close_matches(name, {verb.split()[0]: 0 for verb in VERBS}, 1)
+        raise UsageError(f"There is no command {show(name)}.",
+                         f"See `{' '.join([PROGRAM, *near, '-h'])}`.")
     if name == "exec" and "--" in rest:
         at = rest.index("--")
         rest, tail = rest[:at], rest[at + 1:]
@@ -11262,13 +11221,6 @@ def parse(words: Sequence[str]) -> Options:
             raise UsageError("exec: no command was given.",
                              f"For example: {PROGRAM} exec -- make test")
     return options
-
-
-def no_command(name: str) -> UsageError:
-    import difflib
-    near = difflib.get_close_matches(name, {verb.split()[0]: 0 for verb in VERBS}, 1)
-    return UsageError(f"There is no command {show(name)}.",
-                      f"See `{' '.join([PROGRAM, *near, '-h'])}`.")
 
 
 def command_first(words: list[str]) -> list[str]:
@@ -11299,10 +11251,8 @@ def typed_program() -> str:
 
 
 def report_error(error: CmuxError) -> None:
-    text = neutralise(str(error)).strip()
-    hint = " " + neutralise(as_called(error.hint)) if error.hint else ""
     quiet_terminal()
-    err_out(f"{PROGRAM}: {text}{hint}\n")
+    err_out(neutralise(f"{str(error).strip()} {as_called(error.hint)}").strip())
 
 
 def report_all(errors: Collection[CmuxError]) -> int:
@@ -11314,13 +11264,13 @@ def report_all(errors: Collection[CmuxError]) -> int:
 
 def fail(words: Sequence[str], error: CmuxError) -> int:
     """Report the error, with --json on stdout too; the exit code."""
-    code = exec_code(error) if words[:1] == ["exec"] else error.exit_code
+    of_exec = words[:1] == ["exec"]
     report_error(error)
     if "--json" in itertools.takewhile(lambda word: word != "--", words):
         with contextlib.suppress(CmuxError):  # stdout is closed
             print_json(exec_failure(None, None, error, time.monotonic())
-                       if words[:1] == ["exec"] else {"error": error_fields(error)})
-    return code
+                       if of_exec else {"error": error_fields(error)})
+    return exec_code(error) if of_exec else error.exit_code
 
 
 def version_text() -> str:
@@ -11336,7 +11286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code. Expected failures are reported on stderr."""
     words = command_first(list(sys.argv[1:] if arguments is None else arguments))
     if os.name != "posix":
-        err_out(f"{PROGRAM}: Windows is not supported natively. Use it inside WSL.\n")
+        err_out("Windows is not supported natively. Use it inside WSL.")
         return 2
     open_standard_streams()
     CALLED.update(program=typed_program(), project="", workspace="")
@@ -11344,9 +11294,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[:1] == ["--version"]:
             print_text(version_text())
             return 0
-        if words[:1] in (["-h"], ["--help"], ["help"]) and words[1:]:
+        if words[:1] in (["-h"], ["--help"], ["help"]):
             words = [*words[1:], "-h"]
-        if not words or words[0] in ("-h", "--help", "help"):
+        if words in ([], ["-h"]):
             print_text(usage())
             return 0 if words else 2
         if words[0] == "__complete" and words[2:]:
@@ -11365,7 +11315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = expected(error)
         if known is None:
             raise
-        if isinstance(known, PipeClosed) and not isinstance(known, OutputFailed):
+        if type(known) is PipeClosed:
             die_by_pipe()
         return fail(words, known)
 
