@@ -469,6 +469,7 @@ class Cancel:
             return self._read
 
     def check(self) -> None:
+        """Raise Cancelled if it is set."""
         if self.is_set:
             raise Cancelled("Cancelled.")
 
@@ -3318,12 +3319,12 @@ class MuxSession(Session):
         return super().failure(begun, sent)
 
     def cut(self) -> bool:
-        """Whether this has ended because the whole connection did."""
+        """Whether this has ended because the whole connection did: a master that lives greets."""
         try:
-            connect(self._slot.master.path).close()
+            with connect(self._slot.master.path) as control:
+                return not control.recv(1)
         except OSError:
             return True
-        return False
 
     def close(self) -> None:
         """Its slot is free at once: what sshd refuses until it has ended this has not begun, and is
@@ -3531,7 +3532,9 @@ class Masters:
     def _rest(self) -> float:
         """Seconds until a host that is down is asked again."""
         count, age = self._failed(), age_of(self.path("down.json"))
-        return DOWN_WAITS[min(count, len(DOWN_WAITS)) - 1] - age if count else 0.0
+        if not count or age < 0:  # a clock may be set back
+            return 0.0
+        return DOWN_WAITS[min(count, len(DOWN_WAITS)) - 1] - age
 
     def _remember_failure(self, error: HostError) -> None:
         why = [type(error).__name__, str(error), error.hint]
@@ -4391,6 +4394,7 @@ class Host:
 
     @property
     def masters(self) -> Masters:
+        """The connections to the host."""
         with self._mutex:
             if self._masters is None:
                 self._masters = Masters(read_ssh_config(self.name), self._interactive)
@@ -11080,6 +11084,7 @@ def on_terminal(open_workspace: Callable[[], Workspace], terminal: Terminal, cal
                          f"In a pipe or a script use: {PROGRAM} exec -- CMD")
     workspace = open_workspace()
     terminal.warn("The host now writes to this terminal as it likes, escape sequences included.")
+    terminal.close()
     status = None
     try:
         status = workspace.shell(**call)

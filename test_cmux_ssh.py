@@ -2230,7 +2230,7 @@ def test_exec_hands_over_the_secrets_that_are_named_or_none(repo, site):
         job = repo.exec("echo $A $B", options=["-w", name, "--detach", *options]).text.strip()
         repo.ok("wait", "-w", name, job)
         assert repo.cli("logs", "-w", name, job).out == out
-    assert repo.exec("echo $A", options=["-w", "w1", "-w", "w2", "--secret", "A"]).text == "w1 | 1\nw2 | 1\n"
+    assert sorted(repo.exec("echo $A", options=["-w", "w1", "-w", "w2", "--secret", "A"]).text.splitlines()) == ["w1 | 1", "w2 | 1"]
     refused(repo.exec("true"), 125, words="secret BAD")
     for options in (["-w", "w1", "--secret", "NONE"], ["-w", "new", "--secret", "NONE"], ["--secret", "A", "--no-secrets"]):
         refused(repo.exec("true", options=options), 125)
@@ -3875,7 +3875,7 @@ def test_nothing_is_said_of_head_where_a_workspace_has_it_and_more(repo):
     assert terminal.wait() == 0 and b"done" in terminal.output and b"push brings" not in terminal.output
     repo.commit()
     terminal = repo.terminal("exec", "-w", "dirty", "--", "true")
-    assert terminal.wait() == 0 and b"to bring it there: " in terminal.output
+    assert terminal.wait() == 0 and b"To bring it there: " in terminal.output
 
 
 @each("host", ["box", "bare"])
@@ -5361,7 +5361,7 @@ def test_a_workspace_outlives_the_submodule_and_the_content_it_was_made_of(site)
     assert "+work" in told.text and "left out: vendor (" in told.said, told
     assert family.cli("rm", "main").code == 1 and family.cli("rm", "main", "--force").code == 0
     made = family.new("next")
-    assert "2 submodules not checked out" in made.said and "5 LFS files" in made.said, made
+    assert "2 submodules not checked out" in made.said and "6 LFS files" in made.said, made
     assert "Nothing new" in family.cli("pull", "-w", "next").text
     moved = family.cli("push", "-w", "next")
     assert "already" in moved.text, moved
@@ -7490,7 +7490,7 @@ workspace.write("README", "new\n")
 print(*project.diff("main", stat=True), project.pull("main", "cmux/x").branch, sep="\n")
 cancel = cmux_ssh.Cancel()
 cancel.set()
-for act in (project.remove, project.pull, project.push, lambda name, cancel: project.fork(workspace, "b", cancel), lambda name, cancel: project.rename(workspace, "b", cancel)):
+for act in (project.remove, project.pull, lambda name, cancel: project.push(name, force=True, cancel=cancel), lambda name, cancel: project.fork(workspace, "b", cancel), lambda name, cancel: project.rename(workspace, "b", cancel)):
     try:
         act("main", cancel=cancel)
     except cmux_ssh.Cancelled:
@@ -7748,12 +7748,6 @@ def test_every_public_name_says_what_it_is():
     assert not short
     raised = {name for name in c.__all__ if isinstance(getattr(c, name), type) and issubclass(getattr(c, name), c.CmuxError)}
     assert {"CmuxError", "UsageError", "HostError", "ToolFailed", "WorkspaceDirty"} <= raised
-
-
-def test_help_shows_the_promise_and_no_internals():
-    import pydoc
-    told = pydoc.plain(pydoc.render_doc(c))
-    assert 20_000 < len(told) < 60_000 and not re.search(r" \|  (_\w+|operate|attempt|default_hint)\b|Session|Registry", told)
 
 
 def test_what_is_raised_is_public(source):
@@ -9286,7 +9280,7 @@ REFUSALS = [(made, code, line, words) for made, code, lines in (
                   "exec -w nope -- true": "There is no workspace 'nope', and no host is known to make it on."}),
     (True, 2, {"rm -H other main": "is on box, not on other", "history -H box": "no option -H", "shell --json main": "no option --json", "list -w main": "no option -w", "diff -H ash -w main": "is on box, not on ash",
                "push -w main --dirty --ref HEAD~1": "one of the two", "edit README --old a --new b --sha256 ''": "--sha256 is empty", "edit README --count 2": "--count goes with", "edit README --old x": "", "edit README --new x": "",
-               "edit README --old x --new y --count 0": "", "edit README --old x --new y --count two": "", "secrets set -w main TOKEN": "every workspace",
+               "edit README --old x --new y --count 0": "", "edit README --old x --new y --count two": "", "secrets set -w main --global TOKEN": "for all projects, or for one",
                "batch -j -1": "", "batch -j x": "", "batch -w a -w b": "", "batch -w ../x": "", "batch extra": ""}),
     (True, 1, {"read none": "no file", "read src": "directory"}),
     (True, 125, {"exec --all -w main -- true": "--all takes no -w", "exec -w main -w other -j -1 -- true": "", "exec -w main -w other -j x -- true": "", "exec -w main -w other --detach -- true": "",
@@ -9301,7 +9295,8 @@ def test_usage_errors_are_said_and_with_json_are_an_object_too(repo, shared, mad
     assert ran.code == code and (ran.said + ran.text).strip() and words in ran.said, ran
     if args:
         told = project.cli("--json", *args, stdin=b"")
-        fields = told.json["errors"][0] if args[0] == "rm" and "errors" in told.json else told.json["error"]
+        first = told.json[0] if isinstance(told.json, list) else told.json  # `new`: one for each
+        fields = first["errors"][0] if args[0] == "rm" and "errors" in first else first["error"]
         assert told.code == ran.code and fields["message"] and told.out.count(b"\n") == 1, told
         assert ("exit_code" in told.json) == (args[0] == "exec") and (fields["message"] in told.said or args[0] == "exec"), told
     assert made or not project.recorded()
