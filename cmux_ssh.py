@@ -9514,6 +9514,9 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
 # === 19. Command line ===
 # Owns: arguments, rendering, progress, exit codes. The only room that prints and exits.
 
+if TYPE_CHECKING:
+    Options = argparse.Namespace
+
 class Terminal(Report):
     """What a person sees on stderr while work goes on: a lane for each workspace, drawn in place
     if that is a terminal. All else is printed by put(), above them, or takes them away first."""
@@ -9523,7 +9526,7 @@ class Terminal(Report):
     def __init__(self, verbosity: int, notes: bool = False) -> None:
         import threading
         self.verbosity, self.notes, self.many = verbosity, notes, False
-        self.bars = verbosity >= 0 and sys.stderr is not None and sys.stderr.isatty()
+        self.bars = verbosity >= 0 and os.isatty(2)
         self.redraws = self.bars and os.environ.get("TERM", "dumb") != "dumb"
         self.mutex, self.closed = threading.RLock(), threading.Event()
         self.lanes: dict[str, tuple[str, float]] = {}  # what is done, since when (0: no work)
@@ -9534,15 +9537,26 @@ class Terminal(Report):
 
     def in_lanes(self, names: Sequence[str], work: Callable[[str], Any], at_once: int,
                  cancel: Cancel) -> list[Any]:
-        """in_parallel() of ``work(name)`` for each."""
+        """in_parallel() of ``work(name)``, a workspace or a row of exec, for each."""
         self.many |= len(names) > 1
         self.lanes, self.width = dict.fromkeys(names, ("waiting", 0.0)), max(map(len, names))
+
+        def lane(name: str) -> Any:
+            code = 1
+            try:
+                made = work(name)
+                code = made.get("exit_code", 0) if isinstance(made, dict) else 0
+                return made
+            finally:
+                if name in self.sinks:
+                    self.sinks[name].end()
+                if self.many:
+                    how = f"failed ({code})" if code else "done"
+                    self.lanes[name], self.paused = (how, 0.0), False
         try:
-            return in_parallel([functools.partial(work, name) for name in names], at_once, cancel)
+            return in_parallel([functools.partial(lane, name) for name in names], at_once, cancel)
         finally:
             self.close()
-
-    # -- what is reported --
 
     def put(self, write: Callable[[], None]) -> None:
         """Print something above the lanes."""
@@ -9554,11 +9568,11 @@ class Terminal(Report):
                 self._draw()
 
     def line(self, text: str) -> None:
-        self.put(lambda: err_out(text + "\n"))
+        self.put(lambda: err_out(text))
 
     def say(self, text: str) -> None:
         if self.verbosity > 0:
-            self.line(f"{PROGRAM}: {text}")
+            self.warn(text)
 
     def note(self, text: str) -> None:
         if self.bars or self.notes or self.verbosity > 0:  # exec is silent in a pipe
@@ -9566,7 +9580,7 @@ class Terminal(Report):
 
     def warn(self, text: str) -> None:
         if self.verbosity >= 0:
-            self.line(f"{PROGRAM}: {neutralise(as_called(text))}")
+            self.line(neutralise(as_called(text)))
 
     def step(self, what: str, doing: str) -> None:
         import threading
@@ -9580,15 +9594,13 @@ class Terminal(Report):
         was, now = self.lanes.get(what, ("", 0.0)), time.monotonic()
         if not was[0].startswith(doing):
             self.step(what, doing)
-        elif self.redraws and now - was[1] >= 1:
-            self.lanes[what] = (transferred(doing, done, total, now - was[1]), was[1])
-
-    def end(self, name: str, code: int) -> None:
-        """The work in workspace ``name`` is over."""
-        if name in self.sinks:
-            self.sinks[name].end()
-        if self.many:
-            self.lanes[name], self.paused = (f"failed ({code})" if code else "done", 0.0), False
+        elif self.redraws and now - was[1] >= 1:  # sending 3.2 MB of ~60.1 MB, 1.1 MB/s, ~52s left
+            rate, whole = done / (now - was[1]), total() if total else 0
+            text = f"{doing} {human_size(done)}"
+            text += f" of ~{human_size(whole)}" if whole > done else ""
+            text += f", {human_size(rate)}/s"
+            text += f", ~{human_age((whole - done) / rate)} left" if whole > done and rate else ""
+            self.lanes[what] = (text, was[1])
 
     def output(self, data: bytes, what: str) -> None:
         if self.verbosity >= 0:
@@ -9600,8 +9612,6 @@ class Terminal(Report):
             return Labelled(fd, f"{name.ljust(self.width)} | ", self, patience)
         self.pause()
         return Outlet(fd, patience)
-
-    # -- what is drawn --
 
     def pause(self) -> None:
         """Draw nothing until the next step."""
@@ -9637,8 +9647,8 @@ class Terminal(Report):
 
     def _lines(self, columns: int, room: int) -> list[str]:
         """A line for each workspace; where that is too many, for those at work, and a count."""
-        rows = [(name, *lane) for name, lane in list(self.lanes.items())]
-        lines, count = [], []  # type: list[str], list[str]
+        rows, lines = [(name, *lane) for name, lane in list(self.lanes.items())], []
+        count = []
         if len(rows) > room:
             busy = [row for row in rows if row[2]]
             ended = [doing for _, doing, since in rows if not since and doing != "waiting"]
@@ -9650,14 +9660,6 @@ class Terminal(Report):
                 doing += " " + human_age(time.monotonic() - since)
             lines.append(f"{name.ljust(self.width)[:max(8, columns - len(doing) - 2)]}  {doing}")
         return [line[:columns] for line in lines + count]
-
-
-def transferred(doing: str, done: int, total: Callable[[], int] | None, seconds: float) -> str:
-    """sending 3.2 MB of ~60.1 MB, 1.1 MB/s, ~52 s left"""
-    rate, whole = done / max(seconds, 0.001), total() if total else 0
-    of = f" of ~{human_size(whole)}" if whole > done else ""
-    left = f", ~{human_age((whole - done) / rate)} left" if whole > done and rate else ""
-    return f"{doing} {human_size(done)}{of}, {human_size(rate)}/s{left}"
 
 
 class Patience:
@@ -9697,7 +9699,7 @@ def write_out(fd: int, data: bytes, harmless: bool = False,
         except BlockingIOError:
             patience.full(fd)
         except OSError as error:
-            raise OutputFailed(f"The output cannot be written: {os.strerror(error.errno or 0)}.")
+            raise OutputFailed(f"The output cannot be written: {error.strerror}.")
 
 
 def draw(fd: int, text: str) -> None:
@@ -9707,12 +9709,12 @@ def draw(fd: int, text: str) -> None:
 
 def err_out(text: str) -> None:
     with contextlib.suppress(CmuxError):  # a full or closed stderr cannot be reported
-        draw(2, text)
+        draw(2, f"{PROGRAM}: {text}\n")
 
 
 def in_colour() -> bool:
-    dumb = os.environ.get("TERM", "dumb") == "dumb"
-    return os.isatty(1) and not os.environ.get("NO_COLOR") and not dumb
+    no_colour = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+    return os.isatty(1) and not no_colour
 
 
 def terminal_width() -> int:
@@ -9745,7 +9747,7 @@ def print_json(value: object) -> None:
     print_text(json.dumps(value))
 
 
-def answer(options: argparse.Namespace, value: object, *lines: str) -> int:
+def answer(options: Options, value: object, *lines: str) -> int:
     """Print a result: the value with --json; else, without -q, the lines."""
     if options.json:
         print_json(value)
@@ -9759,76 +9761,71 @@ def may_ask() -> bool:
     person = os.isatty(0) and os.isatty(2)
     if person:
         quiet_terminal()
-        err_out(f"{PROGRAM}: ssh may have a question; answer it now.\n")
+        err_out("ssh may have a question; answer it now.")
     return person
 
 
-def open_project(options: argparse.Namespace) -> Project:
+def open_project(options: Options) -> Project:
     if options.verb != "exec":
         Lock.tell = options.terminal.warn
     return Project(options.directory, None if options.json else may_ask, warm=0)
 
 
-# -- the commands: each takes the parsed options and returns an exit code --
+# -- the commands: command_VERB(), else command_tool(), takes the parsed options and returns an
+# exit code --
 
-NAMED = ("pull", "push", "diff", "shell", "cp")  # whose word is the workspace
+def command_exec(options: Options) -> int:
+    return Execution(options).run()
 
 
 class Execution:
     """A command in one workspace, or in several at once: a row for each."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: Options) -> None:
         self.options, self.cancel = options, Cancel()
-        self.environment = parse_environment(options.env)
-        self.command: Any = options.command
-        if len(self.command) == 1:
-            self.command = self.command[0]
+        self.terminal: Terminal = options.terminal
         self.project = open_project(options)
-        self.names = self._names(list(dict.fromkeys(options.workspace or [])))
-        self.secrets: list[str] | None = [] if options.no_secrets else options.secrets
-        self.many = options.all or len(self.names) > 1
+        self.names = list(dict.fromkeys(options.workspace)) or [self.project.default_workspace()]
+        if options.all:
+            self.names = sorted(self.project.entries())
+            if not self.names:
+                raise WorkspaceMissing("This project has no workspaces.",
+                                       f"Make some: {PROGRAM} new NAME -H HOST")
+        self.many = self.terminal.many = options.all or len(self.names) > 1
         self.plain = not (self.many or options.json)
         self._check()
-        self.terminal: Terminal = options.terminal
-        self.terminal.many = self.many
-
-    def _names(self, given: list[str]) -> list[str]:
-        if not self.options.all:
-            return given or [self.project.default_workspace()]
-        if given:
-            raise UsageError("--all takes no -w.")
-        names = sorted(self.project.entries())
-        if not names:
-            raise WorkspaceMissing("This project has no workspaces.",
-                                   f"Make some: {PROGRAM} new NAME -H HOST")
-        return names
+        words = options.command
+        self.call: Fields = {
+            "command": words if words[1:] else words[0], "cwd": options.cwd or "",
+            "env": parse_environment(options.env), "login": options.login,
+            "secrets": [] if options.no_secrets else options.secrets}
 
     def _check(self) -> None:
-        detach, name = self.options.detach, self.names[0]
-        options = self.options
-        if options.tty and (options.json or detach or options.timeout or options.no_stdin
-                            or self.many):
-            raise UsageError("-t takes no --json, --detach, --timeout, -n, nor several workspaces.")
-        if options.no_secrets and options.secrets:
-            raise UsageError("--no-secrets hands over none, --secret one.", "Give one of the two.")
-        if detach and self.options.timeout:
-            raise UsageError("--detach takes no --timeout.", f"End the job with: {PROGRAM} stop ID")
-        if detach and self.many:
-            raise UsageError("--detach takes one workspace.", "Run it once for each.")
-        if (detach or self.many) and not self.options.no_stdin and data_waits(0):
-            if self.many:
-                raise UsageError("With several workspaces exec passes stdin on to none of them.",
-                                 "Add -n, or run it once for each.")
-            raise UsageError("A job takes no stdin.",
-                             f"Write it first (... | {PROGRAM} write -w {name} FILE), and then "
-                             "exec --detach -- 'CMD <FILE'; or add -n.")
+        options, many = self.options, self.many
+        unread = (options.detach or many) and not options.no_stdin and data_waits(0)
+        for bad, text, hint in (
+                (options.tty and (options.json or options.detach or options.timeout
+                                  or options.no_stdin or many),
+                 "-t takes no --json, --detach, --timeout, -n, nor several workspaces.", ""),
+                (options.all and options.workspace, "--all takes no -w.", ""),
+                (options.no_secrets and options.secrets,
+                 "--no-secrets hands over none, --secret one.", "Give one of the two."),
+                (options.detach and options.timeout, "--detach takes no --timeout.",
+                 f"End the job with: {PROGRAM} stop ID"),
+                (options.detach and many, "--detach takes one workspace.",
+                 "Run it once for each."),
+                (unread and many, "With several workspaces exec passes stdin on to none of them.",
+                 "Add -n, or run it once for each."),
+                (unread, "A job takes no stdin.",
+                 f"Write it first (... | {PROGRAM} write -w {self.names[0]} FILE), and then "
+                 "exec --detach -- 'CMD <FILE'; or add -n.")):
+            if bad:
+                raise UsageError(text, hint)
 
     def run(self) -> int:
         """The worst exit code."""
         if self.options.tty:
-            return on_terminal(lambda: self._workspace(self.names[0]), self.terminal, self.command,
-                               self.options.cwd or "", self.environment, self.options.login,
-                               self.secrets)
+            return on_terminal(lambda: self._workspace(self.names[0]), self.terminal, self.call)
         began, at_once = time.monotonic(), self.options.parallel or 0
         rows = self.terminal.in_lanes(self.names, self._row, at_once, self.cancel)
         for at, row in enumerate(rows):
@@ -9840,12 +9837,16 @@ class Execution:
             print_json(rows if self.many else rows[0])
         elif self.many:
             self._sum_up(rows, time.monotonic() - began)
-        else:
-            self._tell(rows[0])
+        elif self.options.detach:
+            print_text(rows[0]["job"])
+        elif rows[0]["stopped"]:
+            timed_out, how = rows[0]["timed_out"], STOPPED[rows[0]["stopped"]]
+            after = f"stopped after {self.options.timeout:g} s" if timed_out else "interrupted"
+            self.terminal.warn(f"The command on {rows[0]['host']} was {after}; {how}.")
         return max(int(row.get("exit_code", 0)) for row in rows)
 
     def _row(self, name: str) -> Fields:
-        options, began, row = self.options, time.monotonic(), {"exit_code": 1}
+        options, began = self.options, time.monotonic()
         patience, host = Patience(0.5, (self.cancel, select.POLLIN)), None
         out, err = [Capture(TOOL_CAPTURE if self.many else CAPTURE_MAX) if options.json else
                     self.terminal.sink_of(name, fd, patience) for fd in (1, 2)]  # type: Any, Any
@@ -9853,8 +9854,7 @@ class Execution:
             host = self.project.entries().get(name, {}).get("host")
             workspace = self._workspace(name)
             if options.detach:
-                job = workspace.start(self.command, options.cwd or "", self.environment,
-                                      options.login, self.cancel, self.secrets)
+                job = workspace.start(cancel=self.cancel, **self.call)
                 if not options.no_stdin and data_waits(0):  # of a slow writer
                     self.terminal.warn("The job does not read what came on stdin.")
                 return {"job": job, "workspace": name}
@@ -9864,10 +9864,10 @@ class Execution:
                 self.terminal.pause()
             source = None if options.no_stdin or self.many else open_stdin()
             patience.deadline = Deadline(options.timeout)
-            outcome = workspace.run(self.command, out, err, source, options.cwd, self.environment,
-                                    options.login, options.timeout, self.cancel, self.secrets)
+            outcome = workspace.run(stdout=out, stderr=err, source=source, cancel=self.cancel,
+                                    timeout=options.timeout, **self.call)
             result = exec_result(workspace, outcome, out, err, began)
-            row = json_fields(dict(result.as_dict(), error=None))
+            return json_fields(dict(result.as_dict(), error=None))
         except PipeClosed:
             self.cancel.set()
             raise
@@ -9876,32 +9876,28 @@ class Execution:
                 raise
             row = exec_failure(name, host, error, began)
             row.update(json_fields({"stdout": out.value(), "stderr": err.value()}))
+            return row
         finally:
             if not options.json:
                 out.end()
                 err.end()
-            self.terminal.end(name, row["exit_code"])
-        return row
 
     def _workspace(self, name: str) -> Workspace:
         host, report, cancel = self.options.host, self.terminal, self.cancel
         report.step(name, "connecting")
-        workspace = self.project.ensure(name, host, report, cancel, self.secrets)
+        workspace = self.project.ensure(name, host, report, cancel, self.call["secrets"])
         if self.options.push and self.project.push(name, report=report, cancel=cancel):
             workspace = self.project.workspace(name)
         if self.many:
             workspace.host.masters.connect(Deadline(SLOT_PATIENCE), cancel)
-        else:
-            point_out_stale(self.project, workspace, report)
+        elif report.bars:
+            with contextlib.suppress(GitFailed):
+                commit, _ = self.project.repository.resolve("HEAD")
+                parent = self.project.repository.value_of(workspace.base + "^")  # of a --dirty one
+                if commit not in (workspace.base, parent):
+                    report.warn(f"{name} is at {workspace.base[:10]}, HEAD at {commit[:10]}. To "
+                                f"bring it there: {PROGRAM} push -w {name}")
         return workspace
-
-    def _tell(self, row: Mapping[str, Any]) -> None:
-        if "job" in row:
-            print_text(row["job"])
-        elif row["stopped"]:
-            how = f"stopped after {self.options.timeout:g} s" if row["timed_out"] else "interrupted"
-            self.terminal.warn(f"The command was {how}; "
-                               + STOPPED[row["stopped"]] % f" on {row['host']}" + ".")
 
     def _sum_up(self, rows: list[Fields], seconds: float) -> None:
         bad: dict[str, list[str]] = {}  # how -> which: a host that is down appears once
@@ -9909,7 +9905,7 @@ class Execution:
             if row["exit_code"]:
                 how = [str(row["exit_code"])]
                 how += [row["error"]["message"]] if row["error"] else []
-                how += ["stopped, " + STOPPED[row["stopped"]] % ""] if row["stopped"] else []
+                how += ["stopped, " + STOPPED[row["stopped"]]] if row["stopped"] else []
                 bad.setdefault(": ".join(how), []).append(row["workspace"])
         failed = ", ".join(f"{', '.join(which)} ({how})" for how, which in bad.items())
         good = len(rows) - sum(map(len, bad.values()))
@@ -9917,9 +9913,9 @@ class Execution:
                            + (f"; failed: {failed}" if bad else "."))
 
 
-STOPPED = {"confirmed": "its processes%s have ended",
-           "requested": "its end%s was requested, not seen",
-           "unknown": "whether it still runs%s is unknown"}
+STOPPED = {"confirmed": "its processes have ended",
+           "requested": "its end was requested, not seen",
+           "unknown": "whether it still runs is unknown"}
 
 
 def exec_failure(name: str | None, host: str | None, error: CmuxError, began: float) -> Fields:
@@ -9996,18 +9992,6 @@ def open_stdin() -> Source | None:
     return None if ended else Source(0)
 
 
-def point_out_stale(project: Project, workspace: Workspace, terminal: Terminal) -> None:
-    """On a terminal, warn that the workspace is not at the local HEAD."""
-    if terminal.bars:
-        with contextlib.suppress(GitFailed):
-            commit, _ = project.repository.resolve("HEAD")
-            parent = project.repository.value_of(workspace.base + "^")  # of a --dirty one
-            if commit not in (workspace.base, parent):
-                terminal.warn(
-                    f"{workspace.name} is at {workspace.base[:10]}, HEAD at {commit[:10]}. To "
-                    f"bring it there: {PROGRAM} push -w {workspace.name}")
-
-
 def parse_environment(pairs: Sequence[str]) -> dict[str, str]:
     values: dict[str, str] = {}
     for pair in pairs or []:
@@ -10018,125 +10002,100 @@ def parse_environment(pairs: Sequence[str]) -> dict[str, str]:
     return values
 
 
-def refuse_both(options: argparse.Namespace) -> None:
+def state_to_send(options: Options, repository: Repository) -> Any:
+    """The commit, or a snapshot of the work tree."""
     if options.dirty and options.ref != "HEAD":
         raise UsageError("--dirty sends the work tree, --ref a commit.", "Give one of the two.")
     if options.allow and not options.dirty:
         raise UsageError("--allow goes with --dirty.", "A commit is sent as it is.")
+    return repository.snapshot(options.allow or []) if options.dirty else options.ref
 
 
-def command_new(options: argparse.Namespace) -> int:
-    refuse_both(options)
-    project = open_project(options)
-    names = given_names(options) or [project.default_workspace()]
-    source = options.source or ""
-    host = project.hosts_for(names[0], options.host or (), source)
-    if len(set(names)) != len(names):
-        raise UsageError("A name is given twice.")
-
-    ref = project.repository.snapshot(options.allow or []) if options.dirty else options.ref
-    for name in names:
-        check_workspace(name)
-    terminal, cancel = options.terminal, Cancel()
-
-    def make(name: str) -> Workspace:
-        code = 1
-        try:
-            made = project.create(name, host, ref, options.root or "", not options.no_init,
-                                  terminal, cancel, source)
-            code = 0
-            return made
-        finally:
-            terminal.end(name, code)
-    done = terminal.in_lanes(names, make, 0, cancel)
-    rows: list[Fields] = []
-    code = 0
+def command_new(options: Options) -> int:
+    project, source, cancel = open_project(options), options.source or "", Cancel()
+    names = [*map(check_workspace, dict.fromkeys([*options.names, *options.workspace]))]
+    names = names or [project.default_workspace()]
+    ref = state_to_send(options, project.repository)
+    host = project.hosts_for(names[0], options.host, source)
+    done = options.terminal.in_lanes(names, lambda name: project.create(
+        name, host, ref, options.root or "", not options.no_init, options.terminal, cancel,
+        source), 0, cancel)
+    rows, lines, errors = [], [], []  # type: list[Fields], list[str], list[CmuxError]
     for name, made in zip(names, done):
         if isinstance(made, CmuxError):
-            code = max(code, made.exit_code)
+            errors.append(made)
             rows.append({"name": name, "error": error_fields(made)})
-            report_error(made)
             continue
         rows.append(made.describe())
+        lines.append(f"{name}  {made.host.name}:{made.path}")
         if options.verbosity < 0 and made.state == "init failed":  # not said above
-            report_error(RemoteFailed("The init hook of %s failed." % name))
-        if not options.json and options.verbosity >= 0:
-            print_text("%s  %s:%s" % (name, made.host.name, made.path))
-    if options.json:
-        print_json(rows)
-    return code
+            report_error(RemoteFailed(f"The init hook of {name} failed."))
+    answer(options, rows, *lines)
+    return report_all(errors)
 
 
-def print_table(rows: Sequence[Sequence[str]], *spare: int) -> None:
-    """Columns in line; on a terminal the widest are cut so that a row fits its width. With
-    ``spare`` the last column is cut before any other, to so many characters at least; where it
-    cannot have them it is left out, and the next number is for the one before it."""
-    width = terminal_width()
-    for least in spare:
-        others = table_lines([row[:-1] for row in rows], 1 << 16)
-        rest = width - 2 - max(map(len, others))  # what they leave to it
-        if rest >= min(least, max(len(row[-1]) for row in rows)):
-            rows = [[*row[:-1], shortened(row[-1], rest)] for row in rows]
-            break
-        rows = [row[:-1] for row in rows]
-    print_text("\n".join(table_lines(rows, width)))
+def print_table(*rows: Sequence[object]) -> None:
+    print_text("\n".join(table_lines(rows, terminal_width())))
 
 
-def table_lines(rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
+def table_lines(rows: Sequence[Sequence[object]], width: int) -> list[str]:
+    """A line for each row; None is a dash. Where they do not fit, the last column is cut, to 8
+    characters at least, or left out; then the widest yield."""
+    cells = [["-" if value is None else neutralise(str(value)).replace("\n", " ")
+              for value in row] for row in rows]
+    *widths, last = [max(map(len, column)) for column in zip(*cells)]
+    rest = width - sum(widths) - 2 * len(widths)
+    if rest >= min(8, last):
+        widths.append(min(rest, last))
     while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > 8:
         widths[max(range(len(widths)), key=lambda i: (widths[i], i))] -= 1  # of equals, the later
-    return ["  ".join(shortened(neutralise(text).replace("\n", " "), size).ljust(size)
-                      for text, size in zip(row, widths)).rstrip() for row in rows]
+    return ["  ".join((text if len(text) <= size else text[:size - 3] + "...").ljust(size)
+                      for text, size in zip(row, widths)).rstrip() for row in cells]
 
 
-def shortened(text: str, size: int) -> str:
-    return text if len(text) <= size else text[:size - 3] + "..."
-
-
-def command_history(options: argparse.Namespace) -> int:
-    rows = open_project(options).past(one_workspace(options))
-    rows = rows[-options.limit:] if options.limit else rows
+def command_history(options: Options) -> int:
+    rows = open_project(options).past(one_workspace(options))[-options.limit:]
     if options.json:
         for row in rows:
             print_json(row)
-        return 0
-    table = [("WHEN", "WORKSPACE", "WHAT", "TOOK", "CODE", "BYTES", "DETAIL")] + [
-        (time.strftime("%m-%d %H:%M:%S", time.localtime(row["time"])),
-         str(row.get("workspace", "")), row["operation"], f"{row.get('duration') or 0:.2f} s",
-         str(row.get("exit_code", "")), human_size(row["bytes"]) if row.get("bytes") else "",
-         str(row.get("detail", ""))) for row in rows]
-    if rows:
-        print_table(table, 8)
+    elif rows:
+        print_table(("WHEN", "WORKSPACE", "WHAT", "TOOK", "CODE", "BYTES", "DETAIL"), *(
+            (time.strftime("%m-%d %H:%M:%S", time.localtime(row["time"])),
+             row.get("workspace", ""), row["operation"], f"{row.get('duration') or 0:.2f} s",
+             row.get("exit_code", ""), human_size(row["bytes"]) if row.get("bytes") else "",
+             row.get("detail", "")) for row in rows))
     else:
         options.terminal.warn("Nothing is on record yet.")
     return 0
 
 
 class View:
-    """What the hosts say of a project's workspaces (all, or those on some hosts): asked side by
-    side, so that no host holds up the others."""
+    """What the hosts say of the workspaces of projects (all, or those on some hosts): asked side
+    by side, so that no host holds up the others."""
 
-    UNSEEN: Fields = {"changed": None, "jobs": None, "error": None}
-
-    def __init__(self, project: Project, hosts: Container[str]) -> None:
-        self.project, self.hosts = project, hosts
+    def __init__(self, hosts: Container[str], *projects: Project) -> None:
+        self.hosts, self.projects = hosts, projects
         self.seen: dict[str, Fields] = {}  # by the id of a workspace
         self.asked: set[str] = set()
 
     def look(self) -> list[tuple[Workspace, Fields]]:
         """The workspaces, and what is known of them by now."""
-        return [(workspace, self.seen.get(workspace.op, self.UNSEEN))
-                for workspace in self.project.workspaces()
+        return [(workspace, self.seen.get(workspace.op, {}))
+                for project in self.projects for workspace in project.workspaces()
                 if not self.hosts or workspace.host.name in self.hosts]
 
-    def ask(self) -> None:
-        """Start asking for each that has answered its last question."""
+    def ask(self, seconds: float = 0) -> None:
+        """Ask each that has answered its last question; wait so long for the answers."""
         import threading
         for workspace, _ in self.look():
             if workspace.op not in self.asked:
                 self.asked.add(workspace.op)
                 threading.Thread(target=self._ask, args=(workspace,), daemon=True).start()
+        patience, late = Deadline(seconds), f"The host has not answered within {seconds} s."
+        while self.asked and not patience.over():
+            time.sleep(0.02)
+        for op in list(self.asked) if seconds else ():
+            self.seen.setdefault(op, {"error": late})
 
     def _ask(self, workspace: Workspace) -> None:
         op = workspace.op
@@ -10145,44 +10104,39 @@ class View:
             reply = tool_reply(workspace, workspace.host.call(
                 JOBS, job_directory(workspace), workspace.path))
             changed = re.match(r"changed +(\d{1,9})\n", reply.stdout.decode("ascii", "replace"))
-            self.seen[op] = {"changed": int(changed[1]) if changed else None,
-                             "jobs": parse_jobs(workspace, reply), "error": None}
+            jobs = parse_jobs(workspace, reply)
+            self.seen[op] = {"changed": int(changed[1]) if changed else None, "jobs": jobs,
+                             "running": [job for job in jobs if job["state"] == "running"]}
         except CmuxError as error:
-            self.seen[op] = dict(self.seen.get(op, self.UNSEEN), error=str(error))
+            self.seen[op] = dict(self.seen.get(op, {}), error=str(error))
         finally:
             self.asked.discard(op)
 
-    def wait(self, patience: Deadline) -> None:
-        """Until all have answered, or the deadline."""
-        while self.asked and not patience.over():
-            time.sleep(0.02)
-        late = f"The host has not answered within {TOP_PATIENCE} s."
-        for op in list(self.asked):
-            self.seen.setdefault(op, dict(self.UNSEEN, error=late))
-
     def rows(self) -> list[Fields]:
-        now, going_on = time.time(), self.project.running_now()
-        last = {row.get("op"): row.get("exit_code") for row in self.project.history.rows()
+        now, (project,) = time.time(), self.projects
+        going_on = project.running_now()
+        last = {row.get("op"): row.get("exit_code") for row in project.history.rows()
                 if row["operation"] == "exec"}
         rows = []
         for workspace, seen in self.look():
             name = workspace.name
             doing = [(row["operation"], str(row.get("detail", "")), row["time"])
                      for row in going_on if row.get("workspace") == name]
-            doing += [(job["job"], job["command"], job["started"]) for job in running(seen)]
+            doing += [(job["job"], job["command"], job["started"])
+                      for job in seen.get("running", ())]
             rows.append({
-                "workspace": name, "host": workspace.host.name, "changed": seen["changed"],
-                "last_exit_code": last.get(workspace.op), "error": seen["error"], "running": [
+                "workspace": name, "host": workspace.host.name,
+                "changed": seen.get("changed"), "error": seen.get("error"),
+                "last_exit_code": last.get(workspace.op), "running": [
                     {"what": what, "detail": text, "for": round(now - since, 1) if since else None}
                     for what, text, since in doing]})
         return rows
 
     def lines(self, width: int) -> list[str]:
-        table = [("WORKSPACE", "HOST", "CHANGED", "LAST", "FOR", "RUNNING")]
+        table: list[Sequence[object]] = [
+            ("WORKSPACE", "HOST", "CHANGED", "LAST", "FOR", "RUNNING")]
         for row in self.rows():
-            numbers = (row["changed"], row["last_exit_code"])
-            cells = [row["workspace"], row["host"]]
-            cells += ["-" if number is None else str(number) for number in numbers]
+            cells = [row[key] for key in ("workspace", "host", "changed", "last_exit_code")]
             for item in row["running"] or [{"for": None, "detail": row["error"] or "", "what": ""}]:
                 own = "" if item["what"] in ("", "exec") else item["what"] + " "
                 since = "" if item["for"] is None else human_age(item["for"])
@@ -10191,19 +10145,12 @@ class View:
         return table_lines(table, width)
 
 
-def running(seen: Fields) -> list[Fields]:
-    """Of the jobs that a host named."""
-    return [job for job in seen["jobs"] or () if job["state"] == "running"]
-
-
-def command_top(options: argparse.Namespace) -> int:
+def command_top(options: Options) -> int:
     project = open_project(options)
-    top = View(project, options.host)
-    top.ask()
+    top = View(options.host, project)
     if options.json or not (os.isatty(0) and os.isatty(1)):
-        top.wait(Deadline(TOP_PATIENCE))
-        print_json(top.rows()) if options.json else print_text("\n".join(top.lines(1 << 16)))
-        return 0
+        top.ask(TOP_PATIENCE)
+        return answer(options, top.rows(), *top.lines(1 << 16))
     import termios
     import tty
     saved = termios.tcgetattr(0)
@@ -10212,14 +10159,13 @@ def command_top(options: argparse.Namespace) -> int:
         tty.setcbreak(0)
         while True:
             import shutil
+            top.ask()
             size = shutil.get_terminal_size()
             title = f"{project.name}: {time.strftime('%H:%M:%S')}  (q leaves)"
             lines = [title, "", *top.lines(size.columns)][:size.lines - 1]
             draw(1, "\x1b[H%s\x1b[J" % "".join(f"\x1b[K{line}\r\n" for line in lines))
-            typed = select.select([0], [], [], TOP_EVERY)[0]
-            if typed and os.read(0, 1) in (b"q", b"Q", b"", b"\x03"):
+            if select.select([0], [], [], TOP_EVERY)[0] and os.read(0, 1) in b"qQ":  # or its end
                 return 0
-            top.ask()
     except KeyboardInterrupt:
         return 0
     finally:
@@ -10227,7 +10173,7 @@ def command_top(options: argparse.Namespace) -> int:
         draw(1, "\x1b[?25h\x1b[?1049l")
 
 
-def command_completion(options: argparse.Namespace) -> int:
+def command_completion(options: Options) -> int:
     own = f"{quote(sys.executable or 'python3')} {quote(os.path.abspath(__file__))}"
     print_text(COMPLETIONS[options.shell] % own)
     return 0
@@ -10258,32 +10204,34 @@ def candidates(before: Sequence[str], last: str) -> dict[str, str]:
             known = line_args(VERBS[name]) if name in VERBS else COMMON
     if "--" in before or name == "exec" and plain[1:]:
         return {}  # words of the remote command
-    if not pending and last.startswith("-"):
+    if pending:
+        return values_of(pending, directory)
+    if last.startswith("-"):
         return {flag: arg.text for arg in known for flag in arg.flags}
-    if not pending and name not in VERBS:
+    if name not in VERBS:
         at = len(plain)
         return {row.split()[at]: verb.text for row, verb in VERBS.items()
                 if row.split()[:at] == plain}
-    if not pending:
-        first = next((arg.name for arg in known if arg.word), "")
-        pending = {"secrets rm": "secrets", "new": "", "fork": "", "rename": ""}.get(name, first)
-    return values_of(pending, directory)
+    first = next((arg.name for arg in known if arg.word), "")
+    own = {"secrets rm": "secrets", "new": "", "fork": "", "rename": ""}
+    return values_of(own.get(name, first), directory)
 
 
 def values_of(name: str, directory: str) -> dict[str, str]:
     """What the argument ``name`` may be in the project of ``directory``."""
+    names: Iterable[str] = ()
     if name == "shell":
-        return dict.fromkeys(COMPLETIONS, "")
-    if name in ("host", "target"):
-        return dict.fromkeys(config_hosts(), "")
-    if name in ("workspace", "name", "names"):
-        return dict.fromkeys(sorted(Project(directory).entries()), "")
-    if name in ("job", "secrets"):
-        registry = Registry(Repository(directory).common_dir)
-        if name == "secrets":
-            return dict.fromkeys(sorted(name for name, _, _ in registry.stored()), "")
-        return {job: str(row["command"]) for job, row in registry.read().get("jobs", {}).items()}
-    return {}
+        names = COMPLETIONS
+    elif name in ("host", "target"):
+        names = config_hosts()
+    elif name in ("workspace", "name", "names"):
+        names = Project(directory).entries()
+    elif name == "secrets":
+        names = [name for name, _, _ in Project(directory).registry.stored()]
+    elif name == "job":
+        return {job: str(row["command"])
+                for job, row in Project(directory).registry.read().get("jobs", {}).items()}
+    return dict.fromkeys(sorted(names), "")
 
 
 def config_hosts() -> list[str]:
@@ -10293,8 +10241,8 @@ def config_hosts() -> list[str]:
             rows = re.findall(r"(?im)^[ \t]*host[ \t=](.*)", stream.read(STATE_MAX))
     except OSError:
         return []
-    return sorted({name for name in re.split(r"[\s=]+", " ".join(rows))
-                   if name.isprintable() and not re.search(r"[*?!\"']|^$", name)})
+    return [name for name in re.split(r"[\s=]+", " ".join(rows))
+            if name.isprintable() and not re.search(r"[*?!\"']|^$", name)]
 
 
 # Both scripts run only the program that made them, never the file named on the line: it may be
@@ -10321,48 +10269,36 @@ complete -c python3 -n __cmux_ssh -f -a '$__cmux_ssh_words'
 COMPLETIONS["zsh"] = "autoload -U +X bashcompinit && bashcompinit\n" + COMPLETIONS["bash"]
 
 
-def command_list(options: argparse.Namespace) -> int:
-    views, rows = [], []  # type: list[View], list[Fields]
-    if not options.all_projects:  # ssh asks nobody anything for a list
-        views.append(View(Project(options.directory, warm=0), options.host))
-    for value in all_projects(report_error) if options.all_projects else ():
+def command_list(options: Options) -> int:
+    projects = []  # ssh asks nobody anything for a list
+    if not options.all_projects:
+        projects.append(Project(options.directory, warm=0))
+    for record in all_projects(report_error) if options.all_projects else ():
         try:
-            directory = re.sub(r"/\.git\Z", "", value.get("repository", "/"))
-            views.append(View(Project(directory, warm=0), options.host))
-        except CmuxError:  # its repository has gone
-            keys = ("host", "path", "base", "created", *COUNTED)
-            rows += [dict({key: entry.get(key) for key in keys}, name=name,
-                          project=value["name"], state=state_of(entry))
-                     for name, entry in value["workspaces"].items() if entry["state"] == "ready"
-                     and (not options.host or entry["host"] in options.host)]
-    patience = Deadline(LIST_PATIENCE)
-    for view in views if options.verbosity >= 0 else ():
-        view.ask()
-    for view in views:
-        view.wait(patience)
-        rows += [dict(workspace.describe(), changed=seen["changed"],
-                      behind=view.project.repository.behind(workspace.base),
-                      jobs=None if seen["jobs"] is None else len(running(seen)))
-                 for workspace, seen in view.look()]
+            projects.append(Project(re.sub(r"/\.git\Z", "", record.get("repository", "/")), warm=0))
+        except CmuxError as error:  # it has gone
+            report_error(error)
+    view = View(options.host, *projects)
+    if options.verbosity >= 0:
+        view.ask(LIST_PATIENCE)
+    rows = [dict(workspace.describe(), changed=seen.get("changed"),
+                 behind=workspace.project.repository.behind(workspace.base),
+                 jobs=len(seen["running"]) if "running" in seen else None)
+            for workspace, seen in view.look()]
     if options.json:
-        return answer(options, rows)
-    if not rows:
+        print_json(rows)
+    elif not rows:
         where = f" on {' or '.join(options.host)}" if options.host else " yet"
-        host = quote((options.host or ["HOST"])[0])
-        options.terminal.warn(f"No workspaces{where}. Make one: {PROGRAM} new NAME -H {host}")
+        options.terminal.warn(f"No workspaces{where}. Make one: {PROGRAM} new NAME -H HOST")
     elif options.verbosity < 0:
         print_text("\n".join(row["name"] for row in rows))
     else:
-        heads = ["NAME", "HOST", "STATE", *map(str.upper, COUNTED), "AGE", "BASE", "PATH"]
-        print_table([heads] + [[
-            f"{row['project']}/" * options.all_projects + row["name"], row["host"], row["state"],
-            *("-" if row[key] is None else str(row[key]) for key in COUNTED),
-            human_age(time.time() - row["created"]), row["base"][:10], row["path"]]
-            for row in rows], 20, 10)
+        counted = ("behind", "changed", "jobs")
+        print_table(("NAME", "HOST", "STATE", *map(str.upper, counted), "AGE", "BASE"), *(
+            (f"{row['project']}/" * options.all_projects + row["name"], row["host"], row["state"],
+             *(row[key] for key in counted), human_age(time.time() - row["created"]),
+             row["base"][:10]) for row in rows))
     return 0
-
-
-COUNTED = ("behind", "changed", "jobs")
 
 
 def human_age(seconds: float) -> str:
@@ -10372,28 +10308,23 @@ def human_age(seconds: float) -> str:
     return f"{int(max(0, seconds))}s"
 
 
-def one_workspace(options: argparse.Namespace) -> str:
+def one_workspace(options: Options) -> str:
     """The name of a workspace, a word or with -w; "" if none was given."""
-    names = [*filter(None, [getattr(options, "name", "")] * (options.verb in NAMED)),
-             *(options.workspace or [])]
-    if len(names) > 1:
+    if len(options.workspace) > 1:
         raise UsageError("More than one workspace is named.", "Name one, as a word or with -w.")
-    return str(names[0]) if names else ""
+    return "".join(options.workspace)
 
 
-def given_names(options: argparse.Namespace) -> list[str]:
-    """Workspaces named as words, or one with -w."""
-    if options.names and options.workspace:
-        raise UsageError("Names are given twice: as words and with -w.")
-    return list(options.names) or list(filter(None, [one_workspace(options)]))
+def named(options: Options, project: Project) -> str:
+    """The same; else the branch's."""
+    return check_workspace(one_workspace(options) or project.default_workspace())
 
 
-def command_rm(options: argparse.Namespace) -> int:
-    project = open_project(options)
-    names = given_names(options)
+def command_rm(options: Options) -> int:
+    project, names = open_project(options), [*options.names, *options.workspace]
     if not names:
         raise UsageError("Name the workspaces to remove.", f"See `{PROGRAM} list`.")
-    code, removed, failed = 0, [], []  # type: int, list[str], list[dict[str, str]]
+    removed, failed = [], {}  # type: list[str], dict[str, CmuxError]
     for name in names:
         try:
             host = project.registry.read()["workspaces"].get(name, {}).get("host")
@@ -10406,28 +10337,27 @@ def command_rm(options: argparse.Namespace) -> int:
         except CmuxError as error:
             if isinstance(error, ConnectionFailed):
                 error.hint += f" If the host is gone for good: {PROGRAM} rm --forget {name}"
-            report_error(error)
-            failed.append(dict(error_fields(error), name=name))
-            code = max(code, error.exit_code)
-    answer(options, {"removed": removed, "errors": failed})
-    return code
+            failed[name] = error
+    answer(options, {"removed": removed, "errors": [
+        dict(error_fields(error), name=name) for name, error in failed.items()]})
+    return report_all(failed.values())
 
 
-def existing_workspace(options: argparse.Namespace) -> Workspace:
+def existing_workspace(options: Options) -> Workspace:
     """The workspace that is named; else that of the job, or of the branch, or the only one."""
     project = open_project(options)
     entries, name = project.entries(), one_workspace(options)
     if not name:
-        given = getattr(options, "job", "")
-        first = given[0] if isinstance(given, list) and given else str(given)
-        job = project.registry.read().get("jobs", {}).get(first, {})
+        job = getattr(options, "job", None) or [""]
+        known = project.registry.read().get("jobs", {})
+        of_job = known.get(job if isinstance(job, str) else job[0], {}).get("workspace")
         own = project.default_workspace()
-        near = [row for row in (job.get("workspace"), own) if row in entries]
-        name = [*near, *(entries if len(entries) == 1 else ()), own][0]
+        near = (of_job, own, *(entries if len(entries) == 1 else ()))
+        name = next((choice for choice in near if choice in entries), own)
     return project.existing(name, options.host)
 
 
-def command_pull(options: argparse.Namespace) -> int:
+def command_pull(options: Options) -> int:
     terminal = options.terminal
     result = pull(existing_workspace(options), options.branch or "", options.allow, terminal)
     if options.json:
@@ -10435,59 +10365,56 @@ def command_pull(options: argparse.Namespace) -> int:
     for note in result.notes:
         terminal.warn(note)
     for path, names in result.secrets.items():
-        terminal.line(f"{PROGRAM}: warning: {path} holds the secret {', '.join(names)}.")
-    if options.verbosity < 0:
-        return 0
+        terminal.line(f"warning: {path} holds the secret {', '.join(names)}.")
     if not result.new:
-        print_text(f"Nothing new in {result.workspace}.")
-        return 0
+        return answer(options, None, f"Nothing new in {result.workspace}.")
     commits = f"{result.commits} commit" + "s" * (result.commits != 1)
     branch = neutralise(result.branch)
-    print_text(f"{branch}: {commits} on {result.since[:10]}, now at {result.commit[:10]}")
-    print_text(result.stat)
+    lines = [f"{branch}: {commits} on {result.since[:10]}, now at {result.commit[:10]}",
+             result.stat]
     if result.executes:
-        print_text("\n  ".join(["These would run, or be obeyed, on this machine after a merge:",
-                                *result.executes[:200]]))
+        lines += ["These would run, or be obeyed, on this machine after a merge:",
+                  *(f"  {path}" for path in result.executes[:200])]
+    answer(options, None, *lines)
     branch = quote(branch)
     terminal.note(f"To look at it: git diff ...{branch}; to take it: git merge {branch}")
     return 0
 
 
-def command_push(options: argparse.Namespace) -> int:
-    refuse_both(options)
+def command_push(options: Options) -> int:
     workspace = existing_workspace(options)
     project = workspace.project
-    ref = project.repository.snapshot(options.allow or []) if options.dirty else options.ref
+    ref = state_to_send(options, project.repository)
     moved = project.push(workspace.name, ref, options.force, options.terminal)
     now = project.workspace(workspace.name)
-    line = f"{now.name} is at {now.base[:10]}" + ("" if moved else " already")
-    return answer(options, dict(now.describe(), pushed=moved), line)
+    return answer(options, dict(now.describe(), pushed=moved),
+                  f"{now.name} is at {now.base[:10]}" + " already" * (not moved))
 
 
-def command_move(options: argparse.Namespace) -> int:
+def command_fork(options: Options) -> int:
     source = existing_workspace(options)
-    action = source.project.fork if options.verb == "fork" else source.project.rename
-    made = action(source, options.name).describe()
+    made = VERBS[options.verb].handler(source.project, None, source.name, options.name)
     return answer(options, made, "%(name)s  %(host)s:%(path)s" % made)
 
 
-def command_gc(options: argparse.Namespace) -> int:
+command_rename = command_fork
+
+
+def command_gc(options: Options) -> int:
     freed, failed = open_project(options).gc(options.host)
     lost = {getattr(error, "host", None) or "?": {"error": error_fields(error)} for error in failed}
     lines = [f"{host}: freed {human_size(count)}" for host, count in freed.items()]
     answer(options, dict(freed, **lost), *lines)
-    for error in failed:
-        report_error(error)
-    return max([error.exit_code for error in failed], default=0)
+    return report_all(failed)
 
 
-def command_diff(options: argparse.Namespace) -> int:
+def command_diff(options: Options) -> int:
     workspace, exact = existing_workspace(options), options.json or not os.isatty(1)
     lines = diff_lines(workspace, options.stat, options.terminal, binary=exact)
     if options.json:
         return answer(options, bytes_field("diff", b"".join(line + b"\n" for line in lines)))
     pager, coloured = ("", False) if exact else workspace.project.repository.diff_settings()
-    coloured = coloured and not options.stat and not os.environ.get("NO_COLOR")
+    coloured = coloured and not options.stat and in_colour()
     colours = {"+": "32", "-": "31", "@": "36", "d": "1"} if coloured else {}
     with contextlib.ExitStack() as held:
         fd = 1
@@ -10502,7 +10429,7 @@ def command_diff(options: argparse.Namespace) -> int:
     return 0
 
 
-def stored_secrets(options: argparse.Namespace) -> Any:
+def stored_secrets(options: Options) -> Any:
     """Those of the scope that is named, to be changed in a with statement."""
     name = one_workspace(options)
     if options.everywhere and not name:  # also outside a repository
@@ -10510,34 +10437,34 @@ def stored_secrets(options: argparse.Namespace) -> Any:
     return Project(options.directory).editing_secrets(name, options.everywhere)
 
 
-def secrets_set(options: argparse.Namespace) -> int:
+def command_secrets_set(options: Options) -> int:
     if "=" in options.name:
         name = show(options.name.partition("=")[0])[1:-1]
         raise UsageError("A secret's value is not taken from the command line: others see that.",
                          f"Pipe it: ... | {PROGRAM} secrets set {name}")
     name = check_variable(options.name, secret=True)
-    way = "%%s | %s secrets set %s" % (PROGRAM, name)
-    pipe, empty = "Pipe it: " + way % "...", "For an empty one: " + way % "printf ''"
-    if options.command is not None:
-        entry = {"command": options.command}
-    elif os.isatty(0):
-        import getpass
-        try:
-            entry = {"value": getpass.getpass("Value of %s (hidden): " % name)}
-        except EOFError:
-            entry = {"value": ""}
-        except UnicodeDecodeError:
-            raise UsageError("What was typed is not text in this terminal's encoding.", pipe)
-        if len(encoded(entry["value"])) >= 4095:
-            raise UsageError("A terminal passes on no more than 4095 bytes of a line.", pipe)
-        if not entry["value"]:
-            raise UsageError("No value was given for %s." % name, empty)
-    elif os.path.samestat(os.fstat(0), os.stat(os.devnull)):
-        raise UsageError("No value came on stdin.", empty)
-    else:
-        data = read_all(0, SECRET_MAX + 2)
-        data = data[:-1] if data.endswith(b"\n") else data
-        entry = {"value": as_text(data)}
+    way, entry = f"%s | {PROGRAM} secrets set {name}", {"command": options.command}
+    if options.command is None:
+        if os.isatty(0):
+            import getpass
+            value, pipe = b"", "Pipe it: " + way % "..."
+            try:
+                value = encoded(getpass.getpass(f"Value of {name} (hidden): "))
+            except UnicodeDecodeError:
+                raise UsageError("What was typed is not text in this terminal's encoding.", pipe)
+            except EOFError:
+                pass
+            if len(value) >= 4095:
+                raise UsageError("A terminal passes on no more than 4095 bytes of a line.", pipe)
+            given = bool(value)
+        else:
+            value = read_all(0, SECRET_MAX + 2)
+            value = value[:-1] if value.endswith(b"\n") else value
+            given = not os.path.samestat(os.fstat(0), os.stat(os.devnull))
+        if not given:
+            raise UsageError(f"No value was given for {name} on stdin.",
+                             "For an empty one: " + way % "printf ''")
+        entry = {"value": as_text(value)}
     with stored_secrets(options) as stored:
         stored[name] = entry
     return answer(options, [name])
@@ -10545,24 +10472,21 @@ def secrets_set(options: argparse.Namespace) -> int:
 
 def read_all(fd: int, limit: int) -> bytes:
     """All bytes until the end. Raises UsageError for more than ``limit``."""
-    status, data, chunk = os.fstat(fd), bytearray(), b"x"  # bytes would be copied with each chunk
-    large = stat.S_ISREG(status.st_mode) and status.st_size - os.lseek(fd, 0, os.SEEK_CUR) > limit
-    while chunk and not large:
+    data, chunk = bytearray(), b"x"  # bytes would be copied with each chunk
+    while chunk:
         chunk = read_some(fd)
         data += chunk
-        large = len(data) > limit
-    if large:
-        raise UsageError("What comes on stdin is larger than %s." % human_size(limit))
+        if len(data) > limit:
+            raise UsageError(f"What comes on stdin is larger than {human_size(limit)}.")
     return bytes(data)
 
 
-def secrets_import(options: argparse.Namespace) -> int:
+def command_secrets_import(options: Options) -> int:
     try:
         with open(os.dup(0) if options.file == "-" else options.file, "rb") as stream:
             values = parse_dotenv(as_text(read_all(stream.fileno(), SECRETS_MAX)))
     except OSError as error:
-        why = os.strerror(error.errno or 0)
-        raise UsageError(f"Cannot read {show(options.file)}: {why}.")
+        raise UsageError(f"Cannot read {show(options.file)}: {error.strerror}.")
     with stored_secrets(options) as stored:
         stored.update({name: {"value": value} for name, value in values.items()})
     names = sorted(values)
@@ -10581,13 +10505,11 @@ def parse_dotenv(text: str) -> dict[str, str]:
         r"[ \t]*(?:(?<=\s)#[^\n]*)?\r?(?:\n|\Z)"
         r"|(?P<bare>(?:[^\n#]+|(?<!\s)#)*)[^\n]*(?:\n|\Z))"
         r"|[ \t]*(?:#[^\n]*)?\r?(?:\n|\Z)|(?P<wrong>.)", re.S)
-    advice = "Quote values with spaces or newlines."
     for match in pattern.finditer(text):
         line, name = text.count("\n", 0, match.start()) + 1, match["name"]
-        if match["wrong"]:
-            raise UsageError(f"Line {line} is not NAME=value.", advice)
-        if name and not _VARIABLE.match(name):
-            raise UsageError(f"Line {line} has no variable's name before the =.", advice)
+        if match["wrong"] or name and not _VARIABLE.match(name):
+            raise UsageError(f"Line {line} is not NAME=value.",
+                             "Quote values with spaces or newlines.")
         if name:
             quoted = re.sub(r"\\(.)", lambda found: escapes.get(found[1], found[1]),
                             match["quoted"] or "", flags=re.S)
@@ -10596,7 +10518,7 @@ def parse_dotenv(text: str) -> dict[str, str]:
     return values
 
 
-def secrets_list(options: argparse.Namespace) -> int:
+def command_secrets_list(options: Options) -> int:
     project, name = Project(options.directory), one_workspace(options)
     stored = project.registry.stored(project.entry(name)["op"] if name else None)
     rows = []
@@ -10607,14 +10529,13 @@ def secrets_list(options: argparse.Namespace) -> int:
                          scope=scope))
         facts = [where] * (scope != "project") + ["from a command"] * (kind == "command")
         if not options.json:
-            shown = facts and options.verbosity >= 0
-            print_text(name + (f"  ({', '.join(facts)})" if shown else ""))
+            print_text(name + (f"  ({', '.join(facts)})" if facts else ""))
     if options.json:
         print_json(rows)
     return 0
 
 
-def secrets_rm(options: argparse.Namespace) -> int:
+def command_secrets_rm(options: Options) -> int:
     with stored_secrets(options) as stored:
         for name in options.names:
             if name not in stored:
@@ -10626,26 +10547,25 @@ def secrets_rm(options: argparse.Namespace) -> int:
 
 # -- the tools as commands --
 
-def the_workspace(options: argparse.Namespace) -> Workspace:
+def the_workspace(options: Options) -> Workspace:
     project = open_project(options)
-    return project.ensure(one_workspace(options) or project.default_workspace(), options.host,
-                          report=options.terminal)
+    return project.ensure(named(options, project), options.host, report=options.terminal)
 
 
-def job_of(options: argparse.Namespace, workspace: Workspace) -> Any:
+def job_of(options: Options, workspace: Workspace) -> Any:
     """The job, or jobs, named; else the last one of the workspace."""
-    jobs = [] if options.job else workspace.jobs()
-    if not (options.job or jobs):
+    jobs = [options.job] if options.job else [row["job"] for row in workspace.jobs()]
+    if not jobs:
         raise ToolFailed(f"The workspace {workspace.name} has no jobs.",
                          f"Start one: {PROGRAM} exec --detach -- CMD")
-    return options.job or jobs[-1]["job"]
+    return jobs[-1]
 
 
-def command_tool(options: argparse.Namespace) -> int:
-    name = options.verb
-    given = {arg.name: getattr(options, arg.name) for arg in TOOLS[name].params}
+def command_tool(options: Options) -> int:
+    tool, name = TOOLS[options.verb], options.verb
+    given = {arg.name: getattr(options, arg.name) for arg in tool.params}
     arguments = {key: value for key, value in given.items() if value is not None}
-    looks = TOOLS[name].reads or "job" in given  # these create no workspace
+    looks = tool.reads or "job" in given  # these create no workspace
     workspace = existing_workspace(options) if looks else the_workspace(options)
     if "job" in given:
         arguments["job"] = job_of(options, workspace)
@@ -10658,21 +10578,21 @@ def command_tool(options: argparse.Namespace) -> int:
     return TOOL_CODE[name](result) if name in TOOL_CODE else 0
 
 
-def command_write(options: argparse.Namespace) -> int:
-    limit, workspace = READ_MAX * 10, the_workspace(options)
+def command_write(options: Options) -> int:
+    workspace = the_workspace(options)
     absolute(workspace, options.path)
-    data = read_all(0, limit)
-    return answer(options, workspace.write(options.path, data))
+    return answer(options, workspace.write(options.path, read_all(0, READ_MAX * 10)))
 
 
-def command_cp(options: argparse.Namespace) -> int:
+def command_cp(options: Options) -> int:
     back, away = (re.match(r"([\w.-]*):(.*)\Z", side, re.S)
                   for side in (options.source, options.to))
     remote = away or back
     if not remote or away and back:
         raise UsageError("One of SRC and DST is NAME:PATH or :PATH, in a workspace.",
                          f"For example: {PROGRAM} cp fix-login:report .")
-    options.name, path = remote.groups()
+    name, path = remote.groups()
+    options.workspace += [name] * bool(name)
     workspace, more = existing_workspace(options), (options.force, options.terminal)
     done = (workspace.upload(options.source, path, *more) if away
             else workspace.download(path, options.to, *more))
@@ -10681,37 +10601,32 @@ def command_cp(options: argparse.Namespace) -> int:
     return answer(options, done, done["path"])
 
 
-def command_edit(options: argparse.Namespace) -> int:
-    arguments: Fields = {"path": options.path}
+def command_edit(options: Options) -> int:
     if (options.old, options.new) != (None, None):
         if None in (options.old, options.new):
             raise UsageError("edit needs both --old and --new.")
-        arguments["edits"] = [{"old": options.old, "new": options.new, "count": options.count or 1}]
+        arguments: Fields = {"edits": [
+            {"old": options.old, "new": options.new, "count": options.count or 1}]}
     elif options.count is not None:
         raise UsageError("--count goes with --old and --new.", "In JSON each edit has its own.")
     else:
         import json
         try:
-            value = json.loads(read_all(0, BATCH_LINE_MAX).decode("utf-8"))
-            if not set(value) <= {"edits", "sha256"}:
-                raise ValueError
-            arguments.update(value)
+            arguments = dict(json.loads(read_all(0, BATCH_LINE_MAX).decode("utf-8")))
         except (ValueError, TypeError, RecursionError):
             raise UsageError('stdin is not JSON like {"edits": [{"old": ..., "new": ...}]}.',
                              "Or give --old and --new.")
     if options.sha256 is not None:
-        if not re.match(r"[0-9a-fA-F]{64}\Z", options.sha256):  # a variable that is not set
-            raise UsageError("--sha256 takes 64 hexadecimal digits.",
-                             f"See: {PROGRAM} read --json {quote(options.path)}")
         arguments["sha256"] = options.sha256
+    arguments["path"] = options.path
     result = call_tool(the_workspace(options), "edit", arguments)
     return answer(options, result, *filter(None, [result["diff"].rstrip("\n")]))
 
 
-def text_rows(rows: list[str], truncated: bool, terminal: Terminal) -> None:
+def text_rows(rows: list[str], result: Fields, terminal: Terminal) -> None:
     if rows:
         write_out(1, encoded("\n".join(rows + [""])))
-    if truncated:
+    if result["truncated"]:
         terminal.warn("There are more; narrow the pattern, or raise --limit.")
 
 
@@ -10719,26 +10634,24 @@ def text_jobs(result: Fields, terminal: Terminal) -> None:
     if not result["jobs"]:
         return terminal.warn("No jobs here. Start one: %s exec --detach -- CMD" % PROGRAM)
     many = ["workspace"] * ("workspace" in result["jobs"][0])
-    print_table([(*map(str.upper, many), "JOB", "STATE", "AGE", "COMMAND")] + [
+    print_table((*map(str.upper, many), "JOB", "STATE", "AGE", "COMMAND"), *(
         (*(row[key] for key in many), row["job"], job_state(row),
          human_age(time.time() - row["started"]) if row["started"] else "?", row["command"])
-        for row in result["jobs"]])
+        for row in result["jobs"]))
 
 
-def command_jobs(options: argparse.Namespace) -> int:
+def command_jobs(options: Options) -> int:
     if not options.all:
         return command_tool(options)
     if options.workspace:
         raise UsageError("--all takes no -w.")
-    view, code = View(open_project(options), options.host), 0
-    view.ask()
-    view.wait(Deadline(TOP_PATIENCE))
-    rows = [dict(job, workspace=workspace.name) for workspace, seen in view.look()
-            for job in seen["jobs"] or ()]
+    view, rows, code = View(options.host, open_project(options)), [], 0
+    view.ask(TOP_PATIENCE)
     for workspace, seen in view.look():
-        if seen["error"]:
+        rows += [dict(job, workspace=workspace.name) for job in seen.get("jobs", ())]
+        if "error" in seen:
             code = 255
-            options.terminal.line(f"{PROGRAM}: {workspace.name}: {seen['error']}")
+            options.terminal.line(f"{workspace.name}: {seen['error']}")
     print_json(rows) if options.json else text_jobs({"jobs": rows}, options.terminal)
     return code
 
@@ -10753,14 +10666,13 @@ TOOL_TEXT: dict[str, Callable[[Fields, Terminal], None]] = {
     "read": lambda result, terminal: write_out(1, field_bytes("content", result)),
     "stop": lambda result, terminal: (
         print_text if result["stopped"] == "confirmed" else terminal.warn)(
-            f"{result['job']}  {job_state(result)}: {STOPPED[result['stopped']] % ''}"),
+            f"{result['job']}  {job_state(result)}: {STOPPED[result['stopped']]}"),
     "wait": lambda result, terminal: None if result["exit_code"] is not None else terminal.warn(
         "The job %s is %s." % (result["job"], "still running" if result["state"] == "running" else
                                "lost: it ended without a record (was the host restarted?)")),
-    "glob": lambda result, terminal: text_rows(result["paths"], result["truncated"], terminal),
+    "glob": lambda result, terminal: text_rows(result["paths"], result, terminal),
     "grep": lambda result, terminal: text_rows(
-        ["%(path)s:%(line)d:%(text)s" % match for match in result["matches"]],
-        result["truncated"], terminal),
+        ["%(path)s:%(line)d:%(text)s" % match for match in result["matches"]], result, terminal),
 }
 # What they end with, where that is not 0.
 TOOL_CODE: dict[str, Callable[[Fields], int]] = {
@@ -10770,85 +10682,78 @@ TOOL_CODE: dict[str, Callable[[Fields], int]] = {
 }
 
 
-def command_logs(options: argparse.Namespace) -> int:
+def command_logs(options: Options) -> int:
     if options.json and not options.follow:
         return command_tool(options)
-    offset, wait = options.offset or 0, options.wait or 0
-    workspace, out = existing_workspace(options), Outlet(1)
+    offset, workspace, out = options.offset or 0, existing_workspace(options), Outlet(1)
     job = job_of(options, workspace)
     quiet_terminal()
+
+    def json_line(data: bytes) -> None:
+        if data:
+            print_json(bytes_field("output", data))
+    more = not options.follow
+    while more:
+        status = workspace.logs(job, offset, options.wait or 0)
+        out(status["output"])
+        offset = status["next_offset"]
+        more = status["output"] and offset < status["size"]
     if options.follow:
-        def json_line(data: bytes) -> None:
-            if data:
-                print_json(bytes_field("output", data))
         try:
             end = workspace.follow(job, json_line if options.json else out, offset)
         except KeyboardInterrupt:
             raise Cancelled(f"The job {job} goes on.", f"To look again: {PROGRAM} logs -f {job}")
         if options.json:
             print_json({"state": end["state"], "exit_code": end["exit_code"]})
-        out.end()
-        return 0
-    while True:
-        status = workspace.logs(job, offset, wait)
-        out(status["output"])
-        offset = status["next_offset"]
-        if offset >= status["size"] or not status["output"]:
-            out.end()
-            return 0
+    out.end()
+    return 0
 
 
-def project_and_name(options: argparse.Namespace) -> tuple[Project, str]:
-    """Of a command that talks to a program."""
+def command_batch(options: Options) -> int:
     project = Project(options.directory)
-    return project, check_workspace(one_workspace(options) or project.default_workspace())
+    batch = Batch(project, named(options, project), options.host, lambda data: write_out(1, data))
+    lines = read_lines(0, batch.cancel)
+    return batch.run(lines, options.parallel or 16)
 
 
-def command_batch(options: argparse.Namespace) -> int:
-    project, name = project_and_name(options)
-    batch = Batch(project, name, options.host, lambda data: write_out(1, data))
-    return batch.run(read_lines(0, batch.cancel), options.parallel or 16)
-
-
-def command_mcp(options: argparse.Namespace) -> int:
-    project, name = project_and_name(options)
-    server = McpServer(project, name, pool_of(options.host), answer_out, options.manage,
-                       options.soft_timeout)
+def command_mcp(options: Options) -> int:
+    project = Project(options.directory)
+    server = McpServer(project, named(options, project), pool_of(options.host), answer_out,
+                       options.manage, options.soft_timeout)
     return server.run(read_lines(0))
 
 
-def command_doctor(options: argparse.Namespace) -> int:
+def command_doctor(options: Options) -> int:
     if len(options.host) + bool(options.target) > 1:
         raise UsageError("doctor looks at one host.", f"For example: {PROGRAM} doctor HOST")
-    name, root = options.target or "".join(options.host), ""
+    name, root, rows = options.target or "".join(options.host), "", []
     try:
         project = open_project(options)
-        entry = project.entries().get(one_workspace(options) or project.default_workspace(), {})
+        entry = project.entries().get(named(options, project), {})
         name = name or entry.get("host") or project.hosts_for("")[0]
         root = entry.get("root", "") if entry.get("host") == name else ""
     except CmuxError:  # no repository, or no host: this machine alone is examined
         name = name or os.environ.get("CMUX_SSH_HOST", "").strip().split(" ")[0]
-    rows = []
-    colours = {"ok": 32, "note": 36, "fix": 33, "bad": 31, "dead": 31} if in_colour() else {}
+    colours = {"ok": 32, "note": 36, "fix": 33, "bad": 31, "dead": 31}
     for row in doctor(check_host(name) if name else "", root):
         rows.append(row)
         state, what, text, fix = row.values()
         if not options.json and (options.verbosity >= 0 or state in ("bad", "dead")):
             import textwrap
             text = text.rstrip(".") + (". " + fix if fix else "")
-            width = max(40, terminal_width() - 18)
-            lines = textwrap.wrap(text, width, break_on_hyphens=False) or [""]
-            shown = state.ljust(5)
-            shown = f"\x1b[{colours[state]}m{shown}\x1b[m" if colours else shown
-            draw(1, f"{shown} {what:<10}  " + ("\n" + " " * 18).join(lines) + "\n")
+            shown = textwrap.fill(text, max(58, terminal_width()), break_on_hyphens=False,
+                                  initial_indent=f"{state:<5} {what:<10}  ",
+                                  subsequent_indent=" " * 18)
+            if in_colour():
+                shown = f"\x1b[{colours[state]}m{shown[:5]}\x1b[m{shown[5:]}"
+            draw(1, shown + "\n")
     if options.json:
         print_json(rows)
     return max({"dead": 255, "bad": 1}.get(row["state"], 0) for row in rows)
 
 
-def on_terminal(open_workspace: Callable[[], Workspace], terminal: Terminal,
-                *command: Any) -> int:
-    """What Workspace.shell() does with ``command``, on this terminal; its exit code."""
+def on_terminal(open_workspace: Callable[[], Workspace], terminal: Terminal, call: Fields) -> int:
+    """What Workspace.shell() does with ``call``, on this terminal; its exit code."""
     if not (os.isatty(0) and os.isatty(1)):
         raise UsageError("This needs a terminal.",
                          f"In a pipe or a script use: {PROGRAM} exec -- CMD")
@@ -10857,17 +10762,17 @@ def on_terminal(open_workspace: Callable[[], Workspace], terminal: Terminal,
     terminal.close()
     status = None
     try:
-        status = workspace.shell(*command)
+        status = workspace.shell(**call)
     finally:
         if status in (None, 255) and os.isatty(1):  # a full-screen program had no time to tidy up
             write_out(1, TIDY, harmless=True)
     if status in (None, 255):
-        host = workspace.host.name
-        terminal.warn(f"The connection to {host} was cut, or what ran there ended with 255.")
+        terminal.warn(f"The connection to {workspace.host.name} was cut, or what ran there "
+                      "ended with 255.")
     return 255 if status is None else status
 
 
-def command_forward(options: argparse.Namespace) -> int:
+def command_forward(options: Options) -> int:
     workspace = existing_workspace(options)
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as held:
         for word in options.ports:
@@ -10883,30 +10788,20 @@ def command_forward(options: argparse.Namespace) -> int:
     return 0
 
 
+def command_shell(options: Options) -> int:
+    return on_terminal(lambda: the_workspace(options), options.terminal, {})
+
+
 # Out of the alternate screen; mouse, paste and application modes off; cursor and colours as usual.
-TIDY = (b"\x1b[?1047l\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b[?1l\x1b>\x1b[?25h"
-        b"\x1b[m\r\n")
+TIDY = b"\x1b[?1047;1000;1002;1003;1006;2004;1l\x1b>\x1b[?25h\x1b[m\r\n"
 
 
-def command_demo(options: argparse.Namespace) -> int:
+def command_demo(options: Options) -> int:
     demo(lambda text: print_text(neutralise(text)))
     return 0
 
 
 # -- the parser: argparse, made from the table for the one command that is called --
-
-HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "exec": lambda options: Execution(options).run(), "forward": command_forward,
-    "shell": lambda options: on_terminal(
-        functools.partial(the_workspace, options), options.terminal), "diff": command_diff,
-    "pull": command_pull, "push": command_push, "write": command_write, "edit": command_edit,
-    "cp": command_cp, "logs": command_logs, "jobs": command_jobs, "new": command_new,
-    "list": command_list, "rm": command_rm, "fork": command_move, "rename": command_move,
-    "history": command_history, "top": command_top, "gc": command_gc, "mcp": command_mcp,
-    "batch": command_batch, "secrets set": secrets_set, "secrets import": secrets_import,
-    "secrets list": secrets_list, "secrets rm": secrets_rm, "doctor": command_doctor,
-    "completion": command_completion, "demo": command_demo}
-
 
 def line_args(verb: Verb) -> list[Arg]:
     """What the command line of ``verb`` takes."""
@@ -10969,9 +10864,9 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(words: Sequence[str]) -> argparse.Namespace:
+def parse(words: Sequence[str]) -> Options:
     """The options of one command line, and its ``verb``. SystemExit(0) on -h."""
-    name, rest, tail = words[0], list(words[1:]), None  # type: str, list[str], list[str] | None
+    name, rest, tail = words[0], list(words[1:]), []  # type: str, list[str], list[str]
     if name == "secrets":
         rest = command_first(rest)
         if rest[:1] in (["-h"], ["--help"]):
@@ -10979,40 +10874,34 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
             raise SystemExit(0)
         name, rest = " ".join([name, *rest[:1]]), rest[1:]
     if name not in VERBS:
-        raise no_command(name)
+        import difflib
+        near = difflib.get_close_matches(name, {verb.split()[0]: 0 for verb in VERBS}, 1)
+        raise UsageError(f"There is no command {show(name)}.",
+                         f"See `{' '.join([PROGRAM, *near, '-h'])}`.")
     if name == "exec" and "--" in rest:
         at = rest.index("--")
         rest, tail = rest[:at], rest[at + 1:]
     options = parser_of(VERBS[name]).parse_args(rest)
     for arg in COMMON:  # also those that the command lacks
         options.__dict__.setdefault(arg.name, arg.default)
-    options.host = options.host or []
+    options.host, options.workspace = options.host or [], options.workspace or []
     options.verb, options.verbosity = name, int(options.verbose) - int(options.quiet)
     options.terminal = Terminal(options.verbosity, notes=name in ("new", "push"))
     CALLED["project"] = "" if options.directory == "." else " -C " + quote(options.directory)
     # A call of batch or mcp names its own.
-    if name not in ("batch", "mcp") and len(options.workspace or ()) == 1:
+    if name not in ("batch", "mcp") and len(options.workspace) == 1:
         CALLED["workspace"] = " -w " + quote(options.workspace[0])
+    if NAME in VERBS[name].args and options.name:
+        options.workspace.append(options.name)
     if name == "exec":
-        options.command = command_words(options.command, tail)
+        if tail and options.command:
+            raise UsageError(f"exec: {show(options.command[0])} stands before `--`.",
+                             "Write: exec [options] -- CMD...")
+        options.command += tail
+        if not options.command:
+            raise UsageError("exec: no command was given.",
+                             f"For example: {PROGRAM} exec -- make test")
     return options
-
-
-def command_words(words: list[str], tail: list[str] | None) -> list[str]:
-    """The command of exec: ``tail`` is what follows --, if there is one."""
-    if tail is not None and words:
-        raise UsageError(f"exec: {show(words[0])} stands before `--`.",
-                         "Write: exec [options] -- CMD...")
-    if not (words or tail):
-        raise UsageError("exec: no command was given.", f"For example: {PROGRAM} exec -- make test")
-    return words if tail is None else tail
-
-
-def no_command(name: str) -> UsageError:
-    import difflib
-    near = difflib.get_close_matches(name, {verb.split()[0]: 0 for verb in VERBS}, 1)
-    return UsageError(f"There is no command {show(name)}.",
-                      f"See `{' '.join([PROGRAM, *near, '-h'])}`.")
 
 
 def command_first(words: list[str]) -> list[str]:
@@ -11043,21 +10932,26 @@ def typed_program() -> str:
 
 
 def report_error(error: CmuxError) -> None:
-    text = neutralise(str(error)).strip()
-    hint = " " + neutralise(as_called(error.hint)) if error.hint else ""
     quiet_terminal()
-    err_out(f"{PROGRAM}: {text}{hint}\n")
+    err_out(neutralise(f"{str(error).strip()} {as_called(error.hint)}").strip())
+
+
+def report_all(errors: Collection[CmuxError]) -> int:
+    """The worst exit code."""
+    for error in errors:
+        report_error(error)
+    return max([error.exit_code for error in errors], default=0)
 
 
 def fail(words: Sequence[str], error: CmuxError) -> int:
     """Report the error, with --json on stdout too; the exit code."""
-    code = exec_code(error) if words[:1] == ["exec"] else error.exit_code
+    of_exec = words[:1] == ["exec"]
     report_error(error)
     if "--json" in itertools.takewhile(lambda word: word != "--", words):
         with contextlib.suppress(CmuxError):  # stdout is closed
             print_json(exec_failure(None, None, error, time.monotonic())
-                       if words[:1] == ["exec"] else {"error": error_fields(error)})
-    return code
+                       if of_exec else {"error": error_fields(error)})
+    return exec_code(error) if of_exec else error.exit_code
 
 
 def version_text() -> str:
@@ -11073,7 +10967,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code. Expected failures are reported on stderr."""
     words = command_first(list(sys.argv[1:] if arguments is None else arguments))
     if os.name != "posix":
-        err_out(f"{PROGRAM}: Windows is not supported natively. Use it inside WSL.\n")
+        err_out("Windows is not supported natively. Use it inside WSL.")
         return 2
     open_standard_streams()
     CALLED.update(program=typed_program(), project="", workspace="")
@@ -11081,19 +10975,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[:1] == ["--version"]:
             print_text(version_text())
             return 0
-        if words[:1] in (["-h"], ["--help"], ["help"]) and words[1:]:
+        if words[:1] in (["-h"], ["--help"], ["help"]):
             words = [*words[1:], "-h"]
-        if not words or words[0] in ("-h", "--help", "help"):
+        if words in ([], ["-h"]):
             print_text(usage())
             return 0 if words else 2
         if words[0] == "__complete" and words[2:]:
             return complete(words[1], words[2:])
         options = parse(words)
-        if options.verb in ("batch", "exec", "forward", "mcp"):
-            raise_descriptor_limit()
+        raise_descriptor_limit()
         stop_signals()
         try:
-            return HANDLERS.get(options.verb, command_tool)(options)
+            name = "command_" + options.verb.replace(" ", "_")
+            return int(globals().get(name, command_tool)(options))
         finally:
             options.terminal.close()
     except KeyboardInterrupt:
@@ -11102,7 +10996,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = expected(error)
         if known is None:
             raise
-        if isinstance(known, PipeClosed) and not isinstance(known, OutputFailed):
+        if type(known) is PipeClosed:
             die_by_pipe()
         return fail(words, known)
 
