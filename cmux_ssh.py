@@ -820,17 +820,15 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
 #   :    n     text to eval now (functions of the operations)
 #   .    n     the end: text to eval as the operation
 # Shells read ahead, fish to the end: of a header with secrets (marked by a second `exit 0`) only
-# the first line is sent before our wrapper has printed READY. In a session opened ahead that costs
-# no round trip.
+# the first line is sent before our wrapper has printed READY.
 # What comes back, on stdout and on stderr each:  NONCE+ pid  ...bytes...  NONCE- status stop
-# Before the first mark is login noise; NONCEx 96 says that the directory is missing. The marks
-# exclude accidents, not malice: a hostile host can always lie.
+# Before the first mark is login noise; NONCEx 96 says that the directory is missing; status 97,
+# that the header is cut off. The marks exclude accidents, not malice: a host can always lie.
 
-# The texts become one line in single quotes, without quote, backslash, newline, or ! before a
-# non-blank: sh, bash, zsh, ksh, fish and csh read that alike; Dropbear takes up to 9,000 bytes.
-# Assumed: POSIX sh, sleep. Used where found: ps or /proc, grep, setsid, bash. Status 96: the
-# directory is missing; 97: the header is cut off. _cmux_stop_tree ends what run _cmux_run has below
-# _cmux_root (a wrapper, a job's supervisor, or -); its status is 0 where the end was seen.
+# BOOT is these two texts in one line in single quotes, without quote, backslash, newline, or !
+# before a non-blank: every shell reads that alike; Dropbear takes up to 9,000 bytes.
+# _cmux_stop_tree ends what run _cmux_run has below _cmux_root (a wrapper, a job's supervisor, or
+# -); its status is 0 where the end was seen.
 
 STOP_TEXT = r"""
 # For each process: pid, parent, group, session, state. Never its name: one with a newline and
@@ -914,19 +912,24 @@ _cmux_add_hidden() {
     esac;
   done;
 };
+# Not every sleep takes fractions: one of a second counts as ten tries.
+_cmux_pause() {
+  sleep $1 || { sleep 1; _cmux_tries=$((_cmux_tries+9)); };
+  _cmux_tries=$((_cmux_tries+1));
+};
 # TERM, after two seconds KILL, after four it gives up. Where process 1 cannot be seen, others may
 # be hidden, too, and no end is confirmed.
 _cmux_stop_tree() {
-  trap "" TERM INT HUP PIPE; _cmux_tenths=0;
+  trap "" TERM INT HUP PIPE; _cmux_tries=0;
   while :; do
     _cmux_find_tree;
     case $_cmux_tree in " ") case $_cmux_seen in *" 1 "*) return 0;; *) return 1;; esac;; esac;
-    case $_cmux_tenths in
+    case $_cmux_tries in
     0) kill -TERM $_cmux_targets; kill -CONT $_cmux_targets;;
     2?|3?) kill -KILL $_cmux_targets;;
     4?) return 1;;
     esac;
-    _cmux_tenths=$((_cmux_tenths+1)); sleep 0.1 || { sleep 1; _cmux_tenths=$((_cmux_tenths+9)); };
+    _cmux_pause 0.1;
   done;
 };
 """
@@ -934,8 +937,7 @@ BOOT_TEXT = r"""
 # The lifeline: where the command takes no stdin, a subshell reads the stdin of the session. Its end
 # (the client closed it, or was killed, or its master was) ends the tree. Where stdin streams to the
 # command, a second session (GUARD) watches instead. Lines are only signs of life. USR2 reports the
-# stop to the parent of the command; USR1, with which daemons report to theirs that they are ready,
-# does nothing.
+# stop to the parent of the command; USR1, by which daemons say that they are ready, does nothing.
 _cmux_watch() {
   exec 3<&0 </dev/null;
   ( exec >&2 4>&-; while IFS= read -r _cmux_part <&3; do :; done;
@@ -944,8 +946,7 @@ _cmux_watch() {
 };
 # The command runs in the foreground (an asynchronous list ignores SIGINT for ever), in a session of
 # its own (so that `kill 0` spares the wrapper), without the stderr of the wrapper, which prints
-# "Terminated". Where nothing gives it a group (dash without setsid and terminal), it is found by
-# CMUX_RUN and parents.
+# "Terminated". Where nothing gives it a group (dash without setsid), CMUX_RUN and parents find it.
 _cmux_command() {
   trap : USR1; trap "_cmux_stopped=stop" USR2;
   case $_cmux_life in life) _cmux_watch;; esac;
@@ -1039,7 +1040,7 @@ _held() { # lock: does the last owner, $owner, live? Else $next is the link to m
   return 1;
 }
 _lock() { # lock pause tries: own it, or say who does
-  _born $$; self=$$.$born.$_cmux_run; tries=0; dead=;
+  _born $$; self=$$.$born.$_cmux_run; _cmux_tries=0; dead=;
   until ln -s "$self" "$1"; do
     if _held "$1"; then :;
     elif ln -s "$self" "$next"; then
@@ -1047,12 +1048,11 @@ _lock() { # lock pause tries: own it, or say who does
       [ "$next" = "$1" ] || [ "$(readlink "$1")" = "$4" ] && return;
       rm -f "$next"; set -- "$1" "$2" "$3";
     elif [ -h "$next" ]; then :;
-    else tries=$((tries+$3/9)); fi;
-    tries=$((tries+1));
-    [ $tries -lt "$3" ] || {
+    else _cmux_tries=$((_cmux_tries+$3/9)); fi;
+    [ $_cmux_tries -lt "$3" ] || {
       [ -z "$owner" ] || echo "process ${owner%%.*} of an earlier attempt still runs" >&2
       return 3; };
-    sleep "$2" || { sleep 1; tries=$((tries+9)); };
+    _cmux_pause "$2";
   done;
 }
 _unlock() {
@@ -1064,8 +1064,7 @@ OPEN_ROOT = LOCKED + r"""
 _croot() { # $1 root as given, may be empty or begin with ~ -> cd there, $root
   umask 077; unset CDPATH
   case $1 in
-  '') root=$HOME/cmux;; '~') root=$HOME;; '~/'*) root=$HOME/${1#'~/'};; /*) root=$1;;
-  *) root=$HOME/$1;;
+  '') root=$HOME/cmux;; '~' | '~/'*) root=$HOME${1#'~'};; /*) root=$1;; *) root=$HOME/$1;;
   esac
   [ -d "$root" ] || { mkdir -p -- "$root" && fresh=1; } || return 3
   cd -P -- "$root" && root=$(pwd -P) || return 3
@@ -1136,9 +1135,8 @@ _cmark() { # op file directory: when it was made and, without git, of what
   : >"$2.now" && { echo "$1"; echo listed; ( cd "$3" && _clist ); } >"$2.new" &&
   touch -r "$2.now" "$2.new" && mv "$2.new" "$2" && rm -f "$2.now"
 }
-_clist() { # the files and links below the current directory, a line each: x (executable), f,
-  # l (link) or u (unreadable); checksum and size of the content; path. Two slashes and an n in it
-  # stand for a newline: find prints no two slashes.
+_clist() { # each file or link: x (executable), f, l (link) or u (unreadable); checksum and size of
+  # the content; path. Two slashes and an n in it stand for a newline: find prints no two slashes.
   export LC_ALL=C
   _sums() { find . -name .git -prune -o -type f "$@" ! -path "*$_cmux_newline*" -exec cksum {} +; }
   { _sums -perm -100 | sed 's/^/x /'
@@ -1166,8 +1164,7 @@ _clist() { # the files and links below the current directory, a line each: x (ex
 
 # A base is a directory bases/<id>: whole.tar (the host makes it of a difference), and git/, a
 # repository of one commit, where it has git. Times are those of the host (tar's m): if the client's
-# clock is ahead, make would rebuild for ever. To unpack a tar takes less than to copy a tree: for
-# 20,000 files 0.18 s of processor time against 0.36, for 1,000 of 16 kB 0.02 against 0.04.
+# clock is ahead, make would rebuild for ever. To unpack a tar takes half the time of copying a tree.
 # Files "big" from one byte on go into one pack as they are: a third of the time of a file for each
 # object, and a repository that is copied in a twentieth of it. MALLOC_: else glibc gives a buffer
 # back to the kernel for each file, a fifth of the time. No fsync (the tree itself has none).
@@ -1233,11 +1230,10 @@ _unpack_base() { # -> $stage/tree, with a repository
   ( umask 022; _make_repository ) || echo nogit
 }
 """
-# CREATE root project turn name op base source: make a workspace of a cached or just uploaded base,
-#   with what git ignores in the directory ``source``, if one is named.
-#   Replies: root <path>; init, if there is a hook to run; made, also again with the same op. Status
-#   9: no git; 20: the name is taken; 21: the base is missing; then it lists those that a delta may
-#   stand on, newest first; 22: no such source.
+# CREATE root project turn name op base source: a workspace of a cached or just uploaded base, with
+#   what git ignores in the directory `source`, if one is named. Replies: root PATH; init, if there
+#   is a hook; made, also again with the same op. 9: no git; 20: the name is taken; 21: the base is
+#   missing; it lists those that a delta may stand on, newest first; 22: no such source.
 CREATE = OPEN_ROOT + GIT_THERE + BASE + r"""
 _take_ignored() { # source: what git ignores both there and in the new one, but through no link
   tree=$stage/tree git='git --git-dir=.git -c core.fsmonitor=false -c core.quotePath=false'
@@ -1275,8 +1271,7 @@ GZIP = "_cop() { echo gzip | gzip | gzip -dc; }"
 
 # UPLOAD root project turn name op parent gzip: the stream becomes stage/OP/base/whole.tar and at
 #   once stage/OP/tree; with a parent, changes.tar: what differs from that base, and .cmux-gone, the
-#   paths to remove. Replies the line of cksum, which the client compares before it goes on.
-# tar may stop reading at the end-of-archive blocks: the rest is drained, or tee would die.
+#   paths to remove. Replies its cksum. (tar may stop at the end of the archive: tee would die.)
 UPLOAD = OPEN_ROOT + r"""
 _cop() { _operate "$@" && _take_archive; }
 _work() {
@@ -1297,14 +1292,18 @@ _take_archive() {
 }
 """
 
-# Functions of the scripts on jobs. State: running, exited CODE, stopped CODE (by STOP), or lost (no
-# exit, no supervisor).
 JOB_STATE = r"""
-_calive() { # $1 directory, $2 pid: not a stranger that has the number now
+_csize() { size=$(wc -c <"$1/out") || size=0; size=$((size)); }
+_crunning() { # the jobs in this directory that run
+  for job in "$1"/*; do
+    [ ! -d "$job" ] || [ "$(_cstate "$job")" != running ] || echo "${job##*/}"
+  done
+}
+_calive() { # directory pid: not a stranger that has the number now
   kill -0 "$2" 2>/dev/null || return 1
   [ ! -r "/proc/$2/environ" ] || tr '\0' '\n' <"/proc/$2/environ" | grep -qxF "CMUX_JOB=${1##*/}"
 }
-_cstate() { # $1 directory
+_cstate() { # of a job's directory; lost: neither an exit nor a supervisor
   if [ ! -f "$1/exit" ] && _calive "$1" "$(cat "$1/pid")"; then echo running
   elif [ ! -f "$1/exit" ]; then echo lost
   elif [ -f "$1/stopped" ]; then echo "stopped $(cat "$1/exit")"
@@ -1396,10 +1395,12 @@ _creflog() { # commits that only reflogs (some may be gone) or HEADs of worktree
     _co log --ignore-missing --format='commit %h (%s)' --stdin --exclude='refs/*' --all \
       --not $brought $top --exclude='refs/remotes/*' --exclude=refs/stash --glob='refs/*'
 }
-left_behind() { # heads: what neither a pull of HEAD ($top) brings nor pulls of these heads brought.
+left_behind() { # last-op: what neither a pull of HEAD ($top) brings nor earlier ones brought.
   # What was only fetched exists elsewhere, too; a stash has a list of its own.
   top=$(commit_at HEAD) brought=
-  for head in $b $1; do ! _co cat-file -e "$head^{commit}" || brought="$brought $head"; done
+  for head in $b $(pulls "$1" | cut -d' ' -f2); do
+    ! _co cat-file -e "$head^{commit}" || brought="$brought $head"
+  done
   _co for-each-ref --format='%(refname) %(contents:subject)' |
     grep -Ev '^refs/(remotes/|cmux/|stash )' | while read -r ref subject; do
       [ ! "$(_co rev-list -n 1 "$ref" --not $brought $top --glob=refs/cmux)" ] ||
@@ -1420,8 +1421,8 @@ sum_refs() {
 }
 """
 
-# What pulls brought home: $m/pull, for each a line of op, HEAD, tree (without git the checksum of
-# the listing) and refs. The client names the last pull that it finished: later lines do not count.
+# $m/pull has a line for each pull: op, HEAD, tree (without git the checksum of the listing), refs.
+# The client names the last one that it finished: later lines do not count.
 RECORDS = r"""
 in_stage() { # op function...; it is cleared, too, where the client is gone
   trap 'cd "$root"; rm -rf "$s"; exit 1' PIPE HUP TERM
@@ -1456,10 +1457,9 @@ send_changes() {
   { echo 1
     sed 'i\
 :0 000000 0 0 D' "$s/gone"
-    sed -n 's/^\([0-9]*\) x [^ ]* [^ ]* \.\//:0 100755 0 \1 M\
-/p;s/^\([0-9]*\) f [^ ]* [^ ]* \.\//:0 100644 0 \1 M\
-/p;s/^\([0-9]*\) l [^ ]* [^ ]* \.\//:0 120000 0 \1 M\
-/p' "$s/new"; echo; } | tr '\n' '\0'
+    sed 's/^\([0-9]*\) x/\1 100755/;s/^\([0-9]*\) f/\1 100644/;s/^\([0-9]*\) l/\1 120000/
+s/^\([0-9]*\) \([0-9]*\) [^ ]* [^ ]* \.\//:0 \2 0 \1 M\
+/' "$s/new"; echo; } | tr '\n' '\0'
 }
 send_files() {
   while IFS= read -r row; do
@@ -1485,12 +1485,11 @@ send_files() {
 #     git DIRTY BASE   DIRTY is 1 where the last commit is uncommitted work
 #     files            a host without git
 #     all              the same, where what was sent is not known any more: all files come
-#   Then three sections, from every host:
+#   Then three sections:
 #     commits    as `git cat-file --batch` prints them, parents first; an empty line ends them.
 #                None without git
 #     changes    as `git diff-tree --stdin -r -z --raw` prints them, of each commit against its
-#                first parent; without git, of a commit 1. An empty record ends them. Two slashes
-#                and an n are a newline in a path
+#                first parent; without git, of a commit 1. An empty record ends them
 #     contents   as `git cat-file --batch` prints them, each once; an empty line ends them
 PULL = SNAPSHOT + RECORDS + LISTED + r"""
 pull() {
@@ -1505,7 +1504,7 @@ note_left() { # last-op
     printf 'note how its commits follow one another: they are too many, rewritten, or hold a '
     echo 'repository; the files come as one commit';;
   esac
-  left_behind "$(pulls "$1" | cut -d' ' -f2)" |
+  left_behind "$1" |
     sed -e 's/^stash.*/note the &: git stash pop there and pull/' -e t \
       -e 's/.*/note the &: check it out there and pull/'
 }
@@ -1537,8 +1536,8 @@ _cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && in_stage "$6" pull "$
 """
 
 # CHANGED root project name base tree op commits bytes last-op [jobs]: what would be lost with the
-#   workspace, since no pull brought it home, a line each, at most 20 of a kind; and jobs that run,
-#   given the name of their directory. 22: no such directory.
+#   workspace, since no pull brought it home, a line each, at most 20 of a kind; and the jobs that
+#   run, given their directory's name. 22: no workspace.
 LOST = SNAPSHOT + RECORDS + r"""
 _clost() {
   _csnap "$4" "$5" "$7" "$8" >"$s/said"; snap=$?
@@ -1552,7 +1551,7 @@ _clost() {
   esac
   o=$w/.git; [ -d "$o" ] || return 0
   [ "$whole" ] || [ "$(sum_refs)" = "${last##* }" ] || echo "the git repository was replaced"
-  left_behind "$(pulls "$9" | cut -d' ' -f2)"
+  left_behind "$9"
   [ -z "$whole" ] || _co log --format='commit %h (%s)' HEAD --not $brought --glob=refs/cmux |
     head -n 20
 }
@@ -1572,9 +1571,7 @@ lost_files() { # last-op
 CHANGED = LOST + JOB_STATE + r"""
 _cop() {
   _croot "$1" && { _cw "$2" "$3" || return 22; } && in_stage "$6" _clost "$@" || return
-  for job in "$root/.cmux/jobs/$2/${10:--}"/*; do
-    [ ! -d "$job" ] || [ "$(_cstate "$job")" != running ] || echo "a job that runs: ${job##*/}"
-  done
+  _crunning "$root/.cmux/jobs/$2/${10:--}" | sed 's/^/a job that runs: /'
 }
 """
 
@@ -1583,8 +1580,8 @@ _cop() {
 #   differ are touched, ignored ones stay (build caches, a server that watches), and the difference
 #   to its own base is enough. Without, the directory is replaced. `keep` (1): a copy goes to the
 #   trash, and the directory is replaced, too, where its repository cannot be moved (else 5).
-#   Otherwise it looks for what would be lost, as CHANGED does, each time: an upload takes minutes.
-#   21: upload first; 22: no workspace; 25: the lines say what would be lost.
+#   Otherwise it looks as CHANGED does, each time: an upload takes minutes. 21: upload first; 22: no
+#   workspace; 25: the lines say what would be lost.
 PUSH = LOST + BASE + r"""
 _creflog() { :; } # what only a reflog has stays there
 _work() {
@@ -1728,9 +1725,8 @@ _work() {
   trash=.cmux/trash/$op jobs=.cmux/jobs/$project/${1:--} known=.cmux/made/$project/${1:--}
   mkdir -p "$trash" || return 3
   if [ -L "$project" ]; then return 3; fi
-  for job in "$jobs"/*; do
-    [ ! -d "$job" ] || [ "$(_cstate "$job")" != running ] ||
-      ( _cmux_root=$(cat "$job/pid"); _cmux_run=${job##*/}; _cmux_stop_tree )
+  for job in $(_crunning "$jobs"); do
+    ( _cmux_root=$(cat "$jobs/$job/pid") _cmux_run=$job; _cmux_stop_tree )
   done
   [ ! -d "$jobs" ] || mv "$jobs" "$trash/jobs" || return 3
   if [ "$(_owner "$name")" = "$1" ]; then
@@ -1775,9 +1771,9 @@ TOOL_STATUS = {
     38: "There is no job {path}.", 39: "A name in {path} is longer than 255 bytes.",
 }
 
-# READ path max first count home: "size all\n" and the whole file (of which the client takes the
-#   size, and one byte more than max means "too large": that saves a process of two); or, of a file
-#   larger than max where lines were asked for, "size lines sum\n" and those.
+# READ path max first count home: "0 all\n" and the whole file (of which one byte more than max
+#   means "too large": that saves a process of two); or, of a file larger than max where lines were
+#   asked for, "size lines sum\n" and those.
 READ = r"""
 _cop() {
   [ -e "$1" ] || { [ -d "$5" ] || return 37; return 30; }
@@ -1796,11 +1792,10 @@ _cop() {
 # WRITE path root op sum old home lock: stdin becomes the file, by a rename beside it, and only when
 # it has this sum (as cksum prints it: checksum and size); with old, only when the file still has
 # that sum. Makes parents, but not home, the workspace. Replies created or replaced.
-# The lock makes compare and rename one step for all users of this tool. Its name is the cksum of
-# the path; of one without links the client has computed it, which saves three processes. The
-# temporary file is this process's own: an attempt whose connection was lost may still run beside
-# the next. cp (for mode and owner) is tried again: GNU's gives up on a file that another writer's
-# rename replaces under it.
+# The lock makes compare and rename one step. Its name is the cksum of the path; of one without
+# links the client has computed it, which saves three processes. The temporary file is this
+# process's own: an attempt whose connection was lost may still run. cp (for mode and owner) is
+# tried again: GNU's gives up on a file that another writer's rename replaces under it.
 WRITE = LOCKED + r"""
 _cop() {
   file=$1 tries=0
@@ -1892,8 +1887,7 @@ _send_copy() {
 }
 """
 
-# GLOB (as a command, "$1" a find -path pattern that is wider than the glob): the paths, NUL ended.
-# (-print0 is not everywhere.)
+# GLOB (as a command) wider-pattern bytes: the paths, NUL ended. (-print0 is not everywhere.)
 GLOB = r"""
 find . -name .git -prune -o ! -type d -path "$1" -exec sh -c 'printf "%s\0" "$@"' sh {} + \
   2>/dev/null | head -c "$2"
@@ -1925,10 +1919,7 @@ _cop() {
   umask "$_cmux_umask"
   _cmux_words _cmux_start "$@"
   _cmux_tries=0
-  while [ ! -s "$_cmux_folder/pid" ] && [ $_cmux_tries -lt 80 ]; do
-    { [ $_cmux_tries -lt 50 ] && sleep 0.02; } || sleep 1
-    _cmux_tries=$((_cmux_tries+1))
-  done
+  while [ ! -s "$_cmux_folder/pid" ] && [ $_cmux_tries -lt 900 ]; do _cmux_pause 0.02; done
   [ ! -s "$_cmux_folder/pid" ] || echo started
 }
 _cmux_start() {
@@ -1957,44 +1948,39 @@ _cop() {
       wc -l) || echo -)"
   fi
   for job in "$1"/*; do
-    [ -d "$job" ] || continue
-    size=$(wc -c <"$job/out") || size=0
-    echo "${job##*/} $((size)) $(_cstate "$job")"
+    [ ! -d "$job" ] || { _csize "$job"; echo "${job##*/} $size $(_cstate "$job")"; }
   done
 }
 """
-# LOGS offset max tenths what dir...: waits up to tenths/10 s for more output (what=more) or the end
-# (what=end) of a job, the first of several; then "bytes id state\n" and its output from offset. The
-# state is taken before the size.
+# LOGS offset max tenths what dir...: waits so long for `more` output or the `end` of a job, the
+# first of several; then "bytes id state\n" and its output from offset.
 LOGS = JOB_STATE + r"""
 _cop() {
-  offset=$1 most=$2 tenths=$3 what=$4 waited=0; shift 4
+  offset=$1 most=$2 tenths=$3 what=$4 _cmux_tries=0; shift 4
   for job; do [ -d "$job" ] || return 38; done
   while :; do
     for job; do
-      state=$(_cstate "$job"); size=$(wc -c <"$job/out"); size=$((size))
+      state=$(_cstate "$job"); _csize "$job" # in this order: what has ended has its last size
       [ "$state" = running ] || break 2
       [ "$what" != more ] || [ "$size" -le "$offset" ] || break 2
     done
-    [ $waited -lt "$tenths" ] || break
-    if sleep 0.1; then waited=$((waited+1)); else sleep 1; waited=$((waited+10)); fi
+    [ $_cmux_tries -lt "$tenths" ] || break
+    _cmux_pause 0.1
   done
   echo "$size ${job##*/} $state"
   if [ "$most" -gt 0 ]; then tail -c "+$((offset+1))" "$job/out" | head -c "$most"; fi
 }
 """
-# STOP dir: end a job's tree, and say what was seen of it, and its state. The number of a job that
-# has ended may be a stranger's.
+# STOP dir: end a job's tree; was its end seen, and its state. The number of a job that has ended
+# may be a stranger's.
 STOP = JOB_STATE + r"""
 _cop() {
   [ -d "$1" ] || return 38
-  _cmux_root=$(cat "$1/pid") _cmux_run=${1##*/} tries=0
+  _cmux_root=$(cat "$1/pid") _cmux_run=${1##*/} _cmux_tries=0
   if [ ! -f "$1/exit" ] && _calive "$1" "$_cmux_root"; then true >"$1/stopped"
   else _cmux_root=-; fi
   if ( _cmux_stop_tree ); then echo confirmed; else echo requested; fi
-  while [ "$(_cstate "$1")" = running ] && [ $tries -lt 20 ]; do
-    sleep 0.1 || sleep 1; tries=$((tries+1))
-  done
+  while [ "$(_cstate "$1")" = running ] && [ $_cmux_tries -lt 20 ]; do _cmux_pause 0.1; done
   _cstate "$1"
 }
 """
