@@ -912,6 +912,7 @@ _cmux_add_hidden() {
     esac;
   done;
 };
+_cmux_has() { command -v $1 >/dev/null; };
 # Not every sleep takes fractions: one of a second counts as ten tries.
 _cmux_pause() {
   sleep $1 || { sleep 1; _cmux_tries=$((_cmux_tries+9)); };
@@ -960,7 +961,7 @@ _cmux_command() {
   esac;
 };
 _cmux_execute() {
-  if command -v setsid >/dev/null; then set -- setsid "$@"; else command set -m; fi;
+  if _cmux_has setsid; then set -- setsid "$@"; else command set -m; fi;
   ( export CMUX_RUN="$_cmux_run"; exec "$@" 2>&4 4>&- ); _cmux_status=$?;
 };
 # Call a function with the words to run. --norc: else a bash under sshd reads .bashrc, which takes
@@ -968,7 +969,7 @@ _cmux_execute() {
 _cmux_words() {
   _cmux_next=$1; shift;
   case $_cmux_flag in -*)
-    if command -v bash >/dev/null; then set -- bash --norc "$_cmux_flag" -- "$_cmux_line" bash "$@";
+    if _cmux_has bash; then set -- bash --norc "$_cmux_flag" -- "$_cmux_line" bash "$@";
     else set -- sh "$_cmux_flag" -- "$_cmux_line" sh "$@"; fi;;
   esac;
   case $_cmux_path in ?*) set -- env "PATH=$_cmux_path" "$@";; esac;
@@ -1077,15 +1078,15 @@ _one_at_a_time() { # lock function...: an earlier attempt may still run
   "$@"; status=$?
   _unlock "$own_lock"; return $status
 }
-# root project turn name op...: _work, with what follows the op, for one operation at a time on a
-# name, and none once a later one has begun. That one also removes what the last, whose client was
-# killed, left in the stage.
+# ON (root project turn name op), and more: _work, with these more words, for one operation at a
+# time on a name, and none once a later one has begun. That one also removes what the last, whose
+# client was killed, left in the stage.
 _cop() { _operate "$@"; }
 _operate() {
   _croot "$1" || return
-  project=$2 turn=$3 name=$4 op=$5 place=$root/$2/$4
-  stage=$root/.cmux/stage/$op known=.cmux/made/$project/$op
-  mkdir -p ".cmux/made/$project" && shift 5 && _one_at_a_time "$project.$name" _in_turn "$@"
+  project=$2 turn=$3 name=$4 op=$5 place=$root/$2/$4 made=.cmux/made/$2
+  stage=$root/.cmux/stage/$op known=$made/$op
+  mkdir -p "$made" && shift 5 && _one_at_a_time "$project.$name" _in_turn "$@"
 }
 _in_turn() {
   turns=.cmux/locks/turn-$project.$name last=0 left=
@@ -1107,10 +1108,10 @@ _cw() { # project name -> $w its directory, $m what is known of it
 }
 # What is known of a workspace lies in made/PROJECT/OP/, named by the operation that made it;
 # made/PROJECT/NAME.op says which has the name, so that renaming moves nothing.
-_owner() { cat ".cmux/made/$project/$1.op"; }
+_owner() { cat "$made/$1.op"; }
 _put() { # directory: it becomes $place. mv moves it *into* one that exists by now: that is undone
   rm -rf "$stage/$op" # of an attempt that was killed
-  echo "$op" >".cmux/made/$project/$name.op" && mv "$1" "$stage/$op" &&
+  echo "$op" >"$made/$name.op" && mv "$1" "$stage/$op" &&
     mv "$stage/$op" "$place" || return 3
   if [ -d "$place/$op" ]; then rm -rf "$place/$op" "$stage"; return 20; fi
   rm -rf "$stage"
@@ -1131,7 +1132,7 @@ _cenv() {
   raw='* -text -eol -ident -filter -working-tree-encoding'
 }
 _cmark() { # op file directory: when it was made and, without git, of what
-  if command -v git >/dev/null; then echo "$1" >"$2"; return; fi
+  if _cmux_has git; then echo "$1" >"$2"; return; fi
   : >"$2.now" && { echo "$1"; echo listed; ( cd "$3" && _clist ); } >"$2.new" &&
   touch -r "$2.now" "$2.new" && mv "$2.new" "$2" && rm -f "$2.now"
 }
@@ -1164,7 +1165,7 @@ _clist() { # each file or link: x (executable), f, l (link) or u (unreadable); c
 
 # A base is a directory bases/<id>: whole.tar (the host makes it of a difference), and git/, a
 # repository of one commit, where it has git. Times are those of the host (tar's m): if the client's
-# clock is ahead, make would rebuild for ever. To unpack a tar takes half the time of copying a tree.
+# clock is ahead, make would rebuild for ever. Unpacking a tar takes half the time of copying a tree.
 # Files "big" from one byte on go into one pack as they are: a third of the time of a file for each
 # object, and a repository that is copied in a twentieth of it. MALLOC_: else glibc gives a buffer
 # back to the kernel for each file, a fifth of the time. No fsync (the tree itself has none).
@@ -1175,7 +1176,7 @@ _add() { # git...: all files, as one pack
     -c core.bigFileThreshold=1 -c core.fsync=none add -f --ignore-removal .
 }
 _make_repository() { # in $stage/tree, for $base, or a copy of the one that is there already
-  command -v git >/dev/null || return 0
+  _cmux_has git || return 0
   cd "$stage/tree" && rm -rf .git && _cenv || return
   find . -type f -exec touch -r "$root/$base/whole.tar" {} + # as in the index of the first
   kept=$root/$base/git
@@ -1230,10 +1231,10 @@ _unpack_base() { # -> $stage/tree, with a repository
   ( umask 022; _make_repository ) || echo nogit
 }
 """
-# CREATE root project turn name op base source: a workspace of a cached or just uploaded base, with
-#   what git ignores in the directory `source`, if one is named. Replies: root PATH; init, if there
-#   is a hook; made, also again with the same op. 9: no git; 20: the name is taken; 21: the base is
-#   missing; it lists those that a delta may stand on, newest first; 22: no such source.
+# CREATE ON base source: a workspace of a cached or just uploaded base, with what git ignores in the
+#   directory `source`, if one is named. Replies: root PATH; init, if there is a hook; made, also
+#   again with the same op. 9: no git; 20: the name is taken; 21: the base is missing, and lines of
+#   those that a delta may stand on, newest first; 22: no such source.
 CREATE = OPEN_ROOT + GIT_THERE + BASE + r"""
 _take_ignored() { # source: what git ignores both there and in the new one, but through no link
   tree=$stage/tree git='git --git-dir=.git -c core.fsmonitor=false -c core.quotePath=false'
@@ -1269,9 +1270,9 @@ _work() {
 # GZIP: prints gzip where that works.
 GZIP = "_cop() { echo gzip | gzip | gzip -dc; }"
 
-# UPLOAD root project turn name op parent gzip: the stream becomes stage/OP/base/whole.tar and at
-#   once stage/OP/tree; with a parent, changes.tar: what differs from that base, and .cmux-gone, the
-#   paths to remove. Replies its cksum. (tar may stop at the end of the archive: tee would die.)
+# UPLOAD ON parent gzip: the stream becomes stage/OP/base/whole.tar and at once stage/OP/tree; with
+#   a parent, changes.tar: what differs from that base, and .cmux-gone, the paths to remove. Replies
+#   its cksum. (tar may stop at the end of the archive: tee would die.)
 UPLOAD = OPEN_ROOT + r"""
 _cop() { _operate "$@" && _take_archive; }
 _work() {
@@ -1379,7 +1380,7 @@ snap_files() {
   t=$(_cg write-tree)
 }
 _csnap() { # base-id its-tree commits bytes
-  command -v git >/dev/null && _cenv || return 9
+  _cmux_has git && _cenv || return 9
   g=$s/git whole=1
   base_in "$w/.git" "$2" && history_comes "$3" || {
     whole= # a base that came as a delta has no repository of its own
@@ -1479,18 +1480,17 @@ send_files() {
 }
 """
 
-# PULL root project name base tree op commits bytes last-op record: what the workspace changed, a
-#   stream; with `record`, it counts as brought home once the client names this op. 22: no
-#   workspace; 24: a file is too large. `note ...` lines, then one of these:
+# PULL root project name base tree op commits bytes last-op record: what the workspace changed; with
+#   `record`, it counts as brought home once the client names this op. 22: no workspace; 24: a file
+#   is too large. `note ...` lines, then one of these:
 #     git DIRTY BASE   DIRTY is 1 where the last commit is uncommitted work
 #     files            a host without git
 #     all              the same, where what was sent is not known any more: all files come
-#   Then three sections:
-#     commits    as `git cat-file --batch` prints them, parents first; an empty line ends them.
-#                None without git
+#   Then three sections, each with an empty line or record at its end:
+#     commits    as `git cat-file --batch` prints them, parents first; none without git
 #     changes    as `git diff-tree --stdin -r -z --raw` prints them, of each commit against its
-#                first parent; without git, of a commit 1. An empty record ends them
-#     contents   as `git cat-file --batch` prints them, each once; an empty line ends them
+#                first parent; without git, of a commit 1
+#     contents   as `git cat-file --batch` prints them, each once
 PULL = SNAPSHOT + RECORDS + LISTED + r"""
 pull() {
   _csnap "$4" "$5" "$7" "$8"; status=$?
@@ -1535,9 +1535,9 @@ pull_files() {
 _cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && in_stage "$6" pull "$@"; }
 """
 
-# CHANGED root project name base tree op commits bytes last-op [jobs]: what would be lost with the
-#   workspace, since no pull brought it home, a line each, at most 20 of a kind; and the jobs that
-#   run, given their directory's name. 22: no workspace.
+# CHANGED root project name base tree op commits bytes last-op [jobs]: what no pull brought home, a
+#   line each, at most 20 of a kind; and the jobs that run, given their directory's name. 22: no
+#   workspace.
 LOST = SNAPSHOT + RECORDS + r"""
 _clost() {
   _csnap "$4" "$5" "$7" "$8" >"$s/said"; snap=$?
@@ -1575,13 +1575,12 @@ _cop() {
 }
 """
 
-# PUSH root project turn name op, then the words of CHANGED, newbase keep: the workspace becomes
-#   the new base; replies pushed, also again with the same op. With git, in place: only files that
-#   differ are touched, ignored ones stay (build caches, a server that watches), and the difference
-#   to its own base is enough. Without, the directory is replaced. `keep` (1): a copy goes to the
-#   trash, and the directory is replaced, too, where its repository cannot be moved (else 5).
-#   Otherwise it looks as CHANGED does, each time: an upload takes minutes. 21: upload first; 22: no
-#   workspace; 25: the lines say what would be lost.
+# PUSH ON, the words of CHANGED, newbase keep: the workspace becomes the new base; replies pushed,
+#   also again with the same op. With git, in place: only files that differ are touched, ignored
+#   ones stay (build caches, a server that watches), and the difference to its own base is enough.
+#   Without, the directory is replaced. `keep` (1): a copy goes to the trash, and the directory is
+#   replaced, too, where its repository cannot be moved (else 5). Else it looks as CHANGED does, for
+#   an upload takes minutes. 21: upload first; 22: no workspace; 25: lines of what would be lost.
 PUSH = LOST + BASE + r"""
 _creflog() { :; } # what only a reflog has stays there
 _work() {
@@ -1671,7 +1670,7 @@ _replace() { # status of _switch. Without a copy, ignored files would be lost wi
 }
 """
 
-# FORK root project turn name op source: a copy under another name. 20: the name is taken.
+# FORK ON source: a copy under another name. 20: the name is taken.
 FORK = OPEN_ROOT + r"""
 _work() {
   if _taken "$place"; then [ "$(_owner "$name")" = "$op" ] || return 20; return 0; fi
@@ -1682,24 +1681,24 @@ _work() {
   _put "$stage/tree"
 }
 """
-# RENAME root project turn lock op from to its [push]: another name for the directory that the
-#   operation `its` made, or its old one, also where it has that already. Replies the op of the last
-#   push; removes what was uploaded for `push`. 20: the name is taken.
+# RENAME ON from to its [push]: another name for the directory that the operation `its` made, or its
+#   old one, also where it has that already. Replies the op of the last push; removes what was
+#   uploaded for `push`. 20: the name is taken.
 RENAME = OPEN_ROOT + r"""
 _work() {
   if _taken "$project/$2"; then [ "$(_owner "$2")" = "$3" ] || return 20
   else
     _cw "$project" "$1" || return 22
-    echo "$3" >".cmux/made/$project/$2.op" && mv "$w" "$project/$2" || return 3
+    echo "$3" >"$made/$2.op" && mv "$w" "$project/$2" || return 3
   fi
-  [ "$1" = "$2" ] || [ "$(_owner "$1")" != "$3" ] || rm -f ".cmux/made/$project/$1.op"
-  cat ".cmux/made/$project/$3/push"
+  [ "$1" = "$2" ] || [ "$(_owner "$1")" != "$3" ] || rm -f "$made/$1.op"
+  cat "$made/$3/push"
   [ ! "$4" ] || rm -rf ".cmux/stage/$4"
 }
 """
 
-# GC root: removes trash, what broken uploads left a day ago, jobs that ended a week ago, and bases
-#   that no workspace stands on and none was made of for two weeks. Replies the kilobytes freed.
+# GC root: removes trash, what uploads left a day ago, jobs that ended a week ago, and bases that no
+#   workspace stands on and none was made of for two weeks. Replies the kilobytes freed.
 GC = OPEN_ROOT + r"""
 _cold() { [ "$(find "$2" -prune -mtime "+$1" -print)" ]; } # days path: it is older
 _size() { du -sk . | sed 's/[^0-9].*//'; }
@@ -1718,11 +1717,11 @@ _cop() {
 }
 """
 
-# REMOVE root project turn name op its: ends the jobs that run, and renames all into the trash,
-#   which is emptied in the background. A missing directory is success; somebody else's stays.
+# REMOVE ON its: ends the jobs that run, and renames all into the trash, which is emptied in the
+#   background. A missing directory is success; somebody else's stays.
 REMOVE = OPEN_ROOT + JOB_STATE + r"""
 _work() {
-  trash=.cmux/trash/$op jobs=.cmux/jobs/$project/${1:--} known=.cmux/made/$project/${1:--}
+  trash=.cmux/trash/$op jobs=.cmux/jobs/$project/${1:--} known=$made/${1:--}
   mkdir -p "$trash" || return 3
   if [ -L "$project" ]; then return 3; fi
   for job in $(_crunning "$jobs"); do
@@ -1731,17 +1730,16 @@ _work() {
   [ ! -d "$jobs" ] || mv "$jobs" "$trash/jobs" || return 3
   if [ "$(_owner "$name")" = "$1" ]; then
     ! _taken "$place" || mv "$place" "$trash/" || return 3
-    rm -f ".cmux/made/$project/$name.op"
+    rm -f "$made/$name.op"
   fi
   rm -rf "$known"
   _discard "$root/$trash"
 }
 """
 
-# GUARD: the lifeline of a command whose stdin streams. It reads the pid of the command's wrapper,
-# then waits. At `beat NONCE` it writes a mark into the wrapper's stdout (Linux); "." ends it alone;
-# end of file ends the tree, which the wrapper then reports: that is not the command's own end.
-# Replies confirmed, or left (it may still run).
+# GUARD: the lifeline of a command whose stdin streams. It reads the pid of the command's wrapper.
+# At `beat NONCE` it writes a mark into the wrapper's stdout (Linux); "." ends it alone; end of file
+# ends the tree, which the wrapper then reports. Replies confirmed, or left (it may still run).
 GUARD = r"""
 _cop() {
   _cmux_root=-
@@ -1845,7 +1843,7 @@ _swap() {
 
 # COPY_IN root op home path name force: stdin, a tar archive of OP and last of an empty file `end`,
 #   without which it was cut off, becomes path, or NAME in it where that is a directory (it says
-#   into): unpacked in the stage, moved when it is whole.
+#   into), once it is whole.
 COPY_IN = RECORDS + r"""
 _cop() {
   root=$1 place=$4
@@ -1864,8 +1862,8 @@ _take_copy() {
   [ ! -e "$place/$1" ] || { rm -rf "$place/$1"; return 40; } # a directory made there meanwhile
 }
 """
-# COPY_OUT root op home path: what is in a directory, or the file `it` that path is or leads to:
-#   `note ...` lines, `all` or `file`, and the three sections of PULL.
+# COPY_OUT root op home path: a stream as PULL's, of what is in a directory (all), or of the file
+#   `it` that path is or leads to (file).
 COPY_OUT = GIT_THERE + RECORDS + LISTED + r"""
 _cop() {
   [ -e "$4" ] || { [ -d "$3" ] || return 37; return 30; }
@@ -1893,8 +1891,8 @@ find . -name .git -prune -o ! -type d -path "$1" -exec sh -c 'printf "%s\0" "$@"
   2>/dev/null | head -c "$2"
 """
 
-# GREP (as a command): pattern, wider path pattern, -i or -n (no-op), bytes, lines. GNU's prints on
-# stderr, between two lines of output, that a file is binary.
+# GREP (as a command) pattern wider-pattern -i|-n bytes lines. GNU's prints on stderr, between two
+# lines of output, that a file is binary.
 GREP = r"""
 echo | grep -E $3 -e "$1" >/dev/null || [ $? -lt 2 ] || exit 34
 null=
@@ -1932,13 +1930,13 @@ _cmux_start() {
     mv "$_cmux_folder/exit.new" "$_cmux_folder/exit"' sh "$_cmux_folder" "$_cmux_job" "$@"
   CMUX_JOB=$_cmux_job; export CMUX_JOB
   if setsid -f true 2>/dev/null; then setsid -f "$@"
-  elif command -v bash >/dev/null; then bash -c 'set -m; "$@" &' bash "$@"
+  elif _cmux_has bash; then bash -c 'set -m; "$@" &' bash "$@"
   else "$@" & fi </dev/null >"$_cmux_folder/out" 2>&1 4>&-
 }
 """
 
 # JOBS dir [path]: a line each: id, bytes of output, state; with the workspace's path first how many
-# files differ from its base ("-" where there is no git). It writes nothing.
+# files differ from its base (- without git). It writes nothing.
 JOBS = JOB_STATE + r"""
 _cgit() { git --no-optional-locks -c core.fsmonitor=false "$@"; }
 _cop() {
@@ -2010,18 +2008,18 @@ _cop() {
   _croot "$1" || { echo "readonly $1"; return 0; }
   echo "root $root"
   stage=.cmux/stage/$2; mkdir -p "$stage" || { echo "readonly $root"; return 0; }
-  if command -v tar >/dev/null; then
+  if _cmux_has tar; then
     ( cd "$stage" && tar -xmof - && [ -s probe ] ) && echo "tar $(tar --version | head -n 1)"
   fi
   cat >/dev/null; rm -rf "$stage"
-  for name in git bash setsid ps; do ! command -v $name >/dev/null || echo "has $name"; done
-  if command -v git >/dev/null; then echo "version $(git --version)"; fi
+  for name in git bash setsid ps; do ! _cmux_has $name || echo "has $name"; done
+  if _cmux_has git; then echo "version $(git --version)"; fi
   set -- $(df -Pk . | tail -n 1); echo "free $4"
   set -- $(df -Pi . | tail -n 1); echo "inodes $4"
   [ -z "$fresh" ] || { cd /; rmdir "$root"/.cmux/* "$root/.cmux" "$root"; }
 }
 """
-# The self-test of secrets, for both sides: is the value of CMUX_PROBE in any process's argv?
+# For both sides: is the value of CMUX_PROBE in any process's argv?
 SEEN = r"""all=$(ps -A -o args= || cat /proc/[0-9]*/cmdline | tr '\0' ' ')
 case $all in *"$CMUX_PROBE"*) echo seen;; ?*) echo unseen;; esac"""
 
