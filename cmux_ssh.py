@@ -1165,7 +1165,7 @@ _clist() { # each file or link: x (executable), f, l (link) or u (unreadable); c
 
 # A base is a directory bases/<id>: whole.tar (the host makes it of a difference), and git/, a
 # repository of one commit, where it has git. Times are those of the host (tar's m): if the client's
-# clock is ahead, make would rebuild for ever. Unpacking a tar takes half the time of copying a tree.
+# clock is ahead, make would rebuild for ever. Unpacking takes half the time of copying a tree.
 # Files "big" from one byte on go into one pack as they are: a third of the time of a file for each
 # object, and a repository that is copied in a twentieth of it. MALLOC_: else glibc gives a buffer
 # back to the kernel for each file, a fifth of the time. No fsync (the tree itself has none).
