@@ -982,6 +982,27 @@ def shared(common):
     return repo
 
 
+@pytest.fixture
+def line(site):
+    """That of the host `far`, which is `box` behind it."""
+    return site.line("far")
+
+
+@pytest.fixture
+def nap():
+    """A command of this test's own, which runs nowhere any more in the end."""
+    own = Nap()
+    yield own
+    own.gone()
+
+
+@pytest.fixture
+def client(repo):
+    """One of `mcp` that makes workspaces on `box`."""
+    with open_mcp(repo, "-H", "box") as opened:
+        yield opened
+
+
 @pytest.fixture(autouse=True)
 def hang_guard(request):
     """Nothing may take five minutes: a test that hangs fails instead of stopping the run.
@@ -1015,8 +1036,7 @@ def test_rig_login_shells_are_the_real_ones_and_noisy(site, shell):
     assert os.path.basename(last) == os.path.basename(os.path.realpath(program(shell))), done
 
 
-def test_rig_line_counts_delays_cuts_and_refuses(site):
-    line = site.line("far")
+def test_rig_line_counts_delays_cuts_and_refuses(site, line):
     assert site.ssh("far", "echo hi").stdout == b"hi\n"
     assert line.connections == 1 and line.up > 500 and line.down > 500
     line.cut["up"] = 100_000
@@ -1411,29 +1431,24 @@ class Nap(str):
 
 @promise(6)
 @compat
-def test_a_timeout_keeps_early_output_exits_124_and_leaves_no_process(shared):
-    nap = Nap()
+def test_a_timeout_keeps_early_output_exits_124_and_leaves_no_process(shared, nap):
     ran = shared.exec(f"echo early; {nap} & {nap}", options=["--timeout", "1"])
     assert (ran.code, ran.out) == (124, b"early\n") and ran.seconds < 15
     nap.gone()
     assert shared.exec("echo a long time", options=["--timeout", "99999999"]).out == b"a long time\n"
     told = shared.exec(f"echo early; {nap}", options=["--timeout", "1", "--json"])
     assert told.code == 124 and told.json["timed_out"] is True and told.json["stdout"] == "early\n"
-    nap.gone()
 
 
-def test_a_timeout_ends_a_command_that_ignores_term(shared):
-    nap = Nap()
+def test_a_timeout_ends_a_command_that_ignores_term(shared, nap):
     ran = shared.exec(f"trap '' TERM INT HUP; echo on; {nap}; {nap}", options=["--timeout", "1"])
     assert (ran.code, ran.out) == (124, b"on\n")
-    nap.gone()
 
 
 @each("stdin", ["null", "open"])
 @each("sig, code", [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
 @promise(6)
-def test_a_stopped_client_ends_the_remote_command(shared, sig, code, stdin):
-    nap = Nap()
+def test_a_stopped_client_ends_the_remote_command(shared, sig, code, stdin, nap):
     child = shared.start("exec", "--", f"echo early; {nap} & {nap}",
                          stdin=PIPE if stdin == "open" else DEVNULL)
     assert child.stdout.readline() == b"early\n"
@@ -1441,19 +1456,16 @@ def test_a_stopped_client_ends_the_remote_command(shared, sig, code, stdin):
     os.killpg(child.pid, sig) if sig == signal.SIGINT else os.kill(child.pid, sig)
     _, err = child.communicate()
     assert child.returncode == code, err
-    nap.gone()
 
 
 @promise(6)
 @compat
-def test_ctrl_c_on_a_terminal_is_130(shared):
-    nap = Nap()
+def test_ctrl_c_on_a_terminal_is_130(shared, nap):
     terminal = shared.terminal("exec", "-H", "box", "--", f"echo early; {nap}")
     terminal.expect(b"early")
     nap.runs()
     terminal.send(b"\x03")
     assert terminal.wait() == 130
-    nap.gone()
 
 
 COLOURFUL = (r"printf '\303'; sleep .2; printf '\244 \033[3'; sleep .2; printf '1mred\033[0m \33[1;32m10%%\r20%%'; sleep .2; printf '\033[m\n"
@@ -1483,8 +1495,7 @@ def test_colours_and_progress_of_a_command_pass_to_a_terminal_and_nothing_else_d
     assert f"{label}\x1b[7mleft\x1b[m" in seen, seen
 
 
-def test_a_dead_master_is_a_lost_line_ends_the_command_and_the_next_call_works(repo, site):
-    nap = Nap()
+def test_a_dead_master_is_a_lost_line_ends_the_command_and_the_next_call_works(repo, site, nap):
     repo.new()
     child = repo.start("exec", "--json", "--", f"echo early; {nap}")
     nap.runs()
@@ -1665,8 +1676,7 @@ def test_what_runs_over_a_master_that_hung_goes_on_when_it_wakes(repo, site):
 
 
 @each("stdin", [None, pytest.param(b"in", marks=slow)])
-def test_a_command_whose_master_hangs_is_stopped_over_another_one_and_soon(repo, stdin, site):
-    nap = Nap()
+def test_a_command_whose_master_hangs_is_stopped_over_another_one_and_soon(repo, stdin, site, nap):
     repo.new()
     child = repo.start("exec", "--timeout", "3", "--json", "--", f"cat; echo on; {nap}", stdin=DEVNULL if stdin is None else PIPE)
     if stdin:
@@ -1680,7 +1690,6 @@ def test_a_command_whose_master_hangs_is_stopped_over_another_one_and_soon(repo,
     told = json.loads(out)
     assert (child.returncode, told["timed_out"], told["stopped"]) == (124, True, "confirmed"), (told, err)
     assert told["duration"] < 18, "the silent session is not waited for as long as one that answers"
-    nap.gone()
 
 
 def test_a_timeout_comes_also_while_output_never_pauses(shared):
@@ -2371,13 +2380,12 @@ def test_dotenv_values_and_their_comments(repo, site):
     assert repo.exec('echo "${#A}"').out == b"110002\n"
 
 
-def test_a_secret_that_a_shortened_error_cuts_is_masked(repo):
+def test_a_secret_that_a_shortened_error_cuts_is_masked(repo, client):
     value = "S3cretValue-0123456789-abcdefghijklmnopqrstuvwxyz"
     repo.secret("TOK", value)
-    with open_mcp(repo, "-H", "box") as client:
-        for length in range(50, 140, 5):
-            failed, text = client.call("read", path="d" * length + value)
-            assert failed and "S3cr" not in text and ("[secret TOK]" in text) == (length <= 90), text  # after 90 all of it is cut
+    for length in range(50, 140, 5):
+        failed, text = client.call("read", path="d" * length + value)
+        assert failed and "S3cr" not in text and ("[secret TOK]" in text) == (length <= 90), text  # after 90 all of it is cut
 
 
 def test_a_secret_command_that_closes_its_output_and_goes_on_is_ended(repo):
@@ -2402,8 +2410,7 @@ def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo):
     assert not (repo.path() / "f").exists() and repo.cli("secrets", "list").out == b""
 
 
-def test_library_a_cancel_reaches_the_command_that_makes_a_secret(shared):
-    nap = Nap()
+def test_library_a_cancel_reaches_the_command_that_makes_a_secret(shared, nap):
     shared.ok("secrets", "set", "SLOW", "--command", f"exec {nap}")
     try:
         assert in_library(shared, """
@@ -2418,7 +2425,6 @@ for call in (lambda cancel: workspace.exec("echo ran", cancel=cancel).exit_code,
 """) == "130\ncancelled\n"
     finally:
         shared.ok("secrets", "rm", "SLOW")
-    nap.gone()
 
 
 def test_a_secret_that_another_process_changes_is_the_new_one_at_once_and_masked(repo):
@@ -2462,20 +2468,19 @@ def test_dirty_takes_the_work_tree_along_but_no_secrets(repo):
     assert (repo.dir / ".git/index").read_bytes() == index
 
 
-def test_a_part_of_a_long_secret_is_found_in_linear_time(repo):
+def test_a_part_of_a_long_secret_is_found_in_linear_time(repo, client):
     def shown(text):
         return client("exec", command=["cat"], stdin=text).partition("\n--- stdout\n")[2].rpartition("\n[end")[0]
-    with open_mcp(repo, "-H", "box") as client:
-        for at, words in enumerate(("..abab ababc", "aab aabaac", "aabaa aabaac", "aaaba aabaac", "abaaa caabaa", "c abc", "xabca abca", "abcab abcabd")):
-            data, secret = re.sub("[a-d]", lambda found, at=3 * at: chr(ord(found[0]) + at) * 2, words).split()
-            repo.secret("S", secret)
-            for first in (False, True):
-                sizes = [n for n in range(4, min(len(secret), len(data) + 1)) if (data[:n] == secret[-n:] if first else data[-n:] == secret[:n])]
-                masked = data if not sizes else "[secret S]" + data[max(sizes):] if first else data[:-max(sizes)] + "[secret S]"
-                assert shown(f"[...]{data}" if first else f"{data}[...]") == (f"[...]{masked}" if first else f"{masked}[...]").replace(secret, "[secret S]"), (data, secret)
-        for n in range(2):
-            repo.secret(f"LONG{n}", b"x" * 100_000 + b"y%d" % n)
-        assert shown(("x" * 99_000 + "z[...]") * 8 + "x" * 99_000 + "end").endswith("x" * 20 + "end")
+    for at, words in enumerate(("..abab ababc", "aab aabaac", "aabaa aabaac", "aaaba aabaac", "abaaa caabaa", "c abc", "xabca abca", "abcab abcabd")):
+        data, secret = re.sub("[a-d]", lambda found, at=3 * at: chr(ord(found[0]) + at) * 2, words).split()
+        repo.secret("S", secret)
+        for first in (False, True):
+            sizes = [n for n in range(4, min(len(secret), len(data) + 1)) if (data[:n] == secret[-n:] if first else data[-n:] == secret[:n])]
+            masked = data if not sizes else "[secret S]" + data[max(sizes):] if first else data[:-max(sizes)] + "[secret S]"
+            assert shown(f"[...]{data}" if first else f"{data}[...]") == (f"[...]{masked}" if first else f"{masked}[...]").replace(secret, "[secret S]"), (data, secret)
+    for n in range(2):
+        repo.secret(f"LONG{n}", b"x" * 100_000 + b"y%d" % n)
+    assert shown(("x" * 99_000 + "z[...]") * 8 + "x" * 99_000 + "end").endswith("x" * 20 + "end")
 
 
 # === Hosts: any that ssh reaches (promise 9) ===
@@ -3089,9 +3094,8 @@ def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo
     assert "drop connection" not in site.log() and "no more sessions" not in site.log()
 
 
-def test_one_dropped_handshake_is_forgotten_after_a_minute(repo, site):
+def test_one_dropped_handshake_is_forgotten_after_a_minute(repo, site, line):
     """While the line is stalled the connections that came are the handshakes under way. It was a day."""
-    line = site.line("far")
     site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
     repo.new(host="far")
     line.away = (1, b"")
@@ -3113,9 +3117,8 @@ def test_one_dropped_handshake_is_forgotten_after_a_minute(repo, site):
 
 
 @each("what", ["slot", "two slots", "handshake", "lock", "host that is down"])
-def test_waiting_costs_nothing_however_many_wait_and_ends_at_once(repo, what, site):
+def test_waiting_costs_nothing_however_many_wait_and_ends_at_once(repo, what, site, line):
     """Forty threads; in a second each of them looked 150 times, a fifth of a core for the rest of us."""
-    line = site.line("far")
     repo.new(host="far")
     line.refuse = "slot" in what  # no second connection
     if what == "handshake":
@@ -3215,8 +3218,7 @@ def test_top_in_a_pipe_says_why_it_knows_nothing(repo, tuned, site):
     assert "has not answered" in repo.cli("top").text and "has not answered" in repo.cli("top", "--json").json[0]["error"]
 
 
-def test_a_slow_line_is_only_slow(repo, site):
-    line = site.line("far")
+def test_a_slow_line_is_only_slow(repo, line):
     line.delay = 0.025
     data = os.urandom(1 << 18)
     ran = repo.exec("cat", host="far", stdin=data)
@@ -3252,8 +3254,7 @@ def test_sessions_wait_ready_again_after_a_command_that_took_long(repo, tuned, s
         until(lambda: open_sessions(site) == 4, "they are opened", 2.5)
 
 
-def test_close_gives_up_a_session_that_is_just_being_opened_ahead(repo, site):
-    line = site.line("far")
+def test_close_gives_up_a_session_that_is_just_being_opened_ahead(repo, site, line):
     repo.new(host="far")
     line.delay = 0.1
     assert in_library(repo, """
@@ -3385,9 +3386,8 @@ def test_a_subdirectory_a_worktree_and_option_C_are_the_same_project(repo, site)
     assert set(json.loads(site.cli("list", "-C", str(repo.dir / "src"), "--json").out)[0]) >= {"name", "host", "path", "base", "created"}
 
 
-def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo, site):
+def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo, line):
     repo.save("big", os.urandom(2 << 20))
-    line = site.line("far")
     repo.new("a", host="far")
     first, line.up = line.up, 0
     assert first > 2 << 20
@@ -3402,8 +3402,7 @@ def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo, site):
 @each("how, at", [("cut", 20_000), ("cut", 300_000), ("cut", 1_500_000), ("killed", 100_000), *(
     (how, at) for how in ("compressed, cut", "compressed, killed") for at in (400_000, 1_100_000, 1_400_000))])
 @promise(7)
-def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo, at, how, site):
-    line = site.line("far")
+def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo, at, how, site, line):
     repo.save("big", source_text(6 << 20) if "compressed" in how else os.urandom(2 << 20))
     if "compressed" in how:
         line.rate, line.delay = 4e6, 0.005
@@ -3441,11 +3440,10 @@ def tuned(site, monkeypatch):
     return tune
 
 
-def test_over_a_long_line_a_large_archive_and_a_large_delta_travel_compressed_and_arrive_whole(repo, site):
+def test_over_a_long_line_a_large_archive_and_a_large_delta_travel_compressed_and_arrive_whole(repo, line):
     for name in "abcdef":
         repo.write(name, source_text(1 << 20))
     repo.commit()
-    line = site.line("far")
     line.rate, line.delay = 4e6, 0.005
     made = repo.ok("new", "-v", "-H", "far", "w")
     assert "compressed to" in made.said and tree_of(repo.path("w")) == repo.tree(), made
@@ -3497,11 +3495,10 @@ def test_files_are_as_old_as_the_host_says_though_this_clock_is_ahead(site, host
             assert clean.returncode == 0, "the index knows the files without a look at their content"
 
 
-def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo, site):
+def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo, line):
     """Of an upload, and of a pull; neither in a pipe."""
     name = "a-rather-long-name-of-a-workspace-that-somebody-gave-it-in-1999"
     repo.save("big", os.urandom(5 << 20))
-    line = site.line("far")
     line.rate = 2e6
     seen = repo.terminal("new", "-H", "far", name)
     seen.expect(rb"\ra-rather[-a-z]*  sending [\d.]+ MB of ~5.\d MB, [\d.]+ [kM]B/s, ~\d+s left")
@@ -3517,9 +3514,8 @@ def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo,
     assert b"sending" not in repo.cli("new", "-H", "far", "--root", "other", "b").err
 
 
-def test_a_stalled_upload_holds_up_no_other_host_and_who_waits_for_it_is_told_and_gives_up(repo, tuned, site):
+def test_a_stalled_upload_holds_up_no_other_host_and_who_waits_for_it_is_told_and_gives_up(repo, tuned, line):
     repo.save("text", os.urandom(1 << 20))
-    line = site.line("far")
     repo.new("old", "older", "--ref", "HEAD~1")
     stopped = threading.Event()
     line.trap = ("up", 300_000, lambda: (kill(sender.pid, signal.SIGSTOP), stopped.set()) and None)
@@ -3615,8 +3611,7 @@ def test_lines_that_are_too_many_are_refused_not_cut(shared):
 
 
 @each("names", [["one"], ["one", "two"]])
-def test_an_interrupted_init_hook_is_no_success(repo, names):
-    nap = Nap()
+def test_an_interrupted_init_hook_is_no_success(repo, names, nap):
     repo.save(".cmux/init", f"#!/bin/sh\n{nap}\n".encode(), 0o755)
     child = repo.start("new", "-H", "box", "killed")
     nap.runs()
@@ -3827,9 +3822,8 @@ def test_push_moves_a_workspace_and_keeps_what_is_ignored(site, host):
 
 
 @compat
-def test_a_delta_sends_only_what_changed(site):
+def test_a_delta_sends_only_what_changed(site, line):
     repo = Repo(site, odd=True, files={"big%d" % i: os.urandom(30000) for i in range(20)})
-    line = site.line("far")
     repo.new("one", host="far")
     for turn in range(9):
         repo.write("sub/turn", b"%d" % turn)
@@ -4097,7 +4091,7 @@ def test_diff_on_a_terminal_has_colour_and_pager_as_git_has_them_and_no_sequence
 
     def shown(*config, **env):
         (site.dir / "pager.got").unlink(missing_ok=True)
-        terminal = on_terminal(site, "diff", cwd=repo.dir, env={
+        terminal = repo.terminal("diff", env={
             "GIT_CONFIG_COUNT": str(len(config)), **{f"GIT_CONFIG_{part}_{n}": text for n, row in enumerate(config) for part, text in zip(("KEY", "VALUE"), row)}, **env})
         assert terminal.wait() == 0, terminal.output
         assert b"evil" not in terminal.output or b"\x1b]" not in terminal.output
@@ -5092,9 +5086,8 @@ os.execv(real, [real, *words])
         assert not trap.exists(), words
 
 
-def test_a_line_cut_during_pull_leaves_nothing(site):
+def test_a_line_cut_during_pull_leaves_nothing(site, line):
     repo = Repo(site)
-    line = site.line("far")
     repo.new(host="far")
     do(repo, "head -c 400000 /dev/urandom >big")
     for limit in (20000, 100000, 300000):
@@ -5186,8 +5179,7 @@ print([line for line in cmux_ssh.diff(workspace) if line.startswith(("+", "-"))]
 """) == "['+a'] %s\n" % new
 
 
-def test_a_branch_that_was_checked_out_meanwhile_does_not_move(repo, site):
-    line = site.line("far")
+def test_a_branch_that_was_checked_out_meanwhile_does_not_move(repo, line):
     repo.new(host="far")
     do(repo, "echo 1 >agents")
     repo.ok("pull")
@@ -5502,8 +5494,7 @@ def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo, sit
     assert "a" in listed.text and "box" in listed.text
 
 
-def test_list_counts_commits_changes_and_jobs_and_leaves_a_dash_where_a_host_is_silent(repo, site):
-    line = site.line("far")
+def test_list_counts_commits_changes_and_jobs_and_leaves_a_dash_where_a_host_is_silent(repo, site, line):
     repo.new("some-name")
     repo.new("far-away", host="far")
     do(repo, "echo x >>README; git commit -qam one; echo y >new", "some-name")
@@ -5518,7 +5509,7 @@ def test_list_counts_commits_changes_and_jobs_and_leaves_a_dash_where_a_host_is_
     assert {path: path.stat().st_mtime_ns for path in site.far_home().rglob("*")} == before, "it makes and changes nothing there"
     line.stall()
     for width in (60, 140):
-        terminal = on_terminal(site, "list", cwd=repo.dir, env={"COLUMNS": str(width)})
+        terminal = repo.terminal("list", env={"COLUMNS": str(width)})
         assert terminal.wait() == 0
         head, *rows = terminal.output.decode().replace("\r", "").split("\n")[:-1]
         assert re.split("  +", head) == ["NAME", "HOST", "STATE", "BEHIND", "CHANGED", "JOBS", "AGE"] + ["BASE", "PATH"] * (width > 60) and max(map(len, [head, *rows])) <= width
@@ -6541,8 +6532,7 @@ def test_a_job_survives_the_client_and_the_masters(repo, site):
       "bash -c 'set -m; {n} & disown; {n}'"])
 @promise(6)
 @compat
-def test_stop_ends_the_whole_tree_and_says_so(talker, command):
-    nap = Nap()
+def test_stop_ends_the_whole_tree_and_says_so(talker, command, nap):
     job, other = start_job(talker, "echo here; " + command.format(n=nap)), start_job(talker, f"{nap}9")
     nap.runs(2)
     told = talker("stop", job=job)
@@ -6559,8 +6549,7 @@ def record_of(repo, job):
     return next(p for p in repo.site.far_home().rglob(job) if p.is_dir())
 
 
-def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared, talker):
-    nap = Nap()
+def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared, talker, nap):
     job = start_job(talker, "exit 3")
     assert talker("wait", job=job, timeout=15)["exit_code"] == 3
     with stranger(*nap.split()) as other:
@@ -6583,9 +6572,8 @@ def test_stop_of_a_finished_job_ends_nothing_of_a_stranger_that_cannot_be_looked
         kill(running(nap)[0].pid)
 
 
-def test_a_job_whose_record_was_cut_off_is_lost_not_running(shared, talker):
+def test_a_job_whose_record_was_cut_off_is_lost_not_running(shared, talker, nap):
     """As after a crash of the host: no exit, and the pid belongs to somebody else by now."""
-    nap = Nap()
     job = start_job(talker, nap)
     nap.runs()
     record = record_of(shared, job)
@@ -6639,8 +6627,7 @@ def test_a_job_keeps_its_secret_out_of_its_record(repo, site):
 
 
 @each("command", ["wait", "logs -f"])
-def test_wait_and_logs_f_say_on_a_terminal_that_the_host_is_down(repo, command, site):
-    line = site.line("far")
+def test_wait_and_logs_f_say_on_a_terminal_that_the_host_is_down(repo, command, site, line):
     job = repo.job("echo on; while [ ! -e go ]; do sleep 0.05; done; echo off", host="far")
     sessions = site.log().count("Starting session")
     terminal = repo.terminal(*command.split(), job)
@@ -6656,8 +6643,7 @@ def test_wait_and_logs_f_say_on_a_terminal_that_the_host_is_down(repo, command, 
 
 @slow
 @promise(7)
-def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(repo, site):
-    line = site.line("far")
+def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(repo, line):
     steps = "for step in 0 1 2 3; do for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do [ $n = 15 ] && printf 'line ' && {gate}; " \
             "[ $n = 15 ] || printf 'line '; echo $((step*15+n)); done; done; exit 9"
     gate = "while [ ! -e gate$step ]; do sleep 0.05; done"
@@ -6681,8 +6667,7 @@ def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(
     assert line.connections >= 4 and repo.cli("wait", job).code == 9
 
 
-def test_a_job_stays_with_its_workspace_through_a_new_name_and_rm_sees_it(repo):
-    nap = Nap()
+def test_a_job_stays_with_its_workspace_through_a_new_name_and_rm_sees_it(repo, nap):
     job = repo.job(f"echo in; {nap}", options=["-w", "one"])
     repo.ok("rename", "-w", "one", "two")
     assert repo.cli("logs", "-w", "two", job).out == b"in\n"
@@ -6880,8 +6865,7 @@ def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo, s
         nap.gone()
 
 
-def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_said(repo):
-    nap = Nap()
+def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_said(repo, nap):
     repo.new("a", "b", "c")
     command = f'echo "early $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] && exit 4; sleep 1; {nap}'
     child = repo.start("exec", "--all", "--json", "--", command)
@@ -6895,13 +6879,11 @@ def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_sa
     late = repo.cli("exec", "--all", "--timeout", "2", "--", command)
     assert late.code == 124 and sorted(late.text.splitlines()) == ["a | early a", "b | early b", "c | early c"]
     assert "b, c (124: stopped, its processes have ended)" in late.said
-    nap.gone()
 
 
-def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterwards(repo, site):
+def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterwards(repo, line):
     repo.write("big", os.urandom(12 << 20))
     repo.save(".cmux/init", b"#!/bin/sh\nprintf 'one\\033[2J\\007\\rred\\n'; sleep 2; printf two\n", 0o755)
-    line = site.line("far")
     line.rate = 4e6
     seen = repo.terminal("new", "-H", "far", "a", "b")
     for pattern in (rb"[ab]  waiting for the archive \d", rb"[ab]  sending [\d.]+ MB", rb"a  init hook \d+s", rb"b  init hook \d+s"):
@@ -6973,8 +6955,7 @@ def calls(commands, **more):
 
 @each("sig", [signal.SIGINT, signal.SIGTERM])
 @promise(6)
-def test_a_batch_whose_input_has_ended_is_stopped_too(shared, sig):
-    nap = Nap()
+def test_a_batch_whose_input_has_ended_is_stopped_too(shared, sig, nap):
     child = shared.start("batch", "-w", "main", "-j", "2", stdin=PIPE)
     child.stdin.write(calls([nap] * 3))
     child.stdin.close()
@@ -6984,7 +6965,6 @@ def test_a_batch_whose_input_has_ended_is_stopped_too(shared, sig):
     out, _ = child.communicate()
     results = [json.loads(line)["result"] for line in out.splitlines()]
     assert child.returncode == 130 and [(result["exit_code"], result["stopped"]) for result in results] == [(130, "confirmed")] * 3, out
-    nap.gone()
 
 
 class Agent:
@@ -7167,8 +7147,7 @@ def test_batch_takes_the_workspace_of_each_line(repo):
 
 
 @each("sig", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_batch_ends_what_runs_there(shared, sig):
-    nap = Nap()
+def test_a_stopped_batch_ends_what_runs_there(shared, sig, nap):
     talker = Agent(shared, "-j", "4")
     for _ in range(10):
         talker.post("exec", {"command": nap})
@@ -7177,11 +7156,9 @@ def test_a_stopped_batch_ends_what_runs_there(shared, sig):
     out, err = talker.child.communicate()
     assert talker.child.returncode == {signal.SIGINT: 130, signal.SIGTERM: 130, signal.SIGKILL: -9}[signal.Signals(sig)], err
     assert all(json.loads(line)["id"] for line in out.splitlines())
-    nap.gone()
 
 
-def test_a_batch_whose_reader_is_gone_stops(shared):
-    nap = Nap()
+def test_a_batch_whose_reader_is_gone_stops(shared, nap):
     talker = Agent(shared, "-j", "2")
     assert talker("exec", command="true")["exit_code"] == 0
     talker.post("exec", {"command": nap})
@@ -7410,8 +7387,7 @@ print(result.exit_code)
 """) == "3\n"
 
 
-def test_library_cancel_from_another_thread_ends_the_command(shared):
-    nap = Nap()
+def test_library_cancel_from_another_thread_ends_the_command(shared, nap):
     assert in_library(shared, """
 workspace, cancel, seen = cmux_ssh.Project(".").workspace("main"), cmux_ssh.Cancel(), threading.Event()
 def sink(data):
@@ -7632,9 +7608,8 @@ for _ in range(3):
     assert shared.cli("wait", job).code == 6
 
 
-def test_a_line_that_is_lost_between_two_calls_of_the_library_is_not_noticed(repo, site):
+def test_a_line_that_is_lost_between_two_calls_of_the_library_is_not_noticed(repo, line):
     """The warm sessions are dead; the next calls open new ones, and none fails."""
-    line = site.line("far")
     repo.new(host="far")
     with open_agent(repo) as talker:
         for round_ in range(3):
@@ -7883,18 +7858,17 @@ def test_mcp_handshake_agrees_on_every_older_version(mcp, asked, given):
     assert mcp.ask("ping")["result"] == {}
 
 
-def test_mcp_calls_leave_no_descriptors_behind(repo, monkeypatch, site):
+def test_mcp_calls_leave_no_descriptors_behind(monkeypatch, site, client):
     """They are closed, not left to a collector: PyPy's comes late (seen: three more for each call, up to the limit)."""
     late = site.dir / "late.py"  # CPython's comes at once
     late.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport cmux_ssh as c\nc.Cancel.__del__ = lambda cancel: None\nsys.exit(c.main())\n")
     monkeypatch.setattr(sys.modules[__name__], "PROGRAM", late)
-    with open_mcp(repo, "-H", "box") as client:
-        def calls():
-            for _ in range(15):
-                client("exec", command=["true"]), client("read", path="README"), client("exec", command="cat", stdin="in"), client("glob", pattern="*")
-            return len(os.listdir(f"/proc/{client.child.pid}/fd"))
-        before = calls()
-        assert calls() < before + 20
+    def calls():
+        for _ in range(15):
+            client("exec", command=["true"]), client("read", path="README"), client("exec", command="cat", stdin="in"), client("glob", pattern="*")
+        return len(os.listdir(f"/proc/{client.child.pid}/fd"))
+    before = calls()
+    assert calls() < before + 20
 
 
 def test_a_forked_child_has_the_parents_cancel_for_its_own():
@@ -8121,16 +8095,15 @@ def test_mcp_masks_what_a_command_made_also_when_an_earlier_server_sent_it(repo)
             assert "made-12345" not in text and "[secret TOKEN]" in text, (tool, text)
 
 
-def test_mcp_a_name_made_for_the_pattern_and_a_page_of_cuts_take_no_time(repo):
+def test_mcp_a_name_made_for_the_pattern_and_a_page_of_cuts_take_no_time(repo, client):
     """Seen: one name held the server for ever, in re.match; 2 MB of cuts held it for 99 s."""
     key = "-----BEGIN KEY-----\n" + "\n".join(os.urandom(24).hex() for _ in range(26)) + "\n-----END KEY-----\n"
     repo.secret("KEY", key)
-    with open_mcp(repo, "-H", "box") as client:
-        client("exec", command="touch $(printf 'a%.0s' $(seq 220)) ab")
-        began = time.monotonic()
-        assert "paths: none" in client("glob", pattern="**/*a*a*a*a*a*a[c]") and "ab" in client("glob", pattern="**/*a[b]")
-        client("exec", command="yes '[...]' | tr -d '\\n' | head -c 1000000; yes '[...]' | tr -d '\\n' | head -c 1000000 >&2")
-        assert time.monotonic() - began < 20
+    client("exec", command="touch $(printf 'a%.0s' $(seq 220)) ab")
+    began = time.monotonic()
+    assert "paths: none" in client("glob", pattern="**/*a*a*a*a*a*a[c]") and "ab" in client("glob", pattern="**/*a[b]")
+    client("exec", command="yes '[...]' | tr -d '\\n' | head -c 1000000; yes '[...]' | tr -d '\\n' | head -c 1000000 >&2")
+    assert time.monotonic() - began < 20
 
 
 def test_globs_are_what_regular_expressions_said(area):
@@ -8192,8 +8165,7 @@ def test_mcp_long_files_come_in_pages_that_join(mcp, shared):
     assert [line.encode() for line in found] == lines and pages > 3
 
 
-def test_mcp_a_call_over_the_soft_timeout_becomes_a_job(mcp):
-    nap = Nap()
+def test_mcp_a_call_over_the_soft_timeout_becomes_a_job(mcp, nap):
     text = mcp("exec", command=f"echo one; {nap}")
     job = job_of(text)
     assert "state: running" in text and "one\n" in text and "next_offset: 4" in text
@@ -8203,18 +8175,16 @@ def test_mcp_a_call_over_the_soft_timeout_becomes_a_job(mcp):
     assert "stopped: confirmed" in stopped and not running(nap)
 
 
-def test_mcp_progress_rises_and_ends_with_the_call(repo):
-    with open_mcp(repo, "-H", "box") as client:
-        number = client.begin("sleep 4.5; echo done", _meta={"progressToken": "tok"})
-        assert "done" in client.text(number)
-        seen = [m["params"] for m in client.others if m["method"] == "notifications/progress"]
-        steps = [params["progress"] for params in seen]
-        assert steps and steps == sorted(set(steps)) and all(params["progressToken"] == "tok" for params in seen)
+def test_mcp_progress_rises_and_ends_with_the_call(client):
+    number = client.begin("sleep 4.5; echo done", _meta={"progressToken": "tok"})
+    assert "done" in client.text(number)
+    seen = [m["params"] for m in client.others if m["method"] == "notifications/progress"]
+    steps = [params["progress"] for params in seen]
+    assert steps and steps == sorted(set(steps)) and all(params["progressToken"] == "tok" for params in seen)
 
 
 @promise(6)
-def test_mcp_cancel_ends_the_tree_there_and_answers_no_more(mcp):
-    nap = Nap()
+def test_mcp_cancel_ends_the_tree_there_and_answers_no_more(mcp, nap):
     number = mcp.begin(f"{nap} & {nap}")
     nap.runs(2)
     mcp.send(json.dumps({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": number, "reason": "enough"}}).encode())
@@ -8292,14 +8262,13 @@ def test_mcp_follows_a_workspace_that_it_made_and_one_whose_rename_is_the_first_
     assert set(repo.workspaces()) == {"two"}
 
 
-def test_mcp_says_when_the_workspace_is_new_and_where_a_page_is_cut(repo):
-    with open_mcp(repo, "-H", "box") as client:
-        assert f"made: the workspace main is new, of commit {repo.git('rev-parse', 'HEAD')[:10]}" in client("exec", command="printf 'a\\nb' >two; yes | head -c 99999 | tr -d '\\n' >long; echo >>long; echo end >>long")
-        assert "made:" not in client("exec", command="true")
-        assert "The file ends before line 9." in client("read", path="two", offset=9) and "ends before" not in client("read", path="two", offset=2)
-        cut = client("read", path="long")
-        assert "Line 1 is longer than what fits here, and cut" in cut and "Go on with offset=2." in cut and "end\n" in client("read", path="long", offset=2)
-        assert "Go on" not in client("read", path="long", offset=1, limit=1)
+def test_mcp_says_when_the_workspace_is_new_and_where_a_page_is_cut(repo, client):
+    assert f"made: the workspace main is new, of commit {repo.git('rev-parse', 'HEAD')[:10]}" in client("exec", command="printf 'a\\nb' >two; yes | head -c 99999 | tr -d '\\n' >long; echo >>long; echo end >>long")
+    assert "made:" not in client("exec", command="true")
+    assert "The file ends before line 9." in client("read", path="two", offset=9) and "ends before" not in client("read", path="two", offset=2)
+    cut = client("read", path="long")
+    assert "Line 1 is longer than what fits here, and cut" in cut and "Go on with offset=2." in cut and "end\n" in client("read", path="long", offset=2)
+    assert "Go on" not in client("read", path="long", offset=1, limit=1)
 
 
 @promise(4)
@@ -8410,33 +8379,31 @@ def token(repo):
     return value
 
 
-def test_mcp_a_secret_is_masked_over_the_border_of_pages_with_colour_codes_in_it_and_where_grep_cuts_a_line(repo, token):
-    with open_mcp(repo, "-H", "box") as client:
-        job = job_of(client("exec", command=f"head -c {ROOM - 20} /dev/zero | tr '\\0' y; echo $TOKEN; echo END", background=True))
-        client("wait", job=job)
-        first = client("logs", job=job)
-        offset = re.search(r"next_offset: (\d+)", first)
-        assert offset and token[:8] not in first
-        assert "[secret TOKEN]\nEND" in client("logs", job=job, offset=int(offset.group(1)))
-        inside = client("logs", job=job, offset=ROOM)
-        assert token[-12:] not in inside and "END" in inside
-        text = client("exec", command="echo x$TOKEN | sed \"s/.ok-/$(printf '\\033[1;31m')&$(printf '\\033[m')/\"")
-        assert token not in text and "x[secret TOKEN]" in text
-        client("write", path="min.js", content="needle" + "y" * 10000 + "\n")
-        size = len(re.search("needle(y+)", client("grep", pattern="needle")).group(1))
-        client("write", path="min.js", content="needle" + "y" * (size - 14) + token + "z" * 100 + "\n")
-        found = client("grep", pattern="needle")
-        assert size < 9000 and "needleyy" in found and token[:6] not in found
+def test_mcp_a_secret_is_masked_over_the_border_of_pages_with_colour_codes_in_it_and_where_grep_cuts_a_line(token, client):
+    job = job_of(client("exec", command=f"head -c {ROOM - 20} /dev/zero | tr '\\0' y; echo $TOKEN; echo END", background=True))
+    client("wait", job=job)
+    first = client("logs", job=job)
+    offset = re.search(r"next_offset: (\d+)", first)
+    assert offset and token[:8] not in first
+    assert "[secret TOKEN]\nEND" in client("logs", job=job, offset=int(offset.group(1)))
+    inside = client("logs", job=job, offset=ROOM)
+    assert token[-12:] not in inside and "END" in inside
+    text = client("exec", command="echo x$TOKEN | sed \"s/.ok-/$(printf '\\033[1;31m')&$(printf '\\033[m')/\"")
+    assert token not in text and "x[secret TOKEN]" in text
+    client("write", path="min.js", content="needle" + "y" * 10000 + "\n")
+    size = len(re.search("needle(y+)", client("grep", pattern="needle")).group(1))
+    client("write", path="min.js", content="needle" + "y" * (size - 14) + token + "z" * 100 + "\n")
+    found = client("grep", pattern="needle")
+    assert size < 9000 and "needleyy" in found and token[:6] not in found
 
 
-def test_mcp_a_secret_where_the_capture_is_cut_is_masked(repo, token):
+def test_mcp_a_secret_where_the_capture_is_cut_is_masked(repo, token, client):
     with open_agent(repo, "-H", "box") as talker:
         half = talker("exec", command="head -c 9000000 /dev/zero | tr '\\0' y")["stdout"].index("\n[... ")
     colours = (half - 12) // 5 * 5   # taken out, so that the cut comes near the beginning
-    with open_mcp(repo, "-H", "box") as client:
-        text = client("exec", command=f"yes \"$(printf '\\033[31m')\" | tr -d '\\n' | head -c {colours}; printf begin-$TOKEN; "
-                                      f"head -c {2 * half} /dev/zero | tr '\\0' y; printf end")
-        assert "begin-" in text and token[:4] not in text and "bytes left out" in text
+    text = client("exec", command=f"yes \"$(printf '\\033[31m')\" | tr -d '\\n' | head -c {colours}; printf begin-$TOKEN; "
+                                  f"head -c {2 * half} /dev/zero | tr '\\0' y; printf end")
+    assert "begin-" in text and token[:4] not in text and "bytes left out" in text
 
 
 @each("which, content, words", [(which, '{"version": 2}', "newer version") for which in ("projects", "secrets")] + [("secrets", '{"version": 1, "secr', "is damaged")])
@@ -8483,8 +8450,7 @@ def test_mcp_a_sequence_without_an_end_swallows_no_more_than_its_line(mcp):
 
 
 @each("how", ["eof", "term"])
-def test_mcp_ends_though_nobody_reads_its_answers(repo, how):
-    nap = Nap()
+def test_mcp_ends_though_nobody_reads_its_answers(repo, how, nap):
     child = repo.start("mcp", "-H", "box", stdin=PIPE)
     try:
         child.stdin.write(request("n", "tools/call", {"name": "exec", "arguments": {"command": nap}}))
@@ -8607,10 +8573,9 @@ def test_a_session_of_its_own_sends_no_local_path(site, names, proxied):
     assert names == "*" or seen["SSH_AUTH_SOCK"] == "/nowhere/agent"
 
 
-def test_shell_needs_a_terminal_and_leaves_it_as_it_was(repo, site):
+def test_shell_needs_a_terminal_and_leaves_it_as_it_was(repo, line):
     refused = repo.cli("shell", "-H", "box")
     assert refused.code == 2 and "exec" in refused.said and not repo.workspaces()
-    line = site.line("far")
     terminal = repo.terminal("shell", "-H", "far")
     terminal.expect(b"as it likes")
     terminal.send(b"stty -echo; echo re''ady\r")
@@ -8630,13 +8595,13 @@ def test_exec_t_gives_one_command_a_terminal(repo, site, words, code, shown):
     repo.write("src/README", b"hello\n")
     repo.commit()
     repo.ok("secrets", "set", "TOKEN", stdin=value.encode())
-    terminal = on_terminal(site, "exec", "-t", "-H", "box", "--cwd", "src", "--env", "ADD=K", *words, cwd=repo.dir)
+    terminal = repo.terminal("exec", "-t", "-H", "box", "--cwd", "src", "--env", "ADD=K", *words)
     terminal.expect(b"as it likes")
     terminal.expect(shown.replace(b"%b", value.encode()))
     assert not naming(value), "in no argv"
     terminal.send(b"7\r")
     assert terminal.wait() == code
-    terminal = on_terminal(site, "exec", "-t", "--", "echo up; sleep 9", cwd=repo.dir)
+    terminal = repo.terminal("exec", "-t", "--", "echo up; sleep 9")
     terminal.expect(rb"up\s")
     terminal.send(b"\3")
     assert terminal.wait() == 130
@@ -9160,9 +9125,8 @@ def test_a_state_path_that_is_long_or_holds_what_ssh_expands_is_taken_as_it_is(r
     assert len(site.masters()) == 1 and {path.name for path in set(site.dir.iterdir()) - before} == {name.split("/")[0]}
 
 
-def test_what_is_remembered_of_a_host_outlives_no_clock_that_is_set_back(repo, site):
+def test_what_is_remembered_of_a_host_outlives_no_clock_that_is_set_back(repo, site, line):
     """That masters are refused, that it was down: at a time of a clock that was 300 days ahead."""
-    line = site.line("far")
     site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
     repo.new(host="far")
     line.refuse = True
@@ -9586,14 +9550,12 @@ def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo):
     assert repo.cli("read", "f", sh='ulimit -f 0; exec "$@"').out == b"new\n"
 
 
-def test_an_output_pipe_closed_early_is_no_error_and_ends_the_command(shared):
-    nap = Nap()
+def test_an_output_pipe_closed_early_is_no_error_and_ends_the_command(shared, nap):
     child = shared.start("exec", "--", f"({nap}) & while :; do echo y; done")
     assert child.stdout.readline() == b"y\n"
     child.stdout.close()
     assert b"Traceback" not in child.stderr.read()
     child.wait(30)
-    nap.gone()
 
 
 @each("args", [["list"], ["--version"], [], ["exec", "--", "echo x"], ["exec", "--json", "--", "true"], ["exec", "-h"], ["completion", "bash"], ["history"], ["batch"]])
@@ -10285,8 +10247,7 @@ def test_masters_killed_or_stopped_in_the_middle_are_told_or_waited_for(wire, ve
             assert honest(wire.repo.cli(*words, stdin=stdin), verb, code, right, (verb, way, "again"))
 
 
-def test_sshd_restarted_under_running_commands_and_jobs(repo, site):
-    nap = Nap()
+def test_sshd_restarted_under_running_commands_and_jobs(repo, site, nap):
     job = repo.job("while [ ! -e go ]; do sleep 0.05; done; echo done; exit 9")
     child = repo.start("exec", "--", f"echo early; {nap}")
     assert child.stdout.readline() == b"early\n"
