@@ -1448,7 +1448,7 @@ COLOURFUL = (r"printf '\303'; sleep .2; printf '\244 \033[3'; sleep .2; printf '
 
 
 @each("face", ["exec", "logs", "logs -f", "new", "several"])
-def test_colours_and_progress_of_a_command_pass_to_a_terminal_and_nothing_else_does(repo, face):
+def test_colours_and_progress_pass_to_a_terminal_and_nothing_else(repo, face):
     words = face.split()
     if face == "new":
         repo.save(".cmux/init", b"#!/bin/sh\n" + COLOURFUL.encode(), 0o755)
@@ -1521,7 +1521,7 @@ def sent_whole(line, more):
 
 
 @each("how", ["exec", "job", "one connection each"])
-def test_a_command_that_was_sent_may_have_begun_and_runs_no_second_time(site, how):
+def test_a_command_that_was_sent_runs_no_second_time(site, how):
     """The line is lost before the host's first word about it comes back."""
     gate, waits = gated(site, "slow")
     line, repo, log = site.line("far", to="slow"), Repo(site), site.dir / "ran"
@@ -1583,7 +1583,7 @@ def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo, site):
 
 @each("sh", ["dash", "bash", "mksh", "ksh", "busybox"])
 @each("setsid", [True, False])
-def test_a_session_opened_ahead_does_what_one_opened_for_a_command_does(site, sh, setsid):
+def test_a_session_opened_ahead_does_what_another_does(site, sh, setsid):
     """Its process waits for the header already in a session of its own."""
     host, tools, naps = bare_host(site), site.dir / "posix-bin", [Nap(), Nap()]
     site.script("posix-bin/sh", f'exec {program(sh)}{" sh" if sh == "busybox" else ""} "$@"')
@@ -1616,7 +1616,7 @@ def without_proc(text, *values, place="/nowhere", more=b""):
                           stdout=PIPE, stderr=DEVNULL, timeout=60).stdout
 
 
-def test_where_neither_the_wrapper_nor_proc_is_there_no_end_is_confirmed():
+def test_without_wrapper_and_proc_no_end_is_confirmed():
     """(From inside: a guard that was not told of its command yet cannot be had on purpose.)"""
     def guard(pid, place="/nowhere"):
         return without_proc(c.GUARD, place=place, more=b"%s\n" % str(pid).encode())
@@ -1651,7 +1651,7 @@ def test_what_runs_over_a_master_that_hung_goes_on_when_it_wakes(repo, site):
 
 
 @each("stdin", [None, pytest.param(b"in", marks=slow)])
-def test_a_command_whose_master_hangs_is_stopped_over_another_one_and_soon(repo, stdin, site, nap):
+def test_a_command_whose_master_hangs_is_stopped_over_another(repo, stdin, site, nap):
     repo.new()
     child = repo.start("exec", "--timeout", "3", "--json", "--", f"cat; echo on; {nap}", stdin=DEVNULL if stdin is None else PIPE)
     if stdin:
@@ -1705,7 +1705,7 @@ def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo, w
 @slow
 @pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounts a /proc of its own")
 @each("shell", ["dash", "bash", "mksh", "ksh", "busybox sh", "zsh"])
-def test_a_process_that_hides_is_ended_and_its_end_is_not_confirmed_blindly(site, shell):
+def test_a_process_that_hides_is_ended_and_not_confirmed_blindly(site, shell):
     """hidepid=2, and a command, or a child of its group, that is not dumpable: no table shows it to its own user."""
     napping = unique()
     site.script("names/sh", """exec bash -c 'exec -a sh zsh "$@"' sh "$@\"""" if shell == "zsh" else f'exec {shell} "$@"')
@@ -1849,7 +1849,7 @@ def in_sshs_place(site, text):
 
 
 @each("when", ["later", "for a command"])
-def test_what_the_config_says_only_now_or_only_for_a_command_does_not_leave_either(site, when):
+def test_what_the_config_says_only_for_a_command_does_not_leave_either(site, when):
     """Match exec may change its mind. OpenSSH 10 has Match sessiontype and Match command: before, a program in ssh's place
     that looks for a word behind the host plays them."""
     new = int(re.findall(rb"OpenSSH_(\d+)", subprocess.run([program("ssh"), "-V"], stderr=PIPE).stderr)[0]) >= 10
@@ -1925,7 +1925,7 @@ def test_a_changed_host_key_is_refused_even_where_checking_is_off(site):
 
 
 @each("text", [b"REMOTE HOST IDENTIFICATION HAS CHANGED", b"x\nHost key verification failed.", b"Could not resolve hostname"])
-def test_what_a_server_says_as_it_disconnects_is_not_taken_for_sshs_own_word(repo, text, site):
+def test_what_a_server_says_last_is_not_taken_for_sshs_own_word(repo, text, site):
     body = b"\x01" + struct.pack(">II", 2, len(text)) + text + struct.pack(">I", 0)
     pad = 8 - (len(body) + 5) % 8 + 8
 
@@ -1983,7 +1983,7 @@ def test_a_promisor_repository_fetches_nothing(repo, site):
     assert made.code == 1 and not trap.exists() and repo.workspaces() == {}
 
 
-def test_a_git_directory_among_the_files_of_another_repository_is_refused(repo, site):
+def test_a_git_directory_inside_another_repository_is_refused(repo, site):
     """It came with a clone, and its config names a host and a work tree."""
     inner = repo.dir / "vendor"
     subprocess.run(["git", "clone", "-q", "--bare", str(repo.dir), str(inner)], env=site.environment(), check=True)
@@ -1997,7 +1997,7 @@ def test_a_git_directory_among_the_files_of_another_repository_is_refused(repo, 
 
 
 @each("large", [False, True])
-def test_attributes_that_cannot_be_read_or_are_very_large_are_no_traceback(site, large):
+def test_unreadable_or_very_large_attributes_are_no_traceback(site, large):
     repo = Repo(site, files={".gitattributes": b"#" * (1 << 20) + b"\n* text\n" if large else b"x text\n", "a/.gitattributes": b"hidden export-ignore\n", "a/hidden": b"1"})
     if not large:
         blob = repo.id("HEAD:.gitattributes")
@@ -2072,7 +2072,7 @@ def test_arguments_output_codes_stdin_and_secrets_are_exact_under_every_login_sh
 
 
 @each("foreign", ["bash -l", "zsh", "dash", "fish", "tcsh", "mksh", "ksh", "busybox sh", "cat", ".bashrc"])
-def test_a_shell_that_is_not_ours_runs_nothing_of_a_header_and_reads_no_secret(site, foreign):
+def test_a_shell_that_is_not_ours_runs_nothing_and_reads_no_secret(site, foreign):
     """The account's ForceCommand, or what its .bashrc runs, reads what we send in place of our command."""
     flag, touched, got, nap = site.dir / "flag", site.dir / "touched", site.dir / "got", Nap()
     if foreign == ".bashrc":
@@ -2379,7 +2379,7 @@ for call in (lambda cancel: workspace.exec("echo ran", cancel=cancel).exit_code,
         shared.ok("secrets", "rm", "SLOW")
 
 
-def test_a_secret_that_another_process_changes_is_the_new_one_at_once_and_masked(repo):
+def test_a_secret_that_another_process_changes_is_new_at_once(repo):
     assert in_library(repo, """
 import subprocess
 project = cmux_ssh.Project(".")
@@ -2588,7 +2588,7 @@ def test_whatever_gzip_the_host_has_the_archive_arrives_or_is_refused(site, tune
     assert ("compressed to" in made.said) == (programs == "gzip"), made
 
 
-def test_a_tar_that_goes_on_for_long_after_the_last_byte_is_waited_for_and_shown(site, tuned):
+def test_a_tar_that_goes_on_after_the_last_byte_is_waited_for(site, tuned):
     slow = site.dir / "slow" / "tar"
     slow.parent.mkdir()
     script(slow, f'{program("tar")} "$@"; r=$?; sleep 5; exit $r')
@@ -2756,7 +2756,7 @@ def test_an_ssh_before_7_8_is_refused_in_one_sentence(repo, words, site):
     assert repo.workspaces() == {} and "Accepted" not in site.log()
 
 
-def test_a_server_that_turns_this_address_away_is_waited_for_and_then_named(repo, site):
+def test_a_server_that_turns_us_away_is_waited_for_then_named(repo, site):
     """OpenSSH 9.8 and later say so before their banner, for MaxStartups and for a penalty."""
     line, words = site.line("far"), b"Not allowed at this time\r\n"
     line.away = (2, words)
@@ -2851,7 +2851,7 @@ def test_contract_a_tilde_is_the_home_over_there(repo, root, site):
     assert repo.cli("read", "README").out == b"hello\n" and repo.cli("write", "w", stdin=b"w").code == 0 and repo.cli("edit", "w", "--old", "w", "--new", "v").code == 0
 
 
-def test_a_server_that_asks_for_the_agent_is_told_and_one_that_goes_on_is_left(repo, site):
+def test_a_server_that_asks_for_the_agent_is_named_then_left(repo, site):
     """What ssh writes into its log then was seen on a real one; no server here does it."""
     words, name = "Warning: ssh server tried agent forwarding.\nWarning: this is probably a break-in attempt by a malicious server.\n", site.dir / "name"
     site.env["CMUX_SSH_COMMAND"] = in_sshs_place(
@@ -2959,7 +2959,7 @@ def test_a_full_disk_on_this_machine_is_said_and_not_a_traceback(repo, verb, roo
 # === Many at once (promise 8) ===
 
 
-def test_a_shell_that_is_not_ours_in_one_session_opened_ahead_runs_nothing(site):
+def test_a_foreign_shell_in_a_session_opened_ahead_runs_nothing(site):
     host, flag, touched = site.login("bash"), site.dir / "flag", site.dir / "touched"
     (site.far_home(host) / ".bashrc").write_text(f"[ ! -e {flag} ] || {{ echo >>{flag}; exec dash; }}\n")
     repo = Repo(site)
@@ -3119,7 +3119,7 @@ if what == "handshake":                    # the commands that could not begin a
 
 
 @each("way", ["one master", "MaxSessions 1", "no masters"])
-def test_commands_with_streamed_stdin_do_not_wait_for_each_others_second_session(site, way):
+def test_commands_that_stream_do_not_wait_for_each_other(site, way):
     """Each needs two: those that held one waited for the next for ten minutes, and all failed."""
     site.daemon("few", way if way == "MaxSessions 1" else "")
     if way == "no masters":
@@ -3139,7 +3139,7 @@ with ThreadPoolExecutor(16) as pool:
 
 
 @each("sh", ["dash", "bash"])
-def test_a_host_that_allows_few_processes_is_given_fewer_at_once_or_told_of(site, sh):
+def test_a_host_that_allows_few_processes_is_given_fewer(site, sh):
     """Of forty at once 33 ended together with their wrapper, it was said. (The limit binds no root: the account is another.)"""
     uid = 60000 + os.getpid() % 5000
     login = site.script("few", f"exec {program('setpriv')} --reuid {uid} --clear-groups bash -c 'ulimit -u 26; exec {program(sh)} -c \"$SSH_ORIGINAL_COMMAND\"'")
@@ -3234,7 +3234,7 @@ def test_a_header_cut_off_by_a_dying_master_is_sent_again(repo, site):
 
 
 @each("sessions", [1, 2])
-def test_sessions_that_wait_ready_elsewhere_do_not_block_a_host_that_takes_few(site, sessions):
+def test_sessions_that_wait_do_not_block_a_host_that_takes_few(site, sessions):
     """They lie in slots that do not count any more, once it was learnt how few it takes."""
     site.daemon("few", f"MaxSessions {sessions}")
     assert in_library(Repo(site), """
@@ -3392,7 +3392,7 @@ def tuned(site, monkeypatch):
     return tune
 
 
-def test_over_a_long_line_a_large_archive_and_a_large_delta_travel_compressed_and_arrive_whole(repo, line):
+def test_over_a_long_line_archives_and_deltas_travel_compressed(repo, line):
     for name in "abcdef":
         repo.write(name, source_text(1 << 20))
     repo.commit()
@@ -3447,7 +3447,7 @@ def test_files_are_as_old_as_the_host_says_though_this_clock_is_ahead(site, host
             assert clean.returncode == 0, "the index knows the files without a look at their content"
 
 
-def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo, line):
+def test_a_bar_tells_bytes_rate_and_time_and_is_taken_away(repo, line):
     """Of an upload, and of a pull; neither in a pipe."""
     name = "a-rather-long-name-of-a-workspace-that-somebody-gave-it-in-1999"
     repo.save("big", os.urandom(5 << 20))
@@ -3466,7 +3466,7 @@ def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo,
     assert b"sending" not in repo.cli("new", "-H", "far", "--root", "other", "b").err
 
 
-def test_a_stalled_upload_holds_up_no_other_host_and_who_waits_for_it_is_told_and_gives_up(repo, tuned, line):
+def test_a_stalled_upload_holds_up_no_other_host_and_is_given_up(repo, tuned, line):
     repo.save("text", os.urandom(1 << 20))
     repo.new("old", "older", "--ref", "HEAD~1")
     stopped = threading.Event()
@@ -3494,7 +3494,7 @@ def test_a_stalled_upload_holds_up_no_other_host_and_who_waits_for_it_is_told_an
 HOOK = b'#!/bin/sh\necho "init in $CMUX_WORKSPACE with <$TOKEN>"\necho to-stderr >&2\necho once >>init-ran\nexit "${CODE:-0}"\n'
 
 
-def test_the_init_hook_runs_once_with_the_environment_and_its_output_is_streamed(repo):
+def test_the_init_hook_runs_once_and_its_output_is_streamed(repo):
     repo.save(".cmux/init", HOOK, 0o755)
     repo.secret("TOKEN", b"tok")
     made = repo.new("a")
@@ -3610,7 +3610,7 @@ def test_two_aliases_of_one_address_do_not_share_a_connection(repo, site):
 
 
 @each("force", [False, True])
-def test_a_new_and_a_push_whose_first_attempt_was_killed_over_there_are_finished_by_the_next(site, force):
+def test_a_new_or_push_killed_over_there_is_finished_by_the_next(site, force):
     """They find a tree in the stage, which must not take the next one in; and files that are half changed, by the first, not by the agent."""
     repo, armed = Repo(site, files={f"many/{n}": b"old\n" for n in range(30)}), site.dir / "armed"
     end = """p=$$ all=
@@ -3666,7 +3666,7 @@ def test_dirty_goes_by_attributes_and_ignores_wherever_they_are_named(repo, ever
     assert b"terces" in (repo.path() / "key.z").read_bytes()
 
 
-def test_a_forced_push_to_the_same_base_takes_back_nothing_that_was_pulled(repo):
+def test_a_forced_push_to_its_base_takes_back_nothing_pulled(repo):
     repo.new()
     do(repo, "echo 1 >agents; git add agents; git commit -qm agentwork")
     repo.ok("pull")
@@ -3694,7 +3694,7 @@ def test_what_was_dirty_is_not_the_agents(repo):
     assert repo.pulled("second") == "2", pulled
 
 
-def test_a_refused_push_leaves_nothing_to_settle_and_a_damaged_project_does_not_hide_others(repo, site):
+def test_a_refused_push_or_a_damaged_project_disturbs_no_other(repo, site):
     repo.new()
     do(repo, "echo 1 >agents")
     repo.commit()
@@ -3707,7 +3707,7 @@ def test_a_refused_push_leaves_nothing_to_settle_and_a_damaged_project_does_not_
     assert "main" in listed.text and "is damaged" in listed.said, listed
 
 
-def test_what_is_not_sent_is_said_exactly_each_time_a_workspace_is_made_or_pushed_to(repo):
+def test_what_is_not_sent_is_said_exactly_each_time(repo):
     content = b"large" * 1000
     repo.write("a.bin", pointer(content))
     repo.write(".gitattributes", b"*.bin filter=lfs\n*.txt text\n")
@@ -3846,7 +3846,7 @@ def test_push_looks_again_after_its_upload(site, host):
       "rm -rf .git; git init -q --object-format=sha256 -b main; git add -A; git commit -qm anew",
       "touch .git/HEAD.lock", "touch .git/refs/heads/main.lock", "git branch -m main/sub",
       "git checkout -q --detach; touch .git/refs/heads/main.lock"], ids=["anew", "sha256", "HEAD", "main", "sub", "detached"])
-def test_push_where_the_repository_there_cannot_be_moved_says_so_and_force_replaces_it(repo, harm, site):
+def test_a_push_that_cannot_move_a_repository_says_so_or_replaces_it(repo, harm, site):
     repo.save(".gitignore", b"ignored\n")
     repo.new()
     do(repo, "git config --global user.name a; git config --global user.email a@x; echo agent >>README; echo cache >ignored; " + harm)
@@ -3881,7 +3881,7 @@ def test_what_was_only_fetched_holds_up_no_rm(repo):
     repo.ok("rm", "main")
 
 
-def test_work_that_a_push_left_behind_is_set_aside_not_told_as_taken_back(repo, site):
+def test_work_that_a_push_left_behind_is_set_aside(repo, site):
     repo.new()
     do(repo, "echo 1 >agents; git add agents; git commit -qm agentwork")
     repo.ok("pull")
@@ -4031,7 +4031,7 @@ def test_a_name_used_again_pulls_onto_its_branch_once_that_was_merged(repo):
     refused(repo.cli("pull", "-w", "again"), 1, "no pull of this workspace made")
 
 
-def test_diff_on_a_terminal_has_colour_and_pager_as_git_has_them_and_no_sequence_of_the_host(repo, site):
+def test_diff_on_a_terminal_has_the_colour_and_pager_of_git(repo, site):
     repo.new()
     do(repo, "printf 'x\\033]0;evil\\007\\n' >>README; seq 20000 >many")
     pager, got = shlex.quote(site.script("pager", 'cat >"$0.got"; echo "paged $1"')), site.dir / "pager.got"
@@ -4314,7 +4314,7 @@ def test_a_directory_renamed_again_and_again_is_as_large_as_before(new_lab):
     assert set(found) == {"d9/%d" % n for n in range(9)}
 
 
-def test_names_that_fold_into_one_in_the_base_already_are_the_users_own(new_lab):
+def test_names_that_fold_in_the_base_are_the_users_own(new_lab):
     lab = new_lab()
     for path in ("Dir/a", "dir/b"):
         lab.write(path, b"x")
@@ -4587,7 +4587,7 @@ def test_what_cannot_be_read_there_is_named_and_no_deletion(site):
 
 
 @each("host", ["box", "nogit"])
-def test_what_export_ignore_leaves_out_of_releases_comes_and_its_changes_go_home(site, host):
+def test_what_export_ignore_names_comes_and_goes_home(site, host):
     """Also by a directory, as a delta, and with --dirty."""
     repo, place = Repo(site), place_of(site, host)
     repo.write(".gitattributes", b"docs/ export-ignore\n*/deep/ export-ignore export-subst\n")
@@ -4669,7 +4669,7 @@ def test_a_commit_in_another_encoding_comes_as_utf_8(repo):
 
 @each("how", ["git checkout -q --orphan fresh; echo x >x; git add -A; git commit -qm orphan",
       "git checkout -qb feature; echo x >x; git add -A; git commit -q --amend -m amended"], ids=["orphan", "amend"])
-def test_a_branch_that_stands_at_the_base_holds_nothing_that_could_be_lost(repo, how):
+def test_a_branch_that_stands_at_the_base_holds_nothing(repo, how):
     repo.new()
     do(repo, how)
     pulled = repo.ok("pull")
@@ -4677,7 +4677,7 @@ def test_a_branch_that_stands_at_the_base_holds_nothing_that_could_be_lost(repo,
     repo.ok("rm", "main")
 
 
-def test_a_gitmodules_that_git_cannot_read_is_said_and_a_huge_one_takes_no_time(repo):
+def test_an_unreadable_gitmodules_is_said_and_a_huge_one_is_fast(repo):
     repo.new()
     do(repo, "printf '<<<<<<< HEAD\\n[submodule \"x\"]\\n' >.gitmodules")
     refused(repo.cli("pull"), 1, "not one that git can read")
@@ -4843,7 +4843,7 @@ def test_rm_and_push_without_git_there_see_what_no_time_tells(site, harm):
     "git worktree add -q --detach ~/wt; cd ~/wt; {}", "git checkout -q --detach; {}; git checkout -q --orphan fresh",
     "git checkout -q -b side; {}; git checkout -q main", "{}; git update-ref refs/odd/one HEAD; git reset -q --hard HEAD~1",
 ], ids=["detached", "reset", "amend", "worktree", "orphan", "branch", "ref"])
-def test_what_a_pull_does_not_bring_it_names_and_rm_refuses_until_it_is_home(repo, harm):
+def test_what_a_pull_does_not_bring_it_names_and_rm_refuses(repo, harm):
     repo.new()
     do(repo, AGENT + harm.format("echo x >>README && git commit -qam lonely"))
     before = repo.cli("rm", "main")
@@ -4927,7 +4927,7 @@ def test_pull_says_what_would_run_and_what_leaks(repo):
     assert terminal.wait() == 0 and b"git diff ...cmux/main; to take it: git merge cmux/main" in terminal.output, terminal.output
 
 
-def test_pull_refuses_hooks_reached_by_a_link_above_them_and_shows_names_in_one_line(repo):
+def test_pull_refuses_hooks_by_a_link_and_shows_names_in_one_line(repo):
     repo.save("tools/hooks/x", b"1")
     repo.secret("TOKEN", b"s3cr3t-s3cr3t")
     repo.new()
@@ -5039,7 +5039,7 @@ def test_a_line_cut_during_pull_leaves_nothing(site, line):
     repo.ok("pull")
 
 
-def test_what_may_not_come_in_and_is_gone_again_is_said_with_the_way_out(repo):
+def test_what_may_not_come_and_is_gone_again_has_a_way_out(repo):
     repo.cli("new", "-H", "box", "main")
     do(repo, AGENT + "echo one >one; git add .; git commit -qm one; ln -s ../../x evil; git add evil; git commit -qm a; git rm -q evil; git commit -qm b; echo u >u")
     answer = repo.cli("pull")
@@ -5054,7 +5054,7 @@ def test_what_may_not_come_in_and_is_gone_again_is_said_with_the_way_out(repo):
 
 
 @each("host", ["box", "nogit"])
-def test_names_that_cannot_come_are_left_out_and_those_of_the_base_can_change(site, host):
+def test_names_that_cannot_come_are_left_out_those_of_the_base_come(site, host):
     own = ["\\lead", "trail\\", "a\\..\\b"]
     repo = Repo(site, files={name: b"old\n" for name in [*own, "README"]})
     repo.new(host=place_of(site, host))
@@ -5074,7 +5074,7 @@ def test_names_that_cannot_come_are_left_out_and_those_of_the_base_can_change(si
 
 
 @each("push", [False, True])
-def test_a_history_that_cannot_come_home_loses_no_tracked_file_and_brings_no_ignored_one(site, push):
+def test_a_history_that_cannot_come_loses_no_tracked_file(site, push):
     """Also where the base came as a delta, and has no repository of its own."""
     repo = Repo(site, files={**{f"f{n}": b"%d" % n for n in range(9)}, ".gitignore": b"dist/\n.env\n"})
     repo.new()
@@ -5275,7 +5275,7 @@ def test_a_moved_submodule_is_pushed_as_a_delta(site, host):
     assert family.cli("diff").out == b"" and family.cli("rm", "main").code == 0
 
 
-def test_a_workspace_outlives_the_submodule_and_the_content_it_was_made_of(site):
+def test_a_workspace_outlives_the_submodule_it_was_made_of(site):
     family = Family(site)
     family.new()
     shutil.rmtree(family.dir / ".git/lfs")
@@ -5302,7 +5302,7 @@ def test_a_workspace_outlives_the_submodule_and_the_content_it_was_made_of(site)
     assert "is at" in family.cli("push", "-w", "next").text and (family.path("next") / "assets/model.bin").read_bytes() == CONTENT
 
 
-def test_uncommitted_work_in_a_submodule_is_said_and_none_of_its_filters_run(site):
+def test_uncommitted_work_in_a_submodule_is_said_without_its_filters(site):
     family = Family(site)
     trap = site.dir / "trap"
     evil = script(site.dir / "evil.sh", f"echo ran >>{trap}\ncat")
@@ -5388,7 +5388,7 @@ def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site, tu
     assert moved.code == 1 and "refused" in moved.said, moved
 
 
-def test_a_git_that_reads_no_tree_without_its_contents_sends_lfs_content_all_the_same(site):
+def test_a_git_that_reads_no_tree_alone_sends_lfs_content(site):
     """Before 2.39; in front of a newer one, a program refuses what those do."""
     family, real = Family(site), program("git")
     env = replaced(site, git=f"""
@@ -5435,7 +5435,7 @@ def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo, sit
     assert "a" in listed.text and "box" in listed.text
 
 
-def test_list_counts_commits_changes_and_jobs_and_leaves_a_dash_where_a_host_is_silent(repo, site, line):
+def test_list_counts_commits_changes_and_jobs_or_has_a_dash(repo, site, line):
     repo.new("some-name")
     repo.new("far-away", host="far")
     do(repo, "echo x >>README; git commit -qam one; echo y >new", "some-name")
@@ -5684,7 +5684,7 @@ def test_impossible_paths_are_refused(talker, path):
         talker.refusal(tool, path=path, **more)
 
 
-def test_a_file_of_a_workspace_that_is_gone_is_not_there_and_makes_no_new_one(repo):
+def test_a_file_of_a_workspace_that_is_gone_makes_no_new_one(repo):
     repo.new()
     shutil.rmtree(repo.path())
     for args in (["read", "x"], ["write", "x"], ["write", "a/x"], ["edit", "x", "--old", "a", "--new", "b"]):
@@ -5729,7 +5729,7 @@ def test_write_and_edit_keep_the_mode_and_follow_links(talker, area, mode):
     assert [os.readlink(area.dir / n) for n in ("first", "second", "sub/third")] == ["second", "sub/third", str(real)]
 
 
-def test_write_through_a_dangling_link_makes_its_target_and_odd_link_targets_work(talker, area):
+def test_write_through_a_link_makes_its_target_whatever_its_name(talker, area):
     for number, target in enumerate(["new dir/new file", "-dash", "line\nbreak\n", "../" + area.name + "/up", "a'b\"c\\"]):
         (area.dir / f"link{number}").symlink_to(target)
         assert talker("write", path=area.p(f"link{number}"), content=target)["created"] is True
@@ -6500,7 +6500,7 @@ def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared
         assert state(talker, job) == ("exited", 3)
 
 
-def test_stop_of_a_finished_job_ends_nothing_of_a_stranger_that_cannot_be_looked_into(tmp_path):
+def test_stop_of_a_finished_job_ends_nothing_of_a_hidden_stranger(tmp_path):
     """Where there is no /proc, or it may not be read, the old pid alone would make a stranger's children ours."""
     record, nap = tmp_path / "j0123abcd", Nap()
     record.mkdir()
@@ -6742,7 +6742,7 @@ def test_new_makes_several_at_once_and_refuses_a_name_that_exists(repo):
     assert repo.workspaces() == {} and not list(place.iterdir())
 
 
-def test_a_pool_of_hosts_is_filled_evenly_also_at_once_and_one_that_is_down_is_passed_over(repo, site):
+def test_a_pool_of_hosts_is_filled_evenly_without_one_that_is_down(repo, site):
     site.daemon("b")
     site.daemon("c")
     site.host("dead", "ProxyCommand false")
@@ -6806,7 +6806,7 @@ def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo, s
         nap.gone()
 
 
-def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_said(repo, nap):
+def test_ctrl_c_and_timeout_over_several_keep_what_was_said(repo, nap):
     repo.new("a", "b", "c")
     command = f'echo "early $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] && exit 4; sleep 1; {nap}'
     child = repo.start("exec", "--all", "--json", "--", command)
@@ -6822,7 +6822,7 @@ def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_sa
     assert "b, c (124: stopped, its processes have ended)" in late.said
 
 
-def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterwards(repo, line):
+def test_each_workspace_has_a_live_line_and_none_afterwards(repo, line):
     repo.write("big", os.urandom(12 << 20))
     repo.save(".cmux/init", b"#!/bin/sh\nprintf 'one\\033[2J\\007\\rred\\n'; sleep 2; printf two\n", 0o755)
     line.rate = 4e6
@@ -6853,7 +6853,7 @@ def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo, sig, s
     assert not shown and "0 of 2" in " ".join(seen.lines()), seen.lines()
 
 
-def test_more_workspaces_than_rows_are_counted_and_pipes_and_dumb_terminals_see_none(repo):
+def test_more_workspaces_than_rows_are_counted_on_a_terminal_alone(repo):
     names = [f"w{n:02}" for n in range(14)]
     repo.new(*names)
     for env in ({}, {"TERM": "dumb"}):
@@ -7352,7 +7352,7 @@ print("cancelled")
 
 @each("how", ["left", "interrupted"])
 @promise(6)
-def test_library_the_end_of_a_with_statement_and_ctrl_c_end_what_runs_but_jobs(repo, how, nap):
+def test_library_a_with_statement_and_ctrl_c_end_all_but_jobs(repo, how, nap):
     """Also what a pool has queued, and where each call has a Cancel of its own. Ctrl-C must not wait for the pool, which is inside."""
     job = Nap()
     assert in_library(repo, """
@@ -7391,7 +7391,7 @@ except cmux_ssh.Cancelled:
     repo.ok("rm", "main", "--force")
 
 
-def test_library_a_result_has_its_text_and_a_check_and_a_project_pulls_and_diffs(repo):
+def test_library_results_have_text_and_check_projects_pull_and_diff(repo):
     assert in_library(repo, r"""
 import pickle
 project = cmux_ssh.Project(".")
@@ -7445,7 +7445,7 @@ print(w.exec("printf %s", env={"A": "\udcff"}).exit_code, [j["job"] for j in w.j
 
 
 @each("sh", ["dash", "bash", "busybox", "mksh"])
-def test_one_attempt_of_an_operation_at_a_time_whoever_died_and_whatever_number_is_used_again(tmp_path, sh):
+def test_one_attempt_at_a_time_whoever_died_or_has_its_number(tmp_path, sh):
     """Two saw a dead owner, and the slower removed the other's link; a number used again held it for five minutes. (From inside: six at once die at one place of a script, under each sh.)"""
     text = c.STOP_TEXT + c.OPEN_ROOT + """
 rm() { case $SLOW in ?*) sleep $SLOW;; esac; command rm "$@"; }
@@ -7799,7 +7799,7 @@ def test_mcp_handshake_agrees_on_every_older_version(mcp, asked, given):
     assert mcp.ask("ping")["result"] == {}
 
 
-def test_mcp_calls_leave_no_descriptors_behind(monkeypatch, site):
+def test_mcp_calls_leave_no_descriptors_behind(repo, monkeypatch, site):
     """They are closed, not left to a collector: PyPy's comes late (seen: three more for each call, up to the limit)."""
     late = site.dir / "late.py"  # CPython's comes at once
     late.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport cmux_ssh as c\nc.Cancel.__del__ = lambda cancel: None\nsys.exit(c.main())\n")
@@ -7836,7 +7836,7 @@ def test_a_forked_child_has_the_parents_cancel_for_its_own():
     assert select.select([cancel], [], [], 5)[0] == [cancel]
 
 
-def test_a_forked_child_lets_go_of_all_though_one_thing_is_closed_already():
+def test_a_forked_child_lets_go_of_all_though_one_is_closed():
     """Another thread of the parent was in the middle of closing it."""
     cancels = [c.Cancel() for _ in range(12)]
     numbers = [cancel.fileno() for cancel in cancels]
@@ -7931,7 +7931,7 @@ def test_mcp_tools_are_the_table_with_schemas_annotations_and_short_names(mcp, s
     assert hints["workspace_rm"]["destructiveHint"] and not hints["edit"]["destructiveHint"]
 
 
-def test_mcp_every_tool_works_and_its_failures_are_results_the_model_can_act_on(mcp):
+def test_mcp_every_tool_works_and_its_failures_say_what_to_do(mcp):
     assert re.search(r"exit_code: 3\n(.|\n)*--- stdout\nhi\n(.|\n)*--- stderr\noh\n", mcp("exec", command="echo hi; echo oh >&2; exit 3"))
     assert "<a b><'>" in mcp("exec", command=["printf", "<%s>", "a b", "'"])
     assert "created: True" in mcp("write", path="mcp/x.txt", content="one\ntwo\n")
@@ -7979,7 +7979,7 @@ def test_mcp_garbage_is_answered_and_ends_nothing(mcp, line, code):
     assert mcp.ask("ping")["result"] == {}
 
 
-def test_mcp_notifications_and_answers_get_no_answer_and_each_of_a_batch_its_own(mcp):
+def test_mcp_notifications_get_no_answer_each_of_a_batch_its_own(mcp):
     for line in (b'{"jsonrpc":"2.0","method":"notifications/initialized"}', b'{"jsonrpc":"2.0","method":"no/such","params":3}', b"", b"   ",
                  b'{"jsonrpc":"2.0","id":9,"result":{}}', b'{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":{"a":1}}}'):
         mcp.send(line)
@@ -8194,7 +8194,7 @@ def test_mcp_manage_reaches_other_workspaces_and_only_then(repo):
     assert set(repo.workspaces()) == {"one", "four"}
 
 
-def test_mcp_follows_a_workspace_that_it_made_and_one_whose_rename_is_the_first_call(repo):
+def test_mcp_follows_a_workspace_that_it_made_or_renames_first(repo):
     with open_mcp(repo, "-w", "zero", "-H", "box") as client:
         client("write", path="mine", content="precious")
         repo.ok("rename", "-w", "zero", "one")
@@ -8325,7 +8325,7 @@ def token(repo):
     return value
 
 
-def test_mcp_a_secret_is_masked_over_the_border_of_pages_with_colour_codes_in_it_and_where_grep_cuts_a_line(token, client):
+def test_mcp_a_secret_is_masked_over_pages_colours_and_cuts(token, client):
     job = job_of(client("exec", command=f"head -c {ROOM - 20} /dev/zero | tr '\\0' y; echo $TOKEN; echo END", background=True))
     client("wait", job=job)
     first = client("logs", job=job)
@@ -8409,7 +8409,7 @@ def test_mcp_ends_though_nobody_reads_its_answers(repo, how, nap):
         child.wait()
 
 
-def test_mcp_making_the_workspace_may_take_longer_than_a_call_and_outlive_it(repo):
+def test_mcp_making_the_workspace_may_outlive_a_call(repo):
     """Each call becomes a job, whatever its tool; one that was cancelled meanwhile does nothing."""
     repo.save(".cmux/init", b"#!/bin/sh\nwhile [ ! -e ../go ]; do sleep 0.1; done; echo made >by-init\n", 0o755)
     with open_mcp(repo, "-H", "box", "--soft-timeout", "1", "--manage") as client:
@@ -8913,7 +8913,7 @@ DEMO = "import os, sys, cmux_ssh\ncode = cmux_ssh.main(['demo'])\nprint([os.envi
 
 @each("length", [49, 90])
 @each("interrupted", [False, True])
-def test_demo_leaves_no_master_and_no_variable_also_where_tmpdir_is_long_and_ends_at_ctrl_c(site, length, interrupted):
+def test_demo_leaves_nothing_also_in_a_long_tmpdir_or_at_ctrl_c(site, length, interrupted):
     """macOS has a TMPDIR of 49 characters; sockets do not fit below one."""
     folder = site.tmp / ("t" * (length - 1 - len(str(site.tmp))))
     folder.mkdir()
@@ -9049,7 +9049,7 @@ def test_a_state_directory_others_can_change_is_not_used(repo, kind, site):
 
 
 @each("name", ["a%hb%%c%d", "d" * 60 + "/" + "e" * 60])
-def test_a_state_path_that_is_long_or_holds_what_ssh_expands_is_taken_as_it_is(repo, site, name):
+def test_a_state_path_is_taken_as_it_is_however_odd(repo, site, name):
     env, before = {"CMUX_SSH_HOME": str(site.dir / name)}, set(site.dir.iterdir())
     assert [repo.exec("cat", stdin=BINARY, env=env).ended for _ in range(2)] == [(0, BINARY, b"")] * 2
     assert len(site.masters()) == 1 and {path.name for path in set(site.dir.iterdir()) - before} == {name.split("/")[0]}
@@ -9102,7 +9102,7 @@ print(len(list(project.history.rows())) - before)
 """) == "1\n"
 
 
-def test_a_host_that_is_gone_for_good_can_be_forgotten_and_gc_visits_every_place(repo):
+def test_a_host_that_is_gone_can_be_forgotten_and_gc_visits_all(repo):
     repo.new("stays", "--root", "~/other")
     repo.ok("rm", "--force", "stays")  # gc visits its host all the same
     repo.new("lost")
@@ -9304,7 +9304,7 @@ def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo, site)
     assert repo.cli("list").text.endswith(long + "\n")
 
 
-def test_list_shows_what_is_on_its_host_and_a_push_of_one_state_may_name_it_twice(shared):
+def test_list_goes_by_host_and_a_push_may_name_a_state_twice(shared):
     assert "main" in shared.cli("list", "-q", "-H", "box").text.split() and shared.cli("list", "--json", "-H", "other").json == []
     assert "No workspaces on nowhere" in shared.ok("list", "-H", "nowhere").said
     shared.ok("push", "-w", "main", "--dirty", "--ref", "HEAD")
@@ -9331,7 +9331,7 @@ def test_times_may_have_a_unit(shared):
         refused(shared.exec("true", options=[f"--timeout={wrong}"]), 125, "--timeout takes a number of seconds")
 
 
-def test_a_workspace_may_be_named_by_a_word_and_the_only_one_need_not_be_named(repo):
+def test_the_only_workspace_need_not_be_named(repo):
     repo.new("one")
     do_in = repo.exec("echo x >x", options=["-w", "one"])
     assert do_in.code == 0 and "x" in repo.ok("diff", "one", "--stat").text and "x" in repo.ok("diff", "--stat").text
@@ -9340,7 +9340,7 @@ def test_a_workspace_may_be_named_by_a_word_and_the_only_one_need_not_be_named(r
     refused(repo.cli("diff"), 1, "There is no workspace 'main'")
 
 
-def test_a_mistyped_name_makes_no_workspace_and_the_one_that_was_meant_is_named(repo):
+def test_a_mistyped_name_makes_nothing_and_what_was_meant_is_named(repo):
     repo.new("fix-login", "main", "try-1", "a")
     names, meant = set(repo.workspaces()), "did you mean fix-login?"
     for words in ("exec -H box -w fix-lgoin -- true", "write -H box -w fixlogin f", "pull fix-log", "rm Fix-login"):
@@ -9386,7 +9386,7 @@ def test_the_last_job_is_meant_where_none_is_named(repo):
     assert repo.cli("stop", "--json").json["state"] == "exited"
 
 
-def test_the_first_of_several_jobs_is_waited_for_and_a_stop_is_told_and_remembered(repo):
+def test_the_first_of_several_jobs_and_a_stop_are_told(repo):
     repo.new("main", "two")
     slow, other, quick = (repo.job(line, options=["-w", name]) for name, line in (
         ("main", "echo on; sleep 60"), ("two", "sleep 60"), ("main", "sleep 2; exit 5")))
@@ -10460,7 +10460,7 @@ def test_a_secret_with_half_a_character_is_called_damaged(repo, site):
     assert ran.code == 125 and "The secret TOK" in ran.said and "damaged" in ran.said, ran
 
 
-def test_mcp_a_secret_whose_command_fails_does_not_turn_what_was_done_into_a_failure(repo, site):
+def test_mcp_a_failing_secret_command_makes_no_call_a_failure(repo, site):
     repo.new()
     ran = site.dir / "ran"
     repo.secret("TOK", command="echo ran >>%s; exit 1" % ran)
