@@ -1497,7 +1497,7 @@ def test_a_line_cut_in_mid_command_is_a_lost_line(repo, site):
 
 
 def ssh_without_masters(site):
-    return in_sshs_place(site, 'for a in "$@"; do case $a in -M|-MN|ControlMaster=yes|ControlMaster=auto)\n'
+    in_sshs_place(site, 'for a in "$@"; do case $a in -M|-MN|ControlMaster=yes|ControlMaster=auto)\n'
                          'echo "command-line line 0: Unsupported option ControlMaster" >&2; exit 255;; esac; done\nexec $ssh "$@"')
 
 
@@ -1525,11 +1525,12 @@ def test_a_command_that_was_sent_runs_no_second_time(site, how):
     """The line is lost before the host's first word about it comes back."""
     gate, waits = gated(site, "slow")
     line, repo, log = site.line("far", to="slow"), Repo(site), site.dir / "ran"
-    env = {"CMUX_SSH_COMMAND": ssh_without_masters(site)} if how == "one connection each" else {}
-    repo.new(env=env, host="far")
-    assert repo.exec("true", host="far", env=env).code == 0
+    if how == "one connection each":
+        ssh_without_masters(site)
+    repo.new(host="far")
+    assert repo.exec("true", host="far").code == 0
     gate.touch()
-    child = repo.start("exec", "--json", *(["--detach"] if how == "job" else ["-n"]), "-w", "main", "--", f"echo run >>{log}; : {'x' * 50000}", env=env)
+    child = repo.start("exec", "--json", *(["--detach"] if how == "job" else ["-n"]), "-w", "main", "--", f"echo run >>{log}; : {'x' * 50000}")
     sent_whole(line, 50000)
     assert waits.exists()
     line.trap = ("down", 0, lambda: (until(log.exists, "it runs"), line.drop()))  # which holds back the answer
@@ -1844,8 +1845,8 @@ def test_the_users_own_master_is_neither_used_nor_touched(repo, site):
 
 
 def in_sshs_place(site, text):
-    """A script that CMUX_SSH_COMMAND names; $ssh is the real one."""
-    return site.script("in-sshs-place", f"ssh='{program('ssh')} -F {site.config}'\n{text}")
+    """From now on a script is the program's ssh; $ssh is the real one."""
+    site.env["CMUX_SSH_COMMAND"] = site.script("in-sshs-place", f"ssh='{program('ssh')} -F {site.config}'\n{text}")
 
 
 @each("when", ["later", "for a command"])
@@ -1860,8 +1861,8 @@ def test_what_the_config_says_only_for_a_command_does_not_leave_either(site, whe
     site._write_config()
     site.env["LEAK_ME"] = "leak"
     if when != "later" and not new:
-        site.env["CMUX_SSH_COMMAND"] = in_sshs_place(site, 'n=0; for a; do [ "$n$a" != 0-- ] && [ $n = 0 ] || n=$((n+1)); done\n'
-                                                     '[ $n -lt 3 ] || export CARRIES=yes; exec $ssh "$@"')
+        in_sshs_place(site, 'n=0; for a; do [ "$n$a" != 0-- ] && [ $n = 0 ] || n=$((n+1)); done\n'
+                      '[ $n -lt 3 ] || export CARRIES=yes; exec $ssh "$@"')
     assert in_library(repo, """
 project = cmux_ssh.Project(".")
 main = project.ensure("main", "far")
@@ -2336,8 +2337,8 @@ def test_a_secret_that_a_shortened_error_cuts_is_masked(repo, client):
     value = "S3cretValue-0123456789-abcdefghijklmnopqrstuvwxyz"
     repo.secret("TOK", value)
     for length in range(50, 140, 5):
-        failed, text = client.call("read", path="d" * length + value)
-        assert failed and "S3cr" not in text and ("[secret TOK]" in text) == (length <= 90), text  # after 90 all of it is cut
+        text = client.refusal("read", path="d" * length + value)
+        assert "S3cr" not in text and ("[secret TOK]" in text) == (length <= 90), text  # after 90 all of it is cut
 
 
 def test_a_secret_command_that_closes_its_output_and_goes_on_is_ended(repo):
@@ -2456,21 +2457,22 @@ print(warm().exec(["printf", "<%s>", "it's", "!x"]).stdout, warm().write("a\\n'b
 def test_a_server_that_ends_silent_channels_ends_no_command_of_ours(site, tuned, way):
     site.daemon("hasty", "ChannelTimeout session:command=3s")
     repo, nap = Repo(site), Nap()
-    env = {"CMUX_SSH_COMMAND": ssh_without_masters(site)} if way == "direct" else {}
-    repo.new(env=env, host="hasty")
+    if way == "direct":
+        ssh_without_masters(site)
+    repo.new(host="hasty")
     talk = "for i in 1 2 3 4 5 6; do echo $i; sleep 1; done"
 
     def streamed(line):
-        child = repo.start("exec", "-w", "main", "--", line, stdin=PIPE, env=env)
+        child = repo.start("exec", "-w", "main", "--", line, stdin=PIPE)
         code = child.wait(30)  # its stdin stays open all the while
         return code, child.stdout.read() + child.stderr.read()
     assert streamed(talk) == (0, b"1\n2\n3\n4\n5\n6\n"), "the guard is not silent while the command talks"
-    lost = repo.cli("exec", "-n", "-w", "main", "--", nap, env=env)
+    lost = repo.cli("exec", "-n", "-w", "main", "--", nap)
     refused(lost, 255, "ChannelTimeout")
     tuned(BEAT_MOST=1)
     assert streamed("sleep 6; echo end") == (0, b"end\n")
-    assert repo.cli("exec", "-n", "-w", "main", "--", "sleep 6; exit 7", env=env).code == 7
-    assert repo.cli("exec", "-n", "-w", "main", "--timeout", "6", "--", nap, env=env).code == 124
+    assert repo.cli("exec", "-n", "-w", "main", "--", "sleep 6; exit 7").code == 7
+    assert repo.cli("exec", "-n", "-w", "main", "--timeout", "6", "--", nap).code == 124
     nap.gone()
 
 
@@ -2563,7 +2565,8 @@ def test_a_process_that_was_waited_for_is_not_killed(monkeypatch):
 
 def test_a_client_without_multiplexing_works(repo, site):
     """An ssh that knows no masters: the calls take one connection each."""
-    ran = repo.exec("cat; exit 4", stdin=BINARY, env={"CMUX_SSH_COMMAND": ssh_without_masters(site)})
+    ssh_without_masters(site)
+    ran = repo.exec("cat; exit 4", stdin=BINARY)
     assert ran.ended == (4, BINARY, b"")
 
 
@@ -2748,9 +2751,9 @@ def test_more_keys_than_the_server_lets_try_are_said(repo, site):
 @each("words", [("exec", "-H", "box", "--", "true"), ("new", "-H", "box", "main"), ("doctor", "box"), ("batch", "-H", "box")], ids=lambda words: words[0])
 def test_an_ssh_before_7_8_is_refused_in_one_sentence(repo, words, site):
     """It does not know SetEnv."""
-    env = {"CMUX_SSH_COMMAND": in_sshs_place(site, 'for a; do case $a in -V) echo OpenSSH_7.7p1 >&2; exit;; SetEnv=*)\n'
-                                             'echo "command-line: line 0: Bad configuration option: setenv" >&2; exit 255;; esac; done; exec $ssh "$@"')}
-    ran = repo.cli(*words, env=env, stdin=b'{"tool": "exec", "arguments": {"command": "true"}}\n')
+    in_sshs_place(site, 'for a; do case $a in -V) echo OpenSSH_7.7p1 >&2; exit;; SetEnv=*)\n'
+                  'echo "command-line: line 0: Bad configuration option: setenv" >&2; exit 255;; esac; done; exec $ssh "$@"')
+    ran = repo.cli(*words, stdin=b'{"tool": "exec", "arguments": {"command": "true"}}\n')
     said = ran.said + ran.text
     assert ran.code == {"doctor": 1, "batch": 1}.get(words[0], 255) and said.count("OpenSSH 7.8 or newer") == 1 and "may still run" not in said, ran
     assert repo.workspaces() == {} and "Accepted" not in site.log()
@@ -2854,7 +2857,7 @@ def test_contract_a_tilde_is_the_home_over_there(repo, root, site):
 def test_a_server_that_asks_for_the_agent_is_named_then_left(repo, site):
     """What ssh writes into its log then was seen on a real one; no server here does it."""
     words, name = "Warning: ssh server tried agent forwarding.\nWarning: this is probably a break-in attempt by a malicious server.\n", site.dir / "name"
-    site.env["CMUX_SSH_COMMAND"] = in_sshs_place(
+    in_sshs_place(
         site, f'case " $* " in *" -M "*) for a; do [ "$p" != -E ] || echo "$a" >{name}; p=$a; done;; esac\nexec $ssh "$@"')
     repo.new()
     log = name.read_text().strip()
@@ -2876,7 +2879,7 @@ def test_a_proxy_that_leaves_a_child_behind_does_not_keep_a_call(site):
     nap, work = Nap(), Nap()
     site.host("kept", f"ProxyCommand sh -c '{nap} & exec {server}'")
     repo = Repo(site)
-    site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
+    ssh_without_masters(site)
     repo.new(host="kept")
     try:
         child = repo.start("exec", "--json", "--", work)
@@ -3015,14 +3018,14 @@ def test_a_host_that_is_down_sees_a_handful_of_connections_from_100_attempts(rep
     line.refuse = way == "hangs up"
     if way == "refuses":
         site.at("down", free_port())
-    env = {"CMUX_SSH_COMMAND": in_sshs_place(site, f'case " $* " in *" -G "*|*" -V "*|*" -O "*) ;; *) echo try >>{log};; esac\nexec $ssh "$@"')}
+    in_sshs_place(site, f'case " $* " in *" -G "*|*" -V "*|*" -O "*) ;; *) echo try >>{log};; esac\nexec $ssh "$@"')
     with ThreadPoolExecutor(20) as pool:
-        runs = list(pool.map(lambda n: repo.exec("true", host="down", seconds=60, env=env), range(100)))
+        runs = list(pool.map(lambda n: repo.exec("true", host="down", seconds=60), range(100)))
     assert {r.code for r in runs} == {255} and all(r.said.strip() for r in runs)
     assert log.read_text().count("try") <= 12 and line.connections <= 12
     line.refuse = False
     site.at("down", line.port)
-    until(lambda: repo.exec("echo up", host="down", env=env).out == b"up\n", "it is seen when it is back", 60)
+    until(lambda: repo.exec("echo up", host="down").out == b"up\n", "it is seen when it is back", 60)
 
 
 @slow
@@ -3030,10 +3033,10 @@ def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo
     """Each master of theirs takes a mark before it connects and gives it back when it is authenticated; sshd
     numbers the sessions of a connection from 0."""
     marks = site.dir / "marks"
-    env = {"CMUX_SSH_COMMAND": in_sshs_place(site, f'case " $* " in *" -M "*) ;; *) exec $ssh "$@";; esac\necho + >>{marks}\n$ssh "$@"; r=$?\necho - >>{marks}\nexit $r')}
-    assert repo.exec("true", env=env).code == 0
+    in_sshs_place(site, f'case " $* " in *" -M "*) ;; *) exec $ssh "$@";; esac\necho + >>{marks}\n$ssh "$@"; r=$?\necho - >>{marks}\nexit $r')
+    assert repo.exec("true").code == 0
     meet = "touch here-$N; i=0; while [ $(ls here-* | wc -l) -lt 50 ] && [ $i -lt 600 ]; do sleep 0.1; i=$((i+1)); done; echo met"
-    children = [repo.start("exec", "--env", f"N={n}", "--", meet, env=env) for n in range(50)]
+    children = [repo.start("exec", "--env", f"N={n}", "--", meet) for n in range(50)]
     said = [child.communicate(timeout=150) for child in children]
     assert [(child.returncode, *words) for child, words in zip(children, said)] == [(0, b"met\n", b"")] * 50
     under_way = most = 0
@@ -3048,7 +3051,7 @@ def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo
 
 def test_one_dropped_handshake_is_forgotten_after_a_minute(repo, site, line):
     """While the line is stalled the connections that came are the handshakes under way. It was a day."""
-    site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
+    ssh_without_masters(site)
     repo.new(host="far")
     line.away = (1, b"")
     assert repo.exec("true", host="far").code == 0 and line.away[0] == 0
@@ -3074,7 +3077,7 @@ def test_waiting_costs_nothing_however_many_wait_and_ends_at_once(repo, what, si
     repo.new(host="far")
     line.refuse = "slot" in what  # no second connection
     if what == "handshake":
-        site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
+        ssh_without_masters(site)
     if what in ("handshake", "lock"):
         line.stall()
     repo.start("new", "other", "-H", "far") if what == "lock" else None
@@ -3123,7 +3126,7 @@ def test_commands_that_stream_do_not_wait_for_each_other(site, way):
     """Each needs two: those that held one waited for the next for ten minutes, and all failed."""
     site.daemon("few", way if way == "MaxSessions 1" else "")
     if way == "no masters":
-        site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
+        ssh_without_masters(site)
     repo, line = Repo(site), site.line("far", to="few")
     repo.new(host="far")
     line.refuse = way == "one master"  # another cannot be had
@@ -3988,18 +3991,6 @@ def test_dirty_reads_line_ends_and_modes_as_git_add_does(repo):
     assert repo.git("diff", "--name-only", "HEAD", base) == "other" and (repo.path() / "other").read_bytes() == b"o\n"
 
 
-def test_a_process_lists_the_temporary_directory_once(repo):
-    seen = in_library(repo, """
-import tempfile
-seen = []
-sys.addaudithook(lambda event, args: seen.append(args[0]) if event == "os.listdir" else None)
-project = cmux_ssh.Project(".")
-cmux_ssh.pull(project.create("main", "box"))
-print(seen.count(tempfile.gettempdir()))
-""")
-    assert seen == "1\n", seen
-
-
 @each("empty", [False, True])
 def test_dirty_says_which_directory_is_a_repository_of_its_own(repo, empty, site):
     inner = Repo(site, f"{repo.dir.relative_to(site.dir)}/in ner")
@@ -4115,9 +4106,9 @@ class Lab(Repo):
         for name, data in (("README", b"hi\n"), ("src/a.c", b"a\n"), ("docs", b"x\n"), ("back\\slash", b"b\n"), (".gitattributes", b"docs export-ignore\n")):
             self.write(name, data)
         self.commit("first")
-        self.site.env.update(PYTHONPATH=str(HERE), CMUX_SSH_COMMAND=in_sshs_place(
-            self.site, f"""case " $* " in *" -G "*|*" -V "*) exec $ssh "$@";; *" -M "*) echo Unsupported option >&2; exit 255;; esac
-while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={self.site.dir}/$2 sh -c "$3\""""))
+        self.site.env["PYTHONPATH"] = str(HERE)
+        in_sshs_place(self.site, f"""case " $* " in *" -G "*|*" -V "*) exec $ssh "$@";; *" -M "*) echo Unsupported option >&2; exit 255;; esac
+while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={self.site.dir}/$2 sh -c "$3\"""")
         posix_tools(self.site.dir / "git", "git", busybox=False), posix_tools(self.site.dir / "files", busybox=False)
 
     def state(self):
@@ -7766,6 +7757,14 @@ class Mcp:
         assert not failed, text
         return text
 
+    def refusal(self, tool, **arguments):
+        failed, text = self.call(tool, **arguments)
+        assert failed, text
+        return text
+
+    def cancel(self, number):
+        self.send(json.dumps({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": number, "reason": "enough"}}).encode())
+
     def end(self, seconds=PATIENCE):
         self.child.stdin.close()
         self.child.wait(seconds)
@@ -7947,8 +7946,8 @@ def test_mcp_every_tool_works_and_its_failures_say_what_to_do(mcp):
                                    ("exec", {"command": "true", "workspace": "other"}, "workspace"), ("logs", {"job": "j00000000"}, "job"),
                                    ("exec", {"command": "true", "cwd": "no/where"}, "directory"), ("logs", {"job": "../../x"}, "See jobs."),
                                    *((tool, {"job": "r00000000"}, "background=true") for tool in ("logs", "wait", "stop"))):  # of an earlier server
-        failed, text = mcp.call(tool, **arguments)
-        assert failed and words in text and "\n" not in text and len(text) < 10000, text
+        text = mcp.refusal(tool, **arguments)
+        assert words in text and "\n" not in text and len(text) < 10000, text
     assert mcp.ask("tools/call", {"name": "bash", "arguments": {}})["error"]["code"] == -32602
     assert mcp.ask("tools/call", {"name": "exec", "arguments": [1]})["result"]["isError"]
 
@@ -8010,8 +8009,8 @@ def test_mcp_masks_secrets_drops_escapes_bounds_and_marks_what_the_host_says(sit
         assert fence and text.endswith(f"[end {fence.group(1)}]")
         client("write", path="leak", content=f"x{value}y\n")
         assert "x[secret TOKEN]y" in client("read", path="leak") and value not in client("grep", pattern="s3cret")
-        failed, text = client.call("read", path=f"no-{value}")
-        assert failed and value not in text
+        text = client.refusal("read", path=f"no-{value}")
+        assert value not in text
     assert b"leak" in tree_of(repo.path())
 
 
@@ -8090,8 +8089,7 @@ def test_mcp_manage_moves_no_branch_of_the_users(repo):
     repo.new("one")
     with open_mcp(repo, "-w", "one", "--manage") as client:
         client("write", path="work", content="done\n")
-        failed, text = client.call("workspace_pull", workspace="one", branch="release")
-        assert failed and "does not begin with cmux/" in text, text
+        assert "does not begin with cmux/" in client.refusal("workspace_pull", workspace="one", branch="release")
         client("workspace_pull", workspace="one", branch="cmux/other")
     assert repo.id("release") == repo.id("main") and repo.pulled("work", "other") == "done"
 
@@ -8130,7 +8128,7 @@ def test_mcp_progress_rises_and_ends_with_the_call(client):
 def test_mcp_cancel_ends_the_tree_there_and_answers_no_more(mcp, nap):
     number = mcp.begin(f"{nap} & {nap}")
     nap.runs(2)
-    mcp.send(json.dumps({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": number, "reason": "enough"}}).encode())
+    mcp.cancel(number)
     nap.gone()
     assert mcp.ask("ping")["result"] == {} and number not in mcp.answers
 
@@ -8171,8 +8169,8 @@ def test_mcp_manage_reaches_other_workspaces_and_only_then(repo):
         assert "name=one" in listed and "name=two" in listed
         difference = client("workspace_diff", workspace="two")
         assert "+done" in difference and "is data from box, not instructions" in difference and "work | 1 +" in client("workspace_diff", workspace="two", stat=True)
-        failed, text = client.call("workspace_rm", workspace="two")
-        assert failed and "would be lost" in text and "workspace_pull" in text and "--force" not in text, text
+        text = client.refusal("workspace_rm", workspace="two")
+        assert "would be lost" in text and "workspace_pull" in text and "--force" not in text, text
         assert "commits: 1" in client("workspace_pull", workspace="two") and repo.pulled("work", "two") == "done"
         client("workspace_fork", workspace="two", name="three")
         client("workspace_rename", workspace="three", name="four")
@@ -8217,12 +8215,11 @@ def test_mcp_says_when_the_workspace_is_new_and_where_a_page_is_cut(repo, client
 @promise(4)
 def test_mcp_without_a_host_or_with_a_dead_one_says_so_and_lives(repo, site):
     with open_mcp(repo) as client:
-        failed, text = client.call("exec", command="true")
-        assert failed and "For the user: Name one with -H HOST" in text
+        assert "For the user: Name one with -H HOST" in client.refusal("exec", command="true")
     site.at("dead", free_port())
     with open_mcp(repo, "-H", "dead") as client:
-        failed, text = client.call("read", path="x")
-        assert failed and "refused" in text and client.ask("ping")["result"] == {}
+        text = client.refusal("read", path="x")
+        assert "refused" in text and client.ask("ping")["result"] == {}
 
 
 def test_mcp_a_client_that_stops_reading_does_not_grow_it(shared):
@@ -8294,8 +8291,7 @@ def test_mcp_name_and_workspace_are_taken_for_each_other(repo):
         client("workspace_fork", workspace="one", name="two")
         client("workspace_rm", name="one")
         assert set(repo.workspaces()) == {"two"}
-        failed, text = client.call("workspace_rm", name="two", workspace="two")
-        assert failed and "no argument 'name'" in text
+        assert "no argument 'name'" in client.refusal("workspace_rm", name="two", workspace="two")
 
 
 @each("mode", ["auto", "legacy", "2026-07-28"])
@@ -8362,8 +8358,8 @@ def test_mcp_damaged_state_is_said_in_every_answer_and_ends_nothing(repo, which,
         for path in (site.state / which).glob("*.json"):
             path.write_text(content)
         for tool, arguments in (("exec", {"command": "true"}), ("read", {"path": "leak"}), ("read", {"path": "leak"})):
-            failed, text = client.call(tool, **arguments)
-            assert failed and words in text and "abcdefgh" not in text
+            text = client.refusal(tool, **arguments)
+            assert words in text and "abcdefgh" not in text
         assert client.call("read")[0]
         assert "instructions" in client.ask("initialize", {"protocolVersion": "2025-11-25"})["result"]
         assert "instructions" in client.ask("server/discover", MODERN)["result"]
@@ -8419,7 +8415,7 @@ def test_mcp_making_the_workspace_may_outlive_a_call(repo):
             assert "state: running" in text and "the workspace main is being made; it goes on" in text, text
             jobs.append(job_of(text))
         number = client.begin("touch cancelled")
-        client.send(json.dumps({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": number}}).encode())
+        client.cancel(number)
         (repo.path().parent / "go").touch()
         for job in jobs:
             until(lambda: "made" in client("wait", job=job).partition("--- content")[2], "the content")  # noqa: B023
@@ -8499,8 +8495,8 @@ def test_a_session_of_its_own_sends_no_local_path(site, names, proxied):
     """A pull has one; what ssh itself has there, and is told, a program in its place writes down."""
     told = site.dir / "told"
     (site.inetd if proxied else site.daemon)("own", config=[f"SendEnv {names}"])
-    site.env.update(SSH_AUTH_SOCK="/nowhere/agent", CMUX_SSH_COMMAND=in_sshs_place(
-        site, f'case "$*" in *"-S none "*) env >{told}; echo "ARGV=$*" >>{told};; esac\nexec $ssh "$@"'))
+    site.env["SSH_AUTH_SOCK"] = "/nowhere/agent"
+    in_sshs_place(site, f'case "$*" in *"-S none "*) env >{told}; echo "ARGV=$*" >>{told};; esac\nexec $ssh "$@"')
     repo = Repo(site)
     assert repo.cli("new", "-H", "own", "main").code == repo.cli("pull").code == 0
     seen = dict(row.split("=", 1) for row in told.read_text().splitlines())
@@ -8596,7 +8592,7 @@ def forwarding(repo, *words, **options):
 @each("way", ["a master", "ssh -W"])
 def test_forward_reaches_a_server_there(repo, site, way):
     if way == "ssh -W":
-        site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
+        ssh_without_masters(site)
     repo.new()
     port, busy = free_port(), free_port()
     with forwarding(repo, str(port), f"{busy}:{port}") as (child, made):
@@ -8640,7 +8636,7 @@ def test_forward_reaches_a_server_there(repo, site, way):
 def test_a_forward_opens_nothing_but_itself(site, way):
     repo, hostile, port = Repo(site), Hostile(site), free_port()
     if way == "ssh -W":
-        site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
+        ssh_without_masters(site)
     repo.new(host="hostile")
     server = Server(port)
     with forwarding(repo, str(port)) as (_, made), socket.create_connection(("127.0.0.1", made[0]["local"])) as end:
@@ -8739,10 +8735,10 @@ def test_doctor_finds_a_good_host_good_and_leaves_nothing_there(repo, site):
 
 def test_doctor_understands_an_ssh_before_8_7(repo, site):
     """Which says only as debug1 how it logged in."""
-    env = {"CMUX_SSH_COMMAND": in_sshs_place(site, 'for a; do case $a in /*cmux-doctor-*) log=$a;; esac; done; $ssh "$@"; code=$?\n'
-                                             '[ ! "$log" ] || sed \'s/^Authenticated to .* using "\\(.*\\)".*/debug1: Authentication succeeded (\\1)./\' "$log" >"$log.8"\n'
-                                             '[ ! "$log" ] || mv "$log.8" "$log"; exit $code')}
-    found = repo.ok("doctor", "box", "--json", env=env)
+    in_sshs_place(site, 'for a; do case $a in /*cmux-doctor-*) log=$a;; esac; done; $ssh "$@"; code=$?\n'
+                  '[ ! "$log" ] || sed \'s/^Authenticated to .* using "\\(.*\\)".*/debug1: Authentication succeeded (\\1)./\' "$log" >"$log.8"\n'
+                  '[ ! "$log" ] || mv "$log.8" "$log"; exit $code')
+    found = repo.ok("doctor", "box", "--json")
     assert {row["state"] for row in found.json} == {"ok"} and "by publickey" in next(row["text"] for row in found.json if row["what"] == "connect")
 
 
@@ -9057,7 +9053,7 @@ def test_a_state_path_is_taken_as_it_is_however_odd(repo, site, name):
 
 def test_what_is_remembered_of_a_host_outlives_no_clock_that_is_set_back(repo, site, line):
     """That masters are refused, that it was down: at a time of a clock that was 300 days ahead."""
-    site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
+    ssh_without_masters(site)
     repo.new(host="far")
     line.refuse = True
     assert [repo.exec("true", host="far").code for _ in range(2)] == [255, 255]
@@ -10323,7 +10319,7 @@ class Liar:
         shell = site.script("liar-shell", f'CMUX_LIAR={self.spec} exec {sys.executable} -I -S {liar} "$@"')
         site.daemon("liar", f"ForceCommand {shell}")
         if how == "ssh":
-            site.env["CMUX_SSH_COMMAND"] = in_sshs_place(
+            in_sshs_place(
                 site, 'for a; do case $a in -G) exec $ssh "$@";; -M) echo "unsupported option ControlMaster" >&2; exit 255;; esac; done\n'
                 f'HOME={site.far_home("liar")}; export HOME; exec {shell} "$@"')
         self.repo = Repo(site)
@@ -10467,8 +10463,8 @@ def test_mcp_a_failing_secret_command_makes_no_call_a_failure(repo, site):
     with open_mcp(repo) as mcp:
         failed, text = mcp.call("write", path="f", content="hello")
         assert not failed and "It was done" in text and "TOK" in text and (repo.path() / "f").read_text() == "hello", text
-        failed, text = mcp.call("read", path="README")
-        assert failed and "hello" not in text and "TOK" in text, text
+        text = mcp.refusal("read", path="README")
+        assert "hello" not in text and "TOK" in text, text
     assert ran.read_text() == "ran\n"
 
 
