@@ -832,8 +832,7 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
 
 STOP_TEXT = r"""
 # For each process: pid, parent, group, session, state. Never its name: one with a newline and
-# numbers would add foreign processes (seen: a stop killed bystanders). Without a ps that knows sid
-# (busybox, containers) it reads each /proc/PID/stat.
+# numbers would add foreign processes. Without a ps that knows sid (busybox): from /proc/PID/stat.
 _cmux_table() {
   ps -A -o pid= -o ppid= -o pgid= -o sid= -o stat= && return;
   if [ -r /proc/self/stat ]; then
@@ -857,9 +856,9 @@ _cmux_environs() {
   *) grep -lsF "CMUX_RUN=$_cmux_run" /proc/[0-9]*/environ;;
   esac;
 };
-# The tree: by CMUX_RUN (Linux; daemons that left the session), by parent, group and session. A
-# process that left its session, cleared its environment and lost its parent is not found. Never the
-# group of the wrapper, _cmux_own. -> _cmux_tree, _cmux_targets of kill, _cmux_seen: all there are.
+# The tree: by CMUX_RUN (Linux), by parent, group and session. A process that left its session,
+# cleared its environment and lost its parent is not found. Never the group of the wrapper,
+# _cmux_own. -> _cmux_tree, _cmux_targets of kill, _cmux_seen: all there are.
 _cmux_find_tree() {
   _cmux_rows=$(_cmux_table); _cmux_found=" "; _cmux_groups=" "; _cmux_own=-; _cmux_seen=" ";
   for _cmux_file in $(_cmux_environs); do
@@ -890,8 +889,7 @@ _cmux_add_group() {
   case $_cmux_groups in *" $1 "*) ;; *) _cmux_groups="$_cmux_groups$1 "; _cmux_more=1;; esac;
 };
 # What hides from the table (hidepid, and a process that is not dumpable): the wrapper lists its
-# child in `children` all the same, and a group without a row may still take signals: so whole
-# groups get them.
+# child in `children` all the same, and a group without a row takes signals: whole groups get them.
 _cmux_add_hidden() {
   [ $_cmux_own = - ] || for _cmux_pid in $(cat /proc/$_cmux_root/task/$_cmux_root/children); do
     case $_cmux_seen in *" $_cmux_pid "*) ;; *)
@@ -935,9 +933,9 @@ _cmux_stop_tree() {
 };
 """
 BOOT_TEXT = r"""
-# The lifeline: where the command takes no stdin, a subshell reads the stdin of the session. Its end
-# (the client closed it, or was killed, or its master was) ends the tree. Where stdin streams to the
-# command, a second session (GUARD) watches instead. Lines are only signs of life. USR2 reports the
+# The lifeline: where the command takes no stdin, a subshell reads the stdin of the session, whose
+# end (the client or its master was killed) ends the tree. Where stdin streams to the command, a
+# second session (GUARD) watches instead. Lines are only signs of life. USR2 reports the
 # stop to the parent of the command; USR1, by which daemons say that they are ready, does nothing.
 _cmux_watch() {
   exec 3<&0 </dev/null;
@@ -964,8 +962,7 @@ _cmux_execute() {
   if _cmux_has setsid; then set -- setsid "$@"; else command set -m; fi;
   ( export CMUX_RUN="$_cmux_run"; exec "$@" 2>&4 4>&- ); _cmux_status=$?;
 };
-# Call a function with the words to run. --norc: else a bash under sshd reads .bashrc, which takes
-# 100 ms with pyenv.
+# Call a function with the words to run. --norc: else a bash under sshd reads .bashrc (100 ms).
 _cmux_words() {
   _cmux_next=$1; shift;
   case $_cmux_flag in -*)
@@ -1002,8 +999,8 @@ case $_cmux_directory in ?*)
   CDPATH= cd -- "$_cmux_directory" || { _cmux_mark "x 96"; exit 96; };;
 esac;
 _cmux_mark "+ $$"; _cmux_status=0; eval "$_cmux_value";
-# A command that dies of SIGPIPE, as the client is gone, may end before the watcher sees that: then
-# the end mark cannot be written, and the wrapper ends the rest of the tree.
+# Where the client is gone, a command may die of SIGPIPE before the watcher sees that: then the end
+# mark cannot be written, and the wrapper ends the rest of the tree.
 trap "" PIPE;
 _cmux_mark "- $_cmux_status $_cmux_watcher" ||
   case $_cmux_self in ?*) _cmux_root=$_cmux_self; _cmux_stop_tree;; esac;
@@ -1015,13 +1012,13 @@ BOOT = "exec sh -c '%s'" % " ".join(
 READY = b"cmux 42\n"  # BOOT does not hold it: what only echoes that never prints it
 HELD = b"exit 0\n"
 
-# The functions that our own operations share, then one script each. Parameters are "$1"...;
-# status 0 is success, stdout is the reply; stderr is shown to the user, neutralised.
+# What our own operations share, then one script each. Parameters are "$1"...; status 0 is success,
+# stdout is the reply; stderr is shown to the user, neutralised.
 
 # A lock on the host is a symbolic link that names its owner: process, when that began (its number
-# is used again, at the latest after a reboot), run. The link of a dead owner stays, and leads to
-# that of its heir, LOCK.OWNER: who removed it could remove what another had just made in its place.
-# An heir's link counts only while the first link stays as it was: its owner removes that one first.
+# is used again), run. The link of a dead owner stays, and leads to that of its heir, LOCK.OWNER:
+# who removed it could remove what another had just made in its place. An heir's link counts only
+# while the first stays as it was: its owner removes that one first.
 LOCKED = r"""
 _born() { # pid -> $born
   born=; row=;
@@ -1059,6 +1056,10 @@ _lock() { # lock pause tries: own it, or say who does
 _unlock() {
   rm -f "$1"; for row in $dead; do rm -f "$1.$row"; done;
 }
+_locked() { # lock pause tries function...
+  own_lock=$1; _lock "$1" "$2" "$3" || return 3;
+  shift 3; "$@"; status=$?; _unlock "$own_lock"; return $status;
+}
 """
 
 OPEN_ROOT = LOCKED + r"""
@@ -1073,10 +1074,8 @@ _croot() { # $1 root as given, may be empty or begin with ~ -> cd there, $root
   mkdir -p .cmux/bases .cmux/stage .cmux/trash .cmux/made .cmux/locks && chmod 700 .cmux || return 3
 }
 _one_at_a_time() { # lock function...: an earlier attempt may still run
-  own_lock=$root/.cmux/stage/$1.by; shift
-  _lock "$own_lock" 0.1 3000 || return 3
-  "$@"; status=$?
-  _unlock "$own_lock"; return $status
+  lock=$root/.cmux/stage/$1.by; shift
+  _locked "$lock" 0.1 3000 "$@"
 }
 # ON (root project turn name op), and more: _work, with these more words, for one operation at a
 # time on a name, and none once a later one has begun. That one also removes what the last, whose
@@ -1106,8 +1105,8 @@ _cw() { # project name -> $w its directory, $m what is known of it
   } 2>/dev/null
   [ -d "$w" ] && [ ! -L "$w" ] && [ ! -L "$root/$1" ]
 }
-# What is known of a workspace lies in made/PROJECT/OP/, named by the operation that made it;
-# made/PROJECT/NAME.op says which has the name, so that renaming moves nothing.
+# What is known of a workspace lies in made/PROJECT/OP/, by the operation that made it;
+# made/PROJECT/NAME.op says which has the name: renaming moves nothing.
 _owner() { cat "$made/$1.op"; }
 _put() { # directory: it becomes $place. mv moves it *into* one that exists by now: that is undone
   rm -rf "$stage/$op" # of an attempt that was killed
@@ -1118,8 +1117,8 @@ _put() { # directory: it becomes $place. mv moves it *into* one that exists by n
 }
 """
 
-# Every git of ours on the host runs without configuration, with one identity, one date, and sha1
-# (git 3 has another default; a base whose tree has another id would not be found again).
+# Every git of ours on the host runs without configuration, with one identity and date, and sha1
+# (git 3 has another default, by which a base would not be found again).
 GIT_THERE = r"""
 _cenv() {
   for v in $(env | sed -n 's/^\(GIT_[A-Z_0-9]*\)=.*/\1/p'); do unset "$v"; done
@@ -1312,7 +1311,7 @@ _cstate() { # of a job's directory; lost: neither an exit nor a supervisor
 }
 """
 
-# For PULL, CHANGED and PUSH: _csnap makes a snapshot of the workspace in a git repository of its
+# _csnap makes a snapshot of the workspace in a git repository of its
 # own ($g, in the stage), whose alternate is the agent's, which stays as it is. -> $b base, $h the
 # agent's HEAD, $t the tree as it is now. Where .git is missing, or its history rewritten or absurd
 # (too many commits, foreign roots, nested repositories), it uses the base's repository: $h is the
@@ -1426,11 +1425,12 @@ sum_refs() {
 # The client names the last one that it finished: later lines do not count.
 RECORDS = r"""
 in_stage() { # op function...; it is cleared, too, where the client is gone
-  trap 'cd "$root"; rm -rf "$s"; exit 1' PIPE HUP TERM
+  trap '_clear; exit 1' PIPE HUP TERM
   s=$root/.cmux/stage/$1.$$; mkdir -p "$s" || return 3
   shift; "$@"; status=$?
-  cd "$root"; rm -rf "$s"; return $status
+  _clear; return $status
 }
+_clear() { cd "$root"; rm -rf "$s"; }
 pulls() { # last-op: the lines that count
   ! grep -q "^$1 " "$m/pull" 2>/dev/null || sed "/^$1 /q" "$m/pull"
 }
@@ -1444,7 +1444,6 @@ only_paths() { sed 's/^[^ ]* [^ ]* [^ ]* \.\///'; }
 unreadable() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$s/now"; }
 """
 
-# The changes between two listings, and the contents of what is new.
 LISTED = r"""
 only() { sort "$1" "$2" "$2" >"$s/both" && uniq -u "$s/both"; } # the lines of the first alone
 compare_lists() { # -> $s/new: numbered lines; $s/gone: paths
@@ -1827,10 +1826,7 @@ _write_aside() {
   [ -d "$lock" ] || mkdir -p "$lock" || return 3
   if [ "$file" = "$1" ]; then lock=$lock/$7
   else lock=$lock/$(printf "%s$_cmux_newline" "$file" | cksum | tr " " -); fi
-  _lock "$lock" 0.02 1000 || return 3
-  _swap "$5"; result=$?
-  _unlock "$lock"
-  return $result
+  _locked "$lock" 0.02 1000 _swap "$5"
 }
 _swap() {
   how=created
@@ -1904,16 +1900,13 @@ find . -name .git -prune -o -type f -path "$2" -exec sh -c '
   2>/dev/null | head -n "$5" | head -c "$4"
 """
 
-# START dir id command...: run as a job that outlives this session: out (both streams), pid of the
+# START dir id command...: a job that outlives this session: out (both streams), pid of the
 # supervisor, exit. setsid -f, or a bash with job control: in a plain list SIGINT is ignored. It is
 # trapped: ksh dies of what ended its subshell. _cmux_: secrets are in the environment.
 START = r"""
 _cop() {
   _cmux_umask=$(umask); umask 077; _cmux_folder=$1 _cmux_job=$2; shift 2
   mkdir -p "$_cmux_folder" || return 3
-  for _cmux_file in "${_cmux_folder%/*}"/*/exit; do
-    [ ! "$(find "$_cmux_file" -mtime +7 2>/dev/null)" ] || rm -rf "${_cmux_file%/exit}"
-  done
   umask "$_cmux_umask"
   _cmux_words _cmux_start "$@"
   _cmux_tries=0
@@ -1986,7 +1979,7 @@ _cop() {
 
 # HANDOVER root op: stdin goes to whoever opens the FIFO first (a shell on a terminal), and so lies
 # on no disk. The FIFO stands below .cmux, 0700: in /tmp a stranger, who sees its name in the
-# process table, could make one. It is removed after 60 s.
+# process table, could make one.
 HANDOVER = OPEN_ROOT + r"""
 _cop() {
   _croot "$1" && cd .cmux/stage && mkdir "$2" && mkfifo "$2/f" || return 3
