@@ -856,6 +856,10 @@ class Repo:
         rows = self.recorded()
         return Path((rows if name in rows else self.workspaces())[name]["path"].replace("~", str(self.site.far_home()), 1))
 
+    def far(self, path, name="main"):
+        """The content of a file of a workspace."""
+        return (self.path(name) / path).read_bytes()
+
     def history(self, *words):
         return self.ok("history", "--json", *words).rows
 
@@ -1049,17 +1053,6 @@ def test_rig_line_counts_delays_cuts_and_refuses(site, line):
     assert time.monotonic() - began > 1
     line.refuse, before = True, line.connections
     assert site.ssh("far", "true").returncode == 255 and line.connections == before + 1
-
-
-def test_rig_cleans_up_after_itself(keys):
-    with open_site(keys) as site:
-        gone = site.dir
-        assert site.ssh("box", "setsid sleep 4711 >/dev/null 2>&1 & echo started").stdout == b"started\n"
-        until(lambda: running("sleep 4711"), "the orphan runs")
-        master = site.ssh("box", "true", "-o", "ControlMaster=yes", "-o", f"ControlPath={site.dir}/cm", "-o", "ControlPersist=60", "-n")
-        assert master.returncode == 0 and len(site.masters()) == 1, processes()
-    assert not gone.exists()
-    assert not running("sleep 4711") and not naming(str(gone))
 
 
 # === The file: rooms and doors ===
@@ -3321,7 +3314,7 @@ def test_new_takes_a_revision(repo):
     first = repo.id("HEAD")
     repo.save("README", b"changed\n")
     repo.new("old", "--ref", "HEAD~1")
-    assert repo.workspaces()["old"]["base"] == first and (repo.path("old") / "README").read_bytes() == b"hello\n"
+    assert repo.workspaces()["old"]["base"] == first and repo.far("README", "old") == b"hello\n"
     assert repo.cli("exec", "-H", "box", "-w", "new", "--", "cat README").out == b"changed\n"
 
 
@@ -3662,11 +3655,11 @@ def test_dirty_goes_by_attributes_and_ignores_wherever_they_are_named(repo, ever
     repo.write("private.txt", b"p")
     repo.write("lines.txt", b"a\r\n")
     repo.new("main", "--dirty")
-    assert not (repo.path() / "private.txt").exists() and (repo.path() / "lines.txt").read_bytes() == b"a\n"
+    assert not (repo.path() / "private.txt").exists() and repo.far("lines.txt") == b"a\n"
     repo.git("config", "filter.crypt.clean", "rev")
     repo.write("key.z", b"topsecret")
     repo.ok("push", "--dirty")
-    assert b"terces" in (repo.path() / "key.z").read_bytes()
+    assert b"terces" in repo.far("key.z")
 
 
 def test_a_forced_push_to_its_base_takes_back_nothing_pulled(repo):
@@ -3859,13 +3852,13 @@ def test_a_push_that_cannot_move_a_repository_says_so_or_replaces_it(repo, harm,
     repo.ok("pull")
     before = {path.name: path.read_bytes() for path in repo.path().iterdir() if path.is_file()}
     repo.save("more", b"user")
-    head = (repo.path() / ".git/HEAD").read_bytes()
+    head = repo.far(".git/HEAD")
     refused(repo.cli("push"), 1, "cannot be moved")
-    assert (repo.path() / ".git/HEAD").read_bytes() == head
+    assert repo.far(".git/HEAD") == head
     assert {path.name: path.read_bytes() for path in repo.path().iterdir() if path.is_file()} == before, "all is as it was"
     pushed = repo.ok("push", "--force")
     assert "is kept until gc" in pushed.said, pushed
-    assert (repo.path() / "more").read_bytes() == b"user" and b"agent" not in (repo.path() / "README").read_bytes()
+    assert repo.far("more") == b"user" and b"agent" not in repo.far("README")
     do(repo, "[ ! -e .git/HEAD.lock ] && s=$(git status --short) && [ -z \"$s\" ]")
     do(repo, "echo again >>more; git commit -qam again")
     pulled = repo.ok("pull", "--branch", "second")
@@ -3956,11 +3949,11 @@ def test_dirty_sends_nothing_that_a_filter_would_have_encrypted(repo):
     repo.write("other", b"o")
     repo.write("new.z", b"topsecret\n")
     repo.new("--dirty", "main")
-    assert {(repo.path() / name).read_bytes() for name in ("key.z", "new.z")} == {b"tercespot\n"}
+    assert {repo.far(name) for name in ("key.z", "new.z")} == {b"tercespot\n"}
     repo.git("config", "filter.crypt.clean", "false")
     repo.write("new.z", b"topmost\n")
     refused(repo.cli("push", "--dirty"), 1, "'crypt' failed")
-    assert (repo.path() / "new.z").read_bytes() == b"tercespot\n"
+    assert repo.far("new.z") == b"tercespot\n"
 
 
 def test_dirty_knows_unchanged_lfs_content(repo):
@@ -3976,7 +3969,7 @@ def test_dirty_knows_unchanged_lfs_content(repo):
     assert repo.git("show", base + ":a.bin") == pointer(content).decode().strip() and repo.git("show", base + ":other") == "o"
     repo.write("a.bin", content + b"more")
     repo.ok("push", "--dirty")
-    assert (repo.path() / "a.bin").read_bytes().endswith(b"size 5004\n")
+    assert repo.far("a.bin").endswith(b"size 5004\n")
 
 
 def test_dirty_reads_line_ends_and_modes_as_git_add_does(repo):
@@ -3991,7 +3984,7 @@ def test_dirty_reads_line_ends_and_modes_as_git_add_does(repo):
     repo.write("other", b"o\r\n")
     repo.new("--dirty", "main")
     base = repo.git("for-each-ref", "--format=%(refname)", "refs/cmux/sent")
-    assert repo.git("diff", "--name-only", "HEAD", base) == "other" and (repo.path() / "other").read_bytes() == b"o\n"
+    assert repo.git("diff", "--name-only", "HEAD", base) == "other" and repo.far("other") == b"o\n"
 
 
 @each("empty", [False, True])
@@ -4061,7 +4054,7 @@ def test_diff_into_a_pipe_or_json_can_be_applied(repo):
     for data in (plain, patch):
         subprocess.run(["git", "apply", "-"], cwd=repo.dir, input=data, env=repo.site.environment(), check=True)
         for name in ("crlf.txt", "data.bin", "noeol"):
-            assert (repo.dir / name).read_bytes() == (repo.path() / name).read_bytes(), name
+            assert (repo.dir / name).read_bytes() == repo.far(name), name
         repo.git("checkout", "-q", "--", ".")
         repo.git("clean", "-qfd")
 
@@ -4592,7 +4585,7 @@ def test_what_export_ignore_names_comes_and_goes_home(site, host):
     assert repo.cli("diff").text == ""
     repo.write("docs/dirty", b"d\n")
     repo.ok("push", "--dirty")
-    assert slurp(repo.path() / "docs/dirty") == b"d\n"
+    assert repo.far("docs/dirty") == b"d\n"
     repo.save("docs/b/c", os.urandom(9) + b"\r\n")
     repo.ok("push")
     assert tree_of(repo.path()) == repo.tree() and repo.cli("diff").text == ""
@@ -4641,7 +4634,7 @@ def test_a_workspace_of_a_version_that_left_files_out_loses_nothing(site, host):
     do(repo, "mkdir docs; echo its >docs/a", "work")
     for words in (["rm", "work"], ["push", "-w", "work"]):
         told = repo.cli(*words)
-        assert told.code == 1 and "docs/a" in told.said and slurp(repo.path("work") / "docs/a") == b"its\n", told
+        assert told.code == 1 and "docs/a" in told.said and repo.far("docs/a", "work") == b"its\n", told
     repo.ok("rm", "clean")
     repo.ok("push", "-w", "pushed")
     repo.arrived("pushed")
@@ -4703,7 +4696,7 @@ def test_a_file_changed_in_the_second_of_its_commit_is_seen(repo):
     repo.ok("pull")
     assert repo.pulled("README") == "3333"
     repo.new("--dirty", "other")
-    assert slurp(repo.path("other") / "README") == b"3333\n"
+    assert repo.far("README", "other") == b"3333\n"
 
 
 @each("first", ["git commit -q --amend --allow-empty -m amended", "git init -q nested; git -C nested -c user.name=a -c user.email=a@b commit -q --allow-empty -m n; git add nested; git commit -qm link"])
@@ -5293,7 +5286,7 @@ def test_a_workspace_outlives_the_submodule_it_was_made_of(site):
     moved = family.cli("push", "-w", "next")
     assert "already" in moved.text, moved
     family.lfs("assets/model.bin", CONTENT)
-    assert "is at" in family.cli("push", "-w", "next").text and (family.path("next") / "assets/model.bin").read_bytes() == CONTENT
+    assert "is at" in family.cli("push", "-w", "next").text and family.far("assets/model.bin", "next") == CONTENT
 
 
 def test_uncommitted_work_in_a_submodule_is_said_without_its_filters(site):
@@ -5312,7 +5305,7 @@ def test_uncommitted_work_in_a_submodule_is_said_without_its_filters(site):
     family.write("README", b"dirty\n")
     made = family.new("main", "--dirty")
     assert "1 uncommitted file in submodules" in made.said and "1 submodule not checked out" in made.said, made
-    assert (family.path() / "README").read_bytes() == b"dirty\n" and (family.path() / LIB / "x.c").read_bytes() == b"x\n"
+    assert family.far("README") == b"dirty\n" and (family.path() / LIB / "x.c").read_bytes() == b"x\n"
     assert not trap.exists()
     subprocess.run(["git", "-C", str(family.dir / LIB), "-c", "core.fsmonitor=false", "-c", "filter.evil.clean=cat", "commit", "-qam", "moved"], check=True, env=site.environment())
     trap.unlink() if trap.exists() else None
@@ -5356,7 +5349,7 @@ def test_a_submodule_that_lies_elsewhere_is_none(site):
     made = repo.new()
     assert "17 submodules not checked out here, 2 LFS files whose content is not here" in made.said, made
     assert {path.name for path in repo.path().iterdir() if (path / "README").exists()} == {"real", "sub0", "sub1"}
-    assert (repo.path() / "good.bin").read_bytes() == b"x" and all((repo.path() / name).read_bytes()[:7] == b"version" for name in ("link.bin", "size.bin"))
+    assert repo.far("good.bin") == b"x" and all(repo.far(name)[:7] == b"version" for name in ("link.bin", "size.bin"))
 
 
 @each("host", ["box", "nogit"])
@@ -5397,7 +5390,7 @@ esac""")
     family.lfs("assets/model.bin", b"other" * 1000)
     family.commit()
     pushed = family.ok("push", "-v", env=env)
-    assert (family.path() / "assets/model.bin").read_bytes() == b"other" * 1000, pushed
+    assert family.far("assets/model.bin") == b"other" * 1000, pushed
 
 
 def test_damaged_lfs_content_is_not_sent(site):
@@ -5838,7 +5831,7 @@ def test_a_full_disk_keeps_the_old_file(site):
     repo.new(host="full")
     (repo.path() / "f").write_bytes(b"old")
     refused(repo.cli("write", "f", stdin=b"x" * 2_000_000), 1)
-    assert (repo.path() / "f").read_bytes() == b"old" and not [n for n in os.listdir(repo.path()) if ".cmux-" in n]
+    assert repo.far("f") == b"old" and not [n for n in os.listdir(repo.path()) if ".cmux-" in n]
 
 
 def test_a_host_with_only_posix_utilities_has_every_tool(site):
@@ -5850,11 +5843,11 @@ def test_a_host_with_only_posix_utilities_has_every_tool(site):
         (repo.path() / "link").unlink()
         (repo.path() / "link").symlink_to("plain.txt")
         talker("edit", path="link", edits=[{"old": "plain", "new": "edited"}])
-        assert (repo.path() / "plain.txt").read_bytes() == b"edited\n" and (repo.path() / "link").is_symlink()
+        assert repo.far("plain.txt") == b"edited\n" and (repo.path() / "link").is_symlink()
         assert talker("glob", pattern="**/*.txt")["paths"] == sorted(p.decode() for p in repo.tree() if p.endswith(b".txt"))
         assert talker("grep", pattern="edi.ed$")["matches"] == [{"path": "plain.txt", "line": 1, "text": "edited"}]
         job = talker("exec", command="echo hi; exit 7", background=True)["job"]
-        assert talker("wait", job=job, timeout=15)["exit_code"] == 7
+        assert ended(talker, job) == 7
         assert talker("logs", job=job)["output"] == "hi\n"
         nap = Nap()
         sleeper = talker("exec", command=f"{nap} & {nap}", background=True)["job"]
@@ -6130,7 +6123,7 @@ def test_new_from_a_workspace_has_what_is_ignored_there_before_the_hook_runs(sit
     refused(repo.cli("new", "three", "--from", "none"), 1, words="no workspace")
     with open_mcp(repo, "--manage") as client:
         assert "three" in client("workspace_new", name="three", source="main")
-    assert (repo.path("three") / "x.o").read_bytes() == b"far"
+    assert repo.far("x.o", "three") == b"far"
 
 
 # === glob and grep ===
@@ -6262,7 +6255,7 @@ def test_grep_is_bounded_and_says_so(talker, area):
 
 def test_impossible_arguments_are_refused(talker):
     job = start_job(talker, "echo hi")
-    assert talker("wait", job=job, timeout=15)["exit_code"] == 0, "the workspace has had jobs"
+    assert ended(talker, job) == 0, "the workspace has had jobs"
     for tool, rows in {
             "read": [{"path": "README", **bad} for bad in ({"offset": 0}, {"offset": -1}, {"limit": -1})],
             "glob": [{"pattern": ""}, {"pattern": "*", "limit": -1}, {"pattern": "a\0b"}, {"pattern": "[z-a]"}, {"pattern": "\ud800"}],
@@ -6376,6 +6369,10 @@ def start_job(talker, command, **more):
     return str(told["job"])
 
 
+def ended(talker, job):
+    return talker("wait", job=job, timeout=15)["exit_code"]
+
+
 def state(talker, job):
     row = next(row for row in talker("jobs")["jobs"] if row["job"] == job)
     return row["state"], row["exit_code"]
@@ -6394,16 +6391,16 @@ def test_a_jobs_exit_code_is_exact(talker):
 def test_a_job_gets_what_exec_gets_and_keeps_both_streams(talker, workspace, area):
     command = 'pwd; echo "$CMUX_RUNTIME $A $GIT_TERMINAL_PROMPT"; cat; echo err >&2; printf "\\0\\377"; cat "$0" 2>/dev/null'
     job = start_job(talker, command, cwd=area.name, env={"A": "it's\n\"$x\""})
-    assert talker("wait", job=job, timeout=15)["exit_code"] == 1
+    assert ended(talker, job) == 1
     told = talker("logs", job=job)
     assert base64.b64decode(told["output_base64"]) == f"{area.dir}\nssh it's\n\"$x\" 0\nerr\n".encode() + b"\0\xff"
     assert told["state"] == "exited" and told["next_offset"] == told["size"] == len(base64.b64decode(told["output_base64"]))
     assert base64.b64decode(talker("logs", job=job, offset=told["size"] - 2)["output_base64"]) == b"\0\xff"
     assert talker("logs", job=job, offset=told["size"] + 100)["output"] == ""
     exact = start_job(talker, ["printf", "<%s>", "a b", "", "$x", "-n"])
-    assert talker("wait", job=exact, timeout=15)["exit_code"] == 0 and talker("logs", job=exact)["output"] == "<a b><><$x><-n>"
+    assert ended(talker, exact) == 0 and talker("logs", job=exact)["output"] == "<a b><><$x><-n>"
     signals = start_job(talker, "trap 'echo int; exit 5' INT; kill -INT $$; echo ignored")
-    assert talker("wait", job=signals, timeout=15)["exit_code"] == 5, "a job may catch SIGINT: it is not ignored from the start"
+    assert ended(talker, signals) == 5, "a job may catch SIGINT: it is not ignored from the start"
 
 
 def test_jobs_are_listed_with_what_they_are(shared, talker, area):
@@ -6486,7 +6483,7 @@ def record_of(repo, job):
 
 def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared, talker, nap):
     job = start_job(talker, "exit 3")
-    assert talker("wait", job=job, timeout=15)["exit_code"] == 3
+    assert ended(talker, job) == 3
     with stranger(*nap.split()) as other:
         (record_of(shared, job) / "pid").write_text(f"{other.pid}\n")
         talker("stop", job=job)
