@@ -606,8 +606,7 @@ class Site:
         """A program of sh, in place of what has that path below the directory."""
         path = self.dir / name
         path.parent.mkdir(exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+        path.unlink(missing_ok=True)
         return str(script(path, text))
 
     def environment(self, env=None):
@@ -1230,7 +1229,6 @@ def test_help_of_a_command_shows_an_example_and_fits(common, command):
 @promise(5)
 @compat
 def test_every_exit_code_from_0_to_255_is_exact(shared):
-    """Those that mean something here through a process each, all through one."""
     for code in (0, 1, 2, 3, 42, 77, *range(96, 100), *range(123, 132), 137, 141, 143, 254, 255):
         ran = shared.exec("sh", "-c", f"exit {code}") if code % 2 else shared.exec(f"exit {code}")
         assert ran.ended == (code, b"", b"")
@@ -1632,7 +1630,6 @@ def test_a_stopped_master_does_not_hang_a_new_call(repo, site):
 
 
 def test_what_runs_over_a_master_that_hung_goes_on_when_it_wakes(repo, site):
-    """Others go over a new one meanwhile, and afterwards."""
     repo.new()
     child = repo.start("exec", "-n", "--", "touch begun; until [ -e go ]; do sleep 0.05; done; echo on; exit 4")
     until(lambda: (repo.path() / "begun").exists(), "it runs")
@@ -1674,7 +1671,6 @@ def test_a_timeout_comes_also_while_output_never_pauses(shared):
 @each("where", ["pipe", "terminal", "several"])
 @promise(6)
 def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo, where, how):
-    """Nobody reads, and the output is full: the command is ended all the same, and that is said."""
     nap, several = Nap(), where == "several"
     repo.new("main", *(["b"] if several else []))
     reader, writer = pty.openpty() if where == "terminal" else os.pipe()
@@ -1798,8 +1794,7 @@ def test_a_config_that_lets_everything_leave_lets_nothing_leave(site):
         assert b"SSH_AUTH_SOCK=" in plain.stdout and b"FOO_SECRET=leak" in plain.stdout and b"FROM_CONFIG=leak" in plain.stdout, plain
         assert hostile.marker.exists() and ssh_add(site, env, "-L") != before
         hostile.marker.unlink()
-        with contextlib.suppress(FileNotFoundError):
-            hostile.xauth.unlink()
+        hostile.xauth.unlink(missing_ok=True)
         ssh_add(site, env, "-q", "-d", site.keys.user)
         repo.new(env={**env, **LEAKS}, host="hostile")
         child = repo.start("exec", "-H", "hostile", "--", LOOK, env={**env, **LEAKS})
@@ -2284,7 +2279,6 @@ def test_impossible_secret_names_are_refused(shared, name):
 @each("typed, words", [(b"typed-in-secret\r", b""), (b"\x04", b"No value was given"), (b"\r", b"No value was given"), (b"a\x16\x00b\r", b"NUL"),
       (b"x" * 5000 + b"\r", b"4095"), (b"\xff\xfe\r", b"not text")], ids=["secret", "end", "enter", "nul", "long", "bytes"])
 def test_secrets_set_on_a_terminal_asks_without_echo(repo, typed, words):
-    """What it cannot take is said, and the secret stays what it was."""
     repo.secret("TOKEN", b"good")
     terminal = repo.terminal("secrets", "set", "TOKEN")
     terminal.expect(b"hidden")
@@ -2557,7 +2551,6 @@ def test_a_process_that_was_waited_for_is_not_killed(monkeypatch):
 
 
 def test_a_client_without_multiplexing_works(repo, site):
-    """An ssh that knows no masters: the calls take one connection each."""
     ssh_without_masters(site)
     ran = repo.exec("cat; exit 4", stdin=BINARY)
     assert ran.ended == (4, BINARY, b"")
@@ -2919,7 +2912,6 @@ def test_a_home_with_any_name_works(site, name):
 
 @each("what", ["bytes", "inodes"])
 def test_a_full_disk_on_the_host_is_said_and_leaves_nothing_half(site, what):
-    """A small tmpfs of its own, mounted in a namespace around an sshd -i."""
     home = site.far_home("small")
     site.inetd("small")
     entry = site.entries[0]
@@ -3522,7 +3514,6 @@ def test_a_repository_cannot_name_its_host_command_or_options(repo, site):
 
 
 def test_nothing_is_left_behind_on_this_machine(repo, site):
-    """No temporary file, nothing in the repository, nothing in the home directory but the state."""
     before = tree_of(repo.dir), repo.git("status", "--porcelain"), sorted(p.name for p in site.home.iterdir())
     assert repo.exec("echo x >new-on-the-host").code == 0
     assert not list(site.tmp.iterdir())
@@ -4024,8 +4015,7 @@ def test_diff_on_a_terminal_has_the_colour_and_pager_of_git(repo, site):
     pager, got = shlex.quote(site.script("pager", 'cat >"$0.got"; echo "paged $1"')), site.dir / "pager.got"
 
     def shown(*config, **env):
-        with contextlib.suppress(FileNotFoundError):
-            got.unlink()
+        got.unlink(missing_ok=True)
         terminal = repo.terminal("diff", env={
             "GIT_CONFIG_COUNT": str(len(config)), **{f"GIT_CONFIG_{part}_{n}": text for n, row in enumerate(config) for part, text in zip(("KEY", "VALUE"), row)}, **env})
         assert terminal.wait() == 0, terminal.output
@@ -4116,7 +4106,7 @@ while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={
     def say(self, name, chunks, status):
         """Have the host print these chunks, as long as somebody reads."""
         path = self.site.dir / f"{name}.said"
-        path.unlink() if path.exists() else None
+        path.unlink(missing_ok=True)
         self.site.script(name, f"cat {path}; exit {status}")
 
         def write():
@@ -4154,7 +4144,7 @@ while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={
 
     def forget(self):
         branch = self.dir / ".git/refs/heads/cmux/x"
-        branch.unlink() if branch.exists() else None
+        branch.unlink(missing_ok=True)
 
     def take(self, stream, how="git"):
         """The paths that a pull changed, and their modes."""
@@ -4575,7 +4565,6 @@ def test_what_cannot_be_read_there_is_named_and_no_deletion(site):
 
 @each("host", ["box", "nogit"])
 def test_what_export_ignore_names_comes_and_goes_home(site, host):
-    """Also by a directory, as a delta, and with --dirty."""
     repo, place = Repo(site), place_of(site, host)
     repo.write(".gitattributes", b"docs/ export-ignore\n*/deep/ export-ignore export-subst\n")
     for path in ("docs/a", "docs/b/c", "src/deep/x"):
@@ -4969,7 +4958,7 @@ def test_pull_from_a_malicious_repository_of_ones_own_runs_nothing(repo, site):
         path.parent.mkdir(exist_ok=True)
         shutil.copy(evil, path)
     repo.save(".gitattributes", b"* filter=evil diff=evil\n")
-    trap.unlink() if trap.exists() else None
+    trap.unlink(missing_ok=True)
     for key in ("core.fsmonitor", "filter.evil.clean", "filter.evil.smudge", "filter.evil.process", "diff.evil.textconv", "diff.evil.command", "diff.external", "core.pager",
                 "gpg.program", "core.sshCommand", "tar.tgz.command", "tar.tar.command", "core.editor", "credential.helper", "uploadpack.packObjectsHook"):
         repo.git("config", key, str(evil))
@@ -5308,7 +5297,7 @@ def test_uncommitted_work_in_a_submodule_is_said_without_its_filters(site):
     assert family.far("README") == b"dirty\n" and (family.path() / LIB / "x.c").read_bytes() == b"x\n"
     assert not trap.exists()
     subprocess.run(["git", "-C", str(family.dir / LIB), "-c", "core.fsmonitor=false", "-c", "filter.evil.clean=cat", "commit", "-qam", "moved"], check=True, env=site.environment())
-    trap.unlink() if trap.exists() else None
+    trap.unlink(missing_ok=True)
     family.ok("push", "-w", "main", "--dirty")
     assert (family.path() / LIB / "x.c").read_bytes() == b"z\n" and not trap.exists()
 
@@ -5754,7 +5743,6 @@ def test_read_is_bounded_and_says_so(talker, area):
 
 
 def test_read_of_a_file_that_grows_is_consistent(talker, area):
-    """size, sha256 and content are of one moment, however fast somebody appends."""
     file, stop = area.put("log", b"x" * 100_000), threading.Event()
 
     def append():
@@ -6612,8 +6600,7 @@ def test_stdin_for_a_job_is_refused_and_never_dropped_in_silence(repo, site):
     late = repo.start("exec", "-H", "late", "-w", "late", "--detach", "--", "true", stdin=PIPE)
 
     def opened():
-        with contextlib.suppress(OSError):
-            gate.unlink()
+        gate.unlink(missing_ok=True)
         return late.poll() is not None
     until(gate.exists, "it connects")
     late.stdin.write(b"late")
@@ -7527,7 +7514,6 @@ for _ in range(3):
 
 
 def test_a_line_that_is_lost_between_two_calls_of_the_library_is_not_noticed(repo, line):
-    """The warm sessions are dead; the next calls open new ones, and none fails."""
     repo.new(host="far")
     with open_agent(repo) as talker:
         for round_ in range(3):
@@ -7538,7 +7524,6 @@ def test_a_line_that_is_lost_between_two_calls_of_the_library_is_not_noticed(rep
 
 
 def test_every_tool_is_a_method_of_a_workspace():
-    """The table drives the library too: workspace.read(path), workspace.edit(path, edits), ..."""
     import inspect
     for name, arguments in CONTRACT.items():
         method = getattr(c.Workspace, name, None)
@@ -7939,7 +7924,6 @@ def test_mcp_every_tool_works_and_its_failures_say_what_to_do(mcp):
 
 
 def test_mcp_calls_run_at_once_and_answer_as_they_finish(mcp):
-    """The first ends only once the last has run."""
     slow = mcp.begin("rm -f go; until [ -e go ]; do sleep 0.1; done; echo slow")
     numbers = {mcp.begin(f"echo n{n}"): n for n in range(8)}
     for number, n in numbers.items():
@@ -10133,7 +10117,6 @@ def test_the_line_cut_after_any_number_of_bytes_is_told_and_the_next_call_works(
 @each("how", [signal.SIGKILL, signal.SIGSTOP])
 @each("verb", ["new", "exec", "write", "push", "pull", "fork", "logs"])
 def test_masters_killed_or_stopped_in_the_middle_are_told_or_waited_for(wire, verb, how):
-    """One that stops for a while changes nothing; a new call meanwhile does not wait for it."""
     words, stdin, code, right = case(wire, verb)
     quiet, moved = wire.measure(words, stdin)
     assert honest(quiet, verb, code, right, "undisturbed")
