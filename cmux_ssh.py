@@ -1015,10 +1015,10 @@ HELD = b"exit 0\n"
 # What our own operations share, then one script each. Parameters are "$1"...; status 0 is success,
 # stdout is the reply; stderr is shown to the user, neutralised.
 
-# A lock on the host is a symbolic link that names its owner: process, when that began (its number
-# is used again), run. The link of a dead owner stays, and leads to that of its heir, LOCK.OWNER:
-# who removed it could remove what another had just made in its place. An heir's link counts only
-# while the first stays as it was: its owner removes that one first.
+# A lock is a symbolic link that names its owner: process, when that began (its number is used
+# again), run. The link of a dead owner stays, and leads to that of its heir, LOCK.OWNER: who
+# removed it could remove what another had just made in its place. An heir's link counts only while
+# the first stays as it was: its owner removes that one first.
 LOCKED = r"""
 _born() { # pid -> $born
   born=; row=;
@@ -1166,8 +1166,8 @@ _clist() { # each file or link: x (executable), f, l (link) or u (unreadable); c
 # repository of one commit, where it has git. Times are those of the host (tar's m): if the client's
 # clock is ahead, make would rebuild for ever. Unpacking takes half the time of copying a tree.
 # Files "big" from one byte on go into one pack as they are: a third of the time of a file for each
-# object, and a repository that is copied in a twentieth of it. MALLOC_: else glibc gives a buffer
-# back to the kernel for each file, a fifth of the time. No fsync (the tree itself has none).
+# object, and copied in a twentieth. MALLOC_: else glibc gives a buffer back to the kernel for each
+# file, a fifth of the time. No fsync (the tree itself has none).
 BASE = r"""
 _unpack() { ( umask 022; tar -xmof "$@" ); }
 _add() { # git...: all files, as one pack
@@ -1447,8 +1447,7 @@ unreadable() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$s/now"; }
 LISTED = r"""
 only() { sort "$1" "$2" "$2" >"$s/both" && uniq -u "$s/both"; } # the lines of the first alone
 compare_lists() { # -> $s/new: numbered lines; $s/gone: paths
-  only "$s/now" "$s/was" >"$s/changed" && sed '/^u/d;=' "$s/changed" >"$s/numbered" &&
-    sed 'N;s/\n/ /' "$s/numbered" >"$s/new" &&
+  only "$s/now" "$s/was" >"$s/changed" && sed '/^u/d;=' "$s/changed" | sed 'N;s/\n/ /' >"$s/new" &&
     only_paths <"$s/was" >"$s/before" && only_paths <"$s/now" >"$s/after" &&
     only "$s/before" "$s/after" >"$s/gone"
 }
@@ -1680,9 +1679,8 @@ _work() {
   _put "$stage/tree"
 }
 """
-# RENAME ON from to its [push]: another name for the directory that the operation `its` made, or its
-#   old one, also where it has that already. Replies the op of the last push; removes what was
-#   uploaded for `push`. 20: the name is taken.
+# RENAME ON from to its: another name for the directory that the operation `its` made, or its old
+#   one, also where it has that already. Replies the op of the last push. 20: the name is taken.
 RENAME = OPEN_ROOT + r"""
 _work() {
   if _taken "$project/$2"; then [ "$(_owner "$2")" = "$3" ] || return 20
@@ -1692,7 +1690,6 @@ _work() {
   fi
   [ "$1" = "$2" ] || [ "$(_owner "$1")" != "$3" ] || rm -f "$made/$1.op"
   cat "$made/$3/push"
-  [ ! "$4" ] || rm -rf ".cmux/stage/$4"
 }
 """
 
@@ -1736,9 +1733,9 @@ _work() {
 }
 """
 
-# GUARD: the lifeline of a command whose stdin streams. It reads the pid of the command's wrapper.
-# At `beat NONCE` it writes a mark into the wrapper's stdout (Linux); "." ends it alone; end of file
-# ends the tree, which the wrapper then reports. Replies confirmed, or left (it may still run).
+# GUARD: the lifeline of a command whose stdin streams. Reads the pid of its wrapper; at
+# `beat NONCE` writes a mark to the wrapper's stdout (Linux); "." ends it alone, end of file the tree, which the
+# wrapper reports. Replies confirmed, or left (it may still run).
 GUARD = r"""
 _cop() {
   _cmux_root=-
@@ -1768,9 +1765,8 @@ TOOL_STATUS = {
     38: "There is no job {path}.", 39: "A name in {path} is longer than 255 bytes.",
 }
 
-# READ path max first count home: "0 all\n" and the whole file (of which one byte more than max
-#   means "too large": that saves a process of two); or, of a file larger than max where lines were
-#   asked for, "size lines sum\n" and those.
+# READ path max first count home: "0 all\n" and the whole file (one byte more than max: too large);
+#   or, of a file larger than max where lines were asked for, "size lines sum\n" and those.
 READ = r"""
 _cop() {
   [ -e "$1" ] || { [ -d "$5" ] || return 37; return 30; }
@@ -1789,10 +1785,10 @@ _cop() {
 # WRITE path root op sum old home lock: stdin becomes the file, by a rename beside it, and only when
 # it has this sum (as cksum prints it: checksum and size); with old, only when the file still has
 # that sum. Makes parents, but not home, the workspace. Replies created or replaced.
-# The lock makes compare and rename one step. Its name is the cksum of the path; of one without
-# links the client has computed it, which saves three processes. The temporary file is this
-# process's own: an attempt whose connection was lost may still run. cp (for mode and owner) is
-# tried again: GNU's gives up on a file that another writer's rename replaces under it.
+# The lock makes compare and rename one step. Its name is the cksum of the path; that of one without
+# links comes along: three processes less. The temporary file is this process's own: an attempt
+# whose connection was lost may still run. cp (for mode and owner) is tried again: GNU's gives up on
+# a file that another writer's rename replaces under it.
 WRITE = LOCKED + r"""
 _cop() {
   file=$1 tries=0
@@ -5925,8 +5921,8 @@ class ProjectBase:
         entry = self.entry(name)
         intent = entry.get("intent")
         if intent:
-            words = [intent.get("to", name), name, entry["op"], intent["op"]]
-            reply = self.operate(RENAME, name, entry, [os.urandom(8).hex(), *words])
+            words = [os.urandom(8).hex(), intent.get("to", name), name, entry["op"]]
+            reply = self.operate(RENAME, name, entry, words)
             if reply.status not in (20, 22):  # else it is gone, or another directory is in its way
                 check_reply(reply, entry["host"], f"settle an interrupted operation on {name}")
             self._end_intent(name, intent["op"] in reply.lines())
@@ -6191,7 +6187,7 @@ class ProjectBase:
             entry, op = self.settle(source.name), os.urandom(8).hex()
             self.vacate(name)
             with noted(self, "rename", source.name, entry["host"], name, entry["op"]):
-                words = [op, source.name, name, entry["op"], ""]
+                words = [op, source.name, name, entry["op"]]
                 reply = self.operate(RENAME, source.name, entry, words,
                                      {"intent": {"op": op, "to": name}}, cancel=cancel)
                 if reply.status in (20, 22):
