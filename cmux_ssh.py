@@ -1733,9 +1733,9 @@ _work() {
 }
 """
 
-# GUARD: the lifeline of a command whose stdin streams. Reads the pid of its wrapper; at
-# `beat NONCE` writes a mark to the wrapper's stdout (Linux); "." ends it alone, end of file the tree, which the
-# wrapper reports. Replies confirmed, or left (it may still run).
+# GUARD: the lifeline of a command whose stdin streams. It reads the pid of its wrapper; `beat NONCE`
+# writes a mark to the wrapper's stdout (Linux); "." ends GUARD alone, end of file the tree, which
+# the wrapper reports. Replies confirmed, or left (it may still run).
 GUARD = r"""
 _cop() {
   _cmux_root=-
