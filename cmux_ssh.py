@@ -1303,7 +1303,7 @@ _calive() { # directory pid: not a stranger that has the number now
   kill -0 "$2" 2>/dev/null || return 1
   [ ! -r "/proc/$2/environ" ] || tr '\0' '\n' <"/proc/$2/environ" | grep -qxF "CMUX_JOB=${1##*/}"
 }
-_cstate() { # of a job's directory; lost: neither an exit nor a supervisor
+_cstate() { # of a job; lost: neither an exit nor a supervisor
   if [ ! -f "$1/exit" ] && _calive "$1" "$(cat "$1/pid")"; then echo running
   elif [ ! -f "$1/exit" ]; then echo lost
   elif [ -f "$1/stopped" ]; then echo "stopped $(cat "$1/exit")"
@@ -1311,11 +1311,11 @@ _cstate() { # of a job's directory; lost: neither an exit nor a supervisor
 }
 """
 
-# _csnap makes a snapshot of the workspace in a git repository of its
-# own ($g, in the stage), whose alternate is the agent's, which stays as it is. -> $b base, $h the
-# agent's HEAD, $t the tree as it is now. Where .git is missing, or its history rewritten or absurd
-# (too many commits, foreign roots, nested repositories), it uses the base's repository: $h is the
-# base, $whole empty. Status 9: no git; 24: a file is too large.
+# _csnap makes a snapshot of the workspace in a git repository of its own ($g, in the stage), whose
+# alternate is the agent's, which stays as it is. -> $b base, $h the agent's HEAD, $t the tree of
+# now. Where .git is missing, or its history rewritten or absurd (too many commits, foreign roots,
+# nested repositories), it uses the base's repository: $h is the base, $whole empty. Status 9: no
+# git; 24: a file is too large.
 SNAPSHOT = OPEN_ROOT + GIT_THERE + r"""
 _cgit() { git -c core.fsmonitor=false -c core.hooksPath=/dev/null "$@"; }
 _cg() { # git in the snapshot's repository
@@ -1733,9 +1733,9 @@ _work() {
 }
 """
 
-# GUARD: the lifeline of a command whose stdin streams. It reads the pid of its wrapper; `beat NONCE`
-# writes a mark to the wrapper's stdout (Linux); "." ends GUARD alone, end of file the tree, which
-# the wrapper reports. Replies confirmed, or left (it may still run).
+# GUARD: the lifeline of a command whose stdin streams. It reads the pid of its wrapper; `beat
+# NONCE` writes a mark to the wrapper's stdout (Linux); "." ends GUARD alone, end of file the tree,
+# which the wrapper reports. Replies confirmed, or left (it may still run).
 GUARD = r"""
 _cop() {
   _cmux_root=-
