@@ -826,14 +826,14 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
 # that the header is cut off. The marks exclude accidents, not malice: a host can always lie.
 
 # BOOT is these two texts in one line in single quotes, without quote, backslash, newline, or !
-# before a non-blank: every shell reads that alike; Dropbear takes up to 9,000 bytes.
-# _cmux_stop_tree ends what run _cmux_run has below _cmux_root (a wrapper, a job's supervisor, or
-# -); its status is 0 where the end was seen.
+# before a non-blank: every shell reads that alike; Dropbear takes up to 9,000 bytes. Variables
+# begin with _cmux_: a secret may have any other name. _stop_tree ends what run _cmux_run has below
+# _cmux_root (a wrapper, a job's supervisor, or -); its status is 0 where the end was seen.
 
 STOP_TEXT = r"""
 # For each process: pid, parent, group, session, state. Never its name: one with a newline and
 # numbers would add foreign processes. Without a ps that knows sid (busybox): from /proc/PID/stat.
-_cmux_table() {
+_table() {
   ps -A -o pid= -o ppid= -o pgid= -o sid= -o stat= && return;
   if [ -r /proc/self/stat ]; then
     for _cmux_file in /proc/[0-9]*; do
@@ -846,7 +846,7 @@ _cmux_table() {
   fi;
 };
 # The environments that name the run. busybox grep stops at the first NUL of a line.
-_cmux_environs() {
+_environs() {
   case $(grep --version 2>&1) in
   *BusyBox*)
     for _cmux_file in /proc/[0-9]*/environ; do
@@ -859,19 +859,19 @@ _cmux_environs() {
 # The tree: by CMUX_RUN (Linux), by parent, group and session. A process that left its session,
 # cleared its environment and lost its parent is not found. Never the group of the wrapper,
 # _cmux_own. -> _cmux_tree, _cmux_targets of kill, _cmux_seen: all there are.
-_cmux_find_tree() {
-  _cmux_rows=$(_cmux_table); _cmux_found=" "; _cmux_groups=" "; _cmux_own=-; _cmux_seen=" ";
-  for _cmux_file in $(_cmux_environs); do
+_find_tree() {
+  _cmux_rows=$(_table); _cmux_found=" "; _cmux_groups=" "; _cmux_own=-; _cmux_seen=" ";
+  for _cmux_file in $(_environs); do
     _cmux_file=${_cmux_file#/proc/}; _cmux_found="$_cmux_found${_cmux_file%/environ} ";
   done;
   set -- $_cmux_rows;
   while [ $# -gt 4 ]; do
     _cmux_seen="$_cmux_seen$1 g$3 "; [ "$1" = "$_cmux_root" ] && _cmux_own=$3; shift 5;
   done;
-  _cmux_more=1; while [ $_cmux_more = 1 ]; do _cmux_add_kin; done;
-  _cmux_tree=$_cmux_alive; _cmux_add_hidden;
+  _cmux_more=1; while [ $_cmux_more = 1 ]; do _add_kin; done;
+  _cmux_tree=$_cmux_alive; _add_hidden;
 };
-_cmux_add_kin() {
+_add_kin() {
   _cmux_more=0; set -- $_cmux_rows; _cmux_alive=" "; _cmux_targets=;
   while [ $# -gt 4 ]; do
     _cmux_kin=" $_cmux_root$_cmux_found$_cmux_groups"; _cmux_group=g$3;
@@ -880,17 +880,17 @@ _cmux_add_kin() {
     case $_cmux_kin in *" $1 "*|*" $2 "*|*" g$3 "*|*" s$4 "*)
       _cmux_alive="$_cmux_alive$1 "; [ "$_cmux_group" ] || _cmux_targets="$_cmux_targets $1";
       case $_cmux_found in *" $1 "*) ;; *) _cmux_found="$_cmux_found$1 "; _cmux_more=1;; esac;
-      _cmux_add_group $_cmux_group; [ "$1" = "$4" ] && _cmux_add_group s$4;;
+      _add_group $_cmux_group; [ "$1" = "$4" ] && _add_group s$4;;
     esac;
     shift 5;
   done;
 };
-_cmux_add_group() {
+_add_group() {
   case $_cmux_groups in *" $1 "*) ;; *) _cmux_groups="$_cmux_groups$1 "; _cmux_more=1;; esac;
 };
 # What hides from the table (hidepid, and a process that is not dumpable): the wrapper lists its
 # child in `children` all the same, and a group without a row takes signals: whole groups get them.
-_cmux_add_hidden() {
+_add_hidden() {
   [ $_cmux_own = - ] || for _cmux_pid in $(cat /proc/$_cmux_root/task/$_cmux_root/children); do
     case $_cmux_seen in *" $_cmux_pid "*) ;; *)
       _cmux_tree="$_cmux_tree$_cmux_pid "; _cmux_targets="$_cmux_targets $_cmux_pid";
@@ -910,25 +910,25 @@ _cmux_add_hidden() {
     esac;
   done;
 };
-_cmux_has() { command -v $1 >/dev/null; };
+_has() { command -v $1 >/dev/null; };
 # Not every sleep takes fractions: one of a second counts as ten tries.
-_cmux_pause() {
+_pause() {
   sleep $1 || { sleep 1; _cmux_tries=$((_cmux_tries+9)); };
   _cmux_tries=$((_cmux_tries+1));
 };
 # TERM, after two seconds KILL, after four it gives up. Where process 1 cannot be seen, others may
 # be hidden, too, and no end is confirmed.
-_cmux_stop_tree() {
+_stop_tree() {
   trap "" TERM INT HUP PIPE; _cmux_tries=0;
   while :; do
-    _cmux_find_tree;
+    _find_tree;
     case $_cmux_tree in " ") case $_cmux_seen in *" 1 "*) return 0;; *) return 1;; esac;; esac;
     case $_cmux_tries in
     0) kill -TERM $_cmux_targets; kill -CONT $_cmux_targets;;
     2?|3?) kill -KILL $_cmux_targets;;
     4?) return 1;;
     esac;
-    _cmux_pause 0.1;
+    _pause 0.1;
   done;
 };
 """
@@ -937,19 +937,19 @@ BOOT_TEXT = r"""
 # end (the client or its master was killed) ends the tree. Where stdin streams to the command, a
 # second session (GUARD) watches instead. Lines are only signs of life. USR2 reports the
 # stop to the parent of the command; USR1, by which daemons say that they are ready, does nothing.
-_cmux_watch() {
+_watch() {
   exec 3<&0 </dev/null;
   ( exec >&2 4>&-; while IFS= read -r _cmux_part <&3; do :; done;
-    kill -USR2 $$; _cmux_root=$$; _cmux_stop_tree ) & _cmux_watcher=$! ;
+    kill -USR2 $$; _cmux_root=$$; _stop_tree ) & _cmux_watcher=$! ;
   exec 3<&-;
 };
 # The command runs in the foreground (an asynchronous list ignores SIGINT for ever), in a session of
 # its own (so that `kill 0` spares the wrapper), without the stderr of the wrapper, which prints
 # "Terminated". Where nothing gives it a group (dash without setsid), CMUX_RUN and parents find it.
-_cmux_command() {
+_command() {
   trap : USR1; trap "_cmux_stopped=stop" USR2;
-  case $_cmux_life in life) _cmux_watch;; esac;
-  _cmux_words _cmux_execute "$@";
+  case $_cmux_life in life) _watch;; esac;
+  _words _execute "$@";
   [ $_cmux_status -lt 256 ] || _cmux_status=$((_cmux_status-128));
   case $_cmux_watcher in
   ?*) _cmux_self=$$;
@@ -958,15 +958,15 @@ _cmux_command() {
   *) [ -z "$_cmux_stopped" ] || _cmux_watcher=0;;
   esac;
 };
-_cmux_execute() {
-  if _cmux_has setsid; then set -- setsid "$@"; else command set -m; fi;
+_execute() {
+  if _has setsid; then set -- setsid "$@"; else command set -m; fi;
   ( export CMUX_RUN="$_cmux_run"; exec "$@" 2>&4 4>&- ); _cmux_status=$?;
 };
 # Call a function with the words to run. --norc: else a bash under sshd reads .bashrc (100 ms).
-_cmux_words() {
+_words() {
   _cmux_next=$1; shift;
   case $_cmux_flag in -*)
-    if _cmux_has bash; then set -- bash --norc "$_cmux_flag" -- "$_cmux_line" bash "$@";
+    if _has bash; then set -- bash --norc "$_cmux_flag" -- "$_cmux_line" bash "$@";
     else set -- sh "$_cmux_flag" -- "$_cmux_line" sh "$@"; fi;;
   esac;
   case $_cmux_path in ?*) set -- env "PATH=$_cmux_path" "$@";; esac;
@@ -977,7 +977,7 @@ _cmux_words() {
 echo cmux $((6*7)); unset TMOUT; export CMUX_RUNTIME=ssh GIT_TERMINAL_PROMPT=0;
 export EDITOR=true VISUAL=true GIT_EDITOR=true GIT_SEQUENCE_EDITOR=true;
 _cmux_newline=${IFS#??}; _cmux_newline=${_cmux_newline%"${_cmux_newline#?}"};
-_cmux_dollar="$"; _cmux_mark() { echo "$_cmux_nonce$1" && echo "$_cmux_nonce$1" >&4; };
+_cmux_dollar="$"; _mark() { echo "$_cmux_nonce$1" && echo "$_cmux_nonce$1" >&4; };
 while IFS=" " read -r _cmux_name _cmux_count; do
   _cmux_value=; _cmux_between=; [ "$_cmux_count" != 0 ] || continue;
   while [ "$_cmux_count" -gt 0 ]; do
@@ -996,14 +996,14 @@ done;
 [ "$_cmux_name" = . ] && [ "$_cmux_nonce" ] || exit 97;
 exec 4>&2 2>/dev/null;
 case $_cmux_directory in ?*)
-  CDPATH= cd -- "$_cmux_directory" || { _cmux_mark "x 96"; exit 96; };;
+  CDPATH= cd -- "$_cmux_directory" || { _mark "x 96"; exit 96; };;
 esac;
-_cmux_mark "+ $$"; _cmux_status=0; eval "$_cmux_value";
+_mark "+ $$"; _cmux_status=0; eval "$_cmux_value";
 # Where the client is gone, a command may die of SIGPIPE before the watcher sees that: then the end
 # mark cannot be written, and the wrapper ends the rest of the tree.
 trap "" PIPE;
-_cmux_mark "- $_cmux_status $_cmux_watcher" ||
-  case $_cmux_self in ?*) _cmux_root=$_cmux_self; _cmux_stop_tree;; esac;
+_mark "- $_cmux_status $_cmux_watcher" ||
+  case $_cmux_self in ?*) _cmux_root=$_cmux_self; _stop_tree;; esac;
 """
 
 
@@ -1050,7 +1050,7 @@ _lock() { # lock pause tries: own it, or say who does
     [ $_cmux_tries -lt "$3" ] || {
       [ -z "$owner" ] || echo "process ${owner%%.*} of an earlier attempt still runs" >&2
       return 3; };
-    _cmux_pause "$2";
+    _pause "$2";
   done;
 }
 _unlock() {
@@ -1080,12 +1080,12 @@ _one_at_a_time() { # lock function...: an earlier attempt may still run
 # ON (root project turn name op), and more: _work, with these more words, for one operation at a
 # time on a name, and none once a later one has begun. That one also removes what the last, whose
 # client was killed, left in the stage.
-_cop() { _operate "$@"; }
-_operate() {
+_after() { :; } # outside of the lock
+_cop() {
   _croot "$1" || return
   project=$2 turn=$3 name=$4 op=$5 place=$root/$2/$4 made=.cmux/made/$2
   stage=$root/.cmux/stage/$op known=$made/$op
-  mkdir -p "$made" && shift 5 && _one_at_a_time "$project.$name" _in_turn "$@"
+  mkdir -p "$made" && shift 5 && _one_at_a_time "$project.$name" _in_turn "$@" && _after
 }
 _in_turn() {
   turns=.cmux/locks/turn-$project.$name last=0 left=
@@ -1131,7 +1131,7 @@ _cenv() {
   raw='* -text -eol -ident -filter -working-tree-encoding'
 }
 _cmark() { # op file directory: when it was made and, without git, of what
-  if _cmux_has git; then echo "$1" >"$2"; return; fi
+  if _has git; then echo "$1" >"$2"; return; fi
   : >"$2.now" && { echo "$1"; echo listed; ( cd "$3" && _clist ); } >"$2.new" &&
   touch -r "$2.now" "$2.new" && mv "$2.new" "$2" && rm -f "$2.now"
 }
@@ -1175,7 +1175,7 @@ _add() { # git...: all files, as one pack
     -c core.bigFileThreshold=1 -c core.fsync=none add -f --ignore-removal .
 }
 _make_repository() { # in $stage/tree, for $base, or a copy of the one that is there already
-  _cmux_has git || return 0
+  _has git || return 0
   cd "$stage/tree" && rm -rf .git && _cenv || return
   find . -type f -exec touch -r "$root/$base/whole.tar" {} + # as in the index of the first
   kept=$root/$base/git
@@ -1273,13 +1273,12 @@ GZIP = "_cop() { echo gzip | gzip | gzip -dc; }"
 #   a parent, changes.tar: what differs from that base, and .cmux-gone, the paths to remove. Replies
 #   its cksum. (tar may stop at the end of the archive: tee would die.)
 UPLOAD = OPEN_ROOT + r"""
-_cop() { _operate "$@" && _take_archive; }
 _work() {
   parent=$1 unpack='gzip -dc'
   [ "$2" ] || unpack=cat
   mkdir -p "$stage/base" && { [ "$parent" ] || mkdir -p "$stage/tree"; }
 }
-_take_archive() {
+_after() {
   if [ "$parent" ]; then
     archive=$stage/changes.tar
     echo "$parent" >"$stage/parent" && $unpack >"$archive"
@@ -1379,7 +1378,7 @@ snap_files() {
   t=$(_cg write-tree)
 }
 _csnap() { # base-id its-tree commits bytes
-  _cmux_has git && _cenv || return 9
+  _has git && _cenv || return 9
   g=$s/git whole=1
   base_in "$w/.git" "$2" && history_comes "$3" || {
     whole= # a base that came as a delta has no repository of its own
@@ -1701,7 +1700,7 @@ _size() { du -sk . | sed 's/[^0-9].*//'; }
 _cop() {
   _croot "$1" && cd "$root/.cmux" || return
   before=$(_size)
-  for path in trash/* trash/.[!.]*; do ! _taken "$path" || _free "$path"; done
+  for path in trash/* trash/.[!.]*; do _free "$path"; done
   for path in stage/* locks/*; do ! _cold 0 "$path" || _free "$path"; done
   cat made/*/*/base made/*/*.base >used.$$
   for path in bases/*; do
@@ -1721,7 +1720,7 @@ _work() {
   mkdir -p "$trash" || return 3
   if [ -L "$project" ]; then return 3; fi
   for job in $(_crunning "$jobs"); do
-    ( _cmux_root=$(cat "$jobs/$job/pid") _cmux_run=$job; _cmux_stop_tree )
+    ( _cmux_root=$(cat "$jobs/$job/pid") _cmux_run=$job; _stop_tree )
   done
   [ ! -d "$jobs" ] || mv "$jobs" "$trash/jobs" || return 3
   if [ "$(_owner "$name")" = "$1" ]; then
@@ -1746,12 +1745,12 @@ _cop() {
     [1-9]*) _cmux_root=$word;;
     esac
   done
-  _cmux_find_tree
+  _find_tree
   case $_cmux_tree in
   " ") [ "$_cmux_own" != - ] || [ -r /proc/self/environ ] || { echo left; return 0; };;
   *) kill -USR2 $_cmux_root;;
   esac
-  if _cmux_stop_tree; then echo confirmed; else echo left; fi
+  if _stop_tree; then echo confirmed; else echo left; fi
 }
 """
 
@@ -1904,12 +1903,12 @@ _cop() {
   _cmux_umask=$(umask); umask 077; _cmux_folder=$1 _cmux_job=$2; shift 2
   mkdir -p "$_cmux_folder" || return 3
   umask "$_cmux_umask"
-  _cmux_words _cmux_start "$@"
+  _words _start "$@"
   _cmux_tries=0
-  while [ ! -s "$_cmux_folder/pid" ] && [ $_cmux_tries -lt 900 ]; do _cmux_pause 0.02; done
+  while [ ! -s "$_cmux_folder/pid" ] && [ $_cmux_tries -lt 900 ]; do _pause 0.02; done
   [ ! -s "$_cmux_folder/pid" ] || echo started
 }
-_cmux_start() {
+_start() {
   set -- sh -c 'trap "" HUP; trap : INT USR1 USR2; echo $$ >"$1/pid"
     _cmux_folder=$1 CMUX_RUN=$2; shift 2; export CMUX_RUN
     if command -v setsid >/dev/null; then (trap - HUP; exec setsid "$@")
@@ -1919,7 +1918,7 @@ _cmux_start() {
     mv "$_cmux_folder/exit.new" "$_cmux_folder/exit"' sh "$_cmux_folder" "$_cmux_job" "$@"
   CMUX_JOB=$_cmux_job; export CMUX_JOB
   if setsid -f true 2>/dev/null; then setsid -f "$@"
-  elif _cmux_has bash; then bash -c 'set -m; "$@" &' bash "$@"
+  elif _has bash; then bash -c 'set -m; "$@" &' bash "$@"
   else "$@" & fi </dev/null >"$_cmux_folder/out" 2>&1 4>&-
 }
 """
@@ -1952,7 +1951,7 @@ _cop() {
       [ "$what" != more ] || [ "$size" -le "$offset" ] || break 2
     done
     [ $_cmux_tries -lt "$tenths" ] || break
-    _cmux_pause 0.1
+    _pause 0.1
   done
   echo "$size ${job##*/} $state"
   if [ "$most" -gt 0 ]; then tail -c "+$((offset+1))" "$job/out" | head -c "$most"; fi
@@ -1966,8 +1965,8 @@ _cop() {
   _cmux_root=$(cat "$1/pid") _cmux_run=${1##*/} _cmux_tries=0
   if [ ! -f "$1/exit" ] && _calive "$1" "$_cmux_root"; then true >"$1/stopped"
   else _cmux_root=-; fi
-  if ( _cmux_stop_tree ); then echo confirmed; else echo requested; fi
-  while [ "$(_cstate "$1")" = running ] && [ $_cmux_tries -lt 20 ]; do _cmux_pause 0.1; done
+  if ( _stop_tree ); then echo confirmed; else echo requested; fi
+  while [ "$(_cstate "$1")" = running ] && [ $_cmux_tries -lt 20 ]; do _pause 0.1; done
   _cstate "$1"
 }
 """
@@ -1997,12 +1996,12 @@ _cop() {
   _croot "$1" || { echo "readonly $1"; return 0; }
   echo "root $root"
   stage=.cmux/stage/$2; mkdir -p "$stage" || { echo "readonly $root"; return 0; }
-  if _cmux_has tar; then
+  if _has tar; then
     ( cd "$stage" && tar -xmof - && [ -s probe ] ) && echo "tar $(tar --version | head -n 1)"
   fi
   cat >/dev/null; rm -rf "$stage"
-  for name in git bash setsid ps; do ! _cmux_has $name || echo "has $name"; done
-  if _cmux_has git; then echo "version $(git --version)"; fi
+  for name in git bash setsid ps; do ! _has $name || echo "has $name"; done
+  if _has git; then echo "version $(git --version)"; fi
   set -- $(df -Pk . | tail -n 1); echo "free $4"
   set -- $(df -Pi . | tail -n 1); echo "inodes $4"
   [ -z "$fresh" ] || { cd /; rmdir "$root"/.cmux/* "$root/.cmux" "$root"; }
@@ -2064,7 +2063,7 @@ def command_records(command: object, login: bool, stdin: bool) -> bytes:
     line, words = check_command(command)
     records = [record("_cmux_life", "" if stdin else "life"), line_records(line, words, login)]
     records += [record("@", word) for word in words]
-    return b"".join(records) + record(".", '_cmux_command "$@"')
+    return b"".join(records) + record(".", '_command "$@"')
 
 
 # How a command runs on the terminal: as a child, for ssh has no status for a death by a signal.
