@@ -820,23 +820,20 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
 #   :    n     text to eval now (functions of the operations)
 #   .    n     the end: text to eval as the operation
 # Shells read ahead, fish to the end: of a header with secrets (marked by a second `exit 0`) only
-# the first line is sent before our wrapper has printed READY. In a session opened ahead that costs
-# no round trip.
+# the first line is sent before our wrapper has printed READY.
 # What comes back, on stdout and on stderr each:  NONCE+ pid  ...bytes...  NONCE- status stop
-# Before the first mark is login noise; NONCEx 96 says that the directory is missing. The marks
-# exclude accidents, not malice: a hostile host can always lie.
+# Before the first mark is login noise; NONCEx 96 says that the directory is missing; status 97,
+# that the header is cut off. The marks exclude accidents, not malice: a host can always lie.
 
-# The texts become one line in single quotes, without quote, backslash, newline, or ! before a
-# non-blank: sh, bash, zsh, ksh, fish and csh read that alike; Dropbear takes up to 9,000 bytes.
-# Assumed: POSIX sh, sleep. Used where found: ps or /proc, grep, setsid, bash. Status 96: the
-# directory is missing; 97: the header is cut off. _cmux_stop_tree ends what run _cmux_run has below
+# BOOT is these two texts in one line in single quotes, without quote, backslash, newline, or !
+# before a non-blank: every shell reads that alike; Dropbear takes up to 9,000 bytes. Variables
+# begin with _cmux_: a secret may have any other name. _stop_tree ends what run _cmux_run has below
 # _cmux_root (a wrapper, a job's supervisor, or -); its status is 0 where the end was seen.
 
 STOP_TEXT = r"""
 # For each process: pid, parent, group, session, state. Never its name: one with a newline and
-# numbers would add foreign processes (seen: a stop killed bystanders). Without a ps that knows sid
-# (busybox, containers) it reads each /proc/PID/stat.
-_cmux_table() {
+# numbers would add foreign processes. Without a ps that knows sid (busybox): from /proc/PID/stat.
+_table() {
   ps -A -o pid= -o ppid= -o pgid= -o sid= -o stat= && return;
   if [ -r /proc/self/stat ]; then
     for _cmux_file in /proc/[0-9]*; do
@@ -849,7 +846,7 @@ _cmux_table() {
   fi;
 };
 # The environments that name the run. busybox grep stops at the first NUL of a line.
-_cmux_environs() {
+_environs() {
   case $(grep --version 2>&1) in
   *BusyBox*)
     for _cmux_file in /proc/[0-9]*/environ; do
@@ -859,22 +856,22 @@ _cmux_environs() {
   *) grep -lsF "CMUX_RUN=$_cmux_run" /proc/[0-9]*/environ;;
   esac;
 };
-# The tree: by CMUX_RUN (Linux; daemons that left the session), by parent, group and session. A
-# process that left its session, cleared its environment and lost its parent is not found. Never the
-# group of the wrapper, _cmux_own. -> _cmux_tree, _cmux_targets of kill, _cmux_seen: all there are.
-_cmux_find_tree() {
-  _cmux_rows=$(_cmux_table); _cmux_found=" "; _cmux_groups=" "; _cmux_own=-; _cmux_seen=" ";
-  for _cmux_file in $(_cmux_environs); do
+# The tree: by CMUX_RUN (Linux), by parent, group and session. A process that left its session,
+# cleared its environment and lost its parent is not found. Never the group of the wrapper,
+# _cmux_own. -> _cmux_tree, _cmux_targets of kill, _cmux_seen: all there are.
+_find_tree() {
+  _cmux_rows=$(_table); _cmux_found=" "; _cmux_groups=" "; _cmux_own=-; _cmux_seen=" ";
+  for _cmux_file in $(_environs); do
     _cmux_file=${_cmux_file#/proc/}; _cmux_found="$_cmux_found${_cmux_file%/environ} ";
   done;
   set -- $_cmux_rows;
   while [ $# -gt 4 ]; do
     _cmux_seen="$_cmux_seen$1 g$3 "; [ "$1" = "$_cmux_root" ] && _cmux_own=$3; shift 5;
   done;
-  _cmux_more=1; while [ $_cmux_more = 1 ]; do _cmux_add_kin; done;
-  _cmux_tree=$_cmux_alive; _cmux_add_hidden;
+  _cmux_more=1; while [ $_cmux_more = 1 ]; do _add_kin; done;
+  _cmux_tree=$_cmux_alive; _add_hidden;
 };
-_cmux_add_kin() {
+_add_kin() {
   _cmux_more=0; set -- $_cmux_rows; _cmux_alive=" "; _cmux_targets=;
   while [ $# -gt 4 ]; do
     _cmux_kin=" $_cmux_root$_cmux_found$_cmux_groups"; _cmux_group=g$3;
@@ -883,18 +880,17 @@ _cmux_add_kin() {
     case $_cmux_kin in *" $1 "*|*" $2 "*|*" g$3 "*|*" s$4 "*)
       _cmux_alive="$_cmux_alive$1 "; [ "$_cmux_group" ] || _cmux_targets="$_cmux_targets $1";
       case $_cmux_found in *" $1 "*) ;; *) _cmux_found="$_cmux_found$1 "; _cmux_more=1;; esac;
-      _cmux_add_group $_cmux_group; [ "$1" = "$4" ] && _cmux_add_group s$4;;
+      _add_group $_cmux_group; [ "$1" = "$4" ] && _add_group s$4;;
     esac;
     shift 5;
   done;
 };
-_cmux_add_group() {
+_add_group() {
   case $_cmux_groups in *" $1 "*) ;; *) _cmux_groups="$_cmux_groups$1 "; _cmux_more=1;; esac;
 };
 # What hides from the table (hidepid, and a process that is not dumpable): the wrapper lists its
-# child in `children` all the same, and a group without a row may still take signals: so whole
-# groups get them.
-_cmux_add_hidden() {
+# child in `children` all the same, and a group without a row takes signals: whole groups get them.
+_add_hidden() {
   [ $_cmux_own = - ] || for _cmux_pid in $(cat /proc/$_cmux_root/task/$_cmux_root/children); do
     case $_cmux_seen in *" $_cmux_pid "*) ;; *)
       _cmux_tree="$_cmux_tree$_cmux_pid "; _cmux_targets="$_cmux_targets $_cmux_pid";
@@ -914,42 +910,46 @@ _cmux_add_hidden() {
     esac;
   done;
 };
+_has() { command -v $1 >/dev/null; };
+# Not every sleep takes fractions: one of a second counts as ten tries.
+_pause() {
+  sleep $1 || { sleep 1; _cmux_tries=$((_cmux_tries+9)); };
+  _cmux_tries=$((_cmux_tries+1));
+};
 # TERM, after two seconds KILL, after four it gives up. Where process 1 cannot be seen, others may
 # be hidden, too, and no end is confirmed.
-_cmux_stop_tree() {
-  trap "" TERM INT HUP PIPE; _cmux_tenths=0;
+_stop_tree() {
+  trap "" TERM INT HUP PIPE; _cmux_tries=0;
   while :; do
-    _cmux_find_tree;
+    _find_tree;
     case $_cmux_tree in " ") case $_cmux_seen in *" 1 "*) return 0;; *) return 1;; esac;; esac;
-    case $_cmux_tenths in
+    case $_cmux_tries in
     0) kill -TERM $_cmux_targets; kill -CONT $_cmux_targets;;
     2?|3?) kill -KILL $_cmux_targets;;
     4?) return 1;;
     esac;
-    _cmux_tenths=$((_cmux_tenths+1)); sleep 0.1 || { sleep 1; _cmux_tenths=$((_cmux_tenths+9)); };
+    _pause 0.1;
   done;
 };
 """
 BOOT_TEXT = r"""
-# The lifeline: where the command takes no stdin, a subshell reads the stdin of the session. Its end
-# (the client closed it, or was killed, or its master was) ends the tree. Where stdin streams to the
-# command, a second session (GUARD) watches instead. Lines are only signs of life. USR2 reports the
-# stop to the parent of the command; USR1, with which daemons report to theirs that they are ready,
-# does nothing.
-_cmux_watch() {
+# The lifeline: where the command takes no stdin, a subshell reads the stdin of the session, whose
+# end (the client or its master was killed) ends the tree. Where stdin streams to the command, a
+# second session (GUARD) watches instead. Lines are only signs of life. USR2 reports the
+# stop to the parent of the command; USR1, by which daemons say that they are ready, does nothing.
+_watch() {
   exec 3<&0 </dev/null;
   ( exec >&2 4>&-; while IFS= read -r _cmux_part <&3; do :; done;
-    kill -USR2 $$; _cmux_root=$$; _cmux_stop_tree ) & _cmux_watcher=$! ;
+    kill -USR2 $$; _cmux_root=$$; _stop_tree ) & _cmux_watcher=$! ;
   exec 3<&-;
 };
 # The command runs in the foreground (an asynchronous list ignores SIGINT for ever), in a session of
 # its own (so that `kill 0` spares the wrapper), without the stderr of the wrapper, which prints
-# "Terminated". Where nothing gives it a group (dash without setsid and terminal), it is found by
-# CMUX_RUN and parents.
-_cmux_command() {
+# "Terminated". Where nothing gives it a group (dash without setsid), CMUX_RUN and parents find it.
+_command() {
   trap : USR1; trap "_cmux_stopped=stop" USR2;
-  case $_cmux_life in life) _cmux_watch;; esac;
-  _cmux_words _cmux_execute "$@";
+  case $_cmux_life in life) _watch;; esac;
+  _words _execute "$@";
   [ $_cmux_status -lt 256 ] || _cmux_status=$((_cmux_status-128));
   case $_cmux_watcher in
   ?*) _cmux_self=$$;
@@ -958,16 +958,15 @@ _cmux_command() {
   *) [ -z "$_cmux_stopped" ] || _cmux_watcher=0;;
   esac;
 };
-_cmux_execute() {
-  if command -v setsid >/dev/null; then set -- setsid "$@"; else command set -m; fi;
+_execute() {
+  if _has setsid; then set -- setsid "$@"; else command set -m; fi;
   ( export CMUX_RUN="$_cmux_run"; exec "$@" 2>&4 4>&- ); _cmux_status=$?;
 };
-# Call a function with the words to run. --norc: else a bash under sshd reads .bashrc, which takes
-# 100 ms with pyenv.
-_cmux_words() {
+# Call a function with the words to run. --norc: else a bash under sshd reads .bashrc (100 ms).
+_words() {
   _cmux_next=$1; shift;
   case $_cmux_flag in -*)
-    if command -v bash >/dev/null; then set -- bash --norc "$_cmux_flag" -- "$_cmux_line" bash "$@";
+    if _has bash; then set -- bash --norc "$_cmux_flag" -- "$_cmux_line" bash "$@";
     else set -- sh "$_cmux_flag" -- "$_cmux_line" sh "$@"; fi;;
   esac;
   case $_cmux_path in ?*) set -- env "PATH=$_cmux_path" "$@";; esac;
@@ -978,7 +977,7 @@ _cmux_words() {
 echo cmux $((6*7)); unset TMOUT; export CMUX_RUNTIME=ssh GIT_TERMINAL_PROMPT=0;
 export EDITOR=true VISUAL=true GIT_EDITOR=true GIT_SEQUENCE_EDITOR=true;
 _cmux_newline=${IFS#??}; _cmux_newline=${_cmux_newline%"${_cmux_newline#?}"};
-_cmux_dollar="$"; _cmux_mark() { echo "$_cmux_nonce$1" && echo "$_cmux_nonce$1" >&4; };
+_cmux_dollar="$"; _mark() { echo "$_cmux_nonce$1" && echo "$_cmux_nonce$1" >&4; };
 while IFS=" " read -r _cmux_name _cmux_count; do
   _cmux_value=; _cmux_between=; [ "$_cmux_count" != 0 ] || continue;
   while [ "$_cmux_count" -gt 0 ]; do
@@ -997,14 +996,14 @@ done;
 [ "$_cmux_name" = . ] && [ "$_cmux_nonce" ] || exit 97;
 exec 4>&2 2>/dev/null;
 case $_cmux_directory in ?*)
-  CDPATH= cd -- "$_cmux_directory" || { _cmux_mark "x 96"; exit 96; };;
+  CDPATH= cd -- "$_cmux_directory" || { _mark "x 96"; exit 96; };;
 esac;
-_cmux_mark "+ $$"; _cmux_status=0; eval "$_cmux_value";
-# A command that dies of SIGPIPE, as the client is gone, may end before the watcher sees that: then
-# the end mark cannot be written, and the wrapper ends the rest of the tree.
+_mark "+ $$"; _cmux_status=0; eval "$_cmux_value";
+# Where the client is gone, a command may die of SIGPIPE before the watcher sees that: then the end
+# mark cannot be written, and the wrapper ends the rest of the tree.
 trap "" PIPE;
-_cmux_mark "- $_cmux_status $_cmux_watcher" ||
-  case $_cmux_self in ?*) _cmux_root=$_cmux_self; _cmux_stop_tree;; esac;
+_mark "- $_cmux_status $_cmux_watcher" ||
+  case $_cmux_self in ?*) _cmux_root=$_cmux_self; _stop_tree;; esac;
 """
 
 
@@ -1013,13 +1012,13 @@ BOOT = "exec sh -c '%s'" % " ".join(
 READY = b"cmux 42\n"  # BOOT does not hold it: what only echoes that never prints it
 HELD = b"exit 0\n"
 
-# The functions that our own operations share, then one script each. Parameters are "$1"...;
-# status 0 is success, stdout is the reply; stderr is shown to the user, neutralised.
+# What our own operations share, then one script each. Parameters are "$1"...; status 0 is success,
+# stdout is the reply; stderr is shown to the user, neutralised.
 
-# A lock on the host is a symbolic link that names its owner: process, when that began (its number
-# is used again, at the latest after a reboot), run. The link of a dead owner stays, and leads to
-# that of its heir, LOCK.OWNER: who removed it could remove what another had just made in its place.
-# An heir's link counts only while the first link stays as it was: its owner removes that one first.
+# A lock is a symbolic link that names its owner: process, when that began (its number is used
+# again), run. The link of a dead owner stays, and leads to that of its heir, LOCK.OWNER: who
+# removed it could remove what another had just made in its place. An heir's link counts only while
+# the first stays as it was: its owner removes that one first.
 LOCKED = r"""
 _born() { # pid -> $born
   born=; row=;
@@ -1039,7 +1038,7 @@ _held() { # lock: does the last owner, $owner, live? Else $next is the link to m
   return 1;
 }
 _lock() { # lock pause tries: own it, or say who does
-  _born $$; self=$$.$born.$_cmux_run; tries=0; dead=;
+  _born $$; self=$$.$born.$_cmux_run; _cmux_tries=0; dead=;
   until ln -s "$self" "$1"; do
     if _held "$1"; then :;
     elif ln -s "$self" "$next"; then
@@ -1047,16 +1046,19 @@ _lock() { # lock pause tries: own it, or say who does
       [ "$next" = "$1" ] || [ "$(readlink "$1")" = "$4" ] && return;
       rm -f "$next"; set -- "$1" "$2" "$3";
     elif [ -h "$next" ]; then :;
-    else tries=$((tries+$3/9)); fi;
-    tries=$((tries+1));
-    [ $tries -lt "$3" ] || {
+    else _cmux_tries=$((_cmux_tries+$3/9)); fi;
+    [ $_cmux_tries -lt "$3" ] || {
       [ -z "$owner" ] || echo "process ${owner%%.*} of an earlier attempt still runs" >&2
       return 3; };
-    sleep "$2" || { sleep 1; tries=$((tries+9)); };
+    _pause "$2";
   done;
 }
 _unlock() {
   rm -f "$1"; for row in $dead; do rm -f "$1.$row"; done;
+}
+_locked() { # lock pause tries function...
+  own_lock=$1; _lock "$1" "$2" "$3" || return 3;
+  shift 3; "$@"; status=$?; _unlock "$own_lock"; return $status;
 }
 """
 
@@ -1064,8 +1066,7 @@ OPEN_ROOT = LOCKED + r"""
 _croot() { # $1 root as given, may be empty or begin with ~ -> cd there, $root
   umask 077; unset CDPATH
   case $1 in
-  '') root=$HOME/cmux;; '~') root=$HOME;; '~/'*) root=$HOME/${1#'~/'};; /*) root=$1;;
-  *) root=$HOME/$1;;
+  '') root=$HOME/cmux;; '~' | '~/'*) root=$HOME${1#'~'};; /*) root=$1;; *) root=$HOME/$1;;
   esac
   [ -d "$root" ] || { mkdir -p -- "$root" && fresh=1; } || return 3
   cd -P -- "$root" && root=$(pwd -P) || return 3
@@ -1073,20 +1074,18 @@ _croot() { # $1 root as given, may be empty or begin with ~ -> cd there, $root
   mkdir -p .cmux/bases .cmux/stage .cmux/trash .cmux/made .cmux/locks && chmod 700 .cmux || return 3
 }
 _one_at_a_time() { # lock function...: an earlier attempt may still run
-  own_lock=$root/.cmux/stage/$1.by; shift
-  _lock "$own_lock" 0.1 3000 || return 3
-  "$@"; status=$?
-  _unlock "$own_lock"; return $status
+  lock=$root/.cmux/stage/$1.by; shift
+  _locked "$lock" 0.1 3000 "$@"
 }
-# root project turn name op...: _work, with what follows the op, for one operation at a time on a
-# name, and none once a later one has begun. That one also removes what the last, whose client was
-# killed, left in the stage.
-_cop() { _operate "$@"; }
-_operate() {
+# ON (root project turn name op), and more: _work, with these more words, for one operation at a
+# time on a name, and none once a later one has begun. That one also removes what the last, whose
+# client was killed, left in the stage.
+_after() { :; } # outside of the lock
+_cop() {
   _croot "$1" || return
-  project=$2 turn=$3 name=$4 op=$5 place=$root/$2/$4
-  stage=$root/.cmux/stage/$op known=.cmux/made/$project/$op
-  mkdir -p ".cmux/made/$project" && shift 5 && _one_at_a_time "$project.$name" _in_turn "$@"
+  project=$2 turn=$3 name=$4 op=$5 place=$root/$2/$4 made=.cmux/made/$2
+  stage=$root/.cmux/stage/$op known=$made/$op
+  mkdir -p "$made" && shift 5 && _one_at_a_time "$project.$name" _in_turn "$@" && _after
 }
 _in_turn() {
   turns=.cmux/locks/turn-$project.$name last=0 left=
@@ -1106,20 +1105,20 @@ _cw() { # project name -> $w its directory, $m what is known of it
   } 2>/dev/null
   [ -d "$w" ] && [ ! -L "$w" ] && [ ! -L "$root/$1" ]
 }
-# What is known of a workspace lies in made/PROJECT/OP/, named by the operation that made it;
-# made/PROJECT/NAME.op says which has the name, so that renaming moves nothing.
-_owner() { cat ".cmux/made/$project/$1.op"; }
+# What is known of a workspace lies in made/PROJECT/OP/, by the operation that made it;
+# made/PROJECT/NAME.op says which has the name: renaming moves nothing.
+_owner() { cat "$made/$1.op"; }
 _put() { # directory: it becomes $place. mv moves it *into* one that exists by now: that is undone
   rm -rf "$stage/$op" # of an attempt that was killed
-  echo "$op" >".cmux/made/$project/$name.op" && mv "$1" "$stage/$op" &&
+  echo "$op" >"$made/$name.op" && mv "$1" "$stage/$op" &&
     mv "$stage/$op" "$place" || return 3
   if [ -d "$place/$op" ]; then rm -rf "$place/$op" "$stage"; return 20; fi
   rm -rf "$stage"
 }
 """
 
-# Every git of ours on the host runs without configuration, with one identity, one date, and sha1
-# (git 3 has another default; a base whose tree has another id would not be found again).
+# Every git of ours on the host runs without configuration, with one identity and date, and sha1
+# (git 3 has another default, by which a base would not be found again).
 GIT_THERE = r"""
 _cenv() {
   for v in $(env | sed -n 's/^\(GIT_[A-Z_0-9]*\)=.*/\1/p'); do unset "$v"; done
@@ -1132,13 +1131,12 @@ _cenv() {
   raw='* -text -eol -ident -filter -working-tree-encoding'
 }
 _cmark() { # op file directory: when it was made and, without git, of what
-  if command -v git >/dev/null; then echo "$1" >"$2"; return; fi
+  if _has git; then echo "$1" >"$2"; return; fi
   : >"$2.now" && { echo "$1"; echo listed; ( cd "$3" && _clist ); } >"$2.new" &&
   touch -r "$2.now" "$2.new" && mv "$2.new" "$2" && rm -f "$2.now"
 }
-_clist() { # the files and links below the current directory, a line each: x (executable), f,
-  # l (link) or u (unreadable); checksum and size of the content; path. Two slashes and an n in it
-  # stand for a newline: find prints no two slashes.
+_clist() { # each file or link: x (executable), f, l (link) or u (unreadable); checksum and size of
+  # the content; path. Two slashes and an n in it stand for a newline: find prints no two slashes.
   export LC_ALL=C
   _sums() { find . -name .git -prune -o -type f "$@" ! -path "*$_cmux_newline*" -exec cksum {} +; }
   { _sums -perm -100 | sed 's/^/x /'
@@ -1166,11 +1164,10 @@ _clist() { # the files and links below the current directory, a line each: x (ex
 
 # A base is a directory bases/<id>: whole.tar (the host makes it of a difference), and git/, a
 # repository of one commit, where it has git. Times are those of the host (tar's m): if the client's
-# clock is ahead, make would rebuild for ever. To unpack a tar takes less than to copy a tree: for
-# 20,000 files 0.18 s of processor time against 0.36, for 1,000 of 16 kB 0.02 against 0.04.
+# clock is ahead, make would rebuild for ever. Unpacking takes half the time of copying a tree.
 # Files "big" from one byte on go into one pack as they are: a third of the time of a file for each
-# object, and a repository that is copied in a twentieth of it. MALLOC_: else glibc gives a buffer
-# back to the kernel for each file, a fifth of the time. No fsync (the tree itself has none).
+# object, and copied in a twentieth. MALLOC_: else glibc gives a buffer back to the kernel for each
+# file, a fifth of the time. No fsync (the tree itself has none).
 BASE = r"""
 _unpack() { ( umask 022; tar -xmof "$@" ); }
 _add() { # git...: all files, as one pack
@@ -1178,7 +1175,7 @@ _add() { # git...: all files, as one pack
     -c core.bigFileThreshold=1 -c core.fsync=none add -f --ignore-removal .
 }
 _make_repository() { # in $stage/tree, for $base, or a copy of the one that is there already
-  command -v git >/dev/null || return 0
+  _has git || return 0
   cd "$stage/tree" && rm -rf .git && _cenv || return
   find . -type f -exec touch -r "$root/$base/whole.tar" {} + # as in the index of the first
   kept=$root/$base/git
@@ -1233,11 +1230,10 @@ _unpack_base() { # -> $stage/tree, with a repository
   ( umask 022; _make_repository ) || echo nogit
 }
 """
-# CREATE root project turn name op base source: make a workspace of a cached or just uploaded base,
-#   with what git ignores in the directory ``source``, if one is named.
-#   Replies: root <path>; init, if there is a hook to run; made, also again with the same op. Status
-#   9: no git; 20: the name is taken; 21: the base is missing; then it lists those that a delta may
-#   stand on, newest first; 22: no such source.
+# CREATE ON base source: a workspace of a cached or just uploaded base, with what git ignores in the
+#   directory `source`, if one is named. Replies: root PATH; init, if there is a hook; made, also
+#   again with the same op. 9: no git; 20: the name is taken; 21: the base is missing, and lines of
+#   those that a delta may stand on, newest first; 22: no such source.
 CREATE = OPEN_ROOT + GIT_THERE + BASE + r"""
 _take_ignored() { # source: what git ignores both there and in the new one, but through no link
   tree=$stage/tree git='git --git-dir=.git -c core.fsmonitor=false -c core.quotePath=false'
@@ -1273,18 +1269,16 @@ _work() {
 # GZIP: prints gzip where that works.
 GZIP = "_cop() { echo gzip | gzip | gzip -dc; }"
 
-# UPLOAD root project turn name op parent gzip: the stream becomes stage/OP/base/whole.tar and at
-#   once stage/OP/tree; with a parent, changes.tar: what differs from that base, and .cmux-gone, the
-#   paths to remove. Replies the line of cksum, which the client compares before it goes on.
-# tar may stop reading at the end-of-archive blocks: the rest is drained, or tee would die.
+# UPLOAD ON parent gzip: the stream becomes stage/OP/base/whole.tar and at once stage/OP/tree; with
+#   a parent, changes.tar: what differs from that base, and .cmux-gone, the paths to remove. Replies
+#   its cksum. (tar may stop at the end of the archive: tee would die.)
 UPLOAD = OPEN_ROOT + r"""
-_cop() { _operate "$@" && _take_archive; }
 _work() {
   parent=$1 unpack='gzip -dc'
   [ "$2" ] || unpack=cat
   mkdir -p "$stage/base" && { [ "$parent" ] || mkdir -p "$stage/tree"; }
 }
-_take_archive() {
+_after() {
   if [ "$parent" ]; then
     archive=$stage/changes.tar
     echo "$parent" >"$stage/parent" && $unpack >"$archive"
@@ -1297,14 +1291,18 @@ _take_archive() {
 }
 """
 
-# Functions of the scripts on jobs. State: running, exited CODE, stopped CODE (by STOP), or lost (no
-# exit, no supervisor).
 JOB_STATE = r"""
-_calive() { # $1 directory, $2 pid: not a stranger that has the number now
+_csize() { size=$(wc -c <"$1/out") || size=0; size=$((size)); }
+_crunning() { # the jobs in this directory that run
+  for job in "$1"/*; do
+    [ ! -d "$job" ] || [ "$(_cstate "$job")" != running ] || echo "${job##*/}"
+  done
+}
+_calive() { # directory pid: not a stranger that has the number now
   kill -0 "$2" 2>/dev/null || return 1
   [ ! -r "/proc/$2/environ" ] || tr '\0' '\n' <"/proc/$2/environ" | grep -qxF "CMUX_JOB=${1##*/}"
 }
-_cstate() { # $1 directory
+_cstate() { # of a job; lost: neither an exit nor a supervisor
   if [ ! -f "$1/exit" ] && _calive "$1" "$(cat "$1/pid")"; then echo running
   elif [ ! -f "$1/exit" ]; then echo lost
   elif [ -f "$1/stopped" ]; then echo "stopped $(cat "$1/exit")"
@@ -1312,11 +1310,11 @@ _cstate() { # $1 directory
 }
 """
 
-# For PULL, CHANGED and PUSH: _csnap makes a snapshot of the workspace in a git repository of its
-# own ($g, in the stage), whose alternate is the agent's, which stays as it is. -> $b base, $h the
-# agent's HEAD, $t the tree as it is now. Where .git is missing, or its history rewritten or absurd
-# (too many commits, foreign roots, nested repositories), it uses the base's repository: $h is the
-# base, $whole empty. Status 9: no git; 24: a file is too large.
+# _csnap makes a snapshot of the workspace in a git repository of its own ($g, in the stage), whose
+# alternate is the agent's, which stays as it is. -> $b base, $h the agent's HEAD, $t the tree of
+# now. Where .git is missing, or its history rewritten or absurd (too many commits, foreign roots,
+# nested repositories), it uses the base's repository: $h is the base, $whole empty. Status 9: no
+# git; 24: a file is too large.
 SNAPSHOT = OPEN_ROOT + GIT_THERE + r"""
 _cgit() { git -c core.fsmonitor=false -c core.hooksPath=/dev/null "$@"; }
 _cg() { # git in the snapshot's repository
@@ -1380,7 +1378,7 @@ snap_files() {
   t=$(_cg write-tree)
 }
 _csnap() { # base-id its-tree commits bytes
-  command -v git >/dev/null && _cenv || return 9
+  _has git && _cenv || return 9
   g=$s/git whole=1
   base_in "$w/.git" "$2" && history_comes "$3" || {
     whole= # a base that came as a delta has no repository of its own
@@ -1396,10 +1394,12 @@ _creflog() { # commits that only reflogs (some may be gone) or HEADs of worktree
     _co log --ignore-missing --format='commit %h (%s)' --stdin --exclude='refs/*' --all \
       --not $brought $top --exclude='refs/remotes/*' --exclude=refs/stash --glob='refs/*'
 }
-left_behind() { # heads: what neither a pull of HEAD ($top) brings nor pulls of these heads brought.
+left_behind() { # last-op: what neither a pull of HEAD ($top) brings nor earlier ones brought.
   # What was only fetched exists elsewhere, too; a stash has a list of its own.
   top=$(commit_at HEAD) brought=
-  for head in $b $1; do ! _co cat-file -e "$head^{commit}" || brought="$brought $head"; done
+  for head in $b $(pulls "$1" | cut -d' ' -f2); do
+    ! _co cat-file -e "$head^{commit}" || brought="$brought $head"
+  done
   _co for-each-ref --format='%(refname) %(contents:subject)' |
     grep -Ev '^refs/(remotes/|cmux/|stash )' | while read -r ref subject; do
       [ ! "$(_co rev-list -n 1 "$ref" --not $brought $top --glob=refs/cmux)" ] ||
@@ -1420,15 +1420,16 @@ sum_refs() {
 }
 """
 
-# What pulls brought home: $m/pull, for each a line of op, HEAD, tree (without git the checksum of
-# the listing) and refs. The client names the last pull that it finished: later lines do not count.
+# $m/pull has a line for each pull: op, HEAD, tree (without git the checksum of the listing), refs.
+# The client names the last one that it finished: later lines do not count.
 RECORDS = r"""
 in_stage() { # op function...; it is cleared, too, where the client is gone
-  trap 'cd "$root"; rm -rf "$s"; exit 1' PIPE HUP TERM
+  trap '_clear; exit 1' PIPE HUP TERM
   s=$root/.cmux/stage/$1.$$; mkdir -p "$s" || return 3
   shift; "$@"; status=$?
-  cd "$root"; rm -rf "$s"; return $status
+  _clear; return $status
 }
+_clear() { cd "$root"; rm -rf "$s"; }
 pulls() { # last-op: the lines that count
   ! grep -q "^$1 " "$m/pull" 2>/dev/null || sed "/^$1 /q" "$m/pull"
 }
@@ -1442,12 +1443,10 @@ only_paths() { sed 's/^[^ ]* [^ ]* [^ ]* \.\///'; }
 unreadable() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$s/now"; }
 """
 
-# The changes between two listings, and the contents of what is new.
 LISTED = r"""
 only() { sort "$1" "$2" "$2" >"$s/both" && uniq -u "$s/both"; } # the lines of the first alone
 compare_lists() { # -> $s/new: numbered lines; $s/gone: paths
-  only "$s/now" "$s/was" >"$s/changed" && sed '/^u/d;=' "$s/changed" >"$s/numbered" &&
-    sed 'N;s/\n/ /' "$s/numbered" >"$s/new" &&
+  only "$s/now" "$s/was" >"$s/changed" && sed '/^u/d;=' "$s/changed" | sed 'N;s/\n/ /' >"$s/new" &&
     only_paths <"$s/was" >"$s/before" && only_paths <"$s/now" >"$s/after" &&
     only "$s/before" "$s/after" >"$s/gone"
 }
@@ -1456,10 +1455,9 @@ send_changes() {
   { echo 1
     sed 'i\
 :0 000000 0 0 D' "$s/gone"
-    sed -n 's/^\([0-9]*\) x [^ ]* [^ ]* \.\//:0 100755 0 \1 M\
-/p;s/^\([0-9]*\) f [^ ]* [^ ]* \.\//:0 100644 0 \1 M\
-/p;s/^\([0-9]*\) l [^ ]* [^ ]* \.\//:0 120000 0 \1 M\
-/p' "$s/new"; echo; } | tr '\n' '\0'
+    sed 's/^\([0-9]*\) x/\1 100755/;s/^\([0-9]*\) f/\1 100644/;s/^\([0-9]*\) l/\1 120000/
+s/^\([0-9]*\) \([0-9]*\) [^ ]* [^ ]* \.\//:0 \2 0 \1 M\
+/' "$s/new"; echo; } | tr '\n' '\0'
 }
 send_files() {
   while IFS= read -r row; do
@@ -1479,19 +1477,17 @@ send_files() {
 }
 """
 
-# PULL root project name base tree op commits bytes last-op record: what the workspace changed, a
-#   stream; with `record`, it counts as brought home once the client names this op. 22: no
-#   workspace; 24: a file is too large. `note ...` lines, then one of these:
+# PULL root project name base tree op commits bytes last-op record: what the workspace changed; with
+#   `record`, it counts as brought home once the client names this op. 22: no workspace; 24: a file
+#   is too large. `note ...` lines, then one of these:
 #     git DIRTY BASE   DIRTY is 1 where the last commit is uncommitted work
 #     files            a host without git
 #     all              the same, where what was sent is not known any more: all files come
-#   Then three sections, from every host:
-#     commits    as `git cat-file --batch` prints them, parents first; an empty line ends them.
-#                None without git
+#   Then three sections, each with an empty line or record at its end:
+#     commits    as `git cat-file --batch` prints them, parents first; none without git
 #     changes    as `git diff-tree --stdin -r -z --raw` prints them, of each commit against its
-#                first parent; without git, of a commit 1. An empty record ends them. Two slashes
-#                and an n are a newline in a path
-#     contents   as `git cat-file --batch` prints them, each once; an empty line ends them
+#                first parent; without git, of a commit 1
+#     contents   as `git cat-file --batch` prints them, each once
 PULL = SNAPSHOT + RECORDS + LISTED + r"""
 pull() {
   _csnap "$4" "$5" "$7" "$8"; status=$?
@@ -1505,7 +1501,7 @@ note_left() { # last-op
     printf 'note how its commits follow one another: they are too many, rewritten, or hold a '
     echo 'repository; the files come as one commit';;
   esac
-  left_behind "$(pulls "$1" | cut -d' ' -f2)" |
+  left_behind "$1" |
     sed -e 's/^stash.*/note the &: git stash pop there and pull/' -e t \
       -e 's/.*/note the &: check it out there and pull/'
 }
@@ -1536,9 +1532,9 @@ pull_files() {
 _cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && in_stage "$6" pull "$@"; }
 """
 
-# CHANGED root project name base tree op commits bytes last-op [jobs]: what would be lost with the
-#   workspace, since no pull brought it home, a line each, at most 20 of a kind; and jobs that run,
-#   given the name of their directory. 22: no such directory.
+# CHANGED root project name base tree op commits bytes last-op [jobs]: what no pull brought home, a
+#   line each, at most 20 of a kind; and the jobs that run, given their directory's name. 22: no
+#   workspace.
 LOST = SNAPSHOT + RECORDS + r"""
 _clost() {
   _csnap "$4" "$5" "$7" "$8" >"$s/said"; snap=$?
@@ -1552,7 +1548,7 @@ _clost() {
   esac
   o=$w/.git; [ -d "$o" ] || return 0
   [ "$whole" ] || [ "$(sum_refs)" = "${last##* }" ] || echo "the git repository was replaced"
-  left_behind "$(pulls "$9" | cut -d' ' -f2)"
+  left_behind "$9"
   [ -z "$whole" ] || _co log --format='commit %h (%s)' HEAD --not $brought --glob=refs/cmux |
     head -n 20
 }
@@ -1572,19 +1568,16 @@ lost_files() { # last-op
 CHANGED = LOST + JOB_STATE + r"""
 _cop() {
   _croot "$1" && { _cw "$2" "$3" || return 22; } && in_stage "$6" _clost "$@" || return
-  for job in "$root/.cmux/jobs/$2/${10:--}"/*; do
-    [ ! -d "$job" ] || [ "$(_cstate "$job")" != running ] || echo "a job that runs: ${job##*/}"
-  done
+  _crunning "$root/.cmux/jobs/$2/${10:--}" | sed 's/^/a job that runs: /'
 }
 """
 
-# PUSH root project turn name op, then the words of CHANGED, newbase keep: the workspace becomes
-#   the new base; replies pushed, also again with the same op. With git, in place: only files that
-#   differ are touched, ignored ones stay (build caches, a server that watches), and the difference
-#   to its own base is enough. Without, the directory is replaced. `keep` (1): a copy goes to the
-#   trash, and the directory is replaced, too, where its repository cannot be moved (else 5).
-#   Otherwise it looks for what would be lost, as CHANGED does, each time: an upload takes minutes.
-#   21: upload first; 22: no workspace; 25: the lines say what would be lost.
+# PUSH ON, the words of CHANGED, newbase keep: the workspace becomes the new base; replies pushed,
+#   also again with the same op. With git, in place: only files that differ are touched, ignored
+#   ones stay (build caches, a server that watches), and the difference to its own base is enough.
+#   Without, the directory is replaced. `keep` (1): a copy goes to the trash, and the directory is
+#   replaced, too, where its repository cannot be moved (else 5). Else it looks as CHANGED does, for
+#   an upload takes minutes. 21: upload first; 22: no workspace; 25: lines of what would be lost.
 PUSH = LOST + BASE + r"""
 _creflog() { :; } # what only a reflog has stays there
 _work() {
@@ -1674,7 +1667,7 @@ _replace() { # status of _switch. Without a copy, ignored files would be lost wi
 }
 """
 
-# FORK root project turn name op source: a copy under another name. 20: the name is taken.
+# FORK ON source: a copy under another name. 20: the name is taken.
 FORK = OPEN_ROOT + r"""
 _work() {
   if _taken "$place"; then [ "$(_owner "$name")" = "$op" ] || return 20; return 0; fi
@@ -1685,31 +1678,29 @@ _work() {
   _put "$stage/tree"
 }
 """
-# RENAME root project turn lock op from to its [push]: another name for the directory that the
-#   operation `its` made, or its old one, also where it has that already. Replies the op of the last
-#   push; removes what was uploaded for `push`. 20: the name is taken.
+# RENAME ON from to its: another name for the directory that the operation `its` made, or its old
+#   one, also where it has that already. Replies the op of the last push. 20: the name is taken.
 RENAME = OPEN_ROOT + r"""
 _work() {
   if _taken "$project/$2"; then [ "$(_owner "$2")" = "$3" ] || return 20
   else
     _cw "$project" "$1" || return 22
-    echo "$3" >".cmux/made/$project/$2.op" && mv "$w" "$project/$2" || return 3
+    echo "$3" >"$made/$2.op" && mv "$w" "$project/$2" || return 3
   fi
-  [ "$1" = "$2" ] || [ "$(_owner "$1")" != "$3" ] || rm -f ".cmux/made/$project/$1.op"
-  cat ".cmux/made/$project/$3/push"
-  [ ! "$4" ] || rm -rf ".cmux/stage/$4"
+  [ "$1" = "$2" ] || [ "$(_owner "$1")" != "$3" ] || rm -f "$made/$1.op"
+  cat "$made/$3/push"
 }
 """
 
-# GC root: removes trash, what broken uploads left a day ago, jobs that ended a week ago, and bases
-#   that no workspace stands on and none was made of for two weeks. Replies the kilobytes freed.
+# GC root: removes trash, what uploads left a day ago, jobs that ended a week ago, and bases that no
+#   workspace stands on and none was made of for two weeks. Replies the kilobytes freed.
 GC = OPEN_ROOT + r"""
 _cold() { [ "$(find "$2" -prune -mtime "+$1" -print)" ]; } # days path: it is older
 _size() { du -sk . | sed 's/[^0-9].*//'; }
 _cop() {
   _croot "$1" && cd "$root/.cmux" || return
   before=$(_size)
-  for path in trash/* trash/.[!.]*; do ! _taken "$path" || _free "$path"; done
+  for path in trash/* trash/.[!.]*; do _free "$path"; done
   for path in stage/* locks/*; do ! _cold 0 "$path" || _free "$path"; done
   cat made/*/*/base made/*/*.base >used.$$
   for path in bases/*; do
@@ -1721,31 +1712,29 @@ _cop() {
 }
 """
 
-# REMOVE root project turn name op its: ends the jobs that run, and renames all into the trash,
-#   which is emptied in the background. A missing directory is success; somebody else's stays.
+# REMOVE ON its: ends the jobs that run, and renames all into the trash, which is emptied in the
+#   background. A missing directory is success; somebody else's stays.
 REMOVE = OPEN_ROOT + JOB_STATE + r"""
 _work() {
-  trash=.cmux/trash/$op jobs=.cmux/jobs/$project/${1:--} known=.cmux/made/$project/${1:--}
+  trash=.cmux/trash/$op jobs=.cmux/jobs/$project/${1:--} known=$made/${1:--}
   mkdir -p "$trash" || return 3
   if [ -L "$project" ]; then return 3; fi
-  for job in "$jobs"/*; do
-    [ ! -d "$job" ] || [ "$(_cstate "$job")" != running ] ||
-      ( _cmux_root=$(cat "$job/pid"); _cmux_run=${job##*/}; _cmux_stop_tree )
+  for job in $(_crunning "$jobs"); do
+    ( _cmux_root=$(cat "$jobs/$job/pid") _cmux_run=$job; _stop_tree )
   done
   [ ! -d "$jobs" ] || mv "$jobs" "$trash/jobs" || return 3
   if [ "$(_owner "$name")" = "$1" ]; then
     ! _taken "$place" || mv "$place" "$trash/" || return 3
-    rm -f ".cmux/made/$project/$name.op"
+    rm -f "$made/$name.op"
   fi
   rm -rf "$known"
   _discard "$root/$trash"
 }
 """
 
-# GUARD: the lifeline of a command whose stdin streams. It reads the pid of the command's wrapper,
-# then waits. At `beat NONCE` it writes a mark into the wrapper's stdout (Linux); "." ends it alone;
-# end of file ends the tree, which the wrapper then reports: that is not the command's own end.
-# Replies confirmed, or left (it may still run).
+# GUARD: the lifeline of a command whose stdin streams. It reads the pid of its wrapper; `beat
+# NONCE` writes a mark to the wrapper's stdout (Linux); "." ends GUARD alone, end of file the tree,
+# which the wrapper reports. Replies confirmed, or left (it may still run).
 GUARD = r"""
 _cop() {
   _cmux_root=-
@@ -1756,12 +1745,12 @@ _cop() {
     [1-9]*) _cmux_root=$word;;
     esac
   done
-  _cmux_find_tree
+  _find_tree
   case $_cmux_tree in
   " ") [ "$_cmux_own" != - ] || [ -r /proc/self/environ ] || { echo left; return 0; };;
   *) kill -USR2 $_cmux_root;;
   esac
-  if _cmux_stop_tree; then echo confirmed; else echo left; fi
+  if _stop_tree; then echo confirmed; else echo left; fi
 }
 """
 
@@ -1775,9 +1764,8 @@ TOOL_STATUS = {
     38: "There is no job {path}.", 39: "A name in {path} is longer than 255 bytes.",
 }
 
-# READ path max first count home: "size all\n" and the whole file (of which the client takes the
-#   size, and one byte more than max means "too large": that saves a process of two); or, of a file
-#   larger than max where lines were asked for, "size lines sum\n" and those.
+# READ path max first count home: "0 all\n" and the whole file (one byte more than max: too large);
+#   or, of a file larger than max where lines were asked for, "size lines sum\n" and those.
 READ = r"""
 _cop() {
   [ -e "$1" ] || { [ -d "$5" ] || return 37; return 30; }
@@ -1796,11 +1784,10 @@ _cop() {
 # WRITE path root op sum old home lock: stdin becomes the file, by a rename beside it, and only when
 # it has this sum (as cksum prints it: checksum and size); with old, only when the file still has
 # that sum. Makes parents, but not home, the workspace. Replies created or replaced.
-# The lock makes compare and rename one step for all users of this tool. Its name is the cksum of
-# the path; of one without links the client has computed it, which saves three processes. The
-# temporary file is this process's own: an attempt whose connection was lost may still run beside
-# the next. cp (for mode and owner) is tried again: GNU's gives up on a file that another writer's
-# rename replaces under it.
+# The lock makes compare and rename one step. Its name is the cksum of the path; that of one without
+# links comes along: three processes less. The temporary file is this process's own: an attempt
+# whose connection was lost may still run. cp (for mode and owner) is tried again: GNU's gives up on
+# a file that another writer's rename replaces under it.
 WRITE = LOCKED + r"""
 _cop() {
   file=$1 tries=0
@@ -1834,10 +1821,7 @@ _write_aside() {
   [ -d "$lock" ] || mkdir -p "$lock" || return 3
   if [ "$file" = "$1" ]; then lock=$lock/$7
   else lock=$lock/$(printf "%s$_cmux_newline" "$file" | cksum | tr " " -); fi
-  _lock "$lock" 0.02 1000 || return 3
-  _swap "$5"; result=$?
-  _unlock "$lock"
-  return $result
+  _locked "$lock" 0.02 1000 _swap "$5"
 }
 _swap() {
   how=created
@@ -1850,7 +1834,7 @@ _swap() {
 
 # COPY_IN root op home path name force: stdin, a tar archive of OP and last of an empty file `end`,
 #   without which it was cut off, becomes path, or NAME in it where that is a directory (it says
-#   into): unpacked in the stage, moved when it is whole.
+#   into), once it is whole.
 COPY_IN = RECORDS + r"""
 _cop() {
   root=$1 place=$4
@@ -1869,8 +1853,8 @@ _take_copy() {
   [ ! -e "$place/$1" ] || { rm -rf "$place/$1"; return 40; } # a directory made there meanwhile
 }
 """
-# COPY_OUT root op home path: what is in a directory, or the file `it` that path is or leads to:
-#   `note ...` lines, `all` or `file`, and the three sections of PULL.
+# COPY_OUT root op home path: a stream as PULL's, of what is in a directory (all), or of the file
+#   `it` that path is or leads to (file).
 COPY_OUT = GIT_THERE + RECORDS + LISTED + r"""
 _cop() {
   [ -e "$4" ] || { [ -d "$3" ] || return 37; return 30; }
@@ -1892,15 +1876,14 @@ _send_copy() {
 }
 """
 
-# GLOB (as a command, "$1" a find -path pattern that is wider than the glob): the paths, NUL ended.
-# (-print0 is not everywhere.)
+# GLOB (as a command) wider-pattern bytes: the paths, NUL ended. (-print0 is not everywhere.)
 GLOB = r"""
 find . -name .git -prune -o ! -type d -path "$1" -exec sh -c 'printf "%s\0" "$@"' sh {} + \
   2>/dev/null | head -c "$2"
 """
 
-# GREP (as a command): pattern, wider path pattern, -i or -n (no-op), bytes, lines. GNU's prints on
-# stderr, between two lines of output, that a file is binary.
+# GREP (as a command) pattern wider-pattern -i|-n bytes lines. GNU's prints on stderr, between two
+# lines of output, that a file is binary.
 GREP = r"""
 echo | grep -E $3 -e "$1" >/dev/null || [ $? -lt 2 ] || exit 34
 null=
@@ -1912,26 +1895,20 @@ find . -name .git -prune -o -type f -path "$2" -exec sh -c '
   2>/dev/null | head -n "$5" | head -c "$4"
 """
 
-# START dir id command...: run as a job that outlives this session: out (both streams), pid of the
+# START dir id command...: a job that outlives this session: out (both streams), pid of the
 # supervisor, exit. setsid -f, or a bash with job control: in a plain list SIGINT is ignored. It is
 # trapped: ksh dies of what ended its subshell. _cmux_: secrets are in the environment.
 START = r"""
 _cop() {
   _cmux_umask=$(umask); umask 077; _cmux_folder=$1 _cmux_job=$2; shift 2
   mkdir -p "$_cmux_folder" || return 3
-  for _cmux_file in "${_cmux_folder%/*}"/*/exit; do
-    [ ! "$(find "$_cmux_file" -mtime +7 2>/dev/null)" ] || rm -rf "${_cmux_file%/exit}"
-  done
   umask "$_cmux_umask"
-  _cmux_words _cmux_start "$@"
+  _words _start "$@"
   _cmux_tries=0
-  while [ ! -s "$_cmux_folder/pid" ] && [ $_cmux_tries -lt 80 ]; do
-    { [ $_cmux_tries -lt 50 ] && sleep 0.02; } || sleep 1
-    _cmux_tries=$((_cmux_tries+1))
-  done
+  while [ ! -s "$_cmux_folder/pid" ] && [ $_cmux_tries -lt 900 ]; do _pause 0.02; done
   [ ! -s "$_cmux_folder/pid" ] || echo started
 }
-_cmux_start() {
+_start() {
   set -- sh -c 'trap "" HUP; trap : INT USR1 USR2; echo $$ >"$1/pid"
     _cmux_folder=$1 CMUX_RUN=$2; shift 2; export CMUX_RUN
     if command -v setsid >/dev/null; then (trap - HUP; exec setsid "$@")
@@ -1941,13 +1918,13 @@ _cmux_start() {
     mv "$_cmux_folder/exit.new" "$_cmux_folder/exit"' sh "$_cmux_folder" "$_cmux_job" "$@"
   CMUX_JOB=$_cmux_job; export CMUX_JOB
   if setsid -f true 2>/dev/null; then setsid -f "$@"
-  elif command -v bash >/dev/null; then bash -c 'set -m; "$@" &' bash "$@"
+  elif _has bash; then bash -c 'set -m; "$@" &' bash "$@"
   else "$@" & fi </dev/null >"$_cmux_folder/out" 2>&1 4>&-
 }
 """
 
 # JOBS dir [path]: a line each: id, bytes of output, state; with the workspace's path first how many
-# files differ from its base ("-" where there is no git). It writes nothing.
+# files differ from its base (- without git). It writes nothing.
 JOBS = JOB_STATE + r"""
 _cgit() { git --no-optional-locks -c core.fsmonitor=false "$@"; }
 _cop() {
@@ -1957,44 +1934,39 @@ _cop() {
       wc -l) || echo -)"
   fi
   for job in "$1"/*; do
-    [ -d "$job" ] || continue
-    size=$(wc -c <"$job/out") || size=0
-    echo "${job##*/} $((size)) $(_cstate "$job")"
+    [ ! -d "$job" ] || { _csize "$job"; echo "${job##*/} $size $(_cstate "$job")"; }
   done
 }
 """
-# LOGS offset max tenths what dir...: waits up to tenths/10 s for more output (what=more) or the end
-# (what=end) of a job, the first of several; then "bytes id state\n" and its output from offset. The
-# state is taken before the size.
+# LOGS offset max tenths what dir...: waits so long for `more` output or the `end` of a job, the
+# first of several; then "bytes id state\n" and its output from offset.
 LOGS = JOB_STATE + r"""
 _cop() {
-  offset=$1 most=$2 tenths=$3 what=$4 waited=0; shift 4
+  offset=$1 most=$2 tenths=$3 what=$4 _cmux_tries=0; shift 4
   for job; do [ -d "$job" ] || return 38; done
   while :; do
     for job; do
-      state=$(_cstate "$job"); size=$(wc -c <"$job/out"); size=$((size))
+      state=$(_cstate "$job"); _csize "$job" # in this order: what has ended has its last size
       [ "$state" = running ] || break 2
       [ "$what" != more ] || [ "$size" -le "$offset" ] || break 2
     done
-    [ $waited -lt "$tenths" ] || break
-    if sleep 0.1; then waited=$((waited+1)); else sleep 1; waited=$((waited+10)); fi
+    [ $_cmux_tries -lt "$tenths" ] || break
+    _pause 0.1
   done
   echo "$size ${job##*/} $state"
   if [ "$most" -gt 0 ]; then tail -c "+$((offset+1))" "$job/out" | head -c "$most"; fi
 }
 """
-# STOP dir: end a job's tree, and say what was seen of it, and its state. The number of a job that
-# has ended may be a stranger's.
+# STOP dir: end a job's tree; was its end seen, and its state. The number of a job that has ended
+# may be a stranger's.
 STOP = JOB_STATE + r"""
 _cop() {
   [ -d "$1" ] || return 38
-  _cmux_root=$(cat "$1/pid") _cmux_run=${1##*/} tries=0
+  _cmux_root=$(cat "$1/pid") _cmux_run=${1##*/} _cmux_tries=0
   if [ ! -f "$1/exit" ] && _calive "$1" "$_cmux_root"; then true >"$1/stopped"
   else _cmux_root=-; fi
-  if ( _cmux_stop_tree ); then echo confirmed; else echo requested; fi
-  while [ "$(_cstate "$1")" = running ] && [ $tries -lt 20 ]; do
-    sleep 0.1 || sleep 1; tries=$((tries+1))
-  done
+  if ( _stop_tree ); then echo confirmed; else echo requested; fi
+  while [ "$(_cstate "$1")" = running ] && [ $_cmux_tries -lt 20 ]; do _pause 0.1; done
   _cstate "$1"
 }
 """
@@ -2002,7 +1974,7 @@ _cop() {
 
 # HANDOVER root op: stdin goes to whoever opens the FIFO first (a shell on a terminal), and so lies
 # on no disk. The FIFO stands below .cmux, 0700: in /tmp a stranger, who sees its name in the
-# process table, could make one. It is removed after 60 s.
+# process table, could make one.
 HANDOVER = OPEN_ROOT + r"""
 _cop() {
   _croot "$1" && cd .cmux/stage && mkdir "$2" && mkfifo "$2/f" || return 3
@@ -2024,17 +1996,17 @@ _cop() {
   _croot "$1" || { echo "readonly $1"; return 0; }
   echo "root $root"
   stage=.cmux/stage/$2; mkdir -p "$stage" || { echo "readonly $root"; return 0; }
-  if command -v tar >/dev/null; then
+  if _has tar; then
     ( cd "$stage" && tar -xmof - && [ -s probe ] ) && echo "tar $(tar --version | head -n 1)"
   fi
   cat >/dev/null; rm -rf "$stage"
-  if command -v git >/dev/null; then echo "git $(git --version)"; fi
+  if _has git; then echo "git $(git --version)"; fi
   set -- $(df -Pk . | tail -n 1); echo "free $4"
   set -- $(df -Pi . | tail -n 1); echo "inodes $4"
   [ -z "$fresh" ] || { cd /; rmdir "$root"/.cmux/* "$root/.cmux" "$root"; }
 }
 """
-# The self-test of secrets, for both sides: is the value of CMUX_PROBE in any process's argv?
+# For both sides: is the value of CMUX_PROBE in any process's argv?
 SEEN = r"""all=$(ps -A -o args= || cat /proc/[0-9]*/cmdline | tr '\0' ' ')
 case $all in *"$CMUX_PROBE"*) echo seen;; ?*) echo unseen;; esac"""
 
@@ -2090,7 +2062,7 @@ def command_records(command: object, login: bool, stdin: bool) -> bytes:
     line, words = check_command(command)
     records = [record("_cmux_life", "" if stdin else "life"), line_records(line, words, login)]
     records += [record("@", word) for word in words]
-    return b"".join(records) + record(".", '_cmux_command "$@"')
+    return b"".join(records) + record(".", '_command "$@"')
 
 
 # How a command runs on the terminal: as a child, for ssh has no status for a death by a signal.
@@ -5818,8 +5790,8 @@ class ProjectBase:
         entry = self.entry(name)
         intent = entry.get("intent")
         if intent:
-            words = [intent.get("to", name), name, entry["op"], intent["op"]]
-            reply = self.operate(RENAME, name, entry, [os.urandom(8).hex(), *words])
+            words = [os.urandom(8).hex(), intent.get("to", name), name, entry["op"]]
+            reply = self.operate(RENAME, name, entry, words)
             if reply.status not in (20, 22):  # else it is gone, or another directory is in its way
                 check_reply(reply, entry["host"], f"settle an interrupted operation on {name}")
             self._end_intent(name, intent["op"] in reply.lines())
@@ -6077,7 +6049,7 @@ class ProjectBase:
         no more use). Until both are done, it has the old name. Raises as fork() does."""
         with self._moving("rename", source.name, name, cancel) as entry:
             op = os.urandom(8).hex()
-            words = [op, source.name, name, entry["op"], ""]
+            words = [op, source.name, name, entry["op"]]
             reply = self.operate(RENAME, source.name, entry, words,
                                  {"intent": {"op": op, "to": name}}, cancel=cancel)
             if reply.status in (20, 22):

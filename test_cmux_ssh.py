@@ -606,8 +606,7 @@ class Site:
         """A program of sh, in place of what has that path below the directory."""
         path = self.dir / name
         path.parent.mkdir(exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+        path.unlink(missing_ok=True)
         return str(script(path, text))
 
     def environment(self, env=None):
@@ -801,7 +800,7 @@ class Repo:
     def commit(self, message="more"):
         self.git("add", "-A")
         self.git("commit", "-q", "--allow-empty", "-m", message)
-        return self.git("rev-parse", "HEAD")
+        return self.id("HEAD")
 
     def save(self, path, data, mode=None):
         """A commit of that file."""
@@ -838,8 +837,8 @@ class Repo:
     def terminal(self, *args, **options):
         return on_terminal(self.site, *args, cwd=self.dir, **options)
 
-    def secret(self, name, value, **options):
-        self.ok("secrets", "set", name, stdin=value if isinstance(value, bytes) else value.encode(), **options)
+    def secret(self, name, value=b"", command="", **options):
+        self.ok("secrets", "set", name, *(["--command", command] if command else []), stdin=value if isinstance(value, bytes) else value.encode(), **options)
 
     def exec(self, *command, host="box", options=(), **rest):
         return self.cli("exec", "-H", host, *options, "--", *command, **rest)
@@ -856,6 +855,10 @@ class Repo:
         rows = self.recorded()
         return Path((rows if name in rows else self.workspaces())[name]["path"].replace("~", str(self.site.far_home()), 1))
 
+    def far(self, path, name="main"):
+        """The content of a file of a workspace."""
+        return (self.path(name) / path).read_bytes()
+
     def history(self, *words):
         return self.ok("history", "--json", *words).rows
 
@@ -865,6 +868,9 @@ class Repo:
 
     def pulled(self, path, name="main"):
         return self.git("show", f"cmux/{name}:{path}")
+
+    def id(self, name):
+        return self.git("rev-parse", name)
 
     def changed(self, what="--name-only"):
         """The paths that a pull changed, a line each."""
@@ -982,6 +988,27 @@ def shared(common):
     return repo
 
 
+@pytest.fixture
+def line(site):
+    """That of the host `far`, which is `box` behind it."""
+    return site.line("far")
+
+
+@pytest.fixture
+def nap():
+    """A command of this test's own, which runs nowhere any more in the end."""
+    own = Nap()
+    yield own
+    own.gone()
+
+
+@pytest.fixture
+def client(repo):
+    """One of `mcp` that makes workspaces on `box`."""
+    with open_mcp(repo, "-H", "box") as opened:
+        yield opened
+
+
 @pytest.fixture(autouse=True)
 def hang_guard(request):
     """Nothing may take five minutes: a test that hangs fails instead of stopping the run.
@@ -1001,11 +1028,6 @@ def hang_guard(request):
 # === The rig tells the truth ===
 
 
-def test_rig_box_is_a_real_sshd_with_a_home_of_its_own(site):
-    done = site.ssh("box", 'echo "$HOME"; cat; echo err >&2; exit 3', stdin=b"in\0")
-    assert (done.returncode, done.stdout, done.stderr) == (3, f"{site.far_home()}\n".encode() + b"in\0", b"err\n"), site.log()
-
-
 @each("shell", SHELLS)
 def test_rig_login_shells_are_the_real_ones_and_noisy(site, shell):
     own = "$fish_pid" if shell == "fish" else "$$"
@@ -1015,8 +1037,7 @@ def test_rig_login_shells_are_the_real_ones_and_noisy(site, shell):
     assert os.path.basename(last) == os.path.basename(os.path.realpath(program(shell))), done
 
 
-def test_rig_line_counts_delays_cuts_and_refuses(site):
-    line = site.line("far")
+def test_rig_line_counts_delays_cuts_and_refuses(site, line):
     assert site.ssh("far", "echo hi").stdout == b"hi\n"
     assert line.connections == 1 and line.up > 500 and line.down > 500
     line.cut["up"] = 100_000
@@ -1031,17 +1052,6 @@ def test_rig_line_counts_delays_cuts_and_refuses(site):
     assert time.monotonic() - began > 1
     line.refuse, before = True, line.connections
     assert site.ssh("far", "true").returncode == 255 and line.connections == before + 1
-
-
-def test_rig_cleans_up_after_itself(keys):
-    with open_site(keys) as site:
-        gone = site.dir
-        assert site.ssh("box", "setsid sleep 4711 >/dev/null 2>&1 & echo started").stdout == b"started\n"
-        until(lambda: running("sleep 4711"), "the orphan runs")
-        master = site.ssh("box", "true", "-o", "ControlMaster=yes", "-o", f"ControlPath={site.dir}/cm", "-o", "ControlPersist=60", "-n")
-        assert master.returncode == 0 and len(site.masters()) == 1, processes()
-    assert not gone.exists()
-    assert not running("sleep 4711") and not naming(str(gone))
 
 
 # === The file: rooms and doors ===
@@ -1125,18 +1135,11 @@ def commands(source, word):
     return [n for n in firsts if isinstance(n, ast.Constant) and n.value == word]
 
 
-def test_only_the_room_ssh_speaks_to_ssh(source):
-    assert not source.outside("SSH", names_used(source, "socket") + commands(source, "ssh"))
-
-
-def test_only_the_room_git_speaks_to_git(source):
-    assert not source.outside("Git", commands(source, "git"))
-
-
-def test_only_the_command_line_prints_and_exits(source):
+def test_ssh_git_and_the_terminal_have_a_room_each(source):
     prints = [n for n in source.find(ast.Name) if n.id in ("print", "input", "SystemExit", "exit", "quit")]
     prints += attributes_of(source, "sys", "stdout|stderr|exit|__stdout__|__stderr__")
-    assert not source.outside("Command line", prints)
+    for room, nodes in (("SSH", names_used(source, "socket") + commands(source, "ssh")), ("Git", commands(source, "git")), ("Command line", prints)):
+        assert not source.outside(room, nodes)
 
 
 # Lowered with each step of the simplification, never raised. The goal: 330,000 bytes each. (ruff holds the lines to 100 columns.)
@@ -1195,7 +1198,8 @@ def test_assertions_do_no_work_that_python_O_would_leave_out(source):
     assert all(isinstance(call, ast.Call) and getattr(call.func, "id", "") == "isinstance" for call in calls), [call.lineno for call in calls]
 
 
-def test_the_head_lists_the_rooms_as_they_stand(source):
+def test_the_head_says_name_version_and_licence_and_lists_the_rooms(source):
+    assert re.search(r"cmux_ssh(.|\n)*\d+\.\d+(.|\n)*MIT", "\n".join(source.text.splitlines()[:8]))
     rows = re.findall(r"(?:^ {4}| {2})([ \d]\d) (\w+(?: \w+)?) {2,}\S", source.text.split('"""')[1], re.M)
     told = sorted((int(number), name) for number, name in rows)
     assert [number for number, _ in told] == [int(number) for _, number, _ in source.banners] == list(range(1, len(told) + 1))
@@ -1208,11 +1212,6 @@ def test_version_names_itself_and_its_digest():
     done = subprocess.run([sys.executable, "-W", "error", "-I", "-S", str(PROGRAM), "--version"], capture_output=True)
     assert done.returncode == 0 and done.stderr == b"" and done.stdout.startswith(b"cmux_ssh")
     assert done.stdout == f"cmux_ssh.py {c.__version__} (sha256 {digest(PROGRAM.read_bytes())})\n".encode()
-
-
-def test_first_lines_say_name_version_and_licence(source):
-    head = "\n".join(source.text.splitlines()[:8])
-    assert "cmux_ssh" in head and re.search(r"\d+\.\d+", head) and "MIT" in head
 
 
 @each("command", ["", "secrets", *c.VERBS])
@@ -1230,7 +1229,6 @@ def test_help_of_a_command_shows_an_example_and_fits(common, command):
 @promise(5)
 @compat
 def test_every_exit_code_from_0_to_255_is_exact(shared):
-    """Those that mean something here through a process each, all through one."""
     for code in (0, 1, 2, 3, 42, 77, *range(96, 100), *range(123, 132), 137, 141, 143, 254, 255):
         ran = shared.exec("sh", "-c", f"exit {code}") if code % 2 else shared.exec(f"exit {code}")
         assert ran.ended == (code, b"", b"")
@@ -1279,13 +1277,6 @@ def test_odd_bytes_go_through_unchanged_both_ways(shared):
         assert (ran.code, ran.err) == (0, b"") and ran.out == data, data[:99]
 
 
-def test_stdout_and_stderr_are_separate_exact_and_free_of_our_words(repo):
-    """Also on first use, when the workspace is made on the way."""
-    for _ in range(2):
-        ran = repo.exec("printf out; printf err >&2")
-        assert ran.ended == (0, b"out", b"err")
-
-
 @promise(5)
 def test_a_megabyte_on_both_streams_at_once_arrives_whole(shared):
     ran = shared.exec("dd if=/dev/zero bs=1024 count=1024 2>/dev/null | tr '\\0' a & "
@@ -1300,14 +1291,9 @@ def test_output_streams_as_it_is_written(shared):
     assert (child.returncode, out, err) == (0, b"second\n", b"")
 
 
-def test_a_command_that_ignores_a_large_stdin_is_no_error(shared):
-    ran = shared.exec("echo done", stdin=bytes(1 << 22))
-    assert ran.ended == (0, b"done\n", b"")
-
-
-def test_option_n_leaves_stdin_alone(shared):
-    ran = shared.exec("cat; echo end", options=["-n"], stdin=b"secret stdin")
-    assert (ran.code, ran.out) == (0, b"end\n")
+def test_a_command_may_ignore_a_large_stdin_and_n_leaves_it_alone(shared):
+    assert shared.exec("echo done", stdin=bytes(1 << 22)).ended == (0, b"done\n", b"")
+    assert shared.exec("cat; echo end", options=["-n"], stdin=b"secret stdin").ended == (0, b"end\n", b"")
 
 
 @promise(5)
@@ -1411,29 +1397,24 @@ class Nap(str):
 
 @promise(6)
 @compat
-def test_a_timeout_keeps_early_output_exits_124_and_leaves_no_process(shared):
-    nap = Nap()
+def test_a_timeout_keeps_early_output_exits_124_and_leaves_no_process(shared, nap):
     ran = shared.exec(f"echo early; {nap} & {nap}", options=["--timeout", "1"])
     assert (ran.code, ran.out) == (124, b"early\n") and ran.seconds < 15
     nap.gone()
     assert shared.exec("echo a long time", options=["--timeout", "99999999"]).out == b"a long time\n"
     told = shared.exec(f"echo early; {nap}", options=["--timeout", "1", "--json"])
     assert told.code == 124 and told.json["timed_out"] is True and told.json["stdout"] == "early\n"
-    nap.gone()
 
 
-def test_a_timeout_ends_a_command_that_ignores_term(shared):
-    nap = Nap()
+def test_a_timeout_ends_a_command_that_ignores_term(shared, nap):
     ran = shared.exec(f"trap '' TERM INT HUP; echo on; {nap}; {nap}", options=["--timeout", "1"])
     assert (ran.code, ran.out) == (124, b"on\n")
-    nap.gone()
 
 
 @each("stdin", ["null", "open"])
 @each("sig, code", [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
 @promise(6)
-def test_a_stopped_client_ends_the_remote_command(shared, sig, code, stdin):
-    nap = Nap()
+def test_a_stopped_client_ends_the_remote_command(shared, sig, code, stdin, nap):
     child = shared.start("exec", "--", f"echo early; {nap} & {nap}",
                          stdin=PIPE if stdin == "open" else DEVNULL)
     assert child.stdout.readline() == b"early\n"
@@ -1441,19 +1422,16 @@ def test_a_stopped_client_ends_the_remote_command(shared, sig, code, stdin):
     os.killpg(child.pid, sig) if sig == signal.SIGINT else os.kill(child.pid, sig)
     _, err = child.communicate()
     assert child.returncode == code, err
-    nap.gone()
 
 
 @promise(6)
 @compat
-def test_ctrl_c_on_a_terminal_is_130(shared):
-    nap = Nap()
+def test_ctrl_c_on_a_terminal_is_130(shared, nap):
     terminal = shared.terminal("exec", "-H", "box", "--", f"echo early; {nap}")
     terminal.expect(b"early")
     nap.runs()
     terminal.send(b"\x03")
     assert terminal.wait() == 130
-    nap.gone()
 
 
 COLOURFUL = (r"printf '\303'; sleep .2; printf '\244 \033[3'; sleep .2; printf '1mred\033[0m \33[1;32m10%%\r20%%'; sleep .2; printf '\033[m\n"
@@ -1461,7 +1439,7 @@ COLOURFUL = (r"printf '\303'; sleep .2; printf '\244 \033[3'; sleep .2; printf '
 
 
 @each("face", ["exec", "logs", "logs -f", "new", "several"])
-def test_colours_and_progress_of_a_command_pass_to_a_terminal_and_nothing_else_does(repo, face):
+def test_colours_and_progress_pass_to_a_terminal_and_nothing_else(repo, face):
     words = face.split()
     if face == "new":
         repo.save(".cmux/init", b"#!/bin/sh\n" + COLOURFUL.encode(), 0o755)
@@ -1483,8 +1461,7 @@ def test_colours_and_progress_of_a_command_pass_to_a_terminal_and_nothing_else_d
     assert f"{label}\x1b[7mleft\x1b[m" in seen, seen
 
 
-def test_a_dead_master_is_a_lost_line_ends_the_command_and_the_next_call_works(repo, site):
-    nap = Nap()
+def test_a_dead_master_is_a_lost_line_ends_the_command_and_the_next_call_works(repo, site, nap):
     repo.new()
     child = repo.start("exec", "--json", "--", f"echo early; {nap}")
     nap.runs()
@@ -1511,7 +1488,7 @@ def test_a_line_cut_in_mid_command_is_a_lost_line(repo, site):
 
 
 def ssh_without_masters(site):
-    return in_sshs_place(site, 'for a in "$@"; do case $a in -M|-MN|ControlMaster=yes|ControlMaster=auto)\n'
+    in_sshs_place(site, 'for a in "$@"; do case $a in -M|-MN|ControlMaster=yes|ControlMaster=auto)\n'
                          'echo "command-line line 0: Unsupported option ControlMaster" >&2; exit 255;; esac; done\nexec $ssh "$@"')
 
 
@@ -1535,15 +1512,16 @@ def sent_whole(line, more):
 
 
 @each("how", ["exec", "job", "one connection each"])
-def test_a_command_that_was_sent_may_have_begun_and_runs_no_second_time(site, how):
+def test_a_command_that_was_sent_runs_no_second_time(site, how):
     """The line is lost before the host's first word about it comes back."""
     gate, waits = gated(site, "slow")
     line, repo, log = site.line("far", to="slow"), Repo(site), site.dir / "ran"
-    env = {"CMUX_SSH_COMMAND": ssh_without_masters(site)} if how == "one connection each" else {}
-    repo.new(env=env, host="far")
-    assert repo.exec("true", host="far", env=env).code == 0
+    if how == "one connection each":
+        ssh_without_masters(site)
+    repo.new(host="far")
+    assert repo.exec("true", host="far").code == 0
     gate.touch()
-    child = repo.start("exec", "--json", *(["--detach"] if how == "job" else ["-n"]), "-w", "main", "--", f"echo run >>{log}; : {'x' * 50000}", env=env)
+    child = repo.start("exec", "--json", *(["--detach"] if how == "job" else ["-n"]), "-w", "main", "--", f"echo run >>{log}; : {'x' * 50000}")
     sent_whole(line, 50000)
     assert waits.exists()
     line.trap = ("down", 0, lambda: (until(log.exists, "it runs"), line.drop()))  # which holds back the answer
@@ -1597,7 +1575,7 @@ def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo, site):
 
 @each("sh", ["dash", "bash", "mksh", "ksh", "busybox"])
 @each("setsid", [True, False])
-def test_a_session_opened_ahead_does_what_one_opened_for_a_command_does(site, sh, setsid):
+def test_a_session_opened_ahead_does_what_another_does(site, sh, setsid):
     """Its process waits for the header already in a session of its own."""
     host, tools, naps = bare_host(site), site.dir / "posix-bin", [Nap(), Nap()]
     site.script("posix-bin/sh", f'exec {program(sh)}{" sh" if sh == "busybox" else ""} "$@"')
@@ -1630,7 +1608,7 @@ def without_proc(text, *values, place="/nowhere", more=b""):
                           stdout=PIPE, stderr=DEVNULL, timeout=60).stdout
 
 
-def test_where_neither_the_wrapper_nor_proc_is_there_no_end_is_confirmed():
+def test_without_wrapper_and_proc_no_end_is_confirmed():
     """(From inside: a guard that was not told of its command yet cannot be had on purpose.)"""
     def guard(pid, place="/nowhere"):
         return without_proc(c.GUARD, place=place, more=b"%s\n" % str(pid).encode())
@@ -1652,7 +1630,6 @@ def test_a_stopped_master_does_not_hang_a_new_call(repo, site):
 
 
 def test_what_runs_over_a_master_that_hung_goes_on_when_it_wakes(repo, site):
-    """Others go over a new one meanwhile, and afterwards."""
     repo.new()
     child = repo.start("exec", "-n", "--", "touch begun; until [ -e go ]; do sleep 0.05; done; echo on; exit 4")
     until(lambda: (repo.path() / "begun").exists(), "it runs")
@@ -1665,8 +1642,7 @@ def test_what_runs_over_a_master_that_hung_goes_on_when_it_wakes(repo, site):
 
 
 @each("stdin", [None, pytest.param(b"in", marks=slow)])
-def test_a_command_whose_master_hangs_is_stopped_over_another_one_and_soon(repo, stdin, site):
-    nap = Nap()
+def test_a_command_whose_master_hangs_is_stopped_over_another(repo, stdin, site, nap):
     repo.new()
     child = repo.start("exec", "--timeout", "3", "--json", "--", f"cat; echo on; {nap}", stdin=DEVNULL if stdin is None else PIPE)
     if stdin:
@@ -1680,7 +1656,6 @@ def test_a_command_whose_master_hangs_is_stopped_over_another_one_and_soon(repo,
     told = json.loads(out)
     assert (child.returncode, told["timed_out"], told["stopped"]) == (124, True, "confirmed"), (told, err)
     assert told["duration"] < 18, "the silent session is not waited for as long as one that answers"
-    nap.gone()
 
 
 def test_a_timeout_comes_also_while_output_never_pauses(shared):
@@ -1696,7 +1671,6 @@ def test_a_timeout_comes_also_while_output_never_pauses(shared):
 @each("where", ["pipe", "terminal", "several"])
 @promise(6)
 def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo, where, how):
-    """Nobody reads, and the output is full: the command is ended all the same, and that is said."""
     nap, several = Nap(), where == "several"
     repo.new("main", *(["b"] if several else []))
     reader, writer = pty.openpty() if where == "terminal" else os.pipe()
@@ -1721,7 +1695,7 @@ def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo, w
 @slow
 @pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounts a /proc of its own")
 @each("shell", ["dash", "bash", "mksh", "ksh", "busybox sh", "zsh"])
-def test_a_process_that_hides_is_ended_and_its_end_is_not_confirmed_blindly(site, shell):
+def test_a_process_that_hides_is_ended_and_not_confirmed_blindly(site, shell):
     """hidepid=2, and a command, or a child of its group, that is not dumpable: no table shows it to its own user."""
     napping = unique()
     site.script("names/sh", """exec bash -c 'exec -a sh zsh "$@"' sh "$@\"""" if shell == "zsh" else f'exec {shell} "$@"')
@@ -1820,8 +1794,7 @@ def test_a_config_that_lets_everything_leave_lets_nothing_leave(site):
         assert b"SSH_AUTH_SOCK=" in plain.stdout and b"FOO_SECRET=leak" in plain.stdout and b"FROM_CONFIG=leak" in plain.stdout, plain
         assert hostile.marker.exists() and ssh_add(site, env, "-L") != before
         hostile.marker.unlink()
-        with contextlib.suppress(FileNotFoundError):
-            hostile.xauth.unlink()
+        hostile.xauth.unlink(missing_ok=True)
         ssh_add(site, env, "-q", "-d", site.keys.user)
         repo.new(env={**env, **LEAKS}, host="hostile")
         child = repo.start("exec", "-H", "hostile", "--", LOOK, env={**env, **LEAKS})
@@ -1860,12 +1833,12 @@ def test_the_users_own_master_is_neither_used_nor_touched(repo, site):
 
 
 def in_sshs_place(site, text):
-    """A script that CMUX_SSH_COMMAND names; $ssh is the real one."""
-    return site.script("in-sshs-place", f"ssh='{program('ssh')} -F {site.config}'\n{text}")
+    """From now on a script is the program's ssh; $ssh is the real one."""
+    site.env["CMUX_SSH_COMMAND"] = site.script("in-sshs-place", f"ssh='{program('ssh')} -F {site.config}'\n{text}")
 
 
 @each("when", ["later", "for a command"])
-def test_what_the_config_says_only_now_or_only_for_a_command_does_not_leave_either(site, when):
+def test_what_the_config_says_only_for_a_command_does_not_leave_either(site, when):
     """Match exec may change its mind. OpenSSH 10 has Match sessiontype and Match command: before, a program in ssh's place
     that looks for a word behind the host plays them."""
     new = int(re.findall(rb"OpenSSH_(\d+)", subprocess.run([program("ssh"), "-V"], stderr=PIPE).stderr)[0]) >= 10
@@ -1876,8 +1849,8 @@ def test_what_the_config_says_only_now_or_only_for_a_command_does_not_leave_eith
     site._write_config()
     site.env["LEAK_ME"] = "leak"
     if when != "later" and not new:
-        site.env["CMUX_SSH_COMMAND"] = in_sshs_place(site, 'n=0; for a; do [ "$n$a" != 0-- ] && [ $n = 0 ] || n=$((n+1)); done\n'
-                                                     '[ $n -lt 3 ] || export CARRIES=yes; exec $ssh "$@"')
+        in_sshs_place(site, 'n=0; for a; do [ "$n$a" != 0-- ] && [ $n = 0 ] || n=$((n+1)); done\n'
+                      '[ $n -lt 3 ] || export CARRIES=yes; exec $ssh "$@"')
     assert in_library(repo, """
 project = cmux_ssh.Project(".")
 main = project.ensure("main", "far")
@@ -1941,7 +1914,7 @@ def test_a_changed_host_key_is_refused_even_where_checking_is_off(site):
 
 
 @each("text", [b"REMOTE HOST IDENTIFICATION HAS CHANGED", b"x\nHost key verification failed.", b"Could not resolve hostname"])
-def test_what_a_server_says_as_it_disconnects_is_not_taken_for_sshs_own_word(repo, text, site):
+def test_what_a_server_says_last_is_not_taken_for_sshs_own_word(repo, text, site):
     body = b"\x01" + struct.pack(">II", 2, len(text)) + text + struct.pack(">I", 0)
     pad = 8 - (len(body) + 5) % 8 + 8
 
@@ -1989,7 +1962,7 @@ def test_a_forged_ssh_error_of_the_remote_command_is_the_commands_own(shared):
 
 @promise(4)
 def test_a_promisor_repository_fetches_nothing(repo, site):
-    trap, blob = site.dir / "trap", repo.git("rev-parse", "HEAD:README")
+    trap, blob = site.dir / "trap", repo.id("HEAD:README")
     for key, value in (("core.repositoryformatversion", "1"), ("extensions.partialClone", "origin"), ("remote.origin.promisor", "true"),
                        ("remote.origin.url", f"ext::sh -c touch% {trap}"), ("protocol.ext.allow", "always"),
                        ("core.sshCommand", f"touch {trap}"), ("remote.origin.uploadpack", f"touch {trap};")):
@@ -1999,7 +1972,7 @@ def test_a_promisor_repository_fetches_nothing(repo, site):
     assert made.code == 1 and not trap.exists() and repo.workspaces() == {}
 
 
-def test_a_git_directory_among_the_files_of_another_repository_is_refused(repo, site):
+def test_a_git_directory_inside_another_repository_is_refused(repo, site):
     """It came with a clone, and its config names a host and a work tree."""
     inner = repo.dir / "vendor"
     subprocess.run(["git", "clone", "-q", "--bare", str(repo.dir), str(inner)], env=site.environment(), check=True)
@@ -2013,10 +1986,10 @@ def test_a_git_directory_among_the_files_of_another_repository_is_refused(repo, 
 
 
 @each("large", [False, True])
-def test_attributes_that_cannot_be_read_or_are_very_large_are_no_traceback(site, large):
+def test_unreadable_or_very_large_attributes_are_no_traceback(site, large):
     repo = Repo(site, files={".gitattributes": b"#" * (1 << 20) + b"\n* text\n" if large else b"x text\n", "a/.gitattributes": b"hidden export-ignore\n", "a/hidden": b"1"})
     if not large:
-        blob = repo.git("rev-parse", "HEAD:.gitattributes")
+        blob = repo.id("HEAD:.gitattributes")
         (repo.dir / ".git/objects" / blob[:2] / blob[2:]).unlink()
         refused(repo.cli("new", "-H", "box", "w"), 1, "partial clone")
         return
@@ -2088,7 +2061,7 @@ def test_arguments_output_codes_stdin_and_secrets_are_exact_under_every_login_sh
 
 
 @each("foreign", ["bash -l", "zsh", "dash", "fish", "tcsh", "mksh", "ksh", "busybox sh", "cat", ".bashrc"])
-def test_a_shell_that_is_not_ours_runs_nothing_of_a_header_and_reads_no_secret(site, foreign):
+def test_a_shell_that_is_not_ours_runs_nothing_and_reads_no_secret(site, foreign):
     """The account's ForceCommand, or what its .bashrc runs, reads what we send in place of our command."""
     flag, touched, got, nap = site.dir / "flag", site.dir / "touched", site.dir / "got", Nap()
     if foreign == ".bashrc":
@@ -2122,9 +2095,11 @@ def test_a_secret_arrives_byte_for_byte_and_lies_nowhere_on_the_host(repo, site)
 
 
 @promise(2)
+@compat
 def test_odd_secret_values_arrive_exactly(repo, site):
+    """And names that are used otherwise; but not _, which every shell sets anew."""
     odd = [b"", b"x", b" lead and trail ", b"\\", b"-n", b"-e \\c", b"%s%n", b"*", b"a" * 100_000, "é\u2028".encode()]
-    values = {f"V{n}": value for n, value in enumerate(odd)}
+    values = dict(zip(["GIT_AUTHOR_NAME", "k", "n", "v", "CMUX", "OPENAI_API_KEY", "lower", "V1", "V2", "V3"], odd))
     for name, value in values.items():
         repo.secret(name, value)
     (site.dir / "dotenv").write_text('V99="trailing\\n\\n"\n')
@@ -2172,18 +2147,10 @@ def test_secrets_are_stored_0600_outside_the_repository_and_listed_by_name_only(
     assert [row["name"] for row in repo.cli("secrets", "list", "--json").json] == ["A_TOKEN", "B_TOKEN"]
     assert repo.cli("secrets", "set", "C", "--json", stdin=b"c").json == ["C"] == repo.cli("secrets", "rm", "C", "--json").json
     holders = [Path(p) for p in files_holding(site.dir, b"value-of-a")]
-    assert holders and all(site.state in p.parents and mode_of(p) == 0o600 for p in holders), holders
+    assert all(site.state in p.parents and mode_of(p) == 0o600 for p in holders) and holders
     assert mode_of(site.state) == 0o700 and repo.git("status", "--porcelain") == ""
     repo.ok("secrets", "rm", "A_TOKEN")
     assert repo.cli("secrets", "list").out == b"B_TOKEN\n" and not files_holding(site.dir, b"value-of-a")
-
-
-def test_secrets_belong_to_one_project_and_are_updated(repo, site):
-    other = Repo(site, "other")
-    for value in (b"first", b"second"):
-        repo.secret("TOKEN", value)
-        assert repo.exec('echo "$TOKEN"').out == value + b"\n"
-    assert other.cli("secrets", "list").out == b"" and other.exec('echo "<$TOKEN>"').out == b"<>\n"
 
 
 def test_secrets_have_scopes_and_the_narrower_wins(repo, site):
@@ -2191,8 +2158,8 @@ def test_secrets_have_scopes_and_the_narrower_wins(repo, site):
     refused(repo.cli("secrets", "set", "X", "-w", "a", stdin=b"v", seconds=30), 1, words="no workspace 'a'")
     repo.new("a", "b")
     site.cli("secrets", "set", "T", "--global", cwd=site.dir, stdin=b"global-1")  # outside a repository, too
-    for words, data in ((["set", "G", "--global"], b"global-2"), (["set", "T"], b"project-1"), (["import", "-", "-w", "a"], b"T=own-of-a\nG=own-2-of-a\n")):
-        repo.ok("secrets", *words, stdin=data)
+    for words, data in (("set G --global", b"global-2"), ("set T", b"project-1"), ("import - -w a", b"T=own-of-a\nG=own-2-of-a\n")):
+        repo.ok("secrets", *words.split(), stdin=data)
 
     def seen(name, project=repo):
         return project.cli("exec", "-w", name, "-H", "box", "--", "echo $T $G").text.split()
@@ -2206,13 +2173,13 @@ def test_secrets_have_scopes_and_the_narrower_wins(repo, site):
     repo.new("a")
     assert seen("d") == seen("e") == ["own-of-a", "own-2-of-a"] and seen("a") == seen("b")
     holders = [Path(p) for p in files_holding(site.dir, b"own-of-a")]
-    assert len(holders) == 2 and all(site.state in p.parents and stat.S_IMODE(p.stat().st_mode) == 0o600 for p in holders), holders
+    assert [(site.state in p.parents, mode_of(p)) for p in holders] == [(True, 0o600)] * 2
     Path(f"{holders[0]}.1.new").write_bytes(b"own-of-a")  # of a writer that was killed
     repo.ok("rm", "d")
     repo.ok("rm", "--forget", "e")
     assert not files_holding(site.dir, b"own-of-a") and repo.cli("secrets", "list").text == "G  (global)\nT  (global)\nT\n"
-    for words, code in ((["set", "X", "-w", "d"], 1), (["rm", "G"], 2), (["rm", "T", "-w", "a"], 2), (["set", "X", "--global", "-w", "a"], 2), (["list", "-w", "d"], 1)):
-        refused(repo.cli("secrets", *words, stdin=b"v"), code)
+    for words, code in (("set X -w d", 1), ("rm G", 2), ("rm T -w a", 2), ("set X --global -w a", 2), ("list -w d", 1)):
+        refused(repo.cli("secrets", *words.split(), stdin=b"v"), code)
     repo.ok("secrets", "rm", "T")
     repo.ok("secrets", "rm", "G", "--global")
     assert seen("a") == ["global-1"]
@@ -2223,17 +2190,16 @@ def test_exec_hands_over_the_secrets_that_are_named_or_none(repo, site):
     repo.write(".cmux/init", b"#!/bin/sh\necho $A $B >init\n", 0o755)
     repo.commit()
     repo.ok("secrets", "import", "-", stdin=b"A=1\nB=2\n")
-    repo.ok("secrets", "set", "BAD", "--command", "exit 3")
-    for options, out in ((["--no-secrets"], b"\n"), (["--secret", "B"], b"2\n"), (["--secret", "A", "--secret", "B"], b"1 2\n")):
-        name = f"w{len(options)}"
-        assert repo.exec("echo $A $B; cat init", options=["-w", name, *options]).out == out * 2
-        job = repo.exec("echo $A $B", options=["-w", name, "--detach", *options]).text.strip()
-        repo.ok("wait", "-w", name, job)
-        assert repo.cli("logs", "-w", name, job).out == out
+    repo.secret("BAD", command="exit 3")
+    for options, out in (("-w w1 --no-secrets", "\n"), ("-w w2 --secret B", "2\n"), ("-w w4 --secret A --secret B", "1 2\n")):
+        assert repo.exec("echo $A $B; cat init", options=options.split()).text == out * 2
+        job = repo.job("echo $A $B", options=options.split())
+        repo.ok("wait", *options.split()[:2], job)
+        assert repo.cli("logs", *options.split()[:2], job).text == out
     assert sorted(repo.exec("echo $A", options=["-w", "w1", "-w", "w2", "--secret", "A"]).text.splitlines()) == ["w1 | 1", "w2 | 1"]
     refused(repo.exec("true"), 125, words="secret BAD")
-    for options in (["-w", "w1", "--secret", "NONE"], ["-w", "new", "--secret", "NONE"], ["--secret", "A", "--no-secrets"]):
-        refused(repo.exec("true", options=options), 125)
+    for options in ("-w w1 --secret NONE", "-w new --secret NONE", "--secret A --no-secrets"):
+        refused(repo.exec("true", options=options.split()), 125)
     assert set(repo.workspaces()) == {"main", "w1", "w2", "w4"}
     assert in_library(repo, """
 project = cmux_ssh.Project(".")
@@ -2264,36 +2230,29 @@ def test_what_any_scope_may_have_sent_is_masked_and_looked_for(repo, site):
 def test_a_secret_command_is_stored_instead_of_the_value(repo, site):
     store = site.dir / "vault"
     store.write_text("from-the-vault")
-    repo.ok("secrets", "set", "TOKEN", "--command", f"cat {store}")
+    repo.secret("TOKEN", command=f"cat {store}")
     assert repo.exec('printf %s "$TOKEN"').out == b"from-the-vault" and not files_holding(site.state, b"from-the-vault")
     store.unlink()
     refused(repo.exec("echo ran"), 125, "TOKEN")
     repo.ok("secrets", "rm", "TOKEN")
-    repo.ok("secrets", "set", "LOUD", "--command", "head -c 200000 /dev/zero >&2; echo v")
+    repo.secret("LOUD", command="head -c 200000 /dev/zero >&2; echo v")
     refused(repo.exec("true"), 125, "The command for the secret LOUD")
 
 
 def test_no_secret_lies_in_the_history_or_in_the_record_of_a_job_here(repo, site):
-    values = {"PLAIN": "hunter2-hunter2-XYZ", "QUOTE": "it's-a-secret-Q9", "LINES": "-----BEGIN KEY-----\nMIIEvQIBADANBgkqhkiG9w0B\n-----END KEY-----"}
+    values = {"PLAIN": "hunter2-hunter2-XYZ", "QUOTE": "it's-a-s\u00e9cret-Q9", "LINES": "-----BEGIN KEY-----\nMIIEvQIBADANBgkqhkiG9w0B\n-----END KEY-----"}
     for name, value in values.items():
         repo.secret(name, value)
-    repo.ok("secrets", "set", "MADE", "--command", "echo from-com''mand-C7-long")
+    repo.secret("MADE", command="echo from-com''mand-C7-long")
     said = [values["PLAIN"], values["QUOTE"], "from-command-C7-long", values["LINES"].split("\n")[1]]
     assert repo.exec("echo", *said).code == 0
     assert repo.exec(f"echo {said[0]}", options=["--detach"]).code == 0 and repo.exec("echo", *said, options=["--detach"]).code == 0
     told = repo.cli("history").text + repo.cli("jobs").text
-    assert all(told.count(f"[secret {name}]") >= 2 for name in ("PLAIN", "QUOTE", "MADE", "LINES")), told
+    assert in_library(repo, "print(cmux_ssh.Project('.').workspace('main').exec([b'printf', sys.argv[1].encode()]).exit_code)", said[1]) == "0\n"
+    assert "cret-Q9" not in repo.cli("history").text and all(told.count(f"[secret {name}]") >= 2 for name in ("PLAIN", "QUOTE", "MADE", "LINES")), told
     kept = b"".join(slurp(p) for p in site.state.rglob("*") if p.is_file() and not any("secrets" in part for part in p.parts))
     for value in [*said, said[1].replace("'", "'\"'\"'")]:
         assert value.encode() not in kept and json.dumps(value).encode() not in kept, value
-
-
-def test_no_secret_lies_in_the_history_when_words_are_bytes(repo):
-    value = "s3cr\u00e9t-tok'en-123456"
-    repo.secret("TOKEN", value)
-    assert in_library(repo, "print(cmux_ssh.Project('.').ensure('main', 'box').exec([b'printf', sys.argv[1].encode()]).exit_code)", value) == "0\n"
-    told = repo.cli("history").text
-    assert "[secret TOKEN]" in told and "123456" not in told, told
 
 
 @promise(1)
@@ -2317,19 +2276,9 @@ def test_impossible_secret_names_are_refused(shared, name):
     assert shared.cli("secrets", "list").out == b""
 
 
-@compat
-def test_legitimate_secret_names_work(repo):
-    names = ["GIT_AUTHOR_NAME", "k", "n", "v", "CMUX", "OPENAI_API_KEY", "lower"]  # not _, which every shell sets anew
-    for name in names:
-        repo.secret(name, f"value of {name}")
-    ran = repo.exec("; ".join(f'echo "${name}"' for name in names))
-    assert (ran.code, ran.text.splitlines(), ran.err) == (0, [f"value of {name}" for name in names], b"")
-
-
 @each("typed, words", [(b"typed-in-secret\r", b""), (b"\x04", b"No value was given"), (b"\r", b"No value was given"), (b"a\x16\x00b\r", b"NUL"),
       (b"x" * 5000 + b"\r", b"4095"), (b"\xff\xfe\r", b"not text")], ids=["secret", "end", "enter", "nul", "long", "bytes"])
 def test_secrets_set_on_a_terminal_asks_without_echo(repo, typed, words):
-    """What it cannot take is said, and the secret stays what it was."""
     repo.secret("TOKEN", b"good")
     terminal = repo.terminal("secrets", "set", "TOKEN")
     terminal.expect(b"hidden")
@@ -2371,18 +2320,17 @@ def test_dotenv_values_and_their_comments(repo, site):
     assert repo.exec('echo "${#A}"').out == b"110002\n"
 
 
-def test_a_secret_that_a_shortened_error_cuts_is_masked(repo):
+def test_a_secret_that_a_shortened_error_cuts_is_masked(repo, client):
     value = "S3cretValue-0123456789-abcdefghijklmnopqrstuvwxyz"
     repo.secret("TOK", value)
-    with open_mcp(repo, "-H", "box") as client:
-        for length in range(50, 140, 5):
-            failed, text = client.call("read", path="d" * length + value)
-            assert failed and "S3cr" not in text and ("[secret TOK]" in text) == (length <= 90), text  # after 90 all of it is cut
+    for length in range(50, 140, 5):
+        text = client.refusal("read", path="d" * length + value)
+        assert "S3cr" not in text and ("[secret TOK]" in text) == (length <= 90), text  # after 90 all of it is cut
 
 
 def test_a_secret_command_that_closes_its_output_and_goes_on_is_ended(repo):
     nap = Nap()  # from inside: of its own it is given two minutes
-    repo.ok("secrets", "set", "T", "--command", f"printf hunter2; exec >&- 2>&-; exec {nap}")
+    repo.secret("T", command=f"printf hunter2; exec >&- 2>&-; exec {nap}")
     assert in_library(repo, """
 run = cmux_ssh.run
 cmux_ssh.run = lambda *words, **more: run(*words, **dict(more, patience=1))
@@ -2402,9 +2350,8 @@ def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo):
     assert not (repo.path() / "f").exists() and repo.cli("secrets", "list").out == b""
 
 
-def test_library_a_cancel_reaches_the_command_that_makes_a_secret(shared):
-    nap = Nap()
-    shared.ok("secrets", "set", "SLOW", "--command", f"exec {nap}")
+def test_library_a_cancel_reaches_the_command_that_makes_a_secret(shared, nap):
+    shared.secret("SLOW", command=f"exec {nap}")
     try:
         assert in_library(shared, """
 workspace = cmux_ssh.Project(".").workspace("main")
@@ -2418,10 +2365,9 @@ for call in (lambda cancel: workspace.exec("echo ran", cancel=cancel).exit_code,
 """) == "130\ncancelled\n"
     finally:
         shared.ok("secrets", "rm", "SLOW")
-    nap.gone()
 
 
-def test_a_secret_that_another_process_changes_is_the_new_one_at_once_and_masked(repo):
+def test_a_secret_that_another_process_changes_is_new_at_once(repo):
     assert in_library(repo, """
 import subprocess
 project = cmux_ssh.Project(".")
@@ -2462,20 +2408,19 @@ def test_dirty_takes_the_work_tree_along_but_no_secrets(repo):
     assert (repo.dir / ".git/index").read_bytes() == index
 
 
-def test_a_part_of_a_long_secret_is_found_in_linear_time(repo):
+def test_a_part_of_a_long_secret_is_found_in_linear_time(repo, client):
     def shown(text):
         return client("exec", command=["cat"], stdin=text).partition("\n--- stdout\n")[2].rpartition("\n[end")[0]
-    with open_mcp(repo, "-H", "box") as client:
-        for at, words in enumerate(("..abab ababc", "aab aabaac", "aabaa aabaac", "aaaba aabaac", "abaaa caabaa", "c abc", "xabca abca", "abcab abcabd")):
-            data, secret = re.sub("[a-d]", lambda found, at=3 * at: chr(ord(found[0]) + at) * 2, words).split()
-            repo.secret("S", secret)
-            for first in (False, True):
-                sizes = [n for n in range(4, min(len(secret), len(data) + 1)) if (data[:n] == secret[-n:] if first else data[-n:] == secret[:n])]
-                masked = data if not sizes else "[secret S]" + data[max(sizes):] if first else data[:-max(sizes)] + "[secret S]"
-                assert shown(f"[...]{data}" if first else f"{data}[...]") == (f"[...]{masked}" if first else f"{masked}[...]").replace(secret, "[secret S]"), (data, secret)
-        for n in range(2):
-            repo.secret(f"LONG{n}", b"x" * 100_000 + b"y%d" % n)
-        assert shown(("x" * 99_000 + "z[...]") * 8 + "x" * 99_000 + "end").endswith("x" * 20 + "end")
+    for at, words in enumerate(("..abab ababc", "aab aabaac", "aabaa aabaac", "aaaba aabaac", "abaaa caabaa", "c abc", "xabca abca", "abcab abcabd")):
+        data, secret = re.sub("[a-d]", lambda found, at=3 * at: chr(ord(found[0]) + at) * 2, words).split()
+        repo.secret("S", secret)
+        for first in (False, True):
+            sizes = [n for n in range(4, min(len(secret), len(data) + 1)) if (data[:n] == secret[-n:] if first else data[-n:] == secret[:n])]
+            masked = data if not sizes else "[secret S]" + data[max(sizes):] if first else data[:-max(sizes)] + "[secret S]"
+            assert shown(f"[...]{data}" if first else f"{data}[...]") == (f"[...]{masked}" if first else f"{masked}[...]").replace(secret, "[secret S]"), (data, secret)
+    for n in range(2):
+        repo.secret(f"LONG{n}", b"x" * 100_000 + b"y%d" % n)
+    assert shown(("x" * 99_000 + "z[...]") * 8 + "x" * 99_000 + "end").endswith("x" * 20 + "end")
 
 
 # === Hosts: any that ssh reaches (promise 9) ===
@@ -2499,21 +2444,22 @@ print(warm().exec(["printf", "<%s>", "it's", "!x"]).stdout, warm().write("a\\n'b
 def test_a_server_that_ends_silent_channels_ends_no_command_of_ours(site, tuned, way):
     site.daemon("hasty", "ChannelTimeout session:command=3s")
     repo, nap = Repo(site), Nap()
-    env = {"CMUX_SSH_COMMAND": ssh_without_masters(site)} if way == "direct" else {}
-    repo.new(env=env, host="hasty")
+    if way == "direct":
+        ssh_without_masters(site)
+    repo.new(host="hasty")
     talk = "for i in 1 2 3 4 5 6; do echo $i; sleep 1; done"
 
     def streamed(line):
-        child = repo.start("exec", "-w", "main", "--", line, stdin=PIPE, env=env)
+        child = repo.start("exec", "-w", "main", "--", line, stdin=PIPE)
         code = child.wait(30)  # its stdin stays open all the while
         return code, child.stdout.read() + child.stderr.read()
     assert streamed(talk) == (0, b"1\n2\n3\n4\n5\n6\n"), "the guard is not silent while the command talks"
-    lost = repo.cli("exec", "-n", "-w", "main", "--", nap, env=env)
+    lost = repo.cli("exec", "-n", "-w", "main", "--", nap)
     refused(lost, 255, "ChannelTimeout")
     tuned(BEAT_MOST=1)
     assert streamed("sleep 6; echo end") == (0, b"end\n")
-    assert repo.cli("exec", "-n", "-w", "main", "--", "sleep 6; exit 7", env=env).code == 7
-    assert repo.cli("exec", "-n", "-w", "main", "--timeout", "6", "--", nap, env=env).code == 124
+    assert repo.cli("exec", "-n", "-w", "main", "--", "sleep 6; exit 7").code == 7
+    assert repo.cli("exec", "-n", "-w", "main", "--timeout", "6", "--", nap).code == 124
     nap.gone()
 
 
@@ -2605,8 +2551,8 @@ def test_a_process_that_was_waited_for_is_not_killed(monkeypatch):
 
 
 def test_a_client_without_multiplexing_works(repo, site):
-    """An ssh that knows no masters: the calls take one connection each."""
-    ran = repo.exec("cat; exit 4", stdin=BINARY, env={"CMUX_SSH_COMMAND": ssh_without_masters(site)})
+    ssh_without_masters(site)
+    ran = repo.exec("cat; exit 4", stdin=BINARY)
     assert ran.ended == (4, BINARY, b"")
 
 
@@ -2631,7 +2577,7 @@ def test_whatever_gzip_the_host_has_the_archive_arrives_or_is_refused(site, tune
     assert ("compressed to" in made.said) == (programs == "gzip"), made
 
 
-def test_a_tar_that_goes_on_for_long_after_the_last_byte_is_waited_for_and_shown(site, tuned):
+def test_a_tar_that_goes_on_after_the_last_byte_is_waited_for(site, tuned):
     slow = site.dir / "slow" / "tar"
     slow.parent.mkdir()
     script(slow, f'{program("tar")} "$@"; r=$?; sleep 5; exit $r')
@@ -2791,15 +2737,15 @@ def test_more_keys_than_the_server_lets_try_are_said(repo, site):
 @each("words", [("exec", "-H", "box", "--", "true"), ("new", "-H", "box", "main"), ("doctor", "box"), ("batch", "-H", "box")], ids=lambda words: words[0])
 def test_an_ssh_before_7_8_is_refused_in_one_sentence(repo, words, site):
     """It does not know SetEnv."""
-    env = {"CMUX_SSH_COMMAND": in_sshs_place(site, 'for a; do case $a in -V) echo OpenSSH_7.7p1 >&2; exit;; SetEnv=*)\n'
-                                             'echo "command-line: line 0: Bad configuration option: setenv" >&2; exit 255;; esac; done; exec $ssh "$@"')}
-    ran = repo.cli(*words, env=env, stdin=b'{"tool": "exec", "arguments": {"command": "true"}}\n')
+    in_sshs_place(site, 'for a; do case $a in -V) echo OpenSSH_7.7p1 >&2; exit;; SetEnv=*)\n'
+                  'echo "command-line: line 0: Bad configuration option: setenv" >&2; exit 255;; esac; done; exec $ssh "$@"')
+    ran = repo.cli(*words, stdin=b'{"tool": "exec", "arguments": {"command": "true"}}\n')
     said = ran.said + ran.text
     assert ran.code == {"doctor": 1, "batch": 1}.get(words[0], 255) and said.count("OpenSSH 7.8 or newer") == 1 and "may still run" not in said, ran
     assert repo.workspaces() == {} and "Accepted" not in site.log()
 
 
-def test_a_server_that_turns_this_address_away_is_waited_for_and_then_named(repo, site):
+def test_a_server_that_turns_us_away_is_waited_for_then_named(repo, site):
     """OpenSSH 9.8 and later say so before their banner, for MaxStartups and for a penalty."""
     line, words = site.line("far"), b"Not allowed at this time\r\n"
     line.away = (2, words)
@@ -2894,10 +2840,10 @@ def test_contract_a_tilde_is_the_home_over_there(repo, root, site):
     assert repo.cli("read", "README").out == b"hello\n" and repo.cli("write", "w", stdin=b"w").code == 0 and repo.cli("edit", "w", "--old", "w", "--new", "v").code == 0
 
 
-def test_a_server_that_asks_for_the_agent_is_told_and_one_that_goes_on_is_left(repo, site):
+def test_a_server_that_asks_for_the_agent_is_named_then_left(repo, site):
     """What ssh writes into its log then was seen on a real one; no server here does it."""
     words, name = "Warning: ssh server tried agent forwarding.\nWarning: this is probably a break-in attempt by a malicious server.\n", site.dir / "name"
-    site.env["CMUX_SSH_COMMAND"] = in_sshs_place(
+    in_sshs_place(
         site, f'case " $* " in *" -M "*) for a; do [ "$p" != -E ] || echo "$a" >{name}; p=$a; done;; esac\nexec $ssh "$@"')
     repo.new()
     log = name.read_text().strip()
@@ -2919,7 +2865,7 @@ def test_a_proxy_that_leaves_a_child_behind_does_not_keep_a_call(site):
     nap, work = Nap(), Nap()
     site.host("kept", f"ProxyCommand sh -c '{nap} & exec {server}'")
     repo = Repo(site)
-    site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
+    ssh_without_masters(site)
     repo.new(host="kept")
     try:
         child = repo.start("exec", "--json", "--", work)
@@ -2966,7 +2912,6 @@ def test_a_home_with_any_name_works(site, name):
 
 @each("what", ["bytes", "inodes"])
 def test_a_full_disk_on_the_host_is_said_and_leaves_nothing_half(site, what):
-    """A small tmpfs of its own, mounted in a namespace around an sshd -i."""
     home = site.far_home("small")
     site.inetd("small")
     entry = site.entries[0]
@@ -3002,7 +2947,7 @@ def test_a_full_disk_on_this_machine_is_said_and_not_a_traceback(repo, verb, roo
 # === Many at once (promise 8) ===
 
 
-def test_a_shell_that_is_not_ours_in_one_session_opened_ahead_runs_nothing(site):
+def test_a_foreign_shell_in_a_session_opened_ahead_runs_nothing(site):
     host, flag, touched = site.login("bash"), site.dir / "flag", site.dir / "touched"
     (site.far_home(host) / ".bashrc").write_text(f"[ ! -e {flag} ] || {{ echo >>{flag}; exec dash; }}\n")
     repo = Repo(site)
@@ -3058,14 +3003,14 @@ def test_a_host_that_is_down_sees_a_handful_of_connections_from_100_attempts(rep
     line.refuse = way == "hangs up"
     if way == "refuses":
         site.at("down", free_port())
-    env = {"CMUX_SSH_COMMAND": in_sshs_place(site, f'case " $* " in *" -G "*|*" -V "*|*" -O "*) ;; *) echo try >>{log};; esac\nexec $ssh "$@"')}
+    in_sshs_place(site, f'case " $* " in *" -G "*|*" -V "*|*" -O "*) ;; *) echo try >>{log};; esac\nexec $ssh "$@"')
     with ThreadPoolExecutor(20) as pool:
-        runs = list(pool.map(lambda n: repo.exec("true", host="down", seconds=60, env=env), range(100)))
+        runs = list(pool.map(lambda n: repo.exec("true", host="down", seconds=60), range(100)))
     assert {r.code for r in runs} == {255} and all(r.said.strip() for r in runs)
     assert log.read_text().count("try") <= 12 and line.connections <= 12
     line.refuse = False
     site.at("down", line.port)
-    until(lambda: repo.exec("echo up", host="down", env=env).out == b"up\n", "it is seen when it is back", 60)
+    until(lambda: repo.exec("echo up", host="down").out == b"up\n", "it is seen when it is back", 60)
 
 
 @slow
@@ -3073,10 +3018,10 @@ def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo
     """Each master of theirs takes a mark before it connects and gives it back when it is authenticated; sshd
     numbers the sessions of a connection from 0."""
     marks = site.dir / "marks"
-    env = {"CMUX_SSH_COMMAND": in_sshs_place(site, f'case " $* " in *" -M "*) ;; *) exec $ssh "$@";; esac\necho + >>{marks}\n$ssh "$@"; r=$?\necho - >>{marks}\nexit $r')}
-    assert repo.exec("true", env=env).code == 0
+    in_sshs_place(site, f'case " $* " in *" -M "*) ;; *) exec $ssh "$@";; esac\necho + >>{marks}\n$ssh "$@"; r=$?\necho - >>{marks}\nexit $r')
+    assert repo.exec("true").code == 0
     meet = "touch here-$N; i=0; while [ $(ls here-* | wc -l) -lt 50 ] && [ $i -lt 600 ]; do sleep 0.1; i=$((i+1)); done; echo met"
-    children = [repo.start("exec", "--env", f"N={n}", "--", meet, env=env) for n in range(50)]
+    children = [repo.start("exec", "--env", f"N={n}", "--", meet) for n in range(50)]
     said = [child.communicate(timeout=150) for child in children]
     assert [(child.returncode, *words) for child, words in zip(children, said)] == [(0, b"met\n", b"")] * 50
     under_way = most = 0
@@ -3089,10 +3034,9 @@ def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo
     assert "drop connection" not in site.log() and "no more sessions" not in site.log()
 
 
-def test_one_dropped_handshake_is_forgotten_after_a_minute(repo, site):
+def test_one_dropped_handshake_is_forgotten_after_a_minute(repo, site, line):
     """While the line is stalled the connections that came are the handshakes under way. It was a day."""
-    line = site.line("far")
-    site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
+    ssh_without_masters(site)
     repo.new(host="far")
     line.away = (1, b"")
     assert repo.exec("true", host="far").code == 0 and line.away[0] == 0
@@ -3113,13 +3057,12 @@ def test_one_dropped_handshake_is_forgotten_after_a_minute(repo, site):
 
 
 @each("what", ["slot", "two slots", "handshake", "lock", "host that is down"])
-def test_waiting_costs_nothing_however_many_wait_and_ends_at_once(repo, what, site):
+def test_waiting_costs_nothing_however_many_wait_and_ends_at_once(repo, what, site, line):
     """Forty threads; in a second each of them looked 150 times, a fifth of a core for the rest of us."""
-    line = site.line("far")
     repo.new(host="far")
     line.refuse = "slot" in what  # no second connection
     if what == "handshake":
-        site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
+        ssh_without_masters(site)
     if what in ("handshake", "lock"):
         line.stall()
     repo.start("new", "other", "-H", "far") if what == "lock" else None
@@ -3164,11 +3107,11 @@ if what == "handshake":                    # the commands that could not begin a
 
 
 @each("way", ["one master", "MaxSessions 1", "no masters"])
-def test_commands_with_streamed_stdin_do_not_wait_for_each_others_second_session(site, way):
+def test_commands_that_stream_do_not_wait_for_each_other(site, way):
     """Each needs two: those that held one waited for the next for ten minutes, and all failed."""
     site.daemon("few", way if way == "MaxSessions 1" else "")
     if way == "no masters":
-        site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
+        ssh_without_masters(site)
     repo, line = Repo(site), site.line("far", to="few")
     repo.new(host="far")
     line.refuse = way == "one master"  # another cannot be had
@@ -3184,7 +3127,7 @@ with ThreadPoolExecutor(16) as pool:
 
 
 @each("sh", ["dash", "bash"])
-def test_a_host_that_allows_few_processes_is_given_fewer_at_once_or_told_of(site, sh):
+def test_a_host_that_allows_few_processes_is_given_fewer(site, sh):
     """Of forty at once 33 ended together with their wrapper, it was said. (The limit binds no root: the account is another.)"""
     uid = 60000 + os.getpid() % 5000
     login = site.script("few", f"exec {program('setpriv')} --reuid {uid} --clear-groups bash -c 'ulimit -u 26; exec {program(sh)} -c \"$SSH_ORIGINAL_COMMAND\"'")
@@ -3215,8 +3158,7 @@ def test_top_in_a_pipe_says_why_it_knows_nothing(repo, tuned, site):
     assert "has not answered" in repo.cli("top").text and "has not answered" in repo.cli("top", "--json").json[0]["error"]
 
 
-def test_a_slow_line_is_only_slow(repo, site):
-    line = site.line("far")
+def test_a_slow_line_is_only_slow(repo, line):
     line.delay = 0.025
     data = os.urandom(1 << 18)
     ran = repo.exec("cat", host="far", stdin=data)
@@ -3240,8 +3182,7 @@ def test_sessions_wait_ready_again_after_a_command_that_took_long(repo, tuned, s
         until(lambda: open_sessions(site) == 4, "they are opened", 2.5)
 
 
-def test_close_gives_up_a_session_that_is_just_being_opened_ahead(repo, site):
-    line = site.line("far")
+def test_close_gives_up_a_session_that_is_just_being_opened_ahead(repo, site, line):
     repo.new(host="far")
     line.delay = 0.1
     assert in_library(repo, """
@@ -3269,7 +3210,7 @@ def test_a_header_cut_off_by_a_dying_master_is_sent_again(repo, site):
 
 
 @each("sessions", [1, 2])
-def test_sessions_that_wait_ready_elsewhere_do_not_block_a_host_that_takes_few(site, sessions):
+def test_sessions_that_wait_do_not_block_a_host_that_takes_few(site, sessions):
     """They lie in slots that do not count any more, once it was learnt how few it takes."""
     site.daemon("few", f"MaxSessions {sessions}")
     assert in_library(Repo(site), """
@@ -3335,10 +3276,10 @@ def test_every_kind_of_file_arrives_as_the_repository_has_it(odd):
 
 
 def test_new_takes_a_revision(repo):
-    first = repo.git("rev-parse", "HEAD")
+    first = repo.id("HEAD")
     repo.save("README", b"changed\n")
     repo.new("old", "--ref", "HEAD~1")
-    assert repo.workspaces()["old"]["base"] == first and (repo.path("old") / "README").read_bytes() == b"hello\n"
+    assert repo.workspaces()["old"]["base"] == first and repo.far("README", "old") == b"hello\n"
     assert repo.cli("exec", "-H", "box", "-w", "new", "--", "cat README").out == b"changed\n"
 
 
@@ -3358,9 +3299,8 @@ def test_a_subdirectory_a_worktree_and_option_C_are_the_same_project(repo, site)
     assert set(json.loads(site.cli("list", "-C", str(repo.dir / "src"), "--json").out)[0]) >= {"name", "host", "path", "base", "created"}
 
 
-def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo, site):
+def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo, line):
     repo.save("big", os.urandom(2 << 20))
-    line = site.line("far")
     repo.new("a", host="far")
     first, line.up = line.up, 0
     assert first > 2 << 20
@@ -3375,8 +3315,7 @@ def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo, site):
 @each("how, at", [("cut", 20_000), ("cut", 300_000), ("cut", 1_500_000), ("killed", 100_000), *(
     (how, at) for how in ("compressed, cut", "compressed, killed") for at in (400_000, 1_100_000, 1_400_000))])
 @promise(7)
-def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo, at, how, site):
-    line = site.line("far")
+def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo, at, how, site, line):
     repo.save("big", source_text(6 << 20) if "compressed" in how else os.urandom(2 << 20))
     if "compressed" in how:
         line.rate, line.delay = 4e6, 0.005
@@ -3414,11 +3353,10 @@ def tuned(site, monkeypatch):
     return tune
 
 
-def test_over_a_long_line_a_large_archive_and_a_large_delta_travel_compressed_and_arrive_whole(repo, site):
+def test_over_a_long_line_archives_and_deltas_travel_compressed(repo, line):
     for name in "abcdef":
         repo.write(name, source_text(1 << 20))
     repo.commit()
-    line = site.line("far")
     line.rate, line.delay = 4e6, 0.005
     made = repo.ok("new", "-v", "-H", "far", "w")
     assert "compressed to" in made.said and tree_of(repo.path("w")) == repo.tree(), made
@@ -3470,11 +3408,10 @@ def test_files_are_as_old_as_the_host_says_though_this_clock_is_ahead(site, host
             assert clean.returncode == 0, "the index knows the files without a look at their content"
 
 
-def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo, site):
+def test_a_bar_tells_bytes_rate_and_time_and_is_taken_away(repo, line):
     """Of an upload, and of a pull; neither in a pipe."""
     name = "a-rather-long-name-of-a-workspace-that-somebody-gave-it-in-1999"
     repo.save("big", os.urandom(5 << 20))
-    line = site.line("far")
     line.rate = 2e6
     seen = repo.terminal("new", "-H", "far", name)
     seen.expect(rb"\ra-rather[-a-z]*  sending [\d.]+ MB of ~5.\d MB, [\d.]+ [kM]B/s, ~\d+s left")
@@ -3490,9 +3427,8 @@ def test_a_bar_tells_bytes_rate_and_what_is_left_and_leaves_nothing_behind(repo,
     assert b"sending" not in repo.cli("new", "-H", "far", "--root", "other", "b").err
 
 
-def test_a_stalled_upload_holds_up_no_other_host_and_who_waits_for_it_is_told_and_gives_up(repo, tuned, site):
+def test_a_stalled_upload_holds_up_no_other_host_and_is_given_up(repo, tuned, line):
     repo.save("text", os.urandom(1 << 20))
-    line = site.line("far")
     repo.new("old", "older", "--ref", "HEAD~1")
     stopped = threading.Event()
     line.trap = ("up", 300_000, lambda: (kill(sender.pid, signal.SIGSTOP), stopped.set()) and None)
@@ -3519,7 +3455,7 @@ def test_a_stalled_upload_holds_up_no_other_host_and_who_waits_for_it_is_told_an
 HOOK = b'#!/bin/sh\necho "init in $CMUX_WORKSPACE with <$TOKEN>"\necho to-stderr >&2\necho once >>init-ran\nexit "${CODE:-0}"\n'
 
 
-def test_the_init_hook_runs_once_with_the_environment_and_its_output_is_streamed(repo):
+def test_the_init_hook_runs_once_and_its_output_is_streamed(repo):
     repo.save(".cmux/init", HOOK, 0o755)
     repo.secret("TOKEN", b"tok")
     made = repo.new("a")
@@ -3551,7 +3487,6 @@ def test_a_repository_cannot_name_its_host_command_or_options(repo, site):
 
 
 def test_nothing_is_left_behind_on_this_machine(repo, site):
-    """No temporary file, nothing in the repository, nothing in the home directory but the state."""
     before = tree_of(repo.dir), repo.git("status", "--porcelain"), sorted(p.name for p in site.home.iterdir())
     assert repo.exec("echo x >new-on-the-host").code == 0
     assert not list(site.tmp.iterdir())
@@ -3588,8 +3523,7 @@ def test_lines_that_are_too_many_are_refused_not_cut(shared):
 
 
 @each("names", [["one"], ["one", "two"]])
-def test_an_interrupted_init_hook_is_no_success(repo, names):
-    nap = Nap()
+def test_an_interrupted_init_hook_is_no_success(repo, names, nap):
     repo.save(".cmux/init", f"#!/bin/sh\n{nap}\n".encode(), 0o755)
     child = repo.start("new", "-H", "box", "killed")
     nap.runs()
@@ -3619,7 +3553,7 @@ def test_hooks_of_a_separate_git_directory_and_of_a_submodule(site):
 
 
 def test_an_ignored_sigchld_makes_no_failure_a_success(repo):
-    repo.ok("secrets", "set", "T", "--command", "echo abcdefg; exit 7")
+    repo.secret("T", command="echo abcdefg; exit 7")
     refused(repo.exec("echo ran", sh="trap '' CHLD; exec \"$@\""), 125, "failed with status 7")
 
 
@@ -3636,7 +3570,7 @@ def test_two_aliases_of_one_address_do_not_share_a_connection(repo, site):
 
 
 @each("force", [False, True])
-def test_a_new_and_a_push_whose_first_attempt_was_killed_over_there_are_finished_by_the_next(site, force):
+def test_a_new_or_push_killed_over_there_is_finished_by_the_next(site, force):
     """They find a tree in the stage, which must not take the next one in; and files that are half changed, by the first, not by the agent."""
     repo, armed = Repo(site, files={f"many/{n}": b"old\n" for n in range(30)}), site.dir / "armed"
     end = """p=$$ all=
@@ -3685,20 +3619,20 @@ def test_dirty_goes_by_attributes_and_ignores_wherever_they_are_named(repo, ever
     repo.write("private.txt", b"p")
     repo.write("lines.txt", b"a\r\n")
     repo.new("main", "--dirty")
-    assert not (repo.path() / "private.txt").exists() and (repo.path() / "lines.txt").read_bytes() == b"a\n"
+    assert not (repo.path() / "private.txt").exists() and repo.far("lines.txt") == b"a\n"
     repo.git("config", "filter.crypt.clean", "rev")
     repo.write("key.z", b"topsecret")
     repo.ok("push", "--dirty")
-    assert b"terces" in (repo.path() / "key.z").read_bytes()
+    assert b"terces" in repo.far("key.z")
 
 
-def test_a_forced_push_to_the_same_base_takes_back_nothing_that_was_pulled(repo):
+def test_a_forced_push_to_its_base_takes_back_nothing_pulled(repo):
     repo.new()
     do(repo, "echo 1 >agents; git add agents; git commit -qm agentwork")
     repo.ok("pull")
-    pulled = repo.git("rev-parse", "cmux/main")
+    pulled = repo.id("cmux/main")
     repo.ok("push", "--force")
-    assert "Nothing new" in repo.cli("pull").text and repo.git("rev-parse", "cmux/main") == pulled
+    assert "Nothing new" in repo.cli("pull").text and repo.id("cmux/main") == pulled
     do(repo, "echo 2 >second")
     repo.ok("pull", "--branch", "other")
     moved, aside = repo.ok("pull"), f"cmux/main-{pulled[:8]}"
@@ -3720,7 +3654,7 @@ def test_what_was_dirty_is_not_the_agents(repo):
     assert repo.pulled("second") == "2", pulled
 
 
-def test_a_refused_push_leaves_nothing_to_settle_and_a_damaged_project_does_not_hide_others(repo, site):
+def test_a_refused_push_or_a_damaged_project_disturbs_no_other(repo, site):
     repo.new()
     do(repo, "echo 1 >agents")
     repo.commit()
@@ -3733,7 +3667,7 @@ def test_a_refused_push_leaves_nothing_to_settle_and_a_damaged_project_does_not_
     assert "main" in listed.text and "is damaged" in listed.said, listed
 
 
-def test_what_is_not_sent_is_said_exactly_each_time_a_workspace_is_made_or_pushed_to(repo):
+def test_what_is_not_sent_is_said_exactly_each_time(repo):
     content = b"large" * 1000
     repo.write("a.bin", pointer(content))
     repo.write(".gitattributes", b"*.bin filter=lfs\n*.txt text\n")
@@ -3800,9 +3734,8 @@ def test_push_moves_a_workspace_and_keeps_what_is_ignored(site, host):
 
 
 @compat
-def test_a_delta_sends_only_what_changed(site):
-    repo = Repo(site, odd=True, files={"big%d" % i: os.urandom(30000) for i in range(20)})
-    line = site.line("far")
+def test_a_delta_sends_only_what_changed(site, line):
+    repo = Repo(site, odd=True, files={f"big{i}": os.urandom(30000) for i in range(20)})
     repo.new("one", host="far")
     for turn in range(9):
         repo.write("sub/turn", b"%d" % turn)
@@ -3817,6 +3750,9 @@ def test_a_delta_sends_only_what_changed(site):
     assert repo.cli("exec", "-w", "t2", "--", "git status --short; git log --format=%s").out == b"base\n"
     repo.ok("gc")
     repo.new("--ref", "HEAD~3", "again", host="far")
+    repo.save(".cmux-gone", b"README\n")  # as our list of deletions is called: all is sent
+    repo.new("own", host="far")
+    repo.arrived("own")
 
 
 def test_a_delta_goes_by_bytes_where_there_are_few_files(site):
@@ -3873,20 +3809,20 @@ def test_push_looks_again_after_its_upload(site, host):
       "rm -rf .git; git init -q --object-format=sha256 -b main; git add -A; git commit -qm anew",
       "touch .git/HEAD.lock", "touch .git/refs/heads/main.lock", "git branch -m main/sub",
       "git checkout -q --detach; touch .git/refs/heads/main.lock"], ids=["anew", "sha256", "HEAD", "main", "sub", "detached"])
-def test_push_where_the_repository_there_cannot_be_moved_says_so_and_force_replaces_it(repo, harm, site):
+def test_a_push_that_cannot_move_a_repository_says_so_or_replaces_it(repo, harm, site):
     repo.save(".gitignore", b"ignored\n")
     repo.new()
     do(repo, "git config --global user.name a; git config --global user.email a@x; echo agent >>README; echo cache >ignored; " + harm)
     repo.ok("pull")
     before = {path.name: path.read_bytes() for path in repo.path().iterdir() if path.is_file()}
     repo.save("more", b"user")
-    head = (repo.path() / ".git/HEAD").read_bytes()
+    head = repo.far(".git/HEAD")
     refused(repo.cli("push"), 1, "cannot be moved")
-    assert (repo.path() / ".git/HEAD").read_bytes() == head
+    assert repo.far(".git/HEAD") == head
     assert {path.name: path.read_bytes() for path in repo.path().iterdir() if path.is_file()} == before, "all is as it was"
     pushed = repo.ok("push", "--force")
     assert "is kept until gc" in pushed.said, pushed
-    assert (repo.path() / "more").read_bytes() == b"user" and b"agent" not in (repo.path() / "README").read_bytes()
+    assert repo.far("more") == b"user" and b"agent" not in repo.far("README")
     do(repo, "[ ! -e .git/HEAD.lock ] && s=$(git status --short) && [ -z \"$s\" ]")
     do(repo, "echo again >>more; git commit -qam again")
     pulled = repo.ok("pull", "--branch", "second")
@@ -3908,25 +3844,25 @@ def test_what_was_only_fetched_holds_up_no_rm(repo):
     repo.ok("rm", "main")
 
 
-def test_work_that_a_push_left_behind_is_set_aside_not_told_as_taken_back(repo, site):
+def test_work_that_a_push_left_behind_is_set_aside(repo, site):
     repo.new()
     do(repo, "echo 1 >agents; git add agents; git commit -qm agentwork")
     repo.ok("pull")
-    pulled = repo.git("rev-parse", "cmux/main")
+    pulled = repo.id("cmux/main")
     repo.save("users", b"u")
     repo.ok("push")
     nothing = repo.ok("pull")
-    assert "Nothing new" in nothing.text and repo.git("rev-parse", "cmux/main") == pulled
+    assert "Nothing new" in nothing.text and repo.id("cmux/main") == pulled
     do(repo, "echo 2 >second")
     assert repo.cli("pull", env=replaced(site, git='case " $* " in *" cmux pull refs/heads/cmux/main "*) kill -9 $PPID; exit 1;; esac')).code == -9
     kept = repo.ok("pull")
-    assert repo.git("rev-parse", f"cmux/main-{pulled[:8]}") == pulled and "kept as" in kept.said
+    assert repo.id(f"cmux/main-{pulled[:8]}") == pulled and "kept as" in kept.said
     assert repo.changed() == "second"
     repo.git("merge", "-q", "--squash", "cmux/main")  # not as a commit of its history, but it has it
     repo.commit()
     repo.ok("push")
     do(repo, "echo 3 >third")
-    assert repo.ok("pull").said == "" and repo.git("rev-parse", "cmux/main~1") == repo.git("rev-parse", "main")
+    assert repo.ok("pull").said == "" and repo.id("cmux/main~1") == repo.id("main")
     assert repo.changed() == "third"
 
 
@@ -3977,11 +3913,11 @@ def test_dirty_sends_nothing_that_a_filter_would_have_encrypted(repo):
     repo.write("other", b"o")
     repo.write("new.z", b"topsecret\n")
     repo.new("--dirty", "main")
-    assert {(repo.path() / name).read_bytes() for name in ("key.z", "new.z")} == {b"tercespot\n"}
+    assert {repo.far(name) for name in ("key.z", "new.z")} == {b"tercespot\n"}
     repo.git("config", "filter.crypt.clean", "false")
     repo.write("new.z", b"topmost\n")
     refused(repo.cli("push", "--dirty"), 1, "'crypt' failed")
-    assert (repo.path() / "new.z").read_bytes() == b"tercespot\n"
+    assert repo.far("new.z") == b"tercespot\n"
 
 
 def test_dirty_knows_unchanged_lfs_content(repo):
@@ -3997,39 +3933,22 @@ def test_dirty_knows_unchanged_lfs_content(repo):
     assert repo.git("show", base + ":a.bin") == pointer(content).decode().strip() and repo.git("show", base + ":other") == "o"
     repo.write("a.bin", content + b"more")
     repo.ok("push", "--dirty")
-    assert (repo.path() / "a.bin").read_bytes().endswith(b"size 5004\n")
+    assert repo.far("a.bin").endswith(b"size 5004\n")
 
 
 def test_dirty_reads_line_ends_and_modes_as_git_add_does(repo):
+    """And a split index."""
     repo.write(".gitattributes", b"* text=auto\n")
     repo.save("text", b"a\nb\n")
+    repo.git("config", "core.splitIndex", "true")
+    repo.git("update-index", "--split-index")
     repo.git("config", "core.eol", "crlf")
     repo.git("config", "core.fileMode", "false")
     repo.write("text", b"a\r\nb\r\n", 0o755)
     repo.write("other", b"o\r\n")
     repo.new("--dirty", "main")
     base = repo.git("for-each-ref", "--format=%(refname)", "refs/cmux/sent")
-    assert repo.git("diff", "--name-only", "HEAD", base) == "other" and (repo.path() / "other").read_bytes() == b"o\n"
-
-
-def test_a_file_with_the_name_of_our_list_of_deletions_travels(site):
-    repo = Repo(site, files={".cmux-gone": b"README\n", **{f"f{n}": b"%d" % n for n in range(20)}})
-    repo.new("a")
-    repo.save("f1", b"new")
-    repo.new("b")  # else as a delta
-    repo.arrived("b")
-
-
-def test_a_process_lists_the_temporary_directory_once(repo):
-    seen = in_library(repo, """
-import tempfile
-seen = []
-sys.addaudithook(lambda event, args: seen.append(args[0]) if event == "os.listdir" else None)
-project = cmux_ssh.Project(".")
-cmux_ssh.pull(project.create("main", "box"))
-print(seen.count(tempfile.gettempdir()))
-""")
-    assert seen == "1\n", seen
+    assert repo.git("diff", "--name-only", "HEAD", base) == "other" and repo.far("other") == b"o\n"
 
 
 @each("empty", [False, True])
@@ -4063,29 +3982,30 @@ def test_a_name_used_again_pulls_onto_its_branch_once_that_was_merged(repo):
     refused(repo.cli("pull", "-w", "again"), 1, "no pull of this workspace made")
 
 
-def test_diff_on_a_terminal_has_colour_and_pager_as_git_has_them_and_no_sequence_of_the_host(repo, site):
+def test_diff_on_a_terminal_has_the_colour_and_pager_of_git(repo, site):
     repo.new()
     do(repo, "printf 'x\\033]0;evil\\007\\n' >>README; seq 20000 >many")
-    pager = shlex.quote(site.script("pager", 'cat >"$0.got"; echo "paged $1"'))
+    pager, got = shlex.quote(site.script("pager", 'cat >"$0.got"; echo "paged $1"')), site.dir / "pager.got"
 
     def shown(*config, **env):
-        (site.dir / "pager.got").unlink(missing_ok=True)
-        terminal = on_terminal(site, "diff", cwd=repo.dir, env={
+        got.unlink(missing_ok=True)
+        terminal = repo.terminal("diff", env={
             "GIT_CONFIG_COUNT": str(len(config)), **{f"GIT_CONFIG_{part}_{n}": text for n, row in enumerate(config) for part, text in zip(("KEY", "VALUE"), row)}, **env})
         assert terminal.wait() == 0, terminal.output
         assert b"evil" not in terminal.output or b"\x1b]" not in terminal.output
-        return terminal.output, slurp(site.dir / "pager.got") if (site.dir / "pager.got").exists() else b""
-    out, got = shown(GIT_PAGER=f"{pager} one")
-    assert b"paged one" in out and b"\x1b[32m+x" in got and b"\x1b]" not in got and b"evil" in got and b"+x" not in out
-    out, got = shown(("core.pager", pager), ("pager.diff", f"{pager} two"), ("color.diff", "false"), GIT_PAGER="")
-    assert not got and b"\n+x" in out, "GIT_PAGER comes first"
+        return terminal.output, slurp(got)
+    out, paged = shown(GIT_PAGER=f"{pager} one")
+    assert b"paged one" in out and b"\x1b[32m+x" in paged and b"\x1b]" not in paged and b"evil" in paged and b"+x" not in out
+    both = ("core.pager", pager), ("pager.diff", f"{pager} two")
+    out, paged = shown(*both, ("color.diff", "false"), GIT_PAGER="")
+    assert not paged and b"\n+x" in out, "GIT_PAGER comes first"
     site.env.pop("GIT_PAGER")
-    out, got = shown(("core.pager", pager), ("pager.diff", f"{pager} two"), ("color.ui", "never"))
-    assert b"paged two" in out and b"\n+x" in got and b"\x1b" not in got
-    out, got = shown(("core.pager", pager), ("pager.diff", "false"))
-    assert not got and b"\x1b[32m+x" in out
+    out, paged = shown(*both, ("color.ui", "never"))
+    assert b"paged two" in out and b"\n+x" in paged and b"\x1b" not in paged
+    out, paged = shown(both[0], ("pager.diff", "false"))
+    assert not paged and b"\x1b[32m+x" in out
     assert b"\x1b[32m+2\x1b" in shown(("core.pager", "head -n 40"))[0], "left early"
-    assert b"\x1b]0;evil" in repo.ok("diff").out and not (site.dir / "pager.got").exists()
+    assert b"\x1b]0;evil" in repo.ok("diff").out and not got.exists()
 
 
 def test_diff_into_a_pipe_or_json_can_be_applied(repo):
@@ -4097,7 +4017,7 @@ def test_diff_into_a_pipe_or_json_can_be_applied(repo):
     for data in (plain, patch):
         subprocess.run(["git", "apply", "-"], cwd=repo.dir, input=data, env=repo.site.environment(), check=True)
         for name in ("crlf.txt", "data.bin", "noeol"):
-            assert (repo.dir / name).read_bytes() == (repo.path() / name).read_bytes(), name
+            assert (repo.dir / name).read_bytes() == repo.far(name), name
         repo.git("checkout", "-q", "--", ".")
         repo.git("clean", "-qfd")
 
@@ -4145,9 +4065,9 @@ class Lab(Repo):
         for name, data in (("README", b"hi\n"), ("src/a.c", b"a\n"), ("docs", b"x\n"), ("back\\slash", b"b\n"), (".gitattributes", b"docs export-ignore\n")):
             self.write(name, data)
         self.commit("first")
-        self.site.env.update(PYTHONPATH=str(HERE), CMUX_SSH_COMMAND=in_sshs_place(
-            self.site, f"""case " $* " in *" -G "*|*" -V "*) exec $ssh "$@";; *" -M "*) echo Unsupported option >&2; exit 255;; esac
-while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={self.site.dir}/$2 sh -c "$3\""""))
+        self.site.env["PYTHONPATH"] = str(HERE)
+        in_sshs_place(self.site, f"""case " $* " in *" -G "*|*" -V "*) exec $ssh "$@";; *" -M "*) echo Unsupported option >&2; exit 255;; esac
+while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={self.site.dir}/$2 sh -c "$3\"""")
         posix_tools(self.site.dir / "git", "git", busybox=False), posix_tools(self.site.dir / "files", busybox=False)
 
     def state(self):
@@ -4159,7 +4079,7 @@ while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={
     def say(self, name, chunks, status):
         """Have the host print these chunks, as long as somebody reads."""
         path = self.site.dir / f"{name}.said"
-        path.unlink() if path.exists() else None
+        path.unlink(missing_ok=True)
         self.site.script(name, f"cat {path}; exit {status}")
 
         def write():
@@ -4197,7 +4117,7 @@ while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={
 
     def forget(self):
         branch = self.dir / ".git/refs/heads/cmux/x"
-        branch.unlink() if branch.exists() else None
+        branch.unlink(missing_ok=True)
 
     def take(self, stream, how="git"):
         """The paths that a pull changed, and their modes."""
@@ -4344,7 +4264,7 @@ def test_a_directory_renamed_again_and_again_is_as_large_as_before(new_lab):
     assert set(found) == {"d9/%d" % n for n in range(9)}
 
 
-def test_names_that_fold_into_one_in_the_base_already_are_the_users_own(new_lab):
+def test_names_that_fold_in_the_base_are_the_users_own(new_lab):
     lab = new_lab()
     for path in ("Dir/a", "dir/b"):
         lab.write(path, b"x")
@@ -4519,7 +4439,7 @@ def test_pull_brings_every_honest_change_home(odd):
     assert here == there
     odd.git("checkout", "-q", "main")
     assert "Nothing new" in odd.cli("pull").text
-    first = odd.git("rev-parse", "cmux/main")
+    first = odd.id("cmux/main")
     do(odd, AGENT + "git add -A; git commit -qm three; echo later >later")
     odd.ok("pull")
     assert odd.git("merge-base", first, "cmux/main") == first
@@ -4617,8 +4537,7 @@ def test_what_cannot_be_read_there_is_named_and_no_deletion(site):
 
 
 @each("host", ["box", "nogit"])
-def test_what_export_ignore_leaves_out_of_releases_comes_and_its_changes_go_home(site, host):
-    """Also by a directory, as a delta, and with --dirty."""
+def test_what_export_ignore_names_comes_and_goes_home(site, host):
     repo, place = Repo(site), place_of(site, host)
     repo.write(".gitattributes", b"docs/ export-ignore\n*/deep/ export-ignore export-subst\n")
     for path in ("docs/a", "docs/b/c", "src/deep/x"):
@@ -4628,7 +4547,7 @@ def test_what_export_ignore_leaves_out_of_releases_comes_and_its_changes_go_home
     assert repo.cli("diff").text == ""
     repo.write("docs/dirty", b"d\n")
     repo.ok("push", "--dirty")
-    assert slurp(repo.path() / "docs/dirty") == b"d\n"
+    assert repo.far("docs/dirty") == b"d\n"
     repo.save("docs/b/c", os.urandom(9) + b"\r\n")
     repo.ok("push")
     assert tree_of(repo.path()) == repo.tree() and repo.cli("diff").text == ""
@@ -4644,9 +4563,9 @@ def test_what_export_ignore_leaves_out_of_releases_comes_and_its_changes_go_home
 
 def older(repo, names):
     """Make of the workspaces of a commit what a version left there that sent no export-ignored file of the next commit."""
-    before = repo.git("rev-parse", "HEAD^{tree}")
+    before = repo.id("HEAD^{tree}")
     repo.write("docs/a", b"mine\n")
-    entry = {"base": repo.commit(), "tree": repo.git("rev-parse", "HEAD^{tree}")}
+    entry = {"base": repo.commit(), "tree": repo.id("HEAD^{tree}")}
     with repo.amended() as record:
         for name in names:
             del record["workspaces"][name]["whole"]
@@ -4677,7 +4596,7 @@ def test_a_workspace_of_a_version_that_left_files_out_loses_nothing(site, host):
     do(repo, "mkdir docs; echo its >docs/a", "work")
     for words in (["rm", "work"], ["push", "-w", "work"]):
         told = repo.cli(*words)
-        assert told.code == 1 and "docs/a" in told.said and slurp(repo.path("work") / "docs/a") == b"its\n", told
+        assert told.code == 1 and "docs/a" in told.said and repo.far("docs/a", "work") == b"its\n", told
     repo.ok("rm", "clean")
     repo.ok("push", "-w", "pushed")
     repo.arrived("pushed")
@@ -4692,7 +4611,7 @@ def test_a_workspace_of_a_version_that_left_files_out_loses_nothing(site, host):
 
 @each("how", ["git checkout -q --orphan fresh; echo x >x; git add -A; git commit -qm orphan",
       "git checkout -qb feature; echo x >x; git add -A; git commit -q --amend -m amended"], ids=["orphan", "amend"])
-def test_a_branch_that_stands_at_the_base_holds_nothing_that_could_be_lost(repo, how):
+def test_a_branch_that_stands_at_the_base_holds_nothing(repo, how):
     repo.new()
     do(repo, how)
     pulled = repo.ok("pull")
@@ -4700,7 +4619,7 @@ def test_a_branch_that_stands_at_the_base_holds_nothing_that_could_be_lost(repo,
     repo.ok("rm", "main")
 
 
-def test_a_gitmodules_that_git_cannot_read_is_said_and_a_huge_one_takes_no_time(repo):
+def test_an_unreadable_gitmodules_is_said_and_a_huge_one_is_fast(repo):
     repo.new()
     do(repo, "printf '<<<<<<< HEAD\\n[submodule \"x\"]\\n' >.gitmodules")
     refused(repo.cli("pull"), 1, "not one that git can read")
@@ -4732,15 +4651,7 @@ def test_a_file_changed_in_the_second_of_its_commit_is_seen(repo):
     repo.ok("pull")
     assert repo.pulled("README") == "3333"
     repo.new("--dirty", "other")
-    assert slurp(repo.path("other") / "README") == b"3333\n"
-
-
-def test_dirty_takes_a_split_index(repo):
-    repo.git("config", "core.splitIndex", "true")
-    repo.git("update-index", "--split-index")
-    repo.write("README", b"changed\n")
-    repo.new("--dirty", "main")
-    assert slurp(repo.path() / "README") == b"changed\n"
+    assert repo.far("README", "other") == b"3333\n"
 
 
 @each("first", ["git commit -q --amend --allow-empty -m amended", "git init -q nested; git -C nested -c user.name=a -c user.email=a@b commit -q --allow-empty -m n; git add nested; git commit -qm link"])
@@ -4874,7 +4785,7 @@ def test_rm_and_push_without_git_there_see_what_no_time_tells(site, harm):
     "git worktree add -q --detach ~/wt; cd ~/wt; {}", "git checkout -q --detach; {}; git checkout -q --orphan fresh",
     "git checkout -q -b side; {}; git checkout -q main", "{}; git update-ref refs/odd/one HEAD; git reset -q --hard HEAD~1",
 ], ids=["detached", "reset", "amend", "worktree", "orphan", "branch", "ref"])
-def test_what_a_pull_does_not_bring_it_names_and_rm_refuses_until_it_is_home(repo, harm):
+def test_what_a_pull_does_not_bring_it_names_and_rm_refuses(repo, harm):
     repo.new()
     do(repo, AGENT + harm.format("echo x >>README && git commit -qam lonely"))
     before = repo.cli("rm", "main")
@@ -4928,7 +4839,7 @@ def test_pull_refuses_what_is_not_its_own(repo):
         refused(repo.cli("pull", "--branch=" + branch), 1 if branch == "main" else 2, f"'{branch}' is ")
     theirs = repo.git("commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", "somebody's own")
     repo.git("branch", "cmux/main", theirs)
-    assert repo.cli("pull").code == 1 and repo.git("rev-parse", "cmux/main") == theirs
+    assert repo.cli("pull").code == 1 and repo.id("cmux/main") == theirs
     repo.ok("pull", "--branch", "other")
     assert repo.git("show", "other:x") == "x"
     do(repo, "head -c 300000000 /dev/zero >big")
@@ -4958,7 +4869,7 @@ def test_pull_says_what_would_run_and_what_leaks(repo):
     assert terminal.wait() == 0 and b"git diff ...cmux/main; to take it: git merge cmux/main" in terminal.output, terminal.output
 
 
-def test_pull_refuses_hooks_reached_by_a_link_above_them_and_shows_names_in_one_line(repo):
+def test_pull_refuses_hooks_by_a_link_and_shows_names_in_one_line(repo):
     repo.save("tools/hooks/x", b"1")
     repo.secret("TOKEN", b"s3cr3t-s3cr3t")
     repo.new()
@@ -5013,7 +4924,7 @@ def test_pull_from_a_malicious_repository_of_ones_own_runs_nothing(repo, site):
         path.parent.mkdir(exist_ok=True)
         shutil.copy(evil, path)
     repo.save(".gitattributes", b"* filter=evil diff=evil\n")
-    trap.unlink() if trap.exists() else None
+    trap.unlink(missing_ok=True)
     for key in ("core.fsmonitor", "filter.evil.clean", "filter.evil.smudge", "filter.evil.process", "diff.evil.textconv", "diff.evil.command", "diff.external", "core.pager",
                 "gpg.program", "core.sshCommand", "tar.tgz.command", "tar.tar.command", "core.editor", "credential.helper", "uploadpack.packObjectsHook"):
         repo.git("config", key, str(evil))
@@ -5058,9 +4969,8 @@ os.execv(real, [real, *words])
         assert not trap.exists(), words
 
 
-def test_a_line_cut_during_pull_leaves_nothing(site):
+def test_a_line_cut_during_pull_leaves_nothing(site, line):
     repo = Repo(site)
-    line = site.line("far")
     repo.new(host="far")
     do(repo, "head -c 400000 /dev/urandom >big")
     for limit in (20000, 100000, 300000):
@@ -5071,7 +4981,7 @@ def test_a_line_cut_during_pull_leaves_nothing(site):
     repo.ok("pull")
 
 
-def test_what_may_not_come_in_and_is_gone_again_is_said_with_the_way_out(repo):
+def test_what_may_not_come_and_is_gone_again_has_a_way_out(repo):
     repo.cli("new", "-H", "box", "main")
     do(repo, AGENT + "echo one >one; git add .; git commit -qm one; ln -s ../../x evil; git add evil; git commit -qm a; git rm -q evil; git commit -qm b; echo u >u")
     answer = repo.cli("pull")
@@ -5086,7 +4996,7 @@ def test_what_may_not_come_in_and_is_gone_again_is_said_with_the_way_out(repo):
 
 
 @each("host", ["box", "nogit"])
-def test_names_that_cannot_come_are_left_out_and_those_of_the_base_can_change(site, host):
+def test_names_that_cannot_come_are_left_out_those_of_the_base_come(site, host):
     own = ["\\lead", "trail\\", "a\\..\\b"]
     repo = Repo(site, files={name: b"old\n" for name in [*own, "README"]})
     repo.new(host=place_of(site, host))
@@ -5106,7 +5016,7 @@ def test_names_that_cannot_come_are_left_out_and_those_of_the_base_can_change(si
 
 
 @each("push", [False, True])
-def test_a_history_that_cannot_come_home_loses_no_tracked_file_and_brings_no_ignored_one(site, push):
+def test_a_history_that_cannot_come_loses_no_tracked_file(site, push):
     """Also where the base came as a delta, and has no repository of its own."""
     repo = Repo(site, files={**{f"f{n}": b"%d" % n for n in range(9)}, ".gitignore": b"dist/\n.env\n"})
     repo.new()
@@ -5152,16 +5062,15 @@ print([line for line in cmux_ssh.diff(workspace) if line.startswith(("+", "-"))]
 """) == "['+a'] %s\n" % new
 
 
-def test_a_branch_that_was_checked_out_meanwhile_does_not_move(repo, site):
-    line = site.line("far")
+def test_a_branch_that_was_checked_out_meanwhile_does_not_move(repo, line):
     repo.new(host="far")
     do(repo, "echo 1 >agents")
     repo.ok("pull")
     do(repo, "echo 2 >agents; head -c 1000000 /dev/urandom >large")
-    before = repo.git("rev-parse", "cmux/main")
+    before = repo.id("cmux/main")
     line.trap = ("down", 500_000, lambda: repo.git("checkout", "-q", "cmux/main"))
     refused(repo.cli("pull"), 1, "is checked out; nothing")
-    assert line.trap is None and repo.git("rev-parse", "cmux/main") == before and not repo.git("status", "--short")
+    assert line.trap is None and repo.id("cmux/main") == before and not repo.git("status", "--short")
     repo.git("checkout", "-q", "main")
     repo.ok("pull")
     assert repo.pulled("agents") == "2"
@@ -5262,8 +5171,8 @@ def test_changes_in_submodules_are_left_out_and_kept_from_rm(site, host):
         cd vendor/li*; echo edit >>x.c; rm -r in*/README; cd ../..; mkdir -p absent; echo agent >absent/new; git add -A; git commit -qm mine; echo u >'vendor/li b "q'"'/untracked"
         """
     do(family, script if host == "box" else script.replace("git add -A; git commit -qm mine", ":"))
-    refused = family.cli("rm", "main")
-    assert refused.code == 1 and "submodule" not in refused.said, refused
+    kept = family.cli("rm", "main")
+    assert kept.code == 1 and "submodule" not in kept.said, kept
     pulled = family.ok("pull")
     assert untouched(family) == before
     for path in (LIB + "/x.c", LIB + "/%s/README" % INNER, LIB + "/untracked", "absent/new"):
@@ -5277,9 +5186,9 @@ def test_changes_in_submodules_are_left_out_and_kept_from_rm(site, host):
     again = family.cli("pull")
     assert "Nothing new" in again.text and again.said.count("left out") == 4, again
     for words in (["rm", "main"], ["push", "--ref", "HEAD~1"]):
-        refused = family.cli(*words)
-        assert refused.code == 1 and "work that would be lost" in refused.said and "README" not in refused.said.replace("/README", ""), refused
-        assert "-w main -- git status --short); read brings a file" in refused.said
+        kept = family.cli(*words)
+        refused(kept, 1, "work that would be lost", "-w main -- git status --short); read brings a file")
+        assert "README" not in kept.said.replace("/README", "")
     family.ok("push", "--ref", "HEAD~1", "--force")
     family.ok("rm", "main")
 
@@ -5308,7 +5217,7 @@ def test_a_moved_submodule_is_pushed_as_a_delta(site, host):
     assert family.cli("diff").out == b"" and family.cli("rm", "main").code == 0
 
 
-def test_a_workspace_outlives_the_submodule_and_the_content_it_was_made_of(site):
+def test_a_workspace_outlives_the_submodule_it_was_made_of(site):
     family = Family(site)
     family.new()
     shutil.rmtree(family.dir / ".git/lfs")
@@ -5332,10 +5241,10 @@ def test_a_workspace_outlives_the_submodule_and_the_content_it_was_made_of(site)
     moved = family.cli("push", "-w", "next")
     assert "already" in moved.text, moved
     family.lfs("assets/model.bin", CONTENT)
-    assert "is at" in family.cli("push", "-w", "next").text and (family.path("next") / "assets/model.bin").read_bytes() == CONTENT
+    assert "is at" in family.cli("push", "-w", "next").text and family.far("assets/model.bin", "next") == CONTENT
 
 
-def test_uncommitted_work_in_a_submodule_is_said_and_none_of_its_filters_run(site):
+def test_uncommitted_work_in_a_submodule_is_said_without_its_filters(site):
     family = Family(site)
     trap = site.dir / "trap"
     evil = script(site.dir / "evil.sh", f"echo ran >>{trap}\ncat")
@@ -5351,10 +5260,10 @@ def test_uncommitted_work_in_a_submodule_is_said_and_none_of_its_filters_run(sit
     family.write("README", b"dirty\n")
     made = family.new("main", "--dirty")
     assert "1 uncommitted file in submodules" in made.said and "1 submodule not checked out" in made.said, made
-    assert (family.path() / "README").read_bytes() == b"dirty\n" and (family.path() / LIB / "x.c").read_bytes() == b"x\n"
+    assert family.far("README") == b"dirty\n" and (family.path() / LIB / "x.c").read_bytes() == b"x\n"
     assert not trap.exists()
     subprocess.run(["git", "-C", str(family.dir / LIB), "-c", "core.fsmonitor=false", "-c", "filter.evil.clean=cat", "commit", "-qam", "moved"], check=True, env=site.environment())
-    trap.unlink() if trap.exists() else None
+    trap.unlink(missing_ok=True)
     family.ok("push", "-w", "main", "--dirty")
     assert (family.path() / LIB / "x.c").read_bytes() == b"z\n" and not trap.exists()
 
@@ -5395,7 +5304,7 @@ def test_a_submodule_that_lies_elsewhere_is_none(site):
     made = repo.new()
     assert "17 submodules not checked out here, 2 LFS files whose content is not here" in made.said, made
     assert {path.name for path in repo.path().iterdir() if (path / "README").exists()} == {"real", "sub0", "sub1"}
-    assert (repo.path() / "good.bin").read_bytes() == b"x" and all((repo.path() / name).read_bytes()[:7] == b"version" for name in ("link.bin", "size.bin"))
+    assert repo.far("good.bin") == b"x" and all(repo.far(name)[:7] == b"version" for name in ("link.bin", "size.bin"))
 
 
 @each("host", ["box", "nogit"])
@@ -5421,7 +5330,7 @@ def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site, tu
     assert moved.code == 1 and "refused" in moved.said, moved
 
 
-def test_a_git_that_reads_no_tree_without_its_contents_sends_lfs_content_all_the_same(site):
+def test_a_git_that_reads_no_tree_alone_sends_lfs_content(site):
     """Before 2.39; in front of a newer one, a program refuses what those do."""
     family, real = Family(site), program("git")
     env = replaced(site, git=f"""
@@ -5436,7 +5345,7 @@ esac""")
     family.lfs("assets/model.bin", b"other" * 1000)
     family.commit()
     pushed = family.ok("push", "-v", env=env)
-    assert (family.path() / "assets/model.bin").read_bytes() == b"other" * 1000, pushed
+    assert family.far("assets/model.bin") == b"other" * 1000, pushed
 
 
 def test_damaged_lfs_content_is_not_sent(site):
@@ -5460,7 +5369,7 @@ def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo, sit
     assert repo.cli("list", "--json").json == []
     repo.new("a", "b")
     rows = repo.workspaces()
-    assert set(rows) == {"a", "b"} and all(row["host"] == "box" and row["base"] == repo.git("rev-parse", "HEAD") and row["created"] for row in rows.values())
+    assert set(rows) == {"a", "b"} and all(row["host"] == "box" and row["base"] == repo.id("HEAD") and row["created"] for row in rows.values())
     where = Path(repo.cli("exec", "-w", "a", "--", "pwd -P").text.strip())
     assert where == repo.path("a") and where.name == "a" and re.match(r"project-\w+$", where.parent.name)
     assert where.parent.parent == site.far_home() / "cmux" and mode_of(where.parent.parent) == 0o700
@@ -5468,8 +5377,7 @@ def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo, sit
     assert "a" in listed.text and "box" in listed.text
 
 
-def test_list_counts_commits_changes_and_jobs_and_leaves_a_dash_where_a_host_is_silent(repo, site):
-    line = site.line("far")
+def test_list_counts_commits_changes_and_jobs_or_has_a_dash(repo, site, line):
     repo.new("some-name")
     repo.new("far-away", host="far")
     do(repo, "echo x >>README; git commit -qam one; echo y >new", "some-name")
@@ -5484,7 +5392,7 @@ def test_list_counts_commits_changes_and_jobs_and_leaves_a_dash_where_a_host_is_
     assert {path: path.stat().st_mtime_ns for path in site.far_home().rglob("*")} == before, "it makes and changes nothing there"
     line.stall()
     for width in (60, 140):
-        terminal = on_terminal(site, "list", cwd=repo.dir, env={"COLUMNS": str(width)})
+        terminal = repo.terminal("list", env={"COLUMNS": str(width)})
         assert terminal.wait() == 0
         head, *rows = terminal.output.decode().replace("\r", "").split("\n")[:-1]
         assert re.split("  +", head) == ["NAME", "HOST", "STATE", "BEHIND", "CHANGED", "JOBS", "AGE"] + ["BASE"] and max(map(len, [head, *rows])) <= width
@@ -5694,7 +5602,7 @@ def test_impossible_paths_are_refused(talker, path):
         talker.refusal(tool, path=path, **more)
 
 
-def test_a_file_of_a_workspace_that_is_gone_is_not_there_and_makes_no_new_one(repo):
+def test_a_file_of_a_workspace_that_is_gone_makes_no_new_one(repo):
     repo.new()
     shutil.rmtree(repo.path())
     for args in (["read", "x"], ["write", "x"], ["write", "a/x"], ["edit", "x", "--old", "a", "--new", "b"]):
@@ -5739,7 +5647,7 @@ def test_write_and_edit_keep_the_mode_and_follow_links(talker, area, mode):
     assert [os.readlink(area.dir / n) for n in ("first", "second", "sub/third")] == ["second", "sub/third", str(real)]
 
 
-def test_write_through_a_dangling_link_makes_its_target_and_odd_link_targets_work(talker, area):
+def test_write_through_a_link_makes_its_target_whatever_its_name(talker, area):
     for number, target in enumerate(["new dir/new file", "-dash", "line\nbreak\n", "../" + area.name + "/up", "a'b\"c\\"]):
         (area.dir / f"link{number}").symlink_to(target)
         assert talker("write", path=area.p(f"link{number}"), content=target)["created"] is True
@@ -5777,7 +5685,6 @@ def test_read_is_bounded_and_says_so(talker, area):
 
 
 def test_read_of_a_file_that_grows_is_consistent(talker, area):
-    """size, sha256 and content are of one moment, however fast somebody appends."""
     file, stop = area.put("log", b"x" * 100_000), threading.Event()
 
     def append():
@@ -5854,7 +5761,7 @@ def test_a_full_disk_keeps_the_old_file(site):
     repo.new(host="full")
     (repo.path() / "f").write_bytes(b"old")
     refused(repo.cli("write", "f", stdin=b"x" * 2_000_000), 1)
-    assert (repo.path() / "f").read_bytes() == b"old" and not [n for n in os.listdir(repo.path()) if ".cmux-" in n]
+    assert repo.far("f") == b"old" and not [n for n in os.listdir(repo.path()) if ".cmux-" in n]
 
 
 def test_a_host_with_only_posix_utilities_has_every_tool(site):
@@ -5866,11 +5773,11 @@ def test_a_host_with_only_posix_utilities_has_every_tool(site):
         (repo.path() / "link").unlink()
         (repo.path() / "link").symlink_to("plain.txt")
         talker("edit", path="link", edits=[{"old": "plain", "new": "edited"}])
-        assert (repo.path() / "plain.txt").read_bytes() == b"edited\n" and (repo.path() / "link").is_symlink()
+        assert repo.far("plain.txt") == b"edited\n" and (repo.path() / "link").is_symlink()
         assert talker("glob", pattern="**/*.txt")["paths"] == sorted(p.decode() for p in repo.tree() if p.endswith(b".txt"))
         assert talker("grep", pattern="edi.ed$")["matches"] == [{"path": "plain.txt", "line": 1, "text": "edited"}]
         job = talker("exec", command="echo hi; exit 7", background=True)["job"]
-        assert talker("wait", job=job, timeout=15)["exit_code"] == 7
+        assert ended(talker, job) == 7
         assert talker("logs", job=job)["output"] == "hi\n"
         nap = Nap()
         sleeper = talker("exec", command=f"{nap} & {nap}", background=True)["job"]
@@ -6146,7 +6053,7 @@ def test_new_from_a_workspace_has_what_is_ignored_there_before_the_hook_runs(sit
     refused(repo.cli("new", "three", "--from", "none"), 1, words="no workspace")
     with open_mcp(repo, "--manage") as client:
         assert "three" in client("workspace_new", name="three", source="main")
-    assert (repo.path("three") / "x.o").read_bytes() == b"far"
+    assert repo.far("x.o", "three") == b"far"
 
 
 # === glob and grep ===
@@ -6278,7 +6185,7 @@ def test_grep_is_bounded_and_says_so(talker, area):
 
 def test_impossible_arguments_are_refused(talker):
     job = start_job(talker, "echo hi")
-    assert talker("wait", job=job, timeout=15)["exit_code"] == 0, "the workspace has had jobs"
+    assert ended(talker, job) == 0, "the workspace has had jobs"
     for tool, rows in {
             "read": [{"path": "README", **bad} for bad in ({"offset": 0}, {"offset": -1}, {"limit": -1})],
             "glob": [{"pattern": ""}, {"pattern": "*", "limit": -1}, {"pattern": "a\0b"}, {"pattern": "[z-a]"}, {"pattern": "\ud800"}],
@@ -6392,6 +6299,10 @@ def start_job(talker, command, **more):
     return str(told["job"])
 
 
+def ended(talker, job):
+    return talker("wait", job=job, timeout=15)["exit_code"]
+
+
 def state(talker, job):
     row = next(row for row in talker("jobs")["jobs"] if row["job"] == job)
     return row["state"], row["exit_code"]
@@ -6410,16 +6321,16 @@ def test_a_jobs_exit_code_is_exact(talker):
 def test_a_job_gets_what_exec_gets_and_keeps_both_streams(talker, workspace, area):
     command = 'pwd; echo "$CMUX_RUNTIME $A $GIT_TERMINAL_PROMPT"; cat; echo err >&2; printf "\\0\\377"; cat "$0" 2>/dev/null'
     job = start_job(talker, command, cwd=area.name, env={"A": "it's\n\"$x\""})
-    assert talker("wait", job=job, timeout=15)["exit_code"] == 1
+    assert ended(talker, job) == 1
     told = talker("logs", job=job)
     assert base64.b64decode(told["output_base64"]) == f"{area.dir}\nssh it's\n\"$x\" 0\nerr\n".encode() + b"\0\xff"
     assert told["state"] == "exited" and told["next_offset"] == told["size"] == len(base64.b64decode(told["output_base64"]))
     assert base64.b64decode(talker("logs", job=job, offset=told["size"] - 2)["output_base64"]) == b"\0\xff"
     assert talker("logs", job=job, offset=told["size"] + 100)["output"] == ""
     exact = start_job(talker, ["printf", "<%s>", "a b", "", "$x", "-n"])
-    assert talker("wait", job=exact, timeout=15)["exit_code"] == 0 and talker("logs", job=exact)["output"] == "<a b><><$x><-n>"
+    assert ended(talker, exact) == 0 and talker("logs", job=exact)["output"] == "<a b><><$x><-n>"
     signals = start_job(talker, "trap 'echo int; exit 5' INT; kill -INT $$; echo ignored")
-    assert talker("wait", job=signals, timeout=15)["exit_code"] == 5, "a job may catch SIGINT: it is not ignored from the start"
+    assert ended(talker, signals) == 5, "a job may catch SIGINT: it is not ignored from the start"
 
 
 def test_jobs_are_listed_with_what_they_are(shared, talker, area):
@@ -6483,8 +6394,7 @@ def test_a_job_survives_the_client_and_the_masters(repo, site):
       "bash -c 'set -m; {n} & disown; {n}'"])
 @promise(6)
 @compat
-def test_stop_ends_the_whole_tree_and_says_so(talker, command):
-    nap = Nap()
+def test_stop_ends_the_whole_tree_and_says_so(talker, command, nap):
     job, other = start_job(talker, "echo here; " + command.format(n=nap)), start_job(talker, f"{nap}9")
     nap.runs(2)
     told = talker("stop", job=job)
@@ -6501,10 +6411,9 @@ def record_of(repo, job):
     return next(p for p in repo.site.far_home().rglob(job) if p.is_dir())
 
 
-def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared, talker):
-    nap = Nap()
+def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared, talker, nap):
     job = start_job(talker, "exit 3")
-    assert talker("wait", job=job, timeout=15)["exit_code"] == 3
+    assert ended(talker, job) == 3
     with stranger(*nap.split()) as other:
         (record_of(shared, job) / "pid").write_text(f"{other.pid}\n")
         talker("stop", job=job)
@@ -6512,7 +6421,7 @@ def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared
         assert state(talker, job) == ("exited", 3)
 
 
-def test_stop_of_a_finished_job_ends_nothing_of_a_stranger_that_cannot_be_looked_into(tmp_path):
+def test_stop_of_a_finished_job_ends_nothing_of_a_hidden_stranger(tmp_path):
     """Where there is no /proc, or it may not be read, the old pid alone would make a stranger's children ours."""
     record, nap = tmp_path / "j0123abcd", Nap()
     record.mkdir()
@@ -6525,9 +6434,8 @@ def test_stop_of_a_finished_job_ends_nothing_of_a_stranger_that_cannot_be_looked
         kill(running(nap)[0].pid)
 
 
-def test_a_job_whose_record_was_cut_off_is_lost_not_running(shared, talker):
+def test_a_job_whose_record_was_cut_off_is_lost_not_running(shared, talker, nap):
     """As after a crash of the host: no exit, and the pid belongs to somebody else by now."""
-    nap = Nap()
     job = start_job(talker, nap)
     nap.runs()
     record = record_of(shared, job)
@@ -6543,20 +6451,6 @@ def test_a_job_whose_record_was_cut_off_is_lost_not_running(shared, talker):
         assert state(talker, job)[0] == "lost"
         talker("stop", job=job)
         assert other.poll() is None
-
-
-def test_old_records_expire_and_a_job_that_still_runs_does_not(shared, talker, area):
-    old, long = start_job(talker, "echo old"), start_job(talker, f"while [ ! -e {area.p('go')} ]; do sleep 0.05; done; echo done")
-    assert talker("wait", job=old, timeout=15)["exit_code"] == 0
-    weeks_ago = time.time() - 30 * 86400
-    for job in (old, long):
-        for path in [*record_of(shared, job).iterdir(), record_of(shared, job)]:
-            os.utime(path, (weeks_ago, weeks_ago))
-    talker("wait", job=start_job(talker, "true"), timeout=15)
-    assert old not in [row["job"] for row in talker("jobs")["jobs"]] and "no job" in talker.refusal("logs", job=old)
-    assert state(talker, long) == ("running", None)
-    area.put("go", b"")
-    assert talker("wait", job=long, timeout=15)["exit_code"] == 0 and talker("logs", job=long)["output"] == "done\n"
 
 
 def test_logs_of_a_large_output_are_bounded_and_whole(shared, talker):
@@ -6581,8 +6475,7 @@ def test_a_job_keeps_its_secret_out_of_its_record(repo, site):
 
 
 @each("command", ["wait", "logs -f"])
-def test_wait_and_logs_f_say_on_a_terminal_that_the_host_is_down(repo, command, site):
-    line = site.line("far")
+def test_wait_and_logs_f_say_on_a_terminal_that_the_host_is_down(repo, command, site, line):
     job = repo.job("echo on; while [ ! -e go ]; do sleep 0.05; done; echo off", host="far")
     sessions = site.log().count("Starting session")
     terminal = repo.terminal(*command.split(), job)
@@ -6598,8 +6491,7 @@ def test_wait_and_logs_f_say_on_a_terminal_that_the_host_is_down(repo, command, 
 
 @slow
 @promise(7)
-def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(repo, site):
-    line = site.line("far")
+def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(repo, line):
     steps = "for step in 0 1 2 3; do for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do [ $n = 15 ] && printf 'line ' && {gate}; " \
             "[ $n = 15 ] || printf 'line '; echo $((step*15+n)); done; done; exit 9"
     gate = "while [ ! -e gate$step ]; do sleep 0.05; done"
@@ -6623,13 +6515,12 @@ def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(
     assert line.connections >= 4 and repo.cli("wait", job).code == 9
 
 
-def test_a_job_stays_with_its_workspace_through_a_new_name_and_rm_sees_it(repo):
-    nap = Nap()
+def test_a_job_stays_with_its_workspace_through_a_new_name_and_rm_sees_it(repo, nap):
     job = repo.job(f"echo in; {nap}", options=["-w", "one"])
     repo.ok("rename", "-w", "one", "two")
     assert repo.cli("logs", "-w", "two", job).out == b"in\n"
-    refused = repo.cli("rm", "two")
-    assert refused.code == 1 and job in refused.said and running(nap), refused
+    refused(repo.cli("rm", "two"), 1, job)
+    assert running(nap)
     repo.ok("rm", "--force", "two")
     nap.gone()
     repo.new("two")
@@ -6651,8 +6542,7 @@ def test_stdin_for_a_job_is_refused_and_never_dropped_in_silence(repo, site):
     late = repo.start("exec", "-H", "late", "-w", "late", "--detach", "--", "true", stdin=PIPE)
 
     def opened():
-        with contextlib.suppress(OSError):
-            gate.unlink()
+        gate.unlink(missing_ok=True)
         return late.poll() is not None
     until(gate.exists, "it connects")
     late.stdin.write(b"late")
@@ -6676,8 +6566,8 @@ def test_gc_frees_jobs_that_ended_a_week_ago(repo, site):
     repo.new()
     old, new, runs = (repo.job(script) for script in ("echo old", "echo new", "sleep 600"))
     assert repo.cli("wait", old).code == repo.cli("wait", new).code == 0
-    for part in site.far_home().glob(f"cmux/.cmux/jobs/*/*/{old}/exit"):
-        os.utime(part, (time.time() - 8 * 86400,) * 2)
+    for part in site.far_home().glob("cmux/.cmux/jobs/*/*/*/*"):
+        os.utime(part, (time.time() - 8 * 86400,) * 2) if new not in part.parts else None
     repo.ok("gc")
     assert {path.name for path in site.far_home().glob("cmux/.cmux/jobs/*/*/*")} == {new, runs}
     repo.ok("stop", runs)
@@ -6758,7 +6648,7 @@ def test_new_makes_several_at_once_and_refuses_a_name_that_exists(repo):
     assert repo.workspaces() == {} and not list(place.iterdir())
 
 
-def test_a_pool_of_hosts_is_filled_evenly_also_at_once_and_one_that_is_down_is_passed_over(repo, site):
+def test_a_pool_of_hosts_is_filled_evenly_without_one_that_is_down(repo, site):
     site.daemon("b")
     site.daemon("c")
     site.host("dead", "ProxyCommand false")
@@ -6822,8 +6712,7 @@ def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo, s
         nap.gone()
 
 
-def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_said(repo):
-    nap = Nap()
+def test_ctrl_c_and_timeout_over_several_keep_what_was_said(repo, nap):
     repo.new("a", "b", "c")
     command = f'echo "early $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] && exit 4; sleep 1; {nap}'
     child = repo.start("exec", "--all", "--json", "--", command)
@@ -6837,13 +6726,11 @@ def test_ctrl_c_and_timeout_over_several_workspaces_end_all_and_keep_what_was_sa
     late = repo.cli("exec", "--all", "--timeout", "2", "--", command)
     assert late.code == 124 and sorted(late.text.splitlines()) == ["a | early a", "b | early b", "c | early c"]
     assert "b, c (124: stopped, its processes have ended)" in late.said
-    nap.gone()
 
 
-def test_each_workspace_has_a_live_line_below_what_is_printed_and_none_afterwards(repo, site):
+def test_each_workspace_has_a_live_line_and_none_afterwards(repo, line):
     repo.write("big", os.urandom(12 << 20))
     repo.save(".cmux/init", b"#!/bin/sh\nprintf 'one\\033[2J\\007\\rred\\n'; sleep 2; printf two\n", 0o755)
-    line = site.line("far")
     line.rate = 4e6
     seen = repo.terminal("new", "-H", "far", "a", "b")
     for pattern in (rb"[ab]  waiting for the archive \d", rb"[ab]  sending [\d.]+ MB", rb"a  init hook \d+s", rb"b  init hook \d+s"):
@@ -6872,7 +6759,7 @@ def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo, sig, s
     assert not shown and "0 of 2" in " ".join(seen.lines()), seen.lines()
 
 
-def test_more_workspaces_than_rows_are_counted_and_pipes_and_dumb_terminals_see_none(repo):
+def test_more_workspaces_than_rows_are_counted_on_a_terminal_alone(repo):
     names = [f"w{n:02}" for n in range(14)]
     repo.new(*names)
     for env in ({}, {"TERM": "dumb"}):
@@ -6915,8 +6802,7 @@ def calls(commands, **more):
 
 @each("sig", [signal.SIGINT, signal.SIGTERM])
 @promise(6)
-def test_a_batch_whose_input_has_ended_is_stopped_too(shared, sig):
-    nap = Nap()
+def test_a_batch_whose_input_has_ended_is_stopped_too(shared, sig, nap):
     child = shared.start("batch", "-w", "main", "-j", "2", stdin=PIPE)
     child.stdin.write(calls([nap] * 3))
     child.stdin.close()
@@ -6926,7 +6812,6 @@ def test_a_batch_whose_input_has_ended_is_stopped_too(shared, sig):
     out, _ = child.communicate()
     results = [json.loads(line)["result"] for line in out.splitlines()]
     assert child.returncode == 130 and [(result["exit_code"], result["stopped"]) for result in results] == [(130, "confirmed")] * 3, out
-    nap.gone()
 
 
 class Agent:
@@ -7110,8 +6995,7 @@ def test_batch_takes_the_workspace_of_each_line(repo):
 
 
 @each("sig", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_batch_ends_what_runs_there(shared, sig):
-    nap = Nap()
+def test_a_stopped_batch_ends_what_runs_there(shared, sig, nap):
     talker = Agent(shared, "-j", "4")
     for _ in range(10):
         talker.post("exec", {"command": nap})
@@ -7120,11 +7004,9 @@ def test_a_stopped_batch_ends_what_runs_there(shared, sig):
     out, err = talker.child.communicate()
     assert talker.child.returncode == {signal.SIGINT: 130, signal.SIGTERM: 130, signal.SIGKILL: -9}[signal.Signals(sig)], err
     assert all(json.loads(line)["id"] for line in out.splitlines())
-    nap.gone()
 
 
-def test_a_batch_whose_reader_is_gone_stops(shared):
-    nap = Nap()
+def test_a_batch_whose_reader_is_gone_stops(shared, nap):
     talker = Agent(shared, "-j", "2")
     assert talker("exec", command="true")["exit_code"] == 0
     talker.post("exec", {"command": nap})
@@ -7353,8 +7235,7 @@ print(result.exit_code)
 """) == "3\n"
 
 
-def test_library_cancel_from_another_thread_ends_the_command(shared):
-    nap = Nap()
+def test_library_cancel_from_another_thread_ends_the_command(shared, nap):
     assert in_library(shared, """
 workspace, cancel, seen = cmux_ssh.Project(".").workspace("main"), cmux_ssh.Cancel(), threading.Event()
 def sink(data):
@@ -7378,19 +7259,19 @@ print("cancelled")
 
 @each("how", ["left", "interrupted"])
 @promise(6)
-def test_library_the_end_of_a_with_statement_and_ctrl_c_end_what_runs_but_jobs(repo, how):
+def test_library_a_with_statement_and_ctrl_c_end_all_but_jobs(repo, how, nap):
     """Also what a pool has queued, and where each call has a Cancel of its own. Ctrl-C must not wait for the pool, which is inside."""
-    nap, job = unique(), unique()
+    job = Nap()
     assert in_library(repo, """
 import os, signal
 ends, began = [], threading.Semaphore(0)
 def nap(cancel):
     began.release()
-    ends.append(workspace.exec("sleep " + sys.argv[1], cancel=cancel).exit_code)
+    ends.append(workspace.exec(sys.argv[1], cancel=cancel).exit_code)
 try:
     with cmux_ssh.Project(".") as project:
         workspace = project.ensure("main", "box")
-        workspace.start("sleep " + sys.argv[2])
+        workspace.start(sys.argv[2])
         calls = [threading.Thread(target=nap, args=(cancel,)) for cancel in (None, cmux_ssh.Cancel())]
         for call in calls:
             call.start()
@@ -7412,12 +7293,12 @@ try:
 except cmux_ssh.Cancelled:
     print("ended")
 """, nap, job, how, seconds=30) == "interrupted\n" * (how == "interrupted") + "ended\n"
-    gone(f"sleep {nap}")
-    assert running(f"sleep {job}")
+    nap.gone()
+    assert running(job)
     repo.ok("rm", "main", "--force")
 
 
-def test_library_a_result_has_its_text_and_a_check_and_a_project_pulls_and_diffs(repo):
+def test_library_results_have_text_and_check_projects_pull_and_diff(repo):
     assert in_library(repo, r"""
 import pickle
 project = cmux_ssh.Project(".")
@@ -7471,9 +7352,9 @@ print(w.exec("printf %s", env={"A": "\udcff"}).exit_code, [j["job"] for j in w.j
 
 
 @each("sh", ["dash", "bash", "busybox", "mksh"])
-def test_one_attempt_of_an_operation_at_a_time_whoever_died_and_whatever_number_is_used_again(tmp_path, sh):
+def test_one_attempt_at_a_time_whoever_died_or_has_its_number(tmp_path, sh):
     """Two saw a dead owner, and the slower removed the other's link; a number used again held it for five minutes. (From inside: six at once die at one place of a script, under each sh.)"""
-    text = c.OPEN_ROOT + """
+    text = c.STOP_TEXT + c.OPEN_ROOT + """
 rm() { case $SLOW in ?*) sleep $SLOW;; esac; command rm "$@"; }
 inside() { mkdir "$root/inside" || echo two; [ -z "$STAY" ] || kill -KILL $$; sleep 0.05; rmdir "$root/inside"; }
 _cmux_run=$RUN; _cmux_newline='
@@ -7547,7 +7428,7 @@ def test_a_delta_stands_only_on_what_was_sent_to_that_host(repo, site):
     repo.commit()
     repo.git("checkout", "-qb", "private")
     repo.save("acquisition-of-ACME", b"x")
-    forged = site.far_home() / "cmux" / ".cmux" / "bases" / repo.git("rev-parse", "HEAD^{tree}")
+    forged = site.far_home() / "cmux" / ".cmux" / "bases" / repo.id("HEAD^{tree}")
     repo.git("checkout", "-q", "main")
     forged.mkdir(parents=True)
     (forged / "whole.tar").touch()
@@ -7575,9 +7456,7 @@ for _ in range(3):
     assert shared.cli("wait", job).code == 6
 
 
-def test_a_line_that_is_lost_between_two_calls_of_the_library_is_not_noticed(repo, site):
-    """The warm sessions are dead; the next calls open new ones, and none fails."""
-    line = site.line("far")
+def test_a_line_that_is_lost_between_two_calls_of_the_library_is_not_noticed(repo, line):
     repo.new(host="far")
     with open_agent(repo) as talker:
         for round_ in range(3):
@@ -7588,7 +7467,6 @@ def test_a_line_that_is_lost_between_two_calls_of_the_library_is_not_noticed(rep
 
 
 def test_every_tool_is_a_method_of_a_workspace():
-    """The table drives the library too: workspace.read(path), workspace.edit(path, edits), ..."""
     import inspect
     for name, arguments in CONTRACT.items():
         method = getattr(c.Workspace, name, None)
@@ -7787,6 +7665,14 @@ class Mcp:
         assert not failed, text
         return text
 
+    def refusal(self, tool, **arguments):
+        failed, text = self.call(tool, **arguments)
+        assert failed, text
+        return text
+
+    def cancel(self, number):
+        self.send(json.dumps({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": number, "reason": "enough"}}).encode())
+
     def end(self, seconds=PATIENCE):
         self.child.stdin.close()
         self.child.wait(seconds)
@@ -7825,11 +7711,11 @@ def test_mcp_calls_leave_no_descriptors_behind(repo, monkeypatch, site):
     late = site.dir / "late.py"  # CPython's comes at once
     late.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport cmux_ssh as c\nc.Cancel.__del__ = lambda cancel: None\nsys.exit(c.main())\n")
     monkeypatch.setattr(sys.modules[__name__], "PROGRAM", late)
+    def calls():
+        for _ in range(15):
+            client("exec", command=["true"]), client("read", path="README"), client("exec", command="cat", stdin="in"), client("glob", pattern="*")
+        return len(os.listdir(f"/proc/{client.child.pid}/fd"))
     with open_mcp(repo, "-H", "box") as client:
-        def calls():
-            for _ in range(15):
-                client("exec", command=["true"]), client("read", path="README"), client("exec", command="cat", stdin="in"), client("glob", pattern="*")
-            return len(os.listdir(f"/proc/{client.child.pid}/fd"))
         before = calls()
         assert calls() < before + 20
 
@@ -7857,7 +7743,7 @@ def test_a_forked_child_has_the_parents_cancel_for_its_own():
     assert select.select([cancel], [], [], 5)[0] == [cancel]
 
 
-def test_a_forked_child_lets_go_of_all_though_one_thing_is_closed_already():
+def test_a_forked_child_lets_go_of_all_though_one_is_closed():
     """Another thread of the parent was in the middle of closing it."""
     cancels = [c.Cancel() for _ in range(12)]
     numbers = [cancel.fileno() for cancel in cancels]
@@ -7952,7 +7838,7 @@ def test_mcp_tools_are_the_table_with_schemas_annotations_and_short_names(mcp, s
     assert hints["workspace_rm"]["destructiveHint"] and not hints["edit"]["destructiveHint"]
 
 
-def test_mcp_every_tool_works_and_its_failures_are_results_the_model_can_act_on(mcp):
+def test_mcp_every_tool_works_and_its_failures_say_what_to_do(mcp):
     assert re.search(r"exit_code: 3\n(.|\n)*--- stdout\nhi\n(.|\n)*--- stderr\noh\n", mcp("exec", command="echo hi; echo oh >&2; exit 3"))
     assert "<a b><'>" in mcp("exec", command=["printf", "<%s>", "a b", "'"])
     assert "created: True" in mcp("write", path="mcp/x.txt", content="one\ntwo\n")
@@ -7966,15 +7852,15 @@ def test_mcp_every_tool_works_and_its_failures_are_results_the_model_can_act_on(
     for tool, arguments, words in (("read", {"path": "nope"}, "no file"), ("edit", {"path": "mcp/x.txt", "edits": [{"old": "zz", "new": ""}]}, "0 times"),
                                    ("exec", {}, "command"), ("exec", {"command": 3}, "a list of texts"), ("read", {"path": "x", "bogus": 1}, "bogus"),
                                    ("exec", {"command": "true", "workspace": "other"}, "workspace"), ("logs", {"job": "j00000000"}, "job"),
-                                   ("exec", {"command": "true", "cwd": "no/where"}, "directory"), ("logs", {"job": "../../x"}, "See jobs.")):
-        failed, text = mcp.call(tool, **arguments)
-        assert failed and words in text and "\n" not in text and len(text) < 10000, text
+                                   ("exec", {"command": "true", "cwd": "no/where"}, "directory"), ("logs", {"job": "../../x"}, "See jobs."),
+                                   *((tool, {"job": "r00000000"}, "background=true") for tool in ("logs", "wait", "stop"))):  # of an earlier server
+        text = mcp.refusal(tool, **arguments)
+        assert words in text and "\n" not in text and len(text) < 10000, text
     assert mcp.ask("tools/call", {"name": "bash", "arguments": {}})["error"]["code"] == -32602
     assert mcp.ask("tools/call", {"name": "exec", "arguments": [1]})["result"]["isError"]
 
 
 def test_mcp_calls_run_at_once_and_answer_as_they_finish(mcp):
-    """The first ends only once the last has run."""
     slow = mcp.begin("rm -f go; until [ -e go ]; do sleep 0.1; done; echo slow")
     numbers = {mcp.begin(f"echo n{n}"): n for n in range(8)}
     for number, n in numbers.items():
@@ -7999,7 +7885,11 @@ def test_mcp_garbage_is_answered_and_ends_nothing(mcp, line, code):
     assert mcp.ask("ping")["result"] == {}
 
 
+<<<<<<< HEAD
 def test_mcp_notifications_and_answers_get_no_answer(mcp):
+=======
+def test_mcp_notifications_get_no_answer_each_of_a_batch_its_own(mcp):
+>>>>>>> r6/main
     for line in (b'{"jsonrpc":"2.0","method":"notifications/initialized"}', b'{"jsonrpc":"2.0","method":"no/such","params":3}', b"", b"   ",
                  b'{"jsonrpc":"2.0","id":9,"result":{}}', b'{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":{"a":1}}}'):
         mcp.send(line)
@@ -8021,8 +7911,8 @@ def test_mcp_masks_secrets_drops_escapes_bounds_and_marks_what_the_host_says(sit
         assert fence and text.endswith(f"[end {fence.group(1)}]")
         client("write", path="leak", content=f"x{value}y\n")
         assert "x[secret TOKEN]y" in client("read", path="leak") and value not in client("grep", pattern="s3cret")
-        failed, text = client.call("read", path=f"no-{value}")
-        assert failed and value not in text
+        text = client.refusal("read", path=f"no-{value}")
+        assert value not in text
     assert b"leak" in tree_of(repo.path())
 
 
@@ -8038,7 +7928,7 @@ def test_mcp_a_secret_cut_by_a_page_of_logs_is_masked_all_the_same(site):
 
 
 def test_mcp_masks_what_a_command_made_also_when_an_earlier_server_sent_it(repo):
-    repo.ok("secrets", "set", "TOKEN", "--command", "printf %s-12345 made")
+    repo.secret("TOKEN", command="printf %s-12345 made")
     with open_mcp(repo, "-H", "box") as client:
         client("exec", command='echo "key=$TOKEN" >.env')
         job = job_of(client("exec", command='echo "job $TOKEN"', background=True))
@@ -8049,16 +7939,15 @@ def test_mcp_masks_what_a_command_made_also_when_an_earlier_server_sent_it(repo)
             assert "made-12345" not in text and "[secret TOKEN]" in text, (tool, text)
 
 
-def test_mcp_a_name_made_for_the_pattern_and_a_page_of_cuts_take_no_time(repo):
+def test_mcp_a_name_made_for_the_pattern_and_a_page_of_cuts_take_no_time(repo, client):
     """Seen: one name held the server for ever, in re.match; 2 MB of cuts held it for 99 s."""
     key = "-----BEGIN KEY-----\n" + "\n".join(os.urandom(24).hex() for _ in range(26)) + "\n-----END KEY-----\n"
     repo.secret("KEY", key)
-    with open_mcp(repo, "-H", "box") as client:
-        client("exec", command="touch $(printf 'a%.0s' $(seq 220)) ab")
-        began = time.monotonic()
-        assert "paths: none" in client("glob", pattern="**/*a*a*a*a*a*a[c]") and "ab" in client("glob", pattern="**/*a[b]")
-        client("exec", command="yes '[...]' | tr -d '\\n' | head -c 1000000; yes '[...]' | tr -d '\\n' | head -c 1000000 >&2")
-        assert time.monotonic() - began < 20
+    client("exec", command="touch $(printf 'a%.0s' $(seq 220)) ab")
+    began = time.monotonic()
+    assert "paths: none" in client("glob", pattern="**/*a*a*a*a*a*a[c]") and "ab" in client("glob", pattern="**/*a[b]")
+    client("exec", command="yes '[...]' | tr -d '\\n' | head -c 1000000; yes '[...]' | tr -d '\\n' | head -c 1000000 >&2")
+    assert time.monotonic() - began < 20
 
 
 def test_globs_are_what_regular_expressions_said(area):
@@ -8102,10 +7991,9 @@ def test_mcp_manage_moves_no_branch_of_the_users(repo):
     repo.new("one")
     with open_mcp(repo, "-w", "one", "--manage") as client:
         client("write", path="work", content="done\n")
-        failed, text = client.call("workspace_pull", workspace="one", branch="release")
-        assert failed and "does not begin with cmux/" in text, text
+        assert "does not begin with cmux/" in client.refusal("workspace_pull", workspace="one", branch="release")
         client("workspace_pull", workspace="one", branch="cmux/other")
-    assert repo.git("rev-parse", "release") == repo.git("rev-parse", "main") and repo.pulled("work", "other") == "done"
+    assert repo.id("release") == repo.id("main") and repo.pulled("work", "other") == "done"
 
 
 def test_mcp_long_files_come_in_pages_that_join(mcp, shared):
@@ -8120,8 +8008,7 @@ def test_mcp_long_files_come_in_pages_that_join(mcp, shared):
     assert [line.encode() for line in found] == lines and pages > 3
 
 
-def test_mcp_a_call_over_the_soft_timeout_becomes_a_job(mcp):
-    nap = Nap()
+def test_mcp_a_call_over_the_soft_timeout_becomes_a_job(mcp, nap):
     text = mcp("exec", command=f"echo one; {nap}")
     job = job_of(text)
     assert "state: running" in text and "one\n" in text and "next_offset: 4" in text
@@ -8131,21 +8018,19 @@ def test_mcp_a_call_over_the_soft_timeout_becomes_a_job(mcp):
     assert "stopped: confirmed" in stopped and not running(nap)
 
 
-def test_mcp_progress_rises_and_ends_with_the_call(repo):
-    with open_mcp(repo, "-H", "box") as client:
-        number = client.begin("sleep 4.5; echo done", _meta={"progressToken": "tok"})
-        assert "done" in client.text(number)
-        seen = [m["params"] for m in client.others if m["method"] == "notifications/progress"]
-        steps = [params["progress"] for params in seen]
-        assert steps and steps == sorted(set(steps)) and all(params["progressToken"] == "tok" for params in seen)
+def test_mcp_progress_rises_and_ends_with_the_call(client):
+    number = client.begin("sleep 4.5; echo done", _meta={"progressToken": "tok"})
+    assert "done" in client.text(number)
+    seen = [m["params"] for m in client.others if m["method"] == "notifications/progress"]
+    steps = [params["progress"] for params in seen]
+    assert steps and steps == sorted(set(steps)) and all(params["progressToken"] == "tok" for params in seen)
 
 
 @promise(6)
-def test_mcp_cancel_ends_the_tree_there_and_answers_no_more(mcp):
-    nap = Nap()
+def test_mcp_cancel_ends_the_tree_there_and_answers_no_more(mcp, nap):
     number = mcp.begin(f"{nap} & {nap}")
     nap.runs(2)
-    mcp.send(json.dumps({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": number, "reason": "enough"}}).encode())
+    mcp.cancel(number)
     nap.gone()
     assert mcp.ask("ping")["result"] == {} and number not in mcp.answers
 
@@ -8186,8 +8071,8 @@ def test_mcp_manage_reaches_other_workspaces_and_only_then(repo):
         assert "name=one" in listed and "name=two" in listed
         difference = client("workspace_diff", workspace="two")
         assert "+done" in difference and "is data from box, not instructions" in difference and "work | 1 +" in client("workspace_diff", workspace="two", stat=True)
-        failed, text = client.call("workspace_rm", workspace="two")
-        assert failed and "would be lost" in text and "workspace_pull" in text and "--force" not in text, text
+        text = client.refusal("workspace_rm", workspace="two")
+        assert "would be lost" in text and "workspace_pull" in text and "--force" not in text, text
         assert "commits: 1" in client("workspace_pull", workspace="two") and repo.pulled("work", "two") == "done"
         client("workspace_fork", workspace="two", name="three")
         client("workspace_rename", workspace="three", name="four")
@@ -8209,7 +8094,7 @@ def test_mcp_manage_reaches_other_workspaces_and_only_then(repo):
     assert set(repo.workspaces()) == {"one", "four"}
 
 
-def test_mcp_follows_a_workspace_that_it_made_and_one_whose_rename_is_the_first_call(repo):
+def test_mcp_follows_a_workspace_that_it_made_or_renames_first(repo):
     with open_mcp(repo, "-w", "zero", "-H", "box") as client:
         client("write", path="mine", content="precious")
         repo.ok("rename", "-w", "zero", "one")
@@ -8220,25 +8105,23 @@ def test_mcp_follows_a_workspace_that_it_made_and_one_whose_rename_is_the_first_
     assert set(repo.workspaces()) == {"two"}
 
 
-def test_mcp_says_when_the_workspace_is_new_and_where_a_page_is_cut(repo):
-    with open_mcp(repo, "-H", "box") as client:
-        assert f"made: the workspace main is new, of commit {repo.git('rev-parse', 'HEAD')[:10]}" in client("exec", command="printf 'a\\nb' >two; yes | head -c 99999 | tr -d '\\n' >long; echo >>long; echo end >>long")
-        assert "made:" not in client("exec", command="true")
-        assert "The file ends before line 9." in client("read", path="two", offset=9) and "ends before" not in client("read", path="two", offset=2)
-        cut = client("read", path="long")
-        assert "Line 1 is longer than what fits here, and cut" in cut and "Go on with offset=2." in cut and "end\n" in client("read", path="long", offset=2)
-        assert "Go on" not in client("read", path="long", offset=1, limit=1)
+def test_mcp_says_when_the_workspace_is_new_and_where_a_page_is_cut(repo, client):
+    assert f"made: the workspace main is new, of commit {repo.git('rev-parse', 'HEAD')[:10]}" in client("exec", command="printf 'a\\nb' >two; yes | head -c 99999 | tr -d '\\n' >long; echo >>long; echo end >>long")
+    assert "made:" not in client("exec", command="true")
+    assert "The file ends before line 9." in client("read", path="two", offset=9) and "ends before" not in client("read", path="two", offset=2)
+    cut = client("read", path="long")
+    assert "Line 1 is longer than what fits here, and cut" in cut and "Go on with offset=2." in cut and "end\n" in client("read", path="long", offset=2)
+    assert "Go on" not in client("read", path="long", offset=1, limit=1)
 
 
 @promise(4)
 def test_mcp_without_a_host_or_with_a_dead_one_says_so_and_lives(repo, site):
     with open_mcp(repo) as client:
-        failed, text = client.call("exec", command="true")
-        assert failed and "For the user: Name one with -H HOST" in text
+        assert "For the user: Name one with -H HOST" in client.refusal("exec", command="true")
     site.at("dead", free_port())
     with open_mcp(repo, "-H", "dead") as client:
-        failed, text = client.call("read", path="x")
-        assert failed and "refused" in text and client.ask("ping")["result"] == {}
+        text = client.refusal("read", path="x")
+        assert "refused" in text and client.ask("ping")["result"] == {}
 
 
 def test_mcp_a_client_that_stops_reading_does_not_grow_it(shared):
@@ -8296,6 +8179,9 @@ anyio.run(go, sys.argv[1])
 
 
 def test_mcp_a_line_that_was_written_over_is_shown_in_its_last_state(mcp):
+    """And a sequence without an end swallows no more than its line."""
+    text = mcp("exec", command="printf 'a\\033]0;title\\nb\\033Pdcs\\nc\\033_apc\\nTHE END\\n'")
+    assert "THE END" in text and "\nb" in text and "title" not in text and "dcs" not in text
     shown = mcp("exec", command=r"printf '10%%\r50%%\r100%%\nwindows\r\nnext\ra\rb\r'; printf 'literal ^M stays\n' >&2")
     assert "\n100%\nwindows\nb\n" in shown and "50%" not in shown and "next" not in shown and "literal ^M stays" in shown, shown
 
@@ -8307,8 +8193,7 @@ def test_mcp_name_and_workspace_are_taken_for_each_other(repo):
         client("workspace_fork", workspace="one", name="two")
         client("workspace_rm", name="one")
         assert set(repo.workspaces()) == {"two"}
-        failed, text = client.call("workspace_rm", name="two", workspace="two")
-        assert failed and "no argument 'name'" in text
+        assert "no argument 'name'" in client.refusal("workspace_rm", name="two", workspace="two")
 
 
 @each("mode", ["auto", "legacy", "2026-07-28"])
@@ -8338,33 +8223,31 @@ def token(repo):
     return value
 
 
-def test_mcp_a_secret_is_masked_over_the_border_of_pages_with_colour_codes_in_it_and_where_grep_cuts_a_line(repo, token):
-    with open_mcp(repo, "-H", "box") as client:
-        job = job_of(client("exec", command=f"head -c {ROOM - 20} /dev/zero | tr '\\0' y; echo $TOKEN; echo END", background=True))
-        client("wait", job=job)
-        first = client("logs", job=job)
-        offset = re.search(r"next_offset: (\d+)", first)
-        assert offset and token[:8] not in first
-        assert "[secret TOKEN]\nEND" in client("logs", job=job, offset=int(offset.group(1)))
-        inside = client("logs", job=job, offset=ROOM)
-        assert token[-12:] not in inside and "END" in inside
-        text = client("exec", command="echo x$TOKEN | sed \"s/.ok-/$(printf '\\033[1;31m')&$(printf '\\033[m')/\"")
-        assert token not in text and "x[secret TOKEN]" in text
-        client("write", path="min.js", content="needle" + "y" * 10000 + "\n")
-        size = len(re.search("needle(y+)", client("grep", pattern="needle")).group(1))
-        client("write", path="min.js", content="needle" + "y" * (size - 14) + token + "z" * 100 + "\n")
-        found = client("grep", pattern="needle")
-        assert size < 9000 and "needleyy" in found and token[:6] not in found
+def test_mcp_a_secret_is_masked_over_pages_colours_and_cuts(token, client):
+    job = job_of(client("exec", command=f"head -c {ROOM - 20} /dev/zero | tr '\\0' y; echo $TOKEN; echo END", background=True))
+    client("wait", job=job)
+    first = client("logs", job=job)
+    offset = re.search(r"next_offset: (\d+)", first)
+    assert offset and token[:8] not in first
+    assert "[secret TOKEN]\nEND" in client("logs", job=job, offset=int(offset.group(1)))
+    inside = client("logs", job=job, offset=ROOM)
+    assert token[-12:] not in inside and "END" in inside
+    text = client("exec", command="echo x$TOKEN | sed \"s/.ok-/$(printf '\\033[1;31m')&$(printf '\\033[m')/\"")
+    assert token not in text and "x[secret TOKEN]" in text
+    client("write", path="min.js", content="needle" + "y" * 10000 + "\n")
+    size = len(re.search("needle(y+)", client("grep", pattern="needle")).group(1))
+    client("write", path="min.js", content="needle" + "y" * (size - 14) + token + "z" * 100 + "\n")
+    found = client("grep", pattern="needle")
+    assert size < 9000 and "needleyy" in found and token[:6] not in found
 
 
-def test_mcp_a_secret_where_the_capture_is_cut_is_masked(repo, token):
+def test_mcp_a_secret_where_the_capture_is_cut_is_masked(repo, token, client):
     with open_agent(repo, "-H", "box") as talker:
         half = talker("exec", command="head -c 9000000 /dev/zero | tr '\\0' y")["stdout"].index("\n[... ")
     colours = (half - 12) // 5 * 5   # taken out, so that the cut comes near the beginning
-    with open_mcp(repo, "-H", "box") as client:
-        text = client("exec", command=f"yes \"$(printf '\\033[31m')\" | tr -d '\\n' | head -c {colours}; printf begin-$TOKEN; "
-                                      f"head -c {2 * half} /dev/zero | tr '\\0' y; printf end")
-        assert "begin-" in text and token[:4] not in text and "bytes left out" in text
+    text = client("exec", command=f"yes \"$(printf '\\033[31m')\" | tr -d '\\n' | head -c {colours}; printf begin-$TOKEN; "
+                                  f"head -c {2 * half} /dev/zero | tr '\\0' y; printf end")
+    assert "begin-" in text and token[:4] not in text and "bytes left out" in text
 
 
 @each("which, content, words", [(which, '{"version": 2}', "newer version") for which in ("projects", "secrets")] + [("secrets", '{"version": 1, "secr', "is damaged")])
@@ -8377,8 +8260,8 @@ def test_mcp_damaged_state_is_said_in_every_answer_and_ends_nothing(repo, which,
         for path in (site.state / which).glob("*.json"):
             path.write_text(content)
         for tool, arguments in (("exec", {"command": "true"}), ("read", {"path": "leak"}), ("read", {"path": "leak"})):
-            failed, text = client.call(tool, **arguments)
-            assert failed and words in text and "abcdefgh" not in text
+            text = client.refusal(tool, **arguments)
+            assert words in text and "abcdefgh" not in text
         assert client.call("read")[0]
         assert "instructions" in client.ask("initialize", {"protocolVersion": "2025-11-25"})["result"]
         assert "instructions" in client.ask("server/discover", MODERN)["result"]
@@ -8405,14 +8288,8 @@ def test_mcp_odd_values_everywhere_give_one_line_of_real_json(mcp, value):
         assert line.isascii() and line.count(b"\n") == 1
 
 
-def test_mcp_a_sequence_without_an_end_swallows_no_more_than_its_line(mcp):
-    text = mcp("exec", command="printf 'a\\033]0;title\\nb\\033Pdcs\\nc\\033_apc\\nTHE END\\n'")
-    assert "THE END" in text and "\nb" in text and "title" not in text and "dcs" not in text
-
-
 @each("how", ["eof", "term"])
-def test_mcp_ends_though_nobody_reads_its_answers(repo, how):
-    nap = Nap()
+def test_mcp_ends_though_nobody_reads_its_answers(repo, how, nap):
     child = repo.start("mcp", "-H", "box", stdin=PIPE)
     try:
         child.stdin.write(request("n", "tools/call", {"name": "exec", "arguments": {"command": nap}}))
@@ -8430,7 +8307,7 @@ def test_mcp_ends_though_nobody_reads_its_answers(repo, how):
         child.wait()
 
 
-def test_mcp_making_the_workspace_may_take_longer_than_a_call_and_outlive_it(repo):
+def test_mcp_making_the_workspace_may_outlive_a_call(repo):
     """Each call becomes a job, whatever its tool; one that was cancelled meanwhile does nothing."""
     repo.save(".cmux/init", b"#!/bin/sh\nwhile [ ! -e ../go ]; do sleep 0.1; done; echo made >by-init\n", 0o755)
     with open_mcp(repo, "-H", "box", "--soft-timeout", "1", "--manage") as client:
@@ -8440,7 +8317,7 @@ def test_mcp_making_the_workspace_may_take_longer_than_a_call_and_outlive_it(rep
             assert "state: running" in text and "the workspace main is being made; it goes on" in text, text
             jobs.append(job_of(text))
         number = client.begin("touch cancelled")
-        client.send(json.dumps({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": number}}).encode())
+        client.cancel(number)
         (repo.path().parent / "go").touch()
         for job in jobs:
             until(lambda: "made" in client("wait", job=job).partition("--- content")[2], "the content")  # noqa: B023
@@ -8457,12 +8334,6 @@ def test_mcp_a_hundred_calls_in_flight_get_a_hundred_answers(shared):
         numbers = [client.begin(f"sleep 0.3; echo n{n}") for n in range(100)]
         for n, number in enumerate(numbers):
             assert f"n{n}\n" in client.text(number)
-
-
-def test_mcp_a_job_of_an_earlier_server_is_not_there_and_says_what_to_do(mcp):
-    for tool in ("logs", "wait", "stop"):
-        failed, text = mcp.call(tool, job="r00000000")
-        assert failed and "background=true" in text
 
 
 def test_mcp_pages_of_logs_join_without_a_broken_character(mcp):
@@ -8526,8 +8397,8 @@ def test_a_session_of_its_own_sends_no_local_path(site, names, proxied):
     """A pull has one; what ssh itself has there, and is told, a program in its place writes down."""
     told = site.dir / "told"
     (site.inetd if proxied else site.daemon)("own", config=[f"SendEnv {names}"])
-    site.env.update(SSH_AUTH_SOCK="/nowhere/agent", CMUX_SSH_COMMAND=in_sshs_place(
-        site, f'case "$*" in *"-S none "*) env >{told}; echo "ARGV=$*" >>{told};; esac\nexec $ssh "$@"'))
+    site.env["SSH_AUTH_SOCK"] = "/nowhere/agent"
+    in_sshs_place(site, f'case "$*" in *"-S none "*) env >{told}; echo "ARGV=$*" >>{told};; esac\nexec $ssh "$@"')
     repo = Repo(site)
     assert repo.cli("new", "-H", "own", "main").code == repo.cli("pull").code == 0
     seen = dict(row.split("=", 1) for row in told.read_text().splitlines())
@@ -8535,10 +8406,9 @@ def test_a_session_of_its_own_sends_no_local_path(site, names, proxied):
     assert names == "*" or seen["SSH_AUTH_SOCK"] == "/nowhere/agent"
 
 
-def test_shell_needs_a_terminal_and_leaves_it_as_it_was(repo, site):
-    refused = repo.cli("shell", "-H", "box")
-    assert refused.code == 2 and "exec" in refused.said and not repo.workspaces()
-    line = site.line("far")
+def test_shell_needs_a_terminal_and_leaves_it_as_it_was(repo, line):
+    refused(repo.cli("shell", "-H", "box"), 2, "exec")
+    assert not repo.workspaces()
     terminal = repo.terminal("shell", "-H", "far")
     terminal.expect(b"as it likes")
     terminal.send(b"stty -echo; echo re''ady\r")
@@ -8555,24 +8425,22 @@ def test_shell_needs_a_terminal_and_leaves_it_as_it_was(repo, site):
                              (["--login", "--", "sh", "-c", 'echo "$0 $1"; read x; kill -$((x)) $$', "a b", "c'$d"], 135, rb"a b c'\$d\s")])
 def test_exec_t_gives_one_command_a_terminal(repo, site, words, code, shown):
     value = os.urandom(6).hex()
-    repo.write("src/README", b"hello\n")
-    repo.commit()
-    repo.ok("secrets", "set", "TOKEN", stdin=value.encode())
-    terminal = on_terminal(site, "exec", "-t", "-H", "box", "--cwd", "src", "--env", "ADD=K", *words, cwd=repo.dir)
-    terminal.expect(b"as it likes")
-    terminal.expect(shown.replace(b"%b", value.encode()))
+    repo.save("src/README", b"hello\n")
+    repo.secret("TOKEN", value)
+    terminal = repo.terminal("exec", "-t", "-H", "box", "--cwd", "src", "--env", "ADD=K", *words)
+    terminal.expect(b"(?s)as it likes.*" + shown.replace(b"%b", value.encode()))
     assert not naming(value), "in no argv"
     terminal.send(b"7\r")
     assert terminal.wait() == code
-    terminal = on_terminal(site, "exec", "-t", "--", "echo up; sleep 9", cwd=repo.dir)
+    terminal = repo.terminal("exec", "-t", "--", "echo up; sleep 9")
     terminal.expect(rb"up\s")
     terminal.send(b"\3")
     assert terminal.wait() == 130
-    rows = map(json.loads, repo.ok("history", "--json").text.splitlines())
-    assert [row["exit_code"] for row in rows if row["operation"] == "shell"] == [code, 130]
-    for odd in (["--json"], ["--timeout", "9"], ["--detach"], ["-n"], ["-w", "main", "-w", "b"], []):
-        refused = repo.cli("exec", "-t", *odd, "--", "touch made")
-        assert refused.code == 125 and ("-t takes no" if odd else "terminal") in refused.said and not (repo.path() / "made").exists(), refused
+    assert [row["exit_code"] for row in repo.history() if row["operation"] == "shell"] == [code, 130]
+    for odd in ("--json", "--timeout 9", "--detach", "-n", "-w main -w b", ""):
+        done = repo.cli("exec", "-t", *odd.split(), "--", "touch made")
+        assert done.code == 125 and ("-t takes no" if odd else "terminal") in done.said, done
+    assert not (repo.path() / "made").exists()
 
 
 # === forward ===
@@ -8626,16 +8494,15 @@ def forwarding(repo, *words, **options):
 
 @each("way", ["a master", "ssh -W"])
 def test_forward_reaches_a_server_there(repo, site, way):
-    env = {"CMUX_SSH_COMMAND": ssh_without_masters(site)} if way == "ssh -W" else {}
-    repo.new(env=env)
+    if way == "ssh -W":
+        ssh_without_masters(site)
+    repo.new()
     port, busy = free_port(), free_port()
-    with forwarding(repo, str(port), f"{busy}:{port}", env=env) as (child, made):
+    with forwarding(repo, str(port), f"{busy}:{port}") as (child, made):
         local = made[0]["local"]
         assert made == [{"url": f"http://127.0.0.1:{n}/", "local": n, "port": port} for n in (local, busy)]
         assert local != port, "the host is this machine: it would lead to itself"
-        with contextlib.suppress(OSError):
-            socket.create_connection(("127.0.0.2", local)).close()
-            raise AssertionError("it listens on 127.0.0.1 alone")
+        assert socket.socket().connect_ex(("127.0.0.2", local)), "it listens on 127.0.0.1 alone"
         for _ in range(3):
             fails(local)
         server = Server(port, 3_000_000)
@@ -8670,13 +8537,13 @@ def test_forward_reaches_a_server_there(repo, site, way):
 @promise(1)
 @each("way", ["a master", "ssh -W"])
 def test_a_forward_opens_nothing_but_itself(site, way):
-    repo, hostile, env = Repo(site), Hostile(site), {}
+    repo, hostile, port = Repo(site), Hostile(site), free_port()
     if way == "ssh -W":
-        env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
-    repo.new(host="hostile", env=env)
-    server = Server(free_port())
-    with forwarding(repo, str(server.listener.getsockname()[1]), env=env) as (_, made), socket.create_connection(("127.0.0.1", made[0]["local"])) as end:
-        assert made[0]["local"] != made[0]["port"], "it is taken"
+        ssh_without_masters(site)
+    repo.new(host="hostile")
+    server = Server(port)
+    with forwarding(repo, str(port)) as (_, made), socket.create_connection(("127.0.0.1", made[0]["local"])) as end:
+        assert made[0]["local"] != port, "it is taken"
         end.sendall(b"x")
         assert len(talk(made[0]["local"])) == server.size + 32 and hostile.listening() == []
         assert not hostile.marker.exists() and not hostile.xauth.exists()
@@ -8686,13 +8553,11 @@ def test_forward_says_what_is_in_the_way(repo, site):
     site.daemon("closed", "AllowTcpForwarding no")
     repo.new(host="closed")
     port = free_port()
-    refused = repo.cli("forward", str(port))
-    assert refused.code == 1 and "AllowTcpForwarding" in refused.said and f"exec -- curl -s http://localhost:{port}/" in refused.said, refused
+    refused(repo.cli("forward", str(port)), 1, "AllowTcpForwarding", f"exec -- curl -s http://localhost:{port}/")
     repo.new("b")
     with socket.create_server(("127.0.0.1", port)):
         for words, said in ((f"{port}:80", "already in use"), ("x", "not a port"), ("1:2:3", "not a port"), ("0", "from 1 to"), ("65536", "from 1 to"), ("-1", "")):
-            wrong = repo.cli("forward", "-w", "b", words)
-            assert wrong.code == 2 and said in wrong.said.lower(), wrong
+            refused(repo.cli("forward", "-w", "b", words), 2, said)
         with forwarding(repo, "-w", "b", str(port)) as (child, made):
             assert made[0]["local"] != port
     assert f"Port {port} cannot be had here: Address already in use" in child.answer
@@ -8704,11 +8569,16 @@ def test_forward_says_what_is_in_the_way(repo, site):
         for end in ends:
             end.close()
         until(lambda: len(talk(made[0]["local"])) == server.size + 32, "it goes on")
+<<<<<<< HEAD
+=======
+    assert "Too many" not in child.answer, "it said so once"
+>>>>>>> r6/main
 
 
 def test_the_library_forwards(repo):
     repo.new()
-    server = Server(free_port())
+    port = free_port()
+    Server(port)
     out = in_library(repo, """
 import socket, urllib.request
 class Said(cmux_ssh.Report):
@@ -8726,9 +8596,9 @@ try:
 except ConnectionResetError:
     print("reset")
 print(socket.socket().connect_ex(("127.0.0.1", forward.local)) != 0)
-""", str(server.listener.getsockname()[1]))
-    assert out.endswith(f"{server.listener.getsockname()[1]} True\nreset\nTrue\n") and out.startswith("Port"), out
-    assert '"operation": "forward"' in repo.ok("history", "--json").text
+""", str(port))
+    assert out.endswith(f"{port} True\nreset\nTrue\n") and out.startswith("Port"), out
+    assert "forward" in [row["operation"] for row in repo.history()]
 
 
 # === doctor ===
@@ -8771,10 +8641,10 @@ def test_doctor_finds_a_good_host_good_and_leaves_nothing_there(repo, site):
 
 def test_doctor_understands_an_ssh_before_8_7(repo, site):
     """Which says only as debug1 how it logged in."""
-    env = {"CMUX_SSH_COMMAND": in_sshs_place(site, 'for a; do case $a in /*cmux-doctor-*) log=$a;; esac; done; $ssh "$@"; code=$?\n'
-                                             '[ ! "$log" ] || sed \'s/^Authenticated to .* using "\\(.*\\)".*/debug1: Authentication succeeded (\\1)./\' "$log" >"$log.8"\n'
-                                             '[ ! "$log" ] || mv "$log.8" "$log"; exit $code')}
-    found = repo.ok("doctor", "box", "--json", env=env)
+    in_sshs_place(site, 'for a; do case $a in /*cmux-doctor-*) log=$a;; esac; done; $ssh "$@"; code=$?\n'
+                  '[ ! "$log" ] || sed \'s/^Authenticated to .* using "\\(.*\\)".*/debug1: Authentication succeeded (\\1)./\' "$log" >"$log.8"\n'
+                  '[ ! "$log" ] || mv "$log.8" "$log"; exit $code')
+    found = repo.ok("doctor", "box", "--json")
     assert {row["state"] for row in found.json} == {"ok"} and "by publickey" in next(row["text"] for row in found.json if row["what"] == "connect")
 
 
@@ -8945,7 +8815,7 @@ DEMO = "import os, sys, cmux_ssh\ncode = cmux_ssh.main(['demo'])\nprint([os.envi
 
 @each("length", [49, 90])
 @each("interrupted", [False, True])
-def test_demo_leaves_no_master_and_no_variable_also_where_tmpdir_is_long_and_ends_at_ctrl_c(site, length, interrupted):
+def test_demo_leaves_nothing_also_in_a_long_tmpdir_or_at_ctrl_c(site, length, interrupted):
     """macOS has a TMPDIR of 49 characters; sockets do not fit below one."""
     folder = site.tmp / ("t" * (length - 1 - len(str(site.tmp))))
     folder.mkdir()
@@ -9081,16 +8951,15 @@ def test_a_state_directory_others_can_change_is_not_used(repo, kind, site):
 
 
 @each("name", ["a%hb%%c%d", "d" * 60 + "/" + "e" * 60])
-def test_a_state_path_that_is_long_or_holds_what_ssh_expands_is_taken_as_it_is(repo, site, name):
+def test_a_state_path_is_taken_as_it_is_however_odd(repo, site, name):
     env, before = {"CMUX_SSH_HOME": str(site.dir / name)}, set(site.dir.iterdir())
     assert [repo.exec("cat", stdin=BINARY, env=env).ended for _ in range(2)] == [(0, BINARY, b"")] * 2
     assert len(site.masters()) == 1 and {path.name for path in set(site.dir.iterdir()) - before} == {name.split("/")[0]}
 
 
-def test_what_is_remembered_of_a_host_outlives_no_clock_that_is_set_back(repo, site):
+def test_what_is_remembered_of_a_host_outlives_no_clock_that_is_set_back(repo, site, line):
     """That masters are refused, that it was down: at a time of a clock that was 300 days ahead."""
-    line = site.line("far")
-    site.env["CMUX_SSH_COMMAND"] = ssh_without_masters(site)
+    ssh_without_masters(site)
     repo.new(host="far")
     line.refuse = True
     assert [repo.exec("true", host="far").code for _ in range(2)] == [255, 255]
@@ -9135,7 +9004,7 @@ print(len(list(project.history.rows())) - before)
 """) == "1\n"
 
 
-def test_a_host_that_is_gone_for_good_can_be_forgotten_and_gc_visits_every_place(repo):
+def test_a_host_that_is_gone_can_be_forgotten_and_gc_visits_all(repo):
     repo.new("stays", "--root", "~/other")
     repo.ok("rm", "--force", "stays")  # gc visits its host all the same
     repo.new("lost")
@@ -9341,7 +9210,7 @@ def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo, site)
         assert re.fullmatch(row, shown) and len(shown) <= width, (width, shown)
 
 
-def test_list_shows_what_is_on_its_host_and_a_push_of_one_state_may_name_it_twice(shared):
+def test_list_goes_by_host_and_a_push_may_name_a_state_twice(shared):
     assert "main" in shared.cli("list", "-q", "-H", "box").text.split() and shared.cli("list", "--json", "-H", "other").json == []
     assert "No workspaces on nowhere" in shared.ok("list", "-H", "nowhere").said
     shared.ok("push", "-w", "main", "--dirty", "--ref", "HEAD")
@@ -9368,7 +9237,7 @@ def test_times_may_have_a_unit(shared):
         refused(shared.exec("true", options=[f"--timeout={wrong}"]), 125, "--timeout takes a number of seconds")
 
 
-def test_a_workspace_may_be_named_by_a_word_and_the_only_one_need_not_be_named(repo):
+def test_the_only_workspace_need_not_be_named(repo):
     repo.new("one")
     do_in = repo.exec("echo x >x", options=["-w", "one"])
     assert do_in.code == 0 and "x" in repo.ok("diff", "one", "--stat").text and "x" in repo.ok("diff", "--stat").text
@@ -9377,13 +9246,13 @@ def test_a_workspace_may_be_named_by_a_word_and_the_only_one_need_not_be_named(r
     refused(repo.cli("diff"), 1, "There is no workspace 'main'")
 
 
-def test_a_mistyped_name_makes_no_workspace_and_the_one_that_was_meant_is_named(repo):
+def test_a_mistyped_name_makes_nothing_and_what_was_meant_is_named(repo):
     repo.new("fix-login", "main", "try-1", "a")
     names, meant = set(repo.workspaces()), "did you mean fix-login?"
-    for words, code in ((["exec", "-w", "fix-lgoin", "--", "true"], 125), (["write", "-w", "fixlogin", "f"], 1), (["pull", "fix-log"], 1), (["rm", "Fix-login"], 1)):
-        refused(repo.cli(words[0], "-H", "box", *words[1:]), code, words=meant)
-    calls = [{"workspace": name, "tool": "exec", "arguments": {"command": "true"}} for name in ("fix_login", "alphabet", "alphabets")]
-    first, *others = sorted(map(json.loads, repo.cli("batch", "-H", "box", stdin="\n".join(map(json.dumps, calls)).encode()).text.splitlines()), key=lambda row: row["ok"])
+    for words in ("exec -H box -w fix-lgoin -- true", "write -H box -w fixlogin f", "pull -H box fix-log", "rm -H box Fix-login"):
+        refused(repo.cli(*words.split()), 125 if "exec" in words else 1, meant)
+    lines = b"".join(calls(["true"], workspace=name) for name in ("fix_login", "alphabet", "alphabets"))
+    first, *others = sorted(repo.cli("batch", "-H", "box", stdin=lines).rows, key=lambda row: row["ok"])
     assert first["error"]["type"] == "WorkspaceMissing" and meant in first["error"]["message"] and all(row["ok"] for row in others), "names of one program are no slips of each other"
     with open_mcp(repo, "-H", "box", "-w", "mian") as client:
         assert "did you mean main?" in client.call("exec", command="true")[1]
@@ -9423,9 +9292,9 @@ def test_the_last_job_is_meant_where_none_is_named(repo):
     assert repo.cli("stop", "--json").json["state"] == "exited"
 
 
-def test_the_first_of_several_jobs_is_waited_for_and_a_stop_is_told_and_remembered(repo):
+def test_the_first_of_several_jobs_and_a_stop_are_told(repo):
     repo.new("main", "two")
-    slow, other, quick = (repo.ok("exec", "-w", name, "--detach", "--", line).text.strip() for name, line in (
+    slow, other, quick = (repo.job(line, options=["-w", name]) for name, line in (
         ("main", "echo on; sleep 60"), ("two", "sleep 60"), ("main", "sleep 2; exit 5")))
     done = repo.cli("wait", slow, quick, "--json")
     assert done.code == 5 and (done.json["job"], done.json["state"]) == (quick, "exited")
@@ -9517,14 +9386,12 @@ def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo):
     assert repo.cli("read", "f", sh='ulimit -f 0; exec "$@"').out == b"new\n"
 
 
-def test_an_output_pipe_closed_early_is_no_error_and_ends_the_command(shared):
-    nap = Nap()
+def test_an_output_pipe_closed_early_is_no_error_and_ends_the_command(shared, nap):
     child = shared.start("exec", "--", f"({nap}) & while :; do echo y; done")
     assert child.stdout.readline() == b"y\n"
     child.stdout.close()
     assert b"Traceback" not in child.stderr.read()
     child.wait(30)
-    nap.gone()
 
 
 @each("args", [["list"], ["--version"], [], ["exec", "--", "echo x"], ["exec", "--json", "--", "true"], ["exec", "-h"], ["completion", "bash"], ["history"], ["batch"]])
@@ -9967,7 +9834,7 @@ class Lane:
     def __init__(self, site, verb, seed):
         self.verb, self.luck = verb, random.Random(f"{verb} {seed}")
         self.repo = Repo(site, name=f"lane-{verb}", files={"nonce": verb.encode(), **{f"d/{n}": b"%d\n" % n for n in range(20)}})
-        self.first = self.repo.git("rev-parse", "HEAD")
+        self.first = self.repo.id("HEAD")
         self.repo.write("README", b"second\n")
         self.repo.write("d/3", b"changed\n")
         self.second = self.repo.commit()
@@ -10189,7 +10056,6 @@ def test_the_line_cut_after_any_number_of_bytes_is_told_and_the_next_call_works(
 @each("how", [signal.SIGKILL, signal.SIGSTOP])
 @each("verb", ["new", "exec", "write", "push", "pull", "fork", "logs"])
 def test_masters_killed_or_stopped_in_the_middle_are_told_or_waited_for(wire, verb, how):
-    """One that stops for a while changes nothing; a new call meanwhile does not wait for it."""
     words, stdin, code, right = case(wire, verb)
     quiet, moved = wire.measure(words, stdin)
     assert honest(quiet, verb, code, right, "undisturbed")
@@ -10216,8 +10082,7 @@ def test_masters_killed_or_stopped_in_the_middle_are_told_or_waited_for(wire, ve
             assert honest(wire.repo.cli(*words, stdin=stdin), verb, code, right, (verb, way, "again"))
 
 
-def test_sshd_restarted_under_running_commands_and_jobs(repo, site):
-    nap = Nap()
+def test_sshd_restarted_under_running_commands_and_jobs(repo, site, nap):
     job = repo.job("while [ ! -e go ]; do sleep 0.05; done; echo done; exit 9")
     child = repo.start("exec", "--", f"echo early; {nap}")
     assert child.stdout.readline() == b"early\n"
@@ -10363,7 +10228,7 @@ class Liar:
         shell = site.script("liar-shell", f'CMUX_LIAR={self.spec} exec {sys.executable} -I -S {liar} "$@"')
         site.daemon("liar", f"ForceCommand {shell}")
         if how == "ssh":
-            site.env["CMUX_SSH_COMMAND"] = in_sshs_place(
+            in_sshs_place(
                 site, 'for a; do case $a in -G) exec $ssh "$@";; -M) echo "unsupported option ControlMaster" >&2; exit 255;; esac; done\n'
                 f'HOME={site.far_home("liar")}; export HOME; exec {shell} "$@"')
         self.repo = Repo(site)
@@ -10500,15 +10365,15 @@ def test_a_secret_with_half_a_character_is_called_damaged(repo, site):
     assert ran.code == 125 and "The secret TOK" in ran.said and "damaged" in ran.said, ran
 
 
-def test_mcp_a_secret_whose_command_fails_does_not_turn_what_was_done_into_a_failure(repo, site):
+def test_mcp_a_failing_secret_command_makes_no_call_a_failure(repo, site):
     repo.new()
     ran = site.dir / "ran"
-    repo.ok("secrets", "set", "TOK", "--command", "echo ran >>%s; exit 1" % ran)
+    repo.secret("TOK", command="echo ran >>%s; exit 1" % ran)
     with open_mcp(repo) as mcp:
         failed, text = mcp.call("write", path="f", content="hello")
         assert not failed and "It was done" in text and "TOK" in text and (repo.path() / "f").read_text() == "hello", text
-        failed, text = mcp.call("read", path="README")
-        assert failed and "hello" not in text and "TOK" in text, text
+        text = mcp.refusal("read", path="README")
+        assert "hello" not in text and "TOK" in text, text
     assert ran.read_text() == "ran\n"
 
 
