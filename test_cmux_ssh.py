@@ -7885,11 +7885,7 @@ def test_mcp_garbage_is_answered_and_ends_nothing(mcp, line, code):
     assert mcp.ask("ping")["result"] == {}
 
 
-<<<<<<< HEAD
 def test_mcp_notifications_and_answers_get_no_answer(mcp):
-=======
-def test_mcp_notifications_get_no_answer_each_of_a_batch_its_own(mcp):
->>>>>>> r6/main
     for line in (b'{"jsonrpc":"2.0","method":"notifications/initialized"}', b'{"jsonrpc":"2.0","method":"no/such","params":3}', b"", b"   ",
                  b'{"jsonrpc":"2.0","id":9,"result":{}}', b'{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":{"a":1}}}'):
         mcp.send(line)
@@ -8569,10 +8565,7 @@ def test_forward_says_what_is_in_the_way(repo, site):
         for end in ends:
             end.close()
         until(lambda: len(talk(made[0]["local"])) == server.size + 32, "it goes on")
-<<<<<<< HEAD
-=======
     assert "Too many" not in child.answer, "it said so once"
->>>>>>> r6/main
 
 
 def test_the_library_forwards(repo):

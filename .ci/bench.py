@@ -386,8 +386,7 @@ def main():
         os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(place, "pycache")  # -m compiles once, and nothing is left behind
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         if not options.host:
-            server = stack.enter_context(cmux_ssh.ThrowawayServer())
-            os.environ["CMUX_SSH_COMMAND"] = f"ssh -F {shlex.quote(server.config)}"
+            server = stack.enter_context(cmux_ssh.throwaway_server())
             if options.rtt:
                 slow_down(server, options.rtt / 1000)
         bench = Bench(options.host or "demo", place, options.rtt / 1000, options.quick)
@@ -397,13 +396,13 @@ def main():
 
 
 def slow_down(server, seconds):
-    """Put the relay between ssh and the throwaway sshd."""
-    relay = os.path.join(server.path, "relay.py")
+    """Put the relay between ssh and the throwaway sshd in the directory ``server``."""
+    relay, path = os.path.join(server, "relay.py"), os.path.join(server, "ssh_config")
     with open(relay, "w") as stream:
         stream.write(RELAY)
-    with open(server.config) as stream:
+    with open(path) as stream:
         config = stream.read()
-    with open(server.config, "w") as stream:
+    with open(path, "w") as stream:
         command = f"ProxyCommand {shlex.quote(sys.executable)} -I -S {relay} {seconds:g} "
         stream.write(config.replace("ProxyCommand ", command))
 
