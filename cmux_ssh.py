@@ -2330,6 +2330,11 @@ def state_folder(name: str) -> str:
     return private_directory(private_directory(state_home()) + "/" + name)
 
 
+def sha256_of(data: bytes | str) -> str:
+    import hashlib
+    return hashlib.sha256(os.fsencode(data)).hexdigest()
+
+
 class Lock:
     """An advisory lock on a file, ``shared`` or not, which the kernel frees when its process dies.
     The file of a ``passing`` one is removed with it (of a shared one with the last). ``doing`` says
@@ -2601,9 +2606,7 @@ class Registry:
     file of each kind, named by a hash of the repository's path and changed by editing()."""
 
     def __init__(self, repository: str) -> None:
-        import hashlib
-        self.repository = repository
-        key = hashlib.sha256(os.fsencode(repository)).hexdigest()[:20]
+        self.repository, key = repository, sha256_of(repository)[:20]
         self.path = f"{state_folder('projects')}/{key}.json"
         self.secrets_path = secrets_file(key)
         self.running = self.path[:-4] + "running"
@@ -2647,9 +2650,8 @@ class Registry:
 
     def upload_lock(self, tree: str, host: str, root: str) -> Lock:
         """Held to upload a tree to a host."""
-        import hashlib
-        place = hashlib.sha256(os.fsencode(f"{tree}\0{host}\0{root}")).hexdigest()
-        return Lock(f"{self.running}/tree.{place}", True, doing="sends the same files to " + host)
+        place = f"{self.running}/tree.{sha256_of(f'{tree} {host} {root}')}"
+        return Lock(place, True, doing="sends the same files to " + host)
 
     def own_secrets(self, op: str) -> str:
         """The file for one workspace's own, by its id: a rename keeps them, and the next workspace
@@ -3431,10 +3433,9 @@ class Masters:
         lambda text: warnings.warn(text, RuntimeWarning, stacklevel=2))
 
     def __init__(self, config: SSHConfig, interactive: Callable[[], bool] | None = None) -> None:
-        import hashlib
         import threading
         self.config, self.host, self.interactive = config, config.host, interactive
-        self.folder = socket_folder(hashlib.sha256(repr(config).encode()).hexdigest()[:16])
+        self.folder = socket_folder(sha256_of(ascii(config))[:16])
         self._shaking = Waiters()  # for a handshake
         self._mutex = threading.Lock()
         self._known: dict[str, Master] = {}  # those that were seen last, by name
@@ -4013,11 +4014,9 @@ def socket_folder(name: str) -> str:
     home = state_home()
     folder = os.path.join(home, "m")
     if len(os.fsencode(folder)) + len("/0123456789abcdef/m.01234567") > SOCKET_PATH_MAX:
-        import hashlib
         runtime = os.environ.get("XDG_RUNTIME_DIR", "")
         base = runtime if os.path.isabs(runtime) and len(runtime) < 40 else "/tmp"
-        short = hashlib.sha256(os.fsencode(home)).hexdigest()[:8]
-        folder = os.path.join(base, f"cmux-{os.geteuid()}-{short}")
+        folder = os.path.join(base, f"cmux-{os.geteuid()}-{sha256_of(home)[:8]}")
     else:
         private_directory(home)
     private_directory(folder)
@@ -7391,11 +7390,6 @@ def tool_reply(workspace: WorkspaceBase, reply: Reply, path: str = "") -> Reply:
             reply.status, f"The host failed with status {reply.status}: {{said}}.")
         raise ToolFailed(text.format(path=show(path), said=show(reply.said(), 300)[1:-1]))
     return reply
-
-
-def sha256_of(data: bytes) -> str:
-    import hashlib
-    return hashlib.sha256(data).hexdigest()
 
 
 def cksum_of(data: bytes) -> str:
