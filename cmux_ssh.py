@@ -4722,15 +4722,13 @@ class Repository:
         if status == 0:
             return as_text(out)[:-1]
         text, where = neutralise(err).strip(), show(self.directory)
+        last = text.split("\n")[-1].strip()
         if "dubious ownership" in text:
-            top = re.search(r"repository at '(.*)'", text)  # which git compares
-            name = quote(top.group(1) if top else self.directory)
             raise GitFailed(f"{where} belongs to another user; git refuses to read it.",
-                            f"If you trust it: git config --global --add safe.directory {name}")
+                            f"If you trust it: {last}")
         if "not a git repository" in text:
             raise GitFailed(f"{where} is not inside a git repository.",
                             "Change into one, name one with -C, or make one: git init")
-        last = text.split("\n")[-1]
         raise GitFailed(f"git {words[0]} failed: {show(last, 200)}.")
 
     def _ask(self, *words: str, env: dict[str, str] | None = None) -> str:
