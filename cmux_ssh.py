@@ -6835,8 +6835,9 @@ def why_no_link(path: bytes, target: bytes) -> str:
 class Wire:
     """Reads a stream exactly: to a delimiter, or a number of bytes. The end is an error."""
 
-    def __init__(self, take: Callable[[], bytes], progress: Callable[[int], None]) -> None:
-        self.take, self.progress, self.total = take, progress, 0
+    def __init__(self, incoming: Incoming, report: Report, name: str) -> None:
+        self.take, self.total = incoming.take, 0
+        self.progress = functools.partial(report.progress, name, doing="receiving")
         self.buffer, self.at = b"", 0
 
     def ended(self) -> bool:
@@ -6846,22 +6847,24 @@ class Wire:
             self.total += len(self.buffer)
         return not self.buffer
 
+    def more(self) -> None:
+        if self.ended():
+            raise refuse("its stream ends early", _TRY_AGAIN)
+
     def upto(self, end: bytes) -> bytes:
-        line = b""
-        while not self.ended():
+        line, found = b"", b""
+        while not found:
+            self.more()
             part, found, _ = self.buffer[self.at:self.at + WIRE_LINE_MAX].partition(end)
             self.at += len(part) + len(found)
             line += part
             if len(line) > WIRE_LINE_MAX:
                 raise refuse("its stream has a line without an end")
-            if found:
-                return line
-        raise refuse("its stream ends early", _TRY_AGAIN)
+        return line
 
     def chunks(self, size: int) -> Iterator[bytes]:
         while size:
-            if self.ended():
-                raise refuse("its stream ends early", _TRY_AGAIN)
+            self.more()
             piece = self.buffer[self.at:self.at + size]
             self.at += len(piece)
             size -= len(piece)
@@ -7211,8 +7214,7 @@ class Pull:
             words = self.project.looked_at(self.name, self.entry, self.pulled["op"])
             self.report.step(self.name, "collecting")
             incoming = Incoming(self.workspace.host, self.cancel, PULL, *words, "1" * record)
-            progress = functools.partial(self.report.progress, self.name, doing="receiving")
-            wire = Wire(incoming.take, progress)
+            wire = Wire(incoming, self.report, self.name)
             dirty, base, everything = self._begin(wire, incoming)
             pointers = {(sha256, size): oid for _, oid, sha256, size in self.lfs.values()}
             secrets = self.project.known_secrets()
@@ -8012,12 +8014,11 @@ class Workspace(WorkspaceBase):
         """The same from the host to ``local``, 2 GiB at most, through no link there; names that
         other systems do not take are left out, too. Raises ResultRefused."""
         source, notes = os.path.normpath(absolute(self, path or ".")), []  # type: str, list[str]
-        progress = functools.partial((report or Report()).progress, self.name, doing="receiving")
         words = COPY_OUT, self.root, os.urandom(8).hex(), self.path, source
         try:
             with contextlib.closing(Landing(local, os.path.basename(source), force)) as landing, \
                     contextlib.closing(Incoming(self.host, cancel, *words)) as incoming:
-                wire = Wire(incoming.take, progress)
+                wire = Wire(incoming, report or Report(), self.name)
                 if not wire.ended():
                     landing.take(wire, notes)
                 tool_reply(self, incoming.reply(), path)
