@@ -8180,17 +8180,19 @@ class Project(ProjectBase):
 # It makes the command line with help and completion, the checks of batch and call_tool(), and what
 # MCP offers.
 
-KINDS: dict[str, tuple[str, tuple[type, ...], str]] = {  # of values: in JSON, in Python, in words
-    "text": ("string", (str,), "text"),
-    "flag": ("boolean", (bool,), "true or false"),
-    "count": ("integer", (int,), "a whole number from {}"),
-    "seconds": ("number", (int, float), "a number of seconds from {}"),
-    "texts": ("array", (list,), "a list of texts"),
-    "objects": ("array", (list,), "a list of objects"),
-    "map": ("object", (dict,), "an object"),
+EDIT = {
+    "type": "object", "required": ["old", "new"], "additionalProperties": False,
+    "properties": {"old": {"type": "string"}, "new": {"type": "string"},
+                   "count": {"type": "integer", "minimum": 1}}}
+KINDS: dict[str, tuple[Fields, tuple[type, ...], str]] = {  # schema, types, words
+    "text": ({"type": "string"}, (str,), "text"),
+    "flag": ({"type": "boolean"}, (bool,), "true or false"),
+    "count": ({"type": "integer"}, (int,), "a whole number from {}"),
+    "seconds": ({"type": "number"}, (int, float), "a number of seconds from {}"),
+    "texts": ({"type": "array", "items": {"type": "string"}}, (list,), "a list of texts"),
+    "objects": ({"type": "array", "items": EDIT}, (list,), "a list of objects"),
+    "map": ({"type": "object"}, (dict,), "an object"),
 }
-DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)\Z")
-DURATION_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class Arg:
@@ -8234,8 +8236,9 @@ class Arg:
         if self.kinds == ["count"]:
             value = int(word) if re.match(r"[+-]?\d{1,15}\Z", word) else word
         elif self.kinds == ["seconds"]:
-            match = DURATION.match(word)
-            value = float(match[1]) * DURATION_UNITS[match[2]] if match else word
+            match = re.match(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)\Z", word)
+            units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+            value = float(match[1]) * units[match[2]] if match else word
         if not word and self.flags and "blank" not in self.settings:
             raise UsageError(f"{label} is empty.", "Is a variable of the script not set?")
         if self.kinds[-1] != "texts":  # of several words each is one text
@@ -8244,20 +8247,10 @@ class Arg:
 
     def schema(self) -> Fields:
         """The JSON schema for MCP."""
-        rows: list[Fields] = []
-        for kind in self.kinds:
-            rows.append({"type": KINDS[kind][0]})
-            if KINDS[kind][0] == "array":
-                rows[-1]["items"] = EDIT_SCHEMA if kind == "objects" else {"type": "string"}
-            if kind in ("count", "seconds"):
-                rows[-1]["minimum"] = self.least
-        return dict(rows[0] if len(rows) == 1 else {"anyOf": rows}, description=self.text)
-
-
-EDIT_SCHEMA = {
-    "type": "object", "required": ["old", "new"], "additionalProperties": False,
-    "properties": {"old": {"type": "string"}, "new": {"type": "string"},
-                   "count": {"type": "integer", "minimum": 1}}}
+        rows = [KINDS[kind][0] for kind in self.kinds]
+        least = {"minimum": self.least} if self.kinds[0] in ("count", "seconds") else {}
+        row = rows[0] if len(rows) == 1 else {"anyOf": rows}
+        return dict(row, description=self.text, **least)
 
 
 def check_text(value: object) -> None:
