@@ -6656,8 +6656,9 @@ def why_no_link(path: bytes, target: bytes) -> str:
 class Wire:
     """Reads a stream exactly: to a delimiter, or a number of bytes. The end is an error."""
 
-    def __init__(self, take: Callable[[], bytes], progress: Callable[[int], None]) -> None:
-        self.take, self.progress, self.total = take, progress, 0
+    def __init__(self, incoming: Incoming, report: Report, name: str) -> None:
+        self.take, self.total = incoming.take, 0
+        self.progress = functools.partial(report.progress, name, doing="receiving")
         self.buffer, self.at = b"", 0
 
     def ended(self) -> bool:
@@ -6667,22 +6668,24 @@ class Wire:
             self.total += len(self.buffer)
         return not self.buffer
 
+    def more(self) -> None:
+        if self.ended():
+            raise refuse("its stream ends early", _TRY_AGAIN)
+
     def upto(self, end: bytes) -> bytes:
-        line = b""
-        while not self.ended():
+        line, found = b"", b""
+        while not found:
+            self.more()
             part, found, _ = self.buffer[self.at:self.at + WIRE_LINE_MAX].partition(end)
             self.at += len(part) + len(found)
             line += part
             if len(line) > WIRE_LINE_MAX:
                 raise refuse("its stream has a line without an end")
-            if found:
-                return line
-        raise refuse("its stream ends early", _TRY_AGAIN)
+        return line
 
     def chunks(self, size: int) -> Iterator[bytes]:
         while size:
-            if self.ended():
-                raise refuse("its stream ends early", _TRY_AGAIN)
+            self.more()
             piece = self.buffer[self.at:self.at + size]
             self.at += len(piece)
             size -= len(piece)
@@ -7032,8 +7035,7 @@ class Pull:
             words = self.project.looked_at(self.name, self.entry, self.pulled["op"])
             self.report.step(self.name, "collecting")
             incoming = Incoming(self.workspace.host, self.cancel, PULL, *words, "1" * record)
-            progress = functools.partial(self.report.progress, self.name, doing="receiving")
-            wire = Wire(incoming.take, progress)
+            wire = Wire(incoming, self.report, self.name)
             dirty, base, everything = self._begin(wire, incoming)
             pointers = {(sha256, size): oid for _, oid, sha256, size in self.lfs.values()}
             secrets = self.project.known_secrets()
@@ -7826,12 +7828,11 @@ class Workspace(WorkspaceBase):
         """The same from the host to ``local``, 2 GiB at most, through no link there; names that
         other systems do not take are left out, too. Raises ResultRefused."""
         source, notes = os.path.normpath(absolute(self, path or ".")), []  # type: str, list[str]
-        progress = functools.partial((report or Report()).progress, self.name, doing="receiving")
         words = COPY_OUT, self.root, os.urandom(8).hex(), self.path, source
         try:
             with contextlib.closing(Landing(local, os.path.basename(source), force)) as landing, \
                     contextlib.closing(Incoming(self.host, cancel, *words)) as incoming:
-                wire = Wire(incoming.take, progress)
+                wire = Wire(incoming, report or Report(), self.name)
                 if not wire.ended():
                     landing.take(wire, notes)
                 tool_reply(self, incoming.reply(), path)
@@ -7992,17 +7993,19 @@ class Project(ProjectBase):
 # It makes the command line with help and completion, the checks of batch and call_tool(), and what
 # MCP offers.
 
-KINDS: dict[str, tuple[str, tuple[type, ...], str]] = {  # of values: in JSON, in Python, in words
-    "text": ("string", (str,), "text"),
-    "flag": ("boolean", (bool,), "true or false"),
-    "count": ("integer", (int,), "a whole number from {}"),
-    "seconds": ("number", (int, float), "a number of seconds from {}"),
-    "texts": ("array", (list,), "a list of texts"),
-    "objects": ("array", (list,), "a list of objects"),
-    "map": ("object", (dict,), "an object"),
+EDIT = {
+    "type": "object", "required": ["old", "new"], "additionalProperties": False,
+    "properties": {"old": {"type": "string"}, "new": {"type": "string"},
+                   "count": {"type": "integer", "minimum": 1}}}
+KINDS: dict[str, tuple[Fields, tuple[type, ...], str]] = {  # schema, types, words
+    "text": ({"type": "string"}, (str,), "text"),
+    "flag": ({"type": "boolean"}, (bool,), "true or false"),
+    "count": ({"type": "integer"}, (int,), "a whole number from {}"),
+    "seconds": ({"type": "number"}, (int, float), "a number of seconds from {}"),
+    "texts": ({"type": "array", "items": {"type": "string"}}, (list,), "a list of texts"),
+    "objects": ({"type": "array", "items": EDIT}, (list,), "a list of objects"),
+    "map": ({"type": "object"}, (dict,), "an object"),
 }
-DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)\Z")
-DURATION_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class Arg:
@@ -8046,8 +8049,9 @@ class Arg:
         if self.kinds == ["count"]:
             value = int(word) if re.match(r"[+-]?\d{1,15}\Z", word) else word
         elif self.kinds == ["seconds"]:
-            match = DURATION.match(word)
-            value = float(match[1]) * DURATION_UNITS[match[2]] if match else word
+            match = re.match(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)\Z", word)
+            units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+            value = float(match[1]) * units[match[2]] if match else word
         if not word and self.flags and "blank" not in self.settings:
             raise UsageError(f"{label} is empty.", "Is a variable of the script not set?")
         if self.kinds[-1] != "texts":  # of several words each is one text
@@ -8056,20 +8060,10 @@ class Arg:
 
     def schema(self) -> Fields:
         """The JSON schema for MCP."""
-        rows: list[Fields] = []
-        for kind in self.kinds:
-            rows.append({"type": KINDS[kind][0]})
-            if KINDS[kind][0] == "array":
-                rows[-1]["items"] = EDIT_SCHEMA if kind == "objects" else {"type": "string"}
-            if kind in ("count", "seconds"):
-                rows[-1]["minimum"] = self.least
-        return dict(rows[0] if len(rows) == 1 else {"anyOf": rows}, description=self.text)
-
-
-EDIT_SCHEMA = {
-    "type": "object", "required": ["old", "new"], "additionalProperties": False,
-    "properties": {"old": {"type": "string"}, "new": {"type": "string"},
-                   "count": {"type": "integer", "minimum": 1}}}
+        rows = [KINDS[kind][0] for kind in self.kinds]
+        least = {"minimum": self.least} if self.kinds[0] in ("count", "seconds") else {}
+        row = rows[0] if len(rows) == 1 else {"anyOf": rows}
+        return dict(row, description=self.text, **least)
 
 
 def check_text(value: object) -> None:
