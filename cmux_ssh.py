@@ -9483,8 +9483,9 @@ class Terminal(Report):
 
     def __init__(self, verbosity: int, notes: bool = False) -> None:
         import threading
-        self.verbosity, self.notes, self.many = verbosity, notes, False
+        self.verbosity, self.many = verbosity, False
         self.bars = verbosity >= 0 and os.isatty(2)
+        self.notes = self.bars or notes or verbosity > 0  # exec is silent in a pipe
         self.redraws = self.bars and os.environ.get("TERM", "dumb") != "dumb"
         self.mutex, self.closed = threading.RLock(), threading.Event()
         self.lanes: dict[str, tuple[str, float]] = {}  # what is done, since when (0: no work)
@@ -9533,7 +9534,7 @@ class Terminal(Report):
             self.warn(text)
 
     def note(self, text: str) -> None:
-        if self.bars or self.notes or self.verbosity > 0:  # exec is silent in a pipe
+        if self.notes:
             self.warn(text)
 
     def warn(self, text: str) -> None:
@@ -9625,7 +9626,7 @@ class Patience:
     ``ends``, and then for ``grace`` seconds. What it has not taken by then is dropped."""
 
     def __init__(self, grace: float, *ends: tuple[Any, int]) -> None:
-        self.grace, self.ends, self.deadline = grace, ends, Deadline(None)
+        self.grace, self.ends, self.deadline = grace, ends, NEVER
         self.lost: set[int] = set()  # descriptors that nobody reads
 
     def takes(self, fd: int) -> bool:
@@ -9760,7 +9761,7 @@ class Execution:
 
     def _check(self) -> None:
         options, many = self.options, self.many
-        unread = (options.detach or many) and not options.no_stdin and data_waits(0)
+        unread = (options.detach or many) and not options.no_stdin and data_waits()
         for bad, text, hint in (
                 (options.tty and (options.json or options.detach or options.timeout
                                   or options.no_stdin or many),
@@ -9813,7 +9814,7 @@ class Execution:
             workspace = self._workspace(name)
             if options.detach:
                 job = workspace.start(cancel=self.cancel, **self.call)
-                if not options.no_stdin and data_waits(0):  # of a slow writer
+                if not options.no_stdin and data_waits():  # of a slow writer
                     self.terminal.warn("The job does not read what came on stdin.")
                 return {"job": job, "workspace": name}
             if self.many:
@@ -9889,15 +9890,15 @@ def exec_code(error: CmuxError) -> int:
     return error.exit_code if error.exit_code in (130, 255) else 125
 
 
-def data_waits(fd: int) -> bool:
-    """Whether a file, pipe or socket has bytes to read."""
+def data_waits() -> bool:
+    """Whether stdin, a file, pipe or socket, has bytes to read."""
     import fcntl
     import termios
-    status = os.fstat(fd)
-    if stat.S_ISREG(status.st_mode):
-        return status.st_size > os.lseek(fd, 0, os.SEEK_CUR)
-    pipe = stat.S_ISFIFO(status.st_mode) or stat.S_ISSOCK(status.st_mode)
-    return pipe and any(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))
+    mode, size = os.fstat(0).st_mode, os.fstat(0).st_size
+    if stat.S_ISREG(mode):
+        return size > os.lseek(0, 0, os.SEEK_CUR)
+    return (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)) and any(
+        fcntl.ioctl(0, termios.FIONREAD, bytes(4)))
 
 
 class Outlet:
