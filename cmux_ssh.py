@@ -1689,6 +1689,7 @@ _work() {
   fi
   [ "$1" = "$2" ] || [ "$(_owner "$1")" != "$3" ] || rm -f "$made/$1.op"
   cat "$made/$3/push"
+  return 0
 }
 """
 
