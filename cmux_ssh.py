@@ -8448,7 +8448,7 @@ class Batch:
                 raise error
         if self.cancel.is_set:
             raise KeyboardInterrupt
-        return 1 if self.failed else 0
+        return min(self.failed, 1)
 
     def _answer(self, line: bytes) -> None:
         import json
@@ -8510,8 +8510,7 @@ def read_some(fd: int) -> bytes:
 
 
 def read_lines(fd: int, cancel: Cancel | None = None) -> Iterator[bytes]:
-    """Lines of a descriptor, until its end or ``cancel``; of one that is too long only the
-    beginning."""
+    """Lines of a descriptor until its end or ``cancel``; of a too long one the beginning."""
     held = bytearray()
     while True:
         poll_once(None, cancel, fd)
@@ -9396,7 +9395,7 @@ def examine_speed(host: Host) -> Iterator[Finding]:
     count = 1 if host.masters.single() else host.masters.count_sessions(BOOT, 12)
     yield finding("ok" if count >= SESSIONS_PER_MASTER else "fix", "sessions",
                   f"{count} on one connection; {min(count, SESSIONS_PER_MASTER)} of them used",
-                  "MaxSessions 10 in its sshd_config is the usual; with 1 all connect anew.")
+                  "MaxSessions 10 in its sshd_config is the usual.")
     times = []
     for _ in range(5):
         began = time.monotonic()
