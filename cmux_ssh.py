@@ -8434,14 +8434,16 @@ class Batch:
     def run(self, lines: Iterator[bytes], at_once: int) -> int:
         """All lines, ``at_once`` at a time, each read when there is a thread for it; 0, or 1 if any
         call failed. KeyboardInterrupt ends what runs first."""
+        numbered = enumerate(lines, 1)
+
         def work() -> None:
             while not self.closed:
                 with self.reading:
-                    line = next(lines, None)
-                if line is None:
+                    number, line = next(numbered, (0, b""))
+                if not number:
                     return
                 if line.strip():
-                    self._answer(line)
+                    self._answer(number, line)
         ends = in_parallel([work] * at_once, cancel=self.cancel)
         for error in [self.closed, *ends]:
             if isinstance(error, CmuxError):
@@ -8450,9 +8452,9 @@ class Batch:
             raise KeyboardInterrupt
         return min(self.failed, 1)
 
-    def _answer(self, line: bytes) -> None:
+    def _answer(self, number: int, line: bytes) -> None:
         import json
-        answer: Fields = {"id": None, "ok": True}
+        answer: Fields = {"id": None, "ok": True, "line": number}  # the number if it is no JSON
         try:
             name, tool, arguments = self._parse(line, answer)
             verb, checked = check_call(tool, arguments)  # before a workspace is made for it
@@ -8476,6 +8478,7 @@ class Batch:
     def _parse(self, line: bytes, answer: Fields) -> tuple[str, Any, Any]:
         """(workspace, tool, arguments); the id into ``answer`` as soon as it is known."""
         value = strict_json(line)
+        del answer["line"]
         fields = value if isinstance(value, dict) else {"": value}
         request_id, name = fields.get("id"), fields.get("workspace", "")
         plain = type(request_id) in (str, int, float, type(None))

@@ -6966,6 +6966,8 @@ def test_batch_answers_every_line_also_the_bad_ones(shared):
     answers = [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON")) for line in ran.out.splitlines()]
     expected = [(json.dumps(i), ok) for _, i, ok in lines if i != "no answer"]
     assert sorted((json.dumps(a["id"]), a["ok"]) for a in answers) == sorted(expected)
+    no_json = (b"not json", b"{", b"\xff\xfe", b"[" * 100_000, b'{"id": NaN}')
+    assert sorted(answer.pop("line") for answer in answers if "line" in answer) == [n for n, row in enumerate(lines, 1) if row[0] in no_json]
     for answer in answers:
         assert set(answer) == ({"id", "ok", "result"} if answer["ok"] else {"id", "ok", "error"}), answer
         assert answer["ok"] or (answer["error"]["message"] and answer["error"]["type"] != "Bug"), answer
