@@ -10491,7 +10491,8 @@ def command_secrets_list(options: Options) -> int:
                          scope=scope))
         facts = [where] * (scope != "project") + ["from a command"] * (kind == "command")
         if not options.json:
-            print_text(name + (f"  ({', '.join(facts)})" if facts else ""))
+            shown = facts and options.verbosity >= 0
+            print_text(name + (f"  ({', '.join(facts)})" if shown else ""))
     if options.json:
         print_json(rows)
     return 0

@@ -9191,7 +9191,7 @@ def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo, site)
     main = record["workspaces"].pop("main")
     base = r"box .* [0-9a-f]"
     for width, name, row in ((63, "n" * 10, rf"n{{10}}  {base}{{10}}"), (61, "n" * 10, rf"n{{10}}  {base}{{5}}[.]{{3}}"), (60, "n" * 10, r"n{10}  box .* \d+s"),
-                             (92, "n" * 51, r"n{51}  box .* \d+s"), (82, "n" * 51, r"n{50}[.]{3}  box .* \d+s")):
+                             (92, "n" * 51, r"n{51}  box .* \d+s"), (82, "n" * 51, r"n{38}[.]{3}  box .* \d+s")):
         record["workspaces"] = {name: main}
         file.write_text(json.dumps(record))
         terminal = repo.terminal("list", env={"COLUMNS": str(width)})
