@@ -6938,12 +6938,21 @@ class Grower:
 
     def _look_again(self) -> None:
         """What differs must be what was wanted, and all of it."""
+        pairs = "".join(f"{self.made[name]} {self.made.get(commit.parents[0], self.base)}\n"
+                        for name, commit in self.commits.items())
+        rows = self.shadow.records(*RAW_DIFF, "--stdin", "--always", stdin=pairs.encode())
+        row = next(rows, b"")
         for name, commit in self.commits.items():
-            left, parent = set(commit.changes), self.made.get(commit.parents[0], self.base)
-            for _, mode, oid, path in self.shadow.changes(parent, self.made[name]):
+            if row != self.made[name].encode():
+                raise refuse("git made something else of it")
+            left, row = set(commit.changes), next(rows, b"")
+            while row.startswith(b":"):
+                _, mode, _, oid, _ = row.decode("ascii").split(" ")
+                path = next(rows)
                 if commit.changes.get(path) != (("", "") if mode == "000000" else (mode, oid)):
                     raise refuse(f"git made something else of {show(path)}")
                 left.discard(path)
+                row = next(rows, b"")
             for mode, oid, path in self.shadow.listing(self.made[name]) if left else ():
                 if commit.changes.get(path) == (mode, oid):
                     left.discard(path)  # it was so before
