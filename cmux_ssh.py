@@ -6725,6 +6725,9 @@ class Commit:
 _CHANGE = re.compile(rb":[0-7]{1,6} (100644|100755|120000|000000) [0-9a-f]{1,64} "
                      rb"([0-9a-f]{1,64}) ([ADMT])\Z")
 _PERSON = re.compile(rb" ?(.*) ?<([^<>\n]*)> (\d{1,11}) ([+-])([01]\d|2[0-3])([0-5]\d)\Z")
+# Python's other encodings take quadratic time or are no text.
+_ENCODING = re.compile(rb"(?m)^encoding ((?:iso-?8859|latin|windows|cp|koi8|euc|shift|gb|big5)"
+                       rb"[\w-]*)$", re.I)
 
 
 def read_person(line: bytes) -> str:
@@ -6744,6 +6747,10 @@ def read_person(line: bytes) -> str:
 
 
 def read_commit(data: bytes) -> Commit:
+    encoding = _ENCODING.search(data.partition(b"\n\n")[0])
+    if encoding:
+        with contextlib.suppress(LookupError):
+            data = data.decode(encoding.group(1).decode("ascii"), "replace").encode()
     head, _, message = data.partition(b"\n\n")
     people = [re.search(rb"(?m)^%s(.*)$" % word, head) for word in (b"author", b"committer")]
     author, committer = (read_person(found.group(1) if found else b"") for found in people)
@@ -7063,7 +7070,7 @@ class Pull:
                 error.hint = (
                     f"{error.hint.rstrip('.')}. If only an earlier commit there has it, squash "
                     f"them: {PROGRAM} exec -w {self.name} -- "
-                    "'git reset --soft refs/cmux/base && git commit -m all'")
+                    "'git reset --soft refs/cmux/base && git commit -m all'").lstrip(". ")
             raise
         finally:
             self.report.step(self.name, "done")

@@ -4609,6 +4609,13 @@ def test_a_workspace_of_a_version_that_left_files_out_loses_nothing(site, host):
         assert repo.git("diff", "--name-only", "main", "cmux/" + name) == "docs/a"
 
 
+def test_a_commit_in_another_encoding_comes_as_utf_8(repo):
+    repo.new()
+    do(repo, "echo x >x && git add . && printf 'gr\\374n' | GIT_AUTHOR_NAME=$(printf 'J\\366rg') git -c i18n.commitEncoding=ISO-8859-1 commit -qF -")
+    repo.ok("pull")
+    assert repo.git("log", "-1", "--format=%an %s", "cmux/main") == "J\u00f6rg gr\u00fcn"
+
+
 @each("how", ["git checkout -q --orphan fresh; echo x >x; git add -A; git commit -qm orphan",
       "git checkout -qb feature; echo x >x; git add -A; git commit -q --amend -m amended"], ids=["orphan", "amend"])
 def test_a_branch_that_stands_at_the_base_holds_nothing(repo, how):
