@@ -99,6 +99,7 @@ MIB = 1024 * 1024
 SESSIONS_PER_MASTER = 8
 MASTERS_PER_HOST = 64  # 512 sessions; started as they are needed
 SLOT_SOON = 0.2  # after such a wait, longer than short commands, a master is started
+SPARED_MOST = 6  # masters, from which on none is started for sessions opened ahead
 HANDSHAKES_AT_ONCE = 8  # stock MaxStartups 10:30:100 drops at random from the 10th on
 CONTROL_PERSIST = 600  # an idle master ends itself
 CONNECT_TIMEOUT = 20  # for ssh, where the user's config has none
@@ -3442,6 +3443,7 @@ class Masters:
         self._known: dict[str, Master] = {}  # those that were seen last, by name
         self._freed = {1: Waiters(), 2: Waiters()}  # for one slot, for two at once
         self._waiting = self._launching = 0  # slots waited for; masters being started
+        self._spared = False  # a master for sessions ahead was tried
         slow = config.first("connecttimeout") == "0"
         self.patience = CONNECT_PATIENCE_SLOW if slow else CONNECT_PATIENCE
 
@@ -3738,8 +3740,17 @@ class Masters:
 
     def open_ahead(self, command: str) -> Session | None:
         """A session for later, from the upper half of a master's slots: the lower half is for work
-        of now. None if there is none to spare."""
-        slots = [] if self.single() else self._try_slots(1, SESSIONS_PER_MASTER // 2)
+        of now. None if there is none to spare. Where other processes hold them all, one more master
+        is started, only once: where logging in needs a person, each try is a failed login."""
+        half = SESSIONS_PER_MASTER // 2
+        if self.single():
+            return None
+        slots = self._try_slots(1, half)
+        may = not self._spared and 0 < len(self.masters()) < SPARED_MOST
+        if may and not slots and self._may_launch(1):
+            self._spared = True
+            self.free(self._one_more(SESSIONS_PER_MASTER, None))
+            slots = self._try_slots(1, half)
         with contextlib.suppress(HostError, IndexError):
             return self._open_on(slots, command)[0]
         return None
@@ -3798,7 +3809,7 @@ class Masters:
                 if not self.masters():
                     self._wake(sys.maxsize)  # all wait for one who tries, and share the result
                     slots = self._first_master(count, deadline, cancel)
-                elif patience.over() and self._may_launch():
+                elif patience.over() and self._may_launch(-(-self._waiting // SESSIONS_PER_MASTER)):
                     self._wake(1)  # another looks meanwhile
                     slots = self._one_more(count, cancel)
                 slots = slots or self._try_slots(count)
@@ -3812,13 +3823,12 @@ class Masters:
                 self._waiting -= count
             freed.leave()
 
-    def _may_launch(self) -> bool:
-        """Whether to start one more master: one for every eight slots waited for, one at a time
-        after a failure."""
+    def _may_launch(self, wanted: int) -> bool:
+        """Whether to start one more master, where so many may be started at once; one after a
+        failure."""
         with self._mutex:
-            most = 1 if self._failed() else -(-self._waiting // SESSIONS_PER_MASTER)
-            wanted = min(most, MASTERS_PER_HOST - len(self.masters()))
-            may = self._launching < wanted and self._rest() <= 0
+            most = min(1 if self._failed() else wanted, MASTERS_PER_HOST - len(self.masters()))
+            may = self._launching < most and self._rest() <= 0
             self._launching += may
             return may
 

@@ -3175,6 +3175,18 @@ def test_a_line_that_stalls_and_goes_on_loses_nothing(repo, site):
     assert (child.returncode, err) == (0, b"") and out == data
 
 
+def test_a_second_process_has_sessions_waiting_too_on_a_master_more(repo, site):
+    """Sessions opened ahead take the upper half of a master's slots: the first process has them all. The next
+    starts one master more for its own."""
+    with open_agent(repo, "-H", "box") as first:
+        first("exec", command="true")
+        until(lambda: (open_sessions(site), len(site.masters())) == (4, 1), "the first has its own")
+        with open_agent(repo) as second:
+            second("exec", command="true")
+            until(lambda: (open_sessions(site), len(site.masters())) == (8, 2), "the second has, too")
+    until(lambda: open_sessions(site) == 0, "they are given back")
+
+
 def test_sessions_wait_ready_again_after_a_command_that_took_long(repo, tuned, site):
     tuned(WARM_IDLE=3)  # what the keeper sleeps once all that waited is given up
     with open_agent(repo, "-H", "box") as talker:
@@ -3250,6 +3262,21 @@ print("fine")
 """, str(site.dir / "other")) == "fine\n"
     bases = site.far_home() / "cmux" / ".cmux" / "bases"
     assert all((base / "whole.tar").is_file() for base in bases.iterdir()), list(bases.iterdir())
+
+
+def test_no_master_is_added_for_sessions_ahead_where_none_can_be(repo, site):
+    """It is tried once: where logging in needs a person, each try is a failed login and its penalty."""
+    with open_agent(repo, "-H", "box") as first:
+        first("exec", command="true")
+        four_ready(site)
+        (site.dir / "authorized").write_text("")
+        before = site.log().count("Connection from ")
+        with open_agent(repo) as second:
+            for _ in range(5):
+                second("exec", command="true")
+                time.sleep(1.6)  # longer than the pause after a failure
+            assert site.log().count("Connection from ") == before + 1
+            assert (open_sessions(site), len(site.masters())) == (4, 1)
 
 
 def test_a_master_that_hangs_costs_a_long_lived_caller_one_wait(repo, tuned, site):
