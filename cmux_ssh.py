@@ -2097,7 +2097,8 @@ def find_program(name: str, more: Sequence[str] = ()) -> str:
         if os.path.isabs(entry) and os.access(path, os.X_OK) and os.path.isfile(path):
             return path
     raise UsageError(f"The program {name} is not installed here.",
-                     "Install it. (For another ssh set CMUX_SSH_COMMAND.)")
+                     "Install it (Debian: apt-get install git openssh-client openssh-server). For "
+                     "another ssh set CMUX_SSH_COMMAND.")
 
 
 def spawn(argv: Sequence[str], env: Mapping[str, str] | None = None, stdin: Any = None,
@@ -2749,10 +2750,9 @@ class History:
         import json
         lock = Lock(f"{self.running}/{os.getpid()}.{os.urandom(4).hex()}", passing=True)
         try:
-            for _ in range(50):  # now() may take the file for a dead one's
-                if lock.take():
-                    os.write(lock.fd, json.dumps(row).encode("ascii"))
-                    return lock
+            if lock.wait(Deadline(1)):  # now() may take the file for a dead one's
+                os.write(lock.fd, json.dumps(row).encode("ascii"))
+                return lock
         except (OSError, StateFailed):
             lock.free()
         return None
@@ -3972,9 +3972,9 @@ class Forward:
         return self._masters.open(target, Deadline(SLOT_PATIENCE), self._ending)[0]
 
     def _say(self, error: CmuxError) -> None:
-        """Once."""
-        if str(error) not in self._told and not self._ending.is_set:
-            self._told.add(str(error))
+        """Once for each kind."""
+        if type(error).__name__ not in self._told and not self._ending.is_set:
+            self._told.add(type(error).__name__)
             self._tell(f"{error} {error.hint}".strip())
 
     def _accept(self) -> None:
@@ -5565,7 +5565,7 @@ def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0,
 class ProjectBase:
     """A local git repository and its workspaces: see Project, whose workspaces have the tools."""
 
-    kind: type[Workspace]  # which the room Tools defines
+    kind: type["Workspace"]  # which the room Tools defines
 
     def __init__(self, directory: str = ".", interactive: Callable[[], bool] | None = None,
                  warm: int = WARM_SESSIONS, host: str | Sequence[str] = ()) -> None:
@@ -5687,7 +5687,8 @@ class ProjectBase:
             place = self.entry(source)["host"]
             self.check_place(source, place, host)
             return [place]
-        hosts = pool_of(host) or self._pool or os.environ.get("CMUX_SSH_HOST", "").split() or [
+        words = os.environ.get("CMUX_SSH_HOST", "").split(" ")  # other blanks are no host's
+        hosts = pool_of(host) or self._pool or [*filter(None, words)] or [
             *filter(None, self.repository.config("cmux.host", "-z", "--get-all").split("\0"))]
         if not hosts:
             raise UsageError(
@@ -5700,7 +5701,7 @@ class ProjectBase:
         return {name: entry for name, entry in self.registry.read()["workspaces"].items()
                 if entry.get("state") == "ready"}
 
-    def workspace(self, name: str) -> Workspace:
+    def workspace(self, name: str) -> "Workspace":
         """An existing workspace. Raises WorkspaceMissing."""
         entry, lock = self.entry(name), self.registry.creation_lock(name)
         if "intent" in entry and lock.take():  # else somebody is at it
@@ -5708,7 +5709,7 @@ class ProjectBase:
                 entry = self.settle(name)
         return self.kind(self, name, entry)
 
-    def workspaces(self) -> list[Workspace]:
+    def workspaces(self) -> list["Workspace"]:
         """All that are finished, by name; asks no host."""
         return [self.kind(self, name, entry) for name, entry in sorted(self.entries().items())]
 
@@ -5817,7 +5818,7 @@ class ProjectBase:
 
     def create(self, name: str, host: str | Sequence[str], ref: str = "HEAD", root: str = "",
                init: bool = True, report: Report | None = None, cancel: Cancel | None = None,
-               source: str = "", secrets: Collection[str] | None = None) -> Workspace:
+               source: str = "", secrets: Collection[str] | None = None) -> "Workspace":
         """Make workspace ``name`` on ``host`` (of several the one with the fewest workspaces that
         can be reached) from commit ``ref``, below its directory ``root`` (default ~/cmux), with
         what git ignores (packages, caches) in the workspace ``source`` on that host, and run its
@@ -5936,7 +5937,7 @@ class ProjectBase:
 
     def ensure(self, name: str, host: str | Sequence[str] = (), report: Report | None = None,
                cancel: Cancel | None = None,
-               secrets: Collection[str] | None = None) -> Workspace:
+               secrets: Collection[str] | None = None) -> "Workspace":
         """The workspace, made first from HEAD if it does not exist, on ``host`` (default:
         hosts_for()); waits while another process makes it. Raises as create() does, UsageError
         if it is elsewhere, and WorkspaceMissing if another one is probably meant."""
@@ -5957,7 +5958,7 @@ class ProjectBase:
                     raise
         return self.existing(name, host)
 
-    def existing(self, name: str, host: str | Sequence[str]) -> Workspace:
+    def existing(self, name: str, host: str | Sequence[str]) -> "Workspace":
         """A workspace, if it is on ``host``, or on one of several, where any is given."""
         found = self.workspace(name)
         self.check_place(name, found.host.name, host)
@@ -6033,7 +6034,7 @@ class ProjectBase:
             yield dict(entry, path=entry["path"][:-len(source)] + name)
 
     def fork(self, source: WorkspaceBase, name: str,
-             cancel: Cancel | None = None) -> Workspace:
+             cancel: Cancel | None = None) -> "Workspace":
         """A new workspace with the current content and the own secrets of ``source``, made on the
         host itself. Raises WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed, Cancelled.
         """
@@ -6052,7 +6053,7 @@ class ProjectBase:
             return self.workspace(name)
 
     def rename(self, source: WorkspaceBase, name: str,
-               cancel: Cancel | None = None) -> Workspace:
+               cancel: Cancel | None = None) -> "Workspace":
         """Give a workspace another name, locally and on the host; the new object (the old one is of
         no more use). Until both are done, it has the old name. Raises as fork() does."""
         with self._moving("rename", source.name, name, cancel) as entry:
