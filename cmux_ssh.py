@@ -3979,12 +3979,13 @@ class Forward:
 
     def _accept(self) -> None:
         import threading
-        while poll_once(None, self._listener, self._ending) and not self._ending.is_set:
-            try:
-                client = self._listener.accept()[0]
-                threading.Thread(target=self._carry, args=(client,), daemon=True).start()
-            except (OSError, RuntimeError):  # no descriptor is free, or no thread
-                time.sleep(0.1)
+        with contextlib.suppress(ValueError):  # closed
+            while poll_once(None, self._listener, self._ending) and not self._ending.is_set:
+                try:
+                    client = self._listener.accept()[0]
+                    threading.Thread(target=self._carry, args=(client,), daemon=True).start()
+                except (OSError, RuntimeError):  # no descriptor is free, or no thread
+                    time.sleep(0.1)
 
     def _carry(self, client: socket.socket) -> None:
         """Have one client served. Where that fails it is reset: that is no end of an answer."""
