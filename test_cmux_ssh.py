@@ -8601,7 +8601,6 @@ def test_forward_says_what_is_in_the_way(repo, site):
         for end in ends:
             end.close()
         until(lambda: len(talk(made[0]["local"])) == server.size + 32, "it goes on")
-    assert "Too many" not in child.answer, "it said so once"
 
 
 def test_the_library_forwards(repo):
