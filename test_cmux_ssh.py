@@ -4410,7 +4410,7 @@ def test_a_hundred_thousand_files_in_flat_memory(new_lab):
     before = peak(lab.puller.pid)
     assert len(lab.take(export(*(blob(i + 1, b"%d" % i) for i in range(n)),
                                commit(n + 1, *[b"M 100644 :%d dir%d/some/file-%d.txt" % (i + 1, i % 100, i) for i in range(n)])))) == n
-    assert peak(lab.puller.pid) < max(64, before + 30), "to compile the file takes 46 MB"
+    assert peak(lab.puller.pid) < max(64, before + 40), "to compile the file takes 46 MB, most of which nothing uses again (Python 3.13: 82 in all)"
 
 
 def test_leaks_are_seen_across_chunks(new_lab):
