@@ -2611,7 +2611,7 @@ class Registry:
     def __init__(self, repository: str) -> None:
         self.repository, key = repository, sha256_of(repository)[:20]
         self.path = f"{state_folder('projects')}/{key}.json"
-        self.secrets_path = secrets_file(key)
+        self.secrets_path, self.global_path = secrets_file(key), secrets_file()
         self.running = self.path[:-4] + "running"
         self._cache: dict[str, tuple[object, Any]] = {}
 
@@ -2664,7 +2664,7 @@ class Registry:
     def stored(self, op: str | None = None) -> list[tuple[str, dict[str, str], str]]:
         """(name, entry, scope: global, project or workspace NAME) of the secrets for one workspace,
         or for any (None); the widest scope first."""
-        files = [(secrets_file(), "global"), (self.secrets_path, "project")]
+        files = [(self.global_path, "global"), (self.secrets_path, "project")]
         files += [(self.own_secrets(entry["op"]), "workspace " + name)
                   for name, entry in self.read()["workspaces"].items() if op in (None, entry["op"])]
         return [(name, entry, scope) for path, scope in files
