@@ -7322,6 +7322,7 @@ except KeyboardInterrupt:
     print("interrupted")
 for call in calls:
     call.join(1)
+assert "cmux-keeper" not in {thread.name for thread in threading.enumerate()}  # it would open sessions ahead
 assert set(ends) == {130} and len(ends) == (10 if sys.argv[3] == "interrupted" else 2), ends
 assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 try:
