@@ -3141,8 +3141,8 @@ def test_a_host_that_allows_few_processes_is_given_fewer(site, sh):
     assert [row["ok"] and row["result"]["exit_code"] for row in rows] == [0] * 40, rows
     if sh == "bash":  # which tries for 15 seconds by itself
         return
-    others = [subprocess.Popen([program("setpriv"), "--reuid", str(uid), "--clear-groups", "sleep", "60"]) for _ in range(30)]
-    until(lambda: len(running("sleep 60")) >= 30, "the account has as many as it may")
+    others = [subprocess.Popen([program("setpriv"), "--reuid", str(uid), "--clear-groups", "sleep", f"60.{uid}"]) for _ in range(30)]
+    until(lambda: len(running(f"sleep 60.{uid}")) >= 30, "the account has as many as it may")
     ran = repo.exec("true", options=["--timeout", "4"], host="few")
     for other in others:
         other.kill()
