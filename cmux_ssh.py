@@ -7407,7 +7407,7 @@ def absolute(workspace: WorkspaceBase, path: object) -> str:
     """A tool's path for the host: absolute, or below the workspace."""
     if not isinstance(path, str) or not path or "\0" in path:
         raise UsageError("The path is empty, or not text without NUL.")
-    return path if path.startswith("/") else f"{workspace.path}/{path}"
+    return os.path.join(workspace.path, path)
 
 
 def tool_reply(workspace: WorkspaceBase, reply: Reply, path: str = "") -> Reply:
@@ -7442,18 +7442,17 @@ def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> b
     """``data`` with every edit applied in order. Raises ToolFailed."""
     for index, edit in enumerate(edits, 1):
         which = f"Edit {index} of {len(edits)}: the" if len(edits) > 1 else "The"
-        old, new = (encoded(edit[key]) for key in ("old", "new"))
+        old, new = encoded(edit["old"]), encoded(edit["new"])
         if not old:
             raise ToolFailed(f"{which} text to replace is empty.", "Use write to make a file.")
         if old == new:
             raise ToolFailed(f"{which} texts old and new are the same.")
-        if old not in data and b"\r\n" in data and b"\n" in old and b"\r" not in old:
-            old = old.replace(b"\n", b"\r\n")
-            new = new.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+        if old not in data and b"\r\n" in data and b"\r" not in old:
+            old, new = (re.sub(b"\r?\n", b"\r\n", text) for text in (old, new))
         count, found = edit.get("count", 1), data.count(old)
-        overlap = count == found == 1 and data.find(old, data.find(old) + 1) >= 0
-        if found != count or overlap:  # of two that overlap: which is meant?
-            found += overlap
+        if count == found == 1 and data.find(old) != data.rfind(old):
+            found = 2  # they overlap: which one is meant?
+        if found != count:
             places = itertools.islice(re.finditer(b"(?=%s)" % re.escape(old), data), 10)
             lines = ", ".join(str(data.count(b"\n", 0, at.start()) + 1) for at in places)
             where = f" (at line{'s' * (found > 1)} {lines})" if found else ""
@@ -7467,7 +7466,7 @@ def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> b
 
 
 def unified_diff(before: bytes, after: bytes, path: str) -> str:
-    """What an edit did, as a diff of at most DIFF_MAX characters."""
+    """What an edit changed, as a diff of at most DIFF_MAX characters."""
     import collections
     import difflib
     import io
@@ -7521,7 +7520,8 @@ def glob_below(pattern: str, home: str, by_name: bool) -> str:
     if names[0].startswith("!"):
         raise UsageError(f"{show(pattern)} would leave files out, which a pattern cannot do.",
                          "Write what to take, as '*.py'.")
-    names += [] if names[-1] or not names[1:] else ["**"]
+    if names[1:] and not names[-1]:
+        names.append("**")
     names = [name for name in names if name not in ("", ".")]
     if not names:
         raise UsageError("The pattern is empty.", "For all files write '**'.")
@@ -7611,14 +7611,12 @@ def job_directory(workspace: WorkspaceBase, *job: str) -> str:
     return "/".join([workspace.root, ".cmux/jobs", workspace.place, workspace.op, *job])
 
 
-def parse_state(words: Sequence[str]) -> Fields:
+def parse_state(text: str) -> Fields:
     """running | exited CODE | stopped CODE | lost -> state and exit_code."""
-    if words[:1] == ["running"]:
-        return {"state": "running", "exit_code": None}
-    code = number(words[1]) if words[1:] and words[0] in ("exited", "stopped") else -1
-    if not 0 <= code <= 255:  # 256 would leave this process as a 0
-        return {"state": "lost", "exit_code": None}
-    return {"state": words[0], "exit_code": code}
+    match = re.match(r"(exited|stopped) (\d{1,3})\Z", text, re.A)
+    if match and int(match[2]) < 256:  # 256 would leave this process as a 0
+        return {"state": match[1], "exit_code": int(match[2])}
+    return {"state": "running" if text == "running" else "lost", "exit_code": None}
 
 
 def wait_code(status: Mapping[str, Any]) -> int:
@@ -7632,11 +7630,10 @@ def parse_jobs(workspace: WorkspaceBase, reply: Reply) -> list[Fields]:
     known = workspace.project.registry.read().get("jobs", {})
     rows = []
     for line in reply.lines():
-        match = re.match(r"(j[0-9a-f]{8}) (\d{1,15}) ", line, re.A)
+        match = re.match(r"(j[0-9a-f]{8}) (\d{1,15}) (.*)", line, re.A)
         if match:
             own = known.get(match[1], {})
-            state = parse_state(line[match.end():].split())
-            rows.append(dict(state, job=match[1], output_size=int(match[2]),
+            rows.append(dict(parse_state(match[3]), job=match[1], output_size=int(match[2]),
                              command=own.get("command", ""), started=own.get("started")))
     return sorted(rows, key=lambda row: (row["started"] or 0, row["job"]))
 
@@ -7755,11 +7752,7 @@ class Workspace(WorkspaceBase):
         FileChanged; after a concurrent change it is read and edited again. Returns ``sha256`` of
         the file now, and ``diff``."""
         for edit in edits or [{}]:
-            kinds = {key: type(value) for key, value in edit.items()} \
-                if isinstance(edit, dict) else {}
-            if {"count": int, **kinds} != {"old": str, "new": str, "count": int} \
-                    or edit.get("count", 1) < 1:
-                raise UsageError("Edits are objects with old, new, and perhaps count (from 1).")
+            EDIT.check(edit)
         for attempt in range(EDIT_TRIES):
             before = self.read(path, cancel=cancel)
             if sha256 and before.sha256 != sha256.lower():
@@ -7779,10 +7772,11 @@ class Workspace(WorkspaceBase):
         records = command_records(["sh", "-c", script, "sh"] + list(arguments), False, False)
         outcome = self.host.run(
             records, self.path, out, err, None, Deadline(SEARCH_PATIENCE), cancel)
+        if outcome.reason == "cancel":
+            raise Cancelled("Cancelled.")
         if outcome.reason:
             raise ToolFailed(f"The search was stopped after {SEARCH_PATIENCE} s.", "Narrow it.")
-        status = outcome.status or 0
-        tool_reply(self, Reply(status=status, stdout=b"", stderr=err.value(), trip=0.0))
+        tool_reply(self, Reply(status=outcome.exit_code, stdout=b"", stderr=err.value(), trip=0.0))
         return out.value()
 
     @logged("glob")
@@ -7937,10 +7931,11 @@ class Workspace(WorkspaceBase):
         reply = self._ask(LOGS, jobs, str(offset), str(limit), tenths, until,
                           cancel=cancel, limit=limit + 4096)
         head, _, data = reply.stdout.partition(b"\n")
-        size, which, *state = [*head.decode("ascii", "replace").split(), "", ""]
-        known = which in jobs
-        return dict(parse_state(state if known else ()), job=which if known else jobs[0],
-                    output=data, next_offset=offset + len(data), size=max(0, number(size)))
+        match = re.match(r"(\d{1,15}) (j[0-9a-f]{8}) (.*)", head.decode("latin-1"), re.A)
+        if not match or match[2] not in jobs:
+            raise RemoteFailed("The host's answer to logs is damaged.")
+        return dict(parse_state(match[3]), job=match[2], output=data,
+                    next_offset=offset + len(data), size=int(match[1]))
 
     @logged("wait", code=wait_code)
     def wait(self, job: str | Sequence[str], timeout: float | None = None,
@@ -7974,7 +7969,7 @@ class Workspace(WorkspaceBase):
         confirmed, or requested where the end was not seen."""
         how, state, *_ = self._ask(STOP, [job], cancel=cancel).lines() + ["", ""]
         stopped = "confirmed" if how == "confirmed" else "requested"
-        return dict(parse_state(state.split()), job=job, stopped=stopped)
+        return dict(parse_state(state), job=job, stopped=stopped)
 
 
 class Project(ProjectBase):
@@ -8022,17 +8017,12 @@ class Project(ProjectBase):
 # It makes the command line with help and completion, the checks of batch and call_tool(), and what
 # MCP offers.
 
-EDIT = {
-    "type": "object", "required": ["old", "new"], "additionalProperties": False,
-    "properties": {"old": {"type": "string"}, "new": {"type": "string"},
-                   "count": {"type": "integer", "minimum": 1}}}
 KINDS: dict[str, tuple[Fields, tuple[type, ...], str]] = {  # schema, types, words
     "text": ({"type": "string"}, (str,), "text"),
     "flag": ({"type": "boolean"}, (bool,), "true or false"),
     "count": ({"type": "integer"}, (int,), "a whole number from {}"),
     "seconds": ({"type": "number"}, (int, float), "a number of seconds from {}"),
     "texts": ({"type": "array", "items": {"type": "string"}}, (list,), "a list of texts"),
-    "objects": ({"type": "array", "items": EDIT}, (list,), "a list of objects"),
     "map": ({"type": "object"}, (dict,), "an object"),
 }
 
@@ -8060,17 +8050,16 @@ class Arg:
 
     def check(self, value: object, label: str) -> None:
         """Raise UsageError, which names it ``label``, if the value does not fit."""
-        fits = any(isinstance(value, KINDS[kind][1]) for kind in self.kinds)
-        if isinstance(value, bool):
-            fits = "flag" in self.kinds
-        elif isinstance(value, (int, float)):
+        fits = any(type(value) in KINDS[kind][1] for kind in self.kinds)
+        if isinstance(value, (int, float)):
             fits = fits and self.least <= value < 1e15
         elif isinstance(value, list) and "texts" in self.kinds:
             fits = all(isinstance(word, str) for word in value)
+        elif isinstance(value, str):
+            encoded(value)  # refuses a lone surrogate, which JSON can spell, and which has no bytes
         if not fits:
             wanted = " or ".join(KINDS[kind][2] for kind in self.kinds).format(self.least)
             raise UsageError(f"{label} takes {wanted}.")
-        check_text(value)
 
     def from_word(self, word: str) -> Any:
         """The value of a word of the command line. Raises UsageError."""
@@ -8093,15 +8082,6 @@ class Arg:
         least = {"minimum": self.least} if self.kinds[0] in ("count", "seconds") else {}
         row = rows[0] if len(rows) == 1 else {"anyOf": rows}
         return dict(row, description=self.text, **least)
-
-
-def check_text(value: object) -> None:
-    """Raise UsageError for a lone surrogate, which JSON can spell, and which has no bytes."""
-    if isinstance(value, str):
-        encoded(value)
-    elif isinstance(value, (dict, list)):
-        for part in value.values() if isinstance(value, dict) else value:
-            check_text(part)
 
 
 class Verb:
@@ -8136,6 +8116,12 @@ class Verb:
             if arg.required and arg.name not in arguments:
                 raise UsageError(f"{self.name} needs the argument {arg.name}.")
         return arguments
+
+    def schema(self) -> Fields:
+        """The JSON schema of such a call."""
+        return {"type": "object", "additionalProperties": False,
+                "properties": {arg.name: arg.schema() for arg in self.params},
+                "required": [arg.name for arg in self.params if arg.required]}
 
 
 def tool_exec(workspace: Workspace, command: str | list[str], background: bool = False,
@@ -8221,6 +8207,10 @@ COMMON = (
     Arg("quiet", "flag", "say less", flags="-q --quiet"),
     Arg("verbose", "flag", "say what is done", flags="-v --verbose"))
 
+EDIT = Verb("an edit", "", Arg("old", "text", "the exact text to replace", required=True),
+            Arg("new", "text", "what replaces it", required=True),
+            Arg("count", "count", "how many matches there must be (default: 1)", least=1))
+KINDS["objects"] = {"type": "array", "items": EDIT.schema()}, (list,), "a list of objects"
 VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("exec", "run a command in a workspace, made first if need be",
          Arg("command", "text|texts", "a string is a shell line, a list an exact argv",
@@ -8274,8 +8264,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          repeats=True,
          model="Make content the whole of a file (atomic; makes parent directories)."),
     Verb("edit", "exact replacements, all or none", PATH,
-         Arg("edits", "objects", "objects of old, new, and count: how many matches there must be "
-             "(1)", required=True, face="json"),
+         Arg("edits", "objects", "one or more", required=True, face="json"),
          Arg("sha256", "text", "of the file as last seen: refuse if it changed", shown="HEX"),
          LineArg("old", "text", "without --old and --new: JSON with edits on stdin", shown="TEXT",
                  blank=True),
@@ -8891,10 +8880,7 @@ class McpServer:
         title = tool.text[0].upper() + tool.text[1:]
         return {"name": tool.tool_name, "title": title,
                 "description": tool.settings.get("model", title + "."),
-                "inputSchema": {
-                    "type": "object", "additionalProperties": False,
-                    "properties": {param.name: param.schema() for param in tool.params},
-                    "required": [param.name for param in tool.params if param.required]},
+                "inputSchema": tool.schema(),
                 "annotations": {
                     "title": title, "readOnlyHint": tool.reads,
                     "destructiveHint": "destroys" in tool.settings,
