@@ -7489,6 +7489,8 @@ def glob_patterns(pattern: str, home: str, by_name: bool = False) -> list[str]:
     """The patterns that ``pattern`` stands for, relative to the workspace at ``home``, {a,b}
     written out as in sh. ``by_name``: one without a slash is for any depth. UsageError for what
     can match nothing: an empty answer would lie."""
+    if len(pattern) > PATH_MAX:  # to take it apart takes quadratic time
+        raise UsageError("The pattern is longer than any path.", "Write a shorter one.")
     found, todo = [], [pattern]  # type: list[str], list[str]
     while todo:
         one = todo.pop()
@@ -7515,8 +7517,8 @@ def glob_below(pattern: str, home: str, by_name: bool) -> str:
     names = pattern[len(home) + 1 if exact else 0:].split("/")
     if names[1:] and not names[0] or ".." in names or re.match(r"~([\w-]*/|\Z)", "/".join(names)):
         raise UsageError(f"{show(pattern)} is not a pattern below the workspace.",
-                         "Write it relative to the workspace, as 'src/**/*.py'. Files elsewhere "
-                         "are found by a command, as find /etc -name '*.conf'.")
+                         "Write it relative to the workspace, as 'src/**/*.py'. Find files "
+                         "elsewhere by a command, as find /etc -name '*.conf'.")
     if names[0].startswith("!"):
         raise UsageError(f"{show(pattern)} would leave files out, which a pattern cannot do.",
                          "Write what to take, as '*.py'.")
@@ -7529,9 +7531,9 @@ def glob_below(pattern: str, home: str, by_name: bool) -> str:
 
 
 def glob_test(pattern: str, home: str, by_name: bool = False) -> tuple[Callable[[str], Any], str]:
-    """What is true of a path that fits a pattern (see glob_patterns): a component ``**`` stands for
-    any number of components, ``*`` for any number of characters of one, ``[...]`` is as in sh; and
-    a pattern for find -path, whose ``*`` crosses slashes, that matches whatever may fit."""
+    """A test for paths that fit a pattern (see glob_patterns): a component ``**`` stands for any
+    number of components, ``*`` for any number of characters of one, ``[...]`` is as in sh; and a
+    pattern for find -path, whose ``*`` crosses slashes, that matches whatever may fit."""
     patterns, regexes = glob_patterns(pattern, home, by_name), []
     for one in patterns:
         runs = re.split(r"(?<![^/])\*\*(?:/|\Z)", one)
@@ -7566,7 +7568,7 @@ def component_regex(part: str) -> str:
 
 def leftmost(runs: Sequence[str], gap: str) -> str:
     """A regex of the runs with gaps between them. Each run stays at the first place where it
-    matches, as in fnmatch: trying all places would take hours with a name made for that."""
+    matches, as in fnmatch: to try all places would take hours with a name made for that."""
     middle = "".join(f"(?=(?P<at{at}>{gap}{run}))(?P=at{at})"
                      for run, at in zip(runs[1:-1], _GROUPS))
     return runs[0] + middle + (gap + runs[-1]) * bool(runs[1:])
@@ -7658,7 +7660,8 @@ def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Cancel |
 
 
 def pack(source: str, name: str, stream: IO[bytes], left: dict[bytes, str]) -> None:
-    """Write a local file or directory as the archive that COPY_IN takes; ``left``: what stays."""
+    """Write a local file or directory as the archive that COPY_IN takes; ``left`` is given the
+    paths that are left out, and why."""
     import tarfile
     state = os.path.realpath(state_home()) + "/"
 
@@ -7692,15 +7695,15 @@ class Workspace(WorkspaceBase):
     All raise HostError when the host cannot be reached, UsageError for a wrong argument (TypeError
     for one of a wrong type), ToolFailed for what cannot be done (no such file or job, no
     permission), RemoteFailed for an answer that makes no sense, Cancelled when ``cancel`` is set
-    (but see exec()). A path is relative to the workspace, or absolute; in a str, bytes that are not
-    UTF-8 are as Python's surrogateescape has them.
+    (but see exec()). A path is relative to the workspace, or absolute; a str has bytes that are not
+    UTF-8 as Python's surrogateescape has them.
     """
 
     @logged("read", lambda found, *args: len(found.content))
     def read(self, path: str, offset: int = 1, limit: int = 0,
              cancel: Cancel | None = None) -> FileContent:
-        """A file's bytes, 10 MiB at most; or ``limit`` lines (0: all) from ``offset`` on (1 is the
-        first)."""
+        """A file's bytes, 10 MiB at most; or ``limit`` lines (0: all) from line ``offset`` on (1 is
+        the first)."""
         if offset < 1 or limit < 0:
             raise UsageError("Lines count from 1, and a limit cannot be negative.")
         reply = tool_reply(self, self.host.call(
@@ -7713,7 +7716,7 @@ class Workspace(WorkspaceBase):
         if len(data) > READ_MAX:
             raise ToolFailed(
                 f"What was asked for of {show(path)} is larger than {human_size(READ_MAX)}.",
-                "Ask for fewer lines: offset and limit; or get the file by: "
+                "Ask for fewer lines (offset, limit), or get the file by: "
                 f"{PROGRAM} cp {quote(f'{self.name}:{path}')} .")
         if match[2] == "lines":
             return FileContent(content=data, size=int(match[1]), sha256=match[3] or "")
@@ -7727,7 +7730,7 @@ class Workspace(WorkspaceBase):
     def write(self, path: str, content: str | bytes,
               cancel: Cancel | None = None) -> Fields:
         """Make ``content`` (a str as UTF-8) the whole file, or change nothing. The mode stays, a
-        symlink is followed, directories are made. Returns ``created``, ``size`` (bytes),
+        symlink is followed, missing directories are made. Returns ``created``, ``size`` (bytes),
         ``sha256``."""
         data = encoded(content)
         created = self._replace(path, data, "", cancel)
@@ -7735,7 +7738,7 @@ class Workspace(WorkspaceBase):
 
     @logged("write", lambda created, path, data, *args: len(data))
     def _replace(self, path: str, data: bytes, old: str, cancel: Cancel | None) -> bool:
-        """write(); True if the file is new. ``old``: the cksum that it must still have, or ""."""
+        """Write a file; True if it is new. ``old``: the cksum that it must still have, or ""."""
         where = absolute(self, path)
         lock = cksum_of(encoded(where + "\n")).replace(" ", "-")
         reply = self.host.call(WRITE, where, self.root, os.urandom(8).hex(), cksum_of(data), old,
@@ -7748,9 +7751,9 @@ class Workspace(WorkspaceBase):
     def edit(self, path: str, edits: list[Fields], sha256: str = "",
              cancel: Cancel | None = None) -> Fields:
         """Replace exact text: each edit has ``old``, ``new``, and ``count``, how many matches there
-        must be (1). All are applied or none. ``sha256``: of the file as last seen; if it changed,
-        FileChanged; after a concurrent change it is read and edited again. Returns ``sha256`` of
-        the file now, and ``diff``."""
+        must be (1). All are applied or none. ``sha256``: of the file as last seen; raises
+        FileChanged if it differs. A file that changes meanwhile is read and edited again. Returns
+        ``sha256`` of the file now, and ``diff``."""
         for edit in edits or [{}]:
             EDIT.check(edit)
         for attempt in range(EDIT_TRIES):
@@ -7767,7 +7770,7 @@ class Workspace(WorkspaceBase):
         raise FileChanged(f"{show(path)} keeps changing.", "Try again.")
 
     def _search(self, script: str, *arguments: str, cancel: Cancel | None) -> bytes:
-        """The output of a script that runs as a command, so that it can be ended."""
+        """The output of a script that runs as a command, so that it can be stopped."""
         out, err = Capture(SEARCH_MAX * 2, SEARCH_MAX * 2), Capture(LOG_MAX, STATE_MAX)
         records = command_records(["sh", "-c", script, "sh"] + list(arguments), False, False)
         outcome = self.host.run(
@@ -7823,8 +7826,8 @@ class Workspace(WorkspaceBase):
     def upload(self, local: str, path: str = "", force: bool = False,
                report: Report | None = None, cancel: Cancel | None = None) -> Fields:
         """Copy a local file or directory to ``path`` in the workspace, or into that directory,
-        whole or not at all; what is there is replaced only with ``force``: ``path``, ``size``
-        (bytes), ``notes`` on what stayed here (git's, links that lead out, devices)."""
+        whole or not at all; ``force`` replaces what has its name. Returns ``path``, ``size``
+        (bytes), ``notes`` on what was left out (git's, links that lead out, devices)."""
         name, source = os.path.basename(os.path.abspath(local)) or "root", os.path.realpath(local)
         place = os.path.normpath(absolute(self, path or ".")) + f"/{name}" * path.endswith("/")
         if not (place + "/").startswith(self.path + "/"):
@@ -7848,8 +7851,8 @@ class Workspace(WorkspaceBase):
     @logged("download", lambda result, *args: result["size"])
     def download(self, path: str, local: str, force: bool = False,
                  report: Report | None = None, cancel: Cancel | None = None) -> Fields:
-        """The same from the host to ``local``, 2 GiB at most, through no link there; names that
-        other systems do not take are left out, too. Raises ResultRefused."""
+        """Copy from the workspace to ``local`` in the same way, 2 GiB at most, never through a
+        link. Names that other systems do not take are left out, too. Raises ResultRefused."""
         source, notes = os.path.normpath(absolute(self, path or ".")), []  # type: str, list[str]
         words = COPY_OUT, self.root, os.urandom(8).hex(), self.path, source
         try:
@@ -7874,7 +7877,7 @@ class Workspace(WorkspaceBase):
     def start(self, command: str | Sequence[str], cwd: str = "",
               env: Mapping[str, str] | None = None, login: bool = False,
               cancel: Cancel | None = None, secrets: Collection[str] | None = None) -> str:
-        """Start a background job, which outlives this process and the connection; its id.
+        """Start a background job, which outlives this process and the connection; returns its id.
         Arguments as of exec(). Raises WorkspaceMissing."""
         line, words = check_command(command)
         job = "j" + os.urandom(4).hex()
@@ -7913,8 +7916,8 @@ class Workspace(WorkspaceBase):
     @logged("jobs")
     def jobs(self, cancel: Cancel | None = None) -> list[Fields]:
         """The jobs, oldest first: ``job`` (its id), ``state`` (running, exited, stopped or lost),
-        ``exit_code`` (None while it runs, and if lost), ``output_size`` (bytes), and, if begun from
-        this machine, ``command``, ``started`` (seconds since 1970)."""
+        ``exit_code`` (None while it runs, or if lost), ``output_size`` (bytes), and, if this
+        machine started it, ``command``, ``started`` (seconds since 1970)."""
         reply = self.host.call(JOBS, job_directory(self), cancel=cancel)
         return parse_jobs(self, tool_reply(self, reply))
 
@@ -7954,7 +7957,7 @@ class Workspace(WorkspaceBase):
     def follow(self, job: str, sink: Callable[[bytes], Any], offset: int = 0,
                cancel: Cancel | None = None) -> Fields:
         """Pass a job's output to ``sink`` until it ends; after a lost connection from the exact
-        byte on. The last of what logs() gives."""
+        byte on. Returns what logs() did last."""
         while True:
             more = functools.partial(self.logs, job, offset, 20, cancel=cancel)
             status = through_faults(more, NEVER, cancel)
@@ -7980,8 +7983,8 @@ class Project(ProjectBase):
     kept ready on each host. ``host``, or a list of them, is for new workspaces. Raises GitFailed,
     StateFailed, UsageError.
 
-    In a ``with`` statement its end, and Ctrl-C at once, cancel all that this object began and that
-    still runs, but for jobs; it does nothing more then.
+    In a ``with`` statement, the end of the block, or Ctrl-C at once, cancels all that this object
+    began, except jobs; it does nothing more after that.
     """
 
     kind = Workspace
@@ -8014,8 +8017,8 @@ class Project(ProjectBase):
 
 
 # -- the table of verbs --
-# It makes the command line with help and completion, the checks of batch and call_tool(), and what
-# MCP offers.
+# From it come the command line with help and completion, the checks of batch and call_tool(), and
+# the tools of MCP.
 
 KINDS: dict[str, tuple[Fields, tuple[type, ...], str]] = {  # schema, types, words
     "text": ({"type": "string"}, (str,), "text"),
@@ -8178,11 +8181,11 @@ def manage_diff(project: Project, cancel: Cancel, workspace: str, stat: bool = F
     return {"diff": "\n".join(lines)}
 
 
-LineArg = functools.partial(Arg, face="line")
+LineArg, JsonArg = functools.partial(Arg, face="line"), functools.partial(Arg, face="json")
 ONE_JOB = Arg("job", "text", "the job's id; in a shell the last one, if none is given", word="?",
               shown="ID", required=True)  # for a model
 PATH = Arg("path", "text", "relative to the workspace, or absolute", word="1")
-ONE_WORKSPACE = Arg("workspace", "text", "which workspace", required=True, face="json")
+ONE_WORKSPACE = JsonArg("workspace", "text", "which workspace", required=True)
 NAME = LineArg("name", "text", "the workspace", word="?")
 NEW_NAME = Arg("name", "text", "the new name", word="1")
 REF = Arg("ref", "text", "the local commit to send", shown="REV", default="HEAD")
@@ -8194,7 +8197,7 @@ EVERYWHERE = Arg("everywhere", "flag", "for all projects (default: this one; -w:
                  flags="--global")
 PARALLEL = LineArg("parallel", "count", "how many at a time (exec: all; batch: 16)",
                    flags="-j --parallel", least=1)
-BACKGROUND = "start it as a job that goes on by itself, without stdin; gives its id"
+BACKGROUND = "start it as a job that goes on by itself, without stdin; returns its id"
 COMMON = (
     Arg("directory", "text", "a directory in the git repository", flags="-C", shown="DIR",
         default="."),
@@ -8203,8 +8206,8 @@ COMMON = (
     Arg("workspace", "texts", "the workspace (default: the branch's name)", flags="-w --workspace",
         shown="NAME"),
     Arg("json", "flag", "JSON on stdout instead of text"),
-    Arg("quiet", "flag", "say less", flags="-q --quiet"),
-    Arg("verbose", "flag", "say what is done", flags="-v --verbose"))
+    Arg("quiet", "flag", "print less", flags="-q --quiet"),
+    Arg("verbose", "flag", "print what is done", flags="-v --verbose"))
 
 EDIT = Verb("an edit", "", Arg("old", "text", "the exact text to replace", required=True),
             Arg("new", "text", "what replaces it", required=True),
@@ -8217,16 +8220,16 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          Arg("timeout", "seconds", "seconds; then the process tree is ended (exit code 124)",
              least=0.001),
          Arg("cwd", "text", "relative to the workspace", shown="DIR"),
-         Arg("env", "map", "more environment variables", face="json"),
-         Arg("stdin", "text", "text for the command's stdin", face="json"),
-         Arg("background", "flag", BACKGROUND, face="json"),
+         JsonArg("env", "map", "more environment variables"),
+         JsonArg("stdin", "text", "text for the command's stdin"),
+         JsonArg("background", "flag", BACKGROUND),
          LineArg("env", "texts", "one more environment variable", shown="K=V"),
          LineArg("push", "flag", "first bring the workspace to the local HEAD"),
          LineArg("secrets", "texts", "hand over this secret, and no other but those so named",
                  flags="--secret", shown="NAME"),
          LineArg("no_secrets", "flag", "hand over no secret"),
          LineArg("login", "flag", "read the login profile first (nvm, pyenv, cargo)"),
-         LineArg("no_stdin", "flag", "pass no stdin on (a terminal's never is, nor to several)",
+         LineArg("no_stdin", "flag", "do not pass stdin on (never from a terminal, or to several)",
                  flags="-n --no-stdin"),
          LineArg("all", "flag", "in every workspace of this project"),
          PARALLEL,
@@ -8237,12 +8240,12 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("shell", "an interactive shell in a workspace", NAME,
          example="fix-login", lacks="j"),
     Verb("forward", "reach a port of the workspace's host at 127.0.0.1",
-         Arg("ports", "texts", "there; LOCAL is that here", word="+", shown="[LOCAL:]PORT"),
+         Arg("ports", "texts", "PORT of the host, at LOCAL", word="+", shown="[LOCAL:]PORT"),
          example="3000 8080:80"),
     Verb("diff", "what a workspace changed against its base; creates nothing", NAME, ONE_WORKSPACE,
          Arg("stat", "flag", "only how much, by file"),
          example="fix-login --stat", manage=manage_diff, reads=True),
-    Verb("pull", "bring a workspace's work home as commits on branch cmux/NAME", NAME,
+    Verb("pull", "bring a workspace's work back as commits on branch cmux/NAME", NAME,
          ONE_WORKSPACE,
          Arg("branch", "text", "another branch than cmux/NAME", shown="B"),
          LineArg("allow", "flag", "also changes of this repository's own hooks"),
@@ -8257,13 +8260,12 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          example="src/main.c --offset 10 --limit 20", reads=True,
          tool=lambda workspace, **given: workspace.read(**given).as_dict()),
     Verb("write", "stdin becomes the file, whole or not at all", PATH,
-         Arg("content", "text", "the text", face="json"),
-         Arg("content_base64", "text", "or the bytes, as base64", face="json"),
-         example="notes.txt < notes.txt", tool=tool_write, destroys=True,
-         repeats=True,
+         JsonArg("content", "text", "the text"),
+         JsonArg("content_base64", "text", "or the bytes, as base64"),
+         example="notes.txt < notes.txt", tool=tool_write, destroys=True, repeats=True,
          model="Make content the whole of a file (atomic; makes parent directories)."),
     Verb("edit", "exact replacements, all or none", PATH,
-         Arg("edits", "objects", "one or more", required=True, face="json"),
+         JsonArg("edits", "objects", "one or more", required=True),
          Arg("sha256", "text", "of the file as last seen: refuse if it changed", shown="HEX"),
          LineArg("old", "text", "without --old and --new: JSON with edits on stdin", shown="TEXT",
                  blank=True),
@@ -8275,7 +8277,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          Arg("source", "text", "a local path, or NAME:PATH or :PATH in a workspace", word="1",
              shown="SRC"),
          Arg("to", "text", "the same, or a directory to put it in", word="1", shown="DST"),
-         Arg("force", "flag", "replace what has its name"),
+         Arg("force", "flag", "replace what has that name"),
          example="fix-login:build/report ."),
     Verb("glob", "paths of files that match",
          Arg("pattern", "text", "below the workspace: *, ?, [...], {a,b} within a component, "
@@ -8296,8 +8298,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          Arg("wait", "seconds", "seconds to wait for more, at most 30"),
          LineArg("follow", "flag", "go on until the job ends, across lost connections",
                  flags="-f --follow"),
-         example="-f j0123abcd", reads=True,
-         tool=Workspace.logs,
+         example="-f j0123abcd", reads=True, tool=Workspace.logs,
          model="A job's output from a byte offset, and its state. Go on from next_offset."),
     Verb("wait", "wait for a job, or the first of several, to end; its exit code",
          Arg("job", "text|texts", f"{ONE_JOB.text}; or several", word="*", shown="ID",
@@ -8308,7 +8309,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          example="j0123abcd", tool=Workspace.stop, destroys=True, repeats=True),
     Verb("new", "create workspaces, in parallel, from a local commit",
          LineArg("names", "texts", "default: the branch's name", word="*", shown="NAME"),
-         Arg("name", "text", "the new name", required=True, face="json"), REF, *DIRTY,
+         JsonArg("name", "text", "the new name", required=True), REF, *DIRTY,
          LineArg("root", "text", "where on the host (default: ~/cmux)", shown="DIR"),
          LineArg("no_init", "flag", "do not run .cmux/init"),
          Arg("source", "text", "with what git ignores (packages, caches) in this workspace of that "
@@ -8337,10 +8338,8 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("history", "every operation with its time, duration, exit code and bytes",
          Arg("limit", "count", "the last N, 0 for all", flags="-n --limit", default=50),
          example="-w fix-login", lacks="H"),
-    Verb("top", "a live view of the workspaces and what runs in them",
-         lacks="w"),
-    Verb("gc", "free trash, leftovers and old bases on this project's hosts",
-         lacks="w"),
+    Verb("top", "a live view of the workspaces and what runs in them", lacks="w"),
+    Verb("gc", "free trash, leftovers and old bases on this project's hosts", lacks="w"),
     Verb("mcp", "an MCP server on stdio: the tools, bound to one workspace",
          Arg("manage", "flag", "the workspace commands as tools too, and other workspaces"),
          Arg("soft_timeout", "seconds", "after so long a call returns a job",
@@ -8355,8 +8354,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("secrets import", "take NAME=value lines from a dotenv file",
          Arg("file", "text", "read once; - is stdin", word="1"), EVERYWHERE,
          example=".env", lacks="H"),
-    Verb("secrets list", "the names of the secrets, and for what they are",
-         lacks="H"),
+    Verb("secrets list", "the names of the secrets, and their scopes", lacks="H"),
     Verb("secrets rm", "forget secrets",
          Arg("names", "texts", "see `secrets list`", word="+", shown="NAME"), EVERYWHERE,
          example="NPM_TOKEN", lacks="H"),
@@ -8366,8 +8364,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("completion", "the completion script for a shell, on stdout",
          Arg("shell", "text", "bash, zsh or fish", word="1", choices=("bash", "zsh", "fish")),
          example="bash >> ~/.bashrc", lacks="CHwj"),
-    Verb("demo", "the whole flow against a throwaway sshd on this machine",
-         lacks="CHwj"),
+    Verb("demo", "the whole flow against a throwaway sshd on this machine", lacks="CHwj"),
 )}
 GROUPS = {  # of the commands, as the help lists them, by the first of each
     "exec": "work", "read": "files", "jobs": "jobs", "new": "workspaces", "mcp": "agents",
