@@ -7469,9 +7469,7 @@ def unified_diff(before: bytes, after: bytes, path: str) -> str:
     """What an edit changed, as a diff of at most DIFF_MAX characters."""
     import collections
     import difflib
-    import io
-    old, new = (io.StringIO(data.decode("utf-8", "replace"), "\n").readlines()
-                for data in (before, after))
+    old, new = (re.findall(".*\n|.+", data.decode("utf-8", "replace")) for data in (before, after))
     lines, was, now = len(old) + len(new), collections.Counter(old), collections.Counter(new)
     if lines > 40000 or lines * sum(((was - now) + (now - was)).values()) > DIFF_WORK_MAX:
         return "(too much changed for a diff)"
@@ -7577,22 +7575,17 @@ def leftmost(runs: Sequence[str], gap: str) -> str:
 _GROUPS = itertools.count()
 
 
-def binary_row(line: bytes) -> list[tuple[bytes, int, bytes]]:
-    match = re.match(rb"(?:grep: |Binary file )\./(.*?)(?:: binary file)? matches\Z", line, re.S)
-    return [(match[1], 0, b"")] if match else []
+# What grep prints of a file of which it reports nothing after the first NUL.
+_BINARY = re.compile(rb"(?m)^(?:grep: |Binary file )\./(.*?)(?:: binary file)? matches$")
 
 
 def grep_rows(data: bytes, null: bool) -> Iterator[tuple[bytes, int, bytes]]:
-    """(path, line, text) of what grep printed, in linear time whatever the host sent; (path, 0,
-    b"") of a file that grep gave up as binary, at its first NUL."""
+    """(path, line, text) of what grep printed, in linear time whatever the host sent."""
     if null:  # path NUL line:text NEWLINE; a path may hold newlines
         path, *rest = data.split(b"\0")
-        for part in rest + [b""]:
-            if path[:2] != b"./":  # messages of grep between two rows
-                messages, _, path = path.partition(b"\n./")
-                for line in messages.split(b"\n"):
-                    yield from binary_row(line)
-                path = b"./" + path
+        for part in rest:
+            if path[:2] != b"./":  # after messages of grep
+                path = b"./" + path.partition(b"\n./")[2]
             row, _, after = part.partition(b"\n")
             count, colon, text = row.partition(b":")
             if path[2:] and colon and number(count.decode("latin-1")) > 0:
@@ -7600,7 +7593,6 @@ def grep_rows(data: bytes, null: bool) -> Iterator[tuple[bytes, int, bytes]]:
             path = after
         return
     for line in data.split(b"\n"):
-        yield from binary_row(line)
         match = re.match(rb"\./([^:]*(?::(?!\d{1,15}:)[^:]*)*):(\d{1,15}):", line)
         if match:
             yield match[1], int(match[2]), line[match.end():]
@@ -7722,8 +7714,7 @@ class Workspace(WorkspaceBase):
             return FileContent(content=data, size=int(match[1]), sha256=match[3] or "")
         digest, size = sha256_of(data), len(data)  # a file that grows is what was read of it
         if offset > 1 or limit:
-            import io
-            lines = io.BytesIO(data).readlines()
+            lines = re.findall(b".*\n|.+", data)
             data = b"".join(lines[offset - 1:offset - 1 + limit if limit else None])
         return FileContent(content=data, size=size, sha256=digest)
 
@@ -7810,14 +7801,12 @@ class Workspace(WorkspaceBase):
         data = self._search(GREP, pattern, wider, "-i" if ignore_case else "-n", str(SEARCH_MAX),
                             str(most), cancel=cancel)
         kind, _, data = data.partition(b"\n")
-        matches, seen = [], set()  # type: list[Fields], set[str]
+        matches, binary = [], set(_BINARY.findall(data))
         cut = len(data) >= SEARCH_MAX or data.count(b"\n") >= most
         for name, line, row in grep_rows(data, kind == b"null"):
             path = as_text(name)
-            if not line:  # text up to a NUL: it may have more
-                cut = cut or path in seen
-            elif len(name) <= PATH_MAX and test(path):
-                seen.add(path)
+            if len(name) <= PATH_MAX and test(path):
+                cut = cut or name in binary
                 text = row.decode("utf-8", "replace").rstrip("\r")[:LINE_MAX]
                 matches.append({"path": path, "line": line, "text": text})
         return {"matches": matches[:limit], "truncated": len(matches) > limit or cut}
@@ -8660,7 +8649,7 @@ class Call:
         self.cancel = Cancel()
         self.begun = self.answered = self.ended = False
         self.result: Fields = {}    # these three hold what came of it, once it has ended
-        self.text, self.failed = "", False
+        self.text, self.failed = "", True
         self.output = bytearray()  # of a command, up to MCP_LOG_MAX bytes, for logs
 
     def take(self, data: bytes) -> None:
@@ -8896,16 +8885,15 @@ class McpServer:
         self.slots.acquire()
         with self.changed:
             call.begun = not call.answered
-        text, failed = "", True
         try:
             if call.begun:
-                text, failed = self._perform(call), False
+                call.text, call.failed = self._perform(call), False
         except Exception as error:
-            text = self._failure(error)
-        call.text, call.failed, call.ended = text, failed, True
+            call.text = self._failure(error)
+        call.ended = True
         call.cancel.close()
         if call.begun:
-            self._answer(call, text, failed)
+            self._answer(call, call.text, call.failed)
         else:
             self.slots.release()
         with self.changed:
@@ -8914,7 +8902,7 @@ class McpServer:
     def _answer(self, call: Call, text: str | None, failed: bool = False) -> None:
         """Answer the call, unless that was done before; with None (it was cancelled) silently."""
         with self.changed:
-            if call.answered:
+            if call.answered or text == MCP_BUSY and call.begun:  # it has begun at that moment
                 return
             call.answered = True
             del self.calls[call.number]
