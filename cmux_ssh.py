@@ -9156,8 +9156,8 @@ MCP_REST = {
 
 
 # === 17. Demo ===
-# Owns: a throwaway sshd on this machine, without a port, a daemon or privileges: ssh's
-# ProxyCommand starts `sshd -i`. May touch: a temporary directory of its own.
+# Owns: a throwaway sshd on this machine, without a port, a daemon or privileges: the ProxyCommand
+# of ssh starts `sshd -i`. May touch: a temporary directory of its own.
 
 DEMO_FILES = {"hello.txt": "hello\n", "Makefile": """test:
 \t@echo "tests run on $$(uname -n) in $$PWD"
@@ -9236,14 +9236,14 @@ def demo_flow(project: Project, tell: Callable[[str], None]) -> None:
     if result.exit_code or any(seen) or secret.encode() not in result.stdout:
         raise RemoteFailed("The demo did not go as it should.", "Report it, with this output.")
     workspace.exec("echo more >> hello.txt")
-    tell("A command there changed hello.txt.")
+    tell("A command changed hello.txt on the host.")
     try:
         project.remove("try-it")
         raise RemoteFailed("A workspace with changes was removed.")
     except WorkspaceDirty as refusal:
-        tell(f"rm refuses while there is work: {refusal}")
+        tell(f"rm refuses to lose work: {refusal}")
     pulled = pull(workspace)
-    tell(f"pull brought it home as a commit on branch {pulled.branch}; the work tree is untouched:")
+    tell(f"pull made a commit of it on branch {pulled.branch}; the work tree is untouched:")
     for line in pulled.stat.splitlines():
         tell("  " + line)
     project.remove("try-it")
@@ -9251,16 +9251,16 @@ def demo_flow(project: Project, tell: Callable[[str], None]) -> None:
 
 
 # === 18. Doctor ===
-# Owns: examining this machine's setup and one host. May touch: the rooms above. Promises: every
-# finding in one sentence, every bad one with its fix; nothing is left on the host; the words of
-# ssh and of the host are neutralised and bounded.
+# Owns: examining this machine and one host. May touch: the rooms above. Promises: every finding in
+# one sentence, every bad one with its fix; nothing is left on the host; the words of ssh and of the
+# host are neutralised and bounded.
 
 Finding = dict[str, str]
 
 
 def finding(state: str, what: str, text: str, fix: str = "") -> Finding:
-    """A row of doctor. ``state``: ok; note (good to know); fix (works, could be better); bad (the
-    host cannot be used so); dead (it cannot be reached)."""
+    """A row of doctor. ``state``: ok; note (good to know); fix (it works, and could be better); bad
+    (the host cannot be used); dead (it cannot be reached)."""
     fix = "" if state == "ok" else as_called(neutralise(fix))[:1000]
     return {"state": state, "what": what, "text": neutralise(text)[:1000], "fix": fix}
 
@@ -9276,12 +9276,12 @@ LEAKS = (
     ("DynamicForward", "", "a proxy"),
     ("Tunnel", r"(?!false\Z|no\Z)", "a network"),
     ("GSSAPIDelegateCredentials", "yes", "Kerberos tickets"),
-    ("PermitLocalCommand", "yes", "a command run here"),
+    ("PermitLocalCommand", "yes", "a local command"),
     ("RemoteCommand", r"(?!none\Z)", "another command"),
     ("StrictHostKeyChecking", "no|off|false", "an unchecked host (never a changed key)"))
 
 
-def examine_here() -> Iterator[Finding]:
+def examine_machine() -> Iterator[Finding]:
     """This machine's ssh, Python and state."""
     printed = neutralise(run([ssh_command()[0], "-V"], patience=CONNECT_TIMEOUT)[2]).strip()
     version = re.search(r"OpenSSH_(?:for_Windows_)?(\d+)\.(\d+)", printed)
@@ -9299,13 +9299,14 @@ def examine_config(config: SSHConfig) -> Finding:
     """What the user's ssh config would let out, and is forced off."""
     leaks = [f"{option}: {what}" for option, value, what in LEAKS
              if any(re.match(value, given) for given in config.values.get(option.lower(), []))]
-    return finding("ok", "config", "forced off here, though your ssh config has it: "
+    return finding("ok", "config", "your ssh config has this, but it is forced off: "
                    + ", ".join(leaks) if leaks else
-                   "nothing in your ssh config would leave this machine")
+                   "your ssh config sends nothing from this machine")
 
 
 def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
-    """Why the connection failed, from ssh's debugging messages and its ProxyCommand's."""
+    """Why the connection failed, by the debugging messages of ssh and the words of its
+    ProxyCommand."""
     plain, heard = read_log(words.encode())
     error = failure_in(plain if plain.strip() or proxy_of(config) else said, heard, config)
     if isinstance(error, ConnectionDropped):
@@ -9319,11 +9320,11 @@ def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
         takes = (re.findall(r"Authentications that can continue: (\S+)", words) or [""])[-1]
         text += f" It takes: {takes or 'nothing'}. Offered: {', '.join(keys) or 'no key at all'}."
         if takes and "publickey" not in takes:
-            fix = "Ask its owner to allow keys: passwords cannot be typed here."
+            fix = "Ask its owner to allow keys: passwords cannot be typed."
         elif not re.search(r"Offering public key: .*agent", words):
             fix = "Add your key to the agent (ssh-add), or name it with IdentityFile."
             if not os.environ.get("SSH_AUTH_SOCK"):
-                fix = "No agent runs here (SSH_AUTH_SOCK is not set): start one. " + fix
+                fix = "No agent runs (SSH_AUTH_SOCK is not set): start one. " + fix
     elif proxy_of(config) == "ProxyCommand" and type(error) is ConnectionDropped:
         text = text if said.strip() else "The ProxyCommand ended without a connection or a word."
         fix = f"Run it by hand: {config.first('proxycommand')[:300]}"
@@ -9353,11 +9354,13 @@ def examine_programs(host: Host, root: str) -> Iterator[Finding]:
                       f"{facts.get('readonly') or '~/cmux'} cannot be written: {reply.said()}",
                       "Make it writable, or choose another with new --root DIR.")
         return
-    yield finding("ok", "tar", facts["tar"] or "there") if "tar" in facts else finding(
-        "bad", "tar", "there is no tar that extracts", "Install tar there.")
-    yield finding("ok", "git there", facts["git"] or "there") if "git" in facts else finding(
-        "fix", "git there", "there is none: no commits in workspaces, and push replaces the "
-        "directory", "Install git there.")
+    for what, state, lack in (
+            ("tar", "bad", "the host has none that extracts"),
+            ("git there", "fix", "the host has none: workspaces have no commits")):
+        program = what.split()[0]
+        has = program in facts
+        yield finding("ok" if has else state, what, facts[program] or "found" if has else lack,
+                      f"Install {program} on the host.")
     free, inodes = (number(facts.get(key, "")) for key in ("free", "inodes"))
     size = human_size(free * 1024) if free >= 0 else "unknown"
     yield finding(
@@ -9381,7 +9384,7 @@ def examine_speed(host: Host) -> Iterator[Finding]:
 
 
 def examine_secrets(host: Host) -> Finding:
-    """Hand a random secret over as every secret is: does any process table show it?"""
+    """Does a process table show a random secret, handed over like every other?"""
     value, out = os.urandom(16).hex(), Capture(1000)
     command = ["sh", "-c", SEEN + "; sleep 0.3 || sleep 1"]
     seen: list[bool] = []
@@ -9390,19 +9393,19 @@ def examine_secrets(host: Host) -> Finding:
         out(data)
         seen.append(in_process_table(value))
     records = record("CMUX_PROBE", value) + command_records(command, False, False)
-    host.run(records, "/", look, lambda data: None, deadline=Deadline(30))
+    host.run(records, "/", look, len, deadline=Deadline(30))
     answer = out.value()
     if any(seen) or answer.startswith(b"seen"):
-        return finding("bad", "secrets", "a secret showed in a process table "
-                       + ("here" if any(seen) else "there"),
+        return finding("bad", "secrets", "a process table "
+                       + ("of this machine" if any(seen) else "on the host") + " showed a secret",
                        "Do not use this host, and report this.")
     if not answer.startswith(b"unseen"):
         return finding("note", "secrets", "the host shows no process table to look into")
-    return finding("ok", "secrets", "one handed over shows in no process table, here or there")
+    return finding("ok", "secrets", "no process table shows one, locally or on the host")
 
 
 def examine_connection(host: Host) -> list[Finding]:
-    """Whether it can be reached, how it authenticated, and whether a shell begins."""
+    """Whether the host can be reached, how the login went, and whether a shell begins."""
     began = time.monotonic()
     status, words, said = look_closely(host.masters, "exec sh -c :")
     used = re.search(r"(?m)^(?:debug1: Authentication succeeded \(|Authenticated to .* using \")"
@@ -9415,14 +9418,14 @@ def examine_connection(host: Host) -> list[Finding]:
                     f"{time.monotonic() - began:.2f} s, by {used.group(1)}"
                     f"{' with ' + key.group(1) if key else ''}")
     return [found] if not status else [found, finding(
-        "bad", "shell", f"no POSIX sh began there (status {status})",
+        "bad", "shell", f"no POSIX sh began on the host (status {status})",
         "Look at the login shell's start-up files: "
         f"{plain_ssh()} {quote(host.name)} exec sh -c :")]
 
 
 def doctor(name: str, root: str = "") -> Iterator[Finding]:
     """Examine this machine, and, unless ``name`` is "", that host."""
-    for found in examine_here():
+    for found in examine_machine():
         yield found
         if found["state"] == "bad":
             return
