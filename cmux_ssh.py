@@ -8420,6 +8420,10 @@ def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0,
     return results
 
 
+CALL = Verb("a call", "", Arg("workspace", "text", ""), Arg("tool", "text", ""),
+            Arg("arguments", "map", ""))
+
+
 class Batch:
     """JSON lines of tool calls in, JSON lines of results out as they finish."""
 
@@ -8458,16 +8462,24 @@ class Batch:
         import json
         answer: Fields = {"id": None, "ok": True, "line": number}  # the number if it is no JSON
         try:
-            name, tool, arguments = self._parse(line, answer)
+            call = strict_json(line)
+            del answer["line"]
+            request_id = call.pop("id", None) if isinstance(call, dict) else None
+            if type(request_id) not in (str, int, float, type(None)) or (
+                    request_id in (float("inf"), -float("inf"))):
+                raise UsageError("The id of a call is not a string or number.")
+            answer["id"] = request_id
+            CALL.check(call)
+            name, tool = call.get("workspace") or self.workspace, call.get("tool")
+            arguments = call.get("arguments", {})
             check_call(tool, arguments)  # before a workspace is made for it
             if name not in self.known:
                 self.known[name] = self.project.ensure(name, self.host, cancel=self.cancel)
             answer["result"] = call_tool(self.known[name], tool, arguments, self.cancel)
         except Exception as error:
             known = expected(error)
-            fields = error_fields(known) if known else {
-                "type": "Bug", "message": repr(error), "hint": ""}
-            answer.update(ok=False, error=fields)
+            answer.update(ok=False, error=error_fields(known) if known else {
+                "type": "Bug", "message": repr(error), "hint": ""})
         with self.writing:
             self.failed = self.failed or not answer["ok"]
             try:
@@ -8476,20 +8488,6 @@ class Batch:
             except PipeClosed as error:
                 self.closed = error
                 self.cancel.set()
-
-    def _parse(self, line: bytes, answer: Fields) -> tuple[str, Any, Any]:
-        """(workspace, tool, arguments); the id into ``answer`` as soon as it is known."""
-        value = strict_json(line)
-        del answer["line"]
-        fields = value if isinstance(value, dict) else {"": value}
-        request_id, name = fields.get("id"), fields.get("workspace", "")
-        plain = type(request_id) in (str, int, float, type(None))
-        if not plain or request_id in (float("inf"), -float("inf")):
-            raise UsageError("The id of a line is not a string or number.")
-        answer["id"] = request_id
-        if not isinstance(name, str) or set(fields) - {"id", "workspace", "tool", "arguments"}:
-            raise UsageError("A line is not an object of id, workspace, tool and arguments alone.")
-        return name or self.workspace, fields.get("tool"), fields.get("arguments", {})
 
 
 def strict_json(line: bytes) -> Any:
