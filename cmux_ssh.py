@@ -8680,18 +8680,20 @@ def wait_until(done: Callable[[], bool], seconds: float, cancel: Cancel | None =
         pass
 
 
-def page(text: str, offset: int, facts: list[str]) -> str:
-    """The lines of a file that fit; where to go on is added to ``facts``."""
+def page(text: str, offset: int, notes: list[str]) -> str:
+    """The lines of a file that fit; where to go on is added to ``notes``."""
+    if not text and offset > 1:
+        notes.append(f"The file ends before line {offset}.")
     if len(text) <= MCP_ROOM:
         return text
     shown = text[:text.rfind("\n", 0, MCP_ROOM) + 1]
     if not shown:
         last = text.find("\n") + 1 in (0, len(text))
-        facts.append(f"Line {offset} is longer than what fits here, and cut: use exec with cut or "
+        notes.append(f"Line {offset} is longer than what fits here, and cut: use exec with cut or "
                      "head -c." + ("" if last else f" Go on with offset={offset + 1}."))
         return text[:MCP_ROOM]
     following = offset + shown.count("\n")
-    facts.append(f"Shown are lines {offset} to {following - 1}; go on with offset={following}.")
+    notes.append(f"Shown are lines {offset} to {following - 1}; go on with offset={following}.")
     return shown
 
 
@@ -9081,28 +9083,28 @@ class McpServer:
                                       + error.hint])
         if "next_offset" in result:
             result = self._page_of_output(result, veil)
-        facts = [f"{key}: " + veil.clean(str(value)).replace("\n", " ")[:500]
-                 for key, value in result.items()
-                 if (value or value == 0) and value is not False
-                 and key not in ("workspace", "host", *MCP_BODIES)]
-        offset, body, room = call.arguments.get("offset", 1), [], MCP_ROOM
-        if tool == "read" and result["size"] and not result["content"]:
-            facts.append(f"The file ends before line {offset}.")
+        notes, body, room = [], [], MCP_ROOM  # type: list[str], list[str], int
         for key in filter(result.__contains__, MCP_BODIES):
             value = result[key]
             if isinstance(value, list):
                 value = "\n".join(map(row_text, value))
             value = veil.clean(value, key == "output", key in ("stdout", "stderr", "output"))
-            text = page(value, offset, facts) if tool == "read" else clip(value, room)
-            if len(value) > room and tool != "read":
-                facts = [fact for fact in facts if fact != "truncated: True"]
-                facts += ["truncated: True",
-                          MCP_REST.get(tool, "Some of it is left out: narrow the search.")]
+            if tool == "read":
+                text = page(value, call.arguments.get("offset", 1), notes)
+            else:
+                text = clip(value, room)
+                if len(value) > room:
+                    result["truncated"] = True
+                    notes.append(MCP_REST.get(tool, "Some of it is left out: narrow the search."))
             room = max(room - len(text), MCP_ROOM // 8)
             if text:
                 body.append(f"--- {key}\n{text}")
             elif key not in MCP_MAY_LACK:
-                facts.append(f"{key}: none")
+                notes.append(f"{key}: none")
+        facts = [f"{key}: " + veil.clean(str(value)).replace("\n", " ")[:500]
+                 for key, value in result.items()
+                 if (value or value == 0) and value is not False
+                 and key not in ("workspace", "host", *MCP_BODIES)] + notes
         if body:
             fence = os.urandom(4).hex()
             host = self.host_of(call.name or self.workspace) or "the host"
