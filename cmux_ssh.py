@@ -9265,20 +9265,12 @@ def finding(state: str, what: str, text: str, fix: str = "") -> Finding:
     return {"state": state, "what": what, "text": neutralise(text)[:1000], "fix": fix}
 
 
-# Options of ssh, the values that let something happen, and what that is.
-LEAKS = (
-    ("ForwardAgent", r"(?!no\Z)", "your agent"),
-    ("ForwardX11", "yes", "your display"),
-    ("SendEnv", "", "environment variables"),
-    ("SetEnv", "", "set variables"),
-    ("LocalForward", "", "a local port"),
-    ("RemoteForward", "", "a remote port"),
-    ("DynamicForward", "", "a proxy"),
-    ("Tunnel", r"(?!false\Z|no\Z)", "a network"),
-    ("GSSAPIDelegateCredentials", "yes", "Kerberos tickets"),
-    ("PermitLocalCommand", "yes", "a local command"),
-    ("RemoteCommand", r"(?!none\Z)", "another command"),
-    ("StrictHostKeyChecking", "no|off|false", "an unchecked host (never a changed key)"))
+# Options of ssh, and the values with which they let something out, or in.
+LEAKS = {
+    "ForwardAgent": r"(?!no\Z)", "ForwardX11": "yes", "SendEnv": "", "SetEnv": "",
+    "LocalForward": "", "RemoteForward": "", "DynamicForward": "", "Tunnel": r"(?!false\Z|no\Z)",
+    "GSSAPIDelegateCredentials": "yes", "PermitLocalCommand": "yes", "RemoteCommand": r"(?!none\Z)",
+    "StrictHostKeyChecking": "no|off|false"}
 
 
 def examine_machine() -> Iterator[Finding]:
@@ -9296,10 +9288,10 @@ def examine_machine() -> Iterator[Finding]:
 
 
 def examine_config(config: SSHConfig) -> Finding:
-    """What the user's ssh config would let out, and is forced off."""
-    leaks = [f"{option}: {what}" for option, value, what in LEAKS
+    """What the user's ssh config would let out, and is overridden."""
+    leaks = [option for option, value in LEAKS.items()
              if any(re.match(value, given) for given in config.values.get(option.lower(), []))]
-    return finding("ok", "config", "your ssh config has this, but it is forced off: "
+    return finding("ok", "config", "these settings of your ssh config are overridden: "
                    + ", ".join(leaks) if leaks else
                    "your ssh config sends nothing from this machine")
 
