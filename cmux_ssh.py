@@ -167,7 +167,7 @@ MCP_AT_ONCE = 32  # calls that run and are not answered yet; others wait in a qu
 MCP_PENDING = 512  # calls that run or wait, each in its thread
 MCP_PENDING_BYTES = 64 * MIB  # and the sum of their lines
 MCP_KEPT = 64  # calls left running after the soft timeout, as jobs of the server
-MCP_LOG_MAX = 64 * MIB  # bytes of output kept of each of them
+MCP_LOG_MAX = 2 * MIB  # bytes of output kept of each of them, which hosts may flood
 MCP_PROGRESS = 2  # seconds between notifications of progress
 MCP_GRACE = 2  # after the end of input, for calls that are about to end
 WARM_SESSIONS = 4  # opened ahead by long-lived callers: one round trip instead of two
@@ -8656,7 +8656,8 @@ class Call:
 
     def logs(self, offset: int) -> Fields:
         status, data = self.status(), bytes(self.output[offset:offset + MCP_ROOM])
-        return dict(status, output=data, next_offset=offset + len(data))
+        return dict(status, output=data, next_offset=offset + len(data),
+                    truncated=len(self.output) == MCP_LOG_MAX)
 
     def status(self) -> Fields:
         stopped = self.result.get("stopped") and self.result.get("timed_out") is False
@@ -9175,7 +9176,7 @@ def throwaway_server() -> Iterator[str]:
     sshd = find_program("sshd", ("/usr/sbin", "/usr/local/sbin", "/usr/libexec",
                                  "/opt/homebrew/sbin"))
     keygen = find_program("ssh-keygen")
-    near = "/tmp" if " " in temporary_folder() else None
+    near = None if re.match(r"[\w/.+-]+\Z", temporary_folder()) else "/tmp"  # ssh expands %
     path = tempfile.mkdtemp(prefix="cmux-demo-", dir=near)
     saved = dict(os.environ)
     os.environ.update(CMUX_SSH_HOME=path + "/state",

@@ -6147,7 +6147,7 @@ def test_glob_finds_what_the_pattern_says(talker, workspace, area, pattern, expe
 
 @each("pattern, words", [
     ("/etc/**", "Write it relative to the workspace, as 'src/**/*.py'"), ("~/**", "relative to the workspace"), ("~root/x", "relative"), ("~", "relative"), ("../**", "relative"), ("a/../../b", "relative"),
-    ("{src,/etc}/**", "relative"), ("{1..3}.py", "{1,2,3}"), ("!*.md", "as '*.py'"), ("[[:digit:]]", "[a-z]"), ("{a,b}" * 7, "fewer braces"), ("/", "relative"), ("././.", "'**'")])
+    ("{src,/etc}/**", "relative"), ("{1..3}.py", "{1,2,3}"), ("!*.md", "as '*.py'"), ("[[:digit:]]", "[a-z]"), ("{a,b}" * 7, "fewer braces"), ("a{b}" * 9999, "shorter"), ("/", "relative"), ("././.", "'**'")])
 def test_a_pattern_that_could_match_nothing_is_refused_with_what_to_write(talker, pattern, words):
     for tool, arguments in (("glob", {"pattern": pattern}), ("grep", {"pattern": "x", "glob": pattern})):
         error = talker.answer(talker.post(tool, arguments))["error"]
@@ -7349,7 +7349,8 @@ workspace.write("README", "new\n")
 print(*project.diff("main", stat=True), project.pull("main", "cmux/x").branch, sep="\n")
 cancel = cmux_ssh.Cancel()
 cancel.set()
-for act in (project.remove, project.pull, lambda name, cancel: project.push(name, force=True, cancel=cancel), lambda name, cancel: project.fork(workspace, "b", cancel), lambda name, cancel: project.rename(workspace, "b", cancel)):
+for act in (project.remove, project.pull, lambda name, cancel: project.push(name, force=True, cancel=cancel), lambda name, cancel: project.fork(workspace, "b", cancel), lambda name, cancel: project.rename(workspace, "b", cancel),
+            workspace.glob, workspace.grep, workspace.read):
     try:
         act("main", cancel=cancel)
     except cmux_ssh.Cancelled:
@@ -7359,7 +7360,7 @@ for act in (project.remove, project.pull, lambda name, cancel: project.push(name
  README | 2 +-
  1 file changed, 1 insertion(+), 1 deletion(-)
 cmux/x
-""" + "cancelled main\n" * 5
+""" + "cancelled main\n" * 8
 
 
 def test_library_errors_are_of_one_family_and_say_what_to_do(repo):
@@ -8048,6 +8049,27 @@ def test_mcp_a_call_over_the_soft_timeout_becomes_a_job(mcp, nap):
     assert "one" in mcp("logs", job=job) and "one" not in mcp("logs", job=job, offset=4)
     stopped = mcp("stop", job=job)
     assert "stopped: confirmed" in stopped and not running(nap)
+
+
+def test_mcp_keeps_little_of_what_floods_it_and_says_so(shared):
+    """Seen: 64 MiB of each of 96 calls."""
+    with open_mcp(shared, "--soft-timeout", "1") as client:
+        numbers = [client.begin("head -c 30000000 /dev/zero | tr '\\0' y; sleep 60") for _ in range(4)]
+        jobs = [job_of(client.text(number)) for number in numbers]
+        until(lambda: all("truncated: True" in client("logs", job=job) for job in jobs), "all of it has come")
+        assert peak(client.child.pid) < (200 if PYPY else 90)
+        for job in jobs:
+            client("stop", job=job)
+
+
+def test_mcp_a_stop_of_a_call_whose_connection_was_lost_is_not_called_confirmed(site):
+    repo, line = Repo(site), site.line("far")
+    repo.new(host="far")
+    with open_mcp(repo, "--soft-timeout", "1") as client:
+        job = job_of(client("exec", command="sleep 600"))
+        line.drop()
+        until(lambda: "state: lost" in client("logs", job=job), "it is lost")
+        assert "stopped: requested" in client("stop", job=job)
 
 
 def test_mcp_progress_rises_and_ends_with_the_call(client):
