@@ -7680,21 +7680,21 @@ def pack(source: str, name: str, stream: IO[bytes], left: dict[bytes, str]) -> N
 
 
 class Workspace(WorkspaceBase):
-    """A directory on a host in which an agent works. Get one from Project.create, .ensure or
-    .workspace. The methods are the tools of VERBS, with the arguments and results of `batch`;
-    exec() returns an ExecResult. Usable from threads.
+    """A directory on a host in which an agent works, from Project.create, .ensure or .workspace.
+    The methods are the tools of VERBS, with the arguments and results of `batch`; exec() returns an
+    ExecResult. Usable from threads.
 
     All raise HostError when the host cannot be reached, UsageError for a wrong argument (TypeError
     for one of a wrong type), ToolFailed for what cannot be done (no such file or job, no
     permission), RemoteFailed for an answer that makes no sense, Cancelled when ``cancel`` is set
-    (but see exec()). A path is relative to the workspace, or absolute; a str has bytes that are not
-    UTF-8 as Python's surrogateescape has them.
+    (but see exec()). A path is relative to the workspace, or absolute. Bytes that are not UTF-8 are
+    in a str as surrogateescape has them.
     """
 
     @logged("read", lambda found, *args: len(found.content))
     def read(self, path: str, offset: int = 1, limit: int = 0,
              cancel: Cancel | None = None) -> FileContent:
-        """A file's bytes, 10 MiB at most; or ``limit`` lines (0: all) from line ``offset`` on (1 is
+        """A file's bytes, 10 MiB at most; or ``limit`` lines (0: all) from line ``offset`` (1 is
         the first)."""
         if offset < 1 or limit < 0:
             raise UsageError("Lines count from 1, and a limit cannot be negative.")
@@ -7742,9 +7742,9 @@ class Workspace(WorkspaceBase):
     def edit(self, path: str, edits: list[Fields], sha256: str = "",
              cancel: Cancel | None = None) -> Fields:
         """Replace exact text: each edit has ``old``, ``new``, and ``count``, how many matches there
-        must be (1). All are applied or none. ``sha256``: of the file as last seen; raises
-        FileChanged if it differs. A file that changes meanwhile is read and edited again. Returns
-        ``sha256`` of the file now, and ``diff``."""
+        must be (1). All are applied or none. FileChanged if ``sha256``, of the file as last seen,
+        is not that of now. A file that changes meanwhile is read and edited again. Returns the new
+        ``sha256``, and ``diff``."""
         for edit in edits or [{}]:
             EDIT.check(edit)
         for attempt in range(EDIT_TRIES):
@@ -7795,7 +7795,7 @@ class Workspace(WorkspaceBase):
         slash: by name, at any depth): ``matches`` (each ``path``, ``line`` from 1, ``text`` of up
         to 500 characters), ``truncated``."""
         if not pattern or "\n" in pattern or limit < 1:
-            raise UsageError("The pattern is empty or holds a newline, or the limit is below 1.")
+            raise UsageError("The pattern is empty or has a newline, or the limit is below 1.")
         test, wider = glob_test(glob or "**", self.path, True)
         most = max(limit + 1, 2000)
         data = self._search(GREP, pattern, wider, "-i" if ignore_case else "-n", str(SEARCH_MAX),
@@ -7913,9 +7913,9 @@ class Workspace(WorkspaceBase):
     @logged("logs", lambda status, *args: len(status["output"]))
     def logs(self, job: str | Sequence[str], offset: int = 0, wait: float = 0,
              limit: int = LOGS_MAX, until: str = "more", cancel: Cancel | None = None) -> Fields:
-        """Output of a job from byte ``offset`` on, at most 1 MiB: ``output`` (bytes),
-        ``next_offset``, ``size``, ``job``, ``state``, ``exit_code``. Waits up to ``wait`` seconds
-        (30 at most) for more, or, with ``until`` "end", for the end."""
+        """Output of a job from byte ``offset`` on, 1 MiB at most: ``output`` (bytes),
+        ``next_offset``, ``size``, ``job``, ``state``, ``exit_code``. Waits ``wait`` seconds (30 at
+        most) for more, or, with ``until`` "end", for the end."""
         if offset < 0:
             raise UsageError("Bytes of a job's output count from 0.")
         tenths = str(int(min(wait, 30) * 10))
@@ -7932,8 +7932,8 @@ class Workspace(WorkspaceBase):
     @logged("wait", code=wait_code)
     def wait(self, job: str | Sequence[str], timeout: float | None = None,
              cancel: Cancel | None = None) -> Fields:
-        """Wait for the end of a job, or the first end among several, across lost connections,
-        ``timeout`` seconds at most: ``job`` (which one), ``state`` (running, if none came first),
+        """Wait, ``timeout`` seconds at most, for the end of a job, or of the first of several,
+        across lost connections: ``job`` (which one), ``state`` (running, if none has ended),
         ``exit_code``, ``size``."""
         deadline = Deadline(timeout)
         while True:
@@ -7945,8 +7945,8 @@ class Workspace(WorkspaceBase):
     @logged("logs")
     def follow(self, job: str, sink: Callable[[bytes], Any], offset: int = 0,
                cancel: Cancel | None = None) -> Fields:
-        """Pass a job's output to ``sink`` until it ends; after a lost connection from the exact
-        byte on. Returns what logs() did last."""
+        """Pass a job's output to ``sink`` until it ends, across lost connections, byte by byte.
+        Returns what logs() did last."""
         while True:
             more = functools.partial(self.logs, job, offset, 20, cancel=cancel)
             status = through_faults(more, NEVER, cancel)
@@ -7967,10 +7967,10 @@ class Workspace(WorkspaceBase):
 class Project(ProjectBase):
     """A local git repository and its workspaces. Usable from threads; make one and keep it.
 
-    ``directory`` is any directory inside it. ``interactive`` is asked, where a key or a passphrase
-    is needed, whether a person may be asked on the terminal (default: never). ``warm`` sessions are
-    kept ready on each host. ``host``, or a list of them, is for new workspaces. Raises GitFailed,
-    StateFailed, UsageError.
+    ``directory`` is any directory inside it. Where a key or a passphrase is needed,
+    ``interactive()`` is whether ssh may ask a person on the terminal (default: never). ``warm``
+    sessions are kept ready on each host. ``host``, or a list of them, is for new workspaces. Raises
+    GitFailed, StateFailed, UsageError.
 
     In a ``with`` statement, the end of the block, or Ctrl-C at once, cancels all that this object
     began, except jobs; it does nothing more after that.
@@ -8383,8 +8383,8 @@ def check_call(name: object, arguments: object) -> tuple[Verb, Fields]:
 
 def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0,
                 cancel: Cancel | None = None) -> list[Any]:
-    """Run each job in a thread, ``at_once`` (0: all) at a time: in order, its value or its
-    CmuxError. On KeyboardInterrupt ``cancel`` is set, and what runs is awaited."""
+    """Run each job in a thread, ``at_once`` (0: all) at a time; the value or CmuxError of each, in
+    order. KeyboardInterrupt sets ``cancel``, and waits for what runs."""
     import threading
     results: list[Any] = [Cancelled("Not begun.")] * len(jobs)
     bugs: list[BaseException] = []
@@ -8438,7 +8438,7 @@ class Batch:
         self.closed: PipeClosed | None = None  # the reader of the results has gone
 
     def run(self, lines: Iterator[bytes], at_once: int) -> int:
-        """All lines, ``at_once`` at a time, each read when there is a thread for it; 0, or 1 if any
+        """Run all lines, ``at_once`` at a time, each read when a thread is free; 0, or 1 if any
         call failed. KeyboardInterrupt ends what runs first."""
         numbered = enumerate(lines, 1)
 
@@ -8513,7 +8513,7 @@ def read_some(fd: int) -> bytes:
 
 
 def read_lines(fd: int, cancel: Cancel | None = None) -> Iterator[bytes]:
-    """Lines of a descriptor until its end or ``cancel``; of a too long one the beginning."""
+    """The lines of a descriptor until its end or ``cancel``; of one too long the beginning."""
     held = bytearray()
     while True:
         poll_once(None, cancel, fd)
@@ -8699,8 +8699,8 @@ def page(text: str, offset: int, notes: list[str]) -> str:
 
 
 class McpServer:
-    """One MCP server on one stdio: JSON-RPC 2.0 by lines, out by ``write``, which also gets a
-    Cancel that is set when the server is about to end.
+    """JSON-RPC 2.0 by lines, out by ``write``, which also gets a Cancel that is set when the server
+    is about to end.
 
     It is bound to ``workspace``, made on ``host`` at the first call if it does not exist; with
     ``manage`` the workspace commands are tools too, and every tool takes a ``workspace``. ``soft``:
@@ -8832,8 +8832,8 @@ class McpServer:
             raise ProtocolError(-32601, f"There is no method {show(method)}.")
 
     def _is_stateless(self, method: str, meta: Fields) -> bool:
-        """Whether the request belongs to the stateless era. Raises ProtocolError if it lacks what
-        that demands."""
+        """Whether the request is of the stateless era. Raises ProtocolError if it lacks what that
+        demands."""
         asked = meta.get(MCP_META + "protocolVersion")
         if asked is None:
             return method == "server/discover"
@@ -8901,7 +8901,7 @@ class McpServer:
             self.working.discard(call)
 
     def _answer(self, call: Call, text: str | None, failed: bool = False) -> None:
-        """Answer the call, unless that was done before; with None (it was cancelled) silently."""
+        """Answer the call once; with None (it was cancelled) silently."""
         with self.changed:
             if call.answered or text == MCP_BUSY and call.begun:  # it has begun at that moment
                 return
@@ -8914,7 +8914,7 @@ class McpServer:
             self.slots.release()
 
     def _watch_the_clock(self) -> None:
-        """Report progress, and answer the calls that take longer than the soft timeout."""
+        """Report progress; answer calls that take longer than the soft timeout."""
         while not self.ending.is_set:
             with self.changed:
                 self.changed.wait(0.2 if self.calls else None)
@@ -8933,7 +8933,7 @@ class McpServer:
                     self._answer(call, self._failure(error), True)
 
     def _overdue(self, call: Call) -> None:
-        """Answer with a job, before the client gives the call up."""
+        """Answer with a job, before the client gives up."""
         if not call.begun:
             return self._answer(call, MCP_BUSY, True)
         with self.changed:
@@ -9024,9 +9024,9 @@ class McpServer:
             return self.workspace
 
     def _workspace(self, call: Call) -> Workspace:
-        """The workspace of a call. The one bound to is made if need be, no other: a slip of a name
-        makes none. Its making outlives this call, or a client with a timeout of its own would begin
-        a long upload again and again."""
+        """The workspace of a call. Only the one bound to is made if need be, not that of a mistyped
+        name. Its making outlives this call, or a client with a timeout of its own would begin a
+        long upload again and again."""
         own = call.name in ("", self.workspace)
         name, host = (self._bound(), self.host) if own else (call.name, ())
         entry = self.project.entries().get(name) if own else self.project.entry(name)
@@ -9046,7 +9046,7 @@ class McpServer:
         if missing:
             raise ToolFailed(
                 f"There is no job {show(' or '.join(missing))} in this server: such a job ends "
-                "with the server that began it.", "Wait apart for those of the host (j...), or run "
+                "with the server that began it.", "Wait for jobs of the host (j...) apart, or run "
                 "it again, with background=true if it takes long.")
         jobs = [self.kept[name] for name in names]
         kept = jobs[0]
@@ -9125,7 +9125,7 @@ class McpServer:
 
 
 def defect(bug: Exception) -> str:
-    """Write a bug of ours to stderr, the client's log; the sentence for the client."""
+    """The sentence for the client about a bug; its traceback goes to stderr, the client's log."""
     import traceback
     traceback.print_exception(type(bug), bug, bug.__traceback__)
     return f"A defect of this server: {type(bug).__name__}."
@@ -9144,7 +9144,7 @@ def row_text(row: Any) -> str:
 MCP_MAY_LACK = ("path", "stdout", "stderr", "content", "output", "notes", "executes")  # in silence
 MCP_BODIES = (*MCP_MAY_LACK, "diff", "stat", "paths", "matches", "jobs", "workspaces")
 MCP_HINTS: Sequence[tuple[type[CmuxError], str]] = (
-    (WorkspaceDirty, "Wait for what runs there (jobs, stop), bring the work home first with "
+    (WorkspaceDirty, "Wait for what runs in it (jobs, stop), bring its work back with "
      "workspace_pull, or give it up with force."),
     (WorkspaceMissing, "See workspace_list; workspace_new makes one."),
     (WorkspaceExists, "Choose another name."))
