@@ -7945,7 +7945,7 @@ class Workspace(WorkspaceBase):
     @logged("logs")
     def follow(self, job: str, sink: Callable[[bytes], Any], offset: int = 0,
                cancel: Cancel | None = None) -> Fields:
-        """Pass a job's output to ``sink`` until it ends, across lost connections, byte by byte.
+        """Pass a job's output to ``sink`` until it ends, across lost connections, each byte once.
         Returns what logs() did last."""
         while True:
             more = functools.partial(self.logs, job, offset, 20, cancel=cancel)
@@ -9199,6 +9199,7 @@ def throwaway_server() -> Iterator[str]:
             os.makedirs("/run/sshd", 0o755, exist_ok=True)  # sshd insists, as root
         yield path
     finally:
+        end_masters()
         os.environ.clear()
         os.environ.update(saved)
         shutil.rmtree(path, ignore_errors=True)
@@ -9213,42 +9214,35 @@ def in_process_table(value: str) -> bool:
 def demo(tell: Callable[[str], None]) -> None:
     """The whole flow against a throwaway sshd."""
     with throwaway_server() as path:
+        tell("A throwaway sshd on this machine, reached by a ProxyCommand of ssh: host `demo`.")
+        project, seen = Project(make_repository(path + "/hello", DEMO_FILES)), []
+        secret = f"demo-{os.urandom(12).hex()}"
+        project.set_secret("API_TOKEN", secret)
+        tell("A git repository with a Makefile, and a project secret: API_TOKEN.")
+        workspace = project.create("try-it", "demo")
+        tell(f"Workspace try-it made of commit {workspace.base[:10]} at {workspace.path}")
+        result = workspace.exec("make test && sleep 0.3", timeout=60,
+                                tee=lambda data: seen.append(in_process_table(secret)))
+        for line in neutralise(result.stdout + result.stderr).splitlines():
+            tell("  demo> " + line.replace(secret, "[the secret]"))
+        tell(f"It ended with exit code {result.exit_code}.")
+        tell(f"The process table meanwhile: the secret was {'SEEN' if any(seen) else 'not'} in it.")
+        if result.exit_code or any(seen) or secret.encode() not in result.stdout:
+            raise RemoteFailed("The demo did not go as it should.", "Report it, with this output.")
+        workspace.exec("echo more >> hello.txt")
+        tell("A command changed hello.txt on the host.")
         try:
-            demo_flow(Project(make_repository(path + "/hello", DEMO_FILES)), tell)
-        finally:
-            end_masters()
-    tell("Everything the demo made is gone again.")
-
-
-def demo_flow(project: Project, tell: Callable[[str], None]) -> None:
-    secret = f"demo-{os.urandom(12).hex()}"
-    seen: list[bool] = []
-    tell("A throwaway sshd on this machine, reached by ssh through a ProxyCommand: host `demo`.")
-    project.set_secret("API_TOKEN", secret)
-    tell("A git repository with a Makefile, and a project secret: API_TOKEN.")
-    workspace = project.create("try-it", "demo")
-    tell(f"Workspace try-it made of commit {workspace.base[:10]} at {workspace.path}")
-    result = workspace.exec("make test && sleep 0.3", timeout=60,
-                            tee=lambda data: seen.append(in_process_table(secret)))
-    for line in neutralise(result.stdout + result.stderr).splitlines():
-        tell("  demo> " + line.replace(secret, "[the secret]"))
-    tell(f"It ended with exit code {result.exit_code}.")
-    tell(f"The process table meanwhile: the secret was {'SEEN' if any(seen) else 'not'} in it.")
-    if result.exit_code or any(seen) or secret.encode() not in result.stdout:
-        raise RemoteFailed("The demo did not go as it should.", "Report it, with this output.")
-    workspace.exec("echo more >> hello.txt")
-    tell("A command changed hello.txt on the host.")
-    try:
+            project.remove("try-it")
+            raise RemoteFailed("A workspace with changes was removed.")
+        except WorkspaceDirty as refusal:
+            tell(f"rm refuses to lose work: {refusal}")
+        pulled = pull(workspace)
+        tell(f"pull made a commit of it on branch {pulled.branch}; the work tree is untouched:")
+        for line in pulled.stat.splitlines():
+            tell("  " + line)
         project.remove("try-it")
-        raise RemoteFailed("A workspace with changes was removed.")
-    except WorkspaceDirty as refusal:
-        tell(f"rm refuses to lose work: {refusal}")
-    pulled = pull(workspace)
-    tell(f"pull made a commit of it on branch {pulled.branch}; the work tree is untouched:")
-    for line in pulled.stat.splitlines():
-        tell("  " + line)
-    project.remove("try-it")
-    tell("Now nothing would be lost, and rm removed it.")
+        tell("Now nothing would be lost, and rm removed it.")
+    tell("Everything the demo made is gone again.")
 
 
 # === 18. Doctor ===
@@ -9307,7 +9301,7 @@ def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
     text, fix = str(error), error.hint
     key = re.search(r"Server host key: (\S+ SHA256:\S+)", words)
     if isinstance(error, HostKeyFailed) and key:
-        text += f" It offers {key.group(1)}."
+        text += f" It offers {key[1]}."
     elif isinstance(error, AuthenticationFailed) and error.asks:
         keys = re.findall(r"Offering public key: (.*?) (?:RSA|DSA|ECDSA|ED25519)\S* ", words)
         takes = (re.findall(r"Authentications that can continue: (\S+)", words) or [""])[-1]
@@ -9407,9 +9401,9 @@ def examine_connection(host: Host) -> list[Finding]:
         return [explain(host.masters.config, words, said)]
     server = re.search(r"remote software version (\S{1,80})", words)
     key = re.search(r"Server accepts key: (.{1,300}?)(?: explicit)?(?: agent)?\s*\n", words)
-    found = finding("ok", "connect", f"{server.group(1) if server else 'a server'} in "
-                    f"{time.monotonic() - began:.2f} s, by {used.group(1)}"
-                    f"{' with ' + key.group(1) if key else ''}")
+    found = finding("ok", "connect", f"{server[1] if server else 'a server'} in "
+                    f"{time.monotonic() - began:.2f} s, by {used[1]}"
+                    f"{' with ' + key[1] if key else ''}")
     return [found] if not status else [found, finding(
         "bad", "shell", f"no POSIX sh began on the host (status {status})",
         "Look at the login shell's start-up files: "
