@@ -8131,13 +8131,13 @@ def tool_write(workspace: Workspace, path: str, content: str | None = None,
                content_base64: str | None = None, cancel: Cancel | None = None) -> Fields:
     if (content is None) == (content_base64 is None):
         raise UsageError("write needs content, or content_base64.")
-    data: Any = content
-    if data is None:
-        import base64
-        try:
-            data = base64.b64decode(content_base64 or "", validate=True)
-        except ValueError:
-            raise UsageError("content_base64 is not base64.")
+    if content is not None:
+        return workspace.write(path, content, cancel)
+    import base64
+    try:
+        data = base64.b64decode(content_base64 or "", validate=True)
+    except ValueError:
+        raise UsageError("content_base64 is not base64.")
     return workspace.write(path, data, cancel)
 
 
@@ -8690,8 +8690,8 @@ def page(text: str, offset: int, notes: list[str]) -> str:
     shown = text[:text.rfind("\n", 0, MCP_ROOM) + 1]
     if not shown:
         last = text.find("\n") + 1 in (0, len(text))
-        notes.append(f"Line {offset} is longer than what fits here, and cut: use exec with cut or "
-                     "head -c." + ("" if last else f" Go on with offset={offset + 1}."))
+        notes.append(f"Line {offset} is too long for a result, and cut: use exec with cut or head "
+                     "-c." + ("" if last else f" Go on with offset={offset + 1}."))
         return text[:MCP_ROOM]
     following = offset + shown.count("\n")
     notes.append(f"Shown are lines {offset} to {following - 1}; go on with offset={following}.")

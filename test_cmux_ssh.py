@@ -8161,7 +8161,7 @@ def test_mcp_says_when_the_workspace_is_new_and_where_a_page_is_cut(repo, client
     assert "made:" not in client("exec", command="true")
     assert "The file ends before line 9." in client("read", path="two", offset=9) and "ends before" not in client("read", path="two", offset=2)
     cut = client("read", path="long")
-    assert "Line 1 is longer than what fits here, and cut" in cut and "Go on with offset=2." in cut and "end\n" in client("read", path="long", offset=2)
+    assert "Line 1 is too long for a result, and cut" in cut and "Go on with offset=2." in cut and "end\n" in client("read", path="long", offset=2)
     assert "Go on" not in client("read", path="long", offset=1, limit=1)
 
 
