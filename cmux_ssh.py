@@ -7742,8 +7742,8 @@ class Workspace(WorkspaceBase):
     def edit(self, path: str, edits: list[Fields], sha256: str = "",
              cancel: Cancel | None = None) -> Fields:
         """Replace exact text: each edit has ``old``, ``new``, and ``count``, how many matches there
-        must be (1). All are applied or none. FileChanged if ``sha256``, of the file as last seen,
-        is not that of now. A file that changes meanwhile is read and edited again. Returns the new
+        must be (1). All are applied or none. Raises FileChanged if ``sha256`` is given, and the
+        file has another. If it changes meanwhile, it is read and edited again. Returns the new
         ``sha256``, and ``diff``."""
         for edit in edits or [{}]:
             EDIT.check(edit)
@@ -8751,7 +8751,7 @@ class McpServer:
                 self.changed.notify_all()
             for call in list(self.working):
                 call.cancel.set()
-            wait_until(lambda: not self.working, 2 * STOP_PATIENCE)
+            wait_until(lambda: not self.working, STOP_PATIENCE)
         return 0
 
     def send(self, message: Fields) -> None:
