@@ -8384,7 +8384,7 @@ def check_call(name: object, arguments: object) -> tuple[Verb, Fields]:
 def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0,
                 cancel: Cancel | None = None) -> list[Any]:
     """Run each job in a thread, ``at_once`` (0: all) at a time; the value or CmuxError of each, in
-    order. KeyboardInterrupt sets ``cancel``, and waits for what runs."""
+    order. On KeyboardInterrupt it sets ``cancel``, and waits for what runs."""
     import threading
     results: list[Any] = [Cancelled("Not begun.")] * len(jobs)
     bugs: list[BaseException] = []
@@ -8421,7 +8421,7 @@ def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0,
 
 
 CALL = Verb("a call", "", Arg("workspace", "text", ""), Arg("tool", "text", ""),
-            Arg("arguments", "map", ""))
+            Arg("arguments", "map", ""))  # a line of batch, but for its id
 
 
 class Batch:
@@ -8699,8 +8699,8 @@ def page(text: str, offset: int, notes: list[str]) -> str:
 
 
 class McpServer:
-    """JSON-RPC 2.0 by lines, out by ``write``, which also gets a Cancel that is set when the server
-    is about to end.
+    """A server that answers lines of JSON-RPC 2.0 by ``write``, which also gets a Cancel that is set
+    when the server is about to end.
 
     It is bound to ``workspace``, made on ``host`` at the first call if it does not exist; with
     ``manage`` the workspace commands are tools too, and every tool takes a ``workspace``. ``soft``:
