@@ -8699,7 +8699,7 @@ def page(text: str, offset: int, notes: list[str]) -> str:
 
 
 class McpServer:
-    """A server that answers lines of JSON-RPC 2.0 by ``write``, which also gets a Cancel that is set
+    """A server that answers lines of JSON-RPC 2.0 by ``write``, which also gets a Cancel: it is set
     when the server is about to end.
 
     It is bound to ``workspace``, made on ``host`` at the first call if it does not exist; with
