@@ -8190,15 +8190,14 @@ BACKGROUND = "start it as a job that goes on by itself, without stdin; returns i
 COMMON = (
     Arg("directory", "text", "a directory in the git repository", flags="-C", shown="DIR",
         default="."),
-    Arg("host", "texts", "anything `ssh HOST` accepts; repeated, it is a pool", flags="-H --host",
-        shown="HOST"),
+    Arg("host", "texts", "anything `ssh HOST` accepts; repeated, it is a pool", flags="-H --host"),
     Arg("workspace", "texts", "the workspace (default: the branch's name)", flags="-w --workspace",
         shown="NAME"),
     Arg("json", "flag", "JSON on stdout instead of text"),
     Arg("quiet", "flag", "print less", flags="-q --quiet"),
     Arg("verbose", "flag", "print what is done", flags="-v --verbose"))
 
-EDIT = Verb("an edit", "", Arg("old", "text", "the exact text to replace", required=True),
+EDIT = Verb("edits", "", Arg("old", "text", "the exact text to replace", required=True),
             Arg("new", "text", "what replaces it", required=True),
             Arg("count", "count", "how many matches there must be (default: 1)", least=1))
 KINDS["objects"] = {"type": "array", "items": EDIT.schema()}, (list,), "a list of objects"
@@ -8236,7 +8235,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          example="fix-login --stat", manage=manage_diff, reads=True),
     Verb("pull", "bring a workspace's work back as commits on branch cmux/NAME", NAME,
          ONE_WORKSPACE,
-         Arg("branch", "text", "another branch than cmux/NAME", shown="B"),
+         Arg("branch", "text", "another branch than cmux/NAME"),
          LineArg("allow", "flag", "also changes of this repository's own hooks"),
          example="fix-login", manage=manage_pull, repeats=True),
     Verb("push", "bring a workspace to another local commit; sends what differs", NAME,

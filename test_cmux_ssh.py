@@ -7708,7 +7708,7 @@ class Mcp:
         return text
 
     def cancel(self, number):
-        self.send(json.dumps({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": number, "reason": "enough"}}).encode())
+        self.send(b'{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":%d}}' % number)
 
     def end(self, seconds=PATIENCE):
         self.child.stdin.close()
@@ -8011,7 +8011,7 @@ def test_mcp_what_comes_while_a_call_is_answered_is_in_the_next_page(shared, pau
         job = job_of(text)
         for _ in range(12):
             joined += text.partition("\n--- output\n")[2].rpartition("\n[end")[0]
-            offset = int(re.search(r"next_offset: (\d+)", text).group(1))
+            offset = next_of(text)
             joined += "\n" * (len(joined) == offset - 1)
             assert len(joined) == offset > 0
             text = client("logs", job=job, offset=offset, wait=1)
@@ -8260,6 +8260,10 @@ def test_mcp_the_official_sdk_works(shared, mode):
     until(lambda: not running("sleep 4242.25"), "the end of the cancelled command")
 
 
+def next_of(text):
+    return int(re.search(r"next_offset: (\d+)", text).group(1))
+
+
 def job_of(text):
     found = re.search(r"job: ([jr]\w+)", text)
     assert found, text
@@ -8278,9 +8282,8 @@ def test_mcp_a_secret_is_masked_over_pages_colours_and_cuts(token, client):
     job = job_of(client("exec", command=f"head -c {ROOM - 20} /dev/zero | tr '\\0' y; echo $TOKEN; echo END", background=True))
     client("wait", job=job)
     first = client("logs", job=job)
-    offset = re.search(r"next_offset: (\d+)", first)
-    assert offset and token[:8] not in first
-    assert "[secret TOKEN]\nEND" in client("logs", job=job, offset=int(offset.group(1)))
+    assert token[:8] not in first
+    assert "[secret TOKEN]\nEND" in client("logs", job=job, offset=next_of(first))
     inside = client("logs", job=job, offset=ROOM)
     assert token[-12:] not in inside and "END" in inside
     text = client("exec", command="echo x$TOKEN | sed \"s/.ok-/$(printf '\\033[1;31m')&$(printf '\\033[m')/\"")
@@ -8396,7 +8399,7 @@ def test_mcp_pages_of_logs_join_without_a_broken_character(mcp):
         piece = re.search(r"--- output\n(.*)\n\[end", text)
         if not piece:
             break
-        whole, offset = whole + piece.group(1), int(re.search(r"next_offset: (\d+)", text).group(1))
+        whole, offset = whole + piece.group(1), next_of(text)
     assert whole == "x" + "aé€" * 9000
 
 
