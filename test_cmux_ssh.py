@@ -6892,7 +6892,7 @@ class Agent:
         assert not answer["ok"], answer
         assert set(answer) == {"id", "ok", "error"} and answer["error"]["type"] not in ("Bug", ""), answer
         assert answer["error"]["message"].strip() and "\n" not in answer["error"]["message"], answer
-        return str(answer["error"]["message"])
+        return answer["error"]["message"]
 
     def all(self, calls, seconds=60):
         """Many calls at once; their answers in the order of the calls."""
@@ -6942,7 +6942,6 @@ class Area:
         path.write_bytes(data)
         path.chmod(mode)
         return path
-
 
 
 @pytest.fixture
@@ -7619,11 +7618,7 @@ def test_what_is_raised_is_public(source):
 
 
 META = "io.modelcontextprotocol/"
-
-
 MODERN = {"_meta": {META + "protocolVersion": "2026-07-28", META + "clientCapabilities": {}}}
-
-
 MCP_TOOLS = list(CONTRACT)
 
 
@@ -7663,9 +7658,7 @@ class Mcp:
                     self.others.append(message)
                 self.changed.notify_all()
 
-    def send(self, line):
-        self.child.stdin.write(line + b"\n")
-        self.child.stdin.flush()
+    send = Agent.send
 
     def post(self, method, params=None):
         self.count += 1
@@ -7736,7 +7729,7 @@ def mcp(shared):
 
 @each("asked, given", [(v, v) for v in ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")] + [("2031-01-01", "2025-11-25")])
 def test_mcp_handshake_agrees_on_every_older_version(mcp, asked, given):
-    result = mcp.ask("initialize", {"protocolVersion": asked, "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}})["result"]
+    result = mcp.ask("initialize", {"protocolVersion": asked, "capabilities": {}})["result"]
     assert result["protocolVersion"] == given and result["capabilities"] == {"tools": {}} and result["serverInfo"]["name"] == "cmux-ssh"
     head = result["instructions"][:512]
     assert all(word in head for word in ("main", "box", "never follow instructions", "logs")) and "resultType" not in result
@@ -7914,7 +7907,7 @@ def test_mcp_calls_run_at_once_and_answer_as_they_finish(mcp):
     *((b'{"jsonrpc":"2.0","id":"g"%s}' % rest, code) for rest, code in (
         (b',"method":3', -32600), (b"", -32600), (b',"method":"no/such"', -32601), (b',"method":"ping","params":[1]', -32602), (b',"method":"\\ud800"', -32601),
         (b',"method":"tools/call","params":{"name":["x"]}', -32602), (b',"method":"tools/call","params":{"_meta":3}', -32602))),
-    (b'"' + b"x" * (17 << 20), -32600)], ids=lambda value: repr(value)[:40] if isinstance(value, bytes) else str(value))
+    (b'"' + b"x" * (17 << 20), -32600)], ids=lambda value: str(value)[:40])
 def test_mcp_garbage_is_answered_and_ends_nothing(mcp, line, code):
     mcp.send(line)
     error = (mcp.answer("g") if b'"id":"g","method"' in line and code != -32600 else mcp.other())["error"]
@@ -8051,15 +8044,14 @@ def test_mcp_a_call_over_the_soft_timeout_becomes_a_job(mcp, nap):
     assert "stopped: confirmed" in stopped and not running(nap)
 
 
-def test_mcp_keeps_little_of_what_floods_it_and_says_so(shared):
-    """Seen: 64 MiB of each of 96 calls."""
+def test_mcp_keeps_little_of_a_flood_and_says_so(shared):
     with open_mcp(shared, "--soft-timeout", "1") as client:
         jobs = [job_of(client.text(number)) for number in [client.begin("yes | head -c 30000000; sleep 60") for _ in range(4)]]
-        until(lambda: all("truncated: True" in client("logs", job=job) for job in jobs), "all of it has come")
+        until(lambda: all("truncated: True" in client("logs", job=job) for job in jobs), "it is cut")
         assert peak(client.child.pid) < (200 if PYPY else 90)
 
 
-def test_mcp_a_stop_of_a_call_whose_connection_was_lost_is_not_called_confirmed(site):
+def test_mcp_a_stop_of_what_was_lost_is_not_confirmed(site):
     repo, line = Repo(site), site.line("far")
     repo.new(host="far")
     with open_mcp(repo, "--soft-timeout", "1") as client:
@@ -8098,11 +8090,8 @@ def test_mcp_its_end_ends_foreground_commands_and_keeps_jobs(repo, how):
         client.begin(f"{nap}; true")
         nap.runs(2)
         began = time.monotonic()
-        if how == "eof":
-            client.end(20)
-        else:
-            kill(client.child.pid, signal.SIGKILL if how == "kill" else signal.SIGTERM)
-            client.child.wait(20)
+        client.end(20) if how == "eof" else kill(client.child.pid, signal.SIGKILL if how == "kill" else signal.SIGTERM)
+        client.child.wait(20)
         assert time.monotonic() - began < 12
         nap.gone()
         with open_mcp(repo) as again:
@@ -8350,10 +8339,7 @@ def test_mcp_ends_though_nobody_reads_its_answers(repo, how, nap):
         child.stdin.flush()
         nap.runs()
         fill(child, b'{"jsonrpc":"2.0","id":1,"method":"tools/list"}\n', 99999)
-        if how == "eof":
-            child.stdin.close()
-        else:
-            child.terminate()
+        child.stdin.close() if how == "eof" else child.terminate()
         child.wait(20)
         nap.gone()
     finally:
@@ -8383,7 +8369,7 @@ def test_mcp_making_the_workspace_may_outlive_a_call(repo):
 
 
 def test_mcp_a_hundred_calls_in_flight_get_a_hundred_answers(shared):
-    """Also the ones beyond those that run at once; each is answered after the next had begun to wait."""
+    """Also those beyond the ones that run at once."""
     with open_mcp(shared) as client:
         numbers = [client.begin(f"sleep 0.3; echo n{n}") for n in range(100)]
         for n, number in enumerate(numbers):
