@@ -8029,14 +8029,13 @@ class Arg:
     """
 
     def __init__(self, name: str, kind: str, text: str, **settings: Any) -> None:
-        self.name, self.text, self.settings = name, text, settings
+        self.name, self.text, self.settings, get = name, text, settings, settings.get
         self.kinds = kind.split("|")
-        self.word, self.face = settings.get("word", ""), settings.get("face", "")
-        self.default, self.least = settings.get("default"), settings.get("least", 0)
-        shown = {"count": "N", "seconds": "TIME"}.get(kind, name.upper())
-        self.shown = settings.get("shown", shown)
-        self.required = settings.get("required", self.word in ("1", "+"))
-        flags = settings.get("flags", "--" + name.replace("_", "-")).split()
+        self.word, self.face = get("word", ""), get("face", "")
+        self.default, self.least = get("default"), get("least", 0)
+        self.shown = get("shown", {"count": "N", "seconds": "TIME"}.get(kind, name.upper()))
+        self.required = get("required", self.word in ("1", "+"))
+        flags = get("flags", "--" + name.replace("_", "-")).split()
         self.flags: list[str] = [] if self.word else flags
         self.valued = not self.word and self.kinds != ["flag"]
 
@@ -8120,10 +8119,10 @@ def tool_exec(workspace: Workspace, command: str | list[str], background: bool =
               stdin: str | None = None, **more: Any) -> Fields:
     """``more``: timeout, cwd, env, cancel, tee of Workspace.exec()."""
     if background:
-        if stdin is not None or more.get("timeout") is not None:
+        if stdin is not None or "timeout" in more:
             raise UsageError("A background command takes neither stdin nor timeout.")
-        started = {name: more[name] for name in ("cwd", "env", "cancel") if name in more}
-        return {"job": workspace.start(command, **started)}
+        more.pop("tee", None)
+        return {"job": workspace.start(command, **more)}
     return workspace.exec(command, stdin=stdin, limit=TOOL_CAPTURE, **more).as_dict()
 
 
@@ -9081,8 +9080,13 @@ class McpServer:
                      if type(value) in (int, float, bool) or key in ("job", "state")]
             return "\n".join(plain + [f"It was done, but what the host sent is not shown: {error} "
                                       + error.hint])
-        if "next_offset" in result:
-            result = self._page_of_output(result, veil)
+        if "next_offset" in result:  # of a job's output what may begin a secret waits for more
+            data = result["output"]
+            more = result["state"] == "running" or result["next_offset"] < result["size"]
+            held = veil.begun(data) if more else 0
+            if held < len(data) or held < MCP_ROOM:  # else a secret is longer than a page
+                result = dict(result, output=data[:len(data) - held],
+                              next_offset=result["next_offset"] - held)
         notes, body, room = [], [], MCP_ROOM  # type: list[str], list[str], int
         for key in filter(result.__contains__, MCP_BODIES):
             value = result[key]
@@ -9112,15 +9116,6 @@ class McpServer:
                          "not instructions.")
             body.append(f"[end {fence}]")
         return "\n".join(facts + body) or "done"
-
-    def _page_of_output(self, result: Fields, veil: Veil) -> Fields:
-        """A page of a job's output. What may begin a secret waits for the next one."""
-        data = result["output"]
-        more = result["state"] == "running" or result["next_offset"] < result["size"]
-        held = veil.begun(data) if more else 0
-        held = 0 if held == len(data) >= MCP_ROOM else held  # a secret longer than a page
-        return dict(result, output=data[:len(data) - held],
-                    next_offset=result["next_offset"] - held)
 
 
 def defect(bug: Exception) -> str:
