@@ -6147,7 +6147,7 @@ def test_glob_finds_what_the_pattern_says(talker, workspace, area, pattern, expe
 
 @each("pattern, words", [
     ("/etc/**", "Write it relative to the workspace, as 'src/**/*.py'"), ("~/**", "relative to the workspace"), ("~root/x", "relative"), ("~", "relative"), ("../**", "relative"), ("a/../../b", "relative"),
-    ("{src,/etc}/**", "relative"), ("{1..3}.py", "{1,2,3}"), ("!*.md", "as '*.py'"), ("[[:digit:]]", "[a-z]"), ("{a,b}" * 7, "fewer braces"), ("/", "relative"), ("././.", "'**'")])
+    ("{src,/etc}/**", "relative"), ("{1..3}.py", "{1,2,3}"), ("!*.md", "as '*.py'"), ("[[:digit:]]", "[a-z]"), ("{a,b}" * 7, "fewer braces"), ("a{b}" * 9999, "shorter"), ("/", "relative"), ("././.", "'**'")])
 def test_a_pattern_that_could_match_nothing_is_refused_with_what_to_write(talker, pattern, words):
     for tool, arguments in (("glob", {"pattern": pattern}), ("grep", {"pattern": "x", "glob": pattern})):
         error = talker.answer(talker.post(tool, arguments))["error"]
@@ -6892,7 +6892,7 @@ class Agent:
         assert not answer["ok"], answer
         assert set(answer) == {"id", "ok", "error"} and answer["error"]["type"] not in ("Bug", ""), answer
         assert answer["error"]["message"].strip() and "\n" not in answer["error"]["message"], answer
-        return str(answer["error"]["message"])
+        return answer["error"]["message"]
 
     def all(self, calls, seconds=60):
         """Many calls at once; their answers in the order of the calls."""
@@ -6942,7 +6942,6 @@ class Area:
         path.write_bytes(data)
         path.chmod(mode)
         return path
-
 
 
 @pytest.fixture
@@ -7350,7 +7349,8 @@ workspace.write("README", "new\n")
 print(*project.diff("main", stat=True), project.pull("main", "cmux/x").branch, sep="\n")
 cancel = cmux_ssh.Cancel()
 cancel.set()
-for act in (project.remove, project.pull, lambda name, cancel: project.push(name, force=True, cancel=cancel), lambda name, cancel: project.fork(workspace, "b", cancel), lambda name, cancel: project.rename(workspace, "b", cancel)):
+for act in (project.remove, project.pull, lambda name, cancel: project.push(name, force=True, cancel=cancel), lambda name, cancel: project.fork(workspace, "b", cancel), lambda name, cancel: project.rename(workspace, "b", cancel),
+            workspace.glob, workspace.grep, workspace.read):
     try:
         act("main", cancel=cancel)
     except cmux_ssh.Cancelled:
@@ -7360,7 +7360,7 @@ for act in (project.remove, project.pull, lambda name, cancel: project.push(name
  README | 2 +-
  1 file changed, 1 insertion(+), 1 deletion(-)
 cmux/x
-""" + "cancelled main\n" * 5
+""" + "cancelled main\n" * 8
 
 
 def test_library_errors_are_of_one_family_and_say_what_to_do(repo):
@@ -7619,12 +7619,8 @@ def test_what_is_raised_is_public(source):
 
 
 META = "io.modelcontextprotocol/"
-
-
 MODERN = {"_meta": {META + "protocolVersion": "2026-07-28", META + "clientCapabilities": {}}}
-
-
-MCP_TOOLS = ["exec", "read", "write", "edit", "glob", "grep", "jobs", "logs", "wait", "stop"]
+MCP_TOOLS = list(CONTRACT)
 
 
 def fill(child, line, most):
@@ -7663,9 +7659,7 @@ class Mcp:
                     self.others.append(message)
                 self.changed.notify_all()
 
-    def send(self, line):
-        self.child.stdin.write(line + b"\n")
-        self.child.stdin.flush()
+    send = Agent.send
 
     def post(self, method, params=None):
         self.count += 1
@@ -7708,7 +7702,7 @@ class Mcp:
         return text
 
     def cancel(self, number):
-        self.send(json.dumps({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": number, "reason": "enough"}}).encode())
+        self.send(b'{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":%d}}' % number)
 
     def end(self, seconds=PATIENCE):
         self.child.stdin.close()
@@ -7736,7 +7730,7 @@ def mcp(shared):
 
 @each("asked, given", [(v, v) for v in ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")] + [("2031-01-01", "2025-11-25")])
 def test_mcp_handshake_agrees_on_every_older_version(mcp, asked, given):
-    result = mcp.ask("initialize", {"protocolVersion": asked, "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}})["result"]
+    result = mcp.ask("initialize", {"protocolVersion": asked, "capabilities": {}})["result"]
     assert result["protocolVersion"] == given and result["capabilities"] == {"tools": {}} and result["serverInfo"]["name"] == "cmux-ssh"
     head = result["instructions"][:512]
     assert all(word in head for word in ("main", "box", "never follow instructions", "logs")) and "resultType" not in result
@@ -7914,7 +7908,7 @@ def test_mcp_calls_run_at_once_and_answer_as_they_finish(mcp):
     *((b'{"jsonrpc":"2.0","id":"g"%s}' % rest, code) for rest, code in (
         (b',"method":3', -32600), (b"", -32600), (b',"method":"no/such"', -32601), (b',"method":"ping","params":[1]', -32602), (b',"method":"\\ud800"', -32601),
         (b',"method":"tools/call","params":{"name":["x"]}', -32602), (b',"method":"tools/call","params":{"_meta":3}', -32602))),
-    (b'"' + b"x" * (17 << 20), -32600)], ids=lambda value: repr(value)[:40] if isinstance(value, bytes) else str(value))
+    (b'"' + b"x" * (17 << 20), -32600)], ids=lambda value: str(value)[:40])
 def test_mcp_garbage_is_answered_and_ends_nothing(mcp, line, code):
     mcp.send(line)
     error = (mcp.answer("g") if b'"id":"g","method"' in line and code != -32600 else mcp.other())["error"]
@@ -8011,7 +8005,7 @@ def test_mcp_what_comes_while_a_call_is_answered_is_in_the_next_page(shared, pau
         job = job_of(text)
         for _ in range(12):
             joined += text.partition("\n--- output\n")[2].rpartition("\n[end")[0]
-            offset = int(re.search(r"next_offset: (\d+)", text).group(1))
+            offset = next_of(text)
             joined += "\n" * (len(joined) == offset - 1)
             assert len(joined) == offset > 0
             text = client("logs", job=job, offset=offset, wait=1)
@@ -8051,6 +8045,23 @@ def test_mcp_a_call_over_the_soft_timeout_becomes_a_job(mcp, nap):
     assert "stopped: confirmed" in stopped and not running(nap)
 
 
+def test_mcp_keeps_little_of_a_flood_and_says_so(shared):
+    with open_mcp(shared, "--soft-timeout", "1") as client:
+        jobs = [job_of(client.text(number)) for number in [client.begin("yes | head -c 30000000; sleep 60") for _ in range(4)]]
+        until(lambda: all("truncated: True" in client("logs", job=job) for job in jobs), "it is cut")
+        assert peak(client.child.pid) < (200 if PYPY else 90)
+
+
+def test_mcp_a_stop_of_what_was_lost_is_not_confirmed(site):
+    repo, line = Repo(site), site.line("far")
+    repo.new(host="far")
+    with open_mcp(repo, "--soft-timeout", "1") as client:
+        job = job_of(client("exec", command="sleep 600"))
+        line.drop()
+        until(lambda: "state: lost" in client("logs", job=job), "it is lost")
+        assert "stopped: requested" in client("stop", job=job)
+
+
 def test_mcp_progress_rises_and_ends_with_the_call(client):
     number = client.begin("sleep 4.5; echo done", _meta={"progressToken": "tok"})
     assert "done" in client.text(number)
@@ -8080,11 +8091,8 @@ def test_mcp_its_end_ends_foreground_commands_and_keeps_jobs(repo, how):
         client.begin(f"{nap}; true")
         nap.runs(2)
         began = time.monotonic()
-        if how == "eof":
-            client.end(20)
-        else:
-            kill(client.child.pid, signal.SIGKILL if how == "kill" else signal.SIGTERM)
-            client.child.wait(20)
+        client.end(20) if how == "eof" else kill(client.child.pid, signal.SIGKILL if how == "kill" else signal.SIGTERM)
+        client.child.wait(20)
         assert time.monotonic() - began < 12
         nap.gone()
         with open_mcp(repo) as again:
@@ -8143,7 +8151,7 @@ def test_mcp_says_when_the_workspace_is_new_and_where_a_page_is_cut(repo, client
     assert "made:" not in client("exec", command="true")
     assert "The file ends before line 9." in client("read", path="two", offset=9) and "ends before" not in client("read", path="two", offset=2)
     cut = client("read", path="long")
-    assert "Line 1 is longer than what fits here, and cut" in cut and "Go on with offset=2." in cut and "end\n" in client("read", path="long", offset=2)
+    assert "Line 1 is too long for a result, and cut" in cut and "Go on with offset=2." in cut and "end\n" in client("read", path="long", offset=2)
     assert "Go on" not in client("read", path="long", offset=1, limit=1)
 
 
@@ -8242,6 +8250,10 @@ def test_mcp_the_official_sdk_works(shared, mode):
     until(lambda: not running("sleep 4242.25"), "the end of the cancelled command")
 
 
+def next_of(text):
+    return int(re.search(r"next_offset: (\d+)", text).group(1))
+
+
 def job_of(text):
     found = re.search(r"job: ([jr]\w+)", text)
     assert found, text
@@ -8260,9 +8272,8 @@ def test_mcp_a_secret_is_masked_over_pages_colours_and_cuts(token, client):
     job = job_of(client("exec", command=f"head -c {ROOM - 20} /dev/zero | tr '\\0' y; echo $TOKEN; echo END", background=True))
     client("wait", job=job)
     first = client("logs", job=job)
-    offset = re.search(r"next_offset: (\d+)", first)
-    assert offset and token[:8] not in first
-    assert "[secret TOKEN]\nEND" in client("logs", job=job, offset=int(offset.group(1)))
+    assert token[:8] not in first
+    assert "[secret TOKEN]\nEND" in client("logs", job=job, offset=next_of(first))
     inside = client("logs", job=job, offset=ROOM)
     assert token[-12:] not in inside and "END" in inside
     text = client("exec", command="echo x$TOKEN | sed \"s/.ok-/$(printf '\\033[1;31m')&$(printf '\\033[m')/\"")
@@ -8329,10 +8340,7 @@ def test_mcp_ends_though_nobody_reads_its_answers(repo, how, nap):
         child.stdin.flush()
         nap.runs()
         fill(child, b'{"jsonrpc":"2.0","id":1,"method":"tools/list"}\n', 99999)
-        if how == "eof":
-            child.stdin.close()
-        else:
-            child.terminate()
+        child.stdin.close() if how == "eof" else child.terminate()
         child.wait(20)
         nap.gone()
     finally:
@@ -8362,7 +8370,7 @@ def test_mcp_making_the_workspace_may_outlive_a_call(repo):
 
 
 def test_mcp_a_hundred_calls_in_flight_get_a_hundred_answers(shared):
-    """Also the ones beyond those that run at once; each is answered after the next had begun to wait."""
+    """Also those beyond the ones that run at once."""
     with open_mcp(shared) as client:
         numbers = [client.begin(f"sleep 0.3; echo n{n}") for n in range(100)]
         for n, number in enumerate(numbers):
@@ -8378,7 +8386,7 @@ def test_mcp_pages_of_logs_join_without_a_broken_character(mcp):
         piece = re.search(r"--- output\n(.*)\n\[end", text)
         if not piece:
             break
-        whole, offset = whole + piece.group(1), int(re.search(r"next_offset: (\d+)", text).group(1))
+        whole, offset = whole + piece.group(1), next_of(text)
     assert whole == "x" + "aé€" * 9000
 
 
