@@ -404,47 +404,25 @@ fold grep head id kill ln ls mkdir mkfifo mktemp mv nl nohup od paste printf ps 
 stty tail tar tee test touch tr true tty uname uniq wc which xargs""".split()
 
 
-class Keys:
-    """The host's and the user's key pair, made once for all tests."""
-
-    def __init__(self, directory):
-        self.host, self.user, self.stranger, self.other_host = (
-            directory / name for name in ("host_key", "user_key", "stranger_key", "other_host_key"))
-        for key in (self.host, self.user, self.stranger, self.other_host):
-            subprocess.run([program("ssh-keygen", "openssh-client"), "-q", "-t", "ed25519", "-N", "", "-C", "rig", "-f", str(key)],
-                           check=True)
+Keys = namedtuple("Keys", "host user stranger other_host")
 
 
 def public(key):
     return " ".join(Path(f"{key}.pub").read_text().split()[:2])
 
 
-class Answer:
+class Answer(namedtuple("Answer", "argv code out err seconds")):
     """How a run of the program ended."""
 
-    def __init__(self, argv, code, out, err, seconds):
-        self.argv, self.code, self.out, self.err, self.seconds = argv, code, out, err, seconds
-
-    @property
-    def ended(self):
-        return self.code, self.out, self.err
-
-    @property
-    def rows(self):
-        return list(map(json.loads, self.out.splitlines()))
+    ended = property(lambda self: self[1:4])
+    text = property(lambda self: self.out.decode())
+    said = property(lambda self: self.err.decode(errors="replace"))
+    rows = property(lambda self: list(map(json.loads, self.out.splitlines())))
 
     @property
     def json(self):
         assert self.out.isascii()
         return json.loads(self.out)
-
-    @property
-    def text(self):
-        return self.out.decode()
-
-    @property
-    def said(self):
-        return self.err.decode(errors="replace")
 
     def __repr__(self):
         return f"<{' '.join(map(shlex.quote, self.argv))}: {self.code} after {self.seconds:.2f} s\nout {self.out[-2000:]!r}\nerr {self.err[-2000:]!r}>"
@@ -457,6 +435,17 @@ class Child(subprocess.Popen):
         out, err = super().communicate(data, timeout)
         assert b"Traceback" not in (out or b"") + (err or b""), (self.args, out, err)
         return out, err
+
+    def end(self, data=None, seconds=60):
+        """How it ended."""
+        began = time.monotonic()
+        try:
+            out, err = self.communicate(data, seconds)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            raise AssertionError(f"still running after {seconds:g} s: {self.args}, {self.communicate()}") from None
+        return Answer(self.args, self.returncode, out or b"", err or b"", time.monotonic() - began)
 
 
 class Site:
@@ -490,11 +479,9 @@ class Site:
 
     # -- hosts
 
-    def host(self, name, *config, shared=True):
-        """Add an entry to the ssh config; shared adds the keys and known hosts of the rig below it."""
+    def host(self, name, *config):
+        """Add an entry to the ssh config; the keys and known hosts of the rig stand below it."""
         self.entries.insert(0, f"Host {name}\n" + "".join(f"  {line}\n" for line in config))
-        if not shared:
-            self.entries[0] += f"  User {getpass.getuser()}\n  IdentityFile {self.keys.user}\n  IdentitiesOnly yes\n"
         self._write_config()
         return name
 
@@ -508,8 +495,7 @@ class Site:
                   "  StrictHostKeyChecking yes\n")
         self.config.write_text("\n".join(self.entries) + "\n" + common)
 
-    def sshd_config(self, name, *lines, shell="", env=None,
-                    host_key=None):
+    def sshd_config(self, name, *lines, shell="", env=None, host_key=None):
         """A configuration for sshd with stock limits, whose sessions live in a home of their own. (With sntrup761, ssh 9.2
         spends 0.12 s of the processor on each connection, a seventh of all the time that the tests take.)"""
         home = self.far_home(name)
@@ -612,31 +598,19 @@ class Site:
     def environment(self, env=None):
         return {**self.env, **(env or {})}
 
-    def ssh(self, host, command, *options, stdin=None,
-            env=None):
+    def ssh(self, host, command, *options, stdin=None, env=None):
         """Plain ssh with the same config, to see what the host does by itself."""
         return subprocess.run([program("ssh", "openssh-client"), "-F", str(self.config), "-o", "BatchMode=yes", *options, host, command],
                               input=stdin, stdin=DEVNULL if stdin is None else None, capture_output=True, env=self.environment(env), timeout=60)
 
-    def start(self, *args, cwd=None, env=None,
-              stdin=DEVNULL, sh=""):
+    def start(self, *args, cwd=None, env=None, stdin=DEVNULL, sh=""):
         """The program, left running, in a process group of its own like a job of a shell; or started by a line of sh as "$@"."""
         return Child([*(["sh", "-c", sh, "sh"] if sh else []), *compiled(), *args], cwd=cwd or self.dir, env=self.environment(env), stdin=stdin,
-                                stdout=PIPE, stderr=PIPE, start_new_session=True)
+                     stdout=PIPE, stderr=PIPE, start_new_session=True)
 
-    def cli(self, *args, cwd=None, env=None, stdin=None,
-            seconds=60, sh=""):
+    def cli(self, *args, stdin=None, seconds=60, **options):
         """Run the program to its end."""
-        began = time.monotonic()
-        child = self.start(*args, cwd=cwd, env=env, stdin=DEVNULL if stdin is None else PIPE, sh=sh)
-        try:
-            out, err = child.communicate(stdin, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            out, err = child.communicate()
-            raise AssertionError(f"still running after {seconds:g} s: {args}\nout {out!r}\nerr {err!r}") from None
-        return Answer(args, child.returncode, out, err, time.monotonic() - began)
+        return self.start(*args, stdin=DEVNULL if stdin is None else PIPE, **options).end(stdin, seconds)
 
     def masters(self):
         """The ssh processes of this site that hold connections open."""
@@ -937,7 +911,10 @@ def keys():
     with tempfile.TemporaryDirectory(prefix="cmux-k", dir="/tmp") as directory:
         if os.geteuid() == 0:  # sshd's separation directory; a service manager makes it at boot
             os.makedirs("/run/sshd", mode=0o755, exist_ok=True)
-        yield Keys(Path(directory))
+        made = Keys(*(Path(directory) / f"{name}_key" for name in Keys._fields))
+        for key in made:
+            subprocess.run([program("ssh-keygen", "openssh-client"), "-q", "-t", "ed25519", "-N", "", "-C", "rig", "-f", str(key)], check=True)
+        yield made
 
 
 @contextlib.contextmanager
@@ -1255,26 +1232,24 @@ def test_json_tells_a_commands_own_255_from_a_dead_line(shared):
 
 
 @compat
-def test_json_has_the_promised_keys(shared):
+def test_json_has_the_promised_keys_and_is_ascii(shared):
     ran = shared.exec("echo out; echo err >&2; exit 3", options=["--json"])
     assert ran.code == 3 and ran.err == b"" and ran.out.count(b"\n") == 1
-    result = ran.json
-    assert (result["workspace"], result["host"], result["exit_code"]) == ("main", "box", 3)
-    assert (result["stdout"], result["stderr"], result["timed_out"], result["truncated"]) == ("out\n", "err\n", False, False)
-    assert 0 <= result["duration"] < 20
-
-
-def test_json_carries_bytes_that_are_not_text_as_base64_and_is_ascii(shared):
+    told = {"workspace": "main", "host": "box", "exit_code": 3, "stdout": "out\n", "stderr": "err\n", "timed_out": False, "truncated": False}
+    assert {key: ran.json[key] for key in told} == told and 0 <= ran.json["duration"] < 20
     result = shared.exec("cat", options=["--json"], stdin=BINARY).json
     assert base64.b64decode(result["stdout_base64"]) == BINARY and "stdout" not in result
-    esc = shared.exec("cat", options=["--json"], stdin="\x1b]52;c;x\x07 \u009b \u202e ü\r".encode())
-    assert esc.json["stdout"] == "\x1b]52;c;x\x07 \u009b \u202e ü\r" and not set(esc.out) - set(b"\n" + bytes(range(32, 127)))
+    text = "\x1b]52;c;x\x07 \u009b \u202e ü\r"
+    esc = shared.exec("cat", options=["--json"], stdin=text.encode())
+    assert esc.json["stdout"] == text and not set(esc.out) - set(b"\n" + bytes(range(32, 127)))
+    assert shared.exec("pwd", options=["--json", "--cwd", "nosuch"]).json["host"] == "box"
 
 
-def test_odd_bytes_go_through_unchanged_both_ways(shared):
+def test_stdin_goes_through_unchanged_is_ignored_or_left_alone(shared):
     for data in (b"\0", b"\xff\xfe\x80", b"no newline", b"\n", b"\r\n\r", b"\n~.\n~C\n", b"\x04\x03\x1a", BINARY, b"", os.urandom(1 << 20)):
-        ran = shared.exec("cat; cat >&2 </dev/null", stdin=data)
-        assert (ran.code, ran.err) == (0, b"") and ran.out == data, data[:99]
+        assert shared.exec("cat; cat >&2 </dev/null", stdin=data).ended == (0, data, b"")
+    assert shared.exec("echo done", stdin=bytes(1 << 22)).ended == (0, b"done\n", b"")
+    assert shared.exec("cat; echo end", options=["-n"], stdin=b"secret stdin").ended == (0, b"end\n", b"")
 
 
 @promise(5)
@@ -1286,14 +1261,7 @@ def test_a_megabyte_on_both_streams_at_once_arrives_whole(shared):
 
 def test_output_streams_as_it_is_written(shared):
     child = shared.start("exec", "--", "echo first; read x; echo $x", stdin=PIPE)
-    assert child.stdout.readline() == b"first\n"
-    out, err = child.communicate(b"second\n")
-    assert (child.returncode, out, err) == (0, b"second\n", b"")
-
-
-def test_a_command_may_ignore_a_large_stdin_and_n_leaves_it_alone(shared):
-    assert shared.exec("echo done", stdin=bytes(1 << 22)).ended == (0, b"done\n", b"")
-    assert shared.exec("cat; echo end", options=["-n"], stdin=b"secret stdin").ended == (0, b"end\n", b"")
+    assert child.stdout.readline() == b"first\n" and child.end(b"second\n").ended == (0, b"second\n", b"")
 
 
 @promise(5)
@@ -1303,23 +1271,13 @@ def test_a_background_child_does_not_hold_the_call(shared):
     assert ran.ended == (0, b"ok\n", b"") and ran.seconds < 10
 
 
-def test_a_command_not_found_is_127_and_a_missing_cwd_is_said(shared):
-    assert shared.exec("no-such-command-here").code == 127
-    assert shared.exec("no-such-command-here", "x").code == 127
-    refused(shared.exec("pwd", options=["--cwd", "no/such/dir"]), 125, "no/such/dir")
-    assert shared.exec("pwd", options=["--json", "--cwd", "nosuch"]).json["host"] == "box"
-
-
-def test_cwd_and_env_reach_the_command(repo):
-    ran = repo.exec('printf "%s|%s|%s" "$A" "$B" "${PWD##*/}"', options=["--env", "A=x y=z", "--env", "B=it's $HOME\n\"q\"", "--cwd", "src"])
-    assert (ran.code, ran.out) == (0, b"x y=z|it's $HOME\n\"q\"|src")
-
-
 def test_the_promised_environment_and_nothing_of_ours(shared):
-    ran = shared.exec("env", env={"MY_LOCAL_TOKEN": "leak", "AWS_SECRET_ACCESS_KEY": "leak", "LC_X": "leak"})
+    ran = shared.exec('printf "%s|%s|%s\\n" "$A" "$B" "${PWD##*/}"; env', options=["--env", "A=x y=z", "--env", "B=it's $HOME\n\"q\"", "--cwd", "src"],
+                      env={"MY_LOCAL_TOKEN": "leak", "AWS_SECRET_ACCESS_KEY": "leak", "LC_X": "leak"})
+    assert ran.text.startswith("x y=z|it's $HOME\n\"q\"|src\n")
     seen = dict(line.split("=", 1) for line in ran.text.splitlines() if "=" in line)
-    assert (seen["CMUX_WORKSPACE"], seen["CMUX_PROJECT"], seen["CMUX_RUNTIME"]) == ("main", "project", "ssh")
-    assert seen["GIT_TERMINAL_PROMPT"] == "0" and seen["GIT_EDITOR"] == seen["EDITOR"] == seen["VISUAL"] == "true"
+    promised = {"CMUX_WORKSPACE": "main", "CMUX_PROJECT": "project", "CMUX_RUNTIME": "ssh", "GIT_TERMINAL_PROMPT": "0", "GIT_EDITOR": "true", "EDITOR": "true", "VISUAL": "true"}
+    assert {name: seen[name] for name in promised} == promised
     assert "leak" not in ran.text and not {"CMUX_SSH_HOME", "CMUX_SSH_COMMAND", "SSH_ASKPASS", "GIT_CONFIG_GLOBAL"} & set(seen)
 
 
@@ -1327,12 +1285,8 @@ def test_one_argument_is_a_line_for_bash_and_several_are_an_argv(shared):
     assert shared.exec('a=(x y); [[ ${a[1]} == y ]] && echo "$BASH_VERSION"').out.strip(), "the host has bash"
     assert shared.exec("echo", "$HOME; *").out == b"$HOME; *\n"
     assert shared.exec("echo a; echo b |\n cat # c").out == b"a\nb\n"
-
-
-@each("line", ["-e", "-c", "+x", "--version"])
-def test_a_shell_line_is_never_an_option_of_its_shell(shared, line):
-    ran = shared.exec(line, stdin=b"echo read from stdin\n")
-    assert (ran.code, ran.out) == (127, b""), ran
+    for words in ("-e", "-c", "+x", "--version", "no-such-command-here", "no-such-command-here x"):  # a line is no option of its shell
+        assert shared.exec(*words.split(), stdin=b"echo read from stdin\n").ended[:2] == (127, b""), words
 
 
 def test_login_reads_the_profile_first(shared):
@@ -1398,30 +1352,25 @@ class Nap(str):
 @promise(6)
 @compat
 def test_a_timeout_keeps_early_output_exits_124_and_leaves_no_process(shared, nap):
-    ran = shared.exec(f"echo early; {nap} & {nap}", options=["--timeout", "1"])
-    assert (ran.code, ran.out) == (124, b"early\n") and ran.seconds < 15
-    nap.gone()
+    for trap in ("", "trap '' TERM INT HUP; "):
+        ran = shared.exec(f"{trap}echo early; {nap} & {nap}", options=["--timeout", "1"])
+        assert (ran.code, ran.out) == (124, b"early\n") and ran.seconds < 15
+        nap.gone()
     assert shared.exec("echo a long time", options=["--timeout", "99999999"]).out == b"a long time\n"
     told = shared.exec(f"echo early; {nap}", options=["--timeout", "1", "--json"])
     assert told.code == 124 and told.json["timed_out"] is True and told.json["stdout"] == "early\n"
-
-
-def test_a_timeout_ends_a_command_that_ignores_term(shared, nap):
-    ran = shared.exec(f"trap '' TERM INT HUP; echo on; {nap}; {nap}", options=["--timeout", "1"])
-    assert (ran.code, ran.out) == (124, b"on\n")
 
 
 @each("stdin", ["null", "open"])
 @each("sig, code", [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
 @promise(6)
 def test_a_stopped_client_ends_the_remote_command(shared, sig, code, stdin, nap):
-    child = shared.start("exec", "--", f"echo early; {nap} & {nap}",
-                         stdin=PIPE if stdin == "open" else DEVNULL)
+    child = shared.start("exec", "--", f"echo early; {nap} & {nap}", stdin=PIPE if stdin == "open" else DEVNULL)
     assert child.stdout.readline() == b"early\n"
     nap.runs(2)
     os.killpg(child.pid, sig) if sig == signal.SIGINT else os.kill(child.pid, sig)
-    _, err = child.communicate()
-    assert child.returncode == code, err
+    ran = child.end()
+    assert ran.code == code, ran
 
 
 @promise(6)
@@ -1454,7 +1403,7 @@ def test_colours_and_progress_pass_to_a_terminal_and_nothing_else(repo, face):
         repo.ok("wait", words[-1])
     terminal = repo.terminal(*words)
     assert terminal.wait() == 0
-    label, on = ("a | ", "\x1b[1;32m") if face == "several" else ("", "\x1b[1;32m")
+    label, on = "a | " * (face == "several"), "\x1b[1;32m"
     seen = re.sub(r"\x1b\[m\x1b\[1;32m", "", terminal.output.decode())  # off between two pieces, and on again
     assert f"{label}ä \x1b[31mred\x1b[0m {on}10%\r{label}20%" in seen, seen
     assert "^[]0;t^G^[[2J^H\ufffd^[[%sm\\x9b1m\r\n" % ("8" * 43) in seen.replace("\r\r", "\r"), seen
@@ -1467,22 +1416,19 @@ def test_a_dead_master_is_a_lost_line_ends_the_command_and_the_next_call_works(r
     nap.runs()
     for master in until(site.masters, "there is a master"):
         kill(master.pid)
-    out, err = child.communicate()
-    assert child.returncode == 255
-    document = json.loads(out)
-    assert document["error"]["message"], document
+    ran = child.end()
+    assert ran.code == 255 and ran.json["error"]["message"], ran
     nap.gone()
     assert repo.exec("echo again").out == b"again\n"
 
 
-def test_a_line_cut_in_mid_command_is_a_lost_line(repo, site):
-    line, nap = site.line("far"), Nap()
+def test_a_line_cut_in_mid_command_is_a_lost_line(repo, line, nap):
     repo.new(host="far")
     child = repo.start("exec", "-H", "far", "--", f"echo early; {nap}")
     assert child.stdout.readline() == b"early\n"
     line.drop()
-    _, err = child.communicate()
-    assert child.returncode == 255 and err.strip()
+    ran = child.end()
+    assert ran.code == 255 and ran.said.strip(), ran
     nap.gone()
     assert repo.exec("echo again", host="far").out == b"again\n"
 
@@ -1526,10 +1472,10 @@ def test_a_command_that_was_sent_runs_no_second_time(site, how):
     assert waits.exists()
     line.trap = ("down", 0, lambda: (until(log.exists, "it runs"), line.drop()))  # which holds back the answer
     gate.unlink()
-    out, err = child.communicate()
-    assert child.returncode == 255, (out, err)
+    ran = child.end()
+    assert ran.code == 255, ran
     if how != "job":
-        told = json.loads(out)["error"]
+        told = ran.json["error"]
         assert told["type"] == "ConnectionLost" and "before the command was seen to begin" in told["message"] and "may still run" in told["hint"], told
     assert repo.exec("true", host="far").code == 0  # by now a second one would have begun
     assert slurp(log) == b"run\n"
@@ -1549,9 +1495,9 @@ def test_a_shell_that_is_slow_to_start_may_still_run_what_was_sent(site, tuned):
     assert site.log("slow").count("Starting session") == before + 1, "a minute each is not waited three times"
 
 
-def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo, site):
+def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo, site, nap):
     """It watches over a command whose own stdin streams, on the connection that had room."""
-    nap, mine, held = Nap(), Nap(), []
+    mine, held = Nap(), []
     repo.new()
     first = {master.pid for master in site.masters()}
     while len(site.masters()) == 1:
@@ -1565,8 +1511,8 @@ def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo, site):
     time.sleep(0.5)  # the guard is told the pid right after
     for master in site.masters():
         kill(master.pid) if master.pid not in first else None
-    out, err = child.communicate()
-    assert child.returncode == 255 and json.loads(out)["error"]["type"] == "ConnectionLost", (out, err)
+    ran = child.end()
+    assert ran.code == 255 and ran.json["error"]["type"] == "ConnectionLost", ran
     mine.gone()
     for other in held:
         other.terminate()
@@ -1638,7 +1584,7 @@ def test_what_runs_over_a_master_that_hung_goes_on_when_it_wakes(repo, site):
     assert repo.exec("true", seconds=100).code == 0
     kill(master.pid, signal.SIGCONT)
     assert repo.exec("touch go").code == 0 and len(site.masters()) == 2
-    assert child.communicate()[0] == b"on\n" and child.returncode == 4
+    assert child.end().ended == (4, b"on\n", b"")
 
 
 @each("stdin", [None, pytest.param(b"in", marks=slow)])
@@ -1652,10 +1598,9 @@ def test_a_command_whose_master_hangs_is_stopped_over_another(repo, stdin, site,
     nap.runs()
     for master in site.masters():
         kill(master.pid, signal.SIGSTOP)
-    out, err = child.communicate()
-    told = json.loads(out)
-    assert (child.returncode, told["timed_out"], told["stopped"]) == (124, True, "confirmed"), (told, err)
-    assert told["duration"] < 18, "the silent session is not waited for as long as one that answers"
+    ran = child.end()
+    assert (ran.code, ran.json["timed_out"], ran.json["stopped"]) == (124, True, "confirmed"), ran
+    assert ran.json["duration"] < 18, "the silent session is not waited for as long as one that answers"
 
 
 def test_a_timeout_comes_also_while_output_never_pauses(shared):
@@ -1670,22 +1615,20 @@ def test_a_timeout_comes_also_while_output_never_pauses(shared):
 @each("how", ["timeout", "SIGINT", "SIGTERM"])
 @each("where", ["pipe", "terminal", "several"])
 @promise(6)
-def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo, where, how):
-    nap, several = Nap(), where == "several"
-    repo.new("main", *(["b"] if several else []))
+def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo, nap, where, how):
+    several = where == "several"
+    repo.new("main", *["b"] * several)
     reader, writer = pty.openpty() if where == "terminal" else os.pipe()
-    child = Child(
-        [*compiled(), "exec", *(["--all"] if several else []), *(["--timeout", "3"] if how == "timeout" else []), "--",
-         f"{nap} & yes"], cwd=repo.dir, env=repo.site.environment(), stdin=DEVNULL, stdout=writer, stderr=PIPE)
+    child = Child([*compiled(), "exec", *["--all"] * several, *["--timeout=3"] * (how == "timeout"), "--", f"{nap} & yes"],
+                  cwd=repo.dir, env=repo.site.env, stdin=DEVNULL, stdout=writer, stderr=PIPE)
     os.close(writer)
     try:
         nap.runs()
         time.sleep(1)  # until the output is full
         if how != "timeout":
             child.send_signal(getattr(signal, how))
-        _, err = child.communicate()
-        said = b"0 of 2 succeeded" if several else b"its processes have ended"
-        assert child.returncode == (124 if how == "timeout" else 130) and said in err, err
+        ran = child.end()
+        assert ran.code == (124 if how == "timeout" else 130) and ("0 of 2 succeeded" if several else "its processes have ended") in ran.said, ran
         nap.gone()
     finally:
         child.kill()
@@ -9112,7 +9055,7 @@ REFUSALS = [(made, code, line, words) for made, code, lines in (
                "edit README --old x --new y --count 0": "", "edit README --old x --new y --count two": "", "secrets set -w main --global TOKEN": "for all projects, or for one",
                "batch -j -1": "", "batch -j x": "", "batch -w a -w b": "", "batch -w ../x": "", "batch extra": ""}),
     (True, 1, {"read none": "no file", "read src": "directory"}),
-    (True, 125, {"exec --all -w main -- true": "--all takes no -w", "exec -w main -w other -j -1 -- true": "", "exec -w main -w other -j x -- true": "", "exec -w main -w other --detach -- true": "",
+    (True, 125, {"exec --all -w main -- true": "--all takes no -w", "exec -w main -w other -j -1 -- true": "", "exec -w main -w other -j x -- true": "", "exec -w main -w other --detach -- true": "", "exec -w main --cwd no/such/dir -- pwd": "no/such/dir",
                  "exec -w main --detach --cwd nosuch -- true": "There is no directory 'nosuch' in the workspace main"}),
 ) for line, words in lines.items()]
 
