@@ -9657,7 +9657,8 @@ class Gate:
 
 
 def killed(child):
-    os.killpg(child.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
     child.communicate()
 
 
@@ -9799,115 +9800,14 @@ def test_a_line_lost_while_a_workspace_is_unpacked_makes_no_half_of_one(site):
     settled(site)
 
 
-class Lane:
-    """One kind of operation, killed again and again in a project of its own."""
-
-    def __init__(self, site, verb, seed):
-        self.verb, self.luck = verb, random.Random(f"{verb} {seed}")
-        self.repo = Repo(site, name=f"lane-{verb}", files={"nonce": verb.encode(), **{f"d/{n}": b"%d\n" % n for n in range(20)}})
-        self.first = self.repo.id("HEAD")
-        self.repo.write("README", b"second\n")
-        self.repo.write("d/3", b"changed\n")
-        self.second = self.repo.commit()
-        self.turn, self.content = 0, b"hello\n"
-        self.repo.new("main", "--ref", self.first)
-        self.path = self.repo.path()
-
-    def arrange(self):
-        """What is done next, the words of it."""
-        self.turn += 1
-        n, verb = self.turn, self.verb
-        if verb in ("write", "edit"):
-            self.stdin = b"%d " % n * 30000 if verb == "write" else b""
-            return ["write", "README"] if verb == "write" else ["edit", "src/main.c", "--old", f"main{n - 1 or ''}", "--new", f"main{n}"]
-        if verb == "pull":
-            (self.path / "README").write_bytes(b"%d\n" % n)
-        elif verb == "rm":
-            self.repo.ok("new", "-H", "box", f"w{n}")
-        return {"new": ["new", "-H", "box", f"w{n}"], "rm": ["rm", f"w{n}"], "fork": ["fork", "-w", "main", f"w{n}"], "pull": ["pull", "-w", "main"],
-                "rename": ["rename", "-w", f"w{n - 1}" if n > 1 else "main", f"w{n}"],
-                "push": ["push", "-w", "main", "--ref", self.second if n % 2 else self.first]}[verb]
-
-    def kill_once(self, words, delay):
-        with tempfile.TemporaryFile() as spool:
-            spool.write(getattr(self, "stdin", b""))
-            spool.seek(0)
-            child = self.repo.start(*words, stdin=spool)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(delay)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
-
-    def done_already(self, words):
-        """One of those that were to be killed came to its end."""
-        listed = self.repo.workspaces()
-        return {"new": words[-1] in listed, "fork": words[-1] in listed, "rename": words[-1] in listed, "rm": words[-1] not in listed,
-                "edit": self.verb == "edit" and words[-1].encode() in (self.path / "src/main.c").read_bytes()}.get(self.verb, False)
-
-    def check(self, words):
-        n, name = self.turn, words[-1]
-        if self.verb in ("new", "fork", "rename"):
-            self.path = Path(self.repo.workspaces()[name]["path"]) if self.verb == "rename" else self.path
-            self.repo.git("checkout", "-q", "-f", self.second if self.verb == "new" else self.first)
-            assert tree_of(self.repo.path(name)) == self.repo.tree()
-            self.repo.git("checkout", "-q", "-f", self.second)
-        elif self.verb == "write":
-            assert (self.path / "README").read_bytes() == self.stdin
-        elif self.verb == "edit":
-            assert (self.path / "src/main.c").read_bytes() == b"int main%d;\n" % n
-        elif self.verb == "pull":
-            assert self.repo.pulled("README") == str(n)
-        elif self.verb == "push":
-            assert (self.path / "README").read_bytes() == (b"second\n" if n % 2 else b"hello\n")
-            assert (self.path / "d/3").read_bytes() == (b"changed\n" if n % 2 else b"3\n")
-        elif self.verb == "rm":
-            assert name not in self.repo.workspaces()
-
-    def run(self, groups, kills):
-        began, took = time.monotonic(), 0.0
-        for group in range(groups + 1):
-            words = self.arrange()
-            for _ in range(kills if group else 0):
-                before = (self.path / "README").read_bytes() if self.verb == "write" else b""
-                self.kill_once(words, self.luck.uniform(0.03, took * 1.2))
-                if self.verb == "write":
-                    until(lambda before=before: (self.path / "README").read_bytes() in (before, self.stdin), "old or new, never a mix", 0.1)
-            if not (group and self.done_already(words)):
-                final = self.repo.cli(*words, stdin=getattr(self, "stdin", None))
-                assert final.code == 0 or self.done_already(words), (group, final)
-            took = time.monotonic() - began if not group else took
-            self.check(words)
-        return groups * kills
-
-
-@slow
-@promise(7)
-def test_killed_at_any_instant_a_few_hundred_times(site):
-    """Every operation that changes something, killed at random instants of it, in several projects at once. After each
-    few kills the same call succeeds and all is whole; in the end nothing runs and nothing lies about."""
-    seed = int(os.environ.get("CMUX_TEST_SEED", "0")) or random.randrange(1, 10 ** 6)
-    print(f"CMUX_TEST_SEED={seed}")
-    lanes = [Lane(site, verb, seed) for verb in ("new", "push", "write", "edit", "pull", "rm", "fork", "rename")]
-    with ThreadPoolExecutor(3) as pool:
-        counts = list(pool.map(lambda lane: lane.run(6, 6), lanes))
-    for lane in lanes:
-        listed = lane.repo.workspaces()
-        ran = lane.repo.ok("exec", "--all", "--json", "--", "git status --short")
-        assert len(ran.out.splitlines()) >= 1, ran
-        assert {p.name for p in lane.path.parent.iterdir()} == set(listed), (lane.verb, seed)
-        assert lane.repo.cli("push", "-w", sorted(listed)[0], "--force").code == 0  # a change: what the killed left is swept
-    assert sum(counts) == 288
-    settled(site)
-
-
 class Wire:
-    """A workspace over a line that breaks, and one undisturbed run to measure."""
+    """A project whose commands are called again and again: over a line that breaks, or killed."""
 
-    def __init__(self, site):
-        self.site, self.repo, self.line = site, Repo(site, files={"n": b"0\n"}), site.line("far")
-        self.repo.new(host="far")
-        self.path, self.turn = self.repo.path(), 0
+    def __init__(self, site, host="far", **project):
+        self.site, self.repo, self.host, self.turn = site, Repo(site, **project), host, 0
+        self.line = site.line(host) if host == "far" else None
+        self.repo.new(host=host)
+        self.path = self.repo.path()
 
     def measure(self, words, stdin):
         """The answer, and the bytes it took each way over a connection that was there."""
@@ -9927,14 +9827,11 @@ class Wire:
         sprung, self.line.trap = self.line.trap is None, None
         return answer, sprung
 
-    def job(self, command):
-        return self.repo.job(command, host="far")
-
 
 @shared_fixture
 def wire(keys):
     with open_site(keys) as opened:
-        yield Wire(opened)
+        yield Wire(opened, files={"n": b"0\n"})
 
 
 def case(wire, verb):
@@ -9945,14 +9842,14 @@ def case(wire, verb):
         repo.save("n", b"%d\n" % n)
     if verb in ("read", "glob", "grep", "diff", "batch", "write"):
         readme.write_bytes(b"old\n" * 9)
-    words = {"new": "new -H far " + name, "read": "read README", "write": "write README", "glob": "glob src/*", "grep": "grep main", "jobs": "jobs",
-             "push": "push -w main --force", "pull": "pull -w main", "diff": "diff -w main", "fork": "fork -w main " + name, "batch": "batch"}.get(verb, "").split()
+    words = {"new": f"new -H {wire.host} {name}", "read": "read README", "write": "write README", "glob": "glob src/*", "grep": "grep main", "jobs": "jobs",
+             "push": "push -w main" + " --force" * (wire.host == "far"), "pull": "pull -w main", "diff": "diff -w main", "fork": "fork -w main " + name, "batch": "batch"}.get(verb, "").split()
     right = lambda answer: True
     if verb == "exec":
         words = ["exec", "-w", "main", "--", "i=0; while [ $i -lt 300 ]; do echo line $i; i=$((i+1)); done; echo err >&2; exit 7"]
         return words, None, 7, lambda a: a.out == b"".join(b"line %d\n" % i for i in range(300)) and a.err == b"err\n"
     if verb in ("logs", "wait", "stop"):
-        job = wire.job("sleep 600" if verb == "stop" else "echo one; echo two; exit 9")
+        job = repo.job("sleep 600" if verb == "stop" else "echo one; echo two; exit 9", host="far")
         if verb != "stop":
             assert repo.cli("wait", job).code == 9
         return [verb, job], None, 9 if verb == "wait" else 0, lambda a: verb != "logs" or a.out == b"one\ntwo\n"
@@ -9977,7 +9874,7 @@ def case(wire, verb):
     elif verb in ("new", "fork"):
         right = lambda a: (tree_of(repo.path(name)) == (repo.tree() if verb == "new" else tree_of(wire.path)))
     elif verb in ("rename", "rm"):
-        repo.new(name, host="far")
+        repo.new(name, host=wire.host)
         words = ["rename", "-w", name, name + "x"] if verb == "rename" else ["rm", name]
         right = lambda a: (name not in repo.workspaces() and (name + "x" in repo.workspaces()) == (verb == "rename"))
     return words, None, 0, right
@@ -9998,6 +9895,48 @@ def honest(answer, verb, code, right, where):
 VERBS = ("new", "exec", "read", "write", "edit", "glob", "grep", "jobs", "logs", "wait", "stop", "push", "pull", "diff", "fork", "rename", "rm", "batch")
 
 
+ONCE = ("new", "edit", "fork", "rename", "rm")  # a second such call is refused
+
+
+def worn(site, verb, luck):
+    """One kind of operation, killed 36 times in a project of its own. After each few kills the same call succeeds, or has been done."""
+    lane, took = Wire(site, "box", name=f"lane-{verb}", files={"nonce": verb.encode(), **{f"d/{n}": b"%d\n" % n for n in range(20)}}), 0.0
+    for group in range(7):
+        words, stdin, code, right = case(lane, verb)
+        for _ in range(6 if group else 0):
+            before = slurp(lane.path / "README")
+            with tempfile.TemporaryFile() as spool:
+                spool.write(stdin or b"")
+                spool.seek(0)
+                child = lane.repo.start(*words, stdin=spool)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(luck.uniform(0.03, took * 1.2))
+            killed(child)
+            assert verb != "write" or slurp(lane.path / "README") in (before, stdin), "old or new, never a mix"
+        final = lane.repo.cli(*words, stdin=stdin)
+        assert (final.code == code or group and final.code == 1 and verb in ONCE) and right(final), (verb, group, final)
+        took = took or final.seconds
+    return lane
+
+
+@slow
+@promise(7)
+def test_killed_at_any_instant_a_few_hundred_times(site):
+    """Every operation that changes something, killed at random instants of it, in several projects at once. After all
+    is whole, nothing runs and nothing lies about."""
+    seed = int(os.environ.get("CMUX_TEST_SEED", "0")) or random.randrange(1, 10 ** 6)
+    print(f"CMUX_TEST_SEED={seed}")
+    with ThreadPoolExecutor(3) as pool:
+        lanes = list(pool.map(lambda verb: worn(site, verb, random.Random(f"{verb} {seed}")), ("new", "push", "write", "edit", "pull", "rm", "fork", "rename")))
+    for lane in lanes:
+        listed = lane.repo.workspaces()
+        lane.repo.ok("exec", "--all", "--json", "--", "git status --short")
+        assert {p.name for p in lane.path.parent.iterdir()} == set(listed), (lane.repo.dir, seed)
+        lane.repo.ok("push", "-w", sorted(listed)[0], "--force")  # a change: what the killed left is swept
+    assert len(lanes) * 36 == 288
+    settled(site)
+
+
 @slow
 @each("verb", VERBS)
 def test_the_line_cut_after_any_number_of_bytes_is_told_and_the_next_call_works(wire, verb):
@@ -10014,9 +9953,9 @@ def test_the_line_cut_after_any_number_of_bytes_is_told_and_the_next_call_works(
             hits += sprung
             assert sprung or first.code == code, (where, first)
             succeeded = honest(first, verb, code, right, where)
-            if not succeeded or verb not in ("new", "edit", "fork", "rename", "rm"):
+            if not succeeded or verb not in ONCE:
                 again = wire.repo.cli(*words, stdin=stdin)
-                if again.code == 1 and verb in ("edit", "new", "fork", "rename", "rm"):
+                if again.code == 1 and verb in ONCE:
                     assert right(again), (where, first, again)  # it was done: the answer alone was lost
                 else:
                     assert honest(again, verb, code, right, where), (where, first, again)
