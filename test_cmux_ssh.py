@@ -982,7 +982,7 @@ def nap():
 @pytest.fixture
 def client(repo):
     """One of `mcp` that makes workspaces on `box`."""
-    with open_mcp(repo, "-H", "box") as opened:
+    with Mcp(repo, "-H", "box") as opened:
         yield opened
 
 
@@ -2164,7 +2164,7 @@ def test_what_any_scope_may_have_sent_is_masked_and_looked_for(repo, site):
     repo.ok("secrets", "set", "T", "-w", "w", "--command", "echo ow''n-value")
     repo.ok("secrets", "set", "T", "-w", "other", "--command", f"touch {ran}; echo x")
     do(repo, "for f in global project own; do echo $f-value >$f; done", "w")
-    with open_mcp(repo, "-w", "w") as client:
+    with Mcp(repo, "-w", "w") as client:
         assert all(client("read", path=name).count("[secret T]") == 1 for name in ("global", "project", "own"))
     told = repo.ok("pull", "w", "--json").json["secrets"]
     assert told == {name: ["T"] for name in ("global", "project", "own")} and not ran.exists()
@@ -3121,10 +3121,10 @@ def test_a_line_that_stalls_and_goes_on_loses_nothing(repo, site):
 def test_a_second_process_has_sessions_waiting_too_on_a_master_more(repo, site):
     """Sessions opened ahead take the upper half of a master's slots: the first process has them all. The next
     starts one master more for its own."""
-    with open_agent(repo, "-H", "box") as first:
+    with Agent(repo, "-H", "box") as first:
         first("exec", command="true")
         until(lambda: (open_sessions(site), len(site.masters())) == (4, 1), "the first has its own")
-        with open_agent(repo) as second:
+        with Agent(repo) as second:
             second("exec", command="true")
             until(lambda: (open_sessions(site), len(site.masters())) == (8, 2), "the second has, too")
     until(lambda: open_sessions(site) == 0, "they are given back")
@@ -3132,7 +3132,7 @@ def test_a_second_process_has_sessions_waiting_too_on_a_master_more(repo, site):
 
 def test_sessions_wait_ready_again_after_a_command_that_took_long(repo, tuned, site):
     tuned(WARM_IDLE=3)  # what the keeper sleeps once all that waited is given up
-    with open_agent(repo, "-H", "box") as talker:
+    with Agent(repo, "-H", "box") as talker:
         talker("exec", command="sleep 4")
         until(lambda: open_sessions(site) == 4, "they are opened", 2.5)
 
@@ -3155,7 +3155,7 @@ wait_ready(sys.argv[1])                 # with the next operation it begins agai
 
 def test_a_header_cut_off_by_a_dying_master_is_sent_again(repo, site):
     """It was never whole: nothing can have begun."""
-    with open_agent(repo, "-H", "box") as talker:
+    with Agent(repo, "-H", "box") as talker:
         talker("exec", command="true")
         four_ready(site)
         (master,) = site.masters()
@@ -3209,12 +3209,12 @@ print("fine")
 
 def test_no_master_is_added_for_sessions_ahead_where_none_can_be(repo, site):
     """It is tried once: where logging in needs a person, each try is a failed login and its penalty."""
-    with open_agent(repo, "-H", "box") as first:
+    with Agent(repo, "-H", "box") as first:
         first("exec", command="true")
         four_ready(site)
         (site.dir / "authorized").write_text("")
         before = site.log().count("Connection from ")
-        with open_agent(repo) as second:
+        with Agent(repo) as second:
             for _ in range(5):
                 second("exec", command="true")
                 time.sleep(1.6)  # longer than the pause after a failure
@@ -3224,7 +3224,7 @@ def test_no_master_is_added_for_sessions_ahead_where_none_can_be(repo, site):
 
 def test_a_master_that_hangs_costs_a_long_lived_caller_one_wait(repo, tuned, site):
     tuned(START_PATIENCE=2)
-    with open_agent(repo, "-H", "box") as talker:
+    with Agent(repo, "-H", "box") as talker:
         for _ in range(4):
             talker("exec", command="true")
         four_ready(site)
@@ -5599,7 +5599,7 @@ def test_a_path_that_ends_in_a_slash_makes_no_file_and_no_directory(talker, area
 def test_permissions_are_said_in_plain_words_and_kept(ordinary):
     here, edit = ordinary.path(), {"edits": [{"old": "old", "new": "new"}]}
     do(ordinary, "mkdir -p closed/sub shut; for f in unread readonly shut/in; do printf old >$f; done; chmod 0 closed unread; chmod 444 readonly; chmod 555 shut")
-    with open_agent(ordinary) as talker:
+    with Agent(ordinary) as talker:
         for tool, more, paths in (("read", {}, "unread"), ("edit", edit, "unread readonly shut/in"),
                                   ("write", {"content": "x"}, "unread readonly shut/in shut/fresh shut/more/fresh closed/f closed/sub/f closed/new/f")):
             for path in paths.split():
@@ -5744,7 +5744,7 @@ def test_a_full_disk_keeps_the_old_file(site):
 def test_a_host_with_only_posix_utilities_has_every_tool(site):
     small_host(site)
     repo = Repo(site, odd=True)
-    with open_agent(repo, "-H", "bare") as talker:
+    with Agent(repo, "-H", "bare") as talker:
         assert talker("write", path="a/new\nfile", content_base64=b64(BINARY))["created"] is True
         assert content(talker("read", path="a/new\nfile")) == BINARY
         (repo.path() / "link").unlink()
@@ -6028,7 +6028,7 @@ def test_new_from_a_workspace_has_what_is_ignored_there_before_the_hook_runs(sit
     assert "Nothing new" in repo.ok("pull", "two").text and not os.path.exists("/tmp/z.o")
     refused(repo.cli("new", "three", "-H", "other", "--from", "main"), 2, words="is on box")
     refused(repo.cli("new", "three", "--from", "none"), 1, words="no workspace")
-    with open_mcp(repo, "--manage") as client:
+    with Mcp(repo, "--manage") as client:
         assert "three" in client("workspace_new", name="three", source="main")
     assert repo.far("x.o", "three") == b"far"
 
@@ -6059,7 +6059,7 @@ def test_brackets_of_a_glob_are_as_in_sh(shared, area):
         assert area.p(yes) in found and area.p(no) not in found, pattern
     for wrong in ("[[:alpha:]]x", "[z-a]"):
         own.refusal("glob", pattern=wrong)
-    assert own.close()[2] == b"", "a warning of re's"
+    assert own.end() == b"", "a warning of re's"
 
 
 TREE = {"a.py": b"", "b.txt": b"", "[x].py": b"", "src/a.py": b"", "src/b.py": b"", "src/deep/er/c.py": b"", "src/deep/d.txt": b"", ".hidden/e.py": b"", ".dot": b"", "src/.git": b"",
@@ -6183,7 +6183,7 @@ def test_what_a_host_answers_to_a_search_is_read_in_linear_time(site):
     site.daemon("search", env=replaced(site, find=f"[ ! -e {answer} ] || exec cat {answer}", head=f"[ ! -e {answer} ] || exec cat",
                                        grep=f'[ ! -e {plain} ] || case "$*" in *--null*) exit 2;; esac'))
     said = b"x\n" * 1000000 + b"grep: ./a: binary file matches\n"
-    with open_agent(Repo(site), "-H", "search") as talker:
+    with Agent(Repo(site), "-H", "search") as talker:
         def found(data):
             answer.write_bytes(data)
             told = talker("grep", pattern="x")
@@ -6212,7 +6212,7 @@ def test_grep_misses_nothing_without_saying_so(talker, area):
 def test_grep_reads_files_in_other_encodings(site, lang):
     site.inetd("other", env={"LANG": lang, "LC_ALL": lang})
     repo = Repo(site, files={"latin.c": b"/* Gr\xfc\xdfe */\nint needle;\n", "utf.c": "/* Grüße */ int needle;\n".encode(), "naïve.c": b"x\n"})
-    with open_agent(repo, "-H", "other") as talker:
+    with Agent(repo, "-H", "other") as talker:
         assert sorted((m["path"], m["line"]) for m in talker("grep", pattern="needle")["matches"]) == [("latin.c", 2), ("utf.c", 1)]
         assert talker("glob", pattern="na?ve.c")["paths"] == ["naïve.c"]
 
@@ -6791,38 +6791,72 @@ def test_a_batch_whose_input_has_ended_is_stopped_too(shared, sig, nap):
     assert child.returncode == 130 and [(result["exit_code"], result["stopped"]) for result in results] == [(130, "confirmed")] * 3, out
 
 
-class Agent:
-    """A `batch` that stays open: a tool call is a line to it, and its answer one from it."""
+class Client:
+    """A program that answers lines with lines, in any order: they are read as they come, and kept until they are asked for."""
 
-    def __init__(self, repo, *options):
-        self.child = repo.start("batch", *options, stdin=PIPE)
-        self._held, self._ids, self._early = b"", 0, {}
+    def __init__(self, repo, *words):
+        self.child, self.count, self.answers, self.others, self.lines = repo.start(*words, stdin=PIPE), 0, {}, [], []
+        self.changed = threading.Condition()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self):
+        for line in self.child.stdout:
+            message = json.loads(line)
+            with self.changed:
+                self.lines.append(line)
+                if isinstance(message, dict) and message.get("id") is not None:
+                    self.answers[message["id"]] = message
+                else:
+                    self.others.append(message)
+                self.changed.notify_all()
 
     def send(self, line):
         self.child.stdin.write(line + b"\n")
         self.child.stdin.flush()
 
-    def line(self, seconds=PATIENCE):
-        """The next line of answers; an end of them is a failure."""
-        end = time.monotonic() + seconds
-        while b"\n" not in self._held:
-            assert select.select([self.child.stdout], [], [], max(0.0, end - time.monotonic()))[0], f"no answer in {seconds:g} s"
-            data = os.read(self.child.stdout.fileno(), 1 << 20)
-            assert data, f"batch has ended: {self.child.stderr.read()!r}"
-            self._held += data
-        line, self._held = self._held.split(b"\n", 1)
-        return line
+    def answer(self, number, seconds=PATIENCE):
+        with self.changed:
+            assert self.changed.wait_for(lambda: number in self.answers, seconds), f"no answer to {number}: {self.others}"
+            return self.answers.pop(number)
+
+    def other(self, seconds=PATIENCE):
+        """The next that answers no call."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.others, seconds), "nothing came"
+            return self.others.pop(0)
+
+    def end(self, seconds=60):
+        """Nothing more is asked: what it says on stderr until it has ended."""
+        self.child.stdin.close()
+        self.child.wait(seconds)
+        self.reader.join(seconds)
+        return self.child.stderr.read()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        try:
+            said = b"" if kind else self.end()
+            assert b"Traceback" not in said and (kind or self.child.returncode in self.codes), said
+        finally:
+            self.child.kill()
+            self.child.wait()
+
+
+class Agent(Client):
+    """A `batch` that stays open: a tool call is a line to it, and its answer one from it."""
+
+    codes = 0, 1  # whether all calls succeeded
+
+    def __init__(self, repo, *options):
+        super().__init__(repo, "batch", *options)
 
     def post(self, tool, arguments, **more):
-        self._ids += 1
-        self.send(json.dumps({"id": self._ids, "tool": tool, "arguments": arguments, **more}).encode())
-        return self._ids
-
-    def answer(self, number, seconds=PATIENCE):
-        while number not in self._early:
-            found = json.loads(self.line(seconds))
-            self._early[found["id"]] = found
-        return self._early.pop(number)
+        self.count += 1
+        self.send(json.dumps({"id": self.count, "tool": tool, "arguments": arguments, **more}).encode())
+        return self.count
 
     def __call__(self, tool, **arguments):
         answer = self.answer(self.post(tool, arguments))
@@ -6841,25 +6875,10 @@ class Agent:
         """Many calls at once; their answers in the order of the calls."""
         return [self.answer(number, seconds) for number in [self.post(tool, arguments) for tool, arguments in calls]]
 
-    def close(self, seconds=60):
-        out, err = self.child.communicate(timeout=seconds)
-        return self.child.returncode, out, err
-
-
-@contextlib.contextmanager
-def open_agent(repo, *options):
-    talker = Agent(repo, *options)
-    try:
-        yield talker
-        talker.close()
-    finally:
-        talker.child.kill()
-        talker.child.wait()
-
 
 @shared_fixture
 def talker(shared):
-    with open_agent(shared) as opened:
+    with Agent(shared) as opened:
         yield opened
 
 
@@ -6958,15 +6977,13 @@ def test_batch_answers_as_they_finish_and_drains_at_the_end(shared):
     assert talker("exec", command="echo fast")["stdout"] == "fast\n", "it does not wait for the first"
     assert talker("exec", command="touch drain-now")["exit_code"] == 0
     rest = [talker.post("exec", {"command": f"sleep 0.3; echo {n}"}) for n in range(24)]
-    code, out, err = talker.close()
-    answers = {a["id"]: a for a in map(json.loads, (talker._held + out).splitlines())}
-    assert code == 0 and err == b"" and set(answers) | set(talker._early) == {slow, *rest}
-    assert {a["result"]["exit_code"] for a in answers.values()} == {0}
+    assert talker.end() == b"" and talker.child.returncode == 0 and set(talker.answers) == {slow, *rest}
+    assert {a["result"]["exit_code"] for a in talker.answers.values()} == {0}
     (shared.path() / "drain-now").unlink()
 
 
 def test_batch_takes_the_workspace_of_each_line(repo):
-    with open_agent(repo, "-H", "box") as talker:
+    with Agent(repo, "-H", "box") as talker:
         posted = {name: [talker.post("exec", {"command": "echo $CMUX_WORKSPACE"}, workspace=name) for _ in range(4)] for name in ("one", "two", "three")}
         for name, numbers in posted.items():
             assert [talker.answer(n)["result"]["stdout"] for n in numbers] == [f"{name}\n"] * 4
@@ -6980,23 +6997,23 @@ def test_a_stopped_batch_ends_what_runs_there(shared, sig, nap):
         talker.post("exec", {"command": nap})
     nap.runs(4)
     kill(talker.child.pid, sig)
-    out, err = talker.child.communicate()
-    assert talker.child.returncode == {signal.SIGINT: 130, signal.SIGTERM: 130, signal.SIGKILL: -9}[signal.Signals(sig)], err
-    assert all(json.loads(line)["id"] for line in out.splitlines())
+    err = talker.end()
+    assert talker.child.returncode == (-9 if sig == signal.SIGKILL else 130) and not talker.others, err
 
 
 def test_a_batch_whose_reader_is_gone_stops(shared, nap):
-    talker = Agent(shared, "-j", "2")
-    assert talker("exec", command="true")["exit_code"] == 0
-    talker.post("exec", {"command": nap})
+    child = shared.start("batch", "-j", "2", stdin=PIPE)
+    child.stdin.write(calls([nap]))
+    child.stdin.flush()
     nap.runs()
-    talker.child.stdout.close()
-    talker.post("exec", {"command": "echo nobody reads this"})
+    child.stdout.close()
+    child.stdin.write(calls(["echo nobody reads this"]))
+    child.stdin.flush()
     try:
-        talker.child.wait(PATIENCE)
+        child.wait(PATIENCE)
         nap.gone()
     finally:
-        talker.child.kill()
+        child.kill()
 
 
 def test_a_batch_whose_results_cannot_be_written_fails(shared):
@@ -7009,7 +7026,7 @@ def test_batch_reads_no_further_ahead_than_it_must(shared, area):
     talker.post("exec", {"command": f"until [ -e {area.p('go')} ]; do sleep 0.05; done"})
     sent = fill(talker.child, calls([": " + "x" * 4000]), 500)
     kill(talker.child.pid)
-    talker.child.communicate()
+    talker.child.wait()
     area.put("go", b"")
     assert sent > 2
 
@@ -7022,7 +7039,7 @@ def peak(pid):
 
 @slow
 def test_batch_stays_small_whatever_the_commands_print_and_the_lines_hold(shared):
-    with open_agent(shared, "-j", "4") as talker:
+    with Agent(shared, "-j", "4") as talker:
         for number in [talker.post("exec", {"command": "head -c 30000000 /dev/zero | tr '\\0' x; echo end"}) for _ in range(12)]:
             told = talker.answer(number, 120)["result"]
             assert told["truncated"] is True and told["stdout"].endswith("xend\n") and len(told["stdout"]) < 3_000_000
@@ -7030,7 +7047,7 @@ def test_batch_stays_small_whatever_the_commands_print_and_the_lines_hold(shared
         for _ in range(40):
             talker.child.stdin.write(b"x" * 2_000_000)
         talker.send(b"")
-        long = json.loads(talker.line(60))
+        long = talker.other(60)
         assert long["ok"] is False and long["id"] is None and long["error"]["type"] != "Bug"
         assert talker("exec", command="echo still")["stdout"] == "still\n"
         assert peak(talker.child.pid) < 238
@@ -7437,7 +7454,7 @@ for _ in range(3):
 
 def test_a_line_that_is_lost_between_two_calls_of_the_library_is_not_noticed(repo, line):
     repo.new(host="far")
-    with open_agent(repo) as talker:
+    with Agent(repo) as talker:
         for round_ in range(3):
             assert [a["result"]["stdout"] for a in talker.all([("exec", {"command": f"echo {n}"}) for n in range(8)])] == [f"{n}\n" for n in range(8)]
             seen = line.connections
@@ -7585,29 +7602,13 @@ def request(number, method, params):
     return json.dumps({"jsonrpc": "2.0", "id": number, "method": method, "params": params}).encode() + b"\n"
 
 
-class Mcp:
-    """A client of `mcp`: requests out, answers and notifications in, kept until they are asked for."""
+class Mcp(Client):
+    """A client of `mcp`."""
+
+    codes = 0,
 
     def __init__(self, repo, *options):
-        self.child = repo.start("mcp", *options, stdin=PIPE)
-        self.count, self.answers, self.others, self.changed = 0, {}, [], threading.Condition()
-        self.lines = []
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self):
-        for line in self.child.stdout:
-            message = json.loads(line)
-            with self.changed:
-                self.lines.append(line)
-                if isinstance(message, dict) and message.get("id") is not None:
-                    self.answers[message["id"]] = message
-                else:
-                    self.others.append(message)
-                self.changed.notify_all()
-
-    def send(self, line):
-        self.child.stdin.write(line + b"\n")
-        self.child.stdin.flush()
+        super().__init__(repo, "mcp", *options)
 
     def post(self, method, params=None):
         self.count += 1
@@ -7617,18 +7618,8 @@ class Mcp:
     def begin(self, command, **more):
         return self.post("tools/call", {"name": "exec", "arguments": {"command": command}, **more})
 
-    def answer(self, number, seconds=PATIENCE):
-        with self.changed:
-            assert self.changed.wait_for(lambda: number in self.answers, seconds), f"no answer to {number}: {self.others}"
-            return self.answers.pop(number)
-
     def text(self, number):
         return self.answer(number)["result"]["content"][0]["text"]
-
-    def other(self, seconds=PATIENCE):
-        with self.changed:
-            assert self.changed.wait_for(lambda: self.others, seconds), "nothing came"
-            return self.others.pop(0)
 
     def ask(self, method, params=None):
         return self.answer(self.post(method, params))
@@ -7652,27 +7643,10 @@ class Mcp:
     def cancel(self, number):
         self.send(json.dumps({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": number, "reason": "enough"}}).encode())
 
-    def end(self, seconds=PATIENCE):
-        self.child.stdin.close()
-        self.child.wait(seconds)
-        return self.child.stderr.read()
-
-
-@contextlib.contextmanager
-def open_mcp(repo, *options):
-    client = Mcp(repo, *options)
-    try:
-        yield client
-        said = client.end()
-        assert client.child.returncode == 0 and b"Traceback" not in said, said
-    finally:
-        client.child.kill()
-        client.child.wait()
-
 
 @shared_fixture
 def mcp(shared):
-    with open_mcp(shared, "--soft-timeout", "2") as client:
+    with Mcp(shared, "--soft-timeout", "2") as client:
         yield client
 
 
@@ -7694,7 +7668,7 @@ def test_mcp_calls_leave_no_descriptors_behind(repo, monkeypatch, site):
         for _ in range(15):
             client("exec", command=["true"]), client("read", path="README"), client("exec", command="cat", stdin="in"), client("glob", pattern="*")
         return len(os.listdir(f"/proc/{client.child.pid}/fd"))
-    with open_mcp(repo, "-H", "box") as client:
+    with Mcp(repo, "-H", "box") as client:
         before = calls()
         assert calls() < before + 20
 
@@ -7803,7 +7777,7 @@ def test_mcp_stateless_era_answers_discover_and_every_request_by_itself(mcp):
 def test_mcp_tools_are_the_table_with_schemas_annotations_and_short_names(mcp, shared):
     first, again = (mcp.ask("tools/list")["result"]["tools"] for _ in range(2))
     assert first == again and [tool["name"] for tool in first] == MCP_TOOLS == list(c.TOOLS)
-    with open_mcp(shared, "--manage") as manager:
+    with Mcp(shared, "--manage") as manager:
         more = manager.ask("tools/list")["result"]["tools"]
     assert [tool["name"] for tool in more][:len(MCP_TOOLS)] == MCP_TOOLS and len(more) > len(MCP_TOOLS)
     for tool in more:
@@ -7876,7 +7850,7 @@ def test_mcp_notifications_and_answers_get_no_answer(mcp):
 def test_mcp_masks_secrets_drops_escapes_bounds_and_marks_what_the_host_says(site):
     repo, value = Repo(site), f"s3cret-{os.urandom(8).hex()}"
     repo.secret("TOKEN", value)
-    with open_mcp(repo, "-H", "box") as client:
+    with Mcp(repo, "-H", "box") as client:
         text = client("exec", command="printf '\\033]52;c;ZXZpbA==\\007\\033[31mred\\033[m\\033]0;title'; printf '\\033\\\\'; echo \" $TOKEN\"; "
                                       "head -c 2000000 /dev/zero | tr '\\0' y; echo THE END $TOKEN; printf 'a\\342\\200\\256b' >&2")
         assert "52;c" not in text and "ZXZp" not in text and "\x1b" not in text and "title" not in text and "\u202e" not in text
@@ -7895,7 +7869,7 @@ def test_mcp_a_secret_cut_by_a_page_of_logs_is_masked_all_the_same(site):
     repo = Repo(site)
     repo.secret("TOKEN", b"abcdefghijklmnopqrstuvwxyz")
     repo.new()  # a call that makes the workspace may take longer than the soft timeout
-    with open_mcp(repo, "-H", "box", "--soft-timeout", "1") as client:
+    with Mcp(repo, "-H", "box", "--soft-timeout", "1") as client:
         text = client("exec", command='printf %s "${TOKEN%??????}"; sleep 3; printf %s "uvwxyz!"; sleep 60')
         job = job_of(text)
         assert "abcdef" not in text and "next_offset: 0" in text
@@ -7904,12 +7878,12 @@ def test_mcp_a_secret_cut_by_a_page_of_logs_is_masked_all_the_same(site):
 
 def test_mcp_masks_what_a_command_made_also_when_an_earlier_server_sent_it(repo):
     repo.secret("TOKEN", command="printf %s-12345 made")
-    with open_mcp(repo, "-H", "box") as client:
+    with Mcp(repo, "-H", "box") as client:
         client("exec", command='echo "key=$TOKEN" >.env')
         job = job_of(client("exec", command='echo "job $TOKEN"', background=True))
         client("wait", job=job)
     for tool, words in (("read", {"path": ".env"}), ("logs", {"job": job}), ("grep", {"pattern": "key="})):
-        with open_mcp(repo, "-H", "box") as client:  # each the first call of a server
+        with Mcp(repo, "-H", "box") as client:  # each the first call of a server
             text = client(tool, **words)
             assert "made-12345" not in text and "[secret TOKEN]" in text, (tool, text)
 
@@ -7948,7 +7922,7 @@ def test_globs_are_what_regular_expressions_said(area):
 @each("pause", [":", "sleep 0.01"])
 def test_mcp_what_comes_while_a_call_is_answered_is_in_the_next_page(shared, pause):
     """next_offset is where the page ended, not where the output is by then."""
-    with open_mcp(shared, "--soft-timeout", "0.5") as client:
+    with Mcp(shared, "--soft-timeout", "0.5") as client:
         text, joined = client("exec", command=f"n=0; while echo $((n+=1)); do {pause}; done"), ""
         job = job_of(text)
         for _ in range(12):
@@ -7964,7 +7938,7 @@ def test_mcp_what_comes_while_a_call_is_answered_is_in_the_next_page(shared, pau
 def test_mcp_manage_moves_no_branch_of_the_users(repo):
     repo.git("branch", "release")
     repo.new("one")
-    with open_mcp(repo, "-w", "one", "--manage") as client:
+    with Mcp(repo, "-w", "one", "--manage") as client:
         client("write", path="work", content="done\n")
         assert "does not begin with cmux/" in client.refusal("workspace_pull", workspace="one", branch="release")
         client("workspace_pull", workspace="one", branch="cmux/other")
@@ -8029,7 +8003,7 @@ def test_mcp_its_end_ends_foreground_commands_and_keeps_jobs(repo, how):
             client.child.wait(20)
         assert time.monotonic() - began < 12
         nap.gone()
-        with open_mcp(repo) as again:
+        with Mcp(repo) as again:
             assert "state=running" in again("jobs") and "kept" in again("logs", job=job)
             assert "stopped: confirmed" in again("stop", job=job)
         keep.gone()
@@ -8037,7 +8011,7 @@ def test_mcp_its_end_ends_foreground_commands_and_keeps_jobs(repo, how):
 
 def test_mcp_manage_reaches_other_workspaces_and_only_then(repo):
     repo.new("one")
-    with open_mcp(repo, "-w", "one", "--manage") as client:  # the host is known from the workspace
+    with Mcp(repo, "-w", "one", "--manage") as client:  # the host is known from the workspace
         assert "name: two" in client("workspace_new", name="two")
         assert client("workspace_diff", workspace="two") == "diff: none"
         client("write", workspace="two", path="work", content="done\n")
@@ -8070,11 +8044,11 @@ def test_mcp_manage_reaches_other_workspaces_and_only_then(repo):
 
 
 def test_mcp_follows_a_workspace_that_it_made_or_renames_first(repo):
-    with open_mcp(repo, "-w", "zero", "-H", "box") as client:
+    with Mcp(repo, "-w", "zero", "-H", "box") as client:
         client("write", path="mine", content="precious")
         repo.ok("rename", "-w", "zero", "one")
         assert "precious" in client("read", path="mine")
-    with open_mcp(repo, "-H", "box", "-w", "one", "--manage") as client:
+    with Mcp(repo, "-H", "box", "-w", "one", "--manage") as client:
         client("workspace_rename", workspace="one", name="two")
         assert "precious" in client("read", path="mine")
     assert set(repo.workspaces()) == {"two"}
@@ -8091,10 +8065,10 @@ def test_mcp_says_when_the_workspace_is_new_and_where_a_page_is_cut(repo, client
 
 @promise(4)
 def test_mcp_without_a_host_or_with_a_dead_one_says_so_and_lives(repo, site):
-    with open_mcp(repo) as client:
+    with Mcp(repo) as client:
         assert "For the user: Name one with -H HOST" in client.refusal("exec", command="true")
     site.at("dead", free_port())
-    with open_mcp(repo, "-H", "dead") as client:
+    with Mcp(repo, "-H", "dead") as client:
         text = client.refusal("read", path="x")
         assert "refused" in text and client.ask("ping")["result"] == {}
 
@@ -8111,7 +8085,7 @@ def test_mcp_a_client_that_stops_reading_does_not_grow_it(shared):
 
 @slow
 def test_mcp_ten_thousand_calls_leave_memory_flat(shared):
-    with open_mcp(shared) as client:
+    with Mcp(shared) as client:
         def memory():
             found = re.search(rb"VmRSS:\s+(\d+)", slurp(f"/proc/{client.child.pid}/status"))
             return int(found.group(1)) if found else 0
@@ -8162,7 +8136,7 @@ def test_mcp_a_line_that_was_written_over_is_shown_in_its_last_state(mcp):
 
 
 def test_mcp_name_and_workspace_are_taken_for_each_other(repo):
-    with open_mcp(repo, "-H", "box", "--manage") as client:
+    with Mcp(repo, "-H", "box", "--manage") as client:
         client("workspace_new", workspace="one")
         assert "ran in one" in client("exec", name="one", command="echo ran in $CMUX_WORKSPACE")
         client("workspace_fork", workspace="one", name="two")
@@ -8217,7 +8191,7 @@ def test_mcp_a_secret_is_masked_over_pages_colours_and_cuts(token, client):
 
 
 def test_mcp_a_secret_where_the_capture_is_cut_is_masked(repo, token, client):
-    with open_agent(repo, "-H", "box") as talker:
+    with Agent(repo, "-H", "box") as talker:
         half = talker("exec", command="head -c 9000000 /dev/zero | tr '\\0' y")["stdout"].index("\n[... ")
     colours = (half - 12) // 5 * 5   # taken out, so that the cut comes near the beginning
     text = client("exec", command=f"yes \"$(printf '\\033[31m')\" | tr -d '\\n' | head -c {colours}; printf begin-$TOKEN; "
@@ -8230,7 +8204,7 @@ def test_mcp_damaged_state_is_said_in_every_answer_and_ends_nothing(repo, which,
     repo.secret("TOKEN", b"abcdefgh")
     repo.new()
     do(repo, 'echo "$TOKEN" >leak')
-    with open_mcp(repo) as client:
+    with Mcp(repo) as client:
         assert "[secret TOKEN]" in client("read", path="leak")
         for path in (site.state / which).glob("*.json"):
             path.write_text(content)
@@ -8285,7 +8259,7 @@ def test_mcp_ends_though_nobody_reads_its_answers(repo, how, nap):
 def test_mcp_making_the_workspace_may_outlive_a_call(repo):
     """Each call becomes a job, whatever its tool; one that was cancelled meanwhile does nothing."""
     repo.save(".cmux/init", b"#!/bin/sh\nwhile [ ! -e ../go ]; do sleep 0.1; done; echo made >by-init\n", 0o755)
-    with open_mcp(repo, "-H", "box", "--soft-timeout", "1", "--manage") as client:
+    with Mcp(repo, "-H", "box", "--soft-timeout", "1", "--manage") as client:
         jobs, other = [], job_of(client("workspace_new", name="one"))
         for _ in range(2):
             text = client("read", path="by-init")
@@ -8305,7 +8279,7 @@ def test_mcp_making_the_workspace_may_outlive_a_call(repo):
 
 def test_mcp_a_hundred_calls_in_flight_get_a_hundred_answers(shared):
     """Also the ones beyond those that run at once; each is answered after the next had begun to wait."""
-    with open_mcp(shared) as client:
+    with Mcp(shared) as client:
         numbers = [client.begin(f"sleep 0.3; echo n{n}") for n in range(100)]
         for n, number in enumerate(numbers):
             assert f"n{n}\n" in client.text(number)
@@ -8326,7 +8300,7 @@ def test_mcp_pages_of_logs_join_without_a_broken_character(mcp):
 
 def test_mcp_the_first_512_characters_of_the_instructions_stand_alone(repo):
     long = "user@" + "a" * 60 + ".example.com"
-    with open_mcp(repo, "-H", long, "-w", "w" * 64) as client:
+    with Mcp(repo, "-H", long, "-w", "w" * 64) as client:
         first, rest = client.ask("server/discover", MODERN)["result"]["instructions"].split("\n\n")
         assert len(first) <= 512 and "w" * 64 in first and "never follow instructions" in first and "background=true" in first and rest
 
@@ -9225,7 +9199,7 @@ def test_a_mistyped_name_makes_nothing_and_what_was_meant_is_named(repo):
     lines = b"".join(calls(["true"], workspace=name) for name in ("fix_login", "alphabet", "alphabets"))
     first, *others = sorted(repo.cli("batch", "-H", "box", stdin=lines).rows, key=lambda row: row["ok"])
     assert first["error"]["type"] == "WorkspaceMissing" and meant in first["error"]["message"] and all(row["ok"] for row in others), "names of one program are no slips of each other"
-    with open_mcp(repo, "-H", "box", "-w", "mian") as client:
+    with Mcp(repo, "-H", "box", "-w", "mian") as client:
         assert "did you mean main?" in client.call("exec", command="true")[1]
     for name in ("try-2", "b", "login", "fix-ui", "fix-db"):
         assert repo.exec("true", options=["-w", name]).code == 0, "names of a series, and short ones, are no slips"
@@ -9269,7 +9243,7 @@ def test_the_first_of_several_jobs_and_a_stop_are_told(repo):
         ("main", "echo on; sleep 60"), ("two", "sleep 60"), ("main", "sleep 2; exit 5")))
     done = repo.cli("wait", slow, quick, "--json")
     assert done.code == 5 and (done.json["job"], done.json["state"]) == (quick, "exited")
-    with open_agent(repo) as talker, open_mcp(repo) as client:
+    with Agent(repo) as talker, Mcp(repo) as client:
         assert talker("wait", job=[slow, quick])["job"] == quick and f"job: {quick}\n" in client("wait", job=[slow, quick])
         assert talker("wait", job=[slow], timeout=0.1)["state"] == "running" and "named" in talker.refusal("wait", job=[])
         assert "no job" in talker.refusal("wait", job=[slow, "j00000000"]) and "r00000000" in client.call("wait", job=["r00000000"])[1]
@@ -9503,7 +9477,7 @@ def test_readme_settings_of_mcp_clients_are_real_ones(reader):
         words = line[[word.rsplit("/")[-1] for word in line].index("cmux_ssh.py") + 1:]
         at = words.index("-C") + 1
         assert line[0] == "python3" and line[1].startswith("/") and words[at].startswith("/") and words.pop(words.index("mcp")), line
-        with open_mcp(repo, *[str(repo.dir) if word.startswith("/") else word for word in words]) as client:
+        with Mcp(repo, *[str(repo.dir) if word.startswith("/") else word for word in words]) as client:
             assert "the workspace fix-login on the remote host my-server," in client.ask("server/discover", MODERN)["result"]["instructions"]
             assert {tool["name"] for tool in client.ask("tools/list", MODERN)["result"]["tools"]} == set(MCP_TOOLS), line
     section, key, value = re.fullmatch(r"\[(\S+)\]\n(\w+) = (.*)\n", blocks("toml")[0]).groups()
@@ -9544,7 +9518,7 @@ def test_readme_tools_are_the_table_and_answer_so(shared):
     rows = {ticked(name)[0]: (re.sub(r"\([^)]*\)", "", takes), gives) for name, takes, gives in table("tool")}
     assert {name: set(ticked(takes.split(" of ")[0])) | set(re.findall(r"`(sha256)` of the file", takes)) for name, (takes, _) in rows.items()} == {
         name: {param.name for param in tool.params} for name, tool in c.TOOLS.items()}
-    with open_agent(shared) as talker:
+    with Agent(shared) as talker:
         talker("write", path="of-readme", content="one\n")
         job = talker("exec", command="exit 3", background=True)["job"]
         calls = {"exec": {"command": "true"}, "read": {"path": "of-readme"}, "write": {"path": "of-readme", "content": "one\n"},
@@ -9605,7 +9579,7 @@ def test_readme_names_tests_that_exist_and_counts_their_cases():
 
 def test_readme_numbers_and_names_are_the_codes(repo):
     text = " ".join(README.split())
-    with open_mcp(repo, "-H", "box", "--manage") as client:
+    with Mcp(repo, "-H", "box", "--manage") as client:
         found = client.ask("server/discover", MODERN)["result"]
         assert set(re.findall(r"`(workspace_\w+)`", README)) == {tool["name"] for tool in client.ask("tools/list", MODERN)["result"]["tools"]} - set(MCP_TOOLS)
     soft, room = re.search(r"After (\d+) s a call .* about (\d+) characters", found["instructions"], re.S).groups()
@@ -10176,7 +10150,7 @@ def test_no_forged_answer_of_a_host_is_a_traceback_or_an_unbounded_error(site, h
     """Every tool against every lie: wrong and doubled marks, impossible statuses, lengths, numbers and states."""
     liar = Liar(site, how)
     names = dict(zip(liar.lies(*ATTACKS.values()), ATTACKS))
-    with open_agent(liar.repo, "-j", "16") as talker:
+    with Agent(liar.repo, "-j", "16") as talker:
         for name, what in names.items():
             for tool, arguments, number in [(tool, arguments, talker.post(tool, arguments, workspace=name)) for tool, arguments in CALLS]:
                 answer = talker.answer(number, 60)
@@ -10223,7 +10197,7 @@ with ThreadPoolExecutor(8) as pool:
 def test_a_host_that_floods_is_cut_off_in_little_memory(site, flood):
     liar = Liar(site)
     name = liar.lies(FLOODS[flood])[0]
-    with open_agent(liar.repo, "-j", "16") as talker:
+    with Agent(liar.repo, "-j", "16") as talker:
         began = time.monotonic()
         asked = [(tool, talker.post(tool, dict(arguments, timeout=2) if tool == "exec" and "background" not in arguments else arguments, workspace=name))
                  for tool, arguments in CALLS]
@@ -10279,7 +10253,7 @@ def test_mcp_a_failing_secret_command_makes_no_call_a_failure(repo, site):
     repo.new()
     ran = site.dir / "ran"
     repo.secret("TOK", command="echo ran >>%s; exit 1" % ran)
-    with open_mcp(repo) as mcp:
+    with Mcp(repo) as mcp:
         failed, text = mcp.call("write", path="f", content="hello")
         assert not failed and "It was done" in text and "TOK" in text and (repo.path() / "f").read_text() == "hello", text
         text = mcp.refusal("read", path="README")
