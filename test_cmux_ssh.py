@@ -78,6 +78,10 @@ def program(name, package=""):
     return path
 
 
+def keygen(*words):
+    subprocess.run([program("ssh-keygen", "openssh-client"), "-q", *map(str, words)], check=True, stdout=DEVNULL)
+
+
 def compiled():
     """The words that run the program as Python has compiled it, under its own name: at each of some thousand starts it would
     be compiled anew, for half of all the time that the tests take. (Others start PROGRAM itself.) Nor is time spent on
@@ -846,6 +850,11 @@ class Repo:
     def id(self, name):
         return self.git("rev-parse", name)
 
+    def lose(self, name):
+        """That object is missing from now on."""
+        name = self.id(name)
+        (self.dir / ".git/objects" / name[:2] / name[2:]).unlink()
+
     def changed(self, what="--name-only"):
         """The paths that a pull changed, a line each."""
         return self.git("diff", what, "main", "cmux/main")
@@ -913,7 +922,7 @@ def keys():
             os.makedirs("/run/sshd", mode=0o755, exist_ok=True)
         made = Keys(*(Path(directory) / f"{name}_key" for name in Keys._fields))
         for key in made:
-            subprocess.run([program("ssh-keygen", "openssh-client"), "-q", "-t", "ed25519", "-N", "", "-C", "rig", "-f", str(key)], check=True)
+            keygen("-t", "ed25519", "-N", "", "-C", "rig", "-f", key)
         yield made
 
 
@@ -1698,7 +1707,7 @@ def locked_key(site):
     """The user's key with the passphrase "right"."""
     key = site.dir / "locked"
     shutil.copy(site.keys.user, key)
-    subprocess.run([program("ssh-keygen", "openssh-client"), "-q", "-p", "-P", "", "-N", "right", "-f", str(key)], check=True, stdout=DEVNULL)
+    keygen("-p", "-P", "", "-N", "right", "-f", key)
     return key
 
 
@@ -1710,7 +1719,7 @@ class Hostile:
         xauth = site.dir / "xauth"
         script(xauth, f"touch {self.xauth}")
         local, remote, socks = self.ports
-        site.daemon("hostile", "AcceptEnv *", "X11Forwarding yes", "GatewayPorts yes", "AllowTcpForwarding yes", "PermitTunnel yes",
+        site.daemon("hostile", f"HostKey {site.keys.other_host}", "AcceptEnv *", "X11Forwarding yes", "GatewayPorts yes", "AllowTcpForwarding yes", "PermitTunnel yes",
                     f"XAuthLocation {xauth}", config=[
                         "ForwardAgent yes", "ForwardX11 yes", "ForwardX11Trusted yes", f"XAuthLocation {xauth}", "SendEnv *",
                         "SetEnv FROM_CONFIG=leak", f"LocalForward {local} 127.0.0.1:{site.port}", f"RemoteForward {remote} 127.0.0.1:{site.port}",
@@ -1731,11 +1740,12 @@ LOOK = 'env; echo "agent=<$SSH_AUTH_SOCK> display=<$DISPLAY>"; tty; echo up >up;
 def test_a_config_that_lets_everything_leave_lets_nothing_leave(site):
     repo, hostile = Repo(site), Hostile(site, "RequestTTY force", "RemoteCommand echo hijacked")
     with agent(site) as env:
-        before = ssh_add(site, env, "-L")
+        before, known = ssh_add(site, env, "-L"), site.known_hosts.read_bytes()
         # The control: plain ssh with this very config does leak, or the test would prove nothing.
         plain = site.ssh("hostile", "", "-o", "RemoteCommand=env", "-o", "ControlMaster=no", "-T", env={**env, **LEAKS})
         assert b"SSH_AUTH_SOCK=" in plain.stdout and b"FOO_SECRET=leak" in plain.stdout and b"FROM_CONFIG=leak" in plain.stdout, plain
-        assert hostile.marker.exists() and ssh_add(site, env, "-L") != before
+        assert hostile.marker.exists() and ssh_add(site, env, "-L") != before and site.known_hosts.read_bytes() != known
+        site.known_hosts.write_bytes(known)
         hostile.marker.unlink()
         hostile.xauth.unlink(missing_ok=True)
         ssh_add(site, env, "-q", "-d", site.keys.user)
@@ -1750,7 +1760,7 @@ def test_a_config_that_lets_everything_leave_lets_nothing_leave(site):
         assert listening == [] and b"leak" not in out and b"hijacked" not in out
         assert b"agent=<> display=<>" in out and b"not a tty" in out, out
         assert not hostile.marker.exists() and not hostile.xauth.exists() and not (site.dir / "user-cm").exists()
-        assert ssh_add(site, env, "-L") == before
+        assert ssh_add(site, env, "-L") == before and site.known_hosts.read_bytes() == known
 
 
 @each("directive", ["RemoteCommand echo hijacked", "SessionType none", "StdinNull yes", "ForkAfterAuthentication yes", "RequestTTY force",
@@ -1811,13 +1821,6 @@ print(cmux_ssh.pull(main).branch, project.create("other", "far").name)
     repo.save("big", os.urandom(400_000))
     refused(repo.cli("push", "-w", "other"), 255, "has changed")
     assert site.ssh("far", "exec true", env={"CARRIES": "yes"}).returncode == 0 and b"leak" in seen.read_bytes(), "plain ssh does all that"
-
-
-def test_known_hosts_is_not_written_by_the_host(repo, site):
-    """UpdateHostKeys lets a server write into it."""
-    site.daemon("two-keys", f"HostKey {site.keys.other_host}", config=["UpdateHostKeys yes"])
-    before = site.known_hosts.read_bytes()
-    assert repo.exec("true", host="two-keys").code == 0 and site.known_hosts.read_bytes() == before
 
 
 @promise(1)
@@ -1905,12 +1908,12 @@ def test_a_forged_ssh_error_of_the_remote_command_is_the_commands_own(shared):
 
 @promise(4)
 def test_a_promisor_repository_fetches_nothing(repo, site):
-    trap, blob = site.dir / "trap", repo.id("HEAD:README")
+    trap = site.dir / "trap"
     for key, value in (("core.repositoryformatversion", "1"), ("extensions.partialClone", "origin"), ("remote.origin.promisor", "true"),
                        ("remote.origin.url", f"ext::sh -c touch% {trap}"), ("protocol.ext.allow", "always"),
                        ("core.sshCommand", f"touch {trap}"), ("remote.origin.uploadpack", f"touch {trap};")):
         repo.git("config", key, value)
-    (repo.dir / ".git/objects" / blob[:2] / blob[2:]).unlink()
+    repo.lose("HEAD:README")
     made = repo.cli("new", "-H", "box", "a")
     assert made.code == 1 and not trap.exists() and repo.workspaces() == {}
 
@@ -1928,16 +1931,13 @@ def test_a_git_directory_inside_another_repository_is_refused(repo, site):
     assert site.cli("list", cwd=apart).code == 0  # a bare repository by itself is one
 
 
-@each("large", [False, True])
-def test_unreadable_or_very_large_attributes_are_no_traceback(site, large):
-    repo = Repo(site, files={".gitattributes": b"#" * (1 << 20) + b"\n* text\n" if large else b"x text\n", "a/.gitattributes": b"hidden export-ignore\n", "a/hidden": b"1"})
-    if not large:
-        blob = repo.id("HEAD:.gitattributes")
-        (repo.dir / ".git/objects" / blob[:2] / blob[2:]).unlink()
-        refused(repo.cli("new", "-H", "box", "w"), 1, "partial clone")
-        return
+def test_unreadable_or_very_large_attributes_are_no_traceback(site):
+    repo = Repo(site, files={".gitattributes": b"#" * (1 << 20) + b"\n* text\n", "a/.gitattributes": b"hidden export-ignore\n", "a/hidden": b"1"})
     repo.new("w")
     repo.arrived("w")
+    repo.save(".gitattributes", b"x text\n")
+    repo.lose("HEAD:.gitattributes")
+    refused(repo.cli("new", "-H", "box", "x"), 1, "partial clone")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a repository of somebody else's")
@@ -2263,14 +2263,6 @@ def test_dotenv_values_and_their_comments(repo, site):
     assert repo.exec('echo "${#A}"').out == b"110002\n"
 
 
-def test_a_secret_that_a_shortened_error_cuts_is_masked(repo, client):
-    value = "S3cretValue-0123456789-abcdefghijklmnopqrstuvwxyz"
-    repo.secret("TOK", value)
-    for length in range(50, 140, 5):
-        text = client.refusal("read", path="d" * length + value)
-        assert "S3cr" not in text and ("[secret TOK]" in text) == (length <= 90), text  # after 90 all of it is cut
-
-
 def test_a_secret_command_that_closes_its_output_and_goes_on_is_ended(repo):
     nap = Nap()  # from inside: of its own it is given two minutes
     repo.secret("T", command=f"printf hunter2; exec >&- 2>&-; exec {nap}")
@@ -2363,7 +2355,9 @@ def test_a_part_of_a_long_secret_is_found_in_linear_time(repo, client):
             assert shown(f"[...]{data}" if first else f"{data}[...]") == (f"[...]{masked}" if first else f"{masked}[...]").replace(secret, "[secret S]"), (data, secret)
     for n in range(2):
         repo.secret(f"LONG{n}", b"x" * 100_000 + b"y%d" % n)
+    repo.secret("KEY", "-----BEGIN KEY-----\n" + "\n".join(os.urandom(24).hex() for _ in range(26)) + "\n-----END KEY-----\n")
     assert shown(("x" * 99_000 + "z[...]") * 8 + "x" * 99_000 + "end").endswith("x" * 20 + "end")
+    client("exec", command="yes '[...]' | tr -d '\\n' | head -c 1000000; yes '[...]' | tr -d '\\n' | head -c 1000000 >&2")  # seen: 99 s
 
 
 # === Hosts: any that ssh reaches (promise 9) ===
@@ -2666,7 +2660,7 @@ def test_more_keys_than_the_server_lets_try_are_said(repo, site):
     with agent(site) as env:
         for n in range(3):
             more = str(site.dir / f"key{n}")
-            subprocess.run([program("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", more], check=True)
+            keygen("-t", "ed25519", "-N", "", "-f", more)
             ssh_add(site, env, "-q", more)
         ssh_add(site, env, "-q", site.keys.user)
         ran, found = repo.exec("true", host="bare-h", env=env), repo.cli("doctor", "bare-h", env=env)
@@ -7888,17 +7882,6 @@ def test_mcp_masks_what_a_command_made_also_when_an_earlier_server_sent_it(repo)
             assert "made-12345" not in text and "[secret TOKEN]" in text, (tool, text)
 
 
-def test_mcp_a_name_made_for_the_pattern_and_a_page_of_cuts_take_no_time(repo, client):
-    """Seen: one name held the server for ever, in re.match; 2 MB of cuts held it for 99 s."""
-    key = "-----BEGIN KEY-----\n" + "\n".join(os.urandom(24).hex() for _ in range(26)) + "\n-----END KEY-----\n"
-    repo.secret("KEY", key)
-    client("exec", command="touch $(printf 'a%.0s' $(seq 220)) ab")
-    began = time.monotonic()
-    assert "paths: none" in client("glob", pattern="**/*a*a*a*a*a*a[c]") and "ab" in client("glob", pattern="**/*a[b]")
-    client("exec", command="yes '[...]' | tr -d '\\n' | head -c 1000000; yes '[...]' | tr -d '\\n' | head -c 1000000 >&2")
-    assert time.monotonic() - began < 20
-
-
 def test_globs_are_what_regular_expressions_said(area):
     def regex(pattern):
         parts, out = [part for part in pattern.split("/") if part not in ("", ".")] + ["**"] * pattern.endswith("/"), ""
@@ -8188,6 +8171,9 @@ def test_mcp_a_secret_is_masked_over_pages_colours_and_cuts(token, client):
     client("write", path="min.js", content="needle" + "y" * (size - 14) + token + "z" * 100 + "\n")
     found = client("grep", pattern="needle")
     assert size < 9000 and "needleyy" in found and token[:6] not in found
+    for length in range(50, 140, 5):
+        text = client.refusal("read", path="d" * length + token)
+        assert token[:4] not in text and ("[secret TOKEN]" in text) == (length <= 90), text  # after 90 all of it is cut
 
 
 def test_mcp_a_secret_where_the_capture_is_cut_is_masked(repo, token, client):
@@ -10262,13 +10248,13 @@ def test_mcp_a_failing_secret_command_makes_no_call_a_failure(repo, site):
 
 
 def test_a_glob_with_many_places_takes_time_linear_in_the_names(area):
+    """Where a regular expression would try all of them, for ever."""
     dice, took = random.Random(1), []
     names = ["/".join("".join(dice.choice("ab") for _ in range(240)) for _ in range(4)) for _ in range(400)]
     for name in names:
         area.put(name, b"")
-    for pattern in ("**/*", "**/*a" + "?" * 40):
+    for pattern, chosen in (("**/*", names), ("**/*a" + "?" * 40, [name for name in names if name[-41] == "a"]), ("**/*a*a*a*a*a*a[c]", [])):
         took.append(time.monotonic())
         found = area.talker("glob", pattern=area.p(pattern))["paths"]
         took[-1] = time.monotonic() - took[-1]
-    assert took[1] < 5 * took[0] + 1, took
-    assert found == sorted(area.p(name) for name in names if name.split("/")[-1][-41] == "a")
+        assert found == sorted(map(area.p, chosen)) and took[-1] < 5 * took[0] + 1, (pattern, took)
