@@ -2407,25 +2407,6 @@ def small_host(site, *more):
     return site.inetd("bare", shell="busybox", env={"PATH": posix_tools(site.dir / "busybox-bin", *more)})
 
 
-def test_a_host_with_only_posix_utilities_is_enough(site):
-    small_host(site)
-    repo, nap = Repo(site, odd=True), Nap()
-    assert site.ssh("bare", "command -v git bash python3 timeout setsid base64 sha256sum gzip").stdout.split()[1:] == []
-    ran = repo.exec("printf '<%s>' \"it's\"; exit 9", host="bare")
-    assert ran.ended == (9, b"<it's>", b"")
-    repo.arrived()
-    assert repo.exec(f"echo early; {nap} & {nap}", host="bare", options=["--timeout", "1"]).code == 124
-    nap.gone()
-    repo.new("second", host="bare")
-    repo.arrived("second")
-
-
-def test_a_host_with_busybox_and_git_is_enough(site):
-    small_host(site, "git")
-    repo = Repo(site, odd=True)
-    assert repo.exec("git status --porcelain; git log --format=%s | wc -l", host="bare").out.strip() == b"1"
-
-
 def test_a_server_that_refuses_a_second_session_per_connection_works(site):
     """What gateways and tiny servers do; the sessions go over connections of their own."""
     site.daemon("single", "MaxSessions 1")
@@ -2790,7 +2771,7 @@ def test_every_kind_of_tar_unpacks_the_same(site, tar):
     path.unlink()
     path.symlink_to(program(tar, {"bsdtar": "libarchive-tools"}.get(tar, tar)))
     repo = Repo(site, odd=True)
-    repo.new(host="bare")
+    assert repo.exec("git status --porcelain; git log --format=%s | wc -l", host="bare").out.strip() == b"1"
     repo.arrived()
     repo.ok("exec", "--", "echo agent >>plain.txt; rm empty; echo n >'new file'")
     repo.ok("pull")
@@ -5703,8 +5684,14 @@ def test_a_full_disk_keeps_the_old_file(site):
 
 def test_a_host_with_only_posix_utilities_has_every_tool(site):
     small_host(site)
-    repo = Repo(site, odd=True)
-    with Agent(repo, "-H", "bare") as talker:
+    repo, nap = Repo(site, odd=True), Nap()
+    assert site.ssh("bare", "command -v git bash python3 timeout setsid base64 sha256sum gzip").stdout.split()[1:] == []
+    for name in ("main", "second"):
+        assert repo.exec("printf '<%s>' \"it's\"; exit 9", host="bare", options=["-w", name]).ended == (9, b"<it's>", b"")
+        repo.arrived(name)
+    assert repo.exec(f"echo early; {nap} & {nap}", host="bare", options=["--timeout", "1"]).code == 124
+    nap.gone()
+    with Agent(repo) as talker:
         assert talker("write", path="a/new\nfile", content_base64=b64(BINARY))["created"] is True
         assert content(talker("read", path="a/new\nfile")) == BINARY
         (repo.path() / "link").unlink()
@@ -5716,7 +5703,6 @@ def test_a_host_with_only_posix_utilities_has_every_tool(site):
         job = talker("exec", command="echo hi; exit 7", background=True)["job"]
         assert ended(talker, job) == 7
         assert talker("logs", job=job)["output"] == "hi\n"
-        nap = Nap()
         sleeper = talker("exec", command=f"{nap} & {nap}", background=True)["job"]
         nap.runs(2)
         assert talker("stop", job=sleeper)["stopped"] == "confirmed"
