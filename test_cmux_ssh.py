@@ -1498,9 +1498,8 @@ def test_a_command_that_was_sent_runs_no_second_time(site, how):
     assert slurp(log) == b"run\n"
 
 
-def test_a_shell_that_is_slow_to_start_may_still_run_what_was_sent(site, tuned):
+def test_a_shell_that_is_slow_to_start_may_still_run_what_was_sent(site, tuned, repo):
     gate, waits = gated(site, "slow")
-    repo = Repo(site)
     repo.new(host="slow")
     tuned(START_PATIENCE=1)
     gate.touch()
@@ -1655,13 +1654,13 @@ def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo, n
 @slow
 @pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounts a /proc of its own")
 @each("shell", ["dash", "bash", "mksh", "ksh", "busybox sh", "zsh"])
-def test_a_process_that_hides_is_ended_and_not_confirmed_blindly(site, shell):
+def test_a_process_that_hides_is_ended_and_not_confirmed_blindly(site, shell, repo):
     """hidepid=2, and a command, or a child of its group, that is not dumpable: no table shows it to its own user."""
     napping = unique()
     site.script("names/sh", """exec bash -c 'exec -a sh zsh "$@"' sh "$@\"""" if shell == "zsh" else f'exec {shell} "$@"')
     login = site.script("login", "exec unshare -m sh -c 'mount -t proc -o hidepid=2 proc /proc && exec setpriv --reuid 65534 --regid 65534 "
                         f"--clear-groups env PATH={site.dir}/names:$PATH sh -c \"$SSH_ORIGINAL_COMMAND\"'")
-    host, repo = site.daemon("hides", f"ForceCommand {login}"), Repo(site)
+    host = site.daemon("hides", f"ForceCommand {login}")
     for path in (site.dir, site.remote):
         path.chmod(0o755)
     os.chown(site.far_home(host), 65534, 65534)
@@ -1681,10 +1680,10 @@ def test_a_process_that_hides_is_ended_and_not_confirmed_blindly(site, shell):
 
 
 @each("ps", [True, False])
-def test_a_process_name_with_a_newline_misleads_no_stop(site, ps):
+def test_a_process_name_with_a_newline_misleads_no_stop(site, ps, repo, nap):
     """It once shifted the table of processes, and a stop killed bystanders."""
     site.inetd("bare", shell="busybox") if ps else small_host(site, "setsid", "bash")
-    repo, nap, odd = Repo(site), Nap(), site.dir / "a\nb c d"
+    odd = site.dir / "a\nb c d"
     shutil.copy(program("sleep"), odd)
     with stranger(str(odd), "300") as one_, stranger("sleep", "300") as other:
         ran = repo.exec(f"{nap} & {nap}", host="bare", options=["--timeout", "1"])
@@ -1745,8 +1744,8 @@ LOOK = 'env; echo "agent=<$SSH_AUTH_SOCK> display=<$DISPLAY>"; tty; echo up >up;
 
 
 @promise(1)
-def test_a_config_that_lets_everything_leave_lets_nothing_leave(site):
-    repo, hostile = Repo(site), Hostile(site, "RequestTTY force", "RemoteCommand echo hijacked")
+def test_a_config_that_lets_everything_leave_lets_nothing_leave(site, repo):
+    hostile = Hostile(site, "RequestTTY force", "RemoteCommand echo hijacked")
     with agent(site) as env:
         before, known = ssh_add(site, env, "-L"), site.known_hosts.read_bytes()
         # The control: plain ssh with this very config does leak, or the test would prove nothing.
@@ -1832,8 +1831,7 @@ print(cmux_ssh.pull(main).branch, project.create("other", "far").name)
 
 
 @promise(1)
-def test_proxyjump_proxycommand_and_a_coder_entry_reach_the_host(site):
-    repo = Repo(site)
+def test_proxyjump_proxycommand_and_a_coder_entry_reach_the_host(site, repo):
     site.daemon("inner", config=["ProxyJump box"])
     site.inetd("piped", config=["SendEnv *"])
     coder = site.dir / "coder prog"
@@ -1857,8 +1855,7 @@ def test_proxycommand_keeps_its_environment_though_sendenv_would_send_it(repo, s
 
 
 @promise(1)
-def test_a_changed_host_key_is_refused_even_where_checking_is_off(site):
-    repo = Repo(site)
+def test_a_changed_host_key_is_refused_even_where_checking_is_off(site, repo):
     site.inetd("mitm", host_key=site.keys.other_host, config=["StrictHostKeyChecking no", "LogLevel QUIET"])
     before = site.known_hosts.read_bytes()
     repo.secret("TOKEN", b"s3cr3t-for-mitm")
@@ -2004,15 +2001,14 @@ def test_arguments_output_codes_stdin_and_secrets_are_exact_under_every_login_sh
 
 
 @each("foreign", ["bash -l", "zsh", "dash", "fish", "tcsh", "mksh", "ksh", "busybox sh", "cat", ".bashrc"])
-def test_a_shell_that_is_not_ours_runs_nothing_and_reads_no_secret(site, foreign):
+def test_a_shell_that_is_not_ours_runs_nothing_and_reads_no_secret(site, foreign, repo, nap):
     """The account's ForceCommand, or what its .bashrc runs, reads what we send in place of our command."""
-    flag, touched, got, nap = site.dir / "flag", site.dir / "touched", site.dir / "got", Nap()
+    flag, touched, got = site.dir / "flag", site.dir / "touched", site.dir / "got"
     if foreign == ".bashrc":
         host = site.login("bash")
         (site.far_home(host) / ".bashrc").write_text(f"[ ! -e {flag} ] || exec zsh\n")
     else:
         host = site.daemon("foreign", site.first(f"[ ! -e {flag} ] || exec {foreign}" + f" >>{got}" * (foreign == "cat")))
-    repo = Repo(site)
     repo.new(host=host)
     for number, value in enumerate((f"touch {touched}", nap)):
         repo.secret(f"S{number}", value)
@@ -2069,9 +2065,9 @@ def test_while_50_commands_run_the_secret_stands_in_no_process_table(repo, site)
 
 
 @promise(2)
-def test_a_secret_is_in_the_environment_of_no_local_process(repo):
+def test_a_secret_is_in_the_environment_of_no_local_process(repo, nap):
     """Not even where a variable of that name stood in ours: ProxyCommand and Match exec would see it."""
-    nap, value = Nap(), b"Sentinel-" + os.urandom(8).hex().encode()
+    value = b"Sentinel-" + os.urandom(8).hex().encode()
     repo.secret("TOKEN", value)
     child = repo.start("exec", "-H", "box", "--", nap)
     nap.runs()
@@ -2378,9 +2374,8 @@ print(warm().exec(["printf", "<%s>", "it's", "!x"]).stdout, warm().write("a\\n'b
 
 @slow
 @each("way", ["master", "direct"])
-def test_a_server_that_ends_silent_channels_ends_no_command_of_ours(site, tuned, way):
+def test_a_server_that_ends_silent_channels_ends_no_command_of_ours(site, tuned, way, repo, nap):
     site.daemon("hasty", "ChannelTimeout session:command=3s")
-    repo, nap = Repo(site), Nap()
     if way == "direct":
         ssh_without_masters(site)
     repo.new(host="hasty")
@@ -2415,10 +2410,9 @@ def small_host(site, *more):
     return site.inetd("bare", shell="busybox", env={"PATH": posix_tools(site.dir / "busybox-bin", *more)})
 
 
-def test_a_server_that_refuses_a_second_session_per_connection_works(site):
+def test_a_server_that_refuses_a_second_session_per_connection_works(site, repo):
     """What gateways and tiny servers do; the sessions go over connections of their own."""
     site.daemon("single", "MaxSessions 1")
-    repo = Repo(site)
     with ThreadPoolExecutor(4) as pool:
         runs = list(pool.map(lambda n: repo.exec(f"echo {n}; sleep 0.3", host="single"), range(4)))
     assert [r.out for r in runs] == [b"%d\n" % n for n in range(4)], runs
@@ -2552,8 +2546,8 @@ def test_a_cdpath_of_the_host_misleads_no_script(site, shell):
     assert not [p for p in trap.rglob("*") if p.name not in ("cmux", ".cmux", "sub")]
 
 
-def test_a_home_with_a_newline_is_refused(site):
-    repo, home = Repo(site), site.dir / "new\nline"
+def test_a_home_with_a_newline_is_refused(site, repo):
+    home = site.dir / "new\nline"
     home.mkdir()
     site.daemon("odd-home", site.first(f"HOME='{home}'; export HOME"))
     refused(repo.cli("new", "-H", "odd-home", "main"), 1, "a newline is in the path")
@@ -2645,9 +2639,9 @@ def test_an_ssh_before_7_8_is_refused_in_one_sentence(repo, words, site):
     assert repo.workspaces() == {} and "Accepted" not in site.log()
 
 
-def test_a_server_that_turns_us_away_is_waited_for_then_named(repo, site):
+def test_a_server_that_turns_us_away_is_waited_for_then_named(repo, line):
     """OpenSSH 9.8 and later say so before their banner, for MaxStartups and for a penalty."""
-    line, words = site.line("far"), b"Not allowed at this time\r\n"
+    words = b"Not allowed at this time\r\n"
     line.away = (2, words)
     assert repo.exec("echo in", host="far").out == b"in\n" and line.connections == 3
     line.away = (99, words)
@@ -2751,12 +2745,11 @@ def test_a_server_that_asks_for_the_agent_is_named_then_left(repo, site):
     assert again.code == 0 and not again.said, again
 
 
-def test_a_proxy_that_leaves_a_child_behind_does_not_keep_a_call(site):
+def test_a_proxy_that_leaves_a_child_behind_does_not_keep_a_call(site, repo):
     """A session of its own ends with its ssh, whoever holds its stderr."""
     server = f"{program('sshd', 'openssh-server')} -i -f {site.sshd_config('kept')} -E {site.dir}/log-kept"
     nap, work = Nap(), Nap()
     site.host("kept", f"ProxyCommand sh -c '{nap} & exec {server}'")
-    repo = Repo(site)
     ssh_without_masters(site)
     repo.new(host="kept")
     try:
@@ -2839,10 +2832,9 @@ def test_a_full_disk_on_this_machine_is_said_and_not_a_traceback(repo, verb, roo
 # === Many at once (promise 8) ===
 
 
-def test_a_foreign_shell_in_a_session_opened_ahead_runs_nothing(site):
+def test_a_foreign_shell_in_a_session_opened_ahead_runs_nothing(site, repo):
     host, flag, touched = site.login("bash"), site.dir / "flag", site.dir / "touched"
     (site.far_home(host) / ".bashrc").write_text(f"[ ! -e {flag} ] || {{ echo >>{flag}; exec dash; }}\n")
-    repo = Repo(site)
     repo.secret("S", b"touch %s" % os.fsencode(touched))
     assert in_library(repo, """
 import os
@@ -2999,12 +2991,12 @@ if what == "handshake":                    # the commands that could not begin a
 
 
 @each("way", ["one master", "MaxSessions 1", "no masters"])
-def test_commands_that_stream_do_not_wait_for_each_other(site, way):
+def test_commands_that_stream_do_not_wait_for_each_other(site, way, repo):
     """Each needs two: those that held one waited for the next for ten minutes, and all failed."""
     site.daemon("few", way if way == "MaxSessions 1" else "")
     if way == "no masters":
         ssh_without_masters(site)
-    repo, line = Repo(site), site.line("far", to="few")
+    line = site.line("far", to="few")
     repo.new(host="far")
     line.refuse = way == "one master"  # another cannot be had
     assert in_library(repo, """
@@ -3019,7 +3011,7 @@ with ThreadPoolExecutor(16) as pool:
 
 
 @each("sh", ["dash", "bash"])
-def test_a_host_that_allows_few_processes_is_given_fewer(site, sh):
+def test_a_host_that_allows_few_processes_is_given_fewer(site, sh, repo):
     """Of forty at once 33 ended together with their wrapper, it was said. (The limit binds no root: the account is another.)"""
     uid = 60000 + os.getpid() % 5000
     login = site.script("few", f"exec {program('setpriv')} --reuid {uid} --clear-groups bash -c 'ulimit -u 26; exec {program(sh)} -c \"$SSH_ORIGINAL_COMMAND\"'")
@@ -3027,7 +3019,6 @@ def test_a_host_that_allows_few_processes_is_given_fewer(site, sh):
     for path in (site.dir, site.remote):
         path.chmod(0o755)
     os.chown(site.far_home("few"), uid, -1)
-    repo = Repo(site)
     repo.new(host="few")
     rows = repo.cli("batch", "-j", "40", stdin=calls([["sleep", "1"]] * 40, workspace="main"), seconds=120).rows
     assert [row["ok"] and row["result"]["exit_code"] for row in rows] == [0] * 40, rows
@@ -3057,8 +3048,8 @@ def test_a_slow_line_is_only_slow(repo, line):
     assert (ran.code, ran.err) == (0, b"") and ran.out == data
 
 
-def test_a_line_that_stalls_and_goes_on_loses_nothing(repo, site):
-    line, data = site.line("far"), os.urandom(1 << 20)
+def test_a_line_that_stalls_and_goes_on_loses_nothing(repo, line):
+    data = os.urandom(1 << 20)
     repo.new(host="far")
     child = repo.start("exec", "-H", "far", "--", "cat", stdin=PIPE)
     line.stall()
@@ -3707,10 +3698,10 @@ def test_nothing_is_said_of_head_where_a_workspace_has_it_and_more(repo):
 
 @each("host", ["box", "bare"])
 @promise(7)
-def test_push_looks_again_after_its_upload(site, host):
+def test_push_looks_again_after_its_upload(site, host, repo):
     bare_host(site)
     site.daemon("bare", env={"PATH": str(site.dir / "posix-bin")})
-    repo, line = Repo(site), site.line("far", to=host)
+    line = site.line("far", to=host)
     repo.new(host="far")
     note = repo.path() / "note"
     repo.save("more", os.urandom(2 << 20))
@@ -3782,8 +3773,8 @@ def test_work_that_a_push_left_behind_is_set_aside(repo, site):
     assert repo.changed() == "third"
 
 
-def test_fork_waits_for_a_push(repo, site):
-    line, forks = site.line("far"), []
+def test_fork_waits_for_a_push(repo, line):
+    forks = []
 
     def fork():
         forks.append(repo.start("fork", "-w", "main", "side"))
@@ -4408,8 +4399,8 @@ def test_pull_without_git_on_the_host(site, busybox):
 
 
 @each("how", ["shorter", "gone", "longer"])
-def test_a_file_that_changes_while_it_is_read_does_no_harm(site, how):
-    repo, host, head = Repo(site), bare_host(site), site.dir / "posix-bin" / "head"
+def test_a_file_that_changes_while_it_is_read_does_no_harm(site, how, repo):
+    host, head = bare_host(site), site.dir / "posix-bin" / "head"
     real, once = head.resolve(), site.dir / "once"
     head.unlink()
     script(head, f"""case "$*" in *./log) [ -e {once} ] || {{ : >{once}; case {how} in shorter) echo x >"$3";; gone) rm "$3";; *) echo more >>"$3";; esac; }};; esac
@@ -4441,8 +4432,7 @@ def test_what_cannot_be_read_there_is_named_and_no_deletion(site):
     assert repo.pulled("new") == "x" and repo.cli("rm", "main").code == 0
 
 
-def test_what_export_ignore_names_comes_and_goes_home(site, place):
-    repo = Repo(site)
+def test_what_export_ignore_names_comes_and_goes_home(place, repo):
     repo.write(".gitattributes", b"docs/ export-ignore\n*/deep/ export-ignore export-subst\n")
     for path in ("docs/a", "docs/b/c", "src/deep/x"):
         repo.write(path, b"mine $Format:%H$\n")
@@ -4649,8 +4639,7 @@ def test_directories_that_changed_places_come_home_without_git(site, change, gon
 @each("harm", ["echo u >untracked", "echo c >>README", "rm README; echo x >src/x"])
 @promise(7)
 @compat
-def test_rm_refuses_changed_files(site, place, harm):
-    repo = Repo(site)
+def test_rm_refuses_changed_files(place, harm, repo):
     repo.new(host=place)
     do(repo, harm)
     assert repo.ok("diff").out
@@ -4869,8 +4858,7 @@ os.execv(real, [real, *words])
         assert not trap.exists(), words
 
 
-def test_a_line_cut_during_pull_leaves_nothing(site, line):
-    repo = Repo(site)
+def test_a_line_cut_during_pull_leaves_nothing(line, repo):
     repo.new(host="far")
     do(repo, "head -c 400000 /dev/urandom >big")
     for limit in (20000, 100000, 300000):
@@ -4935,8 +4923,8 @@ def test_a_history_that_cannot_come_loses_no_tracked_file(site, push):
     repo.ok("rm", "main")
 
 
-def test_a_repository_that_no_pull_looks_into_is_told(site):
-    repo, host = Repo(site), bare_host(site)
+def test_a_repository_that_no_pull_looks_into_is_told(site, repo):
+    host = bare_host(site)
     repo.new(host=host)
     (site.dir / "posix-bin" / "git").symlink_to(program("git"))  # as if it was installed later
     do(repo, "git init -q && git config user.name a && git config user.email a@x && git add -A && git commit -qm base && "
@@ -5293,8 +5281,7 @@ def test_list_counts_commits_changes_and_jobs_or_has_a_dash(repo, site, line):
     assert counts()["far-away"] == [1, None, None] and time.monotonic() - began < 15
 
 
-def test_forks_of_one_workspace_do_not_wait_for_each_other(site):
-    repo = Repo(site)
+def test_forks_of_one_workspace_do_not_wait_for_each_other(site, repo):
     site.daemon("slow", env=replaced(site, cp=f"""case "$*" in -RpP*) : >{site.dir}/copy-$$; n=0
 while [ $(ls {site.dir} | grep -c copy-) -lt 4 ]; do sleep 0.1; [ $((n+=1)) -lt 200 ] || exit 1; done;; esac"""))
     repo.new(host="slow")
@@ -5303,8 +5290,7 @@ while [ $(ls {site.dir} | grep -c copy-) -lt 4 ]; do sleep 0.1; [ $((n+=1)) -lt 
     assert set(repo.workspaces()) == {"main", "k0", "k1", "k2", "k3"}
 
 
-def test_a_fork_that_fails_over_read_only_directories_frees_its_name(site):
-    repo = Repo(site)
+def test_a_fork_that_fails_over_read_only_directories_frees_its_name(site, repo):
     nobody(site, os.environ["PATH"])
     repo.new(host="nobody")
     do(repo, "mkdir -p go/mod; echo a >go/mod/a; echo b >secret; chmod -R a-w go; chmod 0 secret")
@@ -5581,8 +5567,8 @@ def test_read_of_a_file_that_grows_is_consistent(talker, area):
 @each("how", ["client killed", "line cut", "client interrupted"])
 @each("exists", [True, False])
 @promise(7)
-def test_a_write_of_8_mb_stopped_half_way_changes_nothing(repo, how, exists, site):
-    line, old = site.line("far"), os.urandom(8 << 20)
+def test_a_write_of_8_mb_stopped_half_way_changes_nothing(repo, how, exists, line):
+    old = os.urandom(8 << 20)
     assert repo.exec("mkdir d", host="far").code == 0
     where = repo.path() / "d"
     if exists:
@@ -5628,19 +5614,18 @@ def test_a_reader_sees_the_old_or_the_new_file_and_nothing_else(talker, area):
     assert len(seen) > 1 and seen <= set(versions), [(s[:3], len(s)) for s in seen]
 
 
-def test_a_full_disk_keeps_the_old_file(site):
+def test_a_full_disk_keeps_the_old_file(site, repo):
     """The host's limit on file size stands for the disk."""
     site.inetd("full", site.first('ulimit -f 600\ntrap "" XFSZ'))
-    repo = Repo(site)
     repo.new(host="full")
     (repo.path() / "f").write_bytes(b"old")
     refused(repo.cli("write", "f", stdin=b"x" * 2_000_000), 1)
     assert repo.far("f") == b"old" and not [n for n in os.listdir(repo.path()) if ".cmux-" in n]
 
 
-def test_a_host_with_only_posix_utilities_has_every_tool(site):
+def test_a_host_with_only_posix_utilities_has_every_tool(site, nap):
     small_host(site)
-    repo, nap = Repo(site, odd=True), Nap()
+    repo = Repo(site, odd=True)
     assert site.ssh("bare", "command -v git bash python3 timeout setsid base64 sha256sum gzip").stdout.split()[1:] == []
     for name in ("main", "second"):
         assert repo.exec("printf '<%s>' \"it's\"; exit 9", host="bare", options=["-w", name]).ended == (9, b"<it's>", b"")
@@ -5788,8 +5773,8 @@ def modes(folder):
 
 
 @each("tools", [None, "", "busybox"])
-def test_cp_brings_files_and_directories_both_ways(site, tools):
-    repo, near = Repo(site), site.dir / "near"
+def test_cp_brings_files_and_directories_both_ways(site, tools, repo):
+    near = site.dir / "near"
     repo.new(host="box" if tools is None else bare_host(site, tools))
     far = repo.path() / "d"
     near.mkdir()
@@ -6118,8 +6103,7 @@ def test_grep_reads_files_in_other_encodings(site, lang):
 # === jobs: --detach, logs, wait, stop ===
 
 
-def test_a_supervisor_that_is_slow_to_start_is_waited_for(site):
-    repo = Repo(site)
+def test_a_supervisor_that_is_slow_to_start_is_waited_for(site, repo):
     site.inetd("slow", env=replaced(site, setsid=f"""case "$1 $2" in "-f true") ;; "-f "*) shift
 exec {program("setsid", "util-linux")} -f sh -c 'sleep 2.5; exec "$@"' sh "$@";; esac"""))
     started = repo.ok("exec", "-H", "slow", "--detach", "--", "echo ran")
@@ -6128,8 +6112,7 @@ exec {program("setsid", "util-linux")} -f sh -c 'sleep 2.5; exec "$@"' sh "$@";;
     assert repo.cli("logs", started.text.strip()).out == b"ran\n"
 
 
-def test_jobs_of_a_busybox_host_run_and_hold_up_rm(site):
-    repo, nap = Repo(site), Nap()
+def test_jobs_of_a_busybox_host_run_and_hold_up_rm(site, repo, nap):
     site.inetd("busy", env={"PATH": posix_tools(site.dir / "busy", "git", "setsid", "stat", "timeout")})
     job = repo.job(f"echo begun; {nap}; exit 7", host="busy")
     rows = repo.cli("jobs", "--json").json
@@ -6284,9 +6267,9 @@ def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared
         assert state(talker, job) == ("exited", 3)
 
 
-def test_stop_of_a_finished_job_ends_nothing_of_a_hidden_stranger(tmp_path):
+def test_stop_of_a_finished_job_ends_nothing_of_a_hidden_stranger(tmp_path, nap):
     """Where there is no /proc, or it may not be read, the old pid alone would make a stranger's children ours."""
-    record, nap = tmp_path / "j0123abcd", Nap()
+    record = tmp_path / "j0123abcd"
     record.mkdir()
     with stranger("sh", "-c", f"setsid {nap} & wait") as other:
         nap.runs()
@@ -6467,8 +6450,8 @@ def other_server(site, kind):
 
 
 @each("kind", ["dropbear", "tinyssh"])
-def test_the_main_job_works_on_servers_that_are_not_openssh(site, kind):
-    host, repo, nap = other_server(site, kind), Repo(site, odd=True), Nap()
+def test_the_main_job_works_on_servers_that_are_not_openssh(site, kind, nap):
+    host, repo = other_server(site, kind), Repo(site, odd=True)
     repo.secret("TOKEN", b"it's $x")
     ran = repo.exec("printf '<%s>' \"$TOKEN\"; echo oh >&2; exit 9", host=host)
     assert ran.ended == (9, b"<it's $x>", b"oh\n"), ran
@@ -6554,8 +6537,7 @@ def test_exec_in_20_workspaces_gives_each_its_own_result(repo):
     assert "20 of 20" in text.said
 
 
-def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo, site):
-    line, nap = site.line("far"), Nap()
+def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo, nap, line):
     repo.new("near")
     repo.new("away", host="far")
     command = f'echo early; printf part; [ $CMUX_WORKSPACE = near ] || {nap}'
@@ -6611,8 +6593,7 @@ def test_each_workspace_has_a_live_line_and_none_afterwards(repo, line):
 
 
 @each("sig", [b"\x03", None])
-def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo, sig, site):
-    line, nap = site.line("far"), Nap()
+def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo, sig, nap, line):
     repo.new("a", "b", host="far")
     seen = repo.terminal("exec", "--all", "--", f"echo early; {nap}")
     seen.expect(rb"a  running \d+s")
@@ -7596,9 +7577,8 @@ def forked(look):
     return -1
 
 
-def test_what_killed_writers_left_is_removed_when_it_is_old(site):
+def test_what_killed_writers_left_is_removed_when_it_is_old(site, repo):
     """And one that another process renames meanwhile disturbs nobody (seen: a traceback)."""
-    repo = Repo(site)
     site.line("far").refuse = True
     assert (repo.cli("new", "-H", "far", "down").code, repo.cli("new", "-H", "box", "up").code) == (255, 0)
     for name, left in (("m/*/down.json", {"other.3.new", "2.new", "gone.new"}), ("projects/*.json", {"other.3.new"})):
@@ -7712,8 +7692,8 @@ def test_mcp_notifications_and_answers_get_no_answer(mcp):
 
 
 @promise(3)
-def test_mcp_masks_secrets_drops_escapes_bounds_and_marks_what_the_host_says(site):
-    repo, value = Repo(site), f"s3cret-{os.urandom(8).hex()}"
+def test_mcp_masks_secrets_drops_escapes_bounds_and_marks_what_the_host_says(site, repo):
+    value = f"s3cret-{os.urandom(8).hex()}"
     repo.secret("TOKEN", value)
     with Mcp(repo, "-H", "box") as client:
         text = client("exec", command="printf '\\033]52;c;ZXZpbA==\\007\\033[31mred\\033[m\\033]0;title'; printf '\\033\\\\'; echo \" $TOKEN\"; "
@@ -7730,8 +7710,7 @@ def test_mcp_masks_secrets_drops_escapes_bounds_and_marks_what_the_host_says(sit
     assert b"leak" in tree_of(repo.path())
 
 
-def test_mcp_a_secret_cut_by_a_page_of_logs_is_masked_all_the_same(site):
-    repo = Repo(site)
+def test_mcp_a_secret_cut_by_a_page_of_logs_is_masked_all_the_same(site, repo):
     repo.secret("TOKEN", b"abcdefghijklmnopqrstuvwxyz")
     repo.new()  # a call that makes the workspace may take longer than the soft timeout
     with Mcp(repo, "-H", "box", "--soft-timeout", "1") as client:
@@ -8158,8 +8137,8 @@ def test_mcp_the_first_512_characters_of_the_instructions_stand_alone(repo):
 
 
 @each("shell", ["bash", "zsh", "fish", "tcsh", "ksh", "dash"])
-def test_shell_is_the_login_shell_in_the_workspace_with_the_secrets(site, shell):
-    repo, value = Repo(site), "s%s'$x" % os.urandom(6).hex()
+def test_shell_is_the_login_shell_in_the_workspace_with_the_secrets(site, shell, repo):
+    value = "s%s'$x" % os.urandom(6).hex()
     repo.secret("TOKEN", value)
 
     def places():
@@ -8178,9 +8157,8 @@ def test_shell_is_the_login_shell_in_the_workspace_with_the_secrets(site, shell)
 
 
 @promise(1)
-def test_shell_sends_nothing_of_what_send_env_names(site):
+def test_shell_sends_nothing_of_what_send_env_names(site, repo):
     site.daemon("all", "AcceptEnv *", config=["SendEnv *"])
-    repo = Repo(site)
     repo.new(host="all")
     terminal = repo.terminal("shell", env={"SSH_AUTH_SOCK": "/nowhere/agent", "DISPLAY": ":77", "TMPDIR": "/tmp/.", "FOO": "leaks-1"})
     terminal.expect(b"as it likes")
@@ -8191,13 +8169,12 @@ def test_shell_sends_nothing_of_what_send_env_names(site):
 
 
 @each("names, proxied", [("*", False), ("*", True), ("LC_*", False)])
-def test_a_session_of_its_own_sends_no_local_path(site, names, proxied):
+def test_a_session_of_its_own_sends_no_local_path(site, names, proxied, repo):
     """A pull has one; what ssh itself has there, and is told, a program in its place writes down."""
     told = site.dir / "told"
     (site.inetd if proxied else site.daemon)("own", config=[f"SendEnv {names}"])
     site.env["SSH_AUTH_SOCK"] = "/nowhere/agent"
     in_sshs_place(site, f'case "$*" in *"-S none "*) env >{told}; echo "ARGV=$*" >>{told};; esac\nexec $ssh "$@"')
-    repo = Repo(site)
     assert repo.cli("new", "-H", "own", "main").code == repo.cli("pull").code == 0
     seen = dict(row.split("=", 1) for row in told.read_text().splitlines())
     assert (set(seen) - {"PWD", "SHLVL", "_", "OLDPWD", "ARGV"} == {"PATH", "HOME"}) == ("-o IdentityAgent=/nowhere/agent" in seen["ARGV"]) == (names == "*"), seen
@@ -8334,8 +8311,8 @@ def test_forward_reaches_a_server_there(repo, site, way):
 
 @promise(1)
 @each("way", ["a master", "ssh -W"])
-def test_a_forward_opens_nothing_but_itself(site, way):
-    repo, hostile, port = Repo(site), Hostile(site), free_port()
+def test_a_forward_opens_nothing_but_itself(site, way, repo):
+    hostile, port = Hostile(site), free_port()
     if way == "ssh -W":
         ssh_without_masters(site)
     repo.new(host="hostile")
@@ -9279,10 +9256,10 @@ def test_readme_python_example_prints_what_it_says(reader):
     assert repo.workspaces() == {} and repo.git("show", "cmux/try-it:notes.txt") == "bye"
 
 
-def test_readme_entries_for_containers_and_pods_reach_them(site):
+def test_readme_entries_for_containers_and_pods_reach_them(site, repo):
     """With programs in the place of docker and kubectl that run the words behind the name, as those do in a container."""
     entry, = [block for block in blocks("text") if "ProxyCommand" in block]
-    repo, bin_ = Repo(site), site.dir / "engines"
+    bin_ = site.dir / "engines"
     bin_.mkdir()
     for engine in ("docker", "kubectl"):
         script(bin_ / engine, f'[ "$1 $2 $3" = "exec -i web" ] || exit 1; shift 3; [ "$1" != -- ] || shift\n'
@@ -9503,10 +9480,10 @@ HALFWAY = {
 
 @each("when", ["before", "after"])
 @each("verb, then", [(verb, then) for verb, (_, _, calls) in HALFWAY.items() for then in calls])
-def test_killed_while_its_script_goes_on_the_next_call_works_and_nothing_is_half(site, verb, then, when):
+def test_killed_while_its_script_goes_on_the_next_call_works_and_nothing_is_half(site, verb, then, when, repo):
     """The script on the host is caught around the step that counts; this program is killed; the next call
     comes while the script still stands there. Then it goes on."""
-    repo, gate = Repo(site), Gate(site, "mv", when)
+    gate = Gate(site, "mv", when)
     repo.new(host="gated")
     repo.save("README", b"second\n")
     words, at, _ = HALFWAY[verb]
@@ -9530,8 +9507,8 @@ def test_killed_while_its_script_goes_on_the_next_call_works_and_nothing_is_half
         repo.arrived("victim")
 
 
-def test_what_an_upload_has_left_whose_push_never_began_is_cleared_away(site):
-    repo, gate = Repo(site), Gate(site, "cksum")
+def test_what_an_upload_has_left_whose_push_never_began_is_cleared_away(site, repo):
+    gate = Gate(site, "cksum")
     repo.new(host="gated")
     repo.save("README", b"second\n")
     gate.shut("  ")  # of what has arrived
@@ -9545,9 +9522,9 @@ def test_what_an_upload_has_left_whose_push_never_began_is_cleared_away(site):
 
 @each("words, then", [("rename -w main victim", "exec -w main -- true"), ("new -H gated victim", "rm victim"),
       ("push -w main", "pull -w main"), ("rm main", "new -H gated main")])
-def test_a_script_that_is_held_up_does_nothing_once_a_later_one_has_begun(site, words, then):
+def test_a_script_that_is_held_up_does_nothing_once_a_later_one_has_begun(site, words, then, repo):
     """It stands before it has the lock of the workspace's name; its client is killed; the next call is done; then it goes on."""
-    repo, gate = Repo(site), Gate(site, "ln")
+    gate = Gate(site, "ln")
     repo.new(host="gated")
     repo.save("README", b"second\n")
     gate.shut(".by")
@@ -9584,9 +9561,9 @@ def test_a_pull_killed_around_the_move_of_the_branch_is_followed_by_one_that_jus
     assert "no pull of this workspace made" in repo.cli("pull").said, "a branch that somebody else moved stays"
 
 
-def test_a_line_lost_while_a_workspace_is_unpacked_makes_no_half_of_one(site):
+def test_a_line_lost_while_a_workspace_is_unpacked_makes_no_half_of_one(site, repo):
     """The call is tried again over a new connection while the first attempt still unpacks."""
-    repo, gate = Repo(site), Gate(site, "tar")
+    gate = Gate(site, "tar")
     line = site.line("far", to="gated")
     repo.new("first", host="far")
     gate.shut("whole.tar")
@@ -9808,9 +9785,8 @@ def test_sshd_restarted_under_running_commands_and_jobs(repo, site, nap):
     waiting.communicate()
 
 
-def test_an_hour_asleep_is_a_lost_line_and_jobs_go_on(site):
+def test_an_hour_asleep_is_a_lost_line_and_jobs_go_on(site, repo, nap):
     """The laptop sleeps: clients and masters stand still for longer than the server's patience. Then it wakes up."""
-    repo, nap = Repo(site), Nap()
     site.daemon("drowsy", "ClientAliveInterval 1", "ClientAliveCountMax 2")
     repo.new(host="drowsy")
     job = repo.job("echo one; until [ -e go ]; do sleep 0.05; done; echo two; exit 9", host="drowsy")
