@@ -1184,13 +1184,13 @@ print(world() == before, all(hasattr(cmux_ssh, n) for n in cmux_ssh.__all__), le
     assert not site.state.exists() and not list(site.tmp.iterdir())
 
 
-def test_assertions_do_no_work_that_python_O_would_leave_out(source):
+def test_assertions_do_no_work(source):
     """They tell mypy what is known; what a host or a user can bring about is raised."""
     calls = [call for node in source.find(ast.Assert) for call in ast.walk(node.test) if isinstance(call, (ast.Call, ast.NamedExpr, ast.Compare))]
     assert all(isinstance(call, ast.Call) and getattr(call.func, "id", "") == "isinstance" for call in calls), [call.lineno for call in calls]
 
 
-def test_the_head_says_name_version_and_licence_and_lists_the_rooms(source):
+def test_the_head_names_version_licence_and_rooms(source):
     assert re.search(r"cmux_ssh(.|\n)*\d+\.\d+(.|\n)*MIT", "\n".join(source.text.splitlines()[:8]))
     rows = re.findall(r"(?:^ {4}| {2})([ \d]\d) (\w+(?: \w+)?) {2,}\S", source.text.split('"""')[1], re.M)
     told = sorted((int(number), name) for number, name in rows)
@@ -1260,7 +1260,7 @@ def test_json_has_the_promised_keys_and_is_ascii(shared):
     assert shared.exec("pwd", options=["--json", "--cwd", "nosuch"]).json["host"] == "box"
 
 
-def test_stdin_goes_through_unchanged_is_ignored_or_left_alone(shared):
+def test_stdin_arrives_or_is_left_alone(shared):
     for data in (b"\0", b"\xff\xfe\x80", b"no newline", b"\n", b"\r\n\r", b"\n~.\n~C\n", b"\x04\x03\x1a", BINARY, b"", os.urandom(1 << 20)):
         assert shared.exec("cat; cat >&2 </dev/null", stdin=data).ended == (0, data, b"")
     assert shared.exec("echo done", stdin=bytes(1 << 22)).ended == (0, b"done\n", b"")
@@ -1296,7 +1296,7 @@ def test_the_promised_environment_and_nothing_of_ours(shared):
     assert "leak" not in ran.text and not {"CMUX_SSH_HOME", "CMUX_SSH_COMMAND", "SSH_ASKPASS", "GIT_CONFIG_GLOBAL"} & set(seen)
 
 
-def test_one_argument_is_a_line_for_bash_and_several_are_an_argv(shared):
+def test_one_argument_is_a_line_and_several_an_argv(shared):
     assert shared.exec('a=(x y); [[ ${a[1]} == y ]] && echo "$BASH_VERSION"').out.strip(), "the host has bash"
     assert shared.exec("echo", "$HOME; *").out == b"$HOME; *\n"
     assert shared.exec("echo a; echo b |\n cat # c").out == b"a\nb\n"
@@ -1310,7 +1310,7 @@ def test_login_reads_the_profile_first(shared):
     assert shared.exec('echo "<$FROM_PROFILE>"', options=["--login"]).out.endswith(b"<yes>\n")
 
 
-def test_the_workspace_defaults_to_the_branch_and_the_host_to_its_own(repo, site):
+def test_defaults_of_workspace_and_host(repo, site):
     repo.git("checkout", "-q", "-b", "feature/über x".replace(" ", "-"))
     assert repo.exec("pwd").code == 0
     (name,) = repo.workspaces()
@@ -1405,7 +1405,7 @@ COLOURFUL = (r"printf '\303'; sleep .2; printf '\244 \033[3'; sleep .2; printf '
 
 
 @each("face", ["exec", "logs", "logs -f", "new", "several"])
-def test_colours_and_progress_pass_to_a_terminal_and_nothing_else(repo, face):
+def test_only_colours_and_progress_pass_to_a_terminal(repo, face):
     words = face.split()
     if face == "new":
         repo.save(".cmux/init", b"#!/bin/sh\n" + COLOURFUL.encode(), 0o755)
@@ -1498,7 +1498,7 @@ def test_a_command_that_was_sent_runs_no_second_time(site, how):
     assert slurp(log) == b"run\n"
 
 
-def test_a_shell_that_is_slow_to_start_may_still_run_what_was_sent(site, tuned, repo):
+def test_a_slow_shell_may_still_run_what_was_sent(site, tuned, repo):
     gate, waits = gated(site, "slow")
     repo.new(host="slow")
     tuned(START_PATIENCE=1)
@@ -1511,7 +1511,7 @@ def test_a_shell_that_is_slow_to_start_may_still_run_what_was_sent(site, tuned, 
     assert site.log("slow").count("Starting session") == before + 1, "a minute each is not waited three times"
 
 
-def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo, site, nap):
+def test_a_guard_lost_alone_is_a_lost_line(repo, site, nap):
     """It watches over a command whose own stdin streams, on the connection that had room."""
     mine, held = Nap(), []
     repo.new()
@@ -1591,7 +1591,7 @@ def test_a_stopped_master_does_not_hang_a_new_call(repo, site):
     assert again.seconds < first.seconds - 2.5, "the next process need not find out again"
 
 
-def test_what_runs_over_a_master_that_hung_goes_on_when_it_wakes(repo, site):
+def test_commands_of_a_hung_master_go_on_when_it_wakes(repo, site):
     repo.new()
     child = repo.start("exec", "-n", "--", "touch begun; until [ -e go ]; do sleep 0.05; done; echo on; exit 4")
     until(lambda: (repo.path() / "begun").exists(), "it runs")
@@ -1604,7 +1604,7 @@ def test_what_runs_over_a_master_that_hung_goes_on_when_it_wakes(repo, site):
 
 
 @each("stdin", [None, pytest.param(b"in", marks=slow)])
-def test_a_command_whose_master_hangs_is_stopped_over_another(repo, stdin, site, nap):
+def test_a_hung_master_is_stopped_over_another(repo, stdin, site, nap):
     repo.new()
     child = repo.start("exec", "--timeout", "3", "--json", "--", f"cat; echo on; {nap}", stdin=DEVNULL if stdin is None else PIPE)
     if stdin:
@@ -1654,7 +1654,7 @@ def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo, n
 @slow
 @pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounts a /proc of its own")
 @each("shell", ["dash", "bash", "mksh", "ksh", "busybox sh", "zsh"])
-def test_a_process_that_hides_is_ended_and_not_confirmed_blindly(site, shell, repo):
+def test_a_hidden_process_is_not_confirmed_blindly(site, shell, repo):
     """hidepid=2, and a command, or a child of its group, that is not dumpable: no table shows it to its own user."""
     napping = unique()
     site.script("names/sh", """exec bash -c 'exec -a sh zsh "$@"' sh "$@\"""" if shell == "zsh" else f'exec {shell} "$@"')
@@ -1798,7 +1798,7 @@ def in_sshs_place(site, text):
 
 
 @each("when", ["later", "for a command"])
-def test_what_the_config_says_only_for_a_command_does_not_leave_either(site, when):
+def test_what_the_config_adds_for_a_command_does_not_leave(site, when):
     """Match exec may change its mind. OpenSSH 10 has Match sessiontype and Match command: before, a program in ssh's place
     that looks for a word behind the host plays them."""
     new = int(re.findall(rb"OpenSSH_(\d+)", subprocess.run([program("ssh"), "-V"], stderr=PIPE).stderr)[0]) >= 10
@@ -1865,7 +1865,7 @@ def test_a_changed_host_key_is_refused_even_where_checking_is_off(site, repo):
 
 
 @each("text", [b"REMOTE HOST IDENTIFICATION HAS CHANGED", b"x\nHost key verification failed.", b"Could not resolve hostname"])
-def test_what_a_server_says_last_is_not_taken_for_sshs_own_word(repo, text, site):
+def test_a_servers_last_words_are_not_sshs_own(repo, text, site):
     body = b"\x01" + struct.pack(">II", 2, len(text)) + text + struct.pack(">I", 0)
     pad = 8 - (len(body) + 5) % 8 + 8
 
@@ -1915,7 +1915,7 @@ def test_a_promisor_repository_fetches_nothing(repo, site):
     assert made.code == 1 and not trap.exists() and repo.workspaces() == {}
 
 
-def test_a_git_directory_inside_another_repository_is_refused(repo, site):
+def test_a_git_directory_inside_a_repository_is_refused(repo, site):
     """It came with a clone, and its config names a host and a work tree."""
     inner = repo.dir / "vendor"
     subprocess.run(["git", "clone", "-q", "--bare", str(repo.dir), str(inner)], env=site.environment(), check=True)
@@ -1928,7 +1928,7 @@ def test_a_git_directory_inside_another_repository_is_refused(repo, site):
     assert site.cli("list", cwd=apart).code == 0  # a bare repository by itself is one
 
 
-def test_unreadable_or_very_large_attributes_are_no_traceback(site):
+def test_unreadable_or_huge_attributes(site):
     repo = Repo(site, files={".gitattributes": b"#" * (1 << 20) + b"\n* text\n", "a/.gitattributes": b"hidden export-ignore\n", "a/hidden": b"1"})
     repo.new("w")
     repo.arrived("w")
@@ -2001,7 +2001,7 @@ def test_arguments_output_codes_stdin_and_secrets_are_exact_under_every_login_sh
 
 
 @each("foreign", ["bash -l", "zsh", "dash", "fish", "tcsh", "mksh", "ksh", "busybox sh", "cat", ".bashrc"])
-def test_a_shell_that_is_not_ours_runs_nothing_and_reads_no_secret(site, foreign, repo, nap):
+def test_a_foreign_shell_runs_nothing_and_reads_no_secret(site, foreign, repo, nap):
     """The account's ForceCommand, or what its .bashrc runs, reads what we send in place of our command."""
     flag, touched, got = site.dir / "flag", site.dir / "touched", site.dir / "got"
     if foreign == ".bashrc":
@@ -2124,7 +2124,7 @@ def test_secrets_have_scopes_and_the_narrower_wins(repo, site):
     assert seen("a") == ["global-1"]
 
 
-def test_exec_hands_over_the_secrets_that_are_named_or_none(repo, site):
+def test_exec_hands_over_the_named_secrets(repo, site):
     """Also to the init hook of a workspace that it makes, and to jobs."""
     repo.write(".cmux/init", b"#!/bin/sh\necho $A $B >init\n", 0o755)
     repo.commit()
@@ -2151,7 +2151,7 @@ print(w.read("j").content, project.create("v", "box", secrets=()).read("init").c
 """) == "b'own all\\n' b'\\n'\nb'2\\n' b'\\n'\n"
 
 
-def test_what_any_scope_may_have_sent_is_masked_and_looked_for(repo, site):
+def test_secrets_of_every_scope_are_masked(repo, site):
     """Also what a narrower scope hides by now, and what a command of this workspace's made; of other workspaces no command is run."""
     repo.new("w", "other")
     ran = site.dir / "ran"
@@ -2178,7 +2178,7 @@ def test_a_secret_command_is_stored_instead_of_the_value(repo, site):
     refused(repo.exec("true"), 125, "The command for the secret LOUD")
 
 
-def test_no_secret_lies_in_the_history_or_in_the_record_of_a_job_here(repo, site):
+def test_no_secret_lies_in_the_history_or_a_record(repo, site):
     values = {"PLAIN": "hunter2-hunter2-XYZ", "QUOTE": "it's-a-s\u00e9cret-Q9", "LINES": "-----BEGIN KEY-----\nMIIEvQIBADANBgkqhkiG9w0B\n-----END KEY-----"}
     for name, value in values.items():
         repo.secret(name, value)
@@ -2259,7 +2259,7 @@ def test_dotenv_values_and_their_comments(repo, site):
     assert repo.exec('echo "${#A}"').out == b"110002\n"
 
 
-def test_a_secret_command_that_closes_its_output_and_goes_on_is_ended(repo):
+def test_a_secret_command_that_goes_on_is_ended(repo):
     nap = Nap()  # from inside: of its own it is given two minutes
     repo.secret("T", command=f"printf hunter2; exec >&- 2>&-; exec {nap}")
     assert in_library(repo, """
@@ -2273,7 +2273,7 @@ except cmux_ssh.CmuxError as error:
     nap.gone()
 
 
-def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo):
+def test_a_closed_stdin_is_no_empty_one(repo):
     repo.new()
     for words, stdin in (("write f", "<&-"), ("secrets set X", "<&-"), ("secrets set X", "</dev/null"), ("batch", "<&-"), ("edit README", "<&-")):
         done = repo.cli(*words.split(), sh=f'exec "$@" {stdin}')
@@ -2281,7 +2281,7 @@ def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo):
     assert not (repo.path() / "f").exists() and repo.cli("secrets", "list").out == b""
 
 
-def test_library_a_cancel_reaches_the_command_that_makes_a_secret(shared, nap):
+def test_library_cancel_reaches_the_command_of_a_secret(shared, nap):
     shared.secret("SLOW", command=f"exec {nap}")
     try:
         assert in_library(shared, """
@@ -2298,7 +2298,7 @@ for call in (lambda cancel: workspace.exec("echo ran", cancel=cancel).exit_code,
         shared.ok("secrets", "rm", "SLOW")
 
 
-def test_a_secret_that_another_process_changes_is_new_at_once(repo):
+def test_a_secret_changed_elsewhere_is_new_at_once(repo):
     assert in_library(repo, """
 import subprocess
 project = cmux_ssh.Project(".")
@@ -2360,7 +2360,7 @@ def test_a_part_of_a_long_secret_is_found_in_linear_time(repo, client):
 
 
 @each("shell", SHELLS)
-def test_sessions_opened_ahead_begin_under_every_login_shell(site, shell):
+def test_sessions_opened_ahead_under_every_login_shell(site, shell):
     host = site.login(shell)
     assert in_library(Repo(site, odd=True), """
 workspace = cmux_ssh.Project(".").create("main", sys.argv[1])
@@ -2374,7 +2374,7 @@ print(warm().exec(["printf", "<%s>", "it's", "!x"]).stdout, warm().write("a\\n'b
 
 @slow
 @each("way", ["master", "direct"])
-def test_a_server_that_ends_silent_channels_ends_no_command_of_ours(site, tuned, way, repo, nap):
+def test_a_server_that_ends_silent_channels(site, tuned, way, repo, nap):
     site.daemon("hasty", "ChannelTimeout session:command=3s")
     if way == "direct":
         ssh_without_masters(site)
@@ -2469,7 +2469,7 @@ def test_a_client_without_multiplexing_works(repo, site):
 
 
 @each("programs", ["plain", "gzip", "gzip, near", "false gzip", "gzip that stops", "gzip that hangs"])
-def test_whatever_gzip_the_host_has_the_archive_arrives_or_is_refused(site, tuned, programs):
+def test_an_archive_arrives_or_is_refused_by_any_gzip(site, tuned, programs):
     """As if it were far away, and near."""
     small_host(site)
     path = site.dir / "busybox-bin"
@@ -2489,7 +2489,7 @@ def test_whatever_gzip_the_host_has_the_archive_arrives_or_is_refused(site, tune
     assert ("compressed to" in made.said) == (programs == "gzip"), made
 
 
-def test_a_tar_that_goes_on_after_the_last_byte_is_waited_for(site, tuned):
+def test_a_slow_tar_is_waited_for(site, tuned):
     slow = site.dir / "slow" / "tar"
     slow.parent.mkdir()
     script(slow, f'{program("tar")} "$@"; r=$?; sleep 5; exit $r')
@@ -2600,7 +2600,7 @@ def test_honest_host_strings_reach_ssh(repo, site):
         assert shlex.split(re.findall("`(.*)`", ran.said)[0])[-1] == host, "and the command to paste names it"
 
 
-def test_a_host_and_a_user_that_only_openssh_itself_restricts_work(repo, site):
+def test_hosts_and_users_that_openssh_allows_work(repo, site):
     """From the option to the state file and back, and in what a hint tells to run."""
     user = getpass.getuser()
     for n, host in enumerate(["k8s/pod=1", "h\u00e4us", "a~b", f"{user}@web+1"]):
@@ -2639,7 +2639,7 @@ def test_an_ssh_before_7_8_is_refused_in_one_sentence(repo, words, site):
     assert repo.workspaces() == {} and "Accepted" not in site.log()
 
 
-def test_a_server_that_turns_us_away_is_waited_for_then_named(repo, line):
+def test_a_server_that_turns_us_away(repo, line):
     """OpenSSH 9.8 and later say so before their banner, for MaxStartups and for a penalty."""
     words = b"Not allowed at this time\r\n"
     line.away = (2, words)
@@ -2651,7 +2651,7 @@ def test_a_server_that_turns_us_away_is_waited_for_then_named(repo, line):
 
 
 @each("entry, named", [("HostKeyAlias Box.new", "box.new"), ("", "[127.0.0.1]:{port}"), ("UserKnownHostsFile {first} {second}", "[127.0.0.1]:{port}")])
-def test_the_command_told_for_a_changed_key_makes_ssh_forget_it(repo, entry, named, site):
+def test_the_command_for_a_changed_key_works(repo, entry, named, site):
     first, second = site.dir / "known one", site.dir / "known'2"
     site.daemon("bare-h", config=[entry.format(first=f'"{first}"', second=f'"{second}"'), f'UserKnownHostsFile "{second}"', f"IdentityFile {site.keys.user}", "IdentitiesOnly yes"])
     first.write_text(f"other {public(site.keys.host)}\n")
@@ -2668,7 +2668,7 @@ def test_the_command_told_for_a_changed_key_makes_ssh_forget_it(repo, entry, nam
 @each("trouble, answers_, code, words", [
     ("unknown", [("yes/no", "no")], 255, "not known"), ("unknown", [("yes/no", "yes")], 0, "it ran"), ("changed", [], 255, "ssh-keygen -f"), ("strict", [], 255, "not known"),
     ("passphrase", [("passphrase", "right")], 0, "it ran"), ("passphrase", [("passphrase", "wrong"), ("passphrase.*passphrase", "")], 255, "accepted none")])
-def test_on_a_terminal_ssh_asks_once_and_what_came_of_it_is_told(repo, trouble, answers_, code, words, site):
+def test_on_a_terminal_ssh_asks_once(repo, trouble, answers_, code, words, site):
     if trouble == "passphrase":
         site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig", f"IdentityFile {locked_key(site)}", "IdentitiesOnly yes"])
     else:
@@ -2683,7 +2683,7 @@ def test_on_a_terminal_ssh_asks_once_and_what_came_of_it_is_told(repo, trouble, 
 
 
 @each("lost", ["passphrase", "agent"])
-def test_a_login_that_needed_a_person_serves_all_that_comes_after(repo, lost, site):
+def test_a_login_by_a_person_serves_all_after_it(repo, lost, site):
     """A key whose passphrase was typed once, or that has left the agent since. Nothing knocks in vain for long: failed logins cost penalties."""
     key, words = locked_key(site), ("exec", "-H", "bare-h", "--", "echo work >>README")
     site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig"] + ["IdentitiesOnly yes", f"IdentityFile {key}"] * (lost == "passphrase"))
@@ -2726,7 +2726,7 @@ def test_contract_a_tilde_is_the_home_over_there(repo, root, site):
     assert repo.cli("read", "README").out == b"hello\n" and repo.cli("write", "w", stdin=b"w").code == 0 and repo.cli("edit", "w", "--old", "w", "--new", "v").code == 0
 
 
-def test_a_server_that_asks_for_the_agent_is_named_then_left(repo, site):
+def test_a_server_that_asks_for_the_agent_is_left(repo, site):
     """What ssh writes into its log then was seen on a real one; no server here does it."""
     words, name = "Warning: ssh server tried agent forwarding.\nWarning: this is probably a break-in attempt by a malicious server.\n", site.dir / "name"
     in_sshs_place(
@@ -2745,7 +2745,7 @@ def test_a_server_that_asks_for_the_agent_is_named_then_left(repo, site):
     assert again.code == 0 and not again.said, again
 
 
-def test_a_proxy_that_leaves_a_child_behind_does_not_keep_a_call(site, repo):
+def test_a_child_of_a_proxy_does_not_keep_a_call(site, repo):
     """A session of its own ends with its ssh, whoever holds its stderr."""
     server = f"{program('sshd', 'openssh-server')} -i -f {site.sshd_config('kept')} -E {site.dir}/log-kept"
     nap, work = Nap(), Nap()
@@ -2812,7 +2812,7 @@ def test_a_full_disk_on_the_host_is_said_and_leaves_nothing_half(site, what):
 
 
 @each("verb, room", [("new", "nr_inodes=2"), ("pull", "size=40k"), ("pull", "nr_inodes=2"), ("batch", "size=40k"), ("exec", "size=40k")])
-def test_a_full_disk_on_this_machine_is_said_and_not_a_traceback(repo, verb, room, site):
+def test_a_full_disk_on_this_machine_is_said(repo, verb, room, site):
     """TMPDIR, where a shadow repository and a command's stdin lie, is a small tmpfs in a namespace of its own."""
     assert repo.exec("head -c 300000 /dev/urandom >big").code == 0
     repo.save("large", os.urandom(300000))
@@ -2832,7 +2832,7 @@ def test_a_full_disk_on_this_machine_is_said_and_not_a_traceback(repo, verb, roo
 # === Many at once (promise 8) ===
 
 
-def test_a_foreign_shell_in_a_session_opened_ahead_runs_nothing(site, repo):
+def test_a_foreign_shell_in_a_session_opened_ahead(site, repo):
     host, flag, touched = site.login("bash"), site.dir / "flag", site.dir / "touched"
     (site.far_home(host) / ".bashrc").write_text(f"[ ! -e {flag} ] || {{ echo >>{flag}; exec dash; }}\n")
     repo.secret("S", b"touch %s" % os.fsencode(touched))
@@ -2918,7 +2918,7 @@ def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo
     assert "drop connection" not in site.log() and "no more sessions" not in site.log()
 
 
-def test_one_dropped_handshake_is_forgotten_after_a_minute(repo, site, line):
+def test_a_dropped_handshake_is_forgotten(repo, site, line):
     """While the line is stalled the connections that came are the handshakes under way. It was a day."""
     ssh_without_masters(site)
     repo.new(host="far")
@@ -2941,7 +2941,7 @@ def test_one_dropped_handshake_is_forgotten_after_a_minute(repo, site, line):
 
 
 @each("what", ["slot", "two slots", "handshake", "lock", "host that is down"])
-def test_waiting_costs_nothing_however_many_wait_and_ends_at_once(repo, what, site, line):
+def test_waiting_costs_nothing_and_ends_at_once(repo, what, site, line):
     """Forty threads; in a second each of them looked 150 times, a fifth of a core for the rest of us."""
     repo.new(host="far")
     line.refuse = "slot" in what  # no second connection
@@ -3058,7 +3058,7 @@ def test_a_line_that_stalls_and_goes_on_loses_nothing(repo, line):
     assert (child.returncode, err) == (0, b"") and out == data
 
 
-def test_a_second_process_has_sessions_waiting_too_on_a_master_more(repo, site):
+def test_a_second_process_has_sessions_waiting_too(repo, site):
     """Sessions opened ahead take the upper half of a master's slots: the first process has them all. The next
     starts one master more for its own."""
     with Agent(repo, "-H", "box") as first:
@@ -3070,14 +3070,14 @@ def test_a_second_process_has_sessions_waiting_too_on_a_master_more(repo, site):
     until(lambda: open_sessions(site) == 0, "they are given back")
 
 
-def test_sessions_wait_ready_again_after_a_command_that_took_long(repo, tuned, site):
+def test_sessions_wait_again_after_a_long_command(repo, tuned, site):
     tuned(WARM_IDLE=3)  # what the keeper sleeps once all that waited is given up
     with Agent(repo, "-H", "box") as talker:
         talker("exec", command="sleep 4")
         until(lambda: open_sessions(site) == 4, "they are opened", 2.5)
 
 
-def test_close_gives_up_a_session_that_is_just_being_opened_ahead(repo, site, line):
+def test_close_gives_up_a_session_being_opened_ahead(repo, site, line):
     repo.new(host="far")
     line.delay = 0.1
     assert in_library(repo, """
@@ -3093,7 +3093,7 @@ wait_ready(sys.argv[1])                 # with the next operation it begins agai
 """, str(site.dir / "log-box")) == "3\n"
 
 
-def test_a_header_cut_off_by_a_dying_master_is_sent_again(repo, site):
+def test_a_header_that_was_cut_off_is_sent_again(repo, site):
     """It was never whole: nothing can have begun."""
     with Agent(repo, "-H", "box") as talker:
         talker("exec", command="true")
@@ -3105,7 +3105,7 @@ def test_a_header_cut_off_by_a_dying_master_is_sent_again(repo, site):
 
 
 @each("sessions", [1, 2])
-def test_sessions_that_wait_do_not_block_a_host_that_takes_few(site, sessions):
+def test_waiting_sessions_do_not_block_a_small_host(site, sessions):
     """They lie in slots that do not count any more, once it was learnt how few it takes."""
     site.daemon("few", f"MaxSessions {sessions}")
     assert in_library(Repo(site), """
@@ -3118,7 +3118,7 @@ print(second.exec("exit 4").exit_code, first.exec("exit 5").exit_code, time.mono
 """) == "4 5 True\n"
 
 
-def test_two_clones_that_send_one_tree_at_once_spoil_nothing(site):
+def test_two_clones_may_send_one_tree_at_once(site):
     """upload_lock is of one repository: the host sees to it itself (seen: a base that was an empty file, for ever)."""
     repo = Repo(site, files={f"d/{n}": b"%d" % n for n in range(30)})
     subprocess.run(["git", "clone", "-q", str(repo.dir), str(site.dir / "other")], env=site.environment(), check=True)
@@ -3147,7 +3147,7 @@ print("fine")
     assert all((base / "whole.tar").is_file() for base in bases.iterdir()), list(bases.iterdir())
 
 
-def test_no_master_is_added_for_sessions_ahead_where_none_can_be(repo, site):
+def test_no_master_is_tried_twice_for_sessions_ahead(repo, site):
     """It is tried once: where logging in needs a person, each try is a failed login and its penalty."""
     with Agent(repo, "-H", "box") as first:
         first("exec", command="true")
@@ -3162,7 +3162,7 @@ def test_no_master_is_added_for_sessions_ahead_where_none_can_be(repo, site):
             assert (open_sessions(site), len(site.masters())) == (4, 1)
 
 
-def test_a_master_that_hangs_costs_a_long_lived_caller_one_wait(repo, tuned, site):
+def test_a_hung_master_costs_one_wait(repo, tuned, site):
     tuned(START_PATIENCE=2)
     with Agent(repo, "-H", "box") as talker:
         for _ in range(4):
@@ -3178,7 +3178,7 @@ def test_a_master_that_hangs_costs_a_long_lived_caller_one_wait(repo, tuned, sit
 # === new: uploads and the init hook ===
 
 
-def test_every_kind_of_file_arrives_as_the_repository_has_it(odd):
+def test_every_kind_of_file_arrives(odd):
     """Names, modes, links and bytes; no filter, no line ends, no $Format$; also what export-ignore names."""
     ran = odd.exec("git status --porcelain --ignored; git log --format=%s | wc -l; ./run.sh")
     assert (ran.code, ran.out.split()) == (0, [b"1", b"ran"])
@@ -3200,7 +3200,7 @@ def test_two_projects_of_one_name_never_meet(site):
     assert len(one.cli("list", "--all-projects", "--json").json) == 2
 
 
-def test_a_subdirectory_a_worktree_and_option_C_are_the_same_project(repo, site):
+def test_a_subdirectory_and_option_C_are_the_same_project(repo, site):
     repo.new()
     before = site.cli("-C", str(repo.dir), "-w", "main", "--json", "exec", "--", "echo", "-C", "x")  # as git has it
     assert before.json["stdout"] == "-C x\n", before
@@ -3209,7 +3209,7 @@ def test_a_subdirectory_a_worktree_and_option_C_are_the_same_project(repo, site)
     assert set(json.loads(site.cli("list", "-C", str(repo.dir / "src"), "--json").out)[0]) >= {"name", "host", "path", "base", "created"}
 
 
-def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo, line):
+def test_a_second_workspace_sends_almost_nothing(repo, line):
     repo.save("big", os.urandom(2 << 20))
     repo.new("a", host="far")
     first, line.up = line.up, 0
@@ -3263,7 +3263,7 @@ def tuned(site, monkeypatch):
     return tune
 
 
-def test_over_a_long_line_archives_and_deltas_travel_compressed(repo, line):
+def test_over_a_long_line_all_travels_compressed(repo, line):
     for name in "abcdef":
         repo.write(name, source_text(1 << 20))
     repo.commit()
@@ -3292,7 +3292,7 @@ new.close()
 
 
 @each("host", ["box", "bare", "bsdtar"])
-def test_files_are_as_old_as_the_host_says_though_this_clock_is_ahead(site, host):
+def test_files_are_as_old_as_the_host_says(site, host):
     """git archives a tree with the time of now; in the host's future, make would rebuild for ever."""
     if host == "bare":
         small_host(site)
@@ -3318,7 +3318,7 @@ def test_files_are_as_old_as_the_host_says_though_this_clock_is_ahead(site, host
             assert clean.returncode == 0, "the index knows the files without a look at their content"
 
 
-def test_a_bar_tells_bytes_rate_and_time_and_is_taken_away(repo, line):
+def test_a_bar_tells_bytes_rate_and_time(repo, line):
     """Of an upload, and of a pull; neither in a pipe."""
     name = "a-rather-long-name-of-a-workspace-that-somebody-gave-it-in-1999"
     repo.save("big", os.urandom(5 << 20))
@@ -3337,7 +3337,7 @@ def test_a_bar_tells_bytes_rate_and_time_and_is_taken_away(repo, line):
     assert b"sending" not in repo.cli("new", "-H", "far", "--root", "other", "b").err
 
 
-def test_a_stalled_upload_holds_up_no_other_host_and_is_given_up(repo, tuned, line):
+def test_a_stalled_upload_holds_up_no_other_host(repo, tuned, line):
     repo.save("text", os.urandom(1 << 20))
     repo.new("old", "older", "--ref", "HEAD~1")
     stopped = threading.Event()
@@ -3365,7 +3365,7 @@ def test_a_stalled_upload_holds_up_no_other_host_and_is_given_up(repo, tuned, li
 HOOK = b'#!/bin/sh\necho "init in $CMUX_WORKSPACE with <$TOKEN>"\necho to-stderr >&2\necho once >>init-ran\nexit "${CODE:-0}"\n'
 
 
-def test_the_init_hook_runs_once_and_its_output_is_streamed(repo):
+def test_the_init_hook_runs_once(repo):
     repo.save(".cmux/init", HOOK, 0o755)
     repo.secret("TOKEN", b"tok")
     made = repo.new("a")
@@ -3377,7 +3377,7 @@ def test_the_init_hook_runs_once_and_its_output_is_streamed(repo):
     assert not [name for name in "bc" if (repo.path(name) / "init-ran").exists()]
 
 
-def test_a_failing_init_hook_is_reported_and_undoes_nothing(repo):
+def test_a_failing_init_hook_undoes_nothing(repo):
     repo.save(".cmux/init", HOOK.replace(b'"${CODE:-0}"', b"9"), 0o755)
     made = repo.cli("new", "-H", "box", "a")
     assert "9" in made.said and "init" in made.said and set(repo.workspaces()) == {"a"}
@@ -3388,7 +3388,7 @@ def test_a_failing_init_hook_is_reported_and_undoes_nothing(repo):
     assert quiet.out == b"" and quiet.said == "cmux_ssh.py: The init hook of d failed.\n", quiet
 
 
-def test_a_repository_cannot_name_its_host_command_or_options(repo, site):
+def test_a_repository_cannot_name_its_host(repo, site):
     for name in (".cmux/config", ".cmux/host", ".cmuxrc", ".cmux.json", ".cmux/config.json"):
         repo.write(name, b'{"host": "box"}\nhost = box\n')
     repo.commit()
@@ -3404,7 +3404,7 @@ def test_nothing_is_left_behind_on_this_machine(repo, site):
     assert "cmux" not in repo.git("for-each-ref")
 
 
-def test_a_record_whose_parts_are_wrong_is_said_and_left_alone(repo):
+def test_a_record_with_wrong_parts_is_left_alone(repo):
     repo.new()
     file = repo.record()
     good = json.loads(file.read_text())
@@ -3450,7 +3450,7 @@ def test_an_interrupted_init_hook_is_no_success(repo, names, nap):
     assert all(row["state"] == "init failed" for row in repo.cli("list", "--json").json)
 
 
-def test_hooks_of_a_separate_git_directory_and_of_a_submodule(site):
+def test_hooks_of_a_separate_git_directory(site):
     repo, outer = Repo(site, "apart"), Repo(site, "outer")
     repo.git("init", "-q", "--separate-git-dir", str(site.dir / "apart.git"))
     repo.git("config", "core.hooksPath", str(repo.dir / "githooks"))
@@ -3467,7 +3467,7 @@ def test_an_ignored_sigchld_makes_no_failure_a_success(repo):
     refused(repo.exec("echo ran", sh="trap '' CHLD; exec \"$@\""), 125, "failed with status 7")
 
 
-def test_two_aliases_of_one_address_do_not_share_a_connection(repo, site):
+def test_aliases_of_one_address_share_no_connection(repo, site):
     used = site.dir / "used"
     site.at("one")
     proxy = script(site.dir / "relay", f"echo used >>{used}\nexec {program('ssh')} -F {site.config} -W 127.0.0.1:{site.port} box")
@@ -3480,7 +3480,7 @@ def test_two_aliases_of_one_address_do_not_share_a_connection(repo, site):
 
 
 @each("force", [False, True])
-def test_a_new_or_push_killed_over_there_is_finished_by_the_next(site, force):
+def test_a_new_or_push_killed_on_the_host_is_finished(site, force):
     """They find a tree in the stage, which must not take the next one in; and files that are half changed, by the first, not by the agent."""
     repo, armed = Repo(site, files={f"many/{n}": b"old\n" for n in range(30)}), site.dir / "armed"
     end = """p=$$ all=
@@ -3520,7 +3520,7 @@ def test_push_leaves_a_split_index_that_git_can_read(repo):
 
 
 @each("everywhere", [False, True])
-def test_dirty_goes_by_attributes_and_ignores_wherever_they_are_named(repo, everywhere, site):
+def test_dirty_goes_by_attributes_and_ignores(repo, everywhere, site):
     ignored = site.dir / "ignore everywhere" if everywhere else repo.dir / ".myignore"
     ignored.write_text("private.txt\n")
     (repo.dir / ".git" / "attrs").write_text("*.z filter=crypt\n*.txt text\n")
@@ -3536,7 +3536,7 @@ def test_dirty_goes_by_attributes_and_ignores_wherever_they_are_named(repo, ever
     assert b"terces" in repo.far("key.z")
 
 
-def test_a_forced_push_to_its_base_takes_back_nothing_pulled(repo):
+def test_a_forced_push_takes_back_nothing_pulled(repo):
     repo.new()
     do(repo, "echo 1 >agents; git add agents; git commit -qm agentwork")
     repo.ok("pull")
@@ -3564,7 +3564,7 @@ def test_what_was_dirty_is_not_the_agents(repo):
     assert repo.pulled("second") == "2", pulled
 
 
-def test_a_refused_push_or_a_damaged_project_disturbs_no_other(repo, site):
+def test_a_damaged_project_disturbs_no_other(repo, site):
     repo.new()
     do(repo, "echo 1 >agents")
     repo.commit()
@@ -3605,7 +3605,7 @@ def test_what_is_not_sent_is_said_exactly_each_time(repo):
     assert "Not sent: 1 LFS file" in repo.cli("push", "-w", "one", "--dirty").said
 
 
-def test_push_moves_a_workspace_and_keeps_what_is_ignored(site, place):
+def test_push_keeps_what_is_ignored(site, place):
     repo = Repo(site, odd=True, files={".gitignore": b"*.o\n", "keep": b"k\n", "f%d" % 1: b"1", "f2": b"2", "f3": b"3"})
     repo.new(host=place)
     if place == "box":  # without git, nobody there knows what is ignored
@@ -3686,7 +3686,7 @@ def test_a_delta_goes_by_bytes_where_there_are_few_files(site):
     repo.arrived("three")
 
 
-def test_nothing_is_said_of_head_where_a_workspace_has_it_and_more(repo):
+def test_nothing_is_said_of_a_head_that_is_there(repo):
     repo.write("untracked", b"u")
     repo.new("dirty", "--dirty")
     terminal = repo.terminal("exec", "-w", "dirty", "--", "cat untracked; echo; echo d''one")
@@ -3718,7 +3718,7 @@ def test_push_looks_again_after_its_upload(site, host, repo):
       "rm -rf .git; git init -q --object-format=sha256 -b main; git add -A; git commit -qm anew",
       "touch .git/HEAD.lock", "touch .git/refs/heads/main.lock", "git branch -m main/sub",
       "git checkout -q --detach; touch .git/refs/heads/main.lock"], ids=["anew", "sha256", "HEAD", "main", "sub", "detached"])
-def test_a_push_that_cannot_move_a_repository_says_so_or_replaces_it(repo, harm, site):
+def test_a_push_replaces_what_cannot_be_moved_by_force(repo, harm, site):
     repo.save(".gitignore", b"ignored\n")
     repo.new()
     do(repo, "git config --global user.name a; git config --global user.email a@x; echo agent >>README; echo cache >ignored; " + harm)
@@ -3788,7 +3788,7 @@ def test_fork_waits_for_a_push(repo, line):
 
 
 @each("layout", ["bare", "linked"])
-def test_hooks_of_another_worktree_are_not_changed_either(repo, layout, site):
+def test_hooks_of_another_worktree(repo, layout, site):
     repo.save("hooks/pre-commit", b"#!/bin/sh\n", 0o755)
     other = site.dir / "other"
     if layout == "bare":
@@ -3851,7 +3851,7 @@ def test_dirty_reads_line_ends_and_modes_as_git_add_does(repo):
 
 
 @each("empty", [False, True])
-def test_dirty_says_which_directory_is_a_repository_of_its_own(repo, empty, site):
+def test_dirty_names_a_repository_inside(repo, empty, site):
     inner = Repo(site, f"{repo.dir.relative_to(site.dir)}/in ner")
     if empty:
         inner.git("update-ref", "-d", "HEAD")
@@ -3863,7 +3863,7 @@ def test_dirty_says_which_directory_is_a_repository_of_its_own(repo, empty, site
 # === pull and diff (promise 3) ===
 
 
-def test_a_name_used_again_pulls_onto_its_branch_once_that_was_merged(repo):
+def test_a_name_used_again_pulls_onto_its_branch(repo):
     for turn in range(2):
         repo.new("again")
         do(repo, f"echo {turn} >f{turn}", "again")
@@ -3881,7 +3881,7 @@ def test_a_name_used_again_pulls_onto_its_branch_once_that_was_merged(repo):
     refused(repo.cli("pull", "-w", "again"), 1, "no pull of this workspace made")
 
 
-def test_diff_on_a_terminal_has_the_colour_and_pager_of_git(repo, site):
+def test_diff_has_the_colour_and_pager_of_git(repo, site):
     repo.new()
     do(repo, "printf 'x\\033]0;evil\\007\\n' >>README; seq 20000 >many")
     pager, got = shlex.quote(site.script("pager", 'cat >"$0.got"; echo "paged $1"')), site.dir / "pager.got"
@@ -4206,7 +4206,7 @@ def test_lying_exports_are_refused(lab, stream):
     lab.refuse(stream)
 
 
-def test_the_whole_tree_is_looked_at_no_oftener_for_more_commits(new_lab):
+def test_more_commits_need_no_more_looks_at_the_tree(new_lab):
     """A thousand commits on a tree of a hundred thousand files were hours. The git here says how often."""
     lab, seen = new_lab(), []
     lab.site.script("bin/git", f'case " $* " in *" ls-tree "*) echo look >>{lab.site.dir}/looks;; esac\nexec {program("git")} "$@"')
@@ -4399,7 +4399,7 @@ def test_pull_without_git_on_the_host(site, busybox):
 
 
 @each("how", ["shorter", "gone", "longer"])
-def test_a_file_that_changes_while_it_is_read_does_no_harm(site, how, repo):
+def test_a_file_may_change_while_it_is_read(site, how, repo):
     host, head = bare_host(site), site.dir / "posix-bin" / "head"
     real, once = head.resolve(), site.dir / "once"
     head.unlink()
@@ -4417,7 +4417,7 @@ exec {real} "$@\"""")
     assert "z" in repo.git("ls-tree", "--name-only", "cmux/main") and repo.cli("rm", "main").code == 0
 
 
-def test_what_cannot_be_read_there_is_named_and_no_deletion(site):
+def test_what_cannot_be_read_is_no_deletion(site):
     repo = Repo(site, files={"own": b"o\n"})
     bare_host(site)
     nobody(site, str(site.dir / "posix-bin"))
@@ -4476,7 +4476,7 @@ def older(repo, names):
         path.write_text(entry["tree"] + "\n")
 
 
-def test_a_workspace_of_a_version_that_left_files_out_loses_nothing(site, place):
+def test_a_workspace_of_an_older_version_loses_nothing(site, place):
     repo = Repo(site, files={".gitattributes": b"docs/ export-ignore\n"})
     names = ["clean", "pushed", "work"]
     repo.new(*names, host=place)
@@ -4506,7 +4506,7 @@ def test_a_workspace_of_a_version_that_left_files_out_loses_nothing(site, place)
       "git checkout -qb feature; echo x >x; git add -A; git commit -q --amend -m amended",
       "git init -q ../up; git -C ../up -c user.name=a -c user.email=a@x commit -q --allow-empty -m theirs; git fetch -q ../up HEAD:refs/remotes/origin/main; echo x >x"],
       ids=["orphan", "amend", "fetched"])
-def test_a_branch_at_the_base_and_what_was_fetched_hold_up_no_rm(repo, how):
+def test_what_is_no_work_holds_up_no_rm(repo, how):
     repo.new()
     do(repo, how)
     pulled = repo.ok("pull")
@@ -4514,7 +4514,7 @@ def test_a_branch_at_the_base_and_what_was_fetched_hold_up_no_rm(repo, how):
     repo.ok("rm", "main")
 
 
-def test_an_unreadable_gitmodules_is_said_and_a_huge_one_is_fast(repo):
+def test_an_unreadable_or_huge_gitmodules_is_said(repo):
     repo.new()
     do(repo, "printf '<<<<<<< HEAD\\n[submodule \"x\"]\\n' >.gitmodules")
     refused(repo.cli("pull"), 1, "not one that git can read")
@@ -4575,7 +4575,7 @@ def test_a_merge_comes_home_as_one(repo):
     assert repo.tree() == there
 
 
-def test_pull_and_push_where_git_makes_sha256_repositories(repo, site):
+def test_pull_and_push_with_sha256_repositories(repo, site):
     """As git 3 does, unless it is told."""
     host = site.inetd("git3", env=replaced(site, git="""
 case "$1,$GIT_DEFAULT_HASH,$*" in init,,*--object-format*) ;; init,,*) shift; set -- init --object-format=sha256 "$@";; esac"""))
@@ -4626,7 +4626,7 @@ def test_more_files_replaced_than_renames_are_looked_for(repo):
 
 
 @each("change, gone, there", [("mv v1 t; mv v2 v1; mv t v2", "", {"v1/x": "TWO", "v2/x": "ONE"}), ("rm -r v1; mv v2 v1", "v2/x", {"v1/x": "TWO"})])
-def test_directories_that_changed_places_come_home_without_git(site, change, gone, there):
+def test_directories_that_changed_places(site, change, gone, there):
     repo = Repo(site, files={"v1/x": b"ONE\n", "v2/x": b"TWO\n"})
     repo.new(host=bare_host(site))
     do(repo, change)
@@ -4656,7 +4656,7 @@ def test_rm_refuses_changed_files(place, harm, repo):
 
 @each("harm", ["echo u >new; touch -t 200101010000 new", "cp -p README copy", "mv README renamed", "rm README", "chmod +x README",
       "ln -sf elsewhere link", "touch -r README r; echo z >>README; touch -r r README; rm r"])
-def test_rm_and_push_without_git_there_see_what_no_time_tells(site, harm):
+def test_rm_and_push_see_what_no_time_tells(site, harm):
     repo = Repo(site, files={"README": b"read\n", "src/x": b"x\n"})
     repo.save("src/x", b"y\n")
     repo.new("main", "other", host=bare_host(site))
@@ -4674,7 +4674,7 @@ def test_rm_and_push_without_git_there_see_what_no_time_tells(site, harm):
     "git worktree add -q --detach ~/wt; cd ~/wt; {}", "git checkout -q --detach; {}; git checkout -q --orphan fresh",
     "git checkout -q -b side; {}; git checkout -q main", "{}; git update-ref refs/odd/one HEAD; git reset -q --hard HEAD~1",
 ], ids=["detached", "reset", "amend", "worktree", "orphan", "branch", "ref"])
-def test_what_a_pull_does_not_bring_it_names_and_rm_refuses(repo, harm):
+def test_pull_names_what_it_does_not_bring(repo, harm):
     repo.new()
     do(repo, AGENT + harm.format("echo x >>README && git commit -qam lonely"))
     before = repo.cli("rm", "main")
@@ -4692,7 +4692,7 @@ def test_what_a_pull_does_not_bring_it_names_and_rm_refuses(repo, harm):
     repo.ok("rm", "main")
 
 
-def test_a_push_leaves_what_only_a_reflog_has_and_rm_still_knows_it(repo):
+def test_rm_knows_what_only_a_reflog_has(repo):
     repo.new()
     do(repo, AGENT + "echo x >>README; git commit -qam lonely; git commit -q --amend -m other")
     repo.save("more", b"user")
@@ -4758,7 +4758,7 @@ def test_pull_says_what_would_run_and_what_leaks(repo):
     assert terminal.wait() == 0 and b"git diff ...cmux/main; to take it: git merge cmux/main" in terminal.output, terminal.output
 
 
-def test_pull_refuses_hooks_by_a_link_and_shows_names_in_one_line(repo):
+def test_pull_refuses_hooks_behind_a_link(repo):
     repo.save("tools/hooks/x", b"1")
     repo.secret("TOKEN", b"s3cr3t-s3cr3t")
     repo.new()
@@ -4776,7 +4776,7 @@ def test_pull_refuses_hooks_by_a_link_and_shows_names_in_one_line(repo):
     refused(repo.cli("pull"), 1, "runs hooks from there")
 
 
-def test_hooks_are_found_by_either_name_and_in_any_configuration(repo, site):
+def test_hooks_are_found_in_any_configuration(repo, site):
     repo.write("tools/hooks/x", b"1")
     (repo.dir / "myhooks").symlink_to("tools/hooks")
     repo.commit()
@@ -4798,7 +4798,7 @@ def test_hooks_are_found_by_either_name_and_in_any_configuration(repo, site):
 
 @each("url", ["\\\next::sh -c id", '""ext::sh -c id', 'e"x"t::sh -c id', "ext::sh -c id" + "\n#" + "x" * (1 << 20), '"!touch x"', "-u"],
       ids=["escaped", "quoted", "partly", "large", "bang", "dash"])
-def test_a_submodule_url_that_is_a_command_is_read_as_git_reads_it(repo, url):
+def test_a_submodule_url_that_is_a_command(repo, url):
     repo.new()
     (repo.path() / ".gitmodules").write_text('[submodule "a"]\n\tpath = a\n\turl = %s\n' % url)
     refused(repo.cli("pull"), 1, "gitmodules is larger than" if len(url) > 100000 else "a URL or an update that is a command")
@@ -4829,7 +4829,7 @@ def test_pull_from_a_malicious_repository_of_ones_own_runs_nothing(repo, site):
     assert not trap.exists(), trap.read_text()
 
 
-def test_hooks_that_the_configuration_names_do_not_run_either(repo, site):
+def test_hooks_of_the_configuration_do_not_run(repo, site):
     """git 2.54 has them; in front of an older one, a program does what it does."""
     trap, shim = site.dir / "trap", site.dir / "git-2.54.py"
     shim.write_text(f"""
@@ -4869,7 +4869,7 @@ def test_a_line_cut_during_pull_leaves_nothing(line, repo):
     repo.ok("pull")
 
 
-def test_what_may_not_come_and_is_gone_again_has_a_way_out(repo):
+def test_what_may_not_come_has_a_way_out(repo):
     repo.cli("new", "-H", "box", "main")
     do(repo, AGENT + "echo one >one; git add .; git commit -qm one; ln -s ../../x evil; git add evil; git commit -qm a; git rm -q evil; git commit -qm b; echo u >u")
     answer = repo.cli("pull")
@@ -4883,7 +4883,7 @@ def test_what_may_not_come_and_is_gone_again_has_a_way_out(repo):
     repo.ok("rm", "--force", "main")
 
 
-def test_names_that_cannot_come_are_left_out_those_of_the_base_come(site, place):
+def test_names_that_cannot_come_are_left_out(site, place):
     own = ["\\lead", "trail\\", "a\\..\\b"]
     repo = Repo(site, files={name: b"old\n" for name in [*own, "README"]})
     repo.new(host=place)
@@ -4903,7 +4903,7 @@ def test_names_that_cannot_come_are_left_out_those_of_the_base_come(site, place)
 
 
 @each("push", [False, True])
-def test_a_history_that_cannot_come_loses_no_tracked_file(site, push):
+def test_a_history_that_cannot_come_loses_no_file(site, push):
     """Also where the base came as a delta, and has no repository of its own."""
     repo = Repo(site, files={**{f"f{n}": b"%d" % n for n in range(9)}, ".gitignore": b"dist/\n.env\n"})
     repo.new()
@@ -4949,7 +4949,7 @@ print([line for line in cmux_ssh.diff(workspace) if line.startswith(("+", "-"))]
 """) == "['+a'] %s\n" % new
 
 
-def test_a_branch_that_was_checked_out_meanwhile_does_not_move(repo, line):
+def test_a_branch_checked_out_meanwhile_does_not_move(repo, line):
     repo.new(host="far")
     do(repo, "echo 1 >agents")
     repo.ok("pull")
@@ -5025,7 +5025,7 @@ class Family(Repo):
         return found
 
 
-def test_submodules_and_lfs_content_travel_and_do_not_come_back(site, place):
+def test_submodules_and_lfs_content_travel(site, place):
     family = Family(site)
     before = untouched(family)
     made = family.new(host=place)
@@ -5044,7 +5044,7 @@ def test_submodules_and_lfs_content_travel_and_do_not_come_back(site, place):
     family.ok("rm", "second")
 
 
-def test_changes_in_submodules_are_left_out_and_kept_from_rm(site, place):
+def test_changes_in_submodules_are_kept_from_rm(site, place):
     family = Family(site)
     family.new(host=place)
     before = untouched(family)
@@ -5097,7 +5097,7 @@ def test_a_moved_submodule_is_pushed_as_a_delta(site, place):
     assert family.cli("diff").out == b"" and family.cli("rm", "main").code == 0
 
 
-def test_a_workspace_outlives_the_submodule_it_was_made_of(site):
+def test_a_workspace_outlives_its_submodule(site):
     family = Family(site)
     family.new()
     shutil.rmtree(family.dir / ".git/lfs")
@@ -5124,7 +5124,7 @@ def test_a_workspace_outlives_the_submodule_it_was_made_of(site):
     assert "is at" in family.cli("push", "-w", "next").text and family.far("assets/model.bin", "next") == CONTENT
 
 
-def test_uncommitted_work_in_a_submodule_is_said_without_its_filters(site):
+def test_uncommitted_work_in_a_submodule_is_said(site):
     family = Family(site)
     trap = site.dir / "trap"
     evil = script(site.dir / "evil.sh", f"echo ran >>{trap}\ncat")
@@ -5187,7 +5187,7 @@ def test_a_submodule_that_lies_elsewhere_is_none(site):
     assert repo.far("good.bin") == b"x" and all(repo.far(name)[:7] == b"version" for name in ("link.bin", "size.bin"))
 
 
-def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site, tuned, place):
+def test_lfs_content_larger_than_a_pulled_file_may_be(site, tuned, place):
     repo = Repo(site, files={".gitattributes": b"*.bin filter=lfs\n"})
     tuned(PULL_FILE_MAX=16 << 20)
     size = (16 << 20) + 4096
@@ -5209,7 +5209,7 @@ def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site, tu
     assert moved.code == 1 and "refused" in moved.said, moved
 
 
-def test_a_git_that_reads_no_tree_alone_sends_lfs_content(site):
+def test_an_old_git_sends_lfs_content(site):
     """Before 2.39; in front of a newer one, a program refuses what those do."""
     family, real = Family(site), program("git")
     env = replaced(site, git=f"""
@@ -5244,7 +5244,7 @@ def test_damaged_lfs_content_is_not_sent(site):
 # === list, rm, fork, rename ===
 
 
-def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo, site):
+def test_list_json_has_the_promised_keys(repo, site):
     assert repo.cli("list", "--json").json == []
     repo.new("a", "b")
     rows = repo.workspaces()
@@ -5256,7 +5256,7 @@ def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo, sit
     assert "a" in listed.text and "box" in listed.text
 
 
-def test_list_counts_commits_changes_and_jobs_or_has_a_dash(repo, site, line):
+def test_list_counts_commits_changes_and_jobs(repo, site, line):
     repo.new("some-name")
     repo.new("far-away", host="far")
     do(repo, "echo x >>README; git commit -qam one; echo y >new", "some-name")
@@ -5281,7 +5281,7 @@ def test_list_counts_commits_changes_and_jobs_or_has_a_dash(repo, site, line):
     assert counts()["far-away"] == [1, None, None] and time.monotonic() - began < 15
 
 
-def test_forks_of_one_workspace_do_not_wait_for_each_other(site, repo):
+def test_forks_do_not_wait_for_each_other(site, repo):
     site.daemon("slow", env=replaced(site, cp=f"""case "$*" in -RpP*) : >{site.dir}/copy-$$; n=0
 while [ $(ls {site.dir} | grep -c copy-) -lt 4 ]; do sleep 0.1; [ $((n+=1)) -lt 200 ] || exit 1; done;; esac"""))
     repo.new(host="slow")
@@ -5290,7 +5290,7 @@ while [ $(ls {site.dir} | grep -c copy-) -lt 4 ]; do sleep 0.1; [ $((n+=1)) -lt 
     assert set(repo.workspaces()) == {"main", "k0", "k1", "k2", "k3"}
 
 
-def test_a_fork_that_fails_over_read_only_directories_frees_its_name(site, repo):
+def test_a_fork_that_fails_frees_its_name(site, repo):
     nobody(site, os.environ["PATH"])
     repo.new(host="nobody")
     do(repo, "mkdir -p go/mod; echo a >go/mod/a; echo b >secret; chmod -R a-w go; chmod 0 secret")
@@ -5319,7 +5319,7 @@ def test_rm_refuses_while_a_command_runs(repo):
     assert until(lambda: repo.cli("rm", "other").code == 0, "its record ends with it")
 
 
-def test_a_forked_child_and_its_parent_share_no_session_and_no_lock(repo, site):
+def test_a_forked_child_shares_no_session_and_no_lock(repo, site):
     """multiprocessing forks: the copies of our descriptors in a worker must not keep what this process gives up."""
     site.daemon("other")
     assert in_library(repo, """
@@ -5463,7 +5463,7 @@ def test_impossible_paths_are_refused(talker, path):
         talker.refusal(tool, path=path, **more)
 
 
-def test_a_file_of_a_workspace_that_is_gone_makes_no_new_one(repo):
+def test_no_write_makes_a_lost_workspace_anew(repo):
     repo.new()
     shutil.rmtree(repo.path())
     for args in (["read", "x"], ["write", "x"], ["write", "a/x"], ["edit", "x", "--old", "a", "--new", "b"]):
@@ -5472,7 +5472,7 @@ def test_a_file_of_a_workspace_that_is_gone_makes_no_new_one(repo):
     assert not repo.path().exists()
 
 
-def test_a_path_that_ends_in_a_slash_makes_no_file_and_no_directory(talker, area):
+def test_a_path_that_ends_in_a_slash_makes_nothing(talker, area):
     area.put("file", b"old")
     for path in ("fresh/", "fresh/.", "fresh//", "file/", "file/.", "file//"):
         talker.refusal("write", path=area.p(path), content="x")
@@ -5507,14 +5507,14 @@ def test_write_and_edit_keep_the_mode_and_follow_links(talker, area, mode):
     assert [os.readlink(area.dir / n) for n in ("first", "second", "sub/third")] == ["second", "sub/third", str(real)]
 
 
-def test_write_through_a_link_makes_its_target_whatever_its_name(talker, area):
+def test_write_through_a_link_makes_its_target(talker, area):
     for number, target in enumerate(["new dir/new file", "-dash", "line\nbreak\n", "../" + area.name + "/up", "a'b\"c\\"]):
         (area.dir / f"link{number}").symlink_to(target)
         assert talker("write", path=area.p(f"link{number}"), content=target)["created"] is True
         assert (area.dir / f"link{number}").is_symlink() and (area.dir / target).read_bytes() == target.encode()
 
 
-def test_new_files_get_the_hosts_own_mode_and_parents_too(talker, area):
+def test_new_files_get_the_hosts_own_mode(talker, area):
     talker("exec", command=f"mkdir -p {area.p('by-hand')}; : > {area.p('by-hand/x')}")
     talker("write", path=area.p("by-tool/x"), content="")
     for name in ("", "/x"):
@@ -5596,7 +5596,7 @@ def test_a_write_of_8_mb_stopped_half_way_changes_nothing(repo, how, exists, lin
     assert (where / "big").read_bytes() == new
 
 
-def test_a_reader_sees_the_old_or_the_new_file_and_nothing_else(talker, area):
+def test_a_reader_sees_the_old_or_the_new_file(talker, area):
     versions = [bytes([n]) * 300_000 for n in range(65, 75)]
     file, stop, seen = area.put("f", versions[0]), threading.Event(), set()
 
@@ -5741,7 +5741,7 @@ def test_edits_from_16_processes_on_one_file_are_all_kept(shared, area):
 
 
 @slow
-def test_edits_at_once_are_kept_however_the_file_is_named(talker, area):
+def test_edits_at_once_under_several_names_are_kept(talker, area):
     file = area.put("sub/list", b"begin\nend\n")
     (area.dir / "link").symlink_to("sub/list")
     (area.dir / "way").symlink_to("sub")
@@ -5802,7 +5802,7 @@ def test_cp_brings_files_and_directories_both_ways(site, tools, repo):
     assert set(os.listdir(near)) == {"new", "d", "one"} and not list(site.remote.glob("*/cmux/.cmux/stage/*"))
 
 
-def test_cp_replaces_only_with_force_and_follows_no_link_of_this_machine(repo, site):
+def test_cp_replaces_only_with_force(repo, site):
     repo.new()
     far, near = repo.path(), repo.dir
     (site.dir / "elsewhere").mkdir()
@@ -5890,7 +5890,7 @@ def test_a_cp_killed_at_any_instant_leaves_nothing_half(repo, site, way):
         assert not target.exists() or tree_of(target) in (tree, {**tree, **{b"tree/" + path: row for path, row in tree.items()}})
 
 
-def test_new_from_a_workspace_has_what_is_ignored_there_before_the_hook_runs(site, place):
+def test_new_from_a_workspace_has_what_is_ignored_there(site, place):
     repo = Repo(site, files={".gitignore": b"node_modules/\n*.o\n/cache\n/late\n"})
     repo.new(host=place)
     here = repo.path()
@@ -5922,7 +5922,7 @@ def test_new_from_a_workspace_has_what_is_ignored_there_before_the_hook_runs(sit
 # === glob and grep ===
 
 
-def test_grep_says_when_a_nul_hides_the_rest_and_loses_no_next_file(shared):
+def test_grep_says_when_a_nul_hides_the_rest(shared):
     do(shared, "mkdir nul && cd nul && { seq 1 30000 | sed 's/00$/ ERROR/'; printf 'x\\0y\\n'; seq 1 9000 | sed 's/00$/ ERROR/'; } >a.log && echo ERROR >b.log && "
                "printf 'E\\0\\nERROR\\n' >c.bin && echo ERROR >d.log")
     try:
@@ -5977,13 +5977,13 @@ def test_glob_finds_what_the_pattern_says(talker, workspace, area, pattern, expe
 @each("pattern, words", [
     ("/etc/**", "Write it relative to the workspace, as 'src/**/*.py'"), ("~/**", "relative to the workspace"), ("~root/x", "relative"), ("~", "relative"), ("../**", "relative"), ("a/../../b", "relative"),
     ("{src,/etc}/**", "relative"), ("{1..3}.py", "{1,2,3}"), ("!*.md", "as '*.py'"), ("[[:digit:]]", "[a-z]"), ("{a,b}" * 7, "fewer braces"), ("/", "relative"), ("././.", "'**'")])
-def test_a_pattern_that_could_match_nothing_is_refused_with_what_to_write(talker, pattern, words):
+def test_a_pattern_that_could_match_nothing_is_refused(talker, pattern, words):
     for tool, arguments in (("glob", {"pattern": pattern}), ("grep", {"pattern": "x", "glob": pattern})):
         error = talker.answer(talker.post(tool, arguments))["error"]
         assert error["type"] == "UsageError" and words in error["hint"], error
 
 
-def test_the_files_of_a_grep_are_chosen_by_braces_and_absolute_patterns_too(talker, workspace, area):
+def test_the_files_of_a_grep_are_chosen_as_by_glob(talker, workspace, area):
     for name in ("a.py", "b.ts", "sub/c.py", "d.md", "{e}.py", "[f,g].py"):
         area.put(name, b"found-19\n")
     for glob, names in (("*.{py,ts}", ["[f,g].py", "a.py", "b.ts", "sub/c.py", "{e}.py"]), (f"{workspace}/{area.name}/*.{{py,ts}}", ["[f,g].py", "a.py", "b.ts", "{e}.py"]), ("*{e}.*", ["{e}.py"]),
@@ -6060,7 +6060,7 @@ def test_impossible_arguments_are_refused(talker):
         assert all("job" in talker.refusal(tool, job=unknown) for tool in ("logs", "wait", "stop")), unknown
 
 
-def test_what_a_host_answers_to_a_search_is_read_in_linear_time(site):
+def test_answers_to_a_search_are_read_in_linear_time(site):
     """Megabytes, for which a pattern with two ways to match would take days."""
     size, answer, plain = 400_000, site.dir / "answer", site.dir / "plain"
     site.daemon("search", env=replaced(site, find=f"[ ! -e {answer} ] || exec cat {answer}", head=f"[ ! -e {answer} ] || exec cat",
@@ -6103,7 +6103,7 @@ def test_grep_reads_files_in_other_encodings(site, lang):
 # === jobs: --detach, logs, wait, stop ===
 
 
-def test_a_supervisor_that_is_slow_to_start_is_waited_for(site, repo):
+def test_a_slow_supervisor_is_waited_for(site, repo):
     site.inetd("slow", env=replaced(site, setsid=f"""case "$1 $2" in "-f true") ;; "-f "*) shift
 exec {program("setsid", "util-linux")} -f sh -c 'sleep 2.5; exec "$@"' sh "$@";; esac"""))
     started = repo.ok("exec", "-H", "slow", "--detach", "--", "echo ran")
@@ -6124,7 +6124,7 @@ def test_jobs_of_a_busybox_host_run_and_hold_up_rm(site, repo, nap):
     repo.ok("rm", "main")
 
 
-def test_a_job_that_runs_is_told_though_the_state_takes_no_more(repo, site):
+def test_a_job_is_told_though_the_state_takes_no_more(repo, site):
     repo.new()
     (lock,) = site.state.glob("projects/*.json.lock")
     lock.unlink()
@@ -6160,7 +6160,7 @@ def test_a_jobs_exit_code_is_exact(talker):
         assert state(talker, job) == ("exited", code), command
 
 
-def test_a_job_gets_what_exec_gets_and_keeps_both_streams(talker, workspace, area):
+def test_a_job_gets_what_exec_gets(talker, workspace, area):
     command = 'pwd; echo "$CMUX_RUNTIME $A $GIT_TERMINAL_PROMPT"; cat; echo err >&2; printf "\\0\\377"; cat "$0" 2>/dev/null'
     job = start_job(talker, command, cwd=area.name, env={"A": "it's\n\"$x\""})
     assert ended(talker, job) == 1
@@ -6257,7 +6257,7 @@ def record_of(repo, job):
     return next(p for p in repo.site.far_home().rglob(job) if p.is_dir())
 
 
-def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared, talker, nap):
+def test_stop_kills_no_stranger_with_an_old_pid(shared, talker, nap):
     job = start_job(talker, "exit 3")
     assert ended(talker, job) == 3
     with stranger(*nap.split()) as other:
@@ -6267,7 +6267,7 @@ def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared
         assert state(talker, job) == ("exited", 3)
 
 
-def test_stop_of_a_finished_job_ends_nothing_of_a_hidden_stranger(tmp_path, nap):
+def test_stop_ends_nothing_of_a_hidden_stranger(tmp_path, nap):
     """Where there is no /proc, or it may not be read, the old pid alone would make a stranger's children ours."""
     record = tmp_path / "j0123abcd"
     record.mkdir()
@@ -6280,7 +6280,7 @@ def test_stop_of_a_finished_job_ends_nothing_of_a_hidden_stranger(tmp_path, nap)
         kill(running(nap)[0].pid)
 
 
-def test_a_job_whose_record_was_cut_off_is_lost_not_running(shared, talker, nap):
+def test_a_job_whose_record_was_cut_off_is_lost(shared, talker, nap):
     """As after a crash of the host: no exit, and the pid belongs to somebody else by now."""
     job = start_job(talker, nap)
     nap.runs()
@@ -6321,7 +6321,7 @@ def test_a_job_keeps_its_secret_out_of_its_record(repo, site):
 
 
 @each("command", ["wait", "logs -f"])
-def test_wait_and_logs_f_say_on_a_terminal_that_the_host_is_down(repo, command, site, line):
+def test_wait_and_logs_f_say_that_the_host_is_down(repo, command, site, line):
     job = repo.job("echo on; while [ ! -e go ]; do sleep 0.05; done; echo off", host="far")
     sessions = site.log().count("Starting session")
     terminal = repo.terminal(*command.split(), job)
@@ -6361,7 +6361,7 @@ def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(
     assert line.connections >= 4 and repo.cli("wait", job).code == 9
 
 
-def test_a_job_stays_with_its_workspace_through_a_new_name_and_rm_sees_it(repo, nap):
+def test_a_job_stays_with_its_renamed_workspace(repo, nap):
     job = repo.job(f"echo in; {nap}", options=["-w", "one"])
     repo.ok("rename", "-w", "one", "two")
     assert repo.cli("logs", "-w", "two", job).out == b"in\n"
@@ -6373,7 +6373,7 @@ def test_a_job_stays_with_its_workspace_through_a_new_name_and_rm_sees_it(repo, 
     assert repo.cli("jobs", "-w", "two", "--json").json == []
 
 
-def test_stdin_for_a_job_is_refused_and_never_dropped_in_silence(repo, site):
+def test_stdin_for_a_job_is_refused(repo, site):
     repo.new()
     refused(repo.cli("exec", "--detach", "--", "wc -c", stdin=b"data"), 125, "write -w main FILE")
     with open(repo.dir / "README", "rb") as file:
@@ -6482,7 +6482,7 @@ def test_the_main_job_works_on_servers_that_are_not_openssh(site, kind, nap):
 # === Several workspaces at once ===
 
 
-def test_new_makes_several_at_once_and_refuses_a_name_that_exists(repo):
+def test_new_makes_several_at_once(repo):
     names = [f"w{n}" for n in range(6)]
     repo.new(*names)
     assert set(repo.workspaces()) == set(names) and all(tree_of(repo.path(n)) == repo.tree() for n in names)
@@ -6494,7 +6494,7 @@ def test_new_makes_several_at_once_and_refuses_a_name_that_exists(repo):
     assert repo.workspaces() == {} and not list(place.iterdir())
 
 
-def test_a_pool_of_hosts_is_filled_evenly_without_one_that_is_down(repo, site):
+def test_a_pool_of_hosts_is_filled_evenly(repo, site):
     site.daemon("b")
     site.daemon("c")
     site.host("dead", "ProxyCommand false")
@@ -6557,7 +6557,7 @@ def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo, n
         nap.gone()
 
 
-def test_ctrl_c_and_timeout_over_several_keep_what_was_said(repo, nap):
+def test_a_stop_over_several_keeps_what_was_said(repo, nap):
     repo.new("a", "b", "c")
     command = f'echo "early $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] && exit 4; sleep 1; {nap}'
     child = repo.start("exec", "--all", "--json", "--", command)
@@ -6573,7 +6573,7 @@ def test_ctrl_c_and_timeout_over_several_keep_what_was_said(repo, nap):
     assert "b, c (124: stopped, its processes have ended)" in late.said
 
 
-def test_each_workspace_has_a_live_line_and_none_afterwards(repo, line):
+def test_each_workspace_has_a_live_line(repo, line):
     repo.write("big", os.urandom(12 << 20))
     repo.save(".cmux/init", b"#!/bin/sh\nprintf 'one\\033[2J\\007\\rred\\n'; sleep 2; printf two\n", 0o755)
     line.rate = 4e6
@@ -6593,7 +6593,7 @@ def test_each_workspace_has_a_live_line_and_none_afterwards(repo, line):
 
 
 @each("sig", [b"\x03", None])
-def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo, sig, nap, line):
+def test_live_lines_are_taken_back(repo, sig, nap, line):
     repo.new("a", "b", host="far")
     seen = repo.terminal("exec", "--all", "--", f"echo early; {nap}")
     seen.expect(rb"a  running \d+s")
@@ -6603,7 +6603,7 @@ def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo, sig, n
     assert not shown and "0 of 2" in " ".join(seen.lines()), seen.lines()
 
 
-def test_more_workspaces_than_rows_are_counted_on_a_terminal_alone(repo):
+def test_more_workspaces_than_rows_are_counted(repo):
     names = [f"w{n:02}" for n in range(14)]
     repo.new(*names)
     for env in ({}, {"TERM": "dumb"}):
@@ -6795,7 +6795,7 @@ def ordinary(site):
     return made
 
 
-def test_write_reads_stdin_in_linear_time_and_only_what_it_may_take(shared, tmp_path):
+def test_write_reads_stdin_in_linear_time(shared, tmp_path):
     began = spent()
     told = shared.cli("write", "-w", "main", "large", "--json", stdin=b"x" * 72_000_000)
     assert told.json["size"] == 72_000_000 and spent() - began < 6, spent() - began  # 20 s where each piece copied all before it
@@ -6838,7 +6838,7 @@ def test_batch_answers_every_line_also_the_bad_ones(shared):
     assert ran.code == 1 and shared.cli("batch", stdin=json.dumps(good).encode()).code == 0 and shared.cli("batch", stdin=b"").code == 0
 
 
-def test_batch_answers_as_they_finish_and_drains_at_the_end(shared):
+def test_batch_answers_as_they_finish(shared):
     talker = Agent(shared)
     slow = talker.post("exec", {"command": "until [ -e drain-now ]; do sleep 0.05; done; echo slow"})
     assert talker("exec", command="echo fast")["stdout"] == "fast\n", "it does not wait for the first"
@@ -6901,7 +6901,7 @@ def peak(pid):
 
 
 @slow
-def test_batch_stays_small_whatever_the_commands_print_and_the_lines_hold(shared):
+def test_batch_stays_small(shared):
     with Agent(shared, "-j", "4") as talker:
         for number in [talker.post("exec", {"command": "head -c 30000000 /dev/zero | tr '\\0' x; echo end"}) for _ in range(12)]:
             told = talker.answer(number, 120)["result"]
@@ -6982,7 +6982,7 @@ def test_contract_files_go_through_unchanged_both_ways(talker, area, data):
     assert file.read_bytes() == data
 
 
-def test_contract_a_file_of_a_megabyte_and_the_command_line(shared, area):
+def test_contract_a_file_of_a_megabyte(shared, area):
     data = os.urandom(1 << 20)
     wrote = shared.cli("write", area.p("large"), stdin=data)
     assert wrote.ended == (0, b"", b"") and (area.dir / "large").read_bytes() == data
@@ -7085,7 +7085,7 @@ print(result.exit_code)
 """) == "3\n"
 
 
-def test_library_cancel_from_another_thread_ends_the_command(shared, nap):
+def test_library_cancel_from_another_thread(shared, nap):
     assert in_library(shared, """
 workspace, cancel, seen = cmux_ssh.Project(".").workspace("main"), cmux_ssh.Cancel(), threading.Event()
 def sink(data):
@@ -7148,7 +7148,7 @@ except cmux_ssh.Cancelled:
     repo.ok("rm", "main", "--force")
 
 
-def test_library_results_have_text_and_check_projects_pull_and_diff(repo):
+def test_library_results_and_projects(repo):
     assert in_library(repo, r"""
 import pickle
 project = cmux_ssh.Project(".")
@@ -7176,7 +7176,7 @@ cmux/x
 """ + "cancelled main\n" * 5
 
 
-def test_library_errors_are_of_one_family_and_say_what_to_do(repo):
+def test_library_errors_are_of_one_family(repo):
     assert in_library(repo, r"""
 project, bad = cmux_ssh.Project("."), "x\ud800"
 w = project.create("w", "box")
@@ -7202,7 +7202,7 @@ print(w.exec("printf %s", env={"A": "\udcff"}).exit_code, [j["job"] for j in w.j
 
 
 @each("sh", ["dash", "bash", "busybox", "mksh"])
-def test_one_attempt_at_a_time_whoever_died_or_has_its_number(tmp_path, sh):
+def test_one_attempt_at_a_time(tmp_path, sh):
     """Two saw a dead owner, and the slower removed the other's link; a number used again held it for five minutes. (From inside: six at once die at one place of a script, under each sh.)"""
     text = c.STOP_TEXT + c.OPEN_ROOT + """
 rm() { case $SLOW in ?*) sleep $SLOW;; esac; command rm "$@"; }
@@ -7251,7 +7251,7 @@ def travelled(repo, *words):
     return repo.history()[-1]["bytes"]
 
 
-def test_where_the_base_of_a_delta_is_broken_on_the_host_all_is_sent(repo, site):
+def test_all_is_sent_where_the_base_of_a_delta_is_broken(repo, site):
     bases = site.far_home() / "cmux" / ".cmux" / "bases"
     for n in range(20):
         repo.write(f"f{n}", b"x")
@@ -7271,7 +7271,7 @@ def test_where_the_base_of_a_delta_is_broken_on_the_host_all_is_sent(repo, site)
     assert travelled(repo, "push", "-w", "two", "--force") >= whole and tree_of(repo.path("two")) == repo.tree()
 
 
-def test_a_delta_stands_only_on_what_was_sent_to_that_host(repo, site):
+def test_a_delta_stands_on_what_that_host_was_sent(repo, site):
     """A host that knows the id of a branch's tree could else ask what files that has: the delta names those to remove."""
     for n in range(20):
         repo.write(f"f{n}", b"%d" % n)
@@ -7293,7 +7293,7 @@ def test_a_delta_stands_only_on_what_was_sent_to_that_host(repo, site):
 
 
 @each("name", ["USR1", "WINCH", "CONT"])
-def test_a_command_that_signals_its_parent_keeps_its_status(shared, name):
+def test_a_command_may_signal_its_parent(shared, name):
     """As daemons do when they are ready."""
     assert shared.exec(f"kill -{name} $PPID; exit 5", options=["--timeout", "20"]).code == 5
     assert in_library(shared, """
@@ -7350,7 +7350,7 @@ def test_it_runs_however_python_is_given_it(shared, python, way):
     assert code == 125 and out == b"" and err.count(b"\n") == 1, err
 
 
-def test_two_copies_in_one_process_do_not_disturb_each_other(repo, site):
+def test_two_copies_in_one_process(repo, site):
     """Two programs that vendor it, in one interpreter and with one state directory."""
     for name in ("one", "two"):
         (site.dir / name).mkdir()
@@ -7519,7 +7519,7 @@ def test_mcp_calls_leave_no_descriptors_behind(repo, monkeypatch, site):
         assert calls() < before + 20
 
 
-def test_a_forked_child_has_the_parents_cancel_for_its_own():
+def test_a_forked_child_has_a_cancel_of_its_own():
     cancel = c.Cancel()
     cancel.fileno()
     stuck = c.Cancel()  # from inside: its guard is held for microseconds
@@ -7542,7 +7542,7 @@ def test_a_forked_child_has_the_parents_cancel_for_its_own():
     assert select.select([cancel], [], [], 5)[0] == [cancel]
 
 
-def test_a_forked_child_lets_go_of_all_though_one_is_closed():
+def test_a_forked_child_lets_go_of_all():
     """Another thread of the parent was in the middle of closing it."""
     cancels = [c.Cancel() for _ in range(12)]
     numbers = [cancel.fileno() for cancel in cancels]
@@ -7577,7 +7577,7 @@ def forked(look):
     return -1
 
 
-def test_what_killed_writers_left_is_removed_when_it_is_old(site, repo):
+def test_what_killed_writers_left_is_removed(site, repo):
     """And one that another process renames meanwhile disturbs nobody (seen: a traceback)."""
     site.line("far").refuse = True
     assert (repo.cli("new", "-H", "far", "down").code, repo.cli("new", "-H", "box", "up").code) == (255, 0)
@@ -7593,7 +7593,7 @@ def test_what_killed_writers_left_is_removed_when_it_is_old(site, repo):
         assert {new for new, file in files.items() if os.path.lexists(file)} == left, name
 
 
-def test_a_cancel_is_readable_once_set_whenever_it_is_first_polled():
+def test_a_cancel_is_readable_once_set():
     for order in ("set", "poll"), ("poll", "set"):
         cancel = c.Cancel()
         for act in order:
@@ -7605,7 +7605,7 @@ def test_a_cancel_is_readable_once_set_whenever_it_is_first_polled():
         assert cancel.is_set
 
 
-def test_mcp_stateless_era_answers_discover_and_every_request_by_itself(mcp):
+def test_mcp_without_a_handshake(mcp):
     found = mcp.ask("server/discover", MODERN)["result"]
     assert "2026-07-28" in found["supportedVersions"] and found["resultType"] == "complete"
     assert isinstance(found["ttlMs"], int) and found["cacheScope"] == "private" and found["_meta"][META + "serverInfo"]["name"] == "cmux-ssh"
@@ -7619,7 +7619,7 @@ def test_mcp_stateless_era_answers_discover_and_every_request_by_itself(mcp):
     assert mcp.ask("ping", MODERN)["error"]["code"] == -32601 and mcp.ask("initialize", MODERN)["error"]["code"] == -32601
 
 
-def test_mcp_tools_are_the_table_with_schemas_annotations_and_short_names(mcp, shared):
+def test_mcp_tools_are_the_table(mcp, shared):
     first, again = (mcp.ask("tools/list")["result"]["tools"] for _ in range(2))
     assert first == again and [tool["name"] for tool in first] == MCP_TOOLS == list(c.TOOLS)
     with Mcp(shared, "--manage") as manager:
@@ -7636,7 +7636,7 @@ def test_mcp_tools_are_the_table_with_schemas_annotations_and_short_names(mcp, s
     assert hints["workspace_rm"]["destructiveHint"] and not hints["edit"]["destructiveHint"]
 
 
-def test_mcp_every_tool_works_and_its_failures_say_what_to_do(mcp):
+def test_mcp_every_tool_works(mcp):
     assert re.search(r"exit_code: 3\n(.|\n)*--- stdout\nhi\n(.|\n)*--- stderr\noh\n", mcp("exec", command="echo hi; echo oh >&2; exit 3"))
     assert "<a b><'>" in mcp("exec", command=["printf", "<%s>", "a b", "'"])
     assert "created: True" in mcp("write", path="mcp/x.txt", content="one\ntwo\n")
@@ -7710,7 +7710,7 @@ def test_mcp_masks_secrets_drops_escapes_bounds_and_marks_what_the_host_says(sit
     assert b"leak" in tree_of(repo.path())
 
 
-def test_mcp_a_secret_cut_by_a_page_of_logs_is_masked_all_the_same(site, repo):
+def test_mcp_a_secret_cut_by_a_page_is_masked(site, repo):
     repo.secret("TOKEN", b"abcdefghijklmnopqrstuvwxyz")
     repo.new()  # a call that makes the workspace may take longer than the soft timeout
     with Mcp(repo, "-H", "box", "--soft-timeout", "1") as client:
@@ -7720,7 +7720,7 @@ def test_mcp_a_secret_cut_by_a_page_of_logs_is_masked_all_the_same(site, repo):
         until(lambda: "[secret TOKEN]!" in client("logs", job=job, offset=0, wait=1), "the rest of the secret")
 
 
-def test_mcp_masks_what_a_command_made_also_when_an_earlier_server_sent_it(repo):
+def test_mcp_masks_what_an_earlier_server_sent(repo):
     repo.secret("TOKEN", command="printf %s-12345 made")
     with Mcp(repo, "-H", "box") as client:
         client("exec", command='echo "key=$TOKEN" >.env')
@@ -7753,7 +7753,7 @@ def test_globs_are_what_regular_expressions_said(area):
 
 
 @each("pause", [":", "sleep 0.01"])
-def test_mcp_what_comes_while_a_call_is_answered_is_in_the_next_page(shared, pause):
+def test_mcp_a_page_ends_where_it_says(shared, pause):
     """next_offset is where the page ended, not where the output is by then."""
     with Mcp(shared, "--soft-timeout", "0.5") as client:
         text, joined = client("exec", command=f"n=0; while echo $((n+=1)); do {pause}; done"), ""
@@ -7842,7 +7842,7 @@ def test_mcp_its_end_ends_foreground_commands_and_keeps_jobs(repo, how):
         keep.gone()
 
 
-def test_mcp_manage_reaches_other_workspaces_and_only_then(repo):
+def test_mcp_manage_reaches_other_workspaces(repo):
     repo.new("one")
     with Mcp(repo, "-w", "one", "--manage") as client:  # the host is known from the workspace
         assert "name: two" in client("workspace_new", name="two")
@@ -7876,7 +7876,7 @@ def test_mcp_manage_reaches_other_workspaces_and_only_then(repo):
     assert set(repo.workspaces()) == {"one", "four"}
 
 
-def test_mcp_follows_a_workspace_that_it_made_or_renames_first(repo):
+def test_mcp_follows_a_renamed_workspace(repo):
     with Mcp(repo, "-w", "zero", "-H", "box") as client:
         client("write", path="mine", content="precious")
         repo.ok("rename", "-w", "zero", "one")
@@ -7887,7 +7887,7 @@ def test_mcp_follows_a_workspace_that_it_made_or_renames_first(repo):
     assert set(repo.workspaces()) == {"two"}
 
 
-def test_mcp_says_when_the_workspace_is_new_and_where_a_page_is_cut(repo, client):
+def test_mcp_says_what_is_new_and_where_a_page_is_cut(repo, client):
     assert f"made: the workspace main is new, of commit {repo.git('rev-parse', 'HEAD')[:10]}" in client("exec", command="printf 'a\\nb' >two; yes | head -c 99999 | tr -d '\\n' >long; echo >>long; echo end >>long")
     assert "made:" not in client("exec", command="true")
     assert "The file ends before line 9." in client("read", path="two", offset=9) and "ends before" not in client("read", path="two", offset=2)
@@ -7906,7 +7906,7 @@ def test_mcp_without_a_host_or_with_a_dead_one_says_so_and_lives(repo, site):
         assert "refused" in text and client.ask("ping")["result"] == {}
 
 
-def test_mcp_a_client_that_stops_reading_does_not_grow_it(shared):
+def test_mcp_does_not_grow_while_nobody_reads(shared):
     child = shared.start("mcp", stdin=PIPE)
     try:
         fill(child, request("N", "tools/call", {"name": "exec", "arguments": {"command": "head -c 100000 /dev/zero | tr '\\0' z"}}), 5000)
@@ -7960,7 +7960,7 @@ anyio.run(go, sys.argv[1])
 """
 
 
-def test_mcp_a_line_that_was_written_over_is_shown_in_its_last_state(mcp):
+def test_mcp_shows_the_last_state_of_a_line(mcp):
     """And a sequence without an end swallows no more than its line."""
     text = mcp("exec", command="printf 'a\\033]0;title\\nb\\033Pdcs\\nc\\033_apc\\nTHE END\\n'")
     assert "THE END" in text and "\nb" in text and "title" not in text and "dcs" not in text
@@ -8005,7 +8005,7 @@ def token(repo):
     return value
 
 
-def test_mcp_a_secret_is_masked_over_pages_colours_and_cuts(token, client):
+def test_mcp_masks_over_pages_colours_and_cuts(token, client):
     job = job_of(client("exec", command=f"head -c {ROOM - 20} /dev/zero | tr '\\0' y; echo $TOKEN; echo END", background=True))
     client("wait", job=job)
     first = client("logs", job=job)
@@ -8036,7 +8036,7 @@ def test_mcp_a_secret_where_the_capture_is_cut_is_masked(repo, token, client):
 
 
 @each("which, content, words", [(which, '{"version": 2}', "newer version") for which in ("projects", "secrets")] + [("secrets", '{"version": 1, "secr', "is damaged")])
-def test_mcp_damaged_state_is_said_in_every_answer_and_ends_nothing(repo, which, content, words, site):
+def test_mcp_damaged_state_is_said_in_every_answer(repo, which, content, words, site):
     repo.secret("TOKEN", b"abcdefgh")
     repo.new()
     do(repo, 'echo "$TOKEN" >leak')
@@ -8054,7 +8054,7 @@ def test_mcp_damaged_state_is_said_in_every_answer_and_ends_nothing(repo, which,
 
 
 @each("value", ["1e400", "-1e400", "[" * DEEP + "]" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP, '"\\ud800"', '"' + "x" * 100000 + '"', "12345678901234567890"], ids=["huge", "negative", "lists", "objects", "surrogate", "long", "digits"])
-def test_mcp_odd_values_everywhere_give_one_line_of_real_json(mcp, value):
+def test_mcp_odd_values_everywhere(mcp, value):
     calls = ('{"name":%s}', '{"name":"exec","arguments":{"command":"true","timeout":%s}}', '{"name":"exec","arguments":{"command":"true","env":{"A":%s}}}',
              '{"name":"exec","arguments":%s}', '{"name":"wait","arguments":{"job":"j00000000","timeout":%s}}', '{"name":"logs","arguments":{"job":"j00000000","offset":%s}}',
              '{"name":"read","arguments":{"path":"README","limit":%s}}', '{"name":"edit","arguments":{"path":"README","edits":%s}}',
@@ -8113,7 +8113,7 @@ def test_mcp_making_the_workspace_may_outlive_a_call(repo):
         assert "stopped: confirmed" in client("stop", job=other)
 
 
-def test_mcp_pages_of_logs_join_without_a_broken_character(mcp):
+def test_mcp_pages_break_no_character(mcp):
     job = job_of(mcp("exec", command="printf x; i=0; while [ $i -lt 9000 ]; do printf 'a\\303\\251\\342\\202\\254'; i=$((i+1)); done", background=True))
     mcp("wait", job=job)
     whole, offset = "", 0
@@ -8126,7 +8126,7 @@ def test_mcp_pages_of_logs_join_without_a_broken_character(mcp):
     assert whole == "x" + "aé€" * 9000
 
 
-def test_mcp_the_first_512_characters_of_the_instructions_stand_alone(repo):
+def test_mcp_the_first_512_characters_stand_alone(repo):
     long = "user@" + "a" * 60 + ".example.com"
     with Mcp(repo, "-H", long, "-w", "w" * 64) as client:
         first, rest = client.ask("server/discover", MODERN)["result"]["instructions"].split("\n\n")
@@ -8137,7 +8137,7 @@ def test_mcp_the_first_512_characters_of_the_instructions_stand_alone(repo):
 
 
 @each("shell", ["bash", "zsh", "fish", "tcsh", "ksh", "dash"])
-def test_shell_is_the_login_shell_in_the_workspace_with_the_secrets(site, shell, repo):
+def test_shell_is_the_login_shell_with_the_secrets(site, shell, repo):
     value = "s%s'$x" % os.urandom(6).hex()
     repo.secret("TOKEN", value)
 
@@ -8375,7 +8375,7 @@ print(socket.socket().connect_ex(("127.0.0.1", forward.local)) != 0)
 # === doctor ===
 
 
-def test_a_state_directory_open_to_others_is_a_finding_and_never_to_be_removed(repo, site):
+def test_a_state_directory_open_to_others_is_a_finding(repo, site):
     repo.cli("secrets", "list")
     site.state.chmod(0o755)
     try:
@@ -8396,7 +8396,7 @@ def states(answer):
     return {row["what"]: row["state"] for row in answer.json}
 
 
-def test_doctor_finds_a_good_host_good_and_leaves_nothing_there(repo, site):
+def test_doctor_finds_a_good_host_good(repo, site):
     repo.new()
     before = sorted(str(p) for p in site.far_home().rglob("*"))
     found = repo.ok("doctor", "box", "--json")
@@ -8484,7 +8484,7 @@ def test_doctor_explains_what_is_wrong_and_its_fix(site, trouble):
     assert words in row["text"] + " " + row["fix"] and row["fix"] and "\n" not in row["text"] + row["fix"], row
 
 
-def test_doctor_without_a_host_looks_at_this_machine_only(site):
+def test_doctor_without_a_host(site):
     found = site.cli("doctor", "--json")
     assert found.code == 0 and states(found) == {"ssh here": "ok", "python": "ok", "state": "ok", "host": "note"}
 
@@ -8522,7 +8522,7 @@ def test_completion_offers_what_can_stand_there(shared_names, shell):
 
 
 @each("shell", ["bash", "zsh", "fish"])
-def test_completion_runs_only_the_program_that_made_the_script(shared_names, tmp_path, shell):
+def test_completion_runs_only_its_own_program(shared_names, tmp_path, shell):
     """A checkout may hold anything, under any of these names, and its reader only types TAB."""
     for name in ("cmux_ssh.py", "not_cmux_ssh.py", "python", "python3", "sub/cmux_ssh.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -8556,7 +8556,7 @@ def shared_names(shared):
     return repo
 
 
-def test_completion_of_fish_offers_names_where_they_can_stand(shared_names):
+def test_completion_of_fish_offers_names(shared_names):
     shim = shared_names.site.dir / "bin-of-names" / "cmux_ssh.py"  # its name is the command's, not a module's
     shim.parent.mkdir()
     shim.write_text(f"#!{sys.executable}\nimport os, sys\nos.execv(sys.executable, [sys.executable, {str(PROGRAM)!r}] + sys.argv[1:])\n")
@@ -8610,7 +8610,7 @@ def bench(site, *args):
 
 
 @slow
-def test_bench_measures_every_row_of_the_readme_and_leaves_nothing(site):
+def test_bench_measures_every_row_of_the_readme(site):
     done = bench(site, "--quick", "--json")
     assert (done.returncode, done.stderr) == (0, b""), done
     rows = {row["work"]: row for row in json.loads(done.stdout)["rows"]}
@@ -8647,7 +8647,7 @@ def test_a_damaged_state_file_is_said_each_time_and_left_alone(repo, which, site
     assert repo.exec('echo "$TOK"').out == b"value-12345\n"
 
 
-def test_directories_made_under_a_loose_umask_are_private(repo, site):
+def test_state_under_a_loose_umask_is_private(repo, site):
     home = site.dir / "loose" / "a" / "b"
     env = {"CMUX_SSH_HOME": str(home)}
     repo.ok("secrets", "list", env=env, sh='umask 0; exec "$@"')
@@ -8655,7 +8655,7 @@ def test_directories_made_under_a_loose_umask_are_private(repo, site):
     repo.ok("list", env=env)
 
 
-def test_a_socket_directory_that_was_cleared_away_is_made_anew(repo, site):
+def test_a_cleared_socket_directory_is_made_anew(repo, site):
     repo.new()
     masters = site.masters()
     assert in_library(repo, """
@@ -8670,7 +8670,7 @@ print(workspace.exec("echo on").stdout)
         kill(master.pid, signal.SIGTERM)
 
 
-def test_a_state_directory_that_cannot_be_written_is_said(repo, site):
+def test_a_read_only_state_directory_is_said(repo, site):
     """On a file system mounted read only, in a namespace of its own: root writes to any other."""
     repo.new()
     sh = mounted(f"mount --bind {site.state} {site.state} && mount -o remount,bind,ro {site.state}")
@@ -8716,7 +8716,7 @@ def test_a_state_path_is_taken_as_it_is_however_odd(repo, site, name):
     assert len(site.masters()) == 1 and {path.name for path in set(site.dir.iterdir()) - before} == {name.split("/")[0]}
 
 
-def test_what_is_remembered_of_a_host_outlives_no_clock_that_is_set_back(repo, site, line):
+def test_a_clock_set_back_keeps_no_host_down(repo, site, line):
     """That masters are refused, that it was down: at a time of a clock that was 300 days ahead."""
     ssh_without_masters(site)
     repo.new(host="far")
@@ -8745,7 +8745,7 @@ def test_damaged_lines_of_the_history_are_passed_over(repo, site):
     assert len(told.text.strip().split("\n")) == 2, told
 
 
-def test_an_interrupt_as_an_operation_begins_does_not_end_the_history(repo):
+def test_an_early_interrupt_does_not_end_the_history(repo):
     # From inside: no signal can be aimed at one instant of another process.
     assert in_library(repo, """
 project = cmux_ssh.Project(".")
@@ -8763,7 +8763,7 @@ print(len(list(project.history.rows())) - before)
 """) == "1\n"
 
 
-def test_a_host_that_is_gone_can_be_forgotten_and_gc_visits_all(repo):
+def test_a_host_that_is_gone_can_be_forgotten(repo):
     repo.new("stays", "--root", "~/other")
     repo.ok("rm", "--force", "stays")  # gc visits its host all the same
     repo.new("lost")
@@ -8799,7 +8799,7 @@ def test_odd_workspace_names_are_refused(shared, name):
     assert set(shared.recorded()) == {"main"} and not called.exists()
 
 
-def test_an_unborn_branch_and_what_is_dirty_without_a_work_tree_are_said(site, repo):
+def test_an_unborn_branch_and_a_bare_repository(site, repo):
     unborn = Repo(site, "unborn")
     unborn.git("update-ref", "-d", "HEAD")
     refused(unborn.cli("new", "-H", "box", "a"), 1, "commit")
@@ -8807,7 +8807,7 @@ def test_an_unborn_branch_and_what_is_dirty_without_a_work_tree_are_said(site, r
     assert repo.workspaces() == {}
 
 
-def test_a_server_cannot_choose_what_is_told_for_a_changed_key(repo, site):
+def test_no_server_chooses_the_hint_for_a_changed_key(repo, site):
     """What it says while hanging up may stand in ssh's words, with newlines."""
     home, said = site.dir / "home", site.dir / "said"
     ssh = script(site.dir / "ssh", f'for a; do [ "$a" != -G ] || exec ssh -F {site.config} "$@"; done; cat {said} >&2; exit 255')
@@ -8849,7 +8849,7 @@ REFUSALS = [(made, code, line, words) for made, code, lines in (
 
 
 @each("made, code, line, words", REFUSALS, ids=[row[2] or "nothing" for row in REFUSALS])
-def test_usage_errors_are_said_and_with_json_are_an_object_too(repo, shared, made, code, line, words):
+def test_usage_errors_are_said(repo, shared, made, code, line, words):
     project, args = shared if made else repo, shlex.split(line)
     ran = project.cli(*args, stdin=b"")
     assert ran.code == code and (ran.said + ran.text).strip() and words in ran.said, ran
@@ -8869,7 +8869,7 @@ def hinted(said, *ours):
 
 
 @slow
-def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo, site):
+def test_every_hint_can_be_pasted(repo, site):
     """From another directory, by another path, about a workspace that is not the default: what a refusal says is run as it is."""
     path = site.dir / "my copies" / "cmux_ssh.py"
     path.parent.mkdir()
@@ -8946,7 +8946,7 @@ def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo, site):
     assert b"See `%s -m cmux_ssh -C %s list`" % (os.fsencode(sys.executable), os.fsencode(repo.dir)) in by_module.stderr or sys.version_info < (3, 10), by_module
 
 
-def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo, site):
+def test_a_row_of_a_table_fits_the_screen(repo, site):
     """The last column is cut to 8 characters at least, or left out; then the widest yields."""
     repo.new()
     repo.ok("exec", "--", "true", "x" * 100)
@@ -8995,7 +8995,7 @@ def test_the_only_workspace_need_not_be_named(repo):
     refused(repo.cli("diff"), 1, "There is no workspace 'main'")
 
 
-def test_a_mistyped_name_makes_nothing_and_what_was_meant_is_named(repo):
+def test_a_mistyped_name_makes_nothing(repo):
     repo.new("fix-login", "main", "try-1", "a")
     names, meant = set(repo.workspaces()), "did you mean fix-login?"
     for words in ("exec -H box -w fix-lgoin -- true", "write -H box -w fixlogin f", "pull -H box fix-log", "rm -H box Fix-login"):
@@ -9013,7 +9013,7 @@ def test_a_mistyped_name_makes_nothing_and_what_was_meant_is_named(repo):
     assert set(repo.workspaces()) == names | {"alphabet", "alphabets", "try-2", "b", "login", "fix-ui", "fix-db", "fix-logins", "fix-lgin"}
 
 
-def test_the_command_line_works_in_another_thread_of_an_importer(repo):
+def test_the_command_line_works_in_another_thread(repo):
     assert in_library(repo, """
 import threading
 codes = []
@@ -9105,7 +9105,7 @@ if __name__ == "__main__":
 """) == "WorkspaceMissing True\nUsageError True\nConnectionFailed True\nRemoteShellFailed True\n"
 
 
-def test_a_record_of_what_runs_is_not_taken_for_a_dead_ones_as_it_is_made(repo):
+def test_a_new_record_is_not_taken_for_a_dead_one(repo):
     # From inside: the instant between a record's file and its lock comes once in thousands of operations.
     assert in_library(repo, """
 import os
@@ -9126,7 +9126,7 @@ finally:
 """) == ""
 
 
-def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo):
+def test_no_current_directory_and_no_temporary_files(repo):
     repo.new()
     for words in ("list", "new x", "secrets list"):
         refused(repo.cli(*words.split(), sh='mkdir x; cd x; rmdir ../x; exec "$@"'), 1, "current directory has been removed")
@@ -9135,7 +9135,7 @@ def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo):
     assert repo.cli("read", "f", sh='ulimit -f 0; exec "$@"').out == b"new\n"
 
 
-def test_an_output_pipe_closed_early_is_no_error_and_ends_the_command(shared, nap):
+def test_an_output_pipe_closed_early_ends_the_command(shared, nap):
     child = shared.start("exec", "--", f"({nap}) & while :; do echo y; done")
     assert child.stdout.readline() == b"y\n"
     child.stdout.close()
@@ -9256,7 +9256,7 @@ def test_readme_python_example_prints_what_it_says(reader):
     assert repo.workspaces() == {} and repo.git("show", "cmux/try-it:notes.txt") == "bye"
 
 
-def test_readme_entries_for_containers_and_pods_reach_them(site, repo):
+def test_readme_entries_for_containers_and_pods(site, repo):
     """With programs in the place of docker and kubectl that run the words behind the name, as those do in a container."""
     entry, = [block for block in blocks("text") if "ProxyCommand" in block]
     bin_ = site.dir / "engines"
@@ -9361,7 +9361,7 @@ def test_readme_exit_codes_are_real(repo):
     assert repo.cli("batch", stdin=b'{"tool": "none"}\n').code == 1 and repo.cli("stop", nap).code == 0
 
 
-def test_readme_names_tests_that_exist_and_counts_their_cases():
+def test_readme_names_tests_and_counts_their_cases():
     told = set(re.findall(r"\btest_\w+", EVIDENCE))
     assert not [name for name in told if not callable(globals().get(name))]
     promises = table("promise", EVIDENCE)
@@ -9507,7 +9507,7 @@ def test_killed_while_its_script_goes_on_the_next_call_works_and_nothing_is_half
         repo.arrived("victim")
 
 
-def test_what_an_upload_has_left_whose_push_never_began_is_cleared_away(site, repo):
+def test_the_upload_of_a_killed_push_is_cleared_away(site, repo):
     gate = Gate(site, "cksum")
     repo.new(host="gated")
     repo.save("README", b"second\n")
@@ -9522,7 +9522,7 @@ def test_what_an_upload_has_left_whose_push_never_began_is_cleared_away(site, re
 
 @each("words, then", [("rename -w main victim", "exec -w main -- true"), ("new -H gated victim", "rm victim"),
       ("push -w main", "pull -w main"), ("rm main", "new -H gated main")])
-def test_a_script_that_is_held_up_does_nothing_once_a_later_one_has_begun(site, words, then, repo):
+def test_a_script_that_is_held_up_does_nothing_later(site, words, then, repo):
     """It stands before it has the lock of the workspace's name; its client is killed; the next call is done; then it goes on."""
     gate = Gate(site, "ln")
     repo.new(host="gated")
@@ -9967,7 +9967,7 @@ def test_no_forged_answer_of_a_host_is_a_traceback_or_an_unbounded_error(site, h
 
 
 @slow
-def test_no_forged_answer_to_a_pull_is_taken_or_a_traceback(site):
+def test_no_forged_answer_to_a_pull_is_taken(site):
     """Every lie above, and what comes before the three sections of a result; the last is honest."""
     liar, result = Liar(site), b"\n%s\n%s\0%s\n" % tuple(one(b"x"))
     heads = [b"git 2 " + HOSTS_BASE, b"git 1 zz", b"git 0 " + b"1" * 39, b"git 0 " + b"1" * 65, b"GIT 0 " + HOSTS_BASE, b"files x", b"files", b"all", b"note", b"large", b"\0", b""]
@@ -10027,7 +10027,7 @@ def test_a_committed_state_directory_is_not_sent(repo, site):
     refused(home.cli("push", "-w", "main", env=env), 2, "in the commit")
 
 
-def test_rm_with_its_host_removes_an_unfinished_workspace(repo):
+def test_rm_removes_an_unfinished_workspace(repo):
     repo.new()
     file = repo.record()
     record = json.loads(file.read_text())
@@ -10043,7 +10043,7 @@ def test_rm_with_its_host_removes_an_unfinished_workspace(repo):
     assert path.is_dir(), "it is somebody else's"
 
 
-def test_a_secret_with_half_a_character_is_called_damaged(repo, site):
+def test_a_secret_with_half_a_character_is_damaged(repo, site):
     repo.new()
     repo.secret("TOK", b"valuevalue")
     (file,) = [path for path in site.state.rglob("*") if path.is_file() and b"valuevalue" in path.read_bytes()]
@@ -10052,7 +10052,7 @@ def test_a_secret_with_half_a_character_is_called_damaged(repo, site):
     assert ran.code == 125 and "The secret TOK" in ran.said and "damaged" in ran.said, ran
 
 
-def test_mcp_a_failing_secret_command_makes_no_call_a_failure(repo, site):
+def test_mcp_a_failing_secret_command(repo, site):
     repo.new()
     ran = site.dir / "ran"
     repo.secret("TOK", command="echo ran >>%s; exit 1" % ran)
@@ -10064,7 +10064,7 @@ def test_mcp_a_failing_secret_command_makes_no_call_a_failure(repo, site):
     assert ran.read_text() == "ran\n"
 
 
-def test_a_glob_with_many_places_takes_time_linear_in_the_names(area):
+def test_a_glob_takes_time_linear_in_the_names(area):
     """Where a regular expression would try all of them, for ever."""
     dice, took = random.Random(1), []
     names = ["/".join("".join(dice.choice("ab") for _ in range(240)) for _ in range(4)) for _ in range(400)]
