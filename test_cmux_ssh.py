@@ -83,9 +83,8 @@ def keygen(*words):
 
 
 def compiled():
-    """The words that run the program as Python has compiled it, under its own name: at each of some thousand starts it would
-    be compiled anew, for half of all the time that the tests take. (Others start PROGRAM itself.) Nor is time spent on
-    site-packages, of which it needs none."""
+    """The words that run the program as Python has compiled it: to compile it at each of some thousand starts would take
+    half of all the time. (Others start PROGRAM itself.) Of site-packages it needs none."""
     plain = PROGRAM.name != "cmux_ssh.py" or sys.implementation.name != "cpython"  # tuned by a test; PyPy takes source alone
     return [sys.executable, "-S", str(PROGRAM) if plain else compiled_copy()]
 
@@ -1799,8 +1798,8 @@ def in_sshs_place(site, text):
 
 @each("when", ["later", "for a command"])
 def test_what_the_config_adds_for_a_command_does_not_leave(site, when):
-    """Match exec may change its mind. OpenSSH 10 has Match sessiontype and Match command: before, a program in ssh's place
-    that looks for a word behind the host plays them."""
+    """Match exec may change its mind. Before OpenSSH 10, which has Match sessiontype and Match command, a program in ssh's
+    place plays them."""
     new = int(re.findall(rb"OpenSSH_(\d+)", subprocess.run([program("ssh"), "-V"], stderr=PIPE).stderr)[0]) >= 10
     repo, flag, seen = Repo(site, files={"big": os.urandom(400_000)}), site.dir / "flag", site.dir / "seen"
     site.daemon("far", "AcceptEnv *", site.first(f"env >>{seen}"))
@@ -2002,7 +2001,7 @@ def test_arguments_output_codes_stdin_and_secrets_are_exact_under_every_login_sh
 
 @each("foreign", ["bash -l", "zsh", "dash", "fish", "tcsh", "mksh", "ksh", "busybox sh", "cat", ".bashrc"])
 def test_a_foreign_shell_runs_nothing_and_reads_no_secret(site, foreign, repo, nap):
-    """The account's ForceCommand, or what its .bashrc runs, reads what we send in place of our command."""
+    """A ForceCommand, or what .bashrc runs, reads what we send in place of our command."""
     flag, touched, got = site.dir / "flag", site.dir / "touched", site.dir / "got"
     if foreign == ".bashrc":
         host = site.login("bash")
@@ -2152,7 +2151,7 @@ print(w.read("j").content, project.create("v", "box", secrets=()).read("init").c
 
 
 def test_secrets_of_every_scope_are_masked(repo, site):
-    """Also what a narrower scope hides by now, and what a command of this workspace's made; of other workspaces no command is run."""
+    """Also what a narrower scope hides by now; of other workspaces no command is run."""
     repo.new("w", "other")
     ran = site.dir / "ran"
     repo.ok("secrets", "set", "T", "--global", "--command", "echo glo''bal-value")
@@ -2196,7 +2195,7 @@ def test_no_secret_lies_in_the_history_or_a_record(repo, site):
 
 @promise(1)
 def test_dirty_never_takes_the_state_along(repo, site):
-    """A home that is a repository holds the secrets of every project. And `git add` fails where an excluded path is ignored already."""
+    """A home that is a repository holds the secrets of every project. (`git add` fails where an excluded path is ignored already.)"""
     home = Repo(site, name="home/dotfiles")
     env = {"CMUX_SSH_HOME": str(home.dir / ".local" / "state" / "cmux-ssh")}
     repo.secret("OTHER", b"other-project-secret-1234", env=env)
@@ -2470,7 +2469,6 @@ def test_a_client_without_multiplexing_works(repo, site):
 
 @each("programs", ["plain", "gzip", "gzip, near", "false gzip", "gzip that stops", "gzip that hangs"])
 def test_an_archive_arrives_or_is_refused_by_any_gzip(site, tuned, programs):
-    """As if it were far away, and near."""
     small_host(site)
     path = site.dir / "busybox-bin"
     scripts = {"false gzip": "cat >/dev/null; echo gzip", "gzip that stops": f"head -c 60000 | {program('gzip')} -dc",
@@ -2684,7 +2682,7 @@ def test_on_a_terminal_ssh_asks_once(repo, trouble, answers_, code, words, site)
 
 @each("lost", ["passphrase", "agent"])
 def test_a_login_by_a_person_serves_all_after_it(repo, lost, site):
-    """A key whose passphrase was typed once, or that has left the agent since. Nothing knocks in vain for long: failed logins cost penalties."""
+    """A key whose passphrase was typed once, or that has left the agent since: failed logins cost penalties."""
     key, words = locked_key(site), ("exec", "-H", "bare-h", "--", "echo work >>README")
     site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig"] + ["IdentitiesOnly yes", f"IdentityFile {key}"] * (lost == "passphrase"))
     with agent(site) as env:
@@ -2919,7 +2917,7 @@ def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo
 
 
 def test_a_dropped_handshake_is_forgotten(repo, site, line):
-    """While the line is stalled the connections that came are the handshakes under way. It was a day."""
+    """While the line is stalled the connections that came are the handshakes under way."""
     ssh_without_masters(site)
     repo.new(host="far")
     line.away = (1, b"")
@@ -2942,7 +2940,7 @@ def test_a_dropped_handshake_is_forgotten(repo, site, line):
 
 @each("what", ["slot", "two slots", "handshake", "lock", "host that is down"])
 def test_waiting_costs_nothing_and_ends_at_once(repo, what, site, line):
-    """Forty threads; in a second each of them looked 150 times, a fifth of a core for the rest of us."""
+    """Of forty threads each looked 150 times a second."""
     repo.new(host="far")
     line.refuse = "slot" in what  # no second connection
     if what == "handshake":
@@ -2992,7 +2990,7 @@ if what == "handshake":                    # the commands that could not begin a
 
 @each("way", ["one master", "MaxSessions 1", "no masters"])
 def test_commands_that_stream_do_not_wait_for_each_other(site, way, repo):
-    """Each needs two: those that held one waited for the next for ten minutes, and all failed."""
+    """Each needs two: all held one, and waited for the next."""
     site.daemon("few", way if way == "MaxSessions 1" else "")
     if way == "no masters":
         ssh_without_masters(site)
@@ -3012,7 +3010,7 @@ with ThreadPoolExecutor(16) as pool:
 
 @each("sh", ["dash", "bash"])
 def test_a_host_that_allows_few_processes_is_given_fewer(site, sh, repo):
-    """Of forty at once 33 ended together with their wrapper, it was said. (The limit binds no root: the account is another.)"""
+    """(The limit binds no root: the account is another.)"""
     uid = 60000 + os.getpid() % 5000
     login = site.script("few", f"exec {program('setpriv')} --reuid {uid} --clear-groups bash -c 'ulimit -u 26; exec {program(sh)} -c \"$SSH_ORIGINAL_COMMAND\"'")
     site.inetd("few", f"ForceCommand {login}")
@@ -3059,8 +3057,7 @@ def test_a_line_that_stalls_and_goes_on_loses_nothing(repo, line):
 
 
 def test_a_second_process_has_sessions_waiting_too(repo, site):
-    """Sessions opened ahead take the upper half of a master's slots: the first process has them all. The next
-    starts one master more for its own."""
+    """Sessions opened ahead take the upper half of a master's slots: the next process starts one master more for its own."""
     with Agent(repo, "-H", "box") as first:
         first("exec", command="true")
         until(lambda: (open_sessions(site), len(site.masters())) == (4, 1), "the first has its own")
@@ -3119,7 +3116,7 @@ print(second.exec("exit 4").exit_code, first.exec("exit 5").exit_code, time.mono
 
 
 def test_two_clones_may_send_one_tree_at_once(site):
-    """upload_lock is of one repository: the host sees to it itself (seen: a base that was an empty file, for ever)."""
+    """The lock of an upload is one repository's: the host sees to it itself."""
     repo = Repo(site, files={f"d/{n}": b"%d" % n for n in range(30)})
     subprocess.run(["git", "clone", "-q", str(repo.dir), str(site.dir / "other")], env=site.environment(), check=True)
     assert in_library(repo, """
@@ -3293,7 +3290,7 @@ new.close()
 
 @each("host", ["box", "bare", "bsdtar"])
 def test_files_are_as_old_as_the_host_says(site, host):
-    """git archives a tree with the time of now; in the host's future, make would rebuild for ever."""
+    """git archives a tree with the time of now: in the host's future, make would rebuild for ever."""
     if host == "bare":
         small_host(site)
     if host == "bsdtar":
@@ -4126,7 +4123,6 @@ def test_evil_paths_are_refused(lab, path):
 
 @each("path", ODD)
 def test_odd_paths_are_left_out_and_named(lab, path):
-    """An honest host may have them; nothing of ours does, and everything else comes."""
     for at, (how, stream) in enumerate((("git", export(blob(1, b"x"), commit(2, b"M 100644 :1 " + path, b"M 120000 :1 good"))),
                                         ("git", export(blob(1, b"x"), commit(2, b"M 100644 :1 good"), commit(3, b"D " + path, parent=b"from :2"))),
                                         ("files", files(b"M 100644 :1 " + path, b"M 100644 :1 good")))):
@@ -4207,7 +4203,7 @@ def test_lying_exports_are_refused(lab, stream):
 
 
 def test_more_commits_need_no_more_looks_at_the_tree(new_lab):
-    """A thousand commits on a tree of a hundred thousand files were hours. The git here says how often."""
+    """The git here says how often."""
     lab, seen = new_lab(), []
     lab.site.script("bin/git", f'case " $* " in *" ls-tree "*) echo look >>{lab.site.dir}/looks;; esac\nexec {program("git")} "$@"')
     lab.site.env["PATH"] = f"{lab.site.dir}/bin:{lab.site.env['PATH']}"
@@ -5320,7 +5316,7 @@ def test_rm_refuses_while_a_command_runs(repo):
 
 
 def test_a_forked_child_shares_no_session_and_no_lock(repo, site):
-    """multiprocessing forks: the copies of our descriptors in a worker must not keep what this process gives up."""
+    """The copies of our descriptors in a worker of multiprocessing must not keep what this process gives up."""
     site.daemon("other")
     assert in_library(repo, """
 import os, signal, warnings
@@ -5965,7 +5961,6 @@ TREE = {"a.py": b"", "b.txt": b"", "[x].py": b"", "src/a.py": b"", "src/b.py": b
     ("src/{a,{b,deep/er/c}}.py", ["src/a.py", "src/b.py", "src/deep/er/c.py"]), ("src/deep/", ["src/deep/d.txt", "src/deep/er/c.py"]), ("src//./*.py", ["src/a.py", "src/b.py"]),
 ], ids=ascii)
 def test_glob_finds_what_the_pattern_says(talker, workspace, area, pattern, expected):
-    """In a workspace of its own shape: the area stands before every pattern."""
     for name, data in TREE.items():
         area.put(name, data)
     (area.dir / "empty dir").mkdir()
@@ -5992,7 +5987,6 @@ def test_the_files_of_a_grep_are_chosen_as_by_glob(talker, workspace, area):
 
 
 def test_a_name_that_is_not_text_can_be_found_and_read(talker, area):
-    """What glob and grep name can be handed back to read, whatever its bytes."""
     with open(os.fsencode(area.dir) + b"/latin-\xe4.txt", "wb") as file:
         file.write(b"needle\n")
     found = talker("glob", pattern=f"{area.name}/*.txt")["paths"]
@@ -6083,7 +6077,6 @@ def test_answers_to_a_search_are_read_in_linear_time(site):
 
 
 def test_grep_misses_nothing_without_saying_so(talker, area):
-    """Thousands of matches in files that the glob leaves out, and a few in those that it takes."""
     for n in range(4):
         area.put(f"src/sub{n}/x.py", b"needle\n" * 1500)
         area.put(f"src/own{n}.py", b"needle\n")
@@ -6281,7 +6274,7 @@ def test_stop_ends_nothing_of_a_hidden_stranger(tmp_path, nap):
 
 
 def test_a_job_whose_record_was_cut_off_is_lost(shared, talker, nap):
-    """As after a crash of the host: no exit, and the pid belongs to somebody else by now."""
+    """As after a crash of the host: the pid belongs to somebody else by now."""
     job = start_job(talker, nap)
     nap.runs()
     record = record_of(shared, job)
@@ -6884,7 +6877,6 @@ def test_a_batch_whose_reader_is_gone_stops(shared, nap):
 
 
 def test_batch_reads_no_further_ahead_than_it_must(shared, area):
-    """Whoever writes faster than the host works has to wait; the lines are not piled up in memory."""
     talker = Agent(shared, "-j", "1")
     talker.post("exec", {"command": f"until [ -e {area.p('go')} ]; do sleep 0.05; done"})
     sent = fill(talker.child, calls([": " + "x" * 4000]), 500)
@@ -7203,7 +7195,7 @@ print(w.exec("printf %s", env={"A": "\udcff"}).exit_code, [j["job"] for j in w.j
 
 @each("sh", ["dash", "bash", "busybox", "mksh"])
 def test_one_attempt_at_a_time(tmp_path, sh):
-    """Two saw a dead owner, and the slower removed the other's link; a number used again held it for five minutes. (From inside: six at once die at one place of a script, under each sh.)"""
+    """Two saw a dead owner, and the slower removed the other's link. (From inside: six at once die at one place of a script, under each sh.)"""
     text = c.STOP_TEXT + c.OPEN_ROOT + """
 rm() { case $SLOW in ?*) sleep $SLOW;; esac; command rm "$@"; }
 inside() { mkdir "$root/inside" || echo two; [ -z "$STAY" ] || kill -KILL $$; sleep 0.05; rmdir "$root/inside"; }
@@ -7272,7 +7264,7 @@ def test_all_is_sent_where_the_base_of_a_delta_is_broken(repo, site):
 
 
 def test_a_delta_stands_on_what_that_host_was_sent(repo, site):
-    """A host that knows the id of a branch's tree could else ask what files that has: the delta names those to remove."""
+    """Else a host that knows the id of a branch's tree could ask what files that has."""
     for n in range(20):
         repo.write(f"f{n}", b"%d" % n)
     repo.commit()
@@ -7351,7 +7343,6 @@ def test_it_runs_however_python_is_given_it(shared, python, way):
 
 
 def test_two_copies_in_one_process(repo, site):
-    """Two programs that vendor it, in one interpreter and with one state directory."""
     for name in ("one", "two"):
         (site.dir / name).mkdir()
         shutil.copy(PROGRAM, site.dir / name / "vendored.py")
@@ -7506,7 +7497,7 @@ def test_mcp_handshake_agrees_on_every_older_version(mcp, asked, given):
 
 
 def test_mcp_calls_leave_no_descriptors_behind(repo, monkeypatch, site):
-    """They are closed, not left to a collector: PyPy's comes late (seen: three more for each call, up to the limit)."""
+    """They are closed, not left to a collector: PyPy's comes late."""
     late = site.dir / "late.py"  # CPython's comes at once
     late.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport cmux_ssh as c\nc.Cancel.__del__ = lambda cancel: None\nsys.exit(c.main())\n")
     monkeypatch.setattr(sys.modules[__name__], "PROGRAM", late)
@@ -7578,7 +7569,7 @@ def forked(look):
 
 
 def test_what_killed_writers_left_is_removed(site, repo):
-    """And one that another process renames meanwhile disturbs nobody (seen: a traceback)."""
+    """And one that another process renames meanwhile disturbs nobody."""
     site.line("far").refuse = True
     assert (repo.cli("new", "-H", "far", "down").code, repo.cli("new", "-H", "box", "up").code) == (255, 0)
     for name, left in (("m/*/down.json", {"other.3.new", "2.new", "gone.new"}), ("projects/*.json", {"other.3.new"})):
@@ -8170,7 +8161,7 @@ def test_shell_sends_nothing_of_what_send_env_names(site, repo):
 
 @each("names, proxied", [("*", False), ("*", True), ("LC_*", False)])
 def test_a_session_of_its_own_sends_no_local_path(site, names, proxied, repo):
-    """A pull has one; what ssh itself has there, and is told, a program in its place writes down."""
+    """A pull has one; a program in ssh's place writes down what ssh has there, and is told."""
     told = site.dir / "told"
     (site.inetd if proxied else site.daemon)("own", config=[f"SendEnv {names}"])
     site.env["SSH_AUTH_SOCK"] = "/nowhere/agent"
@@ -8597,7 +8588,7 @@ def test_demo_shows_the_flow_and_leaves_nothing(site, length, interrupted):
 
 
 def test_demo_without_sshd_says_how_to_get_one(site):
-    """sshd is looked for outside of PATH, too: the places are hidden by a file system of the test's own."""
+    """sshd is looked for outside of PATH, too: other file systems hide those places."""
     hide = "for d in /usr/sbin /usr/local/sbin /usr/libexec; do [ ! -e $d/sshd ] || mount -t tmpfs none $d; done"
     path = f"{os.path.dirname(program('ssh'))}:{os.path.dirname(program('git'))}:/usr/bin:/bin"
     shown = site.cli("demo", cwd=site.home, env={"PATH": path}, sh=mounted(hide, "-r"))
@@ -8870,7 +8861,7 @@ def hinted(said, *ours):
 
 @slow
 def test_every_hint_can_be_pasted(repo, site):
-    """From another directory, by another path, about a workspace that is not the default: what a refusal says is run as it is."""
+    """From another directory, by another path, about a workspace that is not the default."""
     path = site.dir / "my copies" / "cmux_ssh.py"
     path.parent.mkdir()
     path.symlink_to(compiled()[-1])
@@ -9257,7 +9248,7 @@ def test_readme_python_example_prints_what_it_says(reader):
 
 
 def test_readme_entries_for_containers_and_pods(site, repo):
-    """With programs in the place of docker and kubectl that run the words behind the name, as those do in a container."""
+    """In the place of docker and kubectl a program runs the words behind the name, as those do in a container."""
     entry, = [block for block in blocks("text") if "ProxyCommand" in block]
     bin_ = site.dir / "engines"
     bin_.mkdir()
@@ -9481,8 +9472,7 @@ HALFWAY = {
 @each("when", ["before", "after"])
 @each("verb, then", [(verb, then) for verb, (_, _, calls) in HALFWAY.items() for then in calls])
 def test_killed_while_its_script_goes_on_the_next_call_works_and_nothing_is_half(site, verb, then, when, repo):
-    """The script on the host is caught around the step that counts; this program is killed; the next call
-    comes while the script still stands there. Then it goes on."""
+    """The script is caught around the step that counts, and goes on once the next call has come."""
     gate = Gate(site, "mv", when)
     repo.new(host="gated")
     repo.save("README", b"second\n")
@@ -9523,7 +9513,7 @@ def test_the_upload_of_a_killed_push_is_cleared_away(site, repo):
 @each("words, then", [("rename -w main victim", "exec -w main -- true"), ("new -H gated victim", "rm victim"),
       ("push -w main", "pull -w main"), ("rm main", "new -H gated main")])
 def test_a_script_that_is_held_up_does_nothing_later(site, words, then, repo):
-    """It stands before it has the lock of the workspace's name; its client is killed; the next call is done; then it goes on."""
+    """It stands before it has the lock of the workspace's name while its client is killed and the next call is done."""
     gate = Gate(site, "ln")
     repo.new(host="gated")
     repo.save("README", b"second\n")
@@ -9700,8 +9690,7 @@ def worn(site, verb, luck):
 @slow
 @promise(7)
 def test_killed_at_any_instant_a_few_hundred_times(site):
-    """Every operation that changes something, killed at random instants of it, in several projects at once. After all
-    is whole, nothing runs and nothing lies about."""
+    """Every operation that changes something, in several projects at once."""
     seed = int(os.environ.get("CMUX_TEST_SEED", "0")) or random.randrange(1, 10 ** 6)
     print(f"CMUX_TEST_SEED={seed}")
     with ThreadPoolExecutor(3) as pool:
@@ -9786,7 +9775,7 @@ def test_sshd_restarted_under_running_commands_and_jobs(repo, site, nap):
 
 
 def test_an_hour_asleep_is_a_lost_line_and_jobs_go_on(site, repo, nap):
-    """The laptop sleeps: clients and masters stand still for longer than the server's patience. Then it wakes up."""
+    """Clients and masters stand still for longer than the server's patience."""
     site.daemon("drowsy", "ClientAliveInterval 1", "ClientAliveCountMax 2")
     repo.new(host="drowsy")
     job = repo.job("echo one; until [ -e go ]; do sleep 0.05; done; echo two; exit 9", host="drowsy")
@@ -9950,7 +9939,6 @@ def sane(answer, what):
 @each("how", ["sshd", "ssh"])
 @promise(3)
 def test_no_forged_answer_of_a_host_is_a_traceback_or_an_unbounded_error(site, how):
-    """Every tool against every lie: wrong and doubled marks, impossible statuses, lengths, numbers and states."""
     liar = Liar(site, how)
     names = dict(zip(liar.lies(*ATTACKS.values()), ATTACKS))
     with Agent(liar.repo, "-j", "16") as talker:
@@ -9968,7 +9956,7 @@ def test_no_forged_answer_of_a_host_is_a_traceback_or_an_unbounded_error(site, h
 
 @slow
 def test_no_forged_answer_to_a_pull_is_taken(site):
-    """Every lie above, and what comes before the three sections of a result; the last is honest."""
+    """The last one is honest."""
     liar, result = Liar(site), b"\n%s\n%s\0%s\n" % tuple(one(b"x"))
     heads = [b"git 2 " + HOSTS_BASE, b"git 1 zz", b"git 0 " + b"1" * 39, b"git 0 " + b"1" * 65, b"GIT 0 " + HOSTS_BASE, b"files x", b"files", b"all", b"note", b"large", b"\0", b""]
     lies = [*ATTACKS.values(), *(says((head + result).decode()) for head in [*heads, b"note " + b"x" * 9000, b"git 0 " + HOSTS_BASE])]
