@@ -109,6 +109,12 @@ def until(probe, what, seconds=PATIENCE):
         time.sleep(0.02)
 
 
+def at_once(workers, act, *items):
+    """What act makes of each of the items, so many at a time."""
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(act, *items))
+
+
 class Process(namedtuple("Process", "pid ppid cmdline environ")):
     """One row of the process table, as bytes: cmdline with NULs between words, environ likewise."""
 
@@ -2055,8 +2061,7 @@ def test_while_50_commands_run_the_secret_stands_in_no_process_table(repo, site)
     repo.new()
     with Watch(value) as watch:
         repo.secret("TOKEN", value)
-        with ThreadPoolExecutor(10) as pool:
-            runs = list(pool.map(lambda n: repo.exec('sleep 0.1; printf %s "$TOKEN" | cksum', host="box"), range(50)))
+        runs = at_once(10, lambda n: repo.exec('sleep 0.1; printf %s "$TOKEN" | cksum', host="box"), range(50))
     assert len({r.out for r in runs}) == 1 and all(r.code == 0 for r in runs), runs
     assert watch.looks > 20 and not watch.hits, watch.hits
     assert not [p for p in site.masters() if value in p.environ]
@@ -2412,8 +2417,7 @@ def small_host(site, *more):
 def test_a_server_that_refuses_a_second_session_per_connection_works(site, repo):
     """What gateways and tiny servers do; the sessions go over connections of their own."""
     site.daemon("single", "MaxSessions 1")
-    with ThreadPoolExecutor(4) as pool:
-        runs = list(pool.map(lambda n: repo.exec(f"echo {n}; sleep 0.3", host="single"), range(4)))
+    runs = at_once(4, lambda n: repo.exec(f"echo {n}; sleep 0.3", host="single"), range(4))
     assert [r.out for r in runs] == [b"%d\n" % n for n in range(4)], runs
 
 
@@ -2869,8 +2873,7 @@ def test_20_processes_at_once_on_a_cold_connection_all_succeed(repo, site):
 @slow
 @promise(8)
 def test_200_commands_50_at_a_time_all_succeed(shared):
-    with ThreadPoolExecutor(50) as pool:
-        runs = list(pool.map(lambda n: shared.exec(f"echo {n}; exit {n}"), range(200)))
+    runs = at_once(50, lambda n: shared.exec(f"echo {n}; exit {n}"), range(200))
     assert [r.ended for r in runs] == [(n, b"%d\n" % n, b"") for n in range(200)]
     assert "drop connection" not in shared.site.log()
 
@@ -2886,8 +2889,7 @@ def test_a_host_that_is_down_sees_a_handful_of_connections_from_100_attempts(rep
     if way == "refuses":
         site.at("down", free_port())
     in_sshs_place(site, f'case " $* " in *" -G "*|*" -V "*|*" -O "*) ;; *) echo try >>{log};; esac\nexec $ssh "$@"')
-    with ThreadPoolExecutor(20) as pool:
-        runs = list(pool.map(lambda n: repo.exec("true", host="down", seconds=60), range(100)))
+    runs = at_once(20, lambda n: repo.exec("true", host="down", seconds=60), range(100))
     assert {r.code for r in runs} == {255} and all(r.said.strip() for r in runs)
     assert log.read_text().count("try") <= 12 and line.connections <= 12
     line.refuse = False
@@ -3344,8 +3346,7 @@ def test_a_stalled_upload_holds_up_no_other_host(repo, tuned, line):
         until(stopped.is_set, "the upload stalls")
         tuned(LOCK_PATIENCE=2.5)
         calls = ("new -H far c", "new -H box a", "rm a", "rename -w old a", "fork -w older a", "exec -H box -w a -- true")
-        with ThreadPoolExecutor(len(calls)) as pool:
-            answers = list(pool.map(lambda words: repo.cli(*words.split()), calls))
+        answers = at_once(len(calls), lambda words: repo.cli(*words.split()), calls)
         for words, waited in zip(calls, answers):
             who = f"process {sender.pid}, which {'sends the same files to far' if 'far' in words else 'works on the workspace a'}."
             assert waited.code == (125 if "exec" in words else 1) and waited.out == b"" and 2 < waited.seconds < 15, waited
@@ -5385,8 +5386,7 @@ def test_fork_and_rename(repo):
     assert tree_of(repo.path("second")) == there
     for verb, name, words in (("fork", "second", "exists already"), ("fork", "main", "has that name already"), ("rename", "main", "has that name already"), ("rename", "second", "exists already")):
         refused(repo.cli(verb, "-w", "main", name), 1, words)
-    with ThreadPoolExecutor(2) as pool:
-        ran = list(pool.map(lambda pair: repo.cli("rename", "-w", *pair), [("main", "second"), ("second", "main")]))
+    ran = at_once(2, lambda pair: repo.cli("rename", "-w", *pair), [("main", "second"), ("second", "main")])
     assert {r.code for r in ran} == {1} and set(repo.workspaces()) == {"main", "second"}, ran
     do(repo, "echo other >untracked", "second")
     assert (repo.path() / "untracked").read_text() == "u\n"
@@ -6459,8 +6459,7 @@ def test_the_main_job_works_on_servers_that_are_not_openssh(site, kind, nap):
     repo.ok("edit", "plain.txt", "--old", "plain", "--new", "edited")
     job = repo.job("echo in; exit 6", host=host)
     assert repo.cli("wait", job).code == 6 and repo.cli("logs", job).out == b"in\n"
-    with ThreadPoolExecutor(12) as pool:
-        runs = list(pool.map(lambda n: repo.exec(f"echo {n}", host=host), range(12)))
+    runs = at_once(12, lambda n: repo.exec(f"echo {n}", host=host), range(12))
     assert [r.out for r in runs] == [b"%d\n" % n for n in range(12)], runs
     pulled = repo.ok("pull")
     assert repo.pulled("plain.txt") == "edited", pulled
@@ -6495,8 +6494,7 @@ def test_a_pool_of_hosts_is_filled_evenly(repo, site):
     def spread():
         return [[row["host"] for row in repo.recorded().values()].count(host) for host in ("box", "b", "c")]
     repo.ok("new", "-H", "box", "-H", "b", "-H", "c", *[f"w{n}" for n in range(7)])
-    with ThreadPoolExecutor(3) as pool:
-        ran = list(pool.map(lambda n: repo.exec("true", options=["-H", "b", "-H", "c", "-w", f"x{n}"]), range(3)))
+    ran = at_once(3, lambda n: repo.exec("true", options=["-H", "b", "-H", "c", "-w", f"x{n}"]), range(3))
     assert [r.code for r in ran] == [0] * 3 and sorted(spread()) == [3, 3, 4], (spread(), ran)
     done = repo.ok("new", *[f"y{n}" for n in range(10)], env={"CMUX_SSH_HOST": "dead box b  c"})
     assert sorted(spread()) == [6, 7, 7] and done.said.count("dead is passed over") == 1, (spread(), done)
@@ -6923,8 +6921,7 @@ def test_batch_of_1000_commands_100_at_a_time_all_succeed(shared):
 def test_12_batch_processes_of_10_each_all_succeed(repo, site):
     lines = calls(f"sleep 0.5; echo {n}" for n in range(40))
     children = [repo.start("batch", "-H", "box", "-j", "10", stdin=PIPE) for _ in range(12)]
-    with ThreadPoolExecutor(12) as pool:
-        done = list(pool.map(lambda child: child.communicate(lines, timeout=240), children))
+    done = at_once(12, lambda child: child.communicate(lines, timeout=240), children)
     for child, (out, err) in zip(children, done):
         answers = {a["id"]: a for a in map(json.loads, out.splitlines())}
         assert child.returncode == 0 and err == b"" and sorted(answers) == list(range(40)), err
@@ -9693,8 +9690,7 @@ def test_killed_at_any_instant_a_few_hundred_times(site):
     """Every operation that changes something, in several projects at once."""
     seed = int(os.environ.get("CMUX_TEST_SEED", "0")) or random.randrange(1, 10 ** 6)
     print(f"CMUX_TEST_SEED={seed}")
-    with ThreadPoolExecutor(3) as pool:
-        lanes = list(pool.map(lambda verb: worn(site, verb, random.Random(f"{verb} {seed}")), ("new", "push", "write", "edit", "pull", "rm", "fork", "rename")))
+    lanes = at_once(3, lambda verb: worn(site, verb, random.Random(f"{verb} {seed}")), ("new", "push", "write", "edit", "pull", "rm", "fork", "rename"))
     for lane in lanes:
         listed = lane.repo.workspaces()
         lane.repo.ok("exec", "--all", "--json", "--", "git status --short")
