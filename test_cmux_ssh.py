@@ -3208,19 +3208,6 @@ def test_a_subdirectory_and_option_C_are_the_same_project(repo, site):
     assert set(json.loads(site.cli("list", "-C", str(repo.dir / "src"), "--json").out)[0]) >= {"name", "host", "path", "base", "created"}
 
 
-def test_a_second_workspace_sends_almost_nothing(repo, line):
-    repo.save("big", os.urandom(2 << 20))
-    repo.new("a", host="far")
-    first, line.up = line.up, 0
-    assert first > 2 << 20
-    repo.new("b", host="far")
-    assert line.up < 64 << 10, line.up
-    assert tree_of(repo.path("a")) == tree_of(repo.path("b")) == repo.tree()
-    (repo.path("b") / "big").write_bytes(b"edited in place")
-    repo.new("c", host="far")
-    repo.arrived("c")
-
-
 @each("how, at", [("cut", 20_000), ("cut", 300_000), ("cut", 1_500_000), ("killed", 100_000), *(
     (how, at) for how in ("compressed, cut", "compressed, killed") for at in (400_000, 1_100_000, 1_400_000))])
 @promise(7)
@@ -3644,6 +3631,13 @@ def test_push_keeps_what_is_ignored(site, place):
 def test_a_delta_sends_only_what_changed(site, line):
     repo = Repo(site, odd=True, files={f"big{i}": os.urandom(30000) for i in range(20)})
     repo.new("one", host="far")
+    line.up = 0
+    repo.new("same", host="far")
+    repo.arrived("same")
+    assert line.up < 64 << 10, line.up
+    (repo.path("same") / "big0").write_bytes(b"edited in place")
+    repo.new("whole", host="far")
+    repo.arrived("whole")
     for turn in range(9):
         repo.write("sub/turn", b"%d" % turn)
         if turn == 3:
@@ -5593,7 +5587,8 @@ def test_a_write_of_8_mb_stopped_half_way_changes_nothing(repo, how, exists, lin
 
 
 def test_a_reader_sees_the_old_or_the_new_file(talker, area):
-    versions = [bytes([n]) * 300_000 for n in range(65, 75)]
+    """One after the other, and many at once."""
+    versions = [bytes([n]) * 300_000 for n in range(65, 87)]
     file, stop, seen = area.put("f", versions[0]), threading.Event(), set()
 
     def look():
@@ -5602,11 +5597,13 @@ def test_a_reader_sees_the_old_or_the_new_file(talker, area):
     thread = threading.Thread(target=look)
     thread.start()
     try:
-        for version in versions[1:]:
+        for version in versions[1:10]:
             talker("write", path=area.p("f"), content_base64=b64(version))
+        answers = talker.all([("write", {"path": area.p("f"), "content_base64": b64(version)}) for version in versions[10:]])
     finally:
         stop.set()
         thread.join()
+    assert all(answer["ok"] for answer in answers) and file.read_bytes() in versions[10:]
     assert len(seen) > 1 and seen <= set(versions), [(s[:3], len(s)) for s in seen]
 
 
@@ -5746,12 +5743,6 @@ def test_edits_at_once_under_several_names_are_kept(talker, area):
     kept = file.read_bytes().decode().split("\n")[1:-2]
     assert sorted(kept) == sorted(f"line {n}" for n, answer in enumerate(answers) if answer["ok"])
     assert all(answer["ok"] for answer in answers), [a for a in answers if not a["ok"]]
-
-
-def test_writes_at_once_leave_one_of_them_whole(talker, area):
-    datas = [bytes([65 + n]) * 200_000 for n in range(12)]
-    answers = talker.all([("write", {"path": area.p("f"), "content_base64": b64(data)}) for data in datas])
-    assert all(a["ok"] for a in answers) and (area.dir / "f").read_bytes() in datas
 
 
 # === cp, new --from ===
@@ -6250,16 +6241,6 @@ def record_of(repo, job):
     return next(p for p in repo.site.far_home().rglob(job) if p.is_dir())
 
 
-def test_stop_kills_no_stranger_with_an_old_pid(shared, talker, nap):
-    job = start_job(talker, "exit 3")
-    assert ended(talker, job) == 3
-    with stranger(*nap.split()) as other:
-        (record_of(shared, job) / "pid").write_text(f"{other.pid}\n")
-        talker("stop", job=job)
-        assert other.poll() is None, "a process that only has the number of a job that was"
-        assert state(talker, job) == ("exited", 3)
-
-
 def test_stop_ends_nothing_of_a_hidden_stranger(tmp_path, nap):
     """Where there is no /proc, or it may not be read, the old pid alone would make a stranger's children ours."""
     record = tmp_path / "j0123abcd"
@@ -6273,9 +6254,10 @@ def test_stop_ends_nothing_of_a_hidden_stranger(tmp_path, nap):
         kill(running(nap)[0].pid)
 
 
-def test_a_job_whose_record_was_cut_off_is_lost(shared, talker, nap):
-    """As after a crash of the host: the pid belongs to somebody else by now."""
-    job = start_job(talker, nap)
+def test_stop_ends_no_stranger_with_the_pid_of_a_job_that_was(shared, talker, nap):
+    """One that finished; and one whose record was cut off, as by a crash of the host: it is lost, not running."""
+    done, job = start_job(talker, "exit 3"), start_job(talker, nap)
+    assert ended(talker, done) == 3
     nap.runs()
     record = record_of(shared, job)
     for process in running(job):
@@ -6286,10 +6268,12 @@ def test_a_job_whose_record_was_cut_off_is_lost(shared, talker, nap):
     until(lambda: state(talker, job)[0] == "lost", "it is said to be lost")
     assert talker("wait", job=job, timeout=5)["state"] == "lost" and shared.cli("wait", job).code == 1
     with stranger(*nap.split()) as other:
-        (record / "pid").write_text(f"{other.pid}\n")
-        assert state(talker, job)[0] == "lost"
-        talker("stop", job=job)
-        assert other.poll() is None
+        for old, told in ((job, ("lost", None)), (done, ("exited", 3))):
+            (record_of(shared, old) / "pid").write_text(f"{other.pid}\n")
+            assert state(talker, old) == told
+            talker("stop", job=old)
+            assert other.poll() is None
+        assert state(talker, done) == ("exited", 3)
 
 
 def test_logs_of_a_large_output_are_bounded_and_whole(shared, talker):
@@ -7056,24 +7040,6 @@ def in_library(repo, text, *args, seconds=60):
     return done.stdout.decode()
 
 
-def test_library_values_are_immutable_and_equal_by_value(shared):
-    assert in_library(shared, """
-workspace = cmux_ssh.Project(".").workspace("main")
-assert isinstance(workspace, cmux_ssh.Workspace) and isinstance(workspace.host, cmux_ssh.Host)
-result = workspace.exec("printf out; exit 3")
-for name in ("exit_code", "stdout", "new"):
-    try:
-        setattr(result, name, 0)
-    except AttributeError:
-        continue
-    raise AssertionError(name)
-same = cmux_ssh.ExecResult(**result.as_dict())
-assert same == result and hash(same) == hash(result) and "exit_code=3" in repr(result)
-assert cmux_ssh.ExecResult(**dict(result.as_dict(), exit_code=4)) != result
-print(result.exit_code)
-""") == "3\n"
-
-
 def test_library_cancel_from_another_thread(shared, nap):
     assert in_library(shared, """
 workspace, cancel, seen = cmux_ssh.Project(".").workspace("main"), cmux_ssh.Cancel(), threading.Event()
@@ -7142,6 +7108,17 @@ def test_library_results_and_projects(repo):
 import pickle
 project = cmux_ssh.Project(".")
 workspace = project.create("main", "box")
+assert isinstance(workspace, cmux_ssh.Workspace) and isinstance(workspace.host, cmux_ssh.Host)
+result = workspace.exec("printf out; exit 3")
+for name in ("exit_code", "stdout", "new"):     # it is immutable, and equal by value
+    try:
+        setattr(result, name, 0)
+    except AttributeError:
+        continue
+    raise AssertionError(name)
+same = cmux_ssh.ExecResult(**result.as_dict())
+assert same == result and hash(same) == hash(result) and "exit_code=3" in repr(result)
+assert cmux_ssh.ExecResult(**dict(result.as_dict(), exit_code=4)) != result
 print(ascii(workspace.exec(r"printf 'caf\303\251 \377'").check().text))
 try:
     workspace.exec(r"echo no; yes filler | head -c 5000 >&2; printf 'the\033[31m end\n' >&2; exit 3").check()
@@ -7220,20 +7197,6 @@ _cmux_run=$RUN; _cmux_newline='
     assert attempt(1).communicate(timeout=PATIENCE)[0] == b"" and not list(stage.iterdir())
 
 
-def test_a_base_that_is_broken_on_the_host_is_made_anew(repo, site):
-    bases = site.far_home() / "cmux" / ".cmux" / "bases"
-    repo.new("one")
-    (base,) = bases.iterdir()
-    shutil.rmtree(base)
-    base.touch()
-    (bases / ("a" * 40)).mkdir()
-    repo.new("two")
-    assert (base / "whole.tar").is_file()
-    shutil.rmtree(base / "git")
-    (base / "git").mkdir()
-    repo.new("three")
-
-
 def travelled(repo, *words):
     """The bytes of the archive that a call sends."""
     repo.ok(*words)
@@ -7246,6 +7209,16 @@ def test_all_is_sent_where_the_base_of_a_delta_is_broken(repo, site):
         repo.write(f"f{n}", b"x")
     repo.commit()
     whole = travelled(repo, "new", "-H", "box", "one")
+    (base,) = bases.iterdir()
+    shutil.rmtree(base)
+    base.touch()
+    (bases / ("a" * 40)).mkdir()
+    repo.new("anew")
+    assert (base / "whole.tar").is_file()
+    shutil.rmtree(bases / ("a" * 40), ignore_errors=True)
+    shutil.rmtree(base / "git")
+    (base / "git").mkdir()
+    repo.new("again")
     repo.save("more", b"1")
     (base,) = bases.iterdir()
     (base / "whole.tar").write_bytes(b"broken" * 1000)
@@ -7756,16 +7729,6 @@ def test_mcp_a_page_ends_where_it_says(shared, pause):
         assert joined == "".join(f"{n + 1}\n" for n in range(joined.count("\n") + 1))[:len(joined)]
 
 
-def test_mcp_manage_moves_no_branch_of_the_users(repo):
-    repo.git("branch", "release")
-    repo.new("one")
-    with Mcp(repo, "-w", "one", "--manage") as client:
-        client("write", path="work", content="done\n")
-        assert "does not begin with cmux/" in client.refusal("workspace_pull", workspace="one", branch="release")
-        client("workspace_pull", workspace="one", branch="cmux/other")
-    assert repo.id("release") == repo.id("main") and repo.pulled("work", "other") == "done"
-
-
 def test_mcp_long_files_come_in_pages_that_join(mcp, shared):
     lines = [b"line %05d %s" % (n, b"x" * 30) for n in range(3000)]
     (shared.path() / "long.txt").write_bytes(b"\n".join(lines) + b"\n")
@@ -7894,16 +7857,6 @@ def test_mcp_without_a_host_or_with_a_dead_one_says_so_and_lives(repo, site):
         assert "refused" in text and client.ask("ping")["result"] == {}
 
 
-def test_mcp_does_not_grow_while_nobody_reads(shared):
-    child = shared.start("mcp", stdin=PIPE)
-    try:
-        fill(child, request("N", "tools/call", {"name": "exec", "arguments": {"command": "head -c 100000 /dev/zero | tr '\\0' z"}}), 5000)
-        assert peak(child.pid) < (200 if PYPY else 100)
-    finally:
-        child.kill()
-        child.communicate()
-
-
 @slow
 def test_mcp_ten_thousand_calls_leave_memory_flat(shared):
     with Mcp(shared) as client:
@@ -7956,14 +7909,18 @@ def test_mcp_shows_the_last_state_of_a_line(mcp):
     assert "\n100%\nwindows\nb\n" in shown and "50%" not in shown and "next" not in shown and "literal ^M stays" in shown, shown
 
 
-def test_mcp_name_and_workspace_are_taken_for_each_other(repo):
+def test_mcp_manage_takes_name_for_workspace_and_moves_no_branch_of_the_users(repo):
+    repo.git("branch", "release")
     with Mcp(repo, "-H", "box", "--manage") as client:
         client("workspace_new", workspace="one")
-        assert "ran in one" in client("exec", name="one", command="echo ran in $CMUX_WORKSPACE")
+        assert "ran in one" in client("exec", name="one", command="echo ran in $CMUX_WORKSPACE; echo done >work")
+        assert "does not begin with cmux/" in client.refusal("workspace_pull", workspace="one", branch="release")
+        client("workspace_pull", workspace="one", branch="cmux/other")
         client("workspace_fork", workspace="one", name="two")
         client("workspace_rm", name="one")
         assert set(repo.workspaces()) == {"two"}
         assert "no argument 'name'" in client.refusal("workspace_rm", name="two", workspace="two")
+    assert repo.id("release") == repo.id("main") and repo.pulled("work", "other") == "done"
 
 
 @each("mode", ["auto", "legacy", "2026-07-28"])
@@ -8062,13 +8019,14 @@ def test_mcp_odd_values_everywhere(mcp, value):
 
 
 @each("how", ["eof", "term"])
-def test_mcp_ends_though_nobody_reads_its_answers(repo, how, nap):
+def test_mcp_neither_grows_nor_hangs_while_nobody_reads(repo, how, nap):
     child = repo.start("mcp", "-H", "box", stdin=PIPE)
     try:
         child.stdin.write(request("n", "tools/call", {"name": "exec", "arguments": {"command": nap}}))
         child.stdin.flush()
         nap.runs()
-        fill(child, b'{"jsonrpc":"2.0","id":1,"method":"tools/list"}\n', 99999)
+        fill(child, request("N", "tools/call", {"name": "exec", "arguments": {"command": "head -c 100000 /dev/zero | tr '\\0' z"}}), 5000)
+        assert peak(child.pid) < (200 if PYPY else 100)
         if how == "eof":
             child.stdin.close()
         else:
@@ -8635,14 +8593,6 @@ def test_a_damaged_state_file_is_said_each_time_and_left_alone(repo, which, site
     assert repo.exec('echo "$TOK"').out == b"value-12345\n"
 
 
-def test_state_under_a_loose_umask_is_private(repo, site):
-    home = site.dir / "loose" / "a" / "b"
-    env = {"CMUX_SSH_HOME": str(home)}
-    repo.ok("secrets", "list", env=env, sh='umask 0; exec "$@"')
-    assert {mode_of(path) for path in (home, home.parent, home.parent.parent)} == {0o700}
-    repo.ok("list", env=env)
-
-
 def test_a_cleared_socket_directory_is_made_anew(repo, site):
     repo.new()
     masters = site.masters()
@@ -8698,10 +8648,12 @@ def test_a_state_directory_others_can_change_is_not_used(repo, kind, site):
 
 
 @each("name", ["a%hb%%c%d", "d" * 60 + "/" + "e" * 60])
-def test_a_state_path_is_taken_as_it_is_however_odd(repo, site, name):
-    env, before = {"CMUX_SSH_HOME": str(site.dir / name)}, set(site.dir.iterdir())
-    assert [repo.exec("cat", stdin=BINARY, env=env).ended for _ in range(2)] == [(0, BINARY, b"")] * 2
+def test_a_state_path_is_taken_as_it_is_and_private(repo, site, name):
+    state, before = site.dir / name, set(site.dir.iterdir())
+    for _ in range(2):
+        assert repo.exec("cat", stdin=BINARY, env={"CMUX_SSH_HOME": str(state)}, sh='umask 0; exec "$@"').ended == (0, BINARY, b"")
     assert len(site.masters()) == 1 and {path.name for path in set(site.dir.iterdir()) - before} == {name.split("/")[0]}
+    assert {mode_of(path) for path in (state, site.dir / name.split("/")[0])} == {0o700}
 
 
 def test_a_clock_set_back_keeps_no_host_down(repo, site, line):
@@ -9012,21 +8964,16 @@ print(codes)
 """) == "[3]\n"
 
 
-def test_history_has_the_exit_code_of_a_wait(shared):
-    job = shared.job("rm -f go; until [ -e go ]; do sleep 0.1; done; exit 7")
-    assert shared.cli("wait", job, "--timeout", "0").code == 124
-    do(shared, "sleep 0.5; touch go")
-    assert shared.cli("wait", job).code == 7
-    assert [row["exit_code"] for row in shared.history() if row["operation"] == "wait"][-2:] == [124, 7]
-
-
 def test_the_last_job_is_meant_where_none_is_named(repo):
     repo.new()
     refused(repo.cli("logs"), 1, "has no jobs")
     for n in range(2):
-        repo.ok("exec", "--detach", "--", f"echo {n}; exit 4")
+        repo.ok("exec", "--detach", "--", f"echo {n}; until [ -e go ]; do sleep 0.1; done; exit 4")
+    assert repo.cli("wait", "--timeout", "0").code == 124
+    do(repo, "sleep 0.5; touch go")
     assert repo.cli("wait").code == 4 and repo.ok("logs").text == "1\n" == repo.ok("logs", "-f").text
     assert repo.cli("stop", "--json").json["state"] == "exited"
+    assert [row["exit_code"] for row in repo.history() if row["operation"] == "wait"] == [124, 4]
 
 
 def test_the_first_of_several_jobs_and_a_stop_are_told(repo):
