@@ -8438,9 +8438,23 @@ def test_doctor_without_a_host(site):
 # === completion ===
 
 
-TAB = r"""%s
-t() { COMP_WORDS=("$@"); COMP_CWORD=$(($#-1)); COMPREPLY=(); _cmux_ssh; echo "${COMPREPLY[*]}"; }
+TAB = r"""t() { COMP_WORDS=("$@"); COMP_CWORD=$(($#-1)); COMPREPLY=(); _cmux_ssh; echo "${COMPREPLY[*]}"; }
 for words in "$@"; do eval "t $words"; done"""
+
+
+def offered(repo, shell, lines, cwd, path=""):
+    """The words that a shell offers at the end of each of these lines, once it has read the completion script."""
+    load = '"$PY" "$CMUX" completion fish | source\n' if shell == "fish" else f'eval "$("$PY" "$CMUX" completion {shell})"\n'
+    flags, script = {
+        "bash": (["-c"], load + TAB), "fish": (["-N", "-c"], load + "for line in $argv; complete -C $line; echo .; end"),
+        "zsh": (["-f", "-c"], "autoload -U +X compinit && compinit -u -D; " + load +  # as its bashcompinit calls the function
+                'f() { emulate -L sh; setopt kshglob noshglob braceexpand;\n%s\n}; f "$@"' % TAB)}[shell]
+    env = repo.site.environment({"CMUX": str(PROGRAM), "PY": sys.executable, "PATH": path + os.environ["PATH"]})
+    done = subprocess.run([program(shell, shell), *flags, script, *[shell] * (shell != "fish"), *lines], cwd=cwd, env=env, capture_output=True)
+    assert done.returncode == 0 and not done.stderr, done
+    if shell == "fish":
+        return [{row.split("\t")[0] for row in part.splitlines()} - {""} for part in done.stdout.decode().split(".\n")[:-1]]
+    return [set(row.split()) for row in done.stdout.decode().split("\n")[:-1]]
 
 
 OFFERED = {  # exactly, in bash; with a bar between, at least
@@ -8451,20 +8465,12 @@ OFFERED = {  # exactly, in bash; with a bar between, at least
 
 @each("shell", ["bash", "zsh"])
 def test_completion_offers_what_can_stand_there(shared_names, shell):
-    script = TAB % 'source <(python3 "$CMUX" completion bash)'
-    if shell == "zsh":  # as its bashcompinit calls the function
-        script = ('autoload -U +X compinit && compinit -u -D; eval "$(python3 "$CMUX" completion zsh)"\n'
-                  'f() { emulate -L sh; setopt kshglob noshglob braceexpand;\n%s\n}; f "$@"' % TAB.partition("\n")[2])
-    done = subprocess.run([program(shell, shell), *(["-f"] if shell == "zsh" else []), "-c", script, shell, *(line.format(PROGRAM) for line in OFFERED)],
-                          cwd=shared_names.dir, env=shared_names.site.environment({"CMUX": str(PROGRAM)}), capture_output=True)
-    rows = done.stdout.decode().split("\n")[:-1]
-    assert done.returncode == 0 and not done.stderr and len(rows) == len(OFFERED), done
-    for (line, offered), told in zip(OFFERED.items(), map(str.split, rows)):
-        wanted = offered.replace("|", " ").split()
-        if shell == "zsh":  # which itself drops what does not fit
-            assert set(told) >= set(wanted) and bool(told) == bool(wanted), (line, told)
-        else:
-            assert set(told) >= set(wanted) if "|" in offered else sorted(told) == sorted(wanted), (line, told)
+    rows = offered(shared_names, shell, [line.format(PROGRAM) for line in OFFERED], shared_names.dir)
+    assert len(rows) == len(OFFERED)
+    for (line, wanted), told in zip(OFFERED.items(), rows):
+        least = set(wanted.replace("|", " ").split())
+        # zsh itself drops what does not fit
+        assert told == least or told >= least and bool(told) == bool(least) and (shell == "zsh" or "|" in wanted), (line, told)
 
 
 @each("shell", ["bash", "zsh", "fish"])
@@ -8474,18 +8480,11 @@ def test_completion_runs_only_its_own_program(shared_names, tmp_path, shell):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"#!{sys.executable}\nopen({str(tmp_path / 'RAN')!r}, 'w')\nprint('evil')\n")
         (tmp_path / name).chmod(0o755)
-    tail = f"-C {shared_names.dir} rm "
     names = ("./cmux_ssh.py", "sub/cmux_ssh.py", "python3 cmux_ssh.py", "./python cmux_ssh.py", "python3 not_cmux_ssh.py", "./python not_cmux_ssh.py")
-    if shell == "fish":
-        script, words = '"$PY" "$CMUX" completion fish | source; for line in $argv; echo (complete -C $line | string match -r "main|two|evil"); end', [f"{name} {tail}" for name in names]
-    else:
-        script, words = TAB % f'eval "$("$PY" "$CMUX" completion {shell})"', [f"{name} {tail} ''" for name in names]
-        script = "autoload -U +X compinit && compinit -u -D; emulate sh; " + script if shell == "zsh" else script
-    done = subprocess.run([program(shell, shell), *{"zsh": ["-f"], "fish": ["-N"], "bash": []}[shell], "-c", script, *([] if shell == "fish" else ["-"]), *words],
-                          cwd=tmp_path, env=shared_names.site.environment({"CMUX": str(PROGRAM), "PY": sys.executable}), capture_output=True)
-    assert not (tmp_path / "RAN").exists(), done
-    rows = [" ".join(sorted(row.split())) for row in done.stdout.decode().splitlines()]
-    assert rows[:3] == ["main two"] * 3 and rows[4:] == ["", ""] and rows[3] == ("" if shell == "fish" else "main two"), done
+    rows = offered(shared_names, shell, [f"{name} -C {shared_names.dir} rm " + "''" * (shell != "fish") for name in names], tmp_path)
+    assert not (tmp_path / "RAN").exists(), rows
+    known = [row & {"main", "two", "evil"} for row in rows]
+    assert known == [{"main", "two"}] * 3 + [set() if shell == "fish" else {"main", "two"}, set(), set()], rows
 
 
 @shared_fixture
@@ -8510,10 +8509,8 @@ def test_completion_of_fish_offers_names(shared_names):
     lines = {"cmux_ssh.py rm ": "main two", "cmux_ssh.py secrets rm ": "KEY", "cmux_ssh.py exec -w ": "main two", "cmux_ssh.py rm --f": "--force --forget", f"python3 {shim} rm ": "main two",
              f"python3 {shim} rm --f": "--force --forget", "cmux_ssh.py secrets ": "set import list rm", "python3 cmux_ssh.py rm ": "main two"}
     (shared_names.dir / "cmux_ssh.py").symlink_to(shim)  # as README calls it
-    done = subprocess.run([program("fish", "fish"), "-N", "-c", "cmux_ssh.py completion fish | source; for line in $argv; complete -C $line; echo .; end", *lines],
-                          cwd=shared_names.dir, env=shared_names.site.environment({"PATH": f"{shim.parent}:{os.environ['PATH']}"}), stdout=PIPE)
-    told = [{row.split("\t")[0] for row in part.splitlines()} - {""} for part in done.stdout.decode().split(".\n")]
-    assert told[:-1] == [set(offered.split()) for offered in lines.values()], told
+    told = offered(shared_names, "fish", lines, shared_names.dir, f"{shim.parent}:")
+    assert told == [set(words.split()) for words in lines.values()], told
 
 
 # === demo and bench ===
