@@ -1767,10 +1767,9 @@ def test_a_config_that_lets_everything_leave_lets_nothing_leave(site, repo):
         until(up.exists, "the command runs")
         listening = hostile.listening()
         (repo.path() / "go").touch()
-        out, err = child.communicate()
-        assert child.returncode == 0 and err == b"", (out, err)
-        assert listening == [] and b"leak" not in out and b"hijacked" not in out
-        assert b"agent=<> display=<>" in out and b"not a tty" in out, out
+        ran = child.end()
+        assert (ran.code, ran.err, listening) == (0, b"", []) and b"leak" not in ran.out and b"hijacked" not in ran.out, ran
+        assert b"agent=<> display=<>" in ran.out and b"not a tty" in ran.out, ran
         assert not hostile.marker.exists() and not hostile.xauth.exists() and not (site.dir / "user-cm").exists()
         assert ssh_add(site, env, "-L") == before and site.known_hosts.read_bytes() == known
 
@@ -2761,8 +2760,8 @@ def test_a_child_of_a_proxy_does_not_keep_a_call(site, repo):
             words = process.cmdline.split(b"\0")
             if b"kept" in words and b"-S" in words and b"none" in words:
                 kill(process.pid, signal.SIGKILL)
-        out, err = child.communicate()
-        assert child.returncode == 255 and json.loads(out)["error"]["type"] == "ConnectionLost", (out, err)
+        ran = child.end()
+        assert ran.code == 255 and ran.json["error"]["type"] == "ConnectionLost", ran
     finally:
         subprocess.run(["pkill", "-f", nap])
 
@@ -2864,8 +2863,7 @@ print([said() for _ in range(5)])
 def test_20_processes_at_once_on_a_cold_connection_all_succeed(repo, site):
     children = [repo.start("exec", "-H", "box", "--", f"echo {n}; cat README") for n in range(20)]
     for n, child in enumerate(children):
-        out, err = child.communicate(timeout=120)
-        assert (child.returncode, out, err) == (0, f"{n}\nhello\n".encode(), b""), site.log()
+        assert child.end(seconds=120).ended == (0, f"{n}\nhello\n".encode(), b""), site.log()
     assert set(repo.workspaces()) == {"main"}, "created once"
     assert "drop connection" not in site.log()
 
@@ -2906,8 +2904,7 @@ def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo
     assert repo.exec("true").code == 0
     meet = "touch here-$N; i=0; while [ $(ls here-* | wc -l) -lt 50 ] && [ $i -lt 600 ]; do sleep 0.1; i=$((i+1)); done; echo met"
     children = [repo.start("exec", "--env", f"N={n}", "--", meet) for n in range(50)]
-    said = [child.communicate(timeout=150) for child in children]
-    assert [(child.returncode, *words) for child, words in zip(children, said)] == [(0, b"met\n", b"")] * 50
+    assert [child.end(seconds=150).ended for child in children] == [(0, b"met\n", b"")] * 50
     under_way = most = 0
     for mark in marks.read_text().split():
         under_way += 1 if mark == "+" else -1
@@ -3054,8 +3051,7 @@ def test_a_line_that_stalls_and_goes_on_loses_nothing(repo, line):
     child = repo.start("exec", "-H", "far", "--", "cat", stdin=PIPE)
     line.stall()
     threading.Timer(1.5, line.go_on).start()
-    out, err = child.communicate(data)
-    assert (child.returncode, err) == (0, b"") and out == data
+    assert child.end(data).ended == (0, data, b"")
 
 
 def test_a_second_process_has_sessions_waiting_too(repo, site):
@@ -3429,8 +3425,7 @@ def test_an_interrupted_init_hook_is_no_success(repo, names, nap):
     child = repo.start("new", "-H", "box", *names)
     nap.runs(len(names))
     child.send_signal(signal.SIGINT)
-    out, err = child.communicate()
-    assert child.returncode == 130 and out == b"" and b"nterrupted" in err, (out, err)
+    refused(child.end(), 130, "interrupted")
     nap.gone()
     assert all(row["state"] == "init failed" for row in repo.cli("list", "--json").json)
 
@@ -5363,9 +5358,9 @@ def test_a_renamed_workspace_keeps_its_history(repo):
     until(lambda: any(row["running"] for row in repo.cli("top", "--json").json), "it runs")
     repo.ok("rename", "-w", "c", "d")
     repo.new("c")
-    child.communicate()
+    assert child.end().code == 7
     found = {row["workspace"]: row["last_exit_code"] for row in repo.cli("top", "--json").json}
-    assert child.returncode == 7 and found == {"c": None, "d": 7}, found
+    assert found == {"c": None, "d": 7}, found
     repo.ok("rm", "--force", "d")
     repo.new("d")
     rows = [row["operation"] for row in repo.history("-w", "d")]
@@ -5726,7 +5721,7 @@ def test_edit_on_the_command_line(shared, area):
 def test_edits_from_16_processes_on_one_file_are_all_kept(shared, area):
     file = area.put("list", b"begin\nend\n")
     children = [shared.start("edit", area.p("list"), "--old", "end\n", "--new", f"line {n}\nend\n") for n in range(16)]
-    codes = {n: (child.communicate(timeout=120), child.returncode)[1] for n, child in enumerate(children)}
+    codes = {n: child.end(seconds=120).code for n, child in enumerate(children)}
     lines = file.read_bytes().decode().split("\n")
     assert lines[0] == "begin" and lines[-2:] == ["end", ""]
     assert sorted(lines[1:-2]) == sorted(f"line {n}" for n, code in codes.items() if code == 0), "what was reported, and only that"
@@ -6203,8 +6198,9 @@ def test_logs_waits_for_more_and_no_longer(talker, area):
 def test_a_job_survives_the_client_and_the_masters(repo, site):
     gate = "while [ ! -e go ]; do sleep 0.05; done"
     child = repo.start("exec", "-H", "box", "--detach", "--", f"echo on; {gate}; echo off; exit 6")
-    job = child.communicate()[0].decode().strip()
-    assert child.returncode == 0 and re.match(r"j[0-9a-f]{8}\Z", job)
+    ran = child.end()
+    job = ran.text.strip()
+    assert ran.code == 0 and re.match(r"j[0-9a-f]{8}\Z", job)
     waiter = repo.start("wait", job)
     for master in until(site.masters, "there is a master"):
         kill(master.pid)
@@ -6215,8 +6211,7 @@ def test_a_job_survives_the_client_and_the_masters(repo, site):
     assert [row["state"] for row in repo.cli("jobs", "--json").json] == ["running"]
     (repo.path() / "go").touch()
     assert repo.cli("wait", job).code == 6 and repo.cli("logs", job).out == b"on\noff\n"
-    waiter.communicate(timeout=60)
-    assert waiter.returncode == 6, "a wait goes on across a lost line"
+    assert waiter.end().code == 6, "a wait goes on across a lost line"
     assert repo.cli("logs", "-f", job).out == b"on\noff\n"
 
 
@@ -6333,8 +6328,8 @@ def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(
         if step < 3:
             line.drop()
         (where / f"gate{step}").touch()
-    out, err = child.communicate()
-    assert seen + out == whole and child.returncode == 0
+    ran = child.end()
+    assert seen + ran.out == whole and ran.code == 0
     assert line.connections >= 4 and repo.cli("wait", job).code == 9
 
 
@@ -6355,7 +6350,7 @@ def test_stdin_for_a_job_is_refused(repo, site):
     refused(repo.cli("exec", "--detach", "--", "wc -c", stdin=b"data"), 125, "write -w main FILE")
     with open(repo.dir / "README", "rb") as file:
         child = repo.start("exec", "--detach", "--", "wc -c", stdin=file)
-        assert child.communicate()[0] == b"" and child.returncode == 125
+        assert child.end().ended[:2] == (125, b"")
     assert repo.cli("jobs", "--json").json == [], "nothing was started"
     repo.ok("exec", "-n", "--detach", "--", "true", stdin=b"data")
     idle = repo.start("exec", "--detach", "--", "true", stdin=PIPE)  # as a harness leaves it open
@@ -6520,15 +6515,15 @@ def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo, n
         child = repo.start("exec", "-w", "near", "-w", "away", *(["--json"] if json_wanted else []), "--", command)
         nap.runs()
         line.drop()
-        out, err = child.communicate()
-        assert child.returncode == 255
+        ran = child.end()
+        assert ran.code == 255
         if json_wanted:
-            rows = {row["workspace"]: row for row in json.loads(out)}
+            rows = {row["workspace"]: row for row in ran.json}
             assert rows["near"]["exit_code"] == 0 and rows["near"]["stopped"] is None and rows["near"]["stdout"] == "early\npart"
             assert rows["away"]["exit_code"] == 255 and rows["away"]["error"] and rows["away"]["stdout"] == "early\npart"
         else:
-            assert sorted(out.splitlines()) == [b"away | early", b"away | part", b"near | early", b"near | part"]
-            assert b"1 of 2" in err and b"away (255" in err
+            assert sorted(ran.text.splitlines()) == ["away | early", "away | part", "near | early", "near | part"]
+            assert "1 of 2" in ran.said and "away (255" in ran.said
         nap.gone()
 
 
@@ -6538,9 +6533,9 @@ def test_a_stop_over_several_keeps_what_was_said(repo, nap):
     child = repo.start("exec", "--all", "--json", "--", command)
     nap.runs(2)
     os.killpg(child.pid, signal.SIGINT)
-    out, err = child.communicate()
-    rows = {row["workspace"]: row for row in json.loads(out)}
-    assert child.returncode == 130 and {n: r["exit_code"] for n, r in rows.items()} == {"a": 4, "b": 130, "c": 130}, err
+    ran = child.end()
+    rows = {row["workspace"]: row for row in ran.json}
+    assert ran.code == 130 and {n: r["exit_code"] for n, r in rows.items()} == {"a": 4, "b": 130, "c": 130}, ran
     assert {n: r["stdout"] for n, r in rows.items()} == {n: f"early {n}\n" for n in "abc"}
     nap.gone()
     late = repo.cli("exec", "--all", "--timeout", "2", "--", command)
@@ -6607,8 +6602,8 @@ def test_several_workspaces_bad_use_is_said(repo):
     for stdin, code in ((theirs, 0), (DEVNULL, 0), (read, 0), (read, 125)):  # only bytes that wait are refused
         os.write(write, b"x") if code else None
         child = repo.start(*both, "--", "true", stdin=stdin)
-        assert b"passes stdin on to none of them" in child.communicate()[1] or not code
-        assert child.returncode == code
+        ran = child.end()
+        assert ran.code == code and ("passes stdin on to none of them" in ran.said) == bool(code), ran
 
 
 # === batch ===
@@ -6628,9 +6623,8 @@ def test_a_batch_whose_input_has_ended_is_stopped_too(shared, sig, nap):
     child.stdin = None
     nap.runs(2)
     child.send_signal(sig)
-    out, _ = child.communicate()
-    results = [json.loads(line)["result"] for line in out.splitlines()]
-    assert child.returncode == 130 and [(result["exit_code"], result["stopped"]) for result in results] == [(130, "confirmed")] * 3, out
+    ran = child.end()
+    assert ran.code == 130 and [(row["result"]["exit_code"], row["result"]["stopped"]) for row in ran.rows] == [(130, "confirmed")] * 3, ran
 
 
 class Client:
@@ -6681,7 +6675,7 @@ class Client:
     def __exit__(self, kind, *_):
         try:
             said = b"" if kind else self.end()
-            assert b"Traceback" not in said and (kind or self.child.returncode in self.codes), said
+            assert b"Traceback" not in said and (kind or self.child.returncode == self.code()), said
         finally:
             self.child.kill()
             self.child.wait()
@@ -6690,7 +6684,8 @@ class Client:
 class Agent(Client):
     """A `batch` that stays open: a tool call is a line to it, and its answer one from it."""
 
-    codes = 0, 1  # whether all calls succeeded
+    def code(self):
+        return int(any(not json.loads(line)["ok"] for line in self.lines))
 
     def __init__(self, repo, *options):
         super().__init__(repo, "batch", *options)
@@ -6905,10 +6900,9 @@ def test_batch_of_1000_commands_100_at_a_time_all_succeed(shared):
 def test_12_batch_processes_of_10_each_all_succeed(repo, site):
     lines = calls(f"sleep 0.5; echo {n}" for n in range(40))
     children = [repo.start("batch", "-H", "box", "-j", "10", stdin=PIPE) for _ in range(12)]
-    done = at_once(12, lambda child: child.communicate(lines, timeout=240), children)
-    for child, (out, err) in zip(children, done):
-        answers = {a["id"]: a for a in map(json.loads, out.splitlines())}
-        assert child.returncode == 0 and err == b"" and sorted(answers) == list(range(40)), err
+    for ran in at_once(12, lambda child: child.end(lines, 240), children):
+        answers = {a["id"]: a for a in ran.rows}
+        assert (ran.code, ran.err) == (0, b"") and sorted(answers) == list(range(40)), ran
         assert all(a["result"]["stdout"] == f"{n}\n" for n, a in answers.items())
     assert "drop connection" not in site.log() and set(repo.workspaces()) == {"main"}
 
@@ -7412,7 +7406,8 @@ def request(number, method, params):
 class Mcp(Client):
     """A client of `mcp`."""
 
-    codes = 0,
+    def code(self):
+        return 0
 
     def __init__(self, repo, *options):
         super().__init__(repo, "mcp", *options)
@@ -8582,8 +8577,7 @@ def test_a_damaged_state_file_is_said_each_time_and_left_alone(repo, which, site
     for _ in range(2):
         children = [repo.start("exec", "--", 'echo "ran: $TOK"') for _ in range(4)]
         for child in children:
-            out, err = child.communicate()
-            assert child.returncode == 125 and out == b"" and b"is damaged. Repair it, or set it aside" in err, (out, err)
+            refused(child.end(), 125, "is damaged. Repair it, or set it aside")
         refused(repo.cli("secrets", "set", "OTHER", stdin=b"x") if which == "secrets" else repo.cli("new", "other", "-H", "box"), 1, "is damaged")
     assert file.read_bytes() == whole[:-5] + b"\xff garbage"
     file.write_bytes(whole)
@@ -8989,8 +8983,8 @@ def test_the_first_of_several_jobs_and_a_stop_are_told(repo):
     child = repo.start("logs", "-f", slow)
     assert child.stdout.readline() == b"on\n"
     child.send_signal(signal.SIGINT)
-    said = child.communicate()[1].decode()
-    assert child.returncode == 130 and said.count("\n") == 1 and "goes on" in said and f"logs -f {slow}" in said
+    ran = child.end()
+    assert ran.code == 130 and ran.said.count("\n") == 1 and "goes on" in ran.said and f"logs -f {slow}" in ran.said
     assert repo.ok("stop", slow).text == f"{slow}  stopped 143: its processes have ended\n" and repo.cli("wait", slow).code == 143
     assert ("stopped", 143) in {(row["state"], row["exit_code"]) for row in repo.ok("jobs", "-w", "main", "--json").json}
 
@@ -9274,8 +9268,7 @@ def test_readme_exit_codes_are_real(repo):
         child = repo.start("exec", "--", "echo up; sleep 60")
         assert child.stdout.readline() == b"up\n"
         child.send_signal(signal.SIGINT)
-        child.communicate()
-        return child.returncode
+        return child.end().code
 
     repo.new()
     job = repo.job("exit 77")
@@ -9502,8 +9495,8 @@ def test_a_line_lost_while_a_workspace_is_unpacked_makes_no_half_of_one(site, re
     gate.reached()
     line.drop()
     gate.open(1.5)
-    _, err = child.communicate()
-    assert child.returncode == 0, err
+    ran = child.end()
+    assert ran.code == 0, ran
     repo.arrived("second")
     whole(repo, "first", "second")
     settled(site)
@@ -9705,13 +9698,12 @@ def test_sshd_restarted_under_running_commands_and_jobs(repo, site, nap):
     assert child.stdout.readline() == b"early\n"
     waiting = repo.start("wait", job)
     site.restart()
-    _, err = child.communicate()
-    assert child.returncode == 255 and b"lost" in err, err
+    ran = child.end()
+    assert ran.code == 255 and "lost" in ran.said, ran
     assert repo.exec("echo again").out == b"again\n"
     nap.gone()
     (repo.path() / "go").touch()
-    assert waiting.wait(60) == 9 and repo.cli("logs", job).out == b"done\n"
-    waiting.communicate()
+    assert waiting.end().code == 9 and repo.cli("logs", job).out == b"done\n"
 
 
 def test_an_hour_asleep_is_a_lost_line_and_jobs_go_on(site, repo, nap):
@@ -9731,12 +9723,9 @@ def test_an_hour_asleep_is_a_lost_line_and_jobs_go_on(site, repo, nap):
     nap.gone()
     for pid in asleep:
         kill(pid, signal.SIGCONT)
-    assert command.wait(60) == 255 and waiting.wait(60) == 9
-    out, err = following.communicate()
-    assert (following.returncode, out) == (0, b"two\n"), err
-    _, err = command.communicate()
-    assert b"lost" in err, err
-    waiting.communicate()
+    ran = command.end()
+    assert ran.code == 255 and "lost" in ran.said, ran
+    assert waiting.end().code == 9 and following.end().ended[:2] == (0, b"two\n")
     assert repo.exec("echo again", host="drowsy").out == b"again\n"
 
 
