@@ -2002,6 +2002,15 @@ def test_arguments_output_codes_stdin_and_secrets_are_exact_under_every_login_sh
     secret = repo.exec('cat; printf %s "$TOKEN"', host=host, stdin=BINARY)
     assert secret.ended == (0, BINARY + "it's\n$(x) \"ü\" \\n !".encode(), b"")
     repo.arrived()
+    assert in_library(repo, """
+workspace = cmux_ssh.Project(".").workspace("main")
+def warm():  # a session that was opened ahead
+    wait_ready(sys.argv[1])
+    return workspace
+workspace.exec("true")
+print(warm().exec(["printf", "<%s>", "it's", "!x"]).stdout, warm().write("a\\n'b", "one\\n")["created"], warm().read("a\\n'b").content,
+      warm().edit("a\\n'b", [{"old": "one", "new": "two"}])["diff"].count("two"), warm().exec(["cat"], stdin=b"in").stdout)
+""", str(site.dir / f"log-{host}")) == "b\"<it's><!x>\" True b'one\\n' 1 b'in'\n"
 
 
 @each("foreign", ["bash -l", "zsh", "dash", "fish", "tcsh", "mksh", "ksh", "busybox sh", "cat", ".bashrc"])
@@ -2268,10 +2277,7 @@ def test_a_secret_command_that_goes_on_is_ended(repo):
     assert in_library(repo, """
 run = cmux_ssh.run
 cmux_ssh.run = lambda *words, **more: run(*words, **dict(more, patience=1))
-try:
-    cmux_ssh.Project(".").ensure("main", "box").exec("true")
-except cmux_ssh.CmuxError as error:
-    print(error)
+print(raised(cmux_ssh.Project(".").ensure("main", "box").exec, "true"))
 """) == "The command for the secret T: A local command did not end in time.\n"
     nap.gone()
 
@@ -2292,11 +2298,8 @@ workspace = cmux_ssh.Project(".").workspace("main")
 for call in (lambda cancel: workspace.exec("echo ran", cancel=cancel).exit_code, lambda cancel: workspace.start("true", cancel=cancel)):
     cancel = cmux_ssh.Cancel()
     threading.Timer(0.5, cancel.set).start()
-    try:
-        print(call(cancel))
-    except cmux_ssh.Cancelled:
-        print("cancelled")
-""") == "130\ncancelled\n"
+    print(repr(raised(call, cancel))[:9])
+""") == "130\nCancelled\n"
     finally:
         shared.ok("secrets", "rm", "SLOW")
 
@@ -2360,19 +2363,6 @@ def test_a_part_of_a_long_secret_is_found_in_linear_time(repo, client):
 
 
 # === Hosts: any that ssh reaches (promise 9) ===
-
-
-@each("shell", SHELLS)
-def test_sessions_opened_ahead_under_every_login_shell(site, shell):
-    host = site.login(shell)
-    assert in_library(Repo(site, odd=True), """
-workspace = cmux_ssh.Project(".").create("main", sys.argv[1])
-def warm():
-    wait_ready(sys.argv[2])
-    return workspace
-print(warm().exec(["printf", "<%s>", "it's", "!x"]).stdout, warm().write("a\\n'b", "one\\n")["created"], warm().read("a\\n'b").content,
-      warm().edit("a\\n'b", [{"old": "one", "new": "two"}])["diff"].count("two"), warm().exec(["cat"], stdin=b"in").stdout)
-""", host, str(site.dir / f"log-{host}")) == "b\"<it's><!x>\" True b'one\\n' 1 b'in'\n"
 
 
 @slow
@@ -3430,18 +3420,6 @@ def test_an_interrupted_init_hook_is_no_success(repo, names, nap):
     assert all(row["state"] == "init failed" for row in repo.cli("list", "--json").json)
 
 
-def test_hooks_of_a_separate_git_directory(site):
-    repo, outer = Repo(site, "apart"), Repo(site, "outer")
-    repo.git("init", "-q", "--separate-git-dir", str(site.dir / "apart.git"))
-    repo.git("config", "core.hooksPath", str(repo.dir / "githooks"))
-    outer.git("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(repo.dir), "sub")
-    for directory, code in ((repo.dir, 1), (outer.dir / "sub", 0)):
-        assert site.cli("new", "-H", "box", "main", cwd=directory).code == 0
-        assert site.cli("exec", "--", "mkdir hooks githooks; echo x >hooks/x; echo x >githooks/x", cwd=directory).code == 0
-        pulled = site.cli("pull", cwd=directory)
-        assert pulled.code == code and ("runs hooks from there" in pulled.said) == bool(code), pulled
-
-
 def test_an_ignored_sigchld_makes_no_failure_a_success(repo):
     repo.secret("T", command="echo abcdefg; exit 7")
     refused(repo.exec("echo ran", sh="trap '' CHLD; exec \"$@\""), 125, "failed with status 7")
@@ -3481,7 +3459,7 @@ while p=$(($(ps -o ppid= -p $p))) && [ "$(ps -o comm= -p $p)" = sh ]; do all="$a
     path = Path(repo.workspaces()["main"]["path"].replace("~", str(site.far_home("killed"))))
     assert {file.read_bytes() for file in (path / "many").iterdir()} == {b"new\n"}
     do(repo, "s=$(git status --short) && [ -z \"$s\" ]")
-    assert "Nothing new" in repo.cli("pull").text
+    nothing_new(repo)
     kept = list((path.parents[1] / ".cmux" / "trash").glob("kept-*"))
     assert len(kept) == force and all((path / "agents").read_bytes() == b"agent\n" and (path / "many/1").read_bytes() == b"old\n" for path in kept)
 
@@ -3522,7 +3500,8 @@ def test_a_forced_push_takes_back_nothing_pulled(repo):
     repo.ok("pull")
     pulled = repo.id("cmux/main")
     repo.ok("push", "--force")
-    assert "Nothing new" in repo.cli("pull").text and repo.id("cmux/main") == pulled
+    nothing_new(repo)
+    assert repo.id("cmux/main") == pulled
     do(repo, "echo 2 >second")
     repo.ok("pull", "--branch", "other")
     moved, aside = repo.ok("pull"), f"cmux/main-{pulled[:8]}"
@@ -3745,8 +3724,8 @@ def test_work_that_a_push_left_behind_is_set_aside(repo, site):
     pulled = repo.id("cmux/main")
     repo.save("users", b"u")
     repo.ok("push")
-    nothing = repo.ok("pull")
-    assert "Nothing new" in nothing.text and repo.id("cmux/main") == pulled
+    nothing_new(repo)
+    assert repo.id("cmux/main") == pulled
     do(repo, "echo 2 >second")
     assert repo.cli("pull", env=replaced(site, git='case " $* " in *" cmux pull refs/heads/cmux/main "*) kill -9 $PPID; exit 1;; esac')).code == -9
     kept = repo.ok("pull")
@@ -3774,19 +3753,30 @@ def test_fork_waits_for_a_push(repo, line):
     assert forks[0].wait(60) == 0 and tree_of(repo.path("side")) == repo.tree()
 
 
-@each("layout", ["bare", "linked"])
-def test_hooks_of_another_worktree(repo, layout, site):
+@each("layout", ["bare", "linked", "separate", "submodule"])
+def test_hooks_of_another_layout(repo, layout, site):
     repo.save("hooks/pre-commit", b"#!/bin/sh\n", 0o755)
     other = site.dir / "other"
     if layout == "bare":
         repo.git("clone", "-q", "--bare", str(repo.dir), str(other))
         subprocess.run(["git", "config", "core.hooksPath", "hooks"], cwd=other, check=True)
     else:
-        repo.git("worktree", "add", "-q", "-b", "side", str(other))
         repo.git("config", "core.hooksPath", str(repo.dir / "hooks"))
+    if layout == "linked":
+        repo.git("worktree", "add", "-q", "-b", "side", str(other))
+    elif layout == "separate":
+        repo.git("init", "-q", "--separate-git-dir", str(other))
+        other = repo.dir
+    elif layout == "submodule":  # which has a configuration of its own
+        outer = Repo(site, "outer")
+        outer.git("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(repo.dir), "sub")
+        other = outer.dir / "sub"
     repo.ok("-C", str(other), "new", "-H", "box", "w")
     repo.ok("-C", str(other), "exec", "-w", "w", "--", "echo evil >>hooks/pre-commit; echo >hooks/post-checkout")
-    refused(repo.cli("-C", str(other), "pull", "-w", "w"), 1, "runs hooks from there")
+    if layout == "submodule":
+        repo.ok("-C", str(other), "pull", "-w", "w")
+    else:
+        refused(repo.cli("-C", str(other), "pull", "-w", "w"), 1, "runs hooks from there")
 
 
 @promise(1)
@@ -4283,6 +4273,12 @@ def do(repo, script, name="main"):
     repo.ok("exec", "-w", name, "--", script)
 
 
+def nothing_new(repo, *words):
+    pulled = repo.ok("pull", *words)
+    assert "Nothing new" in pulled.text
+    return pulled
+
+
 def untouched(repo):
     keep = ("objects", "refs/heads/cmux", "logs/refs/heads/cmux")
     return {str(p): p.read_bytes() if p.is_file() and not p.is_symlink() else b"" for p in sorted(repo.dir.rglob("*"))
@@ -4303,7 +4299,8 @@ line'; rm -rf xxx*; rm 'back\slash'; mkdir 'back\slash'; echo z >'back\slash/z'
 
 def test_pull_brings_every_honest_change_home(odd):
     odd.new()
-    assert odd.cli("diff").out == b"" and "Nothing new" in odd.cli("pull").text
+    assert odd.cli("diff").out == b""
+    nothing_new(odd)
     assert not odd.git("for-each-ref", "refs/heads/cmux")
     do(odd, AGENT + CHANGES)
     before = untouched(odd)
@@ -4320,13 +4317,13 @@ def test_pull_brings_every_honest_change_home(odd):
     here = odd.tree()
     assert here == there
     odd.git("checkout", "-q", "main")
-    assert "Nothing new" in odd.cli("pull").text
+    nothing_new(odd)
     first = odd.id("cmux/main")
     do(odd, AGENT + "git add -A; git commit -qm three; echo later >later")
     odd.ok("pull")
     assert odd.git("merge-base", first, "cmux/main") == first
     assert odd.pulled("later") == "later"
-    assert "Nothing new" in odd.cli("pull").text
+    nothing_new(odd)
     odd.ok("rm", "main")
 
 
@@ -4345,7 +4342,7 @@ def test_pull_survives_what_agents_do_to_git(repo, harm):
     assert not os.path.exists("/tmp/never")
     if "nested" in harm:
         assert "nested repository ./nested" in pulled.said, pulled
-    assert "Nothing new" in repo.cli("pull").text
+    nothing_new(repo)
 
 
 def nobody(site, path):
@@ -4371,8 +4368,7 @@ def test_pull_without_git_on_the_host(site, busybox):
     odd = Repo(site, odd=True)
     odd.new(host=bare_host(site, busybox))
     assert not (odd.path() / ".git").exists()
-    done = odd.cli("pull")
-    assert "Nothing new" in done.text, done
+    nothing_new(odd)
     do(odd, CHANGES.replace("git mv", "mv").replace("git", ": git"))
     there = tree_of(odd.path())
     odd.ok("pull")
@@ -4380,7 +4376,7 @@ def test_pull_without_git_on_the_host(site, busybox):
     assert odd.tree() == there
     odd.git("fsck", "--strict")
     odd.git("checkout", "-q", "-f", "main")
-    assert "Nothing new" in odd.cli("pull").text
+    nothing_new(odd)
     odd.ok("rm", "main")
 
 
@@ -5019,7 +5015,8 @@ def test_submodules_and_lfs_content_travel(site, place):
         assert words in made.said, made
     assert tree_of(family.path()) == family.whole()
     assert family.whole()[b"assets/model.bin"][1] == CONTENT and family.whole()[os.fsencode("%s/%s/deep.c" % (LIB, INNER))]
-    assert "Nothing new" in family.cli("pull").text and family.cli("diff").out == b""
+    nothing_new(family)
+    assert family.cli("diff").out == b""
     second = family.ok("new", "-v", "-H", place, "second")
     assert ": sent " not in second.said, second
     assert tree_of(family.path("second")) == family.whole()
@@ -5050,8 +5047,7 @@ def test_changes_in_submodules_are_kept_from_rm(site, place):
     assert family.pulled("assets/moved.bin").startswith("version https") and family.pulled("plain") == "#!/bin/sh"
     assert family.git("ls-tree", "-r", "cmux/main").count("160000 commit") == 2
     family.git("fsck", "--strict")
-    again = family.cli("pull")
-    assert "Nothing new" in again.text and again.said.count("left out") == 4, again
+    assert nothing_new(family).said.count("left out") == 4
     for words in (["rm", "main"], ["push", "--ref", "HEAD~1"]):
         kept = family.cli(*words)
         refused(kept, 1, "work that would be lost", "-w main -- git status --short); read brings a file")
@@ -5088,7 +5084,7 @@ def test_a_workspace_outlives_its_submodule(site):
     family.new()
     shutil.rmtree(family.dir / ".git/lfs")
     family.git("submodule", "--quiet", "deinit", "-f", LIB)
-    assert "Nothing new" in family.cli("pull").text
+    nothing_new(family)
     do(family, "echo work >>README; echo x >>vendor/li*/x.c")
     pulled = family.ok("pull")
     assert pulled.said.count("left out") == 1, pulled
@@ -5103,7 +5099,7 @@ def test_a_workspace_outlives_its_submodule(site):
     assert family.cli("rm", "main").code == 1 and family.cli("rm", "main", "--force").code == 0
     made = family.new("next")
     assert "2 submodules not checked out" in made.said and "6 LFS files" in made.said, made
-    assert "Nothing new" in family.cli("pull", "-w", "next").text
+    nothing_new(family, "-w", "next")
     moved = family.cli("push", "-w", "next")
     assert "already" in moved.text, moved
     family.lfs("assets/model.bin", CONTENT)
@@ -5835,10 +5831,8 @@ import json, os
 project = cmux_ssh.Project(".")
 cmux_ssh.CALL_PATIENCE = 3
 def copy(name):
-    try:
-        return project.workspace(name).download("x", "got-" + name)["notes"]
-    except cmux_ssh.CmuxError as error:
-        return str(error)
+    told = raised(project.workspace(name).download, "x", "got-" + name)
+    return told["notes"] if isinstance(told, dict) else str(told)
 with ThreadPoolExecutor(8) as pool:
     print(json.dumps(list(pool.map(copy, sys.argv[1:]))))
 """, *names, seconds=120))
@@ -5893,7 +5887,8 @@ def test_new_from_a_workspace_has_what_is_ignored_there(site, place):
     tree = repo.tree()
     assert tree_of(repo.path("two")) == {**tree, b"node_modules/p/i.js": ("file", b"far"), b"node_modules/link": ("link", b"p"), b"x.o": ("file", b"far"), b"src/y.o": ("file", b"far"),
                                          "it's \u00e9.o".encode(): ("file", b"far"), b"seen.o": ("file", b"node_modules/p:\ni.js\n\nsrc:\nmain.c\ny.o\n")}
-    assert "Nothing new" in repo.ok("pull", "two").text and not os.path.exists("/tmp/z.o")
+    nothing_new(repo, "two")
+    assert not os.path.exists("/tmp/z.o")
     refused(repo.cli("new", "three", "-H", "other", "--from", "main"), 2, words="is on box")
     refused(repo.cli("new", "three", "--from", "none"), 1, words="no workspace")
     with Mcp(repo, "--manage") as client:
@@ -7011,6 +7006,11 @@ import sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 import cmux_ssh
 begun = {}
+def raised(act, *args, **more):
+    try:
+        return act(*args, **more)
+    except cmux_ssh.CmuxError as error:
+        return error
 def wait_ready(log, sessions=4):  # until the server has so many open, one of them since the last time: after an operation, those opened ahead
     end, count, now = time.monotonic() + 15, begun.get(log, 0), -1
     while now != sessions or sessions and count == begun.get(log, 0):
@@ -7087,11 +7087,8 @@ for call in calls:
     call.join(1)
 assert set(ends) == {130} and len(ends) == (10 if sys.argv[3] == "interrupted" else 2), ends
 assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-try:
-    project.pull("main")
-except cmux_ssh.Cancelled:
-    print("ended")
-""", nap, job, how, seconds=30) == "interrupted\n" * (how == "interrupted") + "ended\n"
+print(type(raised(project.pull, "main")).__name__)
+""", nap, job, how, seconds=30) == "interrupted\n" * (how == "interrupted") + "Cancelled\n"
     nap.gone()
     assert running(job)
     repo.ok("rm", "main", "--force")
@@ -7114,26 +7111,21 @@ same = cmux_ssh.ExecResult(**result.as_dict())
 assert same == result and hash(same) == hash(result) and "exit_code=3" in repr(result)
 assert cmux_ssh.ExecResult(**dict(result.as_dict(), exit_code=4)) != result
 print(ascii(workspace.exec(r"printf 'caf\303\251 \377'").check().text))
-try:
-    workspace.exec(r"echo no; yes filler | head -c 5000 >&2; printf 'the\033[31m end\n' >&2; exit 3").check()
-except cmux_ssh.CommandFailed as error:
-    error = pickle.loads(pickle.dumps(error))
-    print(error.result.exit_code, len(str(error)) < 700, str(error)[:44] + str(error)[-19:])
+error = raised(workspace.exec(r"echo no; yes filler | head -c 5000 >&2; printf 'the\033[31m end\n' >&2; exit 3").check)
+error = pickle.loads(pickle.dumps(error))
+print(type(error).__name__, error.result.exit_code, len(str(error)) < 700, str(error)[:44] + str(error)[-19:])
 workspace.write("README", "new\n")
 print(*project.diff("main", stat=True), project.pull("main", "cmux/x").branch, sep="\n")
 cancel = cmux_ssh.Cancel()
 cancel.set()
 for act in (project.remove, project.pull, lambda name, cancel: project.push(name, force=True, cancel=cancel), lambda name, cancel: project.fork(workspace, "b", cancel), lambda name, cancel: project.rename(workspace, "b", cancel)):
-    try:
-        act("main", cancel=cancel)
-    except cmux_ssh.Cancelled:
-        print("cancelled", *project.entries())
+    print(type(raised(act, "main", cancel=cancel)).__name__, *project.entries())
 """) == r"""'caf\xe9 \ufffd'
-3 True The command in main ended with exit code 3: fithe\x1b[31m end'.
+CommandFailed 3 True The command in main ended with exit code 3: fithe\x1b[31m end'.
  README | 2 +-
  1 file changed, 1 insertion(+), 1 deletion(-)
 cmux/x
-""" + "cancelled main\n" * 5
+""" + "Cancelled main\n" * 5
 
 
 def test_library_errors_are_of_one_family(repo):
@@ -7153,10 +7145,8 @@ for kind, acts in {
         lambda: project.set_secret("A", bad), lambda: project.set_secret("A", 1), lambda: project.create("v", "box", ref=bad), lambda: project.create("v", "box", root=bad),
         lambda: project.create(bad, "box")]}.items():
     for at, act in enumerate(acts):
-        try:
-            print(kind, at, act())
-        except cmux_ssh.CmuxError as error:
-            print(kind, at, repr(error)) if type(error).__name__ != kind or not str(error).strip() else None
+        error = raised(act)
+        print(kind, at, repr(error)) if type(error).__name__ != kind or not str(error).strip() else None
 print(w.exec("printf %s", env={"A": "\udcff"}).exit_code, [j["job"] for j in w.jobs()], w.exec("cat", stdin="x").stdout)
 """) == "0 [] b'x'\n"
 
@@ -7874,21 +7864,15 @@ def test_mcp_ten_thousand_calls_leave_memory_flat(shared):
 
 
 SDK = r"""
-import sys, anyio
+import os, sys, anyio
 from mcp.client.client import Client
 from mcp.client.stdio import StdioServerParameters, stdio_client
 async def go(mode):
-    async with Client(stdio_client(StdioServerParameters(command=sys.executable, args=sys.argv[2:], env=dict(__import__("os").environ))), mode=mode) as client:
+    server = StdioServerParameters(command=sys.executable, args=sys.argv[2:], env=dict(os.environ))
+    async with Client(stdio_client(server), mode=mode) as client:
         names = [tool.name for tool in (await client.list_tools()).tools]
-        results = {}
-        async def one(n):
-            results[n] = (await client.call_tool("exec", {"command": "echo n%d" % n})).content[0].text
-        async with anyio.create_task_group() as group:
-            for n in range(20):
-                group.start_soon(one, n)
-        assert all("n%d\n" % n in text for n, text in results.items()) and len(results) == 20
+        assert "there" in (await client.call_tool("exec", {"command": "echo there"})).content[0].text
         assert (await client.call_tool("read", {"path": "nope"})).is_error
-        await client.call_tool("write", {"path": "sdk", "content": "x"})
         with anyio.move_on_after(1):
             await client.call_tool("exec", {"command": "sleep 4242.25"})
         print(mode, client.protocol_version, *names)
@@ -8153,9 +8137,7 @@ def test_exec_t_gives_one_command_a_terminal(repo, site, words, code, shown):
     terminal.send(b"\3")
     assert terminal.wait() == 130
     assert [row["exit_code"] for row in repo.history() if row["operation"] == "shell"] == [code, 130]
-    for odd in ("--json", "--timeout 9", "--detach", "-n", "-w main -w b", ""):
-        done = repo.cli("exec", "-t", *odd.split(), "--", "touch made")
-        assert done.code == 125 and ("-t takes no" if odd else "terminal") in done.said, done
+    refused(repo.cli("exec", "-t", "--", "touch made"), 125, "terminal")
     assert not (repo.path() / "made").exists()
 
 
@@ -8775,6 +8757,7 @@ REFUSALS = [(made, code, line, words) for made, code, lines in (
                "batch -j -1": "", "batch -j x": "", "batch -w a -w b": "", "batch -w ../x": "", "batch extra": ""}),
     (True, 1, {"read none": "no file", "read src": "directory"}),
     (True, 125, {"exec --all -w main -- true": "--all takes no -w", "exec -w main -w other -j -1 -- true": "", "exec -w main -w other -j x -- true": "", "exec -w main -w other --detach -- true": "", "exec -w main --cwd no/such/dir -- pwd": "no/such/dir",
+                 **{f"exec -t {odd} -- touch made": "-t takes no" for odd in ("--json", "--timeout 9", "--detach", "-n", "-w main -w b")},
                  "exec -w main --detach --cwd nosuch -- true": "There is no directory 'nosuch' in the workspace main"}),
 ) for line, words in lines.items()]
 
@@ -9895,14 +9878,9 @@ import json
 project = cmux_ssh.Project(".")
 cmux_ssh.START_PATIENCE = cmux_ssh.CALL_PATIENCE = 2
 def look(name):
-    told = []
-    for call in (cmux_ssh.pull, lambda place: list(cmux_ssh.diff(place)), lambda place: project.remove(place.name), lambda place: project.push(place.name)):
-        try:
-            call(project.workspace(name))
-            told.append("taken")
-        except cmux_ssh.CmuxError as error:
-            told.append(str(error))
-    return told
+    told = [raised(call, project.workspace(name)) for call in (
+        cmux_ssh.pull, lambda place: list(cmux_ssh.diff(place)), lambda place: project.remove(place.name), lambda place: project.push(place.name))]
+    return [str(answer) if isinstance(answer, cmux_ssh.CmuxError) else "taken" for answer in told]
 with ThreadPoolExecutor(8) as pool:
     print(json.dumps(list(pool.map(look, sys.argv[1:]))))
 """, *names, seconds=240))
