@@ -99,7 +99,6 @@ def compiled_copy():
 
 
 def until(probe, what, seconds=PATIENCE):
-    """The first true answer of probe, asked again and again until the deadline."""
     end = time.monotonic() + seconds
     while True:
         answer = probe()
@@ -167,7 +166,6 @@ def running(command):
 
 
 def naming(text):
-    """The processes whose command line holds text anywhere."""
     return [p for p in processes(environ=False) if text.encode() in p.cmdline and p.pid != os.getpid()]
 
 
@@ -355,7 +353,6 @@ class Line:
         end.close()
 
     def drop(self):
-        """Cut every connection there is, now."""
         with self._lock:
             live, self._live = self._live, []
         for end in live:
@@ -446,7 +443,6 @@ class Child(subprocess.Popen):
         return out, err
 
     def end(self, data=None, seconds=60):
-        """How it ended."""
         began = time.monotonic()
         try:
             out, err = self.communicate(data, seconds)
@@ -552,7 +548,6 @@ class Site:
         return f"box-{shell}" if (self.dir / f"login-box-{shell}").exists() else self.inetd(f"box-{shell}", shell=shell)
 
     def daemon(self, name, *lines, config=(), **options):
-        """A real sshd on a free port of 127.0.0.1."""
         self.sshd_config(name, *lines, **options)
         for _ in range(5):
             port = free_port()
@@ -608,7 +603,6 @@ class Site:
         return {**self.env, **(env or {})}
 
     def ssh(self, host, command, *options, stdin=None, env=None):
-        """Plain ssh with the same config, to see what the host does by itself."""
         return subprocess.run([program("ssh", "openssh-client"), "-F", str(self.config), "-o", "BatchMode=yes", *options, host, command],
                               input=stdin, stdin=DEVNULL if stdin is None else None, capture_output=True, env=self.environment(env), timeout=60)
 
@@ -618,7 +612,6 @@ class Site:
                      stdout=PIPE, stderr=PIPE, start_new_session=True)
 
     def cli(self, *args, stdin=None, seconds=60, **options):
-        """Run the program to its end."""
         return self.start(*args, stdin=DEVNULL if stdin is None else PIPE, **options).end(stdin, seconds)
 
     def masters(self):
@@ -628,7 +621,6 @@ class Site:
                 if name in p.cmdline and (b"[mux]" in p.cmdline or b"\0-M\0" in p.cmdline) and b"sshd" not in p.cmdline]
 
     def sockets(self):
-        """The directory of the masters' control sockets."""
         found = [re.search(rb"(/[^\0 ]+)/m\.\w+(?: \[mux\]|\0)", master.cmdline) for master in self.masters()]
         return next(Path(os.fsdecode(match.group(1))) for match in found if match)
 
@@ -648,7 +640,6 @@ class Site:
 
 
 class Terminal:
-    """A program on a real terminal, as a person has it."""
 
     def __init__(self, argv, cwd, env, rows=24):
         self.output, self._screen = b"", b""
@@ -659,7 +650,6 @@ class Terminal:
         os.close(far)
 
     def _read(self, seconds):
-        """Take in what is there; False once the terminal is closed."""
         if not select.select([self._end], [], [], seconds)[0]:
             return True
         try:
@@ -717,7 +707,6 @@ def on_terminal(site, *args, cwd, env=None, rows=24):
 
 
 def script(path, text):
-    """A program of sh."""
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return path
@@ -786,7 +775,6 @@ class Repo:
         return self.id("HEAD")
 
     def save(self, path, data, mode=None):
-        """A commit of that file."""
         self.write(path, data, mode)
         return self.commit()
 
@@ -808,7 +796,6 @@ class Repo:
         return self.site.cli(*args, cwd=self.dir, **options)
 
     def ok(self, *args, **options):
-        """A call that has to succeed."""
         done = self.cli(*args, **options)
         assert done.code == 0, done
         return done
@@ -839,14 +826,12 @@ class Repo:
         return Path((rows if name in rows else self.workspaces())[name]["path"].replace("~", str(self.site.far_home()), 1))
 
     def far(self, path, name="main"):
-        """The content of a file of a workspace."""
         return (self.path(name) / path).read_bytes()
 
     def history(self, *words):
         return self.ok("history", "--json", *words).rows
 
     def arrived(self, name="main"):
-        """The workspace has the files of the commit."""
         assert tree_of(self.path(name)) == self.tree()
 
     def pulled(self, path, name="main"):
@@ -856,12 +841,10 @@ class Repo:
         return self.git("rev-parse", name)
 
     def lose(self, name):
-        """That object is missing from now on."""
         name = self.id(name)
         (self.dir / ".git/objects" / name[:2] / name[2:]).unlink()
 
     def changed(self, what="--name-only"):
-        """The paths that a pull changed, a line each."""
         return self.git("diff", what, "main", "cmux/main")
 
     def job(self, *command, host="box", options=()):
@@ -873,7 +856,6 @@ class Repo:
 
     @contextlib.contextmanager
     def amended(self):
-        """The record, to be changed."""
         record = json.loads(self.record().read_bytes())
         yield record
         self.record().write_text(json.dumps(record))
@@ -967,7 +949,6 @@ def repo(request):
 
 @pytest.fixture
 def odd(request):
-    """A project with every kind of file and name."""
     return Repo(site_of(request), f"{os.urandom(4).hex()}/project", odd=True)
 
 
@@ -1075,7 +1056,6 @@ class Source:
         return [node for node in ast.walk(self.tree) if isinstance(node, kinds)]
 
     def outside(self, room, nodes):
-        """Where nodes stand that only one room may hold."""
         return [f"line {node.lineno} ({self.room(node)}): {self.text.splitlines()[node.lineno - 1].strip()}"
                 for node in nodes if self.room(node) != room]
 
@@ -1339,13 +1319,11 @@ def test_exec_without_any_host_says_how_to_name_one(repo):
 
 
 def unique():
-    """A number for sleep that no other process on this machine sleeps for."""
     return f"{random.randrange(40000, 10**8)}"
 
 
 @contextlib.contextmanager
 def stranger(*words):
-    """A process of somebody else."""
     child = subprocess.Popen(words, start_new_session=True)
     try:
         yield child
@@ -1469,7 +1447,6 @@ def gated(site, name):
 
 
 def sent_whole(line, more):
-    """Wait until so many bytes more have gone up the line, and nothing follows them."""
     goal, seen = line.up + more, [0, 0.0]
 
     def quiet():
@@ -1716,7 +1693,6 @@ def ssh_add(site, env, *words):
 
 
 def locked_key(site):
-    """The user's key with the passphrase "right"."""
     key = site.dir / "locked"
     shutil.copy(site.keys.user, key)
     keygen("-p", "-P", "", "-N", "right", "-f", key)
@@ -3890,7 +3866,6 @@ for how in map(str.strip, sys.stdin):
 
 
 def cases(name):
-    """How many tests one function of this file is."""
     marks = [mark for mark in getattr(globals()[name], "pytestmark", []) if mark.name == "parametrize"]
     count = 1
     for mark in marks:
@@ -4931,13 +4906,11 @@ CONTENT = b"\0LFS content\n" * 300000
 
 
 def content(result):
-    """The bytes of a result of read, whichever way they came."""
     assert ("content" in result) != ("content_base64" in result), result
     return result["content"].encode() if "content" in result else base64.b64decode(result["content_base64"])
 
 
 def lfs_object(content):
-    """Where LFS keeps it."""
     name = digest(content)
     return f".git/lfs/objects/{name[:2]}/{name[2:4]}/{name}"
 
@@ -4973,7 +4946,6 @@ class Family(Repo):
             self.write(lfs_object(content), content)
 
     def whole(self):
-        """What the host should get."""
         found = {path: value for path, value in tree_of(self.dir).items() if path.split(b"/")[-1] != b".git"}
         for path in filter(lambda path: path.endswith(b".bin") and path != b"gone.bin", found):
             oid = re.search(b"sha256:(.*)", found[path][1])
@@ -5609,29 +5581,28 @@ def test_a_host_with_only_posix_utilities_has_every_tool(site, nap):
 
 
 @each("before, edits, after", [
-    (b"a b c\n", [("b", "B", None)], b"a B c\n"),
+    (b"a b c\n", [("b", "B")], b"a B c\n"),
     (b"x x x\n", [("x", "y", 3)], b"y y y\n"),
-    (b"one\ntwo\n", [("one", "1", None), ("two", "2", None)], b"1\n2\n"),
-    (b"a", [("a", "b", None), ("b", "c", None)], b"c"),
-    (b"gone\nkept\n", [("gone\n", "", None)], b"kept\n"),
-    (b"all", [("all", "", None)], b""),
-    (b"one\r\ntwo\r\nthree\n", [("two\r\n", "2\r\n", None)], b"one\r\n2\r\nthree\n"),
-    (b"one\r\ntwo\r\nthree\r\n", [("one\ntwo", "1\n2\n", None)], b"1\r\n2\r\n\r\nthree\r\n"),
-    (b"\xff\xfe\0 word \x80\xc3\n", [("word", "wörd", None)], b"\xff\xfe\0 w\xc3\xb6rd \x80\xc3\n"),
-    ("Grüße 🐙\n".encode(), [("🐙", "\u2028", None)], "Grüße \u2028\n".encode()),
-    (b"r: \\1 \\g<0> $& \\n\n", [("\\1 \\g<0> $& \\n", "\\2 %s {0}", None)], b"r: \\2 %s {0}\n"),
-    (b"tail", [("tail", "tail\n", None)], b"tail\n"),
+    (b"one\ntwo\n", [("one", "1"), ("two", "2")], b"1\n2\n"),
+    (b"a", [("a", "b"), ("b", "c")], b"c"),
+    (b"gone\nkept\n", [("gone\n", "")], b"kept\n"),
+    (b"all", [("all", "")], b""),
+    (b"one\r\ntwo\r\nthree\n", [("two\r\n", "2\r\n")], b"one\r\n2\r\nthree\n"),
+    (b"one\r\ntwo\r\nthree\r\n", [("one\ntwo", "1\n2\n")], b"1\r\n2\r\n\r\nthree\r\n"),
+    (b"\xff\xfe\0 word \x80\xc3\n", [("word", "wörd")], b"\xff\xfe\0 w\xc3\xb6rd \x80\xc3\n"),
+    ("Grüße 🐙\n".encode(), [("🐙", "\u2028")], "Grüße \u2028\n".encode()),
+    (b"r: \\1 \\g<0> $& \\n\n", [("\\1 \\g<0> $& \\n", "\\2 %s {0}")], b"r: \\2 %s {0}\n"),
+    (b"tail", [("tail", "tail\n")], b"tail\n"),
     (b"aaaa", [("aa", "b", 2)], b"bb"),
-    (b"\tindent\n", [("\tindent", "    indent", None)], b"    indent\n"),
-    (b"a\nb\nc\nd\ne\nf\ng\nh\n", [("d", "D", None)], b"a\nb\nc\nD\ne\nf\ng\nh\n"),
-    (b"a\nb", [("b", "B", None)], b"a\nB"),
-    *((b"a%sb\nc\n" % end, [("c", "C", None)], b"a%sb\nC\n" % end) for end in (b"\x0c", b"\r", "\u2028".encode())),
-    (b"one\r\ntwo\r\n", [("two", "2", None)], b"one\r\n2\r\n"),
+    (b"\tindent\n", [("\tindent", "    indent")], b"    indent\n"),
+    (b"a\nb\nc\nd\ne\nf\ng\nh\n", [("d", "D")], b"a\nb\nc\nD\ne\nf\ng\nh\n"),
+    (b"a\nb", [("b", "B")], b"a\nB"),
+    *((b"a%sb\nc\n" % end, [("c", "C")], b"a%sb\nC\n" % end) for end in (b"\x0c", b"\r", "\u2028".encode())),
+    (b"one\r\ntwo\r\n", [("two", "2")], b"one\r\n2\r\n"),
 ])
 def test_edit_replaces_exactly(talker, area, before, edits, after):
     file = area.put("f", before)
-    asked = [dict({"old": old, "new": new}, **({"count": count} if count else {})) for old, new, count in edits]
-    told = talker("edit", path=area.p("f"), edits=asked)
+    told = talker("edit", path=area.p("f"), edits=[dict(zip(("old", "new", "count"), edit)) for edit in edits])
     assert file.read_bytes() == after and told["sha256"] == digest(after)
     assert told["diff"].startswith(f"--- a/{area.p('f')}\n+++ b/{area.p('f')}\n@@ ")
     if b"\xff" not in before:
@@ -6200,7 +6171,6 @@ def test_stop_ends_the_whole_tree_and_says_so(talker, command, nap):
 
 
 def record_of(repo, job):
-    """The directory of a job's record on the host."""
     return next(p for p in repo.site.far_home().rglob(job) if p.is_dir())
 
 
@@ -6578,7 +6548,6 @@ def test_several_workspaces_bad_use_is_said(repo):
 
 
 def calls(commands, **more):
-    """A line for each command, numbered from 0."""
     return b"".join(json.dumps({"id": n, "tool": "exec", "arguments": {"command": command}, **more}).encode() + b"\n" for n, command in enumerate(commands))
 
 
@@ -6612,7 +6581,6 @@ class Client:
             return self.answers.pop(number)
 
     def other(self, seconds=PATIENCE):
-        """The next that answers no call."""
         with self.changed:
             assert self.changed.wait_for(lambda: self.others, seconds), "nothing came"
             return self.others.pop(0)
@@ -6664,7 +6632,6 @@ class Agent(Client):
         return str(answer["error"]["message"])
 
     def all(self, calls, seconds=60):
-        """Many calls at once; their answers in the order of the calls."""
         return [self.answer(number, seconds) for number in [self.post(tool, arguments) for tool, arguments in calls]]
 
 
@@ -6963,7 +6930,6 @@ def four_ready(site):
 
 
 def open_sessions(site, host="box"):
-    """How many the server has now."""
     log = site.log(host)
     return log.count("Starting session: ") - log.count("Close session: ")
 
@@ -7149,7 +7115,6 @@ _cmux_run=$RUN; _cmux_newline='
 
 
 def travelled(repo, *words):
-    """The bytes of the archive that a call sends."""
     repo.ok(*words)
     return repo.history()[-1]["bytes"]
 
@@ -7890,7 +7855,6 @@ def job_of(text):
 
 @pytest.fixture
 def token(repo):
-    """The value of the secret TOKEN."""
     value = "tok-" + os.urandom(20).hex()
     repo.secret("TOKEN", value)
     return value
@@ -8132,7 +8096,6 @@ class Server:
 
 
 def talk(port, data=b"x"):
-    """The whole answer to this."""
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as end:
         end.sendall(data)
         end.shutdown(socket.SHUT_WR)
@@ -8330,7 +8293,6 @@ COLD_PROXY = "exec >&-; while kill -0 $PPID 2>&-; do :; done; echo spoken late >
 
 
 def behind_line(site, *config, **state):
-    """The host h is behind a line in this state."""
     site.daemon("box2")
     line = site.line("h", *config, to="box2")
     line.refuse = "refuse" in state
