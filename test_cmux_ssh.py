@@ -701,9 +701,12 @@ class Terminal:
             os.close(self._end)
             assert b"Traceback" not in self.output, self.output.decode(errors="replace")
 
-
-def on_terminal(site, *args, cwd, env=None, rows=24):
-    return Terminal([*compiled(), *args], cwd, site.environment({"TERM": "xterm", **(env or {})}), rows)
+    def talk(self, *words, code=0):
+        """What is awaited and what is typed, in turns, until it ends with this code."""
+        for at, text in enumerate(words):
+            self.send(text) if at % 2 else self.expect(text)
+        assert self.wait() == code, self.output
+        return self
 
 
 def script(path, text):
@@ -804,8 +807,8 @@ class Repo:
         """Workspaces on a host; without names, main."""
         return self.ok("new", "-H", host, *(names or ["main"]), **options)
 
-    def terminal(self, *args, **options):
-        return on_terminal(self.site, *args, cwd=self.dir, **options)
+    def terminal(self, *args, env=None, rows=24):
+        return Terminal([*compiled(), *args], self.dir, self.site.environment({"TERM": "xterm", **(env or {})}), rows)
 
     def secret(self, name, value=b"", command="", **options):
         self.ok("secrets", "set", name, *(["--command", command] if command else []), stdin=value if isinstance(value, bytes) else value.encode(), **options)
@@ -1401,8 +1404,7 @@ def test_only_colours_and_progress_pass_to_a_terminal(repo, face):
     else:
         words.append(repo.job(COLOURFUL))
         repo.ok("wait", words[-1])
-    terminal = repo.terminal(*words)
-    assert terminal.wait() == 0
+    terminal = repo.terminal(*words).talk()
     label, on = "a | " * (face == "several"), "\x1b[1;32m"
     seen = re.sub(r"\x1b\[m\x1b\[1;32m", "", terminal.output.decode())  # off between two pieces, and on again
     assert f"{label}ä \x1b[31mred\x1b[0m {on}10%\r{label}20%" in seen, seen
@@ -1800,10 +1802,8 @@ print(cmux_ssh.pull(main).branch, project.create("other", "far").name)
 """, str(flag if when == "later" else "/dev/null")) == "0\ncmux/main other\n"
     repo.ok("doctor", "far")
     repo.ok("diff", "-w", "main")
-    terminal = repo.terminal("shell", "-w", "main")
-    terminal.expect(b"[#$] ")
-    terminal.send(b"exit 7\r")
-    assert terminal.wait() == 7 and b"CMUX_SSH=1" in seen.read_bytes() and b"leak" not in seen.read_bytes()
+    repo.terminal("shell", "-w", "main").talk(b"[#$] ", b"exit 7\r", code=7)
+    assert b"CMUX_SSH=1" in seen.read_bytes() and b"leak" not in seen.read_bytes()
     site.known_hosts.write_text(f"rig {public(site.keys.other_host)}\n")
     repo.save("big", os.urandom(400_000))
     refused(repo.cli("push", "-w", "other"), 255, "has changed")
@@ -2453,9 +2453,8 @@ def test_a_slow_tar_is_waited_for(site, tuned):
     script(slow, f'{program("tar")} "$@"; r=$?; sleep 5; exit $r')
     site.inetd("slow", env={"PATH": f"{slow.parent}:{os.environ['PATH']}"})
     tuned(STALL_PATIENCE=2)
-    terminal = on_terminal(site, "new", "-H", "slow", "main", cwd=Repo(site).dir)
-    terminal.expect(rb"main  unpacking \d+s")
-    assert terminal.wait() == 0 and not any("unpacking" in line for line in terminal.lines()), terminal.output
+    terminal = Repo(site).terminal("new", "-H", "slow", "main").talk(rb"main  unpacking \d+s")
+    assert not any("unpacking" in line for line in terminal.lines()), terminal.output
 
 
 def test_an_init_hook_on_a_noexec_file_system_is_said(repo, site):
@@ -2497,10 +2496,8 @@ def test_a_cdpath_of_the_host_misleads_no_script(site, shell):
     do(repo, "echo y >sub/y")
     repo.ok("pull")
     assert repo.pulled("sub/y") == "y"
-    terminal = repo.terminal("shell")
-    terminal.expect(b"as it likes")
-    terminal.send(b"pwd; exit 3\r")
-    assert terminal.wait() == 3 and str(repo.path()).encode() in terminal.output
+    terminal = repo.terminal("shell").talk(b"as it likes", b"pwd; exit 3\r", code=3)
+    assert str(repo.path()).encode() in terminal.output
     assert not [p for p in trap.rglob("*") if p.name not in ("cmux", ".cmux", "sub")]
 
 
@@ -2579,8 +2576,8 @@ def test_more_keys_than_the_server_lets_try_are_said(repo, site):
             ssh_add(site, env, "-q", more)
         ssh_add(site, env, "-q", site.keys.user)
         ran, found = repo.exec("true", host="bare-h", env=env), repo.cli("doctor", "bare-h", env=env)
-        terminal = repo.terminal("exec", "-H", "bare-h", "--", "true", env=env)
-        assert terminal.wait() == 255 and b"question" not in terminal.output, "nobody could answer it"
+        terminal = repo.terminal("exec", "-H", "bare-h", "--", "true", env=env).talk(code=255)
+        assert b"question" not in terminal.output, "nobody could answer it"
     for said in (ran.said, found.text):
         assert "too many keys were tried" in said and "IdentitiesOnly yes, and IdentityFile" in said and "accepted none" not in said, said
     assert (ran.code, found.code) == (255, 255)
@@ -2631,11 +2628,8 @@ def test_on_a_terminal_ssh_asks_once(repo, trouble, answers_, code, words, site)
         site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig", f"IdentityFile {locked_key(site)}", "IdentitiesOnly yes"])
     else:
         site.daemon("h", host_key=site.keys.other_host, config=[f"StrictHostKeyChecking {'yes' if trouble == 'strict' else 'ask'}", f"HostKeyAlias {'rig' if trouble == 'changed' else 'new'}"])
-    terminal = repo.terminal("exec", "-H", "bare-h" if trouble == "passphrase" else "h", "--", "echo it ran")
-    for question, answer in answers_:
-        terminal.expect(b"(?s)" + question.encode())
-        terminal.send(answer.encode() + b"\r")
-    assert terminal.wait() == code, terminal.output
+    turns = [text for question, answer in answers_ for text in (b"(?s)" + question.encode(), answer.encode() + b"\r")]
+    terminal = repo.terminal("exec", "-H", "bare-h" if trouble == "passphrase" else "h", "--", "echo it ran").talk(*turns, code=code)
     assert words.encode() in terminal.output and b"debug1" not in terminal.output and b"no reason" not in terminal.output
     assert (b"may have a question" in terminal.output) == bool(answers_), terminal.output
 
@@ -2647,10 +2641,7 @@ def test_a_login_by_a_person_serves_all_after_it(repo, lost, site):
     site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig"] + ["IdentitiesOnly yes", f"IdentityFile {key}"] * (lost == "passphrase"))
     with agent(site) as env:
         def asked(*words):
-            terminal = repo.terminal(*words, env=env)
-            terminal.expect(b"passphrase")
-            terminal.send(b"right\r")
-            assert terminal.wait() == 0, terminal.output
+            repo.terminal(*words, env=env).talk(b"passphrase", b"right\r")
         if lost == "passphrase":
             asked(*words)
         else:
@@ -3256,9 +3247,7 @@ def test_a_bar_tells_bytes_rate_and_time(repo, line):
     assert seen.wait() == 0
     assert not [text for text in seen.lines() if "sending" in text], seen.lines()
     assert repo.exec("head -c 3000000 /dev/urandom >result", host="far", options=["-w", name]).code == 0
-    seen = repo.terminal("pull", "-w", name)
-    seen.expect(rb"  receiving [\d.]+ [kM]B, [\d.]+ [kM]B/s")
-    assert seen.wait() == 0
+    seen = repo.terminal("pull", "-w", name).talk(rb"  receiving [\d.]+ [kM]B, [\d.]+ [kM]B/s")
     assert b"sending" not in seen.output and not [text for text in seen.lines() if "receiving" in text], seen.lines()
     line.rate = 4e6
     assert b"sending" not in repo.cli("new", "-H", "far", "--root", "other", "b").err
@@ -3605,11 +3594,10 @@ def test_a_delta_goes_by_bytes_where_there_are_few_files(site):
 def test_nothing_is_said_of_a_head_that_is_there(repo):
     repo.write("untracked", b"u")
     repo.new("dirty", "--dirty")
-    terminal = repo.terminal("exec", "-w", "dirty", "--", "cat untracked; echo; echo d''one")
-    assert terminal.wait() == 0 and b"done" in terminal.output and b"push brings" not in terminal.output
+    terminal = repo.terminal("exec", "-w", "dirty", "--", "cat untracked; echo; echo d''one").talk()
+    assert b"done" in terminal.output and b"push brings" not in terminal.output
     repo.commit()
-    terminal = repo.terminal("exec", "-w", "dirty", "--", "true")
-    assert terminal.wait() == 0 and b"To bring it there: " in terminal.output
+    assert b"To bring it there: " in repo.terminal("exec", "-w", "dirty", "--", "true").talk().output
 
 
 @each("host", ["box", "bare"])
@@ -4687,8 +4675,7 @@ def test_pull_says_what_would_run_and_what_leaks(repo):
         assert name in pulled.text, pulled
     do(repo, "mkdir .husky; echo x >.husky/post-checkout")
     assert repo.cli("pull").code == 1
-    terminal = repo.terminal("pull", "--allow")
-    assert terminal.wait() == 0 and b"git diff ...cmux/main; to take it: git merge cmux/main" in terminal.output, terminal.output
+    assert b"git diff ...cmux/main; to take it: git merge cmux/main" in repo.terminal("pull", "--allow").talk().output
 
 
 def test_pull_refuses_hooks_behind_a_link(repo):
@@ -5201,8 +5188,7 @@ def test_list_counts_commits_changes_and_jobs(repo, site, line):
     assert {path: path.stat().st_mtime_ns for path in site.far_home().rglob("*")} == before, "it makes and changes nothing there"
     line.stall()
     for width in (60, 140):
-        terminal = repo.terminal("list", env={"COLUMNS": str(width)})
-        assert terminal.wait() == 0
+        terminal = repo.terminal("list", env={"COLUMNS": str(width)}).talk()
         head, *rows = terminal.output.decode().replace("\r", "").split("\n")[:-1]
         assert re.split("  +", head) == ["NAME", "HOST", "STATE", "BEHIND", "CHANGED", "JOBS", "AGE"] + ["BASE"] and max(map(len, [head, *rows])) <= width
         cells = [[row[head.index(word):].split()[0] for word in ("NAME", "BEHIND", "CHANGED", "JOBS")] for row in rows]
@@ -6494,8 +6480,7 @@ def test_each_workspace_has_a_live_line(repo, line):
     assert len(shown) == 6, shown
     line.rate = float("inf")
     seen = repo.terminal("exec", "-w", "a", "-w", "b", "--", 'echo "in $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] || exit 3; sleep 3')
-    seen.expect(rb"a  running \d+s\x1b\[K\r?\nb  failed \(3\)")
-    assert seen.wait() == 3
+    seen.talk(rb"a  running \d+s\x1b\[K\r?\nb  failed \(3\)", code=3)
     shown = sorted(filter(None, seen.lines()))
     assert shown[:2] == ["a | in a", "b | in b"] and len(shown) == 3 and "1 of 2" in shown[2], shown
 
@@ -8017,11 +8002,8 @@ def test_shell_sends_nothing_of_what_send_env_names(site, repo):
     site.daemon("all", "AcceptEnv *", config=["SendEnv *"])
     repo.new(host="all")
     terminal = repo.terminal("shell", env={"SSH_AUTH_SOCK": "/nowhere/agent", "DISPLAY": ":77", "TMPDIR": "/tmp/.", "FOO": "leaks-1"})
-    terminal.expect(b"as it likes")
-    terminal.send(b"env | grep -c -e /nowhere/agent -e :77 -e '/tmp/[.]' -e leaks-; echo end''ed\r")
-    terminal.expect(rb"[\s\\]0\s+ended")  # systemd's profile for bash writes OSC 3008, which a backslash ends, before it
-    terminal.send(b"exit\r")
-    assert terminal.wait() == 0
+    # systemd's profile for bash writes OSC 3008, which a backslash ends, before the answer
+    terminal.talk(b"as it likes", b"env | grep -c -e /nowhere/agent -e :77 -e '/tmp/[.]' -e leaks-; echo end''ed\r", rb"[\s\\]0\s+ended", b"exit\r")
 
 
 @each("names, proxied", [("*", False), ("*", True), ("LC_*", False)])
@@ -8062,11 +8044,8 @@ def test_exec_t_gives_one_command_a_terminal(repo, site, words, code, shown):
     terminal.expect(b"(?s)as it likes.*" + shown.replace(b"%b", value.encode()))
     assert not naming(value), "in no argv"
     terminal.send(b"7\r")
-    assert terminal.wait() == code
-    terminal = repo.terminal("exec", "-t", "--", "echo up; sleep 9")
-    terminal.expect(rb"up\s")
-    terminal.send(b"\3")
-    assert terminal.wait() == 130
+    terminal.talk(code=code)
+    repo.terminal("exec", "-t", "--", "echo up; sleep 9").talk(rb"up\s", b"\3", code=130)
     assert [row["exit_code"] for row in repo.history() if row["operation"] == "shell"] == [code, 130]
     refused(repo.cli("exec", "-t", "--", "touch made"), 125, "terminal")
     assert not (repo.path() / "made").exists()
@@ -8095,7 +8074,7 @@ class Server:
             peer.sendall(digest.digest() + b"z" * self.size)
 
 
-def talk(port, data=b"x"):
+def ask(port, data=b"x"):
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as end:
         end.sendall(data)
         end.shutdown(socket.SHUT_WR)
@@ -8104,7 +8083,7 @@ def talk(port, data=b"x"):
 
 def fails(port):
     with pytest.raises(ConnectionError):
-        talk(port)
+        ask(port)
 
 
 @contextlib.contextmanager
@@ -8135,7 +8114,7 @@ def test_forward_reaches_a_server_there(repo, site, way):
             fails(local)
         server = Server(port, 3_000_000)
         sent = os.urandom(3_000_000)
-        assert talk(busy, sent) == hashlib.sha256(sent).digest() + b"z" * server.size
+        assert ask(busy, sent) == hashlib.sha256(sent).digest() + b"z" * server.size
         server.size = 40_000_000  # more than all buffers on the way
         stalled = [socket.create_connection(("127.0.0.1", local)) for _ in range(4)]
         for end in stalled:
@@ -8144,7 +8123,7 @@ def test_forward_reaches_a_server_there(repo, site, way):
             assert end.recv(1)
         server.size = 20_000
         with ThreadPoolExecutor(60) as pool:
-            assert set(pool.map(talk, [local] * (60 if way == "a master" else 12))) == {hashlib.sha256(b"x").digest() + b"z" * server.size}
+            assert set(pool.map(ask, [local] * (60 if way == "a master" else 12))) == {hashlib.sha256(b"x").digest() + b"z" * server.size}
         ticks = []
         for pause in (0.5, 1.5, 0):
             ticks.append(sum(map(int, slurp(f"/proc/{child.pid}/stat").rpartition(b")")[2].split()[11:13])))
@@ -8156,7 +8135,7 @@ def test_forward_reaches_a_server_there(repo, site, way):
             with pytest.raises(ConnectionResetError):
                 while end.recv(65536):
                     pass
-        assert len(talk(local)) == server.size + 32, "over a new connection"
+        assert len(ask(local)) == server.size + 32, "over a new connection"
     assert child.answer.count("yet") == 2 and "this machine" in child.answer and "was lost" in child.answer
     fails(local)
     assert not naming(f"localhost:{port}")
@@ -8173,7 +8152,7 @@ def test_a_forward_opens_nothing_but_itself(site, way, repo):
     with forwarding(repo, str(port)) as (_, made), socket.create_connection(("127.0.0.1", made[0]["local"])) as end:
         assert made[0]["local"] != port, "it is taken"
         end.sendall(b"x")
-        assert len(talk(made[0]["local"])) == server.size + 32 and hostile.listening() == []
+        assert len(ask(made[0]["local"])) == server.size + 32 and hostile.listening() == []
         assert not hostile.marker.exists() and not hostile.xauth.exists()
 
 
@@ -8196,7 +8175,7 @@ def test_forward_says_what_is_in_the_way(repo, site):
         assert b"oo many" in line, line
         for end in ends:
             end.close()
-        until(lambda: len(talk(made[0]["local"])) == server.size + 32, "it goes on")
+        until(lambda: len(ask(made[0]["local"])) == server.size + 32, "it goes on")
 
 
 def test_the_library_forwards(repo):
@@ -8790,13 +8769,11 @@ def test_a_row_of_a_table_fits_the_screen(repo, site):
                              (92, "n" * 51, r"n{51}  box .* \d+s"), (82, "n" * 51, r"n{38}[.]{3}  box .* \d+s")):
         record["workspaces"] = {name: main}
         file.write_text(json.dumps(record))
-        terminal = repo.terminal("list", env={"COLUMNS": str(width)})
-        assert terminal.wait() == 0
+        terminal = repo.terminal("list", env={"COLUMNS": str(width)}).talk()
         head, shown, _ = terminal.output.decode().split("\r\n")
         assert re.fullmatch(row, shown) and len(shown) <= width and ("BASE" in head) == (not shown.endswith("s")), (width, shown)
     for width, row in ((80, r"\d\d-\d\d [\d:]{8}  main  .*  true x+[.]{3}"), (60, r"\d\d-\d\d [\d:]{8}  main  .*")):
-        terminal = repo.terminal("history", env={"COLUMNS": str(width)})
-        assert terminal.wait() == 0
+        terminal = repo.terminal("history", env={"COLUMNS": str(width)}).talk()
         *_, shown, _ = terminal.output.decode().split("\r\n")
         assert re.fullmatch(row, shown) and len(shown) <= width, (width, shown)
 
