@@ -9269,27 +9269,35 @@ HALFWAY = {
 }
 
 
-@each("when", ["before", "after"])
-@each("verb, then", [(verb, then) for verb, (_, _, calls) in HALFWAY.items() for then in calls])
-def test_killed_while_its_script_goes_on(site, verb, then, when, repo):
-    """The script is caught around the step that counts, and goes on once the next call has come."""
-    gate = Gate(site, "mv", when)
+@each("when, verb, then", [(when, verb, then) for verb, (_, _, calls) in HALFWAY.items() for then in calls for when in ("before", "after")] + [
+    ("too late", "rename", "exec -w main -- true"), ("too late", "new", "rm victim"), ("too late", "push", "pull -w main"), ("too late", "rm", "new -H gated main")])
+def test_killed_while_its_script_goes_on(site, when, verb, then, repo):
+    """The script is caught around the step that counts, and goes on once the next call has come; or before it has the lock
+    of the workspace's name, and then it does nothing any more."""
+    late = when == "too late"
+    gate = Gate(site, *("ln",) if late else ("mv", when))
     repo.new(host="gated")
     repo.save("README", b"second\n")
     words, at, _ = HALFWAY[verb]
-    gate.shut(at)
+    gate.shut(".by" if late else at)
     child = repo.start(*words.split())
     gate.reached()
     killed(child)
-    gate.open(0.5)
+    if not late:
+        gate.open(0.5)
     repo.ok(*then.split())
+    if late:
+        there = tree_of(repo.path())
+        gate.open()
     names = {"main"} - ({"main"} if then == "rm main" or then.startswith("rename") else set())
     names |= {"main"} if then == "new -H gated main" else set()
     names |= {"victim"} if "victim" in then and not then.startswith("rm") else set()
     gate.ended()
     whole(repo, *names)
     settled(site)
-    if verb == "push" and "main" in names:
+    if late:
+        assert tree_of(repo.path()) == there
+    elif verb == "push" and "main" in names:
         assert tree_of(repo.path()) == repo.tree() and not repo.git("for-each-ref", "refs/heads/cmux")
         repo.ok("push")
         repo.ok("rm", "main")
@@ -9307,26 +9315,6 @@ def test_the_upload_of_a_killed_push_is_cleared_away(site, repo):
     killed(child)
     gate.open()
     repo.ok("push", "-w", "main")
-    settled(site)
-
-
-@each("words, then", [("rename -w main victim", "exec -w main -- true"), ("new -H gated victim", "rm victim"),
-      ("push -w main", "pull -w main"), ("rm main", "new -H gated main")])
-def test_a_script_that_is_held_up_does_nothing_later(site, words, then, repo):
-    """It stands before it has the lock of the workspace's name while its client is killed and the next call is done."""
-    gate = Gate(site, "ln")
-    repo.new(host="gated")
-    repo.save("README", b"second\n")
-    gate.shut(".by")
-    child = repo.start(*words.split())
-    gate.reached()
-    killed(child)
-    repo.ok(*then.split())
-    there = tree_of(repo.path())
-    gate.open()
-    gate.ended()
-    whole(repo, "main")
-    assert tree_of(repo.path()) == there
     settled(site)
 
 
