@@ -760,8 +760,8 @@ class Repo:
             (self.dir / "dangling").symlink_to("nowhere/at all")
         self.commit("first")
 
-    def git(self, *args):
-        done = subprocess.run(["git", *args], cwd=self.dir, env=self.site.environment(), capture_output=True)
+    def git(self, *args, env=None, stdin=None):
+        done = subprocess.run(["git", *args], cwd=self.dir, env=self.site.environment(env), input=stdin, capture_output=True)
         assert done.returncode == 0, (args, done.stderr)
         return done.stdout.decode().strip()
 
@@ -1891,7 +1891,7 @@ def test_a_promisor_repository_fetches_nothing(repo, site):
 def test_a_git_directory_of_a_clone_or_of_somebody_else_is_refused(repo, site):
     """It came with a clone, and its config names a host and a work tree."""
     inner = repo.dir / "vendor"
-    subprocess.run(["git", "clone", "-q", "--bare", str(repo.dir), str(inner)], env=site.environment(), check=True)
+    repo.git("clone", "-q", "--bare", ".", str(inner))
     (inner / "config").write_text(f"[core]\n repositoryformatversion = 0\n bare = false\n worktree = {site.home}\n[cmux]\n host = box\n")
     for words in (["new", "w"], ["new", "--dirty", "w"], ["exec", "-n", "--", "true"], ["list"]):
         refused(site.cli(*words, cwd=inner), 125 if words[0] == "exec" else 1, "inside another repository")
@@ -3059,7 +3059,7 @@ print(second.exec("exit 4").exit_code, first.exec("exit 5").exit_code, time.mono
 def test_two_clones_may_send_one_tree_at_once(site):
     """The lock of an upload is one repository's: the host sees to it itself."""
     repo = Repo(site, files={f"d/{n}": b"%d" % n for n in range(30)})
-    subprocess.run(["git", "clone", "-q", str(repo.dir), str(site.dir / "other")], env=site.environment(), check=True)
+    repo.git("clone", "-q", ".", str(site.dir / "other"))
     assert in_library(repo, """
 import os, subprocess
 places = [".", sys.argv[1]]
@@ -3697,7 +3697,7 @@ def test_hooks_of_another_layout(repo, layout, site):
     other = site.dir / "other"
     if layout == "bare":
         repo.git("clone", "-q", "--bare", str(repo.dir), str(other))
-        subprocess.run(["git", "config", "core.hooksPath", "hooks"], cwd=other, check=True)
+        repo.git("-C", str(other), "config", "core.hooksPath", "hooks")
     else:
         repo.git("config", "core.hooksPath", str(repo.dir / "hooks"))
     if layout == "linked":
@@ -3829,7 +3829,7 @@ def test_diff_into_a_pipe_or_json_can_be_applied(repo):
     patch = told["diff"].encode() if "diff" in told else base64.b64decode(told["diff_base64"])
     assert patch == plain
     for data in (plain, patch):
-        subprocess.run(["git", "apply", "-"], cwd=repo.dir, input=data, env=repo.site.environment(), check=True)
+        repo.git("apply", "-", stdin=data)
         for name in ("crlf.txt", "data.bin", "noeol"):
             assert (repo.dir / name).read_bytes() == repo.far(name), name
         repo.git("checkout", "-q", "--", ".")
@@ -4769,7 +4769,7 @@ os.execv(real, [real, *words])
         repo.git("config", scope, f"hook.{name}.event", "reference-transaction")
         repo.git("config", scope, f"hook.{name}.command", f"echo ran >>{trap}")
     env = replaced(site, git=f'case " $* " in *" update-ref "*) exec {sys.executable} -S {shim} "$@";; esac')
-    subprocess.run(["git", "update-ref", "refs/heads/proof", "HEAD"], cwd=repo.dir, env=site.environment(env), check=True)
+    repo.git("update-ref", "refs/heads/proof", "HEAD", env=env)
     assert trap.read_text().startswith("ran\nran\n")
     trap.unlink()
     for n, words in enumerate((["new", "-H", "box", "--dirty", "main"], ["exec", "--", "echo x >>README"], ["pull"], ["push", "--dirty"])):
@@ -4907,10 +4907,9 @@ class Family(Repo):
     their content here (git-lfs is not needed for that)."""
 
     def __init__(self, site):
-        libs = {}
+        libs, self.large = {}, {}
         for name, files in (("inner", {"deep.c": b"deep\n"}), ("lib", {"x.c": b"x\n", "-y z": b"y\n"}), ("absent", {"a": b"a\n"})):
             libs[name] = Repo(site, name, files=files)
-        self.lib = libs["lib"]
         libs["lib"].git("-c", "protocol.file.allow=always", "submodule", "add", "-q", str(libs["inner"].dir), INNER)
         libs["lib"].commit("inner")
         super().__init__(site, files={".gitattributes": b"*.bin filter=lfs diff=lfs merge=lfs -text\n"})
@@ -4931,15 +4930,11 @@ class Family(Repo):
         self.write(path, pointer(content))
         if here:
             self.write(lfs_object(content), content)
+            self.large[os.fsencode(path)] = content
 
     def whole(self):
         found = {path: value for path, value in tree_of(self.dir).items() if path.split(b"/")[-1] != b".git"}
-        for path in filter(lambda path: path.endswith(b".bin") and path != b"gone.bin", found):
-            oid = re.search(b"sha256:(.*)", found[path][1])
-            assert oid
-            name = oid.group(1).decode()
-            found[path] = found[path][0], (self.dir / ".git/lfs/objects" / name[:2] / name[2:4] / name).read_bytes()
-        return found
+        return {**found, **{path: (found[path][0], content) for path, content in self.large.items()}}
 
 
 def test_submodules_and_lfs_content_travel(site, place):
@@ -4994,12 +4989,11 @@ def test_changes_in_submodules_are_kept_from_rm(site, place):
 def test_a_moved_submodule_is_pushed_as_a_delta(site, place):
     family = Family(site)
     family.new(host=place)
-    inside = Repo.__new__(Repo)
-    inside.site, inside.dir = site, family.dir / LIB
-    inside.write("x.c", b"moved\n")
-    inside.write("fresh", b"f\n")
-    (inside.dir / "-y z").unlink()
-    inside.commit("moved")
+    family.write(f"{LIB}/x.c", b"moved\n")
+    family.write(f"{LIB}/fresh", b"f\n")
+    (family.dir / LIB / "-y z").unlink()
+    family.git("-C", LIB, "add", "-A")
+    family.git("-C", LIB, "commit", "-qm", "moved")
     family.lfs("assets/tool.bin", b"#!/bin/sh\necho new\n")
     family.commit("submodule moved")
     pushed = family.ok("push", "-v")
@@ -5047,7 +5041,7 @@ def test_uncommitted_work_in_a_submodule_is_said(site):
     evil = script(site.dir / "evil.sh", f"echo ran >>{trap}\ncat")
     for git_dir in (family.dir / ".git/modules").rglob("HEAD"):
         for key in ("filter.evil.clean", "filter.evil.process", "core.fsmonitor", "diff.external"):
-            subprocess.run(["git", "--git-dir", str(git_dir.parent), "config", key, str(evil)], check=True) if (git_dir.parent / "config").exists() else None
+            family.git("--git-dir", str(git_dir.parent), "config", key, str(evil)) if (git_dir.parent / "config").exists() else None
         (git_dir.parent / "info").mkdir(exist_ok=True)
         (git_dir.parent / "info/attributes").write_text("* filter=evil\n")
     family.write(LIB + "/x.c", b"z\n")
@@ -5059,7 +5053,7 @@ def test_uncommitted_work_in_a_submodule_is_said(site):
     assert "1 uncommitted file in submodules" in made.said and "1 submodule not checked out" in made.said, made
     assert family.far("README") == b"dirty\n" and (family.path() / LIB / "x.c").read_bytes() == b"x\n"
     assert not trap.exists()
-    subprocess.run(["git", "-C", str(family.dir / LIB), "-c", "core.fsmonitor=false", "-c", "filter.evil.clean=cat", "commit", "-qam", "moved"], check=True, env=site.environment())
+    family.git("-C", LIB, "-c", "core.fsmonitor=false", "-c", "filter.evil.clean=cat", "commit", "-qam", "moved")
     trap.unlink(missing_ok=True)
     family.ok("push", "-w", "main", "--dirty")
     assert (family.path() / LIB / "x.c").read_bytes() == b"z\n" and not trap.exists()
