@@ -490,6 +490,10 @@ class Site:
         self._write_config()
         return name
 
+    def trusted(self):
+        """For an entry bare-*, which has nothing of the rig's: its known hosts."""
+        return [f"UserKnownHostsFile {self.known_hosts}", "HostKeyAlias rig"]
+
     def at(self, name, port=None, *config):
         """A host that is a port of this machine: that of the first daemon, unless another is given."""
         return self.host(name, "HostName 127.0.0.1", f"Port {port or self.port}", *config)
@@ -2448,10 +2452,7 @@ def test_an_archive_arrives_or_is_refused_by_any_gzip(site, tuned, programs):
 
 
 def test_a_slow_tar_is_waited_for(site, tuned):
-    slow = site.dir / "slow" / "tar"
-    slow.parent.mkdir()
-    script(slow, f'{program("tar")} "$@"; r=$?; sleep 5; exit $r')
-    site.inetd("slow", env={"PATH": f"{slow.parent}:{os.environ['PATH']}"})
+    site.inetd("slow", env=replaced(site, tar=f'{program("tar")} "$@"; r=$?; sleep 5; exit $r'))
     tuned(STALL_PATIENCE=2)
     terminal = Repo(site).terminal("new", "-H", "slow", "main").talk(rb"main  unpacking \d+s")
     assert not any("unpacking" in line for line in terminal.lines()), terminal.output
@@ -2568,7 +2569,7 @@ def test_hosts_and_users_that_openssh_allows_work(repo, site):
 
 
 def test_more_keys_than_the_server_lets_try_are_said(repo, site):
-    site.daemon("bare-h", "MaxAuthTries 3", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig"])
+    site.daemon("bare-h", "MaxAuthTries 3", config=site.trusted())
     with agent(site) as env:
         for n in range(3):
             more = str(site.dir / f"key{n}")
@@ -2625,7 +2626,7 @@ def test_the_command_for_a_changed_key_works(repo, entry, named, site):
     ("passphrase", [("passphrase", "right")], 0, "it ran"), ("passphrase", [("passphrase", "wrong"), ("passphrase.*passphrase", "")], 255, "accepted none")])
 def test_on_a_terminal_ssh_asks_once(repo, trouble, answers_, code, words, site):
     if trouble == "passphrase":
-        site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig", f"IdentityFile {locked_key(site)}", "IdentitiesOnly yes"])
+        site.daemon("bare-h", config=[*site.trusted(), f"IdentityFile {locked_key(site)}", "IdentitiesOnly yes"])
     else:
         site.daemon("h", host_key=site.keys.other_host, config=[f"StrictHostKeyChecking {'yes' if trouble == 'strict' else 'ask'}", f"HostKeyAlias {'rig' if trouble == 'changed' else 'new'}"])
     turns = [text for question, answer in answers_ for text in (b"(?s)" + question.encode(), answer.encode() + b"\r")]
@@ -2638,7 +2639,7 @@ def test_on_a_terminal_ssh_asks_once(repo, trouble, answers_, code, words, site)
 def test_a_login_by_a_person_serves_all_after_it(repo, lost, site):
     """A key whose passphrase was typed once, or that has left the agent since: failed logins cost penalties."""
     key, words = locked_key(site), ("exec", "-H", "bare-h", "--", "echo work >>README")
-    site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig"] + ["IdentitiesOnly yes", f"IdentityFile {key}"] * (lost == "passphrase"))
+    site.daemon("bare-h", config=site.trusted() + ["IdentitiesOnly yes", f"IdentityFile {key}"] * (lost == "passphrase"))
     with agent(site) as env:
         def asked(*words):
             repo.terminal(*words, env=env).talk(b"passphrase", b"right\r")
@@ -3215,8 +3216,7 @@ def test_files_are_as_old_as_the_host_says(site, host):
     if host == "bare":
         small_host(site)
     if host == "bsdtar":
-        (site.dir / "tar").symlink_to(program("bsdtar", "libarchive-tools"))
-        site.inetd("bsdtar", env={"PATH": f"{site.dir}:{os.environ['PATH']}"})
+        site.inetd("bsdtar", env=replaced(site, tar=f'exec {program("bsdtar", "libarchive-tools")} "$@"'))
     repo, shim = Repo(site, odd=True), site.dir / "shim" / "git"
     shim.parent.mkdir()
     shim.write_text(SHIFT.format(python=sys.executable, git=program("git")))
@@ -4122,8 +4122,7 @@ def test_lying_exports_are_refused(lab, stream):
 def test_more_commits_need_no_more_looks_at_the_tree(new_lab):
     """The git here says how often."""
     lab, seen = new_lab(), []
-    lab.site.script("bin/git", f'case " $* " in *" ls-tree "*) echo look >>{lab.site.dir}/looks;; esac\nexec {program("git")} "$@"')
-    lab.site.env["PATH"] = f"{lab.site.dir}/bin:{lab.site.env['PATH']}"
+    lab.site.env.update(replaced(lab.site, git=f'case " $* " in *" ls-tree "*) echo look >>{lab.site.dir}/looks;; esac'))
     for count in (2, 1, 9):
         (lab.site.dir / "looks").write_text("")
         lab.take(export(blob(1, b"x"), *(commit(n, b"M 100644 :1 new%d" % n, parent=b"from " + (b":%d" % (n - 1 if n > 2 else 0))) for n in range(2, 2 + count))))
@@ -8259,8 +8258,7 @@ COLD_PROXY = "exec >&-; while kill -0 $PPID 2>&-; do :; done; echo spoken late >
 
 
 def behind_line(site, *config, **state):
-    site.daemon("box2")
-    line = site.line("h", *config, to="box2")
+    line = site.line("h", *config)
     line.refuse = "refuse" in state
     line.stall() if "stall" in state else None
     return "h"
