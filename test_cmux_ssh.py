@@ -1194,8 +1194,7 @@ def test_the_head_names_version_licence_and_rooms(source):
 @compat
 def test_version_names_itself_and_its_digest():
     done = subprocess.run([sys.executable, "-W", "error", "-I", "-S", str(PROGRAM), "--version"], capture_output=True)
-    assert done.returncode == 0 and done.stderr == b"" and done.stdout.startswith(b"cmux_ssh")
-    assert done.stdout == f"cmux_ssh.py {c.__version__} (sha256 {digest(PROGRAM.read_bytes())})\n".encode()
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout == f"cmux_ssh.py {c.__version__} (sha256 {digest(PROGRAM.read_bytes())})\n".encode()
 
 
 @each("command", ["", "secrets", *c.VERBS])
@@ -1532,7 +1531,7 @@ def test_a_session_opened_ahead_does_what_another_does(site, sh, setsid):
     (tools / "setsid").symlink_to(program("setsid", "util-linux")) if setsid else None
     assert in_library(Repo(site), r"""
 log, group, *naps = sys.argv[1:]
-workspace, odd = cmux_ssh.Project(".").create("main", "nogit"), "new/a\nfile\n"
+workspace, odd = here("nogit"), "new/a\nfile\n"
 def warm():
     wait_ready(log)
     return workspace
@@ -1973,7 +1972,7 @@ def test_arguments_output_codes_stdin_and_secrets_are_exact_under_every_login_sh
     assert secret.ended == (0, BINARY + "it's\n$(x) \"ü\" \\n !".encode(), b"")
     repo.arrived()
     assert in_library(repo, """
-workspace = cmux_ssh.Project(".").workspace("main")
+workspace = here()
 def warm():  # a session that was opened ahead
     wait_ready(sys.argv[1])
     return workspace
@@ -2265,7 +2264,7 @@ def test_library_cancel_reaches_the_command_of_a_secret(shared, nap):
     shared.secret("SLOW", command=f"exec {nap}")
     try:
         assert in_library(shared, """
-workspace = cmux_ssh.Project(".").workspace("main")
+workspace = here()
 for call in (lambda cancel: workspace.exec("echo ran", cancel=cancel).exit_code, lambda cancel: workspace.start("true", cancel=cancel)):
     cancel = cmux_ssh.Cancel()
     threading.Timer(0.5, cancel.set).start()
@@ -2377,7 +2376,7 @@ def small_host(site, *more):
 def test_pipes_that_cannot_be_made_leave_none_open(shared):
     assert in_library(shared, """
 import os, resource
-workspace = cmux_ssh.Project(".", warm=0).workspace("main")
+workspace = here(warm=0)
 workspace.exec("true")
 held = [os.dup(2)]
 resource.setrlimit(resource.RLIMIT_NOFILE, (held[0] + 40, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
@@ -2775,7 +2774,7 @@ def test_a_foreign_shell_in_a_session_opened_ahead(site, repo):
     repo.secret("S", b"touch %s" % os.fsencode(touched))
     assert in_library(repo, """
 import os
-workspace = cmux_ssh.Project(".").create("main", sys.argv[1])
+workspace = here(sys.argv[1])
 def said():
     try:
         return workspace.exec(["true"]).exit_code
@@ -2933,7 +2932,7 @@ def test_commands_that_stream_do_not_wait_for_each_other(site, way, repo):
     repo.new(host="far")
     line.refuse = way == "one master"  # another cannot be had
     assert in_library(repo, """
-together, workspace = threading.Barrier(16), cmux_ssh.Project(".", warm=0).workspace("main")
+together, workspace = threading.Barrier(16), here(warm=0)
 def run(number, stdin):
     together.wait()
     done = workspace.exec("sleep 1; cat; exit %d" % number, stdin=stdin and bytes(range(256)) * number)
@@ -3008,7 +3007,7 @@ def test_close_gives_up_a_session_being_opened_ahead(repo, site, line):
     repo.new(host="far")
     line.delay = 0.1
     assert in_library(repo, """
-workspace = cmux_ssh.Project(".").workspace("main")
+workspace = here()
 for pause in range(6):
     workspace.exec("true")              # in the next two tenths of a second another is opened
     time.sleep(pause / 20)
@@ -3036,11 +3035,11 @@ def test_waiting_sessions_do_not_block_a_small_host(site, sessions):
     """They lie in slots that do not count any more, once it was learnt how few it takes."""
     site.daemon("few", f"MaxSessions {sessions}")
     assert in_library(Repo(site), """
-first = cmux_ssh.Project(".").create("main", "few")
+first = here("few")
 first.exec("true")
 time.sleep(1)
 began = time.monotonic()
-second = cmux_ssh.Project(".", warm=0).workspace("main")
+second = here(warm=0)
 print(second.exec("exit 4").exit_code, first.exec("exit 5").exit_code, time.monotonic() - began < 40)
 """) == "4 5 True\n"
 
@@ -6642,8 +6641,8 @@ def test_write_reads_stdin_in_linear_time(shared, tmp_path):
         file.truncate(150_000_000)
         for args, code, words in ((("write", "-w", "main", "f"), 2, "larger than 104.9 MB"), (("edit", "-w", "main", "f"), 2, "larger than"), (("secrets", "set", "X"), 2, "larger than"),
                                   (("write", "-w", "main", ""), 2, "path is empty"), (("write", "-H", "a b", "-w", "never", "f"), 2, "host name")):
-            done = subprocess.run([*compiled(), *args], cwd=shared.dir, env=shared.site.environment(), stdin=file, capture_output=True)
-            assert done.returncode == code and words.encode() in done.stderr and os.lseek(file.fileno(), 0, os.SEEK_CUR) <= 105 << 20, done
+            done = shared.start(*args, stdin=file).end()
+            assert done.code == code and words in done.said and os.lseek(file.fileno(), 0, os.SEEK_CUR) <= 105 << 20, done
             os.lseek(file.fileno(), 0, os.SEEK_SET)
 
 
@@ -6877,6 +6876,9 @@ import sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 import cmux_ssh
 begun = {}
+def here(host=None, **more):
+    project = cmux_ssh.Project(".", **more)
+    return project.create("main", host) if host else project.workspace("main")
 def raised(act, *args, **more):
     try:
         return act(*args, **more)
@@ -6907,7 +6909,7 @@ def in_library(repo, text, *args, seconds=60):
 
 def test_library_cancel_from_another_thread(shared, nap):
     assert in_library(shared, """
-workspace, cancel, seen = cmux_ssh.Project(".").workspace("main"), cmux_ssh.Cancel(), threading.Event()
+workspace, cancel, seen = here(), cmux_ssh.Cancel(), threading.Event()
 def sink(data):
     seen.set()
 def watch():
@@ -7113,7 +7115,7 @@ def test_a_command_may_signal_its_parent(shared, name):
     """As daemons do when they are ready."""
     assert shared.exec(f"kill -{name} $PPID; exit 5", options=["--timeout", "20"]).code == 5
     assert in_library(shared, """
-workspace = cmux_ssh.Project(".").workspace("main")
+workspace = here()
 for _ in range(3):
     print(workspace.exec("kill -%s $PPID; exit 5" % sys.argv[1], timeout=20).exit_code)
     time.sleep(0.3)
@@ -8133,7 +8135,7 @@ import socket, urllib.request
 class Said(cmux_ssh.Report):
     def warn(self, text):
         print(text)
-with cmux_ssh.Project(".").workspace("main").forward(int(sys.argv[1]), report=Said()) as forward:
+with here().forward(int(sys.argv[1]), report=Said()) as forward:
     print(forward.port, forward.url == f"http://127.0.0.1:{forward.local}/")
     end = socket.create_connection(("127.0.0.1", forward.local))
     end.sendall(b"x")
@@ -8421,7 +8423,7 @@ def test_a_cleared_socket_directory_is_made_anew(repo, site):
     masters = site.masters()
     assert in_library(repo, """
 import os, shutil
-workspace = cmux_ssh.Project(".").workspace("main")
+workspace = here()
 assert workspace.exec("true").exit_code == 0
 while os.path.isdir(sys.argv[1]):  # sessions that are opened ahead put locks into it
     shutil.rmtree(sys.argv[1], ignore_errors=True)
