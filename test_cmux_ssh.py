@@ -2180,7 +2180,8 @@ def test_the_state_is_never_sent(repo, site):
     home.write(".gitignore", b".local\n")
     home.new("--dirty", "ignored", env=env)
     clean = home.id("HEAD")
-    home.git("add", "-f", ".local")
+    (home.dir / ".gitignore").unlink()
+    home.git("add", ".local")
     home.git("commit", "-q", "-m", "everything")
     for words in (("new", "-H", "box", "x"), ("new", "-H", "box", "--dirty", "x"), ("push", "-w", "main", "--force")):
         refused(home.cli(*words, env=env), 2, "in the commit")
