@@ -781,8 +781,10 @@ class Repo:
         self.git("commit", "-q", "--allow-empty", "-m", message)
         return self.id("HEAD")
 
-    def save(self, path, data, mode=None):
-        self.write(path, data, mode)
+    def save(self, files, data=b"", mode=None):
+        """A commit of these files, or of that one."""
+        for path, content in (files if isinstance(files, dict) else {files: data}).items():
+            self.write(path, content, mode)
         return self.commit()
 
     def tree(self):
@@ -2096,8 +2098,7 @@ def test_secrets_have_scopes_and_the_narrower_wins(repo, site):
 
 def test_exec_hands_over_the_named_secrets(repo, site):
     """Also to the init hook of a workspace that it makes, and to jobs."""
-    repo.write(".cmux/init", b"#!/bin/sh\necho $A $B >init\n", 0o755)
-    repo.commit()
+    repo.save(".cmux/init", b"#!/bin/sh\necho $A $B >init\n", 0o755)
     repo.ok("secrets", "import", "-", stdin=b"A=1\nB=2\n")
     repo.secret("BAD", command="exit 3")
     for options, out in (("-w w1 --no-secrets", "\n"), ("-w w2 --secret B", "2\n"), ("-w w4 --secret A --secret B", "1 2\n")):
@@ -3167,9 +3168,7 @@ def tuned(site, monkeypatch):
 
 
 def test_over_a_long_line_all_travels_compressed(repo, line):
-    for name in "abcdef":
-        repo.write(name, source_text(1 << 20))
-    repo.commit()
+    repo.save({name: source_text(1 << 20) for name in "abcdef"})
     line.rate, line.delay = 4e6, 0.005
     made = repo.ok("new", "-v", "-H", "far", "w")
     assert "compressed to" in made.said and tree_of(repo.path("w")) == repo.tree(), made
@@ -3288,9 +3287,7 @@ def test_a_failing_init_hook_undoes_nothing(repo):
 
 
 def test_a_repository_cannot_name_its_host(repo, site):
-    for name in (".cmux/config", ".cmux/host", ".cmuxrc", ".cmux.json", ".cmux/config.json"):
-        repo.write(name, b'{"host": "box"}\nhost = box\n')
-    repo.commit()
+    repo.save(dict.fromkeys((".cmux/config", ".cmux/host", ".cmuxrc", ".cmux.json", ".cmux/config.json"), b'{"host": "box"}\nhost = box\n'))
     ran = repo.cli("exec", "--", "true")
     assert ran.code == 125 and not site.log().count("Accepted publickey")
 
@@ -3371,9 +3368,7 @@ while p=$(($(ps -o ppid= -p $p))) && [ "$(ps -o comm= -p $p)" = sh ]; do all="$a
     armed.touch()
     repo.new(host="killed")
     assert not armed.exists() and tree_of(repo.path()) == repo.tree()
-    for n in range(30):
-        repo.write("many/%d" % n, b"new\n")
-    repo.commit()
+    repo.save({f"many/{n}": b"new\n" for n in range(30)})
     if force:
         do(repo, "echo agent >agents")
     armed.touch()
@@ -3388,14 +3383,10 @@ while p=$(($(ps -o ppid= -p $p))) && [ "$(ps -o comm= -p $p)" = sh ]; do all="$a
 
 
 def test_push_leaves_a_split_index_that_git_can_read(repo):
-    for n in range(30):
-        repo.write("f%d.txt" % n, b"x%d\n" % n)
-    repo.commit()
+    repo.save({f"f{n}.txt": b"x%d\n" % n for n in range(30)})
     repo.new()
     do(repo, "sleep 1.5; git status; git update-index --split-index; ls .git | grep shared; git status --short")
-    for n in range(20):
-        repo.write("f%d.txt" % n, b"new\n")
-    repo.commit()
+    repo.save({f"f{n}.txt": b"new\n" for n in range(20)})
     repo.ok("push")
     do(repo, "s=$(git status --short) && [ -z \"$s\" ]")
 
@@ -3461,11 +3452,7 @@ def test_a_damaged_project_disturbs_no_other(repo, site):
 
 def test_what_is_not_sent_is_said_exactly_each_time(repo):
     content = b"large" * 1000
-    repo.write("a.bin", pointer(content))
-    repo.write(".gitattributes", b"*.bin filter=lfs\n*.txt text\n")
-    for name in ("staged", "back.txt", "gone"):
-        repo.write(name, b"a\nb\n")
-    repo.commit()
+    repo.save({"a.bin": pointer(content), ".gitattributes": b"*.bin filter=lfs\n*.txt text\n", **dict.fromkeys(("staged", "back.txt", "gone"), b"a\nb\n")})
     repo.git("config", "core.autocrlf", "true")
     for name, data in (("a.bin", content), ("back.txt", b"a\r\nb\r\n"), ("staged", b"new\n")):
         repo.write(name, data)
@@ -3557,17 +3544,13 @@ def test_a_delta_goes_by_bytes_where_there_are_few_files(site):
     repo = Repo(site, files={"blob": os.urandom(3000000)})
     repo.new("one")
     for turn in range(3):
-        repo.write("t", b"%d" % turn)
-        repo.write("README", b"%d" % turn)  # two of three files: few bytes, but most of them
-        repo.commit()
+        repo.save({"t": b"%d" % turn, "README": b"%d" % turn})  # two of three files: few bytes, but most of them
         repo.ok("push", "-w", "one")
         assert [row["bytes"] < 50000 for row in repo.history() if row["operation"] == "push"][-1]
     repo.save("blob", os.urandom(3000000))
     repo.ok("push", "-w", "one")
     repo.arrived("one")
-    for n in range(1200):
-        repo.write("vendor/%d" % n, b"x")
-    repo.commit()
+    repo.save({f"vendor/{n}": b"x" for n in range(1200)})
     repo.new("--root", "other", "two")
     repo.git("rm", "-rq", "vendor")
     repo.commit()
@@ -3859,9 +3842,7 @@ class Lab(Repo):
         self.dir.mkdir()
         self.git("init", "-q", "-b", "main")
         self.git("config", "maintenance.auto", "false")  # of git 2.55: its lock would come and go in the background
-        for name, data in (("README", b"hi\n"), ("src/a.c", b"a\n"), ("docs", b"x\n"), ("back\\slash", b"b\n"), (".gitattributes", b"docs export-ignore\n")):
-            self.write(name, data)
-        self.commit("first")
+        self.save({"README": b"hi\n", "src/a.c": b"a\n", "docs": b"x\n", "back\\slash": b"b\n", ".gitattributes": b"docs export-ignore\n"})
         self.site.env["PYTHONPATH"] = str(HERE)
         in_sshs_place(self.site, f"""case " $* " in *" -G "*|*" -V "*) exec $ssh "$@";; *" -M "*) echo Unsupported option >&2; exit 255;; esac
 while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={self.site.dir}/$2 sh -c "$3\"""")
@@ -4059,9 +4040,7 @@ def test_one_blob_under_many_names_counts_as_often(new_lab):
 
 def test_names_that_fold_in_the_base_are_the_users_own(new_lab):
     lab = new_lab()
-    for path in ("Dir/a", "dir/b"):
-        lab.write(path, b"x")
-    lab.commit()
+    lab.save({"Dir/a": b"x", "dir/b": b"x"})
     for data, line in ((b"x", b"M 100644 :1 dir/B"), (b"x", b"M 100644 :1 DIR/evil"), (b"src", b"M 120000 :1 DIR")):  # the last two: a third spelling
         lab.refuse(export(blob(1, data), commit(2, line)), what="one file where case")
     assert set(lab.take(export(blob(1, b"x"), commit(2, b"M 100644 :1 dir/new", b"M 100644 :1 Dir/other")))) == {"dir/new", "Dir/other"}
@@ -4337,10 +4316,8 @@ def test_what_cannot_be_read_is_no_deletion(site):
 
 
 def test_what_export_ignore_names_comes_and_goes_home(place, repo):
-    repo.write(".gitattributes", b"docs/ export-ignore\n*/deep/ export-ignore export-subst\n")
-    for path in ("docs/a", "docs/b/c", "src/deep/x"):
-        repo.write(path, b"mine $Format:%H$\n")
-    repo.commit()
+    repo.save({".gitattributes": b"docs/ export-ignore\n*/deep/ export-ignore export-subst\n",
+               **dict.fromkeys(("docs/a", "docs/b/c", "src/deep/x"), b"mine $Format:%H$\n")})
     assert repo.cli("new", "-H", place, "main").said == "" and tree_of(repo.path()) == repo.tree()
     assert repo.cli("diff").text == ""
     repo.write("docs/dirty", b"d\n")
@@ -4519,9 +4496,7 @@ def test_a_base_that_this_repository_has_lost_is_said(repo):
 
 
 def test_more_files_replaced_than_renames_are_looked_for(repo):
-    for n in range(450):
-        repo.write(f"o{n}", b"old %d %s" % (n, os.urandom(8).hex().encode()))
-    repo.commit()
+    repo.save({f"o{n}": b"old %d %s" % (n, os.urandom(8).hex().encode()) for n in range(450)})
     repo.new()
     do(repo, "rm o*; for i in $(seq 450); do echo new $i $i$i$i >n$i; done")
     repo.ok("diff", "--stat")
@@ -7057,9 +7032,7 @@ def travelled(repo, *words):
 
 def test_all_is_sent_where_the_base_of_a_delta_is_broken(repo, site):
     bases = site.far_home() / "cmux" / ".cmux" / "bases"
-    for n in range(20):
-        repo.write(f"f{n}", b"x")
-    repo.commit()
+    repo.save({f"f{n}": b"x" for n in range(20)})
     whole = travelled(repo, "new", "-H", "box", "one")
     (base,) = bases.iterdir()
     shutil.rmtree(base)
@@ -7087,9 +7060,7 @@ def test_all_is_sent_where_the_base_of_a_delta_is_broken(repo, site):
 
 def test_a_delta_stands_on_what_that_host_was_sent(repo, site):
     """Else a host that knows the id of a branch's tree could ask what files that has."""
-    for n in range(20):
-        repo.write(f"f{n}", b"%d" % n)
-    repo.commit()
+    repo.save({f"f{n}": b"%d" % n for n in range(20)})
     repo.git("checkout", "-qb", "private")
     repo.save("acquisition-of-ACME", b"x")
     forged = site.far_home() / "cmux" / ".cmux" / "bases" / repo.id("HEAD^{tree}")
