@@ -3263,7 +3263,7 @@ def test_a_stalled_upload_holds_up_no_other_host(repo, tuned, line):
 HOOK = b'#!/bin/sh\necho "init in $CMUX_WORKSPACE with <$TOKEN>"\necho to-stderr >&2\necho once >>init-ran\nexit "${CODE:-0}"\n'
 
 
-def test_the_init_hook_runs_once(repo):
+def test_the_init_hook_runs_once_and_its_failure_undoes_nothing(repo):
     repo.save(".cmux/init", HOOK, 0o755)
     repo.secret("TOKEN", b"tok")
     made = repo.new("a")
@@ -3273,17 +3273,14 @@ def test_the_init_hook_runs_once(repo):
     repo.save(".cmux/init", HOOK, 0o644)
     repo.new("c")  # where it is only a file
     assert not [name for name in "bc" if (repo.path(name) / "init-ran").exists()]
-
-
-def test_a_failing_init_hook_undoes_nothing(repo):
     repo.save(".cmux/init", HOOK.replace(b'"${CODE:-0}"', b"9"), 0o755)
-    made = repo.cli("new", "-H", "box", "a")
-    assert "9" in made.said and "init" in made.said and set(repo.workspaces()) == {"a"}
-    first = repo.exec("echo output", options=["-w", "b"])
+    made = repo.new("d")
+    assert "9" in made.said and "init" in made.said and "d" in repo.workspaces()
+    first = repo.exec("echo output", options=["-w", "e"])
     assert first.code == 0 and first.out.endswith(b"output\n") and "init" in first.said
-    assert repo.cli("new", "c", "-H", "box", "--json").json[0]["state"] == "init failed"
-    quiet = repo.ok("new", "d", "-H", "box", "-q")
-    assert quiet.out == b"" and quiet.said == "cmux_ssh.py: The init hook of d failed.\n", quiet
+    assert repo.cli("new", "f", "-H", "box", "--json").json[0]["state"] == "init failed"
+    quiet = repo.ok("new", "g", "-H", "box", "-q")
+    assert quiet.out == b"" and quiet.said == "cmux_ssh.py: The init hook of g failed.\n", quiet
 
 
 def test_a_repository_cannot_name_its_host(repo, site):
@@ -4220,10 +4217,14 @@ def test_pull_brings_every_honest_change_home(odd):
     odd.git("checkout", "-q", "main")
     nothing_new(odd)
     first = odd.id("cmux/main")
-    do(odd, AGENT + "git add -A; git commit -qm three; echo later >later")
+    do(odd, AGENT + "git add -A; git commit -qm three; git checkout -qb side HEAD~1; echo s >side; git add side; git commit -qm side; "
+                    "git checkout -q main; git merge -q -m merged side; echo later >later")
     odd.ok("pull")
     assert odd.git("merge-base", first, "cmux/main") == first
-    assert odd.pulled("later") == "later"
+    assert odd.git("log", "--format=%s", "-2", "cmux/main") == "uncommitted work\nmerged" and odd.id("cmux/main~1^2")
+    odd.git("checkout", "-q", "-f", "cmux/main")
+    assert odd.tree() == tree_of(odd.path())
+    odd.git("checkout", "-q", "main")
     nothing_new(odd)
     odd.ok("rm", "main")
 
@@ -4443,17 +4444,6 @@ def test_branches_and_stashes_are_told_without_history(repo, first):
     do(repo, "git branch -q -D side; git stash drop -q; rm -rf nested; git reflog expire --expire=now --all")
     repo.ok("pull")
     repo.ok("rm", "main")
-
-
-def test_a_merge_comes_home_as_one(repo):
-    repo.new()
-    do(repo, "git checkout -qb side; echo s >side; git add .; git commit -qm side; git checkout -q main; echo x >x; git add .; "
-             "git commit -qm x; git merge -q -m merged side; echo y >y")
-    there = tree_of(repo.path())
-    repo.ok("pull")
-    assert repo.git("log", "--format=%s", "main..cmux/main").split("\n")[:2] == ["uncommitted work", "merged"]
-    repo.git("checkout", "-q", "-f", "cmux/main")
-    assert repo.tree() == there
 
 
 def test_pull_and_push_with_sha256_repositories(repo, site):
@@ -7324,18 +7314,11 @@ def test_a_forked_child_has_a_cancel_of_its_own():
     assert child == 0 and select.select([cancel, stuck], [], [], 0.2)[0] == [] and not cancel.is_set
     cancel.set()
     assert select.select([cancel], [], [], 5)[0] == [cancel]
-
-
-def test_a_forked_child_lets_go_of_all():
-    """Another thread of the parent was in the middle of closing it."""
-    cancels = [c.Cancel() for _ in range(12)]
+    cancels = [c.Cancel() for _ in range(12)]  # it lets go of all, though another thread of the parent was closing some
     numbers = [cancel.fileno() for cancel in cancels]
-
-    def all_gone():
-        return not any(os.path.exists(f"/dev/fd/{number}") for number in numbers)
     for number in numbers[:3]:
         os.close(number)
-    assert forked(all_gone) == 0
+    assert forked(lambda: not any(os.path.exists(f"/dev/fd/{number}") for number in numbers)) == 0
     for number in numbers[:3]:
         os.dup2(numbers[3], number)
 
