@@ -4295,8 +4295,8 @@ class Host:
     def _forked(self) -> None:
         import threading
         self._ready: list[Session] = []
-        self._active = 0  # operations that run now
-        self._resting = False  # closed: nothing is opened ahead until the next one
+        self._active = 0  # operations that run
+        self._resting = False  # after close()
         self._keeper: threading.Thread | None = None
         self._wake = threading.Event()
         self._masters: Masters | None = None
@@ -4423,11 +4423,11 @@ class Host:
             used = self._wake.wait(WARM_IDLE)
             time.sleep(KEEPER_PAUSE)
             self._wake.clear()
-            if not used:
+            if not used or self._resting:
                 self._give_up()
                 with self._mutex:
                     if not self._wake.is_set():
-                        self._keeper = None  # done() starts another
+                        self._keeper = None
                         return
             try:
                 while self._active == 0 and not self._resting and len(self._ready) < self._warm:
@@ -4436,15 +4436,16 @@ class Host:
                         break
                     with self._mutex:
                         self._ready.insert(0, session)
-                    if self._resting:
-                        self._give_up()
             except (CmuxError, OSError):
                 pass  # the next operation meets the same failure, and reports it
 
     def close(self) -> None:
         """Close the sessions opened ahead, until the next operation. Masters end when idle."""
-        self._resting = True
+        self._resting, keeper = True, self._keeper
+        self._wake.set()
         self._give_up()
+        if keeper:  # it may be opening one
+            keeper.join(CONTROL_PATIENCE)
 
     def _give_up(self) -> None:
         with self._mutex:
@@ -9269,7 +9270,8 @@ def demo(tell: Callable[[str], None]) -> None:
     """The whole flow against a throwaway sshd."""
     with throwaway_server() as path:
         try:
-            demo_flow(Project(make_repository(path + "/hello", DEMO_FILES)), tell)
+            with Project(make_repository(path + "/hello", DEMO_FILES)) as project:
+                demo_flow(project, tell)
         finally:
             end_masters()
     tell("Everything the demo made is gone again.")
@@ -9280,7 +9282,7 @@ def demo_flow(project: Project, tell: Callable[[str], None]) -> None:
     seen: list[bool] = []
     tell("A throwaway sshd on this machine, reached by ssh through a ProxyCommand: host `demo`.")
     project.set_secret("API_TOKEN", secret)
-    tell("A git repository with a Makefile, and a project secret: API_TOKEN.")
+    tell("A git repository with a Makefile, and a secret: API_TOKEN.")
     workspace = project.create("try-it", "demo")
     tell(f"Workspace try-it made of commit {workspace.base[:10]} at {workspace.path}")
     result = workspace.exec("make test && sleep 0.3", timeout=60,

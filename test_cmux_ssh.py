@@ -2945,8 +2945,8 @@ def test_a_host_that_allows_few_processes_is_given_fewer(site, sh, repo):
     assert [row["ok"] and row["result"]["exit_code"] for row in rows] == [0] * 40, rows
     if sh == "bash":  # which tries for 15 seconds by itself
         return
-    others = [subprocess.Popen([program("setpriv"), "--reuid", str(uid), "--clear-groups", "sleep", "60"]) for _ in range(30)]
-    until(lambda: len(running("sleep 60")) >= 30, "the account has as many as it may")
+    others = [subprocess.Popen([program("setpriv"), "--reuid", str(uid), "--clear-groups", "sleep", f"60.{uid}"]) for _ in range(30)]
+    until(lambda: len(running(f"sleep 60.{uid}")) >= 30, "the account has as many as it may")
     ran = repo.exec("true", options=["--timeout", "4"], host="few")
     for other in others:
         other.kill()
@@ -6909,6 +6909,7 @@ except KeyboardInterrupt:
     print("interrupted")
 for call in calls:
     call.join(1)
+assert "cmux-keeper" not in {thread.name for thread in threading.enumerate()}  # it would open sessions ahead
 assert set(ends) == {130} and len(ends) == (10 if sys.argv[3] == "interrupted" else 2), ends
 assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 print(type(raised(project.pull, "main")).__name__)
